@@ -1,0 +1,246 @@
+"""Files that are either whole or absent: write to a temporary name, fsync, rename.
+
+A temporary name is ``.tmp-NAME-PID-RANDOM`` beside its target, and its writer holds a lock on it
+(``flock``, which dies with the process). So the next writer can tell a killed run's leftovers, which it
+removes, from the file another process is writing at this moment, which it leaves alone. The lock belongs
+to the inode and survives the rename: a published shard stays locked until its sidecar is there.
+File systems without ``flock`` work too; there leftovers stay until somebody deletes them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import secrets
+import shutil
+from typing import TYPE_CHECKING, Any
+
+from common.errors import CacheFormatError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+TEMPORARY_PREFIX = ".tmp-"
+MAX_JSON_BYTES = 512 << 20
+
+
+class HeldLock:
+    """An exclusive lock on a file or directory, held until ``release`` or the end of the process."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor: int | None = descriptor
+
+    def release(self) -> None:
+        """Give the lock back; may be called twice."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def __del__(self) -> None:
+        self.release()
+
+
+def try_lock(path: Path) -> HeldLock | None:
+    """Lock a file or directory if nobody else holds it.
+
+    Returns:
+        The lock; or None if another writer holds it, it is gone, or the file system cannot lock.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    lock = HeldLock(descriptor)
+    # Between open and lock a cleaner may have removed it: then we hold the lock of a nameless inode.
+    try:
+        same = os.path.samestat(os.fstat(descriptor), path.stat(follow_symlinks=False))
+    except FileNotFoundError:
+        same = False
+    if not same:
+        lock.release()
+        return None
+    return lock
+
+
+def create_temporary(final: Path, *, directory: bool = False) -> tuple[Path, HeldLock | None]:
+    """Create an empty, locked temporary file or directory beside ``final``.
+
+    Returns:
+        Its path and its lock; no lock on file systems without ``flock``.
+    """
+    while True:
+        name = f"{TEMPORARY_PREFIX}{final.name}-{os.getpid()}-{secrets.token_hex(4)}"
+        path = final.with_name(name)
+        if directory:
+            path.mkdir()
+        else:
+            path.touch(exist_ok=False)
+        lock = try_lock(path)
+        # A cleaner that came between creation and lock took it for a leftover: try again.
+        if lock is not None or path.exists():
+            return path, lock
+
+
+def clean_stale(directory: Path, name: str = "") -> list[Path]:
+    """Remove temporary files and folders that killed writers left in ``directory``.
+
+    Args:
+        directory: Where to look, not recursively; may be missing.
+        name: Only temporaries of targets whose name starts with this.
+
+    Returns:
+        What was removed. Temporaries of live writers stay.
+    """
+    removed: list[Path] = []
+    prefix = TEMPORARY_PREFIX + name
+    if not directory.is_dir():
+        return removed
+    for path in sorted(directory.iterdir()):
+        if path.name.startswith(prefix) and (lock := try_lock(path)) is not None:
+            remove(path)
+            lock.release()
+            removed.append(path)
+    return removed
+
+
+def remove(path: Path) -> None:
+    """Remove a file, or a directory with all it holds; missing is fine, links are not followed."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def fsync_directory(path: Path) -> None:
+    """Make the names in a directory durable."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_durably(path: Path, data: bytes | memoryview) -> None:
+    """Write a file and fsync it; not atomic. For temporary files and what is inside temporary folders."""
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def publish_file(temporary: Path, final: Path, *, create_only: bool = False) -> None:
+    """Rename an fsynced temporary file to its final name and make the name durable.
+
+    Raises:
+        FileExistsError: If ``create_only`` and ``final`` is there; the temporary file stays.
+    """
+    if create_only:
+        try:
+            os.link(temporary, final)  # unlike rename, fails if the name is taken, in one step
+        except FileExistsError:
+            raise
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK):
+                raise
+            if final.exists():
+                raise FileExistsError(errno.EEXIST, "already published", str(final)) from None
+            temporary.replace(final)  # no hard links here (some network mounts)
+        temporary.unlink(missing_ok=True)
+    else:
+        temporary.replace(final)
+    fsync_directory(final.parent)
+
+
+def publish_directory(temporary: Path, final: Path) -> None:
+    """Rename a temporary directory of fsynced files to its final name; always create-only.
+
+    Raises:
+        FileExistsError: If ``final`` is there; the temporary directory stays.
+    """
+    for folder, _, _ in os.walk(temporary, topdown=False):
+        fsync_directory(temporary.__class__(folder))
+    try:
+        temporary.rename(final)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise FileExistsError(errno.EEXIST, "already published", str(final)) from None
+        raise
+    fsync_directory(final.parent)
+
+
+def write_bytes_atomic(path: Path, data: bytes, *, create_only: bool = False) -> None:
+    """Write a whole file or nothing, durably.
+
+    Raises:
+        FileExistsError: If ``create_only``, the file is there, and it holds other bytes. The same bytes
+            are success: two processes that agree are no conflict.
+    """
+    temporary, lock = create_temporary(path)
+    try:
+        write_durably(temporary, data)
+        publish_file(temporary, path, create_only=create_only)
+    except FileExistsError:
+        if not create_only or path.read_bytes() != data:
+            raise
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if lock is not None:
+            lock.release()
+
+
+def json_bytes(value: Any) -> bytes:
+    """Return the bytes that ``write_json_atomic`` writes: sorted keys, indented, one final newline.
+
+    Raises:
+        ValueError: If a number is not finite.
+        TypeError: If ``value`` is not JSON.
+    """
+    text = json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False)
+    return (text + "\n").encode("utf-8")
+
+
+def write_json_atomic(path: Path, value: Any, *, create_only: bool = False) -> None:
+    """Write JSON with sorted keys, atomically; equal values give equal bytes.
+
+    Raises:
+        FileExistsError: As ``write_bytes_atomic``.
+        ValueError: If a number is not finite.
+    """
+    write_bytes_atomic(path, json_bytes(value), create_only=create_only)
+
+
+def read_json(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> Any:
+    """Read a JSON file of bounded size; NaN and Infinity are refused.
+
+    Raises:
+        FileNotFoundError: If it is not there.
+        CacheFormatError: If it is no regular file, too large, or not JSON in UTF-8.
+    """
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise CacheFormatError(f"{path}: not a regular file; a cache holds plain files only")
+    try:
+        with path.open("rb") as file:
+            data = file.read(max_bytes + 1)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise CacheFormatError(f"{path}: cannot be read: {error.strerror or error}") from error
+    if len(data) > max_bytes:
+        raise CacheFormatError(f"{path}: larger than {max_bytes} bytes; not a file of a cache")
+    try:
+        return json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise CacheFormatError(f"{path}: not valid JSON ({error}); the file is damaged") from error
+
+
+def _refuse_constant(text: str) -> float:
+    raise ValueError(f"{text} is not a finite number")

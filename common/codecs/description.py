@@ -1,0 +1,90 @@
+"""How a codec describes itself: its dictionary is stored in a cache's plan and rebuilds it exactly.
+
+A codec is a frozen dataclass that can only be built valid, so a reader repeats no settings by hand and a
+damaged or newer plan is refused instead of guessed at.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Protocol, TypeVar
+
+from common.errors import CacheFormatError, ConfigError
+from common.schema import Field
+
+T = TypeVar("T")
+
+
+class Codec(Protocol):
+    """What a cache needs to know of a codec, whatever its signal."""
+
+    def fields(self) -> tuple[Field, ...]:
+        """The plain arrays that `encode` writes into a record."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The exact JSON stored in a cache's plan."""
+
+
+def codec_to_dict(codec: Any, signal: str) -> dict[str, Any]:
+    """Describe a codec: its signal under `codec`, then its settings as JSON values."""
+    settings = {field.name: getattr(codec, field.name) for field in dataclasses.fields(codec)}
+    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
+    return {"codec": signal, **plain}
+
+
+def codec_from_settings(cls: type[T], signal: str, stored: Mapping[str, Any]) -> T:
+    """Rebuild a codec from its stored dictionary.
+
+    Args:
+        cls: The codec's dataclass.
+        signal: Name that `stored["codec"]` must carry.
+        stored: What `to_dict` wrote.
+
+    Returns:
+        A codec equal to the one that wrote the dictionary.
+
+    Raises:
+        CacheFormatError: If the name, the set of settings or one of their values is not what `cls` writes.
+    """
+    if stored.get("codec") != signal:
+        raise CacheFormatError(
+            f"codec of signal {signal!r}: expected codec {signal!r}, got {stored.get('codec')!r}; "
+            "the plan is damaged or from another version: rebuild the cache or update this software"
+        )
+    expected = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    found = set(stored) - {"codec"}
+    if expected != found:
+        raise CacheFormatError(
+            f"codec {signal!r}: expected settings {sorted(expected)}, got {sorted(found)}; "
+            "the cache is from another version: rebuild it or update this software"
+        )
+    settings = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in stored.items()
+        if name != "codec"
+    }
+    try:
+        return cls(**settings)
+    except (ConfigError, TypeError) as error:
+        raise CacheFormatError(f"codec {signal!r}: stored settings are not valid: {error}") from error
+
+
+def check_whole_number(name: str, value: object, low: int, high: int | None = None) -> None:
+    """Refuse anything but an `int` of at least `low` and at most `high`.
+
+    Raises:
+        ConfigError: Naming the setting, the range and what was given.
+    """
+    at_most = f" and at most {high}" if high is not None else ""
+    is_whole = isinstance(value, int) and not isinstance(value, bool)
+    if not is_whole or value < low or (high is not None and value > high):  # type: ignore[operator]
+        raise ConfigError(f"{name}: expected a whole number of at least {low}{at_most}, got {value!r}")
+
+
+def check_flag(name: str, value: object) -> None:
+    """Refuse anything but a `bool`.
+
+    Raises:
+        ConfigError: Naming the setting and what was given.
+    """
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name}: expected true or false, got {value!r}")

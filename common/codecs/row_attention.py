@@ -1,0 +1,181 @@
+"""Where a teacher looks while it predicts each answer token, pooled to a grid over the image.
+
+A supervised row costs `groups * rows * cols` bytes plus two per group. Cells are coded by
+their logarithm relative to the largest cell of the row and group: 8 bits over 12 nats, so a cell is
+within 2.4 % or below e^-12 of the largest. The mass on the image is kept in 16 bits, and decoded cells
+are rescaled to it; what is off the image is one minus that.
+
+Dims: A supervised rows, G layer groups, C = rows * cols cells, row-major from the top left.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.codecs.description import check_flag, check_whole_number, codec_from_settings, codec_to_dict
+from common.codecs.quantise import decode_log8, encode_log8
+from common.errors import CacheFormatError, ConfigError, SampleError
+from common.schema import Field, Record
+
+RANGE_NATS = 12.0
+"""Cells below e^-12 of the row's largest are stored as that, never as zero."""
+
+
+@dataclass(frozen=True)
+class RowAttention:
+    """Attention of supervised rows on the image, live or from a cache: losses cannot tell which.
+
+    Attributes:
+        cells: float32 `[A, G, C]`, absolute probability mass on each grid cell; zero without an image.
+        image_mass: float32 `[A, G]`, the sum over cells; one minus it is the mass off the image.
+    """
+
+    cells: Tensor
+    image_mass: Tensor
+
+    def __len__(self) -> int:
+        """Number of rows, A."""
+        return int(self.cells.shape[0])
+
+    @classmethod
+    def from_cells(cls, cells: Tensor) -> Self:
+        """Live attention: the image mass is the sum over cells."""
+        cells = cells.float()
+        return cls(cells, cells.sum(dim=-1))
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "RowAttention":
+        """The same rows on another device."""
+        return RowAttention(
+            self.cells.to(device, non_blocking=non_blocking),
+            self.image_mass.to(device, non_blocking=non_blocking),
+        )
+
+    @staticmethod
+    def cat(parts: "list[RowAttention]") -> "RowAttention":
+        """Rows of all parts in order; torch refuses no parts, or unequal groups or cells."""
+        return RowAttention(
+            torch.cat([part.cells for part in parts]), torch.cat([part.image_mass for part in parts])
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowAttentionCodec:
+    """How a record stores a `RowAttention`.
+
+    Round trip: with `exact`, bit for bit. Otherwise the image mass is float16 (relative 2^-11, absolute
+    2^-25); zero cells stay zero; others are within a factor `exp(2 * half step)`, half a step being
+    0.0236 nats, of what they were relative to the image mass, or off by less than e^-12 of the row's largest
+    cell, a bound that grows by C * e^-12 through the rescaling. A row is either zero or sums to its mass.
+
+    Attributes:
+        grid: Rows and columns of the grid over the whole original image.
+        groups: Layer groups, at least 1.
+        exact: Store float32 instead of 8-bit cells and float16 masses.
+    """
+
+    grid: tuple[int, int]
+    groups: int
+    exact: bool = False
+
+    signal: ClassVar[str] = "answer_attention"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.grid, tuple) or len(self.grid) != 2:
+            raise ConfigError(f"grid: expected (rows, cols), got {self.grid!r}")
+        check_whole_number("grid rows", self.grid[0], 1)
+        check_whole_number("grid cols", self.grid[1], 1)
+        check_whole_number("groups", self.groups, 1)
+        check_flag("exact", self.exact)
+
+    @property
+    def cells(self) -> int:
+        """Number of grid cells, C."""
+        return self.grid[0] * self.grid[1]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The exact JSON stored in a cache's plan."""
+        return codec_to_dict(self, self.signal)
+
+    @classmethod
+    def from_dict(cls, stored: Mapping[str, Any]) -> Self:
+        """Rebuild the codec from `to_dict`; refuses anything else with a CacheFormatError."""
+        return codec_from_settings(cls, cls.signal, stored)
+
+    def fields(self) -> tuple[Field, ...]:
+        """Arrays of a record: cells and image mass of each supervised row."""
+        code, real = ("f4", "f4") if self.exact else ("u1", "f2")
+        return (
+            Field(name="answer_attention", dtype=code, axis="row", trailing=(self.groups, self.cells)),
+            Field(name="answer_image_mass", dtype=real, axis="row", trailing=(self.groups,)),
+        )
+
+    def encode(self, attention: RowAttention) -> Record:
+        """Pack rows into the plain arrays of a record.
+
+        Args:
+            attention: cells `[A, G, C]` and image mass `[A, G]` of this codec's groups and grid, any device.
+
+        Returns:
+            `answer_attention` u1 or f4 `[A, G, C]` and `answer_image_mass` f2 or f4 `[A, G]`.
+
+        Raises:
+            ValueError: If the shapes are not the codec's.
+            SampleError: If a cell is negative or not finite.
+        """
+        expected = (len(attention), self.groups, self.cells)
+        if attention.cells.shape != expected or attention.image_mass.shape != expected[:2]:
+            raise ValueError(
+                f"encode: expected cells {[*expected]} and image mass {[*expected[:2]]}, got "
+                f"{[*attention.cells.shape]} and {[*attention.image_mass.shape]}"
+            )
+        cells = attention.cells.detach().float().cpu().numpy()
+        mass = attention.image_mass.detach().float().cpu().numpy()
+        check_attention(cells, "answer attention")
+        if self.exact:
+            return {"answer_attention": cells.copy(), "answer_image_mass": mass.copy()}
+        largest = cells.max(axis=2, keepdims=True)  # [A, G, 1]
+        relative = np.divide(cells, largest, out=np.zeros_like(cells), where=largest > 0)
+        return {
+            "answer_attention": encode_log8(relative, RANGE_NATS),
+            "answer_image_mass": mass.astype(np.float16),
+        }
+
+    def decode(self, record: Record) -> RowAttention:
+        """Unpack the rows of a record; the inverse of `encode` within the class's bound.
+
+        Raises:
+            CacheFormatError: If the arrays are not of the codec's shape.
+        """
+        codes, mass = record["answer_attention"], record["answer_image_mass"]
+        expected = (len(codes), self.groups, self.cells)
+        if codes.shape != expected or mass.shape != expected[:2]:
+            raise CacheFormatError(
+                f"answer attention of a record: expected cells {expected} and masses {expected[:2]}, got "
+                f"{codes.shape} and {mass.shape}; the cache is damaged: run `cachectl verify`"
+            )
+        if self.exact:
+            return RowAttention(torch.from_numpy(codes.copy()), torch.from_numpy(mass.copy()))
+        relative = decode_log8(codes, RANGE_NATS)  # [A, G, C]
+        total = relative.sum(axis=2)
+        image_mass = mass.astype(np.float32)
+        scale = np.divide(image_mass, total, out=np.zeros_like(total), where=total > 0)
+        image_mass = np.where(total > 0, image_mass, np.float32(0))
+        return RowAttention(torch.from_numpy(relative * scale[..., None]), torch.from_numpy(image_mass))
+
+
+def check_attention(values: np.ndarray, what: str) -> None:
+    """Refuse attention that is no mass.
+
+    Raises:
+        SampleError: If a value is negative, NaN or infinite.
+    """
+    if values.size and not (np.isfinite(values).all() and values.min() >= 0):
+        bad = int(np.count_nonzero(~np.isfinite(values)))
+        raise SampleError(
+            f"{what}: expected finite masses of at least 0, got {bad} values not finite and a minimum of "
+            f" {np.nanmin(values)}; if the teacher runs in float16, try bfloat16 or float32"
+        )

@@ -1,0 +1,217 @@
+"""YAML and ``--set a.b=c`` into frozen dataclasses, checked with the field's name in every error.
+
+Only command lines, ``extract()`` and ``train()`` see a config; everything below takes flat keyword
+arguments. The type hints of the dataclass are the schema: there is no second description to keep in step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union
+
+import yaml
+
+from common.atomic import write_bytes_atomic
+from common.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+ConfigT = TypeVar("ConfigT")
+
+_SCALARS: dict[Any, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+
+
+def load_config(cls: type[ConfigT], yaml_path: Path | None, overrides: Iterable[str] = ()) -> ConfigT:
+    """Build a config from its defaults, then a YAML file, then ``a.b=c`` overrides, in this order.
+
+    Args:
+        cls: A dataclass; its fields may be bool, int, float, str, Path, Literal, Optional and other unions,
+            tuples, lists, ``dict[str, ...]`` and nested dataclasses.
+        yaml_path: A YAML mapping, or None for the defaults alone.
+        overrides: Dotted keys with YAML values, for example ``optim.lr=1e-4`` or ``phases=[dpt, dft]``.
+
+    Returns:
+        An instance of ``cls``.
+
+    Raises:
+        ConfigError: For an unreadable file, an unknown key (naming the nearest known one), a value of the
+            wrong type (naming its field), a missing required field, or whatever ``cls`` itself refuses.
+    """
+    values: dict[str, Any] = {}
+    where = cls.__name__
+    if yaml_path is not None:
+        where = str(yaml_path)
+        try:
+            loaded = yaml.safe_load(yaml_path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ConfigError(f"{yaml_path}: cannot be read as YAML: {error}") from error
+        if loaded is not None and not isinstance(loaded, dict):
+            raise ConfigError(f"{yaml_path}: expected a mapping of options, got {type(loaded).__name__}")
+        values = loaded or {}
+    for override in overrides:
+        _apply_override(values, override)
+    return config_from_dict(cls, values, where=where)
+
+
+def config_from_dict(cls: type[ConfigT], values: Mapping[str, Any], *, where: str = "") -> ConfigT:
+    """Build a config from nested plain values; the inverse of ``config_to_dict``.
+
+    Raises:
+        ConfigError: As ``load_config``.
+    """
+    return typing.cast("ConfigT", _build(cls, values, None, "", where or cls.__name__))
+
+
+def config_to_dict(config: Any) -> dict[str, Any]:
+    """Return nested dicts, lists and plain scalars: what YAML and JSON can hold."""
+    if not dataclasses.is_dataclass(config) or isinstance(config, type):
+        raise ConfigError(f"expected a config dataclass, got {type(config).__name__}")
+    return {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
+
+
+def save_config(config: Any, path: Path) -> None:
+    """Write a config as YAML, atomically, so that ``load_config`` gives an equal one."""
+    text = yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True)
+    write_bytes_atomic(path, text.encode("utf-8"))
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return config_to_dict(value)
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return str(value) if isinstance(value, Path) else value
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise ConfigError(f"--set {override!r}: expected KEY=VALUE, for example optim.lr=1e-4")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override!r}: the value is not YAML: {error}") from error
+    node = values
+    for part in parts[:-1]:
+        child = node.get(part)
+        if child is None:
+            child = node[part] = {}
+        if not isinstance(child, dict):
+            raise ConfigError(f"--set {override!r}: {part} is {child!r}, which has no options of its own")
+        node = child
+    node[parts[-1]] = value
+
+
+def _build(cls: Any, values: Any, base: Any, path: str, where: str) -> Any:
+    """Build one (nested) dataclass; fields not given come from ``base`` if there is one, else defaults."""
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where}: {path or cls.__name__} is {values!r}; expected a mapping of options")
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
+    for key in values:
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.0)
+            hint = f"; did you mean {path}{near[0]}?" if near else ""
+            raise ConfigError(f"{where}: unknown option {path}{key}{hint} Known: {', '.join(fields)}")
+    arguments: dict[str, Any] = {}
+    for name, field in fields.items():
+        default = getattr(base, name) if base is not None else _default(field)
+        if name in values:
+            arguments[name] = _convert(hints[name], values[name], default, f"{path}{name}", where)
+        elif default is dataclasses.MISSING:
+            raise ConfigError(f"{where}: option {path}{name} is required and has no default")
+        else:
+            arguments[name] = default
+    try:
+        return cls(**arguments)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {path}{error}" if path else f"{where}: {error}") from error
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{where}: {path or cls.__name__}: {error}") from error
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default
+
+
+def _convert(hint: Any, value: Any, default: Any, path: str, where: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
+    if origin is Literal:
+        if any(value == choice and type(value) is type(choice) for choice in args):
+            return value
+        raise ConfigError(f"{where}: {path} is {value!r}; expected one of {', '.join(map(repr, args))}")
+    if origin in (Union, types.UnionType):
+        return _convert_union(args, value, default, path, where)
+    if origin in (tuple, list) or hint in (tuple, list):
+        return _convert_sequence(origin or hint, args, value, path, where)
+    if origin is dict or hint is dict:
+        if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+            raise ConfigError(f"{where}: {path} is {value!r}; expected a mapping with text keys")
+        item = args[1] if args else Any
+        return {
+            key: _convert(item, v, dataclasses.MISSING, f"{path}.{key}", where) for key, v in value.items()
+        }
+    if dataclasses.is_dataclass(hint):
+        base = default if isinstance(default, typing.cast("type", hint)) else None
+        return _build(hint, value, base, f"{path}.", where)
+    return _convert_scalar(hint, value, path, where)
+
+
+def _convert_scalar(hint: Any, value: Any, path: str, where: str) -> Any:
+    if hint is Path and isinstance(value, str) and value:
+        return Path(value)
+    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    if hint is float and isinstance(value, str):
+        try:
+            return float(value)  # YAML 1.1 reads 1e-4 as text
+        except ValueError:
+            pass
+    if hint is int and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if (hint in (bool, str) and isinstance(value, hint)) or (hint is type(None) and value is None):
+        return value
+    expected = _SCALARS.get(hint, getattr(hint, "__name__", str(hint)))
+    raise ConfigError(f"{where}: {path} is {value!r} ({type(value).__name__}); expected {expected}")
+
+
+def _convert_union(args: tuple[Any, ...], value: Any, default: Any, path: str, where: str) -> Any:
+    if value is None and type(None) in args:
+        return None
+    choices = [arg for arg in args if arg is not type(None)]
+    exact = [arg for arg in choices if isinstance(arg, type) and type(value) is arg]
+    errors = []
+    for choice in exact + [arg for arg in choices if arg not in exact]:
+        try:
+            return _convert(choice, value, default, path, where)
+        except ConfigError as error:
+            errors.append(str(error))
+    raise ConfigError("; or ".join(dict.fromkeys(errors)))
+
+
+def _convert_sequence(kind: Any, args: tuple[Any, ...], value: Any, path: str, where: str) -> Any:
+    if not isinstance(value, list | tuple):
+        raise ConfigError(f"{where}: {path} is {value!r}; expected a list")
+    if kind is tuple and args and not (len(args) == 2 and args[1] is Ellipsis):
+        if len(value) != len(args):
+            raise ConfigError(f"{where}: {path} has {len(value)} values; expected {len(args)}")
+        hints = list(args)
+    else:
+        hints = [args[0] if args else Any] * len(value)
+    items = [
+        _convert(hint, item, dataclasses.MISSING, f"{path}[{i}]", where)
+        for i, (hint, item) in enumerate(zip(hints, value, strict=True))
+    ]
+    return tuple(items) if kind is tuple else items

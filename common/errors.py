@@ -1,0 +1,40 @@
+"""Errors a user can act on: each is also the builtin a caller would expect.
+
+Every message says what went wrong, where (path, shard, sample_id), what was expected and found,
+and what to do about it.
+"""
+
+
+class DistillError(Exception):
+    """Base of all errors this project raises on purpose; the command line prints it without a traceback."""
+
+
+class ConfigError(DistillError, ValueError):
+    """A configuration value or command-line option that cannot be used."""
+
+
+class SampleError(DistillError, ValueError):
+    """One sample cannot be read or encoded; stage one records it with this reason and goes on."""
+
+
+class DataError(DistillError, ValueError):
+    """A whole data set cannot be opened."""
+
+
+class CacheFormatError(DistillError, ValueError):
+    """A cache file is damaged, incomplete or from an unknown format version."""
+
+
+class CacheMismatchError(DistillError, ValueError):
+    """A cache does not fit the data, tokenizer, template, teacher or student it is used with."""
+
+
+class TemperatureNotCachedError(DistillError, KeyError):
+    """The cache holds no tail mass at the temperature asked for."""
+
+    def __str__(self) -> str:
+        return str(self.args[0]) if self.args else ""
+
+
+class ModelError(DistillError, ValueError):
+    """A checkpoint or model family that cannot be used as asked."""

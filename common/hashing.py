@@ -1,0 +1,89 @@
+"""Checksums of bytes and fingerprints of meaning.
+
+Two questions, two answers. *Are these the same bytes?* xxh3_128, which runs at memory speed, and
+sha256 beside it where somebody could profit from a collision. *Do these settings mean the same?* a
+fingerprint: xxh3_128 of canonical JSON, which ignores key order and white space and nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from typing import TYPE_CHECKING, Any
+
+import xxhash
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+_READ_BYTES = 1 << 20
+
+
+def checksum(data: bytes | bytearray | memoryview) -> str:
+    """Return the xxh3_128 of ``data`` as 32 hex digits."""
+    return xxhash.xxh3_128_hexdigest(data)
+
+
+def sha256_hex(data: bytes | bytearray | memoryview) -> str:
+    """Return the sha256 of ``data`` as 64 hex digits."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def file_checksum(path: Path) -> str:
+    """Return the xxh3_128 of a file as 32 hex digits, in constant memory."""
+    fast = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(_READ_BYTES):
+            fast.update(block)
+    return fast.hexdigest()
+
+
+def file_digests(path: Path) -> tuple[str, str, int]:
+    """Return ``(xxh3_128, sha256, bytes)`` of a file in one pass and constant memory."""
+    fast, safe, size = xxhash.xxh3_128(), hashlib.sha256(), 0
+    with path.open("rb") as file:
+        while block := file.read(_READ_BYTES):
+            fast.update(block)
+            safe.update(block)
+            size += len(block)
+    return fast.hexdigest(), safe.hexdigest(), size
+
+
+def fingerprint(value: Any) -> str:
+    """Hash what a JSON-like value means: equal values give equal hex, in any key order.
+
+    Tuples count as lists. ``1`` and ``1.0`` differ, because they are different JSON.
+
+    Args:
+        value: Nested dicts with string keys, lists, tuples, strings, numbers, booleans and None.
+
+    Returns:
+        xxh3_128 of the canonical JSON, 32 hex digits.
+
+    Raises:
+        ValueError: If a number is not finite; NaN is unequal to itself and so has no meaning to hash.
+        TypeError: If something in ``value`` is not JSON, or a key is not a string.
+    """
+    _check_json(value, "value")
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return checksum(text.encode("ascii"))
+
+
+def _check_json(value: Any, where: str) -> None:
+    # json.dumps would turn the key 1 into "1", so that two different dicts got one fingerprint.
+    if value is None or isinstance(value, str | bool | int):
+        return
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise ValueError(f"cannot fingerprint {where}: {value} is not a finite number")
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise TypeError(f"cannot fingerprint {where}: key {key!r} is not a string; convert it first")
+            _check_json(item, f"{where}.{key}")
+    elif isinstance(value, list | tuple):
+        for i, item in enumerate(value):
+            _check_json(item, f"{where}[{i}]")
+    else:
+        raise TypeError(f"cannot fingerprint {where}: {type(value).__name__} is not JSON; convert it first")

@@ -1,0 +1,289 @@
+"""``manifest.json``: what a finished cache holds, derived from its sidecars alone.
+
+It is never written while a shard is missing. The names of the other two kinds of description, the plan
+(``common.plan``) and the sidecars (``common.sidecar``), are here too: this is the module to import from.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from common.atomic import TEMPORARY_PREFIX, clean_stale
+from common.documents import check_int, check_object, document_bytes, read_document, write_document
+from common.errors import CacheFormatError
+from common.hashing import fingerprint
+from common.plan import BASE, PLAN, SHARDS, Plan, read_plan, refuse_changed_plan, write_plan
+from common.schema import FORMAT_VERSION
+from common.sidecar import (
+    MAX_FILE_BYTES,
+    FileEntry,
+    ShardSidecar,
+    check_sidecar,
+    missing_shards,
+    read_files,
+    read_sidecar,
+    sidecar_path,
+    write_sidecar,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+__all__ = [
+    "BASE",
+    "CARD",
+    "MANIFEST",
+    "PLAN",
+    "SHARDS",
+    "FileEntry",
+    "Manifest",
+    "Plan",
+    "ShardSidecar",
+    "ShardSummary",
+    "missing_shards",
+    "read_manifest",
+    "read_plan",
+    "read_sidecar",
+    "refuse_changed_plan",
+    "seal",
+    "sidecar_path",
+    "write_plan",
+    "write_sidecar",
+]
+
+MANIFEST, CARD = "manifest.json", "README.md"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardSummary:
+    """One line of the manifest: a shard's counts, and the digests of its sidecar."""
+
+    index: int
+    samples: int
+    rows: int
+    failed: int
+    bytes: int
+    sidecar: FileEntry
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON stored in the manifest."""
+        return {name: getattr(self, name) for name in self.__dataclass_fields__} | {
+            "sidecar": self.sidecar.to_dict()
+        }
+
+    @classmethod
+    def from_dict(cls, data: Any, where: str) -> ShardSummary:
+        """Read what ``to_dict`` wrote.
+
+        Raises:
+            CacheFormatError: If a key is missing or unknown, or of the wrong kind.
+        """
+        kinds = dict.fromkeys(cls.__dataclass_fields__, int) | {"sidecar": dict}
+        values = check_object(data, kinds, where)
+        for name in ("index", "samples", "rows", "failed", "bytes"):
+            check_int(values[name], name, 0, MAX_FILE_BYTES, where)
+        return cls(**(values | {"sidecar": FileEntry.from_dict(values["sidecar"], where)}))
+
+    @classmethod
+    def of(cls, sidecar: ShardSidecar) -> ShardSummary:
+        """Summarise a sidecar."""
+        return cls(
+            index=sidecar.index,
+            samples=len(sidecar.sample_ids),
+            rows=sidecar.rows,
+            failed=len(sidecar.failed),
+            bytes=sidecar.stored_bytes,
+            sidecar=FileEntry.of_bytes(document_bytes(sidecar.to_dict())),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a finished cache holds. ``manifest.json``; derived, never edited.
+
+    Attributes:
+        plan_hash: Fingerprint of the plan.
+        shards: One summary per shard, by index.
+        field_bytes: Decoded bytes of all records by field.
+        files: Every file outside ``shards/``, except the card and this one.
+        fidelity: What the codecs lost against the live teacher, as stage one measured it; or None.
+    """
+
+    plan_hash: str
+    shards: tuple[ShardSummary, ...]
+    field_bytes: dict[str, int]
+    files: dict[str, FileEntry]
+    fidelity: dict[str, Any] | None = None
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def totals(self) -> dict[str, int]:
+        """Samples, rows, failed samples and stored bytes of all shards."""
+        return {
+            name: sum(getattr(shard, name) for shard in self.shards)
+            for name in ("samples", "rows", "failed", "bytes")
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON of manifest.json."""
+        return {
+            "format_version": self.format_version,
+            "plan_hash": self.plan_hash,
+            "totals": self.totals,
+            "field_bytes": self.field_bytes,
+            "shards": [shard.to_dict() for shard in self.shards],
+            "files": {name: entry.to_dict() for name, entry in self.files.items()},
+            "fidelity": self.fidelity,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Any, where: str) -> Manifest:
+        """Read what ``to_dict`` wrote.
+
+        Raises:
+            CacheFormatError: If it is not a manifest, or from a newer format version.
+        """
+        values = dict(data) if isinstance(data, dict) else {}
+        fidelity = values.pop("fidelity", None)
+        kinds: dict[str, Any] = {"format_version": int, "plan_hash": str, "totals": dict}
+        kinds |= {"field_bytes": dict, "shards": list, "files": dict}
+        check_object(values, kinds, where)
+        if fidelity is not None and not isinstance(fidelity, dict):
+            raise CacheFormatError(f"{where}: fidelity is {fidelity!r}; expected an object or null")
+        for name, size in values["field_bytes"].items():
+            check_int(size, f"field_bytes.{name}", 0, MAX_FILE_BYTES, where)
+        manifest = cls(
+            plan_hash=values["plan_hash"],
+            shards=tuple(ShardSummary.from_dict(shard, where) for shard in values["shards"]),
+            field_bytes=values["field_bytes"],
+            files=read_files(values["files"], where),
+            fidelity=fidelity,
+            format_version=values["format_version"],
+        )
+        if [shard.index for shard in manifest.shards] != list(range(len(manifest.shards))):
+            raise CacheFormatError(f"{where}: shards are not numbered from 0; damaged")
+        if values["totals"] != manifest.totals:
+            raise CacheFormatError(f"{where}: totals are not the sums over the shards; damaged")
+        return manifest
+
+    @property
+    def hash(self) -> str:
+        """Fingerprint of the whole manifest; what a student run records."""
+        return fingerprint(self.to_dict())
+
+
+def read_manifest(cache_dir: Path) -> Manifest:
+    """Read manifest.json.
+
+    Raises:
+        CacheFormatError: If the cache is not sealed, or the manifest damaged or from a newer format.
+    """
+    path = cache_dir / MANIFEST
+    try:
+        return Manifest.from_dict(read_document(path), str(path))
+    except FileNotFoundError:
+        raise CacheFormatError(
+            f"{cache_dir}: the cache is not sealed (no {MANIFEST}); finish it with `teacher-cache build`, "
+            "or with `teacher-cache seal` if all shards are there"
+        ) from None
+
+
+def derive_manifest(cache_dir: Path, *, fidelity: dict[str, Any] | None = None) -> Manifest:
+    """Derive the manifest from the plan, the sidecars and the files beside them; writes nothing.
+
+    Raises:
+        CacheFormatError: If shards are missing, or a sidecar does not fit the plan.
+    """
+    plan = read_plan(cache_dir)
+    if missing := missing_shards(cache_dir, plan):
+        raise CacheFormatError(
+            f"{cache_dir}: {len(missing)} of {plan.shard_count} shards are missing: {_ranges(missing)}; "
+            "run `teacher-cache build` again with the same options to make exactly these"
+        )
+    shards, field_bytes = [], {f.name: 0 for f in plan.all_fields}
+    owner: dict[str, int] = {}
+    for index in range(plan.shard_count):
+        sidecar = read_sidecar(cache_dir, index)
+        check_sidecar(sidecar, plan, str(sidecar_path(cache_dir, index)))
+        for name in sidecar.sample_ids:
+            if owner.setdefault(name, index) != index:
+                raise CacheFormatError(
+                    f"{cache_dir}: sample {name!r} is in shards {owner[name]} and {index}; ids must be unique"
+                )
+        for name, size in sidecar.field_bytes.items():
+            field_bytes[name] += size
+        shards.append(ShardSummary.of(sidecar))
+    files = {name: FileEntry.of(cache_dir / name) for name in side_files(cache_dir)}
+    return Manifest(
+        plan_hash=plan.hash, shards=tuple(shards), field_bytes=field_bytes, files=files, fidelity=fidelity
+    )
+
+
+def seal(cache_dir: Path, *, fidelity: dict[str, Any] | None = None) -> Manifest:
+    """Write manifest.json once all shards are there, and remove what killed runs left behind.
+
+    Args:
+        cache_dir: The cache.
+        fidelity: The fidelity card. None keeps the one of the present manifest if nothing else changed.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        CacheFormatError: If shards are missing (naming them), or a sidecar does not fit the plan.
+    """
+    for folder in (cache_dir, cache_dir / SHARDS):
+        clean_stale(folder)
+    manifest = derive_manifest(cache_dir, fidelity=fidelity)
+    if fidelity is None and (cache_dir / MANIFEST).exists():
+        old = read_manifest(cache_dir)
+        if (old.plan_hash, old.shards) == (manifest.plan_hash, manifest.shards):
+            manifest = replace(manifest, fidelity=old.fidelity)
+    write_document(cache_dir / MANIFEST, manifest.to_dict())
+    return manifest
+
+
+def side_files(cache_dir: Path) -> list[str]:
+    """Return the relative paths of all files outside ``shards/``, except the manifest and the card.
+
+    Raises:
+        CacheFormatError: If there is a link or another thing that is not a plain file.
+    """
+    return sorted(name for name in walk_files(cache_dir, skip=(SHARDS,)) if name not in (MANIFEST, CARD))
+
+
+def walk_files(root: Path, skip: Iterable[str] = ()) -> list[str]:
+    """Return the relative paths of all files below ``root``, temporaries of live writers left out.
+
+    Raises:
+        CacheFormatError: If there is a link or another thing that is not a plain file.
+    """
+    names, folders = [], [root]
+    while folders:
+        for path in sorted(folders.pop().iterdir()):
+            name = path.relative_to(root).as_posix()
+            if name in skip or path.name.startswith(TEMPORARY_PREFIX):
+                continue
+            if path.is_symlink() or not (path.is_dir() or path.is_file()):
+                raise CacheFormatError(
+                    f"{path}: a link or device; a cache holds plain files and folders only"
+                )
+            if path.is_dir():
+                folders.append(path)
+            else:
+                names.append(name)
+    return sorted(names)
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Write sorted numbers as ``0, 3-5, 9``, at most ten of them."""
+    runs: list[list[int]] = []
+    for n in numbers:
+        if runs and runs[-1][1] == n - 1:
+            runs[-1][1] = n
+        else:
+            runs.append([n, n])
+    parts = [str(a) if a == b else f"{a}-{b}" for a, b in runs]
+    return ", ".join(parts[:10]) + (", ..." if len(parts) > 10 else "")

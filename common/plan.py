@@ -1,0 +1,195 @@
+"""``plan.json``: what a cache will hold, written before its first shard and never changed.
+
+It fixes which samples belong to which shard, so that any number of processes can share the work and any
+number can resume it. It holds no time, no host and no absolute path: the same inputs give the same bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from common.documents import check_int, check_object, read_document, write_document
+from common.errors import CacheFormatError, CacheMismatchError
+from common.hashing import fingerprint
+from common.schema import BASE_FIELDS, FORMAT_VERSION, Field, check_fields
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+PLAN, SHARDS = "plan.json", "shards"
+STORE_NAMES = ("zarr", "webdataset")
+MAX_SHARDS = 5_000  # two names each in shards/: stays below 10,000 entries a folder
+MAX_SHARD_SAMPLES = 1_000_000
+BASE = "base"  # the name under which BASE_FIELDS are reported beside the signals
+_OBJECTS = ("signals", "fingerprints", "template", "teacher", "data", "geometry", "extra")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a cache will hold, fixed before its first shard. ``plan.json``.
+
+    Attributes:
+        store: ``zarr`` or ``webdataset``.
+        sample_count: Samples of the data set, failed ones included.
+        shard_size: Samples a shard; shard i holds samples ``[i * shard_size, (i + 1) * shard_size)``.
+        signals: Codec settings by signal, as ``codec.to_dict()``.
+        fields: The arrays of each signal, ``codec.fields()``; readers need no codec to open a cache.
+        fingerprints: Hash of meaning by what it covers (teacher, tokenizer, template, data, ...).
+        template, teacher, data, geometry: Readable descriptions, JSON; free keys.
+        batch_size: Samples a teacher batch; batches form inside a shard, so it decides the exact bits.
+        extra: Anything else that must not change on resume.
+        format_version: Of the cache format.
+
+    Raises:
+        CacheFormatError: If a value is out of its range or ``signals`` and ``fields`` differ in keys.
+    """
+
+    store: str
+    sample_count: int
+    shard_size: int
+    signals: dict[str, dict[str, Any]]
+    fields: dict[str, tuple[Field, ...]]
+    fingerprints: dict[str, str] = field(default_factory=dict)
+    template: dict[str, Any] = field(default_factory=dict)
+    teacher: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    geometry: dict[str, Any] = field(default_factory=dict)
+    batch_size: int = 1
+    extra: dict[str, Any] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        if self.store not in STORE_NAMES:
+            raise CacheFormatError(f"plan: store {self.store!r}; expected one of {', '.join(STORE_NAMES)}")
+        for name in _OBJECTS:  # JSON has no tuples: a plan must equal itself after a round trip
+            object.__setattr__(self, name, _plain(getattr(self, name)))
+        check_int(self.sample_count, "sample_count", 1, MAX_SHARDS * MAX_SHARD_SAMPLES, "plan")
+        check_int(self.shard_size, "shard_size", 1, MAX_SHARD_SAMPLES, "plan")
+        check_int(self.batch_size, "batch_size", 1, 1 << 20, "plan")
+        if self.shard_count > MAX_SHARDS:
+            raise CacheFormatError(
+                f"plan: {self.sample_count} samples in shards of {self.shard_size} make {self.shard_count} "
+                f"shards, above {MAX_SHARDS}; use {-(-self.sample_count // MAX_SHARDS)} or more a shard"
+            )
+        if self.signals.keys() != self.fields.keys() or BASE in self.signals:
+            raise CacheFormatError(
+                f"plan: signals {sorted(self.signals)} but fields for {sorted(self.fields)}; "
+                "pass {signal: codec.to_dict()} and {signal: codec.fields()} of the same codecs"
+            )
+        check_fields(self.all_fields)
+
+    @property
+    def shard_count(self) -> int:
+        """Number of shards."""
+        return -(-self.sample_count // self.shard_size)
+
+    @property
+    def all_fields(self) -> tuple[Field, ...]:
+        """The fields of a record: the base fields and those of each signal, in a fixed order."""
+        return BASE_FIELDS + tuple(f for signal in sorted(self.fields) for f in self.fields[signal])
+
+    def shard_ranges(self) -> list[range]:
+        """Return the positions in the data set that each shard holds."""
+        return [self.shard_range(i) for i in range(self.shard_count)]
+
+    def shard_range(self, index: int) -> range:
+        """Return the positions in the data set that shard ``index`` holds."""
+        start = index * self.shard_size
+        return range(start, min(start + self.shard_size, self.sample_count))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON of plan.json."""
+        names = [name for name in self.__dataclass_fields__ if name != "fields"]
+        fields = {signal: [f.to_dict() for f in group] for signal, group in self.fields.items()}
+        return {name: getattr(self, name) for name in names} | {"fields": fields}
+
+    @classmethod
+    def from_dict(cls, data: Any, where: str = PLAN) -> Plan:
+        """Read what ``to_dict`` wrote.
+
+        Raises:
+            CacheFormatError: If it is not a plan, or from a newer format version.
+        """
+        kinds: dict[str, Any] = dict.fromkeys(cls.__dataclass_fields__, dict)
+        kinds |= {"store": str, "sample_count": int, "shard_size": int, "batch_size": int}
+        kinds["format_version"] = int
+        values = check_object(data, kinds, where)
+        for signal, group in values["fields"].items():
+            if not isinstance(group, list) or not isinstance(values["signals"].get(signal), dict):
+                raise CacheFormatError(f"{where}: fields of signal {signal!r} do not fit; damaged")
+        try:
+            fields = {k: tuple(Field.from_dict(f) for f in group) for k, group in values["fields"].items()}
+            return cls(**(values | {"fields": fields}))
+        except CacheFormatError as error:
+            raise CacheFormatError(f"{where}: {error}") from error
+
+    @property
+    def hash(self) -> str:
+        """Fingerprint of the whole plan."""
+        return fingerprint(self.to_dict())
+
+
+def write_plan(cache_dir: Path, plan: Plan) -> None:
+    """Write plan.json, or accept the equal one that is there.
+
+    Raises:
+        CacheMismatchError: If the cache was begun with other settings, naming each difference.
+    """
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    (cache_dir / SHARDS).mkdir(exist_ok=True)
+    try:
+        write_document(cache_dir / PLAN, plan.to_dict(), create_only=True)
+    except FileExistsError:
+        refuse_changed_plan(read_plan(cache_dir), plan, where=str(cache_dir))
+
+
+def read_plan(cache_dir: Path) -> Plan:
+    """Read plan.json.
+
+    Raises:
+        CacheFormatError: If there is none, or it is damaged or from a newer format.
+    """
+    path = cache_dir / PLAN
+    try:
+        return Plan.from_dict(read_document(path), str(path))
+    except FileNotFoundError:
+        raise CacheFormatError(
+            f"{cache_dir}: not a teacher cache (no {PLAN}); build one with `teacher-cache build` "
+            "or pass the folder that holds plan.json"
+        ) from None
+
+
+def refuse_changed_plan(old: Plan, new: Plan, *, where: str = "the cache") -> None:
+    """Refuse to go on with other settings than a cache was begun with.
+
+    Raises:
+        CacheMismatchError: Naming each differing option with both values, and the remedy.
+    """
+    before, now = _flatten(old.to_dict()), _flatten(new.to_dict())
+    lines = [
+        f"  {key}: the cache has {before.get(key, 'nothing')!r}, this run has {now.get(key, 'nothing')!r}"
+        for key in sorted(before.keys() | now.keys())
+        if (key in before) != (key in now) or before.get(key) != now.get(key)
+    ]
+    if lines:
+        raise CacheMismatchError(
+            f"{where} was begun with other settings:\n" + "\n".join(lines) + "\n"
+            "Use the same options, another folder (CACHE=...), or --overwrite to start this one again."
+        )
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, dict) and value:
+        flat: dict[str, Any] = {}
+        for key, item in value.items():
+            flat |= _flatten(item, f"{prefix}.{key}" if prefix else str(key))
+        return flat
+    return {prefix: value}
+
+
+def _plain(value: Any) -> Any:
+    """Copy nested dicts and lists, with tuples as lists."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

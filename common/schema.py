@@ -1,0 +1,206 @@
+"""THE record: what a cache holds of one sample, and which position every number belongs to.
+
+A record is a dict of named plain numpy arrays: no objects, no structured dtypes, nothing pickled. The
+first axis of each array is ragged over samples and carries a name; the other axes are fixed for a whole
+cache. The sample id is not inside the record, it travels beside it.
+
+========== ==================================================== =============================
+axis       one entry per                                        length
+========== ==================================================== =============================
+``row``    supervised row, in sequence order                    A
+``entry``  kept token of a supervised row, rows concatenated    E = sum of ``entry_count``
+``visual`` visual token of the teacher, in sequence order       N
+``pair``   lower triangle of the visual map, row-major          P = N (N + 1) / 2
+``tile``   visual tile of the sample's images                   number of tiles
+``sample`` the sample itself                                    exactly 1
+========== ==================================================== =============================
+
+**Position convention.** Row p of a causal language model is the distribution that predicts token p + 1.
+Labels are shifted once, when a sample is encoded: ``labels[p]`` is the *target of row p*, and rows without
+a target hold ``IGNORE_INDEX``. A record keeps only the supervised rows, so L answer tokens (the
+end-of-answer token included) give exactly A = L rows, and ``labels`` of a record are the answer's tokens.
+For the six tokens ``<s> USER: hi ASSISTANT: yes </s>`` the encoded sample's labels are
+``[-100, -100, -100, yes, </s>, -100]`` and the record's are ``[yes, </s>]``, predicted by rows 3 and 4.
+A one-token answer thus keeps its row, and the distribution *after* the last answer token is not kept.
+
+Fields that every record has: ``image_hash`` u1 [1, 16] (xxh3_128 of size and RGB pixels, zeros without an
+image), ``labels`` u4 [A], ``tiles`` f4 [tiles, 6] (rows, cols, x0, y0, x1, y1 in units of the original
+image; beyond [0, 1] is padding). Each signal's codec adds its own (``common.codecs``).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from common.errors import CacheFormatError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+FORMAT_VERSION = 1
+IGNORE_INDEX = -100
+
+DTYPES = ("u1", "u2", "u4", "i8", "f2", "f4")
+AXES = ("row", "entry", "visual", "pair", "tile", "sample")
+MAX_TRAILING_ELEMENTS = 1 << 24  # of one row of one field; a cache that declares more is not believed
+
+Record = dict[str, np.ndarray]
+
+_NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Field:
+    """One named array of a record.
+
+    Attributes:
+        name: Lower-case identifier; ``sample_ids`` and names ending in ``_offsets`` are the stores' own.
+        dtype: One of ``DTYPES``, always little-endian.
+        axis: What the ragged first axis counts, one of ``AXES``.
+        trailing: The fixed axes after the first.
+
+    Raises:
+        CacheFormatError: If any of these is not as described.
+    """
+
+    name: str
+    dtype: str
+    axis: str
+    trailing: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not _NAME.fullmatch(self.name):
+            raise CacheFormatError(f"field name {self.name!r}: expected lower-case letters, digits and '_'")
+        if self.name == "sample_ids" or self.name.endswith("_offsets"):
+            raise CacheFormatError(f"field name {self.name!r} is reserved for the stores; choose another")
+        if self.dtype not in DTYPES:
+            raise CacheFormatError(f"field {self.name}: dtype {self.dtype!r}; expected one of {DTYPES}")
+        if self.axis not in AXES:
+            raise CacheFormatError(f"field {self.name}: axis {self.axis!r}; expected one of {AXES}")
+        sizes_ok = isinstance(self.trailing, tuple) and all(
+            isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in self.trailing
+        )
+        if not sizes_ok or len(self.trailing) > 8:
+            raise CacheFormatError(f"field {self.name}: trailing shape {self.trailing!r} is not a shape")
+        elements = 1
+        for n in self.trailing:
+            elements *= n
+        if elements > MAX_TRAILING_ELEMENTS:
+            raise CacheFormatError(
+                f"field {self.name}: trailing shape {self.trailing} has {elements} elements, "
+                f"more than the {MAX_TRAILING_ELEMENTS} a cache may declare"
+            )
+
+    @property
+    def numpy_dtype(self) -> np.dtype:
+        """The little-endian numpy dtype."""
+        return np.dtype("<" + self.dtype)
+
+    @property
+    def row_bytes(self) -> int:
+        """Decoded bytes of one step along the first axis."""
+        elements = 1
+        for n in self.trailing:
+            elements *= n
+        return elements * self.numpy_dtype.itemsize
+
+    def empty(self) -> np.ndarray:
+        """Return an array of this field with first axis 0."""
+        return np.zeros((0, *self.trailing), dtype=self.numpy_dtype)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON stored in plan.json."""
+        return {"name": self.name, "dtype": self.dtype, "axis": self.axis, "trailing": list(self.trailing)}
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Field:
+        """Read what ``to_dict`` wrote.
+
+        Raises:
+            CacheFormatError: If a key is missing or unknown, or its value cannot be a field's.
+        """
+        expected = {"name", "dtype", "axis", "trailing"}
+        if not isinstance(data, dict) or set(data) != expected or not isinstance(data["trailing"], list):
+            raise CacheFormatError(f"field {data!r}: expected an object with exactly {sorted(expected)}")
+        return cls(
+            name=data["name"], dtype=data["dtype"], axis=data["axis"], trailing=tuple(data["trailing"])
+        )
+
+
+BASE_FIELDS = (
+    Field(name="image_hash", dtype="u1", axis="sample", trailing=(16,)),
+    Field(name="labels", dtype="u4", axis="row"),
+    Field(name="tiles", dtype="f4", axis="tile", trailing=(6,)),
+)
+
+
+def check_fields(fields: Sequence[Field]) -> None:
+    """Refuse a set of fields in which a name appears twice.
+
+    Raises:
+        CacheFormatError: Naming the repeated field.
+    """
+    seen: set[str] = set()
+    for field in fields:
+        if field.name in seen:
+            raise CacheFormatError(f"field {field.name} appears twice; each signal needs names of its own")
+        seen.add(field.name)
+
+
+def check_record(record: Record, fields: Sequence[Field], where: str = "record") -> None:
+    """Refuse a record that does not have exactly these fields, dtypes and matching lengths.
+
+    Args:
+        record: Arrays by field name.
+        fields: All fields of the cache, ``BASE_FIELDS`` and those of each signal.
+        where: Sample id, shard or path, for the error message.
+
+    Raises:
+        CacheFormatError: Naming the field, what was expected and what was found.
+    """
+    names = {field.name for field in fields}
+    if record.keys() != names:
+        missing, extra = sorted(names - record.keys()), sorted(record.keys() - names)
+        raise CacheFormatError(
+            f"{where}: missing fields {missing}, unexpected fields {extra}; "
+            "encode it with the codecs that plan.json names"
+        )
+    lengths: dict[str, tuple[int, str]] = {}  # axis -> (length, the field that set it)
+    for field in fields:
+        array = record[field.name]
+        if not isinstance(array, np.ndarray) or array.dtype != field.numpy_dtype:
+            found = array.dtype if isinstance(array, np.ndarray) else type(array).__name__
+            raise CacheFormatError(f"{where}: {field.name} has dtype {found}; expected {field.dtype}")
+        if array.ndim != 1 + len(field.trailing) or array.shape[1:] != field.trailing:
+            raise CacheFormatError(
+                f"{where}: {field.name} has shape {array.shape}; "
+                f"expected ({field.axis}, {', '.join(map(str, field.trailing))})"
+            )
+        length, first = lengths.setdefault(field.axis, (len(array), field.name))
+        if length != len(array):
+            raise CacheFormatError(
+                f"{where}: {field.name} has {len(array)} along its {field.axis} axis, {first} has {length}"
+            )
+    _check_lengths(record, lengths, where)
+
+
+def _check_lengths(record: Record, lengths: dict[str, tuple[int, str]], where: str) -> None:
+    samples, name = lengths.get("sample", (1, ""))
+    if samples != 1:
+        raise CacheFormatError(f"{where}: {name} has {samples} along its sample axis; expected 1")
+    if "entry" in lengths and "entry_count" in record:
+        found, name = lengths["entry"]
+        expected = int(record["entry_count"].sum(dtype=np.int64))
+        if found != expected:
+            raise CacheFormatError(f"{where}: {name} has {found} entries, but entry_count sums to {expected}")
+    if "pair" in lengths:
+        pairs, name = lengths["pair"]
+        visual = lengths["visual"][0] if "visual" in lengths else (int((8 * pairs + 1) ** 0.5) - 1) // 2
+        if pairs != visual * (visual + 1) // 2:
+            raise CacheFormatError(
+                f"{where}: {name} has {pairs} pairs, which is not N(N+1)/2 for N={visual} visual tokens"
+            )

@@ -1,0 +1,195 @@
+"""Sidecars: what one finished shard holds, ``shards/00000.json``.
+
+A shard exists if and only if its sidecar does; it is written last. So the work left is the plan minus the
+sidecars, whoever asks and however many processes share it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from common.documents import check_int, check_object, read_document, safe_path, write_document
+from common.errors import CacheFormatError, CacheMismatchError
+from common.hashing import checksum, file_digests, sha256_hex
+from common.plan import SHARDS, Plan
+from common.schema import FORMAT_VERSION
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+MAX_FILE_BYTES = 1 << 40
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileEntry:
+    """Size and digests of one file: xxh3_128 for speed, sha256 against tampering."""
+
+    size: int
+    xxh3_128: str
+    sha256: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON stored in sidecars and the manifest."""
+        return {"bytes": self.size, "xxh3_128": self.xxh3_128, "sha256": self.sha256}
+
+    @classmethod
+    def from_dict(cls, data: Any, where: str) -> FileEntry:
+        """Read what ``to_dict`` wrote.
+
+        Raises:
+            CacheFormatError: If a key is missing or unknown, or of the wrong kind.
+        """
+        values = check_object(data, {"bytes": int, "xxh3_128": str, "sha256": str}, where)
+        check_int(values["bytes"], "bytes", 0, MAX_FILE_BYTES, where)
+        return cls(size=values["bytes"], xxh3_128=values["xxh3_128"], sha256=values["sha256"])
+
+    @classmethod
+    def of(cls, path: Path) -> FileEntry:
+        """Read a file and describe it."""
+        fast, safe, size = file_digests(path)
+        return cls(size=size, xxh3_128=fast, sha256=safe)
+
+    @classmethod
+    def of_bytes(cls, data: bytes) -> FileEntry:
+        """Describe bytes in memory."""
+        return cls(size=len(data), xxh3_128=checksum(data), sha256=sha256_hex(data))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardSidecar:
+    """What a finished shard holds. ``shards/00000.json``, written last.
+
+    Attributes:
+        index: Of the shard.
+        sample_ids: Of the records, in the order they are stored.
+        rows: Supervised rows of all records.
+        field_bytes: Decoded bytes by field; the same in both stores.
+        files: Every file of the shard by path relative to the cache.
+        failed: ``(sample_id, reason)`` of each sample that could not be read.
+    """
+
+    index: int
+    sample_ids: tuple[str, ...]
+    rows: int
+    field_bytes: dict[str, int]
+    files: dict[str, FileEntry]
+    failed: tuple[tuple[str, str], ...] = ()
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the shard's files."""
+        return sum(entry.size for entry in self.files.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON of the sidecar."""
+        return {
+            "format_version": self.format_version,
+            "index": self.index,
+            "samples": len(self.sample_ids),
+            "sample_ids": list(self.sample_ids),
+            "rows": self.rows,
+            "field_bytes": self.field_bytes,
+            "files": {name: entry.to_dict() for name, entry in self.files.items()},
+            "failed": [{"sample_id": name, "reason": reason} for name, reason in self.failed],
+        }
+
+    @classmethod
+    def from_dict(cls, data: Any, where: str) -> ShardSidecar:
+        """Read what ``to_dict`` wrote; paths that leave the cache are refused.
+
+        Raises:
+            CacheFormatError: If it is not a sidecar, or from a newer format version.
+        """
+        kinds: dict[str, Any] = dict.fromkeys(("format_version", "index", "samples", "rows"), int)
+        kinds |= {"sample_ids": list, "field_bytes": dict, "files": dict, "failed": list}
+        values = check_object(data, kinds, where)
+        ids = values["sample_ids"]
+        if values["samples"] != len(ids) or not all(isinstance(name, str) and name for name in ids):
+            raise CacheFormatError(f"{where}: sample_ids do not fit samples={values['samples']}; damaged")
+        for name, size in values["field_bytes"].items():
+            check_int(size, f"field_bytes.{name}", 0, MAX_FILE_BYTES, where)
+        check_int(values["rows"], "rows", 0, MAX_FILE_BYTES, where)
+        failed = [check_object(f, {"sample_id": str, "reason": str}, where) for f in values["failed"]]
+        return cls(
+            index=values["index"],
+            sample_ids=tuple(ids),
+            rows=values["rows"],
+            field_bytes=values["field_bytes"],
+            files=read_files(values["files"], where),
+            failed=tuple((f["sample_id"], f["reason"]) for f in failed),
+            format_version=values["format_version"],
+        )
+
+
+def sidecar_path(cache_dir: Path, index: int) -> Path:
+    """Return where the sidecar of shard ``index`` lies."""
+    return cache_dir / SHARDS / f"{index:05d}.json"
+
+
+def write_sidecar(cache_dir: Path, sidecar: ShardSidecar) -> None:
+    """Write a shard's sidecar, atomically and create-only: from now on the shard exists.
+
+    Raises:
+        CacheMismatchError: If another process wrote a different sidecar for this shard.
+    """
+    path = sidecar_path(cache_dir, sidecar.index)
+    try:
+        write_document(path, sidecar.to_dict(), create_only=True)
+    except FileExistsError as error:
+        raise CacheMismatchError(
+            f"{path}: another process finished shard {sidecar.index} with other content; run one process a "
+            "shard, and delete the shard and its sidecar if you cannot tell which one is right"
+        ) from error
+
+
+def read_sidecar(cache_dir: Path, index: int) -> ShardSidecar:
+    """Read the sidecar of shard ``index``.
+
+    Raises:
+        FileNotFoundError: If the shard is not there.
+        CacheFormatError: If the sidecar is damaged or not this shard's.
+    """
+    path = sidecar_path(cache_dir, index)
+    sidecar = ShardSidecar.from_dict(read_document(path), str(path))
+    if sidecar.index != index:
+        raise CacheFormatError(f"{path}: says it is shard {sidecar.index}; the file was renamed or damaged")
+    return sidecar
+
+
+def missing_shards(cache_dir: Path, plan: Plan) -> list[int]:
+    """Return the shards without a sidecar: the work that is left."""
+    return [i for i in range(plan.shard_count) if not sidecar_path(cache_dir, i).is_file()]
+
+
+def read_files(data: Mapping[str, Any], where: str) -> dict[str, FileEntry]:
+    """Read a table of files whose paths stay inside the cache.
+
+    Raises:
+        CacheFormatError: As ``safe_path`` and ``FileEntry.from_dict``.
+    """
+    return {safe_path(name, where): FileEntry.from_dict(e, f"{where}: {name}") for name, e in data.items()}
+
+
+def check_sidecar(sidecar: ShardSidecar, plan: Plan, where: str) -> None:
+    """Refuse a sidecar whose counts, fields or files do not fit the plan.
+
+    Raises:
+        CacheFormatError: Naming what was expected and found.
+    """
+    expected = len(plan.shard_range(sidecar.index))
+    found = len(sidecar.sample_ids) + len(sidecar.failed)
+    if found != expected:
+        raise CacheFormatError(
+            f"{where}: {len(sidecar.sample_ids)} samples and {len(sidecar.failed)} failed; "
+            f"the plan has {expected}"
+        )
+    names = {f.name for f in plan.all_fields}
+    if sidecar.field_bytes.keys() != names:
+        raise CacheFormatError(f"{where}: fields {sorted(sidecar.field_bytes)}; the plan has {sorted(names)}")
+    stem = f"{SHARDS}/{sidecar.index:05d}."
+    for name in sidecar.files:
+        if not name.startswith(stem):
+            raise CacheFormatError(f"{where}: lists {name}, which is not a file of shard {sidecar.index}")

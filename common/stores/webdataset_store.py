@@ -1,0 +1,261 @@
+"""WebDataset: one tar per shard, one member ``KEY.safetensors.zst`` per sample, in the data set's order.
+
+A member is a zstd frame around a safetensors file with the record's arrays; its metadata holds the real
+sample id. KEY is the sample id with everything but letters, digits, ``_`` and ``-`` written as ``~xx``:
+WebDataset cuts a key at its first dot, and a slash would make a folder. Headers are plain ustar without
+time, owner or mode of their own, so equal records give equal tars.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tarfile
+from io import BytesIO
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numcodecs.zstd import Zstd
+from safetensors import SafetensorError
+from safetensors import numpy as safetensors_numpy
+
+from common.atomic import create_temporary, publish_file
+from common.errors import CacheFormatError
+from common.hashing import checksum, file_digests
+from common.plan import MAX_SHARD_SAMPLES
+from common.schema import Field, Record, check_record
+from common.stores.base import (
+    DAMAGE_ERRORS,
+    MAX_RECORD_BYTES,
+    ShardLedger,
+    refuse_conflict,
+    select_fields,
+    shard_path,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+    from pathlib import Path
+
+    from common.atomic import HeldLock
+
+EXTENSION = ".safetensors.zst"
+_ZSTD_LEVEL = 9
+_MAX_KEY = 80  # with the extension below the 100 bytes of a ustar name
+_PLAIN = re.compile(rb"[A-Za-z0-9_-]")
+_KEY = re.compile(r"[A-Za-z0-9_~-]+")
+_ESCAPED = re.compile(r"~([0-9a-f]{2})")
+
+
+def key_of(sample_id: str) -> str:
+    """Return a tar key for a sample id: no dots or slashes, unique, reversible unless it is long."""
+    key = "".join(chr(byte) if _PLAIN.match(bytes([byte])) else f"~{byte:02x}" for byte in sample_id.encode())
+    if len(key) <= _MAX_KEY:
+        return key
+    return f"{key[: _MAX_KEY - 34]}~h{checksum(sample_id.encode())}"  # "~h" cannot begin an escape
+
+
+def encode_member(sample_id: str, record: Record) -> bytes:
+    """Return the bytes of a tar member."""
+    arrays = {name: np.ascontiguousarray(array) for name, array in record.items()}
+    # One metadata key only: the order of several would not be fixed.
+    plain = safetensors_numpy.save(arrays, metadata={"sample_id": sample_id})
+    return bytes(Zstd(level=_ZSTD_LEVEL).encode(plain))
+
+
+def decode_member(data: bytes, where: str) -> tuple[str, Record]:
+    """Read what ``encode_member`` wrote, bounded before it allocates.
+
+    Raises:
+        CacheFormatError: If the bytes are damaged or declare more than ``MAX_RECORD_BYTES``.
+    """
+    size = _frame_content_bytes(data)
+    if size is None or size > MAX_RECORD_BYTES:
+        raise CacheFormatError(f"{where}: declares {size} bytes, above {MAX_RECORD_BYTES}, or is damaged")
+    try:
+        plain = bytes(Zstd().decode(data))
+        record = safetensors_numpy.load(plain)
+        header = json.loads(plain[8 : 8 + int.from_bytes(plain[:8], "little")])
+        sample_id = header["__metadata__"]["sample_id"]
+    except (*DAMAGE_ERRORS, SafetensorError) as error:
+        raise CacheFormatError(f"{where}: cannot be decoded ({error!r}); the shard is damaged") from error
+    return sample_id, {name: array.copy() for name, array in record.items()}
+
+
+def _frame_content_bytes(data: bytes) -> int | None:
+    """Return the decoded size that a zstd frame's header declares (RFC 8878, section 3.1.1.1)."""
+    if len(data) < 18 or data[:4] != b"\x28\xb5\x2f\xfd":
+        return None
+    descriptor = data[4]
+    single_segment = descriptor >> 5 & 1
+    start = 5 + (1 - single_segment) + (0, 1, 2, 4)[descriptor & 3]
+    width = (single_segment, 2, 4, 8)[descriptor >> 6]
+    if width == 0:
+        return None
+    return int.from_bytes(data[start : start + width], "little") + (256 if width == 2 else 0)
+
+
+class WebDatasetWriter:
+    """Streams records into a temporary tar and publishes ``shards/00000.tar`` on ``close``."""
+
+    suffix = "tar"
+
+    def __init__(self, cache_dir: Path, shard_index: int, fields: tuple[Field, ...]) -> None:
+        self.ledger = ShardLedger(cache_dir=cache_dir, index=shard_index, fields=fields)
+        self._final = shard_path(cache_dir, shard_index, self.suffix)
+        self._temporary: Path | None
+        self._lock: HeldLock | None
+        self._temporary, self._lock = create_temporary(self._final)
+        self._file = self._temporary.open("wb")
+        self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
+
+    def append(self, sample_id: str, record: Record) -> None:
+        """Add a record."""
+        self.ledger.accept(sample_id, record)
+        data = encode_member(sample_id, record)
+        member = tarfile.TarInfo(key_of(sample_id) + EXTENSION)  # mtime, uid, gid are 0, names empty
+        member.size = len(data)
+        member.mode = 0o644
+        self._tar.addfile(member, BytesIO(data))
+
+    def close(self) -> list[str]:
+        """Publish the shard.
+
+        Returns:
+            Its file relative to the cache.
+
+        Raises:
+            CacheMismatchError: If another process published the shard with other content.
+        """
+        if self._temporary is None:
+            raise ValueError(f"{self._final}: the writer is closed")
+        self._tar.close()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        try:
+            publish_file(self._temporary, self._final, create_only=True)
+        except FileExistsError:
+            if file_digests(self._temporary) != file_digests(self._final):
+                raise refuse_conflict(self._final) from None
+            self._temporary.unlink()
+        self._temporary = None
+        return [f"{self._final.parent.name}/{self._final.name}"]
+
+    def abort(self) -> None:
+        """Drop what is not published, and the lock."""
+        if self._temporary is not None:
+            self._file.close()
+            self._temporary.unlink(missing_ok=True)
+            self._temporary = None
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+
+class WebDatasetReader:
+    """Reads ``shards/00000.tar`` at random: the members' places are scanned once, on opening."""
+
+    def __init__(self, cache_dir: Path, shard_index: int, fields: tuple[Field, ...]) -> None:
+        self._path = shard_path(cache_dir, shard_index, WebDatasetWriter.suffix)
+        self._fields = fields
+        if not self._path.is_file() or self._path.is_symlink():
+            raise CacheFormatError(f"{self._path}: the shard is missing; run `teacher-cache build` again")
+        self._descriptor: int | None = os.open(self._path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            self._members = self._scan()
+            self.sample_ids = tuple(self._id_of(i) for i in range(len(self._members)))
+        except CacheFormatError:
+            self.close()
+            raise
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def read(self, position: int, names: Collection[str] | None = None) -> Record:
+        """Return one record, or the named fields of it, as arrays the caller owns.
+
+        Raises:
+            CacheFormatError: If the shard is damaged or has no such field.
+            IndexError: If there is no such position.
+        """
+        if not 0 <= position < len(self._members):
+            raise IndexError(f"{self._path}: no record {position}; there are {len(self._members)}")
+        where = f"{self._path}, sample {self.sample_ids[position]!r}"
+        sample_id, record = self._decode(position)
+        if sample_id != self.sample_ids[position]:
+            raise CacheFormatError(f"{where}: the member says it is {sample_id!r}; the shard is damaged")
+        check_record(record, self._fields, where)
+        return {field.name: record[field.name] for field in select_fields(self._fields, names, where)}
+
+    def check(self) -> None:
+        """Check the first record's fields, dtypes and shapes; the places were checked on opening."""
+        if self._members:
+            self.read(0)
+
+    def close(self) -> None:
+        """Close the tar."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def __del__(self) -> None:
+        if getattr(self, "_descriptor", None) is not None:
+            self.close()
+
+    def _scan(self) -> list[tuple[str, int, int]]:
+        """Return ``(key, offset, bytes)`` of each member; nothing is extracted."""
+        members: list[tuple[str, int, int]] = []
+        size, end = self._path.stat().st_size, 0
+        try:
+            with tarfile.open(self._path, mode="r:") as tar:
+                for member in tar:
+                    _check_member(member, size, len(members), self._path)
+                    members.append((member.name.removesuffix(EXTENSION), member.offset_data, member.size))
+                    end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+        except CacheFormatError:
+            raise
+        except (*DAMAGE_ERRORS, tarfile.TarError) as error:
+            raise CacheFormatError(f"{self._path}: not a readable tar ({error!r}); damaged") from error
+        mark = b"\0" * (2 * tarfile.BLOCKSIZE)
+        if self._pread(len(mark), end) != mark:  # tarfile takes a cut between members for the end
+            raise CacheFormatError(f"{self._path}: no end-of-archive mark after its records; truncated")
+        return members
+
+    def _id_of(self, position: int) -> str:
+        key = self._members[position][0]
+        if "~h" in key:  # a long id, of which the key holds only the beginning and a hash
+            return self._decode(position)[0]
+        try:
+            parts = re.split(r"(~[0-9a-f]{2})", key)
+            return b"".join(_unescape(part) for part in parts).decode()
+        except UnicodeDecodeError as error:
+            raise CacheFormatError(f"{self._path}: member {key!r} is not a sample's key") from error
+
+    def _decode(self, position: int) -> tuple[str, Record]:
+        key, offset, size = self._members[position]
+        return decode_member(self._pread(size, offset), f"{self._path}, member {key}")
+
+    def _pread(self, size: int, offset: int) -> bytes:
+        if self._descriptor is None:
+            raise ValueError(f"{self._path}: the reader is closed")
+        return os.pread(self._descriptor, size, offset)
+
+
+def _check_member(member: tarfile.TarInfo, tar_bytes: int, position: int, path: Path) -> None:
+    """Refuse a member that is not a plain file with a key of ours inside the tar."""
+    key = member.name.removesuffix(EXTENSION)
+    if (
+        member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE)
+        or key == member.name
+        or not _KEY.fullmatch(key)
+        or member.offset_data + member.size > tar_bytes
+        or position >= MAX_SHARD_SAMPLES
+    ):
+        raise CacheFormatError(f"{path}: member {member.name!r} is not a record of a cache, or is cut off")
+
+
+def _unescape(part: str) -> bytes:
+    escaped: Any = _ESCAPED.fullmatch(part)
+    return bytes([int(escaped[1], 16)]) if escaped else part.encode()

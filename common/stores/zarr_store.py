@@ -1,0 +1,273 @@
+"""Zarr v3: one group per shard, plain arrays, standard codecs; any Zarr reader in any language opens it.
+
+Each field F is one array, concatenated over the shard's samples along its first axis, and ``F_offsets``
+(i8, samples + 1) says where each sample begins. ``sample_ids`` is UTF-8 bytes with offsets likewise. An
+array is a single file (sharding codec) of 256 KiB chunks: bitshuffle packs the bits, zstd the rest.
+
+Writing goes through memory, so that only whole, fsynced files reach the disk. Reading decodes a field of a
+shard at once: training reads all records of a shard in a shuffled order, and per-record reads through
+zarr-python cost a millisecond each.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+import zarr
+from zarr.codecs import BloscCodec
+from zarr.core.buffer import default_buffer_prototype
+from zarr.core.sync import sync
+from zarr.storage import LocalStore, MemoryStore
+
+from common.atomic import create_temporary, json_bytes, publish_directory, remove, write_durably
+from common.errors import CacheFormatError
+from common.hashing import file_digests
+from common.manifest import walk_files
+from common.schema import FORMAT_VERSION, Field, Record
+from common.stores.base import (
+    DAMAGE_ERRORS,
+    MAX_FIELD_BYTES,
+    MAX_SAMPLE_ID_BYTES,
+    ShardLedger,
+    refuse_conflict,
+    select_fields,
+    shard_path,
+)
+from common.stores.zarr_metadata import CHUNK_BYTES, check_array_metadata, read_group_metadata
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+    from pathlib import Path
+
+    from common.atomic import HeldLock
+
+_IDS = "sample_ids"
+
+
+class ZarrWriter:
+    """Collects records in memory and writes ``shards/00000.zarr`` on ``close``."""
+
+    suffix = "zarr"
+
+    def __init__(self, cache_dir: Path, shard_index: int, fields: tuple[Field, ...]) -> None:
+        self.ledger = ShardLedger(cache_dir=cache_dir, index=shard_index, fields=fields)
+        self._parts: dict[str, list[np.ndarray]] = {f.name: [] for f in fields}
+        self._temporary: Path | None = None
+        self._lock: HeldLock | None = None
+
+    def append(self, sample_id: str, record: Record) -> None:
+        """Add a record; the arrays are copied."""
+        self.ledger.accept(sample_id, record)
+        for name, array in record.items():
+            self._parts[name].append(array.copy())
+
+    def close(self) -> list[str]:
+        """Publish the shard.
+
+        Returns:
+            Its files relative to the cache.
+
+        Raises:
+            CacheMismatchError: If another process published the shard with other content.
+        """
+        final = shard_path(self.ledger.cache_dir, self.ledger.index, self.suffix)
+        files = self._encode()
+        self._temporary, self._lock = create_temporary(final, directory=True)
+        for name, data in files.items():
+            path = self._temporary / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_durably(path, data)
+        try:
+            publish_directory(self._temporary, final)
+        except FileExistsError:
+            if _digests(self._temporary) != _digests(final):
+                raise refuse_conflict(final) from None
+            remove(self._temporary)
+        self._temporary = None
+        return [f"{final.parent.name}/{final.name}/{name}" for name in files]
+
+    def abort(self) -> None:
+        """Drop what is not published, and the lock."""
+        self._parts = {}
+        if self._temporary is not None:
+            remove(self._temporary)
+            self._temporary = None
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def _encode(self) -> dict[str, bytes]:
+        """Return the files of the group by name."""
+        store = MemoryStore()
+        samples = len(self.ledger.sample_ids)
+        attributes = {"format_version": FORMAT_VERSION, "samples": samples}
+        group = zarr.create_group(store, zarr_format=3, attributes=attributes)
+        for field in self.ledger.fields:
+            parts = self._parts[field.name]
+            _put(group, field.name, np.concatenate([field.empty(), *parts]), field.axis)
+            _put(group, f"{field.name}_offsets", _offsets([len(part) for part in parts]), "sample_bounds")
+        ids = [name.encode() for name in self.ledger.sample_ids]
+        _put(group, _IDS, np.frombuffer(b"".join(ids), dtype=np.uint8), "byte")
+        _put(group, f"{_IDS}_offsets", _offsets([len(name) for name in ids]), "sample_bounds")
+        return _dump(store)
+
+
+def _offsets(lengths: list[int]) -> np.ndarray:
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(np.array(lengths, dtype=np.int64))])
+
+
+def _put(group: zarr.Group, name: str, data: np.ndarray, axis: str) -> None:
+    row_bytes = max(1, math.prod(data.shape[1:]) * data.itemsize)
+    rows = max(1, min(CHUNK_BYTES // row_bytes, len(data)))
+    chunk = (rows, *data.shape[1:])
+    array = group.create_array(
+        name,
+        shape=data.shape,
+        dtype=data.dtype,
+        chunks=chunk,
+        shards=(max(1, -(-len(data) // rows)) * rows, *data.shape[1:]),
+        filters=None,
+        compressors=BloscCodec(cname="zstd", clevel=5, shuffle="bitshuffle", typesize=data.itemsize),
+        fill_value=0,
+        dimension_names=[axis, *([None] * (data.ndim - 1))],
+        # All-zero chunks too: otherwise a deleted file would read as zeros.
+        config={"write_empty_chunks": True},
+    )
+    if len(data):
+        array[...] = data
+
+
+def _dump(store: MemoryStore) -> dict[str, bytes]:
+    """Return a memory store's files, its metadata consolidated and in canonical JSON."""
+
+    async def collect() -> dict[str, bytes]:
+        prototype = default_buffer_prototype()
+        found = {}
+        async for key in store.list():
+            buffer = await store.get(key, prototype)
+            if buffer is not None:
+                found[key] = buffer.to_bytes()
+        return found
+
+    files = dict(sorted(sync(collect()).items()))
+    arrays = {
+        key.removesuffix("/zarr.json"): json.loads(data)
+        for key, data in files.items()
+        if key.endswith("/zarr.json")
+    }
+    # As zarr.consolidate_metadata writes it, which would warn that the v3 specification has no word on it.
+    root = json.loads(files["zarr.json"])
+    root["consolidated_metadata"] = {"kind": "inline", "must_understand": False, "metadata": arrays}
+    files["zarr.json"] = json_bytes(root)
+    for name, metadata in arrays.items():
+        files[f"{name}/zarr.json"] = json_bytes(metadata)
+    return files
+
+
+def _digests(root: Path) -> dict[str, tuple[str, str, int]]:
+    return {name: file_digests(root / name) for name in walk_files(root)}
+
+
+class ZarrReader:
+    """Reads ``shards/00000.zarr``; each field is decoded once, on its first use, and kept."""
+
+    def __init__(self, cache_dir: Path, shard_index: int, fields: tuple[Field, ...]) -> None:
+        self._path = shard_path(cache_dir, shard_index, ZarrWriter.suffix)
+        self._fields = fields
+        self._columns: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        self._lock = threading.Lock()
+        if not self._path.is_dir() or self._path.is_symlink():
+            raise CacheFormatError(f"{self._path}: the shard is missing; run `teacher-cache build` again")
+        walk_files(self._path)  # refuses links
+        self._samples, self._metadata = read_group_metadata(self._path)
+        self._group: zarr.Group | None = None
+        data, bounds = self._load(_IDS, "u1", (), MAX_SAMPLE_ID_BYTES * self._samples)
+        try:
+            ids = [bytes(data[a:b]).decode() for a, b in pairwise(bounds)]
+        except UnicodeDecodeError as error:
+            raise CacheFormatError(f"{self._path}: sample_ids are not UTF-8; damaged") from error
+        self.sample_ids = tuple(ids)
+
+    def __len__(self) -> int:
+        return self._samples
+
+    def read(self, position: int, names: Collection[str] | None = None) -> Record:
+        """Return one record, or the named fields of it, as arrays the caller owns.
+
+        Raises:
+            CacheFormatError: If the shard is damaged or has no such field.
+            IndexError: If there is no such position.
+        """
+        if not 0 <= position < self._samples:
+            raise IndexError(f"{self._path}: no record {position}; there are {self._samples}")
+        record = {}
+        for field in select_fields(self._fields, names, str(self._path)):
+            data, bounds = self._column(field)
+            record[field.name] = data[bounds[position] : bounds[position + 1]].copy()
+        return record
+
+    def check(self) -> None:
+        """Check dtypes, shapes and offsets of all fields; no values are decoded.
+
+        Raises:
+            CacheFormatError: Naming the array that does not fit.
+        """
+        for field in self._fields:
+            shape = self._shape(field.name, field.dtype, field.trailing, MAX_FIELD_BYTES)
+            self._bounds(field.name, shape[0])
+
+    def close(self) -> None:
+        """Release the decoded fields."""
+        self._columns = {}
+
+    def _column(self, field: Field) -> tuple[np.ndarray, np.ndarray]:
+        with self._lock:
+            if field.name not in self._columns:
+                self._columns[field.name] = self._load(
+                    field.name, field.dtype, field.trailing, MAX_FIELD_BYTES
+                )
+            return self._columns[field.name]
+
+    def _load(
+        self, name: str, dtype: str, trailing: tuple[int, ...], limit: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Decode one array and its offsets."""
+        bounds = self._bounds(name, self._shape(name, dtype, trailing, limit)[0])
+        return self._array(name, dtype, trailing, limit), bounds
+
+    def _bounds(self, name: str, length: int) -> np.ndarray:
+        """Return where each sample begins in an array of this length, and the end."""
+        bounds = self._array(f"{name}_offsets", "i8", (), (self._samples + 1) * 8)
+        if (
+            len(bounds) != self._samples + 1
+            or bounds[0] != 0
+            or bounds[-1] != length
+            or bool((np.diff(bounds) < 0).any())
+        ):
+            raise CacheFormatError(f"{self._path}: {name}_offsets do not fit {name}; the shard is damaged")
+        return bounds
+
+    def _shape(self, name: str, dtype: str, trailing: tuple[int, ...], limit: int) -> tuple[int, ...]:
+        return check_array_metadata(self._metadata, name, dtype, trailing, limit, self._path)
+
+    def _array(self, name: str, dtype: str, trailing: tuple[int, ...], limit: int) -> np.ndarray:
+        where = f"{self._path}/{name}"
+        shape = self._shape(name, dtype, trailing, limit)
+        if shape[0] and not (self._path / name / "c" / "/".join("0" * len(shape))).is_file():
+            # zarr would take a missing file for zeros
+            raise CacheFormatError(f"{where}: its data is missing; the shard is damaged")
+        try:
+            if self._group is None:
+                store = LocalStore(self._path, read_only=True)
+                self._group = zarr.open_group(store, mode="r", zarr_format=3, use_consolidated=True)
+            data = np.asarray(self._group[name][...])
+        except DAMAGE_ERRORS as error:
+            raise CacheFormatError(f"{where}: cannot be decoded ({error!r}); the shard is damaged") from error
+        if data.shape != shape or data.dtype != np.dtype("<" + dtype):
+            raise CacheFormatError(f"{where}: decodes to {data.dtype} {data.shape}; expected {dtype} {shape}")
+        return data

@@ -1,0 +1,182 @@
+"""Sequences of different lengths as one batch: right padding, and masks only where they are needed.
+
+Dims: B batch, T longest sequence, M images of the batch, R most supervised rows, N most visual tokens.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.errors import ConfigError
+from common.schema import IGNORE_INDEX
+from common.visual_tokens import Tile
+from data.encoding import EncodedSample
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Batch:
+    """What a model and its losses need of several samples.
+
+    Attributes:
+        sample_ids: B ids.
+        input_ids: int64 ``[B, T]``.
+        labels: int64 ``[B, T]``, shifted: the target of each row, or `IGNORE_INDEX`.
+        attention_mask: bool ``[B, T]``, True at tokens; or, if any sample is packed, bool
+            ``[B, 1, T, T]``, True where query (second to last) may see key (last), causality included.
+        position_ids: int64 ``[B, T]``.
+        visual_mask: bool ``[B, T]``.
+        pixel_values: float32 ``[M, 3, H, W]``, the images in order; None if no sample has one.
+        tiles: Tiles of each sample.
+        image_hashes: 16 bytes each.
+        lengths: Tokens of each sample without padding.
+    """
+
+    sample_ids: tuple[str, ...]
+    input_ids: Tensor
+    labels: Tensor
+    attention_mask: Tensor
+    position_ids: Tensor
+    visual_mask: Tensor
+    pixel_values: Tensor | None
+    tiles: tuple[tuple[Tile, ...], ...]
+    image_hashes: tuple[bytes, ...]
+    lengths: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.sample_ids)
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """Copy the tensors to a device."""
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device),
+            labels=self.labels.to(device),
+            attention_mask=self.attention_mask.to(device),
+            position_ids=self.position_ids.to(device),
+            visual_mask=self.visual_mask.to(device),
+            pixel_values=None if self.pixel_values is None else self.pixel_values.to(device),
+        )
+
+    def model_inputs(self) -> dict[str, Any]:
+        """Keyword arguments of the model; no ``pixel_values`` where there is no image."""
+        inputs: dict[str, Any] = {
+            "input_ids": self.input_ids,
+            "attention_mask": self.attention_mask,
+            "position_ids": self.position_ids,
+        }
+        if self.pixel_values is not None:
+            inputs["pixel_values"] = self.pixel_values
+        return inputs
+
+
+def collate(samples: Sequence[EncodedSample], pad_token_id: int) -> Batch:
+    """Pad samples on the right to the longest.
+
+    Args:
+        samples: At least one.
+        pad_token_id: Fills ``input_ids``; padding has position 0 and no label.
+
+    Raises:
+        ConfigError: ``samples`` is empty, or their pictures differ in size.
+    """
+    if not samples:
+        raise ConfigError("cannot collate 0 samples; a batch needs at least one")
+    lengths = [len(sample) for sample in samples]
+    shape = (len(samples), max(lengths))
+    input_ids = np.full(shape, pad_token_id, dtype=np.int64)
+    labels = np.full(shape, IGNORE_INDEX, dtype=np.int64)
+    position_ids = np.zeros(shape, dtype=np.int64)
+    visual_mask = np.zeros(shape, dtype=bool)
+    for row, (sample, length) in enumerate(zip(samples, lengths, strict=True)):
+        input_ids[row, :length] = sample.input_ids
+        labels[row, :length] = sample.labels
+        position_ids[row, :length] = sample.position_ids
+        visual_mask[row, :length] = sample.visual_mask
+    packed = any(sample.is_packed for sample in samples)
+    return Batch(
+        sample_ids=tuple(sample.sample_id for sample in samples),
+        input_ids=torch.from_numpy(input_ids),
+        labels=torch.from_numpy(labels),
+        attention_mask=_block_mask(samples, shape[1]) if packed else _padding_mask(lengths, shape[1]),
+        position_ids=torch.from_numpy(position_ids),
+        visual_mask=torch.from_numpy(visual_mask),
+        pixel_values=_stack_images(samples),
+        tiles=tuple(sample.tiles for sample in samples),
+        image_hashes=tuple(sample.image_hash for sample in samples),
+        lengths=tuple(lengths),
+    )
+
+
+def supervised_rows(batch: Batch) -> Tensor:
+    """Positions with a label, int64 ``[B, R]``, ascending, -1 behind each sample's last."""
+    return _positions(batch.labels != IGNORE_INDEX)
+
+
+def visual_keys(batch: Batch) -> Tensor:
+    """Positions of visual tokens, int64 ``[B, N]``, ascending, -1 behind each sample's last."""
+    return _positions(batch.visual_mask)
+
+
+def length_buckets(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Split the samples of one shard into batches of similar length, so that little is padding.
+
+    A function of the lengths alone: a resumed run forms the same batches, and so the same
+    floating-point sums, as an uninterrupted one.
+
+    Args:
+        lengths: Tokens per sample.
+        batch_size: Most samples in a batch, at least 1.
+
+    Returns:
+        Batches of indices into ``lengths``, longest first (memory runs out at once or never).
+
+    Raises:
+        ConfigError: ``batch_size`` is below 1.
+    """
+    if batch_size < 1:
+        raise ConfigError(f"batch_size must be at least 1 sample, got {batch_size}")
+    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def _padding_mask(lengths: list[int], longest: int) -> Tensor:
+    return torch.arange(longest)[None, :] < torch.tensor(lengths)[:, None]
+
+
+def _block_mask(samples: Sequence[EncodedSample], longest: int) -> Tensor:
+    """Causal, and blind between segments other than the shared prefix, bool ``[B, 1, T, T]``.
+
+    Padding rows see themselves and nothing else: a softmax over no key at all would be NaN.
+    """
+    mask = np.zeros((len(samples), 1, longest, longest), dtype=bool)
+    causal = np.tri(longest, dtype=bool)
+    for row, sample in enumerate(samples):
+        length, segments = len(sample), sample.segment_ids
+        visible = (segments[None, :] == 0) | (segments[None, :] == segments[:, None])
+        mask[row, 0, :length, :length] = visible & causal[:length, :length]
+    diagonal = np.arange(longest)
+    mask[:, :, diagonal, diagonal] = True
+    return torch.from_numpy(mask)
+
+
+def _stack_images(samples: Sequence[EncodedSample]) -> Tensor | None:
+    images = [sample.pixel_values for sample in samples if sample.pixel_values is not None]
+    if not images:
+        return None
+    shapes = {image.shape for image in images}
+    if len(shapes) > 1:
+        raise ConfigError(f"pictures of one batch differ in size: {sorted(shapes)}; use one image encoder")
+    return torch.from_numpy(np.stack(images))
+
+
+def _positions(mask: Tensor) -> Tensor:
+    """Column indices of True, in order, padded with -1 to the fullest row."""
+    counts = mask.sum(dim=1)
+    width = int(counts.max())
+    # A stable sort of "not set" brings the set columns to the front without changing their order.
+    order = torch.sort((~mask).to(torch.uint8), dim=1, stable=True).indices[:, :width]
+    return torch.where(torch.arange(width, device=mask.device)[None, :] < counts[:, None], order, -1)

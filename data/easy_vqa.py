@@ -1,0 +1,113 @@
+"""easy-VQA: a small published benchmark that comes as a Python package.
+
+5,000 pictures of one coloured shape (64 x 64), about ten questions each and 13 possible answers. The
+questions about a picture do not depend on each other, so a picture is one sample whose turns are packed
+behind one image prefix.
+
+Source: Victor Zhou, "easy-VQA" (2019), https://github.com/vzhou842/easy-VQA, MIT licence.
+"""
+
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from common.errors import DataError
+from data.images import ImageFile
+from data.sample import EvaluationSet, Question, Sample, Turn, fingerprint_samples
+
+SPLITS = ("train", "validation", "test")
+VALIDATION_EVERY = 10  # each tenth picture of the package's train part is held out
+
+_SHAPES = frozenset({"circle", "rectangle", "triangle"})
+
+
+class EasyVqaDataset:
+    """One sample per picture, ids ``train-123`` and ``test-123`` after the package's files.
+
+    Args:
+        split: ``train``, ``validation`` (a tenth of the package's train part, not in ``train``) or ``test``.
+
+    Raises:
+        DataError: Unknown split, or the package is not installed.
+    """
+
+    def __init__(self, split: str = "train") -> None:
+        if split not in SPLITS:
+            raise DataError(f"easy-vqa has no split {split!r}; choose one of {list(SPLITS)}")
+        package = _import_package()
+        self.name = f"easy-vqa/{split}"
+        part = "test" if split == "test" else "train"
+        texts, answers, image_ids = getattr(package, f"get_{part}_questions")()
+        paths = getattr(package, f"get_{part}_image_paths")()
+        turns: dict[int, list[Turn]] = {}
+        for text, answer, image_id in zip(texts, answers, image_ids, strict=True):
+            turns.setdefault(image_id, []).append(Turn(question=text, answer=answer))
+        held_out = split == "validation"
+        self._samples = [
+            Sample(
+                sample_id=f"{part}-{image_id}",
+                images=(ImageFile(Path(paths[image_id])),),
+                turns=tuple(turns[image_id]),
+                independent_turns=True,
+            )
+            for image_id in sorted(turns)
+            if part == "test" or (image_id % VALIDATION_EVERY == VALIDATION_EVERY - 1) == held_out
+        ]
+        self.sample_ids: Sequence[str] = [sample.sample_id for sample in self._samples]
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, index: int) -> Sample:
+        """The sample at ``index``."""
+        return self._samples[index]
+
+    def fingerprint(self) -> str:
+        """Hash of ids and turns."""
+        return fingerprint_samples(self)
+
+
+def easy_vqa_evaluation(split: str = "test", limit: int | None = None) -> EvaluationSet:
+    """Every question of a split as an item; its kind is what is asked for.
+
+    Args:
+        split: ``train``, ``validation`` or ``test``.
+        limit: Most items; they are taken evenly over the pictures' order. None: all.
+
+    Raises:
+        DataError: Unknown split, or the package is not installed.
+    """
+    questions = []
+    dataset = EasyVqaDataset(split)
+    for index in range(len(dataset)):
+        sample = dataset[index]
+        for number, turn in enumerate(sample.turns):
+            questions.append(
+                Question(
+                    item_id=f"{sample.sample_id}-{number}",
+                    image=sample.images[0],
+                    question=turn.question,
+                    answer=turn.answer,
+                    kind=_kind(turn.answer),
+                )
+            )
+    if limit is not None and limit < len(questions):
+        questions = [questions[position * len(questions) // limit] for position in range(limit)]
+    return EvaluationSet(questions=tuple(questions))
+
+
+def _kind(answer: str) -> str:
+    if answer in ("yes", "no"):
+        return "yes/no"
+    return "shape" if answer in _SHAPES else "colour"
+
+
+def _import_package() -> Any:
+    try:
+        return import_module("easy_vqa")
+    except ImportError as error:
+        raise DataError(
+            "easy-vqa is a published benchmark in a package of its own, which is not installed; "
+            "pip install 'vlm-distill-cache[easy-vqa]'"
+        ) from error

@@ -1,0 +1,391 @@
+"""One sample in, one training sequence out: the only place where labels are shifted.
+
+**Position convention.** Row p holds the distribution that predicts token p + 1, so ``labels[p]`` is
+the token at p + 1 where that token belongs to an answer (its end token included), `IGNORE_INDEX`
+elsewhere. An answer of L tokens has exactly L supervised rows. Everything after this file relies on it.
+
+**Packing.** Independent conversations about one image share its prefix: the visual tokens are
+computed once, and a block-diagonal mask keeps the conversations apart (demo.md; 8 conversations cost
+about a quarter of 8 sequences). Each keeps exactly the tokens and positions it would have alone.
+
+Dims: T tokens of the sequence, N visual tokens, A supervised rows.
+"""
+
+import re
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from common.errors import ConfigError, SampleError
+from common.hashing import fingerprint
+from common.schema import IGNORE_INDEX
+from common.visual_tokens import Tile
+from data.image_encoder import ImageEncoder
+from data.images import HASH_BYTES, image_hash
+from data.sample import ImageSource, Sample, Turn
+from data.templates import IMAGE_MARKER, PromptTemplate, Rendered
+
+__all__ = ["EncodedSample", "ImageEncoder", "SampleEncoder", "build_prompt", "tokenizer_fingerprint"]
+
+_PROBE = "USER: What's in  it?\n(A) 3 RED cubes, 1024 px\tna\u00efve e\u0301t\u00e9 \u4e2d\u6587 \U0001f642 x_1 ASSISTANT: no"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class EncodedSample:
+    """One sequence ready to be collated; numpy, so that workers can hand it over cheaply.
+
+    Attributes:
+        sample_id: As in the data set.
+        input_ids: i8 ``[T]``; the image token's id at the N visual positions.
+        labels: i8 ``[T]``, ALREADY shifted: the target of row p, or `IGNORE_INDEX`.
+        visual_mask: bool ``[T]``, True at visual tokens.
+        position_ids: i8 ``[T]``; each packed conversation counts on from the shared prefix.
+        segment_ids: i8 ``[T]``; 0 = shared prefix, k = k-th independent conversation; all 0 if not packed.
+        pixel_values: f4 ``[3, H, W]``, None for a text-only sample.
+        tiles: The boxes of the visual tokens; empty for a text-only sample.
+        image_hash: 16 bytes, zeros for a text-only sample.
+    """
+
+    sample_id: str
+    input_ids: np.ndarray
+    labels: np.ndarray
+    visual_mask: np.ndarray
+    position_ids: np.ndarray
+    segment_ids: np.ndarray
+    pixel_values: np.ndarray | None
+    tiles: tuple[Tile, ...]
+    image_hash: bytes
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether conversations share a prefix, so that a causal mask alone is not enough."""
+        return bool(self.segment_ids[-1])
+
+    @property
+    def supervised_rows(self) -> np.ndarray:
+        """Positions with a label, i8 ``[A]``, ascending."""
+        return np.flatnonzero(self.labels != IGNORE_INDEX)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Tokens:
+    """One conversation: ids i8 ``[T]``, and which of them belong to an answer, bool ``[T]``."""
+
+    ids: np.ndarray
+    is_answer: np.ndarray
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SampleEncoder:
+    """Tokenizer, image encoder and template as one function from `Sample` to `EncodedSample`.
+
+    Attributes:
+        tokenizer: A fast tokenizer (character offsets locate the answers).
+        image_encoder: Pixels and boxes.
+        template: The prompt.
+        image_token_id: Id at visual positions. If it is an added token of the tokenizer, the text holds
+            that token and is tokenised whole, which gives the ids of the model library's LLaVA
+            processor; otherwise the text is split around the image, as original LLaVA code does.
+        max_length: Most tokens a sequence may have; longer ones are refused, never cut.
+
+    Raises:
+        ConfigError: The tokenizer is not a fast one, or ``max_length`` is too small for an image.
+    """
+
+    tokenizer: Any
+    image_encoder: ImageEncoder
+    template: PromptTemplate
+    image_token_id: int
+    max_length: int
+
+    def __post_init__(self) -> None:
+        if not getattr(self.tokenizer, "is_fast", False):
+            raise ConfigError(
+                f"{type(self.tokenizer).__name__} gives no character offsets, which locate the answers; "
+                "load the fast tokenizer (a folder with tokenizer.json)"
+            )
+        if self.max_length <= self.image_encoder.token_count:
+            raise ConfigError(
+                f"max_length={self.max_length} leaves no room for text beside "
+                f"{self.image_encoder.token_count} visual tokens; raise max_length"
+            )
+        if not self._knows_image and 0 <= self.image_token_id < self.tokenizer.vocab_size:
+            word = self.tokenizer.convert_ids_to_tokens(self.image_token_id)
+            raise ConfigError(
+                f"image_token_id={self.image_token_id} is the ordinary token {word!r} of the tokenizer; use "
+                "an added token, or an id outside its vocabulary"
+            )
+        # Bad news early: two turns show whether this template and tokenizer can mark answers at all.
+        probe = (Turn(question="a", answer="b"),) * (1 if self.template.drops_question else 2)
+        self.template.render(probe, self.tokenizer, has_image=True, image_token=self.image_token)
+
+    def with_grid(self, grid: tuple[int, int]) -> "SampleEncoder":
+        """The same text and pixels with another number of visual tokens (a student's)."""
+        return replace(self, image_encoder=self.image_encoder.with_grid(grid))
+
+    def __call__(self, sample: Sample, *, prompt_only: bool = False) -> EncodedSample:
+        """Encode one sample.
+
+        Args:
+            sample: At most one image, at least one turn.
+            prompt_only: Stop where the first answer would begin; there are no labels then.
+
+        Raises:
+            SampleError: Names the sample: unreadable image, empty answer, special token in the text,
+                several images, or more than ``max_length`` tokens.
+        """
+        try:
+            return self._encode(sample, prompt_only)
+        except SampleError as error:
+            raise SampleError(f"sample {sample.sample_id!r}: {error}") from error
+
+    @cached_property
+    def image_token(self) -> str:
+        """The text that stands for the image."""
+        return (
+            str(self.tokenizer.added_tokens_decoder[self.image_token_id])
+            if self._knows_image
+            else IMAGE_MARKER
+        )
+
+    @cached_property
+    def _knows_image(self) -> bool:
+        return self.image_token_id in self.tokenizer.added_tokens_decoder
+
+    @cached_property
+    def _leading_ids(self) -> np.ndarray:
+        """Ids the tokenizer puts in front of a text (``<s>``); a chat template writes them itself."""
+        if self.template.chat_template:
+            return np.zeros(0, dtype=np.int64)
+        bare = self.tokenizer("a", add_special_tokens=False)["input_ids"]
+        full = self.tokenizer("a", add_special_tokens=True)["input_ids"]
+        for start in range(len(full) - len(bare) + 1):
+            if full[start : start + len(bare)] == bare:
+                return np.array(full[:start], dtype=np.int64)
+        raise ConfigError("the tokenizer changes a text when it adds special tokens; it cannot be used")
+
+    @cached_property
+    def _reserved(self) -> re.Pattern[str]:
+        """Strings that would turn into special tokens inside a user's text."""
+        added = self.tokenizer.added_tokens_decoder.values()
+        words = {IMAGE_MARKER, self.image_token, *(str(token) for token in added if token.special)}
+        return re.compile("|".join(re.escape(word) for word in sorted(words, key=len, reverse=True)))
+
+    def _encode(self, sample: Sample, prompt_only: bool) -> EncodedSample:
+        self._check(sample)
+        pixels, tiles, digest = self._encode_image(sample.images)
+        packed = sample.independent_turns and len(sample.turns) > 1
+        conversations = [(turn,) for turn in sample.turns] if packed else [sample.turns]
+        has_image = bool(sample.images)
+        rendered = [
+            self.template.render(turns, self.tokenizer, has_image=has_image, image_token=self.image_token)
+            for turns in conversations
+        ]
+        if prompt_only:
+            start = rendered[0].answer_spans[0][0]
+            rendered = [Rendered(text=rendered[0].text[:start], answer_spans=())]
+        tokens = self._tokenize(rendered, sum(tile.token_count for tile in tiles))
+        return self._assemble(sample.sample_id, tokens, pixels, tiles, digest)
+
+    def _check(self, sample: Sample) -> None:
+        if len(sample.images) > 1:
+            raise SampleError(f"{len(sample.images)} images; one image per sample is supported")
+        if not sample.turns:
+            raise SampleError("no turns; a sample needs at least one answer")
+        for index, turn in enumerate(sample.turns):
+            if not turn.answer.strip():
+                raise SampleError(f"the answer of turn {index + 1} is empty; nothing could be learnt from it")
+            found = self._reserved.search(turn.question) or self._reserved.search(turn.answer)
+            if found:
+                raise SampleError(
+                    f"turn {index + 1} contains {found.group()!r}, which the tokenizer would read as a "
+                    "special token; remove it from the text (an image belongs in front of the first question)"
+                )
+
+    def _encode_image(
+        self, images: tuple[ImageSource, ...]
+    ) -> tuple[np.ndarray | None, tuple[Tile, ...], bytes]:
+        if not images:
+            return None, (), bytes(HASH_BYTES)
+        picture = images[0].load()
+        try:
+            pixels, tiles = self.image_encoder(picture)
+        except SampleError as error:
+            raise SampleError(f"image {images[0].name}: {error}") from error
+        return pixels, tiles, image_hash(picture)
+
+    def _tokenize(self, rendered: list[Rendered], visual_count: int) -> list[_Tokens]:
+        """Tokenise all conversations of a sample in one call, then open the image token out."""
+        texts = [conversation.text for conversation in rendered]
+        if visual_count and not self._knows_image:
+            pieces = self._offsets([piece for text in texts for piece in text.split(IMAGE_MARKER)])
+            ids_and_offsets = []
+            for text, before, after in zip(texts, pieces[0::2], pieces[1::2], strict=True):
+                at = text.index(IMAGE_MARKER)
+                marker = np.array([[at, at + len(IMAGE_MARKER)]])
+                offsets = np.concatenate([before[1], marker, after[1] + at + len(IMAGE_MARKER)])
+                ids_and_offsets.append(
+                    (np.concatenate([before[0], [self.image_token_id], after[0]]), offsets)
+                )
+        else:
+            ids_and_offsets = self._offsets(texts)
+        leading = len(self._leading_ids)
+        tokens = []
+        for (ids, offsets), conversation in zip(ids_and_offsets, rendered, strict=True):
+            is_answer = _inside(offsets, conversation.answer_spans)
+            if visual_count:
+                # Equal to writing the token N times: it is split off before the text is normalised.
+                repeats = np.where(ids == self.image_token_id, visual_count, 1)
+                ids, is_answer = np.repeat(ids, repeats), np.repeat(is_answer, repeats)
+            if leading:
+                ids = np.concatenate([self._leading_ids, ids])
+                is_answer = np.concatenate([np.zeros(leading, dtype=bool), is_answer])
+            tokens.append(_Tokens(ids=ids, is_answer=is_answer))
+        return tokens
+
+    def _offsets(self, texts: list[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Ids i8 ``[T]`` and character ranges i8 ``[T, 2]`` of each text, without special tokens."""
+        encoded = self.tokenizer(
+            texts,
+            add_special_tokens=False,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+        )
+        return [
+            (np.array(ids, dtype=np.int64), np.array(offsets, dtype=np.int64).reshape(-1, 2))
+            for ids, offsets in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+        ]
+
+    def _assemble(
+        self,
+        sample_id: str,
+        tokens: list[_Tokens],
+        pixels: np.ndarray | None,
+        tiles: tuple[Tile, ...],
+        digest: bytes,
+    ) -> EncodedSample:
+        shared = _shared_length(tokens) if len(tokens) > 1 else 0
+        pieces = [conversation.ids[shared:] for conversation in tokens]
+        lengths = [len(piece) for piece in pieces]
+        total = shared + sum(lengths)
+        visual_count = sum(tile.token_count for tile in tiles)
+        if total > self.max_length:
+            raise SampleError(
+                f"{total} tokens ({visual_count} visual, {total - visual_count} of text) exceed "
+                f"max_length={self.max_length}; raise max_length or leave the sample out (nothing is cut, "
+                "because the cut could fall inside an answer)"
+            )
+        labels = [_shift(conversation) for conversation in tokens]
+        input_ids = np.concatenate([tokens[0].ids[:shared], *pieces])
+        visual_mask = input_ids == self.image_token_id
+        if int(visual_mask.sum()) != visual_count:
+            raise SampleError(
+                f"the prompt holds {int(visual_mask.sum())} visual tokens, expected {visual_count}; packed "
+                "conversations must share everything up to the first question's text, so use a template with "
+                "text between image and answer"
+            )
+        return EncodedSample(
+            sample_id=sample_id,
+            input_ids=input_ids,
+            labels=np.concatenate([labels[0][:shared], *(row[shared:] for row in labels)]),
+            visual_mask=visual_mask,
+            position_ids=np.concatenate(
+                [np.arange(shared), *(np.arange(shared, shared + length) for length in lengths)]
+            ),
+            segment_ids=np.repeat(
+                np.arange(len(tokens) + 1) if len(tokens) > 1 else np.zeros(2, np.int64), [shared, *lengths]
+            ),
+            pixel_values=pixels,
+            tiles=tiles,
+            image_hash=digest,
+        )
+
+
+def _inside(offsets: np.ndarray, spans: tuple[tuple[int, int], ...]) -> np.ndarray:
+    """Which tokens share a character with a span, bool ``[T]``.
+
+    A token that straddles the span's start (a blank glued to the answer's first word) belongs to it.
+    Tokens without characters (a lone blank, trimmed away) belong to the span they lie in.
+    """
+    starts, ends = offsets[:, 0], offsets[:, 1]
+    is_answer = np.zeros(len(offsets), dtype=bool)
+    for start, end in spans:
+        inside = (starts < end) & ((ends > start) | ((starts == ends) & (starts >= start)))
+        if not inside.any():
+            raise SampleError(
+                f"an answer ({end - start} characters) has no tokens; the tokenizer drops its text"
+            )
+        is_answer |= inside
+    return is_answer
+
+
+def _shift(tokens: _Tokens) -> np.ndarray:
+    """Labels of one conversation: row p gets token p + 1 if that is an answer's, i8 ``[T]``."""
+    if tokens.is_answer[0]:
+        raise SampleError("the answer begins with the first token, which no row predicts; add a question")
+    labels = np.full(len(tokens.ids), IGNORE_INDEX, dtype=np.int64)
+    labels[:-1] = np.where(tokens.is_answer[1:], tokens.ids[1:], IGNORE_INDEX)
+    return labels
+
+
+def _shared_length(conversations: list[_Tokens]) -> int:
+    """Length of the prefix all conversations can share.
+
+    It ends before the first supervised row of any of them: that row's label differs between
+    conversations, so it cannot be shared even where its token is.
+    """
+    first = conversations[0].ids
+    shared = len(first)
+    for conversation in conversations:
+        first_row = int(np.argmax(conversation.is_answer)) - 1
+        length = max(min(shared, len(conversation.ids), first_row), 0)
+        differs = np.flatnonzero(first[:length] != conversation.ids[:length])
+        shared = int(differs[0]) if len(differs) else length
+    return shared
+
+
+def build_prompt(encoder: SampleEncoder, image: ImageSource | None, question: str) -> EncodedSample:
+    """Encode a question up to where the answer would begin, for generation.
+
+    Args:
+        encoder: As used for training: the tokens are those in front of a trained answer.
+        image: None for a text-only prompt.
+        question: May be empty (a caption is asked for).
+
+    Returns:
+        A sequence without labels.
+
+    Raises:
+        SampleError: The image or the text cannot be used.
+    """
+    sample = Sample(
+        sample_id="prompt",
+        images=() if image is None else (image,),
+        turns=(Turn(question=question, answer="x"),),
+    )
+    return encoder(sample, prompt_only=True)
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """Hash what a tokenizer does to text, not how it is stored or how many rows a model has.
+
+    Its vocabulary without added tokens (LLaVA adds ``<image>`` and ``<pad>`` to the very tokenizer MobileVLM
+    uses, and no answer contains either), the end token, and the ids of a text that brings out blanks, case,
+    digits, accents, scripts and unknown characters. Files of one tokenizer written by different
+    versions of the library describe the same steps in different words, so those are not compared.
+    """
+    added = set(tokenizer.get_added_vocab())
+    vocabulary = {token: index for token, index in tokenizer.get_vocab().items() if token not in added}
+    return fingerprint(
+        {
+            "vocabulary": vocabulary,
+            "eos_token_id": tokenizer.eos_token_id,
+            "probe": tokenizer(_PROBE)["input_ids"],
+        }
+    )

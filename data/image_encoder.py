@@ -1,0 +1,215 @@
+"""From a picture to pixel values, and to the tile that says which part of it each visual token sees.
+
+Model families differ in how they make a rectangle square: squash it (``square``), pad it with the
+mean colour (``pad``: LLaVA-1.5, MobileVLM) or scale the short edge and cut the middle out (``crop``:
+CLIP). Attention maps of two models can only be compared if each token knows its box on the
+*original* picture, so pixels and boxes are computed side by side from the same numbers.
+"""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Literal, cast
+
+import numpy as np
+import PIL.Image
+
+from common.errors import ConfigError, SampleError
+from common.visual_tokens import Tile
+from data.images import MAX_PIXELS
+
+Layout = Literal["square", "pad", "crop"]
+
+# What decides the pixels; everything else a processor stores (its class, its version) does not.
+_PIXEL_KEYS = (
+    "do_resize",
+    "size",
+    "resample",
+    "do_center_crop",
+    "crop_size",
+    "do_rescale",
+    "rescale_factor",
+    "do_normalize",
+    "image_mean",
+    "image_std",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageEncoder:
+    """A model library's image processor together with the geometry it implies.
+
+    Attributes:
+        processor: A *PIL* image processor (``CLIPImageProcessorPil`` and its like; torchvision is
+            not needed). Its own padding is switched off: padding is done here, as LLaVA does it.
+        layout: How a rectangle becomes the model's square.
+        grid: Rows and columns of visual tokens the language model receives.
+        patch_size: Pixels per patch, where patches do not fill the input exactly (SigLIP: 27 x 14
+            = 378 of 384 pixels; the rest is seen by no token). None: they fill it.
+
+    Raises:
+        ConfigError: The processor cannot give one fixed size in this layout, or the grid is empty.
+    """
+
+    processor: Any
+    layout: Layout
+    grid: tuple[int, int]
+    patch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if min(self.grid) < 1:
+            raise ConfigError(f"grid must hold at least 1 x 1 visual tokens, got {self.grid}")
+        size, settings = _plain(self._settings["size"]), self._settings
+        exact = {"height", "width"} <= size.keys()
+        edge = size.keys() == {"shortest_edge"}
+        crops = bool(settings["do_center_crop"])
+        same = exact and _plain(settings["crop_size"]) == size
+        fits = {
+            "square": exact and (not crops or same),
+            "pad": exact or edge,
+            "crop": (exact or edge) and crops,
+        }
+        if self.layout not in fits:
+            raise ConfigError(f"layout must be one of {sorted(fits)}, got {self.layout!r}")
+        if not settings["do_resize"] or not fits[self.layout]:
+            raise ConfigError(
+                f"image processor {type(self.processor).__name__} with size={size}, do_resize="
+                f"{settings['do_resize']}, do_center_crop={crops} does not give a fixed size in layout "
+                f"{self.layout!r}; 'square' needs height and width, 'crop' a centre crop, 'pad' either size"
+            )
+
+    @classmethod
+    def from_processor(
+        cls, processor: Any, grid: tuple[int, int], *, patch_size: int | None = None
+    ) -> "ImageEncoder":
+        """Read the layout off a processor's settings.
+
+        Note that original LLaVA-1.5 and MobileVLM checkpoints store a CLIP processor with a centre
+        crop and pad in their own code: pass ``layout="pad"`` yourself for those.
+
+        Args:
+            processor: A PIL image processor.
+            grid: Rows and columns of visual tokens.
+            patch_size: See the class.
+
+        Raises:
+            ConfigError: No layout fits the settings.
+        """
+        settings = processor.to_dict()
+        layout: Layout = "square"
+        # Only LLaVA's processor means "to a square" by do_pad; others pad a batch to one size.
+        if settings.get("do_pad") and hasattr(processor, "pad_to_square"):
+            layout = "pad"
+        elif settings.get("do_center_crop") and _plain(settings["size"]) != _plain(settings["crop_size"]):
+            layout = "crop"
+        return cls(processor=processor, layout=layout, grid=grid, patch_size=patch_size)
+
+    def with_grid(self, grid: tuple[int, int]) -> "ImageEncoder":
+        """The same pixels seen through another number of visual tokens."""
+        return replace(self, grid=grid)
+
+    @property
+    def token_count(self) -> int:
+        """Visual tokens per image."""
+        return self.grid[0] * self.grid[1]
+
+    def to_dict(self) -> dict[str, Any]:
+        """What decides pixels and boxes, as plain JSON for a fingerprint."""
+        return {
+            "layout": self.layout,
+            "grid": list(self.grid),
+            "patch_size": self.patch_size,
+            "processor": {key: _jsonable(self._settings[key]) for key in _PIXEL_KEYS},
+        }
+
+    def __call__(self, image: PIL.Image.Image) -> tuple[np.ndarray, tuple[Tile, ...]]:
+        """Turn one picture into model input.
+
+        Args:
+            image: RGB.
+
+        Returns:
+            Pixel values, f4 ``[3, H, W]``, and the tiles of its visual tokens (one).
+
+        Raises:
+            SampleError: The sides differ so much that the intermediate picture would not fit in memory.
+        """
+        (canvas_w, canvas_h), (resized_w, resized_h), (out_w, out_h) = self._sizes(*image.size)
+        if max(canvas_w * canvas_h, resized_w * resized_h) > MAX_PIXELS:
+            raise SampleError(
+                f"an image of {image.size[0]} x {image.size[1]} pixels would become "
+                f"{max(canvas_w, resized_w)} x {max(canvas_h, resized_h)} in layout {self.layout!r}, "
+                f"more than the {MAX_PIXELS} pixels allowed; crop it first"
+            )
+        region = self._region(image.size)
+        if (canvas_w, canvas_h) != image.size:
+            image = _paste_on_square(image, canvas_w, self._background)
+        values = self.processor(image, do_pad=False)["pixel_values"][0]
+        pixels = np.ascontiguousarray(values, dtype=np.float32)
+        if pixels.shape != (3, out_h, out_w):
+            raise ConfigError(
+                f"image processor {type(self.processor).__name__} gave {pixels.shape}, expected "
+                f"(3, {out_h}, {out_w}) from its settings; layout {self.layout!r} does not describe it"
+            )
+        return pixels, (Tile(rows=self.grid[0], cols=self.grid[1], region=region),)
+
+    @cached_property
+    def _settings(self) -> dict[str, Any]:
+        stored = self.processor.to_dict()
+        return {key: stored.get(key) for key in _PIXEL_KEYS}
+
+    @cached_property
+    def _background(self) -> tuple[int, int, int]:
+        # int(), not round(): LLaVA's expand2square truncates, and one grey level is visible in a hash.
+        mean = self._settings["image_mean"] or (0.0, 0.0, 0.0)
+        return cast("tuple[int, int, int]", tuple(int(channel * 255) for channel in mean))
+
+    def _sizes(self, width: int, height: int) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
+        """(width, height) of the padded picture, after resizing, and after cropping."""
+        canvas = (max(width, height),) * 2 if self.layout == "pad" else (width, height)
+        size = _plain(self._settings["size"])
+        if "height" in size:
+            resized = (size["width"], size["height"])
+        else:
+            # Integer arithmetic of the model library: the long edge is truncated, not rounded.
+            edge, short, long = size["shortest_edge"], min(canvas), max(canvas)
+            scaled = int(edge * long / short)
+            resized = (edge, scaled) if canvas[0] <= canvas[1] else (scaled, edge)
+        if not self._settings["do_center_crop"]:
+            return canvas, resized, resized
+        crop = _plain(self._settings["crop_size"])
+        return canvas, resized, (crop["width"], crop["height"])
+
+    def _region(self, size: tuple[int, int]) -> tuple[float, float, float, float]:
+        """Part of the original picture that the visual tokens cover, in units of its sides."""
+        canvas, resized, out = self._sizes(*size)
+        low, high = [], []
+        for axis in (0, 1):
+            offset = (resized[axis] - out[axis]) // 2  # of the crop; negative where it adds a border
+            covered = out[axis] // self.patch_size * self.patch_size if self.patch_size else out[axis]
+            scale = canvas[axis] / resized[axis]  # pixels of the padded picture per resized pixel
+            padding = (canvas[axis] - size[axis]) // 2
+            low.append((offset * scale - padding) / size[axis])
+            high.append(((offset + covered) * scale - padding) / size[axis])
+        return (low[0], low[1], high[0], high[1])
+
+
+def _paste_on_square(image: PIL.Image.Image, side: int, background: tuple[int, int, int]) -> PIL.Image.Image:
+    """LLaVA's expand2square: centred, the odd pixel at the far side."""
+    square = PIL.Image.new("RGB", (side, side), background)
+    square.paste(image, ((side - image.size[0]) // 2, (side - image.size[1]) // 2))
+    return square
+
+
+def _plain(size: Any) -> dict[str, int]:
+    """A processor's size as a plain dict without its unset entries."""
+    return {key: int(value) for key, value in dict(size or {}).items() if value is not None}
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, tuple | list):
+        return [float(item) for item in value]
+    if isinstance(value, bool | float | str) or value is None:
+        return value
+    if isinstance(value, int):  # an enum of resampling filters is an int too
+        return int(value)
+    return _plain(value)

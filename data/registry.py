@@ -1,0 +1,208 @@
+"""From what a user writes as ``DATA=`` to a data set.
+
+| written | read by |
+|---|---|
+| ``shapes``, ``shapes:images=1500,seed=0`` | `data.shapes`, drawn in code |
+| ``easy-vqa`` | `data.easy_vqa` |
+| ``FILE.json`` | `data.llava` |
+| ``FILE.jsonl`` | `data.messages` |
+| a folder of ``datasets.save_to_disk``, or one holding exactly one such folder | `data.hf` |
+| ``FILE.tar``, ``{000..099}.tar``, ``*.tar``, a folder of tars | `data.webdataset` |
+
+A user's files have no splits (but a `datasets` folder may): whatever split is asked for, all of the file is
+meant, and evaluation uses the file it is given. Hold data out by keeping it in another file.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from common.errors import DataError
+from data.easy_vqa import EasyVqaDataset, easy_vqa_evaluation
+from data.hf import HuggingFaceDataset, is_saved_dataset
+from data.llava import LlavaDataset
+from data.messages import MessagesDataset
+from data.sample import Dataset, EvaluationSet, Question, Sample, fingerprint_samples, iterate_readable
+from data.webdataset import WebDataset
+
+SHAPES_IMAGES = 1500
+SHAPES_ITEMS = 600  # evaluation items where no limit is given
+SHORT_ANSWER_WORDS = 5
+FORMS = (
+    "shapes, easy-vqa, FILE.json (LLaVA), FILE.jsonl (messages), a folder of datasets.save_to_disk, or tars"
+)
+
+_Options = dict[str, str]
+
+
+class FirstSamples:
+    """The first ``count`` samples of a data set."""
+
+    def __init__(self, dataset: Dataset, count: int) -> None:
+        self.name = f"{dataset.name}[:{count}]"
+        self._dataset = dataset
+        self.sample_ids: Sequence[str] = dataset.sample_ids[:count]
+
+    def __len__(self) -> int:
+        return len(self.sample_ids)
+
+    def __getitem__(self, index: int) -> Sample:
+        """The sample at ``index``."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        return self._dataset[index % len(self)]
+
+    def fingerprint(self) -> str:
+        """Hash of ids and turns of these samples alone."""
+        return fingerprint_samples(self)
+
+
+def open_dataset(
+    spec: str, *, split: str = "train", images: Path | None = None, limit: int | None = None
+) -> Dataset:
+    """Open the data a user names.
+
+    Args:
+        spec: See the module's table; ``:ids=number`` behind a JSON or JSONL path numbers repeated ids.
+        split: ``train``, ``validation`` or ``test``; only named data sets and `datasets` folders have splits.
+        images: Folder that relative image paths start from; None: the folder of the file.
+        limit: Take the first samples only.
+
+    Raises:
+        DataError: Nothing can be read under that name; the message lists what can.
+    """
+    if limit is not None and limit < 1:
+        raise DataError(f"limit must be at least 1 sample, got {limit}")
+    name, options = _split_spec(spec)
+    dataset = _NAMED[name](split, options) if name in _NAMED else _open_path(name, split, images, options)
+    return dataset if limit is None or limit >= len(dataset) else FirstSamples(dataset, limit)
+
+
+def open_evaluation(
+    spec: str, split: str = "test", limit: int | None = None, *, images: Path | None = None
+) -> EvaluationSet:
+    """Open the evaluation items of the data a user names.
+
+    A user's file gives questions: turns of at most five answer words that can be asked alone, i.e. the
+    first turn of a conversation and every independent turn. Samples that cannot be read are passed over.
+
+    Args:
+        spec: As for `open_dataset`.
+        split: As for `open_dataset`.
+        limit: Most items (of each sort for ``shapes``).
+        images: As for `open_dataset`.
+
+    Raises:
+        DataError: As for `open_dataset`, or the data has no short answers.
+    """
+    if limit is not None and limit < 1:
+        raise DataError(f"limit must be at least 1 item, got {limit}")
+    name, options = _split_spec(spec)
+    if name == "easy-vqa":
+        _refuse_options(name, options, allowed=())
+        return easy_vqa_evaluation(split, limit)
+    if name == "shapes":
+        from data.shapes import shapes_evaluation  # drawing code, only needed here
+
+        _refuse_options(name, options, allowed=("images", "seed"))
+        return shapes_evaluation(split, limit or SHAPES_ITEMS, _integer(options, "seed", 0))
+    questions: list[Question] = []
+    for sample in iterate_readable(open_dataset(spec, split=split, images=images)):
+        questions += _short_questions(sample)
+        if limit is not None and len(questions) >= limit:
+            break
+    if not questions:
+        raise DataError(
+            f"{spec} has no question about an image with an answer of at most {SHORT_ANSWER_WORDS} words, so "
+            "exact match cannot be scored; evaluate on other data (EVAL_DATA or --data)"
+        )
+    return EvaluationSet(questions=tuple(questions[:limit]))
+
+
+def _short_questions(sample: Sample) -> list[Question]:
+    if len(sample.images) != 1:
+        return []
+    turns = sample.turns if sample.independent_turns else sample.turns[:1]
+    return [
+        Question(
+            item_id=f"{sample.sample_id}-{number}",
+            image=sample.images[0],
+            question=turn.question,
+            answer=turn.answer,
+            kind=_answer_kind(turn.answer),
+        )
+        for number, turn in enumerate(turns)
+        if turn.question and len(turn.answer.split()) <= SHORT_ANSWER_WORDS
+    ]
+
+
+def _answer_kind(answer: str) -> str:
+    """VQAv2's three answer types."""
+    word = answer.strip().rstrip(".").lower()
+    if word in ("yes", "no"):
+        return "yes/no"
+    return "number" if word.isdigit() else "other"
+
+
+def _open_shapes(split: str, options: _Options) -> Dataset:
+    from data.shapes import ShapesDataset  # drawing code, only needed here
+
+    _refuse_options("shapes", options, allowed=("images", "seed"))
+    dataset: Dataset = ShapesDataset(
+        split, _integer(options, "images", SHAPES_IMAGES), _integer(options, "seed", 0)
+    )
+    return dataset
+
+
+def _open_easy_vqa(split: str, options: _Options) -> Dataset:
+    _refuse_options("easy-vqa", options, allowed=())
+    return EasyVqaDataset(split)
+
+
+_NAMED: dict[str, Callable[[str, _Options], Dataset]] = {"shapes": _open_shapes, "easy-vqa": _open_easy_vqa}
+
+
+def _open_path(name: str, split: str, images: Path | None, options: _Options) -> Dataset:
+    path = Path(name)
+    if path.suffix in (".json", ".jsonl") and path.is_file():
+        _refuse_options(name, options, allowed=("ids",))
+        ids = options.get("ids", "unique")
+        if ids not in ("unique", "number"):
+            raise DataError(f"{name}: ids must be 'unique' or 'number', got {ids!r}")
+        reader = LlavaDataset if path.suffix == ".json" else MessagesDataset
+        return reader(path, images=images, ids=ids)
+    _refuse_options(name, options, allowed=())
+    if path.is_dir():
+        saved = [path] if is_saved_dataset(path) else sorted(p for p in path.iterdir() if is_saved_dataset(p))
+        if len(saved) == 1:
+            return HuggingFaceDataset(saved[0], split=split, images=images)
+        if len(saved) > 1:
+            raise DataError(f"{path} holds several data sets, name one: {', '.join(p.name for p in saved)}")
+        if not any(path.glob("*.tar")):
+            raise DataError(f"folder {path} holds no data set that can be read; expected {FORMS}")
+        return WebDataset(name)
+    if name.endswith(".tar"):
+        return WebDataset(name)
+    state = "is of an unknown kind" if path.exists() else "does not exist"
+    raise DataError(f"data {name!r} {state}; expected {FORMS}")
+
+
+def _split_spec(spec: str) -> tuple[str, _Options]:
+    """Split ``name:key=value,key=value``; a colon without a ``=`` behind it belongs to the path."""
+    name, colon, rest = spec.rpartition(":")
+    if not colon or "=" not in rest or "/" in rest or Path(spec).exists():
+        return spec, {}
+    pairs = [pair.partition("=") for pair in rest.split(",")]
+    return name, {key.strip(): value.strip() for key, _, value in pairs}
+
+
+def _refuse_options(name: str, options: _Options, *, allowed: tuple[str, ...]) -> None:
+    unknown = sorted(set(options) - set(allowed))
+    if unknown:
+        raise DataError(f"{name} has no option {', '.join(unknown)}; it has {', '.join(allowed) or 'none'}")
+
+
+def _integer(options: _Options, key: str, default: int) -> int:
+    value = options.get(key, str(default))
+    if not value.isdecimal():
+        raise DataError(f"option {key} must be a whole number of at least 0, got {value!r}")
+    return int(value)

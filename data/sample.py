@@ -1,0 +1,218 @@
+"""What a data set hands out: samples (an image and conversations about it) and evaluation items.
+
+Readers differ only in where the bytes lie. Everything behind them (templates, encoding, both
+stages) sees `Sample` and nothing else, so that a new format is one file here. Images stay closed
+until they are encoded: a list of 665k samples costs text, not pixels.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import PIL.Image
+import xxhash
+
+from common.errors import DataError, SampleError
+
+
+@runtime_checkable
+class ImageSource(Protocol):
+    """Where an image's bytes are; opened only when the sample is encoded."""
+
+    @property
+    def name(self) -> str:
+        """Path or description that error messages name."""
+        ...
+
+    def load(self) -> PIL.Image.Image:
+        """Decode to RGB with the EXIF orientation applied; `SampleError` if that fails."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turn:
+    """One question with its answer; an empty question makes the answer a caption."""
+
+    question: str
+    answer: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One unit of the cache: at most one image, and what is said about it.
+
+    Attributes:
+        sample_id: Unique within its data set; the cache is joined by it.
+        images: No image (text only) or one.
+        turns: At least one.
+        independent_turns: The turns are separate conversations about the same image. They are
+            packed behind one shared image prefix with a block-diagonal mask, so that none can
+            read another's answer.
+    """
+
+    sample_id: str
+    images: tuple[ImageSource, ...]
+    turns: tuple[Turn, ...]
+    independent_turns: bool = False
+
+
+class Dataset(Protocol):
+    """A finite, randomly accessible, picklable list of samples in a fixed order."""
+
+    @property
+    def name(self) -> str:
+        """What reports call this data set."""
+        ...
+
+    @property
+    def sample_ids(self) -> Sequence[str]:
+        """Unique ids in order; known without opening an image."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Sample:
+        """The sample at ``index``; `SampleError` if this one cannot be understood."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Hash of ids and turns; images are hashed one by one when they are encoded."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionPair:
+    """A two-caption item: which caption describes the image? ``kind`` groups the report's rows."""
+
+    item_id: str
+    image: ImageSource
+    right: str
+    wrong: str
+    kind: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """A short-answer item scored by exact match; ``kind`` groups the report's rows."""
+
+    item_id: str
+    image: ImageSource
+    question: str
+    answer: str
+    kind: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSet:
+    """Items held out from training; either part may be empty."""
+
+    pairs: tuple[CaptionPair, ...] = ()
+    questions: tuple[Question, ...] = ()
+
+
+def iterate_readable(dataset: Dataset) -> Iterator[Sample]:
+    """Yield the samples in order, passing over those that raise `SampleError`."""
+    for index in range(len(dataset)):
+        try:
+            sample = dataset[index]
+        except SampleError:
+            continue
+        yield sample
+
+
+def fingerprint_samples(dataset: Dataset) -> str:
+    """Hash ids and turns of every sample, in order; a sample that cannot be read counts by its id.
+
+    Streams, so that a large data set needs no second copy in memory. The image is left out on
+    purpose: moving an image folder must not invalidate a cache, and a changed picture is caught
+    by its own hash.
+
+    Returns:
+        xxh3_128 as 32 hexadecimal digits.
+    """
+    digest = xxhash.xxh3_128()
+    for index, sample_id in enumerate(dataset.sample_ids):
+        entry: list[object] = [sample_id]
+        try:
+            sample = dataset[index]
+        except SampleError:
+            entry.append("unreadable")
+        else:
+            entry += [len(sample.images), sample.independent_turns]
+            entry += [[turn.question, turn.answer] for turn in sample.turns]
+        digest.update(json.dumps(entry, ensure_ascii=True, separators=(",", ":")).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def derive_id(content: object) -> str:
+    """Make an id for an entry that has none: a hash of its JSON, stable when entries move.
+
+    Returns:
+        ``auto-`` and 16 hexadecimal digits.
+    """
+    text = json.dumps(content, sort_keys=True, ensure_ascii=True, separators=(",", ":"), default=str)
+    return f"auto-{xxhash.xxh3_64_hexdigest(text.encode())}"
+
+
+def number_repeats(ids: Iterable[str]) -> list[str]:
+    """Make ids unique by occurrence: ``a, b, a`` becomes ``a, b, a#2``."""
+    seen: Counter[str] = Counter()
+    unique = []
+    for sample_id in ids:
+        seen[sample_id] += 1
+        unique.append(sample_id if seen[sample_id] == 1 else f"{sample_id}#{seen[sample_id]}")
+    return unique
+
+
+def resolve_ids(entries: Iterable[tuple[object, object]], *, where: str, ids: str = "unique") -> list[str]:
+    """Turn the ids found in a file into unique strings.
+
+    Published LLaVA files repeat the image's id for each conversation about it, so numbering is
+    offered; it is not the default because a repeated id is more often a file concatenated twice.
+
+    Args:
+        entries: ``(id or None, content)`` in file order; the content makes an id where there is none.
+        where: File named in errors.
+        ids: ``unique`` refuses repeated ids, ``number`` appends ``#2``, ``#3`` to the repeats.
+
+    Returns:
+        One id per entry. Derived ids of equal entries are always numbered.
+
+    Raises:
+        DataError: An id is neither string nor integer, or is repeated (with ``unique``).
+    """
+    given: list[str | None] = []
+    derived: list[str] = []
+    for position, (raw, content) in enumerate(entries):
+        if raw is None or raw == "":
+            given.append(None)
+            derived.append(derive_id(content))
+        elif isinstance(raw, bool) or not isinstance(raw, str | int):
+            raise DataError(
+                f"{where}: entry {position} has an id of type {type(raw).__name__} ({raw!r}); "
+                "ids must be strings or integers, or be left out"
+            )
+        else:
+            given.append(str(raw))
+    fresh = iter(number_repeats(derived))
+    resolved = [next(fresh) if sample_id is None else sample_id for sample_id in given]
+    return number_repeats(resolved) if ids == "number" else refuse_repeats(resolved, where=where)
+
+
+def refuse_repeats(ids: list[str], *, where: str) -> list[str]:
+    """Return ``ids`` unchanged if no id occurs twice.
+
+    Raises:
+        DataError: Names up to five repeated ids and how to go on.
+    """
+    repeated = [sample_id for sample_id, count in Counter(ids).items() if count > 1]
+    if repeated:
+        shown = ", ".join(repr(sample_id) for sample_id in repeated[:5])
+        more = f" and {len(repeated) - 5} more" if len(repeated) > 5 else ""
+        raise DataError(
+            f"{where}: {len(repeated)} ids occur more than once: {shown}{more}; make the ids unique, "
+            "or let repeats be numbered by adding ':ids=number' to the path of a JSON or JSONL file"
+        )
+    return ids

@@ -1,0 +1,175 @@
+"""The built-in data set: drawn scenes with captions, questions and hard negatives.
+
+Nothing is stored: picture i of a split is a function of (split, seed, i) alone, drawn when it is
+asked for (more than 1,000 samples/s on one core). Splits use different generator keys, so they are
+disjoint. Each picture carries `TURNS` independent conversations: the trial found captions and
+"where is the red circle" turns beside the questions to be what makes a small model learn to look.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from common.errors import DataError
+from data.sample import CaptionPair, EvaluationSet, Question, Sample, Turn, fingerprint_samples
+from data.shapes_scene import SPLITS, Scene, draw_scene, sample_scene, scene_generator
+from data.shapes_text import (
+    CAPTION_QUESTIONS,
+    PAIR_KINDS,
+    QUESTION_KINDS,
+    list_caption,
+    location_question,
+    relation_caption,
+)
+
+TURNS = 8  # independent conversations a picture
+_SCENE, _PIXELS, _TEXT, _EVALUATION = 0, 1, 2, 3  # purposes of a picture's generators
+_ASKED = ("attribute", "attribute", "relation", "relation", "side", "count", "size", "yes_no")
+_SCENES_AHEAD = 50  # an evaluation looks at this many times the scenes it needs before it gives up
+
+
+@dataclass(frozen=True, kw_only=True)
+class SceneImage:
+    """An image source that draws its picture when loaded."""
+
+    split: str
+    seed: int
+    index: int
+
+    @property
+    def name(self) -> str:
+        """What errors and logs call this picture; also its sample_id."""
+        return f"shapes-{self.split}-s{self.seed}-{self.index:06d}"
+
+    def scene(self) -> Scene:
+        """Return the scene graph of this picture."""
+        return sample_scene(scene_generator(self.split, self.seed, self.index, _SCENE))
+
+    def array(self) -> np.ndarray:
+        """Draw the picture: RGB, uint8 ``[72, 72, 3]``."""
+        return draw_scene(self.scene(), scene_generator(self.split, self.seed, self.index, _PIXELS))
+
+    def load(self) -> Image.Image:
+        """Draw the picture as an RGB image of 72 x 72 pixels."""
+        return Image.fromarray(self.array(), "RGB")
+
+
+def scene_turns(scene: Scene, generator: np.random.Generator) -> tuple[Turn, ...]:
+    """Write the `TURNS` conversations of one picture.
+
+    Args:
+        scene: What is true.
+        generator: Source of randomness; consumed.
+
+    Returns:
+        Three captions (a list, two relations), one location, four questions of mixed kinds; no two alike.
+    """
+    turns: dict[tuple[str, str], Turn] = {}
+
+    def keep(question: str, answer: str) -> None:
+        turns.setdefault((question, answer), Turn(question=question, answer=answer))
+
+    def caption_question() -> str:
+        return CAPTION_QUESTIONS[int(generator.integers(len(CAPTION_QUESTIONS)))]
+
+    keep(caption_question(), list_caption(scene, generator))
+    keep(caption_question(), relation_caption(scene, generator))
+    keep(caption_question(), relation_caption(scene, generator))
+    keep(*location_question(scene, generator))
+    while len(turns) < TURNS:
+        kind = _ASKED[int(generator.integers(len(_ASKED)))]
+        asked = QUESTION_KINDS[kind](scene, generator)
+        if asked is not None:
+            keep(*asked)
+    return tuple(turns.values())
+
+
+class ShapesDataset:
+    """Training samples drawn on demand.
+
+    Args:
+        split: ``train``, ``validation`` or ``test``.
+        images: Number of pictures, one sample each.
+        seed: Any non-negative integer; other seeds give other pictures.
+
+    Raises:
+        DataError: If the split is unknown or a number is negative.
+    """
+
+    def __init__(self, split: str, images: int, seed: int = 0) -> None:
+        _check(split, images, seed)
+        self.name = f"shapes:images={images},seed={seed}"
+        self.split, self.images, self.seed = split, images, seed
+
+    def __len__(self) -> int:
+        return self.images
+
+    def __getitem__(self, index: int) -> Sample:
+        if not 0 <= index < self.images:
+            raise IndexError(f"sample {index} of {self.name} ({self.split}): it has {self.images} samples")
+        image = SceneImage(split=self.split, seed=self.seed, index=index)
+        turns = scene_turns(image.scene(), scene_generator(self.split, self.seed, index, _TEXT))
+        return Sample(sample_id=image.name, images=(image,), turns=turns, independent_turns=True)
+
+    @property
+    def sample_ids(self) -> Sequence[str]:
+        """The ids in order; picture i has the same id whatever the number of images."""
+        return [
+            SceneImage(split=self.split, seed=self.seed, index=index).name for index in range(self.images)
+        ]
+
+    def fingerprint(self) -> str:
+        """Return the hash of all ids and texts (about 0.3 ms a sample)."""
+        return fingerprint_samples(self)
+
+
+def shapes_evaluation(split: str = "test", items: int = 300, seed: int = 0) -> EvaluationSet:
+    """Draw an evaluation: ``items`` caption pairs and ``items`` questions of every kind.
+
+    Args:
+        split: ``train``, ``validation`` or ``test``.
+        items: Number of pairs of each kind and of questions of each kind. A scene gives at most one of each.
+        seed: Any non-negative integer.
+
+    Returns:
+        Pairs of the seven kinds of SugarCrepe and questions of the kinds in `QUESTION_KINDS`, by kind.
+
+    Raises:
+        DataError: If the split is unknown or a number is negative.
+    """
+    _check(split, items, seed)
+    pairs: dict[str, list[CaptionPair]] = {kind: [] for kind in PAIR_KINDS}
+    questions: dict[str, list[Question]] = {kind: [] for kind in QUESTION_KINDS}
+    for index in range(items * _SCENES_AHEAD):
+        if all(len(found) == items for found in (*pairs.values(), *questions.values())):
+            break
+        image = SceneImage(split=split, seed=seed, index=index)
+        scene = image.scene()
+        generator = scene_generator(split, seed, index, _EVALUATION)
+        for kind, rule in PAIR_KINDS.items():
+            text = rule(scene, generator)
+            if text is not None and len(pairs[kind]) < items:
+                item_id = f"{image.name}-{kind}"
+                pairs[kind].append(
+                    CaptionPair(item_id=item_id, image=image, right=text[0], wrong=text[1], kind=kind)
+                )
+        for kind, rule in QUESTION_KINDS.items():
+            text = rule(scene, generator)
+            if text is not None and len(questions[kind]) < items:
+                item_id = f"{image.name}-{kind}"
+                questions[kind].append(
+                    Question(item_id=item_id, image=image, question=text[0], answer=text[1], kind=kind)
+                )
+    return EvaluationSet(
+        pairs=tuple(pair for found in pairs.values() for pair in found),
+        questions=tuple(question for found in questions.values() for question in found),
+    )
+
+
+def _check(split: str, count: int, seed: int) -> None:
+    if split not in SPLITS:
+        raise DataError(f"shapes has no split {split!r}; choose one of {', '.join(SPLITS)}")
+    if count < 0 or seed < 0:
+        raise DataError(f"shapes: images and seed must not be negative, got images={count}, seed={seed}")

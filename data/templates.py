@@ -1,0 +1,224 @@
+"""Prompt templates as data: how turns become the one string a model was trained on.
+
+A template also says *which characters are the answer*. The span begins with the blank after
+"ASSISTANT:", because a tokenizer glues that blank to the first word (or makes it a token of its own),
+and a prompt for generation ends before it: training and generation then agree on every token.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from common.errors import ConfigError, SampleError
+from data.sample import Turn
+
+IMAGE_MARKER = "<image>"
+
+_VICUNA_SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rendered:
+    """A conversation as text.
+
+    Attributes:
+        text: Holds the image token once, in front of the first question, if there is an image.
+        answer_spans: Character ranges ``[start, end)`` of the answers, end-of-answer token included.
+    """
+
+    text: str
+    answer_spans: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptTemplate:
+    """Everything that decides the text; its dict is stored in the cache and fingerprinted.
+
+    Attributes:
+        name: Key in `TEMPLATES`, or ``chat``.
+        system: Text in front of the first turn.
+        before_question: Text in front of each question (and of the image).
+        after_image: Text between image and first question.
+        before_answer: Text between question and the blank before the answer.
+        blank: Separator before the answer; part of the answer span.
+        answer_end: What ends an answer; None: the tokenizer's end-of-sequence token.
+        drops_question: The question is left out (captioning).
+        chat_template: Jinja source; if not empty it makes the text and the fields above are unused.
+    """
+
+    name: str
+    system: str = ""
+    before_question: str = "USER: "
+    after_image: str = "\n"
+    before_answer: str = " ASSISTANT:"
+    blank: str = " "
+    answer_end: str | None = None
+    drops_question: bool = False
+    chat_template: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The exact JSON stored in a cache's plan."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, stored: dict[str, Any]) -> "PromptTemplate":
+        """Inverse of `to_dict`.
+
+        Raises:
+            ConfigError: ``stored`` has unknown or missing fields.
+        """
+        try:
+            return cls(**stored)
+        except TypeError as error:
+            raise ConfigError(f"stored prompt template cannot be read: {error}; got {stored}") from error
+
+    def render(
+        self,
+        turns: Sequence[Turn],
+        tokenizer: Any,
+        *,
+        has_image: bool,
+        image_token: str = IMAGE_MARKER,
+    ) -> Rendered:
+        """Write a conversation as text.
+
+        Args:
+            turns: At least one.
+            tokenizer: Gives the end-of-sequence token; the chat template is run by it.
+            has_image: Put the image in front of the first question.
+            image_token: How the image is written in the text.
+
+        Raises:
+            SampleError: A caption template is given a conversation of several turns.
+            ConfigError: The tokenizer lacks what the template needs.
+        """
+        if self.chat_template:
+            return _render_chat(turns, tokenizer, self.chat_template, image_token if has_image else "")
+        if self.drops_question and len(turns) > 1:
+            raise SampleError(
+                f"prompt template {self.name!r} holds one caption, got a conversation of {len(turns)} turns; "
+                "use another template for instruction data"
+            )
+        end = tokenizer.eos_token if self.answer_end is None else self.answer_end
+        if end is None:
+            raise ConfigError(
+                f"prompt template {self.name!r} ends answers with the tokenizer's end-of-sequence token, "
+                "but the tokenizer has none; set its eos_token"
+            )
+        text, spans = self.system, []
+        for index, turn in enumerate(turns):
+            text += self.before_question
+            if index == 0 and has_image:
+                text += image_token + self.after_image
+            text += "" if self.drops_question else turn.question.strip()
+            text += self.before_answer
+            start = len(text)
+            text += self.blank + turn.answer.strip() + end
+            spans.append((start, len(text)))
+        return Rendered(text=text, answer_spans=tuple(spans))
+
+
+TEMPLATES = {
+    # LLaVA-1.5, MobileVLM and CompoDistill; the last differs in its tokenizer's end token only.
+    "vicuna_v1": PromptTemplate(name="vicuna_v1", system=_VICUNA_SYSTEM + " "),
+    # LLaVA's caption pre-training: image, caption, line feed.
+    "plain": PromptTemplate(
+        name="plain",
+        before_question="",
+        after_image="",
+        before_answer="",
+        blank="",
+        answer_end="\n",
+        drops_question=True,
+    ),
+    # The built-in models: 35 tokens of system prompt would be most of their sequence.
+    "short": PromptTemplate(name="short"),
+}
+
+
+def get_template(name: str, tokenizer: Any = None) -> PromptTemplate:
+    """Look a template up; ``chat`` takes the tokenizer's own.
+
+    Args:
+        name: Key of `TEMPLATES`, or ``chat``.
+        tokenizer: Needed for ``chat`` only.
+
+    Raises:
+        ConfigError: Unknown name, or the tokenizer has no chat template.
+    """
+    if name in TEMPLATES:
+        return TEMPLATES[name]
+    if name != "chat":
+        raise ConfigError(f"unknown prompt template {name!r}; choose one of {[*TEMPLATES, 'chat']}")
+    source = getattr(tokenizer, "chat_template", None)
+    if not isinstance(source, str) or not source:
+        raise ConfigError(
+            f"prompt template 'chat' needs a tokenizer with one chat template, got {type(source).__name__}; "
+            f"set tokenizer.chat_template or choose one of {list(TEMPLATES)}"
+        )
+    return PromptTemplate(name="chat", chat_template=source)
+
+
+def _render_chat(turns: Sequence[Turn], tokenizer: Any, source: str, image_token: str) -> Rendered:
+    """Render turn by turn: what an answer adds to its prompt is the answer's span.
+
+    Templates that rewrite history (dropping earlier reasoning, numbering rounds) have no such spans;
+    they are refused rather than guessed at.
+    """
+    # Vision templates iterate over content parts, text-only ones concatenate strings.
+    takes_parts = "image" in source
+    messages: list[dict[str, Any]] = []
+    spans: list[tuple[int, int]] = []
+    text = ""
+    for index, turn in enumerate(turns):
+        shows_image = bool(image_token) and index == 0
+        question = turn.question.strip()
+        content: Any = question if not shows_image or takes_parts else f"{image_token}\n{question}"
+        if takes_parts:
+            image_part: list[dict[str, str]] = [{"type": "image"}] if shows_image else []
+            content = [*image_part, {"type": "text", "text": question}]
+        answer: Any = turn.answer.strip()
+        reply = [{"type": "text", "text": answer}] if takes_parts else answer
+        messages.append({"role": "user", "content": content})
+        prompt = _apply_chat(tokenizer, source, messages, add_generation_prompt=True)
+        messages.append({"role": "assistant", "content": reply})
+        full = _apply_chat(tokenizer, source, messages, add_generation_prompt=False)
+        if not prompt.startswith(text) or not full.startswith(prompt) or answer not in full[len(prompt) :]:
+            raise ConfigError(
+                f"the tokenizer's chat template does not grow turn by turn (at turn {index + 1}: the prompt "
+                f"ends {prompt[-40:]!r}, the conversation {full[-80:]!r}), so answers cannot be located; "
+                f"choose one of the templates {list(TEMPLATES)}"
+            )
+        # The line feed many templates put after the end-of-turn token is not generated.
+        spans.append((len(prompt), len(full.rstrip())))
+        text = full
+    if image_token and text.count(image_token) != 1:
+        raise ConfigError(
+            f"the tokenizer's chat template writes {image_token!r} {text.count(image_token)} times for one "
+            f"image; expected once; choose one of the templates {list(TEMPLATES)}"
+        )
+    return Rendered(text=text, answer_spans=tuple(spans))
+
+
+def _apply_chat(
+    tokenizer: Any, source: str, messages: list[dict[str, Any]], *, add_generation_prompt: bool
+) -> str:
+    from jinja2 import TemplateError
+
+    try:
+        return str(
+            tokenizer.apply_chat_template(
+                messages,
+                chat_template=source,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+            )
+        )
+    except TemplateError as error:
+        raise ConfigError(
+            f"the tokenizer's chat template fails on a plain conversation: {error}; "
+            f"choose one of the templates {list(TEMPLATES)}"
+        ) from error

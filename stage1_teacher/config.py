@@ -1,0 +1,78 @@
+"""What a cache is built from: one frozen dataclass, read from YAML and ``--set``."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from common.errors import ConfigError
+
+SIGNALS = ("logits", "answer_attention", "visual_columns", "visual_map")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildConfig:
+    """Options of ``teacher-cache build``; only the command line and ``extract()`` see this object.
+
+    Attributes:
+        data: Data set: ``shapes``, ``easy-vqa`` or a path (see ``data.registry.open_dataset``).
+        images: Image folder of a LLaVA JSON or messages JSONL; default: the file's own folder.
+        split: Split of a built-in data set.
+        limit: Use only the first samples; 0 means all.
+        teacher: Checkpoint directory; empty means the built-in teacher of a built-in data set.
+        cache: The cache folder to write.
+        store: Shard format.
+        signals: What to keep; see design.md, "Fields".
+        logits: Preset of the logit codec.
+        temperatures: Temperatures at which the tail mass is exact.
+        attention_dtype: ``u1`` (8-bit codes) or ``f4`` (exact) for attention signals.
+        grid: Side of the grid that answer attention is pooled to; 0 means the teacher's own grid, at most 12.
+        groups: Number of layer groups.
+        layers: Which teacher layers are kept: the published middle ones or all.
+        template: Prompt template; ``auto`` is ``short`` for built-in teachers, ``vicuna_v1`` otherwise.
+        max_length: Longest sequence in tokens; a longer sample is a recorded failure.
+        batch_size: Samples a forward pass. Part of the plan, because bytes depend on it.
+        shard_size: Samples a shard.
+        dtype: Computation dtype; ``auto`` is float32 on CPU and bfloat16 on CUDA.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        max_failed_share: Largest share of unreadable samples, in [0, 1].
+        fidelity_samples: Samples of the fidelity probe; 0 skips it.
+    """
+
+    data: str = "shapes"
+    images: str = ""
+    split: str = "train"
+    limit: int = 0
+    teacher: str = ""
+    cache: str = "build/cache/shapes-zarr"
+    store: Literal["zarr", "webdataset"] = "zarr"
+    signals: tuple[str, ...] = ("logits", "answer_attention")
+    logits: str = "default"
+    temperatures: tuple[float, ...] = (1.0, 2.0)
+    attention_dtype: Literal["u1", "f4"] = "u1"
+    grid: int = 0
+    groups: int = 1
+    layers: Literal["middle", "all"] = "middle"
+    template: str = "auto"
+    max_length: int = 2048
+    batch_size: int = 16
+    shard_size: int = 256
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: str = "auto"
+    max_failed_share: float = 0.01
+    fidelity_samples: int = 64
+
+    def __post_init__(self) -> None:
+        """Refuse values no build could use, naming the field."""
+        unknown = [name for name in self.signals if name not in SIGNALS]
+        if unknown or not self.signals:
+            raise ConfigError(f"signals: {unknown or 'none given'}; choose from {', '.join(SIGNALS)}")
+        if len(set(self.signals)) != len(self.signals):
+            raise ConfigError(f"signals: {self.signals} names one twice")
+        for name, low, high in (
+            ("limit", 0, 2**40), ("grid", 0, 64), ("groups", 1, 64), ("max_length", 8, 2**20),
+            ("batch_size", 1, 2**16), ("shard_size", 1, 2**20), ("fidelity_samples", 0, 2**20),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise ConfigError(f"{name}: expected {low}..{high}, got {value}")
+        if not 0.0 <= self.max_failed_share <= 1.0:
+            raise ConfigError(f"max_failed_share: expected a share in [0, 1], got {self.max_failed_share}")

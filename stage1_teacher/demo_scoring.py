@@ -1,0 +1,116 @@
+"""How good the built-in teacher is: likelihood of two captions, exact match of short answers.
+
+All items of one picture are packed behind its visual tokens, and teacher forcing replaces
+generation: greedy decoding gives exactly the right answer if and only if every answer token is the
+most likely one after the right tokens before it. 300 pictures take about 10 seconds on two cores.
+"""
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+from transformers import LlavaForConditionalGeneration
+
+from common.schema import IGNORE_INDEX
+from data.collate import collate
+from data.encoding import SampleEncoder
+from data.sample import CaptionPair, EvaluationSet, Question, Sample, Turn
+
+
+@torch.no_grad()
+def score_model(
+    model: LlavaForConditionalGeneration,
+    encoder: SampleEncoder,
+    items: EvaluationSet,
+    *,
+    caption_question: str = "",
+    batch_size: int = 16,
+    turns_per_sequence: int = 16,
+) -> dict[str, dict[str, Any]]:
+    """Score a model on an evaluation set.
+
+    Args:
+        model: Put in evaluation mode and back.
+        encoder: The one the model was trained with.
+        items: Caption pairs and questions.
+        caption_question: The question captions are scored behind.
+        batch_size: Sequences a forward pass.
+        turns_per_sequence: Conversations packed behind one picture at most; bounds the sequence length.
+
+    Returns:
+        ``{"pairs": {kind: {"accuracy", "items"}}, "questions": {...}}``; accuracy in percent. A pair is right if
+        the summed log-probability of the right caption is the larger one.
+    """
+    jobs = _pack(items, caption_question, turns_per_sequence)
+    right: dict[str, dict[str, list[bool]]] = {"pairs": defaultdict(list), "questions": defaultdict(list)}
+    was_training = model.training
+    model.eval()
+    for start in range(0, len(jobs), batch_size):
+        chosen = jobs[start : start + batch_size]
+        encoded = [encoder(sample) for sample, _ in chosen]
+        batch = collate(encoded, encoder.tokenizer.pad_token_id)
+        logits = model(**batch.model_inputs(), use_cache=False).logits.float()  # [B, T, V]
+        for row, (sequence, (_, owners)) in enumerate(zip(encoded, chosen, strict=True)):
+            labels = batch.labels[row]
+            rows = labels != IGNORE_INDEX
+            log_probs = logits[row, rows].log_softmax(-1)
+            target = labels[rows]
+            gained = log_probs.gather(1, target[:, None])[:, 0]
+            hit = log_probs.argmax(-1) == target
+            segments = torch.from_numpy(sequence.segment_ids)[rows[: len(sequence)].nonzero()[:, 0]]
+            turn = 1 if bool(segments.any()) else 0  # a lone conversation is not packed: its segment is 0
+            for item in owners:
+                if isinstance(item, CaptionPair):
+                    good, bad = gained[segments == turn].sum(), gained[segments == turn + 1].sum()
+                    right["pairs"][item.kind].append(bool(good > bad))
+                    turn += 2
+                else:
+                    right["questions"][item.kind].append(bool(hit[segments == turn].all()))
+                    turn += 1
+    model.train(was_training)
+    return {
+        part: {
+            kind: {"accuracy": round(100 * sum(hits) / len(hits), 1), "items": len(hits)}
+            for kind, hits in kinds.items()
+        }
+        for part, kinds in right.items()
+    }
+
+
+def _pack(
+    items: EvaluationSet, caption_question: str, limit: int
+) -> list[tuple[Sample, list[CaptionPair | Question]]]:
+    """Group items by picture into samples of at most ``limit`` conversations."""
+    by_image: dict[str, list[CaptionPair | Question]] = defaultdict(list)
+    for item in (*items.pairs, *items.questions):
+        by_image[item.image.name].append(item)
+    packed = []
+    for name, owners in by_image.items():
+        turns: list[Turn] = []
+        owned: list[CaptionPair | Question] = []
+        for item in [*owners, None]:
+            if owned and (item is None or len(turns) + 2 > limit):
+                sample = Sample(
+                    sample_id=name, images=(owned[0].image,), turns=tuple(turns), independent_turns=True
+                )
+                packed.append((sample, owned))
+                turns, owned = [], []
+            if item is not None:
+                owned.append(item)
+                turns += _turns(item, caption_question)
+    return packed
+
+
+def _turns(item: CaptionPair | Question, caption_question: str) -> list[Turn]:
+    if isinstance(item, Question):
+        return [Turn(question=item.question, answer=item.answer)]
+    return [Turn(question=caption_question, answer=text) for text in (item.right, item.wrong)]
+
+
+def mean_accuracy(scores: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """Return the unweighted mean over kinds of pairs and of questions, percent; parts without items are left out."""
+    return {
+        part: round(sum(entry["accuracy"] for entry in kinds.values()) / len(kinds), 1)
+        for part, kinds in scores.items()
+        if kinds
+    }

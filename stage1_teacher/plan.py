@@ -1,0 +1,161 @@
+"""What ``extract()`` fixes before the first forward pass: teacher directory, encoder, codecs, ``plan.json``."""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from common.errors import CacheMismatchError, ConfigError
+from common.hashing import fingerprint
+from common.manifest import MANIFEST, PLAN, Plan, read_plan, write_plan
+from common.schema import FORMAT_VERSION
+from data.encoding import SampleEncoder
+from data.sample import Dataset
+from data.templates import get_template
+from stage1_teacher.config import BuildConfig
+from stage1_teacher.signals import automatic_grid, build_codecs
+from stage1_teacher.teacher import Teacher
+
+
+def teacher_directory(*, teacher: str, data: str, scratch: Path) -> tuple[Path, bool]:
+    """Find the teacher's checkpoint directory; a built-in one is trained first if the data needs its own.
+
+    Args:
+        teacher: A directory, or empty for the built-in teacher of a built-in data set.
+        data: The data set's spec.
+        scratch: Where a teacher trained on the spot is kept.
+
+    Returns:
+        The directory and whether it is a built-in teacher.
+
+    Raises:
+        ConfigError: If no teacher is given and the data set has none of its own.
+    """
+    if teacher:
+        return Path(teacher), False
+    name = data.partition(":")[0]
+    if name not in ("shapes", "easy-vqa"):
+        raise ConfigError(
+            f"no teacher given for data {data!r}: set TEACHER=DIR (--teacher DIR) to a "
+            "LlavaForConditionalGeneration checkpoint directory; the built-in teachers know "
+            "DATA=shapes and DATA=easy-vqa only"
+        )
+    from stage1_teacher.demo_teacher import demo_teacher_for  # training code, needed for built-in data only
+
+    return demo_teacher_for(name, scratch), True
+
+
+def build_encoder(teacher: Teacher, *, template: str, builtin: bool, max_length: int) -> SampleEncoder:
+    """Build the function from a sample to the teacher's input.
+
+    Args:
+        teacher: A loaded teacher.
+        template: Template name, or ``auto``.
+        builtin: Whether it is a built-in teacher, whose template is ``short``.
+        max_length: Longest sequence in tokens.
+
+    Returns:
+        The encoder.
+    """
+    if template == "auto":
+        template = "short" if builtin else teacher.family.template
+    return SampleEncoder(
+        tokenizer=teacher.tokenizer,
+        image_encoder=teacher.image_encoder,
+        template=get_template(template, teacher.tokenizer),
+        image_token_id=teacher.image_token_id,
+        max_length=max_length,
+    )
+
+
+def codecs_for(config: BuildConfig, teacher: Teacher) -> dict[str, Any]:
+    """Build the codecs a configuration asks for, fitted to the teacher's token grid."""
+    grid = (config.grid, config.grid) if config.grid else automatic_grid(teacher.image_grid)
+    return build_codecs(
+        signals=config.signals,
+        logits=config.logits,
+        temperatures=config.temperatures,
+        exact_attention=config.attention_dtype == "f4",
+        grid=grid,
+        groups=config.groups,
+    )
+
+
+def make_plan(
+    config: BuildConfig,
+    *,
+    dataset: Dataset,
+    teacher: Teacher,
+    encoder: SampleEncoder,
+    codecs: Mapping[str, Any],
+    builtin: bool,
+) -> Plan:
+    """Describe the whole cache before the first shard, with every fingerprint it depends on."""
+    template = encoder.template.to_dict()
+    geometry = teacher.image_encoder.to_dict()
+    signals = {name: codec.to_dict() for name, codec in codecs.items()}
+    vocabulary = int(teacher.lm_head.weight.shape[0])  # type: ignore[union-attr, arg-type]
+    return Plan(
+        format_version=FORMAT_VERSION,
+        store=config.store,
+        sample_count=len(dataset),
+        shard_size=config.shard_size,
+        batch_size=config.batch_size,
+        signals=signals,
+        fields={name: codec.fields() for name, codec in codecs.items()},
+        fingerprints={
+            **teacher.fingerprints(),
+            "template": fingerprint(template),
+            "geometry": fingerprint(geometry),
+            "data": dataset.fingerprint(),
+            "codec": fingerprint(signals),
+        },
+        template=template,
+        teacher={
+            "name": f"built-in ({config.data.partition(':')[0]})" if builtin else teacher.directory.name,
+            "family": str(teacher.config.model_type),
+            "dtype": teacher.dtype,
+            "layers": teacher.depth,
+            "hidden_size": int(teacher.config.text_config.hidden_size),
+            "vocabulary": vocabulary,
+            "image_token_id": teacher.image_token_id,
+            "groups": [list(group) for group in teacher.groups(config.groups, config.layers)],
+            "layer_choice": config.layers,
+        },
+        data={
+            "name": dataset.name,
+            "split": config.split,
+            "limit": config.limit,
+        },
+        geometry=geometry,
+        extra={"max_length": config.max_length},
+    )
+
+
+def prepare_cache(cache_dir: Path, plan: Plan, *, overwrite: bool) -> None:
+    """Write ``plan.json``, or make sure that the one there says the same.
+
+    Args:
+        cache_dir: The cache folder.
+        plan: What this run would write.
+        overwrite: Delete an existing cache first.
+
+    Raises:
+        ConfigError: If the folder holds something that is not a cache.
+        CacheMismatchError: If a cache with other options is there and ``overwrite`` is not set.
+    """
+    if cache_dir.is_file():
+        raise ConfigError(f"{cache_dir} is a file; give a folder for the cache (CACHE=...)")
+    if cache_dir.is_dir() and any(cache_dir.iterdir()):
+        is_cache = (cache_dir / PLAN).is_file() or (cache_dir / MANIFEST).is_file()
+        if not is_cache and any(not entry.name.startswith(".") for entry in cache_dir.iterdir()):
+            raise ConfigError(
+                f"{cache_dir} is not empty and holds no {PLAN}: it is not a teacher cache; "
+                "give an empty or new folder (CACHE=...)"
+            )
+        if overwrite:
+            shutil.rmtree(cache_dir)
+        elif (cache_dir / PLAN).is_file() and read_plan(cache_dir).format_version > FORMAT_VERSION:
+            raise CacheMismatchError(f"{cache_dir} was written by a newer version; update this package")
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    write_plan(cache_dir, plan)

@@ -1,0 +1,63 @@
+"""What stage two needs beside the records, copied out of the teacher once.
+
+- ``projector.safetensors`` + ``projector.json``: the teacher's projector, for the teacher adapter (TAF);
+- ``vision_tower.safetensors`` + ``vision_tower.json``: the vision tower, when it is small or asked for.
+  Teacher and student share it in the published pairings; a tower that was fine-tuned with the teacher is
+  nowhere else to be had, and a student built from scratch needs one;
+- ``processor/``: tokenizer and image processor, so that a cache can be read and used on its own.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import nn
+
+from common.atomic import write_bytes_atomic, write_json_atomic
+from data.encoding import ImageEncoder
+from stage1_teacher.teacher import Teacher
+
+MAX_AUTO_TOWER_BYTES = 16 * 2**20
+
+
+def export_parts(teacher: Teacher, cache_dir: Path) -> None:
+    """Write the projector, a small vision tower and the processor into a cache.
+
+    Args:
+        teacher: A loaded teacher.
+        cache_dir: The cache; files that are there already are replaced atomically by equal ones.
+    """
+    _save_module(teacher.projector, cache_dir / "projector.safetensors")
+    write_json_atomic(cache_dir / "projector.json", teacher.family.projector_config(teacher.config))
+    tower = teacher.vision_tower
+    if sum(tensor.nbytes for tensor in tower.state_dict().values()) <= MAX_AUTO_TOWER_BYTES:
+        _save_module(tower, cache_dir / "vision_tower.safetensors")
+        write_json_atomic(cache_dir / "vision_tower.json", _plain_config(teacher.config.vision_config))
+    export_processor(teacher.tokenizer, teacher.image_encoder, cache_dir / "processor")
+
+
+def export_processor(tokenizer: Any, image_encoder: ImageEncoder, directory: Path) -> None:
+    """Write tokenizer and image processor as ``AutoTokenizer`` and ``AutoImageProcessor`` read them."""
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(directory)
+    image_encoder.processor.save_pretrained(directory)
+
+
+def _save_module(module: nn.Module, path: Path) -> None:
+    tensors = {
+        name: tensor.detach().cpu().contiguous()
+        for name, tensor in sorted(module.state_dict().items())
+        if not name.endswith("position_ids")
+    }
+    scratch = path.with_name(f".{path.name}.part")
+    save_file(tensors, scratch)
+    write_bytes_atomic(path, scratch.read_bytes())
+    scratch.unlink()
+
+
+def _plain_config(config: Any) -> dict[str, Any]:
+    plain: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
+    for key in ("_name_or_path", "transformers_version", "dtype", "torch_dtype"):
+        plain.pop(key, None)
+    return plain

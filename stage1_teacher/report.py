@@ -1,0 +1,56 @@
+"""The text a build ends with: what was done, what it cost, what to run next."""
+
+from common.manifest import BASE, read_plan
+from stage1_teacher.extract import BuildSummary
+
+
+def summary_text(summary: BuildSummary) -> str:
+    """Describe a finished build for a terminal.
+
+    Args:
+        summary: What ``extract()`` returned.
+
+    Returns:
+        Several lines; bytes are decoded bytes by signal and stored bytes in all.
+    """
+    plan, manifest = read_plan(summary.cache), summary.manifest
+    totals = manifest.totals
+    samples, rows = max(1, totals["samples"]), max(1, totals["rows"])
+    lines = []
+    if summary.built:
+        speed = summary.samples / max(summary.seconds, 1e-9)
+        lines.append(
+            f"Teacher cache written: {totals['samples']} samples, {totals['rows']} supervised rows, "
+            f"{totals['failed']} failed; this run {summary.samples} samples in {summary.seconds:.1f} s "
+            f"({speed:.1f} samples/s)"
+        )
+    else:
+        lines.append(
+            f"Teacher cache is up to date: {totals['samples']} samples, {totals['rows']} supervised rows, "
+            f"{totals['failed']} failed"
+        )
+    lines.append(f"  {'signal':<18}{'bytes/row':>12}{'bytes/sample':>14}")
+    for signal, fields in plan.fields.items():
+        size = sum(manifest.field_bytes.get(field.name, 0) for field in fields)
+        lines.append(f"  {signal:<18}{size / rows:>12.1f}{size / samples:>14.1f}")
+    base = sum(
+        size for name, size in manifest.field_bytes.items()
+        if not any(name == field.name for fields in plan.fields.values() for field in fields)
+    )  # fmt: skip
+    lines.append(f"  {BASE:<18}{base / rows:>12.1f}{base / samples:>14.1f}")
+    stored = totals["bytes"]
+    lines.append(f"  {'on disk, packed':<18}{stored / rows:>12.1f}{stored / samples:>14.1f}")
+    if manifest.fidelity:
+        kept, error = manifest.fidelity.get("kept_mass"), manifest.fidelity.get("logits_gradient_error")
+        cosine = manifest.fidelity.get("answer_attention_gradient_cosine")
+        parts = [f"kept mass {kept:.4f}"] if kept is not None else []
+        parts += [f"KD gradient error {error:.4f}"] if error is not None else []
+        parts += [f"attention gradient cosine {cosine:.5f}"] if cosine is not None else []
+        lines.append(f"  fidelity on {manifest.fidelity['samples']} samples: " + ", ".join(parts))
+    lines.append(f"Cache: {summary.cache}")
+    return "\n".join(lines)
+
+
+def next_command(summary: BuildSummary, data: str) -> str:
+    """The command that uses the cache."""
+    return f"Next: make distill STUDENT=mobilevlm DATA={data} CACHE={summary.cache}"

@@ -1,0 +1,187 @@
+"""From one teacher pass to records: reduce on the device, encode per sample on the CPU."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.codecs.logits import LogitCodec, SparseLogits
+from common.codecs.row_attention import RowAttention, RowAttentionCodec
+from common.codecs.visual_map import VisualColumnsCodec, VisualMapCodec
+from common.schema import Record
+from common.visual_tokens import Tile, grid_tile, overlap_matrix, pool_keys, tile_boxes, tiles_to_array
+from data.collate import Batch
+from stage1_teacher.teacher import TeacherOutput
+
+MAX_AUTO_GRID = 12
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherSignals:
+    """The reduced signals of one batch, before any codec quantises them.
+
+    Attributes:
+        logits: Rows of all samples; None if not wanted.
+        answer_attention: Of each sample, cells ``[A, G, C]``; empty if not wanted.
+        visual_map: Of each sample, ``[G, N, N]``; empty unless a visual signal is wanted.
+        labels: Targets of all rows, int64 ``[A_total]``.
+        row_counts: Rows of each sample.
+    """
+
+    logits: SparseLogits | None
+    answer_attention: tuple[Tensor, ...]
+    visual_map: tuple[Tensor, ...]
+    labels: Tensor
+    row_counts: tuple[int, ...]
+
+    def row_range(self, sample: int) -> slice:
+        """The rows of one sample within the batch's rows."""
+        start = sum(self.row_counts[:sample])
+        return slice(start, start + self.row_counts[sample])
+
+
+def build_codecs(
+    *,
+    signals: Sequence[str],
+    logits: str,
+    temperatures: tuple[float, ...],
+    exact_attention: bool,
+    grid: tuple[int, int],
+    groups: int,
+) -> dict[str, Any]:
+    """Build the codec of each wanted signal.
+
+    Args:
+        signals: Names from ``config.SIGNALS``.
+        logits: Preset of the logit codec.
+        temperatures: Temperatures whose tail mass is kept.
+        exact_attention: float32 instead of 8-bit codes.
+        grid: Rows and columns that answer attention is pooled to.
+        groups: Number of layer groups.
+
+    Returns:
+        Codec by signal.
+    """
+    build: dict[str, Any] = {
+        "logits": lambda: LogitCodec.from_preset(logits, temperatures=temperatures),
+        "answer_attention": lambda: RowAttentionCodec(grid=grid, groups=groups, exact=exact_attention),
+        "visual_columns": lambda: VisualColumnsCodec(groups=groups, exact=exact_attention),
+        "visual_map": lambda: VisualMapCodec(groups=groups, preset="f4" if exact_attention else "exact8"),
+    }
+    return {name: build[name]() for name in signals}
+
+
+def automatic_grid(image_grid: tuple[int, int]) -> tuple[int, int]:
+    """The teacher's own grid, halved until no side exceeds 12 (an area pool stays exact)."""
+    rows, cols = image_grid
+    while max(rows, cols) > MAX_AUTO_GRID:
+        if rows % 2 or cols % 2:
+            return MAX_AUTO_GRID, MAX_AUTO_GRID
+        rows, cols = rows // 2, cols // 2
+    return rows, cols
+
+
+@lru_cache(maxsize=1024)
+def _grid_overlap(tiles: tuple[Tile, ...], grid: tuple[int, int]) -> Tensor:
+    return overlap_matrix(tile_boxes(tiles), tile_boxes((grid_tile(*grid),)))
+
+
+def reduce_output(output: TeacherOutput, batch: Batch, codecs: Mapping[str, Any]) -> TeacherSignals:
+    """Keep what the codecs need of one forward pass, still on the teacher's device.
+
+    Args:
+        output: One pass.
+        batch: The batch it ran on.
+        codecs: Codec by signal.
+
+    Returns:
+        Signals whose attention is pooled to the codec's grid; dense logits are gone.
+    """
+    logits = codecs["logits"].select(output.logits, output.labels) if "logits" in codecs else None
+    answer: list[Tensor] = []
+    visual: list[Tensor] = []
+    for index, (rows, tokens) in enumerate(zip(output.row_counts, output.visual_counts, strict=True)):
+        if "answer_attention" in codecs:
+            codec = codecs["answer_attention"]
+            if tokens:
+                attention = output.attention["answer"][index, :, :rows, :tokens]  # [G, A, N]
+                overlap = _grid_overlap(batch.tiles[index], codec.grid).to(attention.device)
+                answer.append(pool_keys(attention.transpose(0, 1), overlap))  # [A, G, C]
+            else:
+                answer.append(torch.zeros(rows, codec.groups, codec.cells))
+        for name in ("visual_map", "visual_columns"):
+            if name in codecs:
+                groups = codecs[name].groups
+                visual.append(
+                    output.attention["visual"][index, :, :tokens, :tokens]
+                    if tokens
+                    else torch.zeros(groups, 0, 0)
+                )  # [G, N, N]
+                break
+    return TeacherSignals(
+        logits=logits,
+        answer_attention=tuple(answer),
+        visual_map=tuple(visual),
+        labels=output.labels,
+        row_counts=output.row_counts,
+    )
+
+
+def slice_logits(logits: SparseLogits, rows: slice) -> SparseLogits:
+    """The rows of one sample."""
+    return SparseLogits(
+        token_ids=logits.token_ids[rows],
+        log_probs=logits.log_probs[rows],
+        entry_mask=logits.entry_mask[rows],
+        tail_log_mass=logits.tail_log_mass[rows],
+        temperatures=logits.temperatures,
+    )
+
+
+def encode_records(signals: TeacherSignals, batch: Batch, codecs: Mapping[str, Any]) -> list[Record]:
+    """Encode a batch's signals into one record a sample.
+
+    Args:
+        signals: On the CPU.
+        batch: The batch they belong to.
+        codecs: Codec by signal.
+
+    Returns:
+        Records in the batch's order: the base fields and those of each codec.
+    """
+    records: list[Record] = []
+    for index in range(len(batch)):
+        rows = signals.row_range(index)
+        record: Record = {
+            "image_hash": np.frombuffer(batch.image_hashes[index], dtype="u1").reshape(1, 16).copy(),
+            "labels": signals.labels[rows].numpy().astype("<u4"),
+            "tiles": tiles_to_array(batch.tiles[index]),
+        }
+        if signals.logits is not None:
+            record |= codecs["logits"].encode(slice_logits(signals.logits, rows))
+        if "answer_attention" in codecs:
+            attention = RowAttention.from_cells(signals.answer_attention[index])
+            record |= codecs["answer_attention"].encode(attention)
+        if "visual_map" in codecs:
+            record |= codecs["visual_map"].encode(signals.visual_map[index])
+        if "visual_columns" in codecs:
+            maps = signals.visual_map[index]  # [G, N, N]
+            columns = maps.mean(dim=1) if maps.shape[1] else maps.new_zeros(maps.shape[0], 0)
+            record |= codecs["visual_columns"].encode(columns)
+        records.append(record)
+    return records
+
+
+def to_cpu(signals: TeacherSignals) -> TeacherSignals:
+    """Copy the reduced signals off the device."""
+    return TeacherSignals(
+        logits=None if signals.logits is None else signals.logits.to("cpu"),
+        answer_attention=tuple(cells.cpu() for cells in signals.answer_attention),
+        visual_map=tuple(maps.cpu() for maps in signals.visual_map),
+        labels=signals.labels.cpu(),
+        row_counts=signals.row_counts,
+    )

@@ -1,0 +1,204 @@
+"""Checkpoints that are whole or absent, and resume a run bit for bit.
+
+``checkpoints/step-00000120/`` holds ``tensors.pt`` (student, optimizer, random state) and ``state.json``. The
+folder is written under a temporary name, flushed and renamed, so that a killed run leaves either a complete
+checkpoint or one that is not looked at. The learning rate and the order of samples are pure functions of the
+position (optim.py, sampler.py): a phase, a step and a count of samples are all the state there is.
+"""
+
+import json
+import logging
+import os
+import pickle
+import random
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from common.atomic import clean_stale, create_temporary, json_bytes, publish_directory, write_durably
+from common.errors import CacheFormatError, ConfigError
+
+CHECKPOINTS = "checkpoints"
+STATE = "state.json"
+TENSORS = "tensors.pt"
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Position:
+    """Where a run stands, after a finished optimizer step.
+
+    Attributes:
+        phase: Index of the phase in the run's order, from 0.
+        step: Optimizer steps finished in that phase.
+        samples: Samples consumed in that phase, over all processes.
+        total_steps: Optimizer steps finished in the run.
+        total_samples: Samples consumed in the run.
+    """
+
+    phase: int = 0
+    step: int = 0
+    samples: int = 0
+    total_steps: int = 0
+    total_samples: int = 0
+
+    def advance(self, samples: int) -> "Position":
+        """The position one optimizer step of ``samples`` samples later."""
+        return Position(
+            phase=self.phase,
+            step=self.step + 1,
+            samples=self.samples + samples,
+            total_steps=self.total_steps + 1,
+            total_samples=self.total_samples + samples,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A complete checkpoint on disk.
+
+    Attributes:
+        path: Its folder.
+        position: Where the run stood.
+        fingerprint: Meaning of the configuration, cache and data it belongs to.
+    """
+
+    path: Path
+    position: Position
+    fingerprint: str
+
+
+def _random_state() -> dict[str, Any]:
+    kind, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002 - libraries draw from it
+    version, internal, gauss_next = random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": (str(kind), torch.from_numpy(np.array(keys).astype(np.int64)), position, has_gauss, gauss),
+        "python": (version, list(internal), gauss_next),
+    }
+
+
+def _restore_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    kind, keys, position, has_gauss, gauss = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, gauss))  # noqa: NPY002
+    version, internal, gauss_next = state["python"]
+    random.setstate((version, tuple(internal), gauss_next))
+
+
+def _name(position: Position) -> str:
+    return f"step-{position.total_steps:08d}"
+
+
+def write_checkpoint(
+    output: Path, position: Position, *, model: nn.Module, optimizer: Optimizer, fingerprint: str, keep: int
+) -> Path:
+    """Write one checkpoint atomically, then drop all but the newest ``keep``.
+
+    Args:
+        output: The run's folder.
+        position: Where the run stands.
+        model: The student, unwrapped.
+        optimizer: The phase's optimizer.
+        fingerprint: What the run is (configuration, cache, data); refused on resume when it differs.
+        keep: Checkpoints to keep, at least 1.
+
+    Returns:
+        The checkpoint's folder.
+    """
+    folder = output / CHECKPOINTS
+    final = folder / _name(position)
+    folder.mkdir(parents=True, exist_ok=True)
+    clean_stale(folder)  # from a run that was killed while writing
+    temporary, lock = create_temporary(final, directory=True)
+    tensors = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "random": _random_state()}
+    with (temporary / TENSORS).open("xb") as file:
+        torch.save(tensors, file)
+        file.flush()
+        os.fsync(file.fileno())
+    size = (temporary / TENSORS).stat().st_size
+    state = {"fingerprint": fingerprint, "position": asdict(position), "tensor_bytes": size}
+    write_durably(temporary / STATE, json_bytes(state))
+    if final.exists():
+        shutil.rmtree(final)  # the same position, from an earlier attempt that was found unusable
+    publish_directory(temporary, final)
+    if lock is not None:
+        lock.release()
+    for old in list_checkpoints(output)[:-keep]:
+        shutil.rmtree(old.path)
+    return final
+
+
+def list_checkpoints(output: Path) -> list[Checkpoint]:
+    """All complete checkpoints of a run, oldest first; a damaged one is named in the log and left out."""
+    found: list[Checkpoint] = []
+    for path in sorted((output / CHECKPOINTS).glob("step-*")):
+        try:
+            state = json.loads((path / STATE).read_text())
+            complete = (path / TENSORS).stat().st_size == state["tensor_bytes"]
+            checkpoint = Checkpoint(
+                path=path, position=Position(**state["position"]), fingerprint=state["fingerprint"]
+            )
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            _log.warning("ignoring incomplete checkpoint %s: %s", path, error)
+            continue
+        if complete:
+            found.append(checkpoint)
+        else:
+            _log.warning("ignoring incomplete checkpoint %s: %s has another size", path, TENSORS)
+    return found
+
+
+def find_resume_point(output: Path, fingerprint: str) -> Checkpoint | None:
+    """The newest complete checkpoint of a run, None for a fresh start.
+
+    Args:
+        output: The run's folder.
+        fingerprint: What the run to resume is.
+
+    Raises:
+        ConfigError: If the checkpoints belong to another configuration, cache or data set.
+    """
+    checkpoints = list_checkpoints(output)
+    if not checkpoints:
+        return None
+    newest = checkpoints[-1]
+    if newest.fingerprint != fingerprint:
+        raise ConfigError(
+            f"{newest.path} belongs to another run: fingerprint {newest.fingerprint} there, {fingerprint} now "
+            f"(configuration, cache or data differ; compare {output / 'config.yaml'}). "
+            "Use another --output, or delete that folder to begin again"
+        )
+    return newest
+
+
+def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer) -> None:
+    """Load weights, optimizer and random state; nothing but tensors and plain values is unpickled.
+
+    Args:
+        checkpoint: From `find_resume_point`.
+        model: The student, unwrapped; loaded strictly.
+        optimizer: Of the checkpoint's phase, over the same parameters.
+
+    Raises:
+        CacheFormatError: If the file is damaged.
+    """
+    try:
+        tensors = torch.load(checkpoint.path / TENSORS, map_location="cpu", weights_only=True)
+    except (RuntimeError, ValueError, EOFError, OSError, pickle.UnpicklingError) as error:
+        raise CacheFormatError(
+            f"checkpoint {checkpoint.path} cannot be read ({error}); delete that folder, the run then "
+            "resumes from the one before"
+        ) from error
+    model.load_state_dict(tensors["model"], strict=True)
+    optimizer.load_state_dict(tensors["optimizer"])
+    _restore_random_state(tensors["random"])

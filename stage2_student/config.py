@@ -1,0 +1,208 @@
+"""What a training run is: phases, losses, budgets. Only the command line, `train()` and `run` see these."""
+
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Literal
+
+from common.errors import ConfigError
+
+PhaseName = Literal["dpt", "dft", "sft"]
+Schedule = Literal["cosine", "constant"]
+PRESETS = Path(__file__).parent / "presets"
+
+
+def _require(ok: bool, name: str, value: object, need: str) -> None:
+    if not ok:
+        raise ConfigError(f"{name} is {value!r}; it must be {need}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossWeights:
+    """Weight of each loss term; 0 switches a term off, and its signal is then not even read.
+
+    Attributes:
+        lm: Cross-entropy on the supervised rows.
+        logits: KL to the teacher's cached logits.
+        answer_attention: Where the answer's rows look on the image.
+        visual_columns: Mean attention each visual token receives from the visual rows.
+        visual_map: The visual x visual attention map.
+        temperature: Of ``logits``, dimensionless; must be cached.
+        answer_kind: ``kl`` over the image, ``cosine``, or ``relative`` (rows divided by the sample's mean row).
+        visual_map_kind: ``sink_filtered`` (the released code) or ``cosine`` (the paper's formula).
+    """
+
+    lm: float = 1.0
+    logits: float = 0.0
+    answer_attention: float = 0.0
+    visual_columns: float = 0.0
+    visual_map: float = 0.0
+    temperature: float = 1.0
+    answer_kind: Literal["kl", "cosine", "relative"] = "kl"
+    visual_map_kind: Literal["sink_filtered", "cosine"] = "sink_filtered"
+
+    def __post_init__(self) -> None:
+        for name, value in self.active(everything=True).items():
+            _require(value >= 0, f"losses.{name}", value, "a weight of 0 or more")
+        _require(bool(self.active()), "losses", self, "at least one weight above 0")
+        _require(self.temperature > 0, "losses.temperature", self.temperature, "above 0 (dimensionless)")
+
+    def active(self, *, everything: bool = False) -> dict[str, float]:
+        """Weights by term, those above 0 only unless ``everything``."""
+        named = {
+            name: getattr(self, name)
+            for name in ("lm", "logits", "answer_attention", "visual_columns", "visual_map")
+        }
+        return {name: float(value) for name, value in named.items() if everything or value != 0}
+
+    @property
+    def signals(self) -> tuple[str, ...]:
+        """The cache's signals that these losses read, in a fixed order."""
+        return tuple(name for name in self.active() if name != "lm")
+
+    @property
+    def attends(self) -> bool:
+        """Whether any loss reads attention."""
+        return bool(set(self.signals) - {"logits"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhaseConfig:
+    """One phase of training.
+
+    Attributes:
+        steps: Optimizer steps; None: given by ``epochs``.
+        epochs: Passes over the phase's samples; None: given by ``steps``.
+        batch_size: Samples of an optimizer step, over all processes and micro-batches.
+        micro_batch_size: Most samples in one forward pass of one process; None: no limit.
+        lr: Peak learning rate.
+        warmup: Share of the steps with a rising learning rate, in [0, 1).
+        schedule: Learning-rate curve after the warm-up.
+        weight_decay: Of matrices.
+        trainable: ``projector`` (the student's projector side) or ``all`` (the language model too).
+        losses: Loss weights.
+        data: This phase's data set; None: the run's.
+        images: This phase's image folder; None: the run's.
+        cache: This phase's teacher cache; None: the run's.
+    """
+
+    steps: int | None = None
+    epochs: float | None = None
+    batch_size: int = 16
+    micro_batch_size: int | None = None
+    lr: float = 2e-3
+    warmup: float = 0.03
+    schedule: Schedule = "cosine"
+    weight_decay: float = 0.0
+    trainable: Literal["projector", "all"] = "all"
+    losses: LossWeights = field(default_factory=LossWeights)
+    data: str | None = None
+    images: str | None = None
+    cache: str | None = None
+
+    def __post_init__(self) -> None:
+        both = self.steps is not None and self.epochs is not None
+        _require(not both, "steps and epochs", (self.steps, self.epochs), "one of the two, not both")
+        _require(self.steps is None or self.steps >= 0, "steps", self.steps, "0 or more optimizer steps")
+        _require(self.epochs is None or self.epochs >= 0, "epochs", self.epochs, "0 or more passes")
+        _require(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more samples")
+        _require(
+            self.micro_batch_size is None or self.micro_batch_size >= 1,
+            "micro_batch_size", self.micro_batch_size, "1 or more samples",
+        )
+        _require(self.lr > 0, "lr", self.lr, "above 0")
+        _require(0 <= self.warmup < 1, "warmup", self.warmup, "a share of the steps in [0, 1)")
+        _require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")
+
+    def step_count(self, samples: int) -> int:
+        """Optimizer steps of this phase over ``samples`` samples."""
+        if self.steps is not None:
+            return self.steps
+        return -(-round((self.epochs or 0.0) * samples) // self.batch_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A training run.
+
+    Attributes:
+        student: A preset (``mobilevlm``, ``mobilevlm-tiny``, ``mobilevlm-1.7b``, ``mobilevlm-3b``) or a directory.
+        projector: Projector type; None: the student's own.
+        template: Prompt template; None: the cache's, which is the only one that fits its labels.
+        data: Data set, as in ``data.registry``; None: what the cache was built from.
+        images: Folder that relative image paths start from.
+        limit: Use only the first so many samples.
+        cache: Teacher cache.
+        output: Folder for everything the run writes.
+        phases: Phases to run, in this order.
+        dpt: Distilled pre-training.
+        dft: Distilled fine-tuning.
+        sft: Supervised fine-tuning.
+        seed: Of the student's fresh weights and of the order of samples.
+        precision: ``no`` (float32) or ``bf16`` mixed.
+        device: ``auto`` (an accelerator if there is one) or ``cpu``.
+        clip: Largest gradient norm.
+        num_workers: Loading threads; 0 loads on the training thread.
+        memory_gib: Encoded samples kept in memory, for small data sets, GiB.
+        shuffle_window: Shards whose samples are mixed with each other.
+        checkpoint_every: Optimizer steps between checkpoints.
+        keep_checkpoints: Checkpoints kept.
+        log_every: Steps between writes of the log (each step has its line).
+        max_length: Longest sequence of a sample, tokens.
+        shuffle_teacher_images: Control experiment: attention signals come from another image.
+    """
+
+    student: str = "mobilevlm"
+    projector: str | None = None
+    template: str | None = None
+    data: str | None = None
+    images: str | None = None
+    limit: int | None = None
+    cache: str = ""
+    output: str = ""
+    phases: tuple[PhaseName, ...] = ("dpt", "dft", "sft")
+    dpt: PhaseConfig = field(default_factory=PhaseConfig)
+    dft: PhaseConfig = field(default_factory=PhaseConfig)
+    sft: PhaseConfig = field(default_factory=PhaseConfig)
+    seed: int = 0
+    precision: Literal["no", "bf16"] = "no"
+    device: Literal["auto", "cpu"] = "auto"
+    clip: float = 1.0
+    num_workers: int = 1
+    memory_gib: float = 1.0
+    shuffle_window: int = 8
+    checkpoint_every: int = 100
+    keep_checkpoints: int = 2
+    log_every: int = 10
+    max_length: int = 2048
+    shuffle_teacher_images: bool = False
+
+    def __post_init__(self) -> None:
+        _require(self.cache != "", "cache", self.cache, "a teacher cache's folder (--cache)")
+        _require(self.output != "", "output", self.output, "a folder to write to (--output)")
+        _require(len(set(self.phases)) == len(self.phases), "phases", self.phases, "without repetition")
+        _require(bool(self.phases), "phases", self.phases, "at least one of dpt, dft, sft")
+        _require(self.seed >= 0, "seed", self.seed, "0 or more")
+        _require(self.clip > 0, "clip", self.clip, "a gradient norm above 0")
+        for name in ("shuffle_window", "checkpoint_every", "keep_checkpoints", "log_every", "max_length"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+        _require(self.num_workers >= 0, "num_workers", self.num_workers, "0 or more threads")
+        _require(self.memory_gib >= 0, "memory_gib", self.memory_gib, "0 or more GiB")
+        _require(self.limit is None or self.limit >= 1, "limit", self.limit, "1 or more samples")
+
+    def phase(self, name: PhaseName) -> PhaseConfig:
+        """A phase's configuration with the run's data, images and cache filled in."""
+        phase: PhaseConfig = getattr(self, name)
+        return replace(
+            phase,
+            data=phase.data or self.data,
+            images=phase.images or self.images,
+            cache=phase.cache or self.cache,
+        )
+
+
+def without_teacher(config: TrainConfig) -> TrainConfig:
+    """The SFT baseline of a run: the same student, samples, steps and rates, with the LM loss alone."""
+    plain = {
+        name: replace(getattr(config, name), losses=LossWeights()) for name in ("dpt", "dft", "sft")
+    }
+    return replace(config, **plain, projector=None)

@@ -1,0 +1,371 @@
+"""Scoring a model on caption pairs and questions, and against the cached teacher.
+
+Any model with the model library's signature and an encoder that fits it can be scored, so that a teacher's
+and a student's numbers come from the same code. Two captions of a pair are packed behind one image (half
+the time of two sequences); letters and short answers are generated greedily in left-padded batches.
+
+Dims: B batch, T sequence, A supervised rows of a batch, V vocabulary, I items.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Self, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from common.codecs.logits import SparseLogits
+from common.codecs.row_attention import RowAttention
+from common.layers import student_groups
+from common.schema import IGNORE_INDEX
+from common.visual_attention import AttentionCapture
+from data.encoding import EncodedSample, SampleEncoder, build_prompt
+from data.sample import CaptionPair, EvaluationSet, ImageSource, Question, Sample, Turn
+from stage2_student.cached_dataset import AttentionBatch, CachedDataset
+from stage2_student.losses import answer_attention_loss, tail_bucket_kl
+from stage2_student.metrics import (
+    RESAMPLES,
+    Score,
+    bootstrap,
+    bootstrap_kinds,
+    exact_match,
+    group_by_kind,
+    parse_letter,
+    preference,
+    score_letters,
+)
+from stage2_student.objective import attention_requests, student_answer_cells
+from stage2_student.scoring import (
+    answer_log_probs,
+    device_of,
+    generate_answers,
+    language_model_of,
+    pad_token_id,
+    supervised_logits,
+)
+
+Item = TypeVar("Item")
+
+LETTER_PROMPT = (
+    "Which caption best describes the image?\n(A) {a}\n (B) {b}\n"
+    "Answer with the option's alphabet from the given choices directly."
+)
+ANSWER_TOKENS = 16  # longest generated short answer
+LETTER_TOKENS = 4
+
+# What the table shows: name in the report, heading, factor to the printed unit.
+ROWS = (
+    ("likelihood", "captions by likelihood, %", 100),
+    ("likelihood_per_token", "captions by likelihood per token, %", 100),
+    ("letters/mean", "captions by letter, both orders, %", 100),
+    ("letters/right_first", "  right caption is (A), %", 100),
+    ("letters/right_second", "  right caption is (B), %", 100),
+    ("letters/both_right", "  right in both orders, %", 100),
+    ("letters/likelihood", "  by log p(A) against log p(B), %", 100),
+    ("letters/bias", "  share of A minus share of B, %", 100),
+    ("letters/unparsed", "  not a letter, %", 100),
+    ("questions", "questions, exact match, %", 100),
+    ("teacher/top1", "top-1 agrees with teacher, %", 100),
+    ("teacher/kl", "KL(teacher || student), nats/row", 1),
+    ("attention/cosine", "answer attention, cosine", 1),
+    ("attention/kl", "answer attention, KL, nats/row", 1),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationReport:
+    """Scores by name; ``NAME/KIND`` is one kind's part of ``NAME``, which is their unweighted mean.
+
+    Attributes:
+        scores: Shares in [0, 1], except ``teacher/kl``, ``attention/kl`` (nats a row), ``attention/cosine``
+            and ``letters/bias`` ([-1, 1]). What was not asked for is absent.
+    """
+
+    scores: Mapping[str, Score] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON written beside a student."""
+        return {"scores": {name: score.to_dict() for name, score in self.scores.items()}}
+
+    @classmethod
+    def from_dict(cls, stored: Mapping[str, Any]) -> Self:
+        """Inverse of ``to_dict``."""
+        return cls(scores={name: Score(**score) for name, score in stored["scores"].items()})
+
+
+@torch.inference_mode()
+def evaluate_model(
+    model: Any,
+    encoder: SampleEncoder,
+    items: EvaluationSet,
+    *,
+    cached: CachedDataset | None = None,
+    letters: bool = True,
+    batch_size: int = 64,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+) -> EvaluationReport:
+    """Score one model.
+
+    Args:
+        model: A student or teacher; put into evaluation mode, and back as it was.
+        encoder: Fits the model: its tokenizer, image grid and template.
+        items: Held-out caption pairs and questions; either part may be empty.
+        cached: Samples with the teacher's cached signals, to measure the agreement with the teacher.
+        letters: Also ask the A/B question (two generations a pair).
+        batch_size: Sequences in one forward pass.
+        seed: Of the bootstrap.
+        resamples: Of the bootstrap.
+
+    Returns:
+        The report.
+
+    Raises:
+        SampleError: If an item's image or text cannot be used; names the item.
+        CacheMismatchError: If a cached sample does not fit the data.
+    """
+    was_training = model.training
+    model.eval()
+    scores: dict[str, Score] = {}
+
+    def keep(name: str, values: np.ndarray, kinds: Sequence[str]) -> None:
+        grouped = group_by_kind(values, kinds)
+        scores[name] = bootstrap_kinds(grouped, seed=seed, resamples=resamples)
+        for kind, part in grouped.items():
+            scores[f"{name}/{kind}"] = bootstrap(part, seed=seed, resamples=resamples)
+
+    try:
+        if items.pairs:
+            kinds = [pair.kind for pair in items.pairs]
+            for name, values in score_pairs(model, encoder, items.pairs, batch_size=batch_size).items():
+                keep(name, values, kinds)
+            if letters:
+                for name, values in ask_letters(model, encoder, items.pairs, batch_size=batch_size).items():
+                    keep(f"letters/{name}", values, kinds)
+        if items.questions:
+            kinds = [question.kind for question in items.questions]
+            keep("questions", score_questions(model, encoder, items.questions, batch_size=batch_size), kinds)
+        if cached is not None:
+            for name, values in score_agreement(model, cached, batch_size=batch_size).items():
+                scores[name] = bootstrap(values, seed=seed, resamples=resamples)
+    finally:
+        model.train(was_training)
+    return EvaluationReport(scores=scores)
+
+
+def score_pairs(
+    model: Any, encoder: SampleEncoder, pairs: Sequence[CaptionPair], *, batch_size: int
+) -> dict[str, np.ndarray]:
+    """Compare log p(right | image) with log p(wrong | image), end-of-answer token included.
+
+    Returns:
+        Float ``[I]`` each: ``likelihood`` by the sum over the caption's tokens, ``likelihood_per_token``
+        by their mean (the sum favours the shorter caption).
+    """
+    sums, means = [], []
+    for batch in _batches(pairs, batch_size, "caption pairs"):
+        encoded = [sample for pair in batch for sample in encode_pair(encoder, pair)]
+        captions = [
+            row_scores[owner == segment]
+            for row_scores, owner in answer_log_probs(model, encoded, pad_token_id(encoder))
+            for segment in sorted(set(owner.tolist()))
+        ]  # right, wrong, right, wrong, ...
+        sums += [float(caption.sum()) for caption in captions]
+        means += [float(caption.mean()) for caption in captions]
+    return {
+        "likelihood": preference(np.array(sums[0::2]), np.array(sums[1::2])),
+        "likelihood_per_token": preference(np.array(means[0::2]), np.array(means[1::2])),
+    }
+
+
+def encode_pair(encoder: SampleEncoder, pair: CaptionPair) -> list[EncodedSample]:
+    """Encode both captions behind one image, or apart where the template has no text between the two.
+
+    Returns:
+        One packed sample, or two; the right caption first.
+    """
+    turns = tuple(Turn(question="", answer=caption) for caption in (pair.right, pair.wrong))
+    if not encoder.template.drops_question:
+        return [encoder(_sample(pair.item_id, pair.image, turns))]
+    return [encoder(_sample(pair.item_id, pair.image, (turn,))) for turn in turns]
+
+
+def ask_letters(
+    model: Any, encoder: SampleEncoder, pairs: Sequence[CaptionPair], *, batch_size: int
+) -> dict[str, np.ndarray]:
+    """Ask which of two captions fits, in both orders; also compare log p(A) with log p(B) of the first token.
+
+    Returns:
+        Float ``[I]`` each: as ``score_letters``, and ``likelihood``: mean over the orders of whether the
+        right letter is the more likely one.
+
+    Source:
+        SugarCrepe's two-option question as CompoDistill words it (method.md, section 7).
+    """
+    token_a, token_b = (_letter_token(encoder, pairs[0].image, letter) for letter in "AB")
+    asked = [
+        (pair, LETTER_PROMPT.format(a=first, b=second))
+        for pair in pairs
+        for first, second in ((pair.right, pair.wrong), (pair.wrong, pair.right))
+    ]
+    given, margins = [], []
+    for batch in _batches(asked, batch_size, "letters"):
+        prompts = [build_prompt(encoder, pair.image, text) for pair, text in batch]
+        texts, logits = generate_answers(model, encoder, prompts, max_new_tokens=LETTER_TOKENS)
+        given += [parse_letter(text) for text in texts]
+        margins += (logits[:, token_a] - logits[:, token_b]).tolist()
+    margin = np.array(margins)
+    prefers = (
+        preference(margin[0::2], np.zeros(len(pairs))) + preference(-margin[1::2], np.zeros(len(pairs)))
+    ) / 2
+    return {**score_letters(list(zip(given[0::2], given[1::2], strict=True))), "likelihood": prefers}
+
+
+def score_questions(
+    model: Any, encoder: SampleEncoder, questions: Sequence[Question], *, batch_size: int
+) -> np.ndarray:
+    """Exact match of greedily generated answers, float ``[I]``."""
+    matches: list[bool] = []
+    for batch in _batches(questions, batch_size, "questions"):
+        prompts = [build_prompt(encoder, item.image, item.question) for item in batch]
+        texts, _ = generate_answers(model, encoder, prompts, max_new_tokens=ANSWER_TOKENS)
+        matches += [exact_match(text, item.answer) for text, item in zip(texts, batch, strict=True)]
+    return np.array(matches, dtype=np.float64)
+
+
+def score_agreement(model: Any, cached: CachedDataset, *, batch_size: int) -> dict[str, np.ndarray]:
+    """Compare a model with the cached teacher on the same samples, one value a sample.
+
+    Args:
+        model: The student.
+        cached: Joined data; which of ``logits`` and ``answer_attention`` it reads decides what is compared.
+        batch_size: Samples in one forward pass.
+
+    Returns:
+        Float ``[I]`` each: ``teacher/kl`` (tail-bucket KL, nats a row), ``teacher/top1`` (share of rows
+        whose most likely token is the teacher's), and on the common grid ``attention/cosine`` and
+        ``attention/kl`` (mean over rows, weighted by the teacher's mass on the image).
+    """
+    language_model = language_model_of(model)
+    capture = AttentionCapture(language_model)
+    depth = int(language_model.config.num_hidden_layers)
+    values: dict[str, list[float]] = {}
+    for positions in _batches(range(len(cached)), batch_size, "teacher's signals"):
+        batch = cached.batch(positions).to(device_of(model))
+        target = batch.attention.get("answer_attention")
+        supervised = batch.inputs.labels != IGNORE_INDEX
+        if target is None:
+            logits = supervised_logits(model, batch.inputs.model_inputs(), supervised)
+        else:
+            groups = student_groups(depth, target.teacher.shape[1])
+            with capture.record(attention_requests(batch, groups)) as maps:
+                logits = supervised_logits(model, batch.inputs.model_inputs(), supervised)
+            chosen = batch.has_image.to(logits.device)
+            cells = student_answer_cells(maps["answer"][chosen], target, batch.rows[batch.has_image])
+            for rows in _row_ranges(batch.rows[batch.has_image]):
+                for kind, value in _compare_attention(cells[rows], target, rows).items():
+                    values.setdefault(f"attention/{kind}", []).append(value)
+        if batch.logits is not None:
+            best = logits.argmax(-1) == batch.logits.token_ids[:, 0]  # [A]
+            for rows in _row_ranges(batch.rows):
+                kl = tail_bucket_kl(logits[rows], _take_rows(batch.logits, rows))
+                values.setdefault("teacher/kl", []).append(float(kl))
+                values.setdefault("teacher/top1", []).append(float(best[rows].float().mean()))
+    return {name: np.array(found) for name, found in values.items()}
+
+
+def _compare_attention(cells: Tensor, target: AttentionBatch, rows: slice) -> dict[str, float]:
+    """Mass-weighted mean over one sample's rows: the losses' sums, divided by their weights."""
+    assert target.image_mass is not None
+    teacher = RowAttention(target.teacher[rows], target.image_mass[rows])
+    looking = (teacher.image_mass > 0).any(dim=1)  # rows the losses average over
+    weight = float(teacher.image_mass[looking].mean()) if bool(looking.any()) else 1.0
+    return {
+        "kl": float(answer_attention_loss(cells, teacher, kind="kl")) / weight,
+        "cosine": 1 - float(answer_attention_loss(cells, teacher, kind="cosine")) / weight,
+    }
+
+
+def _row_ranges(rows: Tensor) -> Iterator[slice]:
+    """Where each sample's rows lie among all rows of a batch; samples without rows are passed over.
+
+    Args:
+        rows: Int64 ``[B, R]``, padding -1.
+    """
+    start = 0
+    for count in (rows >= 0).sum(dim=1).tolist():
+        if count:
+            yield slice(start, start + count)
+        start += count
+
+
+def _take_rows(logits: SparseLogits, rows: slice) -> SparseLogits:
+    """One sample's rows of a batch's signals."""
+    return SparseLogits(
+        logits.token_ids[rows],
+        logits.log_probs[rows],
+        logits.entry_mask[rows],
+        logits.tail_log_mass[rows],
+        logits.temperatures,
+    )
+
+
+def _sample(item_id: str, image: ImageSource, turns: tuple[Turn, ...]) -> Sample:
+    """An item as the sample whose answers are scored."""
+    return Sample(sample_id=item_id, images=(image,), turns=turns, independent_turns=True)
+
+
+def _letter_token(encoder: SampleEncoder, image: ImageSource, letter: str) -> int:
+    """The id a one-letter answer begins with, in its context after the prompt."""
+    question = LETTER_PROMPT.format(a="a", b="b")
+    encoded = encoder(_sample("letter", image, (Turn(question=question, answer=letter),)))
+    return int(encoded.labels[encoded.supervised_rows[0]])
+
+
+def _batches(items: Sequence[Item], size: int, what: str) -> Iterator[Sequence[Item]]:
+    """Slices of at most ``size`` items, with a progress bar on a terminal."""
+    with tqdm(total=len(items), desc=what, unit="item", disable=None, leave=False) as progress:
+        for start in range(0, len(items), size):
+            batch = items[start : start + size]
+            yield batch
+            progress.update(len(batch))
+
+
+def render_table(reports: Mapping[str, EvaluationReport]) -> str:
+    """Lay reports out side by side as text, one column a model: value and 95 % interval.
+
+    Args:
+        reports: By the model's name.
+
+    Returns:
+        Lines without a trailing line feed; rows that no report has are left out.
+    """
+    lines = [["", *reports]]
+    known = set().union(*(report.scores for report in reports.values()))
+    for name, heading, factor in ROWS:
+        if name in known:
+            lines.append([heading, *(_cell(report, name, factor) for report in reports.values())])
+        if name in ("likelihood", "questions"):
+            for part in sorted(part for part in known if part.startswith(name + "/")):
+                heading = "  " + part.removeprefix(name + "/")
+                lines.append([heading, *(_cell(report, part, factor) for report in reports.values())])
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    return "\n".join(
+        "  ".join(
+            text.ljust(width) if column == 0 else text.rjust(width)
+            for column, (text, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
+
+
+def _cell(report: EvaluationReport, name: str, factor: int) -> str:
+    """One score as text; a dash where the report lacks it."""
+    score = report.scores.get(name)
+    if score is None:
+        return "-"
+    digits = 1 if factor == 100 else 3
+    value, low, high = (f"{factor * part:.{digits}f}" for part in (score.value, score.low, score.high))
+    return f"{value} [{low}, {high}]"

@@ -1,0 +1,235 @@
+"""Projectors: from a vision tower's patch features to the language model's visual tokens.
+
+Three types, chosen by name in the student's configuration:
+
+- ``ldpnetv2``: MobileVLM V2's own. Quarters the tokens (24x24 -> 12x12), 99 % of its weights are the two
+  linear layers. Attribute names repeat the published checkpoint's keys (``mlp.mlp.0``, ``peg.peg.0``).
+- ``mlp``: two linear layers, as many tokens as patches; for students that keep the teacher's grid.
+- ``taf``: the teacher's projector, frozen, then one trainable linear layer (the post-projector).
+
+Dims: M images, N patches, D_v tower width, D language-model width, rows x cols = N.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from common.errors import ModelError
+
+PROJECTOR_TYPES = ("ldpnetv2", "mlp", "taf")
+
+
+def pool_grid(tokens: Tensor, grid: tuple[int, int], target: tuple[int, int]) -> Tensor:
+    """Average-pool a row-major token grid to a smaller grid.
+
+    Args:
+        tokens: Float ``[M, rows * cols, D]``.
+        grid: Rows and columns of ``tokens``.
+        target: Rows and columns wanted; each at most the grid's.
+
+    Returns:
+        Float ``[M, target rows * target cols, D]``.
+    """
+    images, _, width = tokens.shape
+    plane = tokens.transpose(1, 2).reshape(images, width, *grid)  # [M, D, rows, cols]
+    pooled = nn.functional.adaptive_avg_pool2d(plane, target)
+    return pooled.flatten(2).transpose(1, 2)  # [M, N', D]
+
+
+def half_grid(grid: tuple[int, int]) -> tuple[int, int]:
+    """The grid after 2x2 pooling, an odd side rounded up: (24, 24) -> (12, 12), (27, 27) -> (14, 14)."""
+    return math.ceil(grid[0] / 2), math.ceil(grid[1] / 2)
+
+
+class _PointwiseMlp(nn.Module):
+    """Linear, exact GELU, linear, under the published name ``mlp``."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(in_features, out_features), nn.GELU(), nn.Linear(out_features, out_features)
+        )
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Project float ``[M, N, D_v]`` to ``[M, N, D]``."""
+        projected: Tensor = self.mlp(features)
+        return projected
+
+
+class _PositionConv(nn.Module):
+    """Residual depthwise 3x3 convolution: the only place where LDPv2 learns positions."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.peg = nn.Sequential(nn.Conv2d(width, width, kernel_size=3, padding=1, groups=width))
+
+    def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Add the convolution of float ``[M, rows * cols, D]`` seen as a grid to itself."""
+        images, count, width = tokens.shape
+        plane = tokens.transpose(1, 2).reshape(images, width, *grid)  # [M, D, rows, cols]
+        mixed: Tensor = plane + self.peg(plane)
+        return mixed.reshape(images, width, count).transpose(1, 2)
+
+
+class LDPv2Projector(nn.Module):
+    """MobileVLM V2's lightweight downsample projector: mlp, 2x2 average pool, x + depthwise conv(x).
+
+    Args:
+        in_features: Width of the vision tower's features.
+        out_features: Width of the language model.
+        grid: Rows and columns of patches.
+
+    Source:
+        MobileVLM V2 (arXiv:2402.03766), section 3.3. The published code pools to a fixed 12x12; here to
+        half of each side, which is the same at 24x24.
+    """
+
+    def __init__(self, *, in_features: int, out_features: int, grid: tuple[int, int]) -> None:
+        super().__init__()
+        self.in_grid = grid
+        self.out_grid = half_grid(grid)
+        self.mlp = _PointwiseMlp(in_features, out_features)
+        self.peg = _PositionConv(out_features)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Project float ``[M, N, D_v]`` to ``[M, out rows * out cols, D]``."""
+        return self.peg(pool_grid(self.mlp(features), self.in_grid, self.out_grid), self.out_grid)  # type: ignore[no-any-return]
+
+
+class MlpProjector(nn.Sequential):
+    """LLaVA-1.5's projector, keys ``0`` and ``2``: as many tokens as patches.
+
+    Args:
+        in_features: Width of the vision tower's features.
+        out_features: Width of the language model.
+        grid: Rows and columns of patches.
+    """
+
+    def __init__(self, *, in_features: int, out_features: int, grid: tuple[int, int]) -> None:
+        super().__init__(
+            nn.Linear(in_features, out_features), nn.GELU(), nn.Linear(out_features, out_features)
+        )
+        self.out_grid = grid
+
+
+class TeacherProjector(nn.Module):
+    """The teacher's projector P_t as a LLaVA checkpoint holds it: ``linear_1``, activation, ``linear_2``."""
+
+    def __init__(self, *, in_features: int, hidden_features: int, out_features: int, act: str) -> None:
+        super().__init__()
+        if act not in ACT2FN:
+            raise ModelError(
+                f"teacher projector: unknown activation {act!r}; transformers knows {sorted(ACT2FN)}. "
+                "Export the projector again from the teacher's own config (`projector_hidden_act`)."
+            )
+        self.linear_1 = nn.Linear(in_features, hidden_features)
+        self.act = ACT2FN[act]
+        self.linear_2 = nn.Linear(hidden_features, out_features)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Project float ``[M, N, D_v]`` to the teacher's width ``[M, N, D_t]``."""
+        projected: Tensor = self.linear_2(self.act(self.linear_1(features)))
+        return projected
+
+
+class TeacherAdapter(nn.Module):
+    """TAF: x = P_s(P_t(z)), with the teacher's projector P_t frozen and one linear post-projector P_s.
+
+    P_t runs without a graph: nothing below it is ever trained, so its activations need not be kept.
+
+    Args:
+        teacher: The teacher's projector.
+        teacher_width: Width of what ``teacher`` puts out.
+        out_features: Width of the student's language model.
+        grid: Rows and columns of patches.
+        pool: Average-pool P_t's output 2x2 before P_s, for a student with a quarter of the tokens. The
+            trial found it harmful (demo.md, one seed), so it is off unless asked for.
+
+    Source:
+        CompoDistill (arXiv:2510.12184), section 3.3; the pooling is ours.
+    """
+
+    def __init__(
+        self,
+        *,
+        teacher: TeacherProjector,
+        teacher_width: int,
+        out_features: int,
+        grid: tuple[int, int],
+        pool: bool,
+    ) -> None:
+        super().__init__()
+        self.in_grid = grid
+        self.out_grid = half_grid(grid) if pool else grid
+        self.teacher = teacher
+        self.post = nn.Linear(teacher_width, out_features)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Project float ``[M, N, D_v]`` to ``[M, out rows * out cols, D]``."""
+        with torch.no_grad():
+            tokens = self.teacher(features)
+            if self.out_grid != self.in_grid:
+                tokens = pool_grid(tokens, self.in_grid, self.out_grid)
+        projected: Tensor = self.post(tokens)
+        return projected
+
+
+Projector = LDPv2Projector | MlpProjector | TeacherAdapter
+
+
+def build_projector(
+    projector_type: str,
+    *,
+    in_features: int,
+    out_features: int,
+    grid: tuple[int, int],
+    teacher_projector: dict[str, int | str] | None = None,
+    pool_teacher_tokens: bool = False,
+) -> Projector:
+    """Make the projector named in a student's configuration, with random weights.
+
+    Args:
+        projector_type: One of ``PROJECTOR_TYPES``.
+        in_features: Width of the vision tower's features.
+        out_features: Width of the language model.
+        grid: Rows and columns of patches.
+        teacher_projector: For ``taf``: ``{"act", "in", "hidden", "out"}`` of the cache's projector.json.
+        pool_teacher_tokens: For ``taf``: pool the teacher's tokens 2x2 first.
+
+    Raises:
+        ModelError: If the type is unknown, or ``taf`` lacks a teacher's projector or does not fit the tower.
+    """
+    if projector_type == "ldpnetv2":
+        return LDPv2Projector(in_features=in_features, out_features=out_features, grid=grid)
+    if projector_type == "mlp":
+        return MlpProjector(in_features=in_features, out_features=out_features, grid=grid)
+    if projector_type != "taf":
+        raise ModelError(
+            f"projector_type: got {projector_type!r}; choose one of {', '.join(PROJECTOR_TYPES)}"
+        )
+    if teacher_projector is None:
+        raise ModelError(
+            "projector_type 'taf' needs the teacher's projector, and the configuration holds none; "
+            "use a cache with projector.json and projector.safetensors, or projector_type 'ldpnetv2'"
+        )
+    if int(teacher_projector["in"]) != in_features:
+        raise ModelError(
+            f"projector_type 'taf': the teacher's projector reads width {teacher_projector['in']}, "
+            f"this vision tower gives {in_features}. TAF needs the teacher's own vision tower: take the "
+            "cache's, or use projector_type 'ldpnetv2'."
+        )
+    teacher = TeacherProjector(
+        in_features=in_features,
+        hidden_features=int(teacher_projector["hidden"]),
+        out_features=int(teacher_projector["out"]),
+        act=str(teacher_projector["act"]),
+    )
+    return TeacherAdapter(
+        teacher=teacher,
+        teacher_width=int(teacher_projector["out"]),
+        out_features=out_features,
+        grid=grid,
+        pool=pool_teacher_tokens,
+    )

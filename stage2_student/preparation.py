@@ -1,0 +1,290 @@
+"""From a configuration to what the loop needs: student, encoder, and each phase's data, checked against its cache.
+
+All bad news comes from here, before the first step of the first phase.
+"""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoImageProcessor, AutoTokenizer
+
+from common.cache import TeacherCache, open_cache
+from common.config import config_to_dict
+from common.errors import CacheFormatError, ConfigError
+from common.hashing import fingerprint
+from common.layers import student_groups
+from data.encoding import SampleEncoder
+from data.image_encoder import ImageEncoder
+from data.registry import open_dataset
+from data.sample import Dataset
+from data.templates import PromptTemplate, get_template
+from stage2_student.build_student import SIZES, STUDENTS, build_student
+from stage2_student.cached_dataset import CachedDataset
+from stage2_student.check_cache import (
+    check_data,
+    check_signals,
+    check_template,
+    check_tokenizer,
+    check_vision_tower,
+    probe_samples,
+)
+from stage2_student.config import PhaseConfig, PhaseName, TrainConfig
+from stage2_student.models.mobilevlm import MobileVLMForConditionalGeneration
+from stage2_student.models.projectors import TeacherAdapter
+from stage2_student.objective import Objective
+from stage2_student.sampler import ShardShuffle
+
+BUILT_IN_DATA = ("shapes", "easy-vqa")
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedPhase:
+    """One phase, ready to run.
+
+    Attributes:
+        name: dpt, dft or sft.
+        config: Its configuration.
+        steps: Optimizer steps.
+        dataset: Data joined with its cache.
+        shuffle: The order of samples.
+        objective: The losses.
+    """
+
+    name: PhaseName
+    config: PhaseConfig
+    steps: int
+    dataset: CachedDataset
+    shuffle: ShardShuffle
+    objective: Objective
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preparation:
+    """A run, ready to start.
+
+    Attributes:
+        student: On the CPU, float32.
+        tokenizer: The cache's.
+        image_processor: The cache's.
+        encoder: From samples to the student's sequences.
+        phases: In order.
+        fingerprint: What the run is: its configuration (without folders and speed settings) and its caches.
+        cache_hashes: Manifest hash of each cache, by path.
+    """
+
+    student: MobileVLMForConditionalGeneration
+    tokenizer: Any
+    image_processor: Any
+    encoder: SampleEncoder
+    phases: tuple[PreparedPhase, ...]
+    fingerprint: str
+    cache_hashes: Mapping[str, str]
+
+
+def split_student_name(student: str) -> tuple[str, str]:
+    """Split a preset's name from its size: ``mobilevlm-tiny`` -> ``("mobilevlm", "tiny")``; directories stay whole."""
+    for name in STUDENTS:
+        for size in SIZES:
+            if student == f"{name}-{size}":
+                return name, size
+    return student, "auto"
+
+
+def load_processors(cache: TeacherCache) -> tuple[Any, Any]:
+    """The tokenizer and image processor a cache carries in ``processor/``.
+
+    Raises:
+        CacheFormatError: If they cannot be read.
+    """
+    folder = cache.path / "processor"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        return tokenizer, AutoImageProcessor.from_pretrained(folder, backend="pil")
+    except (OSError, ValueError, KeyError) as error:
+        raise CacheFormatError(
+            f"{folder}: no usable tokenizer and image processor ({error}); the cache is incomplete: build it again"
+        ) from error
+
+
+def build_encoder(
+    cache: TeacherCache, tokenizer: Any, image_processor: Any, *, grid: tuple[int, int], max_length: int
+) -> SampleEncoder:
+    """The encoder that gives the cached labels, with the student's grid of visual tokens.
+
+    Args:
+        cache: Names template, layout and image token.
+        tokenizer: The cache's.
+        image_processor: The cache's.
+        grid: Rows and columns of the student's visual tokens.
+        max_length: Longest sequence, tokens.
+    """
+    geometry = cache.plan.geometry
+    return SampleEncoder(
+        tokenizer=tokenizer,
+        image_encoder=ImageEncoder(
+            processor=image_processor,
+            layout=geometry["layout"],
+            grid=grid,
+            patch_size=geometry.get("patch_size"),
+        ),
+        template=PromptTemplate.from_dict(cache.plan.template),
+        image_token_id=int(cache.plan.teacher["image_token_id"]),
+        max_length=max_length,
+    )
+
+
+def open_cached_data(cache: TeacherCache, *, data: str | None, images: str | None) -> Dataset:
+    """Open the data a cache was built from; `check_data` makes sure that it is that.
+
+    Args:
+        cache: Names split and limit.
+        data: As in ``data.registry``; None: the built-in data set that the cache names.
+        images: Folder that relative image paths start from.
+
+    Raises:
+        ConfigError: If no data is given and the cache's is none of the built-in ones.
+    """
+    described = cache.plan.data
+    # The stored name also says split and limit: "shapes:images=1500,seed=0[:64]", "easy-vqa/train".
+    spec = data or str(described.get("name", "")).partition("[")[0].partition("/")[0]
+    if data is None and spec.partition(":")[0] not in BUILT_IN_DATA:
+        raise ConfigError(
+            f"no data given, and {cache.path} was built from {spec!r}, whose place a cache does not hold; "
+            "pass --data (and --images)"
+        )
+    return open_dataset(
+        spec,
+        split=str(described.get("split") or "train"),
+        images=None if images is None else Path(images),
+        limit=int(described.get("limit") or 0) or None,
+    )
+
+
+def run_fingerprint(config: TrainConfig, cache_hashes: Mapping[str, str]) -> str:
+    """What a run is: everything that changes its result; folders, threads and log settings do not."""
+    described = config_to_dict(config)
+    for name in ("output", "cache", "num_workers", "memory_gib", "checkpoint_every", "keep_checkpoints", "log_every"):
+        described.pop(name)
+    for name in ("dpt", "dft", "sft"):
+        described[name].pop("cache")
+    return fingerprint({"config": described, "caches": sorted(cache_hashes.values())})
+
+
+def prepare(config: TrainConfig) -> Preparation:
+    """Open caches and data, build the student, and refuse what does not fit.
+
+    Args:
+        config: The run.
+
+    Returns:
+        What the loop needs.
+
+    Raises:
+        CacheMismatchError: If a cache does not fit the data, the tokenizer or the student.
+        CacheFormatError: If a cache is unfinished or damaged.
+        ConfigError: If an option cannot be used.
+    """
+    caches: dict[str, TeacherCache] = {}
+    for name in config.phases:
+        path = str(config.phase(name).cache)
+        if path not in caches:
+            # Twice the window: a step may begin the next window while loading threads still read the last.
+            caches[path] = open_cache(Path(path), open_shards=2 * config.shuffle_window)
+    first = caches[str(config.phase(config.phases[0]).cache)]
+    tokenizer, image_processor = load_processors(first)
+    student_name, size = split_student_name(config.student)
+    student = build_student(
+        student_name,
+        cache_dir=first.path,
+        vocab_size=len(tokenizer),
+        image_token_id=int(first.plan.teacher["image_token_id"]),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        size=size,
+        projector_type=config.projector,
+        seed=config.seed,
+    )
+    for cache in caches.values():
+        check_tokenizer(cache, tokenizer, where=f"{first.path / 'processor'}")
+        if config.template is not None:
+            check_template(cache, get_template(config.template, tokenizer))
+        if isinstance(student.model.mm_projector, TeacherAdapter):
+            check_vision_tower(cache, student.model.vision_tower.vision_tower.vision_model)
+    own_tokenizer = Path(config.student) / "tokenizer.json"
+    if own_tokenizer.exists():
+        check_tokenizer(first, AutoTokenizer.from_pretrained(config.student), where=f"student {config.student}")
+    encoder = build_encoder(
+        first, tokenizer, image_processor, grid=student.image_grid, max_length=config.max_length
+    )
+    depth = int(student.language_model.config.num_hidden_layers)
+    phases = _prepare_phases(config, caches, encoder, depth)
+    hashes = {path: cache.manifest_hash for path, cache in caches.items()}
+    return Preparation(
+        student=student,
+        tokenizer=tokenizer,
+        image_processor=image_processor,
+        encoder=encoder,
+        phases=phases,
+        fingerprint=run_fingerprint(config, hashes),
+        cache_hashes=hashes,
+    )
+
+
+def _prepare_phases(
+    config: TrainConfig, caches: Mapping[str, TeacherCache], encoder: SampleEncoder, depth: int
+) -> tuple[PreparedPhase, ...]:
+    opened: dict[tuple[object, ...], Dataset] = {}
+    joined: dict[tuple[object, ...], CachedDataset] = {}
+    phases = []
+    for name in config.phases:
+        phase = config.phase(name)
+        cache = caches[str(phase.cache)]
+        signals = phase.losses.signals
+        check_signals(cache, signals, temperature=phase.losses.temperature, phase=name)
+        source = (phase.cache, phase.data, phase.images)
+        if source not in opened:
+            opened[source] = open_cached_data(cache, data=phase.data, images=phase.images)
+            check_data(cache, opened[source])
+        # Phases with the same signals share their join, and so what it keeps in memory.
+        if (*source, signals) not in joined:
+            joined[*source, signals] = CachedDataset(
+                opened[source],
+                replace(encoder, template=PromptTemplate.from_dict(cache.plan.template)),
+                cache,
+                signals=signals,
+                pad_token_id=encoder.tokenizer.pad_token_id or 0,
+                limit=config.limit,
+                memory_bytes=round(config.memory_gib * 2**30),
+                shuffle_teacher_images=config.shuffle_teacher_images,
+            )
+            probe_samples(joined[*source, signals])
+        dataset = joined[*source, signals]
+        steps = phase.step_count(len(dataset))
+        if steps == 0:
+            _log.info("phase %s has no steps and is left out", name)
+        teacher = cache.plan.teacher
+        groups = student_groups(depth, len(teacher["groups"]), teacher.get("layer_choice", "middle"))
+        phases.append(
+            PreparedPhase(
+                name=name,
+                config=phase,
+                steps=steps,
+                dataset=dataset,
+                shuffle=ShardShuffle(shards=dataset.shards, seed=config.seed, window=config.shuffle_window),
+                objective=Objective(
+                    weights=phase.losses.active(),
+                    groups=groups if phase.losses.attends else (),
+                    temperature=phase.losses.temperature,
+                    answer_kind=phase.losses.answer_kind,
+                    visual_map_kind=phase.losses.visual_map_kind,
+                ),
+            )
+        )
+    if not any(phase.steps for phase in phases):
+        raise ConfigError(f"no phase of {', '.join(config.phases)} has a step; set steps or epochs")
+    return tuple(phases)

@@ -1,0 +1,120 @@
+"""The order of training: a pure function of seed and epoch, read shard by shard.
+
+Opening a record at random in a shuffled million means a seek and a decompression each; reading shards in
+sequence trains on neighbours. The middle way: shuffle the shards, then shuffle the samples inside a window of
+consecutive shards, so that only ``window`` shards are open at a time. The whole state is **one number, the
+samples consumed**, so that a run resumes exactly, with another number of processes too.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.errors import ConfigError
+
+Indices = NDArray[np.int64]
+
+
+def epoch_order(shards: Sequence[Indices], *, seed: int, epoch: int, window: int) -> Indices:
+    """Shuffle shards, then the samples inside each window of ``window`` shards.
+
+    Args:
+        shards: Sample indices of each shard, int64 ``[n_i]``.
+        seed: Non-negative; the run's seed.
+        epoch: Non-negative; 0 is the first pass.
+        window: Shards whose samples are mixed, at least 1; a reader needs that many shards open.
+
+    Returns:
+        Every index exactly once, int64 ``[sum n_i]``; the same for the same arguments on every process.
+    """
+    generator = np.random.default_rng([seed, epoch])
+    shards = [shard for shard in shards if len(shard)]
+    order = generator.permutation(len(shards))
+    windows = [order[start : start + window] for start in range(0, len(order), window)]
+    mixed = [generator.permutation(np.concatenate([shards[i] for i in chosen])) for chosen in windows]
+    return np.concatenate(mixed).astype(np.int64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardShuffle:
+    """The endless stream of sample indices: epoch after epoch, each in its own order.
+
+    Attributes:
+        shards: Sample indices of each shard, int64 ``[n_i]``; empty shards are allowed, not all of them.
+        seed: The run's seed.
+        window: Shards mixed with each other.
+
+    Raises:
+        ConfigError: If there is no sample at all, or the window is below one.
+    """
+
+    shards: Sequence[Indices]
+    seed: int
+    window: int = 8
+    length: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        length = sum(len(shard) for shard in self.shards)
+        if length == 0:
+            raise ConfigError("no sample to train on: every shard of the cache is empty or failed in stage one")
+        if self.window < 1:
+            raise ConfigError(f"shuffle_window is {self.window} shards; use 1 or more")
+        object.__setattr__(self, "length", length)
+        # The current and the next epoch: a step may take from both.
+        object.__setattr__(self, "_order", lru_cache(maxsize=2)(self._shuffled))
+
+    def _shuffled(self, epoch: int) -> Indices:
+        return epoch_order(self.shards, seed=self.seed, epoch=epoch, window=self.window)
+
+    def take(self, consumed: int, count: int) -> Indices:
+        """The next ``count`` sample indices after ``consumed`` ones, int64 ``[count]``, crossing epochs."""
+        parts: list[Indices] = []
+        position, left = consumed, count
+        while left > 0:
+            epoch, offset = divmod(position, self.length)
+            part = self._order(epoch)[offset : offset + left]  # type: ignore[attr-defined]
+            parts.append(part)
+            position, left = position + len(part), left - len(part)
+        return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
+
+
+def micro_batch_count(batch_size: int, *, world_size: int, micro_batch_size: int | None) -> int:
+    """Micro-batches each process runs in one optimizer step.
+
+    Args:
+        batch_size: Samples of an optimizer step, over all processes.
+        world_size: Processes.
+        micro_batch_size: Most samples in one forward pass of one process; None: no limit.
+
+    Raises:
+        ConfigError: If a process would get no sample.
+    """
+    if batch_size < world_size:
+        raise ConfigError(
+            f"batch_size is {batch_size} samples for {world_size} processes: each needs one; "
+            f"raise batch_size to {world_size} or start fewer processes"
+        )
+    each = -(-batch_size // world_size)
+    return 1 if micro_batch_size is None else min(-(-each // micro_batch_size), batch_size // world_size)
+
+
+def split_step(indices: Indices, *, rank: int, world_size: int, micro_batches: int) -> list[Indices]:
+    """One process's share of a step's samples, as micro-batches.
+
+    All parts of all processes together are the step's samples, each once, and sizes differ by one at most:
+    which samples a step sees never depends on how many processes run it.
+
+    Args:
+        indices: The step's samples, int64 ``[batch_size]``.
+        rank: This process, from 0.
+        world_size: Processes.
+        micro_batches: Parts for each process.
+
+    Returns:
+        ``micro_batches`` arrays, int64.
+    """
+    parts = np.array_split(indices, world_size * micro_batches)
+    return parts[rank * micro_batches : (rank + 1) * micro_batches]

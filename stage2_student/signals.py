@@ -1,0 +1,168 @@
+"""A cached record becomes what one student can be compared with: decoded, and pooled to a common grid.
+
+Teacher and student may cut the picture into different tokens. Both are pooled to **the coarser of the two**, by
+shared area: nobody is asked to tell apart what it, or the teacher, cannot see apart. All of this depends on the
+sample alone, so it runs on loading threads and the loop meets tensors of equal shape.
+
+Dims: A supervised rows, G layer groups, N_t teacher and N_s student visual tokens, C common cells.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.codecs.logits import SparseLogits
+from common.errors import CacheMismatchError
+from common.schema import Record
+from common.visual_tokens import (
+    Tile,
+    content_mask,
+    grid_tile,
+    overlap_matrix,
+    pool_keys,
+    pool_queries,
+    tile_boxes,
+    tiles_from_array,
+)
+
+ATTENTION_SIGNALS = ("answer_attention", "visual_columns", "visual_map")
+
+
+@dataclass(frozen=True)
+class CommonGrid:
+    """How two sides' visual tokens meet.
+
+    Attributes:
+        teacher_pool: Shares of each teacher token in each common cell, float32 ``[N_t, C]``.
+        student_pool: Shares of each student token, float32 ``[N_s, C]``.
+        content: Which common cells carry image, bool ``[C]``.
+    """
+
+    teacher_pool: Tensor
+    student_pool: Tensor
+    content: Tensor
+
+
+@lru_cache(maxsize=256)
+def meet(teacher: tuple[Tile, ...], student: tuple[Tile, ...]) -> CommonGrid:
+    """Choose the common cells of two token layouts: the side with fewer tokens that carry image.
+
+    Args:
+        teacher: Tiles of the teacher's tokens, or of a cached grid.
+        student: Tiles of the student's tokens.
+
+    Returns:
+        The pooling of both sides; that of the side chosen is the identity on tokens that carry image.
+    """
+    teacher_boxes, student_boxes = tile_boxes(teacher), tile_boxes(student)
+    teacher_content, student_content = content_mask(teacher_boxes), content_mask(student_boxes)
+    if int(student_content.sum()) <= int(teacher_content.sum()):
+        return CommonGrid(
+            teacher_pool=overlap_matrix(teacher_boxes, student_boxes) * student_content,
+            student_pool=torch.diag(student_content.float()),
+            content=student_content,
+        )
+    return CommonGrid(
+        teacher_pool=torch.diag(teacher_content.float()),
+        student_pool=overlap_matrix(student_boxes, teacher_boxes) * teacher_content,
+        content=teacher_content,
+    )
+
+
+@dataclass(frozen=True)
+class AttentionTarget:
+    """The teacher's attention on the common cells of one sample.
+
+    Attributes:
+        teacher: float32; ``answer_attention`` ``[A, G, C]``, ``visual_columns`` ``[G, C]``, ``visual_map``
+            ``[G, C, C]``; absolute probability mass.
+        image_mass: Mass of an answer row on the image, float32 ``[A, G]``; None for the other signals.
+        student_pool: float32 ``[N_s, C]``.
+        content: bool ``[C]``.
+    """
+
+    teacher: Tensor
+    image_mass: Tensor | None
+    student_pool: Tensor
+    content: Tensor
+
+
+@dataclass(frozen=True)
+class SampleSignals:
+    """What a sample's losses need of the teacher; ``attention`` is empty without an image."""
+
+    logits: SparseLogits | None
+    attention: Mapping[str, AttentionTarget]
+
+
+def decode_signals(
+    record: Record,
+    codecs: Mapping[str, Any],
+    student_tiles: tuple[Tile, ...],
+    *,
+    where: str,
+    attention_record: Record | None = None,
+    attention_rows: int | None = None,
+) -> SampleSignals:
+    """Decode the wanted signals of one record and pool them for one student.
+
+    Args:
+        record: The sample's record.
+        codecs: Codec of each wanted signal.
+        student_tiles: The student's visual tokens; empty without an image.
+        where: Sample and cache, for errors.
+        attention_record: Take the attention signals from this record (the control experiment).
+        attention_rows: Rows the sample has, to which a foreign record's rows are repeated or cut.
+
+    Returns:
+        The signals, on the CPU.
+
+    Raises:
+        CacheMismatchError: If tiles and attention of the record differ in their number of visual tokens.
+    """
+    logits = codecs["logits"].decode(record) if "logits" in codecs else None
+    attention: dict[str, AttentionTarget] = {}
+    source = record if attention_record is None else attention_record
+    teacher_tiles = tiles_from_array(np.asarray(source["tiles"]))
+    if student_tiles and teacher_tiles:
+        for signal in ATTENTION_SIGNALS:
+            if signal in codecs:
+                attention[signal] = _target(
+                    signal, codecs[signal], source, teacher_tiles, student_tiles, where, attention_rows
+                )
+    return SampleSignals(logits=logits, attention=attention)
+
+
+def _target(
+    signal: str,
+    codec: Any,
+    record: Record,
+    teacher_tiles: tuple[Tile, ...],
+    student_tiles: tuple[Tile, ...],
+    where: str,
+    rows: int | None,
+) -> AttentionTarget:
+    decoded = codec.decode(record)
+    if signal == "answer_attention":
+        grid = meet((grid_tile(*codec.grid),), student_tiles)
+        cells, mass = decoded.cells, decoded.image_mass
+        if rows is not None:
+            chosen = torch.arange(rows) % max(1, cells.shape[0])
+            cells, mass = cells[chosen], mass[chosen]
+        return AttentionTarget(pool_keys(cells, grid.teacher_pool), mass, grid.student_pool, grid.content)
+    grid = meet(teacher_tiles, student_tiles)
+    tokens = grid.teacher_pool.shape[0]
+    if decoded.shape[-1] != tokens:
+        raise CacheMismatchError(
+            f"{where}: {signal} covers {decoded.shape[-1]} visual tokens, the record's tiles {tokens}; "
+            "run `cachectl verify --deep` on the cache, then build the damaged shard again"
+        )
+    pooled = pool_keys(decoded, grid.teacher_pool)  # [G, C] or [G, N_t, C]
+    if signal == "visual_map":
+        pooled = pool_queries(pooled, grid.teacher_pool)  # [G, C, C]
+    return AttentionTarget(pooled, None, grid.student_pool, grid.content)

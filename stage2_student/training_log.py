@@ -1,0 +1,90 @@
+"""One JSON object an optimizer step, and the same curves for TensorBoard.
+
+Losses stay tensors until ``flush``: reading a number from an accelerator at every step would make the host wait
+for it. On resume, lines after the checkpoint are cut away, so that no step appears twice.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from common.atomic import write_bytes_atomic
+
+LOG = "log.jsonl"
+
+
+def read_log(output: Path) -> list[dict[str, Any]]:
+    """The logged steps of a run, in order; an unfinished last line of a killed run is left out."""
+    path = output / LOG
+    if not path.exists():
+        return []
+    lines = path.read_bytes().split(b"\n")
+    return [json.loads(line) for line in lines[:-1] if line]
+
+
+class TrainingLog:
+    """Collects the steps of all processes; the main one writes them.
+
+    Attributes:
+        records: Every step of the run so far, those before a resume included (main process only).
+    """
+
+    def __init__(self, output: Path, accelerator: Accelerator, *, resume_step: int, flush_every: int = 1) -> None:
+        """Open the log, keeping the steps up to ``resume_step``.
+
+        Args:
+            output: The run's folder.
+            accelerator: Sums the loss terms over processes.
+            resume_step: Total steps of the checkpoint resumed from; 0 for a fresh start.
+            flush_every: Steps between writes.
+        """
+        self._accelerator = accelerator
+        self._flush_every = flush_every
+        self._pending: list[tuple[dict[str, Any], dict[str, Tensor]]] = []
+        self.records: list[dict[str, Any]] = []
+        self._writer: SummaryWriter | None = None
+        if accelerator.is_main_process:
+            self.records = [record for record in read_log(output) if record["step"] <= resume_step]
+            text = "".join(json.dumps(record) + "\n" for record in self.records)
+            write_bytes_atomic(output / LOG, text.encode())
+            self._path = output / LOG
+            self._writer = SummaryWriter(str(output / "tensorboard"), purge_step=resume_step + 1)
+
+    def add(self, losses: dict[str, Tensor], **values: Any) -> None:
+        """Remember one step.
+
+        Args:
+            losses: This process's share of each loss term, float scalars; their sum over processes is logged.
+            values: ``step``, ``phase`` and other plain values of the main process.
+        """
+        self._pending.append((values, {name: value.detach() for name, value in losses.items()}))
+        if len(self._pending) >= self._flush_every:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write the remembered steps; every process must call it at the same steps."""
+        if not self._pending:
+            return
+        stacked = torch.stack([torch.stack(list(losses.values())).float() for _, losses in self._pending])
+        numbers = self._accelerator.reduce(stacked, reduction="sum").tolist()
+        if self._accelerator.is_main_process and self._writer is not None:
+            with self._path.open("a") as file:
+                for (values, losses), row in zip(self._pending, numbers, strict=True):
+                    record = {**values, **dict(zip(losses, row, strict=True))}
+                    self.records.append(record)
+                    file.write(json.dumps(record) + "\n")
+                    for name, value in record.items():
+                        if isinstance(value, float):
+                            self._writer.add_scalar(f"train/{name}", value, record["step"])
+        self._pending.clear()
+
+    def close(self) -> None:
+        """Write what is left and close the files."""
+        self.flush()
+        if self._writer is not None:
+            self._writer.close()

@@ -1,0 +1,66 @@
+"""Fixtures shared by several packages: a tiny random LLaVA-1.5 directory, and caches built from it."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if os.environ.get("RUN_SLOW"):
+        return
+    for item in items:
+        if "slow" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="slow: set RUN_SLOW=1"))
+
+
+def save_tiny_llava(directory: Path, *, layers: int = 4, seed: int = 0, vocab_extra: int = 0) -> Path:
+    """A random LLaVA-1.5 of the published architecture with the built-in tokenizer, 36 visual tokens."""
+    import torch
+    from transformers import (
+        AutoImageProcessor,
+        AutoTokenizer,
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+    )
+
+    import data.builtin
+
+    builtin = Path(data.builtin.__file__).parent
+    tokenizer = AutoTokenizer.from_pretrained(builtin)
+    processor = AutoImageProcessor.from_pretrained(builtin, backend="pil")
+    torch.manual_seed(seed)
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2,
+            image_size=72, patch_size=12, projection_dim=32,
+        ),
+        text_config=LlamaConfig(
+            vocab_size=len(tokenizer) + vocab_extra, hidden_size=48, intermediate_size=96,
+            num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
+            max_position_embeddings=512,
+            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        ),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_seq_length=36,
+    )  # fmt: skip
+    model = LlavaForConditionalGeneration(config)
+    with torch.no_grad():  # the library's init is so small that attention is uniform: make it look somewhere
+        for name, parameter in model.named_parameters():
+            if "language_model" in name and parameter.ndim == 2:
+                parameter.mul_(6.0)
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    processor.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_llava(tmp_path_factory.mktemp("teachers") / "tiny-llava")

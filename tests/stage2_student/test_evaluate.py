@@ -1,0 +1,340 @@
+"""Evaluation: equal to slow references, the same for teacher and student, and honest about constant answers."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+from common.codecs.logits import LogitCodec
+from common.codecs.row_attention import RowAttention, RowAttentionCodec
+from common.layers import student_groups
+from common.schema import IGNORE_INDEX
+from common.visual_attention import AttentionCapture, AttentionRequest
+from common.visual_tokens import tiles_to_array
+from data.builtin import load_image_processor, load_tokenizer
+from data.collate import collate, supervised_rows, visual_keys
+from data.encoding import ImageEncoder, SampleEncoder, build_prompt
+from data.sample import EvaluationSet, Sample, Turn
+from data.shapes import ShapesDataset, shapes_evaluation
+from data.templates import TEMPLATES
+from stage2_student.cached_dataset import CachedDataset
+from stage2_student.evaluate import (
+    EvaluationReport,
+    ask_letters,
+    encode_pair,
+    evaluate_model,
+    render_table,
+    score_agreement,
+    score_pairs,
+    score_questions,
+)
+from stage2_student.metrics import Score
+from stage2_student.models.mobilevlm import MobileVLMConfig, MobileVLMForConditionalGeneration
+from stage2_student.scoring import answer_log_probs, generate_answers
+
+TOKENIZER = load_tokenizer()
+IMAGE = TOKENIZER.convert_tokens_to_ids("<image>")
+VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 72,
+    "patch_size": 12,
+}
+TEXT = {
+    "vocab_size": len(TOKENIZER),
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "initializer_range": 0.3,
+}
+
+
+def make_student(seed=0, projector_type="mlp"):
+    torch.manual_seed(seed)
+    config = MobileVLMConfig(
+        text_config=LlamaConfig(**TEXT),
+        vision_config=CLIPVisionConfig(**VISION),
+        image_token_id=IMAGE,
+        projector_type=projector_type,
+    )
+    return MobileVLMForConditionalGeneration(config).eval()
+
+
+def make_encoder(grid=(6, 6), template="short"):
+    return SampleEncoder(
+        tokenizer=TOKENIZER,
+        image_encoder=ImageEncoder(processor=load_image_processor(), layout="square", grid=grid),
+        template=TEMPLATES[template],
+        image_token_id=IMAGE,
+        max_length=512,
+    )
+
+
+@pytest.fixture(scope="module")
+def items():
+    return shapes_evaluation("validation", items=3)
+
+
+def reference_log_probs(model, encoder, image, caption):
+    sample = Sample(sample_id="x", images=(image,), turns=(Turn(question="", answer=caption),))
+    encoded = encoder(sample)
+    logits = model(
+        input_ids=torch.as_tensor(encoded.input_ids)[None],
+        pixel_values=torch.as_tensor(encoded.pixel_values)[None],
+    ).logits[0]
+    log_probs = logits.log_softmax(-1)
+    return [
+        float(log_probs[row, label])
+        for row, label in enumerate(encoded.labels.tolist())
+        if label != IGNORE_INDEX
+    ]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("template", ["short", "plain"])
+def test_caption_scores_equal_each_caption_scored_alone(items, template):
+    model, encoder = make_student(), make_encoder(template=template)
+    pairs = items.pairs[::3]
+    encoded = [sample for pair in pairs for sample in encode_pair(encoder, pair)]
+    found = [
+        rows[owner == segment]
+        for rows, owner in answer_log_probs(model, encoded, 0)
+        for segment in sorted(set(owner.tolist()))
+    ]
+    expected = [
+        reference_log_probs(model, encoder, pair.image, caption)
+        for pair in pairs
+        for caption in (pair.right, pair.wrong)
+    ]
+    assert len(found) == len(expected)
+    for got, wanted in zip(found, expected, strict=True):
+        np.testing.assert_allclose(got, wanted, atol=2e-5)
+    scores = score_pairs(model, encoder, pairs, batch_size=4)
+    sums, means = ([function(rows) for rows in expected] for function in (np.sum, np.mean))
+    assert scores["likelihood"].tolist() == [float(r > w) for r, w in zip(sums[::2], sums[1::2], strict=True)]
+    assert scores["likelihood_per_token"].tolist() == [
+        float(r > w) for r, w in zip(means[::2], means[1::2], strict=True)
+    ]
+
+
+@torch.no_grad()
+def test_batched_answers_equal_those_of_each_prompt_alone(items):
+    model, encoder = make_student(), make_encoder()
+    prompts = [build_prompt(encoder, item.image, item.question) for item in items.questions[::4]]
+    assert len({len(prompt) for prompt in prompts}) > 1
+    texts, logits = generate_answers(model, encoder, prompts, max_new_tokens=6)
+    for prompt, text, first in zip(prompts, texts, logits, strict=True):
+        alone, own = generate_answers(model, encoder, [prompt], max_new_tokens=6)
+        assert alone == [text]
+        torch.testing.assert_close(own[0], first, atol=1e-4, rtol=1e-4)
+
+
+def test_questions_are_right_exactly_when_the_generated_answer_is_the_expected_one(items):
+    model, encoder = make_student(), make_encoder()
+    asked = items.questions[:6]
+    prompts = [build_prompt(encoder, item.image, item.question) for item in asked]
+    texts, _ = generate_answers(model, encoder, prompts, max_new_tokens=16)
+    given = [
+        SimpleNamespace(image=item.image, question=item.question, answer=text.upper() + "." * (index % 2))
+        for index, (item, text) in enumerate(zip(asked, texts, strict=True))
+    ]
+    given[2].answer += " circle"
+    assert score_questions(model, encoder, given, batch_size=4).tolist() == [1, 1, 0, 1, 1, 1]
+
+
+class ConstantAnswer(torch.nn.Module):
+    """Answers every prompt with the same words."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.anchor = torch.nn.Parameter(torch.zeros(1))
+        self.ids = TOKENIZER(text, add_special_tokens=False)["input_ids"]
+
+    def generate(self, input_ids, **kwargs):
+        answer = torch.tensor([*self.ids, TOKENIZER.eos_token_id]).expand(len(input_ids), -1)
+        logits = torch.zeros(len(input_ids), len(TOKENIZER))
+        logits[:, self.ids[0]] = 1
+        return SimpleNamespace(sequences=torch.cat([input_ids, answer], 1), logits=(logits,))
+
+
+@pytest.mark.parametrize(("answer", "bias"), [("A", 1.0), ("(B)", -1.0)])
+def test_a_constant_letter_is_half_right_never_in_both_orders_and_biased(items, answer, bias):
+    scores = ask_letters(ConstantAnswer(answer), make_encoder(), items.pairs, batch_size=16)
+    means = {name: float(values.mean()) for name, values in scores.items()}
+    assert (means["mean"], means["both_right"], means["bias"], means["unparsed"]) == (0.5, 0.0, bias, 0.0)
+    assert means["likelihood"] == 0.5
+
+
+def test_an_answer_without_a_letter_counts_as_unparsed_and_wrong(items):
+    scores = ask_letters(ConstantAnswer("red circle"), make_encoder(), items.pairs, batch_size=16)
+    assert scores["unparsed"].mean() == 1.0
+    assert scores["mean"].mean() == 0.0
+    assert scores["likelihood"].mean() == 0.5
+
+
+def test_letters_by_likelihood_follow_the_first_answer_token(items):
+    class Knows(ConstantAnswer):
+        def generate(self, input_ids, **kwargs):
+            output = super().generate(input_ids, **kwargs)
+            output.logits[0].zero_()
+            for row in range(len(input_ids)):  # orders alternate: the right caption is (A), then (B)
+                output.logits[0][row, TOKENIZER.convert_tokens_to_ids("AB"[row % 2])] = 1
+            return output
+
+    scores = ask_letters(Knows("red"), make_encoder(), items.pairs, batch_size=16)
+    assert scores["likelihood"].mean() == 1.0
+
+
+def test_a_llava_and_a_student_with_the_same_weights_get_the_same_report(items):
+    student = make_student()
+    llava = LlavaForConditionalGeneration(
+        LlavaConfig(
+            text_config=LlamaConfig(**TEXT),
+            vision_config=CLIPVisionConfig(**VISION),
+            image_token_index=IMAGE,
+            projector_hidden_act="gelu",
+        )
+    ).eval()
+    llava.model.language_model.load_state_dict(
+        {
+            key: value
+            for key, value in student.model.state_dict().items()
+            if key.startswith(("embed", "layers", "norm"))
+        }
+    )
+    llava.model.vision_tower.load_state_dict(
+        student.model.vision_tower.vision_tower.vision_model.state_dict()
+    )
+    llava.model.multi_modal_projector.linear_1.load_state_dict(student.model.mm_projector[0].state_dict())
+    llava.model.multi_modal_projector.linear_2.load_state_dict(student.model.mm_projector[2].state_dict())
+    llava.lm_head.load_state_dict(student.lm_head.state_dict())
+    few = EvaluationSet(pairs=items.pairs[::2], questions=items.questions[::4])
+    reports = [evaluate_model(model, make_encoder(), few, resamples=50) for model in (student, llava)]
+    assert reports[0] == reports[1]
+
+
+class MemoryCache:
+    """What `CachedDataset` asks of a cache, without files."""
+
+    path = "memory"
+    failed = {}
+
+    def __init__(self, records, signals):
+        self.records = records
+        self.plan = SimpleNamespace(signals=signals)
+
+    def shards(self):
+        return [list(self.records)]
+
+    def read(self, sample_id):
+        return self.records[sample_id]
+
+
+@torch.no_grad()
+def make_cached(model, encoder, samples):
+    """Cache a model's own signals, exactly."""
+    logit_codec = LogitCodec(floor=0.0, min_k=8, max_k=64, exact=True)
+    attention_codec = RowAttentionCodec(grid=(6, 6), groups=1, exact=True)
+    capture = AttentionCapture(model.language_model)
+    groups = student_groups(3, 1)
+    records = {}
+    for sample in samples:
+        encoded = encoder(sample)
+        batch = collate([encoded], 0)
+        rows, keys = supervised_rows(batch), visual_keys(batch)
+        labels = batch.labels[batch.labels != IGNORE_INDEX]
+        with capture.record({"answer": AttentionRequest(rows, keys, groups)}) as maps:
+            logits = model(**batch.model_inputs(), supervised=batch.labels != IGNORE_INDEX).logits
+        cells = maps["answer"][0].transpose(0, 1)  # [A, G, 36]
+        records[sample.sample_id] = {
+            "image_hash": np.frombuffer(encoded.image_hash, dtype="u1")[None],
+            "labels": labels.numpy().astype("u4"),
+            "tiles": tiles_to_array(encoded.tiles),
+            **logit_codec.encode(logit_codec.select(logits, labels)),
+            **attention_codec.encode(RowAttention.from_cells(cells)),
+        }
+    signals = {"logits": logit_codec.to_dict(), "answer_attention": attention_codec.to_dict()}
+    return MemoryCache(records, signals)
+
+
+def test_a_model_agrees_fully_with_the_cache_of_itself_and_less_with_anothers():
+    encoder = make_encoder()
+    dataset = ShapesDataset("train", 5)
+    model = make_student()
+    cache = make_cached(model, encoder, [dataset[index] for index in range(5)])
+    cached = CachedDataset(dataset, encoder, cache, signals=("logits", "answer_attention"), pad_token_id=0)
+    with torch.inference_mode():
+        same = {name: values.mean() for name, values in score_agreement(model, cached, batch_size=2).items()}
+        other = score_agreement(make_student(seed=1), cached, batch_size=2)
+    assert same["teacher/kl"] == pytest.approx(0, abs=1e-5)
+    assert same["attention/kl"] == pytest.approx(0, abs=1e-5)
+    assert same["attention/cosine"] == pytest.approx(1, abs=1e-5)
+    assert same["teacher/top1"] == 1.0
+    assert {name: len(values) for name, values in other.items()} == dict.fromkeys(same, 5)
+    assert other["teacher/kl"].min() > 0.01
+    assert other["attention/kl"].min() > 0.001
+    assert other["attention/cosine"].max() < 0.999
+    assert other["teacher/top1"].max() < 0.9
+
+
+def test_only_the_signals_that_the_cache_is_read_for_are_compared():
+    encoder = make_encoder(grid=(3, 3))
+    dataset = ShapesDataset("train", 2)
+    cache = make_cached(make_student(), make_encoder(), [dataset[index] for index in range(2)])
+    student = make_student(projector_type="ldpnetv2")
+    found = {}
+    for signal in ("logits", "answer_attention"):
+        cached = CachedDataset(dataset, encoder, cache, signals=(signal,), pad_token_id=0)
+        with torch.inference_mode():
+            found[signal] = set(score_agreement(student, cached, batch_size=2))
+    assert found == {
+        "logits": {"teacher/kl", "teacher/top1"},
+        "answer_attention": {"attention/kl", "attention/cosine"},
+    }
+
+
+def test_report_has_means_and_kinds_and_survives_json(items):
+    model = make_student(projector_type="ldpnetv2").train()
+    report = evaluate_model(model, make_encoder(grid=(3, 3)), items, letters=False, resamples=20)
+    assert model.training
+    kinds = {pair.kind for pair in items.pairs}
+    parts = [report.scores[f"likelihood/{kind}"].value for kind in kinds]
+    assert report.scores["likelihood"].value == pytest.approx(sum(parts) / len(parts))
+    assert report.scores["likelihood"].items == len(items.pairs)
+    assert report.scores["questions"].items == len(items.questions)
+    assert not any(name.startswith(("letters", "teacher")) for name in report.scores)
+    assert EvaluationReport.from_dict(report.to_dict()) == report
+
+
+def test_a_model_is_back_in_training_mode_after_an_error(items):
+    model = make_student(projector_type="ldpnetv2").train()
+    with pytest.raises(
+        ValueError, match="image tokens"
+    ):  # the encoder gives 36 visual tokens, the student takes 9
+        evaluate_model(model, make_encoder(grid=(6, 6)), items)
+    assert model.training
+
+
+def test_table_shows_models_side_by_side_and_a_dash_for_what_was_not_measured():
+    half = Score(value=0.5, low=0.25, high=0.75, items=8)
+    both = {"likelihood": half, "likelihood/swap_att": half, "questions": half}
+    table = render_table(
+        {
+            "sft": EvaluationReport(scores=both),
+            "distilled": EvaluationReport(scores={**both, "teacher/kl": half}),
+        }
+    )
+    lines = table.splitlines()
+    assert lines[0].split() == ["sft", "distilled"]
+    assert lines[1].split()[-6:] == ["50.0", "[25.0,", "75.0]"] * 2
+    assert lines[2].startswith("  swap_att ")
+    assert lines[-1].split()[-4:] == ["-", "0.500", "[0.250,", "0.750]"]
+    assert len(lines) == 5

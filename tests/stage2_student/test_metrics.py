@@ -1,0 +1,126 @@
+"""Scoring functions: intervals that cover, letters read conservatively, what a constant answer scores."""
+
+import numpy as np
+import pytest
+
+from stage2_student.metrics import (
+    bootstrap,
+    bootstrap_kinds,
+    exact_match,
+    group_by_kind,
+    normalise_answer,
+    parse_letter,
+    preference,
+    score_letters,
+)
+
+
+def test_bootstrap_interval_equals_that_of_explicit_resampling():
+    values = np.random.default_rng(1).random(60)
+    score = bootstrap(values, seed=0, resamples=20_000)
+    generator = np.random.default_rng(2)
+    means = [generator.choice(values, size=60).mean() for _ in range(20_000)]
+    assert score.value == pytest.approx(values.mean())
+    assert score.items == 60
+    assert score.low == pytest.approx(np.quantile(means, 0.025), abs=0.004)
+    assert score.high == pytest.approx(np.quantile(means, 0.975), abs=0.004)
+
+
+def test_bootstrap_intervals_cover_the_truth_about_95_times_in_100():
+    generator = np.random.default_rng(0)
+    scores = [bootstrap(generator.random(100) < 0.7, seed=trial, resamples=400) for trial in range(300)]
+    covered = np.mean([score.low <= 0.7 <= score.high for score in scores])
+    assert 0.90 <= covered <= 0.99
+
+
+def test_bootstrap_is_a_function_of_its_seed():
+    values = np.random.default_rng(0).random(30)
+    assert bootstrap(values, seed=3) == bootstrap(values, seed=3)
+    assert bootstrap(values, seed=3) != bootstrap(values, seed=4)
+
+
+def test_kinds_weigh_the_same_whatever_their_size():
+    score = bootstrap_kinds({"many": [1.0] * 90, "few": [0.0] * 10})
+    assert (score.value, score.low, score.high, score.items) == (0.5, 0.5, 0.5, 100)
+
+
+def test_items_are_resampled_within_their_kind():
+    # Mixed, 20 items of 0 and 1 would give an interval; within their kinds nothing varies.
+    assert bootstrap_kinds({"a": [0.0] * 10, "b": [1.0] * 10}).low == 0.5
+    assert bootstrap([0.0] * 10 + [1.0] * 10).low < 0.4
+
+
+@pytest.mark.parametrize("values", [{}, {"a": []}, {"a": [1.0], "b": []}])
+def test_intervals_without_items_are_refused(values):
+    with pytest.raises(ValueError, match="at least one item of each kind"):
+        bootstrap_kinds(values)
+
+
+def test_group_by_kind_sorts_kinds_and_keeps_the_items_order():
+    assert group_by_kind([1, 2, 3], ["b", "a", "b"]) == {"a": [2.0], "b": [1.0, 3.0]}
+
+
+def test_a_tie_is_half_right():
+    assert preference(np.array([2.0, 1.0, 1.0]), np.array([1.0, 2.0, 1.0])).tolist() == [1.0, 0.0, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [
+        ("A", "A"),
+        (" b ", "B"),
+        ("(A)", "A"),
+        ("( B ) .", "B"),
+        ("A.", "A"),
+        ("A) a red circle", "A"),
+        ("B: the circle", "B"),
+        ("(B) a red circle left of a square", "B"),
+        ("The answer is (B).", "B"),
+        ("Answer: A", "A"),
+        ("option B", "B"),
+        ("A cat on a mat", None),
+        ("a red circle", None),
+        ("A or B", None),
+        ("(A) and (B)", None),
+        ("", None),
+        ("C", None),
+        ("ABBA", None),
+    ],
+)
+def test_letters_are_read_only_where_one_is_clearly_meant(text, letter):
+    assert parse_letter(text) == letter
+
+
+@pytest.mark.parametrize(
+    ("text", "plain"),
+    [("The red one.", "red one"), ("  Yes,\n", "yes"), ("t-shirt", "t-shirt"), ("c2 r4", "c2 r4"), ("a", "")],
+)
+def test_answers_are_normalised(text, plain):
+    assert normalise_answer(text) == plain
+
+
+def test_exact_match_ignores_case_punctuation_and_articles_only():
+    assert exact_match("A Circle.", "circle")
+    assert not exact_match("circles", "circle")
+    assert not exact_match("red circle", "circle")
+
+
+def test_a_constant_letter_scores_half_on_the_mean_and_nothing_on_both_orders():
+    scores = score_letters([("A", "A")] * 4)
+    assert {name: values.mean() for name, values in scores.items()} == {
+        "right_first": 1.0,
+        "right_second": 0.0,
+        "mean": 0.5,
+        "both_right": 0.0,
+        "bias": 1.0,
+        "unparsed": 0.0,
+    }
+
+
+def test_letters_count_per_order_and_unread_answers_are_wrong():
+    scores = score_letters([("A", "B"), ("B", "B"), (None, "B"), (None, None)])
+    assert scores["right_first"].tolist() == [1, 0, 0, 0]
+    assert scores["right_second"].tolist() == [1, 1, 1, 0]
+    assert scores["both_right"].tolist() == [1, 0, 0, 0]
+    assert scores["bias"].tolist() == [0, -1, -0.5, 0]
+    assert scores["unparsed"].tolist() == [0, 0, 0.5, 1]

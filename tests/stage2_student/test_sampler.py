@@ -1,0 +1,91 @@
+"""The order of training: a function of seed and epoch alone, and of nothing else."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common.errors import ConfigError
+from stage2_student.sampler import ShardShuffle, epoch_order, micro_batch_count, split_step
+
+
+def make_shards(*sizes: int):
+    bounds = np.cumsum([0, *sizes])
+    return [np.arange(a, b, dtype=np.int64) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+
+
+@given(st.lists(st.integers(0, 7), min_size=1, max_size=9), st.integers(0, 3), st.integers(1, 4))
+@settings(max_examples=40, deadline=None)
+def test_every_epoch_visits_each_sample_once(sizes, epoch, window):
+    order = epoch_order(make_shards(*sizes), seed=1, epoch=epoch, window=window)
+    assert sorted(order.tolist()) == list(range(sum(sizes)))
+
+
+def test_epochs_and_seeds_give_different_orders_and_the_same_arguments_the_same():
+    shards = make_shards(16, 16, 16)
+    first = epoch_order(shards, seed=1, epoch=0, window=2)
+    assert np.array_equal(first, epoch_order(shards, seed=1, epoch=0, window=2))
+    assert not np.array_equal(first, epoch_order(shards, seed=1, epoch=1, window=2))
+    assert not np.array_equal(first, epoch_order(shards, seed=2, epoch=0, window=2))
+
+
+def test_only_a_window_of_shards_is_open_at_a_time():
+    shards = make_shards(*[10] * 6)
+    order = epoch_order(shards, seed=3, epoch=0, window=2)
+    for start in range(0, 60, 20):
+        assert len({index // 10 for index in order[start : start + 20].tolist()}) == 2
+
+
+def test_samples_are_mixed_inside_a_window():
+    order = epoch_order(make_shards(32, 32), seed=0, epoch=0, window=2)
+    first_half = [index // 32 for index in order[:32].tolist()]
+    assert 8 < sum(first_half) < 24
+
+
+@given(st.integers(0, 100), st.lists(st.integers(1, 17), min_size=1, max_size=8))
+@settings(max_examples=40, deadline=None)
+def test_taking_in_pieces_equals_taking_at_once_whatever_the_pieces(start, pieces):
+    shuffle = ShardShuffle(shards=make_shards(5, 3, 4), seed=7, window=2)
+    whole = shuffle.take(start, sum(pieces))
+    parts, position = [], start
+    for piece in pieces:
+        parts.append(shuffle.take(position, piece))
+        position += piece
+    assert np.array_equal(np.concatenate(parts), whole)
+
+
+def test_the_stream_is_epoch_after_epoch():
+    shards = make_shards(5, 3)
+    shuffle = ShardShuffle(shards=shards, seed=7, window=1)
+    expected = np.concatenate([epoch_order(shards, seed=7, epoch=epoch, window=1) for epoch in range(3)])
+    assert np.array_equal(shuffle.take(0, 24), expected)
+
+
+@pytest.mark.parametrize(("world_size", "micro_batches"), [(1, 1), (1, 3), (2, 1), (2, 2), (3, 1), (4, 2)])
+def test_a_step_sees_the_same_samples_whatever_the_number_of_processes(world_size, micro_batches):
+    indices = np.arange(100, 113)
+    parts = [
+        part
+        for rank in range(world_size)
+        for part in split_step(indices, rank=rank, world_size=world_size, micro_batches=micro_batches)
+    ]
+    assert np.array_equal(np.concatenate(parts), indices)
+    sizes = [len(part) for part in parts]
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_micro_batches_respect_the_limit_of_one_forward_pass():
+    assert micro_batch_count(16, world_size=1, micro_batch_size=None) == 1
+    assert micro_batch_count(16, world_size=1, micro_batch_size=4) == 4
+    assert micro_batch_count(16, world_size=2, micro_batch_size=3) == 3
+    assert micro_batch_count(3, world_size=3, micro_batch_size=1) == 1
+
+
+def test_more_processes_than_samples_is_refused_with_the_remedy():
+    with pytest.raises(ConfigError, match="batch_size is 2 samples for 3 processes.*raise batch_size to 3"):
+        micro_batch_count(2, world_size=3, micro_batch_size=None)
+
+
+def test_nothing_to_train_on_is_refused():
+    with pytest.raises(ConfigError, match="no sample to train on"):
+        ShardShuffle(shards=[], seed=0)

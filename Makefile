@@ -11,7 +11,7 @@ PHASES  ?=
 NPROC   ?= 1
 
 # One folder per data set and store; a name is enough for built-in data, a path becomes its last part.
-DATA_NAME := $(subst :,-,$(subst $(empty),-,$(basename $(notdir $(patsubst %/,%,$(DATA))))))
+DATA_NAME := $(subst :,-,$(basename $(notdir $(patsubst %/,%,$(DATA)))))
 CACHE   ?= build/cache/$(DATA_NAME)-$(STORE)
 OUTPUT  ?= build/runs/$(notdir $(patsubst %/,%,$(STUDENT)))-$(DATA_NAME)-$(STORE)
 
@@ -45,3 +45,35 @@ teacher-cache: $(STAMP) ## Stage one: run the teacher once, write the cache
 
 distill: teacher-cache ## Stage two: train a student from the cache (built first if missing), evaluate, report
 	$(BIN)/distill run --student '$(STUDENT)' --data '$(DATA)' --cache '$(CACHE)' --output '$(OUTPUT)' $(if $(IMAGES),--images '$(IMAGES)') $(if $(CONFIG),--config '$(CONFIG)') $(if $(PHASES),--phases '$(PHASES)')
+
+evaluate: $(STAMP) ## Score a trained student again: OUTPUT=its run folder
+	$(BIN)/distill evaluate '$(OUTPUT)/distilled/final' --data '$(DATA)' --cache '$(CACHE)' $(if $(IMAGES),--images '$(IMAGES)')
+
+report: $(STAMP) ## Write the HTML report of a run again
+	$(BIN)/distill report '$(OUTPUT)'
+
+demo: distill ## The embedded default: built-in teacher, built-in data, CPU
+
+demo-teacher: $(STAMP) ## Train a built-in teacher from nothing (minutes): DATA=shapes|easy-vqa
+	$(BIN)/teacher-cache demo-teacher --data '$(DATA)' --output build/demo-teacher-$(DATA_NAME)
+
+experiment: $(STAMP) ## The ablation table: arms x seeds on built-in data (about an hour on 2 cores)
+	$(BIN)/python -m tests.benchmarks.experiment
+
+test: $(STAMP) ## Run every test, print branch coverage
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --cov --cov-report=term --cov-fail-under=85
+
+checks: $(STAMP) ## Lint, format check, strict types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP) ## Format the code and mend what the linter can
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(STAMP) ## Speed and size table, ratios measured side by side
+	$(BIN)/python -m tests.benchmarks.bench
+
+clean: ## Delete caches, runs and the virtual environment
+	rm -rf build .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _COPY_AGAIN = "copy it again from where the cache came from"
+_TOKEN_FIELDS = ("labels", "token_ids")
 _SEAL = "run `teacher-cache seal`"
 
 
@@ -112,8 +113,8 @@ def _check_manifest(cache_dir: Path, plan: Plan, manifest: Manifest) -> list[Dam
         reason = f"lists {len(manifest.shards)} shards, but the plan has {plan.shard_count}"
         damages.append(Damage(path=MANIFEST, reason=reason, remedy=f"{_SEAL}, or {_COPY_AGAIN}"))
     for name, entry in manifest.files.items():
-        if (reason := _file_damage(cache_dir / name, entry)) is not None:
-            damages.append(Damage(path=name, reason=reason, remedy=_COPY_AGAIN))
+        if (wrong := _file_damage(cache_dir / name, entry)) is not None:
+            damages.append(Damage(path=name, reason=wrong, remedy=_COPY_AGAIN))
     return damages
 
 
@@ -132,15 +133,15 @@ def _verify_shard(
     except CacheFormatError as error:
         return [Damage(path=name, reason=str(error), remedy=remedy)], None
     damages = []
-    if manifest is not None and index < len(manifest.shards):
-        if ShardSummary.of(sidecar) != manifest.shards[index]:
-            reason = f"is not the sidecar that {MANIFEST} lists"
-            damages.append(Damage(path=name, reason=reason, remedy=f"{_SEAL}, or {_COPY_AGAIN}"))
+    listed = manifest.shards[index] if manifest is not None and index < len(manifest.shards) else None
+    if listed is not None and listed != ShardSummary.of(sidecar):
+        reason = f"is not the sidecar that {MANIFEST} lists"
+        damages.append(Damage(path=name, reason=reason, remedy=f"{_SEAL}, or {_COPY_AGAIN}"))
     for file, entry in sidecar.files.items():
-        if (reason := _file_damage(cache_dir / file, entry)) is not None:
-            damages.append(Damage(path=file, reason=reason, remedy=remedy))
-    if not damages and (reason := _content_damage(cache_dir, plan, sidecar, deep=deep)) is not None:
-        damages.append(Damage(path=name, reason=reason, remedy=remedy))
+        if (wrong := _file_damage(cache_dir / file, entry)) is not None:
+            damages.append(Damage(path=file, reason=wrong, remedy=remedy))
+    if not damages and (wrong := _content_damage(cache_dir, plan, sidecar, deep=deep)) is not None:
+        damages.append(Damage(path=name, reason=wrong, remedy=remedy))
     return damages, sidecar
 
 
@@ -179,7 +180,7 @@ def _content_damage(cache_dir: Path, plan: Plan, sidecar: ShardSidecar, *, deep:
 
 def _records_damage(read: Callable[[int], Record], plan: Plan, sidecar: ShardSidecar) -> str | None:
     rows, field_bytes = 0, dict.fromkeys(sidecar.field_bytes, 0)
-    vocabulary = plan.teacher.get("vocab")
+    vocabulary: Any = plan.teacher.get("vocabulary")
     for position, sample_id in enumerate(sidecar.sample_ids):
         record = read(position)
         check_record(record, plan.all_fields, f"sample {sample_id!r}")
@@ -188,9 +189,12 @@ def _records_damage(read: Callable[[int], Record], plan: Plan, sidecar: ShardSid
             field_bytes[name] += array.nbytes
             if array.dtype.kind == "f" and bool(np.isnan(array).any()):
                 return f"sample {sample_id!r}: {name} holds NaN"
-            if name in ("labels", "token_ids") and isinstance(vocabulary, int) and array.size:
-                if int(array.max()) >= vocabulary:
-                    return f"sample {sample_id!r}: {name} has {array.max()}, the vocabulary has {vocabulary}"
+            if (
+                name in _TOKEN_FIELDS
+                and isinstance(vocabulary, int)
+                and int(array.max(initial=0)) >= vocabulary
+            ):
+                return f"sample {sample_id!r}: {name} has {array.max()}, the vocabulary has {vocabulary}"
     if rows != sidecar.rows or field_bytes != sidecar.field_bytes:
         return f"holds {rows} rows and {field_bytes} bytes; its sidecar says otherwise"
     return None

@@ -29,7 +29,9 @@ from data.templates import IMAGE_MARKER, PromptTemplate, Rendered
 
 __all__ = ["EncodedSample", "ImageEncoder", "SampleEncoder", "build_prompt", "tokenizer_fingerprint"]
 
-_PROBE = "USER: What's in  it?\n(A) 3 RED cubes, 1024 px\tna\u00efve e\u0301t\u00e9 \u4e2d\u6587 \U0001f642 x_1 ASSISTANT: no"
+_PROBE = (
+    "USER: What's in  it?\n(A) 3 RED px\tna\u00efve e\u0301t\u00e9 \u4e2d\u6587 \U0001f642 x_1 ASSISTANT: no"
+)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -195,9 +195,10 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer) -> N
     try:
         tensors = torch.load(checkpoint.path / TENSORS, map_location="cpu", weights_only=True)
     except (RuntimeError, ValueError, EOFError, OSError, pickle.UnpicklingError) as error:
+        # Not torch's own message: it recommends to unpickle whatever is in the file.
         raise CacheFormatError(
-            f"checkpoint {checkpoint.path} cannot be read ({error}); delete that folder, the run then "
-            "resumes from the one before"
+            f"checkpoint {checkpoint.path} cannot be read ({type(error).__name__}): it is damaged; delete that "
+            "folder, the run then resumes from the one before"
         ) from error
     model.load_state_dict(tensors["model"], strict=True)
     optimizer.load_state_dict(tensors["optimizer"])

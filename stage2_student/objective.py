@@ -8,7 +8,8 @@ Dims: B batch, T sequence, A supervised rows, R most rows of a sample, G layer g
 cells, I samples with an image, V vocabulary.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -29,6 +30,7 @@ from stage2_student.losses import (
     visual_columns_loss,
     visual_map_cosine_loss,
 )
+from stage2_student.signals import ATTENTION_SIGNALS
 
 Groups = tuple[tuple[int, ...], ...]
 
@@ -102,26 +104,21 @@ class Objective:
         Returns:
             The terms, with a graph.
         """
-        requests = attention_requests(batch, self.groups)
+        signals = [signal for signal in batch.attention if signal in self.weights]
         supervised = batch.inputs.labels != IGNORE_INDEX  # [B, T]
-        if capture is not None and requests:
-            with capture.record(requests) as maps:
-                logits = model(**batch.inputs.model_inputs(), supervised=supervised, use_cache=False).logits
-            attention = {
-                signal: self._attention_loss(signal, maps, batch) * _share_of(signal, shares)
-                for signal in batch.attention
-            }
-        else:
+        with record_attention(capture, attention_requests(batch, self.groups, signals)) as maps:
             logits = model(**batch.inputs.model_inputs(), supervised=supervised, use_cache=False).logits
-            attention = {}
-        zero = logits.new_zeros((), dtype=torch.float32)
+        attention = {
+            signal: self._attention_loss(signal, maps, batch) * _share_of(signal, shares) for signal in signals
+        }
         for signal in self.weights:
             if signal not in ("lm", "logits"):
-                attention.setdefault(signal, zero)  # a text-only micro-batch: the log keeps its columns
+                # A micro-batch without images: the log keeps its columns.
+                attention.setdefault(signal, logits.new_zeros((), dtype=torch.float32))
         lm = lm_loss(logits, batch.labels) * shares.rows
         total = self.weights.get("lm", 0.0) * lm
         logit_term = None
-        if batch.logits is not None:
+        if batch.logits is not None and "logits" in self.weights:
             logit_term = tail_bucket_kl(logits, batch.logits, temperature=self.temperature) * shares.rows
             total = total + self.weights["logits"] * logit_term
         for signal, value in attention.items():
@@ -160,14 +157,31 @@ def _share_of(signal: str, shares: Shares) -> float:
     return shares.image_rows if signal == "answer_attention" else shares.images
 
 
-def attention_requests(batch: TrainingBatch, groups: Groups) -> dict[str, AttentionRequest]:
-    """Which of the student's attention a batch's losses need; nothing for a text-only batch."""
-    if not batch.attention:
-        return {}
+def record_attention(
+    capture: AttentionCapture | None, requests: Mapping[str, AttentionRequest]
+) -> AbstractContextManager[Mapping[str, Tensor]]:
+    """Record while the student runs, if there is anything to record."""
+    return nullcontext({}) if capture is None or not requests else capture.record(requests)
+
+
+def attention_requests(
+    batch: TrainingBatch, groups: Groups, signals: Iterable[str] = ATTENTION_SIGNALS
+) -> dict[str, AttentionRequest]:
+    """Which of the student's attention some losses need of a batch.
+
+    Args:
+        batch: Whose positions to take; nothing is requested for a text-only one.
+        groups: Student layers of each group.
+        signals: The losses' signals; those that the batch lacks are left out.
+
+    Returns:
+        ``answer``: supervised rows by visual tokens; ``visual``: visual tokens by visual tokens.
+    """
+    wanted = batch.attention.keys() & set(signals)
     requests: dict[str, AttentionRequest] = {}
-    if "answer_attention" in batch.attention:
+    if "answer_attention" in wanted:
         requests["answer"] = AttentionRequest(batch.rows, batch.keys, groups)
-    if batch.attention.keys() & {"visual_columns", "visual_map"}:
+    if wanted & {"visual_columns", "visual_map"}:
         requests["visual"] = AttentionRequest(batch.keys, batch.keys, groups)
     return requests
 

@@ -64,3 +64,18 @@ def save_tiny_llava(directory: Path, *, layers: int = 4, seed: int = 0, vocab_ex
 @pytest.fixture(scope="session")
 def tiny_llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_llava(tmp_path_factory.mktemp("teachers") / "tiny-llava")
+
+
+@pytest.fixture
+def build_cache(tiny_llava: Path):
+    """Build a cache of a few `shapes` samples with the tiny teacher; keyword arguments are BuildConfig fields."""
+
+    def build(cache: Path, *, overwrite: bool = False, **options):
+        from stage1_teacher.config import BuildConfig
+        from stage1_teacher.extract import extract
+
+        settings = {"teacher": str(tiny_llava), "template": "short", "limit": 10, "shard_size": 4, "batch_size": 3,
+                    "fidelity_samples": 2} | options  # fmt: skip
+        return extract(BuildConfig(cache=str(cache), **settings), overwrite=overwrite)
+
+    return build

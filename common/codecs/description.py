@@ -6,22 +6,11 @@ damaged or newer plan is refused instead of guessed at.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from common.errors import CacheFormatError, ConfigError
-from common.schema import Field
 
 T = TypeVar("T")
-
-
-class Codec(Protocol):
-    """What a cache needs to know of a codec, whatever its signal."""
-
-    def fields(self) -> tuple[Field, ...]:
-        """The plain arrays that `encode` writes into a record."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """The exact JSON stored in a cache's plan."""
 
 
 def codec_to_dict(codec: Any, signal: str) -> dict[str, Any]:

@@ -6,9 +6,9 @@ byte for its gap to the most likely token. The mass of all other tokens is compu
 temperature, so that top-k probabilities and tail mass are consistent there: without it a cache is biased
 (relative squared gradient error at k=32: 0.0046 un-normalised, 0.0095 renormalised, 0.0003 with the tail).
 
-Gaps are companded: `gap = scale * (exp(rate * code) - 1)`. Half a step is `rate / 2 * (gap + scale)`, at most
-1.2 % of a probability near the top and 9 % for tokens e^8 less likely, which weigh that much less in
-the gradient. Code 255 is a probability of exactly zero (only a ground truth that the teacher rules out).
+Gaps are companded: half a step is 0.6 % of a probability near the top one and 7 % of one e^8 smaller, which
+weighs that much less in the gradient. An infinite gap, a probability of exactly zero, has a code of its
+own; only a ground truth that the teacher rules out needs it.
 
 Dims: A supervised rows, V vocabulary, K most entries of a row, E entries of all rows.
 """

@@ -173,9 +173,10 @@ def check_attention(values: np.ndarray, what: str) -> None:
     Raises:
         SampleError: If a value is negative, NaN or infinite.
     """
-    if values.size and not (np.isfinite(values).all() and values.min() >= 0):
-        bad = int(np.count_nonzero(~np.isfinite(values)))
+    finite = np.isfinite(values)
+    lowest = values.min(initial=0.0, where=finite)
+    if lowest < 0 or not finite.all():
         raise SampleError(
-            f"{what}: expected finite masses of at least 0, got {bad} values not finite and a minimum of "
-            f" {np.nanmin(values)}; if the teacher runs in float16, try bfloat16 or float32"
+            f"{what}: expected finite masses of at least 0, got {np.count_nonzero(~finite)} values not finite "
+            f"and a minimum of {lowest}; if the teacher runs in float16, try bfloat16 or float32"
         )

@@ -52,9 +52,7 @@ def read_group_metadata(path: Path) -> tuple[int, dict[str, Any]]:
     if not is_group or not isinstance(arrays, dict):
         raise CacheFormatError(f"{where}: not the group of a shard; damaged")
     if not _is_count(samples) or samples > MAX_SHARD_SAMPLES:
-        raise CacheFormatError(
-            f"{where}: declares {samples!r} samples; at most {MAX_SHARD_SAMPLES} fit a shard"
-        )
+        raise CacheFormatError(f"{where}: declares {samples!r} samples; at most {MAX_SHARD_SAMPLES} fit")
     return samples, arrays
 
 

@@ -15,7 +15,7 @@ import json
 import math
 import threading
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import zarr
@@ -24,7 +24,7 @@ from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 from zarr.storage import LocalStore, MemoryStore
 
-from common.atomic import create_temporary, json_bytes, publish_directory, remove, write_durably
+from common.atomic import create_temporary, publish_directory, remove, write_durably
 from common.errors import CacheFormatError
 from common.hashing import file_digests
 from common.manifest import walk_files
@@ -163,10 +163,14 @@ def _dump(store: MemoryStore) -> dict[str, bytes]:
     # As zarr.consolidate_metadata writes it, which would warn that the v3 specification has no word on it.
     root = json.loads(files["zarr.json"])
     root["consolidated_metadata"] = {"kind": "inline", "must_understand": False, "metadata": arrays}
-    files["zarr.json"] = json_bytes(root)
+    files["zarr.json"] = _compact_json(root)
     for name, metadata in arrays.items():
-        files[f"{name}/zarr.json"] = json_bytes(metadata)
+        files[f"{name}/zarr.json"] = _compact_json(metadata)
     return files
+
+
+def _compact_json(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
 def _digests(root: Path) -> dict[str, tuple[str, str, int]]:

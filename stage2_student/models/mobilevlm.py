@@ -113,12 +113,12 @@ class MobileVLMModel(LlamaModel):
         )
         self.post_init()
 
-    def embed_multimodal(self, input_ids: Tensor, pixel_values: Tensor | None) -> Tensor:
+    def embed_multimodal(self, input_ids: Tensor, pixel_values: Tensor) -> Tensor:
         """Embed tokens and put the projected images where the image token stands, in batch-row order.
 
         Args:
             input_ids: Int64 ``[B, T]``.
-            pixel_values: Float ``[M, 3, height, width]``, or None when no image token is in ``input_ids``.
+            pixel_values: Float ``[M, 3, height, width]``.
 
         Returns:
             Float ``[B, T, D]``.
@@ -126,24 +126,34 @@ class MobileVLMModel(LlamaModel):
         Raises:
             ModelError: If the number of image tokens is not images times visual tokens.
         """
-        is_image = input_ids == self.image_token_id  # [B, T]
-        # The image token's id may lie beyond the embedding (MobileVLM: 32000 rows); any row will do there.
-        embeds: Tensor = self.embed_tokens(input_ids.masked_fill(is_image, 0))
-        found = int(is_image.sum())
-        if pixel_values is None:
-            if found:
-                raise ModelError(
-                    f"input_ids hold {found} image tokens (id {self.image_token_id}) but pixel_values is "
-                    "None; pass the images with the first step, or encode the sample without an image"
-                )
-            return embeds
+        embeds = self._embed_text(input_ids)
         visual = self.mm_projector(self.vision_tower(pixel_values)).to(embeds.dtype)  # [M, N, D]
+        is_image = input_ids == self.image_token_id  # [B, T]
+        found = int(is_image.sum())
         if found != visual.shape[0] * visual.shape[1]:
             raise ModelError(
                 f"input_ids hold {found} image tokens, expected {visual.shape[0]} images x {visual.shape[1]} "
                 f"visual tokens; encode with the student's image_grid {self.mm_projector.out_grid}"
             )
         return embeds.masked_scatter(is_image.unsqueeze(-1), visual)
+
+    def _embed_text(self, input_ids: Tensor) -> Tensor:
+        """Embed tokens; an image token beyond the embedding (MobileVLM: 32000 rows) gets row 0."""
+        if self.image_token_id >= self.embed_tokens.num_embeddings:
+            input_ids = input_ids.masked_fill(input_ids == self.image_token_id, 0)
+        embeds: Tensor = self.embed_tokens(input_ids)
+        return embeds
+
+    def _refuse_missing_images(self, input_ids: Tensor, past_key_values: Any) -> None:
+        """Raise ModelError for image tokens without an image, unless the model generated them itself."""
+        if past_key_values is not None and past_key_values.get_seq_length() > 0:
+            return
+        found = int((input_ids == self.image_token_id).sum())
+        if found:
+            raise ModelError(
+                f"input_ids hold {found} image tokens (id {self.image_token_id}) but pixel_values is "
+                "None; pass the images with the first step, or encode the sample without an image"
+            )
 
     def forward(
         self,
@@ -173,7 +183,11 @@ class MobileVLMModel(LlamaModel):
             ``last_hidden_state`` float ``[B, T, D]`` and ``past_key_values``.
         """
         if input_ids is not None and inputs_embeds is None:
-            inputs_embeds = self.embed_multimodal(input_ids, pixel_values)
+            if pixel_values is None:
+                self._refuse_missing_images(input_ids, past_key_values)
+                inputs_embeds = self._embed_text(input_ids)
+            else:
+                inputs_embeds = self.embed_multimodal(input_ids, pixel_values)
         if (
             attention_mask is not None
             and attention_mask.dim() == 4

@@ -64,10 +64,12 @@ def byte_level(corpus=CORPUS):
 
 def metaspace(corpus=CORPUS):
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
     tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
     trainer = trainers.BpeTrainer(special_tokens=SPECIALS, vocab_size=150, show_progress=False)
     tokenizer.train_from_iterator(corpus, trainer)
+    # As converted Llama tokenizers do: merges were learnt within words, text is encoded whole.
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
     return _wrap(tokenizer, bos=True)
 
 

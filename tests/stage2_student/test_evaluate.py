@@ -1,12 +1,14 @@
-"""Evaluation: equal to slow references, the same for teacher and student, and honest about constant answers."""
+"""Evaluation: equal to slow references, the same for teacher and student, honest about constant answers."""
 
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from tiny_cache import DATA
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
+from common.cache import open_cache
 from common.codecs.logits import LogitCodec
 from common.codecs.row_attention import RowAttention, RowAttentionCodec
 from common.layers import student_groups
@@ -16,10 +18,11 @@ from common.visual_tokens import tiles_to_array
 from data.builtin import load_image_processor, load_tokenizer
 from data.collate import collate, supervised_rows, visual_keys
 from data.encoding import ImageEncoder, SampleEncoder, build_prompt
+from data.registry import open_dataset
 from data.sample import EvaluationSet, Sample, Turn
 from data.shapes import ShapesDataset, shapes_evaluation
 from data.templates import TEMPLATES
-from stage2_student.cached_dataset import CachedDataset
+from stage2_student.cached_dataset import CachedDataset, TrainingSample, collate_samples
 from stage2_student.evaluate import (
     EvaluationReport,
     ask_letters,
@@ -33,6 +36,7 @@ from stage2_student.evaluate import (
 from stage2_student.metrics import Score
 from stage2_student.models.mobilevlm import MobileVLMConfig, MobileVLMForConditionalGeneration
 from stage2_student.scoring import answer_log_probs, generate_answers
+from stage2_student.signals import decode_signals
 
 TOKENIZER = load_tokenizer()
 IMAGE = TOKENIZER.convert_tokens_to_ids("<image>")
@@ -221,31 +225,30 @@ def test_a_llava_and_a_student_with_the_same_weights_get_the_same_report(items):
     assert reports[0] == reports[1]
 
 
-class MemoryCache:
-    """What `CachedDataset` asks of a cache, without files."""
+class JoinedSamples:
+    """What `score_agreement` asks of cached data, from records in memory."""
 
-    path = "memory"
-    failed = {}
+    def __init__(self, encoder, samples, records, codecs):
+        self.joined = [
+            TrainingSample(encoded, decode_signals(record, codecs, encoded.tiles, where="memory"))
+            for encoded, record in zip([encoder(sample) for sample in samples], records, strict=True)
+        ]
 
-    def __init__(self, records, signals):
-        self.records = records
-        self.plan = SimpleNamespace(signals=signals)
+    def __len__(self):
+        return len(self.joined)
 
-    def shards(self):
-        return [list(self.records)]
-
-    def read(self, sample_id):
-        return self.records[sample_id]
+    def batch(self, positions):
+        return collate_samples([self.joined[position] for position in positions], pad_token_id=0)
 
 
 @torch.no_grad()
-def make_cached(model, encoder, samples):
-    """Cache a model's own signals, exactly."""
+def make_records(model, encoder, samples):
+    """Records of a model's own signals, exact, and their codecs."""
     logit_codec = LogitCodec(floor=0.0, min_k=8, max_k=64, exact=True)
     attention_codec = RowAttentionCodec(grid=(6, 6), groups=1, exact=True)
     capture = AttentionCapture(model.language_model)
     groups = student_groups(3, 1)
-    records = {}
+    records = []
     for sample in samples:
         encoded = encoder(sample)
         batch = collate([encoded], 0)
@@ -254,23 +257,19 @@ def make_cached(model, encoder, samples):
         with capture.record({"answer": AttentionRequest(rows, keys, groups)}) as maps:
             logits = model(**batch.model_inputs(), supervised=batch.labels != IGNORE_INDEX).logits
         cells = maps["answer"][0].transpose(0, 1)  # [A, G, 36]
-        records[sample.sample_id] = {
-            "image_hash": np.frombuffer(encoded.image_hash, dtype="u1")[None],
-            "labels": labels.numpy().astype("u4"),
-            "tiles": tiles_to_array(encoded.tiles),
+        signals = {
             **logit_codec.encode(logit_codec.select(logits, labels)),
             **attention_codec.encode(RowAttention.from_cells(cells)),
         }
-    signals = {"logits": logit_codec.to_dict(), "answer_attention": attention_codec.to_dict()}
-    return MemoryCache(records, signals)
+        records.append({"tiles": tiles_to_array(encoded.tiles), **signals})
+    return records, {"logits": logit_codec, "answer_attention": attention_codec}
 
 
 def test_a_model_agrees_fully_with_the_cache_of_itself_and_less_with_anothers():
     encoder = make_encoder()
-    dataset = ShapesDataset("train", 5)
+    samples = [ShapesDataset("train", 5)[index] for index in range(5)]
     model = make_student()
-    cache = make_cached(model, encoder, [dataset[index] for index in range(5)])
-    cached = CachedDataset(dataset, encoder, cache, signals=("logits", "answer_attention"), pad_token_id=0)
+    cached = JoinedSamples(encoder, samples, *make_records(model, encoder, samples))
     with torch.inference_mode():
         same = {name: values.mean() for name, values in score_agreement(model, cached, batch_size=2).items()}
         other = score_agreement(make_student(seed=1), cached, batch_size=2)
@@ -285,14 +284,31 @@ def test_a_model_agrees_fully_with_the_cache_of_itself_and_less_with_anothers():
     assert other["teacher/top1"].max() < 0.9
 
 
+def test_a_teacher_agrees_fully_with_its_own_cache_on_disk(tiny_cache):
+    path, teacher = tiny_cache
+    cached = CachedDataset(
+        open_dataset(DATA),
+        teacher.encoder,
+        open_cache(path),
+        signals=("logits", "answer_attention"),
+        pad_token_id=0,
+    )
+    report = evaluate_model(teacher.model, teacher.encoder, EvaluationSet(), cached=cached, resamples=20)
+    scores = {name: score.value for name, score in report.scores.items()}
+    assert scores == pytest.approx(
+        {"teacher/kl": 0, "teacher/top1": 1, "attention/kl": 0, "attention/cosine": 1}, abs=1e-4
+    )
+    assert {score.items for score in report.scores.values()} == {len(cached)}
+
+
 def test_only_the_signals_that_the_cache_is_read_for_are_compared():
-    encoder = make_encoder(grid=(3, 3))
-    dataset = ShapesDataset("train", 2)
-    cache = make_cached(make_student(), make_encoder(), [dataset[index] for index in range(2)])
+    samples = [ShapesDataset("train", 2)[index] for index in range(2)]
+    records, codecs = make_records(make_student(), make_encoder(), samples)
     student = make_student(projector_type="ldpnetv2")
     found = {}
-    for signal in ("logits", "answer_attention"):
-        cached = CachedDataset(dataset, encoder, cache, signals=(signal,), pad_token_id=0)
+    for signal in codecs:
+        chosen = {signal: codecs[signal]}
+        cached = JoinedSamples(make_encoder(grid=(3, 3)), samples, records, chosen)
         with torch.inference_mode():
             found[signal] = set(score_agreement(student, cached, batch_size=2))
     assert found == {

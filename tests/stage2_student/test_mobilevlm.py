@@ -228,3 +228,28 @@ def test_dpt_reaches_the_projector_through_the_frozen_language_model():
     student(input_ids=make_prompt([5, 6]), pixel_values=torch.randn(1, 3, 24, 24)).logits.sum().backward()
     assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in parameters)
     assert student.model.vision_tower.vision_tower.vision_model.embeddings.patch_embedding.weight.grad is None
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    gradients = []
+    for checkpointing in (False, True):
+        student = make_student().train()
+        if checkpointing:
+            student.activation_checkpointing_enable()
+        student.trainable_parameters("dft")
+        torch.manual_seed(1)
+        pixels = torch.randn(1, 3, 24, 24)
+        student(input_ids=make_prompt([5, 6]), pixel_values=pixels, use_cache=False).logits.sum().backward()
+        gradients.append(
+            {name: value.grad for name, value in student.named_parameters() if value.requires_grad}
+        )
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name])
+
+
+def test_an_image_token_that_the_model_itself_generates_is_a_token_like_others():
+    student = make_student()
+    pixels = torch.randn(1, 3, 24, 24)
+    first = student(input_ids=make_prompt([5]), pixel_values=pixels, use_cache=True)
+    after = student(input_ids=torch.tensor([[IMAGE]]), past_key_values=first.past_key_values, use_cache=True)
+    assert after.logits.shape == (1, 1, 40)

@@ -1,0 +1,172 @@
+"""Where teacher and student look while saying one word, drawn over the picture."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import PIL.ImageDraw
+import torch
+from torch import Tensor
+
+from common.cache import TeacherCache
+from common.codecs import codec_from_dict
+from common.errors import SampleError
+from common.layers import Groups
+from common.schema import IGNORE_INDEX
+from common.visual_attention import AttentionCapture, AttentionRequest
+from common.visual_tokens import grid_tile, tile_boxes
+from data.collate import Batch, collate, supervised_rows, visual_keys
+from data.encoding import SampleEncoder
+from data.sample import Dataset, Sample
+from stage2_student.scoring import device_of, language_model_of, pad_token_id
+
+PICTURE_SIDE = 220
+HEAT = (255, 64, 0)
+
+
+@dataclass(frozen=True)
+class Overlay:
+    """One answer word with both heat maps.
+
+    Attributes:
+        sample_id: The sample.
+        text: Its conversation up to and including the word.
+        word: The word that is being said.
+        picture: The image, longer side ``PICTURE_SIDE`` pixels.
+        teacher: The same with the teacher's attention.
+        student: The same with the student's.
+    """
+
+    sample_id: str
+    text: str
+    word: str
+    picture: PIL.Image.Image
+    teacher: PIL.Image.Image
+    student: PIL.Image.Image
+
+
+def collect_overlays(
+    model: Any,
+    encoder: SampleEncoder,
+    cache: TeacherCache,
+    dataset: Dataset,
+    *,
+    groups: Groups,
+    count: int,
+) -> list[Overlay]:
+    """Draw the answer word on which the teacher is most concentrated, for the first samples that have one.
+
+    Args:
+        model: The student.
+        encoder: Fits the student.
+        cache: Must hold ``answer_attention``.
+        dataset: The data the cache was built from.
+        groups: The student's layer groups, as in training.
+        count: Pictures to draw.
+
+    Returns:
+        At most ``count`` overlays, fewer where samples have no image or cannot be read.
+    """
+    codec = codec_from_dict(cache.plan.signals["answer_attention"])
+    capture = AttentionCapture(language_model_of(model))
+    overlays: list[Overlay] = []
+    for position in range(len(dataset)):
+        if len(overlays) == count:
+            break
+        sample_id = dataset.sample_ids[position]
+        if sample_id not in cache:
+            continue
+        try:
+            sample = dataset[position]
+            encoded = encoder(sample)
+        except SampleError:
+            continue
+        if not encoded.tiles:
+            continue
+        teacher = codec.decode(cache.read(sample_id)).cells.mean(dim=1)  # [A, C]
+        row = _most_concentrated(teacher, encoded.labels, encoder)
+        if row is None:
+            continue
+        batch = collate([encoded], pad_token_id(encoder)).to(device_of(model))
+        student = _student_attention(model, capture, batch, groups)  # [A, N]
+        picture = sample.images[0].load()
+        picture = picture.resize(_fit(picture.size), PIL.Image.Resampling.NEAREST)
+        boxes = tile_boxes(encoded.tiles)
+        overlays.append(
+            Overlay(
+                sample_id=sample_id,
+                text=_context(sample, encoded.input_ids, encoded.labels, row, encoder),
+                word=_word(encoded.labels, row, encoder),
+                picture=picture,
+                teacher=draw_heat(picture, teacher[row], tile_boxes((grid_tile(*codec.grid),))),
+                student=draw_heat(picture, student[row], boxes),
+            )
+        )
+    return overlays
+
+
+@torch.inference_mode()
+def _student_attention(model: Any, capture: AttentionCapture, batch: Batch, groups: Groups) -> Tensor:
+    request = AttentionRequest(supervised_rows(batch), visual_keys(batch), groups)
+    was_training = model.training
+    model.eval()
+    with capture.record({"answer": request}) as maps:
+        model(**batch.model_inputs())
+    model.train(was_training)
+    return maps["answer"][0].mean(dim=0).cpu()  # [A, N]
+
+
+def _most_concentrated(cells: Tensor, labels: np.ndarray, encoder: SampleEncoder) -> int | None:
+    """The row of a word (not the end of an answer) that puts most of its mass on one cell."""
+    ends = torch.from_numpy(labels[labels != IGNORE_INDEX] == encoder.tokenizer.eos_token_id)
+    peak = cells.amax(dim=1).masked_fill(ends, 0.0)
+    return int(peak.argmax()) if len(peak) and float(peak.max()) > 0 else None
+
+
+def _word(labels: np.ndarray, row: int, encoder: SampleEncoder) -> str:
+    return str(encoder.tokenizer.decode([int(labels[labels != IGNORE_INDEX][row])])).strip()
+
+
+def _context(sample: Sample, ids: np.ndarray, labels: np.ndarray, row: int, encoder: SampleEncoder) -> str:
+    """The question and the answer so far, from the tokens that this row's conversation shows."""
+    position = int(np.flatnonzero(labels != IGNORE_INDEX)[row])
+    answered, seen = 0, 0
+    for turn in sample.turns:
+        tokens = len(encoder.tokenizer(" " + turn.answer, add_special_tokens=False)["input_ids"]) + 1
+        if seen + tokens > row:
+            answered = row - seen
+            said = encoder.tokenizer.decode(ids[position - answered + 1 : position + 1]).strip()
+            return f"{turn.question or '(caption)'} {said}".strip()
+        seen += tokens
+    return str(encoder.tokenizer.decode(ids[max(0, position - 8) : position + 1]))
+
+
+def _fit(size: tuple[int, int]) -> tuple[int, int]:
+    scale = PICTURE_SIDE / max(size)
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+
+
+def draw_heat(picture: PIL.Image.Image, mass: Tensor, boxes: Tensor) -> PIL.Image.Image:
+    """Blend attention over a picture.
+
+    Args:
+        picture: RGB.
+        mass: Attention of each token or cell, float ``[N]``.
+        boxes: Their boxes on the picture, float ``[N, 4]`` as shares of its sides.
+
+    Returns:
+        RGB of the same size: dark where nothing is looked at, red where most is.
+    """
+    strongest = float(mass.max())
+    width, height = picture.size
+    shade = PIL.Image.new("L", picture.size, 0)
+    brush = PIL.ImageDraw.Draw(shade)
+    for value, (x0, y0, x1, y1) in zip(mass.tolist(), boxes.tolist(), strict=True):
+        corners = [round(x0 * width), round(y0 * height), round(x1 * width) - 1, round(y1 * height) - 1]
+        corners = [max(0, corners[0]), max(0, corners[1]), min(width, corners[2]), min(height, corners[3])]
+        if corners[0] <= corners[2] and corners[1] <= corners[3] and strongest > 0:
+            brush.rectangle(corners, fill=round(255 * value / strongest))
+    dim = PIL.Image.blend(picture, PIL.Image.new("RGB", picture.size, (16, 16, 24)), 0.45)
+    hot = PIL.Image.blend(picture, PIL.Image.new("RGB", picture.size, HEAT), 0.55)
+    return PIL.Image.composite(hot, dim, shade)

@@ -1,0 +1,105 @@
+"""Small caches for the storage tests: every axis, every dtype, text-only and failed samples."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from common.manifest import Manifest, Plan, seal, write_plan
+from common.schema import Field, Record
+from common.stores import finish_shard, open_writer
+
+FIELDS = {
+    "logits": (
+        Field(name="entry_count", dtype="u1", axis="row"),
+        Field(name="token_ids", dtype="u4", axis="entry"),
+        Field(name="log_gap", dtype="u1", axis="entry"),
+        Field(name="top_logprob", dtype="f2", axis="row"),
+        Field(name="tail_logmass", dtype="f2", axis="row", trailing=(2,)),
+    ),
+    "visual_map": (
+        Field(name="visual_columns", dtype="f4", axis="visual", trailing=(2,)),
+        Field(name="visual_map", dtype="u1", axis="pair", trailing=(2,)),
+    ),
+}
+SIGNALS = {name: {"codec": name} for name in FIELDS}
+FAILED = 3  # the position of the sample that cannot be read
+
+
+def make_plan(store: str = "zarr", *, samples: int = 10, shard_size: int = 4, **changes: object) -> Plan:
+    values = {
+        "store": store,
+        "sample_count": samples,
+        "shard_size": shard_size,
+        "signals": SIGNALS,
+        "fields": FIELDS,
+        "fingerprints": {"teacher": "a" * 32, "data": "b" * 32},
+        "teacher": {"name": "tiny", "family": "llava", "vocabulary": 100},
+        "data": {"name": "made up", "split": "train"},
+    }
+    return Plan(**(values | changes))  # type: ignore[arg-type]
+
+
+def sample_id(position: int) -> str:
+    return f"set/é.{position}"
+
+
+def make_record(position: int) -> Record:
+    rng = np.random.default_rng(position)
+    rows = 0 if position == 1 else int(rng.integers(1, 9))
+    counts = rng.integers(1, 6, rows).astype(np.uint8)
+    entries = int(counts.sum())
+    visual = 0 if position == 2 else int(rng.integers(1, 7))  # a text-only sample
+    return {
+        "image_hash": rng.integers(0, 256, (1, 16)).astype(np.uint8),
+        "labels": rng.integers(0, 100, rows).astype(np.uint32),
+        "tiles": rng.random((min(visual, 1), 6)).astype(np.float32),
+        "entry_count": counts,
+        "token_ids": rng.integers(0, 100, entries).astype(np.uint32),
+        "log_gap": rng.integers(0, 256, entries).astype(np.uint8),
+        "top_logprob": -rng.random(rows).astype(np.float16),
+        "tail_logmass": -rng.random((rows, 2)).astype(np.float16),
+        "visual_columns": rng.random((visual, 2)).astype(np.float32),
+        "visual_map": rng.integers(0, 256, (visual * (visual + 1) // 2, 2)).astype(np.uint8),
+    }
+
+
+def build_shard(cache_dir: Path, plan: Plan, index: int) -> None:
+    writer = open_writer(plan.store, cache_dir, index, plan.all_fields)
+    failed = []
+    try:
+        for position in plan.shard_range(index):
+            if position == FAILED:
+                failed.append((sample_id(position), "image is truncated"))
+            else:
+                writer.append(sample_id(position), make_record(position))
+        finish_shard(writer, failed)
+    finally:
+        writer.abort()
+
+
+def build_cache(cache_dir: Path, plan: Plan, fidelity: dict[str, object] | None = None) -> Manifest:
+    write_plan(cache_dir, plan)
+    for index in range(plan.shard_count):
+        build_shard(cache_dir, plan, index)
+    (cache_dir / "processor").mkdir()
+    (cache_dir / "processor" / "note.json").write_text("{}\n")
+    return seal(cache_dir, fidelity=fidelity)
+
+
+def tree(root: Path) -> dict[str, bytes]:
+    """All files below a folder, by relative path."""
+    return {
+        path.relative_to(root).as_posix(): path.read_bytes()
+        for path in sorted(root.rglob("*"))
+        if path.is_file()
+    }
+
+
+def assert_equal_records(found: Record, expected: Record) -> None:
+    assert found.keys() == expected.keys()
+    for name, array in expected.items():
+        assert found[name].dtype == array.dtype, name
+        assert found[name].shape == array.shape, name
+        assert found[name].tobytes() == array.tobytes(), name

@@ -1,0 +1,80 @@
+"""Kill a build at every file operation, resume it, compare with an uninterrupted build.
+
+Run as ``python kill_everywhere.py STORE FOLDER STRIDE``: a process of its own, because zarr must not have
+been used before the forks. Prints the number of places it was killed at.
+"""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from cache_factory import build_shard, make_plan, tree
+
+from common.manifest import missing_shards, seal, write_plan
+
+_WATCHED = {"open", "os.mkdir", "os.rename", "os.link", "os.remove", "os.rmdir"}
+
+
+def build(cache_dir, plan):
+    write_plan(cache_dir, plan)
+    for index in missing_shards(cache_dir, plan):
+        build_shard(cache_dir, plan, index)
+    seal(cache_dir)
+
+
+def in_child(function):
+    child = os.fork()
+    if child == 0:
+        try:
+            function()
+            os._exit(0)
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def build_until(cache_dir, plan, place):
+    """Build, and die before the file operation number ``place`` inside the cache."""
+    count = 0
+
+    def hook(event, arguments):
+        nonlocal count
+        if event in _WATCHED and arguments and str(cache_dir) in str(arguments[0]):
+            count += 1
+            if count == place:
+                os._exit(9)
+
+    sys.addaudithook(hook)
+    real_fsync = os.fsync
+
+    def fsync(descriptor):  # dying here leaves a half-written file as a crash would
+        hook("open", (str(cache_dir),))
+        real_fsync(descriptor)
+
+    os.fsync = fsync
+    build(cache_dir, plan)
+
+
+def main():
+    store, folder, stride = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+    plan = make_plan(store, samples=5, shard_size=3)
+    assert in_child(lambda: build(folder / "whole", plan)) == 0
+    expected = tree(folder / "whole")
+    place, killed, code = 1, 0, 9
+    while code == 9:
+        cache_dir = folder / f"cache-{place}"
+        code = in_child(lambda: build_until(cache_dir, plan, place))
+        assert code in (0, 9), f"place {place}: exit code {code}"
+        assert in_child(lambda: build(cache_dir, plan)) == 0, f"place {place}: resume failed"
+        found = tree(cache_dir)
+        assert found == expected, f"place {place}: {sorted(found.keys() ^ expected.keys())}"
+        shutil.rmtree(cache_dir)
+        killed += code == 9
+        place += stride
+    sys.stdout.write(f"{killed}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,224 @@
+"""Plan, sidecars and manifest: fixed partition, derived summary, nothing that leaves the folder."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+from cache_factory import FAILED, build_cache, build_shard, make_plan, sample_id, tree
+
+from common.documents import document_bytes, read_document, safe_path
+from common.errors import CacheFormatError, CacheMismatchError
+from common.manifest import (
+    MANIFEST,
+    FileEntry,
+    Manifest,
+    Plan,
+    ShardSidecar,
+    missing_shards,
+    read_manifest,
+    read_plan,
+    read_sidecar,
+    refuse_changed_plan,
+    seal,
+    sidecar_path,
+    write_plan,
+    write_sidecar,
+)
+from common.schema import FORMAT_VERSION
+
+
+@pytest.fixture
+def cache(tmp_path):
+    build_cache(tmp_path / "cache", make_plan("webdataset"), fidelity={"kl": 0.25})
+    return tmp_path / "cache"
+
+
+def rewrite(path, change):
+    """Edit a document as an attacker would: with a checksum that fits."""
+    body = read_document(path)
+    change(body)
+    path.write_bytes(document_bytes(body))
+
+
+def test_plans_round_trip_with_tuples_as_lists():
+    plan = make_plan(geometry={"grid": (12, 12), "tiles": [(1, 2)]})
+    assert plan.geometry == {"grid": [12, 12], "tiles": [[1, 2]]}
+    again = Plan.from_dict(json.loads(json.dumps(plan.to_dict())))
+    assert again == plan
+    assert again.hash == plan.hash
+
+
+def test_shards_partition_the_samples():
+    plan = make_plan(samples=10, shard_size=4)
+    assert plan.shard_ranges() == [range(4), range(4, 8), range(8, 10)]
+    assert [p for r in plan.shard_ranges() for p in r] == list(range(10))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"store": "hdf5"}, "store 'hdf5'; expected one of zarr, webdataset"),
+        ({"sample_count": 0}, "sample_count is 0"),
+        ({"shard_size": True}, "shard_size is True"),
+        ({"sample_count": 10**6, "shard_size": 1}, "use 200 or more a shard"),
+        ({"signals": {"a": {}}}, r"signals \['a'\] but fields"),
+    ],
+)
+def test_impossible_plans_are_refused(change, message):
+    with pytest.raises(CacheFormatError, match=message):
+        replace(make_plan(), **change)
+
+
+def test_writing_the_same_plan_again_is_fine_and_another_names_each_difference(tmp_path):
+    plan = make_plan()
+    write_plan(tmp_path, plan)
+    before = tree(tmp_path)
+    write_plan(tmp_path, plan)
+    assert tree(tmp_path) == before
+    other = replace(plan, shard_size=5, fingerprints={"teacher": "c" * 32})
+    with pytest.raises(CacheMismatchError) as caught:
+        write_plan(tmp_path, other)
+    message = str(caught.value)
+    assert "shard_size: the cache has 4, this run has 5" in message
+    assert f"fingerprints.teacher: the cache has {'a' * 32!r}, this run has {'c' * 32!r}" in message
+    assert "fingerprints.data: the cache has" in message
+    assert "--overwrite" in message
+    assert "sample_count" not in message
+    refuse_changed_plan(plan, make_plan())
+
+
+def test_the_manifest_is_derived_from_the_sidecars(cache):
+    manifest = read_manifest(cache)
+    sidecars = [read_sidecar(cache, i) for i in range(3)]
+    assert manifest.totals == {
+        "samples": 9,
+        "rows": sum(s.rows for s in sidecars),
+        "failed": 1,
+        "bytes": sum(path.stat().st_size for path in (cache / "shards").glob("*.tar")),
+    }
+    assert manifest.plan_hash == read_plan(cache).hash
+    assert manifest.files.keys() == {"plan.json", "processor/note.json"}
+    assert manifest.fidelity == {"kl": 0.25}
+    assert sidecars[0].failed == ((sample_id(FAILED), "image is truncated"),)
+    assert Manifest.from_dict(manifest.to_dict(), "here") == manifest
+
+
+def test_sealing_again_changes_nothing_and_keeps_the_fidelity_card(cache):
+    before, hash_before = tree(cache), read_manifest(cache).hash
+    assert seal(cache).hash == hash_before
+    assert tree(cache) == before
+    changed = seal(cache, fidelity={"kl": 0.5})
+    assert changed.fidelity == {"kl": 0.5}
+    assert changed.hash != hash_before
+
+
+def test_a_cache_is_not_sealed_before_all_its_shards_are_there(tmp_path):
+    plan = make_plan("webdataset", samples=40)
+    write_plan(tmp_path, plan)
+    build_shard(tmp_path, plan, 1)
+    assert missing_shards(tmp_path, plan) == [0, 2, 3, 4, 5, 6, 7, 8, 9]
+    with pytest.raises(CacheFormatError, match=r"9 of 10 shards are missing: 0, 2-9; run `teacher-cache"):
+        seal(tmp_path)
+    assert not (tmp_path / MANIFEST).exists()
+    with pytest.raises(CacheFormatError, match=r"not sealed .* `teacher-cache seal`"):
+        read_manifest(tmp_path)
+
+
+def test_sealing_removes_what_killed_runs_left(cache):
+    before = tree(cache)
+    (cache / ".tmp-plan.json-1-abcd").write_bytes(b"x")
+    (cache / "shards" / ".tmp-00001.zarr-1-abcd").mkdir()
+    seal(cache)
+    assert tree(cache) == before
+
+
+def test_any_flipped_bit_of_a_description_is_noticed(cache):
+    readers = {"plan.json": read_plan, MANIFEST: read_manifest, "shards/00001.json": None}
+    for name, reader in readers.items():
+        data = (cache / name).read_bytes()
+        for place in range(0, len(data), max(1, len(data) // 150)):
+            for bit in (0, 5):
+                flipped = bytearray(data)
+                flipped[place] ^= 1 << bit
+                (cache / name).write_bytes(flipped)
+                with pytest.raises(CacheFormatError):
+                    reader(cache) if reader else read_sidecar(cache, 1)
+        (cache / name).write_bytes(data)
+
+
+def test_newer_and_foreign_files_are_refused(cache):
+    rewrite(cache / "plan.json", lambda body: body.update(format_version=FORMAT_VERSION + 1))
+    with pytest.raises(CacheFormatError, match="format version 2, but this code reads up to 1; update"):
+        read_plan(cache)
+    (cache / "plan.json").write_text("[]")
+    with pytest.raises(CacheFormatError, match="no format_version"):
+        read_plan(cache)
+    (cache / "plan.json").unlink()
+    with pytest.raises(CacheFormatError, match="not a teacher cache"):
+        read_plan(cache)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../a", "/etc/passwd", "a/../../b", "a//b", "./a", "a/.", "", "a\\b", "c:/a", "a\nb", "a/", 3, "x" * 2000],
+)
+def test_paths_that_could_leave_the_cache_are_refused(cache, name):
+    with pytest.raises(CacheFormatError, match="could leave the cache"):
+        safe_path(name, "here")
+    if isinstance(name, str):
+        entry = FileEntry.of_bytes(b"").to_dict()
+        rewrite(cache / MANIFEST, lambda body: body["files"].update({name: entry}))
+        with pytest.raises(CacheFormatError, match="could leave the cache"):
+            read_manifest(cache)
+        rewrite(sidecar_path(cache, 0), lambda body: body["files"].update({name: entry}))
+        with pytest.raises(CacheFormatError, match="could leave the cache"):
+            read_sidecar(cache, 0)
+
+
+def test_sidecars_must_fit_the_plan_and_their_name(cache):
+    entry = FileEntry.of_bytes(b"").to_dict()
+    changes = {
+        "the plan has 4": lambda body: body["failed"].pop(),
+        "which is not a file of shard 0": lambda body: body["files"].update({"plan.json": entry}),
+        "fields": lambda body: body["field_bytes"].pop("labels"),
+        "sample_ids do not fit": lambda body: body["sample_ids"].pop(),
+        "says it is shard 2": lambda body: body.update(index=2),
+        "rows is": lambda body: body.update(rows=-1),
+        "expected an object": lambda body: body["failed"].append({"sample_id": "x"}),
+    }
+    original = sidecar_path(cache, 0).read_bytes()
+    for message, change in changes.items():
+        rewrite(sidecar_path(cache, 0), change)
+        with pytest.raises(CacheFormatError, match=message):
+            seal(cache)
+        sidecar_path(cache, 0).write_bytes(original)
+
+
+def test_repeated_sample_ids_and_links_are_refused(cache):
+    def steal(body):
+        body["sample_ids"][0] = sample_id(0)
+
+    original = sidecar_path(cache, 1).read_bytes()
+    rewrite(sidecar_path(cache, 1), steal)
+    with pytest.raises(CacheFormatError, match=r"in shards 0 and 1; ids must be unique"):
+        seal(cache)
+    sidecar_path(cache, 1).write_bytes(original)
+    (cache / "projector.safetensors").symlink_to(cache / "plan.json")
+    with pytest.raises(CacheFormatError, match="a link or device"):
+        seal(cache)
+
+
+def test_the_second_of_two_sidecars_must_say_the_same(cache):
+    sidecar = read_sidecar(cache, 0)
+    write_sidecar(cache, sidecar)
+    with pytest.raises(CacheMismatchError, match="another process finished shard 0"):
+        write_sidecar(cache, replace(sidecar, rows=sidecar.rows + 1))
+    assert read_sidecar(cache, 0) == sidecar
+    assert ShardSidecar.from_dict(sidecar.to_dict(), "here") == sidecar
+
+
+def test_the_same_cache_in_two_folders_has_the_same_bytes(cache, tmp_path):
+    build_cache(tmp_path / "other", make_plan("webdataset"), fidelity={"kl": 0.25})
+    assert tree(tmp_path / "other") == tree(cache)
+    shutil.rmtree(tmp_path / "other")

@@ -1,0 +1,188 @@
+"""LLaVA JSON: the published form is read as LLaVA reads it, and one odd entry is one odd sample."""
+
+import json
+import pickle
+
+import PIL.Image
+import pytest
+
+from common.errors import DataError, SampleError
+from data.llava import LlavaDataset, parse_conversations
+from data.sample import Turn, iterate_readable
+
+
+def human(value):
+    return {"from": "human", "value": value}
+
+
+def gpt(value):
+    return {"from": "gpt", "value": value}
+
+
+PAIR = [human("<image>\nWhat is it?"), gpt("A circle.")]
+
+
+def write(tmp_path, entries, name="data.json"):
+    path = tmp_path / name
+    path.write_text(json.dumps(entries), encoding="utf-8")
+    return path
+
+
+def test_reads_multi_turn_text_only_and_integer_ids(tmp_path):
+    PIL.Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    path = write(
+        tmp_path,
+        [
+            {"id": "x", "image": "a.png", "conversations": [*PAIR, human("Its colour?"), gpt("Red.")]},
+            {"id": 7, "conversations": [human("Hi"), gpt("Hello")]},
+        ],
+    )
+    dataset = LlavaDataset(path)
+    assert (dataset.name, len(dataset), list(dataset.sample_ids)) == ("data.json", 2, ["x", "7"])
+    sample = dataset[0]
+    assert sample.turns == (
+        Turn(question="What is it?", answer="A circle."),
+        Turn(question="Its colour?", answer="Red."),
+    )
+    assert sample.images[0].load().size == (4, 4)
+    assert not sample.independent_turns
+    assert dataset[1].images == ()
+
+
+@pytest.mark.parametrize("question", ["<image>\nWhat?", "What?\n<image>", "<image> What?<image>", "What?"])
+def test_image_marker_anywhere_in_the_first_question_is_taken_out(question):
+    assert parse_conversations([human(question), gpt("A")]) == (Turn(question="What?", answer="A"),)
+
+
+def test_image_marker_in_a_later_turn_is_left_for_the_encoder_to_refuse():
+    turns = parse_conversations([*PAIR, human("<image> and this?"), gpt("B")])
+    assert "<image>" in turns[1].question
+
+
+@pytest.mark.parametrize(
+    ("conversations", "message"),
+    [
+        ([human("Hi")], "1 messages; expected pairs"),
+        ([gpt("Hi"), human("Hi")], "message 1 is the assistant's, expected the user's"),
+        ([human("Hi"), gpt(" ")], "message 2, an answer, is empty"),
+        ([human("Hi"), human("Hi")], "message 2 is the user's, expected the assistant's"),
+        ([{"from": "system", "value": "Be kind"}, *PAIR], "from 'system'; only 'human' and 'gpt'"),
+        ([{"from": ["human"], "value": "Hi"}], "only 'human' and 'gpt'"),
+        ([{"from": "human"}], "must hold 'from' and a text 'value'"),
+        (["Hi"], "must hold 'from' and a text 'value'"),
+        ([], "must be a list of messages"),
+        (None, "must be a list of messages"),
+    ],
+)
+def test_odd_conversations_are_that_samples_error(tmp_path, conversations, message):
+    entries = [{"id": "odd", "conversations": conversations}, {"id": "good", "conversations": PAIR}]
+    dataset = LlavaDataset(write(tmp_path, entries))
+    with pytest.raises(SampleError, match=f"sample 'odd': .*{message}"):
+        dataset[0]
+    assert [sample.sample_id for sample in iterate_readable(dataset)] == ["good"]
+    assert len(dataset.fingerprint()) == 32
+
+
+def test_repeated_ids_are_refused_or_numbered(tmp_path):
+    entries = [{"id": name, "conversations": PAIR} for name in ("a", "b", "a", "a", "b", "c")]
+    path = write(tmp_path, entries)
+    with pytest.raises(DataError, match=r"2 ids occur more than once: 'a', 'b'; .*ids=number"):
+        LlavaDataset(path)
+    numbered = LlavaDataset(path, ids="number")
+    assert list(numbered.sample_ids) == ["a", "b", "a#2", "a#3", "b#2", "c"]
+
+
+def test_string_and_integer_of_one_id_clash(tmp_path):
+    entries = [{"id": 5, "conversations": PAIR}, {"id": "5", "conversations": PAIR}]
+    with pytest.raises(DataError, match="'5'"):
+        LlavaDataset(write(tmp_path, entries))
+
+
+def test_missing_ids_follow_the_content_not_the_place(tmp_path):
+    first = {"conversations": [human("a"), gpt("b")]}
+    second = {"id": None, "conversations": [human("c"), gpt("d")]}
+    forward = LlavaDataset(write(tmp_path, [first, second, {"id": "x", "conversations": PAIR}])).sample_ids
+    backward = LlavaDataset(write(tmp_path, [second, first])).sample_ids
+    assert set(backward) < set(forward)
+    assert all(name.startswith("auto-") for name in backward)
+    twice = LlavaDataset(write(tmp_path, [first, first])).sample_ids
+    assert twice[1] == f"{twice[0]}#2"
+
+
+@pytest.mark.parametrize("bad", [1.5, True, ["a"], {"a": 1}])
+def test_ids_of_other_types_are_refused(tmp_path, bad):
+    with pytest.raises(DataError, match="entry 0 has an id of type"):
+        LlavaDataset(write(tmp_path, [{"id": bad, "conversations": PAIR}]))
+
+
+def test_images_are_found_from_the_given_folder(tmp_path):
+    folder = tmp_path / "coco" / "train"
+    folder.mkdir(parents=True)
+    PIL.Image.new("RGB", (3, 5)).save(folder / "a.png")
+    path = write(tmp_path, [{"id": "x", "image": "train/a.png", "conversations": PAIR}])
+    assert LlavaDataset(path, images=tmp_path / "coco")[0].images[0].load().size == (3, 5)
+    with pytest.raises(SampleError, match=r"relative image paths start from .*; set images"):
+        LlavaDataset(path)[0].images[0].load()
+    with pytest.raises(DataError, match=r"image folder .* does not exist"):
+        LlavaDataset(path, images=tmp_path / "gone")
+
+
+def test_absolute_image_paths_are_used_as_they_are(tmp_path):
+    PIL.Image.new("RGB", (3, 5)).save(tmp_path / "a.png")
+    entries = [
+        {"id": "there", "image": str(tmp_path / "a.png"), "conversations": PAIR},
+        {"id": "gone", "image": str(tmp_path / "b.png"), "conversations": PAIR},
+    ]
+    dataset = LlavaDataset(write(tmp_path, entries))
+    assert dataset[0].images[0].load().size == (3, 5)
+    with pytest.raises(SampleError, match="by this absolute path"):
+        dataset[1].images[0].load()
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        ("../secret.png", "leaves the image folder"),
+        ("a/../../secret.png", "leaves the image folder"),
+        ("http://example.org/a.png", "nothing is downloaded"),
+        ({"path": "a.png"}, "must be given by its path"),
+        ([3], "must be given by its path"),
+    ],
+)
+def test_image_entries_that_cannot_be_used(tmp_path, image, message):
+    dataset = LlavaDataset(write(tmp_path, [{"id": "x", "image": image, "conversations": PAIR}]))
+    with pytest.raises(SampleError, match=f"sample 'x': .*{message}"):
+        dataset[0]
+
+
+def test_fingerprint_follows_ids_and_text_not_images(tmp_path):
+    def fingerprint(**changes):
+        entry = {"id": "x", "image": "a.png", "conversations": PAIR} | changes
+        return LlavaDataset(write(tmp_path, [entry])).fingerprint()
+
+    assert fingerprint() == fingerprint(image="b.png")
+    assert len({fingerprint(), fingerprint(id="y"), fingerprint(conversations=[human("a"), gpt("b")])}) == 3
+    assert fingerprint() != fingerprint(image=None)
+
+
+def test_survives_pickling(tmp_path):
+    dataset = LlavaDataset(write(tmp_path, [{"id": "x", "conversations": PAIR}]))
+    assert pickle.loads(pickle.dumps(dataset))[0] == dataset[0]  # noqa: S301 - our own bytes
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "cannot be read as JSON"),
+        ('{"id": 1}', "expected a list of samples"),
+        ("[]", "expected a list of samples"),
+        ("[1]", "entry 0 must be an object"),
+        ('[{"messages": []}]', r"no entry has 'conversations'.*\.jsonl"),
+        ('{"id": 1}\n{"id": 2}', r"belongs in a file ending in \.jsonl"),
+    ],
+)
+def test_files_that_are_not_llava_are_refused(tmp_path, content, message):
+    path = tmp_path / "data.json"
+    path.write_text(content)
+    with pytest.raises(DataError, match=message):
+        LlavaDataset(path)

@@ -1,0 +1,127 @@
+"""Messages JSONL: strings, parts and placeholders give the same sample."""
+
+import json
+import pickle
+
+import PIL.Image
+import pytest
+
+from common.errors import DataError, SampleError
+from data.messages import MessagesDataset, parse_record
+from data.sample import Turn
+
+EXPECTED = (Turn(question="What?", answer="A circle."),)
+
+
+def user(content):
+    return {"role": "user", "content": content}
+
+
+def assistant(content):
+    return {"role": "assistant", "content": content}
+
+
+def text(value):
+    return {"type": "text", "text": value}
+
+
+def write(tmp_path, *records):
+    path = tmp_path / "data.jsonl"
+    path.write_text("\n".join(json.dumps(record, ensure_ascii=False) for record in records), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("content", "images"),
+    [
+        ("<image>What?", ["a.png"]),
+        ([{"type": "image"}, text("What?")], ["a.png"]),
+        ([text("What?"), {"type": "image", "image": "a.png"}], None),
+        ([{"type": "image", "path": "a.png"}, text("What?")], []),
+        ([{"type": "image", "url": "a.png"}, text("What?")], []),
+    ],
+)
+def test_all_ways_to_write_an_image_give_one_sample(tmp_path, content, images):
+    PIL.Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    record = {"id": "x", "messages": [user(content), assistant([text("A circle.")])], "images": images}
+    sample = MessagesDataset(write(tmp_path, record))[0]
+    assert sample.turns == EXPECTED
+    assert [image.load().size for image in sample.images] == [(4, 4)]
+
+
+def test_text_only_and_lines_of_other_forms(tmp_path):
+    path = write(
+        tmp_path,
+        {"messages": [user("Wörter?"), assistant("é")]},
+        {"conversations": [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "A circle."}]},
+        {"question": "What?", "answer": "A circle."},
+        {"caption": "A circle.", "image": "a.png"},
+    )
+    dataset = MessagesDataset(path)
+    assert dataset[0].turns == (Turn(question="Wörter?", answer="é"),)
+    assert dataset[0].images == ()
+    assert dataset[1].turns == dataset[2].turns == EXPECTED
+    assert dataset[3].turns == (Turn(question="", answer="A circle."),)
+    assert len(dataset[3].images) == 1
+    assert len(set(dataset.sample_ids)) == 4
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([{"role": "system", "content": "Be kind"}, user("a"), assistant("b")], "role 'system'"),
+        (["a"], "message 1 has role None"),
+        ([user(None), assistant("b")], "content of type NoneType"),
+        ([user([{"type": "audio"}]), assistant("b")], "a part of type 'audio'"),
+        ([user(["a"]), assistant("b")], "a part of type None"),
+        (
+            [user("a"), assistant("b"), user([{"type": "image"}]), assistant("c")],
+            "must be in the first message",
+        ),
+        ([user("a")], "expected pairs"),
+        ([], "must be a list"),
+        ("text", "must be a list"),
+    ],
+)
+def test_odd_messages_are_that_samples_error(tmp_path, messages, message):
+    path = write(tmp_path, {"id": "odd", "messages": messages}, {"id": "good", "caption": "A circle."})
+    dataset = MessagesDataset(path)
+    with pytest.raises(SampleError, match=f"sample 'odd': .*{message}"):
+        dataset[0]
+    assert dataset[1].sample_id == "good"
+
+
+def test_record_without_any_known_key_lists_what_it_has():
+    with pytest.raises(SampleError, match=r"got \['id', 'text'\]"):
+        parse_record({"id": 1, "text": "a"})
+
+
+def test_blank_lines_and_unicode_do_not_shift_the_offsets(tmp_path):
+    path = tmp_path / "data.jsonl"
+    lines = [json.dumps({"id": i, "caption": "é" * i + "x"}, ensure_ascii=False) for i in range(5)]
+    path.write_text("\n\n".join(lines) + "\n  \n", encoding="utf-8", newline="\r\n")
+    dataset = pickle.loads(pickle.dumps(MessagesDataset(path)))  # noqa: S301 - our own bytes
+    assert [dataset[i].turns[0].answer for i in (4, 0, 2)] == ["ééééx", "x", "ééx"]
+    assert len(dataset) == 5
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"caption": "a"}\n{"caption"', "line 2 is not JSON"),
+        (b'{"caption": "\xff"}', "line 1 is not JSON"),
+        (b"[1]", "line 1: expected an object, got list"),
+        (b"\n", "holds no sample"),
+        (b'{"id": 1, "caption": "a"}\n{"id": 1, "caption": "b"}', "1 ids occur more than once: '1'"),
+    ],
+)
+def test_files_that_are_not_jsonl_are_refused(tmp_path, content, message):
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        MessagesDataset(path)
+
+
+def test_missing_file_is_a_data_error(tmp_path):
+    with pytest.raises(DataError, match="cannot be read"):
+        MessagesDataset(tmp_path / "gone.jsonl")

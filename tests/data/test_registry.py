@@ -1,0 +1,180 @@
+"""One string names any data, and what cannot be read is refused with the list of what can."""
+
+import json
+import sys
+from types import SimpleNamespace
+
+import PIL.Image
+import pytest
+
+from common.errors import DataError
+from data.easy_vqa import EasyVqaDataset
+from data.hf import HuggingFaceDataset
+from data.llava import LlavaDataset
+from data.messages import MessagesDataset
+from data.registry import FirstSamples, open_dataset, open_evaluation
+from data.sample import EvaluationSet
+from data.webdataset import WebDataset
+
+
+def chat(*answers):
+    messages = []
+    for number, answer in enumerate(answers):
+        messages += [{"from": "human", "value": f"q{number}?"}, {"from": "gpt", "value": answer}]
+    return messages
+
+
+@pytest.fixture
+def llava(tmp_path):
+    PIL.Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    answers = [
+        ("yes", "no"),
+        ("three red circles",),
+        ("one two three four five six",),
+        ("12",),
+        (" ",),
+        ("No.",),
+    ]
+    entries = [
+        {"id": f"s{i}", "image": "a.png", "conversations": chat(*turns)} for i, turns in enumerate(answers)
+    ]
+    entries.append({"id": "text", "conversations": chat("yes")})
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps(entries))
+    return path
+
+
+def test_files_choose_their_reader(tmp_path, llava):
+    (tmp_path / "m.jsonl").write_text('{"caption": "a"}')
+    assert isinstance(open_dataset(str(llava)), LlavaDataset)
+    assert isinstance(open_dataset(str(tmp_path / "m.jsonl")), MessagesDataset)
+
+
+def test_folders_choose_their_reader(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    datasets.disable_progress_bars()
+    (tmp_path / "parent").mkdir()
+    datasets.Dataset.from_dict({"caption": ["a"]}).save_to_disk(str(tmp_path / "parent" / "one"))
+    assert isinstance(open_dataset(str(tmp_path / "parent" / "one")), HuggingFaceDataset)
+    assert isinstance(open_dataset(str(tmp_path / "parent")), HuggingFaceDataset)
+    datasets.Dataset.from_dict({"caption": ["a"]}).save_to_disk(str(tmp_path / "parent" / "two"))
+    with pytest.raises(DataError, match="several data sets, name one: one, two"):
+        open_dataset(str(tmp_path / "parent"))
+
+
+def test_tars_choose_their_reader(tmp_path):
+    import io
+    import tarfile
+
+    for shard in (0, 1):
+        with tarfile.open(tmp_path / f"s{shard}.tar", "w") as tar:
+            info = tarfile.TarInfo(f"k{shard}.txt")
+            info.size = 1
+            tar.addfile(info, io.BytesIO(b"a"))
+    for spec, count in ((tmp_path, 2), (tmp_path / "s{0..1}.tar", 2), (tmp_path / "s1.tar", 1)):
+        dataset = open_dataset(str(spec))
+        assert isinstance(dataset, WebDataset)
+        assert len(dataset) == count
+
+
+def test_named_data_sets(monkeypatch):
+    asked = []
+    fake = SimpleNamespace(
+        ShapesDataset=lambda *args: asked.append(args) or [],
+        shapes_evaluation=lambda *args: asked.append(args) or EvaluationSet(),
+    )
+    monkeypatch.setitem(sys.modules, "data.shapes", fake)
+    open_dataset("shapes", split="validation")
+    open_dataset("shapes:images=12,seed=3")
+    open_evaluation("shapes:images=12,seed=3", limit=7)
+    open_evaluation("shapes")
+    assert asked == [("validation", 1500, 0), ("train", 12, 3), ("test", 7, 3), ("test", 600, 0)]
+    with pytest.raises(DataError, match="shapes has no option image; it has images, seed"):
+        open_dataset("shapes:image=3")
+    with pytest.raises(DataError, match="option images must be a whole number"):
+        open_dataset("shapes:images=-3")
+
+
+def test_the_real_shapes_data_opens():
+    pytest.importorskip("data.shapes")
+    dataset = open_dataset("shapes:images=3,seed=1")
+    assert len(dataset) == len(dataset.sample_ids) == 3
+    assert dataset[0].independent_turns
+    assert open_evaluation("shapes", limit=4).pairs
+
+
+def test_easy_vqa_by_name():
+    pytest.importorskip("easy_vqa")
+    assert isinstance(open_dataset("easy-vqa", split="test"), EasyVqaDataset)
+    assert len(open_evaluation("easy-vqa", limit=9).questions) == 9
+    with pytest.raises(DataError, match="easy-vqa has no option seed; it has none"):
+        open_dataset("easy-vqa:seed=1")
+
+
+def test_limit_takes_the_first_samples(llava):
+    whole = open_dataset(str(llava))
+    first = open_dataset(str(llava), limit=2)
+    assert isinstance(first, FirstSamples)
+    assert list(first.sample_ids) == ["s0", "s1"]
+    assert (first[0], first[-1]) == (whole[0], whole[1])
+    assert first.fingerprint() != whole.fingerprint()
+    with pytest.raises(IndexError):
+        first[2]
+    assert len(open_dataset(str(llava), limit=99)) == len(whole)
+    for opened in (open_dataset, open_evaluation):
+        with pytest.raises(DataError, match="limit must be at least 1"):
+            opened(str(llava), limit=0)
+
+
+def test_fingerprint_of_the_first_samples_equals_that_of_a_file_of_them(llava, tmp_path):
+    entries = json.loads(llava.read_text())[:2]
+    (tmp_path / "two.json").write_text(json.dumps(entries))
+    assert (
+        open_dataset(str(llava), limit=2).fingerprint()
+        == open_dataset(str(tmp_path / "two.json")).fingerprint()
+    )
+
+
+def test_repeated_ids_are_numbered_on_request(tmp_path):
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps([{"id": "a", "conversations": chat("x")}] * 2))
+    assert list(open_dataset(f"{path}:ids=number").sample_ids) == ["a", "a#2"]
+    with pytest.raises(DataError, match="ids must be 'unique' or 'number', got 'all'"):
+        open_dataset(f"{path}:ids=all")
+    with pytest.raises(DataError, match="has no option seed; it has ids"):
+        open_dataset(f"{path}:seed=3")
+
+
+def test_user_files_are_evaluated_by_their_short_first_answers(llava):
+    questions = open_evaluation(str(llava)).questions
+    found = [(item.item_id, item.question, item.answer, item.kind) for item in questions]
+    assert found == [
+        ("s0-0", "q0?", "yes", "yes/no"),
+        ("s1-0", "q0?", "three red circles", "other"),
+        ("s3-0", "q0?", "12", "number"),
+        ("s5-0", "q0?", "No.", "yes/no"),
+    ]
+    assert len(open_evaluation(str(llava), limit=2).questions) == 2
+
+
+def test_data_without_short_answers_cannot_be_evaluated(tmp_path):
+    path = tmp_path / "m.jsonl"
+    path.write_text('{"caption": "a"}')
+    with pytest.raises(DataError, match="no question about an image with an answer of at most 5 words"):
+        open_evaluation(str(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("gone.json", "does not exist"),
+        ("gone", "does not exist"),
+        ("notes.txt", "is of an unknown kind"),
+        ("empty", "holds no data set that can be read"),
+    ],
+)
+def test_what_cannot_be_read_lists_what_can(tmp_path, name, message):
+    (tmp_path / "notes.txt").touch()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=rf"{message}.*easy-vqa, FILE\.json \(LLaVA\)"):
+        open_dataset(str(tmp_path / name))

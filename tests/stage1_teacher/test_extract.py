@@ -1,0 +1,189 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import LlavaForConditionalGeneration
+
+import stage1_teacher.pipeline as pipeline
+from common.cache import open_cache
+from common.codecs import codec_from_dict
+from common.errors import CacheMismatchError, ConfigError, DataError
+from common.schema import IGNORE_INDEX
+from data.collate import collate
+from data.registry import open_dataset
+from stage1_teacher.plan import build_encoder
+from stage1_teacher.teacher import Teacher
+
+EXACT = {"logits": "exact", "attention_dtype": "f4"}
+ALL_SIGNALS = ("logits", "answer_attention", "visual_columns", "visual_map")
+
+
+def tree(root: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
+
+
+def write_llava_json(folder: Path, count: int, *, text_only: int | None = None) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    entries = []
+    for index in range(count):
+        entry = {
+            "id": f"s{index}",
+            "image": f"{index}.png",
+            "conversations": [
+                {"from": "human", "value": "<image>\nwhat color is the circle ?"},
+                {"from": "gpt", "value": "red"},
+                {"from": "human", "value": "is there a square ?"},
+                {"from": "gpt", "value": "yes"},
+            ],
+        }
+        Image.new("RGB", (40 + index, 30), (10 * index, 80, 90)).save(folder / f"{index}.png")
+        if index == text_only:
+            del entry["image"]
+            entry["conversations"][0]["value"] = "what color is the circle ?"
+        entries.append(entry)
+    path = folder / "data.json"
+    path.write_text(json.dumps(entries))
+    return path
+
+
+@pytest.mark.parametrize("store", ["zarr", "webdataset"])
+@pytest.mark.parametrize("shards_before_kill", [0, 1, 2])
+def test_a_killed_and_resumed_build_is_byte_identical(
+    tmp_path: Path, build_cache, monkeypatch, shards_before_kill: int, store: str
+):
+    build_cache(tmp_path / "whole", store=store)
+    finish, calls = pipeline.finish_shard, []
+
+    def killed(writer, failed=()):
+        if len(calls) == shards_before_kill:
+            raise KeyboardInterrupt
+        calls.append(writer)
+        return finish(writer, failed)
+
+    monkeypatch.setattr(pipeline, "finish_shard", killed)
+    with pytest.raises(KeyboardInterrupt):
+        build_cache(tmp_path / "resumed", store=store)
+    monkeypatch.setattr(pipeline, "finish_shard", finish)
+    summary = build_cache(tmp_path / "resumed", store=store)
+    assert summary.built == 3 - shards_before_kill
+    assert tree(tmp_path / "whole") == tree(tmp_path / "resumed")
+
+
+def test_a_complete_cache_is_left_alone(tmp_path: Path, build_cache):
+    build_cache(tmp_path / "cache")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*") if path.is_file()}
+    assert build_cache(tmp_path / "cache").built == 0
+    assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*") if p.is_file()}
+
+
+def test_another_option_on_resume_is_refused_with_both_values(tmp_path: Path, build_cache):
+    build_cache(tmp_path / "cache")
+    with pytest.raises(CacheMismatchError, match=r"max_k.*64.*255"):
+        build_cache(tmp_path / "cache", logits="full")
+    assert build_cache(tmp_path / "cache", logits="full", overwrite=True).built == 3
+
+
+def test_a_folder_that_is_no_cache_is_not_touched(tmp_path: Path, build_cache):
+    (tmp_path / "thesis.txt").write_text("precious")
+    for overwrite in (False, True):
+        with pytest.raises(ConfigError, match="not a teacher cache"):
+            build_cache(tmp_path, overwrite=overwrite)
+    assert (tmp_path / "thesis.txt").read_text() == "precious"
+
+
+def test_records_equal_the_librarys_own_forward_pass(tmp_path: Path, build_cache, tiny_llava: Path):
+    cache_dir = tmp_path / "cache"
+    build_cache(cache_dir, signals=ALL_SIGNALS, **EXACT)
+    cache = open_cache(cache_dir)
+    codecs = {name: codec_from_dict(stored) for name, stored in cache.plan.signals.items()}
+    teacher = Teacher(tiny_llava)
+    encoder = build_encoder(teacher, template="short", builtin=False, max_length=2048)
+    eager = LlavaForConditionalGeneration.from_pretrained(tiny_llava, attn_implementation="eager").eval()
+    for sample in list(open_dataset("shapes", limit=10))[:3]:
+        batch = collate([encoder(sample)], 0)
+        inputs = batch.model_inputs()
+        mask = torch.zeros(batch.attention_mask.shape).masked_fill(~batch.attention_mask, -torch.inf)
+        with torch.no_grad():
+            output = eager(**inputs | {"attention_mask": mask}, output_attentions=True)
+        rows = (batch.labels[0] != IGNORE_INDEX).nonzero()[:, 0]
+        visual = batch.visual_mask[0].nonzero()[:, 0]
+        record = cache.read(sample.sample_id)
+        np.testing.assert_array_equal(record["labels"], batch.labels[0][rows].numpy())
+
+        dense = output.logits[0, rows].log_softmax(-1)
+        sparse = codecs["logits"].decode(record)
+        assert sparse.entry_mask.all()  # the vocabulary is smaller than the exact preset's cap
+        torch.testing.assert_close(
+            sparse.log_probs, dense.gather(1, sparse.token_ids), atol=2e-5, rtol=1e-5
+        )
+        layers = cache.plan.teacher["groups"][0]
+        mean = torch.stack([output.attentions[layer][0].mean(0) for layer in layers]).mean(0)  # [T, T]
+        cells = codecs["answer_attention"].decode(record).cells[:, 0]  # [A, C]
+        torch.testing.assert_close(cells, mean[rows][:, visual], atol=1e-5, rtol=0)
+        maps = codecs["visual_map"].decode(record)[0]  # [N, N]
+        torch.testing.assert_close(maps, mean[visual][:, visual], atol=1e-5, rtol=0)
+        columns = codecs["visual_columns"].decode(record)[0]
+        torch.testing.assert_close(columns, mean[visual][:, visual].mean(0), atol=1e-5, rtol=0)
+
+
+def test_both_stores_hold_the_same_values(tmp_path: Path, build_cache):
+    for store in ("zarr", "webdataset"):
+        build_cache(tmp_path / store, store=store, signals=ALL_SIGNALS)
+    first, second = open_cache(tmp_path / "zarr"), open_cache(tmp_path / "webdataset")
+    assert list(first.sample_ids) == list(second.sample_ids)
+    for sample_id in first.sample_ids:
+        left, right = first.read(sample_id), second.read(sample_id)
+        assert left.keys() == right.keys()
+        for name, array in left.items():
+            np.testing.assert_array_equal(array, right[name])
+
+
+def test_unreadable_samples_are_recorded_and_skipped(tmp_path: Path, build_cache):
+    path = write_llava_json(tmp_path / "data", 8)
+    (tmp_path / "data" / "3.png").write_bytes((tmp_path / "data" / "3.png").read_bytes()[:40])
+    (tmp_path / "data" / "5.png").unlink()
+    summary = build_cache(tmp_path / "cache", data=str(path), limit=0, max_failed_share=0.25)
+    assert summary.failed == 2
+    cache = open_cache(tmp_path / "cache")
+    assert set(cache.failed) == {"s3", "s5"}
+    assert "3.png" in cache.failed["s3"]
+    assert len(cache) == 6
+    assert "s3" not in cache
+
+
+def test_too_many_unreadable_samples_stop_the_run(tmp_path: Path, build_cache):
+    path = write_llava_json(tmp_path / "data", 8)
+    (tmp_path / "data" / "3.png").unlink()
+    with pytest.raises(DataError, match=r"1 of 8 samples cannot be read.*'s3'.*max_failed_share"):
+        build_cache(tmp_path / "cache", data=str(path), limit=0)
+
+
+def test_text_only_samples_have_logits_and_no_attention(tmp_path: Path, build_cache):
+    path = write_llava_json(tmp_path / "data", 6, text_only=2)
+    build_cache(tmp_path / "cache", data=str(path), limit=0, signals=ALL_SIGNALS)
+    cache = open_cache(tmp_path / "cache")
+    text, picture = cache.read("s2"), cache.read("s1")
+    assert len(text["labels"]) == len(picture["labels"]) == 4  # two answers of one word, each with its end
+    assert not text["image_hash"].any()
+    assert len(text["tiles"]) == 0
+    assert not text["answer_image_mass"].any()
+    assert text["visual_columns"].shape[0] == 0
+    assert picture["visual_columns"].shape[0] == 36
+
+
+def test_data_without_a_teacher_names_the_choices(tmp_path: Path, build_cache):
+    path = write_llava_json(tmp_path / "data", 2)
+    with pytest.raises(ConfigError, match=r"TEACHER=DIR.*DATA=shapes and DATA=easy-vqa"):
+        build_cache(tmp_path / "cache", data=str(path), teacher="", limit=0)
+
+
+def test_exact_codecs_lose_nothing_against_the_live_teacher(tmp_path: Path, build_cache):
+    fidelity = build_cache(tmp_path / "cache", fidelity_samples=4, **EXACT).manifest.fidelity
+    assert fidelity["samples"] == 4
+    assert fidelity["kept_mass"] == pytest.approx(1, abs=1e-5)
+    assert fidelity["logits_gradient_error"] < 1e-4
+    assert fidelity["answer_attention_gradient_cosine"] > 0.9999
+    assert fidelity["control_logits_gradient_error"] == 0

@@ -1,0 +1,169 @@
+"""The join of data and cache: the teacher's rows meet exactly the samples they were made from."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from tiny_cache import DATA, build_tiny_cache, make_teacher
+
+from common.cache import open_cache
+from common.errors import CacheMismatchError
+from common.schema import IGNORE_INDEX
+from data.images import ImageArray
+from data.registry import open_dataset
+from data.sample import Sample, Turn, fingerprint_samples
+from stage2_student.cached_dataset import CachedDataset
+
+SIGNALS = ("logits", "answer_attention", "visual_columns", "visual_map")
+
+
+class ListDataset:
+    """Samples in a list."""
+
+    name = "list"
+
+    def __init__(self, samples):
+        self.samples = list(samples)
+        self.sample_ids = [sample.sample_id for sample in self.samples]
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, index):
+        return self.samples[index]
+
+    def fingerprint(self):
+        return fingerprint_samples(self)
+
+
+def open_joined(path, *, dataset=None, signals=SIGNALS, grid=(3, 3), **options):
+    encoder = make_teacher().encoder.with_grid(grid)
+    dataset = open_dataset(DATA) if dataset is None else dataset
+    return CachedDataset(dataset, encoder, open_cache(path), signals=signals, pad_token_id=0, **options)
+
+
+def test_a_batch_holds_the_teachers_rows_in_the_order_of_its_own(tiny_cache):
+    path, teacher = tiny_cache
+    dataset, positions = open_dataset(DATA), [3, 0, 11]
+    batch = open_joined(path).batch(positions)
+    live = [teacher.signals(dataset[position]) for position in positions]
+    log_probs = torch.cat([logits for logits, *_ in live]).float().log_softmax(-1)
+    kept = batch.logits.entry_mask
+    found = torch.where(kept, batch.logits.log_probs, 0)
+    expected = torch.where(kept, log_probs.gather(1, batch.logits.token_ids), 0)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    assert torch.equal(batch.labels, torch.cat([b.labels[b.labels != IGNORE_INDEX] for *_, b in live]))
+    assert batch.row_count == batch.image_row_count == len(batch.labels) == len(batch.logits)
+
+
+def test_attention_is_pooled_to_the_students_grid_keys_by_sum_and_queries_by_mean(tiny_cache):
+    path, teacher = tiny_cache
+    dataset, positions = open_dataset(DATA), [2, 7]
+    batch = open_joined(path).batch(positions)
+
+    def pool(cells):  # [..., 36] -> [..., 9], an exact 2x2 pool
+        return cells.reshape(*cells.shape[:-1], 3, 2, 3, 2).sum((-3, -1)).flatten(-2)
+
+    live = [teacher.signals(dataset[position]) for position in positions]
+    answers = torch.cat([pool(answer) for _, answer, *_ in live])  # [A, G, 9]
+    maps = torch.stack([pool(pool(visual).transpose(1, 2)).transpose(1, 2) / 4 for _, _, visual, _ in live])
+    columns = torch.stack([pool(visual.mean(1)) for _, _, visual, _ in live])
+    torch.testing.assert_close(batch.attention["answer_attention"].teacher, answers)
+    torch.testing.assert_close(batch.attention["answer_attention"].image_mass, answers.sum(-1))
+    torch.testing.assert_close(batch.attention["visual_map"].teacher, maps)
+    torch.testing.assert_close(batch.attention["visual_columns"].teacher, columns)
+    identity = torch.eye(9).expand(2, 9, 9)
+    assert torch.equal(batch.attention["visual_map"].student_pool, identity)
+    assert batch.attention["visual_map"].content is None
+
+
+def test_the_coarser_side_decides_the_grid(tiny_cache):
+    batch = open_joined(tiny_cache[0], grid=(12, 12)).batch([0])
+    target = batch.attention["answer_attention"]
+    assert target.student_pool.shape == (1, 144, 36)
+    torch.testing.assert_close(target.student_pool.sum(-1), torch.ones(1, 144))
+    assert target.teacher.shape[-1] == 36
+
+
+def test_only_the_wanted_signals_are_read(tiny_cache):
+    batch = open_joined(tiny_cache[0], signals=("logits",)).batch([0, 1])
+    assert batch.logits is not None
+    assert batch.attention == {}
+    plain = open_joined(tiny_cache[0], signals=()).batch([0, 1])
+    assert plain.logits is None
+    assert torch.equal(plain.labels, batch.labels)
+
+
+def test_the_order_is_the_caches_shards_and_a_limit_cuts_it(tiny_cache):
+    joined = open_joined(tiny_cache[0])
+    assert [len(shard) for shard in joined.shards] == [6, 6, 6, 2]
+    assert joined.sample_ids == list(open_dataset(DATA).sample_ids)
+    limited = open_joined(tiny_cache[0], limit=8)
+    assert [len(shard) for shard in limited.shards] == [6, 2, 0, 0]
+    assert len(limited) == 8
+
+
+def test_samples_that_failed_in_stage_one_are_left_out_and_counted(tmp_path):
+    ids = open_dataset("shapes:images=5,seed=5").sample_ids
+    build_tiny_cache(tmp_path / "c", data="shapes:images=5,seed=5", failed=(ids[1], ids[4]), shard_size=2)
+    joined = open_joined(tmp_path / "c", dataset=open_dataset("shapes:images=5,seed=5"))
+    assert joined.sample_ids == [ids[0], ids[2], ids[3]]
+    assert joined.failed == 2
+    assert sorted(np.concatenate(joined.shards).tolist()) == [0, 1, 2]
+
+
+def test_kept_samples_are_the_same_objects_and_memory_is_bounded(tiny_cache):
+    joined = open_joined(tiny_cache[0], memory_bytes=2**30)
+    assert joined.load(0) is joined.load(0)
+    small = open_joined(tiny_cache[0], memory_bytes=10)
+    assert small.load(0) is not small.load(0)
+
+
+def test_other_words_are_refused_naming_sample_labels_and_remedy(tiny_cache):
+    dataset = ListDataset(open_dataset(DATA))
+    first = dataset.samples[0]
+    turns = (dataclasses.replace(first.turns[0], answer="blue"), *first.turns[1:])
+    dataset.samples[0] = dataclasses.replace(first, turns=turns)
+    with pytest.raises(CacheMismatchError, match=rf"{first.sample_id}.*cached labels are \[.*build the cache again"):
+        open_joined(tiny_cache[0], dataset=dataset).load(0)
+
+
+def test_another_picture_is_refused_naming_sample_hashes_and_remedy(tiny_cache):
+    dataset = ListDataset(open_dataset(DATA))
+    first = dataset.samples[0]
+    black = ImageArray(np.zeros((72, 72, 3), dtype=np.uint8), "black")
+    dataset.samples[0] = dataclasses.replace(first, images=(black,))
+    with pytest.raises(CacheMismatchError, match=rf"{first.sample_id}.*picture's hash was [0-9a-f]+ .*Restore it"):
+        open_joined(tiny_cache[0], dataset=dataset).load(0)
+
+
+def test_missing_samples_are_refused_with_their_number(tiny_cache):
+    dataset = ListDataset(open_dataset(DATA)[index] for index in range(18))
+    with pytest.raises(CacheMismatchError, match=r"2 of the 20 samples.*teacher-cache build --data"):
+        open_joined(tiny_cache[0], dataset=dataset)
+
+
+def test_text_only_samples_have_rows_but_no_attention(tmp_path):
+    scenes = open_dataset("shapes:images=2,seed=5")
+    text = Sample(sample_id="text", images=(), turns=(Turn(question="what color ?", answer="red"),))
+    dataset = ListDataset([scenes[0], text, scenes[1]])
+    build_tiny_cache(tmp_path / "c", dataset=dataset)
+    joined = open_joined(tmp_path / "c", dataset=dataset)
+    batch = joined.batch([0, 1, 2])
+    assert batch.has_image.tolist() == [0, 2]
+    assert batch.image_row_count == batch.row_count - 2 == len(batch.attention["answer_attention"].teacher)
+    assert batch.attention["visual_map"].teacher.shape[0] == batch.image_count == 2
+    alone = joined.batch([1])
+    assert alone.attention == {}
+    assert alone.image_count == 0
+
+
+def test_the_control_takes_attention_from_another_image_and_logits_from_its_own(tiny_cache):
+    right, wrong = (
+        open_joined(tiny_cache[0], shuffle_teacher_images=shuffled).batch([0, 1]) for shuffled in (False, True)
+    )
+    assert torch.equal(right.logits.log_probs, wrong.logits.log_probs)
+    for signal in ("answer_attention", "visual_columns", "visual_map"):
+        assert right.attention[signal].teacher.shape == wrong.attention[signal].teacher.shape
+        assert not torch.equal(right.attention[signal].teacher, wrong.attention[signal].teacher)

@@ -1,0 +1,131 @@
+"""Checkpoints are whole or absent, and bring back every bit of a run's state."""
+
+import json
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+from common.errors import CacheFormatError, ConfigError
+from stage2_student.checkpoint import (
+    CHECKPOINTS,
+    STATE,
+    TENSORS,
+    Position,
+    find_resume_point,
+    list_checkpoints,
+    restore,
+    write_checkpoint,
+)
+from stage2_student.optim import build_optimizer
+
+
+def make_run(seed=0):
+    torch.manual_seed(seed)
+    model = nn.Linear(4, 3)
+    optimizer = build_optimizer(list(model.parameters()), peak=0.1, weight_decay=0.0)
+    return model, optimizer
+
+
+def step(model, optimizer):
+    loss = model(torch.randn(5, 4)).square().mean()
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.item()
+
+
+def write(output, model, optimizer, total_steps, *, keep=2, fingerprint="run"):
+    position = Position(step=total_steps, total_steps=total_steps, samples=8 * total_steps)
+    return write_checkpoint(
+        output, position, model=model, optimizer=optimizer, fingerprint=fingerprint, keep=keep
+    )
+
+
+def test_a_restored_run_continues_bit_for_bit_random_numbers_included(tmp_path):
+    model, optimizer = make_run()
+    for _ in range(3):
+        step(model, optimizer)
+    write(tmp_path, model, optimizer, 3)
+    expected = [step(model, optimizer) for _ in range(4)]
+
+    other, other_optimizer = make_run(seed=9)
+    checkpoint = find_resume_point(tmp_path, "run")
+    assert checkpoint.position == Position(step=3, total_steps=3, samples=24)
+    restore(checkpoint, other, other_optimizer)
+    assert [step(other, other_optimizer) for _ in range(4)] == expected
+    for left, right in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(left, right)
+
+
+def test_only_the_newest_are_kept(tmp_path):
+    model, optimizer = make_run()
+    for total in (1, 2, 3, 10):
+        write(tmp_path, model, optimizer, total, keep=2)
+    assert [checkpoint.position.total_steps for checkpoint in list_checkpoints(tmp_path)] == [3, 10]
+    assert sorted(path.name for path in (tmp_path / CHECKPOINTS).iterdir()) == ["step-00000003", "step-00000010"]
+
+
+def test_a_fresh_run_has_no_resume_point(tmp_path):
+    assert find_resume_point(tmp_path, "run") is None
+
+
+@pytest.mark.parametrize("damage", ["no state", "half a state", "half the tensors", "no tensors"])
+def test_a_half_written_checkpoint_is_ignored_and_named(tmp_path, damage, caplog):
+    model, optimizer = make_run()
+    write(tmp_path, model, optimizer, 1)
+    broken = write(tmp_path, model, optimizer, 2)
+    if damage == "no state":
+        (broken / STATE).unlink()
+    elif damage == "half a state":
+        (broken / STATE).write_bytes((broken / STATE).read_bytes()[:20])
+    elif damage == "no tensors":
+        (broken / TENSORS).unlink()
+    else:
+        (broken / TENSORS).write_bytes((broken / TENSORS).read_bytes()[:100])
+    with caplog.at_level(logging.WARNING):
+        assert find_resume_point(tmp_path, "run").position.total_steps == 1
+    assert "ignoring incomplete checkpoint" in caplog.text
+    assert broken.name in caplog.text
+
+
+def test_the_leftovers_of_a_killed_write_are_not_looked_at_and_removed_by_the_next(tmp_path):
+    model, optimizer = make_run()
+    write(tmp_path, model, optimizer, 1)
+    leftover = tmp_path / CHECKPOINTS / ".tmp-step-00000002-1-abcd"
+    leftover.mkdir()
+    (leftover / TENSORS).write_bytes(b"half")
+    assert find_resume_point(tmp_path, "run").position.total_steps == 1
+    write(tmp_path, model, optimizer, 2)
+    assert not leftover.exists()
+
+
+def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path):
+    model, optimizer = make_run()
+    broken = write(tmp_path, model, optimizer, 1)
+    (broken / TENSORS).write_bytes(b"short")
+    write(tmp_path, model, optimizer, 1)
+    assert len(list_checkpoints(tmp_path)) == 1
+
+
+def test_a_flipped_byte_is_an_error_with_the_remedy(tmp_path):
+    model, optimizer = make_run()
+    path = write(tmp_path, model, optimizer, 1) / TENSORS
+    path.write_bytes(b"x" * path.stat().st_size)
+    with pytest.raises(CacheFormatError, match="cannot be read.*delete that folder"):
+        restore(find_resume_point(tmp_path, "run"), model, optimizer)
+
+
+def test_checkpoints_of_another_run_are_refused_with_both_fingerprints(tmp_path):
+    model, optimizer = make_run()
+    write(tmp_path, model, optimizer, 1, fingerprint="there")
+    with pytest.raises(ConfigError, match="fingerprint there there, here now.*another --output"):
+        find_resume_point(tmp_path, "here")
+
+
+def test_a_checkpoint_holds_nothing_but_tensors_and_plain_values(tmp_path):
+    model, optimizer = make_run()
+    folder = write(tmp_path, model, optimizer, 1)
+    torch.load(folder / TENSORS, weights_only=True)
+    assert json.loads((folder / STATE).read_text())["fingerprint"] == "run"

@@ -1,0 +1,169 @@
+"""The wiring of losses: equal to a slow reference with a live teacher and eager attention in the loop."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_cached_dataset import ListDataset, open_joined
+from tiny_cache import DATA, build_tiny_cache
+
+from common.schema import IGNORE_INDEX
+from common.visual_attention import AttentionCapture
+from data.collate import collate
+from data.registry import open_dataset
+from data.sample import Sample, Turn
+from stage2_student.build_student import build_student
+from stage2_student.objective import Objective, Shares, step_shares
+
+POSITIONS = (4, 9)
+GROUPS = ((1,),)  # middle of the tiny student's three layers
+
+
+def make_student(path, encoder):
+    tokenizer = encoder.tokenizer
+    student = build_student(
+        "mobilevlm",
+        cache_dir=path,
+        vocab_size=len(tokenizer),
+        image_token_id=encoder.image_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        size="tiny",
+    )
+    return student.train()
+
+
+def gradients(student, total):
+    student.zero_grad()
+    total.backward()
+    return {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
+
+
+def pool(cells):
+    """36 tokens to 9, by hand: sums of 2x2 blocks."""
+    return cells.reshape(*cells.shape[:-1], 3, 2, 3, 2).sum((-3, -1)).flatten(-2)
+
+
+def reference_terms(student, teacher, dataset, kind):
+    """Each loss by its formula, sample by sample, from a live teacher and the student's eager attention."""
+    student.language_model.set_attn_implementation("eager")
+    encoder = teacher.encoder.with_grid(student.image_grid)
+    rows, terms = [], []
+    for position in POSITIONS:
+        dense, answer, visual, _ = teacher.signals(dataset[position])
+        batch = collate([encoder(dataset[position])], 0)
+        output = student(**batch.model_inputs(), output_attentions=True)
+        supervised = batch.labels != IGNORE_INDEX
+        logits = output.logits[supervised]
+        maps = torch.stack([output.attentions[layer].mean(1)[0] for layer in GROUPS[0]]).mean(0)  # [T, T]
+        cells = maps[supervised[0]][:, batch.visual_mask[0]]
+        seen = maps[batch.visual_mask[0]][:, batch.visual_mask[0]]
+        if kind == "lm":
+            values = F.cross_entropy(logits, batch.labels[supervised], reduction="none")
+        elif kind == "logits":
+            values = (dense.softmax(-1) * (dense.log_softmax(-1) - logits.log_softmax(-1))).sum(-1)
+        elif kind == "answer_attention":
+            target = pool(answer[:, 0])
+            mass = target.sum(-1, keepdim=True)
+            share = target / mass
+            values = mass[:, 0] * (share * (share.log() - (cells / cells.sum(-1, keepdim=True)).log())).sum(-1)
+        elif kind == "visual_columns":
+            values = 1 - F.cosine_similarity(pool(visual[0].mean(0)), seen.mean(0), dim=-1)[None]
+        else:
+            target = pool(pool(visual[0]).T).T / 4
+            values = 1 - F.cosine_similarity(target.flatten(), seen.flatten(), dim=-1)[None]
+        terms.append(values.sum())
+        rows.append(len(values))
+    return sum(terms) / sum(rows)
+
+
+@pytest.mark.parametrize("kind", ["lm", "logits", "answer_attention", "visual_columns", "visual_map"])
+def test_cached_losses_and_gradients_equal_a_live_teacher_in_the_loop(tiny_cache, kind):
+    path, teacher = tiny_cache
+    signals = () if kind == "lm" else (kind,)
+    batch = open_joined(path, signals=signals).batch(POSITIONS)
+    student = make_student(path, teacher.encoder)
+    objective = Objective(weights={kind: 1.0}, groups=GROUPS, visual_map_kind="cosine")
+    terms = objective(student, AttentionCapture(student.language_model), batch, Shares())
+    found = gradients(student, terms.total)
+    expected = reference_terms(student, teacher, open_dataset(DATA), kind)
+    wanted = gradients(student, expected)
+    torch.testing.assert_close(terms.named()[kind], expected, atol=2e-5, rtol=1e-4)
+    compared = 0
+    for name, gradient in wanted.items():
+        scale = float(gradient.abs().max())
+        if scale > 1e-6:
+            torch.testing.assert_close(found[name], gradient, atol=2e-4 * scale + 1e-7, rtol=1e-3)
+            compared += 1
+    assert compared > 10
+
+
+def test_weights_are_flat_and_the_total_is_their_sum(tiny_cache):
+    path, teacher = tiny_cache
+    batch = open_joined(path).batch(POSITIONS)
+    student = make_student(path, teacher.encoder)
+    weights = {"lm": 0.5, "logits": 2.0, "answer_attention": 3.0, "visual_columns": 0.25, "visual_map": 0.125}
+    objective = Objective(weights=weights, groups=GROUPS)
+    terms = objective(student, AttentionCapture(student.language_model), batch, Shares()).named()
+    torch.testing.assert_close(terms["total"], sum(weight * terms[name] for name, weight in weights.items()))
+    assert list(terms) == ["total", "lm", "logits", "answer_attention", "visual_columns", "visual_map"]
+
+
+def test_recording_attention_leaves_the_logits_bit_identical(tiny_cache):
+    path, teacher = tiny_cache
+    batch = open_joined(path).batch(POSITIONS)
+    student = make_student(path, teacher.encoder)
+    plain = Objective(weights={"lm": 1.0})(student, None, batch, Shares())
+    objective = Objective(weights=dict.fromkeys(("lm", "logits", *batch.attention), 1.0), groups=GROUPS)
+    captured = objective(student, AttentionCapture(student.language_model), batch, Shares())
+    assert torch.equal(plain.lm, captured.lm)
+
+
+@pytest.mark.parametrize("splits", [[(0,), (1, 2, 3)], [(0, 1), (2,), (3,)]])
+def test_a_steps_gradient_does_not_depend_on_how_it_is_split(tmp_path, splits):
+    scenes = open_dataset("shapes:images=3,seed=5")
+    text = Sample(sample_id="text", images=(), turns=(Turn(question="what color ?", answer="red"),))
+    dataset = ListDataset([text, *(scenes[index] for index in range(3))])
+    teacher = build_tiny_cache(tmp_path / "c", dataset=dataset)
+    joined = open_joined(tmp_path / "c", dataset=dataset)
+    student = make_student(tmp_path / "c", teacher.encoder)
+    capture = AttentionCapture(student.language_model)
+    signals = ("lm", "logits", "answer_attention", "visual_columns", "visual_map")
+    objective = Objective(weights=dict.fromkeys(signals, 1.0), groups=GROUPS)
+
+    def run(parts):
+        batches = [joined.batch(part) for part in parts]
+        totals = [sum(getattr(b, name) for b in batches) for name in ("row_count", "image_row_count", "image_count")]
+        terms = [
+            objective(student, capture, batch, share)
+            for batch, share in zip(batches, step_shares(batches, totals), strict=True)
+        ]
+        named = {name: sum(term.named()[name] for term in terms) for name in terms[0].named()}
+        return named, gradients(student, named["total"])
+
+    whole, whole_gradients = run([(0, 1, 2, 3)])
+    split, split_gradients = run(splits)
+    for name, value in whole.items():
+        torch.testing.assert_close(split[name], value, atol=1e-5, rtol=1e-5)
+    for name, value in whole_gradients.items():
+        torch.testing.assert_close(split_gradients[name], value, atol=1e-4, rtol=1e-3)
+
+
+def test_a_text_only_batch_has_no_attention_loss_and_the_same_log_columns(tmp_path):
+    text = Sample(sample_id="text", images=(), turns=(Turn(question="what color ?", answer="red"),))
+    scenes = open_dataset("shapes:images=1,seed=5")
+    dataset = ListDataset([text, scenes[0]])
+    teacher = build_tiny_cache(tmp_path / "c", dataset=dataset)
+    student = make_student(tmp_path / "c", teacher.encoder)
+    objective = Objective(weights={"lm": 1.0, "logits": 1.0, "answer_attention": 1.0}, groups=GROUPS)
+    joined = open_joined(tmp_path / "c", dataset=dataset, signals=("logits", "answer_attention"))
+    terms = objective(student, AttentionCapture(student.language_model), joined.batch([0]), Shares())
+    assert terms.attention["answer_attention"] == 0
+    torch.testing.assert_close(terms.total, terms.lm + terms.logits)
+
+
+def test_several_layer_groups_meet_in_order(tmp_path):
+    build_tiny_cache(tmp_path / "c", data="shapes:images=2,seed=5", groups=2, signals=("answer_attention",))
+    joined = open_joined(
+        tmp_path / "c", dataset=open_dataset("shapes:images=2,seed=5"), signals=("answer_attention",)
+    )
+    batch = joined.batch([0, 1])
+    assert batch.attention["answer_attention"].teacher.shape[1] == 2

@@ -1,0 +1,211 @@
+"""The loop: phases train what they say, and a killed run ends as if it had never been killed."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_cache import DATA
+
+from common.config import config_from_dict
+from common.errors import ConfigError
+from stage2_student.build_student import load_student
+from stage2_student.checkpoint import CHECKPOINTS
+from stage2_student.config import TrainConfig, without_teacher
+from stage2_student.train import train, train_student
+from stage2_student.training_log import read_log
+
+LOSSES = ("total", "lm", "logits", "answer_attention", "visual_columns", "visual_map")
+
+
+class Killed(Exception):
+    pass
+
+
+def kill_after(total_steps):
+    def after_step(position, _student):
+        if position.total_steps == total_steps:
+            raise Killed
+
+    return after_step
+
+
+def make_config(cache, output, **changes):
+    """Three phases of 2, 5 and 1 steps over 20 samples: the epoch ends inside a step of the second."""
+    options = {
+        "student": "mobilevlm-tiny",
+        "data": DATA,
+        "cache": str(cache),
+        "output": str(output),
+        "checkpoint_every": 2,
+        "keep_checkpoints": 3,
+        "log_every": 3,
+        "device": "cpu",
+        "dpt": {"steps": 2, "batch_size": 4, "trainable": "projector", "losses": {"logits": 1.0}},
+        "dft": {"steps": 6, "batch_size": 6, "losses": {"logits": 1.0, "answer_attention": 1.0, "visual_map": 0.5}},
+        "sft": {"steps": 1, "batch_size": 4},
+    }
+    return config_from_dict(TrainConfig, options | changes)
+
+
+def losses(records):
+    return [{k: v for k, v in record.items() if k in LOSSES or k in ("step", "phase", "lr")} for record in records]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tiny_cache, tmp_path_factory):
+    return train(make_config(tiny_cache[0], tmp_path_factory.mktemp("runs") / "whole"))
+
+
+@pytest.mark.parametrize(
+    "killed_after",
+    [1, 2, 5, 6],
+    ids=["before any checkpoint", "between phases", "inside the second phase", "past an epoch's end"],
+)
+def test_a_killed_run_ends_bit_for_bit_like_an_uninterrupted_one(
+    tiny_cache, tmp_path, uninterrupted, killed_after
+):
+    config = make_config(tiny_cache[0], tmp_path / "run")
+    with pytest.raises(Killed):
+        train(config, after_step=kill_after(killed_after))
+    resumed = train(config)
+    assert losses(resumed.log) == losses(uninterrupted.log)
+    assert losses(read_log(tmp_path / "run")) == losses(uninterrupted.log)
+    expected = uninterrupted.model.state_dict()
+    for name, value in resumed.model.state_dict().items():
+        assert torch.equal(value, expected[name]), name
+
+
+def test_a_run_killed_while_writing_a_checkpoint_resumes_from_the_one_before(
+    tiny_cache, tmp_path, uninterrupted
+):
+    config = make_config(tiny_cache[0], tmp_path / "run")
+    with pytest.raises(Killed):
+        train(config, after_step=kill_after(6))
+    newest = sorted((tmp_path / "run" / CHECKPOINTS).iterdir())[-1]
+    (newest / "tensors.pt").write_bytes(b"half")
+    assert losses(train(config).log) == losses(uninterrupted.log)
+
+
+def test_the_log_has_one_object_a_step_with_every_term(uninterrupted):
+    lines = (uninterrupted.final.parent / "log.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    assert [record["step"] for record in records] == list(range(1, 10))
+    assert [record["phase"] for record in records] == ["dpt"] * 2 + ["dft"] * 6 + ["sft"]
+    for record in records:
+        assert {"lr", "samples_per_s", "data_wait", "step_s", "total", "lm"} <= record.keys()
+        assert 0 <= record["data_wait"] <= 1
+    assert {"logits", "answer_attention", "visual_map"} <= records[3].keys()
+    assert "logits" not in records[8]
+    assert list((uninterrupted.final.parent / "tensorboard").iterdir())
+
+
+def test_the_final_folder_loads_with_its_tokenizer_and_says_where_it_comes_from(uninterrupted, tiny_cache):
+    from transformers import AutoImageProcessor, AutoTokenizer
+
+    student = load_student(uninterrupted.final)
+    expected = uninterrupted.model.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in student.state_dict().items())
+    AutoTokenizer.from_pretrained(uninterrupted.final)
+    AutoImageProcessor.from_pretrained(uninterrupted.final, backend="pil")
+    told = json.loads((uninterrupted.final / "distillation.json").read_text())
+    assert told["caches"] == {str(tiny_cache[0]): uninterrupted.preparation.cache_hashes[str(tiny_cache[0])]}
+
+
+def test_each_phase_trains_its_parts_and_the_vision_tower_never_changes(tiny_cache, tmp_path):
+    seen = []
+
+    def keep(_position, student):
+        seen.append({name: value.clone() for name, value in student.state_dict().items()})
+
+    config = make_config(tiny_cache[0], tmp_path / "run", phases=["dpt", "dft"])
+    config = replace(config, dpt=replace(config.dpt, steps=2), dft=replace(config.dft, steps=1))
+    train(config, after_step=keep)
+    changed = [{n for n, v in after.items() if not torch.equal(v, before[n])} for before, after in zip(seen, seen[1:], strict=False)]
+    assert changed[0]
+    assert all(".mm_projector." in name for name in changed[0])
+    assert any(".layers." in name for name in changed[1])
+    assert not any(".vision_tower." in name for name in changed[1])
+
+
+def test_accumulated_micro_batches_give_the_losses_of_the_whole_batch(tiny_cache, tmp_path, uninterrupted):
+    config = make_config(tiny_cache[0], tmp_path / "run")
+    config = replace(config, dft=replace(config.dft, micro_batch_size=2), dpt=replace(config.dpt, micro_batch_size=3))
+    for found, expected in zip(losses(train(config).log), losses(uninterrupted.log), strict=True):
+        for name in set(found) & set(LOSSES):
+            assert found[name] == pytest.approx(expected[name], rel=2e-3, abs=1e-5), (found["step"], name)
+
+
+def test_threads_change_nothing_but_the_time(tiny_cache, tmp_path, uninterrupted):
+    config = make_config(tiny_cache[0], tmp_path / "run", num_workers=0, memory_gib=0.0)
+    assert losses(train(config).log) == losses(uninterrupted.log)
+
+
+def test_the_teacher_adapter_trains_its_post_projector_only(tiny_cache, tmp_path):
+    result = train_student(
+        student="mobilevlm-tiny", projector="taf", data=DATA, cache=str(tiny_cache[0]), output=str(tmp_path),
+        phases=["dpt"], dpt={"steps": 1, "batch_size": 4, "trainable": "projector", "losses": {"logits": 1.0}},
+    )  # fmt: skip
+    trained = {name for name, p in result.model.named_parameters() if p.requires_grad}
+    assert trained == {"model.mm_projector.post.weight", "model.mm_projector.post.bias"}
+
+
+def test_bf16_runs_and_starts_from_the_same_loss(tiny_cache, tmp_path, uninterrupted):
+    config = make_config(tiny_cache[0], tmp_path / "run", phases=["dft"], precision="bf16")
+    config = replace(config, dft=replace(config.dft, steps=2))
+    full = make_config(tiny_cache[0], tmp_path / "full", phases=["dft"])
+    full = replace(full, dft=replace(full.dft, steps=2))
+    half = train(config).log[0]
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert half["total"] == pytest.approx(train(full).log[0]["total"], rel=0.02)
+
+
+def test_the_baseline_is_the_same_run_without_the_teachers_losses(tiny_cache, tmp_path):
+    config = make_config(tiny_cache[0], tmp_path / "run")
+    baseline = without_teacher(config)
+    for name in ("dpt", "dft", "sft"):
+        assert getattr(baseline, name).losses.active() == {"lm": 1.0}
+        assert getattr(baseline, name).steps == getattr(config, name).steps
+        assert getattr(baseline, name).trainable == getattr(config, name).trainable
+
+
+def test_another_configuration_does_not_resume_from_this_ones_checkpoints(tiny_cache, uninterrupted):
+    config = make_config(tiny_cache[0], uninterrupted.final.parent, seed=1)
+    with pytest.raises(ConfigError, match="belongs to another run.*Use another --output"):
+        train(config)
+
+
+def test_an_unknown_option_is_refused_by_name(tiny_cache, tmp_path):
+    with pytest.raises(ConfigError, match="unknown option stpes.*did you mean"):
+        train_student(cache=str(tiny_cache[0]), output=str(tmp_path), stpes=3)
+
+
+def test_two_processes_see_the_same_steps_as_one(tiny_cache, tmp_path, uninterrupted):
+    config = make_config(tiny_cache[0], tmp_path / "run")
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import sys\nfrom pathlib import Path\n"
+        "from common.config import load_config\n"
+        "from stage2_student.config import TrainConfig\nfrom stage2_student.train import train\n"
+        "train(load_config(TrainConfig, Path(sys.argv[1])))\n"
+    )
+    from common.config import save_config
+
+    save_config(config, tmp_path / "config.yaml")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    root = Path(__file__).parents[2]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    done = subprocess.run(
+        [*command, str(script), str(tmp_path / "config.yaml")],
+        env=environment, cwd=root, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    for found, expected in zip(losses(read_log(tmp_path / "run")), losses(uninterrupted.log), strict=True):
+        for name in set(found) & set(LOSSES):
+            assert found[name] == pytest.approx(expected[name], rel=2e-3, abs=1e-5), (found["step"], name)

@@ -1,0 +1,1 @@
+"""What both stages must agree on: cache format, codecs, geometry, attention capture."""

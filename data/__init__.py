@@ -1,0 +1,1 @@
+"""Samples in, tensors out: readers, prompt templates, encoding, collation."""

@@ -2,7 +2,7 @@
 
 The whole file is parsed at once, as LLaVA's own loader does (665k samples: about 1 GB of JSON). An odd
 conversation is that sample's error, found when it is asked for and recorded by the caller; only a
-file that is not such a list, or whose ids clash, fails as a whole.
+file that is not such a list, or whose ids are no ids, fails as a whole.
 """
 
 import json
@@ -25,18 +25,17 @@ class LlavaDataset:
     Args:
         path: The JSON file.
         images: Folder that relative image paths start from; None: the JSON's own folder.
-        ids: ``unique`` refuses repeated ids, ``number`` makes them unique (see `resolve_ids`).
 
     Raises:
-        DataError: The file is not a list of entries, is empty, or its ids clash; or there is no such folder.
+        DataError: The file is not a list of entries, is empty, or an id is neither text nor number; or there is no such folder.
     """
 
-    def __init__(self, path: Path, *, images: Path | None = None, ids: str = "unique") -> None:
+    def __init__(self, path: Path, *, images: Path | None = None) -> None:
         self.name = path.name
         self._images = image_folder(images, path)
         self._entries = _read_entries(path)
         self.sample_ids: Sequence[str] = resolve_ids(
-            ((entry.get("id"), entry) for entry in self._entries), where=str(path), ids=ids
+            ((entry.get("id"), entry) for entry in self._entries), where=str(path)
         )
 
     def __len__(self) -> int:

@@ -23,18 +23,17 @@ class MessagesDataset:
     Args:
         path: The JSONL file.
         images: Folder that relative image paths start from; None: the file's own folder.
-        ids: ``unique`` refuses repeated ids, ``number`` makes them unique (see `resolve_ids`).
 
     Raises:
-        DataError: A line is not a JSON object, there is none, or ids clash; or there is no such folder.
+        DataError: A line is not a JSON object, there is none, or an id is neither text nor number; or there is no such folder.
     """
 
-    def __init__(self, path: Path, *, images: Path | None = None, ids: str = "unique") -> None:
+    def __init__(self, path: Path, *, images: Path | None = None) -> None:
         self.name = path.name
         self._path = path
         self._images = image_folder(images, path)
         self._offsets: list[int] = []
-        self.sample_ids: Sequence[str] = resolve_ids(self._scan(), where=str(path), ids=ids)
+        self.sample_ids: Sequence[str] = resolve_ids(self._scan(), where=str(path))
         if not self._offsets:
             raise DataError(f"{path} holds no sample; expected one JSON object a line")
 

@@ -62,7 +62,7 @@ def open_dataset(
     """Open the data a user names.
 
     Args:
-        spec: See the module's table; ``:ids=number`` behind a JSON or JSONL path numbers repeated ids.
+        spec: See the module's table.
         split: ``train``, ``validation`` or ``test``; only named data sets and `datasets` folders have splits.
         images: Folder that relative image paths start from; None: the folder of the file.
         limit: Take the first samples only.
@@ -162,15 +162,11 @@ _NAMED: dict[str, Callable[[str, _Options], Dataset]] = {"shapes": _open_shapes,
 
 
 def _open_path(name: str, split: str, images: Path | None, options: _Options) -> Dataset:
+    _refuse_options(name, options, allowed=())
     path = Path(name)
     if path.suffix in (".json", ".jsonl") and path.is_file():
-        _refuse_options(name, options, allowed=("ids",))
-        ids = options.get("ids", "unique")
-        if ids not in ("unique", "number"):
-            raise DataError(f"{name}: ids must be 'unique' or 'number', got {ids!r}")
         reader = LlavaDataset if path.suffix == ".json" else MessagesDataset
-        return reader(path, images=images, ids=ids)
-    _refuse_options(name, options, allowed=())
+        return reader(path, images=images)
     if path.is_dir():
         saved = [path] if is_saved_dataset(path) else sorted(p for p in path.iterdir() if is_saved_dataset(p))
         if len(saved) == 1:

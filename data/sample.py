@@ -6,6 +6,7 @@ until they are encoded: a list of 665k samples costs text, not pixels.
 """
 
 import json
+import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ import PIL.Image
 import xxhash
 
 from common.errors import DataError, SampleError
+
+logger = logging.getLogger(__name__)
 
 
 @runtime_checkable
@@ -156,32 +159,35 @@ def derive_id(content: object) -> str:
     return f"auto-{xxhash.xxh3_64_hexdigest(text.encode())}"
 
 
-def number_repeats(ids: Iterable[str]) -> list[str]:
-    """Make ids unique by occurrence: ``a, b, a`` becomes ``a, b, a#2``."""
-    seen: Counter[str] = Counter()
+def number_repeats(ids: Sequence[str]) -> list[str]:
+    """Make ids unique by occurrence: ``a, b, a`` becomes ``a, b, a#2`` (or the next number that is free)."""
+    taken, seen = set(ids), Counter[str]()
     unique = []
     for sample_id in ids:
         seen[sample_id] += 1
-        unique.append(sample_id if seen[sample_id] == 1 else f"{sample_id}#{seen[sample_id]}")
+        numbered = sample_id
+        while seen[sample_id] > 1 and numbered in taken:
+            numbered = f"{sample_id}#{seen[sample_id]}"
+            seen[sample_id] += numbered in taken
+        taken.add(numbered)
+        unique.append(numbered)
     return unique
 
 
-def resolve_ids(entries: Iterable[tuple[object, object]], *, where: str, ids: str = "unique") -> list[str]:
+def resolve_ids(entries: Iterable[tuple[object, object]], *, where: str) -> list[str]:
     """Turn the ids found in a file into unique strings.
 
-    Published LLaVA files repeat the image's id for each conversation about it, so numbering is
-    offered; it is not the default because a repeated id is more often a file concatenated twice.
+    Published LLaVA files repeat the image's id for each conversation about it: repeats are numbered, and said.
 
     Args:
         entries: ``(id or None, content)`` in file order; the content makes an id where there is none.
-        where: File named in errors.
-        ids: ``unique`` refuses repeated ids, ``number`` appends ``#2``, ``#3`` to the repeats.
+        where: File named in messages.
 
     Returns:
-        One id per entry. Derived ids of equal entries are always numbered.
+        One id per entry.
 
     Raises:
-        DataError: An id is neither string nor integer, or is repeated (with ``unique``).
+        DataError: An id is neither string nor integer.
     """
     given: list[str | None] = []
     derived: list[str] = []
@@ -196,9 +202,13 @@ def resolve_ids(entries: Iterable[tuple[object, object]], *, where: str, ids: st
             )
         else:
             given.append(str(raw))
-    fresh = iter(number_repeats(derived))
+    fresh = iter(derived)
     resolved = [next(fresh) if sample_id is None else sample_id for sample_id in given]
-    return number_repeats(resolved) if ids == "number" else refuse_repeats(resolved, where=where)
+    unique = number_repeats(resolved)
+    repeats = sum(before != after for before, after in zip(resolved, unique, strict=True))
+    if repeats:
+        logger.info("%s: %d repeated ids were numbered (the second 'x' becomes 'x#2')", where, repeats)
+    return unique
 
 
 def refuse_repeats(ids: list[str], *, where: str) -> list[str]:
@@ -212,7 +222,6 @@ def refuse_repeats(ids: list[str], *, where: str) -> list[str]:
         shown = ", ".join(repr(sample_id) for sample_id in repeated[:5])
         more = f" and {len(repeated) - 5} more" if len(repeated) > 5 else ""
         raise DataError(
-            f"{where}: {len(repeated)} ids occur more than once: {shown}{more}; make the ids unique, "
-            "or let repeats be numbered by adding ':ids=number' to the path of a JSON or JSONL file"
+            f"{where}: {len(repeated)} ids occur more than once: {shown}{more}; make the ids unique"
         )
     return ids

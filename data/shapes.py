@@ -143,7 +143,7 @@ def shapes_evaluation(split: str = "test", items: int = 300, seed: int = 0) -> E
     pairs: dict[str, list[CaptionPair]] = {kind: [] for kind in PAIR_KINDS}
     questions: dict[str, list[Question]] = {kind: [] for kind in QUESTION_KINDS}
     for index in range(items * _SCENES_AHEAD):
-        if all(len(found) == items for found in (*pairs.values(), *questions.values())):
+        if sum(map(len, (*pairs.values(), *questions.values()))) == items * (len(pairs) + len(questions)):
             break
         image = SceneImage(split=split, seed=seed, index=index)
         scene = image.scene()

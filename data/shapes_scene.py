@@ -145,13 +145,16 @@ def _draw_object(canvas: np.ndarray, thing: SceneObject, generator: np.random.Ge
 
 def _signed_distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
     """Return the distance to the outline in pixels, negative inside, float ``[h, w]``."""
+    distance: np.ndarray
     if shape == "circle":
-        return np.hypot(x, y) - radius
-    if shape == "square":
-        return np.maximum(np.abs(x), np.abs(y)) - 0.9 * radius
-    if shape == "triangle":  # apex up; the two sides rise at 2:1
-        return np.maximum(y - 0.85 * radius, (2 * np.abs(x) - y - 1.05 * radius) / 5**0.5)
-    arm = 0.32 * radius  # cross
-    wide = np.maximum(np.abs(x) - radius, np.abs(y) - arm)
-    tall = np.maximum(np.abs(y) - radius, np.abs(x) - arm)
-    return np.minimum(wide, tall)
+        distance = np.hypot(x, y) - radius
+    elif shape == "square":
+        distance = np.maximum(np.abs(x), np.abs(y)) - 0.9 * radius
+    elif shape == "triangle":  # apex up; the two sides rise at 2:1
+        distance = np.maximum(y - 0.85 * radius, (2 * np.abs(x) - y - 1.05 * radius) / 5**0.5)
+    else:  # cross
+        arm = 0.32 * radius
+        wide = np.maximum(np.abs(x) - radius, np.abs(y) - arm)
+        tall = np.maximum(np.abs(y) - radius, np.abs(x) - arm)
+        distance = np.minimum(wide, tall)
+    return distance

@@ -127,7 +127,10 @@ def side_question(scene: Scene, generator: np.random.Generator) -> Pair | None:
         return f"is the {first.noun} left or right of the {second.noun}", answer
     if first.row == second.row:
         return None
-    return f"is the {first.noun} above or below the {second.noun}", "above" if first.row < second.row else "below"
+    return (
+        f"is the {first.noun} above or below the {second.noun}",
+        "above" if first.row < second.row else "below",
+    )
 
 
 def count_question(scene: Scene, generator: np.random.Generator) -> Pair:

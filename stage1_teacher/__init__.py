@@ -1,0 +1,1 @@
+"""Stage one: run the teacher once and write the cache."""

@@ -23,7 +23,12 @@ PATCH = CELL  # pixels; one grid cell of a drawn scene is one patch
 
 
 def build_demo_model(
-    tokenizer: PreTrainedTokenizerFast, *, seed: int, width: int = WIDTH, vision_layers: int = 3, layers: int = 6
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    seed: int,
+    width: int = WIDTH,
+    vision_layers: int = 3,
+    layers: int = 6,
 ) -> LlavaForConditionalGeneration:
     """Build the built-in teacher with random weights.
 
@@ -85,9 +90,10 @@ def build_demo_model(
 def split_parameters(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """Split trainable parameters into hidden matrices (for Muon) and everything else (for AdamW).
 
-    Embeddings, the patch convention's kernel, norms, biases and class vectors are not hidden matrices.
+    Embeddings, the patch kernel, norms, biases and class vectors are not hidden matrices.
     """
-    matrices, others = [], []
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             hidden = parameter.ndim == 2 and "embed" not in name and "lm_head" not in name

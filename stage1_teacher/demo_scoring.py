@@ -38,8 +38,8 @@ def score_model(
         turns_per_sequence: Conversations packed behind one picture at most; bounds the sequence length.
 
     Returns:
-        ``{"pairs": {kind: {"accuracy", "items"}}, "questions": {...}}``; accuracy in percent. A pair is right if
-        the summed log-probability of the right caption is the larger one.
+        ``{"pairs": {kind: {"accuracy", "items"}}, "questions": {...}}``; accuracy in percent. A pair
+        is right if the summed log-probability of the right caption is the larger one.
     """
     jobs = _pack(items, caption_question, turns_per_sequence)
     right: dict[str, dict[str, list[bool]]] = {"pairs": defaultdict(list), "questions": defaultdict(list)}
@@ -88,7 +88,7 @@ def _pack(
     for name, owners in by_image.items():
         turns: list[Turn] = []
         owned: list[CaptionPair | Question] = []
-        for item in [*owners, None]:
+        for item in (*owners, None):
             if owned and (item is None or len(turns) + 2 > limit):
                 sample = Sample(
                     sample_id=name, images=(owned[0].image,), turns=tuple(turns), independent_turns=True
@@ -108,7 +108,7 @@ def _turns(item: CaptionPair | Question, caption_question: str) -> list[Turn]:
 
 
 def mean_accuracy(scores: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """Return the unweighted mean over kinds of pairs and of questions, percent; parts without items are left out."""
+    """Return the unweighted mean over kinds, percent, of each part that has items."""
     return {
         part: round(sum(entry["accuracy"] for entry in kinds.values()) / len(kinds), 1)
         for part, kinds in scores.items()

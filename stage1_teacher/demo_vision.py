@@ -37,8 +37,8 @@ def scene_batch(split: str, seed: int, start: int, count: int) -> tuple[np.ndarr
         count: Number of pictures.
 
     Returns:
-        Pictures uint8 ``[B, 72, 72, 3]``, and int64 ``[B, N, 3]`` labels of colour, shape and size, 1-based; 0 in
-        empty cells.
+        Pictures uint8 ``[B, 72, 72, 3]``, and int64 ``[B, N, 3]`` labels of colour, shape and size,
+        1-based; 0 in empty cells.
     """
     pictures, labels = [], np.zeros((count, GRID * GRID, len(_NAMES)), np.int64)
     for place in range(count):
@@ -64,14 +64,16 @@ def normalize_pictures(pictures: np.ndarray, mean: list[float], std: list[float]
         float32 ``[B, 3, H, W]``.
     """
     scaled = pictures.astype(np.float32) / np.float32(255)
-    scaled = (scaled - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
+    scaled -= np.asarray(mean, np.float32)
+    scaled /= np.asarray(std, np.float32)
     return torch.from_numpy(np.ascontiguousarray(scaled.transpose(0, 3, 1, 2)))
 
 
 def tower_features(model: LlavaForConditionalGeneration, pixels: Tensor) -> Tensor:
     """Return the patch features the projector reads, ``[B, N, D]``, as the model itself selects them."""
     output = model.model.vision_tower(pixels, output_hidden_states=True)
-    return output.hidden_states[model.config.vision_feature_layer][:, 1:]
+    features: Tensor = output.hidden_states[model.config.vision_feature_layer][:, 1:]
+    return features
 
 
 def train_tower(
@@ -153,7 +155,9 @@ def align_projector(
     """
     embeddings = model.get_input_embeddings()
     projector = model.model.multi_modal_projector
-    optimizer = WarmCosine(nn.ModuleDict({"embed": embeddings, "projector": projector}), rate=rate, steps=steps)
+    optimizer = WarmCosine(
+        nn.ModuleDict({"embed": embeddings, "projector": projector}), rate=rate, steps=steps
+    )
     word_ids = [torch.tensor(tokenizer.convert_tokens_to_ids(list(names))) for names in _NAMES]
     rows = torch.tensor(tokenizer.convert_tokens_to_ids([f"r{i + 1}" for i in range(GRID)]))
     columns = torch.tensor(tokenizer.convert_tokens_to_ids([f"c{i + 1}" for i in range(GRID)]))

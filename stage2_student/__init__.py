@@ -1,0 +1,1 @@
+"""Stage two: train students from a cache, without the teacher."""

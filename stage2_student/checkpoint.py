@@ -9,7 +9,6 @@ position (optim.py, sampler.py): a phase, a step and a count of samples are all 
 import json
 import logging
 import os
-import pickle
 import random
 import shutil
 from dataclasses import asdict, dataclass
@@ -23,6 +22,7 @@ from torch.optim import Optimizer
 
 from common.atomic import clean_stale, create_temporary, json_bytes, publish_directory, write_durably
 from common.errors import CacheFormatError, ConfigError
+from common.hashing import file_checksum
 
 CHECKPOINTS = "checkpoints"
 STATE = "state.json"
@@ -67,11 +67,13 @@ class Checkpoint:
         path: Its folder.
         position: Where the run stood.
         fingerprint: Meaning of the configuration, cache and data it belongs to.
+        checksum: xxh3_128 of its tensors.
     """
 
     path: Path
     position: Position
     fingerprint: str
+    checksum: str
 
 
 def _random_state() -> dict[str, Any]:
@@ -125,8 +127,12 @@ def write_checkpoint(
         torch.save(tensors, file)
         file.flush()
         os.fsync(file.fileno())
-    size = (temporary / TENSORS).stat().st_size
-    state = {"fingerprint": fingerprint, "position": asdict(position), "tensor_bytes": size}
+    state = {
+        "fingerprint": fingerprint,
+        "position": asdict(position),
+        "tensor_bytes": (temporary / TENSORS).stat().st_size,
+        "tensor_checksum": file_checksum(temporary / TENSORS),
+    }
     write_durably(temporary / STATE, json_bytes(state))
     if final.exists():
         shutil.rmtree(final)  # the same position, from an earlier attempt that was found unusable
@@ -146,7 +152,10 @@ def list_checkpoints(output: Path) -> list[Checkpoint]:
             state = json.loads((path / STATE).read_text())
             complete = (path / TENSORS).stat().st_size == state["tensor_bytes"]
             checkpoint = Checkpoint(
-                path=path, position=Position(**state["position"]), fingerprint=state["fingerprint"]
+                path=path,
+                position=Position(**state["position"]),
+                fingerprint=state["fingerprint"],
+                checksum=state["tensor_checksum"],
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
             _log.warning("ignoring incomplete checkpoint %s: %s", path, error)
@@ -192,14 +201,13 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer) -> N
     Raises:
         CacheFormatError: If the file is damaged.
     """
-    try:
-        tensors = torch.load(checkpoint.path / TENSORS, map_location="cpu", weights_only=True)
-    except (RuntimeError, ValueError, EOFError, OSError, pickle.UnpicklingError) as error:
-        # Not torch's own message: it recommends to unpickle whatever is in the file.
+    path = checkpoint.path / TENSORS
+    if file_checksum(path) != checkpoint.checksum:
         raise CacheFormatError(
-            f"checkpoint {checkpoint.path} cannot be read ({type(error).__name__}): it is damaged; delete that "
-            "folder, the run then resumes from the one before"
-        ) from error
+            f"{path}: the checksum is not the one in {STATE}, the file is damaged; delete {checkpoint.path}, the run "
+            "then resumes from the checkpoint before"
+        )
+    tensors = torch.load(path, map_location="cpu", weights_only=True)
     model.load_state_dict(tensors["model"], strict=True)
     optimizer.load_state_dict(tensors["optimizer"])
     _restore_random_state(tensors["random"])

@@ -1,14 +1,24 @@
 """What a training run is: phases, losses, budgets. Only the command line, `train()` and `run` see these."""
 
-from dataclasses import dataclass, field, fields, replace
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import yaml
+
+from common.config import config_to_dict, load_config
 from common.errors import ConfigError
 
 PhaseName = Literal["dpt", "dft", "sft"]
 Schedule = Literal["cosine", "constant"]
+PHASE_NAMES: tuple[PhaseName, ...] = ("dpt", "dft", "sft")
 PRESETS = Path(__file__).parent / "presets"
+# Up to this width of the teacher, student size `auto` is `tiny` (build_student.AUTO_SIZES).
+TINY_TEACHER_WIDTH = 512
+# Options that change when a run ends and what it prints, not what it learns.
+SPEED_OPTIONS = ("device", "num_workers", "memory_gib", "checkpoint_every", "keep_checkpoints", "log_every")
 
 
 def _require(ok: bool, name: str, value: object, need: str) -> None:
@@ -107,7 +117,9 @@ class PhaseConfig:
         _require(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more samples")
         _require(
             self.micro_batch_size is None or self.micro_batch_size >= 1,
-            "micro_batch_size", self.micro_batch_size, "1 or more samples",
+            "micro_batch_size",
+            self.micro_batch_size,
+            "1 or more samples",
         )
         _require(self.lr > 0, "lr", self.lr, "above 0")
         _require(0 <= self.warmup < 1, "warmup", self.warmup, "a share of the steps in [0, 1)")
@@ -118,6 +130,34 @@ class PhaseConfig:
         if self.steps is not None:
             return self.steps
         return -(-round((self.epochs or 0.0) * samples) // self.batch_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """How students are scored.
+
+    Attributes:
+        data: Data set of the held-out items; None: the run's.
+        images: Its image folder; None: the run's.
+        split: ``validation`` or ``test``, where the data set has splits.
+        limit: Most items (of each sort); None: the data set's own number.
+        letters: Also ask which of two captions is right by letter (two generations a pair).
+        agreement_samples: Cached samples on which student and teacher are compared; 0: none.
+        overlays: Pictures of attention in the report.
+    """
+
+    data: str | None = None
+    images: str | None = None
+    split: Literal["validation", "test"] = "test"
+    limit: int | None = None
+    letters: bool = True
+    agreement_samples: int = 64
+    overlays: int = 6
+
+    def __post_init__(self) -> None:
+        _require(self.limit is None or self.limit >= 1, "limit", self.limit, "1 or more items")
+        for name in ("agreement_samples", "overlays"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +189,7 @@ class TrainConfig:
         log_every: Steps between writes of the log (each step has its line).
         max_length: Longest sequence of a sample, tokens.
         shuffle_teacher_images: Control experiment: attention signals come from another image.
+        evaluation: How `distill run` and `distill evaluate` score the student.
     """
 
     student: str = "mobilevlm"
@@ -175,6 +216,7 @@ class TrainConfig:
     log_every: int = 10
     max_length: int = 2048
     shuffle_teacher_images: bool = False
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
         _require(self.cache != "", "cache", self.cache, "a teacher cache's folder (--cache)")
@@ -202,7 +244,70 @@ class TrainConfig:
 
 def without_teacher(config: TrainConfig) -> TrainConfig:
     """The SFT baseline of a run: the same student, samples, steps and rates, with the LM loss alone."""
-    plain = {
-        name: replace(getattr(config, name), losses=LossWeights()) for name in ("dpt", "dft", "sft")
-    }
-    return replace(config, **plain, projector=None)
+    plain = {name: replace(getattr(config, name), losses=LossWeights()) for name in PHASE_NAMES}
+    return replace(config, **plain, projector=None, shuffle_teacher_images=False)
+
+
+def describe(config: TrainConfig, cache_hashes: Mapping[str, str]) -> dict[str, Any]:
+    """What a run is: everything that changes its result; folders, threads and log settings do not.
+
+    Args:
+        config: The run.
+        cache_hashes: Manifest hash by cache folder.
+
+    Returns:
+        JSON; caches are named by their hash, so that a moved cache is the same cache.
+    """
+    described = config_to_dict(config)
+    for name in ("output", "evaluation", *SPEED_OPTIONS):
+        del described[name]
+    described["cache"] = cache_hashes.get(config.cache)
+    for name in PHASE_NAMES:
+        described[name]["cache"] = cache_hashes.get(described[name]["cache"])
+    return described
+
+
+def resolve_config(path: Path | None, overrides: Sequence[str], *, teacher_width: int) -> TrainConfig:
+    """A preset, then a user's YAML, then ``a.b=c`` overrides.
+
+    Args:
+        path: The user's YAML; None for none.
+        overrides: Of the command line.
+        teacher_width: Width of the cached teacher's language model; picks the preset for student size ``auto``.
+
+    Raises:
+        ConfigError: For an unknown or unusable option.
+    """
+    given = [*_flatten(_read_yaml(path)), *overrides]
+    student = next((item.partition("=")[2] for item in reversed(given) if item.startswith("student=")), "")
+    tiny = "-tiny" in student or (teacher_width <= TINY_TEACHER_WIDTH and "-" not in Path(student).name)
+    for phase in PHASE_NAMES:
+        # A preset says steps or epochs; whoever gives the other one means it instead.
+        for one, other in (("steps", "epochs"), ("epochs", "steps")):
+            keys = {item.partition("=")[0] for item in given}
+            if f"{phase}.{one}" in keys and f"{phase}.{other}" not in keys:
+                given.append(f"{phase}.{other}=null")
+    return load_config(TrainConfig, PRESETS / f"phases-{'tiny' if tiny else 'published'}.yaml", given)
+
+
+def _read_yaml(path: Path | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot be read as YAML: {error}") from error
+    if loaded is not None and not isinstance(loaded, dict):
+        raise ConfigError(f"{path}: expected a mapping of options, got {type(loaded).__name__}")
+    return loaded or {}
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Nested options as ``a.b=c``."""
+    flat: list[str] = []
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            flat += _flatten(value, f"{prefix}{key}.")
+        else:
+            flat.append(f"{prefix}{key}={json.dumps(value)}")
+    return flat

@@ -12,10 +12,10 @@ from typing import Any
 from transformers import AutoImageProcessor, AutoTokenizer
 
 from common.cache import TeacherCache, open_cache
-from common.config import config_to_dict
 from common.errors import CacheFormatError, ConfigError
 from common.hashing import fingerprint
 from common.layers import student_groups
+from common.plan import Plan
 from data.encoding import SampleEncoder
 from data.image_encoder import ImageEncoder
 from data.registry import open_dataset
@@ -31,7 +31,7 @@ from stage2_student.check_cache import (
     check_vision_tower,
     probe_samples,
 )
-from stage2_student.config import PhaseConfig, PhaseName, TrainConfig
+from stage2_student.config import PhaseConfig, PhaseName, TrainConfig, describe
 from stage2_student.models.mobilevlm import MobileVLMForConditionalGeneration
 from stage2_student.models.projectors import TeacherAdapter
 from stage2_student.objective import Objective
@@ -71,6 +71,7 @@ class Preparation:
         tokenizer: The cache's.
         image_processor: The cache's.
         encoder: From samples to the student's sequences.
+        encoder_description: JSON that rebuilds it.
         phases: In order.
         fingerprint: What the run is: its configuration (without folders and speed settings) and its caches.
         cache_hashes: Manifest hash of each cache, by path.
@@ -80,6 +81,7 @@ class Preparation:
     tokenizer: Any
     image_processor: Any
     encoder: SampleEncoder
+    encoder_description: Mapping[str, Any]
     phases: tuple[PreparedPhase, ...]
     fingerprint: str
     cache_hashes: Mapping[str, str]
@@ -94,46 +96,59 @@ def split_student_name(student: str) -> tuple[str, str]:
     return student, "auto"
 
 
-def load_processors(cache: TeacherCache) -> tuple[Any, Any]:
-    """The tokenizer and image processor a cache carries in ``processor/``.
+def load_processors(folder: Path) -> tuple[Any, Any]:
+    """The tokenizer and image processor in a folder: a cache's ``processor/``, or a trained student.
 
     Raises:
         CacheFormatError: If they cannot be read.
     """
-    folder = cache.path / "processor"
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         return tokenizer, AutoImageProcessor.from_pretrained(folder, backend="pil")
     except (OSError, ValueError, KeyError) as error:
         raise CacheFormatError(
-            f"{folder}: no usable tokenizer and image processor ({error}); the cache is incomplete: build it again"
+            f"{folder}: no usable tokenizer and image processor ({error}); the folder is incomplete: build it again"
         ) from error
 
 
-def build_encoder(
-    cache: TeacherCache, tokenizer: Any, image_processor: Any, *, grid: tuple[int, int], max_length: int
-) -> SampleEncoder:
-    """The encoder that gives the cached labels, with the student's grid of visual tokens.
+def describe_encoder(plan: Plan, *, max_length: int) -> dict[str, Any]:
+    """What turns a sample into the cached labels, as JSON; kept beside a student, which outlives its cache.
 
     Args:
-        cache: Names template, layout and image token.
+        plan: The cache's.
+        max_length: Longest sequence, tokens.
+    """
+    return {
+        "template": plan.template,
+        "layout": plan.geometry["layout"],
+        "patch_size": plan.geometry.get("patch_size"),
+        "image_token_id": int(plan.teacher["image_token_id"]),
+        "max_length": max_length,
+    }
+
+
+def build_encoder(
+    description: Mapping[str, Any], tokenizer: Any, image_processor: Any, *, grid: tuple[int, int]
+) -> SampleEncoder:
+    """The encoder of a student.
+
+    Args:
+        description: From `describe_encoder`.
         tokenizer: The cache's.
         image_processor: The cache's.
         grid: Rows and columns of the student's visual tokens.
-        max_length: Longest sequence, tokens.
     """
-    geometry = cache.plan.geometry
     return SampleEncoder(
         tokenizer=tokenizer,
         image_encoder=ImageEncoder(
             processor=image_processor,
-            layout=geometry["layout"],
+            layout=description["layout"],
             grid=grid,
-            patch_size=geometry.get("patch_size"),
+            patch_size=description["patch_size"],
         ),
-        template=PromptTemplate.from_dict(cache.plan.template),
-        image_token_id=int(cache.plan.teacher["image_token_id"]),
-        max_length=max_length,
+        template=PromptTemplate.from_dict(dict(description["template"])),
+        image_token_id=description["image_token_id"],
+        max_length=description["max_length"],
     )
 
 
@@ -164,16 +179,6 @@ def open_cached_data(cache: TeacherCache, *, data: str | None, images: str | Non
     )
 
 
-def run_fingerprint(config: TrainConfig, cache_hashes: Mapping[str, str]) -> str:
-    """What a run is: everything that changes its result; folders, threads and log settings do not."""
-    described = config_to_dict(config)
-    for name in ("output", "cache", "num_workers", "memory_gib", "checkpoint_every", "keep_checkpoints", "log_every"):
-        described.pop(name)
-    for name in ("dpt", "dft", "sft"):
-        described[name].pop("cache")
-    return fingerprint({"config": described, "caches": sorted(cache_hashes.values())})
-
-
 def prepare(config: TrainConfig) -> Preparation:
     """Open caches and data, build the student, and refuse what does not fit.
 
@@ -195,7 +200,7 @@ def prepare(config: TrainConfig) -> Preparation:
             # Twice the window: a step may begin the next window while loading threads still read the last.
             caches[path] = open_cache(Path(path), open_shards=2 * config.shuffle_window)
     first = caches[str(config.phase(config.phases[0]).cache)]
-    tokenizer, image_processor = load_processors(first)
+    tokenizer, image_processor = load_processors(first.path / "processor")
     student_name, size = split_student_name(config.student)
     student = build_student(
         student_name,
@@ -217,10 +222,11 @@ def prepare(config: TrainConfig) -> Preparation:
             check_vision_tower(cache, student.model.vision_tower.vision_tower.vision_model)
     own_tokenizer = Path(config.student) / "tokenizer.json"
     if own_tokenizer.exists():
-        check_tokenizer(first, AutoTokenizer.from_pretrained(config.student), where=f"student {config.student}")
-    encoder = build_encoder(
-        first, tokenizer, image_processor, grid=student.image_grid, max_length=config.max_length
-    )
+        check_tokenizer(
+            first, AutoTokenizer.from_pretrained(config.student), where=f"student {config.student}"
+        )
+    description = describe_encoder(first.plan, max_length=config.max_length)
+    encoder = build_encoder(description, tokenizer, image_processor, grid=student.image_grid)
     depth = int(student.language_model.config.num_hidden_layers)
     phases = _prepare_phases(config, caches, encoder, depth)
     hashes = {path: cache.manifest_hash for path, cache in caches.items()}
@@ -229,8 +235,9 @@ def prepare(config: TrainConfig) -> Preparation:
         tokenizer=tokenizer,
         image_processor=image_processor,
         encoder=encoder,
+        encoder_description=description,
         phases=phases,
-        fingerprint=run_fingerprint(config, hashes),
+        fingerprint=fingerprint(describe(config, hashes)),
         cache_hashes=hashes,
     )
 

@@ -37,6 +37,7 @@ from stage2_student.training_log import TrainingLog
 _log = logging.getLogger(__name__)
 AfterStep = Callable[[Position, MobileVLMForConditionalGeneration], None]
 FINAL = "final"
+PROVENANCE = "distillation.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +114,9 @@ def train(config: TrainConfig, *, after_step: AfterStep | None = None) -> TrainR
         position = replace(position, phase=index + 1, step=0, samples=0)
 
     log.close()
-    return TrainResult(log=log.records, model=student, preparation=run, final=export(config, run, accelerator))
+    return TrainResult(
+        log=log.records, model=student, preparation=run, final=export(config, run, accelerator)
+    )
 
 
 def train_student(*, after_step: AfterStep | None = None, **options: Any) -> TrainResult:
@@ -136,9 +139,7 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
     """One accelerator for CPU, one device or many processes, as the launcher's environment says."""
     # A micro-batch without images leaves the projector without a gradient.
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
-    return Accelerator(
-        mixed_precision=config.precision, cpu=config.device == "cpu", kwargs_handlers=[unused]
-    )
+    return Accelerator(mixed_precision=config.precision, cpu=config.device == "cpu", kwargs_handlers=[unused])
 
 
 def start_log(config: TrainConfig, accelerator: Accelerator, position: Position) -> TrainingLog:
@@ -268,8 +269,9 @@ def export(config: TrainConfig, run: Preparation, accelerator: Accelerator) -> P
             "fingerprint": run.fingerprint,
             "caches": dict(run.cache_hashes),
             "config": config_to_dict(config),
+            "encoder": dict(run.encoder_description),
         }
-        write_json_atomic(temporary / "distillation.json", provenance)
+        write_json_atomic(temporary / PROVENANCE, provenance)
         remove(final)
         publish_directory(temporary, final)
         if lock is not None:

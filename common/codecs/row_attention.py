@@ -177,6 +177,6 @@ def check_attention(values: np.ndarray, what: str) -> None:
     lowest = values.min(initial=0.0, where=finite)
     if lowest < 0 or not finite.all():
         raise SampleError(
-            f"{what}: expected finite masses of at least 0, got {np.count_nonzero(~finite)} values not finite "
-            f"and a minimum of {lowest}; if the teacher runs in float16, try bfloat16 or float32"
+            f"{what}: expected finite masses of at least 0, got {np.count_nonzero(~finite)} that are not "
+            f"finite and a minimum of {lowest}; if the teacher runs in float16, try bfloat16 or float32"
         )

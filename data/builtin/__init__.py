@@ -58,12 +58,12 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(
         models.WordLevel({word: i for i, word in enumerate(vocabulary())}, unk_token="<unk>")
     )
-    # Lower-case letter by letter where another letter is adjacent; the length never changes, so
+    # Lower-case letter by letter where another letter or a digit is adjacent; the length never changes, so
     # offsets stay true. A capital followed by a space and a lower-case word is an article.
     tokenizer.normalizer = normalizers.Sequence(
         [
             normalizers.Replace(
-                Regex(f"(?<=[A-Za-z]){letter}|{letter}(?=[A-Za-z])|{letter}(?= [a-z])"), letter.lower()
+                Regex(f"(?<=[A-Za-z0-9]){letter}|{letter}(?=[A-Za-z0-9])|{letter}(?= [a-z])"), letter.lower()
             )
             for letter in _LETTERS
         ]

@@ -1,0 +1,1 @@
+"""Preset files: model sizes and phase budgets, each with its source."""

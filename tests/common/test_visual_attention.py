@@ -1,24 +1,19 @@
 """Capture equals eager attention, and leaves the model's own output bit-identical to plain SDPA."""
 
 import copy
-import threading
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
-    LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
     Qwen2Config,
     Qwen2ForCausalLM,
 )
 
-from common import attention_rows
 from common.attention_rows import head_mean_attention
-from common.errors import ModelError
 from common.visual_attention import IMPLEMENTATION, AttentionCapture, AttentionRequest
 
 VOCABULARY, IMAGE, PATCHES, DEPTH = 64, 5, 16, 4
@@ -249,16 +244,6 @@ def test_vision_tower_keeps_sdpa_and_sees_both_ways(llava):
     assert (moved[:, 1] - seen[:, 1]).abs().max() > 1e-3  # the first patch saw the last one change
 
 
-def test_a_tower_registered_for_capture_would_still_not_become_causal():
-    """is_causal=False on the module counts when the mask is None."""
-    torch.manual_seed(0)
-    query, key = torch.randn(1, 2, 6, 8), torch.randn(1, 2, 6, 8)
-    everything = torch.arange(6)[None]
-    both_ways = head_mean_attention(query, key, rows=everything, keys=everything, causal=False)
-    expected = (query @ key.transpose(2, 3) / 8**0.5).softmax(-1).mean(1)
-    torch.testing.assert_close(both_ways, expected)
-
-
 def test_generation_outside_a_record_is_plain_sdpa(llava):
     batch, rows, keys = llava_batch("left")
     captured, capture = with_capture(llava)
@@ -287,75 +272,6 @@ def test_rows_behind_a_key_value_cache_are_query_positions_of_this_pass(qwen):
             model(input_ids=ids[:, 10:], past_key_values=past)
         full = with_implementation(qwen, "eager")(input_ids=ids, output_attentions=True).attentions
     torch.testing.assert_close(maps["tail"], reference(full, rows + 10, keys, GROUPS), atol=1e-5, rtol=0)
-
-
-def test_rows_that_see_nothing_give_zero_and_finite_gradients():
-    torch.manual_seed(0)
-    query, key = (torch.randn(1, 2, 4, 8, requires_grad=True) for _ in range(2))
-    everything = torch.arange(4)[None]
-    mask = torch.ones(1, 1, 4, 4, dtype=torch.bool).tril()
-    mask[..., 2, :] = False
-    low = torch.finfo(torch.float32).min
-    masks = [mask, additive(mask), torch.zeros(mask.shape).masked_fill(~mask, float("-inf"))]
-    for variant in (*masks, (additive(mask) + 0.5).clamp_min(low)):
-        got = head_mean_attention(query, key, rows=everything, keys=everything, attention_mask=variant)
-        assert (got[0, 2] == 0).all()
-        torch.testing.assert_close(got.sum(-1), torch.tensor([[1.0, 1.0, 0.0, 1.0]]))
-        grads = torch.autograd.grad(got.square().sum(), (query, key))
-        assert all(g.isfinite().all() for g in grads)
-
-
-def test_masks_may_differ_by_head_and_carry_biases():
-    torch.manual_seed(0)
-    query, key = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 5, 8)
-    bias = torch.randn(1, 4, 5, 5).masked_fill(torch.rand(1, 4, 5, 5) < 0.3, float("-inf"))
-    bias[..., 0] = 0.0
-    rows, keys = torch.tensor([[4, 1], [0, -1]]), torch.tensor([[0, 3], [2, 2]])
-    got = head_mean_attention(query, key, rows=rows, keys=keys, attention_mask=bias, scaling=0.7)
-    full = (query @ key.repeat_interleave(2, 1).transpose(2, 3) * 0.7 + bias).softmax(-1)
-    torch.testing.assert_close(got, reference([full], rows, keys, ((0,),))[:, 0])
-
-
-def test_softmax_is_float32_even_in_bf16_and_under_autocast():
-    torch.manual_seed(0)
-    query, key = torch.randn(1, 2, 64, 16).bfloat16() * 3, torch.randn(1, 2, 64, 16).bfloat16()
-    everything = torch.arange(64)[None]
-    exact = head_mean_attention(query.double(), key.double(), rows=everything, keys=everything)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        got = head_mean_attention(query, key, rows=everything, keys=everything)
-    assert got.dtype == torch.float32
-    torch.testing.assert_close(got, exact, atol=1e-6, rtol=1e-5)
-
-
-class LargestTensor(TorchDispatchMode):
-    """Remembers the most elements any operation returned."""
-
-    def __init__(self):
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(tensor, torch.Tensor):
-                self.elements = max(self.elements, tensor.numel())
-        return result
-
-
-@pytest.mark.parametrize("grad", [False, True])
-def test_no_intermediate_exceeds_the_chunk_limit_however_many_heads(monkeypatch, grad):
-    B, H, T, D = 2, 16, 96, 4
-    limit = B * H * T * 8  # eight rows at a time; all rows would be 12 times as many
-    monkeypatch.setattr(attention_rows, "CHUNK_ELEMENTS", limit)
-    query, key = (torch.randn(B, H, T, D, requires_grad=grad) for _ in range(2))
-    everything = torch.arange(T).expand(B, -1)
-    with LargestTensor() as largest:
-        got = head_mean_attention(query, key, rows=everything, keys=everything, causal=True)
-        if grad:
-            got.square().sum().backward()
-    assert largest.elements <= limit
-    unchunked = head_mean_attention(query, key, rows=everything, keys=everything, causal=True, chunk_rows=T)
-    torch.testing.assert_close(got, unchunked, atol=1e-6, rtol=1e-5)
 
 
 def test_only_requested_layers_are_computed(llava, monkeypatch):
@@ -398,125 +314,6 @@ def test_text_only_batches_give_empty_maps(qwen):
     with capture.record({"answer": request}) as maps:
         model(input_ids=torch.tensor([[7, 8, 9, 10]]))
     assert maps["answer"].shape == (1, 3, 1, 0)
-
-
-def test_an_exception_inside_the_block_leaves_the_model_clean(qwen):
-    model, capture = with_capture(qwen)
-    request = {"answer": AttentionRequest(torch.tensor([[3]]), torch.tensor([[0, 1]]), GROUPS)}
-    ids = torch.tensor([[7, 8, 9, 10]])
-    with pytest.raises(KeyError, match="mine"), capture.record(request):
-        raise KeyError("mine")
-    with capture.record(request) as maps:
-        model(input_ids=ids)
-    assert maps["answer"].shape == (1, 3, 1, 2)
-    model(input_ids=ids)
-
-
-def test_nested_and_concurrent_records_are_refused(qwen):
-    model, capture = with_capture(qwen)
-    other = AttentionCapture(model.model)
-    request = {"answer": AttentionRequest(torch.tensor([[3]]), torch.tensor([[0, 1]]), GROUPS)}
-    errors = []
-
-    def from_another_thread():
-        try:
-            with other.record(request):
-                pass
-        except ModelError as error:
-            errors.append(str(error))
-
-    with capture.record(request):
-        thread = threading.Thread(target=from_another_thread)
-        thread.start()
-        thread.join()
-        with pytest.raises(ModelError, match="already active"), capture.record(request):
-            pass
-        model(input_ids=torch.tensor([[7, 8, 9, 10]]))
-    assert len(errors) == 1
-    assert "already active" in errors[0]
-
-
-@pytest.mark.parametrize(
-    ("passes", "batch", "row", "groups", "message"),
-    [
-        (1, 1, 3, ((3, 4),), r"layers \[4\].* 4 layers \(0 to 3\)"),
-        (0, 1, 3, GROUPS, "run the model once"),
-        (2, 1, 3, GROUPS, "run twice"),
-        (1, 1, 4, GROUPS, "position 4, but the sequence has 4"),
-        (1, 2, 3, GROUPS, "1 samples, but the model runs 2"),
-    ],
-)
-def test_misuse_is_refused_and_leaves_the_model_clean(qwen, passes, batch, row, groups, message):
-    model, capture = with_capture(qwen)
-    ids = torch.tensor([[7, 8, 9, 10]]).repeat(batch, 1)
-    keys = torch.tensor([[0, 1]])
-
-    def misuse():
-        with capture.record({"answer": AttentionRequest(torch.tensor([[row]]), keys, groups)}):
-            for _ in range(passes):
-                model(input_ids=ids)
-
-    with pytest.raises(ModelError, match=message):
-        misuse()
-    with capture.record({"answer": AttentionRequest(torch.tensor([[3]]), keys, GROUPS)}) as maps:
-        with pytest.raises(ModelError, match="no attention recorded"):
-            maps["answer"]
-        model(input_ids=ids[:1])
-    assert maps["answer"].shape == (1, 3, 1, 2)
-
-
-def test_chunks_of_no_rows_are_refused(qwen):
-    with pytest.raises(ModelError, match="chunk_rows"):
-        AttentionCapture(copy.deepcopy(qwen).model, chunk_rows=0)
-
-
-def test_impossible_requests_are_refused():
-    rows, keys = torch.tensor([[3]]), torch.tensor([[0, 1]])
-    with pytest.raises(ModelError, match="int64"):
-        AttentionRequest(rows.float(), keys, GROUPS)
-    with pytest.raises(ModelError, match="-1 is padding"):
-        AttentionRequest(rows - 5, keys, GROUPS)
-    with pytest.raises(ModelError, match="1 samples but `keys` for 2"):
-        AttentionRequest(rows, keys.repeat(2, 1), GROUPS)
-    for groups in ((), ((),), ((1, 1),)):
-        with pytest.raises(ModelError, match="distinct layer indices"):
-            AttentionRequest(rows, keys, groups)
-
-
-def test_models_that_cannot_be_captured_are_refused(llava):
-    with pytest.raises(ModelError, match="vision tower"):
-        AttentionCapture(copy.deepcopy(llava))
-
-    class Odd(LlamaForCausalLM):
-        def set_attn_implementation(self, attn_implementation):
-            """A family outside the interface: the library warns and changes nothing."""
-
-    with pytest.raises(ModelError, match="attention interface"):
-        AttentionCapture(Odd(tiny_text_config()))
-    without_indices = LlamaForCausalLM(tiny_text_config())
-    del without_indices.model.layers[2].self_attn.layer_idx
-    with pytest.raises(ModelError, match=r"carries the index \[2\]"):
-        AttentionCapture(without_indices)
-
-
-def test_unknown_terms_in_the_scores_are_refused(qwen):
-    model, capture = with_capture(qwen)
-    request = {"answer": AttentionRequest(torch.tensor([[3]]), torch.tensor([[0, 1]]), GROUPS)}
-    with pytest.raises(ModelError, match="softcap"), capture.record(request):
-        model(input_ids=torch.tensor([[7, 8, 9, 10]]), softcap=30.0)
-
-
-def test_gradient_checkpointing_is_refused_in_training_and_harmless_in_evaluation(qwen):
-    model, capture = with_capture(qwen)
-    model.activation_checkpointing_enable()
-    request = {"answer": AttentionRequest(torch.tensor([[3]]), torch.tensor([[0, 1]]), GROUPS)}
-    model.train()
-    with pytest.raises(ModelError, match="gradient checkpointing"), capture.record(request):
-        pass
-    model.eval()
-    with capture.record(request) as maps:
-        model(input_ids=torch.tensor([[7, 8, 9, 10]]))
-    assert maps["answer"].shape == (1, 3, 1, 2)
 
 
 def test_saved_models_do_not_name_the_capture(qwen, tmp_path):

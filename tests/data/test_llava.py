@@ -83,19 +83,20 @@ def test_odd_conversations_are_that_samples_error(tmp_path, conversations, messa
     assert len(dataset.fingerprint()) == 32
 
 
-def test_repeated_ids_are_refused_or_numbered(tmp_path):
+def test_repeated_ids_are_numbered(tmp_path):
     entries = [{"id": name, "conversations": PAIR} for name in ("a", "b", "a", "a", "b", "c")]
     path = write(tmp_path, entries)
-    with pytest.raises(DataError, match=r"2 ids occur more than once: 'a', 'b'; .*ids=number"):
-        LlavaDataset(path)
-    numbered = LlavaDataset(path, ids="number")
-    assert list(numbered.sample_ids) == ["a", "b", "a#2", "a#3", "b#2", "c"]
+    assert list(LlavaDataset(path).sample_ids) == ["a", "b", "a#2", "a#3", "b#2", "c"]
 
 
-def test_string_and_integer_of_one_id_clash(tmp_path):
+def test_string_and_integer_of_one_id_are_the_same_id(tmp_path):
     entries = [{"id": 5, "conversations": PAIR}, {"id": "5", "conversations": PAIR}]
-    with pytest.raises(DataError, match="'5'"):
-        LlavaDataset(write(tmp_path, entries))
+    assert list(LlavaDataset(write(tmp_path, entries)).sample_ids) == ["5", "5#2"]
+
+
+def test_a_numbered_repeat_never_meets_an_id_of_that_name(tmp_path):
+    entries = [{"id": name, "conversations": PAIR} for name in ("a", "a#2", "a", "a", "a#2")]
+    assert list(LlavaDataset(write(tmp_path, entries)).sample_ids) == ["a", "a#2", "a#3", "a#4", "a#2#2"]
 
 
 def test_missing_ids_follow_the_content_not_the_place(tmp_path):

@@ -112,7 +112,6 @@ def test_blank_lines_and_unicode_do_not_shift_the_offsets(tmp_path):
         (b'{"caption": "\xff"}', "line 1 is not JSON"),
         (b"[1]", "line 1: expected an object, got list"),
         (b"\n", "holds no sample"),
-        (b'{"id": 1, "caption": "a"}\n{"id": 1, "caption": "b"}', "1 ids occur more than once: '1'"),
     ],
 )
 def test_files_that_are_not_jsonl_are_refused(tmp_path, content, message):

@@ -135,15 +135,11 @@ def test_fingerprint_of_the_first_samples_equals_that_of_a_file_of_them(llava, t
     )
 
 
-def test_repeated_ids_are_numbered_on_request(tmp_path):
+def test_a_path_takes_no_options(tmp_path):
     path = tmp_path / "data.json"
     path.write_text(json.dumps([{"id": "a", "conversations": chat("x")}] * 2))
-    assert list(open_dataset(f"{path}:ids=number").sample_ids) == ["a", "a#2"]
-    with pytest.raises(DataError, match="ids must be 'unique' or 'number', got 'all'"):
-        open_dataset(f"{path}:ids=all")
-    with pytest.raises(DataError, match="has no option seed; it has ids"):
+    with pytest.raises(DataError, match="has no option"):
         open_dataset(f"{path}:seed=3")
-
 
 def test_user_files_are_evaluated_by_their_short_first_answers(llava):
     questions = open_evaluation(str(llava)).questions

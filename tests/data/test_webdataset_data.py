@@ -41,7 +41,7 @@ def test_random_access_equals_streaming(tmp_path):
     path = write_tar(tmp_path / "a.tar", members)
     dataset = WebDataset(str(path))
     with path.open("rb") as file:
-        streamed = list(group_by_keys(tar_file_iterator(file)))
+        streamed = list(group_by_keys(dict(part, __url__="") for part in tar_file_iterator(file)))
     assert list(dataset.sample_ids) == [item["__key__"] for item in streamed]
     for index in (5, 0, 3):
         assert dataset[index].turns[0].answer == json.loads(streamed[index]["json"])["caption"]

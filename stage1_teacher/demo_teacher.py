@@ -1,0 +1,294 @@
+"""Built-in teachers: the shipped one for drawn scenes, and training one in minutes on two cores.
+
+The recipe, each phase on what the one before left (seconds on two idle cores in brackets):
+
+1. tower: dense labels a patch, then frozen (`demo_vision.train_tower`, 60)
+2. projector and embeddings: name each patch without the language model (`demo_vision.align_projector`, 5)
+3. language: conversations packed behind each picture's visual tokens, block-diagonal mask, so the text the
+   teacher learns from is exactly what stage one shows it (`train_language`, 350)
+
+For other data the shipped teacher is the start, tower included: easy-vqa's shapes are close enough
+that phase 3 alone, end to end, is enough.
+"""
+
+import logging
+import platform
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+import torch
+import torch.nn.functional as F
+import transformers
+from transformers import LlavaForConditionalGeneration
+
+from common.atomic import create_temporary, publish_directory, remove, write_json_atomic
+from common.errors import ConfigError
+from common.schema import IGNORE_INDEX
+from data.builtin import IMAGE_TOKEN, MODEL_MAX_LENGTH, load_image_processor, load_tokenizer
+from data.collate import Batch, collate
+from data.encoding import ImageEncoder, SampleEncoder
+from data.registry import open_dataset, open_evaluation
+from data.sample import Dataset
+from data.shapes import ShapesDataset, shapes_evaluation
+from data.shapes_scene import GRID
+from data.templates import TEMPLATES
+from stage1_teacher.demo_model import WarmCosine, build_demo_model
+from stage1_teacher.demo_scoring import mean_accuracy, score_model
+from stage1_teacher.demo_vision import align_projector, normalize_pictures, train_tower
+
+logger = logging.getLogger(__name__)
+
+BUILTIN_DATA = ("shapes", "easy-vqa")
+TEMPLATE = "short"
+_OWN_PICTURES = 1_000_003  # added to seeds: no picture of the teacher's training is ever a student's
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoRecipe:
+    """How a built-in teacher is trained.
+
+    Attributes:
+        width: Hidden size of both towers.
+        vision_layers: Depth of the vision tower.
+        layers: Depth of the language model.
+        vision_steps: Steps of phase 1 (64 pictures each); 0 for data that start from the shipped teacher.
+        alignment_steps: Steps of phase 2 (32 pictures each); likewise.
+        language_steps: Steps of phase 3.
+        images_per_step: Pictures, with all their conversations, a step of phase 3.
+        rate: Peak learning rate of phase 3.
+    """
+
+    width: int = 96
+    vision_layers: int = 3
+    layers: int = 6
+    vision_steps: int = 700
+    alignment_steps: int = 150
+    language_steps: int = 900
+    images_per_step: int = 16
+    rate: float = 3e-3
+
+
+RECIPES = {
+    "shapes": DemoRecipe(),
+    "easy-vqa": DemoRecipe(vision_steps=0, alignment_steps=0, language_steps=400, rate=1.5e-3),
+}
+
+
+def builtin_teacher_directory() -> Path:
+    """Return the shipped teacher of drawn scenes, a directory as ``save_pretrained`` writes it."""
+    return Path(__file__).parent / "builtin"
+
+
+def demo_teacher_for(data_spec: str, directory: Path, *, seed: int = 0) -> Path:
+    """Return the built-in teacher for some data; train it first where none is shipped.
+
+    Args:
+        data_spec: As ``DATA=``.
+        directory: Where a trained teacher is kept; used again if it is there.
+        seed: Of the training, if there is one.
+
+    Returns:
+        ``builtin_teacher_directory()`` for shapes, ``directory`` for easy-vqa.
+
+    Raises:
+        ConfigError: If there is no built-in teacher for such data; names the choices.
+    """
+    name = _data_name(data_spec)
+    if name == "shapes":
+        return builtin_teacher_directory()
+    if not (directory / "training.json").is_file():
+        logger.info(
+            "No teacher given and none shipped for %s: training one, kept in %s (minutes)", name, directory
+        )
+        train_demo_teacher(data_spec, directory, seed=seed)
+    return directory
+
+
+def build_demo_encoder(max_length: int = MODEL_MAX_LENGTH) -> SampleEncoder:
+    """Build the encoder of the built-in models, with the ``short`` template."""
+    tokenizer = load_tokenizer()
+    return SampleEncoder(
+        tokenizer=tokenizer,
+        image_encoder=ImageEncoder.from_processor(load_image_processor(), (GRID, GRID)),
+        template=TEMPLATES[TEMPLATE],
+        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        max_length=max_length,
+    )
+
+
+def train_demo_teacher(
+    data_spec: str, output: Path, *, seed: int = 0, recipe: DemoRecipe | None = None, items: int = 300
+) -> dict[str, Any]:
+    """Train a built-in teacher and write it, with its measured accuracy, in one step.
+
+    Args:
+        data_spec: ``shapes`` (from nothing) or ``easy-vqa`` (from the shipped teacher), options allowed.
+        output: Directory to write; must not exist. It appears only when it is complete.
+        seed: Of weights, pictures and order.
+        recipe: Default: that of `RECIPES`.
+        items: Test items of each kind (shapes) or times ten in all (other data).
+
+    Returns:
+        What ``training.json`` holds: command, recipe, versions, seconds, parameters, accuracy in percent.
+
+    Raises:
+        ConfigError: If the data has no built-in teacher, or ``output`` exists.
+    """
+    name = _data_name(data_spec)
+    recipe = recipe or RECIPES[name]
+    if output.exists():
+        raise ConfigError(f"{output} exists; remove it or choose another directory for the teacher")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    seconds: dict[str, float] = {}
+    started = time.monotonic()
+    model, vision = _starting_point(name, recipe, seed)
+    encoder = build_demo_encoder()
+    seconds["vision"] = round(time.monotonic() - started, 1)
+
+    started = time.monotonic()
+    if name == "shapes":
+        pictures = recipe.language_steps * recipe.images_per_step
+        dataset: Dataset = ShapesDataset("train", pictures, seed=seed + 2 * _OWN_PICTURES)
+        model.model.vision_tower.requires_grad_(False)
+    else:
+        dataset = open_dataset(data_spec, split="train")
+    train_language(model, encoder, dataset, recipe, seed=seed)
+    seconds["language"] = round(time.monotonic() - started, 1)
+
+    model = model.half().float().eval().requires_grad_(False)  # as it will be written
+    started = time.monotonic()
+    test = (
+        shapes_evaluation("test", items, seed=seed + _OWN_PICTURES)
+        if name == "shapes"
+        else open_evaluation(data_spec, "test", 10 * items)
+    )
+    scores = score_model(model, encoder, test)
+    seconds["scoring"] = round(time.monotonic() - started, 1)
+    record = {
+        "command": f"teacher-cache demo-teacher --data {data_spec} --seed {seed}",
+        "data": data_spec,
+        "seed": seed,
+        "template": TEMPLATE,
+        "recipe": asdict(recipe),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "threads": torch.get_num_threads(),
+        "seconds": seconds,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "tokenizers": tokenizers.__version__,
+            "numpy": np.__version__,
+        },
+        "vision_accuracy": vision,
+        "accuracy": {**scores, "mean": mean_accuracy(scores)},
+    }
+    _write_teacher(model, encoder, record, output)
+    logger.info("teacher %s: %s", output, record["accuracy"]["mean"])
+    return record
+
+
+def train_language(
+    model: LlavaForConditionalGeneration,
+    encoder: SampleEncoder,
+    dataset: Dataset,
+    recipe: DemoRecipe,
+    *,
+    seed: int,
+) -> None:
+    """Train all parameters that require a gradient on a data set's answers.
+
+    Args:
+        model: Trained in place.
+        encoder: Turns samples into sequences.
+        dataset: Passed over in a new order as often as the steps need.
+        recipe: Steps, pictures a step, peak learning rate.
+        seed: Of the order.
+    """
+    optimizer = WarmCosine(model, rate=recipe.rate, steps=recipe.language_steps, warmup=50)
+    started = time.monotonic()
+    for step, batch in enumerate(_batches(encoder, dataset, recipe, seed)):
+        hidden = model.model(**batch.model_inputs(), use_cache=False).last_hidden_state  # [B, T, D]
+        rows = batch.labels != IGNORE_INDEX  # [B, T]
+        loss = F.cross_entropy(model.lm_head(hidden[rows]), batch.labels[rows])
+        optimizer.step(loss)
+        if step % 50 == 49:
+            left = (time.monotonic() - started) / (step + 1) * (recipe.language_steps - step - 1)
+            logger.info(
+                "language %d/%d: loss %.3f nats a token, %.0f s left",
+                step + 1, recipe.language_steps, loss.item(), left,
+            )  # fmt: skip
+
+
+def _batches(encoder: SampleEncoder, dataset: Dataset, recipe: DemoRecipe, seed: int) -> Iterator[Batch]:
+    """Yield ``language_steps`` batches; the next one is drawn and encoded while the model runs."""
+    count = recipe.images_per_step
+    generator = np.random.default_rng(seed)
+    order: list[int] = []
+    while len(order) < recipe.language_steps * count:
+        order += generator.permutation(len(dataset)).tolist()
+
+    def encode(step: int) -> Batch:
+        chosen = order[step * count : (step + 1) * count]
+        return collate([encoder(dataset[index]) for index in chosen], encoder.tokenizer.pad_token_id)
+
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        ahead = pool.submit(encode, 0)
+        for step in range(recipe.language_steps):
+            batch = ahead.result()
+            if step + 1 < recipe.language_steps:
+                ahead = pool.submit(encode, step + 1)
+            yield batch
+
+
+def _starting_point(
+    name: str, recipe: DemoRecipe, seed: int
+) -> tuple[LlavaForConditionalGeneration, dict[str, float]]:
+    """Phases 1 and 2, or the shipped teacher for data that start from it."""
+    if name != "shapes":
+        model = LlavaForConditionalGeneration.from_pretrained(
+            builtin_teacher_directory(), dtype=torch.float32
+        )
+        return model.train(), {}
+    tokenizer, processor = load_tokenizer(), load_image_processor()
+    model = build_demo_model(
+        tokenizer, seed=seed, width=recipe.width, vision_layers=recipe.vision_layers, layers=recipe.layers
+    )
+    normalize = partial(normalize_pictures, mean=processor.image_mean, std=processor.image_std)
+    accuracy = train_tower(model, normalize, seed=seed, steps=recipe.vision_steps)
+    align_projector(model, tokenizer, normalize, seed=seed + _OWN_PICTURES, steps=recipe.alignment_steps)
+    return model, accuracy
+
+
+def _write_teacher(
+    model: LlavaForConditionalGeneration, encoder: SampleEncoder, record: dict[str, Any], output: Path
+) -> None:
+    """Write weights (fp16), processor files and record to a temporary directory, then rename it."""
+    temporary, lock = create_temporary(output, directory=True)
+    try:
+        model.half().save_pretrained(temporary)
+        encoder.tokenizer.save_pretrained(temporary)
+        encoder.image_encoder.processor.save_pretrained(temporary)
+        write_json_atomic(temporary / "training.json", record)
+        publish_directory(temporary, output)
+    finally:
+        remove(temporary)
+        if lock is not None:
+            lock.release()
+
+
+def _data_name(data_spec: str) -> str:
+    name = data_spec.partition(":")[0]
+    if name not in BUILTIN_DATA:
+        raise ConfigError(
+            f"there is no built-in teacher for data {data_spec!r}; give a checkpoint "
+            f"directory (TEACHER=PATH), or use data that has one: {', '.join(BUILTIN_DATA)}"
+        )
+    return name

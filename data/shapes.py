@@ -106,6 +106,10 @@ class ShapesDataset:
     def __len__(self) -> int:
         return self.images
 
+    def scene(self, index: int) -> Scene:
+        """Return the scene graph of picture ``index``."""
+        return SceneImage(split=self.split, seed=self.seed, index=index).scene()
+
     def __getitem__(self, index: int) -> Sample:
         if not 0 <= index < self.images:
             raise IndexError(f"sample {index} of {self.name} ({self.split}): it has {self.images} samples")
@@ -142,8 +146,9 @@ def shapes_evaluation(split: str = "test", items: int = 300, seed: int = 0) -> E
     _check(split, items, seed)
     pairs: dict[str, list[CaptionPair]] = {kind: [] for kind in PAIR_KINDS}
     questions: dict[str, list[Question]] = {kind: [] for kind in QUESTION_KINDS}
+    found = 0
     for index in range(items * _SCENES_AHEAD):
-        if sum(map(len, (*pairs.values(), *questions.values()))) == items * (len(pairs) + len(questions)):
+        if found == items * (len(pairs) + len(questions)):
             break
         image = SceneImage(split=split, seed=seed, index=index)
         scene = image.scene()
@@ -151,6 +156,7 @@ def shapes_evaluation(split: str = "test", items: int = 300, seed: int = 0) -> E
         for kind, rule in PAIR_KINDS.items():
             text = rule(scene, generator)
             if text is not None and len(pairs[kind]) < items:
+                found += 1
                 item_id = f"{image.name}-{kind}"
                 pairs[kind].append(
                     CaptionPair(item_id=item_id, image=image, right=text[0], wrong=text[1], kind=kind)
@@ -158,13 +164,14 @@ def shapes_evaluation(split: str = "test", items: int = 300, seed: int = 0) -> E
         for kind, rule in QUESTION_KINDS.items():
             text = rule(scene, generator)
             if text is not None and len(questions[kind]) < items:
+                found += 1
                 item_id = f"{image.name}-{kind}"
                 questions[kind].append(
                     Question(item_id=item_id, image=image, question=text[0], answer=text[1], kind=kind)
                 )
     return EvaluationSet(
-        pairs=tuple(pair for found in pairs.values() for pair in found),
-        questions=tuple(question for found in questions.values() for question in found),
+        pairs=tuple(pair for kept in pairs.values() for pair in kept),
+        questions=tuple(question for kept in questions.values() for question in kept),
     )
 
 

@@ -33,7 +33,8 @@ def build_demo_model(
     """Build the built-in teacher with random weights.
 
     Weights are N(0, 1 / sqrt(fan_in)): the library's constant 0.02 makes queries and keys about zero
-    at width 96, and the trial's models then did not learn to look at the image.
+    at width 96, and the trial's models then did not learn to look at the image. Each language layer's
+    two output matrices start at zero, so that a layer is first the identity.
 
     Args:
         tokenizer: Gives vocabulary and special tokens.
@@ -83,6 +84,9 @@ def build_demo_model(
         for parameter in model.parameters():
             if parameter.ndim >= 2:
                 nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
+        for layer in model.model.language_model.layers:
+            nn.init.zeros_(layer.self_attn.o_proj.weight)
+            nn.init.zeros_(layer.mlp.down_proj.weight)
     model.set_attn_implementation("sdpa")
     return model.train()
 

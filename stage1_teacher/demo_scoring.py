@@ -82,22 +82,18 @@ def _pack(
 ) -> list[tuple[Sample, list[CaptionPair | Question]]]:
     """Group items by picture into samples of at most ``limit`` conversations."""
     by_image: dict[str, list[CaptionPair | Question]] = defaultdict(list)
-    for item in (*items.pairs, *items.questions):
+    everything: list[CaptionPair | Question] = [*items.pairs, *items.questions]
+    for item in everything:
         by_image[item.image.name].append(item)
     packed = []
-    for name, owners in by_image.items():
-        turns: list[Turn] = []
-        owned: list[CaptionPair | Question] = []
-        for item in (*owners, None):
-            if owned and (item is None or len(turns) + 2 > limit):
-                sample = Sample(
-                    sample_id=name, images=(owned[0].image,), turns=tuple(turns), independent_turns=True
-                )
-                packed.append((sample, owned))
-                turns, owned = [], []
-            if item is not None:
-                owned.append(item)
-                turns += _turns(item, caption_question)
+    for name, found in by_image.items():
+        per_sample = max(1, limit // 2)  # a pair is two conversations
+        for start in range(0, len(found), per_sample):
+            owned = found[start : start + per_sample]
+            turns = tuple(turn for item in owned for turn in _turns(item, caption_question))
+            image = owned[0].image
+            sample = Sample(sample_id=name, images=(image,), turns=turns, independent_turns=True)
+            packed.append((sample, owned))
     return packed
 
 

@@ -1,8 +1,8 @@
 """A data set joined with a teacher cache by sample_id: what `train()` reads, one micro-batch at a time.
 
 The cache gives the order (its shards) and the signals; the data set gives images and text, encoded for this
-student. Two checks guard the join on every sample: the labels must be the ones the teacher saw, and so must the
-picture. Everything here runs on loading threads.
+student. Two checks guard the join on every sample: the labels must be the ones the teacher saw, and so must
+the picture. Everything here runs on loading threads.
 
 Dims: B batch, T sequence, A supervised rows, R most rows of a sample, M most visual tokens, C common cells.
 """
@@ -36,8 +36,8 @@ class AttentionBatch:
     """One attention signal of a batch, padded to the most cells; samples with an image only, in batch order.
 
     Attributes:
-        teacher: float32; ``answer_attention`` ``[A', G, C]`` (rows of samples with an image), ``visual_columns``
-            ``[I, G, C]``, ``visual_map`` ``[I, G, C, C]``.
+        teacher: float32; ``answer_attention`` ``[A', G, C]`` (rows of samples with an image),
+            ``visual_columns`` ``[I, G, C]``, ``visual_map`` ``[I, G, C, C]``.
         image_mass: float32 ``[A', G]`` of ``answer_attention``; else None.
         student_pool: float32 ``[I, M, C]``.
         content: bool ``[I, C]``, False where a cell carries no image; None if all do.
@@ -98,7 +98,8 @@ def _map_tensors(value: Any, function: Any) -> Any:
         return {key: _map_tensors(item, function) for key, item in value.items()}
     if is_dataclass(value) and not isinstance(value, type):
         return replace(
-            value, **{entry.name: _map_tensors(getattr(value, entry.name), function) for entry in fields(value)}
+            value,
+            **{entry.name: _map_tensors(getattr(value, entry.name), function) for entry in fields(value)},
         )
     return value
 
@@ -146,7 +147,8 @@ class CachedDataset:
             signals: Which of them to read; none for supervised fine-tuning, which then reads no record.
             pad_token_id: Fills shorter sequences.
             limit: Use only the cache's first so many samples.
-            memory_bytes: Keep encoded and decoded samples up to this size; one worker's or many threads' alike.
+            memory_bytes: Keep encoded and decoded samples up to this size; one worker's or many threads'
+                alike.
             shuffle_teacher_images: Attention signals come from another sample (control experiment).
 
         Raises:
@@ -172,8 +174,10 @@ class CachedDataset:
         missing = [sample_id for sample_id in self.sample_ids if sample_id not in where]
         if missing:
             raise CacheMismatchError(
-                f"{len(missing)} of the {len(self.sample_ids)} samples in {cache.path} are not in the data set "
-                f"{dataset.name} ({len(dataset)} samples); the first is {missing[0]!r}. Train with the data the "
+                f"{len(missing)} of the {len(self.sample_ids)} samples in {cache.path} are not in the data "
+                "set "
+                f"{dataset.name} ({len(dataset)} samples); the first is {missing[0]!r}. Train with the data "
+                "the "
                 "cache was built from, or build a cache for this data (teacher-cache build --data ...)"
             )
         self._index = [where[sample_id] for sample_id in self.sample_ids]
@@ -249,13 +253,16 @@ def check_join(record: Record, encoded: EncodedSample, *, where: str) -> None:
     cached = np.asarray(record["labels"]).astype(np.int64)
     if not np.array_equal(labels, cached):
         raise CacheMismatchError(
-            f"{where}: the cached labels are {_short(cached)}, the data now gives {_short(labels)}: text, template or "
-            "tokenizer changed since the cache was built. Train with the data of the cache, or build the cache again"
+            f"{where}: the cached labels are {_short(cached)}, the data now gives {_short(labels)}: text, "
+            "template or "
+            "tokenizer changed since the cache was built. Train with the data of the cache, or build the "
+            "cache again"
         )
     now, then = bytes(encoded.image_hash), np.asarray(record["image_hash"]).astype(np.uint8).tobytes()
     if now != then:
         raise CacheMismatchError(
-            f"{where}: the picture's hash was {then.hex()} when the teacher saw it and is {now.hex()} now: the image "
+            f"{where}: the picture's hash was {then.hex()} when the teacher saw it and is {now.hex()} now: "
+            "the image "
             "file changed, or another one has its name. Restore it, or build the cache again"
         )
 

@@ -1,8 +1,8 @@
 """Bad news before the first step: does this cache fit the data, the tokenizer and the student?
 
-Every check raises ``CacheMismatchError`` with both values and the remedy. That the cache is sealed and of a known
-format is checked where it is opened (``common.cache``); labels and pictures are checked again on every sample
-(``cached_dataset.check_join``).
+Every check raises ``CacheMismatchError`` with both values and the remedy. That the cache is sealed and of a
+known format is checked where it is opened (``common.cache``); labels and pictures are checked again on every
+sample (``cached_dataset.check_join``).
 """
 
 from collections.abc import Sequence
@@ -35,8 +35,10 @@ def check_tokenizer(cache: TeacherCache, tokenizer: Any, *, where: str) -> None:
     expected, found = cache.plan.fingerprints.get("tokenizer"), tokenizer_fingerprint(tokenizer)
     if expected != found:
         raise CacheMismatchError(
-            f"tokenizer of {where}: fingerprint {found}, the teacher of {cache.path} used {expected}; logits cannot be "
-            "distilled across tokenizers. Use a student with the teacher's tokenizer, or build a cache with a "
+            f"tokenizer of {where}: fingerprint {found}, the teacher of {cache.path} used {expected}; "
+            "logits cannot be "
+            "distilled across tokenizers. Use a student with the teacher's tokenizer, or build a cache with "
+            "a "
             "teacher that has the student's"
         )
 
@@ -50,8 +52,10 @@ def check_template(cache: TeacherCache, template: PromptTemplate) -> None:
     cached = PromptTemplate.from_dict(cache.plan.template)
     if template != cached:
         raise CacheMismatchError(
-            f"prompt template {template.name!r} ({fingerprint(template.to_dict())}) is not the one the teacher of "
-            f"{cache.path} saw: {cached.name!r} ({fingerprint(cached.to_dict())}). Leave `template` unset to use the "
+            f"prompt template {template.name!r} ({fingerprint(template.to_dict())}) is not the one the "
+            "teacher of "
+            f"{cache.path} saw: {cached.name!r} ({fingerprint(cached.to_dict())}). Leave `template` unset "
+            "to use the "
             "cache's, or build the cache with this template"
         )
 
@@ -73,8 +77,10 @@ def check_data(cache: TeacherCache, dataset: Dataset) -> None:
         else "all sample ids are there, but some question or answer changed, or samples were added"
     )
     raise CacheMismatchError(
-        f"data set {dataset.name} ({len(dataset)} samples, fingerprint {found}) is not the one {cache.path} was built "
-        f"from ({cache.plan.data}, fingerprint {expected}): {what}. Give the cache's data (--data, --images), or "
+        f"data set {dataset.name} ({len(dataset)} samples, fingerprint {found}) is not the one {cache.path} "
+        "was built "
+        f"from ({cache.plan.data}, fingerprint {expected}): {what}. Give the cache's data (--data, "
+        "--images), or "
         "build a cache for this data (teacher-cache build --data ...)"
     )
 
@@ -104,7 +110,8 @@ def check_signals(cache: TeacherCache, signals: Sequence[str], *, temperature: f
         if temperature not in cached:
             raise CacheMismatchError(
                 f"phase {phase}: losses.temperature is {temperature}, {cache.path} holds tail masses at "
-                f"{', '.join(map(str, cached))} only. Use one of these, or build the cache with this temperature"
+                f"{', '.join(map(str, cached))} only. Use one of these, or build the cache with this "
+                "temperature"
             )
 
 
@@ -121,7 +128,8 @@ def check_vision_tower(cache: TeacherCache, tower: nn.Module) -> None:
     expected, found = cache.plan.fingerprints.get("vision_tower"), module_fingerprint(tower)
     if expected != found:
         raise CacheMismatchError(
-            f"projector 'taf' feeds the student's vision tower (fingerprint {found}) to the teacher's projector, which "
+            f"projector 'taf' feeds the student's vision tower (fingerprint {found}) to the teacher's "
+            "projector, which "
             f"was trained on another tower (fingerprint {expected} in {cache.path}). Use a student with the "
             "teacher's tower, or another projector (--set projector=ldpnetv2)"
         )
@@ -135,7 +143,8 @@ def probe_samples(dataset: CachedDataset, *, count: int = PROBED_SAMPLES) -> Non
         count: Samples to load.
 
     Raises:
-        CacheMismatchError: As ``cached_dataset.check_join``, or if a sample the teacher read cannot be read now.
+        CacheMismatchError: As ``cached_dataset.check_join``, or if a sample the teacher read cannot be read
+            now.
     """
     step = max(1, len(dataset) // count)
     for position in range(0, len(dataset), step):
@@ -143,6 +152,7 @@ def probe_samples(dataset: CachedDataset, *, count: int = PROBED_SAMPLES) -> Non
             dataset.load(position)
         except SampleError as error:
             raise CacheMismatchError(
-                f"sample {dataset.sample_ids[position]!r} was readable when the cache was built and is not now: "
+                f"sample {dataset.sample_ids[position]!r} was readable when the cache was built and is not "
+                "now: "
                 f"{error}. Restore the file, check --images, or build the cache again"
             ) from error

@@ -183,7 +183,8 @@ def find_resume_point(output: Path, fingerprint: str) -> Checkpoint | None:
     newest = checkpoints[-1]
     if newest.fingerprint != fingerprint:
         raise ConfigError(
-            f"{newest.path} belongs to another run: fingerprint {newest.fingerprint} there, {fingerprint} now "
+            f"{newest.path} belongs to another run: fingerprint {newest.fingerprint} there, {fingerprint} "
+            "now "
             f"(configuration, cache or data differ; compare {output / 'config.yaml'}). "
             "Use another --output, or delete that folder to begin again"
         )
@@ -204,7 +205,8 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer) -> N
     path = checkpoint.path / TENSORS
     if file_checksum(path) != checkpoint.checksum:
         raise CacheFormatError(
-            f"{path}: the checksum is not the one in {STATE}, the file is damaged; delete {checkpoint.path}, the run "
+            f"{path}: the checksum is not the one in {STATE}, the file is damaged; delete "
+            f"{checkpoint.path}, the run "
             "then resumes from the checkpoint before"
         )
     tensors = torch.load(path, map_location="cpu", weights_only=True)

@@ -37,7 +37,8 @@ class LossWeights:
         visual_columns: Mean attention each visual token receives from the visual rows.
         visual_map: The visual x visual attention map.
         temperature: Of ``logits``, dimensionless; must be cached.
-        answer_kind: ``kl`` over the image, ``cosine``, or ``relative`` (rows divided by the sample's mean row).
+        answer_kind: ``kl`` over the image, ``cosine``, or ``relative`` (rows divided by the sample's mean
+            row).
         visual_map_kind: ``sink_filtered`` (the released code) or ``cosine`` (the paper's formula).
     """
 
@@ -165,7 +166,8 @@ class TrainConfig:
     """A training run.
 
     Attributes:
-        student: A preset (``mobilevlm``, ``mobilevlm-tiny``, ``mobilevlm-1.7b``, ``mobilevlm-3b``) or a directory.
+        student: A preset (``mobilevlm``, ``mobilevlm-tiny``, ``mobilevlm-1.7b``, ``mobilevlm-3b``) or a
+            directory.
         projector: Projector type; None: the student's own.
         template: Prompt template; None: the cache's, which is the only one that fits its labels.
         data: Data set, as in ``data.registry``; None: what the cache was built from.
@@ -273,7 +275,8 @@ def resolve_config(path: Path | None, overrides: Sequence[str], *, teacher_width
     Args:
         path: The user's YAML; None for none.
         overrides: Of the command line.
-        teacher_width: Width of the cached teacher's language model; picks the preset for student size ``auto``.
+        teacher_width: Width of the cached teacher's language model; picks the preset for student size
+            ``auto``.
 
     Raises:
         ConfigError: For an unknown or unusable option.

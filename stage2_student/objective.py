@@ -1,11 +1,11 @@
 """The training objective: one forward pass of the student, and every loss term it is asked for.
 
-The wiring between batch, model and the pure losses of ``losses.py``. A term is a mean over its own unit (rows,
-rows of samples with an image, or images); each micro-batch contributes its **share** of that mean, so that a step
-is the same function of its samples however they are split over micro-batches and processes.
+The wiring between batch, model and the pure losses of ``losses.py``. A term is a mean over its own unit
+(rows, rows of samples with an image, or images); each micro-batch contributes its **share** of that mean, so
+that a step is the same function of its samples however they are split over micro-batches and processes.
 
-Dims: B batch, T sequence, A supervised rows, R most rows of a sample, G layer groups, M visual tokens, C common
-cells, I samples with an image, V vocabulary.
+Dims: B batch, T sequence, A supervised rows, R most rows of a sample, G layer groups, M visual tokens, C
+common cells, I samples with an image, V vocabulary.
 """
 
 from collections.abc import Iterable, Mapping
@@ -109,7 +109,8 @@ class Objective:
         with record_attention(capture, attention_requests(batch, self.groups, signals)) as maps:
             logits = model(**batch.inputs.model_inputs(), supervised=supervised, use_cache=False).logits
         attention = {
-            signal: self._attention_loss(signal, maps, batch) * _share_of(signal, shares) for signal in signals
+            signal: self._attention_loss(signal, maps, batch) * _share_of(signal, shares)
+            for signal in signals
         }
         for signal in self.weights:
             if signal not in ("lm", "logits"):

@@ -1,6 +1,7 @@
 """How fast the student learns: AdamW and the learning-rate curve."""
 
 import math
+
 from torch import nn
 from torch.optim import AdamW, Optimizer
 

@@ -1,9 +1,9 @@
 """Background loading: batches are encoded and decoded by threads while the student computes.
 
 Threads, not worker processes: the heavy parts (image decoding and resizing, tokenising, decompression, array
-arithmetic) release the interpreter lock, samples kept in memory are shared rather than copied per process, and
-nothing is forked (Rust-backed readers deadlock after a fork). One thread is enough for the built-in data; it
-costs no core while the queue is full.
+arithmetic) release the interpreter lock, samples kept in memory are shared rather than copied per process,
+and nothing is forked (Rust-backed readers deadlock after a fork). One thread is enough for the built-in
+data; it costs no core while the queue is full.
 """
 
 import time

@@ -1,4 +1,4 @@
-"""From a configuration to what the loop needs: student, encoder, and each phase's data, checked against its cache.
+"""From a configuration to what the loop needs: student, encoder, each phase's data; all checked.
 
 All bad news comes from here, before the first step of the first phase.
 """
@@ -88,7 +88,7 @@ class Preparation:
 
 
 def split_student_name(student: str) -> tuple[str, str]:
-    """Split a preset's name from its size: ``mobilevlm-tiny`` -> ``("mobilevlm", "tiny")``; directories stay whole."""
+    """Split name and size: ``mobilevlm-tiny`` -> ``("mobilevlm", "tiny")``; a directory stays whole."""
     for name in STUDENTS:
         for size in SIZES:
             if student == f"{name}-{size}":
@@ -107,7 +107,8 @@ def load_processors(folder: Path) -> tuple[Any, Any]:
         return tokenizer, AutoImageProcessor.from_pretrained(folder, backend="pil")
     except (OSError, ValueError, KeyError) as error:
         raise CacheFormatError(
-            f"{folder}: no usable tokenizer and image processor ({error}); the folder is incomplete: build it again"
+            f"{folder}: no usable tokenizer and image processor ({error}); the folder is incomplete: build "
+            "it again"
         ) from error
 
 

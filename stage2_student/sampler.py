@@ -35,7 +35,7 @@ def epoch_order(shards: Sequence[Indices], *, seed: int, epoch: int, window: int
     order = generator.permutation(len(shards))
     windows = [order[start : start + window] for start in range(0, len(order), window)]
     mixed = [generator.permutation(np.concatenate([shards[i] for i in chosen])) for chosen in windows]
-    return np.concatenate(mixed).astype(np.int64)
+    return np.concatenate([np.zeros(0, dtype=np.int64), *mixed])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,9 @@ class ShardShuffle:
     def __post_init__(self) -> None:
         length = sum(len(shard) for shard in self.shards)
         if length == 0:
-            raise ConfigError("no sample to train on: every shard of the cache is empty or failed in stage one")
+            raise ConfigError(
+                "no sample to train on: every shard of the cache is empty or failed in stage one"
+            )
         if self.window < 1:
             raise ConfigError(f"shuffle_window is {self.window} shards; use 1 or more")
         object.__setattr__(self, "length", length)

@@ -1,8 +1,8 @@
 """A cached record becomes what one student can be compared with: decoded, and pooled to a common grid.
 
-Teacher and student may cut the picture into different tokens. Both are pooled to **the coarser of the two**, by
-shared area: nobody is asked to tell apart what it, or the teacher, cannot see apart. All of this depends on the
-sample alone, so it runs on loading threads and the loop meets tensors of equal shape.
+Teacher and student may cut the picture into different tokens. Both are pooled to **the coarser of the two**,
+by shared area: nobody is asked to tell apart what it, or the teacher, cannot see apart. All of this depends
+on the sample alone, so it runs on loading threads and the loop meets tensors of equal shape.
 
 Dims: A supervised rows, G layer groups, N_t teacher and N_s student visual tokens, C common cells.
 """

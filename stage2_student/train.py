@@ -1,7 +1,7 @@
 """The training loop: phase after phase, step after step, on samples and a teacher cache; no teacher in sight.
 
-Cost: a distilled step takes about as long as a plain fine-tuning step, because the cache is decoded on loading
-threads and attention is recomputed for the wanted rows of the wanted layers only. Run it under
+Cost: a distilled step takes about as long as a plain fine-tuning step, because the cache is decoded on
+loading threads and attention is recomputed for the wanted rows of the wanted layers only. Run it under
 ``accelerate launch`` for several processes: a step then sees the same samples and has the same gradient.
 """
 
@@ -165,7 +165,8 @@ def load_steps(
 
     Yields:
         The micro-batches, and a function that gives the step's ``step_s`` (seconds since the step before),
-        ``samples_per_s`` (all processes) and ``data_wait`` (share of the step spent waiting for data) once it is done.
+        ``samples_per_s`` (all processes) and ``data_wait`` (share of the step spent waiting for data) once
+        it is done.
     """
     size = phase.config.batch_size
     world = accelerator.num_processes
@@ -217,7 +218,7 @@ def step_totals(micro_batches: list[TrainingBatch], accelerator: Accelerator) ->
 
 def gradient_sync(accelerator: Accelerator, model: nn.Module, *, last: bool) -> AbstractContextManager[Any]:
     """Exchange gradients between processes on a step's last micro-batch only."""
-    return nullcontext() if last else accelerator.no_sync(model)  # type: ignore[no-any-return]
+    return nullcontext() if last else accelerator.no_sync(model)
 
 
 def sum_terms(terms: list[LossTerms]) -> dict[str, Tensor]:
@@ -242,7 +243,7 @@ def save(
     student: nn.Module,
     optimizer: Optimizer,
 ) -> None:
-    """Write a checkpoint from the main process; the others wait, so that none runs ahead of a failed write."""
+    """Write a checkpoint from the main process; the others wait for it."""
     if accelerator.is_main_process:
         write_checkpoint(
             Path(config.output),

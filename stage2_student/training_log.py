@@ -1,10 +1,11 @@
 """One JSON object an optimizer step, and the same curves for TensorBoard.
 
-Losses stay tensors until ``flush``: reading a number from an accelerator at every step would make the host wait
-for it. On resume, lines after the checkpoint are cut away, so that no step appears twice.
+Losses stay tensors until ``flush``: reading a number from an accelerator at every step would make the host
+wait for it. On resume, lines after the checkpoint are cut away, so that no step appears twice.
 """
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 from common.atomic import write_bytes_atomic
 
 LOG = "log.jsonl"
+NOT_LOSSES = ("step", "phase", "lr", "step_s", "samples_per_s", "data_wait")
 
 
 def read_log(output: Path) -> list[dict[str, Any]]:
@@ -27,6 +29,27 @@ def read_log(output: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines[:-1] if line]
 
 
+def summarise(log: Sequence[Mapping[str, Any]]) -> str:
+    """Steps, speed, waiting and last losses of each phase, as a text table.
+
+    Args:
+        log: A run's records; at least one.
+    """
+    lines = []
+    for phase in dict.fromkeys(str(record["phase"]) for record in log):
+        records = [record for record in log if record["phase"] == phase]
+        seconds = sum(record["step_s"] for record in records)
+        samples = sum(record["samples_per_s"] * record["step_s"] for record in records)
+        waited = sum(record["data_wait"] * record["step_s"] for record in records)
+        last = {k: v for k, v in records[-1].items() if k not in NOT_LOSSES}
+        lines.append(
+            f"{phase}: {len(records)} steps, {seconds:.0f} s, {samples / seconds:.1f} samples/s, "
+            f"data_wait {100 * waited / seconds:.1f} %; last "
+            + ", ".join(f"{name} {value:.3f}" for name, value in last.items())
+        )
+    return "\n".join(lines)
+
+
 class TrainingLog:
     """Collects the steps of all processes; the main one writes them.
 
@@ -34,7 +57,9 @@ class TrainingLog:
         records: Every step of the run so far, those before a resume included (main process only).
     """
 
-    def __init__(self, output: Path, accelerator: Accelerator, *, resume_step: int, flush_every: int = 1) -> None:
+    def __init__(
+        self, output: Path, accelerator: Accelerator, *, resume_step: int, flush_every: int = 1
+    ) -> None:
         """Open the log, keeping the steps up to ``resume_step``.
 
         Args:

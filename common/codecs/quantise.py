@@ -41,11 +41,20 @@ def encode_gaps(gaps: FloatArray) -> CodeArray:
     return codes.astype(np.uint8)
 
 
-def gap_error(gap: float) -> float:
-    """Largest error of a decoded gap, nats: half a step (growing with the gap) or what exceeds `MAX_GAP`."""
-    code = _compand(np.array([min(gap, MAX_GAP)]))
-    half_step = float((_expand(code + 0.5) - _expand(code))[0])
-    return max(half_step, gap - MAX_GAP) + 2**-20 * (gap + 1)
+def gap_error(gaps: np.ndarray) -> np.ndarray:
+    """Bound on the error of decoded gaps: half a step (growing with the gap), or what exceeds `MAX_GAP`.
+
+    Args:
+        gaps: float nats, any shape, finite and at least 0.
+
+    Returns:
+        float64 nats, the same shape; float32 rounding included.
+    """
+    exact = gaps.astype(np.float64)
+    codes = _compand(np.minimum(exact, MAX_GAP))
+    half_step = _expand(codes + 0.5) - _expand(codes)
+    bound: np.ndarray = np.maximum(half_step, exact - MAX_GAP) + 2**-20 * (exact + 1)
+    return bound
 
 
 def _compand(gaps: FloatArray) -> FloatArray:

@@ -9,14 +9,15 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from common.atomic import read_json
 from common.errors import CacheFormatError
 from common.plan import MAX_SHARD_SAMPLES
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
+
+    from common.schema import Field
 
 CHUNK_BYTES = 256 << 10
 _DATA_TYPES = {
@@ -56,41 +57,48 @@ def read_group_metadata(path: Path) -> tuple[int, dict[str, Any]]:
     return samples, arrays
 
 
-def check_array_metadata(
-    arrays: dict[str, Any], name: str, dtype: str, trailing: tuple[int, ...], limit: int, path: Path
-) -> tuple[int, ...]:
-    """Check what the metadata declares for one array.
+def check_metadata(
+    arrays: dict[str, Any], expected: Mapping[str, tuple[Field, int]], path: Path
+) -> dict[str, tuple[int, ...]]:
+    """Check what the metadata declares for all arrays of a shard.
 
     Args:
         arrays: From ``read_group_metadata``.
-        name: Of the array.
-        dtype: It must have, for example ``u4``.
-        trailing: Shape after the first axis that it must have.
-        limit: Bytes it may decode to.
+        expected: By name, the field whose dtype and trailing shape an array must have, and the bytes it may
+            decode to.
         path: Of the shard, for error messages.
 
     Returns:
-        The shape, whose decoded size is within ``limit``.
+        The shape of each array, whose decoded size is within its limit.
 
     Raises:
-        CacheFormatError: If anything else is declared.
+        CacheFormatError: If an array is missing, unexpected, or declares anything else.
     """
-    where = f"{path}/{name}"
+    if arrays.keys() != expected.keys():
+        missing, extra = sorted(expected.keys() - arrays.keys()), sorted(arrays.keys() - expected.keys())
+        raise CacheFormatError(f"{path}: missing arrays {missing}, unexpected arrays {extra}; damaged")
+    return {
+        name: _check_array(arrays[name], field, limit, f"{path}/{name}")
+        for name, (field, limit) in expected.items()
+    }
+
+
+def _check_array(metadata: Any, field: Field, limit: int, where: str) -> tuple[int, ...]:
     try:
-        metadata = arrays[name]
         shape = tuple(metadata["shape"])
         grid = tuple(metadata["chunk_grid"]["configuration"]["chunk_shape"])
         data_type, is_array = metadata["data_type"], metadata["node_type"] == "array"
         chunks = _check_codecs(metadata["codecs"], where)
     except (LookupError, TypeError, AttributeError) as error:
         raise CacheFormatError(f"{where}: no metadata of an array ({error!r}); damaged") from error
-    if not is_array or data_type != _DATA_TYPES[dtype] or shape[1:] != trailing or len(grid) != len(shape):
+    wanted = _DATA_TYPES[field.dtype]
+    if not is_array or data_type != wanted or shape[1:] != field.trailing or len(grid) != len(shape):
         raise CacheFormatError(
-            f"{where}: declares {data_type} {shape}; expected {_DATA_TYPES[dtype]} (n, *{trailing})"
+            f"{where}: declares {data_type} {shape}; expected {wanted} (n, *{field.trailing})"
         )
     if not all(_is_count(n) for sizes in (shape, grid, *chunks) for n in sizes):
         raise CacheFormatError(f"{where}: declares shape {shape} in chunks of {grid}; damaged")
-    itemsize = np.dtype(dtype).itemsize
+    itemsize = field.numpy_dtype.itemsize
     size = math.prod(shape) * itemsize
     largest = max(math.prod(sizes) for sizes in (grid, *chunks)) * itemsize
     if size > limit or largest > 2 * size + CHUNK_BYTES:

@@ -38,7 +38,7 @@ from common.stores.base import (
     select_fields,
     shard_path,
 )
-from common.stores.zarr_metadata import CHUNK_BYTES, check_array_metadata, read_group_metadata
+from common.stores.zarr_metadata import CHUNK_BYTES, check_metadata, read_group_metadata
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -47,6 +47,8 @@ if TYPE_CHECKING:
     from common.atomic import HeldLock
 
 _IDS = "sample_ids"
+_BYTES = Field(name="bytes", dtype="u1", axis="sample")  # the dtypes of the store's own arrays
+_OFFSETS = Field(name="bounds", dtype="i8", axis="sample")
 
 
 class ZarrWriter:
@@ -188,9 +190,20 @@ class ZarrReader:
         if not self._path.is_dir() or self._path.is_symlink():
             raise CacheFormatError(f"{self._path}: the shard is missing; run `teacher-cache build` again")
         walk_files(self._path)  # refuses links
-        self._samples, self._metadata = read_group_metadata(self._path)
-        self._group: zarr.Group | None = None
-        data, bounds = self._load(_IDS, "u1", (), MAX_SAMPLE_ID_BYTES * self._samples)
+        self._samples, arrays = read_group_metadata(self._path)
+        offsets_bytes = (self._samples + 1) * 8
+        expected = {_IDS: (_BYTES, MAX_SAMPLE_ID_BYTES * self._samples)}
+        expected |= {field.name: (field, MAX_FIELD_BYTES) for field in fields}
+        expected |= {f"{name}_offsets": (_OFFSETS, offsets_bytes) for name in list(expected)}
+        # All of it before zarr opens the group, which builds the codecs of every array it lists.
+        self._shapes = check_metadata(arrays, expected, self._path)
+        self._kinds = {name: kind for name, (kind, _) in expected.items()}
+        try:
+            store = LocalStore(self._path, read_only=True)
+            self._group = zarr.open_group(store, mode="r", zarr_format=3, use_consolidated=True)
+        except DAMAGE_ERRORS as error:
+            raise CacheFormatError(f"{self._path}: not a zarr group ({error!r}); damaged") from error
+        data, bounds = self._array(_IDS), self._bounds(_IDS)
         try:
             ids = [bytes(data[a:b]).decode() for a, b in pairwise(bounds)]
         except UnicodeDecodeError as error:
@@ -211,67 +224,49 @@ class ZarrReader:
             raise IndexError(f"{self._path}: no record {position}; there are {self._samples}")
         record = {}
         for field in select_fields(self._fields, names, str(self._path)):
-            data, bounds = self._column(field)
+            data, bounds = self._column(field.name)
             record[field.name] = data[bounds[position] : bounds[position + 1]].copy()
         return record
 
     def check(self) -> None:
-        """Check dtypes, shapes and offsets of all fields; no values are decoded.
+        """Check the offsets of all fields; dtypes and shapes were checked on opening.
 
         Raises:
             CacheFormatError: Naming the array that does not fit.
         """
         for field in self._fields:
-            shape = self._shape(field.name, field.dtype, field.trailing, MAX_FIELD_BYTES)
-            self._bounds(field.name, shape[0])
+            self._bounds(field.name)
 
     def close(self) -> None:
         """Release the decoded fields."""
         self._columns = {}
 
-    def _column(self, field: Field) -> tuple[np.ndarray, np.ndarray]:
+    def _column(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         with self._lock:
-            if field.name not in self._columns:
-                self._columns[field.name] = self._load(
-                    field.name, field.dtype, field.trailing, MAX_FIELD_BYTES
-                )
-            return self._columns[field.name]
+            column = self._columns.get(name)
+            if column is None:
+                column = self._columns[name] = (self._array(name), self._bounds(name))
+            return column
 
-    def _load(
-        self, name: str, dtype: str, trailing: tuple[int, ...], limit: int
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Decode one array and its offsets."""
-        bounds = self._bounds(name, self._shape(name, dtype, trailing, limit)[0])
-        return self._array(name, dtype, trailing, limit), bounds
-
-    def _bounds(self, name: str, length: int) -> np.ndarray:
-        """Return where each sample begins in an array of this length, and the end."""
-        bounds = self._array(f"{name}_offsets", "i8", (), (self._samples + 1) * 8)
-        if (
-            len(bounds) != self._samples + 1
-            or bounds[0] != 0
-            or bounds[-1] != length
-            or bool((np.diff(bounds) < 0).any())
-        ):
+    def _bounds(self, name: str) -> np.ndarray:
+        """Return where each sample begins in an array, and the end: i8 ``[samples + 1]``."""
+        bounds = self._array(f"{name}_offsets")
+        length = self._shapes[name][0]
+        fit = len(bounds) == self._samples + 1 and bounds[0] == 0 and bounds[-1] == length
+        if not fit or bool((np.diff(bounds) < 0).any()):
             raise CacheFormatError(f"{self._path}: {name}_offsets do not fit {name}; the shard is damaged")
         return bounds
 
-    def _shape(self, name: str, dtype: str, trailing: tuple[int, ...], limit: int) -> tuple[int, ...]:
-        return check_array_metadata(self._metadata, name, dtype, trailing, limit, self._path)
-
-    def _array(self, name: str, dtype: str, trailing: tuple[int, ...], limit: int) -> np.ndarray:
+    def _array(self, name: str) -> np.ndarray:
         where = f"{self._path}/{name}"
-        shape = self._shape(name, dtype, trailing, limit)
+        shape, dtype = self._shapes[name], self._kinds[name].numpy_dtype
         if shape[0] and not (self._path / name / "c" / "/".join("0" * len(shape))).is_file():
             # zarr would take a missing file for zeros
             raise CacheFormatError(f"{where}: its data is missing; the shard is damaged")
         try:
-            if self._group is None:
-                store = LocalStore(self._path, read_only=True)
-                self._group = zarr.open_group(store, mode="r", zarr_format=3, use_consolidated=True)
             data = np.asarray(self._group[name][...])
         except DAMAGE_ERRORS as error:
             raise CacheFormatError(f"{where}: cannot be decoded ({error!r}); the shard is damaged") from error
-        if data.shape != shape or data.dtype != np.dtype("<" + dtype):
+        if data.shape != shape or data.dtype != dtype:
             raise CacheFormatError(f"{where}: decodes to {data.dtype} {data.shape}; expected {dtype} {shape}")
         return data

@@ -73,7 +73,8 @@ def build_shard(cache_dir: Path, plan: Plan, index: int) -> None:
             if position == FAILED:
                 failed.append((sample_id(position), "image is truncated"))
             else:
-                writer.append(sample_id(position), make_record(position))
+                record = make_record(position)
+                writer.append(sample_id(position), {f.name: record[f.name] for f in plan.all_fields})
         finish_shard(writer, failed)
     finally:
         writer.abort()

@@ -161,7 +161,21 @@ def test_newer_and_foreign_files_are_refused(cache):
 
 @pytest.mark.parametrize(
     "name",
-    ["../a", "/etc/passwd", "a/../../b", "a//b", "./a", "a/.", "", "a\\b", "c:/a", "a\nb", "a/", 3, "x" * 2000],
+    [
+        "../a",
+        "/etc/passwd",
+        "a/../../b",
+        "a//b",
+        "./a",
+        "a/.",
+        "",
+        "a\\b",
+        "c:/a",
+        "a\nb",
+        "a/",
+        3,
+        "x" * 2000,
+    ],
 )
 def test_paths_that_could_leave_the_cache_are_refused(cache, name):
     with pytest.raises(CacheFormatError, match="could leave the cache"):

@@ -125,7 +125,9 @@ def test_other_words_are_refused_naming_sample_labels_and_remedy(tiny_cache):
     first = dataset.samples[0]
     turns = (dataclasses.replace(first.turns[0], answer="blue"), *first.turns[1:])
     dataset.samples[0] = dataclasses.replace(first, turns=turns)
-    with pytest.raises(CacheMismatchError, match=rf"{first.sample_id}.*cached labels are \[.*build the cache again"):
+    with pytest.raises(
+        CacheMismatchError, match=rf"{first.sample_id}.*cached labels are \[.*build the cache again"
+    ):
         open_joined(tiny_cache[0], dataset=dataset).load(0)
 
 
@@ -134,7 +136,9 @@ def test_another_picture_is_refused_naming_sample_hashes_and_remedy(tiny_cache):
     first = dataset.samples[0]
     black = ImageArray(np.zeros((72, 72, 3), dtype=np.uint8), "black")
     dataset.samples[0] = dataclasses.replace(first, images=(black,))
-    with pytest.raises(CacheMismatchError, match=rf"{first.sample_id}.*picture's hash was [0-9a-f]+ .*Restore it"):
+    with pytest.raises(
+        CacheMismatchError, match=rf"{first.sample_id}.*picture's hash was [0-9a-f]+ .*Restore it"
+    ):
         open_joined(tiny_cache[0], dataset=dataset).load(0)
 
 
@@ -161,7 +165,8 @@ def test_text_only_samples_have_rows_but_no_attention(tmp_path):
 
 def test_the_control_takes_attention_from_another_image_and_logits_from_its_own(tiny_cache):
     right, wrong = (
-        open_joined(tiny_cache[0], shuffle_teacher_images=shuffled).batch([0, 1]) for shuffled in (False, True)
+        open_joined(tiny_cache[0], shuffle_teacher_images=shuffled).batch([0, 1])
+        for shuffled in (False, True)
     )
     assert torch.equal(right.logits.log_probs, wrong.logits.log_probs)
     for signal in ("answer_attention", "visual_columns", "visual_map"):

@@ -64,7 +64,10 @@ def test_only_the_newest_are_kept(tmp_path):
     for total in (1, 2, 3, 10):
         write(tmp_path, model, optimizer, total, keep=2)
     assert [checkpoint.position.total_steps for checkpoint in list_checkpoints(tmp_path)] == [3, 10]
-    assert sorted(path.name for path in (tmp_path / CHECKPOINTS).iterdir()) == ["step-00000003", "step-00000010"]
+    assert sorted(path.name for path in (tmp_path / CHECKPOINTS).iterdir()) == [
+        "step-00000003",
+        "step-00000010",
+    ]
 
 
 def test_a_fresh_run_has_no_resume_point(tmp_path):
@@ -115,14 +118,14 @@ def test_a_flipped_byte_is_an_error_with_the_remedy(tmp_path):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    with pytest.raises(CacheFormatError, match="checksum is not the one.*delete .*resumes"):
+    with pytest.raises(CacheFormatError, match=r"checksum is not the one.*delete .*resumes"):
         restore(find_resume_point(tmp_path, "run"), model, optimizer)
 
 
 def test_checkpoints_of_another_run_are_refused_with_both_fingerprints(tmp_path):
     model, optimizer = make_run()
     write(tmp_path, model, optimizer, 1, fingerprint="there")
-    with pytest.raises(ConfigError, match="fingerprint there there, here now.*another --output"):
+    with pytest.raises(ConfigError, match=r"fingerprint there there, here now.*another --output"):
         find_resume_point(tmp_path, "here")
 
 

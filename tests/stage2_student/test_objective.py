@@ -64,7 +64,9 @@ def reference_terms(student, teacher, dataset, kind):
             target = pool(answer[:, 0])
             mass = target.sum(-1, keepdim=True)
             share = target / mass
-            values = mass[:, 0] * (share * (share.log() - (cells / cells.sum(-1, keepdim=True)).log())).sum(-1)
+            values = mass[:, 0] * (share * (share.log() - (cells / cells.sum(-1, keepdim=True)).log())).sum(
+                -1
+            )
         elif kind == "visual_columns":
             values = 1 - F.cosine_similarity(pool(visual[0].mean(0)), seen.mean(0), dim=-1)[None]
         else:
@@ -131,7 +133,9 @@ def test_a_steps_gradient_does_not_depend_on_how_it_is_split(tmp_path, splits):
 
     def run(parts):
         batches = [joined.batch(part) for part in parts]
-        totals = [sum(getattr(b, name) for b in batches) for name in ("row_count", "image_row_count", "image_count")]
+        totals = [
+            sum(getattr(b, name) for b in batches) for name in ("row_count", "image_row_count", "image_count")
+        ]
         terms = [
             objective(student, capture, batch, share)
             for batch, share in zip(batches, step_shares(batches, totals), strict=True)

@@ -1,5 +1,7 @@
 """The order of training: a function of seed and epoch alone, and of nothing else."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -11,7 +13,7 @@ from stage2_student.sampler import ShardShuffle, epoch_order, micro_batch_count,
 
 def make_shards(*sizes: int):
     bounds = np.cumsum([0, *sizes])
-    return [np.arange(a, b, dtype=np.int64) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+    return [np.arange(a, b, dtype=np.int64) for a, b in pairwise(bounds)]
 
 
 @given(st.lists(st.integers(0, 7), min_size=1, max_size=9), st.integers(0, 3), st.integers(1, 4))
@@ -82,7 +84,7 @@ def test_micro_batches_respect_the_limit_of_one_forward_pass():
 
 
 def test_more_processes_than_samples_is_refused_with_the_remedy():
-    with pytest.raises(ConfigError, match="batch_size is 2 samples for 3 processes.*raise batch_size to 3"):
+    with pytest.raises(ConfigError, match=r"batch_size is 2 samples for 3 processes.*raise batch_size to 3"):
         micro_batch_count(2, world_size=3, micro_batch_size=None)
 
 

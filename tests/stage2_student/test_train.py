@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -22,14 +23,14 @@ from stage2_student.training_log import read_log
 LOSSES = ("total", "lm", "logits", "answer_attention", "visual_columns", "visual_map")
 
 
-class Killed(Exception):
+class KilledError(Exception):
     pass
 
 
 def kill_after(total_steps):
     def after_step(position, _student):
         if position.total_steps == total_steps:
-            raise Killed
+            raise KilledError
 
     return after_step
 
@@ -46,14 +47,20 @@ def make_config(cache, output, **changes):
         "log_every": 3,
         "device": "cpu",
         "dpt": {"steps": 2, "batch_size": 4, "trainable": "projector", "losses": {"logits": 1.0}},
-        "dft": {"steps": 6, "batch_size": 6, "losses": {"logits": 1.0, "answer_attention": 1.0, "visual_map": 0.5}},
+        "dft": {
+            "steps": 6,
+            "batch_size": 6,
+            "losses": {"logits": 1.0, "answer_attention": 1.0, "visual_map": 0.5},
+        },
         "sft": {"steps": 1, "batch_size": 4},
     }
     return config_from_dict(TrainConfig, options | changes)
 
 
 def losses(records):
-    return [{k: v for k, v in record.items() if k in LOSSES or k in ("step", "phase", "lr")} for record in records]
+    return [
+        {k: v for k, v in record.items() if k in LOSSES or k in ("step", "phase", "lr")} for record in records
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +77,7 @@ def test_a_killed_run_ends_bit_for_bit_like_an_uninterrupted_one(
     tiny_cache, tmp_path, uninterrupted, killed_after
 ):
     config = make_config(tiny_cache[0], tmp_path / "run")
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         train(config, after_step=kill_after(killed_after))
     resumed = train(config)
     assert losses(resumed.log) == losses(uninterrupted.log)
@@ -84,7 +91,7 @@ def test_a_run_killed_while_writing_a_checkpoint_resumes_from_the_one_before(
     tiny_cache, tmp_path, uninterrupted
 ):
     config = make_config(tiny_cache[0], tmp_path / "run")
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         train(config, after_step=kill_after(6))
     newest = sorted((tmp_path / "run" / CHECKPOINTS).iterdir())[-1]
     (newest / "tensors.pt").write_bytes(b"half")
@@ -125,7 +132,9 @@ def test_each_phase_trains_its_parts_and_the_vision_tower_never_changes(tiny_cac
     config = make_config(tiny_cache[0], tmp_path / "run", phases=["dpt", "dft"])
     config = replace(config, dpt=replace(config.dpt, steps=2), dft=replace(config.dft, steps=1))
     train(config, after_step=keep)
-    changed = [{n for n, v in after.items() if not torch.equal(v, before[n])} for before, after in zip(seen, seen[1:], strict=False)]
+    changed = [
+        {n for n, v in after.items() if not torch.equal(v, before[n])} for before, after in pairwise(seen)
+    ]
     assert changed[0]
     assert all(".mm_projector." in name for name in changed[0])
     assert any(".layers." in name for name in changed[1])
@@ -134,7 +143,9 @@ def test_each_phase_trains_its_parts_and_the_vision_tower_never_changes(tiny_cac
 
 def test_accumulated_micro_batches_give_the_losses_of_the_whole_batch(tiny_cache, tmp_path, uninterrupted):
     config = make_config(tiny_cache[0], tmp_path / "run")
-    config = replace(config, dft=replace(config.dft, micro_batch_size=2), dpt=replace(config.dpt, micro_batch_size=3))
+    config = replace(
+        config, dft=replace(config.dft, micro_batch_size=2), dpt=replace(config.dpt, micro_batch_size=3)
+    )
     for found, expected in zip(losses(train(config).log), losses(uninterrupted.log), strict=True):
         for name in set(found) & set(LOSSES):
             assert found[name] == pytest.approx(expected[name], rel=2e-3, abs=1e-5), (found["step"], name)
@@ -148,7 +159,8 @@ def test_threads_change_nothing_but_the_time(tiny_cache, tmp_path, uninterrupted
 def test_the_teacher_adapter_trains_its_post_projector_only(tiny_cache, tmp_path):
     result = train_student(
         student="mobilevlm-tiny", projector="taf", data=DATA, cache=str(tiny_cache[0]), output=str(tmp_path),
-        phases=["dpt"], dpt={"steps": 1, "batch_size": 4, "trainable": "projector", "losses": {"logits": 1.0}},
+        phases=["dpt"],
+        dpt={"steps": 1, "batch_size": 4, "trainable": "projector", "losses": {"logits": 1.0}},
     )  # fmt: skip
     trained = {name for name, p in result.model.named_parameters() if p.requires_grad}
     assert trained == {"model.mm_projector.post.weight", "model.mm_projector.post.bias"}
@@ -177,12 +189,12 @@ def test_the_baseline_is_the_same_run_without_the_teachers_losses(tiny_cache, tm
 
 def test_another_configuration_does_not_resume_from_this_ones_checkpoints(tiny_cache, uninterrupted):
     config = make_config(tiny_cache[0], uninterrupted.final.parent, seed=1)
-    with pytest.raises(ConfigError, match="belongs to another run.*Use another --output"):
+    with pytest.raises(ConfigError, match=r"belongs to another run.*Use another --output"):
         train(config)
 
 
 def test_an_unknown_option_is_refused_by_name(tiny_cache, tmp_path):
-    with pytest.raises(ConfigError, match="unknown option stpes.*did you mean"):
+    with pytest.raises(ConfigError, match=r"unknown option stpes.*did you mean"):
         train_student(cache=str(tiny_cache[0]), output=str(tmp_path), stpes=3)
 
 

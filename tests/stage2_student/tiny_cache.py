@@ -1,7 +1,7 @@
 """A tiny, real teacher cache for the tests of stage two: random LLaVA, drawn scenes, a second of work.
 
-Written through `common` alone (stages do not import each other), sample by sample and without batching: a slow,
-obvious version of stage one, whose live signals the tests can compare with.
+Written through `common` alone (stages do not import each other), sample by sample and without batching: a
+slow, obvious version of stage one, whose live signals the tests can compare with.
 """
 
 from dataclasses import dataclass
@@ -149,7 +149,9 @@ def build_tiny_cache(
         geometry=geometry,
     )
     write_plan(path, plan)
-    overlap = overlap_matrix(tile_boxes(teacher.encoder.image_encoder.__call__(_blank())[1]), tile_boxes((grid_tile(grid, grid),)))
+    overlap = overlap_matrix(
+        tile_boxes(teacher.encoder.image_encoder.__call__(_blank())[1]), tile_boxes((grid_tile(grid, grid),))
+    )
     for index in range(plan.shard_count):
         writer = open_writer(store, path, index, plan.all_fields)
         skipped = []
@@ -168,7 +170,11 @@ def build_tiny_cache(
             if "logits" in codecs:
                 record |= codecs["logits"].encode(codecs["logits"].select(logits, labels))
             if "answer_attention" in codecs:
-                cells = pool_keys(answer, overlap) if answer.shape[2] else answer.new_zeros(*answer.shape[:2], grid * grid)
+                cells = (
+                    pool_keys(answer, overlap)
+                    if answer.shape[2]
+                    else answer.new_zeros(*answer.shape[:2], grid * grid)
+                )
                 record |= codecs["answer_attention"].encode(RowAttention.from_cells(cells))
             if "visual_columns" in codecs:
                 columns = visual.mean(1) if visual.shape[1] else visual.new_zeros(len(teacher.groups), 0)
@@ -213,7 +219,8 @@ def _export_parts(teacher: TinyTeacher, path: Path) -> None:
     )
     config = model.vision_tower.config.to_dict()
     write_json_atomic(
-        path / "vision_tower.json", {k: v for k, v in config.items() if k not in ("dtype", "torch_dtype", "transformers_version")}
+        path / "vision_tower.json",
+        {k: v for k, v in config.items() if k not in ("dtype", "torch_dtype", "transformers_version")},
     )
     teacher.encoder.tokenizer.save_pretrained(path / "processor")
     teacher.encoder.image_encoder.processor.save_pretrained(path / "processor")

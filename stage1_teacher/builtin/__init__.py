@@ -1,0 +1,1 @@
+"""The shipped teacher of drawn scenes: weights, processor files, training.json. Holds no code."""

@@ -1,0 +1,184 @@
+"""``distill``: train students from a teacher cache, score them, report on them, export them."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import click
+
+from common.errors import DistillError
+
+# Imports that pull torch in are inside the commands, so that --help, usage errors and "up to date" are
+# instant.
+_FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
+_YAML = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+
+class _Commands(click.Group):
+    """Prints an expected error as one message without a traceback, and exits with 1."""
+
+    def invoke(self, ctx: click.Context) -> object:
+        logging.basicConfig(level=logging.INFO, format="%(message)s")
+        logging.getLogger("httpx").setLevel(logging.WARNING)
+        try:
+            return super().invoke(ctx)
+        except DistillError as error:
+            click.echo(f"error: {error}", err=True)
+        except OSError as error:
+            click.echo(f"error: {error.filename or 'distill'}: {error.strerror or error}", err=True)
+        return ctx.exit(1)
+
+
+@click.group(
+    cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
+)
+def main() -> None:
+    """Stage two: train students from a teacher cache, without the teacher."""
+
+
+def _training_options(command: Any) -> Any:
+    """Options that `train` and `run` share."""
+    for option in (
+        click.option(
+            "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Any option; repeatable."
+        ),
+        click.option("--config", type=_YAML, help="YAML file of options."),
+        click.option("--seed", type=click.IntRange(min=0), help="Of weights and order."),
+        click.option("--phases", help='Which, in order: "dpt dft sft".'),
+        click.option("--output", required=True, type=click.Path(path_type=Path), help="Folder to write to."),
+        click.option("--cache", required=True, type=_FOLDER, help="Teacher cache."),
+        click.option("--images", help="Folder that relative image paths start from."),
+        click.option("--data", help="The data the cache was built from; may be left out if it is built in."),
+        click.option(
+            "--student", help="mobilevlm, mobilevlm-tiny, mobilevlm-1.7b, mobilevlm-3b, or a folder."
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def _load(config: Path | None, cache: Path, overrides: tuple[str, ...], **options: Any) -> Any:
+    from stage2_student.run import load_run_config, phases_override
+
+    phases, seed = options.pop("phases"), options.pop("seed")
+    given = [f"{name}={json.dumps(str(value))}" for name, value in options.items() if value is not None]
+    if seed is not None:
+        given.append(f"seed={seed}")
+    if phases:
+        given.append(phases_override(phases))
+    return load_run_config(config, [*given, *overrides], cache=cache)
+
+
+@main.command()
+@_training_options
+def train(config: Path | None, cache: Path, overrides: tuple[str, ...], **options: Any) -> None:
+    """Train one student through its phases, or resume it."""
+    settings = _load(config, cache, overrides, **options)
+
+    from stage2_student.run import quiet_libraries
+    from stage2_student.train import train as train_phases
+    from stage2_student.training_log import summarise
+
+    quiet_libraries()
+    result = train_phases(settings)
+    if result.log:
+        click.echo(summarise(result.log))
+        click.echo(f"Student: {result.final}")
+        click.echo(f"Next: distill evaluate {result.final} --cache {cache}")
+
+
+@main.command()
+@_training_options
+@click.option("--nproc", type=click.IntRange(min=1), default=1, show_default=True, help="Training processes.")
+def run(config: Path | None, cache: Path, overrides: tuple[str, ...], nproc: int, **options: Any) -> None:
+    """Train the SFT baseline and the distilled student, score both, write the report."""
+    settings = _load(config, cache, overrides, **options)
+
+    from stage2_student.run import run as run_all
+
+    summary = run_all(settings, processes=nproc, say=click.echo)
+    click.echo(f"\n{summary.table}\n")
+    if summary.fresh:
+        click.echo(f"Done in {summary.seconds:.0f} s.")
+    else:
+        click.echo(f"Everything in {summary.output} is up to date.")
+    click.echo(f"Report: {summary.report}")
+    click.echo(f"Next: distill export {summary.output / 'distilled' / 'final'} --output FOLDER")
+
+
+@main.command()
+@click.argument("student", type=_FOLDER)
+@click.option("--data", help="Data set of the held-out items; default: the one it was trained on.")
+@click.option("--images", help="Folder that relative image paths start from.")
+@click.option(
+    "--cache", type=_FOLDER, help="Compare with this cache's teacher; default: the one of its training."
+)
+@click.option("--limit", type=click.IntRange(min=1), help="Most items.")
+@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="JSON file to write.")
+def evaluate(
+    student: Path,
+    data: str | None,
+    images: str | None,
+    cache: Path | None,
+    limit: int | None,
+    output: Path | None,
+) -> None:
+    """Score a trained student: its `final` folder."""
+    from dataclasses import replace
+
+    from common.atomic import write_json_atomic
+    from common.config import config_from_dict
+    from stage2_student.config import TrainConfig
+    from stage2_student.evaluate import render_table
+    from stage2_student.run import quiet_libraries
+    from stage2_student.student import evaluate_student, open_student
+
+    quiet_libraries()
+    opened = open_student(student)
+    settings = config_from_dict(TrainConfig, opened.provenance["config"], where=str(student))
+    how = settings.evaluation
+    settings = replace(
+        settings,
+        cache=str(cache) if cache else settings.cache,
+        evaluation=replace(how, data=data or how.data, images=images or how.images, limit=limit or how.limit),
+    )
+    report = evaluate_student(opened, settings)
+    click.echo(render_table({student.parent.name: report}))
+    if output is not None:
+        write_json_atomic(output, report.to_dict())
+        click.echo(f"Scores: {output}")
+    click.echo(f"Next: distill export {student} --output FOLDER")
+
+
+@main.command()
+@click.argument("output", type=_FOLDER)
+def report(output: Path) -> None:
+    """Write the HTML report of a run's folder again."""
+    from stage2_student.run import quiet_libraries, read_run_config, write_report
+
+    quiet_libraries()
+    page = write_report(output, read_run_config(output))
+    click.echo(f"Report: {page}")
+
+
+@main.command()
+@click.argument("student", type=_FOLDER)
+@click.option("--output", required=True, type=click.Path(path_type=Path), help="New folder.")
+@click.option(
+    "--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), default="float16", show_default=True
+)
+def export(student: Path, output: Path, dtype: str) -> None:
+    """Save a trained student in another precision, ready for `from_pretrained`."""
+    from stage2_student.run import quiet_libraries
+    from stage2_student.student import export_student
+
+    quiet_libraries()
+    export_student(student, output, dtype=dtype)
+    click.echo(
+        f"Exported to {output} ({dtype}); load it with MobileVLMForConditionalGeneration.from_pretrained"
+    )
+
+
+if __name__ == "__main__":
+    main()

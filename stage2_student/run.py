@@ -1,0 +1,314 @@
+"""`distill run`: baseline and distilled student, their scores, one report; done once, resumed if killed.
+
+The first thing is to see whether there is anything to do. That path imports no torch: a second call answers
+in well under two seconds. ``OUTPUT/run.json`` says what the folder belongs to and whether it is finished.
+"""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from common.atomic import read_json, write_bytes_atomic, write_json_atomic
+from common.config import config_from_dict, config_to_dict, save_config
+from common.errors import CacheFormatError, ConfigError
+from common.hashing import fingerprint
+from common.manifest import read_manifest, read_plan
+from stage2_student.config import PHASE_NAMES, TrainConfig, describe, resolve_config, without_teacher
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from stage2_student.evaluate import EvaluationReport
+
+STAMP, TABLE, REPORT, SCORES = "run.json", "table.txt", "report.html", "evaluation.json"
+BASELINE, DISTILLED = "sft", "distilled"
+FINAL, PROVENANCE = "final", "distillation.json"
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSummary:
+    """What a run left.
+
+    Attributes:
+        output: Its folder.
+        table: Scores side by side, as text.
+        report: The HTML page.
+        fresh: False if everything was there already.
+        seconds: Of this call.
+    """
+
+    output: Path
+    table: str
+    report: Path
+    fresh: bool
+    seconds: float
+
+
+def load_run_config(path: Path | None, overrides: Sequence[str], *, cache: Path) -> TrainConfig:
+    """Resolve a run's configuration: preset by the cache's teacher, then YAML, then overrides."""
+    width = int(read_plan(cache).teacher.get("hidden_size", 1 << 20))
+    return resolve_config(path, [*overrides, f"cache={str(cache)!r}"], teacher_width=width)
+
+
+def hash_caches(config: TrainConfig) -> dict[str, str]:
+    """The manifest hash of each cache a configuration names, by path.
+
+    Raises:
+        CacheFormatError: If one is not sealed or not a cache.
+    """
+    paths = {str(config.phase(name).cache) for name in config.phases}
+    return {path: read_manifest(Path(path)).hash for path in sorted(paths)}
+
+
+def run(config: TrainConfig, *, processes: int = 1, say: Callable[[str], None] = _log.info) -> RunSummary:
+    """Train the SFT baseline and the distilled student, score both, write the report.
+
+    Whatever is finished is not done again: a complete run, a trained student, a training's checkpoints, a
+    score.
+
+    Args:
+        config: Of the distilled student; ``output`` gets a folder for each student.
+        processes: Training processes; more than one are started with torch's launcher.
+        say: Told what happens.
+
+    Returns:
+        The summary.
+
+    Raises:
+        ConfigError: If the folder belongs to another run, naming what differs.
+        CacheMismatchError: If the cache fits neither data nor student.
+    """
+    began = time.monotonic()
+    output = Path(config.output)
+    stamp = {"run": describe(config, hash_caches(config)), "evaluation": config_to_dict(config)["evaluation"]}
+    previous = read_stamp(output)
+    refuse_other_run(output, previous, stamp)
+    if previous.get("finished") == fingerprint(stamp) and (output / REPORT).is_file():
+        table = (output / TABLE).read_text()
+        return RunSummary(
+            output=output, table=table, report=output / REPORT, fresh=False, seconds=time.monotonic() - began
+        )
+    quiet_libraries()
+    output.mkdir(parents=True, exist_ok=True)
+    write_json_atomic(output / STAMP, {**stamp, "finished": None, "config": config_to_dict(config)})
+
+    for name, arm in arms(config).items():
+        if (output / name / FINAL / PROVENANCE).is_file():
+            say(f"{name}: trained already")
+            continue
+        say(f"{name}: training {describe_phases(arm)}")
+        train_arm(arm, processes=processes)
+    scores = {name: evaluate_arm(output / name, config, say=say) for name in arms(config)}
+    teacher = teacher_scores(Path(config.cache))
+    table = write_results(output, scores if teacher is None else {**scores, "teacher": teacher})
+    write_report(output, config)
+    finished = {**stamp, "finished": fingerprint(stamp), "config": config_to_dict(config)}
+    write_json_atomic(output / STAMP, finished)
+    return RunSummary(
+        output=output, table=table, report=output / REPORT, fresh=True, seconds=time.monotonic() - began
+    )
+
+
+def arms(config: TrainConfig) -> dict[str, TrainConfig]:
+    """The students of a run, by the name of their folder."""
+    return {
+        BASELINE: replace(without_teacher(config), output=str(Path(config.output) / BASELINE)),
+        DISTILLED: replace(config, output=str(Path(config.output) / DISTILLED)),
+    }
+
+
+def train_arm(arm: TrainConfig, *, processes: int) -> None:
+    """Train one student here, or in processes of their own.
+
+    Raises:
+        ConfigError: If a process failed; its own message stands above.
+    """
+    if processes == 1:
+        from stage2_student.train import train  # torch: only when there is something to train
+
+        train(arm)
+        return
+    folder = Path(arm.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_config(arm, folder / "config.yaml")
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={processes}",
+    ]
+    ours = ["-m", "stage2_student.cli", "train", "--config", str(folder / "config.yaml")]
+    done = subprocess.run([*launcher, *ours, "--cache", arm.cache, "--output", arm.output], check=False)
+    if done.returncode:
+        raise ConfigError(f"training of {folder} in {processes} processes failed; see the messages above")
+
+
+def describe_phases(config: TrainConfig) -> str:
+    """A line such as ``dpt 60 steps (lm + logits), dft 400 steps (...)``."""
+    parts = []
+    for name in config.phases:
+        phase = config.phase(name)
+        length = f"{phase.steps} steps" if phase.steps is not None else f"{phase.epochs:g} epochs"
+        parts.append(f"{name} {length} ({' + '.join(phase.losses.active())})")
+    return ", ".join(parts)
+
+
+def read_stamp(output: Path) -> dict[str, Any]:
+    """What a folder belongs to; empty for a new one.
+
+    Raises:
+        ConfigError: If it holds other things than a run.
+    """
+    try:
+        stamp = read_json(output / STAMP)
+    except FileNotFoundError:
+        if output.is_dir() and any(output.iterdir()):
+            raise ConfigError(
+                f"{output} is not empty and holds no {STAMP}: it is not the folder of a run; give another "
+                "--output"
+            ) from None
+        return {}
+    except CacheFormatError as error:
+        raise ConfigError(f"{error}; give another --output, or delete {output} to begin again") from error
+    return stamp if isinstance(stamp, dict) else {}
+
+
+def refuse_other_run(output: Path, previous: Mapping[str, Any], stamp: Mapping[str, Any]) -> None:
+    """Refuse to mix two runs in one folder; another way of scoring is fine, students are scored again then.
+
+    Raises:
+        ConfigError: Naming each differing option with both values, and the remedy.
+    """
+    if not previous:
+        return
+    there, now = _flat(previous.get("run", {})), _flat(stamp["run"])
+    lines = [
+        f"  {key}: {there.get(key, 'nothing')!r} there, {now.get(key, 'nothing')!r} now"
+        for key in sorted(there.keys() | now.keys())
+        if there.get(key) != now.get(key)
+    ]
+    if lines:
+        raise ConfigError(
+            f"{output} belongs to a run with other options:\n" + "\n".join(lines) + "\n"
+            "Use the same options, another --output (OUTPUT=...), or delete that folder to begin again"
+        )
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, dict) and value:
+        flat: dict[str, Any] = {}
+        for key, item in value.items():
+            flat |= _flat(item, f"{prefix}.{key}" if prefix else str(key))
+        return flat
+    return {prefix: value}
+
+
+def evaluate_arm(
+    folder: Path, config: TrainConfig, *, say: Callable[[str], None] = _log.info
+) -> EvaluationReport:
+    """Score one student of a run, or read its scores if they are of this student and these items."""
+    from stage2_student.evaluate import EvaluationReport
+    from stage2_student.student import evaluate_student, open_student
+
+    trained = read_json(folder / FINAL / PROVENANCE)["fingerprint"]
+    what = fingerprint({"student": trained, "evaluation": config_to_dict(config)["evaluation"]})
+    path = folder / SCORES
+    if path.is_file():
+        stored = read_json(path)
+        if stored.get("of") == what:
+            return EvaluationReport.from_dict(stored)
+    say(f"{folder.name}: scoring")
+    report = evaluate_student(open_student(folder / FINAL), config)
+    write_json_atomic(path, {"of": what, **report.to_dict()})
+    return report
+
+
+def teacher_scores(cache: Path) -> EvaluationReport | None:
+    """The teacher's own scores, if whoever built the cache put them into its plan."""
+    from stage2_student.evaluate import EvaluationReport
+
+    scores = read_plan(cache).teacher.get("evaluation")
+    return None if scores is None else EvaluationReport.from_dict(scores)
+
+
+def write_results(output: Path, scores: Mapping[str, EvaluationReport]) -> str:
+    """Write the table, as text and as JSON; returns the text."""
+    from stage2_student.evaluate import render_table
+
+    table = render_table(scores)
+    write_json_atomic(output / SCORES, {name: report.to_dict() for name, report in scores.items()})
+    write_bytes_atomic(output / TABLE, table.encode())
+    return table
+
+
+def write_report(output: Path, config: TrainConfig) -> Path:
+    """Write the HTML page of a run: logs, scores and, if the cache is there, attention pictures."""
+    from stage2_student.evaluate import EvaluationReport
+    from stage2_student.report import render_report
+    from stage2_student.student import draw_overlays, open_student
+    from stage2_student.training_log import read_log
+
+    stored = read_json(output / SCORES)
+    overlays = draw_overlays(open_student(output / DISTILLED / FINAL), config)
+    curves = {name: read_log(output / name) for name in arms(config)}
+    logged = [record for record in curves[DISTILLED] if "samples_per_s" in record]
+    plan = read_plan(Path(config.cache))
+    seconds = sum(record["step_s"] for record in logged)
+    facts = {
+        "student": config.student,
+        "teacher": f"{plan.teacher.get('name')} (not loaded: its signals come from the cache)",
+        "cache": f"{config.cache} ({', '.join(sorted(plan.signals))})",
+        "data": str(plan.data.get("name")),
+        "phases": describe_phases(config),
+        "training": f"{len(logged)} steps in {seconds:.0f} s",
+        "seed": str(config.seed),
+    }
+    render_report(
+        output / REPORT,
+        title=f"{config.student}: distilled from a teacher cache",
+        facts=facts,
+        curves=curves,
+        evaluations={name: EvaluationReport.from_dict(scores) for name, scores in stored.items()},
+        overlays=overlays,
+    )
+    return output / REPORT
+
+
+def quiet_libraries() -> None:
+    """Switch off the model library's own progress bars: a tiny student has nothing to wait for."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+
+
+def read_run_config(output: Path) -> TrainConfig:
+    """The configuration of a run's folder.
+
+    Raises:
+        ConfigError: If there is none.
+    """
+    stamp = read_stamp(output)
+    if "config" not in stamp:
+        raise ConfigError(f"{output}: no run there ({STAMP}); give the folder that `distill run` wrote")
+    return config_from_dict(TrainConfig, stamp["config"], where=str(output / STAMP))
+
+
+def phases_override(text: str) -> str:
+    """``"dpt dft"`` or ``"dpt,dft"`` as an override.
+
+    Raises:
+        ConfigError: If a phase is unknown.
+    """
+    names = text.replace(",", " ").split()
+    for name in names:
+        if name not in PHASE_NAMES:
+            raise ConfigError(f"phases: {name!r} is none of {', '.join(PHASE_NAMES)}")
+    return f"phases=[{', '.join(names)}]"

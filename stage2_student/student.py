@@ -1,0 +1,174 @@
+"""A trained student as it lies on disk: opened with its encoder, scored, exported; its cache may be gone."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common.atomic import create_temporary, publish_directory, read_json, remove
+from common.cache import open_cache
+from common.errors import CacheFormatError, ConfigError, ModelError
+from common.layers import student_groups
+from data.encoding import SampleEncoder
+from data.registry import open_evaluation
+from stage2_student.build_student import load_student
+from stage2_student.cached_dataset import CachedDataset
+from stage2_student.config import TrainConfig
+from stage2_student.evaluate import EvaluationReport, evaluate_model
+from stage2_student.models.mobilevlm import MobileVLMForConditionalGeneration
+from stage2_student.overlays import Overlay, collect_overlays
+from stage2_student.preparation import build_encoder, load_processors, open_cached_data
+from stage2_student.train import PROVENANCE
+
+COMPARED_SIGNALS = ("logits", "answer_attention")
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Student:
+    """A trained student.
+
+    Attributes:
+        path: Its folder.
+        model: On an accelerator if there is one, float32, evaluation mode.
+        encoder: From samples to its sequences.
+        tokenizer: Its tokenizer.
+        image_processor: Its image processor.
+        provenance: What it was trained from.
+    """
+
+    path: Path
+    model: MobileVLMForConditionalGeneration
+    encoder: SampleEncoder
+    tokenizer: Any
+    image_processor: Any
+    provenance: dict[str, Any]
+
+
+def open_student(folder: Path) -> Student:
+    """Open what `train()` saved in ``OUTPUT/final``.
+
+    Raises:
+        ModelError: If the folder is no trained student of ours.
+    """
+    try:
+        provenance = read_json(folder / PROVENANCE)
+    except FileNotFoundError:
+        raise ModelError(
+            f"{folder}: no {PROVENANCE}; give the `final` folder of a finished training (distill train, "
+            "distill run)"
+        ) from None
+    model = load_student(folder).eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer, image_processor = load_processors(folder)
+    return Student(
+        path=folder,
+        model=model,
+        encoder=build_encoder(provenance["encoder"], tokenizer, image_processor, grid=model.image_grid),
+        tokenizer=tokenizer,
+        image_processor=image_processor,
+        provenance=provenance,
+    )
+
+
+def evaluate_student(student: Student, config: TrainConfig) -> EvaluationReport:
+    """Score a student on held-out items and, if its cache is at hand, against the cached teacher.
+
+    Args:
+        student: The student.
+        config: Names data, cache and how to score.
+
+    Returns:
+        The report.
+
+    Raises:
+        ConfigError: If there is no data to score on.
+    """
+    how = config.evaluation
+    data = how.data or config.data or built_in_data(config)
+    items = open_evaluation(data, how.split, how.limit, images=_path(how.images or config.images))
+    cached = None
+    if how.agreement_samples:
+        cached = join_cached(student, config, limit=how.agreement_samples)
+    return evaluate_model(student.model, student.encoder, items, cached=cached, letters=how.letters)
+
+
+def built_in_data(config: TrainConfig) -> str:
+    """The built-in data set that the cache was built from.
+
+    Raises:
+        ConfigError: If it was none.
+    """
+    spec = str(open_cache(Path(config.cache)).plan.data.get("name", "")).partition("[")[0].partition("/")[0]
+    if spec.partition(":")[0] not in ("shapes", "easy-vqa"):
+        raise ConfigError(f"no data to score on: {config.cache} was built from {spec!r}; pass --data")
+    return spec
+
+
+def join_cached(student: Student, config: TrainConfig, *, limit: int) -> CachedDataset:
+    """The first cached samples, with the signals that a student is compared by."""
+    cache = open_cache(Path(config.cache))
+    return CachedDataset(
+        open_cached_data(cache, data=config.data, images=config.images),
+        student.encoder,
+        cache,
+        signals=[signal for signal in COMPARED_SIGNALS if signal in cache.plan.signals],
+        pad_token_id=student.tokenizer.pad_token_id or 0,
+        limit=limit,
+    )
+
+
+def draw_overlays(student: Student, config: TrainConfig) -> list[Overlay]:
+    """Pictures of where teacher and student look; none if the cache is gone or holds no answer attention."""
+    count = config.evaluation.overlays
+    try:
+        cache = open_cache(Path(config.cache))
+    except CacheFormatError:
+        return []
+    if not count or "answer_attention" not in cache.plan.signals:
+        return []
+    teacher = cache.plan.teacher
+    depth = int(student.model.language_model.config.num_hidden_layers)
+    return collect_overlays(
+        student.model,
+        student.encoder,
+        cache,
+        open_cached_data(cache, data=config.data, images=config.images),
+        groups=student_groups(depth, len(teacher["groups"]), teacher.get("layer_choice", "middle")),
+        count=count,
+    )
+
+
+def export_student(folder: Path, target: Path, *, dtype: str) -> Path:
+    """Save a student in another precision, with tokenizer and image processor, for `from_pretrained`.
+
+    Args:
+        folder: A trained student.
+        target: Folder to write; must not exist.
+        dtype: Key of `DTYPES`.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ConfigError: If the folder exists.
+    """
+    if target.exists():
+        raise ConfigError(f"{target} exists; give a new folder to export to")
+    student = open_student(folder)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary, lock = create_temporary(target, directory=True)
+    try:
+        student.model.to(DTYPES[dtype]).save_pretrained(temporary)
+        student.tokenizer.save_pretrained(temporary)
+        student.image_processor.save_pretrained(temporary)
+        publish_directory(temporary, target)
+    finally:
+        remove(temporary)
+        if lock is not None:
+            lock.release()
+    return target
+
+
+def _path(text: str | None) -> Path | None:
+    return None if text is None else Path(text)

@@ -1,0 +1,426 @@
+"""One contract for both stores, and what each promises to tools that know nothing of us."""
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+import zarr
+from cache_factory import assert_equal_records, build_shard, make_plan, make_record, sample_id, tree
+from hypothesis import given
+from hypothesis import strategies as st
+from numcodecs.zstd import Zstd
+
+from common.errors import CacheFormatError, CacheMismatchError
+from common.manifest import read_sidecar, sidecar_path, write_plan
+from common.stores import finish_shard, open_reader, open_writer
+from common.stores.webdataset_store import EXTENSION, decode_member, encode_member, key_of
+
+ORDINARY = [p for p in range(8) if p != 3]
+
+
+def write(folder, store, positions, index=0):
+    plan = make_plan(store)
+    writer = open_writer(store, folder, index, plan.all_fields)
+    for position in positions:
+        writer.append(sample_id(position), make_record(position))
+    return writer
+
+
+def read_all(folder, store, index=0):
+    reader = open_reader(store, folder, index, make_plan(store).all_fields)
+    records = {name: reader.read(i) for i, name in enumerate(reader.sample_ids)}
+    reader.close()
+    return records
+
+
+class StoreContract:
+    """Every store passes these."""
+
+    store: str
+    path: str
+
+    def test_records_come_back_as_they_were(self, tmp_path):
+        finish_shard(write(tmp_path, self.store, ORDINARY))
+        records = read_all(tmp_path, self.store)
+        assert list(records) == [sample_id(p) for p in ORDINARY]
+        for position in ORDINARY:
+            assert_equal_records(records[sample_id(position)], make_record(position))
+
+    def test_records_belong_to_the_caller(self, tmp_path):
+        finish_shard(write(tmp_path, self.store, [5]))
+        reader = open_reader(self.store, tmp_path, 0, make_plan().all_fields)
+        reader.read(0)["labels"][:] = 0
+        assert_equal_records(reader.read(0), make_record(5))
+        assert all(array.flags.writeable for array in reader.read(0).values())
+        reader.close()
+
+    def test_single_fields_can_be_read(self, tmp_path):
+        finish_shard(write(tmp_path, self.store, ORDINARY))
+        reader = open_reader(self.store, tmp_path, 0, make_plan().all_fields)
+        assert len(reader) == len(ORDINARY)
+        assert reader.read(1, ["labels"]).keys() == {"labels"}
+        with pytest.raises(CacheFormatError, match=r"no fields \['hidden'\]"):
+            reader.read(1, ["hidden"])
+        for position in (-1, len(ORDINARY)):
+            with pytest.raises(IndexError, match=f"no record {position}"):
+                reader.read(position)
+        reader.check()
+        reader.close()
+
+    def test_an_empty_shard_is_a_shard(self, tmp_path):
+        sidecar = finish_shard(write(tmp_path, self.store, []), [("x", "unreadable")])
+        assert read_all(tmp_path, self.store) == {}
+        assert (sidecar.rows, sidecar.sample_ids, sidecar.failed) == (0, (), (("x", "unreadable"),))
+
+    def test_the_sidecar_counts_what_was_written(self, tmp_path):
+        sidecar = finish_shard(write(tmp_path, self.store, ORDINARY))
+        records = [make_record(p) for p in ORDINARY]
+        assert sidecar.rows == sum(len(r["labels"]) for r in records)
+        assert sidecar.field_bytes == {n: sum(r[n].nbytes for r in records) for n in records[0]}
+        assert sidecar.files.keys() == {n for n in tree(tmp_path) if n != "shards/00000.json"}
+        assert read_sidecar(tmp_path, 0) == sidecar
+
+    def test_equal_records_give_equal_bytes(self, tmp_path):
+        for folder in ("a", "b"):
+            finish_shard(write(tmp_path / folder, self.store, ORDINARY))
+        thread = threading.Thread(target=lambda: finish_shard(write(tmp_path / "c", self.store, ORDINARY)))
+        thread.start()
+        thread.join()
+        assert tree(tmp_path / "a") == tree(tmp_path / "b") == tree(tmp_path / "c")
+
+    def test_a_record_that_does_not_fit_is_refused(self, tmp_path):
+        writer = write(tmp_path, self.store, [4])
+        with pytest.raises(CacheFormatError, match="appended twice"):
+            writer.append(sample_id(4), make_record(4))
+        with pytest.raises(CacheFormatError, match=r"shard 0, sample 'x': missing fields \['labels'\]"):
+            writer.append("x", {k: v for k, v in make_record(5).items() if k != "labels"})
+        for name in ("", "é" * 3000):
+            with pytest.raises(CacheFormatError, match="a sample id is a text"):
+                writer.append(name, make_record(6))
+        finish_shard(writer)
+        assert list(read_all(tmp_path, self.store)) == [sample_id(4)]
+
+    def test_nothing_is_visible_before_publishing_and_nothing_left_after_aborting(self, tmp_path):
+        writer = write(tmp_path, self.store, ORDINARY)
+        assert not (tmp_path / self.path).exists()
+        writer.abort()
+        writer.abort()
+        assert tree(tmp_path) == {}
+
+    def test_two_writers_that_agree_are_no_conflict(self, tmp_path):
+        first, second = write(tmp_path, self.store, ORDINARY), write(tmp_path, self.store, ORDINARY)
+        sidecar = finish_shard(first)
+        assert finish_shard(second) == sidecar
+        assert len(read_all(tmp_path, self.store)) == len(ORDINARY)
+        assert not [name for name in os.listdir(tmp_path / "shards") if name.startswith(".tmp")]
+
+    def test_of_two_writers_that_differ_the_second_says_so_and_harms_nothing(self, tmp_path):
+        first, second = write(tmp_path, self.store, ORDINARY), write(tmp_path, self.store, [4, 5])
+        finish_shard(first)
+        before = {name: data for name, data in tree(tmp_path).items() if ".tmp-" not in name}
+        with pytest.raises(CacheMismatchError, match="another process published this shard"):
+            finish_shard(second)
+        assert tree(tmp_path) == before
+
+    def test_a_finished_shard_is_not_opened_for_writing(self, tmp_path):
+        finish_shard(write(tmp_path, self.store, [4]))
+        with pytest.raises(CacheMismatchError, match="shard 0 is already finished"):
+            write(tmp_path, self.store, [4])
+
+    def test_a_shard_published_without_sidecar_is_made_anew(self, tmp_path):
+        writer = write(tmp_path, self.store, [4, 5])
+        writer.close()
+        other = write(tmp_path, self.store, ORDINARY)  # the first one lives: it keeps its shard
+        assert (tmp_path / self.path).exists()
+        with pytest.raises(CacheMismatchError):
+            finish_shard(other)
+        writer.abort()  # as its death would, before the sidecar
+        finish_shard(write(tmp_path, self.store, ORDINARY))
+        assert len(read_all(tmp_path, self.store)) == len(ORDINARY)
+
+    def test_leftovers_of_a_killed_writer_are_removed(self, tmp_path):
+        (tmp_path / "shards").mkdir()
+        for name in (".tmp-00000.tar-1-ab", ".tmp-00000.json-1-ab", ".tmp-00001.tar-1-ab"):
+            (tmp_path / "shards" / name).write_bytes(b"half")
+        (tmp_path / "shards" / ".tmp-00000.zarr-1-ab").mkdir()
+        finish_shard(write(tmp_path, self.store, [4]))
+        assert [n for n in os.listdir(tmp_path / "shards") if n.startswith(".tmp")] == [".tmp-00001.tar-1-ab"]
+
+    def test_killed_anywhere_and_resumed_the_bytes_are_the_same(self, tmp_path):
+        self.kill(tmp_path, stride={"zarr": 17, "webdataset": 5}[self.store])
+
+    @pytest.mark.slow
+    def test_killed_at_every_place_and_resumed_the_bytes_are_the_same(self, tmp_path):
+        self.kill(tmp_path, stride=1)
+
+    def kill(self, tmp_path, stride):
+        script = Path(__file__).with_name("kill_everywhere.py")
+        root = script.parents[2]
+        result = subprocess.run(
+            [sys.executable, script, self.store, tmp_path, str(stride)],
+            env={**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{script.parent}"},
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr
+        assert int(result.stdout) > 8
+
+    def test_missing_and_linked_shards_are_refused(self, tmp_path):
+        with pytest.raises(CacheFormatError, match="the shard is missing"):
+            read_all(tmp_path, self.store)
+        finish_shard(write(tmp_path / "real", self.store, [4]))
+        (tmp_path / "shards").mkdir()
+        (tmp_path / self.path).symlink_to(tmp_path / "real" / self.path)
+        with pytest.raises(CacheFormatError, match="the shard is missing"):
+            read_all(tmp_path, self.store)
+
+    def test_reading_is_safe_from_several_threads(self, tmp_path):
+        finish_shard(write(tmp_path, self.store, ORDINARY))
+        reader = open_reader(self.store, tmp_path, 0, make_plan().all_fields)
+        wrong = []
+
+        def run():
+            for _ in range(5):
+                for i, position in enumerate(ORDINARY):
+                    if reader.read(i)["labels"].tolist() != make_record(position)["labels"].tolist():
+                        wrong.append(position)
+
+        threads = [threading.Thread(target=run) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not wrong
+        reader.close()
+
+
+class TestZarr(StoreContract):
+    store = "zarr"
+    path = "shards/00000.zarr"
+
+    def test_plain_zarr_opens_a_shard(self, tmp_path):
+        finish_shard(write(tmp_path, "zarr", ORDINARY))
+        group = zarr.open_group(tmp_path / self.path, mode="r")
+        names = bytes(group["sample_ids"][:])
+        bounds = group["sample_ids_offsets"][:]
+        for i, position in enumerate(ORDINARY):
+            assert names[bounds[i] : bounds[i + 1]].decode() == sample_id(position)
+            for name, array in make_record(position).items():
+                start, stop = group[f"{name}_offsets"][i : i + 2]
+                np.testing.assert_array_equal(group[name][start:stop], array)
+
+    def test_consolidated_metadata_is_that_of_the_arrays(self, tmp_path):
+        finish_shard(write(tmp_path, "zarr", [4]))
+        root = json.loads((tmp_path / self.path / "zarr.json").read_text())
+        for name, metadata in root["consolidated_metadata"]["metadata"].items():
+            assert metadata == json.loads((tmp_path / self.path / name / "zarr.json").read_text())
+            [sharding] = metadata["codecs"]
+            assert sharding["name"] == "sharding_indexed"
+            assert sharding["configuration"]["codecs"][1]["configuration"]["shuffle"] == "bitshuffle"
+
+    def test_a_field_larger_than_a_chunk_is_one_file(self, tmp_path):
+        record = make_record(4)
+        record["tiles"] = np.random.default_rng(0).random((40_000, 6)).astype(np.float32)
+        writer = write(tmp_path, "zarr", [])
+        writer.append("big", record)
+        finish_shard(writer)
+        assert_equal_records(read_all(tmp_path, "zarr")["big"], record)
+        assert len([n for n in tree(tmp_path / self.path) if n.startswith("tiles/c/")]) == 1
+
+    @pytest.mark.parametrize(
+        ("name", "change", "message"),
+        [
+            ("labels", lambda m: m.update(shape=[1 << 50]), "bytes in chunks of .* are believed"),
+            ("labels", lambda m: m["chunk_grid"]["configuration"].update(chunk_shape=[1 << 40]), "believed"),
+            ("labels", lambda m: m["codecs"][0]["configuration"].update(chunk_shape=[1 << 40]), "believed"),
+            ("labels", lambda m: m["codecs"][0]["configuration"]["codecs"].append({"name": "numcodecs.pickle"}), "refused"),
+            ("labels", lambda m: m.update(shape=[-1]), "damaged"),
+            ("labels", lambda m: m.update(data_type="float64"), "declares float64"),
+            ("labels", lambda m: m.pop("codecs"), "no metadata of an array"),
+            ("labels", lambda m: m.update(shape=[3]), "do not fit labels"),
+            ("labels_offsets", lambda m: m.update(shape=[2]), "do not fit labels"),
+            ("sample_ids", lambda m: m.update(shape=[1 << 30]), "are believed"),
+        ],
+    )  # fmt: skip
+    def test_metadata_that_lies_is_refused_before_it_costs_anything(self, tmp_path, name, change, message):
+        finish_shard(write(tmp_path, "zarr", ORDINARY))
+        path = tmp_path / self.path / "zarr.json"
+        root = json.loads(path.read_text())
+        change(root["consolidated_metadata"]["metadata"][name])
+        path.write_text(json.dumps(root))
+        with pytest.raises(CacheFormatError, match=message):
+            read_all(tmp_path, "zarr")
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda r: r["attributes"].update(samples=1 << 40),
+            lambda r: r["attributes"].update(samples=1.5),
+            lambda r: r.update(node_type="array"),
+            lambda r: r.pop("consolidated_metadata"),
+            lambda r: r.update(consolidated_metadata=[]),
+        ],
+    )
+    def test_groups_that_are_no_shard_are_refused(self, tmp_path, change):
+        finish_shard(write(tmp_path, "zarr", [4]))
+        path = tmp_path / self.path / "zarr.json"
+        root = json.loads(path.read_text())
+        change(root)
+        path.write_text(json.dumps(root))
+        with pytest.raises(CacheFormatError):
+            read_all(tmp_path, "zarr")
+
+    def test_missing_files_and_links_inside_are_refused(self, tmp_path):
+        finish_shard(write(tmp_path, "zarr", ORDINARY))
+        data = tmp_path / self.path / "labels" / "c" / "0"
+        kept = data.read_bytes()
+        data.unlink()
+        with pytest.raises(CacheFormatError, match="its data is missing"):  # zarr would read zeros
+            read_all(tmp_path, "zarr")
+        (tmp_path / "elsewhere").write_bytes(kept)
+        data.symlink_to(tmp_path / "elsewhere")
+        with pytest.raises(CacheFormatError, match="a link or device"):
+            read_all(tmp_path, "zarr")
+        (tmp_path / self.path / "zarr.json").unlink()
+        data.unlink()
+        with pytest.raises(CacheFormatError, match="missing"):
+            read_all(tmp_path, "zarr")
+
+
+class TestWebDataset(StoreContract):
+    store = "webdataset"
+    path = "shards/00000.tar"
+
+    def test_plain_tar_and_safetensors_read_a_shard(self, tmp_path):
+        finish_shard(write(tmp_path, "webdataset", ORDINARY))
+        with tarfile.open(tmp_path / self.path) as tar:
+            members = tar.getmembers()
+            for member, position in zip(members, ORDINARY, strict=True):
+                key, dot, extension = member.name.partition(".")  # as webdataset splits it
+                assert (dot, extension) == (".", "safetensors.zst")
+                assert "/" not in key
+                plain = Zstd().decode(tar.extractfile(member).read())
+                assert_equal_records(safetensors.numpy.load(bytes(plain)), make_record(position))
+                header = json.loads(plain[8 : 8 + int.from_bytes(plain[:8], "little")])
+                assert header["__metadata__"] == {"sample_id": sample_id(position)}
+                assert (member.mtime, member.uid, member.gid, member.uname, member.mode) == (
+                    0,
+                    0,
+                    0,
+                    "",
+                    0o644,
+                )
+
+    def test_the_webdataset_package_iterates_a_shard(self, tmp_path):
+        from webdataset.tariterators import group_by_keys, tar_file_expander
+
+        finish_shard(write(tmp_path, "webdataset", ORDINARY))
+        with (tmp_path / self.path).open("rb") as file:
+            samples = list(group_by_keys(tar_file_expander([{"url": self.path, "stream": file}])))
+        found = {sample["__key__"]: sample["safetensors.zst"] for sample in samples}
+        assert list(found) == [key_of(sample_id(p)) for p in ORDINARY]
+        for position in ORDINARY:
+            record = safetensors.numpy.load(bytes(Zstd().decode(found[key_of(sample_id(position))])))
+            assert_equal_records(record, make_record(position))
+
+    @given(st.lists(st.text(min_size=1, max_size=120), min_size=2, max_size=2, unique=True))
+    def test_keys_are_safe_short_and_unique(self, names):
+        names = [n for n in names if n.isprintable()]
+        keys = [key_of(name) for name in names]
+        assert len(set(keys)) == len(names)
+        for key in keys:
+            assert len(key + EXTENSION) < 100
+            assert not set(key) & set("./\\: ")
+
+    def test_long_sample_ids_come_back(self, tmp_path):
+        writer = write(tmp_path, "webdataset", [])
+        names = ["a" * 500, "a" * 500 + "b", "~h", "~2e", ".", "../../etc/passwd"]
+        for name in names:
+            writer.append(name, make_record(4))
+        finish_shard(writer)
+        assert list(read_all(tmp_path, "webdataset")) == names
+
+    def tar_of(self, tmp_path, member, data=b""):
+        (tmp_path / "shards").mkdir(exist_ok=True)
+        with tarfile.open(tmp_path / self.path, "w") as tar:
+            tar.addfile(member, io.BytesIO(data))
+
+    @pytest.mark.parametrize(
+        ("name", "kind"),
+        [
+            ("../evil" + EXTENSION, tarfile.REGTYPE),
+            ("/evil" + EXTENSION, tarfile.REGTYPE),
+            ("a.b" + EXTENSION, tarfile.REGTYPE),
+            ("readme.md", tarfile.REGTYPE),
+            ("a" + EXTENSION, tarfile.SYMTYPE),
+            ("a" + EXTENSION, tarfile.LNKTYPE),
+            ("a" + EXTENSION, tarfile.CHRTYPE),
+            ("a" + EXTENSION, tarfile.DIRTYPE),
+        ],
+    )
+    def test_members_that_are_no_records_are_refused(self, tmp_path, name, kind):
+        member = tarfile.TarInfo(name)
+        member.type, member.linkname = kind, "/etc/passwd"
+        self.tar_of(tmp_path, member)
+        with pytest.raises(CacheFormatError, match="is not a record of a cache"):
+            read_all(tmp_path, "webdataset")
+
+    def test_decompression_bombs_are_refused_before_they_allocate(self, tmp_path):
+        bomb = bytearray(Zstd().encode(b"\0" * 100_000))
+        assert bomb[4] >> 6 == 2  # the header declares the size in 4 bytes, single segment or not
+        start = 5 if bomb[4] & 32 else 6
+        assert int.from_bytes(bomb[start : start + 4], "little") == 100_000
+        bomb[start : start + 4] = (0xFFFFFFFF).to_bytes(4, "little")
+        with pytest.raises(CacheFormatError, match="declares 4294967295 bytes, above"):
+            decode_member(bytes(bomb), "here")
+
+    def test_damaged_members_are_errors_of_ours(self):
+        data = encode_member("x", make_record(4))
+        assert decode_member(data, "here")[0] == "x"
+        for cut in (0, 4, 10, 17, len(data) // 2, len(data) - 1):
+            with pytest.raises(CacheFormatError, match="here"):
+                decode_member(data[:cut], "here")
+        for plain in (b"", b"\0" * 100, b"\xff" * 100, safetensors.numpy.save({"a": np.zeros(2)})):
+            with pytest.raises(CacheFormatError, match="here"):
+                decode_member(bytes(Zstd().encode(plain + b"")), "here")
+
+    def test_a_member_under_a_wrong_key_is_noticed(self, tmp_path):
+        data = encode_member("b", make_record(4))
+        member = tarfile.TarInfo("a" + EXTENSION)
+        member.size = len(data)
+        self.tar_of(tmp_path, member, data)
+        with pytest.raises(CacheFormatError, match="the member says it is 'b'"):
+            read_all(tmp_path, "webdataset")
+
+    def test_a_tar_cut_between_members_is_noticed(self, tmp_path):
+        finish_shard(write(tmp_path, "webdataset", ORDINARY))
+        with tarfile.open(tmp_path / self.path) as tar:
+            places = [m.offset for m in tar.getmembers()[1:]]
+        data = (tmp_path / self.path).read_bytes()
+        for place in places:
+            (tmp_path / self.path).write_bytes(data[:place])
+            with pytest.raises(CacheFormatError, match="truncated"):
+                read_all(tmp_path, "webdataset")
+
+
+def test_unknown_stores_are_refused(tmp_path):
+    with pytest.raises(CacheFormatError, match="store 'hdf5'; expected one of zarr, webdataset"):
+        open_writer("hdf5", tmp_path, 0, ())
+
+
+def test_a_shard_is_built_again_in_the_other_store_after_a_kill(tmp_path):
+    plan = make_plan("zarr")
+    write_plan(tmp_path, plan)
+    write(tmp_path, "webdataset", [4]).close()  # published, no sidecar, and its writer is gone
+    build_shard(tmp_path, plan, 0)
+    assert sidecar_path(tmp_path, 0).exists()
+    assert not (tmp_path / "shards" / "00000.tar").exists()
+    shutil.rmtree(tmp_path)

@@ -1,0 +1,164 @@
+"""Bad news before the first step: each misfit is refused with both values and the remedy."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+from tiny_cache import DATA, build_tiny_cache
+
+from common.cache import open_cache
+from common.config import config_from_dict
+from common.errors import CacheFormatError, CacheMismatchError, ConfigError
+from data.builtin import build_tokenizer
+from data.registry import open_dataset
+from data.templates import get_template
+from stage2_student.build_student import load_student
+from stage2_student.check_cache import check_data, check_signals, check_template, check_tokenizer
+from stage2_student.config import TrainConfig
+from stage2_student.preparation import prepare
+
+
+def make_config(cache, output="unused", **changes):
+    options = {
+        "student": "mobilevlm-tiny",
+        "data": DATA,
+        "cache": str(cache),
+        "output": str(output),
+        "phases": ["dft"],
+        "dft": {"steps": 1, "losses": {"logits": 1.0}},
+    }
+    return config_from_dict(TrainConfig, options | changes)
+
+
+def test_what_fits_is_accepted(tiny_cache):
+    prepared = prepare(make_config(tiny_cache[0]))
+    assert prepared.phases[0].steps == 1
+    assert prepared.student.image_grid == (3, 3)
+
+
+def test_an_unsealed_cache_is_refused_with_the_command_that_seals_it(tmp_path):
+    build_tiny_cache(tmp_path / "c", data="shapes:images=1,seed=5", signals=("logits",), sealed=False)
+    with pytest.raises(CacheFormatError, match=r"not sealed.*teacher-cache"):
+        prepare(make_config(tmp_path / "c", data="shapes:images=1,seed=5"))
+
+
+def test_a_damaged_cache_is_refused(tiny_cache, tmp_path):
+    shutil.copytree(tiny_cache[0], tmp_path / "c")
+    (tmp_path / "c" / "manifest.json").write_text("{")
+    with pytest.raises(CacheFormatError):
+        prepare(make_config(tmp_path / "c"))
+
+
+def test_another_tokenizer_is_refused_with_both_fingerprints(tiny_cache):
+    cache = open_cache(tiny_cache[0])
+    other = build_tokenizer()
+    other.eos_token = "<pad>"
+    expected = cache.plan.fingerprints["tokenizer"]
+    with pytest.raises(
+        CacheMismatchError, match=rf"fingerprint [0-9a-f]+, .* used {expected}.*teacher that has"
+    ):
+        check_tokenizer(cache, other, where="student X")
+
+
+def test_another_template_is_refused_by_name(tiny_cache):
+    cache = open_cache(tiny_cache[0])
+    check_template(cache, get_template("short"))
+    with pytest.raises(CacheMismatchError, match=r"'vicuna_v1' .* saw: 'short'.*Leave `template` unset"):
+        check_template(cache, get_template("vicuna_v1"))
+    with pytest.raises(CacheMismatchError, match="vicuna_v1"):
+        prepare(make_config(tiny_cache[0], template="vicuna_v1"))
+
+
+@pytest.mark.parametrize(
+    ("data", "what"),
+    [
+        ("shapes:images=18,seed=5", "2 of the cache's 20 sample ids are missing"),
+        ("shapes:images=21,seed=5", "samples were added"),
+    ],
+)
+def test_other_data_is_refused_naming_both_fingerprints_and_what_is_missing(tiny_cache, data, what):
+    cache = open_cache(tiny_cache[0])
+    check_data(cache, open_dataset(DATA))
+    with pytest.raises(
+        CacheMismatchError, match=rf"fingerprint [0-9a-f]+\).*{what}.*teacher-cache build --data"
+    ):
+        check_data(cache, open_dataset(data))
+
+
+def test_a_signal_that_is_not_cached_is_refused_naming_those_that_are(tmp_path):
+    build_tiny_cache(tmp_path / "c", data="shapes:images=1,seed=5", signals=("logits",))
+    cache = open_cache(tmp_path / "c")
+    check_signals(cache, ("logits",), temperature=1.0, phase="dft")
+    with pytest.raises(CacheMismatchError, match=r"'visual_map'.*holds logits.*dft.losses.visual_map=0"):
+        check_signals(cache, ("logits", "visual_map"), temperature=1.0, phase="dft")
+
+
+def test_a_temperature_that_is_not_cached_is_refused_naming_those_that_are(tiny_cache):
+    cache = open_cache(tiny_cache[0])
+    check_signals(cache, ("logits",), temperature=2.0, phase="dft")
+    with pytest.raises(CacheMismatchError, match=r"temperature is 3.0.*1.0, 2.0 only"):
+        check_signals(cache, ("logits",), temperature=3.0, phase="dft")
+
+
+def test_the_teacher_adapter_refuses_another_vision_tower(tiny_cache, tmp_path):
+    prepared = prepare(make_config(tiny_cache[0], projector="taf"))
+    student = prepared.student
+    student.model.vision_tower.vision_tower.vision_model.post_layernorm.weight.data += 1
+    student.save_pretrained(tmp_path / "student")
+    assert load_student(tmp_path / "student").config.projector_type == "taf"
+    with pytest.raises(CacheMismatchError, match=r"'taf'.*trained on another tower.*projector=ldpnetv2"):
+        prepare(make_config(tiny_cache[0], student=str(tmp_path / "student")))
+
+
+def test_a_student_folder_with_another_tokenizer_is_refused(tiny_cache, tmp_path):
+    prepared = prepare(make_config(tiny_cache[0]))
+    prepared.student.save_pretrained(tmp_path / "student")
+    prepared.tokenizer.save_pretrained(tmp_path / "student")
+    prepare(make_config(tiny_cache[0], student=str(tmp_path / "student")))
+    path = tmp_path / "student" / "tokenizer.json"
+    state = json.loads(path.read_text())
+    vocabulary = state["model"]["vocab"]
+    vocabulary["red"], vocabulary["blue"] = vocabulary["blue"], vocabulary["red"]
+    path.write_text(json.dumps(state))
+    with pytest.raises(CacheMismatchError, match="tokenizer of student"):
+        prepare(make_config(tiny_cache[0], student=str(tmp_path / "student")))
+
+
+def test_no_step_at_all_is_refused(tiny_cache):
+    config = make_config(tiny_cache[0])
+    with pytest.raises(ConfigError, match="no phase of dft has a step"):
+        prepare(replace(config, dft=replace(config.dft, steps=0)))
+
+
+def test_files_that_vanished_since_the_cache_was_built_are_named(tmp_path):
+    import PIL.Image
+
+    entries = []
+    for name in ("a", "b"):
+        PIL.Image.new("RGB", (72, 72), "red" if name == "a" else "blue").save(tmp_path / f"{name}.png")
+        turns = [{"from": "human", "value": "<image>\nwhat color ?"}, {"from": "gpt", "value": "red"}]
+        entries.append({"id": name, "image": f"{name}.png", "conversations": turns})
+    (tmp_path / "data.json").write_text(json.dumps(entries))
+    spec = str(tmp_path / "data.json")
+    build_tiny_cache(tmp_path / "c", data=spec, signals=("logits",))
+    prepare(make_config(tmp_path / "c", data=spec))
+    (tmp_path / "b.png").unlink()
+    with pytest.raises(CacheMismatchError, match=r"sample 'b' was readable.*Restore the file"):
+        prepare(make_config(tmp_path / "c", data=spec))
+
+
+def test_data_whose_place_is_not_known_must_be_named(tmp_path):
+    (tmp_path / "data.json").write_text(
+        json.dumps(
+            [
+                {
+                    "id": "a",
+                    "conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "red"}],
+                }
+            ]
+        )
+    )
+    build_tiny_cache(tmp_path / "c", data=str(tmp_path / "data.json"), signals=("logits",))
+    with pytest.raises(ConfigError, match="pass --data"):
+        prepare(make_config(tmp_path / "c", data=None))

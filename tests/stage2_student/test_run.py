@@ -1,0 +1,198 @@
+"""`distill run`: two students, one table, one page; nothing is done twice and nothing is mixed."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+from click.testing import CliRunner
+from tiny_cache import DATA
+
+from common.errors import ConfigError
+from stage2_student import run as run_module
+from stage2_student.cli import main
+from stage2_student.run import load_run_config, run
+
+FAST = [
+    "dpt.steps=1", "dft.steps=2", "sft.steps=1", "dpt.batch_size=4", "dft.batch_size=4", "sft.batch_size=4",
+    "evaluation.limit=2", "evaluation.letters=false", "evaluation.agreement_samples=4",
+    "evaluation.overlays=1", "device=cpu",
+]  # fmt: skip
+
+
+def make_config(cache, output, *more):
+    return load_run_config(
+        None, ["student=mobilevlm", f"data='{DATA}'", f"output={output}", *FAST, *more], cache=cache
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_cache, tmp_path_factory):
+    output = tmp_path_factory.mktemp("runs") / "run"
+    return run(make_config(tiny_cache[0], output))
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    shutil.copytree(finished.output, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_a_run_leaves_two_students_a_table_and_a_page(finished):
+    assert finished.fresh
+    for name in ("sft", "distilled"):
+        assert (finished.output / name / "final" / "model.safetensors").is_file()
+        assert (finished.output / name / "log.jsonl").is_file()
+    assert "sft" in finished.table.splitlines()[0]
+    assert "distilled" in finished.table.splitlines()[0]
+    assert "captions by likelihood" in finished.table
+    assert "<svg" in finished.report.read_text()
+    assert set(json.loads((finished.output / "evaluation.json").read_text())) == {"sft", "distilled"}
+
+
+def test_the_baseline_reads_nothing_of_the_teacher_and_takes_as_many_steps(finished):
+    logs = {}
+    for name in ("sft", "distilled"):
+        lines = (finished.output / name / "log.jsonl").read_text().splitlines()
+        logs[name] = [json.loads(line) for line in lines]
+    assert [r["phase"] for r in logs["sft"]] == [r["phase"] for r in logs["distilled"]]
+    assert not any({"logits", "answer_attention"} & record.keys() for record in logs["sft"])
+    assert {"logits", "answer_attention"} <= logs["distilled"][1].keys()
+
+
+def test_a_second_call_says_that_all_is_up_to_date_without_training(tiny_cache, finished, monkeypatch):
+    monkeypatch.setattr(run_module, "train_arm", None)
+    again = run(make_config(tiny_cache[0], finished.output))
+    assert not again.fresh
+    assert again.table == finished.table
+
+
+def test_the_second_call_imports_neither_torch_nor_transformers(tiny_cache, finished):
+    arguments = ["run", "--student", "mobilevlm", "--data", DATA, "--cache", str(tiny_cache[0])]
+    arguments += ["--output", str(finished.output), *(part for item in FAST for part in ("--set", item))]
+    code = (
+        "import sys\nfrom stage2_student.cli import main\n"
+        f"main({arguments!r}, standalone_mode=False)\n"
+        "loaded = {'torch', 'transformers', 'accelerate'} & set(sys.modules)\n"
+        "sys.exit(f'imported {loaded}' if loaded else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "up to date" in done.stdout
+    assert f"Report: {finished.report}" in done.stdout
+
+
+def test_what_is_finished_is_kept_when_a_run_was_killed_half_way(tiny_cache, copied, monkeypatch):
+    stamp = json.loads((copied / "run.json").read_text())
+    (copied / "run.json").write_text(json.dumps({**stamp, "finished": None}))
+    shutil.rmtree(copied / "distilled" / "final")
+    (copied / "distilled" / "evaluation.json").unlink()
+    trained = []
+    real = run_module.train_arm
+    monkeypatch.setattr(
+        run_module, "train_arm", lambda arm, **k: (trained.append(arm.output), real(arm, **k))
+    )
+    said = []
+    assert run(make_config(tiny_cache[0], copied), say=said.append).fresh
+    assert trained == [str(copied / "distilled")]
+    assert said[0] == "sft: trained already"
+
+
+def test_another_configuration_is_refused_naming_both_values(tiny_cache, copied):
+    with pytest.raises(ConfigError, match=r"dft.lr: 0.002 there, 0.01 now(.|\n)*another --output") as caught:
+        run(make_config(tiny_cache[0], copied, "dft.lr=0.01"))
+    assert "seed" not in str(caught.value)
+
+
+def test_settings_that_do_not_change_the_result_are_no_other_configuration(tiny_cache, copied):
+    assert not run(make_config(tiny_cache[0], copied, "num_workers=0", "log_every=1")).fresh
+
+
+def test_another_way_of_scoring_scores_again_and_trains_nothing(tiny_cache, finished, copied, monkeypatch):
+    monkeypatch.setattr(run_module, "train_arm", None)
+    again = run(make_config(tiny_cache[0], copied, "evaluation.limit=3"))
+    assert again.fresh
+    assert again.table != finished.table
+
+
+def test_a_folder_of_something_else_is_refused(tiny_cache, tmp_path):
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(ConfigError, match=r"not empty and holds no run.json.*another --output"):
+        run(make_config(tiny_cache[0], tmp_path))
+
+
+def test_presets_follow_the_teachers_width_and_users_override_them(tiny_cache, tmp_path):
+    tiny = make_config(tiny_cache[0], tmp_path)
+    assert tiny.dft.steps == 2
+    assert tiny.precision == "no"
+    published = load_run_config(None, ["student=mobilevlm-1.7b", f"output={tmp_path}"], cache=tiny_cache[0])
+    assert (published.dpt.batch_size, published.dft.batch_size, published.sft.batch_size) == (256, 128, 192)
+    assert published.precision == "bf16"
+    assert published.dft.epochs == 1.0
+    by_steps = load_run_config(
+        None, ["student=mobilevlm-1.7b", f"output={tmp_path}", "dft.steps=7"], cache=tiny_cache[0]
+    )
+    assert (by_steps.dft.steps, by_steps.dft.epochs) == (7, None)
+
+
+def test_a_yaml_file_stands_between_preset_and_command_line(tiny_cache, tmp_path):
+    (tmp_path / "mine.yaml").write_text("dft:\n  lr: 0.5\n  losses: {logits: 0.25}\nseed: 3\n")
+    config = load_run_config(
+        tmp_path / "mine.yaml", ["student=mobilevlm", f"output={tmp_path}", "seed=4"], cache=tiny_cache[0]
+    )
+    assert (config.dft.lr, config.dft.losses.logits, config.seed) == (0.5, 0.25, 4)
+    assert config.dft.losses.answer_attention == 1.0
+
+
+def test_evaluate_report_and_export_work_from_the_folders_alone(finished, tmp_path):
+    runner = CliRunner()
+    student = finished.output / "distilled" / "final"
+    scored = runner.invoke(
+        main, ["evaluate", str(student), "--limit", "2", "--output", str(tmp_path / "s.json")]
+    )
+    assert scored.exit_code == 0, scored.output
+    assert "captions by likelihood" in scored.output
+    assert json.loads((tmp_path / "s.json").read_text())["scores"]
+    told = runner.invoke(main, ["report", str(finished.output)])
+    assert told.exit_code == 0, told.output
+    assert f"Report: {finished.report}" in told.output
+    exported = runner.invoke(main, ["export", str(student), "--output", str(tmp_path / "half")])
+    assert exported.exit_code == 0, exported.output
+    from stage2_student.build_student import load_student
+
+    load_student(tmp_path / "half")
+    assert (tmp_path / "half" / "tokenizer.json").is_file()
+    refused = runner.invoke(main, ["export", str(student), "--output", str(tmp_path / "half")])
+    assert refused.exit_code == 1
+    assert "error: " in refused.output
+
+
+def test_train_prints_a_summary_and_the_next_command(tiny_cache, tmp_path):
+    arguments = ["train", "--student", "mobilevlm-tiny", "--data", DATA, "--cache", str(tiny_cache[0])]
+    arguments += ["--output", str(tmp_path / "run"), "--phases", "dpt,sft", "--seed", "2"]
+    result = CliRunner().invoke(main, [*arguments, *(part for item in FAST for part in ("--set", item))])
+    assert result.exit_code == 0, result.output
+    assert "dpt: 1 steps" in result.output
+    assert "data_wait" in result.output
+    assert f"Next: distill evaluate {tmp_path / 'run' / 'final'}" in result.output
+
+
+def test_errors_are_one_line_without_a_traceback(tiny_cache, tmp_path):
+    arguments = [
+        "train",
+        "--cache",
+        str(tiny_cache[0]),
+        "--output",
+        str(tmp_path / "x"),
+        "--phases",
+        "dpt rlhf",
+    ]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 1
+    assert "error: phases: 'rlhf' is none of dpt, dft, sft" in result.output
+    assert "Traceback" not in result.output
+
+
+def test_usage_errors_exit_with_two():
+    assert CliRunner().invoke(main, ["train", "--nonsense"]).exit_code == 2

@@ -65,9 +65,9 @@ def _absent(scene: Scene) -> list[str]:
 
 def list_caption(scene: Scene, generator: np.random.Generator) -> str:
     """Name two or three objects, one of them sometimes with its size."""
-    things = _shuffled(scene, generator)[: 3 if generator.random() < 0.4 else 2]
+    things = _shuffled(scene, generator)[: 3 if generator.random() < 0.3 else 2]
     nouns = [thing.noun for thing in things]
-    if len(things) == 2 and generator.random() < 0.5:
+    if len(things) == 2 and generator.random() < 0.7:
         sized = int(generator.integers(2))
         nouns[sized] = f"{things[sized].size} {nouns[sized]}"
     return _listed(*nouns)

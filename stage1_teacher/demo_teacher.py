@@ -5,7 +5,7 @@ The recipe, each phase on what the one before left (seconds on two idle cores in
 1. tower: dense labels a patch, then frozen (`demo_vision.train_tower`, 60)
 2. projector and embeddings: name each patch without the language model (`demo_vision.align_projector`, 5)
 3. language: conversations packed behind each picture's visual tokens, block-diagonal mask, so the text the
-   teacher learns from is exactly what stage one shows it (`train_language`, 350)
+   teacher learns from is exactly what stage one shows it (`demo_language.train_language`, 350)
 
 For other data the shipped teacher is the start, tower included: easy-vqa's shapes are close enough
 that phase 3 alone, end to end, is enough.
@@ -14,9 +14,7 @@ that phase 3 alone, end to end, is enough.
 import logging
 import platform
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,23 +22,20 @@ from typing import Any
 import numpy as np
 import tokenizers
 import torch
-import torch.nn.functional as F
 import transformers
-from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
 from common.atomic import create_temporary, publish_directory, remove, write_json_atomic
 from common.errors import ConfigError
-from common.schema import IGNORE_INDEX
 from data.builtin import IMAGE_TOKEN, MODEL_MAX_LENGTH, load_image_processor, load_tokenizer
-from data.collate import Batch, collate
 from data.encoding import ImageEncoder, SampleEncoder
 from data.registry import open_dataset, open_evaluation
-from data.sample import Dataset, Sample, Turn, fingerprint_samples
+from data.sample import Dataset
 from data.shapes import ShapesDataset, shapes_evaluation
 from data.shapes_scene import GRID
 from data.templates import TEMPLATES
-from stage1_teacher.demo_model import WarmCosine, build_demo_model
+from stage1_teacher.demo_language import DrilledScenes, train_language
+from stage1_teacher.demo_model import build_demo_model
 from stage1_teacher.demo_scoring import mean_accuracy, score_model
 from stage1_teacher.demo_vision import align_projector, normalize_pictures, train_tower
 
@@ -158,11 +153,19 @@ def train_demo_teacher(
     started = time.monotonic()
     if name == "shapes":
         pictures = recipe.language_steps * recipe.images_per_step
-        dataset: Dataset = LocatedScenes(ShapesDataset("train", pictures, seed=seed + 2 * _OWN_PICTURES))
+        dataset: Dataset = DrilledScenes(ShapesDataset("train", pictures, seed=seed + 2 * _OWN_PICTURES))
         model.model.vision_tower.requires_grad_(False)
     else:
         dataset = open_dataset(data_spec, split="train")
-    train_language(model, encoder, dataset, recipe, seed=seed)
+    train_language(
+        model,
+        encoder,
+        dataset,
+        steps=recipe.language_steps,
+        images_per_step=recipe.images_per_step,
+        rate=recipe.rate,
+        seed=seed,
+    )
     seconds["language"] = round(time.monotonic() - started, 1)
 
     model = model.half().float().eval().requires_grad_(False)  # as it will be written
@@ -196,106 +199,6 @@ def train_demo_teacher(
     _write_teacher(model, encoder, record, output)
     logger.info("teacher %s: %s", output, record["accuracy"]["mean"])
     return record
-
-
-class LocatedScenes:
-    """Drawn scenes with a location turn for every object, before the data set's own turns.
-
-    Finding a named object is the skill that all relations are built from; with one such turn a picture the
-    language model needs about three times the steps to acquire it.
-    """
-
-    def __init__(self, scenes: ShapesDataset) -> None:
-        self._scenes = scenes
-        self.name = f"{scenes.name}, all located"
-        self.sample_ids: Sequence[str] = scenes.sample_ids
-
-    def __len__(self) -> int:
-        return len(self._scenes)
-
-    def __getitem__(self, index: int) -> Sample:
-        sample = self._scenes[index]
-        things = self._scenes.scene(index).objects
-        located = [Turn(question=f"where is the {thing.noun}", answer=thing.cell_name) for thing in things]
-        return replace(sample, turns=tuple(dict.fromkeys([*located, *sample.turns])))
-
-    def fingerprint(self) -> str:
-        """Hash of ids and turns."""
-        return fingerprint_samples(self)
-
-
-def train_language(
-    model: LlavaForConditionalGeneration,
-    encoder: SampleEncoder,
-    dataset: Dataset,
-    recipe: DemoRecipe,
-    *,
-    seed: int,
-) -> None:
-    """Train all parameters that require a gradient on a data set's answers.
-
-    Args:
-        model: Trained in place.
-        encoder: Turns samples into sequences.
-        dataset: Passed over in a new order as often as the steps need.
-        recipe: Steps, pictures a step, peak learning rate.
-        seed: Of the order.
-    """
-    optimizer = WarmCosine(model, rate=recipe.rate, steps=recipe.language_steps, warmup=50)
-    started = time.monotonic()
-    for step, batch in enumerate(_batches(encoder, dataset, recipe, seed)):
-        hidden = model.model(**batch.model_inputs(), use_cache=False).last_hidden_state  # [B, T, D]
-        loss = answer_loss(model.lm_head(hidden[batch.labels != IGNORE_INDEX]), batch.labels)
-        optimizer.step(loss)
-        if step % 50 == 49:
-            left = (time.monotonic() - started) / (step + 1) * (recipe.language_steps - step - 1)
-            logger.info(
-                "language %d/%d: loss %.3f nats a token, %.0f s left",
-                step + 1, recipe.language_steps, loss.item(), left,
-            )  # fmt: skip
-
-
-def answer_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of supervised rows, each answer weighted by the square root of its length.
-
-    Most words of a caption are a free choice (which object comes first), all of a short answer follows
-    from the picture; plain token means give captions three quarters of the weight.
-
-    Args:
-        logits: Of the supervised rows, float ``[A, V]``.
-        labels: Shifted labels, int64 ``[B, T]``.
-
-    Returns:
-        Scalar, nats a token.
-    """
-    rows = labels != IGNORE_INDEX
-    begins = rows.clone()
-    begins[:, 1:] &= ~rows[:, :-1]
-    answer = begins.flatten().cumsum(0).view_as(rows)[rows] - 1  # [A], number of the answer a row is in
-    weight = torch.bincount(answer)[answer].float().rsqrt()
-    losses = F.cross_entropy(logits, labels[rows], reduction="none")
-    return (losses * weight).sum() / weight.sum()
-
-
-def _batches(encoder: SampleEncoder, dataset: Dataset, recipe: DemoRecipe, seed: int) -> Iterator[Batch]:
-    """Yield ``language_steps`` batches; the next one is drawn and encoded while the model runs."""
-    count = recipe.images_per_step
-    generator = np.random.default_rng(seed)
-    order: list[int] = []
-    while len(order) < recipe.language_steps * count:
-        order += generator.permutation(len(dataset)).tolist()
-
-    def encode(step: int) -> Batch:
-        chosen = order[step * count : (step + 1) * count]
-        return collate([encoder(dataset[index]) for index in chosen], encoder.tokenizer.pad_token_id)
-
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        ahead = pool.submit(encode, 0)
-        for step in range(recipe.language_steps):
-            batch = ahead.result()
-            if step + 1 < recipe.language_steps:
-                ahead = pool.submit(encode, step + 1)
-            yield batch
 
 
 def _starting_point(

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from common.manifest import MANIFEST, Manifest, Plan, missing_shards, read_manifest, seal
 from data.registry import open_dataset
+from data.threads import leave_one_core
 from stage1_teacher.card import write_card
 from stage1_teacher.config import BuildConfig
 from stage1_teacher.fidelity import measure_fidelity
@@ -58,6 +59,7 @@ def extract(config: BuildConfig, *, overwrite: bool = False) -> BuildSummary:
     Raises:
         DistillError: With the remedy, if teacher, data or folder cannot be used.
     """
+    leave_one_core()
     cache_dir = Path(config.cache)
     dataset = open_dataset(
         config.data, split=config.split, images=Path(config.images) if config.images else None,

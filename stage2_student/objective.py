@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from common.codecs.row_attention import RowAttention
 from common.schema import IGNORE_INDEX
 from common.visual_attention import AttentionCapture, AttentionRequest
-from stage2_student.cached_dataset import AttentionBatch, TrainingBatch
 from stage2_student.losses import (
     AnswerLossKind,
     answer_attention_loss,
@@ -31,6 +30,7 @@ from stage2_student.losses import (
     visual_map_cosine_loss,
 )
 from stage2_student.signals import ATTENTION_SIGNALS
+from stage2_student.training_batch import AttentionBatch, TrainingBatch
 
 Groups = tuple[tuple[int, ...], ...]
 

@@ -22,7 +22,7 @@ from data.registry import open_dataset
 from data.sample import Dataset
 from data.templates import PromptTemplate, get_template
 from stage2_student.build_student import SIZES, STUDENTS, build_student
-from stage2_student.cached_dataset import CachedDataset
+from stage2_student.cached_dataset import CachedDataset, SampleMemory
 from stage2_student.check_cache import (
     check_data,
     check_signals,
@@ -248,6 +248,7 @@ def _prepare_phases(
 ) -> tuple[PreparedPhase, ...]:
     opened: dict[tuple[object, ...], Dataset] = {}
     joined: dict[tuple[object, ...], CachedDataset] = {}
+    memories: dict[tuple[object, ...], SampleMemory] = {}
     phases = []
     for name in config.phases:
         phase = config.phase(name)
@@ -258,7 +259,7 @@ def _prepare_phases(
         if source not in opened:
             opened[source] = open_cached_data(cache, data=phase.data, images=phase.images)
             check_data(cache, opened[source])
-        # Phases with the same signals share their join, and so what it keeps in memory.
+        # Phases of the same data share what is kept in memory; those with the same signals, their join.
         if (*source, signals) not in joined:
             joined[*source, signals] = CachedDataset(
                 opened[source],
@@ -267,7 +268,7 @@ def _prepare_phases(
                 signals=signals,
                 pad_token_id=encoder.tokenizer.pad_token_id or 0,
                 limit=config.limit,
-                memory_bytes=round(config.memory_gib * 2**30),
+                memory=memories.setdefault(source, SampleMemory(round(config.memory_gib * 2**30))),
                 shuffle_teacher_images=config.shuffle_teacher_images,
             )
             probe_samples(joined[*source, signals])

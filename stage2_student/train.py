@@ -23,7 +23,6 @@ from tqdm import tqdm
 from common.atomic import clean_stale, create_temporary, publish_directory, remove, write_json_atomic
 from common.config import config_from_dict, config_to_dict, save_config
 from common.visual_attention import AttentionCapture
-from stage2_student.cached_dataset import TrainingBatch
 from stage2_student.checkpoint import Position, find_resume_point, restore, write_checkpoint
 from stage2_student.config import TrainConfig
 from stage2_student.models.mobilevlm import MobileVLMForConditionalGeneration
@@ -32,6 +31,7 @@ from stage2_student.optim import build_optimizer, learning_rate, set_learning_ra
 from stage2_student.prefetch import Prefetcher
 from stage2_student.preparation import Preparation, PreparedPhase, prepare
 from stage2_student.sampler import micro_batch_count, split_step
+from stage2_student.training_batch import TrainingBatch
 from stage2_student.training_log import TrainingLog
 
 _log = logging.getLogger(__name__)

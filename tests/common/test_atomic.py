@@ -104,7 +104,7 @@ def test_the_lock_survives_publishing(tmp_path):
 
 def test_read_json_refuses_links_large_files_and_damage(tmp_path):
     (tmp_path / "file").write_text('{"a": 1}')
-    os.symlink(tmp_path / "file", tmp_path / "link")
+    (tmp_path / "link").symlink_to(tmp_path / "file")
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "nan").write_text("[NaN]")
     (tmp_path / "deep").write_text("[" * 100_000)

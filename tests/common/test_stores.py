@@ -42,6 +42,14 @@ def read_all(folder, store, index=0):
     return records
 
 
+def temporaries(cache_dir):
+    return [path.name for path in (cache_dir / "shards").iterdir() if path.name.startswith(".tmp")]
+
+
+def codecs_of(metadata):
+    return metadata["codecs"][0]["configuration"]
+
+
 class StoreContract:
     """Every store passes these."""
 
@@ -121,7 +129,7 @@ class StoreContract:
         sidecar = finish_shard(first)
         assert finish_shard(second) == sidecar
         assert len(read_all(tmp_path, self.store)) == len(ORDINARY)
-        assert not [name for name in os.listdir(tmp_path / "shards") if name.startswith(".tmp")]
+        assert temporaries(tmp_path) == []
 
     def test_of_two_writers_that_differ_the_second_says_so_and_harms_nothing(self, tmp_path):
         first, second = write(tmp_path, self.store, ORDINARY), write(tmp_path, self.store, [4, 5])
@@ -153,10 +161,10 @@ class StoreContract:
             (tmp_path / "shards" / name).write_bytes(b"half")
         (tmp_path / "shards" / ".tmp-00000.zarr-1-ab").mkdir()
         finish_shard(write(tmp_path, self.store, [4]))
-        assert [n for n in os.listdir(tmp_path / "shards") if n.startswith(".tmp")] == [".tmp-00001.tar-1-ab"]
+        assert temporaries(tmp_path) == [".tmp-00001.tar-1-ab"]
 
     def test_killed_anywhere_and_resumed_the_bytes_are_the_same(self, tmp_path):
-        self.kill(tmp_path, stride={"zarr": 17, "webdataset": 5}[self.store])
+        self.kill(tmp_path, stride={"zarr": 13, "webdataset": 4}[self.store])
 
     @pytest.mark.slow
     def test_killed_at_every_place_and_resumed_the_bytes_are_the_same(self, tmp_path):
@@ -240,8 +248,8 @@ class TestZarr(StoreContract):
         [
             ("labels", lambda m: m.update(shape=[1 << 50]), "bytes in chunks of .* are believed"),
             ("labels", lambda m: m["chunk_grid"]["configuration"].update(chunk_shape=[1 << 40]), "believed"),
-            ("labels", lambda m: m["codecs"][0]["configuration"].update(chunk_shape=[1 << 40]), "believed"),
-            ("labels", lambda m: m["codecs"][0]["configuration"]["codecs"].append({"name": "numcodecs.pickle"}), "refused"),
+            ("labels", lambda m: codecs_of(m).update(chunk_shape=[1 << 40]), "believed"),
+            ("labels", lambda m: codecs_of(m)["codecs"].append({"name": "numcodecs.pickle"}), "refused"),
             ("labels", lambda m: m.update(shape=[-1]), "damaged"),
             ("labels", lambda m: m.update(data_type="float64"), "declares float64"),
             ("labels", lambda m: m.pop("codecs"), "no metadata of an array"),

@@ -13,7 +13,7 @@ from common.schema import IGNORE_INDEX
 from data.images import ImageArray
 from data.registry import open_dataset
 from data.sample import Sample, Turn, fingerprint_samples
-from stage2_student.cached_dataset import CachedDataset
+from stage2_student.cached_dataset import CachedDataset, SampleMemory
 
 SIGNALS = ("logits", "answer_attention", "visual_columns", "visual_map")
 
@@ -114,10 +114,14 @@ def test_samples_that_failed_in_stage_one_are_left_out_and_counted(tmp_path):
 
 
 def test_kept_samples_are_the_same_objects_and_memory_is_bounded(tiny_cache):
-    joined = open_joined(tiny_cache[0], memory_bytes=2**30)
-    assert joined.load(0) is joined.load(0)
-    small = open_joined(tiny_cache[0], memory_bytes=10)
-    assert small.load(0) is not small.load(0)
+    memory = SampleMemory(2**30)
+    joined = open_joined(tiny_cache[0], memory=memory)
+    other = open_joined(tiny_cache[0], memory=memory, signals=("logits",))
+    assert joined.load(0).encoded is joined.load(0).encoded is other.load(0).encoded
+    assert joined.load(0).signals is joined.load(0).signals
+    assert other.load(0).signals is not joined.load(0).signals
+    small = open_joined(tiny_cache[0], memory=SampleMemory(10))
+    assert small.load(0).encoded is not small.load(0).encoded
 
 
 def test_other_words_are_refused_naming_sample_labels_and_remedy(tiny_cache):

@@ -1,0 +1,137 @@
+"""The third phase of the built-in teacher: the language model learns to answer from what it sees.
+
+Conversations about a picture are packed behind its visual tokens, by the same encoder and with the
+same block-diagonal mask that stage one uses: what the teacher learns from is what it is shown later.
+
+Dims: B sequences, T tokens, A supervised rows, V vocabulary, D width.
+"""
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import LlavaForConditionalGeneration
+
+from common.schema import IGNORE_INDEX
+from data.collate import Batch, collate
+from data.encoding import SampleEncoder
+from data.sample import Dataset, Sample, Turn, fingerprint_samples
+from data.shapes import ShapesDataset
+from data.shapes_text import list_caption, side_question
+from stage1_teacher.demo_model import WarmCosine
+
+logger = logging.getLogger(__name__)
+
+
+class DrilledScenes:
+    """Drawn scenes with drills before the data set's own turns; only the teacher is trained on them.
+
+    The drills are a location turn for every object, two turns about sides and one more list of objects.
+    Finding a named object is the skill that relations are built from: with one location turn a picture
+    the language model needs about three times the steps to acquire it.
+    """
+
+    def __init__(self, scenes: ShapesDataset) -> None:
+        self._scenes = scenes
+        self.name = f"{scenes.name}, drilled"
+        self.sample_ids: Sequence[str] = scenes.sample_ids
+
+    def __len__(self) -> int:
+        return len(self._scenes)
+
+    def __getitem__(self, index: int) -> Sample:
+        sample, scene = self._scenes[index], self._scenes.scene(index)
+        generator = np.random.default_rng([self._scenes.seed, index])
+        asked = [(f"where is the {thing.noun}", thing.cell_name) for thing in scene.objects]
+        sides = (side_question(scene, generator) for _ in range(3))  # None where both are in one row
+        asked += [side for side in sides if side is not None][:2]
+        asked.append(("", list_caption(scene, generator)))
+        drills = [Turn(question=question, answer=answer) for question, answer in asked]
+        return replace(sample, turns=tuple(dict.fromkeys([*drills, *sample.turns])))
+
+    def fingerprint(self) -> str:
+        """Hash of ids and turns."""
+        return fingerprint_samples(self)
+
+
+def train_language(
+    model: LlavaForConditionalGeneration,
+    encoder: SampleEncoder,
+    dataset: Dataset,
+    *,
+    steps: int,
+    images_per_step: int,
+    rate: float,
+    seed: int,
+) -> None:
+    """Train all parameters that require a gradient on a data set's answers.
+
+    Args:
+        model: Trained in place.
+        encoder: Turns samples into sequences.
+        dataset: Passed over in a new order as often as the steps need.
+        steps: Optimizer steps.
+        images_per_step: Pictures, with all their conversations, a step.
+        rate: Peak learning rate.
+        seed: Of the order.
+    """
+    optimizer = WarmCosine(model, rate=rate, steps=steps, warmup=50)
+    started = time.monotonic()
+    for step, batch in enumerate(_batches(encoder, dataset, steps, images_per_step, seed)):
+        hidden = model.model(**batch.model_inputs(), use_cache=False).last_hidden_state  # [B, T, D]
+        loss = answer_loss(model.lm_head(hidden[batch.labels != IGNORE_INDEX]), batch.labels)
+        optimizer.step(loss)
+        if step % 50 == 49:
+            left = (time.monotonic() - started) / (step + 1) * (steps - step - 1)
+            logger.info(
+                "language %d/%d: loss %.3f nats a token, %.0f s left",
+                step + 1, steps, loss.item(), left,
+            )  # fmt: skip
+
+
+def answer_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of supervised rows, each answer weighted by the square root of its length.
+
+    Most words of a caption are a free choice (which object comes first), all of a short answer follows
+    from the picture; plain token means give captions three quarters of the weight.
+
+    Args:
+        logits: Of the supervised rows, float ``[A, V]``.
+        labels: Shifted labels, int64 ``[B, T]``.
+
+    Returns:
+        Scalar, nats a token.
+    """
+    rows = labels != IGNORE_INDEX
+    begins = rows.clone()
+    begins[:, 1:] &= ~rows[:, :-1]
+    answer = begins.flatten().cumsum(0).view_as(rows)[rows] - 1  # [A], number of the answer a row is in
+    weight = torch.bincount(answer)[answer].float().rsqrt()
+    losses = F.cross_entropy(logits, labels[rows], reduction="none")
+    return (losses * weight).sum() / weight.sum()
+
+
+def _batches(encoder: SampleEncoder, dataset: Dataset, steps: int, count: int, seed: int) -> Iterator[Batch]:
+    """Yield ``steps`` batches of ``count`` samples; the next is encoded while the model runs."""
+    generator = np.random.default_rng(seed)
+    order: list[int] = []
+    while len(order) < steps * count:
+        order += generator.permutation(len(dataset)).tolist()
+
+    def encode(step: int) -> Batch:
+        chosen = order[step * count : (step + 1) * count]
+        return collate([encoder(dataset[index]) for index in chosen], encoder.tokenizer.pad_token_id)
+
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        ahead = pool.submit(encode, 0)
+        for step in range(steps):
+            batch = ahead.result()
+            if step + 1 < steps:
+                ahead = pool.submit(encode, step + 1)
+            yield batch

@@ -1,0 +1,174 @@
+"""Samples of one forward pass: the student's tokens and, in the same order, what the teacher said of them.
+
+Dims: B batch, T sequence, A supervised rows, R most rows of a sample, M most visual tokens, C common cells, I
+samples with an image, G layer groups.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.codecs.logits import SparseLogits
+from common.schema import IGNORE_INDEX
+from data.collate import Batch, collate, supervised_rows, visual_keys
+from data.encoding import EncodedSample
+from stage2_student.signals import SampleSignals
+
+
+@dataclass(frozen=True)
+class AttentionBatch:
+    """One attention signal of a batch, padded to the most cells; samples with an image only, in batch order.
+
+    Attributes:
+        teacher: float32; ``answer_attention`` ``[A', G, C]`` (rows of samples with an image),
+            ``visual_columns`` ``[I, G, C]``, ``visual_map`` ``[I, G, C, C]``.
+        image_mass: float32 ``[A', G]`` of ``answer_attention``; else None.
+        student_pool: float32 ``[I, M, C]``.
+        content: bool ``[I, C]``, False where a cell carries no image; None if all do.
+    """
+
+    teacher: Tensor
+    image_mass: Tensor | None
+    student_pool: Tensor
+    content: Tensor | None
+
+
+@dataclass(frozen=True)
+class TrainingBatch:
+    """A micro-batch: what the student reads and what the teacher said of it.
+
+    Attributes:
+        inputs: Tokens, masks and pixels.
+        labels: Targets of the supervised rows, batch order, int64 ``[A]``.
+        logits: The teacher's logits of these rows; None if no loss reads them.
+        attention: The teacher's attention by signal.
+        rows: Positions of supervised rows, int64 ``[B, R]``, padding -1; on the CPU.
+        keys: Positions of visual tokens, int64 ``[B, M]``, padding -1; on the CPU.
+        has_image: Positions in the batch of samples with an image, int64 ``[I]``.
+        row_count: A.
+        image_row_count: A', supervised rows of samples with an image.
+        image_count: I.
+    """
+
+    inputs: Batch
+    labels: Tensor
+    logits: SparseLogits | None
+    attention: Mapping[str, AttentionBatch]
+    rows: Tensor
+    keys: Tensor
+    has_image: Tensor
+    row_count: int
+    image_row_count: int
+    image_count: int
+
+    def to(self, device: torch.device) -> "TrainingBatch":
+        """The batch on a device; positions stay on the CPU, where they are checked without waiting."""
+        if device.type == "cpu":
+            return self
+        moved: TrainingBatch = _map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
+        return replace(moved, rows=self.rows, keys=self.keys)
+
+    def pinned(self) -> "TrainingBatch":
+        """The batch in page-locked memory, from which copies to an accelerator need not wait."""
+        pinned: TrainingBatch = _map_tensors(self, lambda tensor: tensor.pin_memory())
+        return pinned
+
+
+def _map_tensors(value: Any, function: Any) -> Any:
+    """Apply a function to every tensor of nested dataclasses and dicts."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, dict):
+        return {key: _map_tensors(item, function) for key, item in value.items()}
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(
+            value,
+            **{entry.name: _map_tensors(getattr(value, entry.name), function) for entry in fields(value)},
+        )
+    return value
+
+
+@dataclass(frozen=True)
+class TrainingSample:
+    """One sample, encoded and decoded."""
+
+    encoded: EncodedSample
+    signals: SampleSignals
+
+    @property
+    def has_image(self) -> bool:
+        """Whether the sample has visual tokens."""
+        return self.encoded.pixel_values is not None
+
+
+def arrays_of(value: Any) -> Iterable[Tensor | np.ndarray]:
+    """All tensors and arrays inside nested dataclasses and mappings."""
+    if isinstance(value, Tensor | np.ndarray):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from arrays_of(item)
+    elif is_dataclass(value) and not isinstance(value, type):
+        for entry in fields(value):
+            yield from arrays_of(getattr(value, entry.name))
+
+
+def collate_samples(samples: Sequence[TrainingSample], *, pad_token_id: int) -> TrainingBatch:
+    """Pad samples to one batch and concatenate the teacher's rows in the same order.
+
+    Args:
+        samples: At least one; all with the same signals.
+        pad_token_id: Fills shorter sequences.
+
+    Returns:
+        The micro-batch, on the CPU.
+    """
+    inputs = collate([sample.encoded for sample in samples], pad_token_id)
+    counts = [len(sample.encoded.supervised_rows) for sample in samples]
+    images = [position for position, sample in enumerate(samples) if sample.has_image]
+    logits = [sample.signals.logits for sample in samples if sample.signals.logits is not None]
+    attention: dict[str, AttentionBatch] = {}
+    if images:
+        for signal in samples[images[0]].signals.attention:
+            targets = [samples[position].signals.attention[signal] for position in images]
+            cells = max(target.content.shape[0] for target in targets)
+            keys = max(target.student_pool.shape[0] for target in targets)
+            rows = [_pad_cells(target.teacher, cells, both=signal == "visual_map") for target in targets]
+            by_row = signal == "answer_attention"
+            content = torch.stack([_pad_cells(target.content, cells, both=False) for target in targets])
+            masses = [target.image_mass for target in targets if target.image_mass is not None]
+            attention[signal] = AttentionBatch(
+                teacher=torch.cat(rows) if by_row else torch.stack(rows),
+                image_mass=torch.cat(masses) if masses else None,
+                student_pool=torch.stack(
+                    [
+                        torch.nn.functional.pad(pool, (0, cells - pool.shape[1], 0, keys - pool.shape[0]))
+                        for pool in (target.student_pool for target in targets)
+                    ]
+                ),
+                content=None if bool(content.all()) else content,
+            )
+    return TrainingBatch(
+        inputs=inputs,
+        labels=inputs.labels[inputs.labels != IGNORE_INDEX],
+        logits=SparseLogits.cat(logits) if logits else None,
+        attention=attention,
+        rows=supervised_rows(inputs),
+        keys=visual_keys(inputs),
+        has_image=torch.tensor(images, dtype=torch.int64),
+        row_count=sum(counts),
+        image_row_count=sum(counts[position] for position in images),
+        image_count=len(images),
+    )
+
+
+def _pad_cells(tensor: Tensor, cells: int, *, both: bool) -> Tensor:
+    """Append empty cells to the last axis, or to the last two."""
+    missing = cells - tensor.shape[-1]
+    if missing == 0:
+        return tensor
+    return torch.nn.functional.pad(tensor, (0, missing, 0, missing) if both else (0, missing))

@@ -19,14 +19,14 @@ from stage2_student.overlays import Overlay
 
 COLOURS = ("#0a7d6c", "#c2410c", "#4f46e5", "#a16207", "#be185d", "#475569")
 CHART_WIDTH, CHART_HEIGHT, MARGIN = 520, 240, 44
-NOT_LOSSES = {"step", "phase", "phase_step", "lr", "samples_per_s", "data_wait", "epoch", "grad_norm", "samples"}
+LOSSES = ("total", "lm", "logits", "answer_attention", "visual_columns", "visual_map")
 STYLE = """
 :root{color-scheme:light dark;--ink:#1c1917;--soft:#78716c;--line:#e7e5e4;--page:#fafaf9;--card:#fff}
 @media(prefers-color-scheme:dark){:root{--ink:#f5f5f4;--soft:#a8a29e;--line:#44403c;--page:#1c1917;--card:#292524}}
 body{font:15px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--page);margin:0 auto;max-width:1160px;padding:24px}
 h1{font-size:24px;margin:0 0 4px}h2{font-size:18px;margin:36px 0 10px}p{margin:4px 0 12px;color:var(--soft);max-width:75ch}
 .row{display:flex;flex-wrap:wrap;gap:16px}.card{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:14px}
-table{border-collapse:collapse;background:var(--card);border:1px solid var(--line)}
+svg{display:block;max-width:100%;height:auto}table{border-collapse:collapse;background:var(--card);border:1px solid var(--line)}
 th,td{padding:5px 12px;border-top:1px solid var(--line);text-align:right;font-variant-numeric:tabular-nums}
 th{border-top:0}th:first-child,td:first-child{text-align:left;white-space:pre}td small{color:var(--soft)}
 dl{display:grid;grid-template-columns:max-content 1fr;gap:2px 16px;margin:0}dt{color:var(--soft)}dd{margin:0;overflow-wrap:anywhere}
@@ -58,7 +58,7 @@ def render_report(
     known = "".join(f"<dt>{_text(name)}</dt><dd>{_text(value)}</dd>" for name, value in facts.items())
     colours = {run: COLOURS[index % len(COLOURS)] for index, run in enumerate(curves)}
     charts = "".join(
-        f'<div class="card"><b>{_text(name)}</b>{_chart(series, colours)}</div>'
+        f'<div class="card"><figcaption>loss: {_text(name)}</figcaption>{_chart(series, colours)}</div>'
         for name, series in _loss_series(curves).items()
     )
     parts = [
@@ -96,8 +96,7 @@ def _loss_series(
     """By loss term: by run: (step, running mean) points."""
     series: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for run, records in curves.items():
-        terms = sorted({name for record in records for name in record} - NOT_LOSSES)
-        for term in sorted(terms, key=lambda name: (name != "total", name)):
+        for term in LOSSES:
             points = [(float(r["step"]), float(r[term])) for r in records if isinstance(r.get(term), int | float)]
             points = [point for point in points if math.isfinite(point[1])]
             if points:

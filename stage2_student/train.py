@@ -5,7 +5,7 @@ loading threads and attention is recomputed for the wanted rows of the wanted la
 ``accelerate launch`` for several processes: a step then sees the same samples and has the same gradient.
 """
 
-import logging
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from common.atomic import clean_stale, create_temporary, publish_directory, remove, write_json_atomic
 from common.config import config_from_dict, config_to_dict, save_config
+from common.errors import ConfigError
 from common.visual_attention import AttentionCapture
 from stage2_student.checkpoint import Position, find_resume_point, restore, write_checkpoint
 from stage2_student.config import TrainConfig
@@ -34,7 +35,6 @@ from stage2_student.sampler import micro_batch_count, split_step
 from stage2_student.training_batch import TrainingBatch
 from stage2_student.training_log import TrainingLog
 
-_log = logging.getLogger(__name__)
 AfterStep = Callable[[Position, MobileVLMForConditionalGeneration], None]
 FINAL = "final"
 PROVENANCE = "distillation.json"
@@ -136,10 +136,23 @@ def train_student(*, after_step: AfterStep | None = None, **options: Any) -> Tra
 
 
 def build_accelerator(config: TrainConfig) -> Accelerator:
-    """One accelerator for CPU, one device or many processes, as the launcher's environment says."""
+    """One accelerator for CPU, one device or many processes, as the launcher's environment says.
+
+    Raises:
+        ConfigError: If launched processes work side by side without knowing of each other.
+    """
     # A micro-batch without images leaves the projector without a gradient.
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
-    return Accelerator(mixed_precision=config.precision, cpu=config.device == "cpu", kwargs_handlers=[unused])
+    # Without saying so on a machine without an accelerator, launched processes would not find each other.
+    cpu = config.device == "cpu" or not torch.accelerator.is_available()
+    accelerator = Accelerator(mixed_precision=config.precision, cpu=cpu, kwargs_handlers=[unused])
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != launched:
+        raise ConfigError(
+            f"{launched} processes were launched, but {accelerator.num_processes} found each other: they would "
+            "write over one another's files. Use `accelerate launch` or `torchrun`, one process per device"
+        )
+    return accelerator
 
 
 def start_log(config: TrainConfig, accelerator: Accelerator, position: Position) -> TrainingLog:

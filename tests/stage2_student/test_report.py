@@ -51,7 +51,7 @@ def test_hostile_names_are_escaped_and_broken_values_left_out(tmp_path: Path):
     records = [*RECORDS, {"step": 300, "lm": float("nan"), "total": None}]
     text = page(tmp_path, title="<img src=x>", facts={"data": "<b>"}, curves={"<i>": records})
     assert "<img src=x>" not in text
-    assert "<b>" not in text.replace("<b>lm</b>", "").replace("<b>total</b>", "")
+    assert "<b>" not in text
     assert "nan" not in text
 
 

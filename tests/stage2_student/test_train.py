@@ -212,7 +212,7 @@ def test_two_processes_see_the_same_steps_as_one(tiny_cache, tmp_path, uninterru
     save_config(config, tmp_path / "config.yaml")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     root = Path(__file__).parents[2]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
     done = subprocess.run(
         [*command, str(script), str(tmp_path / "config.yaml")],
         env=environment, cwd=root, capture_output=True, text=True, check=False,

@@ -19,7 +19,9 @@ def cli() -> None:
 
 @cli.command()
 @click.option("--config", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="YAML file.")
-@click.option("--data", help="shapes, easy-vqa, or a path: LLaVA .json, messages .jsonl, datasets folder, tars.")
+@click.option(
+    "--data", help="shapes, easy-vqa, or a path: LLaVA .json, messages .jsonl, datasets folder, tars."
+)
 @click.option("--images", help="Image folder of a .json or .jsonl; default: the file's own folder.")
 @click.option("--teacher", help="Checkpoint directory; default: the built-in teacher of built-in data.")
 @click.option("--cache", help="Folder to write.")

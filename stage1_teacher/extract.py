@@ -25,6 +25,7 @@ from stage1_teacher.projector_export import export_parts
 from stage1_teacher.signals import reduce_output, to_cpu
 from stage1_teacher.teacher import Teacher
 
+
 @dataclass(frozen=True, kw_only=True)
 class BuildSummary:
     """What a run did.

@@ -90,7 +90,9 @@ class Totals:
     def means(self) -> dict[str, float]:
         """Weighted means, rounded to 6 significant digits so that the card is readable."""
         return {
-            name: float(f"{total / count:.6g}") for name, (total, count) in sorted(self._sums.items()) if count
+            name: float(f"{total / count:.6g}")
+            for name, (total, count) in sorted(self._sums.items())
+            if count
         }
 
 
@@ -141,7 +143,9 @@ def _compare(
             if name == "visual_columns":
                 live = live.mean(dim=1)
             decoded = codecs[name].decode(record)
-            totals.add(f"{name}_cosine", float(F.cosine_similarity(decoded.flatten(), live.flatten(), dim=0)), 1)
+            totals.add(
+                f"{name}_cosine", float(F.cosine_similarity(decoded.flatten(), live.flatten(), dim=0)), 1
+            )
 
 
 def _compare_logits(

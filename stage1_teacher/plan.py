@@ -94,7 +94,7 @@ def make_plan(
     template = encoder.template.to_dict()
     geometry = teacher.image_encoder.to_dict()
     signals = {name: codec.to_dict() for name, codec in codecs.items()}
-    vocabulary = int(teacher.lm_head.weight.shape[0])  # type: ignore[union-attr, arg-type]
+    vocabulary = int(teacher.config.text_config.vocab_size)
     return Plan(
         format_version=FORMAT_VERSION,
         store=config.store,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from common.cache import TeacherCache
-from common.codecs import codec_from_dict
+from common.codecs.row_attention import RowAttentionCodec
 from common.errors import SampleError
 from common.layers import Groups
 from common.schema import IGNORE_INDEX
@@ -68,7 +68,7 @@ def collect_overlays(
     Returns:
         At most ``count`` overlays, fewer where samples have no image or cannot be read.
     """
-    codec = codec_from_dict(cache.plan.signals["answer_attention"])
+    codec = RowAttentionCodec.from_dict(cache.plan.signals["answer_attention"])
     capture = AttentionCapture(language_model_of(model))
     overlays: list[Overlay] = []
     for position in range(len(dataset)):

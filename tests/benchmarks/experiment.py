@@ -137,9 +137,7 @@ def score_teacher() -> dict[str, float]:
 
     teacher = Teacher(builtin_teacher_directory())
     encoder = build_encoder(teacher, template="short", builtin=True, max_length=512)
-    report = evaluate_model(
-        teacher.model, encoder, open_evaluation("shapes", "test", ITEMS), letters=False
-    )
+    report = evaluate_model(teacher.model, encoder, open_evaluation("shapes", "test", ITEMS), letters=False)
     return {name: round(100 * score.value, 2) for name, score in report.scores.items()}
 
 
@@ -196,7 +194,9 @@ def tables(results: list[dict[str, Any]], teacher: dict[str, float]) -> str:
 
 def main() -> None:
     """Run what is missing and print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2)))
     arguments = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"

@@ -116,9 +116,7 @@ def test_records_equal_the_librarys_own_forward_pass(tmp_path: Path, build_cache
         dense = output.logits[0, rows].log_softmax(-1)
         sparse = codecs["logits"].decode(record)
         assert sparse.entry_mask.all()  # the vocabulary is smaller than the exact preset's cap
-        torch.testing.assert_close(
-            sparse.log_probs, dense.gather(1, sparse.token_ids), atol=2e-5, rtol=1e-5
-        )
+        torch.testing.assert_close(sparse.log_probs, dense.gather(1, sparse.token_ids), atol=2e-5, rtol=1e-5)
         layers = cache.plan.teacher["groups"][0]
         mean = torch.stack([output.attentions[layer][0].mean(0) for layer in layers]).mean(0)  # [T, T]
         cells = codecs["answer_attention"].decode(record).cells[:, 0]  # [A, C]

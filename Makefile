@@ -44,7 +44,7 @@ teacher-cache: $(STAMP) ## Stage one: run the teacher once, write the cache
 	$(BIN)/teacher-cache build --data '$(DATA)' --cache '$(CACHE)' --store $(STORE) $(if $(IMAGES),--images '$(IMAGES)') $(if $(TEACHER),--teacher '$(TEACHER)')
 
 distill: teacher-cache ## Stage two: train a student from the cache (built first if missing), evaluate, report
-	$(BIN)/distill run --student '$(STUDENT)' --data '$(DATA)' --cache '$(CACHE)' --output '$(OUTPUT)' $(if $(IMAGES),--images '$(IMAGES)') $(if $(CONFIG),--config '$(CONFIG)') $(if $(PHASES),--phases '$(PHASES)')
+	$(BIN)/distill run --student '$(STUDENT)' --data '$(DATA)' --cache '$(CACHE)' --output '$(OUTPUT)' $(if $(IMAGES),--images '$(IMAGES)') $(if $(CONFIG),--config '$(CONFIG)') $(if $(PHASES),--phases '$(PHASES)') $(if $(filter-out 1,$(NPROC)),--nproc $(NPROC))
 
 evaluate: $(STAMP) ## Score a trained student again: OUTPUT=its run folder
 	$(BIN)/distill evaluate '$(OUTPUT)/distilled/final' --data '$(DATA)' --cache '$(CACHE)' $(if $(IMAGES),--images '$(IMAGES)')

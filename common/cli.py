@@ -8,28 +8,13 @@ from typing import Never
 import click
 from tqdm import tqdm
 
-from common.errors import DistillError
+from common.command_line import SETTINGS, CommandGroup
 from common.plan import STORE_NAMES, read_plan
 
 _CACHE = click.Path(exists=True, file_okay=False, path_type=Path)
 
 
-class _Commands(click.Group):
-    """Prints an expected error as one message without a traceback, and exits with 1."""
-
-    def invoke(self, ctx: click.Context) -> object:
-        try:
-            return super().invoke(ctx)
-        except DistillError as error:
-            click.echo(f"error: {error}", err=True)
-        except OSError as error:
-            click.echo(f"error: {error.filename or 'cachectl'}: {error.strerror or error}", err=True)
-        return ctx.exit(1)
-
-
-@click.group(
-    cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
-)
+@click.group(cls=CommandGroup, context_settings=SETTINGS)
 def main() -> None:
     """Look into a teacher cache, verify it, convert it."""
 

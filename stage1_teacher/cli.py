@@ -1,54 +1,111 @@
 """``teacher-cache``: build a cache, measure its fidelity, seal it, report on it, train a built-in teacher."""
 
+from __future__ import annotations
+
+import json
 import logging
-import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from common.errors import DistillError
+from common.command_line import SETTINGS, CommandGroup
+
+if TYPE_CHECKING:
+    from stage1_teacher.config import BuildConfig
 
 # Imports that pull torch in are inside the commands, so that --help and usage errors are instant.
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-def cli() -> None:
+@click.group(cls=CommandGroup, context_settings=SETTINGS)
+def main() -> None:
     """Stage one: run the teacher once over a data set and keep what students need."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
 
 
-@cli.command()
-@click.option("--config", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="YAML file.")
-@click.option(
-    "--data", help="shapes, easy-vqa, or a path: LLaVA .json, messages .jsonl, datasets folder, tars."
-)
-@click.option("--images", help="Image folder of a .json or .jsonl; default: the file's own folder.")
-@click.option("--teacher", help="Checkpoint directory; default: the built-in teacher of built-in data.")
-@click.option("--cache", help="Folder to write.")
-@click.option("--store", type=click.Choice(["zarr", "webdataset"]), help="Shard format.")
-@click.option("--signals", help="Comma-separated: logits, answer_attention, visual_columns, visual_map.")
-@click.option("--limit", type=click.IntRange(min=1), help="Use only the first samples.")
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Any other option; repeatable.")
-@click.option("--overwrite", is_flag=True, help="Start again if the folder holds a cache with other options.")
-def build(config: Path | None, overrides: tuple[str, ...], *, overwrite: bool, **options: Any) -> None:
-    """Build a cache, or resume one; says so and ends when it is complete."""
+def _build_options(command: Any) -> Any:
+    """Options that `build` and `fidelity` share."""
+    for option in (
+        click.option(
+            "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Any other option; repeatable."
+        ),
+        click.option("--limit", type=click.IntRange(min=1), help="Use only the first samples."),
+        click.option(
+            "--signals", help="Comma-separated: logits, answer_attention, visual_columns, visual_map."
+        ),
+        click.option("--store", type=click.Choice(["zarr", "webdataset"]), help="Shard format."),
+        click.option("--cache", help="Folder of the cache."),
+        click.option(
+            "--teacher", help="Checkpoint directory; default: the built-in teacher of built-in data."
+        ),
+        click.option("--images", help="Image folder of a .json or .jsonl; default: the file's own folder."),
+        click.option(
+            "--data", help="shapes, easy-vqa, or a path: LLaVA .json, messages .jsonl, datasets folder, tars."
+        ),
+        click.option(
+            "--config", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="YAML file."
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def _settings(config: Path | None, overrides: tuple[str, ...], options: dict[str, Any]) -> BuildConfig:
     from common.config import load_config
     from stage1_teacher.config import BuildConfig
 
+    given = [
+        f"{name}={json.dumps(value)}"
+        for name, value in options.items()
+        if value is not None and name != "signals"
+    ]
     if options["signals"] is not None:
-        options["signals"] = f"[{options['signals']}]"
-    given = [f"{name}={value}" for name, value in options.items() if value is not None]
-    settings = load_config(BuildConfig, config, [*overrides, *given])
+        given.append(f"signals=[{options['signals']}]")
+    return load_config(BuildConfig, config, [*overrides, *given])
+
+
+@main.command()
+@_build_options
+@click.option("--overwrite", is_flag=True, help="Start again if the folder holds a cache with other options.")
+def build(config: Path | None, overrides: tuple[str, ...], *, overwrite: bool, **options: Any) -> None:
+    """Build a cache, or resume one; says so and ends when it is complete."""
+    settings = _settings(config, overrides, options)
 
     from stage1_teacher.extract import extract
     from stage1_teacher.report import next_command, summary_text
 
+    _quiet_libraries()
     summary = extract(settings, overwrite=overwrite)
     click.echo(summary_text(summary))
-    click.echo(next_command(summary, settings.data))
+    click.echo(next_command(summary, settings))
 
 
-@cli.command()
+@main.command()
+@_build_options
+@click.option(
+    "--samples", type=click.IntRange(min=1), default=64, show_default=True, help="Size of the probe."
+)
+def fidelity(config: Path | None, overrides: tuple[str, ...], *, samples: int, **options: Any) -> None:
+    """Compare a finished cache with its live teacher again; takes the options it was built with."""
+    settings = _settings(config, overrides, options)
+
+    from stage1_teacher.extract import recompute_fidelity
+
+    _quiet_libraries()
+    measured = recompute_fidelity(settings, samples=samples).fidelity or {}
+    for name, value in measured.items():
+        click.echo(f"  {name:<44}{value:>14}")
+
+
+def _quiet_libraries() -> None:
+    """Switch off the model library's own progress bars."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+
+
+@main.command()
 @click.argument("cache", type=click.Path(exists=True, file_okay=False, path_type=Path))
 def seal(cache: Path) -> None:
     """Write the manifest of a complete cache from its sidecars."""
@@ -58,23 +115,19 @@ def seal(cache: Path) -> None:
     click.echo(f"Sealed {cache}: {manifest.totals['samples']} samples in {len(manifest.shards)} shards")
 
 
-@cli.command()
+@main.command()
 @click.argument("cache", type=click.Path(exists=True, file_okay=False, path_type=Path))
 def report(cache: Path) -> None:
     """Print what a sealed cache holds and what it cost."""
-    from common.manifest import read_manifest, read_plan
+    from common.manifest import read_manifest
     from stage1_teacher.extract import BuildSummary
-    from stage1_teacher.report import next_command, summary_text
+    from stage1_teacher.report import summary_text
 
     manifest = read_manifest(cache)
-    summary = BuildSummary(
-        cache=cache, built=0, samples=0, seconds=0.0, failed=manifest.totals["failed"], manifest=manifest
-    )
-    click.echo(summary_text(summary))
-    click.echo(next_command(summary, str(read_plan(cache).data.get("name"))))
+    click.echo(summary_text(BuildSummary(cache=cache, built=0, samples=0, seconds=0.0, manifest=manifest)))
 
 
-@cli.command("demo-teacher")
+@main.command("demo-teacher")
 @click.option("--data", type=click.Choice(["shapes", "easy-vqa"]), default="shapes", show_default=True)
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="Directory to write.")
 @click.option("--seed", type=int, default=0, show_default=True)
@@ -85,18 +138,3 @@ def demo_teacher(data: str, output: Path, seed: int) -> None:
     train_demo_teacher(data, output, seed=seed)
     click.echo(f"Teacher written to {output}")
     click.echo(f"Next: make teacher-cache TEACHER={output} CACHE=build/cache/{output.name}")
-
-
-def main() -> None:
-    """Entry point: errors of ours print without a traceback and exit with 1."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
-    try:
-        cli(standalone_mode=True)
-    except DistillError as error:
-        click.echo(f"error: {error}", err=True)
-        sys.exit(1)
-
-
-if __name__ == "__main__":
-    main()

@@ -13,17 +13,24 @@ from typing import Any
 
 from tqdm import tqdm
 
-from common.manifest import MANIFEST, Manifest, Plan, missing_shards, read_manifest, seal
-from data.registry import open_dataset
+from common.manifest import (
+    MANIFEST,
+    Manifest,
+    Plan,
+    missing_shards,
+    read_manifest,
+    read_plan,
+    refuse_changed_plan,
+    seal,
+)
 from data.threads import leave_one_core
 from stage1_teacher.card import write_card
 from stage1_teacher.config import BuildConfig
 from stage1_teacher.fidelity import measure_fidelity
 from stage1_teacher.pipeline import FailureBudget, Writer, batches_of, encode_shards
-from stage1_teacher.plan import build_encoder, codecs_for, make_plan, prepare_cache, teacher_directory
+from stage1_teacher.plan import Build, open_build, prepare_cache
 from stage1_teacher.projector_export import export_parts
 from stage1_teacher.signals import reduce_output, to_cpu
-from stage1_teacher.teacher import Teacher
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +42,6 @@ class BuildSummary:
         built: Shards written by this run.
         samples: Samples this run put through the teacher.
         seconds: Wall-clock time of the main loop.
-        failed: Samples that could not be read, in the whole cache.
         manifest: The sealed manifest.
     """
 
@@ -43,8 +49,12 @@ class BuildSummary:
     built: int
     samples: int
     seconds: float
-    failed: int
     manifest: Manifest
+
+    @property
+    def failed(self) -> int:
+        """Samples that could not be read, in the whole cache."""
+        return self.manifest.totals["failed"]
 
 
 def extract(config: BuildConfig, *, overwrite: bool = False) -> BuildSummary:
@@ -62,57 +72,67 @@ def extract(config: BuildConfig, *, overwrite: bool = False) -> BuildSummary:
     """
     leave_one_core()
     cache_dir = Path(config.cache)
-    dataset = open_dataset(
-        config.data, split=config.split, images=Path(config.images) if config.images else None,
-        limit=config.limit or None,
-    )  # fmt: skip
-    directory, builtin = teacher_directory(
-        teacher=config.teacher, data=config.data, scratch=cache_dir.parent / f"{config.data.partition(':')[0]}-teacher"
-    )  # fmt: skip
-    teacher = Teacher(directory, dtype=config.dtype, device=config.device)
-    encoder = build_encoder(teacher, template=config.template, builtin=builtin, max_length=config.max_length)
-    codecs = codecs_for(config, teacher)
-    plan = make_plan(
-        config, dataset=dataset, teacher=teacher, encoder=encoder, codecs=codecs, builtin=builtin
-    )
+    work = open_build(config)
+    plan = work.plan
     prepare_cache(cache_dir, plan, overwrite=overwrite)
     todo = missing_shards(cache_dir, plan)
     if not todo and (cache_dir / MANIFEST).is_file():
-        manifest = read_manifest(cache_dir)
         return BuildSummary(
-            cache=cache_dir, built=0, samples=0, seconds=0.0, failed=manifest.totals["failed"], manifest=manifest
-        )  # fmt: skip
-    export_parts(teacher, cache_dir)
+            cache=cache_dir, built=0, samples=0, seconds=0.0, manifest=read_manifest(cache_dir)
+        )
+    export_parts(work.teacher, cache_dir)
 
     # The main loop: the next shards are encoded, and the last batches written, while the teacher runs.
-    groups = teacher.groups(config.groups, config.layers)
-    budget = FailureBudget(total=len(dataset), share=config.max_failed_share)
+    budget = FailureBudget(total=len(work.dataset), share=config.max_failed_share)
     started, samples = time.monotonic(), 0
-    pad = int(teacher.tokenizer.pad_token_id or 0)
-    with Writer(cache_dir, plan, codecs) as writer, _progress(plan, todo) as bar:
-        for shard in encode_shards(dataset, encoder, plan, todo):
+    with Writer(cache_dir, plan, work.codecs) as writer, _progress(plan, todo) as bar:
+        for shard in encode_shards(work.dataset, work.encoder, plan, todo):
             budget.spend(shard.failed)
-            for batch in batches_of(shard.samples, config.batch_size, pad):
-                output = teacher.run(
-                    batch, groups=groups, answer_rows="answer_attention" in codecs,
-                    visual_rows="visual_map" in codecs or "visual_columns" in codecs,
-                )  # fmt: skip
-                writer.add(batch, to_cpu(reduce_output(output, batch, codecs)))
+            for batch in batches_of(shard.samples, config.batch_size, work.teacher.pad_token_id):
+                writer.add(batch, to_cpu(reduce_output(work.run(batch), batch, work.codecs)))
                 samples += len(batch)
                 bar.update(len(batch))
             writer.finish(shard)
             bar.update(len(shard.failed))
     seconds = time.monotonic() - started
 
-    fidelity = measure_fidelity(
-        teacher, dataset, encoder, plan, codecs, cache_dir, samples=config.fidelity_samples, groups=groups
-    )
-    write_card(cache_dir, plan, fidelity)
-    manifest = seal(cache_dir, fidelity=fidelity)
-    return BuildSummary(
-        cache=cache_dir, built=len(todo), samples=samples, seconds=seconds,
-        failed=manifest.totals["failed"], manifest=manifest,
-    )  # fmt: skip
+    manifest = finish(work, cache_dir, samples=config.fidelity_samples)
+    return BuildSummary(cache=cache_dir, built=len(todo), samples=samples, seconds=seconds, manifest=manifest)
+
+
+def finish(work: Build, cache_dir: Path, *, samples: int) -> Manifest:
+    """Measure the fidelity of a cache whose shards are all there, write its card, seal it.
+
+    Args:
+        work: What it was built with.
+        cache_dir: The cache.
+        samples: Size of the fidelity probe; 0 skips it.
+
+    Returns:
+        The manifest.
+    """
+    fidelity = measure_fidelity(work, cache_dir, samples=samples)
+    write_card(cache_dir, work.plan, fidelity)
+    return seal(cache_dir, fidelity=fidelity)
+
+
+def recompute_fidelity(config: BuildConfig, *, samples: int) -> Manifest:
+    """Measure a finished cache against its teacher again, and seal it with the new figures.
+
+    Args:
+        config: The options the cache was built with.
+        samples: Size of the probe.
+
+    Raises:
+        CacheMismatchError: If the options are not the cache's.
+        CacheFormatError: If the cache is not complete.
+    """
+    leave_one_core()
+    cache_dir = Path(config.cache)
+    work = open_build(config)
+    refuse_changed_plan(read_plan(cache_dir), work.plan, where=str(cache_dir))
+    read_manifest(cache_dir)
+    return finish(work, cache_dir, samples=samples)
 
 
 def _progress(plan: Plan, todo: Sequence[int]) -> "tqdm[Any]":

@@ -21,34 +21,18 @@ from common.manifest import Plan
 from common.sidecar import read_sidecar
 from common.stores import open_reader
 from data.collate import Batch, collate
-from data.encoding import SampleEncoder
-from data.sample import Dataset
+from stage1_teacher.plan import Build
 from stage1_teacher.signals import TeacherSignals, reduce_output, to_cpu
-from stage1_teacher.teacher import Teacher, TeacherOutput
+from stage1_teacher.teacher import TeacherOutput
 
 
-def measure_fidelity(
-    teacher: Teacher,
-    dataset: Dataset,
-    encoder: SampleEncoder,
-    plan: Plan,
-    codecs: Mapping[str, Any],
-    cache_dir: Path,
-    *,
-    samples: int,
-    groups: tuple[tuple[int, ...], ...],
-) -> dict[str, Any] | None:
+def measure_fidelity(work: Build, cache_dir: Path, *, samples: int) -> dict[str, Any] | None:
     """Compare the decoded cache with the live teacher on samples spread evenly over the data.
 
     Args:
-        teacher: The teacher that wrote the cache.
-        dataset: The data it was written from.
-        encoder: Its input encoder.
-        plan: The cache's plan.
-        codecs: Codec by signal.
+        work: What the cache was built with.
         cache_dir: The cache; all its shards must be there.
         samples: Size of the probe; 0 skips it.
-        groups: Layers of each attention group.
 
     Returns:
         Means over the probe's rows or samples by name; None if skipped. Units: ``*_kl`` nats a row, ``kept_mass``
@@ -57,20 +41,19 @@ def measure_fidelity(
     if not samples:
         return None
     totals = Totals()
-    step = max(1, len(dataset) // samples)
-    positions = list(range(0, len(dataset), step))[:samples]
-    pad = int(teacher.tokenizer.pad_token_id or 0)
+    step = max(1, len(work.dataset) // samples)
+    positions = list(range(0, len(work.dataset), step))[:samples]
     for position in positions:
         try:
-            encoded = encoder(dataset[position])
+            encoded = work.encoder(work.dataset[position])
         except SampleError:
             continue
-        batch = collate([encoded], pad)
-        record = _read_record(cache_dir, plan, position, encoded.sample_id)
+        batch = collate([encoded], work.teacher.pad_token_id)
+        record = _read_record(cache_dir, work.plan, position, encoded.sample_id)
         if record is None:
             continue
-        first, second = (_run(teacher, batch, codecs, groups) for _ in range(2))
-        _compare(totals, codecs, record, first, second)
+        first, second = (_run(work, batch) for _ in range(2))
+        _compare(totals, work.codecs, record, first, second)
     return {"samples": totals.samples, **totals.means()}
 
 
@@ -96,14 +79,9 @@ class Totals:
         }
 
 
-def _run(
-    teacher: Teacher, batch: Batch, codecs: Mapping[str, Any], groups: tuple[tuple[int, ...], ...]
-) -> tuple[TeacherOutput, TeacherSignals]:
-    output = teacher.run(
-        batch, groups=groups, answer_rows="answer_attention" in codecs,
-        visual_rows="visual_map" in codecs or "visual_columns" in codecs,
-    )  # fmt: skip
-    return output, to_cpu(reduce_output(output, batch, codecs))
+def _run(work: Build, batch: Batch) -> tuple[TeacherOutput, TeacherSignals]:
+    output = work.run(batch)
+    return output, to_cpu(reduce_output(output, batch, work.codecs))
 
 
 def _read_record(cache_dir: Path, plan: Plan, position: int, sample_id: str) -> Any:

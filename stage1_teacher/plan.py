@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +10,74 @@ from common.errors import CacheMismatchError, ConfigError
 from common.hashing import fingerprint
 from common.manifest import MANIFEST, PLAN, Plan, read_plan, write_plan
 from common.schema import FORMAT_VERSION
+from data.collate import Batch
 from data.encoding import SampleEncoder
+from data.registry import open_dataset
 from data.sample import Dataset
 from data.templates import get_template
 from stage1_teacher.config import BuildConfig
 from stage1_teacher.signals import automatic_grid, build_codecs
-from stage1_teacher.teacher import Teacher
+from stage1_teacher.teacher import Teacher, TeacherOutput
 
 
-def teacher_directory(*, teacher: str, data: str, scratch: Path) -> tuple[Path, bool]:
+@dataclass(frozen=True, kw_only=True)
+class Build:
+    """Everything a build or a fidelity run works with.
+
+    Attributes:
+        teacher: The loaded teacher.
+        dataset: The data.
+        encoder: From a sample to the teacher's input.
+        codecs: Codec by signal.
+        groups: Teacher layers of each attention group.
+        plan: What the cache will hold.
+    """
+
+    teacher: Teacher
+    dataset: Dataset
+    encoder: SampleEncoder
+    codecs: dict[str, Any]
+    groups: tuple[tuple[int, ...], ...]
+    plan: Plan
+
+    def run(self, batch: Batch) -> TeacherOutput:
+        """Run the teacher on one batch, capturing what the codecs need."""
+        return self.teacher.run(
+            batch,
+            groups=self.groups,
+            answer_rows="answer_attention" in self.codecs,
+            visual_rows="visual_map" in self.codecs or "visual_columns" in self.codecs,
+        )
+
+
+def open_build(config: BuildConfig) -> Build:
+    """Open data and teacher as a configuration says, and plan the cache.
+
+    Raises:
+        DistillError: With the remedy, if teacher or data cannot be used.
+    """
+    dataset = open_dataset(
+        config.data,
+        split=config.split,
+        images=Path(config.images) if config.images else None,
+        limit=config.limit or None,
+    )
+    scratch = Path(config.cache).parent / f"{config.data.partition(':')[0]}-teacher"
+    directory = teacher_directory(teacher=config.teacher, data=config.data, scratch=scratch)
+    teacher = Teacher(directory, dtype=config.dtype, device=config.device)
+    encoder = build_encoder(teacher, template=config.template, max_length=config.max_length)
+    codecs = codecs_for(config, teacher)
+    return Build(
+        teacher=teacher,
+        dataset=dataset,
+        encoder=encoder,
+        codecs=codecs,
+        groups=teacher.groups(config.groups, config.layers),
+        plan=make_plan(config, dataset=dataset, teacher=teacher, encoder=encoder, codecs=codecs),
+    )
+
+
+def teacher_directory(*, teacher: str, data: str, scratch: Path) -> Path:
     """Find the teacher's checkpoint directory; a built-in one is trained first if the data needs its own.
 
     Args:
@@ -26,39 +86,39 @@ def teacher_directory(*, teacher: str, data: str, scratch: Path) -> tuple[Path, 
         scratch: Where a teacher trained on the spot is kept.
 
     Returns:
-        The directory and whether it is a built-in teacher.
+        The directory.
 
     Raises:
         ConfigError: If no teacher is given and the data set has none of its own.
     """
     if teacher:
-        return Path(teacher), False
+        return Path(teacher)
     name = data.partition(":")[0]
     if name not in ("shapes", "easy-vqa"):
         raise ConfigError(
             f"no teacher given for data {data!r}: set TEACHER=DIR (--teacher DIR) to a "
-            "LlavaForConditionalGeneration checkpoint directory; the built-in teachers know "
-            "DATA=shapes and DATA=easy-vqa only"
+            "LlavaForConditionalGeneration checkpoint directory, or use DATA=shapes or DATA=easy-vqa, "
+            "which have built-in teachers (TEACHER=stage1_teacher/builtin is the one that knows shapes)"
         )
     from stage1_teacher.demo_teacher import demo_teacher_for  # training code, needed for built-in data only
 
-    return demo_teacher_for(name, scratch), True
+    return demo_teacher_for(name, scratch)
 
 
-def build_encoder(teacher: Teacher, *, template: str, builtin: bool, max_length: int) -> SampleEncoder:
+def build_encoder(teacher: Teacher, *, template: str, max_length: int) -> SampleEncoder:
     """Build the function from a sample to the teacher's input.
 
     Args:
         teacher: A loaded teacher.
-        template: Template name, or ``auto``.
-        builtin: Whether it is a built-in teacher, whose template is ``short``.
+        template: Template name, or ``auto``: what the teacher's ``training.json`` names (built-in teachers
+            do), else its family's.
         max_length: Longest sequence in tokens.
 
     Returns:
         The encoder.
     """
     if template == "auto":
-        template = "short" if builtin else teacher.family.template
+        template = teacher.training.get("template") or teacher.family.template
     return SampleEncoder(
         tokenizer=teacher.tokenizer,
         image_encoder=teacher.image_encoder,
@@ -88,7 +148,6 @@ def make_plan(
     teacher: Teacher,
     encoder: SampleEncoder,
     codecs: Mapping[str, Any],
-    builtin: bool,
 ) -> Plan:
     """Describe the whole cache before the first shard, with every fingerprint it depends on."""
     template = encoder.template.to_dict()
@@ -112,7 +171,7 @@ def make_plan(
         },
         template=template,
         teacher={
-            "name": f"built-in ({config.data.partition(':')[0]})" if builtin else teacher.directory.name,
+            "name": teacher.training.get("name") or teacher.directory.resolve().name,
             "family": str(teacher.config.model_type),
             "dtype": teacher.dtype,
             "layers": teacher.depth,

@@ -1,6 +1,7 @@
 """The text a build ends with: what was done, what it cost, what to run next."""
 
 from common.manifest import BASE, read_plan
+from stage1_teacher.config import BuildConfig
 from stage1_teacher.extract import BuildSummary
 
 
@@ -51,6 +52,10 @@ def summary_text(summary: BuildSummary) -> str:
     return "\n".join(lines)
 
 
-def next_command(summary: BuildSummary, data: str) -> str:
-    """The command that uses the cache."""
-    return f"Next: make distill STUDENT=mobilevlm DATA={data} CACHE={summary.cache}"
+def next_command(summary: BuildSummary, config: BuildConfig) -> str:
+    """The command that uses the cache, with the data's place as it was given."""
+    parts = ["Next: make distill STUDENT=mobilevlm", f"DATA={config.data}", f"CACHE={summary.cache}"]
+    parts += [
+        f"{name}={value}" for name, value in (("IMAGES", config.images), ("TEACHER", config.teacher)) if value
+    ]
+    return " ".join(parts)

@@ -14,6 +14,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 
+from common.atomic import read_json
 from common.errors import ModelError
 from common.layers import teacher_groups
 from common.schema import IGNORE_INDEX
@@ -92,6 +93,8 @@ class Teacher:
         self.image_grid = self.family.image_grid(self.config)
         self.image_encoder = ImageEncoder.from_processor(processor, self.image_grid)
         self.image_token_id = int(self.config.image_token_index)
+        self.pad_token_id = int(self.tokenizer.pad_token_id or 0)
+        self.training = _training_notes(directory)
         self.depth = int(self.config.text_config.num_hidden_layers)
         self.lm_head = submodule(self.model, self.family.lm_head)
         self.capture = AttentionCapture(submodule(self.model, self.family.language_model))
@@ -154,3 +157,10 @@ class Teacher:
             attention=dict(attention),
             visual_counts=tuple(int(n) for n in batch.visual_mask.sum(1)),
         )
+
+
+def _training_notes(directory: Path) -> dict[str, Any]:
+    """What a built-in teacher says of itself in ``training.json``; nothing for other checkpoints."""
+    path = directory / "training.json"
+    notes = read_json(path) if path.is_file() else {}
+    return notes if isinstance(notes, dict) else {}

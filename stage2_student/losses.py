@@ -116,9 +116,7 @@ def tail_bucket_kl(student_logits: Tensor, teacher: SparseLogits, *, temperature
     log_tail = torch.logsumexp(torch.cat([log_tail[:, None], beyond], dim=1), dim=1)
     slots = torch.where(known, teacher.token_ids, vocabulary)
     log_p = torch.where(known, log_p, -torch.inf)
-    total: Tensor = _TailBucketKL.apply(
-        student_logits, slots, log_p, log_tail, temperature
-    )
+    total: Tensor = _TailBucketKL.apply(student_logits, slots, log_p, log_tail, temperature)
     return total * (temperature**2 / rows)
 
 

@@ -149,8 +149,8 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != launched:
         raise ConfigError(
-            f"{launched} processes were launched, but {accelerator.num_processes} found each other: they would "
-            "write over one another's files. Use `accelerate launch` or `torchrun`, one process per device"
+            f"{launched} processes were launched, but {accelerator.num_processes} found each other: they "
+            "would write over one another's files. Use `accelerate launch` or `torchrun`, one process per device"
         )
     return accelerator
 

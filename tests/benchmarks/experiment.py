@@ -136,7 +136,7 @@ def score_teacher() -> dict[str, float]:
     from stage2_student.evaluate import evaluate_model
 
     teacher = Teacher(builtin_teacher_directory())
-    encoder = build_encoder(teacher, template="short", builtin=True, max_length=512)
+    encoder = build_encoder(teacher, template="short", max_length=512)
     report = evaluate_model(teacher.model, encoder, open_evaluation("shapes", "test", ITEMS), letters=False)
     return {name: round(100 * score.value, 2) for name, score in report.scores.items()}
 

@@ -100,7 +100,7 @@ def test_records_equal_the_librarys_own_forward_pass(tmp_path: Path, build_cache
     cache = open_cache(cache_dir)
     codecs = {name: codec_from_dict(stored) for name, stored in cache.plan.signals.items()}
     teacher = Teacher(tiny_llava)
-    encoder = build_encoder(teacher, template="short", builtin=False, max_length=2048)
+    encoder = build_encoder(teacher, template="short", max_length=2048)
     eager = LlavaForConditionalGeneration.from_pretrained(tiny_llava, attn_implementation="eager").eval()
     for sample in list(open_dataset("shapes", limit=10))[:3]:
         batch = collate([encoder(sample)], 0)
@@ -174,7 +174,7 @@ def test_text_only_samples_have_logits_and_no_attention(tmp_path: Path, build_ca
 
 def test_data_without_a_teacher_names_the_choices(tmp_path: Path, build_cache):
     path = write_llava_json(tmp_path / "data", 2)
-    with pytest.raises(ConfigError, match=r"TEACHER=DIR.*DATA=shapes and DATA=easy-vqa"):
+    with pytest.raises(ConfigError, match=r"TEACHER=DIR.*DATA=shapes or DATA=easy-vqa"):
         build_cache(tmp_path / "cache", data=str(path), teacher="", limit=0)
 
 

@@ -3,13 +3,13 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from stage1_teacher.cli import cli
+from stage1_teacher.cli import main
 
 
 @pytest.fixture
 def built(tmp_path: Path, tiny_llava: Path) -> tuple[Path, str]:
     result = CliRunner().invoke(
-        cli,
+        main,
         ["build", "--teacher", str(tiny_llava), "--cache", str(tmp_path / "cache"), "--limit", "5",
          "--signals", "logits", "--set", "template=short", "--set", "fidelity_samples=0"],
         catch_exceptions=False,
@@ -22,18 +22,18 @@ def test_build_ends_with_sizes_and_the_next_command(built: tuple[Path, str]):
     cache, output = built
     assert "Teacher cache written: 5 samples" in output
     assert "bytes/row" in output
-    assert f"Next: make distill STUDENT=mobilevlm DATA=shapes CACHE={cache}" in output
+    assert f"Next: make distill STUDENT=mobilevlm DATA=shapes CACHE={cache} TEACHER=" in output
 
 
 def test_report_and_seal_read_a_finished_cache(built: tuple[Path, str]):
     cache, _ = built
     manifest = (cache / "manifest.json").read_bytes()
     (cache / "manifest.json").unlink()
-    assert "Sealed" in CliRunner().invoke(cli, ["seal", str(cache)], catch_exceptions=False).output
+    assert "Sealed" in CliRunner().invoke(main, ["seal", str(cache)], catch_exceptions=False).output
     assert (cache / "manifest.json").read_bytes() == manifest
-    assert "5 samples" in CliRunner().invoke(cli, ["report", str(cache)], catch_exceptions=False).output
+    assert "5 samples" in CliRunner().invoke(main, ["report", str(cache)], catch_exceptions=False).output
 
 
 def test_usage_errors_exit_with_2():
-    assert CliRunner().invoke(cli, ["build", "--store", "pickle"]).exit_code == 2
-    assert CliRunner().invoke(cli, ["build", "--limit", "0"]).exit_code == 2
+    assert CliRunner().invoke(main, ["build", "--store", "pickle"]).exit_code == 2
+    assert CliRunner().invoke(main, ["build", "--limit", "0"]).exit_code == 2

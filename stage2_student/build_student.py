@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import CLIPVisionConfig, LlamaConfig
 
 from common.errors import CacheFormatError, ConfigError, ModelError
+from stage2_student.config import choose_size
 from stage2_student.models.mobilevlm import MobileVLMConfig, MobileVLMForConditionalGeneration
 from stage2_student.models.projectors import PROJECTOR_TYPES, TeacherAdapter
 
@@ -24,10 +25,6 @@ logger = logging.getLogger(__name__)
 
 STUDENTS = ("mobilevlm",)
 SIZES = ("tiny", "1.7b", "3b")
-# A student should be clearly smaller than its teacher: widths up to each bound get the size beside it. The
-# published pairing is teacher MobileVLM_V2-7B (4096) -> student V2-1.7B.
-AUTO_SIZES = ((512, "tiny"), (4096, "1.7b"))
-LARGEST = "3b"
 
 
 def load_preset(size: str) -> dict[str, Any]:
@@ -41,14 +38,6 @@ def load_preset(size: str) -> dict[str, Any]:
     text = (resources.files("stage2_student.presets") / f"mobilevlm-{size}.yaml").read_text(encoding="utf-8")
     preset: dict[str, Any] = yaml.safe_load(text)
     return preset
-
-
-def choose_size(teacher_hidden_size: int) -> str:
-    """Pick a size by the width of the teacher's language model."""
-    for bound, size in AUTO_SIZES:
-        if teacher_hidden_size <= bound:
-            return size
-    return LARGEST
 
 
 def build_student(

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from common.errors import DistillError
+from common.command_line import SETTINGS, CommandGroup
 
 # Imports that pull torch in are inside the commands, so that --help, usage errors and "up to date" are
 # instant.
@@ -15,26 +15,11 @@ _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 _YAML = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
-class _Commands(click.Group):
-    """Prints an expected error as one message without a traceback, and exits with 1."""
-
-    def invoke(self, ctx: click.Context) -> object:
-        logging.basicConfig(level=logging.INFO, format="%(message)s")
-        logging.getLogger("httpx").setLevel(logging.WARNING)
-        try:
-            return super().invoke(ctx)
-        except DistillError as error:
-            click.echo(f"error: {error}", err=True)
-        except OSError as error:
-            click.echo(f"error: {error.filename or 'distill'}: {error.strerror or error}", err=True)
-        return ctx.exit(1)
-
-
-@click.group(
-    cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
-)
+@click.group(cls=CommandGroup, context_settings=SETTINGS)
 def main() -> None:
     """Stage two: train students from a teacher cache, without the teacher."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
 
 
 def _training_options(command: Any) -> Any:
@@ -76,11 +61,11 @@ def train(config: Path | None, cache: Path, overrides: tuple[str, ...], **option
     """Train one student through its phases, or resume it."""
     settings = _load(config, cache, overrides, **options)
 
-    from stage2_student.run import quiet_libraries
+    from stage2_student.run import set_up_libraries
     from stage2_student.train import train as train_phases
     from stage2_student.training_log import summarise
 
-    quiet_libraries()
+    set_up_libraries()
     result = train_phases(settings)
     if result.log:
         click.echo(summarise(result.log))
@@ -131,10 +116,10 @@ def evaluate(
     from common.config import config_from_dict
     from stage2_student.config import TrainConfig
     from stage2_student.evaluate import render_table
-    from stage2_student.run import quiet_libraries
+    from stage2_student.run import set_up_libraries
     from stage2_student.student import evaluate_student, open_student
 
-    quiet_libraries()
+    set_up_libraries()
     opened = open_student(student)
     settings = config_from_dict(TrainConfig, opened.provenance["config"], where=str(student))
     how = settings.evaluation
@@ -155,9 +140,9 @@ def evaluate(
 @click.argument("output", type=_FOLDER)
 def report(output: Path) -> None:
     """Write the HTML report of a run's folder again."""
-    from stage2_student.run import quiet_libraries, read_run_config, write_report
+    from stage2_student.run import read_run_config, set_up_libraries, write_report
 
-    quiet_libraries()
+    set_up_libraries()
     page = write_report(output, read_run_config(output))
     click.echo(f"Report: {page}")
 
@@ -170,10 +155,10 @@ def report(output: Path) -> None:
 )
 def export(student: Path, output: Path, dtype: str) -> None:
     """Save a trained student in another precision, ready for `from_pretrained`."""
-    from stage2_student.run import quiet_libraries
+    from stage2_student.run import set_up_libraries
     from stage2_student.student import export_student
 
-    quiet_libraries()
+    set_up_libraries()
     export_student(student, output, dtype=dtype)
     click.echo(
         f"Exported to {output} ({dtype}); load it with MobileVLMForConditionalGeneration.from_pretrained"

@@ -15,8 +15,10 @@ PhaseName = Literal["dpt", "dft", "sft"]
 Schedule = Literal["cosine", "constant"]
 PHASE_NAMES: tuple[PhaseName, ...] = ("dpt", "dft", "sft")
 PRESETS = Path(__file__).parent / "presets"
-# Up to this width of the teacher, student size `auto` is `tiny` (build_student.AUTO_SIZES).
-TINY_TEACHER_WIDTH = 512
+# A student should be clearly smaller than its teacher: widths up to each bound get the size beside it. The
+# published pairing is teacher MobileVLM_V2-7B (4096) -> student V2-1.7B.
+AUTO_SIZES = ((512, "tiny"), (4096, "1.7b"))
+LARGEST = "3b"
 # Options that change when a run ends and what it prints, not what it learns.
 SPEED_OPTIONS = ("device", "num_workers", "memory_gib", "checkpoint_every", "keep_checkpoints", "log_every")
 
@@ -169,6 +171,7 @@ class TrainConfig:
         student: A preset (``mobilevlm``, ``mobilevlm-tiny``, ``mobilevlm-1.7b``, ``mobilevlm-3b``) or a
             directory.
         projector: Projector type; None: the student's own.
+        pool_teacher_tokens: With projector ``taf``: pool the teacher's tokens 2x2 before the post-projector.
         template: Prompt template; None: the cache's, which is the only one that fits its labels.
         data: Data set, as in ``data.registry``; None: what the cache was built from.
         images: Folder that relative image paths start from.
@@ -196,6 +199,7 @@ class TrainConfig:
 
     student: str = "mobilevlm"
     projector: str | None = None
+    pool_teacher_tokens: bool = False
     template: str | None = None
     data: str | None = None
     images: str | None = None
@@ -269,6 +273,14 @@ def describe(config: TrainConfig, cache_hashes: Mapping[str, str]) -> dict[str, 
     return described
 
 
+def choose_size(teacher_hidden_size: int) -> str:
+    """Pick a size by the width of the teacher's language model."""
+    for bound, size in AUTO_SIZES:
+        if teacher_hidden_size <= bound:
+            return size
+    return LARGEST
+
+
 def resolve_config(path: Path | None, overrides: Sequence[str], *, teacher_width: int) -> TrainConfig:
     """A preset, then a user's YAML, then ``a.b=c`` overrides.
 
@@ -283,7 +295,7 @@ def resolve_config(path: Path | None, overrides: Sequence[str], *, teacher_width
     """
     given = [*_flatten(_read_yaml(path)), *overrides]
     student = next((item.partition("=")[2] for item in reversed(given) if item.startswith("student=")), "")
-    tiny = "-tiny" in student or (teacher_width <= TINY_TEACHER_WIDTH and "-" not in Path(student).name)
+    tiny = "-tiny" in student or (choose_size(teacher_width) == "tiny" and "-" not in Path(student).name)
     for phase in PHASE_NAMES:
         # A preset says steps or epochs; whoever gives the other one means it instead.
         for one, other in (("steps", "epochs"), ("epochs", "steps")):

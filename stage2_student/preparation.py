@@ -213,6 +213,7 @@ def prepare(config: TrainConfig) -> Preparation:
         pad_token_id=tokenizer.pad_token_id,
         size=size,
         projector_type=config.projector,
+        pool_teacher_tokens=config.pool_teacher_tokens,
         seed=config.seed,
     )
     for cache in caches.values():

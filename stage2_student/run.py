@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from stage2_student.evaluate import EvaluationReport
 
 STAMP, TABLE, REPORT, SCORES = "run.json", "table.txt", "report.html", "evaluation.json"
-BASELINE, DISTILLED = "sft", "distilled"
+BASELINE, DISTILLED, TEACHER = "sft", "distilled", "teacher"
 FINAL, PROVENANCE = "final", "distillation.json"
 _log = logging.getLogger(__name__)
 
@@ -95,7 +95,7 @@ def run(config: TrainConfig, *, processes: int = 1, say: Callable[[str], None] =
         return RunSummary(
             output=output, table=table, report=output / REPORT, fresh=False, seconds=time.monotonic() - began
         )
-    quiet_libraries()
+    set_up_libraries()
     output.mkdir(parents=True, exist_ok=True)
     write_json_atomic(output / STAMP, {**stamp, "finished": None, "config": config_to_dict(config)})
 
@@ -107,7 +107,7 @@ def run(config: TrainConfig, *, processes: int = 1, say: Callable[[str], None] =
         train_arm(arm, processes=processes)
     scores = {name: evaluate_arm(output / name, config, say=say) for name in arms(config)}
     teacher = teacher_scores(Path(config.cache))
-    table = write_results(output, scores if teacher is None else {**scores, "teacher": teacher})
+    table = write_results(output, scores if teacher is None else {**scores, TEACHER: teacher})
     write_report(output, config)
     finished = {**stamp, "finished": fingerprint(stamp), "config": config_to_dict(config)}
     write_json_atomic(output / STAMP, finished)
@@ -187,7 +187,10 @@ def refuse_other_run(output: Path, previous: Mapping[str, Any], stamp: Mapping[s
     Raises:
         ConfigError: Naming each differing option with both values, and the remedy.
     """
-    if not previous:
+    trained = any(
+        (output / name / part).exists() for name in (BASELINE, DISTILLED) for part in ("checkpoints", FINAL)
+    )
+    if not previous or not trained:
         return
     there, now = _flat(previous.get("run", {})), _flat(stamp["run"])
     lines = [
@@ -276,16 +279,23 @@ def write_report(output: Path, config: TrainConfig) -> Path:
         title=f"{config.student}: distilled from a teacher cache",
         facts=facts,
         curves=curves,
-        evaluations={name: EvaluationReport.from_dict(scores) for name, scores in stored.items()},
+        evaluations={
+            name: EvaluationReport.from_dict(stored[name])
+            for name in (BASELINE, DISTILLED, TEACHER)
+            if name in stored
+        },
         overlays=overlays,
     )
     return output / REPORT
 
 
-def quiet_libraries() -> None:
-    """Switch off the model library's own progress bars: a tiny student has nothing to wait for."""
+def set_up_libraries() -> None:
+    """Leave a core for loading, and switch off the model library's own progress bars."""
     from transformers.utils import logging as transformers_logging
 
+    from data.threads import leave_one_core
+
+    leave_one_core()
     transformers_logging.disable_progress_bar()
 
 

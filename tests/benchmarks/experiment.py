@@ -100,10 +100,10 @@ def run_job(job: Job) -> dict[str, Any]:
     torch.set_num_threads(1)
     from data.registry import open_evaluation
     from stage2_student.evaluate import evaluate_model
-    from stage2_student.run import quiet_libraries
+    from stage2_student.run import set_up_libraries
     from stage2_student.train import train_student
 
-    quiet_libraries()
+    set_up_libraries()
     arm = dict(ARMS[job.arm])
     output = ROOT / "runs" / f"{list(ARMS).index(job.arm)}-{job.tokens}-{job.steps}-{job.seed}"
     shutil.rmtree(output, ignore_errors=True)

@@ -141,6 +141,7 @@ def test_a_path_takes_no_options(tmp_path):
     with pytest.raises(DataError, match="has no option"):
         open_dataset(f"{path}:seed=3")
 
+
 def test_user_files_are_evaluated_by_their_short_first_answers(llava):
     questions = open_evaluation(str(llava)).questions
     found = [(item.item_id, item.question, item.answer, item.kind) for item in questions]

@@ -1,0 +1,72 @@
+"""The command-line surface is frozen: a new, lost or renamed option is a visible decision."""
+
+import importlib
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+ROOT = Path(__file__).resolve().parent.parent
+GROUPS = {
+    "teacher-cache": "stage1_teacher.cli",
+    "distill": "stage2_student.cli",
+    "cachectl": "common.cli",
+}
+SURFACE = {
+    "cachectl convert": "--store SOURCE TARGET",
+    "cachectl inspect": "CACHE SAMPLE_ID",
+    "cachectl verify": "--deep CACHE",
+    "distill evaluate": "--cache --data --images --limit --output STUDENT",
+    "distill export": "--dtype --output STUDENT",
+    "distill report": "OUTPUT",
+    "distill run": "--cache --config --data --images --nproc --output --phases --seed --set --student",
+    "distill train": "--cache --config --data --images --output --phases --seed --set --student",
+    "teacher-cache build": "--cache --config --data --images --limit --overwrite --set --signals --store --teacher",
+    "teacher-cache demo-teacher": "--data --output --seed",
+    "teacher-cache fidelity": "--cache --config --data --images --limit --samples --set --signals --store --teacher",
+    "teacher-cache report": "CACHE",
+    "teacher-cache seal": "CACHE",
+}
+TARGETS = {
+    "help", "setup", "teacher-cache", "distill", "evaluate", "report", "demo", "demo-teacher", "experiment",
+    "test", "checks", "format", "bench", "clean",
+}  # fmt: skip
+
+
+def test_the_surface_is_the_frozen_one():
+    found = {}
+    for program, module in GROUPS.items():
+        for name, command in importlib.import_module(module).main.commands.items():
+            words = [p.opts[0] if p.param_type_name == "option" else p.name.upper() for p in command.params]
+            found[f"{program} {name}"] = " ".join(sorted(words))
+    assert found == SURFACE
+
+
+@pytest.mark.parametrize("command", SURFACE)
+def test_every_command_explains_itself(command: str):
+    program, name = command.split()
+    result = CliRunner().invoke(importlib.import_module(GROUPS[program]).main, [name, "--help"])
+    assert result.exit_code == 0
+    assert len(result.output.splitlines()) > 4
+
+
+def test_make_targets_are_the_frozen_ones_and_all_explained():
+    makefile = (ROOT / "Makefile").read_text()
+    explained = set(re.findall(r"^([a-z-]+):.*## ", makefile, flags=re.M))
+    phony = set(re.search(r"^\.PHONY: (.*)$", makefile, flags=re.M)[1].split())
+    assert explained == phony == TARGETS
+
+
+def test_make_help_lists_the_targets():
+    shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert all(f"make {target}" in shown for target in TARGETS)
+
+
+def test_the_readme_names_only_targets_and_commands_that_exist():
+    readme = (ROOT / "README.md").read_text()
+    assert set(re.findall(r"\bmake ([a-z][a-z-]*)", readme)) <= TARGETS
+    for program in GROUPS:
+        named = {f"{program} {word}" for word in re.findall(rf"`?{program} ([a-z][a-z-]*)", readme)}
+        assert named <= set(SURFACE)

@@ -43,7 +43,9 @@ $(STAMP): pyproject.toml constraints.txt
 teacher-cache: $(STAMP) ## Stage one: run the teacher once, write the cache
 	$(BIN)/teacher-cache build --data '$(DATA)' --cache '$(CACHE)' --store $(STORE) $(if $(IMAGES),--images '$(IMAGES)') $(if $(TEACHER),--teacher '$(TEACHER)')
 
-distill: teacher-cache ## Stage two: train a student from the cache (built first if missing), evaluate, report
+# A sealed cache is used as it is, teacher or no teacher; naming a TEACHER checks that it is that teacher's.
+distill: $(STAMP) ## Stage two: train a student from the cache (built first if missing), evaluate, report
+	@if [ -n '$(TEACHER)' ] || [ ! -f '$(CACHE)/manifest.json' ]; then $(MAKE) --no-print-directory teacher-cache; fi
 	$(BIN)/distill run --student '$(STUDENT)' --data '$(DATA)' --cache '$(CACHE)' --output '$(OUTPUT)' $(if $(IMAGES),--images '$(IMAGES)') $(if $(CONFIG),--config '$(CONFIG)') $(if $(PHASES),--phases '$(PHASES)') $(if $(filter-out 1,$(NPROC)),--nproc $(NPROC))
 
 evaluate: $(STAMP) ## Score a trained student again: OUTPUT=its run folder

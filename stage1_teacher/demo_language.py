@@ -23,23 +23,39 @@ from data.collate import Batch, collate
 from data.encoding import SampleEncoder
 from data.sample import Dataset, Sample, Turn, fingerprint_samples
 from data.shapes import ShapesDataset
-from data.shapes_text import list_caption, side_question
+from data.shapes_text import (
+    Rule,
+    list_caption,
+    relation_caption,
+    relation_question,
+    side_question,
+    yes_no_question,
+)
 from stage1_teacher.demo_model import WarmCosine
 
 logger = logging.getLogger(__name__)
 
 
+OTHERS_SCALE = 0.25  # learning rate of embeddings, norms and biases as a share of the matrices' rate
+DRILLS = ("locations", "relations")
+
+
 class DrilledScenes:
     """Drawn scenes with drills before the data set's own turns; only the teacher is trained on them.
 
-    The drills are a location turn for every object, two turns about sides and one more list of objects.
-    Finding a named object is the skill that relations are built from: with one location turn a picture
-    the language model needs about three times the steps to acquire it.
+    Finding a named object is the skill that relations are built from. With the data set's one location
+    turn a picture a trial had 26 % of locations right after 6,400 pictures; with a turn for every object,
+    83 % after 4,000. ``locations`` asks for every object and two sides; ``relations``, which then goes
+    on, adds three relation captions and four questions; both add a list.
+
+    Args:
+        scenes: What is drilled.
+        drill: One of `DRILLS`.
     """
 
-    def __init__(self, scenes: ShapesDataset) -> None:
-        self._scenes = scenes
-        self.name = f"{scenes.name}, drilled"
+    def __init__(self, scenes: ShapesDataset, drill: str) -> None:
+        self._scenes, self._drill = scenes, drill
+        self.name = f"{scenes.name}, drilled in {drill}"
         self.sample_ids: Sequence[str] = scenes.sample_ids
 
     def __len__(self) -> int:
@@ -48,12 +64,18 @@ class DrilledScenes:
     def __getitem__(self, index: int) -> Sample:
         sample, scene = self._scenes[index], self._scenes.scene(index)
         generator = np.random.default_rng([self._scenes.seed, index])
-        asked = [(f"where is the {thing.noun}", thing.cell_name) for thing in scene.objects]
-        sides = (side_question(scene, generator) for _ in range(3))  # None where both are in one row
-        asked += [side for side in sides if side is not None][:2]
-        asked.append(("", list_caption(scene, generator)))
-        drills = [Turn(question=question, answer=answer) for question, answer in asked]
-        return replace(sample, turns=tuple(dict.fromkeys([*drills, *sample.turns])))
+        if self._drill == "locations":
+            drills = [(f"where is the {thing.noun}", thing.cell_name) for thing in scene.objects]
+            rules: tuple[Rule, ...] = (side_question, side_question)
+        else:
+            drills = [("", relation_caption(scene, generator)) for _ in range(3)]
+            rules = (side_question, relation_question, relation_question, yes_no_question)
+        drills.append(("", list_caption(scene, generator)))
+        for rule in rules:
+            asked = rule(scene, generator) or rule(scene, generator)  # a second try, then none
+            drills += [asked] if asked else []
+        turns = [Turn(question=question, answer=answer) for question, answer in drills]
+        return replace(sample, turns=tuple(dict.fromkeys([*turns, *sample.turns])))
 
     def fingerprint(self) -> str:
         """Hash of ids and turns."""
@@ -81,7 +103,7 @@ def train_language(
         rate: Peak learning rate.
         seed: Of the order.
     """
-    optimizer = WarmCosine(model, rate=rate, steps=steps, warmup=50)
+    optimizer = WarmCosine(model, rate=rate, steps=steps, warmup=50, others_scale=OTHERS_SCALE)
     started = time.monotonic()
     for step, batch in enumerate(_batches(encoder, dataset, steps, images_per_step, seed)):
         hidden = model.model(**batch.model_inputs(), use_cache=False).last_hidden_state  # [B, T, D]

@@ -2,13 +2,12 @@
 
 The recipe, each phase on what the one before left (seconds on two idle cores in brackets):
 
-1. tower: dense labels a patch, then frozen (`demo_vision.train_tower`, 60)
-2. projector and embeddings: name each patch without the language model (`demo_vision.align_projector`, 5)
-3. language: conversations packed behind each picture's visual tokens, block-diagonal mask, so the text the
-   teacher learns from is exactly what stage one shows it (`demo_language.train_language`, 350)
+1. tower: dense labels a patch, then frozen (`demo_vision.train_tower`, 50)
+2. projector and embeddings: name each patch without the language model (`demo_vision.align_projector`, 20)
+3. language: first finding objects, then relating them (`demo_language.train_language`, 350)
 
-For other data the shipped teacher is the start, tower included: easy-vqa's shapes are close enough
-that phase 3 alone, end to end, is enough.
+For other data the shipped teacher is the start: easy-vqa's shapes are close enough that phase 3
+alone, tower included, is enough.
 """
 
 import logging
@@ -34,7 +33,7 @@ from data.sample import Dataset
 from data.shapes import ShapesDataset, shapes_evaluation
 from data.shapes_scene import GRID
 from data.templates import TEMPLATES
-from stage1_teacher.demo_language import DrilledScenes, train_language
+from stage1_teacher.demo_language import DRILLS, DrilledScenes, train_language
 from stage1_teacher.demo_model import build_demo_model
 from stage1_teacher.demo_scoring import mean_accuracy, score_model
 from stage1_teacher.demo_vision import align_projector, normalize_pictures, train_tower
@@ -57,7 +56,7 @@ class DemoRecipe:
         layers: Depth of the language model.
         vision_steps: Steps of phase 1 (64 pictures each); 0 for data that start from the shipped teacher.
         alignment_steps: Steps of phase 2 (32 pictures each); likewise.
-        language_steps: Steps of phase 3.
+        language_steps: Steps of phase 3, over all its courses.
         images_per_step: Pictures, with all their conversations, a step of phase 3.
         rate: Peak learning rate of phase 3.
     """
@@ -65,10 +64,10 @@ class DemoRecipe:
     width: int = 96
     vision_layers: int = 3
     layers: int = 6
-    vision_steps: int = 700
-    alignment_steps: int = 150
-    language_steps: int = 900
-    images_per_step: int = 16
+    vision_steps: int = 600
+    alignment_steps: int = 500
+    language_steps: int = 3400
+    images_per_step: int = 8
     rate: float = 3e-3
 
 
@@ -152,20 +151,19 @@ def train_demo_teacher(
 
     started = time.monotonic()
     if name == "shapes":
-        pictures = recipe.language_steps * recipe.images_per_step
-        dataset: Dataset = DrilledScenes(ShapesDataset("train", pictures, seed=seed + 2 * _OWN_PICTURES))
         model.model.vision_tower.requires_grad_(False)
-    else:
-        dataset = open_dataset(data_spec, split="train")
-    train_language(
-        model,
-        encoder,
-        dataset,
-        steps=recipe.language_steps,
-        images_per_step=recipe.images_per_step,
-        rate=recipe.rate,
-        seed=seed,
-    )
+    courses = _courses(data_spec, recipe, seed)
+    for dataset in courses:
+        logger.info("language: %s", dataset.name)
+        train_language(
+            model,
+            encoder,
+            dataset,
+            steps=recipe.language_steps // len(courses),
+            images_per_step=recipe.images_per_step,
+            rate=recipe.rate,
+            seed=seed,
+        )
     seconds["language"] = round(time.monotonic() - started, 1)
 
     model = model.half().float().eval().requires_grad_(False)  # as it will be written
@@ -218,6 +216,17 @@ def _starting_point(
     accuracy = train_tower(model, normalize, seed=seed, steps=recipe.vision_steps)
     align_projector(model, tokenizer, normalize, seed=seed + _OWN_PICTURES, steps=recipe.alignment_steps)
     return model, accuracy
+
+
+def _courses(data_spec: str, recipe: DemoRecipe, seed: int) -> list[Dataset]:
+    """Return what the language model learns from, in order; each drawn picture is seen once."""
+    if _data_name(data_spec) != "shapes":
+        return [open_dataset(data_spec, split="train")]
+    pictures = recipe.language_steps // len(DRILLS) * recipe.images_per_step
+    return [
+        DrilledScenes(ShapesDataset("train", pictures, seed=seed + place * _OWN_PICTURES), drill)
+        for place, drill in enumerate(DRILLS, start=2)
+    ]
 
 
 def _write_teacher(

@@ -38,7 +38,7 @@ def export_parts(teacher: Teacher, cache_dir: Path) -> None:
 
 
 def export_processor(tokenizer: Any, image_encoder: ImageEncoder, directory: Path) -> None:
-    """Write tokenizer and image processor as ``AutoTokenizer`` and ``AutoImageProcessor`` read them."""
+    """Write tokenizer and image processor as ``data.processors`` reads them."""
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(directory)
     image_encoder.processor.save_pretrained(directory)

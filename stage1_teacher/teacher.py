@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
+from transformers import AutoConfig
 
 from common.atomic import read_json
 from common.errors import ModelError
@@ -22,6 +22,7 @@ from common.visual_attention import AttentionCapture, AttentionRequest
 from data.collate import Batch, supervised_rows, visual_keys
 from data.encoding import ImageEncoder
 from data.fingerprints import module_fingerprint, tokenizer_fingerprint, weights_fingerprint
+from data.processors import load_image_processor, load_tokenizer
 from stage1_teacher.families import Family, family_of, submodule
 
 logger = logging.getLogger(__name__)
@@ -79,8 +80,8 @@ class Teacher:
             model = model_class.from_pretrained(
                 directory, dtype=getattr(torch, dtype), attn_implementation="sdpa"
             )
-            self.tokenizer = AutoTokenizer.from_pretrained(directory)
-            processor = AutoImageProcessor.from_pretrained(directory, backend="pil")
+            self.tokenizer = load_tokenizer(directory)
+            processor = load_image_processor(directory)
         except (OSError, KeyError, ValueError, RuntimeError) as error:
             if isinstance(error, ModelError):
                 raise

@@ -9,15 +9,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoImageProcessor, AutoTokenizer
-
 from common.cache import TeacherCache, open_cache
-from common.errors import CacheFormatError, ConfigError
+from common.errors import CacheFormatError, ConfigError, ModelError
 from common.hashing import fingerprint
 from common.layers import student_groups
 from common.plan import Plan
 from data.encoding import SampleEncoder
 from data.image_encoder import ImageEncoder
+from data.processors import load_image_processor, load_tokenizer
 from data.registry import open_dataset
 from data.sample import Dataset
 from data.templates import PromptTemplate, get_template
@@ -103,13 +102,9 @@ def load_processors(folder: Path) -> tuple[Any, Any]:
         CacheFormatError: If they cannot be read.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        return tokenizer, AutoImageProcessor.from_pretrained(folder, backend="pil")
-    except (OSError, ValueError, KeyError) as error:
-        raise CacheFormatError(
-            f"{folder}: no usable tokenizer and image processor ({error}); the folder is incomplete: build "
-            "it again"
-        ) from error
+        return load_tokenizer(folder), load_image_processor(folder)
+    except ModelError as error:
+        raise CacheFormatError(f"{error}; the folder is incomplete: build it again") from error
 
 
 def describe_encoder(plan: Plan, *, max_length: int) -> dict[str, Any]:
@@ -224,9 +219,7 @@ def prepare(config: TrainConfig) -> Preparation:
             check_vision_tower(cache, student.model.vision_tower.vision_tower.vision_model)
     own_tokenizer = Path(config.student) / "tokenizer.json"
     if own_tokenizer.exists():
-        check_tokenizer(
-            first, AutoTokenizer.from_pretrained(config.student), where=f"student {config.student}"
-        )
+        check_tokenizer(first, load_tokenizer(own_tokenizer.parent), where=f"student {config.student}")
     description = describe_encoder(first.plan, max_length=config.max_length)
     encoder = build_encoder(description, tokenizer, image_processor, grid=student.image_grid)
     depth = int(student.language_model.config.num_hidden_layers)

@@ -21,19 +21,15 @@ def save_tiny_llava(directory: Path, *, layers: int = 4, seed: int = 0, vocab_ex
     """A random LLaVA-1.5 of the published architecture with the built-in tokenizer, 36 visual tokens."""
     import torch
     from transformers import (
-        AutoImageProcessor,
-        AutoTokenizer,
         CLIPVisionConfig,
         LlamaConfig,
         LlavaConfig,
         LlavaForConditionalGeneration,
     )
 
-    import data.builtin
+    from data import builtin
 
-    builtin = Path(data.builtin.__file__).parent
-    tokenizer = AutoTokenizer.from_pretrained(builtin)
-    processor = AutoImageProcessor.from_pretrained(builtin, backend="pil")
+    tokenizer, processor = builtin.load_tokenizer(), builtin.load_image_processor()
     torch.manual_seed(seed)
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(

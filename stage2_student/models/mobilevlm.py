@@ -46,7 +46,7 @@ class MobileVLMConfig(PreTrainedConfig):
     """
 
     model_type = "mobilevlm_distill"
-    sub_configs_defaults = {"text_config": LlamaConfig, "vision_config": CLIPVisionConfig}  # noqa: RUF012
+    sub_configs = {"text_config": LlamaConfig, "vision_config": CLIPVisionConfig}  # noqa: RUF012
 
     text_config: Any = None
     vision_config: Any = None
@@ -56,6 +56,14 @@ class MobileVLMConfig(PreTrainedConfig):
     pool_teacher_tokens: bool = False
     vision_feature_layer: int = -2
     tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Make configurations of what a ``config.json`` holds as plain objects; older libraries do not."""
+        for name, config_class in self.sub_configs.items():
+            value = getattr(self, name)
+            if not isinstance(value, config_class):
+                setattr(self, name, config_class(**(value or {})))
+        super().__post_init__(**kwargs)
 
 
 class _ClipHolder(nn.Module):

@@ -14,6 +14,7 @@ from tiny_cache import DATA
 
 from common.config import config_from_dict
 from common.errors import ConfigError
+from data.processors import load_image_processor, load_tokenizer
 from stage2_student.build_student import load_student
 from stage2_student.checkpoint import CHECKPOINTS
 from stage2_student.config import TrainConfig, without_teacher
@@ -112,13 +113,11 @@ def test_the_log_has_one_object_a_step_with_every_term(uninterrupted):
 
 
 def test_the_final_folder_loads_with_its_tokenizer_and_says_where_it_comes_from(uninterrupted, tiny_cache):
-    from transformers import AutoImageProcessor, AutoTokenizer
-
     student = load_student(uninterrupted.final)
     expected = uninterrupted.model.state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in student.state_dict().items())
-    AutoTokenizer.from_pretrained(uninterrupted.final)
-    AutoImageProcessor.from_pretrained(uninterrupted.final, backend="pil")
+    load_tokenizer(uninterrupted.final)
+    load_image_processor(uninterrupted.final)
     told = json.loads((uninterrupted.final / "distillation.json").read_text())
     assert told["caches"] == {str(tiny_cache[0]): uninterrupted.preparation.cache_hashes[str(tiny_cache[0])]}
 

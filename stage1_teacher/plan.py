@@ -18,6 +18,7 @@ from data.templates import get_template
 from stage1_teacher.config import BuildConfig
 from stage1_teacher.signals import automatic_grid, build_codecs
 from stage1_teacher.teacher import Teacher, TeacherOutput
+from stage1_teacher.teacher_record import evaluation_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +151,7 @@ def make_plan(
     codecs: Mapping[str, Any],
 ) -> Plan:
     """Describe the whole cache before the first shard, with every fingerprint it depends on."""
+    evaluation = evaluation_of(teacher.training)
     template = encoder.template.to_dict()
     geometry = teacher.image_encoder.to_dict()
     signals = {name: codec.to_dict() for name, codec in codecs.items()}
@@ -180,6 +182,7 @@ def make_plan(
             "image_token_id": teacher.image_token_id,
             "groups": [list(group) for group in teacher.groups(config.groups, config.layers)],
             "layer_choice": config.layers,
+            **({} if evaluation is None else {"evaluation": evaluation}),
         },
         data={
             "name": dataset.name,

@@ -101,3 +101,29 @@ def safe_path(name: Any, where: str) -> str:
         if "/".join(parts) == name and not name.startswith("/") and ".." not in parts and ":" not in parts[0]:
             return name
     raise CacheFormatError(f"{where}: the path {name!r} could leave the cache folder and is refused")
+
+
+def describe_differences(before: Any, now: Any, *, there: str, here: str) -> list[str]:
+    """List where two JSON values differ, a line each: the dotted key and both values.
+
+    Args:
+        before: The stored value.
+        now: The value of this run.
+        there: What holds the stored one, for the text.
+        here: What holds the other.
+    """
+    old, new = _flatten(before), _flatten(now)
+    return [
+        f"  {key}: {there} has {old.get(key, 'nothing')!r}, {here} has {new.get(key, 'nothing')!r}"
+        for key in sorted(old.keys() | new.keys())
+        if (key in old) != (key in new) or old.get(key) != new.get(key)
+    ]
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, dict) and value:
+        flat: dict[str, Any] = {}
+        for key, item in value.items():
+            flat |= _flatten(item, f"{prefix}.{key}" if prefix else str(key))
+        return flat
+    return {prefix: value}

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from common.documents import check_int, check_object, read_document, write_document
+from common.documents import check_int, check_object, describe_differences, read_document, write_document
 from common.errors import CacheFormatError, CacheMismatchError
 from common.hashing import fingerprint
 from common.schema import BASE_FIELDS, FORMAT_VERSION, Field, check_fields
@@ -166,26 +166,12 @@ def refuse_changed_plan(old: Plan, new: Plan, *, where: str = "the cache") -> No
     Raises:
         CacheMismatchError: Naming each differing option with both values, and the remedy.
     """
-    before, now = _flatten(old.to_dict()), _flatten(new.to_dict())
-    lines = [
-        f"  {key}: the cache has {before.get(key, 'nothing')!r}, this run has {now.get(key, 'nothing')!r}"
-        for key in sorted(before.keys() | now.keys())
-        if (key in before) != (key in now) or before.get(key) != now.get(key)
-    ]
+    lines = describe_differences(old.to_dict(), new.to_dict(), there="the cache", here="this run")
     if lines:
         raise CacheMismatchError(
             f"{where} was begun with other settings:\n" + "\n".join(lines) + "\n"
             "Use the same options, another folder (CACHE=...), or --overwrite to start this one again."
         )
-
-
-def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(value, dict) and value:
-        flat: dict[str, Any] = {}
-        for key, item in value.items():
-            flat |= _flatten(item, f"{prefix}.{key}" if prefix else str(key))
-        return flat
-    return {prefix: value}
 
 
 def _plain(value: Any) -> Any:

@@ -24,7 +24,7 @@ import torch
 import transformers
 from transformers import LlavaForConditionalGeneration
 
-from common.atomic import create_temporary, publish_directory, remove, write_json_atomic
+from common.atomic import clean_stale, create_temporary, publish_directory, remove, write_json_atomic
 from common.errors import ConfigError
 from data.builtin import IMAGE_TOKEN, MODEL_MAX_LENGTH, load_image_processor, load_tokenizer
 from data.encoding import ImageEncoder, SampleEncoder
@@ -143,6 +143,7 @@ def train_demo_teacher(
     if output.exists():
         raise ConfigError(f"{output} exists; remove it or choose another directory for the teacher")
     output.parent.mkdir(parents=True, exist_ok=True)
+    clean_stale(output.parent, output.name)  # of a training killed while it wrote
     seconds: dict[str, float] = {}
     started = time.monotonic()
     model, vision = _starting_point(name, recipe, seed)
@@ -236,6 +237,9 @@ def _write_teacher(
     temporary, lock = create_temporary(output, directory=True)
     try:
         model.half().save_pretrained(temporary)
+        temporary.chmod(0o755)
+        for weights in temporary.glob("*.safetensors"):
+            weights.chmod(0o644)  # the library leaves 0600, but teams share directories
         encoder.tokenizer.save_pretrained(temporary)
         encoder.image_encoder.processor.save_pretrained(temporary)
         write_json_atomic(temporary / "training.json", record)

@@ -361,11 +361,14 @@ def render_table(reports: Mapping[str, EvaluationReport]) -> str:
     )
 
 
+def format_score(score: Score, factor: int) -> tuple[str, str, str]:
+    """Value, lower and upper end as text: percent with one digit, else three digits."""
+    digits = 1 if factor == 100 else 3
+    value, low, high = (f"{factor * part:.{digits}f}" for part in (score.value, score.low, score.high))
+    return value, low, high
+
+
 def _cell(report: EvaluationReport, name: str, factor: int) -> str:
     """One score as text; a dash where the report lacks it."""
     score = report.scores.get(name)
-    if score is None:
-        return "-"
-    digits = 1 if factor == 100 else 3
-    value, low, high = (f"{factor * part:.{digits}f}" for part in (score.value, score.low, score.high))
-    return f"{value} [{low}, {high}]"
+    return "-" if score is None else "{} [{}, {}]".format(*format_score(score, factor))

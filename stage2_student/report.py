@@ -14,7 +14,7 @@ from typing import Any
 import PIL.Image
 
 from common.atomic import write_bytes_atomic
-from stage2_student.evaluate import ROWS, EvaluationReport
+from stage2_student.evaluate import ROWS, EvaluationReport, format_score
 from stage2_student.overlays import Overlay
 
 COLOURS = ("#0a7d6c", "#c2410c", "#4f46e5", "#a16207", "#be185d", "#475569")
@@ -172,11 +172,7 @@ _BY_KIND = ("likelihood", "questions")
 
 def _cell(report: EvaluationReport, name: str, factor: int) -> str:
     score = report.scores.get(name)
-    if score is None:
-        return "-"
-    digits = 1 if factor == 100 else 3
-    value, low, high = (f"{factor * part:.{digits}f}" for part in (score.value, score.low, score.high))
-    return f"{value} <small>[{low}, {high}]</small>"
+    return "-" if score is None else "{} <small>[{}, {}]</small>".format(*format_score(score, factor))
 
 
 def _figure(overlay: Overlay) -> str:

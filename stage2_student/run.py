@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from common.atomic import read_json, write_bytes_atomic, write_json_atomic
 from common.config import config_from_dict, config_to_dict, save_config
+from common.documents import describe_differences
 from common.errors import CacheFormatError, ConfigError
 from common.hashing import fingerprint
 from common.manifest import read_manifest, read_plan
@@ -192,26 +193,12 @@ def refuse_other_run(output: Path, previous: Mapping[str, Any], stamp: Mapping[s
     )
     if not previous or not trained:
         return
-    there, now = _flat(previous.get("run", {})), _flat(stamp["run"])
-    lines = [
-        f"  {key}: {there.get(key, 'nothing')!r} there, {now.get(key, 'nothing')!r} now"
-        for key in sorted(there.keys() | now.keys())
-        if there.get(key) != now.get(key)
-    ]
+    lines = describe_differences(previous.get("run", {}), stamp["run"], there="the folder", here="this run")
     if lines:
         raise ConfigError(
             f"{output} belongs to a run with other options:\n" + "\n".join(lines) + "\n"
             "Use the same options, another --output (OUTPUT=...), or delete that folder to begin again"
         )
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(value, dict) and value:
-        flat: dict[str, Any] = {}
-        for key, item in value.items():
-            flat |= _flat(item, f"{prefix}.{key}" if prefix else str(key))
-        return flat
-    return {prefix: value}
 
 
 def evaluate_arm(

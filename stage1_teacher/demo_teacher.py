@@ -237,7 +237,6 @@ def _write_teacher(
     temporary, lock = create_temporary(output, directory=True)
     try:
         model.half().save_pretrained(temporary)
-        temporary.chmod(0o755)
         for weights in temporary.glob("*.safetensors"):
             weights.chmod(0o644)  # the library leaves 0600, but teams share directories
         encoder.tokenizer.save_pretrained(temporary)

@@ -151,7 +151,7 @@ def make_plan(
     codecs: Mapping[str, Any],
 ) -> Plan:
     """Describe the whole cache before the first shard, with every fingerprint it depends on."""
-    evaluation = evaluation_of(teacher.training)
+    evaluation, trained_on = evaluation_of(teacher.training), teacher.training.get("data")
     template = encoder.template.to_dict()
     geometry = teacher.image_encoder.to_dict()
     signals = {name: codec.to_dict() for name, codec in codecs.items()}
@@ -173,7 +173,7 @@ def make_plan(
         },
         template=template,
         teacher={
-            "name": teacher.training.get("name") or teacher.directory.resolve().name,
+            "name": f"built-in ({trained_on})" if trained_on else teacher.directory.resolve().name,
             "family": str(teacher.config.model_type),
             "dtype": teacher.dtype,
             "layers": teacher.depth,

@@ -6,8 +6,8 @@ The recipe, each phase on what the one before left (seconds on two idle cores in
 2. projector and embeddings: name each patch without the language model (`demo_vision.align_projector`, 20)
 3. language: first finding objects, then relating them (`demo_language.train_language`, 350)
 
-For other data the shipped teacher is the start: easy-vqa's shapes are close enough that phase 3
-alone, tower included, is enough.
+easy-vqa starts from the shipped teacher: its tower learns the words of the data's own answers
+(`demo_answers`), then phase 3 trains everything.
 """
 
 import logging
@@ -33,6 +33,7 @@ from data.sample import Dataset
 from data.shapes import ShapesDataset, shapes_evaluation
 from data.shapes_scene import GRID
 from data.templates import TEMPLATES
+from stage1_teacher.demo_answers import train_tower_on_answers
 from stage1_teacher.demo_language import DRILLS, DrilledScenes, train_language
 from stage1_teacher.demo_model import build_demo_model
 from stage1_teacher.demo_scoring import mean_accuracy, score_model
@@ -54,8 +55,8 @@ class DemoRecipe:
         width: Hidden size of both towers.
         vision_layers: Depth of the vision tower.
         layers: Depth of the language model.
-        vision_steps: Steps of phase 1 (64 pictures each); 0 for data that start from the shipped teacher.
-        alignment_steps: Steps of phase 2 (32 pictures each); likewise.
+        vision_steps: Steps of phase 1 (64 pictures each).
+        alignment_steps: Steps of phase 2 (32 pictures each); none for data that start from the shipped teacher.
         language_steps: Steps of phase 3, over all its courses.
         images_per_step: Pictures, with all their conversations, a step of phase 3.
         rate: Peak learning rate of phase 3.
@@ -73,7 +74,7 @@ class DemoRecipe:
 
 RECIPES = {
     "shapes": DemoRecipe(),
-    "easy-vqa": DemoRecipe(vision_steps=0, alignment_steps=0, language_steps=400, rate=1.5e-3),
+    "easy-vqa": DemoRecipe(vision_steps=500, alignment_steps=0, language_steps=600, rate=1.5e-3),
 }
 
 
@@ -146,14 +147,16 @@ def train_demo_teacher(
     clean_stale(output.parent, output.name)  # of a training killed while it wrote
     seconds: dict[str, float] = {}
     started = time.monotonic()
-    model, vision = _starting_point(name, recipe, seed)
     encoder = build_demo_encoder()
+    if name == "shapes":
+        model, vision = _from_nothing(recipe, seed)
+        courses = _drilled_courses(recipe, seed)
+    else:
+        courses = [open_dataset(data_spec, split="train")]
+        model, vision = _from_shipped(encoder, courses[0], recipe, seed)
     seconds["vision"] = round(time.monotonic() - started, 1)
 
     started = time.monotonic()
-    if name == "shapes":
-        model.model.vision_tower.requires_grad_(False)
-    courses = _courses(data_spec, recipe, seed)
     for dataset in courses:
         logger.info("language: %s", dataset.name)
         train_language(
@@ -200,15 +203,8 @@ def train_demo_teacher(
     return record
 
 
-def _starting_point(
-    name: str, recipe: DemoRecipe, seed: int
-) -> tuple[LlavaForConditionalGeneration, dict[str, float]]:
-    """Phases 1 and 2, or the shipped teacher for data that start from it."""
-    if name != "shapes":
-        model = LlavaForConditionalGeneration.from_pretrained(
-            builtin_teacher_directory(), dtype=torch.float32
-        )
-        return model.train(), {}
+def _from_nothing(recipe: DemoRecipe, seed: int) -> tuple[LlavaForConditionalGeneration, dict[str, float]]:
+    """Phases 1 and 2 on drawn scenes; the tower comes back frozen."""
     tokenizer, processor = load_tokenizer(), load_image_processor()
     model = build_demo_model(
         tokenizer, seed=seed, width=recipe.width, vision_layers=recipe.vision_layers, layers=recipe.layers
@@ -216,13 +212,21 @@ def _starting_point(
     normalize = partial(normalize_pictures, mean=processor.image_mean, std=processor.image_std)
     accuracy = train_tower(model, normalize, seed=seed, steps=recipe.vision_steps)
     align_projector(model, tokenizer, normalize, seed=seed + _OWN_PICTURES, steps=recipe.alignment_steps)
+    model.model.vision_tower.requires_grad_(False)
     return model, accuracy
 
 
-def _courses(data_spec: str, recipe: DemoRecipe, seed: int) -> list[Dataset]:
+def _from_shipped(
+    encoder: SampleEncoder, dataset: Dataset, recipe: DemoRecipe, seed: int
+) -> tuple[LlavaForConditionalGeneration, dict[str, float]]:
+    """The shipped teacher with phase 1 on the data's own answers; the tower stays trainable."""
+    model = LlavaForConditionalGeneration.from_pretrained(builtin_teacher_directory(), dtype=torch.float32)
+    loss = train_tower_on_answers(model.train(), encoder, dataset, seed=seed, steps=recipe.vision_steps)
+    return model, {"loss": round(loss, 4)}
+
+
+def _drilled_courses(recipe: DemoRecipe, seed: int) -> list[Dataset]:
     """Return what the language model learns from, in order; each drawn picture is seen once."""
-    if _data_name(data_spec) != "shapes":
-        return [open_dataset(data_spec, split="train")]
     pictures = recipe.language_steps // len(DRILLS) * recipe.images_per_step
     return [
         DrilledScenes(ShapesDataset("train", pictures, seed=seed + place * _OWN_PICTURES), drill)

@@ -165,8 +165,8 @@ def tables(results: list[dict[str, Any]], teacher: dict[str, float]) -> str:
             f"Students with {'the same number of' if tokens == 'same' else 'a quarter of the'} visual tokens, "
             f"{STEPS} steps, {len(sft)} seeds (teacher: {teacher['likelihood']:.1f} / {teacher['questions']:.1f}):",
             "",
-            "| losses | captions by likelihood, % | questions, % | gain over logit KD, points | step / SFT step |",
-            "|---|---|---|---|---|",
+            "| losses | captions by likelihood, % | questions, % | gain over logit KD, points |",
+            "|---|---|---|---|",
         ]
         for arm in ARMS:
             found = select(results, arm=arm, tokens=tokens, steps=STEPS)
@@ -177,8 +177,7 @@ def tables(results: list[dict[str, Any]], teacher: dict[str, float]) -> str:
             paired = [r["scores"]["likelihood"] - base[seed]["scores"]["likelihood"]
                       for seed, r in found.items() if seed in base]  # fmt: skip
             gain = "-" if arm == "+ logit KD" or not paired else "{:+.1f} ± {:.1f}".format(*interval(paired))
-            ratios = [r["step_ms"] / sft[seed]["step_ms"] for seed, r in found.items() if seed in sft]
-            lines.append(f"| {arm} | {cells[0]} | {cells[1]} | {gain} | {statistics.median(ratios):.2f} |")
+            lines.append(f"| {arm} | {cells[0]} | {cells[1]} | {gain} |")
         lines.append("")
     lines += [f"Score against steps (quarter tokens, {len(CURVE_SEEDS)} seeds, captions by likelihood, %):", "",
               "| losses | " + " | ".join(map(str, CURVE_STEPS)) + " |", "|---" * (len(CURVE_STEPS) + 1) + "|"]  # fmt: skip

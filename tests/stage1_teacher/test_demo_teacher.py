@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from data.sample import EvaluationSet, Sample, Turn
 from data.shapes import SceneImage, ShapesDataset, shapes_evaluation
 from data.shapes_text import PAIR_KINDS, QUESTION_KINDS
 from stage1_teacher import demo_teacher
+from stage1_teacher.demo_answers import answer_labels, shift_and_mirror
 from stage1_teacher.demo_language import DRILLS, DrilledScenes, answer_loss
 from stage1_teacher.demo_model import build_demo_model, split_parameters, warm_cosine
 from stage1_teacher.demo_scoring import mean_accuracy, score_model
@@ -163,7 +165,7 @@ def test_an_existing_output_is_refused_before_training(tmp_path):
 
 def test_easy_vqa_starts_from_the_shipped_teacher(tmp_path, monkeypatch):
     pytest.importorskip("easy_vqa")
-    recipe = DemoRecipe(vision_steps=0, alignment_steps=0, language_steps=2, images_per_step=2)
+    recipe = DemoRecipe(vision_steps=1, alignment_steps=0, language_steps=2, images_per_step=2)
     monkeypatch.setitem(demo_teacher.RECIPES, "easy-vqa", recipe)
     monkeypatch.setattr(demo_teacher, "TEST_ITEMS", 3)
     made = demo_teacher_for("easy-vqa", tmp_path / "kept")
@@ -258,6 +260,27 @@ def test_drills_come_before_the_turns_of_the_data_set(drill):
         if drill == "locations":
             cells = [turn.answer for turn in turns if turn.question.startswith("where is")]
             assert sorted(cells) == sorted(thing.cell_name for thing in scenes.scene(index).objects)
+
+
+def test_answer_labels_say_what_a_picture_shows_where_a_question_asks():
+    dataset = ShapesDataset("train", 3, seed=0)
+    turns = [
+        (Turn(question="what shape is present?", answer="triangle"), Turn(question="is there?", answer="no")),
+        (Turn(question="what color is the shape?", answer="teal"), Turn(question="what?", answer="circle")),
+        (Turn(question="is there a circle?", answer="yes"),),
+    ]
+    samples = [replace(dataset[i], turns=asked) for i, asked in enumerate(turns)]
+    assert answer_labels(samples).tolist() == [[2, -100], [0, 6], [-100, -100]]
+
+
+def test_shifting_repeats_the_border_and_keeps_the_picture():
+    pixels = torch.arange(5.0)[None, None, None, :].expand(20, 3, 4, 5)  # grows to the right
+    moved = shift_and_mirror(pixels, torch.Generator().manual_seed(0), reach=2)
+    assert moved.shape == pixels.shape
+    rows = {tuple(row.tolist()) for row in moved[:, 0, 0]}
+    shifts = {tuple(min(4, max(0, x + d)) for x in range(5)) for d in range(-2, 3)}
+    assert rows <= shifts | {tuple(reversed(row)) for row in shifts}
+    assert len(rows) > 4
 
 
 @pytest.mark.slow

@@ -9,6 +9,11 @@ IMAGES  ?=
 CONFIG  ?=
 PHASES  ?=
 NPROC   ?= 1
+# Stage one: which signals to keep (comma-separated), and a YAML file of its other options.
+SIGNALS ?=
+CACHE_CONFIG ?=
+# Held-out data to score on.
+EVAL_DATA ?=
 
 # One folder per data set and store; a name is enough for built-in data, a path becomes its last part.
 DATA_NAME := $(subst :,-,$(basename $(notdir $(patsubst %/,%,$(DATA)))))
@@ -29,7 +34,8 @@ help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
 	@echo
 	@echo "  Variables: STUDENT=$(STUDENT) DATA=$(DATA) STORE=$(STORE) TEACHER=$(TEACHER) IMAGES=$(IMAGES) CACHE=$(CACHE)"
-	@echo "             OUTPUT=$(OUTPUT) PHASES=\"dpt dft sft\" CONFIG=file.yaml NPROC=$(NPROC) PYTHON=$(PYTHON)"
+	@echo "             OUTPUT=$(OUTPUT) PHASES=\"dpt dft sft\" CONFIG=student.yaml NPROC=$(NPROC)"
+	@echo "             SIGNALS=logits,answer_attention CACHE_CONFIG=cache.yaml EVAL_DATA=heldout.json PYTHON=python3"
 
 setup: $(STAMP) ## Create .venv and install everything, once
 
@@ -40,19 +46,22 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,easy-vqa,hf]'
 	@touch $@
 
+# Values reach the shell through its environment, so that blanks and quotes in a path are safe.
+export STUDENT DATA STORE TEACHER IMAGES CONFIG PHASES CACHE OUTPUT SIGNALS CACHE_CONFIG EVAL_DATA
+
 teacher-cache: $(STAMP) ## Stage one: run the teacher once, write the cache
-	$(BIN)/teacher-cache build --data '$(DATA)' --cache '$(CACHE)' --store $(STORE) $(if $(IMAGES),--images '$(IMAGES)') $(if $(TEACHER),--teacher '$(TEACHER)')
+	$(BIN)/teacher-cache build --data "$$DATA" --cache "$$CACHE" --store $(STORE) $(if $(IMAGES),--images "$$IMAGES") $(if $(TEACHER),--teacher "$$TEACHER") $(if $(SIGNALS),--signals "$$SIGNALS") $(if $(CACHE_CONFIG),--config "$$CACHE_CONFIG")
 
 # A sealed cache is used as it is, teacher or no teacher; naming a TEACHER checks that it is that teacher's.
 distill: $(STAMP) ## Stage two: train a student from the cache (built first if missing), evaluate, report
-	@if [ -n '$(TEACHER)' ] || [ ! -f '$(CACHE)/manifest.json' ]; then $(MAKE) --no-print-directory teacher-cache; fi
-	$(BIN)/distill run --student '$(STUDENT)' --data '$(DATA)' --cache '$(CACHE)' --output '$(OUTPUT)' $(if $(IMAGES),--images '$(IMAGES)') $(if $(CONFIG),--config '$(CONFIG)') $(if $(PHASES),--phases '$(PHASES)') $(if $(filter-out 1,$(NPROC)),--nproc $(NPROC))
+	@if [ -n "$$TEACHER" ] || [ ! -f "$$CACHE/manifest.json" ]; then $(MAKE) --no-print-directory teacher-cache; fi
+	$(BIN)/distill run --student "$$STUDENT" --data "$$DATA" --cache "$$CACHE" --output "$$OUTPUT" $(if $(IMAGES),--images "$$IMAGES") $(if $(CONFIG),--config "$$CONFIG") $(if $(PHASES),--phases "$$PHASES") $(if $(filter-out 1,$(NPROC)),--nproc $(NPROC))
 
-evaluate: $(STAMP) ## Score a trained student again: OUTPUT=its run folder
-	$(BIN)/distill evaluate '$(OUTPUT)/distilled/final' --data '$(DATA)' --cache '$(CACHE)' $(if $(IMAGES),--images '$(IMAGES)')
+evaluate: $(STAMP) ## Score the distilled student of OUTPUT again, on EVAL_DATA if given
+	$(BIN)/distill evaluate "$$OUTPUT/distilled/final" $(if $(EVAL_DATA),--data "$$EVAL_DATA") $(if $(IMAGES),--images "$$IMAGES")
 
-report: $(STAMP) ## Write the HTML report of a run again
-	$(BIN)/distill report '$(OUTPUT)'
+report: $(STAMP) ## Write the HTML report of OUTPUT again
+	$(BIN)/distill report "$$OUTPUT"
 
 demo: distill ## The embedded default: built-in teacher, built-in data, CPU
 

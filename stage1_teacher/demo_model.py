@@ -132,7 +132,7 @@ class WarmCosine:
 
     def step(self, loss: torch.Tensor) -> None:
         """Backpropagate, clip the gradient's norm to 1, update, and forget the gradient."""
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         nn.utils.clip_grad_norm_(self._parameters, 1.0)
         for optimizer, schedule in zip(self._optimizers, self._scale, strict=True):
             optimizer.step()

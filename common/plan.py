@@ -166,7 +166,11 @@ def refuse_changed_plan(old: Plan, new: Plan, *, where: str = "the cache") -> No
     Raises:
         CacheMismatchError: Naming each differing option with both values, and the remedy.
     """
-    lines = describe_differences(old.to_dict(), new.to_dict(), there="the cache", here="this run")
+    before, now = old.to_dict(), new.to_dict()
+    for described in (before, now):  # names are for people; fingerprints decide
+        for part in ("teacher", "data"):
+            described[part] = {key: value for key, value in described[part].items() if key != "name"}
+    lines = describe_differences(before, now, there="the cache", here="this run")
     if lines:
         raise CacheMismatchError(
             f"{where} was begun with other settings:\n" + "\n".join(lines) + "\n"

@@ -7,7 +7,7 @@ encoder (about 0.3 ms a sample) and the writer behind the forward pass.
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from common.manifest import (
     MANIFEST,
+    FileEntry,
     Manifest,
     Plan,
     missing_shards,
@@ -22,15 +23,15 @@ from common.manifest import (
     read_plan,
     refuse_changed_plan,
     seal,
+    sidecar_path,
 )
 from data.threads import leave_one_core
 from stage1_teacher.card import write_card
 from stage1_teacher.config import BuildConfig
 from stage1_teacher.fidelity import measure_fidelity
-from stage1_teacher.pipeline import FailureBudget, Writer, batches_of, encode_shards
+from stage1_teacher.pipeline import FailureBudget, Writer, encode_shards, run_shard
 from stage1_teacher.plan import Build, open_build, prepare_cache
 from stage1_teacher.projector_export import export_parts
-from stage1_teacher.signals import reduce_output, to_cpu
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,31 +74,48 @@ def extract(config: BuildConfig, *, overwrite: bool = False) -> BuildSummary:
     leave_one_core()
     cache_dir = Path(config.cache)
     work = open_build(config)
-    plan = work.plan
-    prepare_cache(cache_dir, plan, overwrite=overwrite)
+    plan = prepare_cache(cache_dir, work.plan, overwrite=overwrite)
+    work = replace(work, plan=plan)
     todo = missing_shards(cache_dir, plan)
-    if not todo and (cache_dir / MANIFEST).is_file():
-        return BuildSummary(
-            cache=cache_dir, built=0, samples=0, seconds=0.0, manifest=read_manifest(cache_dir)
-        )
+    if not todo and (manifest := intact_manifest(cache_dir)) is not None:
+        return BuildSummary(cache=cache_dir, built=0, samples=0, seconds=0.0, manifest=manifest)
     export_parts(work.teacher, cache_dir)
 
     # The main loop: the next shards are encoded, and the last batches written, while the teacher runs.
-    budget = FailureBudget(total=len(work.dataset), share=config.max_failed_share)
-    started, samples = time.monotonic(), 0
+    budget = FailureBudget.of_finished(cache_dir, plan, share=config.max_failed_share)
+    started, samples, built = time.monotonic(), 0, 0
     with Writer(cache_dir, plan, work.codecs) as writer, _progress(plan, todo) as bar:
-        for shard in encode_shards(work.dataset, work.encoder, plan, todo):
-            budget.spend(shard.failed)
-            for batch in batches_of(shard.samples, config.batch_size, work.teacher.pad_token_id):
-                writer.add(batch, to_cpu(reduce_output(work.run(batch), batch, work.codecs)))
-                samples += len(batch)
-                bar.update(len(batch))
-            writer.finish(shard)
-            bar.update(len(shard.failed))
+        # Another process may build the same cache: what it finished is skipped, what it left is done here.
+        while todo := missing_shards(cache_dir, plan):
+            for shard in encode_shards(work.dataset, work.encoder, plan, todo):
+                if sidecar_path(cache_dir, shard.index).exists():
+                    continue
+                for batch, signals in run_shard(work, shard, config.batch_size):
+                    writer.add(batch, signals)
+                    samples += len(batch)
+                    bar.update(len(batch))
+                budget.spend(shard.failed)
+                writer.finish(shard)
+                bar.update(len(shard.failed))
+                built += 1
+            writer.wait()
+    budget.spend(())
     seconds = time.monotonic() - started
 
     manifest = finish(work, cache_dir, samples=config.fidelity_samples)
-    return BuildSummary(cache=cache_dir, built=len(todo), samples=samples, seconds=seconds, manifest=manifest)
+    return BuildSummary(cache=cache_dir, built=built, samples=samples, seconds=seconds, manifest=manifest)
+
+
+def intact_manifest(cache_dir: Path) -> Manifest | None:
+    """The manifest of a finished cache, or None if there is none or a file outside the shards is lost or damaged."""
+    if not (cache_dir / MANIFEST).is_file():
+        return None
+    manifest = read_manifest(cache_dir)
+    for name, entry in manifest.files.items():
+        path = cache_dir / name
+        if not path.is_file() or FileEntry.of(path) != entry:
+            return None
+    return manifest
 
 
 def finish(work: Build, cache_dir: Path, *, samples: int) -> Manifest:

@@ -6,14 +6,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common.errors import DataError, SampleError
-from common.manifest import Plan
+from common.errors import CacheMismatchError, DataError, SampleError
+from common.manifest import Plan, read_sidecar, sidecar_path
 from common.schema import Record
 from common.stores import finish_shard, open_writer
 from data.collate import Batch, collate, length_buckets
 from data.encoding import EncodedSample, SampleEncoder
 from data.sample import Dataset
-from stage1_teacher.signals import TeacherSignals, encode_records
+from stage1_teacher.plan import Build
+from stage1_teacher.signals import TeacherSignals, encode_records, reduce_output, to_cpu
 
 SHARDS_AHEAD = 2
 BATCHES_BEHIND = 4
@@ -30,16 +31,28 @@ class EncodedShard:
 
 @dataclass
 class FailureBudget:
-    """How many unreadable samples a run tolerates.
+    """How many unreadable samples a cache tolerates.
 
     Attributes:
         total: Samples of the data set.
         share: Largest tolerated share.
+        failed: Failures so far, those of finished shards included.
+        latest: The latest one, ``(sample_id, reason)``.
     """
 
     total: int
     share: float
     failed: int = 0
+    latest: tuple[str, str] = ("", "")
+
+    @classmethod
+    def of_finished(cls, cache_dir: Path, plan: Plan, *, share: float) -> "FailureBudget":
+        """Start from the failures that the finished shards record: a resumed run tolerates no more."""
+        budget = cls(total=plan.sample_count, share=share)
+        for index in range(plan.shard_count):
+            if sidecar_path(cache_dir, index).is_file():
+                budget._count(read_sidecar(cache_dir, index).failed)
+        return budget
 
     def spend(self, failures: Sequence[tuple[str, str]]) -> None:
         """Count failures.
@@ -47,14 +60,19 @@ class FailureBudget:
         Raises:
             DataError: When the share is exceeded, with the latest reason.
         """
-        self.failed += len(failures)
+        self._count(failures)
         if self.failed > self.share * self.total:
-            sample_id, reason = failures[-1]
+            sample_id, reason = self.latest
             raise DataError(
-                f"{self.failed} of {self.total} samples cannot be read, more than the tolerated "
-                f"{self.share:.1%}; the latest, {sample_id!r}: {reason}. Mend the data, or raise "
-                "--set max_failed_share=0.1 to go on without them"
+                f"{self.failed} of {self.total} samples cannot be used, more than the tolerated "
+                f"{self.share:.1%}; the latest, {sample_id!r}: {reason}. Mend the data, or go on without them: "
+                "teacher-cache build ... --set max_failed_share=0.1"
             )
+
+    def _count(self, failures: Sequence[tuple[str, str]]) -> None:
+        self.failed += len(failures)
+        if failures:
+            self.latest = failures[-1]
 
 
 def encode_shards(
@@ -85,10 +103,41 @@ def encode_shards(
                 future.cancel()
 
 
-def batches_of(samples: Sequence[EncodedSample], batch_size: int, pad_token_id: int) -> Iterator[Batch]:
-    """Collate one shard's samples in length buckets; batches never cross a shard."""
+def run_shard(work: Build, shard: EncodedShard, batch_size: int) -> Iterator[tuple[Batch, TeacherSignals]]:
+    """Run the teacher over one shard in length buckets; batches never cross a shard.
+
+    A sample on which the teacher's output is not finite is moved from the shard's samples to its failures:
+    its batch runs again, one sample at a time.
+
+    Args:
+        work: Teacher and codecs.
+        shard: Changed in place where a sample fails.
+        batch_size: Most samples in a forward pass.
+
+    Yields:
+        Each batch with its reduced signals, on the CPU.
+    """
+    samples = list(shard.samples)
     for bucket in length_buckets([len(sample) for sample in samples], batch_size):
-        yield collate([samples[index] for index in bucket], pad_token_id)
+        chosen = [samples[index] for index in bucket]
+        try:
+            yield _run_batch(work, chosen)
+        except SampleError:
+            for sample in chosen:
+                try:
+                    yield _run_batch(work, [sample])
+                except SampleError as error:
+                    shard.samples.remove(sample)
+                    shard.failed.append((sample.sample_id, f"teacher: {error}"))
+
+
+def _run_batch(work: Build, samples: Sequence[EncodedSample]) -> tuple[Batch, TeacherSignals]:
+    batch = collate(samples, work.teacher.pad_token_id)
+    signals = to_cpu(reduce_output(work.run(batch), batch, work.codecs))
+    for attention in (*signals.answer_attention, *signals.visual_map):
+        if not bool(attention.isfinite().all()):
+            raise SampleError("the attention is not finite; try dtype=float32")
+    return batch, signals
 
 
 class Writer:
@@ -128,6 +177,10 @@ class Writer:
         order = [sample.sample_id for sample in shard.samples]
         self._submit(self._write, shard.index, order, tuple(shard.failed))
 
+    def wait(self) -> None:
+        """Wait until everything queued is written."""
+        self._wait(0)
+
     def _submit(self, function: Callable[..., None], *args: Any) -> None:
         self._wait(BATCHES_BEHIND)
         self._pending.append(self._pool.submit(function, *args))
@@ -141,11 +194,16 @@ class Writer:
         self._records |= dict(zip(batch.sample_ids, records, strict=True))
 
     def _write(self, index: int, order: list[str], failed: tuple[tuple[str, str], ...]) -> None:
-        writer = open_writer(self._plan.store, self._cache_dir, index, self._plan.all_fields)
+        records, self._records = self._records, {}
+        try:
+            writer = open_writer(self._plan.store, self._cache_dir, index, self._plan.all_fields)
+        except CacheMismatchError:
+            if sidecar_path(self._cache_dir, index).exists():
+                return  # another process finished the same shard meanwhile
+            raise
         try:
             for sample_id in order:
-                writer.append(sample_id, self._records[sample_id])
+                writer.append(sample_id, records[sample_id])
             finish_shard(writer, failed)
         finally:
             writer.abort()
-        self._records = {}

@@ -1,14 +1,14 @@
 """What ``extract()`` fixes before the first forward pass: teacher directory, encoder, codecs, ``plan.json``."""
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.errors import CacheMismatchError, ConfigError
+from common.atomic import TEMPORARY_PREFIX, read_json, remove
+from common.errors import CacheFormatError, ConfigError
 from common.hashing import fingerprint
-from common.manifest import MANIFEST, PLAN, Plan, read_plan, write_plan
+from common.manifest import CARD, MANIFEST, PLAN, SHARDS, Plan, read_plan, refuse_changed_plan, write_plan
 from common.schema import FORMAT_VERSION
 from data.collate import Batch
 from data.encoding import SampleEncoder
@@ -16,9 +16,13 @@ from data.registry import open_dataset
 from data.sample import Dataset
 from data.templates import get_template
 from stage1_teacher.config import BuildConfig
+from stage1_teacher.projector_export import EXPORTED
 from stage1_teacher.signals import automatic_grid, build_codecs
 from stage1_teacher.teacher import Teacher, TeacherOutput
 from stage1_teacher.teacher_record import evaluation_of
+
+# All that a cache folder holds at its top level.
+OUR_NAMES = (PLAN, MANIFEST, CARD, SHARDS, *EXPORTED)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,30 +198,55 @@ def make_plan(
     )
 
 
-def prepare_cache(cache_dir: Path, plan: Plan, *, overwrite: bool) -> None:
+def prepare_cache(cache_dir: Path, plan: Plan, *, overwrite: bool) -> Plan:
     """Write ``plan.json``, or make sure that the one there says the same.
 
     Args:
         cache_dir: The cache folder.
         plan: What this run would write.
-        overwrite: Delete an existing cache first.
+        overwrite: Delete the cache that is there first; files that are not a cache's are never touched.
+
+    Returns:
+        The plan on disk; only descriptive names may differ from ``plan``.
 
     Raises:
         ConfigError: If the folder holds something that is not a cache.
         CacheMismatchError: If a cache with other options is there and ``overwrite`` is not set.
     """
-    if cache_dir.is_file():
+    if cache_dir.exists() and not cache_dir.is_dir():
         raise ConfigError(f"{cache_dir} is a file; give a folder for the cache (CACHE=...)")
-    if cache_dir.is_dir() and any(cache_dir.iterdir()):
-        is_cache = (cache_dir / PLAN).is_file() or (cache_dir / MANIFEST).is_file()
-        if not is_cache and any(not entry.name.startswith(".") for entry in cache_dir.iterdir()):
-            raise ConfigError(
-                f"{cache_dir} is not empty and holds no {PLAN}: it is not a teacher cache; "
-                "give an empty or new folder (CACHE=...)"
-            )
-        if overwrite:
-            shutil.rmtree(cache_dir)
-        elif (cache_dir / PLAN).is_file() and read_plan(cache_dir).format_version > FORMAT_VERSION:
-            raise CacheMismatchError(f"{cache_dir} was written by a newer version; update this package")
-    cache_dir.mkdir(parents=True, exist_ok=True)
+    entries = sorted(cache_dir.iterdir()) if cache_dir.is_dir() else []
+    kept = [entry.name for entry in entries if not _is_leftover(entry)]
+    is_cache = any(_is_our_document(cache_dir / name) for name in (PLAN, MANIFEST))
+    strangers = [name for name in kept if name not in OUR_NAMES]
+    if kept and (not is_cache or (overwrite and strangers)):
+        raise ConfigError(
+            f"{cache_dir} is not a teacher cache: it holds {', '.join((strangers or kept)[:5])}; "
+            "give an empty or new folder (CACHE=...)"
+        )
+    if overwrite:
+        for entry in entries:
+            remove(entry)
+    elif (cache_dir / PLAN).is_file():
+        stored = read_plan(
+            cache_dir
+        )  # compared without writing: a complete cache may lie on a read-only disk
+        refuse_changed_plan(stored, plan, where=str(cache_dir))
+        return stored
     write_plan(cache_dir, plan)
+    return read_plan(cache_dir)  # as a resumed run will read it, so that both write the same bytes
+
+
+def _is_leftover(entry: Path) -> bool:
+    """What a run leaves that was killed before it wrote its plan."""
+    empty_shards = entry.name == SHARDS and entry.is_dir() and not any(entry.iterdir())
+    return entry.name.startswith(TEMPORARY_PREFIX) or empty_shards
+
+
+def _is_our_document(path: Path) -> bool:
+    """Whether a file has the shape of our documents, of whatever version and however damaged."""
+    try:
+        data = read_json(path)
+    except (OSError, CacheFormatError):
+        return False
+    return isinstance(data, dict) and {"format_version", "checksum"} <= data.keys()

@@ -8,16 +8,24 @@
 """
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 
 from common.atomic import write_bytes_atomic, write_json_atomic
 from data.encoding import ImageEncoder
 from stage1_teacher.teacher import Teacher
 
+EXPORTED = (
+    "projector.safetensors",
+    "projector.json",
+    "vision_tower.safetensors",
+    "vision_tower.json",
+    "processor",
+)
 MAX_AUTO_TOWER_BYTES = 16 * 2**20
 
 
@@ -38,10 +46,13 @@ def export_parts(teacher: Teacher, cache_dir: Path) -> None:
 
 
 def export_processor(tokenizer: Any, image_encoder: ImageEncoder, directory: Path) -> None:
-    """Write tokenizer and image processor as ``data.processors`` reads them."""
+    """Write tokenizer and image processor as ``data.processors`` reads them, each file atomically."""
     directory.mkdir(parents=True, exist_ok=True)
-    tokenizer.save_pretrained(directory)
-    image_encoder.processor.save_pretrained(directory)
+    with tempfile.TemporaryDirectory() as scratch:
+        tokenizer.save_pretrained(scratch)
+        image_encoder.processor.save_pretrained(scratch)
+        for file in sorted(Path(scratch).iterdir()):
+            write_bytes_atomic(directory / file.name, file.read_bytes())
 
 
 def _save_module(module: nn.Module, path: Path) -> None:
@@ -50,10 +61,7 @@ def _save_module(module: nn.Module, path: Path) -> None:
         for name, tensor in sorted(module.state_dict().items())
         if not name.endswith("position_ids")
     }
-    scratch = path.with_name(f".{path.name}.part")
-    save_file(tensors, scratch)
-    write_bytes_atomic(path, scratch.read_bytes())
-    scratch.unlink()
+    write_bytes_atomic(path, save(tensors))
 
 
 def _plain_config(config: Any) -> dict[str, Any]:

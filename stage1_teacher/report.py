@@ -1,5 +1,7 @@
 """The text a build ends with: what was done, what it cost, what to run next."""
 
+import shlex
+
 from common.manifest import BASE, read_plan
 from stage1_teacher.config import BuildConfig
 from stage1_teacher.extract import BuildSummary
@@ -54,8 +56,6 @@ def summary_text(summary: BuildSummary) -> str:
 
 def next_command(summary: BuildSummary, config: BuildConfig) -> str:
     """The command that uses the cache, with the data's place as it was given."""
-    parts = ["Next: make distill STUDENT=mobilevlm", f"DATA={config.data}", f"CACHE={summary.cache}"]
-    parts += [
-        f"{name}={value}" for name, value in (("IMAGES", config.images), ("TEACHER", config.teacher)) if value
-    ]
-    return " ".join(parts)
+    parts = ["Next: make distill STUDENT=mobilevlm", f"DATA={shlex.quote(config.data)}"]
+    parts += [f"IMAGES={shlex.quote(config.images)}"] if config.images else []
+    return " ".join([*parts, f"CACHE={shlex.quote(str(summary.cache))}"])

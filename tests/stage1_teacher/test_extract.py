@@ -1,4 +1,6 @@
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -155,7 +157,7 @@ def test_unreadable_samples_are_recorded_and_skipped(tmp_path: Path, build_cache
 def test_too_many_unreadable_samples_stop_the_run(tmp_path: Path, build_cache):
     path = write_llava_json(tmp_path / "data", 8)
     (tmp_path / "data" / "3.png").unlink()
-    with pytest.raises(DataError, match=r"1 of 8 samples cannot be read.*'s3'.*max_failed_share"):
+    with pytest.raises(DataError, match=r"1 of 8 samples cannot be used.*'s3'.*max_failed_share"):
         build_cache(tmp_path / "cache", data=str(path), limit=0)
 
 
@@ -185,3 +187,91 @@ def test_exact_codecs_lose_nothing_against_the_live_teacher(tmp_path: Path, buil
     assert fidelity["logits_gradient_error"] < 1e-4
     assert fidelity["answer_attention_gradient_cosine"] > 0.9999
     assert fidelity["control_logits_gradient_error"] == 0
+
+
+def test_overwriting_a_cache_never_deletes_what_is_not_ours(tmp_path: Path, build_cache):
+    build_cache(tmp_path / "cache")
+    (tmp_path / "cache" / "thesis.tex").write_text("precious")
+    with pytest.raises(ConfigError, match=r"thesis\.tex"):
+        build_cache(tmp_path / "cache", overwrite=True)
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "manifest.json").write_text("{}")
+    (tmp_path / "hidden" / ".git").mkdir(parents=True)
+    for name in ("foreign", "hidden"):
+        with pytest.raises(ConfigError, match="not a teacher cache"):
+            build_cache(tmp_path / name, overwrite=True)
+    assert (tmp_path / "cache" / "thesis.tex").exists()
+    assert (tmp_path / "hidden" / ".git").exists()
+
+
+def test_the_failure_limit_holds_across_resumed_runs(tmp_path: Path, build_cache):
+    path = write_llava_json(tmp_path / "data", 12)
+    for index in (0, 4, 8):
+        (tmp_path / "data" / f"{index}.png").unlink()
+    for _ in range(4):
+        with pytest.raises(DataError, match="of 12 samples cannot be used"):
+            build_cache(tmp_path / "cache", data=str(path), limit=0, max_failed_share=0.1)
+    assert not (tmp_path / "cache" / "manifest.json").exists()
+
+
+def test_a_sample_with_a_non_finite_output_is_a_recorded_failure(tmp_path: Path, build_cache, monkeypatch):
+    run = Teacher.run
+
+    def poisoned(self, batch, **options):
+        output = replace(output := run(self, batch, **options), logits=output.logits.clone())
+        for index, sample_id in enumerate(batch.sample_ids):
+            if sample_id == "s2":
+                output.logits[sum(output.row_counts[:index])] = float("nan")
+        return output
+
+    monkeypatch.setattr(Teacher, "run", poisoned)
+    path = write_llava_json(tmp_path / "data", 6)
+    build_cache(tmp_path / "cache", data=str(path), limit=0, max_failed_share=0.2, fidelity_samples=0)
+    cache = open_cache(tmp_path / "cache")
+    assert set(cache.failed) == {"s2"}
+    assert len(cache) == 5
+
+
+def test_a_shard_that_another_process_finished_meanwhile_is_skipped(tmp_path: Path, build_cache, monkeypatch):
+    build_cache(tmp_path / "whole")
+    finish, other = pipeline.finish_shard, []
+
+    def raced(writer, failed=()):
+        sidecar = finish(writer, failed)
+        if not other:  # after our first shard a second process builds the whole cache
+            other.append(True)
+            build_cache(tmp_path / "raced")
+        return sidecar
+
+    monkeypatch.setattr(pipeline, "finish_shard", raced)
+    build_cache(tmp_path / "raced")
+    assert tree(tmp_path / "raced") == tree(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("name", ["projector.safetensors", "processor/tokenizer.json", "vision_tower.json"])
+def test_a_lost_or_damaged_file_beside_the_shards_is_written_again(tmp_path: Path, build_cache, name: str):
+    build_cache(tmp_path / "cache")
+    before = tree(tmp_path / "cache")
+    (tmp_path / "cache" / name).unlink()
+    build_cache(tmp_path / "cache")
+    assert tree(tmp_path / "cache") == before
+    (tmp_path / "cache" / name).write_bytes(b"damaged")
+    build_cache(tmp_path / "cache")
+    assert tree(tmp_path / "cache") == before
+
+
+def test_another_folder_name_of_the_same_teacher_is_the_same_teacher(tmp_path: Path, build_cache, tiny_llava):
+    build_cache(tmp_path / "cache")
+    shutil.copytree(tiny_llava, tmp_path / "renamed")
+    assert build_cache(tmp_path / "cache", teacher=str(tmp_path / "renamed")).built == 0
+
+
+def test_a_complete_cache_is_never_written_to(tmp_path: Path, build_cache, monkeypatch):
+    build_cache(tmp_path / "cache")
+
+    def refuse(*_, **__):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("common.atomic.os.open", refuse)
+    monkeypatch.setattr("common.atomic.os.replace", refuse)
+    assert build_cache(tmp_path / "cache").built == 0

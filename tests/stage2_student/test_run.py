@@ -100,7 +100,9 @@ def test_what_is_finished_is_kept_when_a_run_was_killed_half_way(tiny_cache, cop
 
 
 def test_another_configuration_is_refused_naming_both_values(tiny_cache, copied):
-    with pytest.raises(ConfigError, match=r"dft.lr: the folder has 0.002, this run has 0.01(.|\n)*another --output") as caught:
+    with pytest.raises(
+        ConfigError, match=r"dft.lr: the folder has 0.002, this run has 0.01(.|\n)*another --output"
+    ) as caught:
         run(make_config(tiny_cache[0], copied, "dft.lr=0.01"))
     assert "seed" not in str(caught.value)
 

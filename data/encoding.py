@@ -202,6 +202,10 @@ class SampleEncoder:
         for index, turn in enumerate(sample.turns):
             if not turn.answer.strip():
                 raise SampleError(f"the answer of turn {index + 1} is empty; nothing could be learnt from it")
+            try:
+                (turn.question + turn.answer).encode()
+            except UnicodeEncodeError as error:
+                raise SampleError(f"turn {index + 1} holds a lone surrogate: {error}") from error
             found = self._reserved.search(turn.question) or self._reserved.search(turn.answer)
             if found:
                 raise SampleError(

@@ -35,6 +35,8 @@ _DECODE_ERRORS = (
     struct.error,
     zlib.error,
     MemoryError,
+    ArithmeticError,
+    AttributeError,  # Pillow on a damaged EXIF block
     PIL.Image.DecompressionBombError,
     PIL.Image.DecompressionBombWarning,
 )

@@ -49,11 +49,11 @@ class LlavaDataset:
         """
         entry, sample_id = self._entries[index], self.sample_ids[index]
         try:
-            return Sample(
-                sample_id=sample_id,
-                images=find_images(entry.get("image"), self._images),
-                turns=parse_conversations(entry.get("conversations")),
-            )
+            images = find_images(entry.get("image"), self._images)
+            turns = parse_conversations(entry.get("conversations"))
+            if not images and IMAGE_MARKER in entry["conversations"][0]["value"]:
+                raise SampleError(f"the question has {IMAGE_MARKER} but the entry names no image")
+            return Sample(sample_id=sample_id, images=images, turns=turns)
         except SampleError as error:
             raise SampleError(f"sample {sample_id!r}: {error}") from error
 

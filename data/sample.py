@@ -19,6 +19,8 @@ from common.errors import DataError, SampleError
 
 logger = logging.getLogger(__name__)
 
+MAX_ID_BYTES = 4096  # as the stores allow
+
 
 @runtime_checkable
 class ImageSource(Protocol):
@@ -201,7 +203,7 @@ def resolve_ids(entries: Iterable[tuple[object, object]], *, where: str) -> list
                 "ids must be strings or integers, or be left out"
             )
         else:
-            given.append(str(raw))
+            given.append(_usable_id(str(raw), f"{where}: entry {position}"))
     fresh = iter(derived)
     resolved = [next(fresh) if sample_id is None else sample_id for sample_id in given]
     unique = number_repeats(resolved)
@@ -209,6 +211,17 @@ def resolve_ids(entries: Iterable[tuple[object, object]], *, where: str) -> list
     if repeats:
         logger.info("%s: %d repeated ids were numbered (the second 'x' becomes 'x#2')", where, repeats)
     return unique
+
+
+def _usable_id(sample_id: str, where: str) -> str:
+    """Refuse an id that no store could keep."""
+    try:
+        size = len(sample_id.encode())
+    except UnicodeEncodeError as error:
+        raise DataError(f"{where}: its id holds a lone surrogate ({error}); use plain text") from error
+    if size > MAX_ID_BYTES:
+        raise DataError(f"{where}: its id has {size} bytes, more than {MAX_ID_BYTES}; use a shorter one")
+    return sample_id
 
 
 def refuse_repeats(ids: list[str], *, where: str) -> list[str]:

@@ -124,6 +124,10 @@ class Objective:
             total = total + self.weights["logits"] * logit_term
         for signal, value in attention.items():
             total = total + self.weights[signal] * value
+        if torch.is_grad_enabled() and not total.requires_grad:
+            # Only the projector is trained and no sample has an image: backward still needs a path, and so does DDP.
+            trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            total = total + sum((parameter.sum() * 0.0 for parameter in trained), total.new_zeros(()))
         return LossTerms(lm=lm, logits=logit_term, attention=attention, total=total)
 
     def _attention_loss(self, signal: str, maps: Mapping[str, Tensor], batch: TrainingBatch) -> Tensor:

@@ -178,6 +178,11 @@ def refuse_changed_plan(old: Plan, new: Plan, *, where: str = "the cache") -> No
         )
 
 
+def card_store_line(plan: Plan) -> str:
+    """Return the line of a cache's card that depends on the store; a converted cache gets a new one."""
+    return f"- Store: {plan.store}, format version {plan.format_version}\n"
+
+
 def _plain(value: Any) -> Any:
     """Copy nested dicts and lists, with tuples as lists."""
     if isinstance(value, dict):

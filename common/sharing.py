@@ -28,6 +28,7 @@ from common.manifest import (
     sidecar_path,
     write_plan,
 )
+from common.plan import card_store_line
 from common.schema import Record, check_record
 from common.sidecar import check_sidecar
 from common.stores import DAMAGE_ERRORS, finish_shard, open_reader, open_writer
@@ -284,13 +285,15 @@ def convert(
         if name != PLAN:
             _copy(source / name, target / name, entry)
     if (source / CARD).is_file():
-        _copy(source / CARD, target / CARD, None)
+        card = (source / CARD).read_bytes()
+        old, new = card_store_line(cache.plan).encode(), card_store_line(plan).encode()
+        write_bytes_atomic(target / CARD, card.replace(old, new, 1))
     return seal(target, fidelity=cache.manifest.fidelity)
 
 
-def _copy(source: Path, target: Path, entry: FileEntry | None) -> None:
+def _copy(source: Path, target: Path, entry: FileEntry) -> None:
     """Copy a small file beside the shards, checked on the way."""
-    if entry is not None and (reason := _file_damage(source, entry)) is not None:
+    if (reason := _file_damage(source, entry)) is not None:
         raise CacheFormatError(f"{source}: {reason}; {_COPY_AGAIN}")
     target.parent.mkdir(parents=True, exist_ok=True)
     write_bytes_atomic(target, source.read_bytes())

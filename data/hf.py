@@ -11,7 +11,7 @@ from typing import Any
 
 from common.errors import DataError, SampleError
 from data.images import ImageBytes
-from data.llava import find_images
+from data.llava import find_images, refuse_lost_image
 from data.messages import parse_record
 from data.sample import ImageSource, Sample, fingerprint_samples, resolve_ids
 
@@ -59,7 +59,9 @@ class HuggingFaceDataset:
         try:
             turns, named = parse_record(row)
             stored = row.get("image") if row.get("image") is not None else row.get("images")
-            return Sample(sample_id=sample_id, images=self._find(stored, named, sample_id), turns=turns)
+            images = self._find(stored, named, sample_id)
+            refuse_lost_image(row, images)
+            return Sample(sample_id=sample_id, images=images, turns=turns)
         except SampleError as error:
             raise SampleError(f"sample {sample_id!r}: {error}") from error
 

@@ -6,7 +6,7 @@ file that is not such a list, or whose ids are no ids, fails as a whole.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +51,7 @@ class LlavaDataset:
         try:
             images = find_images(entry.get("image"), self._images)
             turns = parse_conversations(entry.get("conversations"))
-            if not images and IMAGE_MARKER in entry["conversations"][0]["value"]:
-                raise SampleError(f"the question has {IMAGE_MARKER} but the entry names no image")
+            refuse_lost_image(entry, images)
             return Sample(sample_id=sample_id, images=images, turns=turns)
         except SampleError as error:
             raise SampleError(f"sample {sample_id!r}: {error}") from error
@@ -60,6 +59,25 @@ class LlavaDataset:
     def fingerprint(self) -> str:
         """Hash of ids and turns."""
         return fingerprint_samples(self)
+
+
+def refuse_lost_image(record: Mapping[str, Any], images: Sequence[ImageSource]) -> None:
+    """Refuse an entry that asks about an image it does not have: it would be cached as text alone.
+
+    Args:
+        record: An entry that was understood, in any of the forms of `data.messages.parse_record`.
+        images: What it names or carries.
+
+    Raises:
+        SampleError: Its first question has an image marker or an image part, and there is no image.
+    """
+    first = (record.get("messages") or record.get("conversations") or [{}])[0]
+    content = first.get("content", first.get("value", record.get("question")))
+    parts = content if isinstance(content, list) else [{"text": content}]
+    if not images and any(
+        part.get("type") == "image" or IMAGE_MARKER in (part.get("text") or "") for part in parts
+    ):
+        raise SampleError(f"the first question has {IMAGE_MARKER}, but the entry names no image")
 
 
 def parse_conversations(conversations: Any) -> tuple[Turn, ...]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import DataError, SampleError
-from data.llava import find_images, image_folder, pair_turns, parse_conversations
+from data.llava import find_images, image_folder, pair_turns, parse_conversations, refuse_lost_image
 from data.sample import Sample, Turn, fingerprint_samples, resolve_ids
 
 _INLINE_KEYS = ("image", "path", "url")
@@ -54,6 +54,7 @@ class MessagesDataset:
         try:
             turns, inline = parse_record(record)
             images = find_images(inline or record.get("images") or record.get("image"), self._images)
+            refuse_lost_image(record, images)
             return Sample(sample_id=sample_id, images=images, turns=turns)
         except SampleError as error:
             raise SampleError(f"sample {sample_id!r}: {error}") from error

@@ -189,7 +189,7 @@ def resolve_ids(entries: Iterable[tuple[object, object]], *, where: str) -> list
         One id per entry.
 
     Raises:
-        DataError: An id is neither string nor integer.
+        DataError: An id is neither string nor integer, too long, or no text that can be written as UTF-8.
     """
     given: list[str | None] = []
     derived: list[str] = []
@@ -203,32 +203,38 @@ def resolve_ids(entries: Iterable[tuple[object, object]], *, where: str) -> list
                 "ids must be strings or integers, or be left out"
             )
         else:
-            given.append(_usable_id(str(raw), f"{where}: entry {position}"))
+            given.append(str(raw))
     fresh = iter(derived)
     resolved = [next(fresh) if sample_id is None else sample_id for sample_id in given]
     unique = number_repeats(resolved)
     repeats = sum(before != after for before, after in zip(resolved, unique, strict=True))
     if repeats:
         logger.info("%s: %d repeated ids were numbered (the second 'x' becomes 'x#2')", where, repeats)
-    return unique
+    return _refuse_unusable(unique, where=where)
 
 
-def _usable_id(sample_id: str, where: str) -> str:
-    """Refuse an id that no store could keep."""
-    try:
-        size = len(sample_id.encode())
-    except UnicodeEncodeError as error:
-        raise DataError(f"{where}: its id holds a lone surrogate ({error}); use plain text") from error
-    if size > MAX_ID_BYTES:
-        raise DataError(f"{where}: its id has {size} bytes, more than {MAX_ID_BYTES}; use a shorter one")
-    return sample_id
+def _refuse_unusable(ids: list[str], *, where: str) -> list[str]:
+    """Refuse ids that no store could keep, before the teacher runs."""
+    for position, sample_id in enumerate(ids):
+        try:
+            size = len(sample_id.encode())
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"{where}: the id of entry {position} holds a lone surrogate ({error}); use plain text"
+            ) from error
+        if size > MAX_ID_BYTES:
+            raise DataError(
+                f"{where}: the id of entry {position} ({sample_id[:40]!r}...) has {size} bytes, "
+                f"more than {MAX_ID_BYTES}; use a shorter one"
+            )
+    return ids
 
 
 def refuse_repeats(ids: list[str], *, where: str) -> list[str]:
-    """Return ``ids`` unchanged if no id occurs twice.
+    """Return ``ids`` unchanged if no id occurs twice and all can be stored.
 
     Raises:
-        DataError: Names up to five repeated ids and how to go on.
+        DataError: Names up to five repeated ids and how to go on, or the entry whose id cannot be stored.
     """
     repeated = [sample_id for sample_id, count in Counter(ids).items() if count > 1]
     if repeated:
@@ -237,4 +243,4 @@ def refuse_repeats(ids: list[str], *, where: str) -> list[str]:
         raise DataError(
             f"{where}: {len(repeated)} ids occur more than once: {shown}{more}; make the ids unique"
         )
-    return ids
+    return _refuse_unusable(ids, where=where)

@@ -16,6 +16,7 @@ from typing import Any
 
 from common.errors import DataError, SampleError
 from data.images import FileSlice
+from data.llava import refuse_lost_image
 from data.messages import parse_record
 from data.sample import Sample, fingerprint_samples, refuse_repeats
 
@@ -64,7 +65,9 @@ class WebDataset:
         """
         member = self._members[index]
         try:
-            turns, _ = parse_record(_read_record(member))
+            record = _read_record(member)
+            turns, _ = parse_record(record)
+            refuse_lost_image(record, member.images)
         except SampleError as error:
             raise SampleError(f"sample {member.key!r}: {error}") from error
         return Sample(sample_id=member.key, images=tuple(member.images), turns=turns)

@@ -5,6 +5,7 @@ from typing import Any
 
 from common.atomic import write_bytes_atomic
 from common.manifest import CARD, Plan
+from common.plan import card_store_line
 
 
 def write_card(cache_dir: Path, plan: Plan, fidelity: dict[str, Any] | None) -> None:
@@ -31,8 +32,7 @@ What a vision-language teacher says and where it looks while saying it, for trai
 
 - Teacher: {plan.teacher.get("name")} (family `{plan.teacher.get("family")}`, {plan.teacher.get("dtype")})
 - Data: {plan.data.get("name")}, {plan.sample_count} samples; images and questions are **not** in here
-- Store: {plan.store}, format version {plan.format_version}
-- Prompt template: `{plan.template.get("name")}`
+{card_store_line(plan)}- Prompt template: `{plan.template.get("name")}`
 - Licences: the teacher's and the data set's apply to what is derived from them; name both when you pass this on
 
 ## Use

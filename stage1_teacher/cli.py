@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +14,8 @@ import click
 from common.command_line import SETTINGS, CommandGroup
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from stage1_teacher.config import BuildConfig
 
 # Imports that pull torch in are inside the commands, so that --help and usage errors are instant.
@@ -76,7 +80,8 @@ def build(config: Path | None, overrides: tuple[str, ...], *, overwrite: bool, *
     from stage1_teacher.report import next_command, summary_text
 
     _quiet_libraries()
-    summary = extract(settings, overwrite=overwrite)
+    with _explain_full_disk(settings.cache):
+        summary = extract(settings, overwrite=overwrite)
     click.echo(summary_text(summary))
     click.echo(next_command(summary, settings))
 
@@ -93,9 +98,22 @@ def fidelity(config: Path | None, overrides: tuple[str, ...], *, samples: int, *
     from stage1_teacher.extract import recompute_fidelity
 
     _quiet_libraries()
-    measured = recompute_fidelity(settings, samples=samples).fidelity or {}
+    with _explain_full_disk(settings.cache):
+        measured = recompute_fidelity(settings, samples=samples).fidelity or {}
     for name, value in measured.items():
         click.echo(f"  {name:<44}{value:>14}")
+
+
+@contextmanager
+def _explain_full_disk(cache: str) -> Iterator[None]:
+    """Say where the disk is full and what to do: the system's own error names neither."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        remedy = "finished shards are kept; free space, then run the same command again"
+        raise OSError(error.errno, f"the disk is full ({error.strerror}); {remedy}", cache) from error
 
 
 def _quiet_libraries() -> None:

@@ -99,7 +99,7 @@ def extract(config: BuildConfig, *, overwrite: bool = False) -> BuildSummary:
                 bar.update(len(shard.failed))
                 built += 1
             writer.wait()
-    budget.spend(())
+    FailureBudget.of_finished(cache_dir, plan, share=config.max_failed_share).spend(())
     seconds = time.monotonic() - started
 
     manifest = finish(work, cache_dir, samples=config.fidelity_samples)
@@ -148,9 +148,10 @@ def recompute_fidelity(config: BuildConfig, *, samples: int) -> Manifest:
     leave_one_core()
     cache_dir = Path(config.cache)
     work = open_build(config)
-    refuse_changed_plan(read_plan(cache_dir), work.plan, where=str(cache_dir))
+    stored = read_plan(cache_dir)
+    refuse_changed_plan(stored, work.plan, where=str(cache_dir))
     read_manifest(cache_dir)
-    return finish(work, cache_dir, samples=samples)
+    return finish(replace(work, plan=stored), cache_dir, samples=samples)
 
 
 def _progress(plan: Plan, todo: Sequence[int]) -> "tqdm[Any]":

@@ -20,9 +20,10 @@ from common.errors import SampleError
 from common.manifest import Plan
 from common.sidecar import read_sidecar
 from common.stores import open_reader
+from common.visual_tokens import Tile
 from data.collate import Batch, collate
 from stage1_teacher.plan import Build
-from stage1_teacher.signals import TeacherSignals, reduce_output, to_cpu
+from stage1_teacher.signals import TeacherSignals, reduce_output, to_cpu, visual_columns
 from stage1_teacher.teacher import TeacherOutput
 
 
@@ -53,7 +54,7 @@ def measure_fidelity(work: Build, cache_dir: Path, *, samples: int) -> dict[str,
         if record is None:
             continue
         first, second = (_run(work, batch) for _ in range(2))
-        _compare(totals, work.codecs, record, first, second)
+        _compare(totals, work.codecs, record, encoded.tiles, first, second)
     return {"samples": totals.samples, **totals.means()}
 
 
@@ -100,6 +101,7 @@ def _compare(
     totals: Totals,
     codecs: Mapping[str, Any],
     record: Any,
+    tiles: tuple[Tile, ...],
     first: tuple[TeacherOutput, TeacherSignals],
     second: tuple[TeacherOutput, TeacherSignals],
 ) -> None:
@@ -109,7 +111,7 @@ def _compare(
     rows = len(output.labels)
     if "logits" in codecs and rows:
         _compare_logits(totals, codecs["logits"], record, output, again_output)
-    if "answer_attention" in codecs and rows and output.visual_counts[0]:
+    if "answer_attention" in codecs and rows and bool(signals.answer_attention[0].any()):
         live, cached = signals.answer_attention[0], codecs["answer_attention"].decode(record)
         student = live.sqrt()
         totals.add("answer_attention_gradient_cosine", _row_cosine(cached, live, student), rows)
@@ -119,7 +121,9 @@ def _compare(
         if name in codecs and output.visual_counts[0]:
             live = signals.visual_map[0]
             if name == "visual_columns":
-                live = live.mean(dim=1)
+                live = visual_columns(live, tiles)
+            if not bool(live.any()):  # the picture lies wholly in tokens that count as padding
+                continue
             decoded = codecs[name].decode(record)
             totals.add(
                 f"{name}_cosine", float(F.cosine_similarity(decoded.flatten(), live.flatten(), dim=0)), 1

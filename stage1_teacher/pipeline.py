@@ -28,6 +28,10 @@ class EncodedShard:
     samples: list[EncodedSample] = field(default_factory=list)
     failed: list[tuple[str, str]] = field(default_factory=list)
 
+    def fail(self, sample_id: str, reason: str) -> None:
+        """Record a failure; a reason may quote names from the data that are no valid UTF-8."""
+        self.failed.append((sample_id, reason.encode(errors="backslashreplace").decode()))
+
 
 @dataclass
 class FailureBudget:
@@ -86,7 +90,7 @@ def encode_shards(
             try:
                 shard.samples.append(encoder(dataset[position]))
             except SampleError as error:
-                shard.failed.append((dataset.sample_ids[position], str(error)))
+                shard.fail(dataset.sample_ids[position], str(error))
         return shard
 
     with ThreadPoolExecutor(1, thread_name_prefix="encode") as pool:
@@ -128,7 +132,7 @@ def run_shard(work: Build, shard: EncodedShard, batch_size: int) -> Iterator[tup
                     yield _run_batch(work, [sample])
                 except SampleError as error:
                     shard.samples.remove(sample)
-                    shard.failed.append((sample.sample_id, f"teacher: {error}"))
+                    shard.fail(sample.sample_id, f"teacher: {error}")
 
 
 def _run_batch(work: Build, samples: Sequence[EncodedSample]) -> tuple[Batch, TeacherSignals]:

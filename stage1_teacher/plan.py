@@ -219,18 +219,23 @@ def prepare_cache(cache_dir: Path, plan: Plan, *, overwrite: bool) -> Plan:
     kept = [entry.name for entry in entries if not _is_leftover(entry)]
     is_cache = any(_is_our_document(cache_dir / name) for name in (PLAN, MANIFEST))
     strangers = [name for name in kept if name not in OUR_NAMES]
-    if kept and (not is_cache or (overwrite and strangers)):
+    if kept and not is_cache:
         raise ConfigError(
             f"{cache_dir} is not a teacher cache: it holds {', '.join((strangers or kept)[:5])}; "
             "give an empty or new folder (CACHE=...)"
         )
+    if overwrite and strangers:
+        raise ConfigError(
+            f"{cache_dir} holds {', '.join(strangers[:5])} beside the cache, which --overwrite does not delete; "
+            "move that away, or give a new folder (CACHE=...)"
+        )
     if overwrite:
-        for entry in entries:
+        # The plan goes last: until then a killed run leaves what is still known as a cache.
+        for entry in sorted(entries, key=lambda entry: entry.name == PLAN):
             remove(entry)
     elif (cache_dir / PLAN).is_file():
-        stored = read_plan(
-            cache_dir
-        )  # compared without writing: a complete cache may lie on a read-only disk
+        stored = read_plan(cache_dir)
+        # Compared without writing: a complete cache may lie on a read-only disk.
         refuse_changed_plan(stored, plan, where=str(cache_dir))
         return stored
     write_plan(cache_dir, plan)

@@ -13,7 +13,15 @@ from common.codecs.logits import LogitCodec, SparseLogits
 from common.codecs.row_attention import RowAttention, RowAttentionCodec
 from common.codecs.visual_map import VisualColumnsCodec, VisualMapCodec
 from common.schema import Record
-from common.visual_tokens import Tile, grid_tile, overlap_matrix, pool_keys, tile_boxes, tiles_to_array
+from common.visual_tokens import (
+    Tile,
+    content_mask,
+    grid_tile,
+    overlap_matrix,
+    pool_keys,
+    tile_boxes,
+    tiles_to_array,
+)
 from data.collate import Batch
 from stage1_teacher.teacher import TeacherOutput
 
@@ -169,11 +177,26 @@ def encode_records(signals: TeacherSignals, batch: Batch, codecs: Mapping[str, A
         if "visual_map" in codecs:
             record |= codecs["visual_map"].encode(signals.visual_map[index])
         if "visual_columns" in codecs:
-            maps = signals.visual_map[index]  # [G, N, N]
-            columns = maps.mean(dim=1) if maps.shape[1] else maps.new_zeros(maps.shape[0], 0)
+            columns = visual_columns(signals.visual_map[index], batch.tiles[index])
             record |= codecs["visual_columns"].encode(columns)
         records.append(record)
     return records
+
+
+def visual_columns(maps: Tensor, tiles: tuple[Tile, ...]) -> Tensor:
+    """Mean attention of each visual token over the visual rows that carry image; padding rows do not count.
+
+    Args:
+        maps: Visual maps, float32 ``[G, N, N]``, query rows by key columns.
+        tiles: Of the N visual tokens.
+
+    Returns:
+        float32 ``[G, N]``; empty without an image.
+    """
+    if not maps.shape[1]:
+        return maps.new_zeros(maps.shape[0], 0)
+    content = content_mask(tile_boxes(tiles)).to(maps)  # [N]
+    return (maps * content[:, None]).sum(dim=1) / content.sum().clamp_min(1.0)
 
 
 def to_cpu(signals: TeacherSignals) -> TeacherSignals:

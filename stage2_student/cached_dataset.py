@@ -135,6 +135,11 @@ class CachedDataset:
     def __len__(self) -> int:
         return len(self.sample_ids)
 
+    @property
+    def layer_choice(self) -> Any:
+        """Which layers the cache's groups were chosen from, as ``common.layers`` takes it."""
+        return self._cache.plan.teacher.get("layer_choice", "middle")
+
     def load(self, position: int) -> TrainingSample:
         """Encode and decode one sample.
 

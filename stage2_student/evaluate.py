@@ -259,7 +259,7 @@ def score_agreement(model: Any, cached: CachedDataset, *, batch_size: int) -> di
         if target is None:
             logits = supervised_logits(model, batch.inputs.model_inputs(), supervised)
         else:
-            groups = student_groups(depth, target.teacher.shape[1])
+            groups = student_groups(depth, target.teacher.shape[1], cached.layer_choice)
             with capture.record(attention_requests(batch, groups)) as maps:
                 logits = supervised_logits(model, batch.inputs.model_inputs(), supervised)
             chosen = batch.has_image.to(logits.device)

@@ -224,7 +224,7 @@ def column_means(maps: Tensor) -> Tensor:
 
 
 def sink_filtered_cosine_loss(
-    student: Tensor, teacher: Tensor, *, reduction: LayerReduction = "sum"
+    student: Tensor, teacher: Tensor, *, token_mask: Tensor | None = None, reduction: LayerReduction = "sum"
 ) -> Tensor:
     """1 - cosine of column means over the pairs where neither side shows an attention sink.
 
@@ -234,6 +234,7 @@ def sink_filtered_cosine_loss(
     Args:
         student: Visual maps, float `[B, G, N, N]`, query rows by key columns, zero above the diagonal.
         teacher: The same, on the student's visual tokens.
+        token_mask: Tokens that carry image, bool `[B, N]`; padding enters neither mean nor std. None: all do.
         reduction: Over groups: `sum` as published, or `mean`.
 
     Returns:
@@ -247,7 +248,10 @@ def sink_filtered_cosine_loss(
     """
     _check_equal("sink_filtered_cosine_loss", student, teacher)
     live, target = student.float(), teacher.float()
-    kept = _not_sink(live) & _not_sink(target) & (target != 0)  # [B, G, N, N]
+    if token_mask is None:
+        token_mask = torch.ones(live.shape[0], live.shape[-1], dtype=torch.bool, device=live.device)
+    pairs = (token_mask[:, None, :, None] & token_mask[:, None, None, :]).expand_as(live)
+    kept = _not_sink(live, pairs) & _not_sink(target, pairs) & (target != 0)  # [B, G, N, N]
     count = kept.sum(dim=-2).clamp_min(1)  # [B, G, N]
     columns, wanted = ((maps * kept).sum(dim=-2) / count for maps in (live, target))
     return _mean_over_samples(1 - F.cosine_similarity(columns, wanted, dim=-1), target, student, reduction)
@@ -309,12 +313,13 @@ def _relative_rows(shares: Tensor, sample_index: Tensor) -> Tensor:
     return _share(shares / (sums / rows)[index].clamp_min(_TINY))
 
 
-def _not_sink(maps: Tensor) -> Tensor:
-    """Bool `[B, G, N, N]`: values of at most mean + unbiased std of their map."""
-    flat = maps.flatten(2)
-    mean = flat.mean(dim=-1)
-    std = flat.std(dim=-1, correction=min(1, flat.shape[-1] - 1))  # one token: a std of 0, not NaN
-    return maps <= (mean + std)[..., None, None]
+def _not_sink(maps: Tensor, pairs: Tensor) -> Tensor:
+    """Bool `[B, G, N, N]`: of the pairs that count, values of at most mean + unbiased std of these."""
+    count = pairs.flatten(2).sum(dim=-1)[..., None, None]  # [B, G, 1, 1]
+    mean = (maps * pairs).sum(dim=(-2, -1), keepdim=True) / count.clamp_min(1)
+    squares = ((maps - mean).square() * pairs).sum(dim=(-2, -1), keepdim=True)
+    std = (squares / (count - 1).clamp_min(1)).sqrt()  # one token: a std of 0, not NaN
+    return pairs & (maps <= mean + std)
 
 
 def _mean_over_samples(losses: Tensor, teacher: Tensor, student: Tensor, reduction: LayerReduction) -> Tensor:

@@ -155,7 +155,7 @@ class Objective:
             return visual_columns_loss(columns, target.teacher, token_mask=target.content)
         if self.visual_map_kind == "cosine":
             return visual_map_cosine_loss(student, target.teacher)
-        return sink_filtered_cosine_loss(student, target.teacher)
+        return sink_filtered_cosine_loss(student, target.teacher, token_mask=target.content)
 
 
 def _share_of(signal: str, shares: Shares) -> float:

@@ -1,6 +1,7 @@
 """A trained student as it lies on disk: opened with its encoder, scored, exported; its cache may be gone."""
 
-from dataclasses import dataclass
+import logging
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,11 @@ import torch
 
 from common.atomic import create_temporary, publish_directory, read_json, remove
 from common.cache import open_cache
-from common.errors import CacheFormatError, ConfigError, ModelError
+from common.errors import CacheFormatError, ConfigError, ModelError, SampleError
 from common.layers import student_groups
-from data.encoding import SampleEncoder
+from data.encoding import SampleEncoder, build_prompt
 from data.registry import open_evaluation
+from data.sample import EvaluationSet, Question
 from stage2_student.build_student import load_student
 from stage2_student.cached_dataset import CachedDataset
 from stage2_student.config import TrainConfig
@@ -20,6 +22,8 @@ from stage2_student.models.mobilevlm import MobileVLMForConditionalGeneration
 from stage2_student.overlays import Overlay, collect_overlays
 from stage2_student.preparation import build_encoder, load_processors, open_cached_data
 from stage2_student.train import PROVENANCE
+
+logger = logging.getLogger(__name__)
 
 COMPARED_SIGNALS = ("logits", "answer_attention")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -86,11 +90,31 @@ def evaluate_student(student: Student, config: TrainConfig) -> EvaluationReport:
     """
     how = config.evaluation
     data = how.data or config.data or built_in_data(config)
-    items = open_evaluation(data, how.split, how.limit, images=_path(how.images or config.images))
+    items = readable_items(
+        open_evaluation(data, how.split, how.limit, images=_path(how.images or config.images)),
+        student.encoder,
+    )
     cached = None
     if how.agreement_samples:
         cached = join_cached(student, config, limit=how.agreement_samples)
     return evaluate_model(student.model, student.encoder, items, cached=cached, letters=how.letters)
+
+
+def readable_items(items: EvaluationSet, encoder: SampleEncoder) -> EvaluationSet:
+    """Drop the questions whose image or text cannot be used, as stage one does with samples, and say how many."""
+    kept = tuple(item for item in items.questions if _is_readable(item, encoder))
+    dropped = len(items.questions) - len(kept)
+    if dropped:
+        logger.warning("%d of %d questions cannot be read and are not scored", dropped, len(items.questions))
+    return replace(items, questions=kept)
+
+
+def _is_readable(item: Question, encoder: SampleEncoder) -> bool:
+    try:
+        build_prompt(encoder, item.image, item.question)
+    except SampleError:
+        return False
+    return True
 
 
 def built_in_data(config: TrainConfig) -> str:

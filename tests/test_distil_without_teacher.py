@@ -1,5 +1,6 @@
 """Both stages, end to end: the teacher runs once, is deleted, and a student learns from a read-only cache."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -43,3 +44,22 @@ def test_a_student_is_distilled_with_the_teacher_deleted_and_the_cache_read_only
     assert summary.report.is_file()
     assert "distilled" in summary.table
     assert snapshot(cache) == before
+
+
+def test_a_users_file_with_a_broken_image_and_long_answers_runs_to_the_report(tmp_path: Path, build_cache):
+    from PIL import Image
+
+    entries = []
+    for index in range(12):
+        Image.new("RGB", (50, 30), (20 * index, 90, 10)).save(tmp_path / f"{index}.png")
+        turns = ["describe the image", "a red circle left of a blue square"]
+        pair = [{"from": who, "value": text} for who, text in zip(("human", "gpt"), turns, strict=True)]
+        entries.append({"id": str(index), "image": f"{index}.png", "conversations": pair})
+    (tmp_path / "3.png").write_bytes(b"\x89PNG broken")
+    (tmp_path / "d.json").write_text(json.dumps(entries))
+    build_cache(tmp_path / "cache", data=str(tmp_path / "d.json"), limit=0, max_failed_share=0.2)
+    steps = [f"{phase}.steps=2" for phase in ("dpt", "dft", "sft")]
+    overrides = [*steps, f"data={json.dumps(str(tmp_path / 'd.json'))}", f"output={tmp_path / 'run'}"]
+    summary = run(load_run_config(None, overrides, cache=tmp_path / "cache"))
+    assert summary.report.is_file()
+    assert "top-1 agrees with teacher" in summary.table

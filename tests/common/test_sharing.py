@@ -11,6 +11,7 @@ from common.cache import open_cache
 from common.documents import document_bytes, read_document
 from common.errors import CacheFormatError, CacheMismatchError, ConfigError
 from common.manifest import CARD, FileEntry, read_sidecar, seal, sidecar_path
+from common.plan import card_store_line
 from common.sharing import convert, verify
 
 
@@ -19,7 +20,7 @@ def whole(request, tmp_path_factory):
     """A sound cache, with a card; tests put back what they change."""
     folder = tmp_path_factory.mktemp("caches") / request.param
     build_cache(folder, make_plan(request.param), fidelity={"kl": 0.25})
-    (folder / CARD).write_text("# a card\n")
+    (folder / CARD).write_text(f"# a card\n{card_store_line(make_plan(request.param))}")
     return folder
 
 
@@ -177,6 +178,7 @@ def test_there_and_back_is_byte_identical(whole, tmp_path):
     shards = []
     convert(whole, tmp_path / "there", other, on_shard=lambda: shards.append(1))
     assert verify(tmp_path / "there", deep=True) == []
+    assert (tmp_path / "there" / CARD).read_text() == f"# a card\n- Store: {other}, format version 1\n"
     manifest = convert(tmp_path / "there", tmp_path / "back", store)
     assert tree(tmp_path / "back") == tree(whole)
     assert manifest.fidelity == {"kl": 0.25}

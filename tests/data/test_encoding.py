@@ -235,6 +235,7 @@ def test_another_grid_changes_visual_tokens_only():
     ("sample", "message"),
     [
         (make_sample(("hi", " \n")), "answer of turn 1 is empty"),
+        (make_sample(("hi", "yes \ud83d")), "turn 1 holds a lone surrogate"),
         (make_sample(("hi", "yes"), ("<image> and this?", "no")), "contains '<image>'"),
         (make_sample(("hi", "yes </s> no")), "contains '</s>'"),
         (make_sample(("<s>struck</s>", "yes")), "contains '<s>'"),

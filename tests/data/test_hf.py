@@ -32,9 +32,7 @@ def save(tmp_path, columns, features=None):
 MESSAGES = [
     [{"role": "user", "content": "What?"}, {"role": "assistant", "content": f"A{i}"}] for i in range(2)
 ]
-CONVERSATIONS = [
-    [{"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": f"A{i}"}] for i in range(2)
-]
+CONVERSATIONS = [[{"from": "human", "value": "What?"}, {"from": "gpt", "value": f"A{i}"}] for i in range(2)]
 
 
 @pytest.mark.parametrize(
@@ -86,11 +84,19 @@ def test_image_paths_and_content_parts(tmp_path):
 
 def test_parts_with_unused_keys_set_to_none_are_read(tmp_path):
     """Arrow gives every part all keys, those it does not have as None."""
+    pictures(1)[0].save(tmp_path / "a.png")
     parts = [{"type": "image", "text": None}, {"type": "text", "text": "What?"}]
     answer = [{"type": "text", "text": "A"}]
     columns = {"messages": [[{"role": "user", "content": parts}, {"role": "assistant", "content": answer}]]}
-    dataset = HuggingFaceDataset(save(tmp_path, columns))
+    dataset = HuggingFaceDataset(save(tmp_path, columns | {"image": ["a.png"]}), images=tmp_path)
     assert dataset[0].turns == (Turn(question="What?", answer="A"),)
+
+
+def test_a_row_that_asks_about_an_image_it_has_not_is_refused(tmp_path):
+    conversation = [{"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": "A"}]
+    dataset = HuggingFaceDataset(save(tmp_path, {"conversations": [conversation]}))
+    with pytest.raises(SampleError, match="names no image"):
+        dataset[0]
 
 
 def test_exif_orientation_is_applied(tmp_path):

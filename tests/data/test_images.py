@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import PIL.Image
+import PIL.ImageOps
 import pytest
 
 from common.errors import SampleError
@@ -209,3 +210,13 @@ def test_hash_sees_shape_and_pixels_but_not_compression():
 def test_hash_is_pinned():
     """A cache written last year must match the same picture today."""
     assert image_hash(PIL.Image.new("RGB", (2, 1), (1, 2, 3))).hex() == "1b4705f60b017cc9eeb0984ec6f4e558"
+
+
+@pytest.mark.parametrize("error", [AttributeError, ZeroDivisionError])
+def test_what_pillow_raises_on_damaged_exif_is_a_sample_error(monkeypatch, error):
+    def fail(image):
+        raise error("inside Pillow")
+
+    monkeypatch.setattr(PIL.ImageOps, "exif_transpose", fail)
+    with pytest.raises(SampleError, match="image x cannot be decoded: inside Pillow"):
+        decode_image(encode(NOISE), name="x")

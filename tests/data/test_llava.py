@@ -19,7 +19,7 @@ def gpt(value):
     return {"from": "gpt", "value": value}
 
 
-PAIR = [human("<image>\nWhat is it?"), gpt("A circle.")]
+PAIR = [human("What is it?"), gpt("A circle.")]
 
 
 def write(tmp_path, entries, name="data.json"):
@@ -186,4 +186,22 @@ def test_files_that_are_not_llava_are_refused(tmp_path, content, message):
     path = tmp_path / "data.json"
     path.write_text(content)
     with pytest.raises(DataError, match=message):
+        LlavaDataset(path)
+
+
+def test_an_image_marker_without_an_image_is_that_samples_error(tmp_path):
+    entries = [{"id": "lost", "conversations": [human("<image>\nWhat is it?"), gpt("A circle.")]}]
+    with pytest.raises(SampleError, match="names no image"):
+        LlavaDataset(write(tmp_path, entries))[0]
+
+
+def test_an_id_that_no_store_could_keep_is_refused(tmp_path):
+    with pytest.raises(DataError, match="4096"):
+        LlavaDataset(write(tmp_path, [{"id": "x" * 5000, "conversations": PAIR}]))
+    twice = [{"id": "x" * 4096, "conversations": PAIR}] * 2  # the second becomes x...x#2
+    with pytest.raises(DataError, match=r"entry 1 .* 4098 bytes"):
+        LlavaDataset(write(tmp_path, twice))
+    path = tmp_path / "surrogate.json"
+    path.write_text(json.dumps([{"id": "\ud83d", "conversations": PAIR}]))
+    with pytest.raises(DataError, match="lone surrogate"):
         LlavaDataset(path)

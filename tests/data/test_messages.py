@@ -124,3 +124,21 @@ def test_files_that_are_not_jsonl_are_refused(tmp_path, content, message):
 def test_missing_file_is_a_data_error(tmp_path):
     with pytest.raises(DataError, match="cannot be read"):
         MessagesDataset(tmp_path / "gone.jsonl")
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"messages": [user("<image>What?"), assistant("A")]},
+        {"messages": [user([text("What?"), {"type": "image"}]), assistant("A")]},
+        {"messages": [user([text("<image>What?")]), assistant("A")], "images": []},
+        {"conversations": [{"from": "human", "value": "What?<image>"}, {"from": "gpt", "value": "A"}]},
+        {"question": "<image>What?", "answer": "A"},
+    ],
+)
+def test_a_line_that_asks_about_an_image_it_has_not_is_refused(tmp_path, record):
+    with pytest.raises(SampleError, match="names no image"):
+        MessagesDataset(write(tmp_path, record))[0]
+    PIL.Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    sample = MessagesDataset(write(tmp_path, record | {"images": ["a.png"]}))[0]
+    assert sample.turns[0].question == "What?"

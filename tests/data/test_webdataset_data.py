@@ -58,7 +58,7 @@ def test_every_form_of_text_is_read(tmp_path):
         *entry("c", LLAVA["conversations"]),
         ("d.webp", picture(1, "WEBP")),
         ("d.txt", b"A caption.\n"),
-        ("e.json", json.dumps(LLAVA).encode()),
+        ("e.json", b'{"question": "What?", "answer": "A circle."}'),
         ("f.png", picture(1)),
         ("readme", b"no key"),
     ]
@@ -121,3 +121,16 @@ def test_keys_repeated_in_another_tar_are_refused(tmp_path):
     write_tar(tmp_path / "b.tar", entry("k", LLAVA))
     with pytest.raises(DataError, match="1 ids occur more than once: 'k'"):
         WebDataset(str(tmp_path))
+
+
+def test_a_sample_that_asks_about_an_image_it_has_not_is_refused(tmp_path):
+    dataset = WebDataset(str(write_tar(tmp_path / "a.tar", [("a.json", json.dumps(LLAVA).encode())])))
+    with pytest.raises(SampleError, match=r"sample 'a': .*names no image"):
+        dataset[0]
+
+
+@pytest.mark.parametrize(("key", "message"), [("k" * 4097, "4097 bytes"), ("k\udcff", "lone surrogate")])
+def test_keys_that_no_store_could_keep_are_refused(tmp_path, key, message):
+    path = write_tar(tmp_path / "a.tar", [(f"{key}.json", json.dumps(LLAVA).encode())])
+    with pytest.raises(DataError, match=f"the id of entry 0 .*{message}"):
+        WebDataset(str(path))

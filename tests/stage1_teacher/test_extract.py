@@ -10,13 +10,18 @@ from PIL import Image
 from transformers import LlavaForConditionalGeneration
 
 import stage1_teacher.pipeline as pipeline
+import stage1_teacher.plan
 from common.cache import open_cache
 from common.codecs import codec_from_dict
-from common.errors import CacheMismatchError, ConfigError, DataError
+from common.errors import CacheFormatError, CacheMismatchError, ConfigError, DataError
 from common.schema import IGNORE_INDEX
+from common.visual_tokens import Tile
 from data.collate import collate
 from data.registry import open_dataset
+from stage1_teacher.config import BuildConfig
+from stage1_teacher.extract import recompute_fidelity
 from stage1_teacher.plan import build_encoder
+from stage1_teacher.signals import visual_columns
 from stage1_teacher.teacher import Teacher
 
 EXACT = {"logits": "exact", "attention_dtype": "f4"}
@@ -204,6 +209,41 @@ def test_overwriting_a_cache_never_deletes_what_is_not_ours(tmp_path: Path, buil
     assert (tmp_path / "hidden" / ".git").exists()
 
 
+@pytest.mark.parametrize("survivors", [1, 4])
+def test_overwriting_goes_on_after_it_was_killed_half_way(
+    tmp_path: Path, build_cache, monkeypatch, survivors: int
+):
+    build_cache(tmp_path / "cache")
+    remove, calls = stage1_teacher.plan.remove, []
+
+    def killed(path: Path):
+        if len(list((tmp_path / "cache").iterdir())) == survivors:
+            raise KeyboardInterrupt
+        calls.append(path)
+        remove(path)
+
+    monkeypatch.setattr(stage1_teacher.plan, "remove", killed)
+    with pytest.raises(KeyboardInterrupt):
+        build_cache(tmp_path / "cache", logits="full", overwrite=True)
+    monkeypatch.setattr(stage1_teacher.plan, "remove", remove)
+    assert calls
+    assert build_cache(tmp_path / "cache", logits="full", overwrite=True).built == 3
+
+
+def test_overwriting_replaces_a_damaged_and_a_newer_cache(tmp_path: Path, build_cache):
+    for plan in (
+        '{"format_version": 99, "checksum": "0", "new": 1}',
+        '{"format_version": 1, "checksum": "0"}',
+    ):
+        (tmp_path / "cache").mkdir()
+        (tmp_path / "cache" / "plan.json").write_text(plan)
+        (tmp_path / "cache" / ".tmp-plan.json-1-00").write_text("left behind")
+        with pytest.raises(CacheFormatError, match=r"plan\.json"):
+            build_cache(tmp_path / "cache")
+        assert build_cache(tmp_path / "cache", overwrite=True).built == 3
+        shutil.rmtree(tmp_path / "cache")
+
+
 def test_the_failure_limit_holds_across_resumed_runs(tmp_path: Path, build_cache):
     path = write_llava_json(tmp_path / "data", 12)
     for index in (0, 4, 8):
@@ -214,14 +254,54 @@ def test_the_failure_limit_holds_across_resumed_runs(tmp_path: Path, build_cache
     assert not (tmp_path / "cache" / "manifest.json").exists()
 
 
-def test_a_sample_with_a_non_finite_output_is_a_recorded_failure(tmp_path: Path, build_cache, monkeypatch):
+def test_failures_of_another_processs_shards_count_before_sealing(tmp_path: Path, build_cache, monkeypatch):
+    path = write_llava_json(tmp_path / "data", 12)
+    for index in (0, 4, 8):
+        (tmp_path / "data" / f"{index}.png").unlink()
+    options = {"data": str(path), "limit": 0}
+    other = []
+
+    def raced(*arguments):
+        if not other:  # another, more tolerant process takes all shards as soon as ours has begun
+            other.append(True)
+            build_cache(tmp_path / "cache", max_failed_share=0.5, **options)
+            (tmp_path / "cache" / "manifest.json").unlink()
+        return encode_shards(*arguments)
+
+    encode_shards = pipeline.encode_shards
+    monkeypatch.setattr("stage1_teacher.extract.encode_shards", raced)
+    with pytest.raises(DataError, match="3 of 12 samples cannot be used"):
+        build_cache(tmp_path / "cache", max_failed_share=0.1, **options)
+    assert not (tmp_path / "cache" / "manifest.json").exists()
+
+
+def test_reasons_that_quote_invalid_text_are_recorded(tmp_path: Path, build_cache):
+    path = write_llava_json(tmp_path / "data", 6)
+    entries = json.loads(path.read_text())
+    entries[1]["image"] = "\ud83d.png"
+    entries[2]["conversations"][1]["value"] = "red \ud83d"
+    path.write_text(json.dumps(entries))
+    build_cache(tmp_path / "cache", data=str(path), limit=0, max_failed_share=0.5)
+    failed = open_cache(tmp_path / "cache").failed
+    assert "\\ud83d.png cannot be read" in failed["s1"]
+    assert "turn 1 holds a lone surrogate" in failed["s2"]
+
+
+@pytest.mark.parametrize("part", ["logits", "attention"])
+def test_a_sample_with_a_non_finite_output_is_a_recorded_failure(
+    tmp_path: Path, build_cache, monkeypatch, part: str
+):
     run = Teacher.run
 
     def poisoned(self, batch, **options):
         output = replace(output := run(self, batch, **options), logits=output.logits.clone())
         for index, sample_id in enumerate(batch.sample_ids):
             if sample_id == "s2":
-                output.logits[sum(output.row_counts[:index])] = float("nan")
+                if part == "logits":
+                    output.logits[sum(output.row_counts[:index])] = float("nan")
+                else:
+                    output.attention["answer"] = output.attention["answer"].clone()
+                    output.attention["answer"][index, 0, 0, 0] = float("nan")
         return output
 
     monkeypatch.setattr(Teacher, "run", poisoned)
@@ -229,6 +309,7 @@ def test_a_sample_with_a_non_finite_output_is_a_recorded_failure(tmp_path: Path,
     build_cache(tmp_path / "cache", data=str(path), limit=0, max_failed_share=0.2, fidelity_samples=0)
     cache = open_cache(tmp_path / "cache")
     assert set(cache.failed) == {"s2"}
+    assert cache.failed["s2"].startswith("teacher: ")
     assert len(cache) == 5
 
 
@@ -266,6 +347,18 @@ def test_another_folder_name_of_the_same_teacher_is_the_same_teacher(tmp_path: P
     assert build_cache(tmp_path / "cache", teacher=str(tmp_path / "renamed")).built == 0
 
 
+def test_another_file_name_of_the_same_data_is_the_same_data(tmp_path: Path, build_cache, tiny_llava: Path):
+    path = write_llava_json(tmp_path / "data", 4)
+    build_cache(tmp_path / "cache", data=str(path), limit=3)
+    before = tree(tmp_path / "cache")
+    renamed = path.rename(path.with_name("renamed.json"))
+    assert build_cache(tmp_path / "cache", data=str(renamed), limit=3).built == 0
+    options = {"teacher": str(tiny_llava), "template": "short", "shard_size": 4, "batch_size": 3}
+    config = BuildConfig(cache=str(tmp_path / "cache"), data=str(renamed), limit=3, **options)
+    recompute_fidelity(config, samples=2)
+    assert tree(tmp_path / "cache") == before  # the card keeps the name that the plan has
+
+
 def test_a_complete_cache_is_never_written_to(tmp_path: Path, build_cache, monkeypatch):
     build_cache(tmp_path / "cache")
 
@@ -275,3 +368,9 @@ def test_a_complete_cache_is_never_written_to(tmp_path: Path, build_cache, monke
     monkeypatch.setattr("common.atomic.os.open", refuse)
     monkeypatch.setattr("common.atomic.os.replace", refuse)
     assert build_cache(tmp_path / "cache").built == 0
+
+
+def test_visual_columns_average_over_rows_that_carry_image():
+    tiles = (Tile(4, 4, (0.0, -0.5, 1.0, 1.5)),)  # the middle two rows of tokens see the picture
+    maps = torch.rand(2, 16, 16)
+    torch.testing.assert_close(visual_columns(maps, tiles), maps[:, 4:12].mean(dim=1))

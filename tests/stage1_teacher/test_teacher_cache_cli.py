@@ -1,3 +1,5 @@
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -22,7 +24,8 @@ def test_build_ends_with_sizes_and_the_next_command(built: tuple[Path, str]):
     cache, output = built
     assert "Teacher cache written: 5 samples" in output
     assert "bytes/row" in output
-    assert f"Next: make distill STUDENT=mobilevlm DATA=shapes CACHE={cache}" in output
+    # No TEACHER: make would build again, with the default options, and be refused.
+    assert f"Next: make distill STUDENT=mobilevlm DATA=shapes CACHE={cache}" in output.splitlines()
 
 
 def test_report_and_seal_read_a_finished_cache(built: tuple[Path, str]):
@@ -37,3 +40,18 @@ def test_report_and_seal_read_a_finished_cache(built: tuple[Path, str]):
 def test_usage_errors_exit_with_2():
     assert CliRunner().invoke(main, ["build", "--store", "pickle"]).exit_code == 2
     assert CliRunner().invoke(main, ["build", "--limit", "0"]).exit_code == 2
+
+
+@pytest.mark.parametrize("store", ["zarr", "webdataset"])
+def test_a_full_disk_is_named_with_the_remedy(tmp_path: Path, tiny_llava: Path, monkeypatch, store: str):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("common.atomic.os.fsync", full)
+    cache = tmp_path / "cache"
+    result = CliRunner().invoke(
+        main, ["build", "--teacher", str(tiny_llava), "--cache", str(cache), "--limit", "2", "--store", store]
+    )
+    assert result.exit_code == 1
+    assert f"error: {cache}: the disk is full" in result.output
+    assert "free space, then run the same command again" in result.output

@@ -228,6 +228,8 @@ def test_a_llava_and_a_student_with_the_same_weights_get_the_same_report(items):
 class JoinedSamples:
     """What `score_agreement` asks of cached data, from records in memory."""
 
+    layer_choice = "middle"
+
     def __init__(self, encoder, samples, records, codecs):
         self.joined = [
             TrainingSample(encoded, decode_signals(record, codecs, encoded.tiles, where="memory"))

@@ -280,3 +280,16 @@ def test_samples_without_an_image_give_zero_with_a_graph():
         value, gradient = value_and_gradient(loss, student)
         assert float(value) == 0
         assert not bool(gradient.any())
+
+
+def test_padding_tokens_change_nothing_of_the_sink_filtered_loss():
+    torch.manual_seed(0)
+    small = [torch.tril(torch.rand(1, 2, 6, 6)).softmax(-1).tril() for _ in range(2)]
+    padded = [torch.nn.functional.pad(maps, (3, 3, 3, 3)) for maps in small]
+    mask = torch.zeros(1, 12, dtype=torch.bool)
+    mask[:, 3:9] = True
+    expected = sink_filtered_cosine_loss(*small)
+    torch.testing.assert_close(sink_filtered_cosine_loss(*padded, token_mask=mask), expected)
+    assert float(sink_filtered_cosine_loss(padded[0], padded[0], token_mask=mask)) == pytest.approx(
+        0, abs=1e-6
+    )

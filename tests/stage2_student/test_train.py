@@ -18,6 +18,8 @@ from data.processors import load_image_processor, load_tokenizer
 from stage2_student.build_student import load_student
 from stage2_student.checkpoint import CHECKPOINTS
 from stage2_student.config import TrainConfig, without_teacher
+from stage2_student.objective import Shares
+from stage2_student.preparation import prepare
 from stage2_student.train import train, train_student
 from stage2_student.training_log import read_log
 
@@ -220,3 +222,22 @@ def test_two_processes_see_the_same_steps_as_one(tiny_cache, tmp_path, uninterru
     for found, expected in zip(losses(read_log(tmp_path / "run")), losses(uninterrupted.log), strict=True):
         for name in set(found) & set(LOSSES):
             assert found[name] == pytest.approx(expected[name], rel=2e-3, abs=1e-5), (found["step"], name)
+
+
+def test_a_batch_without_images_trains_the_projector_by_nothing(tiny_cache, tmp_path):
+    run = prepare(make_config(tiny_cache[0], tmp_path / "run", phases=["dpt"]))
+    phase = run.phases[0]
+    run.student.trainable_parameters("dpt")
+    batch = phase.dataset.batch(range(2))
+    inputs = batch.inputs
+    text_only = replace(
+        inputs,
+        input_ids=torch.where(inputs.visual_mask, 3, inputs.input_ids),
+        visual_mask=torch.zeros_like(inputs.visual_mask),
+        pixel_values=None,
+    )
+    bare = replace(batch, inputs=text_only, attention={}, has_image=torch.zeros_like(batch.has_image))
+    total = phase.objective(run.student, None, bare, Shares()).total
+    total.backward()
+    trained = [p.grad for p in run.student.parameters() if p.requires_grad]
+    assert all(grad is not None and not grad.any() for grad in trained)

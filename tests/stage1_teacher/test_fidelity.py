@@ -1,0 +1,44 @@
+"""The fidelity card counts only samples in which there is something to compare."""
+
+import pytest
+import torch
+
+from common.codecs.row_attention import RowAttention, RowAttentionCodec
+from common.codecs.visual_map import VisualColumnsCodec
+from common.visual_tokens import Tile
+from stage1_teacher.fidelity import Totals, _compare
+from stage1_teacher.signals import TeacherSignals
+from stage1_teacher.teacher import TeacherOutput
+
+CODECS = {
+    "answer_attention": RowAttentionCodec(grid=(2, 2), groups=1, exact=True),
+    "visual_columns": VisualColumnsCodec(groups=1, exact=True),
+}
+SEEN, PADDING = (Tile(2, 2, (0.0, 0.0, 1.0, 1.0)),), (Tile(2, 2, (0.0, -50.0, 1.0, 51.0)),)
+
+
+def compare(totals: Totals, cells: torch.Tensor, tiles: tuple[Tile, ...]) -> None:
+    """Compare a sample of three rows and four visual tokens with a cache that holds exactly it."""
+    maps = torch.full((1, 4, 4), 0.25)
+    signals = TeacherSignals(
+        logits=None, answer_attention=(cells,), visual_map=(maps,), labels=torch.zeros(3), row_counts=(3,)
+    )
+    output = TeacherOutput(
+        logits=torch.zeros(3, 5), labels=torch.zeros(3), row_counts=(3,), attention={}, visual_counts=(4,)
+    )
+    columns = maps.mean(dim=1) if tiles is SEEN else torch.zeros(1, 4)
+    record = CODECS["answer_attention"].encode(RowAttention.from_cells(cells))
+    record |= CODECS["visual_columns"].encode(columns)
+    _compare(totals, CODECS, record, tiles, (output, signals), (output, signals))
+
+
+def test_samples_without_attention_on_the_picture_do_not_count_as_errors():
+    """A strip padded to a square: all of its tokens are mostly padding, and the cosine of 0 and 0 is 0."""
+    totals = Totals()
+    compare(totals, torch.rand(3, 1, 4).softmax(-1) * 0.5, SEEN)
+    compare(totals, torch.zeros(3, 1, 4), PADDING)
+    assert totals.samples == 2
+    means = totals.means()
+    for name in ("answer_attention_gradient_cosine", "control_answer_attention_gradient_cosine"):
+        assert means[name] == pytest.approx(1, abs=1e-5)
+    assert means["visual_columns_cosine"] == pytest.approx(1, abs=1e-5)

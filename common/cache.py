@@ -14,13 +14,22 @@ from typing import TYPE_CHECKING, Any
 
 from common.errors import CacheFormatError, CacheMismatchError
 from common.hashing import file_checksum
-from common.manifest import Manifest, ShardSidecar, ShardSummary, read_manifest, read_plan, read_sidecar
+from common.manifest import (
+    Manifest,
+    ShardSidecar,
+    ShardSummary,
+    check_side_files,
+    read_manifest,
+    read_plan,
+    read_sidecar,
+)
 from common.stores import open_reader
 
 if TYPE_CHECKING:
     from collections.abc import Collection
     from pathlib import Path
 
+    from common.manifest import FileEntry
     from common.plan import Plan
     from common.schema import Field, Record
     from common.stores import ShardReader
@@ -74,6 +83,7 @@ class TeacherCache:
                 f"{path}: manifest.json belongs to another plan.json (plan {self.plan.hash}, manifest made "
                 f"for {self.manifest.plan_hash}); run `teacher-cache seal`, or copy the cache again"
             )
+        check_side_files(path, self.manifest)
         self._open_shards = open_shards
         self._index: _Index | None = None
         self._reset()
@@ -150,6 +160,16 @@ class TeacherCache:
         shard, position = self._place(sample_id)
         return self._reader(shard).read(position, names)
 
+    def check_shard_files(self) -> None:
+        """Look, without reading them, whether every shard's files are there in full length.
+
+        Raises:
+            CacheFormatError: Naming the first that is not.
+        """
+        for sidecar in self._indexed().sidecars:
+            for name, entry in sidecar.files.items():
+                _check_size(self.path / name, entry)
+
     def close(self) -> None:
         """Close all shards; they are opened again when needed."""
         with self._lock:
@@ -215,14 +235,15 @@ class TeacherCache:
         sidecar = self._indexed().sidecars[shard]
         for name, entry in sidecar.files.items():
             path = self.path / name
+            _check_size(path, entry)
             try:
-                size = path.stat(follow_symlinks=False).st_size
-                found = file_checksum(path) if size == entry.size else f"{size} bytes"
+                found = file_checksum(path)
             except OSError as error:
                 raise CacheFormatError(f"{path}: cannot be read: {error.strerror}; {_REMEDY}") from error
             if found != entry.xxh3_128:
-                expected = entry.xxh3_128 if size == entry.size else f"{entry.size} bytes"
-                raise CacheFormatError(f"{path}: damaged: expected {expected}, found {found}; {_REMEDY}")
+                raise CacheFormatError(
+                    f"{path}: damaged: expected {entry.xxh3_128}, found {found}; {_REMEDY}"
+                )
         reader = open_reader(self.plan.store, self.path, shard, self.plan.all_fields)
         if reader.sample_ids != sidecar.sample_ids:
             raise CacheFormatError(f"{self.path}: shard {shard} holds other samples than its sidecar says")
@@ -232,6 +253,15 @@ class TeacherCache:
         # A lock that another thread held at the fork would never be released in the child.
         if self._process != os.getpid():
             self._reset()
+
+
+def _check_size(path: Path, entry: FileEntry) -> None:
+    try:
+        size = path.stat(follow_symlinks=False).st_size
+    except OSError as error:
+        raise CacheFormatError(f"{path}: cannot be read: {error.strerror}; {_REMEDY}") from error
+    if size != entry.size:
+        raise CacheFormatError(f"{path}: damaged: expected {entry.size} bytes, found {size} bytes; {_REMEDY}")
 
 
 _REMEDY = "run `cachectl verify` to see all damage, then build or copy that shard again"

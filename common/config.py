@@ -26,7 +26,9 @@ ConfigT = TypeVar("ConfigT")
 _SCALARS: dict[Any, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 
-def load_config(cls: type[ConfigT], yaml_path: Path | None, overrides: Iterable[str] = ()) -> ConfigT:
+def load_config(
+    cls: type[ConfigT], yaml_path: Path | None, overrides: Iterable[str] = (), *, where: str | None = None
+) -> ConfigT:
     """Build a config from its defaults, then a YAML file, then ``a.b=c`` overrides, in this order.
 
     Args:
@@ -34,6 +36,7 @@ def load_config(cls: type[ConfigT], yaml_path: Path | None, overrides: Iterable[
             tuples, lists, ``dict[str, ...]`` and nested dataclasses.
         yaml_path: A YAML mapping, or None for the defaults alone.
         overrides: Dotted keys with YAML values, for example ``optim.lr=1e-4`` or ``phases=[dpt, dft]``.
+        where: Where the values come from, for errors; None: the file, or the dataclass's name without one.
 
     Returns:
         An instance of ``cls``.
@@ -43,9 +46,9 @@ def load_config(cls: type[ConfigT], yaml_path: Path | None, overrides: Iterable[
             wrong type (naming its field), a missing required field, or whatever ``cls`` itself refuses.
     """
     values: dict[str, Any] = {}
-    where = cls.__name__
+    if where is None:
+        where = cls.__name__ if yaml_path is None else str(yaml_path)
     if yaml_path is not None:
-        where = str(yaml_path)
         try:
             loaded = yaml.safe_load(yaml_path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from common.atomic import TEMPORARY_PREFIX, clean_stale
 from common.documents import check_int, check_object, document_bytes, read_document, write_document
 from common.errors import CacheFormatError
-from common.hashing import fingerprint
+from common.hashing import file_checksum, fingerprint
 from common.plan import BASE, PLAN, SHARDS, Plan, read_plan, refuse_changed_plan, write_plan
 from common.schema import FORMAT_VERSION
 from common.sidecar import (
@@ -42,6 +42,7 @@ __all__ = [
     "Plan",
     "ShardSidecar",
     "ShardSummary",
+    "check_side_files",
     "missing_shards",
     "read_manifest",
     "read_plan",
@@ -170,8 +171,8 @@ class Manifest:
 
     @property
     def hash(self) -> str:
-        """Fingerprint of the whole manifest; what a student run records."""
-        return fingerprint(self.to_dict())
+        """Fingerprint of the cache's content; what a student run records. Measuring the fidelity again keeps it."""
+        return fingerprint({name: value for name, value in self.to_dict().items() if name != "fidelity"})
 
 
 def read_manifest(cache_dir: Path) -> Manifest:
@@ -221,19 +222,38 @@ def derive_manifest(cache_dir: Path, *, fidelity: dict[str, Any] | None = None) 
     )
 
 
-def seal(cache_dir: Path, *, fidelity: dict[str, Any] | None = None) -> Manifest:
+def check_side_files(cache_dir: Path, manifest: Manifest) -> None:
+    """Refuse a cache whose projector, vision tower or processor files are not the ones that were sealed.
+
+    Raises:
+        CacheFormatError: Naming the first file that is lost or has other bytes.
+    """
+    for name, entry in manifest.files.items():
+        path = cache_dir / name
+        if not path.is_file() or path.stat().st_size != entry.size or file_checksum(path) != entry.xxh3_128:
+            raise CacheFormatError(
+                f"{path}: lost, or not the file that was sealed; run `teacher-cache build` again with the "
+                "same options to write it anew, or copy it from an intact cache"
+            )
+
+
+def seal(cache_dir: Path, *, fidelity: dict[str, Any] | None = None, rewritten: bool = False) -> Manifest:
     """Write manifest.json once all shards are there, and remove what killed runs left behind.
 
     Args:
         cache_dir: The cache.
         fidelity: The fidelity card. None keeps the one of the present manifest if nothing else changed.
+        rewritten: The files beside the shards were just written anew; else they must be those sealed before.
 
     Returns:
         The manifest.
 
     Raises:
-        CacheFormatError: If shards are missing (naming them), or a sidecar does not fit the plan.
+        CacheFormatError: If shards are missing (naming them), a sidecar does not fit the plan, or a file beside
+            the shards changed since the cache was sealed.
     """
+    if not rewritten and (cache_dir / MANIFEST).exists():
+        check_side_files(cache_dir, read_manifest(cache_dir))
     for folder in (cache_dir, cache_dir / SHARDS):
         clean_stale(folder)
     manifest = derive_manifest(cache_dir, fidelity=fidelity)

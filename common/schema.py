@@ -25,7 +25,8 @@ A one-token answer thus keeps its row, and the distribution *after* the last ans
 
 Fields that every record has: ``image_hash`` u1 [1, 16] (xxh3_128 of size and RGB pixels, zeros without an
 image), ``labels`` u4 [A], ``tiles`` f4 [tiles, 6] (rows, cols, x0, y0, x1, y1 in units of the original
-image; beyond [0, 1] is padding). Each signal's codec adds its own (``common.codecs``).
+image; beyond [0, 1] is padding). Each signal's codec adds its own (``common.codecs``). ``visual_columns`` are means
+over the visual rows that carry image: those of tokens mostly in padding do not count.
 """
 
 from __future__ import annotations

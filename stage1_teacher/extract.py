@@ -13,11 +13,12 @@ from typing import Any
 
 from tqdm import tqdm
 
+from common.errors import CacheFormatError
 from common.manifest import (
     MANIFEST,
-    FileEntry,
     Manifest,
     Plan,
+    check_side_files,
     missing_shards,
     read_manifest,
     read_plan,
@@ -102,7 +103,7 @@ def extract(config: BuildConfig, *, overwrite: bool = False) -> BuildSummary:
     FailureBudget.of_finished(cache_dir, plan, share=config.max_failed_share).spend(())
     seconds = time.monotonic() - started
 
-    manifest = finish(work, cache_dir, samples=config.fidelity_samples)
+    manifest = finish(work, cache_dir, samples=config.fidelity_samples, rewritten=True)
     return BuildSummary(cache=cache_dir, built=built, samples=samples, seconds=seconds, manifest=manifest)
 
 
@@ -111,27 +112,28 @@ def intact_manifest(cache_dir: Path) -> Manifest | None:
     if not (cache_dir / MANIFEST).is_file():
         return None
     manifest = read_manifest(cache_dir)
-    for name, entry in manifest.files.items():
-        path = cache_dir / name
-        if not path.is_file() or FileEntry.of(path) != entry:
-            return None
+    try:
+        check_side_files(cache_dir, manifest)
+    except CacheFormatError:
+        return None
     return manifest
 
 
-def finish(work: Build, cache_dir: Path, *, samples: int) -> Manifest:
+def finish(work: Build, cache_dir: Path, *, samples: int, rewritten: bool) -> Manifest:
     """Measure the fidelity of a cache whose shards are all there, write its card, seal it.
 
     Args:
         work: What it was built with.
         cache_dir: The cache.
         samples: Size of the fidelity probe; 0 skips it.
+        rewritten: Whether projector, vision tower and processor were just written.
 
     Returns:
         The manifest.
     """
     fidelity = measure_fidelity(work, cache_dir, samples=samples)
     write_card(cache_dir, work.plan, fidelity)
-    return seal(cache_dir, fidelity=fidelity)
+    return seal(cache_dir, fidelity=fidelity, rewritten=rewritten)
 
 
 def recompute_fidelity(config: BuildConfig, *, samples: int) -> Manifest:
@@ -151,7 +153,7 @@ def recompute_fidelity(config: BuildConfig, *, samples: int) -> Manifest:
     stored = read_plan(cache_dir)
     refuse_changed_plan(stored, work.plan, where=str(cache_dir))
     read_manifest(cache_dir)
-    return finish(replace(work, plan=stored), cache_dir, samples=samples)
+    return finish(replace(work, plan=stored), cache_dir, samples=samples, rewritten=False)
 
 
 def _progress(plan: Plan, todo: Sequence[int]) -> "tqdm[Any]":

@@ -16,11 +16,12 @@ import numpy as np
 from common.cache import TeacherCache
 from common.codecs import codec_from_dict
 from common.errors import CacheMismatchError
+from common.layers import Groups
 from common.schema import BASE_FIELDS, Record
 from data.encoding import EncodedSample, SampleEncoder
 from data.sample import Dataset
 from stage2_student.sampler import Indices
-from stage2_student.signals import SampleSignals, decode_signals
+from stage2_student.signals import SampleSignals, decode_signals, matching_groups
 from stage2_student.training_batch import (
     AttentionBatch,
     TrainingBatch,
@@ -114,10 +115,11 @@ class CachedDataset:
         where = {sample_id: index for index, sample_id in enumerate(dataset.sample_ids)}
         self.sample_ids: list[str] = []
         self.shards: list[Indices] = []
-        total = len(cache.sample_ids) if limit is None else min(limit, len(cache.sample_ids))
+        cached_ids = cache.sample_ids  # a new tuple each time
+        total = len(cached_ids) if limit is None else min(limit, len(cached_ids))
         for shard in cache.manifest.shards:
             first, last = len(self.sample_ids), min(len(self.sample_ids) + shard.samples, total)
-            self.sample_ids += cache.sample_ids[first:last]
+            self.sample_ids += cached_ids[first:last]
             self.shards.append(np.arange(first, last, dtype=np.int64))
         missing = [sample_id for sample_id in self.sample_ids if sample_id not in where]
         if missing:
@@ -135,10 +137,9 @@ class CachedDataset:
     def __len__(self) -> int:
         return len(self.sample_ids)
 
-    @property
-    def layer_choice(self) -> Any:
-        """Which layers the cache's groups were chosen from, as ``common.layers`` takes it."""
-        return self._cache.plan.teacher.get("layer_choice", "middle")
+    def student_groups(self, depth: int) -> Groups:
+        """The layers of a student that meet the cache's groups; ``depth``: how many layers it has."""
+        return matching_groups(self._cache.plan, depth)
 
     def load(self, position: int) -> TrainingSample:
         """Encode and decode one sample.

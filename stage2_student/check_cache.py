@@ -5,12 +5,13 @@ known format is checked where it is opened (``common.cache``); labels and pictur
 sample (``cached_dataset.check_join``).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
 from common.cache import TeacherCache
+from common.documents import describe_differences
 from common.errors import CacheMismatchError, SampleError
 from common.hashing import fingerprint
 from data.fingerprints import module_fingerprint, tokenizer_fingerprint
@@ -132,6 +133,27 @@ def check_vision_tower(cache: TeacherCache, tower: nn.Module) -> None:
             "projector, which "
             f"was trained on another tower (fingerprint {expected} in {cache.path}). Use a student with the "
             "teacher's tower, or another projector (--set projector=ldpnetv2)"
+        )
+
+
+def check_geometry(cache: TeacherCache, geometry: Mapping[str, Any], *, where: str) -> None:
+    """Refuse pictures that are prepared in another way than the teacher's were; the token grid may differ.
+
+    Args:
+        cache: The teacher's signals.
+        geometry: What decides the pixels, as ``ImageEncoder.to_dict`` says it.
+        where: Whose it is, for the error.
+
+    Raises:
+        CacheMismatchError: Naming each differing setting with both values.
+    """
+    cached, found = ({k: v for k, v in g.items() if k != "grid"} for g in (cache.plan.geometry, geometry))
+    lines = describe_differences(cached, found, there=str(cache.path), here=where)
+    if lines:
+        raise CacheMismatchError(
+            f"{where} prepares images in another way than {cache.path}:\n" + "\n".join(lines) + "\n"
+            "A student reads images in one way: use caches of teachers with the same image processor, and a "
+            "student folder with that one (or without preprocessor_config.json, if its tower fits)"
         )
 
 

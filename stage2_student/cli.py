@@ -61,12 +61,15 @@ def train(config: Path | None, cache: Path, overrides: tuple[str, ...], **option
     """Train one student through its phases, or resume it."""
     settings = _load(config, cache, overrides, **options)
 
-    from stage2_student.run import set_up_libraries
+    from stage2_student.output_folder import claim_output, refuse_foreign_folder
+    from stage2_student.run import hash_caches, set_up_libraries
     from stage2_student.train import train as train_phases
     from stage2_student.training_log import summarise
 
     set_up_libraries()
-    result = train_phases(settings)
+    refuse_foreign_folder(Path(settings.output))
+    with claim_output(Path(settings.output), *map(Path, hash_caches(settings))):
+        result = train_phases(settings)
     if result.log:
         click.echo(summarise(result.log))
         click.echo(f"Student: {result.final}")
@@ -113,9 +116,12 @@ def evaluate(
     from dataclasses import replace
 
     from common.atomic import write_json_atomic
+    from common.cache import open_cache
     from common.config import config_from_dict
+    from common.errors import CacheFormatError
     from stage2_student.config import TrainConfig
     from stage2_student.evaluate import render_table
+    from stage2_student.held_out import EVALUATE_OPTION, scoring_notes
     from stage2_student.run import set_up_libraries
     from stage2_student.student import evaluate_student, open_student
 
@@ -128,8 +134,21 @@ def evaluate(
         cache=str(cache) if cache else settings.cache,
         evaluation=replace(how, data=data or how.data, images=images or how.images, limit=limit or how.limit),
     )
+    notes = []
+    if cache is None and settings.evaluation.agreement_samples:
+        try:
+            open_cache(Path(settings.cache))
+        except CacheFormatError as error:
+            notes.append(
+                f"Not compared with the teacher of its training: {error}. Name its cache with --cache."
+            )
+            settings = replace(settings, evaluation=replace(settings.evaluation, agreement_samples=0))
     report = evaluate_student(opened, settings)
+    scorable = bool({"likelihood", "questions"} & report.scores.keys())
+    notes += scoring_notes(settings, scorable=scorable, option=EVALUATE_OPTION)
     click.echo(render_table({student.parent.name: report}))
+    for note in notes:
+        click.echo(f"note: {note}")
     if output is not None:
         write_json_atomic(output, report.to_dict())
         click.echo(f"Scores: {output}")

@@ -192,7 +192,7 @@ class TrainConfig:
         checkpoint_every: Optimizer steps between checkpoints.
         keep_checkpoints: Checkpoints kept.
         log_every: Steps between writes of the log (each step has its line).
-        max_length: Longest sequence of a sample, tokens.
+        max_length: Longest sequence of a sample, tokens; None: the cache's.
         shuffle_teacher_images: Control experiment: attention signals come from another image.
         evaluation: How `distill run` and `distill evaluate` score the student.
     """
@@ -220,7 +220,7 @@ class TrainConfig:
     checkpoint_every: int = 100
     keep_checkpoints: int = 2
     log_every: int = 10
-    max_length: int = 2048
+    max_length: int | None = None
     shuffle_teacher_images: bool = False
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
@@ -231,11 +231,13 @@ class TrainConfig:
         _require(bool(self.phases), "phases", self.phases, "at least one of dpt, dft, sft")
         _require(self.seed >= 0, "seed", self.seed, "0 or more")
         _require(self.clip > 0, "clip", self.clip, "a gradient norm above 0")
-        for name in ("shuffle_window", "checkpoint_every", "keep_checkpoints", "log_every", "max_length"):
+        for name in ("shuffle_window", "checkpoint_every", "keep_checkpoints", "log_every"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
         _require(self.num_workers >= 0, "num_workers", self.num_workers, "0 or more threads")
         _require(self.memory_gib >= 0, "memory_gib", self.memory_gib, "0 or more GiB")
         _require(self.limit is None or self.limit >= 1, "limit", self.limit, "1 or more samples")
+        longest = self.max_length
+        _require(longest is None or longest >= 1, "max_length", longest, "1 or more tokens")
 
     def phase(self, name: PhaseName) -> PhaseConfig:
         """A phase's configuration with the run's data, images and cache filled in."""
@@ -293,20 +295,40 @@ def resolve_config(path: Path | None, overrides: Sequence[str], *, teacher_width
     Raises:
         ConfigError: For an unknown or unusable option.
     """
-    given = [*_flatten(_read_yaml(path)), *overrides]
+    given = [*_flatten(read_yaml(path)), *overrides]
     student = next((item.partition("=")[2] for item in reversed(given) if item.startswith("student=")), "")
-    tiny = "-tiny" in student or (choose_size(teacher_width) == "tiny" and "-" not in Path(student).name)
+    tiny = _size_of(student.strip("'\" "), teacher_width) == "tiny"
     for phase in PHASE_NAMES:
         # A preset says steps or epochs; whoever gives the other one means it instead.
         for one, other in (("steps", "epochs"), ("epochs", "steps")):
             keys = {item.partition("=")[0] for item in given}
             if f"{phase}.{one}" in keys and f"{phase}.{other}" not in keys:
                 given.append(f"{phase}.{other}=null")
-    return load_config(TrainConfig, PRESETS / f"phases-{'tiny' if tiny else 'published'}.yaml", given)
+    preset = PRESETS / f"phases-{'tiny' if tiny else 'published'}.yaml"
+    where = f"options ({path}, command line)" if path else "options"
+    return load_config(TrainConfig, preset, given, where=where)
 
 
-def _read_yaml(path: Path | None) -> dict[str, Any]:
-    if path is None:
+def _size_of(student: str, teacher_width: int) -> str:
+    """The size a student is trained like: the one in its name, a directory's by its width, else by the teacher."""
+    folder = Path(student)
+    if folder.is_dir():
+        try:
+            found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            return choose_size(int(found["text_config"]["hidden_size"]))
+        except (OSError, ValueError, KeyError, TypeError):
+            pass  # whoever loads it says what is wrong with it
+    name, dash, size = student.rpartition("-")
+    return size if dash and name else choose_size(teacher_width)
+
+
+def read_yaml(path: Path | None, *, missing_ok: bool = False) -> dict[str, Any]:
+    """Read a YAML mapping of options; empty without a path.
+
+    Raises:
+        ConfigError: If it cannot be read, or is no mapping.
+    """
+    if path is None or (missing_ok and not path.exists()):
         return {}
     try:
         loaded = yaml.safe_load(path.read_text(encoding="utf-8"))

@@ -18,13 +18,12 @@ from tqdm import tqdm
 
 from common.codecs.logits import SparseLogits
 from common.codecs.row_attention import RowAttention
-from common.layers import student_groups
 from common.schema import IGNORE_INDEX
 from common.visual_attention import AttentionCapture
 from data.encoding import EncodedSample, SampleEncoder, build_prompt
 from data.sample import CaptionPair, EvaluationSet, ImageSource, Question, Sample, Turn
 from stage2_student.cached_dataset import AttentionBatch, CachedDataset
-from stage2_student.losses import answer_attention_loss, tail_bucket_kl
+from stage2_student.losses import answer_attention_loss, has_mass, tail_bucket_kl
 from stage2_student.metrics import (
     RESAMPLES,
     Score,
@@ -259,12 +258,13 @@ def score_agreement(model: Any, cached: CachedDataset, *, batch_size: int) -> di
         if target is None:
             logits = supervised_logits(model, batch.inputs.model_inputs(), supervised)
         else:
-            groups = student_groups(depth, target.teacher.shape[1], cached.layer_choice)
+            groups = cached.student_groups(depth)
             with capture.record(attention_requests(batch, groups)) as maps:
                 logits = supervised_logits(model, batch.inputs.model_inputs(), supervised)
             chosen = batch.has_image.to(logits.device)
-            cells = student_answer_cells(maps["answer"][chosen], target, batch.rows[batch.has_image])
-            for rows in _row_ranges(batch.rows[batch.has_image]):
+            image_rows = batch.rows[batch.has_image.cpu()]
+            cells = student_answer_cells(maps["answer"][chosen], target, image_rows)
+            for rows in _row_ranges(image_rows):
                 for kind, value in _compare_attention(cells[rows], target, rows).items():
                     values.setdefault(f"attention/{kind}", []).append(value)
         if batch.logits is not None:
@@ -277,11 +277,13 @@ def score_agreement(model: Any, cached: CachedDataset, *, batch_size: int) -> di
 
 
 def _compare_attention(cells: Tensor, target: AttentionBatch, rows: slice) -> dict[str, float]:
-    """Mass-weighted mean over one sample's rows: the losses' sums, divided by their weights."""
+    """Mass-weighted mean over one sample's rows: the losses' sums, divided by their weights; empty if none."""
     assert target.image_mass is not None
     teacher = RowAttention(target.teacher[rows], target.image_mass[rows])
-    looking = (teacher.image_mass > 0).any(dim=1)  # rows the losses average over
-    weight = float(teacher.image_mass[looking].mean()) if bool(looking.any()) else 1.0
+    looking = has_mass(teacher.cells)  # rows the losses average over
+    if not bool(looking.any()):
+        return {}
+    weight = float(teacher.image_mass[looking].mean())
     return {
         "kl": float(answer_attention_loss(cells, teacher, kind="kl")) / weight,
         "cosine": 1 - float(answer_attention_loss(cells, teacher, kind="cosine")) / weight,

@@ -178,7 +178,7 @@ def answer_attention_loss(
         weight = target.sum(dim=-1)
     else:
         weight = teacher.image_mass.float()  # [A, G]
-    present = (weight > 0).any(dim=1)  # [A]
+    present = has_mass(target)  # [A]
     if not bool(present.any()):
         return _nothing(student_cells)
     student, target, weight = student[present], target[present], weight[present]
@@ -250,19 +250,22 @@ def sink_filtered_cosine_loss(
     live, target = student.float(), teacher.float()
     if token_mask is None:
         token_mask = torch.ones(live.shape[0], live.shape[-1], dtype=torch.bool, device=live.device)
-    pairs = (token_mask[:, None, :, None] & token_mask[:, None, None, :]).expand_as(live)
+    pairs = _pairs(token_mask).expand_as(live)
     kept = _not_sink(live, pairs) & _not_sink(target, pairs) & (target != 0)  # [B, G, N, N]
     count = kept.sum(dim=-2).clamp_min(1)  # [B, G, N]
     columns, wanted = ((maps * kept).sum(dim=-2) / count for maps in (live, target))
     return _mean_over_samples(1 - F.cosine_similarity(columns, wanted, dim=-1), target, student, reduction)
 
 
-def visual_map_cosine_loss(student: Tensor, teacher: Tensor, *, reduction: LayerReduction = "mean") -> Tensor:
+def visual_map_cosine_loss(
+    student: Tensor, teacher: Tensor, *, token_mask: Tensor | None = None, reduction: LayerReduction = "mean"
+) -> Tensor:
     """1 - cosine of the flattened visual maps.
 
     Args:
         student: Visual maps, float `[B, G, N, N]`, query rows by key columns.
         teacher: The same, on the student's visual tokens.
+        token_mask: Tokens that carry image, bool `[B, N]`; others are masked on both sides. None: all do.
         reduction: Over groups: `mean` as published, or `sum`.
 
     Returns:
@@ -275,8 +278,20 @@ def visual_map_cosine_loss(student: Tensor, teacher: Tensor, *, reduction: Layer
         CompoDistill (arXiv:2510.12184), the paper's visual attention alignment.
     """
     _check_equal("visual_map_cosine_loss", student, teacher)
-    left, right = student.float().flatten(2), teacher.float().flatten(2)
+    left, right = student.float(), teacher.float()
+    if token_mask is not None:
+        padding = ~_pairs(token_mask)
+        left, right = left.masked_fill(padding, 0), right.masked_fill(padding, 0)
+    left, right = left.flatten(2), right.flatten(2)
     return _mean_over_samples(1 - F.cosine_similarity(left, right, dim=-1), right, student, reduction)
+
+
+def has_mass(teacher: Tensor) -> Tensor:
+    """Which rows or samples an attention loss averages over: `[A or B, ...]` to bool `[A or B]`.
+
+    Those without any mass are text-only, or pictures so narrow that no token carries image.
+    """
+    return teacher.flatten(1).any(dim=1)
 
 
 def _nothing(student: Tensor) -> Tensor:
@@ -313,6 +328,11 @@ def _relative_rows(shares: Tensor, sample_index: Tensor) -> Tensor:
     return _share(shares / (sums / rows)[index].clamp_min(_TINY))
 
 
+def _pairs(token_mask: Tensor) -> Tensor:
+    """Pairs of two tokens that carry image: bool `[B, N]` to `[B, 1, N, N]`."""
+    return token_mask[:, None, :, None] & token_mask[:, None, None, :]
+
+
 def _not_sink(maps: Tensor, pairs: Tensor) -> Tensor:
     """Bool `[B, G, N, N]`: of the pairs that count, values of at most mean + unbiased std of these."""
     count = pairs.flatten(2).sum(dim=-1)[..., None, None]  # [B, G, 1, 1]
@@ -326,7 +346,7 @@ def _mean_over_samples(losses: Tensor, teacher: Tensor, student: Tensor, reducti
     """Reduce `[B, G]` over groups, then over the samples whose teacher has any mass."""
     if reduction not in get_args(LayerReduction):
         raise ValueError(f"reduction: expected one of {list(get_args(LayerReduction))}, got {reduction!r}")
-    present = teacher.flatten(1).any(dim=1)  # [B]
+    present = has_mass(teacher)  # [B]
     if not bool(present.any()):
         return _nothing(student)
     per_sample = losses[present].sum(dim=1) if reduction == "sum" else losses[present].mean(dim=1)

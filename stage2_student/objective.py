@@ -1,17 +1,17 @@
 """The training objective: one forward pass of the student, and every loss term it is asked for.
 
 The wiring between batch, model and the pure losses of ``losses.py``. A term is a mean over its own unit
-(rows, rows of samples with an image, or images); each micro-batch contributes its **share** of that mean, so
+(rows, rows that look at an image, or images); each micro-batch contributes its **share** of that mean, so
 that a step is the same function of its samples however they are split over micro-batches and processes.
 
 Dims: B batch, T sequence, A supervised rows, R most rows of a sample, G layer groups, M visual tokens, C
 common cells, I samples with an image, V vocabulary.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -41,13 +41,11 @@ class Shares:
 
     Attributes:
         rows: Of the supervised rows.
-        image_rows: Of the supervised rows of samples with an image.
-        images: Of the samples with an image.
+        attention: By signal, of the rows or images on which its teacher has any mass; absent is 1.
     """
 
     rows: float = 1.0
-    image_rows: float = 1.0
-    images: float = 1.0
+    attention: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +107,7 @@ class Objective:
         with record_attention(capture, attention_requests(batch, self.groups, signals)) as maps:
             logits = model(**batch.inputs.model_inputs(), supervised=supervised, use_cache=False).logits
         attention = {
-            signal: self._attention_loss(signal, maps, batch) * _share_of(signal, shares)
+            signal: self._attention_loss(signal, maps, batch) * shares.attention.get(signal, 1.0)
             for signal in signals
         }
         for signal in self.weights:
@@ -124,10 +122,11 @@ class Objective:
             total = total + self.weights["logits"] * logit_term
         for signal, value in attention.items():
             total = total + self.weights[signal] * value
-        if torch.is_grad_enabled() and not total.requires_grad:
-            # Only the projector is trained and no sample has an image: backward still needs a path, and so does DDP.
-            trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-            total = total + sum((parameter.sum() * 0.0 for parameter in trained), total.new_zeros(()))
+        if torch.is_grad_enabled() and batch.inputs.pixel_values is None:
+            # Nothing reached the projector: backward needs a path to it, and DDP a gradient of every parameter.
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    total = total + parameter.sum() * 0.0
         return LossTerms(lm=lm, logits=logit_term, attention=attention, total=total)
 
     def _attention_loss(self, signal: str, maps: Mapping[str, Tensor], batch: TrainingBatch) -> Tensor:
@@ -154,12 +153,8 @@ class Objective:
             columns = mean_columns(student, target.content)
             return visual_columns_loss(columns, target.teacher, token_mask=target.content)
         if self.visual_map_kind == "cosine":
-            return visual_map_cosine_loss(student, target.teacher)
+            return visual_map_cosine_loss(student, target.teacher, token_mask=target.content)
         return sink_filtered_cosine_loss(student, target.teacher, token_mask=target.content)
-
-
-def _share_of(signal: str, shares: Shares) -> float:
-    return shares.image_rows if signal == "answer_attention" else shares.images
 
 
 def record_attention(
@@ -243,22 +238,18 @@ def sample_of_rows(rows: Tensor) -> Tensor:
     return (rows >= 0).nonzero()[:, 0]
 
 
-def step_shares(batches: list[TrainingBatch], totals: Any) -> list[Shares]:
+def step_shares(batches: list[TrainingBatch], totals: Sequence[float]) -> list[Shares]:
     """The share of each of a process's micro-batches in its step.
 
     Args:
         batches: This process's micro-batches.
-        totals: Supervised rows, such rows with an image, and images of the whole step, three numbers.
+        totals: ``TrainingBatch.units`` summed over the whole step.
 
     Returns:
         One entry per micro-batch; a unit that the step lacks has share 0.
     """
-    rows, image_rows, images = (max(1.0, float(total)) for total in totals)
-    return [
-        Shares(
-            rows=batch.row_count / rows,
-            image_rows=batch.image_row_count / image_rows,
-            images=batch.image_count / images,
-        )
-        for batch in batches
-    ]
+    shares = []
+    for batch in batches:
+        rows, *attention = (count / max(1.0, total) for count, total in zip(batch.units, totals, strict=True))
+        shares.append(Shares(rows=rows, attention=dict(zip(ATTENTION_SIGNALS, attention, strict=True))))
+    return shares

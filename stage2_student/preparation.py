@@ -24,6 +24,7 @@ from stage2_student.build_student import SIZES, STUDENTS, build_student
 from stage2_student.cached_dataset import CachedDataset, SampleMemory
 from stage2_student.check_cache import (
     check_data,
+    check_geometry,
     check_signals,
     check_template,
     check_tokenizer,
@@ -37,6 +38,7 @@ from stage2_student.objective import Objective
 from stage2_student.sampler import ShardShuffle
 
 BUILT_IN_DATA = ("shapes", "easy-vqa")
+MAX_LENGTH = 2048  # tokens, where neither the run nor a cache says one
 _log = logging.getLogger(__name__)
 
 
@@ -212,16 +214,18 @@ def prepare(config: TrainConfig) -> Preparation:
         seed=config.seed,
     )
     for cache in caches.values():
+        cache.check_shard_files()
+        check_geometry(cache, first.plan.geometry, where=f"cache {first.path}")
         check_tokenizer(cache, tokenizer, where=f"{first.path / 'processor'}")
         if config.template is not None:
             check_template(cache, get_template(config.template, tokenizer))
         if isinstance(student.model.mm_projector, TeacherAdapter):
             check_vision_tower(cache, student.model.vision_tower.vision_tower.vision_model)
-    own_tokenizer = Path(config.student) / "tokenizer.json"
-    if own_tokenizer.exists():
-        check_tokenizer(first, load_tokenizer(own_tokenizer.parent), where=f"student {config.student}")
-    description = describe_encoder(first.plan, max_length=config.max_length)
+    # What a cache could hold, its student can read; a cache of unknown provenance says nothing of this.
+    longest = max(int(cache.plan.extra.get("max_length", MAX_LENGTH)) for cache in caches.values())
+    description = describe_encoder(first.plan, max_length=config.max_length or longest)
     encoder = build_encoder(description, tokenizer, image_processor, grid=student.image_grid)
+    _check_student_folder(Path(config.student), first, encoder)
     depth = int(student.language_model.config.num_hidden_layers)
     phases = _prepare_phases(config, caches, encoder, depth)
     hashes = {path: cache.manifest_hash for path, cache in caches.items()}
@@ -235,6 +239,15 @@ def prepare(config: TrainConfig) -> Preparation:
         fingerprint=fingerprint(describe(config, hashes)),
         cache_hashes=hashes,
     )
+
+
+def _check_student_folder(folder: Path, cache: TeacherCache, encoder: SampleEncoder) -> None:
+    """Refuse a student directory that comes with another tokenizer or image processor than the cache's."""
+    if (folder / "tokenizer.json").exists():
+        check_tokenizer(cache, load_tokenizer(folder), where=f"student {folder}")
+    if any((folder / name).exists() for name in ("preprocessor_config.json", "processor_config.json")):
+        own = replace(encoder.image_encoder, processor=load_image_processor(folder))
+        check_geometry(cache, own.to_dict(), where=f"student {folder}")
 
 
 def _prepare_phases(

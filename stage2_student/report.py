@@ -44,6 +44,7 @@ def render_report(
     curves: Mapping[str, Sequence[Mapping[str, Any]]],
     evaluations: Mapping[str, EvaluationReport],
     overlays: Sequence[Overlay] = (),
+    notes: Sequence[str] = (),
 ) -> None:
     """Write the page.
 
@@ -54,6 +55,7 @@ def render_report(
         curves: Logged steps of each run (``training_log.read_log``).
         evaluations: Scores of each model.
         overlays: Attention pictures; may be empty.
+        notes: What the scores do not tell, as sentences.
     """
     known = "".join(f"<dt>{_text(name)}</dt><dd>{_text(value)}</dd>" for name, value in facts.items())
     colours = {run: COLOURS[index % len(COLOURS)] for index, run in enumerate(curves)}
@@ -64,8 +66,9 @@ def render_report(
     parts = [
         f"<h1>{_text(title)}</h1>",
         f'<div class="card"><dl>{known}</dl></div>',
-        "<h2>Scores on held-out items</h2>",
+        "<h2>Scores</h2>",
         "<p>Value and 95 % bootstrap interval over items. Kinds are averaged without weights.</p>",
+        *(f"<p><b>{_text(note)}</b></p>" for note in notes),
         _table(evaluations) if evaluations else "<p>No evaluation was run.</p>",
         "<h2>Training</h2>",
         f"<p>Running means. {_legend(colours)}</p>" if curves else "<p>No training log was found.</p>",

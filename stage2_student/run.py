@@ -6,6 +6,7 @@ in well under two seconds. ``OUTPUT/run.json`` says what the folder belongs to a
 
 from __future__ import annotations
 
+import json
 import logging
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from common.errors import CacheFormatError, ConfigError
 from common.hashing import fingerprint
 from common.manifest import read_manifest, read_plan
 from stage2_student.config import PHASE_NAMES, TrainConfig, describe, resolve_config, without_teacher
+from stage2_student.output_folder import claim_output
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -55,7 +57,7 @@ class RunSummary:
 def load_run_config(path: Path | None, overrides: Sequence[str], *, cache: Path) -> TrainConfig:
     """Resolve a run's configuration: preset by the cache's teacher, then YAML, then overrides."""
     width = int(read_plan(cache).teacher.get("hidden_size", 1 << 20))
-    return resolve_config(path, [*overrides, f"cache={str(cache)!r}"], teacher_width=width)
+    return resolve_config(path, [*overrides, f"cache={json.dumps(str(cache))}"], teacher_width=width)
 
 
 def hash_caches(config: TrainConfig) -> dict[str, str]:
@@ -97,9 +99,25 @@ def run(config: TrainConfig, *, processes: int = 1, say: Callable[[str], None] =
             output=output, table=table, report=output / REPORT, fresh=False, seconds=time.monotonic() - began
         )
     set_up_libraries()
-    output.mkdir(parents=True, exist_ok=True)
-    write_json_atomic(output / STAMP, {**stamp, "finished": None, "config": config_to_dict(config)})
+    with claim_output(output, *map(Path, hash_caches(config))):
+        table = train_and_score(config, stamp, processes=processes, say=say)
+    return RunSummary(
+        output=output, table=table, report=output / REPORT, fresh=True, seconds=time.monotonic() - began
+    )
 
+
+def train_and_score(
+    config: TrainConfig, stamp: Mapping[str, Any], *, processes: int, say: Callable[[str], None]
+) -> str:
+    """Do what is left of a run whose folder is held; returns the table of scores."""
+    from stage2_student.held_out import probe_items
+
+    output = Path(config.output)
+    notes = probe_items(config)
+    for note in notes:
+        say(f"note: {note}")
+    state = {**stamp, "config": config_to_dict(config), "notes": notes}
+    write_json_atomic(output / STAMP, {**state, "finished": None})
     for name, arm in arms(config).items():
         if (output / name / FINAL / PROVENANCE).is_file():
             say(f"{name}: trained already")
@@ -108,13 +126,10 @@ def run(config: TrainConfig, *, processes: int = 1, say: Callable[[str], None] =
         train_arm(arm, processes=processes)
     scores = {name: evaluate_arm(output / name, config, say=say) for name in arms(config)}
     teacher = teacher_scores(Path(config.cache))
-    table = write_results(output, scores if teacher is None else {**scores, TEACHER: teacher})
+    table = write_results(output, scores if teacher is None else {**scores, TEACHER: teacher}, notes)
     write_report(output, config)
-    finished = {**stamp, "finished": fingerprint(stamp), "config": config_to_dict(config)}
-    write_json_atomic(output / STAMP, finished)
-    return RunSummary(
-        output=output, table=table, report=output / REPORT, fresh=True, seconds=time.monotonic() - began
-    )
+    write_json_atomic(output / STAMP, {**state, "finished": fingerprint(stamp)})
+    return table
 
 
 def arms(config: TrainConfig) -> dict[str, TrainConfig]:
@@ -229,11 +244,11 @@ def teacher_scores(cache: Path) -> EvaluationReport | None:
     return None if scores is None else EvaluationReport.from_dict(scores)
 
 
-def write_results(output: Path, scores: Mapping[str, EvaluationReport]) -> str:
-    """Write the table, as text and as JSON; returns the text."""
+def write_results(output: Path, scores: Mapping[str, EvaluationReport], notes: Sequence[str]) -> str:
+    """Write the table and what it does not tell, as text and as JSON; returns the text."""
     from stage2_student.evaluate import render_table
 
-    table = render_table(scores)
+    table = "\n".join([render_table(scores), *(f"note: {note}" for note in notes)])
     write_json_atomic(output / SCORES, {name: report.to_dict() for name, report in scores.items()})
     write_bytes_atomic(output / TABLE, table.encode())
     return table
@@ -272,6 +287,7 @@ def write_report(output: Path, config: TrainConfig) -> Path:
             if name in stored
         },
         overlays=overlays,
+        notes=read_stamp(output).get("notes", []),
     )
     return output / REPORT
 

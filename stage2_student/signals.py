@@ -8,7 +8,7 @@ Dims: A supervised rows, G layer groups, N_t teacher and N_s student visual toke
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -18,6 +18,8 @@ from torch import Tensor
 
 from common.codecs.logits import SparseLogits
 from common.errors import CacheMismatchError
+from common.layers import Groups, student_groups
+from common.plan import Plan
 from common.schema import Record
 from common.visual_tokens import (
     Tile,
@@ -72,6 +74,40 @@ def meet(teacher: tuple[Tile, ...], student: tuple[Tile, ...]) -> CommonGrid:
         student_pool=overlap_matrix(student_boxes, teacher_boxes) * teacher_content,
         content=teacher_content,
     )
+
+
+@lru_cache(maxsize=256)
+def meet_cells(grid: tuple[int, int], student: tuple[Tile, ...]) -> CommonGrid:
+    """Choose the common cells of a cached grid over the whole picture and a student's tokens.
+
+    The teacher's tokens were pooled to the grid; the student's go through it too. Where the grid cuts tokens
+    (padded and cropped pictures), a student that looks like its teacher then still matches it.
+
+    Args:
+        grid: Rows and columns.
+        student: Tiles of the student's tokens.
+
+    Returns:
+        The pooling of both sides.
+    """
+    cells = (grid_tile(*grid),)
+    common = meet(cells, student)
+    through = overlap_matrix(tile_boxes(student), tile_boxes(cells))  # [N_s, cells]
+    return replace(common, student_pool=through @ common.teacher_pool)
+
+
+def matching_groups(plan: Plan, depth: int) -> Groups:
+    """The student layers that meet a cache's layer groups, in the same order.
+
+    Args:
+        plan: The cache's.
+        depth: The student's number of layers.
+
+    Raises:
+        ConfigError: If the student has fewer layers than the choice needs.
+    """
+    teacher = plan.teacher
+    return student_groups(depth, len(teacher["groups"]), teacher.get("layer_choice", "middle"))
 
 
 @dataclass(frozen=True)
@@ -149,7 +185,7 @@ def _target(
 ) -> AttentionTarget:
     decoded = codec.decode(record)
     if signal == "answer_attention":
-        grid = meet((grid_tile(*codec.grid),), student_tiles)
+        grid = meet_cells(codec.grid, student_tiles)
         cells, mass = decoded.cells, decoded.image_mass
         if rows is not None:
             chosen = torch.arange(rows) % max(1, cells.shape[0])

@@ -1,7 +1,6 @@
 """A trained student as it lies on disk: opened with its encoder, scored, exported; its cache may be gone."""
 
-import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,21 +8,18 @@ import torch
 
 from common.atomic import create_temporary, publish_directory, read_json, remove
 from common.cache import open_cache
-from common.errors import CacheFormatError, ConfigError, ModelError, SampleError
-from common.layers import student_groups
-from data.encoding import SampleEncoder, build_prompt
-from data.registry import open_evaluation
-from data.sample import EvaluationSet, Question
+from common.errors import CacheFormatError, ConfigError, ModelError
+from data.encoding import SampleEncoder
 from stage2_student.build_student import load_student
 from stage2_student.cached_dataset import CachedDataset
 from stage2_student.config import TrainConfig
 from stage2_student.evaluate import EvaluationReport, evaluate_model
+from stage2_student.held_out import open_items
 from stage2_student.models.mobilevlm import MobileVLMForConditionalGeneration
 from stage2_student.overlays import Overlay, collect_overlays
 from stage2_student.preparation import build_encoder, load_processors, open_cached_data
+from stage2_student.signals import matching_groups
 from stage2_student.train import PROVENANCE
-
-logger = logging.getLogger(__name__)
 
 COMPARED_SIGNALS = ("logits", "answer_attention")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -89,44 +85,11 @@ def evaluate_student(student: Student, config: TrainConfig) -> EvaluationReport:
         ConfigError: If there is no data to score on.
     """
     how = config.evaluation
-    data = how.data or config.data or built_in_data(config)
-    items = readable_items(
-        open_evaluation(data, how.split, how.limit, images=_path(how.images or config.images)),
-        student.encoder,
-    )
+    items = open_items(config, student.encoder)
     cached = None
     if how.agreement_samples:
         cached = join_cached(student, config, limit=how.agreement_samples)
     return evaluate_model(student.model, student.encoder, items, cached=cached, letters=how.letters)
-
-
-def readable_items(items: EvaluationSet, encoder: SampleEncoder) -> EvaluationSet:
-    """Drop the questions whose image or text cannot be used, as stage one does with samples, and say how many."""
-    kept = tuple(item for item in items.questions if _is_readable(item, encoder))
-    dropped = len(items.questions) - len(kept)
-    if dropped:
-        logger.warning("%d of %d questions cannot be read and are not scored", dropped, len(items.questions))
-    return replace(items, questions=kept)
-
-
-def _is_readable(item: Question, encoder: SampleEncoder) -> bool:
-    try:
-        build_prompt(encoder, item.image, item.question)
-    except SampleError:
-        return False
-    return True
-
-
-def built_in_data(config: TrainConfig) -> str:
-    """The built-in data set that the cache was built from.
-
-    Raises:
-        ConfigError: If it was none.
-    """
-    spec = str(open_cache(Path(config.cache)).plan.data.get("name", "")).partition("[")[0].partition("/")[0]
-    if spec.partition(":")[0] not in ("shapes", "easy-vqa"):
-        raise ConfigError(f"no data to score on: {config.cache} was built from {spec!r}; pass --data")
-    return spec
 
 
 def join_cached(student: Student, config: TrainConfig, *, limit: int) -> CachedDataset:
@@ -151,14 +114,13 @@ def draw_overlays(student: Student, config: TrainConfig) -> list[Overlay]:
         return []
     if not count or "answer_attention" not in cache.plan.signals:
         return []
-    teacher = cache.plan.teacher
     depth = int(student.model.language_model.config.num_hidden_layers)
     return collect_overlays(
         student.model,
         student.encoder,
         cache,
         open_cached_data(cache, data=config.data, images=config.images),
-        groups=student_groups(depth, len(teacher["groups"]), teacher.get("layer_choice", "middle")),
+        groups=matching_groups(cache.plan, depth),
         count=count,
     )
 
@@ -192,7 +154,3 @@ def export_student(folder: Path, target: Path, *, dtype: str) -> Path:
         if lock is not None:
             lock.release()
     return target
-
-
-def _path(text: str | None) -> Path | None:
-    return None if text is None else Path(text)

@@ -15,14 +15,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
 from common.atomic import clean_stale, create_temporary, publish_directory, remove, write_json_atomic
 from common.config import config_from_dict, config_to_dict, save_config
-from common.errors import ConfigError
+from common.errors import ConfigError, ModelError
 from common.visual_attention import AttentionCapture
 from stage2_student.checkpoint import Position, find_resume_point, restore, write_checkpoint
 from stage2_student.config import TrainConfig
@@ -95,7 +94,7 @@ def train(config: TrainConfig, *, after_step: AfterStep | None = None) -> TrainR
                     terms.append(phase.objective(model, capture, batch.to(accelerator.device), share))
                     # The shares of all processes add up to one, and DDP divides by their number.
                     accelerator.backward(terms[-1].total * accelerator.num_processes)
-            accelerator.clip_grad_norm_(parameters, config.clip)
+            clip_gradients(accelerator, parameters, config.clip, terms, where=(phase.name, position.step + 1))
             rate = scheduled_rate(phase, position.step)
             set_learning_rate(optimizer, rate)
             optimizer.step()
@@ -141,11 +140,9 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
     Raises:
         ConfigError: If launched processes work side by side without knowing of each other.
     """
-    # A micro-batch without images leaves the projector without a gradient.
-    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
     # Without saying so on a machine without an accelerator, launched processes would not find each other.
     cpu = config.device == "cpu" or not torch.accelerator.is_available()
-    accelerator = Accelerator(mixed_precision=config.precision, cpu=cpu, kwargs_handlers=[unused])
+    accelerator = Accelerator(mixed_precision=config.precision, cpu=cpu)
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != launched:
         raise ConfigError(
@@ -220,9 +217,8 @@ def load_steps(
 
 
 def step_totals(micro_batches: list[TrainingBatch], accelerator: Accelerator) -> list[float]:
-    """Supervised rows, such rows with an image, and images of a whole step, over all processes."""
-    counts = [[b.row_count, b.image_row_count, b.image_count] for b in micro_batches]
-    local = torch.tensor(counts, dtype=torch.float64).sum(dim=0)
+    """What each loss of a whole step is a mean over (``TrainingBatch.units``), over all processes."""
+    local = torch.tensor([batch.units for batch in micro_batches], dtype=torch.float64).sum(dim=0)
     if accelerator.num_processes == 1:
         return local.tolist()
     summed: Tensor = accelerator.reduce(local.to(accelerator.device), reduction="sum")
@@ -232,6 +228,38 @@ def step_totals(micro_batches: list[TrainingBatch], accelerator: Accelerator) ->
 def gradient_sync(accelerator: Accelerator, model: nn.Module, *, last: bool) -> AbstractContextManager[Any]:
     """Exchange gradients between processes on a step's last micro-batch only."""
     return nullcontext() if last else accelerator.no_sync(model)
+
+
+def clip_gradients(
+    accelerator: Accelerator,
+    parameters: list[nn.Parameter],
+    clip: float,
+    terms: list[LossTerms],
+    *,
+    where: tuple[str, int],
+) -> None:
+    """Scale gradients down to a norm; refuse to step on numbers that would ruin the student.
+
+    Args:
+        accelerator: Which knows how.
+        parameters: What is trained.
+        clip: Largest norm of the gradient of all of them.
+        terms: This process's losses of the step; the norm alone is the same on all processes.
+        where: Phase and step, counted from 1, for the error.
+
+    Raises:
+        ModelError: If loss or gradient is infinite or not a number.
+    """
+    norm = accelerator.clip_grad_norm_(parameters, clip)
+    losses = sum_terms(terms)
+    # One wait for the device a step; without it the next checkpoint would hold the ruined student.
+    if not bool(torch.stack([norm, *losses.values()]).isfinite().all()):
+        found = ", ".join(f"{name} {float(value):.4g}" for name, value in losses.items())
+        raise ModelError(
+            f"phase {where[0]}, step {where[1]}: loss or gradient is not finite ({found}; gradient norm "
+            f"{float(norm):.4g}); the step was not taken. Lower {where[0]}.lr, or check the cache with "
+            "`cachectl verify --deep`"
+        )
 
 
 def sum_terms(terms: list[LossTerms]) -> dict[str, Tensor]:

@@ -16,7 +16,8 @@ from common.codecs.logits import SparseLogits
 from common.schema import IGNORE_INDEX
 from data.collate import Batch, collate, supervised_rows, visual_keys
 from data.encoding import EncodedSample
-from stage2_student.signals import SampleSignals
+from stage2_student.losses import has_mass
+from stage2_student.signals import ATTENTION_SIGNALS, SampleSignals
 
 
 @dataclass(frozen=True)
@@ -29,12 +30,15 @@ class AttentionBatch:
         image_mass: float32 ``[A', G]`` of ``answer_attention``; else None.
         student_pool: float32 ``[I, M, C]``.
         content: bool ``[I, C]``, False where a cell carries no image; None if all do.
+        count: Rows (``answer_attention``) or images on which the teacher has any mass: what the loss is a
+            mean over.
     """
 
     teacher: Tensor
     image_mass: Tensor | None
     student_pool: Tensor
     content: Tensor | None
+    count: int
 
 
 @dataclass(frozen=True)
@@ -50,8 +54,6 @@ class TrainingBatch:
         keys: Positions of visual tokens, int64 ``[B, M]``, padding -1; on the CPU.
         has_image: Positions in the batch of samples with an image, int64 ``[I]``.
         row_count: A.
-        image_row_count: A', supervised rows of samples with an image.
-        image_count: I.
     """
 
     inputs: Batch
@@ -62,8 +64,12 @@ class TrainingBatch:
     keys: Tensor
     has_image: Tensor
     row_count: int
-    image_row_count: int
-    image_count: int
+
+    @property
+    def units(self) -> tuple[int, ...]:
+        """How much each loss is a mean over: supervised rows, then one number an attention signal."""
+        found = (self.attention.get(signal) for signal in ATTENTION_SIGNALS)
+        return (self.row_count, *(0 if target is None else target.count for target in found))
 
     def to(self, device: torch.device) -> "TrainingBatch":
         """The batch on a device; positions stay on the CPU, where they are checked without waiting."""
@@ -128,7 +134,7 @@ def collate_samples(samples: Sequence[TrainingSample], *, pad_token_id: int) -> 
         The micro-batch, on the CPU.
     """
     inputs = collate([sample.encoded for sample in samples], pad_token_id)
-    counts = [len(sample.encoded.supervised_rows) for sample in samples]
+    labels = inputs.labels[inputs.labels != IGNORE_INDEX]
     images = [position for position, sample in enumerate(samples) if sample.has_image]
     logits = [sample.signals.logits for sample in samples if sample.signals.logits is not None]
     attention: dict[str, AttentionBatch] = {}
@@ -141,8 +147,9 @@ def collate_samples(samples: Sequence[TrainingSample], *, pad_token_id: int) -> 
             by_row = signal == "answer_attention"
             content = torch.stack([_pad_cells(target.content, cells, both=False) for target in targets])
             masses = [target.image_mass for target in targets if target.image_mass is not None]
+            teacher = torch.cat(rows) if by_row else torch.stack(rows)
             attention[signal] = AttentionBatch(
-                teacher=torch.cat(rows) if by_row else torch.stack(rows),
+                teacher=teacher,
                 image_mass=torch.cat(masses) if masses else None,
                 student_pool=torch.stack(
                     [
@@ -151,18 +158,17 @@ def collate_samples(samples: Sequence[TrainingSample], *, pad_token_id: int) -> 
                     ]
                 ),
                 content=None if bool(content.all()) else content,
+                count=int(has_mass(teacher).sum()),
             )
     return TrainingBatch(
         inputs=inputs,
-        labels=inputs.labels[inputs.labels != IGNORE_INDEX],
+        labels=labels,
         logits=SparseLogits.cat(logits) if logits else None,
         attention=attention,
         rows=supervised_rows(inputs),
         keys=visual_keys(inputs),
         has_image=torch.tensor(images, dtype=torch.int64),
-        row_count=sum(counts),
-        image_row_count=sum(counts[position] for position in images),
-        image_count=len(images),
+        row_count=len(labels),
     )
 
 

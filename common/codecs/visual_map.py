@@ -1,10 +1,11 @@
 """How visual tokens attend to visual tokens: a vector per layer group, or the whole causal map.
 
-`visual_columns` keeps the mean over visual query rows per visual key: 2 bytes a token and group, exact enough
-for the cosine of unfiltered column means. `visual_map` keeps the lower triangle. Its preset `exact8`
-codes values by their logarithm in 8 bits over 16 nats below one, zero apart: within 3.2 %. The
-sink filter of the released loss is then recomputed from coarse values near its threshold, so
-that gradients are close, not equal; `f4` keeps them exactly at four times the size.
+`visual_columns` keeps the mean over the visual query rows that carry image (tokens mostly in padding do not
+count) per visual key: 2 bytes a token and group, exact enough for the cosine of unfiltered column means.
+`visual_map` keeps the lower triangle. Its preset `exact8` codes values by their logarithm in 8 bits over 16
+nats below one, zero apart: within 3.2 %. The sink filter of the released loss is then recomputed from coarse
+values near its threshold, so that gradients are close, not equal; `f4` keeps them exactly at four times the
+size.
 
 Dims: G layer groups, N visual tokens, P = N (N + 1) / 2 pairs (query, key <= query), row-major.
 """
@@ -32,7 +33,7 @@ MAP_RANGE_NATS = 16.0
 
 @dataclass(frozen=True, kw_only=True)
 class VisualColumnsCodec:
-    """How a record stores the mean over visual query rows per visual key.
+    """How a record stores the mean over visual query rows that carry image, per visual key.
 
     Round trip: float16 (relative 2^-11, absolute 2^-25), or bit for bit with `exact`.
 

@@ -110,7 +110,7 @@ def test_sealing_again_changes_nothing_and_keeps_the_fidelity_card(cache):
     assert tree(cache) == before
     changed = seal(cache, fidelity={"kl": 0.5})
     assert changed.fidelity == {"kl": 0.5}
-    assert changed.hash != hash_before
+    assert changed.hash == hash_before  # runs stay bound to the content, however often it is measured
 
 
 def test_a_cache_is_not_sealed_before_all_its_shards_are_there(tmp_path):

@@ -14,6 +14,7 @@ import stage1_teacher.plan
 from common.cache import open_cache
 from common.codecs import codec_from_dict
 from common.errors import CacheFormatError, CacheMismatchError, ConfigError, DataError
+from common.manifest import seal
 from common.schema import IGNORE_INDEX
 from common.visual_tokens import Tile
 from data.collate import collate
@@ -374,3 +375,25 @@ def test_visual_columns_average_over_rows_that_carry_image():
     tiles = (Tile(4, 4, (0.0, -0.5, 1.0, 1.5)),)  # the middle two rows of tokens see the picture
     maps = torch.rand(2, 16, 16)
     torch.testing.assert_close(visual_columns(maps, tiles), maps[:, 4:12].mean(dim=1))
+
+
+@pytest.mark.parametrize("name", ["projector.safetensors", "processor/preprocessor_config.json"])
+def test_damage_beside_the_shards_is_noticed_and_never_sealed_in(tmp_path: Path, build_cache, name: str):
+    build_cache(tmp_path / "cache")
+    path = tmp_path / "cache" / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    for use in (open_cache, seal):
+        with pytest.raises(CacheFormatError, match="not the file that was sealed"):
+            use(tmp_path / "cache")
+
+
+def test_measuring_the_fidelity_again_keeps_the_caches_identity(
+    tmp_path: Path, build_cache, tiny_llava: Path
+):
+    before = build_cache(tmp_path / "cache").manifest
+    options = {"teacher": str(tiny_llava), "template": "short", "limit": 10, "shard_size": 4, "batch_size": 3}
+    after = recompute_fidelity(BuildConfig(cache=str(tmp_path / "cache"), **options), samples=5)
+    assert after.fidelity["samples"] == 5 != before.fidelity["samples"]
+    assert after.hash == before.hash

@@ -7,13 +7,15 @@ import pytest
 import torch
 from tiny_cache import DATA, build_tiny_cache, make_teacher
 
-from common.cache import open_cache
+from common.cache import TeacherCache, open_cache
 from common.errors import CacheMismatchError
+from common.layers import student_groups
 from common.schema import IGNORE_INDEX
 from data.images import ImageArray
 from data.registry import open_dataset
 from data.sample import Sample, Turn, fingerprint_samples
 from stage2_student.cached_dataset import CachedDataset, SampleMemory
+from stage2_student.signals import matching_groups
 
 SIGNALS = ("logits", "answer_attention", "visual_columns", "visual_map")
 
@@ -54,7 +56,8 @@ def test_a_batch_holds_the_teachers_rows_in_the_order_of_its_own(tiny_cache):
     expected = torch.where(kept, log_probs.gather(1, batch.logits.token_ids), 0)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
     assert torch.equal(batch.labels, torch.cat([b.labels[b.labels != IGNORE_INDEX] for *_, b in live]))
-    assert batch.row_count == batch.image_row_count == len(batch.labels) == len(batch.logits)
+    assert batch.row_count == len(batch.labels) == len(batch.logits)
+    assert batch.units == (batch.row_count, batch.row_count, 3, 3)
 
 
 def test_attention_is_pooled_to_the_students_grid_keys_by_sum_and_queries_by_mean(tiny_cache):
@@ -160,11 +163,12 @@ def test_text_only_samples_have_rows_but_no_attention(tmp_path):
     joined = open_joined(tmp_path / "c", dataset=dataset)
     batch = joined.batch([0, 1, 2])
     assert batch.has_image.tolist() == [0, 2]
-    assert batch.image_row_count == batch.row_count - 2 == len(batch.attention["answer_attention"].teacher)
-    assert batch.attention["visual_map"].teacher.shape[0] == batch.image_count == 2
+    assert batch.units == (batch.row_count, batch.row_count - 2, 2, 2)
+    assert len(batch.attention["answer_attention"].teacher) == batch.row_count - 2
+    assert batch.attention["visual_map"].teacher.shape[0] == 2
     alone = joined.batch([1])
     assert alone.attention == {}
-    assert alone.image_count == 0
+    assert alone.units == (alone.row_count, 0, 0, 0)
 
 
 def test_the_control_takes_attention_from_another_image_and_logits_from_its_own(tiny_cache):
@@ -176,3 +180,19 @@ def test_the_control_takes_attention_from_another_image_and_logits_from_its_own(
     for signal in ("answer_attention", "visual_columns", "visual_map"):
         assert right.attention[signal].teacher.shape == wrong.attention[signal].teacher.shape
         assert not torch.equal(right.attention[signal].teacher, wrong.attention[signal].teacher)
+
+
+def test_the_caches_sample_ids_are_taken_once_however_many_shards_it_has(tiny_cache, monkeypatch):
+    """They are a new tuple each time: once a shard made joining 665k samples quadratic."""
+    taken = []
+    ids = TeacherCache.sample_ids.fget
+    monkeypatch.setattr(TeacherCache, "sample_ids", property(lambda cache: taken.append(1) or ids(cache)))
+    assert len(open_joined(tiny_cache[0]).shards) == 4
+    assert len(taken) == 1
+
+
+def test_student_layers_are_chosen_as_the_caches_were(tiny_cache):
+    plan = open_cache(tiny_cache[0]).plan
+    chosen = dataclasses.replace(plan, teacher=plan.teacher | {"layer_choice": "all"})
+    assert matching_groups(plan, 6) == open_joined(tiny_cache[0]).student_groups(6) == student_groups(6, 1)
+    assert matching_groups(chosen, 6) == ((0, 1, 2, 3, 4, 5),)

@@ -228,9 +228,8 @@ def test_a_llava_and_a_student_with_the_same_weights_get_the_same_report(items):
 class JoinedSamples:
     """What `score_agreement` asks of cached data, from records in memory."""
 
-    layer_choice = "middle"
-
-    def __init__(self, encoder, samples, records, codecs):
+    def __init__(self, encoder, samples, records, codecs, *, layers="middle"):
+        self.layers = layers
         self.joined = [
             TrainingSample(encoded, decode_signals(record, codecs, encoded.tiles, where="memory"))
             for encoded, record in zip([encoder(sample) for sample in samples], records, strict=True)
@@ -239,17 +238,20 @@ class JoinedSamples:
     def __len__(self):
         return len(self.joined)
 
+    def student_groups(self, depth):
+        return student_groups(depth, 1, self.layers)
+
     def batch(self, positions):
         return collate_samples([self.joined[position] for position in positions], pad_token_id=0)
 
 
 @torch.no_grad()
-def make_records(model, encoder, samples):
+def make_records(model, encoder, samples, *, layers="middle"):
     """Records of a model's own signals, exact, and their codecs."""
     logit_codec = LogitCodec(floor=0.0, min_k=8, max_k=64, exact=True)
     attention_codec = RowAttentionCodec(grid=(6, 6), groups=1, exact=True)
     capture = AttentionCapture(model.language_model)
-    groups = student_groups(3, 1)
+    groups = student_groups(3, 1, layers)
     records = []
     for sample in samples:
         encoded = encoder(sample)
@@ -267,11 +269,13 @@ def make_records(model, encoder, samples):
     return records, {"logits": logit_codec, "answer_attention": attention_codec}
 
 
-def test_a_model_agrees_fully_with_the_cache_of_itself_and_less_with_anothers():
+@pytest.mark.parametrize("layers", ["middle", "all", (0, 2)])
+def test_a_model_agrees_fully_with_the_cache_of_itself_and_less_with_anothers(layers):
     encoder = make_encoder()
     samples = [ShapesDataset("train", 5)[index] for index in range(5)]
     model = make_student()
-    cached = JoinedSamples(encoder, samples, *make_records(model, encoder, samples))
+    records, codecs = make_records(model, encoder, samples, layers=layers)
+    cached = JoinedSamples(encoder, samples, records, codecs, layers=layers)
     with torch.inference_mode():
         same = {name: values.mean() for name, values in score_agreement(model, cached, batch_size=2).items()}
         other = score_agreement(make_student(seed=1), cached, batch_size=2)
@@ -284,6 +288,19 @@ def test_a_model_agrees_fully_with_the_cache_of_itself_and_less_with_anothers():
     assert other["attention/kl"].min() > 0.001
     assert other["attention/cosine"].max() < 0.999
     assert other["teacher/top1"].max() < 0.9
+
+
+def test_samples_that_the_teacher_does_not_look_at_have_no_agreement_of_attention():
+    encoder, model = make_encoder(), make_student()
+    samples = [ShapesDataset("train", 2)[index] for index in range(2)]
+    records, codecs = make_records(model, encoder, samples)
+    blind = {name: np.zeros_like(records[0][name]) for name in ("answer_attention", "answer_image_mass")}
+    cached = JoinedSamples(encoder, samples, [records[0] | blind, records[1]], codecs)
+    with torch.inference_mode():
+        found = score_agreement(model, cached, batch_size=2)
+    assert {name: len(values) for name, values in found.items()} == {
+        "teacher/kl": 2, "teacher/top1": 2, "attention/kl": 1, "attention/cosine": 1
+    }  # fmt: skip
 
 
 def test_a_teacher_agrees_fully_with_its_own_cache_on_disk(tiny_cache):

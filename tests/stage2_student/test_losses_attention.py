@@ -293,3 +293,10 @@ def test_padding_tokens_change_nothing_of_the_sink_filtered_loss():
     assert float(sink_filtered_cosine_loss(padded[0], padded[0], token_mask=mask)) == pytest.approx(
         0, abs=1e-6
     )
+
+
+def test_attention_of_padding_tokens_changes_nothing_of_the_map_cosine():
+    student, teacher = maps_of(2, 2, 6, seed=0), maps_of(2, 2, 6, seed=1)
+    mask = torch.tensor([[True] * 4 + [False] * 2] * 2)
+    found = visual_map_cosine_loss(student, teacher, token_mask=mask)
+    torch.testing.assert_close(found, visual_map_cosine_loss(student[..., :4, :4], teacher[..., :4, :4]))

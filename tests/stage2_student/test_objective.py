@@ -133,9 +133,7 @@ def test_a_steps_gradient_does_not_depend_on_how_it_is_split(tmp_path, splits):
 
     def run(parts):
         batches = [joined.batch(part) for part in parts]
-        totals = [
-            sum(getattr(b, name) for b in batches) for name in ("row_count", "image_row_count", "image_count")
-        ]
+        totals = [sum(counts) for counts in zip(*(b.units for b in batches), strict=True)]
         terms = [
             objective(student, capture, batch, share)
             for batch, share in zip(batches, step_shares(batches, totals), strict=True)
@@ -171,3 +169,27 @@ def test_several_layer_groups_meet_in_order(tmp_path):
     )
     batch = joined.batch([0, 1])
     assert batch.attention["answer_attention"].teacher.shape[1] == 2
+
+
+@pytest.mark.parametrize("phase", ["dpt", "dft"])
+def test_batches_without_images_train_the_projector_by_nothing_and_keep_ddp_in_step(tmp_path, phase):
+    texts = [
+        Sample(sample_id=f"text{index}", images=(), turns=(Turn(question="what color ?", answer="red"),))
+        for index in range(2)
+    ]
+    dataset = ListDataset([*texts, open_dataset("shapes:images=1,seed=5")[0]])
+    teacher = build_tiny_cache(tmp_path / "c", dataset=dataset, signals=("logits",))
+    joined = open_joined(tmp_path / "c", dataset=dataset, signals=("logits",))
+    student = make_student(tmp_path / "c", teacher.encoder)
+    student.trainable_parameters(phase)
+    projector = [p for name, p in student.named_parameters() if "mm_projector" in name]
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        model = torch.nn.parallel.DistributedDataParallel(student)  # as accelerate wraps it
+        for positions in ([0, 1], [0, 1], [1, 2], [0, 1]):
+            student.zero_grad()
+            objective = Objective(weights={"lm": 1.0, "logits": 1.0})
+            objective(model, None, joined.batch(positions), Shares()).total.backward()
+            assert all(bool(p.grad.any()) == (2 in positions) for p in projector), positions
+    finally:
+        torch.distributed.destroy_process_group()

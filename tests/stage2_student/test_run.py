@@ -12,6 +12,7 @@ from tiny_cache import DATA
 from common.errors import ConfigError
 from stage2_student import run as run_module
 from stage2_student.cli import main
+from stage2_student.output_folder import claim_output
 from stage2_student.run import load_run_config, run
 
 FAST = [
@@ -198,3 +199,22 @@ def test_errors_are_one_line_without_a_traceback(tiny_cache, tmp_path):
 
 def test_usage_errors_exit_with_two():
     assert CliRunner().invoke(main, ["train", "--nonsense"]).exit_code == 2
+
+
+def test_a_folder_that_another_process_works_in_is_refused(tmp_path):
+    folders = tmp_path / "run", tmp_path / "cache"
+    refused = pytest.raises(ConfigError, match="another process works there")
+    with claim_output(*folders), refused, claim_output(*folders):
+        pass
+    with claim_output(*folders):  # free again
+        assert folders[0].is_dir()
+
+
+@pytest.mark.parametrize(("output", "cache"), [("c", "c"), ("c/run", "c"), ("o", "o/cache")])
+def test_output_and_cache_do_not_lie_in_each_other(tmp_path, output, cache):
+    with (
+        pytest.raises(ConfigError, match="lie in each other"),
+        claim_output(tmp_path / output, tmp_path / cache),
+    ):
+        pass
+    assert not (tmp_path / output).exists()

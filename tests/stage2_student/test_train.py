@@ -13,13 +13,11 @@ import torch
 from tiny_cache import DATA
 
 from common.config import config_from_dict
-from common.errors import ConfigError
+from common.errors import ConfigError, ModelError
 from data.processors import load_image_processor, load_tokenizer
 from stage2_student.build_student import load_student
 from stage2_student.checkpoint import CHECKPOINTS
 from stage2_student.config import TrainConfig, without_teacher
-from stage2_student.objective import Shares
-from stage2_student.preparation import prepare
 from stage2_student.train import train, train_student
 from stage2_student.training_log import read_log
 
@@ -224,20 +222,17 @@ def test_two_processes_see_the_same_steps_as_one(tiny_cache, tmp_path, uninterru
             assert found[name] == pytest.approx(expected[name], rel=2e-3, abs=1e-5), (found["step"], name)
 
 
-def test_a_batch_without_images_trains_the_projector_by_nothing(tiny_cache, tmp_path):
-    run = prepare(make_config(tiny_cache[0], tmp_path / "run", phases=["dpt"]))
-    phase = run.phases[0]
-    run.student.trainable_parameters("dpt")
-    batch = phase.dataset.batch(range(2))
-    inputs = batch.inputs
-    text_only = replace(
-        inputs,
-        input_ids=torch.where(inputs.visual_mask, 3, inputs.input_ids),
-        visual_mask=torch.zeros_like(inputs.visual_mask),
-        pixel_values=None,
-    )
-    bare = replace(batch, inputs=text_only, attention={}, has_image=torch.zeros_like(batch.has_image))
-    total = phase.objective(run.student, None, bare, Shares()).total
-    total.backward()
-    trained = [p.grad for p in run.student.parameters() if p.requires_grad]
-    assert all(grad is not None and not grad.any() for grad in trained)
+def test_a_loss_that_is_not_finite_stops_before_its_step_and_names_the_remedy(tiny_cache, tmp_path):
+    seen = {}
+
+    def poison(position, student):
+        if position.total_steps == 3:
+            student.lm_head.weight.data[5] = torch.nan
+            seen.update({name: value.clone() for name, value in student.state_dict().items()})
+            seen["student"] = student
+
+    with pytest.raises(ModelError, match=r"phase dft, step 2: loss .*Lower dft\.lr, .*verify --deep"):
+        train(make_config(tiny_cache[0], tmp_path / "run"), after_step=poison)
+    after = seen.pop("student").state_dict()
+    assert all(torch.equal(after[name].nan_to_num(), value.nan_to_num()) for name, value in seen.items())
+    assert len(read_log(tmp_path / "run")) <= 3

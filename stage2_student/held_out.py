@@ -1,0 +1,170 @@
+"""The items a student is scored on: looked at before the first training step, and what their scores mean.
+
+A user's file has no splits. Where no other data is named, students are scored on what they were trained on,
+and whoever reads the scores is told so.
+"""
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+from common.cache import TeacherCache, open_cache
+from common.errors import CacheFormatError, ConfigError, SampleError
+from data.encoding import SampleEncoder, build_prompt
+from data.registry import open_dataset, open_evaluation
+from data.sample import EvaluationSet, Question
+from stage2_student.config import TrainConfig
+from stage2_student.preparation import (
+    BUILT_IN_DATA,
+    MAX_LENGTH,
+    build_encoder,
+    describe_encoder,
+    load_processors,
+)
+
+PROBED_QUESTIONS = 32
+RUN_OPTION, EVALUATE_OPTION = "--set evaluation.data=FILE", "--data FILE"
+_log = logging.getLogger(__name__)
+
+
+def open_items(config: TrainConfig, encoder: SampleEncoder) -> EvaluationSet:
+    """Open the items that a configuration names, without those that cannot be used; says how many these are.
+
+    Args:
+        config: Names the data.
+        encoder: Of the student.
+
+    Raises:
+        ConfigError: If no data is named, and the cache's is not built in.
+        DataError: If the data cannot be opened.
+    """
+    items = _open(config)
+    failed = _failed_samples(config) if _is_own_data(config) else frozenset()
+    kept = tuple(
+        item
+        for item in items.questions
+        if item.item_id.rpartition("-")[0] not in failed and _fault(item, encoder) is None
+    )
+    dropped = len(items.questions) - len(kept)
+    if dropped:
+        _log.warning("%d of %d questions cannot be read and are not scored", dropped, len(items.questions))
+    return replace(items, questions=kept)
+
+
+def probe_items(config: TrainConfig) -> list[str]:
+    """Open the items before a student is trained, and say what its scores will not tell.
+
+    Args:
+        config: Of the run; its cache gives tokenizer, image processor and template.
+
+    Returns:
+        Sentences for whoever reads the scores; none if all is well.
+
+    Raises:
+        ConfigError: If no data is named and the cache's is not built in, or if nothing can be read of the
+            data that was named for this.
+        DataError: If the data cannot be opened.
+    """
+    items = _open(config)
+    cache = open_cache(Path(config.cache))
+    description = describe_encoder(cache.plan, max_length=config.max_length or MAX_LENGTH)
+    rows, columns = cache.plan.geometry["grid"]
+    encoder = build_encoder(description, *load_processors(cache.path / "processor"), grid=(rows, columns))
+    step = max(1, len(items.questions) // PROBED_QUESTIONS)
+    faults = [_fault(item, encoder) for item in items.questions[::step]]
+    if faults and None not in faults and config.evaluation.data is not None:
+        raise ConfigError(
+            f"evaluation.data={config.evaluation.data}: none of {len(faults)} probed questions can be used; "
+            f"the first: {faults[0]}. Name its image folder with --set evaluation.images=FOLDER"
+        )
+    return scoring_notes(config, scorable=bool(items.pairs) or None in faults, option=RUN_OPTION)
+
+
+def scoring_notes(config: TrainConfig, *, scorable: bool, option: str) -> list[str]:
+    """What the scores of a configuration do not tell.
+
+    Args:
+        config: Names the data.
+        scorable: Whether any item can be scored.
+        option: How the caller's user names other data.
+
+    Returns:
+        Sentences; none if all is well.
+    """
+    data = _data_of(config)
+    if not scorable:
+        return [
+            f"No question of {data} can be scored: only the agreement with the teacher is measured. "
+            f"Name held-out questions with {option}."
+        ]
+    if not _is_training_data(config, data):
+        return []
+    return [
+        f"Questions are scored on the training data itself ({data}), where memory passes for skill. "
+        f"Name held-out questions with {option}."
+    ]
+
+
+def _open(config: TrainConfig) -> EvaluationSet:
+    how = config.evaluation
+    return open_evaluation(_data_of(config), how.split, how.limit, images=_images_of(config))
+
+
+def _data_of(config: TrainConfig) -> str:
+    """The data set to score on, as ``data.registry`` takes it."""
+    named = config.evaluation.data or config.data
+    if named:
+        return named
+    remedy = f"name it with {EVALUATE_OPTION} (for distill run also {RUN_OPTION})"
+    try:
+        plan = open_cache(Path(config.cache)).plan
+    except CacheFormatError as error:
+        raise ConfigError(
+            f"no data to score on is named, and the cache cannot say: {error}; {remedy}"
+        ) from error
+    spec = str(plan.data.get("name", "")).partition("[")[0].partition("/")[0]
+    if spec.partition(":")[0] not in BUILT_IN_DATA:
+        raise ConfigError(f"no data to score on: {config.cache} was built from {spec!r}; {remedy}")
+    return spec
+
+
+def _images_of(config: TrainConfig) -> Path | None:
+    images = config.evaluation.images or config.images
+    return None if images is None else Path(images)
+
+
+def _is_own_data(config: TrainConfig) -> bool:
+    return config.evaluation.data in (None, config.data)
+
+
+def _is_training_data(config: TrainConfig, data: str) -> bool:
+    """Whether the samples scored on are those of the cache; a saved `datasets` folder may have splits."""
+    if data.partition(":")[0] in BUILT_IN_DATA:
+        return False
+    cache = _cache_of(config)
+    if cache is None:
+        return _is_own_data(config)
+    limit = int(cache.plan.data.get("limit") or 0) or None
+    dataset = open_dataset(data, split=config.evaluation.split, images=_images_of(config), limit=limit)
+    return dataset.fingerprint() == cache.plan.fingerprints.get("data")
+
+
+def _cache_of(config: TrainConfig) -> TeacherCache | None:
+    try:
+        return open_cache(Path(config.cache))
+    except CacheFormatError:
+        return None  # a student outlives its cache
+
+
+def _failed_samples(config: TrainConfig) -> frozenset[str]:
+    cache = _cache_of(config)
+    return frozenset() if cache is None else frozenset(cache.failed)
+
+
+def _fault(item: Question, encoder: SampleEncoder) -> str | None:
+    """Why a question cannot be asked; None if it can."""
+    try:
+        build_prompt(encoder, item.image, item.question)
+    except SampleError as error:
+        return str(error)
+    return None

@@ -1,0 +1,75 @@
+"""The folder a training or a run writes to: ours alone, and apart from the cache. Imports no torch."""
+
+from __future__ import annotations
+
+import os
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from common.atomic import TEMPORARY_PREFIX, create_temporary, remove, try_lock
+from common.errors import ConfigError
+from stage2_student.config import TrainConfig, read_yaml
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+
+@contextmanager
+def claim_output(output: Path, *caches: Path) -> Iterator[None]:
+    """Hold a run's folder, so that no second process writes the same checkpoints and logs.
+
+    Args:
+        output: Created if it is missing.
+        *caches: The teacher caches, which must be other folders.
+
+    Raises:
+        ConfigError: If one of the folders lies in the other, or another process holds ``output``.
+    """
+    inside = output.resolve()
+    for cache in caches:
+        outside = cache.resolve()
+        if inside.is_relative_to(outside) or outside.is_relative_to(inside):
+            raise ConfigError(
+                f"{output} and the cache {cache} lie in each other; a cache holds nothing else: give another "
+                "--output"
+            )
+    if os.environ.get("RANK", "0") != "0":  # one process of several holds it for all
+        yield
+        return
+    output.mkdir(parents=True, exist_ok=True)
+    lock = try_lock(output)
+    if lock is None and can_lock(output):
+        raise ConfigError(f"{output}: another process works there; wait for it, or give another --output")
+    try:
+        yield
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def can_lock(folder: Path) -> bool:
+    """Whether the file system knows locks; without them nobody can tell who else works in a folder."""
+    temporary, lock = create_temporary(folder / "lock")
+    remove(temporary)
+    if lock is None:
+        return False
+    lock.release()
+    return True
+
+
+def refuse_foreign_folder(output: Path) -> None:
+    """Refuse to train into a folder of other things.
+
+    Raises:
+        ConfigError: If it is not empty and holds no configuration of a training, or is no folder.
+    """
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"{output} is a file; give a folder for --output")
+    present = [path for path in output.glob("*") if not path.name.startswith(TEMPORARY_PREFIX)]
+    options = TrainConfig.__dataclass_fields__.keys()
+    if present and not options & read_yaml(output / "config.yaml", missing_ok=True).keys():
+        raise ConfigError(
+            f"{output} is not empty and holds no config.yaml of a training: it is not the folder of one; give "
+            "another --output"
+        )

@@ -1,0 +1,147 @@
+"""A student that sees and says what its teacher does has no loss, whatever shape the pictures have."""
+
+from contextlib import contextmanager
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from tiny_cache import make_teacher
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+
+from common.schema import IGNORE_INDEX
+from data.collate import collate
+from data.image_encoder import ImageEncoder
+from data.images import ImageArray
+from data.sample import Sample, Turn
+from stage1_teacher.signals import build_codecs, encode_records, reduce_output
+from stage1_teacher.teacher import TeacherOutput
+from stage2_student.objective import Objective, step_shares
+from stage2_student.signals import decode_signals
+from stage2_student.training_batch import TrainingSample, collate_samples
+
+SIGNALS = ("logits", "answer_attention", "visual_columns", "visual_map")
+GROUPS, TOKENS = 2, 36
+SQUARE = {"height": 72, "width": 72}
+PROCESSORS = {
+    "square": CLIPImageProcessorPil(size=SQUARE, crop_size=SQUARE, do_center_crop=False),
+    "pad": LlavaImageProcessorPil(size={"shortest_edge": 72}, crop_size=SQUARE, do_pad=True),
+    "crop": CLIPImageProcessorPil(size={"shortest_edge": 72}, crop_size=SQUARE),
+}
+SIZES = [(90, 30), (40, 100), (72, 72)]  # width, height
+KINDS = [("kl", "sink_filtered"), ("cosine", "cosine"), ("relative", "sink_filtered")]
+
+
+def make_maps(samples, rows, *, seed, scale=2.0):
+    """Attention as a capture gives it: answer rows [B, G, R, N] and causal visual maps [B, G, N, N]."""
+    generator = torch.Generator().manual_seed(seed)
+    answer = 0.3 * torch.randn(samples, GROUPS, rows, TOKENS, generator=generator).mul(2).softmax(-1)
+    visual = torch.randn(samples, GROUPS, TOKENS, TOKENS, generator=generator).mul(scale)
+    future = torch.ones(TOKENS, TOKENS, dtype=torch.bool).triu(1)
+    return {"answer": answer, "visual": 0.4 * visual.masked_fill(future, -torch.inf).softmax(-1)}
+
+
+class Scene:
+    """Pictures of some sizes, a teacher's signals of them in exact codecs, and students in the same terms."""
+
+    def __init__(self, layout, sizes, *, grid=(6, 6), blind_rows=()):
+        encoder = make_teacher().encoder
+        encoder = replace(encoder, image_encoder=ImageEncoder.from_processor(PROCESSORS[layout], (6, 6)))
+        assert encoder.image_encoder.layout == layout
+        turns = (Turn(question="what color ?", answer="red"),)
+        self.encoded = [
+            encoder(
+                Sample(
+                    sample_id=f"{index}",
+                    images=(ImageArray(np.full((height, width, 3), 90 + index, dtype=np.uint8), "p"),),
+                    turns=turns,
+                )
+            )
+            for index, (width, height) in enumerate(sizes)
+        ]
+        batch = collate(self.encoded, 0)
+        labels = batch.labels[batch.labels != IGNORE_INDEX]
+        self.rows = len(labels) // len(sizes)
+        generator = torch.Generator().manual_seed(0)
+        self.logits = torch.randn(len(labels), len(encoder.tokenizer), generator=generator).mul(3)
+        # Almost even attention: with padding's zeros in its statistics, the sink filter would keep nothing.
+        self.maps = make_maps(len(sizes), self.rows, seed=1, scale=0.1)
+        for sample, row in blind_rows:
+            self.maps["answer"][sample, :, row] = 0
+        output = TeacherOutput(
+            logits=self.logits,
+            labels=labels,
+            row_counts=(self.rows,) * len(sizes),
+            attention=self.maps,
+            visual_counts=(TOKENS,) * len(sizes),
+        )
+        codecs = build_codecs(
+            signals=SIGNALS,
+            logits="exact",
+            temperatures=(1.0,),
+            exact_attention=True,
+            grid=grid,
+            groups=GROUPS,
+        )
+        records = encode_records(reduce_output(output, batch, codecs), batch, codecs)
+        self.samples = [
+            TrainingSample(encoded, decode_signals(record, codecs, encoded.tiles, where="memory"))
+            for encoded, record in zip(self.encoded, records, strict=True)
+        ]
+
+    def losses(self, parts, *, maps, logits, kinds):
+        """All terms of one step split into micro-batches, by name, of a student with these outputs."""
+        answer_kind, map_kind = kinds
+        objective = Objective(
+            weights=dict.fromkeys(SIGNALS, 1.0),
+            groups=((0,),) * GROUPS,
+            answer_kind=answer_kind,
+            visual_map_kind=map_kind,
+        )
+        batches = [collate_samples([self.samples[i] for i in part], pad_token_id=0) for part in parts]
+        totals = [sum(counts) for counts in zip(*(batch.units for batch in batches), strict=True)]
+        found = dict.fromkeys(SIGNALS, 0.0)
+        for part, batch, share in zip(parts, batches, step_shares(batches, totals), strict=True):
+            own = torch.cat([logits[i * self.rows : (i + 1) * self.rows] for i in part])
+            capture = FixedCapture({name: value[list(part)] for name, value in maps.items()})
+            terms = objective(lambda own=own, **_: SimpleNamespace(logits=own), capture, batch, share).named()
+            found = {name: value + float(terms[name]) for name, value in found.items()}
+        return found
+
+
+class FixedCapture:
+    """Records the same attention whatever runs."""
+
+    def __init__(self, maps):
+        self.maps = maps
+
+    @contextmanager
+    def record(self, _requests):
+        yield self.maps
+
+
+@pytest.mark.parametrize("kinds", KINDS, ids="-".join)
+@pytest.mark.parametrize("grid", [(6, 6), (4, 4)], ids=["teacher's grid", "coarser grid"])
+@pytest.mark.parametrize("layout", PROCESSORS)
+def test_a_student_equal_to_the_teacher_has_zero_loss(layout, grid, kinds):
+    scene = Scene(layout, SIZES, grid=grid)
+    for index in range(len(SIZES)):
+        equal = scene.losses([(index,)], maps=scene.maps, logits=scene.logits, kinds=kinds)
+        assert equal == pytest.approx(dict.fromkeys(SIGNALS, 0), abs=2e-5), SIZES[index]
+        maps, logits = make_maps(len(SIZES), scene.rows, seed=2), scene.logits.roll(1, 0)
+        other = scene.losses([(index,)], maps=maps, logits=logits, kinds=kinds)
+        assert min(other.values()) > 1e-3, SIZES[index]
+
+
+@pytest.mark.parametrize("kinds", KINDS, ids="-".join)
+def test_a_split_step_has_the_same_losses_with_pictures_without_content_and_rows_that_do_not_look(kinds):
+    """A picture of 1 x 500 pixels, padded to a square, gives no token half its area."""
+    scene = Scene("pad", [(1, 500), *SIZES], blind_rows=[(1, 0), (3, 1)])
+    student = {"maps": make_maps(4, scene.rows, seed=2), "logits": scene.logits.roll(1, 0), "kinds": kinds}
+    whole = scene.losses([(0, 1, 2, 3)], **student)
+    for parts in ([(0,), (1, 2, 3)], [(0, 1), (2, 3)], [(0, 2), (1,), (3,)]):
+        assert scene.losses(parts, **student) == pytest.approx(whole, rel=1e-4, abs=1e-6)
+    # Rows of text count whatever they look at; of attention, only rows and pictures that have any.
+    assert collate_samples(scene.samples, pad_token_id=0).units == (4 * scene.rows, 3 * scene.rows - 2, 3, 3)

@@ -155,7 +155,10 @@ def make_plan(
     codecs: Mapping[str, Any],
 ) -> Plan:
     """Describe the whole cache before the first shard, with every fingerprint it depends on."""
-    evaluation, trained_on = evaluation_of(teacher.training), teacher.training.get("data")
+    trained_on = str(teacher.training.get("data") or "")
+    # Its scores stand beside its students' only where both are scored on the same held-out items.
+    same_data = bool(trained_on) and dataset.name.startswith(trained_on)
+    evaluation = evaluation_of(teacher.training) if same_data else None
     template = encoder.template.to_dict()
     geometry = teacher.image_encoder.to_dict()
     signals = {name: codec.to_dict() for name, codec in codecs.items()}

@@ -10,6 +10,7 @@ from tiny_cache import DATA, build_tiny_cache
 from common.cache import open_cache
 from common.config import config_from_dict
 from common.errors import CacheFormatError, CacheMismatchError, ConfigError
+from common.manifest import read_plan, seal, write_plan
 from data.builtin import build_tokenizer
 from data.registry import open_dataset
 from data.templates import get_template
@@ -162,3 +163,58 @@ def test_data_whose_place_is_not_known_must_be_named(tmp_path):
     build_tiny_cache(tmp_path / "c", data=str(tmp_path / "data.json"), signals=("logits",))
     with pytest.raises(ConfigError, match="pass --data"):
         prepare(make_config(tmp_path / "c", data=None))
+
+
+def copy_with_plan(cache, target, **changes):
+    """The same cache with another plan, sealed."""
+    shutil.copytree(cache, target)
+    plan = replace(read_plan(target), **changes)
+    for name in ("plan.json", "manifest.json"):
+        (target / name).unlink()
+    write_plan(target, plan)
+    seal(target)
+    return target
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated"])
+def test_a_lost_or_short_shard_file_is_found_before_the_first_step(tiny_cache, tmp_path, damage):
+    shutil.copytree(tiny_cache[0], tmp_path / "c")
+    path = sorted(file for file in (tmp_path / "c" / "shards" / "00003.zarr").rglob("*") if file.is_file())[
+        -1
+    ]
+    content = path.read_bytes()
+    path.unlink()
+    if damage == "truncated":
+        path.write_bytes(content[:-1])
+    with pytest.raises(CacheFormatError, match=rf"00003.zarr.*{path.name}: .*`cachectl verify`"):
+        prepare(make_config(tmp_path / "c", dft={"steps": 1}))  # no signal, so no record is read
+
+
+def test_caches_whose_teachers_see_images_differently_are_not_mixed(tiny_cache, tmp_path):
+    plan = read_plan(tiny_cache[0])
+    geometry = {**plan.geometry, "layout": "pad"}
+    other = copy_with_plan(tiny_cache[0], tmp_path / "other", geometry=geometry)
+    phases = {"phases": ["dpt", "dft"], "dpt": {"steps": 1, "cache": str(other)}}
+    with pytest.raises(CacheMismatchError, match=r"layout: .* has 'square', cache .*other has 'pad'"):
+        prepare(make_config(tiny_cache[0], **phases))
+    grid = copy_with_plan(tiny_cache[0], tmp_path / "grid", geometry={**plan.geometry, "grid": [9, 9]})
+    prepare(make_config(tiny_cache[0], **phases | {"dpt": {"steps": 1, "cache": str(grid)}}))
+
+
+def test_a_student_folder_with_another_image_processor_is_refused_with_both_values(tiny_cache, tmp_path):
+    prepared = prepare(make_config(tiny_cache[0]))
+    prepared.student.save_pretrained(tmp_path / "student")
+    prepared.image_processor.save_pretrained(tmp_path / "student")
+    prepare(make_config(tiny_cache[0], student=str(tmp_path / "student")))
+    path = tmp_path / "student" / "preprocessor_config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps({**settings, "image_mean": [0.1, 0.2, 0.3]}))
+    with pytest.raises(CacheMismatchError, match=r"image_mean.*has \[.*student .* has \[0.1, 0.2, 0.3\]"):
+        prepare(make_config(tiny_cache[0], student=str(tmp_path / "student")))
+
+
+def test_the_longest_sequence_is_the_caches_unless_it_is_given(tiny_cache, tmp_path):
+    cache = copy_with_plan(tiny_cache[0], tmp_path / "c", extra={"max_length": 4096})
+    assert prepare(make_config(cache)).encoder.max_length == 4096
+    assert prepare(make_config(cache, max_length=300)).encoder.max_length == 300
+    assert prepare(make_config(tiny_cache[0])).encoder.max_length == 2048

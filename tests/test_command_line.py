@@ -31,7 +31,7 @@ SURFACE = {
 }
 TARGETS = {
     "help", "setup", "teacher-cache", "distill", "evaluate", "report", "demo", "demo-teacher", "experiment",
-    "test", "checks", "format", "bench", "clean",
+    "test", "checks", "format", "bench", "bench-codec", "clean",
 }  # fmt: skip
 
 

@@ -50,11 +50,12 @@ $(STAMP): pyproject.toml constraints.txt
 export STUDENT DATA STORE TEACHER IMAGES CONFIG PHASES CACHE OUTPUT SIGNALS CACHE_CONFIG EVAL_DATA
 
 teacher-cache: $(STAMP) ## Stage one: run the teacher once, write the cache
-	$(BIN)/teacher-cache build --data "$$DATA" --cache "$$CACHE" --store $(STORE) $(if $(IMAGES),--images "$$IMAGES") $(if $(TEACHER),--teacher "$$TEACHER") $(if $(SIGNALS),--signals "$$SIGNALS") $(if $(CACHE_CONFIG),--config "$$CACHE_CONFIG")
+	$(BIN)/teacher-cache build --data "$$DATA" --cache "$$CACHE" --store $(STORE) $(if $(IMAGES),--images "$$IMAGES") $(if $(TEACHER),--teacher "$$TEACHER") $(if $(SIGNALS),--signals "$$SIGNALS") $(if $(CACHE_CONFIG),--config "$$CACHE_CONFIG") $(if $(filter-out 1,$(NPROC)),--nproc $(NPROC))
 
 # A sealed cache is used as it is, teacher or no teacher; naming a TEACHER checks that it is that teacher's.
+# CACHE may be an address (s3://, hf://datasets/, https://): its shards are fetched as they are read.
 distill: $(STAMP) ## Stage two: train a student from the cache (built first if missing), evaluate, report
-	@if [ -n "$$TEACHER" ] || [ ! -f "$$CACHE/manifest.json" ]; then $(MAKE) --no-print-directory teacher-cache; fi
+	@if [ -n "$$TEACHER" ] || { [[ "$$CACHE" != *://* ]] && [ ! -f "$$CACHE/manifest.json" ]; }; then $(MAKE) --no-print-directory teacher-cache; fi
 	$(BIN)/distill run --student "$$STUDENT" --data "$$DATA" --cache "$$CACHE" --output "$$OUTPUT" $(if $(IMAGES),--images "$$IMAGES") $(if $(CONFIG),--config "$$CONFIG") $(if $(PHASES),--phases "$$PHASES") $(if $(EVAL_DATA),--set "evaluation.data=$$EVAL_DATA") $(if $(filter-out 1,$(NPROC)),--nproc $(NPROC))
 
 evaluate: $(STAMP) ## Score the distilled student of OUTPUT again, on EVAL_DATA if given

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 TEMPORARY_PREFIX = ".tmp-"
-MAX_JSON_BYTES = 512 << 20
+MAX_JSON_BYTES = 256 << 20
+MAX_JSON_ITEMS = 8_000_000  # a sidecar of a million samples has less than half of that
 
 
 class HeldLock:
@@ -128,7 +129,7 @@ def fsync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_durably(path: Path, data: bytes | memoryview) -> None:
+def write_durably(path: Path, data: bytes | bytearray | memoryview) -> None:
     """Write a file and fsync it; not atomic. For temporary files and what is inside temporary folders."""
     with path.open("wb") as file:
         file.write(data)
@@ -176,7 +177,7 @@ def publish_directory(temporary: Path, final: Path) -> None:
     fsync_directory(final.parent)
 
 
-def write_bytes_atomic(path: Path, data: bytes, *, create_only: bool = False) -> None:
+def write_bytes_atomic(path: Path, data: bytes | bytearray, *, create_only: bool = False) -> None:
     """Write a whole file or nothing, durably.
 
     Raises:
@@ -225,6 +226,16 @@ def read_json(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> Any:
         FileNotFoundError: If it is not there.
         CacheFormatError: If it is no regular file, too large, or not JSON in UTF-8.
     """
+    return parse_json(read_bounded(path, max_bytes=max_bytes), str(path))
+
+
+def read_bounded(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> bytes:
+    """Read a regular file of bounded size.
+
+    Raises:
+        FileNotFoundError: If it is not there.
+        CacheFormatError: If it is no regular file, cannot be read, or is too large.
+    """
     if path.is_symlink() or (path.exists() and not path.is_file()):
         raise CacheFormatError(f"{path}: not a regular file; a cache holds plain files only")
     try:
@@ -236,10 +247,22 @@ def read_json(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> Any:
         raise CacheFormatError(f"{path}: cannot be read: {error.strerror or error}") from error
     if len(data) > max_bytes:
         raise CacheFormatError(f"{path}: larger than {max_bytes} bytes; not a file of a cache")
+    return data
+
+
+def parse_json(data: bytes, where: str) -> Any:
+    """Parse JSON in UTF-8; NaN and Infinity are refused.
+
+    Raises:
+        CacheFormatError: If it is not JSON, or has more than ``MAX_JSON_ITEMS`` values: each costs some 64 bytes of
+            memory, however few it takes in the file.
+    """
+    if data.count(b",") + data.count(b"[") + data.count(b"{") > MAX_JSON_ITEMS:
+        raise CacheFormatError(f"{where}: more than {MAX_JSON_ITEMS} values; not a file of a cache")
     try:
         return json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
-        raise CacheFormatError(f"{path}: not valid JSON ({error}); the file is damaged") from error
+        raise CacheFormatError(f"{where}: not valid JSON ({error}); the file is damaged") from error
 
 
 def _refuse_constant(text: str) -> float:

@@ -1,37 +1,64 @@
-"""``cachectl``: look into a cache, verify it, convert it. Needs no GPU, no teacher and no torch."""
+"""``cachectl``: look into a cache, verify it, repair it, convert it, copy it. Needs no GPU, no teacher and no torch."""
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
-from typing import Never
+from typing import TYPE_CHECKING, Never
 
 import click
 from tqdm import tqdm
 
-from common.command_line import SETTINGS, CommandGroup
+from common.command_line import SETTINGS, CacheLocation, CommandGroup, can_print, say
 from common.plan import STORE_NAMES, read_plan
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_JOBS = click.option(
+    "--jobs", default=8, show_default=True, type=click.IntRange(1, 64), help="How much to copy at a time."
+)
 _CACHE = click.Path(exists=True, file_okay=False, path_type=Path)
 
 
 @click.group(cls=CommandGroup, context_settings=SETTINGS)
 def main() -> None:
-    """Look into a teacher cache, verify it, convert it."""
+    """Look into a teacher cache, verify it, repair it, convert it, copy it."""
 
 
 @main.command()
-@click.argument("cache", type=_CACHE)
+@click.argument("cache", type=CacheLocation())
 @click.argument("sample_id", required=False)
-def inspect(cache: Path, sample_id: str | None) -> None:
-    """Show what a cache holds, or the record of one sample with its answer as text."""
-    from common.inspection import describe_cache, describe_record
-
+@click.option(
+    "--picture", type=click.Path(dir_okay=False, path_type=Path), help="Draw where each word looked: OUT.png."
+)
+@click.option(
+    "--image",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="The sample's image, to draw over.",
+)
+def inspect(cache: str, sample_id: str | None, picture: Path | None, image: Path | None) -> None:
+    """Show what a cache holds; or of one sample the answer, the teacher's likeliest tokens and where it looked."""
+    if (picture is not None and sample_id is None) or (image is not None and picture is None):
+        raise click.UsageError("--picture needs a SAMPLE_ID, and --image needs --picture")
     if sample_id is None:
-        click.echo(describe_cache(cache))
-        return
-    from common.cache import open_cache
+        from common.inspection import describe_cache
+        from common.mirror import local_folder
 
-    click.echo(describe_record(open_cache(cache), sample_id))
+        folder = local_folder(cache)  # of an address: where its descriptions are
+        say(describe_cache(folder).replace(str(folder), cache))
+        return
+    from common.attention_picture import BLOCKS
+    from common.cache import open_cache
+    from common.record_view import describe_record, picture_of, save_picture
+
+    opened = open_cache(cache)
+    if picture is not None:
+        save_picture(picture_of(opened, sample_id, image), picture)
+        say(f"Drew {picture}")
+        return
+    say(describe_record(opened, sample_id, unicode=can_print(BLOCKS)))
+    say(f"\nNext: cachectl inspect {cache} {shlex.quote(sample_id)} --picture OUT.png [--image FILE]")
 
 
 @main.command()
@@ -39,18 +66,56 @@ def inspect(cache: Path, sample_id: str | None) -> None:
 @click.option("--deep", is_flag=True, help="Decode every record too.")
 def verify(cache: Path, *, deep: bool) -> None:
     """Check every file of a cache; one line per damaged file and exit code 1 if there is any."""
-    from common.sharing import verify as verify_cache
+    from common.verification import verify as verify_cache
 
     with _progress("verify") as bar:
         damages = verify_cache(cache, deep=deep, on_shard=bar.update)
     for damage in damages:
-        click.echo(f"damaged: {damage}")
+        say(f"damaged: {damage}")
     if damages:
         click.echo(f"error: {cache}: {len(damages)} damaged files", err=True)
+        click.echo(f"Next: cachectl repair {cache}{' --deep' if deep else ''} --dry-run")
         raise click.exceptions.Exit(1)
     plan = read_plan(cache)
-    click.echo(f"ok: {cache}: {plan.shard_count} shards, every byte as its sidecar and manifest say")
+    values = ", every value one that its codec writes" if deep else ""
+    click.echo(f"ok: {cache}: {plan.shard_count} shards, every byte as its sidecar and manifest say{values}")
     click.echo(f"Next: cachectl inspect {cache}")
+
+
+@main.command()
+@click.argument("cache", type=_CACHE)
+@click.option("--deep", is_flag=True, help="Decode every record too, and drop shards with wrong values.")
+@click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
+def repair(cache: Path, *, deep: bool, dry_run: bool) -> None:
+    """Remove damaged shards, so that `teacher-cache build` with the same options makes exactly these anew.
+
+    Healthy shards are not touched, and files that belong to no cache are named and left where they are. Exit
+    code 1 if something is left to a person.
+    """
+    from common.repair import repair as repair_cache
+    from common.sidecar import missing_shards
+
+    with _progress("verify") as bar:
+        steps = repair_cache(cache, deep=deep, dry_run=dry_run, on_shard=bar.update)
+    for step in steps:
+        say(f"would {step}" if dry_run and step.action != "keep" else str(step))
+    if not steps:
+        plan = read_plan(cache)
+        missing = len(missing_shards(cache, plan))
+        more = f"; {missing} of {plan.shard_count} shards are to be built" if missing else ""
+        click.echo(f"ok: {cache}: nothing to repair{more}")
+        return
+    shards = sum(step.is_shard for step in steps)
+    kept = sum(step.action == "keep" for step in steps)
+    if dry_run:
+        click.echo(f"Next: cachectl repair {cache}{' --deep' if deep else ''}")
+    elif any(step.action == "remove" for step in steps):
+        click.echo(
+            f"Next: teacher-cache build with the same options makes {shards} shards anew and seals the cache"
+        )
+    if kept:
+        click.echo(f"error: {cache}: {kept} things are left to you", err=True)
+        raise click.exceptions.Exit(1)
 
 
 @main.command()
@@ -59,7 +124,7 @@ def verify(cache: Path, *, deep: bool) -> None:
 @click.option("--store", type=click.Choice(STORE_NAMES), required=True, help="Shard format of the new cache.")
 def convert(source: Path, target: Path, store: str) -> None:
     """Write the same cache in the other store; converting back gives the same bytes."""
-    from common.sharing import convert as convert_cache
+    from common.conversion import convert as convert_cache
 
     with _progress("convert", total=read_plan(source).shard_count) as bar:
         manifest = convert_cache(source, target, store, on_shard=bar.update)
@@ -68,8 +133,115 @@ def convert(source: Path, target: Path, store: str) -> None:
     click.echo(f"Next: cachectl verify {target}")
 
 
+@main.command()
+@click.argument("sources", metavar="SOURCE...", nargs=-1, required=True, type=_CACHE)
+@click.option("--output", required=True, type=click.Path(path_type=Path), help="Folder of the new cache.")
+@click.option("--store", type=click.Choice(STORE_NAMES), help="Shard format; default: the first source's.")
+def merge(sources: tuple[Path, ...], output: Path, store: str | None) -> None:
+    """Merge caches of one teacher and codec, or the parts of one plan built on several machines.
+
+    Samples in several sources must be equal in all of them and are kept once. Caches that differ in a
+    fingerprint are refused.
+    """
+    from common.manifest import CARD, format_ranges
+    from common.merging import merge as merge_caches
+
+    with _progress("merge") as bar:
+        merged = merge_caches(sources, output, store=store, on_shard=bar.update)
+    repeated = f", {merged.repeated} of them in several sources" if merged.repeated else ""
+    click.echo(f"Merged {merged.samples} samples into {output}{repeated}")
+    if merged.manifest is None:
+        click.echo(f"Not sealed: {len(merged.missing)} shards are missing: {format_ranges(merged.missing)}")
+        click.echo(
+            f"Next: cachectl merge {output} MORE_PARTS --output ANOTHER_FOLDER, or teacher-cache build"
+        )
+        return
+    if not (output / CARD).is_file():
+        click.echo(
+            f"Next: teacher-cache fidelity --cache {output} with the build's options: measures it, writes its card"
+        )
+        return
+    click.echo(f"Next: cachectl verify {output}")
+
+
+@main.command()
+@click.argument("cache", type=_CACHE)
+@click.argument("destination")
+@_JOBS
+@click.option("--overwrite", is_flag=True, help="Replace another cache that is there.")
+def push(cache: Path, destination: str, *, jobs: int, overwrite: bool) -> None:
+    """Copy a finished cache to a folder, s3://BUCKET/PREFIX or hf://datasets/ORG/NAME[@REVISION][/FOLDER].
+
+    Stopped and started again, it goes on where it was. Until all of it is there, whoever looks there is told
+    that the cache is not complete.
+    """
+    from common.transfer import push as push_cache
+
+    with _byte_progress("push") as bar:
+        _, moved = push_cache(cache, destination, jobs=jobs, overwrite=overwrite, on_progress=_follow(bar))
+    click.echo(f"Pushed {cache} to {destination}: {moved}")
+    click.echo(f"Next, elsewhere: cachectl pull {destination} {cache.name}")
+
+
+@main.command()
+@click.argument("source")
+@click.argument("cache", type=click.Path(path_type=Path))
+@_JOBS
+@click.option("--shards", metavar="0-3,7", help="Only these shards.")
+@click.option(
+    "--samples", metavar="N|FILE", help="Only the first N records, or the ids in a file, one a line."
+)
+@click.option("--signals", metavar="A,B", help="Only these signals.")
+@click.option("--top-k", type=click.IntRange(min=2), help="At most so many tokens a row of the logits.")
+def pull(
+    source: str,
+    cache: Path,
+    *,
+    jobs: int,
+    shards: str | None,
+    samples: str | None,
+    signals: str | None,
+    top_k: int | None,
+) -> None:
+    """Copy a cache here, byte for byte, from a folder, s3://, hf://datasets/... or http(s)://.
+
+    Every file is checked against its size and both digests. Stopped and started again, it goes on where it
+    was; into a finished copy, it brings what is lost or damaged there. With --shards, --samples, --signals or
+    --top-k only what is needed is downloaded, and a smaller cache is made of it that says what it is a part of.
+    """
+    if (shards, samples, signals, top_k) != (None,) * 4:
+        from common.partial import parse_selection, pull_partial
+
+        selection = parse_selection(shards=shards, samples=samples, signals=signals, top_k=top_k)
+        with _progress("pull") as shard_bar:
+            part = pull_partial(source, cache, selection, jobs=jobs, on_shard=shard_bar.update)
+        click.echo(
+            f"Pulled {part.totals['samples']} samples of {source} to {cache} ({part.totals['bytes']:,} bytes)"
+        )
+        click.echo(f"Next: cachectl inspect {cache}")
+        return
+    from common.transfer import pull as pull_cache
+
+    with _byte_progress("pull") as bar:
+        _, moved = pull_cache(source, cache, jobs=jobs, on_progress=_follow(bar))
+    click.echo(f"Pulled {source} to {cache}: {moved}")
+    click.echo(f"Next: cachectl verify {cache}, then make distill STUDENT=mobilevlm CACHE={cache}")
+
+
 def _progress(title: str, total: int | None = None) -> tqdm[Never]:
     return tqdm(desc=title, total=total, unit="shard", disable=None)  # silent unless a person watches
+
+
+def _byte_progress(title: str) -> tqdm[Never]:
+    return tqdm(desc=title, unit="B", unit_scale=True, disable=None)
+
+
+def _follow(bar: tqdm[Never]) -> Callable[[int, int], None]:
+    def show(done: int, total: int) -> None:
+        bar.total = total
+        bar.update(done - bar.n)
+
+    return show
 
 
 if __name__ == "__main__":

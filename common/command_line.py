@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 import click
 
 from common.errors import DistillError
+from common.printing import printable
 
 
 class CommandGroup(click.Group):
@@ -20,16 +22,49 @@ class CommandGroup(click.Group):
         try:
             return super().invoke(ctx)
         except DistillError as error:
-            click.echo(f"error: {error}", err=True)
+            say(f"error: {error}", err=True)
         except BrokenPipeError:
             sys.stderr.close()  # the reader of our output left; the interpreter must not complain about it
         except OSError as error:
             place = f"{error.filename}: " if error.filename else ""
-            click.echo(f"error: {place}{error.strerror or error}", err=True)
+            say(f"error: {place}{error.strerror or error}", err=True)
         except KeyboardInterrupt:
             click.echo("stopped; run the same command again to go on where it stopped", err=True)
             return ctx.exit(130)
         return ctx.exit(1)
+
+
+class CacheLocation(click.ParamType):
+    """A cache to read: a folder that exists, or an address; as text, which no path would keep as it is."""
+
+    name = "folder or address"
+
+    def convert(self, value: str | Path, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return the address as it is, or the folder's path."""
+        from common.remotes import is_url  # brings an HTTP client along, which few commands need
+
+        if is_url(value):
+            return str(value)
+        if not Path(value).is_dir():
+            self.fail(
+                f"{value}: no such folder, and no address (s3://, hf://datasets/, https://)", param, ctx
+            )
+        return str(Path(value))
+
+
+def say(text: str, *, err: bool = False) -> None:
+    """Print what may hold names of unknown origin: control characters are spelt out, and all can be encoded."""
+    encoding = (sys.stderr if err else sys.stdout).encoding or "ascii"
+    click.echo(printable(text).encode(encoding, "backslashreplace").decode(encoding), err=err)
+
+
+def can_print(text: str) -> bool:
+    """Say whether standard output's encoding has these characters."""
+    try:
+        text.encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}

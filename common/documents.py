@@ -7,12 +7,13 @@ by whoever reads it, before any other file says so.
 
 from __future__ import annotations
 
+import unicodedata
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from common.atomic import json_bytes, read_json, write_bytes_atomic
+from common.atomic import TEMPORARY_PREFIX, json_bytes, parse_json, read_bounded, write_bytes_atomic
 from common.errors import CacheFormatError
-from common.hashing import fingerprint
+from common.hashing import fingerprint, fingerprint_parsed
 from common.schema import FORMAT_VERSION
 
 if TYPE_CHECKING:
@@ -41,11 +42,23 @@ def read_document(path: Path) -> dict[str, Any]:
         FileNotFoundError: If it is not there.
         CacheFormatError: If it is no document, damaged, or from a newer format version.
     """
-    body = dict(check_version(read_json(path), str(path)))
+    return parse_document(read_bounded(path), str(path))
+
+
+def parse_document(data: bytes, where: str) -> dict[str, Any]:
+    """Check version and checksum of a document in memory, and return its body.
+
+    Raises:
+        CacheFormatError: As ``read_document``.
+    """
+    body = dict(check_version(parse_json(data, where), where))
     stated = body.pop("checksum", None)
-    found = fingerprint(body)
+    try:
+        found = fingerprint_parsed(body)
+    except (ValueError, RecursionError) as error:
+        raise CacheFormatError(f"{where}: damaged: {error}") from error
     if stated != found:
-        raise CacheFormatError(f"{path}: damaged, or edited by hand: states checksum {stated}, has {found}")
+        raise CacheFormatError(f"{where}: damaged, or edited by hand: states checksum {stated}, has {found}")
     return body
 
 
@@ -94,11 +107,17 @@ def safe_path(name: Any, where: str) -> str:
     """Return a relative POSIX path that cannot leave the cache.
 
     Raises:
-        CacheFormatError: For absolute paths, ``..``, backslashes, empty parts and control characters.
+        CacheFormatError: For absolute paths, ``..``, backslashes, colons, empty parts, characters that do not print
+            or that are another one in disguise, and names of temporaries.
     """
-    if isinstance(name, str) and 0 < len(name) < 1024 and name.isprintable() and "\\" not in name:
+    # Printable: no NUL, no control or direction marks. NFKC: no character that another file system takes for "." or "/".
+    if isinstance(name, str) and 0 < len(name) < 1024 and name.isprintable() and not set(name) & {"\\", ":"}:
         parts = PurePosixPath(name).parts
-        if "/".join(parts) == name and not name.startswith("/") and ".." not in parts and ":" not in parts[0]:
+        plain = "/".join(parts) == name == unicodedata.normalize("NFKC", name) and not name.startswith("/")
+        # A trailing dot or space is cut off by Windows; ".." ends in one too. Temporaries are removed by `seal`.
+        if plain and not any(
+            part.endswith((".", " ")) or part.startswith(TEMPORARY_PREFIX) for part in parts
+        ):
             return name
     raise CacheFormatError(f"{where}: the path {name!r} could leave the cache folder and is refused")
 

@@ -29,11 +29,19 @@ class CacheMismatchError(DistillError, ValueError):
     """A cache does not fit the data, tokenizer, template, teacher or student it is used with."""
 
 
+class TransferError(DistillError, OSError):
+    """A cache could not be copied from or to another place, after all retries."""
+
+
 class TemperatureNotCachedError(DistillError, KeyError):
     """The cache holds no tail mass at the temperature asked for."""
 
     def __str__(self) -> str:
         return str(self.args[0]) if self.args else ""
+
+
+class ProcessFailedError(DistillError, RuntimeError):
+    """One of several processes of a command failed; the message holds what it said."""
 
 
 class ModelError(DistillError, ValueError):

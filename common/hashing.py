@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import xxhash
 
@@ -32,21 +32,31 @@ def sha256_hex(data: bytes | bytearray | memoryview) -> str:
 
 def file_checksum(path: Path) -> str:
     """Return the xxh3_128 of a file as 32 hex digits, in constant memory."""
-    fast = xxhash.xxh3_128()
     with path.open("rb") as file:
-        while block := file.read(_READ_BYTES):
-            fast.update(block)
+        return stream_checksum(file)
+
+
+def stream_checksum(file: IO[bytes]) -> str:
+    """Return the xxh3_128 of the rest of an open file as 32 hex digits, in constant memory."""
+    fast = xxhash.xxh3_128()
+    while block := file.read(_READ_BYTES):
+        fast.update(block)
     return fast.hexdigest()
 
 
 def file_digests(path: Path) -> tuple[str, str, int]:
     """Return ``(xxh3_128, sha256, bytes)`` of a file in one pass and constant memory."""
-    fast, safe, size = xxhash.xxh3_128(), hashlib.sha256(), 0
     with path.open("rb") as file:
-        while block := file.read(_READ_BYTES):
-            fast.update(block)
-            safe.update(block)
-            size += len(block)
+        return stream_digests(file)
+
+
+def stream_digests(file: IO[bytes]) -> tuple[str, str, int]:
+    """Return ``(xxh3_128, sha256, bytes)`` of the rest of an open file in one pass and constant memory."""
+    fast, safe, size = xxhash.xxh3_128(), hashlib.sha256(), 0
+    while block := file.read(_READ_BYTES):
+        fast.update(block)
+        safe.update(block)
+        size += len(block)
     return fast.hexdigest(), safe.hexdigest(), size
 
 
@@ -66,6 +76,16 @@ def fingerprint(value: Any) -> str:
         TypeError: If something in ``value`` is not JSON, or a key is not a string.
     """
     _check_json(value, "value")
+    return fingerprint_parsed(value)
+
+
+def fingerprint_parsed(value: Any) -> str:
+    """``fingerprint`` of what ``json.loads`` returned, which needs no check of its keys: twice as fast.
+
+    Raises:
+        ValueError: If a number is not finite (``1e999`` is valid JSON).
+        RecursionError: If it is nested too deeply.
+    """
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
     return checksum(text.encode("ascii"))
 

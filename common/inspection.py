@@ -1,11 +1,16 @@
-"""What ``cachectl inspect`` says: a cache on one screen, a record with its answer's tokens as text."""
+"""What ``cachectl inspect CACHE`` says: a cache on one screen.
+
+All that a cache says of itself may have been written by anybody: names and reasons are spelt out before they
+are printed (``common.printing``).
+"""
 
 from __future__ import annotations
 
+import shlex
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
+from common.derivation import derivation_words
 from common.manifest import (
     BASE,
     MANIFEST,
@@ -17,18 +22,45 @@ from common.manifest import (
     read_plan,
     read_sidecar,
 )
+from common.printing import one_line
 from common.schema import BASE_FIELDS, Field
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
     from pathlib import Path
 
-    from common.cache import TeacherCache
-    from common.schema import Record
-
 _MAX_FAILED = 5  # shown
-_MAX_ROWS = 40
-_TOP = 4
+_MAX_FILES = 6
+_WIDTH = 110
+
+
+@dataclass(kw_only=True)
+class _Totals:
+    """Sums over the sidecars, read one after the other: a cache may have millions of samples."""
+
+    shards: int = 0
+    samples: int = 0
+    rows: int = 0
+    stored: int = 0
+    failed_count: int = 0
+    first_id: str = ""
+    failed: list[tuple[str, str]] = field(default_factory=list)
+    decoded_by_field: dict[str, int] = field(default_factory=dict)
+    stored_by_field: dict[str, int] = field(default_factory=dict)
+
+    def add(self, sidecar: ShardSidecar) -> None:
+        self.shards += 1
+        self.samples += len(sidecar.sample_ids)
+        self.rows += sidecar.rows
+        self.stored += sidecar.stored_bytes
+        self.failed_count += len(sidecar.failed)
+        self.failed += sidecar.failed[: _MAX_FAILED - len(self.failed)]
+        if not self.first_id and sidecar.sample_ids:
+            self.first_id = sidecar.sample_ids[0]
+        for name, size in sidecar.field_bytes.items():
+            self.decoded_by_field[name] = self.decoded_by_field.get(name, 0) + size
+        for path, entry in sidecar.files.items():
+            name = path.split("/")[2].removesuffix("_offsets") if path.count("/") > 2 else ""
+            self.stored_by_field[name] = self.stored_by_field.get(name, 0) + entry.size
 
 
 def describe_cache(cache_dir: Path) -> str:
@@ -40,125 +72,105 @@ def describe_cache(cache_dir: Path) -> str:
     plan = read_plan(cache_dir)
     sealed = (cache_dir / MANIFEST).exists()
     manifest = read_manifest(cache_dir) if sealed else None
-    missing = missing_shards(cache_dir, plan)
-    sidecars = [read_sidecar(cache_dir, i) for i in range(plan.shard_count) if i not in set(missing)]
-    samples = sum(len(sidecar.sample_ids) for sidecar in sidecars)
-    failed = [failure for sidecar in sidecars for failure in sidecar.failed]
-    rows = sum(sidecar.rows for sidecar in sidecars)
-    prints = [f"{name} {value[:12]}" for name, value in sorted(plan.fingerprints.items())] or ["none"]
+    missing = set(missing_shards(cache_dir, plan))
+    totals = _Totals()
+    for index in range(plan.shard_count):
+        if index not in missing:
+            totals.add(read_sidecar(cache_dir, index))
+    prints = [f"{one_line(name)} {value[:12]}" for name, value in sorted(plan.fingerprints.items())]
+    if manifest is not None:
+        prints.insert(0, f"this cache {manifest.hash[:12]}")
     state = "sealed" if sealed else f"not sealed, {len(missing)} of {plan.shard_count} shards missing"
     lines = [
         f"teacher cache   {cache_dir}: {plan.store}, format version {plan.format_version}, {state}",
         f"teacher         {_words(plan.teacher, ('name', 'family', 'dtype', 'layers', 'vocabulary'))}",
         f"data            {_words(plan.data, ('name', 'spec', 'split', 'limit'))}",
-        f"samples         {samples:,} of {plan.sample_count:,} in {len(sidecars)} shards of "
-        f"{plan.shard_size:,}; {len(failed)} failed",
-        f"rows            {rows:,} supervised, {rows / max(1, samples):.1f} a sample",
+        *(_wrapped("derived", derived) if (derived := derivation_words(plan)) else []),
+        *_wrapped("licence", _licence_words(plan)),
+        f"samples         {totals.samples:,} of {plan.sample_count:,} in {totals.shards} shards of "
+        f"{plan.shard_size:,}; {totals.failed_count} failed",
+        f"rows            {totals.rows:,} supervised, {totals.rows / max(1, totals.samples):.1f} a sample",
         "",
-        *_size_lines(plan, sidecars, samples, rows),
+        *_size_lines(plan, totals),
         "",
-        *_wrapped("fingerprints", prints),
+        *_codec_lines(plan.signals),
+        *_wrapped("beside them", _side_words(manifest)),
+        *_wrapped("fingerprints", prints or ["none"]),
     ]
-    lines += [f"failed          {name}: {reason}" for name, reason in failed[:_MAX_FAILED]]
-    if len(failed) > _MAX_FAILED:
-        lines.append(f"failed          ... and {len(failed) - _MAX_FAILED} more")
+    lines += [f"failed          {one_line(name)}: {one_line(reason)}" for name, reason in totals.failed]
+    if totals.failed_count > len(totals.failed):
+        lines.append(f"failed          ... and {totals.failed_count - len(totals.failed)} more")
     lines += _wrapped("fidelity", _fidelity_words(manifest))
-    lines += ["", f"next            {_next_command(cache_dir, sealed=sealed, missing=bool(missing))}"]
+    lines += ["", *_next_lines(cache_dir, totals, sealed=sealed, missing=bool(missing))]
     return "\n".join(lines)
 
 
-def _size_lines(plan: Plan, sidecars: Iterable[ShardSidecar], samples: int, rows: int) -> list[str]:
+def _size_lines(plan: Plan, totals: _Totals) -> list[str]:
     """Bytes by signal: as decoded, and for zarr, where each field has files of its own, as stored."""
-    decoded: dict[str, int] = {}
-    stored: dict[str, int] = {}
-    total = 0
-    for sidecar in sidecars:
-        total += sidecar.stored_bytes
-        for name, size in sidecar.field_bytes.items():
-            decoded[name] = decoded.get(name, 0) + size
-        for path, entry in sidecar.files.items():
-            name = path.split("/")[2].removesuffix("_offsets") if path.count("/") > 2 else ""
-            stored[name] = stored.get(name, 0) + entry.size
     groups: dict[str, tuple[Field, ...]] = {BASE: BASE_FIELDS, **dict(sorted(plan.fields.items()))}
     lines = [f"{'signal':<18}{'B/row':>10}{'B/sample':>12}{'stored B/row':>16}{'stored B/sample':>18}"]
     for signal, fields in groups.items():
-        size = sum(decoded.get(f.name, 0) for f in fields)
-        kept = sum(stored.get(f.name, 0) for f in fields) if plan.store == "zarr" else None
-        lines.append(_size_line(signal, size, kept, samples, rows))
-    lines.append(_size_line("total", sum(decoded.values()), total, samples, rows))
-    lines.append(f"{'':<18}{_human(total)} stored, ids and descriptions of the shards included")
+        size = sum(totals.decoded_by_field.get(f.name, 0) for f in fields)
+        kept = sum(totals.stored_by_field.get(f.name, 0) for f in fields) if plan.store == "zarr" else None
+        lines.append(_size_line(one_line(signal, limit=17), size, kept, totals))
+    lines.append(_size_line("total", sum(totals.decoded_by_field.values()), totals.stored, totals))
+    lines.append(f"{'':<18}{_human(totals.stored)} stored, ids and descriptions of the shards included")
     return lines
 
 
-def _size_line(name: str, decoded: int, stored: int | None, samples: int, rows: int) -> str:
-    cells = [f"{decoded / max(1, rows):,.1f}", f"{decoded / max(1, samples):,.1f}"]
-    kept = ["-", "-"] if stored is None else [f"{stored / max(1, n):,.1f}" for n in (rows, samples)]
-    return f"{name:<18}{cells[0]:>10}{cells[1]:>12}{kept[0]:>16}{kept[1]:>18}"
+def _size_line(name: str, decoded: int, stored: int | None, totals: _Totals) -> str:
+    samples, rows = max(1, totals.samples), max(1, totals.rows)
+    kept = ["-", "-"] if stored is None else [f"{stored / n:,.1f}" for n in (rows, samples)]
+    return f"{name:<18}{decoded / rows:>10,.1f}{decoded / samples:>12,.1f}{kept[0]:>16}{kept[1]:>18}"
 
 
-def describe_record(cache: TeacherCache, sample_id: str) -> str:
-    """Describe one record: its fields, and its answer's tokens beside what the teacher thought likely.
-
-    Raises:
-        CacheMismatchError: If the cache does not hold the sample.
-        CacheFormatError: If its shard is damaged.
-    """
-    record = cache.read(sample_id)
-    owner = {f.name: signal for signal, group in cache.plan.fields.items() for f in group}
-    lines = [f"sample {sample_id} of {cache.path}, shard {cache.shard_of(sample_id)}", ""]
-    lines.append(f"{'field':<22}{'of':<18}{'dtype':<7}{'axis':<8}shape")
-    for field in cache.fields:
-        shape = " x ".join(map(str, record[field.name].shape))
-        lines.append(
-            f"{field.name:<22}{owner.get(field.name, BASE):<18}{field.dtype:<7}{field.axis:<8}{shape}"
-        )
-    lines += ["", *_answer_lines(record, _token_text(cache))]
-    return "\n".join(lines)
+def _codec_lines(signals: dict[str, dict[str, Any]]) -> list[str]:
+    """What is kept of each signal, in its codec's own words."""
+    lines: list[str] = []
+    for signal, settings in sorted(signals.items()):
+        words = [f"{one_line(name)} {_short(value)}" for name, value in settings.items() if name != "codec"]
+        words[:1] = [f"{one_line(signal)}: {words[0] if words else 'no settings'}"]
+        lines += _wrapped("" if lines else "codecs", words)
+    return lines or ["codecs          none"]
 
 
-def _answer_lines(record: Record, text: Callable[[int], str]) -> list[str]:
-    """One line per supervised row: target, probability of the teacher's first token, its first tokens."""
-    labels = record["labels"]
-    lines = [f"answer: {' '.join(text(int(token)) for token in labels[:_MAX_ROWS])}"]
-    if "entry_count" not in record:
-        return lines
-    lines.append(f"{'row':>4}  {'target':<18}{'p(first)':>9}   the teacher's first tokens, by rank")
-    ends = np.cumsum(record["entry_count"], dtype=np.int64)
-    for row, label in enumerate(labels[:_MAX_ROWS]):
-        start = int(ends[row]) - int(record["entry_count"][row])
-        entries = [int(token) for token in record["token_ids"][start : int(ends[row])]]
-        first = float(np.exp(np.float64(record["top_logprob"][row])))
-        shown = "  ".join(text(token) for token in entries[:_TOP])
-        more = f"  (+{len(entries) - _TOP})" if len(entries) > _TOP else ""
-        lines.append(f"{row:>4}  {text(int(label)):<18}{first:>9.3f}   {shown}{more}")
-    if len(labels) > _MAX_ROWS:
-        lines.append(f"      ... and {len(labels) - _MAX_ROWS} more rows")
-    return lines
+def _short(value: Any) -> str:
+    if isinstance(value, list):
+        between = "x" if all(isinstance(item, int) for item in value) else " and "
+        return between.join(map(_short, value)) if len(value) <= 8 else f"{len(value)} values"
+    return one_line(f"{value:g}" if isinstance(value, float) else value, limit=60)
 
 
-def _token_text(cache: TeacherCache) -> Callable[[int], str]:
-    """Return a function from token id to text, or to the number if there is no tokenizer to ask."""
-    try:
-        from tokenizers import Tokenizer  # optional: numbers do without it
-    except ImportError:
-        return str
-    name = "processor/tokenizer.json"
-    if name not in cache.manifest.files:
-        return str
-    try:
-        tokenizer = Tokenizer.from_file(str(cache.path / name))
-    except Exception:  # noqa: BLE001 - tokenizers raises the bare class for whatever it cannot read
-        return str
+def _licence_words(plan: Plan) -> list[str]:
+    """Licences and origin, as whoever built the cache named them."""
+    said = {
+        "of the cache": plan.data.get("cache_license"),
+        "of the teacher": plan.teacher.get("license"),
+        "of the data": plan.data.get("license"),
+        "from": plan.data.get("source"),
+    }
+    words = [f"{name}: {one_line(value)}" for name, value in said.items() if value]
+    return words or ["not stated; the teacher's and the data set's apply to what is derived from them"]
 
-    def text(token: int) -> str:
-        piece = tokenizer.decode([token], skip_special_tokens=False) or tokenizer.id_to_token(token)
-        return repr(piece)[1:-1] if piece else f"#{token}"
 
-    return text
+def _side_words(manifest: Manifest | None) -> list[str]:
+    if manifest is None:
+        return ["not listed before the cache is sealed"]
+    sizes: dict[str, int] = {}
+    for name, entry in manifest.files.items():
+        top = name.split("/")[0] + ("/" if "/" in name else "")
+        sizes[top] = sizes.get(top, 0) + entry.size
+    shown = sorted(sizes.items(), key=lambda item: -item[1])
+    words = [f"{one_line(name, limit=40)} {_human(size)}" for name, size in shown[:_MAX_FILES]]
+    return words + ([f"{len(shown) - _MAX_FILES} more"] if len(shown) > _MAX_FILES else [])
 
 
 def _words(values: dict[str, Any], first: tuple[str, ...]) -> str:
-    known = [f"{name} {values[name]}" for name in first if values.get(name) not in (None, "", 0)]
+    known = [
+        f"{name} {one_line(values[name], limit=80)}"
+        for name in first
+        if values.get(name) not in (None, "", 0)
+    ]
     return ", ".join(word.removeprefix("name ") for word in known) or "not stated"
 
 
@@ -166,29 +178,34 @@ def _fidelity_words(manifest: Manifest | None) -> list[str]:
     if manifest is None or not manifest.fidelity:
         return ["not measured"]
     return [
-        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+        f"{one_line(name)} {value:.4g}" if isinstance(value, float) else f"{one_line(name)} {one_line(value)}"
         for name, value in manifest.fidelity.items()
         if isinstance(value, int | float | str)
     ]
 
 
-def _wrapped(title: str, words: list[str], width: int = 110) -> list[str]:
-    lines, line = [], f"{title:<16}"
+def _wrapped(title: str, words: list[str]) -> list[str]:
+    indent = 16
+    lines, line = [], f"{title:<{indent}}"
     for i, word in enumerate(words):
         piece = word + (", " if i + 1 < len(words) else "")
-        if len(line) > 16 and len(line) + len(piece.rstrip()) > width:
+        if len(line) > indent and len(line) + len(piece.rstrip()) > _WIDTH:
             lines.append(line.rstrip())
-            line = " " * 16
+            line = " " * indent
         line += piece
     return [*lines, line.rstrip()]
 
 
-def _next_command(cache_dir: Path, *, sealed: bool, missing: bool) -> str:
+def _next_lines(cache_dir: Path, totals: _Totals, *, sealed: bool, missing: bool) -> list[str]:
     if missing:
-        return "teacher-cache build with the same options makes the missing shards"
+        return ["next            teacher-cache build with the same options makes the missing shards"]
     if not sealed:
-        return f"teacher-cache seal {cache_dir}"
-    return f"make distill STUDENT=mobilevlm CACHE={cache_dir}, or cachectl verify {cache_dir}"
+        return [f"next            teacher-cache seal {cache_dir}"]
+    return [
+        f"next            make distill STUDENT=mobilevlm CACHE={cache_dir}",
+        f"                cachectl inspect {cache_dir} {shlex.quote(one_line(totals.first_id))}",
+        f"                cachectl verify {cache_dir}",
+    ]
 
 
 def _human(size: float) -> str:

@@ -7,15 +7,18 @@ It is never written while a shard is missing. The names of the other two kinds o
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
-from common.atomic import TEMPORARY_PREFIX, clean_stale
+from common.atomic import clean_stale, write_bytes_atomic
 from common.documents import check_int, check_object, document_bytes, read_document, write_document
 from common.errors import CacheFormatError
-from common.hashing import file_checksum, fingerprint
+from common.hashing import fingerprint
+from common.index import INDEX
+from common.index_build import IndexBuilder, refuse_repeats
 from common.plan import BASE, PLAN, SHARDS, Plan, read_plan, refuse_changed_plan, write_plan
 from common.schema import FORMAT_VERSION
+from common.side_files import CARD, MANIFEST, check_digests, side_files, walk_files
 from common.sidecar import (
     MAX_FILE_BYTES,
     FileEntry,
@@ -29,11 +32,13 @@ from common.sidecar import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Sequence
+    from pathlib import Path
 
 __all__ = [
     "BASE",
     "CARD",
+    "INDEX",
     "MANIFEST",
     "PLAN",
     "SHARDS",
@@ -49,12 +54,12 @@ __all__ = [
     "read_sidecar",
     "refuse_changed_plan",
     "seal",
+    "side_files",
     "sidecar_path",
+    "walk_files",
     "write_plan",
     "write_sidecar",
 ]
-
-MANIFEST, CARD = "manifest.json", "README.md"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,23 +86,31 @@ class ShardSummary:
         Raises:
             CacheFormatError: If a key is missing or unknown, or of the wrong kind.
         """
-        kinds = dict.fromkeys(cls.__dataclass_fields__, int) | {"sidecar": dict}
-        values = check_object(data, kinds, where)
-        for name in ("index", "samples", "rows", "failed", "bytes"):
+        values = check_object(data, _SUMMARY_KINDS, where)
+        for name in _SUMMARY_COUNTS:
             check_int(values[name], name, 0, MAX_FILE_BYTES, where)
         return cls(**(values | {"sidecar": FileEntry.from_dict(values["sidecar"], where)}))
 
     @classmethod
     def of(cls, sidecar: ShardSidecar) -> ShardSummary:
         """Summarise a sidecar."""
-        return cls(
-            index=sidecar.index,
-            samples=len(sidecar.sample_ids),
-            rows=sidecar.rows,
-            failed=len(sidecar.failed),
-            bytes=sidecar.stored_bytes,
-            sidecar=FileEntry.of_bytes(document_bytes(sidecar.to_dict())),
-        )
+        return summarise(sidecar, document_bytes(sidecar.to_dict()))
+
+
+def summarise(sidecar: ShardSidecar, data: bytes) -> ShardSummary:
+    """Summarise a sidecar whose file has these bytes."""
+    return ShardSummary(
+        index=sidecar.index,
+        samples=len(sidecar.sample_ids),
+        rows=sidecar.rows,
+        failed=len(sidecar.failed),
+        bytes=sidecar.stored_bytes,
+        sidecar=FileEntry.of_bytes(data),
+    )
+
+
+_SUMMARY_COUNTS = ("index", "samples", "rows", "failed", "bytes")
+_SUMMARY_KINDS: dict[str, type] = dict.fromkeys(_SUMMARY_COUNTS, int) | {"sidecar": dict}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,8 +136,7 @@ class Manifest:
     def totals(self) -> dict[str, int]:
         """Samples, rows, failed samples and stored bytes of all shards."""
         return {
-            name: sum(getattr(shard, name) for shard in self.shards)
-            for name in ("samples", "rows", "failed", "bytes")
+            name: sum(map(attrgetter(name), self.shards)) for name in ("samples", "rows", "failed", "bytes")
         }
 
     def to_dict(self) -> dict[str, Any]:
@@ -163,6 +175,9 @@ class Manifest:
             fidelity=fidelity,
             format_version=values["format_version"],
         )
+        for name in manifest.files:
+            if name in (MANIFEST, CARD) or name.startswith(f"{SHARDS}/") or name == SHARDS:
+                raise CacheFormatError(f"{where}: lists {name}, which is no file beside the shards; refused")
         if [shard.index for shard in manifest.shards] != list(range(len(manifest.shards))):
             raise CacheFormatError(f"{where}: shards are not numbered from 0; damaged")
         if values["totals"] != manifest.totals:
@@ -191,35 +206,38 @@ def read_manifest(cache_dir: Path) -> Manifest:
         ) from None
 
 
-def derive_manifest(cache_dir: Path, *, fidelity: dict[str, Any] | None = None) -> Manifest:
-    """Derive the manifest from the plan, the sidecars and the files beside them; writes nothing.
+def derive_manifest(cache_dir: Path, *, fidelity: dict[str, Any] | None = None) -> tuple[Manifest, bytearray]:
+    """Derive manifest and index from the plan, the sidecars and the files beside them; writes nothing.
+
+    Returns:
+        The manifest, and the bytes of the index it lists.
 
     Raises:
-        CacheFormatError: If shards are missing, or a sidecar does not fit the plan.
+        CacheFormatError: If shards are missing, a sidecar does not fit the plan, or sample ids repeat.
     """
     plan = read_plan(cache_dir)
     if missing := missing_shards(cache_dir, plan):
         raise CacheFormatError(
-            f"{cache_dir}: {len(missing)} of {plan.shard_count} shards are missing: {_ranges(missing)}; "
+            f"{cache_dir}: {len(missing)} of {plan.shard_count} shards are missing: {format_ranges(missing)}; "
             "run `teacher-cache build` again with the same options to make exactly these"
         )
     shards, field_bytes = [], {f.name: 0 for f in plan.all_fields}
-    owner: dict[str, int] = {}
-    for index in range(plan.shard_count):
-        sidecar = read_sidecar(cache_dir, index)
-        check_sidecar(sidecar, plan, str(sidecar_path(cache_dir, index)))
-        for name in sidecar.sample_ids:
-            if owner.setdefault(name, index) != index:
-                raise CacheFormatError(
-                    f"{cache_dir}: sample {name!r} is in shards {owner[name]} and {index}; ids must be unique"
-                )
+    builder = IndexBuilder()
+    for shard in range(plan.shard_count):
+        sidecar = read_sidecar(cache_dir, shard)
+        check_sidecar(sidecar, plan, str(sidecar_path(cache_dir, shard)))
+        builder.add(sidecar)
         for name, size in sidecar.field_bytes.items():
             field_bytes[name] += size
         shards.append(ShardSummary.of(sidecar))
-    files = {name: FileEntry.of(cache_dir / name) for name in side_files(cache_dir)}
-    return Manifest(
+    index, repeated = builder.finish(plan.shard_count)
+    refuse_repeats(cache_dir, repeated)
+    files = {name: FileEntry.of(cache_dir / name) for name in side_files(cache_dir) if name != INDEX}
+    files[INDEX] = FileEntry.of_bytes(index)
+    manifest = Manifest(
         plan_hash=plan.hash, shards=tuple(shards), field_bytes=field_bytes, files=files, fidelity=fidelity
     )
+    return manifest, index
 
 
 def check_side_files(cache_dir: Path, manifest: Manifest) -> None:
@@ -228,17 +246,11 @@ def check_side_files(cache_dir: Path, manifest: Manifest) -> None:
     Raises:
         CacheFormatError: Naming the first file that is lost or has other bytes.
     """
-    for name, entry in manifest.files.items():
-        path = cache_dir / name
-        if not path.is_file() or path.stat().st_size != entry.size or file_checksum(path) != entry.xxh3_128:
-            raise CacheFormatError(
-                f"{path}: lost, or not the file that was sealed; run `teacher-cache build` again with the "
-                "same options to write it anew, or copy it from an intact cache"
-            )
+    check_digests(cache_dir, manifest.files)
 
 
 def seal(cache_dir: Path, *, fidelity: dict[str, Any] | None = None, rewritten: bool = False) -> Manifest:
-    """Write manifest.json once all shards are there, and remove what killed runs left behind.
+    """Write the index and manifest.json once all shards are there, and remove what killed runs left behind.
 
     Args:
         cache_dir: The cache.
@@ -249,55 +261,26 @@ def seal(cache_dir: Path, *, fidelity: dict[str, Any] | None = None, rewritten: 
         The manifest.
 
     Raises:
-        CacheFormatError: If shards are missing (naming them), a sidecar does not fit the plan, or a file beside
-            the shards changed since the cache was sealed.
+        CacheFormatError: If shards are missing (naming them), a sidecar does not fit the plan, sample ids
+            repeat, or a file beside the shards changed since the cache was sealed.
     """
     if not rewritten and (cache_dir / MANIFEST).exists():
-        check_side_files(cache_dir, read_manifest(cache_dir))
+        sealed = read_manifest(cache_dir).files
+        # The index is written anew from the sidecars, whatever became of it.
+        check_digests(cache_dir, {name: entry for name, entry in sealed.items() if name != INDEX})
     for folder in (cache_dir, cache_dir / SHARDS):
         clean_stale(folder)
-    manifest = derive_manifest(cache_dir, fidelity=fidelity)
+    manifest, index = derive_manifest(cache_dir, fidelity=fidelity)
     if fidelity is None and (cache_dir / MANIFEST).exists():
         old = read_manifest(cache_dir)
         if (old.plan_hash, old.shards) == (manifest.plan_hash, manifest.shards):
             manifest = replace(manifest, fidelity=old.fidelity)
+    write_bytes_atomic(cache_dir / INDEX, index)
     write_document(cache_dir / MANIFEST, manifest.to_dict())
     return manifest
 
 
-def side_files(cache_dir: Path) -> list[str]:
-    """Return the relative paths of all files outside ``shards/``, except the manifest and the card.
-
-    Raises:
-        CacheFormatError: If there is a link or another thing that is not a plain file.
-    """
-    return sorted(name for name in walk_files(cache_dir, skip=(SHARDS,)) if name not in (MANIFEST, CARD))
-
-
-def walk_files(root: Path, skip: Iterable[str] = ()) -> list[str]:
-    """Return the relative paths of all files below ``root``, temporaries of live writers left out.
-
-    Raises:
-        CacheFormatError: If there is a link or another thing that is not a plain file.
-    """
-    names, folders = [], [root]
-    while folders:
-        for path in sorted(folders.pop().iterdir()):
-            name = path.relative_to(root).as_posix()
-            if name in skip or path.name.startswith(TEMPORARY_PREFIX):
-                continue
-            if path.is_symlink() or not (path.is_dir() or path.is_file()):
-                raise CacheFormatError(
-                    f"{path}: a link or device; a cache holds plain files and folders only"
-                )
-            if path.is_dir():
-                folders.append(path)
-            else:
-                names.append(name)
-    return sorted(names)
-
-
-def _ranges(numbers: list[int]) -> str:
+def format_ranges(numbers: Sequence[int]) -> str:
     """Write sorted numbers as ``0, 3-5, 9``, at most ten of them."""
     runs: list[list[int]] = []
     for n in numbers:

@@ -21,6 +21,8 @@ PLAN, SHARDS = "plan.json", "shards"
 STORE_NAMES = ("zarr", "webdataset")
 MAX_SHARDS = 5_000  # two names each in shards/: stays below 10,000 entries a folder
 MAX_SHARD_SAMPLES = 1_000_000
+DESCRIPTIVE = ("name", "license", "cache_license", "source")  # in `teacher` and `data`: for people only
+THREADS = "threads"  # in `extra`: CPU threads of the arithmetic, on which the last bits depend
 BASE = "base"  # the name under which BASE_FIELDS are reported beside the signals
 _OBJECTS = ("signals", "fingerprints", "template", "teacher", "data", "geometry", "extra")
 
@@ -115,6 +117,9 @@ class Plan:
         kinds |= {"store": str, "sample_count": int, "shard_size": int, "batch_size": int}
         kinds["format_version"] = int
         values = check_object(data, kinds, where)
+        for name, value in values["fingerprints"].items():
+            if not isinstance(value, str):
+                raise CacheFormatError(f"{where}: fingerprint {name!r} is {value!r}; expected text")
         for signal, group in values["fields"].items():
             if not isinstance(group, list) or not isinstance(values["signals"].get(signal), dict):
                 raise CacheFormatError(f"{where}: fields of signal {signal!r} do not fit; damaged")
@@ -169,7 +174,7 @@ def refuse_changed_plan(old: Plan, new: Plan, *, where: str = "the cache") -> No
     before, now = old.to_dict(), new.to_dict()
     for described in (before, now):  # names are for people; fingerprints decide
         for part in ("teacher", "data"):
-            described[part] = {key: value for key, value in described[part].items() if key != "name"}
+            described[part] = {k: value for k, value in described[part].items() if k not in DESCRIPTIVE}
     lines = describe_differences(before, now, there="the cache", here="this run")
     if lines:
         raise CacheMismatchError(

@@ -9,8 +9,14 @@ axis       one entry per                                        length
 ========== ==================================================== =============================
 ``row``    supervised row, in sequence order                    A
 ``entry``  kept token of a supervised row, rows concatenated    E = sum of ``entry_count``
+``text``   text row behind the visual tokens, sequence order    X, answer rows included; 0 without any
 ``visual`` visual token of the teacher, in sequence order       N
 ``pair``   lower triangle of the visual map, row-major          P = N (N + 1) / 2
+``map``    visual map kept with a scale of its own              0 or 1
+``cell``   row, and column, of that map                         N, or cells of the pooled map
+``square`` pair of cells of a pooled map, row-major             cells squared
+``mask``   byte of that map's packed mask                       groups * ceil(pairs / 8)
+``code``   coded value of that map, groups concatenated         as the mask says
 ``tile``   visual tile of the sample's images                   number of tiles
 ``sample`` the sample itself                                    exactly 1
 ========== ==================================================== =============================
@@ -27,6 +33,9 @@ Fields that every record has: ``image_hash`` u1 [1, 16] (xxh3_128 of size and RG
 image), ``labels`` u4 [A], ``tiles`` f4 [tiles, 6] (rows, cols, x0, y0, x1, y1 in units of the original
 image; beyond [0, 1] is padding). Each signal's codec adds its own (``common.codecs``). ``visual_columns`` are means
 over the visual rows that carry image: those of tokens mostly in padding do not count.
+
+What depends on the image alone (``MAP_AXES``) is held by one record a shard and image; ``visual_source`` u4 [1]
+says by which, and in the others these arrays are empty (``common.shared_images``).
 """
 
 from __future__ import annotations
@@ -46,7 +55,9 @@ FORMAT_VERSION = 1
 IGNORE_INDEX = -100
 
 DTYPES = ("u1", "u2", "u4", "i8", "f2", "f4")
-AXES = ("row", "entry", "visual", "pair", "tile", "sample")
+AXES = ("row", "entry", "text", "visual", "pair", "map", "cell", "square", "mask", "code", "tile", "sample")
+MAP_AXES = ("visual", "pair", "map", "cell", "square", "mask", "code")
+"""Axes of signals that depend on the image alone; all are empty without one."""
 MAX_TRAILING_ELEMENTS = 1 << 24  # of one row of one field; a cache that declares more is not believed
 
 Record = dict[str, np.ndarray]

@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from common.documents import check_int, check_object, read_document, safe_path, write_document
+from common.atomic import read_bounded
+from common.documents import check_int, check_object, parse_document, safe_path, write_document
 from common.errors import CacheFormatError, CacheMismatchError
 from common.hashing import checksum, file_digests, sha256_hex
 from common.plan import SHARDS, Plan
@@ -52,7 +53,7 @@ class FileEntry:
         return cls(size=size, xxh3_128=fast, sha256=safe)
 
     @classmethod
-    def of_bytes(cls, data: bytes) -> FileEntry:
+    def of_bytes(cls, data: bytes | bytearray) -> FileEntry:
         """Describe bytes in memory."""
         return cls(size=len(data), xxh3_128=checksum(data), sha256=sha256_hex(data))
 
@@ -153,9 +154,18 @@ def read_sidecar(cache_dir: Path, index: int) -> ShardSidecar:
         CacheFormatError: If the sidecar is damaged or not this shard's.
     """
     path = sidecar_path(cache_dir, index)
-    sidecar = ShardSidecar.from_dict(read_document(path), str(path))
+    return parse_sidecar(read_bounded(path), index, str(path))
+
+
+def parse_sidecar(data: bytes, index: int, where: str) -> ShardSidecar:
+    """Read the sidecar of shard ``index`` from its file's bytes.
+
+    Raises:
+        CacheFormatError: If the sidecar is damaged or not this shard's.
+    """
+    sidecar = ShardSidecar.from_dict(parse_document(data, where), where)
     if sidecar.index != index:
-        raise CacheFormatError(f"{path}: says it is shard {sidecar.index}; the file was renamed or damaged")
+        raise CacheFormatError(f"{where}: says it is shard {sidecar.index}; the file was renamed or damaged")
     return sidecar
 
 

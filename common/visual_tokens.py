@@ -64,6 +64,11 @@ def grid_tile(rows: int, cols: int) -> Tile:
     return Tile(rows=rows, cols=cols, region=(0.0, 0.0, 1.0, 1.0))
 
 
+def pooled_tiles(tiles: Sequence[Tile], side: int) -> tuple[Tile, ...]:
+    """The same regions, each cut into `side` x `side` tokens."""
+    return tuple(Tile(rows=side, cols=side, region=tile.region) for tile in tiles)
+
+
 def tiles_to_array(tiles: Sequence[Tile]) -> np.ndarray:
     """The cache's form of a sample's tiles: float32 ``[n, 6]``, ``rows, cols, x0, y0, x1, y1``."""
     return np.array([(t.rows, t.cols, *t.region) for t in tiles], dtype=np.float32).reshape(-1, 6)
@@ -159,6 +164,11 @@ def overlap_matrix(source_boxes: Tensor, target_boxes: Tensor) -> Tensor:
     shares = torch.where(keep, shares, shares.new_zeros(()))
     total = shares.sum(dim=1, keepdim=True)
     return (shares / torch.where(total > 0, total, torch.ones_like(total))).float()
+
+
+def area_pool(source_boxes: Tensor, target_boxes: Tensor) -> Tensor:
+    """:func:`overlap_matrix` without the targets that lie mostly in padding: float32 ``[N, C]``."""
+    return overlap_matrix(source_boxes, target_boxes) * content_mask(target_boxes).to(source_boxes.device)
 
 
 def pool_keys(attention: Tensor, overlap: Tensor) -> Tensor:

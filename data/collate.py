@@ -1,6 +1,7 @@
 """Sequences of different lengths as one batch: right padding, and masks only where they are needed.
 
-Dims: B batch, T longest sequence, M images of the batch, R most supervised rows, N most visual tokens.
+Dims: B batch, T longest sequence, M images of the batch, R most supervised rows, N most visual tokens,
+X most text rows behind the visual tokens.
 """
 
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from common.errors import ConfigError
 from common.schema import IGNORE_INDEX
+from common.shared_images import prefix_key
 from common.visual_tokens import Tile
 from data.encoding import EncodedSample
 
@@ -119,6 +121,34 @@ def supervised_rows(batch: Batch) -> Tensor:
 def visual_keys(batch: Batch) -> Tensor:
     """Positions of visual tokens, int64 ``[B, N]``, ascending, -1 behind each sample's last."""
     return _positions(batch.visual_mask)
+
+
+def text_rows(batch: Batch) -> Tensor:
+    """Positions of the text behind the visual tokens, int64 ``[B, X]``, ascending, -1 behind each sample's last.
+
+    These are all rows, of questions and answers alike, that see the whole image; none without one.
+    """
+    seen, count = batch.visual_mask.cumsum(dim=1), batch.visual_mask.sum(dim=1, keepdim=True)
+    positions = torch.arange(batch.visual_mask.shape[1], device=count.device)
+    real = positions[None, :] < torch.tensor(batch.lengths, device=count.device)[:, None]
+    return _positions((seen == count) & (count > 0) & ~batch.visual_mask & real)
+
+
+def text_row_count(sample: EncodedSample) -> int:
+    """How many of `text_rows` a sample has, X."""
+    return len(sample) - _prefix_length(sample) if sample.visual_mask.any() else 0
+
+
+def image_key(sample: EncodedSample) -> str | None:
+    """Name all that a sample's visual rows can see: the picture and the tokens up to its last; None without one."""
+    if not sample.visual_mask.any():
+        return None
+    return prefix_key(sample.image_hash, sample.input_ids[: _prefix_length(sample)])
+
+
+def _prefix_length(sample: EncodedSample) -> int:
+    """Tokens up to and including the last visual one."""
+    return int(np.flatnonzero(sample.visual_mask)[-1]) + 1
 
 
 def length_buckets(lengths: Sequence[int], batch_size: int) -> list[list[int]]:

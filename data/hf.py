@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import DataError, SampleError
+from data.grouping import key_of_paths
 from data.images import ImageBytes
 from data.llava import find_images, refuse_lost_image
 from data.messages import parse_record
@@ -64,6 +65,14 @@ class HuggingFaceDataset:
             return Sample(sample_id=sample_id, images=images, turns=turns)
         except SampleError as error:
             raise SampleError(f"sample {sample_id!r}: {error}") from error
+
+    def image_keys(self) -> list[str | None]:
+        """Each row's image path, where a column of texts names it; None where pictures are stored."""
+        for column in ("image", "images"):
+            feature = self._table.features.get(column)
+            if getattr(feature, "dtype", None) == "string":
+                return [key_of_paths(value) for value in self._table[column]]
+        return [None] * len(self)
 
     def fingerprint(self) -> str:
         """Hash of ids and turns."""

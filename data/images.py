@@ -1,45 +1,25 @@
-"""Image sources and one decoder: whatever the file holds, RGB comes out or a `SampleError` does.
+"""Where images come from: files, bytes in a table, ranges of a tar, arrays. `common.pixels` decodes them."""
 
-Training sets hold rotated phones' JPEGs, CMYK scans, palettes, alpha, 16-bit greys and truncated
-downloads. Teacher and student must see the same pixels, so all of it is settled here, once, and
-the pixels' hash travels with the sample.
-"""
-
-import io
-import struct
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
-import PIL.ImageOps
-import xxhash
 
 from common.errors import SampleError
+from common.pixels import HASH_BYTES, MAX_PIXELS, decode_image, image_hash, reason_of, to_rgb
 
-HASH_BYTES = 16
-MAX_PIXELS = 89_478_485  # Pillow's own limit for a likely decompression bomb: 256 MiB of RGB
-
-# What Pillow's decoders raise on damaged files, by experience; none of it may end a run.
-_DECODE_ERRORS = (
-    OSError,
-    ValueError,
-    SyntaxError,
-    EOFError,
-    KeyError,
-    IndexError,
-    TypeError,
-    OverflowError,
-    RuntimeError,
-    struct.error,
-    zlib.error,
-    MemoryError,
-    ArithmeticError,
-    AttributeError,  # Pillow on a damaged EXIF block
-    PIL.Image.DecompressionBombError,
-    PIL.Image.DecompressionBombWarning,
-)
+__all__ = [
+    "HASH_BYTES",
+    "MAX_PIXELS",
+    "FileSlice",
+    "ImageArray",
+    "ImageBytes",
+    "ImageFile",
+    "decode_image",
+    "image_hash",
+    "to_rgb",
+]
 
 
 @dataclass(frozen=True)
@@ -64,7 +44,7 @@ class ImageFile:
             data = self.path.read_bytes()
         except (OSError, ValueError) as error:  # ValueError: a null byte in the path
             hint = f"; {self.hint}" if self.hint else ""
-            raise SampleError(f"image {self.name} cannot be read: {_reason(error)}{hint}") from error
+            raise SampleError(f"image {self.name} cannot be read: {reason_of(error)}{hint}") from error
         return decode_image(data, name=self.name)
 
 
@@ -112,7 +92,7 @@ class FileSlice:
                 file.seek(self.offset)
                 data = file.read(self.size)
         except OSError as error:
-            raise SampleError(f"{self.name} cannot be read: {_reason(error)}") from error
+            raise SampleError(f"{self.name} cannot be read: {reason_of(error)}") from error
         if len(data) != self.size:
             raise SampleError(f"{self.name} is cut off: expected {self.size} bytes, got {len(data)}")
         return data
@@ -137,78 +117,3 @@ class ImageArray:
                 f"image {self.name}: expected u1 [H, W, 3], got {array.dtype} {list(array.shape)}"
             )
         return PIL.Image.fromarray(array)
-
-
-def decode_image(data: bytes, *, name: str) -> PIL.Image.Image:
-    """Decode an encoded image to upright RGB; of an animation, the first frame.
-
-    Args:
-        data: The file's bytes.
-        name: What errors call it.
-
-    Raises:
-        SampleError: The bytes are empty, damaged, too large or not an image.
-    """
-    if not data:
-        raise SampleError(f"image {name} is empty (0 bytes)")
-    try:
-        with PIL.Image.open(io.BytesIO(data)) as image:
-            _refuse_huge(image, name)  # before any pixel is decoded
-            image.load()
-            return to_rgb(PIL.ImageOps.exif_transpose(image))
-    except SampleError:
-        raise
-    except _DECODE_ERRORS as error:
-        raise SampleError(f"image {name} cannot be decoded: {_reason(error)}") from error
-
-
-def _refuse_huge(image: PIL.Image.Image, name: str) -> None:
-    width, height = image.size
-    if width * height > MAX_PIXELS:
-        raise SampleError(
-            f"image {name} has {width} x {height} pixels, more than the {MAX_PIXELS} allowed; "
-            "scale it down first"
-        )
-
-
-def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
-    """Convert any Pillow mode to RGB: alpha over white, 16 bit scaled to 8 rather than clipped.
-
-    Pillow's own ``convert`` clips 16-bit greys at 255 (an all-white picture) and drops alpha, which
-    uncovers whatever colour lay under transparent pixels.
-    """
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return image
-    if image.mode.startswith("I"):  # I;16, I;16B, I: 16-bit PNG, TIFF and PGM
-        wide = np.asarray(image).astype(np.int64).clip(0, 65535)
-        return PIL.Image.fromarray(((wide + 128) // 257).astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        values = np.nan_to_num(np.asarray(image, dtype=np.float32))
-        scale = 255.0 if float(values.max()) <= 1.0 else 1.0  # floats come as [0, 1] or as [0, 255]
-        return PIL.Image.fromarray((values * scale).round().clip(0, 255).astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        white = PIL.Image.new("RGBA", rgba.size, (255, 255, 255, 255))
-        return PIL.Image.alpha_composite(white, rgba).convert("RGB")
-    return image.convert("RGB")
-
-
-def image_hash(image: PIL.Image.Image) -> bytes:
-    """Hash what the model will see: width, height and RGB pixels, not the file's bytes.
-
-    A re-compressed PNG keeps its hash; a re-compressed JPEG, a crop or a flip does not.
-
-    Args:
-        image: RGB.
-
-    Returns:
-        xxh3_128 of ``<u4 width, <u4 height, pixels`` as 16 bytes.
-    """
-    digest = xxhash.xxh3_128(struct.pack("<II", *image.size))
-    digest.update(image.tobytes())
-    return digest.digest()
-
-
-def _reason(error: BaseException) -> str:
-    text = str(error) if not isinstance(error, OSError) else error.strerror or str(error)
-    return text or type(error).__name__

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import DataError, SampleError
+from data.grouping import key_of_paths
 from data.images import ImageFile
 from data.sample import ImageSource, Sample, Turn, fingerprint_samples, resolve_ids
 
@@ -55,6 +56,10 @@ class LlavaDataset:
             return Sample(sample_id=sample_id, images=images, turns=turns)
         except SampleError as error:
             raise SampleError(f"sample {sample_id!r}: {error}") from error
+
+    def image_keys(self) -> list[str | None]:
+        """Each sample's image path as the file writes it; None without one."""
+        return [key_of_paths(entry.get("image")) for entry in self._entries]
 
     def fingerprint(self) -> str:
         """Hash of ids and turns."""

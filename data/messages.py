@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import DataError, SampleError
+from data.grouping import key_of_paths
 from data.llava import find_images, image_folder, pair_turns, parse_conversations, refuse_lost_image
 from data.sample import Sample, Turn, fingerprint_samples, resolve_ids
 
@@ -53,11 +54,25 @@ class MessagesDataset:
             record = json.loads(file.readline())
         try:
             turns, inline = parse_record(record)
-            images = find_images(inline or record.get("images") or record.get("image"), self._images)
+            images = find_images(_named_images(record, inline), self._images)
             refuse_lost_image(record, images)
             return Sample(sample_id=sample_id, images=images, turns=turns)
         except SampleError as error:
             raise SampleError(f"sample {sample_id!r}: {error}") from error
+
+    def image_keys(self) -> list[str | None]:
+        """Each sample's image path as the file writes it; None without one. Reads the file once."""
+        keys = []
+        with self._path.open("rb") as file:
+            for offset in self._offsets:
+                file.seek(offset)
+                record = json.loads(file.readline())
+                try:
+                    _, inline = parse_record(record)
+                except SampleError:
+                    inline = []  # it will fail when it is asked for, wherever it stands
+                keys.append(key_of_paths(_named_images(record, inline)))
+        return keys
 
     def fingerprint(self) -> str:
         """Hash of ids and turns."""
@@ -76,6 +91,11 @@ class MessagesDataset:
                     offset += len(line)
         except OSError as error:
             raise DataError(f"{self._path} cannot be read: {error}") from error
+
+
+def _named_images(record: Mapping[str, Any], inline: list[str]) -> Any:
+    """What a record says its images are: in its messages, or beside them."""
+    return inline or record.get("images") or record.get("image")
 
 
 def parse_record(record: Mapping[str, Any]) -> tuple[tuple[Turn, ...], list[str]]:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from common.errors import DataError
 from data.easy_vqa import EasyVqaDataset, easy_vqa_evaluation
+from data.grouping import image_keys
 from data.hf import HuggingFaceDataset, is_saved_dataset
 from data.llava import LlavaDataset
 from data.messages import MessagesDataset
@@ -54,6 +55,10 @@ class FirstSamples:
         if not -len(self) <= index < len(self):
             raise IndexError(index)
         return self._dataset[index % len(self)]
+
+    def image_keys(self) -> Sequence[str | None]:
+        """Names of these samples' images, as far as the data set can tell them."""
+        return image_keys(self._dataset)[: len(self)]
 
     def fingerprint(self) -> str:
         """Hash of ids and turns of these samples alone."""

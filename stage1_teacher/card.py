@@ -1,51 +1,104 @@
 """The cache's README.md: a data set card that says what is in it, how true it is and how to use it."""
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from common.atomic import write_bytes_atomic
-from common.manifest import CARD, Plan
+from common.manifest import BASE, CARD, Plan, read_sidecar
 from common.plan import card_store_line
+
+# The Hub's classes of size: below this many samples, this name.
+_SIZES = (
+    (10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M"),
+)  # fmt: skip
 
 
 def write_card(cache_dir: Path, plan: Plan, fidelity: dict[str, Any] | None) -> None:
-    """Write the card; a function of the plan and the fidelity figures alone.
+    """Write the card of a cache whose shards are all there.
 
     Args:
         cache_dir: The cache.
         plan: Its plan.
         fidelity: Figures of ``measure_fidelity``, or None if skipped.
     """
-    signals = "\n".join(f"| `{name}` | `{codec}` |" for name, codec in sorted(plan.signals.items()))
+    totals = dict.fromkeys(("samples", "failed", "rows"), 0)
+    field_bytes = dict.fromkeys((field.name for field in plan.all_fields), 0)
+    for index in range(plan.shard_count):
+        sidecar = read_sidecar(cache_dir, index)
+        totals["samples"] += len(sidecar.sample_ids)
+        totals["failed"] += len(sidecar.failed)
+        totals["rows"] += sidecar.rows
+        for name, size in sidecar.field_bytes.items():
+            field_bytes[name] = field_bytes.get(name, 0) + size
+    text = card_text(plan, fidelity, totals=totals, field_bytes=field_bytes)
+    write_bytes_atomic(cache_dir / CARD, text.encode())
+
+
+def card_text(
+    plan: Plan, fidelity: dict[str, Any] | None, *, totals: Mapping[str, int], field_bytes: Mapping[str, int]
+) -> str:
+    """Write the card's text: a function of its arguments alone, equal for both stores but for the store's line.
+
+    Args:
+        plan: The cache's plan.
+        fidelity: Figures of ``measure_fidelity``, or None if skipped.
+        totals: ``samples``, ``failed`` and ``rows`` of all shards.
+        field_bytes: Decoded bytes of all records by field.
+    """
+    rows, samples = max(1, totals["rows"]), max(1, totals["samples"])
+    signals = ""
+    for name, fields in [*sorted(plan.fields.items()), (BASE, ())]:
+        known = {field.name for group in plan.fields.values() for field in group}
+        names = {field.name for field in fields} if fields else field_bytes.keys() - known
+        size = sum(field_bytes[field] for field in names)
+        codec = f"`{plan.signals[name]}`" if fields else "sample id, image hash, labels, visual tiles"
+        signals += f"| `{name}` | {size / rows:.1f} | {size / samples:.0f} | {codec} |\n"
     figures = (
         "\n".join(f"| {name} | {value} |" for name, value in fidelity.items())
         if fidelity
         else "| not measured | run `teacher-cache fidelity` |"
     )
     prints = "\n".join(f"| {name} | `{value}` |" for name, value in sorted(plan.fingerprints.items()))
-    text = f"""---
-tags: [knowledge-distillation, vision-language, teacher-cache]
----
-# Teacher cache: {plan.teacher.get("name")} on {plan.data.get("name")}
+    name = f"{plan.teacher.get('name')} on {plan.data.get('name')}"
+    return f"""---
+{_front_matter(plan, name)}---
+# Teacher cache: {name}
 
 What a vision-language teacher says and where it looks while saying it, for training students without it.
 
 - Teacher: {plan.teacher.get("name")} (family `{plan.teacher.get("family")}`, {plan.teacher.get("dtype")})
 - Data: {plan.data.get("name")}, {plan.sample_count} samples; images and questions are **not** in here
+- Size: {totals["samples"]} records, {totals["rows"]} supervised rows; {totals["failed"]} samples could not be used
 {card_store_line(plan)}- Prompt template: `{plan.template.get("name")}`
-- Licences: the teacher's and the data set's apply to what is derived from them; name both when you pass this on
+
+## Licence and provenance
+
+| of | licence |
+|---|---|
+| this cache | {_cell(plan.data.get("cache_license"))} |
+| the teacher | {_cell(plan.teacher.get("license"))} |
+| the data | {_cell(plan.data.get("license"))} |
+
+The teacher's and the data set's licences apply to what is derived from them: name both when you pass this on.
+Source or contact: {_cell(plan.data.get("source"))}. The fingerprints below say which teacher and data these were.
 
 ## Use
 
-    distill train --student mobilevlm --data DATA --cache THIS_FOLDER --output RUN
-    cachectl inspect THIS_FOLDER
+    cachectl pull PLACE THIS_FOLDER          # s3://..., hf://datasets/..., https://... or a folder; verified on arrival
     cachectl verify THIS_FOLDER
+    cachectl inspect THIS_FOLDER
+    distill train --student mobilevlm --data DATA --cache THIS_FOLDER --output RUN
+
+DATA is your own copy of the data set; each record is matched to its sample by id, labels and image hash.
 
 ## Signals
 
-| signal | codec |
-|---|---|
+| signal | bytes a row | bytes a sample | codec |
+|---|---|---|---|
 {signals}
+Bytes are those of the decoded arrays; on disk they are packed.
 
 ## Fidelity: decoded cache against the live teacher
 
@@ -59,4 +112,21 @@ What a vision-language teacher says and where it looks while saying it, for trai
 |---|---|
 {prints}
 """
-    write_bytes_atomic(cache_dir / CARD, text.encode())
+
+
+def _front_matter(plan: Plan, name: str) -> str:
+    """What the Hugging Face Hub reads, as YAML; each value is JSON, which is YAML too."""
+    size = next((word for limit, word in _SIZES if plan.sample_count < limit), "n>10M")
+    entries = {
+        "pretty_name": f"Teacher cache: {name}",
+        "license": plan.data.get("cache_license") or "unknown",
+        "tags": ["knowledge-distillation", "vision-language", "teacher-cache"],
+        "task_categories": ["image-text-to-text"],
+        "size_categories": [size],
+        "viewer": False,  # records are for training; the Hub's table viewer reads neither store
+    }
+    return "".join(f"{key}: {json.dumps(value, ensure_ascii=False)}\n" for key, value in entries.items())
+
+
+def _cell(text: Any) -> str:
+    return str(text).replace("|", "\\|") if text else "not stated"

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
-from contextlib import contextmanager
+import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +14,6 @@ import click
 from common.command_line import SETTINGS, CommandGroup
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from stage1_teacher.config import BuildConfig
 
 # Imports that pull torch in are inside the commands, so that --help and usage errors are instant.
@@ -36,7 +34,8 @@ def _build_options(command: Any) -> Any:
         ),
         click.option("--limit", type=click.IntRange(min=1), help="Use only the first samples."),
         click.option(
-            "--signals", help="Comma-separated: logits, answer_attention, visual_columns, visual_map."
+            "--signals",
+            help="Comma-separated: logits, answer_attention, text_attention, visual_columns, visual_map.",
         ),
         click.option("--store", type=click.Choice(["zarr", "webdataset"]), help="Shard format."),
         click.option("--cache", help="Folder of the cache."),
@@ -71,19 +70,50 @@ def _settings(config: Path | None, overrides: tuple[str, ...], options: dict[str
 
 @main.command()
 @_build_options
+@click.option(
+    "--nproc",
+    type=click.IntRange(min=1, max=256),
+    help="Processes on this machine, each on a GPU of its own where there are several.",
+)
+@click.option(
+    "--part",
+    metavar="R/N",
+    help="Be one of N processes on one cache, on any machines; default: as torchrun or srun say.",
+)
 @click.option("--overwrite", is_flag=True, help="Start again if the folder holds a cache with other options.")
-def build(config: Path | None, overrides: tuple[str, ...], *, overwrite: bool, **options: Any) -> None:
+def build(
+    config: Path | None,
+    overrides: tuple[str, ...],
+    *,
+    nproc: int | None,
+    part: str | None,
+    overwrite: bool,
+    **options: Any,
+) -> None:
     """Build a cache, or resume one; says so and ends when it is complete."""
     settings = _settings(config, overrides, options)
 
-    from stage1_teacher.extract import extract
+    from stage1_teacher.cache_folder import explain_disk_errors
+    from stage1_teacher.extract import extract, extract_with_processes
+    from stage1_teacher.parts import choose_part, local_device, quiet_libraries
     from stage1_teacher.report import next_command, summary_text
 
-    _quiet_libraries()
-    with _explain_full_disk(settings.cache):
-        summary = extract(settings, overwrite=overwrite)
+    own, local = choose_part(part, os.environ)
+    if overwrite and own.of > 1:
+        raise click.UsageError(
+            f"--overwrite with part {own}: the parts would delete each other's shards. Run "
+            "`teacher-cache build --overwrite` without --part, or delete the folder, then start the parts."
+        )
+    quiet_libraries()
+    with explain_disk_errors(settings.cache):
+        if nproc is None:
+            settings = replace(settings, device=local_device(settings.device, local))
+            summary = extract(settings, overwrite=overwrite, part=own)
+        else:
+            summary = extract_with_processes(settings, nproc, overwrite=overwrite, part=own)
     click.echo(summary_text(summary))
-    click.echo(next_command(summary, settings))
+    if summary.manifest is not None:
+        click.echo(next_command(summary, settings))
 
 
 @main.command()
@@ -95,32 +125,83 @@ def fidelity(config: Path | None, overrides: tuple[str, ...], *, samples: int, *
     """Compare a finished cache with its live teacher again; takes the options it was built with."""
     settings = _settings(config, overrides, options)
 
+    from stage1_teacher.cache_folder import explain_disk_errors
     from stage1_teacher.extract import recompute_fidelity
+    from stage1_teacher.parts import quiet_libraries
 
-    _quiet_libraries()
-    with _explain_full_disk(settings.cache):
+    quiet_libraries()
+    with explain_disk_errors(settings.cache):
         measured = recompute_fidelity(settings, samples=samples).fidelity or {}
     for name, value in measured.items():
         click.echo(f"  {name:<44}{value:>14}")
 
 
-@contextmanager
-def _explain_full_disk(cache: str) -> Iterator[None]:
-    """Say where the disk is full and what to do: the system's own error names neither."""
+@main.command()
+@_build_options
+@click.option(
+    "--samples", type=click.IntRange(min=1), default=32, show_default=True, help="Size of the measured probe."
+)
+@click.option(
+    "--students", default="1,3,10", show_default=True, help="Numbers of students to compare, comma-separated."
+)
+@click.option(
+    "--epochs",
+    type=click.FloatRange(min=0, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="Passes of each student over the data.",
+)
+@click.option(
+    "--student-parameters",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Parameters of a student, for example 1.4e9; default: a fifth of the teacher's.",
+)
+@click.option(
+    "--student-step",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Seconds of training a sample, if you measured a student.",
+)
+@click.option(
+    "--price", type=click.FloatRange(min=0), help="Of one device for an hour; adds costs to the hours."
+)
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also write all figures here.")
+def estimate(
+    config: Path | None,
+    overrides: tuple[str, ...],
+    *,
+    samples: int,
+    students: str,
+    epochs: float,
+    student_parameters: float | None,
+    student_step: float | None,
+    price: float | None,
+    json_file: Path | None,
+    **options: Any,
+) -> None:
+    """Predict bytes, hours and cost from a measured probe, before anything is built; takes the options of `build`."""
+    settings = _settings(config, overrides, options)
+
+    from common.atomic import write_json_atomic
+    from stage1_teacher.estimate import Scenario, estimate_text, parse_students
+    from stage1_teacher.estimate import estimate as measure
+    from stage1_teacher.parts import quiet_libraries
+
     try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        remedy = "finished shards are kept; free space, then run the same command again"
-        raise OSError(error.errno, f"the disk is full ({error.strerror}); {remedy}", cache) from error
-
-
-def _quiet_libraries() -> None:
-    """Switch off the model library's own progress bars."""
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
+        counts = parse_students(students)
+    except ValueError as error:
+        raise click.BadParameter(f"{students!r}: expected numbers like 1,3,10 ({error})") from error
+    quiet_libraries()
+    scenario = Scenario(
+        students=counts,
+        epochs=epochs,
+        student_parameters=student_parameters,
+        student_step=student_step,
+        price=price,
+    )
+    figures = measure(settings, scenario, samples=samples)
+    click.echo(estimate_text(figures))
+    if json_file is not None:
+        write_json_atomic(json_file, figures.to_dict())
 
 
 @main.command()
@@ -128,8 +209,11 @@ def _quiet_libraries() -> None:
 def seal(cache: Path) -> None:
     """Write the manifest of a complete cache from its sidecars."""
     from common.manifest import seal as seal_cache
+    from stage1_teacher.cache_folder import explain_disk_errors, refuse_strangers, sealed_names
 
-    manifest = seal_cache(cache)
+    with explain_disk_errors(cache):
+        refuse_strangers(cache, sealed_names(cache))
+        manifest = seal_cache(cache)
     click.echo(f"Sealed {cache}: {manifest.totals['samples']} samples in {len(manifest.shards)} shards")
 
 

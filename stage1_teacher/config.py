@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from common.codecs.logit_presets import preset_settings
 from common.errors import ConfigError
 
-SIGNALS = ("logits", "answer_attention", "visual_columns", "visual_map")
+SIGNALS = ("logits", "answer_attention", "text_attention", "visual_columns", "visual_map")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,10 +22,14 @@ class BuildConfig:
         cache: The cache folder to write.
         store: Shard format.
         signals: What to keep; see design.md, "Fields".
-        logits: Preset of the logit codec.
+        logits: Preset of the logit codec: ``lean``, ``default``, ``wide``, ``full``, ``exact`` or ``fixed:K``.
         temperatures: Temperatures at which the tail mass is exact.
         attention_dtype: ``u1`` (8-bit codes) or ``f4`` (exact) for attention signals.
-        grid: Side of the grid that answer attention is pooled to; 0 means the teacher's own grid, at most 12.
+        grid: Side of the grid that answer and text attention are pooled to; 0 means the teacher's own grid, at most 12.
+        map_preset: What is kept of ``visual_map`` with ``attention_dtype=u1``: ``exact`` serves every loss, ``blocks``
+            and ``compact`` the sink-filtered one; see ``common.codecs.visual_map``.
+        map_grid: Side of the grid that the visual tokens of a tile are pooled to for ``visual_map``: the students'
+            own, for which the map is then exact; 0: the teacher's tokens.
         groups: Number of layer groups.
         layers: Which teacher layers are kept: the published middle ones or all.
         template: Prompt template; ``auto`` is ``short`` for built-in teachers, ``vicuna_v1`` otherwise.
@@ -35,6 +40,12 @@ class BuildConfig:
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         max_failed_share: Largest share of unreadable samples, in [0, 1].
         fidelity_samples: Samples of the fidelity probe; 0 skips it.
+        threads: CPU threads of the arithmetic, kept in the plan, because the last bits depend on it; 0: as the cache
+            that is there, else ``OMP_NUM_THREADS``, else all cores but one, and one for each of several processes.
+        license: Under which the cache may be passed on, as an identifier of the Hugging Face Hub; for the card.
+        teacher_license: The teacher's licence, free text; for the card.
+        data_license: The data set's licence, free text; for the card.
+        source: Where teacher and data come from, or whom to ask; free text for the card.
     """
 
     data: str = "shapes"
@@ -49,6 +60,8 @@ class BuildConfig:
     temperatures: tuple[float, ...] = (1.0, 2.0)
     attention_dtype: Literal["u1", "f4"] = "u1"
     grid: int = 0
+    map_preset: Literal["exact", "blocks", "compact", "exact8"] = "exact"
+    map_grid: int = 0
     groups: int = 1
     layers: Literal["middle", "all"] = "middle"
     template: str = "auto"
@@ -59,6 +72,11 @@ class BuildConfig:
     device: str = "auto"
     max_failed_share: float = 0.01
     fidelity_samples: int = 64
+    threads: int = 0
+    license: str = ""
+    teacher_license: str = ""
+    data_license: str = ""
+    source: str = ""
 
     def __post_init__(self) -> None:
         """Refuse values no build could use, naming the field."""
@@ -67,12 +85,16 @@ class BuildConfig:
             raise ConfigError(f"signals: {unknown or 'none given'}; choose from {', '.join(SIGNALS)}")
         if len(set(self.signals)) != len(self.signals):
             raise ConfigError(f"signals: {self.signals} names one twice")
+        preset_settings(self.logits)
         for name, low, high in (
-            ("limit", 0, 2**40), ("grid", 0, 64), ("groups", 1, 64), ("max_length", 8, 2**20),
-            ("batch_size", 1, 2**16), ("shard_size", 1, 2**20), ("fidelity_samples", 0, 2**20),
+            ("limit", 0, 2**40), ("grid", 0, 64), ("map_grid", 0, 64), ("groups", 1, 64), ("max_length", 8, 2**20),
+            ("batch_size", 1, 2**16), ("shard_size", 1, 2**20), ("fidelity_samples", 0, 2**20), ("threads", 0, 1024),
         ):  # fmt: skip
             value = getattr(self, name)
             if not low <= value <= high:
                 raise ConfigError(f"{name}: expected {low}..{high}, got {value}")
         if not 0.0 <= self.max_failed_share <= 1.0:
             raise ConfigError(f"max_failed_share: expected a share in [0, 1], got {self.max_failed_share}")
+        for name in ("license", "teacher_license", "data_license", "source"):
+            if not getattr(self, name).isprintable():
+                raise ConfigError(f"{name}: expected one line of text, got {getattr(self, name)!r}")

@@ -5,20 +5,20 @@ the teacher, and a thread encodes and writes what the teacher said. On the built
 encoder (about 0.3 ms a sample) and the writer behind the forward pass.
 """
 
+import gc
+import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
-from common.errors import CacheFormatError
 from common.manifest import (
-    MANIFEST,
     Manifest,
     Plan,
-    check_side_files,
     missing_shards,
     read_manifest,
     read_plan,
@@ -26,13 +26,22 @@ from common.manifest import (
     seal,
     sidecar_path,
 )
-from data.threads import leave_one_core
+from stage1_teacher.cache_folder import (
+    drop_damaged_manifest,
+    intact_manifest,
+    prepare_cache,
+    refuse_strangers,
+    refuse_unwritable,
+)
 from stage1_teacher.card import write_card
 from stage1_teacher.config import BuildConfig
 from stage1_teacher.fidelity import measure_fidelity
+from stage1_teacher.parts import WHOLE, Part, fix_threads, run_parts
 from stage1_teacher.pipeline import FailureBudget, Writer, encode_shards, run_shard
-from stage1_teacher.plan import Build, open_build, prepare_cache
+from stage1_teacher.plan import Build, open_build
 from stage1_teacher.projector_export import export_parts
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,50 +53,62 @@ class BuildSummary:
         built: Shards written by this run.
         samples: Samples this run put through the teacher.
         seconds: Wall-clock time of the main loop.
-        manifest: The sealed manifest.
+        manifest: The sealed manifest; None while other parts have shards to build.
+        part: Which part of a build in several parts this run was.
+        missing: The shards that other parts have to build.
     """
 
     cache: Path
     built: int
     samples: int
     seconds: float
-    manifest: Manifest
+    manifest: Manifest | None
+    part: Part = WHOLE
+    missing: tuple[int, ...] = ()
 
     @property
     def failed(self) -> int:
         """Samples that could not be read, in the whole cache."""
-        return self.manifest.totals["failed"]
+        return 0 if self.manifest is None else self.manifest.totals["failed"]
 
 
-def extract(config: BuildConfig, *, overwrite: bool = False) -> BuildSummary:
+def extract(
+    config: BuildConfig, *, overwrite: bool = False, part: Part = WHOLE, seals: bool = True
+) -> BuildSummary:
     """Run the teacher once over a data set and write a sealed cache.
 
     Args:
         config: What to run and what to keep.
         overwrite: Start again if the folder holds a cache with other options.
+        part: Which of several processes this is; the one that finds no shard missing seals.
+        seals: Whether this process may seal.
 
     Returns:
         What this run did; nothing is built when the cache is already complete.
 
     Raises:
         DistillError: With the remedy, if teacher, data or folder cannot be used.
+        OSError: If the folder cannot be written.
     """
-    leave_one_core()
-    cache_dir = Path(config.cache)
-    work = open_build(config)
-    plan = prepare_cache(cache_dir, work.plan, overwrite=overwrite)
-    work = replace(work, plan=plan)
-    todo = missing_shards(cache_dir, plan)
-    if not todo and (manifest := intact_manifest(cache_dir)) is not None:
+    cache_dir, work = begin(config, overwrite=overwrite, several=part.of > 1 or not seals)
+    plan = work.plan
+    part = part.for_resume(missing_shards(cache_dir, plan))
+    todo = part.share(missing_shards(cache_dir, plan))
+    if not todo and seals and (manifest := intact_manifest(cache_dir)) is not None:
         return BuildSummary(cache=cache_dir, built=0, samples=0, seconds=0.0, manifest=manifest)
-    export_parts(work.teacher, cache_dir)
+    known = export_parts(work.teacher, cache_dir) if seals else []
+    if seals:
+        refuse_strangers(cache_dir, known)
 
     # The main loop: the next shards are encoded, and the last batches written, while the teacher runs.
     budget = FailureBudget.of_finished(cache_dir, plan, share=config.max_failed_share)
     started, samples, built = time.monotonic(), 0, 0
-    with Writer(cache_dir, plan, work.codecs) as writer, _progress(plan, todo) as bar:
+    with (
+        Writer(cache_dir, plan, work.codecs) as writer,
+        _progress(plan, todo, shown=seals and bool(todo)) as bar,
+    ):
         # Another process may build the same cache: what it finished is skipped, what it left is done here.
-        while todo := missing_shards(cache_dir, plan):
+        while todo := part.share(missing_shards(cache_dir, plan)):
             for shard in encode_shards(work.dataset, work.encoder, plan, todo):
                 if sidecar_path(cache_dir, shard.index).exists():
                     continue
@@ -103,29 +124,89 @@ def extract(config: BuildConfig, *, overwrite: bool = False) -> BuildSummary:
     FailureBudget.of_finished(cache_dir, plan, share=config.max_failed_share).spend(())
     seconds = time.monotonic() - started
 
-    manifest = finish(work, cache_dir, samples=config.fidelity_samples, rewritten=True)
-    return BuildSummary(cache=cache_dir, built=built, samples=samples, seconds=seconds, manifest=manifest)
+    missing, manifest = tuple(missing_shards(cache_dir, plan)), None
+    if seals and not missing:
+        manifest = finish(work, cache_dir, samples=config.fidelity_samples, known=known, rewritten=True)
+    return BuildSummary(
+        cache=cache_dir, built=built, samples=samples, seconds=seconds, manifest=manifest, part=part, missing=missing
+    )  # fmt: skip
 
 
-def intact_manifest(cache_dir: Path) -> Manifest | None:
-    """The manifest of a finished cache, or None if there is none or a file outside the shards is lost or damaged."""
-    if not (cache_dir / MANIFEST).is_file():
-        return None
-    manifest = read_manifest(cache_dir)
-    try:
-        check_side_files(cache_dir, manifest)
-    except CacheFormatError:
-        return None
-    return manifest
+def extract_with_processes(
+    config: BuildConfig, processes: int, *, overwrite: bool = False, part: Part = WHOLE
+) -> BuildSummary:
+    """As ``extract()``, with several processes on this machine, each on a GPU of its own where there are several.
+
+    This process writes the plan, watches the others, and seals when they are done.
+
+    Args:
+        config: What to run and what to keep.
+        processes: How many; 1 builds here, with as many threads as each of several would use.
+        overwrite: Start again if the folder holds a cache with other options.
+        part: Which of several machines this is; its share is divided once more.
+
+    Raises:
+        ProcessFailedError: With the first failure; finished shards are kept.
+    """
+    config = fix_threads(config, several=True, overwrite=overwrite)
+    if processes == 1:
+        return extract(config, overwrite=overwrite, part=part)
+    cache_dir, work = begin(config, overwrite=overwrite, several=True)
+    plan = work.plan
+    before = missing_shards(cache_dir, plan)
+    del work  # the others need the memory of the GPU
+    gc.collect()
+    torch.cuda.empty_cache()
+    started = time.monotonic()
+    part = part.for_resume(before)
+    if todo := part.share(before):
+        with _progress(plan, todo, shown=True) as bar:
+
+            def show() -> None:
+                finished = set(todo) - set(missing_shards(cache_dir, plan))
+                bar.update(bar.initial + sum(len(plan.shard_range(index)) for index in finished) - bar.n)
+
+            run_parts(_extract_part, config, part.split(min(processes, len(todo))), show)
+    seconds = time.monotonic() - started
+    missing = tuple(missing_shards(cache_dir, plan))
+    summary = BuildSummary(
+        cache=cache_dir, built=0, samples=0, seconds=0.0, manifest=None, part=part, missing=missing
+    )
+    if not missing:
+        summary = extract(config)
+    if not todo:
+        return summary
+    built = set(todo) - set(missing)
+    samples = sum(len(plan.shard_range(index)) for index in built)
+    return replace(summary, built=len(built), samples=samples, seconds=seconds)
 
 
-def finish(work: Build, cache_dir: Path, *, samples: int, rewritten: bool) -> Manifest:
+def _extract_part(config: BuildConfig, part: Part) -> None:
+    extract(config, part=part, seals=False)
+
+
+def begin(config: BuildConfig, *, overwrite: bool, several: bool) -> tuple[Path, Build]:
+    """Open teacher and data, and write the plan or make sure that the one there says the same.
+
+    Returns:
+        The cache folder, and what to build with.
+    """
+    cache_dir = Path(config.cache)
+    refuse_unwritable(cache_dir)
+    work = open_build(fix_threads(config, several=several, overwrite=overwrite))
+    return cache_dir, replace(work, plan=prepare_cache(cache_dir, work.plan, overwrite=overwrite))
+
+
+def finish(
+    work: Build, cache_dir: Path, *, samples: int, known: Collection[str], rewritten: bool
+) -> Manifest:
     """Measure the fidelity of a cache whose shards are all there, write its card, seal it.
 
     Args:
         work: What it was built with.
         cache_dir: The cache.
         samples: Size of the fidelity probe; 0 skips it.
+        known: Its files outside ``shards/``.
         rewritten: Whether projector, vision tower and processor were just written.
 
     Returns:
@@ -133,6 +214,8 @@ def finish(work: Build, cache_dir: Path, *, samples: int, rewritten: bool) -> Ma
     """
     fidelity = measure_fidelity(work, cache_dir, samples=samples)
     write_card(cache_dir, work.plan, fidelity)
+    refuse_strangers(cache_dir, known)
+    drop_damaged_manifest(cache_dir)
     return seal(cache_dir, fidelity=fidelity, rewritten=rewritten)
 
 
@@ -147,17 +230,18 @@ def recompute_fidelity(config: BuildConfig, *, samples: int) -> Manifest:
         CacheMismatchError: If the options are not the cache's.
         CacheFormatError: If the cache is not complete.
     """
-    leave_one_core()
     cache_dir = Path(config.cache)
-    work = open_build(config)
+    refuse_unwritable(cache_dir, sealed_too=True)
+    work = open_build(fix_threads(config, several=False))
     stored = read_plan(cache_dir)
     refuse_changed_plan(stored, work.plan, where=str(cache_dir))
-    read_manifest(cache_dir)
-    return finish(replace(work, plan=stored), cache_dir, samples=samples, rewritten=False)
+    known = read_manifest(cache_dir).files
+    return finish(replace(work, plan=stored), cache_dir, samples=samples, known=known, rewritten=False)
 
 
-def _progress(plan: Plan, todo: Sequence[int]) -> "tqdm[Any]":
+def _progress(plan: Plan, todo: Sequence[int], *, shown: bool) -> "tqdm[Any]":
     done = plan.sample_count - sum(len(plan.shard_range(index)) for index in todo)
     return tqdm(
-        total=plan.sample_count, initial=done, unit="sample", desc="teacher", smoothing=0.05, mininterval=0.5
-    )
+        total=plan.sample_count, initial=done, unit="sample", desc="teacher", smoothing=0.05, mininterval=0.5,
+        disable=not shown,
+    )  # fmt: skip

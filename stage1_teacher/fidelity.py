@@ -16,12 +16,19 @@ from torch.nn import functional as F
 
 from common.codecs.logits import SparseLogits
 from common.codecs.row_attention import RowAttention
+from common.codecs.teacher_map import TeacherMap
 from common.errors import SampleError
 from common.manifest import Plan
+from common.shared_images import SharedImages
 from common.sidecar import read_sidecar
 from common.stores import open_reader
-from common.visual_tokens import Tile
+from common.visual_tokens import Tile, content_mask, tile_boxes
 from data.collate import Batch, collate
+from stage1_teacher.attention_fidelity import (
+    column_gradient_cosine,
+    map_gradient_cosines,
+    row_gradient_cosines,
+)
 from stage1_teacher.plan import Build
 from stage1_teacher.signals import TeacherSignals, reduce_output, to_cpu, visual_columns
 from stage1_teacher.teacher import TeacherOutput
@@ -36,8 +43,10 @@ def measure_fidelity(work: Build, cache_dir: Path, *, samples: int) -> dict[str,
         samples: Size of the probe; 0 skips it.
 
     Returns:
-        Means over the probe's rows or samples by name; None if skipped. Units: ``*_kl`` nats a row, ``kept_mass``
-        and ``rows_at_cap`` shares, ``*_gradient_error`` relative L2, ``*_gradient_cosine`` dimensionless.
+        Means over the probe's rows or samples by name, and for attention the ``*_worst`` row or sample; None if
+        skipped. Units: ``*_kl`` nats a row, ``kept_mass`` and ``rows_at_cap`` shares, ``*_gradient_error`` relative
+        L2, ``*_cosine`` dimensionless. ``visual_map_gradient_cosine`` is that of the sink-filtered loss,
+        ``visual_map_plain_gradient_cosine`` that of the whole map's cosine.
     """
     if not samples:
         return None
@@ -65,19 +74,23 @@ class Totals:
         """Start empty."""
         self.samples = 0
         self._sums: dict[str, tuple[float, float]] = {}
+        self._worst: dict[str, float] = {}
 
     def add(self, name: str, value: float, weight: float) -> None:
         """Add ``weight`` observations whose mean is ``value``."""
         total, count = self._sums.get(name, (0.0, 0.0))
         self._sums[name] = (total + value * weight, count + weight)
 
+    def add_cosines(self, name: str, values: list[float]) -> None:
+        """Add cosines whose mean and whose lowest, ``<name>_worst``, are wanted."""
+        for value in values:
+            self.add(name, value, 1)
+            self._worst[f"{name}_worst"] = min(value, self._worst.get(f"{name}_worst", value))
+
     def means(self) -> dict[str, float]:
-        """Weighted means, rounded to 6 significant digits so that the card is readable."""
-        return {
-            name: float(f"{total / count:.6g}")
-            for name, (total, count) in sorted(self._sums.items())
-            if count
-        }
+        """Weighted means, and lowest cosines, rounded to 6 significant digits so that the card is readable."""
+        figures = {name: total / count for name, (total, count) in self._sums.items() if count}
+        return {name: float(f"{value:.6g}") for name, value in sorted((figures | self._worst).items())}
 
 
 def _run(work: Build, batch: Batch) -> tuple[TeacherOutput, TeacherSignals]:
@@ -92,7 +105,10 @@ def _read_record(cache_dir: Path, plan: Plan, position: int, sample_id: str) -> 
         return None
     reader = open_reader(plan.store, cache_dir, index, plan.all_fields)
     try:
-        return reader.read(reader.sample_ids.index(sample_id))
+        images = SharedImages(plan.all_fields)
+        return images.read(
+            reader, reader.sample_ids.index(sample_id), where=f"{cache_dir}, sample {sample_id!r}"
+        )
     finally:
         reader.close()
 
@@ -111,23 +127,49 @@ def _compare(
     rows = len(output.labels)
     if "logits" in codecs and rows:
         _compare_logits(totals, codecs["logits"], record, output, again_output)
-    if "answer_attention" in codecs and rows and bool(signals.answer_attention[0].any()):
-        live, cached = signals.answer_attention[0], codecs["answer_attention"].decode(record)
-        student = live.sqrt()
-        totals.add("answer_attention_gradient_cosine", _row_cosine(cached, live, student), rows)
-        control = RowAttention.from_cells(again.answer_attention[0])
-        totals.add("control_answer_attention_gradient_cosine", _row_cosine(control, live, student), rows)
-    for name in ("visual_map", "visual_columns"):
-        if name in codecs and output.visual_counts[0]:
-            live = signals.visual_map[0]
-            if name == "visual_columns":
-                live = visual_columns(live, tiles)
-            if not bool(live.any()):  # the picture lies wholly in tokens that count as padding
-                continue
-            decoded = codecs[name].decode(record)
-            totals.add(
-                f"{name}_cosine", float(F.cosine_similarity(decoded.flatten(), live.flatten(), dim=0)), 1
-            )
+    for name in ("answer_attention", "text_attention"):
+        if name in codecs and bool(getattr(signals, name)[0].any()):
+            live, cached = getattr(signals, name)[0], codecs[name].decode(record)
+            student = live.sqrt()
+            control = RowAttention.from_cells(getattr(again, name)[0])
+            looking = live.flatten(1).any(dim=1)  # a row that does not look has no gradient to compare
+            for prefix, found in (("", cached), ("control_", control)):
+                cosines = row_gradient_cosines(found, live, student)[looking]
+                totals.add_cosines(f"{prefix}{name}_gradient_cosine", cosines.tolist())
+    if output.visual_counts[0]:
+        _compare_maps(totals, codecs, record, tiles, signals.visual_map, again.visual_map)
+
+
+def _compare_maps(
+    totals: Totals,
+    codecs: Mapping[str, Any],
+    record: Any,
+    tiles: tuple[Tile, ...],
+    first: tuple[Tensor, ...],
+    second: tuple[Tensor, ...],
+) -> None:
+    """Compare visual columns and maps; pictures that lie wholly in padding tokens have neither."""
+    if "visual_columns" in codecs:
+        columns, again = (visual_columns(run[0], tiles) for run in (first, second))
+        if bool(columns.any()):
+            cached = codecs["visual_columns"].decode(record)
+            similar = float(F.cosine_similarity(cached.flatten(), columns.flatten(), dim=0))
+            totals.add_cosines("visual_columns_cosine", [similar])
+            for name, found in (("", cached), ("control_", again)):
+                cosine = column_gradient_cosine(found, columns)
+                totals.add_cosines(f"{name}visual_columns_gradient_cosine", [cosine])
+    if "visual_map" in codecs:
+        codec = codecs["visual_map"]
+        content = content_mask(tile_boxes(codec.cells_of(tiles)))
+        live, live_again = (codec.pool(run[0], tiles) for run in (first, second))
+        decoded = codec.teacher_map(record)
+        for name, found in (
+            ("", decoded),
+            ("control_", TeacherMap.from_maps(live_again, token_mask=content)),
+        ):
+            for loss, cosine in map_gradient_cosines(found, live, content).items():
+                kind = "" if loss == "sink_filtered" else "plain_"
+                totals.add_cosines(f"{name}visual_map_{kind}gradient_cosine", [cosine])
 
 
 def _compare_logits(
@@ -174,13 +216,3 @@ def reconstruct(sparse: SparseLogits, student_log_probs: Tensor) -> Tensor:
     dense = torch.where(inside, torch.full_like(spread, -torch.inf), spread)
     dense[rows, sparse.token_ids[rows, entries]] = log_probs[rows, entries]
     return dense.clamp_min(-80.0)
-
-
-def _row_cosine(cached: RowAttention, live: Tensor, student: Tensor) -> float:
-    """Cosine of the row-wise KL's gradient on student cells, cached against live, mean over rows."""
-    live_mass = live.sum(-1, keepdim=True).clamp_min(1e-12)
-    cached_mass = cached.image_mass[..., None].clamp_min(1e-12)
-    weights = student / student.sum(-1, keepdim=True).clamp_min(1e-12)
-    exact = live_mass * (weights - live / live_mass)
-    approximate = cached_mass * (weights - cached.cells / cached_mass)
-    return float(F.cosine_similarity(approximate.flatten(1), exact.flatten(1), dim=1).mean())

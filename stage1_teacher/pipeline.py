@@ -9,8 +9,9 @@ from typing import Any
 from common.errors import CacheMismatchError, DataError, SampleError
 from common.manifest import Plan, read_sidecar, sidecar_path
 from common.schema import Record
+from common.shared_images import ImageSharer, SharedImages
 from common.stores import finish_shard, open_writer
-from data.collate import Batch, collate, length_buckets
+from data.collate import Batch, collate, image_key, length_buckets
 from data.encoding import EncodedSample, SampleEncoder
 from data.sample import Dataset
 from stage1_teacher.plan import Build
@@ -138,7 +139,7 @@ def run_shard(work: Build, shard: EncodedShard, batch_size: int) -> Iterator[tup
 def _run_batch(work: Build, samples: Sequence[EncodedSample]) -> tuple[Batch, TeacherSignals]:
     batch = collate(samples, work.teacher.pad_token_id)
     signals = to_cpu(reduce_output(work.run(batch), batch, work.codecs))
-    for attention in (*signals.answer_attention, *signals.visual_map):
+    for attention in (*signals.answer_attention, *signals.text_attention, *signals.visual_map):
         if not bool(attention.isfinite().all()):
             raise SampleError("the attention is not finite; try dtype=float32")
     return batch, signals
@@ -178,7 +179,7 @@ class Writer:
 
     def finish(self, shard: EncodedShard) -> None:
         """Queue the writing of a shard, after its batches."""
-        order = [sample.sample_id for sample in shard.samples]
+        order = [(sample.sample_id, image_key(sample)) for sample in shard.samples]
         self._submit(self._write, shard.index, order, tuple(shard.failed))
 
     def wait(self) -> None:
@@ -197,7 +198,9 @@ class Writer:
         records = encode_records(signals, batch, self._codecs)
         self._records |= dict(zip(batch.sample_ids, records, strict=True))
 
-    def _write(self, index: int, order: list[str], failed: tuple[tuple[str, str], ...]) -> None:
+    def _write(
+        self, index: int, order: list[tuple[str, str | None]], failed: tuple[tuple[str, str], ...]
+    ) -> None:
         records, self._records = self._records, {}
         try:
             writer = open_writer(self._plan.store, self._cache_dir, index, self._plan.all_fields)
@@ -206,8 +209,9 @@ class Writer:
                 return  # another process finished the same shard meanwhile
             raise
         try:
-            for sample_id in order:
-                writer.append(sample_id, records[sample_id])
+            sharer = ImageSharer(SharedImages(self._plan.all_fields))
+            for sample_id, key in order:
+                writer.append(sample_id, sharer.share(records[sample_id], key))
             finish_shard(writer, failed)
         finally:
             writer.abort()

@@ -5,24 +5,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.atomic import TEMPORARY_PREFIX, read_json, remove
-from common.errors import CacheFormatError, ConfigError
+from common.errors import ConfigError
 from common.hashing import fingerprint
-from common.manifest import CARD, MANIFEST, PLAN, SHARDS, Plan, read_plan, refuse_changed_plan, write_plan
-from common.schema import FORMAT_VERSION
+from common.manifest import Plan
+from common.plan import THREADS
+from common.schema import FORMAT_VERSION, Field
+from common.shared_images import VISUAL_SOURCE, with_visual_source
 from data.collate import Batch
 from data.encoding import SampleEncoder
+from data.grouping import GroupedByImage, group_by_image
 from data.registry import open_dataset
 from data.sample import Dataset
 from data.templates import get_template
 from stage1_teacher.config import BuildConfig
-from stage1_teacher.projector_export import EXPORTED
 from stage1_teacher.signals import automatic_grid, build_codecs
 from stage1_teacher.teacher import Teacher, TeacherOutput
 from stage1_teacher.teacher_record import evaluation_of
-
-# All that a cache folder holds at its top level.
-OUR_NAMES = (PLAN, MANIFEST, CARD, SHARDS, *EXPORTED)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +50,7 @@ class Build:
             groups=self.groups,
             answer_rows="answer_attention" in self.codecs,
             visual_rows="visual_map" in self.codecs or "visual_columns" in self.codecs,
+            text="text_attention" in self.codecs,
         )
 
 
@@ -72,6 +71,8 @@ def open_build(config: BuildConfig) -> Build:
     teacher = Teacher(directory, dtype=config.dtype, device=config.device)
     encoder = build_encoder(teacher, template=config.template, max_length=config.max_length)
     codecs = codecs_for(config, teacher)
+    if any(VISUAL_SOURCE in group for group in _fields_of(codecs).values()):
+        dataset = group_by_image(dataset)
     return Build(
         teacher=teacher,
         dataset=dataset,
@@ -143,6 +144,8 @@ def codecs_for(config: BuildConfig, teacher: Teacher) -> dict[str, Any]:
         exact_attention=config.attention_dtype == "f4",
         grid=grid,
         groups=config.groups,
+        map_preset=config.map_preset,
+        map_grid=config.map_grid,
     )
 
 
@@ -170,7 +173,7 @@ def make_plan(
         shard_size=config.shard_size,
         batch_size=config.batch_size,
         signals=signals,
-        fields={name: codec.fields() for name, codec in codecs.items()},
+        fields=_fields_of(codecs),
         fingerprints={
             **teacher.fingerprints(),
             "template": fingerprint(template),
@@ -190,71 +193,27 @@ def make_plan(
             "groups": [list(group) for group in teacher.groups(config.groups, config.layers)],
             "layer_choice": config.layers,
             **({} if evaluation is None else {"evaluation": evaluation}),
+            **given(license=config.teacher_license),
         },
         data={
             "name": dataset.name,
             "split": config.split,
             "limit": config.limit,
+            **given(license=config.data_license, cache_license=config.license, source=config.source),
         },
         geometry=geometry,
-        extra={"max_length": config.max_length},
+        extra={
+            "max_length": config.max_length,
+            **({THREADS: config.threads} if config.threads else {}),
+            **({"order": dataset.describe()} if isinstance(dataset, GroupedByImage) else {}),
+        },
     )
 
 
-def prepare_cache(cache_dir: Path, plan: Plan, *, overwrite: bool) -> Plan:
-    """Write ``plan.json``, or make sure that the one there says the same.
-
-    Args:
-        cache_dir: The cache folder.
-        plan: What this run would write.
-        overwrite: Delete the cache that is there first; files that are not a cache's are never touched.
-
-    Returns:
-        The plan on disk; only descriptive names may differ from ``plan``.
-
-    Raises:
-        ConfigError: If the folder holds something that is not a cache.
-        CacheMismatchError: If a cache with other options is there and ``overwrite`` is not set.
-    """
-    if cache_dir.exists() and not cache_dir.is_dir():
-        raise ConfigError(f"{cache_dir} is a file; give a folder for the cache (CACHE=...)")
-    entries = sorted(cache_dir.iterdir()) if cache_dir.is_dir() else []
-    kept = [entry.name for entry in entries if not _is_leftover(entry)]
-    is_cache = any(_is_our_document(cache_dir / name) for name in (PLAN, MANIFEST))
-    strangers = [name for name in kept if name not in OUR_NAMES]
-    if kept and not is_cache:
-        raise ConfigError(
-            f"{cache_dir} is not a teacher cache: it holds {', '.join((strangers or kept)[:5])}; "
-            "give an empty or new folder (CACHE=...)"
-        )
-    if overwrite and strangers:
-        raise ConfigError(
-            f"{cache_dir} holds {', '.join(strangers[:5])} beside the cache, which --overwrite does not delete; "
-            "move that away, or give a new folder (CACHE=...)"
-        )
-    if overwrite:
-        # The plan goes last: until then a killed run leaves what is still known as a cache.
-        for entry in sorted(entries, key=lambda entry: entry.name == PLAN):
-            remove(entry)
-    elif (cache_dir / PLAN).is_file():
-        stored = read_plan(cache_dir)
-        # Compared without writing: a complete cache may lie on a read-only disk.
-        refuse_changed_plan(stored, plan, where=str(cache_dir))
-        return stored
-    write_plan(cache_dir, plan)
-    return read_plan(cache_dir)  # as a resumed run will read it, so that both write the same bytes
+def given(**texts: str) -> dict[str, str]:
+    """Those of the descriptive texts that somebody gave."""
+    return {name: text for name, text in texts.items() if text}
 
 
-def _is_leftover(entry: Path) -> bool:
-    """What a run leaves that was killed before it wrote its plan."""
-    empty_shards = entry.name == SHARDS and entry.is_dir() and not any(entry.iterdir())
-    return entry.name.startswith(TEMPORARY_PREFIX) or empty_shards
-
-
-def _is_our_document(path: Path) -> bool:
-    """Whether a file has the shape of our documents, of whatever version and however damaged."""
-    try:
-        data = read_json(path)
-    except (OSError, CacheFormatError):
-        return False
-    return isinstance(data, dict) and {"format_version", "checksum"} <= data.keys()
+def _fields_of(codecs: Mapping[str, Any]) -> dict[str, tuple[Field, ...]]:
+    return with_visual_source({name: codec.fields() for name, codec in codecs.items()})

@@ -15,44 +15,46 @@ from typing import Any
 from safetensors.torch import save
 from torch import nn
 
-from common.atomic import write_bytes_atomic, write_json_atomic
+from common.atomic import clean_stale, write_bytes_atomic, write_json_atomic
 from data.encoding import ImageEncoder
 from stage1_teacher.teacher import Teacher
 
-EXPORTED = (
-    "projector.safetensors",
-    "projector.json",
-    "vision_tower.safetensors",
-    "vision_tower.json",
-    "processor",
-)
 MAX_AUTO_TOWER_BYTES = 16 * 2**20
 
 
-def export_parts(teacher: Teacher, cache_dir: Path) -> None:
+def export_parts(teacher: Teacher, cache_dir: Path) -> list[str]:
     """Write the projector, a small vision tower and the processor into a cache.
 
     Args:
         teacher: A loaded teacher.
         cache_dir: The cache; files that are there already are replaced atomically by equal ones.
+
+    Returns:
+        The paths written, relative to the cache.
     """
+    names = ["projector.safetensors", "projector.json"]
     _save_module(teacher.projector, cache_dir / "projector.safetensors")
     write_json_atomic(cache_dir / "projector.json", teacher.family.projector_config(teacher.config))
     tower = teacher.vision_tower
     if sum(tensor.nbytes for tensor in tower.state_dict().values()) <= MAX_AUTO_TOWER_BYTES:
         _save_module(tower, cache_dir / "vision_tower.safetensors")
         write_json_atomic(cache_dir / "vision_tower.json", _plain_config(teacher.config.vision_config))
-    export_processor(teacher.tokenizer, teacher.image_encoder, cache_dir / "processor")
+        names += ["vision_tower.safetensors", "vision_tower.json"]
+    files = export_processor(teacher.tokenizer, teacher.image_encoder, cache_dir / "processor")
+    return names + [f"processor/{file}" for file in files]
 
 
-def export_processor(tokenizer: Any, image_encoder: ImageEncoder, directory: Path) -> None:
-    """Write tokenizer and image processor as ``data.processors`` reads them, each file atomically."""
+def export_processor(tokenizer: Any, image_encoder: ImageEncoder, directory: Path) -> list[str]:
+    """Write tokenizer and image processor as ``data.processors`` reads them, each file atomically; returns the names."""
     directory.mkdir(parents=True, exist_ok=True)
+    clean_stale(directory)
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer.save_pretrained(scratch)
         image_encoder.processor.save_pretrained(scratch)
-        for file in sorted(Path(scratch).iterdir()):
+        files = sorted(Path(scratch).iterdir())
+        for file in files:
             write_bytes_atomic(directory / file.name, file.read_bytes())
+    return [file.name for file in files]
 
 
 def _save_module(module: nn.Module, path: Path) -> None:

@@ -17,6 +17,8 @@ def summary_text(summary: BuildSummary) -> str:
         Several lines; bytes are decoded bytes by signal and stored bytes in all.
     """
     plan, manifest = read_plan(summary.cache), summary.manifest
+    if manifest is None:
+        return _part_text(summary)
     totals = manifest.totals
     samples, rows = max(1, totals["samples"]), max(1, totals["rows"])
     lines = []
@@ -52,6 +54,16 @@ def summary_text(summary: BuildSummary) -> str:
         lines.append(f"  fidelity on {manifest.fidelity['samples']} samples: " + ", ".join(parts))
     lines.append(f"Cache: {summary.cache}")
     return "\n".join(lines)
+
+
+def _part_text(summary: BuildSummary) -> str:
+    numbers = ", ".join(map(str, summary.missing[:10])) + (", ..." if len(summary.missing) > 10 else "")
+    return (
+        f"Part {summary.part} done: this run built {summary.built} shards, {summary.samples} samples in "
+        f"{summary.seconds:.1f} s. {len(summary.missing)} shards are still missing ({numbers}); they are built by "
+        "the other parts, and the last one seals the cache. If a part was lost, run any part again to finish.\n"
+        f"Cache: {summary.cache}"
+    )
 
 
 def next_command(summary: BuildSummary, config: BuildConfig) -> str:

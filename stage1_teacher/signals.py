@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from common.codecs.logits import LogitCodec, SparseLogits
-from common.codecs.row_attention import RowAttention, RowAttentionCodec
-from common.codecs.visual_map import VisualColumnsCodec, VisualMapCodec
+from common.codecs.row_attention import RowAttention, RowAttentionCodec, TextAttentionCodec
+from common.codecs.visual_map import MapPreset, VisualColumnsCodec, VisualMapCodec
 from common.schema import Record
 from common.visual_tokens import (
     Tile,
@@ -22,7 +22,7 @@ from common.visual_tokens import (
     tile_boxes,
     tiles_to_array,
 )
-from data.collate import Batch
+from data.collate import Batch, text_rows
 from stage1_teacher.teacher import TeacherOutput
 
 MAX_AUTO_GRID = 12
@@ -38,6 +38,7 @@ class TeacherSignals:
         visual_map: Of each sample, ``[G, N, N]``; empty unless a visual signal is wanted.
         labels: Targets of all rows, int64 ``[A_total]``.
         row_counts: Rows of each sample.
+        text_attention: Of each sample, cells ``[X, G, C]`` of all text rows behind its image; empty if not wanted.
     """
 
     logits: SparseLogits | None
@@ -45,6 +46,7 @@ class TeacherSignals:
     visual_map: tuple[Tensor, ...]
     labels: Tensor
     row_counts: tuple[int, ...]
+    text_attention: tuple[Tensor, ...] = ()
 
     def row_range(self, sample: int) -> slice:
         """The rows of one sample within the batch's rows."""
@@ -60,6 +62,8 @@ def build_codecs(
     exact_attention: bool,
     grid: tuple[int, int],
     groups: int,
+    map_preset: MapPreset = "exact",
+    map_grid: int = 0,
 ) -> dict[str, Any]:
     """Build the codec of each wanted signal.
 
@@ -68,8 +72,10 @@ def build_codecs(
         logits: Preset of the logit codec.
         temperatures: Temperatures whose tail mass is kept.
         exact_attention: float32 instead of 8-bit codes.
-        grid: Rows and columns that answer attention is pooled to.
+        grid: Rows and columns that answer and text attention are pooled to.
         groups: Number of layer groups.
+        map_preset: What is kept of visual maps.
+        map_grid: Side of the grid that the tokens of a visual map's tiles are pooled to; 0: not pooled.
 
     Returns:
         Codec by signal.
@@ -77,8 +83,11 @@ def build_codecs(
     build: dict[str, Any] = {
         "logits": lambda: LogitCodec.from_preset(logits, temperatures=temperatures),
         "answer_attention": lambda: RowAttentionCodec(grid=grid, groups=groups, exact=exact_attention),
+        "text_attention": lambda: TextAttentionCodec(grid=grid, groups=groups, exact=exact_attention),
         "visual_columns": lambda: VisualColumnsCodec(groups=groups, exact=exact_attention),
-        "visual_map": lambda: VisualMapCodec(groups=groups, preset="f4" if exact_attention else "exact8"),
+        "visual_map": lambda: VisualMapCodec(
+            groups=groups, preset="f4" if exact_attention else map_preset, grid=map_grid
+        ),
     }
     return {name: build[name]() for name in signals}
 
@@ -111,16 +120,24 @@ def reduce_output(output: TeacherOutput, batch: Batch, codecs: Mapping[str, Any]
     """
     logits = codecs["logits"].select(output.logits, output.labels) if "logits" in codecs else None
     answer: list[Tensor] = []
+    text: list[Tensor] = []
     visual: list[Tensor] = []
+    text_counts = (text_rows(batch) >= 0).sum(dim=1).tolist() if "text_attention" in codecs else []
     for index, (rows, tokens) in enumerate(zip(output.row_counts, output.visual_counts, strict=True)):
         if "answer_attention" in codecs:
             codec = codecs["answer_attention"]
             if tokens:
                 attention = output.attention["answer"][index, :, :rows, :tokens]  # [G, A, N]
-                overlap = _grid_overlap(batch.tiles[index], codec.grid).to(attention.device)
-                answer.append(pool_keys(attention.transpose(0, 1), overlap))  # [A, G, C]
+                answer.append(_pool_rows(attention, batch.tiles[index], codec.grid))  # [A, G, C]
             else:
                 answer.append(torch.zeros(rows, codec.groups, codec.cells))
+        if "text_attention" in codecs:
+            codec = codecs["text_attention"]
+            if tokens:
+                attention = output.attention["text"][index, :, : text_counts[index], :tokens]  # [G, X, N]
+                text.append(_pool_rows(attention, batch.tiles[index], codec.grid))  # [X, G, C]
+            else:
+                text.append(torch.zeros(0, codec.groups, codec.cells))
         for name in ("visual_map", "visual_columns"):
             if name in codecs:
                 groups = codecs[name].groups
@@ -136,7 +153,14 @@ def reduce_output(output: TeacherOutput, batch: Batch, codecs: Mapping[str, Any]
         visual_map=tuple(visual),
         labels=output.labels,
         row_counts=output.row_counts,
+        text_attention=tuple(text),
     )
+
+
+def _pool_rows(attention: Tensor, tiles: tuple[Tile, ...], grid: tuple[int, int]) -> Tensor:
+    """Attention of some rows on visual tokens, ``[G, R, N]``, on the cells of a grid: ``[R, G, C]``."""
+    overlap = _grid_overlap(tiles, grid).to(attention.device)
+    return pool_keys(attention.transpose(0, 1), overlap)
 
 
 def slice_logits(logits: SparseLogits, rows: slice) -> SparseLogits:
@@ -174,13 +198,30 @@ def encode_records(signals: TeacherSignals, batch: Batch, codecs: Mapping[str, A
         if "answer_attention" in codecs:
             attention = RowAttention.from_cells(signals.answer_attention[index])
             record |= codecs["answer_attention"].encode(attention)
+        if "text_attention" in codecs:
+            attention = RowAttention.from_cells(signals.text_attention[index])
+            record |= codecs["text_attention"].encode(attention)
         if "visual_map" in codecs:
-            record |= codecs["visual_map"].encode(signals.visual_map[index])
+            record |= encode_map(codecs["visual_map"], signals.visual_map[index], batch.tiles[index])
         if "visual_columns" in codecs:
             columns = visual_columns(signals.visual_map[index], batch.tiles[index])
             record |= codecs["visual_columns"].encode(columns)
         records.append(record)
     return records
+
+
+def encode_map(codec: VisualMapCodec, maps: Tensor, tiles: tuple[Tile, ...]) -> Record:
+    """Pool a visual map to the codec's cells and encode it.
+
+    Args:
+        codec: Of the cache.
+        maps: On the teacher's tokens, float32 ``[G, N, N]``.
+        tiles: Of these tokens.
+
+    Returns:
+        The codec's fields.
+    """
+    return codec.encode(codec.pool(maps, tiles), tiles=tiles)
 
 
 def visual_columns(maps: Tensor, tiles: tuple[Tile, ...]) -> Tensor:
@@ -207,4 +248,5 @@ def to_cpu(signals: TeacherSignals) -> TeacherSignals:
         visual_map=tuple(maps.cpu() for maps in signals.visual_map),
         labels=signals.labels.cpu(),
         row_counts=signals.row_counts,
+        text_attention=tuple(cells.cpu() for cells in signals.text_attention),
     )

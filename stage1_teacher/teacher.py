@@ -19,7 +19,7 @@ from common.errors import ModelError
 from common.layers import teacher_groups
 from common.schema import IGNORE_INDEX
 from common.visual_attention import AttentionCapture, AttentionRequest
-from data.collate import Batch, supervised_rows, visual_keys
+from data.collate import Batch, supervised_rows, text_rows, visual_keys
 from data.encoding import ImageEncoder
 from data.fingerprints import module_fingerprint, tokenizer_fingerprint, weights_fingerprint
 from data.processors import load_image_processor, load_tokenizer
@@ -124,7 +124,13 @@ class Teacher:
 
     @torch.inference_mode()
     def run(
-        self, batch: Batch, *, groups: tuple[tuple[int, ...], ...], answer_rows: bool, visual_rows: bool
+        self,
+        batch: Batch,
+        *,
+        groups: tuple[tuple[int, ...], ...],
+        answer_rows: bool,
+        visual_rows: bool,
+        text: bool = False,
     ) -> TeacherOutput:
         """Run one batch and keep supervised rows only.
 
@@ -133,6 +139,7 @@ class Teacher:
             groups: Layers of each attention group.
             answer_rows: Capture attention of supervised rows on visual tokens (``"answer"``).
             visual_rows: Capture attention of visual tokens on visual tokens (``"visual"``).
+            text: Capture attention of all text rows on visual tokens (``"text"``).
 
         Returns:
             Logits, labels and attention of the batch.
@@ -143,6 +150,8 @@ class Teacher:
         if keys.shape[1]:
             if answer_rows:
                 requests["answer"] = AttentionRequest(supervised_rows(batch), keys, groups)
+            if text:
+                requests["text"] = AttentionRequest(text_rows(batch), keys, groups)
             if visual_rows:
                 requests["visual"] = AttentionRequest(keys, keys, groups)
         inputs = batch.model_inputs()

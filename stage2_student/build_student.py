@@ -26,6 +26,14 @@ logger = logging.getLogger(__name__)
 STUDENTS = ("mobilevlm",)
 SIZES = ("tiny", "1.7b", "3b")
 
+# What is read of a cache's vision_tower.json: a cache from elsewhere is data, and other settings of the library
+# can name code to fetch (its attention implementation may be a repository).
+_TOWER_SETTINGS = (
+    "hidden_size", "intermediate_size", "projection_dim", "num_hidden_layers", "num_attention_heads",
+    "num_channels", "image_size", "patch_size", "hidden_act", "layer_norm_eps", "attention_dropout",
+    "initializer_range", "initializer_factor",
+)  # fmt: skip
+
 
 def load_preset(size: str) -> dict[str, Any]:
     """Read a size's preset: ``source``, ``initializer``, ``language_model``, ``vision_tower``.
@@ -159,7 +167,7 @@ def build_config(
             eos_token_id=special_token_ids["eos"],
             pad_token_id=special_token_ids["pad"],
         ),
-        vision_config=CLIPVisionConfig(**{k: v for k, v in tower.items() if k != "model_type"}),
+        vision_config=CLIPVisionConfig(**{k: tower[k] for k in _TOWER_SETTINGS if k in tower}),
         image_token_id=image_token_id,
         projector_type=projector_type,
         teacher_projector=teacher,

@@ -18,9 +18,10 @@ from common.codecs import codec_from_dict
 from common.errors import CacheMismatchError
 from common.layers import Groups
 from common.schema import BASE_FIELDS, Record
+from data.collate import text_row_count
 from data.encoding import EncodedSample, SampleEncoder
 from data.sample import Dataset
-from stage2_student.sampler import Indices
+from stage2_student.join import join_cache
 from stage2_student.signals import SampleSignals, decode_signals, matching_groups
 from stage2_student.training_batch import (
     AttentionBatch,
@@ -97,12 +98,12 @@ class CachedDataset:
             cache: The teacher's signals.
             signals: Which of them to read; none for supervised fine-tuning, which then reads no record.
             pad_token_id: Fills shorter sequences.
-            limit: Use only the cache's first so many samples.
+            limit: Use only the cache's first so many samples; of a merged cache, the first that are in the data.
             memory: Keeps encoded and decoded samples; joins of the same data and cache may share one.
             shuffle_teacher_images: Attention signals come from another sample (control experiment).
 
         Raises:
-            CacheMismatchError: If the data set lacks samples that the cache holds.
+            CacheMismatchError: As `join.join_cache`, if the data set lacks samples that the cache holds.
         """
         self._dataset, self._encoder, self._cache = dataset, encoder, cache
         self._codecs = {name: codec_from_dict(cache.plan.signals[name]) for name in signals}
@@ -112,25 +113,8 @@ class CachedDataset:
         self._memory = SampleMemory(0) if memory is None else memory
         self._shuffle_teacher_images = shuffle_teacher_images
         self.failed = len(cache.failed)
-        where = {sample_id: index for index, sample_id in enumerate(dataset.sample_ids)}
-        self.sample_ids: list[str] = []
-        self.shards: list[Indices] = []
-        cached_ids = cache.sample_ids  # a new tuple each time
-        total = len(cached_ids) if limit is None else min(limit, len(cached_ids))
-        for shard in cache.manifest.shards:
-            first, last = len(self.sample_ids), min(len(self.sample_ids) + shard.samples, total)
-            self.sample_ids += cached_ids[first:last]
-            self.shards.append(np.arange(first, last, dtype=np.int64))
-        missing = [sample_id for sample_id in self.sample_ids if sample_id not in where]
-        if missing:
-            raise CacheMismatchError(
-                f"{len(missing)} of the {len(self.sample_ids)} samples in {cache.path} are not in the data "
-                "set "
-                f"{dataset.name} ({len(dataset)} samples); the first is {missing[0]!r}. Train with the data "
-                "the "
-                "cache was built from, or build a cache for this data (teacher-cache build --data ...)"
-            )
-        self._index = [where[sample_id] for sample_id in self.sample_ids]
+        join = join_cache(cache, dataset, limit=limit)
+        self.sample_ids, self.shards, self._places = join.sample_ids, join.shards, join.places
         if self.failed:
             _log.info("%d samples that stage one could not read are left out", self.failed)
 
@@ -152,7 +136,7 @@ class CachedDataset:
         """
         sample_id = self.sample_ids[position]
         encoded: EncodedSample = self._memory.fetch(
-            (sample_id, "encoded"), lambda: self._encoder(self._dataset[self._index[position]])
+            (sample_id, "encoded"), lambda: self._encoder(self._dataset[int(self._places[position])])
         )
         signals = SampleSignals(None, {})
         if self._codecs:
@@ -210,6 +194,12 @@ def check_join(record: Record, encoded: EncodedSample, *, where: str) -> None:
             "template or "
             "tokenizer changed since the cache was built. Train with the data of the cache, or build the "
             "cache again"
+        )
+    if "text_attention" in record and len(record["text_attention"]) != text_row_count(encoded):
+        raise CacheMismatchError(
+            f"{where}: the cache holds attention of {len(record['text_attention'])} text rows, the data now has "
+            f"{text_row_count(encoded)}: a question or the template changed since the cache was built. Train "
+            "with the data of the cache, or build the cache again"
         )
     now, then = bytes(encoded.image_hash), np.asarray(record["image_hash"]).astype(np.uint8).tobytes()
     if now != then:

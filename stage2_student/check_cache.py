@@ -18,6 +18,7 @@ from data.fingerprints import module_fingerprint, tokenizer_fingerprint
 from data.sample import Dataset
 from data.templates import PromptTemplate
 from stage2_student.cached_dataset import CachedDataset
+from stage2_student.join import merged_fingerprints, missing_samples
 
 PROBED_SAMPLES = 8
 
@@ -62,27 +63,28 @@ def check_template(cache: TeacherCache, template: PromptTemplate) -> None:
 
 
 def check_data(cache: TeacherCache, dataset: Dataset) -> None:
-    """Refuse other data than the cache was built from.
+    """Refuse other data than the cache was built from; of a merged cache, than one of those it came from.
+
+    A cache that was derived from another one keeps that one's fingerprint: it fits the same data.
 
     Raises:
         CacheMismatchError: Naming both fingerprints, and how many sample ids are missing.
     """
     expected, found = cache.plan.fingerprints.get("data"), dataset.fingerprint()
-    if expected == found:
+    merged = merged_fingerprints(cache)
+    if found == expected or found in merged:
         return
-    ids = set(dataset.sample_ids)
-    missing = [sample_id for sample_id in cache.sample_ids if sample_id not in ids]
+    missing, first = missing_samples(cache, dataset.sample_ids)
     what = (
-        f"{len(missing)} of the cache's {len(cache)} sample ids are missing, the first is {missing[0]!r}"
+        f"{missing} of the cache's {len(cache)} sample ids are missing, the first is {first!r}"
         if missing
         else "all sample ids are there, but some question or answer changed, or samples were added"
     )
     raise CacheMismatchError(
         f"data set {dataset.name} ({len(dataset)} samples, fingerprint {found}) is not the one {cache.path} "
         "was built "
-        f"from ({cache.plan.data}, fingerprint {expected}): {what}. Give the cache's data (--data, "
-        "--images), or "
-        "build a cache for this data (teacher-cache build --data ...)"
+        f"from ({cache.plan.data}, fingerprint {' or '.join(merged) or expected}): {what}. Give the cache's "
+        "data (--data, --images), or build a cache for this data (teacher-cache build --data ...)"
     )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from common.command_line import SETTINGS, CommandGroup
+from common.command_line import SETTINGS, CacheLocation, CommandGroup
 
 # Imports that pull torch in are inside the commands, so that --help, usage errors and "up to date" are
 # instant.
@@ -32,7 +32,12 @@ def _training_options(command: Any) -> Any:
         click.option("--seed", type=click.IntRange(min=0), help="Of weights and order."),
         click.option("--phases", help='Which, in order: "dpt dft sft".'),
         click.option("--output", required=True, type=click.Path(path_type=Path), help="Folder to write to."),
-        click.option("--cache", required=True, type=_FOLDER, help="Teacher cache."),
+        click.option(
+            "--cache",
+            required=True,
+            type=CacheLocation(),
+            help="Teacher cache: a folder, s3://..., hf://datasets/... or https://...",
+        ),
         click.option("--images", help="Folder that relative image paths start from."),
         click.option("--data", help="The data the cache was built from; may be left out if it is built in."),
         click.option(
@@ -43,7 +48,7 @@ def _training_options(command: Any) -> Any:
     return command
 
 
-def _load(config: Path | None, cache: Path, overrides: tuple[str, ...], **options: Any) -> Any:
+def _load(config: Path | None, cache: str, overrides: tuple[str, ...], **options: Any) -> Any:
     from stage2_student.run import load_run_config, phases_override
 
     phases, seed = options.pop("phases"), options.pop("seed")
@@ -57,18 +62,18 @@ def _load(config: Path | None, cache: Path, overrides: tuple[str, ...], **option
 
 @main.command()
 @_training_options
-def train(config: Path | None, cache: Path, overrides: tuple[str, ...], **options: Any) -> None:
+def train(config: Path | None, cache: str, overrides: tuple[str, ...], **options: Any) -> None:
     """Train one student through its phases, or resume it."""
     settings = _load(config, cache, overrides, **options)
 
     from stage2_student.output_folder import claim_output, refuse_foreign_folder
-    from stage2_student.run import hash_caches, set_up_libraries
+    from stage2_student.run import cache_folders, set_up_libraries
     from stage2_student.train import train as train_phases
     from stage2_student.training_log import summarise
 
     set_up_libraries()
     refuse_foreign_folder(Path(settings.output))
-    with claim_output(Path(settings.output), *map(Path, hash_caches(settings))):
+    with claim_output(Path(settings.output), *cache_folders(settings)):
         result = train_phases(settings)
     if result.log:
         click.echo(summarise(result.log))
@@ -79,7 +84,7 @@ def train(config: Path | None, cache: Path, overrides: tuple[str, ...], **option
 @main.command()
 @_training_options
 @click.option("--nproc", type=click.IntRange(min=1), default=1, show_default=True, help="Training processes.")
-def run(config: Path | None, cache: Path, overrides: tuple[str, ...], nproc: int, **options: Any) -> None:
+def run(config: Path | None, cache: str, overrides: tuple[str, ...], nproc: int, **options: Any) -> None:
     """Train the SFT baseline and the distilled student, score both, write the report."""
     settings = _load(config, cache, overrides, **options)
 
@@ -100,7 +105,9 @@ def run(config: Path | None, cache: Path, overrides: tuple[str, ...], nproc: int
 @click.option("--data", help="Data set of the held-out items; default: the one it was trained on.")
 @click.option("--images", help="Folder that relative image paths start from.")
 @click.option(
-    "--cache", type=_FOLDER, help="Compare with this cache's teacher; default: the one of its training."
+    "--cache",
+    type=CacheLocation(),
+    help="Compare with this cache's teacher (a folder or an address); default: the one of its training.",
 )
 @click.option("--limit", type=click.IntRange(min=1), help="Most items.")
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="JSON file to write.")
@@ -108,7 +115,7 @@ def evaluate(
     student: Path,
     data: str | None,
     images: str | None,
-    cache: Path | None,
+    cache: str | None,
     limit: int | None,
     output: Path | None,
 ) -> None:
@@ -118,7 +125,7 @@ def evaluate(
     from common.atomic import write_json_atomic
     from common.cache import open_cache
     from common.config import config_from_dict
-    from common.errors import CacheFormatError
+    from common.errors import CacheFormatError, TransferError
     from stage2_student.config import TrainConfig
     from stage2_student.evaluate import render_table
     from stage2_student.held_out import EVALUATE_OPTION, scoring_notes
@@ -131,14 +138,14 @@ def evaluate(
     how = settings.evaluation
     settings = replace(
         settings,
-        cache=str(cache) if cache else settings.cache,
+        cache=cache or settings.cache,
         evaluation=replace(how, data=data or how.data, images=images or how.images, limit=limit or how.limit),
     )
     notes = []
     if cache is None and settings.evaluation.agreement_samples:
         try:
-            open_cache(Path(settings.cache))
-        except CacheFormatError as error:
+            open_cache(settings.cache)
+        except (CacheFormatError, TransferError) as error:
             notes.append(
                 f"Not compared with the teacher of its training: {error}. Name its cache with --cache."
             )

@@ -10,6 +10,7 @@ import yaml
 
 from common.config import config_to_dict, load_config
 from common.errors import ConfigError
+from common.mirror import public_location
 
 PhaseName = Literal["dpt", "dft", "sft"]
 Schedule = Literal["cosine", "constant"]
@@ -36,17 +37,19 @@ class LossWeights:
         lm: Cross-entropy on the supervised rows.
         logits: KL to the teacher's cached logits.
         answer_attention: Where the answer's rows look on the image.
+        text_attention: Where all text rows behind the image look on it, those of questions too.
         visual_columns: Mean attention each visual token receives from the visual rows.
         visual_map: The visual x visual attention map.
         temperature: Of ``logits``, dimensionless; must be cached.
-        answer_kind: ``kl`` over the image, ``cosine``, or ``relative`` (rows divided by the sample's mean
-            row).
+        answer_kind: Of both row losses, answer and text: ``kl`` over the image, ``cosine``, or ``relative``
+            (rows divided by the sample's mean row).
         visual_map_kind: ``sink_filtered`` (the released code) or ``cosine`` (the paper's formula).
     """
 
     lm: float = 1.0
     logits: float = 0.0
     answer_attention: float = 0.0
+    text_attention: float = 0.0
     visual_columns: float = 0.0
     visual_map: float = 0.0
     temperature: float = 1.0
@@ -63,7 +66,14 @@ class LossWeights:
         """Weights by term, those above 0 only unless ``everything``."""
         named = {
             name: getattr(self, name)
-            for name in ("lm", "logits", "answer_attention", "visual_columns", "visual_map")
+            for name in (
+                "lm",
+                "logits",
+                "answer_attention",
+                "text_attention",
+                "visual_columns",
+                "visual_map",
+            )
         }
         return {name: float(value) for name, value in named.items() if everything or value != 0}
 
@@ -176,7 +186,7 @@ class TrainConfig:
         data: Data set, as in ``data.registry``; None: what the cache was built from.
         images: Folder that relative image paths start from.
         limit: Use only the first so many samples.
-        cache: Teacher cache.
+        cache: Teacher cache: a folder, or an address (``s3://``, ``hf://datasets/``, ``https://``).
         output: Folder for everything the run writes.
         phases: Phases to run, in this order.
         dpt: Distilled pre-training.
@@ -225,7 +235,7 @@ class TrainConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
-        _require(self.cache != "", "cache", self.cache, "a teacher cache's folder (--cache)")
+        _require(self.cache != "", "cache", self.cache, "a teacher cache's folder or address (--cache)")
         _require(self.output != "", "output", self.output, "a folder to write to (--output)")
         _require(len(set(self.phases)) == len(self.phases), "phases", self.phases, "without repetition")
         _require(bool(self.phases), "phases", self.phases, "at least one of dpt, dft, sft")
@@ -254,6 +264,16 @@ def without_teacher(config: TrainConfig) -> TrainConfig:
     """The SFT baseline of a run: the same student, samples, steps and rates, with the LM loss alone."""
     plain = {name: replace(getattr(config, name), losses=LossWeights()) for name in PHASE_NAMES}
     return replace(config, **plain, projector=None, shuffle_teacher_images=False)
+
+
+def public_config(config: TrainConfig) -> TrainConfig:
+    """A run's configuration as it may be published with its student: addresses of caches without signatures."""
+    public = {
+        name: replace(getattr(config, name), cache=public_location(cache))
+        for name in PHASE_NAMES
+        if (cache := getattr(config, name).cache) is not None
+    }
+    return replace(config, cache=public_location(config.cache), **public)
 
 
 def describe(config: TrainConfig, cache_hashes: Mapping[str, str]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from common.cache import TeacherCache, open_cache
-from common.errors import CacheFormatError, ConfigError, SampleError
+from common.errors import CacheFormatError, ConfigError, SampleError, TransferError
 from data.encoding import SampleEncoder, build_prompt
 from data.registry import open_dataset, open_evaluation
 from data.sample import EvaluationSet, Question
@@ -66,10 +66,11 @@ def probe_items(config: TrainConfig) -> list[str]:
         DataError: If the data cannot be opened.
     """
     items = _open(config)
-    cache = open_cache(Path(config.cache))
+    cache = open_cache(config.cache)
     longest = int(cache.plan.extra.get("max_length", MAX_LENGTH))
     description = describe_encoder(cache.plan, max_length=config.max_length or longest)
     rows, columns = cache.plan.geometry["grid"]
+    cache.check_side_files(["processor"])
     encoder = build_encoder(description, *load_processors(cache.path / "processor"), grid=(rows, columns))
     step = max(1, len(items.questions) // PROBED_QUESTIONS)
     faults = [_fault(item, encoder) for item in items.questions[::step]]
@@ -118,8 +119,8 @@ def _data_of(config: TrainConfig) -> str:
         return named
     remedy = f"name it with {EVALUATE_OPTION} (for distill run also {RUN_OPTION})"
     try:
-        plan = open_cache(Path(config.cache)).plan
-    except CacheFormatError as error:
+        plan = open_cache(config.cache).plan
+    except (CacheFormatError, TransferError) as error:
         raise ConfigError(
             f"no data to score on is named, and the cache cannot say: {error}; {remedy}"
         ) from error
@@ -152,8 +153,8 @@ def _is_training_data(config: TrainConfig, data: str) -> bool:
 
 def _cache_of(config: TrainConfig) -> TeacherCache | None:
     try:
-        return open_cache(Path(config.cache))
-    except CacheFormatError:
+        return open_cache(config.cache)
+    except (CacheFormatError, TransferError):
         return None  # a student outlives its cache
 
 

@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from common.codecs.logits import SparseLogits
 from common.codecs.row_attention import RowAttention
+from common.codecs.teacher_map import TeacherMap, image_pairs
 
 AnswerLossKind = Literal["kl", "cosine", "relative"]
 LayerReduction = Literal["mean", "sum"]
@@ -224,16 +225,21 @@ def column_means(maps: Tensor) -> Tensor:
 
 
 def sink_filtered_cosine_loss(
-    student: Tensor, teacher: Tensor, *, token_mask: Tensor | None = None, reduction: LayerReduction = "sum"
+    student: Tensor,
+    teacher: TeacherMap,
+    *,
+    token_mask: Tensor | None = None,
+    reduction: LayerReduction = "sum",
 ) -> Tensor:
     """1 - cosine of column means over the pairs where neither side shows an attention sink.
 
     A pair counts if its mass is at most mean + std of its map on both sides and the teacher's is not zero.
-    The mask is a comparison, so no gradient flows through it, but it does follow the student.
+    The mask is a comparison, so no gradient flows through it, but it does follow the student. A teacher's map of
+    any preset serves, with the mask it was cached with.
 
     Args:
         student: Visual maps, float `[B, G, N, N]`, query rows by key columns, zero above the diagonal.
-        teacher: The same, on the student's visual tokens.
+        teacher: The same, on the student's visual tokens, and its half of the mask.
         token_mask: Tokens that carry image, bool `[B, N]`; padding enters neither mean nor std. None: all do.
         reduction: Over groups: `sum` as published, or `mean`.
 
@@ -246,19 +252,18 @@ def sink_filtered_cosine_loss(
     Source:
         CompoDistill's released code (arXiv:2510.12184); mean and unbiased std include the causal zeros.
     """
-    _check_equal("sink_filtered_cosine_loss", student, teacher)
-    live, target = student.float(), teacher.float()
-    if token_mask is None:
-        token_mask = torch.ones(live.shape[0], live.shape[-1], dtype=torch.bool, device=live.device)
-    pairs = _pairs(token_mask).expand_as(live)
-    kept = _not_sink(live, pairs) & _not_sink(target, pairs) & (target != 0)  # [B, G, N, N]
-    count = kept.sum(dim=-2).clamp_min(1)  # [B, G, N]
-    columns, wanted = ((maps * kept).sum(dim=-2) / count for maps in (live, target))
-    return _mean_over_samples(1 - F.cosine_similarity(columns, wanted, dim=-1), target, student, reduction)
+    _check_equal("sink_filtered_cosine_loss", student, teacher.values)
+    columns, wanted = teacher.mean_columns(student.float(), token_mask)  # [B, G, N]
+    losses = 1 - F.cosine_similarity(columns, wanted, dim=-1)
+    return _mean_over_samples(losses, teacher.values, student, reduction)
 
 
 def visual_map_cosine_loss(
-    student: Tensor, teacher: Tensor, *, token_mask: Tensor | None = None, reduction: LayerReduction = "mean"
+    student: Tensor,
+    teacher: TeacherMap,
+    *,
+    token_mask: Tensor | None = None,
+    reduction: LayerReduction = "mean",
 ) -> Tensor:
     """1 - cosine of the flattened visual maps.
 
@@ -273,14 +278,15 @@ def visual_map_cosine_loss(
 
     Raises:
         ValueError: If the shapes differ or there is no such reduction.
+        CacheMismatchError: If the teacher's map comes from a preset without single values.
 
     Source:
         CompoDistill (arXiv:2510.12184), the paper's visual attention alignment.
     """
-    _check_equal("visual_map_cosine_loss", student, teacher)
-    left, right = student.float(), teacher.float()
+    _check_equal("visual_map_cosine_loss", student, teacher.values)
+    left, right = student.float(), teacher.whole("the loss visual_map_kind=cosine")
     if token_mask is not None:
-        padding = ~_pairs(token_mask)
+        padding = ~image_pairs(left, token_mask)
         left, right = left.masked_fill(padding, 0), right.masked_fill(padding, 0)
     left, right = left.flatten(2), right.flatten(2)
     return _mean_over_samples(1 - F.cosine_similarity(left, right, dim=-1), right, student, reduction)
@@ -326,20 +332,6 @@ def _relative_rows(shares: Tensor, sample_index: Tensor) -> Tensor:
     sums = torch.zeros(samples, *shares.shape[1:], device=shares.device).index_add(0, index, shares)
     rows = torch.bincount(index, minlength=samples)[:, None, None]
     return _share(shares / (sums / rows)[index].clamp_min(_TINY))
-
-
-def _pairs(token_mask: Tensor) -> Tensor:
-    """Pairs of two tokens that carry image: bool `[B, N]` to `[B, 1, N, N]`."""
-    return token_mask[:, None, :, None] & token_mask[:, None, None, :]
-
-
-def _not_sink(maps: Tensor, pairs: Tensor) -> Tensor:
-    """Bool `[B, G, N, N]`: of the pairs that count, values of at most mean + unbiased std of these."""
-    count = pairs.flatten(2).sum(dim=-1)[..., None, None]  # [B, G, 1, 1]
-    mean = (maps * pairs).sum(dim=(-2, -1), keepdim=True) / count.clamp_min(1)
-    squares = ((maps - mean).square() * pairs).sum(dim=(-2, -1), keepdim=True)
-    std = (squares / (count - 1).clamp_min(1)).sqrt()  # one token: a std of 0, not NaN
-    return pairs & (maps <= mean + std)
 
 
 def _mean_over_samples(losses: Tensor, teacher: Tensor, student: Tensor, reduction: LayerReduction) -> Tensor:

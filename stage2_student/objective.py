@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from common.codecs.row_attention import RowAttention
+from common.codecs.teacher_map import TeacherMap
 from common.schema import IGNORE_INDEX
 from common.visual_attention import AttentionCapture, AttentionRequest
 from stage2_student.losses import (
@@ -29,7 +30,7 @@ from stage2_student.losses import (
     visual_columns_loss,
     visual_map_cosine_loss,
 )
-from stage2_student.signals import ATTENTION_SIGNALS
+from stage2_student.signals import ATTENTION_SIGNALS, ROW_SIGNALS
 from stage2_student.training_batch import AttentionBatch, TrainingBatch
 
 Groups = tuple[tuple[int, ...], ...]
@@ -78,7 +79,7 @@ class Objective:
         weights: Weight of each active term: ``lm``, ``logits`` and attention signals.
         groups: Student layers of each layer group, as many as the cache's; empty without attention.
         temperature: Of the logit loss.
-        answer_kind: Kind of the answer-attention loss.
+        answer_kind: Kind of the answer-attention loss, and of the text-attention loss.
         visual_map_kind: Kind of the visual-map loss.
     """
 
@@ -136,9 +137,10 @@ class Objective:
         """
         target = batch.attention[signal]
         chosen = batch.has_image
-        if signal == "answer_attention":
-            rows = batch.rows[batch.has_image.cpu()]  # [I, R]
-            cells = student_answer_cells(maps["answer"][chosen], target, rows)
+        if signal in ROW_SIGNALS:
+            rows, name = (batch.rows, "answer") if signal == "answer_attention" else (batch.text_rows, "text")
+            rows = rows[batch.has_image.cpu()]  # [I, R]
+            cells = student_answer_cells(maps[name][chosen], target, rows)
             assert target.image_mass is not None
             sample_index = sample_of_rows(rows).to(cells.device)  # [A']
             return answer_attention_loss(
@@ -152,9 +154,10 @@ class Objective:
         if signal == "visual_columns":
             columns = mean_columns(student, target.content)
             return visual_columns_loss(columns, target.teacher, token_mask=target.content)
-        if self.visual_map_kind == "cosine":
-            return visual_map_cosine_loss(student, target.teacher, token_mask=target.content)
-        return sink_filtered_cosine_loss(student, target.teacher, token_mask=target.content)
+        assert target.kept is not None
+        teacher = TeacherMap(target.teacher, target.kept, target.complete)
+        loss = visual_map_cosine_loss if self.visual_map_kind == "cosine" else sink_filtered_cosine_loss
+        return loss(student, teacher, token_mask=target.content)
 
 
 def record_attention(
@@ -175,19 +178,22 @@ def attention_requests(
         signals: The losses' signals; those that the batch lacks are left out.
 
     Returns:
-        ``answer``: supervised rows by visual tokens; ``visual``: visual tokens by visual tokens.
+        ``answer``: supervised rows by visual tokens; ``text``: all text rows by visual tokens; ``visual``:
+        visual tokens by visual tokens.
     """
     wanted = batch.attention.keys() & set(signals)
     requests: dict[str, AttentionRequest] = {}
     if "answer_attention" in wanted:
         requests["answer"] = AttentionRequest(batch.rows, batch.keys, groups)
+    if "text_attention" in wanted:
+        requests["text"] = AttentionRequest(batch.text_rows, batch.keys, groups)
     if wanted & {"visual_columns", "visual_map"}:
         requests["visual"] = AttentionRequest(batch.keys, batch.keys, groups)
     return requests
 
 
 def student_answer_cells(attention: Tensor, target: AttentionBatch, rows: Tensor) -> Tensor:
-    """The student's answer rows on the common cells, in the order of the teacher's rows.
+    """The student's answer or text rows on the common cells, in the order of the teacher's rows.
 
     Args:
         attention: float32 ``[I, G, R, M]``, absolute mass.

@@ -4,7 +4,7 @@ All bad news comes from here, before the first step of the first phase.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,9 @@ from common.cache import TeacherCache, open_cache
 from common.errors import CacheFormatError, ConfigError, ModelError
 from common.hashing import fingerprint
 from common.layers import student_groups
+from common.mirror import find_mirror
 from common.plan import Plan
+from common.remotes import is_url
 from data.encoding import SampleEncoder
 from data.image_encoder import ImageEncoder
 from data.processors import load_image_processor, load_tokenizer
@@ -36,6 +38,7 @@ from stage2_student.models.mobilevlm import MobileVLMForConditionalGeneration
 from stage2_student.models.projectors import TeacherAdapter
 from stage2_student.objective import Objective
 from stage2_student.sampler import ShardShuffle
+from stage2_student.signals import check_map_serves
 
 BUILT_IN_DATA = ("shapes", "easy-vqa")
 MAX_LENGTH = 2048  # tokens, where neither the run nor a cache says one
@@ -53,6 +56,7 @@ class PreparedPhase:
         dataset: Data joined with its cache.
         shuffle: The order of samples.
         objective: The losses.
+        expect: Told which shards are read soon; None for a cache that is here.
     """
 
     name: PhaseName
@@ -61,6 +65,7 @@ class PreparedPhase:
     dataset: CachedDataset
     shuffle: ShardShuffle
     objective: Objective
+    expect: Callable[[Iterable[int]], None] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,8 +201,10 @@ def prepare(config: TrainConfig) -> Preparation:
         path = str(config.phase(name).cache)
         if path not in caches:
             # Twice the window: a step may begin the next window while loading threads still read the last.
-            caches[path] = open_cache(Path(path), open_shards=2 * config.shuffle_window)
+            caches[path] = open_cache(path, open_shards=2 * config.shuffle_window)
     first = caches[str(config.phase(config.phases[0]).cache)]
+    for cache in caches.values():
+        cache.check_side_files()  # projector, vision tower and processor are read next
     tokenizer, image_processor = load_processors(first.path / "processor")
     student_name, size = split_student_name(config.student)
     student = build_student(
@@ -262,6 +269,10 @@ def _prepare_phases(
         cache = caches[str(phase.cache)]
         signals = phase.losses.signals
         check_signals(cache, signals, temperature=phase.losses.temperature, phase=name)
+        if "visual_map" in signals:
+            check_map_serves(
+                cache.plan.signals, phase.losses.visual_map_kind, where=f"phase {name}, {cache.path}"
+            )
         source = (phase.cache, phase.data, phase.images)
         if source not in opened:
             opened[source] = open_cached_data(cache, data=phase.data, images=phase.images)
@@ -299,6 +310,7 @@ def _prepare_phases(
                     answer_kind=phase.losses.answer_kind,
                     visual_map_kind=phase.losses.visual_map_kind,
                 ),
+                expect=find_mirror(str(phase.cache)).expect if is_url(str(phase.cache)) and signals else None,
             )
         )
     if not any(phase.steps for phase in phases):

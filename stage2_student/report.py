@@ -19,7 +19,7 @@ from stage2_student.overlays import Overlay
 
 COLOURS = ("#0a7d6c", "#c2410c", "#4f46e5", "#a16207", "#be185d", "#475569")
 CHART_WIDTH, CHART_HEIGHT, MARGIN = 520, 240, 44
-LOSSES = ("total", "lm", "logits", "answer_attention", "visual_columns", "visual_map")
+LOSSES = ("total", "lm", "logits", "answer_attention", "text_attention", "visual_columns", "visual_map")
 STYLE = """
 :root{color-scheme:light dark;--ink:#1c1917;--soft:#78716c;--line:#e7e5e4;--page:#fafaf9;--card:#fff}
 @media(prefers-color-scheme:dark){:root{--ink:#f5f5f4;--soft:#a8a29e;--line:#44403c;--page:#1c1917;--card:#292524}}

@@ -21,6 +21,7 @@ from common.documents import describe_differences
 from common.errors import CacheFormatError, ConfigError
 from common.hashing import fingerprint
 from common.manifest import read_manifest, read_plan
+from common.mirror import local_folder, public_location
 from stage2_student.config import PHASE_NAMES, TrainConfig, describe, resolve_config, without_teacher
 from stage2_student.output_folder import claim_output
 
@@ -54,20 +55,25 @@ class RunSummary:
     seconds: float
 
 
-def load_run_config(path: Path | None, overrides: Sequence[str], *, cache: Path) -> TrainConfig:
+def load_run_config(path: Path | None, overrides: Sequence[str], *, cache: str | Path) -> TrainConfig:
     """Resolve a run's configuration: preset by the cache's teacher, then YAML, then overrides."""
-    width = int(read_plan(cache).teacher.get("hidden_size", 1 << 20))
+    width = int(read_plan(local_folder(cache)).teacher.get("hidden_size", 1 << 20))
     return resolve_config(path, [*overrides, f"cache={json.dumps(str(cache))}"], teacher_width=width)
 
 
 def hash_caches(config: TrainConfig) -> dict[str, str]:
-    """The manifest hash of each cache a configuration names, by path.
+    """The manifest hash of each cache a configuration names, by path or address.
 
     Raises:
         CacheFormatError: If one is not sealed or not a cache.
     """
     paths = {str(config.phase(name).cache) for name in config.phases}
-    return {path: read_manifest(Path(path)).hash for path in sorted(paths)}
+    return {path: read_manifest(local_folder(path)).hash for path in sorted(paths)}
+
+
+def cache_folders(config: TrainConfig) -> list[Path]:
+    """The folders of the caches a configuration names; of an address, its local mirror."""
+    return [local_folder(path) for path in hash_caches(config)]
 
 
 def run(config: TrainConfig, *, processes: int = 1, say: Callable[[str], None] = _log.info) -> RunSummary:
@@ -99,7 +105,7 @@ def run(config: TrainConfig, *, processes: int = 1, say: Callable[[str], None] =
             output=output, table=table, report=output / REPORT, fresh=False, seconds=time.monotonic() - began
         )
     set_up_libraries()
-    with claim_output(output, *map(Path, hash_caches(config))):
+    with claim_output(output, *cache_folders(config)):
         table = train_and_score(config, stamp, processes=processes, say=say)
     return RunSummary(
         output=output, table=table, report=output / REPORT, fresh=True, seconds=time.monotonic() - began
@@ -125,7 +131,7 @@ def train_and_score(
         say(f"{name}: training {describe_phases(arm)}")
         train_arm(arm, processes=processes)
     scores = {name: evaluate_arm(output / name, config, say=say) for name in arms(config)}
-    teacher = teacher_scores(Path(config.cache))
+    teacher = teacher_scores(local_folder(config.cache))
     table = write_results(output, scores if teacher is None else {**scores, TEACHER: teacher}, notes)
     write_report(output, config)
     write_json_atomic(output / STAMP, {**state, "finished": fingerprint(stamp)})
@@ -265,12 +271,12 @@ def write_report(output: Path, config: TrainConfig) -> Path:
     overlays = draw_overlays(open_student(output / DISTILLED / FINAL), config)
     curves = {name: read_log(output / name) for name in arms(config)}
     logged = [record for record in curves[DISTILLED] if "samples_per_s" in record]
-    plan = read_plan(Path(config.cache))
+    plan = read_plan(local_folder(config.cache))
     seconds = sum(record["step_s"] for record in logged)
     facts = {
         "student": config.student,
         "teacher": f"{plan.teacher.get('name')} (not loaded: its signals come from the cache)",
-        "cache": f"{config.cache} ({', '.join(sorted(plan.signals))})",
+        "cache": f"{public_location(config.cache)} ({', '.join(sorted(plan.signals))})",
         "data": str(plan.data.get("name")),
         "phases": describe_phases(config),
         "training": f"{len(logged)} steps in {seconds:.0f} s",

@@ -31,11 +31,16 @@ def epoch_order(shards: Sequence[Indices], *, seed: int, epoch: int, window: int
         Every index exactly once, int64 ``[sum n_i]``; the same for the same arguments on every process.
     """
     generator = np.random.default_rng([seed, epoch])
-    shards = [shard for shard in shards if len(shard)]
-    order = generator.permutation(len(shards))
-    windows = [order[start : start + window] for start in range(0, len(order), window)]
+    windows = _shard_windows(shards, generator, window)
     mixed = [generator.permutation(np.concatenate([shards[i] for i in chosen])) for chosen in windows]
     return np.concatenate([np.zeros(0, dtype=np.int64), *mixed])
+
+
+def _shard_windows(shards: Sequence[Indices], generator: np.random.Generator, window: int) -> list[Indices]:
+    """The shards that hold samples, in a new order, cut into windows."""
+    filled = np.flatnonzero([len(shard) for shard in shards])
+    order = filled[generator.permutation(len(filled))]
+    return [order[start : start + window] for start in range(0, len(order), window)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,9 +72,32 @@ class ShardShuffle:
         object.__setattr__(self, "length", length)
         # The current and the next epoch: a step may take from both.
         object.__setattr__(self, "_order", lru_cache(maxsize=2)(self._shuffled))
+        object.__setattr__(self, "_windows", lru_cache(maxsize=2)(self._shard_windows))
 
     def _shuffled(self, epoch: int) -> Indices:
         return epoch_order(self.shards, seed=self.seed, epoch=epoch, window=self.window)
+
+    def _shard_windows(self, epoch: int) -> tuple[list[Indices], Indices]:
+        """An epoch's windows of shards, and how many samples are consumed at the end of each."""
+        windows = _shard_windows(self.shards, np.random.default_rng([self.seed, epoch]), self.window)
+        sizes = [sum(len(self.shards[shard]) for shard in chosen) for chosen in windows]
+        return windows, np.cumsum(sizes, dtype=np.int64)
+
+    def upcoming(self, consumed: int, until: int) -> list[int]:
+        """The shards of the window after the one that the next sample comes from: worth fetching now.
+
+        Args:
+            consumed: Samples consumed so far.
+            until: Samples consumed when all is done; a window that begins then or later is not needed.
+        """
+        epoch, offset = divmod(consumed, self.length)
+        windows, ends = self._windows(epoch)  # type: ignore[attr-defined]
+        following = int(np.searchsorted(ends, offset, side="right")) + 1
+        if epoch * self.length + int(ends[following - 1]) >= until:
+            return []
+        if following == len(windows):
+            windows, following = self._windows(epoch + 1)[0], 0  # type: ignore[attr-defined]
+        return [int(shard) for shard in windows[following]]
 
     def take(self, consumed: int, count: int) -> Indices:
         """The next ``count`` sample indices after ``consumed`` ones, int64 ``[count]``, crossing epochs."""

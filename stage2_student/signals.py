@@ -17,12 +17,15 @@ import torch
 from torch import Tensor
 
 from common.codecs.logits import SparseLogits
+from common.codecs.teacher_map import TeacherMap, image_pairs, incomplete_map
+from common.codecs.visual_map import VisualMapCodec
 from common.errors import CacheMismatchError
 from common.layers import Groups, student_groups
 from common.plan import Plan
 from common.schema import Record
 from common.visual_tokens import (
     Tile,
+    area_pool,
     content_mask,
     grid_tile,
     overlap_matrix,
@@ -32,7 +35,9 @@ from common.visual_tokens import (
     tiles_from_array,
 )
 
-ATTENTION_SIGNALS = ("answer_attention", "visual_columns", "visual_map")
+ATTENTION_SIGNALS = ("answer_attention", "visual_columns", "visual_map", "text_attention")
+ROW_SIGNALS = ("answer_attention", "text_attention")
+"""Those with a row per position of the text; the others have one map an image."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +48,13 @@ class CommonGrid:
         teacher_pool: Shares of each teacher token in each common cell, float32 ``[N_t, C]``.
         student_pool: Shares of each student token, float32 ``[N_s, C]``.
         content: Which common cells carry image, bool ``[C]``.
+        is_teachers: Whether the common cells are the teacher's tokens, in their order.
     """
 
     teacher_pool: Tensor
     student_pool: Tensor
     content: Tensor
+    is_teachers: bool = True
 
 
 @lru_cache(maxsize=256)
@@ -64,10 +71,13 @@ def meet(teacher: tuple[Tile, ...], student: tuple[Tile, ...]) -> CommonGrid:
     teacher_boxes, student_boxes = tile_boxes(teacher), tile_boxes(student)
     teacher_content, student_content = content_mask(teacher_boxes), content_mask(student_boxes)
     if int(student_content.sum()) <= int(teacher_content.sum()):
+        teacher_pool = area_pool(teacher_boxes, student_boxes)
+        identity = torch.diag(student_content.float())
         return CommonGrid(
-            teacher_pool=overlap_matrix(teacher_boxes, student_boxes) * student_content,
-            student_pool=torch.diag(student_content.float()),
+            teacher_pool=teacher_pool,
+            student_pool=identity,
             content=student_content,
+            is_teachers=torch.equal(teacher_pool, identity),
         )
     return CommonGrid(
         teacher_pool=torch.diag(teacher_content.float()),
@@ -115,17 +125,21 @@ class AttentionTarget:
     """The teacher's attention on the common cells of one sample.
 
     Attributes:
-        teacher: float32; ``answer_attention`` ``[A, G, C]``, ``visual_columns`` ``[G, C]``, ``visual_map``
+        teacher: float32; ``answer_attention`` and ``text_attention`` ``[A, G, C]``, ``visual_columns`` ``[G, C]``, ``visual_map``
             ``[G, C, C]``; absolute probability mass.
-        image_mass: Mass of an answer row on the image, float32 ``[A, G]``; None for the other signals.
+        image_mass: Mass of a row on the image, float32 ``[A, G]``; None for signals without rows.
         student_pool: float32 ``[N_s, C]``.
         content: bool ``[C]``.
+        kept: The teacher's half of the sink mask of ``visual_map``, bool ``[G, C, C]``; else None.
+        complete: Whether each value of a ``visual_map`` is that of its own pair.
     """
 
     teacher: Tensor
     image_mass: Tensor | None
     student_pool: Tensor
     content: Tensor
+    kept: Tensor | None = None
+    complete: bool = True
 
 
 @dataclass(frozen=True)
@@ -153,7 +167,8 @@ def decode_signals(
         student_tiles: The student's visual tokens; empty without an image.
         where: Sample and cache, for errors.
         attention_record: Take the attention signals from this record (the control experiment).
-        attention_rows: Rows the sample has, to which a foreign record's rows are repeated or cut.
+        attention_rows: Supervised rows the sample has, to which a foreign record's rows are repeated or cut;
+            its text rows, likewise.
 
     Returns:
         The signals, on the CPU.
@@ -168,8 +183,10 @@ def decode_signals(
     if student_tiles and teacher_tiles:
         for signal in ATTENTION_SIGNALS:
             if signal in codecs:
+                foreign = attention_rows is not None and signal == "text_attention"
+                rows = len(record[signal]) if foreign else attention_rows
                 attention[signal] = _target(
-                    signal, codecs[signal], source, teacher_tiles, student_tiles, where, attention_rows
+                    signal, codecs[signal], source, teacher_tiles, student_tiles, where, rows
                 )
     return SampleSignals(logits=logits, attention=attention)
 
@@ -183,8 +200,10 @@ def _target(
     where: str,
     rows: int | None,
 ) -> AttentionTarget:
+    if signal == "visual_map":
+        return _map_target(codec, record, teacher_tiles, student_tiles, where)
     decoded = codec.decode(record)
-    if signal == "answer_attention":
+    if signal in ROW_SIGNALS:
         grid = meet_cells(codec.grid, student_tiles)
         cells, mass = decoded.cells, decoded.image_mass
         if rows is not None:
@@ -192,13 +211,57 @@ def _target(
             cells, mass = cells[chosen], mass[chosen]
         return AttentionTarget(pool_keys(cells, grid.teacher_pool), mass, grid.student_pool, grid.content)
     grid = meet(teacher_tiles, student_tiles)
-    tokens = grid.teacher_pool.shape[0]
-    if decoded.shape[-1] != tokens:
+    _check_tokens(signal, decoded, grid.teacher_pool.shape[0], where)
+    pooled = pool_keys(decoded, grid.teacher_pool)  # [G, C]
+    return AttentionTarget(pooled, None, grid.student_pool, grid.content)
+
+
+def _map_target(
+    codec: VisualMapCodec,
+    record: Record,
+    teacher_tiles: tuple[Tile, ...],
+    student_tiles: tuple[Tile, ...],
+    where: str,
+) -> AttentionTarget:
+    """A visual map on the common cells, with the teacher's half of the sink mask.
+
+    The cached mask holds where the common cells are the map's own; a map that is pooled once more gets a mask of
+    its pooled values.
+    """
+    cells = codec.cells_of(teacher_tiles)
+    grid = meet(cells, student_tiles)
+    decoded = codec.teacher_map(record)
+    _check_tokens("visual_map", decoded.values, grid.teacher_pool.shape[0], where)
+    if not grid.is_teachers:
+        values = decoded.whole(f"{where}: a student whose visual tokens are coarser than the map's")
+        values = pool_queries(pool_keys(values, grid.teacher_pool), grid.teacher_pool)  # [G, C, C]
+        decoded = TeacherMap.from_maps(values, token_mask=grid.content)
+    pairs = image_pairs(decoded.values, grid.content)
+    return AttentionTarget(
+        decoded.values * pairs, None, grid.student_pool, grid.content, decoded.kept & pairs, decoded.complete
+    )
+
+
+def check_map_serves(signals: Mapping[str, Any], kind: str, *, where: str) -> None:
+    """Refuse a kind of map loss that a cache's preset cannot serve, before anything is trained.
+
+    Args:
+        signals: The codec dictionaries of a plan.
+        kind: ``sink_filtered`` or ``cosine``.
+        where: Phase and cache, for the error.
+
+    Raises:
+        CacheMismatchError: With the remedy.
+    """
+    stored = signals.get("visual_map")
+    if kind == "cosine" and stored is not None and not VisualMapCodec.from_dict(stored).complete:
+        raise incomplete_map(f"{where}: the loss visual_map_kind=cosine")
+
+
+def _check_tokens(signal: str, attention: Tensor, tokens: int, where: str) -> None:
+    """Refuse attention over another number of visual tokens than the record's tiles have."""
+    if attention.shape[-1] != tokens:
         raise CacheMismatchError(
-            f"{where}: {signal} covers {decoded.shape[-1]} visual tokens, the record's tiles {tokens}; "
+            f"{where}: {signal} covers {attention.shape[-1]} visual tokens, the record's tiles {tokens}; "
             "run `cachectl verify --deep` on the cache, then build the damaged shard again"
         )
-    pooled = pool_keys(decoded, grid.teacher_pool)  # [G, C] or [G, N_t, C]
-    if signal == "visual_map":
-        pooled = pool_queries(pooled, grid.teacher_pool)  # [G, C, C]
-    return AttentionTarget(pooled, None, grid.student_pool, grid.content)

@@ -8,7 +8,7 @@ import torch
 
 from common.atomic import create_temporary, publish_directory, read_json, remove
 from common.cache import open_cache
-from common.errors import CacheFormatError, ConfigError, ModelError
+from common.errors import CacheFormatError, ConfigError, ModelError, TransferError
 from data.encoding import SampleEncoder
 from stage2_student.build_student import load_student
 from stage2_student.cached_dataset import CachedDataset
@@ -94,7 +94,7 @@ def evaluate_student(student: Student, config: TrainConfig) -> EvaluationReport:
 
 def join_cached(student: Student, config: TrainConfig, *, limit: int) -> CachedDataset:
     """The first cached samples, with the signals that a student is compared by."""
-    cache = open_cache(Path(config.cache))
+    cache = open_cache(config.cache)
     return CachedDataset(
         open_cached_data(cache, data=config.data, images=config.images),
         student.encoder,
@@ -109,8 +109,8 @@ def draw_overlays(student: Student, config: TrainConfig) -> list[Overlay]:
     """Pictures of where teacher and student look; none if the cache is gone or holds no answer attention."""
     count = config.evaluation.overlays
     try:
-        cache = open_cache(Path(config.cache))
-    except CacheFormatError:
+        cache = open_cache(config.cache)
+    except (CacheFormatError, TransferError):
         return []
     if not count or "answer_attention" not in cache.plan.signals:
         return []

@@ -8,23 +8,25 @@ loading threads and attention is recomputed for the wanted rows of the wanted la
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
 from common.atomic import clean_stale, create_temporary, publish_directory, remove, write_json_atomic
 from common.config import config_from_dict, config_to_dict, save_config
-from common.errors import ConfigError, ModelError
+from common.errors import CacheMismatchError, ConfigError, ModelError
+from common.mirror import public_location
 from common.visual_attention import AttentionCapture
 from stage2_student.checkpoint import Position, find_resume_point, restore, write_checkpoint
-from stage2_student.config import TrainConfig
+from stage2_student.config import TrainConfig, public_config
 from stage2_student.models.mobilevlm import MobileVLMForConditionalGeneration
 from stage2_student.objective import LossTerms, step_shares
 from stage2_student.optim import build_optimizer, learning_rate, set_learning_rate
@@ -69,6 +71,7 @@ def train(config: TrainConfig, *, after_step: AfterStep | None = None) -> TrainR
     # All processes: everything that can be wrong is found here, before the first step.
     run = prepare(config)
     accelerator = build_accelerator(config)
+    refuse_different_runs(accelerator, run.fingerprint)
     resume = find_resume_point(Path(config.output), run.fingerprint)
     position = Position() if resume is None else resume.position
     log = start_log(config, accelerator, position)
@@ -152,6 +155,19 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
     return accelerator
 
 
+def refuse_different_runs(accelerator: Accelerator, fingerprint: str) -> None:
+    """Make sure that all processes opened the same caches: one at an address may change while they start.
+
+    Raises:
+        CacheMismatchError: If they did not.
+    """
+    if accelerator.num_processes > 1 and len(set(gather_object([fingerprint]))) > 1:
+        raise CacheMismatchError(
+            "the processes of this run opened different caches or options: a cache changed while they started; "
+            "start the run again"
+        )
+
+
 def start_log(config: TrainConfig, accelerator: Accelerator, position: Position) -> TrainingLog:
     """Make the output folder, write the configuration beside the output, open the log."""
     output = Path(config.output)
@@ -185,11 +201,14 @@ def load_steps(
     def load(item: int) -> TrainingBatch:
         step, part = divmod(item, parts)
         samples = phase.shuffle.take(step * size, size)
+        if phase.expect is not None:
+            phase.expect(phase.shuffle.upcoming(step * size, phase.steps * size))
         mine = split_step(samples, rank=accelerator.process_index, world_size=world, micro_batches=parts)
         batch = phase.dataset.batch(mine[part])
         return batch.pinned() if accelerator.device.type == "cuda" else batch
 
     with (
+        ExitStack() as ending,
         Prefetcher(load, first * parts, phase.steps * parts, num_workers=num_workers) as items,
         tqdm(
             total=phase.steps,
@@ -200,6 +219,8 @@ def load_steps(
             mininterval=1.0,
         ) as progress,
     ):
+        if phase.expect is not None:
+            ending.callback(phase.expect, ())  # a killed run does not wait for shards that nobody reads
         began, waited = time.perf_counter(), 0.0
         stream = iter(items)
         for _ in range(first, phase.steps):
@@ -309,8 +330,8 @@ def export(config: TrainConfig, run: Preparation, accelerator: Accelerator) -> P
         run.image_processor.save_pretrained(temporary)
         provenance = {
             "fingerprint": run.fingerprint,
-            "caches": dict(run.cache_hashes),
-            "config": config_to_dict(config),
+            "caches": {public_location(place): found for place, found in run.cache_hashes.items()},
+            "config": config_to_dict(public_config(config)),
             "encoder": dict(run.encoder_description),
         }
         write_json_atomic(temporary / PROVENANCE, provenance)

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from common.codecs.logits import SparseLogits
 from common.schema import IGNORE_INDEX
-from data.collate import Batch, collate, supervised_rows, visual_keys
+from data.collate import Batch, collate, supervised_rows, text_rows, visual_keys
 from data.encoding import EncodedSample
 from stage2_student.losses import has_mass
-from stage2_student.signals import ATTENTION_SIGNALS, SampleSignals
+from stage2_student.signals import ATTENTION_SIGNALS, ROW_SIGNALS, SampleSignals
 
 
 @dataclass(frozen=True)
@@ -25,12 +25,14 @@ class AttentionBatch:
     """One attention signal of a batch, padded to the most cells; samples with an image only, in batch order.
 
     Attributes:
-        teacher: float32; ``answer_attention`` ``[A', G, C]`` (rows of samples with an image),
-            ``visual_columns`` ``[I, G, C]``, ``visual_map`` ``[I, G, C, C]``.
-        image_mass: float32 ``[A', G]`` of ``answer_attention``; else None.
+        teacher: float32; ``answer_attention`` ``[A', G, C]`` (rows of samples with an image), ``text_attention``
+            likewise, ``visual_columns`` ``[I, G, C]``, ``visual_map`` ``[I, G, C, C]``.
+        image_mass: float32 ``[A', G]`` of signals with rows; else None.
+        kept: The teacher's half of the sink mask of ``visual_map``, bool ``[I, G, C, C]``; else None.
+        complete: Whether ``teacher`` holds the value of each pair of a ``visual_map``.
         student_pool: float32 ``[I, M, C]``.
         content: bool ``[I, C]``, False where a cell carries no image; None if all do.
-        count: Rows (``answer_attention``) or images on which the teacher has any mass: what the loss is a
+        count: Rows (of signals with rows) or images on which the teacher has any mass: what the loss is a
             mean over.
     """
 
@@ -39,6 +41,8 @@ class AttentionBatch:
     student_pool: Tensor
     content: Tensor | None
     count: int
+    kept: Tensor | None = None
+    complete: bool = True
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,7 @@ class TrainingBatch:
         logits: The teacher's logits of these rows; None if no loss reads them.
         attention: The teacher's attention by signal.
         rows: Positions of supervised rows, int64 ``[B, R]``, padding -1; on the CPU.
+        text_rows: Positions of all text rows behind the visual tokens, int64 ``[B, X]``, padding -1; on the CPU.
         keys: Positions of visual tokens, int64 ``[B, M]``, padding -1; on the CPU.
         has_image: Positions in the batch of samples with an image, int64 ``[I]``.
         row_count: A.
@@ -61,6 +66,7 @@ class TrainingBatch:
     logits: SparseLogits | None
     attention: Mapping[str, AttentionBatch]
     rows: Tensor
+    text_rows: Tensor
     keys: Tensor
     has_image: Tensor
     row_count: int
@@ -76,7 +82,7 @@ class TrainingBatch:
         if device.type == "cpu":
             return self
         moved: TrainingBatch = _map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
-        return replace(moved, rows=self.rows, keys=self.keys)
+        return replace(moved, rows=self.rows, text_rows=self.text_rows, keys=self.keys)
 
     def pinned(self) -> "TrainingBatch":
         """The batch in page-locked memory, from which copies to an accelerator need not wait."""
@@ -144,9 +150,10 @@ def collate_samples(samples: Sequence[TrainingSample], *, pad_token_id: int) -> 
             cells = max(target.content.shape[0] for target in targets)
             keys = max(target.student_pool.shape[0] for target in targets)
             rows = [_pad_cells(target.teacher, cells, both=signal == "visual_map") for target in targets]
-            by_row = signal == "answer_attention"
+            by_row = signal in ROW_SIGNALS
             content = torch.stack([_pad_cells(target.content, cells, both=False) for target in targets])
             masses = [target.image_mass for target in targets if target.image_mass is not None]
+            masks = [target.kept for target in targets if target.kept is not None]
             teacher = torch.cat(rows) if by_row else torch.stack(rows)
             attention[signal] = AttentionBatch(
                 teacher=teacher,
@@ -159,6 +166,8 @@ def collate_samples(samples: Sequence[TrainingSample], *, pad_token_id: int) -> 
                 ),
                 content=None if bool(content.all()) else content,
                 count=int(has_mass(teacher).sum()),
+                kept=torch.stack([_pad_cells(kept, cells, both=True) for kept in masks]) if masks else None,
+                complete=all(target.complete for target in targets),
             )
     return TrainingBatch(
         inputs=inputs,
@@ -166,6 +175,7 @@ def collate_samples(samples: Sequence[TrainingSample], *, pad_token_id: int) -> 
         logits=SparseLogits.cat(logits) if logits else None,
         attention=attention,
         rows=supervised_rows(inputs),
+        text_rows=text_rows(inputs),
         keys=visual_keys(inputs),
         has_image=torch.tensor(images, dtype=torch.int64),
         row_count=len(labels),

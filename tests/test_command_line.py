@@ -16,15 +16,22 @@ GROUPS = {
 }
 SURFACE = {
     "cachectl convert": "--store SOURCE TARGET",
-    "cachectl inspect": "CACHE SAMPLE_ID",
+    "cachectl inspect": "--image --picture CACHE SAMPLE_ID",
+    "cachectl pull": "--jobs --samples --shards --signals --top-k CACHE SOURCE",
+    "cachectl push": "--jobs --overwrite CACHE DESTINATION",
+    "cachectl merge": "--output --store SOURCES",
+    "cachectl repair": "--deep --dry-run CACHE",
     "cachectl verify": "--deep CACHE",
     "distill evaluate": "--cache --data --images --limit --output STUDENT",
     "distill export": "--dtype --output STUDENT",
     "distill report": "OUTPUT",
     "distill run": "--cache --config --data --images --nproc --output --phases --seed --set --student",
     "distill train": "--cache --config --data --images --output --phases --seed --set --student",
-    "teacher-cache build": "--cache --config --data --images --limit --overwrite --set --signals --store --teacher",
+    "teacher-cache build": "--cache --config --data --images --limit --nproc --overwrite --part --set --signals --store "
+    "--teacher",
     "teacher-cache demo-teacher": "--data --output --seed",
+    "teacher-cache estimate": "--cache --config --data --epochs --images --json --limit --price --samples --set --signals "
+    "--store --student-parameters --student-step --students --teacher",
     "teacher-cache fidelity": "--cache --config --data --images --limit --samples --set --signals --store --teacher",
     "teacher-cache report": "CACHE",
     "teacher-cache seal": "CACHE",

@@ -1,14 +1,16 @@
 """A teacher's next-token distribution in few bytes: the likely tokens by rank and the mass of all others.
 
 A row keeps tokens until their probability falls below `floor`, at least `min_k` and at most `max_k`, and the
-ground truth always. Each kept token costs its id (u4; three of its bytes compress to little) and one
-byte for its gap to the most likely token. The mass of all other tokens is computed from the dense logits, per
-temperature, so that top-k probabilities and tail mass are consistent there: without it a cache is biased
-(relative squared gradient error at k=32: 0.0046 un-normalised, 0.0095 renormalised, 0.0003 with the tail).
+ground truth always. In a Zarr shard a kept token takes about 1.8 bytes for its id (u4; high bytes compress to little)
+and 0.35 for its gap to the most likely token, stored as a step from rank to rank. The mass of all other tokens is
+computed from the dense logits, per temperature, so that top-k probabilities and tail mass are consistent there:
+without it a cache is biased (relative squared gradient error at k=32: 0.0046 un-normalised, 0.0095 renormalised,
+0.0003 with the tail).
 
 Gaps are companded: half a step is 0.6 % of a probability near the top one and 7 % of one e^8 smaller, which
 weighs that much less in the gradient. An infinite gap, a probability of exactly zero, has a code of its
-own; only a ground truth that the teacher rules out needs it.
+own; only a ground truth that the teacher rules out needs it. What a row's gaps were rounded by in all is known from
+the tail's mass, and decoding makes use of it (`balanced`).
 
 Dims: A supervised rows, V vocabulary, K most entries of a row, E entries of all rows.
 """
@@ -23,7 +25,8 @@ import torch
 from torch import Tensor
 
 from common.codecs.description import check_flag, check_whole_number, codec_from_settings, codec_to_dict
-from common.codecs.quantise import GAP_TABLE, encode_gaps
+from common.codecs.logit_presets import LOGIT_PRESETS, MAX_ENTRIES, preset_settings
+from common.codecs.quantise import GAP_TABLE, balance, encode_gaps, gap_codes, gap_steps
 from common.codecs.sparse_logits import SparseLogits
 from common.errors import CacheFormatError, ConfigError, SampleError
 from common.schema import Field, Record
@@ -39,7 +42,8 @@ class LogitCodec:
 
     Round trip of `decode(encode(x))`, token ids and counts being exact: with `exact`, log-probabilities are
     within one unit in the last place and tails are equal. Otherwise the top log-probability and the tails
-    are float16 (relative 2^-11, absolute 2^-25), and a gap to the top is within `gap_error(gap)`.
+    are float16 (relative 2^-11, absolute 2^-25), and a gap to the top is within `gap_error(gap)`, or 2.1 times that
+    if `balanced`.
 
     Attributes:
         floor: Probability (temperature 1) below which tokens are dropped, in [0, 1).
@@ -47,6 +51,11 @@ class LogitCodec:
         max_k: Most entries of a row, 2 to 255; a ground truth of lower rank replaces the last one.
         temperatures: Positive, distinct; 1 is among them.
         exact: Store float32 instead of 8-bit gaps and float16.
+        gap_steps: `log_gap` holds, of each entry but a row's first, the step of its 8-bit code from the entry
+            before it, modulo 256: fewer bytes once compressed, the same values. Caches without the setting
+            hold the codes themselves.
+        balanced: Decoding uses that listed tokens and tail sum to one to undo part of the gaps' rounding: see
+            `common.codecs.quantise.balance`. Caches without the setting decode as they always did.
     """
 
     floor: float
@@ -54,13 +63,19 @@ class LogitCodec:
     max_k: int
     temperatures: tuple[float, ...] = (1.0, 2.0)
     exact: bool = False
+    gap_steps: bool = False
+    balanced: bool = False
 
     signal: ClassVar[str] = "logits"
 
     def __post_init__(self) -> None:
-        check_whole_number("max_k", self.max_k, 2, 255)  # two: the top token and the ground truth
+        check_whole_number("max_k", self.max_k, 2, MAX_ENTRIES)  # two: the top token and the ground truth
         check_whole_number("min_k", self.min_k, 1, self.max_k)
         check_flag("exact", self.exact)
+        for name in ("gap_steps", "balanced"):
+            check_flag(name, getattr(self, name))
+            if self.exact and getattr(self, name):
+                raise ConfigError(f"{name}: expected false with exact, whose gaps are numbers and not codes")
         if not isinstance(self.floor, int | float) or not 0 <= self.floor < 1:
             raise ConfigError(f"floor: expected a probability in [0, 1), got {self.floor!r}")
         valid = isinstance(self.temperatures, tuple) and all(
@@ -78,12 +93,14 @@ class LogitCodec:
     def from_preset(cls, name: str, *, temperatures: tuple[float, ...] = (1.0, 2.0)) -> Self:
         """The codec of a named preset.
 
+        Args:
+            name: See `preset_settings`: a name of `LOGIT_PRESETS`, or `fixed:K`.
+            temperatures: At which the tail mass is exact.
+
         Raises:
             ConfigError: If there is no such preset; the message names those that exist.
         """
-        if name not in LOGIT_PRESETS:
-            raise ConfigError(f"logit preset: expected one of {sorted(LOGIT_PRESETS)}, got {name!r}")
-        return cls(**LOGIT_PRESETS[name], temperatures=temperatures)
+        return cls(**preset_settings(name), temperatures=temperatures)
 
     def to_dict(self) -> dict[str, Any]:
         """The exact JSON stored in a cache's plan."""
@@ -92,7 +109,8 @@ class LogitCodec:
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> Self:
         """Rebuild the codec from `to_dict`; refuses anything else with a CacheFormatError."""
-        return codec_from_settings(cls, cls.signal, stored)
+        older = {"gap_steps": False, "balanced": False}  # caches from before these settings
+        return codec_from_settings(cls, cls.signal, {**older, **stored})
 
     def fields(self) -> tuple[Field, ...]:
         """Arrays of a record: three per row, two per entry."""
@@ -206,12 +224,13 @@ class LogitCodec:
         log_probs = sparse.log_probs.float().cpu().numpy()
         top = log_probs[:, 0] if len(log_probs) else np.zeros(0, np.float32)
         gaps = np.repeat(top, counts) - log_probs.reshape(-1)[where]
+        codes = gaps if self.exact else encode_gaps(gaps)
         with np.errstate(over="ignore"):  # a log-mass below -65504 is a mass of zero
             tails = sparse.tail_log_mass.float().cpu().numpy().astype(real)
         return {
             "entry_count": counts.astype(np.uint8),
             "token_ids": sparse.token_ids.cpu().numpy().reshape(-1)[where].astype(np.uint32),
-            "log_gap": gaps if self.exact else encode_gaps(gaps),
+            "log_gap": gap_steps(codes, counts) if self.gap_steps else codes,
             "top_logprob": top.astype(real),
             "tail_logmass": tails,
         }
@@ -234,12 +253,19 @@ class LogitCodec:
                 f"{tails.shape}; the cache is damaged: run `cachectl verify`"
             )
         width = int(counts.max(initial=0))
-        gaps = record["log_gap"] if self.exact else GAP_TABLE[record["log_gap"]]
+        codes = gap_codes(record["log_gap"], counts) if self.gap_steps else record["log_gap"]
+        gaps = codes if self.exact else GAP_TABLE[codes]
         where = _entry_positions(counts, width)
         ids = np.zeros(rows * width, np.int64)
         ids[where] = record["token_ids"]
         log_probs = np.full(rows * width, -np.inf, np.float32)
-        log_probs[where] = np.repeat(record["top_logprob"].astype(np.float32), counts) - gaps
+        listed = np.repeat(record["top_logprob"].astype(np.float32), counts) - gaps
+        if self.balanced:
+            kept = -np.expm1(
+                tails[:, self.temperatures.index(1.0)].astype(np.float32)
+            )  # one less the tail's mass
+            listed = balance(listed, codes, counts, kept)
+        log_probs[where] = listed
         mask = np.arange(width) < counts[:, None]
         return SparseLogits(
             torch.from_numpy(ids.reshape(rows, width)),
@@ -257,15 +283,6 @@ class LogitCodec:
             torch.zeros(0, len(self.temperatures), device=device),
             self.temperatures,
         )
-
-
-LOGIT_PRESETS: dict[str, dict[str, Any]] = {
-    "lean": {"floor": 1e-3, "min_k": 4, "max_k": 64},
-    "default": {"floor": 3e-4, "min_k": 8, "max_k": 64},
-    "wide": {"floor": 1e-4, "min_k": 8, "max_k": 64},
-    "full": {"floor": 3e-5, "min_k": 8, "max_k": 255},
-    "exact": {"floor": 0.0, "min_k": 1, "max_k": 255, "exact": True},
-}
 
 
 def _entry_positions(counts: np.ndarray, width: int) -> np.ndarray:

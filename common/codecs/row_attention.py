@@ -1,11 +1,14 @@
-"""Where a teacher looks while it predicts each answer token, pooled to a grid over the image.
+"""Where rows of a teacher look on the image, pooled to a grid over it: answer rows, or all text rows.
 
-A supervised row costs `groups * rows * cols` bytes plus two per group. Cells are coded by
+A row costs `groups * rows * cols` bytes plus two per group. Cells are coded by
 their logarithm relative to the largest cell of the row and group: 8 bits over 12 nats, so a cell is
 within 2.4 % or below e^-12 of the largest. The mass on the image is kept in 16 bits, and decoded cells
 are rescaled to it; what is off the image is one minus that.
 
-Dims: A supervised rows, G layer groups, C = rows * cols cells, row-major from the top left.
+Pooling moves mass by area, so it conserves a row's mass on the image whether or not the grids divide. Where
+they do not (24 x 24 tokens on 7 x 7 cells), a token's mass is taken as spread evenly over its box.
+
+Dims: A rows, G layer groups, C = rows * cols cells, row-major from the top left.
 """
 
 from collections.abc import Mapping
@@ -27,7 +30,7 @@ RANGE_NATS = 12.0
 
 @dataclass(frozen=True)
 class RowAttention:
-    """Attention of supervised rows on the image, live or from a cache: losses cannot tell which.
+    """Attention of some rows on the image, live or from a cache: losses cannot tell which.
 
     Attributes:
         cells: float32 `[A, G, C]`, absolute probability mass on each grid cell; zero without an image.
@@ -64,10 +67,11 @@ class RowAttention:
 
 @dataclass(frozen=True, kw_only=True)
 class RowAttentionCodec:
-    """How a record stores a `RowAttention`.
+    """How a record stores a `RowAttention` of supervised rows.
 
     Round trip: with `exact`, bit for bit. Otherwise the image mass is float16 (relative 2^-11, absolute
-    2^-25); zero cells stay zero; others are within a factor `exp(2 * half step)`, half a step being
+    2^-25), so that the mass off the image is within 2^-12; zero cells stay zero; others are within a factor
+    `exp(2 * half step)`, half a step being
     0.0236 nats, of what they were relative to the image mass, or off by less than e^-12 of the row's largest
     cell, a bound that grows by C * e^-12 through the rescaling. A row is either zero or sums to its mass.
 
@@ -82,6 +86,8 @@ class RowAttentionCodec:
     exact: bool = False
 
     signal: ClassVar[str] = "answer_attention"
+    axis: ClassVar[str] = "row"
+    mass_field: ClassVar[str] = "answer_image_mass"
 
     def __post_init__(self) -> None:
         if not isinstance(self.grid, tuple) or len(self.grid) != 2:
@@ -106,11 +112,11 @@ class RowAttentionCodec:
         return codec_from_settings(cls, cls.signal, stored)
 
     def fields(self) -> tuple[Field, ...]:
-        """Arrays of a record: cells and image mass of each supervised row."""
+        """Arrays of a record: cells and image mass of each row."""
         code, real = ("f4", "f4") if self.exact else ("u1", "f2")
         return (
-            Field(name="answer_attention", dtype=code, axis="row", trailing=(self.groups, self.cells)),
-            Field(name="answer_image_mass", dtype=real, axis="row", trailing=(self.groups,)),
+            Field(name=self.signal, dtype=code, axis=self.axis, trailing=(self.groups, self.cells)),
+            Field(name=self.mass_field, dtype=real, axis=self.axis, trailing=(self.groups,)),
         )
 
     def encode(self, attention: RowAttention) -> Record:
@@ -120,7 +126,7 @@ class RowAttentionCodec:
             attention: cells `[A, G, C]` and image mass `[A, G]` of this codec's groups and grid, any device.
 
         Returns:
-            `answer_attention` u1 or f4 `[A, G, C]` and `answer_image_mass` f2 or f4 `[A, G]`.
+            The signal's cells u1 or f4 `[A, G, C]`, and `mass_field` f2 or f4 `[A, G]`.
 
         Raises:
             ValueError: If the shapes are not the codec's.
@@ -134,14 +140,14 @@ class RowAttentionCodec:
             )
         cells = attention.cells.detach().float().cpu().numpy()
         mass = attention.image_mass.detach().float().cpu().numpy()
-        check_attention(cells, "answer attention")
+        check_attention(cells, self._words)
         if self.exact:
-            return {"answer_attention": cells.copy(), "answer_image_mass": mass.copy()}
+            return {self.signal: cells.copy(), self.mass_field: mass.copy()}
         largest = cells.max(axis=2, keepdims=True)  # [A, G, 1]
         relative = np.divide(cells, largest, out=np.zeros_like(cells), where=largest > 0)
         return {
-            "answer_attention": encode_log8(relative, RANGE_NATS),
-            "answer_image_mass": mass.astype(np.float16),
+            self.signal: encode_log8(relative, RANGE_NATS),
+            self.mass_field: mass.astype(np.float16),
         }
 
     def decode(self, record: Record) -> RowAttention:
@@ -150,11 +156,11 @@ class RowAttentionCodec:
         Raises:
             CacheFormatError: If the arrays are not of the codec's shape.
         """
-        codes, mass = record["answer_attention"], record["answer_image_mass"]
+        codes, mass = record[self.signal], record[self.mass_field]
         expected = (len(codes), self.groups, self.cells)
         if codes.shape != expected or mass.shape != expected[:2]:
             raise CacheFormatError(
-                f"answer attention of a record: expected cells {expected} and masses {expected[:2]}, got "
+                f"{self._words} of a record: expected cells {expected} and masses {expected[:2]}, got "
                 f"{codes.shape} and {mass.shape}; the cache is damaged: run `cachectl verify`"
             )
         if self.exact:
@@ -165,6 +171,24 @@ class RowAttentionCodec:
         scale = np.divide(image_mass, total, out=np.zeros_like(total), where=total > 0)
         image_mass = np.where(total > 0, image_mass, np.float32(0))
         return RowAttention(torch.from_numpy(relative * scale[..., None]), torch.from_numpy(image_mass))
+
+    @property
+    def _words(self) -> str:
+        return self.signal.replace("_", " ")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextAttentionCodec(RowAttentionCodec):
+    """The same for every text row behind the visual tokens, of questions and answers; same bounds.
+
+    Pooled and 8 bit like answer rows, not `N * G * 2` bytes a row: 146 instead of 1,152 bytes at 576 tokens and a
+    12 x 12 grid, and students compare on a grid of at most that size anyway, to which nested grids pool
+    exactly. `exact` keeps float32 cells, on the teacher's own grid if `grid` is that.
+    """
+
+    signal: ClassVar[str] = "text_attention"
+    axis: ClassVar[str] = "text"
+    mass_field: ClassVar[str] = "text_image_mass"
 
 
 def check_attention(values: np.ndarray, what: str) -> None:

@@ -185,3 +185,29 @@ def select_fields(fields: Sequence[Field], names: Collection[str] | None, where:
     if unknown := sorted(set(names) - known):
         raise CacheFormatError(f"{where}: no fields {unknown}; it has {sorted(known)}")
     return [f for f in fields if f.name in names]
+
+
+def frame_content_bytes(data: bytes) -> int | None:
+    """Return the decoded size of the one zstd frame that ``data`` is; None if it is none, several or cut.
+
+    Several count because decoders decode all of them: the first frame's header would not tell the size.
+
+    Source:
+        RFC 8878, sections 3.1.1.1 (frame header) and 3.1.1.2 (blocks).
+    """
+    if len(data) < 9 or data[:4] != b"\x28\xb5\x2f\xfd":
+        return None
+    descriptor = data[4]
+    single_segment = descriptor >> 5 & 1
+    start = 5 + (1 - single_segment) + (0, 1, 2, 4)[descriptor & 3]
+    width = (single_segment, 2, 4, 8)[descriptor >> 6]
+    if width == 0:
+        return None
+    content = int.from_bytes(data[start : start + width], "little") + (256 if width == 2 else 0)
+    end, is_last = start + width, False
+    while not is_last and end + 3 <= len(data):
+        block = int.from_bytes(data[end : end + 3], "little")
+        is_last, kind, size = bool(block & 1), block >> 1 & 3, block >> 3
+        end += 3 + (1 if kind == 1 else size)  # kind 1 is one byte, repeated
+    end += 4 * (descriptor >> 2 & 1)  # a checksum
+    return content if is_last and end == len(data) else None

@@ -29,6 +29,7 @@ from common.stores.base import (
     DAMAGE_ERRORS,
     MAX_RECORD_BYTES,
     ShardLedger,
+    frame_content_bytes,
     refuse_conflict,
     select_fields,
     shard_path,
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
 
 EXTENSION = ".safetensors.zst"
 _ZSTD_LEVEL = 9
+_MAX_EXPANSION = 1 << 15  # of a zstd frame: 128 KiB of one byte take a block of 4
+_MAX_HEADER_BYTES = 1 << 20  # of safetensors: some hundred bytes a field, and the sample id
 _MAX_KEY = 80  # with the extension below the 100 bytes of a ustar name
 _PLAIN = re.compile(rb"[A-Za-z0-9_-]")
 _KEY = re.compile(r"[A-Za-z0-9_~-]+")
@@ -68,32 +71,22 @@ def decode_member(data: bytes, where: str) -> tuple[str, Record]:
     """Read what ``encode_member`` wrote, bounded before it allocates.
 
     Raises:
-        CacheFormatError: If the bytes are damaged or declare more than ``MAX_RECORD_BYTES``.
+        CacheFormatError: If the bytes are damaged, or declare more than ``MAX_RECORD_BYTES`` or than their number
+            could hold.
     """
-    size = _frame_content_bytes(data)
-    if size is None or size > MAX_RECORD_BYTES:
-        raise CacheFormatError(f"{where}: declares {size} bytes, above {MAX_RECORD_BYTES}, or is damaged")
+    size, limit = frame_content_bytes(data), min(MAX_RECORD_BYTES, _MAX_EXPANSION * len(data))
+    if size is None or size > limit:
+        raise CacheFormatError(f"{where}: declares {size} bytes, above {limit}, or is damaged")
     try:
         plain = bytes(Zstd().decode(data))
+        if (header_bytes := int.from_bytes(plain[:8], "little")) > _MAX_HEADER_BYTES:
+            raise ValueError(f"a header of {header_bytes} bytes; at most {_MAX_HEADER_BYTES} are believed")
         record = safetensors_numpy.load(plain)
-        header = json.loads(plain[8 : 8 + int.from_bytes(plain[:8], "little")])
+        header = json.loads(plain[8 : 8 + header_bytes])
         sample_id = header["__metadata__"]["sample_id"]
     except (*DAMAGE_ERRORS, SafetensorError) as error:
         raise CacheFormatError(f"{where}: cannot be decoded ({error!r}); the shard is damaged") from error
     return sample_id, {name: array.copy() for name, array in record.items()}
-
-
-def _frame_content_bytes(data: bytes) -> int | None:
-    """Return the decoded size that a zstd frame's header declares (RFC 8878, section 3.1.1.1)."""
-    if len(data) < 18 or data[:4] != b"\x28\xb5\x2f\xfd":
-        return None
-    descriptor = data[4]
-    single_segment = descriptor >> 5 & 1
-    start = 5 + (1 - single_segment) + (0, 1, 2, 4)[descriptor & 3]
-    width = (single_segment, 2, 4, 8)[descriptor >> 6]
-    if width == 0:
-        return None
-    return int.from_bytes(data[start : start + width], "little") + (256 if width == 2 else 0)
 
 
 class WebDatasetWriter:
@@ -114,9 +107,8 @@ class WebDatasetWriter:
         """Add a record."""
         self.ledger.accept(sample_id, record)
         data = encode_member(sample_id, record)
-        member = tarfile.TarInfo(key_of(sample_id) + EXTENSION)  # mtime, uid, gid are 0, names empty
-        member.size = len(data)
-        member.mode = 0o644
+        member = tarfile.TarInfo(key_of(sample_id) + EXTENSION)  # as `_member_header` has it
+        member.size, member.mode = len(data), 0o644
         self._tar.addfile(member, BytesIO(data))
 
     def close(self) -> list[str]:
@@ -206,21 +198,25 @@ class WebDatasetReader:
             close(descriptor)
 
     def _scan(self) -> list[tuple[str, int, int]]:
-        """Return ``(key, offset, bytes)`` of each member; nothing is extracted."""
+        """Return ``(key, offset, bytes)`` of each member; nothing is extracted, and tarfile is not asked.
+
+        A header must be the very one that the writer writes for its name and size. So links, devices, folders,
+        sparse files and extended headers, which could give a member any name or size, are not even parsed.
+        """
         members: list[tuple[str, int, int]] = []
-        size, end = self._path.stat().st_size, 0
-        try:
-            with tarfile.open(self._path, mode="r:") as tar:
-                for member in tar:
-                    _check_member(member, size, len(members), self._path)
-                    members.append((member.name.removesuffix(EXTENSION), member.offset_data, member.size))
-                    end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-        except CacheFormatError:
-            raise
-        except (*DAMAGE_ERRORS, tarfile.TarError) as error:
-            raise CacheFormatError(f"{self._path}: not a readable tar ({error!r}); damaged") from error
-        mark = b"\0" * (2 * tarfile.BLOCKSIZE)
-        if self._pread(len(mark), end) != mark:  # tarfile takes a cut between members for the end
+        size, place = os.fstat(self._descriptor or 0).st_size, 0
+        while (header := self._pread(tarfile.BLOCKSIZE, place)).strip(b"\0"):
+            name, length = _read_header(header)
+            key, start = name.removesuffix(EXTENSION), place + tarfile.BLOCKSIZE
+            is_record = key != name and _KEY.fullmatch(key) and header == _member_header(name, length)
+            if not is_record or start + length > size or len(members) >= MAX_SHARD_SAMPLES:
+                raise CacheFormatError(
+                    f"{self._path}: member {name!r} is not a record of a cache, or is cut off; the shard is damaged"
+                )
+            members.append((key, start, length))
+            place = start + -(-length // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+        end = -(-(place + 2 * tarfile.BLOCKSIZE) // tarfile.RECORDSIZE) * tarfile.RECORDSIZE
+        if size != end or self._pread(end - place, place).strip(b"\0"):
             raise CacheFormatError(f"{self._path}: no end-of-archive mark after its records; truncated")
         return members
 
@@ -244,17 +240,19 @@ class WebDatasetReader:
         return os.pread(self._descriptor, size, offset)
 
 
-def _check_member(member: tarfile.TarInfo, tar_bytes: int, position: int, path: Path) -> None:
-    """Refuse a member that is not a plain file with a key of ours inside the tar."""
-    key = member.name.removesuffix(EXTENSION)
-    if (
-        member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE)
-        or key == member.name
-        or not _KEY.fullmatch(key)
-        or member.offset_data + member.size > tar_bytes
-        or position >= MAX_SHARD_SAMPLES
-    ):
-        raise CacheFormatError(f"{path}: member {member.name!r} is not a record of a cache, or is cut off")
+def _member_header(name: str, size: int) -> bytes:
+    """Return the one header that a member of this name and size has, 512 bytes."""
+    member = tarfile.TarInfo(name)  # mtime, uid, gid are 0, names empty
+    member.size, member.mode = size, 0o644
+    return member.tobuf(tarfile.USTAR_FORMAT, "ascii", "strict")
+
+
+def _read_header(header: bytes) -> tuple[str, int]:
+    """Return what a tar header says of name and size, to be compared with `_member_header`; else no name."""
+    name, digits = header[:100].rstrip(b"\0"), header[124:135]
+    if not name.isascii() or not re.fullmatch(rb"[0-7]{11}", digits):
+        return "", 0
+    return name.decode("ascii"), int(digits, 8)
 
 
 def _unescape(part: str) -> bytes:

@@ -1,17 +1,24 @@
 """What a shard's Zarr metadata may say, checked before zarr acts on it.
 
-zarr-python builds whatever codec the metadata names and allocates whatever shape it declares. A cache that
-came from elsewhere gets neither: only the standard codecs, only the field's own dtype, only bounded sizes.
+zarr-python builds whatever codec the metadata names and allocates whatever shape it declares, and a decoder
+whatever size a chunk's first bytes declare. A cache that came from elsewhere gets none of that: one file an array,
+one level of sharding, the codecs that the writer uses, the field's own dtype, bounded sizes, and chunks whose own
+headers declare the size that the metadata says.
 """
 
 from __future__ import annotations
 
 import math
+import os
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from common.atomic import read_json
 from common.errors import CacheFormatError
 from common.plan import MAX_SHARD_SAMPLES
+from common.stores.base import frame_content_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -28,7 +35,28 @@ _DATA_TYPES = {
     "f2": "float16",
     "f4": "float32",
 }
-_CODECS = {"sharding_indexed", "bytes", "blosc", "zstd", "gzip", "crc32c", "transpose"}
+_COMPRESSORS = ("blosc", "zstd")
+_MAX_METADATA_BYTES = 4 << 20
+_MIN_CHUNK_BYTES = 4096  # on average; smaller ones cost more memory than they hold
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArrayLayout:
+    """Where the values of one array are, as its checked metadata says.
+
+    Attributes:
+        shape: Of the array.
+        chunks: In its one file.
+        chunk_bytes: Decoded bytes of each.
+        compressor: ``blosc``, ``zstd`` or empty.
+        chunk_checksums: Whether four bytes of crc32c follow each chunk.
+    """
+
+    shape: tuple[int, ...]
+    chunks: int
+    chunk_bytes: int
+    compressor: str
+    chunk_checksums: bool
 
 
 def read_group_metadata(path: Path) -> tuple[int, dict[str, Any]]:
@@ -42,7 +70,7 @@ def read_group_metadata(path: Path) -> tuple[int, dict[str, Any]]:
     """
     where = path / "zarr.json"
     try:
-        root = read_json(where)
+        root = read_json(where, max_bytes=_MAX_METADATA_BYTES)
         samples = root["attributes"]["samples"]
         arrays = root["consolidated_metadata"]["metadata"]
         is_group = (root["zarr_format"], root["node_type"]) == (3, "group")
@@ -59,7 +87,7 @@ def read_group_metadata(path: Path) -> tuple[int, dict[str, Any]]:
 
 def check_metadata(
     arrays: dict[str, Any], expected: Mapping[str, tuple[Field, int]], path: Path
-) -> dict[str, tuple[int, ...]]:
+) -> dict[str, ArrayLayout]:
     """Check what the metadata declares for all arrays of a shard.
 
     Args:
@@ -69,7 +97,7 @@ def check_metadata(
         path: Of the shard, for error messages.
 
     Returns:
-        The shape of each array, whose decoded size is within its limit.
+        The layout of each array, whose decoded size is within its limit.
 
     Raises:
         CacheFormatError: If an array is missing, unexpected, or declares anything else.
@@ -83,44 +111,100 @@ def check_metadata(
     }
 
 
-def _check_array(metadata: Any, field: Field, limit: int, where: str) -> tuple[int, ...]:
+def _check_array(metadata: Any, field: Field, limit: int, where: str) -> ArrayLayout:
     try:
         shape = tuple(metadata["shape"])
         grid = tuple(metadata["chunk_grid"]["configuration"]["chunk_shape"])
-        data_type, is_array = metadata["data_type"], metadata["node_type"] == "array"
-        chunks = _check_codecs(metadata["codecs"], where)
-    except (LookupError, TypeError, AttributeError) as error:
+        names = (metadata["node_type"], metadata["chunk_grid"]["name"], metadata["chunk_key_encoding"])
+        data_type, transformers = metadata["data_type"], metadata.get("storage_transformers")
+        chunk, inner = _check_codecs(metadata["codecs"], where)
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
         raise CacheFormatError(f"{where}: no metadata of an array ({error!r}); damaged") from error
     wanted = _DATA_TYPES[field.dtype]
-    if not is_array or data_type != wanted or shape[1:] != field.trailing or len(grid) != len(shape):
+    plain = names == ("array", "regular", {"name": "default", "configuration": {"separator": "/"}})
+    if not plain or transformers or data_type != wanted or shape[1:] != field.trailing:
         raise CacheFormatError(
-            f"{where}: declares {data_type} {shape}; expected {wanted} (n, *{field.trailing})"
+            f"{where}: declares {data_type} {shape}; expected {wanted} (n, *{field.trailing}) in plain chunks"
         )
-    if not all(_is_count(n) for sizes in (shape, grid, *chunks) for n in sizes):
+    if not all(_is_count(n) for sizes in (shape, grid, chunk) for n in sizes):
         raise CacheFormatError(f"{where}: declares shape {shape} in chunks of {grid}; damaged")
     itemsize = field.numpy_dtype.itemsize
-    size = math.prod(shape) * itemsize
-    largest = max(math.prod(sizes) for sizes in (grid, *chunks)) * itemsize
-    if size > limit or largest > 2 * size + CHUNK_BYTES:
+    size, shard_bytes, chunk_bytes = (math.prod(sizes) * itemsize for sizes in (shape, grid, chunk))
+    if size > limit or max(shard_bytes, chunk_bytes) > 2 * size + CHUNK_BYTES:
         raise CacheFormatError(
-            f"{where}: declares {size} bytes in chunks of {largest}; at most {limit} are believed"
+            f"{where}: declares {size} bytes in chunks of {max(shard_bytes, chunk_bytes)}; "
+            f"at most {limit} are believed"
         )
-    return shape
+    one_file = grid[1:] == chunk[1:] == field.trailing and grid[0] >= shape[0] and chunk[0] > 0
+    if not one_file or grid[0] % chunk[0] or grid[0] // chunk[0] > 16 + size // _MIN_CHUNK_BYTES:
+        raise CacheFormatError(
+            f"{where}: declares shape {shape} in shards of {grid} and chunks of {chunk}; expected one shard of "
+            f"whole rows, in chunks of {_MIN_CHUNK_BYTES} bytes or more"
+        )
+    return ArrayLayout(
+        shape=shape,
+        chunks=grid[0] // chunk[0],
+        chunk_bytes=chunk_bytes,
+        compressor=inner[0] if inner[:1] and inner[0] in _COMPRESSORS else "",
+        chunk_checksums="crc32c" in inner,
+    )
 
 
-def _check_codecs(codecs: list[Any], where: str) -> list[tuple[int, ...]]:
-    """Refuse codecs that a cache never uses; return the shapes of inner chunks."""
-    inner_shapes = []
-    pending = list(codecs)
-    while pending:
-        codec = pending.pop()
-        if codec["name"] not in _CODECS:
-            raise CacheFormatError(f"{where}: codec {codec['name']!r} is not one a cache uses; refused")
-        settings = codec.get("configuration") or {}
-        pending += [*settings.get("codecs", []), *settings.get("index_codecs", [])]
-        if "chunk_shape" in settings:
-            inner_shapes.append(tuple(settings["chunk_shape"]))
-    return inner_shapes
+def _check_codecs(codecs: list[Any], where: str) -> tuple[tuple[int, ...], list[str]]:
+    """Refuse codecs that a cache never uses; return the chunks' shape, and what follows their bytes."""
+    [sharding] = codecs
+    settings = sharding["configuration"]
+    outer = (sharding["name"], settings.get("index_location", "end"))
+    named = [codec["name"] for codec in settings["codecs"]]
+    index = [codec["name"] for codec in settings["index_codecs"]]
+    orders = [
+        (codec.get("configuration") or {}).get("endian", "little")
+        for codec in (*settings["codecs"], *settings["index_codecs"])
+    ]
+    allowed = [["bytes", *middle, *end] for middle in ([], ["blosc"], ["zstd"]) for end in ([], ["crc32c"])]
+    if outer != ("sharding_indexed", "end") or index != ["bytes", "crc32c"] or named not in allowed:
+        raise CacheFormatError(f"{where}: codecs {outer}, {named}, {index} are not those of a cache; refused")
+    if set(orders) != {"little"}:
+        raise CacheFormatError(f"{where}: byte orders {orders} are not those of a cache; refused")
+    return tuple(settings["chunk_shape"]), named[1:]
+
+
+def check_chunks(path: Path, layout: ArrayLayout) -> None:
+    """Refuse a file whose chunks lie outside it, or would decode to another size than the metadata says.
+
+    Args:
+        path: The file with an array's chunks, and their places at its end.
+        layout: From ``check_metadata``.
+
+    Raises:
+        CacheFormatError: Naming the first such chunk.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        size, index_bytes = os.fstat(descriptor).st_size, 16 * layout.chunks + 4
+        index = os.pread(descriptor, index_bytes, max(0, size - index_bytes))
+        if len(index) != index_bytes:
+            raise CacheFormatError(f"{path}: too short for {layout.chunks} chunks; the shard is damaged")
+        for place, length in np.frombuffer(index[:-4], "<u8").reshape(-1, 2).tolist():
+            if place + length > size - index_bytes:  # so is the mark of a chunk that was never written
+                raise CacheFormatError(f"{path}: a chunk lies outside the file; the shard is damaged")
+            read = length if layout.compressor == "zstd" else min(16, length)
+            declared = _declared_bytes(os.pread(descriptor, read, place), length, layout)
+            if declared != layout.chunk_bytes:
+                raise CacheFormatError(
+                    f"{path}: a chunk declares {declared} bytes; expected {layout.chunk_bytes}; refused"
+                )
+    finally:
+        os.close(descriptor)
+
+
+def _declared_bytes(start: bytes, length: int, layout: ArrayLayout) -> int | None:
+    """Return the decoded size that a chunk's first bytes declare, None if they are no header."""
+    if layout.compressor == "zstd":
+        return frame_content_bytes(start[:-4] if layout.chunk_checksums else start)
+    if layout.compressor == "blosc":  # a header of 16 bytes; the decoded size is at 4
+        return int.from_bytes(start[4:8], "little") if len(start) >= 16 else None
+    return length - 4 if layout.chunk_checksums else length
 
 
 def _is_count(value: Any) -> bool:

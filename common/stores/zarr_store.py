@@ -2,7 +2,9 @@
 
 Each field F is one array, concatenated over the shard's samples along its first axis, and ``F_offsets``
 (i8, samples + 1) says where each sample begins. ``sample_ids`` is UTF-8 bytes with offsets likewise. An
-array is a single file (sharding codec) of 256 KiB chunks: bitshuffle packs the bits, zstd the rest.
+array is a single file (sharding codec) of 256 KiB chunks in blosc frames. Numbers of several bytes are shuffled
+byte by byte, so that zstd's entropy coder sees the skewed high bytes apart: on token ids 4 to 19 % smaller
+than bitshuffle. Bytes are left as they are. How hard zstd tries is a matter of the axis: see `_compressor`.
 
 Writing goes through memory, so that only whole, fsynced files reach the disk. Reading decodes a field of a
 shard at once: training reads all records of a shard in a shuffled order, and per-record reads through
@@ -38,7 +40,7 @@ from common.stores.base import (
     select_fields,
     shard_path,
 )
-from common.stores.zarr_metadata import CHUNK_BYTES, check_metadata, read_group_metadata
+from common.stores.zarr_metadata import CHUNK_BYTES, check_chunks, check_metadata, read_group_metadata
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
 
 _IDS = "sample_ids"
 _BYTES = Field(name="bytes", dtype="u1", axis="sample")  # the dtypes of the store's own arrays
+_NARROW_BYTES = 8  # of a row of an array worth the effort: logits, labels, offsets
 _OFFSETS = Field(name="bounds", dtype="i8", axis="sample")
 
 
@@ -134,7 +137,7 @@ def _put(group: zarr.Group, name: str, data: np.ndarray, axis: str) -> None:
         chunks=chunk,
         shards=(max(1, -(-len(data) // rows)) * rows, *data.shape[1:]),
         filters=None,
-        compressors=BloscCodec(cname="zstd", clevel=5, shuffle="bitshuffle", typesize=data.itemsize),
+        compressors=_compressor(data.itemsize, row_bytes),
         fill_value=0,
         dimension_names=[axis, *([None] * (data.ndim - 1))],
         # All-zero chunks too: otherwise a deleted file would read as zeros.
@@ -142,6 +145,20 @@ def _put(group: zarr.Group, name: str, data: np.ndarray, axis: str) -> None:
     )
     if len(data):
         array[...] = data
+
+
+def _compressor(itemsize: int, row_bytes: int) -> BloscCodec:
+    """Standard settings, a part of a shard's bytes: change them and shards of old caches are not rewritten alike.
+
+    Level 7 makes logits 4 to 9 % smaller than 5 at a fifth of the speed, about 130,000 rows a second and core;
+    on wide rows (attention) it gains nothing, and 9 gains nothing over 7.
+    """
+    return BloscCodec(
+        cname="zstd",
+        clevel=7 if row_bytes <= _NARROW_BYTES else 5,
+        shuffle="shuffle" if itemsize > 1 else "noshuffle",
+        typesize=itemsize,
+    )
 
 
 def _dump(store: MemoryStore) -> dict[str, bytes]:
@@ -196,7 +213,7 @@ class ZarrReader:
         expected |= {field.name: (field, MAX_FIELD_BYTES) for field in fields}
         expected |= {f"{name}_offsets": (_OFFSETS, offsets_bytes) for name in list(expected)}
         # All of it before zarr opens the group, which builds the codecs of every array it lists.
-        self._shapes = check_metadata(arrays, expected, self._path)
+        self._layouts = check_metadata(arrays, expected, self._path)
         self._kinds = {name: kind for name, (kind, _) in expected.items()}
         try:
             store = LocalStore(self._path, read_only=True)
@@ -251,7 +268,7 @@ class ZarrReader:
     def _bounds(self, name: str) -> np.ndarray:
         """Return where each sample begins in an array, and the end: i8 ``[samples + 1]``."""
         bounds = self._array(f"{name}_offsets")
-        length = self._shapes[name][0]
+        length = self._layouts[name].shape[0]
         fit = len(bounds) == self._samples + 1 and bounds[0] == 0 and bounds[-1] == length
         if not fit or bool((np.diff(bounds) < 0).any()):
             raise CacheFormatError(f"{self._path}: {name}_offsets do not fit {name}; the shard is damaged")
@@ -259,10 +276,12 @@ class ZarrReader:
 
     def _array(self, name: str) -> np.ndarray:
         where = f"{self._path}/{name}"
-        shape, dtype = self._shapes[name], self._kinds[name].numpy_dtype
-        if shape[0] and not (self._path / name / "c" / "/".join("0" * len(shape))).is_file():
-            # zarr would take a missing file for zeros
-            raise CacheFormatError(f"{where}: its data is missing; the shard is damaged")
+        shape, dtype = self._layouts[name].shape, self._kinds[name].numpy_dtype
+        if shape[0]:
+            file = self._path / name / "c" / "/".join("0" * len(shape))
+            if not file.is_file():  # zarr would take a missing file for zeros
+                raise CacheFormatError(f"{where}: its data is missing; the shard is damaged")
+            check_chunks(file, self._layouts[name])
         try:
             data = np.asarray(self._group[name][...])
         except DAMAGE_ERRORS as error:

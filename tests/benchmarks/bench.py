@@ -25,11 +25,15 @@ from transformers import LlamaConfig, LlamaModel
 from common.cache import open_cache
 from common.codecs.logits import LogitCodec
 from common.codecs.row_attention import RowAttention, RowAttentionCodec
+from common.conversion import convert
+from common.manifest import SHARDS
 from common.visual_attention import AttentionCapture, AttentionRequest
 from stage1_teacher.config import BuildConfig
 from stage1_teacher.extract import extract
 from stage2_student.run import set_up_libraries
+from stage2_student.sampler import epoch_order
 from stage2_student.train import train_student
+from tests.benchmarks.bench_scale import bench_scale
 
 STORED = Path(__file__).parent / "results" / "bench.json"
 
@@ -100,34 +104,53 @@ def bench_codecs() -> dict[str, float]:
 
 
 def bench_cache(folder: Path) -> tuple[dict[str, float], Path]:
-    """Stage one on built-in data, and shuffled reading against zarr-python's per-record reads."""
+    """Stage one on built-in data."""
     cache_dir = folder / "cache"
     summary = extract(BuildConfig(cache=str(cache_dir), fidelity_samples=0))
     totals = summary.manifest.totals
-    cache = open_cache(cache_dir, open_shards=8)
-    order = np.random.default_rng(0).permutation(list(cache.sample_ids)).tolist()
-    group = zarr.open_group(str(cache_dir / "shards" / "00000.zarr"), mode="r")
-    offsets = {name: group[f"{name}_offsets"][:] for name in (field.name for field in cache.plan.all_fields)}
-
-    def ours() -> None:
-        for sample_id in order:
-            cache.read(sample_id)
-
-    def theirs() -> None:
-        for position in range(64):
-            for name, starts in offsets.items():
-                group[name][starts[position] : starts[position + 1]]
-
-    fast, slow = paired(ours, theirs, rounds=3)
     return {
         "stored bytes / row": totals["bytes"] / totals["rows"],
         "stored bytes / sample": totals["bytes"] / totals["samples"],
         "stage one, samples/s": summary.samples / summary.seconds,
-        "shuffled reading / zarr-python per record": (len(order) / fast) / (64 / slow),
     }, cache_dir
 
 
-def bench_training(cache: Path, folder: Path, *, rounds: int = 3, steps: int = 60) -> dict[str, float]:
+def bench_reading(cache_dir: Path, folder: Path) -> tuple[dict[str, float], dict[str, float]]:
+    """An epoch of training's reads, opening and checking included, against zarr-python's per-record random reads."""
+    tars = folder / "tars"
+    convert(cache_dir, tars, "webdataset")
+    cache = open_cache(cache_dir)
+    ids, shards = list(cache.sample_ids), range(cache.plan.shard_count)
+    starts = np.cumsum([0, *(shard.samples for shard in cache.manifest.shards)])
+    blocks = [np.arange(starts[shard], starts[shard + 1]) for shard in shards]
+    order = [ids[i] for i in epoch_order(blocks, seed=0, epoch=0, window=2).tolist()]
+    names = [field.name for field in cache.plan.all_fields]
+    groups = [zarr.open_group(str(cache_dir / SHARDS / f"{shard:05d}.zarr"), mode="r") for shard in shards]
+    offsets = [{name: group[f"{name}_offsets"][:] for name in names} for group in groups]
+    places = [(shard, i) for shard, block in enumerate(blocks) for i in range(len(block))]
+    chosen = [places[i] for i in np.random.default_rng(0).permutation(len(places))[:64].tolist()]
+
+    def epoch(path: Path) -> None:
+        opened = open_cache(path, open_shards=4)
+        for sample_id in order:
+            opened.read(sample_id)
+
+    def theirs() -> None:
+        for shard, i in chosen:
+            for name, bounds in offsets[shard].items():
+                groups[shard][name][bounds[i] : bounds[i + 1]]
+
+    ratios, figures = {}, {}
+    for store, path in (("zarr", cache_dir), ("tar", tars)):
+        fast, slow = paired(lambda path=path: epoch(path), theirs, rounds=3)  # type: ignore[misc]
+        ratios[f"{store}, block-shuffled / zarr-python, per record"] = (len(order) / fast) / (64 / slow)
+        figures[f"{store}, block-shuffled, thousand samples/s"] = len(order) / fast / 1e3
+    return ratios, figures
+
+
+def bench_training(
+    cache: Path, folder: Path, *, rounds: int = 3, steps: int = 60
+) -> tuple[dict[str, float], dict[str, float]]:
     """Median step of each loss combination against plain fine-tuning, runs in turn."""
     arms = {
         "SFT": {"lm": 1.0},
@@ -153,17 +176,28 @@ def bench_training(cache: Path, folder: Path, *, rounds: int = 3, steps: int = 6
         for name, times in medians.items()
         if name != "SFT"
     }
-    return {**ratios, "data_wait, %": statistics.median(waits)}
+    return ratios, {"data_wait, %": statistics.median(waits)}
 
 
 def main() -> None:
     """Measure, print and store."""
     set_up_libraries()
     torch.set_num_threads(1)
+    ratios: dict[str, float] = {}
+    figures: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        figures, cache = bench_cache(folder)
-        ratios = {**bench_capture(), **bench_codecs(), **figures, **bench_training(cache, folder)}
+        stored, cache = bench_cache(folder)
+        codecs = bench_codecs()
+        for more, numbers in (
+            ({}, stored | codecs),
+            (bench_capture(), {}),
+            bench_reading(cache, folder),
+            bench_scale(folder / "scale"),
+            bench_training(cache, folder),
+        ):
+            ratios |= more
+            figures |= numbers
     machine = {
         "processor": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
@@ -173,10 +207,14 @@ def main() -> None:
         "transformers": transformers.__version__,
         "zarr": zarr.__version__,
     }
-    ratios = {name: float(f"{value:.4g}") for name, value in ratios.items()}
-    STORED.write_text(json.dumps({"machine": machine, "ratios": ratios}, indent=1) + "\n")
-    for name, value in ratios.items():
-        sys.stdout.write(f"| {name} | {value:g} |\n")
+    results = {
+        kind: {name: float(f"{value:.4g}") for name, value in values.items()}
+        for kind, values in (("ratios", ratios), ("figures", figures))
+    }
+    STORED.write_text(json.dumps({"machine": machine, **results}, indent=1) + "\n")
+    for values in results.values():
+        for name, value in values.items():
+            sys.stdout.write(f"| {name} | {value:g} |\n")
 
 
 if __name__ == "__main__":

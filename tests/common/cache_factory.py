@@ -48,21 +48,33 @@ def sample_id(position: int) -> str:
 def make_record(position: int) -> Record:
     rng = np.random.default_rng(position)
     rows = 0 if position == 1 else int(rng.integers(1, 9))
+    labels = rng.integers(0, 100, rows).astype(np.uint32)
     counts = rng.integers(1, 6, rows).astype(np.uint8)
-    entries = int(counts.sum())
     visual = 0 if position == 2 else int(rng.integers(1, 7))  # a text-only sample
     return {
         "image_hash": rng.integers(0, 256, (1, 16)).astype(np.uint8),
-        "labels": rng.integers(0, 100, rows).astype(np.uint32),
-        "tiles": rng.random((min(visual, 1), 6)).astype(np.float32),
+        "labels": labels,
+        "tiles": np.array([[1, visual, 0, 0, 1, 1]], np.float32)[: min(visual, 1)],
         "entry_count": counts,
-        "token_ids": rng.integers(0, 100, entries).astype(np.uint32),
-        "log_gap": rng.integers(0, 256, entries).astype(np.uint8),
+        "token_ids": _token_ids(labels, counts),
+        "log_gap": _gaps(rng, counts),
         "top_logprob": -rng.random(rows).astype(np.float16),
         "tail_logmass": -rng.random((rows, 2)).astype(np.float16),
         "visual_columns": rng.random((visual, 2)).astype(np.float32),
         "visual_map": rng.integers(0, 256, (visual * (visual + 1) // 2, 2)).astype(np.uint8),
     }
+
+
+def _token_ids(labels: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Different tokens in each row, the ground truth among them."""
+    rows = [(label + np.arange(count)) % 100 for label, count in zip(labels, counts, strict=True)]
+    return np.concatenate([np.zeros(0), *rows]).astype(np.uint32)
+
+
+def _gaps(rng: np.random.Generator, counts: np.ndarray) -> np.ndarray:
+    """Codes by rank: 0 first, then rising."""
+    rows = [np.sort(np.append(0, rng.integers(0, 255, count - 1))) for count in counts]
+    return np.concatenate([np.zeros(0), *rows]).astype(np.uint8)
 
 
 def build_shard(cache_dir: Path, plan: Plan, index: int) -> None:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from cache_factory import FAILED, build_cache, make_plan, make_record, sample_id, tree
 from click.testing import CliRunner
@@ -53,7 +54,7 @@ def test_inspect_shows_a_cache_on_one_screen(cache):
     ):  # fmt: skip
         assert text in output, text
     lines = output.splitlines()
-    assert len(lines) < 25
+    assert len(lines) < 30
     assert max(len(line.replace(str(cache), "CACHE")) for line in lines) <= 110
     rows = sum(len(make_record(p)["labels"]) for p in range(10) if p != FAILED)
     logits = sum(
@@ -88,7 +89,7 @@ def test_inspect_shows_a_record_with_token_numbers(cache):
         assert " x ".join(map(str, array.shape)) in output
     first_row = next(line for line in output.splitlines() if line.startswith("   0  ")).split()
     assert first_row[1] == str(record["labels"][0])
-    assert first_row[3] == str(record["token_ids"][0])
+    assert first_row[2:4] == [str(record["token_ids"][0]), f"{np.exp(float(record['top_logprob'][0])):.3f}"]
     assert "no sample 'nobody'" in run("inspect", cache, "nobody", code=1)
 
 
@@ -143,7 +144,7 @@ def test_disk_errors_are_told_without_a_traceback(cache, tmp_path, monkeypatch):
     def full(*arguments, **options):
         raise OSError(28, "No space left on device", "somewhere")
 
-    monkeypatch.setattr("common.sharing.write_plan", full)
+    monkeypatch.setattr("common.conversion.write_plan", full)
     other = "webdataset" if (cache / "shards" / "00000.zarr").exists() else "zarr"
     output = run("convert", cache, tmp_path / "new", "--store", other, code=1)
     assert "error: somewhere: No space left on device" in output

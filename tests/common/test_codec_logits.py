@@ -63,7 +63,7 @@ def test_kept_tokens_equal_a_row_by_row_reference(
 
 
 @pytest.mark.parametrize("vocabulary", [32_000, 49_152, 131_072, 131_073, 151_936, 262_144])
-@pytest.mark.parametrize("preset", ["default", "full"])
+@pytest.mark.parametrize("preset", ["lean", "full", "fixed:32"])
 def test_any_vocabulary_round_trips_with_the_last_id_as_ground_truth(vocabulary: int, preset: str):
     dense = random_logits(3, vocabulary, scale=4.0)
     labels = torch.tensor([vocabulary - 1, 0, vocabulary // 2])
@@ -110,7 +110,7 @@ def test_selecting_in_chunks_changes_nothing_and_leaves_the_logits_alone():
 @settings(deadline=None, max_examples=100)
 @given(
     seed=st.integers(0, 2**31), rows=st.integers(0, 9), scale=st.floats(0.0, 60.0),
-    preset=st.sampled_from([*LOGIT_PRESETS, "two"]),
+    preset=st.sampled_from([*LOGIT_PRESETS, "fixed:7", "two"]),
 )  # fmt: skip
 def test_round_trip_is_within_the_stated_bound(seed: int, rows: int, scale: float, preset: str):
     chosen = codec(min_k=1, max_k=2) if preset == "two" else LogitCodec.from_preset(preset)
@@ -132,7 +132,8 @@ def test_round_trip_is_within_the_stated_bound(seed: int, rows: int, scale: floa
         return
     gaps, cached_gaps = top - live.log_probs, cached.log_probs[:, :1] - cached.log_probs
     gaps, cached_gaps = gaps[live.entry_mask].numpy(), cached_gaps[live.entry_mask].numpy()
-    assert bool((np.abs(cached_gaps - gaps) <= gap_error(gaps) + 1e-5).all())
+    bound = gap_error(gaps) * (2.1 if chosen.balanced else 1)
+    assert bool((np.abs(cached_gaps - gaps) <= bound + 1e-5).all())
     assert bool(((cached.log_probs[:, :1] - top).abs() <= top.abs() * 2**-11 + 2**-25).all())
     finite = tails > -INF
     assert torch.equal(finite, cached.tail_log_mass > -INF)
@@ -258,7 +259,7 @@ def test_encoding_rows_of_another_codec_is_refused():
         codec(max_k=2).encode(sparse)
 
 
-@pytest.mark.parametrize("preset", sorted(LOGIT_PRESETS))
+@pytest.mark.parametrize("preset", [*sorted(LOGIT_PRESETS), "fixed:9"])
 def test_the_stored_dictionary_is_plain_json_and_rebuilds_the_codec(preset: str):
     chosen = LogitCodec.from_preset(preset, temperatures=(1.0, 4.0))
     stored = json.loads(json.dumps(chosen.to_dict()))

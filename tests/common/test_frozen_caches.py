@@ -13,7 +13,7 @@ import torch
 from common.cache import open_cache
 from common.codecs import codec_from_dict
 from common.hashing import checksum
-from common.sharing import verify
+from common.verification import verify
 
 FIXTURES = Path(__file__).parent / "fixtures"
 HASHES = {"zarr": "2a64719fb48fbd7f6bed7d73897bbb7d", "webdataset": "0d7f0c78be1c2a95be08a244d971d6b7"}

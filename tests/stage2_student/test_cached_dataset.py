@@ -1,13 +1,14 @@
 """The join of data and cache: the teacher's rows meet exactly the samples they were made from."""
 
 import dataclasses
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from tiny_cache import DATA, build_tiny_cache, make_teacher
 
-from common.cache import TeacherCache, open_cache
+from common.cache import open_cache
 from common.errors import CacheMismatchError
 from common.layers import student_groups
 from common.schema import IGNORE_INDEX
@@ -15,6 +16,7 @@ from data.images import ImageArray
 from data.registry import open_dataset
 from data.sample import Sample, Turn, fingerprint_samples
 from stage2_student.cached_dataset import CachedDataset, SampleMemory
+from stage2_student.join import join_cache
 from stage2_student.signals import matching_groups
 
 SIGNALS = ("logits", "answer_attention", "visual_columns", "visual_map")
@@ -57,7 +59,7 @@ def test_a_batch_holds_the_teachers_rows_in_the_order_of_its_own(tiny_cache):
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
     assert torch.equal(batch.labels, torch.cat([b.labels[b.labels != IGNORE_INDEX] for *_, b in live]))
     assert batch.row_count == len(batch.labels) == len(batch.logits)
-    assert batch.units == (batch.row_count, batch.row_count, 3, 3)
+    assert batch.units == (batch.row_count, batch.row_count, 3, 3, 0)
 
 
 def test_attention_is_pooled_to_the_students_grid_keys_by_sum_and_queries_by_mean(tiny_cache):
@@ -163,12 +165,12 @@ def test_text_only_samples_have_rows_but_no_attention(tmp_path):
     joined = open_joined(tmp_path / "c", dataset=dataset)
     batch = joined.batch([0, 1, 2])
     assert batch.has_image.tolist() == [0, 2]
-    assert batch.units == (batch.row_count, batch.row_count - 2, 2, 2)
+    assert batch.units == (batch.row_count, batch.row_count - 2, 2, 2, 0)
     assert len(batch.attention["answer_attention"].teacher) == batch.row_count - 2
     assert batch.attention["visual_map"].teacher.shape[0] == 2
     alone = joined.batch([1])
     assert alone.attention == {}
-    assert alone.units == (alone.row_count, 0, 0, 0)
+    assert alone.units == (alone.row_count, 0, 0, 0, 0)
 
 
 def test_the_control_takes_attention_from_another_image_and_logits_from_its_own(tiny_cache):
@@ -182,13 +184,38 @@ def test_the_control_takes_attention_from_another_image_and_logits_from_its_own(
         assert not torch.equal(right.attention[signal].teacher, wrong.attention[signal].teacher)
 
 
-def test_the_caches_sample_ids_are_taken_once_however_many_shards_it_has(tiny_cache, monkeypatch):
-    """They are a new tuple each time: once a shard made joining 665k samples quadratic."""
-    taken = []
-    ids = TeacherCache.sample_ids.fget
-    monkeypatch.setattr(TeacherCache, "sample_ids", property(lambda cache: taken.append(1) or ids(cache)))
-    assert len(open_joined(tiny_cache[0]).shards) == 4
-    assert len(taken) == 1
+def test_joining_reads_no_sidecar_and_keeps_the_data_sets_own_ids(tiny_cache, tmp_path):
+    """A million ids are neither read from the cache nor held twice."""
+    folder = tmp_path / "c"
+    shutil.copytree(tiny_cache[0], folder)
+    for path in (folder / "shards").glob("*.json"):
+        path.unlink()
+    dataset = ListDataset(open_dataset(DATA))
+    joined = open_joined(folder, dataset=dataset)
+    assert all(a is b for a, b in zip(joined.sample_ids, dataset.sample_ids, strict=True))
+
+
+def test_data_in_another_order_join_by_id(tiny_cache):
+    straight = open_joined(tiny_cache[0])
+    dataset = ListDataset(reversed(list(ListDataset(open_dataset(DATA)).samples)))
+    turned = open_joined(tiny_cache[0], dataset=dataset)
+    assert turned.sample_ids == straight.sample_ids
+    for position in (0, 7, 19):
+        assert turned.load(position).encoded.image_hash == straight.load(position).encoded.image_hash
+
+
+def test_of_a_merged_cache_the_samples_of_this_data_set_are_used(tiny_cache):
+    dataset = ListDataset(open_dataset(DATA)[index] for index in (3, 9, 19))
+    cache = open_cache(tiny_cache[0])
+    parts = [{"fingerprint": "a"}, {"fingerprint": dataset.fingerprint()}]
+    cache.plan = dataclasses.replace(cache.plan, data=cache.plan.data | {"parts": parts})
+    join = join_cache(cache, dataset)
+    assert join.sample_ids == list(dataset.sample_ids)
+    assert join.places.tolist() == [0, 1, 2]
+    assert [shard.tolist() for shard in join.shards] == [[0], [1], [], [2]]
+    assert join_cache(cache, dataset, limit=2).sample_ids == list(dataset.sample_ids)[:2]
+    with pytest.raises(CacheMismatchError, match="20 of the 20 samples"):
+        join_cache(cache, open_dataset("easy-vqa"))
 
 
 def test_student_layers_are_chosen_as_the_caches_were(tiny_cache):

@@ -87,6 +87,32 @@ def test_other_data_is_refused_naming_both_fingerprints_and_what_is_missing(tiny
         check_data(cache, open_dataset(data))
 
 
+def test_a_merged_cache_fits_each_of_its_data_sets_and_no_other(tiny_cache):
+    cache = open_cache(tiny_cache[0])
+    part, other = open_dataset("shapes:images=3,seed=5"), open_dataset("shapes:images=3,seed=6")
+    parts = [{"fingerprint": "a"}, {"fingerprint": part.fingerprint()}]
+    cache.plan = replace(cache.plan, data=cache.plan.data | {"parts": parts})
+    check_data(cache, part)
+    check_data(cache, open_dataset(DATA))
+    with pytest.raises(
+        CacheMismatchError, match=rf"fingerprint a or {part.fingerprint()}\): \d+ of the cache's"
+    ):
+        check_data(cache, other)
+
+
+@pytest.mark.parametrize(
+    "name", ["projector.safetensors", "vision_tower.safetensors", "processor/tokenizer.json"]
+)
+def test_damage_beside_the_shards_is_an_error_before_training(tiny_cache, tmp_path, name):
+    shutil.copytree(tiny_cache[0], tmp_path / "c")
+    path = tmp_path / "c" / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CacheFormatError, match=rf"{name}: damaged, not the file that was sealed"):
+        prepare(make_config(tmp_path / "c"))
+
+
 def test_a_signal_that_is_not_cached_is_refused_naming_those_that_are(tmp_path):
     build_tiny_cache(tmp_path / "c", data="shapes:images=1,seed=5", signals=("logits",))
     cache = open_cache(tmp_path / "c")

@@ -144,4 +144,10 @@ def test_a_split_step_has_the_same_losses_with_pictures_without_content_and_rows
     for parts in ([(0,), (1, 2, 3)], [(0, 1), (2, 3)], [(0, 2), (1,), (3,)]):
         assert scene.losses(parts, **student) == pytest.approx(whole, rel=1e-4, abs=1e-6)
     # Rows of text count whatever they look at; of attention, only rows and pictures that have any.
-    assert collate_samples(scene.samples, pad_token_id=0).units == (4 * scene.rows, 3 * scene.rows - 2, 3, 3)
+    assert collate_samples(scene.samples, pad_token_id=0).units == (
+        4 * scene.rows,
+        3 * scene.rows - 2,
+        3,
+        3,
+        0,
+    )

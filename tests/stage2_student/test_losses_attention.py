@@ -8,6 +8,7 @@ from loss_checks import assert_agree, normal, value_and_gradient
 from torch import Tensor
 
 from common.codecs import RowAttention, RowAttentionCodec
+from common.codecs.teacher_map import TeacherMap
 from stage2_student.losses import (
     answer_attention_loss,
     column_means,
@@ -145,7 +146,11 @@ def test_unequal_shapes_and_unknown_kinds_are_refused():
     with pytest.raises(ValueError, match="kind: expected one of"):
         answer_attention_loss(torch.rand(2, 1, 4), teacher, kind="mse")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="reduction: expected one of"):
-        visual_map_cosine_loss(torch.rand(1, 1, 2, 2), torch.rand(1, 1, 2, 2), reduction="max")  # type: ignore[arg-type]
+        visual_map_cosine_loss(
+            torch.rand(1, 1, 2, 2),
+            TeacherMap.from_maps(torch.rand(1, 1, 2, 2)),
+            reduction="max",  # type: ignore[arg-type]
+        )
 
 
 def maps_of(samples: int, groups: int, tokens: int, *, seed: int) -> Tensor:
@@ -194,7 +199,7 @@ def test_sink_filtered_cosine_equals_the_released_formula(reduction: str):
     teacher, student = maps_of(3, 2, 7, seed=0), maps_of(3, 2, 7, seed=1)
     teacher[1] = 0  # a text-only sample
     assert_agree(
-        lambda s: sink_filtered_cosine_loss(s, teacher, reduction=reduction),  # type: ignore[arg-type]
+        lambda s: sink_filtered_cosine_loss(s, TeacherMap.from_maps(teacher), reduction=reduction),  # type: ignore[arg-type]
         lambda s: sink_filtered_reference(s, teacher, reduction),
         student,
     )
@@ -202,21 +207,25 @@ def test_sink_filtered_cosine_equals_the_released_formula(reduction: str):
 
 def test_published_reduction_is_the_sum_over_layers():
     teacher, student = maps_of(2, 7, 6, seed=0), maps_of(2, 7, 6, seed=1)
-    summed = sink_filtered_cosine_loss(student, teacher)
-    torch.testing.assert_close(summed, 7 * sink_filtered_cosine_loss(student, teacher, reduction="mean"))
+    target = TeacherMap.from_maps(teacher)
+    summed = sink_filtered_cosine_loss(student, target)
+    torch.testing.assert_close(summed, 7 * sink_filtered_cosine_loss(student, target, reduction="mean"))
 
 
 def test_the_filter_follows_the_student():
     """A sink of the student leaves its pair out on both sides, so it gets no gradient."""
     teacher, student = maps_of(1, 1, 8, seed=0), maps_of(1, 1, 8, seed=1)
     student[0, 0, 7, 2] = 5.0
-    _, gradient = value_and_gradient(lambda s: sink_filtered_cosine_loss(s, teacher), student)
+    _, gradient = value_and_gradient(
+        lambda s: sink_filtered_cosine_loss(s, TeacherMap.from_maps(teacher)), student
+    )
     assert float(gradient[0, 0, 7, 2]) == 0
     assert bool(gradient.any())
 
 
 def test_bfloat16_maps_are_computed_in_float32():
-    teacher, student = maps_of(2, 2, 9, seed=0), maps_of(2, 2, 9, seed=1).bfloat16()
+    teacher = TeacherMap.from_maps(maps_of(2, 2, 9, seed=0))
+    student = maps_of(2, 2, 9, seed=1).bfloat16()
     for loss in (sink_filtered_cosine_loss, visual_map_cosine_loss):
         value, gradient = value_and_gradient(lambda s, f=loss: f(s, teacher), student)
         exact, exact_gradient = value_and_gradient(lambda s, f=loss: f(s, teacher), student.float())
@@ -235,7 +244,8 @@ def test_visual_map_cosine_equals_the_papers_formula(reduction: str):
         ]
         return sum(((x + y) for x, y in layers), s.new_zeros(())) / (2 if reduction == "sum" else 4)
 
-    assert_agree(lambda s: visual_map_cosine_loss(s, teacher, reduction=reduction), reference, student)  # type: ignore[arg-type]
+    target = TeacherMap.from_maps(teacher)
+    assert_agree(lambda s: visual_map_cosine_loss(s, target, reduction=reduction), reference, student)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -264,18 +274,24 @@ def test_column_means_average_over_query_rows():
 
 def test_one_visual_token_gives_a_finite_loss():
     student, teacher = torch.full((1, 1, 1, 1), 0.2), torch.full((1, 1, 1, 1), 0.7)
-    value, gradient = value_and_gradient(lambda s: sink_filtered_cosine_loss(s, teacher), student)
+    value, gradient = value_and_gradient(
+        lambda s: sink_filtered_cosine_loss(s, TeacherMap.from_maps(teacher)), student
+    )
     assert abs(float(value)) < 1e-6
     assert bool(torch.isfinite(gradient).all())
 
 
 def test_samples_without_an_image_give_zero_with_a_graph():
     nowhere = RowAttention.from_cells(torch.zeros(3, 1, 4))
+
+    def no_map(samples: int, groups: int, tokens: int) -> TeacherMap:
+        return TeacherMap.from_maps(torch.zeros(samples, groups, tokens, tokens))
+
     for loss, student in (
         (lambda z: answer_attention_loss(z, nowhere), torch.rand(3, 1, 4)),
         (lambda z: visual_columns_loss(z, torch.zeros(2, 1, 4)), torch.rand(2, 1, 4)),
-        (lambda z: sink_filtered_cosine_loss(z, torch.zeros(2, 1, 4, 4)), torch.rand(2, 1, 4, 4)),
-        (lambda z: visual_map_cosine_loss(z, torch.zeros(2, 1, 0, 0)), torch.rand(2, 1, 0, 0)),
+        (lambda z: sink_filtered_cosine_loss(z, no_map(2, 1, 4)), torch.rand(2, 1, 4, 4)),
+        (lambda z: visual_map_cosine_loss(z, no_map(2, 1, 0)), torch.rand(2, 1, 0, 0)),
     ):
         value, gradient = value_and_gradient(loss, student)
         assert float(value) == 0
@@ -288,15 +304,15 @@ def test_padding_tokens_change_nothing_of_the_sink_filtered_loss():
     padded = [torch.nn.functional.pad(maps, (3, 3, 3, 3)) for maps in small]
     mask = torch.zeros(1, 12, dtype=torch.bool)
     mask[:, 3:9] = True
-    expected = sink_filtered_cosine_loss(*small)
-    torch.testing.assert_close(sink_filtered_cosine_loss(*padded, token_mask=mask), expected)
-    assert float(sink_filtered_cosine_loss(padded[0], padded[0], token_mask=mask)) == pytest.approx(
-        0, abs=1e-6
-    )
+    expected = sink_filtered_cosine_loss(small[0], TeacherMap.from_maps(small[1]))
+    teacher, equal = (TeacherMap.from_maps(maps, token_mask=mask) for maps in (padded[1], padded[0]))
+    torch.testing.assert_close(sink_filtered_cosine_loss(padded[0], teacher, token_mask=mask), expected)
+    assert abs(float(sink_filtered_cosine_loss(padded[0], equal, token_mask=mask))) < 1e-6
 
 
 def test_attention_of_padding_tokens_changes_nothing_of_the_map_cosine():
     student, teacher = maps_of(2, 2, 6, seed=0), maps_of(2, 2, 6, seed=1)
     mask = torch.tensor([[True] * 4 + [False] * 2] * 2)
-    found = visual_map_cosine_loss(student, teacher, token_mask=mask)
-    torch.testing.assert_close(found, visual_map_cosine_loss(student[..., :4, :4], teacher[..., :4, :4]))
+    found = visual_map_cosine_loss(student, TeacherMap.from_maps(teacher), token_mask=mask)
+    cut = TeacherMap.from_maps(teacher[..., :4, :4])
+    torch.testing.assert_close(found, visual_map_cosine_loss(student[..., :4, :4], cut))

@@ -91,3 +91,28 @@ def test_more_processes_than_samples_is_refused_with_the_remedy():
 def test_nothing_to_train_on_is_refused():
     with pytest.raises(ConfigError, match="no sample to train on"):
         ShardShuffle(shards=[], seed=0)
+
+
+@pytest.mark.parametrize("window", [1, 2, 3, 9])
+def test_what_is_upcoming_is_what_the_next_window_reads(window):
+    sizes = [3, 0, 2, 4, 1, 0, 5]
+    ends = np.cumsum([0, *sizes])
+    shards = np.split(np.arange(ends[-1]), ends[1:-1])
+    shuffle = ShardShuffle(shards=shards, seed=5, window=window)
+    owner = np.repeat(np.arange(len(sizes)), sizes)
+    until = 3 * shuffle.length
+    read = owner[shuffle.take(0, until)]  # which shard each sample comes from
+    starts, chosen = [0], set()
+    for position, shard in enumerate(
+        read.tolist()
+    ):  # a window ends when all of its shards have been read whole
+        chosen.add(shard)
+        whole = sum(sizes[i] for i in chosen) == position + 1 - starts[-1]
+        if whole and (len(chosen) == window or (position + 1) % shuffle.length == 0):
+            starts.append(position + 1)
+            chosen = set()
+    for consumed in range(until):
+        later = [start for start in starts if start > consumed]
+        expected = set(read[later[0] : later[1]].tolist()) if len(later) > 1 else set()
+        assert set(shuffle.upcoming(consumed, until)) == expected, consumed
+    assert shuffle.upcoming(0, int(starts[1])) == []

@@ -1,0 +1,225 @@
+"""Where a teacher looked while it said each word: maps of a record as text, or as a picture over its image.
+
+Each map has a scale of its own, from nothing to its largest cell: it shows where a word looked. How much of
+the attention lay on the image at all is the number beside it.
+
+Dims: A supervised rows, G layer groups, C grid cells (row-major from the top left), W words.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from common.codecs.quantise import log8_table
+from common.errors import CacheFormatError, CacheMismatchError, ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from PIL.Image import Image
+
+    from common.plan import Plan
+    from common.schema import Record
+
+RANGE_NATS = 12.0  # as `common.codecs.row_attention`, which imports torch
+BLOCKS, ASCII = "\u00b7\u2591\u2592\u2593\u2588", ".-+*#"
+_EDGES = (0.08, 0.25, 0.5, 0.8)  # of the largest cell: where a darker shade begins
+_MIN_WIDTH = 14  # characters of a map, for the word above it
+_MAX_TEXT_COLUMNS = 16  # of a grid drawn two characters a cell, which makes cells square
+
+_TILE = 200  # pixels, the longer side of a map in the picture
+_LABEL, _GAP = 36, 8  # pixels
+_COLUMNS = 5
+_HEAT = np.array([[0, 0, 60], [110, 20, 120], [225, 70, 60], [255, 180, 40], [255, 255, 190]], np.float64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WordMap:
+    """Where one word of the answer looked.
+
+    Attributes:
+        word: Its text.
+        cells: float64 ``[rows, cols]``, absolute mass, mean over the word's tokens and all layer groups.
+        image_mass: Their sum: the share of attention on the image, in [0, 1].
+    """
+
+    word: str
+    cells: np.ndarray
+    image_mass: float
+
+
+def word_maps(record: Record, plan: Plan, words: Sequence[tuple[str, Sequence[int]]]) -> list[WordMap]:
+    """Average a record's answer attention over the rows of each word.
+
+    Args:
+        record: With the fields of ``answer_attention``.
+        plan: Of the cache.
+        words: Text and supervised rows of each word.
+
+    Returns:
+        A map a word; none if the cache has no answer attention or the sample no image.
+
+    Raises:
+        CacheFormatError: If the plan's grid is not that of the arrays.
+    """
+    settings = plan.signals.get("answer_attention")
+    if settings is None or not len(record["tiles"]):
+        return []
+    cells = decode_cells(record["answer_attention"], record["answer_image_mass"]).mean(axis=1)  # [A, C]
+    grid = settings.get("grid")
+    if not isinstance(grid, list) or len(grid) != 2 or grid[0] * grid[1] != cells.shape[1]:
+        raise CacheFormatError(
+            f"answer_attention: the plan says a grid of {grid}, its rows have {cells.shape[1]} cells; "
+            "the plan is damaged: copy the cache again"
+        )
+    rows, cols = grid
+    maps = []
+    for word, its_rows in words:
+        mean = cells[list(its_rows)].mean(axis=0).reshape(rows, cols)
+        maps.append(WordMap(word=word, cells=mean, image_mass=float(mean.sum())))
+    return maps
+
+
+def decode_cells(codes: np.ndarray, mass: np.ndarray) -> np.ndarray:
+    """Decode answer attention without torch, as ``RowAttentionCodec.decode`` does.
+
+    Args:
+        codes: u1 codes or f4 masses ``[A, G, C]``.
+        mass: On the image, f2 or f4 ``[A, G]``.
+
+    Returns:
+        float64 ``[A, G, C]``, absolute mass.
+    """
+    if codes.dtype != np.uint8:
+        return codes.astype(np.float64)
+    relative = log8_table(RANGE_NATS)[codes].astype(np.float64)
+    total = relative.sum(axis=2, keepdims=True)
+    scale = np.divide(mass[..., None].astype(np.float64), total, out=np.zeros_like(total), where=total > 0)
+    cells: np.ndarray = relative * scale
+    return cells
+
+
+def draw_text(maps: Sequence[WordMap], *, width: int = 100, shades: str = BLOCKS) -> list[str]:
+    """Draw maps side by side in characters.
+
+    Args:
+        maps: All of one grid.
+        width: Characters a line may have.
+        shades: Five, from nothing to most: ``BLOCKS``, or ``ASCII`` for terminals that know no other.
+
+    Returns:
+        Lines without trailing spaces.
+    """
+    if not maps:
+        return []
+    rows, cols = maps[0].cells.shape
+    across = 2 if cols <= _MAX_TEXT_COLUMNS else 1
+    cell_width = max(cols * across, _MIN_WIDTH)
+    each_line = max(1, (width + 2) // (cell_width + 2))
+    lines: list[str] = []
+    for start in range(0, len(maps), each_line):
+        group = maps[start : start + each_line]
+        titles = [f"{m.word[: cell_width - 5]:<{cell_width - 5}}{m.image_mass:>5.0%}" for m in group]
+        lines.append("  ".join(titles).rstrip())
+        shaded = [_shade(m.cells, shades, across) for m in group]
+        lines += ["  ".join(f"{s[row]:<{cell_width}}" for s in shaded).rstrip() for row in range(rows)]
+        lines.append("")
+    return lines[:-1]
+
+
+def _shade(cells: np.ndarray, shades: str, across: int) -> list[str]:
+    largest = cells.max()
+    levels = np.digitize(cells / largest if largest > 0 else cells, _EDGES)  # 0 to 4
+    marks = [shades[0].ljust(across), *(shade * across for shade in shades[1:])]
+    return ["".join(marks[level] for level in row) for row in levels]
+
+
+def open_image(path: Path, record: Record) -> Image:
+    """Open the picture that a record was made from.
+
+    Raises:
+        SampleError: If it cannot be read as an image.
+        CacheMismatchError: If its pixels are not those the teacher saw.
+    """
+    from common.pixels import decode_image, image_hash  # needs pillow
+
+    try:
+        image = decode_image(path.read_bytes(), name=str(path))
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: cannot be read: {error.strerror}; give the sample's image file"
+        ) from error
+    found, expected = image_hash(image).hex(), record["image_hash"].tobytes().hex()
+    if found != expected:
+        raise CacheMismatchError(
+            f"{path}: its pixels have hash {found}, the sample's image has {expected}; give the image that the "
+            "teacher saw, not a resized, cropped or re-compressed one"
+        )
+    return image
+
+
+def draw_picture(maps: Sequence[WordMap], *, title: str, image: Image | None) -> Image:
+    """Draw a contact sheet: the image if there is one, and a heat map for each word, over it.
+
+    Args:
+        maps: At least one, all of one grid.
+        title: Printed above.
+        image: The sample's; without it the maps stand alone.
+
+    Returns:
+        RGB.
+    """
+    import PIL.Image
+    from PIL import ImageDraw, ImageFont
+
+    grid_rows, grid_cols = maps[0].cells.shape
+    sides = image.size if image is not None else (grid_cols, grid_rows)
+    scale = _TILE / max(sides)
+    size = (max(1, round(sides[0] * scale)), max(1, round(sides[1] * scale)))
+    small = image.resize(size, PIL.Image.Resampling.LANCZOS) if image is not None else None
+    tiles: list[tuple[str, Any]] = [] if small is None else [("the image", small)]
+    tiles += [(f"{m.word}   {m.image_mass:.0%}", _heat_map(m.cells, size, small)) for m in maps]
+
+    font, small_font = ImageFont.load_default(size=18), ImageFont.load_default(size=15)
+    step = (_TILE + _GAP, size[1] + _LABEL + _GAP)
+    columns = min(_COLUMNS, len(tiles))
+    lines = -(-len(tiles) // columns)
+    sheet = PIL.Image.new("RGB", (columns * step[0] + _GAP, lines * step[1] + _LABEL + _GAP), "white")
+    pen = ImageDraw.Draw(sheet)
+    pen.text((_GAP, _GAP), _cut(pen, title, font, sheet.width - 2 * _GAP), fill="black", font=font)
+    for place, (label, tile) in enumerate(tiles):
+        left = _GAP + place % columns * step[0]
+        top = _LABEL + place // columns * step[1]
+        pen.text((left, top + 10), _cut(pen, label, small_font, _TILE), fill="black", font=small_font)
+        sheet.paste(tile, (left, top + _LABEL))
+    return sheet
+
+
+def _heat_map(cells: np.ndarray, size: tuple[int, int], image: Image | None) -> Image:
+    import PIL.Image
+
+    largest = cells.max()
+    relative = (cells / largest if largest > 0 else cells).astype(np.float32)
+    smooth = PIL.Image.Resampling.NEAREST if image is None else PIL.Image.Resampling.BICUBIC
+    heat = np.clip(np.asarray(PIL.Image.fromarray(relative).resize(size, smooth)), 0, 1)  # [H, W]
+    place = heat * (len(_HEAT) - 1)
+    low = np.minimum(place.astype(np.int64), len(_HEAT) - 2)
+    share = (place - low)[..., None]
+    colours = _HEAT[low] * (1 - share) + _HEAT[low + 1] * share  # [H, W, 3]
+    if image is not None:
+        grey = np.asarray(image.convert("L"), np.float64)[..., None]  # so that no colour is the picture's own
+        cover = 0.1 + 0.5 * heat[..., None]
+        colours = grey * (1 - cover) + colours * cover
+    return PIL.Image.fromarray(np.rint(colours).astype(np.uint8))
+
+
+def _cut(pen: Any, text: str, font: Any, width: float) -> str:
+    if pen.textlength(text, font=font) <= width:
+        return text
+    while text and pen.textlength(f"{text}...", font=font) > width:
+        text = text[:-1]
+    return f"{text}..."

@@ -1,0 +1,48 @@
+"""All codecs by the name that a plan stores; importing this imports torch, unlike importing the package."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from common.codecs.logits import LOGIT_PRESETS, LogitCodec, SparseLogits
+from common.codecs.row_attention import RowAttention, RowAttentionCodec, TextAttentionCodec
+from common.codecs.visual_map import VisualColumnsCodec, VisualMapCodec
+from common.errors import CacheFormatError
+
+__all__ = [
+    "CODECS",
+    "LOGIT_PRESETS",
+    "AnyCodec",
+    "LogitCodec",
+    "RowAttention",
+    "RowAttentionCodec",
+    "SparseLogits",
+    "TextAttentionCodec",
+    "VisualColumnsCodec",
+    "VisualMapCodec",
+    "codec_from_dict",
+]
+
+AnyCodec = LogitCodec | RowAttentionCodec | VisualColumnsCodec | VisualMapCodec
+
+CODECS: dict[str, type[LogitCodec | RowAttentionCodec | VisualColumnsCodec | VisualMapCodec]] = {
+    "logits": LogitCodec,
+    "answer_attention": RowAttentionCodec,
+    "text_attention": TextAttentionCodec,
+    "visual_columns": VisualColumnsCodec,
+    "visual_map": VisualMapCodec,
+}
+
+
+def codec_from_dict(stored: Mapping[str, Any]) -> AnyCodec:
+    """Rebuild the codec that wrote a dictionary.
+
+    Raises:
+        CacheFormatError: If there is no such codec, or its settings are not what it writes.
+    """
+    name = stored.get("codec")
+    if not isinstance(name, str) or name not in CODECS:
+        raise CacheFormatError(
+            f"codec {name!r}: expected one of {sorted(CODECS)}; the cache may be from a newer version: "
+            "update this software"
+        )
+    return CODECS[name].from_dict(stored)

@@ -1,0 +1,115 @@
+"""The README.md of a derived cache: what it was made from, what still holds, and its sources' own cards."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from common.derivation import DERIVED
+from common.plan import card_store_line
+from common.printing import one_line, printable
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from common.plan import Plan
+
+
+def write_derived_card(
+    plan: Plan, fidelity: Mapping[str, Any] | None, sources: Sequence[tuple[str, str]]
+) -> bytes:
+    """Return the card of a derived cache.
+
+    Args:
+        plan: Its plan.
+        fidelity: What `derive.carry_fidelity` kept.
+        sources: Manifest hash and card of each cache it was made from; the cards are quoted.
+
+    Returns:
+        Markdown, UTF-8.
+    """
+    name = one_line(f"{plan.teacher.get('name')} on {plan.data.get('name')}")
+    how = plan.extra[DERIVED]
+    made = "\n".join(f"- {key}: `{_cell(value)}`" for key, value in sorted(how.items()) if key != "sources")
+    signals = _rows((f"`{signal}`", f"`{_cell(codec)}`") for signal, codec in sorted(plan.signals.items()))
+    figures = _rows((_cell(figure), _cell(value)) for figure, value in sorted((fidelity or {}).items()))
+    prints = _rows((_cell(of), f"`{_cell(value)}`") for of, value in sorted(plan.fingerprints.items()))
+    licences = _rows(
+        (of, _cell(described.get(key) or "not stated"))
+        for of, described, key in (
+            ("the caches", plan.data, "cache_license"),
+            ("the teacher", plan.teacher, "license"),
+            ("the data", plan.data, "license"),
+        )
+    )
+    quoted = "\n".join(
+        f"\n### Manifest `{manifest_hash}`\n\n{_quote(card) or '> (no card)'}"
+        for manifest_hash, card in sources
+    )
+    return f"""---
+{_front_matter(plan, name)}---
+# Derived teacher cache: {name}
+
+**Not a cache as stage one built it**, but made from {len(sources)} by `cachectl`:
+
+{made}
+- samples: {plan.sample_count}, failed ones included
+{card_store_line(plan)}
+## Licence and provenance
+
+| of | licence |
+|---|---|
+{licences}
+
+The licences of all sources apply: name them when you pass this on. Their cards are quoted at the end.
+
+## Use
+
+    cachectl verify THIS_FOLDER
+    cachectl inspect THIS_FOLDER
+    distill train --student mobilevlm --data DATA --cache THIS_FOLDER --output RUN
+
+## Signals
+
+| signal | codec |
+|---|---|
+{signals}
+
+## Fidelity: figures of the source's card that still hold
+
+| figure | mean over the source's probe |
+|---|---|
+{figures or "| none | what was measured has changed, or differs between the sources |"}
+
+## Fingerprints
+
+| of | value |
+|---|---|
+{prints}
+
+## Sources
+{quoted}
+""".encode()
+
+
+def _front_matter(plan: Plan, name: str) -> str:
+    licence = str(plan.data.get("cache_license") or "unknown")
+    entries = {
+        "pretty_name": f"Derived teacher cache: {name}",
+        "license": "other" if " + " in licence else licence,  # the Hub knows one, or none
+        "tags": ["knowledge-distillation", "vision-language", "teacher-cache"],
+        "viewer": False,
+    }
+    return "".join(f"{key}: {json.dumps(value)}\n" for key, value in entries.items())  # JSON is YAML too
+
+
+def _rows(cells: Any) -> str:
+    return "\n".join(f"| {left} | {right} |" for left, right in cells)
+
+
+def _cell(value: Any) -> str:
+    return one_line(value).replace("|", "\\|").replace("`", "'")
+
+
+def _quote(card: str) -> str:
+    return "\n".join(f"> {printable(line)}".rstrip() for line in card.splitlines())

@@ -1,0 +1,256 @@
+"""Several caches into one: of several data sets by one teacher, or parts of one plan built on several machines.
+
+Nothing is averaged and nobody wins: two caches that say different things of one sample are refused.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from common.cache import TeacherCache, open_cache
+from common.derivation import DERIVED
+from common.derive import (
+    Slot,
+    carry_fidelity,
+    derive_cache,
+    derive_plan,
+    refuse_strangers,
+    side_files_of,
+)
+from common.derived_card import write_derived_card
+from common.documents import describe_differences
+from common.errors import CacheMismatchError, ConfigError
+from common.fetching import fetch_files
+from common.hashing import fingerprint
+from common.manifest import CARD, MANIFEST, read_plan, read_sidecar
+from common.merging_parts import differing_field, merge_parts
+from common.plan import DESCRIPTIVE, MAX_SHARDS, THREADS
+from common.remotes import open_remote
+from common.shared_images import VISUAL_SOURCE
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
+
+    from common.manifest import Manifest, Plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Merged:
+    """What a merge left.
+
+    Attributes:
+        manifest: Of the sealed cache; None if shards are still missing.
+        missing: Shards that none of the sources holds.
+        samples: Records in the new cache so far.
+        repeated: Records that more than one source held, equal in all of them.
+    """
+
+    manifest: Manifest | None
+    missing: tuple[int, ...]
+    samples: int
+    repeated: int
+
+
+def merge(
+    sources: Sequence[Path],
+    target: Path,
+    *,
+    store: str | None = None,
+    on_shard: Callable[[], object] | None = None,
+) -> Merged:
+    """Merge caches with equal fingerprints; killed and called again, it goes on.
+
+    Finished caches, of the same data or not, become one derived cache: samples in the order of the sources,
+    each once; a sample that failed in one and is present in another is taken. Unfinished caches of one plan
+    become that plan's cache: their shards are copied, and it is sealed if all are there.
+
+    Args:
+        sources: Two or more cache folders.
+        target: A new folder, or one that an earlier call with the same sources began.
+        store: Store of the new cache; None: the first source's.
+        on_shard: Called after each shard, for progress.
+
+    Returns:
+        What it left.
+
+    Raises:
+        ConfigError: If there are fewer than two sources, or a folder lies inside another.
+        CacheMismatchError: If sources differ in a fingerprint, a setting, a file beside the shards, or in what
+            they say of one sample.
+        CacheFormatError: If a source is damaged, or not finished and of another plan than the rest.
+    """
+    _refuse_overlapping(sources, target)
+    refuse_strangers(target)
+    plans = [read_plan(source) for source in sources]
+    one_plan = all(_undescribed(plan) == _undescribed(plans[0]) for plan in plans)
+    if one_plan and not all((source / MANIFEST).is_file() for source in sources):
+        if store not in (None, plans[0].store):
+            raise ConfigError(
+                f"--store {store}: parts of one plan are copied as they are ({plans[0].store}); "
+                "merge them first, then run `cachectl convert`"
+            )
+        manifest, missing, samples, repeated = merge_parts(sources, target, on_shard=on_shard)
+        return Merged(manifest=manifest, missing=missing, samples=samples, repeated=repeated)
+    caches = [open_cache(source, open_shards=2) for source in sources]
+    for cache in caches[1:]:
+        refuse_different(caches[0], cache)
+    slots, repeated = _plan_slots(caches)
+    plan = _merged_plan(caches, slots, store)
+    fidelity = caches[0].manifest.fidelity
+    if any(cache.manifest.fidelity != fidelity for cache in caches):
+        fidelity = None  # each source's card stands in the new one
+    fidelity = carry_fidelity(fidelity, caches[0].plan, signals=plan.signals)
+    cards = [_read_card(source) for source in sources]
+    side_files = side_files_of(caches[0].manifest)
+    manifest = derive_cache(
+        target,
+        plan,
+        slots,
+        lambda slot: caches[slot.source].read(slot.sample_id),
+        add_side_files=lambda root: fetch_files(open_remote(sources[0]), root, side_files),
+        card=write_derived_card(
+            plan, fidelity, [(c.manifest_hash, card) for c, card in zip(caches, cards, strict=True)]
+        ),
+        fidelity=fidelity,
+        on_shard=on_shard,
+    )
+    return Merged(
+        manifest=manifest, missing=(), samples=sum(s.failed is None for s in slots), repeated=repeated
+    )
+
+
+def _undescribed(plan: Plan) -> dict[str, Any]:
+    """A plan without what is for people only: a folder's name differs between machines."""
+    described = plan.to_dict()
+    for part in ("teacher", "data"):
+        described[part] = {name: value for name, value in described[part].items() if name not in DESCRIPTIVE}
+    return described
+
+
+def refuse_different(first: TeacherCache, other: TeacherCache) -> None:
+    """Refuse to merge caches that do not mean the same.
+
+    Raises:
+        CacheMismatchError: Naming each fingerprint or setting with both values, or the file that differs.
+    """
+    lines = describe_differences(
+        _meaning(first.plan), _meaning(other.plan), there=str(first.path), here=str(other.path)
+    )
+    files, others = side_files_of(first.manifest), side_files_of(other.manifest)
+    lines += [
+        f"  {name}: {first.path} and {other.path} hold different files"
+        for name in sorted(files.keys() | others.keys())
+        if files.get(name) != others.get(name)
+    ]
+    if lines:
+        raise CacheMismatchError(
+            f"{first.path} and {other.path} cannot be merged, they differ:\n" + "\n".join(lines) + "\n"
+            "Merge caches of one teacher, template, geometry and codec; build one of them again with the "
+            "other's options"
+        )
+
+
+def _meaning(plan: Plan) -> dict[str, Any]:
+    """All of a plan that must be equal; data, partition, store and names may differ."""
+    described = plan.to_dict()
+    names = (*DESCRIPTIVE, "evaluation")  # for people; the teacher's fingerprint decides
+    fields = {
+        name: [f for f in group if f != VISUAL_SOURCE.to_dict()]
+        for name, group in described["fields"].items()
+    }
+    return {
+        "fingerprints": {name: value for name, value in plan.fingerprints.items() if name != "data"},
+        "teacher": {name: value for name, value in plan.teacher.items() if name not in names},
+        "extra": {name: value for name, value in plan.extra.items() if name not in (DERIVED, THREADS)},
+        "fields": fields,
+        **{name: described[name] for name in ("signals", "template", "geometry", "format_version")},
+    }
+
+
+def _plan_slots(caches: Sequence[TeacherCache]) -> tuple[list[Slot], int]:
+    """Give each sample its place and its source, after comparing what several sources hold; also counts these."""
+    slots: dict[str, Slot] = {}  # in order of first appearance
+    repeated = 0
+    for source, cache in enumerate(caches):
+        for shard in range(cache.plan.shard_count):
+            for sample_id in cache.shard_sample_ids(shard):
+                held = slots.get(sample_id)
+                if held is not None and held.failed is None:
+                    refuse_conflict(sample_id, caches[held.source], cache)
+                    repeated += 1
+                else:  # a failed one keeps its place
+                    slots[sample_id] = Slot(sample_id=sample_id, source=source)
+            for sample_id, reason in read_sidecar(cache.path, shard).failed:
+                slots.setdefault(sample_id, Slot(sample_id=sample_id, failed=reason, source=source))
+    return list(slots.values()), repeated
+
+
+def refuse_conflict(sample_id: str, first: TeacherCache, other: TeacherCache) -> None:
+    """Refuse two caches that say different things of one sample.
+
+    Raises:
+        CacheMismatchError: Naming the sample, both caches and the field.
+    """
+    field = differing_field(first.read(sample_id), other.read(sample_id))
+    if field is not None:
+        what = "another picture" if field == "image_hash" else f"other bytes in {field}"
+        raise CacheMismatchError(
+            f"sample {sample_id!r}: {other.path} holds {what} than {first.path}; one of the two was built from "
+            "other data or on other hardware: give the samples ids of their own, or leave one cache out"
+        )
+
+
+def _merged_plan(caches: Sequence[TeacherCache], slots: Sequence[Slot], store: str | None) -> Plan:
+    first = caches[0].plan
+    how = {"kind": "merge", "sources": [cache.manifest_hash for cache in caches]}
+    plan = derive_plan(first, sample_count=len(slots), how=how, store=store)
+    changes: dict[str, Any] = {"shard_size": max(first.shard_size, -(-len(slots) // MAX_SHARDS))}
+    changes["teacher"] = {**first.teacher, **_named_together([cache.plan.teacher for cache in caches])}
+    if len({cache.plan.fingerprints.get("data") for cache in caches}) == 1:
+        changes["data"] = {**first.data, **_named_together([cache.plan.data for cache in caches])}
+        return replace(plan, **changes)
+    parts = [part for cache in caches for part in _data_parts(cache)]
+    changes["data"] = {
+        **_named_together(parts),
+        "split": _shared([part.get("split") for part in parts], otherwise=""),
+        "limit": _shared([part.get("limit") for part in parts], otherwise=0),
+        "parts": parts,
+    }
+    stated = sorted({str(part["fingerprint"]) for part in parts})
+    changes["fingerprints"] = plan.fingerprints | {"data": fingerprint(stated)}
+    return replace(plan, **changes)
+
+
+def _named_together(described: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Names, licences and sources of several: each one that is stated, once."""
+    values = {name: dict.fromkeys(str(d[name]) for d in described if d.get(name)) for name in DESCRIPTIVE}
+    return {name: " + ".join(found) for name, found in values.items() if found}
+
+
+def _shared(values: Sequence[Any], *, otherwise: Any) -> Any:
+    return values[0] if all(value == values[0] for value in values) else otherwise
+
+
+def _data_parts(cache: TeacherCache) -> list[dict[str, Any]]:
+    """The data sets of a cache; a merged one has several."""
+    data = cache.plan.data
+    if data.get("parts"):
+        return list(data["parts"])
+    return [{**data, "fingerprint": cache.plan.fingerprints.get("data"), "samples": len(cache)}]
+
+
+def _read_card(source: Path) -> str:
+    card = source / CARD
+    return card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+
+
+def _refuse_overlapping(sources: Sequence[Path], target: Path) -> None:
+    if len(sources) < 2:
+        raise ConfigError(f"{len(sources)} cache to merge; give two or more")
+    folders = [(path, path.resolve()) for path in (*sources, target)]
+    for at, (path, inner) in enumerate(folders):
+        for other, outer in folders[at + 1 :]:
+            if inner == outer or outer in inner.parents or inner in outer.parents:
+                raise ConfigError(f"{path} and {other} are one folder or lie inside each other; give others")

@@ -1,0 +1,324 @@
+"""Training straight from an address: a cache's shards are fetched when they are read, and kept within bounds.
+
+``open_mirror(URL)`` reads the manifest once, brings plan, sidecars, projector and processor here, and returns
+a ``TeacherCache`` whose shards arrive when they are opened, each byte checked against sha256. They lie in
+``$VLM_DISTILL_CACHE_DIR/<manifest hash>`` (default ``~/.cache/vlm-distill-cache``) and take at most
+``$VLM_DISTILL_CACHE_BYTES`` (default 50 GB); the least recently used leave first. Several processes share the
+folder. A shard that is open never leaves: where the shards in use at a time are larger than the limit, they
+stay, and a warning says so.
+
+The manifest is read once a process and then holds for it: a remote that changes meanwhile is an error as soon
+as a shard no longer fits. If the remote cannot be reached and all of the cache is here, it is used as it is.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from common.atomic import clean_stale, read_json, remove, write_bytes_atomic, write_json_atomic
+from common.errors import CacheFormatError, CacheMismatchError, ConfigError, TransferError
+from common.fetching import fetch_files, read_remote_manifest
+from common.hashing import checksum, file_checksum
+from common.manifest import (
+    MANIFEST,
+    SHARDS,
+    Manifest,
+    ShardSummary,
+    read_manifest,
+    read_plan,
+    read_sidecar,
+    sidecar_path,
+)
+from common.mirror_space import MirrorSpace, lock
+from common.remotes import is_url, open_remote
+from common.side_files import check_digests
+from common.sidecar import check_sidecar
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from common.atomic import HeldLock
+    from common.cache import TeacherCache
+    from common.remotes import Remote
+    from common.sidecar import FileEntry
+
+FOLDER_VARIABLE, LIMIT_VARIABLE = "VLM_DISTILL_CACHE_DIR", "VLM_DISTILL_CACHE_BYTES"
+DEFAULT_LIMIT = 50_000_000_000
+_CACHE, _LOCATIONS = "cache", "locations"
+_log = logging.getLogger(__name__)
+
+
+class Mirror:
+    """The local part of a cache that lies elsewhere. Safe to use from several threads; may be pickled.
+
+    Attributes:
+        location: The address.
+        manifest: As it was when this process first read it.
+        folder: A cache folder whose shards come and go.
+    """
+
+    def __init__(self, location: str, manifest: Manifest, root: Path, limit: int) -> None:
+        self.location = location
+        self.manifest = manifest
+        self.folder = _folder(root, manifest.hash)
+        self._root, self._limit = root, limit
+        self._reset()
+
+    def _reset(self) -> None:
+        self._process = os.getpid()
+        self._remote: Remote | None = None
+        self._lock = threading.Lock()
+        self._pool: ThreadPoolExecutor | None = None
+        self._expected: frozenset[int] = frozenset()
+        self._space = MirrorSpace(self._root, self._limit, self._remove)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: self.__dict__[name] for name in ("location", "manifest", "folder", "_root", "_limit")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._reset()
+
+    def hold(self, shard: int) -> HeldLock | None:
+        """Bring a shard here and keep it until what is returned is dropped.
+
+        Raises:
+            TransferError: If it cannot be fetched.
+            CacheMismatchError: If the remote holds another cache now.
+        """
+        self._follow_fork()
+        return self._space.hold(
+            self.manifest.hash,
+            shard,
+            size=self.manifest.shards[shard].bytes,
+            present=lambda: self._is_here(shard),
+            fetch=lambda: self._fetch(shard),
+        )
+
+    def expect(self, shards: Iterable[int]) -> None:
+        """Fetch shards that are read soon, one after the other on a thread of its own, as long as they fit."""
+        self._follow_fork()
+        wanted = frozenset(shards)
+        with self._lock:
+            news = sorted(wanted - self._expected)
+            self._expected = wanted
+            if news and self._pool is None:
+                self._pool = ThreadPoolExecutor(1, "mirror")
+            for shard in news:
+                self._pool.submit(self._fetch_early, shard)  # type: ignore[union-attr]
+
+    def wait(self) -> None:
+        """Wait until everything expected has been fetched, or given up."""
+        if self._pool is not None:
+            self._pool.submit(int).result()
+
+    def fetch_descriptions(self, raw: bytes) -> None:
+        """Bring everything but the shards here; ``raw``: the manifest's file, written last."""
+        if (self.folder / MANIFEST).is_file():
+            held = read_manifest(self.folder)
+            # The folder's name is a fast hash, which somebody could forge; the sha256 in the manifest is not.
+            if replace(held, fidelity=None) != replace(self.manifest, fidelity=None):
+                raise CacheFormatError(
+                    f"{self.folder}: holds another cache than {public_location(self.location)} under the same hash; one of the two "
+                    "is forged: delete the folder, and ask who gave you either"
+                )
+        files = dict(self.manifest.files)
+        files |= {f"{SHARDS}/{shard.index:05d}.json": shard.sidecar for shard in self.manifest.shards}
+        (self.folder / SHARDS).mkdir(parents=True, exist_ok=True)
+        self._fetch_checked({n: entry for n, entry in files.items() if not _is_there(self.folder / n, entry)})
+        if not (self.folder / MANIFEST).is_file():
+            write_bytes_atomic(self.folder / MANIFEST, raw)
+
+    def is_complete(self) -> bool:
+        """Whether nothing is left to fetch; looks at sizes, not at content."""
+        try:
+            check_digests(self.folder, self.manifest.files)
+            return all(
+                (self.folder / name).stat().st_size == entry.size
+                for shard in range(len(self.manifest.shards))
+                for name, entry in self._files(shard).items()
+            )
+        except (OSError, CacheFormatError):
+            return False
+
+    def _follow_fork(self) -> None:
+        if self._process != os.getpid():  # connections and threads do not survive a fork
+            self._reset()
+
+    def _files(self, shard: int) -> dict[str, FileEntry]:
+        """A shard's files, as a sidecar says that is the manifest's and keeps to its shard."""
+        path = sidecar_path(self.folder, shard)
+        sidecar = read_sidecar(self.folder, shard)
+        check_sidecar(sidecar, read_plan(self.folder), str(path))
+        if ShardSummary.of(sidecar) != self.manifest.shards[shard]:
+            raise CacheFormatError(
+                f"{path}: not the sidecar that the manifest lists; delete {self.folder.parent}"
+            )
+        return sidecar.files
+
+    def _is_here(self, shard: int) -> bool:
+        return all(_is_there(self.folder / name, entry) for name, entry in self._files(shard).items())
+
+    def _fetch(self, shard: int) -> None:
+        self._fetch_checked(self._files(shard))
+
+    def _fetch_early(self, shard: int) -> None:
+        size = self.manifest.shards[shard].bytes
+        if shard not in self._expected or not self._space.fits(
+            self.manifest.hash, shard, size=size, beside=self._expected
+        ):
+            return
+        try:
+            held = self.hold(shard)
+        except (TransferError, CacheFormatError, CacheMismatchError, OSError) as error:
+            _log.info("shard %d could not be fetched ahead: %s", shard, error)  # whoever reads it is told
+            return
+        if held is not None:
+            held.release()
+
+    def _fetch_checked(self, files: Any) -> None:
+        if self._remote is None:
+            self._remote = open_remote(self.location)
+        try:
+            fetch_files(self._remote, self.folder, files)
+        except (TransferError, CacheFormatError) as error:
+            self._refuse_changed(error)
+            raise
+
+    def _refuse_changed(self, cause: Exception) -> None:
+        try:
+            found, _ = read_remote_manifest(self._remote or open_remote(self.location))
+        except (TransferError, CacheFormatError):
+            return
+        if found.hash != self.manifest.hash:
+            raise CacheMismatchError(
+                f"{public_location(self.location)}: the cache there changed during this run: its manifest was "
+                f"{self.manifest.hash} and is {found.hash} now. Put the old one back, or begin again with the "
+                "new one and another --output"
+            ) from cause
+
+    def _remove(self, mirror: str, shard: int) -> None:
+        """Remove a shard's files, of this or another mirror; its sidecar stays."""
+        shards = _folder(self._root, mirror) / SHARDS
+        for path in shards.glob(f"{shard:05d}.*"):
+            if path.suffix != ".json":
+                remove(path)
+        clean_stale(shards, f"{shard:05d}.")
+
+
+_pinned: dict[tuple[str, str], Mirror] = {}
+_pinning = threading.Lock()
+
+
+def open_mirror(location: str, *, open_shards: int) -> TeacherCache:
+    """Open a cache at an address for reading; see `common.cache.open_cache`."""
+    from common.cache import TeacherCache
+
+    mirror = find_mirror(location)
+    return TeacherCache(mirror.folder, open_shards=open_shards, before_open=mirror.hold)
+
+
+def local_folder(location: str | Path) -> Path:
+    """Return a folder with everything of a cache but its shards: a path as it is, an address's mirror.
+
+    Raises:
+        TransferError: If the address cannot be reached and not all of its cache is here.
+        CacheFormatError: If there is no cache.
+    """
+    return find_mirror(str(location)).folder if is_url(location) else Path(location)
+
+
+def public_location(location: str) -> str:
+    """Return a location as it may be shown and published: a web address without its query, which may be a signature."""
+    return location.split("?")[0] if location.startswith(("http://", "https://")) else location
+
+
+def find_mirror(location: str) -> Mirror:
+    """Return this process's mirror of an address; the first call reads the manifest there.
+
+    Raises:
+        TransferError: If the address cannot be reached and not all of its cache is here.
+        CacheFormatError: If there is no sealed cache.
+        ConfigError: If a variable of the environment is no size.
+    """
+    root, limit = mirror_settings()
+    with _pinning:
+        mirror = _pinned.get((location, str(root)))
+        if mirror is None:
+            mirror = _pinned[location, str(root)] = _make_mirror(location, root, limit)
+        return mirror
+
+
+def forget_mirrors() -> None:
+    """Let this process read manifests anew; for long-lived processes such as notebooks, and tests."""
+    with _pinning:
+        _pinned.clear()
+
+
+def mirror_settings() -> tuple[Path, int]:
+    """Return folder and limit in bytes, as the environment says.
+
+    Raises:
+        ConfigError: If the limit is not a positive whole number.
+    """
+    folder = os.environ.get(FOLDER_VARIABLE, "")
+    root = Path(folder) if folder else Path("~/.cache/vlm-distill-cache").expanduser()
+    text = os.environ.get(LIMIT_VARIABLE, "") or str(DEFAULT_LIMIT)
+    if not text.isdigit() or int(text) < 1:
+        raise ConfigError(
+            f"{LIMIT_VARIABLE} is {text!r}; it must be a whole number of bytes, such as {DEFAULT_LIMIT}"
+        )
+    return root.absolute(), int(text)
+
+
+def _make_mirror(location: str, root: Path, limit: int) -> Mirror:
+    note = root / _LOCATIONS / f"{checksum(location.encode())}.json"
+    try:
+        manifest, raw = read_remote_manifest(open_remote(location))
+    except TransferError as error:
+        known = _known_mirror(note, location, root, limit)
+        if known is None:
+            raise
+        _log.warning("%s; all of the cache is in %s, which is used instead", error, known.folder)
+        return known
+    mirror = Mirror(location, manifest, root, limit)
+    mirror.folder.mkdir(parents=True, exist_ok=True)
+    alone = lock(mirror.folder.parent / "lock", shared=False)
+    try:
+        mirror.fetch_descriptions(raw)
+    finally:
+        if alone is not None:
+            alone.release()
+    note.parent.mkdir(parents=True, exist_ok=True)
+    write_json_atomic(note, {"manifest": manifest.hash})
+    return mirror
+
+
+def _known_mirror(note: Path, location: str, root: Path, limit: int) -> Mirror | None:
+    """The mirror of the cache that an address held when it could last be reached, if all of it is here."""
+    try:
+        name = str(read_json(note)["manifest"])
+        manifest = read_manifest(_folder(root, name))
+    except (OSError, CacheFormatError, LookupError, TypeError):
+        return None
+    mirror = Mirror(location, manifest, root, limit)
+    return mirror if mirror.folder == _folder(root, name) and mirror.is_complete() else None
+
+
+def _is_there(path: Path, entry: FileEntry) -> bool:
+    if not path.is_file() or path.stat().st_size != entry.size:
+        return False
+    if file_checksum(path) != entry.xxh3_128:  # sha256 was checked when it came
+        _log.warning("%s: damaged; it is fetched again", path)
+        return False
+    return True
+
+
+def _folder(root: Path, manifest_hash: str) -> Path:
+    return root / manifest_hash / _CACHE

@@ -1,0 +1,371 @@
+"""Pulling a part of a cache: some shards, samples or signals, or fewer tokens a row; a cache of its own.
+
+Only what is needed is downloaded: the shards that hold the samples, and of a Zarr shard only the arrays of the
+signals asked for. Each file is checked against its sidecar, each sidecar against the manifest. What comes out
+is a derived cache (``common.derive``): its plan says of which cache it is which part.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from common.atomic import clean_stale, create_temporary, remove
+from common.derivation import DERIVED
+from common.derive import (
+    Slot,
+    carry_fidelity,
+    derive_cache,
+    derive_plan,
+    refuse_strangers,
+    side_files_of,
+)
+from common.derived_card import write_derived_card
+from common.errors import CacheFormatError, CacheMismatchError, ConfigError
+from common.fetching import fetch_files, read_remote_manifest
+from common.hashing import fingerprint
+from common.index import INDEX, SampleIndex
+from common.manifest import CARD, PLAN, SHARDS, Manifest, ShardSummary, read_plan, read_sidecar
+from common.nested import truncate_logits, truncated_codec
+from common.remotes import open_remote
+from common.schema import BASE_FIELDS
+from common.shared_images import SharedImages
+from common.sidecar import check_sidecar
+from common.stores import open_reader
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from common.plan import Plan
+    from common.remotes import Remote
+    from common.schema import Record
+    from common.sidecar import FileEntry, ShardSidecar
+    from common.stores import ShardReader
+
+MAX_LIST_BYTES = 1 << 30  # of a file of sample ids
+MAX_CARD_BYTES = 1 << 20
+_STAGING = "source"  # of the downloads, inside the new cache, gone when it is sealed
+_IDS = "sample_ids"  # the stores' own array
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """Which part of a cache.
+
+    Attributes:
+        shards: Their numbers; None: all.
+        count: The first so many records of these shards; None: all.
+        sample_ids: Only these; None: all.
+        signals: Only these; None: all.
+        top_k: Most tokens of a row to keep of the logits, the ground truth among them; None: all.
+    """
+
+    shards: tuple[int, ...] | None = None
+    count: int | None = None
+    sample_ids: tuple[str, ...] | None = None
+    signals: tuple[str, ...] | None = None
+    top_k: int | None = None
+
+    def describe(self) -> dict[str, Any]:
+        """The JSON of the selection; a list of ids is named by its length and fingerprint."""
+        ids = self.sample_ids
+        described = {
+            "shards": None if self.shards is None else list(self.shards),
+            "count": self.count,
+            "sample_ids": None if ids is None else {"count": len(ids), "fingerprint": fingerprint(ids)},
+            "signals": None if self.signals is None else list(self.signals),
+            "top_k": self.top_k,
+        }
+        return {name: value for name, value in described.items() if value is not None}
+
+
+def parse_selection(
+    *, shards: str | None, samples: str | None, signals: str | None, top_k: int | None
+) -> Selection:
+    """Read a selection as it stands on a command line.
+
+    Args:
+        shards: Such as ``0-3,7``.
+        samples: A number, or a UTF-8 file with a sample id a line.
+        signals: Names with commas between.
+        top_k: Of the logits.
+
+    Raises:
+        ConfigError: If one of them cannot be read.
+    """
+    count, ids = None, None
+    if samples is not None and samples.isdigit():
+        count = int(samples)
+        if count < 1:
+            raise ConfigError("--samples 0: give a number from 1, or a file with a sample id a line")
+    elif samples is not None:
+        ids = _read_ids(Path(samples))
+    return Selection(
+        shards=None if shards is None else _parse_ranges(shards),
+        count=count,
+        sample_ids=ids,
+        signals=None if signals is None else tuple(sorted({name.strip() for name in signals.split(",")})),
+        top_k=top_k,
+    )
+
+
+def _parse_ranges(text: str) -> tuple[int, ...]:
+    numbers: set[int] = set()
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()) or len(part) > 20:
+            raise ConfigError(f"--shards {text!r}: {part!r} is no shard; write them as 0-3,7")
+        low, high = int(first), int(last or first)
+        if not low <= high < 1_000_000:
+            raise ConfigError(f"--shards {text!r}: {part!r} is no range from a lower to a higher number")
+        numbers |= set(range(low, high + 1))
+    return tuple(sorted(numbers))
+
+
+def _read_ids(path: Path) -> tuple[str, ...]:
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_LIST_BYTES + 1)
+        lines = data.decode("utf-8").splitlines() if len(data) <= MAX_LIST_BYTES else []
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"--samples {path}: neither a number nor a readable UTF-8 file of sample ids: {error}"
+        ) from error
+    ids = tuple(dict.fromkeys(line for line in lines if line.strip()))
+    if not ids:
+        raise ConfigError(f"--samples {path}: no sample ids in it, or above {MAX_LIST_BYTES} bytes")
+    return ids
+
+
+def pull_partial(
+    location: str | Path,
+    target: Path,
+    selection: Selection,
+    *,
+    jobs: int = 8,
+    on_shard: Callable[[], object] | None = None,
+) -> Manifest:
+    """Download a part of a cache and write it as a cache of its own; killed and called again, it goes on.
+
+    Args:
+        location: A folder or an address with a sealed cache.
+        target: A new folder, or one that an earlier call with the same selection began.
+        selection: Which part.
+        jobs: Downloads at a time.
+        on_shard: Called after each shard of the new cache, for progress.
+
+    Returns:
+        The manifest of the new cache.
+
+    Raises:
+        ConfigError: If the cache has no such shard or signal, or the folder holds something else.
+        CacheMismatchError: If it does not hold a sample asked for, or the folder holds another cache.
+        CacheFormatError: If what was downloaded is not what the manifest says.
+        TransferError: If it could not be downloaded.
+    """
+    refuse_strangers(target)
+    target.mkdir(parents=True, exist_ok=True)
+    clean_stale(target, _STAGING)
+    staging, lock = create_temporary(target / _STAGING, directory=True)
+    try:
+        source = _Source(open_remote(location), staging, jobs)
+        return _derive(source, target, selection, on_shard=on_shard)
+    finally:
+        remove(staging)
+        if lock is not None:
+            lock.release()
+
+
+def _derive(
+    source: _Source, target: Path, selection: Selection, *, on_shard: Callable[[], object] | None
+) -> Manifest:
+    signals = _select_signals(source.plan, selection)
+    slots = _select_slots(source, selection)
+    how: dict[str, Any] = {
+        "kind": "part",
+        "sources": [source.manifest.hash],
+        "selection": selection.describe(),
+        "of_samples": source.manifest.totals["samples"],
+    }
+    if DERIVED in source.plan.extra:
+        how["before"] = source.plan.extra[DERIVED]
+    plan = derive_plan(source.plan, sample_count=len(slots), how=how, signals=signals)
+    fidelity = carry_fidelity(source.manifest.fidelity, source.plan, signals=signals)
+    stored = source.plan.signals.get("logits", {})
+    # A plan from before images were shared gets a field that its source does not have.
+    source.names = frozenset(f.name for f in plan.all_fields) & {f.name for f in source.plan.all_fields}
+
+    def read(slot: Slot) -> Record:
+        record = source.read(slot.source, slot.sample_id)
+        return record if selection.top_k is None else truncate_logits(record, stored, selection.top_k)
+
+    return derive_cache(
+        target,
+        plan,
+        slots,
+        read,
+        add_side_files=lambda root: fetch_files(source.remote, root, side_files_of(source.manifest)),
+        card=write_derived_card(plan, fidelity, [(source.manifest.hash, source.card())]),
+        fidelity=fidelity,
+        on_shard=on_shard,
+    )
+
+
+def _select_signals(plan: Plan, selection: Selection) -> dict[str, dict[str, Any]]:
+    wanted = tuple(plan.signals) if selection.signals is None else selection.signals
+    if unknown := sorted(set(wanted) - plan.signals.keys()):
+        raise ConfigError(
+            f"--signals {','.join(wanted)}: the cache holds no {', '.join(unknown)}; "
+            f"it holds {', '.join(sorted(plan.signals))}"
+        )
+    signals = {name: plan.signals[name] for name in sorted(wanted)}
+    if selection.top_k is not None:
+        if "logits" not in signals:
+            raise ConfigError(f"--top-k {selection.top_k}: no logits are pulled; add them to --signals")
+        signals["logits"] = truncated_codec(signals["logits"], selection.top_k)
+    return signals
+
+
+def _select_slots(source: _Source, selection: Selection) -> list[Slot]:
+    count = source.plan.shard_count
+    shards: Sequence[int] = range(count) if selection.shards is None else selection.shards
+    if beyond := [shard for shard in shards if shard >= count]:
+        raise ConfigError(f"--shards: there is no shard {beyond[0]}; the cache has {count}, numbered from 0")
+    wanted = None if selection.sample_ids is None else frozenset(selection.sample_ids)
+    if wanted is not None:
+        shards = source.shards_with(wanted, shards)
+    slots: list[Slot] = []
+    left = selection.count
+    for shard, sidecar in source.sidecars(_enough(source.manifest, shards, left)).items():
+        chosen = [name for name in sidecar.sample_ids if wanted is None or name in wanted]
+        slots += [Slot(sample_id=name, source=shard) for name in chosen[:left]]
+        left = None if left is None else left - len(chosen[:left])
+        if selection.count is None:
+            slots += [
+                Slot(sample_id=name, failed=reason, source=shard)
+                for name, reason in sidecar.failed
+                if wanted is None or name in wanted
+            ]
+    if wanted is not None and len(slots) < len(wanted):
+        missing = sorted(wanted - {slot.sample_id for slot in slots})
+        raise CacheMismatchError(
+            f"{source.remote.location}: {len(missing)} of {len(wanted)} samples are not in its "
+            f"{'chosen ' if selection.shards else ''}shards; the first is {missing[0]!r}. Take them off the list"
+        )
+    if not slots:
+        raise ConfigError("the selection holds no sample; choose other shards or samples")
+    return slots
+
+
+def _enough(manifest: Manifest, shards: Sequence[int], count: int | None) -> list[int]:
+    """The first of the shards that together hold ``count`` records."""
+    chosen: list[int] = []
+    held = 0
+    for shard in shards:
+        if count is not None and held >= count:
+            break
+        chosen.append(shard)
+        held += manifest.shards[shard].samples
+    return chosen
+
+
+class _Source:
+    """A cache elsewhere, of which one shard at a time is here.
+
+    Attributes:
+        remote: Where it is.
+        manifest: Its manifest.
+        plan: Its plan.
+        names: Fields that are read; None: all.
+    """
+
+    def __init__(self, remote: Remote, folder: Path, jobs: int) -> None:
+        self.remote = remote
+        self._folder, self._jobs = folder, jobs
+        self.manifest, _ = read_remote_manifest(remote)
+        if PLAN not in self.manifest.files:
+            raise CacheFormatError(f"{remote.location}: its manifest lists no {PLAN}; it is damaged")
+        self._fetch({PLAN: self.manifest.files[PLAN]})
+        self.plan = read_plan(folder)
+        if self.plan.hash != self.manifest.plan_hash or len(self.manifest.shards) != self.plan.shard_count:
+            raise CacheFormatError(f"{remote.location}: plan and manifest do not belong together; damaged")
+        self.names: frozenset[str] | None = None
+        self._images = SharedImages(self.plan.all_fields)
+        self._sidecars: dict[int, ShardSidecar] = {}
+        self._open: tuple[int, ShardReader, dict[str, int]] | None = None
+
+    def card(self) -> str:
+        """Its card, empty if it has none."""
+        try:
+            return self.remote.read(CARD, max_bytes=MAX_CARD_BYTES).decode("utf-8", errors="replace")
+        except FileNotFoundError:
+            return ""
+
+    def sidecars(self, shards: Sequence[int]) -> dict[int, ShardSidecar]:
+        """Download sidecars, checked against the manifest."""
+        self._fetch({f"{SHARDS}/{shard:05d}.json": self.manifest.shards[shard].sidecar for shard in shards})
+        self._sidecars = {shard: read_sidecar(self._folder, shard) for shard in shards}
+        for shard, sidecar in self._sidecars.items():
+            where = f"{self.remote.location}/{SHARDS}/{shard:05d}.json"
+            check_sidecar(sidecar, self.plan, where)
+            if ShardSummary.of(sidecar) != self.manifest.shards[shard]:
+                raise CacheFormatError(f"{where}: says other things than the manifest; damaged")
+        return self._sidecars
+
+    def shards_with(self, sample_ids: frozenset[str], shards: Sequence[int]) -> list[int]:
+        """Those of the shards that hold any of the samples, as far as an index can tell without the sidecars."""
+        if INDEX not in self.manifest.files:
+            return list(shards)
+        self._fetch({INDEX: self.manifest.files[INDEX]})
+        index = SampleIndex.open(self._folder / INDEX, self.manifest.files[INDEX])
+        places = (index.find(name) for name in sample_ids)
+        held = {place.shard for place in places if place is not None}
+        return [shard for shard in shards if shard in held]
+
+    def read(self, shard: int, sample_id: str) -> Record:
+        """Read a record; a shard is downloaded when its first record is read, and removed with the next."""
+        if self._open is None or self._open[0] != shard:
+            self._close()
+            sidecar = self._sidecars[shard]
+            self._fetch(needed_files(sidecar.files, self.names))
+            reader = open_reader(self.plan.store, self._folder, shard, self.plan.all_fields)
+            if reader.sample_ids != sidecar.sample_ids:
+                raise CacheFormatError(
+                    f"{self.remote.location}: shard {shard} holds other samples than its sidecar says"
+                )
+            self._open = shard, reader, {name: i for i, name in enumerate(reader.sample_ids)}
+        _, reader, positions = self._open
+        where = f"sample {sample_id!r} of {self.remote.location}"
+        return self._images.read(reader, positions[sample_id], self.names, where=where)
+
+    def _close(self) -> None:
+        if self._open is not None:
+            shard, reader, _ = self._open
+            reader.close()
+            self._open = None
+            for path in (self._folder / SHARDS).glob(f"{shard:05d}.*"):
+                if path.suffix != ".json":
+                    remove(path)
+
+    def _fetch(self, files: Mapping[str, FileEntry]) -> None:
+        fetch_files(self.remote, self._folder, files, jobs=self._jobs)
+
+
+def needed_files(files: Mapping[str, FileEntry], names: frozenset[str] | None) -> dict[str, FileEntry]:
+    """Return the files of a shard without which these fields cannot be read.
+
+    Args:
+        files: All files of the shard, as its sidecar lists them.
+        names: The fields; None for all. A tar is needed whole.
+    """
+    if names is None:
+        return dict(files)
+    arrays = {_IDS, *names, *(field.name for field in BASE_FIELDS)}
+    arrays |= {f"{name}_offsets" for name in arrays}
+    wanted = {}
+    for path, entry in files.items():
+        parts = path.split("/")  # shards/00000.zarr/ARRAY/c/0
+        if len(parts) < 4 or parts[2] in arrays:
+            wanted[path] = entry
+    return wanted

@@ -1,0 +1,54 @@
+"""Only plain files below plain folders: no link inside a cache is ever followed.
+
+A link in a cache that came from elsewhere could name any file of this machine, or one that never ends.
+The cache folder itself may be a link: its owner made that.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from typing import TYPE_CHECKING, BinaryIO
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def open_plain(root: Path, name: str) -> BinaryIO:
+    """Open a file of a cache for reading, following no link below ``root``.
+
+    Args:
+        root: The cache folder.
+        name: Relative POSIX path, as ``documents.safe_path`` allows it.
+
+    Raises:
+        OSError: If it is missing, or it or a folder on the way is a link, a device or a pipe.
+    """
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK  # a pipe must not make us wait
+    *folders, last = name.split("/")
+    folder = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        for part in folders:
+            inner = os.open(part, flags | os.O_DIRECTORY, dir_fd=folder)
+            os.close(folder)
+            folder = inner
+        descriptor = os.open(last, flags, dir_fd=folder)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENOTDIR, errno.ENXIO):
+            raise OSError(
+                error.errno, "a link or device instead of a plain file", str(root / name)
+            ) from error
+        raise
+    finally:
+        os.close(folder)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "a folder or device instead of a plain file", str(root / name))
+    return os.fdopen(descriptor, "rb")
+
+
+def is_below_links(root: Path, name: str) -> bool:
+    """Say whether a folder on the way to ``name`` is a link; ``name`` itself may be one."""
+    parts = name.split("/")[:-1]
+    return any(root.joinpath(*parts[: i + 1]).is_symlink() for i in range(len(parts)))

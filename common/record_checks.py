@@ -1,0 +1,213 @@
+"""What every record of a sound cache fulfils, whoever wrote it: asked by ``verify``, without torch.
+
+A checksum tells that bytes are the ones that were written. These checks tell that somebody's codec could have
+written them: a cache whose checksums were made anew after a change must still stand them.
+
+Dims: A supervised rows, E entries of all rows, N visual tokens, G layer groups.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from common.codecs.kept_columns import unpack_mask
+from common.codecs.quantise import GAP_TABLE, gap_codes
+from common.errors import CacheFormatError
+from common.schema import check_record
+from common.shared_images import SharedImages, SourceCheck
+from common.stores import DAMAGE_ERRORS, open_reader
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from common.manifest import Plan, ShardSidecar
+    from common.schema import Record
+    from common.stores import ShardReader
+
+_TOKEN_FIELDS = ("labels", "token_ids")
+_UNBOUNDED = {"tail_logmass": -np.inf, "log_gap": np.inf}  # a mass of zero, a probability of zero
+_ROUNDING = 2e-3  # of a float16 near 1, twice over
+_MASS_ERROR = 0.05  # kept mass and tail may miss 1 by this: the rounding of 8-bit gaps, all to one side
+_FULL_CODE = 255  # of the largest cell of a row
+
+
+def content_damage(cache_dir: Path, plan: Plan, sidecar: ShardSidecar, *, deep: bool) -> str | None:
+    """Return what is wrong inside a shard whose files are as its sidecar says, or None.
+
+    Args:
+        cache_dir: The cache.
+        plan: Its plan.
+        sidecar: The shard's.
+        deep: Decode all records; else only ids, dtypes, shapes and offsets.
+    """
+    try:
+        reader = open_reader(plan.store, cache_dir, sidecar.index, plan.all_fields)
+        try:
+            if reader.sample_ids != sidecar.sample_ids:
+                return "holds other samples than its sidecar lists"
+            reader.check()
+            return _records_damage(reader, plan, sidecar) if deep else None
+        finally:
+            reader.close()
+    except (CacheFormatError, *DAMAGE_ERRORS) as error:
+        return str(error)
+
+
+def _records_damage(reader: ShardReader, plan: Plan, sidecar: ShardSidecar) -> str | None:
+    rows, field_bytes = 0, dict.fromkeys(sidecar.field_bytes, 0)
+    sources = SourceCheck(SharedImages(plan.all_fields))
+    for position, sample_id in enumerate(sidecar.sample_ids):
+        record = reader.read(position)
+        check_record(record, plan.all_fields, f"sample {sample_id!r}")
+        rows += len(record["labels"])
+        for name, array in record.items():
+            field_bytes[name] += array.nbytes
+        try:
+            wrong = next(value_damage(record, plan), None) or sources.damage(position, record)
+        except CacheFormatError as error:
+            wrong = str(error)
+        if wrong is not None:
+            return f"sample {sample_id!r}: {wrong}"
+    if rows != sidecar.rows or field_bytes != sidecar.field_bytes:
+        return f"holds {rows} rows and {field_bytes} bytes; its sidecar says otherwise"
+    return None
+
+
+def value_damage(record: Record, plan: Plan) -> Iterator[str]:
+    """Yield what no codec of the plan writes: token ids, counts, masses and codes out of their range.
+
+    Args:
+        record: Of the plan's fields, dtypes and shapes.
+        plan: Of the cache.
+    """
+    for name, array in record.items():
+        if array.dtype.kind == "f":
+            allowed = np.isfinite(array) | (array == _UNBOUNDED.get(name, 0.0))
+            if not allowed.all():
+                yield f"{name} holds {array[~allowed][0]}; expected finite values"
+    vocabulary: Any = plan.teacher.get("vocabulary")
+    for name in _TOKEN_FIELDS:
+        if name in record and isinstance(vocabulary, int) and (record[name] >= vocabulary).any():
+            yield f"{name} has {record[name].max()}, the vocabulary has {vocabulary}"
+    yield from _tiles_damage(record["tiles"])
+    for settings in plan.signals.values():
+        check = _CHECKS.get(str(settings.get("codec")))
+        if check is not None:
+            yield from check(record, settings)
+
+
+def entry_gaps(record: Record, settings: dict[str, Any]) -> np.ndarray:
+    """Return the gap of each entry to its row's top log-probability, nats, float64 ``[E]``.
+
+    Args:
+        record: With the fields of ``logits``, whose counts fit.
+        settings: Of the codec, as the plan has them.
+    """
+    stored = record["log_gap"]
+    if stored.dtype.kind == "f":
+        return stored.astype(np.float64)
+    if settings.get("gap_steps"):
+        stored = gap_codes(stored, record["entry_count"].astype(np.int64))
+    return GAP_TABLE[stored].astype(np.float64)
+
+
+def _tiles_damage(tiles: np.ndarray) -> Iterator[str]:
+    sizes, boxes = tiles[:, :2], tiles[:, 2:]
+    if (sizes < 1).any() or (sizes != np.rint(sizes)).any():
+        yield f"tiles have {sizes.min()} rows or columns; expected whole numbers of at least 1"
+    if (boxes[:, :2] >= boxes[:, 2:]).any():
+        yield "tiles cover an empty or reversed region"
+
+
+def _logits_damage(record: Record, settings: dict[str, Any]) -> Iterator[str]:
+    counts = record["entry_count"].astype(np.int64)  # [A]
+    if not len(counts):
+        return
+    limit = settings.get("max_k", 255)
+    if counts.min() < 1 or (isinstance(limit, int) and counts.max() > limit):
+        yield f"entry_count is {counts.min()} to {counts.max()}; the codec keeps 1 to {limit}"
+        return
+    starts = np.cumsum(counts) - counts  # [A]
+    rows = np.repeat(np.arange(len(counts)), counts)  # [E]
+    gaps, ids = entry_gaps(record, settings), record["token_ids"]
+    falling = (gaps[1:] < gaps[:-1]) & (rows[1:] == rows[:-1])
+    if (gaps[starts] != 0).any() or falling.any():
+        yield "log_gap is not 0 at the top token or falls with the rank; entries are stored by rank"
+    pairs = np.unique(np.stack([rows, ids.astype(np.int64)]), axis=1)  # [2, distinct]
+    if pairs.shape[1] != len(ids):
+        yield "token_ids of a row repeat"
+    truth = ids == record["labels"][rows]
+    if not np.bincount(rows[truth], minlength=len(counts)).all():
+        yield "token_ids lack the ground truth of a row, which the codec always keeps"
+    top, tail = record["top_logprob"].astype(np.float64), record["tail_logmass"].astype(np.float64)
+    if top.max() > _ROUNDING or tail.max(initial=-1.0) > _ROUNDING:
+        yield f"log-probabilities reach {max(top.max(), tail.max(initial=-1.0))}; at most 0 is possible"
+    temperatures = settings.get("temperatures")
+    if isinstance(temperatures, list) and 1.0 in temperatures and len(temperatures) == tail.shape[1]:
+        kept = np.exp(top) * np.add.reduceat(np.exp(-gaps), starts)  # [A]
+        total = kept + np.exp(tail[:, temperatures.index(1.0)])
+        if (np.abs(total - 1) > _MASS_ERROR).any():
+            worst = total[np.abs(total - 1).argmax()]
+            yield f"kept tokens and tail have a mass of {worst:.3f} together; expected 1"
+
+
+def _row_attention_damage(name: str, mass_name: str) -> Callable[[Record, dict[str, Any]], Iterator[str]]:
+    def check(record: Record, settings: dict[str, Any]) -> Iterator[str]:
+        cells, mass = record[name], record[mass_name].astype(np.float64)  # [A, G, C], [A, G]
+        grid, groups = settings.get("grid"), settings.get("groups")
+        if isinstance(grid, list) and cells.shape[1:] != (groups, int(np.prod(grid))):
+            yield f"{name} has rows of {cells.shape[1:]}; the codec says {groups} groups of a grid {grid}"
+        if mass.size and not 0 <= mass.min() <= mass.max() <= 1 + _ROUNDING:
+            yield f"{mass_name} is {mass.min()} to {mass.max()}; expected 0 to 1"
+        if not cells.size:
+            return
+        largest = cells.max(axis=2)
+        if cells.dtype == np.uint8 and not np.isin(largest, (0, _FULL_CODE)).all():
+            yield f"{name} has a row whose largest code is neither 0 nor {_FULL_CODE}"
+        if cells.dtype.kind == "f" and (cells.min() < 0 or cells.max() > 1 + _ROUNDING):
+            yield f"{name} is {cells.min()} to {cells.max()}; expected 0 to 1"
+
+    return check
+
+
+def _columns_damage(record: Record, settings: dict[str, Any]) -> Iterator[str]:
+    yield from _masses_damage("visual_columns", record["visual_columns"], settings)
+
+
+def _map_damage(record: Record, settings: dict[str, Any]) -> Iterator[str]:
+    groups = settings.get("groups")
+    if "visual_map" in record:
+        yield from _masses_damage("visual_map", record["visual_map"], settings)
+        held = len(record["visual_map"])
+    else:
+        means = record["map_means"].astype(np.float64)  # [N, G]
+        held = len(means)
+        yield from _masses_damage("map_means", means, settings)
+        if isinstance(groups, int):
+            kept = unpack_mask(record["map_mask"], groups, held, causal=not settings.get("grid", 0))
+            if len(record["map_codes"]) > np.count_nonzero(kept):
+                yield f"map_codes has {len(record['map_codes'])} codes for {np.count_nonzero(kept)} kept pairs"
+    if "map_scale" in record:
+        scale = record["map_scale"]
+        if len(scale) != min(held, 1) or scale.min(initial=0.0) < 0:
+            yield f"map_scale is {scale.tolist()}; expected one row of thresholds of at least 0, if there is a map"
+
+
+def _masses_damage(name: str, values: np.ndarray, settings: dict[str, Any]) -> Iterator[str]:
+    groups = settings.get("groups")
+    if isinstance(groups, int) and values.shape[1:] != (groups,):
+        yield f"{name} has rows of {values.shape[1:]}; the codec says {groups} groups"
+    if values.size and values.dtype.kind == "f" and not 0 <= values.min() <= values.max() <= 1 + _ROUNDING:
+        yield f"{name} is {values.min()} to {values.max()}; expected 0 to 1"
+
+
+_CHECKS: dict[str, Callable[[Record, dict[str, Any]], Iterator[str]]] = {
+    "logits": _logits_damage,
+    "answer_attention": _row_attention_damage("answer_attention", "answer_image_mass"),
+    "text_attention": _row_attention_damage("text_attention", "text_image_mass"),
+    "visual_columns": _columns_damage,
+    "visual_map": _map_damage,
+}

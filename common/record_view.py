@@ -1,0 +1,215 @@
+"""What ``cachectl inspect CACHE SAMPLE_ID`` says: the answer, what the teacher thought likely, where it looked."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from common.atomic import write_bytes_atomic
+from common.attention_picture import ASCII, BLOCKS, draw_picture, draw_text, open_image, word_maps
+from common.errors import ConfigError
+from common.manifest import BASE
+from common.printing import one_line
+from common.record_checks import entry_gaps
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from PIL.Image import Image
+
+    from common.cache import TeacherCache
+    from common.schema import Record
+
+_MAX_ROWS = 40  # shown
+_MAX_WORDS = 28  # as text
+_MAX_DRAWN = 100  # in the picture
+_TOP = 4
+_FIRST_IDEOGRAPH = 0x2E80
+_CUT = "\ufffd"  # what a decoder makes of a character of which a part is missing
+_TOKENIZER = "processor/tokenizer.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenText:
+    """Turns token ids into text with a cache's own tokenizer, or into numbers if there is none.
+
+    Attributes:
+        decode: From ids to text.
+        special: Ids of tokens such as the end of the answer.
+    """
+
+    decode: Callable[[Sequence[int]], str]
+    special: frozenset[int] = frozenset()
+
+    def of(self, token: int) -> str:
+        """Return one token's text, safe to print."""
+        return one_line(self.decode([token]), limit=40) or f"#{token}"
+
+    def words(self, ids: Sequence[int]) -> list[tuple[str, list[int]]]:
+        """Join the tokens of a text into words; special tokens are none.
+
+        Returns:
+            Text and positions of each word.
+        """
+        words: list[list[int]] = []
+        for position, token in enumerate(ids):
+            if token in self.special:
+                continue
+            if words and words[-1][-1] == position - 1 and self._joins(ids, words[-1][0], position):
+                words[-1].append(position)
+            else:
+                words.append([position])
+        texts = (one_line(self.decode([ids[row] for row in rows]).strip(), limit=40) for rows in words)
+        return [(text or f"#{ids[rows[0]]}", rows) for text, rows in zip(texts, words, strict=True)]
+
+    def _joins(self, ids: Sequence[int], start: int, position: int) -> bool:
+        """Whether a token goes on with the word that began at ``start``; only decoding the two together tells."""
+        before = self.decode([*ids[start:position]])
+        if before.endswith(_CUT) or not before.strip():
+            return True  # so far it is part of a character, or only the space before one
+        end = position + 1
+        while (text := self.decode([*ids[start:end]])).endswith(_CUT) and end < min(position + 4, len(ids)):
+            end += 1
+        piece = text.removeprefix(before)
+        # Punctuation stands alone, and so do characters of scripts that write no spaces.
+        return bool(piece) and piece[0].isalnum() and ord(piece[0]) < _FIRST_IDEOGRAPH
+
+
+def load_token_text(cache: TeacherCache) -> TokenText:
+    """Load the tokenizer that lies in a cache, if there is one and it can be read."""
+
+    def numbers(ids: Sequence[int]) -> str:
+        return " ".join(map(str, ids))
+
+    try:
+        from tokenizers import Tokenizer  # numbers do without it
+    except ImportError:
+        return TokenText(decode=numbers)
+    if _TOKENIZER not in cache.manifest.files:
+        return TokenText(decode=numbers)
+    cache.check_side_files([_TOKENIZER])
+    try:
+        tokenizer = Tokenizer.from_file(str(cache.path / _TOKENIZER))
+    except Exception:  # noqa: BLE001 - tokenizers raises the bare class for whatever it cannot read
+        return TokenText(decode=numbers)
+
+    def decode(ids: Sequence[int]) -> str:
+        text: str = tokenizer.decode(list(ids), skip_special_tokens=False)
+        return text or " ".join(tokenizer.id_to_token(token) or f"#{token}" for token in ids)
+
+    special = (number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special)
+    return TokenText(decode=decode, special=frozenset(special))
+
+
+def describe_record(cache: TeacherCache, sample_id: str, *, unicode: bool = True) -> str:
+    """Describe one record: its answer, the teacher's likeliest tokens, where it looked, its fields.
+
+    Args:
+        cache: The cache.
+        sample_id: Of the record.
+        unicode: Whether block characters can be printed.
+
+    Raises:
+        CacheMismatchError: If the cache does not hold the sample.
+        CacheFormatError: If its shard is damaged.
+    """
+    record, text = cache.read(sample_id), load_token_text(cache)
+    labels = record["labels"].tolist()
+    lines = [f"sample {one_line(sample_id)} of {cache.path}, shard {cache.shard_of(sample_id)}"]
+    lines += ["", f"answer: {' '.join(text.of(token) for token in labels[:_MAX_ROWS])}"]
+    lines += _token_lines(record, text, cache.plan.signals.get("logits", {}))
+    words = text.words(labels)
+    if maps := word_maps(record, cache.plan, words[:_MAX_WORDS]):
+        lines += [
+            "",
+            "where it looked while saying each word (the number: attention on the image at all)",
+            "",
+        ]
+        lines += draw_text(maps, shades=BLOCKS if unicode else ASCII)
+        if len(words) > _MAX_WORDS:
+            lines.append(f"... and {len(words) - _MAX_WORDS} more words")
+    return "\n".join([*lines, "", *_field_lines(cache, record)])
+
+
+def picture_of(cache: TeacherCache, sample_id: str, image_path: Path | None) -> Image:
+    """Draw where the teacher looked while saying each word of one answer.
+
+    Args:
+        cache: The cache.
+        sample_id: Of the record.
+        image_path: The sample's image, to draw over; None draws the maps alone.
+
+    Raises:
+        ConfigError: If there is nothing to draw.
+        CacheMismatchError: If the image is another one, or the cache does not hold the sample.
+    """
+    record, text = cache.read(sample_id), load_token_text(cache)
+    words = text.words(record["labels"].tolist())
+    image = open_image(image_path, record) if image_path is not None else None
+    maps = word_maps(record, cache.plan, words[:_MAX_DRAWN])
+    if not maps:
+        raise ConfigError(
+            f"{cache.path}: sample {sample_id!r} has no answer attention to draw: the cache has signals "
+            f"{list(cache.signals)}, and the sample {len(record['tiles'])} image tiles"
+        )
+    cut = f" (first {_MAX_DRAWN} of {len(words)} words)" if len(words) > _MAX_DRAWN else ""
+    title = f"{one_line(sample_id, limit=60)}{cut}: {' '.join(word for word, _ in words[:_MAX_DRAWN])}"
+    return draw_picture(maps, title=title, image=image)
+
+
+def save_picture(picture: Image, path: Path) -> None:
+    """Write a picture, whole or not at all.
+
+    Raises:
+        ConfigError: If the name does not end as one of a lossless format.
+    """
+    kinds = {".png": "PNG", ".webp": "WEBP"}
+    kind = kinds.get(path.suffix.lower())
+    if kind is None:
+        raise ConfigError(f"{path}: pictures are written as {' or '.join(kinds)}; give such a name")
+    data = io.BytesIO()
+    picture.save(data, kind, **({"lossless": True} if kind == "WEBP" else {}))
+    write_bytes_atomic(path, data.getvalue())
+
+
+def _token_lines(record: Record, text: TokenText, settings: dict[str, Any]) -> list[str]:
+    """One line per supervised row: target, the teacher's first tokens with probabilities, the mass of all others."""
+    labels = record["labels"]
+    if "entry_count" not in record or not len(labels):
+        return []
+    counts = record["entry_count"].astype(np.int64)
+    starts = np.cumsum(counts) - counts
+    log_probs = np.repeat(record["top_logprob"].astype(np.float64), counts) - entry_gaps(record, settings)
+    temperatures = settings.get("temperatures")
+    plain = temperatures.index(1.0) if isinstance(temperatures, list) and 1.0 in temperatures else None
+    if plain is not None and plain >= record["tail_logmass"].shape[1]:
+        plain = None
+    lines = [
+        "",
+        f"{'row':>4}  {'target':<18}{'others':>7}   the teacher's first tokens and their probabilities",
+    ]
+    for row, label in enumerate(labels[:_MAX_ROWS].tolist()):
+        entries = range(int(starts[row]), int(starts[row] + counts[row]))
+        shown = [
+            f"{text.of(int(record['token_ids'][i])):<12} {np.exp(log_probs[i]):5.3f}" for i in entries[:_TOP]
+        ]
+        more = f"(+{len(entries) - _TOP})" if len(entries) > _TOP else ""
+        others = "" if plain is None else f"{np.exp(np.float64(record['tail_logmass'][row, plain])):7.4f}"
+        lines.append(f"{row:>4}  {text.of(label):<18}{others:>7}   {'  '.join(shown)}  {more}".rstrip())
+    if len(labels) > _MAX_ROWS:
+        lines.append(f"      ... and {len(labels) - _MAX_ROWS} more rows")
+    return lines
+
+
+def _field_lines(cache: TeacherCache, record: Record) -> list[str]:
+    owner = {f.name: signal for signal, group in cache.plan.fields.items() for f in group}
+    lines = [f"{'field':<22}{'of':<18}{'dtype':<7}{'axis':<8}shape"]
+    for field in cache.fields:
+        shape = " x ".join(map(str, record[field.name].shape))
+        signal = one_line(owner.get(field.name, BASE), limit=17)
+        lines.append(f"{field.name:<22}{signal:<18}{field.dtype:<7}{field.axis:<8}{shape}")
+    return lines

@@ -1,0 +1,52 @@
+"""Where caches are copied from and to: folders, ``s3://``, ``hf://datasets/...`` and, to read, ``http(s)://``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from common.errors import ConfigError
+from common.remotes.base import Remote
+from common.remotes.directory import DirectoryRemote
+from common.remotes.http import HttpRemote
+from common.remotes.streams import Retries
+
+__all__ = ["DirectoryRemote", "Remote", "is_url", "open_remote"]
+
+ATTEMPTS, TIMEOUT = 5, 30.0
+_SCHEMES = ("s3", "hf", "http", "https")
+
+
+def is_url(location: str | Path) -> bool:
+    """Return whether a location is an address of one of the kinds known here, not a path."""
+    return isinstance(location, str) and location.partition("://")[0] in _SCHEMES and "://" in location
+
+
+def open_remote(location: str | Path, *, attempts: int = ATTEMPTS, timeout: float = TIMEOUT) -> Remote:
+    """Open a place that holds, or shall hold, a cache; nothing is sent yet.
+
+    Args:
+        location: A folder, ``s3://BUCKET/PREFIX``, ``hf://datasets/ORG/NAME[@REVISION][/FOLDER]`` or ``https://...``.
+        attempts: How often a request is tried before it counts as failed, 1 or more.
+        timeout: Seconds without an answer, or with next to nothing arriving, that count as a failed try.
+
+    Raises:
+        ConfigError: If the address is not of these kinds, or a library it needs is not installed.
+    """
+    if not is_url(location):
+        if "://" in str(location):
+            raise ConfigError(
+                f"{location}: unknown kind of address; use a folder, s3://BUCKET/PREFIX, "
+                "hf://datasets/ORG/NAME or, to pull, https://..."
+            )
+        return DirectoryRemote(Path(location))
+    text, retries = str(location), Retries(attempts=attempts, timeout=timeout)
+    # Imported here: boto3 and huggingface_hub take most of a second each.
+    if text.startswith("s3://"):
+        from common.remotes.s3 import S3Remote
+
+        return S3Remote(text, retries)
+    if text.startswith("hf://"):
+        from common.remotes.hub import HubRemote
+
+        return HubRemote(text, retries)
+    return HttpRemote(text, retries)

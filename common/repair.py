@@ -1,0 +1,192 @@
+"""Taking out of a cache what is damaged, so that ``teacher-cache build`` makes exactly that anew.
+
+A shard exists if and only if its sidecar does, so a damaged shard's sidecar goes first: killed at any moment,
+what is left is a cache with fewer shards, and another call goes on. ``shards/NNNNN.*`` are the cache's own
+names: all that lies there goes with the shard. Files on no list are somebody else's, and stay.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from common.atomic import fsync_directory, remove, try_lock, write_bytes_atomic
+from common.errors import CacheFormatError
+from common.index import INDEX
+from common.index_build import index_bytes
+from common.manifest import (
+    MANIFEST,
+    PLAN,
+    SHARDS,
+    FileEntry,
+    Plan,
+    read_manifest,
+    read_plan,
+    sidecar_path,
+)
+from common.plain_files import is_below_links
+from common.printing import one_line
+from common.verification import Damage, verify
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+_OTHER_PLAN = (
+    f"keep the pair that belongs together: copy {PLAN} or {MANIFEST} again from where the cache came from, or "
+    f"delete {MANIFEST} if the plan is the right one; until then nothing is removed"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Repair:
+    """One thing that a repair does, or leaves to a person.
+
+    Attributes:
+        path: Relative to the cache; of a shard, its sidecar, which stands for its files too.
+        action: ``remove`` and ``rewrite`` are done (unless only asked for), ``keep`` is not for a program to do.
+        reason: What is wrong.
+        remedy: For ``keep``, what to do about it.
+    """
+
+    path: str
+    action: Literal["remove", "rewrite", "keep"]
+    reason: str
+    remedy: str = ""
+
+    @property
+    def is_shard(self) -> bool:
+        """Whether a shard goes."""
+        return self.action == "remove" and self.path.startswith(f"{SHARDS}/") and self.path.endswith(".json")
+
+    def __str__(self) -> str:
+        said = f"{self.action}: {one_line(self.path)}: {one_line(self.reason)}"
+        return f"{said}; {self.remedy}" if self.remedy else said
+
+
+def repair(
+    cache_dir: Path,
+    *,
+    deep: bool = False,
+    dry_run: bool = False,
+    on_shard: Callable[[], object] | None = None,
+) -> list[Repair]:
+    """Remove damaged shards, files beside them and a manifest that no longer holds; healthy shards are not touched.
+
+    Args:
+        cache_dir: The cache.
+        deep: Look for wrong values too, as ``verify`` does.
+        dry_run: Only say what would be done.
+        on_shard: Called after each shard is verified, for progress.
+
+    Returns:
+        What was done, in order, and what is left to a person; empty if the cache is sound.
+
+    Raises:
+        OSError: If a file cannot be removed.
+    """
+    steps = list(_plan_steps(cache_dir, verify(cache_dir, deep=deep, on_shard=on_shard)))
+    if not dry_run:
+        for step in steps:
+            _do(cache_dir, step)
+    return steps
+
+
+def _plan_steps(cache_dir: Path, damages: list[Damage]) -> Iterator[Repair]:
+    """Yield the steps in the order in which a kill between any two of them does no harm."""
+    by_kind: dict[str, list[Damage]] = {}
+    for damage in damages:
+        by_kind.setdefault(damage.kind, []).append(damage)
+    if "plan" in by_kind:
+        yield from (_keep(damage, "nothing can be built without it") for damage in by_kind["plan"])
+        return
+    plan = read_plan(cache_dir)
+    if (reason := _other_plan(cache_dir, plan)) is not None:
+        yield Repair(path=PLAN, action="keep", reason=reason, remedy=_OTHER_PLAN)
+        return
+
+    dropped: dict[int, list[str]] = {}
+    for damage in by_kind.get("shard", []):
+        path = cache_dir / damage.path
+        if path.is_file() and not os.access(path, os.R_OK):
+            yield _keep(damage, "it may be sound: make it readable first")
+        else:
+            dropped.setdefault(damage.shard or 0, []).append(f"{damage.path}: {damage.reason}")
+    for shard, reasons in sorted(dropped.items()):
+        more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
+        yield Repair(
+            path=_name(cache_dir, sidecar_path(cache_dir, shard)), action="remove", reason=reasons[0] + more
+        )
+    for damage in by_kind.get("missing", []):
+        for path in _shard_files(cache_dir, damage.shard or 0):
+            if (lock := try_lock(path)) is not None:  # else its writer is about to publish the sidecar
+                lock.release()
+                yield Repair(
+                    path=_name(cache_dir, path),
+                    action="remove",
+                    reason="has no sidecar: left by a killed run",
+                )
+    for damage in by_kind.get("leftover", []):
+        yield Repair(path=damage.path, action="remove", reason=damage.reason)
+
+    lost = False
+    for damage in by_kind.get("side file", []):
+        path = cache_dir / damage.path
+        if is_below_links(cache_dir, damage.path) or (path.is_dir() and not path.is_symlink()):
+            yield _keep(damage, "a link or folder of somebody else's is in its place")
+        elif path.exists() or path.is_symlink():
+            yield Repair(path=damage.path, action="remove", reason=damage.reason)
+        lost = True
+    rebuilt = bool(dropped or lost or "missing" in by_kind)
+    manifest = cache_dir / MANIFEST
+    if manifest.is_dir():
+        yield Repair(path=MANIFEST, action="keep", reason="a folder", remedy="move it elsewhere")
+    elif (manifest.exists() or manifest.is_symlink()) and (rebuilt or "manifest" in by_kind):
+        reason = "lists what is not there any more" if rebuilt else by_kind["manifest"][0].reason
+        yield Repair(path=MANIFEST, action="remove", reason=reason)
+    elif "index" in by_kind and not rebuilt:
+        yield Repair(path=INDEX, action="rewrite", reason=by_kind["index"][0].reason)
+
+    for kind in ("data", "stranger"):
+        yield from (_keep(damage) for damage in by_kind.get(kind, []) if damage.shard not in dropped)
+
+
+def _other_plan(cache_dir: Path, plan: Plan) -> str | None:
+    """Say that the manifest was made for another plan: every shard would look damaged, and none need be."""
+    try:
+        manifest = read_manifest(cache_dir)
+    except CacheFormatError:
+        return None
+    if manifest.plan_hash == plan.hash:
+        return None
+    return f"{PLAN} is {plan.hash}, but {MANIFEST} was made for plan {manifest.plan_hash}"
+
+
+def _keep(damage: Damage, why: str = "") -> Repair:
+    reason = f"{damage.reason} ({why})" if why else damage.reason
+    return Repair(path=damage.path, action="keep", reason=reason, remedy=damage.remedy)
+
+
+def _shard_files(cache_dir: Path, shard: int) -> list[Path]:
+    sidecar = sidecar_path(cache_dir, shard)
+    return sorted(p for p in sidecar.parent.glob(f"{shard:05d}.*") if p != sidecar)
+
+
+def _name(cache_dir: Path, path: Path) -> str:
+    return path.relative_to(cache_dir).as_posix()
+
+
+def _do(cache_dir: Path, step: Repair) -> None:
+    path = cache_dir / step.path
+    if step.action == "remove":
+        remove(path)
+        if step.is_shard:
+            fsync_directory(path.parent)  # before any of its files goes
+            for file in _shard_files(cache_dir, int(path.stem)):
+                remove(file)
+    elif step.action == "rewrite":
+        data = index_bytes(cache_dir, read_plan(cache_dir))
+        if read_manifest(cache_dir).files.get(INDEX) != FileEntry.of_bytes(data):
+            remove(cache_dir / MANIFEST)
+        write_bytes_atomic(path, data)

@@ -1,0 +1,90 @@
+"""The files beside the shards: projector, vision tower, processor, index, plan; sizes at once, digests on use."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from common.atomic import TEMPORARY_PREFIX
+from common.errors import CacheFormatError
+from common.hashing import stream_checksum
+from common.plain_files import open_plain
+from common.plan import SHARDS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+    from pathlib import Path
+
+    from common.sidecar import FileEntry
+
+MANIFEST, CARD = "manifest.json", "README.md"
+
+_REMEDY = (
+    "run `teacher-cache build` again with the same options to write it anew, or copy it from an intact cache"
+)
+
+
+def check_sizes(cache_dir: Path, files: Mapping[str, FileEntry]) -> None:
+    """Refuse files that are lost, cut or longer than they were sealed, without reading them.
+
+    Raises:
+        CacheFormatError: Naming the first.
+    """
+    for name, entry in files.items():
+        path = cache_dir / name
+        if not path.is_file() or path.stat().st_size != entry.size:
+            raise CacheFormatError(
+                f"{path}: lost, or not the file that was sealed ({entry.size} bytes); {_REMEDY}"
+            )
+
+
+def check_digests(cache_dir: Path, files: Mapping[str, FileEntry]) -> None:
+    """Refuse files that are lost or have other bytes than they were sealed with.
+
+    Raises:
+        CacheFormatError: Naming the first.
+    """
+    check_sizes(cache_dir, files)
+    for name, entry in files.items():
+        path = cache_dir / name
+        try:
+            with open_plain(cache_dir, name) as file:  # follows no link
+                found = stream_checksum(file)
+        except OSError as error:
+            raise CacheFormatError(f"{path}: cannot be read: {error.strerror}; {_REMEDY}") from error
+        if found != entry.xxh3_128:
+            raise CacheFormatError(
+                f"{path}: damaged, not the file that was sealed: expected {entry.xxh3_128}, found {found}; "
+                f"{_REMEDY}"
+            )
+
+
+def side_files(cache_dir: Path) -> list[str]:
+    """Return the relative paths of all files outside ``shards/``, except the manifest and the card.
+
+    Raises:
+        CacheFormatError: If there is a link or another thing that is not a plain file.
+    """
+    return sorted(name for name in walk_files(cache_dir, skip=(SHARDS,)) if name not in (MANIFEST, CARD))
+
+
+def walk_files(root: Path, skip: Iterable[str] = ()) -> list[str]:
+    """Return the relative paths of all files below ``root``, temporaries of live writers left out.
+
+    Raises:
+        CacheFormatError: If there is a link or another thing that is not a plain file.
+    """
+    names, folders = [], [root]
+    while folders:
+        for path in sorted(folders.pop().iterdir()):
+            name = path.relative_to(root).as_posix()
+            if name in skip or path.name.startswith(TEMPORARY_PREFIX):
+                continue
+            if path.is_symlink() or not (path.is_dir() or path.is_file()):
+                raise CacheFormatError(
+                    f"{path}: a link or device; a cache holds plain files and folders only"
+                )
+            if path.is_dir():
+                folders.append(path)
+            else:
+                names.append(name)
+    return sorted(names)

@@ -1,0 +1,198 @@
+"""Copying whole caches: ``pull`` brings one here, ``push`` takes one there; both may be killed and go on.
+
+A place without ``manifest.json`` holds no cache yet. So it is written last in both directions, after
+everything that it lists has been checked, and read first.
+"""
+
+from __future__ import annotations
+
+import shutil
+from typing import TYPE_CHECKING
+
+from common.atomic import TEMPORARY_PREFIX, clean_stale, try_lock, write_bytes_atomic
+from common.documents import parse_document
+from common.errors import CacheFormatError, CacheMismatchError, TransferError
+from common.fetching import (
+    JOBS,
+    Progress,
+    Transferred,
+    cache_bytes,
+    fetch_files,
+    is_intact,
+    read_remote_manifest,
+    refuse_nested,
+)
+from common.manifest import (
+    CARD,
+    MANIFEST,
+    PLAN,
+    SHARDS,
+    Manifest,
+    read_plan,
+    read_sidecar,
+    sidecar_path,
+)
+from common.pushing import push
+from common.remotes import open_remote
+from common.sidecar import check_sidecar
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from common.plan import Plan
+    from common.remotes import Remote
+    from common.sidecar import FileEntry
+
+__all__ = ["JOBS", "Transferred", "fetch_files", "pull", "push", "read_remote_manifest"]
+
+MAX_CARD_BYTES = 4 << 20
+MAX_SHARD_FILES = 10_000
+_MARKER = f"{TEMPORARY_PREFIX}{MANIFEST}-pull"  # the manifest of the cache that is being pulled
+
+
+def pull(
+    location: str | Path,
+    target: Path,
+    *,
+    jobs: int = JOBS,
+    on_progress: Callable[[int, int], object] | None = None,
+) -> tuple[Manifest, Transferred]:
+    """Bring a whole cache here, byte for byte.
+
+    Killed or failed and called again, it goes on where it stopped. Into a finished copy of the same cache it
+    brings what has been lost or damaged there.
+
+    Args:
+        location: A folder or an address.
+        target: A new or empty folder, or one that a pull of the same cache began or finished.
+        jobs: Files at a time.
+        on_progress: Called with the bytes that are here and those of the whole cache.
+
+    Returns:
+        The cache's manifest, and what was moved.
+
+    Raises:
+        CacheFormatError: If the remote holds no complete cache, or its descriptions do not fit each other.
+        CacheMismatchError: If the target holds something else.
+        TransferError: If a file cannot be fetched, or there is too little room.
+    """
+    remote = open_remote(location)
+    refuse_nested(target, location)
+    manifest, raw = read_remote_manifest(remote)
+    _refuse_other_content(target, remote, manifest)
+    total = cache_bytes(manifest)
+    _check_space(target, total)
+    target.mkdir(parents=True, exist_ok=True)
+    marker = target / _MARKER
+    try:
+        write_bytes_atomic(marker, raw, create_only=True)
+    except FileExistsError:
+        if (found := _hash_of(marker)) not in (manifest.hash, None):
+            raise _other_cache(target, found, remote, manifest) from None
+        write_bytes_atomic(marker, raw)  # damaged, or only the fidelity card is newer
+    lock = try_lock(marker)  # so that nobody takes it for a leftover
+    try:
+        progress = Progress(total, on_progress)
+        sidecars = {f"{SHARDS}/{i:05d}.json": shard.sidecar for i, shard in enumerate(manifest.shards)}
+        moved = fetch_files(remote, target, manifest.files | sidecars, jobs=jobs, on_bytes=progress.add)
+        plan = read_plan(target)
+        _check_descriptions(target, plan, manifest)
+        moved += fetch_files(remote, target, _shard_files(target, plan), jobs=jobs, on_bytes=progress.add)
+        _pull_card(remote, target)
+        write_bytes_atomic(target / MANIFEST, raw)
+        marker.unlink(missing_ok=True)
+    finally:
+        if lock is not None:
+            lock.release()
+    for folder in (target, target / SHARDS):
+        clean_stale(folder)
+    return manifest, moved
+
+
+def _hash_of(path: Path) -> str | None:
+    """Return the hash of a manifest here, or None if it is damaged."""
+    try:
+        return Manifest.from_dict(parse_document(path.read_bytes(), str(path)), str(path)).hash
+    except CacheFormatError:
+        return None
+
+
+def _refuse_other_content(target: Path, remote: Remote, manifest: Manifest) -> None:
+    """Refuse a target that is neither empty nor a finished or begun copy of the same cache."""
+    if target.is_symlink() and not target.exists():
+        raise CacheMismatchError(f"{target}: a link to nowhere; name a new or empty folder")
+    if target.exists() and not target.is_dir():
+        raise CacheMismatchError(f"{target}: a file; name a new or empty folder")
+    for name in (MANIFEST, _MARKER):
+        if (target / name).is_file():
+            found = _hash_of(target / name)
+            # A damaged manifest beside the right plan: a copy to mend.
+            if found == manifest.hash or (found is None and is_intact(target / PLAN, manifest.files[PLAN])):
+                return
+            raise _other_cache(target, found, remote, manifest)
+    # Temporary files: of a pull that begins at this moment, or was killed at its beginning.
+    if not target.exists() or all(path.name.startswith(TEMPORARY_PREFIX) for path in target.iterdir()):
+        return
+    raise CacheMismatchError(
+        f"{target}: not empty, and no copy of {remote.location} (manifest {manifest.hash}); name a new or empty folder"
+    )
+
+
+def _other_cache(target: Path, found: str | None, remote: Remote, manifest: Manifest) -> CacheMismatchError:
+    return CacheMismatchError(
+        f"{target}: holds, or is receiving, another cache (manifest {found or 'damaged'}) than {remote.location} "
+        f"(manifest {manifest.hash}); name a new folder, or delete this one"
+    )
+
+
+def _check_space(target: Path, total: int) -> None:
+    """Refuse to begin what cannot end."""
+    present = (
+        sum(path.stat().st_size for path in target.rglob("*") if path.is_file()) if target.exists() else 0
+    )
+    existing = next(folder for folder in (target.absolute(), *target.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(existing).free
+    if total - present > free:
+        raise TransferError(
+            f"{target}: needs {total - present:,} bytes more, but there are {free:,} free; make room, choose another "
+            "disk, or pull a part of the cache (`cachectl pull --help`)"
+        )
+
+
+def _check_descriptions(target: Path, plan: Plan, manifest: Manifest) -> None:
+    """Refuse descriptions that do not fit each other, before anything they announce is fetched."""
+    if manifest.plan_hash != plan.hash or len(manifest.shards) != plan.shard_count:
+        raise CacheFormatError(
+            f"{target}: the source's {MANIFEST} belongs to another {PLAN} (plan {plan.hash}, manifest made for "
+            f"{manifest.plan_hash}); run `cachectl verify` on it"
+        )
+    for index, summary in enumerate(manifest.shards):
+        sidecar = read_sidecar(target, index)
+        path = sidecar_path(target, index)
+        check_sidecar(sidecar, plan, str(path))
+        if f"{SHARDS}/{path.name}" in sidecar.files or len(sidecar.files) > MAX_SHARD_FILES:
+            raise CacheFormatError(
+                f"{path}: lists itself, or {len(sidecar.files)} files, above {MAX_SHARD_FILES}; damaged or hostile, "
+                "run `cachectl verify` on the source"
+            )
+        if sidecar.stored_bytes != summary.bytes:
+            raise CacheFormatError(
+                f"{target}: {MANIFEST} says that shard {index} has {summary.bytes} bytes, its sidecar "
+                f"{sidecar.stored_bytes}; run `cachectl verify` on the source"
+            )
+
+
+def _shard_files(target: Path, plan: Plan) -> Iterator[tuple[str, FileEntry]]:
+    for index in range(plan.shard_count):
+        yield from read_sidecar(target, index).files.items()
+
+
+def _pull_card(remote: Remote, target: Path) -> None:
+    """Bring the card, which is for people: no digest covers it."""
+    try:
+        card = remote.read(CARD, max_bytes=MAX_CARD_BYTES)
+    except FileNotFoundError:
+        return
+    if not (target / CARD).is_file() or (target / CARD).read_bytes() != card:
+        write_bytes_atomic(target / CARD, card)

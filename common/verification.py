@@ -1,0 +1,253 @@
+"""Trusting a cache that came from elsewhere: every byte, every count, and on demand every value.
+
+Only one shard is in memory at a time, and 24 bytes for each sample, by which a repeated id is noticed.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+from common.atomic import TEMPORARY_PREFIX, try_lock
+from common.errors import CacheFormatError
+from common.hashing import stream_digests
+from common.index import INDEX
+from common.index_build import IndexBuilder, index_damage
+from common.manifest import (
+    CARD,
+    MANIFEST,
+    PLAN,
+    SHARDS,
+    FileEntry,
+    Manifest,
+    Plan,
+    ShardSidecar,
+    ShardSummary,
+    read_manifest,
+    read_plan,
+    read_sidecar,
+    sidecar_path,
+)
+from common.plain_files import open_plain
+from common.printing import one_line
+from common.record_checks import content_damage
+from common.sidecar import check_sidecar
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+COPY_AGAIN = "copy it again from where the cache came from"
+_MAX_REASON = 600
+_SEAL = "run `teacher-cache seal`"
+_INDEX_REMEDY = f"run `cachectl repair` or `teacher-cache seal` to write it anew, or {COPY_AGAIN}"
+_SHARD_NAME = re.compile(rf"{SHARDS}/(\d{{5}})\.")
+
+Kind = Literal["plan", "manifest", "shard", "missing", "index", "side file", "data", "leftover", "stranger"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Damage:
+    """One thing that is wrong with a cache.
+
+    Attributes:
+        path: Relative to the cache.
+        reason: What was expected and found.
+        remedy: What to do about it.
+        kind: What it belongs to: the plan, the manifest, a shard; a shard that was never made; the index; a file
+            beside the shards; samples with equal ids; what a killed run left; a file on no list.
+    """
+
+    path: str
+    reason: str
+    remedy: str
+    kind: Kind
+
+    @property
+    def shard(self) -> int | None:
+        """The shard whose file it is, or None."""
+        found = _SHARD_NAME.match(self.path)
+        return int(found[1]) if found else None
+
+    def __str__(self) -> str:
+        return f"{one_line(self.path)}: {one_line(self.reason, limit=_MAX_REASON)}; {self.remedy}"
+
+
+def verify(
+    cache_dir: Path, *, deep: bool = False, on_shard: Callable[[], object] | None = None
+) -> list[Damage]:
+    """Check a cache: descriptions, counts, dtypes, offsets, and size and both digests of every file.
+
+    Args:
+        cache_dir: The cache, sealed or not.
+        deep: Decode every record too, and check that its values are some that its codecs write.
+        on_shard: Called after each shard, for progress.
+
+    Returns:
+        One entry per damaged, missing or unexpected file; empty if all is well. Never raises for damage.
+    """
+    if (cache_dir / SHARDS).is_symlink():
+        reason = "a link; a cache holds plain files and folders only"
+        return [Damage(path=SHARDS, reason=reason, remedy=COPY_AGAIN, kind="plan")]
+    try:
+        plan = read_plan(cache_dir)
+    except (CacheFormatError, OSError) as error:
+        return [Damage(path=PLAN, reason=str(error), remedy=COPY_AGAIN, kind="plan")]
+    damages: list[Damage] = []
+    manifest: Manifest | None = None
+    try:
+        manifest = read_manifest(cache_dir)
+    except (CacheFormatError, OSError) as error:
+        damages.append(_manifest_damage(MANIFEST, str(error)))
+    known = {MANIFEST, CARD, PLAN}
+    if manifest is not None:
+        damages += _check_manifest(cache_dir, plan, manifest)
+        known |= manifest.files.keys()
+    unlisted: list[str] = []
+    builder, field_bytes = IndexBuilder(), {field.name: 0 for field in plan.all_fields}
+    for index in range(plan.shard_count):
+        known.add(sidecar_path(cache_dir, index).relative_to(cache_dir).as_posix())
+        found, sidecar = _verify_shard(cache_dir, index, plan, manifest, deep=deep)
+        damages += found
+        if sidecar is not None:
+            known |= sidecar.files.keys()
+            builder.add(sidecar)
+            for name, size in sidecar.field_bytes.items():
+                field_bytes[name] += size
+        else:  # nobody can say which files belong to it
+            unlisted.append(f"{SHARDS}/{index:05d}.")
+        if on_shard is not None:
+            on_shard()
+    if not unlisted:  # all sidecars are there
+        damages += _index_damage(cache_dir, builder, plan.shard_count)
+        if manifest is not None and manifest.field_bytes != field_bytes:
+            damages.append(_manifest_damage(MANIFEST, "field_bytes are not the sums over the sidecars"))
+    if manifest is None:
+        unlisted += [path.name for path in cache_dir.iterdir() if path.name != SHARDS]
+    return _one_each(damages + _unexpected(cache_dir, known, unlisted))
+
+
+def _manifest_damage(path: str, reason: str) -> Damage:
+    return Damage(path=path, reason=reason, remedy=f"{_SEAL}, or {COPY_AGAIN}", kind="manifest")
+
+
+def _check_manifest(cache_dir: Path, plan: Plan, manifest: Manifest) -> list[Damage]:
+    damages = []
+    if manifest.plan_hash != plan.hash:
+        reason = f"made for plan {manifest.plan_hash}, but {PLAN} is {plan.hash}"
+        damages.append(_manifest_damage(MANIFEST, reason))
+    if len(manifest.shards) != plan.shard_count:
+        reason = f"lists {len(manifest.shards)} shards, but the plan has {plan.shard_count}"
+        damages.append(_manifest_damage(MANIFEST, reason))
+    remedy = f"run `cachectl repair`, then `teacher-cache build` again to write it anew, or {COPY_AGAIN}"
+    for name, entry in manifest.files.items():
+        if (wrong := file_damage(cache_dir, name, entry)) is not None:
+            side = Damage(path=name, reason=wrong, remedy=remedy, kind="side file")
+            damages.append(replace(side, remedy=_INDEX_REMEDY, kind="index") if name == INDEX else side)
+    return damages
+
+
+def _verify_shard(
+    cache_dir: Path, index: int, plan: Plan, manifest: Manifest | None, *, deep: bool
+) -> tuple[list[Damage], ShardSidecar | None]:
+    name = sidecar_path(cache_dir, index).relative_to(cache_dir).as_posix()
+    remedy = (
+        f"run `cachectl repair`, then `teacher-cache build` again to make this shard anew, or {COPY_AGAIN}"
+    )
+    try:
+        sidecar = read_sidecar(cache_dir, index)
+        check_sidecar(sidecar, plan, name)
+    except FileNotFoundError:
+        remedy = "run `teacher-cache build` again to make this shard"
+        reason = "missing: the shard does not exist"
+        return [Damage(path=name, reason=reason, remedy=remedy, kind="missing")], None
+    except (CacheFormatError, OSError) as error:
+        return [Damage(path=name, reason=str(error), remedy=remedy, kind="shard")], None
+    damages = []
+    listed = manifest.shards[index] if manifest is not None and index < len(manifest.shards) else None
+    if listed is not None and listed != ShardSummary.of(sidecar):
+        damages.append(_manifest_damage(name, f"is not the sidecar that {MANIFEST} lists"))
+    broken = [
+        Damage(path=file, reason=wrong, remedy=remedy, kind="shard")
+        for file, entry in sidecar.files.items()
+        if (wrong := file_damage(cache_dir, file, entry)) is not None
+    ]
+    if not broken and (wrong := content_damage(cache_dir, plan, sidecar, deep=deep)) is not None:
+        broken = [Damage(path=name, reason=wrong, remedy=remedy, kind="shard")]
+    return damages + broken, sidecar
+
+
+def file_damage(root: Path, name: str, entry: FileEntry) -> str | None:
+    """Return what is wrong with a file of a cache, or None; no link is followed."""
+    try:
+        with open_plain(root, name) as file:
+            fast, safe, size = stream_digests(file)
+    except FileNotFoundError:
+        return "missing"
+    except OSError as error:
+        return f"cannot be read: {error.strerror or error}"
+    if size != entry.size:
+        return f"{size} bytes; expected {entry.size}"
+    if fast != entry.xxh3_128:
+        return f"checksum {fast}; expected {entry.xxh3_128}"
+    if safe != entry.sha256:
+        return f"sha256 {safe}; expected {entry.sha256}, although the fast checksum agrees: tampered with"
+    return None
+
+
+def _index_damage(cache_dir: Path, builder: IndexBuilder, shard_count: int) -> list[Damage]:
+    """Compare the index with the sidecars, if it is there; and find sample ids that appear twice."""
+    expected, repeated = builder.finish(shard_count)
+    if repeated is not None:
+        first, second = repeated
+        path = sidecar_path(cache_dir, second.shard).relative_to(cache_dir).as_posix()
+        sidecar = read_sidecar(cache_dir, second.shard)
+        names = [name for name, _ in sidecar.failed] if second.failed else sidecar.sample_ids
+        reason = f"sample {names[second.position]!r} is in shard {first.shard} too"
+        remedy = "give the data set's samples unique ids and build the cache again"
+        return [Damage(path=path, reason=reason, remedy=remedy, kind="data")]
+    wrong = index_damage(cache_dir, expected) if (cache_dir / INDEX).exists() else None
+    return [] if wrong is None else [Damage(path=INDEX, reason=wrong, remedy=_INDEX_REMEDY, kind="index")]
+
+
+def _unexpected(cache_dir: Path, known: set[str], unlisted: list[str]) -> list[Damage]:
+    """Find links, leftovers of killed runs, and files on no list; ``unlisted`` begins names to excuse."""
+    damages: list[Damage] = []
+
+    def report(name: str, reason: str, remedy: str, kind: Kind = "stranger") -> None:
+        damages.append(Damage(path=name, reason=reason, remedy=remedy, kind=kind))
+
+    folders = [cache_dir]
+    while folders:
+        folder = folders.pop()
+        try:
+            paths = sorted(folder.iterdir())
+        except OSError as error:
+            report(folder.relative_to(cache_dir).as_posix(), f"cannot be read: {error}", COPY_AGAIN)
+            continue
+        for path in paths:
+            name = path.relative_to(cache_dir).as_posix()
+            if path.name.startswith(TEMPORARY_PREFIX):
+                if (lock := try_lock(path)) is not None:  # not being written right now
+                    lock.release()
+                    remedy = f"{_SEAL} or `cachectl repair` to remove it"
+                    report(name, "left behind by a killed run", remedy, "leftover")
+            elif path.is_symlink() or not (path.is_dir() or path.is_file()):
+                report(name, "a link or device", "replace it by a plain file or folder")
+            elif path.is_dir():
+                folders.append(path)
+            elif name not in known and not any(name.startswith(start) for start in unlisted):
+                report(name, "belongs to no shard and no list", "delete it")
+    return damages
+
+
+def _one_each(damages: list[Damage]) -> list[Damage]:
+    """Join what is wrong with one file into one entry; the first remedy stands."""
+    by_path: dict[str, Damage] = {}
+    for damage in damages:
+        first = by_path.setdefault(damage.path, damage)
+        if first is not damage and damage.kind != "stranger":  # a link in a file's place is known already
+            reason = f"{first.reason}; {damage.reason}"
+            by_path[damage.path] = replace(first, reason=reason)
+    return list(by_path.values())

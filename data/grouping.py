@@ -1,0 +1,89 @@
+"""Conversations about one image beside each other: the order of a cache that keeps signals of the image alone.
+
+Such signals are stored once per image within a shard (``common.shared_images``), and published mixes scatter
+the conversations about an image over the whole file. Stage one therefore reads samples in the order in which
+their *images* first appear; only an image whose conversations lie on both sides of a shard's end is kept twice.
+Students join a cache by sample id, so the order is the cache's own affair.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
+
+from common.hashing import fingerprint
+from data.sample import Dataset, Sample
+
+
+@runtime_checkable
+class KnowsImages(Protocol):
+    """A data set that can tell, without opening an image, which samples have the same one."""
+
+    def image_keys(self) -> Sequence[str | None]:
+        """A name of each sample's image; None without one, or where only the picture itself would tell."""
+        ...
+
+
+class GroupedByImage:
+    """The samples of a data set, ordered by the first appearance of their image; otherwise in their own order.
+
+    Its fingerprint is that of the data set itself: which samples there are, whatever the order they are read in.
+    """
+
+    def __init__(self, dataset: Dataset, order: Sequence[int]) -> None:
+        """Reorder; no sample is read.
+
+        Args:
+            dataset: The samples.
+            order: Positions in it, each once.
+        """
+        self.name = dataset.name
+        self._dataset, self._order = dataset, order
+        ids = dataset.sample_ids
+        self.sample_ids: Sequence[str] = [ids[position] for position in order]
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __getitem__(self, index: int) -> Sample:
+        """The sample at ``index`` of this order."""
+        return self._dataset[self._order[index]]
+
+    def fingerprint(self) -> str:
+        """The data set's own."""
+        return self._dataset.fingerprint()
+
+    def describe(self) -> dict[str, Any]:
+        """What a plan records of the order: a run that would read in another one must not go on with a cache.
+
+        The images' names decide the order and are not part of the data's fingerprint.
+        """
+        return {"by": "image", "fingerprint": fingerprint(self.sample_ids)}
+
+
+def group_by_image(dataset: Dataset) -> Dataset:
+    """Bring the samples of each image together.
+
+    Args:
+        dataset: Any.
+
+    Returns:
+        A `GroupedByImage`, or the data set itself if that changes nothing: it cannot name its images, or their
+        samples are beside each other already.
+    """
+    keys = image_keys(dataset)
+    groups: dict[str | int, list[int]] = {}
+    for position, key in enumerate(keys):
+        groups.setdefault(position if key is None else key, []).append(position)
+    order = [position for group in groups.values() for position in group]
+    return dataset if order == list(range(len(order))) else GroupedByImage(dataset, order)
+
+
+def image_keys(dataset: Dataset) -> Sequence[str | None]:
+    """A name of each sample's image; None throughout if the data set cannot tell."""
+    return dataset.image_keys() if isinstance(dataset, KnowsImages) else [None] * len(dataset)
+
+
+def key_of_paths(value: object) -> str | None:
+    """The name of an image that an entry gives by its path, or by a list with one path; None for all else."""
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    return value if isinstance(value, str) and value else None

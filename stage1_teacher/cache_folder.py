@@ -1,0 +1,246 @@
+"""The cache's folder: what may be in it, whether it can be written, and what a full disk means. Needs no torch."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from common.atomic import TEMPORARY_PREFIX, clean_stale, read_json, remove
+from common.errors import CacheFormatError, ConfigError
+from common.manifest import (
+    CARD,
+    INDEX,
+    MANIFEST,
+    PLAN,
+    SHARDS,
+    Manifest,
+    Plan,
+    check_side_files,
+    missing_shards,
+    read_manifest,
+    read_plan,
+    refuse_changed_plan,
+    write_plan,
+)
+from common.plan import DESCRIPTIVE, THREADS
+from common.side_files import side_files
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator
+
+logger = logging.getLogger(__name__)
+
+# What `projector_export` writes.
+EXPORTED = (
+    "projector.safetensors",
+    "projector.json",
+    "vision_tower.safetensors",
+    "vision_tower.json",
+    "processor",
+)
+# All that a cache folder holds at its top level.
+OUR_NAMES = (PLAN, MANIFEST, INDEX, CARD, SHARDS, *EXPORTED)
+
+_RESUME = "finished shards are kept; {}, then run the same command again"
+_FULL = {
+    errno.ENOSPC: ("the disk is full", _RESUME.format("free space")),
+    errno.EDQUOT: ("the disk is full", _RESUME.format("free space or raise the quota")),
+    errno.EFBIG: ("a file grew beyond what may be written", _RESUME.format("raise `ulimit -f`")),
+}
+_REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM)
+_WRITABLE = "make it writable, or give another folder (CACHE=...); nothing was lost"
+
+
+@contextmanager
+def explain_disk_errors(cache: Path | str) -> Iterator[None]:
+    """Say what a full or read-only disk means for the cache: the system's own error names no remedy.
+
+    Raises:
+        OSError: With the cache's path and the remedy; errors about other files pass unchanged.
+    """
+    try:
+        yield
+    except OSError as error:
+        place = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else None
+        if place is not None and not place.absolute().is_relative_to(Path(cache).absolute()):
+            raise
+        if error.errno in _FULL:
+            what, remedy = _FULL[error.errno]
+        elif error.errno in _REFUSED and place is not None:
+            what, remedy = "cannot be written", _WRITABLE
+        else:
+            raise
+        raise OSError(error.errno, f"{what} ({error.strerror}); {remedy}", str(cache)) from error
+
+
+def refuse_unwritable(cache_dir: Path, *, sealed_too: bool = False) -> None:
+    """Notice a read-only folder before a teacher is loaded.
+
+    Args:
+        cache_dir: The cache, or where it will be.
+        sealed_too: A sealed cache will be written to as well; else it may lie on a read-only disk.
+
+    Raises:
+        OSError: Naming the folder and the remedy.
+    """
+    if not sealed_too and (cache_dir / MANIFEST).is_file():
+        return
+    place = cache_dir.absolute()
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if place.is_dir() and not os.access(place, os.W_OK | os.X_OK):
+        code = errno.EROFS if os.statvfs(place).f_flag & os.ST_RDONLY else errno.EACCES
+        raise OSError(code, f"cannot be written ({os.strerror(code)}); {_WRITABLE}", str(place))
+
+
+def stored_plan(cache_dir: Path) -> Plan | None:
+    """The plan of a cache that was begun, or None; a damaged one counts as none here."""
+    try:
+        return read_plan(cache_dir)
+    except CacheFormatError:
+        return None
+
+
+def prepare_cache(cache_dir: Path, plan: Plan, *, overwrite: bool) -> Plan:
+    """Write ``plan.json``, or make sure that the one there says the same.
+
+    Args:
+        cache_dir: The cache folder.
+        plan: What this run would write.
+        overwrite: Delete the cache that is there first; files that are not a cache's are never touched.
+
+    Returns:
+        The plan on disk; only descriptive entries may differ from ``plan``.
+
+    Raises:
+        ConfigError: If the folder holds something that is not a cache, or not only a cache.
+        CacheMismatchError: If a cache with other options is there and ``overwrite`` is not set.
+    """
+    if cache_dir.exists() and not cache_dir.is_dir():
+        raise ConfigError(f"{cache_dir} is a file; give a folder for the cache (CACHE=...)")
+    entries = sorted(cache_dir.iterdir()) if cache_dir.is_dir() else []
+    kept = [entry.name for entry in entries if not _is_leftover(entry)]
+    is_cache = any(_is_our_document(cache_dir / name) for name in (PLAN, MANIFEST))
+    strangers = [name for name in kept if name not in OUR_NAMES]
+    if kept and not is_cache:
+        raise ConfigError(
+            f"{cache_dir} is not a teacher cache: it holds {', '.join((strangers or kept)[:5])}; "
+            "give an empty or new folder (CACHE=...)"
+        )
+    if overwrite and strangers:
+        raise ConfigError(
+            f"{cache_dir} holds {', '.join(strangers[:5])} beside the cache, which --overwrite does not delete; "
+            "move that away, or give a new folder (CACHE=...)"
+        )
+    if overwrite:
+        # The plan goes last: until then a killed run leaves what is still known as a cache.
+        for entry in sorted(entries, key=lambda entry: entry.name == PLAN):
+            remove(entry)
+    elif (cache_dir / PLAN).is_file():
+        stored = read_plan(cache_dir)
+        if THREADS not in stored.extra:  # begun before plans recorded it
+            plan = replace(plan, extra={key: value for key, value in plan.extra.items() if key != THREADS})
+        # Compared without writing: a complete cache may lie on a read-only disk.
+        refuse_changed_plan(stored, plan, where=str(cache_dir))
+        _check_beside(cache_dir, stored, strangers)
+        _mention_descriptions(stored, plan)
+        return stored
+    write_plan(cache_dir, plan)
+    return read_plan(cache_dir)  # as a resumed run will read it, so that both write the same bytes
+
+
+def refuse_strangers(cache_dir: Path, known: Collection[str]) -> None:
+    """Refuse to seal a folder that holds more than the cache: a manifest vouches for every file it lists.
+
+    Args:
+        cache_dir: The cache.
+        known: Paths of its own files outside ``shards/``; the plan, the index, the manifest and the card are known.
+
+    Raises:
+        ConfigError: Naming the others.
+    """
+    found = [name for name in side_files(cache_dir) if name not in known and name not in (PLAN, INDEX)]
+    if found:
+        raise _strangers(cache_dir, found)
+
+
+def sealed_names(cache_dir: Path) -> set[str]:
+    """The files a sealed cache vouches for; of one without a manifest, all below the names we write."""
+    if (cache_dir / MANIFEST).is_file():
+        return set(read_manifest(cache_dir).files)
+    return {name for name in side_files(cache_dir) if name.partition("/")[0] in OUR_NAMES}
+
+
+def intact_manifest(cache_dir: Path) -> Manifest | None:
+    """The manifest of a finished cache; None if there is none, or it or a file beside the shards is lost or damaged."""
+    if not (cache_dir / MANIFEST).is_file():
+        return None
+    try:
+        manifest = read_manifest(cache_dir)
+        check_side_files(cache_dir, manifest)
+    except CacheFormatError as error:
+        logger.warning("%s; it is written again from the shards that are there", error)
+        return None
+    with contextlib.suppress(
+        OSError
+    ):  # a read-only disk keeps what a killed run left; it is no part of the cache
+        for folder in (cache_dir, cache_dir / SHARDS, cache_dir / "processor"):
+            clean_stale(folder)
+    return manifest
+
+
+def drop_damaged_manifest(cache_dir: Path) -> None:
+    """Remove a manifest that cannot be read, so that sealing derives it anew and does not compare with it."""
+    try:
+        if (cache_dir / MANIFEST).exists():
+            read_manifest(cache_dir)
+    except CacheFormatError:
+        remove(cache_dir / MANIFEST)
+
+
+def _check_beside(cache_dir: Path, plan: Plan, strangers: list[str]) -> None:
+    if not strangers:
+        return
+    if not (cache_dir / MANIFEST).is_file() or missing_shards(cache_dir, plan):
+        raise _strangers(cache_dir, strangers)
+    logger.warning("%s also holds %s, which is not part of the cache", cache_dir, ", ".join(strangers[:5]))
+
+
+def _mention_descriptions(stored: Plan, plan: Plan) -> None:
+    """Say so where a licence or source that this run gives is not what the plan has: a plan never changes."""
+    for part in ("teacher", "data"):
+        old, new = getattr(stored, part), getattr(plan, part)
+        for key in DESCRIPTIVE[1:]:
+            if key in new and new[key] != old.get(key):
+                logger.warning(
+                    "the cache was begun with %s.%s = %r and keeps that; %r is not recorded (--overwrite begins again)",
+                    part, key, old.get(key, ""), new[key],
+                )  # fmt: skip
+
+
+def _strangers(cache_dir: Path, names: list[str]) -> ConfigError:
+    return ConfigError(
+        f"{cache_dir} holds {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}, which is not part of the "
+        "cache and would be sealed into it; move that away, then run the same command again"
+    )
+
+
+def _is_leftover(entry: Path) -> bool:
+    """What a run leaves that was killed before it wrote its plan."""
+    empty_shards = entry.name == SHARDS and entry.is_dir() and not any(entry.iterdir())
+    return entry.name.startswith(TEMPORARY_PREFIX) or empty_shards
+
+
+def _is_our_document(path: Path) -> bool:
+    """Whether a file has the shape of our documents, of whatever version and however damaged."""
+    try:
+        data = read_json(path)
+    except (OSError, CacheFormatError):
+        return False
+    return isinstance(data, dict) and {"format_version", "checksum"} <= data.keys()

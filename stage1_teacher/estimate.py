@@ -1,0 +1,252 @@
+"""``teacher-cache estimate``: bytes, hours and cost before anything is built, from a measured probe.
+
+The comparison is with running the teacher beside the student in every step, which is what every public method
+does. There the teacher's pass is paid per student and epoch, and slowly, because all its attention maps are
+wanted; here it is paid once.
+"""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from stage1_teacher.config import BuildConfig
+from stage1_teacher.parts import fix_threads
+from stage1_teacher.plan import open_build
+from stage1_teacher.probe import Probe, measure_probe
+
+STEP_FORWARDS = 3.0  # a training step costs about three forward passes: one forward, two for the gradients
+STUDENT_SHARE = 0.2  # MobileVLM 1.4B beside LLaVA-1.5 7B
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scenario:
+    """What is to be trained from the cache, and what it costs.
+
+    Attributes:
+        students: Numbers of students to compare.
+        epochs: Passes of each student over the data.
+        student_parameters: Of one student; None: a fifth of the teacher's.
+        student_step: Seconds of training a sample, if measured; None: three forward passes, scaled by parameters.
+        price: Of one device for an hour, in any currency; None: hours only.
+    """
+
+    students: tuple[int, ...] = (1, 3, 10)
+    epochs: float = 1.0
+    student_parameters: float | None = None
+    student_step: float | None = None
+    price: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """A probe carried over to a whole data set.
+
+    Attributes:
+        name: Teacher and data.
+        store: Shard format.
+        sample_count: Samples of the data set.
+        shard_count: Shards of the cache.
+        fidelity_samples: Size of the probe that a build ends with.
+        probe: What was measured.
+        scenario: What is compared.
+    """
+
+    name: str
+    store: str
+    sample_count: int
+    shard_count: int
+    fidelity_samples: int
+    probe: Probe
+    scenario: Scenario
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the whole cache on disk."""
+        probe = self.probe
+        return round(
+            probe.stored * self.sample_count + probe.shard_bytes * self.shard_count + probe.side_bytes
+        )
+
+    @property
+    def stage_one_hours(self) -> float:
+        """Hours to build the cache on this machine: loading, the main loop, the fidelity probe."""
+        checks = min(self.fidelity_samples, self.sample_count) * (2 * self.probe.teacher + self.probe.encode)
+        return (self.probe.load + self.probe.loop * self.sample_count + checks) / 3600
+
+    @property
+    def student_parameters(self) -> float:
+        """Parameters of one student."""
+        return self.scenario.student_parameters or STUDENT_SHARE * self.probe.teacher_parameters
+
+    @property
+    def student_step(self) -> float:
+        """Seconds a sample that training one student takes without any teacher."""
+        if self.scenario.student_step is not None:
+            return self.scenario.student_step
+        return STEP_FORWARDS * self.probe.plain * self.student_parameters / self.probe.teacher_parameters
+
+    @property
+    def online_teacher(self) -> float:
+        """Seconds a sample of a teacher beside a student."""
+        return self.probe.plain if self.probe.eager is None else self.probe.eager
+
+    def hours(self, students: int) -> tuple[float, float]:
+        """Hours for some students, one device: with the teacher beside each, and from the cache, stage one included."""
+        passes = students * self.scenario.epochs * self.sample_count / 3600
+        return (
+            passes * (self.online_teacher + self.student_step),
+            self.stage_one_hours + passes * self.student_step,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as JSON."""
+        rows = []
+        for students in self.scenario.students:
+            online, offline = self.hours(students)
+            row = {"students": students, "online_hours": online, "offline_hours": offline}
+            if self.scenario.price is not None:
+                row |= {
+                    f"{way}_cost": hours * self.scenario.price
+                    for way, hours in (("online", online), ("offline", offline))
+                }
+            rows.append(row)
+        return {
+            "name": self.name,
+            "store": self.store,
+            "samples": self.sample_count,
+            "shards": self.shard_count,
+            "cache_bytes": self.cache_bytes,
+            "stage_one_hours": self.stage_one_hours,
+            "stage_one_samples_per_second": 1 / self.probe.loop,
+            "student_parameters": self.student_parameters,
+            "student_step_seconds_per_sample": self.student_step,
+            "online_teacher_seconds_per_sample": self.online_teacher,
+            "epochs": self.scenario.epochs,
+            "comparison": rows,
+            "assumptions": assumptions(self),
+            "probe": self.probe.to_dict(),
+        }
+
+
+def estimate(config: BuildConfig, scenario: Scenario, *, samples: int) -> Estimate:
+    """Measure a probe and carry it over to the whole data set; writes nothing but temporary files.
+
+    Args:
+        config: The options a build would get.
+        scenario: What to compare.
+        samples: Size of the probe.
+
+    Raises:
+        DistillError: With the remedy, if teacher or data cannot be used.
+    """
+    started = time.perf_counter()
+    work = open_build(fix_threads(config, several=False, overwrite=True))
+    load = time.perf_counter() - started
+    return Estimate(
+        name=f"{work.plan.teacher.get('name')} on {work.plan.data.get('name')}",
+        store=config.store,
+        sample_count=work.plan.sample_count,
+        shard_count=work.plan.shard_count,
+        fidelity_samples=config.fidelity_samples,
+        probe=measure_probe(work, samples=samples, batch_size=config.batch_size, load=load),
+        scenario=scenario,
+    )
+
+
+def assumptions(estimate: Estimate) -> list[str]:
+    """What the figures rest on, a sentence each."""
+    probe, scenario = estimate.probe, estimate.scenario
+    lines = [
+        f"the probe's {probe.samples} samples stand for all {estimate.sample_count}: {probe.tokens:.0f} tokens and "
+        f"{probe.rows:.1f} supervised rows a sample",
+        f"times are this machine's ({probe.device}, {probe.threads} threads of {probe.cores} cores), one process; "
+        "reading and writing run beside the teacher where cores are free",
+    ]
+    if scenario.student_step is None:
+        lines.append(
+            f"a student of {estimate.student_parameters:.3g} parameters trains at {STEP_FORWARDS:g} forward passes a "
+            "sample, a forward pass scaled from the teacher's by parameters; measure one and give --student-step"
+        )
+    else:
+        lines.append(f"a student trains at {scenario.student_step:g} s a sample, as given")
+    if probe.eager is None:
+        lines.append(
+            "eager attention of one sample does not fit this memory: the teacher beside a student is counted "
+            "with its SDPA time, which is too little"
+        )
+    else:
+        lines.append(
+            "the teacher beside a student runs with eager attention and returns all maps, as the released code "
+            f"does, {probe.eager_batch} samples a pass ({probe.eager / probe.plain:.2f} times its SDPA pass)"
+        )
+    lines.append("both ways on the same device, and it holds teacher and student at once when online")
+    return lines
+
+
+def estimate_text(estimate: Estimate) -> str:
+    """Describe an estimate for a terminal: sizes, hours, the comparison, the assumptions."""
+    probe, scenario = estimate.probe, estimate.scenario
+    rows = max(probe.rows, 1e-9)
+    lines = [
+        f"Estimate for {estimate.name}: {estimate.sample_count} samples, from {probe.samples} measured ones"
+        + (f" ({probe.failed} of the probe could not be used)" if probe.failed else ""),
+        f"  {'signal':<20}{'bytes/row':>12}{'bytes/sample':>14}{'on disk/sample':>16}{'on disk, all':>14}",
+    ]
+    for name, size in probe.signals.items():
+        lines.append(
+            f"  {name:<20}{size.decoded / rows:>12.1f}{size.decoded:>14.1f}{size.stored:>16.1f}"
+            f"{_bytes(size.stored * estimate.sample_count):>14}"
+        )
+    fixed = probe.shard_bytes * estimate.shard_count + probe.side_bytes
+    total = estimate.cache_bytes / estimate.sample_count
+    lines.append(f"  {f'{estimate.shard_count} shards, projector':<62}{_bytes(fixed):>14}")
+    lines.append(
+        f"  {f'whole cache ({estimate.store})':<20}{total / rows:>12.1f}{'':>14}{total:>16.1f}{_bytes(estimate.cache_bytes):>14}"
+    )
+    lines.append(
+        f"Stage one: {_hours(estimate.stage_one_hours)}{_money(scenario.price, estimate.stage_one_hours)} at "
+        f"{1 / probe.loop:.1f} samples/s (alone, a sample: read {probe.encode * 1e3:.2f} ms, "
+        f"teacher {probe.teacher * 1e3:.2f} ms, write {probe.write * 1e3:.2f} ms)"
+    )
+    lines.append(f"Training, {scenario.epochs:g} epochs each:")
+    lines.append(
+        f"  {'students':<10}{'teacher beside the student':>28}{'cache, stage one included':>28}{'ratio':>8}"
+    )
+    for students in scenario.students:
+        online, offline = estimate.hours(students)
+        left = _hours(online) + _money(scenario.price, online)
+        right = _hours(offline) + _money(scenario.price, offline)
+        ratio = online / offline if offline else math.inf
+        lines.append(f"  {students:<10}{left:>28}{right:>28}{ratio:>8.2f}")
+    lines += ["Assumed:", *(f"  - {line}" for line in assumptions(estimate))]
+    return "\n".join(lines)
+
+
+def parse_students(text: str) -> tuple[int, ...]:
+    """Read ``1,3,10``.
+
+    Raises:
+        ValueError: If one is no positive whole number.
+    """
+    numbers = tuple(int(part) for part in text.split(","))
+    if min(numbers) < 1:
+        raise ValueError(f"{min(numbers)} students")
+    return numbers
+
+
+def _hours(hours: float) -> str:
+    if hours >= 1:
+        return f"{hours:.1f} h"
+    return f"{hours * 60:.1f} min" if hours * 60 >= 1 else f"{hours * 3600:.1f} s"
+
+
+def _money(price: float | None, hours: float) -> str:
+    return "" if price is None else f", cost {hours * price:.2f}"
+
+
+def _bytes(size: float) -> str:
+    names: Sequence[str] = ("B", "KB", "MB", "GB", "TB")
+    power = min(len(names) - 1, max(0, int(math.log(max(size, 1), 1000))))
+    return f"{size / 1000**power:.1f} {names[power]}" if power else f"{size:.0f} B"

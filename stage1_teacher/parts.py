@@ -1,0 +1,275 @@
+"""Several processes on one cache: which shards each takes, and how ``--nproc`` starts and watches them.
+
+Shards are striped: part R of N takes shard i if ``i % N == R``. No process waits for another or talks to it:
+the plan says what there is to do, the sidecars say what is done, and publishing is create-only, so that two
+processes on one shard by mistake cost time and nothing else.
+
+The arithmetic of a CPU depends on its number of threads. A cache's plan keeps that number, every process that
+builds or resumes it takes it from there, and so the bytes do not depend on how many processes there are.
+
+Torch is imported where it is used, so that a command that is refused, or a process that fails, does so at once.
+"""
+
+import logging
+import multiprocessing
+import os
+import re
+import signal
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
+from typing import NoReturn
+
+from common.errors import ConfigError, DistillError, ProcessFailedError
+from common.plan import THREADS
+from stage1_teacher.cache_folder import explain_disk_errors, stored_plan
+from stage1_teacher.config import BuildConfig
+
+logger = logging.getLogger(__name__)
+
+MAX_PROCESSES = 4096
+_POLL_S = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One of several processes that share a cache's shards.
+
+    Attributes:
+        rank: Which, from 0.
+        of: How many there are.
+        takes_all: Works on every missing shard, from the last one on, instead of on its own.
+
+    Raises:
+        ConfigError: If there is no such part.
+    """
+
+    rank: int = 0
+    of: int = 1
+    takes_all: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.of <= MAX_PROCESSES:
+            raise ConfigError(
+                f"part {self.rank}/{self.of}: expected R/N with 0 <= R < N <= {MAX_PROCESSES}; parts count from 0"
+            )
+
+    def __str__(self) -> str:
+        return f"{self.rank}/{self.of}"
+
+    def share(self, missing: Sequence[int]) -> list[int]:
+        """The missing shards that this process builds, in its order."""
+        if self.takes_all:
+            return list(reversed(missing))
+        return [index for index in missing if index % self.of == self.rank]
+
+    def for_resume(self, missing: Sequence[int]) -> "Part":
+        """This part; but one that finds its own shards finished when it begins builds what others left."""
+        return self if self.share(missing) else replace(self, takes_all=self.of > 1)
+
+    def split(self, processes: int) -> list["Part"]:
+        """Share this part's shards among local processes."""
+        rank, of = (0, 1) if self.takes_all else (self.rank, self.of)
+        return [Part(rank=rank + of * local, of=of * processes) for local in range(processes)]
+
+
+WHOLE = Part()
+
+
+def parse_part(text: str) -> Part:
+    """Read ``R/N``.
+
+    Raises:
+        ConfigError: If it is none.
+    """
+    match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
+    if match is None:
+        raise ConfigError(f"part {text!r}: expected R/N, for example 0/4 for the first of four processes")
+    return Part(rank=int(match[1]), of=int(match[2]))
+
+
+_LAUNCHERS = (  # name, a variable that it alone sets, rank, number, rank on this machine
+    ("torchrun", "TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE", "LOCAL_RANK"),
+    ("srun", "SLURM_STEP_ID", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
+)
+
+
+def choose_part(text: str | None, environment: Mapping[str, str]) -> tuple[Part, int]:
+    """Find out which part this process is: as ``--part`` says, else as a launcher says, else the whole.
+
+    A shell inside a Slurm allocation has ``SLURM_NTASKS`` and ``SLURM_PROCID`` too, and is no part of anything: only
+    variables that the launcher of several processes alone sets count.
+
+    Args:
+        text: What ``--part`` says, or None.
+        environment: The environment's variables.
+
+    Returns:
+        The part, and its rank among the processes of this machine.
+
+    Raises:
+        ConfigError: If ``text`` is not ``R/N``.
+    """
+    for launcher, mark, *names in _LAUNCHERS:
+        values = [environment.get(name, "") for name in names]
+        if mark not in environment or not all(value.isdecimal() for value in values):
+            continue
+        rank, of, local = map(int, values)
+        if text is not None:
+            return parse_part(text), local
+        if of > 1:
+            logger.info("part %d/%d, as %s says (%s, %s)", rank, of, launcher, names[0], names[1])
+            return Part(rank=rank, of=of), local
+    return (WHOLE if text is None else parse_part(text)), 0
+
+
+def local_device(device: str, local: int) -> str:
+    """The device of the ``local``-th process of a machine: its own GPU where there are several."""
+    if device not in ("auto", "cuda"):
+        return device
+
+    import torch
+
+    if torch.cuda.device_count() > 1:
+        return f"cuda:{local % torch.cuda.device_count()}"
+    return device
+
+
+def fix_threads(config: BuildConfig, *, several: bool, overwrite: bool = False) -> BuildConfig:
+    """Set torch's threads, and return the configuration with the number that the plan is to keep.
+
+    The number is ``threads`` if given, else that of the cache that is there, else ``OMP_NUM_THREADS``; else one
+    for each of several processes, whatever their number, and all cores but one for a single process. On CUDA no
+    number is kept, for none of the arithmetic is the CPU's.
+
+    Args:
+        config: The options.
+        several: Other processes work on this cache, here or on other machines.
+        overwrite: The cache that is there does not count.
+    """
+    import torch
+
+    from data.threads import leave_one_core
+
+    stored = None if overwrite else stored_plan(Path(config.cache))
+    on_gpu = config.device.startswith("cuda") or (config.device == "auto" and torch.cuda.is_available())
+    kept = config.threads
+    if not kept and stored is not None:
+        kept = int(stored.extra.get(THREADS, 0))
+    if kept:
+        torch.set_num_threads(kept)
+        cores = len(os.sched_getaffinity(0))
+        if kept > cores:
+            logger.warning("computing with %d threads on %d cores, as this cache's plan says", kept, cores)
+    elif several and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
+    else:
+        leave_one_core()
+    if not kept and stored is None and not on_gpu:
+        kept = torch.get_num_threads()
+    return replace(config, threads=kept)
+
+
+def quiet_libraries() -> None:
+    """Switch off the model library's own progress bars."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+
+
+def run_parts(
+    target: Callable[[BuildConfig, Part], None],
+    config: BuildConfig,
+    parts: Sequence[Part],
+    on_wait: Callable[[], None],
+) -> None:
+    """Run ``target`` in one fresh process for each part, and wait for all of them.
+
+    Args:
+        target: Importable function of the options and a part.
+        config: The options; each process gets a GPU of its own where there are several.
+        parts: One a process.
+        on_wait: Called about once a second.
+
+    Raises:
+        ProcessFailedError: With the first failure as its process tells it; the others are stopped.
+    """
+    context = multiprocessing.get_context("spawn")  # CUDA and zarr's event loop do not survive a fork
+    processes: list[tuple[Part, SpawnProcess, Connection]] = []
+    try:
+        for local, part in enumerate(parts):
+            here, there = context.Pipe(duplex=False)
+            own = replace(config, device=local_device(config.device, local))
+            process = context.Process(target=_process, args=(target, own, part, there), daemon=True)
+            process.start()
+            there.close()
+            processes.append((part, process, here))
+        running = list(processes)
+        while running:
+            wait([process.sentinel for _, process, _ in running], timeout=_POLL_S)
+            on_wait()
+            for entry in [entry for entry in running if entry[1].exitcode is not None]:
+                running.remove(entry)
+                if entry[1].exitcode:
+                    _raise_failure(*entry)
+    finally:
+        for _, process, _ in processes:
+            process.terminate()
+        for _, process, connection in processes:
+            process.join()
+            connection.close()
+
+
+def _raise_failure(part: Part, process: SpawnProcess, connection: Connection) -> NoReturn:
+    code = process.exitcode or 0
+    told = ""
+    if connection.poll():
+        try:
+            told = connection.recv()
+        except EOFError:  # it died before it could say anything
+            told = ""
+    if not told:
+        told = f"it ended with exit code {code}; what it printed is above"
+        if code < 0:
+            told = f"it was killed by {signal.Signals(-code).name}; if nobody did that, memory ran out"
+    raise ProcessFailedError(
+        f"the process of part {part} failed: {told}\n"
+        "The others were stopped; finished shards are kept. Mend that, then run the same command again "
+        "(another number of processes is fine)."
+    )
+
+
+def _process(
+    target: Callable[[BuildConfig, Part], None], config: BuildConfig, part: Part, connection: Connection
+) -> None:
+    """Run one part in this process, and tell the parent what went wrong."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    logging.basicConfig(
+        level=logging.ERROR, format=f"part {part}: %(message)s"
+    )  # the parent gives the warnings
+    quiet_libraries()
+    try:
+        with explain_disk_errors(config.cache):
+            target(config, part)
+    except KeyboardInterrupt:
+        os._exit(130)  # the terminal told the parent too; it does the talking
+    except DistillError as error:
+        connection.send(str(error))
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        connection.send(f"{place}{error.strerror or error}")
+    else:
+        return
+    connection.close()
+    raise SystemExit(1)
+
+
+def _end_with_parent() -> None:
+    """End this process when its parent is gone, however it went: an orphan would keep its GPU."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

@@ -1,0 +1,275 @@
+"""What an estimate is made from: the teacher, the encoder and the store, timed and weighed on a few samples."""
+
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from common.errors import DataError, SampleError
+from common.visual_attention import IMPLEMENTATION
+from data.collate import Batch, collate, length_buckets
+from data.encoding import EncodedSample
+from data.sample import Dataset, Sample
+from stage1_teacher.families import submodule
+from stage1_teacher.pipeline import EncodedShard, Writer, encode_shards, run_shard
+from stage1_teacher.plan import Build
+from stage1_teacher.probe_sizes import Size, best_time, weigh_probe
+from stage1_teacher.projector_export import export_parts
+
+RUNS = 4  # of neighbouring samples: conversations about one picture stand side by side and share its signals
+MEMORY_SHARE = 0.6  # of what is free, for eager attention
+SHARDS = 3  # of a rehearsal of the main loop
+SLOW_S = 20.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """What was measured; times are seconds a sample unless stated.
+
+    Attributes:
+        samples: Samples measured.
+        failed: Samples of the probe that could not be used.
+        rows: Supervised rows of a sample.
+        tokens: Length of a sample.
+        signals: By signal, and ``base`` for what every record holds.
+        stored: Bytes a sample on disk, all signals, sidecar included.
+        shard_bytes: Bytes on disk that each shard costs whatever is in it.
+        side_bytes: Projector, vision tower, processor.
+        encode: Reading, decoding and tokenising.
+        teacher: Stage one's forward pass, the wanted attention and its reduction included.
+        plain: Forward pass with SDPA alone.
+        eager: Forward pass with eager attention and all its maps, as a teacher beside a student runs it; None if one
+            sample does not fit the memory.
+        eager_batch: Samples a pass that ``eager`` was measured with.
+        write: Encoding and writing records.
+        loop: All of it as the main loop does it, reading and writing beside the teacher.
+        shard_write: Seconds that each shard costs whatever is in it.
+        load: Seconds to load the teacher and open the data.
+        teacher_parameters: Number of the teacher's parameters.
+        device: What computed.
+        threads: CPU threads of the arithmetic.
+        cores: CPU cores of the machine.
+    """
+
+    samples: int
+    failed: int
+    rows: float
+    tokens: float
+    signals: dict[str, Size]
+    stored: float
+    shard_bytes: int
+    side_bytes: int
+    encode: float
+    teacher: float
+    plain: float
+    eager: float | None
+    eager_batch: int
+    write: float
+    loop: float
+    shard_write: float
+    load: float
+    teacher_parameters: int
+    device: str
+    threads: int
+    cores: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """The measurements as JSON."""
+        return asdict(self)
+
+
+def measure_probe(work: Build, *, samples: int, batch_size: int, load: float) -> Probe:
+    """Run a probe through all of stage one, each step timed alone, the records into a temporary shard.
+
+    Args:
+        work: Teacher, data and codecs.
+        samples: Most samples; they are taken in a few runs of neighbours, spread over the data.
+        batch_size: Samples a forward pass.
+        load: Seconds it took to open ``work``.
+
+    Raises:
+        DataError: If no sample of the probe can be used.
+    """
+    positions = probe_positions(len(work.dataset), samples)
+    shard, encode = _encode(work, positions)
+    if not shard.samples:
+        reason = shard.failed[-1][1] if shard.failed else "the data set is empty"
+        raise DataError(f"no sample of the probe can be used; the last one: {reason}")
+    batches = list(_batches(work, shard.samples, batch_size))
+    passes = list(run_shard(work, shard, batch_size))  # warm-up; also takes out what the teacher cannot do
+    # Each pass ends with a copy to the CPU, so that all of it is timed.
+    teacher = best_time(lambda: list(run_shard(work, shard, batch_size))) / len(shard.samples)
+    plain = best_time(lambda: _run_plain(work, batches)) / len(shard.samples)
+    eager, eager_batch = _time_eager(work, shard.samples, batch_size)
+    with tempfile.TemporaryDirectory() as scratch:
+        weighed = weigh_probe(work, Path(scratch), shard, passes)
+        names = export_parts(work.teacher, Path(scratch))
+        times = {
+            "encode": encode,
+            "teacher": teacher,
+            **{name: weighed[name] for name in ("write", "shard_write")},
+        }
+        loop = _rehearse(work, Path(scratch) / "loop", positions, batch_size, times)
+        side_bytes = sum((Path(scratch) / name).stat().st_size for name in names)
+    count = len(shard.samples)
+    return Probe(
+        samples=count,
+        failed=len(shard.failed),
+        rows=sum(len(signals.labels) for _, signals in passes) / count,
+        tokens=sum(map(len, shard.samples)) / count,
+        side_bytes=side_bytes,
+        encode=encode,
+        loop=loop,
+        teacher=teacher,
+        plain=plain,
+        eager=eager,
+        eager_batch=eager_batch,
+        load=load,
+        teacher_parameters=sum(p.numel() for p in work.teacher.model.parameters()),
+        device=_device_name(work.teacher.device),
+        threads=torch.get_num_threads(),
+        cores=len(os.sched_getaffinity(0)),
+        **weighed,
+    )
+
+
+def probe_positions(total: int, samples: int) -> list[int]:
+    """Where in the data set the probe lies: ``RUNS`` runs of neighbours, evenly spread.
+
+    Args:
+        total: Samples of the data set.
+        samples: Most positions.
+    """
+    samples = min(samples, total)
+    runs = min(RUNS, samples)
+    positions: set[int] = set()
+    for run in range(runs):
+        length = samples // runs + (run < samples % runs)
+        start = max(0, min(run * total // runs, total - length))
+        positions |= set(range(start, start + length))
+    return sorted(positions)
+
+
+def _encode(work: Build, positions: list[int]) -> tuple[EncodedShard, float]:
+    """The probe's samples, and seconds a sample; done twice, because the first time loads libraries."""
+    shard, seconds = EncodedShard(index=0), 0.0
+    for _ in range(2):
+        shard, started = EncodedShard(index=0), time.perf_counter()
+        for position in positions:
+            try:
+                shard.samples.append(work.encoder(work.dataset[position]))
+            except SampleError as error:
+                shard.fail(work.dataset.sample_ids[position], str(error))
+        seconds = time.perf_counter() - started
+    return shard, seconds / len(positions)
+
+
+def _batches(work: Build, samples: list[EncodedSample], batch_size: int) -> Iterator[Batch]:
+    for bucket in length_buckets([len(sample) for sample in samples], batch_size):
+        yield collate([samples[index] for index in bucket], work.teacher.pad_token_id)
+
+
+def _run_plain(work: Build, batches: list[Batch]) -> None:
+    for batch in batches:
+        output = work.teacher.run(batch, groups=work.groups, answer_rows=False, visual_rows=False)
+        output.logits[-1:].cpu()  # waits for the device
+
+
+def _time_eager(work: Build, samples: list[EncodedSample], batch_size: int) -> tuple[float | None, int]:
+    """Seconds a sample with every map of every layer and head, at the largest batch that fits, and that batch."""
+    teacher, longest = work.teacher, max(map(len, samples))
+    text = teacher.config.text_config
+    width = torch.finfo(getattr(torch, teacher.dtype)).bits // 8
+    # Each layer keeps its map; the layer at work also has scores, mask and a float32 softmax.
+    maps = (teacher.depth + 3) * int(text.num_attention_heads) * longest**2 * width
+    one = maps + longest * int(text.vocab_size) * width * 2
+    batch = min(batch_size, int(_free_memory(teacher.device) * MEMORY_SHARE) // one)
+    if batch < 1:
+        return None, 0
+    language_model: Any = submodule(teacher.model, teacher.family.language_model)
+    language_model.set_attn_implementation("eager")
+    try:
+        batches = list(_batches(work, samples, batch))
+        _run_eager(work, batches[:1])  # warm-up
+        seconds = best_time(lambda: _run_eager(work, batches))
+    finally:
+        language_model.set_attn_implementation(IMPLEMENTATION)
+    return seconds / len(samples), batch
+
+
+@torch.inference_mode()
+def _run_eager(work: Build, batches: list[Batch]) -> None:
+    dtype = getattr(torch, work.teacher.dtype)
+    for batch in batches:
+        inputs = batch.to(work.teacher.device).model_inputs()
+        mask: Tensor = inputs["attention_mask"]
+        if mask.ndim == 4:  # eager attention adds its mask
+            zeros = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+            inputs["attention_mask"] = zeros.masked_fill(~mask, torch.finfo(dtype).min)
+        if inputs.get("pixel_values") is not None:
+            inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
+        output = work.teacher.model(**inputs, use_cache=False, output_attentions=True)
+        output.logits[:, -1:, -1:].cpu()  # waits for the device
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Again:
+    """The probe's samples, once for each shard of a rehearsal."""
+
+    dataset: Dataset
+    positions: list[int]
+
+    @property
+    def sample_ids(self) -> Sequence[str]:
+        return [self.dataset.sample_ids[position] for position in self.positions] * SHARDS
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.dataset[self.positions[index % len(self.positions)]]
+
+
+def _rehearse(
+    work: Build, folder: Path, positions: list[int], batch_size: int, times: Mapping[str, float]
+) -> float:
+    """Seconds a sample of the main loop, run over a few small shards; threads that want one core wait for each other.
+
+    Args:
+        work: Teacher, data and codecs.
+        folder: A temporary cache.
+        positions: Of the probe.
+        batch_size: Samples a forward pass.
+        times: Seconds of the steps alone: ``encode``, ``teacher`` and ``write`` a sample, ``shard_write`` a shard.
+    """
+    count = len(positions)
+    alone = max(times["teacher"], times["encode"] + times["write"])
+    if (
+        times["teacher"] * count > SLOW_S
+    ):  # then the teacher is all that counts, and a rehearsal would take minutes
+        return alone
+    plan = replace(work.plan, sample_count=count * SHARDS, shard_size=count)
+    data = _Again(dataset=work.dataset, positions=positions)
+    started = time.perf_counter()
+    with Writer(folder, plan, work.codecs) as writer:
+        for shard in encode_shards(data, work.encoder, plan, range(SHARDS)):  # type: ignore[arg-type]
+            for batch, signals in run_shard(work, shard, batch_size):
+                writer.add(batch, signals)
+            writer.finish(shard)
+    seconds = time.perf_counter() - started
+    # The first shard's reading and the last one's writing have nothing to hide behind.
+    ends = count * (times["encode"] + times["write"]) + times["shard_write"]
+    return max(times["teacher"], (seconds - ends) / (count * SHARDS))
+
+
+def _free_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"

@@ -1,0 +1,152 @@
+"""A cache of a million records: opening it, finding samples, what memory it takes. Part of ``make bench``.
+
+The caches are described, not filled: sidecars, manifest and index are real, shard files are never opened. Each
+figure is a median with a warm page cache; memory is read from ``/proc`` in fresh processes.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.cache import open_cache
+from common.codecs.logits import LogitCodec
+from common.documents import document_bytes
+from common.manifest import SHARDS, FileEntry, Plan, ShardSidecar, seal, sidecar_path, write_plan
+
+MILLION = 1_000_000
+LOOKUPS = (1_000, 10_000, 100_000, 1_000_000)
+
+_MEMORY = """
+import json, sys, time
+from pathlib import Path
+def status(name):
+    line = next(l for l in open("/proc/self/status") if l.startswith(name + ":"))
+    return int(line.split()[1]) / 1000
+"""
+_OPEN_AND_LOOK_UP = """
+from common.cache import open_cache
+cache = open_cache(Path(sys.argv[1]))
+found = [cache.shard_of(f"sample/{i * (len(cache) // 1000):08d}") for i in range(1000)]
+print(json.dumps({"private": status("RssAnon"), "all": status("VmRSS")}))
+"""
+_JOIN = """
+from common.cache import open_cache
+from stage2_student.join import join_cache
+cache = open_cache(Path(sys.argv[1]))
+class Data:
+    name = "made up"
+    sample_ids = [f"sample/{i:08d}" for i in reversed(range(len(cache)))]
+    __len__ = lambda self: len(self.sample_ids)
+before, started = status("VmHWM"), time.perf_counter()
+join = join_cache(cache, Data())
+seconds = time.perf_counter() - started
+assert join.sample_ids[0] == "sample/00000000" and len(join.places) == len(cache)
+print(json.dumps({"seconds": seconds, "peak": status("VmHWM") - before}))
+"""
+_SEAL = """
+from common.manifest import seal
+before, started = status("VmHWM"), time.perf_counter()
+seal(Path(sys.argv[1]))
+print(json.dumps({"seconds": time.perf_counter() - started, "peak": status("VmHWM") - before}))
+"""
+
+
+def describe_cache(folder: Path, samples: int, shard_size: int) -> Path:
+    """Write plan and sidecars of a cache without records, and seal it."""
+    codec = LogitCodec.from_preset("default")
+    plan = Plan(
+        store="webdataset",
+        sample_count=samples,
+        shard_size=shard_size,
+        signals={"logits": codec.to_dict()},
+        fields={"logits": codec.fields()},
+        fingerprints={"data": "0" * 32},
+    )
+    write_plan(folder, plan)
+    sizes = {field.name: 1 << 20 for field in plan.all_fields}
+    for shard in range(plan.shard_count):
+        sidecar = ShardSidecar(
+            index=shard,
+            sample_ids=tuple(f"sample/{position:08d}" for position in plan.shard_range(shard)),
+            rows=100 * len(plan.shard_range(shard)),
+            field_bytes=sizes,
+            files={f"{SHARDS}/{shard:05d}.tar": FileEntry.of_bytes(str(shard).encode())},
+        )
+        sidecar_path(folder, shard).write_bytes(document_bytes(sidecar.to_dict()))
+    seal(folder)
+    return folder
+
+
+def median_seconds(call: Callable[[], Any], rounds: int) -> float:
+    """Median over calls, after one to warm up."""
+    call()
+    seconds = []
+    for _ in range(rounds):
+        started = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds)
+
+
+def in_fresh_process(script: str, folder: Path) -> dict[str, float]:
+    """Run a script that prints a JSON object."""
+    command = [sys.executable, "-c", _MEMORY + script, str(folder)]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    return dict(json.loads(result.stdout))
+
+
+def bench_scale(folder: Path) -> tuple[dict[str, float], dict[str, float]]:
+    """Measure opening, finding, joining, sealing, and the memory they take.
+
+    Args:
+        folder: Scratch; about 250 MB.
+
+    Returns:
+        Ratios and figures.
+    """
+    small = describe_cache(folder / "small", MILLION // 100, 256)
+    many = describe_cache(folder / "many", MILLION, 256)
+    few = describe_cache(folder / "few", MILLION, 4096)
+    figures = {
+        "open 1M records, 3,907 shards, ms": 1e3 * median_seconds(lambda: open_cache(many), 21),
+        "open 1M records, 245 shards, ms": 1e3 * median_seconds(lambda: open_cache(few), 21),
+        "open 10k records, 40 shards, ms": 1e3 * median_seconds(lambda: open_cache(small), 21),
+    }
+    figures |= bench_look_ups(many)
+    memory = {path: in_fresh_process(_OPEN_AND_LOOK_UP, path) for path in (small, many)}
+    join, sealing = in_fresh_process(_JOIN, many), in_fresh_process(_SEAL, many)
+    figures |= {
+        "private memory, 1M against 10k records, MB more": memory[many]["private"] - memory[small]["private"],
+        "all memory, 1M against 10k records, MB more": memory[many]["all"] - memory[small]["all"],
+        "join 1M ids with a data set, s": join["seconds"],
+        "join 1M ids with a data set, peak MB": join["peak"],
+        "seal 1M records, s": sealing["seconds"],
+        "seal 1M records, peak MB": sealing["peak"],
+    }
+    per_sample = [figures[f"find one of 1M samples, {count:,} times, us each"] for count in LOOKUPS]
+    return {"look-up: 1M times / 1k times, each": per_sample[-1] / per_sample[0]}, figures
+
+
+def bench_look_ups(folder: Path) -> dict[str, float]:
+    """Microseconds a sample, in random order, one at a time and all at once."""
+    cache = open_cache(folder)
+    order = [f"sample/{i:08d}" for i in np.random.default_rng(0).permutation(MILLION).tolist()]
+    figures = {}
+    for count in LOOKUPS:
+        chosen = order[:count]
+
+        def look_up(chosen: list[str] = chosen) -> None:
+            for sample_id in chosen:
+                cache.shard_of(sample_id)
+
+        seconds = median_seconds(look_up, max(1, min(21, 100_000 // count)))
+        figures[f"find one of 1M samples, {count:,} times, us each"] = 1e6 * seconds / count
+    seconds = median_seconds(lambda: cache.positions(order), 3)
+    return {**figures, "find 1M samples at once, us each": 1e6 * seconds / MILLION}

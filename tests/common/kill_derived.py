@@ -1,0 +1,90 @@
+"""Kill a merge, and a pull of a part, at every file operation; go on; compare with an uninterrupted one.
+
+Run as ``python kill_derived.py STORE FOLDER STRIDE``: a process of its own, because zarr must not have been
+used before the forks. Prints the number of places each was killed at.
+"""
+
+import os
+import shutil
+import sys
+from functools import partial
+from pathlib import Path
+
+from cache_factory import build_shard, make_plan, tree
+from kill_everywhere import in_child
+
+from common.manifest import seal, write_plan
+
+_WATCHED = {"open", "os.mkdir", "os.rename", "os.link", "os.remove", "os.rmdir", "os.truncate"}
+
+
+def build(cache_dir, plan, shards):
+    write_plan(cache_dir, plan)
+    for index in shards:
+        build_shard(cache_dir, plan, index)
+    (cache_dir / "processor").mkdir()
+    (cache_dir / "processor" / "note.json").write_text("{}\n")
+    if len(shards) == plan.shard_count:
+        seal(cache_dir)
+
+
+def merge_into(sources, target):
+    from common.merging import merge
+
+    merge(sources, target)
+
+
+def pull_into(source, target):
+    from common.partial import Selection, pull_partial
+
+    pull_partial(source, target, Selection(shards=(0, 1)), jobs=1)
+
+
+def until(make, target, place):
+    """Work, and die before the file operation number ``place`` inside the target."""
+    count = 0
+
+    def hook(event, arguments):
+        nonlocal count
+        if event in _WATCHED and arguments and str(target) in str(arguments[0]):
+            count += 1
+            if count == place:
+                os._exit(9)
+
+    sys.addaudithook(hook)
+    make(target)
+
+
+def kill_everywhere(make, folder, stride):
+    """Returns the number of places at which it was killed."""
+    assert in_child(make, folder / "whole") == 0
+    expected = tree(folder / "whole")
+    place, killed, code = 1, 0, 9
+    while code == 9:
+        target = folder / f"cache-{place}"
+        code = in_child(until, make, target, place)
+        assert code in (0, 9), f"place {place}: exit code {code}"
+        assert in_child(make, target) == 0, f"place {place}: going on failed"
+        found = tree(target)
+        assert found == expected, f"place {place}: {sorted(found.keys() ^ expected.keys())}"
+        shutil.rmtree(target)
+        killed += code == 9
+        place += stride
+    return killed
+
+
+def main():
+    store, folder, stride = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+    plan = make_plan(store, samples=5, shard_size=3, signals={}, fields={})  # base fields: fewer files
+    for name, shards in (("whole", (0, 1)), ("first", (0,)), ("second", (1,))):
+        assert in_child(build, folder / name, plan, shards) == 0
+    (folder / "parts").mkdir()
+    (folder / "pulls").mkdir()
+    parts = partial(merge_into, [folder / "first", folder / "second"])
+    sys.stdout.write(f"{kill_everywhere(parts, folder / 'parts', stride)} ")
+    pull = partial(pull_into, folder / "whole")
+    sys.stdout.write(f"{kill_everywhere(pull, folder / 'pulls', stride)}\n")
+
+
+if __name__ == "__main__":
+    main()

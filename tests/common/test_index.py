@@ -1,0 +1,246 @@
+"""`index.bin`: finds what a dictionary finds; damage and forgery never give a wrong answer."""
+
+import mmap
+import struct
+from itertools import islice
+
+import numpy as np
+import pytest
+from cache_factory import FAILED, assert_equal_records, build_cache, make_plan, make_record, sample_id
+from hypothesis import given
+from hypothesis import strategies as st
+
+from common.cache import open_cache
+from common.documents import document_bytes, read_document
+from common.errors import CacheFormatError, CacheMismatchError
+from common.index import INDEX, Place, SampleIndex, hash_ids
+from common.index_build import IndexBuilder, index_bytes, index_damage, refuse_repeats
+from common.manifest import (
+    MANIFEST,
+    FileEntry,
+    ShardSidecar,
+    read_manifest,
+    read_plan,
+    read_sidecar,
+    seal,
+)
+from common.verification import verify
+
+HEADER = 64
+IDS = st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8), unique=True)
+
+
+@pytest.fixture
+def cache(tmp_path):
+    build_cache(tmp_path / "cache", make_plan("webdataset"))
+    return tmp_path / "cache"
+
+
+def make_sidecar(index, sample_ids, failed=()):
+    return ShardSidecar(
+        index=index,
+        sample_ids=tuple(sample_ids),
+        rows=0,
+        field_bytes={},
+        files={},
+        failed=tuple((name, "why") for name in failed),
+    )
+
+
+def build(sidecars):
+    builder = IndexBuilder()
+    for sidecar in sidecars:
+        builder.add(sidecar)
+    return builder.finish(len(sidecars))
+
+
+def forge(folder, data):
+    """Replace the index as an attacker would: with digests that fit."""
+    (folder / INDEX).write_bytes(data)
+    body = read_document(folder / MANIFEST)
+    body["files"][INDEX] = FileEntry.of_bytes(bytes(data)).to_dict()
+    (folder / MANIFEST).write_bytes(document_bytes(body))
+
+
+@given(IDS, st.lists(st.integers(0, 6), max_size=9), IDS)
+def test_an_index_finds_what_a_dictionary_finds(ids, sizes, others):
+    remaining, sidecars, reference = iter(ids), [], {}
+    for shard, size in enumerate([*sizes, len(ids)]):
+        names = list(islice(remaining, size))
+        failed = names[len(names) // 2 + 1 :: 2]
+        kept = [name for name in names if name not in failed]
+        sidecars.append(make_sidecar(shard, kept, failed))
+        reference |= {name: Place(shard, i, failed=False) for i, name in enumerate(kept)}
+        reference |= {name: Place(shard, i, failed=True) for i, name in enumerate(failed)}
+    data, repeated = build(sidecars)
+    index = SampleIndex(data, "here")
+    assert repeated is None
+    assert len(index) == len(reference)
+    assert index.failed_count == sum(place.failed for place in reference.values())
+    asked = [*ids, *others]
+    assert {name: index.find(name) for name in asked} == {name: reference.get(name) for name in asked}
+    shard, position = index.find_many(asked)
+    for name, found in zip(asked, zip(shard.tolist(), position.tolist(), strict=True), strict=True):
+        place = reference.get(name)
+        assert found == ((-1, -1) if place is None or place.failed else place[:2])
+
+
+def test_the_bytes_depend_on_the_sidecars_alone(cache, tmp_path):
+    build_cache(tmp_path / "zarr", make_plan("zarr"))
+    data = (cache / INDEX).read_bytes()
+    assert data == index_bytes(cache, read_plan(cache)) == (tmp_path / "zarr" / INDEX).read_bytes()
+    assert len(data) == HEADER + 24 * 10
+    assert data[:8] == b"VLMDIDX\0"
+    high = np.frombuffer(data, "<u8", count=10, offset=HEADER)
+    assert (high[:-1] <= high[1:]).all()
+    assert set(high.tolist()) == set(hash_ids(map(sample_id, range(10)))[0].tolist())
+
+
+@pytest.mark.parametrize("near", [-1, 1])
+def test_ids_with_one_upper_half_are_told_apart(near):
+    """That takes 10 billion samples to happen by itself."""
+    (high,), (low,) = (half.tolist() for half in hash_ids(["a"]))
+    lows = sorted([low, (low + near) % 2**64])
+    data = struct.pack("<8sIIQQ32x", b"VLMDIDX\0", 1, 9, 2, 0)
+    data += struct.pack("<4Q4I", high, high, *lows, 5, 6, 7, 8)
+    index = SampleIndex(data, "here")
+    at = lows.index(low)
+    assert index.find("a") == Place(5 + at, 7 + at, failed=False)
+    assert [column.tolist() for column in index.find_many(["b", "a"])] == [[-1, 5 + at], [-1, 7 + at]]
+
+
+def test_every_flipped_byte_and_every_cut_is_noticed_on_opening(cache):
+    data = (cache / INDEX).read_bytes()
+    for place in range(len(data)):
+        flipped = bytearray(data)
+        flipped[place] ^= 1 << place % 8
+        (cache / INDEX).write_bytes(flipped)
+        with pytest.raises(
+            CacheFormatError, match=r"index\.bin: not the file that was sealed.*teacher-cache seal"
+        ):
+            open_cache(cache)
+    for length in [*range(0, len(data), 9), len(data) + 1]:
+        (cache / INDEX).write_bytes((data + b"\0")[:length])
+        with pytest.raises(CacheFormatError, match="not the file that was sealed"):
+            open_cache(cache)
+    (cache / INDEX).unlink()
+    with pytest.raises(CacheFormatError, match=r"index\.bin: lost"):
+        open_cache(cache)
+    (cache / INDEX).symlink_to(cache / "plan.json")
+    with pytest.raises(CacheFormatError, match=r"index\.bin"):
+        open_cache(cache)
+
+
+def test_a_forged_index_never_passes_one_sample_off_for_another(cache):
+    """Every byte changed in turn, the manifest made to fit: an error, or the right record."""
+    data = (cache / INDEX).read_bytes()
+    expected, right = index_bytes(cache, read_plan(cache)), 0
+    assert index_damage(cache, expected) is None
+    for place in range(len(data)):
+        forged = bytearray(data)
+        forged[place] ^= 255
+        forge(cache, forged)
+        assert index_damage(cache, expected) is not None
+        try:
+            opened = open_cache(cache)
+        except CacheFormatError:
+            assert place < HEADER
+            continue
+        for position in (place % 10, FAILED):
+            try:
+                record = opened.read(sample_id(position))
+            except (CacheFormatError, CacheMismatchError):
+                continue
+            assert_equal_records(record, make_record(position))
+            right += 1
+        try:
+            places = opened.positions(map(sample_id, range(10)))
+        except CacheFormatError:
+            continue
+        assert set(places.tolist()) <= set(range(-1, 9))
+    assert right > 100
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ((0, b"X"), "does not begin as an index"),
+        ((8, b"\2"), "index version 2, this code reads 1; update the code"),
+        ((12, b"\4"), "another cache's"),
+        ((16, b"\t"), r"declares 9 entries.*expected 280 bytes"),
+        ((23, b"\xff"), r"declares \d+ entries, 1 of them failed, in 304 bytes"),
+        ((24, b"\2"), "another cache's"),
+        ((31, b"\xff"), "of them failed"),
+        ((63, b"\1"), "unused part of its header"),
+    ],
+)
+def test_headers_are_believed_only_as_far_as_they_fit(cache, change, message):
+    place, value = change
+    data = (cache / INDEX).read_bytes()
+    forge(cache, data[:place] + value + data[place + 1 :])
+    with pytest.raises(CacheFormatError, match=message):
+        open_cache(cache)
+    forge(cache, data[: HEADER - 1])
+    with pytest.raises(CacheFormatError, match="63 bytes are no index"):
+        open_cache(cache)
+
+
+def test_another_caches_index_is_refused(cache, tmp_path):
+    build_cache(tmp_path / "other", make_plan("webdataset", samples=9))
+    forge(cache, (tmp_path / "other" / INDEX).read_bytes())
+    with pytest.raises(CacheFormatError, match="it is another cache's"):
+        open_cache(cache)
+
+
+def test_equal_ids_are_found_wherever_they_are():
+    cases = {
+        (0, 1): [make_sidecar(0, ["a", "b"]), make_sidecar(1, ["c", "a"])],
+        (1, 1): [make_sidecar(0, ["b"]), make_sidecar(1, ["a", "a"])],
+        (0, 2): [make_sidecar(0, [], ["é"]), make_sidecar(1, ["x"]), make_sidecar(2, ["é"])],
+    }
+    for shards, sidecars in cases.items():
+        _, repeated = build(sidecars)
+        assert (repeated[0].shard, repeated[1].shard) == shards
+
+
+def test_ids_with_one_hash_are_refused_by_name(cache):
+    places = (Place(0, 0, failed=False), Place(0, 0, failed=True))
+    with pytest.raises(CacheFormatError, match=r"samples 'set/é\.0' and 'set/é\.3' are in shards 0 and 0"):
+        refuse_repeats(cache, places)
+    refuse_repeats(cache, None)
+
+
+def test_where_files_cannot_be_mapped_the_index_is_read(cache, monkeypatch):
+    def refuse(*_args, **_options):
+        raise OSError(19, "No such device")
+
+    monkeypatch.setattr(mmap, "mmap", refuse)
+    opened = open_cache(cache)
+    assert [position for position in range(10) if sample_id(position) in opened] == [
+        p for p in range(10) if p != FAILED
+    ]
+
+
+def test_the_manifest_lists_the_index_and_sealing_does_not_depend_on_the_old_one(cache):
+    before, data = read_manifest(cache), (cache / INDEX).read_bytes()
+    assert before.files[INDEX] == FileEntry.of_bytes(data)
+    (cache / INDEX).write_bytes(b"damaged")
+    assert index_damage(cache, index_bytes(cache, read_plan(cache))) is not None
+    assert seal(cache) == before
+    (cache / INDEX).unlink()
+    assert index_damage(cache, index_bytes(cache, read_plan(cache))) == "missing"
+    assert seal(cache) == before
+    assert (cache / INDEX).read_bytes() == data
+
+
+def test_verify_notices_an_index_that_only_the_manifest_believes(cache, tmp_path):
+    assert verify(cache) == []
+    other = IndexBuilder()
+    for shard in reversed(range(3)):
+        other.add(read_sidecar(cache, shard))
+    assert other.finish(3)[0] == (cache / INDEX).read_bytes()  # whatever order they come in
+    forged = bytearray((cache / INDEX).read_bytes())
+    forged[-40:-36], forged[-36:-32] = forged[-36:-32], forged[-40:-36]
+    assert forged != (cache / INDEX).read_bytes()
+    forge(cache, forged)
+    assert [damage.path for damage in verify(cache)] == [INDEX]

@@ -1,0 +1,255 @@
+"""Repair drops what is damaged and nothing else; what is built again is byte for byte what was there."""
+
+import os
+import random
+import shutil
+
+import pytest
+from cache_factory import build_cache as build_whole
+from cache_factory import build_shard, make_plan, tree
+from click.testing import CliRunner
+
+from common.cli import main
+from common.documents import document_bytes, read_document
+from common.manifest import CARD, MANIFEST, FileEntry, missing_shards, read_plan, seal, sidecar_path
+from common.repair import repair
+from common.verification import verify
+
+FIDELITY: dict[str, object] = {"kl": 0.25}
+SIDE_FILE = "processor/note.json"
+
+
+@pytest.fixture(scope="module", params=["zarr", "webdataset"])
+def original(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("caches") / request.param
+    build_whole(folder, make_plan(request.param, samples=9, shard_size=3), fidelity=FIDELITY)
+    return folder
+
+
+@pytest.fixture
+def cache(original, tmp_path):
+    shutil.copytree(original, tmp_path / "cache")
+    return tmp_path / "cache"
+
+
+@pytest.fixture(autouse=True)
+def no_fsync(monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # no machine crashes here
+
+
+def build_again(cache):
+    """What `teacher-cache build` does with a cache that lacks shards: the files beside them, the shards, the seal."""
+    plan = read_plan(cache)
+    if not missing_shards(cache, plan) and not verify(cache):
+        return
+    (cache / SIDE_FILE).write_text("{}\n")
+    for shard in missing_shards(cache, plan):
+        build_shard(cache, plan, shard)
+    seal(cache, fidelity=FIDELITY, rewritten=True)
+
+
+def inodes(cache):
+    return {p: p.stat().st_ino for p in sorted(cache.rglob("*")) if p.is_file()}
+
+
+def damage(path, rng):
+    data = bytearray(path.read_bytes())
+    kind = rng.randrange(3)
+    if kind == 0:
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        path.write_bytes(data)
+    elif kind == 1:
+        path.write_bytes(data[: rng.randrange(len(data))])
+    else:
+        path.unlink()
+
+
+def test_a_sound_cache_is_left_alone(cache):
+    before = inodes(cache)
+    assert repair(cache) == repair(cache, deep=True) == []
+    assert inodes(cache) == before
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_damaged_at_random_repaired_and_built_again_the_bytes_are_the_originals(original, cache, seed):
+    rng = random.Random(seed)
+    names = [name for name in tree(cache) if name not in (CARD, "plan.json")]
+    for name in rng.sample(names, rng.randrange(1, 6)):
+        damage(cache / name, rng)
+    found = {d.shard for d in verify(cache) if d.kind in ("shard", "missing")}
+    healthy = {p: i for p, i in inodes(cache).items() if p.parent.name != "cache" and "processor" not in str(p)
+               and not any(f"shards/{s:05d}." in str(p) for s in found)}  # fmt: skip
+    repair(cache)
+    assert repair(cache) == []  # only what is missing is left
+    assert set(missing_shards(cache, read_plan(cache))) == found
+    now = inodes(cache)
+    assert {p: now[p] for p in healthy} == healthy
+    build_again(cache)
+    assert tree(cache) == tree(original)
+
+
+def test_a_dry_run_changes_nothing_and_says_the_same(cache):
+    damage(sidecar_path(cache, 1), random.Random(1))
+    (cache / SIDE_FILE).write_text("?")
+    before = tree(cache)
+    said = repair(cache, dry_run=True)
+    assert tree(cache) == before
+    assert said == repair(cache)
+    assert [(s.action, s.path) for s in said] == [
+        ("remove", "shards/00001.json"), ("remove", SIDE_FILE), ("remove", MANIFEST),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("store", ["zarr", "webdataset"])
+def test_killed_at_any_step_it_can_be_called_again(store, tmp_path, monkeypatch):
+    import common.atomic
+
+    original = tmp_path / "original"
+    plan = make_plan(store, samples=6, shard_size=2, signals={}, fields={})  # base fields: fewer files
+    build_whole(original, plan, fidelity=FIDELITY)
+
+    class KilledError(BaseException):
+        pass
+
+    real, place, killed = common.atomic.remove, 1, True
+    while killed:
+        cache, calls = tmp_path / str(place), 0
+        shutil.copytree(original, cache)
+        for name in (sidecar_path(cache, 0), sidecar_path(cache, 2), cache / SIDE_FILE):
+            name.write_bytes(b"{}")
+        (cache / "shards" / ".tmp-00001.tar-1-ab").write_bytes(b"half")
+
+        def dying(path, stop=place):
+            nonlocal calls
+            calls += 1
+            if calls == stop:
+                raise KilledError
+            real(path)
+
+        monkeypatch.setattr("common.repair.remove", dying)
+        try:
+            repair(cache)
+            killed = False
+        except KilledError:
+            monkeypatch.setattr("common.repair.remove", real)
+            assert not any(d.kind == "stranger" for d in verify(cache))
+            repair(cache)
+        build_again(cache)
+        assert tree(cache) == tree(original)
+        shutil.rmtree(cache)
+        place += 1
+    assert place > 6
+
+
+def test_deep_repair_drops_a_shard_with_wrong_values(cache):
+    plan = read_plan(cache)
+    path = sidecar_path(cache, 0)
+    body = read_document(path)
+    body["rows"] += 1  # checksums made anew: only the content tells
+    path.write_bytes(document_bytes(body))
+    seal(cache)
+    assert repair(cache) == []
+    assert [s.path for s in repair(cache, deep=True)] == ["shards/00000.json", MANIFEST]
+    assert missing_shards(cache, plan) == [0]
+
+
+def test_a_damaged_index_is_written_anew_and_the_manifest_stays(original, cache):
+    (cache / "index.bin").write_bytes(b"?")
+    [step] = repair(cache)
+    assert (step.action, step.path) == ("rewrite", "index.bin")
+    assert tree(cache) == tree(original)
+
+
+def test_strangers_files_and_links_are_named_and_stay(cache, tmp_path):
+    (cache / "notes.txt").write_text("mine")
+    (cache / "shards" / "00099.json").write_text("{}")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "note.json").write_text("not yours")
+    shutil.rmtree(cache / "processor")
+    (cache / "processor").symlink_to(tmp_path / "elsewhere")
+    kept = {s.path for s in repair(cache) if s.action == "keep"}
+    assert kept == {"notes.txt", "shards/00099.json", "processor", SIDE_FILE}
+    assert (cache / "notes.txt").read_text() == "mine"
+    assert (tmp_path / "elsewhere" / "note.json").read_text() == "not yours"
+
+
+def test_a_link_in_a_shards_place_goes_and_its_target_stays(original, cache, tmp_path):
+    shard = next(p for p in (cache / "shards").iterdir() if p.name in ("00001.zarr", "00001.tar"))
+    shard.rename(tmp_path / "moved")
+    shard.symlink_to(tmp_path / "moved")
+    before = tree(tmp_path / "moved") or (tmp_path / "moved").read_bytes()
+    assert [s.path for s in repair(cache)] == ["shards/00001.json", MANIFEST]
+    assert (tree(tmp_path / "moved") or (tmp_path / "moved").read_bytes()) == before
+    build_again(cache)
+    assert tree(cache) == tree(original)
+
+
+def test_without_its_plan_nothing_is_removed(cache, tmp_path):
+    before = tree(cache)
+    damaged = before["plan.json"][:-9]
+    (cache / "plan.json").write_bytes(damaged)
+    [step] = repair(cache)
+    assert (step.action, step.path) == ("keep", "plan.json")
+    assert "copy it again" in str(step)
+    build_whole(tmp_path / "other", make_plan(samples=20))
+    shutil.copy(tmp_path / "other" / "plan.json", cache / "plan.json")  # sound, but another cache's
+    [step] = repair(cache)
+    assert "was made for plan" in str(step)
+    assert tree(cache) == before | {"plan.json": (tmp_path / "other" / "plan.json").read_bytes()}
+
+
+def test_unreadable_files_are_not_taken_for_damaged_ones(cache, monkeypatch):
+    name = next(iter(read_document(sidecar_path(cache, 0))["files"]))
+    (cache / name).write_bytes(b"")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may read everything
+    kept = [s for s in repair(cache) if s.action == "keep"]
+    assert [s.path for s in kept] == [name]
+    assert "make it readable first" in str(kept[0])
+
+
+def test_a_shard_that_is_being_written_is_left_to_its_writer(cache):
+    from common.stores import open_writer
+
+    plan = read_plan(cache)
+    sidecar_path(cache, 1).unlink()
+    shutil.rmtree(cache / "shards" / "00001.zarr", ignore_errors=True)
+    (cache / "shards" / "00001.tar").unlink(missing_ok=True)
+    writer = open_writer(plan.store, cache, 1, plan.all_fields)
+    published = writer.close()  # the sidecar comes next
+    assert [s.path for s in repair(cache)] == [MANIFEST]
+    assert (cache / published[0]).exists()
+    writer.abort()  # as its death would
+    [step] = repair(cache)
+    assert step.path.startswith("shards/00001.")
+    assert not (cache / published[0]).exists()
+
+
+def test_the_command_says_what_it_did_and_what_is_next(cache):
+    def run(*arguments, code=0):
+        result = CliRunner().invoke(main, ["repair", str(cache), *arguments])
+        assert result.exit_code == code, result.output
+        return result.output
+
+    assert f"ok: {cache}: nothing to repair" in run()
+    sidecar_path(cache, 2).write_text("{}")
+    output = run("--dry-run")
+    assert "would remove: shards/00002.json: " in output
+    assert f"Next: cachectl repair {cache}" in output
+    output = run()
+    assert "remove: manifest.json: lists what is not there any more" in output
+    assert "teacher-cache build with the same options makes 1 shards anew" in output
+    assert f"ok: {cache}: nothing to repair; 1 of 3 shards are to be built" in run()
+    (cache / "shards" / "bad\x1b]0;name").write_text("")
+    output = run(code=1)
+    assert r"keep: shards/bad\x1b]0;name: belongs to no shard and no list; delete it" in output
+
+
+def test_a_file_entry_of_the_index_that_lies_takes_the_manifest_with_it(cache):
+    body = read_document(cache / MANIFEST)
+    body["files"]["index.bin"] = FileEntry.of_bytes(b"?").to_dict()
+    (cache / MANIFEST).write_bytes(document_bytes(body))
+    (cache / "index.bin").write_bytes(b"?")
+    repair(cache)
+    assert not (cache / MANIFEST).exists()
+    seal(cache)
+    assert verify(cache) == []

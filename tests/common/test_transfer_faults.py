@@ -1,0 +1,325 @@
+"""Servers that fail: whatever may pass is tried again from where it stopped, and the rest is a clear error."""
+
+import functools
+import threading
+
+import numpy as np
+import pytest
+from cache_factory import build_cache, make_plan, tree
+from servers import Fault, FaultyServer, own_certificate, s3_environment, serve_s3
+
+import common.transfer
+from common.errors import CacheFormatError, TransferError
+from common.fetching import fetch_files
+from common.remotes import http, open_remote, streams
+from common.sidecar import FileEntry
+from common.transfer import pull, push
+
+SIZE = 300_000  # several blocks of the network
+DATA = np.random.default_rng(0).bytes(SIZE)
+
+FAULTS = {
+    "nothing": [],
+    "cut": [Fault(cut=200_000), Fault(cut=1), Fault(cut=99_000)],
+    "cut before the first byte": [Fault(cut=0), Fault(cut=0)],
+    "busy": [Fault(status=503), Fault(status=500), Fault(status=429, headers={"Retry-After": "7"})],
+    "no ranges": [Fault(cut=200_000), Fault(whole=True)],
+    "no ranges, cut again": [Fault(cut=200_000), Fault(whole=True, cut=100_000), Fault(whole=True)],
+    "another range": [
+        Fault(cut=200_000),
+        Fault(headers={"Content-Range": f"bytes 100000-{SIZE - 1}/{SIZE}"}),
+    ],
+    "nonsense for a range": [Fault(cut=200_000), Fault(headers={"Content-Range": "nonsense"})],
+    "range refused": [Fault(cut=200_000), Fault(status=416)],
+    "longer than it is": [Fault(extra=b"x" * 50_000)],
+}
+HTTP_FAULTS = FAULTS | {
+    "of unknown length": [Fault(chunked=True)],
+    "of unknown length and cut": [Fault(chunked=True, cut=200_000)],
+    "longer than it is, unannounced": [Fault(chunked=True, extra=b"x" * 50_000)],
+    "an empty page": [Fault(status=200)],
+    "damaged on the way": [Fault(flip=True)],
+}
+MOST_SENT = dict.fromkeys(FAULTS, 2.2) | dict.fromkeys(HTTP_FAULTS, 2.2)  # times the file's size
+MOST_SENT |= dict.fromkeys(("nothing", "cut", "cut before the first byte", "busy", "of unknown length",
+                            "of unknown length and cut", "an empty page"), 1.0)  # fmt: skip
+
+
+WAIT = streams.wait
+
+
+@pytest.fixture(autouse=True)
+def waits(monkeypatch) -> list[float]:
+    asked: list[float] = []
+    monkeypatch.setattr(streams, "wait", asked.append)
+    return asked
+
+
+@pytest.fixture
+def server(tmp_path):
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root" / "file.bin").write_bytes(DATA)
+    with FaultyServer(tmp_path / "root") as server:
+        yield server
+
+
+def fetch(remote, folder, data: bytes = DATA):
+    return fetch_files(remote, folder, {"file.bin": FileEntry.of_bytes(data)}, jobs=1)
+
+
+@pytest.mark.parametrize("name", HTTP_FAULTS)
+def test_a_file_arrives_through_whatever_passes(server, tmp_path, name, waits):
+    server.faults = list(HTTP_FAULTS[name])
+    moved = fetch(open_remote(server.url), tmp_path / "here")
+    assert tree(tmp_path / "here") == {"file.bin": DATA}
+    assert server.faults == []
+    # What had arrived is not sent again, unless the server knows no ranges or what arrived was wrong.
+    assert server.sent["/file.bin"] <= SIZE * MOST_SENT[name]
+    assert moved.bytes <= server.sent["/file.bin"]
+    assert len(waits) <= len(HTTP_FAULTS[name])
+    assert all(0 < seconds < 31 for seconds in waits)
+    assert (7.0 in waits) == (name == "busy")
+
+
+@pytest.fixture(scope="module")
+def s3():
+    with serve_s3() as url:
+        yield url
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_an_object_arrives_through_whatever_passes(s3, tmp_path, monkeypatch, name):
+    (tmp_path / "local").write_bytes(DATA)
+    with FaultyServer(upstream=s3) as server:
+        for variable, value in s3_environment(server.url).items():
+            monkeypatch.setenv(variable, value)
+        remote = open_remote("s3://caches/faults")
+        remote.upload({"file.bin": tmp_path / "local"})
+        server.faults = list(FAULTS[name])
+        fetch(remote, tmp_path / "here")
+        assert tree(tmp_path / "here") == {"file.bin": DATA}
+        assert server.faults == []
+        assert server.sent["/caches/faults/file.bin"] <= SIZE * MOST_SENT[name]
+
+
+@pytest.mark.parametrize(
+    "fault", [Fault(stall=0), Fault(stall=200_000), Fault(trickle=True), Fault(hang=True)]
+)
+def test_a_server_that_stalls_or_trickles_is_left_and_asked_again(server, tmp_path, fault):
+    server.faults = [fault]
+    fetch(open_remote(server.url, timeout=0.5), tmp_path / "here")
+    assert tree(tmp_path / "here") == {"file.bin": DATA}
+    assert len(server.requests) >= 2
+
+
+@pytest.mark.parametrize(("fault", "words"), [
+    (Fault(status=503), "answered 503"),
+    (Fault(cut=0), "ended after 0 of 300000 bytes"),
+    (Fault(extra=b"more"), "has 300004 bytes; expected 300000"),
+])  # fmt: skip
+def test_what_does_not_pass_ends_after_so_many_tries_in_an_error_that_says_what_to_do(
+    server, tmp_path, fault, words, waits
+):
+    server.always = fault
+    with pytest.raises(TransferError, match="run the same command again") as caught:
+        fetch(open_remote(server.url, attempts=4), tmp_path / "here")
+    for text in (f"{server.url}/file.bin", "failed 4 times", words):
+        assert text in str(caught.value)
+    assert len(server.requests) == 4
+    assert len(waits) == 3
+    assert not (tmp_path / "here" / "file.bin").exists()
+    server.always = Fault()
+    fetch(open_remote(server.url), tmp_path / "here")
+    assert tree(tmp_path / "here") == {"file.bin": DATA}
+
+
+def test_tries_that_bring_much_are_no_failures(tmp_path, monkeypatch, server):
+    monkeypatch.setattr(streams, "_PROGRESS_BYTES", 20_000)
+    server.always = Fault(cut=25_000)  # twelve times in all
+    fetch(open_remote(server.url, attempts=2), tmp_path / "here")
+    assert tree(tmp_path / "here") == {"file.bin": DATA}
+    assert server.sent["/file.bin"] == SIZE
+
+
+@pytest.mark.parametrize(("fault", "words"), [
+    (Fault(status=401), "answered 401 Unauthorized; ask whoever owns it"),
+    (Fault(status=403), "answered 403 Forbidden; ask whoever owns it"),
+    (Fault(status=400), "answered 400 Bad Request; check the address"),
+    (Fault(status=302, headers={"Location": "/file.bin"}), "infinite loop"),
+    (Fault(status=302, headers={"Location": "file:///etc/passwd"}), "not allowed"),
+    (Fault(headers={"Content-Encoding": "gzip"}), "sent as gzip, unasked"),
+])  # fmt: skip
+def test_what_will_not_pass_is_not_tried_again(server, tmp_path, fault, words, waits):
+    server.always = fault
+    with pytest.raises(TransferError, match=words):
+        fetch(open_remote(server.url), tmp_path / "here")
+    assert waits == []
+
+
+@pytest.fixture
+def secure(tmp_path, monkeypatch, server):
+    """A server whose certificate is its own, beside the plain one, and the certificate's file."""
+    certificate, tls = own_certificate(tmp_path)
+    http._opener.cache_clear()
+    with FaultyServer(server.root, tls=tls) as secure:
+        yield secure, certificate
+    http._opener.cache_clear()
+
+
+def test_a_server_that_nobody_vouches_for_is_not_trusted_until_told_to(secure, tmp_path, monkeypatch, waits):
+    server, certificate = secure
+    with pytest.raises(
+        TransferError, match=r"certificate is not trusted: self.signed certificate.*SSL_CERT_FILE"
+    ):
+        fetch(open_remote(server.url), tmp_path / "here")
+    assert waits == []
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    http._opener.cache_clear()
+    fetch(open_remote(server.url), tmp_path / "here")
+    assert tree(tmp_path / "here") == {"file.bin": DATA}
+
+
+def test_a_secure_address_does_not_lead_to_an_insecure_one(secure, server, tmp_path, monkeypatch):
+    monkeypatch.setenv("SSL_CERT_FILE", str(secure[1]))
+    secure[0].always = Fault(status=302, headers={"Location": f"{server.url}/file.bin"})
+    with pytest.raises(TransferError, match="redirect from https to http"):
+        fetch(open_remote(secure[0].url), tmp_path / "here")
+    assert server.requests == []
+
+
+def test_the_query_of_a_signed_address_is_sent_and_never_shown(server, tmp_path):
+    fetch(open_remote(f"{server.url}?signature=secret"), tmp_path / "here")
+    assert [path for _, path, _ in server.requests] == ["/file.bin?signature=secret"]
+    server.always = Fault(status=403)
+    with pytest.raises(TransferError) as caught:
+        fetch(open_remote(f"{server.url}?signature=secret"), tmp_path / "there")
+    assert "secret" not in str(caught.value)
+
+
+def test_a_file_the_server_does_not_have_is_missing_there(server, tmp_path):
+    server.always = Fault(status=404)
+    with pytest.raises(TransferError, match="missing, although the cache's description lists it; push"):
+        fetch(open_remote(server.url), tmp_path / "here")
+
+
+def test_waits_double_and_stay_within_bounds_whatever_the_server_asks():
+    longest = [max(streams.waiting_time(n, None) for _ in range(200)) for n in range(1, 12)]
+    assert all(0.4 * 2**n < seconds <= 0.5 * 2**n for n, seconds in enumerate(longest[:6]))
+    assert max(longest) <= 30
+    assert streams.waiting_time(1, 5.0) == 5.0
+    assert streams.waiting_time(1, 1e9) == 120.0
+    assert streams.waiting_time(1, -3.0) == 0.0
+    assert http._retry_after("12") == 12.0
+    assert 50 < http._retry_after(http.email.utils.formatdate(http.time.time() + 60, usegmt=True)) <= 60
+    assert http._retry_after("soon") is http._retry_after(None) is None
+
+
+def test_a_file_that_changed_since_half_of_it_came_is_fetched_anew_once(server, tmp_path):
+    server.always = Fault(cut=200_000)
+    with pytest.raises(TransferError):
+        fetch(open_remote(server.url, attempts=1), tmp_path / "here")
+    server.always = Fault()
+    assert tree(tmp_path / "here") == {".tmp-file.bin-fetch": DATA[:200_000]}
+    server.sent.clear()
+    other = DATA[::-1]
+    (tmp_path / "root" / "file.bin").write_bytes(other)
+    moved = fetch(open_remote(server.url), tmp_path / "here", data=other)
+    assert tree(tmp_path / "here") == {"file.bin": other}
+    assert moved.bytes == server.sent["/file.bin"] == SIZE - 200_000 + SIZE
+
+
+def test_a_file_damaged_at_its_source_is_fetched_twice_and_never_appears(server, tmp_path):
+    (tmp_path / "root" / "file.bin").write_bytes(b"\1" + DATA[1:])
+    with pytest.raises(
+        TransferError, match=r"damaged or changed: expected xxh3_128 \w+ and sha256 .*cachectl verify"
+    ):
+        fetch(open_remote(server.url), tmp_path / "here")
+    assert server.sent["/file.bin"] == 2 * SIZE
+    assert not (tmp_path / "here" / "file.bin").exists()
+
+
+@pytest.fixture
+def served_cache(tmp_path):
+    build_cache(tmp_path / "root" / "cache", make_plan("webdataset"))
+    (tmp_path / "root" / "cache" / "README.md").write_text("# A card\n")
+    with FaultyServer(tmp_path / "root") as server:
+        yield server
+
+
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_a_whole_cache_arrives_from_a_server_that_fails_all_the_time(served_cache, tmp_path, every):
+    kinds = [Fault(cut=700), Fault(status=503), Fault(whole=True), Fault(), Fault(cut=0), Fault(flip=True)]
+    served_cache.faults = [kinds[i * every % len(kinds)] for i in range(30)]
+    served_cache.concerns = lambda _, path: not path.endswith("README.md")  # for people: no digest covers it
+    while True:
+        try:
+            pull(f"{served_cache.url}/cache", tmp_path / "here", jobs=3)
+            break
+        except (TransferError, CacheFormatError):  # a manifest with a changed bit is no manifest
+            assert not (tmp_path / "here" / "manifest.json").exists()
+    assert tree(tmp_path / "here") == tree(tmp_path / "root" / "cache")
+
+
+def test_a_pull_that_failed_for_good_goes_on_later_and_fetches_only_the_rest(served_cache, tmp_path):
+    expected = tree(tmp_path / "root" / "cache")
+    served_cache.concerns = lambda _, path: path.endswith("00001.tar")
+    served_cache.always = Fault(cut=0)
+    served_cache.faults = [Fault(cut=4_000)]
+    with pytest.raises(TransferError, match=r"00001\.tar: failed 5 times"):
+        pull(f"{served_cache.url}/cache", tmp_path / "here", jobs=1)
+    assert not (tmp_path / "here" / "manifest.json").exists()
+    served_cache.always = Fault()
+    pull(f"{served_cache.url}/cache", tmp_path / "here", jobs=1)
+    assert tree(tmp_path / "here") == expected
+    sent = {path.removeprefix("/cache/"): size for path, size in served_cache.sent.items()}
+    assert sent.pop("manifest.json") == 2 * len(expected["manifest.json"])
+    assert sent == {name: len(data) for name, data in expected.items() if name != "manifest.json"}
+
+
+def test_a_push_through_a_failing_network_is_complete_in_the_end(served_cache, s3, tmp_path, monkeypatch):
+    import botocore.retries.standard
+    import botocore.retryhandler
+
+    for module in (botocore.retries.standard, botocore.retryhandler):
+        monkeypatch.setattr(
+            module, "time", type("NoTime", (), {"sleep": staticmethod(lambda _: None)}), raising=False
+        )
+    with FaultyServer(upstream=s3) as server:
+        for variable, value in s3_environment(server.url).items():
+            monkeypatch.setenv(variable, value)
+        server.concerns = lambda method, path: True
+        server.faults = [Fault(status=503), Fault(cut=0), Fault(), Fault(status=500)] * 4
+        push(tmp_path / "root" / "cache", "s3://caches/pushed", jobs=2)
+        monkeypatch.setattr(common.transfer, "open_remote", functools.partial(open_remote, attempts=1))
+        pull("s3://caches/pushed", tmp_path / "here")
+    assert tree(tmp_path / "here") == tree(tmp_path / "root" / "cache")
+
+
+def test_a_thread_whose_work_is_not_wanted_any_more_stops_waiting(monkeypatch):
+    monkeypatch.setattr(streams, "wait", WAIT)
+    stop, seen = threading.Event(), []
+
+    def work() -> None:
+        streams.stop_waiting_on(stop)
+        try:
+            streams.wait(3600)
+        except streams.StoppedError as error:
+            seen.append(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    stop.set()
+    thread.join(30)
+    assert len(seen) == 1
+
+
+def test_the_first_error_ends_all_and_is_the_one_raised(server, tmp_path):
+    server.concerns = lambda _, path: path == "/file.bin"
+    server.always = Fault(status=403)
+    files = {"file.bin": FileEntry.of_bytes(DATA)}
+    for number in range(40):
+        (server.root / f"{number}").write_bytes(DATA)
+        files[f"{number}"] = FileEntry.of_bytes(DATA)
+    with pytest.raises(TransferError, match="403"):
+        fetch_files(open_remote(server.url), tmp_path / "here", files, jobs=2)
+    assert len(server.requests) < 41

@@ -1,0 +1,170 @@
+"""Break a command of stage one at every file operation, run it again, compare with an uninterrupted run.
+
+Run as ``python break_everywhere.py STORE HOW STRIDE FOLDER SCENARIO ...``: a process of its own, because zarr
+must not have been used before the forks. HOW is ``kill`` (the process dies before the operation), ``full``
+(this and every later operation that needs space fails, and the error must say so) or ``both`` (in turn, for an
+odd stride). Prints the number of places.
+"""
+
+import errno
+import os
+import shutil
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+import tqdm
+
+from common.manifest import seal
+from stage1_teacher.cache_folder import explain_disk_errors
+from stage1_teacher.config import BuildConfig
+from stage1_teacher.extract import extract, recompute_fidelity
+from stage1_teacher.parts import Part
+
+KILLED, FULL = 9, 7
+_NEEDS_SPACE = {"open", "os.mkdir", "os.rename", "os.link", "os.fsync"}
+_WATCHED = _NEEDS_SPACE | {"os.remove", "os.rmdir", "os.truncate"}
+_WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+
+
+def config_for(cache_dir, teacher, store, **options):
+    settings = {"template": "short", "limit": 5, "shard_size": 3, "batch_size": 2, "fidelity_samples": 1,
+                "signals": ("logits",), "max_failed_share": 0.5, "threads": 1} | options  # fmt: skip
+    return BuildConfig(cache=str(cache_dir), teacher=str(teacher), store=store, **settings)
+
+
+def two_parts(config):
+    for rank in range(2):
+        extract(config, part=Part(rank=rank, of=2))
+
+
+def scenario(name, folder, teacher, store):
+    """What a cache folder looks like before (None: nothing there), and the command."""
+
+    def command(cache_dir):
+        config = config_for(cache_dir, teacher, store)
+        {
+            "build": extract, "refill": extract, "rederive": extract, "parts": two_parts,
+            "overwrite": partial(extract, overwrite=True),
+            "fidelity": partial(recompute_fidelity, samples=2),
+            "seal": lambda config: seal(Path(config.cache)),
+        }[name](config)  # fmt: skip
+
+    if name in ("build", "parts"):
+        return None, command
+    before = folder / f"before-{name}"
+    options = {"shard_size": 2} if name == "overwrite" else {}
+    assert in_child(extract, config_for(before, teacher, store, **options)) == 0
+    if name == "refill":
+        for path in (before / "shards").glob("00000.*"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if name == "seal":
+        (before / "manifest.json").unlink()
+        (before / "index.bin").unlink()
+    if name == "rederive":
+        (before / "manifest.json").write_bytes((before / "manifest.json").read_bytes()[:-40])
+    return before, command
+
+
+def tree(root):
+    return {
+        str(path.relative_to(root)): path.read_bytes() if path.is_file() else None for path in root.rglob("*")
+    }
+
+
+def in_child(function, *arguments):
+    child = os.fork()
+    if child == 0:
+        code = 1
+        os.fsync = lambda descriptor: None  # no machine crashes here, only processes die
+        try:
+            function(*arguments)
+            code = 0
+        except OSError as error:
+            lines = ("the disk is full", "finished shards are kept", "then run the same command again")
+            if error.errno == errno.ENOSPC and all(line in error.strerror for line in lines):
+                code = FULL
+        finally:
+            if code == 1:
+                sys.excepthook(*sys.exc_info())
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def path_of(event, arguments):
+    """The absolute path of an operation's target; deletions inside a folder give it relative to a descriptor."""
+    if event == "os.fsync":
+        return str(Path(f"/proc/self/fd/{arguments[0]}").readlink())
+    path, descriptor = os.fsdecode(arguments[0]), arguments[-1]
+    if event in ("os.remove", "os.rmdir") and descriptor >= 0:
+        return f"{Path(f'/proc/self/fd/{descriptor}').readlink()}/{path}"
+    return path
+
+
+def break_at(place, how, cache_dir, command):
+    count = 0
+
+    def hook(event, arguments):
+        nonlocal count
+        if event not in _WATCHED or (event == "open" and not arguments[2] & _WRITES):
+            return
+        if isinstance(arguments[0], int) and event != "os.fsync":
+            return  # an open file's number: its operation was the opening
+        if str(cache_dir) not in path_of(event, arguments):
+            return
+        count += 1
+        if how == "kill" and count == place:
+            os._exit(KILLED)
+        if how == "full" and count >= place and event in _NEEDS_SPACE:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    sys.addaudithook(hook)
+    os.fsync = lambda descriptor: hook("os.fsync", (descriptor,))
+    with explain_disk_errors(cache_dir):
+        command(cache_dir)
+
+
+def drive(name, how, stride, folder, teacher, store):
+    before, command = scenario(name, folder, teacher, store)
+
+    def fresh(target):
+        if before is not None:
+            shutil.copytree(before, target)
+        return target
+
+    whole = fresh(folder / f"whole-{name}")
+    assert in_child(command, whole) == 0, name
+    expected = tree(whole)
+    assert "manifest.json" in expected
+    place, broken, code = 1, 0, KILLED
+    while code:
+        cache_dir = fresh(folder / f"{name}-{place}")
+        manner = ("kill", "full")[place % 2] if how == "both" else how
+        code = in_child(break_at, place, manner, cache_dir, command)
+        assert code in (0, KILLED if manner == "kill" else FULL), f"{name}, place {place}: exit code {code}"
+        assert in_child(command, cache_dir) == 0, f"{name}, place {place}: running it again failed"
+        found = tree(cache_dir)
+        differing = [path for path in expected.keys() & found.keys() if expected[path] != found[path]]
+        assert found == expected, f"{name}, place {place}: {expected.keys() ^ found.keys()} {differing}"
+        shutil.rmtree(cache_dir)
+        broken += code != 0
+        place += stride
+    return broken
+
+
+def main():
+    store, how, stride, folder, teacher, *names = sys.argv[1:]
+    torch.set_num_threads(1)
+    tqdm.tqdm.monitor_interval = 0  # no thread of ours may live through a fork
+    folder = Path(folder)
+    # Loads what is imported on first use; the other store, so that no event loop of zarr runs yet.
+    extract(config_for(folder / "warm", teacher, "webdataset"))
+    for name in names:
+        broken = drive(name, how, int(stride), folder, teacher, store)
+        sys.stdout.write(f"{name} {broken}\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

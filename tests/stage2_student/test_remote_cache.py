@@ -1,0 +1,192 @@
+"""Training straight from an address: the same student as from the folder, and clear words when it goes away."""
+
+import json
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from click.testing import CliRunner
+from tiny_cache import DATA
+
+from common import mirror as mirror_module
+from common.cache import open_cache
+from common.codecs import LogitCodec
+from common.config import config_from_dict
+from common.errors import TransferError
+from common.merging import merge
+from common.mirror import forget_mirrors, local_folder
+from common.partial import Selection, pull_partial
+from common.remotes import open_remote
+from stage2_student.cli import main
+from stage2_student.config import TrainConfig
+from stage2_student.run import load_run_config, run
+from stage2_student.train import train
+
+
+class _Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+class Server:
+    """A folder behind HTTP that can be switched off for good."""
+
+    def __init__(self, root):
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=root))
+        self._server.daemon_threads = False
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
+        self._thread.start()
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        self.runs = True
+
+    def stop(self):
+        if self.runs:
+            self.runs = False
+            self._server.shutdown()
+            self._thread.join()
+            self._server.server_close()
+
+
+@pytest.fixture
+def server(tiny_cache, tmp_path, monkeypatch):
+    server = Server(tiny_cache[0])
+    monkeypatch.setenv("VLM_DISTILL_CACHE_DIR", str(tmp_path / "near"))
+    # One try: these tests switch the server off for good.
+    monkeypatch.setattr(mirror_module, "open_remote", lambda url: open_remote(url, attempts=1, timeout=5))
+    forget_mirrors()
+    yield server
+    server.stop()
+
+
+def make_config(cache, output, **changes):
+    options = {
+        "student": "mobilevlm-tiny",
+        "data": DATA,
+        "cache": str(cache),
+        "output": str(output),
+        "device": "cpu",
+        "memory_gib": 0,
+        "shuffle_window": 1,
+        "phases": ("dpt", "dft"),
+        "dpt": {"steps": 1, "batch_size": 4, "trainable": "projector", "losses": {"logits": 1.0}},
+        "dft": {"steps": 4, "batch_size": 6, "losses": {"logits": 1.0, "answer_attention": 1.0}},
+    }
+    return config_from_dict(TrainConfig, options | changes)
+
+
+def losses(result):
+    return [{k: v for k, v in record.items() if not k.endswith(("_s", "wait"))} for record in result.log]
+
+
+@pytest.mark.parametrize("projector", [None, "taf"])
+def test_a_student_learns_from_an_address_what_it_learns_from_the_folder(
+    tiny_cache, server, tmp_path, monkeypatch, projector
+):
+    monkeypatch.setenv("VLM_DISTILL_CACHE_BYTES", "1")  # each shard leaves as soon as it is closed
+    expected = train(make_config(tiny_cache[0], tmp_path / "a", projector=projector))
+    found = train(make_config(f"{server.url}?signature=secret", tmp_path / "b", projector=projector))
+    assert losses(found) == losses(expected)
+    assert "secret" not in (found.final / "distillation.json").read_text()
+    provenance = json.loads((found.final / "distillation.json").read_text())
+    assert provenance["caches"] == {server.url: open_cache(tiny_cache[0]).manifest_hash}
+    assert provenance["config"]["cache"] == server.url
+    assert found.preparation.fingerprint == expected.preparation.fingerprint  # a moved cache is the same
+
+
+def test_a_server_that_dies_ends_the_run_in_words_and_it_goes_on_later(
+    tiny_cache, server, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("VLM_DISTILL_CACHE_BYTES", "1")
+    config = make_config(server.url, tmp_path / "run", checkpoint_every=1, num_workers=0)
+
+    def stop(position, _student):
+        if position.total_steps == 2:
+            server.stop()
+
+    with pytest.raises(TransferError, match=server.url):
+        train(config, after_step=stop)
+    again = Server(tiny_cache[0])
+    try:
+        resumed = train(make_config(again.url, tmp_path / "run", checkpoint_every=1))
+    finally:
+        again.stop()
+    expected = train(make_config(tiny_cache[0], tmp_path / "whole"))
+    assert losses(resumed)[-1] == losses(expected)[-1]
+
+
+def test_the_whole_run_works_from_an_address_and_then_offline(tiny_cache, server, tmp_path):
+    overrides = [
+        "dpt.steps=1", "dft.steps=1", "sft.steps=1", "dpt.batch_size=4", "dft.batch_size=4",
+        "evaluation.limit=2", "evaluation.letters=false", "evaluation.agreement_samples=4",
+        "evaluation.overlays=1", "device=cpu",
+    ]  # fmt: skip
+
+    def config():
+        given = ["student=mobilevlm", f"data='{DATA}'", f"output={tmp_path / 'run'}", *overrides]
+        return load_run_config(None, given, cache=server.url)
+
+    first = run(config())
+    assert server.url in first.report.read_text()
+    cache = open_cache(server.url)
+    for sample_id in cache.sample_ids:
+        cache.read(sample_id)
+    server.stop()
+    forget_mirrors()  # as a new process
+    assert not run(config()).fresh
+    final = tmp_path / "run" / "distilled" / "final"
+    result = CliRunner().invoke(main, ["evaluate", str(final), "--limit", "2"])
+    assert result.exit_code == 0, result.output
+    assert "Not compared" not in result.output
+
+
+def test_an_address_with_nothing_behind_it_is_one_line(server, tmp_path):
+    server.stop()
+    arguments = ["train", "--cache", server.url, "--output", str(tmp_path / "run")]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 1
+    assert result.output.startswith("error: ")
+    assert server.url in result.output
+    missing = CliRunner().invoke(main, ["train", "--cache", str(tmp_path / "no"), "--output", "x"])
+    assert missing.exit_code == 2
+    assert "no such folder, and no address" in missing.output
+
+
+def test_a_student_trains_on_a_part_with_logits_alone(tiny_cache, server, tmp_path):
+    part = Selection(shards=(0, 2), signals=("logits",))
+    pull_partial(server.url, tmp_path / "part", part)
+    dft = {"steps": 2, "batch_size": 4, "losses": {"logits": 1.0}}
+    result = train(make_config(tmp_path / "part", tmp_path / "run", dft=dft))
+    assert all(record["logits"] > 0 for record in result.log)
+    used = set(result.preparation.phases[0].dataset.sample_ids)
+    cache = open_cache(tiny_cache[0])
+    assert used == {*cache.shard_sample_ids(0), *cache.shard_sample_ids(2)}
+    assert local_folder(server.url) != tmp_path / "part"
+
+
+def test_a_student_trains_on_merged_parts_as_on_the_whole(tiny_cache, tmp_path):
+    shards = range(len(open_cache(tiny_cache[0]).manifest.shards))
+    for name, chosen in (("a", shards[:2]), ("b", shards[2:])):
+        pull_partial(tiny_cache[0], tmp_path / name, Selection(shards=tuple(chosen)))
+    merge([tmp_path / "a", tmp_path / "b"], tmp_path / "merged")
+    merged = train(make_config(tmp_path / "merged", tmp_path / "run"))
+    whole = train(make_config(tiny_cache[0], tmp_path / "whole"))
+    assert losses(merged) == losses(whole)
+
+
+def test_fewer_tokens_a_row_still_train(tiny_cache, tmp_path):
+    build_of_defaults(tmp_path / "cache")
+    pull_partial(tmp_path / "cache", tmp_path / "part", Selection(signals=("logits",), top_k=4))
+    codec = LogitCodec.from_dict(open_cache(tmp_path / "part").plan.signals["logits"])
+    cache = open_cache(tmp_path / "part")
+    decoded = codec.decode(cache.read(cache.sample_ids[0]))
+    assert int(decoded.entry_mask.sum(-1).max()) == 4
+    dft = {"steps": 1, "batch_size": 4, "losses": {"logits": 1.0}}
+    result = train(make_config(tmp_path / "part", tmp_path / "run", dft=dft))
+    assert all(record["logits"] > 0 for record in result.log)
+
+
+def build_of_defaults(path):
+    from tiny_cache import build_tiny_cache
+
+    build_tiny_cache(path, exact=False, signals=("logits",))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Never
 import click
 from tqdm import tqdm
 
-from common.command_line import SETTINGS, CacheLocation, CommandGroup, can_print, say
+from common.command_line import SETTINGS, CacheLocation, CommandGroup, NewFolder, can_print, say
 from common.plan import STORE_NAMES, read_plan
 
 if TYPE_CHECKING:
@@ -46,7 +46,10 @@ def inspect(cache: str, sample_id: str | None, picture: Path | None, image: Path
         from common.mirror import local_folder
 
         folder = local_folder(cache)  # of an address: where its descriptions are
-        say(describe_cache(folder).replace(str(folder), cache))
+        text = describe_cache(folder).replace(str(folder), cache)
+        if folder != Path(cache):  # only what is here can be verified
+            text = text.replace(f"cachectl verify {cache}", f"cachectl pull {shlex.quote(cache)} FOLDER")
+        say(text)
         return
     from common.attention_picture import BLOCKS
     from common.cache import open_cache
@@ -120,7 +123,7 @@ def repair(cache: Path, *, deep: bool, dry_run: bool) -> None:
 
 @main.command()
 @click.argument("source", type=_CACHE)
-@click.argument("target", type=click.Path(path_type=Path))
+@click.argument("target", type=NewFolder())
 @click.option("--store", type=click.Choice(STORE_NAMES), required=True, help="Shard format of the new cache.")
 def convert(source: Path, target: Path, store: str) -> None:
     """Write the same cache in the other store; converting back gives the same bytes."""
@@ -135,7 +138,7 @@ def convert(source: Path, target: Path, store: str) -> None:
 
 @main.command()
 @click.argument("sources", metavar="SOURCE...", nargs=-1, required=True, type=_CACHE)
-@click.option("--output", required=True, type=click.Path(path_type=Path), help="Folder of the new cache.")
+@click.option("--output", required=True, type=NewFolder(), help="Folder of the new cache.")
 @click.option("--store", type=click.Choice(STORE_NAMES), help="Shard format; default: the first source's.")
 def merge(sources: tuple[Path, ...], output: Path, store: str | None) -> None:
     """Merge caches of one teacher and codec, or the parts of one plan built on several machines.
@@ -180,12 +183,12 @@ def push(cache: Path, destination: str, *, jobs: int, overwrite: bool) -> None:
     with _byte_progress("push") as bar:
         _, moved = push_cache(cache, destination, jobs=jobs, overwrite=overwrite, on_progress=_follow(bar))
     click.echo(f"Pushed {cache} to {destination}: {moved}")
-    click.echo(f"Next, elsewhere: cachectl pull {destination} {cache.name}")
+    click.echo(f"Next, elsewhere: cachectl pull {shlex.quote(destination)} {shlex.quote(cache.name)}")
 
 
 @main.command()
 @click.argument("source")
-@click.argument("cache", type=click.Path(path_type=Path))
+@click.argument("cache", type=NewFolder())
 @_JOBS
 @click.option("--shards", metavar="0-3,7", help="Only these shards.")
 @click.option(

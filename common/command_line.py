@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -50,6 +51,23 @@ class CacheLocation(click.ParamType):
                 f"{value}: no such folder, and no address (s3://, hf://datasets/, https://)", param, ctx
             )
         return str(Path(value))
+
+
+class NewFolder(click.Path):
+    """A folder of this machine to write; an address, which a path would turn into a folder named ``s3:``, is refused."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> str | bytes | os.PathLike[str]:
+        """Return the path."""
+        from common.remotes import is_url
+
+        if is_url(value):
+            self.fail(f"{value}: an address; give a folder here, then `cachectl push` it there", param, ctx)
+        return super().convert(value, param, ctx)
 
 
 def say(text: str, *, err: bool = False) -> None:

@@ -10,21 +10,20 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from common.atomic import TEMPORARY_PREFIX, write_bytes_atomic
+from common.atomic import write_bytes_atomic
 from common.derivation import DERIVED
-from common.errors import ConfigError
+from common.errors import CacheMismatchError
 from common.hashing import fingerprint
 from common.index import INDEX
 from common.manifest import (
     CARD,
     PLAN,
-    SHARDS,
     Manifest,
-    missing_shards,
     seal,
     sidecar_path,
     write_plan,
 )
+from common.remotes.streams import name_full_disk
 from common.shared_images import ImageSharer, SharedImages, with_visual_source
 from common.stores import finish_shard, open_writer
 
@@ -90,26 +89,6 @@ def derive_plan(
     )
 
 
-def refuse_strangers(target: Path) -> None:
-    """Refuse to write a cache into a folder of other things.
-
-    Raises:
-        ConfigError: If it is a file, or holds anything but a cache or what a killed run left before its plan.
-    """
-    if target.is_dir():
-        strangers = sorted(path for path in target.iterdir() if not _is_leftover(path))
-        if not strangers or (target / PLAN).is_file():
-            return
-    elif not target.exists():
-        return
-    raise ConfigError(f"{target}: not empty and no cache; give a new folder")
-
-
-def _is_leftover(path: Path) -> bool:
-    empty = path.name == SHARDS and path.is_dir() and not any(path.iterdir())
-    return empty or path.name.startswith(TEMPORARY_PREFIX)
-
-
 def derive_cache(
     target: Path,
     plan: Plan,
@@ -142,16 +121,20 @@ def derive_cache(
     """
     if len(slots) != plan.sample_count:
         raise ValueError(f"{len(slots)} slots for a plan of {plan.sample_count} samples; expected as many")
-    write_plan(target, plan)
+    try:
+        write_plan(target, plan)
+    except CacheMismatchError as error:
+        differences = str(error).rpartition("\n")[0]  # without the remedy, which is for `teacher-cache build`
+        raise CacheMismatchError(f"{differences}\nName a new folder, or delete {target}.") from error
     add_side_files(target)
-    todo = set(missing_shards(target, plan))
-    for index in range(plan.shard_count):
-        if index in todo and not sidecar_path(target, index).exists():
-            _write_shard(target, plan, index, slots, read)
-        if on_shard is not None:
-            on_shard()
-    write_bytes_atomic(target / CARD, card)
-    return seal(target, fidelity=fidelity, rewritten=True)
+    with name_full_disk(target):
+        for index in range(plan.shard_count):
+            if not sidecar_path(target, index).exists():
+                _write_shard(target, plan, index, slots, read)
+            if on_shard is not None:
+                on_shard()
+        write_bytes_atomic(target / CARD, card)
+        return seal(target, fidelity=fidelity, rewritten=True)
 
 
 def _write_shard(

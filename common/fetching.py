@@ -7,9 +7,9 @@ there, and the next one goes on at its end; two runs at once share the work and 
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import os
+import shutil
 import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -22,9 +22,9 @@ from common.atomic import TEMPORARY_PREFIX, publish_file
 from common.documents import parse_document, safe_path
 from common.errors import CacheFormatError, ConfigError, TransferError
 from common.hashing import file_digests
-from common.manifest import MANIFEST, PLAN, Manifest
+from common.manifest import MANIFEST, PLAN, SHARDS, Manifest
 from common.remotes import is_url
-from common.remotes.streams import AGAIN, StoppedError, stop_waiting_on
+from common.remotes.streams import AGAIN, StoppedError, name_full_disk, stop_waiting_on
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -202,6 +202,27 @@ def refuse_nested(cache_dir: Path, location: str | Path) -> None:
         )
 
 
+def refuse_strangers(target: Path) -> None:
+    """Refuse to write a cache into a folder of other things.
+
+    Raises:
+        ConfigError: If it is a file, or holds anything but a cache or what a killed run left before its plan.
+    """
+    if target.is_dir():
+        strangers = sorted(path for path in target.iterdir() if not _is_leftover(path))
+        if not strangers or (target / PLAN).is_file():
+            return
+    elif not target.exists():
+        return
+    raise ConfigError(f"{target}: not empty and no cache; give a new folder")
+
+
+def _is_leftover(path: Path) -> bool:
+    if path.name == SHARDS and path.is_dir():
+        return all(inner.name.startswith(TEMPORARY_PREFIX) for inner in path.iterdir())
+    return path.name.startswith(TEMPORARY_PREFIX)
+
+
 def is_intact(path: Path, entry: FileEntry) -> bool:
     """Whether a plain file is there with this size and these digests."""
     try:
@@ -217,7 +238,7 @@ def _fetch(
 ) -> Transferred:
     final = root / name
     here = Transferred(present=1)
-    try:
+    with name_full_disk(final):
         if is_intact(final, entry):
             report(entry.size)
             return here
@@ -231,10 +252,6 @@ def _fetch(
             moved = _download_checked(remote, name, arriving, entry, report)
             publish_file(arriving, final)
             return Transferred(files=1, bytes=moved)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise TransferError(f"{final}: {error.strerror}; make room, then {AGAIN}") from error
 
 
 def _download_checked(
@@ -252,6 +269,12 @@ def _download_checked(
     for _ in range(2):  # the second time from its beginning: half of it may be from an older file
         if (have := arriving.stat().st_size) > entry.size:
             os.truncate(arriving, have := 0)
+        # A size is only what somebody says: nobody shall fill this disk with it.
+        if entry.size - have > (free := shutil.disk_usage(arriving.parent).free):
+            raise TransferError(
+                f"{arriving.parent / Path(name).name}: needs {entry.size - have:,} bytes more, but there are "
+                f"{free:,} free; make room, then {AGAIN}"
+            )
         report(have)
         try:
             remote.download(name, arriving, size=entry.size, on_bytes=count)

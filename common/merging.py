@@ -15,13 +15,12 @@ from common.derive import (
     carry_fidelity,
     derive_cache,
     derive_plan,
-    refuse_strangers,
     side_files_of,
 )
 from common.derived_card import write_derived_card
 from common.documents import describe_differences
 from common.errors import CacheMismatchError, ConfigError
-from common.fetching import fetch_files
+from common.fetching import fetch_files, refuse_strangers
 from common.hashing import fingerprint
 from common.manifest import CARD, MANIFEST, read_plan, read_sidecar
 from common.merging_parts import differing_field, merge_parts

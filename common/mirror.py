@@ -13,6 +13,7 @@ as a shard no longer fits. If the remote cannot be reached and all of the cache 
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import threading
@@ -245,13 +246,22 @@ def find_mirror(location: str) -> Mirror:
     Raises:
         TransferError: If the address cannot be reached and not all of its cache is here.
         CacheFormatError: If there is no sealed cache.
-        ConfigError: If a variable of the environment is no size.
+        ConfigError: If a variable of the environment is no size, or names a folder that cannot be written.
     """
     root, limit = mirror_settings()
     with _pinning:
         mirror = _pinned.get((location, str(root)))
         if mirror is None:
-            mirror = _pinned[location, str(root)] = _make_mirror(location, root, limit)
+            try:
+                mirror = _make_mirror(location, root, limit)
+            except OSError as error:
+                if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                    raise
+                raise ConfigError(
+                    f"{error.filename or root}: {error.strerror}; set {FOLDER_VARIABLE} to a folder that you may "
+                    "write, or, where several people share one, let their group write in it (umask 002)"
+                ) from error
+            _pinned[location, str(root)] = mirror
         return mirror
 
 
@@ -270,7 +280,7 @@ def mirror_settings() -> tuple[Path, int]:
     folder = os.environ.get(FOLDER_VARIABLE, "")
     root = Path(folder) if folder else Path("~/.cache/vlm-distill-cache").expanduser()
     text = os.environ.get(LIMIT_VARIABLE, "") or str(DEFAULT_LIMIT)
-    if not text.isdigit() or int(text) < 1:
+    if not text.isdecimal() or int(text) < 1:
         raise ConfigError(
             f"{LIMIT_VARIABLE} is {text!r}; it must be a whole number of bytes, such as {DEFAULT_LIMIT}"
         )

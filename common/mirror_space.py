@@ -12,7 +12,6 @@ import errno
 import fcntl
 import logging
 import os
-import time
 from typing import TYPE_CHECKING
 
 from common.atomic import HeldLock, try_lock
@@ -81,8 +80,7 @@ class MirrorSpace:
         while True:
             reading = lock(path, shared=True)
             if present():
-                now = time.time_ns()
-                os.utime(path, ns=(now, now))  # the least recently used leave first
+                os.utime(path)  # the least recently used leave first; whoever may write may set it to now
                 return reading
             if reading is not None:
                 reading.release()

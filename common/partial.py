@@ -7,6 +7,7 @@ is a derived cache (``common.derive``): its plan says of which cache it is which
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,12 +19,11 @@ from common.derive import (
     carry_fidelity,
     derive_cache,
     derive_plan,
-    refuse_strangers,
     side_files_of,
 )
 from common.derived_card import write_derived_card
 from common.errors import CacheFormatError, CacheMismatchError, ConfigError
-from common.fetching import fetch_files, read_remote_manifest
+from common.fetching import fetch_files, read_remote_manifest, refuse_nested, refuse_strangers
 from common.hashing import fingerprint
 from common.index import INDEX, SampleIndex
 from common.manifest import CARD, PLAN, SHARDS, Manifest, ShardSummary, read_plan, read_sidecar
@@ -95,7 +95,7 @@ def parse_selection(
         ConfigError: If one of them cannot be read.
     """
     count, ids = None, None
-    if samples is not None and samples.isdigit():
+    if samples is not None and samples.isdecimal():
         count = int(samples)
         if count < 1:
             raise ConfigError("--samples 0: give a number from 1, or a file with a sample id a line")
@@ -105,16 +105,23 @@ def parse_selection(
         shards=None if shards is None else _parse_ranges(shards),
         count=count,
         sample_ids=ids,
-        signals=None if signals is None else tuple(sorted({name.strip() for name in signals.split(",")})),
+        signals=None if signals is None else _parse_names(signals),
         top_k=top_k,
     )
+
+
+def _parse_names(text: str) -> tuple[str, ...]:
+    names = {name.strip() for name in text.split(",")} - {""}
+    if not names:
+        raise ConfigError(f"--signals {text!r}: no name in it; write them as logits,answer_attention")
+    return tuple(sorted(names))
 
 
 def _parse_ranges(text: str) -> tuple[int, ...]:
     numbers: set[int] = set()
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()) or len(part) > 20:
+        if not first.isdecimal() or (dash and not last.isdecimal()) or len(part) > 20:
             raise ConfigError(f"--shards {text!r}: {part!r} is no shard; write them as 0-3,7")
         low, high = int(first), int(last or first)
         if not low <= high < 1_000_000:
@@ -127,12 +134,13 @@ def _read_ids(path: Path) -> tuple[str, ...]:
     try:
         with path.open("rb") as file:
             data = file.read(MAX_LIST_BYTES + 1)
-        lines = data.decode("utf-8").splitlines() if len(data) <= MAX_LIST_BYTES else []
+        # As editors write them: with a mark at the beginning, and with carriage returns.
+        lines = data.decode("utf-8-sig").split("\n") if len(data) <= MAX_LIST_BYTES else []
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"--samples {path}: neither a number nor a readable UTF-8 file of sample ids: {error}"
         ) from error
-    ids = tuple(dict.fromkeys(line for line in lines if line.strip()))
+    ids = tuple(dict.fromkeys(line.removesuffix("\r") for line in lines if line.strip()))
     if not ids:
         raise ConfigError(f"--samples {path}: no sample ids in it, or above {MAX_LIST_BYTES} bytes")
     return ids
@@ -164,6 +172,7 @@ def pull_partial(
         CacheFormatError: If what was downloaded is not what the manifest says.
         TransferError: If it could not be downloaded.
     """
+    refuse_nested(target, location)
     refuse_strangers(target)
     target.mkdir(parents=True, exist_ok=True)
     clean_stale(target, _STAGING)
@@ -175,6 +184,8 @@ def pull_partial(
         remove(staging)
         if lock is not None:
             lock.release()
+        with contextlib.suppress(OSError):  # not empty: it is a cache, or the beginning of one
+            target.rmdir()
 
 
 def _derive(

@@ -112,5 +112,9 @@ def image_hash(image: PIL.Image.Image) -> bytes:
 
 def reason_of(error: BaseException) -> str:
     """Say why, without the path that the caller names anyway."""
+    if isinstance(
+        error, PIL.UnidentifiedImageError
+    ):  # its text has an address in memory, another one in each run
+        return "no image of a known format"
     text = str(error) if not isinstance(error, OSError) else error.strerror or str(error)
     return text or type(error).__name__

@@ -8,6 +8,7 @@ there are still ours. A push that was killed goes on with the shards whose sidec
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.atomic import MAX_JSON_BYTES
@@ -23,6 +24,7 @@ from common.fetching import (
     is_intact,
     read_remote_manifest,
     refuse_nested,
+    refuse_strangers,
 )
 from common.manifest import (
     CARD,
@@ -36,14 +38,13 @@ from common.manifest import (
     read_sidecar,
     sidecar_path,
 )
-from common.remotes import open_remote
+from common.remotes import is_url, open_remote
 from common.remotes.streams import StoppedError
 from common.sidecar import ShardSidecar
 
 if TYPE_CHECKING:
     import threading
     from collections.abc import Callable, Iterable
-    from pathlib import Path
 
     from common.remotes import Remote
 
@@ -75,9 +76,12 @@ def push(
     Raises:
         CacheFormatError: If the cache is not finished, or damaged.
         CacheMismatchError: If the place holds, or is receiving, another cache.
+        ConfigError: If it is a folder of other things, or lies in the cache.
         TransferError: If something cannot be copied.
     """
     remote = open_remote(location)
+    if not (is_url(location) or overwrite):
+        refuse_strangers(Path(location))
     remote.delete([])  # a place that cannot be written says so before anything else
     refuse_nested(cache_dir, location)
     manifest, plan, counts = _read_whole(cache_dir)
@@ -276,6 +280,8 @@ def _push_shards(
             files[name] = cache_dir / name
             size += sidecar.stored_bytes + len(ours)
         if files:
+            # Who was overwritten meanwhile must not go on writing into what the other one has checked.
+            _refuse_overwritten(remote, cache_dir, PLAN)
             remote.upload(files, on_bytes=report)
         results.append(Transferred(files=len(files), bytes=size, present=present))
 
@@ -310,8 +316,12 @@ def _check_untouched(remote: Remote, cache_dir: Path, plan: Plan, *, jobs: int) 
     """Refuse to call it complete if another push wrote here meanwhile."""
 
     def check(name: str, _: threading.Event) -> None:
-        if not _equals(remote, name, (cache_dir / name).read_bytes()):
-            raise _taken(cache_dir, remote, f"was changed by another push meanwhile ({name})")
+        _refuse_overwritten(remote, cache_dir, name)
 
     names = [PLAN, *map(_sidecar_name, range(plan.shard_count))]
     in_parallel([partial(check, name) for name in names], jobs)
+
+
+def _refuse_overwritten(remote: Remote, cache_dir: Path, name: str) -> None:
+    if not _equals(remote, name, (cache_dir / name).read_bytes()):
+        raise _taken(cache_dir, remote, f"was changed by another push meanwhile ({name})")

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from common.codecs.kept_columns import unpack_mask
-from common.codecs.quantise import GAP_TABLE, gap_codes
+from common.codecs.quantise import GAP_REACH, GAP_TABLE, gap_codes
 from common.errors import CacheFormatError
+from common.map_checks import map_damage, token_count_damage
 from common.schema import check_record
 from common.shared_images import SharedImages, SourceCheck
 from common.stores import DAMAGE_ERRORS, open_reader
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 _TOKEN_FIELDS = ("labels", "token_ids")
 _UNBOUNDED = {"tail_logmass": -np.inf, "log_gap": np.inf}  # a mass of zero, a probability of zero
 _ROUNDING = 2e-3  # of a float16 near 1, twice over
-_MASS_ERROR = 0.05  # kept mass and tail may miss 1 by this: the rounding of 8-bit gaps, all to one side
+_MASS_ERROR = 1e-3  # kept mass and tail may miss 1 by this beyond the rounding of gaps and of float16
 _FULL_CODE = 255  # of the largest cell of a row
 
 
@@ -92,7 +92,11 @@ def value_damage(record: Record, plan: Plan) -> Iterator[str]:
     for name in _TOKEN_FIELDS:
         if name in record and isinstance(vocabulary, int) and (record[name] >= vocabulary).any():
             yield f"{name} has {record[name].max()}, the vocabulary has {vocabulary}"
-    yield from _tiles_damage(record["tiles"])
+    wrong_tiles = list(_tiles_damage(record["tiles"], record["image_hash"]))
+    wrong_tiles = wrong_tiles or list(token_count_damage(record, plan.signals))
+    yield from wrong_tiles
+    if wrong_tiles:
+        return  # the others build on the number of tokens
     for settings in plan.signals.values():
         check = _CHECKS.get(str(settings.get("codec")))
         if check is not None:
@@ -109,17 +113,27 @@ def entry_gaps(record: Record, settings: dict[str, Any]) -> np.ndarray:
     stored = record["log_gap"]
     if stored.dtype.kind == "f":
         return stored.astype(np.float64)
+    gaps: np.ndarray = GAP_TABLE[entry_codes(record, settings)].astype(np.float64)
+    return gaps
+
+
+def entry_codes(record: Record, settings: dict[str, Any]) -> np.ndarray:
+    """Return the 8-bit code of each entry's gap, uint8 ``[E]``; arguments as `entry_gaps`, not with ``exact``."""
+    stored = record["log_gap"]
     if settings.get("gap_steps"):
-        stored = gap_codes(stored, record["entry_count"].astype(np.int64))
-    return GAP_TABLE[stored].astype(np.float64)
+        codes: np.ndarray = gap_codes(stored, record["entry_count"].astype(np.int64))
+        return codes
+    return stored
 
 
-def _tiles_damage(tiles: np.ndarray) -> Iterator[str]:
+def _tiles_damage(tiles: np.ndarray, image_hash: np.ndarray) -> Iterator[str]:
     sizes, boxes = tiles[:, :2], tiles[:, 2:]
     if (sizes < 1).any() or (sizes != np.rint(sizes)).any():
         yield f"tiles have {sizes.min()} rows or columns; expected whole numbers of at least 1"
     if (boxes[:, :2] >= boxes[:, 2:]).any():
         yield "tiles cover an empty or reversed region"
+    if len(tiles) and not image_hash.any():
+        yield "image_hash is zero, which says that there is no image, but there are tiles of one"
 
 
 def _logits_damage(record: Record, settings: dict[str, Any]) -> Iterator[str]:
@@ -147,11 +161,33 @@ def _logits_damage(record: Record, settings: dict[str, Any]) -> Iterator[str]:
         yield f"log-probabilities reach {max(top.max(), tail.max(initial=-1.0))}; at most 0 is possible"
     temperatures = settings.get("temperatures")
     if isinstance(temperatures, list) and 1.0 in temperatures and len(temperatures) == tail.shape[1]:
-        kept = np.exp(top) * np.add.reduceat(np.exp(-gaps), starts)  # [A]
-        total = kept + np.exp(tail[:, temperatures.index(1.0)])
-        if (np.abs(total - 1) > _MASS_ERROR).any():
-            worst = total[np.abs(total - 1).argmax()]
-            yield f"kept tokens and tail have a mass of {worst:.3f} together; expected 1"
+        yield from _mass_damage(record, settings, gaps, starts, tail[:, temperatures.index(1.0)])
+        # A tail of no mass at all has none at any temperature, but for what a low one makes too small to write.
+        empty = np.isinf(tail[:, np.argsort(temperatures)])  # [A, T]
+        if (empty[:, 1:] & ~empty[:, :-1]).any():
+            yield "tail_logmass is infinite at a temperature, but finite at a lower one"
+
+
+def _mass_damage(
+    record: Record, settings: dict[str, Any], gaps: np.ndarray, starts: np.ndarray, tail: np.ndarray
+) -> Iterator[str]:
+    """Ask whether kept tokens and tail can have had a mass of one before they were rounded."""
+    top, others = record["top_logprob"].astype(np.float64), np.exp(tail)
+    weights = np.exp(-gaps)  # [E]
+    kept = np.exp(top) * np.add.reduceat(weights, starts)  # [A]
+    least = most = kept
+    allowed = np.full(len(top), _MASS_ERROR)
+    if record["log_gap"].dtype == np.uint8:
+        above, below = GAP_REACH[:, entry_codes(record, settings)].astype(np.float64)  # [E]
+        above[starts] = below[starts] = 0
+        least = np.exp(top) * np.add.reduceat(weights * np.exp(-above), starts)
+        most = np.exp(top) * np.add.reduceat(weights * np.exp(below), starts)
+        finite_tail = np.where(np.isfinite(tail), tail, 0)
+        allowed += 2.0**-10 * (kept * np.abs(top) + others * np.abs(finite_tail))
+    off = np.maximum(least + others - 1, 1 - most - others)
+    if (off > allowed).any():
+        worst = (kept + others)[(off - allowed).argmax()]
+        yield f"kept tokens and tail have a mass of {worst:.4f} together; expected 1"
 
 
 def _row_attention_damage(name: str, mass_name: str) -> Callable[[Record, dict[str, Any]], Iterator[str]]:
@@ -169,31 +205,14 @@ def _row_attention_damage(name: str, mass_name: str) -> Callable[[Record, dict[s
             yield f"{name} has a row whose largest code is neither 0 nor {_FULL_CODE}"
         if cells.dtype.kind == "f" and (cells.min() < 0 or cells.max() > 1 + _ROUNDING):
             yield f"{name} is {cells.min()} to {cells.max()}; expected 0 to 1"
+        if cells.dtype.kind == "f" and (np.abs(cells.sum(axis=2, dtype=np.float64) - mass) > _ROUNDING).any():
+            yield f"{mass_name} is not the sum of the cells of {name}"
 
     return check
 
 
 def _columns_damage(record: Record, settings: dict[str, Any]) -> Iterator[str]:
     yield from _masses_damage("visual_columns", record["visual_columns"], settings)
-
-
-def _map_damage(record: Record, settings: dict[str, Any]) -> Iterator[str]:
-    groups = settings.get("groups")
-    if "visual_map" in record:
-        yield from _masses_damage("visual_map", record["visual_map"], settings)
-        held = len(record["visual_map"])
-    else:
-        means = record["map_means"].astype(np.float64)  # [N, G]
-        held = len(means)
-        yield from _masses_damage("map_means", means, settings)
-        if isinstance(groups, int):
-            kept = unpack_mask(record["map_mask"], groups, held, causal=not settings.get("grid", 0))
-            if len(record["map_codes"]) > np.count_nonzero(kept):
-                yield f"map_codes has {len(record['map_codes'])} codes for {np.count_nonzero(kept)} kept pairs"
-    if "map_scale" in record:
-        scale = record["map_scale"]
-        if len(scale) != min(held, 1) or scale.min(initial=0.0) < 0:
-            yield f"map_scale is {scale.tolist()}; expected one row of thresholds of at least 0, if there is a map"
 
 
 def _masses_damage(name: str, values: np.ndarray, settings: dict[str, Any]) -> Iterator[str]:
@@ -209,5 +228,5 @@ _CHECKS: dict[str, Callable[[Record, dict[str, Any]], Iterator[str]]] = {
     "answer_attention": _row_attention_damage("answer_attention", "answer_image_mass"),
     "text_attention": _row_attention_damage("text_attention", "text_image_mass"),
     "visual_columns": _columns_damage,
-    "visual_map": _map_damage,
+    "visual_map": map_damage,
 }

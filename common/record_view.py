@@ -165,12 +165,14 @@ def save_picture(picture: Image, path: Path) -> None:
     """Write a picture, whole or not at all.
 
     Raises:
-        ConfigError: If the name does not end as one of a lossless format.
+        ConfigError: If the name does not end as one of a lossless format, or its folder is missing.
     """
     kinds = {".png": "PNG", ".webp": "WEBP"}
     kind = kinds.get(path.suffix.lower())
     if kind is None:
         raise ConfigError(f"{path}: pictures are written as {' or '.join(kinds)}; give such a name")
+    if not path.parent.is_dir():
+        raise ConfigError(f"{path}: there is no folder {path.parent}; make it, or choose another place")
     data = io.BytesIO()
     picture.save(data, kind, **({"lossless": True} if kind == "WEBP" else {}))
     write_bytes_atomic(path, data.getvalue())

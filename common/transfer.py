@@ -34,6 +34,7 @@ from common.manifest import (
 )
 from common.pushing import push
 from common.remotes import open_remote
+from common.remotes.streams import name_full_disk
 from common.sidecar import check_sidecar
 
 if TYPE_CHECKING:
@@ -86,7 +87,8 @@ def pull(
     target.mkdir(parents=True, exist_ok=True)
     marker = target / _MARKER
     try:
-        write_bytes_atomic(marker, raw, create_only=True)
+        with name_full_disk(target):
+            write_bytes_atomic(marker, raw, create_only=True)
     except FileExistsError:
         if (found := _hash_of(marker)) not in (manifest.hash, None):
             raise _other_cache(target, found, remote, manifest) from None

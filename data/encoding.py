@@ -262,6 +262,7 @@ class SampleEncoder:
             return_offsets_mapping=True,
             return_attention_mask=False,
             return_token_type_ids=False,
+            verbose=False,  # what is too long is refused below, with its sample's name
         )
         return [
             (np.array(ids, dtype=np.int64), np.array(offsets, dtype=np.int64).reshape(-1, 2))

@@ -85,7 +85,7 @@ class HuggingFaceDataset:
         for item in stored if isinstance(stored, list) else [stored]:
             if isinstance(item, Mapping):
                 if item.get("bytes"):
-                    found.append(ImageBytes(item["bytes"], f"{self._path}, row {sample_id!r}"))
+                    found.append(ImageBytes(item["bytes"], f"{self._path.name}, row {sample_id!r}"))
                 else:
                     found += find_images(item.get("path"), self._images)
             else:

@@ -1,5 +1,6 @@
 """Where images come from: files, bytes in a table, ranges of a tar, arrays. `common.pixels` decodes them."""
 
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,15 +25,23 @@ __all__ = [
 
 @dataclass(frozen=True)
 class ImageFile:
-    """An image file; ``hint`` says in errors where relative paths were looked up."""
+    """An image file.
+
+    Attributes:
+        path: Where it is.
+        hint: Says in errors where relative paths start from.
+        shown: What errors call it; default: the path. They are kept in caches, which must not depend on where a
+            machine keeps its images, so this is the path as the data write it.
+    """
 
     path: Path
     hint: str = ""
+    shown: str = ""
 
     @property
     def name(self) -> str:
-        """The path."""
-        return str(self.path)
+        """What errors call it."""
+        return self.shown or str(self.path)
 
     def load(self) -> PIL.Image.Image:
         """Decode the file to RGB.
@@ -41,6 +50,9 @@ class ImageFile:
             SampleError: The file is missing, empty, damaged, too large or not an image.
         """
         try:
+            kind = self.path.stat().st_mode
+            if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):  # a pipe or a device could be read for ever
+                raise SampleError(f"image {self.name} is not a regular file")
             data = self.path.read_bytes()
         except (OSError, ValueError) as error:  # ValueError: a null byte in the path
             hint = f"; {self.hint}" if self.hint else ""

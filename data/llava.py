@@ -167,7 +167,9 @@ def _image_file(value: Any, root: Path) -> ImageFile:
         raise SampleError(
             f"image path {value!r} leaves the image folder; use a path below it or an absolute one"
         )
-    return ImageFile(root / path, hint=f"relative image paths start from {root}; set images to change that")
+    # Reasons of failure are kept in the cache: they name no folder of this machine.
+    hint = "relative image paths start from the data's own folder, or where images says; set images to change that"
+    return ImageFile(root / path, hint=hint, shown=value)
 
 
 def image_folder(images: Path | None, path: Path) -> Path:

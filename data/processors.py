@@ -23,7 +23,7 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         # The library takes a path that is no folder for a model's name and would ask the hub for it.
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # tokenizers raises the bare class for a file that it cannot read
         raise ModelError(
             f"{folder}: no usable tokenizer ({error}); expected tokenizer.json and tokenizer_config.json "
             "as the tokenizer's save_pretrained writes them"

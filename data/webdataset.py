@@ -107,7 +107,7 @@ def _index_tar(path: Path) -> list[_Member]:
                 key, extension = base_plus_ext(info.name)
                 if not info.isfile() or not key:
                     continue
-                part = FileSlice(path, info.offset_data, info.size, f"{path}:{info.name}")
+                part = FileSlice(path, info.offset_data, info.size, f"{path.name}:{info.name}")
                 member = members.setdefault(key, _Member(key=key))
                 kind = extension.lower()
                 if kind in ("json", "txt"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import logging
 import os
 from contextlib import contextmanager
@@ -11,8 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.atomic import TEMPORARY_PREFIX, clean_stale, read_json, remove
-from common.errors import CacheFormatError, ConfigError
+from common.atomic import TEMPORARY_PREFIX, HeldLock, clean_stale, read_json, remove
+from common.errors import CacheFormatError, CacheMismatchError, ConfigError
 from common.manifest import (
     CARD,
     INDEX,
@@ -97,6 +98,54 @@ def refuse_unwritable(cache_dir: Path, *, sealed_too: bool = False) -> None:
     if place.is_dir() and not os.access(place, os.W_OK | os.X_OK):
         code = errno.EROFS if os.statvfs(place).f_flag & os.ST_RDONLY else errno.EACCES
         raise OSError(code, f"cannot be written ({os.strerror(code)}); {_WRITABLE}", str(place))
+
+
+@contextmanager
+def in_use(cache_dir: Path, *, alone: bool = False) -> Iterator[None]:
+    """Hold a cache's folder while it is built: any number of builds at once, or one that deletes what is there.
+
+    Without this an `--overwrite` beside a running build would leave shards of both, sealed.
+
+    Args:
+        cache_dir: The folder; nothing is held if it is not there, or on file systems without ``flock``.
+        alone: Nobody else may build there at this moment.
+
+    Raises:
+        ConfigError: If another build is running there, and one of the two wants to be alone.
+    """
+    try:
+        lock = HeldLock(descriptor := os.open(cache_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+    except OSError:  # writing to it will say what is wrong
+        yield
+        return
+    try:
+        fcntl.flock(descriptor, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.release()
+        raise ConfigError(
+            f"{cache_dir}: another `teacher-cache build` is running on this folder, and "
+            f"{'--overwrite would delete its shards' if alone else 'is deleting what was there'}; stop it or wait "
+            "for its end, then run the same command again"
+        ) from None
+    except OSError:
+        logger.debug("%s cannot be locked", cache_dir)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def refuse_replaced(cache_dir: Path, plan: Plan) -> None:
+    """Stop a build whose folder was removed or begun anew: what it still writes would be of no cache, or of another.
+
+    Raises:
+        CacheMismatchError: If the plan there is not the one this build began with.
+    """
+    if stored_plan(cache_dir) != plan:
+        raise CacheMismatchError(
+            f"{cache_dir / PLAN} was removed or replaced while this build ran; delete what is left of the folder "
+            "if nobody else builds there, then run the same command again"
+        )
 
 
 def stored_plan(cache_dir: Path) -> Plan | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -95,7 +96,7 @@ def build(
 
     from stage1_teacher.cache_folder import explain_disk_errors
     from stage1_teacher.extract import extract, extract_with_processes
-    from stage1_teacher.parts import choose_part, local_device, quiet_libraries
+    from stage1_teacher.parts import choose_part, local_device, quiet_libraries, stopped_by_sigterm
     from stage1_teacher.report import next_command, summary_text
 
     own, local = choose_part(part, os.environ)
@@ -105,7 +106,7 @@ def build(
             "`teacher-cache build --overwrite` without --part, or delete the folder, then start the parts."
         )
     quiet_libraries()
-    with explain_disk_errors(settings.cache):
+    with explain_disk_errors(settings.cache), stopped_by_sigterm():
         if nproc is None:
             settings = replace(settings, device=local_device(settings.device, local))
             summary = extract(settings, overwrite=overwrite, part=own)
@@ -136,6 +137,13 @@ def fidelity(config: Path | None, overrides: tuple[str, ...], *, samples: int, *
         click.echo(f"  {name:<44}{value:>14}")
 
 
+def _finite(context: click.Context, parameter: click.Parameter, value: float | None) -> float | None:
+    """Refuse what `FloatRange` lets through: a NaN is neither below nor above a bound."""
+    if value is not None and not math.isfinite(value):
+        raise click.BadParameter(f"{value} is not a finite number", context, parameter)
+    return value
+
+
 @main.command()
 @_build_options
 @click.option(
@@ -147,6 +155,7 @@ def fidelity(config: Path | None, overrides: tuple[str, ...], *, samples: int, *
 @click.option(
     "--epochs",
     type=click.FloatRange(min=0, min_open=True),
+    callback=_finite,
     default=1.0,
     show_default=True,
     help="Passes of each student over the data.",
@@ -154,15 +163,20 @@ def fidelity(config: Path | None, overrides: tuple[str, ...], *, samples: int, *
 @click.option(
     "--student-parameters",
     type=click.FloatRange(min=0, min_open=True),
+    callback=_finite,
     help="Parameters of a student, for example 1.4e9; default: a fifth of the teacher's.",
 )
 @click.option(
     "--student-step",
     type=click.FloatRange(min=0, min_open=True),
+    callback=_finite,
     help="Seconds of training a sample, if you measured a student.",
 )
 @click.option(
-    "--price", type=click.FloatRange(min=0), help="Of one device for an hour; adds costs to the hours."
+    "--price",
+    type=click.FloatRange(min=0),
+    callback=_finite,
+    help="Of one device for an hour; adds costs to the hours.",
 )
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also write all figures here.")
 def estimate(
@@ -190,6 +204,8 @@ def estimate(
         counts = parse_students(students)
     except ValueError as error:
         raise click.BadParameter(f"{students!r}: expected numbers like 1,3,10 ({error})") from error
+    if json_file is not None and not json_file.parent.is_dir():
+        raise click.BadParameter(f"{json_file}: there is no folder {json_file.parent}")
     quiet_libraries()
     scenario = Scenario(
         students=counts,
@@ -240,3 +256,7 @@ def demo_teacher(data: str, output: Path, seed: int) -> None:
     train_demo_teacher(data, output, seed=seed)
     click.echo(f"Teacher written to {output}")
     click.echo(f"Next: make teacher-cache TEACHER={output} CACHE=build/cache/{output.name}")
+
+
+if __name__ == "__main__":
+    main()

@@ -93,6 +93,13 @@ class BuildConfig:
             value = getattr(self, name)
             if not low <= value <= high:
                 raise ConfigError(f"{name}: expected {low}..{high}, got {value}")
+        if "://" in self.cache:
+            raise ConfigError(
+                f"cache: a build writes to a folder, got {self.cache!r}; build into a folder, then run "
+                f"`cachectl push FOLDER {self.cache}`"
+            )
+        if not self.cache:
+            raise ConfigError("cache: expected a folder, got nothing")
         if not 0.0 <= self.max_failed_share <= 1.0:
             raise ConfigError(f"max_failed_share: expected a share in [0, 1], got {self.max_failed_share}")
         for name in ("license", "teacher_license", "data_license", "source"):

@@ -17,6 +17,7 @@ from stage1_teacher.plan import open_build
 from stage1_teacher.probe import Probe, measure_probe
 
 STEP_FORWARDS = 3.0  # a training step costs about three forward passes: one forward, two for the gradients
+MAX_STUDENTS = 1_000_000
 STUDENT_SHARE = 0.2  # MobileVLM 1.4B beside LLaVA-1.5 7B
 
 
@@ -228,11 +229,12 @@ def parse_students(text: str) -> tuple[int, ...]:
     """Read ``1,3,10``.
 
     Raises:
-        ValueError: If one is no positive whole number.
+        ValueError: If one is no whole number from 1 to ``MAX_STUDENTS``.
     """
     numbers = tuple(int(part) for part in text.split(","))
-    if min(numbers) < 1:
-        raise ValueError(f"{min(numbers)} students")
+    for number in numbers:
+        if not 1 <= number <= MAX_STUDENTS:
+            raise ValueError(f"{number} students, of 1 to {MAX_STUDENTS}")
     return numbers
 
 

@@ -28,8 +28,10 @@ from common.manifest import (
 )
 from stage1_teacher.cache_folder import (
     drop_damaged_manifest,
+    in_use,
     intact_manifest,
     prepare_cache,
+    refuse_replaced,
     refuse_strangers,
     refuse_unwritable,
 )
@@ -91,45 +93,47 @@ def extract(
         OSError: If the folder cannot be written.
     """
     cache_dir, work = begin(config, overwrite=overwrite, several=part.of > 1 or not seals)
-    plan = work.plan
-    part = part.for_resume(missing_shards(cache_dir, plan))
-    todo = part.share(missing_shards(cache_dir, plan))
-    if not todo and seals and (manifest := intact_manifest(cache_dir)) is not None:
-        return BuildSummary(cache=cache_dir, built=0, samples=0, seconds=0.0, manifest=manifest)
-    known = export_parts(work.teacher, cache_dir) if seals else []
-    if seals:
-        refuse_strangers(cache_dir, known)
+    with in_use(cache_dir):
+        plan = work.plan
+        part = part.for_resume(missing_shards(cache_dir, plan))
+        todo = part.share(missing_shards(cache_dir, plan))
+        if not todo and seals and (manifest := intact_manifest(cache_dir)) is not None:
+            return BuildSummary(cache=cache_dir, built=0, samples=0, seconds=0.0, manifest=manifest)
+        known = export_parts(work.teacher, cache_dir) if seals else []
+        if seals:
+            refuse_strangers(cache_dir, known)
 
-    # The main loop: the next shards are encoded, and the last batches written, while the teacher runs.
-    budget = FailureBudget.of_finished(cache_dir, plan, share=config.max_failed_share)
-    started, samples, built = time.monotonic(), 0, 0
-    with (
-        Writer(cache_dir, plan, work.codecs) as writer,
-        _progress(plan, todo, shown=seals and bool(todo)) as bar,
-    ):
-        # Another process may build the same cache: what it finished is skipped, what it left is done here.
-        while todo := part.share(missing_shards(cache_dir, plan)):
-            for shard in encode_shards(work.dataset, work.encoder, plan, todo):
-                if sidecar_path(cache_dir, shard.index).exists():
-                    continue
-                for batch, signals in run_shard(work, shard, config.batch_size):
-                    writer.add(batch, signals)
-                    samples += len(batch)
-                    bar.update(len(batch))
-                budget.spend(shard.failed)
-                writer.finish(shard)
-                bar.update(len(shard.failed))
-                built += 1
-            writer.wait()
-    FailureBudget.of_finished(cache_dir, plan, share=config.max_failed_share).spend(())
-    seconds = time.monotonic() - started
+        # The main loop: the next shards are encoded, and the last batches written, while the teacher runs.
+        budget = FailureBudget.of_finished(cache_dir, plan, share=config.max_failed_share)
+        started, samples, built = time.monotonic(), 0, 0
+        with (
+            Writer(cache_dir, plan, work.codecs) as writer,
+            _progress(plan, todo, shown=seals and bool(todo)) as bar,
+        ):
+            # Another process may build the same cache: what it finished is skipped, what it left is done here.
+            while todo := part.share(missing_shards(cache_dir, plan)):
+                for shard in encode_shards(work.dataset, work.encoder, plan, todo):
+                    if sidecar_path(cache_dir, shard.index).exists():
+                        continue
+                    for batch, signals in run_shard(work, shard, config.batch_size):
+                        writer.add(batch, signals)
+                        samples += len(batch)
+                        bar.update(len(batch))
+                    refuse_replaced(cache_dir, plan)
+                    budget.spend(shard.failed)
+                    writer.finish(shard)
+                    bar.update(len(shard.failed))
+                    built += 1
+                writer.wait()
+        FailureBudget.of_finished(cache_dir, plan, share=config.max_failed_share).spend(())
+        seconds = time.monotonic() - started
 
-    missing, manifest = tuple(missing_shards(cache_dir, plan)), None
-    if seals and not missing:
-        manifest = finish(work, cache_dir, samples=config.fidelity_samples, known=known, rewritten=True)
-    return BuildSummary(
-        cache=cache_dir, built=built, samples=samples, seconds=seconds, manifest=manifest, part=part, missing=missing
-    )  # fmt: skip
+        missing, manifest = tuple(missing_shards(cache_dir, plan)), None
+        if seals and not missing:
+            manifest = finish(work, cache_dir, samples=config.fidelity_samples, known=known, rewritten=True)
+        return BuildSummary(
+            cache=cache_dir, built=built, samples=samples, seconds=seconds, manifest=manifest, part=part, missing=missing
+        )  # fmt: skip
 
 
 def extract_with_processes(
@@ -157,28 +161,29 @@ def extract_with_processes(
     del work  # the others need the memory of the GPU
     gc.collect()
     torch.cuda.empty_cache()
-    started = time.monotonic()
-    part = part.for_resume(before)
-    if todo := part.share(before):
-        with _progress(plan, todo, shown=True) as bar:
+    with in_use(cache_dir):
+        started = time.monotonic()
+        part = part.for_resume(before)
+        if todo := part.share(before):
+            with _progress(plan, todo, shown=True) as bar:
 
-            def show() -> None:
-                finished = set(todo) - set(missing_shards(cache_dir, plan))
-                bar.update(bar.initial + sum(len(plan.shard_range(index)) for index in finished) - bar.n)
+                def show() -> None:
+                    finished = set(todo) - set(missing_shards(cache_dir, plan))
+                    bar.update(bar.initial + sum(len(plan.shard_range(index)) for index in finished) - bar.n)
 
-            run_parts(_extract_part, config, part.split(min(processes, len(todo))), show)
-    seconds = time.monotonic() - started
-    missing = tuple(missing_shards(cache_dir, plan))
-    summary = BuildSummary(
-        cache=cache_dir, built=0, samples=0, seconds=0.0, manifest=None, part=part, missing=missing
-    )
-    if not missing:
-        summary = extract(config)
-    if not todo:
-        return summary
-    built = set(todo) - set(missing)
-    samples = sum(len(plan.shard_range(index)) for index in built)
-    return replace(summary, built=len(built), samples=samples, seconds=seconds)
+                run_parts(_extract_part, config, part.split(min(processes, len(todo))), show)
+        seconds = time.monotonic() - started
+        missing = tuple(missing_shards(cache_dir, plan))
+        summary = BuildSummary(
+            cache=cache_dir, built=0, samples=0, seconds=0.0, manifest=None, part=part, missing=missing
+        )
+        if not missing:
+            summary = extract(config)
+        if not todo:
+            return summary
+        built = set(todo) - set(missing)
+        samples = sum(len(plan.shard_range(index)) for index in built)
+        return replace(summary, built=len(built), samples=samples, seconds=seconds)
 
 
 def _extract_part(config: BuildConfig, part: Part) -> None:
@@ -194,7 +199,8 @@ def begin(config: BuildConfig, *, overwrite: bool, several: bool) -> tuple[Path,
     cache_dir = Path(config.cache)
     refuse_unwritable(cache_dir)
     work = open_build(fix_threads(config, several=several, overwrite=overwrite))
-    return cache_dir, replace(work, plan=prepare_cache(cache_dir, work.plan, overwrite=overwrite))
+    with in_use(cache_dir, alone=overwrite):
+        return cache_dir, replace(work, plan=prepare_cache(cache_dir, work.plan, overwrite=overwrite))
 
 
 def finish(

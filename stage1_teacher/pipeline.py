@@ -66,12 +66,13 @@ class FailureBudget:
             DataError: When the share is exceeded, with the latest reason.
         """
         self._count(failures)
-        if self.failed > self.share * self.total:
+        # Divided, not multiplied: 0.29 * 100 is less than 29.
+        if self.failed and self.failed / self.total > self.share:
             sample_id, reason = self.latest
             raise DataError(
                 f"{self.failed} of {self.total} samples cannot be used, more than the tolerated "
-                f"{self.share:.1%}; the latest, {sample_id!r}: {reason}. Mend the data, or go on without them: "
-                "teacher-cache build ... --set max_failed_share=0.1"
+                f"{100 * self.share:.4g} %; the latest, {sample_id!r}: {reason}. Mend the data, or go on without them: "
+                "teacher-cache build ... --set max_failed_share=SHARE, a number from 0 to 1"
             )
 
     def _count(self, failures: Sequence[tuple[str, str]]) -> None:

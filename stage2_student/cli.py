@@ -193,3 +193,7 @@ def export(student: Path, output: Path, dtype: str) -> None:
 
 if __name__ == "__main__":
     main()
+
+
+if __name__ == "__main__":
+    main()

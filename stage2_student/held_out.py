@@ -14,6 +14,7 @@ from data.encoding import SampleEncoder, build_prompt
 from data.registry import open_dataset, open_evaluation
 from data.sample import EvaluationSet, Question
 from stage2_student.config import TrainConfig
+from stage2_student.join import merged_fingerprints, splits_and_limits
 from stage2_student.preparation import (
     BUILT_IN_DATA,
     MAX_LENGTH,
@@ -146,9 +147,12 @@ def _is_training_data(config: TrainConfig, data: str) -> bool:
     cache = _cache_of(config)
     if cache is None:
         return _is_own_data(config)
-    limit = int(cache.plan.data.get("limit") or 0) or None
-    dataset = open_dataset(data, split=config.evaluation.split, images=_images_of(config), limit=limit)
-    return dataset.fingerprint() == cache.plan.fingerprints.get("data")
+    cached = {cache.plan.fingerprints.get("data"), *merged_fingerprints(cache)}
+    split, images = config.evaluation.split, _images_of(config)
+    return any(
+        open_dataset(data, split=split, images=images, limit=limit).fingerprint() in cached
+        for limit in dict.fromkeys(limit for _, limit in splits_and_limits(cache))
+    )
 
 
 def _cache_of(config: TrainConfig) -> TeacherCache | None:

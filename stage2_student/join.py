@@ -81,6 +81,22 @@ def merged_fingerprints(cache: TeacherCache) -> tuple[str, ...]:
     return tuple(str(part.get("fingerprint")) for part in parts if isinstance(part, dict))
 
 
+def splits_and_limits(cache: TeacherCache) -> list[tuple[str, int | None]]:
+    """Of which split of its data a cache was built, and of how many samples: None for all.
+
+    Returns:
+        One pair; of a cache that was merged from different ones the pairs of all, the largest part's first.
+    """
+    parts = cache.plan.data.get("parts")
+    described = [part for part in parts if isinstance(part, dict)] if isinstance(parts, list) else []
+    described.sort(key=lambda part: -int(part.get("samples") or 0))
+    pairs = [
+        (str(data.get("split") or "train"), int(data.get("limit") or 0) or None)
+        for data in described or [cache.plan.data]
+    ]
+    return list(dict.fromkeys(pairs))
+
+
 def _places(cache: TeacherCache, sample_ids: Sequence[str]) -> NDArray[np.int64]:
     """Where each of the cache's samples is in a data set, int64 ``[len(cache)]``; -1 if it is not."""
     found = cache.positions(sample_ids)

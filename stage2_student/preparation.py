@@ -3,6 +3,7 @@
 All bad news comes from here, before the first step of the first phase.
 """
 
+import contextlib
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from common.cache import TeacherCache, open_cache
-from common.errors import CacheFormatError, ConfigError, ModelError
+from common.errors import CacheFormatError, ConfigError, DataError, ModelError
 from common.hashing import fingerprint
 from common.layers import student_groups
 from common.mirror import find_mirror
@@ -34,6 +35,7 @@ from stage2_student.check_cache import (
     probe_samples,
 )
 from stage2_student.config import PhaseConfig, PhaseName, TrainConfig, describe
+from stage2_student.join import merged_fingerprints, splits_and_limits
 from stage2_student.models.mobilevlm import MobileVLMForConditionalGeneration
 from stage2_student.models.projectors import TeacherAdapter
 from stage2_student.objective import Objective
@@ -174,12 +176,14 @@ def open_cached_data(cache: TeacherCache, *, data: str | None, images: str | Non
             f"no data given, and {cache.path} was built from {spec!r}, whose place a cache does not hold; "
             "pass --data (and --images)"
         )
-    return open_dataset(
-        spec,
-        split=str(described.get("split") or "train"),
-        images=None if images is None else Path(images),
-        limit=int(described.get("limit") or 0) or None,
-    )
+    folder = None if images is None else Path(images)
+    *choices, (split, limit) = splits_and_limits(cache)
+    for other_split, other_limit in choices:  # merged of parts of one data set, or of several
+        with contextlib.suppress(DataError):  # a split of another of them
+            dataset = open_dataset(spec, split=other_split, images=folder, limit=other_limit)
+            if dataset.fingerprint() in merged_fingerprints(cache):
+                return dataset
+    return open_dataset(spec, split=split, images=folder, limit=limit)
 
 
 def prepare(config: TrainConfig) -> Preparation:

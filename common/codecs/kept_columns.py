@@ -6,8 +6,9 @@ stored mean.
 
 Short columns keep every pair. In long ones queries are taken nearest first, and runs grow with their distance
 from the key: what is near looks most at it and varies most, and a student's own filter takes out the same pairs.
-At the same bytes this cuts the error of even runs in reading order (of 1 - cosine of the loss gradient) to a
-quarter. Runs follow from the mask and from integer grid positions alone, so that every machine finds the same.
+At the same cosine, growing runs in reading order took 73 kB where even runs of 8 took 129 kB; nearest first then cut
+one synthetic map's early error from 0.0039 to 0.0012. Runs follow from the mask and from integer grid positions
+alone, so that every machine finds the same.
 
 Masks are key-major: neighbouring queries look alike, so bits repeat along a column.
 
@@ -22,6 +23,22 @@ import numpy as np
 from common.codecs.map_codes import decode_roots, encode_roots
 from common.codecs.quantise import CodeArray, FloatArray
 from common.errors import CacheFormatError
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunCoding:
+    """How a preset codes the kept pairs of long columns; a fixed part of format version 1.
+
+    Attributes:
+        growth: As in `growing_runs`.
+        levels: Steps of the root between zero and the threshold.
+    """
+
+    growth: int
+    levels: int
+
+
+RUNS = {"blocks": RunCoding(growth=10, levels=127), "compact": RunCoding(growth=2, levels=63)}
 
 SHORT_COLUMN = 64
 """A column with fewer kept pairs keeps each of them."""

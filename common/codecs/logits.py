@@ -165,10 +165,13 @@ class LogitCodec:
 
     def _select_chunk(self, logits: Tensor, labels: Tensor, first_row: int) -> SparseLogits:
         dense = logits.to(torch.float32, copy=True)  # [A, V]; masked in place below
-        normaliser = torch.logsumexp(dense, dim=1)  # [A]
-        _check_normaliser(normaliser, dense, first_row)
+        largest = dense.amax(dim=1, keepdim=True)  # [A, 1]
+        _check_largest(largest[:, 0], dense, first_row)
         limit = min(self.max_k, dense.shape[1])
         values, ids = _top_by_lowest_id(dense, limit)  # [A, limit]
+        # Ranks are those of the logits as given; sums of large ones would lose their last digits.
+        dense, values = dense.sub_(largest), values - largest
+        normaliser = torch.logsumexp(dense, dim=1)  # [A], 0 to log V
         rank = torch.arange(limit, device=dense.device)
 
         # Tokens until p < floor, within min_k and max_k; probability zero is never listed for itself.
@@ -293,9 +296,9 @@ def _entry_positions(counts: np.ndarray, width: int) -> np.ndarray:
     return np.repeat(shift, counts) + np.arange(int(counts.sum()), dtype=np.int64)
 
 
-def _check_normaliser(normaliser: Tensor, dense: Tensor, first_row: int) -> None:
-    """Refuse rows that are no distribution: NaN and +inf propagate into the normaliser, all -inf is -inf."""
-    finite = torch.isfinite(normaliser)
+def _check_largest(largest: Tensor, dense: Tensor, first_row: int) -> None:
+    """Refuse rows that are no distribution: the largest logit is NaN if any is, or +inf; of all -inf it is -inf."""
+    finite = torch.isfinite(largest)
     if bool(finite.all()):
         return
     row = int(torch.nonzero(~finite)[0, 0])

@@ -122,7 +122,8 @@ def _build_reach() -> FloatArray:
     return reach
 
 
-_REACH = _build_reach()
+GAP_REACH: FloatArray = _build_reach()
+"""How far a gap may lie above, and below, that of its code, nats, float32 `[2, 256]`."""
 
 
 def balance(
@@ -146,7 +147,7 @@ def balance(
     if not len(counts):
         return log_probs
     starts = np.cumsum(counts) - counts
-    above, below = _REACH[0][codes], _REACH[1][codes]  # [E]
+    above, below = GAP_REACH[0][codes], GAP_REACH[1][codes]  # [E]
     above[starts] = below[starts] = 0
     probabilities = np.exp(log_probs)
     halves = (above + below) * np.float32(0.5)

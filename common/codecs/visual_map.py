@@ -39,6 +39,7 @@ from torch import Tensor
 
 from common.codecs.description import check_whole_number, codec_from_settings, codec_to_dict
 from common.codecs.kept_columns import (
+    RUNS,
     column_means,
     decode_columns,
     encode_columns,
@@ -69,17 +70,6 @@ MapPreset = Literal["exact", "blocks", "compact", "exact8", "f4"]
 
 MAP_RANGE_NATS = 16.0
 """`exact8`: attention below e^-16 (1e-7) is stored as that, never as zero: the filter asks for non-zero values."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Runs:
-    """How `blocks` and `compact` code the kept pairs of long columns; a fixed part of format version 1."""
-
-    growth: int
-    levels: int
-
-
-RUNS = {"blocks": _Runs(growth=10, levels=127), "compact": _Runs(growth=2, levels=63)}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import errno
+import contextlib
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.atomic import clean_stale, create_temporary, publish_file, write_bytes_atomic
 from common.errors import CacheFormatError, TransferError
-from common.remotes.streams import AGAIN
+from common.remotes.streams import name_full_disk
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -79,18 +79,15 @@ class DirectoryRemote:
             clean_stale(final.parent, final.name)
             temporary, lock = create_temporary(final)
             try:
-                with source.open("rb") as file, temporary.open("wb") as copy:
-                    while block := file.read(_BLOCK_BYTES):
-                        copy.write(block)
-                        if on_bytes is not None:
-                            on_bytes(len(block))
-                    copy.flush()
-                    os.fsync(copy.fileno())
-                publish_file(temporary, final)
-            except OSError as error:
-                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                    raise
-                raise TransferError(f"{final}: {error.strerror}; make room, then {AGAIN}") from error
+                with name_full_disk(final):
+                    with source.open("rb") as file, temporary.open("wb") as copy:
+                        while block := file.read(_BLOCK_BYTES):
+                            copy.write(block)
+                            if on_bytes is not None:
+                                on_bytes(len(block))
+                        copy.flush()
+                        os.fsync(copy.fileno())
+                    publish_file(temporary, final)
             finally:
                 temporary.unlink(missing_ok=True)
                 if lock is not None:
@@ -110,9 +107,13 @@ class DirectoryRemote:
         return True
 
     def delete(self, names: Iterable[str]) -> None:
-        """Remove files; see ``Remote``."""
+        """Remove files, and the folders of shards that they leave empty; see ``Remote``."""
         for name in names:
-            (self.root / name).unlink(missing_ok=True)
+            path = self.root / name
+            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # not empty, or gone already
+                while (path := path.parent) != self.root and path.parent != self.root:
+                    path.rmdir()
 
     def _existing(self, name: str) -> Path:
         # Links are followed: model hubs' local copies are full of them. A pipe would block for ever.

@@ -10,6 +10,7 @@ import email.utils
 import functools
 import re
 import ssl
+import string
 import time
 import urllib.request
 from http.client import HTTPException
@@ -53,16 +54,20 @@ class HttpRemote:
     def __init__(self, location: str, retries: Retries) -> None:
         try:
             parts = urlsplit(location)
-            known = parts.hostname is not None and (parts.port or True) and location.isprintable()
+            known = parts.port != 0 and parts.hostname is not None and parts.hostname.isascii()
         except ValueError:
             known = False
-        if not known or " " in location:
-            raise ConfigError(f"{location}: not an address; expected http(s)://HOST/FOLDER")
+        if not known or " " in location or parts.fragment or not location.isprintable():
+            raise ConfigError(
+                f"{location}: not an address; expected http(s)://HOST/FOLDER, with blanks as %20, # as %23 and "
+                "the host's name in ASCII"
+            )
         if parts.username or parts.password:
             raise ConfigError(f"{parts.scheme}://{parts.hostname}: a password in the address ends up in logs; "
                               "use a signed address or a server that this machine may read")  # fmt: skip
-        self.location = parts._replace(query="", fragment="").geturl().rstrip("/")
-        self._query = f"?{parts.query}" if parts.query else ""
+        path = quote(parts.path, safe=string.punctuation)  # spells out letters beyond ASCII, and nothing else
+        self.location = parts._replace(path=path, query="").geturl().rstrip("/")
+        self._query = f"?{quote(parts.query, safe=string.punctuation)}" if parts.query else ""
         self._retries = retries
 
     def read(self, name: str, *, max_bytes: int) -> bytes:
@@ -203,6 +208,8 @@ def open_http(
         raise PassingError(_reason(error)) from error
     except (OSError, HTTPException) as error:
         raise PassingError(_reason(error)) from error
+    except ValueError as error:  # the library's word for a redirect that it cannot read
+        raise TransferError(f"{where}: redirected to what is no address ({error})") from error
     try:
         return _body(where, response, start)
     except BaseException:

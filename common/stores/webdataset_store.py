@@ -153,7 +153,9 @@ class WebDatasetReader:
         self._path = shard_path(cache_dir, shard_index, WebDatasetWriter.suffix)
         self._fields = fields
         if not self._path.is_file() or self._path.is_symlink():
-            raise CacheFormatError(f"{self._path}: the shard is missing; run `teacher-cache build` again")
+            raise CacheFormatError(
+                f"{self._path}: the shard is missing; run `cachectl repair`, then `teacher-cache build` again"
+            )
         self._descriptor: int | None = os.open(self._path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
             self._members = self._scan()

@@ -205,7 +205,9 @@ class ZarrReader:
         self._columns: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         self._lock = threading.Lock()
         if not self._path.is_dir() or self._path.is_symlink():
-            raise CacheFormatError(f"{self._path}: the shard is missing; run `teacher-cache build` again")
+            raise CacheFormatError(
+                f"{self._path}: the shard is missing; run `cachectl repair`, then `teacher-cache build` again"
+            )
         walk_files(self._path)  # refuses links
         self._samples, arrays = read_group_metadata(self._path)
         offsets_bytes = (self._samples + 1) * 8

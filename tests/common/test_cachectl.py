@@ -148,3 +148,12 @@ def test_disk_errors_are_told_without_a_traceback(cache, tmp_path, monkeypatch):
     other = "webdataset" if (cache / "shards" / "00000.zarr").exists() else "zarr"
     output = run("convert", cache, tmp_path / "new", "--store", other, code=1)
     assert "error: somewhere: No space left on device" in output
+
+
+@pytest.mark.parametrize("place", ["s3://bucket/cache", "https://example.org/cache"])
+@pytest.mark.parametrize("words", ["pull . {}", "merge . . --output {}", "convert . {} --store zarr"])
+def test_an_address_never_becomes_a_folder_of_that_name(tmp_path, monkeypatch, place, words):
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(main, words.format(place).split())
+    assert (result.exit_code, "cachectl push" in result.output) == (2, True), result.output
+    assert not list(tmp_path.iterdir())

@@ -229,3 +229,14 @@ def test_a_damaged_top_next_to_no_mass_neither_overflows_nor_leaves_its_codes(to
     log_probs = np.float32(top) - GAP_TABLE[codes]
     balanced = balance(log_probs, codes, np.array([3]), np.array([1.0], dtype=np.float32))
     assert bool((np.abs(balanced - log_probs) <= gap_error(GAP_TABLE[codes]) * 1.1 + 1e-2).all())
+
+
+@pytest.mark.parametrize("offset", [-3e38, -60_000.0, 60_000.0, 3e38])
+def test_large_logits_lose_no_digits_to_their_size(offset: float):
+    dense = torch.full((1, 500), offset)
+    codec = LogitCodec.from_preset("fixed:8", temperatures=(0.5, 1.0, 2.0))
+    decoded = codec.decode(codec.encode(codec.select(dense, torch.tensor([3]))))
+    for temperature in codec.temperatures:
+        log_probs, tail = decoded.at(temperature)
+        assert torch.allclose(log_probs.exp(), torch.tensor(1 / 500), rtol=4e-3)
+        assert torch.allclose(tail.exp(), torch.tensor(492 / 500), rtol=1e-3)

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from cache_factory import make_plan
 
-from common.derive import Slot, derive_cache, derive_plan, refuse_strangers
+from common.derive import Slot, derive_cache, derive_plan
 from common.errors import ConfigError
+from common.fetching import refuse_strangers
 
 
 def check_every_kill(store: str, folder: Path, stride: int) -> None:

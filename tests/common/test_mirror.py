@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import shutil
 import threading
@@ -336,11 +337,26 @@ def test_a_forged_cache_of_the_same_hash_does_not_pass_for_the_real_one(
         open_mirror(remote.location, open_shards=1)
 
 
-@pytest.mark.parametrize("limit", ["0", "10 GB", "-1"])
+@pytest.mark.parametrize("limit", ["0", "10 GB", "-1", "\u00b2"])
 def test_a_limit_that_is_no_size_is_refused(monkeypatch, limit: str):
     monkeypatch.setenv("VLM_DISTILL_CACHE_BYTES", limit)
     with pytest.raises(ConfigError, match="VLM_DISTILL_CACHE_BYTES"):
         find_mirror("https://example.org")
+
+
+def test_a_folder_that_may_not_be_written_is_named_with_the_variable(remote: CountingRemote, monkeypatch):
+    def refuse(path: Path, **_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(mirror_module, "lock", refuse)
+    with pytest.raises(ConfigError, match="lock: Permission denied; set VLM_DISTILL_CACHE_DIR"):
+        open_mirror(remote.location, open_shards=1)
+
+
+def test_somebody_elses_lock_file_serves_whoever_may_write_it(remote: CountingRemote, monkeypatch):
+    monkeypatch.setattr("os.utime", lambda path: None)  # with a time, only the owner may call it
+    cache = open_mirror(remote.location, open_shards=1)
+    assert_equal_records(cache.read(sample_id(9)), make_record(9))
 
 
 def test_what_is_no_sealed_cache_is_refused(remote: CountingRemote):
@@ -366,6 +382,8 @@ def test_a_web_servers_cache_is_read_in_place(built: Path, tmp_path: Path, monke
         assert_reads_all(f"{url}/{built.name}")
         shown = CliRunner().invoke(main, ["inspect", f"{url}/{built.name}"]).output
         assert f"teacher cache   {url}/{built.name}: " in shown
+        assert f"cachectl pull {url}/{built.name} FOLDER" in shown
+        assert "cachectl verify" not in shown  # which takes no address
         record = CliRunner().invoke(main, ["inspect", f"{url}/{built.name}", sample_id(9)])
         assert record.exit_code == 0, record.output
         assert sample_id(9) in record.output

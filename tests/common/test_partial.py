@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -174,8 +176,9 @@ def test_pulled_twice_it_is_the_same_and_broken_off_it_goes_on(remote: CountingR
 
 def test_another_selection_or_a_strangers_folder_is_refused(remote: CountingRemote, tmp_path: Path):
     pull_partial(remote.location, tmp_path / "part", Selection(shards=(1,)))
-    with pytest.raises(CacheMismatchError, match="selection"):
+    with pytest.raises(CacheMismatchError, match=r"selection[\s\S]*Name a new folder") as caught:
         pull_partial(remote.location, tmp_path / "part", Selection(shards=(1, 2)))
+    assert "--overwrite" not in str(caught.value)  # which a pull does not have
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.txt").write_text("")
     with pytest.raises(ConfigError, match="not empty"):
@@ -196,6 +199,9 @@ def test_a_part_of_a_part_remembers_both(remote: CountingRemote, tmp_path: Path,
         ({"shards": "5"}, ConfigError, "no shard 5; the cache has 5"),
         ({"shards": "3-1"}, ConfigError, "3-1"),
         ({"shards": "all"}, ConfigError, "write them as 0-3,7"),
+        ({"shards": "\u00b2"}, ConfigError, "write them as 0-3,7"),  # a digit that is no number
+        ({"samples": "\u00b2"}, ConfigError, "neither a number nor"),
+        ({"signals": " ,"}, ConfigError, "no name in it"),
         ({"samples": "0"}, ConfigError, "from 1"),
         ({"samples": "/nowhere/ids.txt"}, ConfigError, "neither a number nor"),
         ({"signals": "hidden"}, ConfigError, "it holds logits, visual_map"),
@@ -208,7 +214,40 @@ def test_what_the_cache_does_not_have_is_refused(
     given = dict.fromkeys(("shards", "samples", "signals", "top_k")) | options
     with pytest.raises(error, match=message):
         pull_partial(remote.location, tmp_path / "part", parse_selection(**given))
-    assert not (tmp_path / "part" / "plan.json").exists()
+    assert not (tmp_path / "part").exists()  # not even an empty folder, which `verify` would call damaged
+
+
+def test_a_list_of_ids_may_come_from_any_editor(tmp_path: Path):
+    (tmp_path / "ids.txt").write_bytes(b"\xef\xbb\xbfa\r\nb \r\n\r\na\r\nc\xe2\x80\xa8d")
+    selection = parse_selection(shards=None, samples=str(tmp_path / "ids.txt"), signals="x,,y,", top_k=None)
+    assert selection.sample_ids == ("a", "b ", "c\u2028d")
+    assert selection.signals == ("x", "y")
+
+
+def test_a_part_is_not_written_into_the_cache_it_comes_from(whole: Path):
+    before = tree(whole)
+    for target in (whole, whole / "part"):
+        with pytest.raises(ConfigError, match="inside each other"):
+            pull_partial(whole, target, Selection(shards=(1,)))
+    assert tree(whole) == before
+
+
+def test_a_disk_that_fills_up_is_named(remote: CountingRemote, tmp_path: Path, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("common.derive.finish_shard", full)
+    with pytest.raises(TransferError, match="part: No space left on device; make room"):
+        pull_partial(remote.location, tmp_path / "part", Selection(shards=(1,)))
+
+
+def test_a_size_beyond_the_disk_is_refused_before_anything_is_fetched(
+    remote: CountingRemote, tmp_path: Path, monkeypatch
+):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10))
+    with pytest.raises(TransferError, match="more, but there are 10 free"):
+        pull_partial(remote.location, tmp_path / "part", Selection(shards=(1,)))
+    assert not remote.fetched
 
 
 def test_a_sample_that_is_not_there_is_named(remote: CountingRemote, tmp_path: Path):

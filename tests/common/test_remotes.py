@@ -213,13 +213,21 @@ class TestHttpRemote(ReadContract):
 
 @pytest.mark.parametrize("location", [
     "s3://", "s3://bucket//x", "hf://datasets/only", "hf://models/a/b", "hf://datasets/a/b/../c", "https://", "http://a:b/c",
-    "https://user:secret@host/x", "http://host/a b", "ftp://host/x", "file:///x",
+    "https://user:secret@host/x", "http://host/a b", "http://host/a#b", "http://h\u00f6st/a", "ftp://host/x", "file:///x",
 ])  # fmt: skip
 def test_an_address_that_cannot_be_meant_is_refused_before_anything_is_sent(location, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     with pytest.raises(ConfigError) as caught:
         open_remote(location)
     assert "secret" not in str(caught.value)
+
+
+def test_an_address_may_have_letters_of_any_language(tmp_path):
+    (tmp_path / "\u00fc 1").mkdir()
+    (tmp_path / "\u00fc 1" / "a").write_bytes(b"here")
+    with serve_nginx(tmp_path, tmp_path / "nginx") as url:
+        for name in ("\u00fc%201", "%C3%BC%201"):
+            assert open_remote(f"{url}/{name}").read("a", max_bytes=9) == b"here"
 
 
 def test_a_library_that_is_missing_or_a_hub_that_is_off_is_named(monkeypatch):

@@ -9,7 +9,7 @@ from cache_factory import build_cache, make_plan, make_record, sample_id, tree
 
 import common.pushing
 import common.remotes.directory
-from common.errors import CacheFormatError, CacheMismatchError, TransferError
+from common.errors import CacheFormatError, CacheMismatchError, ConfigError, TransferError
 from common.manifest import MANIFEST, PLAN, seal
 from common.remotes import DirectoryRemote
 from common.stores import finish_shard, open_writer
@@ -231,12 +231,46 @@ def test_a_disk_that_fills_up_there_is_said(cache, place, monkeypatch):
     assert not list(place.rglob(".tmp-*"))
 
 
-def test_a_folder_with_a_readme_of_its_own_is_not_written_into(cache, place):
+def test_a_folder_of_other_things_is_not_written_into(cache, place):
+    place.mkdir()
+    (place / "thesis.txt").write_text("all of it")
+    with pytest.raises(ConfigError, match="not empty and no cache"):
+        push(cache, place)
+    assert tree(place) == {"thesis.txt": b"all of it"}
+    push(cache, place, overwrite=True)
+    assert tree(place) == tree(cache) | {"thesis.txt": b"all of it"}
+
+
+def test_an_address_with_a_readme_of_its_own_is_not_written_into(cache, recorder, place):
     place.mkdir()
     (place / "README.md").write_text("# My home page\n")
     with pytest.raises(CacheMismatchError, match=r"has a README.md, which the cache's card would replace"):
-        push(cache, place)
+        push(cache, "s3://caches/home")
     assert tree(place) == {"README.md": b"# My home page\n"}
+
+
+def test_who_is_overwritten_stops_before_the_next_shard(cache, recorder, tmp_path):
+    other = make_cache(tmp_path / "other", fingerprints={"data": "another"})
+
+    def overwrite_once(name: str) -> None:
+        if name == "shards/00001.tar":
+            recorder.before = lambda name: None
+            push(other, recorder.root, jobs=1, overwrite=True)
+
+    recorder.before = overwrite_once
+    with pytest.raises(CacheMismatchError, match=r"changed by another push meanwhile \(plan.json\)"):
+        push(cache, recorder.root, jobs=1)
+    assert recorder.written[-2:] == ["shards/00001.tar", "shards/00001.json"]  # that was on its way
+    assert sum(name == "shards/00002.tar" for name in recorder.written) == 1
+
+
+def test_overwriting_leaves_no_empty_folders_of_the_old_shards(cache, place, tmp_path):
+    build_cache(tmp_path / "zarr", make_plan("zarr"))
+    push(tmp_path / "zarr", place)
+    push(cache, place, overwrite=True)
+    assert sorted(path.relative_to(place) for path in place.rglob("*")) == sorted(
+        path.relative_to(cache) for path in cache.rglob("*")
+    )
 
 
 def test_a_new_fidelity_card_travels_alone(cache, recorder, tmp_path):

@@ -74,3 +74,11 @@ def test_a_folder_without_the_files_or_with_damaged_ones_says_what_is_expected(t
     (tmp_path / "preprocessor_config.json").write_text("{")
     with pytest.raises(ModelError, match=r"expected preprocessor_config\.json"):
         load_image_processor(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["{}", '{"model": {"type": "BPE"}}', "[]", "{", "\x00"])
+def test_a_damaged_tokenizer_is_a_clear_error(tmp_path, damage):
+    builtin.load_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(damage)
+    with pytest.raises(ModelError, match=r"no usable tokenizer.*expected tokenizer\.json"):
+        load_tokenizer(tmp_path)

@@ -116,7 +116,9 @@ def test_every_way_to_keep_a_map_is_shared_and_found_sound(tmp_path, build, pres
     assert len(held) == 2
     for name in cache.sample_ids:
         holder = next(other for other in held if other.split("-")[0] == name.split("-")[0])
-        ours, theirs = (codec.decode(cache.read(sample_id, [*names, "tiles"])) for sample_id in (name, holder))
+        ours, theirs = (
+            codec.decode(cache.read(sample_id, [*names, "tiles"])) for sample_id in (name, holder)
+        )
         assert torch.equal(ours, theirs)
         assert bool(ours.any())
     assert verify(cache.path, deep=True) == []

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from types import SimpleNamespace
 
 import PIL.Image
 import pytest
@@ -10,6 +11,8 @@ from test_run import FAST
 from tiny_cache import DATA, build_tiny_cache
 
 from common.errors import ConfigError, DataError
+from data.registry import open_dataset
+from stage2_student import held_out
 from stage2_student import run as run_module
 from stage2_student.cli import main
 from stage2_student.held_out import probe_items, scoring_notes
@@ -116,3 +119,18 @@ def test_without_its_cache_a_student_is_scored_without_the_comparison(tiny_cache
     assert "top-1" not in result.output
     named = CliRunner().invoke(main, [*arguments, "--cache", str(tmp_path / "gone")])
     assert "top-1" in named.output
+
+
+def test_data_of_one_part_of_a_merge_is_training_data(tmp_path, monkeypatch):
+    data = write_data(tmp_path, ["red", "blue", "green"])
+    build_tiny_cache(tmp_path / "c", data=str(data))
+    config = make_config(tmp_path / "c", tmp_path / "run", data)
+    parts = [
+        {"fingerprint": "another", "limit": 0, "samples": 9},
+        {"fingerprint": open_dataset(str(data), limit=2).fingerprint(), "limit": 2, "samples": 2},
+    ]
+    plan = SimpleNamespace(data={"parts": parts}, fingerprints={"data": "of both"})
+    monkeypatch.setattr(held_out, "_cache_of", lambda _: SimpleNamespace(plan=plan))
+    assert held_out._is_training_data(config, str(data))
+    parts[1]["limit"] = 1
+    assert not held_out._is_training_data(config, str(data))

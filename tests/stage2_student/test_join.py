@@ -10,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.errors import CacheMismatchError
-from stage2_student.join import join_cache, merged_fingerprints, missing_samples
+from data.registry import open_dataset
+from stage2_student.join import join_cache, merged_fingerprints, missing_samples, splits_and_limits
+from stage2_student.preparation import open_cached_data
 
 
 class ListOfIds:
@@ -87,3 +89,32 @@ def test_parts_that_are_none_are_no_parts():
     assert merged_fingerprints(CacheOfIds([["a"]])) == ()
     assert merged_fingerprints(CacheOfIds([["a"]], parts="text")) == ()
     assert merged_fingerprints(CacheOfIds([["a"]], parts=[3, {"fingerprint": "f"}])) == ("f",)
+
+
+def merged_of(*limits):
+    parts = [
+        {
+            "name": (data := open_dataset("shapes:images=9", limit=limit)).name,
+            "fingerprint": data.fingerprint(),
+            "limit": limit or 0,
+            "samples": len(data),
+            "split": "train",
+        }
+        for limit in limits
+    ]
+    return CacheOfIds([["a"]], parts=parts)
+
+
+@pytest.mark.parametrize(("limits", "opened"), [((4, 6), 6), ((6, 4), 6), ((4, None), None), ((5, 5), 5)])
+def test_a_merge_of_parts_of_one_data_set_is_trained_on_the_largest(limits, opened):
+    cache = merged_of(*limits)
+    data = open_cached_data(cache, data="shapes:images=9", images=None)
+    assert len(data) == len(open_dataset("shapes:images=9", limit=opened))
+    assert data.fingerprint() in merged_fingerprints(cache)
+
+
+def test_split_and_limit_are_those_of_the_build_where_nothing_was_merged():
+    cache = CacheOfIds([["a"]])
+    assert splits_and_limits(cache) == [("train", None)]
+    cache.plan.data = {"split": "test", "limit": 3}
+    assert splits_and_limits(cache) == [("test", 3)]

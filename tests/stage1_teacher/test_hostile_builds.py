@@ -1,0 +1,134 @@
+"""Builds that meet pipes for pictures, addresses for folders, folders that vanish, and each other's --overwrite."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+import stage1_teacher.extract
+from common.errors import CacheMismatchError, ConfigError, DataError, SampleError
+from data.images import ImageFile, decode_image
+from data.llava import find_images
+from stage1_teacher.cache_folder import in_use
+from stage1_teacher.cli import main
+from stage1_teacher.config import BuildConfig
+from stage1_teacher.parts import stopped_by_sigterm
+from stage1_teacher.pipeline import FailureBudget
+
+
+def test_an_overwrite_beside_a_running_build_is_refused_and_deletes_nothing(tmp_path: Path, build_cache):
+    cache = tmp_path / "cache"
+    build_cache(cache, limit=2)
+    before = sorted(cache.rglob("*"))
+    with in_use(cache), pytest.raises(ConfigError, match="another `teacher-cache build` is running"):
+        build_cache(cache, limit=2, logits="lean", overwrite=True)
+    assert sorted(cache.rglob("*")) == before
+    with in_use(cache):  # another build with the same options is welcome
+        assert build_cache(cache, limit=2).manifest is not None
+    assert build_cache(cache, limit=2, logits="lean", overwrite=True).built == 1
+
+
+@pytest.mark.parametrize("loss", [shutil.rmtree, lambda cache: (cache / "plan.json").unlink()])
+def test_a_build_whose_folder_is_removed_stops_at_the_next_shard(
+    tmp_path: Path, build_cache, monkeypatch, loss
+):
+    cache, ran = tmp_path / "cache", []
+    run_shard = stage1_teacher.extract.run_shard
+
+    def run_and_lose(work, shard, batch_size):
+        if not ran:
+            loss(cache)
+        ran.append(shard.index)
+        yield from run_shard(work, shard, batch_size)
+
+    monkeypatch.setattr(stage1_teacher.extract, "run_shard", run_and_lose)
+    with pytest.raises(CacheMismatchError, match="removed or replaced while this build ran"):
+        build_cache(cache)
+    assert ran == [0]
+
+
+@pytest.mark.parametrize("address", ["s3://bucket/x", "https://host/x", "hf://datasets/a/b", "file:///x", ""])
+def test_a_build_into_an_address_is_refused_and_makes_no_folder(tmp_path: Path, monkeypatch, address: str):
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(main, ["build", "--cache", address])
+    assert result.exit_code == 1
+    assert "cache: " in result.output
+    assert not address or f"cachectl push FOLDER {address}" in result.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_pipe_or_a_device_is_a_failed_sample_and_is_not_read(tmp_path: Path):
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "zero.png").symlink_to("/dev/zero")
+    for name in ("pipe.png", "zero.png"):
+        with pytest.raises(SampleError, match=f"{name} is not a regular file"):
+            ImageFile(tmp_path / name).load()
+
+
+def test_reasons_of_failure_depend_neither_on_the_run_nor_on_the_folder(tmp_path: Path):
+    reasons = []
+    for folder in (tmp_path / "here", tmp_path / "there"):
+        folder.mkdir()
+        (folder / "text.png").write_text("no picture")
+        for name in ("text.png", "missing.png"):
+            with pytest.raises(SampleError) as caught:
+                find_images(name, folder)[0].load()
+            reasons.append(str(caught.value))
+    assert reasons[:2] == reasons[2:]
+    assert not any(str(tmp_path) in reason for reason in reasons)
+    with pytest.raises(SampleError) as caught:
+        decode_image(b"no picture", name="x")
+    assert "0x" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("failed", "total"), [(29, 100), (7, 100), (57, 100), (1, 100)])
+def test_exactly_the_tolerated_share_of_failures_is_tolerated(failed: int, total: int):
+    budget = FailureBudget(total=total, share=float(f"0.{failed:02d}"))
+    budget.spend([("a", "bad")] * failed)
+    with pytest.raises(DataError, match=f"the tolerated {failed} %"):
+        budget.spend([("b", "bad")])
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        *(f"--{name}={value}" for name in ("price", "epochs", "student-step") for value in ("nan", "inf")),
+        f"--students={10**400}",
+        "--json=nowhere/figures.json",
+    ],
+)
+def test_an_estimate_of_nonsense_is_a_usage_error_before_anything_is_measured(option: str):
+    result = CliRunner().invoke(main, ["estimate", option])
+    assert result.exit_code == 2
+    assert result.exception is None or isinstance(result.exception, SystemExit)
+
+
+def test_sigterm_unwinds_with_143_and_the_handler_is_put_back():
+    before, cleaned = signal.getsignal(signal.SIGTERM), []
+
+    def work():
+        with stopped_by_sigterm():
+            try:
+                signal.raise_signal(signal.SIGTERM)
+            finally:
+                cleaned.append(True)
+
+    with pytest.raises(SystemExit) as caught:
+        work()
+    assert (caught.value.code, cleaned) == (143, [True])
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize("module", ["stage1_teacher.cli", "common.cli", "stage2_student.cli"])
+def test_the_module_is_a_command_as_torchrun_runs_it(module: str):
+    ran = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, check=True)
+    assert "Usage" in ran.stdout
+
+
+def test_a_folder_is_still_a_cache():
+    assert BuildConfig(cache="a:b/c").cache == "a:b/c"

@@ -108,13 +108,13 @@ def repair(cache: Path, *, deep: bool, dry_run: bool) -> None:
         more = f"; {missing} of {plan.shard_count} shards are to be built" if missing else ""
         click.echo(f"ok: {cache}: nothing to repair{more}")
         return
-    shards = sum(step.is_shard for step in steps)
     kept = sum(step.action == "keep" for step in steps)
     if dry_run:
         click.echo(f"Next: cachectl repair {cache}{' --deep' if deep else ''}")
     elif any(step.action == "remove" for step in steps):
+        missing = len(missing_shards(cache, read_plan(cache)))
         click.echo(
-            f"Next: teacher-cache build with the same options makes {shards} shards anew and seals the cache"
+            f"Next: teacher-cache build with the same options makes the missing shards ({missing}) and seals the cache"
         )
     if kept:
         click.echo(f"error: {cache}: {kept} things are left to you", err=True)

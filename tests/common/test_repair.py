@@ -237,7 +237,7 @@ def test_the_command_says_what_it_did_and_what_is_next(cache):
     assert f"Next: cachectl repair {cache}" in output
     output = run()
     assert "remove: manifest.json: lists what is not there any more" in output
-    assert "teacher-cache build with the same options makes 1 shards anew" in output
+    assert "teacher-cache build with the same options makes the missing shards (1)" in output
     assert f"ok: {cache}: nothing to repair; 1 of 3 shards are to be built" in run()
     (cache / "shards" / "bad\x1b]0;name").write_text("")
     output = run(code=1)

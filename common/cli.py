@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Never
 
 import click
 from tqdm import tqdm
 
-from common.command_line import SETTINGS, CacheLocation, CommandGroup, NewFolder, can_print, say
+from common.command_line import SETTINGS, CacheLocation, CommandGroup, NewFolder, can_print, quoted, say
 from common.plan import STORE_NAMES, read_plan
 
 if TYPE_CHECKING:
@@ -48,7 +47,7 @@ def inspect(cache: str, sample_id: str | None, picture: Path | None, image: Path
         folder = local_folder(cache)  # of an address: where its descriptions are
         text = describe_cache(folder).replace(str(folder), cache)
         if folder != Path(cache):  # only what is here can be verified
-            text = text.replace(f"cachectl verify {cache}", f"cachectl pull {shlex.quote(cache)} FOLDER")
+            text = text.replace(f"cachectl verify {cache}", f"cachectl pull {quoted(cache)} FOLDER")
         say(text)
         return
     from common.attention_picture import BLOCKS
@@ -61,7 +60,7 @@ def inspect(cache: str, sample_id: str | None, picture: Path | None, image: Path
         say(f"Drew {picture}")
         return
     say(describe_record(opened, sample_id, unicode=can_print(BLOCKS)))
-    say(f"\nNext: cachectl inspect {cache} {shlex.quote(sample_id)} --picture OUT.png [--image FILE]")
+    say(f"\nNext: cachectl inspect {quoted(cache)} {quoted(sample_id)} --picture OUT.png [--image FILE]")
 
 
 @main.command()
@@ -77,12 +76,12 @@ def verify(cache: Path, *, deep: bool) -> None:
         say(f"damaged: {damage}")
     if damages:
         click.echo(f"error: {cache}: {len(damages)} damaged files", err=True)
-        click.echo(f"Next: cachectl repair {cache}{' --deep' if deep else ''} --dry-run")
+        click.echo(f"Next: cachectl repair {quoted(cache)}{' --deep' if deep else ''} --dry-run")
         raise click.exceptions.Exit(1)
     plan = read_plan(cache)
     values = ", every value one that its codec writes" if deep else ""
     click.echo(f"ok: {cache}: {plan.shard_count} shards, every byte as its sidecar and manifest say{values}")
-    click.echo(f"Next: cachectl inspect {cache}")
+    click.echo(f"Next: cachectl inspect {quoted(cache)}")
 
 
 @main.command()
@@ -110,7 +109,7 @@ def repair(cache: Path, *, deep: bool, dry_run: bool) -> None:
         return
     kept = sum(step.action == "keep" for step in steps)
     if dry_run:
-        click.echo(f"Next: cachectl repair {cache}{' --deep' if deep else ''}")
+        click.echo(f"Next: cachectl repair {quoted(cache)}{' --deep' if deep else ''}")
     elif any(step.action == "remove" for step in steps):
         missing = len(missing_shards(cache, read_plan(cache)))
         click.echo(
@@ -133,7 +132,7 @@ def convert(source: Path, target: Path, store: str) -> None:
         manifest = convert_cache(source, target, store, on_shard=bar.update)
     totals = manifest.totals
     click.echo(f"Converted {totals['samples']} samples into {target} ({store}, {totals['bytes']:,} bytes)")
-    click.echo(f"Next: cachectl verify {target}")
+    click.echo(f"Next: cachectl verify {quoted(target)}")
 
 
 @main.command()
@@ -156,15 +155,15 @@ def merge(sources: tuple[Path, ...], output: Path, store: str | None) -> None:
     if merged.manifest is None:
         click.echo(f"Not sealed: {len(merged.missing)} shards are missing: {format_ranges(merged.missing)}")
         click.echo(
-            f"Next: cachectl merge {output} MORE_PARTS --output ANOTHER_FOLDER, or teacher-cache build"
+            f"Next: cachectl merge {quoted(output)} MORE_PARTS --output ANOTHER_FOLDER, or teacher-cache build"
         )
         return
     if not (output / CARD).is_file():
         click.echo(
-            f"Next: teacher-cache fidelity --cache {output} with the build's options: measures it, writes its card"
+            f"Next: teacher-cache fidelity --cache {quoted(output)} with the build's options: measures it, writes its card"
         )
         return
-    click.echo(f"Next: cachectl verify {output}")
+    click.echo(f"Next: cachectl verify {quoted(output)}")
 
 
 @main.command()
@@ -183,7 +182,7 @@ def push(cache: Path, destination: str, *, jobs: int, overwrite: bool) -> None:
     with _byte_progress("push") as bar:
         _, moved = push_cache(cache, destination, jobs=jobs, overwrite=overwrite, on_progress=_follow(bar))
     click.echo(f"Pushed {cache} to {destination}: {moved}")
-    click.echo(f"Next, elsewhere: cachectl pull {shlex.quote(destination)} {shlex.quote(cache.name)}")
+    click.echo(f"Next, elsewhere: cachectl pull {quoted(destination)} {quoted(cache.name)}")
 
 
 @main.command()
@@ -221,14 +220,16 @@ def pull(
         click.echo(
             f"Pulled {part.totals['samples']} samples of {source} to {cache} ({part.totals['bytes']:,} bytes)"
         )
-        click.echo(f"Next: cachectl inspect {cache}")
+        click.echo(f"Next: cachectl inspect {quoted(cache)}")
         return
     from common.transfer import pull as pull_cache
 
     with _byte_progress("pull") as bar:
         _, moved = pull_cache(source, cache, jobs=jobs, on_progress=_follow(bar))
     click.echo(f"Pulled {source} to {cache}: {moved}")
-    click.echo(f"Next: cachectl verify {cache}, then make distill STUDENT=mobilevlm CACHE={cache}")
+    click.echo(
+        f"Next: cachectl verify {quoted(cache)}, then make distill STUDENT=mobilevlm CACHE={quoted(cache)}"
+    )
 
 
 def _progress(title: str, total: int | None = None) -> tqdm[Never]:

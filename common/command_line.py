@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,11 @@ class CommandGroup(click.Group):
             click.echo("stopped; run the same command again to go on where it stopped", err=True)
             return ctx.exit(130)
         return ctx.exit(1)
+
+
+def quoted(place: str | Path) -> str:
+    """Write a path or an address as a shell reads it back, for the commands that we propose."""
+    return shlex.quote(str(place))
 
 
 class CacheLocation(click.ParamType):

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from common.command_line import SETTINGS, CacheLocation, CommandGroup
+from common.command_line import SETTINGS, CacheLocation, CommandGroup, quoted
 
 # Imports that pull torch in are inside the commands, so that --help, usage errors and "up to date" are
 # instant.
@@ -78,7 +78,7 @@ def train(config: Path | None, cache: str, overrides: tuple[str, ...], **options
     if result.log:
         click.echo(summarise(result.log))
         click.echo(f"Student: {result.final}")
-        click.echo(f"Next: distill evaluate {result.final} --cache {cache}")
+        click.echo(f"Next: distill evaluate {quoted(result.final)} --cache {quoted(cache)}")
 
 
 @main.command()
@@ -97,7 +97,7 @@ def run(config: Path | None, cache: str, overrides: tuple[str, ...], nproc: int,
     else:
         click.echo(f"Everything in {summary.output} is up to date.")
     click.echo(f"Report: {summary.report}")
-    click.echo(f"Next: distill export {summary.output / 'distilled' / 'final'} --output FOLDER")
+    click.echo(f"Next: distill export {quoted(summary.output / 'distilled' / 'final')} --output FOLDER")
 
 
 @main.command()
@@ -159,7 +159,7 @@ def evaluate(
     if output is not None:
         write_json_atomic(output, report.to_dict())
         click.echo(f"Scores: {output}")
-    click.echo(f"Next: distill export {student} --output FOLDER")
+    click.echo(f"Next: distill export {quoted(student)} --output FOLDER")
 
 
 @main.command()

@@ -72,7 +72,11 @@ class NewFolder(click.Path):
         from common.remotes import is_url
 
         if is_url(value):
-            self.fail(f"{value}: an address; give a folder here, then `cachectl push` it there", param, ctx)
+            self.fail(
+                f"{value}: an address; give a folder of this machine (a cache can then be pushed there: `cachectl push`)",
+                param,
+                ctx,
+            )
         return super().convert(value, param, ctx)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from common.command_line import SETTINGS, CacheLocation, CommandGroup, quoted
+from common.command_line import SETTINGS, CacheLocation, CommandGroup, NewFolder, quoted
 
 # Imports that pull torch in are inside the commands, so that --help, usage errors and "up to date" are
 # instant.
@@ -31,7 +31,7 @@ def _training_options(command: Any) -> Any:
         click.option("--config", type=_YAML, help="YAML file of options."),
         click.option("--seed", type=click.IntRange(min=0), help="Of weights and order."),
         click.option("--phases", help='Which, in order: "dpt dft sft".'),
-        click.option("--output", required=True, type=click.Path(path_type=Path), help="Folder to write to."),
+        click.option("--output", required=True, type=NewFolder(), help="Folder to write to."),
         click.option(
             "--cache",
             required=True,
@@ -175,7 +175,7 @@ def report(output: Path) -> None:
 
 @main.command()
 @click.argument("student", type=_FOLDER)
-@click.option("--output", required=True, type=click.Path(path_type=Path), help="New folder.")
+@click.option("--output", required=True, type=NewFolder(), help="New folder.")
 @click.option(
     "--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), default="float16", show_default=True
 )

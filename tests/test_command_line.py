@@ -77,3 +77,12 @@ def test_the_readme_names_only_targets_and_commands_that_exist():
     for program in GROUPS:
         named = {f"{program} {word}" for word in re.findall(rf"`?{program} ([a-z][a-z-]*)", readme)}
         assert named <= set(SURFACE)
+
+
+@pytest.mark.parametrize("command", ["train", "run", "export"])
+def test_an_address_is_no_place_to_write_a_student_to(command):
+    arguments = [str(ROOT)] if command == "export" else ["--cache", str(ROOT)]
+    main = importlib.import_module(GROUPS["distill"]).main
+    result = CliRunner().invoke(main, [command, *arguments, "--output", "s3://bucket/run"])
+    assert result.exit_code == 2
+    assert "give a folder of this machine" in " ".join(result.output.replace("│", "").split())

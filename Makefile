@@ -15,10 +15,10 @@ CACHE_CONFIG ?=
 # Held-out data to score on.
 EVAL_DATA ?=
 
-# One folder per data set and store; a name is enough for built-in data, a path becomes its last part.
+# One folder per data set and store, and per student and cache; of a path or an address its last part is enough.
 DATA_NAME := $(subst :,-,$(basename $(notdir $(patsubst %/,%,$(DATA)))))
 CACHE   ?= build/cache/$(DATA_NAME)-$(STORE)
-OUTPUT  ?= build/runs/$(notdir $(patsubst %/,%,$(STUDENT)))-$(DATA_NAME)-$(STORE)
+OUTPUT  ?= build/runs/$(notdir $(patsubst %/,%,$(STUDENT)))-$(notdir $(patsubst %/,%,$(CACHE)))
 
 VENV  := .venv
 BIN   := $(VENV)/bin

@@ -211,7 +211,7 @@ def estimate_text(estimate: Estimate) -> str:
         f"{1 / probe.loop:.1f} samples/s (alone, a sample: read {probe.encode * 1e3:.2f} ms, "
         f"teacher {probe.teacher * 1e3:.2f} ms, write {probe.write * 1e3:.2f} ms)"
     )
-    lines.append(f"Training, {scenario.epochs:g} epochs each:")
+    lines.append(f"Training, each student {scenario.epochs:g} times over the data:")
     lines.append(
         f"  {'students':<10}{'teacher beside the student':>28}{'cache, stage one included':>28}{'ratio':>8}"
     )

@@ -44,7 +44,7 @@ def summary_text(summary: BuildSummary) -> str:
     )  # fmt: skip
     lines.append(f"  {BASE:<18}{base / rows:>12.1f}{base / samples:>14.1f}")
     stored = totals["bytes"]
-    lines.append(f"  {'on disk, packed':<18}{stored / rows:>12.1f}{stored / samples:>14.1f}")
+    lines.append(f"  {'all, compressed':<18}{stored / rows:>12.1f}{stored / samples:>14.1f}")
     if manifest.fidelity:
         kept, error = manifest.fidelity.get("kept_mass"), manifest.fidelity.get("logits_gradient_error")
         cosine = manifest.fidelity.get("answer_attention_gradient_cosine")

@@ -173,9 +173,8 @@ def in_parallel(tasks: Iterable[Callable[[threading.Event], None]], jobs: int) -
         try:
             for done in as_completed([pool.submit(work) for _ in range(jobs)]):
                 done.result()
-        except BaseException:
-            stop.set()
-            raise
+        finally:
+            stop.set()  # for those still at work when one failed, or when somebody pressed Ctrl-C
 
 
 def cache_bytes(manifest: Manifest) -> int:

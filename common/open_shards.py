@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from common.atomic import read_bounded
 from common.errors import CacheFormatError
-from common.hashing import stream_checksum
 from common.manifest import summarise
-from common.plain_files import open_plain
+from common.plain_files import check_file, check_size
 from common.sidecar import parse_sidecar, sidecar_path
 from common.stores import open_reader
 
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
 
     from common.manifest import Manifest
     from common.plan import Plan
-    from common.sidecar import FileEntry, ShardSidecar
+    from common.sidecar import ShardSidecar
     from common.stores import ShardReader
 
 _REMEDY = "run `cachectl verify` to see all damage, then build or copy that shard again"
@@ -132,7 +131,7 @@ class OpenShards:
         """
         for shard in range(self._plan.shard_count):
             for name, entry in self._read_sidecar(shard).files.items():
-                _check_size(self._path / name, entry)
+                check_size(self._path, name, entry, _REMEDY)
 
     def _read_sidecar(self, shard: int) -> ShardSidecar:
         path = sidecar_path(self._path, shard)
@@ -155,17 +154,7 @@ class OpenShards:
         held = self._before_open(shard) if self._before_open is not None else None
         sidecar = self.sidecar(shard)
         for name, entry in sidecar.files.items():
-            path = self._path / name
-            _check_size(path, entry)
-            try:
-                with open_plain(self._path, name) as file:  # follows no link
-                    found = stream_checksum(file)
-            except OSError as error:
-                raise CacheFormatError(f"{path}: cannot be read: {error.strerror}; {_REMEDY}") from error
-            if found != entry.xxh3_128:
-                raise CacheFormatError(
-                    f"{path}: damaged: expected {entry.xxh3_128}, found {found}; {_REMEDY}"
-                )
+            check_file(self._path, name, entry, _REMEDY)
         reader = open_reader(self._plan.store, self._path, shard, self._plan.all_fields)
         if reader.sample_ids != sidecar.sample_ids:
             raise CacheFormatError(f"{self._path}: shard {shard} holds other samples than its sidecar says")
@@ -183,12 +172,3 @@ def _keep(recent: OrderedDict[int, Any], shard: int, value: object, limit: int) 
     recent.move_to_end(shard)
     if len(recent) > limit:
         recent.popitem(last=False)
-
-
-def _check_size(path: Path, entry: FileEntry) -> None:
-    try:
-        size = path.stat(follow_symlinks=False).st_size
-    except OSError as error:
-        raise CacheFormatError(f"{path}: cannot be read: {error.strerror}; {_REMEDY}") from error
-    if size != entry.size:
-        raise CacheFormatError(f"{path}: damaged: expected {entry.size} bytes, found {size} bytes; {_REMEDY}")

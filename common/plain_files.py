@@ -11,8 +11,13 @@ import os
 import stat
 from typing import TYPE_CHECKING, BinaryIO
 
+from common.errors import CacheFormatError
+from common.hashing import stream_checksum
+
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from common.sidecar import FileEntry
 
 
 def open_plain(root: Path, name: str) -> BinaryIO:
@@ -52,3 +57,34 @@ def is_below_links(root: Path, name: str) -> bool:
     """Say whether a folder on the way to ``name`` is a link; ``name`` itself may be one."""
     parts = name.split("/")[:-1]
     return any(root.joinpath(*parts[: i + 1]).is_symlink() for i in range(len(parts)))
+
+
+def check_size(root: Path, name: str, entry: FileEntry, remedy: str) -> None:
+    """Refuse a file that is lost, cut or longer than its entry says, without reading it.
+
+    Raises:
+        CacheFormatError: Naming it, and ending with the remedy.
+    """
+    path = root / name
+    try:
+        size = path.stat(follow_symlinks=False).st_size
+    except OSError as error:
+        raise CacheFormatError(f"{path}: lost, or cannot be read ({error.strerror}); {remedy}") from error
+    if size != entry.size:
+        raise CacheFormatError(f"{path}: damaged: expected {entry.size} bytes, found {size} bytes; {remedy}")
+
+
+def check_file(root: Path, name: str, entry: FileEntry, remedy: str) -> None:
+    """Refuse a file that is lost or has other bytes than its entry says; follows no link.
+
+    Raises:
+        CacheFormatError: Naming it, and ending with the remedy.
+    """
+    check_size(root, name, entry, remedy)
+    try:
+        with open_plain(root, name) as file:
+            found = stream_checksum(file)
+    except OSError as error:
+        raise CacheFormatError(f"{root / name}: cannot be read: {error.strerror}; {remedy}") from error
+    if found != entry.xxh3_128:
+        raise CacheFormatError(f"{root / name}: damaged: expected {entry.xxh3_128}, found {found}; {remedy}")

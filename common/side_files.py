@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING
 
 from common.atomic import TEMPORARY_PREFIX
 from common.errors import CacheFormatError
-from common.hashing import stream_checksum
-from common.plain_files import open_plain
+from common.plain_files import check_file, check_size
 from common.plan import SHARDS
 
 if TYPE_CHECKING:
@@ -30,11 +29,7 @@ def check_sizes(cache_dir: Path, files: Mapping[str, FileEntry]) -> None:
         CacheFormatError: Naming the first.
     """
     for name, entry in files.items():
-        path = cache_dir / name
-        if not path.is_file() or path.stat().st_size != entry.size:
-            raise CacheFormatError(
-                f"{path}: lost, or not the file that was sealed ({entry.size} bytes); {_REMEDY}"
-            )
+        check_size(cache_dir, name, entry, _REMEDY)
 
 
 def check_digests(cache_dir: Path, files: Mapping[str, FileEntry]) -> None:
@@ -43,19 +38,8 @@ def check_digests(cache_dir: Path, files: Mapping[str, FileEntry]) -> None:
     Raises:
         CacheFormatError: Naming the first.
     """
-    check_sizes(cache_dir, files)
     for name, entry in files.items():
-        path = cache_dir / name
-        try:
-            with open_plain(cache_dir, name) as file:  # follows no link
-                found = stream_checksum(file)
-        except OSError as error:
-            raise CacheFormatError(f"{path}: cannot be read: {error.strerror}; {_REMEDY}") from error
-        if found != entry.xxh3_128:
-            raise CacheFormatError(
-                f"{path}: damaged, not the file that was sealed: expected {entry.xxh3_128}, found {found}; "
-                f"{_REMEDY}"
-            )
+        check_file(cache_dir, name, entry, _REMEDY)
 
 
 def side_files(cache_dir: Path) -> list[str]:

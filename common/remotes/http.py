@@ -13,6 +13,7 @@ import ssl
 import string
 import time
 import urllib.request
+from contextlib import ExitStack
 from http.client import HTTPException
 from typing import TYPE_CHECKING, Any
 from urllib.error import HTTPError, URLError
@@ -210,11 +211,11 @@ def open_http(
         raise PassingError(_reason(error)) from error
     except ValueError as error:  # the library's word for a redirect that it cannot read
         raise TransferError(f"{where}: redirected to what is no address ({error})") from error
-    try:
-        return _body(where, response, start)
-    except BaseException:
-        response.close()
-        raise
+    with ExitStack() as unless_handed_on:
+        unless_handed_on.callback(response.close)
+        body = _body(where, response, start)
+        unless_handed_on.pop_all()
+    return body
 
 
 def _body(where: str, response: HTTPResponse, start: int) -> HttpBody:

@@ -4,18 +4,14 @@ Run as ``python kill_derived.py STORE FOLDER STRIDE``: a process of its own, bec
 used before the forks. Prints the number of places each was killed at.
 """
 
-import os
-import shutil
 import sys
 from functools import partial
 from pathlib import Path
 
-from cache_factory import build_shard, make_plan, tree
-from kill_everywhere import in_child
+from cache_factory import build_shard, make_plan
+from kill_everywhere import in_child, kill_everywhere
 
 from common.manifest import seal, write_plan
-
-_WATCHED = {"open", "os.mkdir", "os.rename", "os.link", "os.remove", "os.rmdir", "os.truncate"}
 
 
 def build(cache_dir, plan, shards):
@@ -38,39 +34,6 @@ def pull_into(source, target):
     from common.partial import Selection, pull_partial
 
     pull_partial(source, target, Selection(shards=(0, 1)), jobs=1)
-
-
-def until(make, target, place):
-    """Work, and die before the file operation number ``place`` inside the target."""
-    count = 0
-
-    def hook(event, arguments):
-        nonlocal count
-        if event in _WATCHED and arguments and str(target) in str(arguments[0]):
-            count += 1
-            if count == place:
-                os._exit(9)
-
-    sys.addaudithook(hook)
-    make(target)
-
-
-def kill_everywhere(make, folder, stride):
-    """Returns the number of places at which it was killed."""
-    assert in_child(make, folder / "whole") == 0
-    expected = tree(folder / "whole")
-    place, killed, code = 1, 0, 9
-    while code == 9:
-        target = folder / f"cache-{place}"
-        code = in_child(until, make, target, place)
-        assert code in (0, 9), f"place {place}: exit code {code}"
-        assert in_child(make, target) == 0, f"place {place}: going on failed"
-        found = tree(target)
-        assert found == expected, f"place {place}: {sorted(found.keys() ^ expected.keys())}"
-        shutil.rmtree(target)
-        killed += code == 9
-        place += stride
-    return killed
 
 
 def main():

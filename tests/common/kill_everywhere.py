@@ -7,16 +7,17 @@ been used before the forks. Prints the number of places it was killed at.
 import os
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 from cache_factory import build_shard, make_plan, tree
 
 from common.manifest import missing_shards, seal, write_plan
 
-_WATCHED = {"open", "os.mkdir", "os.rename", "os.link", "os.remove", "os.rmdir"}
+_WATCHED = {"open", "os.mkdir", "os.rename", "os.link", "os.remove", "os.rmdir", "os.truncate"}
 
 
-def build(cache_dir, plan):
+def build(plan, cache_dir):
     write_plan(cache_dir, plan)
     for index in missing_shards(cache_dir, plan):
         build_shard(cache_dir, plan, index)
@@ -38,39 +39,44 @@ def in_child(function, *arguments):
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def build_until(cache_dir, plan, place):
-    """Build, and die before the file operation number ``place`` inside the cache."""
+def until(make, target, place):
+    """Work, and die before the file operation number ``place`` inside the target."""
     count = 0
 
     def hook(event, arguments):
         nonlocal count
-        if event in _WATCHED and arguments and str(cache_dir) in str(arguments[0]):
+        if event in _WATCHED and arguments and str(target) in str(arguments[0]):
             count += 1
             if count == place:
                 os._exit(9)
 
     sys.addaudithook(hook)
-    os.fsync = lambda descriptor: hook("open", (str(cache_dir),))  # written, but not yet published
-    build(cache_dir, plan)
+    os.fsync = lambda descriptor: hook("open", (str(target),))  # written, but not yet published
+    make(target)
+
+
+def kill_everywhere(make, folder, stride):
+    """Returns the number of places at which it was killed."""
+    assert in_child(make, folder / "whole") == 0
+    expected = tree(folder / "whole")
+    place, killed, code = 1, 0, 9
+    while code == 9:
+        target = folder / f"cache-{place}"
+        code = in_child(until, make, target, place)
+        assert code in (0, 9), f"place {place}: exit code {code}"
+        assert in_child(make, target) == 0, f"place {place}: going on failed"
+        found = tree(target)
+        assert found == expected, f"place {place}: {sorted(found.keys() ^ expected.keys())}"
+        shutil.rmtree(target)
+        killed += code == 9
+        place += stride
+    return killed
 
 
 def main():
     store, folder, stride = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
     plan = make_plan(store, samples=5, shard_size=3, signals={}, fields={})  # base fields: fewer files
-    assert in_child(build, folder / "whole", plan) == 0
-    expected = tree(folder / "whole")
-    place, killed, code = 1, 0, 9
-    while code == 9:
-        cache_dir = folder / f"cache-{place}"
-        code = in_child(build_until, cache_dir, plan, place)
-        assert code in (0, 9), f"place {place}: exit code {code}"
-        assert in_child(build, cache_dir, plan) == 0, f"place {place}: resume failed"
-        found = tree(cache_dir)
-        assert found == expected, f"place {place}: {sorted(found.keys() ^ expected.keys())}"
-        shutil.rmtree(cache_dir)
-        killed += code == 9
-        place += stride
-    sys.stdout.write(f"{killed}\n")
+    sys.stdout.write(f"{kill_everywhere(partial(build, plan), folder, stride)}\n")
 
 
 if __name__ == "__main__":

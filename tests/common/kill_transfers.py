@@ -9,8 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from cache_factory import build_cache, make_plan
-from kill_derived import kill_everywhere
-from kill_everywhere import in_child
+from kill_everywhere import in_child, kill_everywhere
 
 from common.transfer import pull, push
 

@@ -7,30 +7,19 @@ from types import MappingProxyType
 import huggingface_hub.constants
 import pytest
 from hub_server import TOKEN, HubServer
-from servers import FaultyServer, s3_environment, serve_nginx, serve_s3
+from servers import FaultyServer, s3_environment, serve_nginx
 
 from common.errors import CacheFormatError, ConfigError, TransferError
-from common.remotes import DirectoryRemote, is_url, open_remote, streams
+from common.remotes import DirectoryRemote, is_url, open_remote
 
 SIZE = 12_345
 DATA = bytes(i * i % 251 for i in range(SIZE))
 ODD = "shards/a b/%41#ü?&+.bin"
 
-pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # of the hub's library
-
-
-@pytest.fixture(autouse=True)
-def waits(monkeypatch) -> list[float]:
-    """Seconds that would have been waited."""
-    asked: list[float] = []
-    monkeypatch.setattr(streams, "wait", asked.append)
-    return asked
-
-
-@pytest.fixture(scope="module")
-def s3():
-    with serve_s3() as url:
-        yield url
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning"),  # of the hub's library
+    pytest.mark.usefixtures("waits"),
+]
 
 
 @pytest.fixture

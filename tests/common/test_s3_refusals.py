@@ -1,23 +1,12 @@
 """What an S3 store may answer beside failures of the network: conditions, conflicts, refusals."""
 
 import pytest
-from servers import Fault, FaultyServer, s3_environment, serve_s3
+from servers import Fault, FaultyServer, s3_environment
 
 from common.errors import TransferError
-from common.remotes import open_remote, streams
+from common.remotes import open_remote
 
-
-@pytest.fixture(autouse=True)
-def waits(monkeypatch) -> list[float]:
-    asked: list[float] = []
-    monkeypatch.setattr(streams, "wait", asked.append)
-    return asked
-
-
-@pytest.fixture(scope="module")
-def s3():
-    with serve_s3() as url:
-        yield url
+pytestmark = pytest.mark.usefixtures("waits")
 
 
 @pytest.fixture

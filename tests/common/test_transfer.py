@@ -9,7 +9,7 @@ import pytest
 from cache_factory import FIELDS, SIGNALS, build_cache, make_plan, tree
 from click.testing import CliRunner
 from hub_server import HubServer
-from servers import FaultyServer, s3_environment, serve_nginx, serve_s3
+from servers import FaultyServer, s3_environment, serve_nginx
 from test_remotes import use_hub
 
 import common.pushing
@@ -42,12 +42,6 @@ def cache(tmp_path):
 @pytest.fixture
 def place(tmp_path):
     return tmp_path / "place"
-
-
-@pytest.fixture(scope="module")
-def s3():
-    with serve_s3() as url:
-        yield url
 
 
 @pytest.fixture(params=["directory", "s3", "hub"])

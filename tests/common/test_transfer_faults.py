@@ -6,7 +6,7 @@ import threading
 import numpy as np
 import pytest
 from cache_factory import build_cache, make_plan, tree
-from servers import Fault, FaultyServer, own_certificate, s3_environment, serve_s3
+from servers import Fault, FaultyServer, own_certificate, s3_environment
 
 import common.transfer
 from common.errors import CacheFormatError, TransferError
@@ -14,6 +14,8 @@ from common.fetching import fetch_files
 from common.remotes import http, open_remote, streams
 from common.sidecar import FileEntry
 from common.transfer import pull, push
+
+pytestmark = pytest.mark.usefixtures("waits")
 
 SIZE = 300_000  # several blocks of the network
 DATA = np.random.default_rng(0).bytes(SIZE)
@@ -48,13 +50,6 @@ MOST_SENT |= dict.fromkeys(("nothing", "cut", "cut before the first byte", "busy
 WAIT = streams.wait
 
 
-@pytest.fixture(autouse=True)
-def waits(monkeypatch) -> list[float]:
-    asked: list[float] = []
-    monkeypatch.setattr(streams, "wait", asked.append)
-    return asked
-
-
 @pytest.fixture
 def server(tmp_path):
     (tmp_path / "root").mkdir()
@@ -79,12 +74,6 @@ def test_a_file_arrives_through_whatever_passes(server, tmp_path, name, waits):
     assert len(waits) <= len(HTTP_FAULTS[name])
     assert all(0 < seconds < 31 for seconds in waits)
     assert (7.0 in waits) == (name == "busy")
-
-
-@pytest.fixture(scope="module")
-def s3():
-    with serve_s3() as url:
-        yield url
 
 
 @pytest.mark.parametrize("name", FAULTS)

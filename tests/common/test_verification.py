@@ -10,23 +10,7 @@ from cache_factory import FIELDS, build_cache, make_plan, sample_id, tree
 from common.cache import open_cache
 from common.documents import document_bytes, read_document
 from common.manifest import CARD, FileEntry, read_sidecar, seal, sidecar_path
-from common.plan import card_store_line
 from common.verification import verify
-
-
-@pytest.fixture(scope="module", params=["zarr", "webdataset"])
-def whole(request, tmp_path_factory):
-    """A sound cache, with a card; tests put back what they change."""
-    folder = tmp_path_factory.mktemp("caches") / request.param
-    build_cache(folder, make_plan(request.param), fidelity={"kl": 0.25})
-    (folder / CARD).write_text(f"# a card\n{card_store_line(make_plan(request.param))}")
-    return folder
-
-
-@pytest.fixture
-def copy(whole, tmp_path):
-    shutil.copytree(whole, tmp_path / "cache")
-    return tmp_path / "cache"
 
 
 @pytest.fixture

@@ -340,7 +340,7 @@ def test_damage_beside_the_shards_is_noticed_and_never_sealed_in(tmp_path: Path,
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     for use in (lambda folder: open_cache(folder).check_side_files(), seal):
-        with pytest.raises(CacheFormatError, match="not the file that was sealed"):
+        with pytest.raises(CacheFormatError, match="damaged: expected"):
             use(tmp_path / "cache")
 
 

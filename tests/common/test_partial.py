@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from cache_factory import (
     FAILED,
     SIGNALS,
@@ -24,6 +25,7 @@ from click.testing import CliRunner
 from common import partial as partial_module
 from common.cache import open_cache
 from common.cli import main
+from common.codecs import codec_from_dict
 from common.derive import carry_fidelity
 from common.errors import CacheFormatError, CacheMismatchError, ConfigError, TransferError
 from common.manifest import read_manifest, read_plan
@@ -122,6 +124,28 @@ def test_the_command_pulls_and_inspect_says_that_it_is_a_part(whole: Path, tmp_p
     for words in ("shards: 1, 2, 3", "count: 5", "signals: logits"):
         assert words in shown
     assert "only a part" not in run("inspect", str(whole))
+
+
+@pytest.mark.parametrize("store", ["zarr", "webdataset"])
+def test_fewer_entries_are_the_first_ones_and_the_rest_joins_the_tail(store: str, tmp_path: Path):
+    source = Path(__file__).parent / "fixtures" / f"cache-v1-{store}"
+    pull_partial(source, tmp_path / "part", Selection(signals=("logits",), top_k=4))
+    assert verify(tmp_path / "part", deep=True) == []
+    before, after = open_cache(source), open_cache(tmp_path / "part")
+    assert before.plan.signals["logits"]["max_k"] == 64
+    assert after.plan.signals["logits"]["max_k"] == 4
+    for name in before.sample_ids:
+        large = codec_from_dict(before.plan.signals["logits"]).decode(before.read(name))
+        small = codec_from_dict(after.plan.signals["logits"]).decode(after.read(name))
+        assert small.token_ids.shape[1] == min(4, large.token_ids.shape[1])
+        assert torch.equal(
+            small.token_ids[:, :3], large.token_ids[:, :3]
+        )  # the fourth may be the ground truth
+        assert bool((small.tail_log_mass > large.tail_log_mass).all())
+        for temperature in small.temperatures:
+            log_probs, tail = small.at(temperature)
+            total = log_probs.exp().sum(dim=1) + tail.exp()
+            torch.testing.assert_close(total, torch.ones(len(total)), atol=5e-3, rtol=0)
 
 
 def test_the_first_records_come_from_the_first_shards_alone(remote: CountingRemote, tmp_path: Path):

@@ -4,7 +4,7 @@ Dims: B batch, T longest sequence, M images of the batch, R most supervised rows
 X most text rows behind the visual tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,7 +31,8 @@ class Batch:
             ``[B, 1, T, T]``, True where query (second to last) may see key (last), causality included.
         position_ids: int64 ``[B, T]``.
         visual_mask: bool ``[B, T]``.
-        pixel_values: float32 ``[M, 3, H, W]``, the images in order; None if no sample has one.
+        image_inputs: Of all images in order, by the model's argument name (``pixel_values`` float32
+            ``[M, 3, H, W]``, ...); empty if no sample has one.
         tiles: Tiles of each sample.
         image_hashes: 16 bytes each.
         lengths: Tokens of each sample without padding.
@@ -43,7 +44,7 @@ class Batch:
     attention_mask: Tensor
     position_ids: Tensor
     visual_mask: Tensor
-    pixel_values: Tensor | None
+    image_inputs: Mapping[str, Tensor]
     tiles: tuple[tuple[Tile, ...], ...]
     image_hashes: tuple[bytes, ...]
     lengths: tuple[int, ...]
@@ -60,19 +61,17 @@ class Batch:
             attention_mask=self.attention_mask.to(device),
             position_ids=self.position_ids.to(device),
             visual_mask=self.visual_mask.to(device),
-            pixel_values=None if self.pixel_values is None else self.pixel_values.to(device),
+            image_inputs={name: tensor.to(device) for name, tensor in self.image_inputs.items()},
         )
 
     def model_inputs(self) -> dict[str, Any]:
-        """Keyword arguments of the model; no ``pixel_values`` where there is no image."""
-        inputs: dict[str, Any] = {
+        """Keyword arguments of a model without peculiarities; no ``pixel_values`` where there is no image."""
+        return {
             "input_ids": self.input_ids,
             "attention_mask": self.attention_mask,
             "position_ids": self.position_ids,
+            **self.image_inputs,
         }
-        if self.pixel_values is not None:
-            inputs["pixel_values"] = self.pixel_values
-        return inputs
 
 
 def collate(samples: Sequence[EncodedSample], pad_token_id: int) -> Batch:
@@ -106,7 +105,7 @@ def collate(samples: Sequence[EncodedSample], pad_token_id: int) -> Batch:
         attention_mask=_block_mask(samples, shape[1]) if packed else _padding_mask(lengths, shape[1]),
         position_ids=torch.from_numpy(position_ids),
         visual_mask=torch.from_numpy(visual_mask),
-        pixel_values=_stack_images(samples),
+        image_inputs=join_image_inputs(samples),
         tiles=tuple(sample.tiles for sample in samples),
         image_hashes=tuple(sample.image_hash for sample in samples),
         lengths=tuple(lengths),
@@ -193,14 +192,23 @@ def _block_mask(samples: Sequence[EncodedSample], longest: int) -> Tensor:
     return torch.from_numpy(mask)
 
 
-def _stack_images(samples: Sequence[EncodedSample]) -> Tensor | None:
-    images = [sample.pixel_values for sample in samples if sample.pixel_values is not None]
-    if not images:
-        return None
-    shapes = {image.shape for image in images}
-    if len(shapes) > 1:
-        raise ConfigError(f"pictures of one batch differ in size: {sorted(shapes)}; use one image encoder")
-    return torch.from_numpy(np.stack(images))
+def join_image_inputs(samples: Sequence[EncodedSample]) -> dict[str, Tensor]:
+    """Join the image arrays of samples along their first axis, by argument name; empty without an image.
+
+    Raises:
+        ConfigError: If pictures differ in size where one tensor must hold them.
+    """
+    with_image = [sample.image_inputs for sample in samples if sample.image_inputs]
+    joined: dict[str, Tensor] = {}
+    for name in with_image[0] if with_image else ():
+        arrays = [inputs[name] for inputs in with_image]
+        shapes = {array.shape[1:] for array in arrays}
+        if len(shapes) > 1:
+            raise ConfigError(
+                f"pictures of one batch differ in size ({name}: {sorted(shapes)}); use one image encoder"
+            )
+        joined[name] = torch.from_numpy(np.concatenate(arrays))
+    return joined
 
 
 def _positions(mask: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ Dims: T tokens of the sequence, N visual tokens, A supervised rows.
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -22,7 +23,7 @@ from common.errors import ConfigError, SampleError
 from common.hashing import fingerprint
 from common.schema import IGNORE_INDEX
 from common.visual_tokens import Tile
-from data.image_encoder import ImageEncoder
+from data.image_encoder import EncodedImage, ImageEncoder
 from data.images import HASH_BYTES, image_hash
 from data.sample import ImageSource, Sample, Turn
 from data.templates import IMAGE_MARKER, PromptTemplate, Rendered
@@ -45,7 +46,7 @@ class EncodedSample:
         visual_mask: bool ``[T]``, True at visual tokens.
         position_ids: i8 ``[T]``; each packed conversation counts on from the shared prefix.
         segment_ids: i8 ``[T]``; 0 = shared prefix, k = k-th independent conversation; all 0 if not packed.
-        pixel_values: f4 ``[3, H, W]``, None for a text-only sample.
+        image_inputs: Arrays by the model's argument name, as `EncodedImage.inputs`; empty for a text-only sample.
         tiles: The boxes of the visual tokens; empty for a text-only sample.
         image_hash: 16 bytes, zeros for a text-only sample.
     """
@@ -56,7 +57,7 @@ class EncodedSample:
     visual_mask: np.ndarray
     position_ids: np.ndarray
     segment_ids: np.ndarray
-    pixel_values: np.ndarray | None
+    image_inputs: Mapping[str, np.ndarray]
     tiles: tuple[Tile, ...]
     image_hash: bytes
 
@@ -180,7 +181,7 @@ class SampleEncoder:
 
     def _encode(self, sample: Sample, prompt_only: bool) -> EncodedSample:
         self._check(sample)
-        pixels, tiles, digest = self._encode_image(sample.images)
+        image, digest = self._encode_image(sample.images)
         packed = sample.independent_turns and len(sample.turns) > 1
         conversations = [(turn,) for turn in sample.turns] if packed else [sample.turns]
         has_image = bool(sample.images)
@@ -191,8 +192,8 @@ class SampleEncoder:
         if prompt_only:
             start = rendered[0].answer_spans[0][0]
             rendered = [Rendered(text=rendered[0].text[:start], answer_spans=())]
-        tokens = self._tokenize(rendered, sum(tile.token_count for tile in tiles))
-        return self._assemble(sample.sample_id, tokens, pixels, tiles, digest)
+        tokens = self._tokenize(rendered, sum(tile.token_count for tile in image.tiles))
+        return self._assemble(sample.sample_id, tokens, image, digest)
 
     def _check(self, sample: Sample) -> None:
         if len(sample.images) > 1:
@@ -213,17 +214,15 @@ class SampleEncoder:
                     "special token; remove it from the text (an image belongs in front of the first question)"
                 )
 
-    def _encode_image(
-        self, images: tuple[ImageSource, ...]
-    ) -> tuple[np.ndarray | None, tuple[Tile, ...], bytes]:
+    def _encode_image(self, images: tuple[ImageSource, ...]) -> tuple[EncodedImage, bytes]:
         if not images:
-            return None, (), bytes(HASH_BYTES)
+            return EncodedImage(inputs={}, tiles=()), bytes(HASH_BYTES)
         picture = images[0].load()
         try:
-            pixels, tiles = self.image_encoder(picture)
+            encoded = self.image_encoder(picture)
         except SampleError as error:
             raise SampleError(f"image {images[0].name}: {error}") from error
-        return pixels, tiles, image_hash(picture)
+        return encoded, image_hash(picture)
 
     def _tokenize(self, rendered: list[Rendered], visual_count: int) -> list[_Tokens]:
         """Tokenise all conversations of a sample in one call, then open the image token out."""
@@ -273,15 +272,14 @@ class SampleEncoder:
         self,
         sample_id: str,
         tokens: list[_Tokens],
-        pixels: np.ndarray | None,
-        tiles: tuple[Tile, ...],
+        image: EncodedImage,
         digest: bytes,
     ) -> EncodedSample:
         shared = _shared_length(tokens) if len(tokens) > 1 else 0
         pieces = [conversation.ids[shared:] for conversation in tokens]
         lengths = [len(piece) for piece in pieces]
         total = shared + sum(lengths)
-        visual_count = sum(tile.token_count for tile in tiles)
+        visual_count = sum(tile.token_count for tile in image.tiles)
         if total > self.max_length:
             raise SampleError(
                 f"{total} tokens ({visual_count} visual, {total - visual_count} of text) exceed "
@@ -308,8 +306,8 @@ class SampleEncoder:
             segment_ids=np.repeat(
                 np.arange(len(tokens) + 1) if len(tokens) > 1 else np.zeros(2, np.int64), [shared, *lengths]
             ),
-            pixel_values=pixels,
-            tiles=tiles,
+            image_inputs=image.inputs,
+            tiles=image.tiles,
             image_hash=digest,
         )
 

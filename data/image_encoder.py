@@ -6,9 +6,10 @@ CLIP). Attention maps of two models can only be compared if each token knows its
 *original* picture, so pixels and boxes are computed side by side from the same numbers.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal, cast
+from typing import Any, Literal, Protocol, cast
 
 import numpy as np
 import PIL.Image
@@ -32,6 +33,41 @@ _PIXEL_KEYS = (
     "image_mean",
     "image_std",
 )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class EncodedImage:
+    """One picture as a model reads it.
+
+    Attributes:
+        inputs: Arrays by the model's argument name (``pixel_values`` f4 ``[tiles, 3, H, W]`` or ``[patches, D]``,
+            ``image_grid_thw`` i8 ``[1, 3]``, ...); those of a batch's pictures are joined along the first axis.
+        tiles: The boxes of the visual tokens, in the order the language model reads them.
+        text: What stands for the picture in the prompt, the image token written once per visual token; None: the
+            image token alone, so often.
+    """
+
+    inputs: Mapping[str, np.ndarray]
+    tiles: tuple[Tile, ...]
+    text: str | None = None
+
+
+class AnyImageEncoder(Protocol):
+    """What every family's image encoder can do; its dict names and rebuilds it (``data.families``)."""
+
+    @property
+    def processor(self) -> Any:
+        """The model library's PIL image processor."""
+
+    @property
+    def token_count(self) -> int:
+        """Most visual tokens of a picture."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """What decides pixels and boxes, as plain JSON for a plan and its fingerprint."""
+
+    def __call__(self, image: PIL.Image.Image) -> EncodedImage:
+        """Turn one RGB picture into model input; raises SampleError for one that cannot be used."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,14 +157,14 @@ class ImageEncoder:
             "processor": {key: _jsonable(self._settings[key]) for key in _PIXEL_KEYS},
         }
 
-    def __call__(self, image: PIL.Image.Image) -> tuple[np.ndarray, tuple[Tile, ...]]:
+    def __call__(self, image: PIL.Image.Image) -> EncodedImage:
         """Turn one picture into model input.
 
         Args:
             image: RGB.
 
         Returns:
-            Pixel values, f4 ``[3, H, W]``, and the tiles of its visual tokens (one).
+            ``pixel_values`` f4 ``[1, 3, H, W]``, and one tile.
 
         Raises:
             SampleError: The sides differ so much that the intermediate picture would not fit in memory.
@@ -150,7 +186,8 @@ class ImageEncoder:
                 f"image processor {type(self.processor).__name__} gave {pixels.shape}, expected "
                 f"(3, {out_h}, {out_w}) from its settings; layout {self.layout!r} does not describe it"
             )
-        return pixels, (Tile(rows=self.grid[0], cols=self.grid[1], region=region),)
+        tile = Tile(rows=self.grid[0], cols=self.grid[1], region=region)
+        return EncodedImage(inputs={"pixel_values": pixels[None]}, tiles=(tile,))
 
     @cached_property
     def _settings(self) -> dict[str, Any]:

@@ -97,7 +97,12 @@ def train_tower_on_answers(
     """
     labels = torch.from_numpy(answer_labels(dataset))
     pictures = torch.from_numpy(
-        np.stack([encoder.image_encoder(dataset[i].images[0].load())[0] for i in range(len(dataset))])
+        np.stack(
+            [
+                encoder.image_encoder(dataset[i].images[0].load()).inputs["pixel_values"][0]
+                for i in range(len(dataset))
+            ]
+        )
     )
     sizes = [len(words) for words in WORD_GROUPS]
     generator = torch.Generator().manual_seed(seed)

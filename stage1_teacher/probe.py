@@ -15,8 +15,8 @@ from common.errors import DataError, SampleError
 from common.visual_attention import IMPLEMENTATION
 from data.collate import Batch, collate, length_buckets
 from data.encoding import EncodedSample
+from data.families import submodule
 from data.sample import Dataset, Sample
-from stage1_teacher.families import submodule
 from stage1_teacher.pipeline import EncodedShard, Writer, encode_shards, run_shard
 from stage1_teacher.plan import Build
 from stage1_teacher.probe_sizes import Size, best_time, weigh_probe
@@ -207,14 +207,13 @@ def _time_eager(work: Build, samples: list[EncodedSample], batch_size: int) -> t
 def _run_eager(work: Build, batches: list[Batch]) -> None:
     dtype = getattr(torch, work.teacher.dtype)
     for batch in batches:
-        inputs = batch.to(work.teacher.device).model_inputs()
+        teacher = work.teacher
+        inputs = dict(teacher.family.model_inputs(teacher.config, batch.to(teacher.device), dtype=dtype))
         mask: Tensor = inputs["attention_mask"]
         if mask.ndim == 4:  # eager attention adds its mask
             zeros = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
             inputs["attention_mask"] = zeros.masked_fill(~mask, torch.finfo(dtype).min)
-        if inputs.get("pixel_values") is not None:
-            inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
-        output = work.teacher.model(**inputs, use_cache=False, output_attentions=True)
+        output = teacher.model(**inputs, use_cache=False, output_attentions=True)
         output.logits[:, -1:, -1:].cpu()  # waits for the device
 
 

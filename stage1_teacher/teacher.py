@@ -21,9 +21,9 @@ from common.schema import IGNORE_INDEX
 from common.visual_attention import AttentionCapture, AttentionRequest
 from data.collate import Batch, supervised_rows, text_rows, visual_keys
 from data.encoding import ImageEncoder
+from data.families import Family, family_of, submodule
 from data.fingerprints import module_fingerprint, tokenizer_fingerprint, weights_fingerprint
 from data.processors import load_image_processor, load_tokenizer
-from stage1_teacher.families import Family, family_of, submodule
 
 logger = logging.getLogger(__name__)
 
@@ -154,9 +154,7 @@ class Teacher:
                 requests["text"] = AttentionRequest(text_rows(batch), keys, groups)
             if visual_rows:
                 requests["visual"] = AttentionRequest(keys, keys, groups)
-        inputs = batch.model_inputs()
-        if inputs.get("pixel_values") is not None:
-            inputs["pixel_values"] = inputs["pixel_values"].to(getattr(torch, self.dtype))
+        inputs = self.family.model_inputs(self.config, batch, dtype=getattr(torch, self.dtype))
         with self.capture.record(requests) as attention:
             hidden = self.model.model(**inputs, use_cache=False).last_hidden_state  # [B, T, D]
         supervised = batch.labels != IGNORE_INDEX  # [B, T]

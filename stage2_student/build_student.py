@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from transformers import CLIPVisionConfig, LlamaConfig
 
 from common.errors import CacheFormatError, ConfigError, ModelError
+from common.models.mobilevlm import MobileVLMConfig, MobileVLMForConditionalGeneration
+from common.models.projectors import PROJECTOR_TYPES, TeacherAdapter
 from stage2_student.config import choose_size
-from stage2_student.models.mobilevlm import MobileVLMConfig, MobileVLMForConditionalGeneration
-from stage2_student.models.projectors import PROJECTOR_TYPES, TeacherAdapter
 
 logger = logging.getLogger(__name__)
 

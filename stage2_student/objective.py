@@ -123,7 +123,7 @@ class Objective:
             total = total + self.weights["logits"] * logit_term
         for signal, value in attention.items():
             total = total + self.weights[signal] * value
-        if torch.is_grad_enabled() and batch.inputs.pixel_values is None:
+        if torch.is_grad_enabled() and not batch.inputs.image_inputs:
             # Nothing reached the projector: backward needs a path to it, and DDP a gradient of every parameter.
             for parameter in model.parameters():
                 if parameter.requires_grad:

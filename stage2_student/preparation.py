@@ -15,6 +15,8 @@ from common.errors import CacheFormatError, ConfigError, DataError, ModelError
 from common.hashing import fingerprint
 from common.layers import student_groups
 from common.mirror import find_mirror
+from common.models.mobilevlm import MobileVLMForConditionalGeneration
+from common.models.projectors import TeacherAdapter
 from common.plan import Plan
 from common.remotes import is_url
 from data.encoding import SampleEncoder
@@ -36,8 +38,6 @@ from stage2_student.check_cache import (
 )
 from stage2_student.config import PhaseConfig, PhaseName, TrainConfig, describe
 from stage2_student.join import merged_fingerprints, splits_and_limits
-from stage2_student.models.mobilevlm import MobileVLMForConditionalGeneration
-from stage2_student.models.projectors import TeacherAdapter
 from stage2_student.objective import Objective
 from stage2_student.sampler import ShardShuffle
 from stage2_student.signals import check_map_serves

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from common.schema import IGNORE_INDEX
-from data.collate import collate
+from data.collate import collate, join_image_inputs
 from data.encoding import EncodedSample, SampleEncoder
 
 
@@ -99,8 +99,7 @@ def generate_answers(
     for row, prompt in enumerate(prompts):
         input_ids[row, longest - len(prompt) :] = prompt.input_ids
         attention_mask[row, longest - len(prompt) :] = 1
-    images = [prompt.pixel_values for prompt in prompts if prompt.pixel_values is not None]
-    pixels = {"pixel_values": torch.from_numpy(np.stack(images)).to(device)} if images else {}
+    pixels = {name: tensor.to(device) for name, tensor in join_image_inputs(prompts).items()}
     output = model.generate(
         input_ids=torch.from_numpy(input_ids).to(device),
         attention_mask=torch.from_numpy(attention_mask).to(device),

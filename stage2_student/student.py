@@ -9,13 +9,13 @@ import torch
 from common.atomic import create_temporary, publish_directory, read_json, remove
 from common.cache import open_cache
 from common.errors import CacheFormatError, ConfigError, ModelError, TransferError
+from common.models.mobilevlm import MobileVLMForConditionalGeneration
 from data.encoding import SampleEncoder
 from stage2_student.build_student import load_student
 from stage2_student.cached_dataset import CachedDataset
 from stage2_student.config import TrainConfig
 from stage2_student.evaluate import EvaluationReport, evaluate_model
 from stage2_student.held_out import open_items
-from stage2_student.models.mobilevlm import MobileVLMForConditionalGeneration
 from stage2_student.overlays import Overlay, collect_overlays
 from stage2_student.preparation import build_encoder, load_processors, open_cached_data
 from stage2_student.signals import matching_groups

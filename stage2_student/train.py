@@ -24,10 +24,10 @@ from common.atomic import clean_stale, create_temporary, publish_directory, remo
 from common.config import config_from_dict, config_to_dict, save_config
 from common.errors import CacheMismatchError, ConfigError, ModelError
 from common.mirror import public_location
+from common.models.mobilevlm import MobileVLMForConditionalGeneration
 from common.visual_attention import AttentionCapture
 from stage2_student.checkpoint import Position, find_resume_point, restore, write_checkpoint
 from stage2_student.config import TrainConfig, public_config
-from stage2_student.models.mobilevlm import MobileVLMForConditionalGeneration
 from stage2_student.objective import LossTerms, step_shares
 from stage2_student.optim import build_optimizer, learning_rate, set_learning_rate
 from stage2_student.prefetch import Prefetcher

@@ -114,7 +114,7 @@ class TrainingSample:
     @property
     def has_image(self) -> bool:
         """Whether the sample has visual tokens."""
-        return self.encoded.pixel_values is not None
+        return bool(self.encoded.image_inputs)
 
 
 def arrays_of(value: Any) -> Iterable[Tensor | np.ndarray]:

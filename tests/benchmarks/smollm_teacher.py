@@ -12,7 +12,6 @@ from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -20,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlavaConfig, Llava
 
 from common.layers import teacher_groups
 from common.visual_attention import AttentionCapture, AttentionRequest
-from data.collate import Batch, collate, supervised_rows, visual_keys
+from data.collate import Batch, collate, join_image_inputs, supervised_rows, visual_keys
 from data.encoding import EncodedSample, SampleEncoder
 from data.registry import open_dataset
 from data.sample import Sample
@@ -159,7 +158,6 @@ def _mosaic(samples: list[EncodedSample]) -> Batch:
         return torch.cat(parts, dim=1)
 
     ids = widen(first.input_ids)
-    pixels = [sample.pixel_values for sample in samples if sample.pixel_values is not None]
     return replace(
         first,
         input_ids=ids,
@@ -167,5 +165,5 @@ def _mosaic(samples: list[EncodedSample]) -> Batch:
         attention_mask=torch.ones_like(ids, dtype=torch.bool),
         position_ids=torch.arange(ids.shape[1])[None],
         visual_mask=widen(first.visual_mask),
-        pixel_values=torch.from_numpy(np.stack(pixels)),
+        image_inputs=join_image_inputs(samples),
     )

@@ -29,7 +29,7 @@ def make_encoded(sample_id, shared, segments=(), *, image=True, rng=None):
         visual_mask=visual_mask,
         position_ids=positions,
         segment_ids=segment_ids,
-        pixel_values=rng.random((3, 4, 4)).astype(np.float32) if image else None,
+        image_inputs={"pixel_values": rng.random((1, 3, 4, 4)).astype(np.float32)} if image else {},
         tiles=(grid_tile(1, 2),) if image else (),
         image_hash=bytes([1] * 16) if image else bytes(16),
     )
@@ -104,15 +104,17 @@ def test_text_only_samples_among_images_keep_the_order_of_images():
     rng = np.random.default_rng(1)
     samples = [make_encoded(f"s{i}", 5, image=i != 1, rng=rng) for i in range(3)]
     batch = collate(samples, pad_token_id=0)
-    assert batch.pixel_values.shape == (2, 3, 4, 4)
-    np.testing.assert_array_equal(batch.pixel_values[1], samples[2].pixel_values)
+    assert batch.image_inputs["pixel_values"].shape == (2, 3, 4, 4)
+    np.testing.assert_array_equal(
+        batch.image_inputs["pixel_values"][1], samples[2].image_inputs["pixel_values"][0]
+    )
     assert [len(tiles) for tiles in batch.tiles] == [1, 0, 1]
     assert batch.image_hashes[1] == bytes(16)
     text = collate(samples[1:2], pad_token_id=0)
-    assert text.pixel_values is None
+    assert text.image_inputs == {}
     assert set(text.model_inputs()) == {"input_ids", "attention_mask", "position_ids"}
     assert visual_keys(text).shape == (1, 0)
-    assert text.to("cpu").pixel_values is None
+    assert text.to("cpu").image_inputs == {}
 
 
 def test_model_inputs_and_device_move_carry_the_same_tensors():
@@ -127,7 +129,7 @@ def test_impossible_batches_are_refused():
         collate([], pad_token_id=0)
     rng = np.random.default_rng(0)
     odd = [make_encoded("a", 5, rng=rng), make_encoded("b", 5, rng=rng)]
-    object.__setattr__(odd[1], "pixel_values", np.zeros((3, 5, 5), dtype=np.float32))
+    object.__setattr__(odd[1], "image_inputs", {"pixel_values": np.zeros((1, 3, 5, 5), dtype=np.float32)})
     with pytest.raises(ConfigError, match="differ in size"):
         collate(odd, pad_token_id=0)
 

@@ -199,12 +199,12 @@ def test_generation_prompt_is_what_precedes_the_first_answer(name, template, ima
     first = full.supervised_rows[0] + 1
     np.testing.assert_array_equal(prompt.input_ids, full.input_ids[:first])
     assert (prompt.labels == IGNORE_INDEX).all()
-    assert (prompt.pixel_values is not None) == image
+    assert bool(prompt.image_inputs) == image
 
 
 def test_text_only_sample_has_no_pixels_tiles_or_hash():
     encoded = make_encoder(TOKENIZERS["byte"])(make_sample(("hi", "yes"), image=False))
-    assert encoded.pixel_values is None
+    assert encoded.image_inputs == {}
     assert encoded.tiles == ()
     assert encoded.image_hash == bytes(16)
     assert not encoded.visual_mask.any()
@@ -216,7 +216,7 @@ def test_dtypes_and_hash_are_those_of_the_record():
         assert field.dtype == np.int64
         assert field.shape == (len(encoded),)
     assert encoded.visual_mask.dtype == bool
-    assert encoded.pixel_values.dtype == np.float32
+    assert encoded.image_inputs["pixel_values"].dtype == np.float32
     assert encoded.image_hash == image_hash(PICTURE.load())
 
 
@@ -226,7 +226,7 @@ def test_another_grid_changes_visual_tokens_only():
     small, large = encoder.with_grid((1, 1))(sample), encoder(sample)
     np.testing.assert_array_equal(small.input_ids[~small.visual_mask], large.input_ids[~large.visual_mask])
     np.testing.assert_array_equal(small.labels[small.supervised_rows], large.labels[large.supervised_rows])
-    np.testing.assert_array_equal(small.pixel_values, large.pixel_values)
+    np.testing.assert_array_equal(small.image_inputs["pixel_values"], large.image_inputs["pixel_values"])
     assert small.visual_mask.sum() == 1
     assert (small.tiles[0].rows, small.tiles[0].region) == (1, large.tiles[0].region)
 

@@ -41,7 +41,8 @@ def test_a_bright_square_lights_up_the_tokens_whose_boxes_it_covers(layout, size
     y0, y1 = 0.30 * height, 0.70 * height
     array = np.zeros((height, width, 3), dtype=np.uint8)
     array[round(y0) : round(y1), round(x0) : round(x1)] = 255
-    pixels, tiles = encoder(PIL.Image.fromarray(array))
+    encoded = encoder(PIL.Image.fromarray(array))
+    pixels, tiles = encoded.inputs["pixel_values"][0], encoded.tiles
     boxes = tile_boxes(tiles).double().numpy() * [width, height, width, height]
     overlap_x = np.minimum(boxes[:, 2], round(x1)) - np.maximum(boxes[:, 0], round(x0))
     overlap_y = np.minimum(boxes[:, 3], round(y1)) - np.maximum(boxes[:, 1], round(y0))
@@ -63,9 +64,9 @@ def test_padding_equals_the_library_processor(size):
     image = PIL.Image.fromarray(noise)
     processor = layouts()["pad"]
     expected = processor(image)["pixel_values"][0]
-    np.testing.assert_array_equal(ImageEncoder.from_processor(processor, GRID)(image)[0], expected)
+    np.testing.assert_array_equal(ImageEncoder.from_processor(processor, GRID)(image).inputs["pixel_values"][0], expected)
     clip = ImageEncoder(processor=layouts()["crop"], layout="pad", grid=GRID)
-    np.testing.assert_array_equal(clip(image)[0], expected)
+    np.testing.assert_array_equal(clip(image).inputs["pixel_values"][0], expected)
 
 
 @pytest.mark.parametrize("layout", ["square", "siglip", "crop", "small crop", "border"])
@@ -73,7 +74,8 @@ def test_pixels_are_the_processors_own(layout):
     image = PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 131, 3), dtype=np.uint8))
     processor = layouts()[layout]
     np.testing.assert_array_equal(
-        ImageEncoder.from_processor(processor, GRID)(image)[0], processor(image)["pixel_values"][0]
+        ImageEncoder.from_processor(processor, GRID)(image).inputs["pixel_values"][0],
+        processor(image)["pixel_values"][0],
     )
 
 
@@ -88,7 +90,7 @@ def test_pixels_are_the_processors_own(layout):
     ],
 )
 def test_regions_by_hand(layout, size, region):
-    _, (tile,) = ImageEncoder.from_processor(layouts()[layout], GRID)(PIL.Image.new("RGB", size))
+    (tile,) = ImageEncoder.from_processor(layouts()[layout], GRID)(PIL.Image.new("RGB", size)).tiles
     assert tile.region == pytest.approx(region)
     assert (tile.rows, tile.cols) == GRID
 
@@ -97,16 +99,16 @@ def test_pixels_that_no_patch_covers_are_left_out_of_the_tile():
     """SigLIP so400m: 27 patches of 14 pixels see 378 of 384."""
     size = {"height": 384, "width": 384}
     encoder = ImageEncoder.from_processor(SiglipImageProcessorPil(size=size), (27, 27), patch_size=14)
-    _, (tile,) = encoder(PIL.Image.new("RGB", (500, 300)))
+    (tile,) = encoder(PIL.Image.new("RGB", (500, 300))).tiles
     assert tile.region == pytest.approx((0, 0, 378 / 384, 378 / 384))
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 300), (300, 1), (2, 3)])
 @pytest.mark.parametrize("layout", layouts())
 def test_one_pixel_sides_can_be_encoded(layout, size):
-    pixels, tiles = ImageEncoder.from_processor(layouts()[layout], GRID)(PIL.Image.new("RGB", size))
-    assert pixels.shape == (3, SIDE, SIDE)
-    assert torch.isfinite(tile_boxes(tiles)).all()
+    encoded = ImageEncoder.from_processor(layouts()[layout], GRID)(PIL.Image.new("RGB", size))
+    assert encoded.inputs["pixel_values"].shape == (1, 3, SIDE, SIDE)
+    assert torch.isfinite(tile_boxes(encoded.tiles)).all()
 
 
 def test_strips_that_would_not_fit_in_memory_are_refused():

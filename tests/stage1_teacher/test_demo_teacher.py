@@ -85,7 +85,7 @@ def test_the_shipped_teacher_is_as_good_as_its_record(teacher, encoder):
 
 def test_every_patch_of_the_tower_sees_every_other(teacher, encoder):
     # The trial's tower was causal by mistake: the first patch must react to the last pixel.
-    pixels = torch.from_numpy(encoder(ShapesDataset("test", 1)[0]).pixel_values)[None]
+    pixels = torch.from_numpy(encoder(ShapesDataset("test", 1)[0]).image_inputs["pixel_values"])
     changed = pixels.clone()
     changed[..., -12:, -12:] += 1
     with torch.no_grad():
@@ -94,7 +94,7 @@ def test_every_patch_of_the_tower_sees_every_other(teacher, encoder):
 
 
 def test_tower_features_are_what_the_model_itself_projects(teacher, encoder):
-    pixels = torch.from_numpy(encoder(ShapesDataset("test", 1)[0]).pixel_values)[None]
+    pixels = torch.from_numpy(encoder(ShapesDataset("test", 1)[0]).image_inputs["pixel_values"])
     with torch.no_grad():
         ours = teacher.model.multi_modal_projector(tower_features(teacher, pixels))
         theirs = teacher.get_image_features(pixel_values=pixels).pooler_output[0]
@@ -129,7 +129,7 @@ def test_greedy_generation_gives_the_answers_that_scoring_counts(teacher, encode
     thing = image.scene().objects[0]
     text = f"USER: {'<image>' * 36}\nwhat size is the {thing.noun} ASSISTANT:"
     inputs = encoder.tokenizer(text, return_tensors="pt", return_token_type_ids=False)
-    pixels = torch.from_numpy(encoder.image_encoder(image.load())[0])[None]
+    pixels = torch.from_numpy(encoder.image_encoder(image.load()).inputs["pixel_values"])
     made = teacher.generate(**inputs, pixel_values=pixels, max_new_tokens=4, do_sample=False)
     answer = encoder.tokenizer.decode(made[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     assert answer == thing.size

@@ -9,6 +9,8 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from common.errors import CacheFormatError, ConfigError, ModelError
+from common.models.mobilevlm import MobileVLMForConditionalGeneration
+from common.models.projectors import TeacherProjector
 from stage2_student.build_student import (
     SIZES,
     build_config,
@@ -18,8 +20,6 @@ from stage2_student.build_student import (
     load_preset,
     load_student,
 )
-from stage2_student.models.mobilevlm import MobileVLMForConditionalGeneration
-from stage2_student.models.projectors import TeacherProjector
 
 TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 

@@ -12,6 +12,7 @@ from common.cache import open_cache
 from common.codecs.logits import LogitCodec
 from common.codecs.row_attention import RowAttention, RowAttentionCodec
 from common.layers import student_groups
+from common.models.mobilevlm import MobileVLMConfig, MobileVLMForConditionalGeneration
 from common.schema import IGNORE_INDEX
 from common.visual_attention import AttentionCapture, AttentionRequest
 from common.visual_tokens import tiles_to_array
@@ -34,7 +35,6 @@ from stage2_student.evaluate import (
     score_questions,
 )
 from stage2_student.metrics import Score
-from stage2_student.models.mobilevlm import MobileVLMConfig, MobileVLMForConditionalGeneration
 from stage2_student.scoring import answer_log_probs, generate_answers
 from stage2_student.signals import decode_signals
 
@@ -92,7 +92,7 @@ def reference_log_probs(model, encoder, image, caption):
     encoded = encoder(sample)
     logits = model(
         input_ids=torch.as_tensor(encoded.input_ids)[None],
-        pixel_values=torch.as_tensor(encoded.pixel_values)[None],
+        pixel_values=torch.as_tensor(encoded.image_inputs["pixel_values"]),
     ).logits[0]
     log_probs = logits.log_softmax(-1)
     return [

@@ -150,7 +150,7 @@ def build_tiny_cache(
     )
     write_plan(path, plan)
     overlap = overlap_matrix(
-        tile_boxes(teacher.encoder.image_encoder.__call__(_blank())[1]), tile_boxes((grid_tile(grid, grid),))
+        tile_boxes(teacher.encoder.image_encoder(_blank()).tiles), tile_boxes((grid_tile(grid, grid),))
     )
     for index in range(plan.shard_count):
         writer = open_writer(store, path, index, plan.all_fields)

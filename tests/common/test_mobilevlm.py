@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, CLIPVisionConfig, LlamaConfig
 
 from common.errors import ModelError
-from stage2_student.models.mobilevlm import MobileVLMConfig, MobileVLMForConditionalGeneration
+from common.models.mobilevlm import MobileVLMConfig, MobileVLMForConditionalGeneration
 
 IMAGE = 40  # outside the vocabulary, as for the published models
 VISION = {

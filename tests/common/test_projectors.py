@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from common.errors import ModelError
-from stage2_student.models.projectors import (
+from common.models.projectors import (
     LDPv2Projector,
     MlpProjector,
     TeacherAdapter,

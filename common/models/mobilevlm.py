@@ -26,7 +26,7 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from common.errors import ModelError
-from stage2_student.models.projectors import Projector, TeacherAdapter, build_projector
+from common.models.projectors import Projector, TeacherAdapter, build_projector
 
 Phase = Literal["dpt", "dft", "sft"]
 PHASES: tuple[Phase, ...] = ("dpt", "dft", "sft")

@@ -3,13 +3,15 @@
 A family that is not listed cannot be used yet; the error names the listed ones.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from common.errors import ModelError
+from data.collate import Batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +27,7 @@ class Family:
         lm_head: Attribute path of the output projection.
         image_grid: From the config to (rows, cols) of one image's visual tokens.
         projector_config: From the config to what rebuilds the projector (see ``projector_export``).
+        model_inputs: From config, batch and dtype to the keyword arguments of the inner model.
     """
 
     model_class: str
@@ -35,6 +38,23 @@ class Family:
     lm_head: str
     image_grid: Callable[[Any], tuple[int, int]]
     projector_config: Callable[[Any], dict[str, Any]]
+    model_inputs: Callable[..., Mapping[str, Any]]
+
+
+def plain_inputs(config: Any, batch: Batch, *, dtype: torch.dtype) -> dict[str, Any]:
+    """Arguments of a model whose mask and positions are those of any causal language model.
+
+    Args:
+        config: The model's.
+        batch: On the model's device.
+        dtype: Of floating-point image inputs.
+    """
+    inputs = batch.model_inputs()
+    images = {
+        name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+        for name, tensor in batch.image_inputs.items()
+    }
+    return inputs | images
 
 
 def _llava_grid(config: Any) -> tuple[int, int]:
@@ -76,6 +96,7 @@ FAMILIES: dict[str, Family] = {
         lm_head="lm_head",
         image_grid=_llava_grid,
         projector_config=_llava_projector_config,
+        model_inputs=plain_inputs,
     ),
 }
 

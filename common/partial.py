@@ -230,7 +230,9 @@ def _select_signals(plan: Plan, selection: Selection) -> dict[str, dict[str, Any
             f"--signals {','.join(wanted)}: the cache holds no {', '.join(unknown)}; "
             f"it holds {', '.join(sorted(plan.signals))}"
         )
-    signals = {name: plan.signals[name] for name in sorted(wanted)}
+    # Without them the data's answers would be taken for the ones that the other signals belong to.
+    kept = {*wanted, *({"answers"} & plan.signals.keys())}
+    signals = {name: plan.signals[name] for name in sorted(kept)}
     if selection.top_k is not None:
         if "logits" not in signals:
             raise ConfigError(f"--top-k {selection.top_k}: no logits are pulled; add them to --signals")

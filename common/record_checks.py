@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from common.codecs.answers import AnswersCodec
 from common.codecs.quantise import GAP_REACH, GAP_TABLE, gap_codes
 from common.errors import CacheFormatError
 from common.map_checks import map_damage, token_count_damage
@@ -223,7 +224,19 @@ def _masses_damage(name: str, values: np.ndarray, settings: dict[str, Any]) -> I
         yield f"{name} is {values.min()} to {values.max()}; expected 0 to 1"
 
 
+def _answers_damage(record: Record, settings: dict[str, Any]) -> Iterator[str]:
+    """Yield what is wrong with the answers' text."""
+    try:
+        answers = AnswersCodec.from_dict(settings).decode(record)
+    except CacheFormatError as error:
+        yield str(error)
+        return
+    if not answers or not all(answer.strip() for answer in answers):
+        yield f"answer_text holds {answers!r:.80}; expected an answer for each turn"
+
+
 _CHECKS: dict[str, Callable[[Record, dict[str, Any]], Iterator[str]]] = {
+    "answers": _answers_damage,
     "logits": _logits_damage,
     "answer_attention": _row_attention_damage("answer_attention", "answer_image_mass"),
     "text_attention": _row_attention_damage("text_attention", "text_image_mass"),

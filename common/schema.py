@@ -17,6 +17,7 @@ axis       one entry per                                        length
 ``square`` pair of cells of a pooled map, row-major             cells squared
 ``mask``   byte of that map's packed mask                       groups * ceil(pairs / 8)
 ``code``   coded value of that map, groups concatenated         as the mask says
+``byte``   byte of the answers' text                            as long as the text
 ``tile``   visual tile of the sample's images                   number of tiles
 ``sample`` the sample itself                                    exactly 1
 ========== ==================================================== =============================
@@ -56,6 +57,8 @@ the row sums to one at temperature 1 (``common.codecs.quantise.balance``).
 With ``exact``, masses. Else codes: 0 is zero, c is ``exp((c - 255) 12 / 254)`` of the largest cell; scale a
 row's cells to sum to ``answer_image_mass``, or ``text_image_mass``. ``visual_columns``: masses.
 
+``answer_text``: the answers that the teacher wrote, one a turn, as a JSON list in UTF-8.
+
 ``visual_map``: see ``common.codecs.visual_map``; pairs are (query, key), key <= query; of pooled maps all. ``f4``: masses.
 ``exact8``: code c is ``exp((c - 255) 16 / 254)``, 0 is zero. ``exact``: with t = ``map_scale``, codes 1 to 95 are
 ``((c - 0.5) / 95)**2`` of t, those of a key column then scaled so that their mean is ``map_means`` times t; codes from 96 are
@@ -82,7 +85,7 @@ FORMAT_VERSION = 1
 IGNORE_INDEX = -100
 
 DTYPES = ("u1", "u2", "u4", "i8", "f2", "f4")
-AXES = ("row", "entry", "text", "visual", "pair", "map", "cell", "square", "mask", "code", "tile", "sample")
+AXES = ("row", "entry", "text", "visual", "pair", "map", "cell", "square", "mask", "code", "byte", "tile", "sample")
 MAP_AXES = ("visual", "pair", "map", "cell", "square", "mask", "code")
 """Axes of signals that depend on the image alone; all are empty without one."""
 MAX_TRAILING_ELEMENTS = 1 << 24  # of one row of one field; a cache that declares more is not believed

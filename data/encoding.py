@@ -136,7 +136,8 @@ class SampleEncoder:
 
         Args:
             sample: At most one image, at least one turn.
-            prompt_only: Stop where the first answer would begin; there are no labels then.
+            prompt_only: Stop where the last answer (of independent turns: the first) would begin; there are no
+                labels then.
 
         Raises:
             SampleError: Names the sample: unreadable image, empty answer, special token in the text,
@@ -155,6 +156,16 @@ class SampleEncoder:
             if self._knows_image
             else IMAGE_MARKER
         )
+
+    @cached_property
+    def end_token_ids(self) -> list[int]:
+        """Ids that end an answer: the last one of a trained answer, and the tokenizer's end-of-sequence token."""
+        probe = (Turn(question="a", answer="b"),)
+        rendered = self.template.render(probe, self.tokenizer, has_image=False)
+        ids = self._offsets([rendered.text])[0]
+        last = int(ids[0][_inside(ids[1], rendered.answer_spans)][-1])
+        eos = self.tokenizer.eos_token_id
+        return sorted({last} if eos is None else {last, int(eos)})
 
     @cached_property
     def _knows_image(self) -> bool:
@@ -190,7 +201,7 @@ class SampleEncoder:
             for turns in conversations
         ]
         if prompt_only:
-            start = rendered[0].answer_spans[0][0]
+            start = rendered[0].answer_spans[-1][0]
             rendered = [Rendered(text=rendered[0].text[:start], answer_spans=())]
         tokens = self._tokenize(rendered, sum(tile.token_count for tile in image.tiles))
         return self._assemble(sample.sample_id, tokens, image, digest)

@@ -1,86 +1,100 @@
-"""What differs between teacher families, in one table: where the parts are and how an image becomes tokens.
+"""What differs between model families, in one table: where the parts are and how an image becomes tokens.
 
-A family that is not listed cannot be used yet; the error names the listed ones.
+A family that is not listed can still be a teacher of logits: `family_of` makes an entry for it that says what is
+missing, and the model library's own processor prepares its pictures.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-import torch
 from torch import nn
 
 from common.errors import ModelError
-from data.collate import Batch
+from data.family_images import (
+    PUBLISHED_IMAGES,
+    any_resolution_images,
+    fixed_images,
+    gemma3_images,
+    internvl_images,
+    library_images,
+    llava_images,
+    qwen_images,
+    split_images,
+)
+from data.family_inputs import (
+    grid_position_inputs,
+    image_block_inputs,
+    plain_inputs,
+    prefix_inputs,
+    stacked_inputs,
+    text_config,
+)
+from data.image_encoder import AnyImageEncoder
+
+VisualRows = Literal["causal", "image", "prefix"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """Where a family keeps its parts.
+    """Where a family keeps its parts, and what is particular about its inputs.
 
     Attributes:
-        model_class: Class name in ``transformers``.
+        model_class: Class name in ``transformers``; empty: ``common.models.published`` loads it.
         template: Default prompt template (``data.templates``).
-        language_model: Attribute path of the decoder whose attention is captured.
-        vision_tower: Attribute path of the vision tower.
-        projector: Attribute path of the projector.
-        lm_head: Attribute path of the output projection.
-        image_grid: From the config to (rows, cols) of one image's visual tokens.
-        projector_config: From the config to what rebuilds the projector (see ``projector_export``).
-        model_inputs: From config, batch and dtype to the keyword arguments of the inner model.
+        language_model: Attribute path of the decoder whose attention is captured; empty: unknown, logits only.
+        vision_tower: Attribute path of the vision tower; empty: unknown.
+        projector: Attribute path of the projector; empty: unknown.
+        image_encoder: From config, PIL image processor (the library's whole processor where the family is not
+            listed) and tokenizer to the image encoder.
+        projector_config: From the config to what rebuilds the projector (see ``projector_export``); None where
+            the projector is no plain two-layer MLP on tower features, so that TAF is impossible.
+        visual_rows: What a visual token sees: only what precedes it, also its whole image, or the whole prompt.
+        model_inputs: From config, batch and dtype to the keyword arguments of the model.
     """
 
     model_class: str
-    template: str
-    language_model: str
-    vision_tower: str
-    projector: str
-    lm_head: str
-    image_grid: Callable[[Any], tuple[int, int]]
-    projector_config: Callable[[Any], dict[str, Any]]
-    model_inputs: Callable[..., Mapping[str, Any]]
+    template: str = "chat"
+    language_model: str = "model.language_model"
+    vision_tower: str = "model.vision_tower"
+    projector: str = "model.multi_modal_projector"
+    image_encoder: Callable[[Any, Any, Any], AnyImageEncoder]
+    projector_config: Callable[[Any], dict[str, Any]] | None = None
+    visual_rows: VisualRows = "causal"
+    model_inputs: Callable[..., Mapping[str, Any]] = plain_inputs
 
+    @property
+    def is_listed(self) -> bool:
+        """Whether all signals are available, not logits alone."""
+        return bool(self.language_model)
 
-def plain_inputs(config: Any, batch: Batch, *, dtype: torch.dtype) -> dict[str, Any]:
-    """Arguments of a model whose mask and positions are those of any causal language model.
+    def image_token_id(self, config: Any) -> int:
+        """Id that stands for one visual token in ``input_ids``.
 
-    Args:
-        config: The model's.
-        batch: On the model's device.
-        dtype: Of floating-point image inputs.
-    """
-    inputs = batch.model_inputs()
-    images = {
-        name: tensor.to(dtype) if tensor.is_floating_point() else tensor
-        for name, tensor in batch.image_inputs.items()
-    }
-    return inputs | images
-
-
-def _llava_grid(config: Any) -> tuple[int, int]:
-    vision = config.vision_config
-    side = vision.image_size // vision.patch_size
-    has_class_token = vision.model_type.startswith("clip")
-    drops_first = config.vision_feature_select_strategy == "default"
-    if has_class_token != drops_first:
+        Raises:
+            ModelError: If the configuration names none.
+        """
+        for name in ("image_token_id", "image_token_index"):
+            value = getattr(config, name, None)
+            if isinstance(value, int):
+                return value
         raise ModelError(
-            f"vision_feature_select_strategy {config.vision_feature_select_strategy!r} with a "
-            f"{vision.model_type} tower gives {side * side + (1 if has_class_token else -1)} visual tokens, "
-            f"which is no {side}x{side} grid; set it to {'default' if has_class_token else 'full'!r} "
-            "in the checkpoint's config.json"
+            f"a configuration of model_type {config.model_type!r} names no image_token_id: its visual tokens "
+            "cannot be found; expected a vision-language model with image tokens in its vocabulary"
         )
-    return side, side
 
 
-def _llava_projector_config(config: Any) -> dict[str, Any]:
+def _mlp_config(config: Any) -> dict[str, Any]:
+    """What rebuilds the two-layer projector of the LLaVA family."""
     layers = config.vision_feature_layer
     count = 1 if isinstance(layers, int) else len(layers)
+    width = text_config(config).hidden_size
     return {
         "act": config.projector_hidden_act,
-        "bias": config.multimodal_projector_bias,
+        "bias": getattr(config, "multimodal_projector_bias", True),
         "in": config.vision_config.hidden_size * count,
-        "hidden": config.text_config.hidden_size,
-        "out": config.text_config.hidden_size,
+        "hidden": width,
+        "out": width,
         "vision_feature_layer": layers,
         "vision_feature_select_strategy": config.vision_feature_select_strategy,
     }
@@ -90,30 +104,90 @@ FAMILIES: dict[str, Family] = {
     "llava": Family(
         model_class="LlavaForConditionalGeneration",
         template="vicuna_v1",
-        language_model="model.language_model",
-        vision_tower="model.vision_tower",
-        projector="model.multi_modal_projector",
-        lm_head="lm_head",
-        image_grid=_llava_grid,
-        projector_config=_llava_projector_config,
-        model_inputs=plain_inputs,
+        image_encoder=llava_images,
+        projector_config=_mlp_config,
+    ),
+    "llava_next": Family(
+        model_class="LlavaNextForConditionalGeneration",
+        image_encoder=any_resolution_images,
+        projector_config=_mlp_config,
+    ),
+    "llava_onevision": Family(
+        model_class="LlavaOnevisionForConditionalGeneration",
+        image_encoder=any_resolution_images,
+        projector_config=_mlp_config,
+    ),
+    "qwen2_vl": Family(
+        model_class="Qwen2VLForConditionalGeneration",
+        vision_tower="model.visual",
+        projector="model.visual.merger",
+        image_encoder=qwen_images,
+        model_inputs=grid_position_inputs,
+    ),
+    "qwen2_5_vl": Family(
+        model_class="Qwen2_5_VLForConditionalGeneration",
+        vision_tower="model.visual",
+        projector="model.visual.merger",
+        image_encoder=qwen_images,
+        model_inputs=grid_position_inputs,
+    ),
+    "qwen3_vl": Family(
+        model_class="Qwen3VLForConditionalGeneration",
+        vision_tower="model.visual",
+        projector="model.visual.merger",
+        image_encoder=qwen_images,
+        model_inputs=grid_position_inputs,
+    ),
+    "idefics3": Family(
+        model_class="Idefics3ForConditionalGeneration",
+        language_model="model.text_model",
+        vision_tower="model.vision_model",
+        projector="model.connector",
+        image_encoder=split_images,
+        model_inputs=stacked_inputs,
+    ),
+    "smolvlm": Family(
+        model_class="SmolVLMForConditionalGeneration",
+        language_model="model.text_model",
+        vision_tower="model.vision_model",
+        projector="model.connector",
+        image_encoder=split_images,
+        model_inputs=stacked_inputs,
+    ),
+    "internvl": Family(
+        model_class="InternVLForConditionalGeneration",
+        image_encoder=internvl_images,
+    ),
+    "paligemma": Family(
+        model_class="PaliGemmaForConditionalGeneration",
+        template="paligemma",
+        image_encoder=fixed_images,
+        visual_rows="prefix",
+        model_inputs=prefix_inputs,
+    ),
+    "gemma3": Family(
+        model_class="Gemma3ForConditionalGeneration",
+        image_encoder=gemma3_images,
+        visual_rows="image",
+        model_inputs=image_block_inputs,
     ),
 }
 
 
-def family_of(config: Any, where: str) -> Family:
-    """Look a model's family up.
+def unlisted_family() -> Family:
+    """The entry of a family that is not in the table: logits only, pictures by the library's own processor."""
+    return Family(
+        model_class="AutoModelForImageTextToText",
+        language_model="",
+        vision_tower="",
+        projector="",
+        image_encoder=library_images,
+    )
 
-    Raises:
-        ModelError: If the family is not in the table.
-    """
-    family = FAMILIES.get(config.model_type)
-    if family is None:
-        raise ModelError(
-            f"{where}: model_type {config.model_type!r} is not a supported teacher family; "
-            f"supported: {', '.join(sorted(FAMILIES))}"
-        )
-    return family
+
+def family_of(model_type: str) -> Family:
+    """Look a model's family up; one that is not listed gives logits only."""
+    return FAMILIES.get(model_type) or unlisted_family()
 
 
 def submodule(model: nn.Module, path: str) -> nn.Module:

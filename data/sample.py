@@ -9,7 +9,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import PIL.Image
@@ -61,6 +61,25 @@ class Sample:
     images: tuple[ImageSource, ...]
     turns: tuple[Turn, ...]
     independent_turns: bool = False
+
+
+def with_answers(sample: Sample, answers: Sequence[str]) -> Sample:
+    """The same pictures and questions with other answers.
+
+    Args:
+        sample: Whose turns are answered.
+        answers: One a turn.
+
+    Raises:
+        SampleError: If their number is another than the sample's turns'.
+    """
+    if len(answers) != len(sample.turns):
+        raise SampleError(
+            f"sample {sample.sample_id!r} has {len(sample.turns)} turns, but {len(answers)} answers were written; "
+            "the data set changed since: build the cache again"
+        )
+    turns = tuple(replace(turn, answer=answer) for turn, answer in zip(sample.turns, answers, strict=True))
+    return replace(sample, turns=turns)
 
 
 class Dataset(Protocol):

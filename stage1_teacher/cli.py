@@ -38,6 +38,11 @@ def _build_options(command: Any) -> Any:
             "--signals",
             help="Comma-separated: logits, answer_attention, text_attention, visual_columns, visual_map.",
         ),
+        click.option(
+            "--answers",
+            type=click.Choice(["data", "generate"]),
+            help="Score the data set's answers, or let the teacher write them.",
+        ),
         click.option("--store", type=click.Choice(["zarr", "webdataset"]), help="Shard format."),
         click.option("--cache", help="Folder of the cache."),
         click.option(

@@ -30,6 +30,12 @@ class BuildConfig:
             and ``compact`` the sink-filtered one; see ``common.codecs.visual_map``.
         map_grid: Side of the grid that the visual tokens of a tile are pooled to for ``visual_map``: the students'
             own, for which the map is then exact; 0: the teacher's tokens.
+        answers: ``data``: score the data set's answers. ``generate``: the teacher writes them, turn by turn, and what is
+            kept belongs to its own answers; students are then trained on these.
+        max_new_tokens: Longest generated answer in tokens; one that does not end by then is a recorded failure.
+        answer_temperature: Of generated answers, dimensionless; 0 is greedy.
+        answer_top_p: Of sampled answers: the smallest set of tokens with this share of the mass.
+        answer_seed: Of sampled answers.
         groups: Number of layer groups.
         layers: Which teacher layers are kept: the published middle ones or all.
         template: Prompt template; ``auto`` is ``short`` for built-in teachers, ``vicuna_v1`` otherwise.
@@ -62,6 +68,11 @@ class BuildConfig:
     grid: int = 0
     map_preset: Literal["exact", "blocks", "compact", "exact8"] = "exact"
     map_grid: int = 0
+    answers: Literal["data", "generate"] = "data"
+    max_new_tokens: int = 256
+    answer_temperature: float = 0.0
+    answer_top_p: float = 1.0
+    answer_seed: int = 0
     groups: int = 1
     layers: Literal["middle", "all"] = "middle"
     template: str = "auto"

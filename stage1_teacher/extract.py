@@ -26,6 +26,7 @@ from common.manifest import (
     seal,
     sidecar_path,
 )
+from stage1_teacher.answers import open_shards
 from stage1_teacher.cache_folder import (
     drop_damaged_manifest,
     in_use,
@@ -39,7 +40,7 @@ from stage1_teacher.card import write_card
 from stage1_teacher.config import BuildConfig
 from stage1_teacher.fidelity import measure_fidelity
 from stage1_teacher.parts import WHOLE, Part, fix_threads, run_parts
-from stage1_teacher.pipeline import FailureBudget, Writer, encode_shards, run_shard
+from stage1_teacher.pipeline import FailureBudget, Writer, run_shard
 from stage1_teacher.plan import Build, open_build
 from stage1_teacher.projector_export import export_parts
 
@@ -112,7 +113,7 @@ def extract(
         ):
             # Another process may build the same cache: what it finished is skipped, what it left is done here.
             while todo := part.share(missing_shards(cache_dir, plan)):
-                for shard in encode_shards(work.dataset, work.encoder, plan, todo):
+                for shard in open_shards(work, plan, todo, batch_size=config.batch_size):
                     if sidecar_path(cache_dir, shard.index).exists():
                         continue
                     for batch, signals in run_shard(work, shard, config.batch_size):

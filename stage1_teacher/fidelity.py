@@ -24,6 +24,8 @@ from common.sidecar import read_sidecar
 from common.stores import open_reader
 from common.visual_tokens import Tile, content_mask, tile_boxes
 from data.collate import Batch, collate
+from data.sample import Sample, with_answers
+from stage1_teacher.answers import ANSWERS
 from stage1_teacher.attention_fidelity import (
     column_gradient_cosine,
     map_gradient_cosines,
@@ -55,7 +57,7 @@ def measure_fidelity(work: Build, cache_dir: Path, *, samples: int) -> dict[str,
     positions = list(range(0, len(work.dataset), step))[:samples]
     for position in positions:
         try:
-            encoded = work.encoder(work.dataset[position])
+            encoded = work.encoder(_as_cached(work, cache_dir, position))
         except SampleError:
             continue
         batch = collate([encoded], work.teacher.pad_token_id)
@@ -65,6 +67,17 @@ def measure_fidelity(work: Build, cache_dir: Path, *, samples: int) -> dict[str,
         first, second = (_run(work, batch) for _ in range(2))
         _compare(totals, work.codecs, record, encoded.tiles, first, second)
     return {"samples": totals.samples, **totals.means()}
+
+
+def _as_cached(work: Build, cache_dir: Path, position: int) -> Sample:
+    """A sample with the answers that its record belongs to: the data set's, or those that the teacher wrote."""
+    sample = work.dataset[position]
+    if ANSWERS not in work.codecs:
+        return sample
+    record = _read_record(cache_dir, work.plan, position, sample.sample_id)
+    if record is None:
+        raise SampleError(f"sample {sample.sample_id!r} is not in the cache")
+    return with_answers(sample, work.codecs[ANSWERS].decode(record))
 
 
 class Totals:

@@ -23,11 +23,12 @@ BATCHES_BEHIND = 4
 
 @dataclass
 class EncodedShard:
-    """One shard's samples, ready for the teacher; failures with their reasons."""
+    """One shard's samples, ready for the teacher; failures with their reasons; answers that the teacher wrote."""
 
     index: int
     samples: list[EncodedSample] = field(default_factory=list)
     failed: list[tuple[str, str]] = field(default_factory=list)
+    answers: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def fail(self, sample_id: str, reason: str) -> None:
         """Record a failure; a reason may quote names from the data that are no valid UTF-8."""
@@ -181,7 +182,7 @@ class Writer:
     def finish(self, shard: EncodedShard) -> None:
         """Queue the writing of a shard, after its batches."""
         order = [(sample.sample_id, image_key(sample)) for sample in shard.samples]
-        self._submit(self._write, shard.index, order, tuple(shard.failed))
+        self._submit(self._write, shard.index, order, tuple(shard.failed), dict(shard.answers))
 
     def wait(self) -> None:
         """Wait until everything queued is written."""
@@ -200,7 +201,11 @@ class Writer:
         self._records |= dict(zip(batch.sample_ids, records, strict=True))
 
     def _write(
-        self, index: int, order: list[tuple[str, str | None]], failed: tuple[tuple[str, str], ...]
+        self,
+        index: int,
+        order: list[tuple[str, str | None]],
+        failed: tuple[tuple[str, str], ...],
+        answers: Mapping[str, tuple[str, ...]],
     ) -> None:
         records, self._records = self._records, {}
         try:
@@ -212,6 +217,8 @@ class Writer:
         try:
             sharer = ImageSharer(SharedImages(self._plan.all_fields))
             for sample_id, key in order:
+                if "answers" in self._codecs:
+                    records[sample_id] |= self._codecs["answers"].encode(answers[sample_id])
                 writer.append(sample_id, sharer.share(records[sample_id], key))
             finish_shard(writer, failed)
         finally:

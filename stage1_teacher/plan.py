@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from common.codecs.answers import AnswersCodec
 from common.errors import ConfigError
 from common.hashing import fingerprint
 from common.manifest import Plan
@@ -137,7 +138,7 @@ def build_encoder(teacher: Teacher, *, template: str, max_length: int) -> Sample
 def codecs_for(config: BuildConfig, teacher: Teacher) -> dict[str, Any]:
     """Build the codecs a configuration asks for, fitted to the teacher's token grid."""
     grid = (config.grid, config.grid) if config.grid else automatic_grid(teacher.image_grid)
-    return build_codecs(
+    codecs = build_codecs(
         signals=config.signals,
         logits=config.logits,
         temperatures=config.temperatures,
@@ -147,6 +148,14 @@ def codecs_for(config: BuildConfig, teacher: Teacher) -> dict[str, Any]:
         map_preset=config.map_preset,
         map_grid=config.map_grid,
     )
+    if config.answers == "generate":
+        codecs["answers"] = AnswersCodec(
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.answer_temperature,
+            top_p=config.answer_top_p,
+            seed=config.answer_seed,
+        )
+    return codecs
 
 
 def make_plan(

@@ -17,6 +17,7 @@ from data.collate import Batch, collate, length_buckets
 from data.encoding import EncodedSample
 from data.families import submodule
 from data.sample import Dataset, Sample
+from stage1_teacher.answers import ANSWERS, answer_shard
 from stage1_teacher.pipeline import EncodedShard, Writer, encode_shards, run_shard
 from stage1_teacher.plan import Build
 from stage1_teacher.probe_sizes import Size, best_time, weigh_probe
@@ -97,7 +98,7 @@ def measure_probe(work: Build, *, samples: int, batch_size: int, load: float) ->
         DataError: If no sample of the probe can be used.
     """
     positions = probe_positions(len(work.dataset), samples)
-    shard, encode = _encode(work, positions)
+    shard, encode = _encode(work, positions, batch_size)
     if not shard.samples:
         reason = shard.failed[-1][1] if shard.failed else "the data set is empty"
         raise DataError(f"no sample of the probe can be used; the last one: {reason}")
@@ -156,11 +157,14 @@ def probe_positions(total: int, samples: int) -> list[int]:
     return sorted(positions)
 
 
-def _encode(work: Build, positions: list[int]) -> tuple[EncodedShard, float]:
+def _encode(work: Build, positions: list[int], batch_size: int) -> tuple[EncodedShard, float]:
     """The probe's samples, and seconds a sample; done twice, because the first time loads libraries."""
     shard, seconds = EncodedShard(index=0), 0.0
     for _ in range(2):
         shard, started = EncodedShard(index=0), time.perf_counter()
+        if ANSWERS in work.codecs:
+            shard = answer_shard(work, positions, index=0, batch_size=batch_size)
+            return shard, (time.perf_counter() - started) / len(positions)
         for position in positions:
             try:
                 shard.samples.append(work.encoder(work.dataset[position]))
@@ -245,6 +249,8 @@ def _rehearse(
         times: Seconds of the steps alone: ``encode``, ``teacher`` and ``write`` a sample, ``shard_write`` a shard.
     """
     count = len(positions)
+    if ANSWERS in work.codecs:  # the teacher writes answers before it scores them
+        return times["encode"] + max(times["teacher"], times["write"])
     alone = max(times["teacher"], times["encode"] + times["write"])
     if (
         times["teacher"] * count > SLOW_S

@@ -57,7 +57,7 @@ def weigh_probe(
         ``signals``, ``stored``, ``shard_bytes``, ``write`` and ``shard_write`` of a ``Probe``.
     """
     count = len(shard.samples)
-    empty, full = EncodedShard(index=0), EncodedShard(index=0, samples=shard.samples)
+    empty, full = EncodedShard(index=0), replace(shard, index=0)
     folders = (scratch / f"timed-{number}" for number in itertools.count())
     whole, plan = _write(work, work.codecs, scratch / "whole", full, passes)
     overhead, _ = _write(work, work.codecs, scratch / "empty", empty, [])

@@ -21,6 +21,7 @@ from common.codecs.row_attention import RowAttention
 from common.schema import IGNORE_INDEX
 from common.visual_attention import AttentionCapture
 from data.encoding import EncodedSample, SampleEncoder, build_prompt
+from data.generation import device_of, generate_answers, pad_token_id
 from data.sample import CaptionPair, EvaluationSet, ImageSource, Question, Sample, Turn
 from stage2_student.cached_dataset import AttentionBatch, CachedDataset
 from stage2_student.losses import answer_attention_loss, has_mass, tail_bucket_kl
@@ -36,14 +37,7 @@ from stage2_student.metrics import (
     score_letters,
 )
 from stage2_student.objective import attention_requests, student_answer_cells
-from stage2_student.scoring import (
-    answer_log_probs,
-    device_of,
-    generate_answers,
-    language_model_of,
-    pad_token_id,
-    supervised_logits,
-)
+from stage2_student.scoring import answer_log_probs, language_model_of, supervised_logits
 
 Item = TypeVar("Item")
 
@@ -212,9 +206,9 @@ def ask_letters(
     given, margins = [], []
     for batch in _batches(asked, batch_size, "letters"):
         prompts = [build_prompt(encoder, pair.image, text) for pair, text in batch]
-        texts, logits = generate_answers(model, encoder, prompts, max_new_tokens=LETTER_TOKENS)
-        given += [parse_letter(text) for text in texts]
-        margins += (logits[:, token_a] - logits[:, token_b]).tolist()
+        made = generate_answers(model, encoder, prompts, max_new_tokens=LETTER_TOKENS)
+        given += [parse_letter(text) for text in made.texts]
+        margins += (made.first_logits[:, token_a] - made.first_logits[:, token_b]).tolist()
     margin = np.array(margins)
     prefers = (
         preference(margin[0::2], np.zeros(len(pairs))) + preference(-margin[1::2], np.zeros(len(pairs)))
@@ -229,8 +223,8 @@ def score_questions(
     matches: list[bool] = []
     for batch in _batches(questions, batch_size, "questions"):
         prompts = [build_prompt(encoder, item.image, item.question) for item in batch]
-        texts, _ = generate_answers(model, encoder, prompts, max_new_tokens=ANSWER_TOKENS)
-        matches += [exact_match(text, item.answer) for text, item in zip(texts, batch, strict=True)]
+        made = generate_answers(model, encoder, prompts, max_new_tokens=ANSWER_TOKENS)
+        matches += [exact_match(text, item.answer) for text, item in zip(made.texts, batch, strict=True)]
     return np.array(matches, dtype=np.float64)
 
 

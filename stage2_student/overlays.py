@@ -18,8 +18,9 @@ from common.visual_attention import AttentionCapture, AttentionRequest
 from common.visual_tokens import grid_tile, tile_boxes
 from data.collate import Batch, collate, supervised_rows, visual_keys
 from data.encoding import SampleEncoder
+from data.generation import device_of, pad_token_id
 from data.sample import Dataset, Sample
-from stage2_student.scoring import device_of, language_model_of, pad_token_id
+from stage2_student.scoring import language_model_of
 
 PICTURE_SIDE = 220
 HEAT = (255, 64, 0)

@@ -27,12 +27,12 @@ SURFACE = {
     "distill report": "OUTPUT",
     "distill run": "--cache --config --data --images --nproc --output --phases --seed --set --student",
     "distill train": "--cache --config --data --images --output --phases --seed --set --student",
-    "teacher-cache build": "--cache --config --data --images --limit --nproc --overwrite --part --set --signals --store "
+    "teacher-cache build": "--answers --cache --config --data --images --limit --nproc --overwrite --part --set --signals --store "
     "--teacher",
     "teacher-cache demo-teacher": "--data --output --seed",
-    "teacher-cache estimate": "--cache --config --data --epochs --images --json --limit --price --samples --set --signals "
-    "--store --student-parameters --student-step --students --teacher",
-    "teacher-cache fidelity": "--cache --config --data --images --limit --samples --set --signals --store --teacher",
+    "teacher-cache estimate": "--answers --cache --config --data --epochs --images --json --limit --price --samples --set "
+    "--signals --store --student-parameters --student-step --students --teacher",
+    "teacher-cache fidelity": "--answers --cache --config --data --images --limit --samples --set --signals --store --teacher",
     "teacher-cache report": "CACHE",
     "teacher-cache seal": "CACHE",
 }

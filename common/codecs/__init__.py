@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from common.codecs.registry import (
         CODECS,
         LOGIT_PRESETS,
+        AnswersCodec,
         AnyCodec,
         LogitCodec,
         RowAttention,
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CODECS",
     "LOGIT_PRESETS",
+    "AnswersCodec",
     "AnyCodec",
     "LogitCodec",
     "RowAttention",

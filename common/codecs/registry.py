@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from common.codecs.answers import AnswersCodec
 from common.codecs.logits import LOGIT_PRESETS, LogitCodec, SparseLogits
 from common.codecs.row_attention import RowAttention, RowAttentionCodec, TextAttentionCodec
 from common.codecs.visual_map import VisualColumnsCodec, VisualMapCodec
@@ -11,6 +12,7 @@ from common.errors import CacheFormatError
 __all__ = [
     "CODECS",
     "LOGIT_PRESETS",
+    "AnswersCodec",
     "AnyCodec",
     "LogitCodec",
     "RowAttention",
@@ -22,9 +24,10 @@ __all__ = [
     "codec_from_dict",
 ]
 
-AnyCodec = LogitCodec | RowAttentionCodec | VisualColumnsCodec | VisualMapCodec
+AnyCodec = AnswersCodec | LogitCodec | RowAttentionCodec | VisualColumnsCodec | VisualMapCodec
 
-CODECS: dict[str, type[LogitCodec | RowAttentionCodec | VisualColumnsCodec | VisualMapCodec]] = {
+CODECS: dict[str, type[AnyCodec]] = {
+    "answers": AnswersCodec,
     "logits": LogitCodec,
     "answer_attention": RowAttentionCodec,
     "text_attention": TextAttentionCodec,

@@ -220,7 +220,7 @@ def test_failures_of_another_processs_shards_count_before_sealing(tmp_path: Path
         return encode_shards(*arguments)
 
     encode_shards = pipeline.encode_shards
-    monkeypatch.setattr("stage1_teacher.extract.encode_shards", raced)
+    monkeypatch.setattr("stage1_teacher.answers.encode_shards", raced)
     with pytest.raises(DataError, match="3 of 12 samples cannot be used"):
         build_cache(tmp_path / "cache", max_failed_share=0.1, **options)
     assert not (tmp_path / "cache" / "manifest.json").exists()

@@ -19,6 +19,7 @@ from common.visual_tokens import tiles_to_array
 from data.builtin import load_image_processor, load_tokenizer
 from data.collate import collate, supervised_rows, visual_keys
 from data.encoding import ImageEncoder, SampleEncoder, build_prompt
+from data.generation import generate_answers
 from data.registry import open_dataset
 from data.sample import EvaluationSet, Sample, Turn
 from data.shapes import ShapesDataset, shapes_evaluation
@@ -35,7 +36,7 @@ from stage2_student.evaluate import (
     score_questions,
 )
 from stage2_student.metrics import Score
-from stage2_student.scoring import answer_log_probs, generate_answers
+from stage2_student.scoring import answer_log_probs
 from stage2_student.signals import decode_signals
 
 TOKENIZER = load_tokenizer()
@@ -134,18 +135,18 @@ def test_batched_answers_equal_those_of_each_prompt_alone(items):
     model, encoder = make_student(), make_encoder()
     prompts = [build_prompt(encoder, item.image, item.question) for item in items.questions[::4]]
     assert len({len(prompt) for prompt in prompts}) > 1
-    texts, logits = generate_answers(model, encoder, prompts, max_new_tokens=6)
-    for prompt, text, first in zip(prompts, texts, logits, strict=True):
-        alone, own = generate_answers(model, encoder, [prompt], max_new_tokens=6)
-        assert alone == [text]
-        torch.testing.assert_close(own[0], first, atol=1e-4, rtol=1e-4)
+    made = generate_answers(model, encoder, prompts, max_new_tokens=6)
+    for prompt, text, first in zip(prompts, made.texts, made.first_logits, strict=True):
+        alone = generate_answers(model, encoder, [prompt], max_new_tokens=6)
+        assert alone.texts == (text,)
+        torch.testing.assert_close(alone.first_logits[0], first, atol=1e-4, rtol=1e-4)
 
 
 def test_questions_are_right_exactly_when_the_generated_answer_is_the_expected_one(items):
     model, encoder = make_student(), make_encoder()
     asked = items.questions[:6]
     prompts = [build_prompt(encoder, item.image, item.question) for item in asked]
-    texts, _ = generate_answers(model, encoder, prompts, max_new_tokens=16)
+    texts = generate_answers(model, encoder, prompts, max_new_tokens=16).texts
     given = [
         SimpleNamespace(image=item.image, question=item.question, answer=text.upper() + "." * (index % 2))
         for index, (item, text) in enumerate(zip(asked, texts, strict=True))

@@ -1,0 +1,136 @@
+"""A model's own answers to prompts, in one left-padded batch: for scores, and for answers that a teacher writes.
+
+Dims: B batch, T longest prompt, V vocabulary.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.collate import join_image_inputs
+from data.encoding import EncodedSample, SampleEncoder
+
+GenerationInputs = Callable[[Sequence[EncodedSample], int, torch.device], Mapping[str, Any]]
+"""From prompts, padding id and device to the keyword arguments of ``generate``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How tokens are drawn; greedy without it.
+
+    Attributes:
+        temperature: Above 0, dimensionless.
+        top_p: Smallest set of tokens with this share of the mass, in (0, 1].
+        seed: Of this batch alone: the numbers do not depend on what ran before.
+    """
+
+    temperature: float
+    top_p: float
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generated:
+    """Answers of one batch.
+
+    Attributes:
+        texts: Without special tokens, stripped.
+        finished: Whether each ended by itself, rather than at the longest length.
+        first_logits: Of each first answer token, float32 ``[B, V]`` on the CPU.
+    """
+
+    texts: tuple[str, ...]
+    finished: tuple[bool, ...]
+    first_logits: Tensor
+
+
+def device_of(model: Any) -> torch.device:
+    """Where the model's first parameter lies."""
+    device: torch.device = next(model.parameters()).device
+    return device
+
+
+def pad_token_id(encoder: SampleEncoder) -> int:
+    """The tokenizer's padding id, or its end token's where there is none (masked either way)."""
+    tokenizer = encoder.tokenizer
+    return int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
+
+
+def left_padded_inputs(prompts: Sequence[EncodedSample], pad_id: int, device: torch.device) -> dict[str, Any]:
+    """Arguments of ``generate`` for a model without peculiarities: ids and mask ``[B, T]``, and the pictures.
+
+    Args:
+        prompts: At least one.
+        pad_id: Fills the front of shorter prompts.
+        device: Where to put them.
+    """
+    longest = max(len(prompt) for prompt in prompts)
+    input_ids = np.full((len(prompts), longest), pad_id, dtype=np.int64)
+    attention_mask = np.zeros((len(prompts), longest), dtype=np.int64)
+    for row, prompt in enumerate(prompts):
+        input_ids[row, longest - len(prompt) :] = prompt.input_ids
+        attention_mask[row, longest - len(prompt) :] = 1
+    return {
+        "input_ids": torch.from_numpy(input_ids).to(device),
+        "attention_mask": torch.from_numpy(attention_mask).to(device),
+        **{name: tensor.to(device) for name, tensor in join_image_inputs(prompts).items()},
+    }
+
+
+def generate_answers(
+    model: Any,
+    encoder: SampleEncoder,
+    prompts: Sequence[EncodedSample],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling | None = None,
+    inputs: GenerationInputs = left_padded_inputs,
+) -> Generated:
+    """Continue prompts in one batch.
+
+    Args:
+        model: Any generating model of the library.
+        encoder: Whose tokenizer made the prompts.
+        prompts: Sequences without labels, from ``build_prompt``.
+        max_new_tokens: Longest answer, its end token included.
+        sampling: None: greedy.
+        inputs: Makes the model's arguments.
+
+    Returns:
+        The answers.
+    """
+    device, pad_id = device_of(model), pad_token_id(encoder)
+    arguments = inputs(prompts, pad_id, device)
+    end = encoder.end_token_ids
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        if sampling is not None:
+            torch.manual_seed(sampling.seed)
+        output = model.generate(
+            **arguments,
+            **_how(sampling),
+            max_new_tokens=max_new_tokens,
+            num_beams=1,
+            pad_token_id=pad_id,
+            eos_token_id=end,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+    made = output.sequences[:, arguments["input_ids"].shape[1] :].cpu()  # [B, new]
+    texts = encoder.tokenizer.batch_decode(made, skip_special_tokens=True)
+    return Generated(
+        texts=tuple(text.strip() for text in texts),
+        finished=tuple(bool(row) for row in torch.isin(made, torch.tensor(end)).any(dim=1)),
+        first_logits=output.logits[0].float().cpu(),
+    )
+
+
+def _how(sampling: Sampling | None) -> dict[str, Any]:
+    if sampling is None:
+        return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    return {
+        "do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0,
+    }  # fmt: skip

@@ -1,0 +1,157 @@
+"""Answers that the teacher writes itself, turn by turn, before they are scored like a data set's.
+
+A shard is the unit again: its prompts form batches by length, each with random numbers of its own, so the answers,
+like every other byte of a shard, do not depend on who builds it or what was built before.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+
+from common.codecs.answers import AnswersCodec
+from common.errors import SampleError
+from common.hashing import fingerprint
+from common.manifest import Plan
+from data.collate import length_buckets
+from data.encoding import EncodedSample
+from data.generation import Sampling, generate_answers
+from data.sample import Sample, Turn, with_answers
+from stage1_teacher.pipeline import EncodedShard, encode_shards
+from stage1_teacher.plan import Build
+
+ANSWERS = "answers"
+
+
+def open_shards(work: Build, plan: Plan, todo: Sequence[int], *, batch_size: int) -> Iterator[EncodedShard]:
+    """Encode shards for the teacher: with the data set's answers ahead of it, or with its own in its own time.
+
+    Args:
+        work: Teacher, data and codecs.
+        plan: The partition into shards.
+        todo: Shards wanted.
+        batch_size: Most prompts in one batch.
+    """
+    if ANSWERS not in work.codecs:
+        yield from encode_shards(work.dataset, work.encoder, plan, todo)
+        return
+    for index in todo:
+        yield answer_shard(work, plan.shard_range(index), index=index, batch_size=batch_size)
+
+
+@dataclass
+class _Conversation:
+    """A sample while it is answered."""
+
+    sample: Sample
+    answers: list[str] = field(default_factory=list)
+
+    def next_prompt(self) -> Sample | None:
+        """What is asked next: all earlier turns with their new answers, or an independent turn alone."""
+        if len(self.answers) == len(self.sample.turns):
+            return None
+        asked = self.sample.turns[len(self.answers)].question
+        earlier = () if self.sample.independent_turns else self.sample.turns[: len(self.answers)]
+        turns = [
+            Turn(question=turn.question, answer=a) for turn, a in zip(earlier, self.answers, strict=False)
+        ]
+        return Sample(
+            sample_id=self.sample.sample_id,
+            images=self.sample.images,
+            turns=(*turns, Turn(question=asked, answer="x")),
+        )
+
+
+def answer_shard(work: Build, positions: Sequence[int], *, index: int, batch_size: int) -> EncodedShard:
+    """Let the teacher answer the samples of one shard, and encode them with its answers.
+
+    Args:
+        work: Teacher, data and codecs.
+        positions: In the data set.
+        index: The shard's.
+        batch_size: Most prompts in one batch.
+
+    Returns:
+        The shard; a sample that the teacher did not answer (nothing, or no end in time) is a recorded failure.
+    """
+    shard = EncodedShard(index=index)
+    open_, order = {}, []
+    for position in positions:
+        sample_id = work.dataset.sample_ids[position]
+        try:
+            open_[sample_id] = _Conversation(work.dataset[position])
+            order.append(sample_id)
+        except SampleError as error:
+            shard.fail(sample_id, str(error))
+    for turn in range(max((len(talk.sample.turns) for talk in open_.values()), default=0)):
+        _answer_turn(work, shard, open_, turn=turn, batch_size=batch_size)
+    for sample_id in order:
+        if sample_id in open_:
+            talk = open_[sample_id]
+            try:
+                shard.samples.append(work.encoder(with_answers(talk.sample, talk.answers)))
+                shard.answers[sample_id] = tuple(talk.answers)
+            except SampleError as error:
+                shard.fail(sample_id, f"with the teacher's answer: {error}")
+    return shard
+
+
+def _answer_turn(
+    work: Build, shard: EncodedShard, open_: dict[str, _Conversation], *, turn: int, batch_size: int
+) -> None:
+    """Answer one turn of every conversation that has it; those that fail leave ``open_``."""
+    prompts: list[EncodedSample] = []
+    for sample_id, talk in list(open_.items()):
+        try:
+            asked = talk.next_prompt()
+            if asked is not None:
+                prompts.append(work.encoder(asked, prompt_only=True))
+        except SampleError as error:
+            shard.fail(sample_id, str(error))
+            del open_[sample_id]
+    codec: AnswersCodec = work.codecs[ANSWERS]
+    for number, bucket in enumerate(length_buckets([len(prompt) for prompt in prompts], batch_size)):
+        chosen = [prompts[place] for place in bucket]
+        seed = _seed(codec.seed, shard.index, turn, number)
+        for prompt, answer, finished in zip(chosen, *_generate(work, codec, chosen, seed), strict=True):
+            if answer and finished:
+                open_[prompt.sample_id].answers.append(answer)
+                continue
+            shard.fail(
+                prompt.sample_id,
+                f"the teacher's answer to turn {turn + 1} is empty" if finished else
+                f"the teacher's answer to turn {turn + 1} has no end within {codec.max_new_tokens} tokens; raise "
+                "max_new_tokens",
+            )  # fmt: skip
+            del open_[prompt.sample_id]
+
+
+@torch.inference_mode()
+def _generate(
+    work: Build, codec: AnswersCodec, prompts: Sequence[EncodedSample], seed: int
+) -> tuple[tuple[str, ...], tuple[bool, ...]]:
+    sampling = None
+    if codec.temperature:
+        sampling = Sampling(temperature=codec.temperature, top_p=codec.top_p, seed=seed)
+    made = generate_answers(
+        work.teacher.model,
+        work.encoder,
+        prompts,
+        max_new_tokens=codec.max_new_tokens,
+        sampling=sampling,
+        inputs=partial(_inputs, work.teacher),
+    )
+    return made.texts, made.finished
+
+
+def _inputs(teacher: Any, prompts: Sequence[EncodedSample], pad_id: int, device: torch.device) -> Any:
+    return teacher.family.generation_inputs(
+        teacher.config, prompts, pad_id, device, dtype=getattr(torch, teacher.dtype)
+    )
+
+
+def _seed(*numbers: int) -> int:
+    """A seed of a batch's own; the library's generators take 63 bits."""
+    return int(fingerprint(list(numbers))[:15], 16)

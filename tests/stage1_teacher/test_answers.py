@@ -1,0 +1,203 @@
+"""Answers that the teacher writes: they are what it would say on its own, and all that is cached belongs to them."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlavaForConditionalGeneration
+
+from common.cache import open_cache
+from common.codecs import codec_from_dict
+from common.codecs.answers import AnswersCodec
+from common.errors import CacheFormatError, CacheMismatchError, ConfigError
+from common.partial import Selection, pull_partial
+from common.record_checks import value_damage
+from common.verification import verify
+from data.encoding import build_prompt
+from data.registry import open_dataset
+from data.sample import Sample, Turn
+from stage1_teacher.config import BuildConfig
+from stage1_teacher.demo_teacher import builtin_teacher_directory
+from stage1_teacher.extract import extract
+from stage1_teacher.plan import build_encoder
+from stage1_teacher.teacher import Teacher
+
+DATA = "shapes:images=6"
+
+
+@pytest.fixture(scope="module")
+def teacher() -> Teacher:
+    return Teacher(builtin_teacher_directory())
+
+
+def build(cache: Path, *, overwrite: bool = False, **options):
+    settings = {
+        "data": DATA, "answers": "generate", "max_new_tokens": 40, "batch_size": 4, "shard_size": 4, "threads": 1,
+        "fidelity_samples": 2, "max_failed_share": 1.0, "limit": 6, **options,
+    }  # fmt: skip
+    return extract(BuildConfig(cache=str(cache), **settings), overwrite=overwrite)
+
+
+@pytest.fixture(scope="module")
+def greedy(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("answers") / "cache"
+    build(path)
+    return path
+
+
+def tree(root: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
+
+
+def answers_of(path: Path) -> dict[str, tuple[str, ...]]:
+    cache = open_cache(path)
+    codec = codec_from_dict(cache.plan.signals["answers"])
+    return {name: codec.decode(cache.read(name)) for name in cache.sample_ids}
+
+
+def write_own_answer(teacher: Teacher, encoder, sample: Sample, turn: int, earlier: tuple[str, ...]) -> str:
+    """One prompt alone, through the library's own `generate`."""
+    turns = [Turn(question=t.question, answer=a) for t, a in zip(sample.turns, earlier, strict=False)]
+    asked = Sample(
+        sample_id="s", images=sample.images,
+        turns=(*turns, Turn(question=sample.turns[turn].question, answer="x")),
+    )  # fmt: skip
+    prompt = encoder(asked, prompt_only=True)
+    ids = torch.from_numpy(prompt.input_ids)[None]
+    made = teacher.model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=40,
+        pixel_values=torch.from_numpy(prompt.image_inputs["pixel_values"]),
+        eos_token_id=teacher.tokenizer.eos_token_id, pad_token_id=teacher.pad_token_id,
+    )  # fmt: skip
+    return teacher.tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True).strip()
+
+
+def test_answers_are_those_of_each_prompt_alone(greedy: Path, teacher: Teacher):
+    assert isinstance(teacher.model, LlavaForConditionalGeneration)
+    dataset = open_dataset(DATA, split="train", limit=6)
+    encoder = build_encoder(teacher, template="auto", max_length=2048)
+    written = answers_of(greedy)
+    assert written
+    for position, name in enumerate(dataset.sample_ids):
+        sample = dataset[position]
+        if name in written:
+            assert sample.independent_turns
+            for turn, answer in enumerate(written[name]):
+                alone = Sample(sample_id="s", images=sample.images, turns=(sample.turns[turn],))
+                assert answer == write_own_answer(teacher, encoder, alone, 0, ())
+
+
+def test_cached_rows_belong_to_the_written_answers_and_a_greedy_label_is_the_likeliest_token(
+    greedy: Path, teacher: Teacher
+):
+    cache = open_cache(greedy)
+    logits = codec_from_dict(cache.plan.signals["logits"])
+    for name, answers in answers_of(greedy).items():
+        record = cache.read(name)
+        words = teacher.tokenizer.decode(record["labels"].astype(np.int64), skip_special_tokens=True)
+        assert words.split() == " ".join(answers).split()
+        decoded = logits.decode(record)
+        labels = torch.from_numpy(record["labels"].astype(np.int64))
+        # Scoring and writing differ by rounding: a tie may fall either way.
+        assert float((decoded.token_ids[:, 0] == labels).float().mean()) > 0.99
+        assert len(decoded) == len(labels)
+    assert verify(greedy, deep=True) == []
+    assert cache.manifest.fidelity is not None
+    assert cache.manifest.fidelity["samples"] == 2
+
+
+def test_a_later_prompt_holds_the_teachers_own_earlier_answers(tmp_path: Path, teacher: Teacher):
+    source = open_dataset(DATA, split="train", limit=1)[0]
+    source.images[0].load().save(tmp_path / "a.png")
+    asked = [turn.question for turn in source.turns[:3]]
+    said = [m for q in asked for m in ({"from": "human", "value": q}, {"from": "gpt", "value": "a lie"})]
+    said[0]["value"] = "<image>\n" + said[0]["value"]
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps([{"id": "one", "image": "a.png", "conversations": said}]))
+    build(tmp_path / "cache", data=str(path), teacher=str(builtin_teacher_directory()), limit=0)
+    answers = answers_of(tmp_path / "cache")["one"]
+    sample = open_dataset(str(path), split="train")[0]
+    encoder = build_encoder(teacher, template="auto", max_length=2048)
+    assert len(answers) == 3
+    for turn, answer in enumerate(answers):
+        assert answer == write_own_answer(teacher, encoder, sample, turn, answers[:turn])
+
+
+def test_sampled_answers_follow_the_seed_and_nothing_else(tmp_path: Path):
+    drawn = {"answer_temperature": 2.0, "answer_top_p": 0.95, "answer_seed": 5}
+    build(tmp_path / "whole", **drawn)
+    torch.manual_seed(99)
+    torch.rand(7)
+    build(tmp_path / "again", **drawn)
+    first_shard = sorted((tmp_path / "again" / "shards").glob("00000*"))
+    (tmp_path / "again" / "manifest.json").unlink()
+    next(path for path in first_shard if path.suffix == ".json").unlink()
+    build(tmp_path / "again", **drawn)  # the first shard alone, as after a kill
+    assert tree(tmp_path / "whole") == tree(tmp_path / "again")
+    build(tmp_path / "other", **{**drawn, "answer_seed": 6})
+    assert answers_of(tmp_path / "whole") != answers_of(tmp_path / "other")
+
+
+def test_another_way_of_writing_answers_does_not_go_on_with_a_cache(greedy: Path):
+    for options in ({"answer_seed": 3}, {"max_new_tokens": 41}, {"answers": "data"}):
+        with pytest.raises(CacheMismatchError, match=r"answers|max_new_tokens|seed"):
+            build(greedy, **options)
+
+
+def test_an_answer_without_an_end_is_a_recorded_failure_that_names_the_remedy(tmp_path: Path):
+    build(tmp_path / "cache", max_new_tokens=1)
+    cache = open_cache(tmp_path / "cache")
+    assert len(cache.failed) == 6
+    assert all("no end within 1 tokens; raise max_new_tokens" in reason for reason in cache.failed.values())
+
+
+def test_a_part_of_the_signals_keeps_the_answers(greedy: Path, tmp_path: Path):
+    pull_partial(greedy, tmp_path / "part", Selection(signals=("logits",)))
+    assert answers_of(tmp_path / "part") == answers_of(greedy)
+    assert set(open_cache(tmp_path / "part").plan.signals) == {"answers", "logits"}
+
+
+@pytest.mark.parametrize(
+    "answers", [(), ("a",), ("", "caf\u00e9 \U0001f642", '"quoted"\nline'), ("x" * 10_000,)]
+)
+def test_answers_survive_the_codec(answers: tuple[str, ...]):
+    codec = AnswersCodec(max_new_tokens=5)
+    assert codec.decode(codec.encode(answers)) == answers
+    assert AnswersCodec.from_dict(codec.to_dict()) == codec
+
+
+@pytest.mark.parametrize("text", [b"[]", b'["red",""]', b'["red"', b'{"a":"red"}'])
+def test_verify_finds_text_that_no_teacher_wrote(greedy: Path, text: bytes):
+    cache = open_cache(greedy)
+    record = cache.read(cache.sample_ids[0])
+    assert list(value_damage(record, cache.plan)) == []
+    wrong = list(value_damage(record | {"answer_text": np.frombuffer(text, dtype="u1")}, cache.plan))
+    assert any("answer_text" in line for line in wrong)
+
+
+@pytest.mark.parametrize("damaged", [b"", b"[1]", b'{"a": 1}', b"\xff\xfe", b'["a"', b"[" * 100_000])
+def test_bytes_that_are_no_answers_are_damage(damaged: bytes):
+    with pytest.raises(CacheFormatError, match="cachectl verify"):
+        AnswersCodec(max_new_tokens=5).decode({"answer_text": np.frombuffer(damaged, dtype="u1")})
+
+
+@pytest.mark.parametrize(
+    "settings", [{"max_new_tokens": 0}, {"temperature": -1.0}, {"temperature": float("nan")}, {"top_p": 0.0}]
+)
+def test_impossible_ways_of_writing_are_refused(settings):
+    with pytest.raises(ConfigError, match="expected"):
+        AnswersCodec(**{"max_new_tokens": 5, **settings})
+
+
+def test_prompts_stop_before_the_last_answer(teacher: Teacher):
+    encoder = build_encoder(teacher, template="auto", max_length=512)
+    image = open_dataset(DATA, split="train", limit=1)[0].images[0]
+    turns = (Turn(question="what color is it ?", answer="red"), Turn(question="where ?", answer="left"))
+    both = encoder(Sample(sample_id="s", images=(image,), turns=turns), prompt_only=True)
+    first = build_prompt(encoder, image, "what color is it ?")
+    assert np.array_equal(both.input_ids[: len(first)], first.input_ids)
+    text = teacher.tokenizer.decode(both.input_ids[len(first) :])
+    assert "red" in text
+    assert "left" not in text

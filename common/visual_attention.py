@@ -2,9 +2,9 @@
 
 One attention function **and one mask function under the same name** go into the model library's
 interfaces; registering only the first would silently drop the causal mask. The output comes from the
-library's own SDPA function, so logits are bit-identical. Beside it, and only for the wanted layers and
-rows, :mod:`common.attention_rows` computes the attention again in float32 and bounded memory. A teacher
-(no grad) and a student (with grad) use the same code.
+library's own SDPA function (`capped_attention` where scores are squeezed), so logits are bit-identical. Beside
+it, and only for the wanted layers and rows, :mod:`common.attention_rows` computes the attention again in float32
+and bounded memory. A teacher (no grad) and a student (with grad) use the same code.
 
 Measured on a random Llama (16 layers, width 256, 700 tokens, one core of a busy machine): recording 50
 answer rows in 6 layers takes 1.00 to 1.02 times the plain SDPA pass, 1.02 to 1.06 with backward; eager
@@ -23,17 +23,20 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from common.attention_rows import head_mean_attention
+from common.capped_attention import capped_attention
 from common.errors import ModelError
 
-IMPLEMENTATION = "captured_sdpa"
+IMPLEMENTATION = "captured"  # "sdpa" in the name would have the library refuse models with squeezed scores
 # Arguments that change the attention weights and that the recomputation does not know.
-_UNSUPPORTED = ("softcap", "position_bias", "s_aux", "cache")
+_UNSUPPORTED = ("position_bias", "s_aux", "cache")
 
 _recorders: WeakKeyDictionary[nn.Module, "_Recorder"] = WeakKeyDictionary()
 _recorders_lock = threading.Lock()
+_repeated = threading.local()  # recorders of the pass that a checkpointed layer repeats in this thread
 
 
 @dataclass(frozen=True)
@@ -129,9 +132,9 @@ class AttentionMaps(Mapping[str, Tensor]):
                 "attention through the model library's attention interface)"
             )
         if name not in self._stacked:
-            self._stacked[name] = torch.stack(
-                [total for total in self._sums[name] if total is not None], dim=1
-            )
+            totals = [total for total in self._sums[name] if total is not None]
+            # Layers of a model that is spread over devices give maps on several.
+            self._stacked[name] = torch.stack([total.to(totals[0].device) for total in totals], dim=1)
         return self._stacked[name]
 
     def add(self, name: str, layer: int, attention: Tensor) -> None:
@@ -183,6 +186,12 @@ class AttentionCapture:
             )
         if chunk_rows is not None and chunk_rows < 1:
             raise ModelError(f"chunk_rows must be at least 1 row, got {chunk_rows}")
+        squeezes = getattr(config, "attn_logit_softcapping", None) is not None
+        if not getattr(language_model, "_supports_sdpa", True) and not squeezes:
+            raise ModelError(
+                f"{name} does not support SDPA in the installed transformers, so something in its attention would be "
+                "lost: only its logits can be cached"
+            )
         register_capture()
         language_model.set_attn_implementation(IMPLEMENTATION)
         if config._attn_implementation != IMPLEMENTATION:
@@ -224,7 +233,11 @@ class AttentionCapture:
                     f"request {name!r} names layers {unknown}, but the language model has {self.depth} "
                     f"layers (0 to {self.depth - 1}); choose layers for this depth"
                 )
-        self._refuse_gradient_checkpointing()
+        if checkpoints_activations(self._language_model):
+            raise ModelError(
+                "attention cannot be recorded while the library's gradient checkpointing is on: turn it off for the "
+                "language model and use the run's own (gradient_checkpointing=true), or train without attention losses"
+            )
         maps = AttentionMaps(requests)
         recorder = _Recorder(requests=dict(requests), maps=maps, chunk_rows=self._chunk_rows)
         with _recorders_lock:
@@ -241,15 +254,6 @@ class AttentionCapture:
                 for module in self._modules:
                     _recorders.pop(module, None)
         maps.check_complete()
-
-    def _refuse_gradient_checkpointing(self) -> None:
-        """Checkpointed layers run again in the backward pass, when nothing is recorded any more."""
-        for module in self._language_model.modules():
-            if getattr(module, "gradient_checkpointing", False) and module.training:
-                raise ModelError(
-                    "attention cannot be recorded while gradient checkpointing is on: turn it off for the "
-                    "language model, or train without attention losses"
-                )
 
 
 @dataclass(frozen=True)
@@ -269,8 +273,10 @@ class _Recorder:
         attention_mask: Tensor | None,
         scaling: float | None,
         is_causal: bool | None,
+        softcap: float | None = None,
+        repeated: bool = False,
     ) -> None:
-        """Compute and add this layer's part of every request that wants it."""
+        """Compute this layer's part of every request that wants it, and add it unless it was added before."""
         layer = int(module.layer_idx)  # type: ignore[arg-type]
         wanted = {name: request for name, request in self.requests.items() if layer in request.layers}
         # As SDPA decides it: `is_causal` counts only without a mask and for more than one query, and
@@ -286,9 +292,52 @@ class _Recorder:
                 attention_mask=attention_mask,
                 causal=causal and attention_mask is None and query.shape[2] > 1,
                 scaling=scaling,
+                softcap=softcap,
                 chunk_rows=self.chunk_rows,
             )
-            self.maps.add(name, layer, attention)
+            if not repeated:
+                self.maps.add(name, layer, attention)
+
+
+def checkpoint_recorded(function: Callable[..., Any], *inputs: Any) -> Any:
+    """Run a decoder layer and forget its activations, recorded attention's too; the backward pass runs it again.
+
+    To be set as a decoder layer's ``_gradient_checkpointing_func``. torch wants the second run to repeat every
+    operation of the first, recording included, so that is what the second run does, adding to no map.
+
+    Args:
+        function: The layer's forward pass.
+        *inputs: Its tensors.
+
+    Returns:
+        What the layer returns.
+    """
+    with _recorders_lock:
+        recorders = dict(_recorders)
+    runs = 0
+
+    def run(*arguments: Any) -> Any:
+        nonlocal runs
+        runs += 1
+        if runs == 1:
+            return function(*arguments)
+        _repeated.recorders = recorders
+        try:
+            return function(*arguments)
+        finally:
+            _repeated.recorders = {}
+
+    return checkpoint(run, *inputs, use_reentrant=False)
+
+
+def checkpoints_activations(model: nn.Module) -> bool:
+    """Whether a model in training checkpoints layers in the library's way, whose second run records nothing."""
+    return any(
+        getattr(module, "gradient_checkpointing", False)
+        and module.training
+        and getattr(module, "_gradient_checkpointing_func", None) is not checkpoint_recorded
+        for module in model.modules()
+    )
 
 
 def register_capture() -> None:
@@ -306,9 +355,10 @@ def _captured_sdpa(
     scaling: float | None = None,
     is_causal: bool | None = None,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Any]:
     """The library's SDPA, after showing queries and keys to the active recorder, if any."""
-    recorder = _recorders.get(module)
+    repeated: _Recorder | None = getattr(_repeated, "recorders", {}).get(module)
+    recorder = _recorders.get(module) if repeated is None else repeated
     if recorder is not None:
         for name in _UNSUPPORTED:
             if kwargs.get(name) is not None:
@@ -317,7 +367,18 @@ def _captured_sdpa(
                     "reproduce: cache this model's logits only"
                 )
         recorder.observe(
-            module, query, key, attention_mask=attention_mask, scaling=scaling, is_causal=is_causal
+            module,
+            query,
+            key,
+            attention_mask=attention_mask,
+            scaling=scaling,
+            is_causal=is_causal,
+            softcap=kwargs.get("softcap"),
+            repeated=repeated is not None,
+        )
+    if kwargs.get("softcap") is not None:
+        return capped_attention(
+            module, query, key, value, attention_mask, scaling=scaling, is_causal=is_causal, **kwargs
         )
     sdpa: Callable[..., tuple[Tensor, None]] = AttentionInterface()["sdpa"]
     return sdpa(module, query, key, value, attention_mask, scaling=scaling, is_causal=is_causal, **kwargs)

@@ -21,6 +21,9 @@ from common.errors import CacheFormatError, SampleError
 # Such slivers are dropped, so that nested grids give weights of exactly 0 and 1.
 _SLIVER = 1e-5
 
+FINEST_SIDE = 12
+"""Most rows or columns of a grid that attention is pooled to where nobody asks for one."""
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -65,8 +68,21 @@ def grid_tile(rows: int, cols: int) -> Tile:
 
 
 def pooled_tiles(tiles: Sequence[Tile], side: int) -> tuple[Tile, ...]:
-    """The same regions, each cut into `side` x `side` tokens."""
+    """One tile's region, or the whole picture that several tiles show, cut into `side` x `side` cells."""
+    if len(tiles) > 1:
+        return (grid_tile(side, side),)
     return tuple(Tile(rows=side, cols=side, region=tile.region) for tile in tiles)
+
+
+def show_twice(tiles: Sequence[Tile]) -> bool:
+    """Whether some part of the picture is seen by tokens of more than one tile (a small picture, and its parts)."""
+    regions = (
+        torch.tensor([tile.region for tile in tiles], dtype=torch.float64).reshape(-1, 4).clamp(0.0, 1.0)
+    )
+    widths = _overlap_1d(regions[:, 0], regions[:, 2], regions[:, 0], regions[:, 2])
+    heights = _overlap_1d(regions[:, 1], regions[:, 3], regions[:, 1], regions[:, 3])
+    shared = (widths * heights).fill_diagonal_(0.0)
+    return bool((shared > _SLIVER * _area(regions)[:, None]).any())
 
 
 def tiles_to_array(tiles: Sequence[Tile]) -> np.ndarray:
@@ -167,8 +183,14 @@ def overlap_matrix(source_boxes: Tensor, target_boxes: Tensor) -> Tensor:
 
 
 def area_pool(source_boxes: Tensor, target_boxes: Tensor) -> Tensor:
-    """:func:`overlap_matrix` without the targets that lie mostly in padding: float32 ``[N, C]``."""
-    return overlap_matrix(source_boxes, target_boxes) * content_mask(target_boxes).to(source_boxes.device)
+    """:func:`overlap_matrix` without the targets that lie mostly in padding: float32 ``[N, C]``.
+
+    A token that lies partly on such a target gives its whole mass to the others it touches.
+    """
+    content = content_mask(target_boxes).to(source_boxes.device)
+    pool = torch.zeros(len(source_boxes), len(target_boxes), device=source_boxes.device)
+    pool[:, content] = overlap_matrix(source_boxes, target_boxes.to(source_boxes.device)[content])
+    return pool
 
 
 def pool_keys(attention: Tensor, overlap: Tensor) -> Tensor:

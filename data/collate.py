@@ -195,11 +195,18 @@ def _block_mask(samples: Sequence[EncodedSample], longest: int) -> Tensor:
 def join_image_inputs(samples: Sequence[EncodedSample]) -> dict[str, Tensor]:
     """Join the image arrays of samples along their first axis, by argument name; empty without an image.
 
+    Pictures of any-resolution layouts differ in tiles, those of dynamic ones in patches: both join.
+
     Raises:
         ConfigError: If pictures differ in size where one tensor must hold them.
     """
     with_image = [sample.image_inputs for sample in samples if sample.image_inputs]
     joined: dict[str, Tensor] = {}
+    names = {tuple(sorted(inputs)) for inputs in with_image}
+    if len(names) > 1:
+        raise ConfigError(
+            f"pictures of one batch have different inputs {sorted(names)}; use one image encoder"
+        )
     for name in with_image[0] if with_image else ():
         arrays = [inputs[name] for inputs in with_image]
         shapes = {array.shape[1:] for array in arrays}

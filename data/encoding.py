@@ -1,4 +1,4 @@
-"""One sample in, one training sequence out: the only place where labels are shifted.
+"""One sample in, one training sequence out.
 
 **Position convention.** Row p holds the distribution that predicts token p + 1, so ``labels[p]`` is
 the token at p + 1 where that token belongs to an answer (its end token included), `IGNORE_INDEX`
@@ -7,6 +7,12 @@ elsewhere. An answer of L tokens has exactly L supervised rows. Everything after
 **Packing.** Independent conversations about one image share its prefix: the visual tokens are
 computed once, and a block-diagonal mask keeps the conversations apart (demo.md; 8 conversations cost
 about a quarter of 8 sequences). Each keeps exactly the tokens and positions it would have alone.
+
+**Pictures.** A template writes one marker for the picture: the image token itself, or what the image encoder names
+(Gemma 3: ``<start_of_image>``). Exactly this marker is replaced by `EncodedImage.text`, or by the image token once
+per visual token. So each tag has one writer: those that the family's chat template puts around the marker (Qwen-VL's
+``<|vision_start|>``) stay the template's, those that its library processor adds come from the image encoder, and
+the ids are those of the library's own processor. Literal templates (``vicuna_v1``) write no tags.
 
 Dims: T tokens of the sequence, N visual tokens, A supervised rows.
 """
@@ -20,19 +26,16 @@ from typing import Any
 import numpy as np
 
 from common.errors import ConfigError, SampleError
-from common.hashing import fingerprint
 from common.schema import IGNORE_INDEX
 from common.visual_tokens import Tile
-from data.image_encoder import EncodedImage, ImageEncoder
+from data.image_encoder import AnyImageEncoder, EncodedImage, ImageEncoder
 from data.images import HASH_BYTES, image_hash
 from data.sample import ImageSource, Sample, Turn
 from data.templates import IMAGE_MARKER, PromptTemplate, Rendered
+from data.token_rows import Tokens, inside_spans, shared_length, shift_labels
+from data.tokenizer_identity import tokenizer_fingerprint
 
 __all__ = ["EncodedSample", "ImageEncoder", "SampleEncoder", "build_prompt", "tokenizer_fingerprint"]
-
-_PROBE = (
-    "USER: What's in  it?\n(A) 3 RED px\tna\u00efve e\u0301t\u00e9 \u4e2d\u6587 \U0001f642 x_1 ASSISTANT: no"
-)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -76,23 +79,15 @@ class EncodedSample:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class _Tokens:
-    """One conversation: ids i8 ``[T]``, and which of them belong to an answer, bool ``[T]``."""
-
-    ids: np.ndarray
-    is_answer: np.ndarray
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
 class SampleEncoder:
     """Tokenizer, image encoder and template as one function from `Sample` to `EncodedSample`.
 
     Attributes:
         tokenizer: A fast tokenizer (character offsets locate the answers).
-        image_encoder: Pixels and boxes.
-        template: The prompt.
+        image_encoder: Pixels and boxes, and what the prompt's image marker is replaced by.
+        template: The prompt; it writes the image marker once.
         image_token_id: Id at visual positions. If it is an added token of the tokenizer, the text holds
-            that token and is tokenised whole, which gives the ids of the model library's LLaVA
+            that token and is tokenised whole, which gives the ids of the model library's own
             processor; otherwise the text is split around the image, as original LLaVA code does.
         max_length: Most tokens a sequence may have; longer ones are refused, never cut.
 
@@ -101,7 +96,7 @@ class SampleEncoder:
     """
 
     tokenizer: Any
-    image_encoder: ImageEncoder
+    image_encoder: AnyImageEncoder
     template: PromptTemplate
     image_token_id: int
     max_length: int
@@ -112,10 +107,10 @@ class SampleEncoder:
                 f"{type(self.tokenizer).__name__} gives no character offsets, which locate the answers; "
                 "load the fast tokenizer (a folder with tokenizer.json)"
             )
-        if self.max_length <= self.image_encoder.token_count:
+        if self.max_length <= self.image_encoder.least_token_count:
             raise ConfigError(
                 f"max_length={self.max_length} leaves no room for text beside "
-                f"{self.image_encoder.token_count} visual tokens; raise max_length"
+                f"{self.image_encoder.least_token_count} visual tokens; raise max_length"
             )
         if not self._knows_image and 0 <= self.image_token_id < self.tokenizer.vocab_size:
             word = self.tokenizer.convert_ids_to_tokens(self.image_token_id)
@@ -123,12 +118,26 @@ class SampleEncoder:
                 f"image_token_id={self.image_token_id} is the ordinary token {word!r} of the tokenizer; use "
                 "an added token, or an id outside its vocabulary"
             )
+        if self.image_encoder.marker is not None and not self._knows_image:
+            raise ConfigError(
+                f"image_token_id={self.image_token_id} is no added token of the tokenizer, so the text that stands for "
+                f"{self.image_encoder.marker!r} cannot be tokenised; use the tokenizer of the image encoder's checkpoint"
+            )
         # Bad news early: two turns show whether this template and tokenizer can mark answers at all.
-        probe = (Turn(question="a", answer="b"),) * (1 if self.template.drops_question else 2)
+        probe = (Turn(question="a", answer="b"),) * (1 if self.template.holds_one_turn else 2)
         self.template.render(probe, self.tokenizer, has_image=True, image_token=self.image_token)
 
     def with_grid(self, grid: tuple[int, int]) -> "SampleEncoder":
-        """The same text and pixels with another number of visual tokens (a student's)."""
+        """The same text and pixels with another number of visual tokens (a student's).
+
+        Raises:
+            ConfigError: The number of visual tokens is not one fixed grid's.
+        """
+        if not isinstance(self.image_encoder, ImageEncoder):
+            raise ConfigError(
+                f"{type(self.image_encoder).__name__} cuts each picture into tokens of its own, so they cannot be set to "
+                f"a grid of {grid[0]} x {grid[1]}; give the student an image encoder with one fixed grid"
+            )
         return replace(self, image_encoder=self.image_encoder.with_grid(grid))
 
     def __call__(self, sample: Sample, *, prompt_only: bool = False) -> EncodedSample:
@@ -150,7 +159,9 @@ class SampleEncoder:
 
     @cached_property
     def image_token(self) -> str:
-        """The text that stands for the image."""
+        """What a template writes for the image: the encoder's marker, else the image token."""
+        if self.image_encoder.marker is not None:
+            return self.image_encoder.marker
         return (
             str(self.tokenizer.added_tokens_decoder[self.image_token_id])
             if self._knows_image
@@ -163,7 +174,7 @@ class SampleEncoder:
         probe = (Turn(question="a", answer="b"),)
         rendered = self.template.render(probe, self.tokenizer, has_image=False)
         ids = self._offsets([rendered.text])[0]
-        last = int(ids[0][_inside(ids[1], rendered.answer_spans)][-1])
+        last = int(ids[0][inside_spans(ids[1], rendered.answer_spans)][-1])
         eos = self.tokenizer.eos_token_id
         return sorted({last} if eos is None else {last, int(eos)})
 
@@ -173,9 +184,18 @@ class SampleEncoder:
 
     @cached_property
     def _leading_ids(self) -> np.ndarray:
-        """Ids the tokenizer puts in front of a text (``<s>``); a chat template writes them itself."""
-        if self.template.chat_template:
+        """Ids the tokenizer puts in front of a text (``<s>``); some templates write them themselves.
+
+        A chat template is followed as the model library's processors do: they add what the tokenizer adds unless
+        the text begins with the beginning-of-sequence token (LLaVA-NeXT's does not, Gemma 3's does).
+        """
+        if self.template.bos_after_image:
             return np.zeros(0, dtype=np.int64)
+        if self.template.chat_template:
+            probe = (Turn(question="a", answer="b"),)
+            text = self.template.render(probe, self.tokenizer, has_image=False).text
+            if self.tokenizer.bos_token and text.startswith(self.tokenizer.bos_token):
+                return np.zeros(0, dtype=np.int64)
         bare = self.tokenizer("a", add_special_tokens=False)["input_ids"]
         full = self.tokenizer("a", add_special_tokens=True)["input_ids"]
         for start in range(len(full) - len(bare) + 1):
@@ -203,8 +223,25 @@ class SampleEncoder:
         if prompt_only:
             start = rendered[0].answer_spans[-1][0]
             rendered = [Rendered(text=rendered[0].text[:start], answer_spans=())]
-        tokens = self._tokenize(rendered, sum(tile.token_count for tile in image.tiles))
+        visual_count = sum(tile.token_count for tile in image.tiles)
+        if image.text is not None:
+            rendered = [self._open_out(conversation, image.text) for conversation in rendered]
+            visual_count = 1 if visual_count else 0  # the text holds each visual token already
+        tokens = self._tokenize(rendered, visual_count)
         return self._assemble(sample.sample_id, tokens, image, digest)
+
+    def _open_out(self, rendered: Rendered, text: str) -> Rendered:
+        """Replace the image marker by what the image encoder writes; answers lie behind it."""
+        if not self._knows_image:
+            raise ConfigError(
+                f"image_token_id={self.image_token_id} is no added token of the tokenizer, so the text around visual "
+                "tokens cannot be tokenised; use the tokenizer of the image encoder's checkpoint"
+            )
+        longer = len(text) - len(self.image_token)
+        return Rendered(
+            text=rendered.text.replace(self.image_token, text, 1),
+            answer_spans=tuple((start + longer, end + longer) for start, end in rendered.answer_spans),
+        )
 
     def _check(self, sample: Sample) -> None:
         if len(sample.images) > 1:
@@ -235,7 +272,7 @@ class SampleEncoder:
             raise SampleError(f"image {images[0].name}: {error}") from error
         return encoded, image_hash(picture)
 
-    def _tokenize(self, rendered: list[Rendered], visual_count: int) -> list[_Tokens]:
+    def _tokenize(self, rendered: list[Rendered], visual_count: int) -> list[Tokens]:
         """Tokenise all conversations of a sample in one call, then open the image token out."""
         texts = [conversation.text for conversation in rendered]
         if visual_count and not self._knows_image:
@@ -253,7 +290,7 @@ class SampleEncoder:
         leading = len(self._leading_ids)
         tokens = []
         for (ids, offsets), conversation in zip(ids_and_offsets, rendered, strict=True):
-            is_answer = _inside(offsets, conversation.answer_spans)
+            is_answer = inside_spans(offsets, conversation.answer_spans)
             if visual_count:
                 # Equal to writing the token N times: it is split off before the text is normalised.
                 repeats = np.where(ids == self.image_token_id, visual_count, 1)
@@ -261,7 +298,7 @@ class SampleEncoder:
             if leading:
                 ids = np.concatenate([self._leading_ids, ids])
                 is_answer = np.concatenate([np.zeros(leading, dtype=bool), is_answer])
-            tokens.append(_Tokens(ids=ids, is_answer=is_answer))
+            tokens.append(Tokens(ids=ids, is_answer=is_answer))
         return tokens
 
     def _offsets(self, texts: list[str]) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -282,22 +319,24 @@ class SampleEncoder:
     def _assemble(
         self,
         sample_id: str,
-        tokens: list[_Tokens],
+        tokens: list[Tokens],
         image: EncodedImage,
         digest: bytes,
     ) -> EncodedSample:
-        shared = _shared_length(tokens) if len(tokens) > 1 else 0
+        shared = shared_length(tokens) if len(tokens) > 1 else 0
         pieces = [conversation.ids[shared:] for conversation in tokens]
         lengths = [len(piece) for piece in pieces]
         total = shared + sum(lengths)
         visual_count = sum(tile.token_count for tile in image.tiles)
         if total > self.max_length:
+            varies = visual_count > self.image_encoder.least_token_count
+            fewer = ", limit the pixels of a picture in preprocessor_config.json" if varies else ""
             raise SampleError(
                 f"{total} tokens ({visual_count} visual, {total - visual_count} of text) exceed "
-                f"max_length={self.max_length}; raise max_length or leave the sample out (nothing is cut, "
+                f"max_length={self.max_length}; raise max_length{fewer} or leave the sample out (nothing is cut, "
                 "because the cut could fall inside an answer)"
             )
-        labels = [_shift(conversation) for conversation in tokens]
+        labels = [shift_labels(conversation) for conversation in tokens]
         input_ids = np.concatenate([tokens[0].ids[:shared], *pieces])
         visual_mask = input_ids == self.image_token_id
         if int(visual_mask.sum()) != visual_count:
@@ -323,49 +362,6 @@ class SampleEncoder:
         )
 
 
-def _inside(offsets: np.ndarray, spans: tuple[tuple[int, int], ...]) -> np.ndarray:
-    """Which tokens share a character with a span, bool ``[T]``.
-
-    A token that straddles the span's start (a blank glued to the answer's first word) belongs to it.
-    Tokens without characters (a lone blank, trimmed away) belong to the span they lie in.
-    """
-    starts, ends = offsets[:, 0], offsets[:, 1]
-    is_answer = np.zeros(len(offsets), dtype=bool)
-    for start, end in spans:
-        inside = (starts < end) & ((ends > start) | ((starts == ends) & (starts >= start)))
-        if not inside.any():
-            raise SampleError(
-                f"an answer ({end - start} characters) has no tokens; the tokenizer drops its text"
-            )
-        is_answer |= inside
-    return is_answer
-
-
-def _shift(tokens: _Tokens) -> np.ndarray:
-    """Labels of one conversation: row p gets token p + 1 if that is an answer's, i8 ``[T]``."""
-    if tokens.is_answer[0]:
-        raise SampleError("the answer begins with the first token, which no row predicts; add a question")
-    labels = np.full(len(tokens.ids), IGNORE_INDEX, dtype=np.int64)
-    labels[:-1] = np.where(tokens.is_answer[1:], tokens.ids[1:], IGNORE_INDEX)
-    return labels
-
-
-def _shared_length(conversations: list[_Tokens]) -> int:
-    """Length of the prefix all conversations can share.
-
-    It ends before the first supervised row of any of them: that row's label differs between
-    conversations, so it cannot be shared even where its token is.
-    """
-    first = conversations[0].ids
-    shared = len(first)
-    for conversation in conversations:
-        first_row = int(np.argmax(conversation.is_answer)) - 1
-        length = max(min(shared, len(conversation.ids), first_row), 0)
-        differs = np.flatnonzero(first[:length] != conversation.ids[:length])
-        shared = int(differs[0]) if len(differs) else length
-    return shared
-
-
 def build_prompt(encoder: SampleEncoder, image: ImageSource | None, question: str) -> EncodedSample:
     """Encode a question up to where the answer would begin, for generation.
 
@@ -386,22 +382,3 @@ def build_prompt(encoder: SampleEncoder, image: ImageSource | None, question: st
         turns=(Turn(question=question, answer="x"),),
     )
     return encoder(sample, prompt_only=True)
-
-
-def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """Hash what a tokenizer does to text, not how it is stored or how many rows a model has.
-
-    Its vocabulary without added tokens (LLaVA adds ``<image>`` and ``<pad>`` to the very tokenizer MobileVLM
-    uses, and no answer contains either), the end token, and the ids of a text that brings out blanks, case,
-    digits, accents, scripts and unknown characters. Files of one tokenizer written by different
-    versions of the library describe the same steps in different words, so those are not compared.
-    """
-    added = set(tokenizer.get_added_vocab())
-    vocabulary = {token: index for token, index in tokenizer.get_vocab().items() if token not in added}
-    return fingerprint(
-        {
-            "vocabulary": vocabulary,
-            "eos_token_id": tokenizer.eos_token_id,
-            "probe": tokenizer(_PROBE)["input_ids"],
-        }
-    )

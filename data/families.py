@@ -4,21 +4,24 @@ A family that is not listed can still be a teacher of logits: `family_of` makes 
 missing, and the model library's own processor prepares its pictures.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
-from common.errors import ModelError
+from data.encoding import EncodedSample
+from data.family_generation import family_generation_inputs
 from data.family_images import (
-    PUBLISHED_IMAGES,
     any_resolution_images,
     fixed_images,
     gemma3_images,
+    image_token_id,
     internvl_images,
     library_images,
     llava_images,
+    published_images,
     qwen_images,
     split_images,
 )
@@ -35,6 +38,11 @@ from data.image_encoder import AnyImageEncoder
 VisualRows = Literal["causal", "image", "prefix"]
 
 
+def no_projector(config: Any) -> dict[str, Any] | None:
+    """Of families whose projector stands in the way of TAF: it merges, pools or normalises tokens."""
+    return None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """Where a family keeps its parts, and what is particular about its inputs.
@@ -47,8 +55,8 @@ class Family:
         projector: Attribute path of the projector; empty: unknown.
         image_encoder: From config, PIL image processor (the library's whole processor where the family is not
             listed) and tokenizer to the image encoder.
-        projector_config: From the config to what rebuilds the projector (see ``projector_export``); None where
-            the projector is no plain two-layer MLP on tower features, so that TAF is impossible.
+        projector_config: From the config to what rebuilds the projector (see ``projector_export``); it gives None
+            where the projector is no two-layer MLP on a tower's patch tokens, so that TAF is impossible.
         visual_rows: What a visual token sees: only what precedes it, also its whole image, or the whole prompt.
         model_inputs: From config, batch and dtype to the keyword arguments of the model.
     """
@@ -59,7 +67,7 @@ class Family:
     vision_tower: str = "model.vision_tower"
     projector: str = "model.multi_modal_projector"
     image_encoder: Callable[[Any, Any, Any], AnyImageEncoder]
-    projector_config: Callable[[Any], dict[str, Any]] | None = None
+    projector_config: Callable[[Any], dict[str, Any] | None] = no_projector
     visual_rows: VisualRows = "causal"
     model_inputs: Callable[..., Mapping[str, Any]] = plain_inputs
 
@@ -68,23 +76,24 @@ class Family:
         """Whether all signals are available, not logits alone."""
         return bool(self.language_model)
 
+    def generation_inputs(
+        self,
+        config: Any,
+        prompts: Sequence[EncodedSample],
+        pad_id: int,
+        device: torch.device,
+        *,
+        dtype: torch.dtype,
+    ) -> Mapping[str, Any]:
+        """The keyword arguments of ``generate`` for prompts, padded on the left (`data.family_generation`)."""
+        return family_generation_inputs(self.model_inputs, config, prompts, pad_id, device, dtype=dtype)
+
     def image_token_id(self, config: Any) -> int:
-        """Id that stands for one visual token in ``input_ids``.
-
-        Raises:
-            ModelError: If the configuration names none.
-        """
-        for name in ("image_token_id", "image_token_index"):
-            value = getattr(config, name, None)
-            if isinstance(value, int):
-                return value
-        raise ModelError(
-            f"a configuration of model_type {config.model_type!r} names no image_token_id: its visual tokens "
-            "cannot be found; expected a vision-language model with image tokens in its vocabulary"
-        )
+        """Id that stands for one visual token in ``input_ids``; raises ModelError if there is none."""
+        return image_token_id(config)
 
 
-def _mlp_config(config: Any) -> dict[str, Any]:
+def _mlp_config(config: Any) -> dict[str, Any] | None:
     """What rebuilds the two-layer projector of the LLaVA family."""
     layers = config.vision_feature_layer
     count = 1 if isinstance(layers, int) else len(layers)
@@ -96,6 +105,22 @@ def _mlp_config(config: Any) -> dict[str, Any]:
         "hidden": width,
         "out": width,
         "vision_feature_layer": layers,
+        "vision_feature_select_strategy": config.vision_feature_select_strategy,
+    }
+
+
+def _published_mlp_config(config: Any) -> dict[str, Any] | None:
+    """The same for our own classes, where the projector is the plain MLP (CompoDistill's teacher)."""
+    if config.projector_type != "mlp":
+        return None
+    width = text_config(config).hidden_size
+    return {
+        "act": "gelu",
+        "bias": True,
+        "in": config.vision_config.hidden_size,
+        "hidden": width,
+        "out": width,
+        "vision_feature_layer": config.vision_feature_layer,
         "vision_feature_select_strategy": config.vision_feature_select_strategy,
     }
 
@@ -170,6 +195,24 @@ FAMILIES: dict[str, Family] = {
         image_encoder=gemma3_images,
         visual_rows="image",
         model_inputs=image_block_inputs,
+    ),
+    "mobilevlm_distill": Family(
+        model_class="",
+        template="vicuna_v1",
+        language_model="model",
+        vision_tower="model.vision_tower.vision_tower.vision_model",
+        projector="model.mm_projector",
+        image_encoder=published_images,
+        projector_config=_published_mlp_config,
+    ),
+    "compodistill_distill": Family(
+        model_class="",
+        template="vicuna_v1",
+        language_model="model",
+        vision_tower="model.vision_tower.vision_tower.vision_model",
+        projector="model.mm_projector",
+        image_encoder=published_images,
+        projector_config=_published_mlp_config,
     ),
 }
 

@@ -36,12 +36,16 @@ def module_fingerprint(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def weights_fingerprint(directory: Path, dtype: str) -> str:
+def weights_fingerprint(
+    directory: Path, dtype: str, *, device_map: str = "", quantisation: str = "none"
+) -> str:
     """Fingerprint a checkpoint directory: its weight files, its config and the dtype it runs in.
 
     Args:
         directory: A directory as ``save_pretrained`` writes it.
         dtype: The computation dtype, e.g. ``"float32"``.
+        device_map: How the model is spread over devices, which decides the last bits of its sums.
+        quantisation: Of its weights.
 
     Returns:
         Hexadecimal xxh3_128.
@@ -58,6 +62,13 @@ def weights_fingerprint(directory: Path, dtype: str) -> str:
     config = json.loads((directory / "config.json").read_text())
     for key in ("_name_or_path", "transformers_version", "torch_dtype", "dtype"):
         config.pop(key, None)
+    how = {"device_map": device_map, "quantisation": quantisation}
     return fingerprint(
-        {"files": {file.name: file_checksum(file) for file in files}, "config": config, "dtype": dtype}
+        {
+            "files": {file.name: file_checksum(file) for file in files},
+            "config": config,
+            "dtype": dtype,
+            # Left out where they have their defaults: the fingerprints of older caches stay what they are.
+            **{name: value for name, value in how.items() if value not in ("", "none")},
+        }
     )

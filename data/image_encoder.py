@@ -9,19 +9,19 @@ CLIP). Attention maps of two models can only be compared if each token knows its
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal, Protocol, cast
+from typing import Any, ClassVar, Literal, Protocol, cast
 
 import numpy as np
 import PIL.Image
 
 from common.errors import ConfigError, SampleError
-from common.visual_tokens import Tile
+from common.visual_tokens import FINEST_SIDE, Tile
 from data.images import MAX_PIXELS
 
 Layout = Literal["square", "pad", "crop"]
 
 # What decides the pixels; everything else a processor stores (its class, its version) does not.
-_PIXEL_KEYS = (
+PIXEL_KEYS = (
     "do_resize",
     "size",
     "resample",
@@ -43,8 +43,9 @@ class EncodedImage:
         inputs: Arrays by the model's argument name (``pixel_values`` f4 ``[tiles, 3, H, W]`` or ``[patches, D]``,
             ``image_grid_thw`` i8 ``[1, 3]``, ...); those of a batch's pictures are joined along the first axis.
         tiles: The boxes of the visual tokens, in the order the language model reads them.
-        text: What stands for the picture in the prompt, the image token written once per visual token; None: the
-            image token alone, so often.
+        text: What the prompt's image marker is replaced by, the image token written once per visual token; None:
+            the image token alone, so often. It holds the tags that the family's library processor adds, not those
+            that its chat template writes around the marker (Qwen-VL).
     """
 
     inputs: Mapping[str, np.ndarray]
@@ -60,8 +61,19 @@ class AnyImageEncoder(Protocol):
         """The model library's PIL image processor."""
 
     @property
+    def marker(self) -> str | None:
+        """What a prompt template writes once for the picture; None: the image token."""
+
+    @property
+    def least_token_count(self) -> int:
+        """No picture has fewer visual tokens."""
+
+    @property
     def token_count(self) -> int:
         """Most visual tokens of a picture."""
+
+    def attention_grid(self) -> tuple[int, int]:
+        """Rows and columns, at most 12, that attention on the picture is pooled to unless a grid is asked for."""
 
     def to_dict(self) -> dict[str, Any]:
         """What decides pixels and boxes, as plain JSON for a plan and its fingerprint."""
@@ -81,6 +93,8 @@ class ImageEncoder:
         grid: Rows and columns of visual tokens the language model receives.
         patch_size: Pixels per patch, where patches do not fill the input exactly (SigLIP: 27 x 14
             = 378 of 384 pixels; the rest is seen by no token). None: they fill it.
+        drops_first: The language model does not receive the first token (CompoDistill cuts SigLIP's first
+            patch off as if it were a class token: 728 of 729).
 
     Raises:
         ConfigError: The processor cannot give one fixed size in this layout, or the grid is empty.
@@ -90,9 +104,12 @@ class ImageEncoder:
     layout: Layout
     grid: tuple[int, int]
     patch_size: int | None = None
+    drops_first: bool = False
+
+    marker: ClassVar[str | None] = None
 
     def __post_init__(self) -> None:
-        if min(self.grid) < 1:
+        if min(self.grid) < 1 or self.token_count < 1:
             raise ConfigError(f"grid must hold at least 1 x 1 visual tokens, got {self.grid}")
         size, settings = _plain(self._settings["size"]), self._settings
         exact = {"height", "width"} <= size.keys()
@@ -146,15 +163,30 @@ class ImageEncoder:
     @property
     def token_count(self) -> int:
         """Visual tokens per image."""
-        return self.grid[0] * self.grid[1]
+        return self.grid[0] * self.grid[1] - self.drops_first
+
+    @property
+    def least_token_count(self) -> int:
+        """Visual tokens per image."""
+        return self.token_count
+
+    def attention_grid(self) -> tuple[int, int]:
+        """The encoder's own grid, halved until no side exceeds 12 (an area pool stays exact)."""
+        rows, cols = self.grid
+        while max(rows, cols) > FINEST_SIDE:
+            if rows % 2 or cols % 2:
+                return FINEST_SIDE, FINEST_SIDE
+            rows, cols = rows // 2, cols // 2
+        return rows, cols
 
     def to_dict(self) -> dict[str, Any]:
         """What decides pixels and boxes, as plain JSON for a fingerprint."""
         return {
+            **({"drops_first": True} if self.drops_first else {}),  # absent in plans older than the setting
             "layout": self.layout,
             "grid": list(self.grid),
             "patch_size": self.patch_size,
-            "processor": {key: _jsonable(self._settings[key]) for key in _PIXEL_KEYS},
+            "processor": {key: plain_setting(self._settings[key]) for key in PIXEL_KEYS},
         }
 
     def __call__(self, image: PIL.Image.Image) -> EncodedImage:
@@ -164,7 +196,7 @@ class ImageEncoder:
             image: RGB.
 
         Returns:
-            ``pixel_values`` f4 ``[1, 3, H, W]``, and one tile.
+            ``pixel_values`` f4 ``[1, 3, H, W]``, and one tile (without the first token: its first row, the rest).
 
         Raises:
             SampleError: The sides differ so much that the intermediate picture would not fit in memory.
@@ -186,13 +218,20 @@ class ImageEncoder:
                 f"image processor {type(self.processor).__name__} gave {pixels.shape}, expected "
                 f"(3, {out_h}, {out_w}) from its settings; layout {self.layout!r} does not describe it"
             )
-        tile = Tile(rows=self.grid[0], cols=self.grid[1], region=region)
-        return EncodedImage(inputs={"pixel_values": pixels[None]}, tiles=(tile,))
+        return EncodedImage(inputs={"pixel_values": pixels[None]}, tiles=self._tiles(region))
+
+    def _tiles(self, region: tuple[float, float, float, float]) -> tuple[Tile, ...]:
+        (rows, cols), (x0, y0, x1, y1) = self.grid, region
+        if not self.drops_first:
+            return (Tile(rows=rows, cols=cols, region=region),)
+        left, top = x0 + (x1 - x0) / cols, y0 + (y1 - y0) / rows
+        first = (Tile(rows=1, cols=cols - 1, region=(left, y0, x1, top)),) if cols > 1 else ()
+        return (*first, Tile(rows=rows - 1, cols=cols, region=(x0, top, x1, y1))) if rows > 1 else first
 
     @cached_property
     def _settings(self) -> dict[str, Any]:
         stored = self.processor.to_dict()
-        return {key: stored.get(key) for key in _PIXEL_KEYS}
+        return {key: stored.get(key) for key in PIXEL_KEYS}
 
     @cached_property
     def _background(self) -> tuple[int, int, int]:
@@ -242,9 +281,10 @@ def _plain(size: Any) -> dict[str, int]:
     return {key: int(value) for key, value in dict(size or {}).items() if value is not None}
 
 
-def _jsonable(value: Any) -> Any:
+def plain_setting(value: Any) -> Any:
+    """One setting of a processor as plain JSON."""
     if isinstance(value, tuple | list):
-        return [float(item) for item in value]
+        return [plain_setting(item) if isinstance(item, tuple | list) else float(item) for item in value]
     if isinstance(value, bool | float | str) or value is None:
         return value
     if isinstance(value, int):  # an enum of resampling filters is an int too

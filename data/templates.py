@@ -46,6 +46,8 @@ class PromptTemplate:
         blank: Separator before the answer; part of the answer span.
         answer_end: What ends an answer; None: the tokenizer's end-of-sequence token.
         drops_question: The question is left out (captioning).
+        bos_after_image: The tokenizer's beginning-of-sequence token stands behind the image, or in front of a text
+            without one, and a text holds one turn (PaliGemma: all in front of the answer is one prefix).
         chat_template: Jinja source; if not empty it makes the text and the fields above are unused.
     """
 
@@ -58,10 +60,24 @@ class PromptTemplate:
     answer_end: str | None = None
     drops_question: bool = False
     chat_template: str = ""
+    bos_after_image: bool = False
+
+    @property
+    def holds_one_turn(self) -> bool:
+        """Whether a conversation of several turns cannot be written."""
+        return self.drops_question or self.bos_after_image
+
+    @property
+    def writes_bos(self) -> bool:
+        """Whether the text holds the beginning-of-sequence token, so that the tokenizer must not add it."""
+        return bool(self.chat_template) or self.bos_after_image
 
     def to_dict(self) -> dict[str, Any]:
         """The exact JSON stored in a cache's plan."""
-        return asdict(self)
+        stored = asdict(self)
+        if not self.bos_after_image:
+            del stored["bos_after_image"]  # as plans had it before the setting
+        return stored
 
     @classmethod
     def from_dict(cls, stored: dict[str, Any]) -> "PromptTemplate":
@@ -92,14 +108,15 @@ class PromptTemplate:
             image_token: How the image is written in the text.
 
         Raises:
-            SampleError: A caption template is given a conversation of several turns.
+            SampleError: A template for one turn is given a conversation of several.
             ConfigError: The tokenizer lacks what the template needs.
         """
         if self.chat_template:
             return _render_chat(turns, tokenizer, self.chat_template, image_token if has_image else "")
-        if self.drops_question and len(turns) > 1:
+        if self.holds_one_turn and len(turns) > 1:
+            holds = "one caption" if self.drops_question else "one question and answer"
             raise SampleError(
-                f"prompt template {self.name!r} holds one caption, got a conversation of {len(turns)} turns; "
+                f"prompt template {self.name!r} holds {holds}, got a conversation of {len(turns)} turns; "
                 "use another template for instruction data"
             )
         end = tokenizer.eos_token if self.answer_end is None else self.answer_end
@@ -108,11 +125,12 @@ class PromptTemplate:
                 f"prompt template {self.name!r} ends answers with the tokenizer's end-of-sequence token, "
                 "but the tokenizer has none; set its eos_token"
             )
-        text, spans = self.system, []
+        bos = (tokenizer.bos_token or "") if self.bos_after_image else ""
+        text, spans = self.system if has_image else bos + self.system, []
         for index, turn in enumerate(turns):
             text += self.before_question
             if index == 0 and has_image:
-                text += image_token + self.after_image
+                text += image_token + bos + self.after_image
             text += "" if self.drops_question else turn.question.strip()
             text += self.before_answer
             start = len(text)
@@ -133,6 +151,15 @@ TEMPLATES = {
         blank="",
         answer_end="\n",
         drops_question=True,
+    ),
+    # PaliGemma: image, beginning of sequence, question, line feed, answer.
+    "paligemma": PromptTemplate(
+        name="paligemma",
+        before_question="",
+        after_image="",
+        before_answer="\n",
+        blank="",
+        bos_after_image=True,
     ),
     # The built-in models: 35 tokens of system prompt would be most of their sequence.
     "short": PromptTemplate(name="short"),
@@ -165,6 +192,10 @@ def get_template(name: str, tokenizer: Any = None) -> PromptTemplate:
 def _render_chat(turns: Sequence[Turn], tokenizer: Any, source: str, image_token: str) -> Rendered:
     """Render turn by turn: what an answer adds to its prompt is the answer's span.
 
+    Where a template begins a stored answer with other white space than the prompt that asks for one
+    (LLaVA-OneVision), the prompt's is taken: it is what the model sees when it answers. Where it writes nothing
+    behind an answer (LLaVA-1.5, LLaVA-NeXT), the tokenizer's end-of-sequence token ends it, as in their training.
+
     Templates that rewrite history (dropping earlier reasoning, numbering rounds) have no such spans;
     they are refused rather than guessed at.
     """
@@ -172,7 +203,7 @@ def _render_chat(turns: Sequence[Turn], tokenizer: Any, source: str, image_token
     takes_parts = "image" in source
     messages: list[dict[str, Any]] = []
     spans: list[tuple[int, int]] = []
-    text = ""
+    text = past = ""  # ours, and as the template writes the same turns
     for index, turn in enumerate(turns):
         shows_image = bool(image_token) and index == 0
         question = turn.question.strip()
@@ -186,21 +217,55 @@ def _render_chat(turns: Sequence[Turn], tokenizer: Any, source: str, image_token
         prompt = _apply_chat(tokenizer, source, messages, add_generation_prompt=True)
         messages.append({"role": "assistant", "content": reply})
         full = _apply_chat(tokenizer, source, messages, add_generation_prompt=False)
-        if not prompt.startswith(text) or not full.startswith(prompt) or answer not in full[len(prompt) :]:
+        asked = (
+            prompt
+            if full.startswith(prompt)
+            else _apply_chat(tokenizer, source, messages[:-1], add_generation_prompt=False)
+        )
+        written = _answer_of(past, asked, prompt, full, answer)
+        if written is None:
             raise ConfigError(
                 f"the tokenizer's chat template does not grow turn by turn (at turn {index + 1}: the prompt "
                 f"ends {prompt[-40:]!r}, the conversation {full[-80:]!r}), so answers cannot be located; "
                 f"choose one of the templates {list(TEMPLATES)}"
             )
+        if written.rstrip().endswith(answer):
+            if tokenizer.eos_token is None:
+                raise ConfigError(
+                    "the tokenizer's chat template writes nothing behind an answer and the tokenizer has no "
+                    f"end-of-sequence token; set its eos_token or choose one of the templates {list(TEMPLATES)}"
+                )
+            written = written.rstrip() + tokenizer.eos_token
+        text += prompt[len(past) :]
         # The line feed many templates put after the end-of-turn token is not generated.
-        spans.append((len(prompt), len(full.rstrip())))
-        text = full
+        spans.append((len(text), len(text) + len(written.rstrip())))
+        text, past = text + written, full
     if image_token and text.count(image_token) != 1:
         raise ConfigError(
             f"the tokenizer's chat template writes {image_token!r} {text.count(image_token)} times for one "
             f"image; expected once; choose one of the templates {list(TEMPLATES)}"
         )
     return Rendered(text=text, answer_spans=tuple(spans))
+
+
+def _answer_of(past: str, asked: str, prompt: str, full: str, answer: str) -> str | None:
+    """What stands behind a prompt when its answer is written; None if that cannot be told.
+
+    Args:
+        past: The earlier turns.
+        asked: With the question.
+        prompt: With the question and the request for an answer.
+        full: With the question and the answer.
+        answer: Its text.
+    """
+    if not prompt.startswith(past):
+        return None
+    if full.startswith(prompt):
+        return full[len(prompt) :] if answer in full[len(prompt) :] else None
+    if not (prompt.startswith(asked) and full.startswith(asked)):
+        return None
+    before, found, after = full[len(asked) :].partition(answer)
+    return answer + after if found and before.split() == prompt[len(asked) :].split() else None
 
 
 def _apply_chat(

@@ -36,7 +36,8 @@ def _build_options(command: Any) -> Any:
         click.option("--limit", type=click.IntRange(min=1), help="Use only the first samples."),
         click.option(
             "--signals",
-            help="Comma-separated: logits, answer_attention, text_attention, visual_columns, visual_map.",
+            help="Comma-separated: logits, answer_attention, text_attention, visual_columns, visual_map, hidden, "
+            "visual_hidden, projector_output, visual_logits.",
         ),
         click.option(
             "--answers",

@@ -6,7 +6,10 @@ from typing import Literal
 from common.codecs.logit_presets import preset_settings
 from common.errors import ConfigError
 
-SIGNALS = ("logits", "answer_attention", "text_attention", "visual_columns", "visual_map")
+SIGNALS = (
+    "logits", "answer_attention", "text_attention", "visual_columns", "visual_map",
+    "hidden", "visual_hidden", "projector_output", "visual_logits",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,14 +39,20 @@ class BuildConfig:
         answer_temperature: Of generated answers, dimensionless; 0 is greedy.
         answer_top_p: Of sampled answers: the smallest set of tokens with this share of the mass.
         answer_seed: Of sampled answers.
+        hidden_layers: Layers of the signals ``hidden`` (at supervised rows) and ``visual_hidden`` (at visual tokens): 0 is
+            what enters the first layer, negative ones count from the last, whose states are normalised.
+        hidden_dtype: ``f2``, or ``f4`` where float16 cannot hold the states.
         groups: Number of layer groups.
         layers: Which teacher layers are kept: the published middle ones or all.
-        template: Prompt template; ``auto`` is ``short`` for built-in teachers, ``vicuna_v1`` otherwise.
+        template: Prompt template; ``auto`` is ``short`` for built-in teachers, that of its family otherwise.
         max_length: Longest sequence in tokens; a longer sample is a recorded failure.
         batch_size: Samples a forward pass. Part of the plan, because bytes depend on it.
         shard_size: Samples a shard.
         dtype: Computation dtype; ``auto`` is float32 on CPU and bfloat16 on CUDA.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        device_map: How the teacher is spread over several devices, as the model library takes it (``auto``, ``balanced``);
+            empty: it lies on one.
+        quantisation: Of the teacher's language model, by bitsandbytes: ``none``, ``8bit`` or ``4bit`` (NF4).
         max_failed_share: Largest share of unreadable samples, in [0, 1].
         fidelity_samples: Samples of the fidelity probe; 0 skips it.
         threads: CPU threads of the arithmetic, kept in the plan, because the last bits depend on it; 0: as the cache
@@ -73,6 +82,8 @@ class BuildConfig:
     answer_temperature: float = 0.0
     answer_top_p: float = 1.0
     answer_seed: int = 0
+    hidden_layers: tuple[int, ...] = (-1,)
+    hidden_dtype: Literal["f2", "f4"] = "f2"
     groups: int = 1
     layers: Literal["middle", "all"] = "middle"
     template: str = "auto"
@@ -81,6 +92,8 @@ class BuildConfig:
     shard_size: int = 256
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str = "auto"
+    device_map: str = ""
+    quantisation: Literal["none", "8bit", "4bit"] = "none"
     max_failed_share: float = 0.01
     fidelity_samples: int = 64
     threads: int = 0

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from common.codecs.logits import SparseLogits
 from common.codecs.row_attention import RowAttention
-from common.codecs.teacher_map import TeacherMap
+from common.codecs.teacher_map import TeacherMap, image_pairs
 from common.errors import SampleError
 from common.manifest import Plan
 from common.shared_images import SharedImages
@@ -33,6 +33,7 @@ from stage1_teacher.attention_fidelity import (
 )
 from stage1_teacher.plan import Build
 from stage1_teacher.signals import TeacherSignals, reduce_output, to_cpu, visual_columns
+from stage1_teacher.sinks import SinkCount
 from stage1_teacher.teacher import TeacherOutput
 
 
@@ -48,7 +49,9 @@ def measure_fidelity(work: Build, cache_dir: Path, *, samples: int) -> dict[str,
         Means over the probe's rows or samples by name, and for attention the ``*_worst`` row or sample; None if
         skipped. Units: ``*_kl`` nats a row, ``kept_mass`` and ``rows_at_cap`` shares, ``*_gradient_error`` relative
         L2, ``*_cosine`` dimensionless. ``visual_map_gradient_cosine`` is that of the sink-filtered loss,
-        ``visual_map_plain_gradient_cosine`` that of the whole map's cosine.
+        ``visual_map_plain_gradient_cosine`` that of the whole map's cosine. ``*_sinks_per_picture``, ``*_sink_mass`` and
+        ``*_sink_places`` say where the teacher's attention sinks lie (``stage1_teacher.sinks``); ``visual_map_sink_pairs``
+        and ``visual_map_sink_mass`` what the released filter removes of the teacher's pairs and of their mass.
     """
     if not samples:
         return None
@@ -66,7 +69,7 @@ def measure_fidelity(work: Build, cache_dir: Path, *, samples: int) -> dict[str,
             continue
         first, second = (_run(work, batch) for _ in range(2))
         _compare(totals, work.codecs, record, encoded.tiles, first, second)
-    return {"samples": totals.samples, **totals.means()}
+    return {"samples": totals.samples, **totals.means(), **totals.sink_figures()}
 
 
 def _as_cached(work: Build, cache_dir: Path, position: int) -> Sample:
@@ -86,6 +89,7 @@ class Totals:
     def __init__(self) -> None:
         """Start empty."""
         self.samples = 0
+        self.sinks: dict[str, SinkCount] = {}
         self._sums: dict[str, tuple[float, float]] = {}
         self._worst: dict[str, float] = {}
 
@@ -99,6 +103,13 @@ class Totals:
         for value in values:
             self.add(name, value, 1)
             self._worst[f"{name}_worst"] = min(value, self._worst.get(f"{name}_worst", value))
+
+    def sink_figures(self) -> dict[str, float | str]:
+        """Where the teacher's attention sinks lie, by signal."""
+        figures: dict[str, float | str] = {}
+        for signal, count in sorted(self.sinks.items()):
+            figures |= count.figures(signal)
+        return figures
 
     def means(self) -> dict[str, float]:
         """Weighted means, and lowest cosines, rounded to 6 significant digits so that the card is readable."""
@@ -143,14 +154,28 @@ def _compare(
     for name in ("answer_attention", "text_attention"):
         if name in codecs and bool(getattr(signals, name)[0].any()):
             live, cached = getattr(signals, name)[0], codecs[name].decode(record)
+            if name == "answer_attention":
+                cells = live.mean(dim=(0, 1))
+                sinks = totals.sinks.setdefault(name, SinkCount(columns=codecs[name].grid[1]))
+                sinks.add(cells, torch.ones_like(cells, dtype=torch.bool))
             student = live.sqrt()
             control = RowAttention.from_cells(getattr(again, name)[0])
             looking = live.flatten(1).any(dim=1)  # a row that does not look has no gradient to compare
             for prefix, found in (("", cached), ("control_", control)):
                 cosines = row_gradient_cosines(found, live, student)[looking]
                 totals.add_cosines(f"{prefix}{name}_gradient_cosine", cosines.tolist())
+    for name, states in signals.hidden.items():
+        _compare_hidden(totals, name, codecs[name].decode(record), states[0], again.hidden[name][0])
     if output.visual_counts[0]:
         _compare_maps(totals, codecs, record, tiles, signals.visual_map, again.visual_map)
+
+
+def _compare_hidden(totals: Totals, name: str, cached: Tensor, live: Tensor, again: Tensor) -> None:
+    """Relative L2 error of cached hidden states, and of a second run's."""
+    size = float(live.float().norm())
+    if size:
+        for prefix, found in (("", cached), ("control_", again)):
+            totals.add(f"{prefix}{name}_error", float((found.float() - live.float()).norm()) / size, 1)
 
 
 def _compare_maps(
@@ -165,6 +190,9 @@ def _compare_maps(
     if "visual_columns" in codecs:
         columns, again = (visual_columns(run[0], tiles) for run in (first, second))
         if bool(columns.any()):
+            side = tiles[0].cols if len(tiles) == 1 else 0
+            count = totals.sinks.setdefault("visual_columns", SinkCount(columns=side))
+            count.add(columns.mean(dim=0), content_mask(tile_boxes(tiles)))
             cached = codecs["visual_columns"].decode(record)
             similar = float(F.cosine_similarity(cached.flatten(), columns.flatten(), dim=0))
             totals.add_cosines("visual_columns_cosine", [similar])
@@ -176,6 +204,12 @@ def _compare_maps(
         content = content_mask(tile_boxes(codec.cells_of(tiles)))
         live, live_again = (codec.pool(run[0], tiles) for run in (first, second))
         decoded = codec.teacher_map(record)
+        exact = TeacherMap.from_maps(live, token_mask=content)
+        pairs = image_pairs(live, content) & (live > 0)
+        if bool(pairs.any()):
+            removed = pairs & ~exact.kept
+            totals.add("visual_map_sink_pairs", float(removed.sum() / pairs.sum()), 1)
+            totals.add("visual_map_sink_mass", float((live * removed).sum() / (live * pairs).sum()), 1)
         for name, found in (
             ("", decoded),
             ("control_", TeacherMap.from_maps(live_again, token_mask=content)),

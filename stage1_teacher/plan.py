@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from common.codecs.answers import AnswersCodec
+from common.codecs.hidden_states import HiddenCodec
 from common.errors import ConfigError
 from common.hashing import fingerprint
 from common.manifest import Plan
@@ -14,12 +15,14 @@ from common.schema import FORMAT_VERSION, Field
 from common.shared_images import VISUAL_SOURCE, with_visual_source
 from data.collate import Batch
 from data.encoding import SampleEncoder
+from data.family_inputs import text_config
 from data.grouping import GroupedByImage, group_by_image
 from data.registry import open_dataset
 from data.sample import Dataset
 from data.templates import get_template
 from stage1_teacher.config import BuildConfig
-from stage1_teacher.signals import automatic_grid, build_codecs
+from stage1_teacher.family_limits import missing_projector, refuse_packing, refuse_signals
+from stage1_teacher.signals import build_codecs
 from stage1_teacher.teacher import Teacher, TeacherOutput
 from stage1_teacher.teacher_record import evaluation_of
 
@@ -52,6 +55,10 @@ class Build:
             answer_rows="answer_attention" in self.codecs,
             visual_rows="visual_map" in self.codecs or "visual_columns" in self.codecs,
             text="text_attention" in self.codecs,
+            hidden={
+                name: codec.layers for name, codec in self.codecs.items() if isinstance(codec, HiddenCodec)
+            },
+            visual_logits="visual_logits" in self.codecs,
         )
 
 
@@ -69,10 +76,18 @@ def open_build(config: BuildConfig) -> Build:
     )
     scratch = Path(config.cache).parent / f"{config.data.partition(':')[0]}-teacher"
     directory = teacher_directory(teacher=config.teacher, data=config.data, scratch=scratch)
-    teacher = Teacher(directory, dtype=config.dtype, device=config.device)
+    teacher = Teacher(
+        directory,
+        dtype=config.dtype,
+        device=config.device,
+        device_map=config.device_map,
+        quantisation=config.quantisation,
+    )
+    refuse_signals(config.signals, teacher)
+    refuse_packing(dataset, teacher)
     encoder = build_encoder(teacher, template=config.template, max_length=config.max_length)
     codecs = codecs_for(config, teacher)
-    if any(VISUAL_SOURCE in group for group in _fields_of(codecs).values()):
+    if any(VISUAL_SOURCE in group for group in _fields_of(codecs, teacher).values()):
         dataset = group_by_image(dataset)
     return Build(
         teacher=teacher,
@@ -104,7 +119,7 @@ def teacher_directory(*, teacher: str, data: str, scratch: Path) -> Path:
     if name not in ("shapes", "easy-vqa"):
         raise ConfigError(
             f"no teacher given for data {data!r}: set TEACHER=DIR (--teacher DIR) to a "
-            "LlavaForConditionalGeneration checkpoint directory, or use DATA=shapes or DATA=easy-vqa, "
+            "vision-language checkpoint directory, or use DATA=shapes or DATA=easy-vqa, "
             "which have built-in teachers (TEACHER=stage1_teacher/builtin is the one that knows shapes)"
         )
     from stage1_teacher.demo_teacher import demo_teacher_for  # training code, needed for built-in data only
@@ -137,7 +152,7 @@ def build_encoder(teacher: Teacher, *, template: str, max_length: int) -> Sample
 
 def codecs_for(config: BuildConfig, teacher: Teacher) -> dict[str, Any]:
     """Build the codecs a configuration asks for, fitted to the teacher's token grid."""
-    grid = (config.grid, config.grid) if config.grid else automatic_grid(teacher.image_grid)
+    grid = (config.grid, config.grid) if config.grid else teacher.image_encoder.attention_grid()
     codecs = build_codecs(
         signals=config.signals,
         logits=config.logits,
@@ -147,6 +162,9 @@ def codecs_for(config: BuildConfig, teacher: Teacher) -> dict[str, Any]:
         groups=config.groups,
         map_preset=config.map_preset,
         map_grid=config.map_grid,
+        hidden_layers=_hidden_layers(config.hidden_layers, teacher.depth),
+        width=int(text_config(teacher.config).hidden_size),
+        exact_hidden=config.hidden_dtype == "f4",
     )
     if config.answers == "generate":
         codecs["answers"] = AnswersCodec(
@@ -156,6 +174,20 @@ def codecs_for(config: BuildConfig, teacher: Teacher) -> dict[str, Any]:
             seed=config.answer_seed,
         )
     return codecs
+
+
+def _hidden_layers(layers: tuple[int, ...], depth: int) -> tuple[int, ...]:
+    """Hidden states by their numbers from the front.
+
+    Raises:
+        ConfigError: If the teacher has no such layer.
+    """
+    if wrong := [layer for layer in layers if not -depth - 1 <= layer <= depth]:
+        raise ConfigError(
+            f"hidden_layers: {wrong} do not exist; the teacher has {depth} layers: 0 (what enters the first) to "
+            f"{depth}, or -1 (the last, normalised) down to {-depth - 1}"
+        )
+    return tuple(layer % (depth + 1) for layer in layers)
 
 
 def make_plan(
@@ -174,7 +206,8 @@ def make_plan(
     template = encoder.template.to_dict()
     geometry = teacher.image_encoder.to_dict()
     signals = {name: codec.to_dict() for name, codec in codecs.items()}
-    vocabulary = int(teacher.config.text_config.vocab_size)
+    text = text_config(teacher.config)
+    no_projector = missing_projector(teacher)
     return Plan(
         format_version=FORMAT_VERSION,
         store=config.store,
@@ -182,7 +215,7 @@ def make_plan(
         shard_size=config.shard_size,
         batch_size=config.batch_size,
         signals=signals,
-        fields=_fields_of(codecs),
+        fields=_fields_of(codecs, teacher),
         fingerprints={
             **teacher.fingerprints(),
             "template": fingerprint(template),
@@ -196,12 +229,17 @@ def make_plan(
             "family": str(teacher.config.model_type),
             "dtype": teacher.dtype,
             "layers": teacher.depth,
-            "hidden_size": int(teacher.config.text_config.hidden_size),
-            "vocabulary": vocabulary,
+            "hidden_size": int(text.hidden_size),
+            "vocabulary": int(text.vocab_size),
             "image_token_id": teacher.image_token_id,
             "groups": [list(group) for group in teacher.groups(config.groups, config.layers)],
             "layer_choice": config.layers,
             **({} if evaluation is None else {"evaluation": evaluation}),
+            **given(
+                device_map=teacher.device_map,
+                quantisation="" if teacher.quantisation == "none" else teacher.quantisation,
+                no_projector=no_projector or "",
+            ),
             **given(license=config.teacher_license),
         },
         data={
@@ -224,5 +262,7 @@ def given(**texts: str) -> dict[str, str]:
     return {name: text for name, text in texts.items() if text}
 
 
-def _fields_of(codecs: Mapping[str, Any]) -> dict[str, tuple[Field, ...]]:
-    return with_visual_source({name: codec.fields() for name, codec in codecs.items()})
+def _fields_of(codecs: Mapping[str, Any], teacher: Teacher) -> dict[str, tuple[Field, ...]]:
+    fields = {name: codec.fields() for name, codec in codecs.items()}
+    # Visual rows that see the question are another sample's only if the question is too: nothing is shared.
+    return fields if teacher.family.visual_rows == "prefix" else with_visual_source(fields)

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from common.errors import DataError, SampleError
 from common.visual_attention import IMPLEMENTATION
 from data.collate import Batch, collate, length_buckets
 from data.encoding import EncodedSample
 from data.families import submodule
+from data.family_inputs import additive_mask, text_config
 from data.sample import Dataset, Sample
 from stage1_teacher.answers import ANSWERS, answer_shard
 from stage1_teacher.pipeline import EncodedShard, Writer, encode_shards, run_shard
@@ -188,7 +188,9 @@ def _run_plain(work: Build, batches: list[Batch]) -> None:
 def _time_eager(work: Build, samples: list[EncodedSample], batch_size: int) -> tuple[float | None, int]:
     """Seconds a sample with every map of every layer and head, at the largest batch that fits, and that batch."""
     teacher, longest = work.teacher, max(map(len, samples))
-    text = teacher.config.text_config
+    if not teacher.family.is_listed:  # where its language model is, is not known
+        return None, 0
+    text = text_config(teacher.config)
     width = torch.finfo(getattr(torch, teacher.dtype)).bits // 8
     # Each layer keeps its map; the layer at work also has scores, mask and a float32 softmax.
     maps = (teacher.depth + 3) * int(text.num_attention_heads) * longest**2 * width
@@ -213,10 +215,9 @@ def _run_eager(work: Build, batches: list[Batch]) -> None:
     for batch in batches:
         teacher = work.teacher
         inputs = dict(teacher.family.model_inputs(teacher.config, batch.to(teacher.device), dtype=dtype))
-        mask: Tensor = inputs["attention_mask"]
-        if mask.ndim == 4:  # eager attention adds its mask
-            zeros = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
-            inputs["attention_mask"] = zeros.masked_fill(~mask, torch.finfo(dtype).min)
+        inputs["attention_mask"] = additive_mask(
+            inputs["attention_mask"], dtype
+        )  # eager attention adds its mask
         output = teacher.model(**inputs, use_cache=False, output_attentions=True)
         output.logits[:, -1:, -1:].cpu()  # waits for the device
 

@@ -1,7 +1,7 @@
 """From one teacher pass to records: reduce on the device, encode per sample on the CPU."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -9,8 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.codecs.hidden_states import HiddenCodec, ProjectorOutputCodec, VisualHiddenCodec
 from common.codecs.logits import LogitCodec, SparseLogits
 from common.codecs.row_attention import RowAttention, RowAttentionCodec, TextAttentionCodec
+from common.codecs.visual_logits import VisualLogitsCodec
 from common.codecs.visual_map import MapPreset, VisualColumnsCodec, VisualMapCodec
 from common.schema import Record
 from common.visual_tokens import (
@@ -25,8 +27,6 @@ from common.visual_tokens import (
 from data.collate import Batch, text_rows
 from stage1_teacher.teacher import TeacherOutput
 
-MAX_AUTO_GRID = 12
-
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherSignals:
@@ -39,6 +39,9 @@ class TeacherSignals:
         labels: Targets of all rows, int64 ``[A_total]``.
         row_counts: Rows of each sample.
         text_attention: Of each sample, cells ``[X, G, C]`` of all text rows behind its image; empty if not wanted.
+        hidden: By signal: hidden states ``[R, S, D]`` of each sample's supervised rows or visual tokens.
+        visual_logits: Rows of all visual tokens; None if not wanted.
+        visual_counts: Visual tokens of each sample.
     """
 
     logits: SparseLogits | None
@@ -47,11 +50,19 @@ class TeacherSignals:
     labels: Tensor
     row_counts: tuple[int, ...]
     text_attention: tuple[Tensor, ...] = ()
+    hidden: Mapping[str, tuple[Tensor, ...]] = field(default_factory=dict)
+    visual_logits: SparseLogits | None = None
+    visual_counts: tuple[int, ...] = ()
 
     def row_range(self, sample: int) -> slice:
         """The rows of one sample within the batch's rows."""
         start = sum(self.row_counts[:sample])
         return slice(start, start + self.row_counts[sample])
+
+    def visual_range(self, sample: int) -> slice:
+        """The visual tokens of one sample within the batch's."""
+        start = sum(self.visual_counts[:sample])
+        return slice(start, start + self.visual_counts[sample])
 
 
 def build_codecs(
@@ -64,6 +75,9 @@ def build_codecs(
     groups: int,
     map_preset: MapPreset = "exact",
     map_grid: int = 0,
+    hidden_layers: tuple[int, ...] = (),
+    width: int = 1,
+    exact_hidden: bool = False,
 ) -> dict[str, Any]:
     """Build the codec of each wanted signal.
 
@@ -76,6 +90,9 @@ def build_codecs(
         groups: Number of layer groups.
         map_preset: What is kept of visual maps.
         map_grid: Side of the grid that the tokens of a visual map's tiles are pooled to; 0: not pooled.
+        hidden_layers: Of ``hidden`` and ``visual_hidden``, counted as in ``common.hidden_states``.
+        width: Of the teacher's language model.
+        exact_hidden: float32 instead of float16 for hidden states.
 
     Returns:
         Codec by signal.
@@ -89,20 +106,17 @@ def build_codecs(
             groups=groups, preset="f4" if exact_attention else map_preset, grid=map_grid
         ),
     }
+    states: dict[str, Any] = {"width": width, "exact": exact_hidden}
+    build |= {
+        "hidden": lambda: HiddenCodec(layers=hidden_layers, **states),
+        "visual_hidden": lambda: VisualHiddenCodec(layers=hidden_layers, **states),
+        "projector_output": lambda: ProjectorOutputCodec(**states),
+        "visual_logits": lambda: VisualLogitsCodec.from_preset(logits, temperatures=temperatures),
+    }
     return {name: build[name]() for name in signals}
 
 
-def automatic_grid(image_grid: tuple[int, int]) -> tuple[int, int]:
-    """The teacher's own grid, halved until no side exceeds 12 (an area pool stays exact)."""
-    rows, cols = image_grid
-    while max(rows, cols) > MAX_AUTO_GRID:
-        if rows % 2 or cols % 2:
-            return MAX_AUTO_GRID, MAX_AUTO_GRID
-        rows, cols = rows // 2, cols // 2
-    return rows, cols
-
-
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=64)  # where layouts follow the picture's size an entry may take megabytes
 def _grid_overlap(tiles: tuple[Tile, ...], grid: tuple[int, int]) -> Tensor:
     return overlap_matrix(tile_boxes(tiles), tile_boxes((grid_tile(*grid),)))
 
@@ -154,6 +168,17 @@ def reduce_output(output: TeacherOutput, batch: Batch, codecs: Mapping[str, Any]
         labels=output.labels,
         row_counts=output.row_counts,
         text_attention=tuple(text),
+        hidden={
+            name: tuple(
+                states[index, :count]
+                for index, count in enumerate(output.row_counts if name == "hidden" else output.visual_counts)
+            )
+            for name, states in output.hidden.items()
+        },
+        visual_logits=None
+        if output.visual_logits is None
+        else codecs["visual_logits"].select_rows(output.visual_logits),
+        visual_counts=output.visual_counts,
     )
 
 
@@ -206,6 +231,11 @@ def encode_records(signals: TeacherSignals, batch: Batch, codecs: Mapping[str, A
         if "visual_columns" in codecs:
             columns = visual_columns(signals.visual_map[index], batch.tiles[index])
             record |= codecs["visual_columns"].encode(columns)
+        for name, states in signals.hidden.items():
+            record |= codecs[name].encode(states[index])
+        if signals.visual_logits is not None:
+            rows = signals.visual_range(index)
+            record |= codecs["visual_logits"].encode(slice_logits(signals.visual_logits, rows))
         records.append(record)
     return records
 
@@ -249,4 +279,7 @@ def to_cpu(signals: TeacherSignals) -> TeacherSignals:
         labels=signals.labels.cpu(),
         row_counts=signals.row_counts,
         text_attention=tuple(cells.cpu() for cells in signals.text_attention),
+        hidden={name: tuple(part.cpu() for part in states) for name, states in signals.hidden.items()},
+        visual_logits=None if signals.visual_logits is None else signals.visual_logits.to("cpu"),
+        visual_counts=signals.visual_counts,
     )

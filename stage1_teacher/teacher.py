@@ -1,29 +1,31 @@
 """A teacher as stage one uses it: load a checkpoint directory, run a batch, return only what is wanted.
 
-The forward pass uses SDPA; attention is recomputed only for the requested layers, rows and columns, and the
-output projection runs on supervised rows only, so neither ``[B, H, T, T]`` nor ``[B, T, V]`` ever exists.
+The model's own forward pass runs, with SDPA; attention is recomputed only for the requested layers, rows and
+columns, and the output projection runs on supervised rows only, so neither ``[B, H, T, T]`` nor ``[B, T, V]`` ever exists.
 """
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig
 
 from common.atomic import read_json
 from common.errors import ModelError
+from common.hidden_states import HiddenCapture, HiddenRequest
 from common.layers import teacher_groups
 from common.schema import IGNORE_INDEX
 from common.visual_attention import AttentionCapture, AttentionRequest
 from data.collate import Batch, supervised_rows, text_rows, visual_keys
-from data.encoding import ImageEncoder
-from data.families import Family, family_of, submodule
+from data.families import Family, submodule
+from data.family_inputs import text_config
+from data.family_models import Quantisation, input_device, open_family_model, row_logits
 from data.fingerprints import module_fingerprint, tokenizer_fingerprint, weights_fingerprint
-from data.processors import load_image_processor, load_tokenizer
+from data.image_encoder import AnyImageEncoder
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +40,8 @@ class TeacherOutput:
         row_counts: Supervised rows of each sample.
         attention: By request name: float32 ``[B, G, R, M]``, zero where rows or keys are padding.
         visual_counts: Visual tokens of each sample.
+        hidden: By signal: hidden states ``[B, R, S, D]`` in the model's dtype, zero where rows are padding.
+        visual_logits: Rows of all visual tokens, sample after sample, ``[N, V]``; None if not wanted.
     """
 
     logits: Tensor
@@ -45,60 +49,68 @@ class TeacherOutput:
     row_counts: tuple[int, ...]
     attention: dict[str, Tensor]
     visual_counts: tuple[int, ...]
+    hidden: Mapping[str, Tensor] = field(default_factory=dict)
+    visual_logits: Tensor | None = None
 
 
 class Teacher:
     """A loaded teacher with its tokenizer, image encoder and fingerprints."""
 
-    def __init__(self, directory: Path, *, dtype: str = "auto", device: str = "auto") -> None:
-        """Load a checkpoint directory as ``save_pretrained`` writes it.
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        dtype: str = "auto",
+        device: str = "auto",
+        device_map: str = "",
+        quantisation: Quantisation = "none",
+    ) -> None:
+        """Load a checkpoint directory of any family.
 
         Args:
             directory: Model, tokenizer and image processor files.
             dtype: ``auto`` is float32 on CPU, bfloat16 on CUDA.
-            device: ``auto`` is CUDA when there is one.
+            device: ``auto`` is CUDA when there is one; unused with a device map.
+            device_map: How the library spreads the model over devices (``auto``, ``balanced``, ...); empty: it does not.
+            quantisation: Of the language model's weights.
 
         Raises:
-            ModelError: If the directory is missing or not a supported family.
+            ModelError: If the directory is missing or holds no usable model.
+            ConfigError: If what quantisation needs is missing.
         """
-        if not (directory / "config.json").is_file():
-            raise ModelError(
-                f"teacher {directory}: no config.json there; TEACHER must be a checkpoint directory "
-                "with model, tokenizer and image processor files"
-            )
         self.directory = directory
-        self.device = torch.device(
+        wanted = torch.device(
             ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
         )
         if dtype == "auto":
-            dtype = "float32" if self.device.type == "cpu" else "bfloat16"
+            dtype = "float32" if wanted.type == "cpu" else "bfloat16"
         self.dtype = dtype
-        try:
-            config = AutoConfig.from_pretrained(directory)
-            self.family: Family = family_of(config, f"teacher {directory}")
-            model_class = getattr(transformers, self.family.model_class)
-            model = model_class.from_pretrained(
-                directory, dtype=getattr(torch, dtype), attn_implementation="sdpa"
-            )
-            self.tokenizer = load_tokenizer(directory)
-            processor = load_image_processor(directory)
-        except (OSError, KeyError, ValueError, RuntimeError) as error:
-            if isinstance(error, ModelError):
-                raise
-            raise ModelError(
-                f"teacher {directory} cannot be loaded: {error}; it needs config.json, weights, "
-                "tokenizer and preprocessor_config.json of one supported model"
-            ) from error
-        self.model: Any = model.to(self.device).eval().requires_grad_(requires_grad=False)
-        self.config = model.config
-        self.image_grid = self.family.image_grid(self.config)
-        self.image_encoder = ImageEncoder.from_processor(processor, self.image_grid)
-        self.image_token_id = int(self.config.image_token_index)
+        self.device_map = device_map
+        self.quantisation: Quantisation = quantisation
+        if quantisation != "none" and not device_map and wanted.type == "cuda":
+            device_map = str(wanted)
+        opened = open_family_model(directory, dtype=dtype, device_map=device_map, quantisation=quantisation)
+        placed = device_map or quantisation != "none"
+        self.model: Any = (opened.model if placed else opened.model.to(wanted)).requires_grad_(
+            requires_grad=False
+        )
+        self.device = input_device(self.model)
+        self.family: Family = opened.family
+        self.tokenizer = opened.tokenizer
+        self.config = self.model.config
+        self.image_encoder: AnyImageEncoder = self.family.image_encoder(
+            self.config, opened.processor, self.tokenizer
+        )
+        self.image_token_id = self.family.image_token_id(self.config)
         self.pad_token_id = int(self.tokenizer.pad_token_id or 0)
         self.training = _training_notes(directory)
-        self.depth = int(self.config.text_config.num_hidden_layers)
-        self.lm_head = submodule(self.model, self.family.lm_head)
-        self.capture = AttentionCapture(submodule(self.model, self.family.language_model))
+        self.depth = int(text_config(self.config).num_hidden_layers)
+        self.capture, self.no_attention = self._open_capture()
+
+    @property
+    def language_model(self) -> nn.Module:
+        """The decoder; of a family that is not listed it is not known where it is."""
+        return submodule(self.model, self.family.language_model)
 
     @property
     def vision_tower(self) -> nn.Module:
@@ -111,12 +123,16 @@ class Teacher:
         return submodule(self.model, self.family.projector)
 
     def fingerprints(self) -> dict[str, str]:
-        """Hashes of what this teacher is: weights and dtype, tokenizer, vision tower."""
-        return {
-            "teacher": weights_fingerprint(self.directory, self.dtype),
+        """Hashes of what this teacher is: weights, dtype and placement; tokenizer; vision tower where it is known."""
+        hashes = {
+            "teacher": weights_fingerprint(
+                self.directory, self.dtype, device_map=self.device_map, quantisation=self.quantisation
+            ),
             "tokenizer": tokenizer_fingerprint(self.tokenizer),
-            "vision_tower": module_fingerprint(self.vision_tower),
         }
+        if self.family.vision_tower:
+            hashes["vision_tower"] = module_fingerprint(self.vision_tower)
+        return hashes
 
     def groups(self, count: int, layers: str) -> tuple[tuple[int, ...], ...]:
         """Language-model layers of each group that a cache keeps."""
@@ -131,6 +147,8 @@ class Teacher:
         answer_rows: bool,
         visual_rows: bool,
         text: bool = False,
+        hidden: Mapping[str, tuple[int, ...]] | None = None,
+        visual_logits: bool = False,
     ) -> TeacherOutput:
         """Run one batch and keep supervised rows only.
 
@@ -140,9 +158,11 @@ class Teacher:
             answer_rows: Capture attention of supervised rows on visual tokens (``"answer"``).
             visual_rows: Capture attention of visual tokens on visual tokens (``"visual"``).
             text: Capture attention of all text rows on visual tokens (``"text"``).
+            hidden: Layers of the hidden states of each signal: ``hidden`` at supervised rows, others at visual tokens.
+            visual_logits: Keep the logits of visual tokens too; they are as many rows as the image has tokens.
 
         Returns:
-            Logits, labels and attention of the batch.
+            Logits, labels, attention and hidden states of the batch.
         """
         batch = batch.to(self.device)
         keys = visual_keys(batch)
@@ -154,17 +174,56 @@ class Teacher:
                 requests["text"] = AttentionRequest(text_rows(batch), keys, groups)
             if visual_rows:
                 requests["visual"] = AttentionRequest(keys, keys, groups)
-        inputs = self.family.model_inputs(self.config, batch, dtype=getattr(torch, self.dtype))
-        with self.capture.record(requests) as attention:
-            hidden = self.model.model(**inputs, use_cache=False).last_hidden_state  # [B, T, D]
         supervised = batch.labels != IGNORE_INDEX  # [B, T]
+        inputs = self.family.model_inputs(self.config, batch, dtype=getattr(torch, self.dtype))
+        rows = supervised | batch.visual_mask if visual_logits else supervised
+        states = {
+            name: HiddenRequest(supervised_rows(batch) if name == "hidden" else keys, layers)
+            for name, layers in (hidden or {}).items()
+        }
+        with self._record(requests) as attention, self._record_hidden(states) as found:
+            logits = row_logits(self.model, inputs, rows).to(self.device)  # [A, V], or [A + N, V]
         return TeacherOutput(
-            logits=self.lm_head(hidden[supervised]),
+            logits=logits[supervised[rows]] if visual_logits else logits,
             labels=batch.labels[supervised],
             row_counts=tuple(int(n) for n in supervised.sum(1)),
             attention=dict(attention),
             visual_counts=tuple(int(n) for n in batch.visual_mask.sum(1)),
+            hidden=found,
+            visual_logits=logits[batch.visual_mask[rows]] if visual_logits else None,
         )
+
+    def _record_hidden(
+        self, requests: Mapping[str, HiddenRequest]
+    ) -> AbstractContextManager[Mapping[str, Tensor]]:
+        """The capture of hidden states, if any are wanted."""
+        return HiddenCapture(self.language_model).record(requests) if requests else nullcontext({})
+
+    def _record(
+        self, requests: Mapping[str, AttentionRequest]
+    ) -> AbstractContextManager[Mapping[str, Tensor]]:
+        """The attention capture; raises ModelError if there is none and attention is wanted."""
+        if self.capture is not None:
+            return self.capture.record(requests)
+        if requests:
+            raise ModelError(
+                f"teacher {self.directory}: its attention cannot be captured ({self.no_attention}); cache its logits "
+                "only (--signals logits)"
+            )
+        return nullcontext({})
+
+    def _open_capture(self) -> tuple[AttentionCapture | None, str]:
+        """The attention capture, or None and the reason: a teacher that has none can still give its logits."""
+        if not self.family.is_listed:
+            return None, (
+                f"the table of families (data/families.py) does not say where a model_type "
+                f"{self.config.model_type!r} has its language model"
+            )
+        try:
+            return AttentionCapture(self.language_model), ""
+        except ModelError as error:
+            logger.warning("teacher %s: %s", self.directory, error)
+            return None, str(error)
 
 
 def _training_notes(directory: Path) -> dict[str, Any]:

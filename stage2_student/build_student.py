@@ -1,51 +1,73 @@
-"""A student by name, size or directory.
+"""Our own students: made from a preset and the parts at hand, or loaded from a directory.
 
-``mobilevlm`` is made from a preset and from what the cache carries of its teacher (vision tower, tokenizer,
-for TAF the projector), so no teacher directory is needed. A directory is loaded as it was saved.
+A student by name takes what the cache carries of its teacher (vision tower, tokenizer, for TAF the projector), so no
+teacher directory is needed. Where the cache has no tower of the student's kind, a tiny student gets a small one of its
+own; larger ones need a directory of weights, and the error names which.
 """
 
-import json
 import logging
-from importlib import resources
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from safetensors.torch import load_file
-from torch import Tensor, nn
-from transformers import CLIPVisionConfig, LlamaConfig
+from torch import nn
+from transformers import LlamaConfig, Qwen2Config
 
-from common.errors import CacheFormatError, ConfigError, ModelError
+from common.errors import ConfigError, ModelError
+from common.models.compodistill import CompoDistillConfig, CompoDistillForConditionalGeneration
 from common.models.mobilevlm import MobileVLMConfig, MobileVLMForConditionalGeneration
-from common.models.projectors import PROJECTOR_TYPES, TeacherAdapter
+from common.models.parts import (
+    fill_language_model,
+    fill_vision_tower,
+    language_model_settings,
+    tower_settings,
+)
+from common.models.projectors import PROJECTOR_TYPES
+from common.models.published import default_image_processor, load_published
+from common.models.vision_language import VisionLanguageConfig, VisionLanguageModel
+from common.models.vision_tower import tower_config
+from data.family_images import published_images
+from data.image_encoder import ImageEncoder
+from data.processors import load_image_processor
+from stage2_student.cache_parts import (
+    has_tower,
+    load_frozen_parts,
+    read_cache_json,
+    refuse_other_tower,
+    teacher_projector,
+    teacher_width,
+)
 from stage2_student.config import choose_size
+from stage2_student.student_presets import (
+    SIZES,
+    STUDENTS,
+    fit_size,
+    load_preset,
+    split_student_name,
+    student_folder,
+)
+
+__all__ = [
+    "SIZES",
+    "STUDENTS",
+    "build_config",
+    "build_student",
+    "choose_size",
+    "load_frozen_parts",
+    "load_preset",
+    "load_student",
+    "own_image_encoder",
+    "split_student_name",
+]
 
 logger = logging.getLogger(__name__)
 
-STUDENTS = ("mobilevlm",)
-SIZES = ("tiny", "1.7b", "3b")
-
-# What is read of a cache's vision_tower.json: a cache from elsewhere is data, and other settings of the library
-# can name code to fetch (its attention implementation may be a repository).
-_TOWER_SETTINGS = (
-    "hidden_size", "intermediate_size", "projection_dim", "num_hidden_layers", "num_attention_heads",
-    "num_channels", "image_size", "patch_size", "hidden_act", "layer_norm_eps", "attention_dropout",
-    "initializer_range", "initializer_factor",
-)  # fmt: skip
-
-
-def load_preset(size: str) -> dict[str, Any]:
-    """Read a size's preset: ``source``, ``initializer``, ``language_model``, ``vision_tower``.
-
-    Raises:
-        ConfigError: If there is no such size.
-    """
-    if size not in SIZES:
-        raise ConfigError(f"student size: got {size!r}; choose auto, {', '.join(SIZES)}")
-    text = (resources.files("stage2_student.presets") / f"mobilevlm-{size}.yaml").read_text(encoding="utf-8")
-    preset: dict[str, Any] = yaml.safe_load(text)
-    return preset
+# By the kind of vision tower in a preset: configuration, model, and the language model's configuration.
+_FAMILIES: dict[str, tuple[Any, Any, Any]] = {
+    "clip_vision_model": (MobileVLMConfig, MobileVLMForConditionalGeneration, LlamaConfig),
+    "siglip_vision_model": (CompoDistillConfig, CompoDistillForConditionalGeneration, Qwen2Config),
+}
 
 
 def build_student(
@@ -53,35 +75,39 @@ def build_student(
     *,
     cache_dir: Path,
     vocab_size: int,
-    image_token_id: int,
+    image_token_id: int | None,
     bos_token_id: int | None = None,
     eos_token_id: int | None = None,
     pad_token_id: int | None = None,
     size: str = "auto",
     projector_type: str | None = None,
     pool_teacher_tokens: bool = False,
+    vision_tower: Path | None = None,
+    language_model: Path | None = None,
     seed: int = 0,
-) -> MobileVLMForConditionalGeneration:
-    """Make a student with random weights behind the cache's vision tower, or load one from a directory.
+) -> VisionLanguageModel:
+    """Make a student with random weights behind a vision tower, or load one from a directory.
 
     Args:
-        name: ``mobilevlm``, or a directory that ``save_pretrained`` wrote.
+        name: One of `STUDENTS`, or a directory: one of ours, or a published MobileVLM or CompoDistill.
         cache_dir: The cache: ``vision_tower.safetensors`` + ``.json``, ``projector.safetensors`` + ``.json``.
-        vocab_size: Number of token ids the cache's tokenizer can give; the student has at least as many rows.
-        image_token_id: Id of one visual token in ``input_ids``.
+        vocab_size: Number of token ids the student's tokenizer can give; it has at least as many rows.
+        image_token_id: Id of one visual token in ``input_ids``; None: a directory's own.
         bos_token_id: Of the tokenizer, for generation.
         eos_token_id: Of the tokenizer, for generation.
         pad_token_id: Of the tokenizer, for generation.
-        size: ``auto`` (by the teacher's width), ``tiny``, ``1.7b`` or ``3b``; a directory has its own.
-        projector_type: One of ``PROJECTOR_TYPES``; None is ``ldpnetv2``, or the directory's own.
+        size: ``auto`` (by the teacher's width), or one of the student's; a directory has its own.
+        projector_type: One of ``PROJECTOR_TYPES``; None is the preset's, or the directory's own.
         pool_teacher_tokens: For ``taf``: 2x2 pooling before the post-projector.
+        vision_tower: Directory of a CLIP (``compodistill``: SigLIP) tower; None: the cache's.
+        language_model: Directory of a Llama such as MobileLLaMA (``compodistill``: Qwen2); None: random weights.
         seed: Of the random weights.
 
     Returns:
         The student in float32 on the CPU, all but the vision tower and a teacher's projector trainable.
 
     Raises:
-        ConfigError: If the name, size or projector type is unknown.
+        ConfigError: If the name, size or projector type is unknown, or the student needs a directory of weights.
         ModelError: If a directory's weights are incomplete, or its projector is not the one asked for.
         CacheFormatError: If the cache lacks a part that this student needs.
     """
@@ -90,39 +116,63 @@ def build_student(
             f"projector_type: got {projector_type!r}; choose one of {', '.join(PROJECTOR_TYPES)}"
         )
     if name not in STUDENTS:
-        if not Path(name).is_dir():
+        student_folder(name, None)  # refuses what is no directory
+        if language_model is not None:
             raise ConfigError(
-                f"student: {name!r} is neither a known student ({', '.join(STUDENTS)}; sizes "
-                f"{', '.join(SIZES)}) nor a directory"
+                f"language_model={language_model}: student {name} has a language model of its own"
             )
-        student = load_student(Path(name))
-        _check_directory(student, name, projector_type, image_token_id)
-        if vocab_size > student.config.text_config.vocab_size:
-            logger.info("student %s: vocabulary grows to the tokenizer's %d rows", name, vocab_size)
-            student.resize_token_embeddings(vocab_size)
-        student.trainable_parameters("dft")
-        return student
-
+        return _open_directory(
+            Path(name),
+            projector_type=projector_type,
+            vision_tower=vision_tower,
+            vocab_size=vocab_size,
+            image_token_id=image_token_id,
+        )
+    if image_token_id is None:
+        raise ConfigError(f"student {name}: image_token_id is needed for a student that is built")
     if size == "auto":
-        width = int(_read_cache_json(cache_dir, "projector.json")["out"])
-        size = choose_size(width)
+        width = teacher_width(cache_dir)
+        size = fit_size(name, choose_size(width))
         logger.info("student size auto: %s, because the cache's teacher has width %d", size, width)
-    preset = load_preset(size)
+    preset = load_preset(size, name)
+    own_tower = vision_tower is not None or not has_tower(cache_dir, preset["vision_tower"]["model_type"])
+    if own_tower and vision_tower is None and size != "tiny":
+        kind = preset["vision_tower"]["model_type"].partition("_")[0]
+        raise ConfigError(
+            f"student {name}-{size}: {cache_dir} holds no {kind} vision tower, and a random one of this size is of no "
+            f"use; download the {kind} tower named in stage2_student/presets/{name}-{size}.yaml and give its directory "
+            "(--set vision_tower=DIR), or give a directory of weights as the student"
+        )
     config = build_config(
         preset,
         cache_dir=cache_dir,
         vocab_size=vocab_size,
         image_token_id=image_token_id,
         special_token_ids={"bos": bos_token_id, "eos": eos_token_id, "pad": pad_token_id},
-        projector_type=projector_type or "ldpnetv2",
+        projector_type=projector_type,
         pool_teacher_tokens=pool_teacher_tokens,
+        vision_tower=vision_tower,
+        language_model=language_model,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        student = MobileVLMForConditionalGeneration(config)
+        student: VisionLanguageModel = _FAMILIES[config.vision_config.model_type][1](config)
         if preset["initializer"] == "fan_in":
             initialize_by_fan_in(student)
-    load_frozen_parts(student, cache_dir, needs_tower=preset["vision_tower"] == "cache")
+        if language_model is not None:
+            fill_language_model(student, language_model)
+            _grow_vocabulary(student, vocab_size)
+    if vision_tower is not None:
+        fill_vision_tower(student, vision_tower)
+    load_frozen_parts(student, cache_dir, needs_tower=not own_tower)
+    if own_tower and vision_tower is None:
+        logger.warning(
+            "student %s-%s: %s holds no vision tower of its kind, so it looks through a small one of random weights, "
+            "good for a trial only; give a tower (--set vision_tower=DIR) for a real run",
+            name,
+            size,
+            cache_dir,
+        )
     student.trainable_parameters("dft")
     return student
 
@@ -134,50 +184,55 @@ def build_config(
     vocab_size: int,
     image_token_id: int,
     special_token_ids: dict[str, int | None],
-    projector_type: str = "ldpnetv2",
+    projector_type: str | None = None,
     pool_teacher_tokens: bool = False,
-) -> MobileVLMConfig:
-    """Join a preset with what the cache says of its teacher; the cache's vision tower, if any, wins.
+    vision_tower: Path | None = None,
+    language_model: Path | None = None,
+) -> VisionLanguageConfig:
+    """Join a preset with the parts at hand: a directory's tower, else the cache's if it is of the preset's kind.
 
     Raises:
         CacheFormatError: If the cache lacks a part that this student needs.
-        ModelError: If TAF is asked for and the teacher's projector reads other features than patch tokens.
+        ModelError: If TAF is asked for and the teacher's projector reads other features than this tower gives.
     """
-    tower = preset["vision_tower"]
-    if tower == "cache" or (cache_dir / "vision_tower.json").exists():
-        tower = _read_cache_json(cache_dir, "vision_tower.json")
-    language_model = dict(preset["language_model"])
-    language_model["vocab_size"] = max(vocab_size, language_model.get("vocab_size", 0))
-    teacher = None
-    feature_layer = -2
+    kind = preset["vision_tower"]["model_type"]
+    config_class, _, text_class = _FAMILIES[kind]
+    projector_type = projector_type or preset["projector"]
+    tower, where = preset["vision_tower"], "preset"
+    if vision_tower is not None:
+        tower, where = tower_settings(vision_tower), f"vision_tower {vision_tower}"
+    elif has_tower(cache_dir, kind):
+        tower, where = read_cache_json(cache_dir, "vision_tower.json"), str(cache_dir)
+    elif projector_type == "taf":
+        refuse_other_tower(cache_dir, kind)
+    vision = tower_config(tower, where=where)
+    if vision.model_type != kind:
+        raise ModelError(f"{where}: its tower is a {vision.model_type}, this student needs a {kind}")
+    settings = dict(preset["language_model"])
+    if language_model is not None:
+        expected = "llama" if text_class is LlamaConfig else "qwen2"
+        settings = language_model_settings(language_model, expected=expected)
+    else:
+        settings["vocab_size"] = max(vocab_size, settings.get("vocab_size", 0))
+    settings |= {f"{kind}_token_id": value for kind, value in special_token_ids.items()}
+    teacher, feature_layer, select = None, -2, "patch" if kind == "clip_vision_model" else "full"
     if projector_type == "taf":
-        teacher = _read_cache_json(cache_dir, "projector.json")
-        feature_layer = teacher.get("vision_feature_layer", -2)
-        strategy = teacher.get("vision_feature_select_strategy", "default")
-        if not isinstance(feature_layer, int) or strategy != "default":
-            raise ModelError(
-                f"TAF: the teacher's projector reads layer {feature_layer} with strategy {strategy!r}; "
-                "the student gives patch tokens of one layer. Use projector_type 'ldpnetv2' or 'mlp'."
-            )
-        teacher = {key: teacher[key] for key in ("act", "in", "hidden", "out")}
-    return MobileVLMConfig(
-        text_config=LlamaConfig(
-            **language_model,
-            bos_token_id=special_token_ids["bos"],
-            eos_token_id=special_token_ids["eos"],
-            pad_token_id=special_token_ids["pad"],
-        ),
-        vision_config=CLIPVisionConfig(**{k: tower[k] for k in _TOWER_SETTINGS if k in tower}),
+        teacher, feature_layer, select = teacher_projector(cache_dir, vision)
+    config: VisionLanguageConfig = config_class(
+        text_config=text_class(**settings),
+        vision_config=vision,
         image_token_id=image_token_id,
         projector_type=projector_type,
         teacher_projector=teacher,
         pool_teacher_tokens=pool_teacher_tokens,
         vision_feature_layer=feature_layer,
+        vision_feature_select_strategy=select,
     )
+    return config
 
 
 @torch.no_grad()
-def initialize_by_fan_in(student: MobileVLMForConditionalGeneration) -> None:
+def initialize_by_fan_in(student: VisionLanguageModel) -> None:
     """Redraw all matrices outside the vision tower from N(0, 1/sqrt(fan_in)); biases and norms stay.
 
     What unlocked the tiny models (demo.md): with the library's 0.02 at width 64, q.k is about 0 and attention
@@ -188,101 +243,83 @@ def initialize_by_fan_in(student: MobileVLMForConditionalGeneration) -> None:
             nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
 
 
-def load_frozen_parts(
-    student: MobileVLMForConditionalGeneration, cache_dir: Path, *, needs_tower: bool
-) -> None:
-    """Copy the cache's vision tower and, for TAF, its teacher's projector into a student, strictly.
+def load_student(directory: Path, *, vision_tower: Path | None = None) -> VisionLanguageModel:
+    """Load a student of ours or a published MobileVLM or CompoDistill, in float32, with exactly its weights.
+
+    Args:
+        directory: What ``save_pretrained`` wrote, or a published layout.
+        vision_tower: Directory of the tower, for a published checkpoint that does not hold it.
 
     Raises:
-        CacheFormatError: If a needed file is missing or does not hold exactly the expected tensors.
+        ModelError: If the directory holds no such model, or not exactly its weights.
     """
-    path = cache_dir / "vision_tower.safetensors"
-    if needs_tower or path.exists():
-        _load_strictly(
-            student.model.vision_tower.vision_tower.vision_model, path, drop_prefix="vision_model."
-        )
-    else:
-        logger.warning(
-            "the cache %s holds no vision tower: the student's has random weights; give a directory of "
-            "weights as the student instead",
-            cache_dir,
-        )
-    if isinstance(student.model.mm_projector, TeacherAdapter):
-        _load_strictly(student.model.mm_projector.teacher, cache_dir / "projector.safetensors")
+    return load_published(directory, dtype=torch.float32, vision_tower=vision_tower)
 
 
-def load_student(directory: Path) -> MobileVLMForConditionalGeneration:
-    """Load a student that ``save_pretrained`` wrote, in float32, refusing missing or left-over weights.
+def own_image_encoder(
+    student: VisionLanguageModel, geometry: Mapping[str, Any], *, vision_tower: Path | None
+) -> ImageEncoder | None:
+    """The image encoder of a student of ours whose tower does not read the cache's pixels; None: it does.
 
-    Raises:
-        ModelError: If the directory holds no MobileVLM student, or not exactly its weights.
+    Args:
+        student: As `build_student` made or loaded it, without an image processor beside its weights.
+        geometry: Of the cache's plan.
+        vision_tower: Directory of the tower, if it was given; an image processor in it is the one to use.
     """
-    config_path = directory / "config.json"
-    if not config_path.exists():
-        raise ModelError(f"{directory}: no config.json; give a directory that save_pretrained wrote")
-    found = json.loads(config_path.read_text(encoding="utf-8")).get("model_type")
-    if found != MobileVLMConfig.model_type:
-        raise ModelError(
-            f"{directory}: model_type is {found!r}, expected {MobileVLMConfig.model_type!r}; "
-            "give a directory that this project saved"
-        )
-    student, info = MobileVLMForConditionalGeneration.from_pretrained(
-        directory, output_loading_info=True, dtype=torch.float32
-    )
-    problems = {kind: sorted(map(str, names)) for kind, names in info.items() if names}
-    if problems:
-        raise ModelError(
-            f"{directory}: weights do not fit the configuration: {problems}; save the student again"
-        )
-    loaded: MobileVLMForConditionalGeneration = student
-    return loaded
+    processor = default_image_processor(student.config)
+    if vision_tower is not None and (vision_tower / "preprocessor_config.json").is_file():
+        processor = load_image_processor(vision_tower)
+    encoder = published_images(student.config, processor, None)
+    if not isinstance(encoder, ImageEncoder):
+        return None
+    if "kind" not in geometry:
+        own, cached = encoder.to_dict()["processor"], geometry["processor"]
+        # A tower that came with the cache, or a random one, has no normalisation of its own.
+        same = ("image_mean", "image_std") if vision_tower is not None else ()
+        if _side(own) == _side(cached) and all(own[name] == cached.get(name) for name in same):
+            return None
+    return encoder.with_grid(student.image_grid)
 
 
-def _check_directory(
-    student: MobileVLMForConditionalGeneration, name: str, projector_type: str | None, image_token_id: int
-) -> None:
-    """Refuse a saved student whose projector or image token is not the one asked for."""
+def _side(settings: Mapping[str, Any]) -> set[float]:
+    """Height and width of the pictures that an image processor's settings give."""
+    size = settings.get("crop_size") if settings.get("do_center_crop") else settings.get("size")
+    return set((size or {}).values())
+
+
+def _open_directory(
+    folder: Path,
+    *,
+    projector_type: str | None,
+    vision_tower: Path | None,
+    vocab_size: int,
+    image_token_id: int | None,
+) -> VisionLanguageModel:
+    student = load_student(folder, vision_tower=vision_tower)
     own = student.config.projector_type
     if projector_type is not None and projector_type != own:
         raise ModelError(
-            f"student {name}: its projector is {own!r}, asked for {projector_type!r}; leave projector_type "
+            f"student {folder}: its projector is {own!r}, asked for {projector_type!r}; leave projector_type "
             "unset, or start from a student with that projector"
         )
-    if student.config.image_token_id != image_token_id:
+    rows = student.config.text_config.vocab_size
+    if student.config.image_token_id == rows:
+        # Published models have no such token: theirs is a place holder beyond the vocabulary, whatever its number.
+        chosen = max(rows, vocab_size) if image_token_id is None else image_token_id
+        student.config.image_token_id = student.model.image_token_id = chosen
+    if image_token_id is not None and student.config.image_token_id != image_token_id:
         raise ModelError(
-            f"student {name}: image_token_id is {student.config.image_token_id}, the cache's tokenizer has "
+            f"student {folder}: image_token_id is {student.config.image_token_id}, the cache's tokenizer has "
             f"{image_token_id}; the student was trained with another tokenizer"
         )
+    _grow_vocabulary(student, vocab_size)
+    student.trainable_parameters("dft")
+    return student
 
 
-def _read_cache_json(cache_dir: Path, name: str) -> dict[str, Any]:
-    """Read one of the cache's small JSON files, or say what it is needed for."""
-    path = cache_dir / name
-    if not path.exists():
-        raise CacheFormatError(
-            f"{path}: not found, but this student needs it; build the cache with the teacher's vision tower "
-            "and projector exported, or give a directory of weights as the student"
-        )
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return content
-
-
-def _load_strictly(module: nn.Module, path: Path, *, drop_prefix: str = "") -> None:
-    """Copy a safetensors file into a module; every name and shape must match."""
-    if not path.exists():
-        raise CacheFormatError(f"{path}: not found, but this student needs it; build the cache again")
-    tensors: dict[str, Tensor] = {
-        key.removeprefix(drop_prefix): value
-        for key, value in load_file(path).items()
-        if not key.endswith("position_ids")
-    }
-    expected = module.state_dict()
-    wrong = sorted(set(expected) ^ set(tensors)) or sorted(
-        key for key, value in tensors.items() if value.shape != expected[key].shape
-    )
-    if wrong:
-        raise CacheFormatError(
-            f"{path}: tensors {wrong[:5]} are missing, left over or of another shape than the cache's own "
-            "configuration says; the cache is damaged or incomplete: build it again"
-        )
-    module.load_state_dict(tensors)
+def _grow_vocabulary(student: VisionLanguageModel, vocab_size: int) -> None:
+    if vocab_size > student.config.text_config.vocab_size:
+        logger.info("the student's vocabulary grows to the tokenizer's %d rows", vocab_size)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # a resumed run must find the same rows again
+            student.resize_token_embeddings(vocab_size)

@@ -11,48 +11,79 @@ from typing import Any
 from torch import nn
 
 from common.cache import TeacherCache
-from common.documents import describe_differences
-from common.errors import CacheMismatchError, SampleError
+from common.errors import CacheMismatchError, ModelError, SampleError
 from common.hashing import fingerprint
 from data.fingerprints import module_fingerprint, tokenizer_fingerprint
 from data.sample import Dataset
 from data.templates import PromptTemplate
 from stage2_student.cached_dataset import CachedDataset
 from stage2_student.join import merged_fingerprints, missing_samples
+from stage2_student.student_encoder import knows_boxes
+from stage2_student.student_model import model_inputs_of
 
 PROBED_SAMPLES = 8
 
 
-def check_tokenizer(cache: TeacherCache, tokenizer: Any, *, where: str) -> None:
-    """Refuse to distil logits across tokenizers: their ids mean different words.
+IMAGE_SIGNALS = ("visual_columns", "visual_map", "visual_hidden", "projector_output")
+"""What a teacher says of the picture alone: a student with another tokenizer can learn it."""
+
+
+def token_signals(signals: Sequence[str]) -> list[str]:
+    """Those of some signals that belong to tokens: only a student with the teacher's tokens can learn them."""
+    return [name for name in signals if name not in IMAGE_SIGNALS]
+
+
+def same_tokenizer(cache: TeacherCache, tokenizer: Any) -> bool:
+    """Whether a tokenizer does to text what that of a cache's teacher does."""
+    return cache.plan.fingerprints.get("tokenizer") == tokenizer_fingerprint(tokenizer)
+
+
+def check_tokenizer(
+    cache: TeacherCache, tokenizer: Any, *, where: str, signals: Sequence[str] = ("logits",)
+) -> None:
+    """Refuse to distil what belongs to tokens across tokenizers: their ids mean different words.
 
     Args:
         cache: The teacher's signals.
         tokenizer: The one the student reads and writes with.
         where: Whose it is, for the error.
+        signals: That losses read; those of the picture alone need no common tokenizer.
 
     Raises:
-        CacheMismatchError: Naming both fingerprints.
+        CacheMismatchError: Naming both fingerprints, and the signals that would work.
     """
+    wanted = token_signals(signals)
     expected, found = cache.plan.fingerprints.get("tokenizer"), tokenizer_fingerprint(tokenizer)
-    if expected != found:
+    if wanted and expected != found:
+        possible = [name for name in cache.plan.signals if name in IMAGE_SIGNALS]
+        remedy = (
+            f"keep only what is of the picture alone ({', '.join(possible)}) and set the weights of "
+            f"{', '.join(wanted)} to 0"
+            if possible
+            else "build a cache with visual_columns or visual_map, which are of the picture alone"
+        )
         raise CacheMismatchError(
             f"tokenizer of {where}: fingerprint {found}, the teacher of {cache.path} used {expected}; "
-            "logits cannot be "
-            "distilled across tokenizers. Use a student with the teacher's tokenizer, or build a cache with "
-            "a "
-            "teacher that has the student's"
+            f"{', '.join(wanted)} cannot be distilled across tokenizers. Use a student with the teacher's "
+            f"tokenizer, or a cache of a teacher that has the student's, or {remedy}"
         )
 
 
-def check_template(cache: TeacherCache, template: PromptTemplate) -> None:
-    """Refuse another prompt than the teacher saw.
+def check_template(
+    cache: TeacherCache, template: PromptTemplate, *, signals: Sequence[str] = ("logits",)
+) -> None:
+    """Refuse another prompt than the teacher saw, where a loss compares token with token.
+
+    Args:
+        cache: The teacher's signals.
+        template: The student's.
+        signals: That losses read.
 
     Raises:
         CacheMismatchError: Naming both templates.
     """
     cached = PromptTemplate.from_dict(cache.plan.template)
-    if template != cached:
+    if token_signals(signals) and template != cached:
         raise CacheMismatchError(
             f"prompt template {template.name!r} ({fingerprint(template.to_dict())}) is not the one the "
             "teacher of "
@@ -138,25 +169,91 @@ def check_vision_tower(cache: TeacherCache, tower: nn.Module) -> None:
         )
 
 
-def check_geometry(cache: TeacherCache, geometry: Mapping[str, Any], *, where: str) -> None:
-    """Refuse pictures that are prepared in another way than the teacher's were; the token grid may differ.
+def check_geometry(
+    cache: TeacherCache, geometry: Mapping[str, Any], *, signals: Sequence[str], where: str
+) -> None:
+    """Refuse to compare attention where nobody knows what part of the picture a visual token sees.
+
+    Boxes make any two geometries meet, whatever the processors; without boxes there is nothing to meet on.
 
     Args:
         cache: The teacher's signals.
-        geometry: What decides the pixels, as ``ImageEncoder.to_dict`` says it.
+        geometry: The student's, as ``to_dict`` of its image encoder says it.
+        signals: That losses read.
         where: Whose it is, for the error.
 
     Raises:
-        CacheMismatchError: Naming each differing setting with both values.
+        CacheMismatchError: Naming the side without boxes, and the remedy.
     """
-    cached, found = ({k: v for k, v in g.items() if k != "grid"} for g in (cache.plan.geometry, geometry))
-    lines = describe_differences(cached, found, there=str(cache.path), here=where)
-    if lines:
+    of_places = [name for name in signals if name not in ("logits", "answers")]
+    for side, described in ((where, geometry), (f"the teacher of {cache.path}", cache.plan.geometry)):
+        if of_places and not knows_boxes(described):
+            raise CacheMismatchError(
+                f"{', '.join(of_places)} cannot be compared: which part of the picture each visual token of "
+                f"{side} sees is not known (geometry {described.get('kind')!r}, "
+                f"{described.get('class', 'unknown processor')}). Set the weights of these losses to 0 and "
+                "distil logits, or use a model of a family that data/families.py lists"
+            )
+
+
+def check_visual_rows(visual_rows: str, *, signals: Sequence[str], where: str) -> None:
+    """Refuse the visual x visual map of a teacher for a student whose visual tokens see more than what precedes them.
+
+    Args:
+        visual_rows: ``causal``, ``image`` or ``prefix``: what a visual token of the student sees.
+        signals: That losses read.
+        where: Whose it is, for the error.
+
+    Raises:
+        CacheMismatchError: With the remedy.
+    """
+    wanted = [name for name in signals if name in ("visual_map", "visual_columns")]
+    if wanted and visual_rows != "causal":
         raise CacheMismatchError(
-            f"{where} prepares images in another way than {cache.path}:\n" + "\n".join(lines) + "\n"
-            "A student reads images in one way: use caches of teachers with the same image processor, and a "
-            "student folder with that one (or without preprocessor_config.json, if its tower fits)"
+            f"{where}: its visual tokens see "
+            f"{'the whole image' if visual_rows == 'image' else 'the whole prompt'}, those of the cached "
+            f"{', '.join(wanted)} only what precedes them: the two are not comparable. Set their weights to 0 and "
+            "use answer_attention or text_attention, whose rows see the whole image on both sides"
         )
+
+
+def check_labels_fit(cache: TeacherCache, rows: int, tokenizer: Any, *, where: str) -> None:
+    """Refuse a student with fewer output rows than its tokenizer has words.
+
+    Rows may be more (padding to a round number), and the teacher's may be more than the student's.
+
+    Args:
+        cache: For the error.
+        rows: Of the student's output projection.
+        tokenizer: The student's.
+        where: Whose it is, for the error.
+
+    Raises:
+        CacheMismatchError: Naming both numbers.
+    """
+    if tokenizer.vocab_size > rows:
+        raise CacheMismatchError(
+            f"{where}: the student has {rows} output rows, the tokenizer {tokenizer.vocab_size} words, so answers in "
+            f"{cache.path} may hold tokens that the student cannot say. Give a student directory whose weights "
+            "and tokenizer belong together"
+        )
+
+
+def probe_inputs(model: Any, dataset: CachedDataset, *, where: str) -> None:
+    """Make the student's arguments of one small batch: what its family cannot take is refused before training.
+
+    Args:
+        model: The student.
+        dataset: The join of data and cache.
+        where: Whose inputs they are, for the error.
+
+    Raises:
+        ModelError: As the family says, e.g. of packed conversations that see each other.
+    """
+    try:
+        model_inputs_of(model, dataset.batch(range(min(2, len(dataset)))).inputs)
+    except ModelError as error:
+        raise ModelError(f"{where}: {error}") from error
 
 
 def probe_samples(dataset: CachedDataset, *, count: int = PROBED_SAMPLES) -> None:

@@ -1,6 +1,6 @@
 """Checkpoints that are whole or absent, and resume a run bit for bit.
 
-``checkpoints/step-00000120/`` holds ``tensors.pt`` (student, optimizer, random state) and ``state.json``. The
+``checkpoints/step-00000120/`` holds ``tensors.pt`` (trained parts, optimizer, random state) and ``state.json``. The
 folder is written under a temporary name, flushed and renamed, so that a killed run leaves either a complete
 checkpoint or one that is not looked at. The learning rate and the order of samples are pure functions of the
 position (optim.py, sampler.py): a phase, a step and a count of samples are all the state there is.
@@ -11,13 +11,13 @@ import logging
 import os
 import random
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 from torch.optim import Optimizer
 
 from common.atomic import clean_stale, create_temporary, json_bytes, publish_directory, write_durably
@@ -102,14 +102,20 @@ def _name(position: Position) -> str:
 
 
 def write_checkpoint(
-    output: Path, position: Position, *, model: nn.Module, optimizer: Optimizer, fingerprint: str, keep: int
+    output: Path,
+    position: Position,
+    *,
+    student: Mapping[str, Any],
+    optimizer: Optimizer,
+    fingerprint: str,
+    keep: int,
 ) -> Path:
     """Write one checkpoint atomically, then drop all but the newest ``keep``.
 
     Args:
         output: The run's folder.
         position: Where the run stands.
-        model: The student, unwrapped.
+        student: What brings the student back (``TrainedParts.state``): tensors and plain values.
         optimizer: The phase's optimizer.
         fingerprint: What the run is (configuration, cache, data); refused on resume when it differs.
         keep: Checkpoints to keep, at least 1.
@@ -122,7 +128,7 @@ def write_checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     clean_stale(folder)  # from a run that was killed while writing
     temporary, lock = create_temporary(final, directory=True)
-    tensors = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "random": _random_state()}
+    tensors = {"student": dict(student), "optimizer": optimizer.state_dict(), "random": _random_state()}
     with (temporary / TENSORS).open("xb") as file:
         torch.save(tensors, file)
         file.flush()
@@ -191,16 +197,14 @@ def find_resume_point(output: Path, fingerprint: str) -> Checkpoint | None:
     return newest
 
 
-def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer) -> None:
-    """Load weights, optimizer and random state; nothing but tensors and plain values is unpickled.
+def read_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Read ``student``, ``optimizer`` and ``random``; nothing but tensors and plain values is unpickled.
 
     Args:
         checkpoint: From `find_resume_point`.
-        model: The student, unwrapped; loaded strictly.
-        optimizer: Of the checkpoint's phase, over the same parameters.
 
     Raises:
-        CacheFormatError: If the file is damaged.
+        CacheFormatError: If the file is damaged, or from before checkpoints held trained parts only.
     """
     path = checkpoint.path / TENSORS
     if file_checksum(path) != checkpoint.checksum:
@@ -209,7 +213,20 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer) -> N
             f"{checkpoint.path}, the run "
             "then resumes from the checkpoint before"
         )
-    tensors = torch.load(path, map_location="cpu", weights_only=True)
-    model.load_state_dict(tensors["model"], strict=True)
-    optimizer.load_state_dict(tensors["optimizer"])
-    _restore_random_state(tensors["random"])
+    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    if "student" not in state:
+        raise CacheFormatError(
+            f"{path}: written by an older version of this program; delete {checkpoint.path.parent} to begin again"
+        )
+    return state
+
+
+def restore_training(state: Mapping[str, Any], optimizer: Optimizer) -> None:
+    """Bring back optimizer and random numbers.
+
+    Args:
+        state: From `read_checkpoint`.
+        optimizer: Of the checkpoint's phase, over the same parameters.
+    """
+    optimizer.load_state_dict(state["optimizer"])
+    _restore_random_state(state["random"])

@@ -41,7 +41,7 @@ def _training_options(command: Any) -> Any:
         click.option("--images", help="Folder that relative image paths start from."),
         click.option("--data", help="The data the cache was built from; may be left out if it is built in."),
         click.option(
-            "--student", help="mobilevlm, mobilevlm-tiny, mobilevlm-1.7b, mobilevlm-3b, or a folder."
+            "--student", help="A name (mobilevlm, mobilevlm-1.7b, ...), a folder, or pruned:KEEP (run alone)."
         ),
     ):
         command = option(command)
@@ -67,10 +67,12 @@ def train(config: Path | None, cache: str, overrides: tuple[str, ...], **options
     settings = _load(config, cache, overrides, **options)
 
     from stage2_student.output_folder import claim_output, refuse_foreign_folder
+    from stage2_student.pruned_folder import refuse_uncut
     from stage2_student.run import cache_folders, set_up_libraries
     from stage2_student.train import train as train_phases
     from stage2_student.training_log import summarise
 
+    refuse_uncut(settings.student, settings.teacher)
     set_up_libraries()
     refuse_foreign_folder(Path(settings.output))
     with claim_output(Path(settings.output), *cache_folders(settings)):
@@ -84,6 +86,7 @@ def train(config: Path | None, cache: str, overrides: tuple[str, ...], **options
 @main.command()
 @_training_options
 @click.option("--nproc", type=click.IntRange(min=1), default=1, show_default=True, help="Training processes.")
+@click.option("--teacher", help="Folder of the teacher that a student pruned:KEEP is cut out of.")
 def run(config: Path | None, cache: str, overrides: tuple[str, ...], nproc: int, **options: Any) -> None:
     """Train the SFT baseline and the distilled student, score both, write the report."""
     settings = _load(config, cache, overrides, **options)
@@ -98,6 +101,53 @@ def run(config: Path | None, cache: str, overrides: tuple[str, ...], nproc: int,
         click.echo(f"Everything in {summary.output} is up to date.")
     click.echo(f"Report: {summary.report}")
     click.echo(f"Next: distill export {quoted(summary.output / 'distilled' / 'final')} --output FOLDER")
+
+
+@main.command()
+@click.option("--teacher", required=True, type=_FOLDER, help="Checkpoint folder to cut the student out of.")
+@click.option(
+    "--keep",
+    required=True,
+    type=click.FloatRange(0, 1, min_open=True),
+    help="Share of heads and channels to keep.",
+)
+@click.option("--data", required=True, help="Data to measure on which heads and channels matter.")
+@click.option("--images", type=_FOLDER, help="Folder that relative image paths start from.")
+@click.option("--output", required=True, type=NewFolder(), help="New folder.")
+@click.option(
+    "--samples", type=click.IntRange(min=1), default=256, show_default=True, help="Samples to measure on."
+)
+@click.option("--template", help="Prompt template; default: the teacher's.")
+def prune(
+    teacher: Path,
+    keep: float,
+    data: str,
+    images: Path | None,
+    output: Path,
+    samples: int,
+    template: str | None,
+) -> None:
+    """Cut a narrower student out of a teacher, to be trained with its hidden states."""
+    from data.registry import open_dataset
+    from data.sample import iterate_readable
+    from stage2_student.prune import prune_directory
+    from stage2_student.run import set_up_libraries
+
+    set_up_libraries()
+    dataset = open_dataset(data, images=images, limit=samples)
+    widths = prune_directory(
+        teacher,
+        output,
+        keep=keep,
+        samples=iterate_readable(dataset),
+        template=template,
+        described={"data": dataset.fingerprint()},
+    )
+    click.echo(
+        f"{output}: {widths.heads} heads ({widths.key_value_heads} of keys and values) and {widths.channels} "
+        "channels a layer"
+    )
+    click.echo(f"Next: distill run --student {quoted(output)} --cache CACHE --output FOLDER")
 
 
 @main.command()
@@ -188,6 +238,25 @@ def export(student: Path, output: Path, dtype: str) -> None:
     export_student(student, output, dtype=dtype)
     click.echo(
         f"Exported to {output} ({dtype}); load it with MobileVLMForConditionalGeneration.from_pretrained"
+    )
+
+
+@main.command(name="import")
+@click.argument("checkpoint", type=_FOLDER)
+@click.option("--output", required=True, type=NewFolder(), help="Folder to write.")
+@click.option(
+    "--vision-tower", type=_FOLDER, help="CLIP's folder, where the checkpoint does not hold its tower."
+)
+def import_checkpoint(checkpoint: Path, output: Path, vision_tower: Path | None) -> None:
+    """Write a published MobileVLM or CompoDistill as a student or teacher of ours: one folder, safetensors."""
+    from common.models.published import convert_published
+    from stage2_student.run import set_up_libraries
+
+    set_up_libraries()
+    convert_published(checkpoint, output, vision_tower=vision_tower)
+    click.echo(
+        f"Imported into {output}. Next: make distill STUDENT={quoted(output)}, or make teacher-cache "
+        f"TEACHER={quoted(output)}"
     )
 
 

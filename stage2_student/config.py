@@ -1,91 +1,28 @@
 """What a training run is: phases, losses, budgets. Only the command line, `train()` and `run` see these."""
 
-import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
-from common.config import config_to_dict, load_config
-from common.errors import ConfigError
+from common.config import config_to_dict
 from common.mirror import public_location
+from stage2_student.loss_weights import LossWeights as LossWeights
+from stage2_student.loss_weights import require as _require
+from stage2_student.pruned_folder import kept_share, pruning_record
 
 PhaseName = Literal["dpt", "dft", "sft"]
 Schedule = Literal["cosine", "constant"]
 PHASE_NAMES: tuple[PhaseName, ...] = ("dpt", "dft", "sft")
-PRESETS = Path(__file__).parent / "presets"
 # A student should be clearly smaller than its teacher: widths up to each bound get the size beside it. The
 # published pairing is teacher MobileVLM_V2-7B (4096) -> student V2-1.7B.
 AUTO_SIZES = ((512, "tiny"), (4096, "1.7b"))
 LARGEST = "3b"
 # Options that change when a run ends and what it prints, not what it learns.
-SPEED_OPTIONS = ("device", "num_workers", "memory_gib", "checkpoint_every", "keep_checkpoints", "log_every")
-
-
-def _require(ok: bool, name: str, value: object, need: str) -> None:
-    if not ok:
-        raise ConfigError(f"{name} is {value!r}; it must be {need}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class LossWeights:
-    """Weight of each loss term; 0 switches a term off, and its signal is then not even read.
-
-    Attributes:
-        lm: Cross-entropy on the supervised rows.
-        logits: KL to the teacher's cached logits.
-        answer_attention: Where the answer's rows look on the image.
-        text_attention: Where all text rows behind the image look on it, those of questions too.
-        visual_columns: Mean attention each visual token receives from the visual rows.
-        visual_map: The visual x visual attention map.
-        temperature: Of ``logits``, dimensionless; must be cached.
-        answer_kind: Of both row losses, answer and text: ``kl`` over the image, ``cosine``, or ``relative``
-            (rows divided by the sample's mean row).
-        visual_map_kind: ``sink_filtered`` (the released code) or ``cosine`` (the paper's formula).
-    """
-
-    lm: float = 1.0
-    logits: float = 0.0
-    answer_attention: float = 0.0
-    text_attention: float = 0.0
-    visual_columns: float = 0.0
-    visual_map: float = 0.0
-    temperature: float = 1.0
-    answer_kind: Literal["kl", "cosine", "relative"] = "kl"
-    visual_map_kind: Literal["sink_filtered", "cosine"] = "sink_filtered"
-
-    def __post_init__(self) -> None:
-        for name, value in self.active(everything=True).items():
-            _require(value >= 0, f"losses.{name}", value, "a weight of 0 or more")
-        _require(bool(self.active()), "losses", self, "at least one weight above 0")
-        _require(self.temperature > 0, "losses.temperature", self.temperature, "above 0 (dimensionless)")
-
-    def active(self, *, everything: bool = False) -> dict[str, float]:
-        """Weights by term, those above 0 only unless ``everything``."""
-        named = {
-            name: getattr(self, name)
-            for name in (
-                "lm",
-                "logits",
-                "answer_attention",
-                "text_attention",
-                "visual_columns",
-                "visual_map",
-            )
-        }
-        return {name: float(value) for name, value in named.items() if everything or value != 0}
-
-    @property
-    def signals(self) -> tuple[str, ...]:
-        """The cache's signals that these losses read, in a fixed order."""
-        return tuple(name for name in self.active() if name != "lm")
-
-    @property
-    def attends(self) -> bool:
-        """Whether any loss reads attention."""
-        return bool(set(self.signals) - {"logits"})
+SPEED_OPTIONS = (
+    "device", "num_workers", "memory_gib", "checkpoint_every", "keep_checkpoints", "log_every",
+    "gradient_checkpointing",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +38,10 @@ class PhaseConfig:
         warmup: Share of the steps with a rising learning rate, in [0, 1).
         schedule: Learning-rate curve after the warm-up.
         weight_decay: Of matrices.
-        trainable: ``projector`` (the student's projector side) or ``all`` (the language model too).
+        trainable: ``projector`` (the student's projector side), ``all`` (the language model too), or ``lora``
+            (the projector side, and low-rank adapters in the language model). The vision tower is always frozen.
+        freeze: Of what ``trainable`` names, these parts stay as they are: ``projector``, ``embeddings`` (of tokens),
+            ``lm_head`` (the output projection; where it is tied to the embedding, freezing one freezes both).
         losses: Loss weights.
         data: This phase's data set; None: the run's.
         images: This phase's image folder; None: the run's.
@@ -116,7 +56,8 @@ class PhaseConfig:
     warmup: float = 0.03
     schedule: Schedule = "cosine"
     weight_decay: float = 0.0
-    trainable: Literal["projector", "all"] = "all"
+    trainable: Literal["projector", "all", "lora"] = "all"
+    freeze: tuple[Literal["projector", "embeddings", "lm_head"], ...] = ()
     losses: LossWeights = field(default_factory=LossWeights)
     data: str | None = None
     images: str | None = None
@@ -137,12 +78,41 @@ class PhaseConfig:
         _require(self.lr > 0, "lr", self.lr, "above 0")
         _require(0 <= self.warmup < 1, "warmup", self.warmup, "a share of the steps in [0, 1)")
         _require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")
+        _require(
+            self.trainable != "projector" or "projector" not in self.freeze,
+            "freeze",
+            self.freeze,
+            "without projector where trainable is projector: nothing would be trained",
+        )
 
     def step_count(self, samples: int) -> int:
         """Optimizer steps of this phase over ``samples`` samples."""
         if self.steps is not None:
             return self.steps
         return -(-round((self.epochs or 0.0) * samples) // self.batch_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """The adapters of phases whose ``trainable`` is ``lora``; each such phase begins with new ones.
+
+    Attributes:
+        rank: Of each adapter.
+        alpha: Scale; an adapter adds ``alpha / rank`` times its product.
+        dropout: On an adapter's input, in [0, 1).
+
+    Source:
+        CompoDistill (arXiv:2510.12184): r = 128, alpha = 256. Dropout is off, as everywhere in this project.
+    """
+
+    rank: int = 128
+    alpha: float = 256.0
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        _require(self.rank >= 1, "lora.rank", self.rank, "1 or more")
+        _require(0 < self.alpha < math.inf, "lora.alpha", self.alpha, "above 0")
+        _require(0 <= self.dropout < 1, "lora.dropout", self.dropout, "a share in [0, 1)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,20 +148,28 @@ class TrainConfig:
     """A training run.
 
     Attributes:
-        student: A preset (``mobilevlm``, ``mobilevlm-tiny``, ``mobilevlm-1.7b``, ``mobilevlm-3b``) or a
-            directory.
+        student: A name (``stage2_student.student_presets``: ``mobilevlm``, ``mobilevlm-v1-tiny``, ``smolvlm``, ...)
+            or a directory.
+        student_weights: Directory of a named student's weights.
+        teacher: Checkpoint directory that a student ``pruned:KEEP`` is cut out of; others have none.
+        vision_tower: Directory of the student's vision tower; None: the cache's, or the student's own.
+        language_model: Directory of a language model to begin with; None: random weights.
         projector: Projector type; None: the student's own.
         pool_teacher_tokens: With projector ``taf``: pool the teacher's tokens 2x2 before the post-projector.
         template: Prompt template; None: the cache's, which is the only one that fits its labels.
         data: Data set, as in ``data.registry``; None: what the cache was built from.
         images: Folder that relative image paths start from.
         limit: Use only the first so many samples.
+        data_share: Use only the first samples of each phase's data, this share of them, in (0, 1].
         cache: Teacher cache: a folder, or an address (``s3://``, ``hf://datasets/``, ``https://``).
         output: Folder for everything the run writes.
         phases: Phases to run, in this order.
         dpt: Distilled pre-training.
         dft: Distilled fine-tuning.
         sft: Supervised fine-tuning.
+        lora: Adapters of the phases that train by ``lora``.
+        gradient_checkpointing: Compute each decoder layer again in the backward pass: less memory, a third more
+            time, the same result.
         seed: Of the student's fresh weights and of the order of samples.
         precision: ``no`` (float32) or ``bf16`` mixed.
         device: ``auto`` (an accelerator if there is one) or ``cpu``.
@@ -208,18 +186,25 @@ class TrainConfig:
     """
 
     student: str = "mobilevlm"
+    student_weights: str | None = None
+    teacher: str | None = None
+    vision_tower: str | None = None
+    language_model: str | None = None
     projector: str | None = None
     pool_teacher_tokens: bool = False
     template: str | None = None
     data: str | None = None
     images: str | None = None
     limit: int | None = None
+    data_share: float = 1.0
     cache: str = ""
     output: str = ""
     phases: tuple[PhaseName, ...] = ("dpt", "dft", "sft")
     dpt: PhaseConfig = field(default_factory=PhaseConfig)
     dft: PhaseConfig = field(default_factory=PhaseConfig)
     sft: PhaseConfig = field(default_factory=PhaseConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    gradient_checkpointing: bool = False
     seed: int = 0
     precision: Literal["no", "bf16"] = "no"
     device: Literal["auto", "cpu"] = "auto"
@@ -246,8 +231,22 @@ class TrainConfig:
         _require(self.num_workers >= 0, "num_workers", self.num_workers, "0 or more threads")
         _require(self.memory_gib >= 0, "memory_gib", self.memory_gib, "0 or more GiB")
         _require(self.limit is None or self.limit >= 1, "limit", self.limit, "1 or more samples")
+        _require(0 < self.data_share <= 1, "data_share", self.data_share, "above 0 and at most 1")
+        _require(
+            kept_share(self.student) is None or self.teacher is not None,
+            "teacher",
+            self.teacher,
+            f"the directory of the teacher (--teacher) that student {self.student} is cut out of",
+        )
         longest = self.max_length
         _require(longest is None or longest >= 1, "max_length", longest, "1 or more tokens")
+
+    def sample_limit(self, samples: int) -> int | None:
+        """How many of a data set's samples a run uses at most; None: all."""
+        if self.data_share == 1:
+            return self.limit
+        shared = max(1, math.ceil(self.data_share * samples))
+        return shared if self.limit is None else min(shared, self.limit)
 
     def phase(self, name: PhaseName) -> PhaseConfig:
         """A phase's configuration with the run's data, images and cache filled in."""
@@ -290,6 +289,9 @@ def describe(config: TrainConfig, cache_hashes: Mapping[str, str]) -> dict[str, 
     for name in ("output", "evaluation", *SPEED_OPTIONS):
         del described[name]
     described["cache"] = cache_hashes.get(config.cache)
+    pruned = pruning_record(config.student)
+    if pruned is not None:  # cut out of its teacher on the way: what it is, not where the run has put it
+        described["student"] = pruned
     for name in PHASE_NAMES:
         described[name]["cache"] = cache_hashes.get(described[name]["cache"])
     return described
@@ -301,70 +303,3 @@ def choose_size(teacher_hidden_size: int) -> str:
         if teacher_hidden_size <= bound:
             return size
     return LARGEST
-
-
-def resolve_config(path: Path | None, overrides: Sequence[str], *, teacher_width: int) -> TrainConfig:
-    """A preset, then a user's YAML, then ``a.b=c`` overrides.
-
-    Args:
-        path: The user's YAML; None for none.
-        overrides: Of the command line.
-        teacher_width: Width of the cached teacher's language model; picks the preset for student size
-            ``auto``.
-
-    Raises:
-        ConfigError: For an unknown or unusable option.
-    """
-    given = [*_flatten(read_yaml(path)), *overrides]
-    student = next((item.partition("=")[2] for item in reversed(given) if item.startswith("student=")), "")
-    tiny = _size_of(student.strip("'\" "), teacher_width) == "tiny"
-    for phase in PHASE_NAMES:
-        # A preset says steps or epochs; whoever gives the other one means it instead.
-        for one, other in (("steps", "epochs"), ("epochs", "steps")):
-            keys = {item.partition("=")[0] for item in given}
-            if f"{phase}.{one}" in keys and f"{phase}.{other}" not in keys:
-                given.append(f"{phase}.{other}=null")
-    preset = PRESETS / f"phases-{'tiny' if tiny else 'published'}.yaml"
-    where = f"options ({path}, command line)" if path else "options"
-    return load_config(TrainConfig, preset, given, where=where)
-
-
-def _size_of(student: str, teacher_width: int) -> str:
-    """The size a student is trained like: the one in its name, a directory's by its width, else by the teacher."""
-    folder = Path(student)
-    if folder.is_dir():
-        try:
-            found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            return choose_size(int(found["text_config"]["hidden_size"]))
-        except (OSError, ValueError, KeyError, TypeError):
-            pass  # whoever loads it says what is wrong with it
-    name, dash, size = student.rpartition("-")
-    return size if dash and name else choose_size(teacher_width)
-
-
-def read_yaml(path: Path | None, *, missing_ok: bool = False) -> dict[str, Any]:
-    """Read a YAML mapping of options; empty without a path.
-
-    Raises:
-        ConfigError: If it cannot be read, or is no mapping.
-    """
-    if path is None or (missing_ok and not path.exists()):
-        return {}
-    try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: cannot be read as YAML: {error}") from error
-    if loaded is not None and not isinstance(loaded, dict):
-        raise ConfigError(f"{path}: expected a mapping of options, got {type(loaded).__name__}")
-    return loaded or {}
-
-
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Nested options as ``a.b=c``."""
-    flat: list[str] = []
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            flat += _flatten(value, f"{prefix}{key}.")
-        else:
-            flat.append(f"{prefix}{key}={json.dumps(value)}")
-    return flat

@@ -21,10 +21,11 @@ from common.codecs.row_attention import RowAttention
 from common.schema import IGNORE_INDEX
 from common.visual_attention import AttentionCapture
 from data.encoding import EncodedSample, SampleEncoder, build_prompt
-from data.generation import device_of, generate_answers, pad_token_id
+from data.generation import Generated, device_of, generate_answers, pad_token_id
 from data.sample import CaptionPair, EvaluationSet, ImageSource, Question, Sample, Turn
+from stage2_student.attention_losses import answer_attention_loss, has_mass
 from stage2_student.cached_dataset import AttentionBatch, CachedDataset
-from stage2_student.losses import answer_attention_loss, has_mass, tail_bucket_kl
+from stage2_student.logit_losses import tail_bucket_loss
 from stage2_student.metrics import (
     RESAMPLES,
     Score,
@@ -38,6 +39,7 @@ from stage2_student.metrics import (
 )
 from stage2_student.objective import attention_requests, student_answer_cells
 from stage2_student.scoring import answer_log_probs, language_model_of, supervised_logits
+from stage2_student.student_model import generation_inputs_of, model_inputs_of, packs_conversations
 
 Item = TypeVar("Item")
 
@@ -159,7 +161,8 @@ def score_pairs(
     """
     sums, means = [], []
     for batch in _batches(pairs, batch_size, "caption pairs"):
-        encoded = [sample for pair in batch for sample in encode_pair(encoder, pair)]
+        packs = packs_conversations(model)
+        encoded = [sample for pair in batch for sample in encode_pair(encoder, pair, packed=packs)]
         captions = [
             row_scores[owner == segment]
             for row_scores, owner in answer_log_probs(model, encoded, pad_token_id(encoder))
@@ -173,14 +176,19 @@ def score_pairs(
     }
 
 
-def encode_pair(encoder: SampleEncoder, pair: CaptionPair) -> list[EncodedSample]:
+def encode_pair(encoder: SampleEncoder, pair: CaptionPair, *, packed: bool = True) -> list[EncodedSample]:
     """Encode both captions behind one image, or apart where the template has no text between the two.
+
+    Args:
+        encoder: Fits the model.
+        pair: The captions.
+        packed: Whether the model can take two conversations behind one image.
 
     Returns:
         One packed sample, or two; the right caption first.
     """
     turns = tuple(Turn(question="", answer=caption) for caption in (pair.right, pair.wrong))
-    if not encoder.template.drops_question:
+    if packed and not encoder.template.drops_question:
         return [encoder(_sample(pair.item_id, pair.image, turns))]
     return [encoder(_sample(pair.item_id, pair.image, (turn,))) for turn in turns]
 
@@ -206,7 +214,7 @@ def ask_letters(
     given, margins = [], []
     for batch in _batches(asked, batch_size, "letters"):
         prompts = [build_prompt(encoder, pair.image, text) for pair, text in batch]
-        made = generate_answers(model, encoder, prompts, max_new_tokens=LETTER_TOKENS)
+        made = _generate(model, encoder, prompts, LETTER_TOKENS)
         given += [parse_letter(text) for text in made.texts]
         margins += (made.first_logits[:, token_a] - made.first_logits[:, token_b]).tolist()
     margin = np.array(margins)
@@ -223,7 +231,7 @@ def score_questions(
     matches: list[bool] = []
     for batch in _batches(questions, batch_size, "questions"):
         prompts = [build_prompt(encoder, item.image, item.question) for item in batch]
-        made = generate_answers(model, encoder, prompts, max_new_tokens=ANSWER_TOKENS)
+        made = _generate(model, encoder, prompts, ANSWER_TOKENS)
         matches += [exact_match(text, item.answer) for text, item in zip(made.texts, batch, strict=True)]
     return np.array(matches, dtype=np.float64)
 
@@ -250,11 +258,11 @@ def score_agreement(model: Any, cached: CachedDataset, *, batch_size: int) -> di
         target = batch.attention.get("answer_attention")
         supervised = batch.inputs.labels != IGNORE_INDEX
         if target is None:
-            logits = supervised_logits(model, batch.inputs.model_inputs(), supervised)
+            logits = supervised_logits(model, model_inputs_of(model, batch.inputs), supervised)
         else:
             groups = cached.student_groups(depth)
             with capture.record(attention_requests(batch, groups)) as maps:
-                logits = supervised_logits(model, batch.inputs.model_inputs(), supervised)
+                logits = supervised_logits(model, model_inputs_of(model, batch.inputs), supervised)
             chosen = batch.has_image.to(logits.device)
             image_rows = batch.rows[batch.has_image.cpu()]
             cells = student_answer_cells(maps["answer"][chosen], target, image_rows)
@@ -264,7 +272,7 @@ def score_agreement(model: Any, cached: CachedDataset, *, batch_size: int) -> di
         if batch.logits is not None:
             best = logits.argmax(-1) == batch.logits.token_ids[:, 0]  # [A]
             for rows in _row_ranges(batch.rows):
-                kl = tail_bucket_kl(logits[rows], _take_rows(batch.logits, rows))
+                kl = tail_bucket_loss(logits[rows], _take_rows(batch.logits, rows))
                 values.setdefault("teacher/kl", []).append(float(kl))
                 values.setdefault("teacher/top1", []).append(float(best[rows].float().mean()))
     return {name: np.array(found) for name, found in values.items()}
@@ -305,6 +313,15 @@ def _take_rows(logits: SparseLogits, rows: slice) -> SparseLogits:
         logits.entry_mask[rows],
         logits.tail_log_mass[rows],
         logits.temperatures,
+    )
+
+
+def _generate(
+    model: Any, encoder: SampleEncoder, prompts: Sequence[EncodedSample], max_new_tokens: int
+) -> Generated:
+    """Greedy answers of any model to prompts, in one left-padded batch."""
+    return generate_answers(
+        model, encoder, prompts, max_new_tokens=max_new_tokens, inputs=generation_inputs_of(model)
     )
 
 

@@ -15,13 +15,8 @@ from data.registry import open_dataset, open_evaluation
 from data.sample import EvaluationSet, Question
 from stage2_student.config import TrainConfig
 from stage2_student.join import merged_fingerprints, splits_and_limits
-from stage2_student.preparation import (
-    BUILT_IN_DATA,
-    MAX_LENGTH,
-    build_encoder,
-    describe_encoder,
-    load_processors,
-)
+from stage2_student.preparation import BUILT_IN_DATA
+from stage2_student.student_encoder import encoder_of_cache
 
 PROBED_QUESTIONS = 32
 RUN_OPTION, EVALUATE_OPTION = "--set evaluation.data=FILE", "--data FILE"
@@ -68,11 +63,8 @@ def probe_items(config: TrainConfig) -> list[str]:
     """
     items = _open(config)
     cache = open_cache(config.cache)
-    longest = int(cache.plan.extra.get("max_length", MAX_LENGTH))
-    description = describe_encoder(cache.plan, max_length=config.max_length or longest)
-    rows, columns = cache.plan.geometry["grid"]
     cache.check_side_files(["processor"])
-    encoder = build_encoder(description, *load_processors(cache.path / "processor"), grid=(rows, columns))
+    encoder = encoder_of_cache(cache.plan, cache.path / "processor", max_length=config.max_length)
     step = max(1, len(items.questions) // PROBED_QUESTIONS)
     faults = [_fault(item, encoder) for item in items.questions[::step]]
     if faults and None not in faults and config.evaluation.data is not None:
@@ -167,10 +159,13 @@ def _failed_samples(config: TrainConfig) -> frozenset[str]:
     return frozenset() if cache is None else frozenset(cache.failed)
 
 
-def _fault(item: Question, encoder: SampleEncoder) -> str | None:
-    """Why a question cannot be asked; None if it can."""
+def _fault(item: Question, encoder: SampleEncoder | None) -> str | None:
+    """Why a question cannot be asked; None if it can. Without an encoder only the picture is looked at."""
     try:
-        build_prompt(encoder, item.image, item.question)
+        if encoder is not None:
+            build_prompt(encoder, item.image, item.question)
+        elif item.image is not None:
+            item.image.load()
     except SampleError as error:
         return str(error)
     return None

@@ -11,7 +11,6 @@ common cells, I samples with an image, V vocabulary.
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,17 +19,29 @@ from common.codecs.row_attention import RowAttention
 from common.codecs.teacher_map import TeacherMap
 from common.schema import IGNORE_INDEX
 from common.visual_attention import AttentionCapture, AttentionRequest
-from stage2_student.losses import (
-    AnswerLossKind,
+from stage2_student.attention_losses import (
+    all_attention_loss,
     answer_attention_loss,
     column_means,
-    lm_loss,
-    sink_filtered_cosine_loss,
-    tail_bucket_kl,
+    sink_shares,
     visual_columns_loss,
-    visual_map_cosine_loss,
+    visual_map_loss,
 )
-from stage2_student.signals import ATTENTION_SIGNALS, ROW_SIGNALS
+from stage2_student.feature_objective import feature_loss, record_hidden, visual_logits, wanted_rows
+from stage2_student.logit_losses import lm_loss, tail_bucket_loss
+from stage2_student.student_model import model_inputs_of
+from stage2_student.terms import (
+    ALL_ROWS,
+    ATTENTION_TERMS,
+    FEATURE_TERMS,
+    ROW_SIGNALS,
+    AnswerLossKind,
+    AttentionReduction,
+    HiddenKind,
+    LayerReduction,
+    LogitKind,
+    VisualMapKind,
+)
 from stage2_student.training_batch import AttentionBatch, TrainingBatch
 
 Groups = tuple[tuple[int, ...], ...]
@@ -42,7 +53,7 @@ class Shares:
 
     Attributes:
         rows: Of the supervised rows.
-        attention: By signal, of the rows or images on which its teacher has any mass; absent is 1.
+        attention: By attention or feature term, of the rows or images that it is a mean over; absent is 1.
     """
 
     rows: float = 1.0
@@ -55,20 +66,26 @@ class LossTerms:
 
     Attributes:
         lm: Cross-entropy, nats a row.
-        logits: KL to the teacher, nats a row; None when off.
-        attention: By signal.
+        logits: Divergence from the teacher, a row; None when off.
+        attention: By term.
+        features: Losses on hidden states and visual logits, by term.
         total: Weighted sum, the one to call ``backward`` on.
+        measures: What is reported beside the losses, without gradient, shared out as they are: ``sink_pairs`` and
+            ``sink_mass``, the shares of pairs and of the teacher's attention that the sink filter removes.
     """
 
     lm: Tensor
     logits: Tensor | None
     attention: Mapping[str, Tensor]
     total: Tensor
+    measures: Mapping[str, Tensor] = field(default_factory=dict)
+    features: Mapping[str, Tensor] = field(default_factory=dict)
 
     def named(self) -> dict[str, Tensor]:
-        """All terms by name, for the log, ``total`` first."""
+        """All terms by name, for the log, ``total`` first and measures last."""
         logits = {} if self.logits is None else {"logits": self.logits}
-        return {"total": self.total, "lm": self.lm, **logits, **self.attention}
+        terms = {**logits, **self.attention, **self.features}
+        return {"total": self.total, "lm": self.lm, **terms, **self.measures}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,18 +93,28 @@ class Objective:
     """What to compute.
 
     Attributes:
-        weights: Weight of each active term: ``lm``, ``logits`` and attention signals.
-        groups: Student layers of each layer group, as many as the cache's; empty without attention.
+        weights: Weight of each active term: ``lm``, ``logits`` and attention terms.
+        groups: Student layers of each layer group, as many as the batch's; empty without attention.
         temperature: Of the logit loss.
+        logit_kind: Kind of the logit loss.
         answer_kind: Kind of the answer-attention loss, and of the text-attention loss.
         visual_map_kind: Kind of the visual-map loss.
+        attention_reduction: Over layer groups; ``published``: sum for ``sink_filtered``, mean for all others.
+        hidden_kind: Kind of the losses on hidden states.
+        feature_layers: The student's hidden states that meet the cached ones, by term.
+        map_is_complete: Whether the cached visual maps hold single values, of which the sinks' mass is known.
     """
 
     weights: Mapping[str, float]
     groups: Groups = ()
     temperature: float = 1.0
+    logit_kind: LogitKind = "forward_kl"
     answer_kind: AnswerLossKind = "kl"
-    visual_map_kind: Literal["sink_filtered", "cosine"] = "sink_filtered"
+    visual_map_kind: VisualMapKind = "sink_filtered"
+    attention_reduction: AttentionReduction = "published"
+    map_is_complete: bool = True
+    hidden_kind: HiddenKind = "relative_mse"
+    feature_layers: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def __call__(
         self, model: nn.Module, capture: AttentionCapture | None, batch: TrainingBatch, shares: Shares
@@ -103,61 +130,128 @@ class Objective:
         Returns:
             The terms, with a graph.
         """
-        signals = [signal for signal in batch.attention if signal in self.weights]
+        wanted = [term for term in batch.attention if term in self.weights]
         supervised = batch.inputs.labels != IGNORE_INDEX  # [B, T]
-        with record_attention(capture, attention_requests(batch, self.groups, signals)) as maps:
-            logits = model(**batch.inputs.model_inputs(), supervised=supervised, use_cache=False).logits
-        attention = {
-            signal: self._attention_loss(signal, maps, batch) * shares.attention.get(signal, 1.0)
-            for signal in signals
-        }
-        for signal in self.weights:
-            if signal not in ("lm", "logits"):
-                # A micro-batch without images: the log keeps its columns.
-                attention.setdefault(signal, logits.new_zeros((), dtype=torch.float32))
+        features = {term: part for term, part in batch.features.items() if term in self.weights}
+        rows = wanted_rows(batch, features)  # [B, T]
+        with (
+            record_attention(capture, attention_requests(batch, self.groups, wanted)) as maps,
+            record_hidden(model, batch, features, self.feature_layers) as states,
+        ):
+            row_logits = model(
+                **model_inputs_of(model, batch.inputs), supervised=rows, use_cache=False
+            ).logits
+        logits = row_logits[supervised[rows]] if "visual_logits" in features else row_logits
+        # A micro-batch without images: the log keeps its columns.
+        nothing = logits.new_zeros((), dtype=torch.float32)
+        attention = {term: nothing for term in ATTENTION_TERMS if term in self.weights}
+        measures = dict.fromkeys(self._measured(), nothing)
+        for term in wanted:
+            share = shares.attention.get(term, 1.0)
+            loss, measured = self._attention_loss(term, maps, batch)
+            attention[term] = loss * share
+            measures |= {name: value * share for name, value in measured.items() if name in measures}
+        feature_terms = {term: nothing for term in FEATURE_TERMS if term in self.weights}
+        for term, part in features.items():
+            loss = feature_loss(
+                part,
+                visual_logits(row_logits, rows, batch, part) if term == "visual_logits" else states[term],
+                hidden_kind=self.hidden_kind,
+                logit_kind=self.logit_kind,
+                temperature=self.temperature,
+            )
+            feature_terms[term] = loss * shares.attention.get(term, 1.0)
         lm = lm_loss(logits, batch.labels) * shares.rows
         total = self.weights.get("lm", 0.0) * lm
         logit_term = None
         if batch.logits is not None and "logits" in self.weights:
-            logit_term = tail_bucket_kl(logits, batch.logits, temperature=self.temperature) * shares.rows
+            logit_term = shares.rows * tail_bucket_loss(
+                logits, batch.logits, kind=self.logit_kind, temperature=self.temperature
+            )
             total = total + self.weights["logits"] * logit_term
-        for signal, value in attention.items():
-            total = total + self.weights[signal] * value
+        for term, value in (*attention.items(), *feature_terms.items()):
+            total = total + self.weights[term] * value
         if torch.is_grad_enabled() and not batch.inputs.image_inputs:
             # Nothing reached the projector: backward needs a path to it, and DDP a gradient of every parameter.
             for parameter in model.parameters():
                 if parameter.requires_grad:
                     total = total + parameter.sum() * 0.0
-        return LossTerms(lm=lm, logits=logit_term, attention=attention, total=total)
+        return LossTerms(
+            lm=lm,
+            logits=logit_term,
+            attention=attention,
+            total=total,
+            measures=measures,
+            features=feature_terms,
+        )
 
-    def _attention_loss(self, signal: str, maps: Mapping[str, Tensor], batch: TrainingBatch) -> Tensor:
-        """One attention term, mean over its unit.
+    def _measured(self) -> tuple[str, ...]:
+        """Names of the measures, the same for every micro-batch."""
+        if "visual_map" not in self.weights or self.visual_map_kind != "sink_filtered":
+            return ()
+        return ("sink_pairs", "sink_mass") if self.map_is_complete else ("sink_pairs",)
 
-        ``sink_filtered`` sums over layer groups, as released; all others are means over them.
-        """
-        target = batch.attention[signal]
-        chosen = batch.has_image
-        if signal in ROW_SIGNALS:
-            rows, name = (batch.rows, "answer") if signal == "answer_attention" else (batch.text_rows, "text")
-            rows = rows[batch.has_image.cpu()]  # [I, R]
-            cells = student_answer_cells(maps[name][chosen], target, rows)
+    def _reduction(self, term: str) -> LayerReduction:
+        if self.attention_reduction != "published":
+            return self.attention_reduction
+        return "sum" if term == "visual_map" and self.visual_map_kind == "sink_filtered" else "mean"
+
+    def _attention_loss(
+        self, term: str, maps: Mapping[str, Tensor], batch: TrainingBatch
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """One attention term, mean over its unit, and what is measured beside it."""
+        target, reduction = batch.attention[term], self._reduction(term)
+        if term in ROW_SIGNALS:
+            name = "answer" if term == "answer_attention" else "text"
+            cells, sample_index = _student_rows(name, maps, batch, target)
             assert target.image_mass is not None
-            sample_index = sample_of_rows(rows).to(cells.device)  # [A']
-            return answer_attention_loss(
+            loss = answer_attention_loss(
                 cells,
                 RowAttention(target.teacher, target.image_mass),
                 kind=self.answer_kind,
                 cell_mask=None if target.content is None else target.content[sample_index],
                 sample_index=sample_index,
+                reduction=reduction,
             )
-        student = pool_map(maps["visual"][chosen], target)  # [I, G, C, C]
-        if signal == "visual_columns":
+            return loss, {}
+        student = pool_map(maps["visual"][batch.has_image], target)  # [I, G, C, C]
+        if term == ALL_ROWS:
+            assert target.text is not None
+            cells, sample_index = _student_rows("text", maps, batch, target)
+            loss = all_attention_loss(
+                student,
+                cells,
+                target.teacher,
+                target.text,
+                text_sample=sample_index,
+                row_weights=target.student_pool.sum(dim=1),
+                token_mask=target.content,
+                reduction=reduction,
+            )
+            return loss, {}
+        if term == "visual_columns":
             columns = mean_columns(student, target.content)
-            return visual_columns_loss(columns, target.teacher, token_mask=target.content)
+            loss = visual_columns_loss(
+                columns, target.teacher, token_mask=target.content, reduction=reduction
+            )
+            return loss, {}
         assert target.kept is not None
         teacher = TeacherMap(target.teacher, target.kept, target.complete)
-        loss = visual_map_cosine_loss if self.visual_map_kind == "cosine" else sink_filtered_cosine_loss
-        return loss(student, teacher, token_mask=target.content)
+        kind = self.visual_map_kind
+        loss = visual_map_loss(student, teacher, kind=kind, token_mask=target.content, reduction=reduction)
+        if kind != "sink_filtered":
+            return loss, {}
+        pairs, mass = sink_shares(student, teacher, token_mask=target.content)
+        return loss, {"sink_pairs": pairs, "sink_mass": mass}
+
+
+def _student_rows(
+    name: str, maps: Mapping[str, Tensor], batch: TrainingBatch, target: AttentionBatch
+) -> tuple[Tensor, Tensor]:
+    """The student's ``answer`` or ``text`` rows ``[A', G, C]``, and the sample with an image each belongs to."""
+    rows = (batch.rows if name == "answer" else batch.text_rows)[batch.has_image.cpu()]  # [I, R]
+    cells = student_answer_cells(maps[name][batch.has_image], target, rows)
+    return cells, sample_of_rows(rows).to(cells.device)
 
 
 def record_attention(
@@ -168,26 +262,26 @@ def record_attention(
 
 
 def attention_requests(
-    batch: TrainingBatch, groups: Groups, signals: Iterable[str] = ATTENTION_SIGNALS
+    batch: TrainingBatch, groups: Groups, terms: Iterable[str] = ATTENTION_TERMS
 ) -> dict[str, AttentionRequest]:
     """Which of the student's attention some losses need of a batch.
 
     Args:
         batch: Whose positions to take; nothing is requested for a text-only one.
         groups: Student layers of each group.
-        signals: The losses' signals; those that the batch lacks are left out.
+        terms: Those that the batch lacks are left out.
 
     Returns:
         ``answer``: supervised rows by visual tokens; ``text``: all text rows by visual tokens; ``visual``:
         visual tokens by visual tokens.
     """
-    wanted = batch.attention.keys() & set(signals)
+    wanted = batch.attention.keys() & set(terms)
     requests: dict[str, AttentionRequest] = {}
     if "answer_attention" in wanted:
         requests["answer"] = AttentionRequest(batch.rows, batch.keys, groups)
-    if "text_attention" in wanted:
+    if wanted & {"text_attention", ALL_ROWS}:
         requests["text"] = AttentionRequest(batch.text_rows, batch.keys, groups)
-    if wanted & {"visual_columns", "visual_map"}:
+    if wanted & {"visual_columns", "visual_map", ALL_ROWS}:
         requests["visual"] = AttentionRequest(batch.keys, batch.keys, groups)
     return requests
 
@@ -257,5 +351,7 @@ def step_shares(batches: list[TrainingBatch], totals: Sequence[float]) -> list[S
     shares = []
     for batch in batches:
         rows, *attention = (count / max(1.0, total) for count, total in zip(batch.units, totals, strict=True))
-        shares.append(Shares(rows=rows, attention=dict(zip(ATTENTION_SIGNALS, attention, strict=True))))
+        shares.append(
+            Shares(rows=rows, attention=dict(zip((*ATTENTION_TERMS, *FEATURE_TERMS), attention, strict=True)))
+        )
     return shares

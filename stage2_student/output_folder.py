@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from common.atomic import TEMPORARY_PREFIX, create_temporary, remove, try_lock
 from common.errors import ConfigError
-from stage2_student.config import TrainConfig, read_yaml
+from stage2_student.config import TrainConfig
+from stage2_student.resolve import read_yaml
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -12,15 +12,26 @@ from torch import Tensor
 from common.cache import TeacherCache
 from common.codecs.row_attention import RowAttentionCodec
 from common.errors import SampleError
-from common.layers import Groups
+from common.layers import GroupMatch, Groups
 from common.schema import IGNORE_INDEX
 from common.visual_attention import AttentionCapture, AttentionRequest
-from common.visual_tokens import grid_tile, tile_boxes
+from common.visual_tokens import (
+    FINEST_SIDE,
+    Tile,
+    grid_tile,
+    overlap_matrix,
+    pool_keys,
+    show_twice,
+    tile_boxes,
+)
 from data.collate import Batch, collate, supervised_rows, visual_keys
 from data.encoding import SampleEncoder
 from data.generation import device_of, pad_token_id
 from data.sample import Dataset, Sample
+from stage2_student.cached_dataset import answered_sample
+from stage2_student.layer_matching import regroup_rows
 from stage2_student.scoring import language_model_of
+from stage2_student.student_model import model_inputs_of
 
 PICTURE_SIDE = 220
 HEAT = (255, 64, 0)
@@ -53,7 +64,7 @@ def collect_overlays(
     cache: TeacherCache,
     dataset: Dataset,
     *,
-    groups: Groups,
+    match: GroupMatch,
     count: int,
 ) -> list[Overlay]:
     """Draw the answer word on which the teacher is most concentrated, for the first samples that have one.
@@ -63,7 +74,7 @@ def collect_overlays(
         encoder: Fits the student.
         cache: Must hold ``answer_attention``.
         dataset: The data the cache was built from.
-        groups: The student's layer groups, as in training.
+        match: How the student's layers meet the cached groups.
         count: Pictures to draw.
 
     Returns:
@@ -79,21 +90,21 @@ def collect_overlays(
         if sample_id not in cache:
             continue
         try:
-            sample = dataset[position]
+            sample = answered_sample(cache, dataset[position])
             encoded = encoder(sample)
         except SampleError:
             continue
         if not encoded.tiles:
             continue
-        teacher = codec.decode(cache.read(sample_id)).cells.mean(dim=1)  # [A, C]
+        teacher = regroup_rows(codec.decode(cache.read(sample_id)), match).cells.mean(dim=1)  # [A, C]
         row = _most_concentrated(teacher, encoded.labels, encoder)
         if row is None:
             continue
         batch = collate([encoded], pad_token_id(encoder)).to(device_of(model))
-        student = _student_attention(model, capture, batch, groups)  # [A, N]
+        student = _student_attention(model, capture, batch, match.student)  # [A, N]
         picture = sample.images[0].load()
         picture = picture.resize(_fit(picture.size), PIL.Image.Resampling.NEAREST)
-        boxes = tile_boxes(encoded.tiles)
+        seen, boxes = seen_once(student[row], encoded.tiles)
         overlays.append(
             Overlay(
                 sample_id=sample_id,
@@ -101,7 +112,7 @@ def collect_overlays(
                 word=_word(encoded.labels, row, encoder),
                 picture=picture,
                 teacher=draw_heat(picture, teacher[row], tile_boxes((grid_tile(*codec.grid),))),
-                student=draw_heat(picture, student[row], boxes),
+                student=draw_heat(picture, seen, boxes),
             )
         )
     return overlays
@@ -113,7 +124,7 @@ def _student_attention(model: Any, capture: AttentionCapture, batch: Batch, grou
     was_training = model.training
     model.eval()
     with capture.record({"answer": request}) as maps:
-        model(**batch.model_inputs())
+        model(**model_inputs_of(model, batch))
     model.train(was_training)
     return maps["answer"][0].mean(dim=0).cpu()  # [A, N]
 
@@ -146,6 +157,15 @@ def _context(sample: Sample, ids: np.ndarray, labels: np.ndarray, row: int, enco
 def _fit(size: tuple[int, int]) -> tuple[int, int]:
     scale = PICTURE_SIDE / max(size)
     return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+
+
+def seen_once(mass: Tensor, tiles: tuple[Tile, ...]) -> tuple[Tensor, Tensor]:
+    """Attention float ``[N]`` and boxes that can be drawn: views of one place added up, nothing for newline tokens."""
+    boxes = tile_boxes(tiles)
+    if not show_twice(tiles):
+        return mass, boxes
+    cells = tile_boxes((grid_tile(FINEST_SIDE, FINEST_SIDE),))
+    return pool_keys(mass, overlap_matrix(boxes, cells)), cells
 
 
 def draw_heat(picture: PIL.Image.Image, mass: Tensor, boxes: Tensor) -> PIL.Image.Image:

@@ -5,45 +5,48 @@ All bad news comes from here, before the first step of the first phase.
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from common.cache import TeacherCache, open_cache
-from common.errors import CacheFormatError, ConfigError, DataError, ModelError
+from common.errors import ConfigError, DataError
 from common.hashing import fingerprint
-from common.layers import student_groups
+from common.layers import GroupMatch
 from common.mirror import find_mirror
-from common.models.mobilevlm import MobileVLMForConditionalGeneration
-from common.models.projectors import TeacherAdapter
-from common.plan import Plan
 from common.remotes import is_url
 from data.encoding import SampleEncoder
-from data.image_encoder import ImageEncoder
-from data.processors import load_image_processor, load_tokenizer
 from data.registry import open_dataset
 from data.sample import Dataset
 from data.templates import PromptTemplate, get_template
-from stage2_student.build_student import SIZES, STUDENTS, build_student
 from stage2_student.cached_dataset import CachedDataset, SampleMemory
 from stage2_student.check_cache import (
     check_data,
     check_geometry,
+    check_labels_fit,
     check_signals,
     check_template,
     check_tokenizer,
     check_vision_tower,
+    check_visual_rows,
+    probe_inputs,
     probe_samples,
+    same_tokenizer,
 )
 from stage2_student.config import PhaseConfig, PhaseName, TrainConfig, describe
+from stage2_student.feature_objective import match_features
 from stage2_student.join import merged_fingerprints, splits_and_limits
+from stage2_student.layer_matching import check_all_rows, check_map_serves, map_is_complete, match_groups
+from stage2_student.loss_weights import LossWeights
 from stage2_student.objective import Objective
 from stage2_student.sampler import ShardShuffle
-from stage2_student.signals import check_map_serves
+from stage2_student.student_encoder import describe_encoder, longest_sequence
+from stage2_student.student_model import StudentModel, vocabulary_rows
+from stage2_student.student_parts import StudentParts, open_parts
+from stage2_student.terms import FEATURE_TERMS
 
 BUILT_IN_DATA = ("shapes", "easy-vqa")
-MAX_LENGTH = 2048  # tokens, where neither the run nor a cache says one
 _log = logging.getLogger(__name__)
 
 
@@ -76,8 +79,8 @@ class Preparation:
 
     Attributes:
         student: On the CPU, float32.
-        tokenizer: The cache's.
-        image_processor: The cache's.
+        tokenizer: The student's own, or the cache's.
+        image_processor: Likewise.
         encoder: From samples to the student's sequences.
         encoder_description: JSON that rebuilds it.
         phases: In order.
@@ -85,7 +88,7 @@ class Preparation:
         cache_hashes: Manifest hash of each cache, by path.
     """
 
-    student: MobileVLMForConditionalGeneration
+    student: StudentModel
     tokenizer: Any
     image_processor: Any
     encoder: SampleEncoder
@@ -93,68 +96,6 @@ class Preparation:
     phases: tuple[PreparedPhase, ...]
     fingerprint: str
     cache_hashes: Mapping[str, str]
-
-
-def split_student_name(student: str) -> tuple[str, str]:
-    """Split name and size: ``mobilevlm-tiny`` -> ``("mobilevlm", "tiny")``; a directory stays whole."""
-    for name in STUDENTS:
-        for size in SIZES:
-            if student == f"{name}-{size}":
-                return name, size
-    return student, "auto"
-
-
-def load_processors(folder: Path) -> tuple[Any, Any]:
-    """The tokenizer and image processor in a folder: a cache's ``processor/``, or a trained student.
-
-    Raises:
-        CacheFormatError: If they cannot be read.
-    """
-    try:
-        return load_tokenizer(folder), load_image_processor(folder)
-    except ModelError as error:
-        raise CacheFormatError(f"{error}; the folder is incomplete: build it again") from error
-
-
-def describe_encoder(plan: Plan, *, max_length: int) -> dict[str, Any]:
-    """What turns a sample into the cached labels, as JSON; kept beside a student, which outlives its cache.
-
-    Args:
-        plan: The cache's.
-        max_length: Longest sequence, tokens.
-    """
-    return {
-        "template": plan.template,
-        "layout": plan.geometry["layout"],
-        "patch_size": plan.geometry.get("patch_size"),
-        "image_token_id": int(plan.teacher["image_token_id"]),
-        "max_length": max_length,
-    }
-
-
-def build_encoder(
-    description: Mapping[str, Any], tokenizer: Any, image_processor: Any, *, grid: tuple[int, int]
-) -> SampleEncoder:
-    """The encoder of a student.
-
-    Args:
-        description: From `describe_encoder`.
-        tokenizer: The cache's.
-        image_processor: The cache's.
-        grid: Rows and columns of the student's visual tokens.
-    """
-    return SampleEncoder(
-        tokenizer=tokenizer,
-        image_encoder=ImageEncoder(
-            processor=image_processor,
-            layout=description["layout"],
-            grid=grid,
-            patch_size=description["patch_size"],
-        ),
-        template=PromptTemplate.from_dict(dict(description["template"])),
-        image_token_id=description["image_token_id"],
-        max_length=description["max_length"],
-    )
 
 
 def open_cached_data(cache: TeacherCache, *, data: str | None, images: str | None) -> Dataset:
@@ -209,60 +150,83 @@ def prepare(config: TrainConfig) -> Preparation:
     first = caches[str(config.phase(config.phases[0]).cache)]
     for cache in caches.values():
         cache.check_side_files()  # projector, vision tower and processor are read next
-    tokenizer, image_processor = load_processors(first.path / "processor")
-    student_name, size = split_student_name(config.student)
-    student = build_student(
-        student_name,
-        cache_dir=first.path,
-        vocab_size=len(tokenizer),
-        image_token_id=int(first.plan.teacher["image_token_id"]),
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        size=size,
-        projector_type=config.projector,
-        pool_teacher_tokens=config.pool_teacher_tokens,
-        seed=config.seed,
-    )
+    parts = open_parts(config, first)
     for cache in caches.values():
         cache.check_shard_files()
-        check_geometry(cache, first.plan.geometry, where=f"cache {first.path}")
-        check_tokenizer(cache, tokenizer, where=f"{first.path / 'processor'}")
-        if config.template is not None:
-            check_template(cache, get_template(config.template, tokenizer))
-        if isinstance(student.model.mm_projector, TeacherAdapter):
-            check_vision_tower(cache, student.model.vision_tower.vision_tower.vision_model)
-    # What a cache could hold, its student can read; a cache of unknown provenance says nothing of this.
-    longest = max(int(cache.plan.extra.get("max_length", MAX_LENGTH)) for cache in caches.values())
-    description = describe_encoder(first.plan, max_length=config.max_length or longest)
-    encoder = build_encoder(description, tokenizer, image_processor, grid=student.image_grid)
-    _check_student_folder(Path(config.student), first, encoder)
-    depth = int(student.language_model.config.num_hidden_layers)
-    phases = _prepare_phases(config, caches, encoder, depth)
+        check_labels_fit(cache, vocabulary_rows(parts.model), parts.tokenizer, where=parts.where)
+        if parts.teacher_tower is not None:
+            check_vision_tower(cache, parts.teacher_tower)
+    # What a cache could hold, its student can read.
+    longest = max(longest_sequence(cache.plan) for cache in caches.values())
+    encoder = SampleEncoder(
+        tokenizer=parts.tokenizer,
+        image_encoder=parts.image_encoder,
+        template=choose_template(config, parts, first),
+        image_token_id=parts.image_token_id,
+        max_length=config.max_length or longest,
+    )
+    phases = _prepare_phases(config, caches, encoder, parts)
     hashes = {path: cache.manifest_hash for path, cache in caches.items()}
     return Preparation(
-        student=student,
-        tokenizer=tokenizer,
-        image_processor=image_processor,
+        student=parts.model,
+        tokenizer=parts.tokenizer,
+        image_processor=parts.image_processor,
         encoder=encoder,
-        encoder_description=description,
+        encoder_description=describe_encoder(encoder),
         phases=phases,
         fingerprint=fingerprint(describe(config, hashes)),
         cache_hashes=hashes,
     )
 
 
-def _check_student_folder(folder: Path, cache: TeacherCache, encoder: SampleEncoder) -> None:
-    """Refuse a student directory that comes with another tokenizer or image processor than the cache's."""
-    if (folder / "tokenizer.json").exists():
-        check_tokenizer(cache, load_tokenizer(folder), where=f"student {folder}")
-    if any((folder / name).exists() for name in ("preprocessor_config.json", "processor_config.json")):
-        own = replace(encoder.image_encoder, processor=load_image_processor(folder))
-        check_geometry(cache, own.to_dict(), where=f"student {folder}")
+def choose_template(config: TrainConfig, parts: StudentParts, cache: TeacherCache) -> PromptTemplate:
+    """The prompt a student reads a cache's samples in.
+
+    Args:
+        config: May name one.
+        parts: The student's tokenizer, and its own template.
+        cache: Whose template fits its tokenizer, and so its labels.
+
+    Raises:
+        ConfigError: If the student has another tokenizer than the cache and no template of its own.
+    """
+    if config.template is not None:
+        return get_template(config.template, parts.tokenizer)
+    if same_tokenizer(cache, parts.tokenizer):
+        return PromptTemplate.from_dict(cache.plan.template)
+    if parts.template is None:
+        raise ConfigError(
+            f"{parts.where} has another tokenizer than {cache.path} and no prompt template of its own; name one "
+            "(--set template=...)"
+        )
+    return parts.template
+
+
+def count_beyond_vocabulary(phases: Iterable[PreparedPhase]) -> dict[str, int]:
+    """How many cached logit entries were read, and how many of their tokens have no row in the student."""
+    joins = {id(phase.dataset): phase.dataset for phase in phases}.values()
+    return {
+        "entries_read": sum(join.entries_read for join in joins),
+        "entries_beyond": sum(join.entries_beyond for join in joins),
+    }
+
+
+def _check_meeting(
+    cache: TeacherCache,
+    signals: Sequence[str],
+    encoder: SampleEncoder,
+    template: PromptTemplate,
+    parts: StudentParts,
+) -> None:
+    """Refuse signals of a cache that this student cannot be compared with."""
+    check_tokenizer(cache, parts.tokenizer, where=parts.where, signals=signals)
+    check_template(cache, template, signals=signals)
+    check_geometry(cache, encoder.image_encoder.to_dict(), signals=signals, where=parts.where)
+    check_visual_rows(parts.visual_rows, signals=signals, where=parts.where)
 
 
 def _prepare_phases(
-    config: TrainConfig, caches: Mapping[str, TeacherCache], encoder: SampleEncoder, depth: int
+    config: TrainConfig, caches: Mapping[str, TeacherCache], encoder: SampleEncoder, parts: StudentParts
 ) -> tuple[PreparedPhase, ...]:
     opened: dict[tuple[object, ...], Dataset] = {}
     joined: dict[tuple[object, ...], CachedDataset] = {}
@@ -271,35 +235,60 @@ def _prepare_phases(
     for name in config.phases:
         phase = config.phase(name)
         cache = caches[str(phase.cache)]
-        signals = phase.losses.signals
-        check_signals(cache, signals, temperature=phase.losses.temperature, phase=name)
-        if "visual_map" in signals:
+        signals, losses = phase.losses.distilled, phase.losses
+        if "all_attention" in signals:
+            check_all_rows(cache.plan.signals, where=f"phase {name}, {cache.path}")
+        check_signals(cache, losses.signals, temperature=phase.losses.temperature, phase=name)
+        template = choose_template(config, parts, cache)
+        _check_meeting(cache, losses.signals, encoder, template, parts)
+        match = None
+        if losses.attends:
+            match = match_groups(
+                cache.plan, parts.depth, matching=losses.matching, layers=losses.attention_layers
+            )
+        if "visual_map" in losses.signals:
             check_map_serves(
-                cache.plan.signals, phase.losses.visual_map_kind, where=f"phase {name}, {cache.path}"
+                cache.plan.signals,
+                losses.visual_map_kind if "visual_map" in signals else "sink_filtered",
+                where=f"phase {name}, {cache.path}",
+                all_rows="all_attention" in signals,
+                match=match,
             )
         source = (phase.cache, phase.data, phase.images)
         if source not in opened:
             opened[source] = open_cached_data(cache, data=phase.data, images=phase.images)
             check_data(cache, opened[source])
         # Phases of the same data share what is kept in memory; those with the same signals, their join.
-        if (*source, signals) not in joined:
-            joined[*source, signals] = CachedDataset(
+        if (*source, signals, match) not in joined:
+            joined[*source, signals, match] = CachedDataset(
                 opened[source],
-                replace(encoder, template=PromptTemplate.from_dict(cache.plan.template)),
+                replace(encoder, template=template),
                 cache,
                 signals=signals,
                 pad_token_id=encoder.tokenizer.pad_token_id or 0,
-                limit=config.limit,
+                limit=config.sample_limit(len(opened[source])),
                 memory=memories.setdefault(source, SampleMemory(round(config.memory_gib * 2**30))),
                 shuffle_teacher_images=config.shuffle_teacher_images,
+                match=match,
+                compare_labels=same_tokenizer(cache, parts.tokenizer)
+                and template == PromptTemplate.from_dict(cache.plan.template),
+                vocabulary=vocabulary_rows(parts.model),
             )
-            probe_samples(joined[*source, signals])
-        dataset = joined[*source, signals]
+            probe_samples(joined[*source, signals, match])
+            probe_inputs(parts.model, joined[*source, signals, match], where=parts.where)
+        dataset = joined[*source, signals, match]
+        if dataset.entries_beyond:
+            _log.warning(
+                "phase %s: %d of %d probed entries of the teacher's logits are tokens beyond the student's %d output "
+                "rows; they count as tail, and their number is written beside the student",
+                name,
+                dataset.entries_beyond,
+                dataset.entries_read,
+                vocabulary_rows(parts.model),
+            )
         steps = phase.step_count(len(dataset))
         if steps == 0:
             _log.info("phase %s has no steps and is left out", name)
-        teacher = cache.plan.teacher
-        groups = student_groups(depth, len(teacher["groups"]), teacher.get("layer_choice", "middle"))
         phases.append(
             PreparedPhase(
                 name=name,
@@ -307,16 +296,38 @@ def _prepare_phases(
                 steps=steps,
                 dataset=dataset,
                 shuffle=ShardShuffle(shards=dataset.shards, seed=config.seed, window=config.shuffle_window),
-                objective=Objective(
-                    weights=phase.losses.active(),
-                    groups=groups if phase.losses.attends else (),
-                    temperature=phase.losses.temperature,
-                    answer_kind=phase.losses.answer_kind,
-                    visual_map_kind=phase.losses.visual_map_kind,
-                ),
+                objective=_build_objective(losses, cache, parts, match, where=f"phase {name}, {cache.path}"),
                 expect=find_mirror(str(phase.cache)).expect if is_url(str(phase.cache)) and signals else None,
             )
         )
     if not any(phase.steps for phase in phases):
         raise ConfigError(f"no phase of {', '.join(config.phases)} has a step; set steps or epochs")
     return tuple(phases)
+
+
+def _build_objective(
+    losses: LossWeights, cache: TeacherCache, parts: StudentParts, match: GroupMatch | None, *, where: str
+) -> Objective:
+    """The losses of a phase, fitted to what its cache holds and to the student's layers."""
+    feature_layers = {}
+    if set(losses.distilled) & set(FEATURE_TERMS):
+        feature_layers = match_features(
+            cache.plan,
+            losses.distilled,
+            depth=parts.depth,
+            width=int(parts.model.language_model.config.hidden_size),
+            kind=losses.hidden_kind,
+            where=where,
+        )
+    return Objective(
+        weights=losses.active(),
+        groups=() if match is None else match.student,
+        temperature=losses.temperature,
+        logit_kind=losses.logit_kind,
+        answer_kind=losses.answer_kind,
+        visual_map_kind=losses.visual_map_kind,
+        attention_reduction=losses.attention_reduction,
+        map_is_complete=map_is_complete(cache.plan.signals),
+        hidden_kind=losses.hidden_kind,
+        feature_layers=feature_layers,
+    )

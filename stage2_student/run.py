@@ -22,8 +22,10 @@ from common.errors import CacheFormatError, ConfigError
 from common.hashing import fingerprint
 from common.manifest import read_manifest, read_plan
 from common.mirror import local_folder, public_location
-from stage2_student.config import PHASE_NAMES, TrainConfig, describe, resolve_config, without_teacher
+from stage2_student.config import PHASE_NAMES, TrainConfig, describe, without_teacher
 from stage2_student.output_folder import claim_output
+from stage2_student.pruned_folder import FOLDER, kept_share
+from stage2_student.resolve import resolve_config
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -124,7 +126,7 @@ def train_and_score(
         say(f"note: {note}")
     state = {**stamp, "config": config_to_dict(config), "notes": notes}
     write_json_atomic(output / STAMP, {**state, "finished": None})
-    for name, arm in arms(config).items():
+    for name, arm in arms(with_pruned_student(config, say=say)).items():
         if (output / name / FINAL / PROVENANCE).is_file():
             say(f"{name}: trained already")
             continue
@@ -144,6 +146,34 @@ def arms(config: TrainConfig) -> dict[str, TrainConfig]:
         BASELINE: replace(without_teacher(config), output=str(Path(config.output) / BASELINE)),
         DISTILLED: replace(config, output=str(Path(config.output) / DISTILLED)),
     }
+
+
+def with_pruned_student(config: TrainConfig, *, say: Callable[[str], None] = _log.info) -> TrainConfig:
+    """Cut a student ``pruned:KEEP`` out of its teacher into the run's folder, once; others are as they are.
+
+    Args:
+        config: Of a run that holds its folder.
+        say: Told what happens.
+
+    Returns:
+        The configuration with the pruned folder as its student.
+
+    Raises:
+        ConfigError: If the cache's data cannot be opened.
+        ModelError: If the teacher cannot be pruned, or is not the cache's.
+    """
+    keep = kept_share(config.student)
+    if keep is None:
+        return config
+    folder = Path(config.output) / FOLDER
+    if folder.is_dir():
+        say(f"{config.student}: cut out of {config.teacher} already")
+    else:
+        from stage2_student.prune_for_run import prune_for_cache  # torch
+
+        say(f"{config.student}: cutting it out of {config.teacher}")
+        say(prune_for_cache(config, folder, keep=keep))
+    return replace(config, student=str(folder))
 
 
 def train_arm(arm: TrainConfig, *, processes: int) -> None:
@@ -282,6 +312,12 @@ def write_report(output: Path, config: TrainConfig) -> Path:
         "training": f"{len(logged)} steps in {seconds:.0f} s",
         "seed": str(config.seed),
     }
+    counted = read_json(output / DISTILLED / FINAL / PROVENANCE).get("vocabulary", {})
+    if counted.get("entries_beyond"):
+        facts["vocabulary"] = (
+            f"{counted['entries_beyond']} of {counted['entries_read']} cached logit entries read are tokens beyond "
+            "the student's rows; they count as tail"
+        )
     render_report(
         output / REPORT,
         title=f"{config.student}: distilled from a teacher cache",

@@ -1,12 +1,11 @@
 """What scores need of a model: log-probabilities of answers.
 
-Only the model library's common signature is used (`base_model`, output embeddings), so a LLaVA teacher and our
-students go the same way.
+Students of any family go through their own interface, other models of the library through their own forward pass.
 
 Dims: B batch, T longest sequence, A supervised rows, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,10 @@ from torch import Tensor
 from common.schema import IGNORE_INDEX
 from data.collate import collate
 from data.encoding import EncodedSample
+from data.family_models import row_logits
 from data.generation import device_of
+from stage2_student.library_student import LibraryStudent
+from stage2_student.student_model import model_inputs_of
 
 
 def language_model_of(model: Any) -> Any:
@@ -24,20 +26,21 @@ def language_model_of(model: Any) -> Any:
     return model.base_model.language_model if inner is None else inner
 
 
-def supervised_logits(model: Any, inputs: dict[str, Any], supervised: Tensor) -> Tensor:
+def supervised_logits(model: Any, inputs: Mapping[str, Any], supervised: Tensor) -> Tensor:
     """Logits of the rows that predict answer tokens; other rows never meet the output projection.
 
     Args:
-        model: Any causal model with a ``base_model`` and output embeddings.
+        model: A student, or any causal model of the library.
         inputs: Its keyword arguments.
         supervised: Bool ``[B, T]``.
 
     Returns:
         Float ``[A, V]``, batch-row order.
     """
-    hidden = model.base_model(**inputs, use_cache=False).last_hidden_state  # [B, T, D]
-    logits: Tensor = model.get_output_embeddings()(hidden[supervised])
-    return logits
+    if isinstance(model, LibraryStudent):
+        logits: Tensor = model(**inputs, supervised=supervised, use_cache=False).logits
+        return logits
+    return row_logits(model, inputs, supervised)
 
 
 def answer_log_probs(
@@ -55,7 +58,7 @@ def answer_log_probs(
     """
     batch = collate(samples, pad_id).to(device_of(model))
     supervised = batch.labels != IGNORE_INDEX  # [B, T]
-    logits = supervised_logits(model, batch.model_inputs(), supervised)
+    logits = supervised_logits(model, model_inputs_of(model, batch), supervised)
     chosen = logits.gather(1, batch.labels[supervised][:, None])[:, 0].float()
     log_probs = (chosen - logits.float().logsumexp(1)).double().cpu().numpy()  # [A]
     counts = [len(sample.supervised_rows) for sample in samples]

@@ -1,5 +1,6 @@
 """A trained student as it lies on disk: opened with its encoder, scored, exported; its cache may be gone."""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -7,21 +8,28 @@ from typing import Any
 import torch
 
 from common.atomic import create_temporary, publish_directory, read_json, remove
-from common.cache import open_cache
+from common.cache import TeacherCache, open_cache
 from common.errors import CacheFormatError, ConfigError, ModelError, TransferError
-from common.models.mobilevlm import MobileVLMForConditionalGeneration
+from common.models.published import is_published
 from data.encoding import SampleEncoder
+from data.image_encoder import AnyImageEncoder
+from data.templates import PromptTemplate
 from stage2_student.build_student import load_student
 from stage2_student.cached_dataset import CachedDataset
+from stage2_student.check_cache import same_tokenizer
 from stage2_student.config import TrainConfig
 from stage2_student.evaluate import EvaluationReport, evaluate_model
 from stage2_student.held_out import open_items
+from stage2_student.layer_matching import match_groups
+from stage2_student.library_student import LibraryStudent, open_library_student
 from stage2_student.overlays import Overlay, collect_overlays
-from stage2_student.preparation import build_encoder, load_processors, open_cached_data
-from stage2_student.signals import matching_groups
+from stage2_student.preparation import open_cached_data
+from stage2_student.student_encoder import build_encoder, knows_boxes, load_processors
+from stage2_student.student_model import StudentModel, vocabulary_rows
 from stage2_student.train import PROVENANCE
 
 COMPARED_SIGNALS = ("logits", "answer_attention")
+_log = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -39,7 +47,7 @@ class Student:
     """
 
     path: Path
-    model: MobileVLMForConditionalGeneration
+    model: StudentModel
     encoder: SampleEncoder
     tokenizer: Any
     image_processor: Any
@@ -59,12 +67,26 @@ def open_student(folder: Path) -> Student:
             f"{folder}: no {PROVENANCE}; give the `final` folder of a finished training (distill train, "
             "distill run)"
         ) from None
-    model = load_student(folder).eval().to("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer, image_processor = load_processors(folder)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    image_encoder: AnyImageEncoder | None = None
+    model: Any
+    if is_published(folder):
+        model = load_student(folder)
+        tokenizer, image_processor = load_processors(folder)
+    else:
+        opened = open_library_student(folder)
+        model, tokenizer, image_processor = opened.model, opened.tokenizer, opened.image_processor
+        image_encoder = opened.image_encoder
     return Student(
         path=folder,
-        model=model,
-        encoder=build_encoder(provenance["encoder"], tokenizer, image_processor, grid=model.image_grid),
+        model=model.eval().to(device),
+        encoder=build_encoder(
+            provenance["encoder"],
+            tokenizer,
+            image_processor,
+            image_encoder=image_encoder,
+            grid=getattr(model, "image_grid", None),
+        ),
         tokenizer=tokenizer,
         image_processor=image_processor,
         provenance=provenance,
@@ -92,17 +114,42 @@ def evaluate_student(student: Student, config: TrainConfig) -> EvaluationReport:
     return evaluate_model(student.model, student.encoder, items, cached=cached, letters=how.letters)
 
 
-def join_cached(student: Student, config: TrainConfig, *, limit: int) -> CachedDataset:
-    """The first cached samples, with the signals that a student is compared by."""
+def comparable_signals(student: Student, cache: TeacherCache) -> list[str]:
+    """The signals by which a student can be compared with a teacher: none where their tokens differ."""
+    cached = PromptTemplate.from_dict(cache.plan.template)
+    if student.encoder.template != cached or not same_tokenizer(cache, student.tokenizer):
+        return []
+    family = student.model.family if isinstance(student.model, LibraryStudent) else None
+    looks = family is None or family.is_listed
+    boxes = all(map(knows_boxes, (cache.plan.geometry, student.encoder.image_encoder.to_dict())))
+    found = [signal for signal in COMPARED_SIGNALS if signal in cache.plan.signals]
+    return [signal for signal in found if signal == "logits" or (looks and boxes)]
+
+
+def join_cached(student: Student, config: TrainConfig, *, limit: int) -> CachedDataset | None:
+    """The first cached samples, with the signals that a student is compared by; None where there are none."""
     cache = open_cache(config.cache)
+    signals = comparable_signals(student, cache)
+    if not signals:
+        _log.info(
+            "student and teacher have no token in common that could be compared: no agreement is measured"
+        )
+        return None
+    attends = "answer_attention" in signals
     return CachedDataset(
         open_cached_data(cache, data=config.data, images=config.images),
         student.encoder,
         cache,
-        signals=[signal for signal in COMPARED_SIGNALS if signal in cache.plan.signals],
+        signals=signals,
         pad_token_id=student.tokenizer.pad_token_id or 0,
         limit=limit,
+        match=match_groups(cache.plan, _depth(student)) if attends else None,
+        vocabulary=vocabulary_rows(student.model),
     )
+
+
+def _depth(student: Student) -> int:
+    return int(student.model.language_model.config.num_hidden_layers)
 
 
 def draw_overlays(student: Student, config: TrainConfig) -> list[Overlay]:
@@ -112,15 +159,14 @@ def draw_overlays(student: Student, config: TrainConfig) -> list[Overlay]:
         cache = open_cache(config.cache)
     except (CacheFormatError, TransferError):
         return []
-    if not count or "answer_attention" not in cache.plan.signals:
+    if not count or "answer_attention" not in comparable_signals(student, cache):
         return []
-    depth = int(student.model.language_model.config.num_hidden_layers)
     return collect_overlays(
         student.model,
         student.encoder,
         cache,
         open_cached_data(cache, data=config.data, images=config.images),
-        groups=matching_groups(cache.plan, depth),
+        match=match_groups(cache.plan, _depth(student)),
         count=count,
     )
 

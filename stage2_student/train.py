@@ -6,9 +6,7 @@ loading threads and attention is recomputed for the wanted rows of the wanted la
 """
 
 import os
-import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,27 +14,40 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
-from tqdm import tqdm
 
 from common.atomic import clean_stale, create_temporary, publish_directory, remove, write_json_atomic
 from common.config import config_from_dict, config_to_dict, save_config
-from common.errors import CacheMismatchError, ConfigError, ModelError
+from common.errors import CacheMismatchError, ConfigError
 from common.mirror import public_location
-from common.models.mobilevlm import MobileVLMForConditionalGeneration
 from common.visual_attention import AttentionCapture
-from stage2_student.checkpoint import Position, find_resume_point, restore, write_checkpoint
+from stage2_student.checkpoint import (
+    Checkpoint,
+    Position,
+    find_resume_point,
+    read_checkpoint,
+    restore_training,
+    write_checkpoint,
+)
 from stage2_student.config import TrainConfig, public_config
+from stage2_student.lora import checkpoint_layers
 from stage2_student.objective import LossTerms, step_shares
-from stage2_student.optim import build_optimizer, learning_rate, set_learning_rate
-from stage2_student.prefetch import Prefetcher
-from stage2_student.preparation import Preparation, PreparedPhase, prepare
-from stage2_student.sampler import micro_batch_count, split_step
-from stage2_student.training_batch import TrainingBatch
+from stage2_student.optim import build_optimizer, set_learning_rate
+from stage2_student.preparation import Preparation, PreparedPhase, count_beyond_vocabulary, prepare
+from stage2_student.steps import (
+    clip_gradients,
+    gradient_sync,
+    load_steps,
+    scheduled_rate,
+    step_totals,
+    sum_terms,
+)
+from stage2_student.student_model import StudentModel
+from stage2_student.trained_parts import TrainedParts
 from stage2_student.training_log import TrainingLog
 
-AfterStep = Callable[[Position, MobileVLMForConditionalGeneration], None]
+AfterStep = Callable[[Position, StudentModel], None]
 FINAL = "final"
 PROVENANCE = "distillation.json"
 
@@ -53,7 +64,7 @@ class TrainResult:
     """
 
     log: list[dict[str, Any]]
-    model: MobileVLMForConditionalGeneration
+    model: StudentModel
     preparation: Preparation
     final: Path
 
@@ -76,14 +87,12 @@ def train(config: TrainConfig, *, after_step: AfterStep | None = None) -> TrainR
     position = Position() if resume is None else resume.position
     log = start_log(config, accelerator, position)
     student = run.student.to(accelerator.device)
+    parts, saved = prepare_parts(config, student, resume)
 
     for index, phase in enumerate(run.phases[position.phase :], position.phase):
         # Once a phase: what is trained, and an optimizer that starts afresh or where the checkpoint left it.
-        parameters = student.trainable_parameters("dpt" if phase.config.trainable == "projector" else "dft")
-        optimizer = build_optimizer(parameters, peak=phase.config.lr, weight_decay=phase.config.weight_decay)
-        if resume is not None:
-            restore(resume, student, optimizer)
-            resume = None
+        parameters, optimizer = begin_phase(phase, parts, saved, seed=config.seed + index)
+        saved = None
         model, optimizer = accelerator.prepare(student, optimizer)
         capture = AttentionCapture(student.language_model) if phase.config.losses.attends else None
         model.train()
@@ -108,11 +117,10 @@ def train(config: TrainConfig, *, after_step: AfterStep | None = None) -> TrainR
             log.add(sum_terms(terms), step=position.total_steps, phase=phase.name, lr=rate, **timing())
             if position.step % config.checkpoint_every == 0 or position.step == phase.steps:
                 log.flush()
-                save(config, run.fingerprint, position, accelerator, student, optimizer)
+                save(config, run.fingerprint, position, accelerator, parts, optimizer)
             if after_step is not None:
                 after_step(position, student)
-        accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-        accelerator.free_memory()
+        end_phase(accelerator, model, parts)
         position = replace(position, phase=index + 1, step=0, samples=0)
 
     log.close()
@@ -178,123 +186,54 @@ def start_log(config: TrainConfig, accelerator: Accelerator, position: Position)
     return TrainingLog(output, accelerator, resume_step=position.total_steps, flush_every=config.log_every)
 
 
-def load_steps(
-    phase: PreparedPhase, accelerator: Accelerator, first: int, num_workers: int
-) -> Iterator[tuple[list[TrainingBatch], Callable[[], dict[str, float]]]]:
-    """This process's micro-batches of each step left, made ahead of time, with a progress bar.
+def prepare_parts(
+    config: TrainConfig, student: StudentModel, resume: Checkpoint | None
+) -> tuple[TrainedParts, dict[str, Any] | None]:
+    """The student's parts, as the phases before the checkpoint's left them.
 
     Args:
-        phase: What to load.
-        accelerator: Which process this is.
-        first: First optimizer step.
-        num_workers: Loading threads.
+        config: The run.
+        student: On its device.
+        resume: Where to go on; None: from the start.
 
-    Yields:
-        The micro-batches, and a function that gives the step's ``step_s`` (seconds since the step before),
-        ``samples_per_s`` (all processes) and ``data_wait`` (share of the step spent waiting for data) once
-        it is done.
+    Returns:
+        The parts, and what the checkpoint holds, for `begin_phase`.
     """
-    size = phase.config.batch_size
-    world = accelerator.num_processes
-    parts = micro_batch_count(size, world_size=world, micro_batch_size=phase.config.micro_batch_size)
-
-    def load(item: int) -> TrainingBatch:
-        step, part = divmod(item, parts)
-        samples = phase.shuffle.take(step * size, size)
-        if phase.expect is not None:
-            phase.expect(phase.shuffle.upcoming(step * size, phase.steps * size))
-        mine = split_step(samples, rank=accelerator.process_index, world_size=world, micro_batches=parts)
-        batch = phase.dataset.batch(mine[part])
-        return batch.pinned() if accelerator.device.type == "cuda" else batch
-
-    with (
-        ExitStack() as ending,
-        Prefetcher(load, first * parts, phase.steps * parts, num_workers=num_workers) as items,
-        tqdm(
-            total=phase.steps,
-            initial=first,
-            desc=phase.name,
-            unit="step",
-            disable=not accelerator.is_main_process,
-            mininterval=1.0,
-        ) as progress,
-    ):
-        if phase.expect is not None:
-            ending.callback(phase.expect, ())  # a killed run does not wait for shards that nobody reads
-        began, waited = time.perf_counter(), 0.0
-        stream = iter(items)
-        for _ in range(first, phase.steps):
-            micro_batches = [next(stream) for _ in range(parts)]
-
-            def timing() -> dict[str, float]:
-                nonlocal began, waited
-                now = time.perf_counter()
-                seconds, wait = max(now - began, 1e-9), items.waited - waited
-                began, waited = now, items.waited
-                return {"step_s": seconds, "samples_per_s": size / seconds, "data_wait": wait / seconds}
-
-            yield micro_batches, timing
-            progress.update()
+    if config.gradient_checkpointing:
+        checkpoint_layers(student)
+    lora = config.lora
+    parts = TrainedParts(student, rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout)
+    saved = None if resume is None else read_checkpoint(resume)
+    if saved is not None:
+        parts.replay(saved["student"])
+    return parts, saved
 
 
-def step_totals(micro_batches: list[TrainingBatch], accelerator: Accelerator) -> list[float]:
-    """What each loss of a whole step is a mean over (``TrainingBatch.units``), over all processes."""
-    local = torch.tensor([batch.units for batch in micro_batches], dtype=torch.float64).sum(dim=0)
-    if accelerator.num_processes == 1:
-        return local.tolist()
-    summed: Tensor = accelerator.reduce(local.to(accelerator.device), reduction="sum")
-    return summed.tolist()
-
-
-def gradient_sync(accelerator: Accelerator, model: nn.Module, *, last: bool) -> AbstractContextManager[Any]:
-    """Exchange gradients between processes on a step's last micro-batch only."""
-    return nullcontext() if last else accelerator.no_sync(model)
-
-
-def clip_gradients(
-    accelerator: Accelerator,
-    parameters: list[nn.Parameter],
-    clip: float,
-    terms: list[LossTerms],
-    *,
-    where: tuple[str, int],
-) -> None:
-    """Scale gradients down to a norm; refuse to step on numbers that would ruin the student.
+def begin_phase(
+    phase: PreparedPhase, parts: TrainedParts, saved: Mapping[str, Any] | None, *, seed: int
+) -> tuple[list[nn.Parameter], Optimizer]:
+    """What a phase trains and its optimizer, afresh or as a checkpoint of this phase left them.
 
     Args:
-        accelerator: Which knows how.
-        parameters: What is trained.
-        clip: Largest norm of the gradient of all of them.
-        terms: This process's losses of the step; the norm alone is the same on all processes.
-        where: Phase and step, counted from 1, for the error.
-
-    Raises:
-        ModelError: If loss or gradient is infinite or not a number.
+        phase: The phase.
+        parts: The student's.
+        saved: Of the checkpoint; None for a phase that begins.
+        seed: Of new adapters.
     """
-    norm = accelerator.clip_grad_norm_(parameters, clip)
-    losses = sum_terms(terms)
-    # One wait for the device a step; without it the next checkpoint would hold the ruined student.
-    if not bool(torch.stack([norm, *losses.values()]).isfinite().all()):
-        found = ", ".join(f"{name} {float(value):.4g}" for name, value in losses.items())
-        raise ModelError(
-            f"phase {where[0]}, step {where[1]}: loss or gradient is not finite ({found}; gradient norm "
-            f"{float(norm):.4g}); the step was not taken. Lower {where[0]}.lr, or check the cache with "
-            "`cachectl verify --deep`"
-        )
-
-
-def sum_terms(terms: list[LossTerms]) -> dict[str, Tensor]:
-    """This process's part of each loss term of a step."""
-    named = [term.named() for term in terms]
-    return {name: torch.stack([values[name].detach() for values in named]).sum() for name in named[0]}
-
-
-def scheduled_rate(phase: PreparedPhase, step: int) -> float:
-    """The learning rate of a step of a phase."""
     config = phase.config
-    return learning_rate(
-        step, steps=phase.steps, peak=config.lr, warmup=config.warmup, schedule=config.schedule
-    )
+    parameters = parts.begin(trainable=config.trainable, freeze=config.freeze, seed=seed)
+    optimizer = build_optimizer(parameters, peak=config.lr, weight_decay=config.weight_decay)
+    if saved is not None:
+        parts.load(saved["student"])
+        restore_training(saved, optimizer)
+    return parameters, optimizer
+
+
+def end_phase(accelerator: Accelerator, model: nn.Module, parts: TrainedParts) -> None:
+    """Take the student out of its wrappers, and merge what adapters it has."""
+    accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    accelerator.free_memory()
+    parts.finish()
 
 
 def save(
@@ -302,7 +241,7 @@ def save(
     fingerprint: str,
     position: Position,
     accelerator: Accelerator,
-    student: nn.Module,
+    parts: TrainedParts,
     optimizer: Optimizer,
 ) -> None:
     """Write a checkpoint from the main process; the others wait for it."""
@@ -310,7 +249,7 @@ def save(
         write_checkpoint(
             Path(config.output),
             position,
-            model=student,
+            student=parts.state(),
             optimizer=optimizer,
             fingerprint=fingerprint,
             keep=config.keep_checkpoints,
@@ -333,6 +272,7 @@ def export(config: TrainConfig, run: Preparation, accelerator: Accelerator) -> P
             "caches": {public_location(place): found for place, found in run.cache_hashes.items()},
             "config": config_to_dict(public_config(config)),
             "encoder": dict(run.encoder_description),
+            "vocabulary": count_beyond_vocabulary(run.phases),
         }
         write_json_atomic(temporary / PROVENANCE, provenance)
         remove(final)

@@ -5,7 +5,7 @@ samples with an image, G layer groups.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,8 +16,10 @@ from common.codecs.logits import SparseLogits
 from common.schema import IGNORE_INDEX
 from data.collate import Batch, collate, supervised_rows, text_rows, visual_keys
 from data.encoding import EncodedSample
-from stage2_student.losses import has_mass
-from stage2_student.signals import ATTENTION_SIGNALS, ROW_SIGNALS, SampleSignals
+from stage2_student.attention_losses import has_mass
+from stage2_student.features import FeatureBatch, collate_features
+from stage2_student.signals import AttentionTarget, SampleSignals
+from stage2_student.terms import ALL_ROWS, ATTENTION_TERMS, FEATURE_TERMS, ROW_SIGNALS
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class AttentionBatch:
 
     Attributes:
         teacher: float32; ``answer_attention`` ``[A', G, C]`` (rows of samples with an image), ``text_attention``
-            likewise, ``visual_columns`` ``[I, G, C]``, ``visual_map`` ``[I, G, C, C]``.
+            likewise, ``visual_columns`` ``[I, G, C]``, ``visual_map`` and ``all_attention`` ``[I, G, C, C]``.
         image_mass: float32 ``[A', G]`` of signals with rows; else None.
         kept: The teacher's half of the sink mask of ``visual_map``, bool ``[I, G, C, C]``; else None.
         complete: Whether ``teacher`` holds the value of each pair of a ``visual_map``.
@@ -34,6 +36,7 @@ class AttentionBatch:
         content: bool ``[I, C]``, False where a cell carries no image; None if all do.
         count: Rows (of signals with rows) or images on which the teacher has any mass: what the loss is a
             mean over.
+        text: The text rows of ``all_attention``, float32 ``[X', G, C]``; else None.
     """
 
     teacher: Tensor
@@ -43,6 +46,7 @@ class AttentionBatch:
     count: int
     kept: Tensor | None = None
     complete: bool = True
+    text: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,8 @@ class TrainingBatch:
         inputs: Tokens, masks and pixels.
         labels: Targets of the supervised rows, batch order, int64 ``[A]``.
         logits: The teacher's logits of these rows; None if no loss reads them.
-        attention: The teacher's attention by signal.
+        attention: The teacher's attention by loss term.
+        features: The teacher's hidden states and visual logits by loss term.
         rows: Positions of supervised rows, int64 ``[B, R]``, padding -1; on the CPU.
         text_rows: Positions of all text rows behind the visual tokens, int64 ``[B, X]``, padding -1; on the CPU.
         keys: Positions of visual tokens, int64 ``[B, M]``, padding -1; on the CPU.
@@ -70,11 +75,12 @@ class TrainingBatch:
     keys: Tensor
     has_image: Tensor
     row_count: int
+    features: Mapping[str, FeatureBatch] = field(default_factory=dict)
 
     @property
     def units(self) -> tuple[int, ...]:
-        """How much each loss is a mean over: supervised rows, then one number an attention signal."""
-        found = (self.attention.get(signal) for signal in ATTENTION_SIGNALS)
+        """How much each loss is a mean over: supervised rows, then one number an attention or feature term."""
+        found = (*map(self.attention.get, ATTENTION_TERMS), *map(self.features.get, FEATURE_TERMS))
         return (self.row_count, *(0 if target is None else target.count for target in found))
 
     def to(self, device: torch.device) -> "TrainingBatch":
@@ -145,29 +151,9 @@ def collate_samples(samples: Sequence[TrainingSample], *, pad_token_id: int) -> 
     logits = [sample.signals.logits for sample in samples if sample.signals.logits is not None]
     attention: dict[str, AttentionBatch] = {}
     if images:
-        for signal in samples[images[0]].signals.attention:
-            targets = [samples[position].signals.attention[signal] for position in images]
-            cells = max(target.content.shape[0] for target in targets)
-            keys = max(target.student_pool.shape[0] for target in targets)
-            rows = [_pad_cells(target.teacher, cells, both=signal == "visual_map") for target in targets]
-            by_row = signal in ROW_SIGNALS
-            content = torch.stack([_pad_cells(target.content, cells, both=False) for target in targets])
-            masses = [target.image_mass for target in targets if target.image_mass is not None]
-            masks = [target.kept for target in targets if target.kept is not None]
-            teacher = torch.cat(rows) if by_row else torch.stack(rows)
-            attention[signal] = AttentionBatch(
-                teacher=teacher,
-                image_mass=torch.cat(masses) if masses else None,
-                student_pool=torch.stack(
-                    [
-                        torch.nn.functional.pad(pool, (0, cells - pool.shape[1], 0, keys - pool.shape[0]))
-                        for pool in (target.student_pool for target in targets)
-                    ]
-                ),
-                content=None if bool(content.all()) else content,
-                count=int(has_mass(teacher).sum()),
-                kept=torch.stack([_pad_cells(kept, cells, both=True) for kept in masks]) if masks else None,
-                complete=all(target.complete for target in targets),
+        for term in samples[images[0]].signals.attention:
+            attention[term] = _collate_attention(
+                term, [samples[position].signals.attention[term] for position in images]
             )
     return TrainingBatch(
         inputs=inputs,
@@ -179,6 +165,36 @@ def collate_samples(samples: Sequence[TrainingSample], *, pad_token_id: int) -> 
         keys=visual_keys(inputs),
         has_image=torch.tensor(images, dtype=torch.int64),
         row_count=len(labels),
+        features=collate_features([sample.signals.features for sample in samples]),
+    )
+
+
+def _collate_attention(term: str, targets: Sequence[AttentionTarget]) -> AttentionBatch:
+    """Pad one attention term of samples with an image to the most cells and visual tokens."""
+    cells = max(target.content.shape[0] for target in targets)
+    keys = max(target.student_pool.shape[0] for target in targets)
+    by_pair = term in ("visual_map", ALL_ROWS)
+    padded = [_pad_cells(target.teacher, cells, both=by_pair) for target in targets]
+    teacher = torch.cat(padded) if term in ROW_SIGNALS else torch.stack(padded)
+    content = torch.stack([_pad_cells(target.content, cells, both=False) for target in targets])
+    pools = [target.student_pool for target in targets]
+    masses = [target.image_mass for target in targets if target.image_mass is not None]
+    masks = [_pad_cells(target.kept, cells, both=True) for target in targets if target.kept is not None]
+    texts = [_pad_cells(target.text, cells, both=False) for target in targets if target.text is not None]
+    return AttentionBatch(
+        teacher=teacher,
+        image_mass=torch.cat(masses) if masses else None,
+        student_pool=torch.stack(
+            [
+                torch.nn.functional.pad(pool, (0, cells - pool.shape[1], 0, keys - pool.shape[0]))
+                for pool in pools
+            ]
+        ),
+        content=None if bool(content.all()) else content,
+        count=int(has_mass(teacher).sum()),
+        kept=torch.stack(masks) if masks else None,
+        complete=all(target.complete for target in targets),
+        text=torch.cat(texts) if texts else None,
     )
 
 

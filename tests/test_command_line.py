@@ -24,8 +24,10 @@ SURFACE = {
     "cachectl verify": "--deep CACHE",
     "distill evaluate": "--cache --data --images --limit --output STUDENT",
     "distill export": "--dtype --output STUDENT",
+    "distill import": "--output --vision-tower CHECKPOINT",
     "distill report": "OUTPUT",
-    "distill run": "--cache --config --data --images --nproc --output --phases --seed --set --student",
+    "distill prune": "--data --images --keep --output --samples --teacher --template",
+    "distill run": "--cache --config --data --images --nproc --output --phases --seed --set --student --teacher",
     "distill train": "--cache --config --data --images --output --phases --seed --set --student",
     "teacher-cache build": "--answers --cache --config --data --images --limit --nproc --overwrite --part --set --signals --store "
     "--teacher",

@@ -4,8 +4,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from common.codecs.answers import AnswersCodec
+from common.codecs.hidden_states import HiddenCodec, ProjectorOutputCodec, VisualHiddenCodec
 from common.codecs.logits import LOGIT_PRESETS, LogitCodec, SparseLogits
 from common.codecs.row_attention import RowAttention, RowAttentionCodec, TextAttentionCodec
+from common.codecs.visual_logits import VisualLogitsCodec
 from common.codecs.visual_map import VisualColumnsCodec, VisualMapCodec
 from common.errors import CacheFormatError
 
@@ -14,17 +16,21 @@ __all__ = [
     "LOGIT_PRESETS",
     "AnswersCodec",
     "AnyCodec",
+    "HiddenCodec",
     "LogitCodec",
+    "ProjectorOutputCodec",
     "RowAttention",
     "RowAttentionCodec",
     "SparseLogits",
     "TextAttentionCodec",
     "VisualColumnsCodec",
+    "VisualHiddenCodec",
+    "VisualLogitsCodec",
     "VisualMapCodec",
     "codec_from_dict",
 ]
 
-AnyCodec = AnswersCodec | LogitCodec | RowAttentionCodec | VisualColumnsCodec | VisualMapCodec
+AnyCodec = AnswersCodec | HiddenCodec | LogitCodec | RowAttentionCodec | VisualColumnsCodec | VisualMapCodec
 
 CODECS: dict[str, type[AnyCodec]] = {
     "answers": AnswersCodec,
@@ -33,6 +39,10 @@ CODECS: dict[str, type[AnyCodec]] = {
     "text_attention": TextAttentionCodec,
     "visual_columns": VisualColumnsCodec,
     "visual_map": VisualMapCodec,
+    "hidden": HiddenCodec,
+    "visual_hidden": VisualHiddenCodec,
+    "projector_output": ProjectorOutputCodec,
+    "visual_logits": VisualLogitsCodec,
 }
 
 

@@ -62,6 +62,11 @@ class TeacherMap:
             raise incomplete_map(wanted_by)
         return self.values
 
+    def kept_with(self, student: Tensor, token_mask: Tensor | None = None) -> Tensor:
+        """The pairs that neither side's sink filter takes out, bool of the maps' shape; see `mean_columns`."""
+        live = student.detach()
+        return self.kept & (live <= sink_threshold(live, image_pairs(live, token_mask)))
+
     def mean_columns(self, student: Tensor, token_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """What each key receives, on average over the pairs that neither side's sink filter takes out.
 
@@ -76,9 +81,7 @@ class TeacherMap:
         Source:
             CompoDistill's released code (arXiv:2510.12184); method.md, section 3.
         """
-        live = student.detach()
-        pairs = image_pairs(live, token_mask)
-        kept = self.kept & (live <= sink_threshold(live, pairs))
+        kept = self.kept_with(student, token_mask)
         count = kept.sum(dim=-2).clamp_min(1)
         return (student * kept).sum(dim=-2) / count, (self.values * kept).sum(dim=-2) / count
 

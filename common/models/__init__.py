@@ -1,1 +1,1 @@
-"""Student models."""
+"""Our own vision-language models: students, and teachers of the same families."""

@@ -1,7 +1,8 @@
 """Projectors: from a vision tower's patch features to the language model's visual tokens.
 
-Three types, chosen by name in the student's configuration:
+Four types, chosen by name in the student's configuration:
 
+- ``ldpnet``: MobileVLM V1's own (``ldp.py``). Quarters the tokens (24x24 -> 12x12).
 - ``ldpnetv2``: MobileVLM V2's own. Quarters the tokens (24x24 -> 12x12), 99 % of its weights are the two
   linear layers. Attribute names repeat the published checkpoint's keys (``mlp.mlp.0``, ``peg.peg.0``).
 - ``mlp``: two linear layers, as many tokens as patches; for students that keep the teacher's grid.
@@ -10,15 +11,27 @@ Three types, chosen by name in the student's configuration:
 Dims: M images, N patches, D_v tower width, D language-model width, rows x cols = N.
 """
 
-import math
-
 import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from common.errors import ModelError
+from common.models.ldp import LDPProjector, half_grid
 
-PROJECTOR_TYPES = ("ldpnetv2", "mlp", "taf")
+__all__ = [
+    "PROJECTOR_TYPES",
+    "LDPProjector",
+    "LDPv2Projector",
+    "MlpProjector",
+    "Projector",
+    "TeacherAdapter",
+    "TeacherProjector",
+    "build_projector",
+    "half_grid",
+    "pool_grid",
+]
+
+PROJECTOR_TYPES = ("ldpnet", "ldpnetv2", "mlp", "taf")
 
 
 def pool_grid(tokens: Tensor, grid: tuple[int, int], target: tuple[int, int]) -> Tensor:
@@ -36,11 +49,6 @@ def pool_grid(tokens: Tensor, grid: tuple[int, int], target: tuple[int, int]) ->
     plane = tokens.transpose(1, 2).reshape(images, width, *grid)  # [M, D, rows, cols]
     pooled = nn.functional.adaptive_avg_pool2d(plane, target)
     return pooled.flatten(2).transpose(1, 2)  # [M, N', D]
-
-
-def half_grid(grid: tuple[int, int]) -> tuple[int, int]:
-    """The grid after 2x2 pooling, an odd side rounded up: (24, 24) -> (12, 12), (27, 27) -> (14, 14)."""
-    return math.ceil(grid[0] / 2), math.ceil(grid[1] / 2)
 
 
 class _PointwiseMlp(nn.Module):
@@ -117,16 +125,18 @@ class MlpProjector(nn.Sequential):
 class TeacherProjector(nn.Module):
     """The teacher's projector P_t as a LLaVA checkpoint holds it: ``linear_1``, activation, ``linear_2``."""
 
-    def __init__(self, *, in_features: int, hidden_features: int, out_features: int, act: str) -> None:
+    def __init__(
+        self, *, in_features: int, hidden_features: int, out_features: int, act: str, bias: bool = True
+    ) -> None:
         super().__init__()
         if act not in ACT2FN:
             raise ModelError(
                 f"teacher projector: unknown activation {act!r}; transformers knows {sorted(ACT2FN)}. "
                 "Export the projector again from the teacher's own config (`projector_hidden_act`)."
             )
-        self.linear_1 = nn.Linear(in_features, hidden_features)
+        self.linear_1 = nn.Linear(in_features, hidden_features, bias=bias)
         self.act = ACT2FN[act]
-        self.linear_2 = nn.Linear(hidden_features, out_features)
+        self.linear_2 = nn.Linear(hidden_features, out_features, bias=bias)
 
     def forward(self, features: Tensor) -> Tensor:
         """Project float ``[M, N, D_v]`` to the teacher's width ``[M, N, D_t]``."""
@@ -176,7 +186,7 @@ class TeacherAdapter(nn.Module):
         return projected
 
 
-Projector = LDPv2Projector | MlpProjector | TeacherAdapter
+Projector = LDPProjector | LDPv2Projector | MlpProjector | TeacherAdapter
 
 
 def build_projector(
@@ -195,12 +205,14 @@ def build_projector(
         in_features: Width of the vision tower's features.
         out_features: Width of the language model.
         grid: Rows and columns of patches.
-        teacher_projector: For ``taf``: ``{"act", "in", "hidden", "out"}`` of the cache's projector.json.
+        teacher_projector: For ``taf``: ``{"act", "in", "hidden", "out"}``, and ``"bias"`` if False, of the cache's projector.json.
         pool_teacher_tokens: For ``taf``: pool the teacher's tokens 2x2 first.
 
     Raises:
         ModelError: If the type is unknown, or ``taf`` lacks a teacher's projector or does not fit the tower.
     """
+    if projector_type == "ldpnet":
+        return LDPProjector(in_features=in_features, out_features=out_features, grid=grid)
     if projector_type == "ldpnetv2":
         return LDPv2Projector(in_features=in_features, out_features=out_features, grid=grid)
     if projector_type == "mlp":
@@ -225,6 +237,7 @@ def build_projector(
         hidden_features=int(teacher_projector["hidden"]),
         out_features=int(teacher_projector["out"]),
         act=str(teacher_projector["act"]),
+        bias=bool(teacher_projector.get("bias", True)),
     )
     return TeacherAdapter(
         teacher=teacher,

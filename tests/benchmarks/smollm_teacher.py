@@ -48,7 +48,7 @@ class SmolLMTeacher:
         language = AutoModelForCausalLM.from_pretrained(GGUF.parent, gguf_file=GGUF.name, dtype=torch.float32)
         language.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         self.image_token_id = int(tokenizer.convert_tokens_to_ids("<image>"))
-        self.model = _join(builtin, language, self.image_token_id)
+        self.model = join_models(builtin, language, self.image_token_id)
         self.encoder = SampleEncoder(
             tokenizer=tokenizer,
             image_encoder=builtin.image_encoder,
@@ -91,7 +91,7 @@ class SmolLMTeacher:
         return maps["visual"][0], maps["answer"][0].transpose(0, 1)
 
 
-def _join(builtin: Teacher, language: Any, image_token_id: int) -> LlavaForConditionalGeneration:
+def join_models(builtin: Teacher, language: Any, image_token_id: int) -> LlavaForConditionalGeneration:
     """A LLaVA of the built-in teacher's tower, a fresh projector and the language model."""
     config = LlavaConfig(
         vision_config=builtin.config.vision_config,

@@ -134,6 +134,10 @@ def test_models_that_cannot_be_captured_are_refused():
 
     with pytest.raises(ModelError, match="attention interface"):
         AttentionCapture(Odd(text))
+    without_sdpa = LlamaForCausalLM(copy.deepcopy(text))
+    without_sdpa._supports_sdpa = False
+    with pytest.raises(ModelError, match="does not support SDPA"):
+        AttentionCapture(without_sdpa)
     without_indices = LlamaForCausalLM(copy.deepcopy(text))
     del without_indices.model.layers[2].self_attn.layer_idx
     with pytest.raises(ModelError, match=r"carries the index \[2\]"):
@@ -143,8 +147,8 @@ def test_models_that_cannot_be_captured_are_refused():
 def test_unknown_terms_in_the_scores_are_refused(qwen):
     model, capture = with_capture(qwen)
     request = {"answer": AttentionRequest(torch.tensor([[3]]), torch.tensor([[0, 1]]), GROUPS)}
-    with pytest.raises(ModelError, match="softcap"), capture.record(request):
-        model(input_ids=torch.tensor([[7, 8, 9, 10]]), softcap=30.0)
+    with pytest.raises(ModelError, match="s_aux"), capture.record(request):
+        model(input_ids=torch.tensor([[7, 8, 9, 10]]), s_aux=torch.zeros(4))
 
 
 def test_gradient_checkpointing_is_refused_in_training_and_harmless_in_evaluation(qwen):

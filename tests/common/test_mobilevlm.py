@@ -145,7 +145,7 @@ def test_supervised_rows_equal_the_same_rows_of_all_logits():
 
 def test_switching_the_language_models_attention_leaves_the_vision_tower_alone():
     student = make_student()
-    student.language_model.config._attn_implementation = "eager"
+    student.language_model.set_attn_implementation("eager")
     assert student.model.layers[0].self_attn.config._attn_implementation == "eager"
     tower = student.model.vision_tower.vision_tower.vision_model
     assert tower.encoder.layers[0].self_attn.config._attn_implementation == "sdpa"
@@ -197,7 +197,7 @@ def test_cached_left_padded_generation_equals_recomputing_every_step_without_pad
     assert generated.tolist() == expected
 
 
-@pytest.mark.parametrize("projector_type", ["ldpnetv2", "mlp", "taf"])
+@pytest.mark.parametrize("projector_type", ["ldpnet", "ldpnetv2", "mlp", "taf"])
 @pytest.mark.parametrize("phase", ["dpt", "dft", "sft"])
 def test_each_phase_trains_exactly_its_parts(phase, projector_type):
     teacher = {"act": "gelu", "in": 16, "hidden": 8, "out": 8}

@@ -103,6 +103,18 @@ def test_taf_is_the_teachers_projector_then_one_linear_layer(pool, grid):
     assert projector.out_grid == grid
 
 
+def test_a_teachers_projector_without_biases_is_rebuilt_without_them():
+    projector = build_projector(
+        "taf", in_features=8, out_features=10, grid=(2, 2), teacher_projector=TEACHER | {"bias": False}
+    )
+    assert set(projector.state_dict()) == {
+        "teacher.linear_1.weight",
+        "teacher.linear_2.weight",
+        "post.weight",
+        "post.bias",
+    }
+
+
 def test_taf_sends_no_gradient_into_the_teachers_projector():
     projector = build_projector("taf", in_features=8, out_features=10, grid=(2, 2), teacher_projector=TEACHER)
     projector(torch.randn(1, 4, 8)).sum().backward()
@@ -115,7 +127,7 @@ def test_taf_sends_no_gradient_into_the_teachers_projector():
 @pytest.mark.parametrize(
     ("projector_type", "teacher", "message"),
     [
-        ("qformer", None, "choose one of ldpnetv2, mlp, taf"),
+        ("qformer", None, "choose one of ldpnet, ldpnetv2, mlp, taf"),
         ("taf", None, "needs the teacher's projector"),
         ("taf", {**TEACHER, "in": 9}, "reads width 9"),
         ("taf", {**TEACHER, "act": "wavy"}, "unknown activation 'wavy'"),

@@ -1,6 +1,7 @@
 """Pixels are the processor's own, and every visual token's box lies on the pixels it was made from."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import PIL.Image
@@ -64,7 +65,9 @@ def test_padding_equals_the_library_processor(size):
     image = PIL.Image.fromarray(noise)
     processor = layouts()["pad"]
     expected = processor(image)["pixel_values"][0]
-    np.testing.assert_array_equal(ImageEncoder.from_processor(processor, GRID)(image).inputs["pixel_values"][0], expected)
+    np.testing.assert_array_equal(
+        ImageEncoder.from_processor(processor, GRID)(image).inputs["pixel_values"][0], expected
+    )
     clip = ImageEncoder(processor=layouts()["crop"], layout="pad", grid=GRID)
     np.testing.assert_array_equal(clip(image).inputs["pixel_values"][0], expected)
 
@@ -135,3 +138,23 @@ def test_geometry_dict_is_json_and_differs_by_what_changes_pixels():
     dicts = [ImageEncoder.from_processor(processor, GRID).to_dict() for processor in layouts().values()]
     assert len({json.dumps(entry, sort_keys=True) for entry in dicts}) == len(dicts)
     assert json.loads(json.dumps(dicts)) == dicts
+
+
+@pytest.mark.parametrize(
+    ("grid", "expected"),
+    [((6, 6), (6, 6)), ((24, 24), (12, 12)), ((48, 24), (12, 6)), ((27, 27), (12, 12)), ((16, 16), (8, 8))],
+)
+def test_attention_grid_halves_the_tokens_grid_until_it_is_coarse_enough(grid, expected):
+    assert ImageEncoder.from_processor(layouts()["square"], grid).attention_grid() == expected
+
+
+@pytest.mark.parametrize("grid", [(1, 3), (3, 1), (3, 4)])
+def test_a_dropped_first_token_leaves_the_other_boxes_where_they_were(grid):
+    encoder = ImageEncoder.from_processor(layouts()["square"], grid)
+    image = PIL.Image.new("RGB", (40, 30))
+    rest = replace(encoder, drops_first=True)
+    boxes, kept = (tile_boxes(one(image).tiles) for one in (encoder, rest))
+    torch.testing.assert_close(kept, boxes[1:])
+    assert rest.token_count == encoder.token_count - 1 == len(kept)
+    with pytest.raises(ConfigError, match="at least 1 x 1"):
+        replace(rest, grid=(1, 1))

@@ -130,7 +130,7 @@ def test_eager_attention_is_left_out_where_it_does_not_fit_and_the_teacher_is_as
     monkeypatch.setattr(probe_module, "_run_eager", watched)
     assert estimate(config, Scenario(), samples=4).probe.eager is not None
     assert {name for _, name in implementations} == {"eager"}
-    assert implementations[0][0].config._attn_implementation == "captured_sdpa"
+    assert implementations[0][0].config._attn_implementation == "captured"
     monkeypatch.setattr(probe_module, "_free_memory", lambda device: 1000)
     assert estimate(config, Scenario(), samples=4).probe.eager is None
 

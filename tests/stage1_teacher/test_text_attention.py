@@ -25,6 +25,7 @@ from stage2_student.cached_dataset import CachedDataset
 from stage2_student.check_cache import check_signals
 from stage2_student.config import LossWeights
 from stage2_student.objective import Objective, Shares, step_shares
+from stage2_student.terms import ATTENTION_TERMS
 
 SIGNALS = ("answer_attention", "text_attention")
 EXACT = {"attention_dtype": "f4", "signals": SIGNALS, "fidelity_samples": 0}
@@ -199,7 +200,7 @@ def test_micro_batches_share_the_mean_over_text_rows(trained):
     parts = [joined.batch([position]) for position in range(len(joined))]
     totals = [sum(units) for units in zip(*(part.units for part in parts), strict=True)]
     assert totals == list(whole.units)
-    assert whole.units[-1] == len(whole.attention["text_attention"].teacher)
+    assert whole.units[1 + ATTENTION_TERMS.index("text_attention")] == len(whole.attention["text_attention"].teacher)
     with torch.no_grad():
         expected = objective(student, capture, whole, Shares()).total
         shares = step_shares(parts, totals)

@@ -1,8 +1,14 @@
 """Fixtures shared by the tests of stage two."""
 
+import sys
+from pathlib import Path
+
 import pytest
 from accelerate.state import AcceleratorState
 from tiny_cache import build_tiny_cache
+
+# Tiny checkpoints of every family, which the tests of stage one make.
+sys.path.append(str(Path(__file__).parents[1] / "stage1_teacher"))
 
 
 @pytest.fixture(scope="session")

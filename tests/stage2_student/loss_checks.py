@@ -25,3 +25,13 @@ def assert_agree(loss, reference, student: Tensor, *, rtol: float = 1e-4, atol: 
     expected.backward()
     torch.testing.assert_close(value.double(), expected.detach(), rtol=rtol, atol=atol)
     torch.testing.assert_close(gradient.double(), leaf.grad, rtol=rtol, atol=atol)
+
+
+def maps_of(samples: int, groups: int, tokens: int, *, seed: int) -> Tensor:
+    scores = normal(samples, groups, tokens, tokens, seed=seed, scale=2)
+    future = torch.ones(tokens, tokens, dtype=torch.bool).triu(1)
+    return 0.4 * scores.masked_fill(future, -torch.inf).softmax(-1)
+
+
+def cosine(left: Tensor, right: Tensor) -> Tensor:
+    return (left @ right) / (left.norm() * right.norm())

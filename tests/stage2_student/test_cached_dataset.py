@@ -17,7 +17,7 @@ from data.registry import open_dataset
 from data.sample import Sample, Turn, fingerprint_samples
 from stage2_student.cached_dataset import CachedDataset, SampleMemory
 from stage2_student.join import join_cache
-from stage2_student.signals import matching_groups
+from stage2_student.layer_matching import match_groups
 
 SIGNALS = ("logits", "answer_attention", "visual_columns", "visual_map")
 
@@ -59,7 +59,7 @@ def test_a_batch_holds_the_teachers_rows_in_the_order_of_its_own(tiny_cache):
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
     assert torch.equal(batch.labels, torch.cat([b.labels[b.labels != IGNORE_INDEX] for *_, b in live]))
     assert batch.row_count == len(batch.labels) == len(batch.logits)
-    assert batch.units == (batch.row_count, batch.row_count, 3, 3, 0)
+    assert batch.units == (batch.row_count, batch.row_count, 3, 3, 0, 0, 0, 0, 0, 0)
 
 
 def test_attention_is_pooled_to_the_students_grid_keys_by_sum_and_queries_by_mean(tiny_cache):
@@ -165,12 +165,12 @@ def test_text_only_samples_have_rows_but_no_attention(tmp_path):
     joined = open_joined(tmp_path / "c", dataset=dataset)
     batch = joined.batch([0, 1, 2])
     assert batch.has_image.tolist() == [0, 2]
-    assert batch.units == (batch.row_count, batch.row_count - 2, 2, 2, 0)
+    assert batch.units == (batch.row_count, batch.row_count - 2, 2, 2, 0, 0, 0, 0, 0, 0)
     assert len(batch.attention["answer_attention"].teacher) == batch.row_count - 2
     assert batch.attention["visual_map"].teacher.shape[0] == 2
     alone = joined.batch([1])
     assert alone.attention == {}
-    assert alone.units == (alone.row_count, 0, 0, 0, 0)
+    assert alone.units == (alone.row_count, 0, 0, 0, 0, 0, 0, 0, 0, 0)
 
 
 def test_the_control_takes_attention_from_another_image_and_logits_from_its_own(tiny_cache):
@@ -221,5 +221,5 @@ def test_of_a_merged_cache_the_samples_of_this_data_set_are_used(tiny_cache):
 def test_student_layers_are_chosen_as_the_caches_were(tiny_cache):
     plan = open_cache(tiny_cache[0]).plan
     chosen = dataclasses.replace(plan, teacher=plan.teacher | {"layer_choice": "all"})
-    assert matching_groups(plan, 6) == open_joined(tiny_cache[0]).student_groups(6) == student_groups(6, 1)
-    assert matching_groups(chosen, 6) == ((0, 1, 2, 3, 4, 5),)
+    assert match_groups(plan, 6).student == open_joined(tiny_cache[0]).student_groups(6) == student_groups(6, 1)
+    assert match_groups(chosen, 6).student == ((0, 1, 2, 3, 4, 5),)

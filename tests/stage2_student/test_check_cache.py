@@ -15,7 +15,15 @@ from data.builtin import build_tokenizer
 from data.registry import open_dataset
 from data.templates import get_template
 from stage2_student.build_student import load_student
-from stage2_student.check_cache import check_data, check_signals, check_template, check_tokenizer
+from stage2_student.check_cache import (
+    check_data,
+    check_geometry,
+    check_labels_fit,
+    check_signals,
+    check_template,
+    check_tokenizer,
+    check_visual_rows,
+)
 from stage2_student.config import TrainConfig
 from stage2_student.preparation import prepare
 
@@ -216,27 +224,65 @@ def test_a_lost_or_short_shard_file_is_found_before_the_first_step(tiny_cache, t
         prepare(make_config(tmp_path / "c", dft={"steps": 1}))  # no signal, so no record is read
 
 
-def test_caches_whose_teachers_see_images_differently_are_not_mixed(tiny_cache, tmp_path):
+def test_caches_whose_teachers_see_images_differently_meet_through_boxes(tiny_cache, tmp_path):
     plan = read_plan(tiny_cache[0])
-    geometry = {**plan.geometry, "layout": "pad"}
-    other = copy_with_plan(tiny_cache[0], tmp_path / "other", geometry=geometry)
-    phases = {"phases": ["dpt", "dft"], "dpt": {"steps": 1, "cache": str(other)}}
-    with pytest.raises(CacheMismatchError, match=r"layout: .* has 'square', cache .*other has 'pad'"):
-        prepare(make_config(tiny_cache[0], **phases))
-    grid = copy_with_plan(tiny_cache[0], tmp_path / "grid", geometry={**plan.geometry, "grid": [9, 9]})
-    prepare(make_config(tiny_cache[0], **phases | {"dpt": {"steps": 1, "cache": str(grid)}}))
+    losses = {"steps": 1, "losses": {"answer_attention": 1.0, "visual_columns": 1.0}}
+    phases = {"phases": ["dpt", "dft"], "dpt": losses}
+    for name, change in (("other", {"layout": "pad"}), ("grid", {"grid": [9, 9]})):
+        cache = copy_with_plan(tiny_cache[0], tmp_path / name, geometry={**plan.geometry, **change})
+        prepared = prepare(make_config(tiny_cache[0], **phases, dft={**losses, "cache": str(cache)}))
+        geometry = prepared.encoder.image_encoder.to_dict()
+        assert geometry["layout"] == "square", "the student is built from the first cache's tower"
+        assert geometry["grid"] == [3, 3]
 
 
-def test_a_student_folder_with_another_image_processor_is_refused_with_both_values(tiny_cache, tmp_path):
+def test_a_student_folder_with_another_image_processor_reads_pictures_its_own_way(tiny_cache, tmp_path):
     prepared = prepare(make_config(tiny_cache[0]))
     prepared.student.save_pretrained(tmp_path / "student")
     prepared.image_processor.save_pretrained(tmp_path / "student")
-    prepare(make_config(tiny_cache[0], student=str(tmp_path / "student")))
+    same = prepare(make_config(tiny_cache[0], student=str(tmp_path / "student")))
+    assert same.encoder.image_encoder.to_dict() == prepared.encoder.image_encoder.to_dict()
     path = tmp_path / "student" / "preprocessor_config.json"
     settings = json.loads(path.read_text())
     path.write_text(json.dumps({**settings, "image_mean": [0.1, 0.2, 0.3]}))
-    with pytest.raises(CacheMismatchError, match=r"image_mean.*has \[.*student .* has \[0.1, 0.2, 0.3\]"):
-        prepare(make_config(tiny_cache[0], student=str(tmp_path / "student")))
+    losses = {"steps": 1, "losses": {"logits": 1.0, "answer_attention": 1.0, "visual_map": 1.0}}
+    other = prepare(make_config(tiny_cache[0], student=str(tmp_path / "student"), dft=losses))
+    assert other.encoder.image_encoder.to_dict()["processor"]["image_mean"] == [0.1, 0.2, 0.3]
+    mine, cached = (
+        run.phases[0].dataset.load(0).encoded.image_inputs["pixel_values"] for run in (other, same)
+    )
+    assert abs(mine - cached).max() > 0.1
+
+
+def test_attention_is_refused_where_nobody_knows_the_boxes_of_a_teachers_tokens(tiny_cache, tmp_path):
+    geometry = {"kind": "library", "class": "NewProcessor", "processor": {}}
+    cache = copy_with_plan(tiny_cache[0], tmp_path / "c", geometry=geometry)
+    with pytest.raises(CacheMismatchError, match=r"answer_attention.*NewProcessor.*to 0 and distil logits"):
+        check_geometry(
+            open_cache(cache), {"kind": "dynamic"}, signals=("logits", "answer_attention"), where="student X"
+        )
+    check_geometry(open_cache(cache), {"kind": "dynamic"}, signals=("logits",), where="student X")
+    with pytest.raises(CacheMismatchError, match=r"visual_columns.*visual token of student X sees"):
+        check_geometry(open_cache(tiny_cache[0]), geometry, signals=("visual_columns",), where="student X")
+    encoder = prepare(make_config(cache)).encoder.image_encoder
+    assert encoder.to_dict()["layout"] == "pad", "MobileVLM's own way, where the cache's is of no use to it"
+
+
+@pytest.mark.parametrize(("rows", "what"), [("image", "the whole image"), ("prefix", "the whole prompt")])
+def test_maps_of_visual_rows_are_refused_where_these_see_what_follows_them(rows, what):
+    check_visual_rows(rows, signals=("logits", "answer_attention"), where="student X")
+    check_visual_rows("causal", signals=("visual_map",), where="student X")
+    with pytest.raises(CacheMismatchError, match=rf"student X.*see {what}.*visual_map.*use answer_attention"):
+        check_visual_rows(rows, signals=("visual_map",), where="student X")
+
+
+def test_a_tokenizer_with_more_words_than_the_student_has_rows_is_refused(tiny_cache):
+    cache, tokenizer = open_cache(tiny_cache[0]), build_tokenizer()
+    check_labels_fit(cache, tokenizer.vocab_size, tokenizer, where="student X")
+    with pytest.raises(
+        CacheMismatchError, match=rf"student X.*100 output rows.*{tokenizer.vocab_size} words"
+    ):
+        check_labels_fit(cache, 100, tokenizer, where="student X")
 
 
 def test_the_longest_sequence_is_the_caches_unless_it_is_given(tiny_cache, tmp_path):

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from common.errors import CacheFormatError, ConfigError
+from common.hashing import file_checksum
 from stage2_student.checkpoint import (
     CHECKPOINTS,
     STATE,
@@ -15,7 +16,8 @@ from stage2_student.checkpoint import (
     Position,
     find_resume_point,
     list_checkpoints,
-    restore,
+    read_checkpoint,
+    restore_training,
     write_checkpoint,
 )
 from stage2_student.optim import build_optimizer
@@ -39,7 +41,7 @@ def step(model, optimizer):
 def write(output, model, optimizer, total_steps, *, keep=2, fingerprint="run"):
     position = Position(step=total_steps, total_steps=total_steps, samples=8 * total_steps)
     return write_checkpoint(
-        output, position, model=model, optimizer=optimizer, fingerprint=fingerprint, keep=keep
+        output, position, student=model.state_dict(), optimizer=optimizer, fingerprint=fingerprint, keep=keep
     )
 
 
@@ -53,7 +55,9 @@ def test_a_restored_run_continues_bit_for_bit_random_numbers_included(tmp_path):
     other, other_optimizer = make_run(seed=9)
     checkpoint = find_resume_point(tmp_path, "run")
     assert checkpoint.position == Position(step=3, total_steps=3, samples=24)
-    restore(checkpoint, other, other_optimizer)
+    state = read_checkpoint(checkpoint)
+    other.load_state_dict(state["student"])
+    restore_training(state, other_optimizer)
     assert [step(other, other_optimizer) for _ in range(4)] == expected
     for left, right in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(left, right)
@@ -119,7 +123,7 @@ def test_a_flipped_byte_is_an_error_with_the_remedy(tmp_path):
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     with pytest.raises(CacheFormatError, match=r"checksum is not the one.*delete .*resumes"):
-        restore(find_resume_point(tmp_path, "run"), model, optimizer)
+        read_checkpoint(find_resume_point(tmp_path, "run"))
 
 
 def test_checkpoints_of_another_run_are_refused_with_both_fingerprints(tmp_path):
@@ -134,3 +138,19 @@ def test_a_checkpoint_holds_nothing_but_tensors_and_plain_values(tmp_path):
     folder = write(tmp_path, model, optimizer, 1)
     torch.load(folder / TENSORS, weights_only=True)
     assert json.loads((folder / STATE).read_text())["fingerprint"] == "run"
+
+
+def test_a_checkpoint_of_an_older_version_is_refused_with_the_remedy(tmp_path):
+    model, optimizer = make_run()
+    folder = write(tmp_path, model, optimizer, 1)
+    torch.save({"model": model.state_dict()}, folder / TENSORS)
+    state = json.loads((folder / STATE).read_text())
+    state |= {
+        "tensor_bytes": (folder / TENSORS).stat().st_size,
+        "tensor_checksum": file_checksum(folder / TENSORS),
+    }
+    (folder / STATE).write_text(json.dumps(state))
+    with pytest.raises(
+        CacheFormatError, match=r"older version of this program; delete .*checkpoints to begin again"
+    ):
+        read_checkpoint(find_resume_point(tmp_path, "run"))

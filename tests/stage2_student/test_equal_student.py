@@ -12,7 +12,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from common.schema import IGNORE_INDEX
-from data.collate import collate
+from data.collate import collate, text_rows
 from data.image_encoder import ImageEncoder
 from data.images import ImageArray
 from data.sample import Sample, Turn
@@ -22,7 +22,8 @@ from stage2_student.objective import Objective, step_shares
 from stage2_student.signals import decode_signals
 from stage2_student.training_batch import TrainingSample, collate_samples
 
-SIGNALS = ("logits", "answer_attention", "visual_columns", "visual_map")
+SIGNALS = ("logits", "answer_attention", "visual_columns", "visual_map", "text_attention")
+TERMS = (*SIGNALS, "all_attention")
 GROUPS, TOKENS = 2, 36
 SQUARE = {"height": 72, "width": 72}
 PROCESSORS = {
@@ -31,16 +32,23 @@ PROCESSORS = {
     "crop": CLIPImageProcessorPil(size={"shortest_edge": 72}, crop_size=SQUARE),
 }
 SIZES = [(90, 30), (40, 100), (72, 72)]  # width, height
-KINDS = [("kl", "sink_filtered"), ("cosine", "cosine"), ("relative", "sink_filtered")]
+KINDS = [("kl", "sink_filtered"), ("cosine", "cosine"), ("relative", "sink_filtered"), ("kl_with_rest", "kl")]
+TEXT_ROWS = 7
+"""Of the one conversation that all samples have."""
 
 
 def make_maps(samples, rows, *, seed, scale=2.0):
-    """Attention as a capture gives it: answer rows [B, G, R, N] and causal visual maps [B, G, N, N]."""
+    """Attention as a capture gives it: answer and text rows [B, G, R, N], causal visual maps [B, G, N, N]."""
     generator = torch.Generator().manual_seed(seed)
     answer = 0.3 * torch.randn(samples, GROUPS, rows, TOKENS, generator=generator).mul(2).softmax(-1)
+    text = 0.2 * torch.randn(samples, GROUPS, TEXT_ROWS, TOKENS, generator=generator).mul(2).softmax(-1)
     visual = torch.randn(samples, GROUPS, TOKENS, TOKENS, generator=generator).mul(scale)
     future = torch.ones(TOKENS, TOKENS, dtype=torch.bool).triu(1)
-    return {"answer": answer, "visual": 0.4 * visual.masked_fill(future, -torch.inf).softmax(-1)}
+    return {
+        "answer": answer,
+        "text": text,
+        "visual": 0.4 * visual.masked_fill(future, -torch.inf).softmax(-1),
+    }
 
 
 class Scene:
@@ -64,6 +72,7 @@ class Scene:
         batch = collate(self.encoded, 0)
         labels = batch.labels[batch.labels != IGNORE_INDEX]
         self.rows = len(labels) // len(sizes)
+        assert text_rows(batch).shape[1] == TEXT_ROWS
         generator = torch.Generator().manual_seed(0)
         self.logits = torch.randn(len(labels), len(encoder.tokenizer), generator=generator).mul(3)
         # Almost even attention: with padding's zeros in its statistics, the sink filter would keep nothing.
@@ -87,7 +96,9 @@ class Scene:
         )
         records = encode_records(reduce_output(output, batch, codecs), batch, codecs)
         self.samples = [
-            TrainingSample(encoded, decode_signals(record, codecs, encoded.tiles, where="memory"))
+            TrainingSample(
+                encoded, decode_signals(record, codecs, encoded.tiles, where="memory", terms=TERMS)
+            )
             for encoded, record in zip(self.encoded, records, strict=True)
         ]
 
@@ -95,14 +106,14 @@ class Scene:
         """All terms of one step split into micro-batches, by name, of a student with these outputs."""
         answer_kind, map_kind = kinds
         objective = Objective(
-            weights=dict.fromkeys(SIGNALS, 1.0),
+            weights=dict.fromkeys(TERMS, 1.0),
             groups=((0,),) * GROUPS,
             answer_kind=answer_kind,
             visual_map_kind=map_kind,
         )
         batches = [collate_samples([self.samples[i] for i in part], pad_token_id=0) for part in parts]
         totals = [sum(counts) for counts in zip(*(batch.units for batch in batches), strict=True)]
-        found = dict.fromkeys(SIGNALS, 0.0)
+        found = dict.fromkeys(TERMS, 0.0)
         for part, batch, share in zip(parts, batches, step_shares(batches, totals), strict=True):
             own = torch.cat([logits[i * self.rows : (i + 1) * self.rows] for i in part])
             capture = FixedCapture({name: value[list(part)] for name, value in maps.items()})
@@ -129,7 +140,7 @@ def test_a_student_equal_to_the_teacher_has_zero_loss(layout, grid, kinds):
     scene = Scene(layout, SIZES, grid=grid)
     for index in range(len(SIZES)):
         equal = scene.losses([(index,)], maps=scene.maps, logits=scene.logits, kinds=kinds)
-        assert equal == pytest.approx(dict.fromkeys(SIGNALS, 0), abs=2e-5), SIZES[index]
+        assert equal == pytest.approx(dict.fromkeys(TERMS, 0), abs=2e-5), SIZES[index]
         maps, logits = make_maps(len(SIZES), scene.rows, seed=2), scene.logits.roll(1, 0)
         other = scene.losses([(index,)], maps=maps, logits=logits, kinds=kinds)
         assert min(other.values()) > 1e-3, SIZES[index]
@@ -144,10 +155,11 @@ def test_a_split_step_has_the_same_losses_with_pictures_without_content_and_rows
     for parts in ([(0,), (1, 2, 3)], [(0, 1), (2, 3)], [(0, 2), (1,), (3,)]):
         assert scene.losses(parts, **student) == pytest.approx(whole, rel=1e-4, abs=1e-6)
     # Rows of text count whatever they look at; of attention, only rows and pictures that have any.
-    assert collate_samples(scene.samples, pad_token_id=0).units == (
+    assert collate_samples(scene.samples, pad_token_id=0).units[:6] == (
         4 * scene.rows,
         3 * scene.rows - 2,
         3,
         3,
-        0,
+        3 * TEXT_ROWS,
+        3,
     )

@@ -11,9 +11,10 @@ from common.codecs import VisualMapCodec
 from common.codecs.teacher_map import TeacherMap
 from common.errors import CacheMismatchError
 from common.visual_tokens import Tile, pooled_tiles, tiles_to_array
-from stage2_student.losses import sink_filtered_cosine_loss, visual_map_cosine_loss
+from stage2_student.attention_losses import sink_filtered_cosine_loss, visual_map_loss
+from stage2_student.layer_matching import check_map_serves
 from stage2_student.objective import pool_map
-from stage2_student.signals import AttentionTarget, check_map_serves, decode_signals
+from stage2_student.signals import AttentionTarget, decode_signals
 
 SQUARE = (Tile(12, 12, (0.0, 0.0, 1.0, 1.0)),)
 PADDED = (Tile(12, 12, (0.0, -0.25, 1.0, 1.25)),)
@@ -53,7 +54,7 @@ def tokens_of(tiles) -> int:
 
 
 @LAYOUTS
-@pytest.mark.parametrize("loss", [sink_filtered_cosine_loss, visual_map_cosine_loss])
+@pytest.mark.parametrize("loss", [sink_filtered_cosine_loss, visual_map_loss])
 def test_a_map_pooled_before_caching_trains_as_the_full_map_pooled_in_training(tiles, loss):
     maps = causal_maps(tokens_of(tiles), seed=0)
     student_tiles = pooled_tiles(tiles, 3)

@@ -108,7 +108,8 @@ def test_weights_are_flat_and_the_total_is_their_sum(tiny_cache):
     objective = Objective(weights=weights, groups=GROUPS)
     terms = objective(student, AttentionCapture(student.language_model), batch, Shares()).named()
     torch.testing.assert_close(terms["total"], sum(weight * terms[name] for name, weight in weights.items()))
-    assert list(terms) == ["total", "lm", "logits", "answer_attention", "visual_columns", "visual_map"]
+    losses = ["lm", "logits", "answer_attention", "visual_columns", "visual_map"]
+    assert list(terms) == ["total", *losses, "sink_pairs", "sink_mass"]
 
 
 def test_recording_attention_leaves_the_logits_bit_identical(tiny_cache):

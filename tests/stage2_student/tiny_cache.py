@@ -14,6 +14,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 from common.atomic import write_json_atomic
 from common.codecs import LogitCodec, RowAttention, RowAttentionCodec, VisualColumnsCodec, VisualMapCodec
+from common.codecs.row_attention import TextAttentionCodec
 from common.hashing import fingerprint
 from common.layers import teacher_groups
 from common.manifest import Plan, seal, write_plan
@@ -22,7 +23,7 @@ from common.stores import finish_shard, open_writer
 from common.visual_attention import AttentionCapture, AttentionRequest
 from common.visual_tokens import grid_tile, overlap_matrix, pool_keys, tile_boxes, tiles_to_array
 from data.builtin import load_image_processor, load_tokenizer
-from data.collate import collate, supervised_rows, visual_keys
+from data.collate import collate, supervised_rows, text_rows, visual_keys
 from data.encoding import SampleEncoder
 from data.fingerprints import module_fingerprint, tokenizer_fingerprint
 from data.image_encoder import ImageEncoder
@@ -59,8 +60,19 @@ class TinyTeacher:
         visual = found.get("visual", torch.zeros(len(self.groups), 0, 0))
         return logits[batch.labels != IGNORE_INDEX], answer, visual, batch
 
+    def text_rows(self, sample):
+        """Attention of all text rows behind the image on it, [X, G, N]; no rows without an image."""
+        batch = collate([self.encoder(sample)], 0)
+        keys, rows = visual_keys(batch), text_rows(batch)
+        if not keys.shape[1]:
+            return torch.zeros(0, len(self.groups), 0)
+        request = {"text": AttentionRequest(rows, keys, self.groups)}
+        with torch.no_grad(), self.capture.record(request) as maps:
+            self.model(**batch.model_inputs())
+        return maps["text"][0].transpose(0, 1)
 
-def make_teacher(*, groups: int = 1, seed: int = 0) -> TinyTeacher:
+
+def make_teacher(*, groups: int = 1, seed: int = 0, layers: str = "middle") -> TinyTeacher:
     """A random LLaVA-1.5 of 36 visual tokens."""
     tokenizer, processor = load_tokenizer(), load_image_processor()
     image_token_id = tokenizer.convert_tokens_to_ids("<image>")
@@ -95,7 +107,7 @@ def make_teacher(*, groups: int = 1, seed: int = 0) -> TinyTeacher:
         max_length=512,
     )
     capture = AttentionCapture(model.model.language_model)
-    return TinyTeacher(model, encoder, capture, teacher_groups(4, groups))
+    return TinyTeacher(model, encoder, capture, teacher_groups(4, groups, layers))
 
 
 def build_tiny_cache(
@@ -106,6 +118,7 @@ def build_tiny_cache(
     exact: bool = True,
     grid: int = 6,
     groups: int = 1,
+    layers: str = "middle",
     shard_size: int = 6,
     store: str = "zarr",
     failed=(),
@@ -113,11 +126,12 @@ def build_tiny_cache(
     dataset=None,
 ) -> TinyTeacher:
     """Write a cache; returns the teacher that made it."""
-    teacher = make_teacher(groups=groups)
+    teacher = make_teacher(groups=groups, layers=layers)
     dataset = open_dataset(data) if dataset is None else dataset
     codecs = {
         "logits": LogitCodec.from_preset("exact" if exact else "default"),
         "answer_attention": RowAttentionCodec(grid=(grid, grid), groups=groups, exact=exact),
+        "text_attention": TextAttentionCodec(grid=(grid, grid), groups=groups, exact=exact),
         "visual_columns": VisualColumnsCodec(groups=groups, exact=exact),
         "visual_map": VisualMapCodec(groups=groups, preset="f4" if exact else "exact8"),
     }
@@ -143,7 +157,7 @@ def build_tiny_cache(
             "hidden_size": 32,
             "image_token_id": teacher.encoder.image_token_id,
             "groups": [list(group) for group in teacher.groups],
-            "layer_choice": "middle",
+            "layer_choice": layers,
         },
         data={"name": dataset.name, "split": "train", "limit": 0},
         geometry=geometry,
@@ -176,6 +190,14 @@ def build_tiny_cache(
                     else answer.new_zeros(*answer.shape[:2], grid * grid)
                 )
                 record |= codecs["answer_attention"].encode(RowAttention.from_cells(cells))
+            if "text_attention" in codecs:
+                rows = teacher.text_rows(sample)
+                cells = (
+                    pool_keys(rows, overlap)
+                    if rows.shape[2]
+                    else rows.new_zeros(*rows.shape[:2], grid * grid)
+                )
+                record |= codecs["text_attention"].encode(RowAttention.from_cells(cells))
             if "visual_columns" in codecs:
                 columns = visual.mean(1) if visual.shape[1] else visual.new_zeros(len(teacher.groups), 0)
                 record |= codecs["visual_columns"].encode(columns)

@@ -1,0 +1,124 @@
+"""Hidden states of chosen layers, as float16: what losses on features, and pruned students, learn from.
+
+Heavy (2 bytes times width, layers and rows: 8 KB a row and layer at width 4096) and off by default.
+
+Dims: R supervised rows or visual tokens, S layers, D width.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.codecs.description import check_flag, check_whole_number, codec_from_settings, codec_to_dict
+from common.errors import CacheFormatError, ConfigError, SampleError
+from common.schema import Field, Record
+
+
+@dataclass(frozen=True, kw_only=True)
+class HiddenCodec:
+    """How a record stores the hidden states of supervised rows.
+
+    Round trip: float16 (relative 2^-11 of numbers from 6e-5), or bit for bit of float32 with ``exact``.
+
+    Attributes:
+        layers: Hidden states, counted as in ``common.hidden_states``: 0 is the first layer's input.
+        width: D of the teacher's language model.
+        exact: Store float32.
+    """
+
+    layers: tuple[int, ...]
+    width: int
+    exact: bool = False
+
+    signal: ClassVar[str] = "hidden"
+    axis: ClassVar[str] = "row"
+
+    def __post_init__(self) -> None:
+        check_whole_number("width", self.width, 1)
+        check_flag("exact", self.exact)
+        if not self.layers or len(set(self.layers)) != len(self.layers):
+            raise ConfigError(f"hidden_layers: expected distinct layers, got {self.layers}")
+        for layer in self.layers:
+            check_whole_number("hidden_layers", layer, 0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The exact JSON stored in a cache's plan."""
+        return codec_to_dict(self, self.signal)
+
+    @classmethod
+    def from_dict(cls, stored: Mapping[str, Any]) -> Self:
+        """Rebuild the codec from `to_dict`; refuses anything else with a CacheFormatError."""
+        return codec_from_settings(cls, cls.signal, stored)
+
+    def fields(self) -> tuple[Field, ...]:
+        """One array: layers by width of each row."""
+        dtype = "f4" if self.exact else "f2"
+        return (
+            Field(name=self.signal, dtype=dtype, axis=self.axis, trailing=(len(self.layers), self.width)),
+        )
+
+    def encode(self, states: Tensor) -> Record:
+        """Pack hidden states.
+
+        Args:
+            states: float ``[R, S, D]``, any device.
+
+        Returns:
+            The signal's array, f2 or f4 ``[R, S, D]``.
+
+        Raises:
+            ValueError: If the shape is not the codec's.
+            SampleError: If a value is not finite, or too large for float16.
+        """
+        if states.ndim != 3 or tuple(states.shape[1:]) != (len(self.layers), self.width):
+            raise ValueError(
+                f"encode: expected hidden states [R, {len(self.layers)}, {self.width}], got {[*states.shape]}"
+            )
+        values = states.detach().float().cpu().numpy()
+        with np.errstate(over="ignore"):
+            kept = values.astype(np.float32 if self.exact else np.float16, order="C")
+        if not np.isfinite(kept).all():
+            largest = np.abs(values[np.isfinite(values)]).max(initial=0.0)
+            raise SampleError(
+                f"{self.signal}: not finite as {kept.dtype} (largest finite value {largest:.4g}); set "
+                "hidden_dtype=f4, and dtype=bfloat16 or float32 if the teacher runs in float16"
+            )
+        return {self.signal: kept}
+
+    def decode(self, record: Record) -> Tensor:
+        """Unpack hidden states, float32 ``[R, S, D]``.
+
+        Raises:
+            CacheFormatError: If the array is not of the codec's shape.
+        """
+        values = record[self.signal]
+        if values.ndim != 3 or values.shape[1:] != (len(self.layers), self.width):
+            raise CacheFormatError(
+                f"{self.signal} of a record: expected (R, {len(self.layers)}, {self.width}), got {values.shape}; "
+                "the cache is damaged: run `cachectl verify`"
+            )
+        return torch.from_numpy(values.astype(np.float32, order="C"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisualHiddenCodec(HiddenCodec):
+    """The same at visual tokens; stored once per image and prefix, like all that visual rows see."""
+
+    signal: ClassVar[str] = "visual_hidden"
+    axis: ClassVar[str] = "visual"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProjectorOutputCodec(VisualHiddenCodec):
+    """What the language model reads at visual tokens: the projector's output, as hidden state 0.
+
+    In the families' own scale, behind any newline token, reordering or scaling of theirs.
+    """
+
+    layers: tuple[int, ...] = (0,)
+
+    signal: ClassVar[str] = "projector_output"

@@ -1,0 +1,161 @@
+"""Record hidden states of chosen layers and positions, while the model runs as ever.
+
+Hooks on the decoder's layers keep the wanted rows only, so ``output_hidden_states`` and its L + 1 whole copies are
+never needed. A teacher (no grad) and a student (with grad) use the same code.
+
+**Layers are counted as the model library counts hidden states**: 0 is what enters the first layer (at visual
+tokens: the projector's output as the language model reads it), i the output of layer i, and the last one, equal to the
+depth, comes after the final norm.
+
+Dims: B batch, R requested rows, S recorded layers, D width.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from common.errors import ModelError
+from common.visual_attention import checkpoints_activations
+
+
+@dataclass(frozen=True)
+class HiddenRequest:
+    """Which rows and layers to record.
+
+    Attributes:
+        rows: int64 ``[B, R]``, positions in this forward pass; -1 is padding.
+        layers: Hidden states, 0 to the depth, each once.
+
+    Raises:
+        ModelError: If shapes or layers make no sense.
+    """
+
+    rows: Tensor
+    layers: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if self.rows.ndim != 2 or self.rows.dtype != torch.int64:
+            raise ModelError(
+                f"hidden states: `rows` must be int64 [batch, positions], got {self.rows.dtype} "
+                f"{list(self.rows.shape)}"
+            )
+        if not self.layers or len(set(self.layers)) != len(self.layers):
+            raise ModelError(f"hidden states: expected distinct layers, got {self.layers}")
+
+
+class HiddenCapture:
+    """Records hidden states of one language model.
+
+    Args:
+        language_model: A decoder with ``layers`` and a final ``norm``, as the model library's are.
+
+    Raises:
+        ModelError: If the model is not built so.
+    """
+
+    def __init__(self, language_model: Any) -> None:
+        layers, norm = getattr(language_model, "layers", None), getattr(language_model, "norm", None)
+        if not isinstance(layers, nn.ModuleList) or not isinstance(norm, nn.Module):
+            raise ModelError(
+                f"{type(language_model).__name__} has no `layers` and `norm` of its own: its hidden states cannot "
+                "be recorded, only its logits"
+            )
+        self._model, self._layers, self._norm = language_model, layers, norm
+        self.depth = len(layers)
+
+    @contextmanager
+    def record(self, requests: Mapping[str, HiddenRequest]) -> Iterator[dict[str, Tensor]]:
+        """Record the one forward pass run inside the block.
+
+        Args:
+            requests: By a name of the caller's choice.
+
+        Yields:
+            By name, filled when the block ends without error: ``[B, R, S, D]`` in the model's dtype, padding
+            rows 0, with a gradient if the forward pass had one.
+
+        Raises:
+            ModelError: If a layer does not exist, the library's gradient checkpointing is on, or no forward pass was
+                run.
+        """
+        wanted = sorted({layer for request in requests.values() for layer in request.layers})
+        unknown = [layer for layer in wanted if not 0 <= layer <= self.depth]
+        if unknown:
+            raise ModelError(
+                f"hidden states {unknown} do not exist: the language model has {self.depth} layers (0, its input, "
+                f"to {self.depth}, its normalised output); change hidden_layers"
+            )
+        if checkpoints_activations(self._model):
+            raise ModelError(
+                "hidden states cannot be recorded while the library's gradient checkpointing is on: turn it off and use "
+                "the run's own (gradient_checkpointing=true), or train without losses on hidden states"
+            )
+        seen: dict[int, Tensor] = {}
+        found: dict[str, Tensor] = {}
+        with ExitStack() as hooks:
+            for layer in wanted:
+                hooks.callback(self._hook(layer, seen).remove)
+            yield found
+        if missing := [layer for layer in wanted if layer not in seen]:
+            raise ModelError(f"hidden states {missing} were not seen: run the model once inside record()")
+        for name, request in requests.items():
+            states = torch.stack([seen[layer].to(request.rows.device) for layer in request.layers], dim=2)  # [B, T, S, D]
+            found[name] = gather_rows(states, request.rows)
+
+    def _hook(self, layer: int, seen: dict[int, Tensor]) -> Any:
+        if layer == 0:
+            return self._layers[0].register_forward_pre_hook(partial(_keep_input, seen), with_kwargs=True)
+        if layer == self.depth:
+            return self._norm.register_forward_hook(partial(_keep_output, seen, layer))
+        return self._layers[layer - 1].register_forward_hook(partial(_keep_output, seen, layer))
+
+
+def _keep_input(seen: dict[int, Tensor], _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    _keep(seen, 0, args[0] if args else kwargs["hidden_states"])
+
+
+def _keep_output(seen: dict[int, Tensor], layer: int, _: nn.Module, __: Any, output: Any) -> None:
+    _keep(seen, layer, output[0] if isinstance(output, tuple) else output)
+
+
+def _keep(seen: dict[int, Tensor], layer: int, states: Tensor) -> None:
+    if layer in seen:
+        raise ModelError(
+            "the language model ran twice inside one record() block: open a new block for each pass"
+        )
+    seen[layer] = states
+
+
+def gather_rows(states: Tensor, rows: Tensor) -> Tensor:
+    """Pick positions of each sample.
+
+    Args:
+        states: ``[B, T, ...]``.
+        rows: int64 ``[B, R]``, -1 is padding.
+
+    Returns:
+        ``[B, R, ...]``, padding rows 0.
+    """
+    rows = rows.to(states.device)
+    batch = torch.arange(len(rows), device=states.device)[:, None]
+    mask = (rows >= 0).view(*rows.shape, *[1] * (states.ndim - 2))
+    return states[batch, rows.clamp_min(0)] * mask
+
+
+def student_layers(layers: tuple[int, ...], *, teacher_depth: int, student_depth: int) -> tuple[int, ...]:
+    """The student's hidden states at the same share of the depth; first and last meet first and last.
+
+    Args:
+        layers: The teacher's, 0 to its depth.
+        teacher_depth: Layers of the teacher.
+        student_depth: Layers of the student.
+
+    Returns:
+        As many; of a shallow student one may meet several.
+    """
+    return tuple((2 * layer * student_depth + teacher_depth) // (2 * teacher_depth) for layer in layers)

@@ -1,0 +1,121 @@
+"""Parts of other checkpoints for a model of ours: a vision tower, a language model.
+
+Each is read from a directory that someone downloaded, and fills its place exactly: a missing, left-over or
+misshapen tensor is an error.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from common.atomic import read_json
+from common.errors import CacheFormatError, ModelError
+from common.models.published_configs import KNOWN_TOWERS, drop_buffers, text_settings
+from common.models.vision_language import VisionLanguageModel
+from common.models.weight_files import check_tensors, read_weights
+
+_LANGUAGE_MODELS = {"llama": "llama", "mobilellama": "llama", "qwen2": "qwen2"}
+_FIRST = "embeddings.patch_embedding.weight"
+_OTHERS_PARTS = ("model.vision_tower.", "model.mm_projector.")
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """Read a checkpoint's ``config.json``.
+
+    Raises:
+        ModelError: If there is none, or it is damaged.
+    """
+    try:
+        stored = read_json(directory / "config.json")
+    except (FileNotFoundError, NotADirectoryError):
+        raise ModelError(
+            f"{directory}: no config.json; give a directory that save_pretrained wrote, or a downloaded checkpoint"
+        ) from None
+    except CacheFormatError as error:
+        raise ModelError(f"{error}; download it again") from error
+    return stored if isinstance(stored, dict) else {}
+
+
+def tower_settings(directory: Path) -> dict[str, Any]:
+    """The configuration of a vision tower: alone, inside a whole CLIP or SigLIP, or inside a vision-language model."""
+    stored = read_config(directory)
+    if stored.get("mm_vision_tower") in KNOWN_TOWERS:
+        return KNOWN_TOWERS[stored["mm_vision_tower"]]
+    inner = stored.get("vision_config")
+    if not isinstance(inner, dict):
+        return stored
+    kind = str(stored.get("model_type"))
+    return {"model_type": f"{kind}_vision_model", **inner}
+
+
+def tower_weights(directory: Path) -> dict[str, Tensor]:
+    """A vision tower's tensors under the library's own names, without those of whatever lies beside it.
+
+    Raises:
+        ModelError: If the checkpoint holds no tower, or several.
+    """
+    found = drop_buffers(read_weights(directory))
+    # A tower alone may have a prefix or none; in CLIP, SigLIP, LLaVA, MobileVLM and CompoDistill each has its own.
+    prefixes = [name.removesuffix(_FIRST) for name in found if name.endswith(_FIRST)]
+    if len(prefixes) != 1:
+        raise ModelError(
+            f"{directory}: {len(prefixes)} tensors are named ...{_FIRST}, expected one: the first of a CLIP or SigLIP "
+            "vision tower; give a directory that holds one"
+        )
+    prefix = prefixes[0]
+    return {name.removeprefix(prefix): value for name, value in found.items() if name.startswith(prefix)}
+
+
+def fill_vision_tower(student: VisionLanguageModel, directory: Path) -> None:
+    """Copy a tower's weights from a directory into a model of ours.
+
+    Raises:
+        ModelError: If they are not exactly the tower's.
+    """
+    tensors = tower_weights(directory)
+    encoder = student.vision_encoder
+    check_tensors(
+        tensors,
+        encoder.state_dict(),
+        where=f"vision_tower {directory}",
+        remedy="give a complete checkpoint of the tower",
+    )
+    encoder.load_state_dict(tensors)
+
+
+def language_model_settings(directory: Path, *, expected: str) -> dict[str, Any]:
+    """The settings of a language model's directory that are read of it.
+
+    Args:
+        directory: A Llama (MobileLLaMA) or Qwen2 as the library saves it.
+        expected: ``llama`` or ``qwen2``.
+
+    Raises:
+        ModelError: If it is of another kind.
+    """
+    stored = read_config(directory)
+    if _LANGUAGE_MODELS.get(str(stored.get("model_type"))) != expected:
+        raise ModelError(
+            f"language_model {directory}: model_type is {stored.get('model_type')!r}, this student needs {expected!r}"
+        )
+    return text_settings(stored)
+
+
+def fill_language_model(student: VisionLanguageModel, directory: Path) -> None:
+    """Copy a causal language model's weights from a directory into a model of ours.
+
+    Raises:
+        ModelError: If they are not exactly the language model's.
+    """
+    tensors = drop_buffers(read_weights(directory))
+    if "lm_head.weight" not in tensors and read_config(directory).get("tie_word_embeddings"):
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    own = {name: value for name, value in student.state_dict().items() if not name.startswith(_OTHERS_PARTS)}
+    check_tensors(
+        tensors,
+        own,
+        where=f"language_model {directory}",
+        remedy="give a complete checkpoint of a language model",
+    )
+    student.load_state_dict(tensors, strict=False)  # strict for its part: checked above

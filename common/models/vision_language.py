@@ -1,0 +1,314 @@
+"""What our vision-language models share: images embedded among the text, and logits of supervised rows only.
+
+A model is a decoder of the library that also holds the projector and the vision tower (``VisualDecoder``), and
+an output projection (``VisionLanguageModel``). The decoder's config is the text config alone, so that switching
+the language model's attention implementation never reaches the vision tower.
+
+Dims: B batch, T sequence, M images, N visual tokens an image, D width, V vocabulary, A supervised rows.
+"""
+
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from common.errors import ModelError
+from common.models.projectors import LDPProjector, LDPv2Projector, Projector, TeacherAdapter, build_projector
+from common.models.vision_tower import VisionTower
+
+Phase = Literal["dpt", "dft", "sft"]
+PHASES: tuple[Phase, ...] = ("dpt", "dft", "sft")
+
+
+class VisionLanguageConfig(PreTrainedConfig):
+    """Configuration of one of our models; a subclass names the text and vision configurations' classes.
+
+    Attributes:
+        text_config: The language model's.
+        vision_config: The vision tower's.
+        image_token_id: Id that stands for one visual token in ``input_ids``; may lie outside the vocabulary.
+        projector_type: One of ``projectors.PROJECTOR_TYPES``.
+        teacher_projector: For ``taf``: ``{"act", "in", "hidden", "out"}`` of the teacher's projector.
+        pool_teacher_tokens: For ``taf``: pool the teacher's tokens 2x2 before the post-projector.
+        vision_feature_layer: Which of the tower's hidden states is projected; -2 as published.
+        vision_feature_select_strategy: ``patch`` or ``full``, see ``VisionTower``.
+        image_aspect_ratio: How a picture becomes the tower's square: ``pad`` or ``square``.
+    """
+
+    text_config: Any = None
+    vision_config: Any = None
+    image_token_id: int = 32000
+    projector_type: str = "ldpnetv2"
+    teacher_projector: dict[str, Any] | None = None
+    pool_teacher_tokens: bool = False
+    vision_feature_layer: int = -2
+    vision_feature_select_strategy: str = "patch"
+    image_aspect_ratio: str = "pad"
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Make configurations of what a ``config.json`` holds as plain objects; older libraries do not."""
+        for name, config_class in self.sub_configs.items():
+            value = getattr(self, name)
+            if not isinstance(value, config_class):
+                setattr(self, name, config_class(**(value or {})))
+        super().__post_init__(**kwargs)
+
+
+class VisualDecoder:
+    """Mixed into a decoder of the library (``LlamaModel``, ``Qwen2Model``): adds projector and vision tower."""
+
+    def add_vision(self, config: VisionLanguageConfig) -> None:
+        """Make tower and projector, with random weights.
+
+        Raises:
+            ModelError: If the parts do not fit each other.
+        """
+        self.image_token_id = config.image_token_id
+        self.vision_tower = VisionTower(
+            config.vision_config, config.vision_feature_layer, config.vision_feature_select_strategy
+        )
+        self.mm_projector: Projector = build_projector(
+            config.projector_type,
+            in_features=config.vision_config.hidden_size,
+            out_features=config.text_config.hidden_size,
+            grid=self.vision_tower.grid,
+            teacher_projector=config.teacher_projector,
+            pool_teacher_tokens=config.pool_teacher_tokens,
+        )
+        pools = isinstance(self.mm_projector, LDPProjector | LDPv2Projector) or config.pool_teacher_tokens
+        if self.vision_tower.dropped_tokens and pools:
+            raise ModelError(
+                f"projector_type {config.projector_type!r} pools a whole grid of patches, but the vision tower's "
+                "first patch is dropped (vision_feature_select_strategy 'patch' of a SigLIP tower); use "
+                "projector_type 'mlp' or 'taf' without pooling"
+            )
+
+    def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
+        """Switch the language model's attention, not the tower's, which the library would switch too."""
+        tower = self.vision_tower.vision_tower.vision_model.config
+        own = tower._attn_implementation
+        super().set_attn_implementation(*args, **kwargs)  # type: ignore[misc]
+        tower._attn_implementation = own
+
+    def embed_multimodal(self, input_ids: Tensor, pixel_values: Tensor) -> Tensor:
+        """Embed tokens and put the projected images where the image token stands, in batch-row order.
+
+        Args:
+            input_ids: Int64 ``[B, T]``.
+            pixel_values: Float ``[M, 3, height, width]``.
+
+        Returns:
+            Float ``[B, T, D]``.
+
+        Raises:
+            ModelError: If the number of image tokens is not images times visual tokens.
+        """
+        embeds = self._embed_text(input_ids)
+        visual = self.mm_projector(self.vision_tower(pixel_values)).to(embeds.dtype)  # [M, N, D]
+        is_image = input_ids == self.image_token_id  # [B, T]
+        found = int(is_image.sum())
+        if found != visual.shape[0] * visual.shape[1]:
+            raise ModelError(
+                f"input_ids hold {found} image tokens, expected {visual.shape[0]} images x {visual.shape[1]} "
+                f"visual tokens; encode with the student's image_grid {self.mm_projector.out_grid}"
+            )
+        return embeds.masked_scatter(is_image.unsqueeze(-1), visual)
+
+    def _embed_text(self, input_ids: Tensor) -> Tensor:
+        """Embed tokens; an image token beyond the embedding (MobileVLM: 32000 rows) gets row 0."""
+        embedding: nn.Embedding = self.embed_tokens  # type: ignore[attr-defined]
+        if self.image_token_id >= embedding.num_embeddings:
+            input_ids = input_ids.masked_fill(input_ids == self.image_token_id, 0)
+        embeds: Tensor = embedding(input_ids)
+        return embeds
+
+    def _refuse_missing_images(self, input_ids: Tensor, past_key_values: Any) -> None:
+        """Raise ModelError for image tokens without an image, unless the model generated them itself."""
+        if past_key_values is not None and past_key_values.get_seq_length() > 0:
+            return
+        found = int((input_ids == self.image_token_id).sum())
+        if found:
+            raise ModelError(
+                f"input_ids hold {found} image tokens (id {self.image_token_id}) but pixel_values is "
+                "None; pass the images with the first step, or encode the sample without an image"
+            )
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Any = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        pixel_values: Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Run the language model over text and images.
+
+        Args:
+            input_ids: Int64 ``[B, T]``.
+            attention_mask: Bool or 0/1 ``[B, past + T]``, bool ``[B, 1, T, past + T]`` (True: may attend), a dict
+                of masks by kind of layer, or None.
+            position_ids: Int64 ``[B, T]`` or None (counted from the cache's length).
+            past_key_values: Key-value cache of earlier steps.
+            inputs_embeds: Float ``[B, T, D]`` in place of ``input_ids``, with images already embedded.
+            use_cache: Whether to return a key-value cache.
+            pixel_values: Float ``[M, 3, height, width]``; with the first step only.
+            **kwargs: What transformers passes on to its layers.
+
+        Returns:
+            ``last_hidden_state`` float ``[B, T, D]`` and ``past_key_values``.
+        """
+        if input_ids is not None and inputs_embeds is None:
+            if pixel_values is None:
+                self._refuse_missing_images(input_ids, past_key_values)
+                inputs_embeds = self._embed_text(input_ids)
+            else:
+                inputs_embeds = self.embed_multimodal(input_ids, pixel_values)
+        if (
+            isinstance(attention_mask, Tensor)
+            and attention_mask.dim() == 4
+            and attention_mask.dtype == torch.bool
+            and self.config._attn_implementation == "eager"  # type: ignore[attr-defined]
+        ):
+            # Eager attention adds its mask: a bool would be read as +1 and mask nothing.
+            dtype: torch.dtype = self.dtype  # type: ignore[attr-defined]
+            attention_mask = torch.zeros_like(attention_mask, dtype=dtype).masked_fill(
+                ~attention_mask, torch.finfo(dtype).min
+            )
+        outputs: BaseModelOutputWithPast = super().forward(  # type: ignore[misc]
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        return outputs
+
+
+class VisionLanguageModel(PreTrainedModel, GenerationMixin):
+    """A visual decoder with its output projection; subclasses name config and decoder.
+
+    There is no ``labels`` argument on purpose: labels are shifted once, when a sample is encoded, and losses
+    are functions of the supervised rows' logits.
+    """
+
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    # Published checkpoints carry these two kinds of buffers; both are computed here.
+    _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq", r"position_ids"]  # noqa: RUF012
+
+    decoder_class: ClassVar[Any]
+
+    def __init__(self, config: VisionLanguageConfig) -> None:
+        super().__init__(config)
+        self.model = self.decoder_class(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    @property
+    def language_model(self) -> Any:
+        """The decoder whose config switches the attention implementation."""
+        return self.model
+
+    @property
+    def image_grid(self) -> tuple[int, int]:
+        """Rows and columns of visual tokens that stand for one image in the sequence."""
+        grid: tuple[int, int] = self.model.mm_projector.out_grid
+        return grid
+
+    @property
+    def dropped_tokens(self) -> int:
+        """Visual tokens left out at the beginning of the grid: CompoDistill drops the first patch."""
+        return int(self.model.vision_tower.dropped_tokens)
+
+    @property
+    def vision_encoder(self) -> nn.Module:
+        """The library's vision tower, as it is exported and fingerprinted."""
+        encoder: nn.Module = self.model.vision_tower.vision_tower.vision_model
+        return encoder
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Any = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        pixel_values: Tensor | None = None,
+        supervised: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Predict next tokens; with ``supervised``, only for the rows that a loss needs.
+
+        Args:
+            input_ids: As for ``VisualDecoder.forward``, and so all arguments down to ``pixel_values``.
+            attention_mask: See there.
+            position_ids: See there.
+            past_key_values: See there.
+            inputs_embeds: See there.
+            use_cache: See there.
+            pixel_values: See there.
+            supervised: Bool ``[B, T]``: drop all other rows before the output projection, so that
+                ``[B, T, V]`` never exists.
+            logits_to_keep: Keep only so many last rows (0 = all), or the rows of this index; for generation.
+            **kwargs: Passed to the language model.
+
+        Returns:
+            ``logits``: float ``[A, V]`` in batch-row order with ``supervised``, else ``[B, T or kept, V]``.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            pixel_values=pixel_values,
+            **kwargs,
+        )
+        hidden = outputs.last_hidden_state
+        if supervised is not None:
+            hidden = hidden[supervised]  # [A, D]
+        elif isinstance(logits_to_keep, Tensor):
+            hidden = hidden[:, logits_to_keep]
+        elif logits_to_keep:
+            hidden = hidden[:, -logits_to_keep:]
+        return CausalLMOutputWithPast(
+            logits=self.lm_head(hidden),
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def trainable_parameters(self, phase: Phase) -> list[nn.Parameter]:
+        """Mark what a phase trains, freeze the rest, and return what is trained.
+
+        ``dpt`` trains the projector side, ``dft`` and ``sft`` the language model too. The vision tower and a
+        teacher's projector are never trained.
+
+        Raises:
+            ModelError: If the phase is unknown.
+        """
+        if phase not in PHASES:
+            raise ModelError(f"phase: got {phase!r}; choose one of {', '.join(PHASES)}")
+        projector = self.model.mm_projector
+        trained: nn.Module = projector.post if isinstance(projector, TeacherAdapter) else projector
+        self.requires_grad_(phase != "dpt")
+        projector.requires_grad_(False)
+        self.model.vision_tower.requires_grad_(False)
+        trained.requires_grad_(True)
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]

@@ -1,0 +1,160 @@
+"""Weights of a checkpoint directory as named tensors, whatever they lie in; no file can run code.
+
+Safetensors or pickled ``.bin``, one file or shards with an index. Pickles are read with ``weights_only``: a file
+that holds anything but tensors and plain containers is refused before any of it runs.
+"""
+
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from pickle import UnpicklingError  # the name of an error, nothing is unpickled
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from common.atomic import read_json
+from common.errors import CacheFormatError, ModelError
+
+_WHOLE = ("model.safetensors", "pytorch_model.bin")
+_LISTED = 5  # names of wrong tensors an error shows
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """Files that hold a checkpoint's weights; safetensors come before pickles.
+
+    Raises:
+        ModelError: If there are none, or an index names files that are missing or elsewhere.
+    """
+    for name in _WHOLE:
+        if (directory / name).is_file():
+            return [directory / name]
+        index = directory / f"{name}.index.json"
+        if index.is_file():
+            return _indexed_files(index)
+    raise ModelError(
+        f"{directory}: no weights; expected {' or '.join(_WHOLE)}, or shards with their .index.json: download the "
+        "whole repository of the model"
+    )
+
+
+def read_weights(directory: Path) -> dict[str, Tensor]:
+    """Read all weights of a checkpoint directory on the CPU, in the precision they are stored in.
+
+    Raises:
+        ModelError: If a file is missing, damaged, or holds anything but named tensors.
+    """
+    tensors: dict[str, Tensor] = {}
+    for path in weight_files(directory):
+        part = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+        repeated = sorted(tensors.keys() & part.keys())
+        if repeated:
+            raise ModelError(
+                f"{path}: {repeated[:_LISTED]} are in another shard too; download the weights again"
+            )
+        tensors |= part
+    return tensors
+
+
+def check_tensors(
+    found: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, where: str, remedy: str
+) -> None:
+    """Refuse weights that are not exactly a model's own.
+
+    Args:
+        found: Tensors by name.
+        expected: The model's ``state_dict``, for names and shapes; may lie on the meta device.
+        where: Whose they are, for the error.
+        remedy: What to do about it.
+
+    Raises:
+        ModelError: Naming the first few missing, left-over or misshapen tensors.
+    """
+    shapes = [
+        f"{name} {list(found[name].shape)} instead of {list(value.shape)}"
+        for name, value in expected.items()
+        if name in found and found[name].shape != value.shape
+    ]
+    problems = {
+        "missing": sorted(expected.keys() - found.keys()),
+        "unexpected": sorted(found.keys() - expected.keys()),
+        "of another shape": sorted(shapes),
+    }
+    text = "; ".join(
+        f"{len(names)} {kind}: {', '.join(names[:_LISTED])}{', ...' if len(names) > _LISTED else ''}"
+        for kind, names in problems.items()
+        if names
+    )
+    if text:
+        raise ModelError(f"{where}: weights do not fit config.json ({text}); {remedy}")
+
+
+def _indexed_files(index: Path) -> list[Path]:
+    try:
+        names = sorted(set(read_json(index)["weight_map"].values()))
+    except (CacheFormatError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(
+            f"{index}: cannot be read as an index of shards ({error}); download it again"
+        ) from error
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise ModelError(f"{index}: names {name!r}, expected the name of a file beside it; do not use it")
+        if not (index.parent / name).is_file():
+            raise ModelError(f"{index.parent / name}: missing, but {index.name} names it; download it")
+    return [index.parent / name for name in names]
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ModelError(
+            f"{path}: damaged or truncated safetensors file ({error}); download it again"
+        ) from error
+    return tensors
+
+
+def _read_pickle(path: Path) -> dict[str, Tensor]:
+    try:
+        # Mapped where the format allows it: the file is then read once, while tensors are copied.
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except UnpicklingError as error:
+        raise ModelError(
+            f"{path}: refused, because it is damaged or holds more than tensors and could run code "
+            f"({_first_line(error)}); download it again from the model's own authors, or use safetensors"
+        ) from error
+    except (
+        RuntimeError,
+        EOFError,
+        OSError,
+        ValueError,
+        KeyError,
+        AttributeError,
+        IndexError,
+        TypeError,
+    ) as error:
+        raise ModelError(
+            f"{path}: damaged or truncated weights file ({_first_line(error)}); download it again"
+        ) from error
+    if not isinstance(content, Mapping) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()
+    ):
+        raise ModelError(
+            f"{path}: holds {_describe(content)}, expected a mapping from names to tensors (a state dict); it is not "
+            "a model's weights file"
+        )
+    return dict(content)
+
+
+def _describe(content: object) -> str:
+    if not isinstance(content, Mapping):
+        return f"a {type(content).__name__}"
+    name, value = next(
+        (k, v) for k, v in content.items() if not isinstance(v, Tensor) or not isinstance(k, str)
+    )
+    return f"a {type(value).__name__} under {name!r}"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

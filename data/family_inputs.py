@@ -1,0 +1,165 @@
+"""The keyword arguments of each family's forward pass: masks and positions that differ from a plain decoder's.
+
+Each function takes the model's configuration, a batch and a dtype. They differ in what a visual token may see
+(Gemma 3: its whole image; PaliGemma: the whole prompt), in how positions count (Qwen-VL: time, row and column;
+PaliGemma: from 1), in sliding windows, and in how pictures are stacked.
+
+Dims: B batch, T longest sequence, M image tiles of the batch.
+"""
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from common.errors import ModelError
+from common.schema import IGNORE_INDEX
+from data.collate import Batch
+
+Masks = Tensor | dict[str, Tensor]
+
+
+def text_config(config: Any) -> Any:
+    """The language model's part of a configuration."""
+    return config.get_text_config()
+
+
+def plain_inputs(config: Any, batch: Batch, *, dtype: torch.dtype) -> dict[str, Any]:
+    """Arguments of a model whose mask and positions are those of any causal language model.
+
+    Args:
+        config: The model's.
+        batch: On the model's device.
+        dtype: Of floating-point image inputs.
+    """
+    return {
+        "input_ids": batch.input_ids,
+        "attention_mask": attention_masks(config, batch),
+        "position_ids": batch.position_ids,
+        **image_tensors(batch, dtype),
+    }
+
+
+def stacked_inputs(config: Any, batch: Batch, *, dtype: torch.dtype) -> dict[str, Any]:
+    """As `plain_inputs`, the tiles of all pictures as those of one sample ``[1, M, ...]`` (Idefics 3, SmolVLM).
+
+    The library's processor pads each sample to the fullest one's number of tiles with black tiles, which the
+    model then throws away; features come out in the order of the tiles either way.
+    """
+    inputs = plain_inputs(config, batch, dtype=dtype)
+    tiles = {name: tensor[None] for name, tensor in image_tensors(batch, dtype).items()}
+    return inputs | tiles
+
+
+def grid_position_inputs(config: Any, batch: Batch, *, dtype: torch.dtype) -> dict[str, Any]:
+    """As `plain_inputs`, positions int64 ``[3, B, T]``: time, row and column of each token (Qwen-VL).
+
+    A visual token at row r and column c of an image that begins at position s stands at (s, s + r, s + c); the
+    text behind it goes on at s + max(rows, columns). Text is at the same place on all three axes. Derived from
+    the batch's own positions, which count on from the shared prefix in packed samples, so it holds for both.
+
+    Raises:
+        ModelError: If a sample's visual tokens are not those of one image.
+
+    Source:
+        Qwen2-VL (arXiv:2409.12191), section 2.1, multimodal rotary position embedding.
+    """
+    positions = batch.position_ids.expand(3, -1, -1).clone()
+    for row, tiles in enumerate(batch.tiles):
+        if not tiles:
+            continue
+        if len(tiles) != 1:
+            raise ModelError(
+                f"sample {batch.sample_ids[row]!r} has {len(tiles)} tiles; positions by time, row and column need one"
+            )
+        tile = tiles[0]
+        visual = torch.nonzero(batch.visual_mask[row]).squeeze(1)  # [N]
+        start = batch.position_ids[row, visual[0]]
+        index = torch.arange(tile.token_count, device=visual.device)
+        # Padding stays at 0 like every position in front of the image.
+        behind = batch.position_ids[row] >= start + tile.token_count  # [T]
+        positions[:, row, behind] += max(tile.rows, tile.cols) - tile.token_count
+        positions[0, row, visual] = start
+        positions[1, row, visual] = start + index // tile.cols
+        positions[2, row, visual] = start + index % tile.cols
+    return plain_inputs(config, batch, dtype=dtype) | {"position_ids": positions}
+
+
+def image_block_inputs(config: Any, batch: Batch, *, dtype: torch.dtype) -> dict[str, Any]:
+    """As `plain_inputs`, every visual token sees its whole image (Gemma 3).
+
+    Where nothing is packed the library builds the masks itself, from token types.
+    """
+    inputs = plain_inputs(config, batch, dtype=dtype)
+    if batch.attention_mask.ndim == 2:
+        return inputs | {"token_type_ids": batch.visual_mask.long()}
+    block = batch.visual_mask[:, None, :, None] & batch.visual_mask[:, None, None, :]  # [B, 1, T, T]
+    return inputs | {"attention_mask": _windowed(config, batch, batch.attention_mask | block)}
+
+
+def prefix_inputs(config: Any, batch: Batch, *, dtype: torch.dtype) -> dict[str, Any]:
+    """As `plain_inputs`, everything in front of the answer sees everything in front of it (PaliGemma).
+
+    The prompt ends with the first supervised row (its target is the first answer token); without labels all is
+    prompt. Positions count from 1.
+
+    Raises:
+        ModelError: If samples are packed: image and question see each other, so questions cannot share an image.
+
+    Source:
+        PaliGemma (arXiv:2407.07726), section 3.2.1, figure 2.
+    """
+    if batch.attention_mask.ndim == 4:
+        raise ModelError(
+            "this family's visual tokens see the question, so independent conversations about one picture cannot "
+            "share it in one sequence; give them as samples of their own (one turn each)"
+        )
+    supervised = batch.labels != IGNORE_INDEX
+    positions = torch.arange(supervised.shape[1], device=supervised.device)
+    longest = supervised.shape[1]
+    last = torch.where(supervised.any(dim=1), supervised.int().argmax(dim=1), longest)  # [B]
+    return plain_inputs(config, batch, dtype=dtype) | {
+        "position_ids": batch.position_ids + 1,
+        "token_type_ids": (positions[None, :] > last[:, None]).long(),
+    }
+
+
+def image_tensors(batch: Batch, dtype: torch.dtype) -> dict[str, Tensor]:
+    """A batch's image inputs, floating-point ones in the model's dtype."""
+    return {
+        name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+        for name, tensor in batch.image_inputs.items()
+    }
+
+
+def attention_masks(config: Any, batch: Batch) -> Masks:
+    """The batch's mask, with sliding windows where a packed batch keeps the library from adding them."""
+    if batch.attention_mask.ndim == 2:
+        return batch.attention_mask
+    return _windowed(config, batch, batch.attention_mask)
+
+
+def additive_mask(mask: Masks, dtype: torch.dtype) -> Masks:
+    """What eager attention adds to its scores for a ready mask; a mask of padding alone is returned as it is."""
+    if isinstance(mask, dict):
+        return {name: cast("Tensor", additive_mask(part, dtype)) for name, part in mask.items()}
+    if mask.ndim != 4:
+        return mask
+    zeros = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+    return zeros.masked_fill(~mask, torch.finfo(dtype).min)
+
+
+def _windowed(config: Any, batch: Batch, visible: Tensor) -> Masks:
+    """A ready mask bool ``[B, 1, T, T]`` as the language model's layers want it.
+
+    The library uses a ready mask for all layers alike, windows or none. Distances are those of positions, so
+    that each packed conversation sees as far back as it would alone.
+    """
+    text = text_config(config)
+    window = getattr(text, "sliding_window", None)
+    kinds = set(getattr(text, "layer_types", None) or ())
+    if not window or (kinds and "sliding_attention" not in kinds):
+        return visible
+    positions = batch.position_ids
+    near = visible & (positions[:, None, :, None] - positions[:, None, None, :] < window)
+    return {"full_attention": visible, "sliding_attention": near} if kinds else near

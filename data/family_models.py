@@ -1,0 +1,213 @@
+"""A checkpoint directory of any family as a loaded model with tokenizer and processor, for both stages.
+
+Also the one way to get logits of chosen rows from any of them: the model's own forward pass runs, and only the
+wanted rows enter the output projection, so soft-capping or scaling of logits is the library's own code.
+
+Dims: B batch, T sequence, A wanted rows, V vocabulary.
+"""
+
+import importlib.util
+import logging
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from common.atomic import read_json
+from common.errors import ConfigError, ModelError
+from common.models.published import default_image_processor, is_published, load_published
+from data.families import Family, family_of
+from data.library_images import load_processor
+from data.processors import load_image_processor, load_tokenizer
+
+logger = logging.getLogger(__name__)
+
+Quantisation = Literal["none", "8bit", "4bit"]
+
+
+class FamilyModel(NamedTuple):
+    """What `open_family_model` loads.
+
+    Attributes:
+        model: In evaluation mode.
+        family: Its entry in ``data.families``.
+        tokenizer: The library's fast tokenizer.
+        processor: The PIL image processor; of a family that is not listed the library's whole processor.
+    """
+
+    model: Any
+    family: Family
+    tokenizer: Any
+    processor: Any
+
+
+def open_family_model(
+    directory: Path,
+    *,
+    dtype: str = "float32",
+    device_map: str = "",
+    quantisation: Quantisation = "none",
+) -> FamilyModel:
+    """Load a checkpoint directory: a library model of any family, MobileVLM or CompoDistill as published.
+
+    Args:
+        directory: Model, tokenizer and image processor files.
+        dtype: Computation dtype, a name of torch's.
+        device_map: As the library takes it (``auto``, ``balanced``, ``cuda:1``); empty: on the CPU, for the caller to
+            move.
+        quantisation: Of the language model's weights, by bitsandbytes; tower and projector keep ``dtype``.
+
+    Returns:
+        Model, family, tokenizer and processor.
+
+    Raises:
+        ModelError: If the directory holds no usable model, or only part of its weights.
+        ConfigError: If bitsandbytes, accelerate or CUDA is missing for what is asked.
+    """
+    if not (directory / "config.json").is_file():
+        raise ModelError(
+            f"{directory}: no config.json there; expected a checkpoint directory with model, tokenizer and image "
+            "processor files"
+        )
+    published = is_published(directory)
+    _check_placement(directory, device_map=device_map, quantisation=quantisation, published=published)
+    try:
+        if published:
+            model: Any = load_published(directory, dtype=getattr(torch, dtype))
+            family = family_of(model.config.model_type)
+        else:
+            family = family_of(str(read_json(directory / "config.json").get("model_type")))
+            model = _load_library_model(
+                directory, family, dtype=dtype, device_map=device_map, quantisation=quantisation
+            )
+        tokenizer = load_tokenizer(directory)
+        processor = _load_processor(directory, family, model.config)
+    except (OSError, KeyError, ValueError, RuntimeError, ImportError) as error:
+        if isinstance(error, ModelError | ConfigError):
+            raise
+        raise ModelError(
+            f"{directory} cannot be loaded: {error}; it needs config.json, weights, tokenizer and "
+            "preprocessor_config.json of one model"
+        ) from error
+    if not family.is_listed:
+        logger.warning(
+            "%s: model_type %r is not in the table of families (data/families.py), so only its logits can be "
+            "cached: attention needs to know where its language model and its visual tokens are, and the teacher "
+            "adapter needs its projector",
+            directory,
+            model.config.model_type,
+        )
+    return FamilyModel(model.eval(), family, tokenizer, processor)
+
+
+def rows_only(model: Any, rows: Tensor) -> AbstractContextManager[Any]:
+    """Let only some rows enter the output projection of the one forward pass inside the block.
+
+    The model's ``logits`` are then ``[1, A, V]``, in the order of ``rows``, whatever the model does to them behind
+    the projection.
+
+    Args:
+        model: Any causal or vision-language model of the library, or one of ours.
+        rows: Bool ``[B, T]``.
+
+    Raises:
+        ModelError: If the model has no output projection, or it is not given all rows.
+    """
+    head: nn.Module | None = model.get_output_embeddings()
+    if head is None:
+        raise ModelError(f"{type(model).__name__} has no output projection, so it gives no next-token logits")
+
+    def select(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        hidden = inputs[0]
+        if hidden.shape[:2] != rows.shape:
+            raise ModelError(
+                f"{type(model).__name__}: the output projection was given {list(hidden.shape[:2])} rows, expected "
+                f"{list(rows.shape)}; this model cannot be used"
+            )
+        return (hidden[rows.to(hidden.device)][None], *inputs[1:])
+
+    return head.register_forward_pre_hook(select)
+
+
+def row_logits(model: Any, inputs: Mapping[str, Any], rows: Tensor) -> Tensor:
+    """Logits of chosen rows ``[A, V]`` by the model's own forward pass; ``[B, T, V]`` never exists.
+
+    Args:
+        model: See `rows_only`.
+        inputs: Its keyword arguments.
+        rows: Bool ``[B, T]``.
+    """
+    with rows_only(model, rows):
+        logits: Tensor = model(**inputs, use_cache=False).logits[0]
+    return logits
+
+
+def input_device(model: Any) -> torch.device:
+    """Where a model's inputs must lie: with its embedding, wherever a device map has put the rest."""
+    device: torch.device = model.get_input_embeddings().weight.device
+    return device
+
+
+def _load_processor(directory: Path, family: Family, config: Any) -> Any:
+    if not family.is_listed:
+        return load_processor(directory)
+    stored = any(
+        (directory / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")
+    )
+    # MobileVLM's checkpoints name the tower whose processor they use, and hold none.
+    return (
+        load_image_processor(directory) if stored or family.model_class else default_image_processor(config)
+    )
+
+
+def _load_library_model(
+    directory: Path, family: Family, *, dtype: str, device_map: str, quantisation: Quantisation
+) -> Any:
+    options: dict[str, Any] = {"dtype": getattr(torch, dtype)}
+    if quantisation != "none":
+        # A quantised tower could not be compared with a student's, nor could the projector be handed on.
+        kept = [part for part in (family.vision_tower, family.projector, "lm_head") if part]
+        options["quantization_config"] = transformers.BitsAndBytesConfig(
+            load_in_8bit=quantisation == "8bit",
+            load_in_4bit=quantisation == "4bit",
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=getattr(torch, dtype),
+            llm_int8_skip_modules=kept,
+        )
+    if device_map or quantisation != "none":
+        options["device_map"] = device_map or "cuda:0"
+    model_class = getattr(transformers, family.model_class)
+    model, loading = model_class.from_pretrained(
+        directory, local_files_only=True, trust_remote_code=False, output_loading_info=True, **options
+    )
+    lost = sorted(loading["missing_keys"]) + sorted(str(key) for key in loading["mismatched_keys"])
+    if lost:
+        raise ModelError(
+            f"{directory}: {len(lost)} weights are missing or of another shape ({', '.join(lost[:3])}), and would be "
+            "random; the directory is not a complete checkpoint of its config.json"
+        )
+    return model
+
+
+def _check_placement(directory: Path, *, device_map: str, quantisation: str, published: bool) -> None:
+    if published and (device_map or quantisation != "none"):
+        raise ConfigError(
+            f"{directory} is a checkpoint in its authors' own layout, for which device_map and quantisation are not "
+            "available; choose a device instead (device=cuda:0)"
+        )
+    if quantisation == "none":
+        return
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            f"quantisation={quantisation}: bitsandbytes is not installed; run `pip install "
+            "'vlm-distill-cache[quantised]'`, or set quantisation=none"
+        )
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            f"quantisation={quantisation}: bitsandbytes needs a CUDA device and there is none here; set "
+            "quantisation=none"
+        )

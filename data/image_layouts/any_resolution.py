@@ -1,0 +1,185 @@
+"""LLaVA-NeXT and LLaVA-OneVision: the whole picture small, then its tiles joined to one large grid of tokens.
+
+The picture is scaled to fit the best of a list of resolutions, centred on black, and cut into the tower's
+squares. The model joins their tokens to one grid, cuts the rows or columns off that hold padding only, ends each
+row with one learnt *newline* token and puts the small picture's tokens in front. OneVision shrinks a grid of more
+than `most_tiles` tiles' worth of tokens (`anyres_max_9`).
+
+A newline token is an image token without a picture: the grid's tile has one more column, beyond the picture's
+right edge, where `content_mask` finds padding.
+
+Where patches do not fill a tile (SigLIP), the joined grid has a gap of a few pixels at each seam. Its tokens are
+taken as evenly spaced from the first to the last one's edge: none is off by more than half a token.
+"""
+
+from dataclasses import dataclass
+from math import ceil, sqrt
+from typing import Any, ClassVar
+
+import numpy as np
+import PIL.Image
+from transformers.image_processing_utils import select_best_resolution
+
+from common.errors import ConfigError
+from common.visual_tokens import Tile
+from data.image_encoder import EncodedImage
+from data.image_layouts.pixels import (
+    FINEST_GRID,
+    check_processor,
+    covered_share,
+    pixel_settings,
+    run_processor,
+    tile_array,
+    whole,
+)
+
+BESIDE = (1.0, 0.0, 2.0, 1.0)
+"""A region beyond the picture's right edge."""
+
+SHRINKS_ABOVE = 1.1
+"""OneVision shrinks a grid whose side is more than this times the largest allowed one's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnyResolutionEncoder:
+    """`LlavaNextImageProcessorPil` or `LlavaOnevisionImageProcessorPil` with the geometry that the model adds.
+
+    Attributes:
+        processor: The PIL image processor; its ``image_grid_pinpoints`` must be the model's.
+        patch_size: Pixels per side of a patch of the vision tower.
+        most_tiles: Tiles' worth of tokens the joined grid may have (OneVision's ``anyres_max_9``: 9); None:
+            any number (LLaVA-NeXT).
+
+    Raises:
+        ConfigError: The processor is of another kind, or its tiles are not the size it scales pictures to.
+    """
+
+    processor: Any
+    patch_size: int
+    most_tiles: int | None = None
+
+    kind: ClassVar[str] = "any_resolution"
+    keys: ClassVar[tuple[str, ...]] = ("image_grid_pinpoints",)
+    marker: ClassVar[str | None] = None
+
+    def __post_init__(self) -> None:
+        check_processor(self.processor, "image_grid_pinpoints", "size")
+        if self.patch_size < 1 or self.side < self.patch_size:
+            raise ConfigError(
+                f"patch_size must be 1..{self.side} pixels (a tile's side), got {self.patch_size}"
+            )
+        wrong = [
+            pair for pair in self.processor.image_grid_pinpoints if any(edge % self.side for edge in pair)
+        ]
+        if wrong:
+            raise ConfigError(
+                f"image_grid_pinpoints {wrong} are no multiples of a tile's side, {self.side} pixels; they must be "
+                "those of the checkpoint's config.json, with the size and crop_size of its preprocessor_config.json"
+            )
+
+    @property
+    def side(self) -> int:
+        """Pixels per side of a tile."""
+        size, crop = dict(self.processor.size), dict(getattr(self.processor, "crop_size", None) or {})
+        return int(crop.get("height") or size.get("height") or size["shortest_edge"])
+
+    @property
+    def base_grid(self) -> tuple[int, int]:
+        """Rows and columns of one tile's tokens."""
+        return (self.side // self.patch_size,) * 2
+
+    @property
+    def least_token_count(self) -> int:
+        """No picture has fewer visual tokens: the small picture's."""
+        return self.base_grid[0] * self.base_grid[1]
+
+    @property
+    def token_count(self) -> int:
+        """Most visual tokens of a picture: the largest of the resolutions, without padding."""
+        base, most = self.base_grid[0], 0
+        for height, width in self.processor.image_grid_pinpoints:
+            rows, cols = height // self.side * base, width // self.side * base
+            area = rows * cols
+            if self.most_tiles is not None:  # with padding cut off, a grid may just escape the shrinking
+                area = min(area, int(SHRINKS_ABOVE**2 * self.most_tiles * base**2))
+            most = max(most, area + rows)
+        return self.least_token_count + most
+
+    def attention_grid(self) -> tuple[int, int]:
+        """Rows and columns that stage one pools attention to."""
+        return FINEST_GRID
+
+    def to_dict(self) -> dict[str, Any]:
+        """What decides pixels and boxes, as plain JSON."""
+        return {
+            "kind": self.kind,
+            "patch_size": self.patch_size,
+            "most_tiles": self.most_tiles,
+            "processor": pixel_settings(self.processor, self.keys),
+        }
+
+    def __call__(self, image: PIL.Image.Image) -> EncodedImage:
+        """Turn one picture into model input.
+
+        Args:
+            image: RGB.
+
+        Returns:
+            ``pixel_values`` f4 ``[tiles, 3, H, W]``, ``image_sizes`` i8 ``[1, 2]`` (height, width), and one or two
+            tiles: the small picture, and the joined grid with its newline column.
+        """
+        output = run_processor(self.processor, image)
+        pixels = tile_array(output["pixel_values"][0], side=self.side)
+        sizes = np.array([[image.height, image.width]], dtype=np.int64)
+        small = whole(self.base_grid, covered_share(self.side, self.patch_size))
+        joined = self._joined(image.height, image.width)
+        return EncodedImage(
+            inputs={"pixel_values": pixels, "image_sizes": sizes},
+            tiles=(small,) if joined is None else (small, joined),
+        )
+
+    def _joined(self, height: int, width: int) -> Tile | None:
+        """The tokens of the large picture, newlines included; None if the cut leaves no row."""
+        best = select_best_resolution((height, width), self.processor.image_grid_pinpoints)
+        base = self.base_grid[0]
+        full = (best[0] // self.side * base, best[1] // self.side * base)  # rows, columns of all tiles
+        # As `unpad_image` of the model: how many rows or columns at each side are all padding, in tokens.
+        if width / height > full[1] / full[0]:
+            cut = ((full[0] - int(round(height * (full[1] / width), 7))) // 2, 0)
+        else:
+            cut = (0, (full[1] - int(round(width * (full[0] / height), 7))) // 2)
+        kept = (full[0] - 2 * cut[0], full[1] - 2 * cut[1])
+        if kept[0] < 1:
+            return None
+        if kept[1] < 1:  # a picture one pixel wide: the model still ends each row with its newline
+            return Tile(rows=kept[0], cols=1, region=BESIDE)
+        shown = _fitted(height, width, best)
+        low, high = [], []
+        for axis in (0, 1):
+            covered = (
+                best[axis] - self.side + self.base_grid[0] * self.patch_size
+            )  # pixels, first to last token
+            token = covered / full[axis]
+            margin = (best[axis] - shown[axis]) // 2  # black pixels in front of the picture
+            low.append((cut[axis] * token - margin) / shown[axis])
+            high.append(((cut[axis] + kept[axis]) * token - margin) / shown[axis])
+        # The last column reaches the picture's edge at least: a newline must not see a strip of it.
+        right = max(high[1], 1.0)
+        rows, cols = self._shrunk(*kept)
+        newline = (right - low[1]) / cols
+        return Tile(rows=rows, cols=cols + 1, region=(low[1], low[0], right + newline, high[0]))
+
+    def _shrunk(self, rows: int, cols: int) -> tuple[int, int]:
+        """Rows and columns after OneVision's interpolation."""
+        if self.most_tiles is None:
+            return rows, cols
+        ratio = sqrt(rows * cols / (self.most_tiles * self.base_grid[0] ** 2))
+        return (int(rows // ratio), int(cols // ratio)) if ratio > SHRINKS_ABOVE else (rows, cols)
+
+
+def _fitted(height: int, width: int, best: tuple[int, int]) -> tuple[int, int]:
+    """Height and width in pixels of a picture scaled to fit a resolution, as the processor scales it."""
+    scale_h, scale_w = best[0] / height, best[1] / width
+    if scale_w < scale_h:
+        return min(ceil(height * scale_w), best[0]), best[1]
+    return best[0], min(ceil(width * scale_h), best[1])

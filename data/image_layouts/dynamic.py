@@ -1,0 +1,93 @@
+"""Qwen2-VL, 2.5 and 3: the picture at about its own size, one visual token per square of merged patches.
+
+The sides are rounded to whole tokens, so there is no padding, and the number of tokens follows the picture. The
+chat template writes the tags around the picture; only the image token itself is opened out.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import PIL.Image
+
+from common.errors import ConfigError, SampleError
+from common.visual_tokens import grid_tile
+from data.image_encoder import EncodedImage
+from data.image_layouts.pixels import FINEST_GRID, check_processor, pixel_settings, run_processor
+
+MOST_ELONGATED = 200
+"""Long over short side that the library's processor still takes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DynamicEncoder:
+    """`Qwen2VLImageProcessorPil` with its geometry.
+
+    Attributes:
+        processor: The PIL image processor; its ``size`` holds the fewest and most pixels as ``shortest_edge``
+            and ``longest_edge``.
+
+    Raises:
+        ConfigError: The processor is of another kind.
+    """
+
+    processor: Any
+
+    kind: ClassVar[str] = "dynamic"
+    keys: ClassVar[tuple[str, ...]] = ("patch_size", "temporal_patch_size", "merge_size")
+    marker: ClassVar[str | None] = None
+
+    def __post_init__(self) -> None:
+        check_processor(self.processor, *self.keys)
+        if self.processor.do_resize is not True:
+            raise ConfigError(
+                "a Qwen image processor must scale pictures to whole tokens: set do_resize to true"
+            )
+
+    @property
+    def least_token_count(self) -> int:
+        """No picture has fewer visual tokens."""
+        return max(1, int(dict(self.processor.size)["shortest_edge"]) // self._token_pixels)
+
+    @property
+    def token_count(self) -> int:
+        """Most visual tokens of a picture."""
+        return max(1, int(dict(self.processor.size)["longest_edge"]) // self._token_pixels)
+
+    def attention_grid(self) -> tuple[int, int]:
+        """Rows and columns that stage one pools attention to."""
+        return FINEST_GRID
+
+    def to_dict(self) -> dict[str, Any]:
+        """What decides pixels and boxes, as plain JSON."""
+        return {"kind": self.kind, "processor": pixel_settings(self.processor, self.keys)}
+
+    def __call__(self, image: PIL.Image.Image) -> EncodedImage:
+        """Turn one picture into model input.
+
+        Args:
+            image: RGB.
+
+        Returns:
+            ``pixel_values`` f4 ``[patches, D]``, ``image_grid_thw`` i8 ``[1, 3]`` (time, rows and columns of
+            patches), and one tile.
+
+        Raises:
+            SampleError: The sides differ more than the processor takes.
+        """
+        short, long = sorted(image.size)
+        if long > MOST_ELONGATED * short:
+            raise SampleError(
+                f"an image of {image.width} x {image.height} pixels is more than {MOST_ELONGATED} times as long as "
+                "it is wide, which this family's image processor refuses; crop it first"
+            )
+        output = run_processor(self.processor, image)
+        shape = np.asarray(output["image_grid_thw"], dtype=np.int64).reshape(1, 3)
+        merge = int(self.processor.merge_size)
+        tile = grid_tile(int(shape[0, 1]) // merge, int(shape[0, 2]) // merge)
+        pixels = np.ascontiguousarray(output["pixel_values"], dtype=np.float32)
+        return EncodedImage(inputs={"pixel_values": pixels, "image_grid_thw": shape}, tiles=(tile,))
+
+    @property
+    def _token_pixels(self) -> int:
+        return (int(self.processor.patch_size) * int(self.processor.merge_size)) ** 2

@@ -1,0 +1,93 @@
+"""What all layouts share: running the library's processor, and reading what decides its pixels."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import PIL.Image
+
+from common.errors import ConfigError
+from common.visual_tokens import FINEST_SIDE, Tile
+from data.image_encoder import PIXEL_KEYS, plain_setting
+
+FINEST_GRID = (FINEST_SIDE, FINEST_SIDE)
+"""Rows and columns that stage one pools attention to where a picture's tokens form no one grid."""
+
+
+def pixel_settings(processor: Any, keys: Sequence[str] = ()) -> dict[str, Any]:
+    """What decides a processor's pixels, as plain JSON.
+
+    Args:
+        processor: A PIL image processor.
+        keys: Settings of its class beside those that all processors have.
+    """
+    stored = processor.to_dict()
+    return {key: plain_setting(stored.get(key)) for key in (*PIXEL_KEYS, *keys)}
+
+
+def check_processor(processor: Any, *needed: str) -> None:
+    """Refuse a processor of another class than the layout's.
+
+    Raises:
+        ConfigError: Naming the settings that it lacks.
+    """
+    missing = [name for name in needed if getattr(processor, name, None) is None]
+    if missing:
+        raise ConfigError(
+            f"image processor {type(processor).__name__} has no {', '.join(missing)}, which this layout needs; "
+            "use the one that the checkpoint's preprocessor_config.json names"
+        )
+
+
+def tile_array(values: Any, *, side: int | None = None) -> np.ndarray:
+    """Pixels of one picture's tiles as one array.
+
+    Args:
+        values: Arrays ``[3, H, W]``, one a tile, or one array of them.
+        side: Height and width that the layout expects.
+
+    Returns:
+        float32 ``[tiles, 3, H, W]``.
+
+    Raises:
+        ConfigError: If tiles have another size.
+    """
+    pixels = np.ascontiguousarray(values, dtype=np.float32)
+    if side is not None and pixels.shape[1:] != (3, side, side):
+        raise ConfigError(
+            f"the image processor gave tiles of shape {list(pixels.shape[1:])}, expected [3, {side}, {side}] from "
+            "its settings; size and crop_size (or max_image_size) must agree"
+        )
+    return pixels
+
+
+def run_processor(processor: Any, image: PIL.Image.Image, **options: Any) -> dict[str, Any]:
+    """The processor's own output for one picture."""
+    return dict(processor(image, **options))
+
+
+def covered_share(side: int, patch_size: int) -> float:
+    """Share of a tile's side that whole patches cover (SigLIP: 27 x 14 = 378 of 384 pixels)."""
+    return side // patch_size * patch_size / side
+
+
+def covered_tile(
+    grid: tuple[int, int], region: tuple[float, float, float, float], share: float = 1.0
+) -> Tile:
+    """Tokens over the part of a region that patches cover, from its upper left corner."""
+    x0, y0, x1, y1 = region
+    return Tile(rows=grid[0], cols=grid[1], region=(x0, y0, x0 + (x1 - x0) * share, y0 + (y1 - y0) * share))
+
+
+def tiled(rows: int, cols: int, grid: tuple[int, int], share: float = 1.0) -> tuple[Tile, ...]:
+    """A picture cut into rows x cols equal tiles of ``grid`` tokens each, row by row."""
+    return tuple(
+        covered_tile(grid, (col / cols, row / rows, (col + 1) / cols, (row + 1) / rows), share)
+        for row in range(rows)
+        for col in range(cols)
+    )
+
+
+def whole(grid: tuple[int, int], share: float = 1.0) -> Tile:
+    """One tile that shows the whole picture, squashed."""
+    return covered_tile(grid, (0.0, 0.0, 1.0, 1.0), share)

@@ -1,0 +1,122 @@
+"""Idefics 3 and SmolVLM: rows and columns of tiles with text between them, then the whole picture.
+
+The picture is stretched to whole tiles, so there is no padding. Each tile is written
+``<fake_token_around_image><row_1_col_2>`` and its image tokens, each row of tiles ends with a line feed, and the
+whole picture follows as ``<global-img>``.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import PIL.Image
+
+from common.errors import ConfigError, SampleError
+from data.image_encoder import EncodedImage
+from data.image_layouts.pixels import (
+    FINEST_GRID,
+    check_processor,
+    covered_share,
+    pixel_settings,
+    run_processor,
+    tile_array,
+    tiled,
+    whole,
+)
+
+AROUND, GLOBAL = "<fake_token_around_image>", "<global-img>"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitEncoder:
+    """`Idefics3ImageProcessorPil` or `SmolVLMImageProcessorPil` with its geometry and prompt text.
+
+    Attributes:
+        processor: The PIL image processor.
+        grid: Rows and columns of one tile's visual tokens, after the pixel shuffle.
+        patch_size: Pixels per side of a patch of the vision tower.
+        image_token: The text of one visual token.
+
+    Raises:
+        ConfigError: The processor is of another kind, or the grid is empty.
+    """
+
+    processor: Any
+    grid: tuple[int, int]
+    patch_size: int
+    image_token: str = "<image>"
+
+    kind: ClassVar[str] = "split"
+    keys: ClassVar[tuple[str, ...]] = ("max_image_size", "do_image_splitting")
+    marker: ClassVar[str | None] = None
+
+    def __post_init__(self) -> None:
+        check_processor(self.processor, "max_image_size", "do_image_splitting")
+        if min(self.grid) < 1 or not 1 <= self.patch_size <= self.side:
+            raise ConfigError(
+                f"a tile of {self.side} pixels needs at least 1 x 1 visual tokens and patches of 1..{self.side} "
+                f"pixels, got grid={self.grid}, patch_size={self.patch_size}"
+            )
+
+    @property
+    def side(self) -> int:
+        """Pixels per side of a tile."""
+        return int(dict(self.processor.max_image_size)["longest_edge"])
+
+    @property
+    def least_token_count(self) -> int:
+        """No picture has fewer visual tokens: those of one tile."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def token_count(self) -> int:
+        """Most visual tokens of a picture: a square one's."""
+        tiles, _, _ = self.processor.get_number_of_image_patches(self.side, self.side)
+        return max(int(tiles), 1) * self.least_token_count
+
+    def attention_grid(self) -> tuple[int, int]:
+        """Rows and columns that stage one pools attention to."""
+        return FINEST_GRID
+
+    def to_dict(self) -> dict[str, Any]:
+        """What decides pixels, boxes and the text, as plain JSON."""
+        return {
+            "kind": self.kind,
+            "grid": list(self.grid),
+            "patch_size": self.patch_size,
+            "image_token": self.image_token,
+            "processor": pixel_settings(self.processor, self.keys),
+        }
+
+    def __call__(self, image: PIL.Image.Image) -> EncodedImage:
+        """Turn one picture into model input.
+
+        Args:
+            image: RGB.
+
+        Returns:
+            ``pixel_values`` f4 ``[tiles, 3, H, W]``, the whole picture last, and their tiles. Tiles have one size,
+            so the processor's mask of their pixels is all ones, which is what the model assumes without one.
+
+        Raises:
+            SampleError: A tile's values are all exactly 0: the model takes it for padding and drops its tokens.
+        """
+        output = run_processor(self.processor, image, return_row_col_info=True)
+        pixels = tile_array(output["pixel_values"][0], side=self.side)
+        if not np.any(pixels, axis=(1, 2, 3)).all():
+            raise SampleError(
+                "a part of the picture is exactly the colour that the image processor maps to 0, which the model "
+                "reads as no picture at all; change its image_mean, or leave the sample out"
+            )
+        rows, cols = int(output["rows"][0][0]), int(output["cols"][0][0])
+        share = covered_share(self.side, self.patch_size)
+        tiles = (*tiled(rows, cols, self.grid, share), whole(self.grid, share))
+        return EncodedImage(inputs={"pixel_values": pixels}, tiles=tiles, text=self._text(rows, cols))
+
+    def _text(self, rows: int, cols: int) -> str:
+        tokens = self.image_token * self.least_token_count
+        text = ""
+        for row in range(1, rows + 1):
+            text += "".join(f"{AROUND}<row_{row}_col_{col}>{tokens}" for col in range(1, cols + 1)) + "\n"
+        text += "\n" if rows else ""
+        return f"{text}{AROUND}{GLOBAL}{tokens}{AROUND}"

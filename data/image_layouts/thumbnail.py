@@ -1,0 +1,121 @@
+"""InternVL: up to twelve tiles in the arrangement nearest the picture's shape, then a thumbnail of the whole.
+
+The picture is stretched to whole tiles, so there is no padding. All visual tokens stand in one run between two
+tags, tile after tile.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import PIL.Image
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
+
+from common.errors import ConfigError
+from data.image_encoder import EncodedImage
+from data.image_layouts.pixels import (
+    FINEST_GRID,
+    check_processor,
+    pixel_settings,
+    run_processor,
+    tile_array,
+    tiled,
+    whole,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThumbnailEncoder:
+    """`GotOcr2ImageProcessorPil` as InternVL's processor calls it, with geometry and prompt text.
+
+    Attributes:
+        processor: The PIL image processor.
+        grid: Rows and columns of one tile's visual tokens, after the pixel shuffle.
+        crops: Cut the picture into tiles. The library's `InternVLProcessor` does, whatever ``crop_to_patches``
+            its image processor has stored.
+        image_token: The text of one visual token.
+        before: Text in front of the visual tokens.
+        after: Text behind them.
+
+    Raises:
+        ConfigError: The processor is of another kind, or the grid is empty.
+    """
+
+    processor: Any
+    grid: tuple[int, int]
+    crops: bool = True
+    image_token: str = "<IMG_CONTEXT>"
+    before: str = "<img>"
+    after: str = "</img>"
+
+    kind: ClassVar[str] = "thumbnail"
+    keys: ClassVar[tuple[str, ...]] = ("min_patches", "max_patches")
+    marker: ClassVar[str | None] = None
+
+    def __post_init__(self) -> None:
+        check_processor(self.processor, "min_patches", "max_patches")
+        size = dict(self.processor.size)
+        if min(self.grid) < 1 or not size.get("height") or size["height"] != size.get("width"):
+            raise ConfigError(
+                f"tiles must be squares of at least 1 x 1 visual tokens, got size={size}, grid={self.grid}"
+            )
+
+    @property
+    def side(self) -> int:
+        """Pixels per side of a tile."""
+        return int(dict(self.processor.size)["height"])
+
+    @property
+    def least_token_count(self) -> int:
+        """No picture has fewer visual tokens: those of one tile."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def token_count(self) -> int:
+        """Most visual tokens of a picture."""
+        most = int(self.processor.max_patches)
+        return (most + 1 if self.crops and most > 1 else 1) * self.least_token_count
+
+    def attention_grid(self) -> tuple[int, int]:
+        """Rows and columns that stage one pools attention to."""
+        return FINEST_GRID
+
+    def to_dict(self) -> dict[str, Any]:
+        """What decides pixels, boxes and the text, as plain JSON."""
+        return {
+            "kind": self.kind,
+            "grid": list(self.grid),
+            "crops": self.crops,
+            "image_token": self.image_token,
+            "before": self.before,
+            "after": self.after,
+            "processor": pixel_settings(self.processor, self.keys),
+        }
+
+    def __call__(self, image: PIL.Image.Image) -> EncodedImage:
+        """Turn one picture into model input.
+
+        Args:
+            image: RGB.
+
+        Returns:
+            ``pixel_values`` f4 ``[tiles, 3, H, W]``, a thumbnail last if there are several, and their tiles.
+        """
+        output = run_processor(self.processor, image, crop_to_patches=self.crops)
+        pixels = tile_array(output["pixel_values"], side=self.side)
+        cols, rows = self._arrangement(image)
+        parts = tiled(rows, cols, self.grid)
+        tiles = parts if len(parts) == 1 else (*parts, whole(self.grid))
+        tokens = self.image_token * (self.least_token_count * len(tiles))
+        return EncodedImage(
+            inputs={"pixel_values": pixels}, tiles=tiles, text=f"{self.before}{tokens}{self.after}"
+        )
+
+    def _arrangement(self, image: PIL.Image.Image) -> tuple[int, int]:
+        """Columns and rows of tiles."""
+        fewest, most = int(self.processor.min_patches), int(self.processor.max_patches)
+        if not self.crops or most <= 1:
+            return 1, 1
+        cols, rows = get_optimal_tiled_canvas(
+            (image.height, image.width), (self.side, self.side), fewest, most
+        )
+        return cols, rows

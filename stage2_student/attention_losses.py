@@ -1,0 +1,336 @@
+"""What a student learns from where its teacher looks: pure functions, float32 inside.
+
+Losses of rows (answers, text) average over rows that look at the image, losses of maps over samples that have
+one; all are 0, with a graph, when there is nothing to learn from. They take live and cached signals alike. Over
+layer groups each is a mean or a sum, as asked.
+
+Maps of several samples come as one batch `[B, G, N, N]` when the samples have equally many visual tokens, as
+one processor's samples do, or padded with cells that a mask leaves out. Rows and keys of samples without an
+image are zero, as the attention capture leaves them.
+
+Dims: A rows, B samples, G layer groups, C grid cells, N visual tokens of the student's grid (the teacher's
+pooled to it).
+"""
+
+from typing import get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from common.codecs.row_attention import RowAttention
+from common.codecs.teacher_map import TeacherMap, image_pairs
+from stage2_student.terms import AnswerLossKind, LayerReduction, VisualMapKind
+
+_TINY = 1e-12
+"""Below any mass that matters: bounds logarithms and divisions where a student gives a cell nothing."""
+
+
+def answer_attention_loss(
+    student_cells: Tensor,
+    teacher: RowAttention,
+    *,
+    kind: AnswerLossKind = "kl",
+    cell_mask: Tensor | None = None,
+    sample_index: Tensor | None = None,
+    reduction: LayerReduction = "mean",
+) -> Tensor:
+    """How differently student and teacher look at the image while predicting answer tokens.
+
+    Both sides are renormalised over the image, per row and group: where a row looks, not how much. A
+    row's loss is weighted by the teacher's mass on the image, since a row that hardly looks says
+    little. `kl_with_rest` teaches how much as well: it keeps the mass off the image as one more cell, and
+    renormalises and weighs nothing. Rows without any mass (text-only samples) are left out, of the mean too.
+
+    Args:
+        student_cells: Absolute probability mass on each grid cell, float `[A, G, C]`.
+        teacher: The same rows, groups and grid.
+        kind: `kl`: KL(teacher || student) over cells. `cosine`: 1 - cosine. `relative`: `kl` after each
+            row is divided, cell by cell, by the mean row of its sample and renormalised, which brings out
+            where it looks beside cells that attract attention in all rows. `kl_with_rest`: KL over cells and
+            the rest.
+        cell_mask: bool `[C]` or `[A, C]`, False for cells in padding: masked on both sides, part of the
+            rest. None: all count.
+        sample_index: int64 `[A]`, sample of each row, for `relative`. None: all rows are of one sample.
+        reduction: Over groups.
+
+    Returns:
+        Scalar float32: nats (`kl`, `relative`: times mass; `kl_with_rest`) or dimensionless (`cosine`, times mass);
+        reduced over groups, mean over rows with image.
+
+    Raises:
+        ValueError: If the shapes differ, or there is no such kind or reduction.
+
+    Source:
+        Ours (CompoDistill, arXiv:2510.12184, aligns visual rows); `relative` after arXiv:2502.17422.
+    """
+    if kind not in get_args(AnswerLossKind):
+        raise ValueError(f"kind: expected one of {list(get_args(AnswerLossKind))}, got {kind!r}")
+    _check_equal("answer_attention_loss", student_cells, teacher.cells)
+    student, target = student_cells.float(), teacher.cells.float()  # [A, G, C]
+    weight = teacher.image_mass.float()  # [A, G]
+    if cell_mask is not None:
+        masked = ~(cell_mask if cell_mask.ndim == 1 else cell_mask[:, None])  # [C] or [A, 1, C]
+        student, target = student.masked_fill(masked, 0), target.masked_fill(masked, 0)
+        weight = target.sum(dim=-1)
+    present = has_mass(target)  # [A]
+    if kind == "kl_with_rest":
+        student = torch.cat([student, (1 - student.sum(dim=-1, keepdim=True)).clamp_min(0)], dim=-1)
+        target = torch.cat([target, (1 - weight[..., None]).clamp_min(0)], dim=-1)
+        return _reduce(_kl(target, student), present, student_cells, reduction)
+    student, target = _share(student), _share(target)
+    if kind == "relative":
+        index = torch.zeros_like(present, dtype=torch.int64) if sample_index is None else sample_index
+        student, target = (_relative_rows(rows, index, present) for rows in (student, target))
+    per_row = 1 - F.cosine_similarity(target, student, dim=-1) if kind == "cosine" else _kl(target, student)
+    return _reduce(weight * per_row, present, student_cells, reduction)
+
+
+def visual_columns_loss(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    token_mask: Tensor | None = None,
+    reduction: LayerReduction = "mean",
+) -> Tensor:
+    """1 - cosine of how much attention each visual token receives from the visual tokens.
+
+    Args:
+        student: Mean over visual query rows per visual key (`column_means`), float `[B, G, N]`.
+        teacher: The same, on the student's visual tokens.
+        token_mask: bool `[B, N]`, False for tokens in padding: masked on both sides. None: all count.
+        reduction: Over groups.
+
+    Returns:
+        Scalar float32, dimensionless: reduced over groups, mean over samples with visual tokens.
+
+    Raises:
+        ValueError: If the shapes differ or there is no such reduction.
+
+    Source:
+        CompoDistill's loss without its sink filter, of which N numbers a group are exact.
+    """
+    _check_equal("visual_columns_loss", student, teacher)
+    left, right = student.float(), teacher.float()
+    if token_mask is not None:
+        left, right = left.masked_fill(~token_mask[:, None], 0), right.masked_fill(~token_mask[:, None], 0)
+    return _reduce(1 - F.cosine_similarity(left, right, dim=-1), has_mass(right), student, reduction)
+
+
+def column_means(maps: Tensor) -> Tensor:
+    """Mean over query rows of visual maps, causal zeros included: float `[..., N, N]` -> `[..., N]`."""
+    return maps.mean(dim=-2)
+
+
+def sink_filtered_cosine_loss(
+    student: Tensor,
+    teacher: TeacherMap,
+    *,
+    token_mask: Tensor | None = None,
+    reduction: LayerReduction = "sum",
+) -> Tensor:
+    """1 - cosine of column means over the pairs where neither side shows an attention sink.
+
+    A pair counts if its mass is at most mean + std of its map on both sides and the teacher's is not zero.
+    The mask is a comparison, so no gradient flows through it, but it does follow the student. A teacher's map of
+    any preset serves, with the mask it was cached with.
+
+    Args:
+        student: Visual maps, float `[B, G, N, N]`, query rows by key columns, zero above the diagonal.
+        teacher: The same, on the student's visual tokens, and its half of the mask.
+        token_mask: Tokens that carry image, bool `[B, N]`; padding enters neither mean nor std. None: all do.
+        reduction: Over groups: `sum` as published, or `mean`.
+
+    Returns:
+        Scalar float32, dimensionless: mean over samples with visual tokens.
+
+    Raises:
+        ValueError: If the shapes differ or there is no such reduction.
+
+    Source:
+        CompoDistill's released code (arXiv:2510.12184); mean and unbiased std include the causal zeros.
+    """
+    _check_equal("sink_filtered_cosine_loss", student, teacher.values)
+    columns, wanted = teacher.mean_columns(student.float(), token_mask)  # [B, G, N]
+    losses = 1 - F.cosine_similarity(columns, wanted, dim=-1)
+    return _reduce(losses, has_mass(teacher.values), student, reduction)
+
+
+def visual_map_loss(
+    student: Tensor,
+    teacher: TeacherMap,
+    *,
+    kind: VisualMapKind = "cosine",
+    token_mask: Tensor | None = None,
+    reduction: LayerReduction = "mean",
+) -> Tensor:
+    """How differently visual tokens look at visual tokens, over the whole map.
+
+    Args:
+        student: Visual maps, float `[B, G, N, N]`, query rows by key columns.
+        teacher: The same, on the student's visual tokens.
+        kind: `cosine`: 1 - cosine of the flattened maps, the paper's. `kl`: KL(teacher || student) of each row,
+            renormalised over the visual keys and weighted by the teacher's mass on them, mean over the rows
+            that carry image. `mse`: mean squared difference over the pairs of tokens that carry image, causal
+            zeros included (masses are about 1/N, so this is of the order 1/N^2). `sink_filtered`:
+            `sink_filtered_cosine_loss`.
+        token_mask: Tokens that carry image, bool `[B, N]`; others are masked on both sides. None: all do.
+        reduction: Over groups.
+
+    Returns:
+        Scalar float32, dimensionless (`kl`: nats times mass): mean over samples with visual tokens.
+
+    Raises:
+        ValueError: If the shapes differ, or there is no such kind or reduction.
+        CacheMismatchError: If the teacher's map comes from a preset without single values.
+
+    Source:
+        CompoDistill (arXiv:2510.12184): the visual attention alignment and its ablation of loss kinds, of which
+        the paper gives no formula beyond the names.
+    """
+    if kind not in get_args(VisualMapKind):
+        raise ValueError(f"kind: expected one of {list(get_args(VisualMapKind))}, got {kind!r}")
+    if kind == "sink_filtered":
+        return sink_filtered_cosine_loss(student, teacher, token_mask=token_mask, reduction=reduction)
+    _check_equal("visual_map_loss", student, teacher.values)
+    left, right = student.float(), teacher.whole(f"the loss visual_map_kind={kind}")
+    pairs = image_pairs(left, token_mask)
+    left, right = left * pairs, right * pairs
+    if kind == "cosine":
+        losses = 1 - F.cosine_similarity(left.flatten(2), right.flatten(2), dim=-1)
+    elif kind == "mse":
+        losses = (left - right).square().sum(dim=(2, 3)) / pairs.sum(dim=(2, 3)).clamp_min(1)
+    else:
+        rows = pairs.any(dim=-1).sum(dim=-1).clamp_min(1)  # [B, G]
+        losses = (right.sum(dim=-1) * _kl(_share(right), _share(left))).sum(dim=-1) / rows
+    return _reduce(losses, has_mass(right), student, reduction)
+
+
+def all_attention_loss(
+    student_map: Tensor,
+    student_text: Tensor,
+    teacher_map: Tensor,
+    teacher_text: Tensor,
+    *,
+    text_sample: Tensor,
+    row_weights: Tensor,
+    token_mask: Tensor | None = None,
+    reduction: LayerReduction = "mean",
+) -> Tensor:
+    """1 - cosine of all rows' attention on the image, flattened: the paper's A[:, :N_v].
+
+    Every query row counts, visual and text; the columns are the visual ones. Both parts must lie on the same
+    cells. Where cells hold several tokens, the map's rows are their mean, and weights keep the balance between
+    visual and text rows that single tokens would have.
+
+    Args:
+        student_map: Visual rows, float `[B, G, C, C]`, query rows by key columns.
+        student_text: Text rows of all samples, float `[X, G, C]`.
+        teacher_map: As `student_map`.
+        teacher_text: As `student_text`.
+        text_sample: int64 `[X]`, the sample of each text row.
+        row_weights: How many visual tokens each row of the maps stands for, float `[B, C]`.
+        token_mask: Cells that carry image, bool `[B, C]`; others are masked on both sides. None: all do.
+        reduction: Over groups: `mean` as published, or `sum`.
+
+    Returns:
+        Scalar float32, dimensionless: mean over samples with visual tokens.
+
+    Raises:
+        ValueError: If the shapes differ or there is no such reduction.
+
+    Source:
+        CompoDistill (arXiv:2510.12184), the formula of its visual attention alignment; the weights are ours.
+    """
+    _check_equal("all_attention_loss", student_map, teacher_map)
+    _check_equal("all_attention_loss, text rows", student_text, teacher_text)
+    seen_map, seen_text = student_map.float(), student_text.float()
+    true_map, true_text = teacher_map.float(), teacher_text.float()
+    if token_mask is not None:
+        pairs, columns = image_pairs(seen_map, token_mask), token_mask[text_sample][:, None]  # [X, 1, C]
+        seen_map, true_map = seen_map * pairs, true_map * pairs
+        seen_text, true_text = seen_text * columns, true_text * columns
+
+    def inner(left_map: Tensor, left_text: Tensor, right_map: Tensor, right_text: Tensor) -> Tensor:
+        """Inner products `[B, G]` of the flattened rows."""
+        visual = ((left_map * right_map).sum(dim=-1) * row_weights[:, None]).sum(dim=-1)
+        return visual.index_add(0, text_sample, (left_text * right_text).sum(dim=-1))
+
+    both = inner(seen_map, seen_text, true_map, true_text)
+    seen = inner(seen_map, seen_text, seen_map, seen_text).clamp_min(_TINY**2).sqrt()
+    true = inner(true_map, true_text, true_map, true_text).clamp_min(_TINY**2).sqrt()
+    cosine = both / (seen * true)  # the squares are bounded, not the norms: the root of 0 has no gradient
+    return _reduce(1 - cosine, has_mass(true_map), student_map, reduction)
+
+
+def sink_shares(
+    student: Tensor, teacher: TeacherMap, *, token_mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """What the sink filter of `sink_filtered_cosine_loss` takes out, of the pairs on which the teacher has mass.
+
+    Args:
+        student: As there.
+        teacher: As there. The mass of pairs in its sinks is known of a complete map only.
+        token_mask: As there.
+
+    Returns:
+        The share of these pairs, and the share of the teacher's mass on them, float32 scalars in [0, 1]: mean over
+        groups, then over samples with visual tokens; 0 without any. The second is 0 for an incomplete map.
+    """
+    with torch.no_grad():
+        kept = teacher.kept_with(student.float(), token_mask)  # [B, G, N, N]
+        values = teacher.values * image_pairs(teacher.values, token_mask)
+        present = has_mass(values)
+        all_pairs = (values > 0).sum(dim=(-2, -1)).clamp_min(1)
+        pairs = 1 - kept.sum(dim=(-2, -1)) / all_pairs
+        mass = 1 - (values * kept).sum(dim=(-2, -1)) / values.sum(dim=(-2, -1)).clamp_min(_TINY)
+        if not teacher.complete:
+            mass = torch.zeros_like(mass)
+        return _reduce(pairs, present, pairs, "mean"), _reduce(mass, present, mass, "mean")
+
+
+def has_mass(teacher: Tensor) -> Tensor:
+    """Which rows or samples an attention loss averages over: `[A or B, ...]` to bool `[A or B]`.
+
+    Those without any mass are text-only, or pictures so narrow that no token carries image.
+    """
+    return teacher.flatten(1).any(dim=1)
+
+
+def _check_equal(where: str, student: Tensor, teacher: Tensor) -> None:
+    if student.shape != teacher.shape:
+        raise ValueError(
+            f"{where}: student has shape {[*student.shape]}, teacher {[*teacher.shape]}; "
+            "pool the teacher to the student's grid and match its layer groups first"
+        )
+
+
+def _share(cells: Tensor) -> Tensor:
+    """Each row's mass as a share of its image mass; a row without mass stays zero."""
+    return cells / cells.sum(dim=-1, keepdim=True).clamp_min(_TINY)
+
+
+def _kl(target: Tensor, student: Tensor) -> Tensor:
+    """KL(target || student) over the last axis; cells that either side gives nothing stay finite."""
+    return (target * (target.clamp_min(_TINY).log() - student.clamp_min(_TINY).log())).sum(dim=-1)
+
+
+def _relative_rows(shares: Tensor, sample_index: Tensor, present: Tensor) -> Tensor:
+    """Rows `[A, G, C]` divided by the mean row of their sample's `present` rows, renormalised; unseen cells stay 0."""
+    samples = int(sample_index.max()) + 1 if len(sample_index) else 0
+    counted = shares * present[:, None, None]
+    sums = torch.zeros(samples, *shares.shape[1:], device=shares.device).index_add(0, sample_index, counted)
+    rows = torch.zeros(samples, device=shares.device).index_add(0, sample_index, present.float())
+    means = sums / rows.clamp_min(1)[:, None, None]
+    return _share(shares / means[sample_index].clamp_min(_TINY))
+
+
+def _reduce(losses: Tensor, present: Tensor, student: Tensor, reduction: LayerReduction) -> Tensor:
+    """Reduce `[A or B, G]` over groups, then average over the rows or samples that are `present`, bool `[A or B]`."""
+    if reduction not in get_args(LayerReduction):
+        raise ValueError(f"reduction: expected one of {list(get_args(LayerReduction))}, got {reduction!r}")
+    if not bool(present.any()):
+        # Still depends on the student, so that a batch without rows can be stepped as any other.
+        return student.float().sum() * 0.0
+    chosen = losses[present]
+    return (chosen.sum(dim=1) if reduction == "sum" else chosen.mean(dim=1)).mean()

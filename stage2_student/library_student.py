@@ -1,0 +1,191 @@
+"""A student of any family of the model library, behind the interface that training and evaluation use.
+
+The library's own forward pass runs; what differs between families stands in ``data.families``. Only the
+supervised rows enter the output projection, so that ``[B, T, V]`` never exists.
+
+Dims: B batch, T sequence, A supervised rows, V vocabulary.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from common.errors import ModelError
+from common.models.mobilevlm import PHASES, Phase
+from data.collate import Batch
+from data.encoding import EncodedSample
+from data.families import Family, submodule
+from data.family_models import open_family_model, rows_only
+from data.image_encoder import AnyImageEncoder
+
+
+@dataclass(frozen=True)
+class SupervisedOutput:
+    """Logits of the supervised rows, float ``[A, V]``, in batch-row order."""
+
+    logits: Tensor
+
+
+class LibraryStudent(nn.Module):
+    """One model of the library as a student.
+
+    Attributes:
+        model: The library's.
+        family: Where its parts are.
+    """
+
+    def __init__(self, model: Any, family: Family) -> None:
+        """Wrap a model.
+
+        Args:
+            model: As ``open_family_model`` gives it; float32 to be trained.
+            family: Its entry in the table.
+        """
+        super().__init__()
+        self.model = model
+        self.family = family
+
+    @property
+    def config(self) -> Any:
+        """The library's configuration."""
+        return self.model.config
+
+    @property
+    def image_token_id(self) -> int:
+        """Id of one visual token in ``input_ids``."""
+        return self.family.image_token_id(self.model.config)
+
+    @property
+    def language_model(self) -> Any:
+        """The decoder whose attention is captured.
+
+        Raises:
+            ModelError: If the family is not listed, so that nobody knows where it is.
+        """
+        if not self.family.is_listed:
+            raise ModelError(
+                f"student of model_type {self.model.config.model_type!r}: its language model's place is not known "
+                "(data/families.py), so its attention cannot be captured; set the weights of all attention losses "
+                "to 0 and train it with lm and logits"
+            )
+        return submodule(self.model, self.family.language_model)
+
+    def model_inputs(self, batch: Batch) -> Mapping[str, Any]:
+        """A batch as keyword arguments of ``forward``."""
+        return self.family.model_inputs(self.model.config, batch, dtype=self._dtype)
+
+    def generation_inputs(
+        self, prompts: Sequence[EncodedSample], pad_id: int, device: torch.device
+    ) -> Mapping[str, Any]:
+        """Prompts as keyword arguments of ``generate``, padded on the left."""
+        return self.family.generation_inputs(self.model.config, prompts, pad_id, device, dtype=self._dtype)
+
+    def forward(self, *, supervised: Tensor | None = None, **inputs: Any) -> Any:
+        """Predict next tokens; with ``supervised``, only for the rows that a loss needs.
+
+        Args:
+            supervised: Bool ``[B, T]``; None: all rows.
+            **inputs: From `model_inputs`.
+
+        Returns:
+            ``logits``: float ``[A, V]`` in batch-row order with ``supervised``, else the library's output.
+        """
+        if supervised is None:
+            return self.model(**inputs)
+        with rows_only(self.model, supervised):
+            return SupervisedOutput(logits=self.model(**inputs).logits[0])
+
+    def trainable_parameters(self, phase: Phase) -> list[nn.Parameter]:
+        """Mark what a phase trains, freeze the rest, and return what is trained.
+
+        The projector side is all that is neither vision tower nor language model (LLaVA-NeXT's newline
+        embedding, for one); a projector inside the tower (Qwen-VL's merger) belongs to it. One of our own models
+        decides itself.
+
+        Args:
+            phase: ``dpt`` trains the projector side, ``dft`` and ``sft`` the language model too.
+
+        Raises:
+            ModelError: If the phase is unknown, or the family is not listed and only its projector is wanted.
+        """
+        if phase not in PHASES:
+            raise ModelError(f"phase: got {phase!r}; choose one of {', '.join(PHASES)}")
+        own = getattr(self.model, "trainable_parameters", None)
+        if own is not None:
+            return list(own(phase))
+        self.requires_grad_(True)
+        if phase == "dpt":
+            self.language_model.requires_grad_(False)
+            for embedding in (self.model.get_input_embeddings(), self.model.get_output_embeddings()):
+                embedding.requires_grad_(False)
+        if self.family.is_listed:
+            submodule(self.model, self.family.vision_tower).requires_grad_(False)
+            submodule(self.model, self.family.projector).requires_grad_(True)
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+    def get_input_embeddings(self) -> Any:
+        """The token embedding."""
+        return self.model.get_input_embeddings()
+
+    def get_output_embeddings(self) -> Any:
+        """The output projection."""
+        return self.model.get_output_embeddings()
+
+    def __call__(self, **inputs: Any) -> Any:
+        """As of every module."""
+        return super().__call__(**inputs)
+
+    def generate(self, **inputs: Any) -> Any:
+        """Continue prompts, as the library's ``generate``."""
+        return self.model.generate(**inputs)
+
+    def save_pretrained(self, folder: str | Path, **options: Any) -> None:
+        """Write the library's model alone, so that `from_pretrained` finds it."""
+        self.model.save_pretrained(folder, **options)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        dtype: torch.dtype = next(self.model.parameters()).dtype
+        return dtype
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenedStudent:
+    """What lies in a student's folder.
+
+    Attributes:
+        model: float32, on the CPU.
+        tokenizer: Its tokenizer.
+        image_processor: Its image processor; of a family that is not listed, its whole processor.
+        image_encoder: Pixels and boxes.
+    """
+
+    model: LibraryStudent
+    tokenizer: Any
+    image_processor: Any
+    image_encoder: AnyImageEncoder
+
+
+def open_library_student(folder: Path) -> OpenedStudent:
+    """Open a checkpoint directory of any family as a student, in float32.
+
+    Args:
+        folder: Model, tokenizer and image processor files, as the library's ``save_pretrained`` writes them.
+
+    Returns:
+        The student and what it reads with.
+
+    Raises:
+        ModelError: If the folder is no complete checkpoint.
+    """
+    model, family, tokenizer, processor = open_family_model(folder, dtype="float32")
+    return OpenedStudent(
+        model=LibraryStudent(model, family),
+        tokenizer=tokenizer,
+        image_processor=processor,
+        image_encoder=family.image_encoder(model.config, processor, tokenizer),
+    )

@@ -1,0 +1,111 @@
+"""Which losses a phase of training has: weights, and the kind of each. Part of a run's configuration."""
+
+import math
+from dataclasses import dataclass
+
+from common.errors import ConfigError
+from common.layers import DepthPart, Matching
+from stage2_student.terms import (
+    ATTENTION_TERMS,
+    FEATURE_TERMS,
+    AnswerLossKind,
+    AttentionReduction,
+    HiddenKind,
+    LogitKind,
+    VisualMapKind,
+    cached_signals,
+)
+
+
+def require(ok: bool, name: str, value: object, need: str) -> None:
+    """Refuse the value of an option with what it must be."""
+    if not ok:
+        raise ConfigError(f"{name} is {value!r}; it must be {need}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossWeights:
+    """Weight of each loss term, and of which kind it is; 0 switches a term off, and its signal is not even read.
+
+    Attributes:
+        lm: Cross-entropy on the supervised rows.
+        logits: Divergence from the teacher's cached logits.
+        answer_attention: Where the answer's rows look on the image.
+        text_attention: Where all text rows behind the image look on it, those of questions too.
+        visual_columns: Mean attention each visual token receives from the visual rows.
+        visual_map: The visual x visual attention map.
+        all_attention: The paper's A[:, :N_v], visual and text rows as one vector; reads ``visual_map`` and
+            ``text_attention``.
+        hidden: Hidden states of the cached layers at supervised rows.
+        visual_hidden: The same at visual tokens.
+        projector_output: What enters the language model at visual tokens.
+        visual_logits: Divergence from the teacher's logits at visual tokens.
+        temperature: Of ``logits`` and ``visual_logits``, dimensionless; must be cached.
+        hidden_kind: Of the three losses on hidden states: ``relative_mse`` and ``cosine`` need the teacher's width,
+            ``relation`` compares each row's similarities to the others.
+        logit_kind: ``forward_kl``, ``reverse_kl``, ``jsd`` (Jensen-Shannon) or ``tvd`` (total variation).
+        answer_kind: Of both row losses, answer and text: ``kl`` over the image, ``cosine``, ``relative``
+            (rows divided by the sample's mean row), or ``kl_with_rest`` (one more cell for the mass off the image).
+        visual_map_kind: ``sink_filtered`` (the released code), ``cosine`` (the paper's formula), ``kl`` or ``mse``.
+        attention_reduction: Over layers: ``sum``, ``mean``, or ``published``: sum for ``sink_filtered``, else mean.
+        matching: Of layers: ``group``, ``simple`` or ``adaptive``; the last two need a cache of single layers.
+        attention_layers: ``early``, ``middle``, ``late`` or ``all``; None: those the cache was built for.
+    """
+
+    lm: float = 1.0
+    logits: float = 0.0
+    answer_attention: float = 0.0
+    text_attention: float = 0.0
+    visual_columns: float = 0.0
+    visual_map: float = 0.0
+    all_attention: float = 0.0
+    hidden: float = 0.0
+    visual_hidden: float = 0.0
+    projector_output: float = 0.0
+    visual_logits: float = 0.0
+    temperature: float = 1.0
+    logit_kind: LogitKind = "forward_kl"
+    answer_kind: AnswerLossKind = "kl"
+    visual_map_kind: VisualMapKind = "sink_filtered"
+    hidden_kind: HiddenKind = "relative_mse"
+    attention_reduction: AttentionReduction = "published"
+    matching: Matching = "group"
+    attention_layers: DepthPart | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in self.active(everything=True).items():
+            require(0 <= value < math.inf, f"losses.{name}", value, "a weight of 0 or more")
+        require(bool(self.active()), "losses", self, "at least one weight above 0")
+        require(self.temperature > 0, "losses.temperature", self.temperature, "above 0 (dimensionless)")
+
+    def active(self, *, everything: bool = False) -> dict[str, float]:
+        """Weights by term, those above 0 only unless ``everything``."""
+        named = {
+            name: getattr(self, name)
+            for name in (
+                "lm",
+                "logits",
+                "answer_attention",
+                "text_attention",
+                "visual_columns",
+                "visual_map",
+                "all_attention",
+                *FEATURE_TERMS,
+            )
+        }
+        return {name: float(value) for name, value in named.items() if everything or value != 0}
+
+    @property
+    def distilled(self) -> tuple[str, ...]:
+        """The terms that read a cache, in a fixed order."""
+        return tuple(name for name in self.active() if name != "lm")
+
+    @property
+    def signals(self) -> tuple[str, ...]:
+        """The cache's signals that these losses read, in a fixed order."""
+        return cached_signals(self.distilled)
+
+    @property
+    def attends(self) -> bool:
+        """Whether any loss reads attention."""
+        return bool(set(self.distilled) & set(ATTENTION_TERMS))

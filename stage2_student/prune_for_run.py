@@ -1,0 +1,58 @@
+"""The student of a run that is cut out of the teacher of the run's own cache, measured on the cache's own samples."""
+
+from itertools import islice
+from pathlib import Path
+
+from transformers import AutoConfig
+
+from common.cache import open_cache
+from common.errors import ModelError
+from data.family_inputs import text_config
+from data.fingerprints import tokenizer_fingerprint
+from data.processors import load_tokenizer
+from data.sample import iterate_readable
+from stage2_student.config import TrainConfig
+from stage2_student.preparation import open_cached_data
+from stage2_student.prune import prune_directory
+from stage2_student.student_encoder import encoder_of_cache
+
+SAMPLES = 256  # that importance is measured on
+
+
+def prune_for_cache(config: TrainConfig, output: Path, *, keep: float, samples: int = SAMPLES) -> str:
+    """Cut a run's student out of the teacher of its cache, by the cache's own samples.
+
+    Args:
+        config: Names teacher, cache and data.
+        output: Folder to write.
+        keep: Share of heads and channels.
+        samples: How many samples importance is measured on.
+
+    Returns:
+        A line that says what became of the sizes.
+
+    Raises:
+        ModelError: If the directory does not hold the cache's teacher.
+    """
+    cache = open_cache(config.phase(config.phases[0]).cache or config.cache)
+    teacher = Path(config.teacher or "")
+    found, cached = tokenizer_fingerprint(load_tokenizer(teacher)), cache.plan.fingerprints["tokenizer"]
+    width = cache.plan.teacher.get("hidden_size")
+    own = text_config(AutoConfig.from_pretrained(teacher, local_files_only=True)).hidden_size
+    if found != cached or width not in (None, own):
+        raise ModelError(
+            f"--teacher {teacher}: tokenizer {found}, width {own}; the cache {cache.path} was built with tokenizer "
+            f"{cached}, width {width}: give the directory of the cache's own teacher"
+        )
+    phase = config.phase(config.phases[0])
+    dataset = open_cached_data(cache, data=phase.data, images=phase.images)
+    widths = prune_directory(
+        teacher,
+        output,
+        keep=keep,
+        samples=islice(iterate_readable(dataset), samples),
+        encoder=encoder_of_cache(cache.plan, cache.path / "processor", max_length=config.max_length),
+        described={"cache": cache.manifest_hash},
+        device=config.device,
+    )
+    return f"{output}: {widths.heads} heads ({widths.key_value_heads} of keys and values), {widths.channels} channels"

@@ -1,0 +1,97 @@
+"""From a preset of phases, a user's YAML and the command line to what a run is. Imports no torch."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from common.config import load_config
+from common.errors import ConfigError
+from stage2_student.config import PHASE_NAMES, TrainConfig, choose_size
+from stage2_student.pruned_folder import kept_share, pruning_record
+from stage2_student.student_presets import split_student_name
+
+PRESETS = Path(__file__).parent / "presets"
+QUOTES = "'\" "
+
+
+def resolve_config(path: Path | None, overrides: Sequence[str], *, teacher_width: int) -> TrainConfig:
+    """A preset, then a user's YAML, then ``a.b=c`` overrides.
+
+    Args:
+        path: The user's YAML; None for none.
+        overrides: Of the command line.
+        teacher_width: Width of the cached teacher's language model; picks the preset for student size
+            ``auto``.
+
+    Raises:
+        ConfigError: For an unknown or unusable option.
+    """
+    given = [*_flatten(read_yaml(path)), *overrides]
+    student = next((item.partition("=")[2] for item in reversed(given) if item.startswith("student=")), "")
+    preset = PRESETS / f"{phases_preset(student.strip(QUOTES), teacher_width)}.yaml"
+    for phase in PHASE_NAMES:
+        # A preset says steps or epochs; whoever gives the other one means it instead.
+        for one, other in (("steps", "epochs"), ("epochs", "steps")):
+            keys = {item.partition("=")[0] for item in given}
+            if f"{phase}.{one}" in keys and f"{phase}.{other}" not in keys:
+                given.append(f"{phase}.{other}=null")
+    where = f"options ({path}, command line)" if path else "options"
+    return load_config(TrainConfig, preset, given, where=where)
+
+
+def phases_preset(student: str, teacher_width: int) -> str:
+    """The preset of phases that a student is trained by: how it was made, and whether it is a demonstration.
+
+    Args:
+        student: A name or a directory.
+        teacher_width: Width of the cached teacher's language model.
+    """
+    tiny = _size_of(student, teacher_width) == "tiny"
+    pruned = kept_share(student) is not None or pruning_record(student) is not None
+    if pruned:
+        return "phases-pruned-tiny" if tiny else "phases-pruned"
+    return "phases-tiny" if tiny else "phases-published"
+
+
+def _size_of(student: str, teacher_width: int) -> str:
+    """The size a student is trained like: the one in its name, a directory's by its width, else by the teacher."""
+    folder = Path(student)
+    if folder.is_dir():
+        try:
+            found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            return choose_size(int(found.get("text_config", found)["hidden_size"]))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            pass  # whoever loads it says what is wrong with it
+    _, size = split_student_name(student)
+    return choose_size(teacher_width) if size == "auto" else size
+
+
+def read_yaml(path: Path | None, *, missing_ok: bool = False) -> dict[str, Any]:
+    """Read a YAML mapping of options; empty without a path.
+
+    Raises:
+        ConfigError: If it cannot be read, or is no mapping.
+    """
+    if path is None or (missing_ok and not path.exists()):
+        return {}
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot be read as YAML: {error}") from error
+    if loaded is not None and not isinstance(loaded, dict):
+        raise ConfigError(f"{path}: expected a mapping of options, got {type(loaded).__name__}")
+    return loaded or {}
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Nested options as ``a.b=c``."""
+    flat: list[str] = []
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            flat += _flatten(value, f"{prefix}{key}.")
+        else:
+            flat.append(f"{prefix}{key}={json.dumps(value)}")
+    return flat

@@ -1,0 +1,138 @@
+"""The parts of an optimizer step: its micro-batches ahead of time, its sums over processes, its gradient."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from common.errors import ModelError
+from stage2_student.objective import LossTerms
+from stage2_student.optim import learning_rate
+from stage2_student.prefetch import Prefetcher
+from stage2_student.preparation import PreparedPhase
+from stage2_student.sampler import micro_batch_count, split_step
+from stage2_student.training_batch import TrainingBatch
+
+
+def load_steps(
+    phase: PreparedPhase, accelerator: Accelerator, first: int, num_workers: int
+) -> Iterator[tuple[list[TrainingBatch], Callable[[], dict[str, float]]]]:
+    """This process's micro-batches of each step left, made ahead of time, with a progress bar.
+
+    Args:
+        phase: What to load.
+        accelerator: Which process this is.
+        first: First optimizer step.
+        num_workers: Loading threads.
+
+    Yields:
+        The micro-batches, and a function that gives the step's ``step_s`` (seconds since the step before),
+        ``samples_per_s`` (all processes) and ``data_wait`` (share of the step spent waiting for data) once
+        it is done.
+    """
+    size = phase.config.batch_size
+    world = accelerator.num_processes
+    parts = micro_batch_count(size, world_size=world, micro_batch_size=phase.config.micro_batch_size)
+
+    def load(item: int) -> TrainingBatch:
+        step, part = divmod(item, parts)
+        samples = phase.shuffle.take(step * size, size)
+        if phase.expect is not None:
+            phase.expect(phase.shuffle.upcoming(step * size, phase.steps * size))
+        mine = split_step(samples, rank=accelerator.process_index, world_size=world, micro_batches=parts)
+        batch = phase.dataset.batch(mine[part])
+        return batch.pinned() if accelerator.device.type == "cuda" else batch
+
+    with (
+        ExitStack() as ending,
+        Prefetcher(load, first * parts, phase.steps * parts, num_workers=num_workers) as items,
+        tqdm(
+            total=phase.steps,
+            initial=first,
+            desc=phase.name,
+            unit="step",
+            disable=not accelerator.is_main_process,
+            mininterval=1.0,
+        ) as progress,
+    ):
+        if phase.expect is not None:
+            ending.callback(phase.expect, ())  # a killed run does not wait for shards that nobody reads
+        began, waited = time.perf_counter(), 0.0
+        stream = iter(items)
+        for _ in range(first, phase.steps):
+            micro_batches = [next(stream) for _ in range(parts)]
+
+            def timing() -> dict[str, float]:
+                nonlocal began, waited
+                now = time.perf_counter()
+                seconds, wait = max(now - began, 1e-9), items.waited - waited
+                began, waited = now, items.waited
+                return {"step_s": seconds, "samples_per_s": size / seconds, "data_wait": wait / seconds}
+
+            yield micro_batches, timing
+            progress.update()
+
+
+def step_totals(micro_batches: list[TrainingBatch], accelerator: Accelerator) -> list[float]:
+    """What each loss of a whole step is a mean over (``TrainingBatch.units``), over all processes."""
+    local = torch.tensor([batch.units for batch in micro_batches], dtype=torch.float64).sum(dim=0)
+    if accelerator.num_processes == 1:
+        return local.tolist()
+    summed: Tensor = accelerator.reduce(local.to(accelerator.device), reduction="sum")
+    return summed.tolist()
+
+
+def gradient_sync(accelerator: Accelerator, model: nn.Module, *, last: bool) -> AbstractContextManager[Any]:
+    """Exchange gradients between processes on a step's last micro-batch only."""
+    return nullcontext() if last else accelerator.no_sync(model)
+
+
+def clip_gradients(
+    accelerator: Accelerator,
+    parameters: list[nn.Parameter],
+    clip: float,
+    terms: list[LossTerms],
+    *,
+    where: tuple[str, int],
+) -> None:
+    """Scale gradients down to a norm; refuse to step on numbers that would ruin the student.
+
+    Args:
+        accelerator: Which knows how.
+        parameters: What is trained.
+        clip: Largest norm of the gradient of all of them.
+        terms: This process's losses of the step; the norm alone is the same on all processes.
+        where: Phase and step, counted from 1, for the error.
+
+    Raises:
+        ModelError: If loss or gradient is infinite or not a number.
+    """
+    norm = accelerator.clip_grad_norm_(parameters, clip)
+    losses = sum_terms(terms)
+    # One wait for the device a step; without it the next checkpoint would hold the ruined student.
+    if not bool(torch.stack([norm, *losses.values()]).isfinite().all()):
+        found = ", ".join(f"{name} {float(value):.4g}" for name, value in losses.items())
+        raise ModelError(
+            f"phase {where[0]}, step {where[1]}: loss or gradient is not finite ({found}; gradient norm "
+            f"{float(norm):.4g}); the step was not taken. Lower {where[0]}.lr, or check the cache with "
+            "`cachectl verify --deep`"
+        )
+
+
+def sum_terms(terms: list[LossTerms]) -> dict[str, Tensor]:
+    """This process's part of each loss term of a step."""
+    named = [term.named() for term in terms]
+    return {name: torch.stack([values[name].detach() for values in named]).sum() for name in named[0]}
+
+
+def scheduled_rate(phase: PreparedPhase, step: int) -> float:
+    """The learning rate of a step of a phase."""
+    config = phase.config
+    return learning_rate(
+        step, steps=phase.steps, peak=config.lr, warmup=config.warmup, schedule=config.schedule
+    )

@@ -1,0 +1,142 @@
+"""From samples to a student's sequences: described beside the student, which outlives its cache, and rebuilt.
+
+A student reads pictures and text in its own way. Where it has none (it is made from a cache's vision tower, or its
+folder holds weights alone) the way of the cache's teacher is the only one that fits.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from common.errors import CacheFormatError, ConfigError, ModelError
+from common.plan import Plan
+from data.encoding import SampleEncoder
+from data.image_encoder import AnyImageEncoder, ImageEncoder
+from data.image_layouts import image_encoder_from_dict
+from data.processors import load_image_processor, load_tokenizer
+from data.templates import PromptTemplate
+
+MAX_LENGTH = 2048  # tokens, where neither the run nor a cache says one
+UNKNOWN_GEOMETRY = "library"
+"""Kind of the image encoders that know how many visual tokens there are, and not where they look."""
+
+
+def load_processors(folder: Path) -> tuple[Any, Any]:
+    """The tokenizer and image processor in a folder: a cache's ``processor/``, or a trained student.
+
+    Raises:
+        CacheFormatError: If they cannot be read.
+    """
+    try:
+        return load_tokenizer(folder), load_image_processor(folder)
+    except ModelError as error:
+        raise CacheFormatError(f"{error}; the folder is incomplete: build it again") from error
+
+
+def knows_boxes(geometry: Mapping[str, Any]) -> bool:
+    """Whether the boxes of visual tokens are known, so that two models' attention can meet.
+
+    Args:
+        geometry: Of a plan, or ``to_dict`` of an image encoder.
+    """
+    return geometry.get("kind") != UNKNOWN_GEOMETRY
+
+
+def cache_image_encoder(
+    geometry: Mapping[str, Any], image_processor: Any, *, grid: tuple[int, int] | None = None, where: str
+) -> AnyImageEncoder:
+    """The image encoder that a cache's plan describes.
+
+    Args:
+        geometry: Of the plan.
+        image_processor: The cache's.
+        grid: Rows and columns of the visual tokens of a student that reads the same pixels; None: the teacher's.
+        where: Whose pictures they become, for the error.
+
+    Raises:
+        ConfigError: If another grid is asked of a geometry whose number of tokens depends on the picture.
+    """
+    if grid is not None and "kind" in geometry:
+        raise ConfigError(
+            f"{where} has no image processor of its own, and the cache's teacher reads pictures in another way "
+            f"(kind {geometry['kind']!r}) than as one square of fixed size; give a student directory that holds "
+            "its preprocessor_config.json"
+        )
+    encoder: AnyImageEncoder = image_encoder_from_dict(geometry, image_processor)
+    return encoder.with_grid(grid) if grid is not None and isinstance(encoder, ImageEncoder) else encoder
+
+
+def describe_encoder(encoder: SampleEncoder) -> dict[str, Any]:
+    """What turns a sample into a student's sequence, as JSON; kept beside the student."""
+    return {
+        "template": encoder.template.to_dict(),
+        "geometry": encoder.image_encoder.to_dict(),
+        "image_token_id": encoder.image_token_id,
+        "max_length": encoder.max_length,
+    }
+
+
+def build_encoder(
+    description: Mapping[str, Any],
+    tokenizer: Any,
+    image_processor: Any,
+    *,
+    image_encoder: AnyImageEncoder | None = None,
+    grid: tuple[int, int] | None = None,
+) -> SampleEncoder:
+    """The encoder of a student.
+
+    Args:
+        description: From `describe_encoder`.
+        tokenizer: The student's.
+        image_processor: The student's.
+        image_encoder: The student's, where its model makes it; None: the described one.
+        grid: Rows and columns of the student's visual tokens, for descriptions of old without them.
+
+    Raises:
+        ConfigError: If the processor is not the described one, or neither geometry nor grid is known.
+    """
+    if image_encoder is None and "geometry" in description:
+        image_encoder = image_encoder_from_dict(description["geometry"], image_processor)
+    elif image_encoder is None:
+        # Before a student could have its own geometry, layout and patch size were all that was kept.
+        if grid is None:
+            raise ConfigError("an encoder described without geometry needs the grid of the student's tokens")
+        image_encoder = ImageEncoder(
+            processor=image_processor,
+            layout=description["layout"],
+            grid=grid,
+            patch_size=description.get("patch_size"),
+        )
+    return SampleEncoder(
+        tokenizer=tokenizer,
+        image_encoder=image_encoder,
+        template=PromptTemplate.from_dict(dict(description["template"])),
+        image_token_id=description["image_token_id"],
+        max_length=description["max_length"],
+    )
+
+
+def encoder_of_cache(plan: Plan, folder: Path, *, max_length: int | None) -> SampleEncoder | None:
+    """How the teacher of a cache read its samples; None where that is known to the model library alone.
+
+    Args:
+        plan: The cache's.
+        folder: The cache's ``processor``.
+        max_length: Tokens; None: the cache's.
+    """
+    if not knows_boxes(plan.geometry):
+        return None
+    tokenizer, image_processor = load_processors(folder)
+    return SampleEncoder(
+        tokenizer=tokenizer,
+        image_encoder=cache_image_encoder(plan.geometry, image_processor, where=str(folder)),
+        template=PromptTemplate.from_dict(plan.template),
+        image_token_id=int(plan.teacher["image_token_id"]),
+        max_length=max_length or longest_sequence(plan),
+    )
+
+
+def longest_sequence(plan: Plan) -> int:
+    """Tokens of the longest sequence that a cache could hold; a cache of unknown provenance says nothing of this."""
+    return int(plan.extra.get("max_length", MAX_LENGTH))

@@ -1,0 +1,205 @@
+"""A run's student with what it reads: made from a cache's parts, or opened from a directory of any family."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from common.atomic import read_json
+from common.cache import TeacherCache
+from common.errors import ConfigError, ModelError
+from common.models.projectors import TeacherAdapter
+from common.models.published import is_published
+from common.models.vision_language import VisionLanguageModel
+from data.families import FAMILIES
+from data.image_encoder import AnyImageEncoder, ImageEncoder
+from data.image_layouts import image_encoder_from_dict
+from data.processors import load_image_processor, load_tokenizer
+from data.templates import PromptTemplate, get_template
+from stage2_student.build_student import build_student, own_image_encoder
+from stage2_student.config import TrainConfig
+from stage2_student.library_student import LibraryStudent, open_library_student
+from stage2_student.student_encoder import build_encoder, cache_image_encoder, load_processors
+from stage2_student.student_model import StudentModel
+from stage2_student.student_presets import split_student_name, student_folder
+
+PROVENANCE = "distillation.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentParts:
+    """A student and what it reads with.
+
+    Attributes:
+        model: On the CPU, float32.
+        tokenizer: Its own, or the cache's.
+        image_processor: Likewise.
+        image_encoder: Pixels and boxes of its visual tokens.
+        image_token_id: Id of one visual token in its sequences.
+        template: Its own prompt template, where the cache's is of another tokenizer; None: the cache's fits any.
+        where: Whose tokenizer and pictures these are, for errors.
+    """
+
+    model: StudentModel
+    tokenizer: Any
+    image_processor: Any
+    image_encoder: AnyImageEncoder
+    image_token_id: int
+    template: PromptTemplate | None
+    where: str
+
+    @property
+    def teacher_tower(self) -> nn.Module | None:
+        """The vision tower of a student with the teacher's projector (TAF), which must be the teacher's; else None."""
+        model = self.model
+        if isinstance(model, VisionLanguageModel) and isinstance(model.model.mm_projector, TeacherAdapter):
+            tower: nn.Module = model.vision_encoder
+            return tower
+        return None
+
+    @property
+    def depth(self) -> int:
+        """Layers of the language model."""
+        return int(self.model.language_model.config.num_hidden_layers)
+
+    @property
+    def visual_rows(self) -> str:
+        """What a visual token sees: ``causal``, its whole ``image``, or the whole ``prefix``."""
+        return self.model.family.visual_rows if isinstance(self.model, LibraryStudent) else "causal"
+
+
+def open_parts(config: TrainConfig, cache: TeacherCache) -> StudentParts:
+    """Make or open the student that a run names.
+
+    Args:
+        config: The run.
+        cache: Its first; gives tokenizer, image processor, vision tower and projector where the student has none.
+
+    Raises:
+        ConfigError: If there is no such student.
+        ModelError: If a directory's weights are incomplete or do not fit the options.
+        CacheFormatError: If the cache lacks a part that this student needs.
+    """
+    name, size = split_student_name(config.student)
+    given = student_folder(config.student, config.student_weights)
+    if given is not None and not is_published(given):
+        return _library_parts(config, given)
+    name, folder = (name, Path(name)) if given is None else (str(given), given)
+    cached_tokenizer, cached_processor = load_processors(cache.path / "processor")
+    own_tokenizer = any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model"))
+    tokenizer = load_tokenizer(folder) if own_tokenizer else cached_tokenizer
+    vision_tower = None if config.vision_tower is None else Path(config.vision_tower)
+    model = build_student(
+        name,
+        cache_dir=cache.path,
+        vocab_size=len(tokenizer),
+        image_token_id=None if own_tokenizer else int(cache.plan.teacher["image_token_id"]),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        size=size,
+        projector_type=config.projector,
+        pool_teacher_tokens=config.pool_teacher_tokens,
+        vision_tower=vision_tower,
+        language_model=None if config.language_model is None else Path(config.language_model),
+        seed=config.seed,
+    )
+    where = f"student {folder}" if own_tokenizer else f"{cache.path / 'processor'}"
+    image_processor, image_encoder = _mobilevlm_images(
+        model, folder, cache, tokenizer, cached_processor, vision_tower=vision_tower
+    )
+    if isinstance(image_encoder, ImageEncoder):
+        image_encoder = replace(image_encoder, drops_first=bool(model.dropped_tokens))
+    return StudentParts(
+        model=model,
+        tokenizer=tokenizer,
+        image_processor=image_processor,
+        image_encoder=image_encoder,
+        image_token_id=int(model.config.image_token_id),
+        template=_trained_template(folder) or get_template("vicuna_v1"),
+        where=where,
+    )
+
+
+def _library_parts(config: TrainConfig, folder: Path) -> StudentParts:
+    if config.projector is not None or config.pool_teacher_tokens:
+        raise ConfigError(
+            f"projector={config.projector}, pool_teacher_tokens={config.pool_teacher_tokens}: student {folder} "
+            "is a model of the library with a projector of its own; leave both unset, or use student=mobilevlm"
+        )
+    opened = open_library_student(folder)
+    model = opened.model
+    rows = int(model.get_input_embeddings().weight.shape[0])
+    if max(model.image_token_id + 1, opened.tokenizer.vocab_size) > rows:
+        raise ModelError(
+            f"student {folder}: its embedding has {rows} rows, its tokenizer gives ids up to "
+            f"{max(model.image_token_id, opened.tokenizer.vocab_size - 1)}; the folder mixes two models"
+        )
+    model.trainable_parameters("dft")
+    return StudentParts(
+        model=model,
+        tokenizer=opened.tokenizer,
+        image_processor=opened.image_processor,
+        image_encoder=opened.image_encoder,
+        image_token_id=model.image_token_id,
+        template=_trained_template(folder) or _default_template(model, opened.tokenizer),
+        where=f"student {folder}",
+    )
+
+
+def _mobilevlm_images(
+    model: Any,
+    folder: Path,
+    cache: TeacherCache,
+    tokenizer: Any,
+    cached_processor: Any,
+    *,
+    vision_tower: Path | None,
+) -> tuple[Any, AnyImageEncoder]:
+    """Image processor and encoder of a MobileVLM: its own where its folder has one, else the cache's."""
+    if not any((folder / name).exists() for name in ("preprocessor_config.json", "processor_config.json")):
+        fresh = own_image_encoder(model, cache.plan.geometry, vision_tower=vision_tower)
+        if fresh is not None:
+            return fresh.processor, fresh
+        encoder = cache_image_encoder(
+            cache.plan.geometry, cached_processor, grid=model.image_grid, where=f"student {folder}"
+        )
+        return cached_processor, encoder
+    processor = load_image_processor(folder)
+    if (folder / PROVENANCE).exists():
+        described = read_json(folder / PROVENANCE)["encoder"]
+        encoder = build_encoder(described, tokenizer, processor, grid=model.image_grid).image_encoder
+        return processor, encoder
+    same = _as_the_cache(cache, processor, model.image_grid)
+    if same is not None:
+        return processor, same
+    family = FAMILIES.get(model.config.model_type)
+    if family is None:
+        return processor, ImageEncoder.from_processor(processor, model.image_grid)
+    own = family.image_encoder(model.config, processor, tokenizer)
+    return processor, own.with_grid(model.image_grid) if isinstance(own, ImageEncoder) else own
+
+
+def _as_the_cache(cache: TeacherCache, processor: Any, grid: tuple[int, int]) -> ImageEncoder | None:
+    """The cache's layout, if a processor beside a student's weights is the very one of the cache; else None."""
+    try:
+        encoder = image_encoder_from_dict(cache.plan.geometry, processor)
+    except ConfigError:  # another processor, or a geometry that only the library's whole processor has
+        return None
+    return encoder.with_grid(grid) if isinstance(encoder, ImageEncoder) else None
+
+
+def _trained_template(folder: Path) -> PromptTemplate | None:
+    """The template that a student of ours was trained with."""
+    if not (folder / PROVENANCE).exists():
+        return None
+    return PromptTemplate.from_dict(read_json(folder / PROVENANCE)["encoder"]["template"])
+
+
+def _default_template(model: LibraryStudent, tokenizer: Any) -> PromptTemplate | None:
+    """The family's own; None where it is the tokenizer's and the tokenizer has none."""
+    try:
+        return get_template(model.family.template, tokenizer)
+    except ConfigError:
+        return None

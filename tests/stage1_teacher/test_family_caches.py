@@ -1,0 +1,96 @@
+"""`teacher-cache build` with a teacher of every family, and what it refuses of whom."""
+
+from pathlib import Path
+
+import pytest
+from family_caches import build
+from tiny_families import TINY, save_tiny
+
+from common.errors import CacheMismatchError, ConfigError, ModelError
+from common.shared_images import VISUAL_SOURCE
+from common.verification import verify
+from data.fingerprints import weights_fingerprint
+from stage1_teacher.teacher import Teacher
+
+
+@pytest.mark.parametrize("name", list(TINY))
+def test_a_cache_of_every_family_is_built_and_found_sound(family_cache, name: str):
+    cache, sees_ahead = family_cache(name), name.startswith("paligemma")
+    assert len(cache) == 10
+    assert not cache.failed
+    assert verify(cache.path, deep=True) == []
+    record = cache.read("s3")
+    words = "A dog" if cache.plan.template["name"] in ("chat", "paligemma") else " A dog"
+    assert len(record["labels"]) == len(words) + 1  # of single bytes; the end token
+    assert record["answer_image_mass"].any()
+    assert not cache.read("text")["answer_image_mass"].any()
+    assert cache.plan.fingerprints["vision_tower"]
+    has_projector = (cache.path / "projector.safetensors").is_file()
+    assert has_projector == (name in ("llava", "llava_next", "llava_onevision", "compodistill"))
+    assert has_projector == ("no_projector" not in cache.plan.teacher)
+    # Two questions about one picture: its own signals are kept once unless visual tokens see the question.
+    assert (VISUAL_SOURCE in cache.plan.all_fields) == (not sees_ahead)
+    held = [len(cache.read_stored(sample)["visual_columns"]) > 0 for sample in ("s0", "again")]
+    assert held == [True, sees_ahead]
+
+
+@pytest.mark.parametrize(
+    ("name", "sees"), [("paligemma", "the whole prompt"), ("gemma3", "their whole image")]
+)
+def test_a_map_that_is_no_triangle_is_refused(tmp_path: Path, family_data: Path, name: str, sees: str):
+    teacher = save_tiny(name, tmp_path / "teacher")
+    with pytest.raises(ModelError, match=rf"'{name}' visual tokens see {sees}.*leave visual_map out"):
+        build(teacher, family_data, tmp_path / "cache", signals=("logits", "visual_map"))
+
+
+def test_placement_is_part_of_what_a_teacher_is(tmp_path: Path, family_data: Path):
+    folder = save_tiny("qwen3_vl", tmp_path / "teacher")
+    plain, spread = Teacher(folder), Teacher(folder, device_map="cpu")
+    assert plain.fingerprints()["teacher"] != spread.fingerprints()["teacher"]
+    assert plain.fingerprints()["teacher"] == weights_fingerprint(folder, "float32")
+    assert plain.fingerprints()["teacher"] != weights_fingerprint(folder, "float32", quantisation="8bit")
+    cache = build(folder, family_data, tmp_path / "cache", device_map="cpu")
+    assert cache.plan.teacher["device_map"] == "cpu"
+    assert cache.plan.fingerprints["teacher"] == spread.fingerprints()["teacher"]
+    with pytest.raises(CacheMismatchError, match="teacher"):
+        build(folder, family_data, tmp_path / "cache")
+
+
+def test_a_teacher_whose_attention_cannot_be_captured_still_gives_logits(
+    tmp_path: Path, family_data: Path, monkeypatch
+):
+    def refuse(*_):
+        raise ModelError("not in this version")
+
+    monkeypatch.setattr("stage1_teacher.teacher.AttentionCapture", refuse)
+    folder = save_tiny("smolvlm", tmp_path / "teacher")
+    with pytest.raises(
+        ModelError, match=r"answer_attention cannot be had: not in this version.*--signals logits"
+    ):
+        build(folder, family_data, tmp_path / "cache")
+    assert len(build(folder, family_data, tmp_path / "cache", signals=("logits",))) == 10
+
+
+def test_questions_that_share_a_picture_are_refused_where_it_sees_them(tmp_path: Path):
+    teacher = save_tiny("paligemma", tmp_path / "teacher")
+    with pytest.raises(ModelError, match=r"visual tokens see the question.*'shapes.*one question a sample"):
+        build(teacher, Path("shapes:images=2"), tmp_path / "cache")
+
+
+@pytest.mark.parametrize("name", ["llava", "mobilevlm_v2"])
+def test_quantisation_without_bitsandbytes_names_the_extra(tmp_path: Path, family_data: Path, name: str):
+    teacher = save_tiny(name, tmp_path / "teacher")
+    expected = "authors' own layout" if name == "mobilevlm_v2" else r"vlm-distill-cache\[quantised\]"
+    with pytest.raises(ConfigError, match=expected):
+        build(teacher, family_data, tmp_path / "cache", quantisation="4bit")
+
+
+def test_an_incomplete_checkpoint_is_refused_rather_than_filled_with_noise(tmp_path: Path, family_data: Path):
+    from safetensors.torch import load_file, save_file
+
+    teacher = save_tiny("qwen2_vl", tmp_path / "teacher")
+    tensors = load_file(teacher / "model.safetensors")
+    del tensors[next(name for name in tensors if "layers.1.self_attn.q_proj" in name)]
+    save_file(tensors, teacher / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"weights are missing.*would be random"):
+        build(teacher, family_data, tmp_path / "cache")

@@ -1,0 +1,105 @@
+"""`pruned:KEEP` on the way of a run, and `distill prune` by itself."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from click.testing import CliRunner
+from lora_runs import save_teacher
+from tiny_cache import DATA
+from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+from common.errors import ConfigError, ModelError
+from data.family_models import open_family_model
+from stage2_student import prune_for_run
+from stage2_student.cli import main
+from stage2_student.config import describe
+from stage2_student.prune_for_run import prune_for_cache
+from stage2_student.run import load_run_config, run
+
+FAST = [
+    "dft.steps=2", "dft.batch_size=4", "dft.losses.hidden=0", "dft.losses.logits=1.0", "evaluation.limit=2",
+    "evaluation.letters=false", "evaluation.agreement_samples=4", "evaluation.overlays=1", "device=cpu",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """The directory of the teacher that the tiny cache is of."""
+    return save_teacher(tmp_path_factory.mktemp("teacher") / "llava")
+
+
+def make_config(cache, output, teacher, *more):
+    given = ["student=pruned:0.5", f"teacher={teacher}", f"data='{DATA}'", f"output={output}", *FAST, *more]
+    return load_run_config(None, given, cache=cache)
+
+
+def test_a_run_cuts_the_student_once_and_trains_scores_and_reports_it(
+    tiny_cache, tmp_path, teacher, monkeypatch
+):
+    config = make_config(tiny_cache[0], tmp_path / "run", teacher)
+    assert (config.phases, config.dft.trainable) == (("dft",), "all")
+    said = []
+    summary = run(config, say=said.append)
+    assert summary.fresh
+    assert f"pruned:0.5: cutting it out of {teacher}" in said
+    assert any("2 heads" in line for line in said)
+    record = json.loads((tmp_path / "run" / "student" / "pruning.json").read_text())
+    assert record["keep"] == 0.5
+    student = open_family_model(tmp_path / "run" / "distilled" / "final").model
+    assert student.config.text_config.num_attention_heads == 2
+    assert student.config.text_config.hidden_size == 32
+    # killed behind the cut: it is used as it is
+    stamp = json.loads((tmp_path / "run" / "run.json").read_text())
+    (tmp_path / "run" / "run.json").write_text(json.dumps({**stamp, "finished": None}))
+    monkeypatch.setattr(prune_for_run, "prune_directory", None)
+    said.clear()
+    assert run(config, say=said.append).table == summary.table
+    assert said[0] == f"pruned:0.5: cut out of {teacher} already"
+    # another teacher or share is another run
+    with pytest.raises(ConfigError, match=r"student: the folder has .*pruned:0.5(.|\n)*another --output"):
+        run(replace(config, student="pruned:0.25"))
+
+
+def test_a_pruned_students_run_is_known_by_what_was_cut_not_by_where_it_lies(tiny_cache, tmp_path, teacher):
+    config = make_config(tiny_cache[0], tmp_path / "run", teacher)
+    described = []
+    for name in ("here", "there"):
+        prune_for_cache(config, tmp_path / name, keep=0.5, samples=4)
+        described.append(describe(replace(config, student=str(tmp_path / name)), {}))
+    assert described[0] == described[1]
+    assert described[0]["student"]["keep"] == 0.5
+
+
+def test_another_teacher_than_the_caches_is_refused(tiny_cache, tmp_path, teacher):
+    other = save_teacher(tmp_path / "other")
+    made = LlavaConfig.from_pretrained(teacher)
+    made.text_config.hidden_size, made.text_config.head_dim = 16, 8
+    LlavaForConditionalGeneration(made).save_pretrained(other)
+    config = make_config(tiny_cache[0], tmp_path / "run", other)
+    with pytest.raises(
+        ModelError, match=r"width 16; the cache .* width 32: give the directory of the cache's own"
+    ):
+        prune_for_cache(config, tmp_path / "student", keep=0.5)
+
+
+def test_the_command_writes_a_folder_and_says_what_comes_next(tmp_path, teacher):
+    arguments = ["prune", "--teacher", str(teacher), "--data", DATA, "--keep", "0.5", "--samples", "3"]
+    arguments += ["--template", "short", "--output", str(tmp_path / "student")]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.output
+    assert "2 heads (2 of keys and values) and 32 channels a layer" in result.output
+    assert f"Next: distill run --student {tmp_path / 'student'}" in result.output
+    again = CliRunner().invoke(main, arguments)
+    assert again.exit_code == 1
+    assert "exists; give a new folder" in again.output
+    assert CliRunner().invoke(main, [*arguments[:6], "0", *arguments[7:]]).exit_code == 2
+
+
+def test_train_alone_asks_for_the_cut_first(tiny_cache, tmp_path, teacher):
+    arguments = ["train", "--student", "pruned:0.5", "--cache", str(tiny_cache[0]), "--data", DATA]
+    arguments += ["--set", f"teacher={teacher}", "--output", str(tmp_path / "run")]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 1
+    assert "first run `distill prune --teacher" in result.output
+    assert not (tmp_path / "run").exists()

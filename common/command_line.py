@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
 import sys
@@ -36,6 +37,17 @@ class CommandGroup(click.Group):
         return ctx.exit(1)
 
 
+def start_logging(level: int = logging.INFO) -> None:
+    """Show what this project logs; of what HTTP and S3 clients log, only warnings.
+
+    Args:
+        level: The least that is shown.
+    """
+    logging.basicConfig(level=level, format="%(message)s")
+    for client in ("httpx", "botocore", "boto3", "s3transfer", "urllib3"):
+        logging.getLogger(client).setLevel(logging.WARNING)
+
+
 def quoted(place: str | Path) -> str:
     """Write a path or an address as a shell reads it back, for the commands that we propose."""
     return shlex.quote(str(place))
@@ -57,6 +69,28 @@ class CacheLocation(click.ParamType):
                 f"{value}: no such folder, and no address (s3://, hf://datasets/, https://)", param, ctx
             )
         return str(Path(value))
+
+
+class CacheFolder(click.Path):
+    """A cache in a folder of this machine; of an address it is said how the cache comes here."""
+
+    def __init__(self) -> None:
+        super().__init__(exists=True, file_okay=False, path_type=Path)
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> str | bytes | os.PathLike[str]:
+        """Return the path."""
+        from common.remotes import is_url
+
+        if is_url(value):
+            self.fail(
+                f"{value}: an address; this command works on a folder of this machine. Bring the cache here first: "
+                f"`cachectl pull {quoted(value)} FOLDER`, which checks every file",
+                param,
+                ctx,
+            )
+        return super().convert(value, param, ctx)
 
 
 class NewFolder(click.Path):

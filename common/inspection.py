@@ -6,10 +6,10 @@ are printed (``common.printing``).
 
 from __future__ import annotations
 
-import shlex
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from common.command_line import quoted
 from common.derivation import derivation_words
 from common.manifest import (
     BASE,
@@ -22,6 +22,7 @@ from common.manifest import (
     read_plan,
     read_sidecar,
 )
+from common.next_step import distill_command
 from common.printing import one_line
 from common.schema import BASE_FIELDS, Field
 
@@ -63,12 +64,17 @@ class _Totals:
             self.stored_by_field[name] = self.stored_by_field.get(name, 0) + entry.size
 
 
-def describe_cache(cache_dir: Path) -> str:
+def describe_cache(cache_dir: Path, *, location: str | None = None) -> str:
     """Describe a cache, sealed or not, on one screen.
+
+    Args:
+        cache_dir: Where its descriptions are.
+        location: The folder or address that whoever asks knows it by; None: ``cache_dir``.
 
     Raises:
         CacheFormatError: If it is no cache, or one of its descriptions is damaged.
     """
+    place = str(cache_dir) if location is None else location
     plan = read_plan(cache_dir)
     sealed = (cache_dir / MANIFEST).exists()
     manifest = read_manifest(cache_dir) if sealed else None
@@ -82,13 +88,14 @@ def describe_cache(cache_dir: Path) -> str:
         prints.insert(0, f"this cache {manifest.hash[:12]}")
     state = "sealed" if sealed else f"not sealed, {len(missing)} of {plan.shard_count} shards missing"
     lines = [
-        f"teacher cache   {cache_dir}: {plan.store}, format version {plan.format_version}, {state}",
+        f"teacher cache   {place}: {plan.store}, format version {plan.format_version}, {state}",
         f"teacher         {_words(plan.teacher, ('name', 'family', 'dtype', 'layers', 'vocabulary'))}",
         f"data            {_words(plan.data, ('name', 'spec', 'split', 'limit'))}",
         *(_wrapped("derived", derived) if (derived := derivation_words(plan)) else []),
         *_wrapped("licence", _licence_words(plan)),
         f"samples         {totals.samples:,} of {plan.sample_count:,} in {totals.shards} shards of "
-        f"{plan.shard_size:,}; {totals.failed_count} failed",
+        f"{plan.shard_size:,}; {totals.failed_count} failed"
+        + (", of the missing shards nobody knows yet" if missing else ""),
         f"rows            {totals.rows:,} supervised, {totals.rows / max(1, totals.samples):.1f} a sample",
         "",
         *_size_lines(plan, totals),
@@ -101,7 +108,7 @@ def describe_cache(cache_dir: Path) -> str:
     if totals.failed_count > len(totals.failed):
         lines.append(f"failed          ... and {totals.failed_count - len(totals.failed)} more")
     lines += _wrapped("fidelity", _fidelity_words(manifest))
-    lines += ["", *_next_lines(cache_dir, totals, sealed=sealed, missing=bool(missing))]
+    lines += ["", *_next_lines(cache_dir, place, plan, totals, sealed=sealed, missing=bool(missing))]
     return "\n".join(lines)
 
 
@@ -196,15 +203,18 @@ def _wrapped(title: str, words: list[str]) -> list[str]:
     return [*lines, line.rstrip()]
 
 
-def _next_lines(cache_dir: Path, totals: _Totals, *, sealed: bool, missing: bool) -> list[str]:
+def _next_lines(
+    cache_dir: Path, place: str, plan: Plan, totals: _Totals, *, sealed: bool, missing: bool
+) -> list[str]:
     if missing:
         return ["next            teacher-cache build with the same options makes the missing shards"]
     if not sealed:
-        return [f"next            teacher-cache seal {cache_dir}"]
+        return [f"next            teacher-cache seal {quoted(place)}"]
+    check = f"verify {quoted(place)}" if place == str(cache_dir) else f"pull {quoted(place)} FOLDER"
     return [
-        f"next            make distill STUDENT=mobilevlm CACHE={cache_dir}",
-        f"                cachectl inspect {cache_dir} {shlex.quote(one_line(totals.first_id))}",
-        f"                cachectl verify {cache_dir}",
+        f"next            {distill_command(plan, place)}".replace(" SET=", f" \\\n{'':<16}SET="),
+        f"                cachectl inspect {quoted(place)} {quoted(one_line(totals.first_id))}",
+        f"                cachectl {check}",
     ]
 
 

@@ -173,6 +173,7 @@ def match_cached_groups(
     student_depth: int,
     matching: Matching = "group",
     layers: DepthPart | None = None,
+    where: str = "the cache",
 ) -> GroupMatch:
     """How a student meets the layer groups that a cache holds.
 
@@ -188,6 +189,7 @@ def match_cached_groups(
         matching: See :func:`match_layers`.
         layers: Which part of the depth is aligned; None: the cache's groups as they are or, of a cache of all
             single layers, the middle ones.
+        where: Which cache, for the error.
 
     Returns:
         Weights over the cached groups, and the student's groups.
@@ -211,8 +213,8 @@ def match_cached_groups(
         parts = _parts_of(frozenset(wanted), cached)
         if parts is None:
             raise CacheMismatchError(
-                f"{matching} matching of the {choice} layers needs the mean over the teacher's layers "
-                f"{[*wanted]}; the cache holds means over {[[*group] for group in cached]}, of which it cannot be "
+                f"{where}: {matching} matching of the {choice} layers needs the mean over the teacher's layers "
+                f"{[*wanted]}, but it holds means over {[[*group] for group in cached]}, of which that cannot be "
                 "made. Set losses.matching=group and losses.attention_layers=null, or build a cache of single "
                 f"layers (teacher-cache build --set groups={teacher_depth} --set layers=all), which serves "
                 "every matching"

@@ -25,6 +25,7 @@ from common.hashing import fingerprint
 from common.manifest import CARD, MANIFEST, read_plan, read_sidecar
 from common.merging_parts import differing_field, merge_parts
 from common.plan import DESCRIPTIVE, MAX_SHARDS, THREADS
+from common.printing import one_line
 from common.remotes import open_remote
 from common.shared_images import VISUAL_SOURCE
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from common.manifest import Manifest, Plan
+    from common.schema import Field
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,9 +136,15 @@ def refuse_different(first: TeacherCache, other: TeacherCache) -> None:
     Raises:
         CacheMismatchError: Naming each fingerprint or setting with both values, or the file that differs.
     """
-    lines = describe_differences(
-        _meaning(first.plan), _meaning(other.plan), there=str(first.path), here=str(other.path)
-    )
+    one, two = _meaning(first.plan), _meaning(other.plan)
+    lines = _signal_lines(first, other)
+    if lines:  # said in words; what follows from it is not said again
+        for meaning in (one, two):
+            for name in first.plan.signals.keys() ^ other.plan.signals.keys():
+                meaning["signals"].pop(name, None)
+                meaning["fields"].pop(name, None)
+            meaning["fingerprints"].pop("codec", None)
+    lines += describe_differences(one, two, there=str(first.path), here=str(other.path))
     files, others = side_files_of(first.manifest), side_files_of(other.manifest)
     lines += [
         f"  {name}: {first.path} and {other.path} hold different files"
@@ -147,8 +155,19 @@ def refuse_different(first: TeacherCache, other: TeacherCache) -> None:
         raise CacheMismatchError(
             f"{first.path} and {other.path} cannot be merged, they differ:\n" + "\n".join(lines) + "\n"
             "Merge caches of one teacher, template, geometry and codec; build one of them again with the "
-            "other's options"
+            "other's options, or, of a part that was pulled, pull it again with the other's --signals and --top-k"
         )
+
+
+def _signal_lines(first: TeacherCache, other: TeacherCache) -> list[str]:
+    """Name the signals of both, if they differ."""
+    if first.plan.signals.keys() == other.plan.signals.keys():
+        return []
+    named = [
+        f"{cache.path} holds {', '.join(map(one_line, sorted(cache.plan.signals)))}"
+        for cache in (first, other)
+    ]
+    return [f"  signals: {'; '.join(named)}"]
 
 
 def _meaning(plan: Plan) -> dict[str, Any]:
@@ -156,8 +175,8 @@ def _meaning(plan: Plan) -> dict[str, Any]:
     described = plan.to_dict()
     names = (*DESCRIPTIVE, "evaluation")  # for people; the teacher's fingerprint decides
     fields = {
-        name: [f for f in group if f != VISUAL_SOURCE.to_dict()]
-        for name, group in described["fields"].items()
+        name: {field.name: _field_words(field) for field in group if field != VISUAL_SOURCE}
+        for name, group in plan.fields.items()
     }
     return {
         "fingerprints": {name: value for name, value in plan.fingerprints.items() if name != "data"},
@@ -166,6 +185,11 @@ def _meaning(plan: Plan) -> dict[str, Any]:
         "fields": fields,
         **{name: described[name] for name in ("signals", "template", "geometry", "format_version")},
     }
+
+
+def _field_words(field: Field) -> str:
+    """An array's dtype and axes for people, who read them where two caches differ."""
+    return ", ".join(f"{name} {value}" for name, value in field.to_dict().items() if name != "name")
 
 
 def _plan_slots(caches: Sequence[TeacherCache]) -> tuple[list[Slot], int]:

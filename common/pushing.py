@@ -89,8 +89,8 @@ def push(
     there = _remote_manifest(remote)
     if there == manifest and not overwrite:  # the fidelity card included
         progress.add(cache_bytes(manifest))
-        sent = _push_card(remote, cache_dir)
-        return manifest, Transferred(files=sent, present=len(manifest.files) + sum(counts))
+        present = Transferred(present=len(manifest.files) + sum(counts) + 1)  # and the manifest
+        return manifest, present + _push_card(remote, cache_dir)
     moved = Transferred()
     if overwrite or not isinstance(there, Manifest) or there.hash != manifest.hash:
         _make_room(remote, cache_dir, manifest, there, jobs=jobs, overwrite=overwrite)
@@ -100,9 +100,9 @@ def push(
         )
         moved += _push_side_files(remote, cache_dir, manifest, progress)
         _check_untouched(remote, cache_dir, plan, jobs=jobs)
-    sent = _push_card(remote, cache_dir)
+    moved += _push_card(remote, cache_dir)
     remote.upload({MANIFEST: cache_dir / MANIFEST})
-    return manifest, moved + Transferred(files=sent + 1)
+    return manifest, moved + Transferred(files=1)
 
 
 def _read_whole(cache_dir: Path) -> tuple[Manifest, Plan, list[int]]:
@@ -303,13 +303,15 @@ def _push_side_files(remote: Remote, cache_dir: Path, manifest: Manifest, progre
     return Transferred(files=len(manifest.files), bytes=sum(entry.size for entry in manifest.files.values()))
 
 
-def _push_card(remote: Remote, cache_dir: Path) -> int:
-    """Send the card if it is not there as it is here; return how many files that took."""
+def _push_card(remote: Remote, cache_dir: Path) -> Transferred:
+    """Send the card if it is not there as it is here; its bytes are not counted, for it is no part of the cache."""
     path = cache_dir / CARD
-    if not path.is_file() or _equals(remote, CARD, path.read_bytes()):
-        return 0
+    if not path.is_file():
+        return Transferred()
+    if _equals(remote, CARD, path.read_bytes()):
+        return Transferred(present=1)
     remote.upload({CARD: path})
-    return 1
+    return Transferred(files=1)
 
 
 def _check_untouched(remote: Remote, cache_dir: Path, plan: Plan, *, jobs: int) -> None:

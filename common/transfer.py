@@ -101,8 +101,10 @@ def pull(
         plan = read_plan(target)
         _check_descriptions(target, plan, manifest)
         moved += fetch_files(remote, target, _shard_files(target, plan), jobs=jobs, on_bytes=progress.add)
-        _pull_card(remote, target)
+        moved += _pull_card(remote, target)
+        held = (target / MANIFEST).is_file() and (target / MANIFEST).read_bytes() == raw
         write_bytes_atomic(target / MANIFEST, raw)
+        moved += Transferred(present=1) if held else Transferred(files=1)
         marker.unlink(missing_ok=True)
     finally:
         if lock is not None:
@@ -190,11 +192,13 @@ def _shard_files(target: Path, plan: Plan) -> Iterator[tuple[str, FileEntry]]:
         yield from read_sidecar(target, index).files.items()
 
 
-def _pull_card(remote: Remote, target: Path) -> None:
-    """Bring the card, which is for people: no digest covers it."""
+def _pull_card(remote: Remote, target: Path) -> Transferred:
+    """Bring the card, which is for people: no digest covers it, and its bytes are not counted."""
     try:
         card = remote.read(CARD, max_bytes=MAX_CARD_BYTES)
     except FileNotFoundError:
-        return
-    if not (target / CARD).is_file() or (target / CARD).read_bytes() != card:
-        write_bytes_atomic(target / CARD, card)
+        return Transferred()
+    if (target / CARD).is_file() and (target / CARD).read_bytes() == card:
+        return Transferred(present=1)
+    write_bytes_atomic(target / CARD, card)
+    return Transferred(files=1)

@@ -24,6 +24,7 @@ from common.manifest import (
     Plan,
     ShardSidecar,
     ShardSummary,
+    missing_shards,
     read_manifest,
     read_plan,
     read_sidecar,
@@ -44,7 +45,7 @@ _SEAL = "run `teacher-cache seal`"
 _INDEX_REMEDY = f"run `cachectl repair` or `teacher-cache seal` to write it anew, or {COPY_AGAIN}"
 _SHARD_NAME = re.compile(rf"{SHARDS}/(\d{{5}})\.")
 
-Kind = Literal["plan", "manifest", "shard", "missing", "index", "side file", "data", "leftover", "stranger"]
+Kind = Literal["plan", "manifest", "unsealed", "shard", "missing", "index", "side file", "data", "leftover", "stranger"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +56,8 @@ class Damage:
         path: Relative to the cache.
         reason: What was expected and found.
         remedy: What to do about it.
-        kind: What it belongs to: the plan, the manifest, a shard; a shard that was never made; the index; a file
-            beside the shards; samples with equal ids; what a killed run left; a file on no list.
+        kind: What it belongs to: the plan, the manifest, or one that was not written yet; a shard; a shard that was
+            never made; the index; a file beside the shards; samples with equal ids; what a killed run left; a file on no list.
     """
 
     path: str
@@ -99,7 +100,8 @@ def verify(
     try:
         manifest = read_manifest(cache_dir)
     except (CacheFormatError, OSError) as error:
-        damages.append(_manifest_damage(MANIFEST, str(error)))
+        absent = not (cache_dir / MANIFEST).exists() and not (cache_dir / MANIFEST).is_symlink()
+        damages.append(_unsealed(cache_dir, plan) if absent else _manifest_damage(MANIFEST, str(error)))
     known = {MANIFEST, CARD, PLAN}
     if manifest is not None:
         damages += _check_manifest(cache_dir, plan, manifest)
@@ -126,6 +128,27 @@ def verify(
     if manifest is None:
         unlisted += [path.name for path in cache_dir.iterdir() if path.name != SHARDS]
     return _one_each(damages + _unexpected(cache_dir, known, unlisted))
+
+
+def split_unfinished(damages: list[Damage]) -> tuple[list[Damage], list[Damage]]:
+    """Tell what is only not there yet from what is damaged: a cache that is not sealed may lack shards.
+
+    Args:
+        damages: As ``verify`` found them.
+
+    Returns:
+        What an unfinished cache lacks, and the damages.
+    """
+    unsealed = any(damage.kind == "unsealed" for damage in damages)
+    lacking = [damage for damage in damages if unsealed and damage.kind in ("unsealed", "missing")]
+    return lacking, [damage for damage in damages if damage not in lacking]
+
+
+def _unsealed(cache_dir: Path, plan: Plan) -> Damage:
+    missing = len(missing_shards(cache_dir, plan))
+    remedy = "run `teacher-cache build` again, which seals it once all are there" if missing else _SEAL
+    reason = f"not written: the cache is not sealed, {missing} of {plan.shard_count} shards are missing"
+    return Damage(path=MANIFEST, reason=reason, remedy=f"{remedy}, or {COPY_AGAIN}", kind="unsealed")
 
 
 def _manifest_damage(path: str, reason: str) -> Damage:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 import os
 from dataclasses import replace
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from common.command_line import SETTINGS, CommandGroup
+from common.command_line import SETTINGS, CommandGroup, quoted, start_logging
 
 if TYPE_CHECKING:
     from stage1_teacher.config import BuildConfig
@@ -23,8 +22,7 @@ if TYPE_CHECKING:
 @click.group(cls=CommandGroup, context_settings=SETTINGS)
 def main() -> None:
     """Stage one: run the teacher once over a data set and keep what students need."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    start_logging()
 
 
 def _build_options(command: Any) -> Any:
@@ -85,7 +83,8 @@ def _settings(config: Path | None, overrides: tuple[str, ...], options: dict[str
 @click.option(
     "--part",
     metavar="R/N",
-    help="Be one of N processes on one cache, on any machines; default: as torchrun or srun say.",
+    help="Be part R of N, R from 0 to N - 1, on any machines: all on one shared folder (the last part seals it), or "
+    "each in a folder of its own, joined by `cachectl merge`; default: as torchrun or srun say.",
 )
 @click.option("--overwrite", is_flag=True, help="Start again if the folder holds a cache with other options.")
 def build(
@@ -110,6 +109,11 @@ def build(
         raise click.UsageError(
             f"--overwrite with part {own}: the parts would delete each other's shards. Run "
             "`teacher-cache build --overwrite` without --part, or delete the folder, then start the parts."
+        )
+    if nproc is not None and nproc > 1 and settings.device_map:
+        raise click.UsageError(
+            f"--nproc {nproc} with device_map={settings.device_map}: each process would spread the teacher over the "
+            "same devices. Leave one of the two out."
         )
     quiet_libraries()
     with explain_disk_errors(settings.cache), stopped_by_sigterm():
@@ -182,7 +186,7 @@ def _finite(context: click.Context, parameter: click.Parameter, value: float | N
     "--price",
     type=click.FloatRange(min=0),
     callback=_finite,
-    help="Of one device for an hour; adds costs to the hours.",
+    help="Of the teacher's machine for an hour; adds costs to the hours.",
 )
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also write all figures here.")
 def estimate(
@@ -261,7 +265,9 @@ def demo_teacher(data: str, output: Path, seed: int) -> None:
 
     train_demo_teacher(data, output, seed=seed)
     click.echo(f"Teacher written to {output}")
-    click.echo(f"Next: make teacher-cache TEACHER={output} CACHE=build/cache/{output.name}")
+    click.echo(
+        f"Next: make teacher-cache TEACHER={quoted(output)} DATA={data} CACHE={quoted(f'build/cache/{output.name}')}"
+    )
 
 
 if __name__ == "__main__":

@@ -109,7 +109,7 @@ def extract(
         started, samples, built = time.monotonic(), 0, 0
         with (
             Writer(cache_dir, plan, work.codecs) as writer,
-            _progress(plan, todo, shown=seals and bool(todo)) as bar,
+            _progress(plan, part, todo, shown=seals and bool(todo)) as bar,
         ):
             # Another process may build the same cache: what it finished is skipped, what it left is done here.
             while todo := part.share(missing_shards(cache_dir, plan)):
@@ -166,7 +166,7 @@ def extract_with_processes(
         started = time.monotonic()
         part = part.for_resume(before)
         if todo := part.share(before):
-            with _progress(plan, todo, shown=True) as bar:
+            with _progress(plan, part, todo, shown=True) as bar:
 
                 def show() -> None:
                     finished = set(todo) - set(missing_shards(cache_dir, plan))
@@ -246,9 +246,13 @@ def recompute_fidelity(config: BuildConfig, *, samples: int) -> Manifest:
     return finish(replace(work, plan=stored), cache_dir, samples=samples, known=known, rewritten=False)
 
 
-def _progress(plan: Plan, todo: Sequence[int], *, shown: bool) -> "tqdm[Any]":
-    done = plan.sample_count - sum(len(plan.shard_range(index)) for index in todo)
+def _progress(plan: Plan, part: Part, todo: Sequence[int], *, shown: bool) -> "tqdm[Any]":
+    """A bar over the samples of a part, of which those of ``todo`` are left."""
+    total, left = (
+        sum(len(plan.shard_range(index)) for index in shards)
+        for shards in (part.share(range(plan.shard_count)), todo)
+    )
     return tqdm(
-        total=plan.sample_count, initial=done, unit="sample", desc="teacher", smoothing=0.05, mininterval=0.5,
+        total=total, initial=total - left, unit="sample", desc="teacher", smoothing=0.05, mininterval=0.5,
         disable=not shown,
     )  # fmt: skip

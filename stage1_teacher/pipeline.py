@@ -8,6 +8,7 @@ from typing import Any
 
 from common.errors import CacheMismatchError, DataError, SampleError
 from common.manifest import Plan, read_sidecar, sidecar_path
+from common.printing import one_line
 from common.schema import Record
 from common.shared_images import ImageSharer, SharedImages
 from common.stores import finish_shard, open_writer
@@ -19,6 +20,7 @@ from stage1_teacher.signals import TeacherSignals, encode_records, reduce_output
 
 SHARDS_AHEAD = 2
 BATCHES_BEHIND = 4
+SHOWN_FAILURES = 5
 
 
 @dataclass
@@ -43,13 +45,13 @@ class FailureBudget:
         total: Samples of the data set.
         share: Largest tolerated share.
         failed: Failures so far, those of finished shards included.
-        latest: The latest one, ``(sample_id, reason)``.
+        first: The first of them, ``(sample_id, reason)``, for the error.
     """
 
     total: int
     share: float
     failed: int = 0
-    latest: tuple[str, str] = ("", "")
+    first: list[tuple[str, str]] = field(default_factory=list)
 
     @classmethod
     def of_finished(cls, cache_dir: Path, plan: Plan, *, share: float) -> "FailureBudget":
@@ -64,22 +66,25 @@ class FailureBudget:
         """Count failures.
 
         Raises:
-            DataError: When the share is exceeded, with the latest reason.
+            DataError: When the share is exceeded, with the first reasons.
         """
         self._count(failures)
         # Divided, not multiplied: 0.29 * 100 is less than 29.
         if self.failed and self.failed / self.total > self.share:
-            sample_id, reason = self.latest
+            reasons = [f"  {one_line(name)}: {one_line(reason)}" for name, reason in self.first]
+            more = self.failed - len(self.first)
+            enough = 0.1 if self.failed / self.total < 0.1 else 1
             raise DataError(
                 f"{self.failed} of {self.total} samples cannot be used, more than the tolerated "
-                f"{100 * self.share:.4g} %; the latest, {sample_id!r}: {reason}. Mend the data, or go on without them: "
-                "teacher-cache build ... --set max_failed_share=SHARE, a number from 0 to 1"
+                f"{100 * self.share:.4g} %:\n"
+                + "\n".join([*reasons, *([f"  ... and {more} more"] if more else [])])
+                + f"\nMend the data, or go on without them: make teacher-cache CACHE_SET=max_failed_share={enough} with "
+                f"the same options (teacher-cache build ... --set max_failed_share={enough}; a share from 0 to 1)"
             )
 
     def _count(self, failures: Sequence[tuple[str, str]]) -> None:
         self.failed += len(failures)
-        if failures:
-            self.latest = failures[-1]
+        self.first += failures[: SHOWN_FAILURES - len(self.first)]
 
 
 def encode_shards(

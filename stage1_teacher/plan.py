@@ -11,6 +11,7 @@ from common.errors import ConfigError
 from common.hashing import fingerprint
 from common.manifest import Plan
 from common.plan import THREADS
+from common.printing import one_line
 from common.schema import FORMAT_VERSION, Field
 from common.shared_images import VISUAL_SOURCE, with_visual_source
 from data.collate import Batch
@@ -20,6 +21,7 @@ from data.grouping import GroupedByImage, group_by_image
 from data.registry import open_dataset
 from data.sample import Dataset
 from data.templates import get_template
+from stage1_teacher.cache_folder import stored_plan
 from stage1_teacher.config import BuildConfig
 from stage1_teacher.family_limits import missing_projector, refuse_packing, refuse_signals
 from stage1_teacher.signals import build_codecs
@@ -75,7 +77,9 @@ def open_build(config: BuildConfig) -> Build:
         limit=config.limit or None,
     )
     scratch = Path(config.cache).parent / f"{config.data.partition(':')[0]}-teacher"
-    directory = teacher_directory(teacher=config.teacher, data=config.data, scratch=scratch)
+    directory = teacher_directory(
+        teacher=config.teacher, data=config.data, scratch=scratch, cache=Path(config.cache)
+    )
     teacher = Teacher(
         directory,
         dtype=config.dtype,
@@ -99,13 +103,14 @@ def open_build(config: BuildConfig) -> Build:
     )
 
 
-def teacher_directory(*, teacher: str, data: str, scratch: Path) -> Path:
+def teacher_directory(*, teacher: str, data: str, scratch: Path, cache: Path | None = None) -> Path:
     """Find the teacher's checkpoint directory; a built-in one is trained first if the data needs its own.
 
     Args:
         teacher: A directory, or empty for the built-in teacher of a built-in data set.
         data: The data set's spec.
         scratch: Where a teacher trained on the spot is kept.
+        cache: The cache to build, for the error: it may have been begun with a teacher.
 
     Returns:
         The directory.
@@ -117,6 +122,13 @@ def teacher_directory(*, teacher: str, data: str, scratch: Path) -> Path:
         return Path(teacher)
     name = data.partition(":")[0]
     if name not in ("shapes", "easy-vqa"):
+        begun = None if cache is None else stored_plan(cache)
+        if begun is not None:
+            raise ConfigError(
+                f"{cache}: an unfinished cache of the teacher {one_line(begun.teacher.get('name', 'unknown'))} is there, "
+                "and no teacher is given: TEACHER=DIR (--teacher DIR) with that teacher's directory continues it; "
+                "another CACHE= begins a new one"
+            )
         raise ConfigError(
             f"no teacher given for data {data!r}: set TEACHER=DIR (--teacher DIR) to a "
             "vision-language checkpoint directory, or use DATA=shapes or DATA=easy-vqa, "

@@ -1,8 +1,8 @@
 """The text a build ends with: what was done, what it cost, what to run next."""
 
-import shlex
-
+from common.command_line import quoted
 from common.manifest import BASE, read_plan
+from common.next_step import distill_command
 from stage1_teacher.config import BuildConfig
 from stage1_teacher.extract import BuildSummary
 
@@ -61,13 +61,16 @@ def _part_text(summary: BuildSummary) -> str:
     return (
         f"Part {summary.part} done: this run built {summary.built} shards, {summary.samples} samples in "
         f"{summary.seconds:.1f} s. {len(summary.missing)} shards are still missing ({numbers}); they are built by "
-        "the other parts, and the last one seals the cache. If a part was lost, run any part again to finish.\n"
-        f"Cache: {summary.cache}"
+        f"the other parts (parts count from 0: 0/{summary.part.of} to {summary.part.of - 1}/{summary.part.of}).\n"
+        f"Cache: {summary.cache}\n"
+        "Next, where all parts write to this folder: the last one seals the cache. If a part was lost, run any part "
+        "again to finish.\n"
+        f"Next, where each part has a folder of its own: when all are done, cachectl merge {quoted(summary.cache)} "
+        "FOLDER_OF_ANOTHER_PART ... --output NEW_FOLDER"
     )
 
 
 def next_command(summary: BuildSummary, config: BuildConfig) -> str:
     """The command that uses the cache, with the data's place as it was given."""
-    parts = ["Next: make distill STUDENT=mobilevlm", f"DATA={shlex.quote(config.data)}"]
-    parts += [f"IMAGES={shlex.quote(config.images)}"] if config.images else []
-    return " ".join([*parts, f"CACHE={shlex.quote(str(summary.cache))}"])
+    plan = read_plan(summary.cache)
+    return f"Next: {distill_command(plan, summary.cache, data=config.data, images=config.images)}"

@@ -319,10 +319,9 @@ def _relative_rows(shares: Tensor, sample_index: Tensor, present: Tensor) -> Ten
     """Rows `[A, G, C]` divided by the mean row of their sample's `present` rows, renormalised; unseen cells stay 0."""
     samples = int(sample_index.max()) + 1 if len(sample_index) else 0
     counted = shares * present[:, None, None]
+    # Sums serve as means: renormalising takes out the number of rows.
     sums = torch.zeros(samples, *shares.shape[1:], device=shares.device).index_add(0, sample_index, counted)
-    rows = torch.zeros(samples, device=shares.device).index_add(0, sample_index, present.float())
-    means = sums / rows.clamp_min(1)[:, None, None]
-    return _share(shares / means[sample_index].clamp_min(_TINY))
+    return _share(shares / sums[sample_index].clamp_min(_TINY))
 
 
 def _reduce(losses: Tensor, present: Tensor, student: Tensor, reduction: LayerReduction) -> Tensor:

@@ -35,6 +35,7 @@ from stage2_student.cache_parts import (
     load_frozen_parts,
     read_cache_json,
     refuse_other_tower,
+    refuse_without_projector,
     teacher_projector,
     teacher_width,
 )
@@ -141,7 +142,8 @@ def build_student(
         raise ConfigError(
             f"student {name}-{size}: {cache_dir} holds no {kind} vision tower, and a random one of this size is of no "
             f"use; download the {kind} tower named in stage2_student/presets/{name}-{size}.yaml and give its directory "
-            "(--set vision_tower=DIR), or give a directory of weights as the student"
+            "(--set vision_tower=DIR; the teacher's own directory will do, if that is its tower), or give a directory of "
+            "weights as the student"
         )
     config = build_config(
         preset,
@@ -198,6 +200,8 @@ def build_config(
     kind = preset["vision_tower"]["model_type"]
     config_class, _, text_class = _FAMILIES[kind]
     projector_type = projector_type or preset["projector"]
+    if projector_type == "taf":
+        refuse_without_projector(cache_dir)
     tower, where = preset["vision_tower"], "preset"
     if vision_tower is not None:
         tower, where = tower_settings(vision_tower), f"vision_tower {vision_tower}"

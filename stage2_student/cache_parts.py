@@ -66,6 +66,23 @@ def refuse_other_tower(cache_dir: Path, kind: str) -> None:
     )
 
 
+def refuse_without_projector(cache_dir: Path) -> None:
+    """Say why a cache holds no projector, where its plan knows.
+
+    Raises:
+        ModelError: If the teacher has none that can be handed on.
+    """
+    plan = cache_dir / "plan.json"
+    if (cache_dir / "projector.json").exists() or not plan.exists():
+        return
+    reason = read_json(plan).get("teacher", {}).get("no_projector")
+    if reason:
+        raise ModelError(
+            f"projector 'taf': {cache_dir} holds no teacher's projector, because {reason}; use another projector (--set "
+            "projector=mlp), or the cache of a teacher with an MLP projector"
+        )
+
+
 def teacher_projector(cache_dir: Path, vision: TowerConfig) -> tuple[dict[str, Any], int, str]:
     """What rebuilds the teacher's projector, which hidden state of the tower it reads, and which tokens of it.
 

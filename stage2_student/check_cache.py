@@ -5,6 +5,7 @@ known format is checked where it is opened (``common.cache``); labels and pictur
 sample (``cached_dataset.check_join``).
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,15 +14,22 @@ from torch import nn
 from common.cache import TeacherCache
 from common.errors import CacheMismatchError, ModelError, SampleError
 from common.hashing import fingerprint
+from common.next_step import set_words
+from common.printing import one_line
+from data.families import FAMILIES
 from data.fingerprints import module_fingerprint, tokenizer_fingerprint
 from data.sample import Dataset
 from data.templates import PromptTemplate
 from stage2_student.cached_dataset import CachedDataset
+from stage2_student.config import TrainConfig
 from stage2_student.join import merged_fingerprints, missing_samples
+from stage2_student.layer_matching import check_all_rows, check_map_serves
 from stage2_student.student_encoder import knows_boxes
 from stage2_student.student_model import model_inputs_of
+from stage2_student.terms import cached_signals
 
 PROBED_SAMPLES = 8
+_log = logging.getLogger(__name__)
 
 
 IMAGE_SIGNALS = ("visual_columns", "visual_map", "visual_hidden", "projector_output")
@@ -115,11 +123,44 @@ def check_data(cache: TeacherCache, dataset: Dataset) -> None:
         f"data set {dataset.name} ({len(dataset)} samples, fingerprint {found}) is not the one {cache.path} "
         "was built "
         f"from ({cache.plan.data}, fingerprint {' or '.join(merged) or expected}): {what}. Give the cache's "
-        "data (--data, --images), or build a cache for this data (teacher-cache build --data ...)"
+        "data (DATA=, IMAGES=, or --data, --images), or build a cache for this data (teacher-cache build --data ...)"
     )
 
 
-def check_signals(cache: TeacherCache, signals: Sequence[str], *, temperature: float, phase: str) -> None:
+def check_losses(config: TrainConfig, caches: Mapping[str, TeacherCache]) -> None:
+    """Refuse a run one of whose losses its cache cannot serve; needs no student, so it comes before any training.
+
+    Args:
+        config: The run.
+        caches: By the path that the phases name.
+
+    Raises:
+        CacheMismatchError: With the remedy for all phases at once.
+    """
+    phases = [(name, config.phase(name).losses, caches[str(config.phase(name).cache)]) for name in config.phases]
+    off = [
+        f"{name}.losses.{term}=0"
+        for name, losses, cache in phases
+        for term in losses.distilled
+        if not set(cached_signals((term,))) <= cache.plan.signals.keys()
+    ]
+    for name, losses, cache in phases:
+        where = f"phase {name}, {cache.path}"
+        if "all_attention" in losses.distilled:
+            check_all_rows(cache.plan.signals, where=where, off=off)
+        check_signals(cache, losses.signals, temperature=losses.temperature, phase=name, off=off)
+        if "visual_map" in losses.signals:
+            check_map_serves(
+                cache.plan.signals,
+                losses.visual_map_kind if "visual_map" in losses.distilled else "sink_filtered",
+                where=where,
+                all_rows="all_attention" in losses.distilled,
+            )
+
+
+def check_signals(
+    cache: TeacherCache, signals: Sequence[str], *, temperature: float, phase: str, off: Sequence[str] = ()
+) -> None:
     """Refuse losses whose signal, or whose temperature, is not in the cache.
 
     Args:
@@ -127,6 +168,7 @@ def check_signals(cache: TeacherCache, signals: Sequence[str], *, temperature: f
         signals: The signals the phase's losses read.
         temperature: Of the logit loss.
         phase: For the error.
+        off: The settings that switch off all of the run's losses that cannot be served; empty: this one's.
 
     Raises:
         CacheMismatchError: Naming what is cached.
@@ -136,16 +178,17 @@ def check_signals(cache: TeacherCache, signals: Sequence[str], *, temperature: f
         if signal not in held:
             raise CacheMismatchError(
                 f"phase {phase}: loss {signal!r} needs a signal that {cache.path} does not hold; it holds "
-                f"{', '.join(held)}. Set {phase}.losses.{signal}=0, or build the cache with this signal "
-                f"(teacher-cache build --signals {','.join([*held, signal])})"
+                f"{', '.join(map(one_line, held))}. Switch it off: {set_words(off or [f'{phase}.losses.{signal}=0'])}, or build a "
+                f"cache with this signal (SIGNALS={signal},..., teacher-cache build --signals {signal},...)"
             )
     if "logits" in signals:
         cached = [float(value) for value in cache.plan.signals["logits"]["temperatures"]]
         if temperature not in cached:
             raise CacheMismatchError(
                 f"phase {phase}: losses.temperature is {temperature}, {cache.path} holds tail masses at "
-                f"{', '.join(map(str, cached))} only. Use one of these, or build the cache with this "
-                "temperature"
+                f"{', '.join(map(str, cached))} only. Use one of these "
+                f"({set_words([f'{phase}.losses.temperature={cached[0]}'])}), or build a cache with this temperature "
+                f"({set_words([f'temperatures=[{temperature}]'], variable='CACHE_SET')})"
             )
 
 
@@ -196,10 +239,14 @@ def check_geometry(
             )
 
 
-def check_visual_rows(visual_rows: str, *, signals: Sequence[str], where: str) -> None:
-    """Refuse the visual x visual map of a teacher for a student whose visual tokens see more than what precedes them.
+def check_visual_rows(cache: TeacherCache, visual_rows: str, *, signals: Sequence[str], where: str) -> None:
+    """Refuse maps of a causal teacher for a student whose visual tokens see more than what precedes them.
+
+    Means over their rows are another matter: they can be compared, though the two sides mean different things by
+    them, which is said in the log.
 
     Args:
+        cache: The teacher's signals; only causal teachers have a ``visual_map``.
         visual_rows: ``causal``, ``image`` or ``prefix``: what a visual token of the student sees.
         signals: That losses read.
         where: Whose it is, for the error.
@@ -207,14 +254,21 @@ def check_visual_rows(visual_rows: str, *, signals: Sequence[str], where: str) -
     Raises:
         CacheMismatchError: With the remedy.
     """
-    wanted = [name for name in signals if name in ("visual_map", "visual_columns")]
-    if wanted and visual_rows != "causal":
+    sees = {"causal": "what precedes them", "image": "the whole image", "prefix": "the whole prompt"}
+    if "visual_map" in signals and visual_rows != "causal":
         raise CacheMismatchError(
-            f"{where}: its visual tokens see "
-            f"{'the whole image' if visual_rows == 'image' else 'the whole prompt'}, those of the cached "
-            f"{', '.join(wanted)} only what precedes them: the two are not comparable. Set their weights to 0 and "
-            "use answer_attention or text_attention, whose rows see the whole image on both sides"
+            f"{where}: its visual tokens see {sees[visual_rows]}, those of the cached visual_map only what precedes "
+            "them: the two are not comparable. Set its weight to 0 and use answer_attention or text_attention, "
+            "whose rows see the whole image on both sides"
         )
+    family = FAMILIES.get(str(cache.plan.teacher.get("family")))
+    teachers = "causal" if family is None else family.visual_rows
+    if "visual_columns" in signals and visual_rows != teachers:
+        _log.warning(
+            "visual_columns: visual tokens of %s see %s, those of the teacher of %s %s; a part of the difference "
+            "between their columns is no matter of where they look",
+            where, sees[visual_rows], cache.path, sees[teachers],
+        )  # fmt: skip
 
 
 def check_labels_fit(cache: TeacherCache, rows: int, tokenizer: Any, *, where: str) -> None:

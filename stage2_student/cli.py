@@ -262,7 +262,3 @@ def import_checkpoint(checkpoint: Path, output: Path, vision_tower: Path | None)
 
 if __name__ == "__main__":
     main()
-
-
-if __name__ == "__main__":
-    main()

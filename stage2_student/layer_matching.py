@@ -6,7 +6,7 @@ are taken of decoded values: those of 8-bit codes differ from the codes of means
 Dims: G wanted and H cached layer groups.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,11 +17,17 @@ from common.codecs.teacher_map import TeacherMap, incomplete_map
 from common.codecs.visual_map import VisualMapCodec
 from common.errors import CacheMismatchError
 from common.layers import DepthPart, GroupMatch, Matching, match_cached_groups
+from common.next_step import set_words
 from common.plan import Plan
 
 
 def match_groups(
-    plan: Plan, depth: int, *, matching: Matching = "group", layers: DepthPart | None = None
+    plan: Plan,
+    depth: int,
+    *,
+    matching: Matching = "group",
+    layers: DepthPart | None = None,
+    where: str = "the cache",
 ) -> GroupMatch:
     """The student layers that meet what of a cache's layer groups.
 
@@ -30,6 +36,7 @@ def match_groups(
         depth: The student's number of layers.
         matching: See `common.layers.match_layers`.
         layers: Which part of the depth; None: the cache's own choice.
+        where: Which cache, for the error.
 
     Raises:
         ConfigError: If the student has fewer layers than the choice needs.
@@ -44,6 +51,7 @@ def match_groups(
         student_depth=depth,
         matching=matching,
         layers=layers,
+        where=where,
     )
 
 
@@ -100,8 +108,15 @@ def map_is_complete(signals: Mapping[str, Any]) -> bool:
     return "visual_map" in signals and VisualMapCodec.from_dict(signals["visual_map"]).complete
 
 
-def check_all_rows(signals: Mapping[str, Any], *, where: str) -> None:
+def check_all_rows(
+    signals: Mapping[str, Any], *, where: str, off: Sequence[str] = ("dft.losses.all_attention=0",)
+) -> None:
     """Refuse the loss of all rows where a cache (codec dictionaries of its plan) lacks one of its two signals.
+
+    Args:
+        signals: The codec dictionaries of a plan.
+        where: Phase and cache, for the error.
+        off: The settings that switch off what the cache cannot serve.
 
     Raises:
         CacheMismatchError: With the remedy.
@@ -110,7 +125,7 @@ def check_all_rows(signals: Mapping[str, Any], *, where: str) -> None:
     if lacking:
         raise CacheMismatchError(
             f"{where}: the loss all_attention needs the visual rows and the text rows, but the cache holds no "
-            f"{' and no '.join(lacking)}. Set losses.all_attention=0, or build the cache with both "
+            f"{' and no '.join(lacking)}. Switch it off ({set_words(off)}), or build the cache with both "
             "(teacher-cache build --signals logits,visual_map,text_attention)"
         )
 

@@ -25,7 +25,7 @@ from stage2_student.check_cache import (
     check_data,
     check_geometry,
     check_labels_fit,
-    check_signals,
+    check_losses,
     check_template,
     check_tokenizer,
     check_vision_tower,
@@ -37,7 +37,7 @@ from stage2_student.check_cache import (
 from stage2_student.config import PhaseConfig, PhaseName, TrainConfig, describe
 from stage2_student.feature_objective import match_features
 from stage2_student.join import merged_fingerprints, splits_and_limits
-from stage2_student.layer_matching import check_all_rows, check_map_serves, map_is_complete, match_groups
+from stage2_student.layer_matching import check_map_serves, map_is_complete, match_groups
 from stage2_student.loss_weights import LossWeights
 from stage2_student.objective import Objective
 from stage2_student.sampler import ShardShuffle
@@ -141,12 +141,8 @@ def prepare(config: TrainConfig) -> Preparation:
         CacheFormatError: If a cache is unfinished or damaged.
         ConfigError: If an option cannot be used.
     """
-    caches: dict[str, TeacherCache] = {}
-    for name in config.phases:
-        path = str(config.phase(name).cache)
-        if path not in caches:
-            # Twice the window: a step may begin the next window while loading threads still read the last.
-            caches[path] = open_cache(path, open_shards=2 * config.shuffle_window)
+    caches = open_caches(config)
+    check_losses(config, caches)
     first = caches[str(config.phase(config.phases[0]).cache)]
     for cache in caches.values():
         cache.check_side_files()  # projector, vision tower and processor are read next
@@ -177,6 +173,13 @@ def prepare(config: TrainConfig) -> Preparation:
         fingerprint=fingerprint(describe(config, hashes)),
         cache_hashes=hashes,
     )
+
+
+def open_caches(config: TrainConfig) -> dict[str, TeacherCache]:
+    """The caches that a run's phases name, by path."""
+    paths = dict.fromkeys(str(config.phase(name).cache) for name in config.phases)
+    # Twice the window: a step may begin the next window while loading threads still read the last.
+    return {path: open_cache(path, open_shards=2 * config.shuffle_window) for path in paths}
 
 
 def choose_template(config: TrainConfig, parts: StudentParts, cache: TeacherCache) -> PromptTemplate:
@@ -222,7 +225,7 @@ def _check_meeting(
     check_tokenizer(cache, parts.tokenizer, where=parts.where, signals=signals)
     check_template(cache, template, signals=signals)
     check_geometry(cache, encoder.image_encoder.to_dict(), signals=signals, where=parts.where)
-    check_visual_rows(parts.visual_rows, signals=signals, where=parts.where)
+    check_visual_rows(cache, parts.visual_rows, signals=signals, where=parts.where)
 
 
 def _prepare_phases(
@@ -236,15 +239,16 @@ def _prepare_phases(
         phase = config.phase(name)
         cache = caches[str(phase.cache)]
         signals, losses = phase.losses.distilled, phase.losses
-        if "all_attention" in signals:
-            check_all_rows(cache.plan.signals, where=f"phase {name}, {cache.path}")
-        check_signals(cache, losses.signals, temperature=phase.losses.temperature, phase=name)
         template = choose_template(config, parts, cache)
         _check_meeting(cache, losses.signals, encoder, template, parts)
         match = None
         if losses.attends:
             match = match_groups(
-                cache.plan, parts.depth, matching=losses.matching, layers=losses.attention_layers
+                cache.plan,
+                parts.depth,
+                matching=losses.matching,
+                layers=losses.attention_layers,
+                where=f"phase {name}, {cache.path}",
             )
         if "visual_map" in losses.signals:
             check_map_serves(

@@ -118,9 +118,15 @@ def train_and_score(
     config: TrainConfig, stamp: Mapping[str, Any], *, processes: int, say: Callable[[str], None]
 ) -> str:
     """Do what is left of a run whose folder is held; returns the table of scores."""
+    from stage2_student.check_cache import check_losses
     from stage2_student.held_out import probe_items
+    from stage2_student.preparation import open_caches
 
     output = Path(config.output)
+    caches = open_caches(config)
+    check_losses(config, caches)  # else a misfit of the distilled student shows when the baseline is trained
+    for note in failure_notes(caches):
+        say(note)
     notes = probe_items(config)
     for note in notes:
         say(f"note: {note}")

@@ -188,7 +188,6 @@ class _Sides:
         grid = meet_cells(codec.grid, self.student_tiles)
         pool = _onto_grid(cells, codec.grid) @ grid.teacher_pool  # [N_t, C]
         values = pool_queries(pool_keys(decoded.whole(f"{self.where}: the loss all_attention"), pool), pool)
-        values = values * image_pairs(values, grid.content)
         return AttentionTarget(values, None, grid.student_pool, grid.content, text=text.teacher)
 
     def _decoded_map(self) -> tuple[tuple[Tile, ...], TeacherMap]:

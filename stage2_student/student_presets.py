@@ -121,7 +121,15 @@ def _check_weights(student: str, folder: Path, presets: list[dict[str, Any]]) ->
 def _differences(stored: Mapping[str, Any], preset: Mapping[str, Any]) -> list[str]:
     text = stored.get("text_config")
     found = {**stored, **(text if isinstance(text, dict) else {})}
-    return [
+    projector = stored.get(
+        "mm_projector_type", preset.get("projector")
+    )  # as published; ours may be trained with another
+    wrong = (
+        []
+        if projector == preset.get("projector")
+        else [f"projector is {projector}, not {preset['projector']}"]
+    )
+    return wrong + [
         f"{name} is {found[name]}, published {preset['language_model'][name]}"
         for name in _NUMBERS
         if name in found and preset["language_model"].get(name, found[name]) != found[name]

@@ -40,6 +40,7 @@ SURFACE = {
 }
 TARGETS = {
     "help", "setup", "teacher-cache", "distill", "evaluate", "report", "demo", "demo-teacher", "experiment",
+    "experiment-smollm",
     "test", "checks", "format", "bench", "bench-codec", "clean",
 }  # fmt: skip
 

@@ -22,7 +22,6 @@ from common.models.vision_language import (
     VisionLanguageModel,
     VisualDecoder,
 )
-from common.models.vision_tower import VisionTower
 
 __all__ = [
     "PHASES",
@@ -30,7 +29,6 @@ __all__ = [
     "MobileVLMForConditionalGeneration",
     "MobileVLMModel",
     "Phase",
-    "VisionTower",
 ]
 
 

@@ -91,6 +91,11 @@ def load_published(
         config = model_class.config_class.from_pretrained(directory, local_files_only=True)
         return _fill(model_class, config, drop_buffers(read_weights(directory)), dtype=dtype, where=directory)
     if kind == "compodistill":
+        if (directory / "adapter_config.json").exists():
+            raise ModelError(
+                f"{directory}: a training checkpoint with adapters of its own (adapter_config.json), not a release; merge "
+                "it with CompoDistill's scripts/upload/prepare_hf_model.py and give the result"
+            )
         config = compodistill_config(stored, where=str(directory))
         bridged = config.projector_type == "taf"
         tensors = {

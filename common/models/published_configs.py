@@ -129,7 +129,9 @@ def compodistill_config(stored: Mapping[str, Any], *, where: str) -> CompoDistil
             "'cls_patch'"
         )
     text = Qwen2Config(**text_settings(text_stored))
-    vision = tower_config(vision_stored.get("vision_config", vision_stored), where=where)
+    # Some releases store the whole SigLIP's configuration, whose inner ones need not name their kind.
+    inner = vision_stored.get("vision_config", vision_stored)
+    vision = tower_config({"model_type": "siglip_vision_model", **inner}, where=where)
     bridge = int(stored.get("connector_hidden_size") or 0) if stored.get("post_connector_use") else 0
     teacher = {"act": "gelu", "in": vision.hidden_size, "hidden": bridge, "out": bridge} if bridge else None
     return CompoDistillConfig(

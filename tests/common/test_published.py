@@ -6,6 +6,7 @@ import pytest
 import torch
 from published_factory import (
     COMPODISTILL_CONFIG,
+    MOBILEVLM_CONFIG,
     TOWER,
     clip_shapes,
     compodistill_tensors,
@@ -18,7 +19,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, LlamaConfig, LlamaForCausalLM, Qwen2ForCausalLM
 
 from common.errors import ModelError
+from common.models.mobilevlm import MobileVLMForConditionalGeneration
 from common.models.published import convert_published, default_image_processor, is_published, load_published
+from common.models.published_configs import KNOWN_TOWERS, mobilevlm_config
 from common.visual_attention import AttentionCapture, AttentionRequest
 
 TYPES = {1: "ldpnet", 2: "ldpnetv2"}
@@ -74,6 +77,13 @@ def test_every_released_compodistill_tensor_is_used_once(tmp_path, bridged):
     assert model.config.projector_type == ("taf" if bridged else "mlp")
     assert model.config.image_aspect_ratio == "square"
     assert torch.equal(state["lm_head.weight"], tensors["language_model.lm_head.weight"])
+
+
+def test_a_release_may_store_the_whole_siglips_configuration(tmp_path):
+    whole = {"model_type": "siglip", "vision_config": TOWER, "text_config": {"hidden_size": 8}}
+    model = load_published(write_compodistill(tmp_path, compodistill_tensors(), vision_config=whole))
+    assert model.config.vision_config.model_type == "siglip_vision_model"
+    assert model.image_grid == (6, 6)
 
 
 def test_compodistill_computes_what_its_released_code_does(tmp_path):
@@ -277,3 +287,22 @@ def test_tied_embeddings_need_no_output_projection_of_their_own(tmp_path):
     model = load_published(write_compodistill(tmp_path, tensors, text_config=text))
     assert torch.equal(model.lm_head.weight, tensors["language_model.model.embed_tokens.weight"])
     assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+
+
+def test_the_published_7b_teacher_has_its_published_size():
+    """mtgv/MobileVLM_V2-7B's config.json: a Llama-7B (6.74 B), CLIP ViT-L/14 at 336 (0.30 B), LDPv2 of width 4096."""
+    stored = MOBILEVLM_CONFIG | {
+        "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 32, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "vocab_size": 32000,
+        "mm_hidden_size": 1024, "mm_vision_tower": "openai/clip-vit-large-patch14-336",
+    }  # fmt: skip
+    config = mobilevlm_config(stored, KNOWN_TOWERS[stored["mm_vision_tower"]], where="V2-7B")
+    with torch.device("meta"):
+        model = MobileVLMForConditionalGeneration(config)
+    counts = {name: value.numel() for name, value in model.named_parameters()}
+    language = sum(
+        n for name, n in counts.items() if "vision_tower" not in name and "mm_projector" not in name
+    )
+    assert language == 6_738_415_616
+    assert sum(n for name, n in counts.items() if "mm_projector" in name) == 1024 * 4096 + 4096**2 + 12 * 4096
+    assert (model.image_grid, config.text_config.rms_norm_eps) == ((12, 12), 1e-5)

@@ -64,6 +64,13 @@ def test_a_teacher_read_as_a_student_misses_its_post_connector(tmp_path):
         )
 
 
+def test_a_training_checkpoint_with_adapters_says_how_to_merge_it(tmp_path):
+    folder = write_compodistill(tmp_path, compodistill_tensors())
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"adapters of its own .*prepare_hf_model\.py"):
+        load_published(folder)
+
+
 class Hostile:
     """Creates a file when it is unpickled."""
 

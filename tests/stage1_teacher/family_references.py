@@ -115,12 +115,17 @@ def published_inputs(
 
 
 @torch.no_grad()
-def reference_output(folder: Path, inputs: dict[str, Any]) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+def reference_output(
+    folder: Path, inputs: dict[str, Any], *, dtype: torch.dtype = torch.float32
+) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
     """Logits ``[T, V]`` and each layer's attention, mean over heads, ``[T, T]``, by eager attention."""
+    if "pixel_values" in inputs:
+        inputs = inputs | {"pixel_values": inputs["pixel_values"].to(dtype)}
     if is_published(folder):
-        model: Any = load_published(folder)
+        model: Any = load_published(folder, dtype=dtype)
         model.language_model.set_attn_implementation("eager")
     else:
-        model = hf.AutoModelForImageTextToText.from_pretrained(folder, attn_implementation="eager").eval()
+        loader = hf.AutoModelForImageTextToText
+        model = loader.from_pretrained(folder, attn_implementation="eager", dtype=dtype).eval()
     output = model(**inputs, use_cache=False, output_attentions=True)
     return output.logits[0], tuple(layer[0].mean(dim=0) for layer in output.attentions)

@@ -102,6 +102,24 @@ def test_generation_from_left_padded_prompts_begins_with_the_librarys_logits(
         torch.testing.assert_close(made.first_logits[number], logits[first], atol=2e-4, rtol=1e-4)
 
 
+def test_in_sixteen_bits_logits_are_those_of_the_librarys_own_sixteen_bits(
+    family: str, folder: Path, encoder
+):
+    samples = [encoder(conversation(0)), encoder(conversation(1))]
+    half = Teacher(folder, dtype="bfloat16")
+    output = half.run(collate(samples, half.pad_token_id), groups=GROUPS, answer_rows=True, visual_rows=False)
+    assert output.logits.dtype == torch.bfloat16
+    done = 0
+    for number, rows in enumerate(output.row_counts):
+        inputs, first, last = reference_inputs(
+            family, folder, picture(*SIZES[number]), QUESTIONS[number], ANSWERS[number]
+        )
+        logits, _ = reference_output(folder, inputs, dtype=torch.bfloat16)
+        found = output.logits[done : done + rows].float()
+        torch.testing.assert_close(found, logits[first:last].float(), atol=0.06, rtol=0.02)
+        done += rows
+
+
 def test_packed_conversations_give_what_each_gives_alone(teacher: Teacher, encoder):
     turns = tuple(Turn(question=q, answer=a) for q, a in zip(QUESTIONS, ANSWERS, strict=True))
     image = conversation(0).images

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from family_caches import build
 from tiny_families import TINY, save_tiny
 
@@ -10,6 +11,7 @@ from common.errors import CacheMismatchError, ConfigError, ModelError
 from common.shared_images import VISUAL_SOURCE
 from common.verification import verify
 from data.fingerprints import weights_fingerprint
+from stage1_teacher.cli import main
 from stage1_teacher.teacher import Teacher
 
 
@@ -54,6 +56,12 @@ def test_placement_is_part_of_what_a_teacher_is(tmp_path: Path, family_data: Pat
     assert cache.plan.fingerprints["teacher"] == spread.fingerprints()["teacher"]
     with pytest.raises(CacheMismatchError, match="teacher"):
         build(folder, family_data, tmp_path / "cache")
+
+
+def test_several_processes_do_not_share_the_devices_of_one_spread_teacher():
+    result = CliRunner().invoke(main, ["build", "--nproc", "2", "--set", "device_map=auto"])
+    assert result.exit_code == 2
+    assert "would spread the teacher over the same devices" in " ".join(result.output.split())
 
 
 def test_a_teacher_whose_attention_cannot_be_captured_still_gives_logits(

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as hf
+from family_caches import build
 from tiny_families import TEXT, TINY, VISION, make_lively, square
 
 from common.config import config_from_dict
@@ -37,16 +38,27 @@ def save_student(folder: Path, cache) -> Path:
     return folder
 
 
+def config_of(folder: Path, cache, data: Path, losses: dict[str, float]) -> TrainConfig:
+    options = {
+        "student": str(save_student(folder / "student", cache)),
+        "data": str(data), "cache": str(cache.path), "output": str(folder / "run"), "device": "cpu",
+        "dpt": {"steps": 0}, "sft": {"steps": 0}, "dft": {"steps": 1, "batch_size": 10, "losses": losses},
+    }  # fmt: skip
+    return config_from_dict(TrainConfig, options)
+
+
+def test_a_teacher_that_nobody_described_teaches_by_its_logits(
+    tmp_path: Path, family_data: Path, unlisted_teacher: Path
+):
+    cache = build(unlisted_teacher, family_data, tmp_path / "cache", signals=("logits",))
+    train(config_of(tmp_path, cache, family_data, {"logits": 1.0}))
+    assert read_log(tmp_path / "run")[-1]["logits"] > 1e-3
+
+
 @pytest.mark.parametrize("name", list(TINY))
 def test_a_student_takes_a_step_from_its_cache(tmp_path: Path, family_data: Path, family_cache, name: str):
     cache = family_cache(name)
-    options = {
-        "student": str(save_student(tmp_path / "student", cache)),
-        "data": str(family_data), "cache": str(cache.path), "output": str(tmp_path / "run"), "device": "cpu",
-        "dpt": {"steps": 0}, "sft": {"steps": 0},
-        "dft": {"steps": 1, "batch_size": 10, "losses": {"logits": 1.0, "answer_attention": 1.0}},
-    }  # fmt: skip
-    train(config_from_dict(TrainConfig, options))
+    train(config_of(tmp_path, cache, family_data, {"logits": 1.0, "answer_attention": 1.0}))
     record = read_log(tmp_path / "run")[-1]
     assert record["step"] == 1
     assert record["logits"] > 1e-3

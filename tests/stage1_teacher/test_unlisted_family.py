@@ -9,7 +9,6 @@ import torch
 import transformers as hf
 from family_caches import build
 from family_references import reference_output
-from tiny_families import NEXT_CHAT, TEXT, VISION, byte_tokenizer, make_lively, square
 
 from common.codecs import codec_from_dict
 from common.errors import ModelError
@@ -21,31 +20,11 @@ from stage1_teacher.plan import build_encoder
 from stage1_teacher.teacher import Teacher
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """A VipLlava: loaded, prepared and run by the library alone."""
-    folder = tmp_path_factory.mktemp("vipllava")
-    tokenizer = byte_tokenizer("<image>", chat=NEXT_CHAT, bos=True)
-    config = hf.VipLlavaConfig(
-        vision_config=hf.CLIPVisionConfig(**{**VISION, "num_hidden_layers": 3}, projection_dim=32),
-        text_config=hf.LlamaConfig(**TEXT, vocab_size=len(tokenizer)),
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"), vision_feature_layers=[-1, -2],
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = hf.VipLlavaForConditionalGeneration(config)
-    make_lively(model)
-    model.save_pretrained(folder)
-    images = hf.CLIPImageProcessorPil(size=square(), crop_size=square(), do_center_crop=False)
-    hf.LlavaProcessor(
-        image_processor=images, tokenizer=tokenizer, patch_size=8, num_additional_image_tokens=1,
-        vision_feature_select_strategy="default",
-    ).save_pretrained(folder)  # fmt: skip
-    return folder
-
-
-def test_its_logits_are_cached_and_are_the_librarys(folder: Path, family_data: Path, tmp_path: Path, caplog):
+def test_its_logits_are_cached_and_are_the_librarys(
+    unlisted_teacher: Path, family_data: Path, tmp_path: Path, caplog
+):
     with caplog.at_level(logging.WARNING):
-        cache = build(folder, family_data, tmp_path / "cache", signals=("logits",), logits="exact")
+        cache = build(unlisted_teacher, family_data, tmp_path / "cache", signals=("logits",), logits="exact")
     assert "'vipllava' is not in the table of families" in caplog.text
     assert "only its logits can be cached" in caplog.text
     assert verify(cache.path, deep=True) == []
@@ -55,13 +34,13 @@ def test_its_logits_are_cached_and_are_the_librarys(folder: Path, family_data: P
     assert not content_mask(
         tile_boxes(tiles_from_array(record["tiles"]))
     ).any()  # nobody knows where they look
-    teacher = Teacher(folder)
+    teacher = Teacher(unlisted_teacher)
     encoder = build_encoder(teacher, template="auto", max_length=512)
     dataset = open_dataset(str(family_data))
     sample = encoder(dataset[dataset.sample_ids.index("s3")])
     batch = collate([sample], teacher.pad_token_id)
     inputs = {"input_ids": batch.input_ids, **batch.image_inputs}
-    logits, _ = reference_output(folder, inputs)
+    logits, _ = reference_output(unlisted_teacher, inputs)
     expected = logits[sample.supervised_rows].log_softmax(dim=-1)
     decoded = codec_from_dict(cache.plan.signals["logits"]).decode(record)
     found = torch.full_like(expected, -torch.inf).scatter(1, decoded.token_ids, decoded.log_probs)
@@ -70,22 +49,24 @@ def test_its_logits_are_cached_and_are_the_librarys(folder: Path, family_data: P
     torch.testing.assert_close(found[kept], expected[kept], atol=1e-3, rtol=1e-3)
 
 
-def test_asking_for_attention_says_why_there_is_none(folder: Path, family_data: Path, tmp_path: Path):
+def test_asking_for_attention_says_why_there_is_none(
+    unlisted_teacher: Path, family_data: Path, tmp_path: Path
+):
     with pytest.raises(
         ModelError, match=r"'vipllava' is not in the table.*answer_attention.*--signals logits"
     ):
-        build(folder, family_data, tmp_path / "cache", signals=("logits", "answer_attention"))
-    teacher = Teacher(folder)
+        build(unlisted_teacher, family_data, tmp_path / "cache", signals=("logits", "answer_attention"))
+    teacher = Teacher(unlisted_teacher)
     encoder = build_encoder(teacher, template="auto", max_length=512)
     batch = collate([encoder(open_dataset(str(family_data))[0])], teacher.pad_token_id)
     with pytest.raises(ModelError, match=r"attention cannot be captured .*'vipllava'.*--signals logits"):
         teacher.run(batch, groups=((0,),), answer_rows=True, visual_rows=False)
 
 
-def test_its_pictures_are_what_the_librarys_processor_makes(folder: Path, family_data: Path):
-    teacher = Teacher(folder)
+def test_its_pictures_are_what_the_librarys_processor_makes(unlisted_teacher: Path, family_data: Path):
+    teacher = Teacher(unlisted_teacher)
     sample = build_encoder(teacher, template="auto", max_length=512)(open_dataset(str(family_data))[2])
-    processor = hf.AutoProcessor.from_pretrained(folder)
+    processor = hf.AutoProcessor.from_pretrained(unlisted_teacher)
     picture = open_dataset(str(family_data))[2].images[0].load()
     text = "USER: <image>\nWhat is it? ASSISTANT: A dog</s>"
     expected = processor(images=[picture], text=[text], return_tensors="np")

@@ -2,10 +2,10 @@
 
 import json
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 import transformers as hf
 from safetensors.torch import save_file
@@ -93,7 +93,7 @@ def _llava_next(folder: Path) -> tuple[Any, Any, Any]:
     tokenizer = byte_tokenizer("<image>", chat=NEXT_CHAT, bos=True)
     config = hf.LlavaNextConfig(
         vision_config=hf.CLIPVisionConfig(**VISION, projection_dim=32),
-        text_config=hf.MistralConfig(**TEXT, vocab_size=len(tokenizer), sliding_window=None),
+        text_config=hf.MistralConfig(**TEXT, vocab_size=len(tokenizer), sliding_window=40),
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"), image_grid_pinpoints=PINPOINTS,
         image_seq_length=9,
     )  # fmt: skip
@@ -182,12 +182,11 @@ def _split(name: str) -> tuple[Any, Any, Any]:
         text_config=hf.LlamaConfig(**TEXT, vocab_size=len(tokenizer), pad_token_id=0),
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
     )  # fmt: skip
-    try:
-        processor = getattr(hf, f"{name}ImageProcessorPil")(
-            size={"longest_edge": 72}, max_image_size={"longest_edge": 24}
-        )
-    except ImportError:
-        pytest.skip(f"transformers {hf.__version__} has {name}'s PIL image processor only beside torchvision")
+    # Up to 5.17 the library's top level has these classes only where torchvision is installed.
+    pil = import_module(f"transformers.models.{name.lower()}.image_processing_pil_{name.lower()}")
+    processor = getattr(pil, f"{name}ImageProcessorPil")(
+        size={"longest_edge": 72}, max_image_size={"longest_edge": 24}
+    )
     return getattr(hf, f"{name}ForConditionalGeneration")(config), tokenizer, processor
 
 
@@ -377,6 +376,6 @@ def make_lively(model: torch.nn.Module) -> None:
     """Larger weights: the library's are so small that attention is uniform and every answer equally likely."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            inner = any(part in name for part in ("language_model", "text_model", "model.layers"))
+            inner = any(part in name for part in ("language_model", "text_model", "model.layers", "lm_head"))
             if inner and "vision" not in name and parameter.ndim == 2:
                 parameter.mul_(6.0)

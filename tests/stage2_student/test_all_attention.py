@@ -1,9 +1,12 @@
 """All rows in one loss, from cache to gradient: equal to a live teacher, whatever the split of a step."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from test_cached_dataset import ListDataset, open_joined
+from test_equal_student import FixedCapture
 from test_objective import gradients, make_student, pool
 from tiny_cache import build_tiny_cache
 
@@ -163,6 +166,27 @@ def test_text_rows_on_a_coarser_grid_than_the_students_tokens_pull_the_map_there
         target.text[:, 0], pool(teacher.text_rows(scenes[0])[:, 0]), atol=1e-6, rtol=1e-5
     )
     assert target.student_pool.sum(dim=1).flatten().tolist() == pytest.approx([4.0] * 9)
+
+
+def test_a_students_rows_weigh_as_many_tokens_as_the_common_cells_hold(tmp_path, scenes):
+    """36 tokens of a student meet 9 cells: each cell's row counts four times, beside text rows that count once."""
+    build_tiny_cache(tmp_path / "c", dataset=scenes, signals=SIGNALS, grid=3)
+    batch = open_joined(tmp_path / "c", dataset=scenes, signals=("all_attention",), grid=(6, 6)).batch([0])
+    target = batch.attention["all_attention"]
+    generator = torch.Generator().manual_seed(0)
+    visual = torch.rand(1, 1, 36, 36, generator=generator)
+    text = torch.rand(1, 1, len(target.text), 36, generator=generator)
+    logits = torch.zeros(batch.row_count, 200)
+    found = Objective(weights={"all_attention": 1.0}, groups=((1,),))(
+        lambda **_: SimpleNamespace(logits=logits),
+        FixedCapture({"visual": visual, "text": text}),
+        batch,
+        Shares(),
+    )
+    own = torch.cat([pool(pool(visual[0, 0]).T).T / 4] * 4 + [pool(text[0, 0])])
+    teachers = torch.cat([target.teacher[0, 0]] * 4 + [target.text[:, 0]])
+    expected = 1 - F.cosine_similarity(own.flatten(), teachers.flatten(), dim=0)
+    torch.testing.assert_close(found.total, expected)
 
 
 def test_the_control_experiment_takes_all_rows_of_another_picture(cached, scenes):

@@ -269,11 +269,15 @@ def test_attention_is_refused_where_nobody_knows_the_boxes_of_a_teachers_tokens(
 
 
 @pytest.mark.parametrize(("rows", "what"), [("image", "the whole image"), ("prefix", "the whole prompt")])
-def test_maps_of_visual_rows_are_refused_where_these_see_what_follows_them(rows, what):
-    check_visual_rows(rows, signals=("logits", "answer_attention"), where="student X")
-    check_visual_rows("causal", signals=("visual_map",), where="student X")
+def test_maps_of_visual_rows_are_refused_where_these_see_what_follows_them(tiny_cache, rows, what, caplog):
+    cache = open_cache(tiny_cache[0])
+    check_visual_rows(cache, rows, signals=("logits", "answer_attention"), where="student X")
+    check_visual_rows(cache, "causal", signals=("visual_map", "visual_columns"), where="student X")
+    assert not caplog.records
     with pytest.raises(CacheMismatchError, match=rf"student X.*see {what}.*visual_map.*use answer_attention"):
-        check_visual_rows(rows, signals=("visual_map",), where="student X")
+        check_visual_rows(cache, rows, signals=("visual_map",), where="student X")
+    check_visual_rows(cache, rows, signals=("visual_columns",), where="student X")
+    assert f"student X see {what}, those of the teacher" in caplog.text
 
 
 def test_a_tokenizer_with_more_words_than_the_student_has_rows_is_refused(tiny_cache):

@@ -13,6 +13,7 @@ from common.errors import CacheMismatchError
 from common.layers import GroupMatch
 from common.visual_attention import AttentionCapture
 from data.registry import open_dataset
+from stage2_student.cached_dataset import SampleMemory
 from stage2_student.layer_matching import check_map_serves, match_groups, regroup, regroup_map
 from stage2_student.objective import Objective, Shares
 
@@ -64,6 +65,22 @@ def test_every_matching_of_a_cache_of_single_layers_trains(caches, matching, lay
     terms = objective(student, AttentionCapture(student.language_model), batch, Shares())
     assert bool(torch.isfinite(terms.total))
     assert all(float(value.detach()) > 0 for value in terms.attention.values())
+
+
+def test_phases_of_other_matchings_share_a_memory_and_not_their_samples(caches):
+    plan, memory, found = open_cache(caches[0] / "single").plan, SampleMemory(2**30), []
+    for matching in ("simple", "adaptive", "simple"):
+        match = match_groups(plan, 3, matching=matching, layers="middle")
+        dataset = open_joined(
+            caches[0] / "single",
+            dataset=open_dataset(DATA),
+            signals=("visual_columns",),
+            match=match,
+            memory=memory,
+        )
+        found.append(dataset.batch([0]).attention["visual_columns"].teacher)
+    assert torch.equal(found[0], found[2])
+    assert not torch.equal(found[0], found[1])
 
 
 def test_a_cache_of_one_mean_refuses_other_matchings(caches):

@@ -14,6 +14,7 @@ from data.collate import collate
 from data.registry import open_dataset
 from data.sample import Sample, Turn
 from stage2_student.build_student import build_student
+from stage2_student.logit_losses import tail_bucket_loss
 from stage2_student.objective import Objective, Shares, step_shares
 
 POSITIONS = (4, 9)
@@ -110,6 +111,19 @@ def test_weights_are_flat_and_the_total_is_their_sum(tiny_cache):
     torch.testing.assert_close(terms["total"], sum(weight * terms[name] for name, weight in weights.items()))
     losses = ["lm", "logits", "answer_attention", "visual_columns", "visual_map"]
     assert list(terms) == ["total", *losses, "sink_pairs", "sink_mass"]
+
+
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd", "tvd"])
+def test_the_logit_loss_is_of_the_wanted_kind_and_temperature(tiny_cache, kind):
+    path, teacher = tiny_cache
+    batch = open_joined(path, signals=("logits",)).batch(POSITIONS)
+    student = make_student(path, teacher.encoder)
+    objective = Objective(weights={"logits": 1.0}, logit_kind=kind, temperature=2.0)
+    found = objective(student, None, batch, Shares()).total
+    supervised = batch.inputs.labels != IGNORE_INDEX
+    logits = student(**batch.inputs.model_inputs()).logits[supervised]
+    expected = tail_bucket_loss(logits, batch.logits, kind=kind, temperature=2.0)
+    torch.testing.assert_close(found, expected)
 
 
 def test_recording_attention_leaves_the_logits_bit_identical(tiny_cache):

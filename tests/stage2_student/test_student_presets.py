@@ -193,6 +193,8 @@ def test_a_named_mobilevlm_takes_a_published_directory_of_any_of_its_sizes(tmp_p
     with pytest.raises(ConfigError, match=r"is no mobilevlm-1\.7b: hidden_size is 2560, published 2048"):
         student_folder("mobilevlm-1.7b", str(folder))
     assert student_folder("mobilevlm-3b", None) is None
+    with pytest.raises(ConfigError, match=r"is no mobilevlm-v1-3b: projector is ldpnetv2, not ldpnet"):
+        student_folder("mobilevlm-v1-3b", str(folder))
 
 
 def test_weights_go_with_a_name_only(tmp_path):

@@ -113,6 +113,19 @@ def test_taf_behind_another_kind_of_tower_is_refused_by_name(tmp_path):
         make_student(write_cache(tmp_path / "d"), "compodistill")
 
 
+def test_taf_from_a_teacher_without_an_mlp_projector_repeats_the_plans_reason(tmp_path):
+    cache = write_cache(tmp_path / "c")
+    teacher = {
+        "hidden_size": 20,
+        "no_projector": "the projector of model_type 'qwen2_vl' is no two-layer MLP",
+    }
+    (cache / "plan.json").write_text(json.dumps({"teacher": teacher}))
+    with pytest.raises(
+        ModelError, match="because the projector of model_type 'qwen2_vl' is no two-layer MLP"
+    ):
+        make_student(cache, "mobilevlm", projector_type="taf")
+
+
 def test_a_projector_that_pools_refuses_a_grid_without_its_first_patch(tmp_path):
     cache = write_cache(tmp_path / "c", "siglip")
     with pytest.raises(ModelError, match="pools a whole grid of patches"):

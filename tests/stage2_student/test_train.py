@@ -107,7 +107,7 @@ def test_the_log_has_one_object_a_step_with_every_term(uninterrupted):
     for record in records:
         assert {"lr", "samples_per_s", "data_wait", "step_s", "total", "lm"} <= record.keys()
         assert 0 <= record["data_wait"] <= 1
-    assert {"logits", "answer_attention", "visual_map"} <= records[3].keys()
+    assert {"logits", "answer_attention", "visual_map", "sink_pairs", "sink_mass"} <= records[3].keys()
     assert "logits" not in records[8]
     assert list((uninterrupted.final.parent / "tensorboard").iterdir())
 

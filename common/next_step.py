@@ -1,0 +1,68 @@
+"""The command that trains a student from a cache, written so that it works as it is printed."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from common.command_line import quoted
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+    from pathlib import Path
+
+    from common.plan import Plan
+
+DEFAULT_LOSSES = {"logits": ("dpt", "dft"), "answer_attention": ("dft",)}
+"""The signals that a student is trained on where nobody says otherwise, and the phases that read each."""
+DEFAULT_SHAPES = "shapes:images=1500,seed=0"
+"""What a plan calls the data set that ``make`` takes where no other is named."""
+_SHAPES = re.compile(r"shapes(:[a-z]+=\d+(,[a-z]+=\d+)*)?")
+
+
+def distill_command(
+    plan: Plan, cache: str | Path, *, data: str | None = None, images: str | None = None
+) -> str:
+    """The ``make distill`` that fits a cache: with its data, and without losses whose signals it does not hold.
+
+    Args:
+        plan: The cache's.
+        cache: Its folder or address.
+        data: What the data was opened by, where that is known; None: as far as the plan tells it. A cache holds no
+            paths, so files stand as placeholders.
+        images: Folder of its images; with ``data`` only.
+    """
+    if data is None:
+        words = _data_words(str(plan.data.get("name", "")))
+    else:
+        words = [f"DATA={quoted(data)}", *([f"IMAGES={quoted(images)}"] if images else [])]
+    off = " ".join(switches(plan.signals))
+    words += [f"CACHE={quoted(cache)}", *([f"SET={quoted(off)}"] if off else [])]
+    return " ".join(["make distill STUDENT=mobilevlm", *words])
+
+
+def switches(held: Collection[str]) -> list[str]:
+    """The options that switch off default losses which a cache with the signals ``held`` cannot serve."""
+    return [
+        f"{phase}.losses.{signal}=0"
+        for signal, phases in DEFAULT_LOSSES.items()
+        if signal not in held
+        for phase in phases
+    ]
+
+
+def set_words(settings: Collection[str], *, variable: str = "SET") -> str:
+    """How options are given: with ``make``, and on a command line."""
+    flags = " ".join(f"--set {quoted(setting)}" for setting in settings)
+    return f'{variable}="{" ".join(settings)}" with make, else {flags}'
+
+
+def _data_words(name: str) -> list[str]:
+    """``DATA=`` and ``IMAGES=`` by the name in a plan, which may say split and limit, and several of a merged cache."""
+    bases = {part.partition("[")[0].partition("/")[0] for part in name.split(" + ")}
+    base = bases.pop() if len(bases) == 1 else ""
+    if base == DEFAULT_SHAPES:
+        return []
+    if base == "easy-vqa" or _SHAPES.fullmatch(base):
+        return [f"DATA={base}"]
+    return ["DATA=FILE", "IMAGES=FOLDER"]

@@ -1,0 +1,118 @@
+"""Loading a checkpoint of any family: what is refused, and logits of chosen rows by the model's own forward pass."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaModel
+
+from common.errors import ConfigError, ModelError
+from data.families import FAMILIES, family_of
+from data.family_models import input_device, open_family_model, row_logits, rows_only
+
+
+@pytest.fixture(scope="module")
+def opened(tiny_llava: Path):
+    return open_family_model(tiny_llava)
+
+
+@pytest.fixture
+def inputs():
+    torch.manual_seed(0)
+    return {"input_ids": torch.randint(5, 40, (2, 7)), "attention_mask": torch.ones(2, 7, dtype=torch.bool)}
+
+
+def test_logits_of_chosen_rows_are_those_of_the_whole_pass_in_order(opened, inputs):
+    rows = torch.zeros(2, 7, dtype=torch.bool)
+    rows[0, 5] = rows[1, 0] = rows[1, 3] = True
+    with torch.no_grad():
+        found = row_logits(opened.model, inputs, rows)
+        whole = opened.model(**inputs).logits
+        again = opened.model(**inputs).logits
+    assert found.shape == (3, whole.shape[-1])
+    torch.testing.assert_close(found, whole[rows], atol=1e-6, rtol=1e-5)
+    assert torch.equal(whole, again)  # nothing stays behind on the model
+
+
+def test_a_gradient_passes_through_chosen_rows(opened, inputs):
+    rows = torch.zeros(2, 7, dtype=torch.bool)
+    rows[1, 4] = True
+    weight = opened.model.lm_head.weight
+    (gradient,) = torch.autograd.grad(row_logits(opened.model, inputs, rows).square().sum(), weight)
+    whole = opened.model(**inputs, use_cache=False).logits[rows].square().sum()
+    torch.testing.assert_close(gradient, torch.autograd.grad(whole, weight)[0], atol=1e-5, rtol=1e-4)
+
+
+def test_a_model_that_projects_other_rows_is_refused(opened, inputs):
+    with pytest.raises(ModelError, match=r"given \[2, 7\] rows, expected \[2, 6\]"):
+        row_logits(opened.model, inputs, torch.ones(2, 6, dtype=torch.bool))
+    text = LlamaModel(
+        LlamaConfig(
+            hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=9
+        )
+    )
+    with pytest.raises(ModelError, match="no output projection"):
+        rows_only(text, torch.ones(1, 1, dtype=torch.bool))
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path: Path):
+    with pytest.raises(ModelError, match=r"no config\.json there"):
+        open_family_model(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava"}))
+    with pytest.raises(ModelError, match=r"cannot be loaded.*needs config\.json, weights, tokenizer"):
+        open_family_model(tmp_path)
+
+
+def test_a_text_model_is_no_teacher(tmp_path: Path, tiny_llava: Path):
+    shutil.copytree(tiny_llava, tmp_path / "text")
+    (tmp_path / "text" / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        open_family_model(tmp_path / "text")
+
+
+@pytest.mark.parametrize(
+    ("installed", "message"),
+    [(None, r"pip install 'vlm-distill-cache\[quantised\]'"), (object(), "needs a CUDA device")],
+)
+def test_quantisation_says_what_is_missing(tiny_llava: Path, monkeypatch, installed, message):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: installed)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ConfigError, match=message):
+        open_family_model(tiny_llava, quantisation="8bit")
+
+
+def test_only_the_language_model_is_quantised(tiny_llava: Path, monkeypatch):
+    given = {}
+
+    class Recorder:
+        @staticmethod
+        def from_pretrained(directory, **options):
+            given.update(options)
+            raise ValueError("enough seen")
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("transformers.LlavaForConditionalGeneration", Recorder)
+    with pytest.raises(ModelError, match="enough seen"):
+        open_family_model(tiny_llava, quantisation="4bit", dtype="bfloat16")
+    quantisation = given["quantization_config"]
+    assert quantisation.load_in_4bit
+    assert quantisation.bnb_4bit_compute_dtype == torch.bfloat16
+    kept = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
+    assert quantisation.llm_int8_skip_modules == kept
+    assert given["device_map"] == "cuda:0"
+
+
+def test_inputs_go_where_the_embedding_is(opened):
+    assert input_device(opened.model) == opened.model.get_input_embeddings().weight.device
+
+
+def test_every_listed_family_has_all_parts_and_an_unlisted_one_logits_only():
+    for name, family in FAMILIES.items():
+        assert family.is_listed, name
+        assert family.vision_tower, name
+        assert family.projector, name
+    assert not family_of("somebody_elses").is_listed
+    assert family_of("llava") is FAMILIES["llava"]

@@ -12,6 +12,9 @@ NPROC   ?= 1
 # Stage one: which signals to keep (comma-separated), and a YAML file of its other options.
 SIGNALS ?= $(if $(filter pruned:%,$(STUDENT)),logits$(COMMA)answer_attention$(COMMA)hidden)
 CACHE_CONFIG ?=
+# Any other options, KEY=VALUE with blanks between: of stage two, and of stage one.
+SET     ?=
+CACHE_SET ?=
 # Held-out data to score on.
 EVAL_DATA ?=
 
@@ -28,7 +31,8 @@ BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # bash tests for it, dash lacks it
 SHELL := /bin/bash
-.SHELLFLAGS := -euo pipefail -c
+# -f: options may hold characters of file patterns, such as [ ]
+.SHELLFLAGS := -efuo pipefail -c
 export TOKENIZERS_PARALLELISM := false
 
 .PHONY: help setup teacher-cache distill evaluate report demo demo-teacher experiment experiment-smollm test checks format bench bench-codec clean
@@ -39,6 +43,8 @@ help: ## Show this list
 	@echo "  Variables: STUDENT=$(STUDENT) DATA=$(DATA) STORE=$(STORE) TEACHER=$(TEACHER) IMAGES=$(IMAGES) CACHE=$(CACHE)"
 	@echo "             OUTPUT=$(OUTPUT) PHASES=\"dpt dft sft\" CONFIG=student.yaml NPROC=$(NPROC)"
 	@echo "             SIGNALS=logits,answer_attention CACHE_CONFIG=cache.yaml EVAL_DATA=heldout.json PYTHON=python3"
+	@echo "             SET=\"dft.lr=1e-3 dft.losses.answer_attention=0\" (any options of distill)"
+	@echo "             CACHE_SET=\"max_failed_share=0.1\" (any options of teacher-cache)"
 
 setup: $(STAMP) ## Create .venv and install everything, once
 
@@ -50,16 +56,16 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 # Values reach the shell through its environment, so that blanks and quotes in a path are safe.
-export STUDENT DATA STORE TEACHER IMAGES CONFIG PHASES CACHE OUTPUT SIGNALS CACHE_CONFIG EVAL_DATA
+export STUDENT DATA STORE TEACHER IMAGES CONFIG PHASES CACHE OUTPUT SIGNALS CACHE_CONFIG EVAL_DATA SET CACHE_SET
 
 teacher-cache: $(STAMP) ## Stage one: run the teacher once, write the cache
-	$(BIN)/teacher-cache build --data "$$DATA" --cache "$$CACHE" --store $(STORE) $(if $(IMAGES),--images "$$IMAGES") $(if $(TEACHER),--teacher "$$TEACHER") $(if $(SIGNALS),--signals "$$SIGNALS") $(if $(CACHE_CONFIG),--config "$$CACHE_CONFIG") $(if $(filter-out 1,$(NPROC)),--nproc $(NPROC))
+	$(BIN)/teacher-cache build --data "$$DATA" --cache "$$CACHE" --store $(STORE) $(if $(IMAGES),--images "$$IMAGES") $(if $(TEACHER),--teacher "$$TEACHER") $(if $(SIGNALS),--signals "$$SIGNALS") $(if $(CACHE_CONFIG),--config "$$CACHE_CONFIG") $(if $(strip $(CACHE_SET)),$$(printf -- '--set %s ' $$CACHE_SET)) $(if $(filter-out 1,$(NPROC)),--nproc $(NPROC))
 
 # A sealed cache is used as it is, teacher or no teacher; naming a TEACHER checks that it is that teacher's.
 # CACHE may be an address (s3://, hf://datasets/, https://): its shards are fetched as they are read.
 distill: $(STAMP) ## Stage two: train a student from the cache (built first if missing), evaluate, report
 	@if [ -n "$$TEACHER" ] || { [[ "$$CACHE" != *://* ]] && [ ! -f "$$CACHE/manifest.json" ]; }; then $(MAKE) --no-print-directory teacher-cache; fi
-	$(BIN)/distill run --student "$$STUDENT" --data "$$DATA" --cache "$$CACHE" --output "$$OUTPUT" $(if $(PRUNED),--teacher "$${TEACHER:-stage1_teacher/builtin}") $(if $(IMAGES),--images "$$IMAGES") $(if $(CONFIG),--config "$$CONFIG") $(if $(PHASES),--phases "$$PHASES") $(if $(EVAL_DATA),--set "evaluation.data=$$EVAL_DATA") $(if $(filter-out 1,$(NPROC)),--nproc $(NPROC))
+	$(BIN)/distill run --student "$$STUDENT" --data "$$DATA" --cache "$$CACHE" --output "$$OUTPUT" $(if $(PRUNED),--teacher "$${TEACHER:-stage1_teacher/builtin}") $(if $(IMAGES),--images "$$IMAGES") $(if $(CONFIG),--config "$$CONFIG") $(if $(PHASES),--phases "$$PHASES") $(if $(EVAL_DATA),--set "evaluation.data=$$EVAL_DATA") $(if $(strip $(SET)),$$(printf -- '--set %s ' $$SET)) $(if $(filter-out 1,$(NPROC)),--nproc $(NPROC))
 
 evaluate: $(STAMP) ## Score the distilled student of OUTPUT again, on EVAL_DATA if given
 	$(BIN)/distill evaluate "$$OUTPUT/distilled/final" $(if $(EVAL_DATA),--data "$$EVAL_DATA") $(if $(IMAGES),--images "$$IMAGES")

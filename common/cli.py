@@ -85,7 +85,9 @@ def verify(cache: Path, *, deep: bool) -> None:
         from common.manifest import format_ranges
 
         missing = [damage.shard for damage in unfinished if damage.shard is not None]
-        what = f"{len(missing)} shards are missing ({format_ranges(missing)})" if missing else "it is not sealed"
+        what = (
+            f"{len(missing)} shards are missing ({format_ranges(missing)})" if missing else "it is not sealed"
+        )
         click.echo(f"error: {cache}: not finished: {what}; what is there is sound", err=True)
         click.echo(
             "Next: teacher-cache build with the same options makes the missing shards and seals the cache; of parts "
@@ -240,9 +242,7 @@ def pull(
         click.echo(
             f"Pulled {part.totals['samples']} samples of {source} to {cache} ({part.totals['bytes']:,} bytes)"
         )
-        click.echo(
-            f"Next: cachectl inspect {quoted(cache)}, then {distill_command(read_plan(cache), cache)}"
-        )
+        click.echo(f"Next: cachectl inspect {quoted(cache)}, then {distill_command(read_plan(cache), cache)}")
         return
     from common.transfer import pull as pull_cache
 

@@ -45,7 +45,9 @@ _SEAL = "run `teacher-cache seal`"
 _INDEX_REMEDY = f"run `cachectl repair` or `teacher-cache seal` to write it anew, or {COPY_AGAIN}"
 _SHARD_NAME = re.compile(rf"{SHARDS}/(\d{{5}})\.")
 
-Kind = Literal["plan", "manifest", "unsealed", "shard", "missing", "index", "side file", "data", "leftover", "stranger"]
+Kind = Literal[
+    "plan", "manifest", "unsealed", "shard", "missing", "index", "side file", "data", "leftover", "stranger"
+]
 
 
 @dataclass(frozen=True, kw_only=True)

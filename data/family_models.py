@@ -80,7 +80,7 @@ def open_family_model(
             model: Any = load_published(directory, dtype=getattr(torch, dtype))
             family = family_of(model.config.model_type)
         else:
-            family = family_of(str(read_json(directory / "config.json").get("model_type")))
+            family = family_of(str(read_json((directory / "config.json").resolve()).get("model_type")))
             model = _load_library_model(
                 directory, family, dtype=dtype, device_map=device_map, quantisation=quantisation
             )

@@ -229,5 +229,5 @@ class Teacher:
 def _training_notes(directory: Path) -> dict[str, Any]:
     """What a built-in teacher says of itself in ``training.json``; nothing for other checkpoints."""
     path = directory / "training.json"
-    notes = read_json(path) if path.is_file() else {}
+    notes = read_json(path.resolve()) if path.is_file() else {}
     return notes if isinstance(notes, dict) else {}

@@ -8,7 +8,6 @@ threads.
 Dims: A supervised rows.
 """
 
-import logging
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -44,8 +43,6 @@ __all__ = [
     "check_join",
     "collate_samples",
 ]
-
-_log = logging.getLogger(__name__)
 
 
 class SampleMemory:
@@ -132,8 +129,6 @@ class CachedDataset:
         self.failed = len(cache.failed)
         join = join_cache(cache, dataset, limit=limit)
         self.sample_ids, self.shards, self._places = join.sample_ids, join.shards, join.places
-        if self.failed:
-            _log.info("%d samples that stage one could not read are left out", self.failed)
 
     def __len__(self) -> int:
         return len(self.sample_ids)

@@ -137,7 +137,9 @@ def check_losses(config: TrainConfig, caches: Mapping[str, TeacherCache]) -> Non
     Raises:
         CacheMismatchError: With the remedy for all phases at once.
     """
-    phases = [(name, config.phase(name).losses, caches[str(config.phase(name).cache)]) for name in config.phases]
+    phases = [
+        (name, config.phase(name).losses, caches[str(config.phase(name).cache)]) for name in config.phases
+    ]
     off = [
         f"{name}.losses.{term}=0"
         for name, losses, cache in phases

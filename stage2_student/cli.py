@@ -2,12 +2,13 @@
 
 import json
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
 import click
 
-from common.command_line import SETTINGS, CacheLocation, CommandGroup, NewFolder, quoted
+from common.command_line import SETTINGS, CacheLocation, CommandGroup, NewFolder, quoted, start_logging
 
 # Imports that pull torch in are inside the commands, so that --help, usage errors and "up to date" are
 # instant.
@@ -18,8 +19,12 @@ _YAML = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.group(cls=CommandGroup, context_settings=SETTINGS)
 def main() -> None:
     """Stage two: train students from a teacher cache, without the teacher."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    start_logging(logging.INFO if _is_first_process() else logging.WARNING)
+
+
+def _is_first_process() -> bool:
+    """Whether this is the process that speaks, of those that torch's launcher started."""
+    return "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("RANK") == "0"
 
 
 def _training_options(command: Any) -> Any:
@@ -67,20 +72,26 @@ def train(config: Path | None, cache: str, overrides: tuple[str, ...], **options
     settings = _load(config, cache, overrides, **options)
 
     from stage2_student.output_folder import claim_output, refuse_foreign_folder
+    from stage2_student.preparation import failure_notes, open_caches
     from stage2_student.pruned_folder import refuse_uncut
-    from stage2_student.run import cache_folders, set_up_libraries
+    from stage2_student.run import ARM, cache_folders, set_up_libraries
     from stage2_student.train import train as train_phases
     from stage2_student.training_log import summarise
 
     refuse_uncut(settings.student, settings.teacher)
     set_up_libraries()
     refuse_foreign_folder(Path(settings.output))
+    in_run = ARM in os.environ
+    if _is_first_process() and not in_run:
+        for note in failure_notes(open_caches(settings)):
+            click.echo(note)
     with claim_output(Path(settings.output), *cache_folders(settings)):
         result = train_phases(settings)
     if result.log:
         click.echo(summarise(result.log))
         click.echo(f"Student: {result.final}")
-        click.echo(f"Next: distill evaluate {quoted(result.final)} --cache {quoted(cache)}")
+        if not in_run:
+            click.echo(f"Next: distill evaluate {quoted(result.final)} --cache {quoted(cache)}")
 
 
 @main.command()

@@ -182,6 +182,15 @@ def open_caches(config: TrainConfig) -> dict[str, TeacherCache]:
     return {path: open_cache(path, open_shards=2 * config.shuffle_window) for path in paths}
 
 
+def failure_notes(caches: Mapping[str, TeacherCache]) -> list[str]:
+    """Say of each cache, by path, how many samples are not trained on because stage one could not read them."""
+    return [
+        f"{len(cache.failed)} samples that stage one could not read are left out ({cache.path})"
+        for cache in caches.values()
+        if cache.failed
+    ]
+
+
 def choose_template(config: TrainConfig, parts: StudentParts, cache: TeacherCache) -> PromptTemplate:
     """The prompt a student reads a cache's samples in.
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 
 STAMP, TABLE, REPORT, SCORES = "run.json", "table.txt", "report.html", "evaluation.json"
 BASELINE, DISTILLED, TEACHER = "sft", "distilled", "teacher"
+ARM = "DISTILL_ARM"  # set in the processes of a run's student: what comes next is the run's to say
 FINAL, PROVENANCE = "final", "distillation.json"
 _log = logging.getLogger(__name__)
 
@@ -120,7 +123,7 @@ def train_and_score(
     """Do what is left of a run whose folder is held; returns the table of scores."""
     from stage2_student.check_cache import check_losses
     from stage2_student.held_out import probe_items
-    from stage2_student.preparation import open_caches
+    from stage2_student.preparation import failure_notes, open_caches
 
     output = Path(config.output)
     caches = open_caches(config)
@@ -204,7 +207,8 @@ def train_arm(arm: TrainConfig, *, processes: int) -> None:
         f"--nproc_per_node={processes}",
     ]
     ours = ["-m", "stage2_student.cli", "train", "--config", str(folder / "config.yaml")]
-    done = subprocess.run([*launcher, *ours, "--cache", arm.cache, "--output", arm.output], check=False)
+    command = [*launcher, *ours, "--cache", arm.cache, "--output", arm.output]
+    done = subprocess.run(command, check=False, env={**os.environ, ARM: "1"})
     if done.returncode:
         raise ConfigError(f"training of {folder} in {processes} processes failed; see the messages above")
 
@@ -341,12 +345,14 @@ def write_report(output: Path, config: TrainConfig) -> Path:
 
 
 def set_up_libraries() -> None:
-    """Leave a core for loading, and switch off the model library's own progress bars."""
+    """Leave a core for loading, and switch off the libraries' own progress bars and a warning about speed."""
     from transformers.utils import logging as transformers_logging
 
     from data.threads import leave_one_core
 
     leave_one_core()
+    # Each process of several would say so once; a convolution's gradient is then copied, which changes no value.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     transformers_logging.disable_progress_bar()
 
 

@@ -27,7 +27,7 @@ def read_config(directory: Path) -> dict[str, Any]:
         ModelError: If there is none, or it is damaged.
     """
     try:
-        stored = read_json(directory / "config.json")
+        stored = read_json((directory / "config.json").resolve())
     except (FileNotFoundError, NotADirectoryError):
         raise ModelError(
             f"{directory}: no config.json; give a directory that save_pretrained wrote, or a downloaded checkpoint"

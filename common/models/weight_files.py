@@ -92,7 +92,7 @@ def check_tensors(
 
 def _indexed_files(index: Path) -> list[Path]:
     try:
-        names = sorted(set(read_json(index)["weight_map"].values()))
+        names = sorted(set(read_json(index.resolve())["weight_map"].values()))
     except (CacheFormatError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(
             f"{index}: cannot be read as an index of shards ({error}); download it again"

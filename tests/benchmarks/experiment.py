@@ -31,6 +31,7 @@ CACHES = {
 RESULTS = ROOT / "results.jsonl"
 STORED = Path(__file__).parent / "results" / "experiment.json"
 DATA = "shapes"
+RATIO_PAIRS, RATIO_STEPS = 5, 40
 ITEMS = 100  # held-out items of each kind
 
 
@@ -57,9 +58,30 @@ def run_job(job: Job) -> dict[str, Any]:
     from data.registry import open_evaluation
     from stage2_student.evaluate import evaluate_model
     from stage2_student.run import set_up_libraries
-    from stage2_student.train import train_student
 
     set_up_libraries()
+    started = time.monotonic()
+    result, output = train_job(job)
+    seconds = time.monotonic() - started
+    report = evaluate_model(
+        result.model, result.preparation.encoder, open_evaluation("shapes", "test", ITEMS), letters=False
+    )
+    shutil.rmtree(output)
+    steps = [record["step_s"] for record in result.log if "step_s" in record]
+    return {
+        **asdict(job), "seconds": round(seconds, 1), "step_ms": round(1000 * statistics.median(steps), 2),
+        "scores": {name: round(100 * score.value, 2) for name, score in report.scores.items()},
+    }  # fmt: skip
+
+
+def train_job(job: Job) -> tuple[Any, Path]:
+    """Train one student, with its cache or with the teacher in the loop.
+
+    Returns:
+        What `train` returns, and the output folder.
+    """
+    from stage2_student.train import train_student
+
     arm = dict(ARMS[job.arm])
     output = ROOT / "runs" / f"{list(ARMS).index(job.arm)}-{job.tokens}-{job.steps}-{job.seed}"
     shutil.rmtree(output, ignore_errors=True)
@@ -71,24 +93,38 @@ def run_job(job: Job) -> dict[str, Any]:
         "phases": ["dft"], "dft": phase, "seed": job.seed, "checkpoint_every": 10**6, "max_length": 512,
         "pool_teacher_tokens": projector == "taf" and job.tokens == "quarter",
     }  # fmt: skip
-    started = time.monotonic()
-    if arm.pop("online", False):
-        from stage1_teacher.config import BuildConfig
-        from stage1_teacher.plan import open_build
-        from tests.benchmarks.experiment_online import train_online
+    if not arm.pop("online", False):
+        return train_student(**options, **arm), output
+    from stage1_teacher.config import BuildConfig
+    from stage1_teacher.plan import open_build
+    from tests.benchmarks.experiment_online import train_online
 
-        result = train_online(open_build(BuildConfig(data=DATA, cache=cache)), **options, **arm)
-    else:
-        result = train_student(**options, **arm)
-    seconds = time.monotonic() - started
-    report = evaluate_model(
-        result.model, result.preparation.encoder, open_evaluation("shapes", "test", ITEMS), letters=False
-    )
-    shutil.rmtree(output)
-    steps = [record["step_s"] for record in result.log if "step_s" in record]
+    return train_online(open_build(BuildConfig(data=DATA, cache=cache)), **options, **arm), output
+
+
+def time_online() -> dict[str, float]:
+    """Step of the student with its teacher in the loop over the cached one, medians of runs side by side.
+
+    Returns:
+        ``cached_ms`` and ``online_ms`` a step, and the ``ratio`` of each pair's: its median, lowest and highest.
+    """
+    import torch
+
+    torch.set_num_threads(1)
+    pairs = []
+    for seed in range(RATIO_PAIRS):
+        times = []
+        for arm in ("+ answer_attention", "online: + answer_attention"):
+            result, output = train_job(Job(arm, "same", RATIO_STEPS, seed))
+            shutil.rmtree(output)
+            # The first steps warm up: threads, allocator, encoded samples.
+            times.append(1000 * statistics.median(r["step_s"] for r in result.log[RATIO_STEPS // 4 :]))
+        pairs.append(times)
+    ratios = sorted(online / cached for cached, online in pairs)
     return {
-        **asdict(job), "seconds": round(seconds, 1), "step_ms": round(1000 * statistics.median(steps), 2),
-        "scores": {name: round(100 * score.value, 2) for name, score in report.scores.items()},
+        "cached_ms": round(statistics.median(cached for cached, _ in pairs), 1),
+        "online_ms": round(statistics.median(online for _, online in pairs), 1),
+        "ratio": round(statistics.median(ratios), 3), "lowest": round(ratios[0], 3), "highest": round(ratios[-1], 3),
     }  # fmt: skip
 
 
@@ -132,8 +168,14 @@ def main() -> None:
             sys.stdout.write(f"{count}/{len(jobs)} {futures[future]} {result['scores']['likelihood']}\n")
             sys.stdout.flush()
     ordered = in_order(results)
-    STORED.write_text(json.dumps({"teacher": teacher, "results": ordered}, indent=1) + "\n")
-    sys.stdout.write(tables(ordered, teacher) + "\n")
+    ratio = time_online()
+    stored = {"teacher": teacher, "online": ratio, "results": ordered}
+    STORED.write_text(json.dumps(stored, indent=1) + "\n")
+    sys.stdout.write(tables(ordered, teacher) + "\n\n")
+    sys.stdout.write(
+        f"A step with the teacher in the loop takes {ratio['ratio']} times the cached one ({ratio['lowest']} to "
+        f"{ratio['highest']} in {RATIO_PAIRS} pairs; {ratio['online_ms']} against {ratio['cached_ms']} ms).\n"
+    )
 
 
 if __name__ == "__main__":

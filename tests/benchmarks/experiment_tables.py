@@ -18,7 +18,7 @@ from tests.benchmarks.experiment_arms import (
 
 # 97.5 % points of Student's t by degrees of freedom.
 T_QUANTILE = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
-HEADING = "| losses | captions by likelihood, % | questions, % | gain over {base}, points | step, ms |"
+HEADING = "| losses | captions by likelihood, % | questions, % | gain over {base}, points |"
 
 
 def interval(values: list[float]) -> tuple[float, float]:
@@ -35,7 +35,7 @@ def select(results: list[dict[str, Any]], **wanted: Any) -> dict[int, dict[str, 
 
 
 def _table(results: list[dict[str, Any]], arms: tuple[str, ...], *, tokens: str, base: str) -> list[str]:
-    lines = [HEADING.format(base=base.removeprefix("+ ")), "|---|---|---|---|---|"]
+    lines = [HEADING.format(base=base.removeprefix("+ ")), "|---|---|---|---|"]
     reference = select(results, arm=base, tokens=tokens, steps=STEPS)
     for arm in arms:
         found = select(results, arm=arm, tokens=tokens, steps=STEPS)
@@ -46,8 +46,7 @@ def _table(results: list[dict[str, Any]], arms: tuple[str, ...], *, tokens: str,
         paired = [r["scores"]["likelihood"] - reference[seed]["scores"]["likelihood"]
                   for seed, r in found.items() if seed in reference]  # fmt: skip
         gain = "-" if arm == base or not paired else "{:+.1f} ± {:.1f}".format(*interval(paired))
-        step = statistics.median(r["step_ms"] for r in found.values())
-        lines.append(f"| {arm} | {cells[0]} | {cells[1]} | {gain} | {step:.0f} |")
+        lines.append(f"| {arm} | {cells[0]} | {cells[1]} | {gain} |")
     return [*lines, ""]
 
 
@@ -66,7 +65,8 @@ def tables(results: list[dict[str, Any]], teacher: dict[str, float]) -> str:
     ]
     for title, arms in TABLES.items():
         base = LOGITS if LOGITS in arms or title != "Cached against online" else arms[0]
-        lines += [f"**{title}**", "", *_table(results, arms, tokens="same", base=base)]
+        if any(select(results, arm=arm, tokens="same", steps=STEPS) for arm in arms):
+            lines += [f"**{title}**", "", *_table(results, arms, tokens="same", base=base)]
     lines += [f"Students with a quarter of the visual tokens, {STEPS} steps:", ""]
     lines += _table(results, QUARTER_ARMS, tokens="quarter", base=LOGITS)
     lines += [f"Score against steps (quarter tokens, {len(CURVE_SEEDS)} seeds, captions by likelihood, %):", "",

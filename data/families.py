@@ -28,6 +28,7 @@ from data.family_images import (
 from data.family_inputs import (
     grid_position_inputs,
     image_block_inputs,
+    library_inputs,
     plain_inputs,
     prefix_inputs,
     stacked_inputs,
@@ -225,6 +226,7 @@ def unlisted_family() -> Family:
         vision_tower="",
         projector="",
         image_encoder=library_images,
+        model_inputs=library_inputs,
     )
 
 

@@ -7,10 +7,12 @@ PaliGemma: from 1), in sliding windows, and in how pictures are stacked.
 Dims: B batch, T longest sequence, M image tiles of the batch.
 """
 
+from inspect import signature
 from typing import Any, cast
 
 import torch
 from torch import Tensor
+from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from common.errors import ModelError
 from common.schema import IGNORE_INDEX
@@ -122,6 +124,37 @@ def prefix_inputs(config: Any, batch: Batch, *, dtype: torch.dtype) -> dict[str,
         "position_ids": batch.position_ids + 1,
         "token_type_ids": (positions[None, :] > last[:, None]).long(),
     }
+
+
+def library_inputs(config: Any, batch: Batch, *, dtype: torch.dtype) -> dict[str, Any]:
+    """Arguments of a model that nobody has described: what any has, and token types where its forward takes them.
+
+    Positions are left to the model: counting tokens would override, in silence, whatever else it does.
+
+    Raises:
+        ModelError: If samples are packed: how such a model would keep conversations apart is not known.
+    """
+    if batch.attention_mask.ndim == 4:
+        raise ModelError(
+            f"model_type {config.model_type!r} is not in the table of families (data/families.py), and independent "
+            "conversations about one picture can share it only where masks and positions are known; give data with "
+            "one question a sample"
+        )
+    kinds = {name: batch.visual_mask.long() for name in _token_types(config)}
+    return {
+        "input_ids": batch.input_ids,
+        "attention_mask": batch.attention_mask,
+        **kinds,
+        **image_tensors(batch, dtype),
+    }
+
+
+def _token_types(config: Any) -> tuple[str, ...]:
+    """Names of the arguments by which a model is told which tokens are visual."""
+    forward = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)].forward
+    return tuple(
+        name for name in ("mm_token_type_ids", "token_type_ids") if name in signature(forward).parameters
+    )
 
 
 def image_tensors(batch: Batch, dtype: torch.dtype) -> dict[str, Tensor]:

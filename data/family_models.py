@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from common.atomic import read_json
 from common.errors import ConfigError, ModelError
 from common.models.published import default_image_processor, is_published, load_published
-from data.families import Family, family_of
+from data.families import Family, family_of, submodule
 from data.library_images import load_processor
 from data.processors import load_image_processor, load_tokenizer
 
@@ -93,6 +93,8 @@ def open_family_model(
             f"{directory} cannot be loaded: {error}; it needs config.json, weights, tokenizer and "
             "preprocessor_config.json of one model"
         ) from error
+    if device_map:
+        refuse_offloaded(model, family, device_map)
     if not family.is_listed:
         logger.warning(
             "%s: model_type %r is not in the table of families (data/families.py), so only its logits can be "
@@ -102,6 +104,31 @@ def open_family_model(
             model.config.model_type,
         )
     return FamilyModel(model.eval(), family, tokenizer, processor)
+
+
+def refuse_offloaded(model: Any, family: Family, device_map: str) -> None:
+    """Refuse a placement that leaves parts without weights of their own, to be fetched for each forward pass.
+
+    Args:
+        model: As the device map has placed it.
+        family: Its entry in the table.
+        device_map: For the error.
+
+    Raises:
+        ConfigError: If the embedding, the vision tower or the projector is such a part: they are read by themselves.
+    """
+    parts = {"embedding": model.get_input_embeddings()}
+    parts |= {
+        name: submodule(model, path)
+        for name, path in (("vision tower", family.vision_tower), ("projector", family.projector))
+        if path
+    }
+    away = [name for name, part in parts.items() if any(p.device.type == "meta" for p in part.parameters())]
+    if away:
+        raise ConfigError(
+            f"device_map={device_map!r} leaves no room on the devices for the {' and the '.join(away)}; use quantisation, "
+            "a smaller dtype, or more devices"
+        )
 
 
 def rows_only(model: Any, rows: Tensor) -> AbstractContextManager[Any]:

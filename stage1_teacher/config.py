@@ -45,7 +45,8 @@ class BuildConfig:
         groups: Number of layer groups.
         layers: Which teacher layers are kept: the published middle ones or all.
         template: Prompt template; ``auto`` is ``short`` for built-in teachers, that of its family otherwise.
-        max_length: Longest sequence in tokens; a longer sample is a recorded failure.
+        max_length: Longest sequence in tokens; a longer sample is a recorded failure. 0: 2048, or more where a picture
+            alone may have as many.
         batch_size: Samples a forward pass. Part of the plan, because bytes depend on it.
         shard_size: Samples a shard.
         dtype: Computation dtype; ``auto`` is float32 on CPU and bfloat16 on CUDA.
@@ -87,7 +88,7 @@ class BuildConfig:
     groups: int = 1
     layers: Literal["middle", "all"] = "middle"
     template: str = "auto"
-    max_length: int = 2048
+    max_length: int = 0
     batch_size: int = 16
     shard_size: int = 256
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -111,7 +112,7 @@ class BuildConfig:
             raise ConfigError(f"signals: {self.signals} names one twice")
         preset_settings(self.logits)
         for name, low, high in (
-            ("limit", 0, 2**40), ("grid", 0, 64), ("map_grid", 0, 64), ("groups", 1, 64), ("max_length", 8, 2**20),
+            ("limit", 0, 2**40), ("grid", 0, 64), ("map_grid", 0, 64), ("groups", 1, 64), ("max_length", 0, 2**20),
             ("batch_size", 1, 2**16), ("shard_size", 1, 2**20), ("fidelity_samples", 0, 2**20), ("threads", 0, 1024),
         ):  # fmt: skip
             value = getattr(self, name)

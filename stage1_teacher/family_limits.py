@@ -45,21 +45,23 @@ def refuse_signals(signals: Sequence[str], teacher: Teacher) -> None:
 def refuse_packing(dataset: Dataset, teacher: Teacher) -> None:
     """Refuse data that pack independent conversations where an image is seen differently in each.
 
-    Only the first sample is looked at; `data.family_inputs.prefix_inputs` refuses later ones.
+    Only the first sample is looked at; `data.family_inputs` refuses later ones.
 
     Raises:
         ModelError: If they do.
     """
-    if teacher.family.visual_rows != "prefix" or not len(dataset):
+    packs = teacher.family.is_listed and teacher.family.visual_rows != "prefix"
+    if packs or not len(dataset):
         return
     try:
         sample = dataset[0]
     except SampleError:
         return
     if sample.independent_turns and len(sample.turns) > 1:
+        why = "visual tokens see the question" if teacher.family.is_listed else "masks are not known"
         raise ModelError(
-            f"teacher {teacher.directory}: in model_type {teacher.config.model_type!r} visual tokens see the question, "
-            f"and data {dataset.name!r} hold {len(sample.turns)} independent questions about one picture in one sample; "
+            f"teacher {teacher.directory}: in model_type {teacher.config.model_type!r} {why}, and data "
+            f"{dataset.name!r} hold {len(sample.turns)} independent questions about one picture in one sample; "
             "give data with one question a sample (a LLaVA .json or messages .jsonl)"
         )
 

@@ -7,6 +7,7 @@ itself, run twice, so that a reader can tell codec loss from hardware noise.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,12 @@ from stage1_teacher.attention_fidelity import (
     row_gradient_cosines,
 )
 from stage1_teacher.plan import Build
-from stage1_teacher.signals import TeacherSignals, reduce_output, to_cpu, visual_columns
+from stage1_teacher.signals import TeacherSignals, reduce_output, slice_logits, to_cpu, visual_columns
 from stage1_teacher.sinks import SinkCount
 from stage1_teacher.teacher import TeacherOutput
+
+CONTROL_BATCH = 8
+"""Most copies of a sample in the control's batch."""
 
 
 def measure_fidelity(work: Build, cache_dir: Path, *, samples: int) -> dict[str, Any] | None:
@@ -63,13 +67,25 @@ def measure_fidelity(work: Build, cache_dir: Path, *, samples: int) -> dict[str,
             encoded = work.encoder(_as_cached(work, cache_dir, position))
         except SampleError:
             continue
-        batch = collate([encoded], work.teacher.pad_token_id)
+        alone = collate([encoded], work.teacher.pad_token_id)
+        # Sums of a batch are formed in another order than those of one sample: the control carries that noise.
+        several = collate([encoded] * min(work.plan.batch_size, CONTROL_BATCH), work.teacher.pad_token_id)
         record = _read_record(cache_dir, work.plan, position, encoded.sample_id)
         if record is None:
             continue
-        first, second = (_run(work, batch) for _ in range(2))
+        first, second = _run(work, alone), first_sample(*_run(work, several))
         _compare(totals, work.codecs, record, encoded.tiles, first, second)
     return {"samples": totals.samples, **totals.means(), **totals.sink_figures()}
+
+
+def first_sample(output: TeacherOutput, signals: TeacherSignals) -> tuple[TeacherOutput, TeacherSignals]:
+    """What a batch of copies says of its first, as `_run` would of that alone."""
+    rows = output.row_counts[0]
+    kept = None if signals.logits is None else slice_logits(signals.logits, slice(0, rows))
+    return (
+        replace(output, logits=output.logits[:rows], labels=output.labels[:rows]),
+        replace(signals, logits=kept, labels=signals.labels[:rows]),
+    )
 
 
 def _as_cached(work: Build, cache_dir: Path, position: int) -> Sample:

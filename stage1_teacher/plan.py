@@ -28,6 +28,8 @@ from stage1_teacher.signals import build_codecs
 from stage1_teacher.teacher import Teacher, TeacherOutput
 from stage1_teacher.teacher_record import evaluation_of
 
+LEAST_LENGTH, TEXT_LENGTH = 2048, 1024  # tokens
+
 
 @dataclass(frozen=True, kw_only=True)
 class Build:
@@ -146,7 +148,7 @@ def build_encoder(teacher: Teacher, *, template: str, max_length: int) -> Sample
         teacher: A loaded teacher.
         template: Template name, or ``auto``: what the teacher's ``training.json`` names (built-in teachers
             do), else its family's.
-        max_length: Longest sequence in tokens.
+        max_length: Longest sequence in tokens; 0: `automatic_length`.
 
     Returns:
         The encoder.
@@ -158,8 +160,18 @@ def build_encoder(teacher: Teacher, *, template: str, max_length: int) -> Sample
         image_encoder=teacher.image_encoder,
         template=get_template(template, teacher.tokenizer),
         image_token_id=teacher.image_token_id,
-        max_length=max_length,
+        max_length=max_length or automatic_length(teacher),
     )
+
+
+def automatic_length(teacher: Teacher) -> int:
+    """Longest sequence in tokens where none is given: 2048, or the largest picture and 1024 tokens of text.
+
+    A picture cut into tiles has 2000 to 3300 visual tokens (LLaVA-NeXT, InternVL); no more than the positions that
+    the language model knows, where it says how many those are.
+    """
+    positions = getattr(text_config(teacher.config), "max_position_embeddings", None) or LEAST_LENGTH
+    return max(LEAST_LENGTH, min(int(positions), teacher.image_encoder.token_count + TEXT_LENGTH))
 
 
 def codecs_for(config: BuildConfig, teacher: Teacher) -> dict[str, Any]:
@@ -262,7 +274,7 @@ def make_plan(
         },
         geometry=geometry,
         extra={
-            "max_length": config.max_length,
+            "max_length": encoder.max_length,
             **({THREADS: config.threads} if config.threads else {}),
             **({"order": dataset.describe()} if isinstance(dataset, GroupedByImage) else {}),
         },

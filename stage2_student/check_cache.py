@@ -183,8 +183,8 @@ def check_signals(
                 f"{', '.join(map(one_line, held))}. Switch it off: {set_words(off or [f'{phase}.losses.{signal}=0'])}, or build a "
                 f"cache with this signal (SIGNALS={signal},..., teacher-cache build --signals {signal},...)"
             )
-    if "logits" in signals:
-        cached = [float(value) for value in cache.plan.signals["logits"]["temperatures"]]
+    for signal in {"logits", "visual_logits"} & set(signals):
+        cached = [float(value) for value in cache.plan.signals[signal]["temperatures"]]
         if temperature not in cached:
             raise CacheMismatchError(
                 f"phase {phase}: losses.temperature is {temperature}, {cache.path} holds tail masses at "
@@ -328,6 +328,11 @@ def probe_samples(dataset: CachedDataset, *, count: int = PROBED_SAMPLES) -> Non
         try:
             dataset.load(position)
         except SampleError as error:
+            if "max_length" in str(error):
+                raise CacheMismatchError(
+                    f"sample {dataset.sample_ids[position]!r} is in the cache but too long for this run: {error}. The "
+                    "teacher read it with a larger max_length: leave max_length unset, or raise it"
+                ) from error
             raise CacheMismatchError(
                 f"sample {dataset.sample_ids[position]!r} was readable when the cache was built and is not "
                 "now: "

@@ -19,6 +19,7 @@ PHASE_NAMES: tuple[PhaseName, ...] = ("dpt", "dft", "sft")
 AUTO_SIZES = ((512, "tiny"), (4096, "1.7b"))
 LARGEST = "3b"
 # Options that change when a run ends and what it prints, not what it learns.
+MOST, MOST_SAMPLES = 2**40, 2**20  # larger ones are slips of the finger
 SPEED_OPTIONS = (
     "device", "num_workers", "memory_gib", "checkpoint_every", "keep_checkpoints", "log_every",
     "gradient_checkpointing",
@@ -66,18 +67,27 @@ class PhaseConfig:
     def __post_init__(self) -> None:
         both = self.steps is not None and self.epochs is not None
         _require(not both, "steps and epochs", (self.steps, self.epochs), "one of the two, not both")
-        _require(self.steps is None or self.steps >= 0, "steps", self.steps, "0 or more optimizer steps")
-        _require(self.epochs is None or self.epochs >= 0, "epochs", self.epochs, "0 or more passes")
-        _require(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more samples")
+        _require(
+            self.steps is None or 0 <= self.steps <= MOST, "steps", self.steps, f"0 to {MOST} optimizer steps"
+        )
+        _require(
+            self.epochs is None or 0 <= self.epochs <= MOST, "epochs", self.epochs, f"0 to {MOST} passes"
+        )
+        _require(
+            1 <= self.batch_size <= MOST_SAMPLES,
+            "batch_size",
+            self.batch_size,
+            f"1 to {MOST_SAMPLES} samples",
+        )
         _require(
             self.micro_batch_size is None or self.micro_batch_size >= 1,
             "micro_batch_size",
             self.micro_batch_size,
             "1 or more samples",
         )
-        _require(self.lr > 0, "lr", self.lr, "above 0")
+        _require(0 < self.lr < math.inf, "lr", self.lr, "a finite number above 0")
         _require(0 <= self.warmup < 1, "warmup", self.warmup, "a share of the steps in [0, 1)")
-        _require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")
+        _require(0 <= self.weight_decay < math.inf, "weight_decay", self.weight_decay, "0 or more, finite")
         _require(
             self.trainable != "projector" or "projector" not in self.freeze,
             "freeze",
@@ -224,12 +234,12 @@ class TrainConfig:
         _require(self.output != "", "output", self.output, "a folder to write to (--output)")
         _require(len(set(self.phases)) == len(self.phases), "phases", self.phases, "without repetition")
         _require(bool(self.phases), "phases", self.phases, "at least one of dpt, dft, sft")
-        _require(self.seed >= 0, "seed", self.seed, "0 or more")
-        _require(self.clip > 0, "clip", self.clip, "a gradient norm above 0")
+        _require(0 <= self.seed < 2**63, "seed", self.seed, "0 to 2^63 - 1")
+        _require(0 < self.clip < math.inf, "clip", self.clip, "a finite gradient norm above 0")
         for name in ("shuffle_window", "checkpoint_every", "keep_checkpoints", "log_every"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
         _require(self.num_workers >= 0, "num_workers", self.num_workers, "0 or more threads")
-        _require(self.memory_gib >= 0, "memory_gib", self.memory_gib, "0 or more GiB")
+        _require(0 <= self.memory_gib <= MOST, "memory_gib", self.memory_gib, f"0 to {MOST} GiB")
         _require(self.limit is None or self.limit >= 1, "limit", self.limit, "1 or more samples")
         _require(0 < self.data_share <= 1, "data_share", self.data_share, "above 0 and at most 1")
         _require(

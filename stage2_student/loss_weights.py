@@ -74,9 +74,9 @@ class LossWeights:
 
     def __post_init__(self) -> None:
         for name, value in self.active(everything=True).items():
-            require(0 <= value < math.inf, f"losses.{name}", value, "a weight of 0 or more")
-        require(bool(self.active()), "losses", self, "at least one weight above 0")
-        require(self.temperature > 0, "losses.temperature", self.temperature, "above 0 (dimensionless)")
+            require(0 <= value < math.inf, name, value, "a finite weight of 0 or more")
+        require(bool(self.active()), "weights", self.active(everything=True), "at least one above 0")
+        require(0 < self.temperature < math.inf, "temperature", self.temperature, "above 0 and finite (dimensionless)")
 
     def active(self, *, everything: bool = False) -> dict[str, float]:
         """Weights by term, those above 0 only unless ``everything``."""

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 import warnings
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -140,13 +141,19 @@ def train_and_score(
             say(f"{name}: trained already")
             continue
         say(f"{name}: training {describe_phases(arm)}")
-        train_arm(arm, processes=processes)
+        hold_and_train(arm, processes=processes)
     scores = {name: evaluate_arm(output / name, config, say=say) for name in arms(config)}
     teacher = teacher_scores(local_folder(config.cache))
     table = write_results(output, scores if teacher is None else {**scores, TEACHER: teacher}, notes)
     write_report(output, config)
     write_json_atomic(output / STAMP, {**state, "finished": fingerprint(stamp)})
     return table
+
+
+def hold_and_train(arm: TrainConfig, *, processes: int) -> None:
+    """Train one student in a folder that no other process may train in; launched processes hold it themselves."""
+    with nullcontext() if processes > 1 else claim_output(Path(arm.output)):
+        train_arm(arm, processes=processes)
 
 
 def arms(config: TrainConfig) -> dict[str, TrainConfig]:

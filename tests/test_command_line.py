@@ -1,12 +1,15 @@
 """The command-line surface is frozen: a new, lost or renamed option is a visible decision."""
 
 import importlib
+import logging
 import re
 import subprocess
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+
+from common.command_line import start_logging
 
 ROOT = Path(__file__).resolve().parent.parent
 GROUPS = {
@@ -72,6 +75,39 @@ def test_make_targets_are_the_frozen_ones_and_all_explained():
 def test_make_help_lists_the_targets():
     shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert all(f"make {target}" in shown for target in TARGETS)
+
+
+def test_any_option_reaches_both_stages_through_make(tmp_path: Path):
+    """The recipe's own shell, with a program that prints its arguments, in a folder where a pattern would match."""
+    (tmp_path / "phases=d").touch()
+    recipes = (ROOT / "Makefile").read_text()
+    (tmp_path / "Makefile").write_text(recipes)
+    for program in ("teacher-cache", "distill"):
+        path = tmp_path / ".venv" / "bin" / program
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text('#!/bin/sh\nprintf "<%s>" "$@"\n')
+        path.chmod(0o755)
+    for name in ("pyproject.toml", "constraints.txt"):
+        (tmp_path / name).touch()
+    (tmp_path / ".venv" / ".installed").touch()
+
+    def arguments(*words: str) -> str:
+        ran = subprocess.run(["make", "-s", *words], cwd=tmp_path, capture_output=True, text=True, check=True)
+        return ran.stdout
+
+    given = 'SET=phases=[dft] dft.losses.logits=0 data="x"'
+    shown = arguments("distill", "CACHE=s3://b/c", given, "CACHE_SET=a=1")
+    assert '<--set><phases=[dft]><--set><dft.losses.logits=0><--set><data="x">' in shown
+    assert "a=1" not in shown
+    assert "<--set><a=1><--set><b=[2]>" in arguments("teacher-cache", "CACHE_SET=a=1 b=[2]", given)
+    assert "--set" not in arguments("distill", "CACHE=s3://b/c", "SET= ")
+
+
+def test_what_clients_of_the_network_log_is_not_shown():
+    start_logging()
+    for name in ("botocore.credentials", "httpx", "s3transfer"):
+        assert not logging.getLogger(name).isEnabledFor(logging.INFO)
+        assert logging.getLogger(name).isEnabledFor(logging.WARNING)
 
 
 def test_the_readme_names_only_targets_and_commands_that_exist():

@@ -77,6 +77,8 @@ def test_inspect_tells_what_an_unfinished_cache_needs(cache):
     output = run("inspect", cache)
     assert "not sealed, 1 of 3 shards missing" in output
     assert "teacher-cache build with the same options" in output
+    assert "1 of 3 shards missing" in output
+    assert "failed, of the missing shards nobody knows yet" in output
     assert "not sealed" in run("inspect", cache, sample_id(0), code=1)
 
 
@@ -120,6 +122,28 @@ def test_verify_exits_with_one_line_per_damaged_file(cache):
     damaged = [line for line in output.splitlines() if line.startswith("damaged: ")]
     assert [line.split()[1] for line in damaged] == ["processor/note.json:", "extra:"]
     assert "2 damaged files" in output
+
+
+def test_verify_says_of_an_unfinished_cache_that_it_is_sound_and_what_finishes_it(cache):
+    (cache / "manifest.json").unlink()
+    output = run("verify", cache, code=1)
+    assert (
+        f"not finished: it is not sealed; what is there is sound\nNext: teacher-cache seal {cache}" in output
+    )
+    (cache / "shards" / "00001.json").unlink()
+    output = run("verify", cache, code=1)
+    assert "1 shards are missing (1); what is there is sound\nNext: teacher-cache build" in output
+    assert "repair" not in output
+    (cache / "shards" / "00002.json").write_text("{}")
+    output = run("verify", cache, code=1)
+    assert "damaged: shards/00002.json" in output
+    assert f"Next: cachectl repair {cache} --dry-run" in output
+
+
+@pytest.mark.parametrize("command", ["verify", "repair", "push", "convert", "merge"])
+def test_what_works_on_folders_says_how_an_address_comes_here(command):
+    output = " ".join(run(command, "s3://bucket/a b", code=2).replace("│", "").split())
+    assert "`cachectl pull 's3://bucket/a b' FOLDER`, which checks every file" in output
 
 
 def test_convert_there_and_back(cache, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from common.cli import main
 from common.errors import CacheFormatError, CacheMismatchError, ConfigError, DistillError
 from common.manifest import Plan, read_manifest, read_plan, seal, write_plan
 from common.merging import merge
+from common.partial import Selection, pull_partial
 from common.stores import finish_shard, open_writer
 from common.verification import verify
 
@@ -133,6 +135,38 @@ def test_caches_that_mean_different_things_are_refused_with_both_values(tmp_path
         merge([first, second], tmp_path / "m")
     for part in ("fingerprints.teacher", "a" * 32, "z" * 32, "template", "short"):
         assert part in str(caught.value)
+
+
+def test_parts_with_other_signals_are_refused_in_plain_words(tmp_path: Path):
+    whole = build_of(tmp_path / "whole", range(6))
+    parts = [tmp_path / "a", tmp_path / "b"]
+    pull_partial(str(whole), parts[0], Selection(signals=("logits",), count=3))
+    pull_partial(str(whole), parts[1], Selection(count=2))
+    with pytest.raises(CacheMismatchError) as caught:
+        merge(parts, tmp_path / "m")
+    said = str(caught.value)
+    held = ", ".join(sorted(read_plan(whole).signals))
+    assert f"signals: {parts[0]} holds logits; {parts[1]} holds {held}\n" in said
+    assert "pull it again with the other's --signals and --top-k" in said
+    assert not set("{}[]") & set(said)
+    assert len(said.splitlines()) == 3
+
+
+def test_fields_that_differ_are_said_in_plain_words(tmp_path: Path):
+    fields = dict(read_plan(build_of(tmp_path / "a", range(2))).fields)
+    fields["logits"] = tuple(
+        replace(f, dtype="u4") if f.name == "entry_count" else f for f in fields["logits"]
+    )
+    second = build_of(tmp_path / "b", range(2, 3), fields=fields, change=widen_entry_counts)
+    with pytest.raises(CacheMismatchError) as caught:
+        merge([tmp_path / "a", second], tmp_path / "m")
+    assert "fields.logits.entry_count" in str(caught.value)
+    assert "dtype u1" in str(caught.value)
+    assert not set("{}") & set(str(caught.value))
+
+
+def widen_entry_counts(_: int, record) -> None:
+    record["entry_count"] = record["entry_count"].astype(np.uint32)
 
 
 def test_another_processor_is_refused_by_name(tmp_path: Path):

@@ -282,5 +282,5 @@ def test_a_new_fidelity_card_travels_alone(cache, recorder, tmp_path):
     push(cache, recorder.root)
     assert recorder.written == ["README.md", MANIFEST]
     _, moved = pull(recorder.root, tmp_path / "back")
-    assert moved.files == 0
+    assert moved.files == 2
     assert tree(tmp_path / "back") == tree(cache)

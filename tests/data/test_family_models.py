@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaModel
 
 from common.errors import ConfigError, ModelError
 from data.families import FAMILIES, family_of
-from data.family_models import input_device, open_family_model, row_logits, rows_only
+from data.family_models import input_device, open_family_model, refuse_offloaded, row_logits, rows_only
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +103,15 @@ def test_only_the_language_model_is_quantised(tiny_llava: Path, monkeypatch):
     kept = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
     assert quantisation.llm_int8_skip_modules == kept
     assert given["device_map"] == "cuda:0"
+
+
+def test_a_placement_that_leaves_the_tower_without_weights_is_refused(tiny_llava: Path):
+    model, family, _, _ = open_family_model(tiny_llava, device_map="cpu")
+    model.model.vision_tower.to("meta")
+    with pytest.raises(
+        ConfigError, match=r"device_map='auto' leaves no room.*vision tower; use quantisation"
+    ):
+        refuse_offloaded(model, family, "auto")
 
 
 def test_inputs_go_where_the_embedding_is(opened):

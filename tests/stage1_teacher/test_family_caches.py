@@ -10,8 +10,11 @@ from tiny_families import TINY, save_tiny
 from common.errors import CacheMismatchError, ConfigError, ModelError
 from common.shared_images import VISUAL_SOURCE
 from common.verification import verify
+from data.family_inputs import text_config
 from data.fingerprints import weights_fingerprint
+from data.image_layouts import AnyResolutionEncoder
 from stage1_teacher.cli import main
+from stage1_teacher.plan import build_encoder
 from stage1_teacher.teacher import Teacher
 
 
@@ -56,6 +59,18 @@ def test_placement_is_part_of_what_a_teacher_is(tmp_path: Path, family_data: Pat
     assert cache.plan.fingerprints["teacher"] == spread.fingerprints()["teacher"]
     with pytest.raises(CacheMismatchError, match="teacher"):
         build(folder, family_data, tmp_path / "cache")
+
+
+def test_sequences_have_room_for_the_largest_picture_and_an_answer(tmp_path: Path, monkeypatch):
+    teacher = Teacher(save_tiny("llava_next", tmp_path / "teacher"))
+    assert build_encoder(teacher, template="auto", max_length=0).max_length == 2048
+    text = text_config(teacher.config)
+    monkeypatch.setattr(AnyResolutionEncoder, "token_count", 2880)
+    monkeypatch.setattr(text, "max_position_embeddings", 32768)
+    assert build_encoder(teacher, template="auto", max_length=0).max_length == 2880 + 1024
+    monkeypatch.setattr(text, "max_position_embeddings", 3000)
+    assert build_encoder(teacher, template="auto", max_length=0).max_length == 3000
+    assert build_encoder(teacher, template="auto", max_length=77).max_length == 77
 
 
 def test_several_processes_do_not_share_the_devices_of_one_spread_teacher():

@@ -94,6 +94,20 @@ def test_exactly_the_tolerated_share_of_failures_is_tolerated(failed: int, total
         budget.spend([("b", "bad")])
 
 
+def test_too_many_failures_are_told_with_the_first_reasons_and_what_goes_on_without_them():
+    budget = FailureBudget(total=100, share=0.01)
+    with pytest.raises(DataError) as caught:
+        budget.spend([(f"s{i}", f"picture {i} is torn\x1b[2J") for i in range(7)])
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "7 of 100 samples cannot be used, more than the tolerated 1 %:"
+    assert lines[1:7] == [
+        *(rf"  s{i}: picture {i} is torn\x1b[2J" for i in range(5)),
+        "  ... and 2 more",
+    ]
+    assert "make teacher-cache CACHE_SET=max_failed_share=0.1 " in lines[7]
+    assert "--set max_failed_share=0.1;" in lines[7]
+
+
 @pytest.mark.parametrize(
     "option",
     [

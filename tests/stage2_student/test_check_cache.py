@@ -8,7 +8,7 @@ import pytest
 from tiny_cache import DATA, build_tiny_cache
 
 from common.cache import open_cache
-from common.config import config_from_dict
+from common.config import config_from_dict, config_to_dict
 from common.errors import CacheFormatError, CacheMismatchError, ConfigError
 from common.manifest import read_plan, seal, write_plan
 from data.builtin import build_tokenizer
@@ -19,6 +19,7 @@ from stage2_student.check_cache import (
     check_data,
     check_geometry,
     check_labels_fit,
+    check_losses,
     check_signals,
     check_template,
     check_tokenizer,
@@ -127,6 +128,21 @@ def test_a_signal_that_is_not_cached_is_refused_naming_those_that_are(tmp_path):
     check_signals(cache, ("logits",), temperature=1.0, phase="dft")
     with pytest.raises(CacheMismatchError, match=r"'visual_map'.*holds logits.*dft.losses.visual_map=0"):
         check_signals(cache, ("logits", "visual_map"), temperature=1.0, phase="dft")
+
+
+def test_all_losses_without_a_signal_are_switched_off_by_one_remedy_and_need_no_student(tmp_path):
+    build_tiny_cache(tmp_path / "c", data="shapes:images=1,seed=5", signals=("visual_columns",))
+    cache = open_cache(tmp_path / "c")
+    losses = {"dpt": {"losses": {"logits": 1.0}}, "dft": {"losses": {"logits": 1.0, "all_attention": 1.0}}}
+    config = make_config(tmp_path / "c", phases=["dpt", "dft"], student="no/such/folder", **losses)
+    with pytest.raises(CacheMismatchError) as caught:
+        check_losses(config, {config.cache: cache})
+    off = "dpt.losses.logits=0 dft.losses.logits=0 dft.losses.all_attention=0"
+    assert f'SET="{off}" with make' in str(caught.value)
+    for setting in off.split():
+        assert f"--set {setting}" in str(caught.value)
+    without = config_from_dict(TrainConfig, {**config_to_dict(config), "dpt": {}, "dft": {}})
+    check_losses(without, {config.cache: cache})
 
 
 def test_a_temperature_that_is_not_cached_is_refused_naming_those_that_are(tiny_cache):

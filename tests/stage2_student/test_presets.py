@@ -7,6 +7,7 @@ import yaml
 
 from common.config import config_from_dict
 from common.errors import ConfigError
+from common.next_step import DEFAULT_LOSSES
 from stage2_student.config import TrainConfig
 from stage2_student.pruned_folder import RECORD, kept_share
 from stage2_student.resolve import PRESETS, phases_preset, resolve_config
@@ -35,6 +36,16 @@ def test_the_published_preset_is_the_published_recipe_number_by_number():
     assert phases[1].losses.active() == {"lm": 1.0, "logits": 1.0, "answer_attention": 1.0}
     assert phases[2].losses.active() == {"lm": 1.0}
     assert (phases[0].losses.temperature, config.data_share) == (1.0, 1.0)
+
+
+@pytest.mark.parametrize("name", ["phases-published", "phases-tiny"])
+def test_the_proposed_next_command_knows_the_losses_of_the_presets(name: str):
+    config = load(name)
+    read = {}
+    for phase in config.phases:
+        for signal in config.phase(phase).losses.signals:
+            read[signal] = (*read.get(signal, ()), phase)
+    assert read == DEFAULT_LOSSES
 
 
 def test_the_tiny_preset_tunes_everything():

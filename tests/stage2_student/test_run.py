@@ -4,16 +4,19 @@ import json
 import shutil
 import subprocess
 import sys
+import warnings
 
 import pytest
 from click.testing import CliRunner
-from tiny_cache import DATA
+from tiny_cache import DATA, build_tiny_cache
 
-from common.errors import ConfigError
+from common.errors import CacheMismatchError, ConfigError
+from data.registry import open_dataset
 from stage2_student import run as run_module
 from stage2_student.cli import main
 from stage2_student.output_folder import claim_output, refuse_foreign_folder
-from stage2_student.run import load_run_config, run
+from stage2_student.preparation import prepare
+from stage2_student.run import load_run_config, run, set_up_libraries
 
 FAST = [
     "dpt.steps=1", "dft.steps=2", "sft.steps=1", "dpt.batch_size=4", "dft.batch_size=4", "sft.batch_size=4",
@@ -100,6 +103,45 @@ def test_what_is_finished_is_kept_when_a_run_was_killed_half_way(tiny_cache, cop
     assert said[0] == "sft: trained already"
 
 
+def test_a_loss_that_the_cache_cannot_serve_is_refused_before_the_baseline_is_trained(tmp_path, monkeypatch):
+    build_tiny_cache(tmp_path / "c", data="shapes:images=2,seed=5", signals=("logits",))
+    trained = []
+    monkeypatch.setattr(run_module, "train_arm", lambda arm, **_: trained.append(arm))
+    config = make_config(tmp_path / "c", tmp_path / "run", "data='shapes:images=2,seed=5'")
+    with pytest.raises(CacheMismatchError, match=r'SET="dft.losses.answer_attention=0" with make'):
+        run(config)
+    assert trained == []
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_samples_that_stage_one_could_not_read_are_mentioned_once(tmp_path, monkeypatch, caplog):
+    class TrainedError(Exception):
+        pass
+
+    def train_none(*_, **__):
+        raise TrainedError
+
+    ids = open_dataset(DATA).sample_ids
+    build_tiny_cache(tmp_path / "c", data=DATA, failed=(ids[1], ids[4]))
+    monkeypatch.setattr(run_module, "train_arm", train_none)
+    said = []
+    config = make_config(tmp_path / "c", tmp_path / "run")
+    with pytest.raises(TrainedError):
+        run(config, say=said.append)
+    assert [line for line in said if "left out" in line] == [
+        f"2 samples that stage one could not read are left out ({tmp_path / 'c'})"
+    ]
+    prepare(config)
+    assert "left out" not in caplog.text
+
+
+def test_a_warning_of_each_process_about_speed_is_not_shown(recwarn):
+    set_up_libraries()
+    warnings.warn("Grad strides do not match bucket view strides. This may impair performance.", stacklevel=1)
+    warnings.warn("another", stacklevel=1)
+    assert [str(entry.message) for entry in recwarn] == ["another"]
+
+
 def test_another_configuration_is_refused_naming_both_values(tiny_cache, copied):
     with pytest.raises(
         ConfigError, match=r"dft.lr: the folder has 0.002, this run has 0.01(.|\n)*another --output"
@@ -179,6 +221,12 @@ def test_train_prints_a_summary_and_the_next_command(tiny_cache, tmp_path):
     assert "dpt: 1 steps" in result.output
     assert "data_wait" in result.output
     assert f"Next: distill evaluate {tmp_path / 'run' / 'final'}" in result.output
+    result = CliRunner().invoke(
+        main, [*arguments, *(part for item in FAST for part in ("--set", item))], env={run_module.ARM: "1"}
+    )
+    assert result.exit_code == 0, result.output
+    assert f"Student: {tmp_path / 'run' / 'final'}" in result.output
+    assert "Next:" not in result.output  # one of a run's students: the run says what comes next
 
 
 def test_errors_are_one_line_without_a_traceback(tiny_cache, tmp_path):

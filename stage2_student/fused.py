@@ -22,13 +22,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from common.codecs.logits import SparseLogits
-from stage2_student.fused_chunks import ChunkSettings, all_chunks
+from stage2_student.fused_chunks import ChunkSettings, all_chunks, buffer_bytes
 from stage2_student.logit_losses import TeacherRows, teacher_rows
 from stage2_student.terms import LogitKind
 
 CHUNK_BYTES = {"cpu": 2**27, "cuda": 2**29}
-"""Of a chunk's float32 logits, by kind of device. A gradient of the weight is read and written once a chunk: the
-faster the arithmetic is against memory, the more rows pay for that."""
+"""Of all buffers of a chunk, by kind of device. The weight's gradient is read and written once a chunk: the faster
+arithmetic is against memory, the more rows pay for that."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +80,7 @@ def fused_losses(
         temperature: As for `tail_bucket_loss`; another one than 1 takes a second buffer.
         softcap: Bound of the logits (Gemma 2); takes another buffer.
         logit_scale: Factor before soft-capping (Cohere; Granite divides by `logits_scaling`).
-        chunk_rows: Rows worked on at once; by default as many as `CHUNK_BYTES` hold.
+        chunk_rows: Rows worked on at once; by default as many as fit in `CHUNK_BYTES`.
 
     Returns:
         Weighted total with a graph, both losses without; 0 when there are no rows.
@@ -102,6 +102,10 @@ def fused_losses(
     rows, vocabulary = hidden.shape[0], weight.shape[0]
     device = hidden.device.type
     recording = torch.is_grad_enabled()
+    dtype = torch.get_autocast_dtype(device) if _is_autocast(device) else weight.dtype
+    if chunk_rows is None:
+        buffers = buffer_bytes(dtype, temperature=temperature, softcap=softcap)
+        chunk_rows = max(1, CHUNK_BYTES.get(device, CHUNK_BYTES["cpu"]) // (buffers * vocabulary))
     # A KL shrinks with the square of the temperature, a sum of absolute differences with the temperature.
     factor = temperature if kind == "tvd" else temperature**2
     settings = ChunkSettings(
@@ -111,8 +115,8 @@ def fused_losses(
         logit_scale=1.0 if logit_scale is None else logit_scale,
         lm_weight=lm_weight,
         divergence_weight=logit_weight * factor,
-        chunk_rows=_balanced(rows, chunk_rows or _rows_that_fit(device, vocabulary)),
-        dtype=torch.get_autocast_dtype(device) if _is_autocast(device) else weight.dtype,
+        chunk_rows=_balanced(rows, chunk_rows),
+        dtype=dtype,
         needs=(
             recording and hidden.requires_grad,
             recording and weight.requires_grad,
@@ -147,10 +151,6 @@ def _check_shapes(
 
 def _is_autocast(device: str) -> bool:
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-
-
-def _rows_that_fit(device: str, vocabulary: int) -> int:
-    return max(1, CHUNK_BYTES.get(device, CHUNK_BYTES["cpu"]) // (4 * vocabulary))
 
 
 def _balanced(rows: int, most: int) -> int:

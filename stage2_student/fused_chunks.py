@@ -46,6 +46,18 @@ class ChunkSettings:
     needs: tuple[bool, bool, bool]
 
 
+def buffer_bytes(dtype: torch.dtype, *, temperature: float, softcap: float | None) -> int:
+    """Bytes that a chunk's buffers take for each of its logits.
+
+    Args:
+        dtype: Of the matrix products.
+        temperature: Another one than 1 takes a second buffer of float32.
+        softcap: If any, it takes another one.
+    """
+    buffers = 1 + (temperature != 1.0) + (softcap is not None)
+    return 4 * buffers + (0 if dtype == torch.float32 else dtype.itemsize)
+
+
 def all_chunks(
     hidden: Tensor,
     weight: Tensor,
@@ -93,42 +105,55 @@ class _Gradients:
     """Gradients of the total, those by weight and bias summed over chunks in float32; None where not needed."""
 
     def __init__(self, hidden: Tensor, weight: Tensor, settings: ChunkSettings) -> None:
-        needs_hidden, needs_weight, needs_bias = settings.needs
+        needs_hidden, self.needs_weight, needs_bias = settings.needs
         device = hidden.device
         self.hidden = torch.empty_like(hidden) if needs_hidden else None
-        self.weight = torch.zeros(weight.shape, device=device) if needs_weight else None
+        self.weight: Tensor | None = None
         self.bias = torch.zeros(weight.shape[0], device=device) if needs_bias else None
+        self.is_one_chunk = len(hidden) <= settings.chunk_rows
 
     def add(self, part: slice, logits: Tensor, inputs: Tensor, projection: Tensor) -> None:
         """Add a chunk, from its gradient by the logits, `[C, V]`."""
         if self.hidden is not None:
             self.hidden[part] = logits @ projection
-        if self.weight is not None:
-            _add_product(self.weight, logits, inputs)
         if self.bias is not None:
             self.bias += logits.sum(dim=0, dtype=torch.float32)
+        if not self.needs_weight:
+            return
+        if self.is_one_chunk:
+            self.weight = logits.t() @ inputs
+        elif self.weight is None:
+            self.weight = torch.empty(projection.shape, device=projection.device)
+            _add_product(self.weight, logits, inputs, is_first=True)
+        else:
+            _add_product(self.weight, logits, inputs)
 
     def finished(
         self, weight: Tensor, bias: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """By hidden states, weight and bias, of their dtypes: rounded once."""
-        of_weight = None if self.weight is None else self.weight.to(weight.dtype)
+        of_weight = None
+        if self.needs_weight:
+            of_weight = torch.zeros_like(weight) if self.weight is None else self.weight.to(weight.dtype)
         of_bias = None if self.bias is None or bias is None else self.bias.to(bias.dtype)
         return self.hidden, of_weight, of_bias
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add `left.T @ right` to a float32 `[V, D]`; a product in half precision is added while still in the cache."""
+def _add_product(total: Tensor, left: Tensor, right: Tensor, *, is_first: bool = False) -> None:
+    """Add `left.T @ right` to a float32 `[V, D]`, or write it there if it is the first.
+
+    A product in half precision comes in pieces, and is added while still in the processor's cache.
+    """
     if left.dtype == total.dtype:
-        total.addmm_(left.t(), right)
+        total.addmm_(left.t(), right, beta=0 if is_first else 1)
         return
     tokens = max(1, PRODUCT_ELEMENTS // total.shape[1])
     for some, columns in zip(total.split(tokens), left.split(tokens, dim=1), strict=True):
-        some += columns.t() @ right
-
-
-def _rows_of(teacher: TeacherRows, part: slice) -> TeacherRows:
-    return TeacherRows(teacher.slots[part], teacher.log_probs[part], teacher.log_tail[part])
+        product = columns.t() @ right
+        if is_first:
+            some.copy_(product)
+        else:
+            some.add_(product)
 
 
 class _Buffers:

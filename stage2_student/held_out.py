@@ -19,7 +19,7 @@ from stage2_student.preparation import BUILT_IN_DATA
 from stage2_student.student_encoder import encoder_of_cache
 
 PROBED_QUESTIONS = 32
-RUN_OPTION, EVALUATE_OPTION = "--set evaluation.data=FILE", "--data FILE"
+RUN_OPTION, EVALUATE_OPTION = "EVAL_DATA=FILE or --set evaluation.data=FILE", "--data FILE"
 _log = logging.getLogger(__name__)
 
 

@@ -98,7 +98,7 @@ def make(case: Case, device: str = "cpu") -> Inputs:
         teacher = SparseLogits(ids, torch.empty(case.rows, 32, device=device), ids > 0, tail, (1.0, 2.0))
     else:
         codec = LogitCodec.from_preset("fixed:32")
-        parts = [codec.select(4 * torch.randn(64, case.vocabulary), part) for part in labels.split(64)]
+        parts = [codec.select(4 * torch.randn(len(part), case.vocabulary), part) for part in labels.split(64)]
         teacher = SparseLogits.cat(parts)
     return Inputs(hidden, weight.requires_grad_(case.trained), labels, teacher)
 

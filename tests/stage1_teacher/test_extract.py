@@ -163,7 +163,7 @@ def test_unreadable_samples_are_recorded_and_skipped(tmp_path: Path, build_cache
 def test_too_many_unreadable_samples_stop_the_run(tmp_path: Path, build_cache):
     path = write_llava_json(tmp_path / "data", 8)
     (tmp_path / "data" / "3.png").unlink()
-    with pytest.raises(DataError, match=r"1 of 8 samples cannot be used.*'s3'.*max_failed_share"):
+    with pytest.raises(DataError, match=r"(?s)1 of 8 samples cannot be used.*'s3'.*max_failed_share"):
         build_cache(tmp_path / "cache", data=str(path), limit=0)
 
 

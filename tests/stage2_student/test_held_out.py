@@ -51,7 +51,8 @@ def test_a_run_on_a_users_file_ends_with_a_table_that_says_what_was_scored(tmp_p
         summary = run(config, say=said.append)
     assert "1 of 4 questions cannot be read" in caplog.text
     assert "questions, exact match" in summary.table
-    for text in (said[0], summary.table, summary.report.read_text()):
+    assert "1 samples that stage one could not read are left out" in said[0]
+    for text in (said[1], summary.table, summary.report.read_text()):
         assert "on the training data itself" in text
         assert "--set evaluation.data=FILE" in text
     assert run(config).table == summary.table  # up to date, and still said

@@ -104,7 +104,9 @@ class HiddenCapture:
         if missing := [layer for layer in wanted if layer not in seen]:
             raise ModelError(f"hidden states {missing} were not seen: run the model once inside record()")
         for name, request in requests.items():
-            states = torch.stack([seen[layer].to(request.rows.device) for layer in request.layers], dim=2)  # [B, T, S, D]
+            states = torch.stack(
+                [seen[layer].to(request.rows.device) for layer in request.layers], dim=2
+            )  # [B, T, S, D]
             found[name] = gather_rows(states, request.rows)
 
     def _hook(self, layer: int, seen: dict[int, Tensor]) -> Any:

@@ -37,7 +37,9 @@ def token_count_damage(record: Record, signals: dict[str, dict[str, Any]]) -> It
     grid = signals.get("visual_map", {}).get("grid", 0)
     cells = len(tiles) * grid**2 if isinstance(grid, int) and grid else tokens
     expected = {
-        **dict.fromkeys(("visual_columns", "visual_hidden", "projector_output", "visual_entry_count"), tokens),
+        **dict.fromkeys(
+            ("visual_columns", "visual_hidden", "projector_output", "visual_entry_count"), tokens
+        ),
         "visual_map": cells**2 if grid else cells * (cells + 1) // 2,
         "map_means": cells,
         "map_scale": min(cells, 1),

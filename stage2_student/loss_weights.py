@@ -76,7 +76,12 @@ class LossWeights:
         for name, value in self.active(everything=True).items():
             require(0 <= value < math.inf, name, value, "a finite weight of 0 or more")
         require(bool(self.active()), "weights", self.active(everything=True), "at least one above 0")
-        require(0 < self.temperature < math.inf, "temperature", self.temperature, "above 0 and finite (dimensionless)")
+        require(
+            0 < self.temperature < math.inf,
+            "temperature",
+            self.temperature,
+            "above 0 and finite (dimensionless)",
+        )
 
     def active(self, *, everything: bool = False) -> dict[str, float]:
         """Weights by term, those above 0 only unless ``everything``."""

@@ -59,7 +59,9 @@ def test_nothing_of_ours_is_unpickled():
                 assert weights_only, f"{path}: torch.load without weights_only"
                 assert ast.unparse(weights_only[0].value) == "True", f"{path}: torch.load unpickles"
         # The name of the error that torch.load raises is all that may be imported of pickle.
-        nodes = [n for n in tree.body if ast.unparse(n).partition("\n")[0] != "from pickle import UnpicklingError"]
+        nodes = [
+            n for n in tree.body if ast.unparse(n).partition("\n")[0] != "from pickle import UnpicklingError"
+        ]
         imports = imported_packages_of(ast.Module(body=nodes, type_ignores=[]), path)
         assert not imports & {"pickle", "dill", "joblib"}, path
 

@@ -50,6 +50,7 @@ TIMED = (
 COUNTED = (
     Case("V = 32k, D = 2048, bfloat16", ROWS, 2048, 32_000, torch.bfloat16),
     Case("V = 152k, D = 256, float32", ROWS, 256, 152_000, torch.float32),
+    Case("V = 152k, D = 2048, float32", ROWS, 2048, 152_000, torch.float32),
     Case("V = 152k, D = 2048, bfloat16", ROWS, 2048, 152_000, torch.bfloat16),
     Case("V = 152k, D = 2048, bfloat16, frozen head", ROWS, 2048, 152_000, torch.bfloat16, trained=False),
 )

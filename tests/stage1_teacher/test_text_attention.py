@@ -200,7 +200,9 @@ def test_micro_batches_share_the_mean_over_text_rows(trained):
     parts = [joined.batch([position]) for position in range(len(joined))]
     totals = [sum(units) for units in zip(*(part.units for part in parts), strict=True)]
     assert totals == list(whole.units)
-    assert whole.units[1 + ATTENTION_TERMS.index("text_attention")] == len(whole.attention["text_attention"].teacher)
+    assert whole.units[1 + ATTENTION_TERMS.index("text_attention")] == len(
+        whole.attention["text_attention"].teacher
+    )
     with torch.no_grad():
         expected = objective(student, capture, whole, Shares()).total
         shares = step_shares(parts, totals)

@@ -221,5 +221,7 @@ def test_of_a_merged_cache_the_samples_of_this_data_set_are_used(tiny_cache):
 def test_student_layers_are_chosen_as_the_caches_were(tiny_cache):
     plan = open_cache(tiny_cache[0]).plan
     chosen = dataclasses.replace(plan, teacher=plan.teacher | {"layer_choice": "all"})
-    assert match_groups(plan, 6).student == open_joined(tiny_cache[0]).student_groups(6) == student_groups(6, 1)
+    assert (
+        match_groups(plan, 6).student == open_joined(tiny_cache[0]).student_groups(6) == student_groups(6, 1)
+    )
     assert match_groups(chosen, 6).student == ((0, 1, 2, 3, 4, 5),)

@@ -129,7 +129,8 @@ def test_generation_from_a_left_padded_batch_is_that_of_full_passes_over_each_pr
         made = student.model.generate(
             **inputs(prompts, pad_token_id(encoder), torch.device("cpu")),
             max_new_tokens=steps, do_sample=False, eos_token_id=None, pad_token_id=pad_token_id(encoder),
-            suppress_tokens=[image] if image < rows else None,  # a random model may say it, and a full pass would look for its picture
+            # a random model may say it, and a full pass would look for its picture
+            suppress_tokens=[image] if image < rows else None,
             output_logits=True, return_dict_in_generate=True,
         )  # fmt: skip
         for row, prompt in enumerate(prompts):

@@ -56,7 +56,7 @@ def test_unknown_kinds_are_refused_by_the_options_name(option, value):
 
 @pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
 def test_a_weight_is_a_finite_number_of_at_least_zero(value):
-    with pytest.raises(ConfigError, match=r"losses\.all_attention is .* a weight of 0 or more"):
+    with pytest.raises(ConfigError, match=r"all_attention is .* a finite weight of 0 or more"):
         LossWeights(all_attention=value)
 
 

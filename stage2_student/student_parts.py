@@ -12,6 +12,7 @@ from common.errors import ConfigError, ModelError
 from common.models.projectors import TeacherAdapter
 from common.models.published import is_published
 from common.models.vision_language import VisionLanguageModel
+from common.plan import Plan
 from data.families import FAMILIES
 from data.image_encoder import AnyImageEncoder, ImageEncoder
 from data.image_layouts import image_encoder_from_dict
@@ -94,7 +95,7 @@ def open_parts(config: TrainConfig, cache: TeacherCache) -> StudentParts:
         name,
         cache_dir=cache.path,
         vocab_size=len(tokenizer),
-        image_token_id=None if own_tokenizer else int(cache.plan.teacher["image_token_id"]),
+        image_token_id=None if own_tokenizer else _cached_image_token(cache.plan, tokenizer),
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -146,6 +147,15 @@ def _library_parts(config: TrainConfig, folder: Path) -> StudentParts:
         template=_trained_template(folder) or _default_template(model, opened.tokenizer),
         where=f"student {folder}",
     )
+
+
+def _cached_image_token(plan: Plan, tokenizer: Any) -> int:
+    """The token that a cache's prompt template writes for a picture, once; of most families the image token itself.
+
+    Gemma 3's template writes ``<start_of_image>``, which its own processor opens out to tags and image tokens.
+    """
+    marker = plan.geometry.get("marker")
+    return int(tokenizer.convert_tokens_to_ids(marker) if marker else plan.teacher["image_token_id"])
 
 
 def _mobilevlm_images(

@@ -55,6 +55,22 @@ def test_a_teacher_that_nobody_described_teaches_by_its_logits(
     assert read_log(tmp_path / "run")[-1]["logits"] > 1e-3
 
 
+@pytest.mark.parametrize("name", ["gemma3", "qwen2_vl", "smolvlm", "llava_next"])
+def test_a_student_made_from_nothing_learns_from_caches_of_other_layouts(
+    tmp_path: Path, family_data: Path, family_cache, name: str
+):
+    cache = family_cache(name)
+    options = {
+        "student": "mobilevlm-tiny", "data": str(family_data), "cache": str(cache.path), "output": str(tmp_path / "run"),
+        "device": "cpu", "dpt": {"steps": 0}, "sft": {"steps": 0},
+        "dft": {"steps": 1, "batch_size": 10, "losses": {"logits": 1.0, "answer_attention": 1.0}},
+    }  # fmt: skip
+    train(config_from_dict(TrainConfig, options))
+    record = read_log(tmp_path / "run")[-1]
+    assert record["logits"] > 1e-3
+    assert record["answer_attention"] > 1e-5
+
+
 @pytest.mark.parametrize("name", list(TINY))
 def test_a_student_takes_a_step_from_its_cache(tmp_path: Path, family_data: Path, family_cache, name: str):
     cache = family_cache(name)

@@ -8,7 +8,7 @@ Dims: B batch, T sequence, A wanted rows, V vocabulary.
 
 import importlib.util
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -158,6 +158,26 @@ def rows_only(model: Any, rows: Tensor) -> AbstractContextManager[Any]:
         return (hidden[rows.to(hidden.device)][None], *inputs[1:])
 
     return head.register_forward_pre_hook(select)
+
+
+def rows_instead(model: Any, rows: Tensor, on_rows: Callable[[Tensor, Any], Any], found: list[Any]) -> Any:
+    """Hand the rows that would enter the output projection to a function, in the one forward pass inside the block.
+
+    The projection itself then gets no row.
+
+    Args:
+        model: As for `rows_only`.
+        rows: Bool ``[B, T]``.
+        on_rows: Called with hidden states ``[A, D]`` and the projection.
+        found: Gets what it returns.
+    """
+    head: nn.Module = model.get_output_embeddings()
+
+    def hand_over(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        found.append(on_rows(inputs[0][rows.to(inputs[0].device)], module))
+        return (inputs[0][:, :0], *inputs[1:])
+
+    return head.register_forward_pre_hook(hand_over)
 
 
 def row_logits(model: Any, inputs: Mapping[str, Any], rows: Tensor) -> Tensor:

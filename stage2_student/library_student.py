@@ -6,7 +6,7 @@ supervised rows enter the output projection, so that ``[B, T, V]`` never exists.
 Dims: B batch, T sequence, A supervised rows, V vocabulary.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ from common.models.mobilevlm import PHASES, Phase
 from data.collate import Batch
 from data.encoding import EncodedSample
 from data.families import Family, submodule
-from data.family_models import open_family_model, rows_only
+from data.family_inputs import text_config
+from data.family_models import open_family_model, rows_instead, rows_only
 from data.image_encoder import AnyImageEncoder
 
 
@@ -84,11 +85,25 @@ class LibraryStudent(nn.Module):
         """Prompts as keyword arguments of ``generate``, padded on the left."""
         return self.family.generation_inputs(self.model.config, prompts, pad_id, device, dtype=self._dtype)
 
-    def forward(self, *, supervised: Tensor | None = None, **inputs: Any) -> Any:
+    @property
+    def fused_settings(self) -> dict[str, Any] | None:
+        """What of its logits a fused loss must know; None where that is not known, so that it needs whole logits."""
+        if not self.family.is_listed or type(self.get_output_embeddings()) is not nn.Linear:
+            return None
+        return {"softcap": getattr(text_config(self.model.config), "final_logit_softcapping", None)}
+
+    def forward(
+        self,
+        *,
+        supervised: Tensor | None = None,
+        on_rows: Callable[[Tensor, Any], Any] | None = None,
+        **inputs: Any,
+    ) -> Any:
         """Predict next tokens; with ``supervised``, only for the rows that a loss needs.
 
         Args:
             supervised: Bool ``[B, T]``; None: all rows.
+            on_rows: With ``supervised``: called with the rows' hidden states and the output projection in its place.
             **inputs: From `model_inputs`.
 
         Returns:
@@ -96,6 +111,11 @@ class LibraryStudent(nn.Module):
         """
         if supervised is None:
             return self.model(**inputs)
+        if on_rows is not None:
+            found: list[Any] = []
+            with rows_instead(self.model, supervised, on_rows, found):
+                self.model(**inputs)
+            return found[0]
         with rows_only(self.model, supervised):
             return SupervisedOutput(logits=self.model(**inputs).logits[0])
 

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from common.codecs.row_attention import RowAttention
 from common.codecs.teacher_map import TeacherMap
-from common.schema import IGNORE_INDEX
 from common.visual_attention import AttentionCapture, AttentionRequest
 from stage2_student.attention_losses import (
     all_attention_loss,
@@ -28,8 +27,7 @@ from stage2_student.attention_losses import (
     visual_map_loss,
 )
 from stage2_student.feature_objective import feature_loss, record_hidden, visual_logits, wanted_rows
-from stage2_student.logit_losses import lm_loss, tail_bucket_loss
-from stage2_student.student_model import model_inputs_of
+from stage2_student.row_terms import run_student
 from stage2_student.terms import (
     ALL_ROWS,
     ATTENTION_TERMS,
@@ -131,19 +129,23 @@ class Objective:
             The terms, with a graph.
         """
         wanted = [term for term in batch.attention if term in self.weights]
-        supervised = batch.inputs.labels != IGNORE_INDEX  # [B, T]
         features = {term: part for term, part in batch.features.items() if term in self.weights}
         rows = wanted_rows(batch, features)  # [B, T]
         with (
             record_attention(capture, attention_requests(batch, self.groups, wanted)) as maps,
             record_hidden(model, batch, features, self.feature_layers) as states,
         ):
-            row_logits = model(
-                **model_inputs_of(model, batch.inputs), supervised=rows, use_cache=False
-            ).logits
-        logits = row_logits[supervised[rows]] if "visual_logits" in features else row_logits
+            said = run_student(
+                model,
+                batch,
+                rows,
+                weights=self.weights,
+                kind=self.logit_kind,
+                temperature=self.temperature,
+                whole="visual_logits" in features,
+            )
         # A micro-batch without images: the log keeps its columns.
-        nothing = logits.new_zeros((), dtype=torch.float32)
+        nothing = torch.zeros_like(said.lm)
         attention = {term: nothing for term in ATTENTION_TERMS if term in self.weights}
         measures = dict.fromkeys(self._measured(), nothing)
         for term in wanted:
@@ -155,20 +157,15 @@ class Objective:
         for term, part in features.items():
             loss = feature_loss(
                 part,
-                visual_logits(row_logits, rows, batch, part) if term == "visual_logits" else states[term],
+                states[term]
+                if said.row_logits is None or term in states
+                else visual_logits(said.row_logits, rows, batch, part),
                 hidden_kind=self.hidden_kind,
                 logit_kind=self.logit_kind,
                 temperature=self.temperature,
             )
             feature_terms[term] = loss * shares.attention.get(term, 1.0)
-        lm = lm_loss(logits, batch.labels) * shares.rows
-        total = self.weights.get("lm", 0.0) * lm
-        logit_term = None
-        if batch.logits is not None and "logits" in self.weights:
-            logit_term = shares.rows * tail_bucket_loss(
-                logits, batch.logits, kind=self.logit_kind, temperature=self.temperature
-            )
-            total = total + self.weights["logits"] * logit_term
+        total = said.total * shares.rows
         for term, value in (*attention.items(), *feature_terms.items()):
             total = total + self.weights[term] * value
         if torch.is_grad_enabled() and not batch.inputs.image_inputs:
@@ -177,8 +174,8 @@ class Objective:
                 if parameter.requires_grad:
                     total = total + parameter.sum() * 0.0
         return LossTerms(
-            lm=lm,
-            logits=logit_term,
+            lm=said.lm * shares.rows,
+            logits=None if said.logits is None else said.logits * shares.rows,
             attention=attention,
             total=total,
             measures=measures,

@@ -7,6 +7,7 @@ the language model's attention implementation never reaches the vision tower.
 Dims: B batch, T sequence, M images, N visual tokens an image, D width, V vocabulary, A supervised rows.
 """
 
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -55,6 +56,10 @@ class VisionLanguageConfig(PreTrainedConfig):
             if not isinstance(value, config_class):
                 setattr(self, name, config_class(**(value or {})))
         super().__post_init__(**kwargs)
+
+
+OnRows = Callable[[Tensor, Any], Any]
+"""Takes hidden states ``[A, D]`` and the output projection."""
 
 
 class VisualDecoder:
@@ -223,6 +228,11 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
         return self.model
 
     @property
+    def fused_settings(self) -> dict[str, Any] | None:
+        """What of its logits a fused loss must know: nothing; None where the output projection is no plain one."""
+        return {} if type(self.lm_head) is nn.Linear else None
+
+    @property
     def image_grid(self) -> tuple[int, int]:
         """Rows and columns of visual tokens that stand for one image in the sequence."""
         grid: tuple[int, int] = self.model.mm_projector.out_grid
@@ -249,9 +259,10 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         pixel_values: Tensor | None = None,
         supervised: Tensor | None = None,
+        on_rows: OnRows | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> Any:
         """Predict next tokens; with ``supervised``, only for the rows that a loss needs.
 
         Args:
@@ -264,11 +275,14 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
             pixel_values: See there.
             supervised: Bool ``[B, T]``: drop all other rows before the output projection, so that
                 ``[B, T, V]`` never exists.
+            on_rows: With ``supervised``: called with the rows' last hidden states ``[A, D]`` and the output projection in
+                its place, inside this forward pass, where wrappers for several devices expect a parameter's use.
             logits_to_keep: Keep only so many last rows (0 = all), or the rows of this index; for generation.
             **kwargs: Passed to the language model.
 
         Returns:
-            ``logits``: float ``[A, V]`` in batch-row order with ``supervised``, else ``[B, T or kept, V]``.
+            ``logits``: float ``[A, V]`` in batch-row order with ``supervised``, else ``[B, T or kept, V]``; with
+            ``on_rows`` whatever that returns.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -283,6 +297,8 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
         hidden = outputs.last_hidden_state
         if supervised is not None:
             hidden = hidden[supervised]  # [A, D]
+            if on_rows is not None:
+                return on_rows(hidden, self.lm_head)
         elif isinstance(logits_to_keep, Tensor):
             hidden = hidden[:, logits_to_keep]
         elif logits_to_keep:

@@ -130,7 +130,7 @@ def test_recording_attention_leaves_the_logits_bit_identical(tiny_cache):
     path, teacher = tiny_cache
     batch = open_joined(path).batch(POSITIONS)
     student = make_student(path, teacher.encoder)
-    plain = Objective(weights={"lm": 1.0})(student, None, batch, Shares())
+    plain = Objective(weights={"lm": 1.0, "logits": 1.0})(student, None, batch, Shares())
     objective = Objective(weights=dict.fromkeys(("lm", "logits", *batch.attention), 1.0), groups=GROUPS)
     captured = objective(student, AttentionCapture(student.language_model), batch, Shares())
     assert torch.equal(plain.lm, captured.lm)
@@ -217,3 +217,20 @@ def check_gradients_under_ddp(student, joined):
         objective = Objective(weights={"lm": 1.0, "logits": 1.0})
         objective(model, None, joined.batch(positions), Shares()).total.backward()
         assert all(bool(p.grad.any()) == (2 in positions) for p in projector), positions
+
+
+@pytest.mark.parametrize("losses", [{"lm": 1.0}, {"lm": 0.5, "logits": 2.0}, {"logits": 1.0}])
+def test_fused_and_whole_logits_give_the_same_terms_and_gradients(tiny_cache, monkeypatch, losses):
+    """Both ways through the student: rows handed on inside the pass, and logits that are held."""
+    path, teacher = tiny_cache
+    batch = open_joined(path).batch(POSITIONS)
+    student = make_student(path, teacher.encoder)
+    objective = Objective(weights=losses)
+    fused = objective(student, None, batch, Shares())
+    gradient = gradients(student, fused.total)
+    monkeypatch.setattr(type(student), "fused_settings", None)
+    whole = objective(student, None, batch, Shares())
+    for name, value in whole.named().items():
+        torch.testing.assert_close(fused.named()[name].detach(), value.detach(), atol=1e-6, rtol=1e-5)
+    for name, value in gradients(student, whole.total).items():
+        torch.testing.assert_close(gradient[name], value, atol=1e-6, rtol=1e-4)

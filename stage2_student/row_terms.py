@@ -1,0 +1,102 @@
+"""The terms on supervised rows, cross-entropy and logit distillation, of one forward pass of the student.
+
+Where the output projection is a plain linear layer the pass never holds the rows' logits: they become losses and
+gradients chunk by chunk (``fused``), inside the pass. Otherwise, or where visual tokens need logits too, it does.
+
+Dims: A supervised rows, D width, V vocabulary, B batch, T sequence.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from common.schema import IGNORE_INDEX
+from stage2_student.fused import FusedLosses, fused_losses
+from stage2_student.logit_losses import lm_loss, tail_bucket_loss
+from stage2_student.student_model import model_inputs_of
+from stage2_student.terms import LogitKind
+from stage2_student.training_batch import TrainingBatch
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowTerms:
+    """Means over supervised rows, float32 scalars.
+
+    Attributes:
+        total: Weighted sum of both, with a graph.
+        lm: Cross-entropy, unweighted.
+        logits: Divergence from the teacher, unweighted; None when off.
+        row_logits: Logits of all rows that were asked for, float ``[rows, V]``; None if they were never held.
+    """
+
+    total: Tensor
+    lm: Tensor
+    logits: Tensor | None
+    row_logits: Tensor | None
+
+
+def run_student(
+    model: nn.Module,
+    batch: TrainingBatch,
+    rows: Tensor,
+    *,
+    weights: Mapping[str, float],
+    kind: LogitKind,
+    temperature: float,
+    whole: bool,
+) -> RowTerms:
+    """Run the student and compute the terms on supervised rows.
+
+    Args:
+        model: The student, wrapped or not.
+        batch: On the model's device.
+        rows: Whose logits are needed, bool ``[B, T]``; supervised ones are among them.
+        weights: Of the terms ``lm`` and ``logits``; an absent one is off.
+        kind: Of the divergence.
+        temperature: Of the divergence.
+        whole: Whether the rows' logits themselves are needed.
+    """
+    teacher = batch.logits if "logits" in weights else None
+    settings = None if whole else getattr(getattr(model, "module", model), "fused_settings", None)
+    inputs = {**model_inputs_of(model, batch.inputs), "supervised": rows, "use_cache": False}
+    if settings is not None:
+        on_rows = partial(
+            _fused, batch=batch, weights=weights, kind=kind, temperature=temperature, settings=settings
+        )
+        found: FusedLosses = model(**inputs, on_rows=on_rows)
+        return RowTerms(total=found.total, lm=found.lm, logits=found.logits, row_logits=None)
+    row_logits = model(**inputs).logits
+    logits = row_logits[(batch.inputs.labels != IGNORE_INDEX)[rows]] if whole else row_logits
+    lm = lm_loss(logits, batch.labels)
+    total, divergence = weights.get("lm", 0.0) * lm, None
+    if teacher is not None:
+        divergence = tail_bucket_loss(logits, teacher, kind=kind, temperature=temperature)
+        total = total + weights["logits"] * divergence
+    return RowTerms(total=total, lm=lm, logits=divergence, row_logits=row_logits)
+
+
+def _fused(
+    hidden: Tensor,
+    head: nn.Linear,
+    *,
+    batch: TrainingBatch,
+    weights: Mapping[str, float],
+    kind: LogitKind,
+    temperature: float,
+    settings: Mapping[str, Any],
+) -> FusedLosses:
+    return fused_losses(
+        hidden,
+        head.weight,
+        batch.labels,
+        batch.logits if "logits" in weights else None,
+        bias=head.bias,
+        lm_weight=weights.get("lm", 0.0),
+        logit_weight=weights.get("logits", 0.0),
+        kind=kind,
+        temperature=temperature,
+        **settings,
+    )

@@ -8,6 +8,7 @@ Dims: B batch, T sequence, A wanted rows, V vocabulary.
 
 import importlib.util
 import logging
+import re
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -25,6 +26,7 @@ from data.library_images import load_processor
 from data.processors import load_image_processor, load_tokenizer
 
 logger = logging.getLogger(__name__)
+_LAYER = re.compile(r"\.(layers?|blocks?|h)\.\d+\.")  # other left-over weights are the library's to judge
 
 Quantisation = Literal["none", "8bit", "4bit"]
 
@@ -86,9 +88,9 @@ def open_family_model(
             )
         tokenizer = load_tokenizer(directory)
         processor = _load_processor(directory, family, model.config)
-    except (OSError, KeyError, ValueError, RuntimeError, ImportError) as error:
-        if isinstance(error, ModelError | ConfigError):
-            raise
+    except (ModelError, ConfigError, torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # of any class: a hostile or cut file fails wherever it is first looked at
         raise ModelError(
             f"{directory} cannot be loaded: {error}; it needs config.json, weights, tokenizer and "
             "preprocessor_config.json of one model"
@@ -236,6 +238,12 @@ def _load_library_model(
         raise ModelError(
             f"{directory}: {len(lost)} weights are missing or of another shape ({', '.join(lost[:3])}), and would be "
             "random; the directory is not a complete checkpoint of its config.json"
+        )
+    beyond = sorted(key for key in loading["unexpected_keys"] if _LAYER.search(str(key)))
+    if beyond:
+        raise ModelError(
+            f"{directory}: the weights hold layers that config.json does not name ({', '.join(beyond[:3])}), so a part of "
+            "the model would be left out; take config.json and weights of one checkpoint"
         )
     return model
 

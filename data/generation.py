@@ -3,13 +3,15 @@
 Dims: B batch, T longest prompt, V vocabulary.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from data.collate import join_image_inputs
 from data.encoding import EncodedSample, SampleEncoder
@@ -40,11 +42,13 @@ class Generated:
     Attributes:
         texts: Without special tokens, stripped.
         finished: Whether each ended by itself, rather than at the longest length.
+        finite: Whether the model's logits were numbers throughout.
         first_logits: Of each first answer token, float32 ``[B, V]`` on the CPU.
     """
 
     texts: tuple[str, ...]
     finished: tuple[bool, ...]
+    finite: tuple[bool, ...]
     first_logits: Tensor
 
 
@@ -106,7 +110,8 @@ def generate_answers(
     device, pad_id = device_of(model), pad_token_id(encoder)
     arguments = inputs(prompts, pad_id, device)
     end = encoder.end_token_ids
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    watch = _Watch(len(prompts))
+    with _own_settings(model), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         if sampling is not None:
             torch.manual_seed(sampling.seed)
         output = model.generate(
@@ -116,16 +121,45 @@ def generate_answers(
             num_beams=1,
             pad_token_id=pad_id,
             eos_token_id=end,
-            return_dict_in_generate=True,
-            output_logits=True,
+            logits_processor=LogitsProcessorList([watch]),
         )
-    made = output.sequences[:, arguments["input_ids"].shape[1] :].cpu()  # [B, new]
+    made = output[:, arguments["input_ids"].shape[1] :].cpu()  # [B, new]
     texts = encoder.tokenizer.batch_decode(made, skip_special_tokens=True)
     return Generated(
         texts=tuple(text.strip() for text in texts),
         finished=tuple(bool(row) for row in torch.isin(made, torch.tensor(end)).any(dim=1)),
-        first_logits=output.logits[0].float().cpu(),
+        finite=tuple(watch.finite.tolist()),
+        first_logits=watch.first,
     )
+
+
+class _Watch(LogitsProcessor):
+    """Keeps the first step's logits, not those of all steps, and lets the others go on when one prompt fails."""
+
+    def __init__(self, rows: int) -> None:
+        self.first = torch.zeros(rows, 0)
+        self.finite = torch.ones(rows, dtype=torch.bool)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Look at one step's scores ``[B, V]``; those of a prompt that has NaN or +inf become 0."""
+        if not self.first.shape[1]:
+            self.first = scores.float().cpu()
+        bad = scores.isnan().any(dim=1) | scores.isposinf().any(dim=1)
+        self.finite &= ~bad.cpu()
+        return scores.masked_fill(bad[:, None], 0.0)
+
+
+@contextmanager
+def _own_settings(model: Any) -> Iterator[None]:
+    """Generate by what is asked for here alone: a checkpoint's generation_config.json would suppress or favour tokens."""
+    # A student of the library's is a wrapper around its model.
+    holder: Any = model if hasattr(model, "generation_config") else getattr(model, "model", model)
+    kept = getattr(holder, "generation_config", None)
+    holder.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        holder.generation_config = kept
 
 
 def _how(sampling: Sampling | None) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from common.hashing import fingerprint
 from common.manifest import Plan
 from data.collate import length_buckets
 from data.encoding import EncodedSample
-from data.generation import Sampling, generate_answers
+from data.generation import Generated, Sampling, generate_answers
 from data.sample import Sample, Turn, with_answers
 from stage1_teacher.pipeline import EncodedShard, encode_shards
 from stage1_teacher.plan import Build
@@ -115,27 +115,32 @@ def _answer_turn(
     for number, bucket in enumerate(length_buckets([len(prompt) for prompt in prompts], batch_size)):
         chosen = [prompts[place] for place in bucket]
         seed = _seed(codec.seed, shard.index, turn, number)
-        for prompt, answer, finished in zip(chosen, *_generate(work, codec, chosen, seed), strict=True):
-            if answer and finished:
+        made = _generate(work, codec, chosen, seed)
+        for prompt, answer, finished, finite in zip(
+            chosen, made.texts, made.finished, made.finite, strict=True
+        ):
+            if answer and finished and finite:
                 open_[prompt.sample_id].answers.append(answer)
                 continue
-            shard.fail(
-                prompt.sample_id,
-                f"the teacher's answer to turn {turn + 1} is empty" if finished else
-                f"the teacher's answer to turn {turn + 1} has no end within {codec.max_new_tokens} tokens; raise "
-                "max_new_tokens",
-            )  # fmt: skip
+            problem = (
+                "is empty"
+                if finished
+                else f"has no end within {codec.max_new_tokens} tokens; raise max_new_tokens"
+            )
+            if not finite:
+                problem = "has logits that are no finite numbers; try dtype=bfloat16 or float32"
+            shard.fail(prompt.sample_id, f"the teacher's answer to turn {turn + 1} {problem}")
             del open_[prompt.sample_id]
 
 
 @torch.inference_mode()
-def _generate(
-    work: Build, codec: AnswersCodec, prompts: Sequence[EncodedSample], seed: int
-) -> tuple[tuple[str, ...], tuple[bool, ...]]:
+def _generate(work: Build, codec: AnswersCodec, prompts: Sequence[EncodedSample], seed: int) -> Generated:
     sampling = None
     if codec.temperature:
         sampling = Sampling(temperature=codec.temperature, top_p=codec.top_p, seed=seed)
-    made = generate_answers(
+    for prompt in prompts:
+        work.teacher.check_ids(torch.from_numpy(prompt.input_ids))
+    return generate_answers(
         work.teacher.model,
         work.encoder,
         prompts,
@@ -143,7 +148,6 @@ def _generate(
         sampling=sampling,
         inputs=partial(_inputs, work.teacher),
     )
-    return made.texts, made.finished
 
 
 def _inputs(teacher: Any, prompts: Sequence[EncodedSample], pad_id: int, device: torch.device) -> Any:

@@ -248,9 +248,10 @@ def seal(cache: Path) -> None:
 def report(cache: Path) -> None:
     """Print what a sealed cache holds and what it cost."""
     from common.manifest import read_manifest
-    from stage1_teacher.extract import BuildSummary
+    from stage1_teacher.extract import BuildSummary, refuse_missing_shards
     from stage1_teacher.report import summary_text
 
+    refuse_missing_shards(cache)
     manifest = read_manifest(cache)
     click.echo(summary_text(BuildSummary(cache=cache, built=0, samples=0, seconds=0.0, manifest=manifest)))
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from common.errors import CacheFormatError
 from common.manifest import (
     Manifest,
     Plan,
@@ -239,11 +240,26 @@ def recompute_fidelity(config: BuildConfig, *, samples: int) -> Manifest:
     """
     cache_dir = Path(config.cache)
     refuse_unwritable(cache_dir, sealed_too=True)
+    refuse_missing_shards(cache_dir)
     work = open_build(fix_threads(config, several=False))
     stored = read_plan(cache_dir)
     refuse_changed_plan(stored, work.plan, where=str(cache_dir))
     known = read_manifest(cache_dir).files
     return finish(replace(work, plan=stored), cache_dir, samples=samples, known=known, rewritten=False)
+
+
+def refuse_missing_shards(cache_dir: Path) -> None:
+    """Refuse a folder that is no whole cache.
+
+    Raises:
+        CacheFormatError: Naming the shards that are missing.
+    """
+    missing = missing_shards(cache_dir, read_plan(cache_dir))
+    if missing:
+        raise CacheFormatError(
+            f"{cache_dir}: shards {', '.join(map(str, missing[:5]))}{', ...' if len(missing) > 5 else ''} are missing; run "
+            "`teacher-cache build` with the cache's options, which makes exactly those"
+        )
 
 
 def _progress(plan: Plan, part: Part, todo: Sequence[int], *, shown: bool) -> "tqdm[Any]":

@@ -20,6 +20,7 @@ from common.codecs.row_attention import RowAttention
 from common.codecs.teacher_map import TeacherMap, image_pairs
 from common.errors import SampleError
 from common.manifest import Plan
+from common.plain_files import check_file
 from common.shared_images import SharedImages
 from common.sidecar import read_sidecar
 from common.stores import open_reader
@@ -37,6 +38,7 @@ from stage1_teacher.signals import TeacherSignals, reduce_output, slice_logits, 
 from stage1_teacher.sinks import SinkCount
 from stage1_teacher.teacher import TeacherOutput
 
+_REMEDY = "run `cachectl verify`, then `cachectl repair` and build the shard again"
 CONTROL_BATCH = 8
 """Most copies of a sample in the control's batch."""
 
@@ -56,12 +58,19 @@ def measure_fidelity(work: Build, cache_dir: Path, *, samples: int) -> dict[str,
         ``visual_map_plain_gradient_cosine`` that of the whole map's cosine. ``*_sinks_per_picture``, ``*_sink_mass`` and
         ``*_sink_places`` say where the teacher's attention sinks lie (``stage1_teacher.sinks``); ``visual_map_sink_pairs``
         and ``visual_map_sink_mass`` what the released filter removes of the teacher's pairs and of their mass.
+
+    Raises:
+        CacheFormatError: If a file of the probed shards is lost or damaged.
     """
     if not samples:
         return None
     totals = Totals()
     step = max(1, len(work.dataset) // samples)
     positions = list(range(0, len(work.dataset), step))[:samples]
+    for index in sorted({position // work.plan.shard_size for position in positions}):
+        # A damaged shard would give figures of its damage; a build may have found it finished by an earlier run.
+        for name, entry in read_sidecar(cache_dir, index).files.items():
+            check_file(cache_dir, name, entry, _REMEDY)
     for position in positions:
         try:
             encoded = work.encoder(_as_cached(work, cache_dir, position))

@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common.errors import CacheMismatchError, DataError, SampleError
+import torch
+
+from common.errors import CacheMismatchError, DataError, DistillError, ModelError, SampleError
 from common.manifest import Plan, read_sidecar, sidecar_path
 from common.printing import one_line
 from common.schema import Record
@@ -17,6 +19,7 @@ from data.encoding import EncodedSample, SampleEncoder
 from data.sample import Dataset
 from stage1_teacher.plan import Build
 from stage1_teacher.signals import TeacherSignals, encode_records, reduce_output, to_cpu
+from stage1_teacher.teacher import TeacherOutput
 
 SHARDS_AHEAD = 2
 BATCHES_BEHIND = 4
@@ -148,11 +151,28 @@ def run_shard(work: Build, shard: EncodedShard, batch_size: int) -> Iterator[tup
 
 def _run_batch(work: Build, samples: Sequence[EncodedSample]) -> tuple[Batch, TeacherSignals]:
     batch = collate(samples, work.teacher.pad_token_id)
-    signals = to_cpu(reduce_output(work.run(batch), batch, work.codecs))
+    signals = to_cpu(reduce_output(_run_teacher(work, batch), batch, work.codecs))
     for attention in (*signals.answer_attention, *signals.text_attention, *signals.visual_map):
         if not bool(attention.isfinite().all()):
             raise SampleError("the attention is not finite; try dtype=float32")
     return batch, signals
+
+
+def _run_teacher(work: Build, batch: Batch) -> TeacherOutput:
+    """One forward pass.
+
+    Raises:
+        ModelError: If the model cannot take what its own processor and tokenizer made: files of two checkpoints.
+    """
+    try:
+        return work.run(batch)
+    except (DistillError, torch.OutOfMemoryError):
+        raise
+    except (IndexError, ValueError, RuntimeError) as error:
+        raise ModelError(
+            f"teacher {work.teacher.directory} cannot read sample {batch.sample_ids[0]!r}: {error}; model, tokenizer and "
+            "preprocessor_config.json must be files of one checkpoint"
+        ) from error
 
 
 class Writer:

@@ -103,7 +103,17 @@ def _write(
     )
     with Writer(folder, plan, codecs) as writer:
         for batch, signals in passes:
-            writer.add(batch, signals if "logits" in codecs else replace(signals, logits=None))
+            writer.add(batch, _only(signals, codecs))
         writer.finish(shard)
     files = read_sidecar(folder, 0).stored_bytes
     return files + sidecar_path(folder, 0).stat().st_size, plan
+
+
+def _only(signals: TeacherSignals, codecs: Mapping[str, Any]) -> TeacherSignals:
+    """Without what none of the codecs writes; signals of attention are left out by name anyway."""
+    return replace(
+        signals,
+        logits=signals.logits if "logits" in codecs else None,
+        visual_logits=signals.visual_logits if "visual_logits" in codecs else None,
+        hidden={name: states for name, states in signals.hidden.items() if name in codecs},
+    )

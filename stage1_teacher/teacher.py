@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from common.atomic import read_json
-from common.errors import ModelError
+from common.errors import ConfigError, ModelError
 from common.hidden_states import HiddenCapture, HiddenRequest
 from common.layers import teacher_groups
 from common.schema import IGNORE_INDEX
@@ -79,9 +79,7 @@ class Teacher:
             ConfigError: If what quantisation needs is missing.
         """
         self.directory = directory
-        wanted = torch.device(
-            ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-        )
+        wanted = _device(device)
         if dtype == "auto":
             dtype = "float32" if wanted.type == "cpu" else "bfloat16"
         self.dtype = dtype
@@ -174,6 +172,7 @@ class Teacher:
                 requests["text"] = AttentionRequest(text_rows(batch), keys, groups)
             if visual_rows:
                 requests["visual"] = AttentionRequest(keys, keys, groups)
+        self.check_ids(batch.input_ids)
         supervised = batch.labels != IGNORE_INDEX  # [B, T]
         inputs = self.family.model_inputs(self.config, batch, dtype=getattr(torch, self.dtype))
         rows = supervised | batch.visual_mask if visual_logits else supervised
@@ -192,6 +191,20 @@ class Teacher:
             hidden=found,
             visual_logits=logits[batch.visual_mask[rows]] if visual_logits else None,
         )
+
+    def check_ids(self, input_ids: Tensor) -> None:
+        """Refuse token ids that the embedding has no row for: an accelerator would stop without saying why.
+
+        Raises:
+            ModelError: Naming both numbers.
+        """
+        rows = int(self.model.get_input_embeddings().weight.shape[0])
+        text = input_ids[input_ids != self.image_token_id]
+        if text.numel() and int(text.max()) >= rows:
+            raise ModelError(
+                f"teacher {self.directory}: the tokenizer gives token id {int(text.max())}, the embedding has {rows} rows; "
+                "tokenizer and weights are of different checkpoints"
+            )
 
     def _record_hidden(
         self, requests: Mapping[str, HiddenRequest]
@@ -224,6 +237,25 @@ class Teacher:
         except ModelError as error:
             logger.warning("teacher %s: %s", self.directory, error)
             return None, str(error)
+
+
+def _device(name: str) -> torch.device:
+    """The device of a name.
+
+    Raises:
+        ConfigError: If there is no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device={name!r}: {error}; choose auto, cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device={name!r}: {torch.cuda.device_count()} CUDA devices are here; choose auto, cpu or one of them"
+        )
+    return device
 
 
 def _training_notes(directory: Path) -> dict[str, Any]:

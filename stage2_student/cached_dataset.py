@@ -125,6 +125,7 @@ class CachedDataset:
         self._shuffle_teacher_images = shuffle_teacher_images
         self._compare_labels, self._vocabulary = compare_labels, vocabulary
         self.entries_read = self.entries_beyond = 0
+        self._compared: set[int] = set()
         self._counting = threading.Lock()
         self.failed = len(cache.failed)
         join = join_cache(cache, dataset, limit=limit)
@@ -154,6 +155,12 @@ class CachedDataset:
         if self._codecs:
             key = (sample_id, *self._terms, self._match, self._shuffle_teacher_images)
             signals = self._memory.fetch(key, lambda: self._decode(position, encoded))
+        elif position not in self._compared:
+            # Without a teacher's signals too: a baseline on other pictures would be compared as if on the same.
+            record = self._cache.read(sample_id, self._fields)
+            where = f"sample {sample_id!r} of {self._cache.path}"
+            check_join(record, encoded, where=where, compare_labels=self._compare_labels)
+            self._compared.add(position)
         return TrainingSample(encoded, signals)
 
     def sample(self, position: int) -> Sample:

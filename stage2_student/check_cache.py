@@ -117,7 +117,7 @@ def check_data(cache: TeacherCache, dataset: Dataset) -> None:
     what = (
         f"{missing} of the cache's {len(cache)} sample ids are missing, the first is {first!r}"
         if missing
-        else "all sample ids are there, but some question or answer changed, or samples were added"
+        else "all sample ids are there, but some question or answer changed, samples were added, or their order is another"
     )
     raise CacheMismatchError(
         f"data set {dataset.name} ({len(dataset)} samples, fingerprint {found}) is not the one {cache.path} "

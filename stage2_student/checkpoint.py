@@ -6,6 +6,7 @@ checkpoint or one that is not looked at. The learning rate and the order of samp
 position (optim.py, sampler.py): a phase, a step and a count of samples are all the state there is.
 """
 
+import errno
 import json
 import logging
 import os
@@ -130,7 +131,14 @@ def write_checkpoint(
     temporary, lock = create_temporary(final, directory=True)
     tensors = {"student": dict(student), "optimizer": optimizer.state_dict(), "random": _random_state()}
     with (temporary / TENSORS).open("xb") as file:
-        torch.save(tensors, file)
+        try:
+            torch.save(tensors, file)
+        except RuntimeError as error:  # the library hides why it could not write
+            reason = error.__context__ if isinstance(error.__context__, OSError) else None
+            raise reason or OSError(
+                errno.EIO, f"cannot be written, the disk may be full ({error}); free some space, then start again: "
+                "the run goes on", str(temporary / TENSORS),
+            ) from error  # fmt: skip
         file.flush()
         os.fsync(file.fileno())
     state = {

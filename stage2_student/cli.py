@@ -248,7 +248,7 @@ def export(student: Path, output: Path, dtype: str) -> None:
     set_up_libraries()
     export_student(student, output, dtype=dtype)
     click.echo(
-        f"Exported to {output} ({dtype}); load it with MobileVLMForConditionalGeneration.from_pretrained"
+        f"Exported to {output} ({dtype}); load it with from_pretrained of the class that its config.json names"
     )
 
 

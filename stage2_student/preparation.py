@@ -310,7 +310,7 @@ def _prepare_phases(
                 dataset=dataset,
                 shuffle=ShardShuffle(shards=dataset.shards, seed=config.seed, window=config.shuffle_window),
                 objective=_build_objective(losses, cache, parts, match, where=f"phase {name}, {cache.path}"),
-                expect=find_mirror(str(phase.cache)).expect if is_url(str(phase.cache)) and signals else None,
+                expect=find_mirror(str(phase.cache)).expect if is_url(str(phase.cache)) else None,
             )
         )
     if not any(phase.steps for phase in phases):

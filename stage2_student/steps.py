@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from common.errors import ModelError
+from common.hashing import fingerprint
 from stage2_student.objective import LossTerms
 from stage2_student.optim import learning_rate
 from stage2_student.prefetch import Prefetcher
@@ -64,8 +65,10 @@ def load_steps(
             ending.callback(phase.expect, ())  # a killed run does not wait for shards that nobody reads
         began, waited = time.perf_counter(), 0.0
         stream = iter(items)
-        for _ in range(first, phase.steps):
+        for step in range(first, phase.steps):
             micro_batches = [next(stream) for _ in range(parts)]
+            # A step's random numbers are its own (LoRA's dropout): the same after a resume, others on each process.
+            torch.manual_seed(step_seed(phase.shuffle.seed, phase.name, step, accelerator.process_index))
 
             def timing() -> dict[str, float]:
                 nonlocal began, waited
@@ -76,6 +79,11 @@ def load_steps(
 
             yield micro_batches, timing
             progress.update()
+
+
+def step_seed(*parts: object) -> int:
+    """A seed for the numbers drawn in one step, from what names it."""
+    return int(fingerprint([str(part) for part in parts])[:15], 16)
 
 
 def step_totals(micro_batches: list[TrainingBatch], accelerator: Accelerator) -> list[float]:

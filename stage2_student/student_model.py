@@ -54,6 +54,9 @@ class StudentModel(Protocol):
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         """As of every module, and so the rest."""
 
+    def modules(self) -> Iterator[nn.Module]:
+        """As of every module."""
+
     def train(self, mode: bool = True) -> Any:
         """Switch to training."""
 

@@ -186,6 +186,16 @@ def start_log(config: TrainConfig, accelerator: Accelerator, position: Position)
     return TrainingLog(output, accelerator, resume_step=position.total_steps, flush_every=config.log_every)
 
 
+def switch_dropout_off(student: StudentModel) -> None:
+    """No dropout but LoRA's, as published; a library checkpoint may bring its own. Its configuration stays."""
+    for module in student.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("attention_dropout", "dropout", "activation_dropout", "hidden_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+
+
 def prepare_parts(
     config: TrainConfig, student: StudentModel, resume: Checkpoint | None
 ) -> tuple[TrainedParts, dict[str, Any] | None]:
@@ -201,6 +211,7 @@ def prepare_parts(
     """
     if config.gradient_checkpointing:
         checkpoint_layers(student)
+    switch_dropout_off(student)
     lora = config.lora
     parts = TrainedParts(student, rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout)
     saved = None if resume is None else read_checkpoint(resume)

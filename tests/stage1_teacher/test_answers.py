@@ -1,6 +1,7 @@
 """Answers that the teacher writes: they are what it would say on its own, and all that is cached belongs to them."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from common.partial import Selection, pull_partial
 from common.record_checks import value_damage
 from common.verification import verify
 from data.encoding import build_prompt
+from data.generation import Sampling, generate_answers
 from data.registry import open_dataset
 from data.sample import Sample, Turn
 from stage1_teacher.config import BuildConfig
@@ -201,3 +203,44 @@ def test_prompts_stop_before_the_last_answer(teacher: Teacher):
     text = teacher.tokenizer.decode(both.input_ids[len(first) :])
     assert "red" in text
     assert "left" not in text
+
+
+def test_a_checkpoints_generation_settings_do_not_decide_the_answers(greedy: Path, tmp_path: Path):
+    """They are in no plan and no fingerprint; a greedy answer is the likeliest token of each row."""
+    for name in ("suppress", "stop"):
+        shutil.copytree(builtin_teacher_directory(), tmp_path / name)
+    words = Teacher(builtin_teacher_directory()).tokenizer.convert_tokens_to_ids(
+        ["a", "circle", "left", "red"]
+    )
+    (tmp_path / "suppress" / "generation_config.json").write_text(
+        json.dumps(
+            {"suppress_tokens": words, "repetition_penalty": 3.0, "min_new_tokens": 5, "max_time": 1e-9}
+        )
+    )
+    (tmp_path / "stop" / "generation_config.json").write_text(json.dumps({"stop_strings": ["a"]}))
+    for name in ("suppress", "stop"):
+        build(tmp_path / f"{name}-cache", teacher=str(tmp_path / name), fidelity_samples=0)
+        assert answers_of(tmp_path / f"{name}-cache") == answers_of(greedy)
+
+
+def test_a_prompt_whose_logits_are_no_numbers_fails_alone(teacher: Teacher):
+    encoder = build_encoder(teacher, template="auto", max_length=512)
+    image = open_dataset(DATA, split="train", limit=1)[0].images[0]
+    prompts = [build_prompt(encoder, image, question) for question in ("what color is it ?", "where is it ?")]
+    head = teacher.model.get_output_embeddings()
+
+    def spoil(module, inputs, output):
+        output = output.clone()
+        output[1] = float("nan")
+        return output
+
+    settings = {"max_new_tokens": 12, "sampling": Sampling(temperature=1.0, top_p=0.9, seed=3)}
+    sound = generate_answers(teacher.model, encoder, prompts[:1], max_new_tokens=12)
+    handle = head.register_forward_hook(spoil)
+    try:
+        made = generate_answers(teacher.model, encoder, prompts, **settings)
+        greedy_made = generate_answers(teacher.model, encoder, prompts, max_new_tokens=12)
+    finally:
+        handle.remove()
+    assert made.finite == greedy_made.finite == (True, False)
+    assert greedy_made.texts[0] == sound.texts[0]

@@ -163,11 +163,15 @@ class ConstantAnswer(torch.nn.Module):
         self.anchor = torch.nn.Parameter(torch.zeros(1))
         self.ids = TOKENIZER(text, add_special_tokens=False)["input_ids"]
 
-    def generate(self, input_ids, **kwargs):
-        answer = torch.tensor([*self.ids, TOKENIZER.eos_token_id]).expand(len(input_ids), -1)
-        logits = torch.zeros(len(input_ids), len(TOKENIZER))
+    def first_logits(self, rows):
+        logits = torch.zeros(rows, len(TOKENIZER))
         logits[:, self.ids[0]] = 1
-        return SimpleNamespace(sequences=torch.cat([input_ids, answer], 1), logits=(logits,))
+        return logits
+
+    def generate(self, input_ids, logits_processor, **kwargs):
+        answer = torch.tensor([*self.ids, TOKENIZER.eos_token_id]).expand(len(input_ids), -1)
+        logits_processor(input_ids, self.first_logits(len(input_ids)))
+        return torch.cat([input_ids, answer], 1)
 
 
 @pytest.mark.parametrize(("answer", "bias"), [("A", 1.0), ("(B)", -1.0)])
@@ -187,12 +191,11 @@ def test_an_answer_without_a_letter_counts_as_unparsed_and_wrong(items):
 
 def test_letters_by_likelihood_follow_the_first_answer_token(items):
     class Knows(ConstantAnswer):
-        def generate(self, input_ids, **kwargs):
-            output = super().generate(input_ids, **kwargs)
-            output.logits[0].zero_()
-            for row in range(len(input_ids)):  # orders alternate: the right caption is (A), then (B)
-                output.logits[0][row, TOKENIZER.convert_tokens_to_ids("AB"[row % 2])] = 1
-            return output
+        def first_logits(self, rows):
+            logits = torch.zeros(rows, len(TOKENIZER))
+            for row in range(rows):  # orders alternate: the right caption is (A), then (B)
+                logits[row, TOKENIZER.convert_tokens_to_ids("AB"[row % 2])] = 1
+            return logits
 
     scores = ask_letters(Knows("red"), make_encoder(), items.pairs, batch_size=16)
     assert scores["likelihood"].mean() == 1.0

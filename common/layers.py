@@ -215,7 +215,8 @@ def match_cached_groups(
             raise CacheMismatchError(
                 f"{where}: {matching} matching of the {choice} layers needs the mean over the teacher's layers "
                 f"{[*wanted]}, but it holds means over {[[*group] for group in cached]}, of which that cannot be "
-                "made. Set PHASE.losses.matching=group and PHASE.losses.attention_layers=null (PHASE: dpt, dft or sft), or build a cache of single "
+                "made. Set PHASE.losses.matching=group and PHASE.losses.attention_layers=null "
+                "(PHASE: dpt, dft or sft), or build a cache of single "
                 f"layers (teacher-cache build --set groups={teacher_depth} --set layers=all), which serves "
                 "every matching"
             )

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, Qwen2Config
 
-from common.errors import ConfigError, ModelError
+from common.errors import CacheFormatError, ConfigError, ModelError
 from common.models.compodistill import CompoDistillConfig, CompoDistillForConditionalGeneration
 from common.models.mobilevlm import MobileVLMConfig, MobileVLMForConditionalGeneration
 from common.models.parts import (
@@ -269,6 +269,9 @@ def own_image_encoder(
         student: As `build_student` made or loaded it, without an image processor beside its weights.
         geometry: Of the cache's plan.
         vision_tower: Directory of the tower, if it was given; an image processor in it is the one to use.
+
+    Raises:
+        CacheFormatError: If the plan does not say how the teacher's pictures were made.
     """
     processor = default_image_processor(student.config)
     if vision_tower is not None and (vision_tower / "preprocessor_config.json").is_file():
@@ -277,7 +280,12 @@ def own_image_encoder(
     if not isinstance(encoder, ImageEncoder):
         return None
     if "kind" not in geometry:
-        own, cached = encoder.to_dict()["processor"], geometry["processor"]
+        own, cached = encoder.to_dict()["processor"], geometry.get("processor")
+        if not isinstance(cached, Mapping):
+            raise CacheFormatError(
+                "the cache's plan: geometry has no 'processor', the settings of the teacher's image processor; the plan "
+                "is incomplete: copy the cache again from where it came from, or build it again (`teacher-cache build`)"
+            )
         # A tower that came with the cache, or a random one, has no normalisation of its own.
         same = ("image_mean", "image_std") if vision_tower is not None else ()
         if _side(own) == _side(cached) and all(own[name] == cached.get(name) for name in same):

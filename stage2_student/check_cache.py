@@ -12,7 +12,8 @@ from typing import Any
 from torch import nn
 
 from common.cache import TeacherCache
-from common.errors import CacheMismatchError, ModelError, SampleError
+from common.codecs import LogitCodec, codec_from_dict
+from common.errors import CacheFormatError, CacheMismatchError, ModelError, SampleError
 from common.hashing import fingerprint
 from common.next_step import set_words
 from common.printing import one_line
@@ -174,6 +175,7 @@ def check_signals(
 
     Raises:
         CacheMismatchError: Naming what is cached.
+        CacheFormatError: If the plan does not describe the codec of a loss's logits.
     """
     held = sorted(cache.plan.signals)
     for signal in signals:
@@ -184,7 +186,7 @@ def check_signals(
                 f"cache with this signal (SIGNALS={signal},..., teacher-cache build --signals {signal},...)"
             )
     for signal in {"logits", "visual_logits"} & set(signals):
-        cached = [float(value) for value in cache.plan.signals[signal]["temperatures"]]
+        cached = _temperatures(cache, signal)
         if temperature not in cached:
             raise CacheMismatchError(
                 f"phase {phase}: losses.temperature is {temperature}, {cache.path} holds tail masses at "
@@ -192,6 +194,20 @@ def check_signals(
                 f"({set_words([f'{phase}.losses.temperature={cached[0]}'])}), or build a cache with this temperature "
                 f"({set_words([f'temperatures=[{temperature}]'], variable='CACHE_SET')})"
             )
+
+
+def _temperatures(cache: TeacherCache, signal: str) -> tuple[float, ...]:
+    """At which the tail masses of cached logits are known."""
+    try:
+        codec = codec_from_dict(cache.plan.signals[signal])
+    except CacheFormatError as error:
+        raise CacheFormatError(f"{cache.path}: plan: signals.{signal}: {error}") from error
+    if not isinstance(codec, LogitCodec):
+        raise CacheFormatError(
+            f"{cache.path}: plan: signals.{signal} names the codec {codec.signal!r}, which holds no logits; the plan is "
+            "damaged: copy the cache again from where it came from, or build it again (`teacher-cache build`)"
+        )
+    return codec.temperatures
 
 
 def check_vision_tower(cache: TeacherCache, tower: nn.Module) -> None:

@@ -272,7 +272,13 @@ class TrainConfig:
 def without_teacher(config: TrainConfig) -> TrainConfig:
     """The SFT baseline of a run: the same student, samples, steps and rates, with the LM loss alone."""
     plain = {name: replace(getattr(config, name), losses=LossWeights()) for name in PHASE_NAMES}
-    return replace(config, **plain, projector=None, shuffle_teacher_images=False)
+    projector, pooled = config.projector, config.pool_teacher_tokens
+    if projector == "taf" or (projector is None and config.student.startswith("compodistill")):
+        # Without the teacher's projector, but with as many visual tokens: only then are the two comparable.
+        projector = "ldpnetv2" if pooled else "mlp"
+    return replace(
+        config, **plain, projector=projector, pool_teacher_tokens=False, shuffle_teacher_images=False
+    )
 
 
 def public_config(config: TrainConfig) -> TrainConfig:

@@ -138,7 +138,8 @@ def match_features(
         if kind != "relation" and codec.width != width:
             raise CacheMismatchError(
                 f"{where}: {term} holds hidden states of width {codec.width}, the student has width {width}: "
-                f"hidden_kind={kind} needs equal widths. Set losses.hidden_kind=relation, or use a student of the "
+                f"hidden_kind={kind} needs equal widths. Set PHASE.losses.hidden_kind=relation "
+                "(PHASE: dpt, dft or sft), or use a student of the "
                 "teacher's width (a pruned one keeps it)"
             )
         layers[term] = student_layers(

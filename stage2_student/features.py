@@ -90,7 +90,7 @@ def _same_tokens(
         raise CacheMismatchError(
             f"{where}: visual_logits need equal visual tokens; the teacher's are {layouts[0]} (rows, columns of each "
             f"tile), the student's {layouts[1]}. Use a student with the teacher's visual tokens (projector=mlp), or "
-            "set losses.visual_logits=0; visual_hidden with hidden_kind=relation meets other tokens"
+            "set PHASE.losses.visual_logits=0 (PHASE: dpt, dft or sft); visual_hidden with hidden_kind=relation meets other tokens"
         )
     return logits
 

@@ -124,7 +124,7 @@ def train_and_score(
     """Do what is left of a run whose folder is held; returns the table of scores."""
     from stage2_student.check_cache import check_losses
     from stage2_student.held_out import probe_items
-    from stage2_student.preparation import failure_notes, open_caches
+    from stage2_student.preparation import failure_notes, open_caches, prepare
 
     output = Path(config.output)
     caches = open_caches(config)
@@ -136,7 +136,12 @@ def train_and_score(
         say(f"note: {note}")
     state = {**stamp, "config": config_to_dict(config), "notes": notes}
     write_json_atomic(output / STAMP, {**state, "finished": None})
-    for name, arm in arms(with_pruned_student(config, say=say)).items():
+    trained = arms(with_pruned_student(config, say=say))
+    if not any((output / name / FINAL / PROVENANCE).is_file() for name in trained):
+        prepare(
+            trained[DISTILLED]
+        )  # what only its student shows to be wrong, before hours go into the baseline
+    for name, arm in trained.items():
         if (output / name / FINAL / PROVENANCE).is_file():
             say(f"{name}: trained already")
             continue

@@ -8,11 +8,12 @@ from torch import nn
 
 from common.atomic import read_json
 from common.cache import TeacherCache
-from common.errors import ConfigError, ModelError
+from common.errors import CacheFormatError, ConfigError, ModelError
 from common.models.projectors import TeacherAdapter
 from common.models.published import is_published
 from common.models.vision_language import VisionLanguageModel
 from common.plan import Plan
+from common.printing import one_line
 from data.families import FAMILIES
 from data.image_encoder import AnyImageEncoder, ImageEncoder
 from data.image_layouts import image_encoder_from_dict
@@ -153,9 +154,20 @@ def _cached_image_token(plan: Plan, tokenizer: Any) -> int:
     """The token that a cache's prompt template writes for a picture, once; of most families the image token itself.
 
     Gemma 3's template writes ``<start_of_image>``, which its own processor opens out to tags and image tokens.
+
+    Raises:
+        CacheFormatError: If the plan names neither.
     """
     marker = plan.geometry.get("marker")
-    return int(tokenizer.convert_tokens_to_ids(marker) if marker else plan.teacher["image_token_id"])
+    if marker:
+        return int(tokenizer.convert_tokens_to_ids(marker))
+    token = plan.teacher.get("image_token_id")
+    if not isinstance(token, int):
+        raise CacheFormatError(
+            f"the cache's plan: teacher has no whole 'image_token_id' ({one_line(repr(token), limit=40)}); the plan is "
+            "incomplete: copy the cache again from where it came from, or build it again (`teacher-cache build`)"
+        )
+    return token
 
 
 def _mobilevlm_images(

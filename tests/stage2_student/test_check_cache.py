@@ -9,6 +9,7 @@ from tiny_cache import DATA, build_tiny_cache
 
 from common.cache import open_cache
 from common.config import config_from_dict, config_to_dict
+from common.documents import document_bytes, read_document
 from common.errors import CacheFormatError, CacheMismatchError, ConfigError
 from common.manifest import read_plan, seal, write_plan
 from data.builtin import build_tokenizer
@@ -310,3 +311,25 @@ def test_the_longest_sequence_is_the_caches_unless_it_is_given(tiny_cache, tmp_p
     assert prepare(make_config(cache)).encoder.max_length == 4096
     assert prepare(make_config(cache, max_length=300)).encoder.max_length == 300
     assert prepare(make_config(tiny_cache[0])).encoder.max_length == 2048
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "words"),
+    [
+        ("geometry", {}, "geometry has no 'processor'"),
+        ("geometry", {"processor": None}, "geometry has no 'processor'"),
+        ("teacher", {}, "teacher has no whole 'image_token_id'"),
+        ("signals", {"logits": {}}, r"signals\.logits: codec None: expected one of"),
+        ("signals", {"logits": {"codec": "quantum"}}, r"signals\.logits: codec 'quantum'.*newer version"),
+        ("signals", {"logits": {"codec": "logits", "floor": 0.0, "min_k": 2, "max_k": 2}}, "temperatures"),
+        ("signals", {"logits": {"codec": "visual_columns", "groups": 1, "exact": False}}, "holds no logits"),
+    ],
+)
+def test_a_plan_that_lacks_what_a_student_needs_is_refused_naming_it(tmp_path, part, value, words):
+    build_tiny_cache(tmp_path / "c", data="shapes:images=1,seed=5", signals=("logits",))
+    body = read_document(tmp_path / "c" / "plan.json")
+    (tmp_path / "c" / "plan.json").write_bytes(document_bytes(body | {part: value}))
+    (tmp_path / "c" / "manifest.json").unlink()
+    seal(tmp_path / "c")  # as an attacker would sign it
+    with pytest.raises(CacheFormatError, match=words):
+        prepare(make_config(tmp_path / "c", data="shapes:images=1,seed=5"))

@@ -236,3 +236,18 @@ def test_a_loss_that_is_not_finite_stops_before_its_step_and_names_the_remedy(ti
     after = seen.pop("student").state_dict()
     assert all(torch.equal(after[name].nan_to_num(), value.nan_to_num()) for name, value in seen.items())
     assert len(read_log(tmp_path / "run")) <= 3
+
+
+@pytest.mark.parametrize(
+    ("options", "projector"),
+    [
+        ({}, None), ({"projector": "mlp"}, "mlp"), ({"projector": "taf"}, "mlp"),
+        ({"projector": "taf", "pool_teacher_tokens": True}, "ldpnetv2"), ({"student": "compodistill-tiny"}, "mlp"),
+    ],
+)  # fmt: skip
+def test_the_baseline_has_as_many_visual_tokens_as_the_student_and_no_teachers_projector(
+    tmp_path, options, projector
+):
+    baseline = without_teacher(TrainConfig(cache="c", output=str(tmp_path), **options))
+    assert baseline.projector == projector
+    assert not baseline.pool_teacher_tokens

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 TEMPORARY_PREFIX = ".tmp-"
 MAX_JSON_BYTES = 256 << 20
 MAX_JSON_ITEMS = 8_000_000  # a sidecar of a million samples has less than half of that
+MAX_JSON_DEPTH = 100  # far below Python's recursion limit, which whoever walks or prints a value would meet
 
 
 class HeldLock:
@@ -255,14 +256,35 @@ def parse_json(data: bytes, where: str) -> Any:
 
     Raises:
         CacheFormatError: If it is not JSON, or has more than ``MAX_JSON_ITEMS`` values: each costs some 64 bytes of
-            memory, however few it takes in the file.
+            memory, however few it takes in the file; or is nested deeper than ``MAX_JSON_DEPTH``.
     """
     if data.count(b",") + data.count(b"[") + data.count(b"{") > MAX_JSON_ITEMS:
         raise CacheFormatError(f"{where}: more than {MAX_JSON_ITEMS} values; not a file of a cache")
     try:
-        return json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
+        value = json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise CacheFormatError(f"{where}: not valid JSON ({error}); the file is damaged") from error
+    if _is_deeper(value, MAX_JSON_DEPTH):
+        raise CacheFormatError(
+            f"{where}: nested deeper than {MAX_JSON_DEPTH} levels; no file of a cache is: copy it again from where "
+            "it came from"
+        )
+    return value
+
+
+def _is_deeper(value: Any, limit: int) -> bool:
+    """Whether lists and objects are nested in more than ``limit`` levels; goes level by level, without recursion."""
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(limit):
+        level = [
+            item
+            for container in level
+            for item in (container.values() if isinstance(container, dict) else container)
+            if isinstance(item, dict | list)
+        ]
+        if not level:
+            return False
+    return True
 
 
 def _refuse_constant(text: str) -> float:

@@ -12,7 +12,7 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from common.atomic import TEMPORARY_PREFIX, json_bytes, parse_json, read_bounded, write_bytes_atomic
-from common.errors import CacheFormatError
+from common.errors import CacheFormatError, NewerFormatError
 from common.hashing import fingerprint, fingerprint_parsed
 from common.schema import FORMAT_VERSION
 
@@ -40,7 +40,8 @@ def read_document(path: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: If it is not there.
-        CacheFormatError: If it is no document, damaged, or from a newer format version.
+        CacheFormatError: If it is no document or damaged.
+        NewerFormatError: If it is from a newer format version.
     """
     return parse_document(read_bounded(path), str(path))
 
@@ -51,29 +52,47 @@ def parse_document(data: bytes, where: str) -> dict[str, Any]:
     Raises:
         CacheFormatError: As ``read_document``.
     """
-    body = dict(check_version(parse_json(data, where), where))
-    stated = body.pop("checksum", None)
+    parsed = parse_json(data, where)
     try:
+        body = dict(check_version(parsed, where))
+    except NewerFormatError as error:
+        # One flipped bit makes a 1 a 3: the checksum still is that of the version it was written in.
+        if _fits({**parsed, "format_version": FORMAT_VERSION}, where):
+            raise CacheFormatError(
+                f"{where}: damaged: format_version was changed after it was written"
+            ) from error
+        raise
+    if not _fits(body, where):
+        stated = body.pop("checksum", None)
         found = fingerprint_parsed(body)
+        raise CacheFormatError(f"{where}: damaged, or edited by hand: states checksum {stated}, has {found}")
+    del body["checksum"]
+    return body
+
+
+def _fits(document: Mapping[str, Any], where: str) -> bool:
+    """Whether a document has the checksum that it states."""
+    try:
+        found = fingerprint_parsed({key: value for key, value in document.items() if key != "checksum"})
     except (ValueError, RecursionError) as error:
         raise CacheFormatError(f"{where}: damaged: {error}") from error
-    if stated != found:
-        raise CacheFormatError(f"{where}: damaged, or edited by hand: states checksum {stated}, has {found}")
-    return body
+    return document.get("checksum") == found
 
 
 def check_version(data: Any, where: str) -> dict[str, Any]:
     """Return a JSON object of a format version this code reads; asked before anything else.
 
     Raises:
-        CacheFormatError: If it is none, or from a newer version.
+        CacheFormatError: If it is none.
+        NewerFormatError: If it is from a newer version.
     """
     version = data.get("format_version") if isinstance(data, dict) else None
     if not isinstance(data, dict) or not isinstance(version, int) or isinstance(version, bool) or version < 1:
         raise CacheFormatError(f"{where}: no format_version; not a file of a teacher cache, or damaged")
     if version > FORMAT_VERSION:
-        raise CacheFormatError(
-            f"{where}: format version {version}, but this code reads up to {FORMAT_VERSION}; update the code"
+        raise NewerFormatError(
+            f"{where}: from a newer version: format version {version}, but this code reads up to {FORMAT_VERSION}; "
+            "update this software"
         )
     return data
 

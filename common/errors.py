@@ -25,6 +25,10 @@ class CacheFormatError(DistillError, ValueError):
     """A cache file is damaged, incomplete or from an unknown format version."""
 
 
+class NewerFormatError(CacheFormatError):
+    """A cache file that is sound, but written by a newer version of this software; nothing to repair or delete."""
+
+
 class CacheMismatchError(DistillError, ValueError):
     """A cache does not fit the data, tokenizer, template, teacher or student it is used with."""
 

@@ -79,8 +79,8 @@ def merge(
     Raises:
         ConfigError: If there are fewer than two sources, or a folder lies inside another.
         CacheMismatchError: If sources differ in a fingerprint, a setting, a file beside the shards, or in what
-            they say of one sample.
-        CacheFormatError: If a source is damaged, or not finished and of another plan than the rest.
+            they say of one sample; or one is not finished and they are of different plans.
+        CacheFormatError: If a source is damaged.
     """
     _refuse_overlapping(sources, target)
     refuse_strangers(target)
@@ -94,6 +94,7 @@ def merge(
             )
         manifest, missing, samples, repeated = merge_parts(sources, target, on_shard=on_shard)
         return Merged(manifest=manifest, missing=missing, samples=samples, repeated=repeated)
+    _refuse_unlike_parts(sources, plans)
     caches = [open_cache(source, open_shards=2) for source in sources]
     for cache in caches[1:]:
         refuse_different(caches[0], cache)
@@ -128,6 +129,27 @@ def _undescribed(plan: Plan) -> dict[str, Any]:
     for part in ("teacher", "data"):
         described[part] = {name: value for name, value in described[part].items() if name not in DESCRIPTIVE}
     return described
+
+
+def _refuse_unlike_parts(sources: Sequence[Path], plans: Sequence[Plan]) -> None:
+    """Refuse unfinished caches of different plans, which can be neither parts of one nor merged as they are."""
+    unsealed = [source for source in sources if not (source / MANIFEST).is_file()]
+    if not unsealed:
+        return
+    before = _undescribed(plans[0])
+    other, now = next(
+        (source, described)
+        for source, plan in zip(sources, plans, strict=True)
+        if (described := _undescribed(plan)) != before
+    )
+    lines = describe_differences(before, now, there=str(sources[0]), here=str(other))
+    threads = plans[0].extra.get(THREADS)
+    option = f" (--set threads={threads})" if threads and threads != now["extra"].get(THREADS) else ""
+    raise CacheMismatchError(
+        f"not finished, and no parts of one plan: {', '.join(map(str, unsealed))}\n" + "\n".join(lines) + "\n"
+        f"Parts of one cache have one plan: build that part again with the same options{option}, {other} with those "
+        f"of {sources[0]}. Caches of different plans can be merged once each is finished (`teacher-cache build`)"
+    )
 
 
 def refuse_different(first: TeacherCache, other: TeacherCache) -> None:

@@ -13,15 +13,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from common.codecs.answers import AnswersCodec
+from common.codecs.kept_columns import RUNS
+from common.codecs.logit_presets import MAX_ENTRIES
 from common.codecs.quantise import GAP_REACH, GAP_TABLE, gap_codes
 from common.errors import CacheFormatError
 from common.map_checks import map_damage, token_count_damage
-from common.schema import check_record
+from common.printing import one_line
+from common.schema import MAX_TRAILING_ELEMENTS, check_record
 from common.shared_images import SharedImages, SourceCheck
 from common.stores import DAMAGE_ERRORS, open_reader
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
     from common.manifest import Plan, ShardSidecar
@@ -37,7 +40,65 @@ _UNBOUNDED = {
 }  # a mass of zero, a probability of zero
 _ROUNDING = 2e-3  # of a float16 near 1, twice over
 _MASS_ERROR = 1e-3  # kept mass and tail may miss 1 by this beyond the rounding of gaps and of float16
+_MOST_FLOAT = float(np.finfo(np.float64).max)
 _FULL_CODE = 255  # of the largest cell of a row
+
+
+def codec_damage(signals: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[str]]:
+    """Say of which signals nobody here can check the values.
+
+    Args:
+        signals: Of the plan.
+
+    Returns:
+        Codecs and settings that this version does not know; and settings of codecs it knows that none can have.
+    """
+    newer: list[str] = []
+    impossible: list[str] = []
+    for signal, settings in sorted(signals.items()):
+        codec, name = settings.get("codec"), one_line(signal)
+        known = _SETTINGS.get(codec) if isinstance(codec, str) else None
+        if known is None:
+            newer.append(f"{name}: codec {one_line(repr(codec), limit=40)} is not known")
+        elif unknown := settings.keys() - known.keys() - {"codec"}:
+            newer.append(
+                f"{name}: settings {one_line(sorted(unknown), limit=80)} of codec {codec!r} are not known"
+            )
+        else:
+            impossible += [
+                f"{name}: {setting} is {one_line(repr(settings[setting]), limit=40)}, which codec {codec!r} never has"
+                for setting, is_possible in known.items()
+                if setting in settings and not is_possible(settings[setting])
+            ]
+            least, most = settings.get("min_k"), settings.get("max_k")
+            if isinstance(least, int) and isinstance(most, int) and least > most:
+                impossible.append(f"{name}: min_k is above max_k, which codec {codec!r} never has")
+    return newer, impossible
+
+
+def _whole(low: int, high: int) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+
+def _number(low: float, high: float) -> Callable[[Any], bool]:
+    """A number from ``low`` on and below ``high``; compared only, for a plan's integer may be beyond any float."""
+    return lambda value: (
+        isinstance(value, int | float) and not isinstance(value, bool) and low <= value < high
+    )
+
+
+def _flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _distinct(item: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: (
+        isinstance(value, list) and all(map(item, value)) and 0 < len(value) == len(set(value))
+    )
+
+
+def _grid(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(_whole(1, MAX_TRAILING_ELEMENTS), value))
 
 
 def content_damage(cache_dir: Path, plan: Plan, sidecar: ShardSidecar, *, deep: bool) -> str | None:
@@ -260,4 +321,32 @@ _CHECKS: dict[str, Callable[[Record, dict[str, Any]], Iterator[str]]] = {
     "visual_columns": _columns_damage,
     "visual_map": map_damage,
     "visual_logits": _visual_logits_damage,
+}
+
+_WIDE = _whole(1, MAX_TRAILING_ELEMENTS)  # more fits in no field
+_LOGITS = {
+    "floor": _number(0, 1),
+    "min_k": _whole(1, MAX_ENTRIES),
+    "max_k": _whole(2, MAX_ENTRIES),
+    "temperatures": lambda value: _distinct(_number(5e-324, _MOST_FLOAT))(value) and 1 in value,
+    **dict.fromkeys(("exact", "gap_steps", "balanced"), _flag),
+}
+_ROWS = {"grid": _grid, "groups": _WIDE, "exact": _flag}
+_HIDDEN = {"layers": _distinct(_whole(0, MAX_TRAILING_ELEMENTS)), "width": _WIDE, "exact": _flag}
+_PRESETS = ("exact", "exact8", "f4", *RUNS)
+# What the codecs themselves ask of their settings when they are built, for which torch would have to be imported.
+_SETTINGS: dict[str, dict[str, Callable[[Any], bool]]] = {
+    "answers": {
+        "max_new_tokens": lambda value: isinstance(value, int) and value >= 1,
+        "temperature": _number(0, _MOST_FLOAT),
+        "top_p": lambda value: _number(0, 2)(value) and 0 < value <= 1,
+        "seed": lambda value: isinstance(value, int) and value >= 0,
+    },
+    "logits": _LOGITS,
+    "visual_logits": _LOGITS,
+    "answer_attention": _ROWS,
+    "text_attention": _ROWS,
+    "visual_columns": {"groups": _WIDE, "exact": _flag},
+    "visual_map": {"groups": _WIDE, "grid": _whole(0, 256), "preset": lambda value: value in _PRESETS},
+    **dict.fromkeys(("hidden", "visual_hidden", "projector_output"), _HIDDEN),
 }

@@ -98,6 +98,9 @@ def _plan_steps(cache_dir: Path, damages: list[Damage]) -> Iterator[Repair]:
     by_kind: dict[str, list[Damage]] = {}
     for damage in damages:
         by_kind.setdefault(damage.kind, []).append(damage)
+    if "newer" in by_kind:  # what looks damaged may be what this version does not know
+        yield from (_keep(damage, "nothing of this cache is removed") for damage in by_kind["newer"])
+        return
     if "plan" in by_kind:
         yield from (_keep(damage, "nothing can be built without it") for damage in by_kind["plan"])
         return

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from common.atomic import TEMPORARY_PREFIX, try_lock
-from common.errors import CacheFormatError
+from common.errors import CacheFormatError, NewerFormatError
 from common.hashing import stream_digests
 from common.index import INDEX
 from common.index_build import IndexBuilder, index_damage
@@ -32,7 +32,7 @@ from common.manifest import (
 )
 from common.plain_files import open_plain
 from common.printing import one_line
-from common.record_checks import content_damage
+from common.record_checks import codec_damage, content_damage
 from common.sidecar import check_sidecar
 
 if TYPE_CHECKING:
@@ -40,13 +40,24 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 COPY_AGAIN = "copy it again from where the cache came from"
+_NO_DAMAGE = "nothing is to be repaired"
 _MAX_REASON = 600
 _SEAL = "run `teacher-cache seal`"
 _INDEX_REMEDY = f"run `cachectl repair` or `teacher-cache seal` to write it anew, or {COPY_AGAIN}"
 _SHARD_NAME = re.compile(rf"{SHARDS}/(\d{{5}})\.")
 
 Kind = Literal[
-    "plan", "manifest", "unsealed", "shard", "missing", "index", "side file", "data", "leftover", "stranger"
+    "newer",
+    "plan",
+    "manifest",
+    "unsealed",
+    "shard",
+    "missing",
+    "index",
+    "side file",
+    "data",
+    "leftover",
+    "stranger",
 ]
 
 
@@ -58,8 +69,9 @@ class Damage:
         path: Relative to the cache.
         reason: What was expected and found.
         remedy: What to do about it.
-        kind: What it belongs to: the plan, the manifest, or one that was not written yet; a shard; a shard that was
-            never made; the index; a file beside the shards; samples with equal ids; what a killed run left; a file on no list.
+        kind: ``newer``: no damage, but of a newer version of this software. Else what it belongs to: the plan, the
+            manifest, or one that was not written yet; a shard; a shard that was never made; the index; a file beside
+            the shards; samples with equal ids; what a killed run left; a file on no list.
     """
 
     path: str
@@ -96,14 +108,16 @@ def verify(
     try:
         plan = read_plan(cache_dir)
     except (CacheFormatError, OSError) as error:
-        return [Damage(path=PLAN, reason=str(error), remedy=COPY_AGAIN, kind="plan")]
-    damages: list[Damage] = []
+        return [_newer_or(error, Damage(path=PLAN, reason=str(error), remedy=COPY_AGAIN, kind="plan"))]
+    damages: list[Damage] = _codec_damage(plan) if deep else []
+    deep = deep and not damages  # what its codec may write is not known
     manifest: Manifest | None = None
     try:
         manifest = read_manifest(cache_dir)
     except (CacheFormatError, OSError) as error:
         absent = not (cache_dir / MANIFEST).exists() and not (cache_dir / MANIFEST).is_symlink()
-        damages.append(_unsealed(cache_dir, plan) if absent else _manifest_damage(MANIFEST, str(error)))
+        wrong = _unsealed(cache_dir, plan) if absent else _manifest_damage(MANIFEST, str(error))
+        damages.append(_newer_or(error, wrong))
     known = {MANIFEST, CARD, PLAN}
     if manifest is not None:
         damages += _check_manifest(cache_dir, plan, manifest)
@@ -140,7 +154,13 @@ def split_unfinished(damages: list[Damage]) -> tuple[list[Damage], list[Damage]]
 
     Returns:
         What an unfinished cache lacks, and the damages.
+
+    Raises:
+        NewerFormatError: If a part is from a newer version: what else is wrong cannot be told from what is new.
     """
+    if newer := [damage for damage in damages if damage.kind == "newer"]:
+        more = f" (and {len(newer) - 1} more)" if len(newer) > 1 else ""
+        raise NewerFormatError(f"{newer[0]}{more}")
     unsealed = any(damage.kind == "unsealed" for damage in damages)
     lacking = [damage for damage in damages if unsealed and damage.kind in ("unsealed", "missing")]
     return lacking, [damage for damage in damages if damage not in lacking]
@@ -155,6 +175,23 @@ def _unsealed(cache_dir: Path, plan: Plan) -> Damage:
 
 def _manifest_damage(path: str, reason: str) -> Damage:
     return Damage(path=path, reason=reason, remedy=f"{_SEAL}, or {COPY_AGAIN}", kind="manifest")
+
+
+def _newer_or(error: Exception, damage: Damage) -> Damage:
+    """The damage, or, if it is none but of a newer version, just that."""
+    return replace(damage, remedy=_NO_DAMAGE, kind="newer") if isinstance(error, NewerFormatError) else damage
+
+
+def _codec_damage(plan: Plan) -> list[Damage]:
+    """Say of which signals no value can be checked: codecs of a newer version, or settings that none can have."""
+    newer, impossible = codec_damage(plan.signals)
+    if newer:
+        reason = f"from a newer version, values not checked: {'; '.join(newer)}"
+        return [Damage(path=PLAN, reason=reason, remedy=f"update this software; {_NO_DAMAGE}", kind="newer")]
+    if impossible:
+        reason = f"values not checked: {'; '.join(impossible)}"
+        return [Damage(path=PLAN, reason=reason, remedy=COPY_AGAIN, kind="plan")]
+    return []
 
 
 def _check_manifest(cache_dir: Path, plan: Plan, manifest: Manifest) -> list[Damage]:
@@ -188,7 +225,7 @@ def _verify_shard(
         reason = "missing: the shard does not exist"
         return [Damage(path=name, reason=reason, remedy=remedy, kind="missing")], None
     except (CacheFormatError, OSError) as error:
-        return [Damage(path=name, reason=str(error), remedy=remedy, kind="shard")], None
+        return [_newer_or(error, Damage(path=name, reason=str(error), remedy=remedy, kind="shard"))], None
     damages = []
     listed = manifest.shards[index] if manifest is not None and index < len(manifest.shards) else None
     if listed is not None and listed != ShardSummary.of(sidecar):

@@ -53,7 +53,7 @@ def codec_from_settings(cls: type[T], signal: str, stored: Mapping[str, Any]) ->
     }
     try:
         return cls(**settings)
-    except (ConfigError, TypeError) as error:
+    except (ConfigError, TypeError, OverflowError) as error:
         raise CacheFormatError(f"codec {signal!r}: stored settings are not valid: {error}") from error
 
 

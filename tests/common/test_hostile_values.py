@@ -5,6 +5,7 @@ import json
 import pickle
 import re
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -14,11 +15,26 @@ from numcodecs.zstd import Zstd
 from test_stores import write
 
 from common.cli import main
-from common.codecs import codec_from_dict
+from common.codecs import (
+    CODECS,
+    AnswersCodec,
+    HiddenCodec,
+    LogitCodec,
+    ProjectorOutputCodec,
+    RowAttentionCodec,
+    TextAttentionCodec,
+    VisualColumnsCodec,
+    VisualHiddenCodec,
+    VisualLogitsCodec,
+    VisualMapCodec,
+    codec_from_dict,
+)
+from common.codecs.visual_map import MapPreset
 from common.documents import document_bytes, read_document
 from common.errors import CacheFormatError, ModelError
 from common.manifest import seal, sidecar_path, write_plan
 from common.printing import one_line, printable
+from common.record_checks import codec_damage
 from common.stores import finish_shard, open_writer
 from common.stores.webdataset_store import decode_member
 from common.verification import verify
@@ -98,6 +114,7 @@ def test_hostile_codec_settings_are_refused(good, change):
     assert codec_from_dict(good).to_dict().items() >= good.items()  # newer settings have defaults
     with pytest.raises(CacheFormatError):
         codec_from_dict(good | change)
+    assert codec_damage({"it": good | change}) != ([], [])
 
 
 @pytest.mark.parametrize("missing", sorted(LOGITS))
@@ -246,3 +263,38 @@ def test_every_claim_of_the_threat_model_names_a_test_that_exists():
 def test_a_sound_cache_stands_every_check(tmp_path):
     build_cache(tmp_path / "cache", make_plan("zarr", samples=8, shard_size=8))
     assert verify(tmp_path / "cache", deep=True) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind", "words"),
+    [
+        ({"codec": "quantum"}, "newer", "codec 'quantum' is not known"),
+        ({"codec": ["logits"]}, "newer", r"codec .* is not known"),
+        ({}, "newer", "codec None is not known"),
+        (LOGITS | {"entangled": True}, "newer", "settings .*entangled.* are not known"),
+        (LOGITS | {"max_k": 10**400}, "plan", r"max_k is 1000.*\.\.\., which codec 'logits' never has"),
+        (LOGITS | {"floor": 1e308}, "plan", r"floor is 1e\+308, which"),
+        (LOGITS | {"temperatures": [1, 10**400]}, "plan", "temperatures is"),
+    ],
+)
+def test_deep_verification_says_so_where_it_cannot_know_a_codecs_values(settings, kind, words, tmp_path):
+    build_cache(tmp_path, make_plan(signals={"logits": settings, "visual_map": {"codec": "visual_columns"}}))
+    assert verify(tmp_path) == []  # every byte is as it was written
+    [damage] = verify(tmp_path, deep=True)
+    assert (damage.path, damage.kind) == ("plan.json", kind)
+    assert re.search(words, damage.reason)
+    result = CliRunner().invoke(main, ["verify", "--deep", str(tmp_path)])
+    assert (result.exit_code, "every value" in result.output) == (1, False)
+
+
+def test_verification_knows_every_codec_and_setting_that_there_is():
+    codecs = [
+        LogitCodec(floor=0.0003, min_k=8, max_k=64), VisualLogitsCodec(floor=0.0, min_k=2, max_k=2, temperatures=(0.5, 1.0)),
+        RowAttentionCodec(grid=(6, 6), groups=1), TextAttentionCodec(grid=(1, 2), groups=4, exact=True),
+        VisualColumnsCodec(groups=2), VisualMapCodec(groups=1, grid=6), HiddenCodec(layers=(0, 3), width=8),
+        VisualHiddenCodec(layers=(1,), width=8), ProjectorOutputCodec(width=8), AnswersCodec(max_new_tokens=9, temperature=0.7),
+        *(VisualMapCodec(groups=1, preset=preset) for preset in get_args(MapPreset)),
+    ]  # fmt: skip
+    assert {codec.signal for codec in codecs} == set(CODECS)
+    for codec in codecs:
+        assert codec_damage({codec.signal: codec.to_dict()}) == ([], [])

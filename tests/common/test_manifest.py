@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 from cache_factory import FAILED, build_cache, build_shard, make_plan, sample_id, tree
 
+from common.atomic import MAX_JSON_DEPTH
 from common.documents import document_bytes, read_document, safe_path
 from common.errors import CacheFormatError, CacheMismatchError
 from common.manifest import (
@@ -26,6 +27,7 @@ from common.manifest import (
     write_sidecar,
 )
 from common.schema import FORMAT_VERSION
+from common.verification import verify
 
 
 @pytest.fixture
@@ -157,6 +159,16 @@ def test_newer_and_foreign_files_are_refused(cache):
     (cache / "plan.json").unlink()
     with pytest.raises(CacheFormatError, match="not a teacher cache"):
         read_plan(cache)
+
+
+@pytest.mark.parametrize("depth", [MAX_JSON_DEPTH, 490, 800, 2000, 100_000])
+def test_descriptions_nested_beyond_all_measure_are_refused_in_words(cache, depth):
+    nested = "[" * depth + "]" * depth
+    path = cache / "plan.json"
+    path.write_text(path.read_text().replace('"extra": {}', f'"extra": {{"a": {nested}}}'))
+    with pytest.raises(CacheFormatError, match=r"nested deeper than 100 levels|not valid JSON"):
+        read_plan(cache)
+    assert [(d.path, d.kind) for d in verify(cache)] == [("plan.json", "plan")]
 
 
 @pytest.mark.parametrize(

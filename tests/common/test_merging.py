@@ -234,6 +234,16 @@ def test_parts_whose_teachers_lie_in_folders_of_other_names_are_parts_all_the_sa
     assert verify(tmp_path / "m", deep=True) == []
 
 
+def test_parts_built_with_unlike_options_are_told_which_and_how_to_build_one_again(tmp_path: Path):
+    plans = [make_plan(extra={"threads": threads}) for threads in (1, 2)]
+    parts = [part_of(tmp_path / "a", plans[0], [0, 1]), part_of(tmp_path / "b", plans[1], [2])]
+    with pytest.raises(CacheMismatchError) as caught:
+        merge(parts, tmp_path / "m")
+    assert f"  extra.threads: {parts[0]} has 1, {parts[1]} has 2\n" in str(caught.value)
+    assert "build that part again with the same options (--set threads=1)" in str(caught.value)
+    assert not (tmp_path / "m").exists()
+
+
 def test_missing_parts_are_named_and_may_come_later(tmp_path: Path):
     plan = make_plan(samples=20)  # 5 shards
     parts = [part_of(tmp_path / "a", plan, [0]), part_of(tmp_path / "b", plan, [3])]
@@ -288,7 +298,7 @@ def test_folders_that_cannot_be_merged_are_refused(tmp_path: Path):
     with pytest.raises(ConfigError, match="not empty and no cache"):
         merge([first, second], tmp_path / "home")
     unsealed = part_of(tmp_path / "c", make_plan(samples=9), [0])
-    with pytest.raises(CacheFormatError, match="not sealed"):
+    with pytest.raises(CacheMismatchError, match=r"not finished, and no parts of one plan: .*c\n"):
         merge([first, unsealed], tmp_path / "m")
 
 

@@ -13,6 +13,7 @@ from common.cli import main
 from common.documents import document_bytes, read_document
 from common.manifest import CARD, MANIFEST, FileEntry, missing_shards, read_plan, seal, sidecar_path
 from common.repair import repair
+from common.schema import FORMAT_VERSION
 from common.verification import verify
 
 FIDELITY: dict[str, object] = {"kl": 0.25}
@@ -253,3 +254,55 @@ def test_a_file_entry_of_the_index_that_lies_takes_the_manifest_with_it(cache):
     assert not (cache / MANIFEST).exists()
     seal(cache)
     assert verify(cache) == []
+
+
+def of_a_newer_version(path, *, signed=True):
+    """A description as a later version writes it; or, not signed, as a flipped bit makes it look."""
+    body = read_document(path)
+    newer = body | {"format_version": FORMAT_VERSION + 2}
+    stated = (
+        document_bytes(newer)
+        if signed
+        else document_bytes(body).replace(b'"format_version": 1', b'"format_version": 3')
+    )
+    path.write_bytes(stated)
+
+
+@pytest.mark.parametrize("name", ["shards/00001.json", MANIFEST, "plan.json"])
+def test_what_a_newer_version_wrote_is_not_damaged_and_nothing_of_its_cache_is_removed(cache, name):
+    of_a_newer_version(cache / name)
+    sidecar_path(cache, 0).write_bytes(
+        b"{}"
+    )  # even so: nobody can tell what the newer version would say of it
+    before = tree(cache)
+    result = CliRunner().invoke(main, ["verify", str(cache)])
+    assert result.exit_code == 1
+    assert f"{name}: from a newer version: format version 3" in result.output.replace(f"{cache}/", "")
+    assert "update this software" in result.output
+    assert "damaged" not in result.output
+    assert "cachectl repair" not in result.output
+    result = CliRunner().invoke(main, ["repair", str(cache)])
+    assert result.exit_code == 1
+    assert f"keep: {name}: " in result.output
+    assert "nothing of this cache is removed" in result.output
+    assert "teacher-cache build" not in result.output
+    assert tree(cache) == before
+
+
+@pytest.mark.parametrize("name", ["shards/00001.json", MANIFEST])
+def test_a_flipped_bit_in_the_version_is_damage_like_any_other(cache, name):
+    of_a_newer_version(cache / name, signed=False)
+    assert [(d.path, d.kind) for d in verify(cache)] == [(name, "manifest" if name == MANIFEST else "shard")]
+    assert name in [s.path for s in repair(cache) if s.action == "remove"]
+
+
+def test_a_codec_of_a_newer_version_costs_no_shard(cache):
+    plan = read_plan(cache)
+    plan.signals["logits"]["codec"] = "quantum"
+    (cache / "plan.json").write_bytes(document_bytes(plan.to_dict()))
+    (cache / MANIFEST).unlink()
+    seal(cache)
+    before = tree(cache)
+    [step] = repair(cache, deep=True)
+    assert (step.action, step.path) == ("keep", "plan.json")
+    assert tree(cache) == before

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from common.errors import CacheFormatError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 TEMPORARY_PREFIX = ".tmp-"
@@ -159,6 +160,27 @@ def publish_file(temporary: Path, final: Path, *, create_only: bool = False) -> 
     else:
         temporary.replace(final)
     fsync_directory(final.parent)
+
+
+@contextlib.contextmanager
+def new_directory(final: Path) -> Iterator[Path]:
+    """Fill a directory that appears under its final name whole, or, after an error, not at all.
+
+    Args:
+        final: Must not exist.
+
+    Yields:
+        A temporary directory beside it.
+    """
+    final.parent.mkdir(parents=True, exist_ok=True)
+    temporary, lock = create_temporary(final, directory=True)
+    try:
+        yield temporary
+        publish_directory(temporary, final)
+    finally:
+        remove(temporary)
+        if lock is not None:
+            lock.release()
 
 
 def publish_directory(temporary: Path, final: Path) -> None:

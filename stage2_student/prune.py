@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from common.atomic import create_temporary, publish_directory, remove, write_json_atomic
+from common.atomic import new_directory, write_json_atomic
 from common.errors import ConfigError, ModelError
 from data.collate import collate
 from data.encoding import SampleEncoder
@@ -82,9 +82,7 @@ def prune_directory(
     have, want, parts, rows = plan_pruning(opened, model_batches(opened, encoder, samples, device), keep=keep)
     weights, config = cut(opened.model.to("cpu"), opened.family.language_model, parts, want)
     opened.model.config = config
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary, lock = create_temporary(output, directory=True)
-    try:
+    with new_directory(output) as temporary:
         opened.model.save_pretrained(temporary, state_dict=weights)
         opened.tokenizer.save_pretrained(temporary)
         opened.processor.save_pretrained(temporary)
@@ -97,11 +95,6 @@ def prune_directory(
             "heads": [part.heads.tolist() for part in parts],
         }
         write_json_atomic(temporary / RECORD, record)
-        publish_directory(temporary, output)
-    finally:
-        remove(temporary)
-        if lock is not None:
-            lock.release()
     return want
 
 

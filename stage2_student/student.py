@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from common.atomic import create_temporary, publish_directory, read_json, remove
+from common.atomic import new_directory, read_json
 from common.cache import TeacherCache, open_cache
 from common.errors import CacheFormatError, ConfigError, ModelError, TransferError
 from common.models.published import is_published
@@ -26,7 +26,7 @@ from stage2_student.overlays import Overlay, collect_overlays
 from stage2_student.preparation import open_cached_data
 from stage2_student.student_encoder import build_encoder, knows_boxes, load_processors
 from stage2_student.student_model import StudentModel, vocabulary_rows
-from stage2_student.train import PROVENANCE
+from stage2_student.student_parts import PROVENANCE
 
 COMPARED_SIGNALS = ("logits", "answer_attention")
 _log = logging.getLogger(__name__)
@@ -188,15 +188,8 @@ def export_student(folder: Path, target: Path, *, dtype: str) -> Path:
     if target.exists():
         raise ConfigError(f"{target} exists; give a new folder to export to")
     student = open_student(folder)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary, lock = create_temporary(target, directory=True)
-    try:
+    with new_directory(target) as temporary:
         student.model.to(DTYPES[dtype]).save_pretrained(temporary)
         student.tokenizer.save_pretrained(temporary)
         student.image_processor.save_pretrained(temporary)
-        publish_directory(temporary, target)
-    finally:
-        remove(temporary)
-        if lock is not None:
-            lock.release()
     return target

@@ -44,12 +44,12 @@ from stage2_student.steps import (
     sum_terms,
 )
 from stage2_student.student_model import StudentModel
+from stage2_student.student_parts import PROVENANCE
 from stage2_student.trained_parts import TrainedParts
 from stage2_student.training_log import TrainingLog
 
 AfterStep = Callable[[Position, StudentModel], None]
 FINAL = "final"
-PROVENANCE = "distillation.json"
 
 
 @dataclass(frozen=True, kw_only=True)

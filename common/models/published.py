@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
 
-from common.atomic import create_temporary, publish_directory, read_json, remove, write_json_atomic
+from common.atomic import new_directory, read_json, write_json_atomic
 from common.errors import CacheFormatError, ModelError
 from common.hashing import file_checksum
 from common.models.compodistill import CompoDistillForConditionalGeneration
@@ -141,9 +141,7 @@ def convert_published(directory: Path, target: Path, *, vision_tower: Path | Non
             )
         return target
     model = load_published(directory, vision_tower=vision_tower)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary, lock = create_temporary(target, directory=True)
-    try:
+    with new_directory(target) as temporary:
         model.save_pretrained(temporary)
         if not any((directory / name).is_file() for name in _COPIED[-2:]):
             default_image_processor(model.config).save_pretrained(temporary)
@@ -151,11 +149,6 @@ def convert_published(directory: Path, target: Path, *, vision_tower: Path | Non
             if (directory / name).is_file():
                 shutil.copyfile(directory / name, temporary / name)
         write_json_atomic(temporary / SOURCE, source)
-        publish_directory(temporary, target)
-    finally:
-        remove(temporary)
-        if lock is not None:
-            lock.release()
     return target
 
 

@@ -8,6 +8,7 @@ from common import atomic
 from common.atomic import (
     clean_stale,
     create_temporary,
+    new_directory,
     publish_directory,
     publish_file,
     read_json,
@@ -119,3 +120,20 @@ def test_read_json_refuses_links_large_files_and_damage(tmp_path):
         read_json(tmp_path / "file", max_bytes=4)
     with pytest.raises(FileNotFoundError):
         read_json(tmp_path / "missing")
+
+
+def test_a_new_directory_appears_whole_or_not_at_all(tmp_path):
+    with new_directory(tmp_path / "deep" / "made") as temporary:
+        (temporary / "a").write_text("a")
+        assert not (tmp_path / "deep" / "made").exists()
+    assert (tmp_path / "deep" / "made" / "a").read_text() == "a"
+    with (
+        pytest.raises(RuntimeError, match="half way"),
+        new_directory(tmp_path / "deep" / "other") as temporary,
+    ):
+        (temporary / "a").write_text("a")
+        raise RuntimeError("half way")
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["made"]
+    with pytest.raises(FileExistsError), new_directory(tmp_path / "deep" / "made"):
+        pass
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["made"]

@@ -127,12 +127,14 @@ def test_a_new_directory_appears_whole_or_not_at_all(tmp_path):
         (temporary / "a").write_text("a")
         assert not (tmp_path / "deep" / "made").exists()
     assert (tmp_path / "deep" / "made" / "a").read_text() == "a"
-    with (
-        pytest.raises(RuntimeError, match="half way"),
-        new_directory(tmp_path / "deep" / "other") as temporary,
-    ):
-        (temporary / "a").write_text("a")
-        raise RuntimeError("half way")
+
+    def fail_half_way():
+        with new_directory(tmp_path / "deep" / "other") as temporary:
+            (temporary / "a").write_text("a")
+            raise RuntimeError("half way")
+
+    with pytest.raises(RuntimeError, match="half way"):
+        fail_half_way()
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["made"]
     with pytest.raises(FileExistsError), new_directory(tmp_path / "deep" / "made"):
         pass

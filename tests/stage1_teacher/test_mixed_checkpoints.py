@@ -2,11 +2,14 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from common.errors import CacheFormatError, ConfigError, ModelError
+from stage1_teacher import fidelity
 from stage1_teacher.extract import recompute_fidelity, refuse_missing_shards
 from stage1_teacher.teacher import Teacher
 
@@ -122,3 +125,20 @@ def test_an_estimate_knows_every_signal(signals, tiny_llava: Path, tmp_path: Pat
     probe = measure_probe(open_build(config), samples=4, batch_size=3, load=0.1)
     assert set(signals) <= set(probe.signals)
     assert all(probe.signals[name].decoded > 0 for name in signals)
+
+
+def test_the_fidelity_control_carries_the_noise_of_batches(build_cache, tmp_path: Path, monkeypatch):
+    """Run alone twice it would be exact whatever a batch does to the sums."""
+    sizes, run = [], fidelity._run
+
+    def counted(work, batch):
+        sizes.append(len(batch))
+        output, signals = run(work, batch)
+        if len(batch) > 1:  # as if sums came out otherwise in a batch
+            output = replace(output, logits=output.logits + 0.1 * torch.randn(output.logits.shape))
+        return output, signals
+
+    monkeypatch.setattr(fidelity, "_run", counted)
+    found = build_cache(tmp_path / "cache", batch_size=3, fidelity_samples=2).manifest.fidelity
+    assert sizes == [1, 3, 1, 3]
+    assert found["control_logits_gradient_error"] > 0.01

@@ -3,11 +3,14 @@
 import pytest
 import torch
 
+from common.codecs.hidden_states import VisualHiddenCodec
 from common.errors import CacheMismatchError, ModelError
 from common.hidden_states import HiddenCapture, HiddenRequest, gather_rows, student_layers
 from common.schema import IGNORE_INDEX
+from common.visual_tokens import grid_tile
 from stage2_student.config import PhaseConfig, TrainConfig
 from stage2_student.feature_losses import hidden_loss
+from stage2_student.features import decode_features
 from stage2_student.loss_weights import LossWeights
 from stage2_student.objective import step_shares
 from stage2_student.preparation import prepare
@@ -239,3 +242,20 @@ def test_captured_states_are_the_librarys_and_the_block_covers_one_pass(tiny_lla
         pass
     left = sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
     assert left == hooks  # the library's own stay
+
+
+def test_a_finer_students_tokens_are_averaged_to_the_teachers():
+    """12 x 12 student tokens of one picture meet 6 x 6 of the teacher: plain means of 2 x 2."""
+    codec = VisualHiddenCodec(layers=(1,), width=3, exact=True)
+    teacher = torch.randn(36, 1, 3, generator=torch.Generator().manual_seed(0))
+    found = decode_features(
+        codec.encode(teacher),
+        {"visual_hidden": codec},
+        (grid_tile(6, 6),),
+        (grid_tile(12, 12),),
+        where="test",
+    )["visual_hidden"]
+    student = torch.randn(144, 5, generator=torch.Generator().manual_seed(1))
+    by_hand = student.reshape(6, 2, 6, 2, 5).mean((1, 3)).reshape(36, 5)
+    torch.testing.assert_close(found.teacher, teacher)
+    torch.testing.assert_close(found.student_pool @ student, by_hand)

@@ -20,7 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks.experiment_arms import ARMS, SEEDS, TOKENS, Job, all_jobs
+from tests.benchmarks.experiment_arms import ARMS, PARTS, SEEDS, TOKENS, Job
 from tests.benchmarks.experiment_tables import in_order, tables
 
 ROOT = Path("build/experiment")
@@ -149,13 +149,23 @@ def main() -> None:
     )
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2)))
     parser.add_argument("--seeds", type=int, default=len(SEEDS), help="Only the first so many seeds.")
+    parser.add_argument("--part", choices=PARTS, action="append", help="Only these jobs (default: all).")
+    parser.add_argument("--go-on", action="store_true", help="Keep the stored results, train what they lack.")
     arguments = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     build_caches()
     teacher = score_teacher()
+    if arguments.go_on and not RESULTS.exists():
+        kept = json.loads(STORED.read_text())["results"]
+        RESULTS.write_text("".join(json.dumps(result) + "\n" for result in kept))
     results = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.is_file() else []
     done = {(r["arm"], r["tokens"], r["steps"], r["seed"]) for r in results}
-    wanted = [job for job in all_jobs() if job.seed in SEEDS[: arguments.seeds]]
+    wanted = [
+        job
+        for part in arguments.part or PARTS
+        for job in PARTS[part]()
+        if job.seed in SEEDS[: arguments.seeds]
+    ]
     jobs = [job for job in wanted if (job.arm, job.tokens, job.steps, job.seed) not in done]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(arguments.workers, mp_context=context) as pool:

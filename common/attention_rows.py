@@ -1,19 +1,28 @@
-"""Attention of chosen rows, from queries and keys, in bounded memory.
+"""Attention of chosen rows, from queries and keys, in little memory.
 
-softmax(QK^T) in float32 over all keys a row may see, averaged over heads at once, row chunk by row
-chunk: no ``[B, H, T, T]`` exists, and extra memory is bounded by :data:`CHUNK_ELEMENTS` however many
-heads or rows there are. Query heads that share a key head are stacked as rows, so keys are never repeated.
+softmax(QK^T) in float32 over all keys a row may see, averaged over heads at once. Scores exist for one chunk of
+samples, rows and heads at a time, and in the backward pass again: extra memory grows neither with heads nor with
+layers, and autograd keeps only queries, keys and the mask, as the model's own attention does.
 
-Dims: B batch, Tq queries, Tk keys, R requested rows (r in one chunk), M requested keys, H query heads,
-Hkv key heads, D width of a head.
+Dims: B batch (s samples in a chunk), Tq queries, Tk keys, R requested rows (r in a chunk), M requested keys, H query
+heads (h in a chunk), Hkv key heads (g in a chunk), D width of a head.
 """
+
+import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
-# Scores of one chunk, float32: 64 MB. Rows are cut so that B * H * r * Tk stays below it.
-CHUNK_ELEMENTS = 1 << 24
+CHUNK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 24}
+"""Scores of a chunk, by kind of device; two float32 buffers of that many exist, three in the backward pass with
+`softcap`. On a CPU 2 MB stay in its cache (64 MB take up to twice as long); a GPU wants few, large operations."""
+_BLOCKED = torch.finfo(torch.float32).min
+"""Score of a key that may not be seen; not -inf, so that rows which see nothing stay finite, in backward too."""
 
 
 def head_mean_attention(
@@ -27,89 +36,252 @@ def head_mean_attention(
     scaling: float | None = None,
     softcap: float | None = None,
     chunk_rows: int | None = None,
+    last_row: int | None = None,
 ) -> Tensor:
     """Attention of some rows on some keys, softmaxed over all keys, mean over heads.
+
+    Differentiable once, by query and key; the backward pass computes the attention again.
 
     Args:
         query: Float ``[B, H, Tq, D]``, rotary embedding applied.
         key: Float ``[B, Hkv, Tk, D]``; H is a multiple of Hkv (grouped-query heads).
         rows: int64 ``[B, R]`` in ``[-1, Tq)``.
         keys: int64 ``[B, M]`` in ``[-1, Tk)``.
-        attention_mask: ``[B or 1, 1 or H, Tq, Tk]``; bool (True = may look) or float (added to scores).
+        attention_mask: ``[B or 1, 1 or H, Tq, Tk]``; bool (True = may look) or float (added to scores); a constant.
         causal: Query i sees keys 0..i, as SDPA's ``is_causal`` (upper left).
         scaling: Factor on the scores; by default ``D ** -0.5``.
         softcap: Scores are squeezed to below this by tanh before the mask (Gemma 2).
         chunk_rows: Rows at a time; by default as many as :data:`CHUNK_ELEMENTS` allows.
+        last_row: Largest of ``rows``, where the caller knows it: no causal row needs a key behind it.
 
     Returns:
-        float32 ``[B, R, M]``; 0 for padding and for rows that may look nowhere. With more than one
-        chunk, the backward pass computes each chunk again rather than keep it.
+        float32 ``[B, R, M]``; 0 for padding and for rows that may look nowhere.
     """
     B, H, _, D = query.shape
     Hkv, Tk = key.shape[1], key.shape[2]
     R, M = rows.shape[1], keys.shape[1]
     if R == 0 or M == 0:
         return query.new_zeros((B, R, M), dtype=torch.float32)
-    rows, keys = rows.to(query.device), keys.to(query.device)
-    real_rows, real_keys = rows >= 0, keys >= 0
-    rows, keys = rows.clamp_min(0), keys.clamp_min(0)
-    samples = torch.arange(B, device=query.device)[:, None]  # [B, 1]
-    scale = D**-0.5 if scaling is None else scaling
-    if attention_mask is not None:
-        attention_mask = attention_mask.expand(B, -1, -1, -1)
-
-    def attend(query: Tensor, key: Tensor, start: int, stop: int) -> Tensor:
-        part = rows[:, start:stop]  # [B, r]
-        additive, blocked = _row_masks(attention_mask, part, samples, causal=causal, key_count=Tk)
-        # Under autocast the product would be rounded to 16 bits before the softmax.
-        with torch.autocast(query.device.type, enabled=False):
-            index = part[:, None, :, None].expand(-1, H, -1, D)
-            wanted = query.gather(2, index).float() * scale  # [B, H, r, D]
-            # Query heads that share a key head are stacked as rows: keys are never repeated.
-            stacked = wanted.reshape(B, Hkv, -1, D)
-            scores = (stacked @ key.float().transpose(2, 3)).view(B, H, -1, Tk)  # [B, H, r, Tk]
-            if softcap is not None:
-                scores = softcap * torch.tanh(scores / softcap)
-            if additive is not None:
-                scores = scores + additive
-            if blocked is not None:
-                # The smallest float rather than -inf: rows that see nothing stay finite, also in backward.
-                scores = scores.masked_fill_(blocked, torch.finfo(torch.float32).min)
-            mean = scores.softmax(dim=-1).mean(dim=1)  # [B, r, Tk]
-        picked = mean.gather(2, keys[:, None, :].expand(-1, part.shape[1], -1))
-        return picked if blocked is None else picked * ~blocked.all(dim=-1).all(dim=1)[:, :, None]
-
-    step = chunk_rows or max(1, CHUNK_ELEMENTS // (B * H * Tk))
-    starts = range(0, R, step)
-    if len(starts) == 1:
-        attention = attend(query, key, 0, R)
-    elif torch.is_grad_enabled():
-        attention = torch.cat(
-            [
-                checkpoint(
-                    attend, query, key, s, min(s + step, R), use_reentrant=False, preserve_rng_state=False
-                )
-                for s in starts
-            ],
-            dim=1,
-        )
-    else:
-        attention = torch.cat([attend(query, key, s, min(s + step, R)) for s in starts], dim=1)
-    return attention * (real_rows[:, :, None] & real_keys[:, None, :])
+    if causal and last_row is not None:
+        Tk = min(Tk, max(last_row, 0) + 1)
+    # Whole samples while they fit, else all rows of some heads of one sample, else some rows.
+    limit = CHUNK_ELEMENTS.get(query.device.type, CHUNK_ELEMENTS["cpu"])
+    row_scores = H // Hkv * Tk  # of one row and one key head
+    most = chunk_rows or max(1, limit // row_scores)
+    step = math.ceil(R / math.ceil(R / most))  # chunks about equally long: no small one comes last
+    key_heads = min(Hkv, max(1, limit // (row_scores * step)))
+    samples = max(1, limit // (row_scores * step * Hkv)) if step == R else 1
+    settings = _Settings(
+        scale=D**-0.5 if scaling is None else scaling,
+        softcap=softcap,
+        causal=causal,
+        keys_seen=Tk,
+        rows=step,
+        key_heads=key_heads,
+        samples=samples,
+    )
+    mask = None if attention_mask is None else attention_mask.expand(B, -1, -1, -1)
+    result: Tensor = _HeadMean.apply(query, key, rows.to(query.device), keys.to(query.device), mask, settings)
+    return result
 
 
-def _row_masks(
-    attention_mask: Tensor | None, rows: Tensor, samples: Tensor, *, causal: bool, key_count: int
-) -> tuple[Tensor | None, Tensor | None]:
-    """What to add to the scores of some rows, and what is blocked: each ``[B, 1 or H, r, Tk]`` or None."""
-    if attention_mask is None:
-        if not causal:
-            return None, None
-        positions = torch.arange(key_count, device=rows.device)
-        return None, (positions > rows[:, :, None])[:, None]
-    mask = attention_mask[samples, :, rows].transpose(1, 2)  # [B, 1 or H, r, Tk]
-    if mask.dtype == torch.bool:
-        return None, ~mask
-    # Blocked is what a mask builder wrote as "minimum of the dtype" or -inf; smaller biases are kept.
-    blocked = mask <= torch.finfo(mask.dtype).min / 2
-    return mask.float().masked_fill(blocked, 0.0), blocked
+@dataclass(frozen=True, kw_only=True)
+class _Settings:
+    """How scores are made and cut into chunks."""
+
+    scale: float
+    softcap: float | None
+    causal: bool
+    keys_seen: int
+    rows: int
+    key_heads: int
+    samples: int
+
+
+class _HeadMean(torch.autograd.Function):
+    """Head mean of the wanted attention; gradients in closed form."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        rows: Tensor,
+        keys: Tensor,
+        mask: Tensor | None,
+        settings: _Settings,
+    ) -> Tensor:
+        """Sum over heads, then pick the wanted keys."""
+        ctx.save_for_backward(query, key, rows, keys, mask)
+        ctx.settings = settings
+        result = torch.empty(*rows.shape, keys.shape[1], device=query.device)
+        # Under autocast the products would be rounded to 16 bits before the softmax.
+        with _without_autocast(query.device.type):
+            for part in _parts(query, key, rows, keys, mask, settings):
+                total: Tensor | None = None
+                for heads in part.key_heads():
+                    share = part.attend(heads).probabilities.sum(dim=1)  # [s, r, Tk]
+                    total = share if total is None else total.add_(share)
+                assert total is not None
+                picked = total.gather(2, part.keys).mul_(part.row_weight)  # [s, r, M]
+                torch.mul(picked, part.key_weight, out=result[part.where])
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        """All heads' probabilities have the same gradient, that of their mean."""
+        query, key, rows, keys, mask = ctx.saved_tensors
+        settings: _Settings = ctx.settings
+        needs_query, needs_key = ctx.needs_input_grad[:2]
+        by_query = torch.zeros_like(query) if needs_query else None
+        # In float32, because chunks of rows are summed.
+        by_key = torch.zeros(key.shape, device=key.device) if needs_key else None
+        with _without_autocast(query.device.type):
+            for part in _parts(query, key, rows, keys, mask, settings):
+                wanted = grad_outputs[0][part.where] * part.row_weight * part.key_weight  # [s, r, M]
+                by_mean = torch.zeros(*wanted.shape[:2], settings.keys_seen, device=query.device)
+                by_mean.scatter_add_(2, part.keys, wanted)
+                for heads in part.key_heads():
+                    found = part.attend(heads, keep_slope=True)
+                    by_scores = found.by_scores(by_mean)  # [s * g, H / Hkv * r, Tk]
+                    if by_query is not None:
+                        part.add_query_gradient(
+                            by_query, heads, (by_scores @ found.keys).mul_(settings.scale)
+                        )
+                    if by_key is not None:
+                        target = by_key[part.where[0], heads].flatten(0, 1)[:, : settings.keys_seen]
+                        target.baddbmm_(by_scores.transpose(1, 2), found.queries)
+        return by_query, None if by_key is None else by_key.to(key.dtype), None, None, None, None
+
+
+def _without_autocast(device: str) -> AbstractContextManager[Any]:
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+
+
+@dataclass(frozen=True)
+class _Attended:
+    """Some key heads of a part: scaled queries and keys, float32, ``[s * g, ...]``, and attention ``[s, h, r, Tk]``.
+
+    ``slope`` is that of the squeezing of scores, None without or where not wanted.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    probabilities: Tensor
+    slope: Tensor | None
+
+    def by_scores(self, by_mean: Tensor) -> Tensor:
+        """Gradient by scores before squeezing, stacked as queries, from that by each head's probabilities."""
+        result = self.probabilities * by_mean[:, None]
+        result.addcmul_(self.probabilities, result.sum(dim=-1, keepdim=True), value=-1)
+        if self.slope is not None:
+            result.mul_(self.slope)
+        return result.view(*self.queries.shape[:2], -1)
+
+
+class _Part:
+    """Some rows of some samples: s samples, r rows each.
+
+    Attributes:
+        where: Their place in the result.
+        keys: Wanted keys, int64 ``[s, r, M]``, padding 0.
+        row_weight: float32 ``[s, r, 1]``: one part in H, or 0 for padding and rows that may look nowhere.
+        key_weight: float32 ``[s, 1, M]``: 1, or 0 for padding and keys that no row sees.
+    """
+
+    def __init__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        rows: Tensor,
+        keys: Tensor,
+        mask: Tensor | None,
+        settings: _Settings,
+        where: tuple[slice, slice],
+    ) -> None:
+        samples = where[0]
+        self.where, self._settings = where, settings
+        self._query, self._key = query[samples], key[samples, :, : settings.keys_seen]
+        self._mask = None if mask is None else mask[samples]
+        self._rows = rows[where].clamp_min(0)
+        real_keys = (keys[samples] >= 0) & (keys[samples] < settings.keys_seen)  # [s, M]
+        self.keys = (keys[samples] * real_keys)[:, None].expand(-1, self._rows.shape[1], -1)
+        self.key_weight = real_keys[:, None].float()
+        self._bias: Tensor | None = None  # of a mask that all heads share
+        sees = rows[where] >= 0
+        if self._mask is not None:
+            if self._mask.shape[1] == 1:
+                self._bias = self._masked(slice(0, 1))
+                sees &= _sees(self._bias)
+            else:
+                heads = range(self._mask.shape[1])
+                sees &= torch.stack([_sees(self._masked(slice(head, head + 1))) for head in heads]).any(dim=0)
+        elif settings.causal:
+            columns = torch.arange(settings.keys_seen, device=rows.device)
+            self._bias = torch.where(columns <= self._rows[:, :, None], 0.0, _BLOCKED)[:, None]
+        self.row_weight = sees[:, :, None] / query.shape[1]
+
+    def key_heads(self) -> Iterator[slice]:
+        """Some key heads at a time."""
+        for start in range(0, self._key.shape[1], self._settings.key_heads):
+            yield slice(start, min(start + self._settings.key_heads, self._key.shape[1]))
+
+    def attend(self, heads: slice, *, keep_slope: bool = False) -> _Attended:
+        """Attention of these rows by some key heads."""
+        key = self._key[:, heads]
+        query = self._query[:, self._query_heads(heads)]
+        # Query heads that share a key head are stacked as rows: keys are never repeated. Samples and heads of
+        # several samples become one dimension, which copies keys; those of one do not.
+        queries = query.gather(2, self._index(query)).float().mul_(self._settings.scale)
+        queries = queries.view(key.shape[0] * key.shape[1], -1, key.shape[3])
+        keys = key.float().flatten(0, 1)
+        scores = (queries @ keys.transpose(1, 2)).view(*query.shape[:2], -1, keys.shape[1])  # [s, h, r, Tk]
+        slope = None
+        if self._settings.softcap is not None:
+            scores.div_(self._settings.softcap).tanh_()
+            slope = 1 - scores.square() if keep_slope else None
+            scores.mul_(self._settings.softcap)
+        if self._bias is not None:
+            scores.add_(self._bias)
+        elif self._mask is not None:
+            scores.add_(self._masked(self._query_heads(heads)))
+        return _Attended(queries, keys, scores.softmax(dim=-1), slope)
+
+    def add_query_gradient(self, total: Tensor, heads: slice, gradient: Tensor) -> None:
+        """Add the gradient of stacked queries to that of all, ``[B, H, Tq, D]``; rows may be repeated."""
+        target = total[self.where[0], self._query_heads(heads)]
+        index = self._index(target)
+        target.scatter_add_(2, index, gradient.view(index.shape).to(target.dtype))
+
+    def _query_heads(self, heads: slice) -> slice:
+        shared = self._query.shape[1] // self._key.shape[1]
+        return slice(heads.start * shared, heads.stop * shared)
+
+    def _index(self, query: Tensor) -> Tensor:
+        return self._rows[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
+
+    def _masked(self, heads: slice) -> Tensor:
+        """What the mask adds to the scores of these rows: float32 ``[s, heads, r, Tk]``."""
+        assert self._mask is not None
+        samples = torch.arange(len(self._rows), device=self._rows.device)[:, None]
+        mask = self._mask[:, heads][samples, :, self._rows].transpose(1, 2)
+        if mask.dtype == torch.bool:
+            return torch.where(mask, 0.0, _BLOCKED)
+        # Blocked is what a mask builder wrote as "minimum of the dtype" or -inf; smaller biases are kept.
+        return mask.float().masked_fill_(mask <= torch.finfo(mask.dtype).min / 2, _BLOCKED)
+
+
+def _sees(bias: Tensor) -> Tensor:
+    """Which rows of one head may look anywhere: ``[s, 1, r, Tk]`` to bool ``[s, r]``."""
+    return bias[:, 0].amax(dim=-1) > _BLOCKED / 2
+
+
+def _parts(
+    query: Tensor, key: Tensor, rows: Tensor, keys: Tensor, mask: Tensor | None, settings: _Settings
+) -> Iterator[_Part]:
+    """Some samples at a time and, of a sample with many rows, some rows."""
+    for first in range(0, rows.shape[0], settings.samples):
+        for start in range(0, rows.shape[1], settings.rows):
+            where = slice(first, first + settings.samples), slice(start, start + settings.rows)
+            yield _Part(query, key, rows, keys, mask, settings, where)

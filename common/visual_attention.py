@@ -5,10 +5,7 @@ interfaces; registering only the first would silently drop the causal mask. The 
 library's own SDPA function (`capped_attention` where scores are squeezed), so logits are bit-identical. Beside
 it, and only for the wanted layers and rows, :mod:`common.attention_rows` computes the attention again in float32
 and bounded memory. A teacher (no grad) and a student (with grad) use the same code.
-
-Measured on a random Llama (16 layers, width 256, 700 tokens, one core of a busy machine): recording 50
-answer rows in 6 layers takes 1.00 to 1.02 times the plain SDPA pass, 1.02 to 1.06 with backward; eager
-attention with `output_attentions` takes 1.7 to 2.6 and 1.4 to 1.9 times.
+`make bench` measures what that costs beside plain SDPA, and eager attention with `output_attentions` beside that.
 
 Dims: B batch, R requested rows, M requested keys, G layer groups.
 """
@@ -84,9 +81,20 @@ class AttentionRequest:
         return frozenset(layer for group in self.groups for layer in group)
 
     @cached_property
-    def _largest(self) -> tuple[int, int]:
+    def largest(self) -> tuple[int, int]:
         """Largest row and key position: read once, because each read waits for a GPU."""
         return tuple(int(t.max()) if t.numel() else -1 for t in (self.rows, self.keys))  # type: ignore[return-value]
+
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Rows and keys on a device: copied once, and kept once for all layers."""
+        if device not in self._copies:
+            with torch.inference_mode(False):  # a later pass, with gradients, may save them
+                self._copies[device] = (self.rows.to(device), self.keys.to(device))
+        return self._copies[device]
+
+    @cached_property
+    def _copies(self) -> dict[torch.device, tuple[Tensor, Tensor]]:
+        return {}
 
     def check_fits(self, *, batch: int, queries: int, keys: int) -> None:
         """Raise ModelError unless all positions lie inside the batch that the model runs."""
@@ -95,7 +103,7 @@ class AttentionRequest:
                 f"attention request is for {self.rows.shape[0]} samples, but the model runs {batch}; "
                 "build the request from the same batch"
             )
-        for name, largest, limit in zip(("rows", "keys"), self._largest, (queries, keys), strict=True):
+        for name, largest, limit in zip(("rows", "keys"), self.largest, (queries, keys), strict=True):
             if largest >= limit:
                 raise ModelError(
                     f"attention request: `{name}` holds position {largest}, but the sequence has {limit} "
@@ -132,7 +140,7 @@ class AttentionMaps(Mapping[str, Tensor]):
                 "attention through the model library's attention interface)"
             )
         if name not in self._stacked:
-            totals = [total for total in self._sums[name] if total is not None]
+            totals = [total for total in self._sums.pop(name) if total is not None]
             # Layers of a model that is spread over devices give maps on several.
             self._stacked[name] = torch.stack([total.to(totals[0].device) for total in totals], dim=1)
         return self._stacked[name]
@@ -169,7 +177,7 @@ class AttentionCapture:
 
     Args:
         language_model: The decoder of a vision-language model, or a causal language model of its own.
-        chunk_rows: Rows computed at a time; by default as many as fit in 64 MB of scores.
+        chunk_rows: Rows computed at a time; by default as many as :mod:`common.attention_rows` finds best.
 
     Raises:
         ModelError: If the model holds a vision tower, does not use the attention interface, or its
@@ -284,16 +292,18 @@ class _Recorder:
         causal = is_causal if is_causal is not None else bool(getattr(module, "is_causal", True))
         for name, request in wanted.items():
             request.check_fits(batch=query.shape[0], queries=query.shape[2], keys=key.shape[2])
+            rows, keys = request.on(query.device)
             attention = head_mean_attention(
                 query,
                 key,
-                rows=request.rows,
-                keys=request.keys,
+                rows=rows,
+                keys=keys,
                 attention_mask=attention_mask,
                 causal=causal and attention_mask is None and query.shape[2] > 1,
                 scaling=scaling,
                 softcap=softcap,
                 chunk_rows=self.chunk_rows,
+                last_row=request.largest[0],
             )
             if not repeated:
                 self.maps.add(name, layer, attention)

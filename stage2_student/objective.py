@@ -211,7 +211,7 @@ class Objective:
                 reduction=reduction,
             )
             return loss, {}
-        student = pool_map(maps["visual"][batch.has_image], target)  # [I, G, C, C]
+        student = pool_map(_of_images(maps["visual"], batch), target)  # [I, G, C, C]
         if term == ALL_ROWS:
             assert target.text is not None
             cells, sample_index = _student_rows("text", maps, batch, target)
@@ -247,8 +247,13 @@ def _student_rows(
 ) -> tuple[Tensor, Tensor]:
     """The student's ``answer`` or ``text`` rows ``[A', G, C]``, and the sample with an image each belongs to."""
     rows = (batch.rows if name == "answer" else batch.text_rows)[batch.has_image.cpu()]  # [I, R]
-    cells = student_answer_cells(maps[name][batch.has_image], target, rows)
+    cells = student_answer_cells(_of_images(maps[name], batch), target, rows)
     return cells, sample_of_rows(rows).to(cells.device)
+
+
+def _of_images(attention: Tensor, batch: TrainingBatch) -> Tensor:
+    """Attention of the samples with an image: ``[B, ...]`` to ``[I, ...]``, not copied where all have one."""
+    return attention if len(batch.has_image) == len(attention) else attention[batch.has_image]
 
 
 def record_attention(

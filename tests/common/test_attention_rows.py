@@ -77,7 +77,7 @@ class LargestTensor(TorchDispatchMode):
 def test_no_intermediate_exceeds_the_chunk_limit_however_many_heads(monkeypatch, grad):
     B, H, T, D = 2, 16, 96, 4
     limit = B * H * T * 8  # eight rows at a time; all rows would be 12 times as many
-    monkeypatch.setattr(attention_rows, "CHUNK_ELEMENTS", limit)
+    monkeypatch.setattr(attention_rows, "CHUNK_ELEMENTS", {"cpu": limit})
     query, key = (torch.randn(B, H, T, D, requires_grad=grad) for _ in range(2))
     everything = torch.arange(T).expand(B, -1)
     with LargestTensor() as largest:

@@ -321,3 +321,13 @@ def test_saved_models_do_not_name_the_capture(qwen, tmp_path):
     model.save_pretrained(tmp_path)
     assert IMPLEMENTATION not in (tmp_path / "config.json").read_text()
     assert Qwen2ForCausalLM.from_pretrained(tmp_path).config._attn_implementation == "sdpa"
+
+
+def test_a_request_is_copied_to_a_device_once_and_serves_passes_with_gradients_after_those_without():
+    request = AttentionRequest(torch.tensor([[3, -1]]), torch.arange(2)[None], GROUPS)
+    with torch.inference_mode():
+        rows, keys = request.on(torch.device("meta"))
+    assert not rows.is_inference()
+    assert not keys.is_inference()
+    assert request.on(torch.device("meta"))[0] is rows
+    assert request.on(torch.device("cpu"))[1] is request.keys

@@ -1,0 +1,87 @@
+"""Recorded attention takes memory for its result: not for heads, nor for layers, nor between the two passes."""
+
+import pytest
+import torch
+from live_bytes import LiveBytes
+from transformers import LlamaConfig, LlamaModel
+
+from common.attention_rows import CHUNK_ELEMENTS, head_mean_attention
+from common.visual_attention import AttentionCapture, AttentionRequest
+
+BATCH, WIDTH, LENGTH = 2, 256, 900
+CHUNK_BYTES = 4 * CHUNK_ELEMENTS["cpu"]
+
+
+def attention_bytes(heads, *, softcap, mask_heads, dtype):
+    """Extra bytes at the peak of the forward pass, between both passes, and at the peak of the backward pass."""
+    query, key = (
+        torch.empty(
+            BATCH, heads, LENGTH, WIDTH // heads, device="meta", dtype=dtype, requires_grad=True
+        )
+        for _ in range(2)
+    )  # fmt: skip
+    rows, keys = (torch.empty(BATCH, n, dtype=torch.int64, device="meta") for n in (200, 576))
+    mask = torch.empty(1, mask_heads or heads, LENGTH, LENGTH, dtype=torch.bool, device="meta")
+    with LiveBytes(query, key, rows, keys, mask) as live:
+        result = head_mean_attention(query, key, rows=rows, keys=keys, attention_mask=mask, softcap=softcap)
+        size = result.untyped_storage().nbytes()
+        forward, between = live.peak - size, live.now - size
+        live.peak = live.now
+        loss = result.sum()
+        grads = torch.autograd.grad(loss, (query, key))
+        backward = live.peak - size - sum(grad.untyped_storage().nbytes() for grad in grads)
+    return forward, between, backward
+
+
+@pytest.mark.parametrize(
+    ("mask_heads", "softcap", "dtype"),
+    [
+        (1, None, torch.float32),
+        (1, None, torch.bfloat16),
+        (1, 30.0, torch.bfloat16),
+        (None, 30.0, torch.float32),
+    ],
+)
+def test_extra_memory_does_not_grow_with_heads(mask_heads, softcap, dtype):
+    found = {
+        heads: attention_bytes(heads, softcap=softcap, mask_heads=mask_heads, dtype=dtype)
+        for heads in (4, 16, 64)
+    }
+    for forward, between, backward in found.values():
+        assert between == 0
+        assert CHUNK_BYTES / 2 < forward < 5 * CHUNK_BYTES
+        assert CHUNK_BYTES / 2 < backward < 7 * CHUNK_BYTES
+    few, _, many = found.values()
+    assert all(b <= a + CHUNK_BYTES for a, b in zip(few, many, strict=True))
+
+
+def model_bytes(depth, *, groups):
+    """Bytes that a forward pass leaves, with recorded attention and without, and the size of what is recorded."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=64, num_hidden_layers=depth, num_attention_heads=8, vocab_size=50
+    )  # fmt: skip
+    model = LlamaModel._from_config(config, attn_implementation="sdpa")
+    ids = torch.randint(0, 50, (2, 120))
+    padding = torch.ones_like(ids)
+    padding[1, :20] = 0
+    requests = {
+        "a": AttentionRequest(torch.arange(60, 90).repeat(2, 1), torch.arange(10, 50).repeat(2, 1), groups)
+    }
+    capture = AttentionCapture(model)
+    with LiveBytes(*model.parameters(), ids, padding) as live:
+        plain = model(ids, attention_mask=padding, use_cache=False)
+    plain_bytes = live.now
+    del plain
+    with LiveBytes(*model.parameters(), ids, padding) as live, capture.record(requests) as maps:
+        output = model(ids, attention_mask=padding, use_cache=False)
+    assert output.last_hidden_state.requires_grad
+    return plain_bytes, live.now, maps["a"].untyped_storage().nbytes()
+
+
+def test_between_both_passes_layers_keep_their_share_of_the_result_only():
+    mask = 2 * 120 * 120  # one of them, which all layers share
+    for depth in (1, 2, 6):
+        for groups in ((tuple(range(depth)),), tuple((layer,) for layer in range(depth))):
+            plain, recorded, result = model_bytes(depth, groups=groups)
+            assert result <= recorded - plain <= result + mask + 1200  # and positions of rows and keys

@@ -35,7 +35,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -efuo pipefail -c
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup teacher-cache distill evaluate report demo demo-teacher experiment experiment-smollm test checks format bench bench-codec clean
+.PHONY: help setup teacher-cache distill evaluate report demo demo-teacher experiment experiment-smollm test checks format bench bench-compare bench-codec clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -99,8 +99,11 @@ format: $(STAMP) ## Format the code and mend what the linter can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(STAMP) ## Speed and size table, ratios measured side by side
+bench: $(STAMP) ## Speed and size table, ratios measured side by side (about ten minutes on 2 cores)
 	$(BIN)/python -m tests.benchmarks.bench
+
+bench-compare: $(STAMP) ## The same measured again: what changed since the stored results
+	$(BIN)/python -m tests.benchmarks.bench_compare
 
 bench-codec: $(STAMP) ## Bytes and fidelity of every codec preset, on synthetic and real distributions
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'

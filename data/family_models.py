@@ -141,7 +141,7 @@ def rows_only(model: Any, rows: Tensor) -> AbstractContextManager[Any]:
 
     Args:
         model: Any causal or vision-language model of the library, or one of ours.
-        rows: Bool ``[B, T]``.
+        rows: Bool ``[B, T]``, on any device.
 
     Raises:
         ModelError: If the model has no output projection, or it is not given all rows.
@@ -150,6 +150,8 @@ def rows_only(model: Any, rows: Tensor) -> AbstractContextManager[Any]:
     if head is None:
         raise ModelError(f"{type(model).__name__} has no output projection, so it gives no next-token logits")
 
+    index = rows.flatten().nonzero()[:, 0]  # of rows on the CPU it is known without waiting for a GPU
+
     def select(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         hidden = inputs[0]
         if hidden.shape[:2] != rows.shape:
@@ -157,7 +159,8 @@ def rows_only(model: Any, rows: Tensor) -> AbstractContextManager[Any]:
                 f"{type(model).__name__}: the output projection was given {list(hidden.shape[:2])} rows, expected "
                 f"{list(rows.shape)}; this model cannot be used"
             )
-        return (hidden[rows.to(hidden.device)][None], *inputs[1:])
+        chosen = hidden.flatten(0, 1)[index.to(hidden.device, non_blocking=True)]  # [A, D]
+        return (chosen[None], *inputs[1:])
 
     return head.register_forward_pre_hook(select)
 

@@ -47,7 +47,9 @@ class BuildConfig:
         template: Prompt template; ``auto`` is ``short`` for built-in teachers, that of its family otherwise.
         max_length: Longest sequence in tokens; a longer sample is a recorded failure. 0: 2048, or more where a picture
             alone may have as many.
-        batch_size: Samples a forward pass. Part of the plan, because bytes depend on it.
+        batch_size: Samples a forward pass. Part of the plan, because bytes depend on it. 0: as the cache that is there, else
+            what fits the memory: found by running the teacher on its longest input on a GPU, 16 on a CPU. For parts in
+            folders of their own give a number, so that the folders can be merged.
         shard_size: Samples a shard.
         dtype: Computation dtype; ``auto`` is float32 on CPU and bfloat16 on CUDA.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
@@ -89,7 +91,7 @@ class BuildConfig:
     layers: Literal["middle", "all"] = "middle"
     template: str = "auto"
     max_length: int = 0
-    batch_size: int = 16
+    batch_size: int = 0
     shard_size: int = 256
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str = "auto"
@@ -115,7 +117,7 @@ class BuildConfig:
             raise ConfigError(f"temperatures: expected numbers from 0.01 to 1000, got {self.temperatures}")
         for name, low, high in (
             ("limit", 0, 2**40), ("grid", 0, 64), ("map_grid", 0, 64), ("groups", 1, 64), ("max_length", 0, 2**20),
-            ("batch_size", 1, 2**16), ("shard_size", 1, 2**20), ("fidelity_samples", 0, 2**20), ("threads", 0, 1024),
+            ("batch_size", 0, 2**16), ("shard_size", 1, 2**20), ("fidelity_samples", 0, 2**20), ("threads", 0, 1024),
         ):  # fmt: skip
             value = getattr(self, name)
             if not low <= value <= high:

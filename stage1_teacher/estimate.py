@@ -151,7 +151,7 @@ def estimate(config: BuildConfig, scenario: Scenario, *, samples: int) -> Estima
         sample_count=work.plan.sample_count,
         shard_count=work.plan.shard_count,
         fidelity_samples=config.fidelity_samples,
-        probe=measure_probe(work, samples=samples, batch_size=config.batch_size, load=load),
+        probe=measure_probe(work, samples=samples, batch_size=work.plan.batch_size, load=load),
         scenario=scenario,
     )
 

@@ -1,8 +1,7 @@
 """Stage one: run the teacher once over a data set and write the cache. ``extract()`` is the main loop.
 
-Three things run at the same time: a thread reads, decodes and tokenises the next shard, the main thread runs
-the teacher, and a thread encodes and writes what the teacher said. On the built-in teacher that hides the
-encoder (about 0.3 ms a sample) and the writer behind the forward pass.
+Four things run at the same time: a thread reads, decodes and tokenises the next shard, another collates the next
+batch, the main thread runs the teacher, and a thread encodes and writes what the teacher said.
 """
 
 import gc
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from common.errors import CacheFormatError
+from common.errors import CacheFormatError, CacheMismatchError
 from common.manifest import (
     Manifest,
     Plan,
@@ -36,12 +35,14 @@ from stage1_teacher.cache_folder import (
     refuse_replaced,
     refuse_strangers,
     refuse_unwritable,
+    stored_plan,
 )
 from stage1_teacher.card import write_card
 from stage1_teacher.config import BuildConfig
 from stage1_teacher.fidelity import measure_fidelity
-from stage1_teacher.parts import WHOLE, Part, fix_threads, run_parts
-from stage1_teacher.pipeline import FailureBudget, Writer, run_shard
+from stage1_teacher.forward import run_shard
+from stage1_teacher.parts import WHOLE, Part, fix_batch_size, fix_threads, run_parts
+from stage1_teacher.pipeline import FailureBudget, Writer
 from stage1_teacher.plan import Build, open_build
 from stage1_teacher.projector_export import export_parts
 
@@ -114,10 +115,10 @@ def extract(
         ):
             # Another process may build the same cache: what it finished is skipped, what it left is done here.
             while todo := part.share(missing_shards(cache_dir, plan)):
-                for shard in open_shards(work, plan, todo, batch_size=config.batch_size):
+                for shard in open_shards(work, plan, todo, batch_size=plan.batch_size):
                     if sidecar_path(cache_dir, shard.index).exists():
                         continue
-                    for batch, signals in run_shard(work, shard, config.batch_size):
+                    for batch, signals in run_shard(work, shard, plan.batch_size):
                         writer.add(batch, signals)
                         samples += len(batch)
                         bar.update(len(batch))
@@ -200,9 +201,18 @@ def begin(config: BuildConfig, *, overwrite: bool, several: bool) -> tuple[Path,
     """
     cache_dir = Path(config.cache)
     refuse_unwritable(cache_dir)
-    work = open_build(fix_threads(config, several=several, overwrite=overwrite))
+    config = fix_batch_size(fix_threads(config, several=several, overwrite=overwrite), overwrite=overwrite)
+    work = open_build(config)
     with in_use(cache_dir, alone=overwrite):
-        return cache_dir, replace(work, plan=prepare_cache(cache_dir, work.plan, overwrite=overwrite))
+        try:
+            plan = prepare_cache(cache_dir, work.plan, overwrite=overwrite)
+        except CacheMismatchError:
+            there = stored_plan(cache_dir)
+            if config.batch_size or there is None:
+                raise
+            # Another machine found its own batch size first.
+            plan = prepare_cache(cache_dir, replace(work.plan, batch_size=there.batch_size), overwrite=False)
+        return cache_dir, replace(work, plan=plan)
 
 
 def finish(
@@ -241,7 +251,7 @@ def recompute_fidelity(config: BuildConfig, *, samples: int) -> Manifest:
     cache_dir = Path(config.cache)
     refuse_unwritable(cache_dir, sealed_too=True)
     refuse_missing_shards(cache_dir)
-    work = open_build(fix_threads(config, several=False))
+    work = open_build(fix_batch_size(fix_threads(config, several=False)))
     stored = read_plan(cache_dir)
     refuse_changed_plan(stored, work.plan, where=str(cache_dir))
     known = read_manifest(cache_dir).files

@@ -4,8 +4,9 @@ Shards are striped: part R of N takes shard i if ``i % N == R``. No process wait
 the plan says what there is to do, the sidecars say what is done, and publishing is create-only, so that two
 processes on one shard by mistake cost time and nothing else.
 
-The arithmetic of a CPU depends on its number of threads. A cache's plan keeps that number, every process that
-builds or resumes it takes it from there, and so the bytes do not depend on how many processes there are.
+The arithmetic of a CPU depends on its number of threads, and all arithmetic on how many samples are in a batch. A
+cache's plan keeps both numbers, every process that builds or resumes it takes them from there, and so the bytes do not
+depend on how many processes there are or how much memory each has.
 
 Torch is imported where it is used, so that a command that is refused, or a process that fails, does so at once.
 """
@@ -172,6 +173,17 @@ def fix_threads(config: BuildConfig, *, several: bool, overwrite: bool = False) 
     if not kept and stored is None and not on_gpu:
         kept = torch.get_num_threads()
     return replace(config, threads=kept)
+
+
+def fix_batch_size(config: BuildConfig, *, overwrite: bool = False) -> BuildConfig:
+    """Return the configuration with the batch size of the cache that is there, unless one is given.
+
+    Args:
+        config: The options; without a cache an automatic batch size stays automatic.
+        overwrite: The cache that is there does not count.
+    """
+    stored = None if overwrite or config.batch_size else stored_plan(Path(config.cache))
+    return config if stored is None else replace(config, batch_size=stored.batch_size)
 
 
 def quiet_libraries() -> None:

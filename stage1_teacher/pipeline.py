@@ -1,25 +1,25 @@
 """What runs beside the teacher: reading and tokenising ahead of it, encoding and writing behind it."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import torch
-
-from common.errors import CacheMismatchError, DataError, DistillError, ModelError, SampleError
+from common.errors import CacheMismatchError, DataError, SampleError
 from common.manifest import Plan, read_sidecar, sidecar_path
 from common.printing import one_line
 from common.schema import Record
 from common.shared_images import ImageSharer, SharedImages
 from common.stores import finish_shard, open_writer
-from data.collate import Batch, collate, image_key, length_buckets
+from data.collate import Batch, image_key
 from data.encoding import EncodedSample, SampleEncoder
 from data.sample import Dataset
-from stage1_teacher.plan import Build
-from stage1_teacher.signals import TeacherSignals, encode_records, reduce_output, to_cpu
-from stage1_teacher.teacher import TeacherOutput
+from stage1_teacher.signals import TeacherSignals, encode_records
+
+In = TypeVar("In")
+Out = TypeVar("Out")
 
 SHARDS_AHEAD = 2
 BATCHES_BEHIND = 4
@@ -107,72 +107,30 @@ def encode_shards(
                 shard.fail(dataset.sample_ids[position], str(error))
         return shard
 
-    with ThreadPoolExecutor(1, thread_name_prefix="encode") as pool:
-        pending: list[Future[EncodedShard]] = []
+    yield from run_ahead(encode, todo, count=SHARDS_AHEAD, name="encode")
+
+
+def run_ahead(function: Callable[[In], Out], items: Iterable[In], *, count: int, name: str) -> Iterator[Out]:
+    """Results of a function in the order of its arguments, computed by a background thread.
+
+    Args:
+        function: Called once for each item.
+        items: Taken as they are needed.
+        count: Results that may be ready, or in the making, before they are asked for.
+        name: Of the thread.
+    """
+    with ThreadPoolExecutor(1, thread_name_prefix=name) as pool:
+        pending: deque[Future[Out]] = deque()
         try:
-            for index in todo:
-                pending.append(pool.submit(encode, index))
-                if len(pending) > SHARDS_AHEAD:
-                    yield pending.pop(0).result()
+            for item in items:
+                pending.append(pool.submit(function, item))
+                if len(pending) > count:
+                    yield pending.popleft().result()
             while pending:
-                yield pending.pop(0).result()
+                yield pending.popleft().result()
         finally:
             for future in pending:
                 future.cancel()
-
-
-def run_shard(work: Build, shard: EncodedShard, batch_size: int) -> Iterator[tuple[Batch, TeacherSignals]]:
-    """Run the teacher over one shard in length buckets; batches never cross a shard.
-
-    A sample on which the teacher's output is not finite is moved from the shard's samples to its failures:
-    its batch runs again, one sample at a time.
-
-    Args:
-        work: Teacher and codecs.
-        shard: Changed in place where a sample fails.
-        batch_size: Most samples in a forward pass.
-
-    Yields:
-        Each batch with its reduced signals, on the CPU.
-    """
-    samples = list(shard.samples)
-    for bucket in length_buckets([len(sample) for sample in samples], batch_size):
-        chosen = [samples[index] for index in bucket]
-        try:
-            yield _run_batch(work, chosen)
-        except SampleError:
-            for sample in chosen:
-                try:
-                    yield _run_batch(work, [sample])
-                except SampleError as error:
-                    shard.samples.remove(sample)
-                    shard.fail(sample.sample_id, f"teacher: {error}")
-
-
-def _run_batch(work: Build, samples: Sequence[EncodedSample]) -> tuple[Batch, TeacherSignals]:
-    batch = collate(samples, work.teacher.pad_token_id)
-    signals = to_cpu(reduce_output(_run_teacher(work, batch), batch, work.codecs))
-    for attention in (*signals.answer_attention, *signals.text_attention, *signals.visual_map):
-        if not bool(attention.isfinite().all()):
-            raise SampleError("the attention is not finite; try dtype=float32")
-    return batch, signals
-
-
-def _run_teacher(work: Build, batch: Batch) -> TeacherOutput:
-    """One forward pass.
-
-    Raises:
-        ModelError: If the model cannot take what its own processor and tokenizer made: files of two checkpoints.
-    """
-    try:
-        return work.run(batch)
-    except (DistillError, torch.OutOfMemoryError):
-        raise
-    except (IndexError, ValueError, RuntimeError) as error:
-        raise ModelError(
-            f"teacher {work.teacher.directory} cannot read sample {batch.sample_ids[0]!r}: {error}; model, tokenizer and "
-            "preprocessor_config.json must be files of one checkpoint"
-        ) from error
 
 
 class Writer:

@@ -1,7 +1,7 @@
 """What ``extract()`` fixes before the first forward pass: teacher directory, encoder, codecs, ``plan.json``."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,13 @@ from data.grouping import GroupedByImage, group_by_image
 from data.registry import open_dataset
 from data.sample import Dataset
 from data.templates import get_template
+from stage1_teacher.batch_size import automatic_batch_size
 from stage1_teacher.cache_folder import stored_plan
 from stage1_teacher.config import BuildConfig
 from stage1_teacher.family_limits import missing_projector, refuse_packing, refuse_signals
 from stage1_teacher.signals import build_codecs
 from stage1_teacher.teacher import Teacher, TeacherOutput
+from stage1_teacher.teacher_inputs import TeacherInputs, Wanted
 from stage1_teacher.teacher_record import evaluation_of
 
 LEAST_LENGTH, TEXT_LENGTH = 2048, 1024  # tokens
@@ -51,10 +53,10 @@ class Build:
     groups: tuple[tuple[int, ...], ...]
     plan: Plan
 
-    def run(self, batch: Batch) -> TeacherOutput:
-        """Run the teacher on one batch, capturing what the codecs need."""
-        return self.teacher.run(
-            batch,
+    @property
+    def wanted(self) -> Wanted:
+        """What the codecs need of a forward pass."""
+        return Wanted(
             groups=self.groups,
             answer_rows="answer_attention" in self.codecs,
             visual_rows="visual_map" in self.codecs or "visual_columns" in self.codecs,
@@ -64,6 +66,15 @@ class Build:
             },
             visual_logits="visual_logits" in self.codecs,
         )
+
+    def run(self, batch: Batch, inputs: TeacherInputs | None = None) -> TeacherOutput:
+        """Run the teacher on one batch, capturing what the codecs need.
+
+        Args:
+            batch: On the CPU.
+            inputs: What the teacher's ``prepare`` made of it, if that was done ahead of time.
+        """
+        return self.teacher.run(batch, inputs=inputs or self.teacher.prepare(batch, self.wanted))
 
 
 def open_build(config: BuildConfig) -> Build:
@@ -95,7 +106,7 @@ def open_build(config: BuildConfig) -> Build:
     codecs = codecs_for(config, teacher)
     if any(VISUAL_SOURCE in group for group in _fields_of(codecs, teacher).values()):
         dataset = group_by_image(dataset)
-    return Build(
+    work = Build(
         teacher=teacher,
         dataset=dataset,
         encoder=encoder,
@@ -103,6 +114,9 @@ def open_build(config: BuildConfig) -> Build:
         groups=teacher.groups(config.groups, config.layers),
         plan=make_plan(config, dataset=dataset, teacher=teacher, encoder=encoder, codecs=codecs),
     )
+    if config.batch_size:
+        return work
+    return replace(work, plan=replace(work.plan, batch_size=automatic_batch_size(work)))
 
 
 def teacher_directory(*, teacher: str, data: str, scratch: Path, cache: Path | None = None) -> Path:
@@ -222,7 +236,10 @@ def make_plan(
     encoder: SampleEncoder,
     codecs: Mapping[str, Any],
 ) -> Plan:
-    """Describe the whole cache before the first shard, with every fingerprint it depends on."""
+    """Describe the whole cache before the first shard, with every fingerprint it depends on.
+
+    An automatic batch size is not known yet: it stands as 1 until `open_build` has found it.
+    """
     trained_on = str(teacher.training.get("data") or "")
     # Its scores stand beside its students' only where both are scored on the same held-out items.
     same_data = bool(trained_on) and dataset.name.startswith(trained_on)
@@ -237,7 +254,7 @@ def make_plan(
         store=config.store,
         sample_count=len(dataset),
         shard_size=config.shard_size,
-        batch_size=config.batch_size,
+        batch_size=config.batch_size or 1,
         signals=signals,
         fields=_fields_of(codecs, teacher),
         fingerprints={

@@ -18,7 +18,9 @@ from data.families import submodule
 from data.family_inputs import additive_mask, text_config
 from data.sample import Dataset, Sample
 from stage1_teacher.answers import ANSWERS, answer_shard
-from stage1_teacher.pipeline import EncodedShard, Writer, encode_shards, run_shard
+from stage1_teacher.batch_size import available_memory
+from stage1_teacher.forward import run_shard
+from stage1_teacher.pipeline import EncodedShard, Writer, encode_shards
 from stage1_teacher.plan import Build
 from stage1_teacher.probe_sizes import Size, best_time, weigh_probe
 from stage1_teacher.projector_export import export_parts
@@ -274,7 +276,7 @@ def _rehearse(
 def _free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return available_memory()
 
 
 def _device_name(device: torch.device) -> str:

@@ -1,6 +1,6 @@
 """From one teacher pass to records: reduce on the device, encode per sample on the CPU."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -14,6 +14,7 @@ from common.codecs.logits import LogitCodec, SparseLogits
 from common.codecs.row_attention import RowAttention, RowAttentionCodec, TextAttentionCodec
 from common.codecs.visual_logits import VisualLogitsCodec
 from common.codecs.visual_map import MapPreset, VisualColumnsCodec, VisualMapCodec
+from common.errors import SampleError
 from common.schema import Record
 from common.visual_tokens import (
     Tile,
@@ -117,22 +118,31 @@ def build_codecs(
 
 
 @lru_cache(maxsize=64)  # where layouts follow the picture's size an entry may take megabytes
-def _grid_overlap(tiles: tuple[Tile, ...], grid: tuple[int, int]) -> Tensor:
-    return overlap_matrix(tile_boxes(tiles), tile_boxes((grid_tile(*grid),)))
+def _grid_overlap(tiles: tuple[Tile, ...], grid: tuple[int, int], device: torch.device) -> Tensor:
+    overlap = overlap_matrix(tile_boxes(tiles), tile_boxes((grid_tile(*grid),)))
+    return overlap.to(device, non_blocking=True)
 
 
-def reduce_output(output: TeacherOutput, batch: Batch, codecs: Mapping[str, Any]) -> TeacherSignals:
+def reduce_output(
+    output: TeacherOutput, batch: Batch, codecs: Mapping[str, Any], *, checked: bool = True
+) -> TeacherSignals:
     """Keep what the codecs need of one forward pass, still on the teacher's device.
 
     Args:
         output: One pass.
-        batch: The batch it ran on.
+        batch: The batch it ran on, on the CPU.
         codecs: Codec by signal.
+        checked: Refuse logits that are not finite; False leaves that to `check_finite`, and waits for no GPU.
 
     Returns:
         Signals whose attention is pooled to the codec's grid; dense logits are gone.
     """
-    logits = codecs["logits"].select(output.logits, output.labels) if "logits" in codecs else None
+    logits, visual_logits = None, None
+    if "logits" in codecs:
+        logits = codecs["logits"].select(output.logits, output.labels, checked=checked)
+    if output.visual_logits is not None:
+        likeliest = output.visual_logits.argmax(dim=1)  # a visual token has no ground truth
+        visual_logits = codecs["visual_logits"].select(output.visual_logits, likeliest, checked=checked)
     answer: list[Tensor] = []
     text: list[Tensor] = []
     visual: list[Tensor] = []
@@ -175,16 +185,14 @@ def reduce_output(output: TeacherOutput, batch: Batch, codecs: Mapping[str, Any]
             )
             for name, states in output.hidden.items()
         },
-        visual_logits=None
-        if output.visual_logits is None
-        else codecs["visual_logits"].select_rows(output.visual_logits),
+        visual_logits=visual_logits,
         visual_counts=output.visual_counts,
     )
 
 
 def _pool_rows(attention: Tensor, tiles: tuple[Tile, ...], grid: tuple[int, int]) -> Tensor:
     """Attention of some rows on visual tokens, ``[G, R, N]``, on the cells of a grid: ``[R, G, C]``."""
-    overlap = _grid_overlap(tiles, grid).to(attention.device)
+    overlap = _grid_overlap(tiles, grid, attention.device)
     return pool_keys(attention.transpose(0, 1), overlap)
 
 
@@ -270,16 +278,65 @@ def visual_columns(maps: Tensor, tiles: tuple[Tile, ...]) -> Tensor:
     return (maps * content[:, None]).sum(dim=1) / content.sum().clamp_min(1.0)
 
 
-def to_cpu(signals: TeacherSignals) -> TeacherSignals:
-    """Copy the reduced signals off the device."""
+def to_cpu(signals: TeacherSignals, *, non_blocking: bool = False) -> TeacherSignals:
+    """Copy the reduced signals off the device.
+
+    Args:
+        signals: On any devices.
+        non_blocking: Only queue the copies, into page-locked memory; what `copies_done` returns says when they are made.
+    """
+
+    def copy(tensor: Tensor) -> Tensor:
+        return tensor.to("cpu", non_blocking=non_blocking)
+
+    def copy_logits(logits: SparseLogits | None) -> SparseLogits | None:
+        return None if logits is None else logits.to("cpu", non_blocking=non_blocking)
+
     return TeacherSignals(
-        logits=None if signals.logits is None else signals.logits.to("cpu"),
-        answer_attention=tuple(cells.cpu() for cells in signals.answer_attention),
-        visual_map=tuple(maps.cpu() for maps in signals.visual_map),
-        labels=signals.labels.cpu(),
+        logits=copy_logits(signals.logits),
+        answer_attention=tuple(map(copy, signals.answer_attention)),
+        visual_map=tuple(map(copy, signals.visual_map)),
+        labels=copy(signals.labels),
         row_counts=signals.row_counts,
-        text_attention=tuple(cells.cpu() for cells in signals.text_attention),
-        hidden={name: tuple(part.cpu() for part in states) for name, states in signals.hidden.items()},
-        visual_logits=None if signals.visual_logits is None else signals.visual_logits.to("cpu"),
+        text_attention=tuple(map(copy, signals.text_attention)),
+        hidden={name: tuple(map(copy, states)) for name, states in signals.hidden.items()},
+        visual_logits=copy_logits(signals.visual_logits),
         visual_counts=signals.visual_counts,
     )
+
+
+def copies_done(signals: TeacherSignals) -> tuple[torch.cuda.Event, ...]:
+    """Record behind all work that is queued for signals: one event for each GPU that they lie on.
+
+    Args:
+        signals: On the devices that they were computed on.
+    """
+    devices = {tensor.device for tensor in _tensors(signals) if tensor.is_cuda}
+    return tuple(torch.cuda.current_stream(device).record_event() for device in sorted(devices, key=str))
+
+
+def check_finite(signals: TeacherSignals) -> None:
+    """Refuse signals of logits or attention that are not finite.
+
+    Args:
+        signals: On the CPU, reduced unchecked.
+
+    Raises:
+        SampleError: If they are.
+    """
+    for logits in (signals.logits, signals.visual_logits):
+        # A row that is no distribution has a NaN in front; log-probabilities of -inf are none of the teacher's faults.
+        if logits is not None and bool(logits.log_probs[:, :1].isnan().any()):
+            raise SampleError("the logits are not finite; try dtype=bfloat16 or float32")
+    for attention in (*signals.answer_attention, *signals.text_attention, *signals.visual_map):
+        if not bool(attention.isfinite().all()):
+            raise SampleError("the attention is not finite; try dtype=float32")
+
+
+def _tensors(signals: TeacherSignals) -> Iterator[Tensor]:
+    for logits in (signals.logits, signals.visual_logits):
+        if logits is not None:
+            yield logits.log_probs
+    yield from (*signals.answer_attention, *signals.text_attention, *signals.visual_map)
+    for states in signals.hidden.values():
+        yield from states

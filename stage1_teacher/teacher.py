@@ -18,14 +18,14 @@ from common.atomic import read_json
 from common.errors import ConfigError, ModelError
 from common.hidden_states import HiddenCapture, HiddenRequest
 from common.layers import teacher_groups
-from common.schema import IGNORE_INDEX
 from common.visual_attention import AttentionCapture, AttentionRequest
-from data.collate import Batch, supervised_rows, text_rows, visual_keys
+from data.collate import Batch
 from data.families import Family, submodule
 from data.family_inputs import text_config
 from data.family_models import Quantisation, input_device, open_family_model, row_logits
 from data.fingerprints import module_fingerprint, tokenizer_fingerprint, weights_fingerprint
 from data.image_encoder import AnyImageEncoder
+from stage1_teacher.teacher_inputs import TeacherInputs, Wanted, prepare_inputs
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ class TeacherOutput:
 
     Attributes:
         logits: Rows of all supervised positions, sample after sample, ``[A, V]`` in the model's dtype.
-        labels: Their targets, int64 ``[A]``.
+        labels: Their targets, int64 ``[A]``, on the CPU.
         row_counts: Supervised rows of each sample.
         attention: By request name: float32 ``[B, G, R, M]``, zero where rows or keys are padding.
         visual_counts: Visual tokens of each sample.
@@ -136,60 +136,68 @@ class Teacher:
         """Language-model layers of each group that a cache keeps."""
         return teacher_groups(self.depth, count, layers)  # type: ignore[arg-type]
 
+    def prepare(self, batch: Batch, wanted: Wanted) -> TeacherInputs:
+        """Make on the CPU what `run` needs of a batch, in page-locked memory if the teacher is on a GPU.
+
+        Raises:
+            ModelError: If a token id has no row in the embedding.
+        """
+        self.check_ids(batch.input_ids)
+        inputs = prepare_inputs(
+            batch, wanted, family=self.family, config=self.config, dtype=getattr(torch, self.dtype)
+        )
+        return inputs.pinned() if self.device.type == "cuda" else inputs
+
     @torch.inference_mode()
     def run(
         self,
         batch: Batch,
         *,
-        groups: tuple[tuple[int, ...], ...],
-        answer_rows: bool,
-        visual_rows: bool,
+        groups: tuple[tuple[int, ...], ...] = (),
+        answer_rows: bool = False,
+        visual_rows: bool = False,
         text: bool = False,
         hidden: Mapping[str, tuple[int, ...]] | None = None,
         visual_logits: bool = False,
+        inputs: TeacherInputs | None = None,
     ) -> TeacherOutput:
-        """Run one batch and keep supervised rows only.
+        """Run one batch and keep supervised rows only; nothing here waits for a GPU, what the library does may.
 
         Args:
-            batch: A collated batch; moved to the teacher's device here.
+            batch: A collated batch, on the CPU.
             groups: Layers of each attention group.
-            answer_rows: Capture attention of supervised rows on visual tokens (``"answer"``).
-            visual_rows: Capture attention of visual tokens on visual tokens (``"visual"``).
-            text: Capture attention of all text rows on visual tokens (``"text"``).
-            hidden: Layers of the hidden states of each signal: ``hidden`` at supervised rows, others at visual tokens.
-            visual_logits: Keep the logits of visual tokens too; they are as many rows as the image has tokens.
+            answer_rows: See `Wanted`, here and below.
+            visual_rows: Attention of visual tokens.
+            text: Attention of all text rows.
+            hidden: Layers of hidden states by signal.
+            visual_logits: Logits of visual tokens too.
+            inputs: What `prepare` made of this batch, ahead of time; the other options are then its own.
 
         Returns:
             Logits, labels, attention and hidden states of the batch.
         """
-        batch = batch.to(self.device)
-        keys = visual_keys(batch)
-        requests: dict[str, AttentionRequest] = {}
-        if keys.shape[1]:
-            if answer_rows:
-                requests["answer"] = AttentionRequest(supervised_rows(batch), keys, groups)
-            if text:
-                requests["text"] = AttentionRequest(text_rows(batch), keys, groups)
-            if visual_rows:
-                requests["visual"] = AttentionRequest(keys, keys, groups)
-        self.check_ids(batch.input_ids)
-        supervised = batch.labels != IGNORE_INDEX  # [B, T]
-        inputs = self.family.model_inputs(self.config, batch, dtype=getattr(torch, self.dtype))
-        rows = supervised | batch.visual_mask if visual_logits else supervised
-        states = {
-            name: HiddenRequest(supervised_rows(batch) if name == "hidden" else keys, layers)
-            for name, layers in (hidden or {}).items()
-        }
-        with self._record(requests) as attention, self._record_hidden(states) as found:
-            logits = row_logits(self.model, inputs, rows).to(self.device)  # [A, V], or [A + N, V]
+        if inputs is None:
+            wanted = Wanted(
+                groups=groups,
+                answer_rows=answer_rows,
+                visual_rows=visual_rows,
+                text=text,
+                hidden=hidden,
+                visual_logits=visual_logits,
+            )
+            inputs = self.prepare(batch, wanted)
+        inputs = inputs.to(self.device)
+        with self._record(inputs.attention) as attention, self._record_hidden(inputs.hidden) as found:
+            logits = row_logits(self.model, inputs.model_inputs, inputs.rows)  # [A, V], or [A + N, V]
+            logits = logits.to(self.device, non_blocking=True)
         return TeacherOutput(
-            logits=logits[supervised[rows]] if visual_logits else logits,
-            labels=batch.labels[supervised],
-            row_counts=tuple(int(n) for n in supervised.sum(1)),
+            logits=logits if inputs.supervised is None else logits[inputs.supervised],
+            labels=inputs.labels,
+            row_counts=inputs.row_counts,
             attention=dict(attention),
-            visual_counts=tuple(int(n) for n in batch.visual_mask.sum(1)),
+            visual_counts=inputs.visual_counts,
             hidden=found,
-            visual_logits=logits[batch.visual_mask[rows]] if visual_logits else None,
+            visual_logits=None if inputs.visual is None else logits[inputs.visual],
         )
 
     def check_ids(self, input_ids: Tensor) -> None:

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,15 @@ _YAML = click.Path(exists=True, dir_okay=False, path_type=Path)
 def main() -> None:
     """Stage two: train students from a teacher cache, without the teacher."""
     start_logging(logging.INFO if _is_first_process() else logging.WARNING)
+    threading.excepthook = _say_in_a_line
+
+
+def _say_in_a_line(failed: threading.ExceptHookArgs) -> None:
+    """A thread that cannot write (TensorBoard's, on a full disk) says so without a traceback; a step fails of it too."""
+    if issubclass(failed.exc_type, OSError):
+        logging.getLogger(__name__).warning("not written: %s", failed.exc_value)
+    else:
+        threading.__excepthook__(failed)
 
 
 def _is_first_process() -> bool:

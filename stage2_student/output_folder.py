@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from common.atomic import TEMPORARY_PREFIX, create_temporary, remove, try_lock
+from common.atomic import TEMPORARY_PREFIX, clean_stale, create_temporary, remove, try_lock
 from common.errors import ConfigError
 from stage2_student.config import TrainConfig
 from stage2_student.resolve import read_yaml
@@ -15,17 +16,25 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+_FULL = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some space or raise the quota",
+    errno.EFBIG: "raise `ulimit -f`",
+}
+_AGAIN = "then run the same command again: it goes on where it stopped"
+
 
 @contextmanager
 def claim_output(output: Path, *caches: Path) -> Iterator[None]:
     """Hold a run's folder, so that no second process writes the same checkpoints and logs.
 
     Args:
-        output: Created if it is missing.
+        output: Created if it is missing; what killed processes left half written there is removed.
         *caches: The teacher caches, which must be other folders.
 
     Raises:
         ConfigError: If one of the folders lies in the other, or another process holds ``output``.
+        OSError: If there is no more room to write, with the remedy: the system's own error names none.
     """
     inside = output.resolve()
     for cache in caches:
@@ -43,7 +52,15 @@ def claim_output(output: Path, *caches: Path) -> Iterator[None]:
     if lock is None and can_lock(output):
         raise ConfigError(f"{output}: another process works there; wait for it, or give another --output")
     try:
+        clean_stale(output)
         yield
+    except OSError as error:
+        if error.errno not in _FULL or _AGAIN in str(
+            error.strerror
+        ):  # said already, of a folder inside this one
+            raise
+        reason = f"{error.strerror}; {_FULL[error.errno]}, {_AGAIN}"
+        raise OSError(error.errno, reason, error.filename or str(output)) from error
     finally:
         if lock is not None:
             lock.release()
@@ -59,6 +76,11 @@ def can_lock(folder: Path) -> bool:
     return True
 
 
+def holds_anything(folder: Path) -> bool:
+    """Whether a folder holds more than what a process left that was killed in its very first write."""
+    return any(not path.name.startswith(TEMPORARY_PREFIX) for path in folder.glob("*"))
+
+
 def refuse_foreign_folder(output: Path) -> None:
     """Refuse to train into a folder of other things.
 
@@ -67,7 +89,7 @@ def refuse_foreign_folder(output: Path) -> None:
     """
     if output.exists() and not output.is_dir():
         raise ConfigError(f"{output} is a file; give a folder for --output")
-    present = [path for path in output.glob("*") if not path.name.startswith(TEMPORARY_PREFIX)]
+    present = holds_anything(output)
     options = TrainConfig.__dataclass_fields__.keys()
     if present and not options & read_yaml(output / "config.yaml", missing_ok=True).keys():
         raise ConfigError(

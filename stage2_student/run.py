@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.atomic import read_json, write_bytes_atomic, write_json_atomic
+from common.atomic import clean_stale, read_json, write_bytes_atomic, write_json_atomic
 from common.config import config_from_dict, config_to_dict, save_config
 from common.documents import describe_differences
 from common.errors import CacheFormatError, ConfigError
@@ -26,7 +26,7 @@ from common.hashing import fingerprint
 from common.manifest import read_manifest, read_plan
 from common.mirror import local_folder, public_location
 from stage2_student.config import PHASE_NAMES, TrainConfig, describe, without_teacher
-from stage2_student.output_folder import claim_output
+from stage2_student.output_folder import claim_output, holds_anything
 from stage2_student.pruned_folder import FOLDER, kept_share
 from stage2_student.resolve import resolve_config
 
@@ -112,6 +112,8 @@ def run(config: TrainConfig, *, processes: int = 1, say: Callable[[str], None] =
         )
     set_up_libraries()
     with claim_output(output, *cache_folders(config)):
+        for name in (BASELINE, DISTILLED):
+            clean_stale(output / name)  # of a process killed while it scored
         table = train_and_score(config, stamp, processes=processes, say=say)
     return RunSummary(
         output=output, table=table, report=output / REPORT, fresh=True, seconds=time.monotonic() - began
@@ -244,7 +246,7 @@ def read_stamp(output: Path) -> dict[str, Any]:
     try:
         stamp = read_json(output / STAMP)
     except FileNotFoundError:
-        if output.is_dir() and any(output.iterdir()):
+        if holds_anything(output):
             raise ConfigError(
                 f"{output} is not empty and holds no {STAMP}: it is not the folder of a run; give another "
                 "--output"
@@ -261,10 +263,10 @@ def refuse_other_run(output: Path, previous: Mapping[str, Any], stamp: Mapping[s
     Raises:
         ConfigError: Naming each differing option with both values, and the remedy.
     """
-    trained = any(
-        (output / name / part).exists() for name in (BASELINE, DISTILLED) for part in ("checkpoints", FINAL)
-    )
-    if not previous or not trained:
+    made = [output / name / part for name in (BASELINE, DISTILLED) for part in ("checkpoints", FINAL)]
+    if not previous or not any(
+        path.exists() for path in (*made, output / FOLDER)
+    ):  # FOLDER: a student cut out
         return
     lines = describe_differences(previous.get("run", {}), stamp["run"], there="the folder", here="this run")
     if lines:

@@ -44,7 +44,7 @@ SURFACE = {
 TARGETS = {
     "help", "setup", "teacher-cache", "distill", "evaluate", "report", "demo", "demo-teacher", "experiment",
     "experiment-smollm",
-    "test", "checks", "format", "bench", "bench-codec", "clean",
+    "test", "checks", "format", "bench", "bench-compare", "bench-codec", "clean",
 }  # fmt: skip
 
 

@@ -124,7 +124,9 @@ class LogitCodec:
         )
 
     @torch.no_grad()
-    def select(self, logits: Tensor, labels: Tensor, *, chunk_rows: int | None = None) -> SparseLogits:
+    def select(
+        self, logits: Tensor, labels: Tensor, *, chunk_rows: int | None = None, checked: bool = True
+    ) -> SparseLogits:
         """Keep the likely tokens of dense logits and measure the mass of the others.
 
         Works on the logits' device and in float32, a chunk of rows at a time: dense logits are
@@ -134,9 +136,11 @@ class LogitCodec:
             logits: Raw logits of supervised rows, float16, bfloat16 or float32 `[A, V]`; -inf allowed.
             labels: int64 `[A]`, the target token of each row.
             chunk_rows: Rows worked on at once; by default as many as hold 2^24 logits.
+            checked: False: a row that is no distribution is not refused but comes back with a NaN as its first
+                log-probability, and labels are checked only if they lie on the CPU. A GPU is then not waited for.
 
         Returns:
-            Rows on the device of `logits`.
+            Rows on the device of `logits`; on a GPU `max_k` wide, because a narrower width would have to be waited for.
 
         Raises:
             ValueError: If the shapes do not fit each other.
@@ -147,28 +151,33 @@ class LogitCodec:
                 f"select: expected logits [A, V] and labels [A], got {[*logits.shape]} and {[*labels.shape]}"
             )
         rows, vocabulary = logits.shape
-        labels = labels.to(device=logits.device, dtype=torch.int64)
-        if rows and not bool(((labels >= 0) & (labels < vocabulary)).all()):
+        verify = checked or labels.device.type == "cpu"
+        if rows and verify and not bool(((labels >= 0) & (labels < vocabulary)).all()):
             bad = int(torch.nonzero((labels < 0) | (labels >= vocabulary))[0, 0])
             raise SampleError(
                 f"row {bad} of {rows}: label {int(labels[bad])} is not in the teacher's vocabulary of "
                 f"{vocabulary} tokens; the data must be encoded with the teacher's own tokenizer"
             )
+        labels = labels.to(device=logits.device, dtype=torch.int64, non_blocking=True)
         step = chunk_rows or max(1, _CHUNK_ELEMENTS // vocabulary)
         parts = [
-            self._select_chunk(logits[start : start + step], labels[start : start + step], start)
+            self._select_chunk(
+                logits[start : start + step], labels[start : start + step], start, checked=checked
+            )
             for start in range(0, rows, step)
         ]
         if not parts:
             return self._empty(logits.device)
         return SparseLogits.cat(parts)
 
-    def _select_chunk(self, logits: Tensor, labels: Tensor, first_row: int) -> SparseLogits:
+    def _select_chunk(self, logits: Tensor, labels: Tensor, first_row: int, *, checked: bool) -> SparseLogits:
         dense = logits.to(torch.float32, copy=True)  # [A, V]; masked in place below
         largest = dense.amax(dim=1, keepdim=True)  # [A, 1]
-        _check_largest(largest[:, 0], dense, first_row)
+        if checked:
+            _check_largest(largest[:, 0], dense, first_row)
         limit = min(self.max_k, dense.shape[1])
-        values, ids = _top_by_lowest_id(dense, limit)  # [A, limit]
+        on_cpu = dense.device.type == "cpu"  # nothing is waited for there
+        values, ids = _top_by_lowest_id(dense, limit, find_ties=on_cpu)  # [A, limit]
         # Ranks are those of the logits as given; sums of large ones would lose their last digits.
         dense, values = dense.sub_(largest), values - largest
         normaliser = torch.logsumexp(dense, dim=1)  # [A], 0 to log V
@@ -185,7 +194,7 @@ class LogitCodec:
         values = values.scatter(1, slot, torch.where(listed[:, None], values.gather(1, slot), label_values))
         count = torch.where(listed, count, slot[:, 0] + 1)
 
-        width = int(count.max())
+        width = int(count.max()) if on_cpu else limit
         mask = rank[:width] < count[:, None]  # [A, width]
         ids, values = ids[:, :width], values[:, :width].masked_fill(~mask, -math.inf)
         dense.scatter_(1, torch.where(mask, ids, ids[:, :1]), -math.inf)  # what is left is the tail
@@ -310,16 +319,20 @@ def _check_largest(largest: Tensor, dense: Tensor, first_row: int) -> None:
     )
 
 
-def _top_by_lowest_id(dense: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def _top_by_lowest_id(dense: Tensor, count: int, *, find_ties: bool) -> tuple[Tensor, Tensor]:
     """The `count` largest values of each row and their ids, equal values by lowest id.
 
     `topk` breaks ties as it likes; with bfloat16 logits ties at the last rank are the rule. So one more
-    value is looked at: only rows where it equals the last kept one need a second, exact pass.
+    value is looked at: only rows where it equals the last kept one need a second, exact pass. Without
+    `find_ties` all rows get it: on a GPU, which ones need it would have to be waited for, and the pass costs little.
     """
     vocabulary = dense.shape[1]
     values, ids = dense.topk(min(count + 1, vocabulary), dim=1)
     if vocabulary > count:
-        tied = torch.nonzero(values[:, count - 1] == values[:, count])[:, 0]
+        if find_ties:
+            tied = torch.nonzero(values[:, count - 1] == values[:, count])[:, 0]
+        else:
+            tied = torch.arange(len(dense), device=dense.device)
         values, ids = values[:, :count], ids[:, :count]
         if tied.numel():
             last = values[tied, count - 1 :]  # [tied, 1]

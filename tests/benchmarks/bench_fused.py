@@ -5,10 +5,7 @@ measured: bytes of live tensors at 4,096 rows on the ``meta`` device, with the c
 """
 
 import json
-import statistics
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from unittest import mock
 
@@ -19,6 +16,7 @@ from common.codecs.logits import LogitCodec, SparseLogits
 from stage2_student import fused
 from stage2_student.fused import CHUNK_BYTES, fused_losses
 from stage2_student.logit_losses import lm_loss, tail_bucket_loss
+from tests.benchmarks.bench_measure import Spread, Values, paired_seconds, ratio
 from tests.stage2_student.live_bytes import LiveBytes
 
 ROWS = 4096
@@ -27,7 +25,7 @@ ROWS = 4096
 
 @dataclass(frozen=True)
 class Case:
-    """One student's output layer."""
+    """One student's output layer; those ``in_table`` are part of ``make bench``, all of this file's own table."""
 
     name: str
     rows: int
@@ -36,22 +34,23 @@ class Case:
     dtype: torch.dtype
     trained: bool = True
     temperature: float = 1.0
+    in_table: bool = False
 
 
 TIMED = (
-    Case("V = 32k, float32", 512, 512, 32_000, torch.float32),
-    Case("V = 32k, bfloat16", 512, 512, 32_000, torch.bfloat16),
+    Case("V = 32k, float32", 512, 512, 32_000, torch.float32, in_table=True),
+    Case("V = 32k, bfloat16", 512, 512, 32_000, torch.bfloat16, in_table=True),
     Case("V = 32k, float32, frozen head", 512, 512, 32_000, torch.float32, trained=False),
     Case("V = 32k, float32, temperature 2", 512, 512, 32_000, torch.float32, temperature=2.0),
     Case("V = 32k, float32, D = 2048", 256, 2048, 32_000, torch.float32),
-    Case("V = 152k, float32", 256, 256, 152_000, torch.float32),
-    Case("V = 152k, bfloat16", 256, 256, 152_000, torch.bfloat16),
+    Case("V = 152k, float32", 256, 256, 152_000, torch.float32, in_table=True),
+    Case("V = 152k, bfloat16", 256, 256, 152_000, torch.bfloat16, in_table=True),
 )
 COUNTED = (
-    Case("V = 32k, D = 2048, bfloat16", ROWS, 2048, 32_000, torch.bfloat16),
+    Case("V = 32k, D = 2048, bfloat16", ROWS, 2048, 32_000, torch.bfloat16, in_table=True),
     Case("V = 152k, D = 256, float32", ROWS, 256, 152_000, torch.float32),
-    Case("V = 152k, D = 2048, float32", ROWS, 2048, 152_000, torch.float32),
-    Case("V = 152k, D = 2048, bfloat16", ROWS, 2048, 152_000, torch.bfloat16),
+    Case("V = 152k, D = 2048, float32", ROWS, 2048, 152_000, torch.float32, in_table=True),
+    Case("V = 152k, D = 2048, bfloat16", ROWS, 2048, 152_000, torch.bfloat16, in_table=True),
     Case("V = 152k, D = 2048, bfloat16, frozen head", ROWS, 2048, 152_000, torch.bfloat16, trained=False),
 )
 
@@ -104,31 +103,15 @@ def make(case: Case, device: str = "cpu") -> Inputs:
     return Inputs(hidden, weight.requires_grad_(case.trained), labels, teacher)
 
 
-def paired_seconds(
-    calls: dict[str, Callable[[], None]], clear: Callable[[], None], rounds: int
-) -> dict[str, list[float]]:
-    """Seconds of each call, run in turn after one warm-up each."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for round_index in range(rounds + 1):
-        for name, call in calls.items():
-            clear()
-            started = time.perf_counter()
-            call()
-            if round_index:
-                seconds[name].append(time.perf_counter() - started)
-    return seconds
-
-
-def time_ratio(case: Case, *, rounds: int = 7) -> tuple[float, float]:
-    """Median fused / naive of paired repetitions, and the naive form's median in milliseconds."""
+def time_ratio(case: Case, *, rounds: int) -> tuple[Spread, Spread]:
+    """Fused / naive of paired repetitions, and the naive form's milliseconds."""
     inputs = make(case)
     seconds = paired_seconds(
         {"naive": lambda: inputs.naive(case.temperature), "fused": lambda: inputs.fused(case.temperature)},
-        inputs.clear,
-        rounds,
+        rounds=rounds,
+        before=inputs.clear,
     )
-    pairs = zip(seconds["fused"], seconds["naive"], strict=True)
-    return statistics.median(a / b for a, b in pairs), 1e3 * statistics.median(seconds["naive"])
+    return ratio(seconds["fused"], seconds["naive"]), Spread.of(1e3 * spent for spent in seconds["naive"])
 
 
 def peak_bytes(case: Case, *, chunks_of: str | None) -> int:
@@ -137,22 +120,28 @@ def peak_bytes(case: Case, *, chunks_of: str | None) -> int:
     budget = {"cpu": CHUNK_BYTES["cpu" if chunks_of is None else chunks_of]}
     with mock.patch.object(fused, "CHUNK_BYTES", budget), LiveBytes(inputs.hidden, inputs.weight) as live:
         inputs.naive(case.temperature) if chunks_of is None else inputs.fused(case.temperature)
-    return live.peak
+    return int(live.peak)
 
 
-def bench_fused() -> tuple[dict[str, float], dict[str, float]]:
-    """Ratios and figures, by name."""
-    ratios, figures = {}, {}
-    for case in TIMED:
+def bench_fused(*, every_case: bool = False, rounds: int = 7) -> tuple[Values, Values]:
+    """Ratios and figures, by name.
+
+    Args:
+        every_case: Not only those of ``make bench``.
+        rounds: Of each timing.
+    """
+    ratios: Values = {}
+    figures: Values = {}
+    for case in (case for case in TIMED if case.in_table or every_case):
         size = f"{case.rows} rows, D = {case.width}"
-        ratio, naive = time_ratio(case)
-        ratios[f"fused loss, time / naive: {case.name} ({size})"] = ratio
+        fused_to_naive, naive = time_ratio(case, rounds=rounds)
+        ratios[f"fused loss, time / naive: {case.name} ({size})"] = fused_to_naive
         figures[f"naive loss, ms: {case.name} ({size})"] = naive
-    for case in COUNTED:
+    for case in (case for case in COUNTED if case.in_table or every_case):
         naive_bytes = peak_bytes(case, chunks_of=None)
         for device in CHUNK_BYTES:
-            ratio = peak_bytes(case, chunks_of=device) / naive_bytes
-            ratios[f"fused loss, peak bytes / naive: {case.name}, {device} chunks ({ROWS} rows)"] = ratio
+            name = f"fused loss, peak bytes / naive: {case.name}, {device} chunks ({ROWS} rows)"
+            ratios[name] = peak_bytes(case, chunks_of=device) / naive_bytes
         figures[f"naive loss, peak GB: {case.name} ({ROWS} rows)"] = naive_bytes / 1e9
     return ratios, figures
 
@@ -160,12 +149,13 @@ def bench_fused() -> tuple[dict[str, float], dict[str, float]]:
 def main() -> None:
     """Print a table, or JSON with ``--json``."""
     torch.set_num_threads(1)
-    ratios, figures = bench_fused()
+    ratios, figures = bench_fused(every_case=True)
     if "--json" in sys.argv:
         sys.stdout.write(json.dumps({"ratios": ratios, "figures": figures}, indent=1) + "\n")
         return
     for name, value in (ratios | figures).items():
-        sys.stdout.write(f"| {name} | {value:.3g} |\n")
+        shown = value if isinstance(value, float) else value.median
+        sys.stdout.write(f"| {name} | {shown:.3g} |\n")
 
 
 if __name__ == "__main__":

@@ -5,13 +5,9 @@ figure is a median with a warm page cache; memory is read from ``/proc`` in fres
 """
 
 import json
-import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -19,6 +15,7 @@ from common.cache import open_cache
 from common.codecs.logits import LogitCodec
 from common.documents import document_bytes
 from common.manifest import SHARDS, FileEntry, Plan, ShardSidecar, seal, sidecar_path, write_plan
+from tests.benchmarks.bench_measure import Spread, Values, median_seconds, scaled
 
 MILLION = 1_000_000
 LOOKUPS = (1_000, 10_000, 100_000, 1_000_000)
@@ -84,29 +81,22 @@ def describe_cache(folder: Path, samples: int, shard_size: int) -> Path:
     return folder
 
 
-def median_seconds(call: Callable[[], Any], rounds: int) -> float:
-    """Median over calls, after one to warm up."""
-    call()
-    seconds = []
-    for _ in range(rounds):
-        started = time.perf_counter()
-        call()
-        seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds)
-
-
-def in_fresh_process(script: str, folder: Path) -> dict[str, float]:
-    """Run a script that prints a JSON object."""
+def in_fresh_processes(script: str, folder: Path, rounds: int) -> dict[str, list[float]]:
+    """What several runs of a script that prints a JSON object of numbers say, by name."""
     command = [sys.executable, "-c", _MEMORY + script, str(folder)]
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
-    return dict(json.loads(result.stdout))
+    runs = [
+        json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        for _ in range(rounds)
+    ]
+    return {name: [float(run[name]) for run in runs] for name in runs[0]}
 
 
-def bench_scale(folder: Path) -> tuple[dict[str, float], dict[str, float]]:
+def bench_scale(folder: Path, *, rounds: int = 3) -> tuple[Values, Values]:
     """Measure opening, finding, joining, sealing, and the memory they take.
 
     Args:
         folder: Scratch; about 250 MB.
+        rounds: Fresh processes of each sort.
 
     Returns:
         Ratios and figures.
@@ -114,27 +104,29 @@ def bench_scale(folder: Path) -> tuple[dict[str, float], dict[str, float]]:
     small = describe_cache(folder / "small", MILLION // 100, 256)
     many = describe_cache(folder / "many", MILLION, 256)
     few = describe_cache(folder / "few", MILLION, 4096)
-    figures = {
-        "open 1M records, 3,907 shards, ms": 1e3 * median_seconds(lambda: open_cache(many), 21),
-        "open 1M records, 245 shards, ms": 1e3 * median_seconds(lambda: open_cache(few), 21),
-        "open 10k records, 40 shards, ms": 1e3 * median_seconds(lambda: open_cache(small), 21),
+    figures: Values = {
+        "open 1M records, 3,907 shards, ms": scaled(1e3, median_seconds(lambda: open_cache(many), 21)),
+        "open 1M records, 245 shards, ms": scaled(1e3, median_seconds(lambda: open_cache(few), 21)),
+        "open 10k records, 40 shards, ms": scaled(1e3, median_seconds(lambda: open_cache(small), 21)),
     }
-    figures |= bench_look_ups(many)
-    memory = {path: in_fresh_process(_OPEN_AND_LOOK_UP, path) for path in (small, many)}
-    join, sealing = in_fresh_process(_JOIN, many), in_fresh_process(_SEAL, many)
-    figures |= {
-        "private memory, 1M against 10k records, MB more": memory[many]["private"] - memory[small]["private"],
-        "all memory, 1M against 10k records, MB more": memory[many]["all"] - memory[small]["all"],
-        "join 1M ids with a data set, s": join["seconds"],
-        "join 1M ids with a data set, peak MB": join["peak"],
-        "seal 1M records, s": sealing["seconds"],
-        "seal 1M records, peak MB": sealing["peak"],
-    }
-    per_sample = [figures[f"find one of 1M samples, {count:,} times, us each"] for count in LOOKUPS]
-    return {"look-up: 1M times / 1k times, each": per_sample[-1] / per_sample[0]}, figures
+    look_ups = bench_look_ups(many)
+    figures |= look_ups
+    memory = {path: in_fresh_processes(_OPEN_AND_LOOK_UP, path, rounds) for path in (small, many)}
+    join, sealing = in_fresh_processes(_JOIN, many, rounds), in_fresh_processes(_SEAL, many, rounds)
+    for kind in ("private", "all"):
+        figures[f"{kind} memory, 1M against 10k records, MB more"] = Spread.of(
+            large - little for large, little in zip(memory[many][kind], memory[small][kind], strict=True)
+        )
+    for name, seen in (("join 1M ids with a data set", join), ("seal 1M records", sealing)):
+        figures[f"{name}, s"] = Spread.of(seen["seconds"])
+        figures[f"{name}, peak MB"] = Spread.of(seen["peak"])
+    once, often = (
+        look_ups[f"find one of 1M samples, {count:,} times, us each"] for count in (LOOKUPS[0], LOOKUPS[-1])
+    )
+    return {"look-up: 1M times / 1k times, each": often.median / once.median}, figures
 
 
-def bench_look_ups(folder: Path) -> dict[str, float]:
+def bench_look_ups(folder: Path) -> dict[str, Spread]:
     """Microseconds a sample, in random order, one at a time and all at once."""
     cache = open_cache(folder)
     order = [f"sample/{i:08d}" for i in np.random.default_rng(0).permutation(MILLION).tolist()]
@@ -146,7 +138,7 @@ def bench_look_ups(folder: Path) -> dict[str, float]:
             for sample_id in chosen:
                 cache.shard_of(sample_id)
 
-        seconds = median_seconds(look_up, max(1, min(21, 100_000 // count)))
-        figures[f"find one of 1M samples, {count:,} times, us each"] = 1e6 * seconds / count
+        seconds = median_seconds(look_up, max(3, min(21, 100_000 // count)))
+        figures[f"find one of 1M samples, {count:,} times, us each"] = scaled(1e6 / count, seconds)
     seconds = median_seconds(lambda: cache.positions(order), 3)
-    return {**figures, "find 1M samples at once, us each": 1e6 * seconds / MILLION}
+    return {**figures, "find 1M samples at once, us each": scaled(1e6 / MILLION, seconds)}

@@ -1,0 +1,200 @@
+"""How many samples a forward pass takes where nobody has said: what fits the memory, and then as the plan says.
+
+The batch size decides the last bits of what is cached, so it is found once, before the plan is written, and everybody
+who builds or resumes the cache takes it from there.
+
+On a GPU the teacher's real pass is tried at growing powers of two, on the longest input that the encoder admits: how
+long a data set's longest sample is, is not known before all of it has been read, and a build that runs out of memory
+after a day is worse than one whose batches are half as large. Beyond a few thousand tokens a batch no GPU computes
+faster anyway. The input is made from a real sample, so that every family gets the picture inputs that it wants: the
+one with the most visual tokens of a few, its text repeated up to ``max_length``, every row behind the picture
+supervised. Pictures of more tokens than these cost the vision tower more; that is what the head room is for.
+
+On a CPU nothing is run: memory is rarely what limits it, and batches beyond 16 samples are no faster.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from common.errors import DataError, ModelError, SampleError
+from common.schema import IGNORE_INDEX
+from data.collate import collate
+from data.encoding import EncodedSample
+from data.family_inputs import text_config
+from stage1_teacher.signals import reduce_output, to_cpu
+
+if TYPE_CHECKING:
+    from stage1_teacher.plan import Build
+
+LARGEST = 64  # samples
+CPU_LARGEST = 16
+MEMORY_SHARE = 0.85  # of what is free on a GPU; the rest is head room
+CPU_MEMORY_SHARE = 0.5
+PROBE = 8  # samples looked at for the one with the most visual tokens
+TRIED = 64  # samples tried before it is given up to find PROBE usable ones
+
+
+def automatic_batch_size(work: "Build") -> int:
+    """Samples a forward pass that fit the memory of the teacher's device.
+
+    Args:
+        work: Teacher, data and codecs.
+
+    Raises:
+        ModelError: If not even one sample fits.
+        DataError: If no sample can be used.
+    """
+    if work.teacher.device.type != "cuda":
+        return fitting_batch(_activation_bytes(work), budget=int(available_memory() * CPU_MEMORY_SHARE))
+    sample = longest_input(work)
+    device = work.teacher.device
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated(device)
+    free, _ = torch.cuda.mem_get_info(device)
+
+    def measure(batch_size: int) -> int:
+        torch.cuda.reset_peak_memory_stats(device)
+        try:
+            _run(work, sample, batch_size)
+            return torch.cuda.max_memory_allocated(device) - before
+        finally:
+            torch.cuda.empty_cache()
+
+    return largest_batch(measure, budget=int(free * MEMORY_SHARE))
+
+
+def largest_batch(measure: Callable[[int], int], *, budget: int, most: int = LARGEST) -> int:
+    """The largest power of two whose pass fits.
+
+    Args:
+        measure: From a number of samples to the bytes that their pass takes at its peak; raises
+            ``torch.OutOfMemoryError`` where there are not so many.
+        budget: Bytes that a pass may take.
+        most: Samples beyond which nothing is tried.
+
+    Raises:
+        ModelError: If one sample does not fit.
+    """
+    best, size = 0, 1
+    while size <= most:
+        try:
+            used = measure(size)
+        except torch.OutOfMemoryError:
+            break
+        if used > budget:
+            break
+        best, size = size, size * 2
+    if not best:
+        raise _no_room(budget)
+    return best
+
+
+def fitting_batch(one: int, *, budget: int, most: int = CPU_LARGEST) -> int:
+    """The largest power of two, at most ``most``, of samples that each take some bytes.
+
+    Args:
+        one: Bytes of one sample's pass.
+        budget: Bytes that a pass may take.
+        most: Samples.
+
+    Raises:
+        ModelError: If one sample does not fit.
+    """
+
+    def measure(batch_size: int) -> int:
+        return batch_size * one
+
+    return largest_batch(measure, budget=budget, most=most)
+
+
+def longest_input(work: "Build") -> EncodedSample:
+    """The longest input that the encoder admits: the text of a sample with a large picture, repeated, all supervised.
+
+    Args:
+        work: Encoder and data.
+
+    Raises:
+        DataError: If no sample can be used.
+    """
+    found: list[EncodedSample] = []
+    reason = "the data set is empty"
+    total = len(work.dataset)
+    for position in range(0, total, max(1, total // TRIED)):
+        try:
+            found.append(work.encoder(work.dataset[position]))
+        except SampleError as error:
+            reason = str(error)
+        if len(found) == PROBE:
+            break
+    if not found:
+        raise DataError(f"no sample of {work.dataset.name} can be used; the last one: {reason}")
+    return lengthen(max(found, key=lambda sample: int(sample.visual_mask.sum())), work.encoder.max_length)
+
+
+def lengthen(sample: EncodedSample, length: int) -> EncodedSample:
+    """A sample with its last token repeated up to a length, every row behind its picture supervised.
+
+    Args:
+        sample: With one text token at least behind its picture.
+        length: In tokens; a sample that is no shorter keeps its own.
+    """
+    more = max(0, length - len(sample))
+    input_ids = np.concatenate([sample.input_ids, np.repeat(sample.input_ids[-1:], more)])
+    visual_mask = np.concatenate([sample.visual_mask, np.zeros(more, dtype=bool)])
+    behind = np.arange(len(input_ids)) >= np.flatnonzero(visual_mask)[-1] if visual_mask.any() else True
+    last = sample.position_ids[-1:]
+    return replace(
+        sample,
+        input_ids=input_ids,
+        visual_mask=visual_mask,
+        labels=np.where(behind, np.append(input_ids[1:], input_ids[-1]), IGNORE_INDEX),
+        position_ids=np.concatenate([sample.position_ids, last + 1 + np.arange(more)]),
+        segment_ids=np.concatenate([sample.segment_ids, np.repeat(sample.segment_ids[-1:], more)]),
+    )
+
+
+@torch.inference_mode()
+def _run(work: "Build", sample: EncodedSample, batch_size: int) -> None:
+    batch = collate([sample] * batch_size, work.teacher.pad_token_id)
+    to_cpu(reduce_output(work.run(batch), batch, work.codecs, checked=False))
+
+
+def _activation_bytes(work: "Build") -> int:
+    """About what one sample of the greatest length takes at the peak of its pass, in bytes."""
+    teacher, length = work.teacher, work.encoder.max_length
+    text = text_config(teacher.config)
+    width = int(text.hidden_size)
+    inner = int(getattr(text, "intermediate_size", 0) or 4 * width)
+    value = torch.finfo(getattr(torch, teacher.dtype)).bits // 8
+    # A layer at work: the residual, its norm, queries, keys, values, output and sums; gate, up and their product.
+    layer = length * (8 * width + 3 * inner) * value
+    # All rows supervised: dense logits in the model's dtype, top-k of them; float32 copies are chunked.
+    logits = length * int(text.vocab_size) * value
+    visual = teacher.image_encoder.token_count
+    kept = len(work.groups) * visual * visual * 4 if work.wanted.visual_rows else 0
+    states = sum(len(layers) for layers in (work.wanted.hidden or {}).values()) * length * width * value
+    return max(layer, logits) + kept + states
+
+
+def available_memory() -> int:
+    """Bytes of main memory that a new process can have."""
+    told = Path("/proc/meminfo")  # Linux alone has it, and counts there what the disk cache would give back
+    for line in told.read_text().splitlines() if told.is_file() else ():
+        name, _, rest = line.partition(":")
+        if name == "MemAvailable":
+            return int(rest.split()[0]) * 1024
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _no_room(budget: int) -> ModelError:
+    return ModelError(
+        f"one sample of the greatest length does not fit beside the teacher ({budget / 1e9:.1f} GB may be used): set a "
+        "smaller max_length, spread the teacher over several devices (device_map=auto), or quantise it "
+        "(quantisation=8bit or 4bit)"
+    )

@@ -1,0 +1,112 @@
+"""What changed since the stored results: ``make bench-compare``, or ``... bench_compare OLD.json NEW.json``.
+
+Without files it runs the whole bench, keeps its results in ``build/bench.json`` and compares them with the stored ones.
+"""
+
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from tests.benchmarks.bench_readme import short
+from tests.benchmarks.bench_results import (
+    STORED,
+    Results,
+    describe_machine,
+    numbers,
+    read_results,
+    write_results,
+)
+
+MACHINE = ("processor", "cores", "threads")
+NOW = Path("build") / "bench.json"
+
+
+class OtherMachineError(ValueError):
+    """Two results that were not measured on one machine."""
+
+
+class Change(NamedTuple):
+    """One number then and now."""
+
+    name: str
+    stored: float
+    now: float
+    percent: float
+    outside: bool
+    """Of what was seen when the stored one was measured; False where nothing was repeated and nothing changed."""
+
+
+def compare(old: Results, new: Results) -> list[Change]:
+    """The numbers that both results have, the largest change first.
+
+    Raises:
+        OtherMachineError: If they are of two machines; shows both.
+    """
+    refuse_other_machine(old["machine"], new["machine"])
+    then, now = numbers(old), numbers(new)
+    changes = []
+    for name in (name for name in then if name in now):
+        lowest, highest = old.get("spreads", {}).get(name, (then[name], then[name]))
+        percent = 100 * (now[name] - then[name]) / abs(then[name]) if then[name] else 0.0
+        changes.append(Change(name, then[name], now[name], percent, not lowest <= now[name] <= highest))
+    return sorted(changes, key=lambda change: -abs(change.percent))
+
+
+def refuse_other_machine(old: dict[str, object], new: dict[str, object]) -> None:
+    """Refuse a comparison that would be one of machines; other versions of libraries are what one may look for."""
+    if any(old.get(part) != new.get(part) for part in MACHINE):
+        shown = "\n".join(f"  {when}: {machine}" for when, machine in (("stored", old), ("now", new)))
+        raise OtherMachineError(
+            f"the two results are of different machines:\n{shown}\n"
+            "Run the bench of the older code here (`python -m tests.benchmarks.bench --output OLD.json`) and compare "
+            "with that: `python -m tests.benchmarks.bench_compare OLD.json NEW.json`"
+        )
+
+
+def change_table(old: Results, new: Results) -> str:
+    """Changes as a table, those outside of the stored spread marked, and what only one of both has."""
+    lines = ["| name | stored | now | change | outside the stored spread |", "|---|---|---|---|---|"]
+    for change in compare(old, new):
+        mark = "yes" if change.outside else ""
+        shown = f"{short(change.stored)} | {short(change.now)} | {change.percent:+.1f} %"
+        lines.append(f"| {change.name} | {shown} | {mark} |")
+    then, now = numbers(old), numbers(new)
+    lines += [f"gone: {name}" for name in then if name not in now]
+    lines += [f"new: {name} {short(now[name])}" for name in now if name not in then]
+    versions = {part for part in {*old["machine"], *new["machine"]} if part not in MACHINE}
+    lines += [
+        f"{part}: {old['machine'].get(part)}, now {new['machine'].get(part)}"
+        for part in sorted(versions)
+        if old["machine"].get(part) != new["machine"].get(part)
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def measure_now() -> tuple[Results, Results]:
+    """The stored results, and those of this machine, measured if there is something to compare them with."""
+    from tests.benchmarks.bench import measure, prepare  # loads everything that is measured
+
+    old = read_results(STORED)
+    prepare()
+    refuse_other_machine(old["machine"], describe_machine())
+    new = measure()
+    write_results(new, NOW)
+    return old, new
+
+
+def main(arguments: list[str]) -> int:
+    """Compare two files, or this machine with the stored results."""
+    if len(arguments) not in (0, 2):
+        sys.stderr.write("usage: python -m tests.benchmarks.bench_compare [OLD.json NEW.json]\n")
+        return 2
+    try:
+        old, new = [read_results(Path(name)) for name in arguments] if arguments else measure_now()
+        sys.stdout.write(change_table(old, new))
+    except (FileNotFoundError, OtherMachineError) as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

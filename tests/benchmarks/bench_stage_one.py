@@ -1,0 +1,189 @@
+"""Stage one against a bare forward pass, and against eager attention with all its maps, as released code runs it.
+
+*Bare* is the library's own pass with SDPA on the same, already collated batches, logits at supervised rows only: no
+reading, no capture, no reduction, no writing. *Stage one* is the main loop of a whole build, reading and writing included.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
+
+from common.schema import IGNORE_INDEX
+from data import builtin
+from data.collate import Batch, collate, length_buckets
+from data.family_inputs import additive_mask
+from data.family_models import row_logits
+from stage1_teacher.config import BuildConfig
+from stage1_teacher.extract import extract
+from stage1_teacher.plan import Build, open_build
+from stage1_teacher.signals import reduce_output
+from stage1_teacher.teacher import Teacher
+from tests.stage2_student.live_bytes import LiveBytes
+
+SIZE = "135M parameters"
+PICTURE = 336  # pixels; 24 x 24 patches
+TURN = ("is there a square ?", "yes there is a red square left of the circle")
+
+
+def bench_stage_one(folder: Path) -> tuple[dict[str, float], dict[str, float]]:
+    """Measure stage one on the built-in teacher and on a LLaVA of SmolLM2-135M's shape with random weights.
+
+    Args:
+        folder: Scratch space, about 1 GB.
+
+    Returns:
+        Ratios (above 1: the first takes longer or more) and figures, by name.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    threads = torch.get_num_threads()
+    ratios, figures = {}, {}
+    built_in = {"limit": 768, "batch_size": 16}
+    ratio, rate = _against_bare(folder / "built-in", rounds=3, threads=threads, **built_in)
+    ratios["stage one / bare forward, built-in teacher"] = ratio
+    figures["stage one, built-in teacher, samples/s"] = rate
+
+    teacher = save_random_llava(folder / "teacher")
+    options = {"teacher": str(teacher), "template": "short", "batch_size": 2, "max_length": 4096}
+    data = write_conversations(folder / "short", samples=4, turns=7)
+    ratio, rate = _against_bare(folder / "large", rounds=3, threads=threads, data=str(data), **options)
+    ratios[f"stage one / bare forward, {SIZE}"] = ratio
+    figures[f"stage one, {SIZE}, samples/s"] = rate
+    for name, turns, rounds in (("short", 7, 2), ("long", 72, 1)):
+        data = write_conversations(folder / name, samples=1, turns=turns)
+        tokens, seconds, memory = _against_eager(folder / "eager", rounds=rounds, data=str(data), **options)
+        ratios[f"eager output_attentions / stage one's pass, {SIZE}, {tokens} tokens"] = seconds
+        ratios[f"eager output_attentions / stage one's pass, peak memory, {SIZE}, {tokens} tokens"] = memory
+    return ratios, figures
+
+
+def _against_bare(folder: Path, *, rounds: int, threads: int, **options: Any) -> tuple[float, float]:
+    """Main loop of a build over bare passes, median of pairs run in turn; and the build's samples a second."""
+    settings: dict[str, Any] = {"fidelity_samples": 0, "threads": threads} | options
+
+    def stage_one() -> float:
+        shutil.rmtree(folder, ignore_errors=True)
+        summary = extract(BuildConfig(cache=str(folder), **settings))
+        return summary.seconds
+
+    work = open_build(BuildConfig(cache=str(folder), **settings))
+    work.teacher.model.set_attn_implementation("sdpa")
+    batches = list(_batches(work))
+
+    def bare() -> float:
+        started = perf_counter()
+        for batch in batches:
+            _bare(work.teacher, batch)
+        return perf_counter() - started
+
+    _bare(work.teacher, batches[0])  # warm-up
+    pairs = [(bare(), stage_one()) for _ in range(rounds)]
+    samples = sum(map(len, batches))
+    return median(ours / theirs for theirs, ours in pairs), samples / median(ours for _, ours in pairs)
+
+
+def _against_eager(folder: Path, *, rounds: int, **options: Any) -> tuple[int, float, float]:
+    """Tokens of one sample; eager attention over the captured pass in seconds, and in bytes alive at the peak."""
+    work = open_build(BuildConfig(cache=str(folder), **options))
+    (batch,) = _batches(work)
+    dtype = getattr(torch, work.teacher.dtype)
+    inputs = dict(work.teacher.family.model_inputs(work.teacher.config, batch, dtype=dtype))
+    inputs["attention_mask"] = additive_mask(inputs["attention_mask"], dtype)
+    eager: Any = LlavaForConditionalGeneration.from_pretrained(
+        work.teacher.directory, dtype=dtype, attn_implementation="eager"
+    ).eval()
+    models = (work.teacher.model, eager)
+    existing = [tensor for model in models for tensor in (*model.parameters(), *model.buffers())]
+
+    @torch.inference_mode()
+    def ours() -> None:
+        reduce_output(work.run(batch), batch, work.codecs)
+
+    @torch.inference_mode()
+    def theirs() -> None:
+        eager(**inputs, use_cache=False, output_attentions=True)
+
+    def seconds(call: Callable[[], None]) -> float:
+        started = perf_counter()
+        call()
+        return perf_counter() - started
+
+    def peak(call: Callable[[], None]) -> int:
+        live = LiveBytes(*existing)
+        with live:
+            call()
+        return int(live.peak)
+
+    memory = peak(theirs) / peak(ours)  # the warm-up too
+    pairs = [(seconds(theirs), seconds(ours)) for _ in range(rounds)]
+    return max(batch.lengths), median(slow / fast for slow, fast in pairs), memory
+
+
+def _batches(work: Build) -> Iterator[Batch]:
+    """The batches that a build makes, in its order."""
+    for index in range(work.plan.shard_count):
+        samples = [work.encoder(work.dataset[position]) for position in work.plan.shard_range(index)]
+        for bucket in length_buckets([len(sample) for sample in samples], work.plan.batch_size):
+            yield collate([samples[place] for place in bucket], work.teacher.pad_token_id)
+
+
+@torch.inference_mode()
+def _bare(teacher: Teacher, batch: Batch) -> torch.Tensor:
+    inputs = teacher.family.model_inputs(teacher.config, batch, dtype=getattr(torch, teacher.dtype))
+    return row_logits(teacher.model, inputs, batch.labels != IGNORE_INDEX)
+
+
+def save_random_llava(folder: Path) -> Path:
+    """Save a LLaVA of SmolLM2-135M's shape behind a small CLIP tower of 576 patches, weights random."""
+    tokenizer = builtin.load_tokenizer()
+    torch.manual_seed(0)
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=192, intermediate_size=768, num_hidden_layers=4, num_attention_heads=4, image_size=PICTURE,
+            patch_size=14, projection_dim=192,
+        ),
+        text_config=LlamaConfig(
+            vocab_size=49_152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+            num_key_value_heads=3, max_position_embeddings=8192, tie_word_embeddings=True,
+            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        ),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"), image_seq_length=576, tie_word_embeddings=True,
+    )  # fmt: skip
+    LlavaForConditionalGeneration(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    side = {"height": PICTURE, "width": PICTURE}
+    CLIPImageProcessorPil(size=side, crop_size=side, do_center_crop=False).save_pretrained(folder)
+    return folder
+
+
+def write_conversations(folder: Path, *, samples: int, turns: int) -> Path:
+    """Write a LLaVA JSON: a plain picture and a conversation of some turns each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    entries = []
+    for index in range(samples):
+        Image.new("RGB", (200, 150), (20 * index, 80, 90)).save(folder / f"{index}.png")
+        talk = []
+        for turn in range(turns):
+            question, answer = TURN
+            talk += [
+                {"from": "human", "value": question if turn else f"<image>\n{question}"},
+                {"from": "gpt", "value": answer},
+            ]
+        entries.append({"id": f"s{index}", "image": f"{index}.png", "conversations": talk})
+    path = folder / "data.json"
+    path.write_text(json.dumps(entries))
+    return path

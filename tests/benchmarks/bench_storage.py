@@ -1,0 +1,100 @@
+"""Bytes of the built-in cache, speed of its codecs and readers. Part of ``make bench``."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import zarr
+
+from common.cache import open_cache
+from common.codecs.logits import LogitCodec
+from common.codecs.row_attention import RowAttention, RowAttentionCodec
+from common.conversion import convert
+from common.manifest import SHARDS
+from stage1_teacher.config import BuildConfig
+from stage1_teacher.extract import extract
+from stage2_student.sampler import epoch_order
+from tests.benchmarks.bench_measure import Spread, Values, paired_seconds, scaled
+
+RANDOM_READS = 64
+
+
+def build_builtin_cache(folder: Path, *, limit: int = 0) -> tuple[Values, Path]:
+    """Stage one on built-in data, with one thread.
+
+    Returns:
+        Figures, and the cache.
+    """
+    cache = folder / "cache"
+    summary = extract(BuildConfig(cache=str(cache), fidelity_samples=0, threads=1, limit=limit))
+    assert summary.manifest is not None
+    totals = summary.manifest.totals
+    return {
+        "stored bytes / row": totals["bytes"] / totals["rows"],
+        "stored bytes / sample": totals["bytes"] / totals["samples"],
+        "stage one, built-in teacher, samples/s": summary.samples / summary.seconds,
+    }, cache
+
+
+def bench_codecs(*, rounds: int = 51) -> Values:
+    """Thousand rows a second on one core, records of 100 rows, synthetic 32k-vocabulary teacher."""
+    torch.manual_seed(0)
+    logits = LogitCodec.from_preset("default")
+    sparse = logits.select(torch.randn(100, 32_000) * 4, torch.randint(0, 32_000, (100,)))
+    cells = torch.rand(100, 1, 144) ** 8
+    rows = RowAttentionCodec(grid=(12, 12), groups=1)
+    attention = RowAttention.from_cells(cells / cells.sum(-1, keepdim=True) * 0.4)
+    encoded, encoded_rows = logits.encode(sparse), rows.encode(attention)
+    seconds = paired_seconds(
+        {
+            "logit encode": lambda: logits.encode(sparse),
+            "logit decode": lambda: logits.decode(encoded),
+            "answer attention encode": lambda: rows.encode(attention),
+            "answer attention decode": lambda: rows.decode(encoded_rows),
+        },
+        rounds=rounds,
+    )
+    return {
+        f"{name}, thousand rows/s": Spread.of(0.1 / spent for spent in times)
+        for name, times in seconds.items()
+    }
+
+
+def bench_readers(cache_dir: Path, folder: Path, *, rounds: int = 3) -> tuple[Values, Values]:
+    """An epoch of training's reads, opening and checking included, against zarr-python's per-record random reads."""
+    tars = folder / "tars"
+    convert(cache_dir, tars, "webdataset")
+    cache = open_cache(cache_dir)
+    ids, shards = list(cache.sample_ids), range(cache.plan.shard_count)
+    starts = np.cumsum([0, *(shard.samples for shard in cache.manifest.shards)])
+    blocks = [np.arange(starts[shard], starts[shard + 1]) for shard in shards]
+    order = [ids[i] for i in epoch_order(blocks, seed=0, epoch=0, window=2).tolist()]
+    names = [field.name for field in cache.plan.all_fields]
+    groups = [zarr.open_group(str(cache_dir / SHARDS / f"{shard:05d}.zarr"), mode="r") for shard in shards]
+    offsets = [{name: group[f"{name}_offsets"][:] for name in names} for group in groups]
+    places = [(shard, i) for shard, block in enumerate(blocks) for i in range(len(block))]
+    chosen = [places[i] for i in np.random.default_rng(0).permutation(len(places))[:RANDOM_READS].tolist()]
+
+    def epoch(path: Path) -> None:
+        opened = open_cache(path, open_shards=4)
+        for sample_id in order:
+            opened.read(sample_id)
+
+    def theirs() -> None:
+        for shard, i in chosen:
+            for name, bounds in offsets[shard].items():
+                groups[shard][name][bounds[i] : bounds[i + 1]]
+
+    seconds = paired_seconds(
+        {"zarr": lambda: epoch(cache_dir), "tar": lambda: epoch(tars), "theirs": theirs}, rounds=rounds
+    )
+    ratios: Values = {}
+    figures: Values = {}
+    for store in ("zarr", "tar"):
+        speeds = [len(order) / spent for spent in seconds[store]]
+        slow = [RANDOM_READS / spent for spent in seconds["theirs"]]
+        ratios[f"{store}, block-shuffled / zarr-python, per record"] = Spread.of(
+            a / b for a, b in zip(speeds, slow, strict=True)
+        )
+        figures[f"{store}, block-shuffled, thousand samples/s"] = scaled(1e-3, Spread.of(speeds))
+    return ratios, figures

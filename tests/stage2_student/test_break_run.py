@@ -1,0 +1,31 @@
+"""Killed, or out of disk space, before any file operation, and run again: `distill run` leaves the same students and scores."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def break_run(folder: Path, how: str, stride: int, places=()) -> int:
+    """Run `break_run.py`; returns the number of places."""
+    here = Path(__file__).parent
+    paths = (here.parents[1], here, here.parent / "stage1_teacher")
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", here / "break_run.py", how, str(stride), folder, *map(str, places)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    return int(result.stdout.split()[-1])
+
+
+def test_killed_in_its_first_write_and_late_a_run_goes_on_to_the_same_end(tmp_path: Path):
+    assert break_run(tmp_path, "kill", 1, places=(2, 120)) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["kill", "full"])
+def test_broken_everywhere_a_run_goes_on_to_the_same_end(tmp_path: Path, how: str):
+    assert break_run(tmp_path, how, 3) > 40

@@ -130,7 +130,7 @@ def repair(cache: Path, *, deep: bool, dry_run: bool) -> None:
         click.echo(f"ok: {cache}: nothing to repair{more}")
         return
     kept = sum(step.action == "keep" for step in steps)
-    if dry_run:
+    if dry_run and kept < len(steps):
         click.echo(f"Next: cachectl repair {quoted(cache)}{' --deep' if deep else ''}")
     elif any(step.action == "remove" for step in steps):
         missing = len(missing_shards(cache, read_plan(cache)))

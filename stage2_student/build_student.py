@@ -200,6 +200,11 @@ def build_config(
     kind = preset["vision_tower"]["model_type"]
     config_class, _, text_class = _FAMILIES[kind]
     projector_type = projector_type or preset["projector"]
+    if pool_teacher_tokens and projector_type != "taf":
+        raise ConfigError(
+            f"pool_teacher_tokens=true pools what the teacher's projector gives, and projector {projector_type!r} has none: "
+            "set projector=taf, or leave pool_teacher_tokens out"
+        )
     if projector_type == "taf":
         refuse_without_projector(cache_dir)
     tower, where = preset["vision_tower"], "preset"

@@ -241,6 +241,7 @@ def test_the_command_says_what_it_did_and_what_is_next(cache):
     assert "teacher-cache build with the same options makes the missing shards (1)" in output
     assert f"ok: {cache}: nothing to repair; 1 of 3 shards are to be built" in run()
     (cache / "shards" / "bad\x1b]0;name").write_text("")
+    assert "Next:" not in run("--dry-run", code=1)  # a repair would change nothing
     output = run(code=1)
     assert r"keep: shards/bad\x1b]0;name: belongs to no shard and no list; delete it" in output
 

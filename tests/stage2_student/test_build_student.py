@@ -134,6 +134,11 @@ def test_a_tokenizer_larger_than_the_published_vocabulary_widens_the_embedding(t
     assert config.text_config.vocab_size == 32002
 
 
+def test_pooling_the_teachers_tokens_is_refused_without_the_teachers_projector(cache):
+    with pytest.raises(ConfigError, match=r"pool_teacher_tokens=true .* set projector=taf"):
+        make_student(cache, size="tiny", pool_teacher_tokens=True)
+
+
 def test_taf_carries_the_teachers_projector(cache):
     student = make_student(cache, size="tiny", projector_type="taf")
     teacher = student.model.mm_projector.teacher.state_dict()

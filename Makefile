@@ -78,7 +78,7 @@ demo: distill ## The embedded default: built-in teacher, built-in data, CPU
 demo-teacher: $(STAMP) ## Train a built-in teacher from nothing (minutes): DATA=shapes|easy-vqa
 	$(BIN)/teacher-cache demo-teacher --data '$(DATA)' --output build/demo-teacher-$(DATA_NAME)
 
-experiment: $(STAMP) ## The ablation table: arms x seeds on built-in data (about three hours on 2 cores)
+experiment: $(STAMP) ## The ablation table: arms x seeds on built-in data (about four hours on 2 cores)
 	$(BIN)/python -m tests.benchmarks.experiment
 
 experiment-smollm: $(STAMP) ## The second experiment, with SmolLM2-135M inside (about two hours on 2 cores, minutes on a GPU)

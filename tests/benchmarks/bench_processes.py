@@ -32,7 +32,7 @@ def finishing_rate(finished: list[float], shard_size: int) -> float:
 
 
 def bench_processes(
-    folder: Path, *, rounds: int = 3, samples: int = 256, steps: int = 24
+    folder: Path, *, rounds: int = 3, samples: int = 128, steps: int = 12
 ) -> tuple[Values, Values]:
     """Samples a second of one process and of two, in turn.
 

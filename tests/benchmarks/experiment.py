@@ -30,6 +30,7 @@ CACHES = {
 }
 RESULTS = ROOT / "results.jsonl"
 STORED = Path(__file__).parent / "results" / "experiment.json"
+PARTIAL = STORED.with_name("experiment_partial.jsonl")  # finished jobs of a run that is not
 DATA = "shapes"
 RATIO_PAIRS, RATIO_STEPS = 5, 40
 ITEMS = 100  # held-out items of each kind
@@ -150,14 +151,13 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2)))
     parser.add_argument("--seeds", type=int, default=len(SEEDS), help="Only the first so many seeds.")
     parser.add_argument("--part", choices=PARTS, action="append", help="Only these jobs (default: all).")
-    parser.add_argument("--go-on", action="store_true", help="Keep the stored results, train what they lack.")
+    parser.add_argument("--go-on", action="store_true", help="Start from the stored partial results.")
     arguments = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     build_caches()
     teacher = score_teacher()
     if arguments.go_on and not RESULTS.exists():
-        kept = json.loads(STORED.read_text())["results"]
-        RESULTS.write_text("".join(json.dumps(result) + "\n" for result in kept))
+        RESULTS.write_bytes(PARTIAL.read_bytes())
     results = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.is_file() else []
     done = {(r["arm"], r["tokens"], r["steps"], r["seed"]) for r in results}
     wanted = [

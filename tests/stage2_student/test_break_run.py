@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from common.atomic import TEMPORARY_PREFIX
+from stage2_student.output_folder import claim_output
+
 
 def break_run(folder: Path, how: str, stride: int, places=()) -> int:
     """Run `break_run.py`; returns the number of places."""
@@ -23,6 +26,15 @@ def break_run(folder: Path, how: str, stride: int, places=()) -> int:
 
 def test_killed_in_its_first_write_and_late_a_run_goes_on_to_the_same_end(tmp_path: Path):
     assert break_run(tmp_path, "kill", 1, places=(2, 120)) == 2
+
+
+def test_what_a_killed_process_left_half_written_is_removed(tmp_path: Path):
+    left = tmp_path / f"{TEMPORARY_PREFIX}run.json-abc"
+    left.write_text("{")
+    (tmp_path / "run.json").write_text("{}")
+    with claim_output(tmp_path):
+        assert not left.exists()
+        assert (tmp_path / "run.json").exists()
 
 
 @pytest.mark.slow

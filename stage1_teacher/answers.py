@@ -35,7 +35,7 @@ def open_shards(work: Build, plan: Plan, todo: Sequence[int], *, batch_size: int
         batch_size: Most prompts in one batch.
     """
     if ANSWERS not in work.codecs:
-        yield from encode_shards(work.dataset, work.encoder, plan, todo)
+        yield from encode_shards(work.dataset, work.encoder, plan, todo, workers=work.workers)
         return
     for index in todo:
         yield answer_shard(work, plan.shard_range(index), index=index, batch_size=batch_size)

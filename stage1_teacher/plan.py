@@ -21,6 +21,7 @@ from data.grouping import GroupedByImage, group_by_image
 from data.registry import open_dataset
 from data.sample import Dataset
 from data.templates import get_template
+from data.threads import encoding_threads
 from stage1_teacher.batch_size import automatic_batch_size
 from stage1_teacher.cache_folder import stored_plan
 from stage1_teacher.config import BuildConfig
@@ -44,6 +45,7 @@ class Build:
         codecs: Codec by signal.
         groups: Teacher layers of each attention group.
         plan: What the cache will hold.
+        workers: Threads that read and encode ahead of the teacher.
     """
 
     teacher: Teacher
@@ -52,6 +54,7 @@ class Build:
     codecs: dict[str, Any]
     groups: tuple[tuple[int, ...], ...]
     plan: Plan
+    workers: int
 
     @property
     def wanted(self) -> Wanted:
@@ -113,6 +116,7 @@ def open_build(config: BuildConfig) -> Build:
         codecs=codecs,
         groups=teacher.groups(config.groups, config.layers),
         plan=make_plan(config, dataset=dataset, teacher=teacher, encoder=encoder, codecs=codecs),
+        workers=config.workers or encoding_threads(teacher.device),
     )
     if config.batch_size:
         return work

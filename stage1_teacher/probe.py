@@ -254,7 +254,7 @@ def _rehearse(
     count = len(positions)
     if ANSWERS in work.codecs:  # the teacher writes answers before it scores them
         return times["encode"] + max(times["teacher"], times["write"])
-    alone = max(times["teacher"], times["encode"] + times["write"])
+    alone = max(times["teacher"], times["encode"] / work.workers + times["write"])
     if (
         times["teacher"] * count > SLOW_S
     ):  # then the teacher is all that counts, and a rehearsal would take minutes
@@ -263,7 +263,7 @@ def _rehearse(
     data = _Again(dataset=work.dataset, positions=positions)
     started = time.perf_counter()
     with Writer(folder, plan, work.codecs) as writer:
-        for shard in encode_shards(data, work.encoder, plan, range(SHARDS)):  # type: ignore[arg-type]
+        for shard in encode_shards(data, work.encoder, plan, range(SHARDS), workers=work.workers):  # type: ignore[arg-type]
             for batch, signals in run_shard(work, shard, batch_size):
                 writer.add(batch, signals)
             writer.finish(shard)

@@ -212,12 +212,12 @@ def test_failures_of_another_processs_shards_count_before_sealing(tmp_path: Path
     options = {"data": str(path), "limit": 0}
     other = []
 
-    def raced(*arguments):
+    def raced(*arguments, **keywords):
         if not other:  # another, more tolerant process takes all shards as soon as ours has begun
             other.append(True)
             build_cache(tmp_path / "cache", max_failed_share=0.5, **options)
             (tmp_path / "cache" / "manifest.json").unlink()
-        return encode_shards(*arguments)
+        return encode_shards(*arguments, **keywords)
 
     encode_shards = pipeline.encode_shards
     monkeypatch.setattr("stage1_teacher.answers.encode_shards", raced)

@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 
+from tests.benchmarks import bench
 from tests.benchmarks.bench_compare import OtherMachineError, change_table, compare, main
 from tests.benchmarks.bench_measure import Spread, paired_seconds, ratio, scaled
 from tests.benchmarks.bench_online import students_ratio
@@ -19,7 +20,14 @@ from tests.benchmarks.bench_readme import (
     short,
     table_in,
 )
-from tests.benchmarks.bench_results import STORED, gather, read_results, write_results
+from tests.benchmarks.bench_results import (
+    STORED,
+    gather,
+    read_parts,
+    read_results,
+    write_parts,
+    write_results,
+)
 from tests.benchmarks.bench_training import in_turn, step_ratio, waiting_share
 
 MACHINE = {"processor": "abacus", "cores": 2, "threads": 1, "torch": "9.0"}
@@ -106,6 +114,22 @@ def test_parts_are_joined_by_group_with_flat_numbers_and_their_spreads_beside_th
     }
     with pytest.raises(ValueError, match=r"two parts of the bench measure 'a / b'"):
         gather({"Cache": [first, first]}, MACHINE)
+
+
+def test_parts_that_were_measured_are_kept_and_only_the_others_are_run(tmp_path, monkeypatch):
+    kept, ran = {"a": ({"x / y": Spread(2.0, 1.0, 3.0)}, {"bytes": 7.0})}, []
+    write_parts(kept, tmp_path / "build" / "bench.json")
+    assert read_parts(tmp_path / "build" / "bench.json") == kept
+    assert read_parts(tmp_path / "none.json") == {}
+
+    def part(scratch):
+        ran.append("b")
+        return {"z": 1.0}, {}
+
+    monkeypatch.setattr(bench, "PARTS", {"a": ("First", part), "b": ("Second", part), "c": ("Third", part)})
+    results = bench.measure(("a", "b"), kept, lambda: ran.append("kept"))
+    assert ran == ["b", "kept"]
+    assert results["groups"] == {"First": ["x / y", "bytes"], "Second": ["z"]}
 
 
 def test_the_table_groups_rows_and_shows_spreads_where_there_are_any():

@@ -3,6 +3,7 @@
 Every ratio is the median over interleaved repetitions (A B A B ...), so that a machine whose speed drifts slows both
 sides alike; its spread is the lowest and the highest of them. A whole run stores its results beside this file, with
 the machine and the versions, and writes README's table from them. ``--only PART`` prints some parts and stores nothing.
+Finished parts are kept in ``build/bench.json``; ``--go-on`` takes them from there after a run that was stopped.
 """
 
 import argparse
@@ -27,7 +28,9 @@ from tests.benchmarks.bench_results import (
     Results,
     describe_machine,
     gather,
+    read_parts,
     read_results,
+    write_parts,
     write_results,
 )
 from tests.benchmarks.bench_scale import bench_scale
@@ -54,6 +57,7 @@ class Scratch:
         return build_builtin_cache(self.folder("builtin"))
 
 
+KEPT = Path("build/bench.json")
 PARTS: dict[str, tuple[str, Callable[[Scratch], Measured]]] = {
     "stage-one": ("Stage one", lambda scratch: bench_stage_one(scratch.folder("stage-one"))),
     "training": (
@@ -81,17 +85,25 @@ def prepare() -> None:
     torch.set_num_threads(1)
 
 
-def measure(names: Collection[str] = tuple(PARTS)) -> Results:
-    """Run parts, all of them if none are named, and say how long each took."""
-    measured: dict[str, list[Measured]] = {}
+def measure(names: Collection[str], kept: dict[str, Measured], keep: Callable[[], object]) -> Results:
+    """Run parts, and say how long each took.
+
+    Args:
+        names: The parts wanted.
+        kept: Parts that are measured already; each new one is added.
+        keep: Called after each part.
+    """
     with tempfile.TemporaryDirectory() as folder:
         scratch = Scratch(Path(folder))
-        for name in (name for name in PARTS if name in names):
-            title, part = PARTS[name]
+        for name in (name for name in PARTS if name in names and name not in kept):
             started = time.monotonic()
-            measured.setdefault(title, []).append(part(scratch))
+            kept[name] = PARTS[name][1](scratch)
+            keep()
             torch.set_num_threads(1)  # a part may have built a cache, which sets its own number
             sys.stderr.write(f"{name}: {time.monotonic() - started:.0f} s\n")
+    measured: dict[str, list[Measured]] = {}
+    for name in (name for name in PARTS if name in names):
+        measured.setdefault(PARTS[name][0], []).append(kept[name])
     return gather(measured, describe_machine())
 
 
@@ -100,9 +112,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.bench", description=__doc__)
     parser.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--output", type=Path, help="write JSON here; README and the stored results stay")
+    parser.add_argument("--go-on", action="store_true", help="measure only what a stopped run left")
     options = parser.parse_args()
     prepare()
-    results = measure(options.only or tuple(PARTS))
+    kept = read_parts(KEPT) if options.go_on else {}
+    results = measure(options.only or tuple(PARTS), kept, lambda: write_parts(kept, KEPT))
     sys.stdout.write(readme_table(results))
     if options.output is not None:
         write_results(results, options.output)

@@ -77,6 +77,22 @@ def numbers(results: Results) -> dict[str, float]:
     return {**results["ratios"], **results["figures"]}
 
 
+def write_parts(parts: Mapping[str, Measured], path: Path) -> None:
+    """Keep what some parts measured, by their names."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(parts, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_parts(path: Path) -> dict[str, Measured]:
+    """Read what `write_parts` kept; nothing where there is no file."""
+
+    def values(stored: Mapping[str, Any]) -> dict[str, float | Spread]:
+        return {name: Spread(*value) if isinstance(value, list) else value for name, value in stored.items()}
+
+    parts = json.loads(path.read_text()) if path.is_file() else {}
+    return {name: (values(ratios), values(figures)) for name, (ratios, figures) in parts.items()}
+
+
 def write_results(results: Results, path: Path) -> None:
     """Write JSON, one number a line."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,6 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from statistics import median
 from time import perf_counter
 from typing import Any
 
@@ -32,6 +31,7 @@ from stage1_teacher.extract import extract
 from stage1_teacher.plan import Build, open_build
 from stage1_teacher.signals import reduce_output
 from stage1_teacher.teacher import Teacher
+from tests.benchmarks.bench_measure import Spread, Values, ratio
 from tests.stage2_student.live_bytes import LiveBytes
 
 SIZE = "135M parameters"
@@ -39,7 +39,7 @@ PICTURE = 336  # pixels; 24 x 24 patches
 TURN = ("is there a square ?", "yes there is a red square left of the circle")
 
 
-def bench_stage_one(folder: Path) -> tuple[dict[str, float], dict[str, float]]:
+def bench_stage_one(folder: Path) -> tuple[Values, Values]:
     """Measure stage one on the built-in teacher and on a LLaVA of SmolLM2-135M's shape with random weights.
 
     Args:
@@ -50,17 +50,19 @@ def bench_stage_one(folder: Path) -> tuple[dict[str, float], dict[str, float]]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     threads = torch.get_num_threads()
-    ratios, figures = {}, {}
-    built_in = {"limit": 768, "batch_size": 16}
-    ratio, rate = _against_bare(folder / "built-in", rounds=3, threads=threads, **built_in)
-    ratios["stage one / bare forward, built-in teacher"] = ratio
+    ratios: Values = {}
+    figures: Values = {}
+    ratio, rate = _against_bare(
+        folder / "built-in", rounds=3, threads=threads, batch_size=16
+    )  # the whole demo
+    ratios["stage one / bare forward, built-in teacher"] = overhead
     figures["stage one, built-in teacher, samples/s"] = rate
 
     teacher = save_random_llava(folder / "teacher")
     options = {"teacher": str(teacher), "template": "short", "batch_size": 2, "max_length": 4096}
     data = write_conversations(folder / "short", samples=4, turns=7)
-    ratio, rate = _against_bare(folder / "large", rounds=3, threads=threads, data=str(data), **options)
-    ratios[f"stage one / bare forward, {SIZE}"] = ratio
+    overhead, rate = _against_bare(folder / "large", rounds=3, threads=threads, data=str(data), **options)
+    ratios[f"stage one / bare forward, {SIZE}"] = overhead
     figures[f"stage one, {SIZE}, samples/s"] = rate
     for name, turns, rounds in (("short", 7, 2), ("long", 72, 1)):
         data = write_conversations(folder / name, samples=1, turns=turns)
@@ -70,8 +72,8 @@ def bench_stage_one(folder: Path) -> tuple[dict[str, float], dict[str, float]]:
     return ratios, figures
 
 
-def _against_bare(folder: Path, *, rounds: int, threads: int, **options: Any) -> tuple[float, float]:
-    """Main loop of a build over bare passes, median of pairs run in turn; and the build's samples a second."""
+def _against_bare(folder: Path, *, rounds: int, threads: int, **options: Any) -> tuple[Spread, Spread]:
+    """Main loop of a build over bare passes, pairs run in turn; and the build's samples a second."""
     settings: dict[str, Any] = {"fidelity_samples": 0, "threads": threads} | options
 
     def stage_one() -> float:
@@ -92,10 +94,11 @@ def _against_bare(folder: Path, *, rounds: int, threads: int, **options: Any) ->
     _bare(work.teacher, batches[0])  # warm-up
     pairs = [(bare(), stage_one()) for _ in range(rounds)]
     samples = sum(map(len, batches))
-    return median(ours / theirs for theirs, ours in pairs), samples / median(ours for _, ours in pairs)
+    bares, builds = zip(*pairs, strict=True)
+    return ratio(builds, bares), Spread.of(samples / seconds for seconds in builds)
 
 
-def _against_eager(folder: Path, *, rounds: int, **options: Any) -> tuple[int, float, float]:
+def _against_eager(folder: Path, *, rounds: int, **options: Any) -> tuple[int, Spread, float]:
     """Tokens of one sample; eager attention over the captured pass in seconds, and in bytes alive at the peak."""
     work = open_build(BuildConfig(cache=str(folder), **options))
     (batch,) = _batches(work)
@@ -129,7 +132,8 @@ def _against_eager(folder: Path, *, rounds: int, **options: Any) -> tuple[int, f
 
     memory = peak(theirs) / peak(ours)  # the warm-up too
     pairs = [(seconds(theirs), seconds(ours)) for _ in range(rounds)]
-    return max(batch.lengths), median(slow / fast for slow, fast in pairs), memory
+    slow, fast = zip(*pairs, strict=True)
+    return max(batch.lengths), ratio(slow, fast), memory
 
 
 def _batches(work: Build) -> Iterator[Batch]:

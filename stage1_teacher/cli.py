@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from common.command_line import SETTINGS, CommandGroup, quoted, start_logging
+from common.stopping import stopped_by_sigterm
 
 if TYPE_CHECKING:
     from stage1_teacher.config import BuildConfig
@@ -101,7 +102,7 @@ def build(
 
     from stage1_teacher.cache_folder import explain_disk_errors
     from stage1_teacher.extract import extract, extract_with_processes
-    from stage1_teacher.parts import choose_part, local_device, quiet_libraries, stopped_by_sigterm
+    from stage1_teacher.parts import choose_part, local_device, quiet_libraries
     from stage1_teacher.report import next_command, summary_text
 
     own, local = choose_part(part, os.environ)

@@ -17,8 +17,7 @@ import os
 import re
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
@@ -194,31 +193,6 @@ def quiet_libraries() -> None:
     transformers_logging.disable_progress_bar()
     # tqdm's own lock is a semaphore of the system, which Python reports as leaked when a process is stopped.
     tqdm.set_lock(threading.RLock())
-
-
-@contextmanager
-def stopped_by_sigterm() -> Iterator[None]:
-    """Clean up on SIGTERM, which schedulers send, as on Ctrl-C: stop the other processes, remove temporary files.
-
-    Raises:
-        SystemExit: With 143, after SIGTERM.
-    """
-
-    def stop(*_: object) -> NoReturn:
-        signal.signal(
-            signal.SIGTERM, signal.SIG_IGN
-        )  # once is enough: a second one must not stop the cleaning up
-        logger.warning("stopped by SIGTERM; run the same command again to go on where it stopped")
-        raise SystemExit(128 + signal.SIGTERM)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def run_parts(

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from common.command_line import SETTINGS, CacheLocation, CommandGroup, NewFolder, quoted, start_logging
+from common.stopping import stopped_by_sigterm
 
 # Imports that pull torch in are inside the commands, so that --help, usage errors and "up to date" are
 # instant.
@@ -114,7 +115,8 @@ def run(config: Path | None, cache: str, overrides: tuple[str, ...], nproc: int,
 
     from stage2_student.run import run as run_all
 
-    summary = run_all(settings, processes=nproc, say=click.echo)
+    with stopped_by_sigterm():
+        summary = run_all(settings, processes=nproc, say=click.echo)
     click.echo(f"\n{summary.table}\n")
     if summary.fresh:
         click.echo(f"Done in {summary.seconds:.0f} s.")

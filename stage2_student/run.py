@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import subprocess
 import sys
 import time
 import warnings
@@ -25,6 +24,7 @@ from common.errors import CacheFormatError, ConfigError
 from common.hashing import fingerprint
 from common.manifest import read_manifest, read_plan
 from common.mirror import local_folder, public_location
+from common.stopping import run_command
 from stage2_student.config import PHASE_NAMES, TrainConfig, describe, without_teacher
 from stage2_student.output_folder import claim_output, holds_anything
 from stage2_student.pruned_folder import FOLDER, kept_share
@@ -222,8 +222,7 @@ def train_arm(arm: TrainConfig, *, processes: int) -> None:
     ]
     ours = ["-m", "stage2_student.cli", "train", "--config", str(folder / "config.yaml")]
     command = [*launcher, *ours, "--cache", arm.cache, "--output", arm.output]
-    done = subprocess.run(command, check=False, env={**os.environ, ARM: "1"})
-    if done.returncode:
+    if run_command(command, {**os.environ, ARM: "1"}):
         raise ConfigError(f"training of {folder} in {processes} processes failed; see the messages above")
 
 

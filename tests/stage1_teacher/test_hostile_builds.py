@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +16,6 @@ from data.llava import find_images
 from stage1_teacher.cache_folder import in_use
 from stage1_teacher.cli import main
 from stage1_teacher.config import BuildConfig
-from stage1_teacher.parts import stopped_by_sigterm
 from stage1_teacher.pipeline import FailureBudget
 
 
@@ -120,22 +118,6 @@ def test_an_estimate_of_nonsense_is_a_usage_error_before_anything_is_measured(op
     result = CliRunner().invoke(main, ["estimate", option])
     assert result.exit_code == 2
     assert result.exception is None or isinstance(result.exception, SystemExit)
-
-
-def test_sigterm_unwinds_with_143_and_the_handler_is_put_back():
-    before, cleaned = signal.getsignal(signal.SIGTERM), []
-
-    def work():
-        with stopped_by_sigterm():
-            try:
-                signal.raise_signal(signal.SIGTERM)
-            finally:
-                cleaned.append(True)
-
-    with pytest.raises(SystemExit) as caught:
-        work()
-    assert (caught.value.code, cleaned) == (143, [True])
-    assert signal.getsignal(signal.SIGTERM) is before
 
 
 @pytest.mark.parametrize("module", ["stage1_teacher.cli", "common.cli", "stage2_student.cli"])

@@ -101,6 +101,12 @@ def test_any_option_reaches_both_stages_through_make(tmp_path: Path):
     assert "a=1" not in shown
     assert "<--set><a=1><--set><b=[2]>" in arguments("teacher-cache", "CACHE_SET=a=1 b=[2]", given)
     assert "--set" not in arguments("distill", "CACHE=s3://b/c", "SET= ")
+    # A finished cache is compared with options of stage one that somebody gave, and taken as it is without any.
+    (tmp_path / "done").mkdir()
+    (tmp_path / "done" / "manifest.json").touch()
+    assert "<build>" not in arguments("distill", "CACHE=done", "STUDENT=pruned:0.5")
+    assert "<--signals><logits>" in arguments("distill", "CACHE=done", "SIGNALS=logits")
+    assert "<--set><a=1>" in arguments("distill", "CACHE=done", "CACHE_SET=a=1")
 
 
 def test_what_clients_of_the_network_log_is_not_shown():

@@ -4,6 +4,8 @@ import os
 
 import torch
 
+FEW_SAMPLES = 512
+
 
 def leave_one_core() -> int:
     """Let torch use all cores but one, unless ``OMP_NUM_THREADS`` says otherwise.
@@ -19,12 +21,16 @@ def leave_one_core() -> int:
     return torch.get_num_threads()
 
 
-def encoding_threads(device: torch.device) -> int:
-    """How many threads read and encode ahead of a teacher.
+def encoding_processes(wanted: int, device: torch.device, samples: int) -> int:
+    """How many processes read and encode ahead of a teacher; 0: a thread does.
 
-    A picture of 640 x 480 pixels takes one thread about 20 ms, a teacher on a GPU takes a sample in less.
+    A picture of 640 x 480 pixels takes one process about 20 ms, a teacher on a GPU takes a sample in less.
 
     Args:
+        wanted: The number, of which there are no more than cores; or -1 for an automatic one.
         device: The teacher's; on a CPU its arithmetic has all cores but one.
+        samples: Of the data set; for few of them no process is worth its start.
     """
-    return min(4, len(os.sched_getaffinity(0))) if device.type == "cuda" else 1
+    if wanted < 0:
+        wanted = 0 if samples < FEW_SAMPLES else 4 if device.type == "cuda" else 1
+    return min(wanted, len(os.sched_getaffinity(0)))

@@ -19,7 +19,8 @@ from data.collate import length_buckets
 from data.encoding import EncodedSample
 from data.generation import Generated, Sampling, generate_answers
 from data.sample import Sample, Turn, with_answers
-from stage1_teacher.pipeline import EncodedShard, encode_shards
+from stage1_teacher.encode_ahead import encode_shards
+from stage1_teacher.pipeline import EncodedShard
 from stage1_teacher.plan import Build
 
 ANSWERS = "answers"

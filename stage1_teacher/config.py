@@ -60,8 +60,8 @@ class BuildConfig:
         fidelity_samples: Samples of the fidelity probe; 0 skips it.
         threads: CPU threads of the arithmetic, kept in the plan, because the last bits depend on it; 0: as the cache
             that is there, else ``OMP_NUM_THREADS``, else all cores but one, and one for each of several processes.
-        workers: Threads that read, decode and tokenise ahead of the teacher; no bytes depend on them. 0: up to 4 beside a
-            GPU, one beside a teacher on a CPU, whose cores it needs.
+        num_workers: Processes that read, decode and tokenise ahead of the teacher; no bytes depend on them. 0: a thread of
+            this one. -1: up to 4 beside a GPU, one beside a CPU, none for a small data set.
         license: Under which the cache may be passed on, as an identifier of the Hugging Face Hub; for the card.
         teacher_license: The teacher's licence, free text; for the card.
         data_license: The data set's licence, free text; for the card.
@@ -102,7 +102,7 @@ class BuildConfig:
     max_failed_share: float = 0.01
     fidelity_samples: int = 64
     threads: int = 0
-    workers: int = 0
+    num_workers: int = -1
     license: str = ""
     teacher_license: str = ""
     data_license: str = ""
@@ -121,7 +121,7 @@ class BuildConfig:
         for name, low, high in (
             ("limit", 0, 2**40), ("grid", 0, 64), ("map_grid", 0, 64), ("groups", 1, 64), ("max_length", 0, 2**20),
             ("batch_size", 0, 2**16), ("shard_size", 1, 2**20), ("fidelity_samples", 0, 2**20), ("threads", 0, 1024),
-            ("workers", 0, 256),
+            ("num_workers", -1, 256),
         ):  # fmt: skip
             value = getattr(self, name)
             if not low <= value <= high:

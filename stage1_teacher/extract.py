@@ -1,7 +1,7 @@
 """Stage one: run the teacher once over a data set and write the cache. ``extract()`` is the main loop.
 
-Four things run at the same time: threads read, decode and tokenise the next shard, another collates the next
-batch, the main thread runs the teacher, and a thread encodes and writes what the teacher said.
+Four things run at the same time: processes read, decode and tokenise the next shard, a thread collates the next batch,
+the main thread runs the teacher, and a thread encodes and writes what the teacher said.
 """
 
 import gc

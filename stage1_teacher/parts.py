@@ -218,7 +218,7 @@ def run_parts(
         for local, part in enumerate(parts):
             here, there = context.Pipe(duplex=False)
             own = replace(config, device=local_device(config.device, local))
-            process = context.Process(target=_process, args=(target, own, part, there), daemon=True)
+            process = context.Process(target=_process, args=(target, own, part, there))
             process.start()
             there.close()
             processes.append((part, process, here))

@@ -1,4 +1,4 @@
-"""What runs beside the teacher: reading and tokenising ahead of it, encoding and writing behind it."""
+"""What runs beside the teacher: threads ahead of it, encoding and writing behind it."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -7,21 +7,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from common.errors import CacheMismatchError, DataError, SampleError
+from common.errors import CacheMismatchError, DataError
 from common.manifest import Plan, read_sidecar, sidecar_path
 from common.printing import one_line
 from common.schema import Record
 from common.shared_images import ImageSharer, SharedImages
 from common.stores import finish_shard, open_writer
 from data.collate import Batch, image_key
-from data.encoding import EncodedSample, SampleEncoder
-from data.sample import Dataset
+from data.encoding import EncodedSample
 from stage1_teacher.signals import TeacherSignals, encode_records
 
 In = TypeVar("In")
 Out = TypeVar("Out")
 
-SHARDS_AHEAD = 2
 BATCHES_BEHIND = 4
 SHOWN_FAILURES = 5
 
@@ -91,44 +89,6 @@ class FailureBudget:
     def _count(self, failures: Sequence[tuple[str, str]]) -> None:
         self.failed += len(failures)
         self.first += failures[: SHOWN_FAILURES - len(self.first)]
-
-
-def encode_shards(
-    dataset: Dataset, encoder: SampleEncoder, plan: Plan, todo: Sequence[int], *, workers: int
-) -> Iterator[EncodedShard]:
-    """Encode shards in background threads, a few ahead of the consumer.
-
-    Decoding and resizing of pictures and tokenising release the interpreter's lock, so that several threads encode
-    faster than one.
-
-    Args:
-        dataset: Read from several threads at once.
-        encoder: Called from several threads at once.
-        plan: The partition into shards.
-        todo: Shards wanted.
-        workers: Threads; they share the samples of one shard at a time, whose order does not depend on them.
-    """
-
-    def encode_sample(position: int) -> EncodedSample | SampleError:
-        try:
-            return encoder(dataset[position])
-        except SampleError as error:
-            return error
-
-    def encode(index: int) -> EncodedShard:
-        shard, positions = EncodedShard(index=index), plan.shard_range(index)
-        for position, made in zip(positions, pool.map(encode_sample, positions), strict=True):
-            if isinstance(made, SampleError):
-                shard.fail(dataset.sample_ids[position], str(made))
-            else:
-                shard.samples.append(made)
-        return shard
-
-    with ThreadPoolExecutor(workers, thread_name_prefix="encode") as pool:
-        try:
-            yield from run_ahead(encode, todo, count=SHARDS_AHEAD, name="shards")
-        finally:
-            pool.shutdown(cancel_futures=True)
 
 
 def run_ahead(function: Callable[[In], Out], items: Iterable[In], *, count: int, name: str) -> Iterator[Out]:

@@ -21,7 +21,7 @@ from data.grouping import GroupedByImage, group_by_image
 from data.registry import open_dataset
 from data.sample import Dataset
 from data.templates import get_template
-from data.threads import encoding_threads
+from data.threads import encoding_processes
 from stage1_teacher.batch_size import automatic_batch_size
 from stage1_teacher.cache_folder import stored_plan
 from stage1_teacher.config import BuildConfig
@@ -45,7 +45,7 @@ class Build:
         codecs: Codec by signal.
         groups: Teacher layers of each attention group.
         plan: What the cache will hold.
-        workers: Threads that read and encode ahead of the teacher.
+        workers: Processes that read and encode ahead of the teacher; 0: a thread.
     """
 
     teacher: Teacher
@@ -116,7 +116,7 @@ def open_build(config: BuildConfig) -> Build:
         codecs=codecs,
         groups=teacher.groups(config.groups, config.layers),
         plan=make_plan(config, dataset=dataset, teacher=teacher, encoder=encoder, codecs=codecs),
-        workers=config.workers or encoding_threads(teacher.device),
+        workers=encoding_processes(config.num_workers, teacher.device, len(dataset)),
     )
     if config.batch_size:
         return work

@@ -19,8 +19,9 @@ from data.family_inputs import additive_mask, text_config
 from data.sample import Dataset, Sample
 from stage1_teacher.answers import ANSWERS, answer_shard
 from stage1_teacher.batch_size import available_memory
+from stage1_teacher.encode_ahead import encode_shards
 from stage1_teacher.forward import run_shard
-from stage1_teacher.pipeline import EncodedShard, Writer, encode_shards
+from stage1_teacher.pipeline import EncodedShard, Writer
 from stage1_teacher.plan import Build
 from stage1_teacher.probe_sizes import Size, best_time, weigh_probe
 from stage1_teacher.projector_export import export_parts
@@ -254,7 +255,7 @@ def _rehearse(
     count = len(positions)
     if ANSWERS in work.codecs:  # the teacher writes answers before it scores them
         return times["encode"] + max(times["teacher"], times["write"])
-    alone = max(times["teacher"], times["encode"] / work.workers + times["write"])
+    alone = max(times["teacher"], times["encode"] / max(1, work.workers) + times["write"])
     if (
         times["teacher"] * count > SLOW_S
     ):  # then the teacher is all that counts, and a rehearsal would take minutes

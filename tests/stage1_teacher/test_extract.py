@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 from transformers import LlavaForConditionalGeneration
 
-import stage1_teacher.pipeline as pipeline
 from common.cache import open_cache
 from common.codecs import codec_from_dict
 from common.errors import CacheFormatError, CacheMismatchError, ConfigError, DataError
@@ -19,7 +18,9 @@ from common.schema import IGNORE_INDEX
 from common.visual_tokens import Tile
 from data.collate import collate
 from data.registry import open_dataset
+from stage1_teacher import pipeline
 from stage1_teacher.config import BuildConfig
+from stage1_teacher.encode_ahead import encode_shards
 from stage1_teacher.extract import recompute_fidelity
 from stage1_teacher.plan import build_encoder
 from stage1_teacher.signals import visual_columns
@@ -219,7 +220,6 @@ def test_failures_of_another_processs_shards_count_before_sealing(tmp_path: Path
             (tmp_path / "cache" / "manifest.json").unlink()
         return encode_shards(*arguments, **keywords)
 
-    encode_shards = pipeline.encode_shards
     monkeypatch.setattr("stage1_teacher.answers.encode_shards", raced)
     with pytest.raises(DataError, match="3 of 12 samples cannot be used"):
         build_cache(tmp_path / "cache", max_failed_share=0.1, **options)

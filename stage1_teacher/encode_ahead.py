@@ -3,13 +3,20 @@
 A thread would do for the work, but not for the teacher: whoever runs Python holds the interpreter's lock, and the
 thread that drives the teacher needs it back after each of its operations. Encoding in a thread was seen to cost the
 built-in teacher more time than encoding takes, and a GPU waits for its next kernel in the same way.
+
+Each process writes to a pipe of its own, which breaks when either side dies. A queue that processes share (torch's
+DataLoader, Python's executors) waits for ever for the rest of what a killed process was writing.
 """
 
+import multiprocessing
+import os
+import signal
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkProcess
 
-from torch.utils.data import DataLoader
-from torch.utils.data import Dataset as TorchDataset
+import torch
 
 from common.errors import DistillError, ProcessFailedError, SampleError
 from common.manifest import Plan
@@ -24,7 +31,7 @@ Made = EncodedSample | DistillError | OSError
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class _Samples(TorchDataset[Made]):
+class _Samples:
     """Encoded samples by position; what went wrong is an item too, so that it crosses processes as it is."""
 
     dataset: Dataset
@@ -75,32 +82,59 @@ def encode_shards(
 
 def _encode(samples: _Samples, ranges: Sequence[range], workers: int) -> Generator[Made]:
     """All samples of some ranges, in order."""
+    chunks = [
+        positions[start : start + CHUNK] for positions in ranges for start in range(0, len(positions), CHUNK)
+    ]
     if not workers:
-        for positions in ranges:
+        for positions in chunks:
             yield from map(samples.__getitem__, positions)
         return
-    chunks = [
-        list(positions[start : start + CHUNK])
-        for positions in ranges
-        for start in range(0, len(positions), CHUNK)
-    ]
-    largest = -(-max(map(len, ranges)) // CHUNK)
-    loader = DataLoader(
-        samples,
-        batch_sampler=chunks,
-        num_workers=workers,
-        prefetch_factor=max(2, -(-largest // workers)),  # all processes together: a shard
-        collate_fn=list,
-        multiprocessing_context="fork",  # at once, and nothing has to be pickled; no process touches a GPU
-    )
+    fork = multiprocessing.get_context("fork")  # at once, and nothing is pickled; no process touches a GPU
+    processes: list[ForkProcess] = []
+    connections: list[Connection] = []
     try:
-        for chunk in loader:
-            yield from chunk
-    except RuntimeError as error:
-        if "DataLoader worker (pid" not in str(error):  # raised in a process, not about one
-            raise
+        for first in range(min(workers, len(chunks))):
+            here, there = fork.Pipe(duplex=False)
+            connections.append(here)
+            arguments = (samples, chunks[first::workers], there, tuple(connections))
+            processes.append(fork.Process(target=_send_chunks, args=arguments, daemon=True))
+            processes[-1].start()
+            there.close()
+        for number in range(len(chunks)):
+            yield from _receive(processes[number % workers], connections[number % workers])
+    finally:
+        for process, connection in zip(processes, connections, strict=False):
+            process.terminate()
+            process.join()
+            connection.close()
+
+
+def _send_chunks(
+    samples: _Samples, chunks: Sequence[range], there: Connection, others: Sequence[Connection]
+) -> None:
+    """Encode chunks and hand them over; a full pipe holds this process up."""
+    # The parent stops this process, also when it is told to stop itself.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    torch.set_num_threads(1)
+    for connection in others:  # else no pipe would break when the parent is gone
+        connection.close()
+    try:
+        for positions in chunks:
+            there.send([samples[position] for position in positions])
+    except BrokenPipeError:
+        os._exit(1)
+
+
+def _receive(process: ForkProcess, connection: Connection) -> list[Made]:
+    try:
+        made: list[Made] = connection.recv()
+    except (EOFError, OSError) as error:
+        process.join()
+        code = process.exitcode or 0
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         raise ProcessFailedError(
-            f"a process that reads and encodes the data ended: {error}. If nobody stopped it, memory ran out: use fewer "
-            "of them, make teacher-cache CACHE_SET=num_workers=1 (0: none), with otherwise the same options; finished "
-            "shards are kept"
+            f"a process that reads and encodes the data {how}. If nobody stopped it, memory ran out: use fewer of them, "
+            "make teacher-cache CACHE_SET=num_workers=1 (0: none) with otherwise the same options; finished shards are kept"
         ) from error
+    return made

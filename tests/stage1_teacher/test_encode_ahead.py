@@ -1,6 +1,9 @@
 import multiprocessing
 import os
 import signal
+import struct
+import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -45,14 +48,19 @@ def test_an_error_of_the_data_set_is_raised_as_it_is_and_no_process_stays(proces
     assert not multiprocessing.active_children()
 
 
-def test_a_process_that_is_killed_is_an_error_with_a_remedy():
+def test_a_process_that_is_killed_while_it_hands_over_is_an_error_with_a_remedy():
     parent = os.getpid()
+
+    def send_half(connection, message):
+        os.write(connection.fileno(), struct.pack("!i", len(message)) + bytes(message[: len(message) // 2]))
+        os.kill(os.getpid(), signal.SIGKILL)
 
     def encoder(sample):
         assert os.getpid() != parent
-        os.kill(os.getpid(), signal.SIGKILL)
+        Connection._send_bytes = send_half
+        return sample
 
-    with pytest.raises(ProcessFailedError, match=r"num_workers=1"):
+    with pytest.raises(ProcessFailedError, match=r"SIGKILL.*num_workers=1"):
         next(encode_shards(range(3), encoder, THREES, [0], workers=1))
     assert not multiprocessing.active_children()
 
@@ -66,10 +74,36 @@ def test_processes_encode_beside_a_gpu_and_for_large_data_sets():
     assert encoding_processes(10**3, cpu, 1) == len(os.sched_getaffinity(0))
 
 
-def test_a_fault_in_a_process_is_not_taken_for_its_end():
+def test_a_fault_in_a_process_ends_the_build(capfd):
     def encoder(sample):
         raise RuntimeError("a fault")
 
-    with pytest.raises(RuntimeError, match=r"a fault") as caught:
+    with pytest.raises(ProcessFailedError, match=r"exit code 1"):
         next(encode_shards(range(3), encoder, THREES, [0], workers=1))
-    assert not isinstance(caught.value, ProcessFailedError)
+    assert "RuntimeError: a fault" in capfd.readouterr().err
+
+
+def test_no_process_stays_when_the_one_that_encodes_for_is_killed(tmp_path: Path):
+    """SIGKILL leaves no time to stop anybody; processes find their pipe broken."""
+
+    def encoder(sample):
+        (tmp_path / f"{os.getpid()}").touch()
+        return b"x" * 10**6
+
+    reader = multiprocessing.get_context("fork").Process(
+        target=lambda: (
+            next(encode_shards(range(10**4), encoder, THREES, range(10**3), workers=2)) and time.sleep(60)
+        )
+    )
+    reader.start()
+    wait_for(lambda: len(list(tmp_path.iterdir())) == 2)
+    reader.kill()
+    reader.join()
+    wait_for(lambda: not any(Path("/proc", place.name).exists() for place in tmp_path.iterdir()))
+
+
+def wait_for(condition):
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)

@@ -30,7 +30,6 @@ CACHES = {
 }
 RESULTS = ROOT / "results.jsonl"
 STORED = Path(__file__).parent / "results" / "experiment.json"
-PARTIAL = STORED.with_name("experiment_partial.jsonl")  # finished jobs of a run that is not
 DATA = "shapes"
 RATIO_PAIRS, RATIO_STEPS = 5, 40
 ITEMS = 100  # held-out items of each kind
@@ -151,13 +150,14 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2)))
     parser.add_argument("--seeds", type=int, default=len(SEEDS), help="Only the first so many seeds.")
     parser.add_argument("--part", choices=PARTS, action="append", help="Only these jobs (default: all).")
-    parser.add_argument("--go-on", action="store_true", help="Start from the stored partial results.")
+    parser.add_argument("--go-on", action="store_true", help="Add to the stored results.")
     arguments = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     build_caches()
     teacher = score_teacher()
     if arguments.go_on and not RESULTS.exists():
-        RESULTS.write_bytes(PARTIAL.read_bytes())
+        stored = json.loads(STORED.read_text())["results"]
+        RESULTS.write_text("".join(json.dumps(result) + "\n" for result in stored))
     results = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.is_file() else []
     done = {(r["arm"], r["tokens"], r["steps"], r["seed"]) for r in results}
     wanted = [
@@ -179,8 +179,7 @@ def main() -> None:
             sys.stdout.flush()
     ordered = in_order(results)
     ratio = time_online()
-    stored = {"teacher": teacher, "online": ratio, "results": ordered}
-    STORED.write_text(json.dumps(stored, indent=1) + "\n")
+    STORED.write_text(json.dumps({"teacher": teacher, "online": ratio, "results": ordered}, indent=1) + "\n")
     sys.stdout.write(tables(ordered, teacher) + "\n\n")
     sys.stdout.write(
         f"A step with the teacher in the loop takes {ratio['ratio']} times the cached one ({ratio['lowest']} to "

@@ -1,5 +1,6 @@
 """What `make bench` does with its measurements: medians, tables, comparisons; and that README quotes the stored ones."""
 
+import json
 from functools import partial
 
 import pytest
@@ -29,6 +30,7 @@ from tests.benchmarks.bench_results import (
     write_results,
 )
 from tests.benchmarks.bench_training import in_turn, step_ratio, waiting_share
+from tests.benchmarks.experiment_tables import tables
 
 MACHINE = {"processor": "abacus", "cores": 2, "threads": 1, "torch": "9.0"}
 
@@ -192,6 +194,14 @@ def test_a_readme_without_its_marks_is_refused():
 
 def test_the_table_in_the_readme_is_that_of_the_stored_results():
     assert table_in(README.read_text()) == readme_table(read_results(STORED))
+
+
+@pytest.mark.parametrize("name", ["experiment", "experiment_earlier"])
+def test_the_tables_of_the_experiment_in_the_readme_are_those_of_the_stored_results(name):
+    stored = json.loads(STORED.with_name(f"{name}.json").read_text())
+    rows = [line for line in tables(stored["results"], stored["teacher"]).splitlines() if line.startswith("| ")]
+    assert len(rows) > 10
+    assert set(rows) <= set(README.read_text().splitlines())
 
 
 @pytest.mark.parametrize("quote", QUOTES, ids=lambda quote: quote.text)

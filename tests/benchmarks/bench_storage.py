@@ -32,7 +32,6 @@ def build_builtin_cache(folder: Path, *, limit: int = 0) -> tuple[Values, Path]:
     return {
         "stored bytes / row": totals["bytes"] / totals["rows"],
         "stored bytes / sample": totals["bytes"] / totals["samples"],
-        "stage one, built-in teacher, samples/s": summary.samples / summary.seconds,
     }, cache
 
 

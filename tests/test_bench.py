@@ -199,7 +199,9 @@ def test_the_table_in_the_readme_is_that_of_the_stored_results():
 @pytest.mark.parametrize("name", ["experiment", "experiment_earlier"])
 def test_the_tables_of_the_experiment_in_the_readme_are_those_of_the_stored_results(name):
     stored = json.loads(STORED.with_name(f"{name}.json").read_text())
-    rows = [line for line in tables(stored["results"], stored["teacher"]).splitlines() if line.startswith("| ")]
+    rows = [
+        line for line in tables(stored["results"], stored["teacher"]).splitlines() if line.startswith("| ")
+    ]
     assert len(rows) > 10
     assert set(rows) <= set(README.read_text().splitlines())
 

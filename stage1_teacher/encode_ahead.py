@@ -85,7 +85,7 @@ def _encode(samples: _Samples, ranges: Sequence[range], workers: int) -> Generat
     chunks = [
         positions[start : start + CHUNK] for positions in ranges for start in range(0, len(positions), CHUNK)
     ]
-    if not workers:
+    if not workers or multiprocessing.current_process().daemon:  # which may have no processes of its own
         for positions in chunks:
             yield from map(samples.__getitem__, positions)
         return
@@ -97,8 +97,9 @@ def _encode(samples: _Samples, ranges: Sequence[range], workers: int) -> Generat
             here, there = fork.Pipe(duplex=False)
             connections.append(here)
             arguments = (samples, chunks[first::workers], there, tuple(connections))
-            processes.append(fork.Process(target=_send_chunks, args=arguments, daemon=True))
-            processes[-1].start()
+            process = fork.Process(target=_send_chunks, args=arguments, daemon=True)
+            process.start()
+            processes.append(process)
             there.close()
         for number in range(len(chunks)):
             yield from _receive(processes[number % workers], connections[number % workers])

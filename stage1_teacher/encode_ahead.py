@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkProcess
@@ -77,7 +78,9 @@ def encode_shards(
     try:
         yield from run_ahead(assemble, todo, count=SHARDS_AHEAD, name="encode")
     finally:
-        made.close()  # ends the processes
+        # Still at work after a second Ctrl-C, which waits for no thread: processes then end with this one.
+        with suppress(ValueError):
+            made.close()  # ends the processes
 
 
 def _encode(samples: _Samples, ranges: Sequence[range], workers: int) -> Generator[Made]:

@@ -1,6 +1,8 @@
 """What SIGTERM and Ctrl-C do: everything that was started is stopped, and temporary files go."""
 
 import logging
+import multiprocessing
+import os
 import signal
 import subprocess
 import threading
@@ -51,7 +53,19 @@ def run_command(command: Sequence[str], environment: Mapping[str, str]) -> int:
     with subprocess.Popen(command, env=environment) as process:
         try:
             return process.wait()
-        except BaseException:
-            process.terminate()  # torch's launcher then stops its processes
-            process.wait()
-            raise
+        finally:
+            if process.poll() is None:
+                process.terminate()  # torch's launcher then stops its processes
+                process.wait()
+
+
+def end_with_parent() -> None:
+    """End this process of multiprocessing when its parent is gone, however it went: an orphan keeps GPU and locks."""
+    threading.Thread(target=_end_with_parent, name="end-with-parent", daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

@@ -45,13 +45,14 @@ class MessagesDataset:
         """The sample at ``index``.
 
         Raises:
+            DataError: The file was changed meanwhile.
             SampleError: Its messages or images cannot be understood.
         """
         sample_id = self.sample_ids[index]
         # Opened per sample: a shared handle would share its position between forked workers.
         with self._path.open("rb") as file:
             file.seek(self._offsets[index])
-            record = json.loads(file.readline())
+            record = _parse_line(file.readline(), f"{self._path} has changed, sample {sample_id!r}")
         try:
             turns, inline = parse_record(record)
             images = find_images(_named_images(record, inline), self._images)

@@ -11,8 +11,8 @@ DataLoader, Python's executors) waits for ever for the rest of what a killed pro
 import multiprocessing
 import os
 import signal
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import suppress
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkProcess
@@ -21,12 +21,15 @@ import torch
 
 from common.errors import DistillError, ProcessFailedError, SampleError
 from common.manifest import Plan
+from common.stopping import end_with_parent
 from data.encoding import EncodedSample, SampleEncoder
 from data.sample import Dataset
 from stage1_teacher.pipeline import EncodedShard, run_ahead
 
 SHARDS_AHEAD = 1
 CHUNK = 16  # samples that a process hands over at a time
+FEW_SAMPLES = 512  # for fewer no process is worth its start
+_forking = threading.Lock()  # a process forked meanwhile would hold the pipe of another one open
 
 Made = EncodedSample | DistillError | OSError
 
@@ -45,10 +48,27 @@ class _Samples:
             return error
 
 
+def count_workers(wanted: int, device: torch.device, samples: int) -> int:
+    """How many processes read and encode ahead of a teacher; 0: a thread does.
+
+    A picture of 640 x 480 pixels takes one process about 20 ms, a teacher on a GPU takes a sample in less.
+
+    Args:
+        wanted: The number, of which there are no more than cores; or -1 for an automatic one.
+        device: The teacher's; on a CPU its arithmetic has all cores but one.
+        samples: Of the data set.
+    """
+    if multiprocessing.current_process().daemon:  # may have no processes of its own
+        return 0
+    if wanted < 0:
+        wanted = 0 if samples < FEW_SAMPLES else 4 if device.type == "cuda" else 1
+    return min(wanted, len(os.sched_getaffinity(0)))
+
+
 def encode_shards(
     dataset: Dataset, encoder: SampleEncoder, plan: Plan, todo: Sequence[int], *, workers: int
 ) -> Iterator[EncodedShard]:
-    """Encode shards ahead of the consumer.
+    """Encode shards ahead of the consumer; what is being encoded is dropped when the consumer stops.
 
     Args:
         dataset: The data.
@@ -60,85 +80,110 @@ def encode_shards(
     Raises:
         DistillError: What the data set raised; or `ProcessFailedError`, if a process was killed.
     """
-    ranges = [plan.shard_range(index) for index in todo]
-    made = _encode(_Samples(dataset=dataset, encoder=encoder), ranges, workers)
+    samples = _Samples(dataset=dataset, encoder=encoder)
+    chunks = [
+        positions[start : start + CHUNK]
+        for positions in map(plan.shard_range, todo)
+        for start in range(0, len(positions), CHUNK)
+    ]
+    processes = _Processes(samples, chunks, min(workers, len(chunks)))
+    stopped = threading.Event()
+
+    def encode() -> Iterator[Made]:
+        for number, positions in enumerate(chunks):
+            for made in processes.receive(number) if workers else map(samples.__getitem__, positions):
+                if stopped.is_set():
+                    raise ProcessFailedError("encoding was stopped")
+                yield made
+
+    encoded = encode()
 
     def assemble(index: int) -> EncodedShard:
         shard = EncodedShard(index=index)
-        for position in plan.shard_range(index):
-            sample = next(made)
-            if isinstance(sample, EncodedSample):
-                shard.samples.append(sample)
-            elif isinstance(sample, SampleError):
-                shard.fail(dataset.sample_ids[position], str(sample))
+        # The positions end first, so that nothing of the next shard is taken.
+        for position, made in zip(plan.shard_range(index), encoded, strict=False):
+            if isinstance(made, EncodedSample):
+                shard.samples.append(made)
+            elif isinstance(made, SampleError):
+                shard.fail(dataset.sample_ids[position], str(made))
             else:
-                raise sample
+                raise made
         return shard
 
+    def stop() -> None:
+        stopped.set()
+        processes.kill()
+
     try:
-        yield from run_ahead(assemble, todo, count=SHARDS_AHEAD, name="encode")
+        processes.start()
+        yield from run_ahead(assemble, todo, count=SHARDS_AHEAD, name="encode", stop=stop)
     finally:
-        # Still at work after a second Ctrl-C, which waits for no thread: processes then end with this one.
-        with suppress(ValueError):
-            made.close()  # ends the processes
+        processes.kill()
+        processes.close()
 
 
-def _encode(samples: _Samples, ranges: Sequence[range], workers: int) -> Generator[Made]:
-    """All samples of some ranges, in order."""
-    chunks = [
-        positions[start : start + CHUNK] for positions in ranges for start in range(0, len(positions), CHUNK)
-    ]
-    if not workers or multiprocessing.current_process().daemon:  # which may have no processes of its own
-        for positions in chunks:
-            yield from map(samples.__getitem__, positions)
-        return
-    fork = multiprocessing.get_context("fork")  # at once, and nothing is pickled; no process touches a GPU
-    processes: list[ForkProcess] = []
-    connections: list[Connection] = []
-    try:
-        for first in range(min(workers, len(chunks))):
-            here, there = fork.Pipe(duplex=False)
-            connections.append(here)
-            arguments = (samples, chunks[first::workers], there, tuple(connections))
-            process = fork.Process(target=_send_chunks, args=arguments, daemon=True)
-            process.start()
-            processes.append(process)
-            there.close()
-        for number in range(len(chunks)):
-            yield from _receive(processes[number % workers], connections[number % workers])
-    finally:
-        for process, connection in zip(processes, connections, strict=False):
-            process.terminate()
+class _Processes:
+    """Processes that take chunks in turn, and hand them over by a pipe each."""
+
+    def __init__(self, samples: _Samples, chunks: Sequence[range], count: int) -> None:
+        self._samples, self._chunks, self._count = samples, chunks, count
+        self._running: list[tuple[ForkProcess, Connection]] = []
+
+    def start(self) -> None:
+        """Start them; those that did start before an error are running."""
+        fork = multiprocessing.get_context(
+            "fork"
+        )  # at once, and nothing is pickled; no process touches a GPU
+        for first in range(self._count):
+            with _forking:
+                here, there = fork.Pipe(duplex=False)
+                with there:
+                    arguments = (self._samples, self._chunks[first :: self._count], there)
+                    process = fork.Process(target=_send_chunks, args=arguments, daemon=True)
+                    process.start()
+            self._running.append((process, here))
+
+    def receive(self, number: int) -> list[Made]:
+        """Wait for a chunk; they are to be asked for in order.
+
+        Raises:
+            ProcessFailedError: If its process has ended.
+        """
+        process, connection = self._running[number % self._count]
+        try:
+            made: list[Made] = connection.recv()
+        except (EOFError, OSError) as error:
+            process.join()
+            code = process.exitcode or 0
+            how = f"ended with exit code {code}; what it printed is above. Mend that, then run the same command again"
+            if code < 0:
+                how = (
+                    f"was killed by {signal.Signals(-code).name}. If nobody did that, memory ran out: use fewer of them, "
+                    "make teacher-cache CACHE_SET=num_workers=1 (0: none) with otherwise the same options"
+                )
+            raise ProcessFailedError(
+                f"a process that reads and encodes the data {how}; finished shards are kept"
+            ) from error
+        return made
+
+    def kill(self) -> None:
+        """End them at once, those that hang too; they hold nothing that has to be put away."""
+        for process, _ in self._running:
+            process.kill()
+
+    def close(self) -> None:
+        """Wait for their end."""
+        for process, connection in self._running:
             process.join()
             connection.close()
 
 
-def _send_chunks(
-    samples: _Samples, chunks: Sequence[range], there: Connection, others: Sequence[Connection]
-) -> None:
+def _send_chunks(samples: _Samples, chunks: Sequence[range], there: Connection) -> None:
     """Encode chunks and hand them over; a full pipe holds this process up."""
+    end_with_parent()
     # The parent stops this process, also when it is told to stop itself.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)
-    for connection in others:  # else no pipe would break when the parent is gone
-        connection.close()
-    try:
-        for positions in chunks:
-            there.send([samples[position] for position in positions])
-    except BrokenPipeError:
-        os._exit(1)
-
-
-def _receive(process: ForkProcess, connection: Connection) -> list[Made]:
-    try:
-        made: list[Made] = connection.recv()
-    except (EOFError, OSError) as error:
-        process.join()
-        code = process.exitcode or 0
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        raise ProcessFailedError(
-            f"a process that reads and encodes the data {how}. If nobody stopped it, memory ran out: use fewer of them, "
-            "make teacher-cache CACHE_SET=num_workers=1 (0: none) with otherwise the same options; finished shards are kept"
-        ) from error
-    return made
+    for positions in chunks:
+        there.send([samples[position] for position in positions])

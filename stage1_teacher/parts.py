@@ -26,6 +26,7 @@ from typing import NoReturn
 
 from common.errors import ConfigError, DistillError, ProcessFailedError
 from common.plan import THREADS
+from common.stopping import end_with_parent
 from stage1_teacher.cache_folder import explain_disk_errors, stored_plan
 from stage1_teacher.config import BuildConfig
 
@@ -261,7 +262,7 @@ def _process(
     target: Callable[[BuildConfig, Part], None], config: BuildConfig, part: Part, connection: Connection
 ) -> None:
     """Run one part in this process, and tell the parent what went wrong."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     logging.basicConfig(
         level=logging.ERROR, format=f"part {part}: %(message)s"
     )  # the parent gives the warnings
@@ -280,11 +281,3 @@ def _process(
         return
     connection.close()
     raise SystemExit(1)
-
-
-def _end_with_parent() -> None:
-    """End this process when its parent is gone, however it went: an orphan would keep its GPU."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)

@@ -91,7 +91,14 @@ class FailureBudget:
         self.first += failures[: SHOWN_FAILURES - len(self.first)]
 
 
-def run_ahead(function: Callable[[In], Out], items: Iterable[In], *, count: int, name: str) -> Iterator[Out]:
+def run_ahead(
+    function: Callable[[In], Out],
+    items: Iterable[In],
+    *,
+    count: int,
+    name: str,
+    stop: Callable[[], None] = lambda: None,
+) -> Iterator[Out]:
     """Results of a function in the order of its arguments, computed by a background thread.
 
     Args:
@@ -99,6 +106,7 @@ def run_ahead(function: Callable[[In], Out], items: Iterable[In], *, count: int,
         items: Taken as they are needed.
         count: Results that may be ready, or in the making, before they are asked for.
         name: Of the thread.
+        stop: Called at the end, whatever the reason, before a result that is still in the making is waited for.
     """
     with ThreadPoolExecutor(1, thread_name_prefix=name) as pool:
         pending: deque[Future[Out]] = deque()
@@ -112,6 +120,7 @@ def run_ahead(function: Callable[[In], Out], items: Iterable[In], *, count: int,
         finally:
             for future in pending:
                 future.cancel()
+            stop()
 
 
 class Writer:

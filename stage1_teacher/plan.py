@@ -21,10 +21,10 @@ from data.grouping import GroupedByImage, group_by_image
 from data.registry import open_dataset
 from data.sample import Dataset
 from data.templates import get_template
-from data.threads import encoding_processes
 from stage1_teacher.batch_size import automatic_batch_size
 from stage1_teacher.cache_folder import stored_plan
 from stage1_teacher.config import BuildConfig
+from stage1_teacher.encode_ahead import count_workers
 from stage1_teacher.family_limits import missing_projector, refuse_packing, refuse_signals
 from stage1_teacher.signals import build_codecs
 from stage1_teacher.teacher import Teacher, TeacherOutput
@@ -116,7 +116,7 @@ def open_build(config: BuildConfig) -> Build:
         codecs=codecs,
         groups=teacher.groups(config.groups, config.layers),
         plan=make_plan(config, dataset=dataset, teacher=teacher, encoder=encoder, codecs=codecs),
-        workers=encoding_processes(config.num_workers, teacher.device, len(dataset)),
+        workers=count_workers(config.num_workers, teacher.device, len(dataset)),
     )
     if config.batch_size:
         return work

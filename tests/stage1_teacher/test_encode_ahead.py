@@ -1,7 +1,10 @@
+import dataclasses
+import errno
 import multiprocessing
 import os
 import signal
 import struct
+import threading
 import time
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -12,8 +15,8 @@ import torch
 
 from common.cache import open_cache
 from common.errors import DataError, ProcessFailedError
-from data.threads import FEW_SAMPLES, encoding_processes
-from stage1_teacher.encode_ahead import encode_shards
+from data.encoding import EncodedSample
+from stage1_teacher.encode_ahead import FEW_SAMPLES, count_workers, encode_shards
 from tests.stage1_teacher.test_extract import tree, write_llava_json
 
 THREES = SimpleNamespace(shard_range=lambda index: range(3 * index, 3 * index + 3))
@@ -67,11 +70,11 @@ def test_a_process_that_is_killed_while_it_hands_over_is_an_error_with_a_remedy(
 
 def test_processes_encode_beside_a_gpu_and_for_large_data_sets():
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert encoding_processes(-1, cpu, FEW_SAMPLES) == 1
-    assert encoding_processes(-1, cuda, FEW_SAMPLES) == min(4, len(os.sched_getaffinity(0)))
-    assert encoding_processes(-1, cuda, FEW_SAMPLES - 1) == 0
-    assert encoding_processes(0, cuda, 10**6) == 0
-    assert encoding_processes(10**3, cpu, 1) == len(os.sched_getaffinity(0))
+    assert count_workers(-1, cpu, FEW_SAMPLES) == 1
+    assert count_workers(-1, cuda, FEW_SAMPLES) == min(4, len(os.sched_getaffinity(0)))
+    assert count_workers(-1, cuda, FEW_SAMPLES - 1) == 0
+    assert count_workers(0, cuda, 10**6) == 0
+    assert count_workers(10**3, cpu, 1) == len(os.sched_getaffinity(0))
 
 
 def test_a_fault_in_a_process_ends_the_build(capfd):
@@ -83,27 +86,101 @@ def test_a_fault_in_a_process_ends_the_build(capfd):
     assert "RuntimeError: a fault" in capfd.readouterr().err
 
 
-def test_no_process_stays_when_the_one_that_encodes_for_is_killed(tmp_path: Path):
-    """SIGKILL leaves no time to stop anybody; processes find their pipe broken."""
+def forked(work, **options):
+    """Run something in a process of its own; started, but not waited for."""
+    process = multiprocessing.get_context("fork").Process(target=work, **options)
+    process.start()
+    return process
+
+
+def test_no_process_stays_when_the_one_it_encodes_for_is_killed(tmp_path: Path):
+    """SIGKILL leaves no time to stop anybody, and whoever encodes a slow sample sends nothing for long."""
 
     def encoder(sample):
         (tmp_path / f"{os.getpid()}").touch()
-        return b"x" * 10**6
+        time.sleep(600)
 
-    reader = multiprocessing.get_context("fork").Process(
-        target=lambda: (
-            next(encode_shards(range(10**4), encoder, THREES, range(10**3), workers=2)) and time.sleep(60)
-        )
-    )
-    reader.start()
-    wait_for(lambda: len(list(tmp_path.iterdir())) == 2)
+    reader = forked(lambda: next(encode_shards(range(300), encoder, THREES, range(100), workers=2)))
+    assert wait_for(lambda: len(list(tmp_path.iterdir())) == 2)
     reader.kill()
     reader.join()
-    wait_for(lambda: not any(Path("/proc", place.name).exists() for place in tmp_path.iterdir()))
+    assert wait_for(lambda: not any(Path("/proc", place.name).exists() for place in tmp_path.iterdir()))
+
+
+@pytest.mark.parametrize("how", ["hangs", "is stopped"])
+def test_a_consumer_that_stops_waits_for_no_process(tmp_path: Path, encoded_as_is, how: str):
+    def encoder(sample):
+        if sample >= 32:  # the next chunk
+            (tmp_path / f"{os.getpid()}").touch()
+            os.kill(os.getpid(), signal.SIGSTOP) if how == "is stopped" else time.sleep(600)
+        return encoded_as_is(sample)
+
+    plan = SimpleNamespace(shard_range=lambda index: range(32 * index, 32 * index + 32))
+    shards = encode_shards(range(320), encoder, plan, range(10), workers=2)
+    assert len(next(shards).samples) == 32
+    assert wait_for(lambda: len(list(tmp_path.iterdir())) == 2)
+    shards.close()
+    assert not multiprocessing.active_children()
+
+
+def test_a_consumer_that_stops_waits_for_one_sample_of_a_thread(encoded_as_is):
+    seen, working, released = [], threading.Event(), threading.Event()
+
+    def encoder(sample):
+        seen.append(sample)
+        if sample == 40:
+            working.set()
+            released.wait(60)
+        return encoded_as_is(sample)
+
+    plan = SimpleNamespace(shard_range=lambda index: range(32 * index, 32 * index + 32))
+    shards = encode_shards(range(320), encoder, plan, range(10), workers=0)
+    next(shards)
+    assert working.wait(60)
+    threading.Timer(0.5, released.set).start()
+    shards.close()
+    assert seen == list(range(41))
+
+
+def test_an_error_while_processes_are_started_is_told_and_those_that_run_are_ended(monkeypatch):
+    fork, started = os.fork, []
+
+    def forks_once():
+        started.append(True)
+        if len(started) > 1:
+            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+        return fork()
+
+    monkeypatch.setattr(os, "fork", forks_once)
+    with pytest.raises(OSError, match=r"Cannot allocate memory"):
+        next(
+            encode_shards(
+                range(300), str, SimpleNamespace(shard_range=lambda index: range(32)), [0], workers=2
+            )
+        )
+    assert not multiprocessing.active_children()
+
+
+def test_a_daemon_has_no_processes():
+    daemon = forked(lambda: os._exit(40 + count_workers(2, torch.device("cpu"), 10**6)), daemon=True)
+    daemon.join()
+    assert daemon.exitcode == 40
+
+
+@pytest.fixture
+def encoded_as_is():
+    """An encoded sample that says which one it is."""
+
+    def encode(sample: int) -> EncodedSample:
+        nothing = dict.fromkeys(field.name for field in dataclasses.fields(EncodedSample))
+        return EncodedSample(**nothing | {"sample_id": str(sample)})
+
+    return encode
 
 
 def wait_for(condition):
+    """Whether something comes true within a minute."""
     end = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < end
+    while not condition() and time.monotonic() < end:
         time.sleep(0.05)
+    return condition()

@@ -25,7 +25,7 @@ def test_sigterm_unwinds_with_143_and_the_handler_is_put_back():
 
 
 def test_a_command_ends_with_the_process_that_waits_for_it(tmp_path: Path, monkeypatch):
-    code = "open('pid', 'w').write(str(os.getpid())); os.kill(os.getppid(), signal.SIGTERM); time.sleep(60)"
+    code = "open('pid', 'w').write(str(os.getpid())); os.kill(os.getppid(), signal.SIGTERM); time.sleep(20); open('late', 'w')"
 
     def work():
         with stopped_by_sigterm():
@@ -37,6 +37,7 @@ def test_a_command_ends_with_the_process_that_waits_for_it(tmp_path: Path, monke
     child = int((tmp_path / "pid").read_text())
     with pytest.raises(ProcessLookupError):
         os.kill(child, 0)
+    assert not (tmp_path / "late").exists()  # it was ended, not waited for
 
 
 def test_a_commands_exit_code_and_environment():

@@ -7,7 +7,8 @@ are ready when `forward` returns, and only scales them.
 
 That is why the weights of the two losses are arguments and only their sum has a graph. Were both differentiable,
 `backward` alone would know their weights: it would have to keep two gradients of every tensor, or project and
-exponentiate all rows again. So there are three matrix products, as many as without fusing, and one pass.
+exponentiate all rows again. So there are three matrix products, as many as without fusing, and one pass; four in half
+precision with more than one chunk and a trained weight (see `fused_chunks`).
 
 Dims: A supervised rows, C rows of a chunk, D width, V student vocabulary, K kept entries.
 """
@@ -26,9 +27,9 @@ from stage2_student.fused_chunks import ChunkSettings, all_chunks, buffer_bytes
 from stage2_student.logit_losses import TeacherRows, teacher_rows
 from stage2_student.terms import LogitKind
 
-CHUNK_BYTES = {"cpu": 2**27, "cuda": 2**29}
-"""Of all buffers of a chunk, by kind of device. The weight's gradient is read and written once a chunk: the faster
-arithmetic is against memory, the more rows pay for that."""
+CHUNK_BYTES = {"cpu": 2**27, "cuda": 2**28}
+"""Of all buffers of a chunk, by kind of device. In float32 the weight's gradient is read and written once a chunk: the
+faster arithmetic is against memory, the more rows pay for that."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,11 +1,14 @@
 """What the fused loss does with a few rows: project, exponentiate once, turn logits into gradients, multiply these in.
 
-All chunks work in the same buffers. What stays is a gradient of each hidden state, and sums of the gradients
-of weight and bias.
+All chunks work in the same buffers. What stays is a gradient of each hidden state, and the gradients of weight and
+bias. In float32 the weight's is a sum over chunks. In a dtype of half precision such a sum, in float32, would be twice
+as large as the gradient itself: if there are several chunks, a second pass goes over blocks of the vocabulary, with the
+logits of all rows projected once more, and each block of the gradient is one product over all rows, rounded once.
 
-Dims: A supervised rows, C rows of a chunk, D width, V student vocabulary, K kept entries.
+Dims: A supervised rows, C rows of a chunk, B tokens of a block, D width, V student vocabulary, K kept entries.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,9 +17,6 @@ from torch import Tensor
 
 from stage2_student.logit_losses import StudentRows, TeacherRows, diverge
 from stage2_student.terms import LogitKind
-
-PRODUCT_ELEMENTS = 2**22
-"""Of a product in half precision before it is added to the weight's gradient; 2-3 times faster than all at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,16 +84,21 @@ def all_chunks(
     gradients = _Gradients(hidden, weight, settings)
     projection = weight.to(settings.dtype)
     offset = None if bias is None else bias.to(settings.dtype)
-    buffers = _Buffers(settings, weight.shape[0], hidden.device)
+    buffers = _Buffers(settings, settings.chunk_rows, weight.shape[0], hidden.device)
+    slopes: list[tuple[RowSlopes, ...]] = []
     for start in range(0, len(hidden), settings.chunk_rows):
         part = slice(start, start + settings.chunk_rows)
         inputs = hidden[part].to(settings.dtype)  # [C, D]
         buffers.project(inputs, projection, offset)
-        buckets = None if teacher is None else _rows_of(teacher, part)
-        sums += torch.stack(buffers.losses(labels[part], buckets))
+        found, of_chunk = buffers.losses(labels[part], None if teacher is None else _rows_of(teacher, part))
+        sums += torch.stack(found)
         if any(settings.needs):
-            gradients.add(part, buffers.gradient(len(inputs)), inputs, projection)
-    del buffers  # the weight's gradient in a dtype of half precision comes beside the sum in float32
+            gradients.add(part, buffers.gradient(of_chunk), inputs, projection)
+            slopes.append(of_chunk)
+    del buffers
+    if gradients.by_blocks and slopes:
+        together = tuple(RowSlopes.cat(parts) for parts in zip(*slopes, strict=True))
+        gradients.add_blocks(hidden.to(settings.dtype), projection, offset, together, settings)
     return (sums[0], sums[1]), gradients.finished(weight, bias)
 
 
@@ -101,8 +106,57 @@ def _rows_of(teacher: TeacherRows, part: slice) -> TeacherRows:
     return TeacherRows(teacher.slots[part], teacher.log_probs[part], teacher.log_tail[part])
 
 
+@dataclass(frozen=True, kw_only=True)
+class RowSlopes:
+    """What turns exponentials of some rows' logits into the gradient of their losses at one temperature.
+
+    Attributes:
+        top: float32 `[C]`, what is taken from a logit before it is exponentiated.
+        factor: float32 `[C]`, of the exponentials outside `slots`.
+        slots: int64 `[C, K]`, listed tokens.
+        on_slots: float32 `[C, K]`, the gradient there.
+        labels: int64 `[C]`.
+        label_weight: What is taken off at the label.
+    """
+
+    top: Tensor
+    factor: Tensor
+    slots: Tensor
+    on_slots: Tensor
+    labels: Tensor
+    label_weight: float
+
+    @classmethod
+    def cat(cls, parts: Sequence["RowSlopes"]) -> "RowSlopes":
+        """Of all rows of some chunks."""
+
+        def join(name: str) -> Tensor:
+            return torch.cat([getattr(part, name) for part in parts])
+
+        tensors = {name: join(name) for name in ("top", "factor", "slots", "on_slots", "labels")}
+        return cls(**tensors, label_weight=parts[0].label_weight)
+
+    def turn(self, exponentials: Tensor, start: int = 0) -> None:
+        """Make exponentials of a block of the vocabulary the gradient, in place.
+
+        Args:
+            exponentials: float32 `[C, B + 1]` of tokens `start` to `start + B`; anything at `slots`, which are
+                written, and in the last column, where whatever lies outside the block goes.
+            start: The block's first token.
+        """
+        spare = exponentials.shape[1] - 1
+
+        def place(tokens: Tensor) -> Tensor:
+            inside = tokens - start
+            return torch.where((inside >= 0) & (inside < spare), inside, spare)
+
+        exponentials.mul_(self.factor[:, None]).scatter_(1, place(self.slots), self.on_slots)
+        off = torch.full_like(self.top, -self.label_weight)
+        exponentials.scatter_add_(1, place(self.labels)[:, None], off[:, None])
+
+
 class _Gradients:
-    """Gradients of the total, those by weight and bias summed over chunks in float32; None where not needed."""
+    """Gradients of the total; None where not needed."""
 
     def __init__(self, hidden: Tensor, weight: Tensor, settings: ChunkSettings) -> None:
         needs_hidden, self.needs_weight, needs_bias = settings.needs
@@ -111,6 +165,11 @@ class _Gradients:
         self.weight: Tensor | None = None
         self.bias = torch.zeros(weight.shape[0], device=device) if needs_bias else None
         self.is_one_chunk = len(hidden) <= settings.chunk_rows
+        self.by_blocks = (
+            self.needs_weight and not self.is_one_chunk and settings.dtype.itemsize < torch.float32.itemsize
+        )
+        if self.by_blocks:
+            self.weight = torch.empty_like(weight)
 
     def add(self, part: slice, logits: Tensor, inputs: Tensor, projection: Tensor) -> None:
         """Add a chunk, from its gradient by the logits, `[C, V]`."""
@@ -118,15 +177,32 @@ class _Gradients:
             self.hidden[part] = logits @ projection
         if self.bias is not None:
             self.bias += logits.sum(dim=0, dtype=torch.float32)
-        if not self.needs_weight:
+        if not self.needs_weight or self.by_blocks:
             return
-        if self.is_one_chunk:
+        if self.weight is None:
             self.weight = logits.t() @ inputs
-        elif self.weight is None:
-            self.weight = torch.empty(projection.shape, device=projection.device)
-            _add_product(self.weight, logits, inputs, is_first=True)
         else:
-            _add_product(self.weight, logits, inputs)
+            self.weight.addmm_(logits.t(), inputs)
+
+    def add_blocks(
+        self,
+        inputs: Tensor,
+        projection: Tensor,
+        offset: Tensor | None,
+        slopes: Sequence[RowSlopes],
+        settings: ChunkSettings,
+    ) -> None:
+        """The weight's gradient from all rows, `[A, D]`, a block of the vocabulary at a time."""
+        assert self.weight is not None
+        rows, vocabulary = len(inputs), len(projection)
+        blocks = max(1, math.ceil(rows / settings.chunk_rows))  # of as many logits as a chunk
+        tokens = math.ceil(vocabulary / blocks)
+        buffers = _Buffers(settings, rows, tokens, inputs.device)
+        for start in range(0, vocabulary, tokens):
+            block = slice(start, start + tokens)
+            buffers.project(inputs, projection[block], None if offset is None else offset[block])
+            buffers.exponentiate(slopes)
+            self.weight[block] = buffers.gradient(slopes, start).t() @ inputs
 
     def finished(
         self, weight: Tensor, bias: Tensor | None
@@ -139,46 +215,30 @@ class _Gradients:
         return self.hidden, of_weight, of_bias
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor, *, is_first: bool = False) -> None:
-    """Add `left.T @ right` to a float32 `[V, D]`, or write it there if it is the first.
-
-    A product in half precision comes in pieces, and is added while still in the processor's cache.
-    """
-    if left.dtype == total.dtype:
-        total.addmm_(left.t(), right, beta=0 if is_first else 1)
-        return
-    tokens = max(1, PRODUCT_ELEMENTS // total.shape[1])
-    for some, columns in zip(total.split(tokens), left.split(tokens, dim=1), strict=True):
-        product = columns.t() @ right
-        if is_first:
-            some.copy_(product)
-        else:
-            some.add_(product)
-
-
 class _Buffers:
-    """Memory that all chunks work in; the methods are called in their order, once a chunk."""
+    """Memory that all chunks, or all blocks, work in; the methods are called in their order, once for each."""
 
-    def __init__(self, settings: ChunkSettings, vocabulary: int, device: torch.device) -> None:
+    def __init__(self, settings: ChunkSettings, rows: int, tokens: int, device: torch.device) -> None:
         self.settings = settings
         self.learns = any(settings.needs)
-        rows = settings.chunk_rows
+        self.size = (rows, tokens)
 
         def make(wanted: bool) -> Tensor | None:
             # One column more, where entries without a token may be written.
-            return torch.empty(rows, vocabulary + 1, device=device) if wanted else None
+            return torch.empty(rows, tokens + 1, device=device) if wanted else None
 
-        self.logits = torch.empty(rows, vocabulary + 1, device=device)
+        self.logits = torch.empty(rows, tokens + 1, device=device)
         self.scaled = make(settings.temperature != 1.0)
         self.slope = make(settings.softcap is not None and self.learns)
         half = settings.dtype != torch.float32
-        self.products = torch.empty(rows, vocabulary, device=device, dtype=settings.dtype) if half else None
+        self.products = torch.empty(rows, tokens, device=device, dtype=settings.dtype) if half else None
 
     def project(self, inputs: Tensor, projection: Tensor, offset: Tensor | None) -> None:
-        """Write a chunk's logits in float32, and -inf in the last column."""
-        rows, settings = len(inputs), self.settings
-        tokens = self.logits[:rows, :-1]
-        out = tokens if self.products is None else self.products[:rows]
+        """Write logits in float32, `[C, V]` or `[A, B]`, and -inf in the column after them."""
+        settings = self.settings
+        rows, width = self.size = (len(inputs), len(projection))
+        tokens = self.logits[:rows, :width]
+        out = tokens if self.products is None else self.products[:rows, :width]
         if offset is None:
             torch.mm(inputs, projection.t(), out=out)
         else:
@@ -190,37 +250,69 @@ class _Buffers:
         if settings.softcap is not None:
             tokens.div_(settings.softcap).tanh_()
             if self.slope is not None:
-                torch.square(tokens, out=self.slope[:rows, :-1]).neg_().add_(1.0)
+                torch.square(tokens, out=self.slope[:rows, :width]).neg_().add_(1.0)
             tokens.mul_(settings.softcap)
-        self.logits[:rows, -1] = -torch.inf
+        self.logits[:rows, width] = -torch.inf
 
-    def losses(self, labels: Tensor, teacher: TeacherRows | None) -> tuple[Tensor, Tensor]:
-        """Sums of cross-entropy and divergence; the logits become the gradient of the total."""
+    def _at_temperatures(self) -> list[Tensor]:
+        """The logits, and beside them those divided by the temperature if it is another one than 1."""
+        rows, width = self.size
+        logits = self.logits[:rows, : width + 1]
+        if self.scaled is None:
+            return [logits]
+        return [logits, self.scaled[:rows, : width + 1]]
+
+    def _scale(self) -> list[Tensor]:
+        views = self._at_temperatures()
+        if len(views) == 2:
+            torch.div(views[0], self.settings.temperature, out=views[1])
+        return views
+
+    def losses(
+        self, labels: Tensor, teacher: TeacherRows | None
+    ) -> tuple[tuple[Tensor, Tensor], tuple[RowSlopes, ...]]:
+        """Sums of cross-entropy and divergence, and slopes by temperature; the logits become exponentials."""
         settings = self.settings
-        logits = self.logits[: len(labels)]
         lm_weight, divergence_weight = settings.lm_weight, settings.divergence_weight
 
-        def descend(rows: Tensor, buckets: TeacherRows | None, *weights: float) -> tuple[Tensor, Tensor]:
-            return losses_in_place(
-                rows, labels, buckets, kind=settings.kind, weights=weights, wants_gradient=self.learns
-            )
+        def descend(
+            rows: Tensor, buckets: TeacherRows | None, *weights: float
+        ) -> tuple[Tensor, Tensor, RowSlopes]:
+            return losses_in_place(rows, labels, buckets, kind=settings.kind, weights=weights)
 
         if teacher is None or self.scaled is None:
-            return descend(logits, teacher, lm_weight, divergence_weight)
+            lm, divergence, slopes = descend(
+                self._at_temperatures()[0], teacher, lm_weight, divergence_weight
+            )
+            return (lm, divergence), (slopes,)
         # At another temperature the two losses have different exponentials.
-        scaled = torch.div(logits, settings.temperature, out=self.scaled[: len(labels)])
-        lm, _ = descend(logits, None, lm_weight, 0.0)
-        _, divergence = descend(scaled, teacher, 0.0, divergence_weight)
-        if self.learns:
-            logits.add_(scaled, alpha=1.0 / settings.temperature)
-        return lm, divergence
+        logits, scaled = self._scale()
+        lm, _, of_lm = descend(logits, None, lm_weight, 0.0)
+        _, divergence, of_teacher = descend(scaled, teacher, 0.0, divergence_weight)
+        return (lm, divergence), (of_lm, of_teacher)
 
-    def gradient(self, rows: int) -> Tensor:
-        """What `losses` left, `[C, V]` in the dtype of the matrix products; before the factor of `logit_scale`."""
-        gradient = self.logits[:rows, :-1]
+    def exponentiate(self, slopes: Sequence[RowSlopes]) -> None:
+        """What `losses` does with the logits, given what it found."""
+        for logits, slope in zip(self._scale(), slopes, strict=False):
+            logits.sub_(slope.top[:, None]).exp_()
+
+    def gradient(self, slopes: Sequence[RowSlopes], start: int = 0) -> Tensor:
+        """By the logits, `[C, V]` or `[A, B]`, in the dtype of the matrix products; before the factor of `logit_scale`.
+
+        Args:
+            slopes: By temperature.
+            start: The block's first token.
+        """
+        rows, width = self.size
+        views = self._at_temperatures()
+        for exponentials, slope in zip(views, slopes, strict=False):
+            slope.turn(exponentials, start)
+        if len(slopes) == 2:
+            views[0].add_(views[1], alpha=1.0 / self.settings.temperature)
+        gradient = self.logits[:rows, :width]
         if self.slope is not None:
-            gradient.mul_(self.slope[:rows, :-1])
-        return gradient if self.products is None else self.products[:rows].copy_(gradient)
+            gradient.mul_(self.slope[:rows, :width])
+        return gradient if self.products is None else self.products[:rows, :width].copy_(gradient)
 
 
 def losses_in_place(
@@ -230,23 +322,21 @@ def losses_in_place(
     *,
     kind: LogitKind,
     weights: Sequence[float],
-    wants_gradient: bool,
-) -> tuple[Tensor, Tensor]:
-    """Sums of both losses at one temperature; with `wants_gradient` the logits become their weighted gradient.
+) -> tuple[Tensor, Tensor, RowSlopes]:
+    """Sums of both losses at one temperature, and what makes their weighted gradient.
 
     The whole vocabulary is exponentiated once, against the largest logit outside the listed tokens. Softmax there
     is all that both gradients need of it, and the mass of all others is exact however small.
 
     Args:
-        logits: float32 `[C, V + 1]`, the last column -inf; **overwritten**, the last column with anything.
+        logits: float32 `[C, V + 1]`, the last column -inf; **overwritten** with exponentials for `RowSlopes.turn`.
         labels: int64 `[C]`.
         teacher: Rows at the temperature of `logits`; None: cross-entropy alone.
         kind: Of the divergence.
         weights: Of cross-entropy and divergence in the gradient.
-        wants_gradient: False: `logits` are left as anything.
 
     Returns:
-        Float32 scalars in nats, cross-entropy and divergence; the latter 0 without a teacher.
+        Float32 scalars in nats, cross-entropy and divergence, the latter 0 without a teacher; the slopes.
     """
     lm_weight, divergence_weight = weights
     at_label = logits.gather(1, labels[:, None])  # [C, 1]
@@ -269,7 +359,8 @@ def losses_in_place(
         pull = found.slots.sum(dim=1) + found.tail  # [C]
         on_slots += divergence_weight * (found.slots - student.log_probs.exp() * pull[:, None])
         in_tail += divergence_weight * (found.tail - student.log_tail.exp() * pull)
-    if wants_gradient:
-        logits.mul_((in_tail / mass.clamp_min(1.0))[:, None]).scatter_(1, slots, on_slots)
-        logits.scatter_add_(1, labels[:, None], torch.full_like(at_label, -lm_weight))
-    return lm, divergence
+    factor = in_tail / mass.clamp_min(1.0)
+    slopes = RowSlopes(
+        top=top, factor=factor, slots=slots, on_slots=on_slots, labels=labels, label_weight=lm_weight
+    )
+    return lm, divergence, slopes

@@ -180,8 +180,8 @@ def peak(inputs, *, is_fused: bool, **options) -> int:
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_memory_is_an_eighth_of_the_unfused_form_at_real_sizes(device, temperature: float, dtype):
-    """4,096 rows, 152,000 tokens, the weight's gradient included; a small width, as that gradient is no one's saving."""
-    sizes = {"rows": 4096, "vocabulary": 152_000, "width": 64, "dtype": dtype}
+    """4,096 rows, 152,000 tokens, the width of a small language model: the weight's gradient is included."""
+    sizes = {"rows": 4096, "vocabulary": 152_000, "width": 2048, "dtype": dtype}
     naive = peak(meta_inputs(**sizes), is_fused=False, temperature=temperature)
     assert naive >= 2 * 4 * 4096 * 152_000  # two float32 copies of all logits
     with mock.patch.dict(fused.CHUNK_BYTES, {"cpu": fused.CHUNK_BYTES[device]}):

@@ -218,22 +218,28 @@ def encode_records(signals: TeacherSignals, batch: Batch, codecs: Mapping[str, A
     Returns:
         Records in the batch's order: the base fields and those of each codec.
     """
-    records: list[Record] = []
-    for index in range(len(batch)):
-        rows = signals.row_range(index)
-        record: Record = {
+    labels = signals.labels.numpy().astype("<u4")
+    records: list[Record] = [
+        {
             "image_hash": np.frombuffer(batch.image_hashes[index], dtype="u1").reshape(1, 16).copy(),
-            "labels": signals.labels[rows].numpy().astype("<u4"),
+            "labels": labels[signals.row_range(index)],
             "tiles": tiles_to_array(batch.tiles[index]),
         }
-        if signals.logits is not None:
-            record |= codecs["logits"].encode(slice_logits(signals.logits, rows))
-        if "answer_attention" in codecs:
-            attention = RowAttention.from_cells(signals.answer_attention[index])
-            record |= codecs["answer_attention"].encode(attention)
-        if "text_attention" in codecs:
-            attention = RowAttention.from_cells(signals.text_attention[index])
-            record |= codecs["text_attention"].encode(attention)
+        for index in range(len(batch))
+    ]
+    # Codes of rows depend on nothing but the row: a batch is encoded at once, then cut.
+    if signals.logits is not None:
+        _share_out(codecs["logits"], signals.logits, signals.row_counts, records)
+    if signals.visual_logits is not None:
+        _share_out(codecs["visual_logits"], signals.visual_logits, signals.visual_counts, records)
+    for name, cells in (
+        ("answer_attention", signals.answer_attention),
+        ("text_attention", signals.text_attention),
+    ):
+        if name in codecs:
+            attention = RowAttention.cat([RowAttention.from_cells(of_sample) for of_sample in cells])
+            _share_out(codecs[name], attention, [len(of_sample) for of_sample in cells], records)
+    for index, record in enumerate(records):
         if "visual_map" in codecs:
             record |= encode_map(codecs["visual_map"], signals.visual_map[index], batch.tiles[index])
         if "visual_columns" in codecs:
@@ -241,11 +247,19 @@ def encode_records(signals: TeacherSignals, batch: Batch, codecs: Mapping[str, A
             record |= codecs["visual_columns"].encode(columns)
         for name, states in signals.hidden.items():
             record |= codecs[name].encode(states[index])
-        if signals.visual_logits is not None:
-            rows = signals.visual_range(index)
-            record |= codecs["visual_logits"].encode(slice_logits(signals.visual_logits, rows))
-        records.append(record)
     return records
+
+
+def _share_out(codec: Any, rows: Any, counts: Sequence[int], records: Sequence[Record]) -> None:
+    """Encode rows of a batch, and add to each record what belongs to its own."""
+    encoded: Record = codec.encode(rows)
+    ends = np.cumsum(counts)
+    for field_ in codec.fields():
+        bounds = ends
+        if field_.axis.endswith("entry"):  # several to a row
+            bounds = np.concatenate([[0], np.cumsum(encoded[f"{field_.axis}_count"], dtype=np.int64)])[ends]
+        for record, part in zip(records, np.split(encoded[field_.name], bounds[:-1]), strict=True):
+            record[field_.name] = part
 
 
 def encode_map(codec: VisualMapCodec, maps: Tensor, tiles: tuple[Tile, ...]) -> Record:

@@ -9,15 +9,23 @@ import torch
 
 import stage1_teacher.forward as forward
 from common.codecs.logits import LogitCodec, _top_by_lowest_id
+from common.codecs.row_attention import RowAttention
 from common.errors import ModelError, SampleError
-from common.schema import IGNORE_INDEX
+from common.schema import IGNORE_INDEX, check_record
 from data.collate import collate, length_buckets
 from data.family_models import row_logits
 from stage1_teacher.config import SIGNALS, BuildConfig
 from stage1_teacher.forward import run_shard
 from stage1_teacher.pipeline import EncodedShard, run_ahead
 from stage1_teacher.plan import Build, open_build
-from stage1_teacher.signals import check_finite, copies_done, encode_records, reduce_output, to_cpu
+from stage1_teacher.signals import (
+    check_finite,
+    copies_done,
+    encode_records,
+    reduce_output,
+    slice_logits,
+    to_cpu,
+)
 from stage1_teacher.teacher import Teacher
 from stage1_teacher.teacher_inputs import prepare_inputs
 
@@ -67,6 +75,28 @@ def test_the_overlapped_loop_gives_the_bytes_of_one_batch_after_the_other_in_its
         for field, array in record.items():
             np.testing.assert_array_equal(array, ours[name][field])
     assert len(shard.samples) == COUNT
+
+
+def test_a_records_arrays_are_those_of_its_sample_alone(work: Build):
+    shard = encoded(work)
+    batch = collate(shard.samples, work.teacher.pad_token_id)
+    signals = to_cpu(reduce_output(work.run(batch), batch, work.codecs))
+    records = encode_records(signals, batch, work.codecs)
+    assert len(records) == len(batch) == COUNT
+    for index, record in enumerate(records):
+        rows, visual = signals.row_range(index), signals.visual_range(index)
+        alone = {"labels": signals.labels[rows].numpy()}
+        alone |= work.codecs["logits"].encode(slice_logits(signals.logits, rows))
+        alone |= work.codecs["visual_logits"].encode(slice_logits(signals.visual_logits, visual))
+        for name, cells in (
+            ("answer_attention", signals.answer_attention),
+            ("text_attention", signals.text_attention),
+        ):
+            alone |= work.codecs[name].encode(RowAttention.from_cells(cells[index]))
+        for name, array in alone.items():
+            np.testing.assert_array_equal(record[name], array)
+        # Where one picture's signals are stored once, the writer adds which record has them.
+        check_record(record, [field for field in work.plan.all_fields if field.name != "visual_source"])
 
 
 def test_a_batch_is_queued_before_the_one_before_it_is_looked_at(work: Build, monkeypatch):

@@ -8,6 +8,7 @@ disjoint. Each picture carries `TURNS` independent conversations: the trial foun
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from PIL import Image
@@ -45,7 +46,7 @@ class SceneImage:
 
     def scene(self) -> Scene:
         """Return the scene graph of this picture."""
-        return sample_scene(scene_generator(self.split, self.seed, self.index, _SCENE))
+        return _scene(self.split, self.seed, self.index)
 
     def array(self) -> np.ndarray:
         """Draw the picture: RGB, uint8 ``[72, 72, 3]``."""
@@ -53,7 +54,12 @@ class SceneImage:
 
     def load(self) -> Image.Image:
         """Draw the picture as an RGB image of 72 x 72 pixels."""
-        return Image.fromarray(self.array(), "RGB")
+        return Image.fromarray(self.array())
+
+
+@lru_cache(maxsize=64)  # texts are written first, the picture is drawn a little later
+def _scene(split: str, seed: int, index: int) -> Scene:
+    return sample_scene(scene_generator(split, seed, index, _SCENE))
 
 
 def scene_turns(scene: Scene, generator: np.random.Generator) -> tuple[Turn, ...]:

@@ -122,8 +122,9 @@ def draw_scene(scene: Scene, generator: np.random.Generator) -> np.ndarray:
     canvas = np.empty((IMAGE_SIZE, IMAGE_SIZE, 3), np.float32)
     canvas[:] = generator.uniform(60, 200)
     for _ in range(int(generator.integers(4, 10))):  # grey bars and blocks, never coloured
-        left, top = generator.integers(0, IMAGE_SIZE - 3, size=2).tolist()
-        width, height = generator.integers(2, 9, size=2).tolist()
+        # One number at a time is faster than an array of two.
+        left, top = int(generator.integers(IMAGE_SIZE - 3)), int(generator.integers(IMAGE_SIZE - 3))
+        width, height = int(generator.integers(2, 9)), int(generator.integers(2, 9))
         canvas[top : top + height, left : left + width] = generator.uniform(30, 225)
     for thing in scene.objects:
         _draw_object(canvas, thing, generator)

@@ -2,7 +2,8 @@
 
 softmax(QK^T) in float32 over all keys a row may see, averaged over heads at once. Scores exist for one chunk of
 samples, rows and heads at a time, and in the backward pass again: extra memory grows neither with heads nor with
-layers, and autograd keeps only queries, keys and the mask, as the model's own attention does.
+layers, and autograd keeps only queries, keys and the mask, as the model's own attention does. Attention of at most
+`KEPT_ELEMENTS` is kept instead: where little is to be computed, computing it twice is what costs.
 
 Dims: B batch (s samples in a chunk), Tq queries, Tk keys, R requested rows (r in a chunk), M requested keys, H query
 heads (h in a chunk), Hkv key heads (g in a chunk), D width of a head.
@@ -21,6 +22,8 @@ from torch.autograd.function import once_differentiable
 CHUNK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 24}
 """Scores of a chunk, by kind of device; two float32 buffers of that many exist, three in the backward pass with
 `softcap`. On a CPU 2 MB stay in its cache (64 MB take up to twice as long); a GPU wants few, large operations."""
+KEPT_ELEMENTS = 1 << 19
+"""Attention of a layer that is kept for the backward pass, 2 MB; larger ones are computed again."""
 _BLOCKED = torch.finfo(torch.float32).min
 """Score of a key that may not be seen; not -inf, so that rows which see nothing stay finite, in backward too."""
 
@@ -97,6 +100,12 @@ class _Settings:
     key_heads: int
     samples: int
 
+    def is_one_chunk(self, query: Tensor, key: Tensor, rows: Tensor) -> bool:
+        """Whether all samples, rows and heads are worked on at once."""
+        return (
+            self.samples >= query.shape[0] and self.rows >= rows.shape[1] and self.key_heads >= key.shape[1]
+        )
+
 
 class _HeadMean(torch.autograd.Function):
     """Head mean of the wanted attention; gradients in closed form."""
@@ -112,38 +121,44 @@ class _HeadMean(torch.autograd.Function):
         settings: _Settings,
     ) -> Tensor:
         """Sum over heads, then pick the wanted keys."""
-        ctx.save_for_backward(query, key, rows, keys, mask)
         ctx.settings = settings
         result = torch.empty(*rows.shape, keys.shape[1], device=query.device)
+        kept: tuple[Tensor, ...] = ()
+        keeps = settings.softcap is None and settings.is_one_chunk(query, key, rows)
         # Under autocast the products would be rounded to 16 bits before the softmax.
         with _without_autocast(query.device.type):
             for part in _parts(query, key, rows, keys, mask, settings):
                 total: Tensor | None = None
                 for heads in part.key_heads():
-                    share = part.attend(heads).probabilities.sum(dim=1)  # [s, r, Tk]
+                    probabilities = part.attend(heads).probabilities
+                    share = probabilities.sum(dim=1)  # [s, r, Tk]
                     total = share if total is None else total.add_(share)
+                    if keeps and probabilities.numel() <= KEPT_ELEMENTS:
+                        kept = (part.row_weight, probabilities)
                 assert total is not None
                 picked = total.gather(2, part.keys).mul_(part.row_weight)  # [s, r, M]
                 torch.mul(picked, part.key_weight, out=result[part.where])
+        ctx.save_for_backward(query, key, rows, keys, mask, *kept)
         return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         """All heads' probabilities have the same gradient, that of their mean."""
-        query, key, rows, keys, mask = ctx.saved_tensors
+        query, key, rows, keys, mask, *kept = ctx.saved_tensors
+        row_weight, probabilities = kept or (None, None)
         settings: _Settings = ctx.settings
         needs_query, needs_key = ctx.needs_input_grad[:2]
         by_query = torch.zeros_like(query) if needs_query else None
         # In float32, because chunks of rows are summed.
         by_key = torch.zeros(key.shape, device=key.device) if needs_key else None
         with _without_autocast(query.device.type):
-            for part in _parts(query, key, rows, keys, mask, settings):
+            for part in _parts(query, key, rows, keys, mask, settings, row_weight):
                 wanted = grad_outputs[0][part.where] * part.row_weight * part.key_weight  # [s, r, M]
                 by_mean = torch.zeros(*wanted.shape[:2], settings.keys_seen, device=query.device)
                 by_mean.scatter_add_(2, part.keys, wanted)
                 for heads in part.key_heads():
-                    found = part.attend(heads, keep_slope=True)
+                    found = part.attend(heads, keep_slope=True, probabilities=probabilities)
                     by_scores = found.by_scores(by_mean)  # [s * g, H / Hkv * r, Tk]
                     if by_query is not None:
                         part.add_query_gradient(
@@ -199,7 +214,9 @@ class _Part:
         mask: Tensor | None,
         settings: _Settings,
         where: tuple[slice, slice],
+        row_weight: Tensor | None = None,
     ) -> None:
+        """Prepare; ``row_weight`` is known when the attention is."""
         samples = where[0]
         self.where, self._settings = where, settings
         self._query, self._key = query[samples], key[samples, :, : settings.keys_seen]
@@ -209,6 +226,9 @@ class _Part:
         self.keys = (keys[samples] * real_keys)[:, None].expand(-1, self._rows.shape[1], -1)
         self.key_weight = real_keys[:, None].float()
         self._bias: Tensor | None = None  # of a mask that all heads share
+        if row_weight is not None:
+            self.row_weight = row_weight
+            return
         sees = rows[where] >= 0
         if self._mask is not None:
             if self._mask.shape[1] == 1:
@@ -227,8 +247,10 @@ class _Part:
         for start in range(0, self._key.shape[1], self._settings.key_heads):
             yield slice(start, min(start + self._settings.key_heads, self._key.shape[1]))
 
-    def attend(self, heads: slice, *, keep_slope: bool = False) -> _Attended:
-        """Attention of these rows by some key heads."""
+    def attend(
+        self, heads: slice, *, keep_slope: bool = False, probabilities: Tensor | None = None
+    ) -> _Attended:
+        """Attention of these rows by some key heads; ``probabilities`` are not computed where they are known."""
         key = self._key[:, heads]
         query = self._query[:, self._query_heads(heads)]
         # Query heads that share a key head are stacked as rows: keys are never repeated. Samples and heads of
@@ -236,6 +258,8 @@ class _Part:
         queries = query.gather(2, self._index(query)).float().mul_(self._settings.scale)
         queries = queries.view(key.shape[0] * key.shape[1], -1, key.shape[3])
         keys = key.float().flatten(0, 1)
+        if probabilities is not None:
+            return _Attended(queries, keys, probabilities, None)
         scores = (queries @ keys.transpose(1, 2)).view(*query.shape[:2], -1, keys.shape[1])  # [s, h, r, Tk]
         slope = None
         if self._settings.softcap is not None:
@@ -278,10 +302,16 @@ def _sees(bias: Tensor) -> Tensor:
 
 
 def _parts(
-    query: Tensor, key: Tensor, rows: Tensor, keys: Tensor, mask: Tensor | None, settings: _Settings
+    query: Tensor,
+    key: Tensor,
+    rows: Tensor,
+    keys: Tensor,
+    mask: Tensor | None,
+    settings: _Settings,
+    row_weight: Tensor | None = None,
 ) -> Iterator[_Part]:
     """Some samples at a time and, of a sample with many rows, some rows."""
     for first in range(0, rows.shape[0], settings.samples):
         for start in range(0, rows.shape[1], settings.rows):
             where = slice(first, first + settings.samples), slice(start, start + settings.rows)
-            yield _Part(query, key, rows, keys, mask, settings, where)
+            yield _Part(query, key, rows, keys, mask, settings, where, row_weight)

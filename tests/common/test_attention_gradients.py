@@ -74,10 +74,11 @@ def assert_equals_dense(dtype, key_heads, mask=None, **options):
         torch.testing.assert_close(one, other, **tolerance)
 
 
-@pytest.fixture(params=["whole samples", "some heads", "one row of one head"])
+@pytest.fixture(params=["kept", "whole samples", "some heads", "one row of one head"])
 def cut(request, monkeypatch):
-    limit = {"whole samples": 10**9, "some heads": 5 * T * 4, "one row of one head": 1}[request.param]
+    limit = {"some heads": 5 * T * 4, "one row of one head": 1}.get(request.param, 10**9)
     monkeypatch.setitem(attention_rows.CHUNK_ELEMENTS, "cpu", limit)
+    monkeypatch.setattr(attention_rows, "KEPT_ELEMENTS", 10**9 if request.param == "kept" else 0)
 
 
 @pytest.mark.usefixtures("cut")

@@ -1,11 +1,11 @@
-"""Recorded attention takes memory for its result: not for heads, nor for layers, nor between the two passes."""
+"""Recorded attention takes memory for its result: not for heads, nor for layers, nor, if large, between both passes."""
 
 import pytest
 import torch
 from live_bytes import LiveBytes
 from transformers import LlamaConfig, LlamaModel
 
-from common.attention_rows import CHUNK_ELEMENTS, head_mean_attention
+from common.attention_rows import CHUNK_ELEMENTS, KEPT_ELEMENTS, head_mean_attention
 from common.visual_attention import AttentionCapture, AttentionRequest
 
 BATCH, WIDTH, LENGTH = 2, 256, 900
@@ -79,9 +79,24 @@ def model_bytes(depth, *, groups):
     return plain_bytes, live.now, maps["a"].untyped_storage().nbytes()
 
 
-def test_between_both_passes_layers_keep_their_share_of_the_result_only():
+@pytest.mark.parametrize("kept", [0, KEPT_ELEMENTS])
+def test_between_both_passes_layers_keep_their_share_of_the_result_and_little_attention(kept, monkeypatch):
+    monkeypatch.setattr("common.attention_rows.KEPT_ELEMENTS", kept)
     mask = 2 * 120 * 120  # one of them, which all layers share
+    few = 4 * (2 * 8 * 30 * 120 + 2 * 30) if kept else 0  # attention of all heads, weights of rows
     for depth in (1, 2, 6):
         for groups in ((tuple(range(depth)),), tuple((layer,) for layer in range(depth))):
             plain, recorded, result = model_bytes(depth, groups=groups)
-            assert result <= recorded - plain <= result + mask + 1200  # and positions of rows and keys
+            found = recorded - plain - result
+            assert depth * few <= found <= depth * few + mask + 1200  # and positions of rows and keys
+
+
+@pytest.mark.parametrize("rows", [30, 31])
+def test_attention_is_kept_up_to_a_limit(rows: int, monkeypatch):
+    monkeypatch.setattr("common.attention_rows.KEPT_ELEMENTS", 2 * 8 * 30 * 120)
+    query, key = (torch.randn(2, 8, 120, 8, requires_grad=True) for _ in range(2))
+    chosen = torch.arange(rows).repeat(2, 1)
+    with LiveBytes(query, key) as live:
+        result = head_mean_attention(query, key, rows=chosen, keys=chosen)
+    kept = 4 * 2 * 8 * rows * 120 if rows == 30 else 0
+    assert kept <= live.now - result.untyped_storage().nbytes() <= kept + 2000

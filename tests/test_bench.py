@@ -30,7 +30,7 @@ from tests.benchmarks.bench_results import (
     write_results,
 )
 from tests.benchmarks.bench_training import in_turn, step_ratio, waiting_share
-from tests.benchmarks.experiment_tables import tables
+from tests.benchmarks.experiment_tables import real_language_model_tables, tables
 
 MACHINE = {"processor": "abacus", "cores": 2, "threads": 1, "torch": "9.0"}
 
@@ -204,6 +204,13 @@ def test_the_tables_of_the_experiment_in_the_readme_are_those_of_the_stored_resu
     ]
     assert len(rows) > 10
     assert set(rows) <= set(README.read_text().splitlines())
+
+
+def test_the_table_of_the_real_language_model_in_the_readme_is_that_of_the_stored_results():
+    stored = json.loads(STORED.with_name("experiment_smollm.json").read_text())
+    table = real_language_model_tables(stored["results"], stored["teacher"])
+    assert len(table.splitlines()) == 6
+    assert table in README.read_text()
 
 
 @pytest.mark.parametrize("quote", QUOTES, ids=lambda quote: quote.text)

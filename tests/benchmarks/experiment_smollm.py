@@ -41,7 +41,7 @@ from stage2_student.evaluate import evaluate_model
 from stage2_student.optim import learning_rate
 from stage2_student.run import set_up_libraries
 from stage2_student.train import train_student
-from tests.benchmarks.experiment_tables import interval
+from tests.benchmarks.experiment_tables import real_language_model_tables
 from tests.benchmarks.smollm_teacher import GGUF, join_models
 
 ROOT = Path("build/experiment-smollm")
@@ -199,20 +199,6 @@ def run_arm(arm: str, seed: int, student: Path, arguments: argparse.Namespace) -
     }  # fmt: skip
 
 
-def table(results: list[dict[str, Any]], teacher: dict[str, float]) -> str:
-    """The results as Markdown."""
-    lines = [
-        f"Teacher: {teacher['questions']:.1f} % of held-out questions; students are its first layers.", "",
-        "| losses | questions, % | step, ms |", "|---|---|---|",
-    ]  # fmt: skip
-    for arm in ARMS:
-        found = [r for r in results if r["arm"] == arm]
-        if found:
-            mean = "{:.1f} ± {:.1f}".format(*interval([r["scores"]["questions"] for r in found]))
-            lines.append(f"| {arm} | {mean} | {statistics.median(r['step_ms'] for r in found):.0f} |")
-    return "\n".join(lines)
-
-
 def main() -> None:
     """Run what is missing and print the table."""
     parser = argparse.ArgumentParser(
@@ -257,7 +243,7 @@ def main() -> None:
     results = sorted(results, key=lambda r: (r["seed"], list(ARMS).index(r["arm"])))
     device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "CPU"
     STORED.write_text(json.dumps({"device": device, "teacher": scores, "results": results}, indent=1) + "\n")
-    sys.stdout.write(table(results, scores) + "\n")
+    sys.stdout.write(real_language_model_tables(results, scores) + "\n")
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ def open_family_model(
 
     Raises:
         ModelError: If the directory holds no usable model, or only part of its weights.
-        ConfigError: If bitsandbytes, accelerate or CUDA is missing for what is asked.
+        ConfigError: If bitsandbytes or accelerate is missing for what is asked.
     """
     if not (directory / "config.json").is_file():
         raise ModelError(
@@ -221,6 +221,8 @@ def _load_library_model(
 ) -> Any:
     options: dict[str, Any] = {"dtype": getattr(torch, dtype)}
     if quantisation != "none":
+        # One line for every layer of every pass: that inputs are rounded to float16 is what 8 bits are.
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         # A quantised tower could not be compared with a student's, nor could the projector be handed on.
         kept = [part for part in (family.vision_tower, family.projector, "lm_head") if part]
         options["quantization_config"] = transformers.BitsAndBytesConfig(
@@ -231,7 +233,7 @@ def _load_library_model(
             llm_int8_skip_modules=kept,
         )
     if device_map or quantisation != "none":
-        options["device_map"] = device_map or "cuda:0"
+        options["device_map"] = device_map or ("cuda:0" if torch.cuda.is_available() else "cpu")
     model_class = getattr(transformers, family.model_class)
     model, loading = model_class.from_pretrained(
         directory, local_files_only=True, trust_remote_code=False, output_loading_info=True, **options
@@ -257,15 +259,8 @@ def _check_placement(directory: Path, *, device_map: str, quantisation: str, pub
             f"{directory} is a checkpoint in its authors' own layout, for which device_map and quantisation are not "
             "available; choose a device instead (device=cuda:0)"
         )
-    if quantisation == "none":
-        return
-    if importlib.util.find_spec("bitsandbytes") is None:
+    if quantisation != "none" and importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError(
             f"quantisation={quantisation}: bitsandbytes is not installed; run `pip install "
             "'vlm-distill-cache[quantised]'`, or set quantisation=none"
-        )
-    if not torch.cuda.is_available():
-        raise ConfigError(
-            f"quantisation={quantisation}: bitsandbytes needs a CUDA device and there is none here; set "
-            "quantisation=none"
         )

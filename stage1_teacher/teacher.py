@@ -85,7 +85,7 @@ class Teacher:
         self.dtype = dtype
         self.device_map = device_map
         self.quantisation: Quantisation = quantisation
-        if quantisation != "none" and not device_map and wanted.type == "cuda":
+        if quantisation != "none" and not device_map:
             device_map = str(wanted)
         opened = open_family_model(directory, dtype=dtype, device_map=device_map, quantisation=quantisation)
         placed = device_map or quantisation != "none"

@@ -7,7 +7,7 @@ from click.testing import CliRunner
 from family_caches import build
 from tiny_families import TINY, save_tiny
 
-from common.errors import CacheMismatchError, ConfigError, ModelError
+from common.errors import CacheMismatchError, ModelError
 from common.shared_images import VISUAL_SOURCE
 from common.verification import verify
 from data.family_inputs import text_config
@@ -98,14 +98,6 @@ def test_questions_that_share_a_picture_are_refused_where_it_sees_them(tmp_path:
     teacher = save_tiny("paligemma", tmp_path / "teacher")
     with pytest.raises(ModelError, match=r"visual tokens see the question.*'shapes.*one question a sample"):
         build(teacher, Path("shapes:images=2"), tmp_path / "cache")
-
-
-@pytest.mark.parametrize("name", ["llava", "mobilevlm_v2"])
-def test_quantisation_without_bitsandbytes_names_the_extra(tmp_path: Path, family_data: Path, name: str):
-    teacher = save_tiny(name, tmp_path / "teacher")
-    expected = "authors' own layout" if name == "mobilevlm_v2" else r"vlm-distill-cache\[quantised\]"
-    with pytest.raises(ConfigError, match=expected):
-        build(teacher, family_data, tmp_path / "cache", quantisation="4bit")
 
 
 def test_an_incomplete_checkpoint_is_refused_rather_than_filled_with_noise(tmp_path: Path, family_data: Path):

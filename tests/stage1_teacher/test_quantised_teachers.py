@@ -1,0 +1,75 @@
+"""Teachers in 8 and 4 bits: the library's own model, but a tower and a projector that students can be compared with."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from family_caches import build
+from tiny_families import save_tiny
+
+from common.errors import CacheMismatchError, ConfigError
+from common.verification import verify
+from data.fingerprints import weights_fingerprint
+from stage1_teacher.teacher import Teacher
+
+LIBRARY_FAMILIES = ("llava", "qwen2_5_vl", "gemma3", "internvl")
+
+
+def layer_names(model, kinds: tuple[type, ...]) -> set[str]:
+    return {name for name, module in model.named_modules() if isinstance(module, kinds)}
+
+
+@pytest.mark.parametrize("bits", ["8bit", "4bit"])
+@pytest.mark.parametrize("name", LIBRARY_FAMILIES)
+def test_only_the_language_model_is_quantised_and_a_cache_is_built(
+    tmp_path: Path, family_data: Path, name: str, bits: str, capfd
+):
+    nn = pytest.importorskip("bitsandbytes").nn
+    folder = save_tiny(name, tmp_path / "teacher")
+    plain, quantised = Teacher(folder), Teacher(folder, quantisation=bits)
+    layers = layer_names(quantised.model, (nn.Linear8bitLt, nn.Linear4bit))
+    inside = layer_names(plain.language_model, (torch.nn.Linear,))
+    assert {layer.removeprefix(f"{plain.family.language_model}.") for layer in layers} == inside
+    assert quantised.fingerprints()["vision_tower"] == plain.fingerprints()["vision_tower"]
+    assert quantised.fingerprints()["teacher"] == weights_fingerprint(folder, "float32", quantisation=bits)
+
+    cache = build(folder, family_data, tmp_path / "cache", quantisation=bits, logits="exact")
+    assert "MatMul8bitLt" not in capfd.readouterr().err  # a line for every layer and batch
+    assert cache.plan.teacher["quantisation"] == bits
+    assert not cache.failed
+    assert verify(cache.path, deep=True) == []
+    with pytest.raises(CacheMismatchError, match="teacher"):
+        build(folder, family_data, tmp_path / "cache", logits="exact")
+
+
+@pytest.mark.parametrize("bits", ["8bit", "4bit"])
+def test_its_logits_are_those_of_the_librarys_quantised_model_and_near_the_plain_ones(
+    tmp_path: Path, bits: str
+):
+    pytest.importorskip("bitsandbytes")
+    folder = save_tiny("llava", tmp_path / "teacher")
+    settings = transformers.BitsAndBytesConfig(
+        load_in_8bit=bits == "8bit",
+        load_in_4bit=bits == "4bit",
+        bnb_4bit_quant_type="nf4",
+        llm_int8_skip_modules=["model.vision_tower", "model.multi_modal_projector", "lm_head"],
+    )
+    theirs = transformers.LlavaForConditionalGeneration.from_pretrained(
+        folder, quantization_config=settings, dtype=torch.float32, device_map="cpu"
+    )
+    ids = torch.arange(5, 35)[None]
+    with torch.inference_mode():
+        ours, plain = (Teacher(folder, quantisation=kind).model(ids).logits for kind in (bits, "none"))
+        assert torch.equal(ours, theirs(ids).logits)
+    error = float((ours - plain).std() / plain.std())
+    assert 0 < error < (0.05 if bits == "8bit" else 0.4)
+
+
+@pytest.mark.parametrize("name", ["llava", "mobilevlm_v2"])
+def test_without_bitsandbytes_the_extra_is_named(tmp_path: Path, family_data: Path, name: str, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    teacher = save_tiny(name, tmp_path / "teacher")
+    expected = "authors' own layout" if name == "mobilevlm_v2" else r"vlm-distill-cache\[quantised\]"
+    with pytest.raises(ConfigError, match=expected):
+        build(teacher, family_data, tmp_path / "cache", quantisation="4bit")

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from common.codecs.description import check_whole_number
 from common.codecs.logit_presets import preset_settings
 from common.errors import ConfigError
 
@@ -123,9 +124,7 @@ class BuildConfig:
             ("batch_size", 0, 2**16), ("shard_size", 1, 2**20), ("fidelity_samples", 0, 2**20), ("threads", 0, 1024),
             ("num_workers", -1, 256),
         ):  # fmt: skip
-            value = getattr(self, name)
-            if not low <= value <= high:
-                raise ConfigError(f"{name}: expected {low}..{high}, got {value}")
+            check_whole_number(name, getattr(self, name), low, high)
         if "://" in self.cache:
             raise ConfigError(
                 f"cache: a build writes to a folder, got {self.cache!r}; build into a folder, then run "

@@ -102,7 +102,8 @@ def path_of(event, arguments):
     return path
 
 
-def break_at(place, how, cache_dir, command):
+def break_before(place, how, folder):
+    """Break this process before an operation on something in a folder, counted from 1."""
     count = 0
 
     def hook(event, arguments):
@@ -111,16 +112,21 @@ def break_at(place, how, cache_dir, command):
             return
         if isinstance(arguments[0], int) and event != "os.fsync":
             return  # an open file's number: its operation was the opening
-        if str(cache_dir) not in path_of(event, arguments):
+        path = path_of(event, arguments)
+        if str(folder) not in path:
             return
         count += 1
         if how == "kill" and count == place:
             os._exit(KILLED)
         if how == "full" and count >= place and event in _NEEDS_SPACE:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
 
     sys.addaudithook(hook)
     os.fsync = lambda descriptor: hook("os.fsync", (descriptor,))
+
+
+def break_at(place, how, cache_dir, command):
+    break_before(place, how, cache_dir)
     with explain_disk_errors(cache_dir):
         command(cache_dir)
 

@@ -5,7 +5,6 @@ breaks. HOW is ``kill`` (the process dies) or ``full`` (this and every later ope
 places are those named, or every STRIDE-th. Prints the number of places.
 """
 
-import errno
 import gc
 import json
 import os
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import torch
 import tqdm
-from break_everywhere import _NEEDS_SPACE, _WATCHED, _WRITES, path_of
+from break_everywhere import KILLED, break_before
 from tiny_cache import DATA, build_tiny_cache
 
 import stage2_student.report
@@ -23,7 +22,7 @@ import stage2_student.student
 import stage2_student.train  # noqa: F401 - all that a run imports on the way, once for all forks
 from stage2_student.cli import main as distill
 
-KILLED, FAILED = 9, 1
+FAILED = 1
 OPTIONS = (
     "phases=[dft]", "dft.steps=2", "dft.batch_size=2", "checkpoint_every=1", "keep_checkpoints=1", "device=cpu",
     "evaluation.limit=1", "evaluation.letters=false", "evaluation.agreement_samples=2", "evaluation.overlays=1",
@@ -48,25 +47,7 @@ def run(cache, output):
 
 
 def break_at(place, how, cache, output):
-    count = 0
-
-    def hook(event, arguments):
-        nonlocal count
-        if event not in _WATCHED or (event == "open" and not arguments[2] & _WRITES):
-            return
-        if isinstance(arguments[0], int) and event != "os.fsync":
-            return
-        path = path_of(event, arguments)
-        if str(output) not in path:
-            return
-        count += 1
-        if how == "kill" and count == place:
-            os._exit(KILLED)
-        if how == "full" and count >= place and event in _NEEDS_SPACE:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
-
-    sys.addaudithook(hook)
-    os.fsync = lambda descriptor: hook("os.fsync", (descriptor,))
+    break_before(place, how, output)
     run(cache, output)
 
 

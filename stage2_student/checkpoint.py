@@ -153,9 +153,21 @@ def write_checkpoint(
     publish_directory(temporary, final)
     if lock is not None:
         lock.release()
-    for old in list_checkpoints(output)[:-keep]:
-        shutil.rmtree(old.path)
+    drop_old_checkpoints(output, keep=keep)
     return final
+
+
+def drop_old_checkpoints(output: Path, *, keep: int) -> None:
+    """Remove all before the newest complete ones, those too that a killed run had begun to remove.
+
+    Args:
+        output: The run's folder.
+        keep: Checkpoints to keep, at least 1.
+    """
+    kept = list_checkpoints(output)[-keep:]
+    for path in (output / CHECKPOINTS).glob("step-*"):
+        if kept and path.name < kept[0].path.name:
+            shutil.rmtree(path)
 
 
 def list_checkpoints(output: Path) -> list[Checkpoint]:

@@ -47,12 +47,22 @@ def claim_output(output: Path, *caches: Path) -> Iterator[None]:
     if os.environ.get("RANK", "0") != "0":  # one process of several holds it for all
         yield
         return
-    output.mkdir(parents=True, exist_ok=True)
-    lock = try_lock(output)
-    if lock is None and can_lock(output):
-        raise ConfigError(f"{output}: another process works there; wait for it, or give another --output")
+    with _explain_full_disk(output):
+        output.mkdir(parents=True, exist_ok=True)
+        lock = try_lock(output)
+        if lock is None and can_lock(output):
+            raise ConfigError(f"{output}: another process works there; wait for it, or give another --output")
+        try:
+            clean_stale(output)
+            yield
+        finally:
+            if lock is not None:
+                lock.release()
+
+
+@contextmanager
+def _explain_full_disk(output: Path) -> Iterator[None]:
     try:
-        clean_stale(output)
         yield
     except OSError as error:
         if error.errno not in _FULL or _AGAIN in str(
@@ -61,9 +71,6 @@ def claim_output(output: Path, *caches: Path) -> Iterator[None]:
             raise
         reason = f"{error.strerror}; {_FULL[error.errno]}, {_AGAIN}"
         raise OSError(error.errno, reason, error.filename or str(output)) from error
-    finally:
-        if lock is not None:
-            lock.release()
 
 
 def can_lock(folder: Path) -> bool:

@@ -25,6 +25,7 @@ from common.visual_attention import AttentionCapture
 from stage2_student.checkpoint import (
     Checkpoint,
     Position,
+    drop_old_checkpoints,
     find_resume_point,
     read_checkpoint,
     restore_training,
@@ -85,6 +86,8 @@ def train(config: TrainConfig, *, after_step: AfterStep | None = None) -> TrainR
     refuse_different_runs(accelerator, run.fingerprint)
     resume = find_resume_point(Path(config.output), run.fingerprint)
     position = Position() if resume is None else resume.position
+    if accelerator.is_main_process:
+        drop_old_checkpoints(Path(config.output), keep=config.keep_checkpoints)  # if killed before it did
     log = start_log(config, accelerator, position)
     student = run.student.to(accelerator.device)
     parts, saved = prepare_parts(config, student, resume)

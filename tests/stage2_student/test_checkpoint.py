@@ -14,6 +14,7 @@ from stage2_student.checkpoint import (
     STATE,
     TENSORS,
     Position,
+    drop_old_checkpoints,
     find_resume_point,
     list_checkpoints,
     read_checkpoint,
@@ -71,6 +72,20 @@ def test_only_the_newest_are_kept(tmp_path):
     assert sorted(path.name for path in (tmp_path / CHECKPOINTS).iterdir()) == [
         "step-00000003",
         "step-00000010",
+    ]
+
+
+def test_what_a_killed_run_had_begun_to_remove_goes_too(tmp_path):
+    model, optimizer = make_run()
+    for total in (1, 2, 3, 4):
+        write(tmp_path, model, optimizer, total, keep=9)
+    for unfinished in ("step-00000001", "step-00000004"):
+        (tmp_path / CHECKPOINTS / unfinished / STATE).unlink()
+    drop_old_checkpoints(tmp_path, keep=1)
+    # What is newer than the last whole one may be what another process is writing.
+    assert sorted(path.name for path in (tmp_path / CHECKPOINTS).iterdir()) == [
+        "step-00000003",
+        "step-00000004",
     ]
 
 

@@ -323,27 +323,27 @@ def _top_by_lowest_id(dense: Tensor, count: int, *, find_ties: bool) -> tuple[Te
     """The `count` largest values of each row and their ids, equal values by lowest id.
 
     `topk` breaks ties as it likes; with bfloat16 logits ties at the last rank are the rule. So one more
-    value is looked at: only rows where it equals the last kept one need a second, exact pass. Without
-    `find_ties` all rows get it: on a GPU, which ones need it would have to be waited for, and the pass costs little.
+    value is looked at: only rows where it equals the last kept one need a second, exact pass, and only rows with any
+    equal values are sorted anew. Without `find_ties` all rows get both: on a GPU, which ones need it would have to be
+    waited for, and the passes cost little.
     """
     vocabulary = dense.shape[1]
     values, ids = dense.topk(min(count + 1, vocabulary), dim=1)
+    every = torch.arange(len(dense), device=dense.device)
+    equals = torch.nonzero((values[:, 1:] == values[:, :-1]).any(dim=1))[:, 0] if find_ties else every
     if vocabulary > count:
-        if find_ties:
-            tied = torch.nonzero(values[:, count - 1] == values[:, count])[:, 0]
-        else:
-            tied = torch.arange(len(dense), device=dense.device)
-        values, ids = values[:, :count], ids[:, :count]
+        tied = torch.nonzero(values[:, count - 1] == values[:, count])[:, 0] if find_ties else every
+        values, ids = values[:, :count].contiguous(), ids[:, :count].contiguous()
         if tied.numel():
+            rows = dense[tied]
             last = values[tied, count - 1 :]  # [tied, 1]
-            above = dense[tied] > last
-            equal = dense[tied] == last
             # Keys: all values above the last one first, then the equal ones by falling id distance.
             order = torch.arange(vocabulary, 0, -1, dtype=torch.int32, device=dense.device)
-            keys = torch.where(equal, order, torch.where(above, order + vocabulary, 0))
-            ids = ids.contiguous()
+            keys = torch.where(rows == last, order, torch.where(rows > last, order + vocabulary, 0))
             ids[tied] = keys.topk(count, dim=1).indices
-            values = dense.gather(1, ids)
-    ids, by_id = ids.sort(dim=1)
-    values, by_value = values.gather(1, by_id).sort(dim=1, descending=True, stable=True)
-    return values, ids.gather(1, by_value)
+            values[tied] = rows.gather(1, ids[tied])
+    if equals.numel():
+        by_id, place = ids[equals].sort(dim=1)
+        values[equals], place = values[equals].gather(1, place).sort(dim=1, descending=True, stable=True)
+        ids[equals] = by_id.gather(1, place)
+    return values, ids

@@ -158,8 +158,13 @@ def test_starting_again_finds_a_batch_size_of_its_own(tmp_path: Path, config, mo
 
 
 def test_a_negative_batch_size_is_refused(tmp_path: Path, config):
-    with pytest.raises(ConfigError, match=r"batch_size: expected 0"):
+    with pytest.raises(ConfigError, match=r"batch_size: expected a whole number of at least 0"):
         replace(config(tmp_path), batch_size=-1)
+
+
+def test_a_number_that_is_none_is_refused_by_name(tmp_path: Path, config):
+    with pytest.raises(ConfigError, match=r"num_workers: expected a whole number of at least -1.*got 'abc'"):
+        replace(config(tmp_path), num_workers="abc")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -54,5 +54,7 @@ def test_the_card_states_mean_and_worst_gradient_beside_the_control(
 
 def test_a_build_keeps_exact_masks_unless_told_otherwise():
     assert BuildConfig().map_preset == "exact"
-    with pytest.raises(ConfigError, match=r"map_grid: expected 0\.\.64, got 65"):
+    with pytest.raises(
+        ConfigError, match=r"map_grid: expected a whole number of at least 0 and at most 64, got 65"
+    ):
         BuildConfig(map_grid=65)

@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -107,6 +107,16 @@ class _Settings:
         )
 
 
+class _Inputs(NamedTuple):
+    """What `head_mean_attention` was given, on one device; ``mask`` ``[B, 1 or H, Tq, Tk]``."""
+
+    query: Tensor
+    key: Tensor
+    rows: Tensor
+    keys: Tensor
+    mask: Tensor | None
+
+
 class _HeadMean(torch.autograd.Function):
     """Head mean of the wanted attention; gradients in closed form."""
 
@@ -127,7 +137,7 @@ class _HeadMean(torch.autograd.Function):
         keeps = settings.softcap is None and settings.is_one_chunk(query, key, rows)
         # Under autocast the products would be rounded to 16 bits before the softmax.
         with _without_autocast(query.device.type):
-            for part in _parts(query, key, rows, keys, mask, settings):
+            for part in _parts(_Inputs(query, key, rows, keys, mask), settings):
                 total: Tensor | None = None
                 for heads in part.key_heads():
                     probabilities = part.attend(heads).probabilities
@@ -153,7 +163,7 @@ class _HeadMean(torch.autograd.Function):
         # In float32, because chunks of rows are summed.
         by_key = torch.zeros(key.shape, device=key.device) if needs_key else None
         with _without_autocast(query.device.type):
-            for part in _parts(query, key, rows, keys, mask, settings, row_weight):
+            for part in _parts(_Inputs(query, key, rows, keys, mask), settings, row_weight):
                 wanted = grad_outputs[0][part.where] * part.row_weight * part.key_weight  # [s, r, M]
                 by_mean = torch.zeros(*wanted.shape[:2], settings.keys_seen, device=query.device)
                 by_mean.scatter_add_(2, part.keys, wanted)
@@ -207,16 +217,13 @@ class _Part:
 
     def __init__(
         self,
-        query: Tensor,
-        key: Tensor,
-        rows: Tensor,
-        keys: Tensor,
-        mask: Tensor | None,
+        inputs: _Inputs,
         settings: _Settings,
         where: tuple[slice, slice],
         row_weight: Tensor | None = None,
     ) -> None:
         """Prepare; ``row_weight`` is known when the attention is."""
+        query, key, rows, keys, mask = inputs
         samples = where[0]
         self.where, self._settings = where, settings
         self._query, self._key = query[samples], key[samples, :, : settings.keys_seen]
@@ -301,17 +308,9 @@ def _sees(bias: Tensor) -> Tensor:
     return bias[:, 0].amax(dim=-1) > _BLOCKED / 2
 
 
-def _parts(
-    query: Tensor,
-    key: Tensor,
-    rows: Tensor,
-    keys: Tensor,
-    mask: Tensor | None,
-    settings: _Settings,
-    row_weight: Tensor | None = None,
-) -> Iterator[_Part]:
+def _parts(inputs: _Inputs, settings: _Settings, row_weight: Tensor | None = None) -> Iterator[_Part]:
     """Some samples at a time and, of a sample with many rows, some rows."""
-    for first in range(0, rows.shape[0], settings.samples):
-        for start in range(0, rows.shape[1], settings.rows):
+    for first in range(0, inputs.rows.shape[0], settings.samples):
+        for start in range(0, inputs.rows.shape[1], settings.rows):
             where = slice(first, first + settings.samples), slice(start, start + settings.rows)
-            yield _Part(query, key, rows, keys, mask, settings, where, row_weight)
+            yield _Part(inputs, settings, where, row_weight)

@@ -36,7 +36,7 @@ def load_config(
             tuples, lists, ``dict[str, ...]`` and nested dataclasses.
         yaml_path: A YAML mapping, or None for the defaults alone.
         overrides: Dotted keys with YAML values, for example ``optim.lr=1e-4`` or ``phases=[dpt, dft]``.
-        where: Where the values come from, for errors; None: the file, or the dataclass's name without one.
+        where: Where the values come from, for errors; None: the file, or "options" without one.
 
     Returns:
         An instance of ``cls``.
@@ -47,7 +47,7 @@ def load_config(
     """
     values: dict[str, Any] = {}
     if where is None:
-        where = cls.__name__ if yaml_path is None else str(yaml_path)
+        where = "options" if yaml_path is None else str(yaml_path)
     if yaml_path is not None:
         try:
             loaded = yaml.safe_load(yaml_path.read_text(encoding="utf-8"))

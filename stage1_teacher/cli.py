@@ -71,9 +71,7 @@ def _settings(config: Path | None, overrides: tuple[str, ...], options: dict[str
     ]
     if options["signals"] is not None:
         given.append(f"signals=[{options['signals']}]")
-    return load_config(
-        BuildConfig, config, [*overrides, *given], where="options" if config is None else str(config)
-    )
+    return load_config(BuildConfig, config, [*overrides, *given])
 
 
 @main.command()

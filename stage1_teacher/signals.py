@@ -55,16 +55,6 @@ class TeacherSignals:
     visual_logits: SparseLogits | None = None
     visual_counts: tuple[int, ...] = ()
 
-    def row_range(self, sample: int) -> slice:
-        """The rows of one sample within the batch's rows."""
-        start = sum(self.row_counts[:sample])
-        return slice(start, start + self.row_counts[sample])
-
-    def visual_range(self, sample: int) -> slice:
-        """The visual tokens of one sample within the batch's."""
-        start = sum(self.visual_counts[:sample])
-        return slice(start, start + self.visual_counts[sample])
-
 
 def build_codecs(
     *,
@@ -218,11 +208,11 @@ def encode_records(signals: TeacherSignals, batch: Batch, codecs: Mapping[str, A
     Returns:
         Records in the batch's order: the base fields and those of each codec.
     """
-    labels = signals.labels.numpy().astype("<u4")
+    labels = np.split(signals.labels.numpy().astype("<u4"), np.cumsum(signals.row_counts)[:-1])
     records: list[Record] = [
         {
             "image_hash": np.frombuffer(batch.image_hashes[index], dtype="u1").reshape(1, 16).copy(),
-            "labels": labels[signals.row_range(index)],
+            "labels": labels[index],
             "tiles": tiles_to_array(batch.tiles[index]),
         }
         for index in range(len(batch))

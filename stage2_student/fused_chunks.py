@@ -164,10 +164,8 @@ class _Gradients:
         self.hidden = torch.empty_like(hidden) if needs_hidden else None
         self.weight: Tensor | None = None
         self.bias = torch.zeros(weight.shape[0], device=device) if needs_bias else None
-        self.is_one_chunk = len(hidden) <= settings.chunk_rows
-        self.by_blocks = (
-            self.needs_weight and not self.is_one_chunk and settings.dtype.itemsize < torch.float32.itemsize
-        )
+        several = len(hidden) > settings.chunk_rows
+        self.by_blocks = self.needs_weight and several and settings.dtype.itemsize < torch.float32.itemsize
         if self.by_blocks:
             self.weight = torch.empty_like(weight)
 
@@ -195,7 +193,7 @@ class _Gradients:
         """The weight's gradient from all rows, `[A, D]`, a block of the vocabulary at a time."""
         assert self.weight is not None
         rows, vocabulary = len(inputs), len(projection)
-        blocks = max(1, math.ceil(rows / settings.chunk_rows))  # of as many logits as a chunk
+        blocks = math.ceil(rows / settings.chunk_rows)  # of as many logits as a chunk
         tokens = math.ceil(vocabulary / blocks)
         buffers = _Buffers(settings, rows, tokens, inputs.device)
         for start in range(0, vocabulary, tokens):

@@ -84,7 +84,10 @@ def test_a_records_arrays_are_those_of_its_sample_alone(work: Build):
     records = encode_records(signals, batch, work.codecs)
     assert len(records) == len(batch) == COUNT
     for index, record in enumerate(records):
-        rows, visual = signals.row_range(index), signals.visual_range(index)
+        rows, visual = (
+            slice(sum(counts[:index]), sum(counts[: index + 1]))
+            for counts in (signals.row_counts, signals.visual_counts)
+        )
         alone = {"labels": signals.labels[rows].numpy()}
         alone |= work.codecs["logits"].encode(slice_logits(signals.logits, rows))
         alone |= work.codecs["visual_logits"].encode(slice_logits(signals.visual_logits, visual))

@@ -1,5 +1,6 @@
 """Killed, or out of disk space, before any file operation, and run again: `distill run` leaves the same students and scores."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -35,6 +36,15 @@ def test_what_a_killed_process_left_half_written_is_removed(tmp_path: Path):
     with claim_output(tmp_path):
         assert not left.exists()
         assert (tmp_path / "run.json").exists()
+
+
+def test_a_disk_too_full_for_the_folder_itself_names_the_remedy(tmp_path: Path, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(OSError, match=r"free some space, then run the same command again"):
+        claim_output(tmp_path / "run").__enter__()
 
 
 @pytest.mark.slow

@@ -40,6 +40,7 @@ def head_mean_attention(
     softcap: float | None = None,
     chunk_rows: int | None = None,
     last_row: int | None = None,
+    shared: "SharedPlace | None" = None,
 ) -> Tensor:
     """Attention of some rows on some keys, softmaxed over all keys, mean over heads.
 
@@ -56,6 +57,8 @@ def head_mean_attention(
         softcap: Scores are squeezed to below this by tanh before the mask (Gemma 2).
         chunk_rows: Rows at a time; by default as many as :data:`CHUNK_ELEMENTS` allows.
         last_row: Largest of ``rows``, where the caller knows it: no causal row needs a key behind it.
+        shared: For all layers of one forward pass with the same ``rows`` and ``keys``: what does not depend on queries
+            and keys is then worked out once.
 
     Returns:
         float32 ``[B, R, M]``; 0 for padding and for rows that may look nowhere.
@@ -83,8 +86,9 @@ def head_mean_attention(
         key_heads=key_heads,
         samples=samples,
     )
-    mask = None if attention_mask is None else attention_mask.expand(B, -1, -1, -1)
-    result: Tensor = _HeadMean.apply(query, key, rows.to(query.device), keys.to(query.device), mask, settings)
+    inputs = _Inputs(query, key, rows.to(query.device), keys.to(query.device), attention_mask)
+    place = None if shared is None else shared.find(inputs, settings)
+    result: Tensor = _HeadMean.apply(*inputs, settings, place)
     return result
 
 
@@ -100,15 +104,14 @@ class _Settings:
     key_heads: int
     samples: int
 
-    def is_one_chunk(self, query: Tensor, key: Tensor, rows: Tensor) -> bool:
+    def is_one_chunk(self, inputs: "_Inputs") -> bool:
         """Whether all samples, rows and heads are worked on at once."""
-        return (
-            self.samples >= query.shape[0] and self.rows >= rows.shape[1] and self.key_heads >= key.shape[1]
-        )
+        samples, key_heads = inputs.key.shape[:2]
+        return self.samples >= samples and self.rows >= inputs.rows.shape[1] and self.key_heads >= key_heads
 
 
 class _Inputs(NamedTuple):
-    """What `head_mean_attention` was given, on one device; ``mask`` ``[B, 1 or H, Tq, Tk]``."""
+    """What `head_mean_attention` was given, on one device."""
 
     query: Tensor
     key: Tensor
@@ -129,26 +132,27 @@ class _HeadMean(torch.autograd.Function):
         keys: Tensor,
         mask: Tensor | None,
         settings: _Settings,
+        place: "_Place | None",
     ) -> Tensor:
-        """Sum over heads, then pick the wanted keys."""
-        ctx.settings = settings
+        """Sum over heads, then pick the wanted keys; ``place`` is that of all rows, where it is known."""
+        inputs = _Inputs(query, key, rows, keys, mask)
+        ctx.settings, ctx.place = settings, place
         result = torch.empty(*rows.shape, keys.shape[1], device=query.device)
         kept: tuple[Tensor, ...] = ()
-        keeps = settings.softcap is None and settings.is_one_chunk(query, key, rows)
+        keeps = settings.softcap is None and settings.is_one_chunk(inputs)
         # Under autocast the products would be rounded to 16 bits before the softmax.
         with _without_autocast(query.device.type):
-            for part in _parts(_Inputs(query, key, rows, keys, mask), settings):
+            for part in _parts(inputs, settings, place):
                 total: Tensor | None = None
                 for heads in part.key_heads():
                     probabilities = part.attend(heads).probabilities
                     share = probabilities.sum(dim=1)  # [s, r, Tk]
                     total = share if total is None else total.add_(share)
                     if keeps and probabilities.numel() <= KEPT_ELEMENTS:
-                        kept = (part.row_weight, probabilities)
+                        kept, ctx.place = (probabilities,), part.place
                 assert total is not None
-                picked = total.gather(2, part.keys).mul_(part.row_weight)  # [s, r, M]
-                torch.mul(picked, part.key_weight, out=result[part.where])
-        ctx.save_for_backward(query, key, rows, keys, mask, *kept)
+                torch.mul(total.gather(2, part.place.keys), part.place.weight, out=result[part.place.where])
+        ctx.save_for_backward(*inputs, *kept)
         return result
 
     @staticmethod
@@ -156,17 +160,18 @@ class _HeadMean(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         """All heads' probabilities have the same gradient, that of their mean."""
         query, key, rows, keys, mask, *kept = ctx.saved_tensors
-        row_weight, probabilities = kept or (None, None)
+        probabilities = kept[0] if kept else None
         settings: _Settings = ctx.settings
         needs_query, needs_key = ctx.needs_input_grad[:2]
         by_query = torch.zeros_like(query) if needs_query else None
         # In float32, because chunks of rows are summed.
         by_key = torch.zeros(key.shape, device=key.device) if needs_key else None
         with _without_autocast(query.device.type):
-            for part in _parts(_Inputs(query, key, rows, keys, mask), settings, row_weight):
-                wanted = grad_outputs[0][part.where] * part.row_weight * part.key_weight  # [s, r, M]
+            for part in _parts(_Inputs(query, key, rows, keys, mask), settings, ctx.place):
+                place = part.place
+                wanted = grad_outputs[0][place.where] * place.weight  # [s, r, M]
                 by_mean = torch.zeros(*wanted.shape[:2], settings.keys_seen, device=query.device)
-                by_mean.scatter_add_(2, part.keys, wanted)
+                by_mean.scatter_add_(2, place.keys, wanted)
                 for heads in part.key_heads():
                     found = part.attend(heads, keep_slope=True, probabilities=probabilities)
                     by_scores = found.by_scores(by_mean)  # [s * g, H / Hkv * r, Tk]
@@ -175,9 +180,10 @@ class _HeadMean(torch.autograd.Function):
                             by_query, heads, (by_scores @ found.keys).mul_(settings.scale)
                         )
                     if by_key is not None:
-                        target = by_key[part.where[0], heads].flatten(0, 1)[:, : settings.keys_seen]
+                        target = by_key[place.where[0], heads].flatten(0, 1)[:, : settings.keys_seen]
                         target.baddbmm_(by_scores.transpose(1, 2), found.queries)
-        return by_query, None if by_key is None else by_key.to(key.dtype), None, None, None, None
+        by_inputs = by_query, None if by_key is None else by_key.to(key.dtype)
+        return *by_inputs, None, None, None, None, None
 
 
 def _without_autocast(device: str) -> AbstractContextManager[Any]:
@@ -205,49 +211,87 @@ class _Attended:
         return result.view(*self.queries.shape[:2], -1)
 
 
-class _Part:
-    """Some rows of some samples: s samples, r rows each.
+@dataclass(frozen=True)
+class _Place:
+    """Some rows of some samples, in every layer of a pass: s samples, r rows each.
 
     Attributes:
         where: Their place in the result.
+        rows: int64 ``[s, r]``, padding 0.
         keys: Wanted keys, int64 ``[s, r, M]``, padding 0.
-        row_weight: float32 ``[s, r, 1]``: one part in H, or 0 for padding and rows that may look nowhere.
-        key_weight: float32 ``[s, 1, M]``: 1, or 0 for padding and keys that no row sees.
+        weight: float32 ``[s, r, M]``: one part in H; 0 for padding, rows that may look nowhere and keys that no row sees.
+        bias: What a mask that all heads share adds to scores, float32 ``[s, 1, r, Tk]``.
+        mask: A mask of which each head has its own, of these samples ``[s, H, Tq, Tk]``.
     """
 
-    def __init__(
-        self,
-        inputs: _Inputs,
-        settings: _Settings,
-        where: tuple[slice, slice],
-        row_weight: Tensor | None = None,
-    ) -> None:
-        """Prepare; ``row_weight`` is known when the attention is."""
-        query, key, rows, keys, mask = inputs
-        samples = where[0]
-        self.where, self._settings = where, settings
-        self._query, self._key = query[samples], key[samples, :, : settings.keys_seen]
-        self._mask = None if mask is None else mask[samples]
-        self._rows = rows[where].clamp_min(0)
-        real_keys = (keys[samples] >= 0) & (keys[samples] < settings.keys_seen)  # [s, M]
-        self.keys = (keys[samples] * real_keys)[:, None].expand(-1, self._rows.shape[1], -1)
-        self.key_weight = real_keys[:, None].float()
-        self._bias: Tensor | None = None  # of a mask that all heads share
-        if row_weight is not None:
-            self.row_weight = row_weight
-            return
-        sees = rows[where] >= 0
-        if self._mask is not None:
-            if self._mask.shape[1] == 1:
-                self._bias = self._masked(slice(0, 1))
-                sees &= _sees(self._bias)
+    where: tuple[slice, slice]
+    rows: Tensor
+    keys: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+    mask: Tensor | None = None
+
+    @classmethod
+    def of(cls, inputs: _Inputs, settings: _Settings, where: tuple[slice, slice]) -> "_Place":
+        """The place of some rows."""
+        rows, keys = inputs.rows[where], inputs.keys[where[0]]
+        real_keys = (keys >= 0) & (keys < settings.keys_seen)  # [s, M]
+        sees, rows = rows >= 0, rows.clamp_min(0)
+        bias = mask = None
+        if inputs.mask is not None:
+            mask = inputs.mask.expand(inputs.query.shape[0], -1, -1, -1)[where[0]]
+            if mask.shape[1] == 1:
+                bias, mask = _bias(mask, rows), None
+                sees &= _sees(bias)
             else:
-                heads = range(self._mask.shape[1])
-                sees &= torch.stack([_sees(self._masked(slice(head, head + 1))) for head in heads]).any(dim=0)
+                biases = (_bias(mask[:, head : head + 1], rows) for head in range(mask.shape[1]))
+                sees &= torch.stack([_sees(bias) for bias in biases]).any(dim=0)
         elif settings.causal:
             columns = torch.arange(settings.keys_seen, device=rows.device)
-            self._bias = torch.where(columns <= self._rows[:, :, None], 0.0, _BLOCKED)[:, None]
-        self.row_weight = sees[:, :, None] / query.shape[1]
+            bias = torch.where(columns <= rows[:, :, None], 0.0, _BLOCKED)[:, None]
+        return cls(
+            where,
+            rows,
+            (keys * real_keys)[:, None].expand(-1, rows.shape[1], -1),
+            sees[:, :, None] / inputs.query.shape[1] * real_keys[:, None],
+            bias,
+            mask,
+        )
+
+    def bias_of(self, heads: slice) -> Tensor | None:
+        """What the mask adds to the scores of some query heads: float32 ``[s, 1 or heads, r, Tk]``."""
+        return self.bias if self.mask is None else _bias(self.mask[:, heads], self.rows)
+
+
+class SharedPlace:
+    """The place of all wanted rows and keys, for the layers of one forward pass that share a mask.
+
+    Kept only where everything is one chunk, so that it is small beside :data:`CHUNK_ELEMENTS`, and for the last mask.
+    """
+
+    def __init__(self) -> None:
+        """Know nothing yet."""
+        self._known: tuple[Any, ...] | None = None
+        self._place: _Place | None = None
+
+    def find(self, inputs: _Inputs, settings: _Settings) -> _Place | None:
+        """The place of all rows, new or that of the layer before; None where there are several chunks."""
+        if not settings.is_one_chunk(inputs):
+            return None
+        seen = (inputs.mask, settings, inputs.query.shape, inputs.query.device)
+        if self._known is None or self._known[0] is not seen[0] or self._known[1:] != seen[1:]:
+            self._known, self._place = seen, _Place.of(inputs, settings, (slice(None), slice(None)))
+        return self._place
+
+
+class _Part:
+    """The queries and keys of a layer at a place."""
+
+    def __init__(self, place: _Place, inputs: _Inputs, settings: _Settings) -> None:
+        """Take them."""
+        samples = place.where[0]
+        self.place, self._settings = place, settings
+        self._query, self._key = inputs.query[samples], inputs.key[samples, :, : settings.keys_seen]
 
     def key_heads(self) -> Iterator[slice]:
         """Some key heads at a time."""
@@ -262,8 +306,8 @@ class _Part:
         query = self._query[:, self._query_heads(heads)]
         # Query heads that share a key head are stacked as rows: keys are never repeated. Samples and heads of
         # several samples become one dimension, which copies keys; those of one do not.
-        queries = query.gather(2, self._index(query)).float().mul_(self._settings.scale)
-        queries = queries.view(key.shape[0] * key.shape[1], -1, key.shape[3])
+        queries = _of_rows(query, self.place.rows).float() * self._settings.scale
+        queries = queries.reshape(key.shape[0] * key.shape[1], -1, key.shape[3])
         keys = key.float().flatten(0, 1)
         if probabilities is not None:
             return _Attended(queries, keys, probabilities, None)
@@ -273,34 +317,35 @@ class _Part:
             scores.div_(self._settings.softcap).tanh_()
             slope = 1 - scores.square() if keep_slope else None
             scores.mul_(self._settings.softcap)
-        if self._bias is not None:
-            scores.add_(self._bias)
-        elif self._mask is not None:
-            scores.add_(self._masked(self._query_heads(heads)))
+        bias = self.place.bias_of(self._query_heads(heads))
+        if bias is not None:
+            scores.add_(bias)
         return _Attended(queries, keys, scores.softmax(dim=-1), slope)
 
     def add_query_gradient(self, total: Tensor, heads: slice, gradient: Tensor) -> None:
         """Add the gradient of stacked queries to that of all, ``[B, H, Tq, D]``; rows may be repeated."""
-        target = total[self.where[0], self._query_heads(heads)]
-        index = self._index(target)
+        target = total[self.place.where[0], self._query_heads(heads)]
+        index = self.place.rows[:, None, :, None].expand(-1, target.shape[1], -1, target.shape[3])
         target.scatter_add_(2, index, gradient.view(index.shape).to(target.dtype))
 
     def _query_heads(self, heads: slice) -> slice:
         shared = self._query.shape[1] // self._key.shape[1]
         return slice(heads.start * shared, heads.stop * shared)
 
-    def _index(self, query: Tensor) -> Tensor:
-        return self._rows[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
 
-    def _masked(self, heads: slice) -> Tensor:
-        """What the mask adds to the scores of these rows: float32 ``[s, heads, r, Tk]``."""
-        assert self._mask is not None
-        samples = torch.arange(len(self._rows), device=self._rows.device)[:, None]
-        mask = self._mask[:, heads][samples, :, self._rows].transpose(1, 2)
-        if mask.dtype == torch.bool:
-            return torch.where(mask, 0.0, _BLOCKED)
-        # Blocked is what a mask builder wrote as "minimum of the dtype" or -inf; smaller biases are kept.
-        return mask.float().masked_fill_(mask <= torch.finfo(mask.dtype).min / 2, _BLOCKED)
+def _of_rows(values: Tensor, rows: Tensor) -> Tensor:
+    """Those of some rows ``[s, r]``: ``[s, heads, Tq, any]`` to ``[s, heads, r, any]``."""
+    samples = torch.arange(len(rows), device=rows.device)[:, None]
+    return values[samples, :, rows].transpose(1, 2)
+
+
+def _bias(mask: Tensor, rows: Tensor) -> Tensor:
+    """What a mask ``[s, heads, Tq, Tk]`` adds to the scores of some rows ``[s, r]``: float32 ``[s, heads, r, Tk]``."""
+    mask = _of_rows(mask, rows)
+    if mask.dtype == torch.bool:
+        return torch.where(mask, 0.0, _BLOCKED)
+    # Blocked is what a mask builder wrote as "minimum of the dtype" or -inf; smaller biases are kept.
+    return mask.float().masked_fill_(mask <= torch.finfo(mask.dtype).min / 2, _BLOCKED)
 
 
 def _sees(bias: Tensor) -> Tensor:
@@ -308,9 +353,12 @@ def _sees(bias: Tensor) -> Tensor:
     return bias[:, 0].amax(dim=-1) > _BLOCKED / 2
 
 
-def _parts(inputs: _Inputs, settings: _Settings, row_weight: Tensor | None = None) -> Iterator[_Part]:
-    """Some samples at a time and, of a sample with many rows, some rows."""
+def _parts(inputs: _Inputs, settings: _Settings, place: _Place | None) -> Iterator[_Part]:
+    """All rows at once, where their place is known; else some samples at a time and, of many rows, some."""
+    if place is not None:
+        yield _Part(place, inputs, settings)
+        return
     for first in range(0, inputs.rows.shape[0], settings.samples):
         for start in range(0, inputs.rows.shape[1], settings.rows):
             where = slice(first, first + settings.samples), slice(start, start + settings.rows)
-            yield _Part(inputs, settings, where, row_weight)
+            yield _Part(_Place.of(inputs, settings, where), inputs, settings)

@@ -90,7 +90,7 @@ class HiddenCapture:
                 f"hidden states {unknown} do not exist: the language model has {self.depth} layers (0, its input, "
                 f"to {self.depth}, its normalised output); change hidden_layers"
             )
-        if checkpoints_activations(self._model):
+        if checkpoints_activations(self._model.modules()):
             raise ModelError(
                 "hidden states cannot be recorded while the library's gradient checkpointing is on: turn it off and use "
                 "the run's own (gradient_checkpointing=true), or train without losses on hidden states"

@@ -11,7 +11,7 @@ Dims: B batch, R requested rows, M requested keys, G layer groups.
 """
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from common.attention_rows import head_mean_attention
+from common.attention_rows import SharedPlace, head_mean_attention
 from common.capped_attention import capped_attention
 from common.errors import ModelError
 
@@ -208,7 +208,7 @@ class AttentionCapture:
                 f"(it stays on {config._attn_implementation!r}): only its logits can be cached"
             )
         self.depth: int = int(config.num_hidden_layers)
-        self._language_model = language_model
+        self._checkpointed = [m for m in language_model.modules() if hasattr(m, "gradient_checkpointing")]
         self._modules = [
             m for m in language_model.modules() if isinstance(getattr(m, "layer_idx", None), int)
         ]
@@ -241,13 +241,14 @@ class AttentionCapture:
                     f"request {name!r} names layers {unknown}, but the language model has {self.depth} "
                     f"layers (0 to {self.depth - 1}); choose layers for this depth"
                 )
-        if checkpoints_activations(self._language_model):
+        if checkpoints_activations(self._checkpointed):
             raise ModelError(
                 "attention cannot be recorded while the library's gradient checkpointing is on: turn it off for the "
                 "language model and use the run's own (gradient_checkpointing=true), or train without attention losses"
             )
         maps = AttentionMaps(requests)
-        recorder = _Recorder(requests=dict(requests), maps=maps, chunk_rows=self._chunk_rows)
+        places = {name: SharedPlace() for name in requests}
+        recorder = _Recorder(requests=dict(requests), maps=maps, chunk_rows=self._chunk_rows, places=places)
         with _recorders_lock:
             if any(module in _recorders for module in self._modules):
                 raise ModelError(
@@ -271,6 +272,7 @@ class _Recorder:
     requests: dict[str, AttentionRequest]
     maps: AttentionMaps
     chunk_rows: int | None
+    places: Mapping[str, SharedPlace]
 
     def observe(
         self,
@@ -304,6 +306,7 @@ class _Recorder:
                 softcap=softcap,
                 chunk_rows=self.chunk_rows,
                 last_row=request.largest[0],
+                shared=self.places[name],
             )
             if not repeated:
                 self.maps.add(name, layer, attention)
@@ -340,13 +343,13 @@ def checkpoint_recorded(function: Callable[..., Any], *inputs: Any) -> Any:
     return checkpoint(run, *inputs, use_reentrant=False)
 
 
-def checkpoints_activations(model: nn.Module) -> bool:
-    """Whether a model in training checkpoints layers in the library's way, whose second run records nothing."""
+def checkpoints_activations(modules: Iterable[nn.Module]) -> bool:
+    """Whether modules in training checkpoint layers in the library's way, whose second run records nothing."""
     return any(
         getattr(module, "gradient_checkpointing", False)
         and module.training
         and getattr(module, "_gradient_checkpointing_func", None) is not checkpoint_recorded
-        for module in model.modules()
+        for module in modules
     )
 
 

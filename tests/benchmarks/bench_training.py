@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from stage2_student.train import AfterStep, train_student
+from stage2_student.train import AfterStep, TrainResult, train_student
 from tests.benchmarks.bench_measure import Spread, Values
+from tests.benchmarks.bench_models import STUDENT_LAYERS, STUDENT_WIDTH, save_language_model
 
 LOSSES: dict[str, dict[str, float]] = {
     "SFT": {"lm": 1.0},
@@ -86,41 +87,63 @@ def in_turn(trainings: Mapping[str, Callable[[AfterStep], Any]]) -> dict[str, li
     return {name: times[1:] for name, times in seconds.items()}
 
 
-def bench_training(cache: Path, folder: Path, *, steps: int = 60) -> tuple[Values, Values]:
-    """A step of both distilled phases over one of SFT's; what is trained is the phase's. Steps in turn.
+def bench_training(
+    cache: Path, folder: Path, *, steps: int = 90, wider_steps: int = 30
+) -> tuple[Values, Values]:
+    """A step of both distilled phases over one of SFT's, for the built-in student and a wider one. Steps in turn.
 
     Args:
         cache: Of built-in data, with logits and answer attention.
         folder: Scratch.
-        steps: Optimizer steps of each training; the first third only warms up.
+        steps: Optimizer steps of each training; the first third only warms up. No sample comes twice: it would be
+            taken from memory.
+        wider_steps: The same, of the wider student.
 
     Returns:
         Ratios, whose ends leave out a tenth of the steps on either side, and figures.
     """
+    wider = str(save_language_model(folder / "language-model"))
+    students: dict[str, dict[str, Any]] = {
+        "": {"steps": steps},
+        f", student {STUDENT_LAYERS} x {STUDENT_WIDTH}": {"steps": wider_steps, "language_model": wider},
+    }
     ratios: Values = {}
     figures: Values = {}
     waits: list[float] = []
-    for phase, trainable in TRAINABLE.items():
-
-        def training(
-            name: str, after_step: AfterStep | None = None, *, phase: str = phase, trainable: str = trainable
-        ) -> Any:
-            options = {"steps": steps, "losses": LOSSES[name], "trainable": trainable}
-            output = folder / phase / f"{name}{'' if after_step else ', alone'}"
-            return train_student(
-                student="mobilevlm-tiny", data="shapes", cache=str(cache), output=str(output), device="cpu",
-                phases=[phase], max_length=512, after_step=after_step, **{phase: options},
-            )  # fmt: skip
-
-        seconds = in_turn({name: partial(training, name) for name in LOSSES})
-        kept = {name: times[steps // 3 :] for name, times in seconds.items()}
-        for name in LOSSES:
-            if name != "SFT":
-                ratios[f"{phase} step: {name} / SFT"] = step_ratio(kept[name], kept["SFT"])
-        figures[f"{phase} step: SFT, ms"] = 1e3 * statistics.median(kept["SFT"])
-        # Alone: while others have their turn, data would be loaded for nothing.
-        waits.append(waiting_share(training("logits + answer attention").log))
+    for student, options in students.items():
+        for phase in TRAINABLE:
+            place = folder / f"{phase}{student}"
+            train: Callable[..., TrainResult] = partial(
+                _train, cache=cache, folder=place, phase=phase, **options
+            )
+            seconds = in_turn({name: partial(train, name) for name in LOSSES})
+            kept = {name: times[options["steps"] // 3 :] for name, times in seconds.items()}
+            for name in LOSSES:
+                if name != "SFT":
+                    ratios[f"{phase} step{student}: {name} / SFT"] = step_ratio(kept[name], kept["SFT"])
+            figures[f"{phase} step{student}: SFT, ms"] = 1e3 * statistics.median(kept["SFT"])
+            # Alone: while others have their turn, data would be loaded for nothing.
+            waits.append(waiting_share(train("logits + answer attention").log))
     return ratios, figures | {"data_wait, %": Spread.of(waits)}
+
+
+def _train(
+    name: str,
+    after_step: AfterStep | None = None,
+    *,
+    cache: Path,
+    folder: Path,
+    phase: str,
+    steps: int,
+    language_model: str | None = None,
+) -> TrainResult:
+    """Train a student for one phase with some losses; what is trained is the phase's."""
+    return train_student(
+        student="mobilevlm-tiny", language_model=language_model, data="shapes", cache=str(cache), device="cpu",
+        phases=[phase], max_length=512, after_step=after_step,
+        output=str(folder / f"{name}{'' if after_step else ', alone'}"),
+        **{phase: {"steps": steps, "losses": LOSSES[name], "trainable": TRAINABLE[phase]}},
+    )  # fmt: skip
 
 
 def step_ratio(above: Sequence[float], below: Sequence[float]) -> Spread:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from common import attention_rows
-from common.attention_rows import head_mean_attention
+from common.attention_rows import SharedPlace, head_mean_attention
 
 B, H, T, D = 3, 8, 21, 4
 ROWS = torch.tensor([[20, 3, 0, -1, 11], [7, 7, 19, 1, -1], [-1, -1, -1, -1, -1]])
@@ -146,3 +146,24 @@ def test_a_frozen_side_costs_no_gradient():
         got = head_mean_attention(query, key, rows=ROWS, keys=KEYS)
         assert torch.equal(torch.autograd.grad(got.square().sum(), trained)[0], expected[0])
         frozen.requires_grad_(True)
+
+
+@pytest.mark.usefixtures("cut")
+@pytest.mark.parametrize("kind", ["shared bool", "samples bf16", "heads float"])
+def test_layers_that_share_a_place_give_what_they_give_alone(kind):
+    shared = SharedPlace()
+    one = masks(kind)
+    other = one & (torch.arange(T) > 2) if one.dtype == torch.bool else one + 1.5 * torch.randn(one.shape)
+    # As layers with sliding windows beside full ones come, one of them with other heads.
+    for layer, (mask, key_heads) in enumerate(
+        [(one, 8), (one, 8), (other, 8), (one, 8), (None, 8), (one, 2)]
+    ):
+        options = {"attention_mask": mask, "causal": mask is None}
+        found = []
+        for place in (None, shared):
+            query, key = inputs(torch.float32, key_heads)
+            query = query * (1 + layer)
+            got = head_mean_attention(query, key, rows=ROWS, keys=KEYS, shared=place, **options)
+            found.append((got, *torch.autograd.grad(got.square().sum(), (query, key))))
+        for alone, together in zip(*found, strict=True):
+            torch.testing.assert_close(together, alone, rtol=0, atol=0)

@@ -1,9 +1,10 @@
 """Attention of chosen rows, from queries and keys, in little memory.
 
-softmax(QK^T) in float32 over all keys a row may see, averaged over heads at once. Scores exist for one chunk of
-samples, rows and heads at a time, and in the backward pass again: extra memory grows neither with heads nor with
-layers, and autograd keeps only queries, keys and the mask, as the model's own attention does. Attention of at most
-`KEPT_ELEMENTS` is kept instead: where little is to be computed, computing it twice is what costs.
+softmax(QK^T) in float32 over all keys a row may see, averaged over heads, and summed over rows where only their sum is
+wanted. Scores exist for one chunk of samples, rows and heads at a time, and in the backward pass again: extra memory
+grows neither with heads nor with layers, and autograd keeps only queries, keys and the mask, as the model's own
+attention does. Attention of at most `KEPT_ELEMENTS` is kept instead: where little is to be computed, computing it twice
+is what costs.
 
 Dims: B batch (s samples in a chunk), Tq queries, Tk keys, R requested rows (r in a chunk), M requested keys, H query
 heads (h in a chunk), Hkv key heads (g in a chunk), D width of a head.
@@ -34,6 +35,7 @@ def head_mean_attention(
     *,
     rows: Tensor,
     keys: Tensor,
+    row_weights: Tensor | None = None,
     attention_mask: Tensor | None = None,
     causal: bool = False,
     scaling: float | None = None,
@@ -51,23 +53,24 @@ def head_mean_attention(
         key: Float ``[B, Hkv, Tk, D]``; H is a multiple of Hkv (grouped-query heads).
         rows: int64 ``[B, R]`` in ``[-1, Tq)``.
         keys: int64 ``[B, M]`` in ``[-1, Tk)``.
+        row_weights: Float ``[B, R]``, constants: the result is the sum of the rows, each times its weight.
         attention_mask: ``[B or 1, 1 or H, Tq, Tk]``; bool (True = may look) or float (added to scores); a constant.
         causal: Query i sees keys 0..i, as SDPA's ``is_causal`` (upper left).
         scaling: Factor on the scores; by default ``D ** -0.5``.
         softcap: Scores are squeezed to below this by tanh before the mask (Gemma 2).
         chunk_rows: Rows at a time; by default as many as :data:`CHUNK_ELEMENTS` allows.
         last_row: Largest of ``rows``, where the caller knows it: no causal row needs a key behind it.
-        shared: For all layers of one forward pass with the same ``rows`` and ``keys``: what does not depend on queries
-            and keys is then worked out once.
+        shared: For all layers of one forward pass with the same ``rows``, ``keys`` and ``row_weights``: what does not
+            depend on queries and keys is then worked out once.
 
     Returns:
-        float32 ``[B, R, M]``; 0 for padding and for rows that may look nowhere.
+        float32 ``[B, R, M]``, or ``[B, 1, M]`` with ``row_weights``; 0 for padding and for rows that may look nowhere.
     """
     B, H, _, D = query.shape
     Hkv, Tk = key.shape[1], key.shape[2]
     R, M = rows.shape[1], keys.shape[1]
     if R == 0 or M == 0:
-        return query.new_zeros((B, R, M), dtype=torch.float32)
+        return query.new_zeros((B, R if row_weights is None else 1, M), dtype=torch.float32)
     if causal and last_row is not None:
         Tk = min(Tk, max(last_row, 0) + 1)
     # Whole samples while they fit, else all rows of some heads of one sample, else some rows.
@@ -86,7 +89,9 @@ def head_mean_attention(
         key_heads=key_heads,
         samples=samples,
     )
-    inputs = _Inputs(query, key, rows.to(query.device), keys.to(query.device), attention_mask)
+    here = query.device
+    weights = None if row_weights is None else row_weights.to(here).float()
+    inputs = _Inputs(query, key, rows.to(here), keys.to(here), weights, attention_mask)
     place = None if shared is None else shared.find(inputs, settings)
     result: Tensor = _HeadMean.apply(*inputs, settings, place)
     return result
@@ -117,6 +122,7 @@ class _Inputs(NamedTuple):
     key: Tensor
     rows: Tensor
     keys: Tensor
+    row_weights: Tensor | None
     mask: Tensor | None
 
 
@@ -130,14 +136,16 @@ class _HeadMean(torch.autograd.Function):
         key: Tensor,
         rows: Tensor,
         keys: Tensor,
+        row_weights: Tensor | None,
         mask: Tensor | None,
         settings: _Settings,
         place: "_Place | None",
     ) -> Tensor:
         """Sum over heads, then pick the wanted keys; ``place`` is that of all rows, where it is known."""
-        inputs = _Inputs(query, key, rows, keys, mask)
+        inputs = _Inputs(query, key, rows, keys, row_weights, mask)
         ctx.settings, ctx.place = settings, place
-        result = torch.empty(*rows.shape, keys.shape[1], device=query.device)
+        length = rows.shape[1] if row_weights is None else 1
+        result = torch.zeros(len(rows), length, keys.shape[1], device=query.device)
         kept: tuple[Tensor, ...] = ()
         keeps = settings.softcap is None and settings.is_one_chunk(inputs)
         # Under autocast the products would be rounded to 16 bits before the softmax.
@@ -151,7 +159,11 @@ class _HeadMean(torch.autograd.Function):
                     if keeps and probabilities.numel() <= KEPT_ELEMENTS:
                         kept, ctx.place = (probabilities,), part.place
                 assert total is not None
-                torch.mul(total.gather(2, part.place.keys), part.place.weight, out=result[part.place.where])
+                picked, target = total.gather(2, part.place.keys), result[part.place.target]
+                if row_weights is None:
+                    torch.mul(picked, part.place.weight, out=target)
+                else:
+                    target.add_(picked.mul_(part.place.weight).sum(dim=1, keepdim=True))
         ctx.save_for_backward(*inputs, *kept)
         return result
 
@@ -159,7 +171,9 @@ class _HeadMean(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         """All heads' probabilities have the same gradient, that of their mean."""
-        query, key, rows, keys, mask, *kept = ctx.saved_tensors
+        count = len(_Inputs._fields)
+        inputs, kept = _Inputs(*ctx.saved_tensors[:count]), ctx.saved_tensors[count:]
+        query, key = inputs.query, inputs.key
         probabilities = kept[0] if kept else None
         settings: _Settings = ctx.settings
         needs_query, needs_key = ctx.needs_input_grad[:2]
@@ -167,9 +181,9 @@ class _HeadMean(torch.autograd.Function):
         # In float32, because chunks of rows are summed.
         by_key = torch.zeros(key.shape, device=key.device) if needs_key else None
         with _without_autocast(query.device.type):
-            for part in _parts(_Inputs(query, key, rows, keys, mask), settings, ctx.place):
+            for part in _parts(inputs, settings, ctx.place):
                 place = part.place
-                wanted = grad_outputs[0][place.where] * place.weight  # [s, r, M]
+                wanted = grad_outputs[0][place.target] * place.weight  # [s, r, M]
                 by_mean = torch.zeros(*wanted.shape[:2], settings.keys_seen, device=query.device)
                 by_mean.scatter_add_(2, place.keys, wanted)
                 for heads in part.key_heads():
@@ -183,7 +197,7 @@ class _HeadMean(torch.autograd.Function):
                         target = by_key[place.where[0], heads].flatten(0, 1)[:, : settings.keys_seen]
                         target.baddbmm_(by_scores.transpose(1, 2), found.queries)
         by_inputs = by_query, None if by_key is None else by_key.to(key.dtype)
-        return *by_inputs, None, None, None, None, None
+        return *by_inputs, None, None, None, None, None, None
 
 
 def _without_autocast(device: str) -> AbstractContextManager[Any]:
@@ -216,15 +230,18 @@ class _Place:
     """Some rows of some samples, in every layer of a pass: s samples, r rows each.
 
     Attributes:
-        where: Their place in the result.
+        where: Which they are.
+        target: Their place in the result, or where their sum is added.
         rows: int64 ``[s, r]``, padding 0.
         keys: Wanted keys, int64 ``[s, r, M]``, padding 0.
-        weight: float32 ``[s, r, M]``: one part in H; 0 for padding, rows that may look nowhere and keys that no row sees.
+        weight: float32 ``[s, r, M]``: one part in H, times the row's weight in a sum; 0 for padding, rows that may look
+            nowhere and keys that no row sees.
         bias: What a mask that all heads share adds to scores, float32 ``[s, 1, r, Tk]``.
         mask: A mask of which each head has its own, of these samples ``[s, H, Tq, Tk]``.
     """
 
     where: tuple[slice, slice]
+    target: tuple[slice, slice]
     rows: Tensor
     keys: Tensor
     weight: Tensor
@@ -249,11 +266,15 @@ class _Place:
         elif settings.causal:
             columns = torch.arange(settings.keys_seen, device=rows.device)
             bias = torch.where(columns <= rows[:, :, None], 0.0, _BLOCKED)[:, None]
+        weight, target = sees / inputs.query.shape[1], where
+        if inputs.row_weights is not None:
+            weight, target = weight * inputs.row_weights[where], (where[0], slice(None))
         return cls(
             where,
+            target,
             rows,
             (keys * real_keys)[:, None].expand(-1, rows.shape[1], -1),
-            sees[:, :, None] / inputs.query.shape[1] * real_keys[:, None],
+            weight[:, :, None] * real_keys[:, None],
             bias,
             mask,
         )

@@ -14,7 +14,6 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from common.attention_request import AttentionRequest
 from common.attention_rows import SharedPlace, head_mean_attention
 from common.capped_attention import capped_attention
 from common.errors import ModelError
@@ -36,83 +36,8 @@ _recorders_lock = threading.Lock()
 _repeated = threading.local()  # recorders of the pass that a checkpointed layer repeats in this thread
 
 
-@dataclass(frozen=True)
-class AttentionRequest:
-    """Which rows, keys and layers to record.
-
-    Attributes:
-        rows: int64 ``[B, R]``, query positions in this forward pass; -1 is padding.
-        keys: int64 ``[B, M]``, key positions; -1 is padding.
-        groups: Language-model layer indices (0-based) of each of G groups; groups may share layers.
-
-    Raises:
-        ModelError: If shapes, dtypes, positions or groups make no sense.
-    """
-
-    rows: Tensor
-    keys: Tensor
-    groups: tuple[tuple[int, ...], ...]
-
-    def __post_init__(self) -> None:
-        for name, positions in (("rows", self.rows), ("keys", self.keys)):
-            if positions.ndim != 2 or positions.dtype != torch.int64:
-                raise ModelError(
-                    f"attention request: `{name}` must be int64 [batch, positions], "
-                    f"got {positions.dtype} {list(positions.shape)}"
-                )
-            if positions.numel() and int(positions.min()) < -1:
-                raise ModelError(
-                    f"attention request: `{name}` holds position {int(positions.min())}; "
-                    "positions are 0 or more, and -1 is padding"
-                )
-        if self.rows.shape[0] != self.keys.shape[0]:
-            raise ModelError(
-                f"attention request: `rows` are for {self.rows.shape[0]} samples "
-                f"but `keys` for {self.keys.shape[0]}; build both from one batch"
-            )
-        if not self.groups or any(not group or len(set(group)) != len(group) for group in self.groups):
-            raise ModelError(
-                f"attention request: `groups` must be tuples of distinct layer indices, got {self.groups}"
-            )
-
-    @property
-    def layers(self) -> frozenset[int]:
-        """All layers that any group needs."""
-        return frozenset(layer for group in self.groups for layer in group)
-
-    @cached_property
-    def largest(self) -> tuple[int, int]:
-        """Largest row and key position: read once, because each read waits for a GPU."""
-        return tuple(int(t.max()) if t.numel() else -1 for t in (self.rows, self.keys))  # type: ignore[return-value]
-
-    def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Rows and keys on a device: copied once, and kept once for all layers."""
-        if device not in self._copies:
-            with torch.inference_mode(False):  # a later pass, with gradients, may save them
-                self._copies[device] = (self.rows.to(device), self.keys.to(device))
-        return self._copies[device]
-
-    @cached_property
-    def _copies(self) -> dict[torch.device, tuple[Tensor, Tensor]]:
-        return {}
-
-    def check_fits(self, *, batch: int, queries: int, keys: int) -> None:
-        """Raise ModelError unless all positions lie inside the batch that the model runs."""
-        if self.rows.shape[0] != batch:
-            raise ModelError(
-                f"attention request is for {self.rows.shape[0]} samples, but the model runs {batch}; "
-                "build the request from the same batch"
-            )
-        for name, largest, limit in zip(("rows", "keys"), self.largest, (queries, keys), strict=True):
-            if largest >= limit:
-                raise ModelError(
-                    f"attention request: `{name}` holds position {largest}, but the sequence has {limit} "
-                    "positions; build the request from the padded batch that the model runs"
-                )
-
-
 class AttentionMaps(Mapping[str, Tensor]):
-    """Recorded attention by request name: float32 ``[B, G, R, M]``, complete after the forward pass.
+    """Recorded attention by request name: float32 ``[B, G, R, M]``, complete after the forward pass; R is 1 for a sum of rows.
 
     Each value is the probability mass of a row (softmax over **all** keys it may see) on the requested
     keys; mean over heads, then over the layers of the group. Padding rows and keys are 0, and so are
@@ -294,12 +219,13 @@ class _Recorder:
         causal = is_causal if is_causal is not None else bool(getattr(module, "is_causal", True))
         for name, request in wanted.items():
             request.check_fits(batch=query.shape[0], queries=query.shape[2], keys=key.shape[2])
-            rows, keys = request.on(query.device)
+            rows, keys, row_weights = request.on(query.device)
             attention = head_mean_attention(
                 query,
                 key,
                 rows=rows,
                 keys=keys,
+                row_weights=row_weights,
                 attention_mask=attention_mask,
                 causal=causal and attention_mask is None and query.shape[2] > 1,
                 scaling=scaling,

@@ -34,7 +34,7 @@ from stage1_teacher.attention_fidelity import (
     row_gradient_cosines,
 )
 from stage1_teacher.plan import Build
-from stage1_teacher.signals import TeacherSignals, reduce_output, slice_logits, to_cpu, visual_columns
+from stage1_teacher.signals import TeacherSignals, reduce_output, slice_logits, to_cpu
 from stage1_teacher.sinks import SinkCount
 from stage1_teacher.teacher import TeacherOutput
 
@@ -192,7 +192,7 @@ def _compare(
     for name, states in signals.hidden.items():
         _compare_hidden(totals, name, codecs[name].decode(record), states[0], again.hidden[name][0])
     if output.visual_counts[0]:
-        _compare_maps(totals, codecs, record, tiles, signals.visual_map, again.visual_map)
+        _compare_maps(totals, codecs, record, tiles, (signals, again))
 
 
 def _compare_hidden(totals: Totals, name: str, cached: Tensor, live: Tensor, again: Tensor) -> None:
@@ -208,12 +208,11 @@ def _compare_maps(
     codecs: Mapping[str, Any],
     record: Any,
     tiles: tuple[Tile, ...],
-    first: tuple[Tensor, ...],
-    second: tuple[Tensor, ...],
+    runs: tuple[TeacherSignals, TeacherSignals],
 ) -> None:
     """Compare visual columns and maps; pictures that lie wholly in padding tokens have neither."""
     if "visual_columns" in codecs:
-        columns, again = (visual_columns(run[0], tiles) for run in (first, second))
+        columns, again = (run.visual_columns[0] for run in runs)
         if bool(columns.any()):
             side = tiles[0].cols if len(tiles) == 1 else 0
             count = totals.sinks.setdefault("visual_columns", SinkCount(columns=side))
@@ -227,7 +226,7 @@ def _compare_maps(
     if "visual_map" in codecs:
         codec = codecs["visual_map"]
         content = content_mask(tile_boxes(codec.cells_of(tiles)))
-        live, live_again = (codec.pool(run[0], tiles) for run in (first, second))
+        live, live_again = (codec.pool(run.visual_map[0], tiles) for run in runs)
         decoded = codec.teacher_map(record)
         exact = TeacherMap.from_maps(live, token_mask=content)
         pairs = image_pairs(live, content) & (live > 0)

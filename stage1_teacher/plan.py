@@ -62,7 +62,8 @@ class Build:
         return Wanted(
             groups=self.groups,
             answer_rows="answer_attention" in self.codecs,
-            visual_rows="visual_map" in self.codecs or "visual_columns" in self.codecs,
+            visual_rows="visual_map" in self.codecs,
+            columns="visual_columns" in self.codecs,
             text="text_attention" in self.codecs,
             hidden={
                 name: codec.layers for name, codec in self.codecs.items() if isinstance(codec, HiddenCodec)

@@ -18,7 +18,6 @@ from common.errors import SampleError
 from common.schema import Record
 from common.visual_tokens import (
     Tile,
-    content_mask,
     grid_tile,
     overlap_matrix,
     pool_keys,
@@ -36,13 +35,15 @@ class TeacherSignals:
     Attributes:
         logits: Rows of all samples; None if not wanted.
         answer_attention: Of each sample, cells ``[A, G, C]``; empty if not wanted.
-        visual_map: Of each sample, ``[G, N, N]``; empty unless a visual signal is wanted.
+        visual_map: Of each sample, ``[G, N, N]``; empty if not wanted.
         labels: Targets of all rows, int64 ``[A_total]``.
         row_counts: Rows of each sample.
         text_attention: Of each sample, cells ``[X, G, C]`` of all text rows behind its image; empty if not wanted.
         hidden: By signal: hidden states ``[R, S, D]`` of each sample's supervised rows or visual tokens.
         visual_logits: Rows of all visual tokens; None if not wanted.
         visual_counts: Visual tokens of each sample.
+        visual_columns: Of each sample, ``[G, N]``: mean attention of a visual token over those that carry image; empty
+            if not wanted.
     """
 
     logits: SparseLogits | None
@@ -54,6 +55,7 @@ class TeacherSignals:
     hidden: Mapping[str, tuple[Tensor, ...]] = field(default_factory=dict)
     visual_logits: SparseLogits | None = None
     visual_counts: tuple[int, ...] = ()
+    visual_columns: tuple[Tensor, ...] = ()
 
 
 def build_codecs(
@@ -136,6 +138,7 @@ def reduce_output(
     answer: list[Tensor] = []
     text: list[Tensor] = []
     visual: list[Tensor] = []
+    columns: list[Tensor] = []
     text_counts = (text_rows(batch) >= 0).sum(dim=1).tolist() if "text_attention" in codecs else []
     for index, (rows, tokens) in enumerate(zip(output.row_counts, output.visual_counts, strict=True)):
         if "answer_attention" in codecs:
@@ -152,15 +155,15 @@ def reduce_output(
                 text.append(_pool_rows(attention, batch.tiles[index], codec.grid))  # [X, G, C]
             else:
                 text.append(torch.zeros(0, codec.groups, codec.cells))
-        for name in ("visual_map", "visual_columns"):
-            if name in codecs:
-                groups = codecs[name].groups
-                visual.append(
-                    output.attention["visual"][index, :, :tokens, :tokens]
-                    if tokens
-                    else torch.zeros(groups, 0, 0)
-                )  # [G, N, N]
-                break
+        if "visual_map" in codecs:
+            codec = codecs["visual_map"]
+            whole = torch.zeros(codec.groups, 0, 0)
+            if tokens:
+                whole = output.attention["visual"][index, :, :tokens, :tokens]  # [G, N, N]
+            visual.append(whole)
+        if "visual_columns" in codecs:
+            none = torch.zeros(codecs["visual_columns"].groups, 0)
+            columns.append(output.attention["columns"][index, :, 0, :tokens] if tokens else none)  # [G, N]
     return TeacherSignals(
         logits=logits,
         answer_attention=tuple(answer),
@@ -177,6 +180,7 @@ def reduce_output(
         },
         visual_logits=visual_logits,
         visual_counts=output.visual_counts,
+        visual_columns=tuple(columns),
     )
 
 
@@ -233,8 +237,7 @@ def encode_records(signals: TeacherSignals, batch: Batch, codecs: Mapping[str, A
         if "visual_map" in codecs:
             record |= encode_map(codecs["visual_map"], signals.visual_map[index], batch.tiles[index])
         if "visual_columns" in codecs:
-            columns = visual_columns(signals.visual_map[index], batch.tiles[index])
-            record |= codecs["visual_columns"].encode(columns)
+            record |= codecs["visual_columns"].encode(signals.visual_columns[index])
         for name, states in signals.hidden.items():
             record |= codecs[name].encode(states[index])
     return records
@@ -266,22 +269,6 @@ def encode_map(codec: VisualMapCodec, maps: Tensor, tiles: tuple[Tile, ...]) -> 
     return codec.encode(codec.pool(maps, tiles), tiles=tiles)
 
 
-def visual_columns(maps: Tensor, tiles: tuple[Tile, ...]) -> Tensor:
-    """Mean attention of each visual token over the visual rows that carry image; padding rows do not count.
-
-    Args:
-        maps: Visual maps, float32 ``[G, N, N]``, query rows by key columns.
-        tiles: Of the N visual tokens.
-
-    Returns:
-        float32 ``[G, N]``; empty without an image.
-    """
-    if not maps.shape[1]:
-        return maps.new_zeros(maps.shape[0], 0)
-    content = content_mask(tile_boxes(tiles)).to(maps)  # [N]
-    return (maps * content[:, None]).sum(dim=1) / content.sum().clamp_min(1.0)
-
-
 def to_cpu(signals: TeacherSignals, *, non_blocking: bool = False) -> TeacherSignals:
     """Copy the reduced signals off the device.
 
@@ -306,6 +293,7 @@ def to_cpu(signals: TeacherSignals, *, non_blocking: bool = False) -> TeacherSig
         hidden={name: tuple(map(copy, states)) for name, states in signals.hidden.items()},
         visual_logits=copy_logits(signals.visual_logits),
         visual_counts=signals.visual_counts,
+        visual_columns=tuple(map(copy, signals.visual_columns)),
     )
 
 
@@ -332,7 +320,7 @@ def check_finite(signals: TeacherSignals) -> None:
         # A row that is no distribution has a NaN in front; log-probabilities of -inf are none of the teacher's faults.
         if logits is not None and bool(logits.log_probs[:, :1].isnan().any()):
             raise SampleError("the logits are not finite; try dtype=bfloat16 or float32")
-    for attention in (*signals.answer_attention, *signals.text_attention, *signals.visual_map):
+    for attention in _attention(signals):
         if not bool(attention.isfinite().all()):
             raise SampleError("the attention is not finite; try dtype=float32")
 
@@ -341,6 +329,13 @@ def _tensors(signals: TeacherSignals) -> Iterator[Tensor]:
     for logits in (signals.logits, signals.visual_logits):
         if logits is not None:
             yield logits.log_probs
-    yield from (*signals.answer_attention, *signals.text_attention, *signals.visual_map)
+    yield from _attention(signals)
     for states in signals.hidden.values():
         yield from states
+
+
+def _attention(signals: TeacherSignals) -> Iterator[Tensor]:
+    yield from signals.answer_attention
+    yield from signals.text_attention
+    yield from signals.visual_map
+    yield from signals.visual_columns

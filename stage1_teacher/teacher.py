@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from common.atomic import read_json
+from common.attention_request import AttentionRequest
 from common.errors import ConfigError, ModelError
 from common.hidden_states import HiddenCapture, HiddenRequest
 from common.layers import teacher_groups
-from common.visual_attention import AttentionCapture, AttentionRequest
+from common.visual_attention import AttentionCapture
 from data.collate import Batch
 from data.families import Family, submodule
 from data.family_inputs import text_config
@@ -38,7 +39,7 @@ class TeacherOutput:
         logits: Rows of all supervised positions, sample after sample, ``[A, V]`` in the model's dtype.
         labels: Their targets, int64 ``[A]``, on the CPU.
         row_counts: Supervised rows of each sample.
-        attention: By request name: float32 ``[B, G, R, M]``, zero where rows or keys are padding.
+        attention: By request name: float32 ``[B, G, R, M]``, zero where rows or keys are padding; R is 1 for ``columns``.
         visual_counts: Visual tokens of each sample.
         hidden: By signal: hidden states ``[B, R, S, D]`` in the model's dtype, zero where rows are padding.
         visual_logits: Rows of all visual tokens, sample after sample, ``[N, V]``; None if not wanted.
@@ -156,6 +157,7 @@ class Teacher:
         groups: tuple[tuple[int, ...], ...] = (),
         answer_rows: bool = False,
         visual_rows: bool = False,
+        columns: bool = False,
         text: bool = False,
         hidden: Mapping[str, tuple[int, ...]] | None = None,
         visual_logits: bool = False,
@@ -168,6 +170,7 @@ class Teacher:
             groups: Layers of each attention group.
             answer_rows: See `Wanted`, here and below.
             visual_rows: Attention of visual tokens.
+            columns: Its mean over them.
             text: Attention of all text rows.
             hidden: Layers of hidden states by signal.
             visual_logits: Logits of visual tokens too.
@@ -181,6 +184,7 @@ class Teacher:
                 groups=groups,
                 answer_rows=answer_rows,
                 visual_rows=visual_rows,
+                columns=columns,
                 text=text,
                 hidden=hidden,
                 visual_logits=visual_logits,

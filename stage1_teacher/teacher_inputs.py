@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from common.attention_request import AttentionRequest
 from common.hidden_states import HiddenRequest
 from common.schema import IGNORE_INDEX
-from common.visual_attention import AttentionRequest
+from common.visual_tokens import content_mask, tile_boxes
 from data.collate import Batch, supervised_rows, text_rows, visual_keys
 from data.families import Family
 
@@ -29,6 +30,7 @@ class Wanted:
         groups: Layers of each attention group.
         answer_rows: Attention of supervised rows on visual tokens (``"answer"``).
         visual_rows: Attention of visual tokens on visual tokens (``"visual"``).
+        columns: Its mean over the visual tokens that carry image (``"columns"``).
         text: Attention of all text rows on visual tokens (``"text"``).
         hidden: Layers of the hidden states of each signal: ``hidden`` at supervised rows, others at visual tokens.
         visual_logits: The logits of visual tokens too; they are as many rows as the image has tokens.
@@ -37,6 +39,7 @@ class Wanted:
     groups: tuple[tuple[int, ...], ...]
     answer_rows: bool
     visual_rows: bool
+    columns: bool = False
     text: bool = False
     hidden: Mapping[str, tuple[int, ...]] | None = None
     visual_logits: bool = False
@@ -113,6 +116,8 @@ def prepare_inputs(
             attention["text"] = AttentionRequest(text_rows(batch), keys, wanted.groups)
         if wanted.visual_rows:
             attention["visual"] = AttentionRequest(keys, keys, wanted.groups)
+        if wanted.columns:
+            attention["columns"] = AttentionRequest(keys, keys, wanted.groups, image_weights(batch, keys))
     length = supervised.shape[1]
     for request in attention.values():
         request.check_fits(batch=len(batch), queries=length, keys=length)
@@ -133,6 +138,24 @@ def prepare_inputs(
     )
 
 
+def image_weights(batch: Batch, keys: Tensor) -> Tensor:
+    """What a visual token counts in the mean over those of its sample that carry image; padding does not.
+
+    Args:
+        batch: Whose tiles.
+        keys: Positions of the visual tokens, int64 ``[B, M]``, padding -1.
+
+    Returns:
+        float32 ``[B, M]``.
+    """
+    weights = torch.zeros(keys.shape)
+    for index, tiles in enumerate(batch.tiles):
+        if tiles:
+            content = content_mask(tile_boxes(tiles)).float()  # [N]
+            weights[index, : len(content)] = content / content.sum().clamp_min(1.0)
+    return weights
+
+
 def _map_tensors(move: Callable[[Tensor], Tensor], value: Any) -> Any:
     if isinstance(value, Tensor):
         return move(value)
@@ -146,5 +169,6 @@ def _map_tensors(move: Callable[[Tensor], Tensor], value: Any) -> Any:
 def _move_request(move: Callable[[Tensor], Tensor], request: AttentionRequest) -> AttentionRequest:
     """The same request elsewhere: a new one would be checked again, and the check would wait for the GPU."""
     moved = copy(request)
-    vars(moved).update(rows=move(request.rows), keys=move(request.keys))
+    weights = None if request.row_weights is None else move(request.row_weights)
+    vars(moved).update(rows=move(request.rows), keys=move(request.keys), row_weights=weights)
     return moved

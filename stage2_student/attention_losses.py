@@ -96,7 +96,7 @@ def visual_columns_loss(
     """1 - cosine of how much attention each visual token receives from the visual tokens.
 
     Args:
-        student: Mean over visual query rows per visual key (`column_means`), float `[B, G, N]`.
+        student: Mean over visual query rows per visual key, causal zeros included, float `[B, G, N]`.
         teacher: The same, on the student's visual tokens.
         token_mask: bool `[B, N]`, False for tokens in padding: masked on both sides. None: all count.
         reduction: Over groups.
@@ -115,11 +115,6 @@ def visual_columns_loss(
     if token_mask is not None:
         left, right = left.masked_fill(~token_mask[:, None], 0), right.masked_fill(~token_mask[:, None], 0)
     return _reduce(1 - F.cosine_similarity(left, right, dim=-1), has_mass(right), student, reduction)
-
-
-def column_means(maps: Tensor) -> Tensor:
-    """Mean over query rows of visual maps, causal zeros included: float `[..., N, N]` -> `[..., N]`."""
-    return maps.mean(dim=-2)
 
 
 def sink_filtered_cosine_loss(

@@ -15,13 +15,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from common.attention_request import AttentionRequest
 from common.codecs.row_attention import RowAttention
 from common.codecs.teacher_map import TeacherMap
-from common.visual_attention import AttentionCapture, AttentionRequest
+from common.visual_attention import AttentionCapture
 from stage2_student.attention_losses import (
     all_attention_loss,
     answer_attention_loss,
-    column_means,
     sink_shares,
     visual_columns_loss,
     visual_map_loss,
@@ -211,6 +211,12 @@ class Objective:
                 reduction=reduction,
             )
             return loss, {}
+        if term == "visual_columns":
+            columns = _of_images(maps["columns"], batch)[:, :, 0] @ target.student_pool  # [I, G, C]
+            loss = visual_columns_loss(
+                columns, target.teacher, token_mask=target.content, reduction=reduction
+            )
+            return loss, {}
         student = pool_map(_of_images(maps["visual"], batch), target)  # [I, G, C, C]
         if term == ALL_ROWS:
             assert target.text is not None
@@ -224,12 +230,6 @@ class Objective:
                 row_weights=target.student_pool.sum(dim=1),
                 token_mask=target.content,
                 reduction=reduction,
-            )
-            return loss, {}
-        if term == "visual_columns":
-            columns = mean_columns(student, target.content)
-            loss = visual_columns_loss(
-                columns, target.teacher, token_mask=target.content, reduction=reduction
             )
             return loss, {}
         assert target.kept is not None
@@ -275,7 +275,7 @@ def attention_requests(
 
     Returns:
         ``answer``: supervised rows by visual tokens; ``text``: all text rows by visual tokens; ``visual``:
-        visual tokens by visual tokens.
+        visual tokens by visual tokens; ``columns``: the mean of these over the common cells that carry image.
     """
     wanted = batch.attention.keys() & set(terms)
     requests: dict[str, AttentionRequest] = {}
@@ -283,7 +283,12 @@ def attention_requests(
         requests["answer"] = AttentionRequest(batch.rows, batch.keys, groups)
     if wanted & {"text_attention", ALL_ROWS}:
         requests["text"] = AttentionRequest(batch.text_rows, batch.keys, groups)
-    if wanted & {"visual_columns", "visual_map", ALL_ROWS}:
+    if "visual_columns" in wanted:
+        weights = row_weights(batch.attention["visual_columns"])  # [I, M]
+        if len(batch.has_image) != len(batch.keys):
+            weights = weights.new_zeros(batch.keys.shape).index_copy(0, batch.has_image, weights)
+        requests["columns"] = AttentionRequest(batch.keys, batch.keys, groups, weights)
+    if wanted & {"visual_map", ALL_ROWS}:
         requests["visual"] = AttentionRequest(batch.keys, batch.keys, groups)
     return requests
 
@@ -319,20 +324,20 @@ def pool_map(attention: Tensor, target: AttentionBatch) -> Tensor:
     return (pool / touched).transpose(2, 3) @ (attention @ pool)
 
 
-def mean_columns(maps: Tensor, content: Tensor | None) -> Tensor:
-    """Mean over the rows that carry image: what each cell receives.
+def row_weights(target: AttentionBatch) -> Tensor:
+    """What each visual token counts in the mean over common cells that carry image, queries being pooled by mean.
 
     Args:
-        maps: float32 ``[I, G, C, C]``.
-        content: bool ``[I, C]``; None: every cell carries image.
+        target: The teacher's side.
 
     Returns:
-        float32 ``[I, G, C]``.
+        float32 ``[I, M]``.
     """
-    if content is None:
-        return column_means(maps)
-    rows = content.to(maps.dtype)[:, None, :, None]  # [I, 1, C, 1]
-    return (maps * rows).sum(dim=2) / rows.sum(dim=2).clamp_min(1.0)
+    pool = target.student_pool  # [I, M, C]
+    touched = pool.sum(dim=1).clamp_min(torch.finfo(pool.dtype).tiny)  # [I, C]
+    cells = torch.ones_like(touched) if target.content is None else target.content.to(pool.dtype)
+    cells = cells / cells.sum(dim=1, keepdim=True).clamp_min(1.0)
+    return (pool @ (cells / touched)[:, :, None])[:, :, 0]
 
 
 def sample_of_rows(rows: Tensor) -> Tensor:

@@ -9,12 +9,13 @@ import PIL.ImageDraw
 import torch
 from torch import Tensor
 
+from common.attention_request import AttentionRequest
 from common.cache import TeacherCache
 from common.codecs.row_attention import RowAttentionCodec
 from common.errors import SampleError
 from common.layers import GroupMatch, Groups
 from common.schema import IGNORE_INDEX
-from common.visual_attention import AttentionCapture, AttentionRequest
+from common.visual_attention import AttentionCapture
 from common.visual_tokens import (
     FINEST_SIDE,
     Tile,

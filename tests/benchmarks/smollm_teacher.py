@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlavaConfig, LlavaForConditionalGeneration
 
+from common.attention_request import AttentionRequest
 from common.layers import teacher_groups
-from common.visual_attention import AttentionCapture, AttentionRequest
+from common.visual_attention import AttentionCapture
 from data.collate import Batch, collate, join_image_inputs, supervised_rows, visual_keys
 from data.encoding import EncodedSample, SampleEncoder
 from data.registry import open_dataset

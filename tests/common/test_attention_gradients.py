@@ -149,6 +149,20 @@ def test_a_frozen_side_costs_no_gradient():
 
 
 @pytest.mark.usefixtures("cut")
+@pytest.mark.parametrize("kind", ["shared bool", "both float"])
+def test_a_weighted_sum_of_rows_is_that_of_the_rows(kind):
+    weights = torch.tensor([[0.5, -2.0, 0.25, 7.0, 1.0], [1.0, 3.0, 0.0, 0.5, 9.0], [1.0] * 5])
+    query, key = inputs(torch.float32, 2)
+    options = {"rows": ROWS, "keys": KEYS, "attention_mask": masks(kind)}
+    wanted = (head_mean_attention(query, key, **options) * weights[:, :, None]).sum(dim=1, keepdim=True)
+    got = head_mean_attention(query, key, row_weights=weights, **options)
+    torch.testing.assert_close(got, wanted)
+    gradients = (torch.autograd.grad(values.square().sum(), (query, key)) for values in (got, wanted))
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.usefixtures("cut")
 @pytest.mark.parametrize("kind", ["shared bool", "samples bf16", "heads float"])
 def test_layers_that_share_a_place_give_what_they_give_alone(kind):
     shared = SharedPlace()

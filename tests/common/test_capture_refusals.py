@@ -15,8 +15,9 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from common.attention_request import AttentionRequest
 from common.errors import ModelError
-from common.visual_attention import AttentionCapture, AttentionRequest
+from common.visual_attention import AttentionCapture
 
 GROUPS = ((0, 1, 2), (1, 2, 3), (3,))
 SMALL = {
@@ -114,6 +115,8 @@ def test_impossible_requests_are_refused():
         AttentionRequest(rows.float(), keys, GROUPS)
     with pytest.raises(ModelError, match="-1 is padding"):
         AttentionRequest(rows - 5, keys, GROUPS)
+    with pytest.raises(ModelError, match=r"`row_weights` \[1, 9\] must have the shape of `rows`"):
+        AttentionRequest(rows, keys, GROUPS, torch.ones(1, 9))
     with pytest.raises(ModelError, match="1 samples but `keys` for 2"):
         AttentionRequest(rows, keys.repeat(2, 1), GROUPS)
     for groups in ((), ((),), ((1, 1),)):

@@ -18,11 +18,12 @@ from published_factory import (
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, LlamaConfig, LlamaForCausalLM, Qwen2ForCausalLM
 
+from common.attention_request import AttentionRequest
 from common.errors import ModelError
 from common.models.mobilevlm import MobileVLMForConditionalGeneration
 from common.models.published import convert_published, default_image_processor, is_published, load_published
 from common.models.published_configs import KNOWN_TOWERS, mobilevlm_config
-from common.visual_attention import AttentionCapture, AttentionRequest
+from common.visual_attention import AttentionCapture
 
 TYPES = {1: "ldpnet", 2: "ldpnetv2"}
 

@@ -13,8 +13,9 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from common.attention_request import AttentionRequest
 from common.attention_rows import head_mean_attention
-from common.visual_attention import IMPLEMENTATION, AttentionCapture, AttentionRequest
+from common.visual_attention import IMPLEMENTATION, AttentionCapture
 
 VOCABULARY, IMAGE, PATCHES, DEPTH = 64, 5, 16, 4
 GROUPS = ((0, 1, 2), (1, 2, 3), (3,))
@@ -324,10 +325,12 @@ def test_saved_models_do_not_name_the_capture(qwen, tmp_path):
 
 
 def test_a_request_is_copied_to_a_device_once_and_serves_passes_with_gradients_after_those_without():
-    request = AttentionRequest(torch.tensor([[3, -1]]), torch.arange(2)[None], GROUPS)
+    request = AttentionRequest(torch.tensor([[3, -1]]), torch.arange(2)[None], GROUPS, torch.ones(1, 2))
     with torch.inference_mode():
-        rows, keys = request.on(torch.device("meta"))
+        rows, keys, weights = request.on(torch.device("meta"))
     assert not rows.is_inference()
     assert not keys.is_inference()
+    assert weights is not None
+    assert not weights.is_inference()
     assert request.on(torch.device("meta"))[0] is rows
     assert request.on(torch.device("cpu"))[1] is request.keys

@@ -3,6 +3,7 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,8 +24,8 @@ from stage1_teacher.config import BuildConfig
 from stage1_teacher.encode_ahead import encode_shards
 from stage1_teacher.extract import recompute_fidelity
 from stage1_teacher.plan import build_encoder
-from stage1_teacher.signals import visual_columns
 from stage1_teacher.teacher import Teacher
+from stage1_teacher.teacher_inputs import image_weights
 
 EXACT = {"logits": "exact", "attention_dtype": "f4"}
 ALL_SIGNALS = ("logits", "answer_attention", "visual_columns", "visual_map")
@@ -328,8 +329,12 @@ def test_a_complete_cache_is_never_written_to(tmp_path: Path, build_cache, monke
 
 def test_visual_columns_average_over_rows_that_carry_image():
     tiles = (Tile(4, 4, (0.0, -0.5, 1.0, 1.5)),)  # the middle two rows of tokens see the picture
-    maps = torch.rand(2, 16, 16)
-    torch.testing.assert_close(visual_columns(maps, tiles), maps[:, 4:12].mean(dim=1))
+    keys = torch.full((3, 20), -1)
+    keys[0, :16], keys[2] = torch.arange(16), torch.arange(20)
+    batch = SimpleNamespace(tiles=[tiles, (), (Tile(4, 5, (0.0, 0.0, 1.0, 1.0)),)])
+    expected = torch.zeros(3, 20)
+    expected[0, 4:12], expected[2] = 1 / 8, 1 / 20
+    torch.testing.assert_close(image_weights(batch, keys), expected)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", ["projector.safetensors", "processor/preprocessor_config.json"])

@@ -10,8 +10,9 @@ from test_equal_student import FixedCapture
 from test_objective import gradients, make_student, pool
 from tiny_cache import build_tiny_cache
 
+from common.attention_request import AttentionRequest
 from common.errors import CacheMismatchError
-from common.visual_attention import AttentionCapture, AttentionRequest
+from common.visual_attention import AttentionCapture
 from data.collate import collate, text_rows, visual_keys
 from data.registry import open_dataset
 from data.sample import Sample, Turn

@@ -5,8 +5,9 @@ import torch
 from live_bytes import LiveBytes
 from transformers import LlamaConfig, LlamaModel
 
+from common.attention_request import AttentionRequest
 from common.attention_rows import CHUNK_ELEMENTS, KEPT_ELEMENTS, head_mean_attention
-from common.visual_attention import AttentionCapture, AttentionRequest
+from common.visual_attention import AttentionCapture
 
 BATCH, WIDTH, LENGTH = 2, 256, 900
 CHUNK_BYTES = 4 * CHUNK_ELEMENTS["cpu"]

@@ -12,12 +12,13 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from common.schema import IGNORE_INDEX
-from data.collate import collate, text_rows
+from data.collate import collate, text_rows, visual_keys
 from data.image_encoder import ImageEncoder
 from data.images import ImageArray
 from data.sample import Sample, Turn
 from stage1_teacher.signals import build_codecs, encode_records, reduce_output
 from stage1_teacher.teacher import TeacherOutput
+from stage1_teacher.teacher_inputs import image_weights
 from stage2_student.objective import Objective, step_shares
 from stage2_student.signals import decode_signals
 from stage2_student.training_batch import TrainingSample, collate_samples
@@ -49,6 +50,11 @@ def make_maps(samples, rows, *, seed, scale=2.0):
         "text": text,
         "visual": 0.4 * visual.masked_fill(future, -torch.inf).softmax(-1),
     }
+
+
+def sum_rows(maps, weights):
+    """Weighted sum [B, G, 1, N] of the rows of visual maps."""
+    return (maps["visual"] * weights[:, None, :, None]).sum(dim=2, keepdim=True)
 
 
 class Scene:
@@ -83,7 +89,7 @@ class Scene:
             logits=self.logits,
             labels=labels,
             row_counts=(self.rows,) * len(sizes),
-            attention=self.maps,
+            attention=self.maps | {"columns": sum_rows(self.maps, image_weights(batch, visual_keys(batch)))},
             visual_counts=(TOKENS,) * len(sizes),
         )
         codecs = build_codecs(
@@ -129,8 +135,8 @@ class FixedCapture:
         self.maps = maps
 
     @contextmanager
-    def record(self, _requests):
-        yield self.maps
+    def record(self, requests):
+        yield self.maps | {"columns": sum_rows(self.maps, requests["columns"].row_weights)}
 
 
 @pytest.mark.parametrize("kinds", KINDS, ids="-".join)

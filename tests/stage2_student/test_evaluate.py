@@ -8,13 +8,14 @@ import torch
 from tiny_cache import DATA
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
+from common.attention_request import AttentionRequest
 from common.cache import open_cache
 from common.codecs.logits import LogitCodec
 from common.codecs.row_attention import RowAttention, RowAttentionCodec
 from common.layers import student_groups
 from common.models.mobilevlm import MobileVLMConfig, MobileVLMForConditionalGeneration
 from common.schema import IGNORE_INDEX
-from common.visual_attention import AttentionCapture, AttentionRequest
+from common.visual_attention import AttentionCapture
 from common.visual_tokens import tiles_to_array
 from data.builtin import load_image_processor, load_tokenizer
 from data.collate import collate, supervised_rows, visual_keys

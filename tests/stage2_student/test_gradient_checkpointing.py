@@ -8,8 +8,9 @@ from lora_runs import equal_weights, losses, make_config
 from tiny_students import library_student, mobilevlm_student
 from torch import nn
 
+from common.attention_request import AttentionRequest
 from common.errors import ModelError
-from common.visual_attention import AttentionCapture, AttentionRequest
+from common.visual_attention import AttentionCapture
 from stage2_student.lora import add_adapters, checkpoint_layers
 from stage2_student.train import train
 

@@ -14,9 +14,10 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import LlamaConfig
 
+from common.attention_request import AttentionRequest
 from common.config import save_config
 from common.errors import ConfigError, ModelError
-from common.visual_attention import AttentionCapture, AttentionRequest
+from common.visual_attention import AttentionCapture
 from data.family_models import open_family_model
 from stage2_student.build_student import load_student
 from stage2_student.checkpoint import list_checkpoints, read_checkpoint

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from common.atomic import write_json_atomic
+from common.attention_request import AttentionRequest
 from common.codecs import LogitCodec, RowAttention, RowAttentionCodec, VisualColumnsCodec, VisualMapCodec
 from common.codecs.row_attention import TextAttentionCodec
 from common.hashing import fingerprint
@@ -20,7 +21,7 @@ from common.layers import teacher_groups
 from common.manifest import Plan, seal, write_plan
 from common.schema import IGNORE_INDEX
 from common.stores import finish_shard, open_writer
-from common.visual_attention import AttentionCapture, AttentionRequest
+from common.visual_attention import AttentionCapture
 from common.visual_tokens import grid_tile, overlap_matrix, pool_keys, tile_boxes, tiles_to_array
 from data.builtin import load_image_processor, load_tokenizer
 from data.collate import collate, supervised_rows, text_rows, visual_keys

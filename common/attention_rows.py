@@ -171,8 +171,8 @@ class _HeadMean(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         """All heads' probabilities have the same gradient, that of their mean."""
-        count = len(_Inputs._fields)
-        inputs, kept = _Inputs(*ctx.saved_tensors[:count]), ctx.saved_tensors[count:]
+        saved, count = ctx.saved_tensors, len(_Inputs._fields)  # to be read once, as checkpointing demands
+        inputs, kept = _Inputs(*saved[:count]), saved[count:]
         query, key = inputs.query, inputs.key
         probabilities = kept[0] if kept else None
         settings: _Settings = ctx.settings

@@ -19,14 +19,14 @@ SEEN, PADDING = (Tile(2, 2, (0.0, 0.0, 1.0, 1.0)),), (Tile(2, 2, (0.0, -50.0, 1.
 
 def compare(totals: Totals, cells: torch.Tensor, tiles: tuple[Tile, ...]) -> None:
     """Compare a sample of three rows and four visual tokens with a cache that holds exactly it."""
-    maps = torch.full((1, 4, 4), 0.25)
+    columns = torch.full((1, 4), 0.25 if tiles is SEEN else 0.0)
     signals = TeacherSignals(
-        logits=None, answer_attention=(cells,), visual_map=(maps,), labels=torch.zeros(3), row_counts=(3,)
-    )
+        logits=None, answer_attention=(cells,), visual_map=(), visual_columns=(columns,), labels=torch.zeros(3),
+        row_counts=(3,),
+    )  # fmt: skip
     output = TeacherOutput(
         logits=torch.zeros(3, 5), labels=torch.zeros(3), row_counts=(3,), attention={}, visual_counts=(4,)
     )
-    columns = maps.mean(dim=1) if tiles is SEEN else torch.zeros(1, 4)
     record = CODECS["answer_attention"].encode(RowAttention.from_cells(cells))
     record |= CODECS["visual_columns"].encode(columns)
     _compare(totals, CODECS, record, tiles, (output, signals), (output, signals))

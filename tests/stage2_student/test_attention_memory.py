@@ -102,3 +102,18 @@ def test_attention_is_kept_up_to_a_limit(rows: int, monkeypatch):
         result = head_mean_attention(query, key, rows=chosen, keys=chosen)
     kept = 4 * 2 * rows * (8 * 120 + rows) if rows == 30 else 0  # attention, and the weights of rows and keys
     assert kept <= live.now - result.untyped_storage().nbytes() <= kept + 2000
+
+
+def test_a_sum_of_rows_takes_no_memory_for_the_rows():
+    length = 4000
+    query, key = (torch.empty(2, 4, length, 16, device="meta", requires_grad=True) for _ in range(2))
+    tokens = torch.empty(2, length, dtype=torch.int64, device="meta")
+    weights = torch.empty(2, length, device="meta")
+    with LiveBytes(query, key, tokens, weights) as live:
+        result = head_mean_attention(query, key, rows=tokens, keys=tokens, row_weights=weights, causal=True)
+        size = result.untyped_storage().nbytes()
+        assert size == 4 * 2 * length
+        assert live.now == size
+        gradients = torch.autograd.grad(result.sum(), (query, key))
+    known = size + sum(gradient.untyped_storage().nbytes() for gradient in gradients)
+    assert live.peak < known + 6 * CHUNK_BYTES < 4 * 2 * length * length / 4  # of all rows: 128 MB

@@ -116,4 +116,4 @@ def test_a_sum_of_rows_takes_no_memory_for_the_rows():
         assert live.now == size
         gradients = torch.autograd.grad(result.sum(), (query, key))
     known = size + sum(gradient.untyped_storage().nbytes() for gradient in gradients)
-    assert live.peak < known + 6 * CHUNK_BYTES < 4 * 2 * length * length / 4  # of all rows: 128 MB
+    assert live.peak < known + 9 * CHUNK_BYTES < 4 * 2 * length * length / 4  # of all rows: 128 MB

@@ -107,7 +107,7 @@ format: $(STAMP) ## Format the code and mend what the linter can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(STAMP) ## Speed and size table, ratios measured side by side (about 15 minutes on 2 cores)
+bench: $(STAMP) ## Speed and size table, ratios measured side by side (about 20 minutes on 2 cores)
 	$(BIN)/python -m tests.benchmarks.bench
 
 bench-compare: $(STAMP) ## The same measured again: what changed since the stored results

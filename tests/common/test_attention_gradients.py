@@ -168,11 +168,11 @@ def test_layers_that_share_a_place_give_what_they_give_alone(kind):
     shared = SharedPlace()
     one = masks(kind)
     other = one & (torch.arange(T) > 2) if one.dtype == torch.bool else one + 1.5 * torch.randn(one.shape)
-    # As layers with sliding windows beside full ones come, one of them with other heads.
-    for layer, (mask, key_heads) in enumerate(
-        [(one, 8), (one, 8), (other, 8), (one, 8), (None, 8), (one, 2)]
-    ):
-        options = {"attention_mask": mask, "causal": mask is None}
+    # As layers with sliding windows beside full ones come; one has other key heads, some see the future.
+    layers = [(one, 8, False), (one, 8, False), (other, 8, False), (one, 8, False), (one, 2, False)]
+    layers += [(None, 8, True), (None, 8, False), (None, 8, True)]
+    for layer, (mask, key_heads, causal) in enumerate(layers):
+        options = {"attention_mask": mask, "causal": causal}
         found = []
         for place in (None, shared):
             query, key = inputs(torch.float32, key_heads)

@@ -19,7 +19,7 @@ from data.sample import Sample, Turn
 from stage1_teacher.signals import build_codecs, encode_records, reduce_output
 from stage1_teacher.teacher import TeacherOutput
 from stage1_teacher.teacher_inputs import image_weights
-from stage2_student.objective import Objective, step_shares
+from stage2_student.objective import Objective, attention_requests, pool_map, step_shares
 from stage2_student.signals import decode_signals
 from stage2_student.training_batch import TrainingSample, collate_samples
 
@@ -172,3 +172,28 @@ def test_a_split_step_has_the_same_losses_with_pictures_without_content_and_rows
         3 * TEXT_ROWS,
         3,
     )
+
+
+def test_the_mean_over_cells_is_one_weight_a_token():
+    """Cells of unequal shares of tokens, some without content, some that no token touches; a sample without an image."""
+    generator = torch.Generator().manual_seed(0)
+    pool = torch.rand(2, 5, 4, generator=generator) * (torch.rand(2, 5, 4, generator=generator) < 0.7)
+    content = torch.tensor([[True, True, False, True], [True, False, True, True]])
+    pool[0, :, 3] = 0
+    attention = torch.rand(3, GROUPS, 5, 5, generator=generator)
+    keys = torch.arange(5).repeat(3, 1)
+    for mask in (content, None):
+        target = SimpleNamespace(student_pool=pool, content=mask)
+        batch = SimpleNamespace(
+            attention={"visual_columns": target}, keys=keys, has_image=torch.tensor([0, 2])
+        )
+        requests = attention_requests(batch, ((0,),) * GROUPS)  # type: ignore[arg-type]
+        weights = requests["columns"].row_weights
+        assert not weights[1].any()
+        found = (attention * weights[:, None, :, None]).sum(dim=2)[[0, 2]] @ pool
+        maps = pool_map(attention[[0, 2]], target)  # type: ignore[arg-type]
+        cells = torch.ones_like(content) if mask is None else mask
+        expected = torch.stack(
+            [of_sample[:, rows].mean(dim=1) for of_sample, rows in zip(maps, cells, strict=True)]
+        )
+        torch.testing.assert_close(found, expected)

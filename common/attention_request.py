@@ -21,6 +21,7 @@ class AttentionRequest:
         keys: int64 ``[B, M]``, key positions; -1 is padding.
         groups: Language-model layer indices (0-based) of each of G groups; groups may share layers.
         row_weights: Float ``[B, R]``: record the sum of the rows, each times its weight, not the rows. None: the rows.
+            Where the same tensors of rows and keys were requested before without weights, the sum is taken of those.
 
     Raises:
         ModelError: If shapes, dtypes, positions or groups make no sense.

@@ -3,8 +3,8 @@
 softmax(QK^T) in float32 over all keys a row may see, averaged over heads, and summed over rows where only their sum is
 wanted. Scores exist for one chunk of samples, rows and heads at a time, and in the backward pass again: extra memory
 grows neither with heads nor with layers, and autograd keeps only queries, keys and the mask, as the model's own
-attention does. Attention of at most `KEPT_ELEMENTS` is kept instead: where little is to be computed, computing it twice
-is what costs.
+attention does, and what all layers share of the mask. Attention of at most `KEPT_ELEMENTS` is kept instead: where
+little is to be computed, computing it twice is what costs.
 
 Dims: B batch (s samples in a chunk), Tq queries, Tk keys, R requested rows (r in a chunk), M requested keys, H query
 heads (h in a chunk), Hkv key heads (g in a chunk), D width of a head.
@@ -143,7 +143,7 @@ class _HeadMean(torch.autograd.Function):
     ) -> Tensor:
         """Sum over heads, then pick the wanted keys; ``place`` is that of all rows, where it is known."""
         inputs = _Inputs(query, key, rows, keys, row_weights, mask)
-        ctx.settings, ctx.place = settings, place
+        ctx.settings = settings
         length = rows.shape[1] if row_weights is None else 1
         result = torch.zeros(len(rows), length, keys.shape[1], device=query.device)
         kept: tuple[Tensor, ...] = ()
@@ -157,14 +157,17 @@ class _HeadMean(torch.autograd.Function):
                     share = probabilities.sum(dim=1)  # [s, r, Tk]
                     total = share if total is None else total.add_(share)
                     if keeps and probabilities.numel() <= KEPT_ELEMENTS:
-                        kept, ctx.place = (probabilities,), part.place
+                        kept, place = (probabilities,), part.place
                 assert total is not None
                 picked, target = total.gather(2, part.place.keys), result[part.place.target]
                 if row_weights is None:
                     torch.mul(picked, part.place.weight, out=target)
                 else:
                     target.add_(picked.mul_(part.place.weight).sum(dim=1, keepdim=True))
-        ctx.save_for_backward(*inputs, *kept)
+        # Saved, so that the backward pass frees them, and checkpointing drops them.
+        ctx.slices = None if place is None else (place.where, place.target)
+        of_place = () if place is None else place.tensors(with_mask=not kept)
+        ctx.save_for_backward(*inputs, *of_place, *kept)
         return result
 
     @staticmethod
@@ -172,16 +175,17 @@ class _HeadMean(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         """All heads' probabilities have the same gradient, that of their mean."""
         saved, count = ctx.saved_tensors, len(_Inputs._fields)  # to be read once, as checkpointing demands
-        inputs, kept = _Inputs(*saved[:count]), saved[count:]
+        inputs = _Inputs(*saved[:count])
         query, key = inputs.query, inputs.key
-        probabilities = kept[0] if kept else None
+        place = None if ctx.slices is None else _Place(*ctx.slices, *saved[count : count + 5])
+        probabilities = None if place is None or len(saved) == count + 5 else saved[-1]
         settings: _Settings = ctx.settings
         needs_query, needs_key = ctx.needs_input_grad[:2]
         by_query = torch.zeros_like(query) if needs_query else None
         # In float32, because chunks of rows are summed.
         by_key = torch.zeros(key.shape, device=key.device) if needs_key else None
         with _without_autocast(query.device.type):
-            for part in _parts(inputs, settings, ctx.place):
+            for part in _parts(inputs, settings, place):
                 place = part.place
                 wanted = grad_outputs[0][place.target] * place.weight  # [s, r, M]
                 by_mean = torch.zeros(*wanted.shape[:2], settings.keys_seen, device=query.device)
@@ -279,30 +283,38 @@ class _Place:
             mask,
         )
 
+    def tensors(self, *, with_mask: bool) -> tuple[Tensor | None, ...]:
+        """Rows, keys, weight, bias and mask; the last two are of no use where the attention is known."""
+        return (self.rows, self.keys, self.weight, *((self.bias, self.mask) if with_mask else (None, None)))
+
     def bias_of(self, heads: slice) -> Tensor | None:
         """What the mask adds to the scores of some query heads: float32 ``[s, 1 or heads, r, Tk]``."""
         return self.bias if self.mask is None else _bias(self.mask[:, heads], self.rows)
 
 
 class SharedPlace:
-    """The place of all wanted rows and keys, for the layers of one forward pass that share a mask.
+    """The place of all wanted rows and keys, for the layers of one forward pass.
 
-    Kept only where everything is one chunk, so that it is small beside :data:`CHUNK_ELEMENTS`, and for the last mask.
+    Kept only where everything is one chunk, so that it is small beside :data:`CHUNK_ELEMENTS`, and for two masks: layers
+    that see everything and layers with sliding windows take turns.
     """
 
     def __init__(self) -> None:
         """Know nothing yet."""
-        self._known: tuple[Any, ...] | None = None
-        self._place: _Place | None = None
+        self._known: tuple[tuple[tuple[Any, ...], _Place], ...] = ()
 
     def find(self, inputs: _Inputs, settings: _Settings) -> _Place | None:
-        """The place of all rows, new or that of the layer before; None where there are several chunks."""
+        """The place of all rows, new or that of a layer before; None where there are several chunks."""
         if not settings.is_one_chunk(inputs):
             return None
-        seen = (inputs.mask, settings, inputs.query.shape, inputs.query.device)
-        if self._known is None or self._known[0] is not seen[0] or self._known[1:] != seen[1:]:
-            self._known, self._place = seen, _Place.of(inputs, settings, (slice(None), slice(None)))
-        return self._place
+        seen = (settings, inputs.query.shape, inputs.query.device)
+        known = self._known  # read once: layers on several GPUs are run backward by several threads
+        for (mask, *others), place in known:
+            if mask is inputs.mask and tuple(others) == seen:
+                return place
+        place = _Place.of(inputs, settings, (slice(None), slice(None)))
+        self._known = (*known[-1:], ((inputs.mask, *seen), place))
+        return place
 
 
 class _Part:

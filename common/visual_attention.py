@@ -217,23 +217,31 @@ class _Recorder:
         # As SDPA decides it: `is_causal` counts only without a mask and for more than one query, and
         # a vision tower or an encoder says False on its module.
         causal = is_causal if is_causal is not None else bool(getattr(module, "is_causal", True))
+        whole: dict[tuple[int, int], Tensor] = {}  # rows recorded, by where they were asked for
         for name, request in wanted.items():
             request.check_fits(batch=query.shape[0], queries=query.shape[2], keys=key.shape[2])
             rows, keys, row_weights = request.on(query.device)
-            attention = head_mean_attention(
-                query,
-                key,
-                rows=rows,
-                keys=keys,
-                row_weights=row_weights,
-                attention_mask=attention_mask,
-                causal=causal and attention_mask is None and query.shape[2] > 1,
-                scaling=scaling,
-                softcap=softcap,
-                chunk_rows=self.chunk_rows,
-                last_row=request.largest[0],
-                shared=self.places[name],
-            )
+            asked = id(request.rows), id(request.keys)
+            if row_weights is not None and asked in whole:
+                # No matrix product, which autocast would round.
+                attention = (row_weights[:, :, None] * whole[asked]).sum(dim=1, keepdim=True)
+            else:
+                attention = head_mean_attention(
+                    query,
+                    key,
+                    rows=rows,
+                    keys=keys,
+                    row_weights=row_weights,
+                    attention_mask=attention_mask,
+                    causal=causal and attention_mask is None and query.shape[2] > 1,
+                    scaling=scaling,
+                    softcap=softcap,
+                    chunk_rows=self.chunk_rows,
+                    last_row=request.largest[0],
+                    shared=self.places[name],
+                )
+                if row_weights is None:
+                    whole[asked] = attention
             if not repeated:
                 self.maps.add(name, layer, attention)
 

@@ -80,12 +80,19 @@ class TeacherInputs:
         return self._moved(lambda tensor: tensor.to(device, non_blocking=True))
 
     def _moved(self, move: Callable[[Tensor], Tensor]) -> "TeacherInputs":
+        moved: dict[int, Tensor] = {}
+
+        def move_once(tensor: Tensor) -> Tensor:
+            if id(tensor) not in moved:  # requests of the same rows stay such
+                moved[id(tensor)] = move(tensor)
+            return moved[id(tensor)]
+
         return replace(
             self,
             model_inputs=_map_tensors(move, self.model_inputs),
             supervised=_map_tensors(move, self.supervised),
             visual=_map_tensors(move, self.visual),
-            attention={name: _move_request(move, request) for name, request in self.attention.items()},
+            attention={name: _move_request(move_once, request) for name, request in self.attention.items()},
             hidden={
                 name: HiddenRequest(move(request.rows), request.layers)
                 for name, request in self.hidden.items()
@@ -152,7 +159,7 @@ def image_weights(batch: Batch, keys: Tensor) -> Tensor:
     for index, tiles in enumerate(batch.tiles):
         if tiles:
             content = content_mask(tile_boxes(tiles)).float()  # [N]
-            weights[index, : len(content)] = content / content.sum().clamp_min(1.0)
+            weights[index, keys[index] >= 0] = content / content.sum().clamp_min(1.0)
     return weights
 
 

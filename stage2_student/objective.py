@@ -283,13 +283,13 @@ def attention_requests(
         requests["answer"] = AttentionRequest(batch.rows, batch.keys, groups)
     if wanted & {"text_attention", ALL_ROWS}:
         requests["text"] = AttentionRequest(batch.text_rows, batch.keys, groups)
+    if wanted & {"visual_map", ALL_ROWS}:
+        requests["visual"] = AttentionRequest(batch.keys, batch.keys, groups)
     if "visual_columns" in wanted:
         weights = row_weights(batch.attention["visual_columns"])  # [I, M]
         if len(batch.has_image) != len(batch.keys):
             weights = weights.new_zeros(batch.keys.shape).index_copy(0, batch.has_image, weights)
         requests["columns"] = AttentionRequest(batch.keys, batch.keys, groups, weights)
-    if wanted & {"visual_map", ALL_ROWS}:
-        requests["visual"] = AttentionRequest(batch.keys, batch.keys, groups)
     return requests
 
 

@@ -293,6 +293,27 @@ def test_only_requested_layers_are_computed(llava, monkeypatch):
     assert len(calls) == 2
 
 
+def test_a_sum_of_rows_that_are_recorded_too_is_taken_from_them(llava, monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        "common.visual_attention.head_mean_attention",
+        lambda *a, **k: calls.append(1) or head_mean_attention(*a, **k),
+    )
+    batch, rows, keys = llava_batch("right")
+    weights = torch.rand(rows.shape)
+    summed = AttentionRequest(rows, keys, GROUPS, weights)
+    captured, capture = with_capture(llava)
+    found = []
+    for requests in ({"sum": summed}, {"rows": AttentionRequest(rows, keys, GROUPS), "sum": summed}):
+        calls.clear()
+        with torch.autocast("cpu", dtype=torch.bfloat16), capture.record(requests) as maps:
+            captured(**batch)
+        assert len(calls) == len({layer for group in GROUPS for layer in group})
+        found.append(maps["sum"])
+    assert found[0].shape[2] == 1
+    torch.testing.assert_close(found[1], found[0])
+
+
 def test_two_models_record_at_once_without_seeing_each_other(llava, qwen):
     batch, rows, keys = llava_batch("right")
     teacher, teacher_capture = with_capture(llava)

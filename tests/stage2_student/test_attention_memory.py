@@ -6,7 +6,7 @@ from live_bytes import LiveBytes
 from transformers import LlamaConfig, LlamaModel
 
 from common.attention_request import AttentionRequest
-from common.attention_rows import CHUNK_ELEMENTS, KEPT_ELEMENTS, head_mean_attention
+from common.attention_rows import CHUNK_ELEMENTS, KEPT_ELEMENTS, SharedPlace, head_mean_attention
 from common.visual_attention import AttentionCapture
 
 BATCH, WIDTH, LENGTH = 2, 256, 900
@@ -117,3 +117,33 @@ def test_a_sum_of_rows_takes_no_memory_for_the_rows():
         gradients = torch.autograd.grad(result.sum(), (query, key))
     known = size + sum(gradient.untyped_storage().nbytes() for gradient in gradients)
     assert live.peak < known + 9 * CHUNK_BYTES < 4 * 2 * length * length / 4  # of all rows: 128 MB
+
+
+@pytest.mark.parametrize("kept", [0, 10**9])
+def test_layers_with_masks_in_turn_share_two_places_which_the_backward_pass_frees(kept, monkeypatch):
+    monkeypatch.setattr("common.attention_rows.KEPT_ELEMENTS", kept)
+    query, key = (torch.randn(2, 4, 200, 4, requires_grad=True) for _ in range(2))
+    tokens = torch.arange(150).repeat(2, 1)
+    whole = torch.ones(1, 1, 200, 200, dtype=torch.bool).tril()
+    masks = (whole, whole.triu(-20))
+    between = []
+    for layers in (2, 8):
+        shared = SharedPlace()
+        with LiveBytes(query, key, tokens, *masks) as live:
+            results = [
+                head_mean_attention(
+                    query, key, rows=tokens, keys=tokens, attention_mask=masks[layer % 2], shared=shared
+                )
+                for layer in range(layers)
+            ]
+            of_results = sum(result.untyped_storage().nbytes() for result in results)
+            of_attention = layers * 4 * 2 * 4 * 150 * 200 if kept else 0
+            between.append(live.now - of_results - of_attention)
+            del shared
+            loss = torch.stack([result.square().sum() for result in results]).sum()
+            gradients = torch.autograd.grad(loss, (query, key))
+        known = of_results + sum(gradient.untyped_storage().nbytes() for gradient in gradients)
+        assert live.now <= known + 2000  # the loss is alive
+    one_place = 4 * 2 * 150 * (200 + 150)
+    assert between[0] <= 2 * one_place + 20_000
+    assert between[1] <= between[0] + 2000

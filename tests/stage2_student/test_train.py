@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from tiny_cache import DATA
 
 from common.config import config_from_dict
@@ -165,14 +166,12 @@ def test_the_teacher_adapter_trains_its_post_projector_only(tiny_cache, tmp_path
     assert trained == {"model.mm_projector.post.weight", "model.mm_projector.post.bias"}
 
 
-def test_bf16_runs_and_starts_from_the_same_loss(tiny_cache, tmp_path, uninterrupted):
+def test_bf16_runs_and_starts_from_the_same_loss(tiny_cache, tmp_path):
     config = make_config(tiny_cache[0], tmp_path / "run", phases=["dft"], precision="bf16")
     config = replace(config, dft=replace(config.dft, steps=2))
     full = make_config(tiny_cache[0], tmp_path / "full", phases=["dft"])
     full = replace(full, dft=replace(full.dft, steps=2))
     half = train(config).log[0]
-    from accelerate.state import AcceleratorState
-
     AcceleratorState._reset_state(reset_partial_state=True)
     assert half["total"] == pytest.approx(train(full).log[0]["total"], rel=0.02)
 

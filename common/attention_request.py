@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from common.errors import ModelError
+from vlm_distill_cache.common.errors import ModelError
 
 
 @dataclass(frozen=True)

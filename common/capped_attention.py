@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.errors import ModelError
+from vlm_distill_cache.common.errors import ModelError
 
 
 def capped_attention(

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Never
 import click
 from tqdm import tqdm
 
-from common.command_line import (
+from vlm_distill_cache.common.cache.plan import STORE_NAMES, read_plan
+from vlm_distill_cache.common.terminal.command_line import (
     SETTINGS,
     CacheFolder,
     CacheLocation,
@@ -18,8 +19,7 @@ from common.command_line import (
     quoted,
     say,
 )
-from common.next_step import distill_command
-from common.plan import STORE_NAMES, read_plan
+from vlm_distill_cache.common.terminal.next_step import distill_command
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -51,14 +51,14 @@ def inspect(cache: str, sample_id: str | None, picture: Path | None, image: Path
     if (picture is not None and sample_id is None) or (image is not None and picture is None):
         raise click.UsageError("--picture needs a SAMPLE_ID, and --image needs --picture")
     if sample_id is None:
-        from common.inspection import describe_cache
-        from common.mirror import local_folder
+        from vlm_distill_cache.common.remotes.mirror import local_folder
+        from vlm_distill_cache.common.tools.inspect import describe_cache
 
         say(describe_cache(local_folder(cache), location=cache))  # of an address: where its descriptions are
         return
-    from common.attention_picture import BLOCKS
-    from common.cache import open_cache
-    from common.record_view import describe_record, picture_of, save_picture
+    from vlm_distill_cache.common.cache.reader import open_cache
+    from vlm_distill_cache.common.tools.picture import BLOCKS
+    from vlm_distill_cache.common.tools.record_view import describe_record, picture_of, save_picture
 
     opened = open_cache(cache)
     if picture is not None:
@@ -74,15 +74,15 @@ def inspect(cache: str, sample_id: str | None, picture: Path | None, image: Path
 @click.option("--deep", is_flag=True, help="Decode every record too.")
 def verify(cache: Path, *, deep: bool) -> None:
     """Check every file of a cache; one line per damaged file and exit code 1 if there is any."""
-    from common.verification import split_unfinished
-    from common.verification import verify as verify_cache
+    from vlm_distill_cache.common.tools.verify import split_unfinished
+    from vlm_distill_cache.common.tools.verify import verify as verify_cache
 
     with _progress("verify") as bar:
         unfinished, damages = split_unfinished(verify_cache(cache, deep=deep, on_shard=bar.update))
     for damage in damages:
         say(f"damaged: {damage}")
     if unfinished and not damages:
-        from common.manifest import format_ranges
+        from vlm_distill_cache.common.cache.manifest import format_ranges
 
         missing = [damage.shard for damage in unfinished if damage.shard is not None]
         what = (
@@ -116,8 +116,8 @@ def repair(cache: Path, *, deep: bool, dry_run: bool) -> None:
     Healthy shards are not touched, and files that belong to no cache are named and left where they are. Exit
     code 1 if something is left to a person.
     """
-    from common.repair import repair as repair_cache
-    from common.sidecar import missing_shards
+    from vlm_distill_cache.common.cache.sidecar import missing_shards
+    from vlm_distill_cache.common.tools.repair import repair as repair_cache
 
     with _progress("verify") as bar:
         steps = repair_cache(cache, deep=deep, dry_run=dry_run, on_shard=bar.update)
@@ -148,7 +148,7 @@ def repair(cache: Path, *, deep: bool, dry_run: bool) -> None:
 @click.option("--store", type=click.Choice(STORE_NAMES), required=True, help="Shard format of the new cache.")
 def convert(source: Path, target: Path, store: str) -> None:
     """Write the same cache in the other store; converting back gives the same bytes."""
-    from common.conversion import convert as convert_cache
+    from vlm_distill_cache.common.tools.convert import convert as convert_cache
 
     with _progress("convert", total=read_plan(source).shard_count) as bar:
         manifest = convert_cache(source, target, store, on_shard=bar.update)
@@ -167,8 +167,8 @@ def merge(sources: tuple[Path, ...], output: Path, store: str | None) -> None:
     Samples in several sources must be equal in all of them and are kept once. Caches that differ in a
     fingerprint are refused.
     """
-    from common.manifest import CARD, format_ranges
-    from common.merging import merge as merge_caches
+    from vlm_distill_cache.common.cache.manifest import CARD, format_ranges
+    from vlm_distill_cache.common.tools.merge import merge as merge_caches
 
     with _progress("merge") as bar:
         merged = merge_caches(sources, output, store=store, on_shard=bar.update)
@@ -199,7 +199,7 @@ def push(cache: Path, destination: str, *, jobs: int, overwrite: bool) -> None:
     Stopped and started again, it goes on where it was. Until all of it is there, whoever looks there is told
     that the cache is not complete.
     """
-    from common.transfer import push as push_cache
+    from vlm_distill_cache.common.remotes.pull import push as push_cache
 
     with _byte_progress("push") as bar:
         _, moved = push_cache(cache, destination, jobs=jobs, overwrite=overwrite, on_progress=_follow(bar))
@@ -234,7 +234,7 @@ def pull(
     --top-k only what is needed is downloaded, and a smaller cache is made of it that says what it is a part of.
     """
     if (shards, samples, signals, top_k) != (None,) * 4:
-        from common.partial import parse_selection, pull_partial
+        from vlm_distill_cache.common.tools.select import parse_selection, pull_partial
 
         selection = parse_selection(shards=shards, samples=samples, signals=signals, top_k=top_k)
         with _progress("pull") as shard_bar:
@@ -244,7 +244,7 @@ def pull(
         )
         click.echo(f"Next: cachectl inspect {quoted(cache)}, then {distill_command(read_plan(cache), cache)}")
         return
-    from common.transfer import pull as pull_cache
+    from vlm_distill_cache.common.remotes.pull import pull as pull_cache
 
     with _byte_progress("pull") as bar:
         _, moved = pull_cache(source, cache, jobs=jobs, on_progress=_follow(bar))

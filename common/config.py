@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union
 
 import yaml
 
-from common.atomic import write_bytes_atomic
-from common.errors import ConfigError
+from vlm_distill_cache.common.errors import ConfigError
+from vlm_distill_cache.common.files.atomic import write_bytes_atomic
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

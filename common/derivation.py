@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from common.printing import one_line
+from vlm_distill_cache.common.printing import one_line
 
 if TYPE_CHECKING:
-    from common.plan import Plan
+    from vlm_distill_cache.common.cache.plan import Plan
 
 DERIVED = "derived"
 

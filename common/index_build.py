@@ -1,4 +1,4 @@
-"""Making ``index.bin`` from sidecars, and comparing one with them; ``common.index`` says what is in it."""
+"""Making ``index.bin`` from sidecars, and comparing one with them; ``common.cache.index`` says what is in it."""
 
 from __future__ import annotations
 
@@ -6,18 +6,26 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from common.atomic import read_bounded
-from common.errors import CacheFormatError
-from common.index import COLUMN_DTYPES, FAILED_BIT, INDEX, SampleIndex, begin_index, hash_ids, index_columns
-from common.sidecar import check_sidecar, read_sidecar, sidecar_path
+from vlm_distill_cache.common.cache.index import (
+    COLUMN_DTYPES,
+    FAILED_BIT,
+    INDEX,
+    SampleIndex,
+    begin_index,
+    hash_ids,
+    index_columns,
+)
+from vlm_distill_cache.common.cache.sidecar import check_sidecar, read_sidecar, sidecar_path
+from vlm_distill_cache.common.errors import CacheFormatError
+from vlm_distill_cache.common.files.atomic import read_bounded
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
-    from common.index import Place
-    from common.plan import Plan
-    from common.sidecar import ShardSidecar
+    from vlm_distill_cache.common.cache.index import Place
+    from vlm_distill_cache.common.cache.plan import Plan
+    from vlm_distill_cache.common.cache.sidecar import ShardSidecar
 
 
 class IndexBuilder:

@@ -1,4 +1,4 @@
-"""What every ``visual_map`` of a sound cache fulfils: asked by ``common.record_checks``, without torch.
+"""What every ``visual_map`` of a sound cache fulfils: asked by ``common.codecs.checks``, without torch.
 
 Means, masks and codes of a map say the same thing in several ways, and must agree.
 
@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from common.codecs.kept_columns import RUNS, find_runs, nearest_first, unpack_mask
-from common.codecs.map_codes import KEPT_LEVELS
+from vlm_distill_cache.common.codecs.kept_columns import RUNS, find_runs, nearest_first, unpack_mask
+from vlm_distill_cache.common.codecs.map_codes import KEPT_LEVELS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from common.schema import Record
+    from vlm_distill_cache.common.cache.schema import Record
 
 _MOST = 1 + 2e-3  # a mass, with the rounding of float16
 _MEAN_ERROR = 2e-3  # relative, of a float16 mean; twice over
@@ -47,7 +47,7 @@ def token_count_damage(record: Record, signals: dict[str, dict[str, Any]]) -> It
     }
     held = {name: len(record[name]) for name in expected if name in record}
     if "visual_source" in record and not any(held.values()):
-        return  # `common.shared_images` says where they are
+        return  # `common.cache.shared_images` says where they are
     for name, length in held.items():
         if length != expected[name]:
             yield f"{name} has {length} along its first axis; the tiles of the image say {expected[name]}"

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from common.atomic import write_bytes_atomic
-from common.errors import CacheMismatchError
-from common.fetching import fetch_files
-from common.index import INDEX
-from common.manifest import (
+from vlm_distill_cache.common.cache.index import INDEX
+from vlm_distill_cache.common.cache.manifest import (
     CARD,
     MANIFEST,
     PLAN,
@@ -21,18 +18,21 @@ from common.manifest import (
     side_files,
     write_plan,
 )
-from common.remotes import open_remote
-from common.shared_images import VISUAL_SOURCE, SharedImages
-from common.sidecar import FileEntry, check_sidecar, sidecar_path, write_sidecar
-from common.stores import open_reader
+from vlm_distill_cache.common.cache.shared_images import VISUAL_SOURCE, SharedImages
+from vlm_distill_cache.common.cache.sidecar import FileEntry, check_sidecar, sidecar_path, write_sidecar
+from vlm_distill_cache.common.cache.stores import open_reader
+from vlm_distill_cache.common.errors import CacheMismatchError
+from vlm_distill_cache.common.files.atomic import write_bytes_atomic
+from vlm_distill_cache.common.remotes import open_remote
+from vlm_distill_cache.common.remotes.fetch import fetch_files
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    from common.plan import Plan
-    from common.schema import Record
-    from common.sidecar import ShardSidecar
+    from vlm_distill_cache.common.cache.plan import Plan
+    from vlm_distill_cache.common.cache.schema import Record
+    from vlm_distill_cache.common.cache.sidecar import ShardSidecar
 
 
 def merge_parts(

@@ -14,7 +14,7 @@ import logging
 import os
 from typing import TYPE_CHECKING
 
-from common.atomic import HeldLock, try_lock
+from vlm_distill_cache.common.files.atomic import HeldLock, try_lock
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection

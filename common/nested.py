@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from common.codecs.quantise import GAP_TABLE, gap_codes, gap_steps
-from common.errors import CacheFormatError, ConfigError
-from common.schema import Record
+from vlm_distill_cache.common.cache.schema import Record
+from vlm_distill_cache.common.codecs.quantise import GAP_TABLE, gap_codes, gap_steps
+from vlm_distill_cache.common.errors import CacheFormatError, ConfigError
 
 FloatArray = npt.NDArray[np.float64]
 

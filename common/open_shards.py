@@ -11,21 +11,21 @@ import threading
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from common.atomic import read_bounded
-from common.errors import CacheFormatError
-from common.manifest import summarise
-from common.plain_files import check_file, check_size
-from common.sidecar import parse_sidecar, sidecar_path
-from common.stores import open_reader
+from vlm_distill_cache.common.cache.manifest import summarise
+from vlm_distill_cache.common.cache.sidecar import parse_sidecar, sidecar_path
+from vlm_distill_cache.common.cache.stores import open_reader
+from vlm_distill_cache.common.errors import CacheFormatError
+from vlm_distill_cache.common.files.atomic import read_bounded
+from vlm_distill_cache.common.plain_files import check_file, check_size
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from common.manifest import Manifest
-    from common.plan import Plan
-    from common.sidecar import ShardSidecar
-    from common.stores import ShardReader
+    from vlm_distill_cache.common.cache.manifest import Manifest
+    from vlm_distill_cache.common.cache.plan import Plan
+    from vlm_distill_cache.common.cache.sidecar import ShardSidecar
+    from vlm_distill_cache.common.cache.stores import ShardReader
 
 _REMEDY = "run `cachectl verify` to see all damage, then build or copy that shard again"
 

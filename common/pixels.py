@@ -14,7 +14,7 @@ import PIL.Image
 import PIL.ImageOps
 import xxhash
 
-from common.errors import SampleError
+from vlm_distill_cache.common.errors import SampleError
 
 HASH_BYTES = 16
 MAX_PIXELS = 89_478_485  # Pillow's own limit for a likely decompression bomb: 256 MiB of RGB

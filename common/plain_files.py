@@ -11,13 +11,13 @@ import os
 import stat
 from typing import TYPE_CHECKING, BinaryIO
 
-from common.errors import CacheFormatError
-from common.hashing import stream_checksum
+from vlm_distill_cache.common.errors import CacheFormatError
+from vlm_distill_cache.common.files.hashing import stream_checksum
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from common.sidecar import FileEntry
+    from vlm_distill_cache.common.cache.sidecar import FileEntry
 
 
 def open_plain(root: Path, name: str) -> BinaryIO:

@@ -10,8 +10,8 @@ import numpy as np
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from common.index import Place
-    from common.sidecar import ShardSidecar
+    from vlm_distill_cache.common.cache.index import Place
+    from vlm_distill_cache.common.cache.sidecar import ShardSidecar
 
 
 class SampleIds(Sequence[str]):

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data.collate import Batch, collate
-from data.encoding import EncodedSample
+from vlm_distill_cache.data.text.collate import Batch, collate
+from vlm_distill_cache.data.text.encoding import EncodedSample
 
 ModelInputs = Callable[..., Mapping[str, Any]]
 

@@ -10,9 +10,9 @@ import torch
 import xxhash
 from torch import nn
 
-from common.errors import ModelError
-from common.hashing import file_checksum, fingerprint
-from data.encoding import tokenizer_fingerprint
+from vlm_distill_cache.common.errors import ModelError
+from vlm_distill_cache.common.files.hashing import file_checksum, fingerprint
+from vlm_distill_cache.data.text.encoding import tokenizer_fingerprint
 
 __all__ = ["module_fingerprint", "tokenizer_fingerprint", "weights_fingerprint"]
 

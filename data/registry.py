@@ -2,12 +2,12 @@
 
 | written | read by |
 |---|---|
-| ``shapes``, ``shapes:images=1500,seed=0`` | `data.shapes`, drawn in code |
-| ``easy-vqa`` | `data.easy_vqa` |
-| ``FILE.json`` | `data.llava` |
-| ``FILE.jsonl`` | `data.messages` |
-| a folder of ``datasets.save_to_disk``, or one holding exactly one such folder | `data.hf` |
-| ``FILE.tar``, ``{000..099}.tar``, ``*.tar``, a folder of tars | `data.webdataset` |
+| ``shapes``, ``shapes:images=1500,seed=0`` | `data.shapes.dataset`, drawn in code |
+| ``easy-vqa`` | `data.sources.easy_vqa` |
+| ``FILE.json`` | `data.sources.llava` |
+| ``FILE.jsonl`` | `data.sources.messages` |
+| a folder of ``datasets.save_to_disk``, or one holding exactly one such folder | `data.sources.hf` |
+| ``FILE.tar``, ``{000..099}.tar``, ``*.tar``, a folder of tars | `data.sources.webdataset` |
 
 A user's files have no splits (but a `datasets` folder may): whatever split is asked for, all of the file is
 meant, and evaluation uses the file it is given. Hold data out by keeping it in another file.
@@ -17,14 +17,21 @@ import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from common.errors import DataError
-from data.easy_vqa import EasyVqaDataset, easy_vqa_evaluation
-from data.grouping import image_keys
-from data.hf import HuggingFaceDataset, is_saved_dataset
-from data.llava import LlavaDataset
-from data.messages import MessagesDataset
-from data.sample import Dataset, EvaluationSet, Question, Sample, fingerprint_samples, iterate_readable
-from data.webdataset import WebDataset
+from vlm_distill_cache.common.errors import DataError
+from vlm_distill_cache.data.sample import (
+    Dataset,
+    EvaluationSet,
+    Question,
+    Sample,
+    fingerprint_samples,
+    iterate_readable,
+)
+from vlm_distill_cache.data.sources.easy_vqa import EasyVqaDataset, easy_vqa_evaluation
+from vlm_distill_cache.data.sources.grouping import image_keys
+from vlm_distill_cache.data.sources.hf import HuggingFaceDataset, is_saved_dataset
+from vlm_distill_cache.data.sources.llava import LlavaDataset
+from vlm_distill_cache.data.sources.messages import MessagesDataset
+from vlm_distill_cache.data.sources.webdataset import WebDataset
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +120,7 @@ def open_evaluation(
         _refuse_options(name, options, allowed=())
         return easy_vqa_evaluation(split, limit)
     if name == "shapes":
-        from data.shapes import shapes_evaluation  # drawing code, only needed here
+        from vlm_distill_cache.data.shapes.dataset import shapes_evaluation  # drawing code, only needed here
 
         _refuse_options(name, options, allowed=("images", "seed"))
         return shapes_evaluation(split, limit or SHAPES_ITEMS, _integer(options, "seed", 0))
@@ -158,7 +165,7 @@ def _answer_kind(answer: str) -> str:
 
 
 def _open_shapes(split: str, options: _Options) -> Dataset:
-    from data.shapes import ShapesDataset  # drawing code, only needed here
+    from vlm_distill_cache.data.shapes.dataset import ShapesDataset  # drawing code, only needed here
 
     _refuse_options("shapes", options, allowed=("images", "seed"))
     dataset: Dataset = ShapesDataset(

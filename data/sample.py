@@ -15,7 +15,7 @@ from typing import Protocol, runtime_checkable
 import PIL.Image
 import xxhash
 
-from common.errors import DataError, SampleError
+from vlm_distill_cache.common.errors import DataError, SampleError
 
 logger = logging.getLogger(__name__)
 

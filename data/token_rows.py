@@ -1,6 +1,6 @@
 """From a conversation's tokens to its rows: which belong to an answer, and what each row predicts.
 
-The only place where labels are shifted; `data.encoding` states the position convention.
+The only place where labels are shifted; `data.text.encoding` states the position convention.
 
 Dims: T tokens of one conversation.
 """
@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from common.errors import SampleError
-from common.schema import IGNORE_INDEX
+from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
+from vlm_distill_cache.common.errors import SampleError
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

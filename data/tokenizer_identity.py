@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from common.hashing import fingerprint
+from vlm_distill_cache.common.files.hashing import fingerprint
 
 _PROBE = (
     "USER: What's in  it?\n(A) 3 RED px\tna\u00efve e\u0301t\u00e9 \u4e2d\u6587 \U0001f642 x_1 ASSISTANT: no"

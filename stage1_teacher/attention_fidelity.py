@@ -9,8 +9,8 @@ Dims: A supervised rows, G layer groups, C grid cells, N cells of a visual map.
 from torch import Tensor
 from torch.nn import functional as F
 
-from common.codecs.row_attention import RowAttention
-from common.codecs.teacher_map import TeacherMap
+from vlm_distill_cache.common.codecs.row_attention import RowAttention
+from vlm_distill_cache.common.codecs.teacher_map import TeacherMap
 
 
 def row_gradient_cosines(cached: RowAttention, live: Tensor, student: Tensor) -> Tensor:

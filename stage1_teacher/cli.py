@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from common.command_line import SETTINGS, CommandGroup, quoted, start_logging
-from common.stopping import stopped_by_sigterm
+from vlm_distill_cache.common.stopping import stopped_by_sigterm
+from vlm_distill_cache.common.terminal.command_line import SETTINGS, CommandGroup, quoted, start_logging
 
 if TYPE_CHECKING:
-    from stage1_teacher.config import BuildConfig
+    from vlm_distill_cache.stage1_teacher.config import BuildConfig
 
 # Imports that pull torch in are inside the commands, so that --help and usage errors are instant.
 
@@ -61,8 +61,8 @@ def _build_options(command: Any) -> Any:
 
 
 def _settings(config: Path | None, overrides: tuple[str, ...], options: dict[str, Any]) -> BuildConfig:
-    from common.config import load_config
-    from stage1_teacher.config import BuildConfig
+    from vlm_distill_cache.common.config import load_config
+    from vlm_distill_cache.stage1_teacher.config import BuildConfig
 
     given = [
         f"{name}={json.dumps(value)}"
@@ -100,10 +100,10 @@ def build(
     """Build a cache, or resume one; says so and ends when it is complete."""
     settings = _settings(config, overrides, options)
 
-    from stage1_teacher.cache_folder import explain_disk_errors
-    from stage1_teacher.extract import extract, extract_with_processes
-    from stage1_teacher.parts import choose_part, local_device, quiet_libraries
-    from stage1_teacher.report import next_command, summary_text
+    from vlm_distill_cache.stage1_teacher.build.cache_folder import explain_disk_errors
+    from vlm_distill_cache.stage1_teacher.build.parts import choose_part, local_device, quiet_libraries
+    from vlm_distill_cache.stage1_teacher.extract import extract, extract_with_processes
+    from vlm_distill_cache.stage1_teacher.report import next_command, summary_text
 
     own, local = choose_part(part, os.environ)
     if overwrite and own.of > 1:
@@ -137,9 +137,9 @@ def fidelity(config: Path | None, overrides: tuple[str, ...], *, samples: int, *
     """Compare a finished cache with its live teacher again; takes the options it was built with."""
     settings = _settings(config, overrides, options)
 
-    from stage1_teacher.cache_folder import explain_disk_errors
-    from stage1_teacher.extract import recompute_fidelity
-    from stage1_teacher.parts import quiet_libraries
+    from vlm_distill_cache.stage1_teacher.build.cache_folder import explain_disk_errors
+    from vlm_distill_cache.stage1_teacher.build.parts import quiet_libraries
+    from vlm_distill_cache.stage1_teacher.extract import recompute_fidelity
 
     quiet_libraries()
     with explain_disk_errors(settings.cache):
@@ -206,10 +206,10 @@ def estimate(
     """Predict bytes, hours and cost from a measured probe, before anything is built; takes the options of `build`."""
     settings = _settings(config, overrides, options)
 
-    from common.atomic import write_json_atomic
-    from stage1_teacher.estimate import Scenario, estimate_text, parse_students
-    from stage1_teacher.estimate import estimate as measure
-    from stage1_teacher.parts import quiet_libraries
+    from vlm_distill_cache.common.files.atomic import write_json_atomic
+    from vlm_distill_cache.stage1_teacher.build.parts import quiet_libraries
+    from vlm_distill_cache.stage1_teacher.estimate.estimate import Scenario, estimate_text, parse_students
+    from vlm_distill_cache.stage1_teacher.estimate.estimate import estimate as measure
 
     try:
         counts = parse_students(students)
@@ -235,8 +235,12 @@ def estimate(
 @click.argument("cache", type=click.Path(exists=True, file_okay=False, path_type=Path))
 def seal(cache: Path) -> None:
     """Write the manifest of a complete cache from its sidecars."""
-    from common.manifest import seal as seal_cache
-    from stage1_teacher.cache_folder import explain_disk_errors, refuse_strangers, sealed_names
+    from vlm_distill_cache.common.cache.manifest import seal as seal_cache
+    from vlm_distill_cache.stage1_teacher.build.cache_folder import (
+        explain_disk_errors,
+        refuse_strangers,
+        sealed_names,
+    )
 
     with explain_disk_errors(cache):
         refuse_strangers(cache, sealed_names(cache))
@@ -248,9 +252,9 @@ def seal(cache: Path) -> None:
 @click.argument("cache", type=click.Path(exists=True, file_okay=False, path_type=Path))
 def report(cache: Path) -> None:
     """Print what a sealed cache holds and what it cost."""
-    from common.manifest import read_manifest
-    from stage1_teacher.extract import BuildSummary, refuse_missing_shards
-    from stage1_teacher.report import summary_text
+    from vlm_distill_cache.common.cache.manifest import read_manifest
+    from vlm_distill_cache.stage1_teacher.extract import BuildSummary, refuse_missing_shards
+    from vlm_distill_cache.stage1_teacher.report import summary_text
 
     refuse_missing_shards(cache)
     manifest = read_manifest(cache)
@@ -263,7 +267,7 @@ def report(cache: Path) -> None:
 @click.option("--seed", type=int, default=0, show_default=True)
 def demo_teacher(data: str, output: Path, seed: int) -> None:
     """Train a built-in teacher from nothing (minutes on 2 cores) and print its accuracy."""
-    from stage1_teacher.demo_teacher import train_demo_teacher
+    from vlm_distill_cache.stage1_teacher.demo.teacher import train_demo_teacher
 
     train_demo_teacher(data, output, seed=seed)
     click.echo(f"Teacher written to {output}")

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from common.codecs.description import check_whole_number
-from common.codecs.logit_presets import preset_settings
-from common.errors import ConfigError
+from vlm_distill_cache.common.codecs.description import check_whole_number
+from vlm_distill_cache.common.codecs.logit_presets import preset_settings
+from vlm_distill_cache.common.errors import ConfigError
 
 SIGNALS = (
     "logits", "answer_attention", "text_attention", "visual_columns", "visual_map",

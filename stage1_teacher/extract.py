@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from common.errors import CacheFormatError, CacheMismatchError
-from common.manifest import (
+from vlm_distill_cache.common.cache.manifest import (
     Manifest,
     Plan,
     missing_shards,
@@ -26,8 +25,8 @@ from common.manifest import (
     seal,
     sidecar_path,
 )
-from stage1_teacher.answers import open_shards
-from stage1_teacher.cache_folder import (
+from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError
+from vlm_distill_cache.stage1_teacher.build.cache_folder import (
     drop_damaged_manifest,
     in_use,
     intact_manifest,
@@ -37,14 +36,15 @@ from stage1_teacher.cache_folder import (
     refuse_unwritable,
     stored_plan,
 )
-from stage1_teacher.card import write_card
-from stage1_teacher.config import BuildConfig
-from stage1_teacher.fidelity import measure_fidelity
-from stage1_teacher.forward import run_shard
-from stage1_teacher.parts import WHOLE, Part, fix_batch_size, fix_threads, run_parts
-from stage1_teacher.pipeline import FailureBudget, Writer
-from stage1_teacher.plan import Build, open_build
-from stage1_teacher.projector_export import export_parts
+from vlm_distill_cache.stage1_teacher.build.parts import WHOLE, Part, fix_batch_size, fix_threads, run_parts
+from vlm_distill_cache.stage1_teacher.build.plan import Build, open_build
+from vlm_distill_cache.stage1_teacher.config import BuildConfig
+from vlm_distill_cache.stage1_teacher.loop.answers import open_shards
+from vlm_distill_cache.stage1_teacher.loop.forward import run_shard
+from vlm_distill_cache.stage1_teacher.loop.writer import FailureBudget, Writer
+from vlm_distill_cache.stage1_teacher.quality.card import write_card
+from vlm_distill_cache.stage1_teacher.quality.fidelity import measure_fidelity
+from vlm_distill_cache.stage1_teacher.teacher.export import export_parts
 
 logger = logging.getLogger(__name__)
 

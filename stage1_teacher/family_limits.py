@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from common.errors import ModelError, SampleError
-from data.sample import Dataset
-from stage1_teacher.teacher import Teacher
+from vlm_distill_cache.common.errors import ModelError, SampleError
+from vlm_distill_cache.data.sample import Dataset
+from vlm_distill_cache.stage1_teacher.teacher.teacher import Teacher
 
 ATTENTION_SIGNALS = ("answer_attention", "text_attention", "visual_columns", "visual_map")
 
@@ -45,7 +45,7 @@ def refuse_signals(signals: Sequence[str], teacher: Teacher) -> None:
 def refuse_packing(dataset: Dataset, teacher: Teacher) -> None:
     """Refuse data that pack independent conversations where an image is seen differently in each.
 
-    Only the first sample is looked at; `data.family_inputs` refuses later ones.
+    Only the first sample is looked at; `data.families.inputs` refuses later ones.
 
     Raises:
         ModelError: If they do.

@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from common.manifest import BASE, Plan, read_sidecar, sidecar_path
-from common.shared_images import with_visual_source
-from data.collate import Batch
-from stage1_teacher.pipeline import EncodedShard, Writer
-from stage1_teacher.plan import Build
-from stage1_teacher.signals import TeacherSignals
+from vlm_distill_cache.common.cache.manifest import BASE, Plan, read_sidecar, sidecar_path
+from vlm_distill_cache.common.cache.shared_images import with_visual_source
+from vlm_distill_cache.data.text.collate import Batch
+from vlm_distill_cache.stage1_teacher.build.plan import Build
+from vlm_distill_cache.stage1_teacher.loop.signals import TeacherSignals
+from vlm_distill_cache.stage1_teacher.loop.writer import EncodedShard, Writer
 
 MAX_RUNS, ENOUGH_S = 5, 2.0
 

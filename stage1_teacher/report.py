@@ -1,10 +1,10 @@
 """The text a build ends with: what was done, what it cost, what to run next."""
 
-from common.command_line import quoted
-from common.manifest import BASE, read_plan
-from common.next_step import distill_command
-from stage1_teacher.config import BuildConfig
-from stage1_teacher.extract import BuildSummary
+from vlm_distill_cache.common.cache.manifest import BASE, read_plan
+from vlm_distill_cache.common.terminal.command_line import quoted
+from vlm_distill_cache.common.terminal.next_step import distill_command
+from vlm_distill_cache.stage1_teacher.config import BuildConfig
+from vlm_distill_cache.stage1_teacher.extract import BuildSummary
 
 
 def summary_text(summary: BuildSummary) -> str:

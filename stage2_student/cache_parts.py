@@ -6,11 +6,11 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from common.atomic import read_json
-from common.errors import CacheFormatError, ConfigError, ModelError
-from common.models.projectors import TeacherAdapter
-from common.models.vision_language import VisionLanguageModel
-from common.models.vision_tower import TowerConfig
+from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, ModelError
+from vlm_distill_cache.common.files.atomic import read_json
+from vlm_distill_cache.common.models.projectors import TeacherAdapter
+from vlm_distill_cache.common.models.vision_language import VisionLanguageModel
+from vlm_distill_cache.common.models.vision_tower import TowerConfig
 
 
 def has_tower(cache_dir: Path, kind: str) -> bool:

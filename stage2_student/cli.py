@@ -9,8 +9,15 @@ from typing import Any
 
 import click
 
-from common.command_line import SETTINGS, CacheLocation, CommandGroup, NewFolder, quoted, start_logging
-from common.stopping import stopped_by_sigterm
+from vlm_distill_cache.common.stopping import stopped_by_sigterm
+from vlm_distill_cache.common.terminal.command_line import (
+    SETTINGS,
+    CacheLocation,
+    CommandGroup,
+    NewFolder,
+    quoted,
+    start_logging,
+)
 
 # Imports that pull torch in are inside the commands, so that --help, usage errors and "up to date" are
 # instant.
@@ -65,7 +72,7 @@ def _training_options(command: Any) -> Any:
 
 
 def _load(config: Path | None, cache: str, overrides: tuple[str, ...], **options: Any) -> Any:
-    from stage2_student.run import load_run_config, phases_override
+    from vlm_distill_cache.stage2_student.run import load_run_config, phases_override
 
     phases, seed = options.pop("phases"), options.pop("seed")
     given = [f"{name}={json.dumps(str(value))}" for name, value in options.items() if value is not None]
@@ -82,12 +89,12 @@ def train(config: Path | None, cache: str, overrides: tuple[str, ...], **options
     """Train one student through its phases, or resume it."""
     settings = _load(config, cache, overrides, **options)
 
-    from stage2_student.output_folder import claim_output, refuse_foreign_folder
-    from stage2_student.preparation import failure_notes, open_caches
-    from stage2_student.pruned_folder import refuse_uncut
-    from stage2_student.run import ARM, cache_folders, set_up_libraries
-    from stage2_student.train import train as train_phases
-    from stage2_student.training_log import summarise
+    from vlm_distill_cache.stage2_student.pruned_folder import refuse_uncut
+    from vlm_distill_cache.stage2_student.run import ARM, cache_folders, set_up_libraries
+    from vlm_distill_cache.stage2_student.train import train as train_phases
+    from vlm_distill_cache.stage2_student.training.log import summarise
+    from vlm_distill_cache.stage2_student.training.output_folder import claim_output, refuse_foreign_folder
+    from vlm_distill_cache.stage2_student.training.preparation import failure_notes, open_caches
 
     refuse_uncut(settings.student, settings.teacher)
     set_up_libraries()
@@ -113,7 +120,7 @@ def run(config: Path | None, cache: str, overrides: tuple[str, ...], nproc: int,
     """Train the SFT baseline and the distilled student, score both, write the report."""
     settings = _load(config, cache, overrides, **options)
 
-    from stage2_student.run import run as run_all
+    from vlm_distill_cache.stage2_student.run import run as run_all
 
     with stopped_by_sigterm():
         summary = run_all(settings, processes=nproc, say=click.echo)
@@ -151,10 +158,10 @@ def prune(
     template: str | None,
 ) -> None:
     """Cut a narrower student out of a teacher, to be trained with its hidden states."""
-    from data.registry import open_dataset
-    from data.sample import iterate_readable
-    from stage2_student.prune import prune_directory
-    from stage2_student.run import set_up_libraries
+    from vlm_distill_cache.data.registry import open_dataset
+    from vlm_distill_cache.data.sample import iterate_readable
+    from vlm_distill_cache.stage2_student.prune.cut import prune_directory
+    from vlm_distill_cache.stage2_student.run import set_up_libraries
 
     set_up_libraries()
     dataset = open_dataset(data, images=images, limit=samples)
@@ -195,15 +202,15 @@ def evaluate(
     """Score a trained student: its `final` folder."""
     from dataclasses import replace
 
-    from common.atomic import write_json_atomic
-    from common.cache import open_cache
-    from common.config import config_from_dict
-    from common.errors import CacheFormatError, TransferError
-    from stage2_student.config import TrainConfig
-    from stage2_student.evaluate import render_table
-    from stage2_student.held_out import EVALUATE_OPTION, scoring_notes
-    from stage2_student.run import set_up_libraries
-    from stage2_student.student import evaluate_student, open_student
+    from vlm_distill_cache.common.cache.reader import open_cache
+    from vlm_distill_cache.common.config import config_from_dict
+    from vlm_distill_cache.common.errors import CacheFormatError, TransferError
+    from vlm_distill_cache.common.files.atomic import write_json_atomic
+    from vlm_distill_cache.stage2_student.config import TrainConfig
+    from vlm_distill_cache.stage2_student.run import set_up_libraries
+    from vlm_distill_cache.stage2_student.scores.evaluate import render_table
+    from vlm_distill_cache.stage2_student.scores.held_out import EVALUATE_OPTION, scoring_notes
+    from vlm_distill_cache.stage2_student.trained_student import evaluate_student, open_student
 
     set_up_libraries()
     opened = open_student(student)
@@ -239,7 +246,7 @@ def evaluate(
 @click.argument("output", type=_FOLDER)
 def report(output: Path) -> None:
     """Write the HTML report of a run's folder again."""
-    from stage2_student.run import read_run_config, set_up_libraries, write_report
+    from vlm_distill_cache.stage2_student.run import read_run_config, set_up_libraries, write_report
 
     set_up_libraries()
     page = write_report(output, read_run_config(output))
@@ -254,8 +261,8 @@ def report(output: Path) -> None:
 )
 def export(student: Path, output: Path, dtype: str) -> None:
     """Save a trained student in another precision, ready for `from_pretrained`."""
-    from stage2_student.run import set_up_libraries
-    from stage2_student.student import export_student
+    from vlm_distill_cache.stage2_student.run import set_up_libraries
+    from vlm_distill_cache.stage2_student.trained_student import export_student
 
     set_up_libraries()
     export_student(student, output, dtype=dtype)
@@ -272,8 +279,8 @@ def export(student: Path, output: Path, dtype: str) -> None:
 )
 def import_checkpoint(checkpoint: Path, output: Path, vision_tower: Path | None) -> None:
     """Write a published MobileVLM or CompoDistill as a student or teacher of ours: one folder, safetensors."""
-    from common.models.published import convert_published
-    from stage2_student.run import set_up_libraries
+    from vlm_distill_cache.common.models.published import convert_published
+    from vlm_distill_cache.stage2_student.run import set_up_libraries
 
     set_up_libraries()
     convert_published(checkpoint, output, vision_tower=vision_tower)

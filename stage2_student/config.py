@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from common.config import config_to_dict
-from common.mirror import public_location
-from stage2_student.loss_weights import LossWeights as LossWeights
-from stage2_student.loss_weights import require as _require
-from stage2_student.pruned_folder import kept_share, pruning_record
+from vlm_distill_cache.common.config import config_to_dict
+from vlm_distill_cache.common.remotes.mirror import public_location
+from vlm_distill_cache.stage2_student.loss_weights import LossWeights as LossWeights
+from vlm_distill_cache.stage2_student.loss_weights import require as _require
+from vlm_distill_cache.stage2_student.pruned_folder import kept_share, pruning_record
 
 PhaseName = Literal["dpt", "dft", "sft"]
 Schedule = Literal["cosine", "constant"]
@@ -158,7 +158,7 @@ class TrainConfig:
     """A training run.
 
     Attributes:
-        student: A name (``stage2_student.student_presets``: ``mobilevlm``, ``mobilevlm-v1-tiny``, ``smolvlm``, ...)
+        student: A name (``stage2_student.students.presets``: ``mobilevlm``, ``mobilevlm-v1-tiny``, ``smolvlm``, ...)
             or a directory.
         student_weights: Directory of a named student's weights.
         teacher: Checkpoint directory that a student ``pruned:KEEP`` is cut out of; others have none.

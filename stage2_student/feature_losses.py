@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stage2_student.terms import HiddenKind
+from vlm_distill_cache.stage2_student.terms import HiddenKind
 
 _TINY = 1e-12
 

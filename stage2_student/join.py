@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from common.cache import TeacherCache
-from common.errors import CacheMismatchError
-from data.sample import Dataset
+from vlm_distill_cache.common.cache.reader import TeacherCache
+from vlm_distill_cache.common.errors import CacheMismatchError
+from vlm_distill_cache.data.sample import Dataset
 
 _log = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from common.errors import ConfigError, ModelError
-from common.visual_attention import checkpoint_recorded
+from vlm_distill_cache.common.attention.capture import checkpoint_recorded
+from vlm_distill_cache.common.errors import ConfigError, ModelError
 
 ADAPTER = "default"
 _MARK = ".lora_"

@@ -3,9 +3,9 @@
 import math
 from dataclasses import dataclass
 
-from common.errors import ConfigError
-from common.layers import DepthPart, Matching
-from stage2_student.terms import (
+from vlm_distill_cache.common.attention.layers import DepthPart, Matching
+from vlm_distill_cache.common.errors import ConfigError
+from vlm_distill_cache.stage2_student.terms import (
     ATTENTION_TERMS,
     FEATURE_TERMS,
     AnswerLossKind,

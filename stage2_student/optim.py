@@ -5,7 +5,7 @@ import math
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
-from stage2_student.config import Schedule
+from vlm_distill_cache.stage2_student.config import Schedule
 
 
 def learning_rate(step: int, *, steps: int, peak: float, warmup: float, schedule: Schedule) -> float:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from common.errors import ConfigError
+from vlm_distill_cache.common.errors import ConfigError
 
 PREFIX = "pruned:"
 RECORD = "pruning.json"

@@ -7,11 +7,11 @@ from typing import Any
 
 import yaml
 
-from common.config import load_config
-from common.errors import ConfigError
-from stage2_student.config import PHASE_NAMES, TrainConfig, choose_size
-from stage2_student.pruned_folder import kept_share, pruning_record
-from stage2_student.student_presets import split_student_name
+from vlm_distill_cache.common.config import load_config
+from vlm_distill_cache.common.errors import ConfigError
+from vlm_distill_cache.stage2_student.config import PHASE_NAMES, TrainConfig, choose_size
+from vlm_distill_cache.stage2_student.pruned_folder import kept_share, pruning_record
+from vlm_distill_cache.stage2_student.students.presets import split_student_name
 
 PRESETS = Path(__file__).parent / "presets"
 QUOTES = "'\" "

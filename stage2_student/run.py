@@ -17,23 +17,28 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.atomic import clean_stale, read_json, write_bytes_atomic, write_json_atomic
-from common.config import config_from_dict, config_to_dict, save_config
-from common.documents import describe_differences
-from common.errors import CacheFormatError, ConfigError
-from common.hashing import fingerprint
-from common.manifest import read_manifest, read_plan
-from common.mirror import local_folder, public_location
-from common.stopping import run_command
-from stage2_student.config import PHASE_NAMES, TrainConfig, describe, without_teacher
-from stage2_student.output_folder import claim_output, holds_anything
-from stage2_student.pruned_folder import FOLDER, kept_share
-from stage2_student.resolve import resolve_config
+from vlm_distill_cache.common.cache.documents import describe_differences
+from vlm_distill_cache.common.cache.manifest import read_manifest, read_plan
+from vlm_distill_cache.common.config import config_from_dict, config_to_dict, save_config
+from vlm_distill_cache.common.errors import CacheFormatError, ConfigError
+from vlm_distill_cache.common.files.atomic import (
+    clean_stale,
+    read_json,
+    write_bytes_atomic,
+    write_json_atomic,
+)
+from vlm_distill_cache.common.files.hashing import fingerprint
+from vlm_distill_cache.common.remotes.mirror import local_folder, public_location
+from vlm_distill_cache.common.stopping import run_command
+from vlm_distill_cache.stage2_student.config import PHASE_NAMES, TrainConfig, describe, without_teacher
+from vlm_distill_cache.stage2_student.pruned_folder import FOLDER, kept_share
+from vlm_distill_cache.stage2_student.resolve import resolve_config
+from vlm_distill_cache.stage2_student.training.output_folder import claim_output, holds_anything
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from stage2_student.evaluate import EvaluationReport
+    from vlm_distill_cache.stage2_student.scores.evaluate import EvaluationReport
 
 STAMP, TABLE, REPORT, SCORES = "run.json", "table.txt", "report.html", "evaluation.json"
 BASELINE, DISTILLED, TEACHER = "sft", "distilled", "teacher"
@@ -124,9 +129,9 @@ def train_and_score(
     config: TrainConfig, stamp: Mapping[str, Any], *, processes: int, say: Callable[[str], None]
 ) -> str:
     """Do what is left of a run whose folder is held; returns the table of scores."""
-    from stage2_student.check_cache import check_losses
-    from stage2_student.held_out import probe_items
-    from stage2_student.preparation import failure_notes, open_caches, prepare
+    from vlm_distill_cache.stage2_student.scores.held_out import probe_items
+    from vlm_distill_cache.stage2_student.training.checks import check_losses
+    from vlm_distill_cache.stage2_student.training.preparation import failure_notes, open_caches, prepare
 
     output = Path(config.output)
     caches = open_caches(config)
@@ -192,7 +197,7 @@ def with_pruned_student(config: TrainConfig, *, say: Callable[[str], None] = _lo
     if folder.is_dir():
         say(f"{config.student}: cut out of {config.teacher} already")
     else:
-        from stage2_student.prune_for_run import prune_for_cache  # torch
+        from vlm_distill_cache.stage2_student.prune.for_run import prune_for_cache  # torch
 
         say(f"{config.student}: cutting it out of {config.teacher}")
         say(prune_for_cache(config, folder, keep=keep))
@@ -206,7 +211,9 @@ def train_arm(arm: TrainConfig, *, processes: int) -> None:
         ConfigError: If a process failed; its own message stands above.
     """
     if processes == 1:
-        from stage2_student.train import train  # torch: only when there is something to train
+        from vlm_distill_cache.stage2_student.train import (
+            train,  # torch: only when there is something to train
+        )
 
         train(arm)
         return
@@ -220,7 +227,7 @@ def train_arm(arm: TrainConfig, *, processes: int) -> None:
         "--standalone",
         f"--nproc_per_node={processes}",
     ]
-    ours = ["-m", "stage2_student.cli", "train", "--config", str(folder / "config.yaml")]
+    ours = ["-m", "vlm_distill_cache.stage2_student.cli", "train", "--config", str(folder / "config.yaml")]
     command = [*launcher, *ours, "--cache", arm.cache, "--output", arm.output]
     if run_command(command, {**os.environ, ARM: "1"}):
         raise ConfigError(f"training of {folder} in {processes} processes failed; see the messages above")
@@ -279,8 +286,8 @@ def evaluate_arm(
     folder: Path, config: TrainConfig, *, say: Callable[[str], None] = _log.info
 ) -> EvaluationReport:
     """Score one student of a run, or read its scores if they are of this student and these items."""
-    from stage2_student.evaluate import EvaluationReport
-    from stage2_student.student import evaluate_student, open_student
+    from vlm_distill_cache.stage2_student.scores.evaluate import EvaluationReport
+    from vlm_distill_cache.stage2_student.trained_student import evaluate_student, open_student
 
     trained = read_json(folder / FINAL / PROVENANCE)["fingerprint"]
     what = fingerprint({"student": trained, "evaluation": config_to_dict(config)["evaluation"]})
@@ -297,7 +304,7 @@ def evaluate_arm(
 
 def teacher_scores(cache: Path) -> EvaluationReport | None:
     """The teacher's own scores, if whoever built the cache put them into its plan."""
-    from stage2_student.evaluate import EvaluationReport
+    from vlm_distill_cache.stage2_student.scores.evaluate import EvaluationReport
 
     scores = read_plan(cache).teacher.get("evaluation")
     return None if scores is None else EvaluationReport.from_dict(scores)
@@ -305,7 +312,7 @@ def teacher_scores(cache: Path) -> EvaluationReport | None:
 
 def write_results(output: Path, scores: Mapping[str, EvaluationReport], notes: Sequence[str]) -> str:
     """Write the table and what it does not tell, as text and as JSON; returns the text."""
-    from stage2_student.evaluate import render_table
+    from vlm_distill_cache.stage2_student.scores.evaluate import render_table
 
     table = "\n".join([render_table(scores), *(f"note: {note}" for note in notes)])
     write_json_atomic(output / SCORES, {name: report.to_dict() for name, report in scores.items()})
@@ -315,10 +322,10 @@ def write_results(output: Path, scores: Mapping[str, EvaluationReport], notes: S
 
 def write_report(output: Path, config: TrainConfig) -> Path:
     """Write the HTML page of a run: logs, scores and, if the cache is there, attention pictures."""
-    from stage2_student.evaluate import EvaluationReport
-    from stage2_student.report import render_report
-    from stage2_student.student import draw_overlays, open_student
-    from stage2_student.training_log import read_log
+    from vlm_distill_cache.stage2_student.scores.evaluate import EvaluationReport
+    from vlm_distill_cache.stage2_student.scores.report import render_report
+    from vlm_distill_cache.stage2_student.trained_student import draw_overlays, open_student
+    from vlm_distill_cache.stage2_student.training.log import read_log
 
     stored = read_json(output / SCORES)
     overlays = draw_overlays(open_student(output / DISTILLED / FINAL), config)
@@ -361,7 +368,7 @@ def set_up_libraries() -> None:
     """Leave a core for loading, and switch off the libraries' own progress bars and a warning about speed."""
     from transformers.utils import logging as transformers_logging
 
-    from data.threads import leave_one_core
+    from vlm_distill_cache.data.threads import leave_one_core
 
     leave_one_core()
     # Each process of several would say so once; a convolution's gradient is then copied, which changes no value.

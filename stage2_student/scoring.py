@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from common.schema import IGNORE_INDEX
-from data.collate import collate
-from data.encoding import EncodedSample
-from data.family_models import row_logits
-from data.generation import device_of
-from stage2_student.library_student import LibraryStudent
-from stage2_student.student_model import model_inputs_of
+from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
+from vlm_distill_cache.data.families.models import row_logits
+from vlm_distill_cache.data.text.collate import collate
+from vlm_distill_cache.data.text.encoding import EncodedSample
+from vlm_distill_cache.data.text.generation import device_of
+from vlm_distill_cache.stage2_student.students.library import LibraryStudent
+from vlm_distill_cache.stage2_student.students.model import model_inputs_of
 
 
 def language_model_of(model: Any) -> Any:

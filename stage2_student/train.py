@@ -17,12 +17,24 @@ from accelerate.utils import gather_object
 from torch import nn
 from torch.optim import Optimizer
 
-from common.atomic import clean_stale, create_temporary, publish_directory, remove, write_json_atomic
-from common.config import config_from_dict, config_to_dict, save_config
-from common.errors import CacheMismatchError, ConfigError
-from common.mirror import public_location
-from common.visual_attention import AttentionCapture
-from stage2_student.checkpoint import (
+from vlm_distill_cache.common.attention.capture import AttentionCapture
+from vlm_distill_cache.common.config import config_from_dict, config_to_dict, save_config
+from vlm_distill_cache.common.errors import CacheMismatchError, ConfigError
+from vlm_distill_cache.common.files.atomic import (
+    clean_stale,
+    create_temporary,
+    publish_directory,
+    remove,
+    write_json_atomic,
+)
+from vlm_distill_cache.common.remotes.mirror import public_location
+from vlm_distill_cache.stage2_student.config import TrainConfig, public_config
+from vlm_distill_cache.stage2_student.lora import checkpoint_layers
+from vlm_distill_cache.stage2_student.losses.objective import LossTerms, step_shares
+from vlm_distill_cache.stage2_student.optim import build_optimizer, set_learning_rate
+from vlm_distill_cache.stage2_student.students.model import StudentModel
+from vlm_distill_cache.stage2_student.students.parts import PROVENANCE
+from vlm_distill_cache.stage2_student.training.checkpoint import (
     Checkpoint,
     Position,
     drop_old_checkpoints,
@@ -31,12 +43,15 @@ from stage2_student.checkpoint import (
     restore_training,
     write_checkpoint,
 )
-from stage2_student.config import TrainConfig, public_config
-from stage2_student.lora import checkpoint_layers
-from stage2_student.objective import LossTerms, step_shares
-from stage2_student.optim import build_optimizer, set_learning_rate
-from stage2_student.preparation import Preparation, PreparedPhase, count_beyond_vocabulary, prepare
-from stage2_student.steps import (
+from vlm_distill_cache.stage2_student.training.log import TrainingLog
+from vlm_distill_cache.stage2_student.training.parts import TrainedParts
+from vlm_distill_cache.stage2_student.training.preparation import (
+    Preparation,
+    PreparedPhase,
+    count_beyond_vocabulary,
+    prepare,
+)
+from vlm_distill_cache.stage2_student.training.steps import (
     clip_gradients,
     gradient_sync,
     load_steps,
@@ -44,10 +59,6 @@ from stage2_student.steps import (
     step_totals,
     sum_terms,
 )
-from stage2_student.student_model import StudentModel
-from stage2_student.student_parts import PROVENANCE
-from stage2_student.trained_parts import TrainedParts
-from stage2_student.training_log import TrainingLog
 
 AfterStep = Callable[[Position, StudentModel], None]
 FINAL = "final"

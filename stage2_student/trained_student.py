@@ -7,26 +7,26 @@ from typing import Any
 
 import torch
 
-from common.atomic import new_directory, read_json
-from common.cache import TeacherCache, open_cache
-from common.errors import CacheFormatError, ConfigError, ModelError, TransferError
-from common.models.published import is_published
-from data.encoding import SampleEncoder
-from data.image_encoder import AnyImageEncoder
-from data.templates import PromptTemplate
-from stage2_student.build_student import load_student
-from stage2_student.cached_dataset import CachedDataset
-from stage2_student.check_cache import same_tokenizer
-from stage2_student.config import TrainConfig
-from stage2_student.evaluate import EvaluationReport, evaluate_model
-from stage2_student.held_out import open_items
-from stage2_student.layer_matching import match_groups
-from stage2_student.library_student import LibraryStudent, open_library_student
-from stage2_student.overlays import Overlay, collect_overlays
-from stage2_student.preparation import open_cached_data
-from stage2_student.student_encoder import build_encoder, knows_boxes, load_processors
-from stage2_student.student_model import StudentModel, vocabulary_rows
-from stage2_student.student_parts import PROVENANCE
+from vlm_distill_cache.common.cache.reader import TeacherCache, open_cache
+from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, ModelError, TransferError
+from vlm_distill_cache.common.files.atomic import new_directory, read_json
+from vlm_distill_cache.common.models.published import is_published
+from vlm_distill_cache.data.images.encoder import AnyImageEncoder
+from vlm_distill_cache.data.text.encoding import SampleEncoder
+from vlm_distill_cache.data.text.templates import PromptTemplate
+from vlm_distill_cache.stage2_student.batches.dataset import CachedDataset
+from vlm_distill_cache.stage2_student.batches.layers import match_groups
+from vlm_distill_cache.stage2_student.config import TrainConfig
+from vlm_distill_cache.stage2_student.scores.evaluate import EvaluationReport, evaluate_model
+from vlm_distill_cache.stage2_student.scores.held_out import open_items
+from vlm_distill_cache.stage2_student.scores.overlays import Overlay, collect_overlays
+from vlm_distill_cache.stage2_student.students.build import load_student
+from vlm_distill_cache.stage2_student.students.encoder import build_encoder, knows_boxes, load_processors
+from vlm_distill_cache.stage2_student.students.library import LibraryStudent, open_library_student
+from vlm_distill_cache.stage2_student.students.model import StudentModel, vocabulary_rows
+from vlm_distill_cache.stage2_student.students.parts import PROVENANCE
+from vlm_distill_cache.stage2_student.training.checks import same_tokenizer
+from vlm_distill_cache.stage2_student.training.preparation import open_cached_data
 
 COMPARED_SIGNALS = ("logits", "answer_attention")
 _log = logging.getLogger(__name__)

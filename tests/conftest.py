@@ -27,7 +27,7 @@ def save_tiny_llava(directory: Path, *, layers: int = 4, seed: int = 0, vocab_ex
         LlavaForConditionalGeneration,
     )
 
-    from data import builtin
+    from vlm_distill_cache.data import builtin
 
     tokenizer, processor = builtin.load_tokenizer(), builtin.load_image_processor()
     torch.manual_seed(seed)
@@ -67,8 +67,8 @@ def build_cache(tiny_llava: Path):
     """Build a cache of a few `shapes` samples with the tiny teacher; keyword arguments are BuildConfig fields."""
 
     def build(cache: Path, *, overwrite: bool = False, **options):
-        from stage1_teacher.config import BuildConfig
-        from stage1_teacher.extract import extract
+        from vlm_distill_cache.stage1_teacher.config import BuildConfig
+        from vlm_distill_cache.stage1_teacher.extract import extract
 
         settings = {"teacher": str(tiny_llava), "template": "short", "limit": 10, "shard_size": 4, "batch_size": 3,
                     "fidelity_samples": 2} | options  # fmt: skip

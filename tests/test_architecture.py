@@ -66,9 +66,14 @@ def test_nothing_of_ours_is_unpickled():
         assert not imports & {"pickle", "dill", "joblib"}, path
 
 
-@pytest.mark.parametrize("module", ["common.cli", "common.verification", "common.conversion", "common.transfer", "common.manifest",
-                                    "common.cache", "common.config", "common.codecs.quantise", "common.layers",
-                                    "stage1_teacher.cli", "stage2_student.cli"])  # fmt: skip
+@pytest.mark.parametrize(
+    "module",
+    [
+        "common.cli", "common.tools.verify", "common.tools.convert", "common.remotes.pull", "common.cache.manifest",
+        "common.cache.reader", "common.config", "common.codecs.quantise", "common.attention.layers",
+        "stage1_teacher.cli", "stage2_student.cli",
+    ],
+)  # fmt: skip
 def test_command_lines_and_cache_tools_start_without_torch(module: str):
-    code = f"import {module}, sys; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    code = f"import vlm_distill_cache.{module}, sys; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from common.command_line import start_logging
+from vlm_distill_cache.common.terminal.command_line import start_logging
 
 ROOT = Path(__file__).resolve().parent.parent
 GROUPS = {
-    "teacher-cache": "stage1_teacher.cli",
-    "distill": "stage2_student.cli",
-    "cachectl": "common.cli",
+    "teacher-cache": "vlm_distill_cache.stage1_teacher.cli",
+    "distill": "vlm_distill_cache.stage2_student.cli",
+    "cachectl": "vlm_distill_cache.common.cli",
 }
 SURFACE = {
     "cachectl convert": "--store SOURCE TARGET",

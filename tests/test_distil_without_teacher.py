@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from common.config import config_from_dict
-from common.hashing import file_checksum
-from stage1_teacher.config import BuildConfig
-from stage1_teacher.extract import extract
-from stage2_student.run import load_run_config, run
+from vlm_distill_cache.common.config import config_from_dict
+from vlm_distill_cache.common.files.hashing import file_checksum
+from vlm_distill_cache.stage1_teacher.config import BuildConfig
+from vlm_distill_cache.stage1_teacher.extract import extract
+from vlm_distill_cache.stage2_student.run import load_run_config, run
 
 DATA = "shapes:images=24,seed=3"
 

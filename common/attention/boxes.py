@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.errors import CacheFormatError, SampleError
+from vlm_distill_cache.common.errors import CacheFormatError, SampleError
 
 # Box corners are float32: two grids that should share an edge miss it by up to about 1e-6 of a token.
 # Such slivers are dropped, so that nested grids give weights of exactly 0 and 1.

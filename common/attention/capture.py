@@ -3,7 +3,7 @@
 One attention function **and one mask function under the same name** go into the model library's
 interfaces; registering only the first would silently drop the causal mask. The output comes from the
 library's own SDPA function (`capped_attention` where scores are squeezed), so logits are bit-identical. Beside
-it, and only for the wanted layers and rows, :mod:`common.attention_rows` computes the attention again in float32
+it, and only for the wanted layers and rows, :mod:`common.attention.rows` computes the attention again in float32
 and bounded memory. A teacher (no grad) and a student (with grad) use the same code.
 `make bench` measures what that costs beside plain SDPA, and eager attention with `output_attentions` beside that.
 
@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from common.attention_request import AttentionRequest
-from common.attention_rows import SharedPlace, head_mean_attention
-from common.capped_attention import capped_attention
-from common.errors import ModelError
+from vlm_distill_cache.common.attention.rows import SharedPlace, head_mean_attention
+from vlm_distill_cache.common.attention_request import AttentionRequest
+from vlm_distill_cache.common.capped_attention import capped_attention
+from vlm_distill_cache.common.errors import ModelError
 
 IMPLEMENTATION = "captured"  # "sdpa" in the name would have the library refuse models with squeezed scores
 # Arguments that change the attention weights and that the recomputation does not know.
@@ -102,7 +102,7 @@ class AttentionCapture:
 
     Args:
         language_model: The decoder of a vision-language model, or a causal language model of its own.
-        chunk_rows: Rows computed at a time; by default as many as :mod:`common.attention_rows` finds best.
+        chunk_rows: Rows computed at a time; by default as many as :mod:`common.attention.rows` finds best.
 
     Raises:
         ModelError: If the model holds a vision tower, does not use the attention interface, or its

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.errors import ModelError
-from common.visual_attention import checkpoints_activations
+from vlm_distill_cache.common.attention.capture import checkpoints_activations
+from vlm_distill_cache.common.errors import ModelError
 
 
 @dataclass(frozen=True)

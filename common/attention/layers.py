@@ -13,7 +13,7 @@ Source:
 from dataclasses import dataclass
 from typing import Literal
 
-from common.errors import CacheMismatchError, ConfigError
+from vlm_distill_cache.common.errors import CacheMismatchError, ConfigError
 
 Groups = tuple[tuple[int, ...], ...]
 DepthPart = Literal["early", "middle", "late", "all"]

@@ -11,10 +11,16 @@ import unicodedata
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from common.atomic import TEMPORARY_PREFIX, json_bytes, parse_json, read_bounded, write_bytes_atomic
-from common.errors import CacheFormatError, NewerFormatError
-from common.hashing import fingerprint, fingerprint_parsed
-from common.schema import FORMAT_VERSION
+from vlm_distill_cache.common.cache.schema import FORMAT_VERSION
+from vlm_distill_cache.common.errors import CacheFormatError, NewerFormatError
+from vlm_distill_cache.common.files.atomic import (
+    TEMPORARY_PREFIX,
+    json_bytes,
+    parse_json,
+    read_bounded,
+    write_bytes_atomic,
+)
+from vlm_distill_cache.common.files.hashing import fingerprint, fingerprint_parsed
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -29,9 +29,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import xxhash
 
-from common.atomic import read_bounded
-from common.errors import CacheFormatError
-from common.hashing import stream_checksum
+from vlm_distill_cache.common.errors import CacheFormatError
+from vlm_distill_cache.common.files.atomic import read_bounded
+from vlm_distill_cache.common.files.hashing import stream_checksum
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from common.sidecar import FileEntry
+    from vlm_distill_cache.common.cache.sidecar import FileEntry
 
 INDEX = "index.bin"
 INDEX_VERSION = 1

@@ -1,7 +1,7 @@
 """``manifest.json``: what a finished cache holds, derived from its sidecars alone.
 
 It is never written while a shard is missing. The names of the other two kinds of description, the plan
-(``common.plan``) and the sidecars (``common.sidecar``), are here too: this is the module to import from.
+(``common.cache.plan``) and the sidecars (``common.cache.sidecar``), are here too: this is the module to import from.
 """
 
 from __future__ import annotations
@@ -10,16 +10,26 @@ from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
-from common.atomic import clean_stale, write_bytes_atomic
-from common.documents import check_int, check_object, document_bytes, read_document, write_document
-from common.errors import CacheFormatError
-from common.hashing import fingerprint
-from common.index import INDEX
-from common.index_build import IndexBuilder, refuse_repeats
-from common.plan import BASE, PLAN, SHARDS, Plan, read_plan, refuse_changed_plan, write_plan
-from common.schema import FORMAT_VERSION
-from common.side_files import CARD, MANIFEST, check_digests, side_files, walk_files
-from common.sidecar import (
+from vlm_distill_cache.common.cache.documents import (
+    check_int,
+    check_object,
+    document_bytes,
+    read_document,
+    write_document,
+)
+from vlm_distill_cache.common.cache.index import INDEX
+from vlm_distill_cache.common.cache.plan import (
+    BASE,
+    PLAN,
+    SHARDS,
+    Plan,
+    read_plan,
+    refuse_changed_plan,
+    write_plan,
+)
+from vlm_distill_cache.common.cache.schema import FORMAT_VERSION
+from vlm_distill_cache.common.cache.side_files import CARD, MANIFEST, check_digests, side_files, walk_files
+from vlm_distill_cache.common.cache.sidecar import (
     MAX_FILE_BYTES,
     FileEntry,
     ShardSidecar,
@@ -30,6 +40,10 @@ from common.sidecar import (
     sidecar_path,
     write_sidecar,
 )
+from vlm_distill_cache.common.errors import CacheFormatError
+from vlm_distill_cache.common.files.atomic import clean_stale, write_bytes_atomic
+from vlm_distill_cache.common.files.hashing import fingerprint
+from vlm_distill_cache.common.index_build import IndexBuilder, refuse_repeats
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -9,10 +9,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from common.documents import check_int, check_object, describe_differences, read_document, write_document
-from common.errors import CacheFormatError, CacheMismatchError
-from common.hashing import fingerprint
-from common.schema import BASE_FIELDS, FORMAT_VERSION, Field, check_fields
+from vlm_distill_cache.common.cache.documents import (
+    check_int,
+    check_object,
+    describe_differences,
+    read_document,
+    write_document,
+)
+from vlm_distill_cache.common.cache.schema import BASE_FIELDS, FORMAT_VERSION, Field, check_fields
+from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError
+from vlm_distill_cache.common.files.hashing import fingerprint
 
 if TYPE_CHECKING:
     from pathlib import Path

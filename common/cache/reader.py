@@ -14,24 +14,24 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from common.errors import CacheFormatError, CacheMismatchError
-from common.index import INDEX, SampleIndex
-from common.index_build import build_index
-from common.manifest import Manifest, read_manifest, read_plan
-from common.open_shards import OpenShards
-from common.sample_ids import FailedSamples, SampleIds
-from common.shared_images import SharedImages
-from common.side_files import check_digests, check_sizes
+from vlm_distill_cache.common.cache.index import INDEX, SampleIndex
+from vlm_distill_cache.common.cache.manifest import Manifest, read_manifest, read_plan
+from vlm_distill_cache.common.cache.shared_images import SharedImages
+from vlm_distill_cache.common.cache.side_files import check_digests, check_sizes
+from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError
+from vlm_distill_cache.common.index_build import build_index
+from vlm_distill_cache.common.open_shards import OpenShards
+from vlm_distill_cache.common.sample_ids import FailedSamples, SampleIds
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Mapping
 
     from numpy.typing import NDArray
 
-    from common.index import Place
-    from common.open_shards import OpenShard
-    from common.plan import Plan
-    from common.schema import Field, Record
+    from vlm_distill_cache.common.cache.index import Place
+    from vlm_distill_cache.common.cache.plan import Plan
+    from vlm_distill_cache.common.cache.schema import Field, Record
+    from vlm_distill_cache.common.open_shards import OpenShard
 
 OPEN_SHARDS = 8
 
@@ -48,10 +48,12 @@ def open_cache(location: Path | str, *, open_shards: int = OPEN_SHARDS) -> Teach
         TransferError: If a URL cannot be read.
     """
     if isinstance(location, str):
-        from common.remotes import is_url  # loads no client library
+        from vlm_distill_cache.common.remotes import is_url  # loads no client library
 
         if is_url(location):
-            from common.mirror import open_mirror  # only who reads from afar needs it
+            from vlm_distill_cache.common.remotes.mirror import (
+                open_mirror,  # only who reads from afar needs it
+            )
 
             return open_mirror(location, open_shards=open_shards)
     return TeacherCache(Path(location), open_shards=open_shards)

@@ -69,7 +69,7 @@ row's cells to sum to ``answer_image_mass``, or ``text_image_mass``. ``visual_co
 sinks, ``t (map_largest / t)**((c - 96) / 159)``. ``blocks`` and ``compact``: ``common.codecs.kept_columns``.
 
 What depends on the image alone (``MAP_AXES``) is held by one record a shard and image; ``visual_source`` u4 [1]
-says by which, and in the others these arrays are empty (``common.shared_images``).
+says by which, and in the others these arrays are empty (``common.cache.shared_images``).
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from common.errors import CacheFormatError
+from vlm_distill_cache.common.errors import CacheFormatError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -20,14 +20,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from common.errors import CacheFormatError
-from common.hashing import checksum
-from common.schema import MAP_AXES, Field, Record
+from vlm_distill_cache.common.cache.schema import MAP_AXES, Field, Record
+from vlm_distill_cache.common.errors import CacheFormatError
+from vlm_distill_cache.common.files.hashing import checksum
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping
 
-    from common.stores import ShardReader
+    from vlm_distill_cache.common.cache.stores import ShardReader
 
 VISUAL_SOURCE = Field(name="visual_source", dtype="u4", axis="sample")
 

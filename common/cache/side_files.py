@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from common.atomic import TEMPORARY_PREFIX
-from common.errors import CacheFormatError
-from common.plain_files import check_file, check_size
-from common.plan import SHARDS
+from vlm_distill_cache.common.cache.plan import SHARDS
+from vlm_distill_cache.common.errors import CacheFormatError
+from vlm_distill_cache.common.files.atomic import TEMPORARY_PREFIX
+from vlm_distill_cache.common.plain_files import check_file, check_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
     from pathlib import Path
 
-    from common.sidecar import FileEntry
+    from vlm_distill_cache.common.cache.sidecar import FileEntry
 
 MANIFEST, CARD = "manifest.json", "README.md"
 

@@ -9,12 +9,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from common.atomic import read_bounded
-from common.documents import check_int, check_object, parse_document, safe_path, write_document
-from common.errors import CacheFormatError, CacheMismatchError
-from common.hashing import checksum, file_digests, sha256_hex
-from common.plan import SHARDS, Plan
-from common.schema import FORMAT_VERSION
+from vlm_distill_cache.common.cache.documents import (
+    check_int,
+    check_object,
+    parse_document,
+    safe_path,
+    write_document,
+)
+from vlm_distill_cache.common.cache.plan import SHARDS, Plan
+from vlm_distill_cache.common.cache.schema import FORMAT_VERSION
+from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError
+from vlm_distill_cache.common.files.atomic import read_bounded
+from vlm_distill_cache.common.files.hashing import checksum, file_digests, sha256_hex
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -10,7 +10,7 @@ only want the numpy tables of `common.codecs.quantise`, as `cachectl` does.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from common.codecs.registry import (
+    from vlm_distill_cache.common.codecs.registry import (
         CODECS,
         LOGIT_PRESETS,
         AnswersCodec,
@@ -53,6 +53,6 @@ def __getattr__(name: str) -> Any:
     """Fetch a codec's name from the registry."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from common.codecs import registry
+    from vlm_distill_cache.common.codecs import registry
 
     return getattr(registry, name)

@@ -10,9 +10,9 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from common.codecs.description import check_whole_number, codec_from_settings, codec_to_dict
-from common.errors import CacheFormatError, ConfigError
-from common.schema import Field, Record
+from vlm_distill_cache.common.cache.schema import Field, Record
+from vlm_distill_cache.common.codecs.description import check_whole_number, codec_from_settings, codec_to_dict
+from vlm_distill_cache.common.errors import CacheFormatError, ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)

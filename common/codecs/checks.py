@@ -12,24 +12,24 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from common.codecs.answers import AnswersCodec
-from common.codecs.kept_columns import RUNS
-from common.codecs.logit_presets import MAX_ENTRIES
-from common.codecs.quantise import GAP_REACH, GAP_TABLE, gap_codes
-from common.errors import CacheFormatError
-from common.map_checks import map_damage, token_count_damage
-from common.printing import one_line
-from common.schema import MAX_TRAILING_ELEMENTS, check_record
-from common.shared_images import SharedImages, SourceCheck
-from common.stores import DAMAGE_ERRORS, open_reader
+from vlm_distill_cache.common.cache.schema import MAX_TRAILING_ELEMENTS, check_record
+from vlm_distill_cache.common.cache.shared_images import SharedImages, SourceCheck
+from vlm_distill_cache.common.cache.stores import DAMAGE_ERRORS, open_reader
+from vlm_distill_cache.common.codecs.answers import AnswersCodec
+from vlm_distill_cache.common.codecs.kept_columns import RUNS
+from vlm_distill_cache.common.codecs.logit_presets import MAX_ENTRIES
+from vlm_distill_cache.common.codecs.quantise import GAP_REACH, GAP_TABLE, gap_codes
+from vlm_distill_cache.common.errors import CacheFormatError
+from vlm_distill_cache.common.map_checks import map_damage, token_count_damage
+from vlm_distill_cache.common.printing import one_line
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
-    from common.manifest import Plan, ShardSidecar
-    from common.schema import Record
-    from common.stores import ShardReader
+    from vlm_distill_cache.common.cache.manifest import Plan, ShardSidecar
+    from vlm_distill_cache.common.cache.schema import Record
+    from vlm_distill_cache.common.cache.stores import ShardReader
 
 _TOKEN_FIELDS = ("labels", "token_ids", "visual_token_ids")
 _UNBOUNDED = {

@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from common.errors import CacheFormatError, ConfigError
+from vlm_distill_cache.common.errors import CacheFormatError, ConfigError
 
 T = TypeVar("T")
 

@@ -13,9 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.codecs.description import check_flag, check_whole_number, codec_from_settings, codec_to_dict
-from common.errors import CacheFormatError, ConfigError, SampleError
-from common.schema import Field, Record
+from vlm_distill_cache.common.cache.schema import Field, Record
+from vlm_distill_cache.common.codecs.description import (
+    check_flag,
+    check_whole_number,
+    codec_from_settings,
+    codec_to_dict,
+)
+from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, SampleError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +30,7 @@ class HiddenCodec:
     Round trip: float16 (relative 2^-11 of numbers from 6e-5), or bit for bit of float32 with ``exact``.
 
     Attributes:
-        layers: Hidden states, counted as in ``common.hidden_states``: 0 is the first layer's input.
+        layers: Hidden states, counted as in ``common.attention.hidden``: 0 is the first layer's input.
         width: D of the teacher's language model.
         exact: Store float32.
     """

@@ -20,9 +20,9 @@ from functools import lru_cache
 
 import numpy as np
 
-from common.codecs.map_codes import decode_roots, encode_roots
-from common.codecs.quantise import CodeArray, FloatArray
-from common.errors import CacheFormatError
+from vlm_distill_cache.common.codecs.map_codes import decode_roots, encode_roots
+from vlm_distill_cache.common.codecs.quantise import CodeArray, FloatArray
+from vlm_distill_cache.common.errors import CacheFormatError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ costs and loses is measured by `make bench-codec`.
 import re
 from typing import Any
 
-from common.errors import ConfigError
+from vlm_distill_cache.common.errors import ConfigError
 
 _COMPACT = {"gap_steps": True, "balanced": True}
 LOGIT_PRESETS: dict[str, dict[str, Any]] = {

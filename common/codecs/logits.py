@@ -24,12 +24,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.codecs.description import check_flag, check_whole_number, codec_from_settings, codec_to_dict
-from common.codecs.logit_presets import LOGIT_PRESETS, MAX_ENTRIES, preset_settings
-from common.codecs.quantise import GAP_TABLE, balance, encode_gaps, gap_codes, gap_steps
-from common.codecs.sparse_logits import SparseLogits
-from common.errors import CacheFormatError, ConfigError, SampleError
-from common.schema import Field, Record
+from vlm_distill_cache.common.cache.schema import Field, Record
+from vlm_distill_cache.common.codecs.description import (
+    check_flag,
+    check_whole_number,
+    codec_from_settings,
+    codec_to_dict,
+)
+from vlm_distill_cache.common.codecs.logit_presets import LOGIT_PRESETS, MAX_ENTRIES, preset_settings
+from vlm_distill_cache.common.codecs.quantise import GAP_TABLE, balance, encode_gaps, gap_codes, gap_steps
+from vlm_distill_cache.common.codecs.sparse_logits import SparseLogits
+from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, SampleError
 
 __all__ = ["LOGIT_PRESETS", "LogitCodec", "SparseLogits"]
 

@@ -10,7 +10,7 @@ Dims: G layer groups, N cells of the map.
 
 import numpy as np
 
-from common.codecs.quantise import CodeArray, FloatArray
+from vlm_distill_cache.common.codecs.quantise import CodeArray, FloatArray
 
 KEPT_LEVELS = 95
 """`exact`: codes 1 to 95 are kept pairs, by the root of their share of the threshold."""

@@ -3,13 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
-from common.codecs.answers import AnswersCodec
-from common.codecs.hidden_states import HiddenCodec, ProjectorOutputCodec, VisualHiddenCodec
-from common.codecs.logits import LOGIT_PRESETS, LogitCodec, SparseLogits
-from common.codecs.row_attention import RowAttention, RowAttentionCodec, TextAttentionCodec
-from common.codecs.visual_logits import VisualLogitsCodec
-from common.codecs.visual_map import VisualColumnsCodec, VisualMapCodec
-from common.errors import CacheFormatError
+from vlm_distill_cache.common.codecs.answers import AnswersCodec
+from vlm_distill_cache.common.codecs.hidden_states import HiddenCodec, ProjectorOutputCodec, VisualHiddenCodec
+from vlm_distill_cache.common.codecs.logits import LOGIT_PRESETS, LogitCodec, SparseLogits
+from vlm_distill_cache.common.codecs.row_attention import RowAttention, RowAttentionCodec, TextAttentionCodec
+from vlm_distill_cache.common.codecs.visual_logits import VisualLogitsCodec
+from vlm_distill_cache.common.codecs.visual_map import VisualColumnsCodec, VisualMapCodec
+from vlm_distill_cache.common.errors import CacheFormatError
 
 __all__ = [
     "CODECS",

@@ -19,10 +19,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.codecs.description import check_flag, check_whole_number, codec_from_settings, codec_to_dict
-from common.codecs.quantise import decode_log8, encode_log8
-from common.errors import CacheFormatError, ConfigError, SampleError
-from common.schema import Field, Record
+from vlm_distill_cache.common.cache.schema import Field, Record
+from vlm_distill_cache.common.codecs.description import (
+    check_flag,
+    check_whole_number,
+    codec_from_settings,
+    codec_to_dict,
+)
+from vlm_distill_cache.common.codecs.quantise import decode_log8, encode_log8
+from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, SampleError
 
 RANGE_NATS = 12.0
 """Cells below e^-12 of the row's largest are stored as that, never as zero."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from common.errors import TemperatureNotCachedError
+from vlm_distill_cache.common.errors import TemperatureNotCachedError
 
 
 @dataclass(frozen=True)

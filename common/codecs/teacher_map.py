@@ -14,7 +14,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from common.errors import CacheMismatchError
+from vlm_distill_cache.common.errors import CacheMismatchError
 
 
 @dataclass(frozen=True)

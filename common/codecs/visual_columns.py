@@ -14,10 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.codecs.description import check_flag, check_whole_number, codec_from_settings, codec_to_dict
-from common.codecs.row_attention import check_attention
-from common.errors import CacheFormatError
-from common.schema import Field, Record
+from vlm_distill_cache.common.cache.schema import Field, Record
+from vlm_distill_cache.common.codecs.description import (
+    check_flag,
+    check_whole_number,
+    codec_from_settings,
+    codec_to_dict,
+)
+from vlm_distill_cache.common.codecs.row_attention import check_attention
+from vlm_distill_cache.common.errors import CacheFormatError
 
 
 @dataclass(frozen=True, kw_only=True)

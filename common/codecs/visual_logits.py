@@ -9,8 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from common.codecs.logits import LogitCodec, SparseLogits
-from common.schema import Field, Record
+from vlm_distill_cache.common.cache.schema import Field, Record
+from vlm_distill_cache.common.codecs.logits import LogitCodec, SparseLogits
 
 AXES = {"row": "visual", "entry": "visual_entry"}
 PREFIX = "visual_"

@@ -37,25 +37,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.codecs.description import check_whole_number, codec_from_settings, codec_to_dict
-from common.codecs.kept_columns import (
-    RUNS,
-    column_means,
-    decode_columns,
-    encode_columns,
-    fit_columns,
-    nearest_first,
-    pack_mask,
-    unpack_mask,
-)
-from common.codecs.map_codes import KEPT_LEVELS, decode_roots, decode_sinks, encode_roots, encode_sinks
-from common.codecs.quantise import FloatArray, decode_log8, encode_log8
-from common.codecs.row_attention import check_attention
-from common.codecs.teacher_map import TeacherMap, image_pairs, sink_threshold
-from common.codecs.visual_columns import VisualColumnsCodec as VisualColumnsCodec
-from common.errors import CacheFormatError, ConfigError, SampleError
-from common.schema import Field, Record
-from common.visual_tokens import (
+from vlm_distill_cache.common.attention.boxes import (
     Tile,
     area_pool,
     content_mask,
@@ -65,6 +47,30 @@ from common.visual_tokens import (
     tile_boxes,
     tiles_from_array,
 )
+from vlm_distill_cache.common.cache.schema import Field, Record
+from vlm_distill_cache.common.codecs.description import check_whole_number, codec_from_settings, codec_to_dict
+from vlm_distill_cache.common.codecs.kept_columns import (
+    RUNS,
+    column_means,
+    decode_columns,
+    encode_columns,
+    fit_columns,
+    nearest_first,
+    pack_mask,
+    unpack_mask,
+)
+from vlm_distill_cache.common.codecs.map_codes import (
+    KEPT_LEVELS,
+    decode_roots,
+    decode_sinks,
+    encode_roots,
+    encode_sinks,
+)
+from vlm_distill_cache.common.codecs.quantise import FloatArray, decode_log8, encode_log8
+from vlm_distill_cache.common.codecs.row_attention import check_attention
+from vlm_distill_cache.common.codecs.teacher_map import TeacherMap, image_pairs, sink_threshold
+from vlm_distill_cache.common.codecs.visual_columns import VisualColumnsCodec as VisualColumnsCodec
+from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, SampleError
 
 MapPreset = Literal["exact", "blocks", "compact", "exact8", "f4"]
 

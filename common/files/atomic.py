@@ -18,7 +18,7 @@ import secrets
 import shutil
 from typing import TYPE_CHECKING, Any
 
-from common.errors import CacheFormatError
+from vlm_distill_cache.common.errors import CacheFormatError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

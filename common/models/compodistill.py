@@ -18,7 +18,11 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from common.models.vision_language import VisionLanguageConfig, VisionLanguageModel, VisualDecoder
+from vlm_distill_cache.common.models.vision_language import (
+    VisionLanguageConfig,
+    VisionLanguageModel,
+    VisualDecoder,
+)
 
 
 class CompoDistillConfig(VisionLanguageConfig):

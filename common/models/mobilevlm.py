@@ -15,7 +15,7 @@ from transformers import (
     LlamaModel,
 )
 
-from common.models.vision_language import (
+from vlm_distill_cache.common.models.vision_language import (
     PHASES,
     Phase,
     VisionLanguageConfig,

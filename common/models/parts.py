@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import Tensor
 
-from common.atomic import read_json
-from common.errors import CacheFormatError, ModelError
-from common.models.published_configs import KNOWN_TOWERS, drop_buffers, text_settings
-from common.models.vision_language import VisionLanguageModel
-from common.models.weight_files import check_tensors, read_weights
+from vlm_distill_cache.common.errors import CacheFormatError, ModelError
+from vlm_distill_cache.common.files.atomic import read_json
+from vlm_distill_cache.common.models.published_configs import KNOWN_TOWERS, drop_buffers, text_settings
+from vlm_distill_cache.common.models.vision_language import VisionLanguageModel
+from vlm_distill_cache.common.models.weight_files import check_tensors, read_weights
 
 _LANGUAGE_MODELS = {"llama": "llama", "mobilellama": "llama", "qwen2": "qwen2"}
 _FIRST = "embeddings.patch_embedding.weight"

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from common.errors import ModelError
-from common.models.ldp import LDPProjector, half_grid
+from vlm_distill_cache.common.errors import ModelError
+from vlm_distill_cache.common.models.ldp import LDPProjector, half_grid
 
 __all__ = [
     "PROJECTOR_TYPES",

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
 
-from common.atomic import new_directory, read_json, write_json_atomic
-from common.errors import CacheFormatError, ModelError
-from common.hashing import file_checksum
-from common.models.compodistill import CompoDistillForConditionalGeneration
-from common.models.mobilevlm import MobileVLMForConditionalGeneration
-from common.models.parts import read_config, tower_settings, tower_weights
-from common.models.published_configs import (
+from vlm_distill_cache.common.errors import CacheFormatError, ModelError
+from vlm_distill_cache.common.files.atomic import new_directory, read_json, write_json_atomic
+from vlm_distill_cache.common.files.hashing import file_checksum
+from vlm_distill_cache.common.models.compodistill import CompoDistillForConditionalGeneration
+from vlm_distill_cache.common.models.mobilevlm import MobileVLMForConditionalGeneration
+from vlm_distill_cache.common.models.parts import read_config, tower_settings, tower_weights
+from vlm_distill_cache.common.models.published_configs import (
     COMPODISTILL_TYPE,
     KNOWN_TOWERS,
     MOBILEVLM_TYPES,
@@ -30,8 +30,8 @@ from common.models.published_configs import (
     drop_buffers,
     mobilevlm_config,
 )
-from common.models.vision_language import VisionLanguageConfig, VisionLanguageModel
-from common.models.weight_files import check_tensors, read_weights, weight_files
+from vlm_distill_cache.common.models.vision_language import VisionLanguageConfig, VisionLanguageModel
+from vlm_distill_cache.common.models.weight_files import check_tensors, read_weights, weight_files
 
 SOURCE = "converted_from.json"
 _HOW = "(a student: --set vision_tower=DIR; anything else: `distill import` with --vision-tower DIR)"

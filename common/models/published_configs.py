@@ -10,10 +10,10 @@ from typing import Any
 
 from transformers import LlamaConfig, Qwen2Config
 
-from common.errors import ModelError
-from common.models.compodistill import CompoDistillConfig
-from common.models.mobilevlm import MobileVLMConfig
-from common.models.vision_tower import tower_config
+from vlm_distill_cache.common.errors import ModelError
+from vlm_distill_cache.common.models.compodistill import CompoDistillConfig
+from vlm_distill_cache.common.models.mobilevlm import MobileVLMConfig
+from vlm_distill_cache.common.models.vision_tower import tower_config
 
 MOBILEVLM_TYPES = ("mobilevlm", "mobilellama")
 COMPODISTILL_TYPE = "compodistill"

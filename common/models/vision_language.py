@@ -15,9 +15,15 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from common.errors import ModelError
-from common.models.projectors import LDPProjector, LDPv2Projector, Projector, TeacherAdapter, build_projector
-from common.models.vision_tower import VisionTower
+from vlm_distill_cache.common.errors import ModelError
+from vlm_distill_cache.common.models.projectors import (
+    LDPProjector,
+    LDPv2Projector,
+    Projector,
+    TeacherAdapter,
+    build_projector,
+)
+from vlm_distill_cache.common.models.vision_tower import VisionTower
 
 Phase = Literal["dpt", "dft", "sft"]
 PHASES: tuple[Phase, ...] = ("dpt", "dft", "sft")

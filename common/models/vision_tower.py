@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
 
-from common.errors import ModelError
+from vlm_distill_cache.common.errors import ModelError
 
 TowerConfig = Any  # CLIPVisionConfig or SiglipVisionConfig: the library has no types
 

@@ -14,8 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from common.atomic import read_json
-from common.errors import CacheFormatError, ModelError
+from vlm_distill_cache.common.errors import CacheFormatError, ModelError
+from vlm_distill_cache.common.files.atomic import read_json
 
 _WHOLE = ("model.safetensors", "pytorch_model.bin")
 _LISTED = 5  # names of wrong tensors an error shows

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from common.errors import ConfigError
-from common.remotes.base import Remote
-from common.remotes.directory import DirectoryRemote
-from common.remotes.http import HttpRemote
-from common.remotes.streams import Retries
+from vlm_distill_cache.common.errors import ConfigError
+from vlm_distill_cache.common.remotes.base import Remote
+from vlm_distill_cache.common.remotes.directory import DirectoryRemote
+from vlm_distill_cache.common.remotes.http import HttpRemote
+from vlm_distill_cache.common.remotes.streams import Retries
 
 __all__ = ["DirectoryRemote", "Remote", "is_url", "open_remote"]
 
@@ -42,11 +42,11 @@ def open_remote(location: str | Path, *, attempts: int = ATTEMPTS, timeout: floa
     text, retries = str(location), Retries(attempts=attempts, timeout=timeout)
     # Imported here: boto3 and huggingface_hub take most of a second each.
     if text.startswith("s3://"):
-        from common.remotes.s3 import S3Remote
+        from vlm_distill_cache.common.remotes.s3 import S3Remote
 
         return S3Remote(text, retries)
     if text.startswith("hf://"):
-        from common.remotes.hub import HubRemote
+        from vlm_distill_cache.common.remotes.hub import HubRemote
 
         return HubRemote(text, retries)
     return HttpRemote(text, retries)

@@ -18,19 +18,19 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.atomic import TEMPORARY_PREFIX, publish_file
-from common.documents import parse_document, safe_path
-from common.errors import CacheFormatError, ConfigError, TransferError
-from common.hashing import file_digests
-from common.manifest import MANIFEST, PLAN, SHARDS, Manifest
-from common.remotes import is_url
-from common.remotes.streams import AGAIN, StoppedError, name_full_disk, stop_waiting_on
+from vlm_distill_cache.common.cache.documents import parse_document, safe_path
+from vlm_distill_cache.common.cache.manifest import MANIFEST, PLAN, SHARDS, Manifest
+from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, TransferError
+from vlm_distill_cache.common.files.atomic import TEMPORARY_PREFIX, publish_file
+from vlm_distill_cache.common.files.hashing import file_digests
+from vlm_distill_cache.common.remotes import is_url
+from vlm_distill_cache.common.remotes.streams import AGAIN, StoppedError, name_full_disk, stop_waiting_on
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-    from common.remotes import Remote
-    from common.sidecar import FileEntry
+    from vlm_distill_cache.common.cache.sidecar import FileEntry
+    from vlm_distill_cache.common.remotes import Remote
 
 JOBS = 8
 MAX_MANIFEST_BYTES = 64 << 20

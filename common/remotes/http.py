@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 from urllib.error import HTTPError, URLError
 from urllib.parse import quote, urlsplit
 
-from common.errors import ConfigError, TransferError
-from common.remotes.streams import (
+from vlm_distill_cache.common.errors import ConfigError, TransferError
+from vlm_distill_cache.common.remotes.streams import (
     PassingError,
     RangeRefusedError,
     Retries,

@@ -12,9 +12,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import unquote
 
-from common.errors import ConfigError, TransferError
-from common.remotes.http import HttpBody, http_size, open_http
-from common.remotes.streams import AGAIN, PassingError, Retries, download_file, read_small
+from vlm_distill_cache.common.errors import ConfigError, TransferError
+from vlm_distill_cache.common.remotes.http import HttpBody, http_size, open_http
+from vlm_distill_cache.common.remotes.streams import AGAIN, PassingError, Retries, download_file, read_small
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping

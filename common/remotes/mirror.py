@@ -22,11 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.atomic import clean_stale, read_json, remove, write_bytes_atomic, write_json_atomic
-from common.errors import CacheFormatError, CacheMismatchError, ConfigError, TransferError
-from common.fetching import fetch_files, read_remote_manifest
-from common.hashing import checksum, file_checksum
-from common.manifest import (
+from vlm_distill_cache.common.cache.manifest import (
     MANIFEST,
     SHARDS,
     Manifest,
@@ -36,18 +32,28 @@ from common.manifest import (
     read_sidecar,
     sidecar_path,
 )
-from common.mirror_space import MirrorSpace, lock
-from common.remotes import is_url, open_remote
-from common.side_files import check_digests
-from common.sidecar import check_sidecar
+from vlm_distill_cache.common.cache.side_files import check_digests
+from vlm_distill_cache.common.cache.sidecar import check_sidecar
+from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError, ConfigError, TransferError
+from vlm_distill_cache.common.files.atomic import (
+    clean_stale,
+    read_json,
+    remove,
+    write_bytes_atomic,
+    write_json_atomic,
+)
+from vlm_distill_cache.common.files.hashing import checksum, file_checksum
+from vlm_distill_cache.common.mirror_space import MirrorSpace, lock
+from vlm_distill_cache.common.remotes import is_url, open_remote
+from vlm_distill_cache.common.remotes.fetch import fetch_files, read_remote_manifest
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from common.atomic import HeldLock
-    from common.cache import TeacherCache
-    from common.remotes import Remote
-    from common.sidecar import FileEntry
+    from vlm_distill_cache.common.cache.reader import TeacherCache
+    from vlm_distill_cache.common.cache.sidecar import FileEntry
+    from vlm_distill_cache.common.files.atomic import HeldLock
+    from vlm_distill_cache.common.remotes import Remote
 
 FOLDER_VARIABLE, LIMIT_VARIABLE = "VLM_DISTILL_CACHE_DIR", "VLM_DISTILL_CACHE_BYTES"
 DEFAULT_LIMIT = 50_000_000_000
@@ -218,8 +224,8 @@ _pinning = threading.Lock()
 
 
 def open_mirror(location: str, *, open_shards: int) -> TeacherCache:
-    """Open a cache at an address for reading; see `common.cache.open_cache`."""
-    from common.cache import TeacherCache
+    """Open a cache at an address for reading; see `common.cache.reader.open_cache`."""
+    from vlm_distill_cache.common.cache.reader import TeacherCache
 
     mirror = find_mirror(location)
     return TeacherCache(mirror.folder, open_shards=open_shards, before_open=mirror.hold)

@@ -9,20 +9,8 @@ from __future__ import annotations
 import shutil
 from typing import TYPE_CHECKING
 
-from common.atomic import TEMPORARY_PREFIX, clean_stale, try_lock, write_bytes_atomic
-from common.documents import parse_document
-from common.errors import CacheFormatError, CacheMismatchError, TransferError
-from common.fetching import (
-    JOBS,
-    Progress,
-    Transferred,
-    cache_bytes,
-    fetch_files,
-    is_intact,
-    read_remote_manifest,
-    refuse_nested,
-)
-from common.manifest import (
+from vlm_distill_cache.common.cache.documents import parse_document
+from vlm_distill_cache.common.cache.manifest import (
     CARD,
     MANIFEST,
     PLAN,
@@ -32,18 +20,30 @@ from common.manifest import (
     read_sidecar,
     sidecar_path,
 )
-from common.pushing import push
-from common.remotes import open_remote
-from common.remotes.streams import name_full_disk
-from common.sidecar import check_sidecar
+from vlm_distill_cache.common.cache.sidecar import check_sidecar
+from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError, TransferError
+from vlm_distill_cache.common.files.atomic import TEMPORARY_PREFIX, clean_stale, try_lock, write_bytes_atomic
+from vlm_distill_cache.common.remotes import open_remote
+from vlm_distill_cache.common.remotes.fetch import (
+    JOBS,
+    Progress,
+    Transferred,
+    cache_bytes,
+    fetch_files,
+    is_intact,
+    read_remote_manifest,
+    refuse_nested,
+)
+from vlm_distill_cache.common.remotes.push import push
+from vlm_distill_cache.common.remotes.streams import name_full_disk
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from common.plan import Plan
-    from common.remotes import Remote
-    from common.sidecar import FileEntry
+    from vlm_distill_cache.common.cache.plan import Plan
+    from vlm_distill_cache.common.cache.sidecar import FileEntry
+    from vlm_distill_cache.common.remotes import Remote
 
 __all__ = ["JOBS", "Transferred", "fetch_files", "pull", "push", "read_remote_manifest"]
 

@@ -11,22 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.atomic import MAX_JSON_BYTES
-from common.documents import parse_document
-from common.errors import CacheFormatError, CacheMismatchError
-from common.fetching import (
-    JOBS,
-    MAX_MANIFEST_BYTES,
-    Progress,
-    Transferred,
-    cache_bytes,
-    in_parallel,
-    is_intact,
-    read_remote_manifest,
-    refuse_nested,
-    refuse_strangers,
-)
-from common.manifest import (
+from vlm_distill_cache.common.cache.documents import parse_document
+from vlm_distill_cache.common.cache.manifest import (
     CARD,
     MANIFEST,
     PLAN,
@@ -38,15 +24,29 @@ from common.manifest import (
     read_sidecar,
     sidecar_path,
 )
-from common.remotes import is_url, open_remote
-from common.remotes.streams import StoppedError
-from common.sidecar import ShardSidecar
+from vlm_distill_cache.common.cache.sidecar import ShardSidecar
+from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError
+from vlm_distill_cache.common.files.atomic import MAX_JSON_BYTES
+from vlm_distill_cache.common.remotes import is_url, open_remote
+from vlm_distill_cache.common.remotes.fetch import (
+    JOBS,
+    MAX_MANIFEST_BYTES,
+    Progress,
+    Transferred,
+    cache_bytes,
+    in_parallel,
+    is_intact,
+    read_remote_manifest,
+    refuse_nested,
+    refuse_strangers,
+)
+from vlm_distill_cache.common.remotes.streams import StoppedError
 
 if TYPE_CHECKING:
     import threading
     from collections.abc import Callable, Iterable
 
-    from common.remotes import Remote
+    from vlm_distill_cache.common.remotes import Remote
 
 
 def push(

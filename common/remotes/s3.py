@@ -8,8 +8,15 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-from common.errors import ConfigError, TransferError
-from common.remotes.streams import AGAIN, PassingError, RangeRefusedError, Retries, download_file, read_small
+from vlm_distill_cache.common.errors import ConfigError, TransferError
+from vlm_distill_cache.common.remotes.streams import (
+    AGAIN,
+    PassingError,
+    RangeRefusedError,
+    Retries,
+    download_file,
+    read_small,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping

@@ -17,7 +17,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
-from common.errors import CacheFormatError, TransferError
+from vlm_distill_cache.common.errors import CacheFormatError, TransferError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -11,8 +11,8 @@ from typing import Any
 
 import click
 
-from common.errors import DistillError
-from common.printing import printable
+from vlm_distill_cache.common.errors import DistillError
+from vlm_distill_cache.common.printing import printable
 
 
 class CommandGroup(click.Group):
@@ -60,7 +60,9 @@ class CacheLocation(click.ParamType):
 
     def convert(self, value: str | Path, param: click.Parameter | None, ctx: click.Context | None) -> str:
         """Return the address as it is, or the folder's path."""
-        from common.remotes import is_url  # brings an HTTP client along, which few commands need
+        from vlm_distill_cache.common.remotes import (
+            is_url,  # brings an HTTP client along, which few commands need
+        )
 
         if is_url(value):
             return str(value)
@@ -81,7 +83,7 @@ class CacheFolder(click.Path):
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> str | bytes | os.PathLike[str]:
         """Return the path."""
-        from common.remotes import is_url
+        from vlm_distill_cache.common.remotes import is_url
 
         if is_url(value):
             self.fail(
@@ -103,7 +105,7 @@ class NewFolder(click.Path):
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> str | bytes | os.PathLike[str]:
         """Return the path."""
-        from common.remotes import is_url
+        from vlm_distill_cache.common.remotes import is_url
 
         if is_url(value):
             self.fail(

@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from common.command_line import quoted
+from vlm_distill_cache.common.terminal.command_line import quoted
 
 if TYPE_CHECKING:
     from collections.abc import Collection
     from pathlib import Path
 
-    from common.plan import Plan
+    from vlm_distill_cache.common.cache.plan import Plan
 
 DEFAULT_LOSSES = {"logits": ("dpt", "dft"), "answer_attention": ("dft",)}
 """The signals that a student is trained on where nobody says otherwise, and the phases that read each."""

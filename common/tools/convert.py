@@ -5,13 +5,22 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from common.atomic import write_bytes_atomic
-from common.cache import open_cache
-from common.errors import CacheFormatError, ConfigError
-from common.manifest import CARD, PLAN, FileEntry, Manifest, read_sidecar, seal, sidecar_path, write_plan
-from common.plan import card_store_line
-from common.stores import finish_shard, open_writer
-from common.verification import COPY_AGAIN, file_damage
+from vlm_distill_cache.common.cache.manifest import (
+    CARD,
+    PLAN,
+    FileEntry,
+    Manifest,
+    read_sidecar,
+    seal,
+    sidecar_path,
+    write_plan,
+)
+from vlm_distill_cache.common.cache.plan import card_store_line
+from vlm_distill_cache.common.cache.reader import open_cache
+from vlm_distill_cache.common.cache.stores import finish_shard, open_writer
+from vlm_distill_cache.common.errors import CacheFormatError, ConfigError
+from vlm_distill_cache.common.files.atomic import write_bytes_atomic
+from vlm_distill_cache.common.tools.verify import COPY_AGAIN, file_damage
 
 if TYPE_CHECKING:
     from collections.abc import Callable

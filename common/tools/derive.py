@@ -10,30 +10,23 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from common.atomic import write_bytes_atomic
-from common.derivation import DERIVED
-from common.errors import CacheMismatchError
-from common.hashing import fingerprint
-from common.index import INDEX
-from common.manifest import (
-    CARD,
-    PLAN,
-    Manifest,
-    seal,
-    sidecar_path,
-    write_plan,
-)
-from common.remotes.streams import name_full_disk
-from common.shared_images import ImageSharer, SharedImages, with_visual_source
-from common.stores import finish_shard, open_writer
+from vlm_distill_cache.common.cache.index import INDEX
+from vlm_distill_cache.common.cache.manifest import CARD, PLAN, Manifest, seal, sidecar_path, write_plan
+from vlm_distill_cache.common.cache.shared_images import ImageSharer, SharedImages, with_visual_source
+from vlm_distill_cache.common.cache.stores import finish_shard, open_writer
+from vlm_distill_cache.common.derivation import DERIVED
+from vlm_distill_cache.common.errors import CacheMismatchError
+from vlm_distill_cache.common.files.atomic import write_bytes_atomic
+from vlm_distill_cache.common.files.hashing import fingerprint
+from vlm_distill_cache.common.remotes.streams import name_full_disk
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
-    from common.plan import Plan
-    from common.schema import Record
-    from common.sidecar import FileEntry
+    from vlm_distill_cache.common.cache.plan import Plan
+    from vlm_distill_cache.common.cache.schema import Record
+    from vlm_distill_cache.common.cache.sidecar import FileEntry
 
 # Figures of the fidelity card that do not name their signal.
 _LOGIT_FIGURES = ("kept_mass", "entries_per_row", "rows_at_cap")

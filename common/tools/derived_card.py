@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from common.derivation import DERIVED
-from common.plan import card_store_line
-from common.printing import one_line, printable
+from vlm_distill_cache.common.cache.plan import card_store_line
+from vlm_distill_cache.common.derivation import DERIVED
+from vlm_distill_cache.common.printing import one_line, printable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from common.plan import Plan
+    from vlm_distill_cache.common.cache.plan import Plan
 
 
 def write_derived_card(

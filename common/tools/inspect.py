@@ -9,9 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from common.command_line import quoted
-from common.derivation import derivation_words
-from common.manifest import (
+from vlm_distill_cache.common.cache.manifest import (
     BASE,
     MANIFEST,
     Manifest,
@@ -22,9 +20,11 @@ from common.manifest import (
     read_plan,
     read_sidecar,
 )
-from common.next_step import distill_command
-from common.printing import one_line
-from common.schema import BASE_FIELDS, Field
+from vlm_distill_cache.common.cache.schema import BASE_FIELDS, Field
+from vlm_distill_cache.common.derivation import derivation_words
+from vlm_distill_cache.common.printing import one_line
+from vlm_distill_cache.common.terminal.command_line import quoted
+from vlm_distill_cache.common.terminal.next_step import distill_command
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -8,33 +8,33 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from common.cache import TeacherCache, open_cache
-from common.derivation import DERIVED
-from common.derive import (
+from vlm_distill_cache.common.cache.documents import describe_differences
+from vlm_distill_cache.common.cache.manifest import CARD, MANIFEST, read_plan, read_sidecar
+from vlm_distill_cache.common.cache.plan import DESCRIPTIVE, MAX_SHARDS, THREADS
+from vlm_distill_cache.common.cache.reader import TeacherCache, open_cache
+from vlm_distill_cache.common.cache.shared_images import VISUAL_SOURCE
+from vlm_distill_cache.common.derivation import DERIVED
+from vlm_distill_cache.common.errors import CacheMismatchError, ConfigError
+from vlm_distill_cache.common.files.hashing import fingerprint
+from vlm_distill_cache.common.merging_parts import differing_field, merge_parts
+from vlm_distill_cache.common.printing import one_line
+from vlm_distill_cache.common.remotes import open_remote
+from vlm_distill_cache.common.remotes.fetch import fetch_files, refuse_strangers
+from vlm_distill_cache.common.tools.derive import (
     Slot,
     carry_fidelity,
     derive_cache,
     derive_plan,
     side_files_of,
 )
-from common.derived_card import write_derived_card
-from common.documents import describe_differences
-from common.errors import CacheMismatchError, ConfigError
-from common.fetching import fetch_files, refuse_strangers
-from common.hashing import fingerprint
-from common.manifest import CARD, MANIFEST, read_plan, read_sidecar
-from common.merging_parts import differing_field, merge_parts
-from common.plan import DESCRIPTIVE, MAX_SHARDS, THREADS
-from common.printing import one_line
-from common.remotes import open_remote
-from common.shared_images import VISUAL_SOURCE
+from vlm_distill_cache.common.tools.derived_card import write_derived_card
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
-    from common.manifest import Manifest, Plan
-    from common.schema import Field
+    from vlm_distill_cache.common.cache.manifest import Manifest, Plan
+    from vlm_distill_cache.common.cache.schema import Field
 
 
 @dataclass(frozen=True, kw_only=True)

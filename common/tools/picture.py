@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from common.codecs.quantise import log8_table
-from common.errors import CacheFormatError, CacheMismatchError, ConfigError
+from vlm_distill_cache.common.codecs.quantise import log8_table
+from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError, ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
     from PIL.Image import Image
 
-    from common.plan import Plan
-    from common.schema import Record
+    from vlm_distill_cache.common.cache.plan import Plan
+    from vlm_distill_cache.common.cache.schema import Record
 
 RANGE_NATS = 12.0  # as `common.codecs.row_attention`, which imports torch
 BLOCKS, ASCII = "\u00b7\u2591\u2592\u2593\u2588", ".-+*#"
@@ -145,7 +145,7 @@ def open_image(path: Path, record: Record) -> Image:
         SampleError: If it cannot be read as an image.
         CacheMismatchError: If its pixels are not those the teacher saw.
     """
-    from common.pixels import decode_image, image_hash  # needs pillow
+    from vlm_distill_cache.common.pixels import decode_image, image_hash  # needs pillow
 
     try:
         image = decode_image(path.read_bytes(), name=str(path))

@@ -8,12 +8,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from common.atomic import write_bytes_atomic
-from common.attention_picture import ASCII, BLOCKS, draw_picture, draw_text, open_image, word_maps
-from common.errors import ConfigError
-from common.manifest import BASE
-from common.printing import one_line
-from common.record_checks import entry_gaps
+from vlm_distill_cache.common.cache.manifest import BASE
+from vlm_distill_cache.common.codecs.checks import entry_gaps
+from vlm_distill_cache.common.errors import ConfigError
+from vlm_distill_cache.common.files.atomic import write_bytes_atomic
+from vlm_distill_cache.common.printing import one_line
+from vlm_distill_cache.common.tools.picture import (
+    ASCII,
+    BLOCKS,
+    draw_picture,
+    draw_text,
+    open_image,
+    word_maps,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -21,8 +28,8 @@ if TYPE_CHECKING:
 
     from PIL.Image import Image
 
-    from common.cache import TeacherCache
-    from common.schema import Record
+    from vlm_distill_cache.common.cache.reader import TeacherCache
+    from vlm_distill_cache.common.cache.schema import Record
 
 _MAX_ROWS = 40  # shown
 _MAX_WORDS = 28  # as text

@@ -11,11 +11,8 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from common.atomic import fsync_directory, remove, try_lock, write_bytes_atomic
-from common.errors import CacheFormatError
-from common.index import INDEX
-from common.index_build import index_bytes
-from common.manifest import (
+from vlm_distill_cache.common.cache.index import INDEX
+from vlm_distill_cache.common.cache.manifest import (
     MANIFEST,
     PLAN,
     SHARDS,
@@ -25,9 +22,12 @@ from common.manifest import (
     read_plan,
     sidecar_path,
 )
-from common.plain_files import is_below_links
-from common.printing import one_line
-from common.verification import Damage, verify
+from vlm_distill_cache.common.errors import CacheFormatError
+from vlm_distill_cache.common.files.atomic import fsync_directory, remove, try_lock, write_bytes_atomic
+from vlm_distill_cache.common.index_build import index_bytes
+from vlm_distill_cache.common.plain_files import is_below_links
+from vlm_distill_cache.common.printing import one_line
+from vlm_distill_cache.common.tools.verify import Damage, verify
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -2,7 +2,7 @@
 
 Only what is needed is downloaded: the shards that hold the samples, and of a Zarr shard only the arrays of the
 signals asked for. Each file is checked against its sidecar, each sidecar against the manifest. What comes out
-is a derived cache (``common.derive``): its plan says of which cache it is which part.
+is a derived cache (``common.tools.derive``): its plan says of which cache it is which part.
 """
 
 from __future__ import annotations
@@ -12,36 +12,49 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.atomic import clean_stale, create_temporary, remove
-from common.derivation import DERIVED
-from common.derive import (
+from vlm_distill_cache.common.cache.index import INDEX, SampleIndex
+from vlm_distill_cache.common.cache.manifest import (
+    CARD,
+    PLAN,
+    SHARDS,
+    Manifest,
+    ShardSummary,
+    read_plan,
+    read_sidecar,
+)
+from vlm_distill_cache.common.cache.schema import BASE_FIELDS
+from vlm_distill_cache.common.cache.shared_images import SharedImages
+from vlm_distill_cache.common.cache.sidecar import check_sidecar
+from vlm_distill_cache.common.cache.stores import open_reader
+from vlm_distill_cache.common.derivation import DERIVED
+from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError, ConfigError
+from vlm_distill_cache.common.files.atomic import clean_stale, create_temporary, remove
+from vlm_distill_cache.common.files.hashing import fingerprint
+from vlm_distill_cache.common.nested import truncate_logits, truncated_codec
+from vlm_distill_cache.common.remotes import open_remote
+from vlm_distill_cache.common.remotes.fetch import (
+    fetch_files,
+    read_remote_manifest,
+    refuse_nested,
+    refuse_strangers,
+)
+from vlm_distill_cache.common.tools.derive import (
     Slot,
     carry_fidelity,
     derive_cache,
     derive_plan,
     side_files_of,
 )
-from common.derived_card import write_derived_card
-from common.errors import CacheFormatError, CacheMismatchError, ConfigError
-from common.fetching import fetch_files, read_remote_manifest, refuse_nested, refuse_strangers
-from common.hashing import fingerprint
-from common.index import INDEX, SampleIndex
-from common.manifest import CARD, PLAN, SHARDS, Manifest, ShardSummary, read_plan, read_sidecar
-from common.nested import truncate_logits, truncated_codec
-from common.remotes import open_remote
-from common.schema import BASE_FIELDS
-from common.shared_images import SharedImages
-from common.sidecar import check_sidecar
-from common.stores import open_reader
+from vlm_distill_cache.common.tools.derived_card import write_derived_card
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from common.plan import Plan
-    from common.remotes import Remote
-    from common.schema import Record
-    from common.sidecar import FileEntry, ShardSidecar
-    from common.stores import ShardReader
+    from vlm_distill_cache.common.cache.plan import Plan
+    from vlm_distill_cache.common.cache.schema import Record
+    from vlm_distill_cache.common.cache.sidecar import FileEntry, ShardSidecar
+    from vlm_distill_cache.common.cache.stores import ShardReader
+    from vlm_distill_cache.common.remotes import Remote
 
 MAX_LIST_BYTES = 1 << 30  # of a file of sample ids
 MAX_CARD_BYTES = 1 << 20

@@ -9,12 +9,8 @@ import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from common.atomic import TEMPORARY_PREFIX, try_lock
-from common.errors import CacheFormatError, NewerFormatError
-from common.hashing import stream_digests
-from common.index import INDEX
-from common.index_build import IndexBuilder, index_damage
-from common.manifest import (
+from vlm_distill_cache.common.cache.index import INDEX
+from vlm_distill_cache.common.cache.manifest import (
     CARD,
     MANIFEST,
     PLAN,
@@ -30,10 +26,14 @@ from common.manifest import (
     read_sidecar,
     sidecar_path,
 )
-from common.plain_files import open_plain
-from common.printing import one_line
-from common.record_checks import codec_damage, content_damage
-from common.sidecar import check_sidecar
+from vlm_distill_cache.common.cache.sidecar import check_sidecar
+from vlm_distill_cache.common.codecs.checks import codec_damage, content_damage
+from vlm_distill_cache.common.errors import CacheFormatError, NewerFormatError
+from vlm_distill_cache.common.files.atomic import TEMPORARY_PREFIX, try_lock
+from vlm_distill_cache.common.files.hashing import stream_digests
+from vlm_distill_cache.common.index_build import IndexBuilder, index_damage
+from vlm_distill_cache.common.plain_files import open_plain
+from vlm_distill_cache.common.printing import one_line
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -1,6 +1,6 @@
 """The tokenizer and image processor of the built-in models, shipped as files beside this module.
 
-One word, one token: a vocabulary of about 150 words covers `data.shapes` and the published easy-vqa
+One word, one token: a vocabulary of about 150 words covers `data.shapes.dataset` and the published easy-vqa
 benchmark, the prompt templates, the option letters of the A/B prompt, and nothing else. Words are
 lower-cased, so "Red" and "red" are one token, but a letter standing alone keeps its case: option
 "A" must differ from the article "a". (A capital article, as in "A red circle", is still an article.)
@@ -13,8 +13,8 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast
 
-from data.shapes_scene import COLORS, GRID, IMAGE_SIZE, SHAPES, SIZES
-from data.shapes_text import PLURALS
+from vlm_distill_cache.data.shapes.scene import COLORS, GRID, IMAGE_SIZE, SHAPES, SIZES
+from vlm_distill_cache.data.shapes.text import PLURALS
 
 IMAGE_TOKEN = "<image>"
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<unk>", IMAGE_TOKEN)

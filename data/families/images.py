@@ -3,16 +3,16 @@
 from math import isqrt
 from typing import Any
 
-from common.errors import ModelError
-from data.image_encoder import AnyImageEncoder, ImageEncoder
-from data.image_layouts import (
+from vlm_distill_cache.common.errors import ModelError
+from vlm_distill_cache.data.images.encoder import AnyImageEncoder, ImageEncoder
+from vlm_distill_cache.data.images.layouts import (
     AnyResolutionEncoder,
     DynamicEncoder,
     FramedEncoder,
     SplitEncoder,
     ThumbnailEncoder,
 )
-from data.library_images import LibraryImages
+from vlm_distill_cache.data.images.library import LibraryImages
 
 
 def llava_images(config: Any, processor: Any, tokenizer: Any) -> AnyImageEncoder:

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
-from common.errors import ModelError
-from common.schema import IGNORE_INDEX
-from data.collate import Batch
+from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
+from vlm_distill_cache.common.errors import ModelError
+from vlm_distill_cache.data.text.collate import Batch
 
 Masks = Tensor | dict[str, Tensor]
 

@@ -18,12 +18,12 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from common.atomic import read_json
-from common.errors import ConfigError, ModelError
-from common.models.published import default_image_processor, is_published, load_published
-from data.families import Family, family_of, submodule
-from data.library_images import load_processor
-from data.processors import load_image_processor, load_tokenizer
+from vlm_distill_cache.common.errors import ConfigError, ModelError
+from vlm_distill_cache.common.files.atomic import read_json
+from vlm_distill_cache.common.models.published import default_image_processor, is_published, load_published
+from vlm_distill_cache.data.families.table import Family, family_of, submodule
+from vlm_distill_cache.data.images.library import load_processor
+from vlm_distill_cache.data.text.processors import load_image_processor, load_tokenizer
 
 logger = logging.getLogger(__name__)
 _LAYER = re.compile(r"\.(layers?|blocks?|h)\.\d+\.")  # other left-over weights are the library's to judge
@@ -36,7 +36,7 @@ class FamilyModel(NamedTuple):
 
     Attributes:
         model: In evaluation mode.
-        family: Its entry in ``data.families``.
+        family: Its entry in ``data.families.table``.
         tokenizer: The library's fast tokenizer.
         processor: The PIL image processor; of a family that is not listed the library's whole processor.
     """

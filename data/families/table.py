@@ -11,9 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from data.encoding import EncodedSample
-from data.family_generation import family_generation_inputs
-from data.family_images import (
+from vlm_distill_cache.data.families.images import (
     any_resolution_images,
     fixed_images,
     gemma3_images,
@@ -25,7 +23,7 @@ from data.family_images import (
     qwen_images,
     split_images,
 )
-from data.family_inputs import (
+from vlm_distill_cache.data.families.inputs import (
     grid_position_inputs,
     image_block_inputs,
     library_inputs,
@@ -34,7 +32,9 @@ from data.family_inputs import (
     stacked_inputs,
     text_config,
 )
-from data.image_encoder import AnyImageEncoder
+from vlm_distill_cache.data.family_generation import family_generation_inputs
+from vlm_distill_cache.data.images.encoder import AnyImageEncoder
+from vlm_distill_cache.data.text.encoding import EncodedSample
 
 VisualRows = Literal["causal", "image", "prefix"]
 
@@ -50,7 +50,7 @@ class Family:
 
     Attributes:
         model_class: Class name in ``transformers``; empty: ``common.models.published`` loads it.
-        template: Default prompt template (``data.templates``).
+        template: Default prompt template (``data.text.templates``).
         language_model: Attribute path of the decoder whose attention is captured; empty: unknown, logits only.
         vision_tower: Attribute path of the vision tower; empty: unknown.
         projector: Attribute path of the projector; empty: unknown.

@@ -14,9 +14,9 @@ from typing import Any, ClassVar, Literal, Protocol, cast
 import numpy as np
 import PIL.Image
 
-from common.errors import ConfigError, SampleError
-from common.visual_tokens import FINEST_SIDE, Tile
-from data.images import MAX_PIXELS
+from vlm_distill_cache.common.attention.boxes import FINEST_SIDE, Tile
+from vlm_distill_cache.common.errors import ConfigError, SampleError
+from vlm_distill_cache.data.images.load import MAX_PIXELS
 
 Layout = Literal["square", "pad", "crop"]
 
@@ -54,7 +54,7 @@ class EncodedImage:
 
 
 class AnyImageEncoder(Protocol):
-    """What every family's image encoder can do; its dict names and rebuilds it (``data.families``)."""
+    """What every family's image encoder can do; its dict names and rebuilds it (``data.families.table``)."""
 
     @property
     def processor(self) -> Any:

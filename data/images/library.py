@@ -13,9 +13,9 @@ import numpy as np
 import PIL.Image
 from transformers import AutoProcessor
 
-from common.errors import ModelError, SampleError
-from common.visual_tokens import Tile
-from data.image_encoder import EncodedImage
+from vlm_distill_cache.common.attention.boxes import Tile
+from vlm_distill_cache.common.errors import ModelError, SampleError
+from vlm_distill_cache.data.images.encoder import EncodedImage
 
 # Made for the text, not for the picture.
 _TEXT_INPUTS = (

@@ -7,8 +7,15 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 
-from common.errors import SampleError
-from common.pixels import HASH_BYTES, MAX_PIXELS, decode_image, image_hash, reason_of, to_rgb
+from vlm_distill_cache.common.errors import SampleError
+from vlm_distill_cache.common.pixels import (
+    HASH_BYTES,
+    MAX_PIXELS,
+    decode_image,
+    image_hash,
+    reason_of,
+    to_rgb,
+)
 
 __all__ = [
     "HASH_BYTES",

@@ -13,10 +13,17 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image
 
-from common.errors import DataError
-from data.sample import CaptionPair, EvaluationSet, Question, Sample, Turn, fingerprint_samples
-from data.shapes_scene import SPLITS, Scene, draw_scene, sample_scene, scene_generator
-from data.shapes_text import (
+from vlm_distill_cache.common.errors import DataError
+from vlm_distill_cache.data.sample import (
+    CaptionPair,
+    EvaluationSet,
+    Question,
+    Sample,
+    Turn,
+    fingerprint_samples,
+)
+from vlm_distill_cache.data.shapes.scene import SPLITS, Scene, draw_scene, sample_scene, scene_generator
+from vlm_distill_cache.data.shapes.text import (
     CAPTION_QUESTIONS,
     PAIR_KINDS,
     QUESTION_KINDS,

@@ -17,7 +17,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from data.shapes_scene import COLORS, SHAPES, SIZES, Scene, SceneObject
+from vlm_distill_cache.data.shapes.scene import COLORS, SHAPES, SIZES, Scene, SceneObject
 
 RELATIONS = ("left of", "right of", "above", "below")
 CAPTION_QUESTIONS = ("", "describe the image")

@@ -12,9 +12,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from common.errors import DataError
-from data.images import ImageFile
-from data.sample import EvaluationSet, Question, Sample, Turn, fingerprint_samples
+from vlm_distill_cache.common.errors import DataError
+from vlm_distill_cache.data.images.load import ImageFile
+from vlm_distill_cache.data.sample import EvaluationSet, Question, Sample, Turn, fingerprint_samples
 
 SPLITS = ("train", "validation", "test")
 VALIDATION_EVERY = 10  # each tenth picture of the package's train part is held out

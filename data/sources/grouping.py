@@ -1,6 +1,6 @@
 """Conversations about one image beside each other: the order of a cache that keeps signals of the image alone.
 
-Such signals are stored once per image within a shard (``common.shared_images``), and published mixes scatter
+Such signals are stored once per image within a shard (``common.cache.shared_images``), and published mixes scatter
 the conversations about an image over the whole file. Stage one therefore reads samples in the order in which
 their *images* first appear; only an image whose conversations lie on both sides of a shard's end is kept twice.
 Students join a cache by sample id, so the order is the cache's own affair.
@@ -9,8 +9,8 @@ Students join a cache by sample id, so the order is the cache's own affair.
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
-from common.hashing import fingerprint
-from data.sample import Dataset, Sample
+from vlm_distill_cache.common.files.hashing import fingerprint
+from vlm_distill_cache.data.sample import Dataset, Sample
 
 
 @runtime_checkable

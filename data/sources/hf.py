@@ -1,7 +1,7 @@
 """Folders written by Hugging Face `datasets` (``save_to_disk``), read row by row.
 
 Columns, by name: ``image`` or ``images``; ``messages``, ``conversations``, ``question`` and ``answer``, or
-``caption``; ``id``. Pictures are taken as the stored bytes and decoded by `data.images`, so that every
+``caption``; ``id``. Pictures are taken as the stored bytes and decoded by `data.images.load`, so that every
 format is decoded alike.
 """
 
@@ -9,12 +9,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.errors import DataError, SampleError
-from data.grouping import key_of_paths
-from data.images import ImageBytes
-from data.llava import find_images, refuse_lost_image
-from data.messages import parse_record
-from data.sample import ImageSource, Sample, fingerprint_samples, resolve_ids
+from vlm_distill_cache.common.errors import DataError, SampleError
+from vlm_distill_cache.data.images.load import ImageBytes
+from vlm_distill_cache.data.sample import ImageSource, Sample, fingerprint_samples, resolve_ids
+from vlm_distill_cache.data.sources.grouping import key_of_paths
+from vlm_distill_cache.data.sources.llava import find_images, refuse_lost_image
+from vlm_distill_cache.data.sources.messages import parse_record
 
 _ID_COLUMNS = ("id", "sample_id", "question_id")
 _TEXT_COLUMNS = ("messages", "conversations", "question", "caption")

@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.errors import DataError, SampleError
-from data.grouping import key_of_paths
-from data.images import ImageFile
-from data.sample import ImageSource, Sample, Turn, fingerprint_samples, resolve_ids
+from vlm_distill_cache.common.errors import DataError, SampleError
+from vlm_distill_cache.data.images.load import ImageFile
+from vlm_distill_cache.data.sample import ImageSource, Sample, Turn, fingerprint_samples, resolve_ids
+from vlm_distill_cache.data.sources.grouping import key_of_paths
 
 IMAGE_MARKER = "<image>"
 
@@ -70,7 +70,7 @@ def refuse_lost_image(record: Mapping[str, Any], images: Sequence[ImageSource]) 
     """Refuse an entry that asks about an image it does not have: it would be cached as text alone.
 
     Args:
-        record: An entry that was understood, in any of the forms of `data.messages.parse_record`.
+        record: An entry that was understood, in any of the forms of `data.sources.messages.parse_record`.
         images: What it names or carries.
 
     Raises:

@@ -10,10 +10,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.errors import DataError, SampleError
-from data.grouping import key_of_paths
-from data.llava import find_images, image_folder, pair_turns, parse_conversations, refuse_lost_image
-from data.sample import Sample, Turn, fingerprint_samples, resolve_ids
+from vlm_distill_cache.common.errors import DataError, SampleError
+from vlm_distill_cache.data.sample import Sample, Turn, fingerprint_samples, resolve_ids
+from vlm_distill_cache.data.sources.grouping import key_of_paths
+from vlm_distill_cache.data.sources.llava import (
+    find_images,
+    image_folder,
+    pair_turns,
+    parse_conversations,
+    refuse_lost_image,
+)
 
 _INLINE_KEYS = ("image", "path", "url")
 

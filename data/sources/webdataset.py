@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common.errors import DataError, SampleError
-from data.images import FileSlice
-from data.llava import refuse_lost_image
-from data.messages import parse_record
-from data.sample import Sample, fingerprint_samples, refuse_repeats
+from vlm_distill_cache.common.errors import DataError, SampleError
+from vlm_distill_cache.data.images.load import FileSlice
+from vlm_distill_cache.data.sample import Sample, fingerprint_samples, refuse_repeats
+from vlm_distill_cache.data.sources.llava import refuse_lost_image
+from vlm_distill_cache.data.sources.messages import parse_record
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
 

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.errors import ConfigError
-from common.schema import IGNORE_INDEX
-from common.shared_images import prefix_key
-from common.visual_tokens import Tile
-from data.encoding import EncodedSample
+from vlm_distill_cache.common.attention.boxes import Tile
+from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
+from vlm_distill_cache.common.cache.shared_images import prefix_key
+from vlm_distill_cache.common.errors import ConfigError
+from vlm_distill_cache.data.text.encoding import EncodedSample
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -25,15 +25,15 @@ from typing import Any
 
 import numpy as np
 
-from common.errors import ConfigError, SampleError
-from common.schema import IGNORE_INDEX
-from common.visual_tokens import Tile
-from data.image_encoder import AnyImageEncoder, EncodedImage, ImageEncoder
-from data.images import HASH_BYTES, image_hash
-from data.sample import ImageSource, Sample, Turn
-from data.templates import IMAGE_MARKER, PromptTemplate, Rendered
-from data.token_rows import Tokens, inside_spans, shared_length, shift_labels
-from data.tokenizer_identity import tokenizer_fingerprint
+from vlm_distill_cache.common.attention.boxes import Tile
+from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
+from vlm_distill_cache.common.errors import ConfigError, SampleError
+from vlm_distill_cache.data.images.encoder import AnyImageEncoder, EncodedImage, ImageEncoder
+from vlm_distill_cache.data.images.load import HASH_BYTES, image_hash
+from vlm_distill_cache.data.sample import ImageSource, Sample, Turn
+from vlm_distill_cache.data.text.templates import IMAGE_MARKER, PromptTemplate, Rendered
+from vlm_distill_cache.data.token_rows import Tokens, inside_spans, shared_length, shift_labels
+from vlm_distill_cache.data.tokenizer_identity import tokenizer_fingerprint
 
 __all__ = ["EncodedSample", "ImageEncoder", "SampleEncoder", "build_prompt", "tokenizer_fingerprint"]
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from data.collate import join_image_inputs
-from data.encoding import EncodedSample, SampleEncoder
+from vlm_distill_cache.data.text.collate import join_image_inputs
+from vlm_distill_cache.data.text.encoding import EncodedSample, SampleEncoder
 
 GenerationInputs = Callable[[Sequence[EncodedSample], int, torch.device], Mapping[str, Any]]
 """From prompts, padding id and device to the keyword arguments of ``generate``."""

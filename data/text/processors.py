@@ -14,7 +14,7 @@ from typing import Any
 import transformers
 from transformers import AutoTokenizer, ImageProcessingMixin
 
-from common.errors import ModelError
+from vlm_distill_cache.common.errors import ModelError
 
 BEHIND_TORCHVISION = {"Idefics3ImageProcessor": "idefics3", "SmolVLMImageProcessor": "smolvlm"}
 """PIL classes that some versions of the library (5.17) give at their top level only where torchvision is installed,

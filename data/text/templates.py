@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from common.errors import ConfigError, SampleError
-from data.sample import Turn
+from vlm_distill_cache.common.errors import ConfigError, SampleError
+from vlm_distill_cache.data.sample import Turn
 
 IMAGE_MARKER = "<image>"
 

@@ -12,9 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.atomic import TEMPORARY_PREFIX, HeldLock, clean_stale, read_json, remove
-from common.errors import CacheFormatError, CacheMismatchError, ConfigError
-from common.manifest import (
+from vlm_distill_cache.common.files.atomic import TEMPORARY_PREFIX, HeldLock, clean_stale, read_json, remove
+from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError, ConfigError
+from vlm_distill_cache.common.cache.manifest import (
     CARD,
     INDEX,
     MANIFEST,
@@ -29,8 +29,8 @@ from common.manifest import (
     refuse_changed_plan,
     write_plan,
 )
-from common.plan import DESCRIPTIVE, THREADS
-from common.side_files import side_files
+from vlm_distill_cache.common.cache.plan import DESCRIPTIVE, THREADS
+from vlm_distill_cache.common.cache.side_files import side_files
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator

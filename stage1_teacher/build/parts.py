@@ -24,11 +24,11 @@ from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import NoReturn
 
-from common.errors import ConfigError, DistillError, ProcessFailedError
-from common.plan import THREADS
-from common.stopping import end_with_parent
-from stage1_teacher.cache_folder import explain_disk_errors, stored_plan
-from stage1_teacher.config import BuildConfig
+from vlm_distill_cache.common.errors import ConfigError, DistillError, ProcessFailedError
+from vlm_distill_cache.common.cache.plan import THREADS
+from vlm_distill_cache.common.stopping import end_with_parent
+from vlm_distill_cache.stage1_teacher.build.cache_folder import explain_disk_errors, stored_plan
+from vlm_distill_cache.stage1_teacher.config import BuildConfig
 
 logger = logging.getLogger(__name__)
 
@@ -154,7 +154,7 @@ def fix_threads(config: BuildConfig, *, several: bool, overwrite: bool = False) 
     """
     import torch
 
-    from data.threads import leave_one_core
+    from vlm_distill_cache.data.threads import leave_one_core
 
     stored = None if overwrite else stored_plan(Path(config.cache))
     on_gpu = config.device.startswith("cuda") or (config.device == "auto" and torch.cuda.is_available())

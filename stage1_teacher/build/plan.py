@@ -5,31 +5,31 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from common.codecs.answers import AnswersCodec
-from common.codecs.hidden_states import HiddenCodec
-from common.errors import ConfigError
-from common.hashing import fingerprint
-from common.manifest import Plan
-from common.plan import THREADS
-from common.printing import one_line
-from common.schema import FORMAT_VERSION, Field
-from common.shared_images import VISUAL_SOURCE, with_visual_source
-from data.collate import Batch
-from data.encoding import SampleEncoder
-from data.family_inputs import text_config
-from data.grouping import GroupedByImage, group_by_image
-from data.registry import open_dataset
-from data.sample import Dataset
-from data.templates import get_template
-from stage1_teacher.batch_size import automatic_batch_size
-from stage1_teacher.cache_folder import stored_plan
-from stage1_teacher.config import BuildConfig
-from stage1_teacher.encode_ahead import count_workers
-from stage1_teacher.family_limits import missing_projector, refuse_packing, refuse_signals
-from stage1_teacher.signals import build_codecs
-from stage1_teacher.teacher import Teacher, TeacherOutput
-from stage1_teacher.teacher_inputs import TeacherInputs, Wanted
-from stage1_teacher.teacher_record import evaluation_of
+from vlm_distill_cache.common.codecs.answers import AnswersCodec
+from vlm_distill_cache.common.codecs.hidden_states import HiddenCodec
+from vlm_distill_cache.common.errors import ConfigError
+from vlm_distill_cache.common.files.hashing import fingerprint
+from vlm_distill_cache.common.cache.manifest import Plan
+from vlm_distill_cache.common.cache.plan import THREADS
+from vlm_distill_cache.common.printing import one_line
+from vlm_distill_cache.common.cache.schema import FORMAT_VERSION, Field
+from vlm_distill_cache.common.cache.shared_images import VISUAL_SOURCE, with_visual_source
+from vlm_distill_cache.data.text.collate import Batch
+from vlm_distill_cache.data.text.encoding import SampleEncoder
+from vlm_distill_cache.data.families.inputs import text_config
+from vlm_distill_cache.data.sources.grouping import GroupedByImage, group_by_image
+from vlm_distill_cache.data.registry import open_dataset
+from vlm_distill_cache.data.sample import Dataset
+from vlm_distill_cache.data.text.templates import get_template
+from vlm_distill_cache.stage1_teacher.build.batch_size import automatic_batch_size
+from vlm_distill_cache.stage1_teacher.build.cache_folder import stored_plan
+from vlm_distill_cache.stage1_teacher.config import BuildConfig
+from vlm_distill_cache.stage1_teacher.loop.encode_ahead import count_workers
+from vlm_distill_cache.stage1_teacher.family_limits import missing_projector, refuse_packing, refuse_signals
+from vlm_distill_cache.stage1_teacher.loop.signals import build_codecs
+from vlm_distill_cache.stage1_teacher.teacher.teacher import Teacher, TeacherOutput
+from vlm_distill_cache.stage1_teacher.teacher.inputs import TeacherInputs, Wanted
+from vlm_distill_cache.stage1_teacher.teacher_record import evaluation_of
 
 LEAST_LENGTH, TEXT_LENGTH = 2048, 1024  # tokens
 
@@ -155,7 +155,7 @@ def teacher_directory(*, teacher: str, data: str, scratch: Path, cache: Path | N
             "vision-language checkpoint directory, or use DATA=shapes or DATA=easy-vqa, "
             "which have built-in teachers (TEACHER=stage1_teacher/builtin is the one that knows shapes)"
         )
-    from stage1_teacher.demo_teacher import demo_teacher_for  # training code, needed for built-in data only
+    from vlm_distill_cache.stage1_teacher.demo.teacher import demo_teacher_for  # training code, needed for built-in data only
 
     return demo_teacher_for(name, scratch)
 

@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
-from common.schema import IGNORE_INDEX
-from data.encoding import SampleEncoder
-from data.sample import Dataset
-from data.shapes_scene import CELL
-from stage1_teacher.demo_model import WarmCosine
-from stage1_teacher.demo_vision import tower_features
+from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
+from vlm_distill_cache.data.sample import Dataset
+from vlm_distill_cache.data.shapes.scene import CELL
+from vlm_distill_cache.data.text.encoding import SampleEncoder
+from vlm_distill_cache.stage1_teacher.demo.model import WarmCosine
+from vlm_distill_cache.stage1_teacher.demo.vision import tower_features
 
 logger = logging.getLogger(__name__)
 

@@ -18,12 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
-from common.schema import IGNORE_INDEX
-from data.collate import Batch, collate
-from data.encoding import SampleEncoder
-from data.sample import Dataset, Sample, Turn, fingerprint_samples
-from data.shapes import ShapesDataset
-from data.shapes_text import (
+from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
+from vlm_distill_cache.data.sample import Dataset, Sample, Turn, fingerprint_samples
+from vlm_distill_cache.data.shapes.dataset import ShapesDataset
+from vlm_distill_cache.data.shapes.text import (
     Rule,
     list_caption,
     relation_caption,
@@ -31,7 +29,9 @@ from data.shapes_text import (
     side_question,
     yes_no_question,
 )
-from stage1_teacher.demo_model import WarmCosine
+from vlm_distill_cache.data.text.collate import Batch, collate
+from vlm_distill_cache.data.text.encoding import SampleEncoder
+from vlm_distill_cache.stage1_teacher.demo.model import WarmCosine
 
 logger = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from data.builtin import IMAGE_TOKEN, MODEL_MAX_LENGTH
-from data.shapes_scene import CELL, IMAGE_SIZE
+from vlm_distill_cache.data.builtin import IMAGE_TOKEN, MODEL_MAX_LENGTH
+from vlm_distill_cache.data.shapes.scene import CELL, IMAGE_SIZE
 
 WIDTH = 96
 PATCH = CELL  # pixels; one grid cell of a drawn scene is one patch

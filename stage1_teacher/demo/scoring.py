@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from transformers import LlavaForConditionalGeneration
 
-from common.schema import IGNORE_INDEX
-from data.collate import collate
-from data.encoding import SampleEncoder
-from data.sample import CaptionPair, EvaluationSet, Question, Sample, Turn
+from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
+from vlm_distill_cache.data.sample import CaptionPair, EvaluationSet, Question, Sample, Turn
+from vlm_distill_cache.data.text.collate import collate
+from vlm_distill_cache.data.text.encoding import SampleEncoder
 
 
 @torch.no_grad()

@@ -24,20 +24,26 @@ import torch
 import transformers
 from transformers import LlavaForConditionalGeneration
 
-from common.atomic import clean_stale, create_temporary, publish_directory, remove, write_json_atomic
-from common.errors import ConfigError
-from data.builtin import IMAGE_TOKEN, MODEL_MAX_LENGTH, load_image_processor, load_tokenizer
-from data.encoding import ImageEncoder, SampleEncoder
-from data.registry import open_dataset, open_evaluation
-from data.sample import Dataset
-from data.shapes import ShapesDataset, shapes_evaluation
-from data.shapes_scene import GRID
-from data.templates import TEMPLATES
-from stage1_teacher.demo_answers import train_tower_on_answers
-from stage1_teacher.demo_language import DRILLS, DrilledScenes, train_language
-from stage1_teacher.demo_model import build_demo_model
-from stage1_teacher.demo_scoring import mean_accuracy, score_model
-from stage1_teacher.demo_vision import align_projector, normalize_pictures, train_tower
+from vlm_distill_cache.common.errors import ConfigError
+from vlm_distill_cache.common.files.atomic import (
+    clean_stale,
+    create_temporary,
+    publish_directory,
+    remove,
+    write_json_atomic,
+)
+from vlm_distill_cache.data.builtin import IMAGE_TOKEN, MODEL_MAX_LENGTH, load_image_processor, load_tokenizer
+from vlm_distill_cache.data.registry import open_dataset, open_evaluation
+from vlm_distill_cache.data.sample import Dataset
+from vlm_distill_cache.data.shapes.dataset import ShapesDataset, shapes_evaluation
+from vlm_distill_cache.data.shapes.scene import GRID
+from vlm_distill_cache.data.text.encoding import ImageEncoder, SampleEncoder
+from vlm_distill_cache.data.text.templates import TEMPLATES
+from vlm_distill_cache.stage1_teacher.demo.answers import train_tower_on_answers
+from vlm_distill_cache.stage1_teacher.demo.language import DRILLS, DrilledScenes, train_language
+from vlm_distill_cache.stage1_teacher.demo.model import build_demo_model
+from vlm_distill_cache.stage1_teacher.demo.scoring import mean_accuracy, score_model
+from vlm_distill_cache.stage1_teacher.demo.vision import align_projector, normalize_pictures, train_tower
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +86,7 @@ RECIPES = {
 
 def builtin_teacher_directory() -> Path:
     """Return the shipped teacher of drawn scenes, a directory as ``save_pretrained`` writes it."""
-    return Path(__file__).parent / "builtin"
+    return Path(__file__).parent.parent / "builtin"
 
 
 def demo_teacher_for(data_spec: str, directory: Path, *, seed: int = 0) -> Path:

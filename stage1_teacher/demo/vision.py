@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
-from data.shapes import SceneImage
-from data.shapes_scene import COLORS, GRID, SHAPES, SIZES
-from stage1_teacher.demo_model import WarmCosine
+from vlm_distill_cache.data.shapes.dataset import SceneImage
+from vlm_distill_cache.data.shapes.scene import COLORS, GRID, SHAPES, SIZES
+from vlm_distill_cache.stage1_teacher.demo.model import WarmCosine
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ def scene_batch(split: str, seed: int, start: int, count: int) -> tuple[np.ndarr
     """Draw pictures with dense labels.
 
     Args:
-        split: As in `data.shapes`.
+        split: As in `data.shapes.dataset`.
         seed: Of the pictures.
         start: Index of the first picture.
         count: Number of pictures.

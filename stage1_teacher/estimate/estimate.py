@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from stage1_teacher.config import BuildConfig
-from stage1_teacher.parts import fix_threads
-from stage1_teacher.plan import open_build
-from stage1_teacher.probe import Probe, measure_probe
+from vlm_distill_cache.stage1_teacher.build.parts import fix_threads
+from vlm_distill_cache.stage1_teacher.build.plan import open_build
+from vlm_distill_cache.stage1_teacher.config import BuildConfig
+from vlm_distill_cache.stage1_teacher.estimate.probe import Probe, measure_probe
 
 STEP_FORWARDS = 3.0  # a training step costs about three forward passes: one forward, two for the gradients
 MAX_STUDENTS = 1_000_000

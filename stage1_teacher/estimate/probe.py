@@ -10,21 +10,21 @@ from typing import Any
 
 import torch
 
-from common.errors import DataError, SampleError
-from common.visual_attention import IMPLEMENTATION
-from data.collate import Batch, collate, length_buckets
-from data.encoding import EncodedSample
-from data.families import submodule
-from data.family_inputs import additive_mask, text_config
-from data.sample import Dataset, Sample
-from stage1_teacher.answers import ANSWERS, answer_shard
-from stage1_teacher.batch_size import available_memory
-from stage1_teacher.encode_ahead import encode_shards
-from stage1_teacher.forward import run_shard
-from stage1_teacher.pipeline import EncodedShard, Writer
-from stage1_teacher.plan import Build
-from stage1_teacher.probe_sizes import Size, best_time, weigh_probe
-from stage1_teacher.projector_export import export_parts
+from vlm_distill_cache.common.attention.capture import IMPLEMENTATION
+from vlm_distill_cache.common.errors import DataError, SampleError
+from vlm_distill_cache.data.families.inputs import additive_mask, text_config
+from vlm_distill_cache.data.families.table import submodule
+from vlm_distill_cache.data.sample import Dataset, Sample
+from vlm_distill_cache.data.text.collate import Batch, collate, length_buckets
+from vlm_distill_cache.data.text.encoding import EncodedSample
+from vlm_distill_cache.stage1_teacher.build.batch_size import available_memory
+from vlm_distill_cache.stage1_teacher.build.plan import Build
+from vlm_distill_cache.stage1_teacher.loop.answers import ANSWERS, answer_shard
+from vlm_distill_cache.stage1_teacher.loop.encode_ahead import encode_shards
+from vlm_distill_cache.stage1_teacher.loop.forward import run_shard
+from vlm_distill_cache.stage1_teacher.loop.writer import EncodedShard, Writer
+from vlm_distill_cache.stage1_teacher.probe_sizes import Size, best_time, weigh_probe
+from vlm_distill_cache.stage1_teacher.teacher.export import export_parts
 
 RUNS = 4  # of neighbouring samples: conversations about one picture stand side by side and share its signals
 MEMORY_SHARE = 0.6  # of what is free, for eager attention

@@ -11,17 +11,17 @@ from typing import Any
 
 import torch
 
-from common.codecs.answers import AnswersCodec
-from common.errors import SampleError
-from common.hashing import fingerprint
-from common.manifest import Plan
-from data.collate import length_buckets
-from data.encoding import EncodedSample
-from data.generation import Generated, Sampling, generate_answers
-from data.sample import Sample, Turn, with_answers
-from stage1_teacher.encode_ahead import encode_shards
-from stage1_teacher.pipeline import EncodedShard
-from stage1_teacher.plan import Build
+from vlm_distill_cache.common.cache.manifest import Plan
+from vlm_distill_cache.common.codecs.answers import AnswersCodec
+from vlm_distill_cache.common.errors import SampleError
+from vlm_distill_cache.common.files.hashing import fingerprint
+from vlm_distill_cache.data.sample import Sample, Turn, with_answers
+from vlm_distill_cache.data.text.collate import length_buckets
+from vlm_distill_cache.data.text.encoding import EncodedSample
+from vlm_distill_cache.data.text.generation import Generated, Sampling, generate_answers
+from vlm_distill_cache.stage1_teacher.build.plan import Build
+from vlm_distill_cache.stage1_teacher.loop.encode_ahead import encode_shards
+from vlm_distill_cache.stage1_teacher.loop.writer import EncodedShard
 
 ANSWERS = "answers"
 

@@ -19,12 +19,12 @@ from multiprocessing.context import ForkProcess
 
 import torch
 
-from common.errors import DistillError, ProcessFailedError, SampleError
-from common.manifest import Plan
-from common.stopping import end_with_parent
-from data.encoding import EncodedSample, SampleEncoder
-from data.sample import Dataset
-from stage1_teacher.pipeline import EncodedShard, run_ahead
+from vlm_distill_cache.common.cache.manifest import Plan
+from vlm_distill_cache.common.errors import DistillError, ProcessFailedError, SampleError
+from vlm_distill_cache.common.stopping import end_with_parent
+from vlm_distill_cache.data.sample import Dataset
+from vlm_distill_cache.data.text.encoding import EncodedSample, SampleEncoder
+from vlm_distill_cache.stage1_teacher.loop.writer import EncodedShard, run_ahead
 
 SHARDS_AHEAD = 1
 CHUNK = 16  # samples that a process hands over at a time

@@ -12,13 +12,19 @@ from functools import partial
 
 import torch
 
-from common.errors import DistillError, ModelError, SampleError
-from data.collate import Batch, collate, length_buckets
-from data.encoding import EncodedSample
-from stage1_teacher.pipeline import EncodedShard, run_ahead
-from stage1_teacher.plan import Build
-from stage1_teacher.signals import TeacherSignals, check_finite, copies_done, reduce_output, to_cpu
-from stage1_teacher.teacher_inputs import TeacherInputs
+from vlm_distill_cache.common.errors import DistillError, ModelError, SampleError
+from vlm_distill_cache.data.text.collate import Batch, collate, length_buckets
+from vlm_distill_cache.data.text.encoding import EncodedSample
+from vlm_distill_cache.stage1_teacher.build.plan import Build
+from vlm_distill_cache.stage1_teacher.loop.signals import (
+    TeacherSignals,
+    check_finite,
+    copies_done,
+    reduce_output,
+    to_cpu,
+)
+from vlm_distill_cache.stage1_teacher.loop.writer import EncodedShard, run_ahead
+from vlm_distill_cache.stage1_teacher.teacher.inputs import TeacherInputs
 
 BATCHES_AHEAD = 1
 

@@ -9,14 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.codecs.hidden_states import HiddenCodec, ProjectorOutputCodec, VisualHiddenCodec
-from common.codecs.logits import LogitCodec, SparseLogits
-from common.codecs.row_attention import RowAttention, RowAttentionCodec, TextAttentionCodec
-from common.codecs.visual_logits import VisualLogitsCodec
-from common.codecs.visual_map import MapPreset, VisualColumnsCodec, VisualMapCodec
-from common.errors import SampleError
-from common.schema import Record
-from common.visual_tokens import (
+from vlm_distill_cache.common.attention.boxes import (
     Tile,
     grid_tile,
     overlap_matrix,
@@ -24,8 +17,15 @@ from common.visual_tokens import (
     tile_boxes,
     tiles_to_array,
 )
-from data.collate import Batch, text_rows
-from stage1_teacher.teacher import TeacherOutput
+from vlm_distill_cache.common.cache.schema import Record
+from vlm_distill_cache.common.codecs.hidden_states import HiddenCodec, ProjectorOutputCodec, VisualHiddenCodec
+from vlm_distill_cache.common.codecs.logits import LogitCodec, SparseLogits
+from vlm_distill_cache.common.codecs.row_attention import RowAttention, RowAttentionCodec, TextAttentionCodec
+from vlm_distill_cache.common.codecs.visual_logits import VisualLogitsCodec
+from vlm_distill_cache.common.codecs.visual_map import MapPreset, VisualColumnsCodec, VisualMapCodec
+from vlm_distill_cache.common.errors import SampleError
+from vlm_distill_cache.data.text.collate import Batch, text_rows
+from vlm_distill_cache.stage1_teacher.teacher.teacher import TeacherOutput
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +83,7 @@ def build_codecs(
         groups: Number of layer groups.
         map_preset: What is kept of visual maps.
         map_grid: Side of the grid that the tokens of a visual map's tiles are pooled to; 0: not pooled.
-        hidden_layers: Of ``hidden`` and ``visual_hidden``, counted as in ``common.hidden_states``.
+        hidden_layers: Of ``hidden`` and ``visual_hidden``, counted as in ``common.attention.hidden``.
         width: Of the teacher's language model.
         exact_hidden: float32 instead of float16 for hidden states.
 

@@ -7,15 +7,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from common.errors import CacheMismatchError, DataError
-from common.manifest import Plan, read_sidecar, sidecar_path
-from common.printing import one_line
-from common.schema import Record
-from common.shared_images import ImageSharer, SharedImages
-from common.stores import finish_shard, open_writer
-from data.collate import Batch, image_key
-from data.encoding import EncodedSample
-from stage1_teacher.signals import TeacherSignals, encode_records
+from vlm_distill_cache.common.cache.manifest import Plan, read_sidecar, sidecar_path
+from vlm_distill_cache.common.cache.schema import Record
+from vlm_distill_cache.common.cache.shared_images import ImageSharer, SharedImages
+from vlm_distill_cache.common.cache.stores import finish_shard, open_writer
+from vlm_distill_cache.common.errors import CacheMismatchError, DataError
+from vlm_distill_cache.common.printing import one_line
+from vlm_distill_cache.data.text.collate import Batch, image_key
+from vlm_distill_cache.data.text.encoding import EncodedSample
+from vlm_distill_cache.stage1_teacher.loop.signals import TeacherSignals, encode_records
 
 In = TypeVar("In")
 Out = TypeVar("Out")

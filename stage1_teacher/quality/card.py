@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from common.atomic import write_bytes_atomic
-from common.manifest import BASE, CARD, Plan, read_sidecar
-from common.plan import card_store_line
+from vlm_distill_cache.common.cache.manifest import BASE, CARD, Plan, read_sidecar
+from vlm_distill_cache.common.cache.plan import card_store_line
+from vlm_distill_cache.common.files.atomic import write_bytes_atomic
 
 # The Hub's classes of size: below this many samples, this name.
 _SIZES = (

@@ -15,28 +15,28 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from common.codecs.logits import SparseLogits
-from common.codecs.row_attention import RowAttention
-from common.codecs.teacher_map import TeacherMap, image_pairs
-from common.errors import SampleError
-from common.manifest import Plan
-from common.plain_files import check_file
-from common.shared_images import SharedImages
-from common.sidecar import read_sidecar
-from common.stores import open_reader
-from common.visual_tokens import Tile, content_mask, tile_boxes
-from data.collate import Batch, collate
-from data.sample import Sample, with_answers
-from stage1_teacher.answers import ANSWERS
-from stage1_teacher.attention_fidelity import (
+from vlm_distill_cache.common.attention.boxes import Tile, content_mask, tile_boxes
+from vlm_distill_cache.common.cache.manifest import Plan
+from vlm_distill_cache.common.cache.shared_images import SharedImages
+from vlm_distill_cache.common.cache.sidecar import read_sidecar
+from vlm_distill_cache.common.cache.stores import open_reader
+from vlm_distill_cache.common.codecs.logits import SparseLogits
+from vlm_distill_cache.common.codecs.row_attention import RowAttention
+from vlm_distill_cache.common.codecs.teacher_map import TeacherMap, image_pairs
+from vlm_distill_cache.common.errors import SampleError
+from vlm_distill_cache.common.plain_files import check_file
+from vlm_distill_cache.data.sample import Sample, with_answers
+from vlm_distill_cache.data.text.collate import Batch, collate
+from vlm_distill_cache.stage1_teacher.attention_fidelity import (
     column_gradient_cosine,
     map_gradient_cosines,
     row_gradient_cosines,
 )
-from stage1_teacher.plan import Build
-from stage1_teacher.signals import TeacherSignals, reduce_output, slice_logits, to_cpu
-from stage1_teacher.sinks import SinkCount
-from stage1_teacher.teacher import TeacherOutput
+from vlm_distill_cache.stage1_teacher.build.plan import Build
+from vlm_distill_cache.stage1_teacher.loop.answers import ANSWERS
+from vlm_distill_cache.stage1_teacher.loop.signals import TeacherSignals, reduce_output, slice_logits, to_cpu
+from vlm_distill_cache.stage1_teacher.sinks import SinkCount
+from vlm_distill_cache.stage1_teacher.teacher.teacher import TeacherOutput
 
 _REMEDY = "run `cachectl verify`, then `cachectl repair` and build the shard again"
 CONTROL_BATCH = 8

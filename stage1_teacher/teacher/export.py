@@ -18,9 +18,9 @@ from typing import Any
 from safetensors.torch import save
 from torch import nn
 
-from common.atomic import clean_stale, write_bytes_atomic, write_json_atomic
-from data.image_encoder import AnyImageEncoder
-from stage1_teacher.teacher import Teacher
+from vlm_distill_cache.common.files.atomic import clean_stale, write_bytes_atomic, write_json_atomic
+from vlm_distill_cache.data.images.encoder import AnyImageEncoder
+from vlm_distill_cache.stage1_teacher.teacher.teacher import Teacher
 
 MAX_AUTO_TOWER_BYTES = 16 * 2**20
 TOWERS = ("clip", "siglip")
@@ -57,7 +57,7 @@ def export_parts(teacher: Teacher, cache_dir: Path) -> list[str]:
 
 
 def export_processor(tokenizer: Any, image_encoder: AnyImageEncoder, directory: Path) -> list[str]:
-    """Write tokenizer and image processor as ``data.processors`` reads them, each file atomically; returns the names."""
+    """Write tokenizer and image processor as ``data.text.processors`` reads them, each file atomically; returns the names."""
     directory.mkdir(parents=True, exist_ok=True)
     clean_stale(directory)
     with tempfile.TemporaryDirectory() as scratch:

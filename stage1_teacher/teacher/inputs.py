@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.attention_request import AttentionRequest
-from common.hidden_states import HiddenRequest
-from common.schema import IGNORE_INDEX
-from common.visual_tokens import content_mask, tile_boxes
-from data.collate import Batch, supervised_rows, text_rows, visual_keys
-from data.families import Family
+from vlm_distill_cache.common.attention.boxes import content_mask, tile_boxes
+from vlm_distill_cache.common.attention.hidden import HiddenRequest
+from vlm_distill_cache.common.attention_request import AttentionRequest
+from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
+from vlm_distill_cache.data.families.table import Family
+from vlm_distill_cache.data.text.collate import Batch, supervised_rows, text_rows, visual_keys
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.codecs.logits import SparseLogits
-from common.schema import IGNORE_INDEX
-from data.collate import Batch, collate, supervised_rows, text_rows, visual_keys
-from data.encoding import EncodedSample
-from stage2_student.attention_losses import has_mass
-from stage2_student.features import FeatureBatch, collate_features
-from stage2_student.signals import AttentionTarget, SampleSignals
-from stage2_student.terms import ALL_ROWS, ATTENTION_TERMS, FEATURE_TERMS, ROW_SIGNALS
+from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
+from vlm_distill_cache.common.codecs.logits import SparseLogits
+from vlm_distill_cache.data.text.collate import Batch, collate, supervised_rows, text_rows, visual_keys
+from vlm_distill_cache.data.text.encoding import EncodedSample
+from vlm_distill_cache.stage2_student.batches.features import FeatureBatch, collate_features
+from vlm_distill_cache.stage2_student.batches.signals import AttentionTarget, SampleSignals
+from vlm_distill_cache.stage2_student.losses.attention import has_mass
+from vlm_distill_cache.stage2_student.terms import ALL_ROWS, ATTENTION_TERMS, FEATURE_TERMS, ROW_SIGNALS
 
 
 @dataclass(frozen=True)

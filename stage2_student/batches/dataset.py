@@ -14,25 +14,25 @@ from typing import Any
 
 import numpy as np
 
-from common.cache import TeacherCache
-from common.codecs import AnswersCodec, codec_from_dict
-from common.errors import CacheMismatchError
-from common.layers import GroupMatch, Groups
-from common.schema import BASE_FIELDS, Record
-from data.collate import text_row_count
-from data.encoding import EncodedSample, SampleEncoder
-from data.sample import Dataset, Sample, with_answers
-from stage2_student.join import join_cache
-from stage2_student.layer_matching import match_groups
-from stage2_student.signals import SampleSignals, decode_signals
-from stage2_student.terms import cached_signals
-from stage2_student.training_batch import (
+from vlm_distill_cache.common.attention.layers import GroupMatch, Groups
+from vlm_distill_cache.common.cache.reader import TeacherCache
+from vlm_distill_cache.common.cache.schema import BASE_FIELDS, Record
+from vlm_distill_cache.common.codecs import AnswersCodec, codec_from_dict
+from vlm_distill_cache.common.errors import CacheMismatchError
+from vlm_distill_cache.data.sample import Dataset, Sample, with_answers
+from vlm_distill_cache.data.text.collate import text_row_count
+from vlm_distill_cache.data.text.encoding import EncodedSample, SampleEncoder
+from vlm_distill_cache.stage2_student.batches.batch import (
     AttentionBatch,
     TrainingBatch,
     TrainingSample,
     arrays_of,
     collate_samples,
 )
+from vlm_distill_cache.stage2_student.batches.layers import match_groups
+from vlm_distill_cache.stage2_student.batches.signals import SampleSignals, decode_signals
+from vlm_distill_cache.stage2_student.join import join_cache
+from vlm_distill_cache.stage2_student.terms import cached_signals
 
 __all__ = [
     "AttentionBatch",

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.codecs.logits import SparseLogits
-from common.errors import CacheMismatchError
-from common.schema import Record
-from common.visual_tokens import Tile, pool_queries
-from stage2_student.common_grid import meet
-from stage2_student.terms import FEATURE_TERMS
+from vlm_distill_cache.common.attention.boxes import Tile, pool_queries
+from vlm_distill_cache.common.cache.schema import Record
+from vlm_distill_cache.common.codecs.logits import SparseLogits
+from vlm_distill_cache.common.errors import CacheMismatchError
+from vlm_distill_cache.stage2_student.batches.grid import meet
+from vlm_distill_cache.stage2_student.terms import FEATURE_TERMS
 
 
 @dataclass(frozen=True)

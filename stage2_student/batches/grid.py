@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.visual_tokens import (
+from vlm_distill_cache.common.attention.boxes import (
     FINEST_SIDE,
     Tile,
     area_pool,

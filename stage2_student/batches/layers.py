@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.codecs.row_attention import RowAttention
-from common.codecs.teacher_map import TeacherMap, incomplete_map
-from common.codecs.visual_map import VisualMapCodec
-from common.errors import CacheMismatchError
-from common.layers import DepthPart, GroupMatch, Matching, match_cached_groups
-from common.next_step import set_words
-from common.plan import Plan
+from vlm_distill_cache.common.attention.layers import DepthPart, GroupMatch, Matching, match_cached_groups
+from vlm_distill_cache.common.cache.plan import Plan
+from vlm_distill_cache.common.codecs.row_attention import RowAttention
+from vlm_distill_cache.common.codecs.teacher_map import TeacherMap, incomplete_map
+from vlm_distill_cache.common.codecs.visual_map import VisualMapCodec
+from vlm_distill_cache.common.errors import CacheMismatchError
+from vlm_distill_cache.common.terminal.next_step import set_words
 
 
 def match_groups(
@@ -34,7 +34,7 @@ def match_groups(
     Args:
         plan: The cache's.
         depth: The student's number of layers.
-        matching: See `common.layers.match_layers`.
+        matching: See `common.attention.layers.match_layers`.
         layers: Which part of the depth; None: the cache's own choice.
         where: Which cache, for the error.
 

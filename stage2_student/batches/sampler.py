@@ -13,7 +13,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from common.errors import ConfigError
+from vlm_distill_cache.common.errors import ConfigError
 
 Indices = NDArray[np.int64]
 

@@ -16,13 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.codecs.logits import SparseLogits
-from common.codecs.teacher_map import TeacherMap, image_pairs
-from common.codecs.visual_map import VisualMapCodec
-from common.errors import CacheMismatchError
-from common.layers import GroupMatch
-from common.schema import Record
-from common.visual_tokens import (
+from vlm_distill_cache.common.attention.boxes import (
     Tile,
     content_mask,
     grid_tile,
@@ -32,10 +26,22 @@ from common.visual_tokens import (
     tile_boxes,
     tiles_from_array,
 )
-from stage2_student.common_grid import meet, meet_cells
-from stage2_student.features import FeatureTarget, decode_features
-from stage2_student.layer_matching import regroup, regroup_map, regroup_rows
-from stage2_student.terms import ALL_ROWS, ATTENTION_SIGNALS, ATTENTION_TERMS, ROW_SIGNALS, cached_signals
+from vlm_distill_cache.common.attention.layers import GroupMatch
+from vlm_distill_cache.common.cache.schema import Record
+from vlm_distill_cache.common.codecs.logits import SparseLogits
+from vlm_distill_cache.common.codecs.teacher_map import TeacherMap, image_pairs
+from vlm_distill_cache.common.codecs.visual_map import VisualMapCodec
+from vlm_distill_cache.common.errors import CacheMismatchError
+from vlm_distill_cache.stage2_student.batches.features import FeatureTarget, decode_features
+from vlm_distill_cache.stage2_student.batches.grid import meet, meet_cells
+from vlm_distill_cache.stage2_student.batches.layers import regroup, regroup_map, regroup_rows
+from vlm_distill_cache.stage2_student.terms import (
+    ALL_ROWS,
+    ATTENTION_SIGNALS,
+    ATTENTION_TERMS,
+    ROW_SIGNALS,
+    cached_signals,
+)
 
 
 @dataclass(frozen=True)

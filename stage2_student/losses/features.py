@@ -9,17 +9,17 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from common.codecs import codec_from_dict
-from common.codecs.hidden_states import HiddenCodec
-from common.errors import CacheMismatchError
-from common.hidden_states import HiddenCapture, HiddenRequest, student_layers
-from common.plan import Plan
-from common.schema import IGNORE_INDEX
-from stage2_student.feature_losses import hidden_loss
-from stage2_student.features import FeatureBatch
-from stage2_student.logit_losses import tail_bucket_loss
-from stage2_student.terms import FEATURE_TERMS, HiddenKind, LogitKind
-from stage2_student.training_batch import TrainingBatch
+from vlm_distill_cache.common.attention.hidden import HiddenCapture, HiddenRequest, student_layers
+from vlm_distill_cache.common.cache.plan import Plan
+from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
+from vlm_distill_cache.common.codecs import codec_from_dict
+from vlm_distill_cache.common.codecs.hidden_states import HiddenCodec
+from vlm_distill_cache.common.errors import CacheMismatchError
+from vlm_distill_cache.stage2_student.batches.batch import TrainingBatch
+from vlm_distill_cache.stage2_student.batches.features import FeatureBatch
+from vlm_distill_cache.stage2_student.feature_losses import hidden_loss
+from vlm_distill_cache.stage2_student.losses.logits import tail_bucket_loss
+from vlm_distill_cache.stage2_student.terms import FEATURE_TERMS, HiddenKind, LogitKind
 
 
 def wanted_rows(batch: TrainingBatch, features: Mapping[str, FeatureBatch]) -> Tensor:

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stage2_student.logit_losses import StudentRows, TeacherRows, diverge
-from stage2_student.terms import LogitKind
+from vlm_distill_cache.stage2_student.losses.logits import StudentRows, TeacherRows, diverge
+from vlm_distill_cache.stage2_student.terms import LogitKind
 
 
 @dataclass(frozen=True, kw_only=True)

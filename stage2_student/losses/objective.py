@@ -15,20 +15,26 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from common.attention_request import AttentionRequest
-from common.codecs.row_attention import RowAttention
-from common.codecs.teacher_map import TeacherMap
-from common.visual_attention import AttentionCapture
-from stage2_student.attention_losses import (
+from vlm_distill_cache.common.attention.capture import AttentionCapture
+from vlm_distill_cache.common.attention_request import AttentionRequest
+from vlm_distill_cache.common.codecs.row_attention import RowAttention
+from vlm_distill_cache.common.codecs.teacher_map import TeacherMap
+from vlm_distill_cache.stage2_student.batches.batch import AttentionBatch, TrainingBatch
+from vlm_distill_cache.stage2_student.losses.attention import (
     all_attention_loss,
     answer_attention_loss,
     sink_shares,
     visual_columns_loss,
     visual_map_loss,
 )
-from stage2_student.feature_objective import feature_loss, record_hidden, visual_logits, wanted_rows
-from stage2_student.row_terms import run_student
-from stage2_student.terms import (
+from vlm_distill_cache.stage2_student.losses.features import (
+    feature_loss,
+    record_hidden,
+    visual_logits,
+    wanted_rows,
+)
+from vlm_distill_cache.stage2_student.losses.rows import run_student
+from vlm_distill_cache.stage2_student.terms import (
     ALL_ROWS,
     ATTENTION_TERMS,
     FEATURE_TERMS,
@@ -40,7 +46,6 @@ from stage2_student.terms import (
     LogitKind,
     VisualMapKind,
 )
-from stage2_student.training_batch import AttentionBatch, TrainingBatch
 
 Groups = tuple[tuple[int, ...], ...]
 

@@ -13,12 +13,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from common.schema import IGNORE_INDEX
-from stage2_student.fused import FusedLosses, fused_losses
-from stage2_student.logit_losses import lm_loss, tail_bucket_loss
-from stage2_student.student_model import model_inputs_of
-from stage2_student.terms import LogitKind
-from stage2_student.training_batch import TrainingBatch
+from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
+from vlm_distill_cache.stage2_student.batches.batch import TrainingBatch
+from vlm_distill_cache.stage2_student.losses.fused import FusedLosses, fused_losses
+from vlm_distill_cache.stage2_student.losses.logits import lm_loss, tail_bucket_loss
+from vlm_distill_cache.stage2_student.students.model import model_inputs_of
+from vlm_distill_cache.stage2_student.terms import LogitKind
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,18 +21,23 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from common.atomic import new_directory, write_json_atomic
-from common.errors import ConfigError, ModelError
-from data.collate import collate
-from data.encoding import SampleEncoder
-from data.families import submodule
-from data.family_inputs import text_config
-from data.family_models import FamilyModel, open_family_model
-from data.sample import Sample
-from data.templates import get_template
-from stage2_student.importance import ATTENTION, MLP, measure_importance, prunable_layers
-from stage2_student.prune_plan import LayerParts, Widths, choose_layer_parts, narrow_widths
-from stage2_student.pruned_folder import RECORD
+from vlm_distill_cache.common.errors import ConfigError, ModelError
+from vlm_distill_cache.common.files.atomic import new_directory, write_json_atomic
+from vlm_distill_cache.data.families.inputs import text_config
+from vlm_distill_cache.data.families.models import FamilyModel, open_family_model
+from vlm_distill_cache.data.families.table import submodule
+from vlm_distill_cache.data.sample import Sample
+from vlm_distill_cache.data.text.collate import collate
+from vlm_distill_cache.data.text.encoding import SampleEncoder
+from vlm_distill_cache.data.text.templates import get_template
+from vlm_distill_cache.stage2_student.prune.importance import (
+    ATTENTION,
+    MLP,
+    measure_importance,
+    prunable_layers,
+)
+from vlm_distill_cache.stage2_student.prune.plan import LayerParts, Widths, choose_layer_parts, narrow_widths
+from vlm_distill_cache.stage2_student.pruned_folder import RECORD
 
 _log = logging.getLogger(__name__)
 MAX_LENGTH = 2048  # tokens of a sample

@@ -5,16 +5,16 @@ from pathlib import Path
 
 from transformers import AutoConfig
 
-from common.cache import open_cache
-from common.errors import ModelError
-from data.family_inputs import text_config
-from data.fingerprints import tokenizer_fingerprint
-from data.processors import load_tokenizer
-from data.sample import iterate_readable
-from stage2_student.config import TrainConfig
-from stage2_student.preparation import open_cached_data
-from stage2_student.prune import prune_directory
-from stage2_student.student_encoder import encoder_of_cache
+from vlm_distill_cache.common.cache.reader import open_cache
+from vlm_distill_cache.common.errors import ModelError
+from vlm_distill_cache.data.families.inputs import text_config
+from vlm_distill_cache.data.fingerprints import tokenizer_fingerprint
+from vlm_distill_cache.data.sample import iterate_readable
+from vlm_distill_cache.data.text.processors import load_tokenizer
+from vlm_distill_cache.stage2_student.config import TrainConfig
+from vlm_distill_cache.stage2_student.prune.cut import prune_directory
+from vlm_distill_cache.stage2_student.students.encoder import encoder_of_cache
+from vlm_distill_cache.stage2_student.training.preparation import open_cached_data
 
 SAMPLES = 256  # that importance is measured on
 

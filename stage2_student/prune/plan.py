@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from common.errors import ConfigError
+from vlm_distill_cache.common.errors import ConfigError
 
 # Matrix widths that are no multiple of 8 are slow on accelerators.
 MULTIPLE = 8

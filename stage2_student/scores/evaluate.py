@@ -16,17 +16,18 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from common.codecs.logits import SparseLogits
-from common.codecs.row_attention import RowAttention
-from common.schema import IGNORE_INDEX
-from common.visual_attention import AttentionCapture
-from data.encoding import EncodedSample, SampleEncoder, build_prompt
-from data.generation import Generated, device_of, generate_answers, pad_token_id
-from data.sample import CaptionPair, EvaluationSet, ImageSource, Question, Sample, Turn
-from stage2_student.attention_losses import answer_attention_loss, has_mass
-from stage2_student.cached_dataset import AttentionBatch, CachedDataset
-from stage2_student.logit_losses import tail_bucket_loss
-from stage2_student.metrics import (
+from vlm_distill_cache.common.attention.capture import AttentionCapture
+from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
+from vlm_distill_cache.common.codecs.logits import SparseLogits
+from vlm_distill_cache.common.codecs.row_attention import RowAttention
+from vlm_distill_cache.data.sample import CaptionPair, EvaluationSet, ImageSource, Question, Sample, Turn
+from vlm_distill_cache.data.text.encoding import EncodedSample, SampleEncoder, build_prompt
+from vlm_distill_cache.data.text.generation import Generated, device_of, generate_answers, pad_token_id
+from vlm_distill_cache.stage2_student.batches.dataset import AttentionBatch, CachedDataset
+from vlm_distill_cache.stage2_student.losses.attention import answer_attention_loss, has_mass
+from vlm_distill_cache.stage2_student.losses.logits import tail_bucket_loss
+from vlm_distill_cache.stage2_student.losses.objective import attention_requests, student_answer_cells
+from vlm_distill_cache.stage2_student.scores.metrics import (
     RESAMPLES,
     Score,
     bootstrap,
@@ -37,9 +38,12 @@ from stage2_student.metrics import (
     preference,
     score_letters,
 )
-from stage2_student.objective import attention_requests, student_answer_cells
-from stage2_student.scoring import answer_log_probs, language_model_of, supervised_logits
-from stage2_student.student_model import generation_inputs_of, model_inputs_of, packs_conversations
+from vlm_distill_cache.stage2_student.scoring import answer_log_probs, language_model_of, supervised_logits
+from vlm_distill_cache.stage2_student.students.model import (
+    generation_inputs_of,
+    model_inputs_of,
+    packs_conversations,
+)
 
 Item = TypeVar("Item")
 

@@ -8,15 +8,15 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
-from common.cache import TeacherCache, open_cache
-from common.errors import CacheFormatError, ConfigError, SampleError, TransferError
-from data.encoding import SampleEncoder, build_prompt
-from data.registry import open_dataset, open_evaluation
-from data.sample import EvaluationSet, Question
-from stage2_student.config import TrainConfig
-from stage2_student.join import merged_fingerprints, splits_and_limits
-from stage2_student.preparation import BUILT_IN_DATA
-from stage2_student.student_encoder import encoder_of_cache
+from vlm_distill_cache.common.cache.reader import TeacherCache, open_cache
+from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, SampleError, TransferError
+from vlm_distill_cache.data.registry import open_dataset, open_evaluation
+from vlm_distill_cache.data.sample import EvaluationSet, Question
+from vlm_distill_cache.data.text.encoding import SampleEncoder, build_prompt
+from vlm_distill_cache.stage2_student.config import TrainConfig
+from vlm_distill_cache.stage2_student.join import merged_fingerprints, splits_and_limits
+from vlm_distill_cache.stage2_student.students.encoder import encoder_of_cache
+from vlm_distill_cache.stage2_student.training.preparation import BUILT_IN_DATA
 
 PROBED_QUESTIONS = 32
 RUN_OPTION, EVALUATE_OPTION = "EVAL_DATA=FILE or --set evaluation.data=FILE", "--data FILE"

@@ -9,14 +9,7 @@ import PIL.ImageDraw
 import torch
 from torch import Tensor
 
-from common.attention_request import AttentionRequest
-from common.cache import TeacherCache
-from common.codecs.row_attention import RowAttentionCodec
-from common.errors import SampleError
-from common.layers import GroupMatch, Groups
-from common.schema import IGNORE_INDEX
-from common.visual_attention import AttentionCapture
-from common.visual_tokens import (
+from vlm_distill_cache.common.attention.boxes import (
     FINEST_SIDE,
     Tile,
     grid_tile,
@@ -25,14 +18,21 @@ from common.visual_tokens import (
     show_twice,
     tile_boxes,
 )
-from data.collate import Batch, collate, supervised_rows, visual_keys
-from data.encoding import SampleEncoder
-from data.generation import device_of, pad_token_id
-from data.sample import Dataset, Sample
-from stage2_student.cached_dataset import answered_sample
-from stage2_student.layer_matching import regroup_rows
-from stage2_student.scoring import language_model_of
-from stage2_student.student_model import model_inputs_of
+from vlm_distill_cache.common.attention.capture import AttentionCapture
+from vlm_distill_cache.common.attention.layers import GroupMatch, Groups
+from vlm_distill_cache.common.attention_request import AttentionRequest
+from vlm_distill_cache.common.cache.reader import TeacherCache
+from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
+from vlm_distill_cache.common.codecs.row_attention import RowAttentionCodec
+from vlm_distill_cache.common.errors import SampleError
+from vlm_distill_cache.data.sample import Dataset, Sample
+from vlm_distill_cache.data.text.collate import Batch, collate, supervised_rows, visual_keys
+from vlm_distill_cache.data.text.encoding import SampleEncoder
+from vlm_distill_cache.data.text.generation import device_of, pad_token_id
+from vlm_distill_cache.stage2_student.batches.dataset import answered_sample
+from vlm_distill_cache.stage2_student.batches.layers import regroup_rows
+from vlm_distill_cache.stage2_student.scoring import language_model_of
+from vlm_distill_cache.stage2_student.students.model import model_inputs_of
 
 PICTURE_SIDE = 220
 HEAT = (255, 64, 0)

@@ -13,9 +13,9 @@ from typing import Any
 
 import PIL.Image
 
-from common.atomic import write_bytes_atomic
-from stage2_student.evaluate import ROWS, EvaluationReport, format_score
-from stage2_student.overlays import Overlay
+from vlm_distill_cache.common.files.atomic import write_bytes_atomic
+from vlm_distill_cache.stage2_student.scores.evaluate import ROWS, EvaluationReport, format_score
+from vlm_distill_cache.stage2_student.scores.overlays import Overlay
 
 COLOURS = ("#0a7d6c", "#c2410c", "#4f46e5", "#a16207", "#be185d", "#475569")
 CHART_WIDTH, CHART_HEIGHT, MARGIN = 520, 240, 44

@@ -14,23 +14,26 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, Qwen2Config
 
-from common.errors import CacheFormatError, ConfigError, ModelError
-from common.models.compodistill import CompoDistillConfig, CompoDistillForConditionalGeneration
-from common.models.mobilevlm import MobileVLMConfig, MobileVLMForConditionalGeneration
-from common.models.parts import (
+from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, ModelError
+from vlm_distill_cache.common.models.compodistill import (
+    CompoDistillConfig,
+    CompoDistillForConditionalGeneration,
+)
+from vlm_distill_cache.common.models.mobilevlm import MobileVLMConfig, MobileVLMForConditionalGeneration
+from vlm_distill_cache.common.models.parts import (
     fill_language_model,
     fill_vision_tower,
     language_model_settings,
     tower_settings,
 )
-from common.models.projectors import PROJECTOR_TYPES
-from common.models.published import default_image_processor, load_published
-from common.models.vision_language import VisionLanguageConfig, VisionLanguageModel
-from common.models.vision_tower import tower_config
-from data.family_images import published_images
-from data.image_encoder import ImageEncoder
-from data.processors import load_image_processor
-from stage2_student.cache_parts import (
+from vlm_distill_cache.common.models.projectors import PROJECTOR_TYPES
+from vlm_distill_cache.common.models.published import default_image_processor, load_published
+from vlm_distill_cache.common.models.vision_language import VisionLanguageConfig, VisionLanguageModel
+from vlm_distill_cache.common.models.vision_tower import tower_config
+from vlm_distill_cache.data.families.images import published_images
+from vlm_distill_cache.data.images.encoder import ImageEncoder
+from vlm_distill_cache.data.text.processors import load_image_processor
+from vlm_distill_cache.stage2_student.cache_parts import (
     has_tower,
     load_frozen_parts,
     read_cache_json,
@@ -39,8 +42,8 @@ from stage2_student.cache_parts import (
     teacher_projector,
     teacher_width,
 )
-from stage2_student.config import choose_size
-from stage2_student.student_presets import (
+from vlm_distill_cache.stage2_student.config import choose_size
+from vlm_distill_cache.stage2_student.students.presets import (
     SIZES,
     STUDENTS,
     fit_size,

@@ -8,13 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from common.errors import CacheFormatError, ConfigError, ModelError
-from common.plan import Plan
-from data.encoding import SampleEncoder
-from data.image_encoder import AnyImageEncoder, ImageEncoder
-from data.image_layouts import image_encoder_from_dict
-from data.processors import load_image_processor, load_tokenizer
-from data.templates import PromptTemplate
+from vlm_distill_cache.common.cache.plan import Plan
+from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, ModelError
+from vlm_distill_cache.data.images.encoder import AnyImageEncoder, ImageEncoder
+from vlm_distill_cache.data.images.layouts import image_encoder_from_dict
+from vlm_distill_cache.data.text.encoding import SampleEncoder
+from vlm_distill_cache.data.text.processors import load_image_processor, load_tokenizer
+from vlm_distill_cache.data.text.templates import PromptTemplate
 
 MAX_LENGTH = 2048  # tokens, where neither the run nor a cache says one
 UNKNOWN_GEOMETRY = "library"

@@ -1,6 +1,6 @@
 """A student of any family of the model library, behind the interface that training and evaluation use.
 
-The library's own forward pass runs; what differs between families stands in ``data.families``. Only the
+The library's own forward pass runs; what differs between families stands in ``data.families.table``. Only the
 supervised rows enter the output projection, so that ``[B, T, V]`` never exists.
 
 Dims: B batch, T sequence, A supervised rows, V vocabulary.
@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.errors import ModelError
-from common.models.mobilevlm import PHASES, Phase
-from data.collate import Batch
-from data.encoding import EncodedSample
-from data.families import Family, submodule
-from data.family_inputs import text_config
-from data.family_models import open_family_model, rows_instead, rows_only
-from data.image_encoder import AnyImageEncoder
+from vlm_distill_cache.common.errors import ModelError
+from vlm_distill_cache.common.models.mobilevlm import PHASES, Phase
+from vlm_distill_cache.data.families.inputs import text_config
+from vlm_distill_cache.data.families.models import open_family_model, rows_instead, rows_only
+from vlm_distill_cache.data.families.table import Family, submodule
+from vlm_distill_cache.data.images.encoder import AnyImageEncoder
+from vlm_distill_cache.data.text.collate import Batch
+from vlm_distill_cache.data.text.encoding import EncodedSample
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from common.models.mobilevlm import Phase
-from data.collate import Batch
-from data.encoding import EncodedSample
-from data.generation import GenerationInputs, left_padded_inputs
+from vlm_distill_cache.common.models.mobilevlm import Phase
+from vlm_distill_cache.data.text.collate import Batch
+from vlm_distill_cache.data.text.encoding import EncodedSample
+from vlm_distill_cache.data.text.generation import GenerationInputs, left_padded_inputs
 
 
 class StudentModel(Protocol):

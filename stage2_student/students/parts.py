@@ -6,25 +6,29 @@ from typing import Any
 
 from torch import nn
 
-from common.atomic import read_json
-from common.cache import TeacherCache
-from common.errors import CacheFormatError, ConfigError, ModelError
-from common.models.projectors import TeacherAdapter
-from common.models.published import is_published
-from common.models.vision_language import VisionLanguageModel
-from common.plan import Plan
-from common.printing import one_line
-from data.families import FAMILIES
-from data.image_encoder import AnyImageEncoder, ImageEncoder
-from data.image_layouts import image_encoder_from_dict
-from data.processors import load_image_processor, load_tokenizer
-from data.templates import PromptTemplate, get_template
-from stage2_student.build_student import build_student, own_image_encoder
-from stage2_student.config import TrainConfig
-from stage2_student.library_student import LibraryStudent, open_library_student
-from stage2_student.student_encoder import build_encoder, cache_image_encoder, load_processors
-from stage2_student.student_model import StudentModel
-from stage2_student.student_presets import split_student_name, student_folder
+from vlm_distill_cache.common.cache.plan import Plan
+from vlm_distill_cache.common.cache.reader import TeacherCache
+from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, ModelError
+from vlm_distill_cache.common.files.atomic import read_json
+from vlm_distill_cache.common.models.projectors import TeacherAdapter
+from vlm_distill_cache.common.models.published import is_published
+from vlm_distill_cache.common.models.vision_language import VisionLanguageModel
+from vlm_distill_cache.common.printing import one_line
+from vlm_distill_cache.data.families.table import FAMILIES
+from vlm_distill_cache.data.images.encoder import AnyImageEncoder, ImageEncoder
+from vlm_distill_cache.data.images.layouts import image_encoder_from_dict
+from vlm_distill_cache.data.text.processors import load_image_processor, load_tokenizer
+from vlm_distill_cache.data.text.templates import PromptTemplate, get_template
+from vlm_distill_cache.stage2_student.config import TrainConfig
+from vlm_distill_cache.stage2_student.students.build import build_student, own_image_encoder
+from vlm_distill_cache.stage2_student.students.encoder import (
+    build_encoder,
+    cache_image_encoder,
+    load_processors,
+)
+from vlm_distill_cache.stage2_student.students.library import LibraryStudent, open_library_student
+from vlm_distill_cache.stage2_student.students.model import StudentModel
+from vlm_distill_cache.stage2_student.students.presets import split_student_name, student_folder
 
 PROVENANCE = "distillation.json"
 

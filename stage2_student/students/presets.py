@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from common.errors import ConfigError
+from vlm_distill_cache.common.errors import ConfigError
 
 SIZES_OF: dict[str, tuple[str, ...]] = {
     "mobilevlm": ("tiny", "1.7b", "3b"),
@@ -137,6 +137,8 @@ def _differences(stored: Mapping[str, Any], preset: Mapping[str, Any]) -> list[s
 
 
 def _read_preset(name: str) -> dict[str, Any]:
-    text = (resources.files("stage2_student.presets") / f"{name}.yaml").read_text(encoding="utf-8")
+    text = (resources.files("vlm_distill_cache.stage2_student.presets") / f"{name}.yaml").read_text(
+        encoding="utf-8"
+    )
     preset: dict[str, Any] = yaml.safe_load(text)
     return preset

@@ -21,9 +21,15 @@ import numpy as np
 import torch
 from torch.optim import Optimizer
 
-from common.atomic import clean_stale, create_temporary, json_bytes, publish_directory, write_durably
-from common.errors import CacheFormatError, ConfigError
-from common.hashing import file_checksum
+from vlm_distill_cache.common.errors import CacheFormatError, ConfigError
+from vlm_distill_cache.common.files.atomic import (
+    clean_stale,
+    create_temporary,
+    json_bytes,
+    publish_directory,
+    write_durably,
+)
+from vlm_distill_cache.common.files.hashing import file_checksum
 
 CHECKPOINTS = "checkpoints"
 STATE = "state.json"

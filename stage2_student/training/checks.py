@@ -1,7 +1,7 @@
 """Bad news before the first step: does this cache fit the data, the tokenizer and the student?
 
 Every check raises ``CacheMismatchError`` with both values and the remedy. That the cache is sealed and of a
-known format is checked where it is opened (``common.cache``); labels and pictures are checked again on every
+known format is checked where it is opened (``common.cache.reader``); labels and pictures are checked again on every
 sample (``cached_dataset.check_join``).
 """
 
@@ -11,23 +11,23 @@ from typing import Any
 
 from torch import nn
 
-from common.cache import TeacherCache
-from common.codecs import LogitCodec, codec_from_dict
-from common.errors import CacheFormatError, CacheMismatchError, ModelError, SampleError
-from common.hashing import fingerprint
-from common.next_step import set_words
-from common.printing import one_line
-from data.families import FAMILIES
-from data.fingerprints import module_fingerprint, tokenizer_fingerprint
-from data.sample import Dataset
-from data.templates import PromptTemplate
-from stage2_student.cached_dataset import CachedDataset
-from stage2_student.config import TrainConfig
-from stage2_student.join import merged_fingerprints, missing_samples
-from stage2_student.layer_matching import check_all_rows, check_map_serves
-from stage2_student.student_encoder import knows_boxes
-from stage2_student.student_model import model_inputs_of
-from stage2_student.terms import cached_signals
+from vlm_distill_cache.common.cache.reader import TeacherCache
+from vlm_distill_cache.common.codecs import LogitCodec, codec_from_dict
+from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError, ModelError, SampleError
+from vlm_distill_cache.common.files.hashing import fingerprint
+from vlm_distill_cache.common.printing import one_line
+from vlm_distill_cache.common.terminal.next_step import set_words
+from vlm_distill_cache.data.families.table import FAMILIES
+from vlm_distill_cache.data.fingerprints import module_fingerprint, tokenizer_fingerprint
+from vlm_distill_cache.data.sample import Dataset
+from vlm_distill_cache.data.text.templates import PromptTemplate
+from vlm_distill_cache.stage2_student.batches.dataset import CachedDataset
+from vlm_distill_cache.stage2_student.batches.layers import check_all_rows, check_map_serves
+from vlm_distill_cache.stage2_student.config import TrainConfig
+from vlm_distill_cache.stage2_student.join import merged_fingerprints, missing_samples
+from vlm_distill_cache.stage2_student.students.encoder import knows_boxes
+from vlm_distill_cache.stage2_student.students.model import model_inputs_of
+from vlm_distill_cache.stage2_student.terms import cached_signals
 
 PROBED_SAMPLES = 8
 _log = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from common.atomic import write_bytes_atomic
+from vlm_distill_cache.common.files.atomic import write_bytes_atomic
 
 LOG = "log.jsonl"
 NOT_LOSSES = ("step", "phase", "lr", "step_s", "samples_per_s", "data_wait")

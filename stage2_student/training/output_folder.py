@@ -7,10 +7,16 @@ import os
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from common.atomic import TEMPORARY_PREFIX, clean_stale, create_temporary, remove, try_lock
-from common.errors import ConfigError
-from stage2_student.config import TrainConfig
-from stage2_student.resolve import read_yaml
+from vlm_distill_cache.common.errors import ConfigError
+from vlm_distill_cache.common.files.atomic import (
+    TEMPORARY_PREFIX,
+    clean_stale,
+    create_temporary,
+    remove,
+    try_lock,
+)
+from vlm_distill_cache.stage2_student.config import TrainConfig
+from vlm_distill_cache.stage2_student.resolve import read_yaml
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

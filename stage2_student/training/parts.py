@@ -12,9 +12,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from common.errors import ConfigError
-from common.hashing import checksum, fingerprint
-from stage2_student.lora import (
+from vlm_distill_cache.common.errors import ConfigError
+from vlm_distill_cache.common.files.hashing import checksum, fingerprint
+from vlm_distill_cache.stage2_student.lora import (
     adapter_parameters,
     add_adapters,
     has_adapters,

@@ -10,18 +10,29 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from common.cache import TeacherCache, open_cache
-from common.errors import ConfigError, DataError
-from common.hashing import fingerprint
-from common.layers import GroupMatch
-from common.mirror import find_mirror
-from common.remotes import is_url
-from data.encoding import SampleEncoder
-from data.registry import open_dataset
-from data.sample import Dataset
-from data.templates import PromptTemplate, get_template
-from stage2_student.cached_dataset import CachedDataset, SampleMemory
-from stage2_student.check_cache import (
+from vlm_distill_cache.common.attention.layers import GroupMatch
+from vlm_distill_cache.common.cache.reader import TeacherCache, open_cache
+from vlm_distill_cache.common.errors import ConfigError, DataError
+from vlm_distill_cache.common.files.hashing import fingerprint
+from vlm_distill_cache.common.remotes import is_url
+from vlm_distill_cache.common.remotes.mirror import find_mirror
+from vlm_distill_cache.data.registry import open_dataset
+from vlm_distill_cache.data.sample import Dataset
+from vlm_distill_cache.data.text.encoding import SampleEncoder
+from vlm_distill_cache.data.text.templates import PromptTemplate, get_template
+from vlm_distill_cache.stage2_student.batches.dataset import CachedDataset, SampleMemory
+from vlm_distill_cache.stage2_student.batches.layers import check_map_serves, map_is_complete, match_groups
+from vlm_distill_cache.stage2_student.batches.sampler import ShardShuffle
+from vlm_distill_cache.stage2_student.config import PhaseConfig, PhaseName, TrainConfig, describe
+from vlm_distill_cache.stage2_student.join import merged_fingerprints, splits_and_limits
+from vlm_distill_cache.stage2_student.loss_weights import LossWeights
+from vlm_distill_cache.stage2_student.losses.features import match_features
+from vlm_distill_cache.stage2_student.losses.objective import Objective
+from vlm_distill_cache.stage2_student.students.encoder import describe_encoder, longest_sequence
+from vlm_distill_cache.stage2_student.students.model import StudentModel, vocabulary_rows
+from vlm_distill_cache.stage2_student.students.parts import StudentParts, open_parts
+from vlm_distill_cache.stage2_student.terms import FEATURE_TERMS
+from vlm_distill_cache.stage2_student.training.checks import (
     check_data,
     check_geometry,
     check_labels_fit,
@@ -34,17 +45,6 @@ from stage2_student.check_cache import (
     probe_samples,
     same_tokenizer,
 )
-from stage2_student.config import PhaseConfig, PhaseName, TrainConfig, describe
-from stage2_student.feature_objective import match_features
-from stage2_student.join import merged_fingerprints, splits_and_limits
-from stage2_student.layer_matching import check_map_serves, map_is_complete, match_groups
-from stage2_student.loss_weights import LossWeights
-from stage2_student.objective import Objective
-from stage2_student.sampler import ShardShuffle
-from stage2_student.student_encoder import describe_encoder, longest_sequence
-from stage2_student.student_model import StudentModel, vocabulary_rows
-from stage2_student.student_parts import StudentParts, open_parts
-from stage2_student.terms import FEATURE_TERMS
 
 BUILT_IN_DATA = ("shapes", "easy-vqa")
 _log = logging.getLogger(__name__)

@@ -10,14 +10,14 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common.errors import ModelError
-from common.hashing import fingerprint
-from stage2_student.objective import LossTerms
-from stage2_student.optim import learning_rate
-from stage2_student.prefetch import Prefetcher
-from stage2_student.preparation import PreparedPhase
-from stage2_student.sampler import micro_batch_count, split_step
-from stage2_student.training_batch import TrainingBatch
+from vlm_distill_cache.common.errors import ModelError
+from vlm_distill_cache.common.files.hashing import fingerprint
+from vlm_distill_cache.stage2_student.batches.batch import TrainingBatch
+from vlm_distill_cache.stage2_student.batches.prefetch import Prefetcher
+from vlm_distill_cache.stage2_student.batches.sampler import micro_batch_count, split_step
+from vlm_distill_cache.stage2_student.losses.objective import LossTerms
+from vlm_distill_cache.stage2_student.optim import learning_rate
+from vlm_distill_cache.stage2_student.training.preparation import PreparedPhase
 
 
 def load_steps(

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 
-from stage2_student.run import set_up_libraries
 from tests.benchmarks.bench_epoch import bench_epoch
 from tests.benchmarks.bench_fused import bench_fused
 from tests.benchmarks.bench_measure import Measured, Values
@@ -37,6 +36,7 @@ from tests.benchmarks.bench_scale import bench_scale
 from tests.benchmarks.bench_stage_one import bench_stage_one
 from tests.benchmarks.bench_storage import bench_codecs, bench_readers, build_builtin_cache
 from tests.benchmarks.bench_training import bench_training
+from vlm_distill_cache.stage2_student.run import set_up_libraries
 
 
 class Scratch:

@@ -20,24 +20,31 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.codecs.row_attention import RowAttention, RowAttentionCodec
-from common.codecs.visual_columns import VisualColumnsCodec
-from common.codecs.visual_map import MapPreset, VisualMapCodec
-from common.schema import BASE_FIELDS, Record
-from common.stores import finish_shard, open_writer
-from common.visual_tokens import Tile, grid_tile, overlap_matrix, pool_keys, tile_boxes, tiles_to_array
-from data.collate import collate, supervised_rows, visual_keys
-from data.registry import open_dataset
-from stage1_teacher.attention_fidelity import (
+from tests.benchmarks.smollm_teacher import TILE_SIDE, SmolLMTeacher
+from tests.benchmarks.synthetic_maps import synthetic_map
+from vlm_distill_cache.common.attention.boxes import (
+    Tile,
+    grid_tile,
+    overlap_matrix,
+    pool_keys,
+    tile_boxes,
+    tiles_to_array,
+)
+from vlm_distill_cache.common.cache.schema import BASE_FIELDS, Record
+from vlm_distill_cache.common.cache.stores import finish_shard, open_writer
+from vlm_distill_cache.common.codecs.row_attention import RowAttention, RowAttentionCodec
+from vlm_distill_cache.common.codecs.visual_columns import VisualColumnsCodec
+from vlm_distill_cache.common.codecs.visual_map import MapPreset, VisualMapCodec
+from vlm_distill_cache.data.registry import open_dataset
+from vlm_distill_cache.data.text.collate import collate, supervised_rows, visual_keys
+from vlm_distill_cache.stage1_teacher.attention_fidelity import (
     column_gradient_cosine,
     map_gradient_cosines,
     row_gradient_cosines,
 )
-from stage1_teacher.demo_teacher import builtin_teacher_directory
-from stage1_teacher.plan import build_encoder
-from stage1_teacher.teacher import Teacher
-from tests.benchmarks.smollm_teacher import TILE_SIDE, SmolLMTeacher
-from tests.benchmarks.synthetic_maps import synthetic_map
+from vlm_distill_cache.stage1_teacher.build.plan import build_encoder
+from vlm_distill_cache.stage1_teacher.demo.teacher import builtin_teacher_directory
+from vlm_distill_cache.stage1_teacher.teacher.teacher import Teacher
 
 PRESETS: tuple[MapPreset, ...] = ("exact", "blocks", "compact", "exact8", "f4")
 LIMITS: dict[str, dict[str, Any]] = {  # design.md, section 3: kB a sample by visual tokens; gradient's cosine

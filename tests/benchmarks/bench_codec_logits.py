@@ -2,7 +2,7 @@
 
 A gradient error is the relative L2 distance of the loss's gradient from the one of the dense teacher, over all rows. It
 depends on the student, so there are two stand-ins: `noisy`, the teacher's logits plus unit Gaussian noise (as in
-`stage1_teacher.fidelity`; its own tail is a poor guide to the teacher's), and `flatter`, 0.7 times the teacher's logits
+`stage1_teacher.quality.fidelity`; its own tail is a poor guide to the teacher's), and `flatter`, 0.7 times the teacher's logits
 plus noise of half a nat, as small models are less sure.
 
 Dims: A rows, V vocabulary.
@@ -24,12 +24,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.codecs.logits import LogitCodec, SparseLogits
-from common.schema import Field, Record
-from common.stores import open_writer
-from stage1_teacher.fidelity import reconstruct
 from tests.benchmarks.bench_codec_formats import PEERS, PeerFormat
 from tests.benchmarks.bench_codec_teachers import TeacherRows
+from vlm_distill_cache.common.cache.schema import Field, Record
+from vlm_distill_cache.common.cache.stores import open_writer
+from vlm_distill_cache.common.codecs.logits import LogitCodec, SparseLogits
+from vlm_distill_cache.stage1_teacher.quality.fidelity import reconstruct
 
 CHUNK = 64  # rows whose dense distributions are held at once
 LABELS = Field(name="labels", dtype="u4", axis="row")

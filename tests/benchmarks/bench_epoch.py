@@ -12,14 +12,22 @@ from pathlib import Path
 
 import numpy as np
 
-from common.cache import open_cache
-from common.documents import document_bytes
-from common.manifest import SHARDS, FileEntry, Plan, ShardSidecar, seal, sidecar_path, write_plan
-from common.schema import Record
-from common.stores import finish_shard, open_writer
-from stage2_student.join import join_cache
-from stage2_student.sampler import ShardShuffle
 from tests.benchmarks.bench_measure import Spread, Values, ratio
+from vlm_distill_cache.common.cache.documents import document_bytes
+from vlm_distill_cache.common.cache.manifest import (
+    SHARDS,
+    FileEntry,
+    Plan,
+    ShardSidecar,
+    seal,
+    sidecar_path,
+    write_plan,
+)
+from vlm_distill_cache.common.cache.reader import open_cache
+from vlm_distill_cache.common.cache.schema import Record
+from vlm_distill_cache.common.cache.stores import finish_shard, open_writer
+from vlm_distill_cache.stage2_student.batches.sampler import ShardShuffle
+from vlm_distill_cache.stage2_student.join import join_cache
 
 SHARD, WINDOW = 256, 8
 SIZES = {"1k": 4 * SHARD, "10k": 40 * SHARD, "100k": 400 * SHARD, "1M": 4000 * SHARD}

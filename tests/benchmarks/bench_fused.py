@@ -13,12 +13,12 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from common.codecs.logits import LogitCodec, SparseLogits
-from stage2_student import fused
-from stage2_student.fused import CHUNK_BYTES, fused_losses
-from stage2_student.logit_losses import lm_loss, tail_bucket_loss
 from tests.benchmarks.bench_measure import Spread, Values, paired_seconds, ratio
 from tests.stage2_student.live_bytes import LiveBytes
+from vlm_distill_cache.common.codecs.logits import LogitCodec, SparseLogits
+from vlm_distill_cache.stage2_student.losses import fused
+from vlm_distill_cache.stage2_student.losses.fused import CHUNK_BYTES, fused_losses
+from vlm_distill_cache.stage2_student.losses.logits import lm_loss, tail_bucket_loss
 
 ROWS = 4096
 """Of the memory count."""

@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from data import builtin
-from stage1_teacher.demo_model import build_demo_model
+from vlm_distill_cache.data import builtin
+from vlm_distill_cache.stage1_teacher.demo.model import build_demo_model
 
 STUDENT_LAYERS, STUDENT_WIDTH = 4, 192
 TEACHER_LAYERS, TEACHER_WIDTH = 2 * STUDENT_LAYERS, 2 * STUDENT_WIDTH

@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from stage1_teacher.config import BuildConfig
-from stage1_teacher.extract import extract
-from stage1_teacher.plan import open_build
-from stage2_student.train import train_student
 from tests.benchmarks.bench_measure import Spread, Values, ratio
 from tests.benchmarks.bench_models import SIZES, save_language_model, save_teacher
 from tests.benchmarks.bench_training import step_seconds
 from tests.benchmarks.experiment_online import train_online
+from vlm_distill_cache.stage1_teacher.build.plan import open_build
+from vlm_distill_cache.stage1_teacher.config import BuildConfig
+from vlm_distill_cache.stage1_teacher.extract import extract
+from vlm_distill_cache.stage2_student.train import train_student
 
 STUDENTS = (1, 3, 10)
 BATCH = 16

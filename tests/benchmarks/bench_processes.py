@@ -7,16 +7,16 @@ import time
 from pathlib import Path
 from unittest import mock
 
-from common.config import config_from_dict
-from common.manifest import SHARDS
-from stage1_teacher.config import BuildConfig
-from stage1_teacher.extract import extract_with_processes
-from stage2_student.config import TrainConfig
-from stage2_student.run import train_arm
-from stage2_student.training_log import read_log
 from tests.benchmarks.bench_measure import Spread, Values, ratio
 from tests.benchmarks.bench_models import save_language_model, save_teacher
 from tests.benchmarks.bench_training import steady
+from vlm_distill_cache.common.cache.manifest import SHARDS
+from vlm_distill_cache.common.config import config_from_dict
+from vlm_distill_cache.stage1_teacher.config import BuildConfig
+from vlm_distill_cache.stage1_teacher.extract import extract_with_processes
+from vlm_distill_cache.stage2_student.config import TrainConfig
+from vlm_distill_cache.stage2_student.run import train_arm
+from vlm_distill_cache.stage2_student.training.log import read_log
 
 PROCESSES = (1, 2)
 

@@ -11,11 +11,19 @@ from pathlib import Path
 
 import numpy as np
 
-from common.cache import open_cache
-from common.codecs.logits import LogitCodec
-from common.documents import document_bytes
-from common.manifest import SHARDS, FileEntry, Plan, ShardSidecar, seal, sidecar_path, write_plan
 from tests.benchmarks.bench_measure import Spread, Values, median_seconds, scaled
+from vlm_distill_cache.common.cache.documents import document_bytes
+from vlm_distill_cache.common.cache.manifest import (
+    SHARDS,
+    FileEntry,
+    Plan,
+    ShardSidecar,
+    seal,
+    sidecar_path,
+    write_plan,
+)
+from vlm_distill_cache.common.cache.reader import open_cache
+from vlm_distill_cache.common.codecs.logits import LogitCodec
 
 MILLION = 1_000_000
 LOOKUPS = (1_000, 10_000, 100_000, 1_000_000)
@@ -28,14 +36,14 @@ def status(name):
     return int(line.split()[1]) / 1000
 """
 _OPEN_AND_LOOK_UP = """
-from common.cache import open_cache
+from vlm_distill_cache.common.cache.reader import open_cache
 cache = open_cache(Path(sys.argv[1]))
 found = [cache.shard_of(f"sample/{i * (len(cache) // 1000):08d}") for i in range(1000)]
 print(json.dumps({"private": status("RssAnon"), "all": status("VmRSS")}))
 """
 _JOIN = """
-from common.cache import open_cache
-from stage2_student.join import join_cache
+from vlm_distill_cache.common.cache.reader import open_cache
+from vlm_distill_cache.stage2_student.join import join_cache
 cache = open_cache(Path(sys.argv[1]))
 class Data:
     name = "made up"
@@ -48,7 +56,7 @@ assert join.sample_ids[0] == "sample/00000000" and len(join.places) == len(cache
 print(json.dumps({"seconds": seconds, "peak": status("VmHWM") - before}))
 """
 _SEAL = """
-from common.manifest import seal
+from vlm_distill_cache.common.cache.manifest import seal
 before, started = status("VmHWM"), time.perf_counter()
 seal(Path(sys.argv[1]))
 print(json.dumps({"seconds": time.perf_counter() - started, "peak": status("VmHWM") - before}))

@@ -21,18 +21,18 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
-from common.schema import IGNORE_INDEX
-from data import builtin
-from data.collate import Batch, collate, length_buckets
-from data.family_inputs import additive_mask
-from data.family_models import row_logits
-from stage1_teacher.config import BuildConfig
-from stage1_teacher.extract import extract
-from stage1_teacher.plan import Build, open_build
-from stage1_teacher.signals import reduce_output
-from stage1_teacher.teacher import Teacher
 from tests.benchmarks.bench_measure import Spread, Values, ratio
 from tests.stage2_student.live_bytes import LiveBytes
+from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
+from vlm_distill_cache.data import builtin
+from vlm_distill_cache.data.families.inputs import additive_mask
+from vlm_distill_cache.data.families.models import row_logits
+from vlm_distill_cache.data.text.collate import Batch, collate, length_buckets
+from vlm_distill_cache.stage1_teacher.build.plan import Build, open_build
+from vlm_distill_cache.stage1_teacher.config import BuildConfig
+from vlm_distill_cache.stage1_teacher.extract import extract
+from vlm_distill_cache.stage1_teacher.loop.signals import reduce_output
+from vlm_distill_cache.stage1_teacher.teacher.teacher import Teacher
 
 SIZE = "135M parameters"
 PICTURE = 336  # pixels; 24 x 24 patches

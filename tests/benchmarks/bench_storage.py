@@ -6,15 +6,15 @@ import numpy as np
 import torch
 import zarr
 
-from common.cache import open_cache
-from common.codecs.logits import LogitCodec
-from common.codecs.row_attention import RowAttention, RowAttentionCodec
-from common.conversion import convert
-from common.manifest import SHARDS
-from stage1_teacher.config import BuildConfig
-from stage1_teacher.extract import extract
-from stage2_student.sampler import epoch_order
 from tests.benchmarks.bench_measure import Spread, Values, paired_seconds, scaled
+from vlm_distill_cache.common.cache.manifest import SHARDS
+from vlm_distill_cache.common.cache.reader import open_cache
+from vlm_distill_cache.common.codecs.logits import LogitCodec
+from vlm_distill_cache.common.codecs.row_attention import RowAttention, RowAttentionCodec
+from vlm_distill_cache.common.tools.convert import convert
+from vlm_distill_cache.stage1_teacher.config import BuildConfig
+from vlm_distill_cache.stage1_teacher.extract import extract
+from vlm_distill_cache.stage2_student.batches.sampler import epoch_order
 
 RANDOM_READS = 64
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from stage2_student.train import AfterStep, TrainResult, train_student
 from tests.benchmarks.bench_measure import Spread, Values
 from tests.benchmarks.bench_models import STUDENT_LAYERS, STUDENT_WIDTH, save_language_model
+from vlm_distill_cache.stage2_student.train import AfterStep, TrainResult, train_student
 
 LOSSES: dict[str, dict[str, float]] = {
     "SFT": {"lm": 1.0},

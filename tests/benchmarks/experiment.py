@@ -37,9 +37,9 @@ ITEMS = 100  # held-out items of each kind
 
 def build_caches() -> None:
     """Run stage one with every signal, and once more with every single layer; or find both done."""
-    from stage1_teacher.config import BuildConfig
-    from stage1_teacher.extract import extract
-    from stage1_teacher.report import summary_text
+    from vlm_distill_cache.stage1_teacher.config import BuildConfig
+    from vlm_distill_cache.stage1_teacher.extract import extract
+    from vlm_distill_cache.stage1_teacher.report import summary_text
 
     for name, options in CACHES.items():
         summary = extract(BuildConfig(data=DATA, cache=str(ROOT / name), **options))  # type: ignore[arg-type]
@@ -55,9 +55,9 @@ def run_job(job: Job) -> dict[str, Any]:
     import torch
 
     torch.set_num_threads(1)
-    from data.registry import open_evaluation
-    from stage2_student.evaluate import evaluate_model
-    from stage2_student.run import set_up_libraries
+    from vlm_distill_cache.data.registry import open_evaluation
+    from vlm_distill_cache.stage2_student.run import set_up_libraries
+    from vlm_distill_cache.stage2_student.scores.evaluate import evaluate_model
 
     set_up_libraries()
     started = time.monotonic()
@@ -80,7 +80,7 @@ def train_job(job: Job) -> tuple[Any, Path]:
     Returns:
         What `train` returns, and the output folder.
     """
-    from stage2_student.train import train_student
+    from vlm_distill_cache.stage2_student.train import train_student
 
     arm = dict(ARMS[job.arm])
     output = ROOT / "runs" / f"{list(ARMS).index(job.arm)}-{job.tokens}-{job.steps}-{job.seed}"
@@ -95,9 +95,9 @@ def train_job(job: Job) -> tuple[Any, Path]:
     }  # fmt: skip
     if not arm.pop("online", False):
         return train_student(**options, **arm), output
-    from stage1_teacher.config import BuildConfig
-    from stage1_teacher.plan import open_build
     from tests.benchmarks.experiment_online import train_online
+    from vlm_distill_cache.stage1_teacher.build.plan import open_build
+    from vlm_distill_cache.stage1_teacher.config import BuildConfig
 
     return train_online(open_build(BuildConfig(data=DATA, cache=cache)), **options, **arm), output
 
@@ -130,11 +130,11 @@ def time_online() -> dict[str, float]:
 
 def score_teacher() -> dict[str, float]:
     """The teacher's own scores on the same items."""
-    from data.registry import open_evaluation
-    from stage1_teacher.demo_teacher import builtin_teacher_directory
-    from stage1_teacher.plan import build_encoder
-    from stage1_teacher.teacher import Teacher
-    from stage2_student.evaluate import evaluate_model
+    from vlm_distill_cache.data.registry import open_evaluation
+    from vlm_distill_cache.stage1_teacher.build.plan import build_encoder
+    from vlm_distill_cache.stage1_teacher.demo.teacher import builtin_teacher_directory
+    from vlm_distill_cache.stage1_teacher.teacher.teacher import Teacher
+    from vlm_distill_cache.stage2_student.scores.evaluate import evaluate_model
 
     teacher = Teacher(builtin_teacher_directory())
     encoder = build_encoder(teacher, template="short", max_length=512)

@@ -9,17 +9,17 @@ from typing import Any
 
 import torch
 
-import stage2_student.train as train_module
-from common.hidden_states import gather_rows
-from common.schema import IGNORE_INDEX
-from data.collate import Batch, collate, supervised_rows, visual_keys
-from stage1_teacher.plan import Build
-from stage1_teacher.signals import build_codecs, encode_records, reduce_output
-from stage1_teacher.teacher import TeacherOutput
-from stage2_student.cached_dataset import CachedDataset
-from stage2_student.preparation import Preparation, prepare
-from stage2_student.signals import decode_signals
-from stage2_student.training_batch import TrainingBatch, TrainingSample, collate_samples
+import vlm_distill_cache.stage2_student.train as train_module
+from vlm_distill_cache.common.attention.hidden import gather_rows
+from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
+from vlm_distill_cache.data.text.collate import Batch, collate, supervised_rows, visual_keys
+from vlm_distill_cache.stage1_teacher.build.plan import Build
+from vlm_distill_cache.stage1_teacher.loop.signals import build_codecs, encode_records, reduce_output
+from vlm_distill_cache.stage1_teacher.teacher.teacher import TeacherOutput
+from vlm_distill_cache.stage2_student.batches.batch import TrainingBatch, TrainingSample, collate_samples
+from vlm_distill_cache.stage2_student.batches.dataset import CachedDataset
+from vlm_distill_cache.stage2_student.batches.signals import decode_signals
+from vlm_distill_cache.stage2_student.training.preparation import Preparation, prepare
 
 SIGNALS = ("logits", "answer_attention")
 

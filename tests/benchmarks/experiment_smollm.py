@@ -27,22 +27,22 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlavaForConditionalGeneration
 
-from common.schema import IGNORE_INDEX
-from data.collate import Batch, collate
-from data.registry import open_dataset, open_evaluation
-from data.sample import Turn
-from stage1_teacher.config import BuildConfig
-from stage1_teacher.demo_teacher import builtin_teacher_directory
-from stage1_teacher.extract import extract
-from stage1_teacher.plan import build_encoder
-from stage1_teacher.report import summary_text
-from stage1_teacher.teacher import Teacher
-from stage2_student.evaluate import evaluate_model
-from stage2_student.optim import learning_rate
-from stage2_student.run import set_up_libraries
-from stage2_student.train import train_student
 from tests.benchmarks.experiment_tables import real_language_model_tables
 from tests.benchmarks.smollm_teacher import GGUF, join_models
+from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
+from vlm_distill_cache.data.registry import open_dataset, open_evaluation
+from vlm_distill_cache.data.sample import Turn
+from vlm_distill_cache.data.text.collate import Batch, collate
+from vlm_distill_cache.stage1_teacher.build.plan import build_encoder
+from vlm_distill_cache.stage1_teacher.config import BuildConfig
+from vlm_distill_cache.stage1_teacher.demo.teacher import builtin_teacher_directory
+from vlm_distill_cache.stage1_teacher.extract import extract
+from vlm_distill_cache.stage1_teacher.report import summary_text
+from vlm_distill_cache.stage1_teacher.teacher.teacher import Teacher
+from vlm_distill_cache.stage2_student.optim import learning_rate
+from vlm_distill_cache.stage2_student.run import set_up_libraries
+from vlm_distill_cache.stage2_student.scores.evaluate import evaluate_model
+from vlm_distill_cache.stage2_student.train import train_student
 
 ROOT = Path("build/experiment-smollm")
 STORED = Path(__file__).parent / "results" / "experiment_smollm.json"

@@ -17,16 +17,22 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlavaConfig, LlavaForConditionalGeneration
 
-from common.attention_request import AttentionRequest
-from common.layers import teacher_groups
-from common.visual_attention import AttentionCapture
-from data.collate import Batch, collate, join_image_inputs, supervised_rows, visual_keys
-from data.encoding import EncodedSample, SampleEncoder
-from data.registry import open_dataset
-from data.sample import Sample
-from data.templates import get_template
-from stage1_teacher.demo_teacher import builtin_teacher_directory
-from stage1_teacher.teacher import Teacher
+from vlm_distill_cache.common.attention.capture import AttentionCapture
+from vlm_distill_cache.common.attention.layers import teacher_groups
+from vlm_distill_cache.common.attention_request import AttentionRequest
+from vlm_distill_cache.data.registry import open_dataset
+from vlm_distill_cache.data.sample import Sample
+from vlm_distill_cache.data.text.collate import (
+    Batch,
+    collate,
+    join_image_inputs,
+    supervised_rows,
+    visual_keys,
+)
+from vlm_distill_cache.data.text.encoding import EncodedSample, SampleEncoder
+from vlm_distill_cache.data.text.templates import get_template
+from vlm_distill_cache.stage1_teacher.demo.teacher import builtin_teacher_directory
+from vlm_distill_cache.stage1_teacher.teacher.teacher import Teacher
 
 _log = logging.getLogger(__name__)
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from common.manifest import Manifest, Plan, seal, write_plan
-from common.schema import Field, Record
-from common.stores import finish_shard, open_writer
+from vlm_distill_cache.common.cache.manifest import Manifest, Plan, seal, write_plan
+from vlm_distill_cache.common.cache.schema import Field, Record
+from vlm_distill_cache.common.cache.stores import finish_shard, open_writer
 
 FIELDS = {
     "logits": (

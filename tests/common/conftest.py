@@ -6,9 +6,9 @@ import pytest
 from cache_factory import build_cache, make_plan
 from servers import serve_s3
 
-from common.manifest import CARD
-from common.plan import card_store_line
-from common.remotes import streams
+from vlm_distill_cache.common.cache.manifest import CARD
+from vlm_distill_cache.common.cache.plan import card_store_line
+from vlm_distill_cache.common.remotes import streams
 
 
 @pytest.fixture(scope="module", params=["zarr", "webdataset"])

@@ -11,7 +11,7 @@ from pathlib import Path
 from cache_factory import build_shard, make_plan
 from kill_everywhere import in_child, kill_everywhere
 
-from common.manifest import seal, write_plan
+from vlm_distill_cache.common.cache.manifest import seal, write_plan
 
 
 def build(cache_dir, plan, shards):
@@ -25,13 +25,13 @@ def build(cache_dir, plan, shards):
 
 
 def merge_into(sources, target):
-    from common.merging import merge
+    from vlm_distill_cache.common.tools.merge import merge
 
     merge(sources, target)
 
 
 def pull_into(source, target):
-    from common.partial import Selection, pull_partial
+    from vlm_distill_cache.common.tools.select import Selection, pull_partial
 
     pull_partial(source, target, Selection(shards=(0, 1)), jobs=1)
 

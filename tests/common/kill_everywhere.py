@@ -12,7 +12,7 @@ from pathlib import Path
 
 from cache_factory import build_shard, make_plan, tree
 
-from common.manifest import missing_shards, seal, write_plan
+from vlm_distill_cache.common.cache.manifest import missing_shards, seal, write_plan
 
 _WATCHED = {"open", "os.mkdir", "os.rename", "os.link", "os.remove", "os.rmdir", "os.truncate"}
 

@@ -6,8 +6,8 @@ from typing import Literal
 
 import pytest
 
-from common.config import config_from_dict, config_to_dict, load_config, save_config
-from common.errors import ConfigError
+from vlm_distill_cache.common.config import config_from_dict, config_to_dict, load_config, save_config
+from vlm_distill_cache.common.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,8 +16,8 @@ from transformers.models.llava_next.modeling_llava_next import LlavaNextModel
 from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionModel
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
-from data.image_encoder import ImageEncoder
-from data.image_layouts import (
+from vlm_distill_cache.data.images.encoder import ImageEncoder
+from vlm_distill_cache.data.images.layouts import (
     AnyResolutionEncoder,
     DynamicEncoder,
     FramedEncoder,

@@ -7,14 +7,14 @@ from types import SimpleNamespace
 import PIL.Image
 import pytest
 
-from common.errors import DataError
-from data.easy_vqa import EasyVqaDataset
-from data.hf import HuggingFaceDataset
-from data.llava import LlavaDataset
-from data.messages import MessagesDataset
-from data.registry import FirstSamples, open_dataset, open_evaluation
-from data.sample import EvaluationSet
-from data.webdataset import WebDataset
+from vlm_distill_cache.common.errors import DataError
+from vlm_distill_cache.data.registry import FirstSamples, open_dataset, open_evaluation
+from vlm_distill_cache.data.sample import EvaluationSet
+from vlm_distill_cache.data.sources.easy_vqa import EasyVqaDataset
+from vlm_distill_cache.data.sources.hf import HuggingFaceDataset
+from vlm_distill_cache.data.sources.llava import LlavaDataset
+from vlm_distill_cache.data.sources.messages import MessagesDataset
+from vlm_distill_cache.data.sources.webdataset import WebDataset
 
 
 def chat(*answers):
@@ -83,7 +83,7 @@ def test_named_data_sets(monkeypatch):
         ShapesDataset=lambda *args: asked.append(args) or [],
         shapes_evaluation=lambda *args: asked.append(args) or EvaluationSet(),
     )
-    monkeypatch.setitem(sys.modules, "data.shapes", fake)
+    monkeypatch.setitem(sys.modules, "vlm_distill_cache.data.shapes.dataset", fake)
     open_dataset("shapes", split="validation")
     open_dataset("shapes:images=12,seed=3")
     open_evaluation("shapes:images=12,seed=3", limit=7)
@@ -96,7 +96,7 @@ def test_named_data_sets(monkeypatch):
 
 
 def test_the_real_shapes_data_opens():
-    pytest.importorskip("data.shapes")
+    pytest.importorskip("vlm_distill_cache.data.shapes.dataset")
     dataset = open_dataset("shapes:images=3,seed=1")
     assert len(dataset) == len(dataset.sample_ids) == 3
     assert dataset[0].independent_turns

@@ -16,11 +16,11 @@ from pathlib import Path
 import torch
 import tqdm
 
-from common.manifest import seal
-from stage1_teacher.cache_folder import explain_disk_errors
-from stage1_teacher.config import BuildConfig
-from stage1_teacher.extract import extract, recompute_fidelity
-from stage1_teacher.parts import Part
+from vlm_distill_cache.common.cache.manifest import seal
+from vlm_distill_cache.stage1_teacher.build.cache_folder import explain_disk_errors
+from vlm_distill_cache.stage1_teacher.build.parts import Part
+from vlm_distill_cache.stage1_teacher.config import BuildConfig
+from vlm_distill_cache.stage1_teacher.extract import extract, recompute_fidelity
 
 KILLED, FULL = 9, 7
 _NEEDS_SPACE = {"open", "os.mkdir", "os.rename", "os.link", "os.fsync"}

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 
-from common.cache import open_cache
-from stage1_teacher.config import BuildConfig
-from stage1_teacher.extract import extract
+from vlm_distill_cache.common.cache.reader import open_cache
+from vlm_distill_cache.stage1_teacher.config import BuildConfig
+from vlm_distill_cache.stage1_teacher.extract import extract
 
 SIZES = ((40, 30), (24, 60), (33, 33), (100, 20), (24, 24), (17, 50), (64, 48), (30, 31))
 

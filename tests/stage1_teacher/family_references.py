@@ -7,8 +7,8 @@ import PIL.Image
 import torch
 import transformers as hf
 
-from common.models.published import is_published, load_published
-from data.processors import load_image_processor, load_tokenizer
+from vlm_distill_cache.common.models.published import is_published, load_published
+from vlm_distill_cache.data.text.processors import load_image_processor, load_tokenizer
 
 VICUNA = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "

@@ -7,9 +7,9 @@ import multiprocessing
 import sys
 import time
 
-from common.errors import ConfigError
-from stage1_teacher.config import BuildConfig
-from stage1_teacher.parts import Part, run_parts
+from vlm_distill_cache.common.errors import ConfigError
+from vlm_distill_cache.stage1_teacher.build.parts import Part, run_parts
+from vlm_distill_cache.stage1_teacher.config import BuildConfig
 
 
 def fail_or_wait(config, part):

@@ -11,21 +11,21 @@ import torch
 from PIL import Image
 from transformers import LlavaForConditionalGeneration
 
-from common.cache import open_cache
-from common.codecs import codec_from_dict
-from common.errors import CacheFormatError, CacheMismatchError, ConfigError, DataError
-from common.manifest import seal
-from common.schema import IGNORE_INDEX
-from common.visual_tokens import Tile
-from data.collate import collate
-from data.registry import open_dataset
-from stage1_teacher import pipeline
-from stage1_teacher.config import BuildConfig
-from stage1_teacher.encode_ahead import encode_shards
-from stage1_teacher.extract import recompute_fidelity
-from stage1_teacher.plan import build_encoder
-from stage1_teacher.teacher import Teacher
-from stage1_teacher.teacher_inputs import image_weights
+from vlm_distill_cache.common.attention.boxes import Tile
+from vlm_distill_cache.common.cache.manifest import seal
+from vlm_distill_cache.common.cache.reader import open_cache
+from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
+from vlm_distill_cache.common.codecs import codec_from_dict
+from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError, ConfigError, DataError
+from vlm_distill_cache.data.registry import open_dataset
+from vlm_distill_cache.data.text.collate import collate
+from vlm_distill_cache.stage1_teacher.build.plan import build_encoder
+from vlm_distill_cache.stage1_teacher.config import BuildConfig
+from vlm_distill_cache.stage1_teacher.extract import recompute_fidelity
+from vlm_distill_cache.stage1_teacher.loop import writer as pipeline
+from vlm_distill_cache.stage1_teacher.loop.encode_ahead import encode_shards
+from vlm_distill_cache.stage1_teacher.teacher.inputs import image_weights
+from vlm_distill_cache.stage1_teacher.teacher.teacher import Teacher
 
 EXACT = {"logits": "exact", "attention_dtype": "f4"}
 ALL_SIGNALS = ("logits", "answer_attention", "visual_columns", "visual_map")
@@ -221,7 +221,7 @@ def test_failures_of_another_processs_shards_count_before_sealing(tmp_path: Path
             (tmp_path / "cache" / "manifest.json").unlink()
         return encode_shards(*arguments, **keywords)
 
-    monkeypatch.setattr("stage1_teacher.answers.encode_shards", raced)
+    monkeypatch.setattr("vlm_distill_cache.stage1_teacher.loop.answers.encode_shards", raced)
     with pytest.raises(DataError, match="3 of 12 samples cannot be used"):
         build_cache(tmp_path / "cache", max_failed_share=0.1, **options)
     assert not (tmp_path / "cache" / "manifest.json").exists()
@@ -322,8 +322,8 @@ def test_a_complete_cache_is_never_written_to(tmp_path: Path, build_cache, monke
             refuse()
         return really(path, flags, *arguments, **options)
 
-    monkeypatch.setattr("common.atomic.os.open", refuse_writing)
-    monkeypatch.setattr("common.atomic.os.replace", refuse)
+    monkeypatch.setattr("vlm_distill_cache.common.files.atomic.os.open", refuse_writing)
+    monkeypatch.setattr("vlm_distill_cache.common.files.atomic.os.replace", refuse)
     assert build_cache(tmp_path / "cache").built == 0
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from stage1_teacher.cli import main
+from vlm_distill_cache.stage1_teacher.cli import main
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def test_a_full_disk_is_named_with_the_remedy(tmp_path: Path, tiny_llava: Path, 
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("common.atomic.os.fsync", full)
+    monkeypatch.setattr("vlm_distill_cache.common.files.atomic.os.fsync", full)
     cache = tmp_path / "cache"
     result = CliRunner().invoke(
         main, ["build", "--teacher", str(tiny_llava), "--cache", str(cache), "--limit", "2", "--store", store]

@@ -11,8 +11,11 @@ import transformers as hf
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
-from common.models.compodistill import CompoDistillConfig, CompoDistillForConditionalGeneration
-from common.models.mobilevlm import MobileVLMConfig, MobileVLMForConditionalGeneration
+from vlm_distill_cache.common.models.compodistill import (
+    CompoDistillConfig,
+    CompoDistillForConditionalGeneration,
+)
+from vlm_distill_cache.common.models.mobilevlm import MobileVLMConfig, MobileVLMForConditionalGeneration
 
 WIDTH, LAYERS = 32, 3
 TEXT = {

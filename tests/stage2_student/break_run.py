@@ -17,10 +17,7 @@ import tqdm
 from break_everywhere import KILLED, break_before
 from tiny_cache import DATA, build_tiny_cache
 
-import stage2_student.report
-import stage2_student.student
-import stage2_student.train  # noqa: F401 - all that a run imports on the way, once for all forks
-from stage2_student.cli import main as distill
+from vlm_distill_cache.stage2_student.cli import main as distill
 
 FAILED = 1
 OPTIONS = (

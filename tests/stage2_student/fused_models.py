@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from common.codecs import SparseLogits
-from stage2_student.fused import fused_losses
-from stage2_student.logit_losses import lm_loss, tail_bucket_loss
+from vlm_distill_cache.common.codecs import SparseLogits
+from vlm_distill_cache.stage2_student.losses.fused import fused_losses
+from vlm_distill_cache.stage2_student.losses.logits import lm_loss, tail_bucket_loss
 
 ROWS, WIDTH, VOCABULARY = 6, 8, 40
 LM_WEIGHT, LOGIT_WEIGHT = 0.7, 1.3

@@ -5,8 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from common.codecs import LogitCodec, SparseLogits
-from stage2_student.logit_losses import REVERSE_FLOOR_NATS
+from vlm_distill_cache.common.codecs import LogitCodec, SparseLogits
+from vlm_distill_cache.stage2_student.losses.logits import REVERSE_FLOOR_NATS
 
 KINDS = ("forward_kl", "reverse_kl", "jsd", "tvd")
 

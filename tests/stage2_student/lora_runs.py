@@ -3,8 +3,8 @@
 import torch
 from tiny_cache import DATA, make_teacher
 
-from common.config import config_from_dict
-from stage2_student.config import TrainConfig
+from vlm_distill_cache.common.config import config_from_dict
+from vlm_distill_cache.stage2_student.config import TrainConfig
 
 LOSSES = ("total", "lm", "logits", "answer_attention", "visual_map")
 

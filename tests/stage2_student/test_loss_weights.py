@@ -6,11 +6,11 @@ import pytest
 from test_train import make_config
 from tiny_cache import build_tiny_cache
 
-from common.config import config_from_dict, config_to_dict
-from common.errors import CacheMismatchError, ConfigError
-from stage2_student.loss_weights import LossWeights
-from stage2_student.preparation import prepare
-from stage2_student.train import train
+from vlm_distill_cache.common.config import config_from_dict, config_to_dict
+from vlm_distill_cache.common.errors import CacheMismatchError, ConfigError
+from vlm_distill_cache.stage2_student.loss_weights import LossWeights
+from vlm_distill_cache.stage2_student.train import train
+from vlm_distill_cache.stage2_student.training.preparation import prepare
 
 DATA = "shapes:images=6,seed=5"
 ALL = ("logits", "answer_attention", "text_attention", "visual_columns", "visual_map")

@@ -5,12 +5,12 @@ import json
 import pytest
 import yaml
 
-from common.config import config_from_dict
-from common.errors import ConfigError
-from common.next_step import DEFAULT_LOSSES
-from stage2_student.config import TrainConfig
-from stage2_student.pruned_folder import RECORD, kept_share
-from stage2_student.resolve import PRESETS, phases_preset, resolve_config
+from vlm_distill_cache.common.config import config_from_dict
+from vlm_distill_cache.common.errors import ConfigError
+from vlm_distill_cache.common.terminal.next_step import DEFAULT_LOSSES
+from vlm_distill_cache.stage2_student.config import TrainConfig
+from vlm_distill_cache.stage2_student.pruned_folder import RECORD, kept_share
+from vlm_distill_cache.stage2_student.resolve import PRESETS, phases_preset, resolve_config
 
 GIVEN = ["cache=c", "output=o"]
 

@@ -9,19 +9,19 @@ import pytest
 from click.testing import CliRunner
 from tiny_cache import DATA
 
-from common import mirror as mirror_module
-from common.cache import open_cache
-from common.codecs import LogitCodec
-from common.config import config_from_dict
-from common.errors import TransferError
-from common.merging import merge
-from common.mirror import forget_mirrors, local_folder
-from common.partial import Selection, pull_partial
-from common.remotes import open_remote
-from stage2_student.cli import main
-from stage2_student.config import TrainConfig
-from stage2_student.run import load_run_config, run
-from stage2_student.train import train
+from vlm_distill_cache.common.cache.reader import open_cache
+from vlm_distill_cache.common.codecs import LogitCodec
+from vlm_distill_cache.common.config import config_from_dict
+from vlm_distill_cache.common.errors import TransferError
+from vlm_distill_cache.common.remotes import mirror as mirror_module
+from vlm_distill_cache.common.remotes import open_remote
+from vlm_distill_cache.common.remotes.mirror import forget_mirrors, local_folder
+from vlm_distill_cache.common.tools.merge import merge
+from vlm_distill_cache.common.tools.select import Selection, pull_partial
+from vlm_distill_cache.stage2_student.cli import main
+from vlm_distill_cache.stage2_student.config import TrainConfig
+from vlm_distill_cache.stage2_student.run import load_run_config, run
+from vlm_distill_cache.stage2_student.train import train
 
 
 class _Quiet(SimpleHTTPRequestHandler):

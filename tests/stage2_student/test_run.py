@@ -10,13 +10,13 @@ import pytest
 from click.testing import CliRunner
 from tiny_cache import DATA, build_tiny_cache
 
-from common.errors import CacheMismatchError, ConfigError
-from data.registry import open_dataset
-from stage2_student import run as run_module
-from stage2_student.cli import main
-from stage2_student.output_folder import claim_output, refuse_foreign_folder
-from stage2_student.preparation import prepare
-from stage2_student.run import load_run_config, run, set_up_libraries
+from vlm_distill_cache.common.errors import CacheMismatchError, ConfigError
+from vlm_distill_cache.data.registry import open_dataset
+from vlm_distill_cache.stage2_student import run as run_module
+from vlm_distill_cache.stage2_student.cli import main
+from vlm_distill_cache.stage2_student.run import load_run_config, run, set_up_libraries
+from vlm_distill_cache.stage2_student.training.output_folder import claim_output, refuse_foreign_folder
+from vlm_distill_cache.stage2_student.training.preparation import prepare
 
 FAST = [
     "dpt.steps=1", "dft.steps=2", "sft.steps=1", "dpt.batch_size=4", "dft.batch_size=4", "sft.batch_size=4",
@@ -76,7 +76,7 @@ def test_the_second_call_imports_neither_torch_nor_transformers(tiny_cache, fini
     arguments = ["run", "--student", "mobilevlm", "--data", DATA, "--cache", str(tiny_cache[0])]
     arguments += ["--output", str(finished.output), *(part for item in FAST for part in ("--set", item))]
     code = (
-        "import sys\nfrom stage2_student.cli import main\n"
+        "import sys\nfrom vlm_distill_cache.stage2_student.cli import main\n"
         f"main({arguments!r}, standalone_mode=False)\n"
         "loaded = {'torch', 'transformers', 'accelerate'} & set(sys.modules)\n"
         "sys.exit(f'imported {loaded}' if loaded else 0)"
@@ -204,7 +204,7 @@ def test_evaluate_report_and_export_work_from_the_folders_alone(finished, tmp_pa
     assert f"Report: {finished.report}" in told.output
     exported = runner.invoke(main, ["export", str(student), "--output", str(tmp_path / "half")])
     assert exported.exit_code == 0, exported.output
-    from stage2_student.build_student import load_student
+    from vlm_distill_cache.stage2_student.students.build import load_student
 
     load_student(tmp_path / "half")
     assert (tmp_path / "half" / "tokenizer.json").is_file()
@@ -269,7 +269,10 @@ def test_output_and_cache_do_not_lie_in_each_other(tmp_path, output, cache):
 
 
 def test_a_file_system_without_locks_is_no_reason_to_refuse(tmp_path, monkeypatch):
-    for module in ("common.atomic", "stage2_student.output_folder"):
+    for module in (
+        "vlm_distill_cache.common.files.atomic",
+        "vlm_distill_cache.stage2_student.training.output_folder",
+    ):
         monkeypatch.setattr(f"{module}.try_lock", lambda _path: None)
     with claim_output(tmp_path / "run", tmp_path / "cache"):
         assert list((tmp_path / "run").iterdir()) == []

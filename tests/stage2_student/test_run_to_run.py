@@ -8,14 +8,14 @@ from test_train import make_config
 from tiny_cache import DATA
 from tiny_students import library_student
 
-from common.errors import CacheMismatchError
-from common.hashing import file_checksum
-from data.images import ImageArray
-from data.registry import open_dataset
-from stage2_student import checkpoint as checkpoint_module
-from stage2_student.checkpoint import Position, write_checkpoint
-from stage2_student.steps import step_seed
-from stage2_student.train import switch_dropout_off, train
+from vlm_distill_cache.common.errors import CacheMismatchError
+from vlm_distill_cache.common.files.hashing import file_checksum
+from vlm_distill_cache.data.images.load import ImageArray
+from vlm_distill_cache.data.registry import open_dataset
+from vlm_distill_cache.stage2_student.train import switch_dropout_off, train
+from vlm_distill_cache.stage2_student.training import checkpoint as checkpoint_module
+from vlm_distill_cache.stage2_student.training.checkpoint import Position, write_checkpoint
+from vlm_distill_cache.stage2_student.training.steps import step_seed
 
 
 def test_a_students_own_dropout_is_off_in_training():
@@ -83,7 +83,8 @@ def test_a_baseline_without_signals_is_refused_other_pictures_too(tiny_cache, tm
             return self.dataset.fingerprint()
 
     monkeypatch.setattr(
-        "stage2_student.preparation.open_cached_data", lambda *_, **__: Changed(open_dataset(DATA))
+        "vlm_distill_cache.stage2_student.training.preparation.open_cached_data",
+        lambda *_, **__: Changed(open_dataset(DATA)),
     )
     phase = {"steps": 8, "batch_size": 4, "losses": {"lm": 1.0}}
     with pytest.raises(CacheMismatchError, match="picture's hash"):

@@ -13,14 +13,14 @@ import torch
 from accelerate.state import AcceleratorState
 from tiny_cache import DATA
 
-from common.config import config_from_dict
-from common.errors import ConfigError, ModelError
-from data.processors import load_image_processor, load_tokenizer
-from stage2_student.build_student import load_student
-from stage2_student.checkpoint import CHECKPOINTS
-from stage2_student.config import TrainConfig, without_teacher
-from stage2_student.train import train, train_student
-from stage2_student.training_log import read_log
+from vlm_distill_cache.common.config import config_from_dict
+from vlm_distill_cache.common.errors import ConfigError, ModelError
+from vlm_distill_cache.data.text.processors import load_image_processor, load_tokenizer
+from vlm_distill_cache.stage2_student.config import TrainConfig, without_teacher
+from vlm_distill_cache.stage2_student.students.build import load_student
+from vlm_distill_cache.stage2_student.train import train, train_student
+from vlm_distill_cache.stage2_student.training.checkpoint import CHECKPOINTS
+from vlm_distill_cache.stage2_student.training.log import read_log
 
 LOSSES = ("total", "lm", "logits", "answer_attention", "visual_columns", "visual_map")
 
@@ -201,11 +201,12 @@ def test_two_processes_see_the_same_steps_as_one(tiny_cache, tmp_path, uninterru
     script = tmp_path / "run.py"
     script.write_text(
         "import sys\nfrom pathlib import Path\n"
-        "from common.config import load_config\n"
-        "from stage2_student.config import TrainConfig\nfrom stage2_student.train import train\n"
+        "from vlm_distill_cache.common.config import load_config\n"
+        "from vlm_distill_cache.stage2_student.config import TrainConfig\n"
+        "from vlm_distill_cache.stage2_student.train import train\n"
         "train(load_config(TrainConfig, Path(sys.argv[1])))\n"
     )
-    from common.config import save_config
+    from vlm_distill_cache.common.config import save_config
 
     save_config(config, tmp_path / "config.yaml")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]

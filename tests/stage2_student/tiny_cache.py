@@ -12,24 +12,36 @@ import torch
 from safetensors.torch import save_file
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from common.atomic import write_json_atomic
-from common.attention_request import AttentionRequest
-from common.codecs import LogitCodec, RowAttention, RowAttentionCodec, VisualColumnsCodec, VisualMapCodec
-from common.codecs.row_attention import TextAttentionCodec
-from common.hashing import fingerprint
-from common.layers import teacher_groups
-from common.manifest import Plan, seal, write_plan
-from common.schema import IGNORE_INDEX
-from common.stores import finish_shard, open_writer
-from common.visual_attention import AttentionCapture
-from common.visual_tokens import grid_tile, overlap_matrix, pool_keys, tile_boxes, tiles_to_array
-from data.builtin import load_image_processor, load_tokenizer
-from data.collate import collate, supervised_rows, text_rows, visual_keys
-from data.encoding import SampleEncoder
-from data.fingerprints import module_fingerprint, tokenizer_fingerprint
-from data.image_encoder import ImageEncoder
-from data.registry import open_dataset
-from data.templates import get_template
+from vlm_distill_cache.common.attention.boxes import (
+    grid_tile,
+    overlap_matrix,
+    pool_keys,
+    tile_boxes,
+    tiles_to_array,
+)
+from vlm_distill_cache.common.attention.capture import AttentionCapture
+from vlm_distill_cache.common.attention.layers import teacher_groups
+from vlm_distill_cache.common.attention_request import AttentionRequest
+from vlm_distill_cache.common.cache.manifest import Plan, seal, write_plan
+from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
+from vlm_distill_cache.common.cache.stores import finish_shard, open_writer
+from vlm_distill_cache.common.codecs import (
+    LogitCodec,
+    RowAttention,
+    RowAttentionCodec,
+    VisualColumnsCodec,
+    VisualMapCodec,
+)
+from vlm_distill_cache.common.codecs.row_attention import TextAttentionCodec
+from vlm_distill_cache.common.files.atomic import write_json_atomic
+from vlm_distill_cache.common.files.hashing import fingerprint
+from vlm_distill_cache.data.builtin import load_image_processor, load_tokenizer
+from vlm_distill_cache.data.fingerprints import module_fingerprint, tokenizer_fingerprint
+from vlm_distill_cache.data.images.encoder import ImageEncoder
+from vlm_distill_cache.data.registry import open_dataset
+from vlm_distill_cache.data.text.collate import collate, supervised_rows, text_rows, visual_keys
+from vlm_distill_cache.data.text.encoding import SampleEncoder
+from vlm_distill_cache.data.text.templates import get_template
 
 DATA = "shapes:images=20,seed=5"
 SIGNALS = ("logits", "answer_attention", "visual_columns", "visual_map")

@@ -3,9 +3,9 @@
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from common.models.mobilevlm import MobileVLMConfig, MobileVLMForConditionalGeneration
-from data.families import family_of
-from stage2_student.library_student import LibraryStudent
+from vlm_distill_cache.common.models.mobilevlm import MobileVLMConfig, MobileVLMForConditionalGeneration
+from vlm_distill_cache.data.families.table import family_of
+from vlm_distill_cache.stage2_student.students.library import LibraryStudent
 
 IMAGE_TOKEN_ID = 40
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from common.errors import CacheFormatError
-from common.sidecar import FileEntry, ShardSidecar, write_sidecar
-from common.stores.base import DAMAGE_ERRORS, ShardReader, ShardWriter, prepare_shard
-from common.stores.webdataset_store import WebDatasetReader, WebDatasetWriter
-from common.stores.zarr_store import ZarrReader, ZarrWriter
+from vlm_distill_cache.common.cache.sidecar import FileEntry, ShardSidecar, write_sidecar
+from vlm_distill_cache.common.cache.stores.base import DAMAGE_ERRORS, ShardReader, ShardWriter, prepare_shard
+from vlm_distill_cache.common.cache.stores.webdataset_store import WebDatasetReader, WebDatasetWriter
+from vlm_distill_cache.common.cache.stores.zarr_store import ZarrReader, ZarrWriter
+from vlm_distill_cache.common.errors import CacheFormatError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from pathlib import Path
 
-    from common.schema import Field
+    from vlm_distill_cache.common.cache.schema import Field
 
 __all__ = [
     "DAMAGE_ERRORS",

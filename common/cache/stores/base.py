@@ -10,11 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
-from common.atomic import clean_stale, remove, try_lock
-from common.errors import CacheFormatError, CacheMismatchError
-from common.plan import SHARDS
-from common.schema import Field, Record, check_record
-from common.sidecar import sidecar_path
+from vlm_distill_cache.common.cache.plan import SHARDS
+from vlm_distill_cache.common.cache.schema import Field, Record, check_record
+from vlm_distill_cache.common.cache.sidecar import sidecar_path
+from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError
+from vlm_distill_cache.common.files.atomic import clean_stale, remove, try_lock
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence

@@ -20,12 +20,9 @@ from numcodecs.zstd import Zstd
 from safetensors import SafetensorError
 from safetensors import numpy as safetensors_numpy
 
-from common.atomic import create_temporary, publish_file
-from common.errors import CacheFormatError
-from common.hashing import checksum, file_digests
-from common.plan import MAX_SHARD_SAMPLES
-from common.schema import Field, Record, check_record
-from common.stores.base import (
+from vlm_distill_cache.common.cache.plan import MAX_SHARD_SAMPLES
+from vlm_distill_cache.common.cache.schema import Field, Record, check_record
+from vlm_distill_cache.common.cache.stores.base import (
     DAMAGE_ERRORS,
     MAX_RECORD_BYTES,
     ShardLedger,
@@ -34,12 +31,15 @@ from common.stores.base import (
     select_fields,
     shard_path,
 )
+from vlm_distill_cache.common.errors import CacheFormatError
+from vlm_distill_cache.common.files.atomic import create_temporary, publish_file
+from vlm_distill_cache.common.files.hashing import checksum, file_digests
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
     from pathlib import Path
 
-    from common.atomic import HeldLock
+    from vlm_distill_cache.common.files.atomic import HeldLock
 
 EXTENSION = ".safetensors.zst"
 _ZSTD_LEVEL = 9

@@ -15,16 +15,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from common.atomic import read_json
-from common.errors import CacheFormatError
-from common.plan import MAX_SHARD_SAMPLES
-from common.stores.base import frame_content_bytes
+from vlm_distill_cache.common.cache.plan import MAX_SHARD_SAMPLES
+from vlm_distill_cache.common.cache.stores.base import frame_content_bytes
+from vlm_distill_cache.common.errors import CacheFormatError
+from vlm_distill_cache.common.files.atomic import read_json
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from common.schema import Field
+    from vlm_distill_cache.common.cache.schema import Field
 
 CHUNK_BYTES = 256 << 10
 _DATA_TYPES = {

@@ -26,12 +26,9 @@ from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 from zarr.storage import LocalStore, MemoryStore
 
-from common.atomic import create_temporary, publish_directory, remove, write_durably
-from common.errors import CacheFormatError
-from common.hashing import file_digests
-from common.manifest import walk_files
-from common.schema import FORMAT_VERSION, Field, Record
-from common.stores.base import (
+from vlm_distill_cache.common.cache.manifest import walk_files
+from vlm_distill_cache.common.cache.schema import FORMAT_VERSION, Field, Record
+from vlm_distill_cache.common.cache.stores.base import (
     DAMAGE_ERRORS,
     MAX_FIELD_BYTES,
     MAX_SAMPLE_ID_BYTES,
@@ -40,13 +37,21 @@ from common.stores.base import (
     select_fields,
     shard_path,
 )
-from common.stores.zarr_metadata import CHUNK_BYTES, check_chunks, check_metadata, read_group_metadata
+from vlm_distill_cache.common.cache.stores.zarr_metadata import (
+    CHUNK_BYTES,
+    check_chunks,
+    check_metadata,
+    read_group_metadata,
+)
+from vlm_distill_cache.common.errors import CacheFormatError
+from vlm_distill_cache.common.files.atomic import create_temporary, publish_directory, remove, write_durably
+from vlm_distill_cache.common.files.hashing import file_digests
 
 if TYPE_CHECKING:
     from collections.abc import Collection
     from pathlib import Path
 
-    from common.atomic import HeldLock
+    from vlm_distill_cache.common.files.atomic import HeldLock
 
 _IDS = "sample_ids"
 _BYTES = Field(name="bytes", dtype="u1", axis="sample")  # the dtypes of the store's own arrays

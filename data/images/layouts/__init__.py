@@ -2,7 +2,7 @@
 
 | kind | families | picture | visual tokens |
 |---|---|---|---|
-| (none): `data.image_encoder` | LLaVA-1.5, MobileVLM, CompoDistill, PaliGemma | squashed, padded or cropped | one fixed grid |
+| (none): `data.images.encoder` | LLaVA-1.5, MobileVLM, CompoDistill, PaliGemma | squashed, padded or cropped | one fixed grid |
 | `framed` | Gemma 3 | squashed | one fixed grid between tags |
 | `any_resolution` | LLaVA-NeXT, LLaVA-OneVision | scaled, padded, cut into tiles | small picture, joined tiles with newlines |
 | `split` | Idefics 3, SmolVLM | stretched, cut into tiles | each tile between tags, then the whole |
@@ -16,13 +16,13 @@ Pixels always come from the model library's own PIL processor. An encoder's `to_
 from collections.abc import Mapping
 from typing import Any
 
-from common.errors import ConfigError
-from data.image_encoder import AnyImageEncoder, ImageEncoder
-from data.image_layouts.any_resolution import AnyResolutionEncoder
-from data.image_layouts.dynamic import DynamicEncoder
-from data.image_layouts.framed import FramedEncoder
-from data.image_layouts.split import SplitEncoder
-from data.image_layouts.thumbnail import ThumbnailEncoder
+from vlm_distill_cache.common.errors import ConfigError
+from vlm_distill_cache.data.images.encoder import AnyImageEncoder, ImageEncoder
+from vlm_distill_cache.data.images.layouts.any_resolution import AnyResolutionEncoder
+from vlm_distill_cache.data.images.layouts.dynamic import DynamicEncoder
+from vlm_distill_cache.data.images.layouts.framed import FramedEncoder
+from vlm_distill_cache.data.images.layouts.split import SplitEncoder
+from vlm_distill_cache.data.images.layouts.thumbnail import ThumbnailEncoder
 
 __all__ = [
     "AnyResolutionEncoder",
@@ -43,7 +43,7 @@ def image_encoder_from_dict(geometry: Mapping[str, Any], processor: Any) -> AnyI
 
     Args:
         geometry: From ``to_dict``; without a ``kind`` that of the fixed `ImageEncoder`.
-        processor: A PIL image processor (``data.processors.load_image_processor``).
+        processor: A PIL image processor (``data.text.processors.load_image_processor``).
 
     Returns:
         An encoder of which ``to_dict`` gives ``geometry`` again.

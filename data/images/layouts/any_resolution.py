@@ -20,10 +20,10 @@ import numpy as np
 import PIL.Image
 from transformers.image_processing_utils import select_best_resolution
 
-from common.errors import ConfigError
-from common.visual_tokens import Tile
-from data.image_encoder import EncodedImage
-from data.image_layouts.pixels import (
+from vlm_distill_cache.common.attention.boxes import Tile
+from vlm_distill_cache.common.errors import ConfigError
+from vlm_distill_cache.data.images.encoder import EncodedImage
+from vlm_distill_cache.data.images.layouts.pixels import (
     FINEST_GRID,
     check_processor,
     covered_share,

@@ -10,10 +10,15 @@ from typing import Any, ClassVar
 import numpy as np
 import PIL.Image
 
-from common.errors import ConfigError, SampleError
-from common.visual_tokens import grid_tile
-from data.image_encoder import EncodedImage
-from data.image_layouts.pixels import FINEST_GRID, check_processor, pixel_settings, run_processor
+from vlm_distill_cache.common.attention.boxes import grid_tile
+from vlm_distill_cache.common.errors import ConfigError, SampleError
+from vlm_distill_cache.data.images.encoder import EncodedImage
+from vlm_distill_cache.data.images.layouts.pixels import (
+    FINEST_GRID,
+    check_processor,
+    pixel_settings,
+    run_processor,
+)
 
 MOST_ELONGATED = 200
 """Long over short side that the library's processor still takes."""

@@ -5,8 +5,8 @@ from typing import Any, ClassVar
 
 import PIL.Image
 
-from common.errors import ConfigError
-from data.image_encoder import EncodedImage, ImageEncoder
+from vlm_distill_cache.common.errors import ConfigError
+from vlm_distill_cache.data.images.encoder import EncodedImage, ImageEncoder
 
 
 @dataclass(frozen=True, kw_only=True)

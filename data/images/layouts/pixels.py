@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
-from common.errors import ConfigError
-from common.visual_tokens import FINEST_SIDE, Tile
-from data.image_encoder import PIXEL_KEYS, plain_setting
+from vlm_distill_cache.common.attention.boxes import FINEST_SIDE, Tile
+from vlm_distill_cache.common.errors import ConfigError
+from vlm_distill_cache.data.images.encoder import PIXEL_KEYS, plain_setting
 
 FINEST_GRID = (FINEST_SIDE, FINEST_SIDE)
 """Rows and columns that stage one pools attention to where a picture's tokens form no one grid."""

@@ -11,9 +11,9 @@ from typing import Any, ClassVar
 import numpy as np
 import PIL.Image
 
-from common.errors import ConfigError, SampleError
-from data.image_encoder import EncodedImage
-from data.image_layouts.pixels import (
+from vlm_distill_cache.common.errors import ConfigError, SampleError
+from vlm_distill_cache.data.images.encoder import EncodedImage
+from vlm_distill_cache.data.images.layouts.pixels import (
     FINEST_GRID,
     check_processor,
     covered_share,

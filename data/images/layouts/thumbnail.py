@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 import PIL.Image
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
 
-from common.errors import ConfigError
-from data.image_encoder import EncodedImage
-from data.image_layouts.pixels import (
+from vlm_distill_cache.common.errors import ConfigError
+from vlm_distill_cache.data.images.encoder import EncodedImage
+from vlm_distill_cache.data.images.layouts.pixels import (
     FINEST_GRID,
     check_processor,
     pixel_settings,

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from common import attention_rows
-from common.attention_rows import SharedPlace, head_mean_attention
+from vlm_distill_cache.common.attention import rows as attention_rows
+from vlm_distill_cache.common.attention.rows import SharedPlace, head_mean_attention
 
 B, H, T, D = 3, 8, 21, 4
 ROWS = torch.tensor([[20, 3, 0, -1, 11], [7, 7, 19, 1, -1], [-1, -1, -1, -1, -1]])

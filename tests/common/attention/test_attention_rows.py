@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from common import attention_rows
-from common.attention_rows import head_mean_attention
+from vlm_distill_cache.common.attention import rows as attention_rows
+from vlm_distill_cache.common.attention.rows import head_mean_attention
 
 
 def test_without_a_mask_attention_goes_both_ways_unless_causal():

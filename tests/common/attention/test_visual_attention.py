@@ -13,9 +13,9 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from common.attention_request import AttentionRequest
-from common.attention_rows import head_mean_attention
-from common.visual_attention import IMPLEMENTATION, AttentionCapture
+from vlm_distill_cache.common.attention.capture import IMPLEMENTATION, AttentionCapture
+from vlm_distill_cache.common.attention.rows import head_mean_attention
+from vlm_distill_cache.common.attention_request import AttentionRequest
 
 VOCABULARY, IMAGE, PATCHES, DEPTH = 64, 5, 16, 4
 GROUPS = ((0, 1, 2), (1, 2, 3), (3,))
@@ -276,7 +276,7 @@ def test_rows_behind_a_key_value_cache_are_query_positions_of_this_pass(qwen):
 
 
 def test_only_requested_layers_are_computed(llava, monkeypatch):
-    from common import visual_attention
+    from vlm_distill_cache.common.attention import capture as visual_attention
 
     calls = []
     monkeypatch.setattr(
@@ -296,7 +296,7 @@ def test_only_requested_layers_are_computed(llava, monkeypatch):
 def test_a_sum_of_rows_that_are_recorded_too_is_taken_from_them(llava, monkeypatch):
     calls = []
     monkeypatch.setattr(
-        "common.visual_attention.head_mean_attention",
+        "vlm_distill_cache.common.attention.capture.head_mean_attention",
         lambda *a, **k: calls.append(1) or head_mean_attention(*a, **k),
     )
     batch, rows, keys = llava_batch("right")

@@ -6,8 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.errors import CacheFormatError, SampleError
-from common.visual_tokens import (
+from vlm_distill_cache.common.attention.boxes import (
     Tile,
     content_mask,
     grid_tile,
@@ -18,6 +17,7 @@ from common.visual_tokens import (
     tiles_from_array,
     tiles_to_array,
 )
+from vlm_distill_cache.common.errors import CacheFormatError, SampleError
 
 sides = st.integers(1, 9)
 corners = st.tuples(st.floats(-0.6, 0.4), st.floats(-0.6, 0.4), st.floats(0.6, 1.6), st.floats(0.6, 1.6))

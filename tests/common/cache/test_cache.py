@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from cache_factory import FAILED, assert_equal_records, build_cache, make_plan, make_record, sample_id, tree
 
-from common.cache import open_cache
-from common.documents import document_bytes
-from common.errors import CacheFormatError, CacheMismatchError
-from common.manifest import read_sidecar, seal, sidecar_path
+from vlm_distill_cache.common.cache.documents import document_bytes
+from vlm_distill_cache.common.cache.manifest import read_sidecar, seal, sidecar_path
+from vlm_distill_cache.common.cache.reader import open_cache
+from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError
 
 POSITIONS = [p for p in range(10) if p != FAILED]
 
@@ -96,7 +96,7 @@ import os, sys
 sys.path.insert(0, sys.argv[2])
 from pathlib import Path
 from cache_factory import assert_equal_records, make_record, sample_id
-from common.cache import open_cache
+from vlm_distill_cache.common.cache.reader import open_cache
 cache = open_cache(Path(sys.argv[1]))
 cache.read(sample_id(0))
 cache._shards._lock.acquire()  # as if another thread were opening a shard at the fork
@@ -109,9 +109,9 @@ if child == 0:
     os._exit(0)
 sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     result = subprocess.run(
-        [sys.executable, "-c", script, str(sealed), str(Path(__file__).parent)],
+        [sys.executable, "-c", script, str(sealed), str(Path(__file__).parents[1])],
         env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from cache_factory import FAILED, assert_equal_records, build_cache, make_plan, make_record, sample_id
 
-from common.cache import TeacherCache, open_cache
-from common.documents import document_bytes, read_document
-from common.errors import CacheFormatError, CacheMismatchError
-from common.index import INDEX
-from common.manifest import MANIFEST, SHARDS, seal, write_plan
-from common.plan import MAX_SHARDS
-from common.stores import finish_shard, open_writer
+from vlm_distill_cache.common.cache.documents import document_bytes, read_document
+from vlm_distill_cache.common.cache.index import INDEX
+from vlm_distill_cache.common.cache.manifest import MANIFEST, SHARDS, seal, write_plan
+from vlm_distill_cache.common.cache.plan import MAX_SHARDS
+from vlm_distill_cache.common.cache.reader import TeacherCache, open_cache
+from vlm_distill_cache.common.cache.stores import finish_shard, open_writer
+from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError
 
 POSITIONS = [p for p in range(10) if p != FAILED]
 IDS = [sample_id(p) for p in POSITIONS]

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.cache import open_cache
-from common.codecs import codec_from_dict
-from common.hashing import checksum
-from common.verification import verify
+from vlm_distill_cache.common.cache.reader import open_cache
+from vlm_distill_cache.common.codecs import codec_from_dict
+from vlm_distill_cache.common.files.hashing import checksum
+from vlm_distill_cache.common.tools.verify import verify
 
-FIXTURES = Path(__file__).parent / "fixtures"
+FIXTURES = Path(__file__).parents[1] / "fixtures"
 HASHES = {"zarr": "2a64719fb48fbd7f6bed7d73897bbb7d", "webdataset": "0d7f0c78be1c2a95be08a244d971d6b7"}
 RECORDS = {  # of all fields' bytes, in the plan's order
     "a": "1c9d344311728430d9f5aac8e15871b6",

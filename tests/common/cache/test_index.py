@@ -10,12 +10,9 @@ from cache_factory import FAILED, assert_equal_records, build_cache, make_plan, 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.cache import open_cache
-from common.documents import document_bytes, read_document
-from common.errors import CacheFormatError, CacheMismatchError
-from common.index import INDEX, Place, SampleIndex, hash_ids
-from common.index_build import IndexBuilder, index_bytes, index_damage, refuse_repeats
-from common.manifest import (
+from vlm_distill_cache.common.cache.documents import document_bytes, read_document
+from vlm_distill_cache.common.cache.index import INDEX, Place, SampleIndex, hash_ids
+from vlm_distill_cache.common.cache.manifest import (
     MANIFEST,
     FileEntry,
     ShardSidecar,
@@ -24,7 +21,10 @@ from common.manifest import (
     read_sidecar,
     seal,
 )
-from common.verification import verify
+from vlm_distill_cache.common.cache.reader import open_cache
+from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError
+from vlm_distill_cache.common.index_build import IndexBuilder, index_bytes, index_damage, refuse_repeats
+from vlm_distill_cache.common.tools.verify import verify
 
 HEADER = 64
 IDS = st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8), unique=True)

@@ -7,10 +7,8 @@ from dataclasses import replace
 import pytest
 from cache_factory import FAILED, build_cache, build_shard, make_plan, sample_id, tree
 
-from common.atomic import MAX_JSON_DEPTH
-from common.documents import document_bytes, read_document, safe_path
-from common.errors import CacheFormatError, CacheMismatchError
-from common.manifest import (
+from vlm_distill_cache.common.cache.documents import document_bytes, read_document, safe_path
+from vlm_distill_cache.common.cache.manifest import (
     MANIFEST,
     FileEntry,
     Manifest,
@@ -26,8 +24,10 @@ from common.manifest import (
     write_plan,
     write_sidecar,
 )
-from common.schema import FORMAT_VERSION
-from common.verification import verify
+from vlm_distill_cache.common.cache.schema import FORMAT_VERSION
+from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError
+from vlm_distill_cache.common.files.atomic import MAX_JSON_DEPTH
+from vlm_distill_cache.common.tools.verify import verify
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""A shard read without a line of ours: by plain zarr, tarfile, zstd and safetensors, and by the words of `common.schema`."""
+"""A shard read without a line of ours: by plain zarr, tarfile, zstd and safetensors, and by the words of `common.cache.schema`."""
 
 import io
 import json
@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from common.codecs import LogitCodec, RowAttention, RowAttentionCodec
-from common.plan import Plan
-from common.schema import BASE_FIELDS
-from common.stores import finish_shard, open_writer
+from vlm_distill_cache.common.cache.plan import Plan
+from vlm_distill_cache.common.cache.schema import BASE_FIELDS
+from vlm_distill_cache.common.cache.stores import finish_shard, open_writer
+from vlm_distill_cache.common.codecs import LogitCodec, RowAttention, RowAttentionCodec
 
 READER = """
 import io, json, math, sys, tarfile

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from cache_factory import FIELDS, make_record
 
-from common.errors import CacheFormatError
-from common.schema import BASE_FIELDS, IGNORE_INDEX, Field, check_fields, check_record
+from vlm_distill_cache.common.cache.schema import BASE_FIELDS, IGNORE_INDEX, Field, check_fields, check_record
+from vlm_distill_cache.common.errors import CacheFormatError
 
 ALL = BASE_FIELDS + FIELDS["logits"] + FIELDS["visual_map"]
 

@@ -11,13 +11,10 @@ from cache_factory import FIELDS, make_plan, make_record
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.cache import open_cache
-from common.conversion import convert
-from common.errors import CacheFormatError
-from common.manifest import seal, write_plan
-from common.record_checks import content_damage
-from common.schema import check_record
-from common.shared_images import (
+from vlm_distill_cache.common.cache.manifest import seal, write_plan
+from vlm_distill_cache.common.cache.reader import open_cache
+from vlm_distill_cache.common.cache.schema import check_record
+from vlm_distill_cache.common.cache.shared_images import (
     VISUAL_SOURCE,
     ImageSharer,
     SharedImages,
@@ -25,8 +22,11 @@ from common.shared_images import (
     prefix_key,
     with_visual_source,
 )
-from common.sidecar import read_sidecar
-from common.stores import finish_shard, open_reader, open_writer
+from vlm_distill_cache.common.cache.sidecar import read_sidecar
+from vlm_distill_cache.common.cache.stores import finish_shard, open_reader, open_writer
+from vlm_distill_cache.common.codecs.checks import content_damage
+from vlm_distill_cache.common.errors import CacheFormatError
+from vlm_distill_cache.common.tools.convert import convert
 
 SHARED = with_visual_source(FIELDS)
 NAMES = ("visual_columns", "visual_map")

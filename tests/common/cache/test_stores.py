@@ -13,9 +13,9 @@ import pytest
 import zarr
 from cache_factory import assert_equal_records, build_shard, make_plan, make_record, sample_id, tree
 
-from common.errors import CacheFormatError, CacheMismatchError
-from common.manifest import read_sidecar, sidecar_path, write_plan
-from common.stores import finish_shard, open_reader, open_writer
+from vlm_distill_cache.common.cache.manifest import read_sidecar, sidecar_path, write_plan
+from vlm_distill_cache.common.cache.stores import finish_shard, open_reader, open_writer
+from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError
 
 ORDINARY = [p for p in range(8) if p != 3]
 
@@ -164,7 +164,7 @@ class StoreContract:
         self.check_every_kill(tmp_path, stride=1)
 
     def check_every_kill(self, tmp_path, stride):
-        script = Path(__file__).with_name("kill_everywhere.py")
+        script = Path(__file__).parents[1] / "kill_everywhere.py"
         root = script.parents[2]
         result = subprocess.run(
             [sys.executable, script, self.store, tmp_path, str(stride)],

@@ -18,15 +18,15 @@ from cache_factory import build_cache, build_shard, make_plan, make_record
 from numcodecs.zstd import Zstd
 from test_stores import ORDINARY, codecs_of, read_all, write
 
-from common.atomic import MAX_JSON_ITEMS, parse_json, read_json
-from common.cache import open_cache
-from common.documents import document_bytes, read_document, safe_path
-from common.errors import CacheFormatError
-from common.manifest import MANIFEST, FileEntry, seal, sidecar_path
-from common.plan import Plan
-from common.stores import finish_shard
-from common.stores.webdataset_store import EXTENSION, decode_member, encode_member
-from common.verification import verify
+from vlm_distill_cache.common.cache.documents import document_bytes, read_document, safe_path
+from vlm_distill_cache.common.cache.manifest import MANIFEST, FileEntry, seal, sidecar_path
+from vlm_distill_cache.common.cache.plan import Plan
+from vlm_distill_cache.common.cache.reader import open_cache
+from vlm_distill_cache.common.cache.stores import finish_shard
+from vlm_distill_cache.common.cache.stores.webdataset_store import EXTENSION, decode_member, encode_member
+from vlm_distill_cache.common.errors import CacheFormatError
+from vlm_distill_cache.common.files.atomic import MAX_JSON_ITEMS, parse_json, read_json
+from vlm_distill_cache.common.tools.verify import verify
 
 HOSTILE_PATHS = [
     "/etc/passwd", "../x", "a/../../x", "..", ".", "", "./a", "a/.", "a//b", "a/", "C:/x", "c:x", "a/b:stream",

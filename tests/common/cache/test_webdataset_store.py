@@ -13,9 +13,14 @@ from hypothesis import strategies as st
 from numcodecs.zstd import Zstd
 from test_stores import ORDINARY, StoreContract, read_all, write
 
-from common.errors import CacheFormatError
-from common.stores import finish_shard
-from common.stores.webdataset_store import EXTENSION, decode_member, encode_member, key_of
+from vlm_distill_cache.common.cache.stores import finish_shard
+from vlm_distill_cache.common.cache.stores.webdataset_store import (
+    EXTENSION,
+    decode_member,
+    encode_member,
+    key_of,
+)
+from vlm_distill_cache.common.errors import CacheFormatError
 
 
 class TestWebDataset(StoreContract):

@@ -9,12 +9,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.codecs import RowAttention, RowAttentionCodec, VisualColumnsCodec, VisualMapCodec, codec_from_dict
-from common.codecs.quantise import decode_log8, encode_log8, log8_half_step, log8_table
-from common.codecs.row_attention import RANGE_NATS
-from common.codecs.visual_map import MAP_RANGE_NATS
-from common.errors import CacheFormatError, ConfigError, SampleError
-from common.schema import check_record
+from vlm_distill_cache.common.cache.schema import check_record
+from vlm_distill_cache.common.codecs import (
+    RowAttention,
+    RowAttentionCodec,
+    VisualColumnsCodec,
+    VisualMapCodec,
+    codec_from_dict,
+)
+from vlm_distill_cache.common.codecs.quantise import decode_log8, encode_log8, log8_half_step, log8_table
+from vlm_distill_cache.common.codecs.row_attention import RANGE_NATS
+from vlm_distill_cache.common.codecs.visual_map import MAP_RANGE_NATS
+from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, SampleError
 
 HALF_TINY = 2**-25  # half the spacing of float16 near zero
 

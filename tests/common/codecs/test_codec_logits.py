@@ -9,10 +9,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.codecs import LOGIT_PRESETS, LogitCodec, SparseLogits, codec_from_dict
-from common.codecs.quantise import GAP_TABLE, MAX_GAP, encode_gaps, gap_error
-from common.errors import CacheFormatError, ConfigError, SampleError, TemperatureNotCachedError
-from common.schema import check_record
+from vlm_distill_cache.common.cache.schema import check_record
+from vlm_distill_cache.common.codecs import LOGIT_PRESETS, LogitCodec, SparseLogits, codec_from_dict
+from vlm_distill_cache.common.codecs.quantise import GAP_TABLE, MAX_GAP, encode_gaps, gap_error
+from vlm_distill_cache.common.errors import (
+    CacheFormatError,
+    ConfigError,
+    SampleError,
+    TemperatureNotCachedError,
+)
 
 INF = math.inf
 PINNED_GAPS = [0.0, 0.0120922, 0.202838, 0.94846, 2.43254, 6.0128, 22.9901, 24.0]

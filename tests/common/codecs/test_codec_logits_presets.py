@@ -8,11 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.codecs import LOGIT_PRESETS, LogitCodec, codec_from_dict
-from common.codecs.logit_presets import preset_settings
-from common.codecs.quantise import GAP_TABLE, balance, gap_codes, gap_error, gap_steps
-from common.errors import CacheFormatError, ConfigError
-from stage1_teacher.config import BuildConfig
+from vlm_distill_cache.common.codecs import LOGIT_PRESETS, LogitCodec, codec_from_dict
+from vlm_distill_cache.common.codecs.logit_presets import preset_settings
+from vlm_distill_cache.common.codecs.quantise import GAP_TABLE, balance, gap_codes, gap_error, gap_steps
+from vlm_distill_cache.common.errors import CacheFormatError, ConfigError
+from vlm_distill_cache.stage1_teacher.config import BuildConfig
 
 INF = math.inf
 TEMPERATURES = (1.0, 0.5, 2.0, 4.0, 20.0)

@@ -8,12 +8,24 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.codecs import RowAttention, RowAttentionCodec, TextAttentionCodec, codec_from_dict
-from common.codecs.quantise import log8_half_step
-from common.codecs.row_attention import RANGE_NATS
-from common.errors import CacheFormatError, SampleError
-from common.schema import check_record
-from common.visual_tokens import Tile, content_mask, grid_tile, overlap_matrix, pool_keys, tile_boxes
+from vlm_distill_cache.common.attention.boxes import (
+    Tile,
+    content_mask,
+    grid_tile,
+    overlap_matrix,
+    pool_keys,
+    tile_boxes,
+)
+from vlm_distill_cache.common.cache.schema import check_record
+from vlm_distill_cache.common.codecs import (
+    RowAttention,
+    RowAttentionCodec,
+    TextAttentionCodec,
+    codec_from_dict,
+)
+from vlm_distill_cache.common.codecs.quantise import log8_half_step
+from vlm_distill_cache.common.codecs.row_attention import RANGE_NATS
+from vlm_distill_cache.common.errors import CacheFormatError, SampleError
 
 CODECS = [RowAttentionCodec, TextAttentionCodec]
 

@@ -10,14 +10,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from common.codecs import VisualMapCodec, codec_from_dict
-from common.codecs.kept_columns import SHORT_COLUMN, growing_runs, nearest_first, pack_mask, unpack_mask
-from common.codecs.map_codes import KEPT_LEVELS, SINK_STEPS
-from common.codecs.teacher_map import TeacherMap
-from common.codecs.visual_map import RUNS
-from common.errors import CacheFormatError, CacheMismatchError
-from common.schema import MAP_AXES, check_record
-from common.visual_tokens import Tile, content_mask, tile_boxes, tiles_to_array
+from vlm_distill_cache.common.attention.boxes import Tile, content_mask, tile_boxes, tiles_to_array
+from vlm_distill_cache.common.cache.schema import MAP_AXES, check_record
+from vlm_distill_cache.common.codecs import VisualMapCodec, codec_from_dict
+from vlm_distill_cache.common.codecs.kept_columns import (
+    SHORT_COLUMN,
+    growing_runs,
+    nearest_first,
+    pack_mask,
+    unpack_mask,
+)
+from vlm_distill_cache.common.codecs.map_codes import KEPT_LEVELS, SINK_STEPS
+from vlm_distill_cache.common.codecs.teacher_map import TeacherMap
+from vlm_distill_cache.common.codecs.visual_map import RUNS
+from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError
 
 FILTERED = ("exact", "blocks", "compact")
 

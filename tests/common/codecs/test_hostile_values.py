@@ -14,8 +14,12 @@ from click.testing import CliRunner
 from numcodecs.zstd import Zstd
 from test_stores import write
 
-from common.cli import main
-from common.codecs import (
+from vlm_distill_cache.common.cache.documents import document_bytes, read_document
+from vlm_distill_cache.common.cache.manifest import seal, sidecar_path, write_plan
+from vlm_distill_cache.common.cache.stores import finish_shard, open_writer
+from vlm_distill_cache.common.cache.stores.webdataset_store import decode_member
+from vlm_distill_cache.common.cli import main
+from vlm_distill_cache.common.codecs import (
     CODECS,
     AnswersCodec,
     HiddenCodec,
@@ -29,17 +33,13 @@ from common.codecs import (
     VisualMapCodec,
     codec_from_dict,
 )
-from common.codecs.visual_map import MapPreset
-from common.documents import document_bytes, read_document
-from common.errors import CacheFormatError, ModelError
-from common.manifest import seal, sidecar_path, write_plan
-from common.printing import one_line, printable
-from common.record_checks import codec_damage
-from common.stores import finish_shard, open_writer
-from common.stores.webdataset_store import decode_member
-from common.verification import verify
+from vlm_distill_cache.common.codecs.checks import codec_damage
+from vlm_distill_cache.common.codecs.visual_map import MapPreset
+from vlm_distill_cache.common.errors import CacheFormatError, ModelError
+from vlm_distill_cache.common.printing import one_line, printable
+from vlm_distill_cache.common.tools.verify import verify
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 PACKAGES = ("common", "data", "stage1_teacher", "stage2_student")
 OURS = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
 NASTY = "\x1b]0;owned\x07\x1b[2K\rok: all is well\nok: \u202egpj.exe\x00\x9b1m"
@@ -218,8 +218,8 @@ def test_text_is_spelt_out_and_cut():
 
 
 def test_a_processor_with_code_of_its_own_is_refused_and_not_run(tmp_path):
-    from data import builtin
-    from data.processors import load_image_processor, load_tokenizer
+    from vlm_distill_cache.data import builtin
+    from vlm_distill_cache.data.text.processors import load_image_processor, load_tokenizer
 
     builtin.save_processor(tmp_path)
     (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
@@ -236,7 +236,7 @@ def test_a_processor_with_code_of_its_own_is_refused_and_not_run(tmp_path):
 
 
 def test_a_vision_tower_from_a_cache_cannot_name_code_to_fetch(tmp_path):
-    from stage2_student.build_student import build_config, load_preset
+    from vlm_distill_cache.stage2_student.students.build import build_config, load_preset
 
     tower = load_preset("1.7b")["vision_tower"]
     hostile = {

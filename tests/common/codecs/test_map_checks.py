@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from common.codecs import LogitCodec, VisualMapCodec
-from common.manifest import Plan
-from common.record_checks import value_damage
-from common.visual_tokens import tiles_from_array
+from vlm_distill_cache.common.attention.boxes import tiles_from_array
+from vlm_distill_cache.common.cache.manifest import Plan
+from vlm_distill_cache.common.codecs import LogitCodec, VisualMapCodec
+from vlm_distill_cache.common.codecs.checks import value_damage
 
 TILES = np.array([[3, 4, 0, 0, 1, 1]], np.float32)
 

@@ -4,8 +4,9 @@ import os
 
 import pytest
 
-from common import atomic
-from common.atomic import (
+from vlm_distill_cache.common.errors import CacheFormatError
+from vlm_distill_cache.common.files import atomic
+from vlm_distill_cache.common.files.atomic import (
     clean_stale,
     create_temporary,
     new_directory,
@@ -17,7 +18,6 @@ from common.atomic import (
     write_bytes_atomic,
     write_json_atomic,
 )
-from common.errors import CacheFormatError
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):

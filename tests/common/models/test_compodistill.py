@@ -4,9 +4,12 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, Qwen2Config, SiglipVisionConfig
 
-from common.errors import ModelError
-from common.models.compodistill import CompoDistillConfig, CompoDistillForConditionalGeneration
-from data.image_encoder import ImageEncoder
+from vlm_distill_cache.common.errors import ModelError
+from vlm_distill_cache.common.models.compodistill import (
+    CompoDistillConfig,
+    CompoDistillForConditionalGeneration,
+)
+from vlm_distill_cache.data.images.encoder import ImageEncoder
 
 IMAGE, VISUAL = 40, 35
 VISION = {

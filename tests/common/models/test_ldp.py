@@ -5,8 +5,8 @@ import pytest
 import torch
 from published_factory import LDP_SHAPES
 
-from common.models.ldp import InvertedResidual, LDPProjector, half_grid, squeeze_width
-from common.models.projectors import build_projector
+from vlm_distill_cache.common.models.ldp import InvertedResidual, LDPProjector, half_grid, squeeze_width
+from vlm_distill_cache.common.models.projectors import build_projector
 
 
 def make_projector(width=16, *, dtype=torch.float32):

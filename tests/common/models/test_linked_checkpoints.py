@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 from published_factory import mobilevlm_tensors, write_mobilevlm
 
-from common.models.published import load_published
-from stage1_teacher.teacher import Teacher
+from vlm_distill_cache.common.models.published import load_published
+from vlm_distill_cache.stage1_teacher.teacher.teacher import Teacher
 
 
 def link(folder: Path, target: Path) -> Path:

@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, CLIPVisionConfig, LlamaConfig
 
-from common.errors import ModelError
-from common.models.mobilevlm import MobileVLMConfig, MobileVLMForConditionalGeneration
+from vlm_distill_cache.common.errors import ModelError
+from vlm_distill_cache.common.models.mobilevlm import MobileVLMConfig, MobileVLMForConditionalGeneration
 
 IMAGE = 40  # outside the vocabulary, as for the published models
 VISION = {

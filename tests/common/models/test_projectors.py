@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from common.errors import ModelError
-from common.models.projectors import (
+from vlm_distill_cache.common.errors import ModelError
+from vlm_distill_cache.common.models.projectors import (
     LDPv2Projector,
     MlpProjector,
     TeacherAdapter,

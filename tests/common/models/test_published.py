@@ -18,12 +18,17 @@ from published_factory import (
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, LlamaConfig, LlamaForCausalLM, Qwen2ForCausalLM
 
-from common.attention_request import AttentionRequest
-from common.errors import ModelError
-from common.models.mobilevlm import MobileVLMForConditionalGeneration
-from common.models.published import convert_published, default_image_processor, is_published, load_published
-from common.models.published_configs import KNOWN_TOWERS, mobilevlm_config
-from common.visual_attention import AttentionCapture
+from vlm_distill_cache.common.attention.capture import AttentionCapture
+from vlm_distill_cache.common.attention_request import AttentionRequest
+from vlm_distill_cache.common.errors import ModelError
+from vlm_distill_cache.common.models.mobilevlm import MobileVLMForConditionalGeneration
+from vlm_distill_cache.common.models.published import (
+    convert_published,
+    default_image_processor,
+    is_published,
+    load_published,
+)
+from vlm_distill_cache.common.models.published_configs import KNOWN_TOWERS, mobilevlm_config
 
 TYPES = {1: "ldpnet", 2: "ldpnetv2"}
 

@@ -17,9 +17,9 @@ from published_factory import (
 )
 from safetensors.torch import save_file
 
-from common.errors import ModelError
-from common.models.published import convert_published, load_published
-from common.models.weight_files import read_weights
+from vlm_distill_cache.common.errors import ModelError
+from vlm_distill_cache.common.models.published import convert_published, load_published
+from vlm_distill_cache.common.models.weight_files import read_weights
 
 
 @pytest.mark.parametrize(

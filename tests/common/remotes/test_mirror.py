@@ -18,14 +18,20 @@ from cache_factory import assert_equal_records, build_cache, make_plan, make_rec
 from click.testing import CliRunner
 from servers import s3_environment, serve_nginx, serve_s3
 
-from common import mirror as mirror_module
-from common.cache import TeacherCache, open_cache
-from common.cli import main
-from common.errors import CacheFormatError, CacheMismatchError, ConfigError, TransferError
-from common.manifest import read_manifest, seal
-from common.mirror import Mirror, find_mirror, forget_mirrors, local_folder, open_mirror
-from common.remotes import DirectoryRemote
-from common.transfer import push
+from vlm_distill_cache.common.cache.manifest import read_manifest, seal
+from vlm_distill_cache.common.cache.reader import TeacherCache, open_cache
+from vlm_distill_cache.common.cli import main
+from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError, ConfigError, TransferError
+from vlm_distill_cache.common.remotes import DirectoryRemote
+from vlm_distill_cache.common.remotes import mirror as mirror_module
+from vlm_distill_cache.common.remotes.mirror import (
+    Mirror,
+    find_mirror,
+    forget_mirrors,
+    local_folder,
+    open_mirror,
+)
+from vlm_distill_cache.common.remotes.pull import push
 
 SAMPLES = 24  # 6 shards of 4; one sample of shard 0 failed
 
@@ -327,7 +333,7 @@ def test_a_forged_cache_of_the_same_hash_does_not_pass_for_the_real_one(
     forged = CountingRemote(tmp_path / "forged")
     forged.fetched = Counter()
     with monkeypatch.context() as patch:  # somebody found a second manifest with this fast hash
-        patch.setattr("common.manifest.Manifest.hash", real.hash)
+        patch.setattr("vlm_distill_cache.common.cache.manifest.Manifest.hash", real.hash)
         patch.setattr(mirror_module, "open_remote", lambda _: forged)
         open_mirror(forged.location, open_shards=1)
     with pytest.raises(CacheFormatError, match="one of the two is forged"):

@@ -9,8 +9,8 @@ import pytest
 from hub_server import TOKEN, HubServer
 from servers import FaultyServer, s3_environment, serve_nginx
 
-from common.errors import CacheFormatError, ConfigError, TransferError
-from common.remotes import DirectoryRemote, is_url, open_remote
+from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, TransferError
+from vlm_distill_cache.common.remotes import DirectoryRemote, is_url, open_remote
 
 SIZE = 12_345
 DATA = bytes(i * i % 251 for i in range(SIZE))

@@ -3,8 +3,8 @@
 import pytest
 from servers import Fault, FaultyServer, s3_environment
 
-from common.errors import TransferError
-from common.remotes import open_remote
+from vlm_distill_cache.common.errors import TransferError
+from vlm_distill_cache.common.remotes import open_remote
 
 pytestmark = pytest.mark.usefixtures("waits")
 

@@ -12,17 +12,17 @@ from hub_server import HubServer
 from servers import FaultyServer, s3_environment, serve_nginx
 from test_remotes import use_hub
 
-import common.pushing
-import common.remotes.directory
-import common.transfer
-from common.cli import main
-from common.documents import document_bytes, parse_document
-from common.errors import CacheFormatError, CacheMismatchError, ConfigError, TransferError
-from common.manifest import MANIFEST, ShardSidecar, ShardSummary, read_manifest, seal
-from common.remotes import DirectoryRemote
-from common.sidecar import FileEntry
-from common.transfer import pull, push
-from common.verification import verify
+import vlm_distill_cache.common.remotes.directory
+import vlm_distill_cache.common.remotes.pull
+import vlm_distill_cache.common.remotes.push
+from vlm_distill_cache.common.cache.documents import document_bytes, parse_document
+from vlm_distill_cache.common.cache.manifest import MANIFEST, ShardSidecar, ShardSummary, read_manifest, seal
+from vlm_distill_cache.common.cache.sidecar import FileEntry
+from vlm_distill_cache.common.cli import main
+from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError, ConfigError, TransferError
+from vlm_distill_cache.common.remotes import DirectoryRemote
+from vlm_distill_cache.common.remotes.pull import pull, push
+from vlm_distill_cache.common.tools.verify import verify
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # of the hub's library
 
@@ -239,7 +239,7 @@ def test_a_disk_that_fills_up_keeps_what_is_verified(cache, tmp_path, monkeypatc
             super().download(name, target, size=size, on_bytes=on_bytes)
 
     remote = Filling(cache)
-    monkeypatch.setattr(common.transfer, "open_remote", lambda _: remote)
+    monkeypatch.setattr(vlm_distill_cache.common.remotes.pull, "open_remote", lambda _: remote)
     with pytest.raises(
         TransferError, match=r"00001\.tar: No space left on device; make room, then run the same"
     ):

@@ -8,12 +8,12 @@ import pytest
 from cache_factory import build_cache, make_plan, tree
 from servers import Fault, FaultyServer, own_certificate, s3_environment
 
-import common.transfer
-from common.errors import CacheFormatError, TransferError
-from common.fetching import fetch_files
-from common.remotes import http, open_remote, streams
-from common.sidecar import FileEntry
-from common.transfer import pull, push
+import vlm_distill_cache.common.remotes.pull
+from vlm_distill_cache.common.cache.sidecar import FileEntry
+from vlm_distill_cache.common.errors import CacheFormatError, TransferError
+from vlm_distill_cache.common.remotes import http, open_remote, streams
+from vlm_distill_cache.common.remotes.fetch import fetch_files
+from vlm_distill_cache.common.remotes.pull import pull, push
 
 pytestmark = pytest.mark.usefixtures("waits")
 
@@ -281,7 +281,9 @@ def test_a_push_through_a_failing_network_is_complete_in_the_end(served_cache, s
         push(
             tmp_path / "root" / "cache", "s3://caches/pushed", jobs=1
         )  # one request gets four faults at most
-        monkeypatch.setattr(common.transfer, "open_remote", functools.partial(open_remote, attempts=1))
+        monkeypatch.setattr(
+            vlm_distill_cache.common.remotes.pull, "open_remote", functools.partial(open_remote, attempts=1)
+        )
         pull("s3://caches/pushed", tmp_path / "here")
     assert tree(tmp_path / "here") == tree(tmp_path / "root" / "cache")
 

@@ -11,17 +11,17 @@ import pytest
 from cache_factory import build_cache, make_plan, tree
 from servers import Fault, FaultyServer, s3_environment, serve_s3
 
-from common.errors import CacheFormatError
-from common.transfer import pull, push
-from common.verification import verify
+from vlm_distill_cache.common.errors import CacheFormatError
+from vlm_distill_cache.common.remotes.pull import pull, push
+from vlm_distill_cache.common.tools.verify import verify
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def kill_when(arguments: list[str], reached, **environment: str) -> None:
     """Run cachectl in a process of its own until ``reached()``, and then kill it without warning."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "common.cli", *arguments], cwd=ROOT, env={**os.environ, **environment},
+        [sys.executable, "-m", "vlm_distill_cache.common.cli", *arguments], cwd=ROOT, env={**os.environ, **environment},
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
     )  # fmt: skip
     with process:
@@ -71,7 +71,7 @@ def test_a_killed_pull_goes_on_and_fetches_only_the_rest(cache, tmp_path, name, 
 
 
 def check_every_kill(tmp_path: Path, stride: int) -> None:
-    script = Path(__file__).with_name("kill_transfers.py")
+    script = Path(__file__).parents[1] / "kill_transfers.py"
     result = subprocess.run(
         [sys.executable, script, tmp_path, str(stride)],
         env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{script.parent}"},

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 from cache_factory import build_cache, make_plan, make_record, sample_id, tree
 
-import common.pushing
-import common.remotes.directory
-from common.errors import CacheFormatError, CacheMismatchError, ConfigError, TransferError
-from common.manifest import MANIFEST, PLAN, seal
-from common.remotes import DirectoryRemote
-from common.stores import finish_shard, open_writer
-from common.transfer import pull, push
+import vlm_distill_cache.common.remotes.directory
+import vlm_distill_cache.common.remotes.push
+from vlm_distill_cache.common.cache.manifest import MANIFEST, PLAN, seal
+from vlm_distill_cache.common.cache.stores import finish_shard, open_writer
+from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError, ConfigError, TransferError
+from vlm_distill_cache.common.remotes import DirectoryRemote
+from vlm_distill_cache.common.remotes.pull import pull, push
 
 
 def make_cache(folder: Path, **changes: object) -> Path:
@@ -55,7 +55,7 @@ class Recorder(DirectoryRemote):
 @pytest.fixture
 def recorder(place, monkeypatch):
     remote = Recorder(place)
-    monkeypatch.setattr(common.pushing, "open_remote", lambda _: remote)
+    monkeypatch.setattr(vlm_distill_cache.common.remotes.push, "open_remote", lambda _: remote)
     return remote
 
 
@@ -224,7 +224,7 @@ def test_a_disk_that_fills_up_there_is_said(cache, place, monkeypatch):
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(common.remotes.directory, "publish_file", full)
+    monkeypatch.setattr(vlm_distill_cache.common.remotes.directory, "publish_file", full)
     with pytest.raises(TransferError, match=r"00000\.tar: No space left on device; make room, then run"):
         push(cache, place, jobs=1)
     assert not (place / MANIFEST).exists()

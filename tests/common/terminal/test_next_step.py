@@ -5,8 +5,14 @@ import shlex
 import pytest
 from cache_factory import FIELDS, make_plan
 
-from common.next_step import DEFAULT_LOSSES, DEFAULT_SHAPES, distill_command, set_words, switches
-from data.registry import open_dataset
+from vlm_distill_cache.common.terminal.next_step import (
+    DEFAULT_LOSSES,
+    DEFAULT_SHAPES,
+    distill_command,
+    set_words,
+    switches,
+)
+from vlm_distill_cache.data.registry import open_dataset
 
 BOTH = {name: FIELDS["logits"] if name == "logits" else () for name in ("logits", "answer_attention")}
 

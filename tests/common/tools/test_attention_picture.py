@@ -7,7 +7,14 @@ import torch
 from cache_factory import make_plan
 from click.testing import CliRunner
 
-from common.attention_picture import (
+from vlm_distill_cache.common.cache.manifest import seal, write_plan
+from vlm_distill_cache.common.cache.stores import finish_shard, open_writer
+from vlm_distill_cache.common.cli import main
+from vlm_distill_cache.common.codecs import RowAttention, RowAttentionCodec
+from vlm_distill_cache.common.codecs.row_attention import RANGE_NATS as CODEC_RANGE_NATS
+from vlm_distill_cache.common.errors import CacheFormatError
+from vlm_distill_cache.common.pixels import image_hash
+from vlm_distill_cache.common.tools.picture import (
     ASCII,
     BLOCKS,
     RANGE_NATS,
@@ -17,14 +24,7 @@ from common.attention_picture import (
     draw_text,
     word_maps,
 )
-from common.cli import main
-from common.codecs import RowAttention, RowAttentionCodec
-from common.codecs.row_attention import RANGE_NATS as CODEC_RANGE_NATS
-from common.errors import CacheFormatError
-from common.manifest import seal, write_plan
-from common.pixels import image_hash
-from common.record_view import TokenText
-from common.stores import finish_shard, open_writer
+from vlm_distill_cache.common.tools.record_view import TokenText
 
 GRID = (3, 4)
 

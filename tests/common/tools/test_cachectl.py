@@ -11,8 +11,8 @@ import pytest
 from cache_factory import FAILED, build_cache, make_plan, make_record, sample_id, tree
 from click.testing import CliRunner
 
-from common.cli import main
-from common.manifest import seal
+from vlm_distill_cache.common.cache.manifest import seal
+from vlm_distill_cache.common.cli import main
 
 
 @pytest.fixture(params=["zarr", "webdataset"])
@@ -31,15 +31,15 @@ def run(*arguments, code=0):
 def test_no_torch_is_imported_to_look_into_a_cache(cache):
     script = """
 import sys
-import common.cli
+import vlm_distill_cache.common.cli
 assert "torch" not in sys.modules and "transformers" not in sys.modules
 for arguments in (["verify", sys.argv[1]], ["inspect", sys.argv[1]], ["inspect", sys.argv[1], sys.argv[2]]):
-    common.cli.main(arguments, standalone_mode=False)
+    vlm_distill_cache.common.cli.main(arguments, standalone_mode=False)
 assert "torch" not in sys.modules and "transformers" not in sys.modules
 """
     result = subprocess.run(
         [sys.executable, "-c", script, str(cache), sample_id(0)],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])},
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
@@ -168,7 +168,7 @@ def test_disk_errors_are_told_without_a_traceback(cache, tmp_path, monkeypatch):
     def full(*arguments, **options):
         raise OSError(28, "No space left on device", "somewhere")
 
-    monkeypatch.setattr("common.conversion.write_plan", full)
+    monkeypatch.setattr("vlm_distill_cache.common.tools.convert.write_plan", full)
     other = "webdataset" if (cache / "shards" / "00000.zarr").exists() else "zarr"
     output = run("convert", cache, tmp_path / "new", "--store", other, code=1)
     assert "error: somewhere: No space left on device" in output

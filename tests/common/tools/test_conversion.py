@@ -3,11 +3,11 @@
 import pytest
 from cache_factory import build_cache, make_plan, tree
 
-from common.cache import open_cache
-from common.conversion import convert
-from common.errors import CacheFormatError, CacheMismatchError, ConfigError
-from common.manifest import CARD
-from common.verification import verify
+from vlm_distill_cache.common.cache.manifest import CARD
+from vlm_distill_cache.common.cache.reader import open_cache
+from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError, ConfigError
+from vlm_distill_cache.common.tools.convert import convert
+from vlm_distill_cache.common.tools.verify import verify
 
 
 def test_there_and_back_is_byte_identical(whole, tmp_path):

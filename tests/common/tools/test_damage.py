@@ -11,17 +11,17 @@ from pathlib import Path
 import pytest
 from cache_factory import build_cache, make_plan, sample_id, tree
 
-from common.cache import open_cache
-from common.documents import document_bytes, read_document
-from common.errors import CacheFormatError, CacheMismatchError
-from common.inspection import describe_cache
-from common.manifest import CARD
-from common.record_view import describe_record
-from common.repair import repair
-from common.verification import verify
-from stage1_teacher.config import SIGNALS
+from vlm_distill_cache.common.cache.documents import document_bytes, read_document
+from vlm_distill_cache.common.cache.manifest import CARD
+from vlm_distill_cache.common.cache.reader import open_cache
+from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError
+from vlm_distill_cache.common.tools.inspect import describe_cache
+from vlm_distill_cache.common.tools.record_view import describe_record
+from vlm_distill_cache.common.tools.repair import repair
+from vlm_distill_cache.common.tools.verify import verify
+from vlm_distill_cache.stage1_teacher.config import SIGNALS
 
-FROZEN = Path(__file__).parent / "fixtures"
+FROZEN = Path(__file__).parents[1] / "fixtures"
 REFUSED = (CacheFormatError, CacheMismatchError)
 PLACES = {  # a thousand in all; zarr takes longer
     ("frozen", "zarr"): 100, ("fresh", "zarr"): 110, ("today", "zarr"): 90,

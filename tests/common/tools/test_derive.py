@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 from cache_factory import make_plan
 
-from common.derive import Slot, derive_cache, derive_plan
-from common.errors import ConfigError
-from common.fetching import refuse_strangers
+from vlm_distill_cache.common.errors import ConfigError
+from vlm_distill_cache.common.remotes.fetch import refuse_strangers
+from vlm_distill_cache.common.tools.derive import Slot, derive_cache, derive_plan
 
 
 def check_every_kill(store: str, folder: Path, stride: int) -> None:
-    script = Path(__file__).with_name("kill_derived.py")
+    script = Path(__file__).parents[1] / "kill_derived.py"
     root = script.parents[2]
     result = subprocess.run(
         [sys.executable, script, store, folder, str(stride)],

@@ -20,14 +20,14 @@ from cache_factory import (
 )
 from click.testing import CliRunner
 
-from common.cache import open_cache
-from common.cli import main
-from common.errors import CacheFormatError, CacheMismatchError, ConfigError, DistillError
-from common.manifest import Plan, read_manifest, read_plan, seal, write_plan
-from common.merging import merge
-from common.partial import Selection, pull_partial
-from common.stores import finish_shard, open_writer
-from common.verification import verify
+from vlm_distill_cache.common.cache.manifest import Plan, read_manifest, read_plan, seal, write_plan
+from vlm_distill_cache.common.cache.reader import open_cache
+from vlm_distill_cache.common.cache.stores import finish_shard, open_writer
+from vlm_distill_cache.common.cli import main
+from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError, ConfigError, DistillError
+from vlm_distill_cache.common.tools.merge import merge
+from vlm_distill_cache.common.tools.select import Selection, pull_partial
+from vlm_distill_cache.common.tools.verify import verify
 
 
 def build_of(

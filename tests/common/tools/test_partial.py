@@ -22,16 +22,16 @@ from cache_factory import (
 )
 from click.testing import CliRunner
 
-from common import partial as partial_module
-from common.cache import open_cache
-from common.cli import main
-from common.codecs import codec_from_dict
-from common.derive import carry_fidelity
-from common.errors import CacheFormatError, CacheMismatchError, ConfigError, TransferError
-from common.manifest import read_manifest, read_plan
-from common.partial import Selection, parse_selection, pull_partial
-from common.remotes import DirectoryRemote
-from common.verification import verify
+from vlm_distill_cache.common.cache.manifest import read_manifest, read_plan
+from vlm_distill_cache.common.cache.reader import open_cache
+from vlm_distill_cache.common.cli import main
+from vlm_distill_cache.common.codecs import codec_from_dict
+from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError, ConfigError, TransferError
+from vlm_distill_cache.common.remotes import DirectoryRemote
+from vlm_distill_cache.common.tools import select as partial_module
+from vlm_distill_cache.common.tools.derive import carry_fidelity
+from vlm_distill_cache.common.tools.select import Selection, parse_selection, pull_partial
+from vlm_distill_cache.common.tools.verify import verify
 
 SAMPLES = 18  # 5 shards of 4, the last of 2
 FIDELITY = {"samples": 64, "logits_kl": 0.1, "kept_mass": 0.9, "visual_map_cosine": 0.99}
@@ -128,7 +128,7 @@ def test_the_command_pulls_and_inspect_says_that_it_is_a_part(whole: Path, tmp_p
 
 @pytest.mark.parametrize("store", ["zarr", "webdataset"])
 def test_fewer_entries_are_the_first_ones_and_the_rest_joins_the_tail(store: str, tmp_path: Path):
-    source = Path(__file__).parent / "fixtures" / f"cache-v1-{store}"
+    source = Path(__file__).parents[1] / "fixtures" / f"cache-v1-{store}"
     pull_partial(source, tmp_path / "part", Selection(signals=("logits",), top_k=4))
     assert verify(tmp_path / "part", deep=True) == []
     before, after = open_cache(source), open_cache(tmp_path / "part")
@@ -260,7 +260,7 @@ def test_a_disk_that_fills_up_is_named(remote: CountingRemote, tmp_path: Path, m
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("common.derive.finish_shard", full)
+    monkeypatch.setattr("vlm_distill_cache.common.tools.derive.finish_shard", full)
     with pytest.raises(TransferError, match="part: No space left on device; make room"):
         pull_partial(remote.location, tmp_path / "part", Selection(shards=(1,)))
 
@@ -310,9 +310,9 @@ def test_figures_of_what_changed_are_dropped():
 
 def test_shared_image_arrays_move_to_the_first_record_that_is_pulled(tmp_path: Path):
     """The holder of an image's arrays is left out; what follows it must not lose them."""
-    from common.manifest import seal, write_plan
-    from common.shared_images import ImageSharer, SharedImages, with_visual_source
-    from common.stores import finish_shard, open_writer
+    from vlm_distill_cache.common.cache.manifest import seal, write_plan
+    from vlm_distill_cache.common.cache.shared_images import ImageSharer, SharedImages, with_visual_source
+    from vlm_distill_cache.common.cache.stores import finish_shard, open_writer
 
     plan = make_plan(samples=6, shard_size=6)
     plan = make_plan(samples=6, shard_size=6, fields=with_visual_source(plan.fields))

@@ -9,12 +9,20 @@ from cache_factory import build_cache as build_whole
 from cache_factory import build_shard, make_plan, tree
 from click.testing import CliRunner
 
-from common.cli import main
-from common.documents import document_bytes, read_document
-from common.manifest import CARD, MANIFEST, FileEntry, missing_shards, read_plan, seal, sidecar_path
-from common.repair import repair
-from common.schema import FORMAT_VERSION
-from common.verification import verify
+from vlm_distill_cache.common.cache.documents import document_bytes, read_document
+from vlm_distill_cache.common.cache.manifest import (
+    CARD,
+    MANIFEST,
+    FileEntry,
+    missing_shards,
+    read_plan,
+    seal,
+    sidecar_path,
+)
+from vlm_distill_cache.common.cache.schema import FORMAT_VERSION
+from vlm_distill_cache.common.cli import main
+from vlm_distill_cache.common.tools.repair import repair
+from vlm_distill_cache.common.tools.verify import verify
 
 FIDELITY: dict[str, object] = {"kl": 0.25}
 SIDE_FILE = "processor/note.json"
@@ -103,7 +111,7 @@ def test_a_dry_run_changes_nothing_and_says_the_same(cache):
 
 @pytest.mark.parametrize("store", ["zarr", "webdataset"])
 def test_killed_at_any_step_it_can_be_called_again(store, tmp_path, monkeypatch):
-    import common.atomic
+    import vlm_distill_cache.common.files.atomic
 
     original = tmp_path / "original"
     plan = make_plan(store, samples=6, shard_size=2, signals={}, fields={})  # base fields: fewer files
@@ -112,7 +120,7 @@ def test_killed_at_any_step_it_can_be_called_again(store, tmp_path, monkeypatch)
     class KilledError(BaseException):
         pass
 
-    real, place, killed = common.atomic.remove, 1, True
+    real, place, killed = vlm_distill_cache.common.files.atomic.remove, 1, True
     while killed:
         cache, calls = tmp_path / str(place), 0
         shutil.copytree(original, cache)
@@ -127,12 +135,12 @@ def test_killed_at_any_step_it_can_be_called_again(store, tmp_path, monkeypatch)
                 raise KilledError
             real(path)
 
-        monkeypatch.setattr("common.repair.remove", dying)
+        monkeypatch.setattr("vlm_distill_cache.common.tools.repair.remove", dying)
         try:
             repair(cache)
             killed = False
         except KilledError:
-            monkeypatch.setattr("common.repair.remove", real)
+            monkeypatch.setattr("vlm_distill_cache.common.tools.repair.remove", real)
             assert not any(d.kind == "stranger" for d in verify(cache))
             repair(cache)
         build_again(cache)
@@ -209,7 +217,7 @@ def test_unreadable_files_are_not_taken_for_damaged_ones(cache, monkeypatch):
 
 
 def test_a_shard_that_is_being_written_is_left_to_its_writer(cache):
-    from common.stores import open_writer
+    from vlm_distill_cache.common.cache.stores import open_writer
 
     plan = read_plan(cache)
     sidecar_path(cache, 1).unlink()

@@ -7,10 +7,10 @@ import shutil
 import pytest
 from cache_factory import FIELDS, build_cache, make_plan, sample_id, tree
 
-from common.cache import open_cache
-from common.documents import document_bytes, read_document
-from common.manifest import CARD, FileEntry, read_sidecar, seal, sidecar_path
-from common.verification import verify
+from vlm_distill_cache.common.cache.documents import document_bytes, read_document
+from vlm_distill_cache.common.cache.manifest import CARD, FileEntry, read_sidecar, seal, sidecar_path
+from vlm_distill_cache.common.cache.reader import open_cache
+from vlm_distill_cache.common.tools.verify import verify
 
 
 @pytest.fixture

@@ -8,9 +8,15 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaModel
 
-from common.errors import ConfigError, ModelError
-from data.families import FAMILIES, family_of
-from data.family_models import input_device, open_family_model, refuse_offloaded, row_logits, rows_only
+from vlm_distill_cache.common.errors import ConfigError, ModelError
+from vlm_distill_cache.data.families.models import (
+    input_device,
+    open_family_model,
+    refuse_offloaded,
+    row_logits,
+    rows_only,
+)
+from vlm_distill_cache.data.families.table import FAMILIES, family_of
 
 
 @pytest.fixture(scope="module")

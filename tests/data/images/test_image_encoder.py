@@ -11,9 +11,9 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from common.errors import ConfigError, SampleError
-from common.visual_tokens import tile_boxes
-from data.image_encoder import ImageEncoder
+from vlm_distill_cache.common.attention.boxes import tile_boxes
+from vlm_distill_cache.common.errors import ConfigError, SampleError
+from vlm_distill_cache.data.images.encoder import ImageEncoder
 
 SIDE, GRID = 96, (6, 6)
 

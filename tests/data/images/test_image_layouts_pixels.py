@@ -11,10 +11,10 @@ from layout_cases import CASES, gradient, one_vision, square, token_colours
 from transformers.models.idefics3.modeling_idefics3 import Idefics3Connector
 from transformers.models.internvl.modeling_internvl import InternVLModel
 
-from common.errors import ConfigError, SampleError
-from common.visual_tokens import content_mask, tile_boxes
-from data.image_encoder import ImageEncoder
-from data.image_layouts import (
+from vlm_distill_cache.common.attention.boxes import content_mask, tile_boxes
+from vlm_distill_cache.common.errors import ConfigError, SampleError
+from vlm_distill_cache.data.images.encoder import ImageEncoder
+from vlm_distill_cache.data.images.layouts import (
     AnyResolutionEncoder,
     DynamicEncoder,
     FramedEncoder,

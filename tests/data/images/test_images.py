@@ -8,8 +8,16 @@ import PIL.Image
 import PIL.ImageOps
 import pytest
 
-from common.errors import SampleError
-from data.images import FileSlice, ImageArray, ImageBytes, ImageFile, decode_image, image_hash, to_rgb
+from vlm_distill_cache.common.errors import SampleError
+from vlm_distill_cache.data.images.load import (
+    FileSlice,
+    ImageArray,
+    ImageBytes,
+    ImageFile,
+    decode_image,
+    image_hash,
+    to_rgb,
+)
 
 
 def encode(image, fmt="PNG", **options):
@@ -114,7 +122,7 @@ def test_one_pixel_sides(size):
 
 
 def test_huge_images_are_refused_before_they_are_decoded(monkeypatch):
-    monkeypatch.setattr("common.pixels.MAX_PIXELS", 99)
+    monkeypatch.setattr("vlm_distill_cache.common.pixels.MAX_PIXELS", 99)
     with pytest.raises(SampleError, match="image x has 10 x 10 pixels, more than the 99 allowed"):
         decode_image(encode(PIL.Image.new("RGB", (10, 10))), name="x")
 

@@ -8,9 +8,15 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 
-from common.errors import DataError
-from data.shapes import TURNS, SceneImage, ShapesDataset, scene_turns, shapes_evaluation
-from data.shapes_scene import (
+from vlm_distill_cache.common.errors import DataError
+from vlm_distill_cache.data.shapes.dataset import (
+    TURNS,
+    SceneImage,
+    ShapesDataset,
+    scene_turns,
+    shapes_evaluation,
+)
+from vlm_distill_cache.data.shapes.scene import (
     CELL,
     COLORS,
     IMAGE_SIZE,
@@ -20,7 +26,7 @@ from data.shapes_scene import (
     sample_scene,
     scene_generator,
 )
-from data.shapes_text import PAIR_KINDS, QUESTION_KINDS
+from vlm_distill_cache.data.shapes.text import PAIR_KINDS, QUESTION_KINDS
 
 SINGULAR = {"circles": "circle", "squares": "square", "triangles": "triangle", "crosses": "cross"}
 

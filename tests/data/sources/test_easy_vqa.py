@@ -2,9 +2,9 @@
 
 import pytest
 
-from common.errors import DataError
-from data import easy_vqa
-from data.easy_vqa import EasyVqaDataset, easy_vqa_evaluation
+from vlm_distill_cache.common.errors import DataError
+from vlm_distill_cache.data.sources import easy_vqa
+from vlm_distill_cache.data.sources.easy_vqa import EasyVqaDataset, easy_vqa_evaluation
 
 package = pytest.importorskip("easy_vqa")
 

@@ -5,11 +5,11 @@ import random
 
 import pytest
 
-from data.grouping import GroupedByImage, group_by_image, image_keys
-from data.llava import LlavaDataset
-from data.messages import MessagesDataset
-from data.registry import FirstSamples, open_dataset
-from data.sample import fingerprint_samples
+from vlm_distill_cache.data.registry import FirstSamples, open_dataset
+from vlm_distill_cache.data.sample import fingerprint_samples
+from vlm_distill_cache.data.sources.grouping import GroupedByImage, group_by_image, image_keys
+from vlm_distill_cache.data.sources.llava import LlavaDataset
+from vlm_distill_cache.data.sources.messages import MessagesDataset
 
 IMAGES = ["b.png", "a.png", None, "b.png", "c.png", "a.png", None, "b.png"]
 ORDER = [0, 3, 7, 1, 5, 2, 4, 6]  # by the first appearance of the image; those without one stay single

@@ -7,9 +7,9 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from common.errors import DataError, SampleError
-from data.hf import HuggingFaceDataset, is_saved_dataset
-from data.sample import Turn
+from vlm_distill_cache.common.errors import DataError, SampleError
+from vlm_distill_cache.data.sample import Turn
+from vlm_distill_cache.data.sources.hf import HuggingFaceDataset, is_saved_dataset
 
 datasets = pytest.importorskip("datasets")
 

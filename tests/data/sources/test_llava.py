@@ -6,9 +6,9 @@ import pickle
 import PIL.Image
 import pytest
 
-from common.errors import DataError, SampleError
-from data.llava import LlavaDataset, parse_conversations
-from data.sample import Turn, iterate_readable
+from vlm_distill_cache.common.errors import DataError, SampleError
+from vlm_distill_cache.data.sample import Turn, iterate_readable
+from vlm_distill_cache.data.sources.llava import LlavaDataset, parse_conversations
 
 
 def human(value):

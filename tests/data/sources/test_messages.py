@@ -6,9 +6,9 @@ import pickle
 import PIL.Image
 import pytest
 
-from common.errors import DataError, SampleError
-from data.messages import MessagesDataset, parse_record
-from data.sample import Turn
+from vlm_distill_cache.common.errors import DataError, SampleError
+from vlm_distill_cache.data.sample import Turn
+from vlm_distill_cache.data.sources.messages import MessagesDataset, parse_record
 
 EXPECTED = (Turn(question="What?", answer="A circle."),)
 

@@ -9,8 +9,8 @@ import PIL.Image
 import pytest
 from webdataset.tariterators import group_by_keys, tar_file_iterator
 
-from common.errors import DataError, SampleError
-from data.webdataset import WebDataset
+from vlm_distill_cache.common.errors import DataError, SampleError
+from vlm_distill_cache.data.sources.webdataset import WebDataset
 
 LLAVA = {
     "conversations": [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A circle."}]

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from transformers import AutoTokenizer
 
-from data.builtin import (
+from vlm_distill_cache.data.builtin import (
     SPECIAL_TOKENS,
     build_tokenizer,
     load_image_processor,
@@ -16,7 +16,7 @@ from data.builtin import (
     save_processor,
     vocabulary,
 )
-from data.shapes import ShapesDataset, shapes_evaluation
+from vlm_distill_cache.data.shapes.dataset import ShapesDataset, shapes_evaluation
 
 AB_PROMPT = (
     "Which caption best describes the image?\n(A) a red circle\n (B) a blue square\n"

@@ -6,11 +6,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.errors import ConfigError
-from common.schema import IGNORE_INDEX
-from common.visual_tokens import grid_tile
-from data.collate import collate, length_buckets, supervised_rows, visual_keys
-from data.encoding import EncodedSample
+from vlm_distill_cache.common.attention.boxes import grid_tile
+from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
+from vlm_distill_cache.common.errors import ConfigError
+from vlm_distill_cache.data.text.collate import collate, length_buckets, supervised_rows, visual_keys
+from vlm_distill_cache.data.text.encoding import EncodedSample
 
 
 def make_encoded(sample_id, shared, segments=(), *, image=True, rng=None):

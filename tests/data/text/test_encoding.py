@@ -11,12 +11,17 @@ from transformers import PreTrainedTokenizerFast
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-from common.errors import ConfigError, SampleError
-from common.schema import IGNORE_INDEX
-from data.encoding import ImageEncoder, SampleEncoder, build_prompt, tokenizer_fingerprint
-from data.images import ImageArray, image_hash
-from data.sample import Sample, Turn
-from data.templates import PromptTemplate, get_template
+from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
+from vlm_distill_cache.common.errors import ConfigError, SampleError
+from vlm_distill_cache.data.images.load import ImageArray, image_hash
+from vlm_distill_cache.data.sample import Sample, Turn
+from vlm_distill_cache.data.text.encoding import (
+    ImageEncoder,
+    SampleEncoder,
+    build_prompt,
+    tokenizer_fingerprint,
+)
+from vlm_distill_cache.data.text.templates import PromptTemplate, get_template
 
 CORPUS = [
     "USER: what color is the red circle? ASSISTANT: red",
@@ -250,7 +255,7 @@ def test_unusable_samples_are_refused_by_name(sample, message):
 
 
 def test_unreadable_image_error_names_file_and_sample(tmp_path):
-    from data.images import ImageFile
+    from vlm_distill_cache.data.images.load import ImageFile
 
     sample = replace(make_sample(("hi", "yes")), images=(ImageFile(tmp_path / "gone.png"),))
     with pytest.raises(SampleError, match=r"sample 's1': image .*gone.png cannot be read"):

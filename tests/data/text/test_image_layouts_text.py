@@ -10,14 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from layout_cases import CASES, ROW_COL, byte_tokenizer, framed
 
-from common.errors import ConfigError, SampleError
-from common.schema import IGNORE_INDEX
-from data.collate import collate
-from data.encoding import SampleEncoder, build_prompt
-from data.image_encoder import ImageEncoder
-from data.images import ImageArray
-from data.sample import Sample, Turn
-from data.templates import PromptTemplate, get_template
+from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
+from vlm_distill_cache.common.errors import ConfigError, SampleError
+from vlm_distill_cache.data.images.encoder import ImageEncoder
+from vlm_distill_cache.data.images.load import ImageArray
+from vlm_distill_cache.data.sample import Sample, Turn
+from vlm_distill_cache.data.text.collate import collate
+from vlm_distill_cache.data.text.encoding import SampleEncoder, build_prompt
+from vlm_distill_cache.data.text.templates import PromptTemplate, get_template
 
 SIZES = [
     (1, 1),

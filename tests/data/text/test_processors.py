@@ -5,9 +5,9 @@ import json
 import pytest
 from PIL import Image
 
-from common.errors import ModelError
-from data import builtin
-from data.processors import load_image_processor, load_tokenizer
+from vlm_distill_cache.common.errors import ModelError
+from vlm_distill_cache.data import builtin
+from vlm_distill_cache.data.text.processors import load_image_processor, load_tokenizer
 
 # As LLaVA-1.5 checkpoints have it on disk.
 LLAVA = {

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from layout_cases import CASES, ROW_COL, byte_tokenizer, framed
 
-from common.errors import ConfigError, ModelError
-from common.schema import IGNORE_INDEX
-from data.encoding import SampleEncoder, build_prompt
-from data.images import ImageArray
-from data.processors import load_tokenizer
-from data.sample import Sample, Turn
-from data.templates import get_template
+from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
+from vlm_distill_cache.common.errors import ConfigError, ModelError
+from vlm_distill_cache.data.images.load import ImageArray
+from vlm_distill_cache.data.sample import Sample, Turn
+from vlm_distill_cache.data.text.encoding import SampleEncoder, build_prompt
+from vlm_distill_cache.data.text.processors import load_tokenizer
+from vlm_distill_cache.data.text.templates import get_template
 
 QWEN2_VL = (
     "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}<|im_start|>system\n"

@@ -6,8 +6,8 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from data.image_encoder import ImageEncoder
-from data.image_layouts import (
+from vlm_distill_cache.data.images.encoder import ImageEncoder
+from vlm_distill_cache.data.images.layouts import (
     AnyResolutionEncoder,
     DynamicEncoder,
     FramedEncoder,
@@ -15,7 +15,7 @@ from data.image_layouts import (
     ThumbnailEncoder,
     image_encoder_from_dict,
 )
-from data.processors import load_image_processor
+from vlm_distill_cache.data.text.processors import load_image_processor
 
 CLIP = {
     "image_mean": [0.48145466, 0.4578275, 0.40821073],

@@ -8,10 +8,10 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from common.errors import ConfigError, SampleError
-from data.encoding import ImageEncoder, SampleEncoder
-from data.sample import Sample, Turn
-from data.templates import TEMPLATES, PromptTemplate, get_template
+from vlm_distill_cache.common.errors import ConfigError, SampleError
+from vlm_distill_cache.data.sample import Sample, Turn
+from vlm_distill_cache.data.text.encoding import ImageEncoder, SampleEncoder
+from vlm_distill_cache.data.text.templates import TEMPLATES, PromptTemplate, get_template
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

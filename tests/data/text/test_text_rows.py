@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from data.builtin import load_image_processor, load_tokenizer
-from data.collate import collate, image_key, supervised_rows, text_row_count, text_rows
-from data.encoding import SampleEncoder
-from data.image_encoder import ImageEncoder
-from data.images import ImageArray
-from data.sample import Sample, Turn
-from data.templates import get_template
+from vlm_distill_cache.data.builtin import load_image_processor, load_tokenizer
+from vlm_distill_cache.data.images.encoder import ImageEncoder
+from vlm_distill_cache.data.images.load import ImageArray
+from vlm_distill_cache.data.sample import Sample, Turn
+from vlm_distill_cache.data.text.collate import collate, image_key, supervised_rows, text_row_count, text_rows
+from vlm_distill_cache.data.text.encoding import SampleEncoder
+from vlm_distill_cache.data.text.templates import get_template
 
 
 @pytest.fixture(scope="module", params=["short", "vicuna_v1"])

@@ -15,7 +15,7 @@ def break_everywhere(
     folder: Path, teacher: Path, store: str, how: str, stride: int, scenarios=SCENARIOS
 ) -> dict[str, int]:
     """Run `break_everywhere.py`; returns the number of places by scenario."""
-    script = Path(__file__).with_name("break_everywhere.py")
+    script = Path(__file__).parents[1] / "break_everywhere.py"
     result = subprocess.run(
         [sys.executable, "-W", "ignore", script, store, how, str(stride), folder, teacher, *scenarios],
         env={**os.environ, "PYTHONPATH": str(script.parents[2]), "OMP_NUM_THREADS": "1"},

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-import stage1_teacher.cache_folder
-from common.errors import CacheFormatError, ConfigError
-from stage1_teacher.cache_folder import explain_disk_errors, refuse_unwritable
-from stage1_teacher.cli import main
-from stage1_teacher.config import BuildConfig
-from stage1_teacher.extract import recompute_fidelity
-from stage1_teacher.teacher import Teacher
+import vlm_distill_cache.stage1_teacher.build.cache_folder
+from vlm_distill_cache.common.errors import CacheFormatError, ConfigError
+from vlm_distill_cache.stage1_teacher.build.cache_folder import explain_disk_errors, refuse_unwritable
+from vlm_distill_cache.stage1_teacher.cli import main
+from vlm_distill_cache.stage1_teacher.config import BuildConfig
+from vlm_distill_cache.stage1_teacher.extract import recompute_fidelity
+from vlm_distill_cache.stage1_teacher.teacher.teacher import Teacher
 
 
 def tree(root: Path) -> dict[str, bytes]:
@@ -85,7 +85,7 @@ def test_what_a_killed_refill_left_in_a_sealed_cache_is_removed(cache: Path, bui
 def test_a_folder_that_cannot_be_written_is_named_before_the_teacher_is_loaded(
     tmp_path: Path, build_cache, monkeypatch
 ):
-    monkeypatch.setattr("stage1_teacher.cache_folder.os.access", lambda *_: False)
+    monkeypatch.setattr("vlm_distill_cache.stage1_teacher.build.cache_folder.os.access", lambda *_: False)
 
     def load(*_, **__):
         raise AssertionError("the teacher was loaded")
@@ -99,7 +99,7 @@ def test_a_folder_that_cannot_be_written_is_named_before_the_teacher_is_loaded(
 def test_a_complete_cache_on_a_read_only_disk_is_up_to_date_but_not_measured_again(
     cache: Path, build_cache, tiny_llava: Path, monkeypatch
 ):
-    monkeypatch.setattr("stage1_teacher.cache_folder.os.access", lambda *_: False)
+    monkeypatch.setattr("vlm_distill_cache.stage1_teacher.build.cache_folder.os.access", lambda *_: False)
     assert rebuild(build_cache, cache).built == 0
     with pytest.raises(OSError, match="cannot be written"):
         recompute_fidelity(BuildConfig(cache=str(cache), teacher=str(tiny_llava)), samples=2)
@@ -178,7 +178,7 @@ def test_a_cache_that_was_begun_before_plans_kept_the_threads_resumes(
     tmp_path: Path, build_cache, monkeypatch
 ):
     plain = tmp_path / "old"
-    monkeypatch.setattr("stage1_teacher.extract.fix_threads", lambda config, **_: config)
+    monkeypatch.setattr("vlm_distill_cache.stage1_teacher.extract.fix_threads", lambda config, **_: config)
     build_cache(plain)
     monkeypatch.undo()
     before = tree(plain)
@@ -208,7 +208,7 @@ def test_overwriting_goes_on_after_it_was_killed_half_way(
     tmp_path: Path, build_cache, monkeypatch, survivors: int
 ):
     build_cache(tmp_path / "cache")
-    remove, calls = stage1_teacher.cache_folder.remove, []
+    remove, calls = vlm_distill_cache.stage1_teacher.build.cache_folder.remove, []
 
     def killed(path: Path):
         if len(list((tmp_path / "cache").iterdir())) == survivors:
@@ -216,10 +216,10 @@ def test_overwriting_goes_on_after_it_was_killed_half_way(
         calls.append(path)
         remove(path)
 
-    monkeypatch.setattr(stage1_teacher.cache_folder, "remove", killed)
+    monkeypatch.setattr(vlm_distill_cache.stage1_teacher.build.cache_folder, "remove", killed)
     with pytest.raises(KeyboardInterrupt):
         build_cache(tmp_path / "cache", logits="full", overwrite=True)
-    monkeypatch.setattr(stage1_teacher.cache_folder, "remove", remove)
+    monkeypatch.setattr(vlm_distill_cache.stage1_teacher.build.cache_folder, "remove", remove)
     assert calls
     assert build_cache(tmp_path / "cache", logits="full", overwrite=True).built == 3
 

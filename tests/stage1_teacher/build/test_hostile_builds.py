@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-import stage1_teacher.extract
-from common.errors import CacheMismatchError, ConfigError, DataError, SampleError
-from data.images import ImageFile, decode_image
-from data.llava import find_images
-from stage1_teacher.cache_folder import in_use
-from stage1_teacher.cli import main
-from stage1_teacher.config import BuildConfig
-from stage1_teacher.pipeline import FailureBudget
+import vlm_distill_cache.stage1_teacher.extract
+from vlm_distill_cache.common.errors import CacheMismatchError, ConfigError, DataError, SampleError
+from vlm_distill_cache.data.images.load import ImageFile, decode_image
+from vlm_distill_cache.data.sources.llava import find_images
+from vlm_distill_cache.stage1_teacher.build.cache_folder import in_use
+from vlm_distill_cache.stage1_teacher.cli import main
+from vlm_distill_cache.stage1_teacher.config import BuildConfig
+from vlm_distill_cache.stage1_teacher.loop.writer import FailureBudget
 
 
 def test_an_overwrite_beside_a_running_build_is_refused_and_deletes_nothing(tmp_path: Path, build_cache):
@@ -36,7 +36,7 @@ def test_a_build_whose_folder_is_removed_stops_at_the_next_shard(
     tmp_path: Path, build_cache, monkeypatch, loss
 ):
     cache, ran = tmp_path / "cache", []
-    run_shard = stage1_teacher.extract.run_shard
+    run_shard = vlm_distill_cache.stage1_teacher.extract.run_shard
 
     def run_and_lose(work, shard, batch_size):
         if not ran:
@@ -44,7 +44,7 @@ def test_a_build_whose_folder_is_removed_stops_at_the_next_shard(
         ran.append(shard.index)
         yield from run_shard(work, shard, batch_size)
 
-    monkeypatch.setattr(stage1_teacher.extract, "run_shard", run_and_lose)
+    monkeypatch.setattr(vlm_distill_cache.stage1_teacher.extract, "run_shard", run_and_lose)
     with pytest.raises(CacheMismatchError, match="removed or replaced while this build ran"):
         build_cache(cache)
     assert ran == [0]
@@ -120,7 +120,7 @@ def test_an_estimate_of_nonsense_is_a_usage_error_before_anything_is_measured(op
     assert result.exception is None or isinstance(result.exception, SystemExit)
 
 
-@pytest.mark.parametrize("module", ["stage1_teacher.cli", "common.cli", "stage2_student.cli"])
+@pytest.mark.parametrize("module", ["vlm_distill_cache.stage1_teacher.cli", "vlm_distill_cache.common.cli", "vlm_distill_cache.stage2_student.cli"])
 def test_the_module_is_a_command_as_torchrun_runs_it(module: str):
     ran = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, check=True)
     assert "Usage" in ran.stdout

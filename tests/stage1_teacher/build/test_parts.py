@@ -15,12 +15,12 @@ import torch
 from click.testing import CliRunner
 from part_targets import fail_or_wait
 
-from common.errors import CacheMismatchError, ConfigError, ProcessFailedError
-from common.manifest import read_plan
-from stage1_teacher.cli import main
-from stage1_teacher.config import BuildConfig
-from stage1_teacher.extract import _progress, extract, extract_with_processes
-from stage1_teacher.parts import (
+from vlm_distill_cache.common.errors import CacheMismatchError, ConfigError, ProcessFailedError
+from vlm_distill_cache.common.cache.manifest import read_plan
+from vlm_distill_cache.stage1_teacher.cli import main
+from vlm_distill_cache.stage1_teacher.config import BuildConfig
+from vlm_distill_cache.stage1_teacher.extract import _progress, extract, extract_with_processes
+from vlm_distill_cache.stage1_teacher.build.parts import (
     WHOLE,
     Part,
     _raise_failure,
@@ -30,8 +30,8 @@ from stage1_teacher.parts import (
     parse_part,
     run_parts,
 )
-from stage1_teacher.plan import teacher_directory
-from stage1_teacher.report import summary_text
+from vlm_distill_cache.stage1_teacher.build.plan import teacher_directory
+from vlm_distill_cache.stage1_teacher.report import summary_text
 
 SRUN = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "2", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "1"}
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
@@ -217,7 +217,7 @@ def test_the_first_failure_is_shown_whole_and_the_others_are_stopped(tmp_path: P
 
 
 def test_no_process_outlives_a_parent_that_was_killed():
-    script = Path(__file__).with_name("part_targets.py")
+    script = Path(__file__).parents[1] / "part_targets.py"
     with subprocess.Popen(
         [sys.executable, script], stdout=subprocess.PIPE, text=True,
         env={**os.environ, "PYTHONPATH": str(script.parents[2])},

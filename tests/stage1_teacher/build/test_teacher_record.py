@@ -1,7 +1,7 @@
 import pytest
 
-from stage1_teacher.teacher_record import evaluation_of
-from stage2_student.evaluate import EvaluationReport
+from vlm_distill_cache.stage1_teacher.teacher_record import evaluation_of
+from vlm_distill_cache.stage2_student.scores.evaluate import EvaluationReport
 
 TRAINING = {
     "accuracy": {

@@ -13,26 +13,26 @@ import torch
 from safetensors import safe_open
 from transformers import AutoTokenizer, LlavaForConditionalGeneration
 
-from common.errors import ConfigError
-from data.builtin import load_image_processor, load_tokenizer
-from data.collate import collate
-from data.registry import open_dataset
-from data.sample import EvaluationSet, Sample, Turn
-from data.shapes import SceneImage, ShapesDataset, shapes_evaluation
-from data.shapes_text import PAIR_KINDS, QUESTION_KINDS
-from stage1_teacher import demo_teacher
-from stage1_teacher.demo_answers import answer_labels, shift_and_mirror
-from stage1_teacher.demo_language import DRILLS, DrilledScenes, answer_loss
-from stage1_teacher.demo_model import build_demo_model, split_parameters, warm_cosine
-from stage1_teacher.demo_scoring import mean_accuracy, score_model
-from stage1_teacher.demo_teacher import (
+from vlm_distill_cache.common.errors import ConfigError
+from vlm_distill_cache.data.builtin import load_image_processor, load_tokenizer
+from vlm_distill_cache.data.registry import open_dataset
+from vlm_distill_cache.data.sample import EvaluationSet, Sample, Turn
+from vlm_distill_cache.data.shapes.dataset import SceneImage, ShapesDataset, shapes_evaluation
+from vlm_distill_cache.data.shapes.text import PAIR_KINDS, QUESTION_KINDS
+from vlm_distill_cache.data.text.collate import collate
+from vlm_distill_cache.stage1_teacher.demo import teacher as demo_teacher
+from vlm_distill_cache.stage1_teacher.demo.answers import answer_labels, shift_and_mirror
+from vlm_distill_cache.stage1_teacher.demo.language import DRILLS, DrilledScenes, answer_loss
+from vlm_distill_cache.stage1_teacher.demo.model import build_demo_model, split_parameters, warm_cosine
+from vlm_distill_cache.stage1_teacher.demo.scoring import mean_accuracy, score_model
+from vlm_distill_cache.stage1_teacher.demo.teacher import (
     DemoRecipe,
     build_demo_encoder,
     builtin_teacher_directory,
     demo_teacher_for,
     train_demo_teacher,
 )
-from stage1_teacher.demo_vision import normalize_pictures, scene_batch, tower_features
+from vlm_distill_cache.stage1_teacher.demo.vision import normalize_pictures, scene_batch, tower_features
 
 TINY = DemoRecipe(
     width=32,

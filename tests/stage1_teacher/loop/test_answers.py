@@ -9,22 +9,22 @@ import pytest
 import torch
 from transformers import LlavaForConditionalGeneration
 
-from common.cache import open_cache
-from common.codecs import codec_from_dict
-from common.codecs.answers import AnswersCodec
-from common.errors import CacheFormatError, CacheMismatchError, ConfigError
-from common.partial import Selection, pull_partial
-from common.record_checks import value_damage
-from common.verification import verify
-from data.encoding import build_prompt
-from data.generation import Sampling, generate_answers
-from data.registry import open_dataset
-from data.sample import Sample, Turn
-from stage1_teacher.config import BuildConfig
-from stage1_teacher.demo_teacher import builtin_teacher_directory
-from stage1_teacher.extract import extract
-from stage1_teacher.plan import build_encoder
-from stage1_teacher.teacher import Teacher
+from vlm_distill_cache.common.cache.reader import open_cache
+from vlm_distill_cache.common.codecs import codec_from_dict
+from vlm_distill_cache.common.codecs.answers import AnswersCodec
+from vlm_distill_cache.common.codecs.checks import value_damage
+from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError, ConfigError
+from vlm_distill_cache.common.tools.select import Selection, pull_partial
+from vlm_distill_cache.common.tools.verify import verify
+from vlm_distill_cache.data.registry import open_dataset
+from vlm_distill_cache.data.sample import Sample, Turn
+from vlm_distill_cache.data.text.encoding import build_prompt
+from vlm_distill_cache.data.text.generation import Sampling, generate_answers
+from vlm_distill_cache.stage1_teacher.build.plan import build_encoder
+from vlm_distill_cache.stage1_teacher.config import BuildConfig
+from vlm_distill_cache.stage1_teacher.demo.teacher import builtin_teacher_directory
+from vlm_distill_cache.stage1_teacher.extract import extract
+from vlm_distill_cache.stage1_teacher.teacher.teacher import Teacher
 
 DATA = "shapes:images=6"
 

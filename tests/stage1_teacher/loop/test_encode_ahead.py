@@ -13,11 +13,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from common.cache import open_cache
-from common.errors import DataError, ProcessFailedError
-from data.encoding import EncodedSample
-from stage1_teacher.encode_ahead import FEW_SAMPLES, count_workers, encode_shards
 from tests.stage1_teacher.test_extract import tree, write_llava_json
+from vlm_distill_cache.common.cache.reader import open_cache
+from vlm_distill_cache.common.errors import DataError, ProcessFailedError
+from vlm_distill_cache.data.text.encoding import EncodedSample
+from vlm_distill_cache.stage1_teacher.loop.encode_ahead import FEW_SAMPLES, count_workers, encode_shards
 
 THREES = SimpleNamespace(shard_range=lambda index: range(3 * index, 3 * index + 3))
 

@@ -7,18 +7,17 @@ import numpy as np
 import pytest
 import torch
 
-import stage1_teacher.forward as forward
-from common.codecs.logits import LogitCodec, _top_by_lowest_id
-from common.codecs.row_attention import RowAttention
-from common.errors import ModelError, SampleError
-from common.schema import IGNORE_INDEX, check_record
-from data.collate import collate, length_buckets
-from data.family_models import row_logits
-from stage1_teacher.config import SIGNALS, BuildConfig
-from stage1_teacher.forward import run_shard
-from stage1_teacher.pipeline import EncodedShard, run_ahead
-from stage1_teacher.plan import Build, open_build
-from stage1_teacher.signals import (
+import vlm_distill_cache.stage1_teacher.loop.forward as forward
+from vlm_distill_cache.common.cache.schema import IGNORE_INDEX, check_record
+from vlm_distill_cache.common.codecs.logits import LogitCodec, _top_by_lowest_id
+from vlm_distill_cache.common.codecs.row_attention import RowAttention
+from vlm_distill_cache.common.errors import ModelError, SampleError
+from vlm_distill_cache.data.families.models import row_logits
+from vlm_distill_cache.data.text.collate import collate, length_buckets
+from vlm_distill_cache.stage1_teacher.build.plan import Build, open_build
+from vlm_distill_cache.stage1_teacher.config import SIGNALS, BuildConfig
+from vlm_distill_cache.stage1_teacher.loop.forward import run_shard
+from vlm_distill_cache.stage1_teacher.loop.signals import (
     check_finite,
     copies_done,
     encode_records,
@@ -26,8 +25,9 @@ from stage1_teacher.signals import (
     slice_logits,
     to_cpu,
 )
-from stage1_teacher.teacher import Teacher
-from stage1_teacher.teacher_inputs import prepare_inputs
+from vlm_distill_cache.stage1_teacher.loop.writer import EncodedShard, run_ahead
+from vlm_distill_cache.stage1_teacher.teacher.inputs import prepare_inputs
+from vlm_distill_cache.stage1_teacher.teacher.teacher import Teacher
 
 COUNT = 10
 

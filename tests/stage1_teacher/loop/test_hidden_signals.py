@@ -9,17 +9,17 @@ import torch
 from PIL import Image
 from transformers import LlavaForConditionalGeneration
 
-from common.cache import open_cache
-from common.codecs import codec_from_dict
-from common.errors import CacheFormatError, ConfigError
-from common.record_checks import value_damage
-from common.schema import IGNORE_INDEX
-from common.stores import open_reader
-from common.verification import verify
-from data.collate import collate
-from data.registry import open_dataset
-from stage1_teacher.plan import build_encoder
-from stage1_teacher.teacher import Teacher
+from vlm_distill_cache.common.cache.reader import open_cache
+from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
+from vlm_distill_cache.common.cache.stores import open_reader
+from vlm_distill_cache.common.codecs import codec_from_dict
+from vlm_distill_cache.common.codecs.checks import value_damage
+from vlm_distill_cache.common.errors import CacheFormatError, ConfigError
+from vlm_distill_cache.common.tools.verify import verify
+from vlm_distill_cache.data.registry import open_dataset
+from vlm_distill_cache.data.text.collate import collate
+from vlm_distill_cache.stage1_teacher.build.plan import build_encoder
+from vlm_distill_cache.stage1_teacher.teacher.teacher import Teacher
 
 SIGNALS = ("hidden", "visual_hidden", "projector_output", "visual_logits")
 OPTIONS = {"signals": SIGNALS, "hidden_layers": (0, 2, -1), "hidden_dtype": "f4", "logits": "exact"}

@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.cache import open_cache
-from common.codecs import VisualMapCodec, codec_from_dict
-from common.codecs.teacher_map import TeacherMap
-from common.errors import ConfigError
-from common.manifest import read_manifest
-from stage1_teacher.config import BuildConfig
+from vlm_distill_cache.common.cache.manifest import read_manifest
+from vlm_distill_cache.common.cache.reader import open_cache
+from vlm_distill_cache.common.codecs import VisualMapCodec, codec_from_dict
+from vlm_distill_cache.common.codecs.teacher_map import TeacherMap
+from vlm_distill_cache.common.errors import ConfigError
+from vlm_distill_cache.stage1_teacher.config import BuildConfig
 
 VISUAL = ("logits", "visual_columns", "visual_map")
 

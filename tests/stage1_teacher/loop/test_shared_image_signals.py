@@ -10,21 +10,21 @@ import pytest
 import torch
 from PIL import Image
 
-import stage1_teacher.pipeline as pipeline
-import stage1_teacher.plan
-from common.cache import open_cache
-from common.codecs import codec_from_dict
-from common.errors import CacheMismatchError
-from common.manifest import seal, write_plan
-from common.shared_images import VISUAL_SOURCE
-from common.sidecar import read_sidecar
-from common.stores import finish_shard, open_writer
-from common.verification import verify
-from data.registry import open_dataset
-from stage1_teacher.plan import build_encoder
-from stage1_teacher.teacher import Teacher
-from stage2_student.cached_dataset import CachedDataset
-from stage2_student.training_batch import arrays_of
+import vlm_distill_cache.stage1_teacher.build.plan
+import vlm_distill_cache.stage1_teacher.loop.writer as pipeline
+from vlm_distill_cache.common.cache.manifest import seal, write_plan
+from vlm_distill_cache.common.cache.reader import open_cache
+from vlm_distill_cache.common.cache.shared_images import VISUAL_SOURCE
+from vlm_distill_cache.common.cache.sidecar import read_sidecar
+from vlm_distill_cache.common.cache.stores import finish_shard, open_writer
+from vlm_distill_cache.common.codecs import codec_from_dict
+from vlm_distill_cache.common.errors import CacheMismatchError
+from vlm_distill_cache.common.tools.verify import verify
+from vlm_distill_cache.data.registry import open_dataset
+from vlm_distill_cache.stage1_teacher.build.plan import build_encoder
+from vlm_distill_cache.stage1_teacher.teacher.teacher import Teacher
+from vlm_distill_cache.stage2_student.batches.batch import arrays_of
+from vlm_distill_cache.stage2_student.batches.dataset import CachedDataset
 
 SIGNALS = ("logits", "visual_columns", "visual_map")
 COLORS = ("red", "green", "blue", "black")
@@ -156,7 +156,7 @@ def test_a_student_is_given_exactly_the_same_signals(tmp_path, build, tiny_llava
 def test_shared_maps_are_those_of_each_conversation_up_to_rounding(tmp_path, build, monkeypatch):
     data = write_data(tmp_path / "data", 2, 4)
     shared = build(tmp_path / "shared", data)
-    monkeypatch.setattr(stage1_teacher.plan, "with_visual_source", dict)
+    monkeypatch.setattr(vlm_distill_cache.stage1_teacher.build.plan, "with_visual_source", dict)
     own = build(tmp_path / "own", data)
     assert "visual_source" not in own.read("s0-0")
     for sample_id in own.sample_ids:

@@ -10,22 +10,22 @@ import torch
 from PIL import Image
 from transformers import LlavaForConditionalGeneration
 
-from common.cache import open_cache
-from common.codecs import codec_from_dict
-from common.errors import CacheMismatchError
-from common.schema import IGNORE_INDEX
-from common.visual_attention import AttentionCapture
-from common.visual_tokens import grid_tile, overlap_matrix, pool_keys, tile_boxes
-from data.collate import collate
-from data.registry import open_dataset
-from stage1_teacher.plan import build_encoder
-from stage1_teacher.teacher import Teacher
-from stage2_student.build_student import build_student
-from stage2_student.cached_dataset import CachedDataset
-from stage2_student.check_cache import check_signals
-from stage2_student.config import LossWeights
-from stage2_student.objective import Objective, Shares, step_shares
-from stage2_student.terms import ATTENTION_TERMS
+from vlm_distill_cache.common.attention.boxes import grid_tile, overlap_matrix, pool_keys, tile_boxes
+from vlm_distill_cache.common.attention.capture import AttentionCapture
+from vlm_distill_cache.common.cache.reader import open_cache
+from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
+from vlm_distill_cache.common.codecs import codec_from_dict
+from vlm_distill_cache.common.errors import CacheMismatchError
+from vlm_distill_cache.data.registry import open_dataset
+from vlm_distill_cache.data.text.collate import collate
+from vlm_distill_cache.stage1_teacher.build.plan import build_encoder
+from vlm_distill_cache.stage1_teacher.teacher.teacher import Teacher
+from vlm_distill_cache.stage2_student.batches.dataset import CachedDataset
+from vlm_distill_cache.stage2_student.config import LossWeights
+from vlm_distill_cache.stage2_student.losses.objective import Objective, Shares, step_shares
+from vlm_distill_cache.stage2_student.students.build import build_student
+from vlm_distill_cache.stage2_student.terms import ATTENTION_TERMS
+from vlm_distill_cache.stage2_student.training.checks import check_signals
 
 SIGNALS = ("answer_attention", "text_attention")
 EXACT = {"attention_dtype": "f4", "signals": SIGNALS, "fidelity_samples": 0}
@@ -126,8 +126,8 @@ def test_eight_bits_keep_text_rows_as_well_as_answer_rows(tmp_path, build_cache)
 @pytest.fixture(scope="module")
 def trained(tiny_llava, tmp_path_factory, teacher, encoder, data):
     """A cache, its join for a student of 3 x 3 tokens, and that student."""
-    from stage1_teacher.config import BuildConfig
-    from stage1_teacher.extract import extract
+    from vlm_distill_cache.stage1_teacher.config import BuildConfig
+    from vlm_distill_cache.stage1_teacher.extract import extract
 
     path = tmp_path_factory.mktemp("trained") / "cache"
     extract(BuildConfig(cache=str(path), teacher=str(tiny_llava), template="short", data=data, **EXACT))

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from common.cache import open_cache
-from common.errors import ConfigError
-from common.manifest import read_plan
-from stage1_teacher.config import BuildConfig
+from vlm_distill_cache.common.cache.manifest import read_plan
+from vlm_distill_cache.common.cache.reader import open_cache
+from vlm_distill_cache.common.errors import ConfigError
+from vlm_distill_cache.stage1_teacher.config import BuildConfig
 
 
 def front_matter(card: str) -> dict:

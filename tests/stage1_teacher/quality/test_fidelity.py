@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from common.codecs.row_attention import RowAttention, RowAttentionCodec
-from common.codecs.visual_map import VisualColumnsCodec
-from common.visual_tokens import Tile
-from stage1_teacher.fidelity import Totals, _compare
-from stage1_teacher.signals import TeacherSignals
-from stage1_teacher.teacher import TeacherOutput
+from vlm_distill_cache.common.attention.boxes import Tile
+from vlm_distill_cache.common.codecs.row_attention import RowAttention, RowAttentionCodec
+from vlm_distill_cache.common.codecs.visual_map import VisualColumnsCodec
+from vlm_distill_cache.stage1_teacher.loop.signals import TeacherSignals
+from vlm_distill_cache.stage1_teacher.quality.fidelity import Totals, _compare
+from vlm_distill_cache.stage1_teacher.teacher.teacher import TeacherOutput
 
 CODECS = {
     "answer_attention": RowAttentionCodec(grid=(2, 2), groups=1, exact=True),

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from common.cache import open_cache
-from common.cli import main as cachectl
-from common.codecs import codec_from_dict
-from common.visual_tokens import content_mask, tile_boxes, tiles_from_array
-from stage1_teacher.sinks import SinkCount
+from vlm_distill_cache.common.attention.boxes import content_mask, tile_boxes, tiles_from_array
+from vlm_distill_cache.common.cache.reader import open_cache
+from vlm_distill_cache.common.cli import main as cachectl
+from vlm_distill_cache.common.codecs import codec_from_dict
+from vlm_distill_cache.stage1_teacher.sinks import SinkCount
 
 
 def test_a_planted_sink_is_found_by_row_and_column_with_its_mass():

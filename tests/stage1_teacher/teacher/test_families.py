@@ -10,14 +10,14 @@ import torch
 from family_references import reference_inputs, reference_output
 from tiny_families import LAYERS, TINY, save_tiny
 
-from common.errors import ModelError
-from common.schema import IGNORE_INDEX
-from data.collate import collate
-from data.generation import generate_answers
-from data.images import ImageArray
-from data.sample import Sample, Turn
-from stage1_teacher.plan import build_encoder
-from stage1_teacher.teacher import Teacher
+from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
+from vlm_distill_cache.common.errors import ModelError
+from vlm_distill_cache.data.images.load import ImageArray
+from vlm_distill_cache.data.sample import Sample, Turn
+from vlm_distill_cache.data.text.collate import collate
+from vlm_distill_cache.data.text.generation import generate_answers
+from vlm_distill_cache.stage1_teacher.build.plan import build_encoder
+from vlm_distill_cache.stage1_teacher.teacher.teacher import Teacher
 
 # The library's InternVL processor, up to 5.17.
 pytestmark = pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning")

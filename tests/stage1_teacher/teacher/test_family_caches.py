@@ -7,15 +7,15 @@ from click.testing import CliRunner
 from family_caches import build
 from tiny_families import TINY, save_tiny
 
-from common.errors import CacheMismatchError, ModelError
-from common.shared_images import VISUAL_SOURCE
-from common.verification import verify
-from data.family_inputs import text_config
-from data.fingerprints import weights_fingerprint
-from data.image_layouts import AnyResolutionEncoder
-from stage1_teacher.cli import main
-from stage1_teacher.plan import build_encoder
-from stage1_teacher.teacher import Teacher
+from vlm_distill_cache.common.cache.shared_images import VISUAL_SOURCE
+from vlm_distill_cache.common.errors import CacheMismatchError, ModelError
+from vlm_distill_cache.common.tools.verify import verify
+from vlm_distill_cache.data.families.inputs import text_config
+from vlm_distill_cache.data.fingerprints import weights_fingerprint
+from vlm_distill_cache.data.images.layouts import AnyResolutionEncoder
+from vlm_distill_cache.stage1_teacher.build.plan import build_encoder
+from vlm_distill_cache.stage1_teacher.cli import main
+from vlm_distill_cache.stage1_teacher.teacher.teacher import Teacher
 
 
 @pytest.mark.parametrize("name", list(TINY))
@@ -85,7 +85,7 @@ def test_a_teacher_whose_attention_cannot_be_captured_still_gives_logits(
     def refuse(*_):
         raise ModelError("not in this version")
 
-    monkeypatch.setattr("stage1_teacher.teacher.AttentionCapture", refuse)
+    monkeypatch.setattr("vlm_distill_cache.stage1_teacher.teacher.teacher.AttentionCapture", refuse)
     folder = save_tiny("smolvlm", tmp_path / "teacher")
     with pytest.raises(
         ModelError, match=r"answer_attention cannot be had: not in this version.*--signals logits"

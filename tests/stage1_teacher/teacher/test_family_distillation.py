@@ -8,12 +8,12 @@ import transformers as hf
 from family_caches import build
 from tiny_families import TEXT, TINY, VISION, make_lively, square
 
-from common.config import config_from_dict
-from common.models.mobilevlm import MobileVLMConfig, MobileVLMForConditionalGeneration
-from data.processors import load_tokenizer
-from stage2_student.config import TrainConfig
-from stage2_student.train import train
-from stage2_student.training_log import read_log
+from vlm_distill_cache.common.config import config_from_dict
+from vlm_distill_cache.common.models.mobilevlm import MobileVLMConfig, MobileVLMForConditionalGeneration
+from vlm_distill_cache.data.text.processors import load_tokenizer
+from vlm_distill_cache.stage2_student.config import TrainConfig
+from vlm_distill_cache.stage2_student.train import train
+from vlm_distill_cache.stage2_student.training.log import read_log
 
 
 def save_student(folder: Path, cache) -> Path:

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.errors import CacheFormatError, ConfigError, ModelError
-from stage1_teacher import fidelity
-from stage1_teacher.extract import recompute_fidelity, refuse_missing_shards
-from stage1_teacher.teacher import Teacher
+from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, ModelError
+from vlm_distill_cache.stage1_teacher.extract import recompute_fidelity, refuse_missing_shards
+from vlm_distill_cache.stage1_teacher.quality import fidelity
+from vlm_distill_cache.stage1_teacher.teacher.teacher import Teacher
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def test_configs_that_are_none_are_refused(copy_of: Path, value: str):
 
 
 def test_a_tokenizer_with_ids_beyond_the_embedding_is_refused(copy_of: Path, tmp_path: Path, build_cache):
-    from data.processors import load_tokenizer
+    from vlm_distill_cache.data.text.processors import load_tokenizer
 
     tokenizer = load_tokenizer(copy_of)
     tokenizer.add_tokens(["what", "color"])
@@ -85,7 +85,7 @@ def test_devices_that_are_not_here_are_refused(tiny_llava: Path, device: str, sa
 
 
 def test_a_damaged_or_missing_shard_has_no_fidelity(tiny_llava: Path, tmp_path: Path, build_cache):
-    from stage1_teacher.config import BuildConfig
+    from vlm_distill_cache.stage1_teacher.config import BuildConfig
 
     build_cache(tmp_path / "cache")
     options = {"teacher": str(tiny_llava), "template": "short", "limit": 10, "shard_size": 4, "batch_size": 3}
@@ -110,9 +110,9 @@ def test_a_damaged_or_missing_shard_has_no_fidelity(tiny_llava: Path, tmp_path: 
     "signals", [("hidden",), ("visual_logits", "visual_hidden"), ("logits", "projector_output", "hidden")]
 )
 def test_an_estimate_knows_every_signal(signals, tiny_llava: Path, tmp_path: Path):
-    from stage1_teacher.config import BuildConfig
-    from stage1_teacher.plan import open_build
-    from stage1_teacher.probe import measure_probe
+    from vlm_distill_cache.stage1_teacher.build.plan import open_build
+    from vlm_distill_cache.stage1_teacher.config import BuildConfig
+    from vlm_distill_cache.stage1_teacher.estimate.probe import measure_probe
 
     config = BuildConfig(
         teacher=str(tiny_llava),

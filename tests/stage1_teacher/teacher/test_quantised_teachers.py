@@ -8,10 +8,10 @@ import transformers
 from family_caches import build
 from tiny_families import save_tiny
 
-from common.errors import CacheMismatchError, ConfigError
-from common.verification import verify
-from data.fingerprints import weights_fingerprint
-from stage1_teacher.teacher import Teacher
+from vlm_distill_cache.common.errors import CacheMismatchError, ConfigError
+from vlm_distill_cache.common.tools.verify import verify
+from vlm_distill_cache.data.fingerprints import weights_fingerprint
+from vlm_distill_cache.stage1_teacher.teacher.teacher import Teacher
 
 LIBRARY_FAMILIES = ("llava", "qwen2_5_vl", "gemma3", "internvl")
 

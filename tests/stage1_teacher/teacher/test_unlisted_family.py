@@ -11,17 +11,17 @@ from family_caches import build
 from family_references import reference_output
 from tiny_families import save_tiny
 
-from common.codecs import codec_from_dict
-from common.errors import ModelError
-from common.schema import IGNORE_INDEX
-from common.verification import verify
-from common.visual_tokens import content_mask, tile_boxes, tiles_from_array
-from data.collate import Batch, collate
-from data.family_inputs import library_inputs
-from data.family_models import row_logits
-from data.registry import open_dataset
-from stage1_teacher.plan import build_encoder
-from stage1_teacher.teacher import Teacher
+from vlm_distill_cache.common.attention.boxes import content_mask, tile_boxes, tiles_from_array
+from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
+from vlm_distill_cache.common.codecs import codec_from_dict
+from vlm_distill_cache.common.errors import ModelError
+from vlm_distill_cache.common.tools.verify import verify
+from vlm_distill_cache.data.families.inputs import library_inputs
+from vlm_distill_cache.data.families.models import row_logits
+from vlm_distill_cache.data.registry import open_dataset
+from vlm_distill_cache.data.text.collate import Batch, collate
+from vlm_distill_cache.stage1_teacher.build.plan import build_encoder
+from vlm_distill_cache.stage1_teacher.teacher.teacher import Teacher
 
 
 def test_its_logits_are_cached_and_are_the_librarys(

@@ -5,17 +5,17 @@ from dataclasses import replace
 import pytest
 from test_check_cache import make_config
 
-from common.cache import open_cache
-from common.codecs import codec_from_dict
-from common.config import config_from_dict
-from common.errors import SampleError
-from data.registry import open_dataset
-from stage1_teacher.config import BuildConfig
-from stage1_teacher.demo_teacher import builtin_teacher_directory
-from stage1_teacher.extract import extract
-from stage2_student.cached_dataset import answered_sample
-from stage2_student.config import TrainConfig
-from stage2_student.preparation import prepare
+from vlm_distill_cache.common.cache.reader import open_cache
+from vlm_distill_cache.common.codecs import codec_from_dict
+from vlm_distill_cache.common.config import config_from_dict
+from vlm_distill_cache.common.errors import SampleError
+from vlm_distill_cache.data.registry import open_dataset
+from vlm_distill_cache.stage1_teacher.config import BuildConfig
+from vlm_distill_cache.stage1_teacher.demo.teacher import builtin_teacher_directory
+from vlm_distill_cache.stage1_teacher.extract import extract
+from vlm_distill_cache.stage2_student.batches.dataset import answered_sample
+from vlm_distill_cache.stage2_student.config import TrainConfig
+from vlm_distill_cache.stage2_student.training.preparation import prepare
 
 DATA = "shapes:images=6"
 
@@ -87,8 +87,8 @@ def test_other_questions_than_the_teacher_answered_are_refused(written):
 
 
 def test_a_run_on_written_answers_is_scored_against_the_teacher_on_them(written, tmp_path):
-    from stage2_student.student import draw_overlays, join_cached, open_student
-    from stage2_student.train import train
+    from vlm_distill_cache.stage2_student.train import train
+    from vlm_distill_cache.stage2_student.trained_student import draw_overlays, join_cached, open_student
 
     config = config_from_dict(
         TrainConfig,

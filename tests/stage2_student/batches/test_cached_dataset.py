@@ -8,16 +8,16 @@ import pytest
 import torch
 from tiny_cache import DATA, build_tiny_cache, make_teacher
 
-from common.cache import open_cache
-from common.errors import CacheMismatchError
-from common.layers import student_groups
-from common.schema import IGNORE_INDEX
-from data.images import ImageArray
-from data.registry import open_dataset
-from data.sample import Sample, Turn, fingerprint_samples
-from stage2_student.cached_dataset import CachedDataset, SampleMemory
-from stage2_student.join import join_cache
-from stage2_student.layer_matching import match_groups
+from vlm_distill_cache.common.attention.layers import student_groups
+from vlm_distill_cache.common.cache.reader import open_cache
+from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
+from vlm_distill_cache.common.errors import CacheMismatchError
+from vlm_distill_cache.data.images.load import ImageArray
+from vlm_distill_cache.data.registry import open_dataset
+from vlm_distill_cache.data.sample import Sample, Turn, fingerprint_samples
+from vlm_distill_cache.stage2_student.batches.dataset import CachedDataset, SampleMemory
+from vlm_distill_cache.stage2_student.batches.layers import match_groups
+from vlm_distill_cache.stage2_student.join import join_cache
 
 SIGNALS = ("logits", "answer_attention", "visual_columns", "visual_map")
 

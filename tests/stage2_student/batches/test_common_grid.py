@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.visual_tokens import (
+from vlm_distill_cache.common.attention.boxes import (
     Tile,
     area_pool,
     content_mask,
@@ -14,8 +14,8 @@ from common.visual_tokens import (
     show_twice,
     tile_boxes,
 )
-from stage2_student.common_grid import meet, meet_cells
-from stage2_student.overlays import seen_once
+from vlm_distill_cache.stage2_student.batches.grid import meet, meet_cells
+from vlm_distill_cache.stage2_student.scores.overlays import seen_once
 
 PADDED = (0.0, -0.5, 1.0, 1.5)
 

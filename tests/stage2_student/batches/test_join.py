@@ -9,10 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.errors import CacheMismatchError
-from data.registry import open_dataset
-from stage2_student.join import join_cache, merged_fingerprints, missing_samples, splits_and_limits
-from stage2_student.preparation import open_cached_data
+from vlm_distill_cache.common.errors import CacheMismatchError
+from vlm_distill_cache.data.registry import open_dataset
+from vlm_distill_cache.stage2_student.join import (
+    join_cache,
+    merged_fingerprints,
+    missing_samples,
+    splits_and_limits,
+)
+from vlm_distill_cache.stage2_student.training.preparation import open_cached_data
 
 
 class ListOfIds:

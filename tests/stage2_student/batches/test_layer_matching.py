@@ -7,15 +7,20 @@ from test_cached_dataset import open_joined
 from test_objective import GROUPS, gradients, make_student
 from tiny_cache import build_tiny_cache
 
-from common.cache import open_cache
-from common.codecs.teacher_map import TeacherMap
-from common.errors import CacheMismatchError
-from common.layers import GroupMatch
-from common.visual_attention import AttentionCapture
-from data.registry import open_dataset
-from stage2_student.cached_dataset import SampleMemory
-from stage2_student.layer_matching import check_map_serves, match_groups, regroup, regroup_map
-from stage2_student.objective import Objective, Shares
+from vlm_distill_cache.common.attention.capture import AttentionCapture
+from vlm_distill_cache.common.attention.layers import GroupMatch
+from vlm_distill_cache.common.cache.reader import open_cache
+from vlm_distill_cache.common.codecs.teacher_map import TeacherMap
+from vlm_distill_cache.common.errors import CacheMismatchError
+from vlm_distill_cache.data.registry import open_dataset
+from vlm_distill_cache.stage2_student.batches.dataset import SampleMemory
+from vlm_distill_cache.stage2_student.batches.layers import (
+    check_map_serves,
+    match_groups,
+    regroup,
+    regroup_map,
+)
+from vlm_distill_cache.stage2_student.losses.objective import Objective, Shares
 
 DATA = "shapes:images=2,seed=5"
 TERMS = ("answer_attention", "text_attention", "visual_columns", "visual_map", "all_attention")

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from stage2_student.prefetch import Prefetcher
+from vlm_distill_cache.stage2_student.batches.prefetch import Prefetcher
 
 
 @pytest.mark.parametrize("num_workers", [0, 1, 3])

@@ -7,8 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.errors import ConfigError
-from stage2_student.sampler import ShardShuffle, epoch_order, micro_batch_count, split_step
+from vlm_distill_cache.common.errors import ConfigError
+from vlm_distill_cache.stage2_student.batches.sampler import (
+    ShardShuffle,
+    epoch_order,
+    micro_batch_count,
+    split_step,
+)
 
 
 def make_shards(*sizes: int):

@@ -10,14 +10,14 @@ from test_equal_student import FixedCapture
 from test_objective import gradients, make_student, pool
 from tiny_cache import build_tiny_cache
 
-from common.attention_request import AttentionRequest
-from common.errors import CacheMismatchError
-from common.visual_attention import AttentionCapture
-from data.collate import collate, text_rows, visual_keys
-from data.registry import open_dataset
-from data.sample import Sample, Turn
-from stage2_student.layer_matching import check_all_rows, check_map_serves
-from stage2_student.objective import Objective, Shares, step_shares
+from vlm_distill_cache.common.attention.capture import AttentionCapture
+from vlm_distill_cache.common.attention_request import AttentionRequest
+from vlm_distill_cache.common.errors import CacheMismatchError
+from vlm_distill_cache.data.registry import open_dataset
+from vlm_distill_cache.data.sample import Sample, Turn
+from vlm_distill_cache.data.text.collate import collate, text_rows, visual_keys
+from vlm_distill_cache.stage2_student.batches.layers import check_all_rows, check_map_serves
+from vlm_distill_cache.stage2_student.losses.objective import Objective, Shares, step_shares
 
 GROUPS = ((0,), (1,))
 SIGNALS = ("visual_map", "text_attention")

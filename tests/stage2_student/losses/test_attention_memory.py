@@ -5,9 +5,14 @@ import torch
 from live_bytes import LiveBytes
 from transformers import LlamaConfig, LlamaModel
 
-from common.attention_request import AttentionRequest
-from common.attention_rows import CHUNK_ELEMENTS, KEPT_ELEMENTS, SharedPlace, head_mean_attention
-from common.visual_attention import AttentionCapture
+from vlm_distill_cache.common.attention.capture import AttentionCapture
+from vlm_distill_cache.common.attention.rows import (
+    CHUNK_ELEMENTS,
+    KEPT_ELEMENTS,
+    SharedPlace,
+    head_mean_attention,
+)
+from vlm_distill_cache.common.attention_request import AttentionRequest
 
 BATCH, WIDTH, LENGTH = 2, 256, 900
 CHUNK_BYTES = 4 * CHUNK_ELEMENTS["cpu"]
@@ -82,7 +87,7 @@ def model_bytes(depth, *, groups):
 
 @pytest.mark.parametrize("kept", [0, KEPT_ELEMENTS])
 def test_between_both_passes_layers_keep_their_share_of_the_result_and_little_attention(kept, monkeypatch):
-    monkeypatch.setattr("common.attention_rows.KEPT_ELEMENTS", kept)
+    monkeypatch.setattr("vlm_distill_cache.common.attention.rows.KEPT_ELEMENTS", kept)
     few = 4 * 2 * 8 * 30 * 120 if kept else 0  # attention of all heads
     mask = 2 * 120 * 120  # all layers share it, and what it adds to scores, and the weights of rows and keys
     shared = mask + 4 * 2 * 30 * (120 + 40)
@@ -95,7 +100,7 @@ def test_between_both_passes_layers_keep_their_share_of_the_result_and_little_at
 
 @pytest.mark.parametrize("rows", [30, 31])
 def test_attention_is_kept_up_to_a_limit(rows: int, monkeypatch):
-    monkeypatch.setattr("common.attention_rows.KEPT_ELEMENTS", 2 * 8 * 30 * 120)
+    monkeypatch.setattr("vlm_distill_cache.common.attention.rows.KEPT_ELEMENTS", 2 * 8 * 30 * 120)
     query, key = (torch.randn(2, 8, 120, 8, requires_grad=True) for _ in range(2))
     chosen = torch.arange(rows).repeat(2, 1)
     with LiveBytes(query, key) as live:
@@ -121,7 +126,7 @@ def test_a_sum_of_rows_takes_no_memory_for_the_rows():
 
 @pytest.mark.parametrize("kept", [0, 10**9])
 def test_layers_with_masks_in_turn_share_two_places_which_the_backward_pass_frees(kept, monkeypatch):
-    monkeypatch.setattr("common.attention_rows.KEPT_ELEMENTS", kept)
+    monkeypatch.setattr("vlm_distill_cache.common.attention.rows.KEPT_ELEMENTS", kept)
     query, key = (torch.randn(2, 4, 200, 4, requires_grad=True) for _ in range(2))
     tokens = torch.arange(150).repeat(2, 1)
     whole = torch.ones(1, 1, 200, 200, dtype=torch.bool).tril()

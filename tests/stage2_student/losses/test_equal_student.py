@@ -11,17 +11,22 @@ from tiny_cache import make_teacher
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-from common.schema import IGNORE_INDEX
-from data.collate import collate, text_rows, visual_keys
-from data.image_encoder import ImageEncoder
-from data.images import ImageArray
-from data.sample import Sample, Turn
-from stage1_teacher.signals import build_codecs, encode_records, reduce_output
-from stage1_teacher.teacher import TeacherOutput
-from stage1_teacher.teacher_inputs import image_weights
-from stage2_student.objective import Objective, attention_requests, pool_map, step_shares
-from stage2_student.signals import decode_signals
-from stage2_student.training_batch import TrainingSample, collate_samples
+from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
+from vlm_distill_cache.data.images.encoder import ImageEncoder
+from vlm_distill_cache.data.images.load import ImageArray
+from vlm_distill_cache.data.sample import Sample, Turn
+from vlm_distill_cache.data.text.collate import collate, text_rows, visual_keys
+from vlm_distill_cache.stage1_teacher.loop.signals import build_codecs, encode_records, reduce_output
+from vlm_distill_cache.stage1_teacher.teacher.inputs import image_weights
+from vlm_distill_cache.stage1_teacher.teacher.teacher import TeacherOutput
+from vlm_distill_cache.stage2_student.batches.batch import TrainingSample, collate_samples
+from vlm_distill_cache.stage2_student.batches.signals import decode_signals
+from vlm_distill_cache.stage2_student.losses.objective import (
+    Objective,
+    attention_requests,
+    pool_map,
+    step_shares,
+)
 
 SIGNALS = ("logits", "answer_attention", "visual_columns", "visual_map", "text_attention")
 TERMS = (*SIGNALS, "all_attention")

@@ -3,17 +3,22 @@
 import pytest
 import torch
 
-from common.codecs.hidden_states import VisualHiddenCodec
-from common.errors import CacheMismatchError, ModelError
-from common.hidden_states import HiddenCapture, HiddenRequest, gather_rows, student_layers
-from common.schema import IGNORE_INDEX
-from common.visual_tokens import grid_tile
-from stage2_student.config import PhaseConfig, TrainConfig
-from stage2_student.feature_losses import hidden_loss
-from stage2_student.features import decode_features
-from stage2_student.loss_weights import LossWeights
-from stage2_student.objective import step_shares
-from stage2_student.preparation import prepare
+from vlm_distill_cache.common.attention.boxes import grid_tile
+from vlm_distill_cache.common.attention.hidden import (
+    HiddenCapture,
+    HiddenRequest,
+    gather_rows,
+    student_layers,
+)
+from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
+from vlm_distill_cache.common.codecs.hidden_states import VisualHiddenCodec
+from vlm_distill_cache.common.errors import CacheMismatchError, ModelError
+from vlm_distill_cache.stage2_student.batches.features import decode_features
+from vlm_distill_cache.stage2_student.config import PhaseConfig, TrainConfig
+from vlm_distill_cache.stage2_student.feature_losses import hidden_loss
+from vlm_distill_cache.stage2_student.loss_weights import LossWeights
+from vlm_distill_cache.stage2_student.losses.objective import step_shares
+from vlm_distill_cache.stage2_student.training.preparation import prepare
 
 TERMS = ("hidden", "visual_hidden", "projector_output", "visual_logits")
 KINDS = ("relative_mse", "cosine", "relation")
@@ -99,8 +104,8 @@ def test_layers_meet_at_the_same_share_of_the_depth(layers, teacher, student, ex
 
 @pytest.fixture(scope="module")
 def feature_cache(tiny_llava, tmp_path_factory):
-    from stage1_teacher.config import BuildConfig
-    from stage1_teacher.extract import extract
+    from vlm_distill_cache.stage1_teacher.config import BuildConfig
+    from vlm_distill_cache.stage1_teacher.extract import extract
 
     path = tmp_path_factory.mktemp("features") / "cache"
     extract(

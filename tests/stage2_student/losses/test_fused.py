@@ -12,10 +12,10 @@ from loss_checks import normal
 from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 
-from common.codecs import SparseLogits
-from common.errors import TemperatureNotCachedError
-from stage2_student.fused import fused_losses
-from stage2_student.logit_losses import lm_loss, tail_bucket_loss
+from vlm_distill_cache.common.codecs import SparseLogits
+from vlm_distill_cache.common.errors import TemperatureNotCachedError
+from vlm_distill_cache.stage2_student.losses.fused import fused_losses
+from vlm_distill_cache.stage2_student.losses.logits import lm_loss, tail_bucket_loss
 
 ROWS, WIDTH, VOCABULARY = 11, 8, 40
 WEIGHTS = {"lm_weight": 0.7, "logit_weight": 1.3}

@@ -13,8 +13,8 @@ from transformers import (
     GraniteForCausalLM,
 )
 
-from stage2_student.fused import fused_losses
-from stage2_student.logit_losses import lm_loss, tail_bucket_loss
+from vlm_distill_cache.stage2_student.losses.fused import fused_losses
+from vlm_distill_cache.stage2_student.losses.logits import lm_loss, tail_bucket_loss
 
 SIZES = {
     "vocab_size": 60,

@@ -6,9 +6,9 @@ from test_library_student import make_batch, opened  # noqa: F401  (a fixture)
 from tiny_families import TINY
 from torch import nn
 
-from common.schema import IGNORE_INDEX
-from stage2_student.fused import fused_losses
-from stage2_student.logit_losses import lm_loss
+from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
+from vlm_distill_cache.stage2_student.losses.fused import fused_losses
+from vlm_distill_cache.stage2_student.losses.logits import lm_loss
 
 
 @pytest.mark.parametrize("name", TINY)

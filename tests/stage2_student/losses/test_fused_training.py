@@ -15,12 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from common.codecs import SparseLogits
-from stage2_student import fused
-from stage2_student.fused import fused_losses
-from stage2_student.logit_losses import lm_loss, tail_bucket_loss
+from vlm_distill_cache.common.codecs import SparseLogits
+from vlm_distill_cache.stage2_student.losses import fused
+from vlm_distill_cache.stage2_student.losses.fused import fused_losses
+from vlm_distill_cache.stage2_student.losses.logits import lm_loss, tail_bucket_loss
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def leaves(*, dtype: torch.dtype = torch.float32):
@@ -55,7 +55,7 @@ def test_a_tied_embedding_gets_both_gradients():
 def test_two_processes_get_the_mean_of_their_gradients_under_ddp_and_fsdp2(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
-        [*command, str(Path(__file__).with_name("fused_models.py")), str(tmp_path)],
+        [*command, str(Path(__file__).parents[1] / "fused_models.py"), str(tmp_path)],
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
@@ -140,7 +140,7 @@ def test_evaluation_gives_the_values_and_computes_no_gradient(mode):
     _, labels, teacher = batch(0)
     hidden, weight = leaves()
     expected = fused_losses(hidden, weight, labels, teacher)
-    with mode(), mock.patch("stage2_student.fused_chunks._Gradients.add") as add:
+    with mode(), mock.patch("vlm_distill_cache.stage2_student.losses.fused_chunks._Gradients.add") as add:
         found = fused_losses(hidden, weight, labels, teacher)
     add.assert_not_called()
     assert not found.total.requires_grad

@@ -10,9 +10,9 @@ from logit_references import KINDS, bucketed, select
 from loss_checks import assert_agree, normal, value_and_gradient
 from torch import Tensor
 
-from common.codecs import LogitCodec, SparseLogits
-from common.errors import TemperatureNotCachedError
-from stage2_student.logit_losses import (
+from vlm_distill_cache.common.codecs import LogitCodec, SparseLogits
+from vlm_distill_cache.common.errors import TemperatureNotCachedError
+from vlm_distill_cache.stage2_student.losses.logits import (
     TeacherRows,
     diverge,
     lm_loss,

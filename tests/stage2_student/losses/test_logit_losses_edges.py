@@ -7,8 +7,8 @@ import torch
 from logit_references import KINDS, bucketed, select
 from loss_checks import assert_agree, normal, value_and_gradient
 
-from common.codecs import SparseLogits
-from stage2_student.logit_losses import tail_bucket_loss
+from vlm_distill_cache.common.codecs import SparseLogits
+from vlm_distill_cache.stage2_student.losses.logits import tail_bucket_loss
 
 INF = math.inf
 

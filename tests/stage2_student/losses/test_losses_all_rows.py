@@ -5,7 +5,7 @@ import torch
 from loss_checks import assert_agree, cosine, maps_of, normal, value_and_gradient
 from torch import Tensor
 
-from stage2_student.attention_losses import all_attention_loss
+from vlm_distill_cache.stage2_student.losses.attention import all_attention_loss
 
 
 class AllRows:

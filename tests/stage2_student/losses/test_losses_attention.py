@@ -7,10 +7,8 @@ from hypothesis import strategies as st
 from loss_checks import assert_agree, value_and_gradient
 from torch import Tensor
 
-from common.codecs import RowAttention, RowAttentionCodec
-from stage2_student.attention_losses import (
-    answer_attention_loss,
-)
+from vlm_distill_cache.common.codecs import RowAttention, RowAttentionCodec
+from vlm_distill_cache.stage2_student.losses.attention import answer_attention_loss
 
 KINDS = ("kl", "cosine", "relative", "kl_with_rest")
 

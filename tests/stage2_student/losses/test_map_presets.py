@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from common.codecs import VisualMapCodec
-from common.codecs.teacher_map import TeacherMap
-from common.errors import CacheMismatchError
-from common.visual_tokens import Tile, pooled_tiles, tiles_to_array
-from stage2_student.attention_losses import sink_filtered_cosine_loss, visual_map_loss
-from stage2_student.layer_matching import check_map_serves
-from stage2_student.objective import pool_map
-from stage2_student.signals import AttentionTarget, decode_signals
+from vlm_distill_cache.common.attention.boxes import Tile, pooled_tiles, tiles_to_array
+from vlm_distill_cache.common.codecs import VisualMapCodec
+from vlm_distill_cache.common.codecs.teacher_map import TeacherMap
+from vlm_distill_cache.common.errors import CacheMismatchError
+from vlm_distill_cache.stage2_student.batches.layers import check_map_serves
+from vlm_distill_cache.stage2_student.batches.signals import AttentionTarget, decode_signals
+from vlm_distill_cache.stage2_student.losses.attention import sink_filtered_cosine_loss, visual_map_loss
+from vlm_distill_cache.stage2_student.losses.objective import pool_map
 
 SQUARE = (Tile(12, 12, (0.0, 0.0, 1.0, 1.0)),)
 PADDED = (Tile(12, 12, (0.0, -0.25, 1.0, 1.25)),)

@@ -8,14 +8,14 @@ import torch.nn.functional as F
 from test_cached_dataset import ListDataset, open_joined
 from tiny_cache import DATA, build_tiny_cache
 
-from common.schema import IGNORE_INDEX
-from common.visual_attention import AttentionCapture
-from data.collate import collate
-from data.registry import open_dataset
-from data.sample import Sample, Turn
-from stage2_student.build_student import build_student
-from stage2_student.logit_losses import tail_bucket_loss
-from stage2_student.objective import Objective, Shares, step_shares
+from vlm_distill_cache.common.attention.capture import AttentionCapture
+from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
+from vlm_distill_cache.data.registry import open_dataset
+from vlm_distill_cache.data.sample import Sample, Turn
+from vlm_distill_cache.data.text.collate import collate
+from vlm_distill_cache.stage2_student.losses.logits import tail_bucket_loss
+from vlm_distill_cache.stage2_student.losses.objective import Objective, Shares, step_shares
+from vlm_distill_cache.stage2_student.students.build import build_student
 
 POSITIONS = (4, 9)
 GROUPS = ((1,),)  # middle of the tiny student's three layers

@@ -8,15 +8,15 @@ import torch
 from test_train import make_config
 from transformers import LlavaForConditionalGeneration
 
-from common.cache import open_cache
-from common.schema import IGNORE_INDEX
-from data.builtin import load_image_processor, load_tokenizer
-from data.collate import collate
-from stage2_student.build_student import build_student
-from stage2_student.objective import Shares
-from stage2_student.preparation import prepare
-from stage2_student.run import load_run_config, run
-from stage2_student.student_model import model_inputs_of
+from vlm_distill_cache.common.cache.reader import open_cache
+from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
+from vlm_distill_cache.data.builtin import load_image_processor, load_tokenizer
+from vlm_distill_cache.data.text.collate import collate
+from vlm_distill_cache.stage2_student.losses.objective import Shares
+from vlm_distill_cache.stage2_student.run import load_run_config, run
+from vlm_distill_cache.stage2_student.students.build import build_student
+from vlm_distill_cache.stage2_student.students.model import model_inputs_of
+from vlm_distill_cache.stage2_student.training.preparation import prepare
 
 WORDS = len(load_tokenizer())
 TEACHER_EXTRA = 200  # together more than the 255 entries that a cached row holds at most

@@ -10,14 +10,13 @@ from hypothesis import strategies as st
 from tiny_families import save_tiny
 from torch.nn import functional as F
 
-from common.errors import ConfigError, DataError, ModelError
-from data.collate import collate
-from data.families import submodule
-from data.family_inputs import text_config
-from data.family_models import open_family_model
-from data.registry import open_dataset
-from stage2_student.importance import measure_importance, prunable_layers
-from stage2_student.prune import (
+from vlm_distill_cache.common.errors import ConfigError, DataError, ModelError
+from vlm_distill_cache.data.families.inputs import text_config
+from vlm_distill_cache.data.families.models import open_family_model
+from vlm_distill_cache.data.families.table import submodule
+from vlm_distill_cache.data.registry import open_dataset
+from vlm_distill_cache.data.text.collate import collate
+from vlm_distill_cache.stage2_student.prune.cut import (
     cut,
     fits,
     head_width,
@@ -26,7 +25,8 @@ from stage2_student.prune import (
     prune_directory,
     teacher_encoder,
 )
-from stage2_student.prune_plan import Widths, choose_layer_parts, narrow_widths
+from vlm_distill_cache.stage2_student.prune.importance import measure_importance, prunable_layers
+from vlm_distill_cache.stage2_student.prune.plan import Widths, choose_layer_parts, narrow_widths
 
 # Llama without and Qwen with biases, heads fixed by the width, heads with norms, several tiles, a prefix, ours.
 FAMILIES = (
@@ -189,7 +189,7 @@ def test_every_row_counts_once_packed_conversations_too(tmp_path):
 def test_the_record_says_what_was_kept_and_the_folder_is_whole_or_absent(tmp_path, monkeypatch):
     save_tiny("llava", tmp_path / "llava")
     options = {"keep": 0.5, "samples": SAMPLES, "described": {"data": "d"}}
-    import stage2_student.prune as module
+    import vlm_distill_cache.stage2_student.prune.cut as module
 
     def fail(*_arguments):
         raise OSError("disk full")

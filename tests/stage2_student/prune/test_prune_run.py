@@ -9,13 +9,13 @@ from lora_runs import save_teacher
 from tiny_cache import DATA
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-from common.errors import ConfigError, ModelError
-from data.family_models import open_family_model
-from stage2_student import prune_for_run
-from stage2_student.cli import main
-from stage2_student.config import describe
-from stage2_student.prune_for_run import prune_for_cache
-from stage2_student.run import load_run_config, run
+from vlm_distill_cache.common.errors import ConfigError, ModelError
+from vlm_distill_cache.data.families.models import open_family_model
+from vlm_distill_cache.stage2_student.cli import main
+from vlm_distill_cache.stage2_student.config import describe
+from vlm_distill_cache.stage2_student.prune import for_run as prune_for_run
+from vlm_distill_cache.stage2_student.prune.for_run import prune_for_cache
+from vlm_distill_cache.stage2_student.run import load_run_config, run
 
 FAST = [
     "dft.steps=2", "dft.batch_size=4", "dft.losses.hidden=0", "dft.losses.logits=1.0", "evaluation.limit=2",

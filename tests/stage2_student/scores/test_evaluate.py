@@ -8,25 +8,26 @@ import torch
 from tiny_cache import DATA
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from common.attention_request import AttentionRequest
-from common.cache import open_cache
-from common.codecs.logits import LogitCodec
-from common.codecs.row_attention import RowAttention, RowAttentionCodec
-from common.layers import student_groups
-from common.models.mobilevlm import MobileVLMConfig, MobileVLMForConditionalGeneration
-from common.schema import IGNORE_INDEX
-from common.visual_attention import AttentionCapture
-from common.visual_tokens import tiles_to_array
-from data.builtin import load_image_processor, load_tokenizer
-from data.collate import collate, supervised_rows, visual_keys
-from data.encoding import ImageEncoder, SampleEncoder, build_prompt
-from data.generation import generate_answers
-from data.registry import open_dataset
-from data.sample import EvaluationSet, Sample, Turn
-from data.shapes import ShapesDataset, shapes_evaluation
-from data.templates import TEMPLATES
-from stage2_student.cached_dataset import CachedDataset, TrainingSample, collate_samples
-from stage2_student.evaluate import (
+from vlm_distill_cache.common.attention.boxes import tiles_to_array
+from vlm_distill_cache.common.attention.capture import AttentionCapture
+from vlm_distill_cache.common.attention.layers import student_groups
+from vlm_distill_cache.common.attention_request import AttentionRequest
+from vlm_distill_cache.common.cache.reader import open_cache
+from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
+from vlm_distill_cache.common.codecs.logits import LogitCodec
+from vlm_distill_cache.common.codecs.row_attention import RowAttention, RowAttentionCodec
+from vlm_distill_cache.common.models.mobilevlm import MobileVLMConfig, MobileVLMForConditionalGeneration
+from vlm_distill_cache.data.builtin import load_image_processor, load_tokenizer
+from vlm_distill_cache.data.registry import open_dataset
+from vlm_distill_cache.data.sample import EvaluationSet, Sample, Turn
+from vlm_distill_cache.data.shapes.dataset import ShapesDataset, shapes_evaluation
+from vlm_distill_cache.data.text.collate import collate, supervised_rows, visual_keys
+from vlm_distill_cache.data.text.encoding import ImageEncoder, SampleEncoder, build_prompt
+from vlm_distill_cache.data.text.generation import generate_answers
+from vlm_distill_cache.data.text.templates import TEMPLATES
+from vlm_distill_cache.stage2_student.batches.dataset import CachedDataset, TrainingSample, collate_samples
+from vlm_distill_cache.stage2_student.batches.signals import decode_signals
+from vlm_distill_cache.stage2_student.scores.evaluate import (
     EvaluationReport,
     ask_letters,
     encode_pair,
@@ -36,9 +37,8 @@ from stage2_student.evaluate import (
     score_pairs,
     score_questions,
 )
-from stage2_student.metrics import Score
-from stage2_student.scoring import answer_log_probs
-from stage2_student.signals import decode_signals
+from vlm_distill_cache.stage2_student.scores.metrics import Score
+from vlm_distill_cache.stage2_student.scoring import answer_log_probs
 
 TOKENIZER = load_tokenizer()
 IMAGE = TOKENIZER.convert_tokens_to_ids("<image>")

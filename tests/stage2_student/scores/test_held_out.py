@@ -10,13 +10,13 @@ from click.testing import CliRunner
 from test_run import FAST
 from tiny_cache import DATA, build_tiny_cache
 
-from common.errors import ConfigError, DataError
-from data.registry import open_dataset
-from stage2_student import held_out
-from stage2_student import run as run_module
-from stage2_student.cli import main
-from stage2_student.held_out import probe_items, scoring_notes
-from stage2_student.run import load_run_config, run
+from vlm_distill_cache.common.errors import ConfigError, DataError
+from vlm_distill_cache.data.registry import open_dataset
+from vlm_distill_cache.stage2_student import run as run_module
+from vlm_distill_cache.stage2_student.cli import main
+from vlm_distill_cache.stage2_student.run import load_run_config, run
+from vlm_distill_cache.stage2_student.scores import held_out
+from vlm_distill_cache.stage2_student.scores.held_out import probe_items, scoring_notes
 
 
 def write_data(folder, answers, broken=()):

@@ -6,15 +6,15 @@ import torch
 from test_library_student import PICTURES, encoder_of
 from tiny_families import TINY, save_tiny
 
-from common.schema import IGNORE_INDEX
-from data.collate import collate
-from data.encoding import build_prompt
-from data.generation import pad_token_id
-from data.sample import CaptionPair, EvaluationSet, Question, Sample, Turn
-from stage2_student.evaluate import encode_pair, evaluate_model
-from stage2_student.library_student import open_library_student
-from stage2_student.scoring import answer_log_probs
-from stage2_student.student_model import packs_conversations
+from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
+from vlm_distill_cache.data.sample import CaptionPair, EvaluationSet, Question, Sample, Turn
+from vlm_distill_cache.data.text.collate import collate
+from vlm_distill_cache.data.text.encoding import build_prompt
+from vlm_distill_cache.data.text.generation import pad_token_id
+from vlm_distill_cache.stage2_student.scores.evaluate import encode_pair, evaluate_model
+from vlm_distill_cache.stage2_student.scoring import answer_log_probs
+from vlm_distill_cache.stage2_student.students.library import open_library_student
+from vlm_distill_cache.stage2_student.students.model import packs_conversations
 
 PAIRS = tuple(
     CaptionPair(item_id=str(index), image=picture, right=right, wrong=wrong, kind="k")

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from stage2_student.metrics import (
+from vlm_distill_cache.stage2_student.scores.metrics import (
     bootstrap,
     bootstrap_kinds,
     exact_match,

@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from common.errors import CacheFormatError, ConfigError, ModelError
-from common.models.projectors import TeacherProjector
-from stage2_student.build_student import (
+from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, ModelError
+from vlm_distill_cache.common.models.projectors import TeacherProjector
+from vlm_distill_cache.stage2_student.students.build import (
     build_config,
     build_student,
     choose_size,
@@ -117,7 +117,7 @@ def test_auto_gives_a_wider_teacher_no_smaller_student(width, size):
 
 
 def test_auto_says_what_it_chose_and_why(cache, caplog):
-    with caplog.at_level(logging.INFO, logger="stage2_student.build_student"):
+    with caplog.at_level(logging.INFO, logger="vlm_distill_cache.stage2_student.students.build"):
         student = make_student(cache)
     assert student.config.text_config.hidden_size == 64
     assert "student size auto: tiny, because the cache's teacher has width 20" in caplog.text

@@ -10,24 +10,24 @@ from tiny_cache import DATA
 from tiny_families import save_tiny
 from transformers import LlavaForConditionalGeneration
 
-from common.cache import open_cache
-from common.config import config_from_dict
-from common.errors import CacheMismatchError, ConfigError, ModelError
-from data.builtin import load_image_processor, load_tokenizer
-from data.collate import collate
-from stage2_student.config import TrainConfig
-from stage2_student.evaluate import evaluate_model
-from stage2_student.library_student import LibraryStudent
-from stage2_student.preparation import prepare
-from stage2_student.run import load_run_config, run
-from stage2_student.student import (
+from vlm_distill_cache.common.cache.reader import open_cache
+from vlm_distill_cache.common.config import config_from_dict
+from vlm_distill_cache.common.errors import CacheMismatchError, ConfigError, ModelError
+from vlm_distill_cache.data.builtin import load_image_processor, load_tokenizer
+from vlm_distill_cache.data.text.collate import collate
+from vlm_distill_cache.stage2_student.config import TrainConfig
+from vlm_distill_cache.stage2_student.run import load_run_config, run
+from vlm_distill_cache.stage2_student.scores.evaluate import evaluate_model
+from vlm_distill_cache.stage2_student.students.library import LibraryStudent
+from vlm_distill_cache.stage2_student.train import train
+from vlm_distill_cache.stage2_student.trained_student import (
     comparable_signals,
     evaluate_student,
     export_student,
     join_cached,
     open_student,
 )
-from stage2_student.train import train
+from vlm_distill_cache.stage2_student.training.preparation import prepare
 
 LOSSES = {"logits": 1.0, "answer_attention": 1.0, "visual_map": 1.0}
 
@@ -55,7 +55,7 @@ def test_a_teacher_as_its_own_student_agrees_with_its_cache_and_has_no_loss(tiny
 
 
 def _no_items():
-    from data.sample import EvaluationSet
+    from vlm_distill_cache.data.sample import EvaluationSet
 
     return EvaluationSet(pairs=(), questions=())
 

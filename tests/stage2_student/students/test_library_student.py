@@ -10,17 +10,25 @@ import pytest
 import torch
 from tiny_families import TINY, save_tiny
 
-from common.errors import ModelError
-from common.schema import IGNORE_INDEX
-from data.collate import collate
-from data.encoding import SampleEncoder, build_prompt
-from data.families import submodule, unlisted_family
-from data.generation import generate_answers, pad_token_id
-from data.sample import Sample, Turn
-from data.templates import get_template
-from stage2_student.library_student import LibraryStudent, OpenedStudent, open_library_student
-from stage2_student.scoring import supervised_logits
-from stage2_student.student_model import generation_inputs_of, model_inputs_of, vocabulary_rows
+from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
+from vlm_distill_cache.common.errors import ModelError
+from vlm_distill_cache.data.families.table import submodule, unlisted_family
+from vlm_distill_cache.data.sample import Sample, Turn
+from vlm_distill_cache.data.text.collate import collate
+from vlm_distill_cache.data.text.encoding import SampleEncoder, build_prompt
+from vlm_distill_cache.data.text.generation import generate_answers, pad_token_id
+from vlm_distill_cache.data.text.templates import get_template
+from vlm_distill_cache.stage2_student.scoring import supervised_logits
+from vlm_distill_cache.stage2_student.students.library import (
+    LibraryStudent,
+    OpenedStudent,
+    open_library_student,
+)
+from vlm_distill_cache.stage2_student.students.model import (
+    generation_inputs_of,
+    model_inputs_of,
+    vocabulary_rows,
+)
 
 # Of one rotated and one plain position scheme each; the others differ from these in their pictures only.
 TRAINED = ("llava_next", "qwen2_5_vl", "smolvlm", "paligemma", "gemma3", "compodistill", "mobilevlm_v1")

@@ -7,16 +7,16 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
-from common.errors import CacheMismatchError, ModelError
-from common.models.published import load_published
-from data import builtin
-from data.processors import load_tokenizer
-from stage1_teacher.config import BuildConfig
-from stage1_teacher.extract import extract
-from stage2_student.cli import main
-from stage2_student.resolve import resolve_config
-from stage2_student.student import open_student
-from stage2_student.train import train
+from vlm_distill_cache.common.errors import CacheMismatchError, ModelError
+from vlm_distill_cache.common.models.published import load_published
+from vlm_distill_cache.data import builtin
+from vlm_distill_cache.data.text.processors import load_tokenizer
+from vlm_distill_cache.stage1_teacher.config import BuildConfig
+from vlm_distill_cache.stage1_teacher.extract import extract
+from vlm_distill_cache.stage2_student.cli import main
+from vlm_distill_cache.stage2_student.resolve import resolve_config
+from vlm_distill_cache.stage2_student.train import train
+from vlm_distill_cache.stage2_student.trained_student import open_student
 
 TOWER = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 72,
@@ -190,7 +190,7 @@ def test_a_tokenizer_that_is_a_sentencepiece_model_only_gives_the_published_ids(
 def test_a_sentencepiece_model_without_the_package_says_what_to_install(tmp_path, monkeypatch):
     (tmp_path / "tokenizer.model").write_bytes(b"x")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    monkeypatch.setattr("data.processors.find_spec", lambda name: None)
+    monkeypatch.setattr("vlm_distill_cache.data.text.processors.find_spec", lambda name: None)
     with pytest.raises(
         ModelError, match=r"needs sentencepiece; run `pip install 'vlm-distill-cache\[mobilevlm\]'`"
     ):

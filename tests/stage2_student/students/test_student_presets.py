@@ -6,13 +6,13 @@ import pytest
 import torch
 from transformers import Idefics3Config, LlamaForCausalLM, Qwen2ForCausalLM
 
-from common.errors import ConfigError
-from common.models.compodistill import CompoDistillForConditionalGeneration
-from common.models.mobilevlm import MobileVLMForConditionalGeneration
-from stage2_student.build_student import build_config
-from stage2_student.config import AUTO_SIZES, LARGEST
-from stage2_student.resolve import resolve_config
-from stage2_student.student_presets import (
+from vlm_distill_cache.common.errors import ConfigError
+from vlm_distill_cache.common.models.compodistill import CompoDistillForConditionalGeneration
+from vlm_distill_cache.common.models.mobilevlm import MobileVLMForConditionalGeneration
+from vlm_distill_cache.stage2_student.config import AUTO_SIZES, LARGEST
+from vlm_distill_cache.stage2_student.resolve import resolve_config
+from vlm_distill_cache.stage2_student.students.build import build_config
+from vlm_distill_cache.stage2_student.students.presets import (
     LIBRARY_STUDENTS,
     SIZES_OF,
     describe_students,

@@ -17,10 +17,10 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from common.errors import CacheFormatError, ConfigError, ModelError
-from common.models.compodistill import CompoDistillForConditionalGeneration
-from common.models.projectors import TeacherProjector
-from stage2_student.build_student import build_student, own_image_encoder
+from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, ModelError
+from vlm_distill_cache.common.models.compodistill import CompoDistillForConditionalGeneration
+from vlm_distill_cache.common.models.projectors import TeacherProjector
+from vlm_distill_cache.stage2_student.students.build import build_student, own_image_encoder
 
 TOWER = {
     "hidden_size": 16,

@@ -14,19 +14,19 @@ from tiny_families import byte_tokenizer, save_tiny
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
-from common.cache import open_cache
-from common.errors import CacheMismatchError, ConfigError
-from common.layers import student_groups
-from common.visual_attention import AttentionCapture
-from common.visual_tokens import tile_boxes, tiles_from_array
-from data.collate import collate
-from data.fingerprints import tokenizer_fingerprint
-from data.registry import open_dataset
-from stage2_student.check_cache import check_tokenizer
-from stage2_student.library_student import open_library_student
-from stage2_student.objective import step_shares
-from stage2_student.preparation import prepare
-from stage2_student.train import train
+from vlm_distill_cache.common.attention.boxes import tile_boxes, tiles_from_array
+from vlm_distill_cache.common.attention.capture import AttentionCapture
+from vlm_distill_cache.common.attention.layers import student_groups
+from vlm_distill_cache.common.cache.reader import open_cache
+from vlm_distill_cache.common.errors import CacheMismatchError, ConfigError
+from vlm_distill_cache.data.fingerprints import tokenizer_fingerprint
+from vlm_distill_cache.data.registry import open_dataset
+from vlm_distill_cache.data.text.collate import collate
+from vlm_distill_cache.stage2_student.losses.objective import step_shares
+from vlm_distill_cache.stage2_student.students.library import open_library_student
+from vlm_distill_cache.stage2_student.train import train
+from vlm_distill_cache.stage2_student.training.checks import check_tokenizer
+from vlm_distill_cache.stage2_student.training.preparation import prepare
 
 TWO = "shapes:images=2,seed=5"
 PICTURE_ONLY = {"lm": 1.0, "visual_columns": 1.0, "visual_map": 1.0}

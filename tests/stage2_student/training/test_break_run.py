@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from common.atomic import TEMPORARY_PREFIX
-from stage2_student.output_folder import claim_output
+from vlm_distill_cache.common.files.atomic import TEMPORARY_PREFIX
+from vlm_distill_cache.stage2_student.training.output_folder import claim_output
 
 
 def break_run(folder: Path, how: str, stride: int, places=()) -> int:
     """Run `break_run.py`; returns the number of places."""
-    here = Path(__file__).parent
+    here = Path(__file__).parents[1]
     paths = (here.parents[1], here, here.parent / "stage1_teacher")
     result = subprocess.run(
         [sys.executable, "-W", "ignore", here / "break_run.py", how, str(stride), folder, *map(str, places)],

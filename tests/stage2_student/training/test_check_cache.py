@@ -7,16 +7,17 @@ from dataclasses import replace
 import pytest
 from tiny_cache import DATA, build_tiny_cache
 
-from common.cache import open_cache
-from common.config import config_from_dict, config_to_dict
-from common.documents import document_bytes, read_document
-from common.errors import CacheFormatError, CacheMismatchError, ConfigError
-from common.manifest import read_plan, seal, write_plan
-from data.builtin import build_tokenizer
-from data.registry import open_dataset
-from data.templates import get_template
-from stage2_student.build_student import load_student
-from stage2_student.check_cache import (
+from vlm_distill_cache.common.cache.documents import document_bytes, read_document
+from vlm_distill_cache.common.cache.manifest import read_plan, seal, write_plan
+from vlm_distill_cache.common.cache.reader import open_cache
+from vlm_distill_cache.common.config import config_from_dict, config_to_dict
+from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError, ConfigError
+from vlm_distill_cache.data.builtin import build_tokenizer
+from vlm_distill_cache.data.registry import open_dataset
+from vlm_distill_cache.data.text.templates import get_template
+from vlm_distill_cache.stage2_student.config import TrainConfig
+from vlm_distill_cache.stage2_student.students.build import load_student
+from vlm_distill_cache.stage2_student.training.checks import (
     check_data,
     check_geometry,
     check_labels_fit,
@@ -26,8 +27,7 @@ from stage2_student.check_cache import (
     check_tokenizer,
     check_visual_rows,
 )
-from stage2_student.config import TrainConfig
-from stage2_student.preparation import prepare
+from vlm_distill_cache.stage2_student.training.preparation import prepare
 
 
 def make_config(cache, output="unused", **changes):

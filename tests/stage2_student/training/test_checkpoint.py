@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from common.errors import CacheFormatError, ConfigError
-from common.hashing import file_checksum
-from stage2_student.checkpoint import (
+from vlm_distill_cache.common.errors import CacheFormatError, ConfigError
+from vlm_distill_cache.common.files.hashing import file_checksum
+from vlm_distill_cache.stage2_student.optim import build_optimizer
+from vlm_distill_cache.stage2_student.training.checkpoint import (
     CHECKPOINTS,
     STATE,
     TENSORS,
@@ -21,7 +22,6 @@ from stage2_student.checkpoint import (
     restore_training,
     write_checkpoint,
 )
-from stage2_student.optim import build_optimizer
 
 
 def make_run(seed=0):

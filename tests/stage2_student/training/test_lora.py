@@ -14,19 +14,25 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import LlamaConfig
 
-from common.attention_request import AttentionRequest
-from common.config import save_config
-from common.errors import ConfigError, ModelError
-from common.visual_attention import AttentionCapture
-from data.family_models import open_family_model
-from stage2_student.build_student import load_student
-from stage2_student.checkpoint import list_checkpoints, read_checkpoint
-from stage2_student.lora import adapter_parameters, add_adapters, has_adapters, load_adapters, merge_adapters
-from stage2_student.train import train
-from stage2_student.trained_parts import TrainedParts
-from stage2_student.training_log import read_log
+from vlm_distill_cache.common.attention.capture import AttentionCapture
+from vlm_distill_cache.common.attention_request import AttentionRequest
+from vlm_distill_cache.common.config import save_config
+from vlm_distill_cache.common.errors import ConfigError, ModelError
+from vlm_distill_cache.data.families.models import open_family_model
+from vlm_distill_cache.stage2_student.lora import (
+    adapter_parameters,
+    add_adapters,
+    has_adapters,
+    load_adapters,
+    merge_adapters,
+)
+from vlm_distill_cache.stage2_student.students.build import load_student
+from vlm_distill_cache.stage2_student.train import train
+from vlm_distill_cache.stage2_student.training.checkpoint import list_checkpoints, read_checkpoint
+from vlm_distill_cache.stage2_student.training.log import read_log
+from vlm_distill_cache.stage2_student.training.parts import TrainedParts
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 STUDENTS = {"mobilevlm": mobilevlm_student, "llava": library_student}
 
 
@@ -216,8 +222,9 @@ def test_two_processes_with_adapters_see_the_same_steps_as_one(tiny_cache, tmp_p
     save_config(make_config(tiny_cache[0], tmp_path / "run"), tmp_path / "config.yaml")
     script = tmp_path / "run.py"
     script.write_text(
-        "import sys\nfrom pathlib import Path\nfrom common.config import load_config\n"
-        "from stage2_student.config import TrainConfig\nfrom stage2_student.train import train\n"
+        "import sys\nfrom pathlib import Path\nfrom vlm_distill_cache.common.config import load_config\n"
+        "from vlm_distill_cache.stage2_student.config import TrainConfig\n"
+        "from vlm_distill_cache.stage2_student.train import train\n"
         "train(load_config(TrainConfig, Path(sys.argv[1])))\n"
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from common.config import load_config
-from common.errors import ConfigError
-from stage2_student import run
-from stage2_student.config import TrainConfig
-from stage2_student.output_folder import claim_output
+from vlm_distill_cache.common.config import load_config
+from vlm_distill_cache.common.errors import ConfigError
+from vlm_distill_cache.stage2_student import run
+from vlm_distill_cache.stage2_student.config import TrainConfig
+from vlm_distill_cache.stage2_student.training.output_folder import claim_output
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""What the three command lines share: errors, signals of the system, the next command."""

@@ -1,0 +1,1 @@
+"""The verbs of cachectl, one file each."""

@@ -1,0 +1,1 @@
+"""Bytes, hours and cost before anything is built."""

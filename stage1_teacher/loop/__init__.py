@@ -1,0 +1,1 @@
+"""The four things that run at the same time: encode, forward, reduce, write."""

@@ -1,0 +1,1 @@
+"""What the cache lost against its teacher, and the card that says so."""

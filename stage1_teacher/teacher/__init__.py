@@ -1,0 +1,1 @@
+"""A loaded teacher: one batch in, wanted rows out; what it hands on."""

@@ -1,0 +1,1 @@
+"""Data set and cache joined: sample, decoded signals, common grid, batch, order, prefetch."""

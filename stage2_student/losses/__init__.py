@@ -1,0 +1,1 @@
+"""What the student learns from: pure functions, and the objective that wires them."""

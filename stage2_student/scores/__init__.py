@@ -1,0 +1,1 @@
+"""Held-out items, metrics, pictures, the report."""

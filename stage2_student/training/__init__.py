@@ -1,0 +1,1 @@
+"""The state of a run: checks, preparation, steps, checkpoint, log, output folder."""

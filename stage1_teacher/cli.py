@@ -11,8 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from vlm_distill_cache.common.stopping import stopped_by_sigterm
-from vlm_distill_cache.common.terminal.command_line import SETTINGS, CommandGroup, quoted, start_logging
+from vlm_distill_cache.common.terminal.command_line import (
+    SETTINGS,
+    CommandGroup,
+    quoted,
+    start_logging,
+    stopped_by_sigterm,
+)
 
 if TYPE_CHECKING:
     from vlm_distill_cache.stage1_teacher.config import BuildConfig

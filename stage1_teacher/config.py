@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from vlm_distill_cache.common.codecs.description import check_whole_number
-from vlm_distill_cache.common.codecs.logit_presets import preset_settings
+from vlm_distill_cache.common.codecs.description import check_whole_number, preset_settings
 from vlm_distill_cache.common.errors import ConfigError
 
 SIGNALS = (

@@ -9,7 +9,6 @@ from typing import Any
 
 import click
 
-from vlm_distill_cache.common.stopping import stopped_by_sigterm
 from vlm_distill_cache.common.terminal.command_line import (
     SETTINGS,
     CacheLocation,
@@ -17,6 +16,7 @@ from vlm_distill_cache.common.terminal.command_line import (
     NewFolder,
     quoted,
     start_logging,
+    stopped_by_sigterm,
 )
 
 # Imports that pull torch in are inside the commands, so that --help, usage errors and "up to date" are

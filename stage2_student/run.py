@@ -29,7 +29,7 @@ from vlm_distill_cache.common.files.atomic import (
 )
 from vlm_distill_cache.common.files.hashing import fingerprint
 from vlm_distill_cache.common.remotes.mirror import local_folder, public_location
-from vlm_distill_cache.common.stopping import run_command
+from vlm_distill_cache.common.terminal.command_line import run_command
 from vlm_distill_cache.stage2_student.config import PHASE_NAMES, TrainConfig, describe, without_teacher
 from vlm_distill_cache.stage2_student.pruned_folder import FOLDER, kept_share
 from vlm_distill_cache.stage2_student.resolve import resolve_config

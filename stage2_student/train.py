@@ -29,9 +29,7 @@ from vlm_distill_cache.common.files.atomic import (
 )
 from vlm_distill_cache.common.remotes.mirror import public_location
 from vlm_distill_cache.stage2_student.config import TrainConfig, public_config
-from vlm_distill_cache.stage2_student.lora import checkpoint_layers
 from vlm_distill_cache.stage2_student.losses.objective import LossTerms, step_shares
-from vlm_distill_cache.stage2_student.optim import build_optimizer, set_learning_rate
 from vlm_distill_cache.stage2_student.students.model import StudentModel
 from vlm_distill_cache.stage2_student.students.parts import PROVENANCE
 from vlm_distill_cache.stage2_student.training.checkpoint import (
@@ -44,7 +42,7 @@ from vlm_distill_cache.stage2_student.training.checkpoint import (
     write_checkpoint,
 )
 from vlm_distill_cache.stage2_student.training.log import TrainingLog
-from vlm_distill_cache.stage2_student.training.parts import TrainedParts
+from vlm_distill_cache.stage2_student.training.parts import TrainedParts, checkpoint_layers
 from vlm_distill_cache.stage2_student.training.preparation import (
     Preparation,
     PreparedPhase,
@@ -52,10 +50,12 @@ from vlm_distill_cache.stage2_student.training.preparation import (
     prepare,
 )
 from vlm_distill_cache.stage2_student.training.steps import (
+    build_optimizer,
     clip_gradients,
     gradient_sync,
     load_steps,
     scheduled_rate,
+    set_learning_rate,
     step_totals,
     sum_terms,
 )

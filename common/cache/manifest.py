@@ -17,7 +17,7 @@ from vlm_distill_cache.common.cache.documents import (
     read_document,
     write_document,
 )
-from vlm_distill_cache.common.cache.index import INDEX
+from vlm_distill_cache.common.cache.index import INDEX, IndexBuilder, refuse_repeats
 from vlm_distill_cache.common.cache.plan import (
     BASE,
     PLAN,
@@ -43,7 +43,6 @@ from vlm_distill_cache.common.cache.sidecar import (
 from vlm_distill_cache.common.errors import CacheFormatError
 from vlm_distill_cache.common.files.atomic import clean_stale, write_bytes_atomic
 from vlm_distill_cache.common.files.hashing import fingerprint
-from vlm_distill_cache.common.index_build import IndexBuilder, refuse_repeats
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

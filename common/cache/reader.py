@@ -8,30 +8,290 @@ when it is asked for, so a damaged file is an error here and never a training st
 
 from __future__ import annotations
 
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import numpy as np
 
-from vlm_distill_cache.common.cache.index import INDEX, SampleIndex
-from vlm_distill_cache.common.cache.manifest import Manifest, read_manifest, read_plan
+from vlm_distill_cache.common.cache.index import INDEX, SampleIndex, build_index
+from vlm_distill_cache.common.cache.manifest import Manifest, read_manifest, read_plan, summarise
 from vlm_distill_cache.common.cache.shared_images import SharedImages
-from vlm_distill_cache.common.cache.side_files import check_digests, check_sizes
+from vlm_distill_cache.common.cache.side_files import check_digests, check_file, check_size, check_sizes
+from vlm_distill_cache.common.cache.sidecar import parse_sidecar, sidecar_path
+from vlm_distill_cache.common.cache.stores import open_reader
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError
-from vlm_distill_cache.common.index_build import build_index
-from vlm_distill_cache.common.open_shards import OpenShards
-from vlm_distill_cache.common.sample_ids import FailedSamples, SampleIds
+from vlm_distill_cache.common.files.atomic import read_bounded
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Mapping
+    from pathlib import Path
 
     from numpy.typing import NDArray
 
     from vlm_distill_cache.common.cache.index import Place
+    from vlm_distill_cache.common.cache.manifest import Manifest
     from vlm_distill_cache.common.cache.plan import Plan
     from vlm_distill_cache.common.cache.schema import Field, Record
-    from vlm_distill_cache.common.open_shards import OpenShard
+    from vlm_distill_cache.common.cache.sidecar import ShardSidecar
+    from vlm_distill_cache.common.cache.stores import ShardReader
+
+
+class SampleIds(Sequence[str]):
+    """All records' ids in the data set's order; iterating, indexing and slicing read one shard at a time."""
+
+    def __init__(
+        self,
+        starts: NDArray[np.int64],
+        sidecar: Callable[[int], ShardSidecar],
+        contains: Callable[[object], bool],
+    ) -> None:
+        """Describe them.
+
+        Args:
+            starts: Records before each shard, and their total at the end, int64 ``[shards + 1]``.
+            sidecar: Reads a shard's sidecar.
+            contains: Looks an id up.
+        """
+        self._starts, self._sidecar, self._contains = starts, sidecar, contains
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __iter__(self) -> Iterator[str]:
+        return self._between(0, len(self))
+
+    def _between(self, first: int, last: int) -> Iterator[str]:
+        """Yield the ids of a range, opening each sidecar once."""
+        while first < last:
+            shard = self._shard_of(first)
+            start, end = self._starts[shard : shard + 2].tolist()
+            yield from self._sidecar(shard).sample_ids[first - start : last - start]
+            first = end
+
+    def _shard_of(self, at: int) -> int:
+        return int(np.searchsorted(self._starts, at, side="right")) - 1
+
+    def __contains__(self, sample_id: object) -> bool:
+        return self._contains(sample_id)
+
+    @overload
+    def __getitem__(self, place: int) -> str: ...
+    @overload
+    def __getitem__(self, place: slice) -> tuple[str, ...]: ...
+    def __getitem__(self, place: int | slice) -> str | tuple[str, ...]:
+        """Return one id, or those of a slice."""
+        if isinstance(place, slice):
+            chosen = range(*place.indices(len(self)))
+            if chosen.step == 1:
+                return tuple(self._between(chosen.start, chosen.stop))
+            return tuple(self[i] for i in chosen)
+        at = place + len(self) if place < 0 else place
+        if not 0 <= at < len(self):
+            raise IndexError(f"no sample {place}; there are {len(self)}")
+        shard = self._shard_of(at)
+        return self._sidecar(shard).sample_ids[at - int(self._starts[shard])]
+
+    def __eq__(self, other: object) -> bool:
+        """Whether the same ids stand in the same order in another sequence, of whatever kind."""
+        if not isinstance(other, Sequence) or isinstance(other, str):
+            return NotImplemented
+        return len(self) == len(other) and all(a == b for a, b in zip(self, other, strict=True))
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+class FailedSamples(Mapping[str, str]):
+    """Why each missing sample could not be read, by sample id; reads the sidecars of shards that have some."""
+
+    def __init__(
+        self,
+        counts: Sequence[int],
+        sidecar: Callable[[int], ShardSidecar],
+        find: Callable[[str], Place | None],
+    ) -> None:
+        """Describe them.
+
+        Args:
+            counts: Failed samples of each shard.
+            sidecar: Reads a shard's sidecar.
+            find: Looks an id up.
+        """
+        self._counts, self._sidecar, self._find = counts, sidecar, find
+
+    def __len__(self) -> int:
+        return sum(self._counts)
+
+    def __iter__(self) -> Iterator[str]:
+        for shard, count in enumerate(self._counts):
+            if count:
+                yield from (name for name, _ in self._sidecar(shard).failed)
+
+    def __getitem__(self, sample_id: str) -> str:
+        """Return the reason.
+
+        Raises:
+            KeyError: If the sample did not fail.
+        """
+        place = self._find(sample_id)
+        if place is None or not place.failed:
+            raise KeyError(sample_id)
+        return dict(self._sidecar(place.shard).failed)[sample_id]
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
+
+
+_REMEDY = "run `cachectl verify` to see all damage, then build or copy that shard again"
+
+
+class OpenShard(NamedTuple):
+    """A shard being read; keep it until the read is done, it may be dropped from the open ones meanwhile."""
+
+    reader: ShardReader
+    held: object  # whatever keeps its files where they are
+
+
+class OpenShards:
+    """Opens shards after checking every byte, and sidecars after comparing them with the manifest."""
+
+    def __init__(
+        self,
+        path: Path,
+        plan: Plan,
+        manifest: Manifest,
+        *,
+        limit: int,
+        before_open: Callable[[int], object] | None,
+    ) -> None:
+        """Open none yet.
+
+        Args:
+            path: The cache folder.
+            plan: The cache's.
+            manifest: The cache's.
+            limit: Shards, and sidecars, kept at a time.
+            before_open: Called with a shard's number before its files are read, to bring them here; what it
+                returns is kept as long as the shard is open.
+        """
+        self._path, self._plan, self._manifest = path, plan, manifest
+        self._limit, self._before_open = limit, before_open
+        self._reset()
+
+    def _reset(self) -> None:
+        self._process = os.getpid()
+        self._lock = threading.Lock()
+        self._opening: dict[int, threading.Lock] = {}
+        self._shards: OrderedDict[int, OpenShard] = OrderedDict()
+        self._sidecars: OrderedDict[int, ShardSidecar] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("_process", "_lock", "_opening", "_shards", "_sidecars")
+        return {name: value for name, value in self.__dict__.items() if name not in own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._reset()
+
+    def close(self) -> None:
+        """Close all; they are opened again when needed."""
+        with self._lock:
+            self._shards.clear()
+            self._sidecars.clear()
+
+    def sidecar(self, shard: int) -> ShardSidecar:
+        """Return a shard's sidecar; does not bring the shard itself here.
+
+        Raises:
+            CacheFormatError: If it is missing, damaged or not the one in the manifest.
+        """
+        self._follow_fork()
+        with self._lock:
+            sidecar = self._sidecars.get(shard)
+        if sidecar is None:
+            sidecar = self._read_sidecar(shard)
+            with self._lock:
+                _keep(self._sidecars, shard, sidecar, self._limit)
+        return sidecar
+
+    def open(self, shard: int) -> OpenShard:
+        """Return a shard, opened if it is not open.
+
+        Raises:
+            CacheFormatError: If it or its sidecar is missing or damaged.
+        """
+        self._follow_fork()
+        with self._lock:
+            found = self._shards.get(shard)
+            if found is not None:
+                self._shards.move_to_end(shard)
+                return found
+            opening = self._opening.setdefault(shard, threading.Lock())
+        with opening:
+            with self._lock:
+                found = self._shards.get(shard)  # another thread may just have opened it
+            if found is None:
+                found = self._open(shard)
+                with self._lock:
+                    # The one that leaves is not closed: another thread may be reading. It closes when dropped.
+                    _keep(self._shards, shard, found, self._limit)
+                    self._opening.pop(shard, None)
+        return found
+
+    def check_sizes(self) -> None:
+        """Look, without reading them, whether every shard's files are there in full length.
+
+        Raises:
+            CacheFormatError: Naming the first that is not.
+        """
+        for shard in range(self._plan.shard_count):
+            for name, entry in self._read_sidecar(shard).files.items():
+                check_size(self._path, name, entry, _REMEDY)
+
+    def _read_sidecar(self, shard: int) -> ShardSidecar:
+        path = sidecar_path(self._path, shard)
+        try:
+            data = read_bounded(path)
+        except FileNotFoundError:
+            raise CacheFormatError(
+                f"{self._path}: the sidecar of shard {shard} is missing; "
+                "run `cachectl verify`, then build or copy that shard again"
+            ) from None
+        sidecar = parse_sidecar(data, shard, str(path))
+        if summarise(sidecar, data) != self._manifest.shards[shard]:
+            raise CacheFormatError(
+                f"{self._path}: the sidecar of shard {shard} is not the one in manifest.json; "
+                "run `cachectl verify`, and `teacher-cache seal` if the shard was built anew"
+            )
+        return sidecar
+
+    def _open(self, shard: int) -> OpenShard:
+        held = self._before_open(shard) if self._before_open is not None else None
+        sidecar = self.sidecar(shard)
+        for name, entry in sidecar.files.items():
+            check_file(self._path, name, entry, _REMEDY)
+        reader = open_reader(self._plan.store, self._path, shard, self._plan.all_fields)
+        if reader.sample_ids != sidecar.sample_ids:
+            raise CacheFormatError(f"{self._path}: shard {shard} holds other samples than its sidecar says")
+        return OpenShard(reader, held)
+
+    def _follow_fork(self) -> None:
+        # A lock that another thread held at the fork would never be released in the child.
+        if self._process != os.getpid():
+            self._reset()
+
+
+def _keep(recent: OrderedDict[int, Any], shard: int, value: object, limit: int) -> None:
+    """Keep a value, and drop the one that was used longest ago if there are too many."""
+    recent[shard] = value
+    recent.move_to_end(shard)
+    if len(recent) > limit:
+        recent.popitem(last=False)
+
 
 OPEN_SHARDS = 8
 

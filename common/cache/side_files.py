@@ -2,18 +2,92 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import errno
+import os
+import stat
+from typing import TYPE_CHECKING, BinaryIO
 
 from vlm_distill_cache.common.cache.plan import SHARDS
 from vlm_distill_cache.common.errors import CacheFormatError
 from vlm_distill_cache.common.files.atomic import TEMPORARY_PREFIX
-from vlm_distill_cache.common.plain_files import check_file, check_size
+from vlm_distill_cache.common.files.hashing import stream_checksum
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
     from pathlib import Path
 
     from vlm_distill_cache.common.cache.sidecar import FileEntry
+
+
+def open_plain(root: Path, name: str) -> BinaryIO:
+    """Open a file of a cache for reading, following no link below ``root``.
+
+    Args:
+        root: The cache folder.
+        name: Relative POSIX path, as ``documents.safe_path`` allows it.
+
+    Raises:
+        OSError: If it is missing, or it or a folder on the way is a link, a device or a pipe.
+    """
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK  # a pipe must not make us wait
+    *folders, last = name.split("/")
+    folder = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        for part in folders:
+            inner = os.open(part, flags | os.O_DIRECTORY, dir_fd=folder)
+            os.close(folder)
+            folder = inner
+        descriptor = os.open(last, flags, dir_fd=folder)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENOTDIR, errno.ENXIO):
+            raise OSError(
+                error.errno, "a link or device instead of a plain file", str(root / name)
+            ) from error
+        raise
+    finally:
+        os.close(folder)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "a folder or device instead of a plain file", str(root / name))
+    return os.fdopen(descriptor, "rb")
+
+
+def is_below_links(root: Path, name: str) -> bool:
+    """Say whether a folder on the way to ``name`` is a link; ``name`` itself may be one."""
+    parts = name.split("/")[:-1]
+    return any(root.joinpath(*parts[: i + 1]).is_symlink() for i in range(len(parts)))
+
+
+def check_size(root: Path, name: str, entry: FileEntry, remedy: str) -> None:
+    """Refuse a file that is lost, cut or longer than its entry says, without reading it.
+
+    Raises:
+        CacheFormatError: Naming it, and ending with the remedy.
+    """
+    path = root / name
+    try:
+        size = path.stat(follow_symlinks=False).st_size
+    except OSError as error:
+        raise CacheFormatError(f"{path}: lost, or cannot be read ({error.strerror}); {remedy}") from error
+    if size != entry.size:
+        raise CacheFormatError(f"{path}: damaged: expected {entry.size} bytes, found {size} bytes; {remedy}")
+
+
+def check_file(root: Path, name: str, entry: FileEntry, remedy: str) -> None:
+    """Refuse a file that is lost or has other bytes than its entry says; follows no link.
+
+    Raises:
+        CacheFormatError: Naming it, and ending with the remedy.
+    """
+    check_size(root, name, entry, remedy)
+    try:
+        with open_plain(root, name) as file:
+            found = stream_checksum(file)
+    except OSError as error:
+        raise CacheFormatError(f"{root / name}: cannot be read: {error.strerror}; {remedy}") from error
+    if found != entry.xxh3_128:
+        raise CacheFormatError(f"{root / name}: damaged: expected {entry.xxh3_128}, found {found}; {remedy}")
+
 
 MANIFEST, CARD = "manifest.json", "README.md"
 

@@ -5,9 +5,8 @@ from typing import Any
 
 from vlm_distill_cache.common.codecs.answers import AnswersCodec
 from vlm_distill_cache.common.codecs.hidden_states import HiddenCodec, ProjectorOutputCodec, VisualHiddenCodec
-from vlm_distill_cache.common.codecs.logits import LOGIT_PRESETS, LogitCodec, SparseLogits
+from vlm_distill_cache.common.codecs.logits import LOGIT_PRESETS, LogitCodec, SparseLogits, VisualLogitsCodec
 from vlm_distill_cache.common.codecs.row_attention import RowAttention, RowAttentionCodec, TextAttentionCodec
-from vlm_distill_cache.common.codecs.visual_logits import VisualLogitsCodec
 from vlm_distill_cache.common.codecs.visual_map import VisualColumnsCodec, VisualMapCodec
 from vlm_distill_cache.common.errors import CacheFormatError
 

@@ -14,11 +14,11 @@ from vlm_distill_cache.common.cache.index import INDEX
 from vlm_distill_cache.common.cache.manifest import CARD, PLAN, Manifest, seal, sidecar_path, write_plan
 from vlm_distill_cache.common.cache.shared_images import ImageSharer, SharedImages, with_visual_source
 from vlm_distill_cache.common.cache.stores import finish_shard, open_writer
-from vlm_distill_cache.common.derivation import DERIVED
 from vlm_distill_cache.common.errors import CacheMismatchError
 from vlm_distill_cache.common.files.atomic import write_bytes_atomic
 from vlm_distill_cache.common.files.hashing import fingerprint
 from vlm_distill_cache.common.remotes.streams import name_full_disk
+from vlm_distill_cache.common.tools.derived_card import DERIVED
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

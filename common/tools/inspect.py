@@ -21,10 +21,10 @@ from vlm_distill_cache.common.cache.manifest import (
     read_sidecar,
 )
 from vlm_distill_cache.common.cache.schema import BASE_FIELDS, Field
-from vlm_distill_cache.common.derivation import derivation_words
 from vlm_distill_cache.common.printing import one_line
 from vlm_distill_cache.common.terminal.command_line import quoted
 from vlm_distill_cache.common.terminal.next_step import distill_command
+from vlm_distill_cache.common.tools.derived_card import derivation_words
 
 if TYPE_CHECKING:
     from pathlib import Path

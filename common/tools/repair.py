@@ -11,7 +11,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from vlm_distill_cache.common.cache.index import INDEX
+from vlm_distill_cache.common.cache.index import INDEX, index_bytes
 from vlm_distill_cache.common.cache.manifest import (
     MANIFEST,
     PLAN,
@@ -22,10 +22,9 @@ from vlm_distill_cache.common.cache.manifest import (
     read_plan,
     sidecar_path,
 )
+from vlm_distill_cache.common.cache.side_files import is_below_links
 from vlm_distill_cache.common.errors import CacheFormatError
 from vlm_distill_cache.common.files.atomic import fsync_directory, remove, try_lock, write_bytes_atomic
-from vlm_distill_cache.common.index_build import index_bytes
-from vlm_distill_cache.common.plain_files import is_below_links
 from vlm_distill_cache.common.printing import one_line
 from vlm_distill_cache.common.tools.verify import Damage, verify
 

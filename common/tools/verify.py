@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from vlm_distill_cache.common.cache.index import INDEX
+from vlm_distill_cache.common.cache.index import INDEX, IndexBuilder, index_damage
 from vlm_distill_cache.common.cache.manifest import (
     CARD,
     MANIFEST,
@@ -26,13 +26,12 @@ from vlm_distill_cache.common.cache.manifest import (
     read_sidecar,
     sidecar_path,
 )
+from vlm_distill_cache.common.cache.side_files import open_plain
 from vlm_distill_cache.common.cache.sidecar import check_sidecar
 from vlm_distill_cache.common.codecs.checks import codec_damage, content_damage
 from vlm_distill_cache.common.errors import CacheFormatError, NewerFormatError
 from vlm_distill_cache.common.files.atomic import TEMPORARY_PREFIX, try_lock
 from vlm_distill_cache.common.files.hashing import stream_digests
-from vlm_distill_cache.common.index_build import IndexBuilder, index_damage
-from vlm_distill_cache.common.plain_files import open_plain
 from vlm_distill_cache.common.printing import one_line
 
 if TYPE_CHECKING:

@@ -24,6 +24,7 @@ from vlm_distill_cache.data.families.images import (
     split_images,
 )
 from vlm_distill_cache.data.families.inputs import (
+    family_generation_inputs,
     grid_position_inputs,
     image_block_inputs,
     library_inputs,
@@ -32,7 +33,6 @@ from vlm_distill_cache.data.families.inputs import (
     stacked_inputs,
     text_config,
 )
-from vlm_distill_cache.data.family_generation import family_generation_inputs
 from vlm_distill_cache.data.images.encoder import AnyImageEncoder
 from vlm_distill_cache.data.text.encoding import EncodedSample
 
@@ -86,7 +86,7 @@ class Family:
         *,
         dtype: torch.dtype,
     ) -> Mapping[str, Any]:
-        """The keyword arguments of ``generate`` for prompts, padded on the left (`data.family_generation`)."""
+        """The keyword arguments of ``generate`` for prompts, padded on the left (`data.families.inputs`)."""
         return family_generation_inputs(self.model_inputs, config, prompts, pad_id, device, dtype=dtype)
 
     def image_token_id(self, config: Any) -> int:

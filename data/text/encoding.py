@@ -32,10 +32,68 @@ from vlm_distill_cache.data.images.encoder import AnyImageEncoder, EncodedImage,
 from vlm_distill_cache.data.images.load import HASH_BYTES, image_hash
 from vlm_distill_cache.data.sample import ImageSource, Sample, Turn
 from vlm_distill_cache.data.text.templates import IMAGE_MARKER, PromptTemplate, Rendered
-from vlm_distill_cache.data.token_rows import Tokens, inside_spans, shared_length, shift_labels
-from vlm_distill_cache.data.tokenizer_identity import tokenizer_fingerprint
 
-__all__ = ["EncodedSample", "ImageEncoder", "SampleEncoder", "build_prompt", "tokenizer_fingerprint"]
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Tokens:
+    """One conversation: ids i8 ``[T]``, and which of them belong to an answer, bool ``[T]``."""
+
+    ids: np.ndarray
+    is_answer: np.ndarray
+
+
+def inside_spans(offsets: np.ndarray, spans: tuple[tuple[int, int], ...]) -> np.ndarray:
+    """Which tokens share a character with a span, bool ``[T]``.
+
+    A token that straddles the span's start (a blank glued to the answer's first word) belongs to it.
+    Tokens without characters (a lone blank, trimmed away) belong to the span they lie in.
+
+    Args:
+        offsets: Character ranges of the tokens, i8 ``[T, 2]``.
+        spans: Character ranges of the answers.
+
+    Raises:
+        SampleError: If an answer has no tokens.
+    """
+    starts, ends = offsets[:, 0], offsets[:, 1]
+    is_answer = np.zeros(len(offsets), dtype=bool)
+    for start, end in spans:
+        inside = (starts < end) & ((ends > start) | ((starts == ends) & (starts >= start)))
+        if not inside.any():
+            raise SampleError(
+                f"an answer ({end - start} characters) has no tokens; the tokenizer drops its text"
+            )
+        is_answer |= inside
+    return is_answer
+
+
+def shift_labels(tokens: Tokens) -> np.ndarray:
+    """Labels of one conversation: row p gets token p + 1 if that is an answer's, i8 ``[T]``.
+
+    Raises:
+        SampleError: If the first token belongs to an answer.
+    """
+    if tokens.is_answer[0]:
+        raise SampleError("the answer begins with the first token, which no row predicts; add a question")
+    labels = np.full(len(tokens.ids), IGNORE_INDEX, dtype=np.int64)
+    labels[:-1] = np.where(tokens.is_answer[1:], tokens.ids[1:], IGNORE_INDEX)
+    return labels
+
+
+def shared_length(conversations: list[Tokens]) -> int:
+    """Length of the prefix all conversations can share.
+
+    It ends before the first supervised row of any of them: that row's label differs between
+    conversations, so it cannot be shared even where its token is.
+    """
+    first = conversations[0].ids
+    shared = len(first)
+    for conversation in conversations:
+        first_row = int(np.argmax(conversation.is_answer)) - 1
+        length = max(min(shared, len(conversation.ids), first_row), 0)
+        differs = np.flatnonzero(first[:length] != conversation.ids[:length])
+        shared = int(differs[0]) if len(differs) else length
+    return shared
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -11,10 +11,96 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
+import xxhash
+from torch import nn
 from transformers import AutoTokenizer, ImageProcessingMixin
 
 from vlm_distill_cache.common.errors import ModelError
+from vlm_distill_cache.common.files.hashing import file_checksum, fingerprint
+
+
+def module_fingerprint(module: nn.Module) -> str:
+    """Fingerprint a module's weights, independent of the file format and of fp16 against fp32 storage.
+
+    Args:
+        module: Any module; its parameters and persistent buffers are read as float32.
+
+    Returns:
+        Hexadecimal xxh3_128 over names, shapes and values.
+    """
+    digest = xxhash.xxh3_128()
+    for name, tensor in sorted(module.state_dict().items()):
+        if name.endswith("position_ids"):
+            continue
+        values = tensor.detach().to("cpu", torch.float32).contiguous()
+        digest.update(f"{name}{tuple(values.shape)}".encode())
+        digest.update(values.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def weights_fingerprint(
+    directory: Path, dtype: str, *, device_map: str = "", quantisation: str = "none"
+) -> str:
+    """Fingerprint a checkpoint directory: its weight files, its config and the dtype it runs in.
+
+    Args:
+        directory: A directory as ``save_pretrained`` writes it.
+        dtype: The computation dtype, e.g. ``"float32"``.
+        device_map: How the model is spread over devices, which decides the last bits of its sums.
+        quantisation: Of its weights.
+
+    Returns:
+        Hexadecimal xxh3_128.
+
+    Raises:
+        ModelError: If there are no weight files.
+    """
+    files = sorted([*directory.glob("*.safetensors"), *directory.glob("pytorch_model*.bin")])
+    if not files:
+        raise ModelError(
+            f"{directory} holds no *.safetensors or pytorch_model*.bin; point at a directory "
+            "that save_pretrained wrote"
+        )
+    config = json.loads((directory / "config.json").read_text())
+    for key in ("_name_or_path", "transformers_version", "torch_dtype", "dtype"):
+        config.pop(key, None)
+    how = {"device_map": device_map, "quantisation": quantisation}
+    return fingerprint(
+        {
+            "files": {file.name: file_checksum(file) for file in files},
+            "config": config,
+            "dtype": dtype,
+            # Left out where they have their defaults: the fingerprints of older caches stay what they are.
+            **{name: value for name, value in how.items() if value not in ("", "none")},
+        }
+    )
+
+
+_PROBE = (
+    "USER: What's in  it?\n(A) 3 RED px\tna\u00efve e\u0301t\u00e9 \u4e2d\u6587 \U0001f642 x_1 ASSISTANT: no"
+)
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """Hash what a tokenizer does to text, not how it is stored or how many rows a model has.
+
+    Its vocabulary without added tokens (LLaVA adds ``<image>`` and ``<pad>`` to the very tokenizer MobileVLM
+    uses, and no answer contains either), the end token, and the ids of a text that brings out blanks, case,
+    digits, accents, scripts and unknown characters. Files of one tokenizer written by different
+    versions of the library describe the same steps in different words, so those are not compared.
+    """
+    added = set(tokenizer.get_added_vocab())
+    vocabulary = {token: index for token, index in tokenizer.get_vocab().items() if token not in added}
+    return fingerprint(
+        {
+            "vocabulary": vocabulary,
+            "eos_token_id": tokenizer.eos_token_id,
+            "probe": tokenizer(_PROBE)["input_ids"],
+        }
+    )
+
 
 BEHIND_TORCHVISION = {"Idefics3ImageProcessor": "idefics3", "SmolVLMImageProcessor": "smolvlm"}
 """PIL classes that some versions of the library (5.17) give at their top level only where torchvision is installed,

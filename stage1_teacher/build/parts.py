@@ -26,7 +26,7 @@ from typing import NoReturn
 
 from vlm_distill_cache.common.errors import ConfigError, DistillError, ProcessFailedError
 from vlm_distill_cache.common.cache.plan import THREADS
-from vlm_distill_cache.common.stopping import end_with_parent
+from vlm_distill_cache.common.terminal.command_line import end_with_parent
 from vlm_distill_cache.stage1_teacher.build.cache_folder import explain_disk_errors, stored_plan
 from vlm_distill_cache.stage1_teacher.config import BuildConfig
 

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
 from vlm_distill_cache.common.codecs.answers import AnswersCodec
 from vlm_distill_cache.common.codecs.hidden_states import HiddenCodec
 from vlm_distill_cache.common.errors import ConfigError
@@ -25,11 +24,114 @@ from vlm_distill_cache.stage1_teacher.build.batch_size import automatic_batch_si
 from vlm_distill_cache.stage1_teacher.build.cache_folder import stored_plan
 from vlm_distill_cache.stage1_teacher.config import BuildConfig
 from vlm_distill_cache.stage1_teacher.loop.encode_ahead import count_workers
-from vlm_distill_cache.stage1_teacher.family_limits import missing_projector, refuse_packing, refuse_signals
 from vlm_distill_cache.stage1_teacher.loop.signals import build_codecs
 from vlm_distill_cache.stage1_teacher.teacher.teacher import Teacher, TeacherOutput
 from vlm_distill_cache.stage1_teacher.teacher.inputs import TeacherInputs, Wanted
-from vlm_distill_cache.stage1_teacher.teacher_record import evaluation_of
+from collections.abc import Sequence
+from vlm_distill_cache.common.errors import ModelError, SampleError
+from vlm_distill_cache.stage1_teacher.teacher.teacher import Teacher
+import math
+
+
+def evaluation_of(training: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Turn the accuracy in ``training.json`` into scores as ``distill evaluate`` writes them.
+
+    Args:
+        training: Content of the file; empty for other checkpoints.
+
+    Returns:
+        ``{"scores": {name: {"value", "low", "high", "items"}}}`` with shares in [0, 1] and normal 95 % intervals
+        over items, kinds averaged without weights; None without a measured accuracy.
+    """
+    scores: dict[str, dict[str, float]] = {}
+    for part, name in (("pairs", "likelihood"), ("questions", "questions")):
+        kinds = training.get("accuracy", {}).get(part, {})
+        means, variances, items = [], [], 0
+        for kind, found in sorted(kinds.items()):
+            share, count = found["accuracy"] / 100, found["items"]
+            scores[f"{name}/{kind}"] = _score(share, share * (1 - share) / count, count)
+            means.append(share)
+            variances.append(share * (1 - share) / count)
+            items += count
+        if means:
+            scores[name] = _score(sum(means) / len(means), sum(variances) / len(means) ** 2, items)
+    return {"scores": scores} if scores else None
+
+
+def _score(share: float, variance: float, items: int) -> dict[str, float]:
+    half = 1.96 * math.sqrt(variance)
+    rounded = [round(value, 6) for value in (share, max(0.0, share - half), min(1.0, share + half))]
+    return {**dict(zip(("value", "low", "high"), rounded, strict=True)), "items": items}
+
+
+ATTENTION_SIGNALS = ("answer_attention", "text_attention", "visual_columns", "visual_map")
+
+
+def refuse_signals(signals: Sequence[str], teacher: Teacher) -> None:
+    """Refuse signals that the teacher's family cannot give.
+
+    Args:
+        signals: Names of the wanted ones.
+        teacher: A loaded teacher.
+
+    Raises:
+        ModelError: Naming the signals, the reason and what to ask for instead.
+    """
+    family, kind = teacher.family, teacher.config.model_type
+    others = [name for name in signals if name != "logits"]
+    if others and not family.is_listed:
+        raise ModelError(
+            f"teacher {teacher.directory}: model_type {kind!r} is not in the table of families (data/families.py), "
+            f"which says where language model, visual tokens and projector are; so {', '.join(others)} cannot be had: "
+            "cache its logits only (--signals logits), or add an entry to the table"
+        )
+    attention = [name for name in signals if name in ATTENTION_SIGNALS]
+    if attention and teacher.capture is None:
+        raise ModelError(
+            f"teacher {teacher.directory}: {', '.join(attention)} cannot be had: {teacher.no_attention}; cache its "
+            "logits only (--signals logits)"
+        )
+    if "visual_map" in signals and family.visual_rows != "causal":
+        sees = {"image": "their whole image", "prefix": "the whole prompt"}[family.visual_rows]
+        raise ModelError(
+            f"teacher {teacher.directory}: in model_type {kind!r} visual tokens see {sees}, and the codec of "
+            "visual_map keeps the lower triangle only; leave visual_map out (answer_attention, text_attention and "
+            "visual_columns are available)"
+        )
+
+
+def refuse_packing(dataset: Dataset, teacher: Teacher) -> None:
+    """Refuse data that pack independent conversations where an image is seen differently in each.
+
+    Only the first sample is looked at; `data.families.inputs` refuses later ones.
+
+    Raises:
+        ModelError: If they do.
+    """
+    packs = teacher.family.is_listed and teacher.family.visual_rows != "prefix"
+    if packs or not len(dataset):
+        return
+    try:
+        sample = dataset[0]
+    except SampleError:
+        return
+    if sample.independent_turns and len(sample.turns) > 1:
+        why = "visual tokens see the question" if teacher.family.is_listed else "masks are not known"
+        raise ModelError(
+            f"teacher {teacher.directory}: in model_type {teacher.config.model_type!r} {why}, and data "
+            f"{dataset.name!r} hold {len(sample.turns)} independent questions about one picture in one sample; "
+            "give data with one question a sample (a LLaVA .json or messages .jsonl)"
+        )
+
+
+def missing_projector(teacher: Teacher) -> str | None:
+    """Why the teacher's projector is not handed on for the teacher adapter (TAF); None: it is."""
+    if not teacher.family.is_listed:
+        return f"model_type {teacher.config.model_type!r} is not in the table of families: its projector is not known"
+    if teacher.family.projector_config(teacher.config) is None:
+        return f"the projector of model_type {teacher.config.model_type!r} is no two-layer MLP on a tower's patch tokens"
+    return None
+
 
 LEAST_LENGTH, TEXT_LENGTH = 2048, 1024  # tokens
 

@@ -21,7 +21,7 @@ import torch
 
 from vlm_distill_cache.common.cache.manifest import Plan
 from vlm_distill_cache.common.errors import DistillError, ProcessFailedError, SampleError
-from vlm_distill_cache.common.stopping import end_with_parent
+from vlm_distill_cache.common.terminal.command_line import end_with_parent
 from vlm_distill_cache.data.sample import Dataset
 from vlm_distill_cache.data.text.encoding import EncodedSample, SampleEncoder
 from vlm_distill_cache.stage1_teacher.loop.writer import EncodedShard, run_ahead

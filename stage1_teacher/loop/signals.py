@@ -19,9 +19,8 @@ from vlm_distill_cache.common.attention.boxes import (
 )
 from vlm_distill_cache.common.cache.schema import Record
 from vlm_distill_cache.common.codecs.hidden_states import HiddenCodec, ProjectorOutputCodec, VisualHiddenCodec
-from vlm_distill_cache.common.codecs.logits import LogitCodec, SparseLogits
+from vlm_distill_cache.common.codecs.logits import LogitCodec, SparseLogits, VisualLogitsCodec
 from vlm_distill_cache.common.codecs.row_attention import RowAttention, RowAttentionCodec, TextAttentionCodec
-from vlm_distill_cache.common.codecs.visual_logits import VisualLogitsCodec
 from vlm_distill_cache.common.codecs.visual_map import MapPreset, VisualColumnsCodec, VisualMapCodec
 from vlm_distill_cache.common.errors import SampleError
 from vlm_distill_cache.data.text.collate import Batch, text_rows

@@ -7,7 +7,7 @@ itself, run twice, so that a reader can tell codec loss from hardware noise.
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,25 +18,184 @@ from torch.nn import functional as F
 from vlm_distill_cache.common.attention.boxes import Tile, content_mask, tile_boxes
 from vlm_distill_cache.common.cache.manifest import Plan
 from vlm_distill_cache.common.cache.shared_images import SharedImages
+from vlm_distill_cache.common.cache.side_files import check_file
 from vlm_distill_cache.common.cache.sidecar import read_sidecar
 from vlm_distill_cache.common.cache.stores import open_reader
 from vlm_distill_cache.common.codecs.logits import SparseLogits
 from vlm_distill_cache.common.codecs.row_attention import RowAttention
 from vlm_distill_cache.common.codecs.teacher_map import TeacherMap, image_pairs
 from vlm_distill_cache.common.errors import SampleError
-from vlm_distill_cache.common.plain_files import check_file
 from vlm_distill_cache.data.sample import Sample, with_answers
 from vlm_distill_cache.data.text.collate import Batch, collate
-from vlm_distill_cache.stage1_teacher.attention_fidelity import (
-    column_gradient_cosine,
-    map_gradient_cosines,
-    row_gradient_cosines,
-)
 from vlm_distill_cache.stage1_teacher.build.plan import Build
 from vlm_distill_cache.stage1_teacher.loop.answers import ANSWERS
 from vlm_distill_cache.stage1_teacher.loop.signals import TeacherSignals, reduce_output, slice_logits, to_cpu
-from vlm_distill_cache.stage1_teacher.sinks import SinkCount
 from vlm_distill_cache.stage1_teacher.teacher.teacher import TeacherOutput
+
+MOST_PLACES = 5
+COMMON_SHARE = 0.5
+"""A place is named if it is a sink in at least this share of the pictures."""
+
+
+@dataclass
+class SinkCount:
+    """Sinks of one signal over some pictures, kept as long as all have equally laid-out tokens.
+
+    Attributes:
+        columns: Columns of the tokens' grid, to name places by row and column; 0: by number.
+        pictures: How many were added.
+        sinks: How many tokens of them were sinks.
+        mass: Sum over pictures of the share of received attention that went to sinks.
+        often: In how many pictures each token was a sink, float64 ``[N]``; None before the first, and once layouts
+            differ.
+    """
+
+    columns: int = 0
+    pictures: int = 0
+    sinks: int = 0
+    mass: float = 0.0
+    often: Tensor | None = field(default=None)
+    mixed: bool = False
+
+    def add(self, received: Tensor, content: Tensor) -> None:
+        """Count one picture.
+
+        Args:
+            received: What each token receives, float ``[N]``, at least 0.
+            content: Which tokens carry image, bool ``[N]``.
+        """
+        values = received.double()
+        inside = values[content]
+        if len(inside) < 2 or not bool(inside.any()):
+            return
+        found = content & (values > inside.mean() + inside.std())
+        self.pictures += 1
+        self.sinks += int(found.sum())
+        self.mass += float(values[found].sum() / inside.sum())
+        if self.often is not None and len(self.often) != len(found):
+            self.mixed = True
+        if self.mixed:
+            self.often = None
+            return
+        self.often = found.double() if self.often is None else self.often + found
+
+    def figures(self, signal: str) -> dict[str, float | str]:
+        """What the fidelity card says: sinks a picture, their share of the attention, and where they keep lying.
+
+        Args:
+            signal: Names the figures.
+        """
+        if not self.pictures:
+            return {}
+        figures: dict[str, float | str] = {
+            f"{signal}_sinks_per_picture": float(f"{self.sinks / self.pictures:.6g}"),
+            f"{signal}_sink_mass": float(f"{self.mass / self.pictures:.6g}"),
+        }
+        if self.often is not None:
+            figures[f"{signal}_sink_places"] = self._places() or "none in half of the pictures"
+        return figures
+
+    def _places(self) -> str:
+        assert self.often is not None
+        share = self.often / self.pictures
+        order = torch.argsort(share, descending=True, stable=True)[:MOST_PLACES].tolist()
+        return "; ".join(
+            f"{self._name(token)} in {100 * float(share[token]):.0f} %"
+            for token in order
+            if float(share[token]) >= COMMON_SHARE
+        )
+
+    def _name(self, token: int) -> str:
+        return (
+            f"row {token // self.columns + 1} column {token % self.columns + 1}"
+            if self.columns
+            else f"token {token + 1}"
+        )
+
+
+def row_gradient_cosines(cached: RowAttention, live: Tensor, student: Tensor) -> Tensor:
+    """Cosine of the row-wise KL's gradient on the student's cells, cached against live.
+
+    Args:
+        cached: Decoded rows.
+        live: The teacher's cells, float32 `[A, G, C]`.
+        student: The stand-in's.
+
+    Returns:
+        float32 `[A]`; 0 for a row that does not look at the image.
+    """
+    live_mass = live.sum(-1, keepdim=True).clamp_min(1e-12)
+    cached_mass = cached.image_mass[..., None].clamp_min(1e-12)
+    weights = student / student.sum(-1, keepdim=True).clamp_min(1e-12)
+    exact = live_mass * (weights - live / live_mass)
+    approximate = cached_mass * (weights - cached.cells / cached_mass)
+    return F.cosine_similarity(approximate.flatten(1), exact.flatten(1), dim=1)
+
+
+def column_gradient_cosine(cached: Tensor, live: Tensor) -> float:
+    """Cosine of the gradient of 1 - cos of column means, cached against live.
+
+    Args:
+        cached: Decoded columns, float32 `[G, N]`.
+        live: The teacher's.
+    """
+    gradients = []
+    for teacher in (live, cached):
+        student = live.sqrt().requires_grad_()
+        (1 - F.cosine_similarity(student, teacher, dim=-1)).sum().backward()
+        assert student.grad is not None
+        gradients.append(student.grad.nan_to_num())
+    return _cosine(*gradients)
+
+
+def map_gradients(teacher: TeacherMap, student: Tensor, content: Tensor | None) -> dict[str, Tensor]:
+    """Gradients of the losses that a teacher's map can serve.
+
+    Args:
+        teacher: Live or decoded, `[G, N, N]`.
+        student: The stand-in's maps, float32 `[G, N, N]`.
+        content: Cells that carry image, bool `[N]`. None: all do.
+
+    Returns:
+        `sink_filtered` and, if the map is complete, `cosine`: float32 `[G, N, N]`.
+    """
+    losses = ["sink_filtered", "cosine"] if teacher.complete else ["sink_filtered"]
+    gradients = {}
+    for loss in losses:
+        leaf = student.detach().clone().requires_grad_()
+        whole = loss == "cosine"
+        left, right = (leaf, teacher.values) if whole else teacher.mean_columns(leaf, content)
+        (1 - F.cosine_similarity(left.flatten(1), right.flatten(1), dim=-1)).sum().backward()
+        assert leaf.grad is not None
+        gradients[loss] = leaf.grad
+    return gradients
+
+
+def map_gradient_cosines(
+    cached: TeacherMap, live: Tensor, content: Tensor | None, *, student: Tensor | None = None
+) -> dict[str, float]:
+    """Cosine of each loss's gradient with the one of the live map.
+
+    Args:
+        cached: The decoded map, `[G, N, N]`.
+        live: The teacher's, float32 `[G, N, N]`, on the same cells.
+        content: Cells that carry image, bool `[N]`. None: all do.
+        student: Maps of a student; None: the stand-in.
+
+    Returns:
+        By loss; without those that the cached map cannot serve, or that give no gradient.
+    """
+    if student is None:
+        student = live.sqrt()
+    exact = map_gradients(TeacherMap.from_maps(live, token_mask=content), student, content)
+    found = map_gradients(cached, student, content)
+    return {loss: _cosine(found[loss], exact[loss]) for loss in found if bool(exact[loss].any())}
+
+
+def _cosine(left: Tensor, right: Tensor) -> float:
+    """Cosine of two tensors as vectors, in float64."""
+    return float(F.cosine_similarity(left.double().flatten(), right.double().flatten(), dim=0))
+
 
 _REMEDY = "run `cachectl verify`, then `cachectl repair` and build the shard again"
 CONTROL_BATCH = 8
@@ -56,7 +215,7 @@ def measure_fidelity(work: Build, cache_dir: Path, *, samples: int) -> dict[str,
         skipped. Units: ``*_kl`` nats a row, ``kept_mass`` and ``rows_at_cap`` shares, ``*_gradient_error`` relative
         L2, ``*_cosine`` dimensionless. ``visual_map_gradient_cosine`` is that of the sink-filtered loss,
         ``visual_map_plain_gradient_cosine`` that of the whole map's cosine. ``*_sinks_per_picture``, ``*_sink_mass`` and
-        ``*_sink_places`` say where the teacher's attention sinks lie (``stage1_teacher.sinks``); ``visual_map_sink_pairs``
+        ``*_sink_places`` say where the teacher's attention sinks lie; ``visual_map_sink_pairs``
         and ``visual_map_sink_mass`` what the released filter removes of the teacher's pairs and of their mass.
 
     Raises:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from vlm_distill_cache.common.attention.boxes import content_mask, tile_boxes
+from vlm_distill_cache.common.attention.capture import AttentionRequest
 from vlm_distill_cache.common.attention.hidden import HiddenRequest
-from vlm_distill_cache.common.attention_request import AttentionRequest
 from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
 from vlm_distill_cache.data.families.table import Family
 from vlm_distill_cache.data.text.collate import Batch, supervised_rows, text_rows, visual_keys

@@ -14,18 +14,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlm_distill_cache.common.attention.capture import AttentionCapture
+from vlm_distill_cache.common.attention.capture import AttentionCapture, AttentionRequest
 from vlm_distill_cache.common.attention.hidden import HiddenCapture, HiddenRequest
 from vlm_distill_cache.common.attention.layers import teacher_groups
-from vlm_distill_cache.common.attention_request import AttentionRequest
 from vlm_distill_cache.common.errors import ConfigError, ModelError
 from vlm_distill_cache.common.files.atomic import read_json
 from vlm_distill_cache.data.families.inputs import text_config
 from vlm_distill_cache.data.families.models import Quantisation, input_device, open_family_model, row_logits
 from vlm_distill_cache.data.families.table import Family, submodule
-from vlm_distill_cache.data.fingerprints import module_fingerprint, tokenizer_fingerprint, weights_fingerprint
 from vlm_distill_cache.data.images.encoder import AnyImageEncoder
 from vlm_distill_cache.data.text.collate import Batch
+from vlm_distill_cache.data.text.processors import (
+    module_fingerprint,
+    tokenizer_fingerprint,
+    weights_fingerprint,
+)
 from vlm_distill_cache.stage1_teacher.teacher.inputs import TeacherInputs, Wanted, prepare_inputs
 
 logger = logging.getLogger(__name__)

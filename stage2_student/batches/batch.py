@@ -18,8 +18,13 @@ from vlm_distill_cache.data.text.collate import Batch, collate, supervised_rows,
 from vlm_distill_cache.data.text.encoding import EncodedSample
 from vlm_distill_cache.stage2_student.batches.features import FeatureBatch, collate_features
 from vlm_distill_cache.stage2_student.batches.signals import AttentionTarget, SampleSignals
+from vlm_distill_cache.stage2_student.loss_weights import (
+    ALL_ROWS,
+    ATTENTION_TERMS,
+    FEATURE_TERMS,
+    ROW_SIGNALS,
+)
 from vlm_distill_cache.stage2_student.losses.attention import has_mass
-from vlm_distill_cache.stage2_student.terms import ALL_ROWS, ATTENTION_TERMS, FEATURE_TERMS, ROW_SIGNALS
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from vlm_distill_cache.common.cache.schema import Record
 from vlm_distill_cache.common.codecs.logits import SparseLogits
 from vlm_distill_cache.common.errors import CacheMismatchError
 from vlm_distill_cache.stage2_student.batches.grid import meet
-from vlm_distill_cache.stage2_student.terms import FEATURE_TERMS
+from vlm_distill_cache.stage2_student.loss_weights import FEATURE_TERMS
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ from vlm_distill_cache.common.errors import CacheMismatchError
 from vlm_distill_cache.stage2_student.batches.features import FeatureTarget, decode_features
 from vlm_distill_cache.stage2_student.batches.grid import meet, meet_cells
 from vlm_distill_cache.stage2_student.batches.layers import regroup, regroup_map, regroup_rows
-from vlm_distill_cache.stage2_student.terms import (
+from vlm_distill_cache.stage2_student.loss_weights import (
     ALL_ROWS,
     ATTENTION_SIGNALS,
     ATTENTION_TERMS,

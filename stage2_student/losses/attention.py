@@ -20,7 +20,7 @@ from torch import Tensor
 
 from vlm_distill_cache.common.codecs.row_attention import RowAttention
 from vlm_distill_cache.common.codecs.teacher_map import TeacherMap, image_pairs
-from vlm_distill_cache.stage2_student.terms import AnswerLossKind, LayerReduction, VisualMapKind
+from vlm_distill_cache.stage2_student.loss_weights import AnswerLossKind, LayerReduction, VisualMapKind
 
 _TINY = 1e-12
 """Below any mass that matters: bounds logarithms and divisions where a student gives a cell nothing."""

@@ -23,9 +23,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vlm_distill_cache.common.codecs.logits import SparseLogits
+from vlm_distill_cache.stage2_student.loss_weights import LogitKind
 from vlm_distill_cache.stage2_student.losses.fused_chunks import ChunkSettings, all_chunks, buffer_bytes
 from vlm_distill_cache.stage2_student.losses.logits import TeacherRows, teacher_rows
-from vlm_distill_cache.stage2_student.terms import LogitKind
 
 CHUNK_BYTES = {"cpu": 2**27, "cuda": 2**28}
 """Of all buffers of a chunk, by kind of device. In float32 the weight's gradient is read and written once a chunk: the

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vlm_distill_cache.stage2_student.loss_weights import LogitKind
 from vlm_distill_cache.stage2_student.losses.logits import StudentRows, TeacherRows, diverge
-from vlm_distill_cache.stage2_student.terms import LogitKind
 
 
 @dataclass(frozen=True, kw_only=True)

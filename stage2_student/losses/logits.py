@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vlm_distill_cache.common.codecs.logits import SparseLogits
-from vlm_distill_cache.stage2_student.terms import LogitKind
+from vlm_distill_cache.stage2_student.loss_weights import LogitKind
 
 REVERSE_FLOOR_NATS = -30.0
 """Reverse KL is infinite where a teacher says never: its log-probabilities below this count as this."""

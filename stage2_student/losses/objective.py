@@ -15,11 +15,22 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from vlm_distill_cache.common.attention.capture import AttentionCapture
-from vlm_distill_cache.common.attention_request import AttentionRequest
+from vlm_distill_cache.common.attention.capture import AttentionCapture, AttentionRequest
 from vlm_distill_cache.common.codecs.row_attention import RowAttention
 from vlm_distill_cache.common.codecs.teacher_map import TeacherMap
 from vlm_distill_cache.stage2_student.batches.batch import AttentionBatch, TrainingBatch
+from vlm_distill_cache.stage2_student.loss_weights import (
+    ALL_ROWS,
+    ATTENTION_TERMS,
+    FEATURE_TERMS,
+    ROW_SIGNALS,
+    AnswerLossKind,
+    AttentionReduction,
+    HiddenKind,
+    LayerReduction,
+    LogitKind,
+    VisualMapKind,
+)
 from vlm_distill_cache.stage2_student.losses.attention import (
     all_attention_loss,
     answer_attention_loss,
@@ -34,18 +45,6 @@ from vlm_distill_cache.stage2_student.losses.features import (
     wanted_rows,
 )
 from vlm_distill_cache.stage2_student.losses.rows import run_student
-from vlm_distill_cache.stage2_student.terms import (
-    ALL_ROWS,
-    ATTENTION_TERMS,
-    FEATURE_TERMS,
-    ROW_SIGNALS,
-    AnswerLossKind,
-    AttentionReduction,
-    HiddenKind,
-    LayerReduction,
-    LogitKind,
-    VisualMapKind,
-)
 
 Groups = tuple[tuple[int, ...], ...]
 

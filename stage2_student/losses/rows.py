@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
 from vlm_distill_cache.stage2_student.batches.batch import TrainingBatch
+from vlm_distill_cache.stage2_student.loss_weights import LogitKind
 from vlm_distill_cache.stage2_student.losses.fused import FusedLosses, fused_losses
 from vlm_distill_cache.stage2_student.losses.logits import lm_loss, tail_bucket_loss
 from vlm_distill_cache.stage2_student.students.model import model_inputs_of
-from vlm_distill_cache.stage2_student.terms import LogitKind
 
 
 @dataclass(frozen=True, kw_only=True)

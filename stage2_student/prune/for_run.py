@@ -8,9 +8,8 @@ from transformers import AutoConfig
 from vlm_distill_cache.common.cache.reader import open_cache
 from vlm_distill_cache.common.errors import ModelError
 from vlm_distill_cache.data.families.inputs import text_config
-from vlm_distill_cache.data.fingerprints import tokenizer_fingerprint
 from vlm_distill_cache.data.sample import iterate_readable
-from vlm_distill_cache.data.text.processors import load_tokenizer
+from vlm_distill_cache.data.text.processors import load_tokenizer, tokenizer_fingerprint
 from vlm_distill_cache.stage2_student.config import TrainConfig
 from vlm_distill_cache.stage2_student.prune.cut import prune_directory
 from vlm_distill_cache.stage2_student.students.encoder import encoder_of_cache

@@ -20,7 +20,9 @@ from vlm_distill_cache.common.attention.capture import AttentionCapture
 from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
 from vlm_distill_cache.common.codecs.logits import SparseLogits
 from vlm_distill_cache.common.codecs.row_attention import RowAttention
+from vlm_distill_cache.data.families.models import row_logits
 from vlm_distill_cache.data.sample import CaptionPair, EvaluationSet, ImageSource, Question, Sample, Turn
+from vlm_distill_cache.data.text.collate import collate
 from vlm_distill_cache.data.text.encoding import EncodedSample, SampleEncoder, build_prompt
 from vlm_distill_cache.data.text.generation import Generated, device_of, generate_answers, pad_token_id
 from vlm_distill_cache.stage2_student.batches.dataset import AttentionBatch, CachedDataset
@@ -38,12 +40,61 @@ from vlm_distill_cache.stage2_student.scores.metrics import (
     preference,
     score_letters,
 )
-from vlm_distill_cache.stage2_student.scoring import answer_log_probs, language_model_of, supervised_logits
+from vlm_distill_cache.stage2_student.students.library import LibraryStudent
 from vlm_distill_cache.stage2_student.students.model import (
     generation_inputs_of,
     model_inputs_of,
     packs_conversations,
 )
+
+
+def language_model_of(model: Any) -> Any:
+    """The decoder whose attention can be captured: our students name it, LLaVA keeps it one level down."""
+    inner = getattr(model, "language_model", None)
+    return model.base_model.language_model if inner is None else inner
+
+
+def supervised_logits(model: Any, inputs: Mapping[str, Any], supervised: Tensor) -> Tensor:
+    """Logits of the rows that predict answer tokens; other rows never meet the output projection.
+
+    Args:
+        model: A student, or any causal model of the library.
+        inputs: Its keyword arguments.
+        supervised: Bool ``[B, T]``.
+
+    Returns:
+        Float ``[A, V]``, batch-row order.
+    """
+    if isinstance(model, LibraryStudent):
+        logits: Tensor = model(**inputs, supervised=supervised, use_cache=False).logits
+        return logits
+    return row_logits(model, inputs, supervised)
+
+
+def answer_log_probs(
+    model: Any, samples: Sequence[EncodedSample], pad_id: int
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Log-probability of every answer token, and which conversation it belongs to.
+
+    Args:
+        model: As for ``supervised_logits``.
+        samples: At least one.
+        pad_id: Fills shorter sequences.
+
+    Returns:
+        For each sample: nats, float64 ``[A_i]``; and the rows' segment ids, int64 ``[A_i]``.
+    """
+    batch = collate(samples, pad_id).to(device_of(model))
+    supervised = batch.labels != IGNORE_INDEX  # [B, T]
+    logits = supervised_logits(model, model_inputs_of(model, batch), supervised)
+    chosen = logits.gather(1, batch.labels[supervised][:, None])[:, 0].float()
+    log_probs = (chosen - logits.float().logsumexp(1)).double().cpu().numpy()  # [A]
+    counts = [len(sample.supervised_rows) for sample in samples]
+    return [
+        (part, sample.segment_ids[sample.supervised_rows])
+        for part, sample in zip(np.split(log_probs, np.cumsum(counts)[:-1]), samples, strict=True)
+    ]
+
 
 Item = TypeVar("Item")
 

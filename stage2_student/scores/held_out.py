@@ -13,8 +13,8 @@ from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, Sampl
 from vlm_distill_cache.data.registry import open_dataset, open_evaluation
 from vlm_distill_cache.data.sample import EvaluationSet, Question
 from vlm_distill_cache.data.text.encoding import SampleEncoder, build_prompt
+from vlm_distill_cache.stage2_student.batches.dataset import merged_fingerprints, splits_and_limits
 from vlm_distill_cache.stage2_student.config import TrainConfig
-from vlm_distill_cache.stage2_student.join import merged_fingerprints, splits_and_limits
 from vlm_distill_cache.stage2_student.students.encoder import encoder_of_cache
 from vlm_distill_cache.stage2_student.training.preparation import BUILT_IN_DATA
 

@@ -18,9 +18,8 @@ from vlm_distill_cache.common.attention.boxes import (
     show_twice,
     tile_boxes,
 )
-from vlm_distill_cache.common.attention.capture import AttentionCapture
+from vlm_distill_cache.common.attention.capture import AttentionCapture, AttentionRequest
 from vlm_distill_cache.common.attention.layers import GroupMatch, Groups
-from vlm_distill_cache.common.attention_request import AttentionRequest
 from vlm_distill_cache.common.cache.reader import TeacherCache
 from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
 from vlm_distill_cache.common.codecs.row_attention import RowAttentionCodec
@@ -31,7 +30,7 @@ from vlm_distill_cache.data.text.encoding import SampleEncoder
 from vlm_distill_cache.data.text.generation import device_of, pad_token_id
 from vlm_distill_cache.stage2_student.batches.dataset import answered_sample
 from vlm_distill_cache.stage2_student.batches.layers import regroup_rows
-from vlm_distill_cache.stage2_student.scoring import language_model_of
+from vlm_distill_cache.stage2_student.scores.evaluate import language_model_of
 from vlm_distill_cache.stage2_student.students.model import model_inputs_of
 
 PICTURE_SIDE = 220

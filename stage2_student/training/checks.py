@@ -18,16 +18,19 @@ from vlm_distill_cache.common.files.hashing import fingerprint
 from vlm_distill_cache.common.printing import one_line
 from vlm_distill_cache.common.terminal.next_step import set_words
 from vlm_distill_cache.data.families.table import FAMILIES
-from vlm_distill_cache.data.fingerprints import module_fingerprint, tokenizer_fingerprint
 from vlm_distill_cache.data.sample import Dataset
+from vlm_distill_cache.data.text.processors import module_fingerprint, tokenizer_fingerprint
 from vlm_distill_cache.data.text.templates import PromptTemplate
-from vlm_distill_cache.stage2_student.batches.dataset import CachedDataset
+from vlm_distill_cache.stage2_student.batches.dataset import (
+    CachedDataset,
+    merged_fingerprints,
+    missing_samples,
+)
 from vlm_distill_cache.stage2_student.batches.layers import check_all_rows, check_map_serves
 from vlm_distill_cache.stage2_student.config import TrainConfig
-from vlm_distill_cache.stage2_student.join import merged_fingerprints, missing_samples
+from vlm_distill_cache.stage2_student.loss_weights import cached_signals
 from vlm_distill_cache.stage2_student.students.encoder import knows_boxes
 from vlm_distill_cache.stage2_student.students.model import model_inputs_of
-from vlm_distill_cache.stage2_student.terms import cached_signals
 
 PROBED_SAMPLES = 8
 _log = logging.getLogger(__name__)

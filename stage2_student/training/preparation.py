@@ -20,18 +20,21 @@ from vlm_distill_cache.data.registry import open_dataset
 from vlm_distill_cache.data.sample import Dataset
 from vlm_distill_cache.data.text.encoding import SampleEncoder
 from vlm_distill_cache.data.text.templates import PromptTemplate, get_template
-from vlm_distill_cache.stage2_student.batches.dataset import CachedDataset, SampleMemory
+from vlm_distill_cache.stage2_student.batches.dataset import (
+    CachedDataset,
+    SampleMemory,
+    merged_fingerprints,
+    splits_and_limits,
+)
 from vlm_distill_cache.stage2_student.batches.layers import check_map_serves, map_is_complete, match_groups
 from vlm_distill_cache.stage2_student.batches.sampler import ShardShuffle
 from vlm_distill_cache.stage2_student.config import PhaseConfig, PhaseName, TrainConfig, describe
-from vlm_distill_cache.stage2_student.join import merged_fingerprints, splits_and_limits
-from vlm_distill_cache.stage2_student.loss_weights import LossWeights
+from vlm_distill_cache.stage2_student.loss_weights import FEATURE_TERMS, LossWeights
 from vlm_distill_cache.stage2_student.losses.features import match_features
 from vlm_distill_cache.stage2_student.losses.objective import Objective
 from vlm_distill_cache.stage2_student.students.encoder import describe_encoder, longest_sequence
 from vlm_distill_cache.stage2_student.students.model import StudentModel, vocabulary_rows
 from vlm_distill_cache.stage2_student.students.parts import StudentParts, open_parts
-from vlm_distill_cache.stage2_student.terms import FEATURE_TERMS
 from vlm_distill_cache.stage2_student.training.checks import (
     check_data,
     check_geometry,

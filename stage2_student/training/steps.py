@@ -1,5 +1,6 @@
 """The parts of an optimizer step: its micro-batches ahead of time, its sums over processes, its gradient."""
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
 from tqdm import tqdm
 
 from vlm_distill_cache.common.errors import ModelError
@@ -15,9 +17,58 @@ from vlm_distill_cache.common.files.hashing import fingerprint
 from vlm_distill_cache.stage2_student.batches.batch import TrainingBatch
 from vlm_distill_cache.stage2_student.batches.prefetch import Prefetcher
 from vlm_distill_cache.stage2_student.batches.sampler import micro_batch_count, split_step
+from vlm_distill_cache.stage2_student.config import Schedule
 from vlm_distill_cache.stage2_student.losses.objective import LossTerms
-from vlm_distill_cache.stage2_student.optim import learning_rate
 from vlm_distill_cache.stage2_student.training.preparation import PreparedPhase
+
+
+def learning_rate(step: int, *, steps: int, peak: float, warmup: float, schedule: Schedule) -> float:
+    """The learning rate of one optimizer step; a pure function, so there is no scheduler state to save.
+
+    Args:
+        step: Optimizer step of the phase, from 0.
+        steps: Steps of the phase.
+        peak: Highest learning rate.
+        warmup: Share of the steps, in [0, 1), that rise linearly from ``peak / warm-up steps`` to ``peak``.
+        schedule: ``cosine`` falls to 0 at ``steps``; ``constant`` stays at ``peak``.
+
+    Returns:
+        A positive number (0 only past the end of a cosine).
+
+    Source:
+        Loshchilov & Hutter 2017 (arXiv:1608.03983), without restarts.
+    """
+    rise = math.ceil(warmup * steps)
+    if step < rise:
+        return peak * (step + 1) / rise
+    if schedule == "constant":
+        return peak
+    done = min(1.0, (step - rise) / max(1, steps - rise))
+    return peak * 0.5 * (1.0 + math.cos(math.pi * done))
+
+
+def set_learning_rate(optimizer: Optimizer, value: float) -> None:
+    """Give every parameter group the same learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = value
+
+
+def build_optimizer(parameters: list[nn.Parameter], *, peak: float, weight_decay: float) -> AdamW:
+    """AdamW with one fused update; biases and norms are not decayed.
+
+    Args:
+        parameters: Trainable parameters.
+        peak: Learning rate before the schedule.
+        weight_decay: Decay of matrices, per step and unit of learning rate.
+
+    Source:
+        LLaVA-1.5 and CompoDistill: AdamW, betas (0.9, 0.999), weight decay 0.
+    """
+    matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
+    vectors = [parameter for parameter in parameters if parameter.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    # A phase may train matrices only; AdamW accepts an empty group but a frozen state dict would then differ.
+    return AdamW([group for group in groups if group["params"]], lr=peak, betas=(0.9, 0.999), fused=True)
 
 
 def load_steps(

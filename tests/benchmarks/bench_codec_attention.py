@@ -33,17 +33,16 @@ from vlm_distill_cache.common.attention.boxes import (
 from vlm_distill_cache.common.cache.schema import BASE_FIELDS, Record
 from vlm_distill_cache.common.cache.stores import finish_shard, open_writer
 from vlm_distill_cache.common.codecs.row_attention import RowAttention, RowAttentionCodec
-from vlm_distill_cache.common.codecs.visual_columns import VisualColumnsCodec
-from vlm_distill_cache.common.codecs.visual_map import MapPreset, VisualMapCodec
+from vlm_distill_cache.common.codecs.visual_map import MapPreset, VisualColumnsCodec, VisualMapCodec
 from vlm_distill_cache.data.registry import open_dataset
 from vlm_distill_cache.data.text.collate import collate, supervised_rows, visual_keys
-from vlm_distill_cache.stage1_teacher.attention_fidelity import (
+from vlm_distill_cache.stage1_teacher.build.plan import build_encoder
+from vlm_distill_cache.stage1_teacher.demo.teacher import builtin_teacher_directory
+from vlm_distill_cache.stage1_teacher.quality.fidelity import (
     column_gradient_cosine,
     map_gradient_cosines,
     row_gradient_cosines,
 )
-from vlm_distill_cache.stage1_teacher.build.plan import build_encoder
-from vlm_distill_cache.stage1_teacher.demo.teacher import builtin_teacher_directory
 from vlm_distill_cache.stage1_teacher.teacher.teacher import Teacher
 
 PRESETS: tuple[MapPreset, ...] = ("exact", "blocks", "compact", "exact8", "f4")

@@ -26,8 +26,8 @@ from vlm_distill_cache.common.cache.manifest import (
 from vlm_distill_cache.common.cache.reader import open_cache
 from vlm_distill_cache.common.cache.schema import Record
 from vlm_distill_cache.common.cache.stores import finish_shard, open_writer
+from vlm_distill_cache.stage2_student.batches.dataset import join_cache
 from vlm_distill_cache.stage2_student.batches.sampler import ShardShuffle
-from vlm_distill_cache.stage2_student.join import join_cache
 
 SHARD, WINDOW = 256, 8
 SIZES = {"1k": 4 * SHARD, "10k": 40 * SHARD, "100k": 400 * SHARD, "1M": 4000 * SHARD}

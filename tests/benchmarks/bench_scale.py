@@ -43,7 +43,7 @@ print(json.dumps({"private": status("RssAnon"), "all": status("VmRSS")}))
 """
 _JOIN = """
 from vlm_distill_cache.common.cache.reader import open_cache
-from vlm_distill_cache.stage2_student.join import join_cache
+from vlm_distill_cache.stage2_student.batches.dataset import join_cache
 cache = open_cache(Path(sys.argv[1]))
 class Data:
     name = "made up"

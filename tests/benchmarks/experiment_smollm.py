@@ -39,10 +39,10 @@ from vlm_distill_cache.stage1_teacher.demo.teacher import builtin_teacher_direct
 from vlm_distill_cache.stage1_teacher.extract import extract
 from vlm_distill_cache.stage1_teacher.report import summary_text
 from vlm_distill_cache.stage1_teacher.teacher.teacher import Teacher
-from vlm_distill_cache.stage2_student.optim import learning_rate
 from vlm_distill_cache.stage2_student.run import set_up_libraries
 from vlm_distill_cache.stage2_student.scores.evaluate import evaluate_model
 from vlm_distill_cache.stage2_student.train import train_student
+from vlm_distill_cache.stage2_student.training.steps import learning_rate
 
 ROOT = Path("build/experiment-smollm")
 STORED = Path(__file__).parent / "results" / "experiment_smollm.json"

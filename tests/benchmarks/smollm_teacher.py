@@ -17,9 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlavaConfig, LlavaForConditionalGeneration
 
-from vlm_distill_cache.common.attention.capture import AttentionCapture
+from vlm_distill_cache.common.attention.capture import AttentionCapture, AttentionRequest
 from vlm_distill_cache.common.attention.layers import teacher_groups
-from vlm_distill_cache.common.attention_request import AttentionRequest
 from vlm_distill_cache.data.registry import open_dataset
 from vlm_distill_cache.data.sample import Sample
 from vlm_distill_cache.data.text.collate import (

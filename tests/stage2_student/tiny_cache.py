@@ -19,9 +19,8 @@ from vlm_distill_cache.common.attention.boxes import (
     tile_boxes,
     tiles_to_array,
 )
-from vlm_distill_cache.common.attention.capture import AttentionCapture
+from vlm_distill_cache.common.attention.capture import AttentionCapture, AttentionRequest
 from vlm_distill_cache.common.attention.layers import teacher_groups
-from vlm_distill_cache.common.attention_request import AttentionRequest
 from vlm_distill_cache.common.cache.manifest import Plan, seal, write_plan
 from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
 from vlm_distill_cache.common.cache.stores import finish_shard, open_writer
@@ -36,11 +35,11 @@ from vlm_distill_cache.common.codecs.row_attention import TextAttentionCodec
 from vlm_distill_cache.common.files.atomic import write_json_atomic
 from vlm_distill_cache.common.files.hashing import fingerprint
 from vlm_distill_cache.data.builtin import load_image_processor, load_tokenizer
-from vlm_distill_cache.data.fingerprints import module_fingerprint, tokenizer_fingerprint
 from vlm_distill_cache.data.images.encoder import ImageEncoder
 from vlm_distill_cache.data.registry import open_dataset
 from vlm_distill_cache.data.text.collate import collate, supervised_rows, text_rows, visual_keys
 from vlm_distill_cache.data.text.encoding import SampleEncoder
+from vlm_distill_cache.data.text.processors import module_fingerprint, tokenizer_fingerprint
 from vlm_distill_cache.data.text.templates import get_template
 
 DATA = "shapes:images=20,seed=5"

@@ -15,8 +15,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from vlm_distill_cache.common.attention.capture import AttentionCapture
-from vlm_distill_cache.common.attention_request import AttentionRequest
+from vlm_distill_cache.common.attention.capture import AttentionCapture, AttentionRequest
 from vlm_distill_cache.common.errors import ModelError
 
 GROUPS = ((0, 1, 2), (1, 2, 3), (3,))

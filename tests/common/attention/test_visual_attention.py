@@ -13,9 +13,8 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from vlm_distill_cache.common.attention.capture import IMPLEMENTATION, AttentionCapture
+from vlm_distill_cache.common.attention.capture import IMPLEMENTATION, AttentionCapture, AttentionRequest
 from vlm_distill_cache.common.attention.rows import head_mean_attention
-from vlm_distill_cache.common.attention_request import AttentionRequest
 
 VOCABULARY, IMAGE, PATCHES, DEPTH = 64, 5, 16, 4
 GROUPS = ((0, 1, 2), (1, 2, 3), (3,))

@@ -11,7 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vlm_distill_cache.common.cache.documents import document_bytes, read_document
-from vlm_distill_cache.common.cache.index import INDEX, Place, SampleIndex, hash_ids
+from vlm_distill_cache.common.cache.index import (
+    INDEX,
+    IndexBuilder,
+    Place,
+    SampleIndex,
+    hash_ids,
+    index_bytes,
+    index_damage,
+    refuse_repeats,
+)
 from vlm_distill_cache.common.cache.manifest import (
     MANIFEST,
     FileEntry,
@@ -23,7 +32,6 @@ from vlm_distill_cache.common.cache.manifest import (
 )
 from vlm_distill_cache.common.cache.reader import open_cache
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError
-from vlm_distill_cache.common.index_build import IndexBuilder, index_bytes, index_damage, refuse_repeats
 from vlm_distill_cache.common.tools.verify import verify
 
 HEADER = 64

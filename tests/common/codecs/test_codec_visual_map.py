@@ -14,13 +14,14 @@ from vlm_distill_cache.common.attention.boxes import Tile, content_mask, tile_bo
 from vlm_distill_cache.common.cache.schema import MAP_AXES, check_record
 from vlm_distill_cache.common.codecs import VisualMapCodec, codec_from_dict
 from vlm_distill_cache.common.codecs.kept_columns import (
+    KEPT_LEVELS,
     SHORT_COLUMN,
+    SINK_STEPS,
     growing_runs,
     nearest_first,
     pack_mask,
     unpack_mask,
 )
-from vlm_distill_cache.common.codecs.map_codes import KEPT_LEVELS, SINK_STEPS
 from vlm_distill_cache.common.codecs.teacher_map import TeacherMap
 from vlm_distill_cache.common.codecs.visual_map import RUNS
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError

@@ -5,8 +5,13 @@ import pytest
 import torch
 from published_factory import LDP_SHAPES
 
-from vlm_distill_cache.common.models.ldp import InvertedResidual, LDPProjector, half_grid, squeeze_width
-from vlm_distill_cache.common.models.projectors import build_projector
+from vlm_distill_cache.common.models.projectors import (
+    InvertedResidual,
+    LDPProjector,
+    build_projector,
+    half_grid,
+    squeeze_width,
+)
 
 
 def make_projector(width=16, *, dtype=torch.float32):

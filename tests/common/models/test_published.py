@@ -18,8 +18,7 @@ from published_factory import (
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, LlamaConfig, LlamaForCausalLM, Qwen2ForCausalLM
 
-from vlm_distill_cache.common.attention.capture import AttentionCapture
-from vlm_distill_cache.common.attention_request import AttentionRequest
+from vlm_distill_cache.common.attention.capture import AttentionCapture, AttentionRequest
 from vlm_distill_cache.common.errors import ModelError
 from vlm_distill_cache.common.models.mobilevlm import MobileVLMForConditionalGeneration
 from vlm_distill_cache.common.models.published import (

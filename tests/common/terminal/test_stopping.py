@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from vlm_distill_cache.common.stopping import run_command, stopped_by_sigterm
+from vlm_distill_cache.common.terminal.command_line import run_command, stopped_by_sigterm
 
 
 def test_sigterm_unwinds_with_143_and_the_handler_is_put_back():

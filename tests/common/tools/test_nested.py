@@ -12,7 +12,7 @@ from vlm_distill_cache.common.cache.schema import BASE_FIELDS, check_record
 from vlm_distill_cache.common.codecs import LogitCodec, codec_from_dict
 from vlm_distill_cache.common.codecs.quantise import gap_error
 from vlm_distill_cache.common.errors import CacheFormatError, ConfigError
-from vlm_distill_cache.common.nested import truncate_logits, truncated_codec
+from vlm_distill_cache.common.tools.select import truncate_logits, truncated_codec
 
 TEMPERATURES = (1.0, 2.0, 5.0)
 

@@ -19,8 +19,7 @@ from vlm_distill_cache.stage1_teacher.estimate.estimate import (
     estimate,
     estimate_text,
 )
-from vlm_distill_cache.stage1_teacher.estimate.probe import Probe, probe_positions
-from vlm_distill_cache.stage1_teacher.probe_sizes import Size, best_time
+from vlm_distill_cache.stage1_teacher.estimate.probe import Probe, Size, best_time, probe_positions
 
 PROBE = Probe(
     samples=32, failed=0, rows=100.0, tokens=700.0, signals={"logits": Size(decoded=4000.0, stored=3000.0)},
@@ -33,7 +32,7 @@ PROBE = Probe(
 @pytest.fixture
 def once(monkeypatch):
     """Measure everything once: a test's figures may be rough."""
-    monkeypatch.setattr("vlm_distill_cache.stage1_teacher.probe_sizes.ENOUGH_S", 1e-9)
+    monkeypatch.setattr("vlm_distill_cache.stage1_teacher.estimate.probe.ENOUGH_S", 1e-9)
 
 
 def of(scenario: Scenario = Scenario(), **changes) -> Estimate:  # noqa: B008 - frozen
@@ -106,7 +105,9 @@ def test_the_probe_is_a_few_runs_of_neighbours_inside_the_data(total: int, sampl
 
 def test_the_best_time_is_that_of_a_few_short_runs_or_one_long_one(monkeypatch):
     clock = iter([0.0, 0.4, 1.0, 1.3, 2.0, 2.5, 3.0, 3.4, 4.0, 4.6])
-    monkeypatch.setattr("vlm_distill_cache.stage1_teacher.probe_sizes.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr(
+        "vlm_distill_cache.stage1_teacher.estimate.probe.time.perf_counter", lambda: next(clock)
+    )
     assert best_time(lambda: None) == pytest.approx(0.3)
     clock = iter([0.0, 9.0])
     assert best_time(lambda: None) == 9.0

@@ -22,9 +22,9 @@ from vlm_distill_cache.stage1_teacher.build.plan import build_encoder
 from vlm_distill_cache.stage1_teacher.teacher.teacher import Teacher
 from vlm_distill_cache.stage2_student.batches.dataset import CachedDataset
 from vlm_distill_cache.stage2_student.config import LossWeights
+from vlm_distill_cache.stage2_student.loss_weights import ATTENTION_TERMS
 from vlm_distill_cache.stage2_student.losses.objective import Objective, Shares, step_shares
 from vlm_distill_cache.stage2_student.students.build import build_student
-from vlm_distill_cache.stage2_student.terms import ATTENTION_TERMS
 from vlm_distill_cache.stage2_student.training.checks import check_signals
 
 SIGNALS = ("answer_attention", "text_attention")

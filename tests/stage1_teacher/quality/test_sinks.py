@@ -7,7 +7,7 @@ from vlm_distill_cache.common.attention.boxes import content_mask, tile_boxes, t
 from vlm_distill_cache.common.cache.reader import open_cache
 from vlm_distill_cache.common.cli import main as cachectl
 from vlm_distill_cache.common.codecs import codec_from_dict
-from vlm_distill_cache.stage1_teacher.sinks import SinkCount
+from vlm_distill_cache.stage1_teacher.quality.fidelity import SinkCount
 
 
 def test_a_planted_sink_is_found_by_row_and_column_with_its_mass():

@@ -10,7 +10,7 @@ from tiny_families import save_tiny
 
 from vlm_distill_cache.common.errors import CacheMismatchError, ConfigError
 from vlm_distill_cache.common.tools.verify import verify
-from vlm_distill_cache.data.fingerprints import weights_fingerprint
+from vlm_distill_cache.data.text.processors import weights_fingerprint
 from vlm_distill_cache.stage1_teacher.teacher.teacher import Teacher
 
 LIBRARY_FAMILIES = ("llava", "qwen2_5_vl", "gemma3", "internvl")

@@ -15,9 +15,8 @@ from vlm_distill_cache.common.errors import CacheMismatchError
 from vlm_distill_cache.data.images.load import ImageArray
 from vlm_distill_cache.data.registry import open_dataset
 from vlm_distill_cache.data.sample import Sample, Turn, fingerprint_samples
-from vlm_distill_cache.stage2_student.batches.dataset import CachedDataset, SampleMemory
+from vlm_distill_cache.stage2_student.batches.dataset import CachedDataset, SampleMemory, join_cache
 from vlm_distill_cache.stage2_student.batches.layers import match_groups
-from vlm_distill_cache.stage2_student.join import join_cache
 
 SIGNALS = ("logits", "answer_attention", "visual_columns", "visual_map")
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from vlm_distill_cache.common.errors import CacheMismatchError
 from vlm_distill_cache.data.registry import open_dataset
-from vlm_distill_cache.stage2_student.join import (
+from vlm_distill_cache.stage2_student.batches.dataset import (
     join_cache,
     merged_fingerprints,
     missing_samples,

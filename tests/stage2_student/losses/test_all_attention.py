@@ -10,8 +10,7 @@ from test_equal_student import FixedCapture
 from test_objective import gradients, make_student, pool
 from tiny_cache import build_tiny_cache
 
-from vlm_distill_cache.common.attention.capture import AttentionCapture
-from vlm_distill_cache.common.attention_request import AttentionRequest
+from vlm_distill_cache.common.attention.capture import AttentionCapture, AttentionRequest
 from vlm_distill_cache.common.errors import CacheMismatchError
 from vlm_distill_cache.data.registry import open_dataset
 from vlm_distill_cache.data.sample import Sample, Turn

@@ -15,8 +15,8 @@ from vlm_distill_cache.common.codecs.hidden_states import VisualHiddenCodec
 from vlm_distill_cache.common.errors import CacheMismatchError, ModelError
 from vlm_distill_cache.stage2_student.batches.features import decode_features
 from vlm_distill_cache.stage2_student.config import PhaseConfig, TrainConfig
-from vlm_distill_cache.stage2_student.feature_losses import hidden_loss
 from vlm_distill_cache.stage2_student.loss_weights import LossWeights
+from vlm_distill_cache.stage2_student.losses.features import hidden_loss
 from vlm_distill_cache.stage2_student.losses.objective import step_shares
 from vlm_distill_cache.stage2_student.training.preparation import prepare
 

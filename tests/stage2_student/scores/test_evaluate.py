@@ -9,9 +9,8 @@ from tiny_cache import DATA
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from vlm_distill_cache.common.attention.boxes import tiles_to_array
-from vlm_distill_cache.common.attention.capture import AttentionCapture
+from vlm_distill_cache.common.attention.capture import AttentionCapture, AttentionRequest
 from vlm_distill_cache.common.attention.layers import student_groups
-from vlm_distill_cache.common.attention_request import AttentionRequest
 from vlm_distill_cache.common.cache.reader import open_cache
 from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
 from vlm_distill_cache.common.codecs.logits import LogitCodec
@@ -29,6 +28,7 @@ from vlm_distill_cache.stage2_student.batches.dataset import CachedDataset, Trai
 from vlm_distill_cache.stage2_student.batches.signals import decode_signals
 from vlm_distill_cache.stage2_student.scores.evaluate import (
     EvaluationReport,
+    answer_log_probs,
     ask_letters,
     encode_pair,
     evaluate_model,
@@ -38,7 +38,6 @@ from vlm_distill_cache.stage2_student.scores.evaluate import (
     score_questions,
 )
 from vlm_distill_cache.stage2_student.scores.metrics import Score
-from vlm_distill_cache.stage2_student.scoring import answer_log_probs
 
 TOKENIZER = load_tokenizer()
 IMAGE = TOKENIZER.convert_tokens_to_ids("<image>")

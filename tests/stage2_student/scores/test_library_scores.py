@@ -11,8 +11,7 @@ from vlm_distill_cache.data.sample import CaptionPair, EvaluationSet, Question, 
 from vlm_distill_cache.data.text.collate import collate
 from vlm_distill_cache.data.text.encoding import build_prompt
 from vlm_distill_cache.data.text.generation import pad_token_id
-from vlm_distill_cache.stage2_student.scores.evaluate import encode_pair, evaluate_model
-from vlm_distill_cache.stage2_student.scoring import answer_log_probs
+from vlm_distill_cache.stage2_student.scores.evaluate import answer_log_probs, encode_pair, evaluate_model
 from vlm_distill_cache.stage2_student.students.library import open_library_student
 from vlm_distill_cache.stage2_student.students.model import packs_conversations
 

@@ -18,7 +18,7 @@ from vlm_distill_cache.data.text.collate import collate
 from vlm_distill_cache.data.text.encoding import SampleEncoder, build_prompt
 from vlm_distill_cache.data.text.generation import generate_answers, pad_token_id
 from vlm_distill_cache.data.text.templates import get_template
-from vlm_distill_cache.stage2_student.scoring import supervised_logits
+from vlm_distill_cache.stage2_student.scores.evaluate import supervised_logits
 from vlm_distill_cache.stage2_student.students.library import (
     LibraryStudent,
     OpenedStudent,

@@ -19,9 +19,9 @@ from vlm_distill_cache.common.attention.capture import AttentionCapture
 from vlm_distill_cache.common.attention.layers import student_groups
 from vlm_distill_cache.common.cache.reader import open_cache
 from vlm_distill_cache.common.errors import CacheMismatchError, ConfigError
-from vlm_distill_cache.data.fingerprints import tokenizer_fingerprint
 from vlm_distill_cache.data.registry import open_dataset
 from vlm_distill_cache.data.text.collate import collate
+from vlm_distill_cache.data.text.processors import tokenizer_fingerprint
 from vlm_distill_cache.stage2_student.losses.objective import step_shares
 from vlm_distill_cache.stage2_student.students.library import open_library_student
 from vlm_distill_cache.stage2_student.train import train

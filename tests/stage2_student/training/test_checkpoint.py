@@ -9,7 +9,6 @@ from torch import nn
 
 from vlm_distill_cache.common.errors import CacheFormatError, ConfigError
 from vlm_distill_cache.common.files.hashing import file_checksum
-from vlm_distill_cache.stage2_student.optim import build_optimizer
 from vlm_distill_cache.stage2_student.training.checkpoint import (
     CHECKPOINTS,
     STATE,
@@ -22,6 +21,7 @@ from vlm_distill_cache.stage2_student.training.checkpoint import (
     restore_training,
     write_checkpoint,
 )
+from vlm_distill_cache.stage2_student.training.steps import build_optimizer
 
 
 def make_run(seed=0):

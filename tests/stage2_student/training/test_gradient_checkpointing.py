@@ -8,11 +8,10 @@ from lora_runs import equal_weights, losses, make_config
 from tiny_students import library_student, mobilevlm_student
 from torch import nn
 
-from vlm_distill_cache.common.attention.capture import AttentionCapture
-from vlm_distill_cache.common.attention_request import AttentionRequest
+from vlm_distill_cache.common.attention.capture import AttentionCapture, AttentionRequest
 from vlm_distill_cache.common.errors import ModelError
-from vlm_distill_cache.stage2_student.lora import add_adapters, checkpoint_layers
 from vlm_distill_cache.stage2_student.train import train
+from vlm_distill_cache.stage2_student.training.parts import add_adapters, checkpoint_layers
 
 ROWS, KEYS = torch.tensor([[9, 10, -1]]), torch.tensor([[1, 2, 3, -1]])
 

@@ -14,23 +14,22 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import LlamaConfig
 
-from vlm_distill_cache.common.attention.capture import AttentionCapture
-from vlm_distill_cache.common.attention_request import AttentionRequest
+from vlm_distill_cache.common.attention.capture import AttentionCapture, AttentionRequest
 from vlm_distill_cache.common.config import save_config
 from vlm_distill_cache.common.errors import ConfigError, ModelError
 from vlm_distill_cache.data.families.models import open_family_model
-from vlm_distill_cache.stage2_student.lora import (
+from vlm_distill_cache.stage2_student.students.build import load_student
+from vlm_distill_cache.stage2_student.train import train
+from vlm_distill_cache.stage2_student.training.checkpoint import list_checkpoints, read_checkpoint
+from vlm_distill_cache.stage2_student.training.log import read_log
+from vlm_distill_cache.stage2_student.training.parts import (
+    TrainedParts,
     adapter_parameters,
     add_adapters,
     has_adapters,
     load_adapters,
     merge_adapters,
 )
-from vlm_distill_cache.stage2_student.students.build import load_student
-from vlm_distill_cache.stage2_student.train import train
-from vlm_distill_cache.stage2_student.training.checkpoint import list_checkpoints, read_checkpoint
-from vlm_distill_cache.stage2_student.training.log import read_log
-from vlm_distill_cache.stage2_student.training.parts import TrainedParts
 
 ROOT = Path(__file__).parents[3]
 STUDENTS = {"mobilevlm": mobilevlm_student, "llava": library_student}

@@ -56,7 +56,7 @@ def inspect(cache: str, sample_id: str | None, picture: Path | None, image: Path
 
         say(describe_cache(local_folder(cache), location=cache))  # of an address: where its descriptions are
         return
-    from vlm_distill_cache.common.cache.reader import open_cache
+    from vlm_distill_cache.common.opening import open_cache
     from vlm_distill_cache.common.tools.picture import BLOCKS
     from vlm_distill_cache.common.tools.record_view import describe_record, picture_of, save_picture
 
@@ -85,9 +85,7 @@ def verify(cache: Path, *, deep: bool) -> None:
         from vlm_distill_cache.common.cache.manifest import format_ranges
 
         missing = [damage.shard for damage in unfinished if damage.shard is not None]
-        what = (
-            f"{len(missing)} shards are missing ({format_ranges(missing)})" if missing else "it is not sealed"
-        )
+        what = f"{len(missing)} shards are missing ({format_ranges(missing)})" if missing else "it is not sealed"
         click.echo(f"error: {cache}: not finished: {what}; what is there is sound", err=True)
         click.echo(
             "Next: teacher-cache build with the same options makes the missing shards and seals the cache; of parts "
@@ -176,9 +174,7 @@ def merge(sources: tuple[Path, ...], output: Path, store: str | None) -> None:
     click.echo(f"Merged {merged.samples} samples into {output}{repeated}")
     if merged.manifest is None:
         click.echo(f"Not sealed: {len(merged.missing)} shards are missing: {format_ranges(merged.missing)}")
-        click.echo(
-            f"Next: cachectl merge {quoted(output)} MORE_PARTS --output ANOTHER_FOLDER, or teacher-cache build"
-        )
+        click.echo(f"Next: cachectl merge {quoted(output)} MORE_PARTS --output ANOTHER_FOLDER, or teacher-cache build")
         return
     if not (output / CARD).is_file():
         click.echo(
@@ -212,9 +208,7 @@ def push(cache: Path, destination: str, *, jobs: int, overwrite: bool) -> None:
 @click.argument("cache", type=NewFolder())
 @_JOBS
 @click.option("--shards", metavar="0-3,7", help="Only these shards.")
-@click.option(
-    "--samples", metavar="N|FILE", help="Only the first N records, or the ids in a file, one a line."
-)
+@click.option("--samples", metavar="N|FILE", help="Only the first N records, or the ids in a file, one a line.")
 @click.option("--signals", metavar="A,B", help="Only these signals.")
 @click.option("--top-k", type=click.IntRange(min=2), help="At most so many tokens a row of the logits.")
 def pull(
@@ -239,9 +233,7 @@ def pull(
         selection = parse_selection(shards=shards, samples=samples, signals=signals, top_k=top_k)
         with _progress("pull") as shard_bar:
             part = pull_partial(source, cache, selection, jobs=jobs, on_shard=shard_bar.update)
-        click.echo(
-            f"Pulled {part.totals['samples']} samples of {source} to {cache} ({part.totals['bytes']:,} bytes)"
-        )
+        click.echo(f"Pulled {part.totals['samples']} samples of {source} to {cache} ({part.totals['bytes']:,} bytes)")
         click.echo(f"Next: cachectl inspect {quoted(cache)}, then {distill_command(read_plan(cache), cache)}")
         return
     from vlm_distill_cache.common.remotes.pull import pull as pull_cache

@@ -163,9 +163,7 @@ def _convert(hint: Any, value: Any, default: Any, path: str, where: str) -> Any:
         if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
             raise ConfigError(f"{where}: {path} is {value!r}; expected a mapping with text keys")
         item = args[1] if args else Any
-        return {
-            key: _convert(item, v, dataclasses.MISSING, f"{path}.{key}", where) for key, v in value.items()
-        }
+        return {key: _convert(item, v, dataclasses.MISSING, f"{path}.{key}", where) for key, v in value.items()}
     if dataclasses.is_dataclass(hint):
         base = default if isinstance(default, typing.cast("type", hint)) else None
         return _build(hint, value, base, f"{path}.", where)

@@ -67,8 +67,7 @@ def _refuse_huge(image: PIL.Image.Image, name: str) -> None:
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise SampleError(
-            f"image {name} has {width} x {height} pixels, more than the {MAX_PIXELS} allowed; "
-            "scale it down first"
+            f"image {name} has {width} x {height} pixels, more than the {MAX_PIXELS} allowed; scale it down first"
         )
 
 
@@ -112,9 +111,7 @@ def image_hash(image: PIL.Image.Image) -> bytes:
 
 def reason_of(error: BaseException) -> str:
     """Say why, without the path that the caller names anyway."""
-    if isinstance(
-        error, PIL.UnidentifiedImageError
-    ):  # its text has an address in memory, another one in each run
+    if isinstance(error, PIL.UnidentifiedImageError):  # its text has an address in memory, another one in each run
         return "no image of a known format"
     text = str(error) if not isinstance(error, OSError) else error.strerror or str(error)
     return text or type(error).__name__

@@ -39,9 +39,7 @@ SHAPES_IMAGES = 1500
 SHAPES_ITEMS = 300  # evaluation items where no limit is given
 FILE_ITEMS = 2000  # questions taken from a user's file where no limit is given
 SHORT_ANSWER_WORDS = 5
-FORMS = (
-    "shapes, easy-vqa, FILE.json (LLaVA), FILE.jsonl (messages), a folder of datasets.save_to_disk, or tars"
-)
+FORMS = "shapes, easy-vqa, FILE.json (LLaVA), FILE.jsonl (messages), a folder of datasets.save_to_disk, or tars"
 
 _Options = dict[str, str]
 
@@ -72,9 +70,7 @@ class FirstSamples:
         return fingerprint_samples(self)
 
 
-def open_dataset(
-    spec: str, *, split: str = "train", images: Path | None = None, limit: int | None = None
-) -> Dataset:
+def open_dataset(spec: str, *, split: str = "train", images: Path | None = None, limit: int | None = None) -> Dataset:
     """Open the data a user names.
 
     Args:
@@ -168,9 +164,7 @@ def _open_shapes(split: str, options: _Options) -> Dataset:
     from vlm_distill_cache.data.shapes.dataset import ShapesDataset  # drawing code, only needed here
 
     _refuse_options("shapes", options, allowed=("images", "seed"))
-    dataset: Dataset = ShapesDataset(
-        split, _integer(options, "images", SHAPES_IMAGES), _integer(options, "seed", 0)
-    )
+    dataset: Dataset = ShapesDataset(split, _integer(options, "images", SHAPES_IMAGES), _integer(options, "seed", 0))
     return dataset
 
 

@@ -259,7 +259,5 @@ def refuse_repeats(ids: list[str], *, where: str) -> list[str]:
     if repeated:
         shown = ", ".join(repr(sample_id) for sample_id in repeated[:5])
         more = f" and {len(repeated) - 5} more" if len(repeated) > 5 else ""
-        raise DataError(
-            f"{where}: {len(repeated)} ids occur more than once: {shown}{more}; make the ids unique"
-        )
+        raise DataError(f"{where}: {len(repeated)} ids occur more than once: {shown}{more}; make the ids unique")
     return _refuse_unusable(ids, where=where)

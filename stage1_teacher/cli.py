@@ -34,9 +34,7 @@ def main() -> None:
 def _build_options(command: Any) -> Any:
     """Options that `build` and `fidelity` share."""
     for option in (
-        click.option(
-            "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Any other option; repeatable."
-        ),
+        click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Any other option; repeatable."),
         click.option("--limit", type=click.IntRange(min=1), help="Use only the first samples."),
         click.option(
             "--signals",
@@ -50,16 +48,12 @@ def _build_options(command: Any) -> Any:
         ),
         click.option("--store", type=click.Choice(["zarr", "webdataset"]), help="Shard format."),
         click.option("--cache", help="Folder of the cache."),
-        click.option(
-            "--teacher", help="Checkpoint directory; default: the built-in teacher of built-in data."
-        ),
+        click.option("--teacher", help="Checkpoint directory; default: the built-in teacher of built-in data."),
         click.option("--images", help="Image folder of a .json or .jsonl; default: the file's own folder."),
         click.option(
             "--data", help="shapes, easy-vqa, or a path: LLaVA .json, messages .jsonl, datasets folder, tars."
         ),
-        click.option(
-            "--config", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="YAML file."
-        ),
+        click.option("--config", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="YAML file."),
     ):
         command = option(command)
     return command
@@ -70,9 +64,7 @@ def _settings(config: Path | None, overrides: tuple[str, ...], options: dict[str
     from vlm_distill_cache.stage1_teacher.config import BuildConfig
 
     given = [
-        f"{name}={json.dumps(value)}"
-        for name, value in options.items()
-        if value is not None and name != "signals"
+        f"{name}={json.dumps(value)}" for name, value in options.items() if value is not None and name != "signals"
     ]
     if options["signals"] is not None:
         given.append(f"signals=[{options['signals']}]")
@@ -105,9 +97,9 @@ def build(
     """Build a cache, or resume one; says so and ends when it is complete."""
     settings = _settings(config, overrides, options)
 
-    from vlm_distill_cache.stage1_teacher.build.cache_folder import explain_disk_errors
-    from vlm_distill_cache.stage1_teacher.build.parts import choose_part, local_device, quiet_libraries
     from vlm_distill_cache.stage1_teacher.extract import extract, extract_with_processes
+    from vlm_distill_cache.stage1_teacher.planning.cache_folder import explain_disk_errors
+    from vlm_distill_cache.stage1_teacher.planning.parts import choose_part, local_device, quiet_libraries
     from vlm_distill_cache.stage1_teacher.report import next_command, summary_text
 
     own, local = choose_part(part, os.environ)
@@ -135,16 +127,14 @@ def build(
 
 @main.command()
 @_build_options
-@click.option(
-    "--samples", type=click.IntRange(min=1), default=64, show_default=True, help="Size of the probe."
-)
+@click.option("--samples", type=click.IntRange(min=1), default=64, show_default=True, help="Size of the probe.")
 def fidelity(config: Path | None, overrides: tuple[str, ...], *, samples: int, **options: Any) -> None:
     """Compare a finished cache with its live teacher again; takes the options it was built with."""
     settings = _settings(config, overrides, options)
 
-    from vlm_distill_cache.stage1_teacher.build.cache_folder import explain_disk_errors
-    from vlm_distill_cache.stage1_teacher.build.parts import quiet_libraries
     from vlm_distill_cache.stage1_teacher.extract import recompute_fidelity
+    from vlm_distill_cache.stage1_teacher.planning.cache_folder import explain_disk_errors
+    from vlm_distill_cache.stage1_teacher.planning.parts import quiet_libraries
 
     quiet_libraries()
     with explain_disk_errors(settings.cache):
@@ -212,9 +202,9 @@ def estimate(
     settings = _settings(config, overrides, options)
 
     from vlm_distill_cache.common.files.atomic import write_json_atomic
-    from vlm_distill_cache.stage1_teacher.build.parts import quiet_libraries
     from vlm_distill_cache.stage1_teacher.estimate.estimate import Scenario, estimate_text, parse_students
     from vlm_distill_cache.stage1_teacher.estimate.estimate import estimate as measure
+    from vlm_distill_cache.stage1_teacher.planning.parts import quiet_libraries
 
     try:
         counts = parse_students(students)
@@ -241,7 +231,7 @@ def estimate(
 def seal(cache: Path) -> None:
     """Write the manifest of a complete cache from its sidecars."""
     from vlm_distill_cache.common.cache.manifest import seal as seal_cache
-    from vlm_distill_cache.stage1_teacher.build.cache_folder import (
+    from vlm_distill_cache.stage1_teacher.planning.cache_folder import (
         explain_disk_errors,
         refuse_strangers,
         sealed_names,

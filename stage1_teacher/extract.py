@@ -7,7 +7,7 @@ the main thread runs the teacher, and a thread encodes and writes what the teach
 import gc
 import logging
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,13 @@ from vlm_distill_cache.common.cache.manifest import (
     sidecar_path,
 )
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError
-from vlm_distill_cache.stage1_teacher.build.cache_folder import (
+from vlm_distill_cache.stage1_teacher.config import BuildConfig
+from vlm_distill_cache.stage1_teacher.loop.answers import ANSWERS, answer_shard
+from vlm_distill_cache.stage1_teacher.loop.encode_ahead import encode_shards
+from vlm_distill_cache.stage1_teacher.loop.forward import run_shard
+from vlm_distill_cache.stage1_teacher.loop.work import Build
+from vlm_distill_cache.stage1_teacher.loop.writer import EncodedShard, FailureBudget, Writer
+from vlm_distill_cache.stage1_teacher.planning.cache_folder import (
     drop_damaged_manifest,
     in_use,
     intact_manifest,
@@ -36,12 +42,8 @@ from vlm_distill_cache.stage1_teacher.build.cache_folder import (
     refuse_unwritable,
     stored_plan,
 )
-from vlm_distill_cache.stage1_teacher.build.parts import WHOLE, Part, fix_batch_size, fix_threads, run_parts
-from vlm_distill_cache.stage1_teacher.build.plan import Build, open_build
-from vlm_distill_cache.stage1_teacher.config import BuildConfig
-from vlm_distill_cache.stage1_teacher.loop.answers import open_shards
-from vlm_distill_cache.stage1_teacher.loop.forward import run_shard
-from vlm_distill_cache.stage1_teacher.loop.writer import FailureBudget, Writer
+from vlm_distill_cache.stage1_teacher.planning.open import open_build
+from vlm_distill_cache.stage1_teacher.planning.parts import WHOLE, Part, fix_batch_size, fix_threads, run_parts
 from vlm_distill_cache.stage1_teacher.quality.card import write_card
 from vlm_distill_cache.stage1_teacher.quality.fidelity import measure_fidelity
 from vlm_distill_cache.stage1_teacher.teacher.export import export_parts
@@ -77,9 +79,7 @@ class BuildSummary:
         return 0 if self.manifest is None else self.manifest.totals["failed"]
 
 
-def extract(
-    config: BuildConfig, *, overwrite: bool = False, part: Part = WHOLE, seals: bool = True
-) -> BuildSummary:
+def extract(config: BuildConfig, *, overwrite: bool = False, part: Part = WHOLE, seals: bool = True) -> BuildSummary:
     """Run the teacher once over a data set and write a sealed cache.
 
     Args:
@@ -215,9 +215,7 @@ def begin(config: BuildConfig, *, overwrite: bool, several: bool) -> tuple[Path,
         return cache_dir, replace(work, plan=plan)
 
 
-def finish(
-    work: Build, cache_dir: Path, *, samples: int, known: Collection[str], rewritten: bool
-) -> Manifest:
+def finish(work: Build, cache_dir: Path, *, samples: int, known: Collection[str], rewritten: bool) -> Manifest:
     """Measure the fidelity of a cache whose shards are all there, write its card, seal it.
 
     Args:
@@ -275,10 +273,25 @@ def refuse_missing_shards(cache_dir: Path) -> None:
 def _progress(plan: Plan, part: Part, todo: Sequence[int], *, shown: bool) -> "tqdm[Any]":
     """A bar over the samples of a part, of which those of ``todo`` are left."""
     total, left = (
-        sum(len(plan.shard_range(index)) for index in shards)
-        for shards in (part.share(range(plan.shard_count)), todo)
+        sum(len(plan.shard_range(index)) for index in shards) for shards in (part.share(range(plan.shard_count)), todo)
     )
     return tqdm(
         total=total, initial=total - left, unit="sample", desc="teacher", smoothing=0.05, mininterval=0.5,
         disable=not shown,
     )  # fmt: skip
+
+
+def open_shards(work: Build, plan: Plan, todo: Sequence[int], *, batch_size: int) -> Iterator[EncodedShard]:
+    """Encode shards for the teacher: with the data set's answers ahead of it, or with its own in its own time.
+
+    Args:
+        work: Teacher, data and codecs.
+        plan: The partition into shards.
+        todo: Shards wanted.
+        batch_size: Most prompts in one batch.
+    """
+    if ANSWERS not in work.codecs:
+        yield from encode_shards(work.dataset, work.encoder, plan, todo, workers=work.workers)
+        return
+    for index in todo:
+        yield answer_shard(work, plan.shard_range(index), index=index, batch_size=batch_size)

@@ -48,9 +48,7 @@ def _is_first_process() -> bool:
 def _training_options(command: Any) -> Any:
     """Options that `train` and `run` share."""
     for option in (
-        click.option(
-            "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Any option; repeatable."
-        ),
+        click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Any option; repeatable."),
         click.option("--config", type=_YAML, help="YAML file of options."),
         click.option("--seed", type=click.IntRange(min=0), help="Of weights and order."),
         click.option("--phases", help='Which, in order: "dpt dft sft".'),
@@ -144,9 +142,7 @@ def run(config: Path | None, cache: str, overrides: tuple[str, ...], nproc: int,
 @click.option("--data", required=True, help="Data to measure on which heads and channels matter.")
 @click.option("--images", type=_FOLDER, help="Folder that relative image paths start from.")
 @click.option("--output", required=True, type=NewFolder(), help="New folder.")
-@click.option(
-    "--samples", type=click.IntRange(min=1), default=256, show_default=True, help="Samples to measure on."
-)
+@click.option("--samples", type=click.IntRange(min=1), default=256, show_default=True, help="Samples to measure on.")
 @click.option("--template", help="Prompt template; default: the teacher's.")
 def prune(
     teacher: Path,
@@ -202,10 +198,10 @@ def evaluate(
     """Score a trained student: its `final` folder."""
     from dataclasses import replace
 
-    from vlm_distill_cache.common.cache.reader import open_cache
     from vlm_distill_cache.common.config import config_from_dict
     from vlm_distill_cache.common.errors import CacheFormatError, TransferError
     from vlm_distill_cache.common.files.atomic import write_json_atomic
+    from vlm_distill_cache.common.opening import open_cache
     from vlm_distill_cache.stage2_student.config import TrainConfig
     from vlm_distill_cache.stage2_student.run import set_up_libraries
     from vlm_distill_cache.stage2_student.scores.evaluate import render_table
@@ -226,9 +222,7 @@ def evaluate(
         try:
             open_cache(settings.cache)
         except (CacheFormatError, TransferError) as error:
-            notes.append(
-                f"Not compared with the teacher of its training: {error}. Name its cache with --cache."
-            )
+            notes.append(f"Not compared with the teacher of its training: {error}. Name its cache with --cache.")
             settings = replace(settings, evaluation=replace(settings.evaluation, agreement_samples=0))
     report = evaluate_student(opened, settings)
     scorable = bool({"likelihood", "questions"} & report.scores.keys())
@@ -256,9 +250,7 @@ def report(output: Path) -> None:
 @main.command()
 @click.argument("student", type=_FOLDER)
 @click.option("--output", required=True, type=NewFolder(), help="New folder.")
-@click.option(
-    "--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), default="float16", show_default=True
-)
+@click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), default="float16", show_default=True)
 def export(student: Path, output: Path, dtype: str) -> None:
     """Save a trained student in another precision, ready for `from_pretrained`."""
     from vlm_distill_cache.stage2_student.run import set_up_libraries
@@ -266,17 +258,13 @@ def export(student: Path, output: Path, dtype: str) -> None:
 
     set_up_libraries()
     export_student(student, output, dtype=dtype)
-    click.echo(
-        f"Exported to {output} ({dtype}); load it with from_pretrained of the class that its config.json names"
-    )
+    click.echo(f"Exported to {output} ({dtype}); load it with from_pretrained of the class that its config.json names")
 
 
 @main.command(name="import")
 @click.argument("checkpoint", type=_FOLDER)
 @click.option("--output", required=True, type=NewFolder(), help="Folder to write.")
-@click.option(
-    "--vision-tower", type=_FOLDER, help="CLIP's folder, where the checkpoint does not hold its tower."
-)
+@click.option("--vision-tower", type=_FOLDER, help="CLIP's folder, where the checkpoint does not hold its tower.")
 def import_checkpoint(checkpoint: Path, output: Path, vision_tower: Path | None) -> None:
     """Write a published MobileVLM or CompoDistill as a student or teacher of ours: one folder, safetensors."""
     from vlm_distill_cache.common.models.published import convert_published

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from vlm_distill_cache.common.config import config_to_dict
-from vlm_distill_cache.common.remotes.mirror import public_location
+from vlm_distill_cache.common.locations import public_location
 from vlm_distill_cache.stage2_student.loss_weights import LossWeights as LossWeights
 from vlm_distill_cache.stage2_student.loss_weights import require as _require
 from vlm_distill_cache.stage2_student.pruned_folder import kept_share, pruning_record
@@ -67,12 +67,8 @@ class PhaseConfig:
     def __post_init__(self) -> None:
         both = self.steps is not None and self.epochs is not None
         _require(not both, "steps and epochs", (self.steps, self.epochs), "one of the two, not both")
-        _require(
-            self.steps is None or 0 <= self.steps <= MOST, "steps", self.steps, f"0 to {MOST} optimizer steps"
-        )
-        _require(
-            self.epochs is None or 0 <= self.epochs <= MOST, "epochs", self.epochs, f"0 to {MOST} passes"
-        )
+        _require(self.steps is None or 0 <= self.steps <= MOST, "steps", self.steps, f"0 to {MOST} optimizer steps")
+        _require(self.epochs is None or 0 <= self.epochs <= MOST, "epochs", self.epochs, f"0 to {MOST} passes")
         _require(
             1 <= self.batch_size <= MOST_SAMPLES,
             "batch_size",
@@ -276,9 +272,7 @@ def without_teacher(config: TrainConfig) -> TrainConfig:
     if projector == "taf" or (projector is None and config.student.startswith("compodistill")):
         # Without the teacher's projector, but with as many visual tokens: only then are the two comparable.
         projector = "ldpnetv2" if pooled else "mlp"
-    return replace(
-        config, **plain, projector=projector, pool_teacher_tokens=False, shuffle_teacher_images=False
-    )
+    return replace(config, **plain, projector=projector, pool_teacher_tokens=False, shuffle_teacher_images=False)
 
 
 def public_config(config: TrainConfig) -> TrainConfig:

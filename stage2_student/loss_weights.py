@@ -27,9 +27,7 @@ FEATURE_TERMS = ("hidden", "visual_hidden", "projector_output", "visual_logits")
 
 def cached_signals(terms: Iterable[str]) -> tuple[str, ...]:
     """The cache's signals that some loss terms read, without repetition; `lm` reads none."""
-    read = [
-        ("visual_map", "text_attention") if term == ALL_ROWS else (term,) for term in terms if term != "lm"
-    ]
+    read = [("visual_map", "text_attention") if term == ALL_ROWS else (term,) for term in terms if term != "lm"]
     return tuple(dict.fromkeys(signal for signals in read for signal in signals))
 
 

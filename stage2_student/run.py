@@ -21,14 +21,10 @@ from vlm_distill_cache.common.cache.documents import describe_differences
 from vlm_distill_cache.common.cache.manifest import read_manifest, read_plan
 from vlm_distill_cache.common.config import config_from_dict, config_to_dict, save_config
 from vlm_distill_cache.common.errors import CacheFormatError, ConfigError
-from vlm_distill_cache.common.files.atomic import (
-    clean_stale,
-    read_json,
-    write_bytes_atomic,
-    write_json_atomic,
-)
+from vlm_distill_cache.common.files.atomic import clean_stale, read_json, write_bytes_atomic, write_json_atomic
 from vlm_distill_cache.common.files.hashing import fingerprint
-from vlm_distill_cache.common.remotes.mirror import local_folder, public_location
+from vlm_distill_cache.common.locations import public_location
+from vlm_distill_cache.common.remotes.mirror import local_folder
 from vlm_distill_cache.common.terminal.command_line import run_command
 from vlm_distill_cache.stage2_student.config import PHASE_NAMES, TrainConfig, describe, without_teacher
 from vlm_distill_cache.stage2_student.pruned_folder import FOLDER, kept_share
@@ -120,9 +116,7 @@ def run(config: TrainConfig, *, processes: int = 1, say: Callable[[str], None] =
         for name in (BASELINE, DISTILLED):
             clean_stale(output / name)  # of a process killed while it scored
         table = train_and_score(config, stamp, processes=processes, say=say)
-    return RunSummary(
-        output=output, table=table, report=output / REPORT, fresh=True, seconds=time.monotonic() - began
-    )
+    return RunSummary(output=output, table=table, report=output / REPORT, fresh=True, seconds=time.monotonic() - began)
 
 
 def train_and_score(
@@ -145,9 +139,7 @@ def train_and_score(
     write_json_atomic(output / STAMP, {**state, "finished": None})
     trained = arms(with_pruned_student(config, say=say))
     if not any((output / name / FINAL / PROVENANCE).is_file() for name in trained):
-        prepare(
-            trained[DISTILLED]
-        )  # what only its student shows to be wrong, before hours go into the baseline
+        prepare(trained[DISTILLED])  # what only its student shows to be wrong, before hours go into the baseline
     for name, arm in trained.items():
         if (output / name / FINAL / PROVENANCE).is_file():
             say(f"{name}: trained already")
@@ -254,8 +246,7 @@ def read_stamp(output: Path) -> dict[str, Any]:
     except FileNotFoundError:
         if holds_anything(output):
             raise ConfigError(
-                f"{output} is not empty and holds no {STAMP}: it is not the folder of a run; give another "
-                "--output"
+                f"{output} is not empty and holds no {STAMP}: it is not the folder of a run; give another --output"
             ) from None
         return {}
     except CacheFormatError as error:
@@ -270,9 +261,7 @@ def refuse_other_run(output: Path, previous: Mapping[str, Any], stamp: Mapping[s
         ConfigError: Naming each differing option with both values, and the remedy.
     """
     made = [output / name / part for name in (BASELINE, DISTILLED) for part in ("checkpoints", FINAL)]
-    if not previous or not any(
-        path.exists() for path in (*made, output / FOLDER)
-    ):  # FOLDER: a student cut out
+    if not previous or not any(path.exists() for path in (*made, output / FOLDER)):  # FOLDER: a student cut out
         return
     lines = describe_differences(previous.get("run", {}), stamp["run"], there="the folder", here="this run")
     if lines:
@@ -282,9 +271,7 @@ def refuse_other_run(output: Path, previous: Mapping[str, Any], stamp: Mapping[s
         )
 
 
-def evaluate_arm(
-    folder: Path, config: TrainConfig, *, say: Callable[[str], None] = _log.info
-) -> EvaluationReport:
+def evaluate_arm(folder: Path, config: TrainConfig, *, say: Callable[[str], None] = _log.info) -> EvaluationReport:
     """Score one student of a run, or read its scores if they are of this student and these items."""
     from vlm_distill_cache.stage2_student.scores.evaluate import EvaluationReport
     from vlm_distill_cache.stage2_student.trained_student import evaluate_student, open_student
@@ -354,9 +341,7 @@ def write_report(output: Path, config: TrainConfig) -> Path:
         facts=facts,
         curves=curves,
         evaluations={
-            name: EvaluationReport.from_dict(stored[name])
-            for name in (BASELINE, DISTILLED, TEACHER)
-            if name in stored
+            name: EvaluationReport.from_dict(stored[name]) for name in (BASELINE, DISTILLED, TEACHER) if name in stored
         },
         overlays=overlays,
         notes=read_stamp(output).get("notes", []),

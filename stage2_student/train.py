@@ -27,7 +27,7 @@ from vlm_distill_cache.common.files.atomic import (
     remove,
     write_json_atomic,
 )
-from vlm_distill_cache.common.remotes.mirror import public_location
+from vlm_distill_cache.common.locations import public_location
 from vlm_distill_cache.stage2_student.config import TrainConfig, public_config
 from vlm_distill_cache.stage2_student.losses.objective import LossTerms, step_shares
 from vlm_distill_cache.stage2_student.students.model import StudentModel
@@ -138,9 +138,7 @@ def train(config: TrainConfig, *, after_step: AfterStep | None = None) -> TrainR
         position = replace(position, phase=index + 1, step=0, samples=0)
 
     log.close()
-    return TrainResult(
-        log=log.records, model=student, preparation=run, final=export(config, run, accelerator)
-    )
+    return TrainResult(log=log.records, model=student, preparation=run, final=export(config, run, accelerator))
 
 
 def train_student(*, after_step: AfterStep | None = None, **options: Any) -> TrainResult:

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
-from vlm_distill_cache.common.cache.reader import TeacherCache, open_cache
+from vlm_distill_cache.common.cache.reader import TeacherCache
 from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, ModelError, TransferError
 from vlm_distill_cache.common.files.atomic import new_directory, read_json
 from vlm_distill_cache.common.models.published import is_published
+from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.data.images.encoder import AnyImageEncoder
 from vlm_distill_cache.data.text.encoding import SampleEncoder
 from vlm_distill_cache.data.text.templates import PromptTemplate
@@ -64,8 +65,7 @@ def open_student(folder: Path) -> Student:
         provenance = read_json(folder / PROVENANCE)
     except FileNotFoundError:
         raise ModelError(
-            f"{folder}: no {PROVENANCE}; give the `final` folder of a finished training (distill train, "
-            "distill run)"
+            f"{folder}: no {PROVENANCE}; give the `final` folder of a finished training (distill train, distill run)"
         ) from None
     device = "cuda" if torch.cuda.is_available() else "cpu"
     image_encoder: AnyImageEncoder | None = None
@@ -131,9 +131,7 @@ def join_cached(student: Student, config: TrainConfig, *, limit: int) -> CachedD
     cache = open_cache(config.cache)
     signals = comparable_signals(student, cache)
     if not signals:
-        _log.info(
-            "student and teacher have no token in common that could be compared: no agreement is measured"
-        )
+        _log.info("student and teacher have no token in common that could be compared: no agreement is measured")
         return None
     attends = "answer_attention" in signals
     return CachedDataset(

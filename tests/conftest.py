@@ -20,12 +20,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def save_tiny_llava(directory: Path, *, layers: int = 4, seed: int = 0, vocab_extra: int = 0) -> Path:
     """A random LLaVA-1.5 of the published architecture with the built-in tokenizer, 36 visual tokens."""
     import torch
-    from transformers import (
-        CLIPVisionConfig,
-        LlamaConfig,
-        LlavaConfig,
-        LlavaForConditionalGeneration,
-    )
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
     from vlm_distill_cache.data import builtin
 

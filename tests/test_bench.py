@@ -21,14 +21,7 @@ from tests.benchmarks.bench_readme import (
     short,
     table_in,
 )
-from tests.benchmarks.bench_results import (
-    STORED,
-    gather,
-    read_parts,
-    read_results,
-    write_parts,
-    write_results,
-)
+from tests.benchmarks.bench_results import STORED, gather, read_parts, read_results, write_parts, write_results
 from tests.benchmarks.bench_training import in_turn, step_ratio, waiting_share
 from tests.benchmarks.experiment_tables import real_language_model_tables, tables
 
@@ -148,9 +141,7 @@ def test_the_table_groups_rows_and_shows_spreads_where_there_are_any():
 
 
 def test_changes_stand_in_order_of_size_and_say_whether_they_are_outside_the_spread():
-    new = results(
-        ratios={"step / SFT": 1.04, "tar / zarr": 5.0}, figures={"open, ms": 1657.0}, spreads={}, groups={}
-    )
+    new = results(ratios={"step / SFT": 1.04, "tar / zarr": 5.0}, figures={"open, ms": 1657.0}, spreads={}, groups={})
     shown = [(change.name, round(change.percent, 2), change.outside) for change in compare(results(), new)]
     assert shown == [("tar / zarr", 25.0, True), ("step / SFT", 1.96, False), ("open, ms", 0.0, False)]
 
@@ -179,11 +170,10 @@ def test_new_results_rewrite_the_table_and_the_quotes_and_nothing_else():
     before = read_results(STORED)
     now = before | {"figures": before["figures"] | {"stored bytes / row": 31.4}}
     readme = f"It has 45 bytes a\nsupervised token for the built-in  teacher.\n{BEGIN}old\n{END}45 bytes\n"
-    expected = f"It has 31 bytes a\nsupervised token for the built-in  teacher.\n{BEGIN}{readme_table(now)}{END}45 bytes\n"
-    assert (
-        rewrite(readme, before | {"figures": before["figures"] | {"stored bytes / row": 45.2}}, now)
-        == expected
+    expected = (
+        f"It has 31 bytes a\nsupervised token for the built-in  teacher.\n{BEGIN}{readme_table(now)}{END}45 bytes\n"
     )
+    assert rewrite(readme, before | {"figures": before["figures"] | {"stored bytes / row": 45.2}}, now) == expected
     assert replace_words("a b b", "b b", "c d") == "a c d"
 
 
@@ -199,9 +189,7 @@ def test_the_table_in_the_readme_is_that_of_the_stored_results():
 @pytest.mark.parametrize("name", ["experiment", "experiment_earlier"])
 def test_the_tables_of_the_experiment_in_the_readme_are_those_of_the_stored_results(name):
     stored = json.loads(STORED.with_name(f"{name}.json").read_text())
-    rows = [
-        line for line in tables(stored["results"], stored["teacher"]).splitlines() if line.startswith("| ")
-    ]
+    rows = [line for line in tables(stored["results"], stored["teacher"]).splitlines() if line.startswith("| ")]
     assert len(rows) > 10
     assert set(rows) <= set(README.read_text().splitlines())
 

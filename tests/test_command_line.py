@@ -78,9 +78,7 @@ def test_make_help_lists_the_targets():
 
 
 def test_a_misspelt_variable_is_refused_and_named():
-    run = subprocess.run(
-        ["make", "-n", "distill", "STUDNET=x"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    run = subprocess.run(["make", "-n", "distill", "STUDNET=x"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert run.returncode == 2
     assert "there is no variable STUDNET; those that can be set: PYTHON" in run.stderr
 

@@ -25,9 +25,7 @@ def test_a_student_is_distilled_with_the_teacher_deleted_and_the_cache_read_only
     teacher, cache = tmp_path / "teacher", tmp_path / "cache"
     shutil.copytree(tiny_llava, teacher)
     options = {"data": DATA, "teacher": str(teacher), "cache": str(cache), "store": store, "device": "cpu"}
-    extract(
-        config_from_dict(BuildConfig, options | {"shard_size": 8, "fidelity_samples": 2, "template": "short"})
-    )
+    extract(config_from_dict(BuildConfig, options | {"shard_size": 8, "fidelity_samples": 2, "template": "short"}))
     shutil.rmtree(teacher)
     before = snapshot(cache)
     for path in [cache, *cache.rglob("*")]:

@@ -76,9 +76,7 @@ def pooled_tiles(tiles: Sequence[Tile], side: int) -> tuple[Tile, ...]:
 
 def show_twice(tiles: Sequence[Tile]) -> bool:
     """Whether some part of the picture is seen by tokens of more than one tile (a small picture, and its parts)."""
-    regions = (
-        torch.tensor([tile.region for tile in tiles], dtype=torch.float64).reshape(-1, 4).clamp(0.0, 1.0)
-    )
+    regions = torch.tensor([tile.region for tile in tiles], dtype=torch.float64).reshape(-1, 4).clamp(0.0, 1.0)
     widths = _overlap_1d(regions[:, 0], regions[:, 2], regions[:, 0], regions[:, 2])
     heights = _overlap_1d(regions[:, 1], regions[:, 3], regions[:, 1], regions[:, 3])
     shared = (widths * heights).fill_diagonal_(0.0)
@@ -112,13 +110,9 @@ def tiles_from_array(array: np.ndarray) -> tuple[Tile, ...]:
                 "run `cachectl verify` on the cache"
             )
         try:
-            tiles.append(
-                Tile(rows=int(rows), cols=int(cols), region=(region[0], region[1], region[2], region[3]))
-            )
+            tiles.append(Tile(rows=int(rows), cols=int(cols), region=(region[0], region[1], region[2], region[3])))
         except SampleError as error:
-            raise CacheFormatError(
-                f"field `tiles` is damaged: {error}; run `cachectl verify` on the cache"
-            ) from error
+            raise CacheFormatError(f"field `tiles` is damaged: {error}; run `cachectl verify` on the cache") from error
     return tuple(tiles)
 
 

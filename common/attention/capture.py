@@ -115,9 +115,7 @@ class AttentionRequest:
                 f"{list(self.rows.shape)}"
             )
         if not self.groups or any(not group or len(set(group)) != len(group) for group in self.groups):
-            raise ModelError(
-                f"attention request: `groups` must be tuples of distinct layer indices, got {self.groups}"
-            )
+            raise ModelError(f"attention request: `groups` must be tuples of distinct layer indices, got {self.groups}")
 
     @property
     def layers(self) -> frozenset[int]:
@@ -266,9 +264,7 @@ class AttentionCapture:
             )
         self.depth: int = int(config.num_hidden_layers)
         self._checkpointed = [m for m in language_model.modules() if hasattr(m, "gradient_checkpointing")]
-        self._modules = [
-            m for m in language_model.modules() if isinstance(getattr(m, "layer_idx", None), int)
-        ]
+        self._modules = [m for m in language_model.modules() if isinstance(getattr(m, "layer_idx", None), int)]
         missing = set(range(self.depth)) - {int(module.layer_idx) for module in self._modules}
         if missing:
             raise ModelError(

@@ -41,8 +41,7 @@ class HiddenRequest:
     def __post_init__(self) -> None:
         if self.rows.ndim != 2 or self.rows.dtype != torch.int64:
             raise ModelError(
-                f"hidden states: `rows` must be int64 [batch, positions], got {self.rows.dtype} "
-                f"{list(self.rows.shape)}"
+                f"hidden states: `rows` must be int64 [batch, positions], got {self.rows.dtype} {list(self.rows.shape)}"
             )
         if not self.layers or len(set(self.layers)) != len(self.layers):
             raise ModelError(f"hidden states: expected distinct layers, got {self.layers}")
@@ -127,9 +126,7 @@ def _keep_output(seen: dict[int, Tensor], layer: int, _: nn.Module, __: Any, out
 
 def _keep(seen: dict[int, Tensor], layer: int, states: Tensor) -> None:
     if layer in seen:
-        raise ModelError(
-            "the language model ran twice inside one record() block: open a new block for each pass"
-        )
+        raise ModelError("the language model ran twice inside one record() block: open a new block for each pass")
     seen[layer] = states
 
 

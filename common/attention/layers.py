@@ -201,9 +201,7 @@ def match_cached_groups(
     every_layer = len(cached) == teacher_depth > 1 and all(len(group) == 1 for group in cached)
     as_cached = layers is None or layers == layer_choice
     if matching == "group" and as_cached and not every_layer:
-        return GroupMatch(
-            _identity(len(cached)), student_groups(student_depth, len(cached), layer_choice), cached
-        )
+        return GroupMatch(_identity(len(cached)), student_groups(student_depth, len(cached), layer_choice), cached)
     choice = layers if layers is not None else "middle" if every_layer else layer_choice
     teacher, student = match_layers(
         teacher_depth=teacher_depth, student_depth=student_depth, matching=matching, layers=choice
@@ -220,9 +218,7 @@ def match_cached_groups(
                 f"layers (teacher-cache build --set groups={teacher_depth} --set layers=all), which serves "
                 "every matching"
             )
-        weights.append(
-            tuple(len(group) / len(wanted) if i in parts else 0.0 for i, group in enumerate(cached))
-        )
+        weights.append(tuple(len(group) / len(wanted) if i in parts else 0.0 for i, group in enumerate(cached)))
     return GroupMatch(tuple(weights), student, teacher)
 
 

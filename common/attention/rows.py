@@ -194,9 +194,7 @@ class _HeadMean(torch.autograd.Function):
                     found = part.attend(heads, keep_slope=True, probabilities=probabilities)
                     by_scores = found.by_scores(by_mean)  # [s * g, H / Hkv * r, Tk]
                     if by_query is not None:
-                        part.add_query_gradient(
-                            by_query, heads, (by_scores @ found.keys).mul_(settings.scale)
-                        )
+                        part.add_query_gradient(by_query, heads, (by_scores @ found.keys).mul_(settings.scale))
                     if by_key is not None:
                         target = by_key[place.where[0], heads].flatten(0, 1)[:, : settings.keys_seen]
                         target.baddbmm_(by_scores.transpose(1, 2), found.queries)
@@ -331,9 +329,7 @@ class _Part:
         for start in range(0, self._key.shape[1], self._settings.key_heads):
             yield slice(start, min(start + self._settings.key_heads, self._key.shape[1]))
 
-    def attend(
-        self, heads: slice, *, keep_slope: bool = False, probabilities: Tensor | None = None
-    ) -> _Attended:
+    def attend(self, heads: slice, *, keep_slope: bool = False, probabilities: Tensor | None = None) -> _Attended:
         """Attention of these rows by some key heads; ``probabilities`` are not computed where they are known."""
         key = self._key[:, heads]
         query = self._query[:, self._query_heads(heads)]

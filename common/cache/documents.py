@@ -64,9 +64,7 @@ def parse_document(data: bytes, where: str) -> dict[str, Any]:
     except NewerFormatError as error:
         # One flipped bit makes a 1 a 3: the checksum still is that of the version it was written in.
         if _fits({**parsed, "format_version": FORMAT_VERSION}, where):
-            raise CacheFormatError(
-                f"{where}: damaged: format_version was changed after it was written"
-            ) from error
+            raise CacheFormatError(f"{where}: damaged: format_version was changed after it was written") from error
         raise
     if not _fits(body, where):
         stated = body.pop("checksum", None)
@@ -140,9 +138,7 @@ def safe_path(name: Any, where: str) -> str:
         parts = PurePosixPath(name).parts
         plain = "/".join(parts) == name == unicodedata.normalize("NFKC", name) and not name.startswith("/")
         # A trailing dot or space is cut off by Windows; ".." ends in one too. Temporaries are removed by `seal`.
-        if plain and not any(
-            part.endswith((".", " ")) or part.startswith(TEMPORARY_PREFIX) for part in parts
-        ):
+        if plain and not any(part.endswith((".", " ")) or part.startswith(TEMPORARY_PREFIX) for part in parts):
             return name
     raise CacheFormatError(f"{where}: the path {name!r} could leave the cache folder and is refused")
 

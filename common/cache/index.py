@@ -68,9 +68,7 @@ def hash_ids(sample_ids: Iterable[str]) -> tuple[NDArray[np.uint64], NDArray[np.
     """Return upper and lower halves of the ids' xxh3_128, u8 ``[n]`` each."""
     remaining = iter(sample_ids)
     parts = []
-    while digests := [
-        xxhash.xxh3_128_digest(_encoded(name)) for name in islice(remaining, _HASHED_AT_A_TIME)
-    ]:
+    while digests := [xxhash.xxh3_128_digest(_encoded(name)) for name in islice(remaining, _HASHED_AT_A_TIME)]:
         parts.append(np.frombuffer(b"".join(digests), dtype=">u8").reshape(-1, 2))
     pairs = np.concatenate([np.zeros((0, 2), dtype=">u8"), *parts]).astype(np.uint64)
     return np.ascontiguousarray(pairs[:, 0]), np.ascontiguousarray(pairs[:, 1])
@@ -168,9 +166,7 @@ class SampleIndex:
             CacheFormatError: If an entry points outside the cache.
         """
         high, low = hash_ids(sample_ids)
-        order = np.argsort(
-            high
-        )  # looked up in order, neighbours share pages: ten times faster at ten million
+        order = np.argsort(high)  # looked up in order, neighbours share pages: ten times faster at ten million
         entries = np.empty(len(high), dtype=np.int64)
         entries[order] = self._high.searchsorted(high[order])
         found = np.full(len(high), -1, dtype=np.int64)
@@ -280,9 +276,7 @@ def refuse_repeats(cache_dir: Path, repeated: tuple[Place, Place] | None) -> Non
     names = []
     for place in repeated:
         sidecar = read_sidecar(cache_dir, place.shard)
-        names.append(
-            sidecar.failed[place.position][0] if place.failed else sidecar.sample_ids[place.position]
-        )
+        names.append(sidecar.failed[place.position][0] if place.failed else sidecar.sample_ids[place.position])
     what = f"sample {names[0]!r} is" if names[0] == names[1] else f"samples {names[0]!r} and {names[1]!r} are"
     raise CacheFormatError(
         f"{cache_dir}: {what} in shards {repeated[0].shard} and {repeated[1].shard}; ids must be unique, and "

@@ -18,15 +18,7 @@ from vlm_distill_cache.common.cache.documents import (
     write_document,
 )
 from vlm_distill_cache.common.cache.index import INDEX, IndexBuilder, refuse_repeats
-from vlm_distill_cache.common.cache.plan import (
-    BASE,
-    PLAN,
-    SHARDS,
-    Plan,
-    read_plan,
-    refuse_changed_plan,
-    write_plan,
-)
+from vlm_distill_cache.common.cache.plan import BASE, PLAN, SHARDS, Plan, read_plan, refuse_changed_plan, write_plan
 from vlm_distill_cache.common.cache.schema import FORMAT_VERSION
 from vlm_distill_cache.common.cache.side_files import CARD, MANIFEST, check_digests, side_files, walk_files
 from vlm_distill_cache.common.cache.sidecar import (
@@ -88,9 +80,7 @@ class ShardSummary:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON stored in the manifest."""
-        return {name: getattr(self, name) for name in self.__dataclass_fields__} | {
-            "sidecar": self.sidecar.to_dict()
-        }
+        return {name: getattr(self, name) for name in self.__dataclass_fields__} | {"sidecar": self.sidecar.to_dict()}
 
     @classmethod
     def from_dict(cls, data: Any, where: str) -> ShardSummary:
@@ -148,9 +138,7 @@ class Manifest:
     @property
     def totals(self) -> dict[str, int]:
         """Samples, rows, failed samples and stored bytes of all shards."""
-        return {
-            name: sum(map(attrgetter(name), self.shards)) for name in ("samples", "rows", "failed", "bytes")
-        }
+        return {name: sum(map(attrgetter(name), self.shards)) for name in ("samples", "rows", "failed", "bytes")}
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON of manifest.json."""

@@ -296,29 +296,6 @@ def _keep(recent: OrderedDict[int, Any], shard: int, value: object, limit: int) 
 OPEN_SHARDS = 8
 
 
-def open_cache(location: Path | str, *, open_shards: int = OPEN_SHARDS) -> TeacherCache:
-    """Open a finished cache for reading; a read-only folder will do.
-
-    Args:
-        location: The cache folder; or a URL, whose files are fetched into a local mirror as they are needed.
-        open_shards: Shards kept open, and decoded in memory, at a time.
-
-    Raises:
-        CacheFormatError: If it is no cache, not sealed, damaged, or from a newer format version.
-        TransferError: If a URL cannot be read.
-    """
-    if isinstance(location, str):
-        from vlm_distill_cache.common.remotes import is_url  # loads no client library
-
-        if is_url(location):
-            from vlm_distill_cache.common.remotes.mirror import (
-                open_mirror,  # only who reads from afar needs it
-            )
-
-            return open_mirror(location, open_shards=open_shards)
-    return TeacherCache(Path(location), open_shards=open_shards)
-
-
 class TeacherCache:
     """A finished cache. Safe to use from several threads; a fork or a pickled copy opens its own shards.
 

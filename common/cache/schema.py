@@ -173,9 +173,7 @@ class Field:
         expected = {"name", "dtype", "axis", "trailing"}
         if not isinstance(data, dict) or set(data) != expected or not isinstance(data["trailing"], list):
             raise CacheFormatError(f"field {data!r}: expected an object with exactly {sorted(expected)}")
-        return cls(
-            name=data["name"], dtype=data["dtype"], axis=data["axis"], trailing=tuple(data["trailing"])
-        )
+        return cls(name=data["name"], dtype=data["dtype"], axis=data["axis"], trailing=tuple(data["trailing"]))
 
 
 BASE_FIELDS = (
@@ -244,9 +242,7 @@ def _check_lengths(record: Record, lengths: dict[str, tuple[int, str]], where: s
             found, name = lengths[axis]
             expected = int(record[counts].sum(dtype=np.int64))
             if found != expected:
-                raise CacheFormatError(
-                    f"{where}: {name} has {found} entries, but {counts} sums to {expected}"
-                )
+                raise CacheFormatError(f"{where}: {name} has {found} entries, but {counts} sums to {expected}")
     if "pair" in lengths:
         pairs, name = lengths["pair"]
         visual = lengths["visual"][0] if "visual" in lengths else (int((8 * pairs + 1) ** 0.5) - 1) // 2

@@ -100,9 +100,7 @@ class SharedImages:
             parts += [f"{field.name} {array.shape}".encode(), array.tobytes()]
         return checksum(b"".join(parts))
 
-    def read(
-        self, reader: ShardReader, position: int, names: Collection[str] | None = None, *, where: str
-    ) -> Record:
+    def read(self, reader: ShardReader, position: int, names: Collection[str] | None = None, *, where: str) -> Record:
         """Read a record with its image's arrays, wherever in the shard they lie.
 
         Args:
@@ -218,9 +216,7 @@ def _reversed(position: int, source: int) -> str:
     return f"visual_source is {source}, beyond the record itself (position {position})"
 
 
-def _holder_fault(
-    position: int, record: Record, source: int, holder: Record, names: Collection[str]
-) -> str | None:
+def _holder_fault(position: int, record: Record, source: int, holder: Record, names: Collection[str]) -> str | None:
     """What is wrong with the record that another one names as its holder."""
     if int(holder[VISUAL_SOURCE.name][0]) != source:
         return f"visual_source is {source}, which follows another record"
@@ -228,7 +224,5 @@ def _holder_fault(
         return f"visual_source is {source}, a record without arrays of an image"
     for name in ("image_hash", "tiles"):
         if record[name].tobytes() != holder[name].tobytes():
-            return (
-                f"visual_source of record {position} is {source}, a record of another image ({name} differs)"
-            )
+            return f"visual_source of record {position} is {source}, a record of another image ({name} differs)"
     return None

@@ -40,9 +40,7 @@ def open_plain(root: Path, name: str) -> BinaryIO:
         descriptor = os.open(last, flags, dir_fd=folder)
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.ENOTDIR, errno.ENXIO):
-            raise OSError(
-                error.errno, "a link or device instead of a plain file", str(root / name)
-            ) from error
+            raise OSError(error.errno, "a link or device instead of a plain file", str(root / name)) from error
         raise
     finally:
         os.close(folder)
@@ -91,9 +89,7 @@ def check_file(root: Path, name: str, entry: FileEntry, remedy: str) -> None:
 
 MANIFEST, CARD = "manifest.json", "README.md"
 
-_REMEDY = (
-    "run `teacher-cache build` again with the same options to write it anew, or copy it from an intact cache"
-)
+_REMEDY = "run `teacher-cache build` again with the same options to write it anew, or copy it from an intact cache"
 
 
 def check_sizes(cache_dir: Path, files: Mapping[str, FileEntry]) -> None:
@@ -138,9 +134,7 @@ def walk_files(root: Path, skip: Iterable[str] = ()) -> list[str]:
             if name in skip or path.name.startswith(TEMPORARY_PREFIX):
                 continue
             if path.is_symlink() or not (path.is_dir() or path.is_file()):
-                raise CacheFormatError(
-                    f"{path}: a link or device; a cache holds plain files and folders only"
-                )
+                raise CacheFormatError(f"{path}: a link or device; a cache holds plain files and folders only")
             if path.is_dir():
                 folders.append(path)
             else:

@@ -9,13 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from vlm_distill_cache.common.cache.documents import (
-    check_int,
-    check_object,
-    parse_document,
-    safe_path,
-    write_document,
-)
+from vlm_distill_cache.common.cache.documents import check_int, check_object, parse_document, safe_path, write_document
 from vlm_distill_cache.common.cache.plan import SHARDS, Plan
 from vlm_distill_cache.common.cache.schema import FORMAT_VERSION
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError
@@ -199,8 +193,7 @@ def check_sidecar(sidecar: ShardSidecar, plan: Plan, where: str) -> None:
     found = len(sidecar.sample_ids) + len(sidecar.failed)
     if found != expected:
         raise CacheFormatError(
-            f"{where}: {len(sidecar.sample_ids)} samples and {len(sidecar.failed)} failed; "
-            f"the plan has {expected}"
+            f"{where}: {len(sidecar.sample_ids)} samples and {len(sidecar.failed)} failed; the plan has {expected}"
         )
     names = {f.name for f in plan.all_fields}
     if sidecar.field_bytes.keys() != names:

@@ -37,9 +37,7 @@ class AnswersCodec:
         check_whole_number("max_new_tokens", self.max_new_tokens, 1)
         check_whole_number("seed", self.seed, 0)
         if self.temperature != 0 and not 0.001 <= self.temperature <= 1000:
-            raise ConfigError(
-                f"answer temperature: expected 0 (greedy) or 0.001 to 1000, got {self.temperature}"
-            )
+            raise ConfigError(f"answer temperature: expected 0 (greedy) or 0.001 to 1000, got {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"answer top_p: expected a share in (0, 1], got {self.top_p}")
 

@@ -13,29 +13,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vlm_distill_cache.common.cache.schema import MAX_TRAILING_ELEMENTS, check_record
-from vlm_distill_cache.common.cache.shared_images import SharedImages, SourceCheck
-from vlm_distill_cache.common.cache.stores import DAMAGE_ERRORS, open_reader
+from vlm_distill_cache.common.cache.schema import MAX_TRAILING_ELEMENTS
 from vlm_distill_cache.common.codecs.answers import AnswersCodec
 from vlm_distill_cache.common.codecs.description import MAX_ENTRIES
-from vlm_distill_cache.common.codecs.kept_columns import (
-    KEPT_LEVELS,
-    RUNS,
-    find_runs,
-    nearest_first,
-    unpack_mask,
-)
+from vlm_distill_cache.common.codecs.kept_columns import KEPT_LEVELS, RUNS, find_runs, nearest_first, unpack_mask
 from vlm_distill_cache.common.codecs.quantise import GAP_REACH, GAP_TABLE, gap_codes
 from vlm_distill_cache.common.errors import CacheFormatError
 from vlm_distill_cache.common.printing import one_line
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
-    from pathlib import Path
 
-    from vlm_distill_cache.common.cache.manifest import Plan, ShardSidecar
+    from vlm_distill_cache.common.cache.manifest import Plan
     from vlm_distill_cache.common.cache.schema import Record
-    from vlm_distill_cache.common.cache.stores import ShardReader
 
 
 _MOST = 1 + 2e-3  # a mass, with the rounding of float16
@@ -55,9 +45,7 @@ def token_count_damage(record: Record, signals: dict[str, dict[str, Any]]) -> It
     grid = signals.get("visual_map", {}).get("grid", 0)
     cells = len(tiles) * grid**2 if isinstance(grid, int) and grid else tokens
     expected = {
-        **dict.fromkeys(
-            ("visual_columns", "visual_hidden", "projector_output", "visual_entry_count"), tokens
-        ),
+        **dict.fromkeys(("visual_columns", "visual_hidden", "projector_output", "visual_entry_count"), tokens),
         "visual_map": cells**2 if grid else cells * (cells + 1) // 2,
         "map_means": cells,
         "map_scale": min(cells, 1),
@@ -105,9 +93,7 @@ def _exact_damage(record: Record, *, pooled: bool) -> Iterator[str]:
     kept = (codes > 0) & (codes <= KEPT_LEVELS)
     column = np.arange(codes.shape[1]) * cells + keys[:, None]  # [pairs, G]
     size = cells * codes.shape[1]
-    yield from _means_damage(
-        record, np.bincount(column[kept], minlength=size), codes[kept], column[kept], KEPT_LEVELS
-    )
+    yield from _means_damage(record, np.bincount(column[kept], minlength=size), codes[kept], column[kept], KEPT_LEVELS)
     sinks, scale, largest = codes > KEPT_LEVELS, record["map_scale"][0], record["map_largest"][0]
     if (largest[sinks.any(axis=0)] < scale[sinks.any(axis=0)] * (1 - 1e-6)).any():
         yield "visual_map has sinks, but map_largest is below map_scale"
@@ -192,9 +178,7 @@ def codec_damage(signals: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], l
         if known is None:
             newer.append(f"{name}: codec {one_line(repr(codec), limit=40)} is not known")
         elif unknown := settings.keys() - known.keys() - {"codec"}:
-            newer.append(
-                f"{name}: settings {one_line(sorted(unknown), limit=80)} of codec {codec!r} are not known"
-            )
+            newer.append(f"{name}: settings {one_line(sorted(unknown), limit=80)} of codec {codec!r} are not known")
         else:
             impossible += [
                 f"{name}: {setting} is {one_line(repr(settings[setting]), limit=40)}, which codec {codec!r} never has"
@@ -213,9 +197,7 @@ def _whole(low: int, high: int) -> Callable[[Any], bool]:
 
 def _number(low: float, high: float) -> Callable[[Any], bool]:
     """A number from ``low`` on and below ``high``; compared only, for a plan's integer may be beyond any float."""
-    return lambda value: (
-        isinstance(value, int | float) and not isinstance(value, bool) and low <= value < high
-    )
+    return lambda value: isinstance(value, int | float) and not isinstance(value, bool) and low <= value < high
 
 
 def _flag(value: Any) -> bool:
@@ -223,55 +205,11 @@ def _flag(value: Any) -> bool:
 
 
 def _distinct(item: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: (
-        isinstance(value, list) and all(map(item, value)) and 0 < len(value) == len(set(value))
-    )
+    return lambda value: isinstance(value, list) and all(map(item, value)) and 0 < len(value) == len(set(value))
 
 
 def _grid(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 2 and all(map(_whole(1, MAX_TRAILING_ELEMENTS), value))
-
-
-def content_damage(cache_dir: Path, plan: Plan, sidecar: ShardSidecar, *, deep: bool) -> str | None:
-    """Return what is wrong inside a shard whose files are as its sidecar says, or None.
-
-    Args:
-        cache_dir: The cache.
-        plan: Its plan.
-        sidecar: The shard's.
-        deep: Decode all records; else only ids, dtypes, shapes and offsets.
-    """
-    try:
-        reader = open_reader(plan.store, cache_dir, sidecar.index, plan.all_fields)
-        try:
-            if reader.sample_ids != sidecar.sample_ids:
-                return "holds other samples than its sidecar lists"
-            reader.check()
-            return _records_damage(reader, plan, sidecar) if deep else None
-        finally:
-            reader.close()
-    except (CacheFormatError, *DAMAGE_ERRORS) as error:
-        return str(error)
-
-
-def _records_damage(reader: ShardReader, plan: Plan, sidecar: ShardSidecar) -> str | None:
-    rows, field_bytes = 0, dict.fromkeys(sidecar.field_bytes, 0)
-    sources = SourceCheck(SharedImages(plan.all_fields))
-    for position, sample_id in enumerate(sidecar.sample_ids):
-        record = reader.read(position)
-        check_record(record, plan.all_fields, f"sample {sample_id!r}")
-        rows += len(record["labels"])
-        for name, array in record.items():
-            field_bytes[name] += array.nbytes
-        try:
-            wrong = next(value_damage(record, plan), None) or sources.damage(position, record)
-        except CacheFormatError as error:
-            wrong = str(error)
-        if wrong is not None:
-            return f"sample {sample_id!r}: {wrong}"
-    if rows != sidecar.rows or field_bytes != sidecar.field_bytes:
-        return f"holds {rows} rows and {field_bytes} bytes; its sidecar says otherwise"
-    return None
 
 
 def value_damage(record: Record, plan: Plan) -> Iterator[str]:
@@ -372,9 +310,7 @@ def _visual_logits_damage(record: Record, settings: dict[str, Any]) -> Iterator[
     counts = plain["entry_count"].astype(np.int64)
     starts = np.cumsum(counts) - counts
     inside = starts < len(plain["token_ids"])
-    plain["labels"] = (
-        np.where(inside, plain["token_ids"][np.where(inside, starts, 0)], 0) if len(starts) else counts
-    )
+    plain["labels"] = np.where(inside, plain["token_ids"][np.where(inside, starts, 0)], 0) if len(starts) else counts
     yield from (f"visual_{line}" for line in _logits_damage(plain, settings))
 
 

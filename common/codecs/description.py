@@ -85,9 +85,7 @@ def codec_from_settings(cls: type[T], signal: str, stored: Mapping[str, Any]) ->
             "the cache is from another version: rebuild it or update this software"
         )
     settings = {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in stored.items()
-        if name != "codec"
+        name: tuple(value) if isinstance(value, list) else value for name, value in stored.items() if name != "codec"
     }
     try:
         return cls(**settings)

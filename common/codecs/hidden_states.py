@@ -62,9 +62,7 @@ class HiddenCodec:
     def fields(self) -> tuple[Field, ...]:
         """One array: layers by width of each row."""
         dtype = "f4" if self.exact else "f2"
-        return (
-            Field(name=self.signal, dtype=dtype, axis=self.axis, trailing=(len(self.layers), self.width)),
-        )
+        return (Field(name=self.signal, dtype=dtype, axis=self.axis, trailing=(len(self.layers), self.width)),)
 
     def encode(self, states: Tensor) -> Record:
         """Pack hidden states.

@@ -115,9 +115,7 @@ def nearest_first(grids: tuple[tuple[int, int], ...]) -> np.ndarray:
     """
     sizes = [rows * cols for rows, cols in grids]
     tile = np.repeat(np.arange(len(grids)), sizes)
-    row, col = (
-        np.concatenate([np.indices(grid)[axis].reshape(-1) for grid in grids] or [tile]) for axis in (0, 1)
-    )
+    row, col = (np.concatenate([np.indices(grid)[axis].reshape(-1) for grid in grids] or [tile]) for axis in (0, 1))
     distance = (row[:, None] - row) ** 2 + (col[:, None] - col) ** 2
     distance[tile[:, None] != tile] = np.iinfo(distance.dtype).max
     return np.argsort(distance, axis=1, kind="stable")
@@ -179,9 +177,7 @@ def find_runs(kept: np.ndarray, growth: int) -> Runs:
     return Runs(column, (np.cumsum(runs) - runs)[column] + within, counts, int(runs.sum()))
 
 
-def encode_columns(
-    ratios: FloatArray, kept: np.ndarray, *, growth: int, levels: int
-) -> tuple[np.ndarray, CodeArray]:
+def encode_columns(ratios: FloatArray, kept: np.ndarray, *, growth: int, levels: int) -> tuple[np.ndarray, CodeArray]:
     """Reduce kept pairs to column means and coded runs.
 
     Args:
@@ -200,9 +196,7 @@ def encode_columns(
     return column_means(sums, runs.counts), np.maximum(encode_roots(run_means, levels), 1)
 
 
-def decode_columns(
-    means: np.ndarray, codes: CodeArray, kept: np.ndarray, *, growth: int, levels: int
-) -> FloatArray:
+def decode_columns(means: np.ndarray, codes: CodeArray, kept: np.ndarray, *, growth: int, levels: int) -> FloatArray:
     """Ratios of kept pairs; the inverse of `encode_columns`.
 
     Args:

@@ -35,12 +35,7 @@ from vlm_distill_cache.common.codecs.description import (
     preset_settings,
 )
 from vlm_distill_cache.common.codecs.quantise import GAP_TABLE, balance, encode_gaps, gap_codes, gap_steps
-from vlm_distill_cache.common.errors import (
-    CacheFormatError,
-    ConfigError,
-    SampleError,
-    TemperatureNotCachedError,
-)
+from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, SampleError, TemperatureNotCachedError
 
 
 @dataclass(frozen=True)
@@ -186,8 +181,7 @@ class LogitCodec:
         )
         if not valid or len(set(self.temperatures)) != len(self.temperatures) or 1.0 not in self.temperatures:
             raise ConfigError(
-                "temperatures: expected distinct positive numbers with 1 among them, "
-                f"got {self.temperatures!r}"
+                f"temperatures: expected distinct positive numbers with 1 among them, got {self.temperatures!r}"
             )
         object.__setattr__(self, "floor", float(self.floor))
         object.__setattr__(self, "temperatures", tuple(float(t) for t in self.temperatures))
@@ -264,9 +258,7 @@ class LogitCodec:
         labels = labels.to(device=logits.device, dtype=torch.int64, non_blocking=True)
         step = chunk_rows or max(1, _CHUNK_ELEMENTS // vocabulary)
         parts = [
-            self._select_chunk(
-                logits[start : start + step], labels[start : start + step], start, checked=checked
-            )
+            self._select_chunk(logits[start : start + step], labels[start : start + step], start, checked=checked)
             for start in range(0, rows, step)
         ]
         if not parts:
@@ -376,9 +368,7 @@ class LogitCodec:
         log_probs = np.full(rows * width, -np.inf, np.float32)
         listed = np.repeat(record["top_logprob"].astype(np.float32), counts) - gaps
         if self.balanced:
-            kept = -np.expm1(
-                tails[:, self.temperatures.index(1.0)].astype(np.float32)
-            )  # one less the tail's mass
+            kept = -np.expm1(tails[:, self.temperatures.index(1.0)].astype(np.float32))  # one less the tail's mass
             listed = balance(listed, codes, counts, kept)
         log_probs[where] = listed
         mask = np.arange(width) < counts[:, None]
@@ -470,9 +460,7 @@ class VisualLogitsCodec(LogitCodec):
 
     def fields(self) -> tuple[Field, ...]:
         """As ``LogitCodec.fields``, per visual token."""
-        return tuple(
-            replace(field, name=PREFIX + field.name, axis=AXES[field.axis]) for field in super().fields()
-        )
+        return tuple(replace(field, name=PREFIX + field.name, axis=AXES[field.axis]) for field in super().fields())
 
     @torch.no_grad()
     def select_rows(self, logits: Tensor) -> SparseLogits:

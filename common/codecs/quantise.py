@@ -126,9 +126,7 @@ GAP_REACH: FloatArray = _build_reach()
 """How far a gap may lie above, and below, that of its code, nats, float32 `[2, 256]`."""
 
 
-def balance(
-    log_probs: FloatArray, codes: CodeArray, counts: npt.NDArray[np.int64], kept: FloatArray
-) -> FloatArray:
+def balance(log_probs: FloatArray, codes: CodeArray, counts: npt.NDArray[np.int64], kept: FloatArray) -> FloatArray:
     """Move log-probabilities within the rounding of their codes so that those of a row sum to what is known.
 
     The sum of a row's rounding errors is known, since the tail's mass is stored. It is shared out as least

@@ -65,9 +65,7 @@ class RowAttention:
     @staticmethod
     def cat(parts: "list[RowAttention]") -> "RowAttention":
         """Rows of all parts in order; torch refuses no parts, or unequal groups or cells."""
-        return RowAttention(
-            torch.cat([part.cells for part in parts]), torch.cat([part.image_mass for part in parts])
-        )
+        return RowAttention(torch.cat([part.cells for part in parts]), torch.cat([part.image_mass for part in parts]))
 
 
 @dataclass(frozen=True, kw_only=True)

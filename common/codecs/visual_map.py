@@ -251,9 +251,7 @@ class VisualMapCodec:
         cells = values.shape[1]
         content = None if tiles is None or not cells else content_mask(tile_boxes(self.cells_of(tiles)))
         if content is not None and len(content) != cells:
-            raise ValueError(
-                f"encode: expected a map of {len(content)} cells, as the tiles have, got {cells}"
-            )
+            raise ValueError(f"encode: expected a map of {len(content)} cells, as the tiles have, got {cells}")
         if self.preset in ("f4", "exact8"):
             pairs = np.ascontiguousarray(values[:, *self._pairs(cells)].T)  # [P, G]
             if self.preset == "f4":

@@ -10,19 +10,9 @@ Source:
 
 from typing import Any, ClassVar
 
-from transformers import (
-    AutoConfig,
-    AutoModelForImageTextToText,
-    Qwen2Config,
-    Qwen2Model,
-    SiglipVisionConfig,
-)
+from transformers import AutoConfig, AutoModelForImageTextToText, Qwen2Config, Qwen2Model, SiglipVisionConfig
 
-from vlm_distill_cache.common.models.vision_language import (
-    VisionLanguageConfig,
-    VisionLanguageModel,
-    VisualDecoder,
-)
+from vlm_distill_cache.common.models.vision_language import VisionLanguageConfig, VisionLanguageModel, VisualDecoder
 
 
 class CompoDistillConfig(VisionLanguageConfig):

@@ -7,13 +7,7 @@ also holds the projector and the tower.
 
 from typing import Any, ClassVar
 
-from transformers import (
-    AutoConfig,
-    AutoModelForImageTextToText,
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlamaModel,
-)
+from transformers import AutoConfig, AutoModelForImageTextToText, CLIPVisionConfig, LlamaConfig, LlamaModel
 
 from vlm_distill_cache.common.models.vision_language import (
     PHASES,

@@ -161,9 +161,7 @@ class _PointwiseMlp(nn.Module):
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(
-            nn.Linear(in_features, out_features), nn.GELU(), nn.Linear(out_features, out_features)
-        )
+        self.mlp = nn.Sequential(nn.Linear(in_features, out_features), nn.GELU(), nn.Linear(out_features, out_features))
 
     def forward(self, features: Tensor) -> Tensor:
         """Project float ``[M, N, D_v]`` to ``[M, N, D]``."""
@@ -221,9 +219,7 @@ class MlpProjector(nn.Sequential):
     """
 
     def __init__(self, *, in_features: int, out_features: int, grid: tuple[int, int]) -> None:
-        super().__init__(
-            nn.Linear(in_features, out_features), nn.GELU(), nn.Linear(out_features, out_features)
-        )
+        super().__init__(nn.Linear(in_features, out_features), nn.GELU(), nn.Linear(out_features, out_features))
         self.out_grid = grid
 
 
@@ -323,9 +319,7 @@ def build_projector(
     if projector_type == "mlp":
         return MlpProjector(in_features=in_features, out_features=out_features, grid=grid)
     if projector_type != "taf":
-        raise ModelError(
-            f"projector_type: got {projector_type!r}; choose one of {', '.join(PROJECTOR_TYPES)}"
-        )
+        raise ModelError(f"projector_type: got {projector_type!r}; choose one of {', '.join(PROJECTOR_TYPES)}")
     if teacher_projector is None:
         raise ModelError(
             "projector_type 'taf' needs the teacher's projector, and the configuration holds none; "

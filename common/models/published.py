@@ -127,9 +127,7 @@ def convert_published(directory: Path, target: Path, *, vision_tower: Path | Non
         ModelError: If ``target`` holds anything else, or the original cannot be loaded.
     """
     read_config(directory)  # says best what is missing
-    source = {
-        path.name: file_checksum(path) for path in [directory / "config.json", *weight_files(directory)]
-    }
+    source = {path.name: file_checksum(path) for path in [directory / "config.json", *weight_files(directory)]}
     if target.exists():
         try:
             found = read_json(target / SOURCE)
@@ -192,11 +190,7 @@ def _fill(
     """Make a model of exactly these tensors."""
     with torch.device("meta"):
         expected = model_class(config).state_dict()
-    if (
-        config.tie_word_embeddings
-        and "lm_head.weight" not in tensors
-        and "model.embed_tokens.weight" in tensors
-    ):
+    if config.tie_word_embeddings and "lm_head.weight" not in tensors and "model.embed_tokens.weight" in tensors:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
     check_tensors(
         tensors,
@@ -206,9 +200,7 @@ def _fill(
     )
     if dtype is None:
         dtype = next(value.dtype for value in tensors.values() if value.is_floating_point())
-    model: VisionLanguageModel = model_class.from_pretrained(
-        None, config=config, state_dict=tensors, dtype=dtype
-    )
+    model: VisionLanguageModel = model_class.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
     model.eval()
     return model
 

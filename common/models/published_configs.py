@@ -53,11 +53,7 @@ def text_settings(stored: Mapping[str, Any]) -> dict[str, Any]:
 
 def drop_buffers(tensors: Mapping[str, Any]) -> dict[str, Any]:
     """Leave out the two kinds of buffers that older libraries stored: rotary frequencies and position ids."""
-    return {
-        name: value
-        for name, value in tensors.items()
-        if not _ROTARY.search(name) and not _POSITIONS.search(name)
-    }
+    return {name: value for name, value in tensors.items() if not _ROTARY.search(name) and not _POSITIONS.search(name)}
 
 
 def mobilevlm_config(stored: Mapping[str, Any], tower: dict[str, Any], *, where: str) -> MobileVLMConfig:
@@ -116,9 +112,7 @@ def compodistill_config(stored: Mapping[str, Any], *, where: str) -> CompoDistil
     if text_stored.get("model_type") != "qwen2":
         raise ModelError(f"{where}: text_config is a {text_stored.get('model_type')!r}, expected 'qwen2'")
     if stored.get("connector_type") != "mlp2x_gelu":
-        raise ModelError(
-            f"{where}: connector_type is {stored.get('connector_type')!r}, expected 'mlp2x_gelu'"
-        )
+        raise ModelError(f"{where}: connector_type is {stored.get('connector_type')!r}, expected 'mlp2x_gelu'")
     layer, select = (
         stored.get("vision_feature_layer", -2),
         stored.get("vision_feature_select_strategy", "patch"),

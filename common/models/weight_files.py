@@ -50,16 +50,12 @@ def read_weights(directory: Path) -> dict[str, Tensor]:
         part = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
         repeated = sorted(tensors.keys() & part.keys())
         if repeated:
-            raise ModelError(
-                f"{path}: {repeated[:_LISTED]} are in another shard too; download the weights again"
-            )
+            raise ModelError(f"{path}: {repeated[:_LISTED]} are in another shard too; download the weights again")
         tensors |= part
     return tensors
 
 
-def check_tensors(
-    found: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, where: str, remedy: str
-) -> None:
+def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, where: str, remedy: str) -> None:
     """Refuse weights that are not exactly a model's own.
 
     Args:
@@ -94,9 +90,7 @@ def _indexed_files(index: Path) -> list[Path]:
     try:
         names = sorted(set(read_json(index.resolve())["weight_map"].values()))
     except (CacheFormatError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(
-            f"{index}: cannot be read as an index of shards ({error}); download it again"
-        ) from error
+        raise ModelError(f"{index}: cannot be read as an index of shards ({error}); download it again") from error
     for name in names:
         if not isinstance(name, str) or Path(name).name != name:
             raise ModelError(f"{index}: names {name!r}, expected the name of a file beside it; do not use it")
@@ -109,9 +103,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         tensors: dict[str, Tensor] = load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
-        raise ModelError(
-            f"{path}: damaged or truncated safetensors file ({error}); download it again"
-        ) from error
+        raise ModelError(f"{path}: damaged or truncated safetensors file ({error}); download it again") from error
     return tensors
 
 
@@ -150,9 +142,7 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
 def _describe(content: object) -> str:
     if not isinstance(content, Mapping):
         return f"a {type(content).__name__}"
-    name, value = next(
-        (k, v) for k, v in content.items() if not isinstance(v, Tensor) or not isinstance(k, str)
-    )
+    name, value = next((k, v) for k, v in content.items() if not isinstance(v, Tensor) or not isinstance(k, str))
     return f"a {type(value).__name__} under {name!r}"
 
 

@@ -5,20 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 from vlm_distill_cache.common.errors import ConfigError
+from vlm_distill_cache.common.locations import is_url
 from vlm_distill_cache.common.remotes.base import Remote
 from vlm_distill_cache.common.remotes.directory import DirectoryRemote
 from vlm_distill_cache.common.remotes.http import HttpRemote
 from vlm_distill_cache.common.remotes.streams import Retries
 
-__all__ = ["DirectoryRemote", "Remote", "is_url", "open_remote"]
+__all__ = ["DirectoryRemote", "Remote", "open_remote"]
 
 ATTEMPTS, TIMEOUT = 5, 30.0
-_SCHEMES = ("s3", "hf", "http", "https")
-
-
-def is_url(location: str | Path) -> bool:
-    """Return whether a location is an address of one of the kinds known here, not a path."""
-    return isinstance(location, str) and location.partition("://")[0] in _SCHEMES and "://" in location
 
 
 def open_remote(location: str | Path, *, attempts: int = ATTEMPTS, timeout: float = TIMEOUT) -> Remote:

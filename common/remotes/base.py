@@ -36,9 +36,7 @@ class Remote(Protocol):
     def size(self, name: str) -> int | None:
         """Return the bytes of a file, or None if it is absent."""
 
-    def download(
-        self, name: str, target: Path, *, size: int, on_bytes: Callable[[int], object] | None = None
-    ) -> None:
+    def download(self, name: str, target: Path, *, size: int, on_bytes: Callable[[int], object] | None = None) -> None:
         """Append to ``target`` what is still missing of a file, until ``target`` has ``size`` bytes.
 
         What is there already is not fetched again and not checked: the caller compares digests at the end.

@@ -8,12 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vlm_distill_cache.common.errors import CacheFormatError, TransferError
-from vlm_distill_cache.common.files.atomic import (
-    clean_stale,
-    create_temporary,
-    publish_file,
-    write_bytes_atomic,
-)
+from vlm_distill_cache.common.files.atomic import clean_stale, create_temporary, publish_file, write_bytes_atomic
 from vlm_distill_cache.common.remotes.streams import name_full_disk
 
 if TYPE_CHECKING:
@@ -52,9 +47,7 @@ class DirectoryRemote:
         except FileNotFoundError:
             return None
 
-    def download(
-        self, name: str, target: Path, *, size: int, on_bytes: Callable[[int], object] | None = None
-    ) -> None:
+    def download(self, name: str, target: Path, *, size: int, on_bytes: Callable[[int], object] | None = None) -> None:
         """Append what is missing to ``target``; see ``Remote``."""
         path = self._existing(name)
         found = path.stat().st_size

@@ -23,7 +23,7 @@ from vlm_distill_cache.common.cache.manifest import MANIFEST, PLAN, SHARDS, Mani
 from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, TransferError
 from vlm_distill_cache.common.files.atomic import TEMPORARY_PREFIX, publish_file
 from vlm_distill_cache.common.files.hashing import file_digests
-from vlm_distill_cache.common.remotes import is_url
+from vlm_distill_cache.common.locations import is_url
 from vlm_distill_cache.common.remotes.streams import AGAIN, StoppedError, name_full_disk, stop_waiting_on
 
 if TYPE_CHECKING:
@@ -102,9 +102,7 @@ def read_remote_manifest(remote: Remote) -> tuple[Manifest, bytes]:
                 f"{remote.location}: not complete: there is {PLAN} but no {MANIFEST}; run `cachectl push` again "
                 "where the cache is, or `teacher-cache build` if it is being built there"
             ) from None
-        raise CacheFormatError(
-            f"{remote.location}: no teacher cache (no {MANIFEST}); check the address"
-        ) from None
+        raise CacheFormatError(f"{remote.location}: no teacher cache (no {MANIFEST}); check the address") from None
     manifest = Manifest.from_dict(parse_document(raw, where), where)
     if PLAN not in manifest.files:
         raise CacheFormatError(f"{where}: does not list {PLAN}; damaged, push the cache again")
@@ -196,9 +194,7 @@ def refuse_nested(cache_dir: Path, location: str | Path) -> None:
         return
     inner, outer = cache_dir.resolve(), Path(location).resolve()
     if inner == outer or inner in outer.parents or outer in inner.parents:
-        raise ConfigError(
-            f"{cache_dir} and {location} lie inside each other; choose a folder beside the cache"
-        )
+        raise ConfigError(f"{cache_dir} and {location} lie inside each other; choose a folder beside the cache")
 
 
 def refuse_strangers(target: Path) -> None:
@@ -232,9 +228,7 @@ def is_intact(path: Path, entry: FileEntry) -> bool:
         return False  # unreadable: fetch it again
 
 
-def _fetch(
-    remote: Remote, root: Path, name: str, entry: FileEntry, report: Callable[[int], object]
-) -> Transferred:
+def _fetch(remote: Remote, root: Path, name: str, entry: FileEntry, report: Callable[[int], object]) -> Transferred:
     final = root / name
     here = Transferred(present=1)
     with name_full_disk(final):

@@ -20,13 +20,7 @@ from urllib.error import HTTPError, URLError
 from urllib.parse import quote, urlsplit
 
 from vlm_distill_cache.common.errors import ConfigError, TransferError
-from vlm_distill_cache.common.remotes.streams import (
-    PassingError,
-    RangeRefusedError,
-    Retries,
-    download_file,
-    read_small,
-)
+from vlm_distill_cache.common.remotes.streams import PassingError, RangeRefusedError, Retries, download_file, read_small
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -81,9 +75,7 @@ class HttpRemote:
         where, url = self._address(name)
         return http_size(where, url, {}, self._retries)
 
-    def download(
-        self, name: str, target: Path, *, size: int, on_bytes: Callable[[int], object] | None = None
-    ) -> None:
+    def download(self, name: str, target: Path, *, size: int, on_bytes: Callable[[int], object] | None = None) -> None:
         """Append what is missing to ``target``; see ``Remote``."""
         where, url = self._address(name)
 

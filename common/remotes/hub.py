@@ -48,9 +48,7 @@ class HubRemote:
         if found is None or ".." in (found[3] or "").split("/"):
             raise ConfigError(f"{location}: expected hf://datasets/ORG/NAME[@REVISION][/FOLDER]")
         if constants.HF_HUB_OFFLINE:
-            raise ConfigError(
-                f"{location}: the hub is switched off by HF_HUB_OFFLINE=1; unset it, or use a folder"
-            )
+            raise ConfigError(f"{location}: the hub is switched off by HF_HUB_OFFLINE=1; unset it, or use a folder")
         self.location = location.rstrip("/")
         self._repository, self._revision = found[1], unquote(found[2] or constants.DEFAULT_REVISION)
         self._prefix = f"{found[3]}/" if found[3] else ""
@@ -66,9 +64,7 @@ class HubRemote:
         """Return the bytes of a file, or None; see ``Remote``."""
         return http_size(self._where(name), self._url(name), _headers(), self._retries, no_access=_LOG_IN)
 
-    def download(
-        self, name: str, target: Path, *, size: int, on_bytes: Callable[[int], object] | None = None
-    ) -> None:
+    def download(self, name: str, target: Path, *, size: int, on_bytes: Callable[[int], object] | None = None) -> None:
         """Append what is missing to ``target``; see ``Remote``."""
 
         def open_at(start: int) -> HttpBody:

@@ -46,14 +46,14 @@ from vlm_distill_cache.common.files.atomic import (
     write_json_atomic,
 )
 from vlm_distill_cache.common.files.hashing import checksum, file_checksum
-from vlm_distill_cache.common.remotes import is_url, open_remote
+from vlm_distill_cache.common.locations import is_url, public_location
+from vlm_distill_cache.common.remotes import open_remote
 from vlm_distill_cache.common.remotes.fetch import fetch_files, read_remote_manifest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable
     from pathlib import Path
 
-    from vlm_distill_cache.common.cache.reader import TeacherCache
     from vlm_distill_cache.common.cache.sidecar import FileEntry
     from vlm_distill_cache.common.files.atomic import HeldLock
     from vlm_distill_cache.common.remotes import Remote
@@ -319,9 +319,7 @@ class Mirror:
         sidecar = read_sidecar(self.folder, shard)
         check_sidecar(sidecar, read_plan(self.folder), str(path))
         if ShardSummary.of(sidecar) != self.manifest.shards[shard]:
-            raise CacheFormatError(
-                f"{path}: not the sidecar that the manifest lists; delete {self.folder.parent}"
-            )
+            raise CacheFormatError(f"{path}: not the sidecar that the manifest lists; delete {self.folder.parent}")
         return sidecar.files
 
     def _is_here(self, shard: int) -> bool:
@@ -378,14 +376,6 @@ _pinned: dict[tuple[str, str], Mirror] = {}
 _pinning = threading.Lock()
 
 
-def open_mirror(location: str, *, open_shards: int) -> TeacherCache:
-    """Open a cache at an address for reading; see `common.cache.reader.open_cache`."""
-    from vlm_distill_cache.common.cache.reader import TeacherCache
-
-    mirror = find_mirror(location)
-    return TeacherCache(mirror.folder, open_shards=open_shards, before_open=mirror.hold)
-
-
 def local_folder(location: str | Path) -> Path:
     """Return a folder with everything of a cache but its shards: a path as it is, an address's mirror.
 
@@ -394,11 +384,6 @@ def local_folder(location: str | Path) -> Path:
         CacheFormatError: If there is no cache.
     """
     return find_mirror(str(location)).folder if is_url(location) else Path(location)
-
-
-def public_location(location: str) -> str:
-    """Return a location as it may be shown and published: a web address without its query, which may be a signature."""
-    return location.split("?")[0] if location.startswith(("http://", "https://")) else location
 
 
 def find_mirror(location: str) -> Mirror:
@@ -442,9 +427,7 @@ def mirror_settings() -> tuple[Path, int]:
     root = Path(folder) if folder else Path("~/.cache/vlm-distill-cache").expanduser()
     text = os.environ.get(LIMIT_VARIABLE, "") or str(DEFAULT_LIMIT)
     if not text.isdecimal() or int(text) < 1:
-        raise ConfigError(
-            f"{LIMIT_VARIABLE} is {text!r}; it must be a whole number of bytes, such as {DEFAULT_LIMIT}"
-        )
+        raise ConfigError(f"{LIMIT_VARIABLE} is {text!r}; it must be a whole number of bytes, such as {DEFAULT_LIMIT}")
     return root.absolute(), int(text)
 
 

@@ -152,9 +152,7 @@ def _other_cache(target: Path, found: str | None, remote: Remote, manifest: Mani
 
 def _check_space(target: Path, total: int) -> None:
     """Refuse to begin what cannot end."""
-    present = (
-        sum(path.stat().st_size for path in target.rglob("*") if path.is_file()) if target.exists() else 0
-    )
+    present = sum(path.stat().st_size for path in target.rglob("*") if path.is_file()) if target.exists() else 0
     existing = next(folder for folder in (target.absolute(), *target.absolute().parents) if folder.exists())
     free = shutil.disk_usage(existing).free
     if total - present > free:

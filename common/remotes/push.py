@@ -27,7 +27,8 @@ from vlm_distill_cache.common.cache.manifest import (
 from vlm_distill_cache.common.cache.sidecar import ShardSidecar
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError
 from vlm_distill_cache.common.files.atomic import MAX_JSON_BYTES
-from vlm_distill_cache.common.remotes import is_url, open_remote
+from vlm_distill_cache.common.locations import is_url
+from vlm_distill_cache.common.remotes import open_remote
 from vlm_distill_cache.common.remotes.fetch import (
     JOBS,
     MAX_MANIFEST_BYTES,
@@ -95,9 +96,7 @@ def push(
     if overwrite or not isinstance(there, Manifest) or there.hash != manifest.hash:
         _make_room(remote, cache_dir, manifest, there, jobs=jobs, overwrite=overwrite)
         begun = not _claim(remote, cache_dir, jobs=jobs, overwrite=overwrite)
-        moved += _push_shards(
-            remote, cache_dir, counts, jobs=jobs, overwrite=overwrite, begun=begun, progress=progress
-        )
+        moved += _push_shards(remote, cache_dir, counts, jobs=jobs, overwrite=overwrite, begun=begun, progress=progress)
         moved += _push_side_files(remote, cache_dir, manifest, progress)
         _check_untouched(remote, cache_dir, plan, jobs=jobs)
     moved += _push_card(remote, cache_dir)
@@ -220,9 +219,7 @@ def _clear(remote: Remote, jobs: int) -> None:
     remote.delete([PLAN])
 
 
-def _by_shard(
-    task: Callable[[list[int], threading.Event], None], remote: Remote, counts: list[int], jobs: int
-) -> None:
+def _by_shard(task: Callable[[list[int], threading.Event], None], remote: Remote, counts: list[int], jobs: int) -> None:
     """Run a task on batches of shards of as many files as the remote likes; ``counts``: files of each shard."""
     batches: list[list[int]] = []
     room = 0

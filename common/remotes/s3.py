@@ -49,9 +49,7 @@ class S3Remote:
         try:
             import boto3  # noqa: F401
         except ImportError as error:
-            raise ConfigError(
-                f"{location}: s3 needs boto3; run `pip install 'vlm-distill-cache[s3]'`"
-            ) from error
+            raise ConfigError(f"{location}: s3 needs boto3; run `pip install 'vlm-distill-cache[s3]'`") from error
         self.location = location.rstrip("/")
         self._bucket = bucket
         self._prefix = f"{prefix.rstrip('/')}/" if prefix.strip("/") else ""
@@ -81,9 +79,7 @@ class S3Remote:
             return None
         return int(head["ContentLength"])
 
-    def download(
-        self, name: str, target: Path, *, size: int, on_bytes: Callable[[int], object] | None = None
-    ) -> None:
+    def download(self, name: str, target: Path, *, size: int, on_bytes: Callable[[int], object] | None = None) -> None:
         """Append what is missing to ``target``; see ``Remote``."""
 
         def open_at(start: int) -> _S3Body:
@@ -183,9 +179,7 @@ class S3Remote:
     def _failure(self, where: str, error: Any) -> Exception:
         code, status = _code(error), error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
         if code == "NoSuchBucket":
-            return TransferError(
-                f"{where}: there is no bucket {self._bucket!r}; create it, or check the name"
-            )
+            return TransferError(f"{where}: there is no bucket {self._bucket!r}; create it, or check the name")
         if code in _ABSENT:
             return FileNotFoundError(2, "no such file", where)
         if code == "InvalidRange" or status == 416:

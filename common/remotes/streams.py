@@ -190,9 +190,7 @@ def read_small(open_body: Callable[[], Body], where: str, *, max_bytes: int, ret
                 )
             data = bytearray()
             meter = _Meter(retries.timeout)
-            while len(data) <= max_bytes and (
-                block := body.read(min(_BLOCK_BYTES, max_bytes + 1 - len(data)))
-            ):
+            while len(data) <= max_bytes and (block := body.read(min(_BLOCK_BYTES, max_bytes + 1 - len(data)))):
                 data += block
                 meter.count(len(block))
             if len(data) > max_bytes:

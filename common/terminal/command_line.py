@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 import click
 
 from vlm_distill_cache.common.errors import DistillError
+from vlm_distill_cache.common.locations import is_url
 from vlm_distill_cache.common.printing import printable
 
 logger = logging.getLogger(__name__)
@@ -32,9 +33,7 @@ def stopped_by_sigterm() -> Iterator[None]:
     """
 
     def stop(*_: object) -> NoReturn:
-        signal.signal(
-            signal.SIGTERM, signal.SIG_IGN
-        )  # once is enough: a second one must not stop the cleaning up
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: a second one must not stop the cleaning up
         logger.warning("stopped by SIGTERM; run the same command again to go on where it stopped")
         raise SystemExit(128 + signal.SIGTERM)
 
@@ -126,16 +125,10 @@ class CacheLocation(click.ParamType):
 
     def convert(self, value: str | Path, param: click.Parameter | None, ctx: click.Context | None) -> str:
         """Return the address as it is, or the folder's path."""
-        from vlm_distill_cache.common.remotes import (
-            is_url,  # brings an HTTP client along, which few commands need
-        )
-
         if is_url(value):
             return str(value)
         if not Path(value).is_dir():
-            self.fail(
-                f"{value}: no such folder, and no address (s3://, hf://datasets/, https://)", param, ctx
-            )
+            self.fail(f"{value}: no such folder, and no address (s3://, hf://datasets/, https://)", param, ctx)
         return str(Path(value))
 
 
@@ -149,8 +142,6 @@ class CacheFolder(click.Path):
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> str | bytes | os.PathLike[str]:
         """Return the path."""
-        from vlm_distill_cache.common.remotes import is_url
-
         if is_url(value):
             self.fail(
                 f"{value}: an address; this command works on a folder of this machine. Bring the cache here first: "
@@ -171,8 +162,6 @@ class NewFolder(click.Path):
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> str | bytes | os.PathLike[str]:
         """Return the path."""
-        from vlm_distill_cache.common.remotes import is_url
-
         if is_url(value):
             self.fail(
                 f"{value}: an address; give a folder of this machine (a cache can then be pushed there: `cachectl push`)",

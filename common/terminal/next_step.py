@@ -20,9 +20,7 @@ DEFAULT_SHAPES = "shapes:images=1500,seed=0"
 _SHAPES = re.compile(r"shapes(:[a-z]+=\d+(,[a-z]+=\d+)*)?")
 
 
-def distill_command(
-    plan: Plan, cache: str | Path, *, data: str | None = None, images: str | None = None
-) -> str:
+def distill_command(plan: Plan, cache: str | Path, *, data: str | None = None, images: str | None = None) -> str:
     """The ``make distill`` that fits a cache: with its data, and without losses whose signals it does not hold.
 
     Args:

@@ -16,10 +16,10 @@ from vlm_distill_cache.common.cache.manifest import (
     write_plan,
 )
 from vlm_distill_cache.common.cache.plan import card_store_line
-from vlm_distill_cache.common.cache.reader import open_cache
 from vlm_distill_cache.common.cache.stores import finish_shard, open_writer
 from vlm_distill_cache.common.errors import CacheFormatError, ConfigError
 from vlm_distill_cache.common.files.atomic import write_bytes_atomic
+from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.common.tools.verify import COPY_AGAIN, file_damage
 
 if TYPE_CHECKING:
@@ -27,9 +27,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-def convert(
-    source: Path, target: Path, store: str, *, on_shard: Callable[[], object] | None = None
-) -> Manifest:
+def convert(source: Path, target: Path, store: str, *, on_shard: Callable[[], object] | None = None) -> Manifest:
     """Write the same cache in the other store; back again, it is byte-identical.
 
     Killed and called again, it goes on with the shards that are missing.

@@ -130,9 +130,7 @@ def derive_cache(
         return seal(target, fidelity=fidelity, rewritten=True)
 
 
-def _write_shard(
-    target: Path, plan: Plan, index: int, slots: Sequence[Slot], read: Callable[[Slot], Record]
-) -> None:
+def _write_shard(target: Path, plan: Plan, index: int, slots: Sequence[Slot], read: Callable[[Slot], Record]) -> None:
     positions = plan.shard_range(index)
     chosen = slots[positions.start : positions.stop]
     fields = plan.all_fields

@@ -39,9 +39,7 @@ def _word(name: str, value: Any) -> str:
     return f"{one_line(name, limit=40)}: {one_line(shown, limit=60)}"
 
 
-def write_derived_card(
-    plan: Plan, fidelity: Mapping[str, Any] | None, sources: Sequence[tuple[str, str]]
-) -> bytes:
+def write_derived_card(plan: Plan, fidelity: Mapping[str, Any] | None, sources: Sequence[tuple[str, str]]) -> bytes:
     """Return the card of a derived cache.
 
     Args:
@@ -67,8 +65,7 @@ def write_derived_card(
         )
     )
     quoted = "\n".join(
-        f"\n### Manifest `{manifest_hash}`\n\n{_quote(card) or '> (no card)'}"
-        for manifest_hash, card in sources
+        f"\n### Manifest `{manifest_hash}`\n\n{_quote(card) or '> (no card)'}" for manifest_hash, card in sources
     )
     return f"""---
 {_front_matter(plan, name)}---

@@ -173,11 +173,7 @@ def _side_words(manifest: Manifest | None) -> list[str]:
 
 
 def _words(values: dict[str, Any], first: tuple[str, ...]) -> str:
-    known = [
-        f"{name} {one_line(values[name], limit=80)}"
-        for name in first
-        if values.get(name) not in (None, "", 0)
-    ]
+    known = [f"{name} {one_line(values[name], limit=80)}" for name in first if values.get(name) not in (None, "", 0)]
     return ", ".join(word.removeprefix("name ") for word in known) or "not stated"
 
 
@@ -203,9 +199,7 @@ def _wrapped(title: str, words: list[str]) -> list[str]:
     return [*lines, line.rstrip()]
 
 
-def _next_lines(
-    cache_dir: Path, place: str, plan: Plan, totals: _Totals, *, sealed: bool, missing: bool
-) -> list[str]:
+def _next_lines(cache_dir: Path, place: str, plan: Plan, totals: _Totals, *, sealed: bool, missing: bool) -> list[str]:
     if missing:
         return ["next            teacher-cache build with the same options makes the missing shards"]
     if not sealed:

@@ -24,23 +24,18 @@ from vlm_distill_cache.common.cache.manifest import (
     write_plan,
 )
 from vlm_distill_cache.common.cache.plan import DESCRIPTIVE, MAX_SHARDS, THREADS
-from vlm_distill_cache.common.cache.reader import TeacherCache, open_cache
+from vlm_distill_cache.common.cache.reader import TeacherCache
 from vlm_distill_cache.common.cache.shared_images import VISUAL_SOURCE, SharedImages
 from vlm_distill_cache.common.cache.sidecar import FileEntry, check_sidecar, sidecar_path, write_sidecar
 from vlm_distill_cache.common.cache.stores import open_reader
 from vlm_distill_cache.common.errors import CacheMismatchError, ConfigError
 from vlm_distill_cache.common.files.atomic import write_bytes_atomic
 from vlm_distill_cache.common.files.hashing import fingerprint
+from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.common.printing import one_line
 from vlm_distill_cache.common.remotes import open_remote
 from vlm_distill_cache.common.remotes.fetch import fetch_files, refuse_strangers
-from vlm_distill_cache.common.tools.derive import (
-    Slot,
-    carry_fidelity,
-    derive_cache,
-    derive_plan,
-    side_files_of,
-)
+from vlm_distill_cache.common.tools.derive import Slot, carry_fidelity, derive_cache, derive_plan, side_files_of
 from vlm_distill_cache.common.tools.derived_card import DERIVED, write_derived_card
 
 if TYPE_CHECKING:
@@ -159,9 +154,7 @@ def differing_field(first: Record, other: Record) -> str | None:
     return None
 
 
-def _differing_record(
-    first: Path, one: ShardSidecar, second: Path, other: ShardSidecar, plan: Plan
-) -> str | None:
+def _differing_record(first: Path, one: ShardSidecar, second: Path, other: ShardSidecar, plan: Plan) -> str | None:
     images = SharedImages(plan.all_fields)
     readers = [open_reader(plan.store, path, one.index, plan.all_fields) for path in (first, second)]
     try:
@@ -259,9 +252,7 @@ def merge(
         fidelity=fidelity,
         on_shard=on_shard,
     )
-    return Merged(
-        manifest=manifest, missing=(), samples=sum(s.failed is None for s in slots), repeated=repeated
-    )
+    return Merged(manifest=manifest, missing=(), samples=sum(s.failed is None for s in slots), repeated=repeated)
 
 
 def _undescribed(plan: Plan) -> dict[str, Any]:
@@ -326,10 +317,7 @@ def _signal_lines(first: TeacherCache, other: TeacherCache) -> list[str]:
     """Name the signals of both, if they differ."""
     if first.plan.signals.keys() == other.plan.signals.keys():
         return []
-    named = [
-        f"{cache.path} holds {', '.join(map(one_line, sorted(cache.plan.signals)))}"
-        for cache in (first, other)
-    ]
+    named = [f"{cache.path} holds {', '.join(map(one_line, sorted(cache.plan.signals)))}" for cache in (first, other)]
     return [f"  signals: {'; '.join(named)}"]
 
 

@@ -150,9 +150,7 @@ def open_image(path: Path, record: Record) -> Image:
     try:
         image = decode_image(path.read_bytes(), name=str(path))
     except OSError as error:
-        raise ConfigError(
-            f"{path}: cannot be read: {error.strerror}; give the sample's image file"
-        ) from error
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}; give the sample's image file") from error
     found, expected = image_hash(image).hex(), record["image_hash"].tobytes().hex()
     if found != expected:
         raise CacheMismatchError(

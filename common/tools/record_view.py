@@ -13,14 +13,7 @@ from vlm_distill_cache.common.codecs.checks import entry_gaps
 from vlm_distill_cache.common.errors import ConfigError
 from vlm_distill_cache.common.files.atomic import write_bytes_atomic
 from vlm_distill_cache.common.printing import one_line
-from vlm_distill_cache.common.tools.picture import (
-    ASCII,
-    BLOCKS,
-    draw_picture,
-    draw_text,
-    open_image,
-    word_maps,
-)
+from vlm_distill_cache.common.tools.picture import ASCII, BLOCKS, draw_picture, draw_text, open_image, word_maps
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -203,9 +196,7 @@ def _token_lines(record: Record, text: TokenText, settings: dict[str, Any]) -> l
     ]
     for row, label in enumerate(labels[:_MAX_ROWS].tolist()):
         entries = range(int(starts[row]), int(starts[row] + counts[row]))
-        shown = [
-            f"{text.of(int(record['token_ids'][i])):<12} {np.exp(log_probs[i]):5.3f}" for i in entries[:_TOP]
-        ]
+        shown = [f"{text.of(int(record['token_ids'][i])):<12} {np.exp(log_probs[i]):5.3f}" for i in entries[:_TOP]]
         more = f"(+{len(entries) - _TOP})" if len(entries) > _TOP else ""
         others = "" if plain is None else f"{np.exp(np.float64(record['tail_logmass'][row, plain])):7.4f}"
         lines.append(f"{row:>4}  {text.of(label):<18}{others:>7}   {'  '.join(shown)}  {more}".rstrip())

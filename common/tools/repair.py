@@ -117,9 +117,7 @@ def _plan_steps(cache_dir: Path, damages: list[Damage]) -> Iterator[Repair]:
             dropped.setdefault(damage.shard or 0, []).append(f"{damage.path}: {damage.reason}")
     for shard, reasons in sorted(dropped.items()):
         more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
-        yield Repair(
-            path=_name(cache_dir, sidecar_path(cache_dir, shard)), action="remove", reason=reasons[0] + more
-        )
+        yield Repair(path=_name(cache_dir, sidecar_path(cache_dir, shard)), action="remove", reason=reasons[0] + more)
     for damage in by_kind.get("missing", []):
         for path in _shard_files(cache_dir, damage.shard or 0):
             if (lock := try_lock(path)) is not None:  # else its writer is about to publish the sidecar

@@ -17,15 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vlm_distill_cache.common.cache.index import INDEX, SampleIndex
-from vlm_distill_cache.common.cache.manifest import (
-    CARD,
-    PLAN,
-    SHARDS,
-    Manifest,
-    ShardSummary,
-    read_plan,
-    read_sidecar,
-)
+from vlm_distill_cache.common.cache.manifest import CARD, PLAN, SHARDS, Manifest, ShardSummary, read_plan, read_sidecar
 from vlm_distill_cache.common.cache.schema import BASE_FIELDS, Record
 from vlm_distill_cache.common.cache.shared_images import SharedImages
 from vlm_distill_cache.common.cache.sidecar import check_sidecar
@@ -35,19 +27,8 @@ from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError
 from vlm_distill_cache.common.files.atomic import clean_stale, create_temporary, remove
 from vlm_distill_cache.common.files.hashing import fingerprint
 from vlm_distill_cache.common.remotes import open_remote
-from vlm_distill_cache.common.remotes.fetch import (
-    fetch_files,
-    read_remote_manifest,
-    refuse_nested,
-    refuse_strangers,
-)
-from vlm_distill_cache.common.tools.derive import (
-    Slot,
-    carry_fidelity,
-    derive_cache,
-    derive_plan,
-    side_files_of,
-)
+from vlm_distill_cache.common.remotes.fetch import fetch_files, read_remote_manifest, refuse_nested, refuse_strangers
+from vlm_distill_cache.common.tools.derive import Slot, carry_fidelity, derive_cache, derive_plan, side_files_of
 from vlm_distill_cache.common.tools.derived_card import DERIVED, write_derived_card
 
 if TYPE_CHECKING:
@@ -89,9 +70,7 @@ def truncated_codec(stored_codec: Mapping[str, Any], k: int) -> dict[str, Any]:
     if not is_logits:
         raise CacheFormatError(f"top-k: expected the codec 'logits', got {stored_codec['codec']!r}")
     if not all(t > 0 for t in temperatures) or not isinstance(exact, bool):
-        raise CacheFormatError(
-            f"logit codec: temperatures {temperatures} or exact {exact!r}; the plan is damaged"
-        )
+        raise CacheFormatError(f"logit codec: temperatures {temperatures} or exact {exact!r}; the plan is damaged")
     if isinstance(k, bool) or not isinstance(k, int) or not 2 <= k <= most:
         raise ConfigError(
             f"top-k: expected a whole number from 2 to {most}, the most entries a row of this cache has, got {k!r}"
@@ -134,9 +113,7 @@ def truncate_logits(record: Record, stored_codec: Mapping[str, Any], k: int) -> 
     kept = _kept_entries(ids, counts, record["labels"], k)  # [E]
     kept_counts = np.minimum(counts, k)
     gaps = codes if stored_codec["exact"] else GAP_TABLE[codes]
-    masses = _tails(
-        gaps.astype(np.float64), counts, kept, tails.astype(np.float64), stored_codec["temperatures"]
-    )
+    masses = _tails(gaps.astype(np.float64), counts, kept, tails.astype(np.float64), stored_codec["temperatures"])
     with np.errstate(over="ignore"):  # a log-mass below -65504 is a mass of zero
         rounded = masses.astype(tails.dtype)
     cut = (counts > k)[:, None]
@@ -220,9 +197,7 @@ class Selection:
         return {name: value for name, value in described.items() if value is not None}
 
 
-def parse_selection(
-    *, shards: str | None, samples: str | None, signals: str | None, top_k: int | None
-) -> Selection:
+def parse_selection(*, shards: str | None, samples: str | None, signals: str | None, top_k: int | None) -> Selection:
     """Read a selection as it stands on a command line.
 
     Args:
@@ -328,9 +303,7 @@ def pull_partial(
             target.rmdir()
 
 
-def _derive(
-    source: _Source, target: Path, selection: Selection, *, on_shard: Callable[[], object] | None
-) -> Manifest:
+def _derive(source: _Source, target: Path, selection: Selection, *, on_shard: Callable[[], object] | None) -> Manifest:
     signals = _select_signals(source.plan, selection)
     slots = _select_slots(source, selection)
     how: dict[str, Any] = {

@@ -26,9 +26,12 @@ from vlm_distill_cache.common.cache.manifest import (
     read_sidecar,
     sidecar_path,
 )
+from vlm_distill_cache.common.cache.schema import check_record
+from vlm_distill_cache.common.cache.shared_images import SharedImages, SourceCheck
 from vlm_distill_cache.common.cache.side_files import open_plain
 from vlm_distill_cache.common.cache.sidecar import check_sidecar
-from vlm_distill_cache.common.codecs.checks import codec_damage, content_damage
+from vlm_distill_cache.common.cache.stores import DAMAGE_ERRORS, open_reader
+from vlm_distill_cache.common.codecs.checks import codec_damage, value_damage
 from vlm_distill_cache.common.errors import CacheFormatError, NewerFormatError
 from vlm_distill_cache.common.files.atomic import TEMPORARY_PREFIX, try_lock
 from vlm_distill_cache.common.files.hashing import stream_digests
@@ -37,6 +40,9 @@ from vlm_distill_cache.common.printing import one_line
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+
+    from vlm_distill_cache.common.cache.manifest import Plan, ShardSidecar
+    from vlm_distill_cache.common.cache.stores import ShardReader
 
 COPY_AGAIN = "copy it again from where the cache came from"
 _NO_DAMAGE = "nothing is to be repaired"
@@ -88,9 +94,7 @@ class Damage:
         return f"{one_line(self.path)}: {one_line(self.reason, limit=_MAX_REASON)}; {self.remedy}"
 
 
-def verify(
-    cache_dir: Path, *, deep: bool = False, on_shard: Callable[[], object] | None = None
-) -> list[Damage]:
+def verify(cache_dir: Path, *, deep: bool = False, on_shard: Callable[[], object] | None = None) -> list[Damage]:
     """Check a cache: descriptions, counts, dtypes, offsets, and size and both digests of every file.
 
     Args:
@@ -213,9 +217,7 @@ def _verify_shard(
     cache_dir: Path, index: int, plan: Plan, manifest: Manifest | None, *, deep: bool
 ) -> tuple[list[Damage], ShardSidecar | None]:
     name = sidecar_path(cache_dir, index).relative_to(cache_dir).as_posix()
-    remedy = (
-        f"run `cachectl repair`, then `teacher-cache build` again to make this shard anew, or {COPY_AGAIN}"
-    )
+    remedy = f"run `cachectl repair`, then `teacher-cache build` again to make this shard anew, or {COPY_AGAIN}"
     try:
         sidecar = read_sidecar(cache_dir, index)
         check_sidecar(sidecar, plan, name)
@@ -312,3 +314,45 @@ def _one_each(damages: list[Damage]) -> list[Damage]:
             reason = f"{first.reason}; {damage.reason}"
             by_path[damage.path] = replace(first, reason=reason)
     return list(by_path.values())
+
+
+def content_damage(cache_dir: Path, plan: Plan, sidecar: ShardSidecar, *, deep: bool) -> str | None:
+    """Return what is wrong inside a shard whose files are as its sidecar says, or None.
+
+    Args:
+        cache_dir: The cache.
+        plan: Its plan.
+        sidecar: The shard's.
+        deep: Decode all records; else only ids, dtypes, shapes and offsets.
+    """
+    try:
+        reader = open_reader(plan.store, cache_dir, sidecar.index, plan.all_fields)
+        try:
+            if reader.sample_ids != sidecar.sample_ids:
+                return "holds other samples than its sidecar lists"
+            reader.check()
+            return _records_damage(reader, plan, sidecar) if deep else None
+        finally:
+            reader.close()
+    except (CacheFormatError, *DAMAGE_ERRORS) as error:
+        return str(error)
+
+
+def _records_damage(reader: ShardReader, plan: Plan, sidecar: ShardSidecar) -> str | None:
+    rows, field_bytes = 0, dict.fromkeys(sidecar.field_bytes, 0)
+    sources = SourceCheck(SharedImages(plan.all_fields))
+    for position, sample_id in enumerate(sidecar.sample_ids):
+        record = reader.read(position)
+        check_record(record, plan.all_fields, f"sample {sample_id!r}")
+        rows += len(record["labels"])
+        for name, array in record.items():
+            field_bytes[name] += array.nbytes
+        try:
+            wrong = next(value_damage(record, plan), None) or sources.damage(position, record)
+        except CacheFormatError as error:
+            wrong = str(error)
+        if wrong is not None:
+            return f"sample {sample_id!r}: {wrong}"
+    if rows != sidecar.rows or field_bytes != sidecar.field_bytes:
+        return f"holds {rows} rows and {field_bytes} bytes; its sidecar says otherwise"
+    return None

@@ -26,9 +26,7 @@ _TEMPLATES = (
     " helpful detailed polite answers to questions which caption best describes image answer with option"
     " alphabet from given choices directly A B C D"
 )
-_SHAPES_WORDS = (
-    "left right of above below describe where is what color shape object size how many objects are there or"
-)
+_SHAPES_WORDS = "left right of above below describe where is what color shape object size how many objects are there or"
 _EASY_VQA_WORDS = "does contain in not no present yes rectangle gray black brown"
 
 
@@ -55,9 +53,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     Returns:
         A fast tokenizer that puts ``<s>`` in front, as Llama's does, and gives exact character offsets.
     """
-    tokenizer = Tokenizer(
-        models.WordLevel({word: i for i, word in enumerate(vocabulary())}, unk_token="<unk>")
-    )
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary())}, unk_token="<unk>"))
     # Lower-case letter by letter where another letter or a digit is adjacent; the length never changes, so
     # offsets stay true. A capital followed by a space and a lower-case word is an article.
     tokenizer.normalizer = normalizers.Sequence(
@@ -68,9 +64,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
             for letter in _LETTERS
         ]
     )
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()]
-    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", SPECIAL_TOKENS.index("<s>"))]
     )

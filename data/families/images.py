@@ -81,9 +81,7 @@ def split_images(config: Any, processor: Any, tokenizer: Any) -> AnyImageEncoder
 def internvl_images(config: Any, processor: Any, tokenizer: Any) -> AnyImageEncoder:
     """Tiles, then a thumbnail, in one run between two tags (InternVL)."""
     vision = config.vision_config
-    size, patch = (
-        value if isinstance(value, int) else value[0] for value in (vision.image_size, vision.patch_size)
-    )
+    size, patch = (value if isinstance(value, int) else value[0] for value in (vision.image_size, vision.patch_size))
     side = int(size // patch * config.downsample_ratio)
     return ThumbnailEncoder(
         processor=processor, grid=(side, side), image_token=_token(tokenizer, config.image_token_id)

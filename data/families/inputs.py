@@ -215,16 +215,13 @@ def library_inputs(config: Any, batch: Batch, *, dtype: torch.dtype) -> dict[str
 def _token_types(config: Any) -> tuple[str, ...]:
     """Names of the arguments by which a model is told which tokens are visual."""
     forward = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)].forward
-    return tuple(
-        name for name in ("mm_token_type_ids", "token_type_ids") if name in signature(forward).parameters
-    )
+    return tuple(name for name in ("mm_token_type_ids", "token_type_ids") if name in signature(forward).parameters)
 
 
 def image_tensors(batch: Batch, dtype: torch.dtype) -> dict[str, Tensor]:
     """A batch's image inputs, floating-point ones in the model's dtype."""
     return {
-        name: tensor.to(dtype) if tensor.is_floating_point() else tensor
-        for name, tensor in batch.image_inputs.items()
+        name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in batch.image_inputs.items()
     }
 
 

@@ -207,13 +207,9 @@ def input_device(model: Any) -> torch.device:
 def _load_processor(directory: Path, family: Family, config: Any) -> Any:
     if not family.is_listed:
         return load_processor(directory)
-    stored = any(
-        (directory / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")
-    )
+    stored = any((directory / name).is_file() for name in ("preprocessor_config.json", "processor_config.json"))
     # MobileVLM's checkpoints name the tower whose processor they use, and hold none.
-    return (
-        load_image_processor(directory) if stored or family.model_class else default_image_processor(config)
-    )
+    return load_image_processor(directory) if stored or family.model_class else default_image_processor(config)
 
 
 def _load_library_model(

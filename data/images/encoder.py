@@ -131,9 +131,7 @@ class ImageEncoder:
             )
 
     @classmethod
-    def from_processor(
-        cls, processor: Any, grid: tuple[int, int], *, patch_size: int | None = None
-    ) -> "ImageEncoder":
+    def from_processor(cls, processor: Any, grid: tuple[int, int], *, patch_size: int | None = None) -> "ImageEncoder":
         """Read the layout off a processor's settings.
 
         Note that original LLaVA-1.5 and MobileVLM checkpoints store a CLIP processor with a centre

@@ -116,9 +116,7 @@ class LibraryImages:
             )
         added = tokenizer("")["input_ids"]  # the start token, of some the end token: not the picture's
         start = 1 if added[:1] == ids[:1].tolist() and places[0] > 0 else 0
-        end = len(ids) - (
-            1 if len(added) > start and added[-1] == ids[-1] and places[-1] < len(ids) - 1 else 0
-        )
+        end = len(ids) - (1 if len(added) > start and added[-1] == ids[-1] and places[-1] < len(ids) - 1 else 0)
         text = tokenizer.decode(ids[start:end], skip_special_tokens=False)
         inputs = {
             name: np.asarray(value)

@@ -8,14 +8,7 @@ import numpy as np
 import PIL.Image
 
 from vlm_distill_cache.common.errors import SampleError
-from vlm_distill_cache.common.pixels import (
-    HASH_BYTES,
-    MAX_PIXELS,
-    decode_image,
-    image_hash,
-    reason_of,
-    to_rgb,
-)
+from vlm_distill_cache.common.pixels import HASH_BYTES, MAX_PIXELS, decode_image, image_hash, reason_of, to_rgb
 
 __all__ = [
     "HASH_BYTES",
@@ -132,7 +125,5 @@ class ImageArray:
         """
         array = self.array
         if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or array.size == 0:
-            raise SampleError(
-                f"image {self.name}: expected u1 [H, W, 3], got {array.dtype} {list(array.shape)}"
-            )
+            raise SampleError(f"image {self.name}: expected u1 [H, W, 3], got {array.dtype} {list(array.shape)}")
         return PIL.Image.fromarray(array)

@@ -14,14 +14,7 @@ import numpy as np
 from PIL import Image
 
 from vlm_distill_cache.common.errors import DataError
-from vlm_distill_cache.data.sample import (
-    CaptionPair,
-    EvaluationSet,
-    Question,
-    Sample,
-    Turn,
-    fingerprint_samples,
-)
+from vlm_distill_cache.data.sample import CaptionPair, EvaluationSet, Question, Sample, Turn, fingerprint_samples
 from vlm_distill_cache.data.shapes.scene import SPLITS, Scene, draw_scene, sample_scene, scene_generator
 from vlm_distill_cache.data.shapes.text import (
     CAPTION_QUESTIONS,
@@ -133,9 +126,7 @@ class ShapesDataset:
     @property
     def sample_ids(self) -> Sequence[str]:
         """The ids in order; picture i has the same id whatever the number of images."""
-        return [
-            SceneImage(split=self.split, seed=self.seed, index=index).name for index in range(self.images)
-        ]
+        return [SceneImage(split=self.split, seed=self.seed, index=index).name for index in range(self.images)]
 
     def fingerprint(self) -> str:
         """Return the hash of all ids and texts (about 0.3 ms a sample)."""
@@ -171,9 +162,7 @@ def shapes_evaluation(split: str = "test", items: int = 300, seed: int = 0) -> E
             if text is not None and len(pairs[kind]) < items:
                 found += 1
                 item_id = f"{image.name}-{kind}"
-                pairs[kind].append(
-                    CaptionPair(item_id=item_id, image=image, right=text[0], wrong=text[1], kind=kind)
-                )
+                pairs[kind].append(CaptionPair(item_id=item_id, image=image, right=text[0], wrong=text[1], kind=kind))
         for kind, rule in QUESTION_KINDS.items():
             text = rule(scene, generator)
             if text is not None and len(questions[kind]) < items:

@@ -193,9 +193,7 @@ def swap_obj(scene: Scene, generator: np.random.Generator) -> Pair:
     return f"a {first.noun} {relation} a {second.noun}", f"a {second.noun} {relation} a {first.noun}"
 
 
-def _replace(
-    scene: Scene, generator: np.random.Generator, rename: Callable[[SceneObject], list[str]]
-) -> Pair | None:
+def _replace(scene: Scene, generator: np.random.Generator, rename: Callable[[SceneObject], list[str]]) -> Pair | None:
     """Rename one of two listed objects to something that is absent."""
     things = _shuffled(scene, generator)[:2]
     place = int(generator.integers(2))

@@ -43,9 +43,7 @@ class HuggingFaceDataset:
         named = [column for column in _ID_COLUMNS if column in columns]
         # Rows without an id are numbered: their content would have to be read in full to hash it.
         rows = self._table[named[0]] if named else [f"row-{index:08d}" for index in range(len(self._table))]
-        self.sample_ids: Sequence[str] = resolve_ids(
-            ((row, index) for index, row in enumerate(rows)), where=str(path)
-        )
+        self.sample_ids: Sequence[str] = resolve_ids(((row, index) for index, row in enumerate(rows)), where=str(path))
 
     def __len__(self) -> int:
         return len(self.sample_ids)

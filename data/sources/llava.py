@@ -79,9 +79,7 @@ def refuse_lost_image(record: Mapping[str, Any], images: Sequence[ImageSource]) 
     first = (record.get("messages") or record.get("conversations") or [{}])[0]
     content = first.get("content", first.get("value", record.get("question")))
     parts = content if isinstance(content, list) else [{"text": content}]
-    if not images and any(
-        part.get("type") == "image" or IMAGE_MARKER in (part.get("text") or "") for part in parts
-    ):
+    if not images and any(part.get("type") == "image" or IMAGE_MARKER in (part.get("text") or "") for part in parts):
         raise SampleError(f"the first question has {IMAGE_MARKER}, but the entry names no image")
 
 
@@ -133,9 +131,7 @@ def pair_turns(messages: Sequence[tuple[str, str]]) -> tuple[Turn, ...]:
     questions = [text.strip() for _, text in messages[0::2]]
     questions[0] = questions[0].replace(IMAGE_MARKER, "").strip()
     answers = [text.strip() for _, text in messages[1::2]]
-    return tuple(
-        Turn(question=question, answer=answer) for question, answer in zip(questions, answers, strict=True)
-    )
+    return tuple(Turn(question=question, answer=answer) for question, answer in zip(questions, answers, strict=True))
 
 
 def find_images(value: Any, root: Path) -> tuple[ImageSource, ...]:
@@ -157,16 +153,12 @@ def _image_file(value: Any, root: Path) -> ImageFile:
     if not isinstance(value, str) or not value:
         raise SampleError(f"an image must be given by its path, got {_brief(value)}")
     if "://" in value or value.startswith("data:"):
-        raise SampleError(
-            f"image {value[:60]!r} is not a file; nothing is downloaded, so store it beside the data"
-        )
+        raise SampleError(f"image {value[:60]!r} is not a file; nothing is downloaded, so store it beside the data")
     path = Path(value)
     if path.is_absolute():
         return ImageFile(path, hint="the data names it by this absolute path")
     if ".." in path.parts:
-        raise SampleError(
-            f"image path {value!r} leaves the image folder; use a path below it or an absolute one"
-        )
+        raise SampleError(f"image path {value!r} leaves the image folder; use a path below it or an absolute one")
     # Reasons of failure are kept in the cache: they name no folder of this machine.
     hint = "relative image paths start from the data's own folder, or where images says; set images to change that"
     return ImageFile(root / path, hint=hint, shown=value)

@@ -159,9 +159,7 @@ def _parse_content(content: Any, position: int) -> tuple[str, list[str], int]:
     if isinstance(content, str):
         return content, [], 0
     if not isinstance(content, Sequence):
-        raise SampleError(
-            f"message {position} has content of type {type(content).__name__}, expected text or parts"
-        )
+        raise SampleError(f"message {position} has content of type {type(content).__name__}, expected text or parts")
     texts, images, count = [], [], 0
     for part in content:
         kind = part.get("type") if isinstance(part, Mapping) else None
@@ -181,7 +179,5 @@ def _parse_line(line: bytes, where: str) -> dict[str, Any]:
     except ValueError as error:  # JSONDecodeError, or bytes that are not UTF-8
         raise DataError(f"{where} is not JSON: {error}; repair or remove the line") from error
     if not isinstance(record, dict):
-        raise DataError(
-            f"{where}: expected an object, got {type(record).__name__}; repair or remove the line"
-        )
+        raise DataError(f"{where}: expected an object, got {type(record).__name__}; repair or remove the line")
     return record

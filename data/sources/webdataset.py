@@ -47,12 +47,8 @@ class WebDataset:
         paths = find_tars(pattern)
         self._members = [member for path in paths for member in _index_tar(path)]
         if not self._members:
-            raise DataError(
-                f"{pattern}: no member KEY.json or KEY.txt in {len(paths)} tars; nothing to learn from"
-            )
-        self.sample_ids: Sequence[str] = refuse_repeats(
-            [member.key for member in self._members], where=pattern
-        )
+            raise DataError(f"{pattern}: no member KEY.json or KEY.txt in {len(paths)} tars; nothing to learn from")
+        self.sample_ids: Sequence[str] = refuse_repeats([member.key for member in self._members], where=pattern)
 
     def __len__(self) -> int:
         return len(self._members)
@@ -91,9 +87,7 @@ def find_tars(pattern: str) -> list[Path]:
         paths += [Path(match) for match in sorted(glob.glob(part))] or [Path(part)]  # noqa: PTH207 - absolute too
     missing = [str(path) for path in paths if not path.is_file()]
     if missing or not paths:
-        raise DataError(
-            f"no tar at {', '.join(missing[:3]) or pattern}; give a tar, a folder of tars or a pattern"
-        )
+        raise DataError(f"no tar at {', '.join(missing[:3]) or pattern}; give a tar, a folder of tars or a pattern")
     return paths
 
 
@@ -116,8 +110,7 @@ def _index_tar(path: Path) -> list[_Member]:
                     member.images.append(part)
     except (tarfile.TarError, OSError, EOFError) as error:
         raise DataError(
-            f"{path} cannot be read as an uncompressed tar: {error}; "
-            "unpack .tar.gz first, or download it again"
+            f"{path} cannot be read as an uncompressed tar: {error}; unpack .tar.gz first, or download it again"
         ) from error
     return [member for member in members.values() if member.texts]
 

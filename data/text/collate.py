@@ -204,16 +204,12 @@ def join_image_inputs(samples: Sequence[EncodedSample]) -> dict[str, Tensor]:
     joined: dict[str, Tensor] = {}
     names = {tuple(sorted(inputs)) for inputs in with_image}
     if len(names) > 1:
-        raise ConfigError(
-            f"pictures of one batch have different inputs {sorted(names)}; use one image encoder"
-        )
+        raise ConfigError(f"pictures of one batch have different inputs {sorted(names)}; use one image encoder")
     for name in with_image[0] if with_image else ():
         arrays = [inputs[name] for inputs in with_image]
         shapes = {array.shape[1:] for array in arrays}
         if len(shapes) > 1:
-            raise ConfigError(
-                f"pictures of one batch differ in size ({name}: {sorted(shapes)}); use one image encoder"
-            )
+            raise ConfigError(f"pictures of one batch differ in size ({name}: {sorted(shapes)}); use one image encoder")
         joined[name] = torch.from_numpy(np.concatenate(arrays))
     return joined
 

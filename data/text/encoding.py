@@ -60,9 +60,7 @@ def inside_spans(offsets: np.ndarray, spans: tuple[tuple[int, int], ...]) -> np.
     for start, end in spans:
         inside = (starts < end) & ((ends > start) | ((starts == ends) & (starts >= start)))
         if not inside.any():
-            raise SampleError(
-                f"an answer ({end - start} characters) has no tokens; the tokenizer drops its text"
-            )
+            raise SampleError(f"an answer ({end - start} characters) has no tokens; the tokenizer drops its text")
         is_answer |= inside
     return is_answer
 
@@ -220,11 +218,7 @@ class SampleEncoder:
         """What a template writes for the image: the encoder's marker, else the image token."""
         if self.image_encoder.marker is not None:
             return self.image_encoder.marker
-        return (
-            str(self.tokenizer.added_tokens_decoder[self.image_token_id])
-            if self._knows_image
-            else IMAGE_MARKER
-        )
+        return str(self.tokenizer.added_tokens_decoder[self.image_token_id]) if self._knows_image else IMAGE_MARKER
 
     @cached_property
     def end_token_ids(self) -> list[int]:
@@ -340,9 +334,7 @@ class SampleEncoder:
                 at = text.index(IMAGE_MARKER)
                 marker = np.array([[at, at + len(IMAGE_MARKER)]])
                 offsets = np.concatenate([before[1], marker, after[1] + at + len(IMAGE_MARKER)])
-                ids_and_offsets.append(
-                    (np.concatenate([before[0], [self.image_token_id], after[0]]), offsets)
-                )
+                ids_and_offsets.append((np.concatenate([before[0], [self.image_token_id], after[0]]), offsets))
         else:
             ids_and_offsets = self._offsets(texts)
         leading = len(self._leading_ids)

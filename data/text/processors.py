@@ -40,9 +40,7 @@ def module_fingerprint(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def weights_fingerprint(
-    directory: Path, dtype: str, *, device_map: str = "", quantisation: str = "none"
-) -> str:
+def weights_fingerprint(directory: Path, dtype: str, *, device_map: str = "", quantisation: str = "none") -> str:
     """Fingerprint a checkpoint directory: its weight files, its config and the dtype it runs in.
 
     Args:
@@ -60,8 +58,7 @@ def weights_fingerprint(
     files = sorted([*directory.glob("*.safetensors"), *directory.glob("pytorch_model*.bin")])
     if not files:
         raise ModelError(
-            f"{directory} holds no *.safetensors or pytorch_model*.bin; point at a directory "
-            "that save_pretrained wrote"
+            f"{directory} holds no *.safetensors or pytorch_model*.bin; point at a directory that save_pretrained wrote"
         )
     config = json.loads((directory / "config.json").read_text())
     for key in ("_name_or_path", "transformers_version", "torch_dtype", "dtype"):
@@ -78,9 +75,7 @@ def weights_fingerprint(
     )
 
 
-_PROBE = (
-    "USER: What's in  it?\n(A) 3 RED px\tna\u00efve e\u0301t\u00e9 \u4e2d\u6587 \U0001f642 x_1 ASSISTANT: no"
-)
+_PROBE = "USER: What's in  it?\n(A) 3 RED px\tna\u00efve e\u0301t\u00e9 \u4e2d\u6587 \U0001f642 x_1 ASSISTANT: no"
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
@@ -139,9 +134,7 @@ def _chat_template(path: Path) -> str:
     try:
         template = json.loads(path.read_text(encoding="utf-8"))["chat_template"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(
-            f'{path}: expected {{"chat_template": "..."}}, got {error!r}; download it again'
-        ) from error
+        raise ModelError(f'{path}: expected {{"chat_template": "..."}}, got {error!r}; download it again') from error
     return str(template)
 
 

@@ -268,9 +268,7 @@ def _answer_of(past: str, asked: str, prompt: str, full: str, answer: str) -> st
     return answer + after if found and before.split() == prompt[len(asked) :].split() else None
 
 
-def _apply_chat(
-    tokenizer: Any, source: str, messages: list[dict[str, Any]], *, add_generation_prompt: bool
-) -> str:
+def _apply_chat(tokenizer: Any, source: str, messages: list[dict[str, Any]], *, add_generation_prompt: bool) -> str:
     from jinja2 import TemplateError
 
     try:

@@ -65,8 +65,7 @@ def shift_and_mirror(pixels: Tensor, generator: torch.Generator, reach: int = CE
     places = torch.randint(0, 2 * reach + 1, (len(pixels), 2), generator=generator).tolist()
     mirrored = (torch.rand(len(pixels), generator=generator) < 0.5).tolist()
     crops = [
-        picture[:, top : top + height, left : left + width]
-        for picture, (top, left) in zip(padded, places, strict=True)
+        picture[:, top : top + height, left : left + width] for picture, (top, left) in zip(padded, places, strict=True)
     ]
     return torch.stack([crop.flip(-1) if flip else crop for crop, flip in zip(crops, mirrored, strict=True)])
 
@@ -98,10 +97,7 @@ def train_tower_on_answers(
     labels = torch.from_numpy(answer_labels(dataset))
     pictures = torch.from_numpy(
         np.stack(
-            [
-                encoder.image_encoder(dataset[i].images[0].load()).inputs["pixel_values"][0]
-                for i in range(len(dataset))
-            ]
+            [encoder.image_encoder(dataset[i].images[0].load()).inputs["pixel_values"][0] for i in range(len(dataset))]
         )
     )
     sizes = [len(words) for words in WORD_GROUPS]

@@ -77,9 +77,7 @@ def score_model(
     }
 
 
-def _pack(
-    items: EvaluationSet, caption_question: str, limit: int
-) -> list[tuple[Sample, list[CaptionPair | Question]]]:
+def _pack(items: EvaluationSet, caption_question: str, limit: int) -> list[tuple[Sample, list[CaptionPair | Question]]]:
     """Group items by picture into samples of at most ``limit`` conversations."""
     by_image: dict[str, list[CaptionPair | Question]] = defaultdict(list)
     everything: list[CaptionPair | Question] = [*items.pairs, *items.questions]

@@ -33,11 +33,12 @@ from vlm_distill_cache.common.files.atomic import (
     write_json_atomic,
 )
 from vlm_distill_cache.data.builtin import IMAGE_TOKEN, MODEL_MAX_LENGTH, load_image_processor, load_tokenizer
+from vlm_distill_cache.data.images.encoder import ImageEncoder
 from vlm_distill_cache.data.registry import open_dataset, open_evaluation
 from vlm_distill_cache.data.sample import Dataset
 from vlm_distill_cache.data.shapes.dataset import ShapesDataset, shapes_evaluation
 from vlm_distill_cache.data.shapes.scene import GRID
-from vlm_distill_cache.data.text.encoding import ImageEncoder, SampleEncoder
+from vlm_distill_cache.data.text.encoding import SampleEncoder
 from vlm_distill_cache.data.text.templates import TEMPLATES
 from vlm_distill_cache.stage1_teacher.demo.answers import train_tower_on_answers
 from vlm_distill_cache.stage1_teacher.demo.language import DRILLS, DrilledScenes, train_language
@@ -107,9 +108,7 @@ def demo_teacher_for(data_spec: str, directory: Path, *, seed: int = 0) -> Path:
     if name == "shapes":
         return builtin_teacher_directory()
     if not (directory / "training.json").is_file():
-        logger.info(
-            "No teacher given and none shipped for %s: training one, kept in %s (minutes)", name, directory
-        )
+        logger.info("No teacher given and none shipped for %s: training one, kept in %s (minutes)", name, directory)
         train_demo_teacher(data_spec, directory, seed=seed)
     return directory
 

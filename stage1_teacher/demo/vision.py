@@ -126,8 +126,7 @@ def train_tower(
     with torch.no_grad():
         scores = heads(tower_features(model, normalize(pictures))).split([*sizes, 2 * GRID], dim=-1)
     right = [
-        (score.argmax(-1) == target[..., i])[occupied].float().mean().item()
-        for i, score in enumerate(scores[:-1])
+        (score.argmax(-1) == target[..., i])[occupied].float().mean().item() for i, score in enumerate(scores[:-1])
     ]
     return dict(zip(("color", "shape", "size"), (round(share, 4) for share in right), strict=True))
 
@@ -161,9 +160,7 @@ def align_projector(
     """
     embeddings = model.get_input_embeddings()
     projector = model.model.multi_modal_projector
-    optimizer = WarmCosine(
-        nn.ModuleDict({"embed": embeddings, "projector": projector}), rate=rate, steps=steps
-    )
+    optimizer = WarmCosine(nn.ModuleDict({"embed": embeddings, "projector": projector}), rate=rate, steps=steps)
     word_ids = [torch.tensor(tokenizer.convert_tokens_to_ids(list(names))) for names in _NAMES]
     rows = torch.tensor(tokenizer.convert_tokens_to_ids([f"r{i + 1}" for i in range(GRID)]))
     columns = torch.tensor(tokenizer.convert_tokens_to_ids([f"c{i + 1}" for i in range(GRID)]))

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vlm_distill_cache.stage1_teacher.build.parts import fix_threads
-from vlm_distill_cache.stage1_teacher.build.plan import open_build
 from vlm_distill_cache.stage1_teacher.config import BuildConfig
 from vlm_distill_cache.stage1_teacher.estimate.probe import Probe, measure_probe
+from vlm_distill_cache.stage1_teacher.planning.open import open_build
+from vlm_distill_cache.stage1_teacher.planning.parts import fix_threads
 
 STEP_FORWARDS = 3.0  # a training step costs about three forward passes: one forward, two for the gradients
 MAX_STUDENTS = 1_000_000
@@ -66,9 +66,7 @@ class Estimate:
     def cache_bytes(self) -> int:
         """Bytes of the whole cache on disk."""
         probe = self.probe
-        return round(
-            probe.stored * self.sample_count + probe.shard_bytes * self.shard_count + probe.side_bytes
-        )
+        return round(probe.stored * self.sample_count + probe.shard_bytes * self.shard_count + probe.side_bytes)
 
     @property
     def stage_one_hours(self) -> float:
@@ -219,9 +217,7 @@ def estimate_text(estimate: Estimate) -> str:
         f"teacher {probe.teacher * 1e3:.2f} ms, write {probe.write * 1e3:.2f} ms)"
     )
     lines.append(f"Training, each student {scenario.epochs:g} times over the data:")
-    lines.append(
-        f"  {'students':<10}{'teacher beside the student':>28}{'cache, stage one included':>28}{'ratio':>8}"
-    )
+    lines.append(f"  {'students':<10}{'teacher beside the student':>28}{'cache, stage one included':>28}{'ratio':>8}")
     for students in scenario.students:
         online, offline = estimate.hours(students)
         left = _hours(online) + _money(scenario.price, online)
@@ -230,9 +226,7 @@ def estimate_text(estimate: Estimate) -> str:
         lines.append(f"  {students:<10}{left:>28}{right:>28}{ratio:>8.2f}")
     pays = estimate.pays_from
     lines.append(
-        "  the cache never pays"
-        if pays is None
-        else f"  the cache pays from {pays} student{'s' * (pays > 1)} on"
+        "  the cache never pays" if pays is None else f"  the cache pays from {pays} student{'s' * (pays > 1)} on"
     )
     lines += ["Assumed:", *(f"  - {line}" for line in assumptions(estimate))]
     return "\n".join(lines)

@@ -20,13 +20,13 @@ from vlm_distill_cache.data.families.table import submodule
 from vlm_distill_cache.data.sample import Dataset, Sample
 from vlm_distill_cache.data.text.collate import Batch, collate, length_buckets
 from vlm_distill_cache.data.text.encoding import EncodedSample
-from vlm_distill_cache.stage1_teacher.build.batch_size import available_memory
-from vlm_distill_cache.stage1_teacher.build.plan import Build
 from vlm_distill_cache.stage1_teacher.loop.answers import ANSWERS, answer_shard
 from vlm_distill_cache.stage1_teacher.loop.encode_ahead import encode_shards
 from vlm_distill_cache.stage1_teacher.loop.forward import run_shard
 from vlm_distill_cache.stage1_teacher.loop.signals import TeacherSignals
+from vlm_distill_cache.stage1_teacher.loop.work import Build
 from vlm_distill_cache.stage1_teacher.loop.writer import EncodedShard, Writer
+from vlm_distill_cache.stage1_teacher.planning.batch_size import available_memory
 from vlm_distill_cache.stage1_teacher.teacher.export import export_parts
 
 MAX_RUNS, ENOUGH_S = 5, 2.0
@@ -326,9 +326,7 @@ def _run_eager(work: Build, batches: list[Batch]) -> None:
     for batch in batches:
         teacher = work.teacher
         inputs = dict(teacher.family.model_inputs(teacher.config, batch.to(teacher.device), dtype=dtype))
-        inputs["attention_mask"] = additive_mask(
-            inputs["attention_mask"], dtype
-        )  # eager attention adds its mask
+        inputs["attention_mask"] = additive_mask(inputs["attention_mask"], dtype)  # eager attention adds its mask
         output = teacher.model(**inputs, use_cache=False, output_attentions=True)
         output.logits[:, -1:, -1:].cpu()  # waits for the device
 
@@ -348,9 +346,7 @@ class _Again:
         return self.dataset[self.positions[index % len(self.positions)]]
 
 
-def _rehearse(
-    work: Build, folder: Path, positions: list[int], batch_size: int, times: Mapping[str, float]
-) -> float:
+def _rehearse(work: Build, folder: Path, positions: list[int], batch_size: int, times: Mapping[str, float]) -> float:
     """Seconds a sample of the main loop, run over a few small shards; threads that want one core wait for each other.
 
     Args:
@@ -364,9 +360,7 @@ def _rehearse(
     if ANSWERS in work.codecs:  # the teacher writes answers before it scores them
         return times["encode"] + max(times["teacher"], times["write"])
     alone = max(times["teacher"], times["encode"] / max(1, work.workers) + times["write"])
-    if (
-        times["teacher"] * count > SLOW_S
-    ):  # then the teacher is all that counts, and a rehearsal would take minutes
+    if times["teacher"] * count > SLOW_S:  # then the teacher is all that counts, and a rehearsal would take minutes
         return alone
     plan = replace(work.plan, sample_count=count * SHARDS, shard_size=count)
     data = _Again(dataset=work.dataset, positions=positions)

@@ -4,14 +4,13 @@ A shard is the unit again: its prompts form batches by length, each with random 
 like every other byte of a shard, do not depend on who builds it or what was built before.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 
-from vlm_distill_cache.common.cache.manifest import Plan
 from vlm_distill_cache.common.codecs.answers import AnswersCodec
 from vlm_distill_cache.common.errors import SampleError
 from vlm_distill_cache.common.files.hashing import fingerprint
@@ -19,27 +18,10 @@ from vlm_distill_cache.data.sample import Sample, Turn, with_answers
 from vlm_distill_cache.data.text.collate import length_buckets
 from vlm_distill_cache.data.text.encoding import EncodedSample
 from vlm_distill_cache.data.text.generation import Generated, Sampling, generate_answers
-from vlm_distill_cache.stage1_teacher.build.plan import Build
-from vlm_distill_cache.stage1_teacher.loop.encode_ahead import encode_shards
+from vlm_distill_cache.stage1_teacher.loop.work import Build
 from vlm_distill_cache.stage1_teacher.loop.writer import EncodedShard
 
 ANSWERS = "answers"
-
-
-def open_shards(work: Build, plan: Plan, todo: Sequence[int], *, batch_size: int) -> Iterator[EncodedShard]:
-    """Encode shards for the teacher: with the data set's answers ahead of it, or with its own in its own time.
-
-    Args:
-        work: Teacher, data and codecs.
-        plan: The partition into shards.
-        todo: Shards wanted.
-        batch_size: Most prompts in one batch.
-    """
-    if ANSWERS not in work.codecs:
-        yield from encode_shards(work.dataset, work.encoder, plan, todo, workers=work.workers)
-        return
-    for index in todo:
-        yield answer_shard(work, plan.shard_range(index), index=index, batch_size=batch_size)
 
 
 @dataclass
@@ -55,9 +37,7 @@ class _Conversation:
             return None
         asked = self.sample.turns[len(self.answers)].question
         earlier = () if self.sample.independent_turns else self.sample.turns[: len(self.answers)]
-        turns = [
-            Turn(question=turn.question, answer=a) for turn, a in zip(earlier, self.answers, strict=False)
-        ]
+        turns = [Turn(question=turn.question, answer=a) for turn, a in zip(earlier, self.answers, strict=False)]
         return Sample(
             sample_id=self.sample.sample_id,
             images=self.sample.images,
@@ -117,16 +97,12 @@ def _answer_turn(
         chosen = [prompts[place] for place in bucket]
         seed = _seed(codec.seed, shard.index, turn, number)
         made = _generate(work, codec, chosen, seed)
-        for prompt, answer, finished, finite in zip(
-            chosen, made.texts, made.finished, made.finite, strict=True
-        ):
+        for prompt, answer, finished, finite in zip(chosen, made.texts, made.finished, made.finite, strict=True):
             if answer and finished and finite:
                 open_[prompt.sample_id].answers.append(answer)
                 continue
             problem = (
-                "is empty"
-                if finished
-                else f"has no end within {codec.max_new_tokens} tokens; raise max_new_tokens"
+                "is empty" if finished else f"has no end within {codec.max_new_tokens} tokens; raise max_new_tokens"
             )
             if not finite:
                 problem = "has logits that are no finite numbers; try dtype=bfloat16 or float32"

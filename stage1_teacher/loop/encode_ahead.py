@@ -131,9 +131,7 @@ class _Processes:
 
     def start(self) -> None:
         """Start them; those that did start before an error are running."""
-        fork = multiprocessing.get_context(
-            "fork"
-        )  # at once, and nothing is pickled; no process touches a GPU
+        fork = multiprocessing.get_context("fork")  # at once, and nothing is pickled; no process touches a GPU
         for first in range(self._count):
             with _forking:
                 here, there = fork.Pipe(duplex=False)

@@ -15,7 +15,6 @@ import torch
 from vlm_distill_cache.common.errors import DistillError, ModelError, SampleError
 from vlm_distill_cache.data.text.collate import Batch, collate, length_buckets
 from vlm_distill_cache.data.text.encoding import EncodedSample
-from vlm_distill_cache.stage1_teacher.build.plan import Build
 from vlm_distill_cache.stage1_teacher.loop.signals import (
     TeacherSignals,
     check_finite,
@@ -23,6 +22,7 @@ from vlm_distill_cache.stage1_teacher.loop.signals import (
     reduce_output,
     to_cpu,
 )
+from vlm_distill_cache.stage1_teacher.loop.work import Build
 from vlm_distill_cache.stage1_teacher.loop.writer import EncodedShard, run_ahead
 from vlm_distill_cache.stage1_teacher.teacher.inputs import TeacherInputs
 

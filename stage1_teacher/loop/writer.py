@@ -73,8 +73,7 @@ class FailureBudget:
         # Divided, not multiplied: 0.29 * 100 is less than 29.
         if self.failed and self.failed / self.total > self.share:
             reasons = [
-                f"  {one_line(reason if repr(name) in reason else f'{name}: {reason}')}"
-                for name, reason in self.first
+                f"  {one_line(reason if repr(name) in reason else f'{name}: {reason}')}" for name, reason in self.first
             ]
             more = self.failed - len(self.first)
             enough = 0.1 if self.failed / self.total < 0.1 else 1

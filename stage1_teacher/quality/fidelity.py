@@ -27,9 +27,9 @@ from vlm_distill_cache.common.codecs.teacher_map import TeacherMap, image_pairs
 from vlm_distill_cache.common.errors import SampleError
 from vlm_distill_cache.data.sample import Sample, with_answers
 from vlm_distill_cache.data.text.collate import Batch, collate
-from vlm_distill_cache.stage1_teacher.build.plan import Build
 from vlm_distill_cache.stage1_teacher.loop.answers import ANSWERS
 from vlm_distill_cache.stage1_teacher.loop.signals import TeacherSignals, reduce_output, slice_logits, to_cpu
+from vlm_distill_cache.stage1_teacher.loop.work import Build
 from vlm_distill_cache.stage1_teacher.teacher.teacher import TeacherOutput
 
 MOST_PLACES = 5
@@ -314,9 +314,7 @@ def _read_record(cache_dir: Path, plan: Plan, position: int, sample_id: str) -> 
     reader = open_reader(plan.store, cache_dir, index, plan.all_fields)
     try:
         images = SharedImages(plan.all_fields)
-        return images.read(
-            reader, reader.sample_ids.index(sample_id), where=f"{cache_dir}, sample {sample_id!r}"
-        )
+        return images.read(reader, reader.sample_ids.index(sample_id), where=f"{cache_dir}, sample {sample_id!r}")
     finally:
         reader.close()
 
@@ -402,9 +400,7 @@ def _compare_maps(
                 totals.add_cosines(f"{name}visual_map_{kind}gradient_cosine", [cosine])
 
 
-def _compare_logits(
-    totals: Totals, codec: Any, record: Any, output: TeacherOutput, again: TeacherOutput
-) -> None:
+def _compare_logits(totals: Totals, codec: Any, record: Any, output: TeacherOutput, again: TeacherOutput) -> None:
     dense = F.log_softmax(output.logits.float().cpu(), dim=-1)  # [A, V], nats
     dense_again = F.log_softmax(again.logits.float().cpu(), dim=-1)
     sparse: SparseLogits = codec.decode(record)

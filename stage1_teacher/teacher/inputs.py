@@ -93,17 +93,12 @@ class TeacherInputs:
             supervised=_map_tensors(move, self.supervised),
             visual=_map_tensors(move, self.visual),
             attention={name: _move_request(move_once, request) for name, request in self.attention.items()},
-            hidden={
-                name: HiddenRequest(move(request.rows), request.layers)
-                for name, request in self.hidden.items()
-            },
+            hidden={name: HiddenRequest(move(request.rows), request.layers) for name, request in self.hidden.items()},
         )
 
 
 @torch.inference_mode()
-def prepare_inputs(
-    batch: Batch, wanted: Wanted, *, family: Family, config: Any, dtype: torch.dtype
-) -> TeacherInputs:
+def prepare_inputs(batch: Batch, wanted: Wanted, *, family: Family, config: Any, dtype: torch.dtype) -> TeacherInputs:
     """Compute all that the teacher needs of a batch, on the CPU.
 
     Args:
@@ -166,11 +161,7 @@ def image_weights(batch: Batch, keys: Tensor) -> Tensor:
 def _map_tensors(move: Callable[[Tensor], Tensor], value: Any) -> Any:
     if isinstance(value, Tensor):
         return move(value)
-    return (
-        {name: _map_tensors(move, part) for name, part in value.items()}
-        if isinstance(value, Mapping)
-        else value
-    )
+    return {name: _map_tensors(move, part) for name, part in value.items()} if isinstance(value, Mapping) else value
 
 
 def _move_request(move: Callable[[Tensor], Tensor], request: AttentionRequest) -> AttentionRequest:

@@ -24,11 +24,7 @@ from vlm_distill_cache.data.families.models import Quantisation, input_device, o
 from vlm_distill_cache.data.families.table import Family, submodule
 from vlm_distill_cache.data.images.encoder import AnyImageEncoder
 from vlm_distill_cache.data.text.collate import Batch
-from vlm_distill_cache.data.text.processors import (
-    module_fingerprint,
-    tokenizer_fingerprint,
-    weights_fingerprint,
-)
+from vlm_distill_cache.data.text.processors import module_fingerprint, tokenizer_fingerprint, weights_fingerprint
 from vlm_distill_cache.stage1_teacher.teacher.inputs import TeacherInputs, Wanted, prepare_inputs
 
 logger = logging.getLogger(__name__)
@@ -93,16 +89,12 @@ class Teacher:
             device_map = str(wanted)
         opened = open_family_model(directory, dtype=dtype, device_map=device_map, quantisation=quantisation)
         placed = device_map or quantisation != "none"
-        self.model: Any = (opened.model if placed else opened.model.to(wanted)).requires_grad_(
-            requires_grad=False
-        )
+        self.model: Any = (opened.model if placed else opened.model.to(wanted)).requires_grad_(requires_grad=False)
         self.device = input_device(self.model)
         self.family: Family = opened.family
         self.tokenizer = opened.tokenizer
         self.config = self.model.config
-        self.image_encoder: AnyImageEncoder = self.family.image_encoder(
-            self.config, opened.processor, self.tokenizer
-        )
+        self.image_encoder: AnyImageEncoder = self.family.image_encoder(self.config, opened.processor, self.tokenizer)
         self.image_token_id = self.family.image_token_id(self.config)
         self.pad_token_id = int(self.tokenizer.pad_token_id or 0)
         self.training = _training_notes(directory)
@@ -147,9 +139,7 @@ class Teacher:
             ModelError: If a token id has no row in the embedding.
         """
         self.check_ids(batch.input_ids)
-        inputs = prepare_inputs(
-            batch, wanted, family=self.family, config=self.config, dtype=getattr(torch, self.dtype)
-        )
+        inputs = prepare_inputs(batch, wanted, family=self.family, config=self.config, dtype=getattr(torch, self.dtype))
         return inputs.pinned() if self.device.type == "cuda" else inputs
 
     @torch.inference_mode()
@@ -221,15 +211,11 @@ class Teacher:
                 "tokenizer and weights are of different checkpoints"
             )
 
-    def _record_hidden(
-        self, requests: Mapping[str, HiddenRequest]
-    ) -> AbstractContextManager[Mapping[str, Tensor]]:
+    def _record_hidden(self, requests: Mapping[str, HiddenRequest]) -> AbstractContextManager[Mapping[str, Tensor]]:
         """The capture of hidden states, if any are wanted."""
         return HiddenCapture(self.language_model).record(requests) if requests else nullcontext({})
 
-    def _record(
-        self, requests: Mapping[str, AttentionRequest]
-    ) -> AbstractContextManager[Mapping[str, Tensor]]:
+    def _record(self, requests: Mapping[str, AttentionRequest]) -> AbstractContextManager[Mapping[str, Tensor]]:
         """The attention capture; raises ModelError if there is none and attention is wanted."""
         if self.capture is not None:
             return self.capture.record(requests)

@@ -18,13 +18,7 @@ from vlm_distill_cache.data.text.collate import Batch, collate, supervised_rows,
 from vlm_distill_cache.data.text.encoding import EncodedSample
 from vlm_distill_cache.stage2_student.batches.features import FeatureBatch, collate_features
 from vlm_distill_cache.stage2_student.batches.signals import AttentionTarget, SampleSignals
-from vlm_distill_cache.stage2_student.loss_weights import (
-    ALL_ROWS,
-    ATTENTION_TERMS,
-    FEATURE_TERMS,
-    ROW_SIGNALS,
-)
-from vlm_distill_cache.stage2_student.losses.attention import has_mass
+from vlm_distill_cache.stage2_student.loss_weights import ALL_ROWS, ATTENTION_TERMS, FEATURE_TERMS, ROW_SIGNALS
 
 
 @dataclass(frozen=True)
@@ -190,10 +184,7 @@ def _collate_attention(term: str, targets: Sequence[AttentionTarget]) -> Attenti
         teacher=teacher,
         image_mass=torch.cat(masses) if masses else None,
         student_pool=torch.stack(
-            [
-                torch.nn.functional.pad(pool, (0, cells - pool.shape[1], 0, keys - pool.shape[0]))
-                for pool in pools
-            ]
+            [torch.nn.functional.pad(pool, (0, cells - pool.shape[1], 0, keys - pool.shape[0])) for pool in pools]
         ),
         content=None if bool(content.all()) else content,
         count=int(has_mass(teacher).sum()),
@@ -209,3 +200,11 @@ def _pad_cells(tensor: Tensor, cells: int, *, both: bool) -> Tensor:
     if missing == 0:
         return tensor
     return torch.nn.functional.pad(tensor, (0, missing, 0, missing) if both else (0, missing))
+
+
+def has_mass(teacher: Tensor) -> Tensor:
+    """Which rows or samples an attention loss averages over: `[A or B, ...]` to bool `[A or B]`.
+
+    Those without any mass are text-only, or pictures so narrow that no token carries image.
+    """
+    return teacher.flatten(1).any(dim=1)

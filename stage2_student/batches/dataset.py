@@ -297,9 +297,7 @@ class CachedDataset:
 
     def batch(self, positions: Iterable[int]) -> TrainingBatch:
         """Load and collate a micro-batch; ``positions`` are places in ``sample_ids``."""
-        return collate_samples(
-            [self.load(int(position)) for position in positions], pad_token_id=self._pad_token_id
-        )
+        return collate_samples([self.load(int(position)) for position in positions], pad_token_id=self._pad_token_id)
 
 
 def answered_sample(cache: TeacherCache, sample: Sample) -> Sample:

@@ -74,9 +74,7 @@ def decode_features(
                     "`cachectl verify --deep` on the cache, then build the damaged shard again"
                 )
             if term == "visual_logits":
-                targets[term] = FeatureTarget(
-                    None, _same_tokens(decoded, teacher_tiles, student_tiles, where)
-                )
+                targets[term] = FeatureTarget(None, _same_tokens(decoded, teacher_tiles, student_tiles, where))
             else:
                 targets[term] = _pooled(decoded, teacher_tiles, student_tiles)
     return targets
@@ -150,9 +148,7 @@ def collate_features(features: Sequence[Mapping[str, FeatureTarget]]) -> dict[st
         batches[term] = FeatureBatch(
             teacher=torch.cat(states) if states else None,
             logits=SparseLogits.cat(logits) if logits else None,
-            student_pool=torch.cat(
-                [torch.nn.functional.pad(pool, (0, widest - pool.shape[1])) for pool in pools]
-            )
+            student_pool=torch.cat([torch.nn.functional.pad(pool, (0, widest - pool.shape[1])) for pool in pools])
             if pools
             else None,
             row_counts=tuple(counts),

@@ -66,9 +66,7 @@ def meet(teacher: tuple[Tile, ...], student: tuple[Tile, ...]) -> CommonGrid:
         if np.array_equal(tiles_to_array(teacher), tiles_to_array(student)):
             identity = torch.diag(student_content.float())
             return CommonGrid(teacher_pool=identity, student_pool=identity, content=student_content)
-        return _meet_on_grid(
-            teacher_boxes, student_boxes, int(min(teacher_content.sum(), student_content.sum()))
-        )
+        return _meet_on_grid(teacher_boxes, student_boxes, int(min(teacher_content.sum(), student_content.sum())))
     if is_students:
         teacher_pool = area_pool(teacher_boxes, student_boxes)
         identity = torch.diag(student_content.float())

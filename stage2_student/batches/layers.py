@@ -78,9 +78,7 @@ def regroup_rows(rows: RowAttention, match: GroupMatch | None) -> RowAttention:
     return RowAttention(regroup(rows.cells, match, axis=1), regroup(rows.image_mass, match, axis=1))
 
 
-def regroup_map(
-    maps: TeacherMap, match: GroupMatch | None, *, content: Tensor | None, wanted_by: str
-) -> TeacherMap:
+def regroup_map(maps: TeacherMap, match: GroupMatch | None, *, content: Tensor | None, wanted_by: str) -> TeacherMap:
     """Maps of the wanted groups: ``[H, N, N]`` to ``[G, N, N]``.
 
     Groups that the cache holds keep their exact sink mask; new means get a mask of their values.

@@ -25,9 +25,7 @@ class Prefetcher(Generic[Item]):
         waited: Seconds the consumer has spent waiting for items so far.
     """
 
-    def __init__(
-        self, load: Callable[[int], Item], start: int, stop: int, *, num_workers: int, depth: int = 2
-    ) -> None:
+    def __init__(self, load: Callable[[int], Item], start: int, stop: int, *, num_workers: int, depth: int = 2) -> None:
         """Start loading.
 
         Args:

@@ -64,9 +64,7 @@ class ShardShuffle:
     def __post_init__(self) -> None:
         length = sum(len(shard) for shard in self.shards)
         if length == 0:
-            raise ConfigError(
-                "no sample to train on: every shard of the cache is empty or failed in stage one"
-            )
+            raise ConfigError("no sample to train on: every shard of the cache is empty or failed in stage one")
         if self.window < 1:
             raise ConfigError(f"shuffle_window is {self.window} shards; use 1 or more")
         object.__setattr__(self, "length", length)

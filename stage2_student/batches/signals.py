@@ -113,9 +113,7 @@ def decode_signals(
     teacher_tiles = tiles_from_array(np.asarray(source["tiles"]))
     if student_tiles and teacher_tiles:
         for term in ATTENTION_TERMS:
-            if term in (ATTENTION_SIGNALS if terms is None else terms) and codecs.keys() >= {
-                *cached_signals([term])
-            }:
+            if term in (ATTENTION_SIGNALS if terms is None else terms) and codecs.keys() >= {*cached_signals([term])}:
                 foreign = attention_rows is not None and term in ("text_attention", ALL_ROWS)
                 rows = len(record["text_attention"]) if foreign else attention_rows
                 sides = _Sides(codecs, source, teacher_tiles, student_tiles, match, rows, where)

@@ -123,9 +123,7 @@ def record_hidden(
     capture = HiddenCapture(getattr(model, "module", model).language_model)
     requests = {
         # Of a shallow student one layer may meet several of the teacher's.
-        term: HiddenRequest(
-            batch.rows if term == "hidden" else batch.keys, tuple(dict.fromkeys(layers[term]))
-        )
+        term: HiddenRequest(batch.rows if term == "hidden" else batch.keys, tuple(dict.fromkeys(layers[term])))
         for term in wanted
     }
     with capture.record(requests) as states:
@@ -197,7 +195,5 @@ def match_features(
                 "(PHASE: dpt, dft or sft), or use a student of the "
                 "teacher's width (a pruned one keeps it)"
             )
-        layers[term] = student_layers(
-            codec.layers, teacher_depth=int(plan.teacher["layers"]), student_depth=depth
-        )
+        layers[term] = student_layers(codec.layers, teacher_depth=int(plan.teacher["layers"]), student_depth=depth)
     return layers

@@ -124,9 +124,7 @@ def fused_losses(
             recording and bias is not None and bias.requires_grad,
         ),
     )
-    buckets = (
-        None if teacher is None else teacher_rows(teacher, vocabulary=vocabulary, temperature=temperature)
-    )
+    buckets = None if teacher is None else teacher_rows(teacher, vocabulary=vocabulary, temperature=temperature)
     total, lm, divergence = _FusedSum.apply(hidden, weight, bias, labels, buckets, settings)
     rows = max(rows, 1)
     logits = None if teacher is None else divergence * (factor / rows)
@@ -145,9 +143,7 @@ def _check_shapes(
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"fused_losses: expected bias [{weight.shape[0]}], got {[*bias.shape]}")
     if teacher is not None and len(teacher) != hidden.shape[0]:
-        raise ValueError(
-            f"fused_losses: student has {hidden.shape[0]} rows, teacher {len(teacher)}; rows must match"
-        )
+        raise ValueError(f"fused_losses: student has {hidden.shape[0]} rows, teacher {len(teacher)}; rows must match")
 
 
 def _is_autocast(device: str) -> bool:

@@ -202,9 +202,7 @@ class _Gradients:
             buffers.exponentiate(slopes)
             self.weight[block] = buffers.gradient(slopes, start).t() @ inputs
 
-    def finished(
-        self, weight: Tensor, bias: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def finished(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """By hidden states, weight and bias, of their dtypes: rounded once."""
         of_weight = None
         if self.needs_weight:
@@ -273,15 +271,11 @@ class _Buffers:
         settings = self.settings
         lm_weight, divergence_weight = settings.lm_weight, settings.divergence_weight
 
-        def descend(
-            rows: Tensor, buckets: TeacherRows | None, *weights: float
-        ) -> tuple[Tensor, Tensor, RowSlopes]:
+        def descend(rows: Tensor, buckets: TeacherRows | None, *weights: float) -> tuple[Tensor, Tensor, RowSlopes]:
             return losses_in_place(rows, labels, buckets, kind=settings.kind, weights=weights)
 
         if teacher is None or self.scaled is None:
-            lm, divergence, slopes = descend(
-                self._at_temperatures()[0], teacher, lm_weight, divergence_weight
-            )
+            lm, divergence, slopes = descend(self._at_temperatures()[0], teacher, lm_weight, divergence_weight)
             return (lm, divergence), (slopes,)
         # At another temperature the two losses have different exponentials.
         logits, scaled = self._scale()
@@ -358,7 +352,5 @@ def losses_in_place(
         on_slots += divergence_weight * (found.slots - student.log_probs.exp() * pull[:, None])
         in_tail += divergence_weight * (found.tail - student.log_tail.exp() * pull)
     factor = in_tail / mass.clamp_min(1.0)
-    slopes = RowSlopes(
-        top=top, factor=factor, slots=slots, on_slots=on_slots, labels=labels, label_weight=lm_weight
-    )
+    slopes = RowSlopes(top=top, factor=factor, slots=slots, on_slots=on_slots, labels=labels, label_weight=lm_weight)
     return lm, divergence, slopes

@@ -193,9 +193,7 @@ class _DivergenceSum(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, student_logits: Tensor, teacher: TeacherRows, kind: LogitKind, temperature: float
-    ) -> Tensor:
+    def forward(ctx: Any, student_logits: Tensor, teacher: TeacherRows, kind: LogitKind, temperature: float) -> Tensor:
         """Sum of the loss; one float32 copy of `[A, V]`, freed again."""
         student = split_rows(with_spare_column(student_logits, temperature), teacher.slots)
         divergence = diverge(teacher, student, kind)
@@ -258,9 +256,7 @@ def tail_bucket_loss(
         raise ValueError(f"kind: expected one of {list(get_args(LogitKind))}, got {kind!r}")
     rows, vocabulary = student_logits.shape
     if len(teacher) != rows:
-        raise ValueError(
-            f"tail_bucket_loss: student has {rows} rows, teacher {len(teacher)}; rows must match"
-        )
+        raise ValueError(f"tail_bucket_loss: student has {rows} rows, teacher {len(teacher)}; rows must match")
     buckets = teacher_rows(teacher, vocabulary=vocabulary, temperature=temperature)
     if rows == 0:
         return student_logits.float().sum() * 0.0

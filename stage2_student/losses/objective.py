@@ -38,12 +38,7 @@ from vlm_distill_cache.stage2_student.losses.attention import (
     visual_columns_loss,
     visual_map_loss,
 )
-from vlm_distill_cache.stage2_student.losses.features import (
-    feature_loss,
-    record_hidden,
-    visual_logits,
-    wanted_rows,
-)
+from vlm_distill_cache.stage2_student.losses.features import feature_loss, record_hidden, visual_logits, wanted_rows
 from vlm_distill_cache.stage2_student.losses.rows import run_student
 
 Groups = tuple[tuple[int, ...], ...]
@@ -217,9 +212,7 @@ class Objective:
             return loss, {}
         if term == "visual_columns":
             columns = _of_images(maps["columns"], batch)[:, :, 0] @ target.student_pool  # [I, G, C]
-            loss = visual_columns_loss(
-                columns, target.teacher, token_mask=target.content, reduction=reduction
-            )
+            loss = visual_columns_loss(columns, target.teacher, token_mask=target.content, reduction=reduction)
             return loss, {}
         student = pool_map(_of_images(maps["visual"], batch), target)  # [I, G, C, C]
         if term == ALL_ROWS:

@@ -63,9 +63,7 @@ def run_student(
     settings = None if whole else getattr(getattr(model, "module", model), "fused_settings", None)
     inputs = {**model_inputs_of(model, batch.inputs), "supervised": rows, "use_cache": False}
     if settings is not None:
-        on_rows = partial(
-            _fused, batch=batch, weights=weights, kind=kind, temperature=temperature, settings=settings
-        )
+        on_rows = partial(_fused, batch=batch, weights=weights, kind=kind, temperature=temperature, settings=settings)
         found: FusedLosses = model(**inputs, on_rows=on_rows)
         return RowTerms(total=found.total, lm=found.lm, logits=found.logits, row_logits=None)
     row_logits = model(**inputs).logits

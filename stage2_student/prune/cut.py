@@ -30,12 +30,7 @@ from vlm_distill_cache.data.sample import Sample
 from vlm_distill_cache.data.text.collate import collate
 from vlm_distill_cache.data.text.encoding import SampleEncoder
 from vlm_distill_cache.data.text.templates import get_template
-from vlm_distill_cache.stage2_student.prune.importance import (
-    ATTENTION,
-    MLP,
-    measure_importance,
-    prunable_layers,
-)
+from vlm_distill_cache.stage2_student.prune.importance import ATTENTION, MLP, measure_importance, prunable_layers
 from vlm_distill_cache.stage2_student.prune.plan import LayerParts, Widths, choose_layer_parts, narrow_widths
 from vlm_distill_cache.stage2_student.pruned_folder import RECORD
 
@@ -79,9 +74,7 @@ def prune_directory(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     opened = open_family_model(teacher, dtype=stored_dtype(teacher))
     if not opened.family.is_listed:
-        raise ModelError(
-            f"{teacher}: model_type {opened.model.config.model_type!r} is not listed in data/families.py"
-        )
+        raise ModelError(f"{teacher}: model_type {opened.model.config.model_type!r} is not listed in data/families.py")
     opened.model.to(device)
     encoder = encoder or teacher_encoder(teacher, opened, template)
     have, want, parts, rows = plan_pruning(opened, model_batches(opened, encoder, samples, device), keep=keep)
@@ -141,9 +134,7 @@ def plan_pruning(
     return have, want, parts, importance.rows
 
 
-def cut(
-    model: Any, language_model: str, parts: Sequence[LayerParts], want: Widths
-) -> tuple[dict[str, Tensor], Any]:
+def cut(model: Any, language_model: str, parts: Sequence[LayerParts], want: Widths) -> tuple[dict[str, Tensor], Any]:
     """The weights and the configuration of the narrower model.
 
     Args:

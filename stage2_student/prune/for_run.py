@@ -5,8 +5,8 @@ from pathlib import Path
 
 from transformers import AutoConfig
 
-from vlm_distill_cache.common.cache.reader import open_cache
 from vlm_distill_cache.common.errors import ModelError
+from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.data.families.inputs import text_config
 from vlm_distill_cache.data.sample import iterate_readable
 from vlm_distill_cache.data.text.processors import load_tokenizer, tokenizer_fingerprint

@@ -121,9 +121,7 @@ def prunable_layers(language_model: Any) -> list[nn.Module]:
                     "another student"
                 )
     if not layers:
-        raise ModelError(
-            f"{type(language_model).__name__} keeps no list of decoder `layers`: it cannot be pruned"
-        )
+        raise ModelError(f"{type(language_model).__name__} keeps no list of decoder `layers`: it cannot be pruned")
     return layers
 
 

@@ -66,13 +66,9 @@ def narrow_widths(widths: Widths, keep: float, *, heads: bool = True) -> Widths:
     if not 0 < keep <= 1:
         raise ConfigError(f"keep is {keep}; it must be a share of heads and channels above 0 and at most 1")
     pairs = [
-        (pairs_of, group)
-        for pairs_of in range(1, widths.key_value_heads + 1)
-        for group in range(1, widths.group + 1)
+        (pairs_of, group) for pairs_of in range(1, widths.key_value_heads + 1) for group in range(1, widths.group + 1)
     ]
-    key_value_heads, group = min(
-        pairs, key=lambda pair: (abs(pair[0] * pair[1] - keep * widths.heads), -pair[0])
-    )
+    key_value_heads, group = min(pairs, key=lambda pair: (abs(pair[0] * pair[1] - keep * widths.heads), -pair[0]))
     if not heads:
         key_value_heads, group = widths.key_value_heads, widths.group
     channels = max(MULTIPLE, MULTIPLE * round(keep * widths.channels / MULTIPLE))

@@ -25,8 +25,9 @@ from vlm_distill_cache.data.sample import CaptionPair, EvaluationSet, ImageSourc
 from vlm_distill_cache.data.text.collate import collate
 from vlm_distill_cache.data.text.encoding import EncodedSample, SampleEncoder, build_prompt
 from vlm_distill_cache.data.text.generation import Generated, device_of, generate_answers, pad_token_id
+from vlm_distill_cache.stage2_student.batches.batch import has_mass
 from vlm_distill_cache.stage2_student.batches.dataset import AttentionBatch, CachedDataset
-from vlm_distill_cache.stage2_student.losses.attention import answer_attention_loss, has_mass
+from vlm_distill_cache.stage2_student.losses.attention import answer_attention_loss
 from vlm_distill_cache.stage2_student.losses.logits import tail_bucket_loss
 from vlm_distill_cache.stage2_student.losses.objective import attention_requests, student_answer_cells
 from vlm_distill_cache.stage2_student.scores.metrics import (
@@ -41,11 +42,7 @@ from vlm_distill_cache.stage2_student.scores.metrics import (
     score_letters,
 )
 from vlm_distill_cache.stage2_student.students.library import LibraryStudent
-from vlm_distill_cache.stage2_student.students.model import (
-    generation_inputs_of,
-    model_inputs_of,
-    packs_conversations,
-)
+from vlm_distill_cache.stage2_student.students.model import generation_inputs_of, model_inputs_of, packs_conversations
 
 
 def language_model_of(model: Any) -> Any:
@@ -71,9 +68,7 @@ def supervised_logits(model: Any, inputs: Mapping[str, Any], supervised: Tensor)
     return row_logits(model, inputs, supervised)
 
 
-def answer_log_probs(
-    model: Any, samples: Sequence[EncodedSample], pad_id: int
-) -> list[tuple[np.ndarray, np.ndarray]]:
+def answer_log_probs(model: Any, samples: Sequence[EncodedSample], pad_id: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """Log-probability of every answer token, and which conversation it belongs to.
 
     Args:
@@ -273,9 +268,7 @@ def ask_letters(
         given += [parse_letter(text) for text in made.texts]
         margins += (made.first_logits[:, token_a] - made.first_logits[:, token_b]).tolist()
     margin = np.array(margins)
-    prefers = (
-        preference(margin[0::2], np.zeros(len(pairs))) + preference(-margin[1::2], np.zeros(len(pairs)))
-    ) / 2
+    prefers = (preference(margin[0::2], np.zeros(len(pairs))) + preference(-margin[1::2], np.zeros(len(pairs)))) / 2
     return {**score_letters(list(zip(given[0::2], given[1::2], strict=True))), "likelihood": prefers}
 
 
@@ -371,13 +364,9 @@ def _take_rows(logits: SparseLogits, rows: slice) -> SparseLogits:
     )
 
 
-def _generate(
-    model: Any, encoder: SampleEncoder, prompts: Sequence[EncodedSample], max_new_tokens: int
-) -> Generated:
+def _generate(model: Any, encoder: SampleEncoder, prompts: Sequence[EncodedSample], max_new_tokens: int) -> Generated:
     """Greedy answers of any model to prompts, in one left-padded batch."""
-    return generate_answers(
-        model, encoder, prompts, max_new_tokens=max_new_tokens, inputs=generation_inputs_of(model)
-    )
+    return generate_answers(model, encoder, prompts, max_new_tokens=max_new_tokens, inputs=generation_inputs_of(model))
 
 
 def _sample(item_id: str, image: ImageSource, turns: tuple[Turn, ...]) -> Sample:

@@ -8,8 +8,9 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
-from vlm_distill_cache.common.cache.reader import TeacherCache, open_cache
+from vlm_distill_cache.common.cache.reader import TeacherCache
 from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, SampleError, TransferError
+from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.data.registry import open_dataset, open_evaluation
 from vlm_distill_cache.data.sample import EvaluationSet, Question
 from vlm_distill_cache.data.text.encoding import SampleEncoder, build_prompt
@@ -114,9 +115,7 @@ def _data_of(config: TrainConfig) -> str:
     try:
         plan = open_cache(config.cache).plan
     except (CacheFormatError, TransferError) as error:
-        raise ConfigError(
-            f"no data to score on is named, and the cache cannot say: {error}; {remedy}"
-        ) from error
+        raise ConfigError(f"no data to score on is named, and the cache cannot say: {error}; {remedy}") from error
     spec = str(plan.data.get("name", "")).partition("[")[0].partition("/")[0]
     if spec.partition(":")[0] not in BUILT_IN_DATA:
         raise ConfigError(f"no data to score on: {config.cache} was built from {spec!r}; {remedy}")

@@ -100,9 +100,7 @@ def _loss_series(
     series: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for run, records in curves.items():
         for term in LOSSES:
-            points = [
-                (float(r["step"]), float(r[term])) for r in records if isinstance(r.get(term), int | float)
-            ]
+            points = [(float(r["step"]), float(r[term])) for r in records if isinstance(r.get(term), int | float)]
             points = [point for point in points if math.isfinite(point[1])]
             if points:
                 series.setdefault(term, {})[run] = _smooth(points)
@@ -141,9 +139,7 @@ def _chart(series: Mapping[str, list[tuple[float, float]]], colours: Mapping[str
         )
     for step, anchor in ((left, "start"), (right, "end")):
         x = place(step, low)[0]
-        lines.append(
-            f'<text x="{x:.1f}" y="{CHART_HEIGHT - 14}" text-anchor="{anchor}">step {step:.0f}</text>'
-        )
+        lines.append(f'<text x="{x:.1f}" y="{CHART_HEIGHT - 14}" text-anchor="{anchor}">step {step:.0f}</text>')
     for run, points in series.items():
         path = " ".join("{:.1f},{:.1f}".format(*place(*point)) for point in points)
         lines.append(f'<polyline points="{path}" fill="none" stroke="{colours[run]}" stroke-width="1.8"/>')
@@ -152,8 +148,7 @@ def _chart(series: Mapping[str, list[tuple[float, float]]], colours: Mapping[str
 
 def _legend(colours: Mapping[str, str]) -> str:
     return "".join(
-        f'<span class="key" style="background:{colour}"></span>{_text(run)}'
-        for run, colour in colours.items()
+        f'<span class="key" style="background:{colour}"></span>{_text(run)}' for run, colour in colours.items()
     )
 
 

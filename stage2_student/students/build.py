@@ -17,10 +17,7 @@ from transformers import LlamaConfig, Qwen2Config
 
 from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, ModelError
 from vlm_distill_cache.common.files.atomic import read_json
-from vlm_distill_cache.common.models.compodistill import (
-    CompoDistillConfig,
-    CompoDistillForConditionalGeneration,
-)
+from vlm_distill_cache.common.models.compodistill import CompoDistillConfig, CompoDistillForConditionalGeneration
 from vlm_distill_cache.common.models.mobilevlm import MobileVLMConfig, MobileVLMForConditionalGeneration
 from vlm_distill_cache.common.models.parts import (
     fill_language_model,
@@ -242,15 +239,11 @@ def build_student(
         CacheFormatError: If the cache lacks a part that this student needs.
     """
     if projector_type is not None and projector_type not in PROJECTOR_TYPES:
-        raise ConfigError(
-            f"projector_type: got {projector_type!r}; choose one of {', '.join(PROJECTOR_TYPES)}"
-        )
+        raise ConfigError(f"projector_type: got {projector_type!r}; choose one of {', '.join(PROJECTOR_TYPES)}")
     if name not in STUDENTS:
         student_folder(name, None)  # refuses what is no directory
         if language_model is not None:
-            raise ConfigError(
-                f"language_model={language_model}: student {name} has a language model of its own"
-            )
+            raise ConfigError(f"language_model={language_model}: student {name} has a language model of its own")
         return _open_directory(
             Path(name),
             projector_type=projector_type,

@@ -21,11 +21,7 @@ from vlm_distill_cache.data.text.processors import load_image_processor, load_to
 from vlm_distill_cache.data.text.templates import PromptTemplate, get_template
 from vlm_distill_cache.stage2_student.config import TrainConfig
 from vlm_distill_cache.stage2_student.students.build import build_student, own_image_encoder
-from vlm_distill_cache.stage2_student.students.encoder import (
-    build_encoder,
-    cache_image_encoder,
-    load_processors,
-)
+from vlm_distill_cache.stage2_student.students.encoder import build_encoder, cache_image_encoder, load_processors
 from vlm_distill_cache.stage2_student.students.library import LibraryStudent, open_library_student
 from vlm_distill_cache.stage2_student.students.model import StudentModel
 from vlm_distill_cache.stage2_student.students.presets import split_student_name, student_folder

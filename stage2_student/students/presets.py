@@ -90,9 +90,7 @@ def student_folder(student: str, weights: str | None) -> Path | None:
             f"student_weights={weights}: goes with a student's name ({describe_students()}), not with student={student}"
         )
     if not Path(student).is_dir():
-        raise ConfigError(
-            f"student: {student!r} is neither a known student ({describe_students()}) nor a directory"
-        )
+        raise ConfigError(f"student: {student!r} is neither a known student ({describe_students()}) nor a directory")
     return Path(student)
 
 
@@ -124,11 +122,7 @@ def _differences(stored: Mapping[str, Any], preset: Mapping[str, Any]) -> list[s
     projector = stored.get(
         "mm_projector_type", preset.get("projector")
     )  # as published; ours may be trained with another
-    wrong = (
-        []
-        if projector == preset.get("projector")
-        else [f"projector is {projector}, not {preset['projector']}"]
-    )
+    wrong = [] if projector == preset.get("projector") else [f"projector is {projector}, not {preset['projector']}"]
     return wrong + [
         f"{name} is {found[name]}, published {preset['language_model'][name]}"
         for name in _NUMBERS
@@ -137,8 +131,6 @@ def _differences(stored: Mapping[str, Any], preset: Mapping[str, Any]) -> list[s
 
 
 def _read_preset(name: str) -> dict[str, Any]:
-    text = (resources.files("vlm_distill_cache.stage2_student.presets") / f"{name}.yaml").read_text(
-        encoding="utf-8"
-    )
+    text = (resources.files("vlm_distill_cache.stage2_student.presets") / f"{name}.yaml").read_text(encoding="utf-8")
     preset: dict[str, Any] = yaml.safe_load(text)
     return preset

@@ -21,11 +21,7 @@ from vlm_distill_cache.data.families.table import FAMILIES
 from vlm_distill_cache.data.sample import Dataset
 from vlm_distill_cache.data.text.processors import module_fingerprint, tokenizer_fingerprint
 from vlm_distill_cache.data.text.templates import PromptTemplate
-from vlm_distill_cache.stage2_student.batches.dataset import (
-    CachedDataset,
-    merged_fingerprints,
-    missing_samples,
-)
+from vlm_distill_cache.stage2_student.batches.dataset import CachedDataset, merged_fingerprints, missing_samples
 from vlm_distill_cache.stage2_student.batches.layers import check_all_rows, check_map_serves
 from vlm_distill_cache.stage2_student.config import TrainConfig
 from vlm_distill_cache.stage2_student.loss_weights import cached_signals
@@ -50,9 +46,7 @@ def same_tokenizer(cache: TeacherCache, tokenizer: Any) -> bool:
     return cache.plan.fingerprints.get("tokenizer") == tokenizer_fingerprint(tokenizer)
 
 
-def check_tokenizer(
-    cache: TeacherCache, tokenizer: Any, *, where: str, signals: Sequence[str] = ("logits",)
-) -> None:
+def check_tokenizer(cache: TeacherCache, tokenizer: Any, *, where: str, signals: Sequence[str] = ("logits",)) -> None:
     """Refuse to distil what belongs to tokens across tokenizers: their ids mean different words.
 
     Args:
@@ -81,9 +75,7 @@ def check_tokenizer(
         )
 
 
-def check_template(
-    cache: TeacherCache, template: PromptTemplate, *, signals: Sequence[str] = ("logits",)
-) -> None:
+def check_template(cache: TeacherCache, template: PromptTemplate, *, signals: Sequence[str] = ("logits",)) -> None:
     """Refuse another prompt than the teacher saw, where a loss compares token with token.
 
     Args:
@@ -141,9 +133,7 @@ def check_losses(config: TrainConfig, caches: Mapping[str, TeacherCache]) -> Non
     Raises:
         CacheMismatchError: With the remedy for all phases at once.
     """
-    phases = [
-        (name, config.phase(name).losses, caches[str(config.phase(name).cache)]) for name in config.phases
-    ]
+    phases = [(name, config.phase(name).losses, caches[str(config.phase(name).cache)]) for name in config.phases]
     off = [
         f"{name}.losses.{term}=0"
         for name, losses, cache in phases
@@ -233,9 +223,7 @@ def check_vision_tower(cache: TeacherCache, tower: nn.Module) -> None:
         )
 
 
-def check_geometry(
-    cache: TeacherCache, geometry: Mapping[str, Any], *, signals: Sequence[str], where: str
-) -> None:
+def check_geometry(cache: TeacherCache, geometry: Mapping[str, Any], *, signals: Sequence[str], where: str) -> None:
     """Refuse to compare attention where nobody knows what part of the picture a visual token sees.
 
     Boxes make any two geometries meet, whatever the processors; without boxes there is nothing to meet on.

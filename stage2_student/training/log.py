@@ -57,9 +57,7 @@ class TrainingLog:
         records: Every step of the run so far, those before a resume included (main process only).
     """
 
-    def __init__(
-        self, output: Path, accelerator: Accelerator, *, resume_step: int, flush_every: int = 1
-    ) -> None:
+    def __init__(self, output: Path, accelerator: Accelerator, *, resume_step: int, flush_every: int = 1) -> None:
         """Open the log, keeping the steps up to ``resume_step``.
 
         Args:

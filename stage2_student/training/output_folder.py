@@ -8,13 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from vlm_distill_cache.common.errors import ConfigError
-from vlm_distill_cache.common.files.atomic import (
-    TEMPORARY_PREFIX,
-    clean_stale,
-    create_temporary,
-    remove,
-    try_lock,
-)
+from vlm_distill_cache.common.files.atomic import TEMPORARY_PREFIX, clean_stale, create_temporary, remove, try_lock
 from vlm_distill_cache.stage2_student.config import TrainConfig
 from vlm_distill_cache.stage2_student.resolve import read_yaml
 
@@ -47,8 +41,7 @@ def claim_output(output: Path, *caches: Path) -> Iterator[None]:
         outside = cache.resolve()
         if inside.is_relative_to(outside) or outside.is_relative_to(inside):
             raise ConfigError(
-                f"{output} and the cache {cache} lie in each other; a cache holds nothing else: give another "
-                "--output"
+                f"{output} and the cache {cache} lie in each other; a cache holds nothing else: give another --output"
             )
     if os.environ.get("RANK", "0") != "0":  # one process of several holds it for all
         yield
@@ -71,9 +64,7 @@ def _explain_full_disk(output: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _FULL or _AGAIN in str(
-            error.strerror
-        ):  # said already, of a folder inside this one
+        if error.errno not in _FULL or _AGAIN in str(error.strerror):  # said already, of a folder inside this one
             raise
         reason = f"{error.strerror}; {_FULL[error.errno]}, {_AGAIN}"
         raise OSError(error.errno, reason, error.filename or str(output)) from error

@@ -179,9 +179,7 @@ class TrainedParts:
         # Taken before anything is trained: what a resumed run must find again.
         self._hashes = {name: hash_tensor(value) for name, value in student.named_parameters()}
 
-    def begin(
-        self, *, trainable: Trainable, freeze: Sequence[Part] = (), seed: int = 0
-    ) -> list[nn.Parameter]:
+    def begin(self, *, trainable: Trainable, freeze: Sequence[Part] = (), seed: int = 0) -> list[nn.Parameter]:
         """Mark what a phase trains, freeze the rest, and return what is trained.
 
         Args:

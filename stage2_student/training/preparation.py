@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from vlm_distill_cache.common.attention.layers import GroupMatch
-from vlm_distill_cache.common.cache.reader import TeacherCache, open_cache
+from vlm_distill_cache.common.cache.reader import TeacherCache
 from vlm_distill_cache.common.errors import ConfigError, DataError
 from vlm_distill_cache.common.files.hashing import fingerprint
-from vlm_distill_cache.common.remotes import is_url
+from vlm_distill_cache.common.locations import is_url
+from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.common.remotes.mirror import find_mirror
 from vlm_distill_cache.data.registry import open_dataset
 from vlm_distill_cache.data.sample import Dataset

@@ -192,6 +192,4 @@ def sum_terms(terms: list[LossTerms]) -> dict[str, Tensor]:
 def scheduled_rate(phase: PreparedPhase, step: int) -> float:
     """The learning rate of a step of a phase."""
     config = phase.config
-    return learning_rate(
-        step, steps=phase.steps, peak=config.lr, warmup=config.warmup, schedule=config.schedule
-    )
+    return learning_rate(step, steps=phase.steps, peak=config.lr, warmup=config.warmup, schedule=config.schedule)

@@ -78,9 +78,7 @@ def checks(figures: dict[str, dict[str, Any]]) -> Iterator[tuple[str, float, flo
             yield f"{teacher}: default, {COLUMNS[name]}", speed, LIMIT_SPEED, speed >= LIMIT_SPEED
 
 
-def _errors(
-    teacher: str, preset: str, found: dict[str, Any], limit: float
-) -> Iterator[tuple[str, float, float, bool]]:
+def _errors(teacher: str, preset: str, found: dict[str, Any], limit: float) -> Iterator[tuple[str, float, float, bool]]:
     for name, who in (("gradient_error", "noisy"), ("gradient_error_flatter", "flatter")):
         yield _at_most(f"{teacher}: {preset}, gradient error, {who} student", found[name], limit)
 
@@ -193,7 +191,5 @@ def main(parts: list[str]) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--only", action="append", choices=["logits", "attention"], help="A part; again for more."
-    )
+    parser.add_argument("--only", action="append", choices=["logits", "attention"], help="A part; again for more.")
     main(parser.parse_args().only or [])

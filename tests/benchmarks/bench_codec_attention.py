@@ -36,8 +36,8 @@ from vlm_distill_cache.common.codecs.row_attention import RowAttention, RowAtten
 from vlm_distill_cache.common.codecs.visual_map import MapPreset, VisualColumnsCodec, VisualMapCodec
 from vlm_distill_cache.data.registry import open_dataset
 from vlm_distill_cache.data.text.collate import collate, supervised_rows, visual_keys
-from vlm_distill_cache.stage1_teacher.build.plan import build_encoder
 from vlm_distill_cache.stage1_teacher.demo.teacher import builtin_teacher_directory
+from vlm_distill_cache.stage1_teacher.planning.plan import build_encoder
 from vlm_distill_cache.stage1_teacher.quality.fidelity import (
     column_gradient_cosine,
     map_gradient_cosines,
@@ -148,8 +148,7 @@ def _column_figures(source: Source) -> dict[str, Any]:
     columns = [maps.mean(dim=1) for maps in source.maps]
     records = [codec.encode(column) for column in columns]
     cosines = [
-        column_gradient_cosine(codec.decode(record), column)
-        for record, column in zip(records, columns, strict=True)
+        column_gradient_cosine(codec.decode(record), column) for record, column in zip(records, columns, strict=True)
     ]
     return {"kb_per_sample": _stored_kb(codec, records, source.tiles), **_summary({"cosine": cosines})}
 
@@ -195,10 +194,7 @@ def _stored_kb(codec: Any, records: Sequence[Record], tiles: tuple[Tile, ...]) -
         finish_shard(writer, ())
         shard = Path(folder) / "shards" / "00000.zarr"
         total = sum(
-            path.stat().st_size
-            for field in fields
-            for path in (shard / field.name).rglob("*")
-            if path.is_file()
+            path.stat().st_size for field in fields for path in (shard / field.name).rglob("*") if path.is_file()
         )
     return round(total / 1000 / len(records), 2)
 
@@ -221,13 +217,11 @@ def _synthetic(samples: int, *, side: int) -> Source:
 def _smollm(samples: int, *, pictures: int) -> Source:
     teacher = SmolLMTeacher()
     found = [
-        teacher.attention(list(range(start, start + pictures)))
-        for start in range(0, samples * pictures, pictures)
+        teacher.attention(list(range(start, start + pictures))) for start in range(0, samples * pictures, pictures)
     ]
     maps = [visual.clone() for visual, _ in found]
     tiles = tuple(
-        Tile(TILE_SIDE, TILE_SIDE, (index / pictures, 0.0, (index + 1) / pictures, 1.0))
-        for index in range(pictures)
+        Tile(TILE_SIDE, TILE_SIDE, (index / pictures, 0.0, (index + 1) / pictures, 1.0)) for index in range(pictures)
     )
     return Source(maps, [one.flip(0) for one in maps], tiles, tuple(answer.clone() for _, answer in found))
 
@@ -241,9 +235,7 @@ def _builtin(samples: int, *, groups: int = 3) -> Source:
     for position in range(samples):
         encoded = encoder(dataset[position])
         batch = collate([encoded], teacher.pad_token_id)
-        output = teacher.run(
-            batch, groups=teacher.groups(groups, "middle"), answer_rows=True, visual_rows=True
-        )
+        output = teacher.run(batch, groups=teacher.groups(groups, "middle"), answer_rows=True, visual_rows=True)
         tokens, rows = visual_keys(batch).shape[1], supervised_rows(batch).shape[1]
         maps.append(output.attention["visual"][0, :, :tokens, :tokens].clone())
         answers.append(output.attention["answer"][0, :, :rows, :tokens].transpose(0, 1).clone())

@@ -41,9 +41,7 @@ def _top(teacher: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return teacher.topk(min(k, teacher.shape[1]), dim=1)
 
 
-def _distillkit_values(
-    teacher: Tensor, k: int, exact: int, powers: tuple[float, ...]
-) -> tuple[Tensor, Tensor]:
+def _distillkit_values(teacher: Tensor, k: int, exact: int, powers: tuple[float, ...]) -> tuple[Tensor, Tensor]:
     """The `exact` largest in bfloat16, the others by least squares on polynomial terms of their rank."""
     values, ids = _top(teacher, k)
     rank = torch.arange(k - exact, dtype=torch.float64) / max(1, k - exact - 1)

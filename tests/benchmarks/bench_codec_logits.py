@@ -103,9 +103,7 @@ def measure_rows(teacher: TeacherRows, presets: tuple[str, ...] = PRESETS) -> di
             for name, codec in codecs.items():
                 _add_preset(ours[name], codec, case, dense, student, exact)
     figures = {name: _preset_figures(teacher, codecs[name], sums) for name, sums in ours.items()}
-    figures |= {
-        peer.name: _peer_figures(teacher, peer, theirs[peer.name], packed[peer.name]) for peer in PEERS
-    }
+    figures |= {peer.name: _peer_figures(teacher, peer, theirs[peer.name], packed[peer.name]) for peer in PEERS}
     rows = len(teacher.labels)
     samples = len(teacher.row_counts)
     figures["rows"] = {
@@ -122,9 +120,7 @@ def _add_error(sums: Sums, case: Case, gradient: Tensor, exact: Tensor) -> None:
     sums.error[case] += float((gradient - exact).square().sum())
 
 
-def _add_preset(
-    sums: Sums, codec: LogitCodec, case: Case, dense: Tensor, student: Tensor, exact: Tensor
-) -> None:
+def _add_preset(sums: Sums, codec: LogitCodec, case: Case, dense: Tensor, student: Tensor, exact: Tensor) -> None:
     decoded = codec.decode(codec.encode(sums.parts[-1]))
     log_probs, tail = decoded.at(case[1])
     at_temperature = replace(decoded, log_probs=log_probs, tail_log_mass=tail[:, None], temperatures=(1.0,))
@@ -149,10 +145,7 @@ def _preset_figures(teacher: TeacherRows, codec: LogitCodec, sums: Sums) -> dict
         "kl": sums.kl / sums.rows,
         **sums.gradient_errors(),
         # The part of the error that finer codes would remove; the rest is what the dropped tokens cost.
-        **{
-            _figure("rounding_error", case): math.sqrt(part / sums.exact[case])
-            for case, part in sums.rounding.items()
-        },
+        **{_figure("rounding_error", case): math.sqrt(part / sums.exact[case]) for case, part in sums.rounding.items()},
         "encode_rows_per_s": encode,
         "decode_rows_per_s": decode,
     }

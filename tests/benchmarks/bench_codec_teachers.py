@@ -49,9 +49,7 @@ class TeacherRows:
         return int(self.logits.shape[1])
 
 
-def synthetic_rows(
-    kind: str, vocabulary: int, *, samples: int = 32, rows: int = 32, seed: int = 0
-) -> TeacherRows:
+def synthetic_rows(kind: str, vocabulary: int, *, samples: int = 32, rows: int = 32, seed: int = 0) -> TeacherRows:
     """Rows of one synthetic teacher; labels are drawn from its own distribution."""
     generator = torch.Generator().manual_seed(seed)
     count = samples * rows
@@ -136,8 +134,7 @@ class SmolLM:
         turns = [{"role": "user", "content": question}]
         prompt = self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         return tuple(  # type: ignore[return-value]
-            self._tokenizer(text, add_special_tokens=False)["input_ids"]
-            for text in (prompt, f"{answer}<|im_end|>")
+            self._tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, f"{answer}<|im_end|>")
         )
 
 

@@ -8,14 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tests.benchmarks.bench_readme import short
-from tests.benchmarks.bench_results import (
-    STORED,
-    Results,
-    describe_machine,
-    numbers,
-    read_results,
-    write_results,
-)
+from tests.benchmarks.bench_results import STORED, Results, describe_machine, numbers, read_results, write_results
 
 MACHINE = ("processor", "cores", "threads")
 NOW = Path("build") / "bench.json"

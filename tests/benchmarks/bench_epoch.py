@@ -23,9 +23,9 @@ from vlm_distill_cache.common.cache.manifest import (
     sidecar_path,
     write_plan,
 )
-from vlm_distill_cache.common.cache.reader import open_cache
 from vlm_distill_cache.common.cache.schema import Record
 from vlm_distill_cache.common.cache.stores import finish_shard, open_writer
+from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.stage2_student.batches.dataset import join_cache
 from vlm_distill_cache.stage2_student.batches.sampler import ShardShuffle
 
@@ -135,7 +135,5 @@ def bench_epoch(cache_dir: Path, folder: Path, *, rounds: int = 4) -> tuple[Valu
     figures: Values = {}
     for name in SIZES:
         figures[f"epoch of {name} records, us a sample"] = Spread.of(1e6 * each for each in whole[name])
-    figures["of which opening, joining, ordering 1M, us a sample"] = Spread.of(
-        1e6 * each for each in beginning["1M"]
-    )
+    figures["of which opening, joining, ordering 1M, us a sample"] = Spread.of(1e6 * each for each in beginning["1M"])
     return {"epoch of 1M records / of 1k, a sample": ratio(whole["1M"], whole["1k"])}, figures

@@ -40,9 +40,7 @@ class Case:
 
 TIMED = (
     Case("V = 32k, float32", 512, 512, 32_000, torch.float32, in_table=True),
-    Case(
-        "V = 32k, bfloat16", 64, 512, 32_000, torch.bfloat16, in_table=True
-    ),  # few rows: slow without hardware for it
+    Case("V = 32k, bfloat16", 64, 512, 32_000, torch.bfloat16, in_table=True),  # few rows: slow without hardware for it
     Case("V = 32k, float32, frozen head", 512, 512, 32_000, torch.float32, trained=False),
     Case("V = 32k, float32, temperature 2", 512, 512, 32_000, torch.float32, temperature=2.0),
     Case("V = 32k, float32, D = 2048", 256, 2048, 32_000, torch.float32),

@@ -12,9 +12,9 @@ from tests.benchmarks.bench_measure import Spread, Values, ratio
 from tests.benchmarks.bench_models import SIZES, save_language_model, save_teacher
 from tests.benchmarks.bench_training import step_seconds
 from tests.benchmarks.experiment_online import train_online
-from vlm_distill_cache.stage1_teacher.build.plan import open_build
 from vlm_distill_cache.stage1_teacher.config import BuildConfig
 from vlm_distill_cache.stage1_teacher.extract import extract
+from vlm_distill_cache.stage1_teacher.planning.open import open_build
 from vlm_distill_cache.stage2_student.train import train_student
 
 STUDENTS = (1, 3, 10)
@@ -23,9 +23,7 @@ BATCH = 16
 TOKENS = {"mlp": "same visual tokens", "ldpnetv2": "a quarter of the visual tokens"}
 
 
-def students_ratio(
-    online: Sequence[float], cached: Sequence[float], teacher: Sequence[float], students: int
-) -> Spread:
+def students_ratio(online: Sequence[float], cached: Sequence[float], teacher: Sequence[float], students: int) -> Spread:
     """Seconds of training some students online over those of one teacher pass and as many cached trainings.
 
     Args:
@@ -38,9 +36,7 @@ def students_ratio(
     return ratio([students * each for each in online], both)
 
 
-def bench_online(
-    folder: Path, *, rounds: int = 3, steps: int = 9, samples: int = 128
-) -> tuple[Values, Values]:
+def bench_online(folder: Path, *, rounds: int = 3, steps: int = 9, samples: int = 128) -> tuple[Values, Values]:
     """Steps of both ways in turn, and a teacher pass in each round.
 
     Args:
@@ -75,11 +71,7 @@ def bench_online(
             }  # fmt: skip
             for way in ("cached", "online"):
                 shutil.rmtree(folder / "run", ignore_errors=True)
-                result = (
-                    train_student(**options)
-                    if way == "cached"
-                    else train_online(open_build(config), **options)
-                )
+                result = train_student(**options) if way == "cached" else train_online(open_build(config), **options)
                 seconds.setdefault((projector, way), []).append(step_seconds(result.log) / BATCH)
     ratios: Values = {}
     figures: Values = {"teacher pass, ms a sample": Spread.of(1e3 * each for each in passes)}
@@ -90,7 +82,5 @@ def bench_online(
             name = f"{students} student{'s' if students > 1 else ''}, one epoch: online / cached with its teacher pass"
             ratios[f"{name}, {tokens}"] = students_ratio(online, cached, passes, students)
         for way in ("cached", "online"):
-            figures[f"step: {way}, {tokens}, ms a sample"] = Spread.of(
-                1e3 * each for each in seconds[projector, way]
-            )
+            figures[f"step: {way}, {tokens}, ms a sample"] = Spread.of(1e3 * each for each in seconds[projector, way])
     return ratios, figures

@@ -31,9 +31,7 @@ def finishing_rate(finished: list[float], shard_size: int) -> float:
     return (len(finished) - 1) * shard_size / (max(finished) - min(finished))
 
 
-def bench_processes(
-    folder: Path, *, rounds: int = 3, samples: int = 128, steps: int = 12
-) -> tuple[Values, Values]:
+def bench_processes(folder: Path, *, rounds: int = 3, samples: int = 128, steps: int = 12) -> tuple[Values, Values]:
     """Samples a second of one process and of two, in turn.
 
     Args:
@@ -72,15 +70,11 @@ def bench_processes(
                     "max_length": 512, "device": "cpu",
                     "dft": {"steps": steps, "batch_size": 16, "losses": {"lm": 1.0, "logits": 1.0}},
                 }  # fmt: skip
-                train_arm(
-                    config_from_dict(TrainConfig, options, where="bench_processes"), processes=processes
-                )
+                train_arm(config_from_dict(TrainConfig, options, where="bench_processes"), processes=processes)
                 rates = [record["samples_per_s"] for record in steady(read_log(run))]
                 speeds[2, processes].append(statistics.median(rates))
     ratios: Values = {
-        f"stage {'one' if stage == 1 else 'two'}, 2 processes / 1, samples/s": ratio(
-            speeds[stage, 2], speeds[stage, 1]
-        )
+        f"stage {'one' if stage == 1 else 'two'}, 2 processes / 1, samples/s": ratio(speeds[stage, 2], speeds[stage, 1])
         for stage in (1, 2)
     }
     figures: Values = {

@@ -106,8 +106,6 @@ def read_results(path: Path) -> Results:
         FileNotFoundError: If there is none; says how to make it.
     """
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{path}: no stored results of the bench; run `make bench` on this machine first"
-        )
+        raise FileNotFoundError(f"{path}: no stored results of the bench; run `make bench` on this machine first")
     results: Results = json.loads(path.read_text())
     return results

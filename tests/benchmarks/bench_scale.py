@@ -22,8 +22,8 @@ from vlm_distill_cache.common.cache.manifest import (
     sidecar_path,
     write_plan,
 )
-from vlm_distill_cache.common.cache.reader import open_cache
 from vlm_distill_cache.common.codecs.logits import LogitCodec
+from vlm_distill_cache.common.opening import open_cache
 
 MILLION = 1_000_000
 LOOKUPS = (1_000, 10_000, 100_000, 1_000_000)
@@ -36,13 +36,13 @@ def status(name):
     return int(line.split()[1]) / 1000
 """
 _OPEN_AND_LOOK_UP = """
-from vlm_distill_cache.common.cache.reader import open_cache
+from vlm_distill_cache.common.opening import open_cache
 cache = open_cache(Path(sys.argv[1]))
 found = [cache.shard_of(f"sample/{i * (len(cache) // 1000):08d}") for i in range(1000)]
 print(json.dumps({"private": status("RssAnon"), "all": status("VmRSS")}))
 """
 _JOIN = """
-from vlm_distill_cache.common.cache.reader import open_cache
+from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.stage2_student.batches.dataset import join_cache
 cache = open_cache(Path(sys.argv[1]))
 class Data:
@@ -93,8 +93,7 @@ def in_fresh_processes(script: str, folder: Path, rounds: int) -> dict[str, list
     """What several runs of a script that prints a JSON object of numbers say, by name."""
     command = [sys.executable, "-c", _MEMORY + script, str(folder)]
     runs = [
-        json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-        for _ in range(rounds)
+        json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout) for _ in range(rounds)
     ]
     return {name: [float(run[name]) for run in runs] for name in runs[0]}
 
@@ -128,9 +127,7 @@ def bench_scale(folder: Path, *, rounds: int = 3) -> tuple[Values, Values]:
     for name, seen in (("join 1M ids with a data set", join), ("seal 1M records", sealing)):
         figures[f"{name}, s"] = Spread.of(seen["seconds"])
         figures[f"{name}, peak MB"] = Spread.of(seen["peak"])
-    once, often = (
-        look_ups[f"find one of 1M samples, {count:,} times, us each"] for count in (LOOKUPS[0], LOOKUPS[-1])
-    )
+    once, often = (look_ups[f"find one of 1M samples, {count:,} times, us each"] for count in (LOOKUPS[0], LOOKUPS[-1]))
     return {"look-up: 1M times / 1k times, each": often.median / once.median}, figures
 
 

@@ -28,10 +28,11 @@ from vlm_distill_cache.data import builtin
 from vlm_distill_cache.data.families.inputs import additive_mask
 from vlm_distill_cache.data.families.models import row_logits
 from vlm_distill_cache.data.text.collate import Batch, collate, length_buckets
-from vlm_distill_cache.stage1_teacher.build.plan import Build, open_build
 from vlm_distill_cache.stage1_teacher.config import BuildConfig
 from vlm_distill_cache.stage1_teacher.extract import extract
 from vlm_distill_cache.stage1_teacher.loop.signals import reduce_output
+from vlm_distill_cache.stage1_teacher.loop.work import Build
+from vlm_distill_cache.stage1_teacher.planning.open import open_build
 from vlm_distill_cache.stage1_teacher.teacher.teacher import Teacher
 
 SIZE = "135M parameters"

@@ -8,9 +8,9 @@ import zarr
 
 from tests.benchmarks.bench_measure import Spread, Values, paired_seconds, scaled
 from vlm_distill_cache.common.cache.manifest import SHARDS
-from vlm_distill_cache.common.cache.reader import open_cache
 from vlm_distill_cache.common.codecs.logits import LogitCodec
 from vlm_distill_cache.common.codecs.row_attention import RowAttention, RowAttentionCodec
+from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.common.tools.convert import convert
 from vlm_distill_cache.stage1_teacher.config import BuildConfig
 from vlm_distill_cache.stage1_teacher.extract import extract
@@ -53,10 +53,7 @@ def bench_codecs(*, rounds: int = 51) -> Values:
         },
         rounds=rounds,
     )
-    return {
-        f"{name}, thousand rows/s": Spread.of(0.1 / spent for spent in times)
-        for name, times in seconds.items()
-    }
+    return {f"{name}, thousand rows/s": Spread.of(0.1 / spent for spent in times) for name, times in seconds.items()}
 
 
 def bench_readers(cache_dir: Path, folder: Path, *, rounds: int = 3) -> tuple[Values, Values]:

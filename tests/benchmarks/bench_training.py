@@ -87,9 +87,7 @@ def in_turn(trainings: Mapping[str, Callable[[AfterStep], Any]]) -> dict[str, li
     return {name: times[1:] for name, times in seconds.items()}
 
 
-def bench_training(
-    cache: Path, folder: Path, *, steps: int = 90, wider_steps: int = 30
-) -> tuple[Values, Values]:
+def bench_training(cache: Path, folder: Path, *, steps: int = 90, wider_steps: int = 30) -> tuple[Values, Values]:
     """A step of both distilled phases over one of SFT's, for the built-in student and a wider one. Steps in turn.
 
     Args:
@@ -113,9 +111,7 @@ def bench_training(
     for student, options in students.items():
         for phase in TRAINABLE:
             place = folder / f"{phase}{student}"
-            train: Callable[..., TrainResult] = partial(
-                _train, cache=cache, folder=place, phase=phase, **options
-            )
+            train: Callable[..., TrainResult] = partial(_train, cache=cache, folder=place, phase=phase, **options)
             seconds = in_turn({name: partial(train, name) for name in LOSSES})
             kept = {name: times[options["steps"] // 3 :] for name, times in seconds.items()}
             for name in LOSSES:

@@ -96,8 +96,8 @@ def train_job(job: Job) -> tuple[Any, Path]:
     if not arm.pop("online", False):
         return train_student(**options, **arm), output
     from tests.benchmarks.experiment_online import train_online
-    from vlm_distill_cache.stage1_teacher.build.plan import open_build
     from vlm_distill_cache.stage1_teacher.config import BuildConfig
+    from vlm_distill_cache.stage1_teacher.planning.open import open_build
 
     return train_online(open_build(BuildConfig(data=DATA, cache=cache)), **options, **arm), output
 
@@ -131,8 +131,8 @@ def time_online() -> dict[str, float]:
 def score_teacher() -> dict[str, float]:
     """The teacher's own scores on the same items."""
     from vlm_distill_cache.data.registry import open_evaluation
-    from vlm_distill_cache.stage1_teacher.build.plan import build_encoder
     from vlm_distill_cache.stage1_teacher.demo.teacher import builtin_teacher_directory
+    from vlm_distill_cache.stage1_teacher.planning.plan import build_encoder
     from vlm_distill_cache.stage1_teacher.teacher.teacher import Teacher
     from vlm_distill_cache.stage2_student.scores.evaluate import evaluate_model
 
@@ -144,9 +144,7 @@ def score_teacher() -> dict[str, float]:
 
 def main() -> None:
     """Run what is missing and print the tables."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2)))
     parser.add_argument("--seeds", type=int, default=len(SEEDS), help="Only the first so many seeds.")
     parser.add_argument("--part", choices=PARTS, action="append", help="Only these jobs (default: all).")
@@ -160,12 +158,7 @@ def main() -> None:
         RESULTS.write_text("".join(json.dumps(result) + "\n" for result in stored))
     results = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.is_file() else []
     done = {(r["arm"], r["tokens"], r["steps"], r["seed"]) for r in results}
-    wanted = [
-        job
-        for part in arguments.part or PARTS
-        for job in PARTS[part]()
-        if job.seed in SEEDS[: arguments.seeds]
-    ]
+    wanted = [job for part in arguments.part or PARTS for job in PARTS[part]() if job.seed in SEEDS[: arguments.seeds]]
     jobs = [job for job in wanted if (job.arm, job.tokens, job.steps, job.seed) not in done]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(arguments.workers, mp_context=context) as pool:

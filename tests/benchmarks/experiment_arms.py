@@ -29,8 +29,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "+ visual_columns": _losses(visual_columns=1.0),
     ANSWER: _losses(answer_attention=1.0),
     "+ answer_attention + TAF": _losses(answer_attention=1.0) | {"projector": "taf"},
-    "control: answer_attention of another image": _losses(answer_attention=1.0)
-    | {"shuffle_teacher_images": True},
+    "control: answer_attention of another image": _losses(answer_attention=1.0) | {"shuffle_teacher_images": True},
     "+ text_attention": _losses(text_attention=1.0),
     "+ all_attention (the paper's rows)": _losses(all_attention=1.0),
     "+ TAF": _losses() | {"projector": "taf"},
@@ -48,9 +47,7 @@ ARMS: dict[str, dict[str, Any]] = {
         for part in ("early", "middle", "late", "all")
     },
     **{
-        f"+ visual_map, cosine, {part} layers": _layered(
-            "visual_map", visual_map_kind="cosine", attention_layers=part
-        )
+        f"+ visual_map, cosine, {part} layers": _layered("visual_map", visual_map_kind="cosine", attention_layers=part)
         for part in ("early", "middle", "late", "all")
     },
     **{
@@ -92,9 +89,7 @@ class Job:
 
 def _curve() -> list[Job]:
     lengths = [steps for steps in CURVE_STEPS if steps != STEPS]
-    return [
-        Job(arm, "quarter", steps, seed) for seed in CURVE_SEEDS for steps in lengths for arm in CURVE_ARMS
-    ]
+    return [Job(arm, "quarter", steps, seed) for seed in CURVE_SEEDS for steps in lengths for arm in CURVE_ARMS]
 
 
 # Seeds outermost in each part, so that an interrupted run has whole comparisons.

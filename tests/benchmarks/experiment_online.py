@@ -13,8 +13,8 @@ import vlm_distill_cache.stage2_student.train as train_module
 from vlm_distill_cache.common.attention.hidden import gather_rows
 from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
 from vlm_distill_cache.data.text.collate import Batch, collate, supervised_rows, visual_keys
-from vlm_distill_cache.stage1_teacher.build.plan import Build
 from vlm_distill_cache.stage1_teacher.loop.signals import build_codecs, encode_records, reduce_output
+from vlm_distill_cache.stage1_teacher.loop.work import Build
 from vlm_distill_cache.stage1_teacher.teacher.teacher import TeacherOutput
 from vlm_distill_cache.stage2_student.batches.batch import TrainingBatch, TrainingSample, collate_samples
 from vlm_distill_cache.stage2_student.batches.dataset import CachedDataset

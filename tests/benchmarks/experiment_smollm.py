@@ -33,10 +33,10 @@ from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
 from vlm_distill_cache.data.registry import open_dataset, open_evaluation
 from vlm_distill_cache.data.sample import Turn
 from vlm_distill_cache.data.text.collate import Batch, collate
-from vlm_distill_cache.stage1_teacher.build.plan import build_encoder
 from vlm_distill_cache.stage1_teacher.config import BuildConfig
 from vlm_distill_cache.stage1_teacher.demo.teacher import builtin_teacher_directory
 from vlm_distill_cache.stage1_teacher.extract import extract
+from vlm_distill_cache.stage1_teacher.planning.plan import build_encoder
 from vlm_distill_cache.stage1_teacher.report import summary_text
 from vlm_distill_cache.stage1_teacher.teacher.teacher import Teacher
 from vlm_distill_cache.stage2_student.run import set_up_libraries
@@ -89,9 +89,7 @@ def train_teacher(teacher: Teacher, *, steps: int) -> None:
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0)).tolist()
 
     def batch_of(step: int) -> Batch:
-        asked = [
-            dataset[order[i % len(order)]] for i in range(step * TEACHER_BATCH, (step + 1) * TEACHER_BATCH)
-        ]
+        asked = [dataset[order[i % len(order)]] for i in range(step * TEACHER_BATCH, (step + 1) * TEACHER_BATCH)]
         chosen = [replace(sample, turns=(_one(sample.turns, step + i),)) for i, sample in enumerate(asked)]
         return collate([encoder(sample) for sample in chosen], teacher.pad_token_id)
 
@@ -138,9 +136,7 @@ def standardise_projector(teacher: Teacher, batch: Batch) -> None:
     embedding = float(teacher.model.get_input_embeddings().weight.std())
     for layer, size in ((projector.linear_1, 1.0), (projector.linear_2, embedding)):
         outputs: list[torch.Tensor] = []
-        hook = layer.register_forward_hook(
-            lambda _layer, _inputs, output, found=outputs: found.append(output)
-        )
+        hook = layer.register_forward_hook(lambda _layer, _inputs, output, found=outputs: found.append(output))
         teacher.model.get_image_features(pixel_values=inputs["pixel_values"])
         hook.remove()
         seen = outputs[0].flatten(0, -2)
@@ -201,9 +197,7 @@ def run_arm(arm: str, seed: int, student: Path, arguments: argparse.Namespace) -
 
 def main() -> None:
     """Run what is missing and print the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher-steps", type=int, default=150)
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--layers", type=int, default=10)

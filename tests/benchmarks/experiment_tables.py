@@ -98,18 +98,14 @@ def real_language_model_tables(results: list[dict[str, Any]], teacher: dict[str,
     """
     kinds = list(teacher)  # all questions, then each kind
     lines = [
-        "| losses | "
-        + " | ".join(f"{kind.split('/', 1)[-1]}, %" for kind in kinds)
-        + " | gain over SFT, points |",
+        "| losses | " + " | ".join(f"{kind.split('/', 1)[-1]}, %" for kind in kinds) + " | gain over SFT, points |",
         "|---" * (len(kinds) + 2) + "|",
         "| (teacher) | " + " | ".join(f"{teacher[kind]:.1f}" for kind in kinds) + " | - |",
     ]
     plain = select(results, arm="SFT")
     for arm in dict.fromkeys(r["arm"] for r in results):
         found = select(results, arm=arm)
-        cells = [
-            "{:.1f} ± {:.1f}".format(*interval([r["scores"][kind] for r in found.values()])) for kind in kinds
-        ]
+        cells = ["{:.1f} ± {:.1f}".format(*interval([r["scores"][kind] for r in found.values()])) for kind in kinds]
         paired = [r["scores"][kinds[0]] - plain[seed]["scores"][kinds[0]] for seed, r in found.items()]
         gain = "-" if arm == "SFT" else "{:+.1f} ± {:.1f}".format(*interval(paired))
         lines.append(f"| {arm} | {' | '.join(cells)} | {gain} |")

@@ -21,13 +21,7 @@ from vlm_distill_cache.common.attention.capture import AttentionCapture, Attenti
 from vlm_distill_cache.common.attention.layers import teacher_groups
 from vlm_distill_cache.data.registry import open_dataset
 from vlm_distill_cache.data.sample import Sample
-from vlm_distill_cache.data.text.collate import (
-    Batch,
-    collate,
-    join_image_inputs,
-    supervised_rows,
-    visual_keys,
-)
+from vlm_distill_cache.data.text.collate import Batch, collate, join_image_inputs, supervised_rows, visual_keys
 from vlm_distill_cache.data.text.encoding import EncodedSample, SampleEncoder
 from vlm_distill_cache.data.text.templates import get_template
 from vlm_distill_cache.stage1_teacher.demo.teacher import builtin_teacher_directory
@@ -118,15 +112,10 @@ def join_models(builtin: Teacher, language: Any, image_token_id: int) -> LlavaFo
     model.model.language_model.load_state_dict(language.model.state_dict())
     model.lm_head.load_state_dict(language.lm_head.state_dict())
     # Visual tokens start as long as word embeddings are.
-    length = (
-        language.get_input_embeddings().weight.detach().norm(dim=1).median()
-        / config.text_config.hidden_size**0.5
-    )
+    length = language.get_input_embeddings().weight.detach().norm(dim=1).median() / config.text_config.hidden_size**0.5
     for name in ("linear_1", "linear_2"):
         layer = getattr(model.model.multi_modal_projector, name)
-        nn.init.normal_(
-            layer.weight, std=layer.in_features**-0.5 * (float(length) if name == "linear_2" else 1)
-        )
+        nn.init.normal_(layer.weight, std=layer.in_features**-0.5 * (float(length) if name == "linear_2" else 1))
         nn.init.zeros_(layer.bias)
     return model
 
@@ -139,9 +128,7 @@ def _train(model: LlavaForConditionalGeneration, projector: nn.Module, encoder: 
     optimizer = torch.optim.AdamW(projector.parameters(), lr=2e-3, weight_decay=0.0)
     chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
     for step in range(STEPS):
-        batch = collate(
-            [encoder(_first_turn(dataset[int(i)])) for i in chosen[step * BATCH : (step + 1) * BATCH]], 0
-        )
+        batch = collate([encoder(_first_turn(dataset[int(i)])) for i in chosen[step * BATCH : (step + 1) * BATCH]], 0)
         hidden = model.model(**batch.model_inputs(), use_cache=False).last_hidden_state
         answers = batch.labels >= 0
         loss = nn.functional.cross_entropy(model.lm_head(hidden[answers]), batch.labels[answers])

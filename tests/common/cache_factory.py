@@ -103,11 +103,7 @@ def build_cache(cache_dir: Path, plan: Plan, fidelity: dict[str, object] | None 
 
 def tree(root: Path) -> dict[str, bytes]:
     """All files below a folder, by relative path."""
-    return {
-        path.relative_to(root).as_posix(): path.read_bytes()
-        for path in sorted(root.rglob("*"))
-        if path.is_file()
-    }
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
 
 
 def assert_equal_records(found: Record, expected: Record) -> None:

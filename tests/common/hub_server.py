@@ -68,9 +68,7 @@ class HubServer(FaultyServer):
                 return (
                     409,
                     {},
-                    json.dumps(
-                        {"error": "You already created it", "url": f"{self.url}/datasets/o/n"}
-                    ).encode(),
+                    json.dumps({"error": "You already created it", "url": f"{self.url}/datasets/o/n"}).encode(),
                 )
             folder.mkdir(parents=True)
             found: object = {"url": f"{self.url}/datasets/{request['organization']}/{request['name']}"}
@@ -85,9 +83,7 @@ class HubServer(FaultyServer):
         elif parts[-2] == "paths-info":
             folder, asked = self.root / parts[2] / parts[3] / parts[-1], parse_qs(body.decode())["paths"]
             found = [
-                {"type": "file", "path": path, "size": 1, "oid": "0"}
-                for path in asked
-                if (folder / path).is_file()
+                {"type": "file", "path": path, "size": 1, "oid": "0"} for path in asked if (folder / path).is_file()
             ]
         elif parts[-2] == "branch":
             folder = self.root / parts[2] / parts[3] / parts[-1]

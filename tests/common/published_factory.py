@@ -201,10 +201,7 @@ for _block in (1, 2):
 
 def random_tensors(shapes, *, seed=0, dtype=torch.float32):
     generator = torch.Generator().manual_seed(seed)
-    return {
-        name: (torch.randn(shape, generator=generator) * 0.2).to(dtype)
-        for name, shape in sorted(shapes.items())
-    }
+    return {name: (torch.randn(shape, generator=generator) * 0.2).to(dtype) for name, shape in sorted(shapes.items())}
 
 
 def mobilevlm_tensors(version=2, *, tower=True, buffers=True, dtype=torch.float32):
@@ -222,9 +219,7 @@ def mobilevlm_tensors(version=2, *, tower=True, buffers=True, dtype=torch.float3
 def compodistill_tensors(*, bridged=True, dtype=torch.float32):
     """The state dict of a released CompoDistill student (bridged) or teacher at tiny size."""
     hidden = 20 if bridged else WIDTH
-    shapes = decoder_shapes("language_model.", biases=True) | siglip_shapes(
-        "vision_tower._vision_tower.vision_model."
-    )
+    shapes = decoder_shapes("language_model.", biases=True) | siglip_shapes("vision_tower._vision_tower.vision_model.")
     shapes |= {
         "connector._connector.0.weight": (hidden, 16),
         "connector._connector.0.bias": (hidden,),

@@ -253,15 +253,12 @@ def s3_client(url: str):
 @contextlib.contextmanager
 def serve_nginx(root: Path, work: Path) -> Iterator[str]:
     """Run nginx as this user on a folder; yields its address."""
-    program = shutil.which(
-        "nginx", path="/usr/sbin:/usr/bin:/usr/local/sbin:/usr/local/bin:/opt/homebrew/bin"
-    )
+    program = shutil.which("nginx", path="/usr/sbin:/usr/bin:/usr/local/sbin:/usr/local/bin:/opt/homebrew/bin")
     if program is None:
         pytest.skip("nginx is not installed")
     work.mkdir(parents=True, exist_ok=True)
     places = "".join(
-        f"  {kind}_temp_path {work}/{kind};\n"
-        for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+        f"  {kind}_temp_path {work}/{kind};\n" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
     )
     for _ in range(5):
         with socket.socket() as probe:

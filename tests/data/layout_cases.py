@@ -57,9 +57,7 @@ def _cases():
     crop = transformers.CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=square(32))
     siglip = transformers.SiglipImageProcessorPil(size=square(34))
     tiles = {"size": {"longest_edge": 96}, "max_image_size": {"longest_edge": 32}}
-    qwen = transformers.Qwen2VLImageProcessorPil(
-        size={"shortest_edge": 16 * 64, "longest_edge": 64 * 64}, patch_size=4
-    )
+    qwen = transformers.Qwen2VLImageProcessorPil(size={"shortest_edge": 16 * 64, "longest_edge": 64 * 64}, patch_size=4)
     qwen3 = transformers.Qwen2VLImageProcessorPil(
         size={"shortest_edge": 8 * 64, "longest_edge": 128 * 64},
         patch_size=4,
@@ -74,9 +72,7 @@ def _cases():
         "pad": ImageEncoder(processor=clip, layout="pad", grid=(8, 8)),
         "crop": ImageEncoder.from_processor(crop, (8, 8)),
         "uneven": ImageEncoder.from_processor(siglip, (8, 8), patch_size=4),
-        "first dropped": ImageEncoder(
-            processor=siglip, layout="square", grid=(8, 8), patch_size=4, drops_first=True
-        ),
+        "first dropped": ImageEncoder(processor=siglip, layout="square", grid=(8, 8), patch_size=4, drops_first=True),
         "framed": framed(),
         "llava-next": AnyResolutionEncoder(processor=near, patch_size=4),
         "onevision": one_vision(24, 9),

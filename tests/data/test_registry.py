@@ -35,9 +35,7 @@ def llava(tmp_path):
         (" ",),
         ("No.",),
     ]
-    entries = [
-        {"id": f"s{i}", "image": "a.png", "conversations": chat(*turns)} for i, turns in enumerate(answers)
-    ]
+    entries = [{"id": f"s{i}", "image": "a.png", "conversations": chat(*turns)} for i, turns in enumerate(answers)]
     entries.append({"id": "text", "conversations": chat("yes")})
     path = tmp_path / "data.json"
     path.write_text(json.dumps(entries))
@@ -129,10 +127,7 @@ def test_limit_takes_the_first_samples(llava):
 def test_fingerprint_of_the_first_samples_equals_that_of_a_file_of_them(llava, tmp_path):
     entries = json.loads(llava.read_text())[:2]
     (tmp_path / "two.json").write_text(json.dumps(entries))
-    assert (
-        open_dataset(str(llava), limit=2).fingerprint()
-        == open_dataset(str(tmp_path / "two.json")).fingerprint()
-    )
+    assert open_dataset(str(llava), limit=2).fingerprint() == open_dataset(str(tmp_path / "two.json")).fingerprint()
 
 
 def test_a_path_takes_no_options(tmp_path):

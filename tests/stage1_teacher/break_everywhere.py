@@ -17,10 +17,10 @@ import torch
 import tqdm
 
 from vlm_distill_cache.common.cache.manifest import seal
-from vlm_distill_cache.stage1_teacher.build.cache_folder import explain_disk_errors
-from vlm_distill_cache.stage1_teacher.build.parts import Part
 from vlm_distill_cache.stage1_teacher.config import BuildConfig
 from vlm_distill_cache.stage1_teacher.extract import extract, recompute_fidelity
+from vlm_distill_cache.stage1_teacher.planning.cache_folder import explain_disk_errors
+from vlm_distill_cache.stage1_teacher.planning.parts import Part
 
 KILLED, FULL = 9, 7
 _NEEDS_SPACE = {"open", "os.mkdir", "os.rename", "os.link", "os.fsync"}
@@ -68,9 +68,7 @@ def scenario(name, folder, teacher, store):
 
 
 def tree(root):
-    return {
-        str(path.relative_to(root)): path.read_bytes() if path.is_file() else None for path in root.rglob("*")
-    }
+    return {str(path.relative_to(root)): path.read_bytes() if path.is_file() else None for path in root.rglob("*")}
 
 
 def in_child(function, *arguments):

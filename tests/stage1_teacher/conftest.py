@@ -25,9 +25,7 @@ def family_cache(tmp_path_factory, family_data: Path):
         signals = ["logits", "answer_attention", "text_attention", "visual_columns"]
         if name != "gemma3" and not name.startswith("paligemma"):
             signals.append("visual_map")
-        return build(
-            save_tiny(name, folder / "teacher"), family_data, folder / "cache", signals=tuple(signals)
-        )
+        return build(save_tiny(name, folder / "teacher"), family_data, folder / "cache", signals=tuple(signals))
 
     return built
 

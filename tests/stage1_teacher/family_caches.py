@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 
-from vlm_distill_cache.common.cache.reader import open_cache
+from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.stage1_teacher.config import BuildConfig
 from vlm_distill_cache.stage1_teacher.extract import extract
 

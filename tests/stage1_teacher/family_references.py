@@ -43,9 +43,7 @@ def library_processor(name: str, folder: Path) -> Any:
         options = options | {"video_processor": None}
     if name.startswith("paligemma"):
         images.image_seq_length = 9
-    processor_class = type(
-        class_name, (processor_class,), {"check_argument_for_proper_class": lambda *_: None}
-    )
+    processor_class = type(class_name, (processor_class,), {"check_argument_for_proper_class": lambda *_: None})
     return processor_class(
         image_processor=images, tokenizer=tokenizer, chat_template=tokenizer.chat_template, **options
     )

@@ -8,8 +8,8 @@ import sys
 import time
 
 from vlm_distill_cache.common.errors import ConfigError
-from vlm_distill_cache.stage1_teacher.build.parts import Part, run_parts
 from vlm_distill_cache.stage1_teacher.config import BuildConfig
+from vlm_distill_cache.stage1_teacher.planning.parts import Part, run_parts
 
 
 def fail_or_wait(config, part):

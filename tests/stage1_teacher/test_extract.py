@@ -13,17 +13,17 @@ from transformers import LlavaForConditionalGeneration
 
 from vlm_distill_cache.common.attention.boxes import Tile
 from vlm_distill_cache.common.cache.manifest import seal
-from vlm_distill_cache.common.cache.reader import open_cache
 from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
 from vlm_distill_cache.common.codecs import codec_from_dict
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError, ConfigError, DataError
+from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.data.registry import open_dataset
 from vlm_distill_cache.data.text.collate import collate
-from vlm_distill_cache.stage1_teacher.build.plan import build_encoder
 from vlm_distill_cache.stage1_teacher.config import BuildConfig
 from vlm_distill_cache.stage1_teacher.extract import recompute_fidelity
 from vlm_distill_cache.stage1_teacher.loop import writer as pipeline
 from vlm_distill_cache.stage1_teacher.loop.encode_ahead import encode_shards
+from vlm_distill_cache.stage1_teacher.planning.plan import build_encoder
 from vlm_distill_cache.stage1_teacher.teacher.inputs import image_weights
 from vlm_distill_cache.stage1_teacher.teacher.teacher import Teacher
 
@@ -240,9 +240,7 @@ def test_reasons_that_quote_invalid_text_are_recorded(tmp_path: Path, build_cach
 
 
 @pytest.mark.parametrize("part", ["logits", "attention"])
-def test_a_sample_with_a_non_finite_output_is_a_recorded_failure(
-    tmp_path: Path, build_cache, monkeypatch, part: str
-):
+def test_a_sample_with_a_non_finite_output_is_a_recorded_failure(tmp_path: Path, build_cache, monkeypatch, part: str):
     run = Teacher.run
 
     def poisoned(self, batch, **options):
@@ -349,9 +347,7 @@ def test_damage_beside_the_shards_is_noticed_and_never_sealed_in(tmp_path: Path,
             use(tmp_path / "cache")
 
 
-def test_measuring_the_fidelity_again_keeps_the_caches_identity(
-    tmp_path: Path, build_cache, tiny_llava: Path
-):
+def test_measuring_the_fidelity_again_keeps_the_caches_identity(tmp_path: Path, build_cache, tiny_llava: Path):
     before = build_cache(tmp_path / "cache").manifest
     options = {"teacher": str(tiny_llava), "template": "short", "limit": 10, "shard_size": 4, "batch_size": 3}
     after = recompute_fidelity(BuildConfig(cache=str(tmp_path / "cache"), **options), samples=5)

@@ -11,10 +11,7 @@ import transformers as hf
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
-from vlm_distill_cache.common.models.compodistill import (
-    CompoDistillConfig,
-    CompoDistillForConditionalGeneration,
-)
+from vlm_distill_cache.common.models.compodistill import CompoDistillConfig, CompoDistillForConditionalGeneration
 from vlm_distill_cache.common.models.mobilevlm import MobileVLMConfig, MobileVLMForConditionalGeneration
 
 WIDTH, LAYERS = 32, 3
@@ -54,9 +51,7 @@ GEMMA_CHAT = (
 )
 
 
-def byte_tokenizer(
-    *special: str, chat: str = "", named: dict[str, str] | None = None, bos: bool = False
-) -> Any:
+def byte_tokenizer(*special: str, chat: str = "", named: dict[str, str] | None = None, bos: bool = False) -> Any:
     """A fast tokenizer of single bytes that knows a family's special tokens; ``named`` become its attributes."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: index for index, token in enumerate(["<pad>", "<s>", "</s>", "<unk>", *letters])}
@@ -187,9 +182,7 @@ def _split(name: str) -> tuple[Any, Any, Any]:
     )  # fmt: skip
     # Up to 5.17 the library's top level has these classes only where torchvision is installed.
     pil = import_module(f"transformers.models.{name.lower()}.image_processing_pil_{name.lower()}")
-    processor = getattr(pil, f"{name}ImageProcessorPil")(
-        size={"longest_edge": 72}, max_image_size={"longest_edge": 24}
-    )
+    processor = getattr(pil, f"{name}ImageProcessorPil")(size={"longest_edge": 72}, max_image_size={"longest_edge": 24})
     return getattr(hf, f"{name}ForConditionalGeneration")(config), tokenizer, processor
 
 
@@ -207,9 +200,7 @@ def _internvl(folder: Path) -> tuple[Any, Any, Any]:
         "video_token": "<video>",
     }  # fmt: skip
     tokenizer = byte_tokenizer(*names.values(), "<|im_start|>", "<|im_end|>", chat=INTERNVL_CHAT, named=names)
-    vision = hf.InternVLVisionConfig(
-        **{**VISION, "image_size": [24, 24], "patch_size": [4, 4]}, use_mean_pooling=True
-    )
+    vision = hf.InternVLVisionConfig(**{**VISION, "image_size": [24, 24], "patch_size": [4, 4]}, use_mean_pooling=True)
     config = hf.InternVLConfig(
         vision_config=vision, text_config=hf.Qwen2Config(**TEXT, vocab_size=len(tokenizer)),
         image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"), image_seq_length=9,

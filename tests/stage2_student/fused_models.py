@@ -36,9 +36,7 @@ class TinyModel(nn.Module):
         return total_of(hidden, self.head.weight, labels, teacher, fused=self.fused)
 
 
-def total_of(
-    hidden: Tensor, weight: Tensor, labels: Tensor, teacher: SparseLogits, *, fused: bool = True
-) -> Tensor:
+def total_of(hidden: Tensor, weight: Tensor, labels: Tensor, teacher: SparseLogits, *, fused: bool = True) -> Tensor:
     if fused:
         return fused_losses(
             hidden, weight, labels, teacher, lm_weight=LM_WEIGHT, logit_weight=LOGIT_WEIGHT, chunk_rows=2

@@ -31,9 +31,7 @@ def of_buckets(p: Tensor, q: Tensor, kind: str) -> Tensor:
     return (p - q).abs().sum() / 2
 
 
-def bucketed(
-    student: Tensor, dense: Tensor, sparse: SparseLogits, kind: str, temperature: float = 1
-) -> Tensor:
+def bucketed(student: Tensor, dense: Tensor, sparse: SparseLogits, kind: str, temperature: float = 1) -> Tensor:
     """Row by row, from both dense distributions: the listed tokens, and all others as one bucket."""
     total = student.new_zeros(())
     for row in range(len(student)):

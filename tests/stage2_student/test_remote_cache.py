@@ -9,10 +9,10 @@ import pytest
 from click.testing import CliRunner
 from tiny_cache import DATA
 
-from vlm_distill_cache.common.cache.reader import open_cache
 from vlm_distill_cache.common.codecs import LogitCodec
 from vlm_distill_cache.common.config import config_from_dict
 from vlm_distill_cache.common.errors import TransferError
+from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.common.remotes import mirror as mirror_module
 from vlm_distill_cache.common.remotes import open_remote
 from vlm_distill_cache.common.remotes.mirror import forget_mirrors, local_folder
@@ -94,9 +94,7 @@ def test_a_student_learns_from_an_address_what_it_learns_from_the_folder(
     assert found.preparation.fingerprint == expected.preparation.fingerprint  # a moved cache is the same
 
 
-def test_a_server_that_dies_ends_the_run_in_words_and_it_goes_on_later(
-    tiny_cache, server, tmp_path, monkeypatch
-):
+def test_a_server_that_dies_ends_the_run_in_words_and_it_goes_on_later(tiny_cache, server, tmp_path, monkeypatch):
     monkeypatch.setenv("VLM_DISTILL_CACHE_BYTES", "1")
     config = make_config(server.url, tmp_path / "run", checkpoint_every=1, num_workers=0)
 

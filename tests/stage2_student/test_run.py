@@ -26,9 +26,7 @@ FAST = [
 
 
 def make_config(cache, output, *more):
-    return load_run_config(
-        None, ["student=mobilevlm", f"data='{DATA}'", f"output={output}", *FAST, *more], cache=cache
-    )
+    return load_run_config(None, ["student=mobilevlm", f"data='{DATA}'", f"output={output}", *FAST, *more], cache=cache)
 
 
 @pytest.fixture(scope="module")
@@ -94,9 +92,7 @@ def test_what_is_finished_is_kept_when_a_run_was_killed_half_way(tiny_cache, cop
     (copied / "distilled" / "evaluation.json").unlink()
     trained = []
     real = run_module.train_arm
-    monkeypatch.setattr(
-        run_module, "train_arm", lambda arm, **k: (trained.append(arm.output), real(arm, **k))
-    )
+    monkeypatch.setattr(run_module, "train_arm", lambda arm, **k: (trained.append(arm.output), real(arm, **k)))
     said = []
     assert run(make_config(tiny_cache[0], copied), say=said.append).fresh
     assert trained == [str(copied / "distilled")]
@@ -193,9 +189,7 @@ def test_a_yaml_file_stands_between_preset_and_command_line(tiny_cache, tmp_path
 def test_evaluate_report_and_export_work_from_the_folders_alone(finished, tmp_path):
     runner = CliRunner()
     student = finished.output / "distilled" / "final"
-    scored = runner.invoke(
-        main, ["evaluate", str(student), "--limit", "2", "--output", str(tmp_path / "s.json")]
-    )
+    scored = runner.invoke(main, ["evaluate", str(student), "--limit", "2", "--output", str(tmp_path / "s.json")])
     assert scored.exit_code == 0, scored.output
     assert "captions by likelihood" in scored.output
     assert json.loads((tmp_path / "s.json").read_text())["scores"]
@@ -307,9 +301,7 @@ def test_odd_characters_in_the_caches_path_are_kept(tiny_cache, tmp_path):
 
 
 def test_a_mistyped_option_is_named_not_the_preset(tiny_cache, tmp_path):
-    with pytest.raises(
-        ConfigError, match=r"options: unknown option dft.lrr; did you mean dft.lr\?"
-    ) as caught:
+    with pytest.raises(ConfigError, match=r"options: unknown option dft.lrr; did you mean dft.lr\?") as caught:
         make_config(tiny_cache[0], tmp_path, "dft.lrr=1")
     assert "phases-" not in str(caught.value)
     (tmp_path / "mine.yaml").write_text("sed: 3\n")

@@ -51,9 +51,7 @@ def test_lora_with_dropout_is_the_same_run_twice_and_others_by_seed(tiny_cache, 
 
 
 def test_each_step_and_process_draws_its_own_numbers():
-    seeds = {
-        step_seed(0, phase, step, rank) for phase in ("dpt", "dft") for step in range(5) for rank in range(3)
-    }
+    seeds = {step_seed(0, phase, step, rank) for phase in ("dpt", "dft") for step in range(5) for rank in range(3)}
     assert len(seeds) == 30
     assert all(0 <= seed < 2**63 for seed in seeds)
 

@@ -60,9 +60,7 @@ def make_config(cache, output, **changes):
 
 
 def losses(records):
-    return [
-        {k: v for k, v in record.items() if k in LOSSES or k in ("step", "phase", "lr")} for record in records
-    ]
+    return [{k: v for k, v in record.items() if k in LOSSES or k in ("step", "phase", "lr")} for record in records]
 
 
 @pytest.fixture(scope="module")
@@ -75,9 +73,7 @@ def uninterrupted(tiny_cache, tmp_path_factory):
     [1, 2, 5, 6],
     ids=["before any checkpoint", "between phases", "inside the second phase", "past an epoch's end"],
 )
-def test_a_killed_run_ends_bit_for_bit_like_an_uninterrupted_one(
-    tiny_cache, tmp_path, uninterrupted, killed_after
-):
+def test_a_killed_run_ends_bit_for_bit_like_an_uninterrupted_one(tiny_cache, tmp_path, uninterrupted, killed_after):
     config = make_config(tiny_cache[0], tmp_path / "run")
     with pytest.raises(KilledError):
         train(config, after_step=kill_after(killed_after))
@@ -89,9 +85,7 @@ def test_a_killed_run_ends_bit_for_bit_like_an_uninterrupted_one(
         assert torch.equal(value, expected[name]), name
 
 
-def test_a_run_killed_while_writing_a_checkpoint_resumes_from_the_one_before(
-    tiny_cache, tmp_path, uninterrupted
-):
+def test_a_run_killed_while_writing_a_checkpoint_resumes_from_the_one_before(tiny_cache, tmp_path, uninterrupted):
     config = make_config(tiny_cache[0], tmp_path / "run")
     with pytest.raises(KilledError):
         train(config, after_step=kill_after(6))
@@ -132,9 +126,7 @@ def test_each_phase_trains_its_parts_and_the_vision_tower_never_changes(tiny_cac
     config = make_config(tiny_cache[0], tmp_path / "run", phases=["dpt", "dft"])
     config = replace(config, dpt=replace(config.dpt, steps=2), dft=replace(config.dft, steps=1))
     train(config, after_step=keep)
-    changed = [
-        {n for n, v in after.items() if not torch.equal(v, before[n])} for before, after in pairwise(seen)
-    ]
+    changed = [{n for n, v in after.items() if not torch.equal(v, before[n])} for before, after in pairwise(seen)]
     assert changed[0]
     assert all(".mm_projector." in name for name in changed[0])
     assert any(".layers." in name for name in changed[1])
@@ -143,9 +135,7 @@ def test_each_phase_trains_its_parts_and_the_vision_tower_never_changes(tiny_cac
 
 def test_accumulated_micro_batches_give_the_losses_of_the_whole_batch(tiny_cache, tmp_path, uninterrupted):
     config = make_config(tiny_cache[0], tmp_path / "run")
-    config = replace(
-        config, dft=replace(config.dft, micro_batch_size=2), dpt=replace(config.dpt, micro_batch_size=3)
-    )
+    config = replace(config, dft=replace(config.dft, micro_batch_size=2), dpt=replace(config.dpt, micro_batch_size=3))
     for found, expected in zip(losses(train(config).log), losses(uninterrupted.log), strict=True):
         for name in set(found) & set(LOSSES):
             assert found[name] == pytest.approx(expected[name], rel=2e-3, abs=1e-5), (found["step"], name)
@@ -245,9 +235,7 @@ def test_a_loss_that_is_not_finite_stops_before_its_step_and_names_the_remedy(ti
         ({"projector": "taf", "pool_teacher_tokens": True}, "ldpnetv2"), ({"student": "compodistill-tiny"}, "mlp"),
     ],
 )  # fmt: skip
-def test_the_baseline_has_as_many_visual_tokens_as_the_student_and_no_teachers_projector(
-    tmp_path, options, projector
-):
+def test_the_baseline_has_as_many_visual_tokens_as_the_student_and_no_teachers_projector(tmp_path, options, projector):
     baseline = without_teacher(TrainConfig(cache="c", output=str(tmp_path), **options))
     assert baseline.projector == projector
     assert not baseline.pool_teacher_tokens

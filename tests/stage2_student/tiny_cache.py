@@ -12,13 +12,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from vlm_distill_cache.common.attention.boxes import (
-    grid_tile,
-    overlap_matrix,
-    pool_keys,
-    tile_boxes,
-    tiles_to_array,
-)
+from vlm_distill_cache.common.attention.boxes import grid_tile, overlap_matrix, pool_keys, tile_boxes, tiles_to_array
 from vlm_distill_cache.common.attention.capture import AttentionCapture, AttentionRequest
 from vlm_distill_cache.common.attention.layers import teacher_groups
 from vlm_distill_cache.common.cache.manifest import Plan, seal, write_plan
@@ -197,18 +191,12 @@ def build_tiny_cache(
                 record |= codecs["logits"].encode(codecs["logits"].select(logits, labels))
             if "answer_attention" in codecs:
                 cells = (
-                    pool_keys(answer, overlap)
-                    if answer.shape[2]
-                    else answer.new_zeros(*answer.shape[:2], grid * grid)
+                    pool_keys(answer, overlap) if answer.shape[2] else answer.new_zeros(*answer.shape[:2], grid * grid)
                 )
                 record |= codecs["answer_attention"].encode(RowAttention.from_cells(cells))
             if "text_attention" in codecs:
                 rows = teacher.text_rows(sample)
-                cells = (
-                    pool_keys(rows, overlap)
-                    if rows.shape[2]
-                    else rows.new_zeros(*rows.shape[:2], grid * grid)
-                )
+                cells = pool_keys(rows, overlap) if rows.shape[2] else rows.new_zeros(*rows.shape[:2], grid * grid)
                 record |= codecs["text_attention"].encode(RowAttention.from_cells(cells))
             if "visual_columns" in codecs:
                 columns = visual.mean(1) if visual.shape[1] else visual.new_zeros(len(teacher.groups), 0)

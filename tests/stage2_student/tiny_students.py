@@ -43,8 +43,6 @@ def library_student(*, seed=0):
     torch.manual_seed(seed)
     config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE_TOKEN_ID)
     inputs = _inputs(4)
-    ids = torch.cat(
-        [inputs["input_ids"][:, :1], torch.full((1, 16), IMAGE_TOKEN_ID), inputs["input_ids"][:, 5:]], 1
-    )
+    ids = torch.cat([inputs["input_ids"][:, :1], torch.full((1, 16), IMAGE_TOKEN_ID), inputs["input_ids"][:, 5:]], 1)
     model = LlavaForConditionalGeneration(config)
     return LibraryStudent(model, family_of(config.model_type)), inputs | {"input_ids": ids}

@@ -106,8 +106,7 @@ def check_metadata(
         missing, extra = sorted(expected.keys() - arrays.keys()), sorted(arrays.keys() - expected.keys())
         raise CacheFormatError(f"{path}: missing arrays {missing}, unexpected arrays {extra}; damaged")
     return {
-        name: _check_array(arrays[name], field, limit, f"{path}/{name}")
-        for name, (field, limit) in expected.items()
+        name: _check_array(arrays[name], field, limit, f"{path}/{name}") for name, (field, limit) in expected.items()
     }
 
 
@@ -132,8 +131,7 @@ def _check_array(metadata: Any, field: Field, limit: int, where: str) -> ArrayLa
     size, shard_bytes, chunk_bytes = (math.prod(sizes) * itemsize for sizes in (shape, grid, chunk))
     if size > limit or max(shard_bytes, chunk_bytes) > 2 * size + CHUNK_BYTES:
         raise CacheFormatError(
-            f"{where}: declares {size} bytes in chunks of {max(shard_bytes, chunk_bytes)}; "
-            f"at most {limit} are believed"
+            f"{where}: declares {size} bytes in chunks of {max(shard_bytes, chunk_bytes)}; at most {limit} are believed"
         )
     one_file = grid[1:] == chunk[1:] == field.trailing and grid[0] >= shape[0] and chunk[0] > 0
     if not one_file or grid[0] % chunk[0] or grid[0] // chunk[0] > 16 + size // _MIN_CHUNK_BYTES:

@@ -180,9 +180,7 @@ def _dump(store: MemoryStore) -> dict[str, bytes]:
 
     files = dict(sorted(sync(collect()).items()))
     arrays = {
-        key.removesuffix("/zarr.json"): json.loads(data)
-        for key, data in files.items()
-        if key.endswith("/zarr.json")
+        key.removesuffix("/zarr.json"): json.loads(data) for key, data in files.items() if key.endswith("/zarr.json")
     }
     # As zarr.consolidate_metadata writes it, which would warn that the v3 specification has no word on it.
     root = json.loads(files["zarr.json"])

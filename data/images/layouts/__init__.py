@@ -65,9 +65,7 @@ def image_encoder_from_dict(geometry: Mapping[str, Any], processor: Any) -> AnyI
 
 def _rebuild(stored: dict[str, Any], processor: Any) -> AnyImageEncoder:
     kind = stored.pop("kind", None)
-    texts = {
-        name: stored.pop(name) for name in ("image_token", "before", "after", "marker") if name in stored
-    }
+    texts = {name: stored.pop(name) for name in ("image_token", "before", "after", "marker") if name in stored}
     try:
         del stored["processor"]
         if "grid" in stored:
@@ -79,9 +77,7 @@ def _rebuild(stored: dict[str, Any], processor: Any) -> AnyImageEncoder:
             return FramedEncoder(fixed=ImageEncoder(processor=processor, **stored), **texts)
         if kind not in KINDS:
             known = ", ".join([*KINDS, FramedEncoder.kind])
-            raise ConfigError(
-                f"image geometry of kind {kind!r} is unknown; known: {known}; update the package"
-            )
+            raise ConfigError(f"image geometry of kind {kind!r} is unknown; known: {known}; update the package")
         encoder: AnyImageEncoder = KINDS[kind](processor=processor, **stored, **texts)
     except (TypeError, KeyError, ValueError) as error:
         if isinstance(error, ConfigError):

@@ -65,12 +65,8 @@ class AnyResolutionEncoder:
     def __post_init__(self) -> None:
         check_processor(self.processor, "image_grid_pinpoints", "size")
         if self.patch_size < 1 or self.side < self.patch_size:
-            raise ConfigError(
-                f"patch_size must be 1..{self.side} pixels (a tile's side), got {self.patch_size}"
-            )
-        wrong = [
-            pair for pair in self.processor.image_grid_pinpoints if any(edge % self.side for edge in pair)
-        ]
+            raise ConfigError(f"patch_size must be 1..{self.side} pixels (a tile's side), got {self.patch_size}")
+        wrong = [pair for pair in self.processor.image_grid_pinpoints if any(edge % self.side for edge in pair)]
         if wrong:
             raise ConfigError(
                 f"image_grid_pinpoints {wrong} are no multiples of a tile's side, {self.side} pixels; they must be "
@@ -156,9 +152,7 @@ class AnyResolutionEncoder:
         shown = _fitted(height, width, best)
         low, high = [], []
         for axis in (0, 1):
-            covered = (
-                best[axis] - self.side + self.base_grid[0] * self.patch_size
-            )  # pixels, first to last token
+            covered = best[axis] - self.side + self.base_grid[0] * self.patch_size  # pixels, first to last token
             token = covered / full[axis]
             margin = (best[axis] - shown[axis]) // 2  # black pixels in front of the picture
             low.append((cut[axis] * token - margin) / shown[axis])

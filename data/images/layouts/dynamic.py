@@ -13,12 +13,7 @@ import PIL.Image
 from vlm_distill_cache.common.attention.boxes import grid_tile
 from vlm_distill_cache.common.errors import ConfigError, SampleError
 from vlm_distill_cache.data.images.encoder import EncodedImage
-from vlm_distill_cache.data.images.layouts.pixels import (
-    FINEST_GRID,
-    check_processor,
-    pixel_settings,
-    run_processor,
-)
+from vlm_distill_cache.data.images.layouts.pixels import FINEST_GRID, check_processor, pixel_settings, run_processor
 
 MOST_ELONGATED = 200
 """Long over short side that the library's processor still takes."""
@@ -45,9 +40,7 @@ class DynamicEncoder:
     def __post_init__(self) -> None:
         check_processor(self.processor, *self.keys)
         if self.processor.do_resize is not True:
-            raise ConfigError(
-                "a Qwen image processor must scale pictures to whole tokens: set do_resize to true"
-            )
+            raise ConfigError("a Qwen image processor must scale pictures to whole tokens: set do_resize to true")
 
     @property
     def least_token_count(self) -> int:

@@ -71,9 +71,7 @@ def covered_share(side: int, patch_size: int) -> float:
     return side // patch_size * patch_size / side
 
 
-def covered_tile(
-    grid: tuple[int, int], region: tuple[float, float, float, float], share: float = 1.0
-) -> Tile:
+def covered_tile(grid: tuple[int, int], region: tuple[float, float, float, float], share: float = 1.0) -> Tile:
     """Tokens over the part of a region that patches cover, from its upper left corner."""
     x0, y0, x1, y1 = region
     return Tile(rows=grid[0], cols=grid[1], region=(x0, y0, x0 + (x1 - x0) * share, y0 + (y1 - y0) * share))

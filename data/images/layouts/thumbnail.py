@@ -106,16 +106,12 @@ class ThumbnailEncoder:
         parts = tiled(rows, cols, self.grid)
         tiles = parts if len(parts) == 1 else (*parts, whole(self.grid))
         tokens = self.image_token * (self.least_token_count * len(tiles))
-        return EncodedImage(
-            inputs={"pixel_values": pixels}, tiles=tiles, text=f"{self.before}{tokens}{self.after}"
-        )
+        return EncodedImage(inputs={"pixel_values": pixels}, tiles=tiles, text=f"{self.before}{tokens}{self.after}")
 
     def _arrangement(self, image: PIL.Image.Image) -> tuple[int, int]:
         """Columns and rows of tiles."""
         fewest, most = int(self.processor.min_patches), int(self.processor.max_patches)
         if not self.crops or most <= 1:
             return 1, 1
-        cols, rows = get_optimal_tiled_canvas(
-            (image.height, image.width), (self.side, self.side), fewest, most
-        )
+        cols, rows = get_optimal_tiled_canvas((image.height, image.width), (self.side, self.side), fewest, most)
         return cols, rows

@@ -84,9 +84,7 @@ def cut(request, monkeypatch):
 @pytest.mark.usefixtures("cut")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("key_heads", [1, 2, 8])
-@pytest.mark.parametrize(
-    "options", [{}, {"causal": True}, {"softcap": 1.5, "causal": True}, {"scaling": 0.3}]
-)
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"softcap": 1.5, "causal": True}, {"scaling": 0.3}])
 def test_values_and_gradients_without_a_mask(options, key_heads, dtype):
     assert_equals_dense(dtype, key_heads, **options)
 
@@ -139,9 +137,7 @@ def test_gradients_of_several_uses_add_up_and_autocast_changes_nothing():
 def test_a_frozen_side_costs_no_gradient():
     query, key = inputs(torch.float32, 2)
     for frozen, trained in ((query, key), (key, query)):
-        expected = torch.autograd.grad(
-            head_mean_attention(query, key, rows=ROWS, keys=KEYS).square().sum(), trained
-        )
+        expected = torch.autograd.grad(head_mean_attention(query, key, rows=ROWS, keys=KEYS).square().sum(), trained)
         frozen.requires_grad_(False)
         got = head_mean_attention(query, key, rows=ROWS, keys=KEYS)
         assert torch.equal(torch.autograd.grad(got.square().sum(), trained)[0], expected[0])

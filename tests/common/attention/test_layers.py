@@ -160,9 +160,7 @@ def test_all_layers_are_aligned_with_windows_over_all_of_the_deeper_model():
     layers=st.sampled_from(["early", "middle", "late", "all"]),
 )
 def test_any_two_depths_match_pair_by_pair_inside_both_models(teacher, student, matching, layers):
-    theirs, mine = match_layers(
-        teacher_depth=teacher, student_depth=student, matching=matching, layers=layers
-    )
+    theirs, mine = match_layers(teacher_depth=teacher, student_depth=student, matching=matching, layers=layers)
     assert len(theirs) == len(mine) >= 1
     assert all(0 <= layer < teacher for group in theirs for layer in group)
     assert all(0 <= layer < student for group in mine for layer in group)

@@ -141,12 +141,8 @@ def test_llava_logits_are_bit_identical_and_attention_equals_eager(llava, paddin
         _, eager = run_eager(llava, batch)
     assert torch.equal(logits, plain)
     assert set(maps) == {"answer", "visual"}
-    torch.testing.assert_close(
-        maps["answer"], reference(eager.attentions, rows, keys, GROUPS), atol=1e-5, rtol=0
-    )
-    torch.testing.assert_close(
-        maps["visual"], reference(eager.attentions, keys, keys, ((2,),)), atol=1e-5, rtol=0
-    )
+    torch.testing.assert_close(maps["answer"], reference(eager.attentions, rows, keys, GROUPS), atol=1e-5, rtol=0)
+    torch.testing.assert_close(maps["visual"], reference(eager.attentions, keys, keys, ((2,),)), atol=1e-5, rtol=0)
     assert maps["answer"].dtype == torch.float32
     assert maps["answer"].std() > 0.01  # not flat: the comparison means something
 
@@ -160,9 +156,7 @@ def test_qwen2_attention_equals_eager(qwen):
     with torch.no_grad():
         with capture.record({"answer": AttentionRequest(rows, keys, GROUPS)}) as maps:
             logits = model(input_ids=ids, attention_mask=mask).logits
-        assert torch.equal(
-            logits, with_implementation(qwen, "sdpa")(input_ids=ids, attention_mask=mask).logits
-        )
+        assert torch.equal(logits, with_implementation(qwen, "sdpa")(input_ids=ids, attention_mask=mask).logits)
         eager = with_implementation(qwen, "eager")
         full = eager(input_ids=ids, attention_mask=mask, output_attentions=True).attentions
     torch.testing.assert_close(maps["answer"], reference(full, rows, keys, GROUPS), atol=1e-5, rtol=0)

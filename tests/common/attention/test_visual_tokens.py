@@ -54,9 +54,7 @@ def test_24x24_against_12x12_is_exactly_a_2x2_pool():
 @given(side=st.integers(1, 12), factor=st.integers(1, 4))
 @settings(max_examples=30, deadline=None)
 def test_nested_grids_have_weights_of_zero_and_one(side, factor):
-    overlap = overlap_matrix(
-        tile_boxes([grid_tile(side * factor, side)]), tile_boxes([grid_tile(side, side)])
-    )
+    overlap = overlap_matrix(tile_boxes([grid_tile(side * factor, side)]), tile_boxes([grid_tile(side, side)]))
     assert set(overlap.unique().tolist()) <= {0.0, 1.0}
     assert overlap.sum(0).unique().tolist() == [float(factor)]
 

@@ -12,8 +12,8 @@ from cache_factory import FAILED, assert_equal_records, build_cache, make_plan, 
 
 from vlm_distill_cache.common.cache.documents import document_bytes
 from vlm_distill_cache.common.cache.manifest import read_sidecar, seal, sidecar_path
-from vlm_distill_cache.common.cache.reader import open_cache
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError
+from vlm_distill_cache.common.opening import open_cache
 
 POSITIONS = [p for p in range(10) if p != FAILED]
 
@@ -96,7 +96,7 @@ import os, sys
 sys.path.insert(0, sys.argv[2])
 from pathlib import Path
 from cache_factory import assert_equal_records, make_record, sample_id
-from vlm_distill_cache.common.cache.reader import open_cache
+from vlm_distill_cache.common.opening import open_cache
 cache = open_cache(Path(sys.argv[1]))
 cache.read(sample_id(0))
 cache._shards._lock.acquire()  # as if another thread were opening a shard at the fork

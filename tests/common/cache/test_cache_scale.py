@@ -14,9 +14,10 @@ from vlm_distill_cache.common.cache.documents import document_bytes, read_docume
 from vlm_distill_cache.common.cache.index import INDEX
 from vlm_distill_cache.common.cache.manifest import MANIFEST, SHARDS, seal, write_plan
 from vlm_distill_cache.common.cache.plan import MAX_SHARDS
-from vlm_distill_cache.common.cache.reader import TeacherCache, open_cache
+from vlm_distill_cache.common.cache.reader import TeacherCache
 from vlm_distill_cache.common.cache.stores import finish_shard, open_writer
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError
+from vlm_distill_cache.common.opening import open_cache
 
 POSITIONS = [p for p in range(10) if p != FAILED]
 IDS = [sample_id(p) for p in POSITIONS]

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from vlm_distill_cache.common.cache.reader import open_cache
 from vlm_distill_cache.common.codecs import codec_from_dict
 from vlm_distill_cache.common.files.hashing import checksum
+from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.common.tools.verify import verify
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"

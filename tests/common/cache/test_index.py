@@ -30,8 +30,8 @@ from vlm_distill_cache.common.cache.manifest import (
     read_sidecar,
     seal,
 )
-from vlm_distill_cache.common.cache.reader import open_cache
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError
+from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.common.tools.verify import verify
 
 HEADER = 64
@@ -123,9 +123,7 @@ def test_every_flipped_byte_and_every_cut_is_noticed_on_opening(cache):
         flipped = bytearray(data)
         flipped[place] ^= 1 << place % 8
         (cache / INDEX).write_bytes(flipped)
-        with pytest.raises(
-            CacheFormatError, match=r"index\.bin: not the file that was sealed.*teacher-cache seal"
-        ):
+        with pytest.raises(CacheFormatError, match=r"index\.bin: not the file that was sealed.*teacher-cache seal"):
             open_cache(cache)
     for length in [*range(0, len(data), 9), len(data) + 1]:
         (cache / INDEX).write_bytes((data + b"\0")[:length])

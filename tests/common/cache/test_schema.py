@@ -67,9 +67,6 @@ def test_fields_round_trip_and_refuse_nonsense():
 def test_position_convention_of_the_docstring():
     # <s> USER: hi ASSISTANT: yes </s>: row p predicts token p + 1; answers are yes and </s>.
     tokens, is_answer = [1, 10, 11, 12, 13, 2], [False, False, False, False, True, True]
-    labels = [
-        tokens[p + 1] if p + 1 < len(tokens) and is_answer[p + 1] else IGNORE_INDEX
-        for p in range(len(tokens))
-    ]
+    labels = [tokens[p + 1] if p + 1 < len(tokens) and is_answer[p + 1] else IGNORE_INDEX for p in range(len(tokens))]
     assert labels == [-100, -100, -100, 13, 2, -100]
     assert [label for label in labels if label != IGNORE_INDEX] == [13, 2]

@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlm_distill_cache.common.cache.manifest import seal, write_plan
-from vlm_distill_cache.common.cache.reader import open_cache
 from vlm_distill_cache.common.cache.schema import check_record
 from vlm_distill_cache.common.cache.shared_images import (
     VISUAL_SOURCE,
@@ -24,9 +23,10 @@ from vlm_distill_cache.common.cache.shared_images import (
 )
 from vlm_distill_cache.common.cache.sidecar import read_sidecar
 from vlm_distill_cache.common.cache.stores import finish_shard, open_reader, open_writer
-from vlm_distill_cache.common.codecs.checks import content_damage
 from vlm_distill_cache.common.errors import CacheFormatError
+from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.common.tools.convert import convert
+from vlm_distill_cache.common.tools.verify import content_damage
 
 SHARED = with_visual_source(FIELDS)
 NAMES = ("visual_columns", "visual_map")
@@ -55,9 +55,7 @@ def write_cache(path, store, change=lambda position, record: record, *, sealed=T
         writer = open_writer(store, path, index, plan.all_fields)
         sharer = ImageSharer(SharedImages(plan.all_fields))
         for position in plan.shard_range(index):
-            writer.append(
-                f"s{position}", change(position, sharer.share(live_record(position), key(position)))
-            )
+            writer.append(f"s{position}", change(position, sharer.share(live_record(position), key(position))))
         finish_shard(writer)
     if sealed:
         seal(path)
@@ -126,16 +124,11 @@ class ListReader:
 def test_any_sequence_of_images_is_read_back_and_held_once_each(images):
     fields = make_plan(fields=SHARED).all_fields
     shared = SharedImages(fields)
-    live = [
-        make_record(40 + n) | {x: make_record(PICTURES[i])[x] for x in IMAGE_FIELDS}
-        for n, i in enumerate(images)
-    ]
+    live = [make_record(40 + n) | {x: make_record(PICTURES[i])[x] for x in IMAGE_FIELDS} for n, i in enumerate(images)]
     for keys in (images, [shared.content_key(record) for record in live]):
         sharer, check = ImageSharer(shared), SourceCheck(shared)
         stored = [sharer.share(record, k) for record, k in zip(live, keys, strict=True)]
-        assert [check.damage(position, record) for position, record in enumerate(stored)] == [None] * len(
-            live
-        )
+        assert [check.damage(position, record) for position, record in enumerate(stored)] == [None] * len(live)
         held = sum(len(record["visual_map"]) > 0 for record in stored)
         assert held == len({image for image in images if image is not None})
         for position, expected in enumerate(live):
@@ -194,17 +187,13 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_wrong_source_is_refused_by_readers_and_found_by_verify(tmp_path, store, fault):
     where, damage, message = FAULTS[fault]
-    plan = write_cache(
-        tmp_path, store, lambda position, record: damage(record) if position == where else record
-    )
+    plan = write_cache(tmp_path, store, lambda position, record: damage(record) if position == where else record)
     with pytest.raises(CacheFormatError, match=rf"sample 's{where}'.*{message}.*cachectl verify --deep"):
         open_cache(tmp_path).read(f"s{where}", ["visual_columns"])
     found = content_damage(tmp_path, plan, read_sidecar(tmp_path, 0), deep=True)
     assert found is not None
     assert f"'s{where}'" in found
-    if (
-        where
-    ):  # a holder that names a later record still has its own arrays, which is what a checker meets first
+    if where:  # a holder that names a later record still has its own arrays, which is what a checker meets first
         assert message in found
 
 

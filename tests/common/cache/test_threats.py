@@ -21,11 +21,11 @@ from test_stores import ORDINARY, codecs_of, read_all, write
 from vlm_distill_cache.common.cache.documents import document_bytes, read_document, safe_path
 from vlm_distill_cache.common.cache.manifest import MANIFEST, FileEntry, seal, sidecar_path
 from vlm_distill_cache.common.cache.plan import Plan
-from vlm_distill_cache.common.cache.reader import open_cache
 from vlm_distill_cache.common.cache.stores import finish_shard
 from vlm_distill_cache.common.cache.stores.webdataset_store import EXTENSION, decode_member, encode_member
 from vlm_distill_cache.common.errors import CacheFormatError
 from vlm_distill_cache.common.files.atomic import MAX_JSON_ITEMS, parse_json, read_json
+from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.common.tools.verify import verify
 
 HOSTILE_PATHS = [
@@ -86,9 +86,7 @@ def test_paths_that_could_leave_the_folder_are_refused(name):
         safe_path(name, "here")
 
 
-@pytest.mark.parametrize(
-    "name", ["a", "a/b.json", "processor/é.txt", "shards/00000.zarr/labels/c/0", "..a/b..c"]
-)
+@pytest.mark.parametrize("name", ["a", "a/b.json", "processor/é.txt", "shards/00000.zarr/labels/c/0", "..a/b..c"])
 def test_ordinary_paths_are_accepted(name):
     assert safe_path(name, "here") == name
 
@@ -190,9 +188,7 @@ def hostile_tars():
     return {
         "pax path": pax(path="../../evil"),
         "pax size": pax(size="99999999999"),
-        "pax sparse": pax(
-            **{"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": "1" * 15}
-        ),
+        "pax sparse": pax(**{"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": "1" * 15}),
         "gnu long name": tar(lambda member: None, tarfile.GNU_FORMAT, "x" * 200 + EXTENSION),
         "set-user-id": tar(lambda member: setattr(member, "mode", 0o4755)),
         "owner": tar(lambda member: setattr(member, "uname", "root")),

@@ -14,12 +14,7 @@ from numcodecs.zstd import Zstd
 from test_stores import ORDINARY, StoreContract, read_all, write
 
 from vlm_distill_cache.common.cache.stores import finish_shard
-from vlm_distill_cache.common.cache.stores.webdataset_store import (
-    EXTENSION,
-    decode_member,
-    encode_member,
-    key_of,
-)
+from vlm_distill_cache.common.cache.stores.webdataset_store import EXTENSION, decode_member, encode_member, key_of
 from vlm_distill_cache.common.errors import CacheFormatError
 
 

@@ -12,12 +12,7 @@ from hypothesis import strategies as st
 from vlm_distill_cache.common.cache.schema import check_record
 from vlm_distill_cache.common.codecs import LOGIT_PRESETS, LogitCodec, SparseLogits, codec_from_dict
 from vlm_distill_cache.common.codecs.quantise import GAP_TABLE, MAX_GAP, encode_gaps, gap_error
-from vlm_distill_cache.common.errors import (
-    CacheFormatError,
-    ConfigError,
-    SampleError,
-    TemperatureNotCachedError,
-)
+from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, SampleError, TemperatureNotCachedError
 
 INF = math.inf
 PINNED_GAPS = [0.0, 0.0120922, 0.202838, 0.94846, 2.43254, 6.0128, 22.9901, 24.0]
@@ -54,9 +49,7 @@ rows_of_logits = st.lists(
 
 @settings(deadline=None, max_examples=150)
 @given(row=rows_of_logits, data=st.data(), floor=st.sampled_from([0.0, 1e-3, 0.2]), max_k=st.integers(2, 14))
-def test_kept_tokens_equal_a_row_by_row_reference(
-    row: list[float], data: st.DataObject, floor: float, max_k: int
-):
+def test_kept_tokens_equal_a_row_by_row_reference(row: list[float], data: st.DataObject, floor: float, max_k: int):
     chosen = codec(floor=floor, min_k=data.draw(st.integers(1, max_k)), max_k=max_k)
     label = data.draw(st.integers(0, len(row) - 1))
     dense = torch.tensor([row], dtype=torch.float32)
@@ -92,9 +85,7 @@ def test_live_entries_and_tail_equal_the_dense_distribution(dtype: torch.dtype, 
     reference = (dense.double() / temperature).log_softmax(1)
     rest = torch.ones_like(reference, dtype=torch.bool)
     for row, ids in enumerate(listed(sparse)):
-        torch.testing.assert_close(
-            log_probs[row, : len(ids)].double(), reference[row, ids], atol=2e-6, rtol=1e-6
-        )
+        torch.testing.assert_close(log_probs[row, : len(ids)].double(), reference[row, ids], atol=2e-6, rtol=1e-6)
         rest[row, ids] = False
     expected = reference.masked_fill(~rest, -INF).logsumexp(1)
     torch.testing.assert_close(tail.double(), expected, atol=2e-6, rtol=1e-6)
@@ -171,9 +162,7 @@ def test_uniform_row_lists_the_lowest_ids_and_keeps_the_mass():
     chosen = codec(max_k=4)
     sparse = chosen.decode(chosen.encode(chosen.select(torch.zeros(1, 4000), torch.tensor([999]))))
     assert listed(sparse) == [[0, 1, 999]]
-    torch.testing.assert_close(
-        sparse.tail_log_mass.exp(), torch.full((1, 2), 1 - 3 / 4000), atol=1e-5, rtol=0
-    )
+    torch.testing.assert_close(sparse.tail_log_mass.exp(), torch.full((1, 2), 1 - 3 / 4000), atol=1e-5, rtol=0)
     torch.testing.assert_close(sparse.at(2.0)[0].exp(), torch.full((1, 3), 1 / 4000), atol=1e-6, rtol=0)
 
 

@@ -73,9 +73,7 @@ def test_what_works_on_codes_is_refused_where_gaps_are_none(name: str):
 
 
 @settings(deadline=None, max_examples=60)
-@given(
-    seed=st.integers(0, 2**31), scale=st.floats(0.1, 40), preset=st.sampled_from(["lean", "full", "fixed:9"])
-)
+@given(seed=st.integers(0, 2**31), scale=st.floats(0.1, 40), preset=st.sampled_from(["lean", "full", "fixed:9"]))
 def test_balanced_rows_sum_to_one_stay_in_order_and_within_half_a_step(seed: int, scale: float, preset: str):
     dense = random_logits(6, 300, seed=seed, scale=scale)
     codec = LogitCodec.from_preset(preset)
@@ -105,8 +103,7 @@ def test_balancing_brings_probabilities_nearer_to_the_teachers():
         live = codec.select(dense, torch.arange(400))
         record = codec.encode(live)
         errors = [
-            float((decoder.decode(record).log_probs.exp() - live.log_probs.exp()).norm())
-            for decoder in (plain, codec)
+            float((decoder.decode(record).log_probs.exp() - live.log_probs.exp()).norm()) for decoder in (plain, codec)
         ]
         assert errors[0] > gain * errors[1]
 
@@ -120,9 +117,7 @@ def test_a_row_whose_entries_are_all_exact_is_left_alone():
 
 @settings(deadline=None, max_examples=40)
 @given(k=st.integers(2, 255), seed=st.integers(0, 1000), scale=st.floats(0.1, 30))
-def test_fixed_keeps_exactly_the_k_most_likely_tokens_or_k_less_one_and_the_truth(
-    k: int, seed: int, scale: float
-):
+def test_fixed_keeps_exactly_the_k_most_likely_tokens_or_k_less_one_and_the_truth(k: int, seed: int, scale: float):
     dense = random_logits(3, 300, seed=seed, scale=scale)
     labels = [seed % 300, 7, 299]
     codec = LogitCodec.from_preset(f"fixed:{k}")
@@ -161,9 +156,7 @@ def test_a_build_refuses_an_unknown_preset_before_it_loads_anything():
 
 @pytest.mark.parametrize("vocabulary", VOCABULARIES)
 @pytest.mark.parametrize("preset", ["lean", "fixed:8"])
-def test_tails_of_any_vocabulary_are_those_of_the_dense_logits_at_every_temperature(
-    vocabulary: int, preset: str
-):
+def test_tails_of_any_vocabulary_are_those_of_the_dense_logits_at_every_temperature(vocabulary: int, preset: str):
     dense = random_logits(2, vocabulary, seed=vocabulary, scale=4.0)
     labels = [vocabulary - 1, vocabulary // 3]
     live, cached = round_trip(LogitCodec.from_preset(preset, temperatures=TEMPERATURES), dense, labels)

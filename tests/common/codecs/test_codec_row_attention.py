@@ -17,12 +17,7 @@ from vlm_distill_cache.common.attention.boxes import (
     tile_boxes,
 )
 from vlm_distill_cache.common.cache.schema import check_record
-from vlm_distill_cache.common.codecs import (
-    RowAttention,
-    RowAttentionCodec,
-    TextAttentionCodec,
-    codec_from_dict,
-)
+from vlm_distill_cache.common.codecs import RowAttention, RowAttentionCodec, TextAttentionCodec, codec_from_dict
 from vlm_distill_cache.common.codecs.quantise import log8_half_step
 from vlm_distill_cache.common.codecs.row_attention import RANGE_NATS
 from vlm_distill_cache.common.errors import CacheFormatError, SampleError
@@ -47,9 +42,7 @@ def random_rows(rows: int, groups: int, cells: int, *, seed: int, power: float) 
     grid=st.tuples(st.integers(1, 13), st.integers(1, 13)),
     power=st.sampled_from([0.1, 1.0, 8.0, 40.0]),
 )
-def test_cells_and_masses_on_and_off_the_image_keep_the_stated_bounds(
-    codec_class, seed, rows, groups, grid, power
-):
+def test_cells_and_masses_on_and_off_the_image_keep_the_stated_bounds(codec_class, seed, rows, groups, grid, power):
     codec = codec_class(grid=grid, groups=groups)
     live = RowAttention.from_cells(random_rows(rows, groups, codec.cells, seed=seed, power=power))
     record = codec.encode(live)
@@ -113,9 +106,7 @@ def test_errors_name_the_signal():
     codec = TextAttentionCodec(grid=(2, 2), groups=1)
     with pytest.raises(SampleError, match="text attention: expected finite masses"):
         codec.encode(RowAttention.from_cells(torch.full((1, 1, 4), math.nan)))
-    record = TextAttentionCodec(grid=(1, 3), groups=1).encode(
-        RowAttention.from_cells(torch.ones(2, 1, 3) / 9)
-    )
+    record = TextAttentionCodec(grid=(1, 3), groups=1).encode(RowAttention.from_cells(torch.ones(2, 1, 3) / 9))
     with pytest.raises(CacheFormatError, match=r"text attention of a record: expected cells \(2, 1, 4\)"):
         codec.decode(record)
 
@@ -152,15 +143,11 @@ def test_pooling_is_the_shared_area_token_by_token(tokens, cells):
                 if height <= 0:
                     break
                 for x in range(col * cells[1] // tokens[1], cells[1]):
-                    width = min((col + 1) / tokens[1], (x + 1) / cells[1]) - max(
-                        col / tokens[1], x / cells[1]
-                    )
+                    width = min((col + 1) / tokens[1], (x + 1) / cells[1]) - max(col / tokens[1], x / cells[1])
                     if width <= 0:
                         break
                     expected[y, x] += mass * height * width * tokens[0] * tokens[1]
-    torch.testing.assert_close(
-        pool_keys(attention, overlap).double(), expected.flatten(), rtol=1e-4, atol=1e-8
-    )
+    torch.testing.assert_close(pool_keys(attention, overlap).double(), expected.flatten(), rtol=1e-4, atol=1e-8)
 
 
 def test_tokens_in_padding_are_left_out_and_others_conserve_their_mass():

@@ -147,9 +147,7 @@ def test_a_long_column_keeps_the_means_of_its_runs(preset: str):
             values = decoded[members, key]
             assert float(values.max() - values.min()) <= 1e-6 * float(values.max())
             bound = (1 + math.sqrt(float(values[0]) / column)) / (2 * runs.levels) + 2**-10
-            error = math.sqrt(float(values[0]) / threshold) - math.sqrt(
-                float(one[members, key].mean()) / threshold
-            )
+            error = math.sqrt(float(values[0]) / threshold) - math.sqrt(float(one[members, key].mean()) / threshold)
             assert abs(error) <= bound
             checked += 1
     assert checked > 500
@@ -254,12 +252,8 @@ def test_runs_grow_and_leave_no_gap():
 
 
 @settings(deadline=None, max_examples=200)
-@given(
-    preset=st.sampled_from(FILTERED), grid=st.sampled_from([0, 3]), seed=st.integers(0, 2**31), data=st.data()
-)
-def test_damaged_arrays_are_refused_or_give_finite_maps(
-    preset: str, grid: int, seed: int, data: st.DataObject
-):
+@given(preset=st.sampled_from(FILTERED), grid=st.sampled_from([0, 3]), seed=st.integers(0, 2**31), data=st.data())
+def test_damaged_arrays_are_refused_or_give_finite_maps(preset: str, grid: int, seed: int, data: st.DataObject):
     codec = VisualMapCodec(groups=2, preset=preset, grid=grid)  # type: ignore[arg-type]
     record = codec.encode(maps_of(2, 9, seed=seed, causal=not grid), tiles=square(3))
     name = data.draw(st.sampled_from(sorted(record)))
@@ -328,9 +322,7 @@ def test_the_stored_arrays_are_the_pinned_ones():
     maps = torch.tensor(
         [[[1 / 2, 0, 0, 0], [1 / 4, 1 / 8, 0, 0], [1 / 16, 1 / 32, 1 / 4, 0], [2**-7, 1 / 2, 1 / 32, 2**-9]]]
     )
-    record = {
-        preset: VisualMapCodec(groups=1, preset=preset).encode(maps, tiles=square(2)) for preset in FILTERED
-    }  # type: ignore[arg-type]
+    record = {preset: VisualMapCodec(groups=1, preset=preset).encode(maps, tiles=square(2)) for preset in FILTERED}  # type: ignore[arg-type]
     for found in record.values():
         assert found["map_scale"].tolist() == [[pytest.approx(0.283767, abs=1e-6)]]
         assert found["map_means"][:, 0].tolist() == [

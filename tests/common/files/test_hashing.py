@@ -5,13 +5,7 @@ import hashlib
 import pytest
 import xxhash
 
-from vlm_distill_cache.common.files.hashing import (
-    checksum,
-    file_checksum,
-    file_digests,
-    fingerprint,
-    sha256_hex,
-)
+from vlm_distill_cache.common.files.hashing import checksum, file_checksum, file_digests, fingerprint, sha256_hex
 
 
 def test_digests_are_pinned():

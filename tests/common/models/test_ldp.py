@@ -96,16 +96,12 @@ def test_ldp_in_half_precision_follows_the_same_formula():
 def test_gradients_reach_every_weight():
     projector = make_projector()
     projector(torch.randn(2, 36, 8)).square().sum().backward()
-    assert all(
-        parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in projector.parameters()
-    )
+    assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in projector.parameters())
 
 
 def test_names_and_shapes_are_the_published_ones():
     projector = build_projector("ldpnet", in_features=16, out_features=32, grid=(6, 6))
-    found = {
-        f"model.mm_projector.{name}": tuple(value.shape) for name, value in projector.state_dict().items()
-    }
+    found = {f"model.mm_projector.{name}": tuple(value.shape) for name, value in projector.state_dict().items()}
     assert found == LDP_SHAPES
 
 
@@ -119,9 +115,7 @@ def test_ldp_of_the_published_size_gives_144_tokens_and_18_94_million_weights():
     assert sum(value.numel() for value in projector.parameters()) == mlp + 2 * block == 18_936_832
 
 
-@pytest.mark.parametrize(
-    ("width", "narrow"), [(2048, 512), (2560, 640), (32, 8), (16, 8), (100, 24), (88, 24)]
-)
+@pytest.mark.parametrize(("width", "narrow"), [(2048, 512), (2560, 640), (32, 8), (16, 8), (100, 24), (88, 24)])
 def test_the_squeeze_is_a_quarter_in_steps_of_eight(width, narrow):
     assert squeeze_width(width) == narrow
 

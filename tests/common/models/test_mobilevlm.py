@@ -178,9 +178,7 @@ def test_cached_left_padded_generation_equals_recomputing_every_step_without_pad
     for prompt, image in zip(prompts, pixels, strict=True):
         words = list(prompt)
         for _ in range(5):
-            words.append(
-                int(student(input_ids=make_prompt(words), pixel_values=image[None]).logits[0, -1].argmax())
-            )
+            words.append(int(student(input_ids=make_prompt(words), pixel_values=image[None]).logits[0, -1].argmax()))
         expected.append(words[len(prompt) :])
     rows = [[0] * (3 - len(prompt)) + make_prompt(prompt)[0].tolist() for prompt in prompts]
     mask = torch.tensor([[0] * (3 - len(p)) + [1] * (10 + len(p)) for p in prompts])
@@ -241,9 +239,7 @@ def test_gradient_checkpointing_changes_no_gradient():
         torch.manual_seed(1)
         pixels = torch.randn(1, 3, 24, 24)
         student(input_ids=make_prompt([5, 6]), pixel_values=pixels, use_cache=False).logits.sum().backward()
-        gradients.append(
-            {name: value.grad for name, value in student.named_parameters() if value.requires_grad}
-        )
+        gradients.append({name: value.grad for name, value in student.named_parameters() if value.requires_grad})
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradient, gradients[1][name])
 

@@ -135,6 +135,4 @@ def test_taf_sends_no_gradient_into_the_teachers_projector():
 )
 def test_unusable_projectors_are_refused_with_the_choices(projector_type, teacher, message):
     with pytest.raises(ModelError, match=message):
-        build_projector(
-            projector_type, in_features=8, out_features=10, grid=(2, 2), teacher_projector=teacher
-        )
+        build_projector(projector_type, in_features=8, out_features=10, grid=(2, 2), teacher_projector=teacher)

@@ -34,15 +34,11 @@ TYPES = {1: "ldpnet", 2: "ldpnetv2"}
 
 def load_mobilevlm(folder, version=2, **options):
     tensors = mobilevlm_tensors(version)
-    return load_published(
-        write_mobilevlm(folder, tensors, mm_projector_type=TYPES[version]), **options
-    ), tensors
+    return load_published(write_mobilevlm(folder, tensors, mm_projector_type=TYPES[version]), **options), tensors
 
 
 @pytest.mark.parametrize("version", [1, 2])
-def test_every_published_mobilevlm_tensor_lands_under_its_own_name_but_for_two_kinds_of_buffers(
-    tmp_path, version
-):
+def test_every_published_mobilevlm_tensor_lands_under_its_own_name_but_for_two_kinds_of_buffers(tmp_path, version):
     model, tensors = load_mobilevlm(tmp_path, version)
     state = model.state_dict()
     kept = {name for name in tensors if not name.endswith(("rotary_emb.inv_freq", "position_ids"))}
@@ -113,9 +109,7 @@ def test_compodistill_computes_what_its_released_code_does(tmp_path):
     embed = qwen.get_input_embeddings()
     embeds = torch.cat([embed(torch.tensor([[1, 2]])), projected, embed(torch.tensor([[7, 8]]))], dim=1)
     ids = torch.tensor([[1, 2] + [40] * 35 + [7, 8]])
-    torch.testing.assert_close(
-        model(input_ids=ids, pixel_values=pixels).logits, qwen(inputs_embeds=embeds).logits
-    )
+    torch.testing.assert_close(model(input_ids=ids, pixel_values=pixels).logits, qwen(inputs_embeds=embeds).logits)
     assert (model.image_grid, model.dropped_tokens) == ((6, 6), 1)
 
 
@@ -149,15 +143,11 @@ def test_a_tower_outside_the_checkpoint_is_taken_from_its_directory(tmp_path):
     clip.mkdir()
     (clip / "config.json").write_text(json.dumps({"model_type": "clip", "vision_config": TOWER}))
     tower = random_tensors(clip_shapes("vision_model."), seed=3)
-    save_file(
-        tower | {"text_model.x": torch.ones(2), "logit_scale": torch.ones(1)}, clip / "model.safetensors"
-    )
+    save_file(tower | {"text_model.x": torch.ones(2), "logit_scale": torch.ones(1)}, clip / "model.safetensors")
     model = load_published(folder, vision_tower=clip)
     found = model.vision_encoder.state_dict()
     assert all(torch.equal(found[name.removeprefix("vision_model.")], value) for name, value in tower.items())
-    with pytest.raises(
-        ModelError, match=r"'openai/another-clip'.*download openai/another-clip.*--vision-tower DIR"
-    ):
+    with pytest.raises(ModelError, match=r"'openai/another-clip'.*download openai/another-clip.*--vision-tower DIR"):
         load_published(folder)
 
 
@@ -218,9 +208,7 @@ def test_a_converted_folder_is_written_once_and_loads_as_the_original(tmp_path):
 
 def test_a_folder_converted_from_other_files_is_not_taken(tmp_path):
     load_mobilevlm(tmp_path / "m", converted=tmp_path / "c")
-    torch.save(
-        mobilevlm_tensors() | {"model.norm.weight": torch.zeros(32)}, tmp_path / "m" / "pytorch_model.bin"
-    )
+    torch.save(mobilevlm_tensors() | {"model.norm.weight": torch.zeros(32)}, tmp_path / "m" / "pytorch_model.bin")
     with pytest.raises(ModelError, match=r"was not converted from .* as it is now; delete it"):
         convert_published(tmp_path / "m", tmp_path / "c")
 
@@ -278,9 +266,7 @@ def test_the_image_processor_of_a_tower_is_the_one_it_was_published_with(tmp_pat
     clip = default_image_processor(model.config)
     assert dict(clip.crop_size) == {"height": 24, "width": 24}
     assert clip.image_mean == pytest.approx([0.48145466, 0.4578275, 0.40821073])
-    siglip = default_image_processor(
-        load_published(write_compodistill(tmp_path / "c", compodistill_tensors())).config
-    )
+    siglip = default_image_processor(load_published(write_compodistill(tmp_path / "c", compodistill_tensors())).config)
     assert list(siglip.image_mean) == [0.5, 0.5, 0.5]
     assert dict(siglip.size) == {"height": 24, "width": 24}
 
@@ -305,9 +291,7 @@ def test_the_published_7b_teacher_has_its_published_size():
     with torch.device("meta"):
         model = MobileVLMForConditionalGeneration(config)
     counts = {name: value.numel() for name, value in model.named_parameters()}
-    language = sum(
-        n for name, n in counts.items() if "vision_tower" not in name and "mm_projector" not in name
-    )
+    language = sum(n for name, n in counts.items() if "vision_tower" not in name and "mm_projector" not in name)
     assert language == 6_738_415_616
     assert sum(n for name, n in counts.items() if "mm_projector" in name) == 1024 * 4096 + 4096**2 + 12 * 4096
     assert (model.image_grid, config.text_config.rms_norm_eps) == ((12, 12), 1e-5)

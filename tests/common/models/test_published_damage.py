@@ -59,9 +59,7 @@ def test_compodistill_keys_of_nobody_are_refused_under_their_own_name(tmp_path):
 def test_a_teacher_read_as_a_student_misses_its_post_connector(tmp_path):
     tensors = compodistill_tensors(bridged=False)
     with pytest.raises(ModelError, match=r"missing: model\.mm_projector\.post"):
-        load_published(
-            write_compodistill(tmp_path, tensors, post_connector_use=True, connector_hidden_size=32)
-        )
+        load_published(write_compodistill(tmp_path, tensors, post_connector_use=True, connector_hidden_size=32))
 
 
 def test_a_training_checkpoint_with_adapters_says_how_to_merge_it(tmp_path):

@@ -19,18 +19,13 @@ from click.testing import CliRunner
 from servers import s3_environment, serve_nginx, serve_s3
 
 from vlm_distill_cache.common.cache.manifest import read_manifest, seal
-from vlm_distill_cache.common.cache.reader import TeacherCache, open_cache
+from vlm_distill_cache.common.cache.reader import TeacherCache
 from vlm_distill_cache.common.cli import main
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError, ConfigError, TransferError
+from vlm_distill_cache.common.opening import open_cache, open_mirror
 from vlm_distill_cache.common.remotes import DirectoryRemote
 from vlm_distill_cache.common.remotes import mirror as mirror_module
-from vlm_distill_cache.common.remotes.mirror import (
-    Mirror,
-    find_mirror,
-    forget_mirrors,
-    local_folder,
-    open_mirror,
-)
+from vlm_distill_cache.common.remotes.mirror import Mirror, find_mirror, forget_mirrors, local_folder
 from vlm_distill_cache.common.remotes.pull import push
 
 SAMPLES = 24  # 6 shards of 4; one sample of shard 0 failed
@@ -57,9 +52,7 @@ class CountingRemote(DirectoryRemote):
 
     @property
     def shards(self) -> set[int]:
-        return {
-            int(name[7:12]) for name in self.fetched if name.startswith("shards/") and name[12:] != ".json"
-        }
+        return {int(name[7:12]) for name in self.fetched if name.startswith("shards/") and name[12:] != ".json"}
 
 
 @pytest.fixture(scope="module", params=["zarr", "webdataset"])

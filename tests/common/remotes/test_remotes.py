@@ -10,7 +10,8 @@ from hub_server import TOKEN, HubServer
 from servers import FaultyServer, s3_environment, serve_nginx
 
 from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, TransferError
-from vlm_distill_cache.common.remotes import DirectoryRemote, is_url, open_remote
+from vlm_distill_cache.common.locations import is_url
+from vlm_distill_cache.common.remotes import DirectoryRemote, open_remote
 
 SIZE = 12_345
 DATA = bytes(i * i % 251 for i in range(SIZE))
@@ -79,9 +80,7 @@ class ReadContract:
         assert target.read_bytes() == DATA
 
     @pytest.mark.parametrize("size", [SIZE - 1, SIZE + 1])
-    def test_a_file_of_another_size_is_an_error_and_at_most_size_bytes_are_taken(
-        self, remote, tmp_path, size
-    ):
+    def test_a_file_of_another_size_is_an_error_and_at_most_size_bytes_are_taken(self, remote, tmp_path, size):
         with pytest.raises(TransferError, match=rf"{SIZE} bytes; expected {size}"):
             remote.download("one.bin", tmp_path / "target", size=size)
         assert not any(tmp_path.glob("target")) or (tmp_path / "target").stat().st_size == 0
@@ -161,9 +160,7 @@ class TestHubRemote(WriteContract):
         return "hf://datasets/org/name@v1/sub"
 
     def test_a_new_repository_is_private(self, hub, place):
-        assert hub.created == [
-            {"name": "name", "organization": "org", "type": "dataset", "visibility": "private"}
-        ]
+        assert hub.created == [{"name": "name", "organization": "org", "type": "dataset", "visibility": "private"}]
 
     def test_an_upload_is_one_commit(self, hub, place):
         assert [len(names) for names in hub.commits] == [1, len(self.FILES)]

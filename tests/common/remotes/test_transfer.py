@@ -67,8 +67,7 @@ def anywhere(request, tmp_path, monkeypatch):
             listed = client.list_objects_v2(Bucket="caches", Prefix=prefix).get("Contents", [])
             keys = [entry["Key"] for entry in listed]
             return {
-                key.removeprefix(prefix): client.get_object(Bucket="caches", Key=key)["Body"].read()
-                for key in keys
+                key.removeprefix(prefix): client.get_object(Bucket="caches", Key=key)["Body"].read() for key in keys
             }
 
         yield f"s3://caches/{tmp_path.name}/sub", show
@@ -97,9 +96,7 @@ def test_another_cache_is_replaced_only_when_told_to_and_leaves_nothing_behind(c
     before, other = show(), make_cache(tmp_path / "other", shard_size=3, fingerprints={"teacher": "c" * 32})
     (other / "processor" / "note.json").rename(other / "processor" / "more.json")
     seal(other, rewritten=True)
-    with pytest.raises(
-        CacheMismatchError, match=f"holds another cache .*{read_manifest(cache).hash}.*--overwrite"
-    ):
+    with pytest.raises(CacheMismatchError, match=f"holds another cache .*{read_manifest(cache).hash}.*--overwrite"):
         push(other, location)
     assert show() == before
     push(other, location, overwrite=True)
@@ -172,9 +169,7 @@ def test_a_hostile_manifest_cannot_write_outside(cache, tmp_path, name):
     assert not (tmp_path / "deep").exists()
 
 
-@pytest.mark.parametrize(
-    "name", ["manifest.json", "README.md", "shards/00000.tar", "processor/.tmp-x", "shards"]
-)
+@pytest.mark.parametrize("name", ["manifest.json", "README.md", "shards/00000.tar", "processor/.tmp-x", "shards"])
 def test_a_hostile_manifest_cannot_claim_names_of_ours(cache, tmp_path, name):
     body = parse_document((cache / MANIFEST).read_bytes(), "")
     body["files"][name] = body["files"]["processor/note.json"]
@@ -240,9 +235,7 @@ def test_a_disk_that_fills_up_keeps_what_is_verified(cache, tmp_path, monkeypatc
 
     remote = Filling(cache)
     monkeypatch.setattr(vlm_distill_cache.common.remotes.pull, "open_remote", lambda _: remote)
-    with pytest.raises(
-        TransferError, match=r"00001\.tar: No space left on device; make room, then run the same"
-    ):
+    with pytest.raises(TransferError, match=r"00001\.tar: No space left on device; make room, then run the same"):
         pull(cache, tmp_path / "back", jobs=1)
     assert (tmp_path / "back" / "shards" / "00000.tar").exists()
     remote.full = False

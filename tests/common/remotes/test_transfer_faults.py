@@ -91,9 +91,7 @@ def test_an_object_arrives_through_whatever_passes(s3, tmp_path, monkeypatch, na
         assert server.sent["/caches/faults/file.bin"] <= SIZE * MOST_SENT[name]
 
 
-@pytest.mark.parametrize(
-    "fault", [Fault(stall=0), Fault(stall=200_000), Fault(trickle=True), Fault(hang=True)]
-)
+@pytest.mark.parametrize("fault", [Fault(stall=0), Fault(stall=200_000), Fault(trickle=True), Fault(hang=True)])
 def test_a_server_that_stalls_or_trickles_is_left_and_asked_again(server, tmp_path, fault):
     server.faults = [fault]
     fetch(open_remote(server.url, timeout=0.5), tmp_path / "here")
@@ -157,9 +155,7 @@ def secure(tmp_path, monkeypatch, server):
 
 def test_a_server_that_nobody_vouches_for_is_not_trusted_until_told_to(secure, tmp_path, monkeypatch, waits):
     server, certificate = secure
-    with pytest.raises(
-        TransferError, match=r"certificate is not trusted: self.signed certificate.*SSL_CERT_FILE"
-    ):
+    with pytest.raises(TransferError, match=r"certificate is not trusted: self.signed certificate.*SSL_CERT_FILE"):
         fetch(open_remote(server.url), tmp_path / "here")
     assert waits == []
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
@@ -219,9 +215,7 @@ def test_a_file_that_changed_since_half_of_it_came_is_fetched_anew_once(server, 
 
 def test_a_file_damaged_at_its_source_is_fetched_twice_and_never_appears(server, tmp_path):
     (tmp_path / "root" / "file.bin").write_bytes(b"\1" + DATA[1:])
-    with pytest.raises(
-        TransferError, match=r"damaged or changed: expected xxh3_128 \w+ and sha256 .*cachectl verify"
-    ):
+    with pytest.raises(TransferError, match=r"damaged or changed: expected xxh3_128 \w+ and sha256 .*cachectl verify"):
         fetch(open_remote(server.url), tmp_path / "here")
     assert server.sent["/file.bin"] == 2 * SIZE
     assert not (tmp_path / "here" / "file.bin").exists()
@@ -270,17 +264,13 @@ def test_a_push_through_a_failing_network_is_complete_in_the_end(served_cache, s
     import botocore.retryhandler
 
     for module in (botocore.retries.standard, botocore.retryhandler):
-        monkeypatch.setattr(
-            module, "time", type("NoTime", (), {"sleep": staticmethod(lambda _: None)}), raising=False
-        )
+        monkeypatch.setattr(module, "time", type("NoTime", (), {"sleep": staticmethod(lambda _: None)}), raising=False)
     with FaultyServer(upstream=s3) as server:
         for variable, value in s3_environment(server.url).items():
             monkeypatch.setenv(variable, value)
         server.concerns = lambda method, path: True
         server.faults = [Fault(status=503), Fault(cut=0), Fault(), Fault(status=500)] * 4
-        push(
-            tmp_path / "root" / "cache", "s3://caches/pushed", jobs=1
-        )  # one request gets four faults at most
+        push(tmp_path / "root" / "cache", "s3://caches/pushed", jobs=1)  # one request gets four faults at most
         monkeypatch.setattr(
             vlm_distill_cache.common.remotes.pull, "open_remote", functools.partial(open_remote, attempts=1)
         )

@@ -70,9 +70,7 @@ def test_whoever_looks_during_a_push_finds_no_cache_or_all_of_it(cache, recorder
 
 
 @pytest.mark.parametrize("dies_at", range(1, 11))
-def test_a_push_that_dies_anywhere_leaves_no_manifest_and_the_next_completes_it(
-    cache, recorder, tmp_path, dies_at
-):
+def test_a_push_that_dies_anywhere_leaves_no_manifest_and_the_next_completes_it(cache, recorder, tmp_path, dies_at):
     def die(name: str) -> None:
         if len(recorder.written) == dies_at:
             raise ConnectionResetError(name)
@@ -94,9 +92,7 @@ def test_a_push_that_dies_anywhere_leaves_no_manifest_and_the_next_completes_it(
 def test_a_damaged_or_unfinished_cache_is_not_pushed(cache, place):
     tar = cache / "shards" / "00001.tar"
     tar.write_bytes(tar.read_bytes()[:-1] + b"\1")
-    with pytest.raises(
-        CacheFormatError, match=r"00001\.tar: lost or damaged, so the cache is not pushed.*verify"
-    ):
+    with pytest.raises(CacheFormatError, match=r"00001\.tar: lost or damaged, so the cache is not pushed.*verify"):
         push(cache, place)
     assert not (place / MANIFEST).exists()
     assert not (place / "shards" / "00001.tar").exists()
@@ -177,9 +173,7 @@ def test_two_caches_of_one_plan_are_not_mixed(cache, recorder, tmp_path):
     with pytest.raises(ConnectionResetError):
         push(cache, recorder.root)
     recorder.before, other = lambda name: None, other_bits(tmp_path)
-    with pytest.raises(
-        CacheMismatchError, match=r"another cache with the same plan \(its shards/00002.json differs"
-    ):
+    with pytest.raises(CacheMismatchError, match=r"another cache with the same plan \(its shards/00002.json differs"):
         push(other, recorder.root)
     push(other, recorder.root, overwrite=True)
     pull(recorder.root, tmp_path / "back")
@@ -205,9 +199,7 @@ def test_a_push_that_was_overtaken_by_another_does_not_call_it_complete(cache, r
 def test_overwriting_mends_a_cache_that_lost_files(cache, place):
     push(cache, place)
     (place / "shards" / "00001.tar").unlink()
-    with pytest.raises(
-        TransferError, match=r"00001\.tar: missing, although .*push the cache again, with --overwrite"
-    ):
+    with pytest.raises(TransferError, match=r"00001\.tar: missing, although .*push the cache again, with --overwrite"):
         pull(place, place.with_name("back"))
     push(cache, place, overwrite=True)
     assert tree(place) == tree(cache)

@@ -119,9 +119,7 @@ def test_text_fits_a_hundred_columns_and_shows_the_largest_cell_darkest(side, sh
     assert max(map(len, lines)) <= 100
     text = "\n".join(lines)
     assert text.count(shades[4]) == 9 * (2 if side <= 16 else 1)
-    assert all(
-        line.count(shades[4]) for line in lines[side :: side + 2]
-    )  # in the last row of each block of maps
+    assert all(line.count(shades[4]) for line in lines[side :: side + 2])  # in the last row of each block of maps
     assert text.count("60%") == 9
 
 
@@ -158,15 +156,10 @@ def test_the_command_prints_and_draws_where_each_word_looked(cache, tmp_path):
 
 def test_pictures_that_cannot_be_drawn_are_refused_with_the_reason(cache, tmp_path):
     output = run(cache, "one", "--picture", tmp_path / "a.png", "--image", tmp_path / "smaller.png", code=1)
-    hashes = [
-        image_hash(PIL.Image.open(tmp_path / name).convert("RGB")).hex()
-        for name in ("smaller.png", "image.png")
-    ]
+    hashes = [image_hash(PIL.Image.open(tmp_path / name).convert("RGB")).hex() for name in ("smaller.png", "image.png")]
     assert f"its pixels have hash {hashes[0]}, the sample's image has {hashes[1]}" in output
     (tmp_path / "empty.png").write_bytes(b"")
-    assert "is empty" in run(
-        cache, "one", "--picture", tmp_path / "a.png", "--image", tmp_path / "empty.png", code=1
-    )
+    assert "is empty" in run(cache, "one", "--picture", tmp_path / "a.png", "--image", tmp_path / "empty.png", code=1)
     assert "written as .png or .webp" in run(cache, "one", "--picture", tmp_path / "a.exe", code=1)
     assert "--picture needs a SAMPLE_ID" in run(cache, "--picture", tmp_path / "a.png", code=2)
     assert "--image needs --picture" in run(cache, "one", "--image", tmp_path / "image.png", code=2)
@@ -212,9 +205,7 @@ def test_words_of_real_tokenizers_are_those_between_the_spaces(kind):
             ]
         )
         alphabet = list("\u2581 abcdefghijklmnopqrstuvwxyzéïA漢字'?,")
-    trainer = trainers.BpeTrainer(
-        vocab_size=len(alphabet) + 12, initial_alphabet=alphabet, show_progress=False
-    )
+    trainer = trainers.BpeTrainer(vocab_size=len(alphabet) + 12, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(["small stands left of it"] * 9, trainer)
     ids = tokenizer.encode(text).ids
     words = TokenText(decode=tokenizer.decode).words(ids)

@@ -127,9 +127,7 @@ def test_verify_exits_with_one_line_per_damaged_file(cache):
 def test_verify_says_of_an_unfinished_cache_that_it_is_sound_and_what_finishes_it(cache):
     (cache / "manifest.json").unlink()
     output = run("verify", cache, code=1)
-    assert (
-        f"not finished: it is not sealed; what is there is sound\nNext: teacher-cache seal {cache}" in output
-    )
+    assert f"not finished: it is not sealed; what is there is sound\nNext: teacher-cache seal {cache}" in output
     (cache / "shards" / "00001.json").unlink()
     output = run("verify", cache, code=1)
     assert "1 shards are missing (1); what is there is sound\nNext: teacher-cache build" in output

@@ -4,8 +4,8 @@ import pytest
 from cache_factory import build_cache, make_plan, tree
 
 from vlm_distill_cache.common.cache.manifest import CARD
-from vlm_distill_cache.common.cache.reader import open_cache
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError, ConfigError
+from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.common.tools.convert import convert
 from vlm_distill_cache.common.tools.verify import verify
 

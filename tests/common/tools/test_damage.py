@@ -13,8 +13,8 @@ from cache_factory import build_cache, make_plan, sample_id, tree
 
 from vlm_distill_cache.common.cache.documents import document_bytes, read_document
 from vlm_distill_cache.common.cache.manifest import CARD
-from vlm_distill_cache.common.cache.reader import open_cache
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError
+from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.common.tools.inspect import describe_cache
 from vlm_distill_cache.common.tools.record_view import describe_record
 from vlm_distill_cache.common.tools.repair import repair
@@ -57,9 +57,7 @@ def damaged(data, rng):
     if kind == "cut":
         return data[:place], f"cut at {place}"
     bit = rng.randrange(8)
-    return b"".join(
-        [data[:place], bytes([data[place] ^ 1 << bit]), data[place + 1 :]]
-    ), f"bit {bit} of byte {place}"
+    return b"".join([data[:place], bytes([data[place] ^ 1 << bit]), data[place + 1 :]]), f"bit {bit} of byte {place}"
 
 
 @pytest.mark.parametrize(("kind", "store"), list(PLACES))
@@ -139,9 +137,7 @@ def test_nonsense_with_a_checksum_that_fits_is_refused_or_harmless(store, tmp_pa
     """Whoever makes checksums anew can write any JSON: none of it may end a program but by an error of ours."""
     folder, rng = tmp_path / "cache", random.Random(store)
     make("fresh", store, folder, None)
-    names = ["plan.json", "manifest.json", "shards/00000.json"] + ["shards/00000.zarr/zarr.json"] * (
-        store == "zarr"
-    )
+    names = ["plan.json", "manifest.json", "shards/00000.json"] + ["shards/00000.zarr/zarr.json"] * (store == "zarr")
     refused = 0
     rounds = {"zarr": 60, "webdataset": 300}[store]  # zarr takes longer
     for _ in range(rounds):

@@ -21,10 +21,10 @@ from cache_factory import (
 from click.testing import CliRunner
 
 from vlm_distill_cache.common.cache.manifest import Plan, read_manifest, read_plan, seal, write_plan
-from vlm_distill_cache.common.cache.reader import open_cache
 from vlm_distill_cache.common.cache.stores import finish_shard, open_writer
 from vlm_distill_cache.common.cli import main
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError, ConfigError, DistillError
+from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.common.tools.merge import merge
 from vlm_distill_cache.common.tools.select import Selection, pull_partial
 from vlm_distill_cache.common.tools.verify import verify
@@ -154,9 +154,7 @@ def test_parts_with_other_signals_are_refused_in_plain_words(tmp_path: Path):
 
 def test_fields_that_differ_are_said_in_plain_words(tmp_path: Path):
     fields = dict(read_plan(build_of(tmp_path / "a", range(2))).fields)
-    fields["logits"] = tuple(
-        replace(f, dtype="u4") if f.name == "entry_count" else f for f in fields["logits"]
-    )
+    fields["logits"] = tuple(replace(f, dtype="u4") if f.name == "entry_count" else f for f in fields["logits"])
     second = build_of(tmp_path / "b", range(2, 3), fields=fields, change=widen_entry_counts)
     with pytest.raises(CacheMismatchError) as caught:
         merge([tmp_path / "a", second], tmp_path / "m")

@@ -10,23 +10,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from cache_factory import (
-    FAILED,
-    SIGNALS,
-    assert_equal_records,
-    build_cache,
-    make_plan,
-    make_record,
-    sample_id,
-    tree,
-)
+from cache_factory import FAILED, SIGNALS, assert_equal_records, build_cache, make_plan, make_record, sample_id, tree
 from click.testing import CliRunner
 
 from vlm_distill_cache.common.cache.manifest import read_manifest, read_plan
-from vlm_distill_cache.common.cache.reader import open_cache
 from vlm_distill_cache.common.cli import main
 from vlm_distill_cache.common.codecs import codec_from_dict
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError, ConfigError, TransferError
+from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.common.remotes import DirectoryRemote
 from vlm_distill_cache.common.tools import select as partial_module
 from vlm_distill_cache.common.tools.derive import carry_fidelity
@@ -57,9 +48,7 @@ class CountingRemote(DirectoryRemote):
 
     @property
     def shards(self) -> set[int]:
-        return {
-            int(name[7:12]) for name in self.fetched if name.startswith("shards/") and name[12:] != ".json"
-        }
+        return {int(name[7:12]) for name in self.fetched if name.startswith("shards/") and name[12:] != ".json"}
 
 
 @pytest.fixture(scope="module", params=["zarr", "webdataset"])
@@ -138,9 +127,7 @@ def test_fewer_entries_are_the_first_ones_and_the_rest_joins_the_tail(store: str
         large = codec_from_dict(before.plan.signals["logits"]).decode(before.read(name))
         small = codec_from_dict(after.plan.signals["logits"]).decode(after.read(name))
         assert small.token_ids.shape[1] == min(4, large.token_ids.shape[1])
-        assert torch.equal(
-            small.token_ids[:, :3], large.token_ids[:, :3]
-        )  # the fourth may be the ground truth
+        assert torch.equal(small.token_ids[:, :3], large.token_ids[:, :3])  # the fourth may be the ground truth
         assert bool((small.tail_log_mass > large.tail_log_mass).all())
         for temperature in small.temperatures:
             log_probs, tail = small.at(temperature)
@@ -328,9 +315,7 @@ def test_shared_image_arrays_move_to_the_first_record_that_is_pulled(tmp_path: P
     finish_shard(writer)
     seal(tmp_path / "far")
     (tmp_path / "ids.txt").write_text(f"{sample_id(2)}\n{sample_id(5)}\n")
-    selection = parse_selection(
-        shards=None, samples=str(tmp_path / "ids.txt"), signals="visual_map", top_k=None
-    )
+    selection = parse_selection(shards=None, samples=str(tmp_path / "ids.txt"), signals="visual_map", top_k=None)
     pull_partial(tmp_path / "far", tmp_path / "part", selection)
     assert verify(tmp_path / "part", deep=True) == []
     cache = open_cache(tmp_path / "part")

@@ -9,7 +9,7 @@ from cache_factory import FIELDS, build_cache, make_plan, sample_id, tree
 
 from vlm_distill_cache.common.cache.documents import document_bytes, read_document
 from vlm_distill_cache.common.cache.manifest import CARD, FileEntry, read_sidecar, seal, sidecar_path
-from vlm_distill_cache.common.cache.reader import open_cache
+from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.common.tools.verify import verify
 
 
@@ -17,9 +17,7 @@ from vlm_distill_cache.common.tools.verify import verify
 def small(whole, tmp_path):
     """One shard, one signal: quick to verify many times."""
     fields = {"logits": FIELDS["logits"]}
-    plan = make_plan(
-        open_cache(whole).plan.store, samples=5, shard_size=5, fields=fields, signals={"logits": {}}
-    )
+    plan = make_plan(open_cache(whole).plan.store, samples=5, shard_size=5, fields=fields, signals={"logits": {}})
     build_cache(tmp_path / "small", plan)
     return tmp_path / "small"
 
@@ -118,9 +116,7 @@ def test_unsealed_and_unfinished_caches_can_be_verified(copy):
 def test_leftovers_of_killed_runs_are_reported(copy):
     (copy / "shards" / ".tmp-00001.tar-1-ab").write_bytes(b"")
     [damage] = verify(copy)
-    assert "left behind by a killed run; run `teacher-cache seal` or `cachectl repair` to remove it" in str(
-        damage
-    )
+    assert "left behind by a killed run; run `teacher-cache seal` or `cachectl repair` to remove it" in str(damage)
     seal(copy)
     assert verify(copy) == []
 

@@ -55,9 +55,7 @@ def test_a_model_that_projects_other_rows_is_refused(opened, inputs):
     with pytest.raises(ModelError, match=r"given \[2, 7\] rows, expected \[2, 6\]"):
         row_logits(opened.model, inputs, torch.ones(2, 6, dtype=torch.bool))
     text = LlamaModel(
-        LlamaConfig(
-            hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=9
-        )
+        LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=9)
     )
     with pytest.raises(ModelError, match="no output projection"):
         rows_only(text, torch.ones(1, 1, dtype=torch.bool))
@@ -109,9 +107,7 @@ def test_only_the_language_model_is_quantised(tiny_llava: Path, monkeypatch):
 def test_a_placement_that_leaves_the_tower_without_weights_is_refused(tiny_llava: Path):
     model, family, _, _ = open_family_model(tiny_llava, device_map="cpu")
     model.model.vision_tower.to("meta")
-    with pytest.raises(
-        ConfigError, match=r"device_map='auto' leaves no room.*vision tower; use quantisation"
-    ):
+    with pytest.raises(ConfigError, match=r"device_map='auto' leaves no room.*vision tower; use quantisation"):
         refuse_offloaded(model, family, "auto")
 
 

@@ -25,9 +25,7 @@ def layouts():
         "siglip": SiglipImageProcessorPil(size=size),
         "pad": LlavaImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=size, do_pad=True),
         "crop": CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=size),
-        "small crop": CLIPImageProcessorPil(
-            size={"shortest_edge": SIDE + 16}, crop_size=size, do_center_crop=True
-        ),
+        "small crop": CLIPImageProcessorPil(size={"shortest_edge": SIDE + 16}, crop_size=size, do_center_crop=True),
         "border": CLIPImageProcessorPil(size={"shortest_edge": SIDE - 24}, crop_size=size),
     }
 
@@ -123,9 +121,7 @@ def test_strips_that_would_not_fit_in_memory_are_refused():
 
 def test_processors_without_a_fixed_size_are_refused():
     with pytest.raises(ConfigError, match="fixed size"):
-        ImageEncoder.from_processor(
-            CLIPImageProcessorPil(size={"shortest_edge": 96}, do_center_crop=False), GRID
-        )
+        ImageEncoder.from_processor(CLIPImageProcessorPil(size={"shortest_edge": 96}, do_center_crop=False), GRID)
     with pytest.raises(ConfigError, match="'square' needs height and width"):
         ImageEncoder(processor=layouts()["crop"], layout="square", grid=GRID)
     with pytest.raises(ConfigError, match="layout must be one of"):

@@ -41,9 +41,7 @@ TILED = [name for name, encoder in CASES.items() if not isinstance(encoder, Imag
 
 
 def noise(width, height, seed=0):
-    return PIL.Image.fromarray(
-        np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8), "RGB"
-    )
+    return PIL.Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8), "RGB")
 
 
 @pytest.mark.parametrize("name", TILED)
@@ -102,9 +100,7 @@ def test_boxes_are_where_each_tokens_pixels_come_from(name, size):
     assert (np.abs(colours[inside, :2] - centres) <= slack * extent + 0.012).all()
 
 
-@pytest.mark.parametrize(
-    "name", [name for name, encoder in CASES.items() if isinstance(encoder, AnyResolutionEncoder)]
-)
+@pytest.mark.parametrize("name", [name for name, encoder in CASES.items() if isinstance(encoder, AnyResolutionEncoder)])
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_newline_tokens_are_the_models_and_have_no_area(name, size):
     encoder = CASES[name]
@@ -149,9 +145,7 @@ def test_the_fixed_encoders_dict_is_that_of_old_plans():
 
 def test_a_geometry_with_another_processor_or_an_unknown_kind_is_refused():
     stored = CASES["qwen"].to_dict()
-    with pytest.raises(
-        ConfigError, match=r"image processor's image_mean is .* stored geometry was made with"
-    ):
+    with pytest.raises(ConfigError, match=r"image processor's image_mean is .* stored geometry was made with"):
         image_encoder_from_dict(stored, CASES["qwen3"].processor)
     with pytest.raises(ConfigError, match="kind 'hexagons' is unknown; known: any_resolution"):
         image_encoder_from_dict(stored | {"kind": "hexagons"}, CASES["qwen"].processor)

@@ -9,13 +9,7 @@ import numpy as np
 import pytest
 
 from vlm_distill_cache.common.errors import DataError
-from vlm_distill_cache.data.shapes.dataset import (
-    TURNS,
-    SceneImage,
-    ShapesDataset,
-    scene_turns,
-    shapes_evaluation,
-)
+from vlm_distill_cache.data.shapes.dataset import TURNS, SceneImage, ShapesDataset, scene_turns, shapes_evaluation
 from vlm_distill_cache.data.shapes.scene import (
     CELL,
     COLORS,
@@ -66,9 +60,7 @@ def answer(scene, question):
     """The answer to a question, None if the question is ambiguous."""
     if match := re.fullmatch(r"where is (.+)", question):
         found = {f"c{o.column + 1} r{o.row + 1}" for o in find(scene, match[1])}
-    elif match := re.fullmatch(
-        r"what (color|shape) is the object (left of|right of|above|below) (.+)", question
-    ):
+    elif match := re.fullmatch(r"what (color|shape) is the object (left of|right of|above|below) (.+)", question):
         (anchor,) = find(scene, match[3])
         others = [o for o in scene.objects if related(o, match[2], anchor)]
         found = {getattr(o, match[1]) for o in others} if len(others) == 1 else set()
@@ -115,9 +107,7 @@ def test_a_picture_depends_on_split_seed_and_index_only():
     many[40].images[0].load()
     for index in range(3):
         assert few[index] == many[index]
-        assert np.array_equal(
-            np.asarray(few[index].images[0].load()), np.asarray(many[index].images[0].load())
-        )
+        assert np.array_equal(np.asarray(few[index].images[0].load()), np.asarray(many[index].images[0].load()))
     assert few.sample_ids == many.sample_ids[:3]
 
 

@@ -11,9 +11,7 @@ package = pytest.importorskip("easy_vqa")
 
 def test_splits_share_no_picture_and_lose_none():
     ids = {split: set(EasyVqaDataset(split).sample_ids) for split in easy_vqa.SPLITS}
-    assert (
-        len(ids["train"] | ids["validation"] | ids["test"]) == sum(len(part) for part in ids.values()) == 5000
-    )
+    assert len(ids["train"] | ids["validation"] | ids["test"]) == sum(len(part) for part in ids.values()) == 5000
     assert {split: len(part) for split, part in ids.items()} == {
         "train": 3600,
         "validation": 400,
@@ -25,9 +23,7 @@ def test_samples_hold_the_packages_own_questions():
     dataset = EasyVqaDataset("train")
     texts, answers, images = package.get_train_questions()
     sample = dataset[dataset.sample_ids.index("train-123")]
-    expected = [
-        (text, answer) for text, answer, image in zip(texts, answers, images, strict=True) if image == 123
-    ]
+    expected = [(text, answer) for text, answer, image in zip(texts, answers, images, strict=True) if image == 123]
     assert [(turn.question, turn.answer) for turn in sample.turns] == expected
     assert sample.independent_turns
     assert sample.images[0].load().size == (64, 64)
@@ -42,9 +38,7 @@ def test_fingerprint_is_stable_and_differs_by_split():
 def test_evaluation_holds_every_question_with_its_kind():
     texts, answers, _ = package.get_test_questions()
     questions = easy_vqa_evaluation("test").questions
-    assert sorted((item.question, item.answer) for item in questions) == sorted(
-        zip(texts, answers, strict=True)
-    )
+    assert sorted((item.question, item.answer) for item in questions) == sorted(zip(texts, answers, strict=True))
     assert len({item.item_id for item in questions}) == len(questions)
     for item in questions:
         expected = "yes/no" if item.answer in ("yes", "no") else item.kind

@@ -29,9 +29,7 @@ def save(tmp_path, columns, features=None):
     return path
 
 
-MESSAGES = [
-    [{"role": "user", "content": "What?"}, {"role": "assistant", "content": f"A{i}"}] for i in range(2)
-]
+MESSAGES = [[{"role": "user", "content": "What?"}, {"role": "assistant", "content": f"A{i}"}] for i in range(2)]
 CONVERSATIONS = [[{"from": "human", "value": "What?"}, {"from": "gpt", "value": f"A{i}"}] for i in range(2)]
 
 
@@ -46,9 +44,7 @@ CONVERSATIONS = [[{"from": "human", "value": "What?"}, {"from": "gpt", "value": 
 )
 def test_text_columns(tmp_path, columns, question):
     dataset = HuggingFaceDataset(save(tmp_path, columns))
-    assert [dataset[i].turns for i in range(2)] == [
-        (Turn(question=question, answer=f"A{i}"),) for i in range(2)
-    ]
+    assert [dataset[i].turns for i in range(2)] == [(Turn(question=question, answer=f"A{i}"),) for i in range(2)]
     assert list(dataset.sample_ids) == ["row-00000000", "row-00000001"]
     assert dataset[0].images == ()
     assert len(dataset) == 2
@@ -66,9 +62,7 @@ def test_image_column_and_ids(tmp_path):
 
 def test_list_of_images_column(tmp_path):
     columns = {"images": [[image] for image in pictures(2)], "caption": ["a", "b"]}
-    features = datasets.Features(
-        {"images": datasets.List(datasets.Image()), "caption": datasets.Value("string")}
-    )
+    features = datasets.Features({"images": datasets.List(datasets.Image()), "caption": datasets.Value("string")})
     dataset = HuggingFaceDataset(save(tmp_path, columns, features))
     assert [dataset[i].images[0].load().size for i in range(2)] == [(4, 4), (4, 5)]
 

@@ -145,9 +145,7 @@ def test_a_line_that_asks_about_an_image_it_has_not_is_refused(tmp_path, record)
 
 
 def test_a_file_that_was_changed_meanwhile_is_the_data_sets_error(tmp_path):
-    path = write(
-        tmp_path, *({"id": str(i), "messages": [user("What?"), assistant("A circle.")]} for i in range(3))
-    )
+    path = write(tmp_path, *({"id": str(i), "messages": [user("What?"), assistant("A circle.")]} for i in range(3)))
     data = MessagesDataset(path)
     path.write_text('{"id": "x"}\n' * 40)
     with pytest.raises(DataError, match=r"data\.jsonl has changed, sample '1'"):

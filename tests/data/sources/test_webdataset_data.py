@@ -12,9 +12,7 @@ from webdataset.tariterators import group_by_keys, tar_file_iterator
 from vlm_distill_cache.common.errors import DataError, SampleError
 from vlm_distill_cache.data.sources.webdataset import WebDataset
 
-LLAVA = {
-    "conversations": [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A circle."}]
-}
+LLAVA = {"conversations": [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A circle."}]}
 
 
 def picture(value, fmt="PNG"):
@@ -52,9 +50,7 @@ def test_random_access_equals_streaming(tmp_path):
 def test_every_form_of_text_is_read(tmp_path):
     members = [
         *entry("a", LLAVA, extension="jpg"),
-        *entry(
-            "b", {"messages": [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "B"}]}
-        ),
+        *entry("b", {"messages": [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "B"}]}),
         *entry("c", LLAVA["conversations"]),
         ("d.webp", picture(1, "WEBP")),
         ("d.txt", b"A caption.\n"),

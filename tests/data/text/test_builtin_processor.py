@@ -36,9 +36,7 @@ def assert_known(tokenizer, text):
 def test_the_shipped_files_are_what_the_code_writes(tmp_path):
     save_processor(tmp_path)
     for name in ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json"):
-        assert json.loads((tmp_path / name).read_text()) == json.loads(
-            (processor_directory() / name).read_text()
-        ), name
+        assert json.loads((tmp_path / name).read_text()) == json.loads((processor_directory() / name).read_text()), name
 
 
 def test_the_auto_class_loads_the_tokenizer(tokenizer):
@@ -94,9 +92,7 @@ def test_case_is_ignored_but_option_letters_are_not_articles(tokenizer):
     assert tokenizer.tokenize("Is there a RED Circle?") == tokenizer.tokenize("is there a red circle?")
     assert tokenizer.tokenize("A red circle") == ["a", "red", "circle"]
     assert tokenizer.tokenize("(A) a red") == ["(", "A", ")", "a", "red"]
-    assert (
-        len({tokenizer.convert_tokens_to_ids(letter) for letter in ("A", "a", "B", "C", "D", "<unk>")}) == 6
-    )
+    assert len({tokenizer.convert_tokens_to_ids(letter) for letter in ("A", "a", "B", "C", "D", "<unk>")}) == 6
     assert tokenizer.decode(tokenizer("A")["input_ids"], skip_special_tokens=True) == "A"
 
 

@@ -78,16 +78,12 @@ def test_no_row_of_a_packed_mask_is_empty():
     assert batch.attention_mask.any(dim=-1).all()
     length = batch.input_ids.shape[1]
     query = torch.randn(2, 1, length, 8)
-    out = torch.nn.functional.scaled_dot_product_attention(
-        query, query, query, attn_mask=batch.attention_mask
-    )
+    out = torch.nn.functional.scaled_dot_product_attention(query, query, query, attn_mask=batch.attention_mask)
     assert torch.isfinite(out).all()
 
 
 @settings(max_examples=40, deadline=None)
-@given(
-    st.lists(st.tuples(st.integers(3, 6), st.lists(st.integers(1, 4), max_size=3)), min_size=1, max_size=4)
-)
+@given(st.lists(st.tuples(st.integers(3, 6), st.lists(st.integers(1, 4), max_size=3)), min_size=1, max_size=4))
 def test_positions_helpers_equal_flatnonzero(shapes):
     samples = samples_of(*shapes)
     batch = collate(samples, pad_token_id=0)
@@ -105,9 +101,7 @@ def test_text_only_samples_among_images_keep_the_order_of_images():
     samples = [make_encoded(f"s{i}", 5, image=i != 1, rng=rng) for i in range(3)]
     batch = collate(samples, pad_token_id=0)
     assert batch.image_inputs["pixel_values"].shape == (2, 3, 4, 4)
-    np.testing.assert_array_equal(
-        batch.image_inputs["pixel_values"][1], samples[2].image_inputs["pixel_values"][0]
-    )
+    np.testing.assert_array_equal(batch.image_inputs["pixel_values"][1], samples[2].image_inputs["pixel_values"][0])
     assert [len(tiles) for tiles in batch.tiles] == [1, 0, 1]
     assert batch.image_hashes[1] == bytes(16)
     text = collate(samples[1:2], pad_token_id=0)

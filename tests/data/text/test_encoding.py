@@ -15,12 +15,7 @@ from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
 from vlm_distill_cache.common.errors import ConfigError, SampleError
 from vlm_distill_cache.data.images.load import ImageArray, image_hash
 from vlm_distill_cache.data.sample import Sample, Turn
-from vlm_distill_cache.data.text.encoding import (
-    ImageEncoder,
-    SampleEncoder,
-    build_prompt,
-    tokenizer_fingerprint,
-)
+from vlm_distill_cache.data.text.encoding import ImageEncoder, SampleEncoder, build_prompt, tokenizer_fingerprint
 from vlm_distill_cache.data.text.templates import PromptTemplate, get_template
 
 CORPUS = [
@@ -263,9 +258,7 @@ def test_unreadable_image_error_names_file_and_sample(tmp_path):
 
 
 def test_picture_that_cannot_be_laid_out_names_file_and_sample():
-    processor = LlavaImageProcessorPil(
-        size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24}, do_pad=True
-    )
+    processor = LlavaImageProcessorPil(size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24}, do_pad=True)
     images = ImageEncoder.from_processor(processor, (2, 3))
     strip = ImageArray(np.zeros((1, 60_000, 3), dtype=np.uint8), "strip.png")
     encoder = replace(make_encoder(TOKENIZERS["byte"]), image_encoder=images)

@@ -199,9 +199,7 @@ def test_max_length_is_held_against_each_pictures_own_count(name):
     assert counts[1] > counts[0]
     encoder = make_encoder(name, max_length=counts[0])
     assert len(build_prompt(encoder, picture(*small), "?")) == counts[0]
-    with pytest.raises(
-        SampleError, match=r"visual, \d+ of text\) exceed max_length=\d+; .* limit the pixels"
-    ):
+    with pytest.raises(SampleError, match=r"visual, \d+ of text\) exceed max_length=\d+; .* limit the pixels"):
         build_prompt(encoder, picture(*large), "?")
     with pytest.raises(ConfigError, match="leaves no room for text"):
         make_encoder(name, max_length=CASES[name].least_token_count)
@@ -214,9 +212,7 @@ def test_pictures_of_different_shapes_join_in_one_batch(name):
     samples = [build_prompt(encoder, picture(*size), "?") for size in sizes]
     batch = collate([*samples, build_prompt(encoder, None, "no picture")], pad_token_id=0)
     for key, tensor in batch.image_inputs.items():
-        np.testing.assert_array_equal(
-            tensor.numpy(), np.concatenate([sample.image_inputs[key] for sample in samples])
-        )
+        np.testing.assert_array_equal(tensor.numpy(), np.concatenate([sample.image_inputs[key] for sample in samples]))
     assert batch.visual_mask.sum(dim=1).tolist() == [
         sum(tile.token_count for tile in sample.tiles) for sample in [*samples, SimpleNamespace(tiles=())]
     ]
@@ -226,9 +222,7 @@ def test_pictures_of_two_families_do_not_join():
     samples = [build_prompt(make_encoder(name), picture(40, 40), "?") for name in ("llava-next", "smolvlm")]
     with pytest.raises(ConfigError, match="different inputs"):
         collate(samples, pad_token_id=0)
-    samples = [
-        build_prompt(make_encoder(name), picture(40, 40), "?") for name in ("internvl", "framed", "smolvlm")
-    ]
+    samples = [build_prompt(make_encoder(name), picture(40, 40), "?") for name in ("internvl", "framed", "smolvlm")]
     samples[1].image_inputs["pixel_values"] = np.zeros((1, 3, 16, 16), np.float32)
     with pytest.raises(ConfigError, match="differ in size"):
         collate(samples, pad_token_id=0)

@@ -41,9 +41,7 @@ def test_every_stored_class_name_in_either_file_gives_the_pil_class(tmp_path, na
         )
     else:
         write_json(tmp_path / "preprocessor_config.json", stored)
-        write_json(
-            tmp_path / "processor_config.json", {"processor_class": "LlavaProcessor", "patch_size": 14}
-        )
+        write_json(tmp_path / "processor_config.json", {"processor_class": "LlavaProcessor", "patch_size": 14})
     processor = load_image_processor(tmp_path)
     assert type(processor).__name__ == "CLIPImageProcessorPil"
     assert processor.to_dict()["size"]["shortest_edge"] == 336
@@ -52,9 +50,7 @@ def test_every_stored_class_name_in_either_file_gives_the_pil_class(tmp_path, na
 
 def test_the_class_name_of_old_checkpoints_is_understood(tmp_path):
     stored = {key: value for key, value in LLAVA.items() if key != "image_processor_type"}
-    write_json(
-        tmp_path / "preprocessor_config.json", stored | {"feature_extractor_type": "CLIPFeatureExtractor"}
-    )
+    write_json(tmp_path / "preprocessor_config.json", stored | {"feature_extractor_type": "CLIPFeatureExtractor"})
     assert type(load_image_processor(tmp_path)).__name__ == "CLIPImageProcessorPil"
 
 

@@ -149,9 +149,7 @@ def test_a_text_without_a_picture_has_no_image_token(name):
 def test_a_template_without_an_end_and_a_tokenizer_without_one_are_refused():
     tokenizer = byte_tokenizer(["<image>"])
     tokenizer.chat_template = LLAVA
-    with pytest.raises(
-        ConfigError, match="nothing behind an answer and the tokenizer has no end-of-sequence"
-    ):
+    with pytest.raises(ConfigError, match="nothing behind an answer and the tokenizer has no end-of-sequence"):
         get_template("chat", tokenizer).render((Turn(question="a", answer="b"),), tokenizer, has_image=False)
 
 

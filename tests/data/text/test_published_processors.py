@@ -111,7 +111,4 @@ def test_published_settings_give_the_published_numbers_of_visual_tokens(name, tm
     assert sum(tile.token_count for tile in encoded.tiles) == count
     processor.save_pretrained(tmp_path / "cache")
     again = load_image_processor(tmp_path / "cache")
-    assert (
-        image_encoder_from_dict(json.loads(json.dumps(encoder.to_dict())), again).to_dict()
-        == encoder.to_dict()
-    )
+    assert image_encoder_from_dict(json.loads(json.dumps(encoder.to_dict())), again).to_dict() == encoder.to_dict()

@@ -101,9 +101,7 @@ def test_chat_template_with_text_content():
 def test_chat_template_with_content_parts():
     tokenizer = chat_tokenizer(PARTS)
     rendered = get_template("chat", tokenizer).render(TURNS, tokenizer, has_image=True)
-    assert rendered.text == (
-        "USER: <image>\nwhat is it? ASSISTANT: a circle</s>USER: its colour? ASSISTANT: red</s>"
-    )
+    assert rendered.text == ("USER: <image>\nwhat is it? ASSISTANT: a circle</s>USER: its colour? ASSISTANT: red</s>")
     assert answers_of(rendered) == ["a circle</s>", "red</s>"]
 
 
@@ -120,14 +118,10 @@ def test_chat_without_image_has_no_image_token():
         ("{{ raise_exception('only French') }}", "only French"),
     ],
 )
-def test_chat_templates_whose_answers_cannot_be_located_are_refused_when_the_encoder_is_built(
-    source, message
-):
+def test_chat_templates_whose_answers_cannot_be_located_are_refused_when_the_encoder_is_built(source, message):
     tokenizer = chat_tokenizer(source)
     size = {"height": 8, "width": 8}
-    images = ImageEncoder.from_processor(
-        CLIPImageProcessorPil(size=size, crop_size=size, do_center_crop=False), (1, 1)
-    )
+    images = ImageEncoder.from_processor(CLIPImageProcessorPil(size=size, crop_size=size, do_center_crop=False), (1, 1))
     with pytest.raises(ConfigError, match=message):
         SampleEncoder(
             tokenizer=tokenizer,

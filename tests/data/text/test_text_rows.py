@@ -77,9 +77,7 @@ def test_the_key_of_an_image_is_that_of_all_that_its_visual_rows_see(encoder):
     long, packed, _, short = (encoder(sample) for sample in make_samples())
     assert image_key(long) == image_key(packed)  # other turns, packed or not: behind the image
     assert image_key(long) != image_key(short)  # another picture
-    moved = encoder(
-        Sample(sample_id="x", images=(picture(10),), turns=(Turn(question="", answer="a red ball"),))
-    )
+    moved = encoder(Sample(sample_id="x", images=(picture(10),), turns=(Turn(question="", answer="a red ball"),)))
     prefix = long.input_ids[: int(np.flatnonzero(long.visual_mask)[-1]) + 1]
     same_prefix = np.array_equal(prefix, moved.input_ids[: len(prefix)])
     assert (image_key(long) == image_key(moved)) == same_prefix

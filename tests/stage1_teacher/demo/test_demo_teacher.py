@@ -47,9 +47,7 @@ TINY = DemoRecipe(
 
 @pytest.fixture(scope="module")
 def teacher():
-    return LlavaForConditionalGeneration.from_pretrained(
-        builtin_teacher_directory(), dtype=torch.float32
-    ).eval()
+    return LlavaForConditionalGeneration.from_pretrained(builtin_teacher_directory(), dtype=torch.float32).eval()
 
 
 @pytest.fixture(scope="module")
@@ -243,9 +241,7 @@ def test_batched_normalising_equals_the_image_processor():
     processor = load_image_processor()
     pictures, _ = scene_batch("train", 0, 0, 2)
     ours = normalize_pictures(pictures, processor.image_mean, processor.image_std)
-    theirs = np.stack(
-        processor([SceneImage(split="train", seed=0, index=i).load() for i in range(2)])["pixel_values"]
-    )
+    theirs = np.stack(processor([SceneImage(split="train", seed=0, index=i).load() for i in range(2)])["pixel_values"])
     np.testing.assert_allclose(ours.numpy(), theirs, atol=1e-5)
 
 

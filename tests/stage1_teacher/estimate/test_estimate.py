@@ -12,13 +12,7 @@ import vlm_distill_cache.stage1_teacher.estimate.probe as probe_module
 from vlm_distill_cache.common.errors import DataError
 from vlm_distill_cache.stage1_teacher.cli import main
 from vlm_distill_cache.stage1_teacher.config import BuildConfig
-from vlm_distill_cache.stage1_teacher.estimate.estimate import (
-    Estimate,
-    Scenario,
-    assumptions,
-    estimate,
-    estimate_text,
-)
+from vlm_distill_cache.stage1_teacher.estimate.estimate import Estimate, Scenario, assumptions, estimate, estimate_text
 from vlm_distill_cache.stage1_teacher.estimate.probe import Probe, Size, best_time, probe_positions
 
 PROBE = Probe(
@@ -105,18 +99,14 @@ def test_the_probe_is_a_few_runs_of_neighbours_inside_the_data(total: int, sampl
 
 def test_the_best_time_is_that_of_a_few_short_runs_or_one_long_one(monkeypatch):
     clock = iter([0.0, 0.4, 1.0, 1.3, 2.0, 2.5, 3.0, 3.4, 4.0, 4.6])
-    monkeypatch.setattr(
-        "vlm_distill_cache.stage1_teacher.estimate.probe.time.perf_counter", lambda: next(clock)
-    )
+    monkeypatch.setattr("vlm_distill_cache.stage1_teacher.estimate.probe.time.perf_counter", lambda: next(clock))
     assert best_time(lambda: None) == pytest.approx(0.3)
     clock = iter([0.0, 9.0])
     assert best_time(lambda: None) == 9.0
 
 
 @pytest.mark.parametrize("store", ["webdataset", "zarr"])
-def test_predicted_bytes_are_those_of_a_real_build(
-    tmp_path: Path, build_cache, tiny_llava: Path, store: str, once
-):
+def test_predicted_bytes_are_those_of_a_real_build(tmp_path: Path, build_cache, tiny_llava: Path, store: str, once):
     signals = ("logits", "answer_attention", "visual_columns")
     options = {"limit": 40, "shard_size": 20, "store": store, "signals": signals}
     manifest = build_cache(tmp_path / "cache", **options).manifest

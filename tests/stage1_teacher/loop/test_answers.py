@@ -9,21 +9,21 @@ import pytest
 import torch
 from transformers import LlavaForConditionalGeneration
 
-from vlm_distill_cache.common.cache.reader import open_cache
 from vlm_distill_cache.common.codecs import codec_from_dict
 from vlm_distill_cache.common.codecs.answers import AnswersCodec
 from vlm_distill_cache.common.codecs.checks import value_damage
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError, ConfigError
+from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.common.tools.select import Selection, pull_partial
 from vlm_distill_cache.common.tools.verify import verify
 from vlm_distill_cache.data.registry import open_dataset
 from vlm_distill_cache.data.sample import Sample, Turn
 from vlm_distill_cache.data.text.encoding import build_prompt
 from vlm_distill_cache.data.text.generation import Sampling, generate_answers
-from vlm_distill_cache.stage1_teacher.build.plan import build_encoder
 from vlm_distill_cache.stage1_teacher.config import BuildConfig
 from vlm_distill_cache.stage1_teacher.demo.teacher import builtin_teacher_directory
 from vlm_distill_cache.stage1_teacher.extract import extract
+from vlm_distill_cache.stage1_teacher.planning.plan import build_encoder
 from vlm_distill_cache.stage1_teacher.teacher.teacher import Teacher
 
 DATA = "shapes:images=6"
@@ -161,9 +161,7 @@ def test_a_part_of_the_signals_keeps_the_answers(greedy: Path, tmp_path: Path):
     assert set(open_cache(tmp_path / "part").plan.signals) == {"answers", "logits"}
 
 
-@pytest.mark.parametrize(
-    "answers", [(), ("a",), ("", "caf\u00e9 \U0001f642", '"quoted"\nline'), ("x" * 10_000,)]
-)
+@pytest.mark.parametrize("answers", [(), ("a",), ("", "caf\u00e9 \U0001f642", '"quoted"\nline'), ("x" * 10_000,)])
 def test_answers_survive_the_codec(answers: tuple[str, ...]):
     codec = AnswersCodec(max_new_tokens=5)
     assert codec.decode(codec.encode(answers)) == answers
@@ -209,13 +207,9 @@ def test_a_checkpoints_generation_settings_do_not_decide_the_answers(greedy: Pat
     """They are in no plan and no fingerprint; a greedy answer is the likeliest token of each row."""
     for name in ("suppress", "stop"):
         shutil.copytree(builtin_teacher_directory(), tmp_path / name)
-    words = Teacher(builtin_teacher_directory()).tokenizer.convert_tokens_to_ids(
-        ["a", "circle", "left", "red"]
-    )
+    words = Teacher(builtin_teacher_directory()).tokenizer.convert_tokens_to_ids(["a", "circle", "left", "red"])
     (tmp_path / "suppress" / "generation_config.json").write_text(
-        json.dumps(
-            {"suppress_tokens": words, "repetition_penalty": 3.0, "min_new_tokens": 5, "max_time": 1e-9}
-        )
+        json.dumps({"suppress_tokens": words, "repetition_penalty": 3.0, "min_new_tokens": 5, "max_time": 1e-9})
     )
     (tmp_path / "stop" / "generation_config.json").write_text(json.dumps({"stop_strings": ["a"]}))
     for name in ("suppress", "stop"):

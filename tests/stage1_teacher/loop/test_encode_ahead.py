@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from tests.stage1_teacher.test_extract import tree, write_llava_json
-from vlm_distill_cache.common.cache.reader import open_cache
 from vlm_distill_cache.common.errors import DataError, ProcessFailedError
+from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.data.text.encoding import EncodedSample
 from vlm_distill_cache.stage1_teacher.loop.encode_ahead import FEW_SAMPLES, count_workers, encode_shards
 
@@ -153,11 +153,7 @@ def test_an_error_while_processes_are_started_is_told_and_those_that_run_are_end
 
     monkeypatch.setattr(os, "fork", forks_once)
     with pytest.raises(OSError, match=r"Cannot allocate memory"):
-        next(
-            encode_shards(
-                range(300), str, SimpleNamespace(shard_range=lambda index: range(32)), [0], workers=2
-            )
-        )
+        next(encode_shards(range(300), str, SimpleNamespace(shard_range=lambda index: range(32)), [0], workers=2))
     assert not multiprocessing.active_children()
 
 

@@ -14,7 +14,6 @@ from vlm_distill_cache.common.codecs.row_attention import RowAttention
 from vlm_distill_cache.common.errors import ModelError, SampleError
 from vlm_distill_cache.data.families.models import row_logits
 from vlm_distill_cache.data.text.collate import collate, length_buckets
-from vlm_distill_cache.stage1_teacher.build.plan import Build, open_build
 from vlm_distill_cache.stage1_teacher.config import SIGNALS, BuildConfig
 from vlm_distill_cache.stage1_teacher.loop.forward import run_shard
 from vlm_distill_cache.stage1_teacher.loop.signals import (
@@ -25,7 +24,9 @@ from vlm_distill_cache.stage1_teacher.loop.signals import (
     slice_logits,
     to_cpu,
 )
+from vlm_distill_cache.stage1_teacher.loop.work import Build
 from vlm_distill_cache.stage1_teacher.loop.writer import EncodedShard, run_ahead
+from vlm_distill_cache.stage1_teacher.planning.open import open_build
 from vlm_distill_cache.stage1_teacher.teacher.inputs import prepare_inputs
 from vlm_distill_cache.stage1_teacher.teacher.teacher import Teacher
 
@@ -240,9 +241,7 @@ def test_rows_marked_on_the_cpu_give_the_logits_of_a_whole_pass(work: Build):
     )
     with torch.inference_mode():
         whole = work.teacher.model(**inputs.model_inputs, use_cache=False).logits
-        torch.testing.assert_close(
-            row_logits(work.teacher.model, inputs.model_inputs, inputs.rows), whole[inputs.rows]
-        )
+        torch.testing.assert_close(row_logits(work.teacher.model, inputs.model_inputs, inputs.rows), whole[inputs.rows])
     output = work.run(batch)
     torch.testing.assert_close(output.logits, whole[batch.labels != IGNORE_INDEX])
     torch.testing.assert_close(output.visual_logits, whole[batch.visual_mask])

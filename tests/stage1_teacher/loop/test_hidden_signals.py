@@ -9,16 +9,16 @@ import torch
 from PIL import Image
 from transformers import LlavaForConditionalGeneration
 
-from vlm_distill_cache.common.cache.reader import open_cache
 from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
 from vlm_distill_cache.common.cache.stores import open_reader
 from vlm_distill_cache.common.codecs import codec_from_dict
 from vlm_distill_cache.common.codecs.checks import value_damage
 from vlm_distill_cache.common.errors import CacheFormatError, ConfigError
+from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.common.tools.verify import verify
 from vlm_distill_cache.data.registry import open_dataset
 from vlm_distill_cache.data.text.collate import collate
-from vlm_distill_cache.stage1_teacher.build.plan import build_encoder
+from vlm_distill_cache.stage1_teacher.planning.plan import build_encoder
 from vlm_distill_cache.stage1_teacher.teacher.teacher import Teacher
 
 SIGNALS = ("hidden", "visual_hidden", "projector_output", "visual_logits")
@@ -56,8 +56,7 @@ def read_all(path: Path) -> dict[str, dict[str, object]]:
     cache = open_cache(path)
     codecs = {name: codec_from_dict(settings) for name, settings in cache.plan.signals.items()}
     return {
-        name: {signal: codec.decode(cache.read(name)) for signal, codec in codecs.items()}
-        for name in cache.sample_ids
+        name: {signal: codec.decode(cache.read(name)) for signal, codec in codecs.items()} for name in cache.sample_ids
     }
 
 
@@ -77,15 +76,13 @@ def test_cached_states_are_the_librarys_own(store: str, build_cache, tmp_path: P
         supervised, visual = (batch.labels != IGNORE_INDEX)[0], batch.visual_mask[0]
         torch.testing.assert_close(found[name]["hidden"], states[supervised], atol=2e-5, rtol=1e-4)
         torch.testing.assert_close(found[name]["visual_hidden"], states[visual], atol=2e-5, rtol=1e-4)
-        torch.testing.assert_close(
-            found[name]["projector_output"][:, 0], states[visual][:, 0], atol=2e-5, rtol=1e-4
-        )
+        torch.testing.assert_close(found[name]["projector_output"][:, 0], states[visual][:, 0], atol=2e-5, rtol=1e-4)
         sparse = found[name]["visual_logits"]
         assert len(sparse) == int(visual.sum())
         if len(sparse):
-            features = teacher.model.get_image_features(
-                pixel_values=batch.image_inputs["pixel_values"]
-            ).pooler_output[0]
+            features = teacher.model.get_image_features(pixel_values=batch.image_inputs["pixel_values"]).pooler_output[
+                0
+            ]
             torch.testing.assert_close(found[name]["projector_output"][:, 0], features, atol=2e-5, rtol=1e-4)
             dense = output.logits[0][visual].float().log_softmax(-1)
             torch.testing.assert_close(

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from vlm_distill_cache.common.cache.manifest import read_manifest
-from vlm_distill_cache.common.cache.reader import open_cache
 from vlm_distill_cache.common.codecs import VisualMapCodec, codec_from_dict
 from vlm_distill_cache.common.codecs.teacher_map import TeacherMap
 from vlm_distill_cache.common.errors import ConfigError
+from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.stage1_teacher.config import BuildConfig
 
 VISUAL = ("logits", "visual_columns", "visual_map")
@@ -54,7 +54,5 @@ def test_the_card_states_mean_and_worst_gradient_beside_the_control(
 
 def test_a_build_keeps_exact_masks_unless_told_otherwise():
     assert BuildConfig().map_preset == "exact"
-    with pytest.raises(
-        ConfigError, match=r"map_grid: expected a whole number of at least 0 and at most 64, got 65"
-    ):
+    with pytest.raises(ConfigError, match=r"map_grid: expected a whole number of at least 0 and at most 64, got 65"):
         BuildConfig(map_grid=65)

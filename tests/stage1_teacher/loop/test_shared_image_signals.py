@@ -10,18 +10,18 @@ import pytest
 import torch
 from PIL import Image
 
-import vlm_distill_cache.stage1_teacher.build.plan
 import vlm_distill_cache.stage1_teacher.loop.writer as pipeline
+import vlm_distill_cache.stage1_teacher.planning.plan
 from vlm_distill_cache.common.cache.manifest import seal, write_plan
-from vlm_distill_cache.common.cache.reader import open_cache
 from vlm_distill_cache.common.cache.shared_images import VISUAL_SOURCE
 from vlm_distill_cache.common.cache.sidecar import read_sidecar
 from vlm_distill_cache.common.cache.stores import finish_shard, open_writer
 from vlm_distill_cache.common.codecs import codec_from_dict
 from vlm_distill_cache.common.errors import CacheMismatchError
+from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.common.tools.verify import verify
 from vlm_distill_cache.data.registry import open_dataset
-from vlm_distill_cache.stage1_teacher.build.plan import build_encoder
+from vlm_distill_cache.stage1_teacher.planning.plan import build_encoder
 from vlm_distill_cache.stage1_teacher.teacher.teacher import Teacher
 from vlm_distill_cache.stage2_student.batches.batch import arrays_of
 from vlm_distill_cache.stage2_student.batches.dataset import CachedDataset
@@ -68,8 +68,7 @@ def build(build_cache):
 def without_sharing(cache, target: Path):
     """The same numbers in a cache in which every record holds its arrays itself."""
     fields = {
-        name: tuple(field for field in group if field != VISUAL_SOURCE)
-        for name, group in cache.plan.fields.items()
+        name: tuple(field for field in group if field != VISUAL_SOURCE) for name, group in cache.plan.fields.items()
     }
     plan = replace(cache.plan, fields=fields)
     write_plan(target, plan)
@@ -117,9 +116,7 @@ def test_every_way_to_keep_a_map_is_shared_and_found_sound(tmp_path, build, pres
     assert len(held) == 2
     for name in cache.sample_ids:
         holder = next(other for other in held if other.split("-")[0] == name.split("-")[0])
-        ours, theirs = (
-            codec.decode(cache.read(sample_id, [*names, "tiles"])) for sample_id in (name, holder)
-        )
+        ours, theirs = (codec.decode(cache.read(sample_id, [*names, "tiles"])) for sample_id in (name, holder))
         assert torch.equal(ours, theirs)
         assert bool(ours.any())
     assert verify(cache.path, deep=True) == []
@@ -156,7 +153,7 @@ def test_a_student_is_given_exactly_the_same_signals(tmp_path, build, tiny_llava
 def test_shared_maps_are_those_of_each_conversation_up_to_rounding(tmp_path, build, monkeypatch):
     data = write_data(tmp_path / "data", 2, 4)
     shared = build(tmp_path / "shared", data)
-    monkeypatch.setattr(vlm_distill_cache.stage1_teacher.build.plan, "with_visual_source", dict)
+    monkeypatch.setattr(vlm_distill_cache.stage1_teacher.planning.plan, "with_visual_source", dict)
     own = build(tmp_path / "own", data)
     assert "visual_source" not in own.read("s0-0")
     for sample_id in own.sample_ids:

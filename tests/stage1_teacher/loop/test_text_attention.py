@@ -12,13 +12,13 @@ from transformers import LlavaForConditionalGeneration
 
 from vlm_distill_cache.common.attention.boxes import grid_tile, overlap_matrix, pool_keys, tile_boxes
 from vlm_distill_cache.common.attention.capture import AttentionCapture
-from vlm_distill_cache.common.cache.reader import open_cache
 from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
 from vlm_distill_cache.common.codecs import codec_from_dict
 from vlm_distill_cache.common.errors import CacheMismatchError
+from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.data.registry import open_dataset
 from vlm_distill_cache.data.text.collate import collate
-from vlm_distill_cache.stage1_teacher.build.plan import build_encoder
+from vlm_distill_cache.stage1_teacher.planning.plan import build_encoder
 from vlm_distill_cache.stage1_teacher.teacher.teacher import Teacher
 from vlm_distill_cache.stage2_student.batches.dataset import CachedDataset
 from vlm_distill_cache.stage2_student.config import LossWeights
@@ -39,9 +39,7 @@ def write_data(folder: Path) -> Path:
     for index in range(4):
         turns = TURNS[: 1 + index % 2]
         messages = [
-            {"from": role, "value": text}
-            for turn in turns
-            for role, text in zip(("human", "gpt"), turn, strict=True)
+            {"from": role, "value": text} for turn in turns for role, text in zip(("human", "gpt"), turn, strict=True)
         ]
         entry = {"id": f"s{index}", "image": f"{index}.png", "conversations": messages}
         if index == 2:
@@ -87,9 +85,7 @@ def eager_rows(model, batch, groups):
     return mean[int(visual[-1]) + 1 :, visual]
 
 
-def test_cached_rows_equal_eager_attention_of_every_text_row(
-    tmp_path, build_cache, tiny_llava, encoder, data
-):
+def test_cached_rows_equal_eager_attention_of_every_text_row(tmp_path, build_cache, tiny_llava, encoder, data):
     build_cache(tmp_path / "cache", data=data, batch_size=4, limit=0, **EXACT)
     cache = open_cache(tmp_path / "cache")
     codec = codec_from_dict(cache.plan.signals["text_attention"])
@@ -200,15 +196,11 @@ def test_micro_batches_share_the_mean_over_text_rows(trained):
     parts = [joined.batch([position]) for position in range(len(joined))]
     totals = [sum(units) for units in zip(*(part.units for part in parts), strict=True)]
     assert totals == list(whole.units)
-    assert whole.units[1 + ATTENTION_TERMS.index("text_attention")] == len(
-        whole.attention["text_attention"].teacher
-    )
+    assert whole.units[1 + ATTENTION_TERMS.index("text_attention")] == len(whole.attention["text_attention"].teacher)
     with torch.no_grad():
         expected = objective(student, capture, whole, Shares()).total
         shares = step_shares(parts, totals)
-        found = sum(
-            objective(student, capture, part, share).total for part, share in zip(parts, shares, strict=True)
-        )
+        found = sum(objective(student, capture, part, share).total for part, share in zip(parts, shares, strict=True))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 

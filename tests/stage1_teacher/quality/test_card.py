@@ -6,8 +6,8 @@ import pytest
 import yaml
 
 from vlm_distill_cache.common.cache.manifest import read_plan
-from vlm_distill_cache.common.cache.reader import open_cache
 from vlm_distill_cache.common.errors import ConfigError
+from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.stage1_teacher.config import BuildConfig
 
 
@@ -43,9 +43,7 @@ def test_what_nobody_stated_is_said_to_be_unknown(tmp_path: Path, build_cache):
     assert "license" not in read_plan(tmp_path / "cache").data
 
 
-def test_a_licence_given_on_resume_is_no_other_option_but_not_recorded_either(
-    tmp_path: Path, build_cache, caplog
-):
+def test_a_licence_given_on_resume_is_no_other_option_but_not_recorded_either(tmp_path: Path, build_cache, caplog):
     build_cache(tmp_path / "cache", license="mit")
     before = (tmp_path / "cache" / "README.md").read_bytes()
     assert build_cache(tmp_path / "cache", license="apache-2.0").built == 0
@@ -65,10 +63,7 @@ def test_sizes_are_those_of_the_records_and_equal_for_both_stores(tmp_path: Path
     size = sum(record[name].nbytes for record in records for name in names)
     rows = sum(len(record["labels"]) for record in records)
     assert f"| `answer_attention` | {size / rows:.1f} | {size / len(records):.0f} |" in cards["zarr"]
-    assert (
-        f"- Size: {len(records)} records, {rows} supervised rows; 0 samples could not be used"
-        in cards["zarr"]
-    )
+    assert f"- Size: {len(records)} records, {rows} supervised rows; 0 samples could not be used" in cards["zarr"]
 
 
 def test_a_licence_of_several_lines_is_refused():

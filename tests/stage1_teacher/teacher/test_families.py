@@ -16,7 +16,7 @@ from vlm_distill_cache.data.images.load import ImageArray
 from vlm_distill_cache.data.sample import Sample, Turn
 from vlm_distill_cache.data.text.collate import collate
 from vlm_distill_cache.data.text.generation import generate_answers
-from vlm_distill_cache.stage1_teacher.build.plan import build_encoder
+from vlm_distill_cache.stage1_teacher.planning.plan import build_encoder
 from vlm_distill_cache.stage1_teacher.teacher.teacher import Teacher
 
 # The library's InternVL processor, up to 5.17.
@@ -75,9 +75,7 @@ def test_logits_and_attention_of_a_padded_batch_are_the_librarys_one_by_one(
         assert np.flatnonzero(sample.labels != IGNORE_INDEX).tolist() == list(range(first, last))
         logits, attention = reference_output(folder, inputs)
         rows = output.row_counts[number]
-        torch.testing.assert_close(
-            output.logits[done : done + rows], logits[first:last], atol=2e-4, rtol=1e-4
-        )
+        torch.testing.assert_close(output.logits[done : done + rows], logits[first:last], atol=2e-4, rtol=1e-4)
         assert logits[first:last].std() > 0.1
         done += rows
         keys = np.flatnonzero(sample.visual_mask)
@@ -95,16 +93,12 @@ def test_generation_from_left_padded_prompts_begins_with_the_librarys_logits(
     inputs = partial(teacher.family.generation_inputs, teacher.config, dtype=torch.float32)
     made = generate_answers(teacher.model, encoder, prompts, max_new_tokens=3, inputs=inputs)
     for number in range(2):
-        asked, first, _ = reference_inputs(
-            family, folder, picture(*SIZES[number]), QUESTIONS[number], ANSWERS[number]
-        )
+        asked, first, _ = reference_inputs(family, folder, picture(*SIZES[number]), QUESTIONS[number], ANSWERS[number])
         logits, _ = reference_output(folder, asked)
         torch.testing.assert_close(made.first_logits[number], logits[first], atol=2e-4, rtol=1e-4)
 
 
-def test_in_sixteen_bits_logits_are_those_of_the_librarys_own_sixteen_bits(
-    family: str, folder: Path, encoder
-):
+def test_in_sixteen_bits_logits_are_those_of_the_librarys_own_sixteen_bits(family: str, folder: Path, encoder):
     samples = [encoder(conversation(0)), encoder(conversation(1))]
     half = Teacher(folder, dtype="bfloat16")
     output = half.run(collate(samples, half.pad_token_id), groups=GROUPS, answer_rows=True, visual_rows=False)
@@ -128,10 +122,7 @@ def test_packed_conversations_give_what_each_gives_alone(teacher: Teacher, encod
         with pytest.raises(ModelError, match="visual tokens see the question"):
             run(teacher, [encoder(packed)])
         return
-    alone = [
-        encoder(Sample(sample_id=f"{number}", images=image, turns=(turn,)))
-        for number, turn in enumerate(turns)
-    ]
+    alone = [encoder(Sample(sample_id=f"{number}", images=image, turns=(turn,))) for number, turn in enumerate(turns)]
     both = run(teacher, [encoder(packed), encoder(conversation(1))])
     apart = run(teacher, alone)
     count = sum(apart.row_counts)
@@ -145,6 +136,4 @@ def test_packed_conversations_give_what_each_gives_alone(teacher: Teacher, encod
 
 
 def run(teacher: Teacher, samples):
-    return teacher.run(
-        collate(samples, teacher.pad_token_id), groups=GROUPS, answer_rows=True, visual_rows=False
-    )
+    return teacher.run(collate(samples, teacher.pad_token_id), groups=GROUPS, answer_rows=True, visual_rows=False)

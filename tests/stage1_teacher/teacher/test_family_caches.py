@@ -13,8 +13,8 @@ from vlm_distill_cache.common.tools.verify import verify
 from vlm_distill_cache.data.families.inputs import text_config
 from vlm_distill_cache.data.images.layouts import AnyResolutionEncoder
 from vlm_distill_cache.data.text.processors import weights_fingerprint
-from vlm_distill_cache.stage1_teacher.build.plan import build_encoder
 from vlm_distill_cache.stage1_teacher.cli import main
+from vlm_distill_cache.stage1_teacher.planning.plan import build_encoder
 from vlm_distill_cache.stage1_teacher.teacher.teacher import Teacher
 
 
@@ -39,9 +39,7 @@ def test_a_cache_of_every_family_is_built_and_found_sound(family_cache, name: st
     assert held == [True, sees_ahead]
 
 
-@pytest.mark.parametrize(
-    ("name", "sees"), [("paligemma", "the whole prompt"), ("gemma3", "their whole image")]
-)
+@pytest.mark.parametrize(("name", "sees"), [("paligemma", "the whole prompt"), ("gemma3", "their whole image")])
 def test_a_map_that_is_no_triangle_is_refused(tmp_path: Path, family_data: Path, name: str, sees: str):
     teacher = save_tiny(name, tmp_path / "teacher")
     with pytest.raises(ModelError, match=rf"'{name}' visual tokens see {sees}.*leave visual_map out"):
@@ -87,9 +85,7 @@ def test_a_teacher_whose_attention_cannot_be_captured_still_gives_logits(
 
     monkeypatch.setattr("vlm_distill_cache.stage1_teacher.teacher.teacher.AttentionCapture", refuse)
     folder = save_tiny("smolvlm", tmp_path / "teacher")
-    with pytest.raises(
-        ModelError, match=r"answer_attention cannot be had: not in this version.*--signals logits"
-    ):
+    with pytest.raises(ModelError, match=r"answer_attention cannot be had: not in this version.*--signals logits"):
         build(folder, family_data, tmp_path / "cache")
     assert len(build(folder, family_data, tmp_path / "cache", signals=("logits",))) == 10
 

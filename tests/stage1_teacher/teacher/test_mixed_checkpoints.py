@@ -45,9 +45,7 @@ def test_cut_weights_and_pickles_are_refused_without_a_traceback(copy_of: Path):
         Teacher(copy_of)
 
 
-@pytest.mark.parametrize(
-    "value", ["[]", '{"model_type": ["llava"]}', '{"model_type": "llava", "text_config": 3}']
-)
+@pytest.mark.parametrize("value", ["[]", '{"model_type": ["llava"]}', '{"model_type": "llava", "text_config": 3}'])
 def test_configs_that_are_none_are_refused(copy_of: Path, value: str):
     (copy_of / "config.json").write_text(value)
     with pytest.raises(ModelError, match=r"cannot be loaded|no config"):
@@ -110,9 +108,9 @@ def test_a_damaged_or_missing_shard_has_no_fidelity(tiny_llava: Path, tmp_path: 
     "signals", [("hidden",), ("visual_logits", "visual_hidden"), ("logits", "projector_output", "hidden")]
 )
 def test_an_estimate_knows_every_signal(signals, tiny_llava: Path, tmp_path: Path):
-    from vlm_distill_cache.stage1_teacher.build.plan import open_build
     from vlm_distill_cache.stage1_teacher.config import BuildConfig
     from vlm_distill_cache.stage1_teacher.estimate.probe import measure_probe
+    from vlm_distill_cache.stage1_teacher.planning.open import open_build
 
     config = BuildConfig(
         teacher=str(tiny_llava),

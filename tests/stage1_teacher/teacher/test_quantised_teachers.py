@@ -44,9 +44,7 @@ def test_only_the_language_model_is_quantised_and_a_cache_is_built(
 
 
 @pytest.mark.parametrize("bits", ["8bit", "4bit"])
-def test_its_logits_are_those_of_the_librarys_quantised_model_and_near_the_plain_ones(
-    tmp_path: Path, bits: str
-):
+def test_its_logits_are_those_of_the_librarys_quantised_model_and_near_the_plain_ones(tmp_path: Path, bits: str):
     pytest.importorskip("bitsandbytes")
     folder = save_tiny("llava", tmp_path / "teacher")
     settings = transformers.BitsAndBytesConfig(

@@ -20,13 +20,11 @@ from vlm_distill_cache.data.families.inputs import library_inputs
 from vlm_distill_cache.data.families.models import row_logits
 from vlm_distill_cache.data.registry import open_dataset
 from vlm_distill_cache.data.text.collate import Batch, collate
-from vlm_distill_cache.stage1_teacher.build.plan import build_encoder
+from vlm_distill_cache.stage1_teacher.planning.plan import build_encoder
 from vlm_distill_cache.stage1_teacher.teacher.teacher import Teacher
 
 
-def test_its_logits_are_cached_and_are_the_librarys(
-    unlisted_teacher: Path, family_data: Path, tmp_path: Path, caplog
-):
+def test_its_logits_are_cached_and_are_the_librarys(unlisted_teacher: Path, family_data: Path, tmp_path: Path, caplog):
     with caplog.at_level(logging.WARNING):
         cache = build(unlisted_teacher, family_data, tmp_path / "cache", signals=("logits",), logits="exact")
     assert "'vipllava' is not in the table of families" in caplog.text
@@ -35,9 +33,7 @@ def test_its_logits_are_cached_and_are_the_librarys(
     assert "vision_tower" not in cache.plan.fingerprints
     assert "not in the table of families" in cache.plan.teacher["no_projector"]
     record = cache.read("s3")
-    assert not content_mask(
-        tile_boxes(tiles_from_array(record["tiles"]))
-    ).any()  # nobody knows where they look
+    assert not content_mask(tile_boxes(tiles_from_array(record["tiles"]))).any()  # nobody knows where they look
     teacher = Teacher(unlisted_teacher)
     encoder = build_encoder(teacher, template="auto", max_length=512)
     dataset = open_dataset(str(family_data))
@@ -53,12 +49,8 @@ def test_its_logits_are_cached_and_are_the_librarys(
     torch.testing.assert_close(found[kept], expected[kept], atol=1e-3, rtol=1e-3)
 
 
-def test_asking_for_attention_says_why_there_is_none(
-    unlisted_teacher: Path, family_data: Path, tmp_path: Path
-):
-    with pytest.raises(
-        ModelError, match=r"'vipllava' is not in the table.*answer_attention.*--signals logits"
-    ):
+def test_asking_for_attention_says_why_there_is_none(unlisted_teacher: Path, family_data: Path, tmp_path: Path):
+    with pytest.raises(ModelError, match=r"'vipllava' is not in the table.*answer_attention.*--signals logits"):
         build(unlisted_teacher, family_data, tmp_path / "cache", signals=("logits", "answer_attention"))
     teacher = Teacher(unlisted_teacher)
     encoder = build_encoder(teacher, template="auto", max_length=512)
@@ -79,9 +71,7 @@ def test_its_pictures_are_what_the_librarys_processor_makes(unlisted_teacher: Pa
 
 
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "gemma3", "smolvlm", "llava_onevision"])
-def test_positions_and_masks_that_nobody_described_are_left_to_the_library(
-    tmp_path: Path, family_data: Path, name
-):
+def test_positions_and_masks_that_nobody_described_are_left_to_the_library(tmp_path: Path, family_data: Path, name):
     teacher = Teacher(save_tiny(name, tmp_path))
     encoder = build_encoder(teacher, template="auto", max_length=512)
     dataset = open_dataset(str(family_data))

@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 from test_check_cache import make_config
 
-from vlm_distill_cache.common.cache.reader import open_cache
 from vlm_distill_cache.common.codecs import codec_from_dict
 from vlm_distill_cache.common.config import config_from_dict
 from vlm_distill_cache.common.errors import SampleError
+from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.data.registry import open_dataset
 from vlm_distill_cache.stage1_teacher.config import BuildConfig
 from vlm_distill_cache.stage1_teacher.demo.teacher import builtin_teacher_directory
@@ -61,18 +61,14 @@ def test_the_students_labels_are_the_tokens_of_the_cached_answers(written):
         said = prepared.tokenizer.decode(encoded.labels[encoded.supervised_rows], skip_special_tokens=True)
         assert said.split() == " ".join(answers).split()
         original = originals[places[sample_id]]
-        assert [turn.question for turn in joined.sample(position).turns] == [
-            t.question for t in original.turns
-        ]
+        assert [turn.question for turn in joined.sample(position).turns] == [t.question for t in original.turns]
         changed += [turn.answer for turn in original.turns] != list(answers)
     assert changed, "the teacher wrote exactly the data set's answers: nothing was tested"
 
 
 def test_fine_tuning_without_signals_reads_the_cached_answers_too(written):
     _, joined = data_set(written)
-    plain = (
-        prepare(make_config(written, data=DATA, dft={"steps": 1, "losses": {"lm": 1.0}})).phases[0].dataset
-    )
+    plain = prepare(make_config(written, data=DATA, dft={"steps": 1, "losses": {"lm": 1.0}})).phases[0].dataset
     for position in range(len(joined)):
         assert (plain.load(position).encoded.labels == joined.load(position).encoded.labels).all()
 

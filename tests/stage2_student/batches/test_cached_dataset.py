@@ -9,9 +9,9 @@ import torch
 from tiny_cache import DATA, build_tiny_cache, make_teacher
 
 from vlm_distill_cache.common.attention.layers import student_groups
-from vlm_distill_cache.common.cache.reader import open_cache
 from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
 from vlm_distill_cache.common.errors import CacheMismatchError
+from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.data.images.load import ImageArray
 from vlm_distill_cache.data.registry import open_dataset
 from vlm_distill_cache.data.sample import Sample, Turn, fingerprint_samples
@@ -133,9 +133,7 @@ def test_other_words_are_refused_naming_sample_labels_and_remedy(tiny_cache):
     first = dataset.samples[0]
     turns = (dataclasses.replace(first.turns[0], answer="blue"), *first.turns[1:])
     dataset.samples[0] = dataclasses.replace(first, turns=turns)
-    with pytest.raises(
-        CacheMismatchError, match=rf"{first.sample_id}.*cached labels are \[.*build the cache again"
-    ):
+    with pytest.raises(CacheMismatchError, match=rf"{first.sample_id}.*cached labels are \[.*build the cache again"):
         open_joined(tiny_cache[0], dataset=dataset).load(0)
 
 
@@ -144,9 +142,7 @@ def test_another_picture_is_refused_naming_sample_hashes_and_remedy(tiny_cache):
     first = dataset.samples[0]
     black = ImageArray(np.zeros((72, 72, 3), dtype=np.uint8), "black")
     dataset.samples[0] = dataclasses.replace(first, images=(black,))
-    with pytest.raises(
-        CacheMismatchError, match=rf"{first.sample_id}.*picture's hash was [0-9a-f]+ .*Restore it"
-    ):
+    with pytest.raises(CacheMismatchError, match=rf"{first.sample_id}.*picture's hash was [0-9a-f]+ .*Restore it"):
         open_joined(tiny_cache[0], dataset=dataset).load(0)
 
 
@@ -174,8 +170,7 @@ def test_text_only_samples_have_rows_but_no_attention(tmp_path):
 
 def test_the_control_takes_attention_from_another_image_and_logits_from_its_own(tiny_cache):
     right, wrong = (
-        open_joined(tiny_cache[0], shuffle_teacher_images=shuffled).batch([0, 1])
-        for shuffled in (False, True)
+        open_joined(tiny_cache[0], shuffle_teacher_images=shuffled).batch([0, 1]) for shuffled in (False, True)
     )
     assert torch.equal(right.logits.log_probs, wrong.logits.log_probs)
     for signal in ("answer_attention", "visual_columns", "visual_map"):
@@ -220,7 +215,5 @@ def test_of_a_merged_cache_the_samples_of_this_data_set_are_used(tiny_cache):
 def test_student_layers_are_chosen_as_the_caches_were(tiny_cache):
     plan = open_cache(tiny_cache[0]).plan
     chosen = dataclasses.replace(plan, teacher=plan.teacher | {"layer_choice": "all"})
-    assert (
-        match_groups(plan, 6).student == open_joined(tiny_cache[0]).student_groups(6) == student_groups(6, 1)
-    )
+    assert match_groups(plan, 6).student == open_joined(tiny_cache[0]).student_groups(6) == student_groups(6, 1)
     assert match_groups(chosen, 6).student == ((0, 1, 2, 3, 4, 5),)

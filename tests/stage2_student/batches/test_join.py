@@ -69,9 +69,7 @@ def test_a_join_is_what_a_dictionary_gives(case, limit, merged):
     if missing or not wanted:
         first = missing[0] if missing else cache.sample_ids[0]
         count = len(missing) or len(cache)
-        message = (
-            f"{count} of the {len(wanted) or len(cache)} samples in folder are not in.* first is {first!r}"
-        )
+        message = f"{count} of the {len(wanted) or len(cache)} samples in folder are not in.* first is {first!r}"
         with pytest.raises(CacheMismatchError, match=re.escape(message).replace(r"\.\*", "(.|\n)*")):
             join_cache(cache, ListOfIds(data), limit=limit)
         return

@@ -9,17 +9,12 @@ from tiny_cache import build_tiny_cache
 
 from vlm_distill_cache.common.attention.capture import AttentionCapture
 from vlm_distill_cache.common.attention.layers import GroupMatch
-from vlm_distill_cache.common.cache.reader import open_cache
 from vlm_distill_cache.common.codecs.teacher_map import TeacherMap
 from vlm_distill_cache.common.errors import CacheMismatchError
+from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.data.registry import open_dataset
 from vlm_distill_cache.stage2_student.batches.dataset import SampleMemory
-from vlm_distill_cache.stage2_student.batches.layers import (
-    check_map_serves,
-    match_groups,
-    regroup,
-    regroup_map,
-)
+from vlm_distill_cache.stage2_student.batches.layers import check_map_serves, match_groups, regroup, regroup_map
 from vlm_distill_cache.stage2_student.losses.objective import Objective, Shares
 
 DATA = "shapes:images=2,seed=5"
@@ -60,9 +55,7 @@ def test_every_matching_of_a_cache_of_single_layers_trains(caches, matching, lay
     folder, teacher = caches
     student = make_student(folder / "single", teacher.encoder)
     plan = open_cache(folder / "single").plan
-    match = match_groups(
-        plan, student.language_model.config.num_hidden_layers, matching=matching, layers=layers
-    )
+    match = match_groups(plan, student.language_model.config.num_hidden_layers, matching=matching, layers=layers)
     batch = open_joined(folder / "single", dataset=open_dataset(DATA), signals=TERMS, match=match).batch([0])
     groups = {len(target.teacher[0]) for target in batch.attention.values()}
     assert groups == {len(match.student)}

@@ -8,12 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlm_distill_cache.common.errors import ConfigError
-from vlm_distill_cache.stage2_student.batches.sampler import (
-    ShardShuffle,
-    epoch_order,
-    micro_batch_count,
-    split_step,
-)
+from vlm_distill_cache.stage2_student.batches.sampler import ShardShuffle, epoch_order, micro_batch_count, split_step
 
 
 def make_shards(*sizes: int):
@@ -108,9 +103,7 @@ def test_what_is_upcoming_is_what_the_next_window_reads(window):
     until = 3 * shuffle.length
     read = owner[shuffle.take(0, until)]  # which shard each sample comes from
     starts, chosen = [0], set()
-    for position, shard in enumerate(
-        read.tolist()
-    ):  # a window ends when all of its shards have been read whole
+    for position, shard in enumerate(read.tolist()):  # a window ends when all of its shards have been read whole
         chosen.add(shard)
         whole = sum(sizes[i] for i in chosen) == position + 1 - starts[-1]
         if whole and (len(chosen) == window or (position + 1) % shuffle.length == 0):

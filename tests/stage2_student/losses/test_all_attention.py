@@ -102,9 +102,7 @@ def test_losses_and_measures_of_a_step_do_not_depend_on_its_split(cached, scenes
         ]
         assert len({tuple(values) for values in named}) == 1  # the log has the same columns for all
         summed = {name: sum(values[name] for values in named) for name in named[0]}
-        return {name: float(value.detach()) for name, value in summed.items()}, gradients(
-            student, summed["total"]
-        )
+        return {name: float(value.detach()) for name, value in summed.items()}, gradients(student, summed["total"])
 
     whole, whole_gradients = run([(0, 1, 2)])
     split, split_gradients = run(splits)
@@ -141,10 +139,7 @@ def test_published_sums_the_released_loss_over_layers_and_averages_the_others(ca
             attention_reduction=chosen,
         )
         capture = AttentionCapture(student.language_model)
-        return {
-            name: float(v.detach())
-            for name, v in objective(student, capture, batch, Shares()).attention.items()
-        }
+        return {name: float(v.detach()) for name, v in objective(student, capture, batch, Shares()).attention.items()}
 
     for kind in ("sink_filtered", "mse"):
         means, found = losses("mean", kind), losses(reduction, kind)
@@ -162,9 +157,7 @@ def test_text_rows_on_a_coarser_grid_than_the_students_tokens_pull_the_map_there
     target = batch.attention["all_attention"]
     _, _, visual, _ = teacher.signals(scenes[0])
     torch.testing.assert_close(target.teacher[0, 0], pool(pool(visual[0]).T).T / 4, atol=1e-6, rtol=1e-5)
-    torch.testing.assert_close(
-        target.text[:, 0], pool(teacher.text_rows(scenes[0])[:, 0]), atol=1e-6, rtol=1e-5
-    )
+    torch.testing.assert_close(target.text[:, 0], pool(teacher.text_rows(scenes[0])[:, 0]), atol=1e-6, rtol=1e-5)
     assert target.student_pool.sum(dim=1).flatten().tolist() == pytest.approx([4.0] * 9)
 
 
@@ -209,9 +202,7 @@ def test_all_rows_need_both_signals_and_single_values():
         "visual_map": {"codec": "visual_map", "groups": 1, "preset": "blocks"},
         "text_attention": {},
     }
-    with pytest.raises(
-        CacheMismatchError, match="phase dft: the loss all_attention needs the value of each pair"
-    ):
+    with pytest.raises(CacheMismatchError, match="phase dft: the loss all_attention needs the value of each pair"):
         check_map_serves(both, "sink_filtered", where="phase dft", all_rows=True)
     for lacking in both:
         held = {name: codec for name, codec in both.items() if name != lacking}

@@ -6,12 +6,7 @@ from live_bytes import LiveBytes
 from transformers import LlamaConfig, LlamaModel
 
 from vlm_distill_cache.common.attention.capture import AttentionCapture, AttentionRequest
-from vlm_distill_cache.common.attention.rows import (
-    CHUNK_ELEMENTS,
-    KEPT_ELEMENTS,
-    SharedPlace,
-    head_mean_attention,
-)
+from vlm_distill_cache.common.attention.rows import CHUNK_ELEMENTS, KEPT_ELEMENTS, SharedPlace, head_mean_attention
 
 BATCH, WIDTH, LENGTH = 2, 256, 900
 CHUNK_BYTES = 4 * CHUNK_ELEMENTS["cpu"]
@@ -49,8 +44,7 @@ def attention_bytes(heads, *, softcap, mask_heads, dtype):
 )
 def test_extra_memory_does_not_grow_with_heads(mask_heads, softcap, dtype):
     found = {
-        heads: attention_bytes(heads, softcap=softcap, mask_heads=mask_heads, dtype=dtype)
-        for heads in (4, 16, 64)
+        heads: attention_bytes(heads, softcap=softcap, mask_heads=mask_heads, dtype=dtype) for heads in (4, 16, 64)
     }
     for forward, between, backward in found.values():
         assert between == 0
@@ -70,9 +64,7 @@ def model_bytes(depth, *, groups):
     ids = torch.randint(0, 50, (2, 120))
     padding = torch.ones_like(ids)
     padding[1, :20] = 0
-    requests = {
-        "a": AttentionRequest(torch.arange(60, 90).repeat(2, 1), torch.arange(10, 50).repeat(2, 1), groups)
-    }
+    requests = {"a": AttentionRequest(torch.arange(60, 90).repeat(2, 1), torch.arange(10, 50).repeat(2, 1), groups)}
     capture = AttentionCapture(model)
     with LiveBytes(*model.parameters(), ids, padding) as live:
         plain = model(ids, attention_mask=padding, use_cache=False)

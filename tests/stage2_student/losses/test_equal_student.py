@@ -21,12 +21,7 @@ from vlm_distill_cache.stage1_teacher.teacher.inputs import image_weights
 from vlm_distill_cache.stage1_teacher.teacher.teacher import TeacherOutput
 from vlm_distill_cache.stage2_student.batches.batch import TrainingSample, collate_samples
 from vlm_distill_cache.stage2_student.batches.signals import decode_signals
-from vlm_distill_cache.stage2_student.losses.objective import (
-    Objective,
-    attention_requests,
-    pool_map,
-    step_shares,
-)
+from vlm_distill_cache.stage2_student.losses.objective import Objective, attention_requests, pool_map, step_shares
 
 SIGNALS = ("logits", "answer_attention", "visual_columns", "visual_map", "text_attention")
 TERMS = (*SIGNALS, "all_attention")
@@ -107,9 +102,7 @@ class Scene:
         )
         records = encode_records(reduce_output(output, batch, codecs), batch, codecs)
         self.samples = [
-            TrainingSample(
-                encoded, decode_signals(record, codecs, encoded.tiles, where="memory", terms=TERMS)
-            )
+            TrainingSample(encoded, decode_signals(record, codecs, encoded.tiles, where="memory", terms=TERMS))
             for encoded, record in zip(self.encoded, records, strict=True)
         ]
 
@@ -141,9 +134,7 @@ class FixedCapture:
 
     @contextmanager
     def record(self, requests):
-        columns = {
-            name: sum_rows(self.maps, requests[name].row_weights) for name in requests.keys() & {"columns"}
-        }
+        columns = {name: sum_rows(self.maps, requests[name].row_weights) for name in requests.keys() & {"columns"}}
         yield self.maps | columns
 
 
@@ -189,16 +180,12 @@ def test_the_mean_over_cells_is_one_weight_a_token():
     keys = torch.arange(5).repeat(3, 1)
     for mask in (content, None):
         target = SimpleNamespace(student_pool=pool, content=mask)
-        batch = SimpleNamespace(
-            attention={"visual_columns": target}, keys=keys, has_image=torch.tensor([0, 2])
-        )
+        batch = SimpleNamespace(attention={"visual_columns": target}, keys=keys, has_image=torch.tensor([0, 2]))
         requests = attention_requests(batch, ((0,),) * GROUPS)  # type: ignore[arg-type]
         weights = requests["columns"].row_weights
         assert not weights[1].any()
         found = (attention * weights[:, None, :, None]).sum(dim=2)[[0, 2]] @ pool
         maps = pool_map(attention[[0, 2]], target)  # type: ignore[arg-type]
         cells = torch.ones_like(content) if mask is None else mask
-        expected = torch.stack(
-            [of_sample[:, rows].mean(dim=1) for of_sample, rows in zip(maps, cells, strict=True)]
-        )
+        expected = torch.stack([of_sample[:, rows].mean(dim=1) for of_sample, rows in zip(maps, cells, strict=True)])
         torch.testing.assert_close(found, expected)

@@ -4,12 +4,7 @@ import pytest
 import torch
 
 from vlm_distill_cache.common.attention.boxes import grid_tile
-from vlm_distill_cache.common.attention.hidden import (
-    HiddenCapture,
-    HiddenRequest,
-    gather_rows,
-    student_layers,
-)
+from vlm_distill_cache.common.attention.hidden import HiddenCapture, HiddenRequest, gather_rows, student_layers
 from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
 from vlm_distill_cache.common.codecs.hidden_states import VisualHiddenCodec
 from vlm_distill_cache.common.errors import CacheMismatchError, ModelError
@@ -61,9 +56,7 @@ def test_values_and_gradients_are_those_of_the_formula(kind, dtype):
     (wanted,) = torch.autograd.grad(expected, reference)
     exact = dtype == torch.float32
     torch.testing.assert_close(loss.double(), expected, atol=1e-6, rtol=1e-5)
-    torch.testing.assert_close(
-        gradient.double(), wanted, atol=1e-6 if exact else 2e-3, rtol=1e-4 if exact else 1e-2
-    )
+    torch.testing.assert_close(gradient.double(), wanted, atol=1e-6 if exact else 2e-3, rtol=1e-4 if exact else 1e-2)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -121,9 +114,7 @@ def open_run(path, student, tmp_path, **losses):
     phase = PhaseConfig(steps=1, batch_size=4, losses=LossWeights(**losses))
     options = {"projector": "mlp"} if student == "mobilevlm-tiny" else {}
     return prepare(
-        TrainConfig(
-            student=str(student), cache=str(path), output=str(tmp_path), phases=("dft",), dft=phase, **options
-        )
+        TrainConfig(student=str(student), cache=str(path), output=str(tmp_path), phases=("dft",), dft=phase, **options)
     )
 
 

@@ -67,18 +67,12 @@ def make_layer(
 
 
 def fused(layer: Layer, **options):
-    return fused_losses(
-        layer.hidden, layer.weight, layer.labels, layer.teacher, bias=layer.bias, **WEIGHTS, **options
-    )
+    return fused_losses(layer.hidden, layer.weight, layer.labels, layer.teacher, bias=layer.bias, **WEIGHTS, **options)
 
 
-def unfused(
-    layer: Layer, *, kind: str = "forward_kl", temperature: float = 1.0, **shape
-) -> tuple[Tensor, Tensor]:
+def unfused(layer: Layer, *, kind: str = "forward_kl", temperature: float = 1.0, **shape) -> tuple[Tensor, Tensor]:
     logits = layer.logits(**shape)
-    return lm_loss(logits, layer.labels), tail_bucket_loss(
-        logits, layer.teacher, kind=kind, temperature=temperature
-    )
+    return lm_loss(logits, layer.labels), tail_bucket_loss(logits, layer.teacher, kind=kind, temperature=temperature)
 
 
 def weighted(lm: Tensor, logits: Tensor) -> Tensor:
@@ -147,9 +141,7 @@ def test_they_are_the_dense_reference_too(kind):
     dense = normal(ROWS, VOCABULARY, seed=4, scale=3)
     lm, divergence = cross_entropy(logits, layer.labels), bucketed(logits, dense, layer.teacher, kind)
     found = fused(layer, kind=kind, chunk_rows=4)
-    torch.testing.assert_close(
-        found.total.detach().double(), weighted(lm, divergence).detach(), rtol=1e-5, atol=1e-6
-    )
+    torch.testing.assert_close(found.total.detach().double(), weighted(lm, divergence).detach(), rtol=1e-5, atol=1e-6)
     expected = torch.autograd.grad(weighted(lm, divergence), leaves)
     for gradient, exact in zip(gradients(found.total, layer), expected, strict=True):
         torch.testing.assert_close(gradient.double(), exact, rtol=1e-5, atol=1e-6)
@@ -175,18 +167,14 @@ def test_soft_capping_and_scaling_follow_the_chain_rule(softcap, logit_scale, te
         (400, {"softcap": 5.0}),
     ],
 )
-def test_half_precision_differs_by_the_rounding_of_gradients_only(
-    kind, chunk_rows: int, teachers: int, options
-):
+def test_half_precision_differs_by_the_rounding_of_gradients_only(kind, chunk_rows: int, teachers: int, options):
     """The logits are the same bfloat16 numbers, so values agree as in float32; gradients within 2^-6 of the largest.
 
     With fewer rows at a time than there are, the weight's gradient comes in blocks of the vocabulary.
     """
     layer = make_layer(rows=64, width=32, vocabulary=300, teachers=teachers, dtype=torch.bfloat16)
     layer = replace(layer, weight=(layer.weight.detach() / 6).requires_grad_())
-    rounded = (
-        {} if "softcap" in options else {"rtol": 1e-5, "atol": 1e-6}
-    )  # the unfused form caps in bfloat16
+    rounded = {} if "softcap" in options else {"rtol": 1e-5, "atol": 1e-6}  # the unfused form caps in bfloat16
     lm, logits = unfused(layer, kind=kind, **options)
     found = fused(layer, kind=kind, chunk_rows=chunk_rows, **options)
     assert found.logits is not None
@@ -194,10 +182,7 @@ def test_half_precision_differs_by_the_rounding_of_gradients_only(
     torch.testing.assert_close(found.logits, logits.detach(), **(rounded or {"rtol": 2**-6, "atol": 2**-8}))
     exact = replace(
         layer,
-        **{
-            name: getattr(layer, name).detach().float().requires_grad_()
-            for name in ("hidden", "weight", "bias")
-        },
+        **{name: getattr(layer, name).detach().float().requires_grad_() for name in ("hidden", "weight", "bias")},
     )
     in_float = gradients(weighted(*unfused(exact, kind=kind, **options)), exact)
     for gradient, expected, leaf in zip(gradients(found.total, layer), in_float, layer.leaves, strict=True):

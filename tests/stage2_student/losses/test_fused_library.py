@@ -45,9 +45,7 @@ def test_losses_and_all_gradients_are_those_of_the_librarys_logits(name):
     expected = {key: parameter.grad for key, parameter in model.named_parameters()}
     model.zero_grad()
     hidden = model.model(ids, use_cache=False).last_hidden_state[supervised]
-    found = fused_losses(
-        hidden, model.get_output_embeddings().weight, labels, teacher, chunk_rows=2, **options
-    )
+    found = fused_losses(hidden, model.get_output_embeddings().weight, labels, teacher, chunk_rows=2, **options)
     found.total.backward()
     torch.testing.assert_close(found.lm, lm_loss(logits, labels).detach())
     assert any(bool(gradient.any()) for gradient in expected.values())

@@ -35,17 +35,13 @@ def test_every_familys_fused_loss_is_that_of_its_own_logits(opened, name):  # no
         loss = total()
         loss.backward()
         found.append(loss.detach())
-        gradients.append(
-            {n: p.grad.clone() for n, p in student.model.named_parameters() if p.grad is not None}
-        )
+        gradients.append({n: p.grad.clone() for n, p in student.model.named_parameters() if p.grad is not None})
     student.model.zero_grad()
     assert calls == [len(labels)]
     torch.testing.assert_close(found[0], found[1], atol=1e-5, rtol=1e-5)
     assert gradients[0].keys() == gradients[1].keys()
     for key, wanted in gradients[1].items():
-        torch.testing.assert_close(
-            gradients[0][key], wanted, atol=1e-5 + 1e-4 * float(wanted.abs().max()), rtol=1e-3
-        )
+        torch.testing.assert_close(gradients[0][key], wanted, atol=1e-5 + 1e-4 * float(wanted.abs().max()), rtol=1e-3)
 
 
 def test_a_projection_that_is_no_plain_linear_layer_is_not_fused(opened):  # noqa: F811

@@ -49,9 +49,7 @@ def test_a_divergence_equals_the_dense_reference(kind, temperature: float, max_k
     kind=st.sampled_from(KINDS),
     seed=st.integers(0, 2**16),
 )
-def test_a_divergence_equals_the_dense_reference_for_any_shapes(
-    rows, vocabulary, own, max_k, sharpness, kind, seed
-):
+def test_a_divergence_equals_the_dense_reference_for_any_shapes(rows, vocabulary, own, max_k, sharpness, kind, seed):
     """Teacher and student vocabularies of any size: some students know fewer tokens, or more."""
     dense = normal(rows, vocabulary, seed=seed, scale=sharpness)
     student, sparse = normal(rows, own, seed=seed + 1, scale=2), select(dense, max_k=max_k)

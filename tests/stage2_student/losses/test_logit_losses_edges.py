@@ -19,9 +19,7 @@ def test_rows_of_unequal_length_do_not_touch_token_zero_through_their_padding(ki
     sparse = select(dense, floor=0.01, max_k=12)
     assert sparse.entry_mask.sum(1).tolist() != [sparse.entry_mask.shape[1]] * 2
     student = normal(2, 20, seed=2)
-    assert_agree(
-        lambda z: tail_bucket_loss(z, sparse, kind=kind), lambda z: bucketed(z, dense, sparse, kind), student
-    )
+    assert_agree(lambda z: tail_bucket_loss(z, sparse, kind=kind), lambda z: bucketed(z, dense, sparse, kind), student)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -29,9 +27,7 @@ def test_teacher_tokens_beyond_the_students_vocabulary_go_to_the_tail(kind):
     dense, student = normal(6, 48, scale=2), normal(6, 30, seed=1)
     sparse = select(dense, max_k=20)
     assert bool((sparse.token_ids >= 30).any())
-    assert_agree(
-        lambda z: tail_bucket_loss(z, sparse, kind=kind), lambda z: bucketed(z, dense, sparse, kind), student
-    )
+    assert_agree(lambda z: tail_bucket_loss(z, sparse, kind=kind), lambda z: bucketed(z, dense, sparse, kind), student)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -43,9 +39,7 @@ def test_a_student_without_a_tail_gets_finite_values_and_gradients(kind, teacher
     value, gradient = value_and_gradient(lambda z: tail_bucket_loss(z, sparse, kind=kind), student)
     assert bool(torch.isfinite(value))
     assert bool(torch.isfinite(gradient).all())
-    assert_agree(
-        lambda z: tail_bucket_loss(z, sparse, kind=kind), lambda z: bucketed(z, dense, sparse, kind), student
-    )
+    assert_agree(lambda z: tail_bucket_loss(z, sparse, kind=kind), lambda z: bucketed(z, dense, sparse, kind), student)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -54,9 +48,7 @@ def test_a_teacher_without_a_tail_meets_a_student_who_has_one(kind):
     dense, student = normal(3, 6, scale=2), normal(3, 9, seed=1)
     sparse = select(dense, max_k=6)
     assert bool((sparse.tail_log_mass == -INF).all())
-    assert_agree(
-        lambda z: tail_bucket_loss(z, sparse, kind=kind), lambda z: bucketed(z, dense, sparse, kind), student
-    )
+    assert_agree(lambda z: tail_bucket_loss(z, sparse, kind=kind), lambda z: bucketed(z, dense, sparse, kind), student)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -65,9 +57,7 @@ def test_a_student_sure_of_itself_keeps_finite_values_and_gradients(kind):
     dense, student = normal(3, 30, scale=1), normal(3, 30, seed=1)
     student[:, 0] += 200
     sparse = select(dense, max_k=4)
-    assert_agree(
-        lambda z: tail_bucket_loss(z, sparse, kind=kind), lambda z: bucketed(z, dense, sparse, kind), student
-    )
+    assert_agree(lambda z: tail_bucket_loss(z, sparse, kind=kind), lambda z: bucketed(z, dense, sparse, kind), student)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -93,9 +83,7 @@ def test_one_entry_a_row_is_enough(kind):
         torch.log1p(-best.values.exp())[:, None],
         (1.0,),
     )
-    assert_agree(
-        lambda z: tail_bucket_loss(z, sparse, kind=kind), lambda z: bucketed(z, dense, sparse, kind), student
-    )
+    assert_agree(lambda z: tail_bucket_loss(z, sparse, kind=kind), lambda z: bucketed(z, dense, sparse, kind), student)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -104,9 +92,7 @@ def test_a_listed_token_that_the_teacher_rules_out_gives_no_nan(kind):
     dense[0, 0] = -INF  # the ground truth of row 0
     sparse, student = select(dense, max_k=3), normal(2, 20, seed=1)
     assert sparse.log_probs[0, 2] == -INF
-    assert_agree(
-        lambda z: tail_bucket_loss(z, sparse, kind=kind), lambda z: bucketed(z, dense, sparse, kind), student
-    )
+    assert_agree(lambda z: tail_bucket_loss(z, sparse, kind=kind), lambda z: bucketed(z, dense, sparse, kind), student)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -117,8 +103,6 @@ def test_tokens_that_the_student_rules_out_get_no_gradient(kind, max_k):
     dense[:, 15:], student[:, 15:] = -INF, -INF
     sparse = select(dense, max_k=max_k)
     value, gradient = value_and_gradient(lambda z: tail_bucket_loss(z, sparse, kind=kind), student)
-    short, short_gradient = value_and_gradient(
-        lambda z: tail_bucket_loss(z, sparse, kind=kind), student[:, :15]
-    )
+    short, short_gradient = value_and_gradient(lambda z: tail_bucket_loss(z, sparse, kind=kind), student[:, :15])
     torch.testing.assert_close(value, short)
     torch.testing.assert_close(gradient, torch.nn.functional.pad(short_gradient, (0, 5)))

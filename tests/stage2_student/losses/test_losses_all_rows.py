@@ -49,9 +49,7 @@ def test_all_rows_are_the_papers_formula(masked: bool, reduction: str):
             for g in range(2):
                 flat = []
                 for own_maps, own_text in ((maps, text), (teacher.maps.double(), teacher.text.double())):
-                    rows = torch.cat(
-                        [own_maps[b, g][mask[b]], own_text[student.samples == b, g]]
-                    )  # [rows, N_v]
+                    rows = torch.cat([own_maps[b, g][mask[b]], own_text[student.samples == b, g]])  # [rows, N_v]
                     flat.append(rows[:, mask[b]].flatten())
                 total = total + 1 - cosine(*flat)
         return total / (3 if reduction == "sum" else 6)
@@ -62,9 +60,7 @@ def test_all_rows_are_the_papers_formula(masked: bool, reduction: str):
 def test_a_cell_of_two_equal_tokens_counts_as_both():
     """Pooling equal visual rows to cells leaves the loss as it is: the balance with text rows is kept."""
     generator = torch.Generator().manual_seed(0)
-    sides = [
-        (torch.rand(1, 1, 3, 6, generator=generator), torch.rand(2, 1, 6, generator=generator)) for _ in "ab"
-    ]
+    sides = [(torch.rand(1, 1, 3, 6, generator=generator), torch.rand(2, 1, 6, generator=generator)) for _ in "ab"]
     (student, student_text), (teacher, teacher_text) = sides
     samples, fine = torch.tensor([0, 0]), [maps.repeat_interleave(2, dim=2) for maps in (student, teacher)]
     expected = all_attention_loss(

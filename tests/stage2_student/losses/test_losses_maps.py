@@ -70,9 +70,7 @@ def test_the_filter_follows_the_student():
     """A sink of the student leaves its pair out on both sides, so it gets no gradient."""
     teacher, student = maps_of(1, 1, 8, seed=0), maps_of(1, 1, 8, seed=1)
     student[0, 0, 7, 2] = 5.0
-    _, gradient = value_and_gradient(
-        lambda s: sink_filtered_cosine_loss(s, TeacherMap.from_maps(teacher)), student
-    )
+    _, gradient = value_and_gradient(lambda s: sink_filtered_cosine_loss(s, TeacherMap.from_maps(teacher)), student)
     assert float(gradient[0, 0, 7, 2]) == 0
     assert bool(gradient.any())
 
@@ -93,9 +91,7 @@ def test_visual_map_cosine_equals_the_papers_formula(reduction: str):
     teacher[2] = 0
 
     def reference(s: Tensor) -> Tensor:
-        layers = [
-            [1 - cosine(s[b, g].flatten(), teacher[b, g].double().flatten()) for g in (0, 1)] for b in (0, 1)
-        ]
+        layers = [[1 - cosine(s[b, g].flatten(), teacher[b, g].double().flatten()) for g in (0, 1)] for b in (0, 1)]
         return sum(((x + y) for x, y in layers), s.new_zeros(())) / (2 if reduction == "sum" else 4)
 
     target = TeacherMap.from_maps(teacher)
@@ -110,21 +106,15 @@ def test_visual_columns_equals_the_dense_reference(masked: bool):
         mask[0, 4:] = False
 
     def reference(s: Tensor) -> Tensor:
-        terms = [
-            1 - cosine(s[b, g][mask[b]], teacher[b, g].double()[mask[b]]) for b in range(3) for g in range(2)
-        ]
+        terms = [1 - cosine(s[b, g][mask[b]], teacher[b, g].double()[mask[b]]) for b in range(3) for g in range(2)]
         return torch.stack(terms).mean()
 
-    assert_agree(
-        lambda s: visual_columns_loss(s, teacher, token_mask=mask if masked else None), reference, student
-    )
+    assert_agree(lambda s: visual_columns_loss(s, teacher, token_mask=mask if masked else None), reference, student)
 
 
 def test_one_visual_token_gives_a_finite_loss():
     student, teacher = torch.full((1, 1, 1, 1), 0.2), torch.full((1, 1, 1, 1), 0.7)
-    value, gradient = value_and_gradient(
-        lambda s: sink_filtered_cosine_loss(s, TeacherMap.from_maps(teacher)), student
-    )
+    value, gradient = value_and_gradient(lambda s: sink_filtered_cosine_loss(s, TeacherMap.from_maps(teacher)), student)
     assert abs(float(value)) < 1e-6
     assert bool(torch.isfinite(gradient).all())
 

@@ -67,9 +67,7 @@ def reference_terms(student, teacher, dataset, kind):
             target = pool(answer[:, 0])
             mass = target.sum(-1, keepdim=True)
             share = target / mass
-            values = mass[:, 0] * (share * (share.log() - (cells / cells.sum(-1, keepdim=True)).log())).sum(
-                -1
-            )
+            values = mass[:, 0] * (share * (share.log() - (cells / cells.sum(-1, keepdim=True)).log())).sum(-1)
         elif kind == "visual_columns":
             values = 1 - F.cosine_similarity(pool(visual[0].mean(0)), seen.mean(0), dim=-1)[None]
         else:
@@ -181,9 +179,7 @@ def test_a_text_only_batch_has_no_attention_loss_and_the_same_log_columns(tmp_pa
 
 def test_several_layer_groups_meet_in_order(tmp_path):
     build_tiny_cache(tmp_path / "c", data="shapes:images=2,seed=5", groups=2, signals=("answer_attention",))
-    joined = open_joined(
-        tmp_path / "c", dataset=open_dataset("shapes:images=2,seed=5"), signals=("answer_attention",)
-    )
+    joined = open_joined(tmp_path / "c", dataset=open_dataset("shapes:images=2,seed=5"), signals=("answer_attention",))
     batch = joined.batch([0, 1])
     assert batch.attention["answer_attention"].teacher.shape[1] == 2
 

@@ -8,8 +8,8 @@ import torch
 from test_train import make_config
 from transformers import LlavaForConditionalGeneration
 
-from vlm_distill_cache.common.cache.reader import open_cache
 from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
+from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.data.builtin import load_image_processor, load_tokenizer
 from vlm_distill_cache.data.text.collate import collate
 from vlm_distill_cache.stage2_student.losses.objective import Shares
@@ -109,15 +109,11 @@ def test_the_loss_is_that_of_the_dense_teacher_whatever_the_padding_of_both(
     kept = list(kept_tokens(cache, [phase.dataset.sample_ids[position] for position in POSITIONS]))
     beyond = sum(int((ids >= WORDS + extra).sum()) for ids in kept)
     assert (beyond > 0) == (extra < TEACHER_EXTRA)
-    torch.testing.assert_close(
-        found.double(), dense_loss(teacher.double(), own.double(), kept), rtol=1e-4, atol=1e-5
-    )
+    torch.testing.assert_close(found.double(), dense_loss(teacher.double(), own.double(), kept), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["mobilevlm", "llava"])
-def test_a_student_of_another_padding_is_distilled_scored_and_keeps_its_rows(
-    kind, tiny_llava, cache, tmp_path
-):
+def test_a_student_of_another_padding_is_distilled_scored_and_keeps_its_rows(kind, tiny_llava, cache, tmp_path):
     folder = save_student(kind, 17, tiny_llava, cache, tmp_path / "student")
     options = [
         f"student='{folder}'", f"output='{tmp_path / 'run'}'", "phases=[dft]", "dft.steps=2", "dft.batch_size=4",

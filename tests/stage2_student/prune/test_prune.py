@@ -93,9 +93,7 @@ def test_importance_is_the_mean_square_of_what_leaves_with_a_part(tmp_path):
     layers = prunable_layers(language_model)
     seen = {}
     hooks = [
-        module.register_forward_pre_hook(
-            lambda _m, inputs, key=key: seen.setdefault(key, []).append(inputs[0])
-        )
+        module.register_forward_pre_hook(lambda _m, inputs, key=key: seen.setdefault(key, []).append(inputs[0]))
         for index, layer in enumerate(layers)
         for key, module in (
             ((index, "heads"), layer.self_attn.o_proj),
@@ -116,13 +114,9 @@ def test_importance_is_the_mean_square_of_what_leaves_with_a_part(tmp_path):
             for part in range(rows.shape[1] // size):
                 without = rows.clone()
                 without[:, part * size : (part + 1) * size] = 0.0
-                change = F.linear(rows, module.weight, module.bias) - F.linear(
-                    without, module.weight, module.bias
-                )
+                change = F.linear(rows, module.weight, module.bias) - F.linear(without, module.weight, module.bias)
                 expected.append(change.square().sum(1).mean())
-            torch.testing.assert_close(
-                getattr(found, kind)[index], torch.stack(expected), rtol=1e-3, atol=1e-6
-            )
+            torch.testing.assert_close(getattr(found, kind)[index], torch.stack(expected), rtol=1e-3, atol=1e-6)
 
 
 def test_the_strongest_parts_stay_by_a_slow_choice():
@@ -133,10 +127,7 @@ def test_the_strongest_parts_stay_by_a_slow_choice():
     )
     heads, channels = torch.rand(12), torch.rand(24)
     parts = choose_layer_parts(heads, channels, have=have, want=want)
-    groups = {
-        group: sorted(range(4 * group, 4 * group + 4), key=lambda head: -heads[head])[:2]
-        for group in range(3)
-    }
+    groups = {group: sorted(range(4 * group, 4 * group + 4), key=lambda head: -heads[head])[:2] for group in range(3)}
     best = sorted(sorted(groups, key=lambda group: -sum(heads[head] for head in groups[group]))[:2])
     assert parts.key_value_heads.tolist() == best
     assert parts.heads.tolist() == [head for group in best for head in sorted(groups[group])]

@@ -34,9 +34,7 @@ def make_config(cache, output, teacher, *more):
     return load_run_config(None, given, cache=cache)
 
 
-def test_a_run_cuts_the_student_once_and_trains_scores_and_reports_it(
-    tiny_cache, tmp_path, teacher, monkeypatch
-):
+def test_a_run_cuts_the_student_once_and_trains_scores_and_reports_it(tiny_cache, tmp_path, teacher, monkeypatch):
     config = make_config(tiny_cache[0], tmp_path / "run", teacher)
     assert (config.phases, config.dft.trainable) == (("dft",), "all")
     said = []
@@ -77,9 +75,7 @@ def test_another_teacher_than_the_caches_is_refused(tiny_cache, tmp_path, teache
     made.text_config.hidden_size, made.text_config.head_dim = 16, 8
     LlavaForConditionalGeneration(made).save_pretrained(other)
     config = make_config(tiny_cache[0], tmp_path / "run", other)
-    with pytest.raises(
-        ModelError, match=r"width 16; the cache .* width 32: give the directory of the cache's own"
-    ):
+    with pytest.raises(ModelError, match=r"width 16; the cache .* width 32: give the directory of the cache's own"):
         prune_for_cache(config, tmp_path / "student", keep=0.5)
 
 

@@ -11,11 +11,11 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 from vlm_distill_cache.common.attention.boxes import tiles_to_array
 from vlm_distill_cache.common.attention.capture import AttentionCapture, AttentionRequest
 from vlm_distill_cache.common.attention.layers import student_groups
-from vlm_distill_cache.common.cache.reader import open_cache
 from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
 from vlm_distill_cache.common.codecs.logits import LogitCodec
 from vlm_distill_cache.common.codecs.row_attention import RowAttention, RowAttentionCodec
 from vlm_distill_cache.common.models.mobilevlm import MobileVLMConfig, MobileVLMForConditionalGeneration
+from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.data.builtin import load_image_processor, load_tokenizer
 from vlm_distill_cache.data.registry import open_dataset
 from vlm_distill_cache.data.sample import EvaluationSet, Sample, Turn
@@ -96,11 +96,7 @@ def reference_log_probs(model, encoder, image, caption):
         pixel_values=torch.as_tensor(encoded.image_inputs["pixel_values"]),
     ).logits[0]
     log_probs = logits.log_softmax(-1)
-    return [
-        float(log_probs[row, label])
-        for row, label in enumerate(encoded.labels.tolist())
-        if label != IGNORE_INDEX
-    ]
+    return [float(log_probs[row, label]) for row, label in enumerate(encoded.labels.tolist()) if label != IGNORE_INDEX]
 
 
 @torch.no_grad()
@@ -212,15 +208,9 @@ def test_a_llava_and_a_student_with_the_same_weights_get_the_same_report(items):
         )
     ).eval()
     llava.model.language_model.load_state_dict(
-        {
-            key: value
-            for key, value in student.model.state_dict().items()
-            if key.startswith(("embed", "layers", "norm"))
-        }
+        {key: value for key, value in student.model.state_dict().items() if key.startswith(("embed", "layers", "norm"))}
     )
-    llava.model.vision_tower.load_state_dict(
-        student.model.vision_tower.vision_tower.vision_model.state_dict()
-    )
+    llava.model.vision_tower.load_state_dict(student.model.vision_tower.vision_tower.vision_model.state_dict())
     llava.model.multi_modal_projector.linear_1.load_state_dict(student.model.mm_projector[0].state_dict())
     llava.model.multi_modal_projector.linear_2.load_state_dict(student.model.mm_projector[2].state_dict())
     llava.lm_head.load_state_dict(student.lm_head.state_dict())
@@ -355,9 +345,7 @@ def test_report_has_means_and_kinds_and_survives_json(items):
 
 def test_a_model_is_back_in_training_mode_after_an_error(items):
     model = make_student(projector_type="ldpnetv2").train()
-    with pytest.raises(
-        ValueError, match="image tokens"
-    ):  # the encoder gives 36 visual tokens, the student takes 9
+    with pytest.raises(ValueError, match="image tokens"):  # the encoder gives 36 visual tokens, the student takes 9
         evaluate_model(model, make_encoder(grid=(6, 6)), items)
     assert model.training
 

@@ -57,14 +57,10 @@ def test_captions_that_share_a_picture_score_as_each_alone(student):
     with torch.no_grad():
         scored = answer_log_probs(opened.model, encoded, pad_token_id(encoder))
     found = [
-        float(scores[owner == segment].sum())
-        for scores, owner in scored
-        for segment in sorted(set(owner.tolist()))
+        float(scores[owner == segment].sum()) for scores, owner in scored for segment in sorted(set(owner.tolist()))
     ]
     expected = [
-        alone(opened.model, encoder, pair.image, caption)
-        for pair in PAIRS
-        for caption in (pair.right, pair.wrong)
+        alone(opened.model, encoder, pair.image, caption) for pair in PAIRS for caption in (pair.right, pair.wrong)
     ]
     np.testing.assert_allclose(found, expected, atol=1e-3, rtol=1e-4)
 
@@ -91,8 +87,7 @@ def test_an_evaluation_matches_its_parts_asked_one_by_one(student):
         model, encoder, EvaluationSet(pairs=PAIRS, questions=tuple(questions)), batch_size=2, resamples=10
     )
     likelier = [
-        alone(model, encoder, pair.image, pair.right) > alone(model, encoder, pair.image, pair.wrong)
-        for pair in PAIRS
+        alone(model, encoder, pair.image, pair.right) > alone(model, encoder, pair.image, pair.wrong) for pair in PAIRS
     ]
     assert report.scores["likelihood"].value == pytest.approx(np.mean(likelier))
     assert report.scores["questions"].value == 1.0

@@ -66,9 +66,7 @@ def test_heat_is_brightest_where_the_mass_is():
 def test_heat_outside_the_picture_is_cut_off():
     picture = PIL.Image.new("RGB", (60, 30), (120, 120, 120))
     padded = Tile(2, 2, (0.0, -0.5, 1.0, 1.5))
-    heat = np.asarray(draw_heat(picture, torch.tensor([0.0, 1.0, 0.0, 0.0]), tile_boxes((padded,)))).astype(
-        int
-    )
+    heat = np.asarray(draw_heat(picture, torch.tensor([0.0, 1.0, 0.0, 0.0]), tile_boxes((padded,)))).astype(int)
     redness = heat[..., 0] - heat[..., 2]
     assert redness[:13, 35:].mean() > redness[17:, :25].mean()
 

@@ -75,9 +75,7 @@ def test_tiny_student_takes_tower_and_vocabulary_from_the_cache(cache):
 def test_all_but_the_frozen_parts_is_trainable(cache):
     student = make_student(cache, size="tiny", projector_type="taf")
     frozen = {name for name, parameter in student.named_parameters() if not parameter.requires_grad}
-    assert frozen == {
-        name for name, _ in student.named_parameters() if ".vision_tower." in name or ".teacher." in name
-    }
+    assert frozen == {name for name, _ in student.named_parameters() if ".vision_tower." in name or ".teacher." in name}
 
 
 def test_tower_exported_under_the_prefix_of_older_libraries_loads_too(cache):
@@ -109,9 +107,7 @@ def test_weights_are_a_function_of_the_seed_and_leave_the_global_generator_alone
     assert not torch.equal(first["lm_head.weight"], other["lm_head.weight"])
 
 
-@pytest.mark.parametrize(
-    ("width", "size"), [(96, "tiny"), (512, "tiny"), (2048, "1.7b"), (4096, "1.7b"), (5120, "3b")]
-)
+@pytest.mark.parametrize(("width", "size"), [(96, "tiny"), (512, "tiny"), (2048, "1.7b"), (4096, "1.7b"), (5120, "3b")])
 def test_auto_gives_a_wider_teacher_no_smaller_student(width, size):
     assert choose_size(width) == size
 
@@ -149,9 +145,7 @@ def test_taf_carries_the_teachers_projector(cache):
     assert pooled.image_grid == (3, 3)
 
 
-@pytest.mark.parametrize(
-    "change", [{"vision_feature_select_strategy": "full"}, {"vision_feature_layer": [-2, -5]}]
-)
+@pytest.mark.parametrize("change", [{"vision_feature_select_strategy": "full"}, {"vision_feature_layer": [-2, -5]}])
 def test_taf_of_a_projector_that_reads_other_features_is_refused(cache, change):
     write_projector_config(cache, **change)
     with pytest.raises(ModelError, match="gives patch tokens of one layer"):
@@ -203,9 +197,7 @@ def test_unknown_names_are_refused_with_the_choices(cache, changes, message):
         make_student(cache, **changes)
 
 
-@pytest.mark.parametrize(
-    "missing", ["vision_tower.json", "vision_tower.safetensors", "projector.safetensors"]
-)
+@pytest.mark.parametrize("missing", ["vision_tower.json", "vision_tower.safetensors", "projector.safetensors"])
 def test_a_cache_without_a_needed_part_is_refused_by_the_files_name(cache, missing):
     (cache / missing).unlink()
     with pytest.raises(CacheFormatError, match=missing):

@@ -10,9 +10,9 @@ from tiny_cache import DATA
 from tiny_families import save_tiny
 from transformers import LlavaForConditionalGeneration
 
-from vlm_distill_cache.common.cache.reader import open_cache
 from vlm_distill_cache.common.config import config_from_dict
 from vlm_distill_cache.common.errors import CacheMismatchError, ConfigError, ModelError
+from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.data.builtin import load_image_processor, load_tokenizer
 from vlm_distill_cache.data.text.collate import collate
 from vlm_distill_cache.stage2_student.config import TrainConfig
@@ -60,9 +60,7 @@ def _no_items():
     return EvaluationSet(pairs=(), questions=())
 
 
-def test_training_moves_a_library_student_and_what_is_saved_is_what_was_trained(
-    tiny_cache, tiny_llava, tmp_path
-):
+def test_training_moves_a_library_student_and_what_is_saved_is_what_was_trained(tiny_cache, tiny_llava, tmp_path):
     config = make_config(
         tiny_cache[0], tmp_path / "run", student=str(tiny_llava), device="cpu",
         phases=["dpt", "dft"], dpt={"steps": 2, "batch_size": 4, "trainable": "projector", "losses": {"logits": 1.0}},
@@ -85,9 +83,7 @@ def test_training_moves_a_library_student_and_what_is_saved_is_what_was_trained(
     assert student.encoder.image_encoder.to_dict() == result.preparation.encoder.image_encoder.to_dict()
 
 
-def test_a_killed_training_of_a_library_student_ends_like_an_uninterrupted_one(
-    tiny_cache, tiny_llava, tmp_path
-):
+def test_a_killed_training_of_a_library_student_ends_like_an_uninterrupted_one(tiny_cache, tiny_llava, tmp_path):
     def options(output):
         return make_config(
             tiny_cache[0], tmp_path / output, student=str(tiny_llava), device="cpu", checkpoint_every=2,
@@ -176,9 +172,7 @@ def test_a_student_of_other_tokens_is_scored_without_the_comparison(tiny_cache, 
     assert not any(name.startswith(("teacher/", "attention/")) for name in scores)
 
 
-def test_conversations_packed_behind_one_picture_are_refused_by_a_student_that_would_mix_them(
-    tiny_cache, tmp_path
-):
+def test_conversations_packed_behind_one_picture_are_refused_by_a_student_that_would_mix_them(tiny_cache, tmp_path):
     folder = save_tiny("paligemma", tmp_path / "paligemma")
     options = {"student": str(folder), "template": "short", "dft": {"steps": 1, "losses": {"lm": 1.0}}}
     with pytest.raises(ModelError, match=r"student .*paligemma: .*give them as samples of their own"):

@@ -19,16 +19,8 @@ from vlm_distill_cache.data.text.encoding import SampleEncoder, build_prompt
 from vlm_distill_cache.data.text.generation import generate_answers, pad_token_id
 from vlm_distill_cache.data.text.templates import get_template
 from vlm_distill_cache.stage2_student.scores.evaluate import supervised_logits
-from vlm_distill_cache.stage2_student.students.library import (
-    LibraryStudent,
-    OpenedStudent,
-    open_library_student,
-)
-from vlm_distill_cache.stage2_student.students.model import (
-    generation_inputs_of,
-    model_inputs_of,
-    vocabulary_rows,
-)
+from vlm_distill_cache.stage2_student.students.library import LibraryStudent, OpenedStudent, open_library_student
+from vlm_distill_cache.stage2_student.students.model import generation_inputs_of, model_inputs_of, vocabulary_rows
 
 # Of one rotated and one plain position scheme each; the others differ from these in their pictures only.
 TRAINED = ("llava_next", "qwen2_5_vl", "smolvlm", "paligemma", "gemma3", "compodistill", "mobilevlm_v1")
@@ -191,9 +183,7 @@ def test_each_phase_trains_its_parts_and_never_the_tower(opened, name):
     for phase in ("dft", "sft"):
         trained = {id(p) for p in model.trainable_parameters(phase)}
         assert dpt | text | {id(model.get_output_embeddings().weight)} == trained
-    assert tower | dpt | text | {id(model.get_output_embeddings().weight)} == {
-        id(p) for p in model.parameters()
-    }
+    assert tower | dpt | text | {id(model.get_output_embeddings().weight)} == {id(p) for p in model.parameters()}
     with pytest.raises(ModelError, match="phase: got 'nap'; choose one of dpt, dft, sft"):
         model.trainable_parameters("nap")
 
@@ -216,9 +206,7 @@ def test_a_family_that_nobody_described_trains_whole_and_gives_no_attention(open
     student, _ = opened("llava")
     unlisted = LibraryStudent(student.model.model, unlisted_family())
     assert len(unlisted.trainable_parameters("dft")) == len(list(unlisted.parameters()))
-    with pytest.raises(
-        ModelError, match=r"'llava': its language model's place is not known.*set the weights"
-    ):
+    with pytest.raises(ModelError, match=r"'llava': its language model's place is not known.*set the weights"):
         unlisted.language_model  # noqa: B018
     with pytest.raises(ModelError, match="place is not known"):
         unlisted.trainable_parameters("dpt")

@@ -43,9 +43,7 @@ def write_teacher(folder):
     parts = {
         "language_model.": Qwen2ForCausalLM(Qwen2Config(**text)),
         "vision_tower._vision_tower.vision_model.": SiglipVisionModel(SiglipVisionConfig(**TOWER)),
-        "connector._connector.": torch.nn.Sequential(
-            torch.nn.Linear(32, 48), torch.nn.GELU(), torch.nn.Linear(48, 48)
-        ),
+        "connector._connector.": torch.nn.Sequential(torch.nn.Linear(32, 48), torch.nn.GELU(), torch.nn.Linear(48, 48)),
     }
     tensors = {
         prefix + name: (value * 4 if value.dim() == 2 else value).contiguous()
@@ -191,7 +189,5 @@ def test_a_sentencepiece_model_without_the_package_says_what_to_install(tmp_path
     (tmp_path / "tokenizer.model").write_bytes(b"x")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     monkeypatch.setattr("vlm_distill_cache.data.text.processors.find_spec", lambda name: None)
-    with pytest.raises(
-        ModelError, match=r"needs sentencepiece; run `pip install 'vlm-distill-cache\[mobilevlm\]'`"
-    ):
+    with pytest.raises(ModelError, match=r"needs sentencepiece; run `pip install 'vlm-distill-cache\[mobilevlm\]'`"):
         load_tokenizer(tmp_path)

@@ -31,9 +31,7 @@ def make_on_meta(name, size, cache_dir, **options):
         preset, cache_dir=cache_dir, vocab_size=preset["language_model"].get("vocab_size", 100), image_token_id=99,
         special_token_ids={"bos": 1, "eos": 2, "pad": 0}, **options,
     )  # fmt: skip
-    model_class = (
-        CompoDistillForConditionalGeneration if name == "compodistill" else MobileVLMForConditionalGeneration
-    )
+    model_class = CompoDistillForConditionalGeneration if name == "compodistill" else MobileVLMForConditionalGeneration
     with torch.device("meta"):
         return model_class(config)
 
@@ -58,9 +56,7 @@ def test_every_preset_names_its_source_and_can_be_built(tmp_path, name, size):
         ("mobilevlm-v1", "3b", 2.70, 28.91),
     ],
 )
-def test_published_mobilevlm_sizes_have_the_published_number_of_parameters(
-    tmp_path, name, size, language, projector
-):
+def test_published_mobilevlm_sizes_have_the_published_number_of_parameters(tmp_path, name, size, language, projector):
     student = make_on_meta(name, size, tmp_path)
     counts = {"tower": 0, "projector": 0, "language": 0}
     for key, value in student.named_parameters():
@@ -90,23 +86,14 @@ def test_compodistill_2b_has_the_published_parts_and_728_tokens(tmp_path):
     tower = load_preset("2b", "compodistill")["vision_tower"]
     (tmp_path / "vision_tower.json").write_text(json.dumps(tower))
     projector = {"act": "gelu", "in": 1152, "hidden": 2560, "out": 2560, "vision_feature_layer": -2}
-    (tmp_path / "projector.json").write_text(
-        json.dumps(projector | {"vision_feature_select_strategy": "patch"})
-    )
+    (tmp_path / "projector.json").write_text(json.dumps(projector | {"vision_feature_select_strategy": "patch"}))
     student = make_on_meta("compodistill", "2b", tmp_path)
     counts = {name: value.numel() for name, value in student.named_parameters()}
-    language = sum(
-        n for name, n in counts.items() if ".vision_tower." not in name and ".mm_projector." not in name
-    )
+    language = sum(n for name, n in counts.items() if ".vision_tower." not in name and ".mm_projector." not in name)
     assert language / 1e9 == pytest.approx(1.837, abs=0.001)
-    assert sum(n for name, n in counts.items() if ".vision_tower." in name) / 1e6 == pytest.approx(
-        428.2, abs=0.1
-    )
+    assert sum(n for name, n in counts.items() if ".vision_tower." in name) / 1e6 == pytest.approx(428.2, abs=0.1)
     # Two layers of about 9.5 M weights in all, 19 MB in half precision (method.md, section 4); and 2560 x 2048.
-    assert (
-        sum(n for name, n in counts.items() if ".mm_projector.teacher." in name)
-        == 1152 * 2560 + 2560**2 + 5120
-    )
+    assert sum(n for name, n in counts.items() if ".mm_projector.teacher." in name) == 1152 * 2560 + 2560**2 + 5120
     assert sum(n for name, n in counts.items() if ".mm_projector.post." in name) == 2560 * 2048 + 2048
     assert student.image_grid == (27, 27)
     assert student.dropped_tokens == 1
@@ -147,9 +134,7 @@ def test_a_students_budget_follows_its_size_not_the_letters_behind_a_dash(studen
 
 @pytest.mark.parametrize("name", LIBRARY_STUDENTS)
 def test_a_student_of_the_library_says_which_weights_to_download(name):
-    with pytest.raises(
-        ConfigError, match=rf"student {name} is \w+ of the model library.*student_weights=DIR"
-    ):
+    with pytest.raises(ConfigError, match=rf"student {name} is \w+ of the model library.*student_weights=DIR"):
         student_folder(name, None)
     assert name in describe_students()
 
@@ -172,9 +157,7 @@ SMOL = {
 def test_a_named_students_weights_must_be_that_students(tmp_path):
     assert student_folder("smolvlm", str(write_config(tmp_path / "a", SMOL))) == tmp_path / "a"
     other = SMOL | {"text_config": SMOL["text_config"] | {"num_hidden_layers": 32}}
-    with pytest.raises(
-        ConfigError, match=r"is no smolvlm: num_hidden_layers is 32, published 30.*SmolVLM-256M"
-    ):
+    with pytest.raises(ConfigError, match=r"is no smolvlm: num_hidden_layers is 32, published 30.*SmolVLM-256M"):
         student_folder("smolvlm", str(write_config(tmp_path / "b", other)))
     with pytest.raises(ConfigError, match=r"model_type is 'idefics3', qwen2\.5-vl-3b is qwen2_5_vl"):
         student_folder("qwen2.5-vl-3b", str(tmp_path / "a"))

@@ -52,9 +52,7 @@ def write_cache(folder, kind=None, strategy="patch"):
         projector = TeacherProjector(in_features=16, hidden_features=20, out_features=20, act="gelu")
         save_file(projector.state_dict(), folder / "projector.safetensors")
         stored = {"act": "gelu", "bias": True, "in": 16, "hidden": 20, "out": 20, "vision_feature_layer": -2}
-        (folder / "projector.json").write_text(
-            json.dumps(stored | {"vision_feature_select_strategy": strategy})
-        )
+        (folder / "projector.json").write_text(json.dumps(stored | {"vision_feature_select_strategy": strategy}))
     (folder / "plan.json").write_text(json.dumps({"teacher": {"hidden_size": 20}}))
     return folder
 
@@ -95,9 +93,7 @@ def test_without_any_clip_tower_the_width_comes_from_the_plan_and_the_tower_is_i
     assert student.image_grid == (3, 3)
 
 
-@pytest.mark.parametrize(
-    ("name", "size"), [("mobilevlm", "1.7b"), ("mobilevlm-v1", "3b"), ("compodistill", "2b")]
-)
+@pytest.mark.parametrize(("name", "size"), [("mobilevlm", "1.7b"), ("mobilevlm-v1", "3b"), ("compodistill", "2b")])
 def test_a_large_student_without_a_tower_names_the_weights_it_needs(tmp_path, name, size):
     cache = write_cache(tmp_path / "c")
     with pytest.raises(ConfigError, match=rf"presets/{name}-{size}\.yaml.*vision_tower=DIR"):
@@ -120,9 +116,7 @@ def test_taf_from_a_teacher_without_an_mlp_projector_repeats_the_plans_reason(tm
         "no_projector": "the projector of model_type 'qwen2_vl' is no two-layer MLP",
     }
     (cache / "plan.json").write_text(json.dumps({"teacher": teacher}))
-    with pytest.raises(
-        ModelError, match="because the projector of model_type 'qwen2_vl' is no two-layer MLP"
-    ):
+    with pytest.raises(ModelError, match="because the projector of model_type 'qwen2_vl' is no two-layer MLP"):
         make_student(cache, "mobilevlm", projector_type="taf")
 
 
@@ -141,9 +135,7 @@ def test_a_projector_that_pools_refuses_a_grid_without_its_first_patch(tmp_path)
     ],
 )
 @pytest.mark.parametrize("projector", ["mlp", "ldpnet"])
-def test_a_student_from_parts_has_exactly_their_weights(
-    tmp_path, name, kind, model_class, text_class, projector
-):
+def test_a_student_from_parts_has_exactly_their_weights(tmp_path, name, kind, model_class, text_class, projector):
     torch.manual_seed(3)
     text = text_class(
         vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,

@@ -17,8 +17,8 @@ from transformers import AutoTokenizer, LlavaForConditionalGeneration, PreTraine
 from vlm_distill_cache.common.attention.boxes import tile_boxes, tiles_from_array
 from vlm_distill_cache.common.attention.capture import AttentionCapture
 from vlm_distill_cache.common.attention.layers import student_groups
-from vlm_distill_cache.common.cache.reader import open_cache
 from vlm_distill_cache.common.errors import CacheMismatchError, ConfigError
+from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.data.registry import open_dataset
 from vlm_distill_cache.data.text.collate import collate
 from vlm_distill_cache.data.text.processors import tokenizer_fingerprint
@@ -96,9 +96,7 @@ def test_the_column_loss_is_the_cosine_of_both_sides_on_shared_places(tiny_cache
     batch = phase.dataset.batch([0])
     encoded = phase.dataset.load(0).encoded
     shares = step_shares([batch], batch.units)
-    loss = phase.objective(model, AttentionCapture(model.language_model), batch, shares[0]).attention[
-        "visual_columns"
-    ]
+    loss = phase.objective(model, AttentionCapture(model.language_model), batch, shares[0]).attention["visual_columns"]
 
     model.language_model.set_attn_implementation("eager")
     sample = open_dataset(DATA)[0]  # of its packed conversations the first: visual rows see none of them
@@ -194,9 +192,7 @@ def test_another_picture_is_refused_across_tokenizers_too(tmp_path, student):
 
 
 def test_another_template_fits_the_signals_of_pictures_alone(tiny_cache):
-    prepared = prepare(
-        make_config(tiny_cache[0], template="vicuna_v1", dft={"steps": 1, "losses": PICTURE_ONLY})
-    )
+    prepared = prepare(make_config(tiny_cache[0], template="vicuna_v1", dft={"steps": 1, "losses": PICTURE_ONLY}))
     assert prepared.encoder.template.name == "vicuna_v1"
     assert prepared.phases[0].dataset.load(0).signals.attention.keys() == {"visual_columns", "visual_map"}
     with pytest.raises(CacheMismatchError, match=r"'vicuna_v1' .* saw: 'short'"):

@@ -9,9 +9,9 @@ from tiny_cache import DATA, build_tiny_cache
 
 from vlm_distill_cache.common.cache.documents import document_bytes, read_document
 from vlm_distill_cache.common.cache.manifest import read_plan, seal, write_plan
-from vlm_distill_cache.common.cache.reader import open_cache
 from vlm_distill_cache.common.config import config_from_dict, config_to_dict
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError, ConfigError
+from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.data.builtin import build_tokenizer
 from vlm_distill_cache.data.registry import open_dataset
 from vlm_distill_cache.data.text.templates import get_template
@@ -66,9 +66,7 @@ def test_another_tokenizer_is_refused_with_both_fingerprints(tiny_cache):
     other = build_tokenizer()
     other.eos_token = "<pad>"
     expected = cache.plan.fingerprints["tokenizer"]
-    with pytest.raises(
-        CacheMismatchError, match=rf"fingerprint [0-9a-f]+, .* used {expected}.*teacher that has"
-    ):
+    with pytest.raises(CacheMismatchError, match=rf"fingerprint [0-9a-f]+, .* used {expected}.*teacher that has"):
         check_tokenizer(cache, other, where="student X")
 
 
@@ -91,9 +89,7 @@ def test_another_template_is_refused_by_name(tiny_cache):
 def test_other_data_is_refused_naming_both_fingerprints_and_what_is_missing(tiny_cache, data, what):
     cache = open_cache(tiny_cache[0])
     check_data(cache, open_dataset(DATA))
-    with pytest.raises(
-        CacheMismatchError, match=rf"fingerprint [0-9a-f]+\).*{what}.*teacher-cache build --data"
-    ):
+    with pytest.raises(CacheMismatchError, match=rf"fingerprint [0-9a-f]+\).*{what}.*teacher-cache build --data"):
         check_data(cache, open_dataset(data))
 
 
@@ -104,15 +100,11 @@ def test_a_merged_cache_fits_each_of_its_data_sets_and_no_other(tiny_cache):
     cache.plan = replace(cache.plan, data=cache.plan.data | {"parts": parts})
     check_data(cache, part)
     check_data(cache, open_dataset(DATA))
-    with pytest.raises(
-        CacheMismatchError, match=rf"fingerprint a or {part.fingerprint()}\): \d+ of the cache's"
-    ):
+    with pytest.raises(CacheMismatchError, match=rf"fingerprint a or {part.fingerprint()}\): \d+ of the cache's"):
         check_data(cache, other)
 
 
-@pytest.mark.parametrize(
-    "name", ["projector.safetensors", "vision_tower.safetensors", "processor/tokenizer.json"]
-)
+@pytest.mark.parametrize("name", ["projector.safetensors", "vision_tower.safetensors", "processor/tokenizer.json"])
 def test_damage_beside_the_shards_is_an_error_before_training(tiny_cache, tmp_path, name):
     shutil.copytree(tiny_cache[0], tmp_path / "c")
     path = tmp_path / "c" / name
@@ -230,9 +222,7 @@ def copy_with_plan(cache, target, **changes):
 @pytest.mark.parametrize("damage", ["missing", "truncated"])
 def test_a_lost_or_short_shard_file_is_found_before_the_first_step(tiny_cache, tmp_path, damage):
     shutil.copytree(tiny_cache[0], tmp_path / "c")
-    path = sorted(file for file in (tmp_path / "c" / "shards" / "00003.zarr").rglob("*") if file.is_file())[
-        -1
-    ]
+    path = sorted(file for file in (tmp_path / "c" / "shards" / "00003.zarr").rglob("*") if file.is_file())[-1]
     content = path.read_bytes()
     path.unlink()
     if damage == "truncated":
@@ -265,9 +255,7 @@ def test_a_student_folder_with_another_image_processor_reads_pictures_its_own_wa
     losses = {"steps": 1, "losses": {"logits": 1.0, "answer_attention": 1.0, "visual_map": 1.0}}
     other = prepare(make_config(tiny_cache[0], student=str(tmp_path / "student"), dft=losses))
     assert other.encoder.image_encoder.to_dict()["processor"]["image_mean"] == [0.1, 0.2, 0.3]
-    mine, cached = (
-        run.phases[0].dataset.load(0).encoded.image_inputs["pixel_values"] for run in (other, same)
-    )
+    mine, cached = (run.phases[0].dataset.load(0).encoded.image_inputs["pixel_values"] for run in (other, same))
     assert abs(mine - cached).max() > 0.1
 
 
@@ -300,9 +288,7 @@ def test_maps_of_visual_rows_are_refused_where_these_see_what_follows_them(tiny_
 def test_a_tokenizer_with_more_words_than_the_student_has_rows_is_refused(tiny_cache):
     cache, tokenizer = open_cache(tiny_cache[0]), build_tokenizer()
     check_labels_fit(cache, tokenizer.vocab_size, tokenizer, where="student X")
-    with pytest.raises(
-        CacheMismatchError, match=rf"student X.*100 output rows.*{tokenizer.vocab_size} words"
-    ):
+    with pytest.raises(CacheMismatchError, match=rf"student X.*100 output rows.*{tokenizer.vocab_size} words"):
         check_labels_fit(cache, 100, tokenizer, where="student X")
 
 

@@ -165,7 +165,5 @@ def test_a_checkpoint_of_an_older_version_is_refused_with_the_remedy(tmp_path):
         "tensor_checksum": file_checksum(folder / TENSORS),
     }
     (folder / STATE).write_text(json.dumps(state))
-    with pytest.raises(
-        CacheFormatError, match=r"older version of this program; delete .*checkpoints to begin again"
-    ):
+    with pytest.raises(CacheFormatError, match=r"older version of this program; delete .*checkpoints to begin again"):
         read_checkpoint(find_resume_point(tmp_path, "run"))

@@ -141,9 +141,7 @@ def uninterrupted(tiny_cache, tmp_path_factory):
             student.train()
 
     seen["inputs"] = {"input_ids": torch.tensor([[30, 31, 32, 33, 30]])}
-    result = train(
-        make_config(tiny_cache[0], tmp_path_factory.mktemp("lora") / "whole"), after_step=keep_logits
-    )
+    result = train(make_config(tiny_cache[0], tmp_path_factory.mktemp("lora") / "whole"), after_step=keep_logits)
     return result, seen
 
 
@@ -173,9 +171,7 @@ def test_checkpoints_hold_adapters_and_projector_and_nothing_of_the_rest(uninter
     newest = read_checkpoint(list_checkpoints(result.final.parent)[-1])["student"]
     assert all(".lora_" in name or ".mm_projector." in name for name in newest["values"])
     assert len(newest["merged"]) == 1  # those of dft, which end in the weights that sft begins with
-    stored = sum(
-        value.numel() for values in (newest["values"], *newest["merged"]) for value in values.values()
-    )
+    stored = sum(value.numel() for values in (newest["values"], *newest["merged"]) for value in values.values())
     decoder = sum(value.numel() for value in result.model.language_model.layers.parameters())
     assert stored < decoder / 2
 
@@ -183,8 +179,7 @@ def test_checkpoints_hold_adapters_and_projector_and_nothing_of_the_rest(uninter
 @pytest.mark.parametrize("order", [("lora", "all"), ("all", "lora"), ("lora", "projector")])
 def test_adapters_beside_other_phases_resume_exactly(tiny_cache, tmp_path, order):
     changes = {
-        name: {"steps": 2, "batch_size": 4, "trainable": kind}
-        for name, kind in zip(("dft", "sft"), order, strict=True)
+        name: {"steps": 2, "batch_size": 4, "trainable": kind} for name, kind in zip(("dft", "sft"), order, strict=True)
     }
     options = {"phases": ["dft", "sft"], **changes}
     whole = train(make_config(tiny_cache[0], tmp_path / "whole", **options))

@@ -15,12 +15,12 @@ import torch
 from click.testing import CliRunner
 from part_targets import fail_or_wait
 
-from vlm_distill_cache.common.errors import CacheMismatchError, ConfigError, ProcessFailedError
 from vlm_distill_cache.common.cache.manifest import read_plan
+from vlm_distill_cache.common.errors import CacheMismatchError, ConfigError, ProcessFailedError
 from vlm_distill_cache.stage1_teacher.cli import main
 from vlm_distill_cache.stage1_teacher.config import BuildConfig
 from vlm_distill_cache.stage1_teacher.extract import _progress, extract, extract_with_processes
-from vlm_distill_cache.stage1_teacher.build.parts import (
+from vlm_distill_cache.stage1_teacher.planning.parts import (
     WHOLE,
     Part,
     _raise_failure,
@@ -30,7 +30,7 @@ from vlm_distill_cache.stage1_teacher.build.parts import (
     parse_part,
     run_parts,
 )
-from vlm_distill_cache.stage1_teacher.build.plan import teacher_directory
+from vlm_distill_cache.stage1_teacher.planning.plan import teacher_directory
 from vlm_distill_cache.stage1_teacher.report import summary_text
 
 SRUN = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "2", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "1"}
@@ -116,9 +116,7 @@ def test_each_process_gets_a_gpu_of_its_own(monkeypatch):
     assert local_device("auto", 1) == "auto"
 
 
-def test_the_number_of_threads_is_one_each_for_several_and_then_the_plans(
-    tmp_path: Path, config, monkeypatch
-):
+def test_the_number_of_threads_is_one_each_for_several_and_then_the_plans(tmp_path: Path, config, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     for several in (True, False):
         cores = len(os.sched_getaffinity(0))
@@ -173,13 +171,9 @@ def test_a_parts_progress_counts_its_own_samples():
             assert (bar.total, bar.initial) == seen
 
 
-def test_an_unfinished_cache_of_own_data_says_that_its_teacher_continues_it(
-    tmp_path: Path, config, tiny_llava
-):
+def test_an_unfinished_cache_of_own_data_says_that_its_teacher_continues_it(tmp_path: Path, config, tiny_llava):
     extract(config(tmp_path / "cache"), part=Part(rank=0, of=2))
-    with pytest.raises(
-        ConfigError, match=f"unfinished cache of the teacher {tiny_llava.name} .* TEACHER=DIR"
-    ):
+    with pytest.raises(ConfigError, match=f"unfinished cache of the teacher {tiny_llava.name} .* TEACHER=DIR"):
         teacher_directory(teacher="", data="my.json", scratch=tmp_path, cache=tmp_path / "cache")
     with pytest.raises(ConfigError, match="no teacher given"):
         teacher_directory(teacher="", data="my.json", scratch=tmp_path, cache=tmp_path / "other")
@@ -203,15 +197,11 @@ def check_processes(tmp_path: Path, config, store: str, numbers: tuple[int, ...]
         summary = extract_with_processes(config(cache, store=store, threads=1), number)
         assert (summary.built, summary.samples) == (5, 10)
         assert tree(cache) == tree(tmp_path / "whole")
-        assert (
-            extract_with_processes(config(cache, store=store), 2).built == 0
-        )  # complete: no process is started
+        assert extract_with_processes(config(cache, store=store), 2).built == 0  # complete: no process is started
 
 
 def test_the_first_failure_is_shown_whole_and_the_others_are_stopped(tmp_path: Path, config):
-    with pytest.raises(
-        ProcessFailedError, match=r"process of part 1/2 failed: disk of part 1/2 melted"
-    ) as caught:
+    with pytest.raises(ProcessFailedError, match=r"process of part 1/2 failed: disk of part 1/2 melted") as caught:
         run_parts(fail_or_wait, config(tmp_path), WHOLE.split(2), lambda: None)
     assert "The others were stopped; finished shards are kept" in str(caught.value)
 

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-import vlm_distill_cache.stage1_teacher.build.cache_folder
+import vlm_distill_cache.stage1_teacher.planning.cache_folder
 from vlm_distill_cache.common.errors import CacheFormatError, ConfigError
-from vlm_distill_cache.stage1_teacher.build.cache_folder import explain_disk_errors, refuse_unwritable
 from vlm_distill_cache.stage1_teacher.cli import main
 from vlm_distill_cache.stage1_teacher.config import BuildConfig
 from vlm_distill_cache.stage1_teacher.extract import recompute_fidelity
+from vlm_distill_cache.stage1_teacher.planning.cache_folder import explain_disk_errors, refuse_unwritable
 from vlm_distill_cache.stage1_teacher.teacher.teacher import Teacher
 
 
@@ -64,9 +64,7 @@ def test_a_complete_cache_only_mentions_a_strangers_file(cache: Path, build_cach
 
 
 @pytest.mark.parametrize("damage", [b"", b"{", b'{"format_version": 1, "checksum": "0"}'])
-def test_a_damaged_manifest_is_derived_again_from_the_sidecars(
-    cache: Path, build_cache, caplog, damage: bytes
-):
+def test_a_damaged_manifest_is_derived_again_from_the_sidecars(cache: Path, build_cache, caplog, damage: bytes):
     before = tree(cache)
     (cache / "manifest.json").write_bytes(damage)
     with caplog.at_level(logging.WARNING):
@@ -85,7 +83,7 @@ def test_what_a_killed_refill_left_in_a_sealed_cache_is_removed(cache: Path, bui
 def test_a_folder_that_cannot_be_written_is_named_before_the_teacher_is_loaded(
     tmp_path: Path, build_cache, monkeypatch
 ):
-    monkeypatch.setattr("vlm_distill_cache.stage1_teacher.build.cache_folder.os.access", lambda *_: False)
+    monkeypatch.setattr("vlm_distill_cache.stage1_teacher.planning.cache_folder.os.access", lambda *_: False)
 
     def load(*_, **__):
         raise AssertionError("the teacher was loaded")
@@ -99,7 +97,7 @@ def test_a_folder_that_cannot_be_written_is_named_before_the_teacher_is_loaded(
 def test_a_complete_cache_on_a_read_only_disk_is_up_to_date_but_not_measured_again(
     cache: Path, build_cache, tiny_llava: Path, monkeypatch
 ):
-    monkeypatch.setattr("vlm_distill_cache.stage1_teacher.build.cache_folder.os.access", lambda *_: False)
+    monkeypatch.setattr("vlm_distill_cache.stage1_teacher.planning.cache_folder.os.access", lambda *_: False)
     assert rebuild(build_cache, cache).built == 0
     with pytest.raises(OSError, match="cannot be written"):
         recompute_fidelity(BuildConfig(cache=str(cache), teacher=str(tiny_llava)), samples=2)
@@ -174,9 +172,7 @@ def test_a_folder_that_is_still_to_be_made_is_writable_where_its_parent_is(tmp_p
     assert not (tmp_path / "a").exists()
 
 
-def test_a_cache_that_was_begun_before_plans_kept_the_threads_resumes(
-    tmp_path: Path, build_cache, monkeypatch
-):
+def test_a_cache_that_was_begun_before_plans_kept_the_threads_resumes(tmp_path: Path, build_cache, monkeypatch):
     plain = tmp_path / "old"
     monkeypatch.setattr("vlm_distill_cache.stage1_teacher.extract.fix_threads", lambda config, **_: config)
     build_cache(plain)
@@ -204,11 +200,9 @@ def test_overwriting_a_cache_never_deletes_what_is_not_ours(tmp_path: Path, buil
 
 
 @pytest.mark.parametrize("survivors", [1, 4])
-def test_overwriting_goes_on_after_it_was_killed_half_way(
-    tmp_path: Path, build_cache, monkeypatch, survivors: int
-):
+def test_overwriting_goes_on_after_it_was_killed_half_way(tmp_path: Path, build_cache, monkeypatch, survivors: int):
     build_cache(tmp_path / "cache")
-    remove, calls = vlm_distill_cache.stage1_teacher.build.cache_folder.remove, []
+    remove, calls = vlm_distill_cache.stage1_teacher.planning.cache_folder.remove, []
 
     def killed(path: Path):
         if len(list((tmp_path / "cache").iterdir())) == survivors:
@@ -216,10 +210,10 @@ def test_overwriting_goes_on_after_it_was_killed_half_way(
         calls.append(path)
         remove(path)
 
-    monkeypatch.setattr(vlm_distill_cache.stage1_teacher.build.cache_folder, "remove", killed)
+    monkeypatch.setattr(vlm_distill_cache.stage1_teacher.planning.cache_folder, "remove", killed)
     with pytest.raises(KeyboardInterrupt):
         build_cache(tmp_path / "cache", logits="full", overwrite=True)
-    monkeypatch.setattr(vlm_distill_cache.stage1_teacher.build.cache_folder, "remove", remove)
+    monkeypatch.setattr(vlm_distill_cache.stage1_teacher.planning.cache_folder, "remove", remove)
     assert calls
     assert build_cache(tmp_path / "cache", logits="full", overwrite=True).built == 3
 

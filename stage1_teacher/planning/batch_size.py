@@ -22,15 +22,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from vlm_distill_cache.common.errors import DataError, ModelError, SampleError
 from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
+from vlm_distill_cache.common.errors import DataError, ModelError, SampleError
+from vlm_distill_cache.data.families.inputs import text_config
 from vlm_distill_cache.data.text.collate import collate
 from vlm_distill_cache.data.text.encoding import EncodedSample
-from vlm_distill_cache.data.families.inputs import text_config
 from vlm_distill_cache.stage1_teacher.loop.signals import reduce_output, to_cpu
 
 if TYPE_CHECKING:
-    from vlm_distill_cache.stage1_teacher.build.plan import Build
+    from vlm_distill_cache.stage1_teacher.loop.work import Build
 
 LARGEST = 64  # samples
 CPU_LARGEST = 16

@@ -24,11 +24,11 @@ from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import NoReturn
 
-from vlm_distill_cache.common.errors import ConfigError, DistillError, ProcessFailedError
 from vlm_distill_cache.common.cache.plan import THREADS
+from vlm_distill_cache.common.errors import ConfigError, DistillError, ProcessFailedError
 from vlm_distill_cache.common.terminal.command_line import end_with_parent
-from vlm_distill_cache.stage1_teacher.build.cache_folder import explain_disk_errors, stored_plan
 from vlm_distill_cache.stage1_teacher.config import BuildConfig
+from vlm_distill_cache.stage1_teacher.planning.cache_folder import explain_disk_errors, stored_plan
 
 logger = logging.getLogger(__name__)
 
@@ -263,9 +263,7 @@ def _process(
 ) -> None:
     """Run one part in this process, and tell the parent what went wrong."""
     end_with_parent()
-    logging.basicConfig(
-        level=logging.ERROR, format=f"part {part}: %(message)s"
-    )  # the parent gives the warnings
+    logging.basicConfig(level=logging.ERROR, format=f"part {part}: %(message)s")  # the parent gives the warnings
     quiet_libraries()
     try:
         with explain_disk_errors(config.cache):

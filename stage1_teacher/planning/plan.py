@@ -1,36 +1,27 @@
 """What ``extract()`` fixes before the first forward pass: teacher directory, encoder, codecs, ``plan.json``."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from vlm_distill_cache.common.codecs.answers import AnswersCodec
-from vlm_distill_cache.common.codecs.hidden_states import HiddenCodec
-from vlm_distill_cache.common.errors import ConfigError
-from vlm_distill_cache.common.files.hashing import fingerprint
+
 from vlm_distill_cache.common.cache.manifest import Plan
 from vlm_distill_cache.common.cache.plan import THREADS
-from vlm_distill_cache.common.printing import one_line
 from vlm_distill_cache.common.cache.schema import FORMAT_VERSION, Field
-from vlm_distill_cache.common.cache.shared_images import VISUAL_SOURCE, with_visual_source
-from vlm_distill_cache.data.text.collate import Batch
-from vlm_distill_cache.data.text.encoding import SampleEncoder
+from vlm_distill_cache.common.cache.shared_images import with_visual_source
+from vlm_distill_cache.common.codecs.answers import AnswersCodec
+from vlm_distill_cache.common.errors import ConfigError, ModelError, SampleError
+from vlm_distill_cache.common.files.hashing import fingerprint
+from vlm_distill_cache.common.printing import one_line
 from vlm_distill_cache.data.families.inputs import text_config
-from vlm_distill_cache.data.sources.grouping import GroupedByImage, group_by_image
-from vlm_distill_cache.data.registry import open_dataset
 from vlm_distill_cache.data.sample import Dataset
+from vlm_distill_cache.data.sources.grouping import GroupedByImage
+from vlm_distill_cache.data.text.encoding import SampleEncoder
 from vlm_distill_cache.data.text.templates import get_template
-from vlm_distill_cache.stage1_teacher.build.batch_size import automatic_batch_size
-from vlm_distill_cache.stage1_teacher.build.cache_folder import stored_plan
 from vlm_distill_cache.stage1_teacher.config import BuildConfig
-from vlm_distill_cache.stage1_teacher.loop.encode_ahead import count_workers
 from vlm_distill_cache.stage1_teacher.loop.signals import build_codecs
-from vlm_distill_cache.stage1_teacher.teacher.teacher import Teacher, TeacherOutput
-from vlm_distill_cache.stage1_teacher.teacher.inputs import TeacherInputs, Wanted
-from collections.abc import Sequence
-from vlm_distill_cache.common.errors import ModelError, SampleError
+from vlm_distill_cache.stage1_teacher.planning.cache_folder import stored_plan
 from vlm_distill_cache.stage1_teacher.teacher.teacher import Teacher
-import math
 
 
 def evaluation_of(training: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -129,101 +120,13 @@ def missing_projector(teacher: Teacher) -> str | None:
     if not teacher.family.is_listed:
         return f"model_type {teacher.config.model_type!r} is not in the table of families: its projector is not known"
     if teacher.family.projector_config(teacher.config) is None:
-        return f"the projector of model_type {teacher.config.model_type!r} is no two-layer MLP on a tower's patch tokens"
+        return (
+            f"the projector of model_type {teacher.config.model_type!r} is no two-layer MLP on a tower's patch tokens"
+        )
     return None
 
 
 LEAST_LENGTH, TEXT_LENGTH = 2048, 1024  # tokens
-
-
-@dataclass(frozen=True, kw_only=True)
-class Build:
-    """Everything a build or a fidelity run works with.
-
-    Attributes:
-        teacher: The loaded teacher.
-        dataset: The data.
-        encoder: From a sample to the teacher's input.
-        codecs: Codec by signal.
-        groups: Teacher layers of each attention group.
-        plan: What the cache will hold.
-        workers: Processes that read and encode ahead of the teacher; 0: a thread.
-    """
-
-    teacher: Teacher
-    dataset: Dataset
-    encoder: SampleEncoder
-    codecs: dict[str, Any]
-    groups: tuple[tuple[int, ...], ...]
-    plan: Plan
-    workers: int
-
-    @property
-    def wanted(self) -> Wanted:
-        """What the codecs need of a forward pass."""
-        return Wanted(
-            groups=self.groups,
-            answer_rows="answer_attention" in self.codecs,
-            visual_rows="visual_map" in self.codecs,
-            columns="visual_columns" in self.codecs,
-            text="text_attention" in self.codecs,
-            hidden={
-                name: codec.layers for name, codec in self.codecs.items() if isinstance(codec, HiddenCodec)
-            },
-            visual_logits="visual_logits" in self.codecs,
-        )
-
-    def run(self, batch: Batch, inputs: TeacherInputs | None = None) -> TeacherOutput:
-        """Run the teacher on one batch, capturing what the codecs need.
-
-        Args:
-            batch: On the CPU.
-            inputs: What the teacher's ``prepare`` made of it, if that was done ahead of time.
-        """
-        return self.teacher.run(batch, inputs=inputs or self.teacher.prepare(batch, self.wanted))
-
-
-def open_build(config: BuildConfig) -> Build:
-    """Open data and teacher as a configuration says, and plan the cache.
-
-    Raises:
-        DistillError: With the remedy, if teacher or data cannot be used.
-    """
-    dataset = open_dataset(
-        config.data,
-        split=config.split,
-        images=Path(config.images) if config.images else None,
-        limit=config.limit or None,
-    )
-    scratch = Path(config.cache).parent / f"{config.data.partition(':')[0]}-teacher"
-    directory = teacher_directory(
-        teacher=config.teacher, data=config.data, scratch=scratch, cache=Path(config.cache)
-    )
-    teacher = Teacher(
-        directory,
-        dtype=config.dtype,
-        device=config.device,
-        device_map=config.device_map,
-        quantisation=config.quantisation,
-    )
-    refuse_signals(config.signals, teacher)
-    refuse_packing(dataset, teacher)
-    encoder = build_encoder(teacher, template=config.template, max_length=config.max_length)
-    codecs = codecs_for(config, teacher)
-    if any(VISUAL_SOURCE in group for group in _fields_of(codecs, teacher).values()):
-        dataset = group_by_image(dataset)
-    work = Build(
-        teacher=teacher,
-        dataset=dataset,
-        encoder=encoder,
-        codecs=codecs,
-        groups=teacher.groups(config.groups, config.layers),
-        plan=make_plan(config, dataset=dataset, teacher=teacher, encoder=encoder, codecs=codecs),
-        workers=count_workers(config.num_workers, teacher.device, len(dataset)),
-    )
-    if config.batch_size:
-        return work
-    return replace(work, plan=replace(work.plan, batch_size=automatic_batch_size(work)))
 
 
 def teacher_directory(*, teacher: str, data: str, scratch: Path, cache: Path | None = None) -> Path:
@@ -257,7 +160,9 @@ def teacher_directory(*, teacher: str, data: str, scratch: Path, cache: Path | N
             "vision-language checkpoint directory, or use DATA=shapes or DATA=easy-vqa, "
             "which have built-in teachers (TEACHER=stage1_teacher/builtin is the one that knows shapes)"
         )
-    from vlm_distill_cache.stage1_teacher.demo.teacher import demo_teacher_for  # training code, needed for built-in data only
+    from vlm_distill_cache.stage1_teacher.demo.teacher import (
+        demo_teacher_for,  # training code, needed for built-in data only
+    )
 
     return demo_teacher_for(name, scratch)
 

@@ -12,8 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vlm_distill_cache.common.files.atomic import TEMPORARY_PREFIX, HeldLock, clean_stale, read_json, remove
-from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError, ConfigError
 from vlm_distill_cache.common.cache.manifest import (
     CARD,
     INDEX,
@@ -31,6 +29,8 @@ from vlm_distill_cache.common.cache.manifest import (
 )
 from vlm_distill_cache.common.cache.plan import DESCRIPTIVE, THREADS
 from vlm_distill_cache.common.cache.side_files import side_files
+from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError, ConfigError
+from vlm_distill_cache.common.files.atomic import TEMPORARY_PREFIX, HeldLock, clean_stale, read_json, remove
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
@@ -236,9 +236,7 @@ def intact_manifest(cache_dir: Path) -> Manifest | None:
     except CacheFormatError as error:
         logger.warning("%s; it is written again from the shards that are there", error)
         return None
-    with contextlib.suppress(
-        OSError
-    ):  # a read-only disk keeps what a killed run left; it is no part of the cache
+    with contextlib.suppress(OSError):  # a read-only disk keeps what a killed run left; it is no part of the cache
         for folder in (cache_dir, cache_dir / SHARDS, cache_dir / "processor"):
             clean_stale(folder)
     return manifest

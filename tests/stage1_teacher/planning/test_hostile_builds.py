@@ -13,10 +13,10 @@ import vlm_distill_cache.stage1_teacher.extract
 from vlm_distill_cache.common.errors import CacheMismatchError, ConfigError, DataError, SampleError
 from vlm_distill_cache.data.images.load import ImageFile, decode_image
 from vlm_distill_cache.data.sources.llava import find_images
-from vlm_distill_cache.stage1_teacher.build.cache_folder import in_use
 from vlm_distill_cache.stage1_teacher.cli import main
 from vlm_distill_cache.stage1_teacher.config import BuildConfig
 from vlm_distill_cache.stage1_teacher.loop.writer import FailureBudget
+from vlm_distill_cache.stage1_teacher.planning.cache_folder import in_use
 
 
 def test_an_overwrite_beside_a_running_build_is_refused_and_deletes_nothing(tmp_path: Path, build_cache):
@@ -32,9 +32,7 @@ def test_an_overwrite_beside_a_running_build_is_refused_and_deletes_nothing(tmp_
 
 
 @pytest.mark.parametrize("loss", [shutil.rmtree, lambda cache: (cache / "plan.json").unlink()])
-def test_a_build_whose_folder_is_removed_stops_at_the_next_shard(
-    tmp_path: Path, build_cache, monkeypatch, loss
-):
+def test_a_build_whose_folder_is_removed_stops_at_the_next_shard(tmp_path: Path, build_cache, monkeypatch, loss):
     cache, ran = tmp_path / "cache", []
     run_shard = vlm_distill_cache.stage1_teacher.extract.run_shard
 
@@ -120,7 +118,10 @@ def test_an_estimate_of_nonsense_is_a_usage_error_before_anything_is_measured(op
     assert result.exception is None or isinstance(result.exception, SystemExit)
 
 
-@pytest.mark.parametrize("module", ["vlm_distill_cache.stage1_teacher.cli", "vlm_distill_cache.common.cli", "vlm_distill_cache.stage2_student.cli"])
+@pytest.mark.parametrize(
+    "module",
+    ["vlm_distill_cache.stage1_teacher.cli", "vlm_distill_cache.common.cli", "vlm_distill_cache.stage2_student.cli"],
+)
 def test_the_module_is_a_command_as_torchrun_runs_it(module: str):
     ran = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, check=True)
     assert "Usage" in ran.stdout

@@ -1,6 +1,6 @@
 import pytest
 
-from vlm_distill_cache.stage1_teacher.build.plan import evaluation_of
+from vlm_distill_cache.stage1_teacher.planning.plan import evaluation_of
 from vlm_distill_cache.stage2_student.scores.evaluate import EvaluationReport
 
 TRAINING = {

@@ -5,22 +5,22 @@ import numpy as np
 import pytest
 import torch
 
-import vlm_distill_cache.stage1_teacher.build.batch_size as batch_sizes
-import vlm_distill_cache.stage1_teacher.build.plan
-from vlm_distill_cache.common.errors import CacheMismatchError, ConfigError, ModelError
+import vlm_distill_cache.stage1_teacher.planning.batch_size as batch_sizes
+from vlm_distill_cache.stage1_teacher.planning import open as opening
 from vlm_distill_cache.common.cache.manifest import read_plan
 from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
-from vlm_distill_cache.stage1_teacher.build.batch_size import (
+from vlm_distill_cache.common.errors import CacheMismatchError, ConfigError, ModelError
+from vlm_distill_cache.stage1_teacher.config import BuildConfig
+from vlm_distill_cache.stage1_teacher.extract import extract, extract_with_processes, recompute_fidelity
+from vlm_distill_cache.stage1_teacher.planning.batch_size import (
     automatic_batch_size,
     fitting_batch,
     largest_batch,
     lengthen,
     longest_input,
 )
-from vlm_distill_cache.stage1_teacher.config import BuildConfig
-from vlm_distill_cache.stage1_teacher.extract import extract, extract_with_processes, recompute_fidelity
-from vlm_distill_cache.stage1_teacher.build.parts import Part
-from vlm_distill_cache.stage1_teacher.build.plan import open_build
+from vlm_distill_cache.stage1_teacher.planning.open import open_build
+from vlm_distill_cache.stage1_teacher.planning.parts import Part
 
 
 def tree(root: Path) -> dict[str, bytes]:
@@ -100,10 +100,8 @@ def test_a_cpu_takes_sixteen_or_what_its_memory_allows(tmp_path: Path, config, m
         automatic_batch_size(work)
 
 
-def test_who_resumes_takes_the_batch_size_of_the_plan_and_measures_nothing(
-    tmp_path: Path, config, monkeypatch
-):
-    monkeypatch.setattr(vlm_distill_cache.stage1_teacher.build.plan, "automatic_batch_size", lambda _: 2)
+def test_who_resumes_takes_the_batch_size_of_the_plan_and_measures_nothing(tmp_path: Path, config, monkeypatch):
+    monkeypatch.setattr(opening, "automatic_batch_size", lambda _: 2)
     extract(config(tmp_path / "whole"))
     extract(config(tmp_path / "cache"), part=Part(rank=0, of=2))
     assert read_plan(tmp_path / "cache").batch_size == 2
@@ -111,7 +109,7 @@ def test_who_resumes_takes_the_batch_size_of_the_plan_and_measures_nothing(
     def refuse(_):
         raise AssertionError("measured again")
 
-    monkeypatch.setattr(vlm_distill_cache.stage1_teacher.build.plan, "automatic_batch_size", refuse)
+    monkeypatch.setattr(opening, "automatic_batch_size", refuse)
     extract(config(tmp_path / "cache"), part=Part(rank=1, of=2))
     assert tree(tmp_path / "cache") == tree(tmp_path / "whole")
     recompute_fidelity(config(tmp_path / "cache"), samples=1)
@@ -122,7 +120,7 @@ def test_who_resumes_takes_the_batch_size_of_the_plan_and_measures_nothing(
 
 def test_several_processes_share_the_batch_size_that_the_first_found(tmp_path: Path, config, monkeypatch):
     extract(config(tmp_path / "whole", batch_size=2))
-    monkeypatch.setattr(vlm_distill_cache.stage1_teacher.build.plan, "automatic_batch_size", lambda _: 2)  # in this process alone
+    monkeypatch.setattr(opening, "automatic_batch_size", lambda _: 2)  # in this process alone
     extract_with_processes(config(tmp_path / "cache"), 2)
     assert tree(tmp_path / "cache") == tree(tmp_path / "whole")
 
@@ -134,7 +132,7 @@ def test_a_plan_that_another_machine_wrote_meanwhile_is_adopted(tmp_path: Path, 
         extract(config(tmp_path / "cache", batch_size=2), part=Part(rank=0, of=2))
         return 8
 
-    monkeypatch.setattr(vlm_distill_cache.stage1_teacher.build.plan, "automatic_batch_size", other_first)
+    monkeypatch.setattr(opening, "automatic_batch_size", other_first)
     extract(config(tmp_path / "cache"), part=Part(rank=1, of=2))
     assert tree(tmp_path / "cache") == tree(tmp_path / "whole")
 
@@ -144,7 +142,7 @@ def test_other_settings_of_a_plan_written_meanwhile_are_still_refused(tmp_path: 
         extract(config(tmp_path / "cache", batch_size=2, logits="full"), part=Part(rank=0, of=2))
         return 8
 
-    monkeypatch.setattr(vlm_distill_cache.stage1_teacher.build.plan, "automatic_batch_size", other_first)
+    monkeypatch.setattr(opening, "automatic_batch_size", other_first)
     with pytest.raises(CacheMismatchError, match=r"max_k") as caught:
         extract(config(tmp_path / "cache"))
     assert "batch_size" not in str(caught.value)
@@ -152,7 +150,7 @@ def test_other_settings_of_a_plan_written_meanwhile_are_still_refused(tmp_path: 
 
 def test_starting_again_finds_a_batch_size_of_its_own(tmp_path: Path, config, monkeypatch):
     extract(config(tmp_path / "cache", batch_size=2))
-    monkeypatch.setattr(vlm_distill_cache.stage1_teacher.build.plan, "automatic_batch_size", lambda _: 4)
+    monkeypatch.setattr(opening, "automatic_batch_size", lambda _: 4)
     extract(config(tmp_path / "cache"), overwrite=True)
     assert read_plan(tmp_path / "cache").batch_size == 4
 

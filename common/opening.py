@@ -1,0 +1,27 @@
+"""Open a finished cache for reading, wherever it is: a folder or an address in, a ``TeacherCache`` out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from vlm_distill_cache.common.cache.reader import OPEN_SHARDS, TeacherCache
+from vlm_distill_cache.common.locations import is_url
+
+
+def open_cache(location: Path | str, *, open_shards: int = OPEN_SHARDS) -> TeacherCache:
+    """Open a finished cache for reading; a read-only folder will do.
+
+    Args:
+        location: The cache folder; or a URL, whose files are fetched into a local mirror as they are needed.
+        open_shards: Shards kept open, and decoded in memory, at a time.
+
+    Raises:
+        CacheFormatError: If it is no cache, not sealed, damaged, or from a newer format version.
+        TransferError: If a URL cannot be read.
+    """
+    if not is_url(location):
+        return TeacherCache(Path(location), open_shards=open_shards)
+    from vlm_distill_cache.common.remotes.mirror import find_mirror  # only who reads from afar needs a client
+
+    mirror = find_mirror(str(location))
+    return TeacherCache(mirror.folder, open_shards=open_shards, before_open=mirror.hold)

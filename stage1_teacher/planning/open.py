@@ -1,0 +1,63 @@
+"""Open data and teacher as a configuration says, and plan the cache."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from vlm_distill_cache.common.cache.shared_images import VISUAL_SOURCE
+from vlm_distill_cache.data.registry import open_dataset
+from vlm_distill_cache.data.sources.grouping import group_by_image
+from vlm_distill_cache.stage1_teacher.config import BuildConfig
+from vlm_distill_cache.stage1_teacher.loop.encode_ahead import count_workers
+from vlm_distill_cache.stage1_teacher.loop.work import Build
+from vlm_distill_cache.stage1_teacher.planning.batch_size import automatic_batch_size
+from vlm_distill_cache.stage1_teacher.planning.plan import (
+    _fields_of,
+    build_encoder,
+    codecs_for,
+    make_plan,
+    refuse_packing,
+    refuse_signals,
+    teacher_directory,
+)
+from vlm_distill_cache.stage1_teacher.teacher.teacher import Teacher
+
+
+def open_build(config: BuildConfig) -> Build:
+    """Open data and teacher as a configuration says, and plan the cache.
+
+    Raises:
+        DistillError: With the remedy, if teacher or data cannot be used.
+    """
+    dataset = open_dataset(
+        config.data,
+        split=config.split,
+        images=Path(config.images) if config.images else None,
+        limit=config.limit or None,
+    )
+    scratch = Path(config.cache).parent / f"{config.data.partition(':')[0]}-teacher"
+    directory = teacher_directory(teacher=config.teacher, data=config.data, scratch=scratch, cache=Path(config.cache))
+    teacher = Teacher(
+        directory,
+        dtype=config.dtype,
+        device=config.device,
+        device_map=config.device_map,
+        quantisation=config.quantisation,
+    )
+    refuse_signals(config.signals, teacher)
+    refuse_packing(dataset, teacher)
+    encoder = build_encoder(teacher, template=config.template, max_length=config.max_length)
+    codecs = codecs_for(config, teacher)
+    if any(VISUAL_SOURCE in group for group in _fields_of(codecs, teacher).values()):
+        dataset = group_by_image(dataset)
+    work = Build(
+        teacher=teacher,
+        dataset=dataset,
+        encoder=encoder,
+        codecs=codecs,
+        groups=teacher.groups(config.groups, config.layers),
+        plan=make_plan(config, dataset=dataset, teacher=teacher, encoder=encoder, codecs=codecs),
+        workers=count_workers(config.num_workers, teacher.device, len(dataset)),
+    )
+    if config.batch_size:
+        return work
+    return replace(work, plan=replace(work.plan, batch_size=automatic_batch_size(work)))

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 import vlm_distill_cache.stage1_teacher.planning.batch_size as batch_sizes
-from vlm_distill_cache.stage1_teacher.planning import open as opening
 from vlm_distill_cache.common.cache.manifest import read_plan
 from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
 from vlm_distill_cache.common.errors import CacheMismatchError, ConfigError, ModelError
 from vlm_distill_cache.stage1_teacher.config import BuildConfig
 from vlm_distill_cache.stage1_teacher.extract import extract, extract_with_processes, recompute_fidelity
+from vlm_distill_cache.stage1_teacher.planning import open as opening
 from vlm_distill_cache.stage1_teacher.planning.batch_size import (
     automatic_batch_size,
     fitting_batch,

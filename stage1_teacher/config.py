@@ -24,7 +24,7 @@ class BuildConfig:
         teacher: Checkpoint directory; empty means the built-in teacher of a built-in data set.
         cache: The cache folder to write.
         store: Shard format.
-        signals: What to keep, names of ``SIGNALS``; the README's table says what each holds, ``cachectl inspect`` the
+        signals: What to keep, names of ``SIGNALS``; docs/cache-format.md says what each holds, ``cachectl inspect`` the
             arrays of a sample.
         logits: Preset of the logit codec: ``lean``, ``default``, ``wide``, ``full``, ``exact`` or ``fixed:K``.
         temperatures: Temperatures at which the tail mass is exact.

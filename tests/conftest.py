@@ -1,8 +1,11 @@
 """Fixtures shared by several packages: a tiny random LLaVA-1.5 directory, and caches built from it."""
 
 import os
+import sys
 from pathlib import Path
 
+# Tests share helpers across folders: this lets each test file run alone.
+sys.path += sorted({str(path.parent) for path in Path(__file__).parent.rglob("test_*.py")})
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

@@ -40,6 +40,7 @@ class Quote:
 
 QUOTES = (
     Quote("README.md", "{} bytes per supervised token with the built-in teacher", ("stored bytes / row",)),
+    Quote("docs/scale.md", "{} bytes per supervised token with the built-in teacher", ("stored bytes / row",)),
     Quote("docs/scale.md", "A million records open in {} ms", ("open 1M records, 3,907 shards, ms",)),
     Quote("docs/scale.md", "a sample is found in {} µs", ("find one of 1M samples, 10,000 times, us each",)),
     Quote("docs/scale.md", "private memory grows by {} MB", ("private memory, 1M against 10k records, MB more",)),

@@ -176,7 +176,7 @@ def test_new_results_rewrite_the_table_and_the_quotes_and_nothing_else():
     readme = "It takes 45 bytes per\nsupervised token with the built-in  teacher.\n45 bytes\n"
     expected = "It takes 31 bytes per\nsupervised token with the built-in  teacher.\n45 bytes\n"
     assert rewrite(readme, "README.md", before, now) == expected
-    assert rewrite(readme, "docs/scale.md", before, now) == readme
+    assert rewrite(readme, "docs/families.md", before, now) == readme
     page = f"above\n{BEGIN}old\n{END}below\n"
     assert rewrite(page, TABLE_PAGE, before, now) == f"above\n{BEGIN}{bench_table(now)}{END}below\n"
     assert replace_words("a b b", "b b", "c d") == "a c d"

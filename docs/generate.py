@@ -86,8 +86,9 @@ def options_page() -> str:
     """docs/options.md."""
     lines = [
         "# Options", "", NOTE,
-        "Every option of both stages with its default. The commands' own flags are in [commands.md](commands.md). A preset",
-        "fills in the budgets of the phases: see [the end of this page](#presets-of-the-phases).",
+        "Every option of both stages with its default; `none` is written `null` in YAML and in `--set`. The commands' own flags",
+        "are in [commands.md](commands.md). Budgets of the phases come from a preset:",
+        "[the end of this page](#presets-of-the-phases) shows them.",
     ]  # fmt: skip
     for cls, prefix, about in CONFIGS:
         lines += ["", f"## {cls.__name__}", "", about, "", *option_table(cls, prefix)]

@@ -116,21 +116,28 @@ def test_every_command_and_option_is_on_the_generated_pages():
         assert all(f"| `{prefix}{name}` |" in options for name in cls.__dataclass_fields__), cls
 
 
+def shown(score: dict | None, *, sign: str = "") -> str:
+    """A share as percent with its interval, as tables print it."""
+    if score is None:
+        return "-"
+    value, low, high = (f"{100 * score[end]:{sign}.1f}" for end in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"
+
+
 def test_the_figures_of_the_demonstration_are_the_stored_ones():
-    scores = json.loads(DEMONSTRATION.read_text())["scores"]
-    cells = {
-        name: ["{:.1f} [{:.1f}, {:.1f}]".format(*(100 * score[name][end] for end in ("value", "low", "high")))
-               for score in (scores["sft"], scores["distilled"], scores["teacher"])]
-        for name in ("likelihood", "questions")
-    }  # fmt: skip
-    assert [cell.partition(" ")[0] for cell in cells["likelihood"]] == ["55.3", "72.7", "95.2"]
+    stored = json.loads(DEMONSTRATION.read_text())
+    rows = {}
+    for name, gain in stored["gain"].items():
+        found = [stored["scores"][model].get(name) for model in ("sft", "distilled", "teacher")]
+        rows[name] = [shown(score) for score in found] + [shown(gain, sign="+")]
+    assert [cell.partition(" ")[0] for cell in rows["likelihood"]] == ["55.3", "72.7", "95.2", "+17.4"]
     readme = " ".join((ROOT / "README.md").read_text().split())
     results = (ROOT / "docs" / "results.md").read_text()
-    for row in cells.values():
+    for row in rows.values():
         assert " ".join(row) in readme
         assert " | ".join(row) in results
     teacher = json.loads((ROOT / "stage1_teacher" / "builtin" / "training.json").read_text())
-    assert cells["likelihood"][2].startswith(f"{teacher['accuracy']['mean']['pairs']} ")
+    assert rows["likelihood"][2].startswith(f"{teacher['accuracy']['mean']['pairs']} ")
 
 
 def test_the_citation_names_this_version_and_the_paper():

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_architecture import PACKAGES
 from test_command_line import GROUPS, SURFACE, TARGETS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -87,6 +88,14 @@ def test_every_test_module_named_in_it_exists(page: Path):
             assert (ROOT / f"{module.replace('.', '/')}.py").is_file(), code
         for path in re.findall(r"\b(tests/[\w/]+(?:\.py)?)", code):
             assert (ROOT / path).exists(), code
+
+
+def test_the_code_cites_pages_of_this_repository_only():
+    sources = [path for name in PACKAGES for kind in ("*.py", "*.yaml") for path in (ROOT / name).rglob(kind)]
+    cited = {(path, page) for path in sources for page in re.findall(r"[\w/-]+\.md\b", path.read_text())}
+    lost = {(str(path), page) for path, page in cited if page != "README.md" and not (ROOT / page).is_file()}
+    assert lost == set()  # README.md is a cache's card
+    assert len(cited) > 10
 
 
 def test_the_generated_pages_are_what_the_code_says():

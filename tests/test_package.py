@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import vlm_distill_cache
+from vlm_distill_cache.common.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "vlm_distill_cache"
@@ -132,20 +133,19 @@ def test_the_demonstration_runs_away_from_the_clone(path: str, installed: Path, 
     assert (tmp_path / "run" / "report.html").is_file()
 
 
-def test_an_error_without_a_teacher_names_one_that_is_there(path: str, installed: Path, tmp_path: Path):
-    code = f"""
-from pathlib import Path
-from {PACKAGE}.stage1_teacher.planning.plan import teacher_directory
-try:
-    teacher_directory(teacher="", data="mine.json", scratch=Path("scratch"))
-except ValueError as error:
-    print(str(error).partition("(TEACHER=")[2].partition(" is the one")[0])
-"""
-    there = python("-S", "-c", code, cwd=tmp_path, path=path).strip()
-    assert Path(there) == installed.resolve() / PACKAGE / "stage1_teacher" / "builtin"
-    assert (Path(there) / "model.safetensors").is_file()
-    # In a clone it is as short as it stands in the README.
-    assert python("-c", code, cwd=ROOT, path=str(ROOT / "src")).strip() == "stage1_teacher/builtin"
+def test_an_error_without_a_teacher_names_one_that_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from vlm_distill_cache.stage1_teacher.planning.plan import teacher_directory
+
+    def named() -> str:
+        with pytest.raises(ConfigError, match=r"no teacher given for data 'mine\.json'") as error:
+            teacher_directory(teacher="", data="mine.json", scratch=tmp_path)
+        return str(error.value).partition("(TEACHER=")[2].partition(" is the one")[0]
+
+    monkeypatch.chdir(tmp_path)
+    assert Path(named()) == ROOT / "stage1_teacher" / "builtin"
+    assert (Path(named()) / "model.safetensors").is_file()
+    monkeypatch.chdir(ROOT)
+    assert named() == "stage1_teacher/builtin"  # as it stands in the README
 
 
 def test_a_clone_without_links_says_what_to_do(tmp_path: Path):

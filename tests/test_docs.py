@@ -13,6 +13,8 @@ import pytest
 from test_architecture import PACKAGES
 from test_command_line import GROUPS, SURFACE, TARGETS
 
+import vlm_distill_cache
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 README_BYTES, README_ROWS = 9000, 8
@@ -82,12 +84,13 @@ def test_every_command_named_in_it_exists(page: Path):
 
 
 @every_page
-def test_every_test_module_named_in_it_exists(page: Path):
+def test_every_file_and_name_of_ours_in_it_exists(page: Path):
     for code in code_of(page.read_text()):
         for module in re.findall(r"python -m (tests\.[\w.]+)", code):
             assert (ROOT / f"{module.replace('.', '/')}.py").is_file(), code
-        for path in re.findall(r"\b(tests/[\w/]+(?:\.py)?)", code):
+        for path in re.findall(r"\b((?:tests|docs)/[\w./-]*\w)", code):
             assert (ROOT / path).exists(), code
+        assert set(re.findall(r"\bvdc\.(\w+)", code)) <= set(vlm_distill_cache.__all__), code
 
 
 def test_the_code_cites_pages_of_this_repository_only():

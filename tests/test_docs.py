@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_architecture import PACKAGES
+from test_architecture import ORDER, PACKAGES
 from test_command_line import GROUPS, SURFACE, TARGETS
 
 import vlm_distill_cache
@@ -99,6 +99,15 @@ def test_the_code_cites_pages_of_this_repository_only():
     lost = {(str(path), page) for path, page in cited if page != "README.md" and not (ROOT / page).is_file()}
     assert lost == set()  # README.md is a cache's card
     assert len(cited) > 10
+
+
+def test_the_picture_of_the_layout_shows_the_order_that_is_enforced():
+    picture = re.search(r"^```\n(common/.*?)^```", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.M | re.S)[1]
+    blocks = [block.splitlines() for block in picture.split("\n\n")]
+    shown = {
+        first.partition("/")[0]: [re.split(r"\s{2,}", line.strip())[0] for line in lines] for first, *lines in blocks
+    }
+    assert shown == {package: list(levels) for package, levels in ORDER.items()}
 
 
 def test_the_generated_pages_are_what_the_code_says():

@@ -43,7 +43,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -efuo pipefail -c
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup teacher-cache distill evaluate report demo demo-teacher experiment experiment-smollm test checks format bench bench-compare bench-codec clean
+.PHONY: help setup teacher-cache distill evaluate report demo demo-teacher experiment experiment-smollm test checks format docs bench bench-compare bench-codec clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 26
@@ -106,6 +106,9 @@ checks: $(STAMP) ## Lint, format check, strict types
 format: $(STAMP) ## Format the code and mend what the linter can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docs: $(STAMP) ## Write docs/options.md and docs/commands.md from the code
+	$(BIN)/python docs/generate.py
 
 bench: $(STAMP) ## Speed and size table, ratios measured side by side (about 20 minutes on 2 cores)
 	$(BIN)/python -m tests.benchmarks.bench

@@ -33,6 +33,13 @@ class CacheMismatchError(DistillError, ValueError):
     """A cache does not fit the data, tokenizer, template, teacher or student it is used with."""
 
 
+class SampleNotCachedError(CacheMismatchError, KeyError):
+    """The cache holds no record of the sample asked for."""
+
+    def __str__(self) -> str:
+        return str(self.args[0]) if self.args else ""  # a KeyError would show its repr
+
+
 class TransferError(DistillError, OSError):
     """A cache could not be copied from or to another place, after all retries."""
 

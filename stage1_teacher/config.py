@@ -17,53 +17,52 @@ class BuildConfig:
     """Options of ``teacher-cache build``; only the command line and ``extract()`` see this object.
 
     Attributes:
-        data: Data set: ``shapes``, ``easy-vqa`` or a path (see ``data.registry.open_dataset``).
+        data: Data set: ``shapes``, ``easy-vqa`` or a path; docs/families.md lists the forms.
         images: Image folder of a LLaVA JSON or messages JSONL; default: the file's own folder.
         split: Split of a built-in data set.
         limit: Use only the first samples; 0 means all.
         teacher: Checkpoint directory; empty means the built-in teacher of a built-in data set.
         cache: The cache folder to write.
         store: Shard format.
-        signals: What to keep, names of ``SIGNALS``; the README's table says what each holds, ``cachectl inspect`` the
-            arrays of a sample.
+        signals: What to keep; docs/cache-format.md says what each signal holds.
         logits: Preset of the logit codec: ``lean``, ``default``, ``wide``, ``full``, ``exact`` or ``fixed:K``.
-        temperatures: Temperatures at which the tail mass is exact.
+        temperatures: Temperatures at which the tail mass is exact, dimensionless.
         attention_dtype: ``u1`` (8-bit codes) or ``f4`` (exact) for attention signals.
         grid: Side of the grid that answer and text attention are pooled to; 0 means the teacher's own grid, at most 12.
         map_preset: What is kept of ``visual_map`` with ``attention_dtype=u1``: ``exact`` and ``exact8`` serve every loss,
-            ``blocks`` and ``compact`` the sink-filtered one; see ``common.codecs.visual_map``.
-        map_grid: Side of the grid that the visual tokens of a tile are pooled to for ``visual_map``: the students'
-            own, for which the map is then exact; 0: the teacher's tokens.
-        answers: ``data``: score the data set's answers. ``generate``: the teacher writes them, turn by turn, and what is
-            kept belongs to its own answers; students are then trained on these.
-        max_new_tokens: Longest generated answer in tokens; one that does not end by then is a recorded failure.
-        answer_temperature: Of generated answers, dimensionless; 0 is greedy.
-        answer_top_p: Of sampled answers: the smallest set of tokens with this share of the mass.
-        answer_seed: Of sampled answers.
-        hidden_layers: Layers of the signals ``hidden`` (at supervised rows) and ``visual_hidden`` (at visual tokens): 0 is
-            what enters the first layer, negative ones count from the last, whose states are normalised.
+            ``blocks`` and ``compact`` the sink-filtered one; see docs/cache-format.md.
+        map_grid: Side of the grid that a tile's visual tokens are pooled to for ``visual_map``. Give the students' own grid,
+            for which the map is then exact; 0 keeps the teacher's tokens.
+        answers: ``data`` scores the data set's answers. With ``generate`` the teacher writes the answers turn by turn, signals
+            belong to these, and students learn them.
+        max_new_tokens: Longest generated answer in tokens; a longer one is a recorded failure.
+        answer_temperature: Sampling temperature of generated answers, dimensionless; 0 is greedy.
+        answer_top_p: Sample from the smallest set of tokens with this share of the mass.
+        answer_seed: Seed of sampled answers.
+        hidden_layers: Layers of the signals ``hidden`` and ``visual_hidden``: 0 is the input of the first layer, negative numbers
+            count from the last layer, whose states are normalised.
         hidden_dtype: ``f2``, or ``f4`` where float16 cannot hold the states.
-        groups: Number of layer groups.
-        layers: Which teacher layers are kept: the published middle ones or all.
-        template: Prompt template; ``auto`` is ``short`` for built-in teachers, that of its family otherwise.
+        groups: Number of layer groups whose attention is kept.
+        layers: Layers whose attention is kept: the published middle ones, or all.
+        template: Prompt template; ``auto`` is ``short`` for built-in teachers and the family's own for others.
         max_length: Longest sequence in tokens; a longer sample is a recorded failure. 0: 2048, or more where a picture
-            alone may have as many.
-        batch_size: Samples a forward pass. Part of the plan, because bytes depend on it. 0: as the cache that is there, else
-            what fits the memory: found by running the teacher on its longest input on a GPU, 16 on a CPU. For parts in
-            folders of their own give a number, so that the folders can be merged.
-        shard_size: Samples a shard.
+            alone may need them.
+        batch_size: Samples per forward pass; part of the plan, because the last bits depend on it. 0: as in an existing cache, else
+            what fits the memory (on a GPU found by running the teacher on its longest input, at most 16 on a CPU). For
+            parts in separate folders give a number, so that they can be merged.
+        shard_size: Samples per shard.
         dtype: Computation dtype; ``auto`` is float32 on CPU and bfloat16 on CUDA.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-        device_map: How the teacher is spread over several devices, as the model library takes it (``auto``, ``balanced``);
-            empty: it lies on one.
-        quantisation: Of the teacher's language model, by bitsandbytes: ``none``, ``8bit`` or ``4bit`` (NF4).
-        max_failed_share: Largest share of unreadable samples, in [0, 1].
+        device_map: How to spread the teacher over several devices, as the model library takes it (``auto``, ``balanced``);
+            empty: one device.
+        quantisation: Quantisation of the teacher's language model by bitsandbytes; ``4bit`` is NF4.
+        max_failed_share: Largest tolerated share of unreadable samples, in [0, 1].
         fidelity_samples: Samples of the fidelity probe; 0 skips it.
-        threads: CPU threads of the arithmetic, kept in the plan, because the last bits depend on it; 0: as the cache
-            that is there, else ``OMP_NUM_THREADS``, else all cores but one, and one for each of several processes.
-        num_workers: Processes that read, decode and tokenise ahead of the teacher; no bytes depend on them. 0: a thread of
-            this one. -1: up to 4 beside a GPU, one beside a CPU, none for a small data set.
-        license: Under which the cache may be passed on, as an identifier of the Hugging Face Hub; for the card.
+        threads: CPU threads of the arithmetic; part of the plan, because the last bits depend on it. 0: as in an existing
+            cache, else ``OMP_NUM_THREADS``, else all cores but one, or one for each of several processes.
+        num_workers: Processes that read, decode and tokenise ahead of the teacher; the bytes do not depend on it. 0: a thread of
+            the main process. -1: up to 4 beside a GPU, one beside a CPU, none for a small data set.
+        license: Licence of the cache, as an identifier of the Hugging Face Hub; for the card.
         teacher_license: The teacher's licence, free text; for the card.
         data_license: The data set's licence, free text; for the card.
         source: Where teacher and data come from, or whom to ask; free text for the card.

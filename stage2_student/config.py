@@ -31,22 +31,22 @@ class PhaseConfig:
     """One phase of training.
 
     Attributes:
-        steps: Optimizer steps; None: given by ``epochs``.
-        epochs: Passes over the phase's samples; None: given by ``steps``.
-        batch_size: Samples of an optimizer step, over all processes and micro-batches.
-        micro_batch_size: Most samples in one forward pass of one process; None: no limit.
+        steps: Optimizer steps; none: given by ``epochs``.
+        epochs: Passes over the phase's samples; none: given by ``steps``.
+        batch_size: Samples per optimizer step, over all processes and micro-batches.
+        micro_batch_size: Most samples in one forward pass of one process; none: no limit.
         lr: Peak learning rate.
-        warmup: Share of the steps with a rising learning rate, in [0, 1).
-        schedule: Learning-rate curve after the warm-up.
-        weight_decay: Of matrices.
+        warmup: Share of the steps during which the learning rate rises, in [0, 1).
+        schedule: Learning rate after the warm-up.
+        weight_decay: Weight decay of matrices; vectors have none.
         trainable: ``projector`` (the student's projector side), ``all`` (the language model too), or ``lora``
             (the projector side, and low-rank adapters in the language model). The vision tower is always frozen.
-        freeze: Of what ``trainable`` names, these parts stay as they are: ``projector``, ``embeddings`` (of tokens),
+        freeze: Parts named by ``trainable`` that are not trained after all: ``projector``, ``embeddings`` (of tokens),
             ``lm_head`` (the output projection; where it is tied to the embedding, freezing one freezes both).
-        losses: Loss weights.
-        data: This phase's data set; None: the run's.
-        images: This phase's image folder; None: the run's.
-        cache: This phase's teacher cache; None: the run's.
+        losses: Weights and kinds of the losses.
+        data: This phase's data set; none: the run's.
+        images: This phase's image folder; none: the run's.
+        cache: This phase's teacher cache; none: the run's.
     """
 
     steps: int | None = None
@@ -103,9 +103,9 @@ class LoraConfig:
     """The adapters of phases whose ``trainable`` is ``lora``; each such phase begins with new ones.
 
     Attributes:
-        rank: Of each adapter.
-        alpha: Scale; an adapter adds ``alpha / rank`` times its product.
-        dropout: On an adapter's input, in [0, 1).
+        rank: Rank of each adapter.
+        alpha: Scale: an adapter adds ``alpha / rank`` times its product.
+        dropout: Dropout on an adapter's input, in [0, 1).
 
     Source:
         CompoDistill (arXiv:2510.12184): r = 128, alpha = 256. Dropout is off, as everywhere in this project.
@@ -126,12 +126,12 @@ class EvaluationConfig:
     """How students are scored.
 
     Attributes:
-        data: Data set of the held-out items; None: the run's.
-        images: Its image folder; None: the run's.
+        data: Data set of the held-out items; none: the run's.
+        images: Its image folder; none: the run's.
         split: ``validation`` or ``test``, where the data set has splits.
-        limit: Most items (of each sort); None: the data set's own number.
-        letters: Also ask which of two captions is right by letter (two generations a pair).
-        agreement_samples: Cached samples on which student and teacher are compared; 0: none.
+        limit: Most items of each sort; none: the data set's own number.
+        letters: Also ask for the letter of the right caption (two generations per pair).
+        agreement_samples: Cached samples on which student and teacher are compared; 0 skips it.
         overlays: Pictures of attention in the report.
     """
 
@@ -154,41 +154,40 @@ class TrainConfig:
     """A training run.
 
     Attributes:
-        student: A name (``stage2_student.students.presets``: ``mobilevlm``, ``mobilevlm-v1-tiny``, ``smolvlm``, ...)
-            or a directory.
-        student_weights: Directory of a named student's weights.
-        teacher: Checkpoint directory that a student ``pruned:KEEP`` is cut out of; others have none.
-        vision_tower: Directory of the student's vision tower; None: the cache's, or the student's own.
-        language_model: Directory of a language model to begin with; None: random weights.
-        projector: Projector type; None: the student's own.
+        student: A name (``mobilevlm``, ``mobilevlm-v1-tiny``, ``smolvlm``, ...) or a directory; docs/families.md lists them.
+        student_weights: Directory of the weights of a student given by name.
+        teacher: Checkpoint directory that a student ``pruned:KEEP`` is cut out of; other students need none.
+        vision_tower: Directory of the student's vision tower; none: the cache's, or the student's own.
+        language_model: Directory of a language model to start from; none: random weights.
+        projector: Projector type: ``ldpnet``, ``ldpnetv2``, ``mlp`` or ``taf``; none: the student's own.
         pool_teacher_tokens: With projector ``taf``: pool the teacher's tokens 2x2 before the post-projector.
-        template: Prompt template; None: the cache's, which is the only one that fits its labels.
-        data: Data set, as in ``data.registry``; None: what the cache was built from.
+        template: Prompt template; none: the cache's, the only one that fits its labels.
+        data: Data set, as for stage one; none: what the cache was built from.
         images: Folder that relative image paths start from.
-        limit: Use only the first so many samples.
-        data_share: Use only the first samples of each phase's data, this share of them, in (0, 1].
+        limit: Use only the first samples; none: all.
+        data_share: Use only this share of each phase's samples, the first ones, in (0, 1].
         cache: Teacher cache: a folder, or an address (``s3://``, ``hf://datasets/``, ``https://``).
         output: Folder for everything the run writes.
         phases: Phases to run, in this order.
         dpt: Distilled pre-training.
         dft: Distilled fine-tuning.
         sft: Supervised fine-tuning.
-        lora: Adapters of the phases that train by ``lora``.
-        gradient_checkpointing: Compute each decoder layer again in the backward pass: less memory, a third more
-            time, the same result.
-        seed: Of the student's fresh weights and of the order of samples.
+        lora: Adapters of the phases that set ``trainable=lora``.
+        gradient_checkpointing: Compute each decoder layer again in the backward pass: less memory, a third more time, the
+            same result.
+        seed: Seed of the student's fresh weights and of the order of samples.
         precision: ``no`` (float32) or ``bf16`` mixed.
         device: ``auto`` (an accelerator if there is one) or ``cpu``.
-        clip: Largest gradient norm.
+        clip: Gradients are clipped to this norm.
         num_workers: Loading threads; 0 loads on the training thread.
-        memory_gib: Encoded samples kept in memory, for small data sets, GiB.
+        memory_gib: Memory for encoded samples, GiB; for small data sets.
         shuffle_window: Shards whose samples are mixed with each other.
         checkpoint_every: Optimizer steps between checkpoints.
-        keep_checkpoints: Checkpoints kept.
-        log_every: Steps between writes of the log (each step has its line).
-        max_length: Longest sequence of a sample, tokens; None: the cache's.
-        shuffle_teacher_images: Control experiment: attention signals come from another image.
-        evaluation: How `distill run` and `distill evaluate` score the student.
+        keep_checkpoints: Number of checkpoints to keep.
+        log_every: Steps between writes of the log, which has a line per step.
+        max_length: Longest sequence of a sample, tokens; none: the cache's.
+        shuffle_teacher_images: Control experiment: take attention signals from another image.
+        evaluation: How ``distill run`` and ``distill evaluate`` score the student.
     """
 
     student: str = "mobilevlm"

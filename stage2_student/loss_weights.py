@@ -44,26 +44,26 @@ class LossWeights:
     Attributes:
         lm: Cross-entropy on the supervised rows.
         logits: Divergence from the teacher's cached logits.
-        answer_attention: Where the answer's rows look on the image.
-        text_attention: Where all text rows behind the image look on it, those of questions too.
+        answer_attention: Where the answer rows look on the image.
+        text_attention: Where all text rows after the image look on it, questions included.
         visual_columns: Mean attention each visual token receives from the visual rows.
-        visual_map: The visual x visual attention map.
+        visual_map: The attention of visual tokens on visual tokens.
         all_attention: The paper's A[:, :N_v], visual and text rows as one vector; reads ``visual_map`` and
             ``text_attention``.
         hidden: Hidden states of the cached layers at supervised rows.
         visual_hidden: The same at visual tokens.
         projector_output: What enters the language model at visual tokens.
         visual_logits: Divergence from the teacher's logits at visual tokens.
-        temperature: Of ``logits`` and ``visual_logits``, dimensionless; must be cached.
-        hidden_kind: Of the three losses on hidden states: ``relative_mse`` and ``cosine`` need the teacher's width,
+        temperature: Temperature of ``logits`` and ``visual_logits``, dimensionless; must be cached.
+        hidden_kind: Kind of the three losses on hidden states: ``relative_mse`` and ``cosine`` need the teacher's width,
             ``relation`` compares each row's similarities to the others.
         logit_kind: ``forward_kl``, ``reverse_kl``, ``jsd`` (Jensen-Shannon) or ``tvd`` (total variation).
-        answer_kind: Of both row losses, answer and text: ``kl`` over the image, ``cosine``, ``relative``
+        answer_kind: Kind of both row losses, answer and text: ``kl`` over the image, ``cosine``, ``relative``
             (rows divided by the sample's mean row), or ``kl_with_rest`` (one more cell for the mass off the image).
         visual_map_kind: ``sink_filtered`` (the released code), ``cosine`` (the paper's formula), ``kl`` or ``mse``.
-        attention_reduction: Over layers: ``sum``, ``mean``, or ``published``: sum for ``sink_filtered``, else mean.
-        matching: Of layers: ``group``, ``simple`` or ``adaptive``; the last two need a cache of single layers.
-        attention_layers: ``early``, ``middle``, ``late`` or ``all``; None: those the cache was built for.
+        attention_reduction: Reduction over layers: ``sum``, ``mean``, or ``published``: sum for ``sink_filtered``, else mean.
+        matching: Matching of layers: ``group``, ``simple`` or ``adaptive``; the last two need a cache of single layers.
+        attention_layers: ``early``, ``middle``, ``late`` or ``all``; none: those the cache was built for.
     """
 
     lm: float = 1.0

@@ -1,4 +1,4 @@
-"""What `make bench` does with its measurements: medians, tables, comparisons; and that README quotes the stored ones."""
+"""What `make bench` does with its measurements: medians, tables, comparisons; and that the documentation shows the stored ones."""
 
 import json
 from functools import partial
@@ -7,20 +7,23 @@ import pytest
 
 from tests.benchmarks import bench
 from tests.benchmarks.bench_compare import OtherMachineError, change_table, compare, main
-from tests.benchmarks.bench_measure import Spread, paired_seconds, ratio, scaled
-from tests.benchmarks.bench_online import students_ratio
-from tests.benchmarks.bench_processes import finishing_rate
-from tests.benchmarks.bench_readme import (
+from tests.benchmarks.bench_docs import (
     BEGIN,
     END,
     QUOTES,
-    README,
-    readme_table,
+    ROOT,
+    TABLE_PAGE,
+    bench_table,
+    codec_rows,
+    map_table,
     replace_words,
     rewrite,
     short,
     table_in,
 )
+from tests.benchmarks.bench_measure import Spread, paired_seconds, ratio, scaled
+from tests.benchmarks.bench_online import students_ratio
+from tests.benchmarks.bench_processes import finishing_rate
 from tests.benchmarks.bench_results import STORED, gather, read_parts, read_results, write_parts, write_results
 from tests.benchmarks.bench_training import in_turn, step_ratio, waiting_share
 from tests.benchmarks.experiment_tables import real_language_model_tables, tables
@@ -128,7 +131,7 @@ def test_parts_that_were_measured_are_kept_and_only_the_others_are_run(tmp_path,
 
 
 def test_the_table_groups_rows_and_shows_spreads_where_there_are_any():
-    assert readme_table(results()).splitlines() == [
+    assert bench_table(results()).splitlines() == [
         "| abacus, 2 cores, threads: 1; torch 9.0 | median | lowest to highest |",
         "|---|---|---|",
         "| **Stage two** | | |",
@@ -169,39 +172,59 @@ def test_comparing_says_how_to_get_results_that_are_not_there(tmp_path, capsys):
 def test_new_results_rewrite_the_table_and_the_quotes_and_nothing_else():
     before = read_results(STORED)
     now = before | {"figures": before["figures"] | {"stored bytes / row": 31.4}}
-    readme = f"It has 45 bytes a\nsupervised token for the built-in  teacher.\n{BEGIN}old\n{END}45 bytes\n"
-    expected = (
-        f"It has 31 bytes a\nsupervised token for the built-in  teacher.\n{BEGIN}{readme_table(now)}{END}45 bytes\n"
-    )
-    assert rewrite(readme, before | {"figures": before["figures"] | {"stored bytes / row": 45.2}}, now) == expected
+    before = before | {"figures": before["figures"] | {"stored bytes / row": 45.2}}
+    readme = "It takes 45 bytes per\nsupervised token with the built-in  teacher.\n45 bytes\n"
+    expected = "It takes 31 bytes per\nsupervised token with the built-in  teacher.\n45 bytes\n"
+    assert rewrite(readme, "README.md", before, now) == expected
+    assert rewrite(readme, "docs/families.md", before, now) == readme
+    page = f"above\n{BEGIN}old\n{END}below\n"
+    assert rewrite(page, TABLE_PAGE, before, now) == f"above\n{BEGIN}{bench_table(now)}{END}below\n"
     assert replace_words("a b b", "b b", "c d") == "a c d"
 
 
-def test_a_readme_without_its_marks_is_refused():
+def test_a_page_without_its_marks_is_refused():
     with pytest.raises(ValueError, match=r"put both lines back"):
         table_in(f"{END}table\n{BEGIN}")
 
 
-def test_the_table_in_the_readme_is_that_of_the_stored_results():
-    assert table_in(README.read_text()) == readme_table(read_results(STORED))
+def test_the_table_in_the_documentation_is_that_of_the_stored_results():
+    assert table_in((ROOT / TABLE_PAGE).read_text()) == bench_table(read_results(STORED))
+
+
+def stored_rows(name: str) -> list[str]:
+    """Rows of an experiment's tables, as Markdown."""
+    stored = json.loads(STORED.with_name(f"{name}.json").read_text())
+    return [line for line in tables(stored["results"], stored["teacher"]).splitlines() if line.startswith("| ")]
 
 
 @pytest.mark.parametrize("name", ["experiment", "experiment_earlier"])
-def test_the_tables_of_the_experiment_in_the_readme_are_those_of_the_stored_results(name):
-    stored = json.loads(STORED.with_name(f"{name}.json").read_text())
-    rows = [line for line in tables(stored["results"], stored["teacher"]).splitlines() if line.startswith("| ")]
+def test_the_tables_of_the_experiment_in_the_documentation_are_those_of_the_stored_results(name):
+    rows = stored_rows(name)
     assert len(rows) > 10
-    assert set(rows) <= set(README.read_text().splitlines())
+    assert set(rows) <= set((ROOT / TABLE_PAGE).read_text().splitlines())
 
 
-def test_the_table_of_the_real_language_model_in_the_readme_is_that_of_the_stored_results():
+def test_the_rows_in_the_readme_are_those_of_the_stored_results():
+    shown = [line for line in (ROOT / "README.md").read_text().splitlines() if " ± " in line and line.startswith("| ")]
+    assert len(shown) == 6
+    assert set(shown) <= set(stored_rows("experiment"))
+
+
+def test_the_table_of_the_real_language_model_in_the_documentation_is_that_of_the_stored_results():
     stored = json.loads(STORED.with_name("experiment_smollm.json").read_text())
     table = real_language_model_tables(stored["results"], stored["teacher"])
     assert len(table.splitlines()) == 6
-    assert table in README.read_text()
+    assert table in (ROOT / TABLE_PAGE).read_text()
+
+
+def test_the_tables_of_the_codecs_in_the_documentation_are_those_of_the_stored_results():
+    figures = json.loads(STORED.with_name("bench_codec.json").read_text())["figures"]
+    page = (ROOT / TABLE_PAGE).read_text()
+    assert set(codec_rows(figures)) <= set(page.splitlines())
+    assert map_table(figures) in page
 
 
 @pytest.mark.parametrize("quote", QUOTES, ids=lambda quote: quote.text)
-def test_what_the_readme_quotes_are_the_stored_results(quote):
-    words = " ".join(README.read_text().split())
+def test_what_the_documentation_quotes_are_the_stored_results(quote):
+    words = " ".join((ROOT / quote.page).read_text().split())
     assert quote.fill(read_results(STORED)) in words

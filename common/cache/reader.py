@@ -1,4 +1,4 @@
-"""Read access to a finished cache: a path in, records by sample id out. No torch, no codecs.
+"""Read access to a finished cache: a folder in, records by sample id out. No torch, no network.
 
 The cache describes itself: which signals it holds, in which fields, made from what. Opening reads plan and
 manifest and maps the index; a sidecar is read with its shard, so that neither time nor memory grows with the
@@ -11,24 +11,23 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, overload
 
 import numpy as np
 
 from vlm_distill_cache.common.cache.index import INDEX, SampleIndex, build_index
-from vlm_distill_cache.common.cache.manifest import Manifest, read_manifest, read_plan, summarise
+from vlm_distill_cache.common.cache.manifest import read_manifest, read_plan, summarise
 from vlm_distill_cache.common.cache.shared_images import SharedImages
 from vlm_distill_cache.common.cache.side_files import check_digests, check_file, check_size, check_sizes
 from vlm_distill_cache.common.cache.sidecar import parse_sidecar, sidecar_path
 from vlm_distill_cache.common.cache.stores import open_reader
-from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError
+from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError, SampleNotCachedError
 from vlm_distill_cache.common.files.atomic import read_bounded
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Mapping
+    from collections.abc import Callable, Collection, Iterable
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -50,13 +49,7 @@ class SampleIds(Sequence[str]):
         sidecar: Callable[[int], ShardSidecar],
         contains: Callable[[object], bool],
     ) -> None:
-        """Describe them.
-
-        Args:
-            starts: Records before each shard, and their total at the end, int64 ``[shards + 1]``.
-            sidecar: Reads a shard's sidecar.
-            contains: Looks an id up.
-        """
+        """Describe them; ``starts``: records before each shard, and their total at the end, int64 ``[shards + 1]``."""
         self._starts, self._sidecar, self._contains = starts, sidecar, contains
 
     def __len__(self) -> int:
@@ -114,13 +107,7 @@ class FailedSamples(Mapping[str, str]):
         sidecar: Callable[[int], ShardSidecar],
         find: Callable[[str], Place | None],
     ) -> None:
-        """Describe them.
-
-        Args:
-            counts: Failed samples of each shard.
-            sidecar: Reads a shard's sidecar.
-            find: Looks an id up.
-        """
+        """Describe them; ``counts``: failed samples of each shard."""
         self._counts, self._sidecar, self._find = counts, sidecar, find
 
     def __len__(self) -> int:
@@ -132,11 +119,7 @@ class FailedSamples(Mapping[str, str]):
                 yield from (name for name, _ in self._sidecar(shard).failed)
 
     def __getitem__(self, sample_id: str) -> str:
-        """Return the reason.
-
-        Raises:
-            KeyError: If the sample did not fail.
-        """
+        """Return the reason; a KeyError if the sample did not fail."""
         place = self._find(sample_id)
         if place is None or not place.failed:
             raise KeyError(sample_id)
@@ -168,16 +151,7 @@ class OpenShards:
         limit: int,
         before_open: Callable[[int], object] | None,
     ) -> None:
-        """Open none yet.
-
-        Args:
-            path: The cache folder.
-            plan: The cache's.
-            manifest: The cache's.
-            limit: Shards, and sidecars, kept at a time.
-            before_open: Called with a shard's number before its files are read, to bring them here; what it
-                returns is kept as long as the shard is open.
-        """
+        """Open none yet; keep at most ``limit`` shards and sidecars. ``before_open``: as for ``TeacherCache``."""
         self._path, self._plan, self._manifest = path, plan, manifest
         self._limit, self._before_open = limit, before_open
         self._reset()
@@ -204,11 +178,7 @@ class OpenShards:
             self._sidecars.clear()
 
     def sidecar(self, shard: int) -> ShardSidecar:
-        """Return a shard's sidecar; does not bring the shard itself here.
-
-        Raises:
-            CacheFormatError: If it is missing, damaged or not the one in the manifest.
-        """
+        """Return a shard's sidecar; does not bring the shard itself here. Raises CacheFormatError, as ``open``."""
         self._follow_fork()
         with self._lock:
             sidecar = self._sidecars.get(shard)
@@ -219,11 +189,7 @@ class OpenShards:
         return sidecar
 
     def open(self, shard: int) -> OpenShard:
-        """Return a shard, opened if it is not open.
-
-        Raises:
-            CacheFormatError: If it or its sidecar is missing or damaged.
-        """
+        """Return a shard, opened if it is not open; a CacheFormatError if it or its sidecar is missing or damaged."""
         self._follow_fork()
         with self._lock:
             found = self._shards.get(shard)
@@ -243,11 +209,7 @@ class OpenShards:
         return found
 
     def check_sizes(self) -> None:
-        """Look, without reading them, whether every shard's files are there in full length.
-
-        Raises:
-            CacheFormatError: Naming the first that is not.
-        """
+        """Refuse a shard whose files are not there in full length; does not read them."""
         for shard in range(self._plan.shard_count):
             for name, entry in self._read_sidecar(shard).files.items():
                 check_size(self._path, name, entry, _REMEDY)
@@ -296,13 +258,31 @@ def _keep(recent: OrderedDict[int, Any], shard: int, value: object, limit: int) 
 OPEN_SHARDS = 8
 
 
+class Codec(Protocol):
+    """How records keep one signal (``common.codecs``): frozen settings, and ``encode`` beside ``decode``."""
+
+    def fields(self) -> tuple[Field, ...]:
+        """The arrays of a record that hold the signal."""
+        ...
+
+    def decode(self, record: Record) -> Any:
+        """Rebuild the signal from these arrays; the codec's own docstring says as what, with shapes and units."""
+        ...
+
+
 class TeacherCache:
-    """A finished cache. Safe to use from several threads; a fork or a pickled copy opens its own shards.
+    """A finished cache: records by sample id. Safe to use from several threads; forks and pickled copies open their own.
+
+    ``cache[sample_id]`` is a sample's record, ``for sample_id in cache`` goes through the data set's order, and ``len``
+    counts records. A record is a dict of plain numpy arrays. Every record has ``image_hash`` u1 ``[1, 16]``, ``labels``
+    u4 ``[A]``, the token ids of the A supervised rows, and ``tiles`` f4 ``[tiles, 6]``: rows and columns of visual tokens,
+    and the region ``x0, y0, x1, y1`` that they cover, in units of the image's width and height. The others belong to
+    signals, compressed as ``common.cache.schema`` says field by field: ``decode`` turns them into numbers to work with.
 
     Attributes:
-        path: The folder.
-        plan: What it was planned to hold.
-        manifest: What it holds.
+        path: The folder; of a cache that was opened by its address, its local mirror.
+        plan: What it was planned to hold: teacher, data, and each signal's codec.
+        manifest: What it holds: counts, bytes, digests, and its fidelity to the teacher.
     """
 
     path: Path
@@ -315,14 +295,16 @@ class TeacherCache:
         *,
         open_shards: int = OPEN_SHARDS,
         before_open: Callable[[int], object] | None = None,
+        codec_of: Callable[[Mapping[str, Any]], Codec] | None = None,
     ) -> None:
-        """Open it.
+        """Open it; ``open_cache`` does so for a folder or an address.
 
         Args:
             path: The cache folder.
             open_shards: Shards kept open at a time.
             before_open: Called with a shard's number before its files are read, by whichever thread needs
                 them, and brings them here; what it returns is kept as long as the shard is open.
+            codec_of: Rebuilds a codec from the settings that the plan stores; None: nothing can be decoded.
 
         Raises:
             CacheFormatError: If it is no cache, not sealed, damaged, or from a newer format version.
@@ -339,7 +321,8 @@ class TeacherCache:
             )
         check_sizes(path, self.manifest.files)
         self._images = SharedImages(self.plan.all_fields)
-        self._fetches = before_open is not None
+        self._fetches, self._codec_of = before_open is not None, codec_of
+        self._codecs: dict[str, Codec] = {}
         self._shards = OpenShards(path, self.plan, self.manifest, limit=open_shards, before_open=before_open)
         self._starts = np.array([0, *accumulate(s.samples for s in self.manifest.shards)], dtype=np.int64)
         self._checked: set[str] = set()
@@ -379,6 +362,48 @@ class TeacherCache:
     def __len__(self) -> int:
         return int(self._starts[-1])
 
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.sample_ids)
+
+    def __getitem__(self, sample_id: str) -> Record:
+        """Return a sample's record, as ``read`` does; an unknown sample is a KeyError that says why."""
+        return self.read(sample_id)
+
+    def items(self) -> Iterator[tuple[str, Record]]:
+        """Yield each sample's id and record, shard after shard in the data set's order."""
+        for sample_id in self:
+            yield sample_id, self.read(sample_id)
+
+    def codec(self, signal: str) -> Codec:
+        """Return a signal's codec with the cache's settings; imports torch.
+
+        Raises:
+            CacheMismatchError: If the cache does not hold the signal.
+            CacheFormatError: If its settings are damaged, or from a newer version.
+        """
+        if signal not in self.plan.signals:
+            raise CacheMismatchError(
+                f"{self.path}: no signal {signal!r}; the cache holds {', '.join(self.signals)}: take one of these, or "
+                f"build a cache with --signals {','.join((*self.signals, signal))}"
+            )
+        if self._codec_of is None:
+            raise CacheMismatchError(f"{self.path}: opened without codecs; `open_cache` opens it with them")
+        if signal not in self._codecs:
+            self._codecs[signal] = self._codec_of(self.plan.signals[signal])
+        return self._codecs[signal]
+
+    def decode(self, signal: str, record: Record) -> Any:
+        """Rebuild a signal from a record of this cache.
+
+        ``logits`` become the log-probabilities, in nats, of each supervised row's kept tokens, ``answer_attention`` the
+        probability mass of each supervised row on each cell of a grid over the image; each codec's ``decode`` says more.
+
+        Raises:
+            CacheMismatchError: If the cache does not hold the signal.
+            CacheFormatError: If the record is damaged.
+        """
+        return self.codec(signal).decode(record)
+
     def __contains__(self, sample_id: object) -> bool:
         if not isinstance(sample_id, str):
             return False
@@ -386,11 +411,7 @@ class TeacherCache:
         return place is not None and not place.failed
 
     def shard_of(self, sample_id: str) -> int:
-        """Return the shard that holds a sample.
-
-        Raises:
-            CacheMismatchError: If the cache does not hold it.
-        """
+        """Return the shard that holds a sample; raises SampleNotCachedError, as ``read``."""
         return self._place(sample_id)[0]
 
     def shard_sample_ids(self, shard: int) -> tuple[str, ...]:
@@ -398,10 +419,7 @@ class TeacherCache:
         return self._shards.sidecar(shard).sample_ids
 
     def positions(self, sample_ids: Iterable[str]) -> NDArray[np.int64]:
-        """Look up many samples at once, without reading a sidecar.
-
-        Args:
-            sample_ids: Of a data set, n of them.
+        """Look up n samples at once, without reading a sidecar.
 
         Returns:
             Each one's place in ``self.sample_ids``, int64 ``[n]``; -1 for samples the cache holds no record of.
@@ -420,7 +438,7 @@ class TeacherCache:
         """Return a sample's record.
 
         Args:
-            sample_id: Of the sample.
+            sample_id: As the data set names it.
             names: Only these fields; None for all.
 
         Returns:
@@ -428,7 +446,7 @@ class TeacherCache:
             record shares with others of its image are in it, wherever in the shard they lie.
 
         Raises:
-            CacheMismatchError: If the cache does not hold the sample, with the reason if it failed.
+            SampleNotCachedError: If the cache does not hold the sample, with the reason if it failed; also a KeyError.
             CacheFormatError: If its shard is missing or damaged.
         """
         opened, position = self._locate(sample_id)
@@ -486,7 +504,7 @@ class TeacherCache:
     def _place(self, sample_id: str) -> tuple[int, int]:
         place = self._find(sample_id)
         if place is None:
-            raise CacheMismatchError(
+            raise SampleNotCachedError(
                 f"{self.path}: no sample {sample_id!r} among its {len(self)}; "
                 "use the data set and split the cache was built from"
             )
@@ -495,7 +513,7 @@ class TeacherCache:
         failed = self._shards.sidecar(place.shard).failed
         if place.position >= len(failed) or failed[place.position][0] != sample_id:
             raise self._misplaced(f"sample {sample_id!r} is not among the failed ones of shard {place.shard}")
-        raise CacheMismatchError(
+        raise SampleNotCachedError(
             f"{self.path}: sample {sample_id!r} failed when the cache was built: "
             f"{failed[place.position][1]}; skip it, or mend it and build the cache again"
         )

@@ -79,7 +79,7 @@ class TeacherMap:
             pairs.
 
         Source:
-            CompoDistill's released code (arXiv:2510.12184); method.md, section 3.
+            CompoDistill's released code (arXiv:2510.12184); docs/method.md, section 3.
         """
         kept = self.kept_with(student, token_mask)
         count = kept.sum(dim=-2).clamp_min(1)

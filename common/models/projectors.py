@@ -256,7 +256,7 @@ class TeacherAdapter(nn.Module):
         out_features: Width of the student's language model.
         grid: Rows and columns of patches.
         pool: Average-pool P_t's output 2x2 before P_s, for a student with a quarter of the tokens. The
-            trial found it harmful (demo.md, one seed), so it is off unless asked for.
+            trial found it harmful (docs/method.md, section 4), so it is off unless asked for.
 
     Source:
         CompoDistill (arXiv:2510.12184), section 3.3; the pooling is ours.

@@ -7,6 +7,7 @@ everything that it lists has been checked, and read first.
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vlm_distill_cache.common.cache.documents import parse_document
@@ -39,7 +40,6 @@ from vlm_distill_cache.common.remotes.streams import name_full_disk
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
     from vlm_distill_cache.common.cache.plan import Plan
     from vlm_distill_cache.common.cache.sidecar import FileEntry
@@ -54,7 +54,7 @@ _MARKER = f"{TEMPORARY_PREFIX}{MANIFEST}-pull"  # the manifest of the cache that
 
 def pull(
     location: str | Path,
-    target: Path,
+    target: str | Path,
     *,
     jobs: int = JOBS,
     on_progress: Callable[[int, int], object] | None = None,
@@ -78,6 +78,7 @@ def pull(
         CacheMismatchError: If the target holds something else.
         TransferError: If a file cannot be fetched, or there is too little room.
     """
+    target = Path(target)
     remote = open_remote(location)
     refuse_nested(target, location)
     manifest, raw = read_remote_manifest(remote)

@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 
 
 def push(
-    cache_dir: Path,
+    cache_dir: str | Path,
     location: str | Path,
     *,
     jobs: int = JOBS,
@@ -80,6 +80,7 @@ def push(
         ConfigError: If it is a folder of other things, or lies in the cache.
         TransferError: If something cannot be copied.
     """
+    cache_dir = Path(cache_dir)
     remote = open_remote(location)
     if not (is_url(location) or overwrite):
         refuse_strangers(Path(location))

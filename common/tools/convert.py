@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vlm_distill_cache.common.cache.manifest import (
@@ -24,10 +25,11 @@ from vlm_distill_cache.common.tools.verify import COPY_AGAIN, file_damage
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
 
-def convert(source: Path, target: Path, store: str, *, on_shard: Callable[[], object] | None = None) -> Manifest:
+def convert(
+    source: str | Path, target: str | Path, store: str, *, on_shard: Callable[[], object] | None = None
+) -> Manifest:
     """Write the same cache in the other store; back again, it is byte-identical.
 
     Killed and called again, it goes on with the shards that are missing.
@@ -46,6 +48,7 @@ def convert(source: Path, target: Path, store: str, *, on_shard: Callable[[], ob
         CacheFormatError: If the source is not sealed or damaged.
         CacheMismatchError: If the target holds another cache.
     """
+    source, target = Path(source), Path(target)
     cache = open_cache(source, open_shards=1)
     if store == cache.plan.store:
         raise ConfigError(f"{source} is a {store} cache already; copy the folder, or choose the other store")

@@ -6,6 +6,7 @@ Nothing is averaged and nobody wins: two caches that say different things of one
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlm_distill_cache.common.cache.documents import describe_differences
@@ -40,7 +41,6 @@ from vlm_distill_cache.common.tools.derived_card import DERIVED, write_derived_c
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
-    from pathlib import Path
 
     from vlm_distill_cache.common.cache.manifest import Manifest
     from vlm_distill_cache.common.cache.plan import Plan
@@ -189,8 +189,8 @@ class Merged:
 
 
 def merge(
-    sources: Sequence[Path],
-    target: Path,
+    sources: Sequence[str | Path],
+    target: str | Path,
     *,
     store: str | None = None,
     on_shard: Callable[[], object] | None = None,
@@ -216,20 +216,21 @@ def merge(
             they say of one sample; or one is not finished and they are of different plans.
         CacheFormatError: If a source is damaged.
     """
-    _refuse_overlapping(sources, target)
+    folders, target = [Path(source) for source in sources], Path(target)
+    _refuse_overlapping(folders, target)
     refuse_strangers(target)
-    plans = [read_plan(source) for source in sources]
+    plans = [read_plan(source) for source in folders]
     one_plan = all(_undescribed(plan) == _undescribed(plans[0]) for plan in plans)
-    if one_plan and not all((source / MANIFEST).is_file() for source in sources):
+    if one_plan and not all((source / MANIFEST).is_file() for source in folders):
         if store not in (None, plans[0].store):
             raise ConfigError(
                 f"--store {store}: parts of one plan are copied as they are ({plans[0].store}); "
                 "merge them first, then run `cachectl convert`"
             )
-        manifest, missing, samples, repeated = merge_parts(sources, target, on_shard=on_shard)
+        manifest, missing, samples, repeated = merge_parts(folders, target, on_shard=on_shard)
         return Merged(manifest=manifest, missing=missing, samples=samples, repeated=repeated)
-    _refuse_unlike_parts(sources, plans)
-    caches = [open_cache(source, open_shards=2) for source in sources]
+    _refuse_unlike_parts(folders, plans)
+    caches = [open_cache(source, open_shards=2) for source in folders]
     for cache in caches[1:]:
         refuse_different(caches[0], cache)
     slots, repeated = _plan_slots(caches)
@@ -238,14 +239,14 @@ def merge(
     if any(cache.manifest.fidelity != fidelity for cache in caches):
         fidelity = None  # each source's card stands in the new one
     fidelity = carry_fidelity(fidelity, caches[0].plan, signals=plan.signals)
-    cards = [_read_card(source) for source in sources]
+    cards = [_read_card(source) for source in folders]
     side_files = side_files_of(caches[0].manifest)
     manifest = derive_cache(
         target,
         plan,
         slots,
         lambda slot: caches[slot.source].read(slot.sample_id),
-        add_side_files=lambda root: fetch_files(open_remote(sources[0]), root, side_files),
+        add_side_files=lambda root: fetch_files(open_remote(folders[0]), root, side_files),
         card=write_derived_card(
             plan, fidelity, [(c.manifest_hash, card) for c, card in zip(caches, cards, strict=True)]
         ),

@@ -263,7 +263,7 @@ def _read_ids(path: Path) -> tuple[str, ...]:
 
 def pull_partial(
     location: str | Path,
-    target: Path,
+    target: str | Path,
     selection: Selection,
     *,
     jobs: int = 8,
@@ -287,6 +287,7 @@ def pull_partial(
         CacheFormatError: If what was downloaded is not what the manifest says.
         TransferError: If it could not be downloaded.
     """
+    target = Path(target)
     refuse_nested(target, location)
     refuse_strangers(target)
     target.mkdir(parents=True, exist_ok=True)

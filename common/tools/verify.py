@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from vlm_distill_cache.common.cache.index import INDEX, IndexBuilder, index_damage
@@ -39,7 +40,6 @@ from vlm_distill_cache.common.printing import one_line
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from vlm_distill_cache.common.cache.manifest import Plan, ShardSidecar
     from vlm_distill_cache.common.cache.stores import ShardReader
@@ -94,7 +94,7 @@ class Damage:
         return f"{one_line(self.path)}: {one_line(self.reason, limit=_MAX_REASON)}; {self.remedy}"
 
 
-def verify(cache_dir: Path, *, deep: bool = False, on_shard: Callable[[], object] | None = None) -> list[Damage]:
+def verify(cache_dir: str | Path, *, deep: bool = False, on_shard: Callable[[], object] | None = None) -> list[Damage]:
     """Check a cache: descriptions, counts, dtypes, offsets, and size and both digests of every file.
 
     Args:
@@ -105,6 +105,7 @@ def verify(cache_dir: Path, *, deep: bool = False, on_shard: Callable[[], object
     Returns:
         One entry per damaged, missing or unexpected file; empty if all is well. Never raises for damage.
     """
+    cache_dir = Path(cache_dir)
     if (cache_dir / SHARDS).is_symlink():
         reason = "a link; a cache holds plain files and folders only"
         return [Damage(path=SHARDS, reason=reason, remedy=COPY_AGAIN, kind="plan")]

@@ -5,7 +5,7 @@ the token at p + 1 where that token belongs to an answer (its end token included
 elsewhere. An answer of L tokens has exactly L supervised rows. Everything after this file relies on it.
 
 **Packing.** Independent conversations about one image share its prefix: the visual tokens are
-computed once, and a block-diagonal mask keeps the conversations apart (demo.md; 8 conversations cost
+computed once, and a block-diagonal mask keeps the conversations apart (docs/method.md, section 5; 8 conversations cost
 about a quarter of 8 sequences). Each keeps exactly the tokens and positions it would have alone.
 
 **Pictures.** A template writes one marker for the picture: the image token itself, or what the image encoder names

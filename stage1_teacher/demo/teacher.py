@@ -87,7 +87,7 @@ RECIPES = {
 
 def builtin_teacher_directory() -> Path:
     """Return the shipped teacher of drawn scenes, a directory as ``save_pretrained`` writes it."""
-    return Path(__file__).parent.parent / "builtin"
+    return Path(__file__).resolve().parent.parent / "builtin"
 
 
 def demo_teacher_for(data_spec: str, directory: Path, *, seed: int = 0) -> Path:

@@ -146,6 +146,11 @@ def teacher_directory(*, teacher: str, data: str, scratch: Path, cache: Path | N
     """
     if teacher:
         return Path(teacher)
+    from vlm_distill_cache.stage1_teacher.demo.teacher import (
+        builtin_teacher_directory,
+        demo_teacher_for,  # training code, needed for built-in data only
+    )
+
     name = data.partition(":")[0]
     if name not in ("shapes", "easy-vqa"):
         begun = None if cache is None else stored_plan(cache)
@@ -155,15 +160,14 @@ def teacher_directory(*, teacher: str, data: str, scratch: Path, cache: Path | N
                 "and no teacher is given: TEACHER=DIR (--teacher DIR) with that teacher's directory continues it; "
                 "another CACHE= begins a new one"
             )
+        shipped = builtin_teacher_directory()
+        if shipped.is_relative_to(Path.cwd()):
+            shipped = shipped.relative_to(Path.cwd())
         raise ConfigError(
             f"no teacher given for data {data!r}: set TEACHER=DIR (--teacher DIR) to a "
             "vision-language checkpoint directory, or use DATA=shapes or DATA=easy-vqa, "
-            "which have built-in teachers (TEACHER=stage1_teacher/builtin is the one that knows shapes)"
+            f"which have built-in teachers (TEACHER={shipped} is the one that knows shapes)"
         )
-    from vlm_distill_cache.stage1_teacher.demo.teacher import (
-        demo_teacher_for,  # training code, needed for built-in data only
-    )
-
     return demo_teacher_for(name, scratch)
 
 

@@ -431,7 +431,7 @@ def reconstruct(sparse: SparseLogits, student_log_probs: Tensor) -> Tensor:
         float32 ``[A, V]``, nats.
 
     Source:
-        The gradient of method.md, section 2: outside the top-k it is q_j * (1 - eps_T / eps_S).
+        The gradient of docs/method.md, section 2: outside the top-k it is q_j * (1 - eps_T / eps_S).
     """
     log_probs, tail = sparse.at(1.0)
     inside = torch.zeros_like(student_log_probs, dtype=torch.bool)

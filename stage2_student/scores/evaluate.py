@@ -253,7 +253,7 @@ def ask_letters(
         right letter is the more likely one.
 
     Source:
-        SugarCrepe's two-option question as CompoDistill words it (method.md, section 7).
+        SugarCrepe's two-option question as CompoDistill words it (docs/method.md, section 7).
     """
     token_a, token_b = (_letter_token(encoder, pairs[0].image, letter) for letter in "AB")
     asked = [

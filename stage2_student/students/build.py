@@ -366,7 +366,7 @@ def build_config(
 def initialize_by_fan_in(student: VisionLanguageModel) -> None:
     """Redraw all matrices outside the vision tower from N(0, 1/sqrt(fan_in)); biases and norms stay.
 
-    What unlocked the tiny models (demo.md): with the library's 0.02 at width 64, q.k is about 0 and attention
+    What unlocked the tiny models (docs/method.md, section 5): with the library's 0.02 at width 64, q.k is about 0 and attention
     starts, and stays, flat.
     """
     for name, parameter in student.named_parameters():

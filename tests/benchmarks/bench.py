@@ -2,7 +2,7 @@
 
 Every ratio is the median over interleaved repetitions (A B A B ...), so that a machine whose speed drifts slows both
 sides alike; its spread is the lowest and the highest of them. A whole run stores its results beside this file, with
-the machine and the versions, and writes README's table from them. ``--only PART`` prints some parts and stores nothing.
+the machine and the versions, and writes the documentation's table from them. ``--only PART`` prints some parts and stores nothing.
 Finished parts are kept in ``build/bench.json``; ``--go-on`` takes them from there after a run that was stopped.
 """
 
@@ -16,12 +16,12 @@ from pathlib import Path
 
 import torch
 
+from tests.benchmarks.bench_docs import bench_table, rewrite_pages
 from tests.benchmarks.bench_epoch import bench_epoch
 from tests.benchmarks.bench_fused import bench_fused
 from tests.benchmarks.bench_measure import Measured, Values
 from tests.benchmarks.bench_online import bench_online
 from tests.benchmarks.bench_processes import bench_processes
-from tests.benchmarks.bench_readme import README, readme_table, rewrite
 from tests.benchmarks.bench_results import (
     STORED,
     Results,
@@ -111,18 +111,18 @@ def main() -> None:
     """Measure and print; store a whole run."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.bench", description=__doc__)
     parser.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", help=", ".join(PARTS))
-    parser.add_argument("--output", type=Path, help="write JSON here; README and the stored results stay")
+    parser.add_argument("--output", type=Path, help="write JSON here; the documentation and the stored results stay")
     parser.add_argument("--go-on", action="store_true", help="measure only what a stopped run left")
     options = parser.parse_args()
     prepare()
     kept = read_parts(KEPT) if options.go_on else {}
     results = measure(options.only or tuple(PARTS), kept, lambda: write_parts(kept, KEPT))
-    sys.stdout.write(readme_table(results))
+    sys.stdout.write(bench_table(results))
     if options.output is not None:
         write_results(results, options.output)
     elif options.only is None:
         before = read_results(STORED) if STORED.is_file() else None
-        README.write_text(rewrite(README.read_text(), before, results))
+        rewrite_pages(before, results)
         write_results(results, STORED)
 
 

@@ -1,6 +1,6 @@
 """Bytes and fidelity of every codec preset, on synthetic and real distributions: ``make bench-codec``.
 
-Ours and the peers' formats see the same rows, so that size and gradient error compare. design.md's limits stand beside
+Ours and the peers' formats see the same rows, so that size and gradient error compare. Our targets stand beside
 the measured values; what is not met is printed as such, with the reason where it is known. The result is stored
 beside this file with the machine and the versions. About 8 minutes on two cores. A part can be run alone:
 ``python -m tests.benchmarks.bench_codec --only logits`` (or ``attention``).
@@ -36,10 +36,10 @@ COLUMNS = {
     "gradient_error_t2": "T=2", "gradient_error_flatter": "flatter student, T=1", "gradient_error_flatter_t2": "T=2",
     "rows_at_cap": "at the cap", "encode_rows_per_s": "encode rows/s", "decode_rows_per_s": "decode rows/s",
 }  # fmt: skip
-# design.md, section 3: bytes a row and gradient error, on synthetic teachers
+# targets: bytes a row and gradient error, on synthetic teachers
 LIMITS = {"lean": (25, 0.006), "default": (45, 0.005), "wide": (60, 0.005)}
 LIMIT_T2, LIMIT_SPEED = 0.03, 500_000
-# design.md, "Real prose is flatter": tokens kept, and gradient error
+# expected on real prose: tokens kept, and gradient error
 PROSE_FIGURES = {
     "lean": (39, 0.026), "default": (50, 0.025), "wide": (55, 0.026), "fixed:128": (128, 0.016), "full": (255, 0.009)
 }  # fmt: skip
@@ -57,7 +57,7 @@ def teachers() -> Iterator[TeacherRows]:
 
 
 def checks(figures: dict[str, dict[str, Any]]) -> Iterator[tuple[str, float, float, bool]]:
-    """What is claimed, what was measured, design.md's limit, and whether it is met."""
+    """What is claimed, what was measured, the target, and whether it is met."""
     for teacher, measured in figures.items():
         if teacher.startswith("synthetic"):
             for preset, (size, error) in LIMITS.items():
@@ -145,8 +145,8 @@ def logit_figures() -> dict[str, dict[str, Any]]:
 
 
 def judge(figures: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Print and return the comparison with design.md's limits and with the peers."""
-    print("\n| design.md | measured | limit | |\n|---|---|---|---|")
+    """Print and return the comparison with our targets and with the peers."""
+    print("\n| target | measured | limit | |\n|---|---|---|---|")
     limits = {}
     for what, value, limit, is_met in checks(figures):
         limits[what] = {"measured": value, "limit": limit, "met": is_met}

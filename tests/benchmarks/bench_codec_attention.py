@@ -46,7 +46,7 @@ from vlm_distill_cache.stage1_teacher.quality.fidelity import (
 from vlm_distill_cache.stage1_teacher.teacher.teacher import Teacher
 
 PRESETS: tuple[MapPreset, ...] = ("exact", "blocks", "compact", "exact8", "f4")
-LIMITS: dict[str, dict[str, Any]] = {  # design.md, section 3: kB a sample by visual tokens; gradient's cosine
+LIMITS: dict[str, dict[str, Any]] = {  # targets: kB a sample by visual tokens; gradient's cosine
     "exact": {576: 950, 729: 1520, "mean": 0.9999},
     "blocks": {576: 192, 729: 291, "mean": 0.9998},
     "compact": {576: 79, 729: 110, "mean": 0.998, "worst": 0.995},
@@ -78,7 +78,7 @@ def attention_figures(*, samples: int = 6) -> dict[str, Any]:
 
     Returns:
         By source and signal: `kb_per_sample` (1000 bytes, Zarr shard), cosines of gradients (`mean`, `worst`) per
-        student, and what design.md's limits say where it has some.
+        student, and what our targets say where there are some.
     """
     sources: dict[str, Callable[[], Source]] = {
         "built-in teacher, 36 tokens": lambda: _builtin(4 * samples),

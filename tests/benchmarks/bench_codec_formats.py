@@ -131,18 +131,18 @@ PEERS = (
         gradient=_ghost_token,
         row_bytes=lambda vocabulary: 128.0 if vocabulary <= 131_072 else None,
         packed=_pack_words,
-        source="design.md, section 3: k = 32, vocabularies up to 131,072 (17 bits), 111-120 bytes",
+        source="k = 32, vocabularies up to 131,072 (17 bits), 111-120 bytes",
     ),
     PeerFormat(
         name="float16 + int32 top 64, renormalised",
         gradient=_renormalised,
         row_bytes=lambda _: 64 * 6.0,
-        source="design.md, section 3",
+        source="64 tokens of 2 + 4 bytes",
     ),
     PeerFormat(
         name="MaxText raw top 128, no normaliser",
         gradient=_raw_top_k,
         row_bytes=lambda _: 128 * 6.0,
-        source="design.md and AI-Hypercomputer/maxtext, save_top_k_teacher_logits (--top_k=128)",
+        source="AI-Hypercomputer/maxtext, save_top_k_teacher_logits (--top_k=128)",
     ),
 )

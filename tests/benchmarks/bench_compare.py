@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.benchmarks.bench_readme import short
+from tests.benchmarks.bench_docs import short
 from tests.benchmarks.bench_results import STORED, Results, describe_machine, numbers, read_results, write_results
 
 MACHINE = ("processor", "cores", "threads")

@@ -1,6 +1,6 @@
 """A pulled cache is data: it names no file outside itself, costs no more than it holds, and runs nothing.
 
-What each test shows is claimed in ``common/THREATS.md``; checksums prove nothing here, since an attacker makes
+What each test shows is claimed in ``docs/threats.md``; checksums prove nothing here, since an attacker makes
 them anew (`forge`).
 """
 

@@ -254,7 +254,7 @@ def test_a_vision_tower_from_a_cache_cannot_name_code_to_fetch(tmp_path):
 
 
 def test_every_claim_of_the_threat_model_names_a_test_that_exists():
-    claims = set(re.findall(r"::(test_\w+)", (ROOT / "common" / "THREATS.md").read_text()))
+    claims = set(re.findall(r"::(test_\w+)", (ROOT / "docs" / "threats.md").read_text()))
     tests = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
     assert len(claims) > 25
     assert [claim for claim in sorted(claims) if f"def {claim}(" not in tests] == []

@@ -228,7 +228,7 @@ def test_maps_of_means_serve_the_sink_filtered_loss_alone():
 
 
 def test_the_released_loss_is_its_formula():
-    """Transcribed line by line from method.md, section 3, with torch's own mean and unbiased std."""
+    """Transcribed line by line from docs/method.md, section 3, with torch's own mean and unbiased std."""
     teacher, student = maps_of(4, 7, 9, seed=0), maps_of(4, 7, 9, seed=1)
 
     def formula(batch: Tensor) -> Tensor:

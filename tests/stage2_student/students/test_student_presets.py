@@ -92,7 +92,7 @@ def test_compodistill_2b_has_the_published_parts_and_728_tokens(tmp_path):
     language = sum(n for name, n in counts.items() if ".vision_tower." not in name and ".mm_projector." not in name)
     assert language / 1e9 == pytest.approx(1.837, abs=0.001)
     assert sum(n for name, n in counts.items() if ".vision_tower." in name) / 1e6 == pytest.approx(428.2, abs=0.1)
-    # Two layers of about 9.5 M weights in all, 19 MB in half precision (method.md, section 4); and 2560 x 2048.
+    # Two layers of about 9.5 M weights in all, 19 MB in half precision (docs/method.md, section 4); and 2560 x 2048.
     assert sum(n for name, n in counts.items() if ".mm_projector.teacher." in name) == 1152 * 2560 + 2560**2 + 5120
     assert sum(n for name, n in counts.items() if ".mm_projector.post." in name) == 2560 * 2048 + 2048
     assert student.image_grid == (27, 27)

@@ -1,0 +1,106 @@
+"""`import vlm_distill_cache as vdc`: instant, every name there, and the examples of the documentation run."""
+
+import ast
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import vlm_distill_cache as vdc
+from vlm_distill_cache.common.cache.reader import TeacherCache
+from vlm_distill_cache.common.codecs import codec_from_dict
+
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLES = {
+    "read_cache.py": ["8 samples; signals: answer_attention, logits", "labels ", "KeyError: ", "no sample 'no such sample'"],
+    "build_and_train.py": ["64 samples in ", "step 9.000", "'model.safetensors'"],
+    "share_cache.py": ["pulled a part: 4 samples", "merged: 16 samples", "equal records: True", "damage: []", "00000.tar: 4 bytes"],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory, tiny_llava: Path) -> TeacherCache:
+    place = tmp_path_factory.mktemp("face") / "cache"
+    options = {"teacher": str(tiny_llava), "template": "short", "shard_size": 2, "fidelity_samples": 0, "limit": 5}
+    vdc.build(vdc.BuildConfig(cache=str(place), **options))
+    return vdc.open_cache(str(place))
+
+
+def test_importing_it_imports_no_library_and_takes_no_time():
+    code = """
+import sys, time
+before, began = set(sys.modules), time.perf_counter()
+import vlm_distill_cache
+print(time.perf_counter() - began)
+print(*sorted({name.partition(".")[0] for name in set(sys.modules) - before} - sys.stdlib_module_names))
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert float(ran[0]) < 2  # 0.02 s on an idle machine
+    assert ran[1:] == ["vlm_distill_cache"]
+
+
+def test_every_name_is_there_and_nothing_else():
+    assert set(vdc.__all__) <= set(dir(vdc))
+    assert all(callable(getattr(vdc, name)) for name in vdc.__all__)
+    assert all(getattr(vdc, name).__doc__ for name in vdc.__all__)
+    with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
+        vdc.nonsense  # noqa: B018
+
+
+def test_editors_and_the_type_checker_see_the_names_that_there_are():
+    tree = ast.parse(Path(vdc.__file__).read_text())
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    seen = {alias.asname or alias.name: (n.module, alias.name) for n in block.body for alias in n.names}
+    assert set(seen) == set(vdc.__all__)
+    for name, (module, inner) in seen.items():
+        assert getattr(sys.modules[module], inner) is getattr(vdc, name)
+
+
+def test_every_error_of_the_project_is_offered():
+    from vlm_distill_cache.common import errors
+
+    raised = {name for name, value in vars(errors).items() if isinstance(value, type)}
+    assert raised <= set(vdc.__all__)
+
+
+def test_a_cache_is_read_like_a_dictionary(cache):
+    assert list(cache) == list(cache.sample_ids)
+    assert len(cache) == len(list(cache)) == 5
+    for sample_id, record in cache.items():
+        assert sample_id in cache
+        assert record.keys() == cache[sample_id].keys() == {field.name for field in cache.fields}
+        assert all(np.array_equal(array, cache[sample_id][name]) for name, array in record.items())
+
+
+def test_an_unknown_sample_is_a_key_error_in_words(cache):
+    with pytest.raises(KeyError) as caught:
+        cache["other"]
+    assert isinstance(caught.value, vdc.CacheMismatchError | vdc.SampleNotCachedError)
+    assert str(caught.value).endswith("use the data set and split the cache was built from")
+
+
+def test_signals_are_decoded_by_the_codec_that_wrote_them(cache):
+    record = cache[next(iter(cache))]
+    for signal in cache.signals:
+        assert cache.codec(signal) is cache.codec(signal)
+        assert cache.codec(signal) == codec_from_dict(cache.plan.signals[signal])
+    rows = len(record["labels"])
+    assert np.asarray(cache.decode("logits", record).log_probs).shape[0] == rows
+    assert np.asarray(cache.decode("answer_attention", record).cells).shape == (rows, 1, 36)
+    with pytest.raises(vdc.CacheMismatchError, match=r"no signal 'hidden'; the cache holds answer_attention, logits"):
+        cache.decode("hidden", record)
+    with pytest.raises(vdc.CacheMismatchError, match=r"opened without codecs; `open_cache`"):
+        TeacherCache(cache.path).codec("logits")
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "docs" / "examples").glob("*.py")))
+def test_examples_run_and_are_short(name: str, capsys: pytest.CaptureFixture[str]):
+    path = ROOT / "docs" / "examples" / name
+    assert len(path.read_text().splitlines()) <= 40
+    runpy.run_path(str(path), run_name="__main__")
+    shown = capsys.readouterr().out
+    for part in EXAMPLES[name]:
+        assert part in shown

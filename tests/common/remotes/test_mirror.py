@@ -22,7 +22,7 @@ from vlm_distill_cache.common.cache.manifest import read_manifest, seal
 from vlm_distill_cache.common.cache.reader import TeacherCache
 from vlm_distill_cache.common.cli import main
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError, ConfigError, TransferError
-from vlm_distill_cache.common.opening import open_cache, open_mirror
+from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.common.remotes import DirectoryRemote
 from vlm_distill_cache.common.remotes import mirror as mirror_module
 from vlm_distill_cache.common.remotes.mirror import Mirror, find_mirror, forget_mirrors, local_folder
@@ -87,6 +87,12 @@ def present(cache: TeacherCache) -> set[int]:
         for path in (cache.path / "shards").iterdir()
         if path.suffix in (".zarr", ".tar") and not path.name.startswith(".")
     }
+
+
+def open_mirror(location: str, *, open_shards: int) -> TeacherCache:
+    """What ``open_cache`` does for an address, here also for a path whose remote is a ``CountingRemote``."""
+    mirror = find_mirror(location)
+    return TeacherCache(mirror.folder, open_shards=open_shards, before_open=mirror.hold)
 
 
 def first_of(shard: int) -> str:

@@ -6,20 +6,16 @@ Credentials, region and endpoint (``AWS_ENDPOINT_URL``) come from where boto3 al
 from __future__ import annotations
 
 import os
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from vlm_distill_cache.common.errors import ConfigError, TransferError
-from vlm_distill_cache.common.remotes.streams import (
-    AGAIN,
-    PassingError,
-    RangeRefusedError,
-    Retries,
-    download_file,
-    read_small,
-)
+from vlm_distill_cache.common.remotes.base import Remote
+from vlm_distill_cache.common.remotes.http import CONTENT_RANGE
+from vlm_distill_cache.common.remotes.streams import AGAIN, Body, PassingError, RangeRefusedError, Retries
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
     from pathlib import Path
 
 _ABSENT = ("404", "NoSuchKey", "NotFound")
@@ -28,19 +24,12 @@ _MAY_PASS = ("SlowDown", "RequestTimeout", "ConditionalRequestConflict")
 _CONNECTIONS = 32
 
 
-class S3Remote:
-    """A prefix in a bucket.
-
-    Args:
-        location: ``s3://BUCKET/PREFIX``.
-        retries: How patient to be.
+class S3Remote(Remote):
+    """A prefix in a bucket, ``s3://BUCKET/PREFIX``.
 
     Raises:
         ConfigError: If the address names no bucket, or boto3 is not installed.
     """
-
-    upload_files = 1
-    upload_jobs = 8
 
     def __init__(self, location: str, retries: Retries) -> None:
         bucket, _, prefix = location.removeprefix("s3://").partition("/")
@@ -50,66 +39,53 @@ class S3Remote:
             import boto3  # noqa: F401
         except ImportError as error:
             raise ConfigError(f"{location}: s3 needs boto3; run `pip install 'vlm-distill-cache[s3]'`") from error
-        self.location = location.rstrip("/")
+        super().__init__(location.rstrip("/"), retries)
         self._bucket = bucket
         self._prefix = f"{prefix.rstrip('/')}/" if prefix.strip("/") else ""
-        self._retries = retries
-        self._forget_clients()
-
-    def _forget_clients(self) -> None:
         self._clients: dict[tuple[int, int], Any] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_clients"}
+        return self.__dict__ | {"_clients": {}}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._forget_clients()
+    def _open(self, name: str, start: int = 0, stop: int | None = None) -> Body:
+        from botocore.exceptions import BotoCoreError
+        from urllib3.exceptions import HTTPError
 
-    def read(self, name: str, *, max_bytes: int) -> bytes:
-        """Return a small file whole; see ``Remote``."""
-        where = self._where(name)
-        return read_small(lambda: self._open(name), where, max_bytes=max_bytes, retries=self._retries)
+        response = self._once(name, "get_object", **({"Range": f"bytes={start}-"} if start else {}))
+        stream = response["Body"]
+
+        def read(limit: int) -> bytes:
+            try:
+                # Small pieces, for this call returns when all of one is there: a trickle must be noticed.
+                return bytes(stream.read(min(limit, 64 << 10)))
+            except (BotoCoreError, HTTPError, OSError) as error:
+                raise PassingError(str(error) or type(error).__name__) from error
+
+        if (found := CONTENT_RANGE.fullmatch(response.get("ContentRange", ""))) is None:
+            return Body(0, response.get("ContentLength"), read, stream.close)
+        return Body(int(found[1]), None if found[3] == "*" else int(found[3]), read, stream.close)
 
     def size(self, name: str) -> int | None:
         """Return the bytes of a file, or None; see ``Remote``."""
         try:
-            head = self._call(name, "head_object")
+            return int(self._call(name, "head_object")["ContentLength"])
         except FileNotFoundError:
             return None
-        return int(head["ContentLength"])
-
-    def download(self, name: str, target: Path, *, size: int, on_bytes: Callable[[int], object] | None = None) -> None:
-        """Append what is missing to ``target``; see ``Remote``."""
-
-        def open_at(start: int) -> _S3Body:
-            return self._open(name, start)
-
-        where = self._where(name)
-        download_file(open_at, where, target, size=size, retries=self._retries, on_bytes=on_bytes)
 
     def upload(self, files: Mapping[str, Path], *, on_bytes: Callable[[int], object] | None = None) -> None:
         """Copy files here, large ones in parts, each visible when complete; see ``Remote``."""
-        from boto3.exceptions import S3UploadFailedError
         from boto3.s3.transfer import TransferConfig
-        from botocore.exceptions import BotoCoreError, ClientError
 
         # Four parts at once: other shards are being uploaded beside this one.
         settings = TransferConfig(multipart_chunksize=16 << 20, max_concurrency=4)
+        client = self._client(self._retries.attempts)  # which tries a part again, not the whole file
         for name, source in files.items():
+            where = self._where(name)
             try:
-                self._client(self._retries.attempts).upload_file(
-                    str(source), self._bucket, self._key(name), Callback=on_bytes, Config=settings
-                )
-            except S3UploadFailedError as error:
-                where = self._where(name)
-                if isinstance(cause := error.__context__, ClientError):
-                    failure = self._failure(where, cause)
-                    if isinstance(failure, TransferError):
-                        raise failure from error
+                with self._failures(where):
+                    client.upload_file(str(source), self._bucket, self._key(name), Callback=on_bytes, Config=settings)
+            except (PassingError, FileNotFoundError) as error:
                 raise TransferError(f"{where}: {error}; {AGAIN}") from error
-            except (BotoCoreError, ClientError) as error:
-                raise TransferError(f"{self._where(name)}: {error}; {AGAIN}") from error
 
     def create(self, name: str, data: bytes) -> bool:
         """Write a small new file, or return False; see ``Remote``."""
@@ -134,9 +110,6 @@ class S3Remote:
         for name in names:
             self._call(name, "delete_object")
 
-    def _where(self, name: str) -> str:
-        return f"{self.location}/{name}"
-
     def _key(self, name: str) -> str:
         return self._prefix + name
 
@@ -160,15 +133,21 @@ class S3Remote:
         return self._retries.run(self._where(name), lambda: self._once(name, operation, **arguments))
 
     def _once(self, name: str, operation: str, **arguments: Any) -> Any:
-        """Ask once, and sort what goes wrong into absent, passing and lasting."""
+        with self._failures(self._where(name)):
+            return getattr(self._client(), operation)(Bucket=self._bucket, Key=self._key(name), **arguments)
+
+    @contextmanager
+    def _failures(self, where: str) -> Iterator[None]:
+        """Sort what the library raises into absent, passing and lasting."""
+        from boto3.exceptions import S3UploadFailedError
         from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
         from botocore.exceptions import ConnectionError as BotoConnectionError
 
-        where = self._where(name)
         try:
-            return getattr(self._client(), operation)(Bucket=self._bucket, Key=self._key(name), **arguments)
-        except ClientError as error:
-            raise self._failure(where, error) from error
+            yield
+        except (ClientError, S3UploadFailedError) as error:
+            refused = error if isinstance(error, ClientError) else error.__context__  # who raises the latter
+            raise self._failure(where, refused) from refused
         except (BotoConnectionError, HTTPClientError) as error:
             raise PassingError(str(error)) from error
         except BotoCoreError as error:  # no credentials, no region, a profile that does not exist
@@ -194,40 +173,6 @@ class S3Remote:
                 "listed says this of absent files too)"
             )
         return TransferError(f"{where}: {error}")
-
-    def _open(self, name: str, start: int = 0) -> _S3Body:
-        wanted = {"Range": f"bytes={start}-"} if start else {}
-        return _S3Body(self._once(name, "get_object", **wanted), start)
-
-
-class _S3Body:
-    """An object that is arriving; see ``streams.Body``."""
-
-    def __init__(self, response: dict[str, Any], start: int) -> None:
-        self._stream = response["Body"]
-        said = str(response.get("ContentRange", ""))
-        if said.startswith("bytes ") and "-" in said:
-            first, total = said.removeprefix("bytes ").partition("-")[0], said.rpartition("/")[2]
-            self.start = int(first) if first.isdecimal() else start
-            self.total: int | None = int(total) if total.isdecimal() else None
-        else:
-            self.start, self.total = 0, response.get("ContentLength")
-
-    def read(self, limit: int) -> bytes:
-        """Return the next bytes, at most ``limit``."""
-        from botocore.exceptions import BotoCoreError
-        from urllib3.exceptions import HTTPError
-
-        try:
-            # Small pieces, for this call returns when all of one is there: a trickle must be noticed.
-            block: bytes = self._stream.read(min(limit, 64 << 10))
-        except (BotoCoreError, HTTPError, OSError) as error:
-            raise PassingError(str(error) or type(error).__name__) from error
-        return block
-
-    def close(self) -> None:
-        """Give the connection back."""
-        self._stream.close()
 
 
 def _code(error: Any) -> str:

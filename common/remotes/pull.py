@@ -29,10 +29,12 @@ from vlm_distill_cache.common.remotes.fetch import (
     Progress,
     Transferred,
     cache_bytes,
+    descriptions,
     fetch_files,
     is_intact,
     read_remote_manifest,
     refuse_nested,
+    sidecar_name,
 )
 from vlm_distill_cache.common.remotes.push import push
 from vlm_distill_cache.common.remotes.streams import name_full_disk
@@ -70,9 +72,6 @@ def pull(
         jobs: Files at a time.
         on_progress: Called with the bytes that are here and those of the whole cache.
 
-    Returns:
-        The cache's manifest, and what was moved.
-
     Raises:
         CacheFormatError: If the remote holds no complete cache, or its descriptions do not fit each other.
         CacheMismatchError: If the target holds something else.
@@ -96,11 +95,10 @@ def pull(
     lock = try_lock(marker)  # so that nobody takes it for a leftover
     try:
         progress = Progress(total, on_progress)
-        sidecars = {f"{SHARDS}/{i:05d}.json": shard.sidecar for i, shard in enumerate(manifest.shards)}
-        moved = fetch_files(remote, target, manifest.files | sidecars, jobs=jobs, on_bytes=progress.add)
+        moved = fetch_files(remote, target, descriptions(manifest), jobs=jobs, progress=progress)
         plan = read_plan(target)
         _check_descriptions(target, plan, manifest)
-        moved += fetch_files(remote, target, _shard_files(target, plan), jobs=jobs, on_bytes=progress.add)
+        moved += fetch_files(remote, target, _shard_files(target, plan), jobs=jobs, progress=progress)
         moved += _pull_card(remote, target)
         held = (target / MANIFEST).is_file() and (target / MANIFEST).read_bytes() == raw
         write_bytes_atomic(target / MANIFEST, raw)
@@ -173,7 +171,7 @@ def _check_descriptions(target: Path, plan: Plan, manifest: Manifest) -> None:
         sidecar = read_sidecar(target, index)
         path = sidecar_path(target, index)
         check_sidecar(sidecar, plan, str(path))
-        if f"{SHARDS}/{path.name}" in sidecar.files or len(sidecar.files) > MAX_SHARD_FILES:
+        if sidecar_name(index) in sidecar.files or len(sidecar.files) > MAX_SHARD_FILES:
             raise CacheFormatError(
                 f"{path}: lists itself, or {len(sidecar.files)} files, above {MAX_SHARD_FILES}; damaged or hostile, "
                 "run `cachectl verify` on the source"

@@ -128,10 +128,16 @@ def stop_waiting_on(event: threading.Event) -> None:
     _stop.event = event
 
 
-def give_up_if_told() -> None:
-    """Raise ``StoppedError`` if this thread shall give up."""
-    if (event := getattr(_stop, "event", None)) is not None and event.is_set():
-        raise StoppedError
+def stoppable(report: Callable[[int], object]) -> Callable[[int], None]:
+    """Let a report, whichever thread makes it, raise ``StoppedError`` once this thread shall give up."""
+    event: threading.Event | None = getattr(_stop, "event", None)
+
+    def checked(size: int) -> None:
+        if event is not None and event.is_set():
+            raise StoppedError
+        report(size)
+
+    return checked
 
 
 def wait(seconds: float) -> None:

@@ -350,7 +350,7 @@ def test_a_folder_that_may_not_be_written_is_named_with_the_variable(remote: Cou
     def refuse(path: Path, **_: object) -> None:
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
-    monkeypatch.setattr(mirror_module, "lock", refuse)
+    monkeypatch.setattr(mirror_module, "locked", refuse)
     with pytest.raises(ConfigError, match="lock: Permission denied; set VLM_DISTILL_CACHE_DIR"):
         open_mirror(remote.location, open_shards=1)
 

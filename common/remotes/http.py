@@ -206,13 +206,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
     """Follows redirects, at most ten; keeps secrets on their host and never leaves https for http."""
 
     def redirect_request(
-        self,
-        req: urllib.request.Request,
-        fp: IO[bytes],
-        code: int,
-        msg: str,
-        headers: HTTPMessage,
-        newurl: str,
+        self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str
     ) -> Any:
         """Return the next request."""
         old, new = urlsplit(req.full_url), urlsplit(newurl)

@@ -55,11 +55,7 @@ _MARKER = f"{TEMPORARY_PREFIX}{MANIFEST}-pull"  # the manifest of the cache that
 
 
 def pull(
-    location: str | Path,
-    target: Path,
-    *,
-    jobs: int = JOBS,
-    on_progress: Callable[[int, int], object] | None = None,
+    location: str | Path, target: Path, *, jobs: int = JOBS, on_progress: Callable[[int, int], object] | None = None
 ) -> tuple[Manifest, Transferred]:
     """Bring a whole cache here, byte for byte.
 

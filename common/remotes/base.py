@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import time
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from vlm_distill_cache.common.errors import CacheFormatError, TransferError
 from vlm_distill_cache.common.remotes.streams import PassingError, RangeRefusedError
@@ -45,21 +45,22 @@ class Remote(ABC):
         self.location = location
         self._retries = retries
 
-    @abstractmethod
     def upload(self, files: Mapping[str, Path], *, on_bytes: Callable[[int], object] | None = None) -> None:
-        """Copy whole local files here, each visible only when whole, in an order in which the last comes last.
+        """Copy whole local files here, each visible only when whole, in an order in which the last comes last."""
+        self._refuse_to_write()
 
-        Raises:
-            TransferError: Also where nothing can be written.
-        """
-
-    @abstractmethod
     def create(self, name: str, data: bytes) -> bool:
         """Write a small new file, or return False, without a change, if there is a file of that name already."""
+        self._refuse_to_write()
 
-    @abstractmethod
     def delete(self, names: Iterable[str]) -> None:
         """Remove files in this order; absent ones are fine."""
+        self._refuse_to_write()
+
+    def _refuse_to_write(self) -> NoReturn:
+        raise TransferError(
+            f"{self.location}: pull only; to write, use a folder, s3://BUCKET/PREFIX or hf://datasets/ORG/NAME"
+        )
 
     @abstractmethod
     def _open(self, name: str, start: int = 0, stop: int | None = None) -> Body:

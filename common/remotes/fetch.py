@@ -61,12 +61,7 @@ class Transferred:
 
 
 class Progress:
-    """Sums what several threads report.
-
-    Args:
-        total: Bytes of the whole.
-        on_progress: Told the sum and the total each time.
-    """
+    """Sums what several threads report; ``on_progress`` is told the sum and the total, in bytes, each time."""
 
     def __init__(self, total: int = 0, on_progress: Callable[[int, int], object] | None = None) -> None:
         self._done, self._total, self._tell = 0, total, on_progress
@@ -81,10 +76,7 @@ class Progress:
 
 
 def read_remote_manifest(remote: Remote) -> tuple[Manifest, bytes]:
-    """Read what a remote cache holds.
-
-    Returns:
-        The manifest and the bytes of its file.
+    """Read what a remote cache holds: the manifest, and the bytes of its file.
 
     Raises:
         CacheFormatError: If there is no cache, or one whose push has not finished, or it is damaged.
@@ -134,11 +126,7 @@ def fetch_files(
 
 
 def in_parallel(tasks: Iterable[Callable[[], _T]], jobs: int) -> list[_T]:
-    """Run tasks on threads; the first error ends all and is raised.
-
-    Args:
-        tasks: Taken one by one, as threads become free.
-        jobs: Threads.
+    """Run tasks on so many threads, taken one by one as these become free; the first error ends all and is raised.
 
     Returns:
         What they returned, in any order.
@@ -282,9 +270,7 @@ def _download_checked(
 def lock(path: Path, *, shared: bool = False) -> HeldLock:
     """Create a file, or take the one that is there, and wait for a lock on it.
 
-    Returns:
-        The lock. On file systems without ``flock`` it keeps nobody off, and ``try_lock`` fails too: there nothing
-        is ever removed.
+    On file systems without ``flock`` it keeps nobody off; ``try_lock`` fails there, so nothing is ever removed.
     """
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)

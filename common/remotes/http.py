@@ -16,7 +16,7 @@ import urllib.request
 from abc import abstractmethod
 from contextlib import ExitStack, contextmanager
 from http.client import HTTPException
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 from urllib.error import HTTPError, URLError
 from urllib.parse import quote, urlsplit
 
@@ -25,9 +25,8 @@ from vlm_distill_cache.common.remotes.base import Remote
 from vlm_distill_cache.common.remotes.streams import Body, PassingError, RangeRefusedError, Retries
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Iterator, Mapping
     from http.client import HTTPMessage, HTTPResponse
-    from pathlib import Path
     from typing import IO
 
 MAY_PASS = (408, 425, 429, 500, 502, 503, 504)
@@ -101,7 +100,7 @@ class WebRemote(Remote):
         if error.code == 416:
             return RangeRefusedError(said)
         if error.code in MAY_PASS:
-            return PassingError(said, retry_after=_retry_after(error.headers.get("Retry-After")))
+            return PassingError(said, retry_after=retry_after(error.headers.get("Retry-After", "")))
         return TransferError(
             f"{where}: {said}; {self.no_access if error.code in (401, 403, 407) else 'check the address'}"
         )
@@ -140,23 +139,6 @@ class HttpRemote(WebRemote):
     def _url(self, name: str) -> str:
         return self._where(name) + self._query
 
-    def upload(self, files: Mapping[str, Path], *, on_bytes: Callable[[int], object] | None = None) -> None:
-        """Refuse: a web server is read only; see ``Remote``."""
-        self._refuse()
-
-    def create(self, name: str, data: bytes) -> bool:
-        """Refuse: a web server is read only; see ``Remote``."""
-        self._refuse()
-
-    def delete(self, names: Iterable[str]) -> None:
-        """Refuse: a web server is read only; see ``Remote``."""
-        self._refuse()
-
-    def _refuse(self) -> NoReturn:
-        raise TransferError(
-            f"{self.location}: pull only; to write, use a folder, s3://BUCKET/PREFIX or hf://datasets/ORG/NAME"
-        )
-
 
 def _position(where: str, response: HTTPResponse, start: int) -> tuple[int, int | None]:
     """Return where in the file a response begins, and the bytes of the file if it says so."""
@@ -174,10 +156,8 @@ def _position(where: str, response: HTTPResponse, start: int) -> tuple[int, int 
     return 0, int(length) if length.isdecimal() else None
 
 
-def _retry_after(text: str | None) -> float | None:
-    """Read ``Retry-After``: seconds, or a date."""
-    if text is None:
-        return None
+def retry_after(text: str) -> float | None:
+    """Read ``Retry-After``: seconds, or a date, or nothing."""
     if text.strip().isdecimal():
         return float(text)
     try:
@@ -188,30 +168,22 @@ def _retry_after(text: str | None) -> float | None:
 
 @functools.cache
 def _opener() -> urllib.request.OpenerDirector:
-    opener = urllib.request.OpenerDirector()  # not build_opener: that would follow to ftp: and file: too
+    secure = urllib.request.HTTPSHandler(context=ssl.create_default_context())  # once: reading all certificates is slow
+    opener = urllib.request.build_opener(secure, _Redirects)
     opener.addheaders = [("User-Agent", "cachectl")]
-    for handler in (
-        urllib.request.ProxyHandler(),
-        urllib.request.HTTPHandler(),
-        urllib.request.HTTPSHandler(context=ssl.create_default_context()),
-        _Redirects(),
-        urllib.request.HTTPDefaultErrorHandler(),
-        urllib.request.HTTPErrorProcessor(),
-    ):
-        opener.add_handler(handler)
     return opener
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirects, at most ten; keeps secrets on their host and never leaves https for http."""
+    """Follows redirects, at most ten; keeps secrets on their host and never leaves https, or http for anything else."""
 
     def redirect_request(
         self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str
     ) -> Any:
         """Return the next request."""
         old, new = urlsplit(req.full_url), urlsplit(newurl)
-        if old.scheme == "https" and new.scheme != "https":
-            raise HTTPError(req.full_url, code, f"redirect from https to {new.scheme}", headers, fp)
+        if new.scheme not in (old.scheme, "https"):
+            raise HTTPError(req.full_url, code, f"redirect from {old.scheme} to {new.scheme}", headers, fp)
         request = super().redirect_request(req, fp, code, msg, headers, newurl)
         if request is not None and (old.scheme, old.netloc) == (new.scheme, new.netloc):
             for name, value in req.unredirected_hdrs.items():

@@ -32,7 +32,7 @@ from vlm_distill_cache.common.cache.manifest import (
     read_sidecar,
     sidecar_path,
 )
-from vlm_distill_cache.common.cache.side_files import check_digests
+from vlm_distill_cache.common.cache.side_files import check_digests, check_sizes
 from vlm_distill_cache.common.cache.sidecar import check_sidecar
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError, ConfigError, TransferError
 from vlm_distill_cache.common.files.atomic import (
@@ -50,7 +50,6 @@ from vlm_distill_cache.common.remotes.fetch import descriptions, fetch_files, lo
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
-    from pathlib import Path
 
     from vlm_distill_cache.common.cache.sidecar import FileEntry
     from vlm_distill_cache.common.files.atomic import HeldLock
@@ -70,7 +69,6 @@ class Mirror:
     ``MANIFEST HASH/held/SHARD``, holds its bytes while it is here, and its time is that of the last use.
 
     Attributes:
-        location: The address.
         manifest: As it was when this process first read it.
         folder: A cache folder whose shards come and go.
     """
@@ -90,12 +88,8 @@ class Mirror:
         self._expected: frozenset[int] = frozenset()
         self._told = False
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: self.__dict__[name] for name in ("location", "manifest", "folder", "_root", "_limit")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._reset()
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Mirror, (self.location, self.manifest, self._root, self._limit)
 
     def hold(self, shard: int) -> HeldLock:
         """Bring a shard here and keep it until what is returned is released or dropped.
@@ -103,7 +97,6 @@ class Mirror:
         Of several processes that want a shard, one fetches it and the others wait.
 
         Raises:
-            TransferError: If it cannot be fetched.
             CacheMismatchError: If the remote holds another cache now.
         """
         self._follow_fork()
@@ -157,13 +150,11 @@ class Mirror:
         """Whether nothing is left to fetch; looks at sizes, not at content."""
         try:
             check_digests(self.folder, self.manifest.files)
-            return all(
-                (self.folder / name).stat().st_size == entry.size
-                for shard in range(len(self.manifest.shards))
-                for name, entry in self._files(shard).items()
-            )
+            for shard in range(len(self.manifest.shards)):
+                check_sizes(self.folder, self._files(shard))
         except (OSError, CacheFormatError):
             return False
+        return True
 
     def _follow_fork(self) -> None:
         if self._process != os.getpid():  # connections and threads do not survive a fork
@@ -237,13 +228,8 @@ class Mirror:
             path.write_bytes(str(size).encode())
         if total > self._limit and not self._told:
             self._told = True
-            _log.warning(
-                "%s takes %d bytes, above its limit of %d: so many shards are in use at a time. Raise "
-                "VLM_DISTILL_CACHE_BYTES, or lower shuffle_window",
-                self._root,
-                total,
-                self._limit,
-            )
+            remedy = f"so many shards are in use at a time. Raise {LIMIT_VARIABLE}, or lower shuffle_window"
+            _log.warning("%s takes %d bytes, above its limit of %d: %s", self._root, total, self._limit, remedy)
 
     def _states(self) -> list[tuple[int, Path, int]]:
         """When each shard of any mirror was last used (ns), its lock file, and its bytes; absent ones are left out."""
@@ -285,12 +271,7 @@ _pinning = threading.Lock()
 
 
 def local_folder(location: str | Path) -> Path:
-    """Return a folder with everything of a cache but its shards: a path as it is, an address's mirror.
-
-    Raises:
-        TransferError: If the address cannot be reached and not all of its cache is here.
-        CacheFormatError: If there is no cache.
-    """
+    """Return a folder with everything of a cache but its shards: a path as it is, an address's mirror."""
     return find_mirror(str(location)).folder if is_url(location) else Path(location)
 
 
@@ -326,11 +307,7 @@ def forget_mirrors() -> None:
 
 
 def mirror_settings() -> tuple[Path, int]:
-    """Return folder and limit in bytes, as the environment says.
-
-    Raises:
-        ConfigError: If the limit is not a positive whole number.
-    """
+    """Return folder and limit in bytes, as the environment says."""
     folder = os.environ.get(FOLDER_VARIABLE, "")
     root = Path(folder) if folder else Path("~/.cache/vlm-distill-cache").expanduser()
     text = os.environ.get(LIMIT_VARIABLE, "") or str(DEFAULT_LIMIT)

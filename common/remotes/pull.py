@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from vlm_distill_cache.common.cache.sidecar import FileEntry
     from vlm_distill_cache.common.remotes import Remote
 
-__all__ = ["JOBS", "Transferred", "fetch_files", "pull", "push", "read_remote_manifest"]
+__all__ = ["pull", "push"]
 
 MAX_CARD_BYTES = 4 << 20
 MAX_SHARD_FILES = 10_000

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlm_distill_cache.common.errors import ConfigError, TransferError
 from vlm_distill_cache.common.remotes.base import Remote
-from vlm_distill_cache.common.remotes.http import CONTENT_RANGE
+from vlm_distill_cache.common.remotes.http import CONTENT_RANGE, retry_after
 from vlm_distill_cache.common.remotes.streams import AGAIN, Body, PassingError, RangeRefusedError, Retries
 
 if TYPE_CHECKING:
@@ -83,21 +83,20 @@ class S3Remote(Remote):
             where = self._where(name)
             try:
                 with self._failures(where):
-                    client.upload_file(str(source), self._bucket, self._key(name), Callback=on_bytes, Config=settings)
+                    client.upload_file(
+                        str(source), self._bucket, self._prefix + name, Callback=on_bytes, Config=settings
+                    )
             except (PassingError, FileNotFoundError) as error:
                 raise TransferError(f"{where}: {error}; {AGAIN}") from error
 
     def create(self, name: str, data: bytes) -> bool:
         """Write a small new file, or return False; see ``Remote``."""
-        from botocore.exceptions import ClientError
-
         try:
             self._call(name, "put_object", Body=data, IfNoneMatch="*")
+        except FileExistsError:
+            return False
         except TransferError as error:
-            cause = error.__cause__
-            if isinstance(cause, ClientError) and _code(cause) in ("412", "PreconditionFailed"):
-                return False
-            if not isinstance(cause, ClientError) or _code(cause) not in ("501", "NotImplemented"):
+            if _code(error.__cause__) not in ("501", "NotImplemented"):
                 raise
             # A store without conditional writes: what is left is to look first.
             if self.size(name) is not None:
@@ -109,9 +108,6 @@ class S3Remote(Remote):
         """Remove files; see ``Remote``."""
         for name in names:
             self._call(name, "delete_object")
-
-    def _key(self, name: str) -> str:
-        return self._prefix + name
 
     def _client(self, attempts: int = 1) -> Any:
         # A client per process: after a fork, two processes would talk over one connection.
@@ -134,7 +130,7 @@ class S3Remote(Remote):
 
     def _once(self, name: str, operation: str, **arguments: Any) -> Any:
         with self._failures(self._where(name)):
-            return getattr(self._client(), operation)(Bucket=self._bucket, Key=self._key(name), **arguments)
+            return getattr(self._client(), operation)(Bucket=self._bucket, Key=self._prefix + name, **arguments)
 
     @contextmanager
     def _failures(self, where: str) -> Iterator[None]:
@@ -156,17 +152,18 @@ class S3Remote(Remote):
             ) from error
 
     def _failure(self, where: str, error: Any) -> Exception:
-        code, status = _code(error), error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        code, said = _code(error), error.response.get("ResponseMetadata", {})
+        status = said.get("HTTPStatusCode", 0)
         if code == "NoSuchBucket":
             return TransferError(f"{where}: there is no bucket {self._bucket!r}; create it, or check the name")
         if code in _ABSENT:
             return FileNotFoundError(2, "no such file", where)
+        if code in ("412", "PreconditionFailed"):
+            return FileExistsError(17, "already there", where)
         if code == "InvalidRange" or status == 416:
             return RangeRefusedError(str(error))
         if (status >= 500 and status != 501) or status in (408, 429) or code in _MAY_PASS:
-            headers = error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
-            told = str(headers.get("retry-after", ""))
-            return PassingError(str(error), retry_after=float(told) if told.isdecimal() else None)
+            return PassingError(str(error), retry_after=retry_after(said.get("HTTPHeaders", {}).get("retry-after", "")))
         if code in _NO_ACCESS or status in (401, 403):
             return TransferError(
                 f"{where}: {error}; check the credentials and the bucket's policy (a bucket that may not be "
@@ -176,4 +173,4 @@ class S3Remote(Remote):
 
 
 def _code(error: Any) -> str:
-    return str(error.response.get("Error", {}).get("Code", ""))
+    return str(getattr(error, "response", {}).get("Error", {}).get("Code", ""))

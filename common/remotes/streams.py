@@ -73,13 +73,7 @@ class Body(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Retries:
-    """How patient to be.
-
-    Attributes:
-        attempts: Tries of a request before it counts as failed, 1 or more.
-        timeout: Seconds without an answer, or with next to nothing arriving, that end a try.
-        remedy: What to do when all tries have failed.
-    """
+    """How patient to be; ``attempts`` and ``timeout`` as for ``open_remote``, ``remedy``: what to do after the last."""
 
     attempts: int
     timeout: float
@@ -141,11 +135,7 @@ def stoppable(report: Callable[[int], object]) -> Callable[[int], None]:
 
 
 def wait(seconds: float) -> None:
-    """Sleep; tests replace this.
-
-    Raises:
-        StoppedError: If this thread shall give up.
-    """
+    """Sleep, or raise ``StoppedError`` once this thread shall give up; tests replace this."""
     event: threading.Event | None = getattr(_stop, "event", None)
     if event is None:
         time.sleep(seconds)

@@ -194,9 +194,9 @@ def test_waits_double_and_stay_within_bounds_whatever_the_server_asks():
     assert streams.waiting_time(1, 5.0) == 5.0
     assert streams.waiting_time(1, 1e9) == 120.0
     assert streams.waiting_time(1, -3.0) == 0.0
-    assert http._retry_after("12") == 12.0
-    assert 50 < http._retry_after(http.email.utils.formatdate(http.time.time() + 60, usegmt=True)) <= 60
-    assert http._retry_after("soon") is http._retry_after(None) is None
+    assert http.retry_after("12") == 12.0
+    assert 50 < http.retry_after(http.email.utils.formatdate(http.time.time() + 60, usegmt=True)) <= 60
+    assert http.retry_after("soon") is http.retry_after("") is None
 
 
 def test_a_file_that_changed_since_half_of_it_came_is_fetched_anew_once(server, tmp_path):

@@ -200,6 +200,13 @@ def _is_leftover(path: Path) -> bool:
     return path.name.startswith(TEMPORARY_PREFIX)
 
 
+def check_room(place: Path, needed: int, remedy: str) -> None:
+    """Refuse to begin what cannot end: so many bytes more for a file or folder."""
+    existing = next(folder for folder in (place.absolute(), *place.absolute().parents) if folder.exists())
+    if needed > (free := shutil.disk_usage(existing).free):
+        raise TransferError(f"{place}: needs {needed:,} bytes more, but there are {free:,} free; make room, {remedy}")
+
+
 def is_intact(path: Path, entry: FileEntry) -> bool:
     """Whether a plain file is there with this size and these digests."""
     try:
@@ -241,11 +248,7 @@ def _download_checked(
         if (have := arriving.stat().st_size) > entry.size:
             os.truncate(arriving, have := 0)
         # A size is only what somebody says: nobody shall fill this disk with it.
-        if entry.size - have > (free := shutil.disk_usage(arriving.parent).free):
-            raise TransferError(
-                f"{arriving.parent / Path(name).name}: needs {entry.size - have:,} bytes more, but there are "
-                f"{free:,} free; make room, then {AGAIN}"
-            )
+        check_room(arriving.with_name(Path(name).name), entry.size - have, f"then {AGAIN}")
         report(have)
         try:
             remote.download(name, arriving, size=entry.size, on_bytes=count)

@@ -107,13 +107,7 @@ class WebRemote(Remote):
 
 
 class HttpRemote(WebRemote):
-    """A folder on a web server; pull only.
-
-    Args:
-        location: ``http(s)://HOST/FOLDER``. A query (a signed address) is sent with every request and
-            shown to nobody.
-        retries: How patient to be.
-    """
+    """A folder on a web server, to read; a query (a signed address) is sent with every request and shown to nobody."""
 
     def __init__(self, location: str, retries: Retries) -> None:
         try:

@@ -26,14 +26,9 @@ _MOST_PATHS = 500
 
 
 class HubRemote(WebRemote):
-    """A folder in a data set repository.
+    """A folder in a data set repository, ``hf://datasets/ORG/NAME[@REVISION][/FOLDER]``.
 
-    Args:
-        location: ``hf://datasets/ORG/NAME[@REVISION][/FOLDER]``; a revision with slashes is percent-encoded.
-        retries: How patient to be.
-
-    Raises:
-        ConfigError: If the address is not of this form, or the hub is switched off (``HF_HUB_OFFLINE``).
+    A revision with slashes is percent-encoded.
     """
 
     upload_files = 500

@@ -1,11 +1,10 @@
 """Training straight from an address: a cache's shards are fetched when they are read, and kept within bounds.
 
-``find_mirror(URL)`` reads the manifest once and brings plan, sidecars, projector and processor here; shards
-arrive when they are opened, each byte checked against sha256. They lie in
-``$VLM_DISTILL_CACHE_DIR/<manifest hash>`` (default ``~/.cache/vlm-distill-cache``) and take at most
-``$VLM_DISTILL_CACHE_BYTES`` (default 50 GB); the least recently used leave first. Several processes share the
-folder. A shard that is open never leaves: where the shards in use at a time are larger than the limit, they
-stay, and a warning says so.
+``find_mirror(URL)`` reads the manifest once and brings plan, sidecars, projector and processor here; shards arrive
+when they are opened, each byte checked against sha256. They lie in ``$VLM_DISTILL_CACHE_DIR/<manifest hash>``
+(default ``~/.cache/vlm-distill-cache``) and take at most ``$VLM_DISTILL_CACHE_BYTES`` (default 50 GB); the least
+recently used leave first. Several processes share the folder. A shard that is open never leaves: where the shards
+in use at a time are larger than the limit, they stay, and a warning says so.
 
 The manifest is read once a process and then holds for it: a remote that changes meanwhile is an error as soon
 as a shard no longer fits. If the remote cannot be reached and all of the cache is here, it is used as it is.
@@ -13,6 +12,7 @@ as a shard no longer fits. If the remote cannot be reached and all of the cache 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
@@ -186,20 +186,15 @@ class Mirror:
         try:
             fetch_files(self._remote, self.folder, files)
         except (TransferError, CacheFormatError) as error:
-            self._refuse_changed(error)
+            with contextlib.suppress(TransferError, CacheFormatError):
+                found, _ = read_remote_manifest(self._remote)
+                if found.hash != self.manifest.hash:
+                    raise CacheMismatchError(
+                        f"{public_location(self.location)}: the cache there changed during this run: its manifest was "
+                        f"{self.manifest.hash} and is {found.hash} now. Put the old one back, or begin again with the "
+                        "new one and another --output"
+                    ) from error
             raise
-
-    def _refuse_changed(self, cause: Exception) -> None:
-        try:
-            found, _ = read_remote_manifest(self._remote or open_remote(self.location))
-        except (TransferError, CacheFormatError):
-            return
-        if found.hash != self.manifest.hash:
-            raise CacheMismatchError(
-                f"{public_location(self.location)}: the cache there changed during this run: its manifest was "
-                f"{self.manifest.hash} and is {found.hash} now. Put the old one back, or begin again with the "
-                "new one and another --output"
-            ) from cause
 
     def _fits(self, shard: int) -> bool:
         """Whether a shard would find room if all left that is neither in use nor expected."""

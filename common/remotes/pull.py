@@ -6,7 +6,6 @@ everything that it lists has been checked, and read first.
 
 from __future__ import annotations
 
-import shutil
 from typing import TYPE_CHECKING
 
 from vlm_distill_cache.common.cache.documents import parse_document
@@ -21,7 +20,7 @@ from vlm_distill_cache.common.cache.manifest import (
     sidecar_path,
 )
 from vlm_distill_cache.common.cache.sidecar import check_sidecar
-from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError, TransferError
+from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError
 from vlm_distill_cache.common.files.atomic import TEMPORARY_PREFIX, clean_stale, try_lock, write_bytes_atomic
 from vlm_distill_cache.common.remotes import open_remote
 from vlm_distill_cache.common.remotes.fetch import (
@@ -29,6 +28,7 @@ from vlm_distill_cache.common.remotes.fetch import (
     Progress,
     Transferred,
     cache_bytes,
+    check_room,
     descriptions,
     fetch_files,
     is_intact,
@@ -78,7 +78,9 @@ def pull(
     manifest, raw = read_remote_manifest(remote)
     _refuse_other_content(target, remote, manifest)
     total = cache_bytes(manifest)
-    _check_space(target, total)
+    present = sum(path.stat().st_size for path in target.rglob("*") if path.is_file()) if target.exists() else 0
+    remedy = "choose another disk, or pull a part of the cache (`cachectl pull --help`)"
+    check_room(target, total - present, remedy)
     target.mkdir(parents=True, exist_ok=True)
     marker = target / _MARKER
     try:
@@ -142,18 +144,6 @@ def _other_cache(target: Path, found: str | None, remote: Remote, manifest: Mani
         f"{target}: holds, or is receiving, another cache (manifest {found or 'damaged'}) than {remote.location} "
         f"(manifest {manifest.hash}); name a new folder, or delete this one"
     )
-
-
-def _check_space(target: Path, total: int) -> None:
-    """Refuse to begin what cannot end."""
-    present = sum(path.stat().st_size for path in target.rglob("*") if path.is_file()) if target.exists() else 0
-    existing = next(folder for folder in (target.absolute(), *target.absolute().parents) if folder.exists())
-    free = shutil.disk_usage(existing).free
-    if total - present > free:
-        raise TransferError(
-            f"{target}: needs {total - present:,} bytes more, but there are {free:,} free; make room, choose another "
-            "disk, or pull a part of the cache (`cachectl pull --help`)"
-        )
 
 
 def _check_descriptions(target: Path, plan: Plan, manifest: Manifest) -> None:

@@ -1,6 +1,8 @@
 """Caches in S3 or any store that speaks its protocol; the extra ``s3`` (boto3), imported on first use.
 
-Credentials, region and endpoint (``AWS_ENDPOINT_URL``) come from where boto3 always looks for them.
+Credentials, region and endpoint (``AWS_ENDPOINT_URL``) come from where boto3 always looks for them. It is boto3 and
+not obstore, which hangs in a forked child (a data loader's worker) once the parent has used it, reads no profiles,
+and takes a conflict of two writers for a file that is there.
 """
 
 from __future__ import annotations
@@ -25,11 +27,7 @@ _CONNECTIONS = 32
 
 
 class S3Remote(Remote):
-    """A prefix in a bucket, ``s3://BUCKET/PREFIX``.
-
-    Raises:
-        ConfigError: If the address names no bucket, or boto3 is not installed.
-    """
+    """A prefix in a bucket, ``s3://BUCKET/PREFIX``."""
 
     def __init__(self, location: str, retries: Retries) -> None:
         bucket, _, prefix = location.removeprefix("s3://").partition("/")

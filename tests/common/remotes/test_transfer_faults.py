@@ -134,6 +134,7 @@ def test_tries_that_bring_much_are_no_failures(tmp_path, monkeypatch, server):
     (Fault(status=400), "answered 400 Bad Request; check the address"),
     (Fault(status=302, headers={"Location": "/file.bin"}), "infinite loop"),
     (Fault(status=302, headers={"Location": "file:///etc/passwd"}), "not allowed"),
+    (Fault(status=302, headers={"Location": "ftp://127.0.0.1/file.bin"}), "redirect from http to ftp"),
     (Fault(headers={"Content-Encoding": "gzip"}), "sent as gzip, unasked"),
 ])  # fmt: skip
 def test_what_will_not_pass_is_not_tried_again(server, tmp_path, fault, words, waits):

@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vlm_distill_cache.common.errors import ConfigError
 from vlm_distill_cache.common.locations import is_url
 from vlm_distill_cache.common.remotes.base import Remote
 from vlm_distill_cache.common.remotes.directory import DirectoryRemote
 from vlm_distill_cache.common.remotes.http import HttpRemote
+from vlm_distill_cache.common.remotes.hub import HubRemote
+from vlm_distill_cache.common.remotes.s3 import S3Remote
 from vlm_distill_cache.common.remotes.streams import Retries
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 __all__ = ["DirectoryRemote", "Remote", "open_remote"]
 
-ATTEMPTS, TIMEOUT = 5, 30.0
+_KINDS: dict[str, Callable[[str, Retries], Remote]] = {
+    "s3": S3Remote,
+    "hf": HubRemote,
+    "http": HttpRemote,
+    "https": HttpRemote,
+}
 
 
-def open_remote(location: str | Path, *, attempts: int = ATTEMPTS, timeout: float = TIMEOUT) -> Remote:
+def open_remote(location: str | Path, *, attempts: int = 5, timeout: float = 30.0) -> Remote:
     """Open a place that holds, or shall hold, a cache; nothing is sent yet.
 
     Args:
@@ -27,21 +38,12 @@ def open_remote(location: str | Path, *, attempts: int = ATTEMPTS, timeout: floa
     Raises:
         ConfigError: If the address is not of these kinds, or a library it needs is not installed.
     """
-    if not is_url(location):
-        if "://" in str(location):
-            raise ConfigError(
-                f"{location}: unknown kind of address; use a folder, s3://BUCKET/PREFIX, "
-                "hf://datasets/ORG/NAME or, to pull, https://..."
-            )
-        return DirectoryRemote(Path(location))
-    text, retries = str(location), Retries(attempts=attempts, timeout=timeout)
-    # Imported here: boto3 and huggingface_hub take most of a second each.
-    if text.startswith("s3://"):
-        from vlm_distill_cache.common.remotes.s3 import S3Remote
-
-        return S3Remote(text, retries)
-    if text.startswith("hf://"):
-        from vlm_distill_cache.common.remotes.hub import HubRemote
-
-        return HubRemote(text, retries)
-    return HttpRemote(text, retries)
+    text = str(location)
+    if is_url(location):
+        return _KINDS[text.partition("://")[0]](text, Retries(attempts=attempts, timeout=timeout))
+    if "://" in text:
+        raise ConfigError(
+            f"{location}: unknown kind of address; use a folder, s3://BUCKET/PREFIX, "
+            "hf://datasets/ORG/NAME or, to pull, https://..."
+        )
+    return DirectoryRemote(Path(location))

@@ -1,15 +1,32 @@
-"""What a place that holds caches must be able to do: six small methods, the same for every kind of place."""
+"""What a place that holds caches must be able to do, and how files are read over connections that break.
+
+A kind of place opens a ``Body`` from some offset and says whether a failure may pass (``PassingError``) or not
+(``TransferError``, ``FileNotFoundError``). Everything else about reading is here: trying again, appending at the
+right place whatever range the server answered with, and never taking more bytes than the file has.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+import contextlib
+import time
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, NoReturn
+
+from vlm_distill_cache.common.errors import CacheFormatError, TransferError
+from vlm_distill_cache.common.remotes.streams import PassingError, RangeRefusedError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
     from pathlib import Path
+    from typing import BinaryIO
+
+    from vlm_distill_cache.common.remotes.streams import Body, Retries
+
+_BLOCK_BYTES = 256 << 10
+_SLOWEST = 1024  # bytes a second; below that a connection counts as stalled
 
 
-class Remote(Protocol):
+class Remote(ABC):
     """A folder of files somewhere else. Names are relative POSIX paths; safe to use from several threads.
 
     Every method retries what may pass by itself, and then raises ``TransferError`` with the address, what
@@ -21,9 +38,37 @@ class Remote(Protocol):
         upload_jobs: How many calls to ``upload`` may run at once.
     """
 
-    location: str
-    upload_files: int
-    upload_jobs: int
+    upload_files = 1
+    upload_jobs = 8
+
+    def __init__(self, location: str, retries: Retries) -> None:
+        self.location = location
+        self._retries = retries
+
+    def upload(self, files: Mapping[str, Path], *, on_bytes: Callable[[int], object] | None = None) -> None:
+        """Copy whole local files here, each visible only when whole, in an order in which the last comes last."""
+        self._refuse_to_write()
+
+    def create(self, name: str, data: bytes) -> bool:
+        """Write a small new file, or return False, without a change, if there is a file of that name already."""
+        self._refuse_to_write()
+
+    def delete(self, names: Iterable[str]) -> None:
+        """Remove files in this order; absent ones are fine."""
+        self._refuse_to_write()
+
+    def _refuse_to_write(self) -> NoReturn:
+        raise TransferError(
+            f"{self.location}: pull only; to write, use a folder, s3://BUCKET/PREFIX or hf://datasets/ORG/NAME"
+        )
+
+    @abstractmethod
+    def _open(self, name: str, start: int = 0, stop: int | None = None) -> Body:
+        """Open a file at byte ``start``, to read as far as byte ``stop`` or its end; one try."""
+
+    def _where(self, name: str) -> str:
+        """The address of a file, for errors."""
+        return f"{self.location}/{name}"
 
     def read(self, name: str, *, max_bytes: int) -> bytes:
         """Return a small file whole.
@@ -32,9 +77,34 @@ class Remote(Protocol):
             FileNotFoundError: If it is absent.
             CacheFormatError: If it is larger than ``max_bytes``; no more than that is held in memory.
         """
+        where = self._where(name)
+
+        def attempt() -> bytes:
+            with contextlib.closing(self._open(name)) as body:
+                if (body.total or 0) > max_bytes or len(data := self._take(body, max_bytes + 1)) > max_bytes:
+                    found = f"{body.total} bytes, " if body.total is not None else ""
+                    raise CacheFormatError(f"{where}: {found}larger than {max_bytes} bytes; not a file of this cache")
+                if body.total not in (None, len(data)):
+                    raise PassingError(f"ended after {len(data)} of {body.total} bytes")
+                return data
+
+        return self._retries.run(where, attempt)
 
     def size(self, name: str) -> int | None:
         """Return the bytes of a file, or None if it is absent."""
+        where = self._where(name)
+
+        def attempt() -> int | None:
+            try:
+                body = self._open(name, stop=1)  # and no HEAD: signed addresses allow GET only
+            except FileNotFoundError:
+                return None
+            body.close()
+            if body.total is None:
+                raise TransferError(f"{where}: the server does not say how large the file is; use another server")
+            return body.total
+
+        return self._retries.run(where, attempt)
 
     def download(self, name: str, target: Path, *, size: int, on_bytes: Callable[[int], object] | None = None) -> None:
         """Append to ``target`` what is still missing of a file, until ``target`` has ``size`` bytes.
@@ -50,20 +120,57 @@ class Remote(Protocol):
         Raises:
             FileNotFoundError: If the file is absent.
         """
+        where = self._where(name)
 
-    def upload(self, files: Mapping[str, Path], *, on_bytes: Callable[[int], object] | None = None) -> None:
-        """Copy whole local files here, each visible only when whole, in an order in which the last comes last.
+        def attempt() -> None:
+            with target.open("ab") as file:
+                have = file.tell()
+                if have > size:
+                    file.truncate(have := 0)
+                if have == size and size > 0:
+                    return
+                try:
+                    body = self._open(name, have)
+                except RangeRefusedError:
+                    file.truncate(0)  # what is here is longer than what is there: begin again
+                    raise
+                with contextlib.closing(body):
+                    self._append(body, file, have, size, on_bytes)
 
-        Raises:
-            TransferError: Also where nothing can be written.
-        """
+        self._retries.run(where, attempt, lambda: target.stat().st_size if target.exists() else 0)
 
-    def create(self, name: str, data: bytes) -> bool:
-        """Write a small new file.
+    def _append(
+        self, body: Body, file: BinaryIO, have: int, size: int, on_bytes: Callable[[int], object] | None
+    ) -> None:
+        if body.total not in (None, size):
+            raise PassingError(f"the file there has {body.total} bytes; expected {size}")
+        if body.start > have:
+            raise PassingError(f"the answer begins at byte {body.start}; asked for {have}")
+        skip = have - body.start  # a server without ranges sends the file from its beginning
+        for block in self._blocks(body, skip + size - have):
+            new, skip = block[skip:], max(skip - len(block), 0)
+            file.write(new)
+            file.flush()  # whoever is killed keeps it
+            have += len(new)
+            if on_bytes is not None and new:
+                on_bytes(len(new))
+        if have < size:
+            raise PassingError(f"ended after {have} of {size} bytes")
+        if body.total is None and self._take(body, 1):
+            raise PassingError(f"more bytes than the {size} expected")
 
-        Returns:
-            False, without a change, if there is a file of that name already.
-        """
+    def _take(self, body: Body, most: int) -> bytes:
+        return b"".join(self._blocks(body, most))
 
-    def delete(self, names: Iterable[str]) -> None:
-        """Remove files in this order; absent ones are fine."""
+    def _blocks(self, body: Body, most: int) -> Iterator[bytes]:
+        """Yield at most so many bytes as they arrive; a trickle is left: each byte may come in time, the file never."""
+        since, arrived = time.monotonic(), 0
+        while most > 0 and (block := body.read(min(_BLOCK_BYTES, most))):
+            most -= len(block)
+            arrived += len(block)
+            passed = time.monotonic() - since
+            if passed >= self._retries.timeout:
+                if arrived < _SLOWEST * passed:
+                    raise PassingError(f"only {arrived} bytes arrived in {passed:.0f} s")
+                since, arrived = time.monotonic(), 0
+            yield block

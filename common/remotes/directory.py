@@ -3,71 +3,42 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vlm_distill_cache.common.errors import CacheFormatError, TransferError
+from vlm_distill_cache.common.errors import CacheFormatError
 from vlm_distill_cache.common.files.atomic import clean_stale, create_temporary, publish_file, write_bytes_atomic
-from vlm_distill_cache.common.remotes.streams import name_full_disk
+from vlm_distill_cache.common.remotes.base import Remote
+from vlm_distill_cache.common.remotes.streams import AGAIN, Body, Retries, name_full_disk
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
+    from pathlib import Path
 
 _BLOCK_BYTES = 1 << 20
+_ONCE = Retries(
+    attempts=1,
+    timeout=math.inf,
+    remedy=f"the source is damaged or being changed: run `cachectl verify` there, then {AGAIN}",
+)
 
 
-class DirectoryRemote:
-    """A folder that this machine sees; created by the first write.
-
-    Args:
-        root: The folder.
-    """
-
-    upload_files = 1
-    upload_jobs = 8
+class DirectoryRemote(Remote):
+    """A folder that this machine sees; created by the first write."""
 
     def __init__(self, root: Path) -> None:
+        super().__init__(str(root), _ONCE)
         self.root = root
-        self.location = str(root)
 
-    def read(self, name: str, *, max_bytes: int) -> bytes:
-        """Return a small file whole; see ``Remote``."""
-        path = self._existing(name)
-        with path.open("rb") as file:
-            data = file.read(max_bytes + 1)
-        if len(data) > max_bytes:
-            raise CacheFormatError(f"{path}: larger than {max_bytes} bytes; not a file of this cache")
-        return data
-
-    def size(self, name: str) -> int | None:
-        """Return the bytes of a file, or None; see ``Remote``."""
-        try:
-            return self._existing(name).stat().st_size
-        except FileNotFoundError:
-            return None
-
-    def download(self, name: str, target: Path, *, size: int, on_bytes: Callable[[int], object] | None = None) -> None:
-        """Append what is missing to ``target``; see ``Remote``."""
-        path = self._existing(name)
-        found = path.stat().st_size
-        if found != size:
-            raise TransferError(
-                f"{path}: {found} bytes; expected {size}; the source is damaged or being changed: "
-                "run `cachectl verify` there"
-            )
-        with path.open("rb") as source, target.open("ab") as copy:
-            have = copy.tell()
-            if have > size:
-                copy.truncate(have := 0)
-            source.seek(have)
-            while have < size and (block := source.read(min(_BLOCK_BYTES, size - have))):
-                copy.write(block)
-                have += len(block)
-                if on_bytes is not None:
-                    on_bytes(len(block))
-        if have < size:
-            raise TransferError(f"{path}: ends after {have} of {size} bytes; it is being changed: pull again")
+    def _open(self, name: str, start: int = 0, stop: int | None = None) -> Body:
+        # Links are followed: model hubs' local copies are full of them. A pipe would block for ever.
+        path = self.root / name
+        if path.exists() and not path.is_file():
+            raise CacheFormatError(f"{path}: not a plain file; a cache holds plain files and folders only")
+        file = path.open("rb")
+        file.seek(start)
+        return Body(start, os.fstat(file.fileno()).st_size, file.read, file.close)
 
     def upload(self, files: Mapping[str, Path], *, on_bytes: Callable[[int], object] | None = None) -> None:
         """Copy files here, one after the other, each atomically; see ``Remote``."""
@@ -112,12 +83,3 @@ class DirectoryRemote:
             with contextlib.suppress(OSError):  # not empty, or gone already
                 while (path := path.parent) != self.root and path.parent != self.root:
                     path.rmdir()
-
-    def _existing(self, name: str) -> Path:
-        # Links are followed: model hubs' local copies are full of them. A pipe would block for ever.
-        path = self.root / name
-        if path.exists() and not path.is_file():
-            raise CacheFormatError(f"{path}: not a plain file; a cache holds plain files and folders only")
-        if not path.exists():
-            raise FileNotFoundError(2, "no such file", str(path))
-        return path

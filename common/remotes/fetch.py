@@ -16,27 +16,27 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from vlm_distill_cache.common.cache.documents import parse_document, safe_path
 from vlm_distill_cache.common.cache.manifest import MANIFEST, PLAN, SHARDS, Manifest
+from vlm_distill_cache.common.cache.sidecar import FileEntry
 from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, TransferError
-from vlm_distill_cache.common.files.atomic import TEMPORARY_PREFIX, publish_file
-from vlm_distill_cache.common.files.hashing import file_digests
+from vlm_distill_cache.common.files.atomic import TEMPORARY_PREFIX, HeldLock, publish_file
 from vlm_distill_cache.common.locations import is_url
-from vlm_distill_cache.common.remotes.streams import AGAIN, StoppedError, name_full_disk, stop_waiting_on
+from vlm_distill_cache.common.remotes.streams import AGAIN, name_full_disk, stop_waiting_on, stoppable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-    from vlm_distill_cache.common.cache.sidecar import FileEntry
     from vlm_distill_cache.common.remotes import Remote
 
+_T = TypeVar("_T")
 JOBS = 8
 MAX_MANIFEST_BYTES = 64 << 20
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Transferred:
     """What a transfer moved.
 
@@ -57,22 +57,13 @@ class Transferred:
         return f"{self.files:,} files copied, {self.bytes:,} bytes{there}"
 
     def __add__(self, other: Transferred) -> Transferred:
-        return Transferred(
-            files=self.files + other.files,
-            bytes=self.bytes + other.bytes,
-            present=self.present + other.present,
-        )
+        return Transferred(self.files + other.files, self.bytes + other.bytes, self.present + other.present)
 
 
 class Progress:
-    """Sums what several threads report.
+    """Sums what several threads report; ``on_progress`` is told the sum and the total, in bytes, each time."""
 
-    Args:
-        total: Bytes of the whole.
-        on_progress: Told the sum and the total each time.
-    """
-
-    def __init__(self, total: int, on_progress: Callable[[int, int], object] | None) -> None:
+    def __init__(self, total: int = 0, on_progress: Callable[[int, int], object] | None = None) -> None:
         self._done, self._total, self._tell = 0, total, on_progress
         self._lock = threading.Lock()
 
@@ -85,10 +76,7 @@ class Progress:
 
 
 def read_remote_manifest(remote: Remote) -> tuple[Manifest, bytes]:
-    """Read what a remote cache holds.
-
-    Returns:
-        The manifest and the bytes of its file.
+    """Read what a remote cache holds: the manifest, and the bytes of its file.
 
     Raises:
         CacheFormatError: If there is no cache, or one whose push has not finished, or it is damaged.
@@ -115,7 +103,7 @@ def fetch_files(
     files: Mapping[str, FileEntry] | Iterable[tuple[str, FileEntry]],
     *,
     jobs: int = JOBS,
-    on_bytes: Callable[[int], object] | None = None,
+    progress: Progress | None = None,
 ) -> Transferred:
     """Bring files here that are not here yet, each checked against its size and both digests.
 
@@ -124,40 +112,27 @@ def fetch_files(
         root: The folder to put them under; safe to use by several processes at once.
         files: Entries by name relative to ``root``; pairs are taken one by one, as they are needed.
         jobs: Files at a time.
-        on_bytes: Called with every number of bytes that are here now; files that were here count too, and
-            what turned out damaged counts negatively. Called from several threads.
-
-    Returns:
-        What was moved.
+        progress: Told of the bytes that are here now; files that were here count too, and what turned out
+            damaged counts negatively.
 
     Raises:
         TransferError: If a file cannot be fetched, or arrives damaged twice. What is verified stays, and
             the next call goes on where this one stopped.
     """
     pairs = files.items() if isinstance(files, Mapping) else files
-    results: list[Transferred] = []
-
-    def fetch(name: str, entry: FileEntry, stop: threading.Event) -> None:
-        def report(size: int) -> None:
-            if stop.is_set():
-                raise StoppedError
-            if on_bytes is not None:
-                on_bytes(size)
-
-        results.append(_fetch(remote, root, safe_path(name, remote.location), entry, report))
-
-    in_parallel((partial(fetch, name, entry) for name, entry in pairs), jobs)
-    return sum(results, Transferred())
+    report = (progress or Progress()).add
+    tasks = (partial(_fetch, remote, root, safe_path(name, remote.location), entry, report) for name, entry in pairs)
+    return sum(in_parallel(tasks, jobs), Transferred())
 
 
-def in_parallel(tasks: Iterable[Callable[[threading.Event], None]], jobs: int) -> None:
-    """Run tasks on threads; the first error ends all and is raised.
+def in_parallel(tasks: Iterable[Callable[[], _T]], jobs: int) -> list[_T]:
+    """Run tasks on so many threads, taken one by one as these become free; the first error ends all and is raised.
 
-    Args:
-        tasks: Taken one by one, as threads become free. Each gets the event that tells it to give up.
-        jobs: Threads.
+    Returns:
+        What they returned, in any order.
     """
     stop, lock, waiting = threading.Event(), threading.Lock(), iter(tasks)
+    results: list[_T] = []
 
     def work() -> None:
         while not stop.is_set():
@@ -165,7 +140,7 @@ def in_parallel(tasks: Iterable[Callable[[threading.Event], None]], jobs: int) -
                 task = next(waiting, None)
             if task is None:
                 return
-            task(stop)
+            results.append(task())
 
     with ThreadPoolExecutor(jobs, "transfer", initializer=stop_waiting_on, initargs=(stop,)) as pool:
         try:
@@ -173,15 +148,22 @@ def in_parallel(tasks: Iterable[Callable[[threading.Event], None]], jobs: int) -
                 done.result()
         finally:
             stop.set()  # for those still at work when one failed, or when somebody pressed Ctrl-C
+    return results
+
+
+def sidecar_name(shard: int) -> str:
+    """Return the path of a shard's sidecar relative to the cache."""
+    return f"{SHARDS}/{shard:05d}.json"
+
+
+def descriptions(manifest: Manifest) -> dict[str, FileEntry]:
+    """Return everything of a cache that its manifest lists: sidecars, and the files beside the shards."""
+    return manifest.files | {sidecar_name(shard.index): shard.sidecar for shard in manifest.shards}
 
 
 def cache_bytes(manifest: Manifest) -> int:
     """Return the bytes of all files of a cache that have digests: all but the manifest and the card."""
-    return (
-        manifest.totals["bytes"]
-        + sum(shard.sidecar.size for shard in manifest.shards)
-        + sum(entry.size for entry in manifest.files.values())
-    )
+    return manifest.totals["bytes"] + sum(entry.size for entry in descriptions(manifest).values())
 
 
 def refuse_nested(cache_dir: Path, location: str | Path) -> None:
@@ -218,33 +200,37 @@ def _is_leftover(path: Path) -> bool:
     return path.name.startswith(TEMPORARY_PREFIX)
 
 
+def check_room(place: Path, needed: int, remedy: str) -> None:
+    """Refuse to begin what cannot end: so many bytes more for a file or folder."""
+    existing = next(folder for folder in (place.absolute(), *place.absolute().parents) if folder.exists())
+    if needed > (free := shutil.disk_usage(existing).free):
+        raise TransferError(f"{place}: needs {needed:,} bytes more, but there are {free:,} free; make room, {remedy}")
+
+
 def is_intact(path: Path, entry: FileEntry) -> bool:
     """Whether a plain file is there with this size and these digests."""
     try:
         if path.is_symlink() or not path.is_file() or path.stat().st_size != entry.size:
             return False
-        return file_digests(path) == (entry.xxh3_128, entry.sha256, entry.size)
+        return FileEntry.of(path) == entry
     except OSError:
         return False  # unreadable: fetch it again
 
 
 def _fetch(remote: Remote, root: Path, name: str, entry: FileEntry, report: Callable[[int], object]) -> Transferred:
-    final = root / name
-    here = Transferred(present=1)
+    final, report = root / name, stoppable(report)
     with name_full_disk(final):
-        if is_intact(final, entry):
-            report(entry.size)
-            return here
-        final.parent.mkdir(parents=True, exist_ok=True)
-        arriving = final.with_name(f"{TEMPORARY_PREFIX}{final.name}-fetch")
-        with _locked(arriving):
-            if is_intact(final, entry):  # another process brought it while we waited for the lock
+        if not is_intact(final, entry):
+            final.parent.mkdir(parents=True, exist_ok=True)
+            arriving = final.with_name(f"{TEMPORARY_PREFIX}{final.name}-fetch")
+            with locked(arriving):
+                if not is_intact(final, entry):  # else another process brought it while we waited for the lock
+                    moved = _download_checked(remote, name, arriving, entry, report)
+                    publish_file(arriving, final)
+                    return Transferred(files=1, bytes=moved)
                 arriving.unlink()
-                report(entry.size)
-                return here
-            moved = _download_checked(remote, name, arriving, entry, report)
-            publish_file(arriving, final)
-            return Transferred(files=1, bytes=moved)
+        report(entry.size)
+        return Transferred(present=1)
 
 
 def _download_checked(
@@ -258,16 +244,11 @@ def _download_checked(
         moved += size
         report(size)
 
-    found = ("", "", 0)
     for _ in range(2):  # the second time from its beginning: half of it may be from an older file
         if (have := arriving.stat().st_size) > entry.size:
             os.truncate(arriving, have := 0)
         # A size is only what somebody says: nobody shall fill this disk with it.
-        if entry.size - have > (free := shutil.disk_usage(arriving.parent).free):
-            raise TransferError(
-                f"{arriving.parent / Path(name).name}: needs {entry.size - have:,} bytes more, but there are "
-                f"{free:,} free; make room, then {AGAIN}"
-            )
+        check_room(arriving.with_name(Path(name).name), entry.size - have, f"then {AGAIN}")
         report(have)
         try:
             remote.download(name, arriving, size=entry.size, on_bytes=count)
@@ -278,30 +259,39 @@ def _download_checked(
             ) from error
         with arriving.open("rb") as file:
             os.fsync(file.fileno())
-        found = file_digests(arriving)
-        if found == (entry.xxh3_128, entry.sha256, entry.size):
+        if (found := FileEntry.of(arriving)) == entry:
             return moved
         os.truncate(arriving, 0)
         report(-entry.size)
     raise TransferError(
         f"{remote.location}/{name}: damaged or changed: expected xxh3_128 {entry.xxh3_128} and sha256 "
-        f"{entry.sha256} ({entry.size} bytes), twice got {found[0]} and {found[1]} ({found[2]} bytes); "
-        "run `cachectl verify` on the cache it was pushed from, and push it again"
+        f"{entry.sha256} ({entry.size} bytes), twice got {found.xxh3_128} and {found.sha256} ({found.size} "
+        "bytes); run `cachectl verify` on the cache it was pushed from, and push it again"
     )
 
 
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Create a file, or take the one that is there, and keep others off it."""
+def lock(path: Path, *, shared: bool = False) -> HeldLock:
+    """Create a file, or take the one that is there, and wait for a lock on it.
+
+    On file systems without ``flock`` it keeps nobody off; ``try_lock`` fails there, so nothing is ever removed.
+    """
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
-        try:
-            with contextlib.suppress(OSError):  # some network mounts have no locks
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
-            # Whoever had the lock before may have given the file its final name.
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(descriptor), path.stat(follow_symlinks=False)):
-                    yield
-                    return
-        finally:
-            os.close(descriptor)
+        held = HeldLock(descriptor)
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+        # Whoever had the lock before may have given the file its final name.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), path.stat(follow_symlinks=False)):
+                return held
+        held.release()
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Keep others off a file, which is created if missing."""
+    held = lock(path)
+    try:
+        yield
+    finally:
+        held.release()

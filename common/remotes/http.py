@@ -13,38 +13,101 @@ import ssl
 import string
 import time
 import urllib.request
-from contextlib import ExitStack
+from abc import abstractmethod
+from contextlib import ExitStack, contextmanager
 from http.client import HTTPException
 from typing import TYPE_CHECKING, Any
 from urllib.error import HTTPError, URLError
 from urllib.parse import quote, urlsplit
 
 from vlm_distill_cache.common.errors import ConfigError, TransferError
-from vlm_distill_cache.common.remotes.streams import PassingError, RangeRefusedError, Retries, download_file, read_small
+from vlm_distill_cache.common.remotes.base import Remote
+from vlm_distill_cache.common.remotes.streams import Body, PassingError, RangeRefusedError, Retries
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Iterator, Mapping
     from http.client import HTTPMessage, HTTPResponse
-    from pathlib import Path
     from typing import IO
 
-_MAY_PASS = (408, 425, 429, 500, 502, 503, 504)
-_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
-NO_ACCESS = "ask whoever owns it for access"
-_PULL_ONLY = "to write, use a folder, s3://BUCKET/PREFIX or hf://datasets/ORG/NAME"
+MAY_PASS = (408, 425, 429, 500, 502, 503, 504)
+CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
 
 
-class HttpRemote:
-    """A folder on a web server; pull only.
+class WebRemote(Remote):
+    """A folder whose files are read with plain ranged HTTP; a subclass knows their addresses, and how to write.
 
-    Args:
-        location: ``http(s)://HOST/FOLDER``. A query (a signed address) is sent with every request and
-            shown to nobody.
-        retries: How patient to be.
+    Attributes:
+        no_access: What to do if the server refuses, for the error.
     """
 
-    upload_files = 1
-    upload_jobs = 1
+    no_access = "ask whoever owns it for access"
+
+    @abstractmethod
+    def _url(self, name: str) -> str: ...
+
+    def _headers(self) -> Mapping[str, str]:
+        """What to send to the file's host, and to no other that it redirects to."""
+        return {}
+
+    def _open(self, name: str, start: int = 0, stop: int | None = None) -> Body:
+        where, request = self._where(name), urllib.request.Request(self._url(name))
+        for header, value in self._headers().items():
+            request.add_unredirected_header(header, value)
+        if start or stop is not None:
+            request.add_header("Range", f"bytes={start}-{stop - 1 if stop is not None else ''}")
+        with self._failures(where):
+            try:
+                response: HTTPResponse = _opener().open(request, timeout=self._retries.timeout)
+            except HTTPError as error:
+                if error.code != 416 or (error.headers.get("Content-Range") or "").strip() != "bytes */0":
+                    raise
+                return Body(0, 0, lambda _: b"", error.close)
+
+        def read(limit: int) -> bytes:
+            with self._failures(where):
+                return response.read1(limit)  # unlike read(), does not wait until all of it is there
+
+        with ExitStack() as unless_handed_on:
+            unless_handed_on.callback(response.close)
+            start, total = _position(where, response, start)
+            unless_handed_on.pop_all()
+        return Body(start, total, read, response.close)
+
+    @contextmanager
+    def _failures(self, where: str) -> Iterator[None]:
+        """Sort what the library raises into absent, passing and lasting."""
+        try:
+            yield
+        except HTTPError as error:
+            with error:
+                raise self._failure(where, error) from error
+        except (OSError, HTTPException) as error:
+            cause = error.reason if isinstance(error, URLError) else error
+            if isinstance(cause, ssl.SSLCertVerificationError):
+                raise TransferError(
+                    f"{where}: the server's certificate is not trusted: {cause.verify_message}; if it is "
+                    "your own server, name its authority in SSL_CERT_FILE"
+                ) from error
+            said = "no answer in time" if isinstance(cause, TimeoutError) else getattr(cause, "strerror", None)
+            raise PassingError(said or str(cause) or type(cause).__name__) from error
+        except ValueError as error:  # the library's word for a redirect that it cannot read
+            raise TransferError(f"{where}: redirected to what is no address ({error})") from error
+
+    def _failure(self, where: str, error: HTTPError) -> Exception:
+        said = f"answered {error.code} {error.reason}"
+        if error.code in (404, 410):
+            return FileNotFoundError(2, "no such file", where)
+        if error.code == 416:
+            return RangeRefusedError(said)
+        if error.code in MAY_PASS:
+            return PassingError(said, retry_after=retry_after(error.headers.get("Retry-After", "")))
+        return TransferError(
+            f"{where}: {said}; {self.no_access if error.code in (401, 403, 407) else 'check the address'}"
+        )
+
+
+class HttpRemote(WebRemote):
+    """A folder on a web server, to read; a query (a signed address) is sent with every request and shown to nobody."""
 
     def __init__(self, location: str, retries: Retries) -> None:
         try:
@@ -61,187 +124,34 @@ class HttpRemote:
             raise ConfigError(f"{parts.scheme}://{parts.hostname}: a password in the address ends up in logs; "
                               "use a signed address or a server that this machine may read")  # fmt: skip
         path = quote(parts.path, safe=string.punctuation)  # spells out letters beyond ASCII, and nothing else
-        self.location = parts._replace(path=path, query="").geturl().rstrip("/")
+        super().__init__(parts._replace(path=path, query="").geturl().rstrip("/"), retries)
         self._query = f"?{quote(parts.query, safe=string.punctuation)}" if parts.query else ""
-        self._retries = retries
 
-    def read(self, name: str, *, max_bytes: int) -> bytes:
-        """Return a small file whole; see ``Remote``."""
-        where, url = self._address(name)
-        return read_small(lambda: self._open(where, url), where, max_bytes=max_bytes, retries=self._retries)
+    def _where(self, name: str) -> str:
+        return f"{self.location}/{quote(name)}"
 
-    def size(self, name: str) -> int | None:
-        """Return the bytes of a file, or None; see ``Remote``."""
-        where, url = self._address(name)
-        return http_size(where, url, {}, self._retries)
-
-    def download(self, name: str, target: Path, *, size: int, on_bytes: Callable[[int], object] | None = None) -> None:
-        """Append what is missing to ``target``; see ``Remote``."""
-        where, url = self._address(name)
-
-        def open_at(start: int) -> HttpBody:
-            return self._open(where, url, start)
-
-        download_file(open_at, where, target, size=size, retries=self._retries, on_bytes=on_bytes)
-
-    def upload(self, files: Mapping[str, Path], *, on_bytes: Callable[[int], object] | None = None) -> None:
-        """Refuse: a web server is read only; see ``Remote``."""
-        raise TransferError(f"{self.location}: pull only; {_PULL_ONLY}")
-
-    def create(self, name: str, data: bytes) -> bool:
-        """Refuse: a web server is read only; see ``Remote``."""
-        raise TransferError(f"{self.location}: pull only; {_PULL_ONLY}")
-
-    def delete(self, names: Iterable[str]) -> None:
-        """Refuse: a web server is read only; see ``Remote``."""
-        raise TransferError(f"{self.location}: pull only; {_PULL_ONLY}")
-
-    def _address(self, name: str) -> tuple[str, str]:
-        where = f"{self.location}/{quote(name)}"
-        return where, where + self._query
-
-    def _open(self, where: str, url: str, start: int = 0) -> HttpBody:
-        return open_http(where, url, {}, timeout=self._retries.timeout, start=start)
+    def _url(self, name: str) -> str:
+        return self._where(name) + self._query
 
 
-class HttpBody:
-    """A response that is arriving; see ``streams.Body``."""
-
-    def __init__(self, response: HTTPResponse | None, start: int, total: int | None) -> None:
-        self._response, self.start, self.total = response, start, total
-
-    def read(self, limit: int) -> bytes:
-        """Return what has arrived, at most ``limit`` bytes."""
-        if self._response is None:
-            return b""
-        try:
-            return self._response.read1(limit)  # unlike read(), does not wait until all of it is there
-        except (OSError, HTTPException) as error:
-            raise PassingError(_reason(error)) from error
-
-    def close(self) -> None:
-        """Close the connection."""
-        if self._response is not None:
-            self._response.close()
-
-
-def http_size(
-    where: str, url: str, headers: Mapping[str, str], retries: Retries, *, no_access: str = NO_ACCESS
-) -> int | None:
-    """Return the bytes of a file, or None if absent; asks for its first byte, as signed addresses allow GET only.
-
-    Args:
-        where: The address, for errors.
-        url: The address.
-        headers: To send to its host, and to no other that it redirects to.
-        retries: How patient to be.
-        no_access: What to do if the server refuses, for the error.
-
-    Raises:
-        TransferError: If the server does not say.
-    """
-
-    def attempt() -> int | None:
-        try:
-            body = open_http(where, url, headers, timeout=retries.timeout, stop=1, no_access=no_access)
-        except FileNotFoundError:
-            return None
-        body.close()
-        if body.total is None:
-            raise TransferError(f"{where}: the server does not say how large the file is; use another server")
-        return body.total
-
-    return retries.run(where, attempt)
-
-
-def open_http(
-    where: str,
-    url: str,
-    headers: Mapping[str, str],
-    *,
-    timeout: float,
-    start: int = 0,
-    stop: int | None = None,
-    no_access: str = NO_ACCESS,
-) -> HttpBody:
-    """Request a file, or a range of it.
-
-    Args:
-        where: The address, for errors.
-        url: The address.
-        headers: To send to its host, and to no other that it redirects to.
-        timeout: Seconds to wait for each piece of the answer.
-        start: First byte wanted.
-        stop: End of the range; None for the end of the file.
-        no_access: What to do if the server refuses, for the error.
-
-    Raises:
-        PassingError: For what may pass.
-        FileNotFoundError: If it is absent.
-        TransferError: For what will not pass.
-    """
-    request = urllib.request.Request(url)
-    for name, value in headers.items():
-        request.add_unredirected_header(name, value)
-    if start or stop is not None:
-        request.add_header("Range", f"bytes={start}-{stop - 1 if stop is not None else ''}")
-    try:
-        response = _opener().open(request, timeout=timeout)
-    except HTTPError as error:
-        with error:
-            if error.code == 416 and (error.headers.get("Content-Range") or "").strip() == "bytes */0":
-                return HttpBody(None, 0, 0)
-            raise _http_failure(where, error, no_access) from error
-    except URLError as error:
-        if isinstance(error.reason, ssl.SSLCertVerificationError):
-            raise TransferError(
-                f"{where}: the server's certificate is not trusted: {error.reason.verify_message}; if it is "
-                "your own server, name its authority in SSL_CERT_FILE"
-            ) from error
-        raise PassingError(_reason(error)) from error
-    except (OSError, HTTPException) as error:
-        raise PassingError(_reason(error)) from error
-    except ValueError as error:  # the library's word for a redirect that it cannot read
-        raise TransferError(f"{where}: redirected to what is no address ({error})") from error
-    with ExitStack() as unless_handed_on:
-        unless_handed_on.callback(response.close)
-        body = _body(where, response, start)
-        unless_handed_on.pop_all()
-    return body
-
-
-def _body(where: str, response: HTTPResponse, start: int) -> HttpBody:
+def _position(where: str, response: HTTPResponse, start: int) -> tuple[int, int | None]:
+    """Return where in the file a response begins, and the bytes of the file if it says so."""
     if (encoding := response.headers.get("Content-Encoding", "identity")) != "identity":
         raise TransferError(f"{where}: sent as {encoding}, unasked; serve the files of a cache as they are")
     if response.status == 206:
-        found = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", "").strip())
+        found = CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", "").strip())
         if found is None or int(found[1]) != start:
             said = response.headers.get("Content-Range")
             raise PassingError(f"asked for bytes from {start}, the answer says {said!r}")
-        return HttpBody(response, start, None if found[3] == "*" else int(found[3]))
+        return start, None if found[3] == "*" else int(found[3])
     if response.status != 200:
         raise PassingError(f"answered {response.status} {response.reason}")
     length = response.headers.get("Content-Length", "")
-    return HttpBody(response, 0, int(length) if length.isdecimal() else None)
+    return 0, int(length) if length.isdecimal() else None
 
 
-def _http_failure(where: str, error: HTTPError, no_access: str) -> Exception:
-    said = f"answered {error.code} {error.reason}"
-    if error.code in (404, 410):
-        return FileNotFoundError(2, "no such file", where)
-    if error.code == 416:
-        return RangeRefusedError(said)
-    if error.code in _MAY_PASS:
-        return PassingError(said, retry_after=_retry_after(error.headers.get("Retry-After")))
-    if error.code in (401, 403, 407):
-        return TransferError(f"{where}: {said}; {no_access}")
-    return TransferError(f"{where}: {said}; check the address")
-
-
-def _retry_after(text: str | None) -> float | None:
-    """Read ``Retry-After``: seconds, or a date."""
-    if text is None:
-        return None
+def retry_after(text: str) -> float | None:
+    """Read ``Retry-After``: seconds, or a date, or nothing."""
     if text.strip().isdecimal():
         return float(text)
     try:
@@ -250,45 +160,24 @@ def _retry_after(text: str | None) -> float | None:
         return None
 
 
-def _reason(error: Exception) -> str:
-    cause = error.reason if isinstance(error, URLError) else error
-    if isinstance(cause, TimeoutError):
-        return "no answer in time"
-    return getattr(cause, "strerror", None) or str(cause) or type(cause).__name__
-
-
 @functools.cache
 def _opener() -> urllib.request.OpenerDirector:
-    opener = urllib.request.OpenerDirector()  # not build_opener: that would follow to ftp: and file: too
+    secure = urllib.request.HTTPSHandler(context=ssl.create_default_context())  # once: reading all certificates is slow
+    opener = urllib.request.build_opener(secure, _Redirects)
     opener.addheaders = [("User-Agent", "cachectl")]
-    for handler in (
-        urllib.request.ProxyHandler(),
-        urllib.request.HTTPHandler(),
-        urllib.request.HTTPSHandler(context=ssl.create_default_context()),
-        _Redirects(),
-        urllib.request.HTTPDefaultErrorHandler(),
-        urllib.request.HTTPErrorProcessor(),
-    ):
-        opener.add_handler(handler)
     return opener
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirects, at most ten; keeps secrets on their host and never leaves https for http."""
+    """Follows redirects, at most ten; keeps secrets on their host and never leaves https, or http for anything else."""
 
     def redirect_request(
-        self,
-        req: urllib.request.Request,
-        fp: IO[bytes],
-        code: int,
-        msg: str,
-        headers: HTTPMessage,
-        newurl: str,
+        self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str
     ) -> Any:
         """Return the next request."""
         old, new = urlsplit(req.full_url), urlsplit(newurl)
-        if old.scheme == "https" and new.scheme != "https":
-            raise HTTPError(req.full_url, code, f"redirect from https to {new.scheme}", headers, fp)
+        if new.scheme not in (old.scheme, "https"):
+            raise HTTPError(req.full_url, code, f"redirect from {old.scheme} to {new.scheme}", headers, fp)
         request = super().redirect_request(req, fp, code, msg, headers, newurl)
         if request is not None and (old.scheme, old.netloc) == (new.scheme, new.netloc):
             for name, value in req.unredirected_hdrs.items():

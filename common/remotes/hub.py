@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import unquote
 
 from vlm_distill_cache.common.errors import ConfigError, TransferError
-from vlm_distill_cache.common.remotes.http import HttpBody, http_size, open_http
-from vlm_distill_cache.common.remotes.streams import AGAIN, PassingError, Retries, download_file, read_small
+from vlm_distill_cache.common.remotes.http import MAY_PASS, WebRemote
+from vlm_distill_cache.common.remotes.streams import AGAIN, PassingError, Retries
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -22,24 +22,18 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 _LOCATION = re.compile(r"hf://datasets/([\w.-]+/[\w.-]+?)(?:@([^/@]+))?(?:/(.+?))?/?")
-_MAY_PASS = (408, 409, 412, 429, 500, 502, 503, 504)  # 409, 412: somebody else committed at the same time
 _MOST_PATHS = 500
-_LOG_IN = "it does not exist, or you have no access: log in with `hf auth login` or set HF_TOKEN"
 
 
-class HubRemote:
-    """A folder in a data set repository.
+class HubRemote(WebRemote):
+    """A folder in a data set repository, ``hf://datasets/ORG/NAME[@REVISION][/FOLDER]``.
 
-    Args:
-        location: ``hf://datasets/ORG/NAME[@REVISION][/FOLDER]``; a revision with slashes is percent-encoded.
-        retries: How patient to be.
-
-    Raises:
-        ConfigError: If the address is not of this form, or the hub is switched off (``HF_HUB_OFFLINE``).
+    A revision with slashes is percent-encoded.
     """
 
     upload_files = 500
     upload_jobs = 1
+    no_access = "it does not exist, or you have no access: log in with `hf auth login` or set HF_TOKEN"
 
     def __init__(self, location: str, retries: Retries) -> None:
         from huggingface_hub import constants
@@ -49,33 +43,24 @@ class HubRemote:
             raise ConfigError(f"{location}: expected hf://datasets/ORG/NAME[@REVISION][/FOLDER]")
         if constants.HF_HUB_OFFLINE:
             raise ConfigError(f"{location}: the hub is switched off by HF_HUB_OFFLINE=1; unset it, or use a folder")
-        self.location = location.rstrip("/")
+        super().__init__(location.rstrip("/"), retries)
         self._repository, self._revision = found[1], unquote(found[2] or constants.DEFAULT_REVISION)
         self._prefix = f"{found[3]}/" if found[3] else ""
-        self._retries = retries
         self._created = False
 
-    def read(self, name: str, *, max_bytes: int) -> bytes:
-        """Return a small file whole; see ``Remote``."""
-        where = self._where(name)
-        return read_small(lambda: self._open(name), where, max_bytes=max_bytes, retries=self._retries)
+    def _url(self, name: str) -> str:
+        from huggingface_hub import hf_hub_url
 
-    def size(self, name: str) -> int | None:
-        """Return the bytes of a file, or None; see ``Remote``."""
-        return http_size(self._where(name), self._url(name), _headers(), self._retries, no_access=_LOG_IN)
+        return str(hf_hub_url(self._repository, self._prefix + name, repo_type="dataset", revision=self._revision))
 
-    def download(self, name: str, target: Path, *, size: int, on_bytes: Callable[[int], object] | None = None) -> None:
-        """Append what is missing to ``target``; see ``Remote``."""
+    def _headers(self) -> dict[str, str]:
+        from huggingface_hub.utils import build_hf_headers
 
-        def open_at(start: int) -> HttpBody:
-            return self._open(name, start)
-
-        where = self._where(name)
-        download_file(open_at, where, target, size=size, retries=self._retries, on_bytes=on_bytes)
+        return dict(build_hf_headers(library_name="vlm-distill-cache"))
 
     def upload(self, files: Mapping[str, Path], *, on_bytes: Callable[[int], object] | None = None) -> None:
         """Copy files here in one commit, which is visible whole or not at all; see ``Remote``."""
-        self._commit(dict(files), "Add a part of a teacher cache")
+        self._commit(files, "Add a part of a teacher cache")
         if on_bytes is not None:
             on_bytes(sum(source.stat().st_size for source in files.values()))
 
@@ -91,86 +76,58 @@ class HubRemote:
         """Remove files in one commit; see ``Remote``."""
         paths = [self._prefix + name for name in names]
         for start in range(0, len(paths), _MOST_PATHS):
-            present = self._ask(partial(self._find, paths[start : start + _MOST_PATHS]))
-            self._commit(dict.fromkeys(present), "Remove a teacher cache")
+            found = self._ask(partial(self._find, paths[start : start + _MOST_PATHS]))
+            self._commit({entry.path.removeprefix(self._prefix): None for entry in found}, "Remove a teacher cache")
 
-    def _find(self, paths: list[str]) -> list[str]:
-        """Return the names of those of these paths that are there."""
-        from huggingface_hub import HfApi
-
-        found = HfApi().get_paths_info(self._repository, paths, repo_type="dataset", revision=self._revision)
-        return [entry.path.removeprefix(self._prefix) for entry in found]
-
-    def _where(self, name: str) -> str:
-        return f"{self.location}/{name}"
-
-    def _url(self, name: str) -> str:
-        from huggingface_hub import hf_hub_url
-
-        name = self._prefix + name
-        return str(hf_hub_url(self._repository, name, repo_type="dataset", revision=self._revision))
-
-    def _open(self, name: str, start: int = 0) -> HttpBody:
-        return open_http(
-            self._where(name),
-            self._url(name),
-            _headers(),
-            timeout=self._retries.timeout,
-            start=start,
-            no_access=_LOG_IN,
-        )
+    def _find(self, paths: list[str], api: Any) -> Any:
+        return api.get_paths_info(self._repository, paths, repo_type="dataset", revision=self._revision)
 
     def _create_repository(self) -> None:
+        from huggingface_hub import constants
+
         if self._created:
             return
-        from huggingface_hub import HfApi, constants
-
-        def create() -> None:
-            api = HfApi()
-            api.create_repo(self._repository, repo_type="dataset", private=True, exist_ok=True)
-            if self._revision != constants.DEFAULT_REVISION:
-                api.create_branch(self._repository, branch=self._revision, repo_type="dataset", exist_ok=True)
-
-        self._ask(create)
+        self._ask(lambda api: api.create_repo(self._repository, repo_type="dataset", private=True, exist_ok=True))
+        if (branch := self._revision) != constants.DEFAULT_REVISION:
+            self._ask(
+                lambda api: api.create_branch(self._repository, branch=branch, repo_type="dataset", exist_ok=True)
+            )
         self._created = True
 
     def _commit(self, files: Mapping[str, Path | bytes | None], message: str) -> None:
         """Commit files to write, and, where there is nothing to write, files to delete."""
         if not files:
             return
-        from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+        from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
         self._create_repository()
 
-        def commit() -> None:
+        def commit(api: Any) -> None:
             operations: list[Any] = [  # anew for every try: the library marks in them what it has sent
                 CommitOperationDelete(self._prefix + name)
                 if source is None
                 else CommitOperationAdd(self._prefix + name, source)
                 for name, source in files.items()
             ]
-            HfApi().create_commit(
-                self._repository,
-                operations,
-                commit_message=message,
-                repo_type="dataset",
-                revision=self._revision,
+            api.create_commit(
+                self._repository, operations, commit_message=message, repo_type="dataset", revision=self._revision
             )
 
         self._ask(commit)
 
-    def _ask(self, action: Callable[[], _T]) -> _T:
+    def _ask(self, action: Callable[[Any], _T]) -> _T:
         """Ask the hub's interface, and sort what goes wrong into passing and lasting."""
+        from huggingface_hub import HfApi
         from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
         def attempt() -> _T:
             try:
-                return action()
+                return action(HfApi())
             except HfHubHTTPError as error:
                 status = error.response.status_code
-                if status in _MAY_PASS:
+                if status in (*MAY_PASS, 409, 412):  # the last two: somebody else committed at the same time
                     raise PassingError(str(error)) from error
-                remedy = _LOG_IN + ", with the right to write" if status in (401, 403, 404) else AGAIN
+                remedy = f"{self.no_access}, with the right to write" if status in (401, 403, 404) else AGAIN
                 raise TransferError(f"{self.location}: {error}; {remedy}") from error
             except (HTTPError, ConnectionError, TimeoutError) as error:
                 raise PassingError(str(error) or type(error).__name__) from error
@@ -180,9 +137,3 @@ class HubRemote:
                 raise TransferError(f"{self.location}: {error}{cause}; {AGAIN}") from error
 
         return self._retries.run(self.location, attempt)
-
-
-def _headers() -> dict[str, str]:
-    from huggingface_hub.utils import build_hf_headers
-
-    return dict(build_hf_headers(library_name="vlm-distill-cache"))

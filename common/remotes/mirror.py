@@ -1,11 +1,10 @@
 """Training straight from an address: a cache's shards are fetched when they are read, and kept within bounds.
 
-``open_mirror(URL)`` reads the manifest once, brings plan, sidecars, projector and processor here, and returns
-a ``TeacherCache`` whose shards arrive when they are opened, each byte checked against sha256. They lie in
-``$VLM_DISTILL_CACHE_DIR/<manifest hash>`` (default ``~/.cache/vlm-distill-cache``) and take at most
-``$VLM_DISTILL_CACHE_BYTES`` (default 50 GB); the least recently used leave first. Several processes share the
-folder. A shard that is open never leaves: where the shards in use at a time are larger than the limit, they
-stay, and a warning says so.
+``find_mirror(URL)`` reads the manifest once and brings plan, sidecars, projector and processor here; shards arrive
+when they are opened, each byte checked against sha256. They lie in ``$VLM_DISTILL_CACHE_DIR/<manifest hash>``
+(default ``~/.cache/vlm-distill-cache``) and take at most ``$VLM_DISTILL_CACHE_BYTES`` (default 50 GB); the least
+recently used leave first. Several processes share the folder. A shard that is open never leaves: where the shards
+in use at a time are larger than the limit, they stay, and a warning says so.
 
 The manifest is read once a process and then holds for it: a remote that changes meanwhile is an error as soon
 as a shard no longer fits. If the remote cannot be reached and all of the cache is here, it is used as it is.
@@ -13,8 +12,8 @@ as a shard no longer fits. If the remote cannot be reached and all of the cache 
 
 from __future__ import annotations
 
+import contextlib
 import errno
-import fcntl
 import logging
 import os
 import threading
@@ -33,11 +32,10 @@ from vlm_distill_cache.common.cache.manifest import (
     read_sidecar,
     sidecar_path,
 )
-from vlm_distill_cache.common.cache.side_files import check_digests
+from vlm_distill_cache.common.cache.side_files import check_digests, check_sizes
 from vlm_distill_cache.common.cache.sidecar import check_sidecar
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError, ConfigError, TransferError
 from vlm_distill_cache.common.files.atomic import (
-    HeldLock,
     clean_stale,
     read_json,
     remove,
@@ -48,179 +46,29 @@ from vlm_distill_cache.common.files.atomic import (
 from vlm_distill_cache.common.files.hashing import checksum, file_checksum
 from vlm_distill_cache.common.locations import is_url, public_location
 from vlm_distill_cache.common.remotes import open_remote
-from vlm_distill_cache.common.remotes.fetch import fetch_files, read_remote_manifest
+from vlm_distill_cache.common.remotes.fetch import descriptions, fetch_files, lock, locked, read_remote_manifest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable
-    from pathlib import Path
+    from collections.abc import Iterable, Mapping
 
     from vlm_distill_cache.common.cache.sidecar import FileEntry
     from vlm_distill_cache.common.files.atomic import HeldLock
     from vlm_distill_cache.common.remotes import Remote
 
 
-HELD = "held"
-_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS)
-_log = logging.getLogger(__name__)
-
-
-def lock(path: Path, *, shared: bool) -> HeldLock | None:
-    """Wait for a lock on a file, which is created if missing.
-
-    Returns:
-        The lock; None on file systems without ``flock``, where nothing is ever removed.
-    """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-    held = HeldLock(descriptor)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
-    except OSError as error:
-        held.release()
-        if error.errno not in _NO_LOCKS:
-            raise
-        return None
-    return held
-
-
-class MirrorSpace:
-    """The shards of all mirrors under one folder, and how many bytes they may take.
-
-    Args:
-        root: Folder of all mirrors; each mirror keeps its lock files in ``root/NAME/held``.
-        limit: Bytes that all shards together may take.
-        remove: Removes the files of a shard: called with the mirror's name and the shard's number.
-    """
-
-    def __init__(self, root: Path, limit: int, remove: Callable[[str, int], None]) -> None:
-        self.root = root
-        self.limit = limit
-        self._remove = remove
-        self._told = False
-
-    def hold(
-        self, mirror: str, shard: int, *, size: int, present: Callable[[], bool], fetch: Callable[[], None]
-    ) -> HeldLock | None:
-        """Make sure that a shard is here, and that it stays until what is returned is released or dropped.
-
-        Of several processes that want a shard, one fetches it and the others wait.
-
-        Args:
-            mirror: Name of the mirror.
-            shard: Its number.
-            size: Bytes of its files.
-            present: Whether all of it is here, undamaged.
-            fetch: Brings what is missing.
-
-        Returns:
-            The hold; None on file systems without locks, where nothing is removed anyway.
-        """
-        path = self._state_path(mirror, shard)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        while True:
-            reading = lock(path, shared=True)
-            if present():
-                os.utime(path)  # the least recently used leave first; whoever may write may set it to now
-                return reading
-            if reading is not None:
-                reading.release()
-            writing = lock(path, shared=False)
-            try:
-                if not present():
-                    self._reserve(path, size)
-                    fetch()
-            finally:
-                if writing is not None:
-                    writing.release()
-            # Between the two locks another process may have removed it again: then once more.
-
-    def fits(self, mirror: str, shard: int, *, size: int, beside: Collection[int]) -> bool:
-        """Whether a shard would find room if all left that is neither in use nor wanted beside it.
-
-        Args:
-            mirror: Name of the mirror.
-            shard: Its number.
-            size: Bytes of its files.
-            beside: Shards of this mirror that shall stay.
-        """
-        own = self._state_path(mirror, shard)
-        wanted = {self._state_path(mirror, other) for other in beside}
-        taken = 0
-        for _, path, held in self._states():
-            if path == own:
-                continue
-            free = try_lock(path)
-            if free is None or path in wanted:
-                taken += held
-            if free is not None:
-                free.release()
-        return taken + size <= self.limit
-
-    def _reserve(self, path: Path, size: int) -> None:
-        """Make room for a shard and write down that it is taken; what is in use stays, above the limit too."""
-        own = _bytes_in(path)
-        accounting = lock(self.root / "lock", shared=False)
-        try:
-            total = sum(held for _, _, held in self._states()) - own + size
-            for _, other, held in sorted(self._states()):
-                if total <= self.limit:
-                    break
-                if other != path and self._evict(other):
-                    total -= held
-            path.write_bytes(str(size).encode())
-        finally:
-            if accounting is not None:
-                accounting.release()
-        if total > self.limit and not self._told:
-            self._told = True
-            _log.warning(
-                "%s takes %d bytes, above its limit of %d: so many shards are in use at a time. Raise "
-                "VLM_DISTILL_CACHE_BYTES, or lower shuffle_window",
-                self.root,
-                total,
-                self.limit,
-            )
-
-    def _evict(self, path: Path) -> bool:
-        """Remove a shard unless somebody reads or fetches it."""
-        free = try_lock(path)
-        if free is None:
-            return False
-        try:
-            self._remove(path.parent.parent.name, int(path.name))
-            path.write_bytes(b"")
-        finally:
-            free.release()
-        return True
-
-    def _states(self) -> list[tuple[int, Path, int]]:
-        """When each shard was last used (ns), its lock file, and its bytes; absent ones are left out."""
-        return [
-            (path.stat().st_mtime_ns, path, held)
-            for folder in self.root.glob(f"*/{HELD}")
-            for path in folder.iterdir()
-            if path.name.isdigit() and (held := _bytes_in(path))
-        ]
-
-    def _state_path(self, mirror: str, shard: int) -> Path:
-        return self.root / mirror / HELD / f"{shard:05d}"
-
-
-def _bytes_in(path: Path) -> int:
-    text = path.read_bytes()
-    return int(text) if text.isdigit() else 0
-
-
 FOLDER_VARIABLE, LIMIT_VARIABLE = "VLM_DISTILL_CACHE_DIR", "VLM_DISTILL_CACHE_BYTES"
 DEFAULT_LIMIT = 50_000_000_000
-_CACHE, _LOCATIONS = "cache", "locations"
+_CACHE, _HELD, _LOCATIONS = "cache", "held", "locations"
 _log = logging.getLogger(__name__)
 
 
 class Mirror:
     """The local part of a cache that lies elsewhere. Safe to use from several threads; may be pickled.
 
+    All mirrors share one folder, and a limit of bytes that their shards may take together. A shard's lock file,
+    ``MANIFEST HASH/held/SHARD``, holds its bytes while it is here, and its time is that of the last use.
+
     Attributes:
-        location: The address.
         manifest: As it was when this process first read it.
         folder: A cache folder whose shards come and go.
     """
@@ -238,30 +86,33 @@ class Mirror:
         self._lock = threading.Lock()
         self._pool: ThreadPoolExecutor | None = None
         self._expected: frozenset[int] = frozenset()
-        self._space = MirrorSpace(self._root, self._limit, self._remove)
+        self._told = False
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: self.__dict__[name] for name in ("location", "manifest", "folder", "_root", "_limit")}
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Mirror, (self.location, self.manifest, self._root, self._limit)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._reset()
+    def hold(self, shard: int) -> HeldLock:
+        """Bring a shard here and keep it until what is returned is released or dropped.
 
-    def hold(self, shard: int) -> HeldLock | None:
-        """Bring a shard here and keep it until what is returned is dropped.
+        Of several processes that want a shard, one fetches it and the others wait.
 
         Raises:
-            TransferError: If it cannot be fetched.
             CacheMismatchError: If the remote holds another cache now.
         """
         self._follow_fork()
-        return self._space.hold(
-            self.manifest.hash,
-            shard,
-            size=self.manifest.shards[shard].bytes,
-            present=lambda: self._is_here(shard),
-            fetch=lambda: self._fetch(shard),
-        )
+        path = self._state_path(shard)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            reading = lock(path, shared=True)
+            if self._is_here(shard):
+                os.utime(path)  # the least recently used leave first; whoever may write may set it to now
+                return reading
+            reading.release()
+            with locked(path):
+                if not self._is_here(shard):
+                    self._reserve(path, self.manifest.shards[shard].bytes)
+                    self._fetch_checked(self._files(shard))
+            # Between the two locks another process may have removed it again: then once more.
 
     def expect(self, shards: Iterable[int]) -> None:
         """Fetch shards that are read soon, one after the other on a thread of its own, as long as they fit."""
@@ -287,12 +138,10 @@ class Mirror:
             # The folder's name is a fast hash, which somebody could forge; the sha256 in the manifest is not.
             if replace(held, fidelity=None) != replace(self.manifest, fidelity=None):
                 raise CacheFormatError(
-                    f"{self.folder}: holds another cache than {public_location(self.location)} under the same hash; one of the two "
-                    "is forged: delete the folder, and ask who gave you either"
+                    f"{self.folder}: holds another cache than {public_location(self.location)} under the same hash; "
+                    "one of the two is forged: delete the folder, and ask who gave you either"
                 )
-        files = dict(self.manifest.files)
-        files |= {f"{SHARDS}/{shard.index:05d}.json": shard.sidecar for shard in self.manifest.shards}
-        (self.folder / SHARDS).mkdir(parents=True, exist_ok=True)
+        files = descriptions(self.manifest)
         self._fetch_checked({n: entry for n, entry in files.items() if not _is_there(self.folder / n, entry)})
         if not (self.folder / MANIFEST).is_file():
             write_bytes_atomic(self.folder / MANIFEST, raw)
@@ -301,13 +150,11 @@ class Mirror:
         """Whether nothing is left to fetch; looks at sizes, not at content."""
         try:
             check_digests(self.folder, self.manifest.files)
-            return all(
-                (self.folder / name).stat().st_size == entry.size
-                for shard in range(len(self.manifest.shards))
-                for name, entry in self._files(shard).items()
-            )
+            for shard in range(len(self.manifest.shards)):
+                check_sizes(self.folder, self._files(shard))
         except (OSError, CacheFormatError):
             return False
+        return True
 
     def _follow_fork(self) -> None:
         if self._process != os.getpid():  # connections and threads do not survive a fork
@@ -325,51 +172,93 @@ class Mirror:
     def _is_here(self, shard: int) -> bool:
         return all(_is_there(self.folder / name, entry) for name, entry in self._files(shard).items())
 
-    def _fetch(self, shard: int) -> None:
-        self._fetch_checked(self._files(shard))
-
     def _fetch_early(self, shard: int) -> None:
-        size = self.manifest.shards[shard].bytes
-        if shard not in self._expected or not self._space.fits(
-            self.manifest.hash, shard, size=size, beside=self._expected
-        ):
+        if shard not in self._expected or not self._fits(shard):
             return
         try:
-            held = self.hold(shard)
+            self.hold(shard).release()
         except (TransferError, CacheFormatError, CacheMismatchError, OSError) as error:
             _log.info("shard %d could not be fetched ahead: %s", shard, error)  # whoever reads it is told
-            return
-        if held is not None:
-            held.release()
 
-    def _fetch_checked(self, files: Any) -> None:
+    def _fetch_checked(self, files: Mapping[str, FileEntry]) -> None:
         if self._remote is None:
             self._remote = open_remote(self.location)
         try:
             fetch_files(self._remote, self.folder, files)
         except (TransferError, CacheFormatError) as error:
-            self._refuse_changed(error)
+            with contextlib.suppress(TransferError, CacheFormatError):
+                found, _ = read_remote_manifest(self._remote)
+                if found.hash != self.manifest.hash:
+                    raise CacheMismatchError(
+                        f"{public_location(self.location)}: the cache there changed during this run: its manifest was "
+                        f"{self.manifest.hash} and is {found.hash} now. Put the old one back, or begin again with the "
+                        "new one and another --output"
+                    ) from error
             raise
 
-    def _refuse_changed(self, cause: Exception) -> None:
-        try:
-            found, _ = read_remote_manifest(self._remote or open_remote(self.location))
-        except (TransferError, CacheFormatError):
-            return
-        if found.hash != self.manifest.hash:
-            raise CacheMismatchError(
-                f"{public_location(self.location)}: the cache there changed during this run: its manifest was "
-                f"{self.manifest.hash} and is {found.hash} now. Put the old one back, or begin again with the "
-                "new one and another --output"
-            ) from cause
+    def _fits(self, shard: int) -> bool:
+        """Whether a shard would find room if all left that is neither in use nor expected."""
+        own, taken = self._state_path(shard), self.manifest.shards[shard].bytes
+        expected = {self._state_path(other) for other in self._expected}
+        for _, path, size in self._states():
+            if path == own:
+                continue
+            free = try_lock(path)
+            if free is None or path in expected:
+                taken += size
+            if free is not None:
+                free.release()
+        return taken <= self._limit
 
-    def _remove(self, mirror: str, shard: int) -> None:
-        """Remove a shard's files, of this or another mirror; its sidecar stays."""
-        shards = _folder(self._root, mirror) / SHARDS
-        for path in shards.glob(f"{shard:05d}.*"):
-            if path.suffix != ".json":
-                remove(path)
-        clean_stale(shards, f"{shard:05d}.")
+    def _reserve(self, path: Path, size: int) -> None:
+        """Make room for a shard and write down that it is taken; what is in use stays, above the limit too."""
+        own = _bytes_in(path)
+        with locked(self._root / "lock"):
+            total = sum(held for _, _, held in self._states()) - own + size
+            for _, other, held in sorted(self._states()):
+                if total <= self._limit:
+                    break
+                if other != path and _evict(other):
+                    total -= held
+            path.write_bytes(str(size).encode())
+        if total > self._limit and not self._told:
+            self._told = True
+            remedy = f"so many shards are in use at a time. Raise {LIMIT_VARIABLE}, or lower shuffle_window"
+            _log.warning("%s takes %d bytes, above its limit of %d: %s", self._root, total, self._limit, remedy)
+
+    def _states(self) -> list[tuple[int, Path, int]]:
+        """When each shard of any mirror was last used (ns), its lock file, and its bytes; absent ones are left out."""
+        return [
+            (path.stat().st_mtime_ns, path, held)
+            for folder in self._root.glob(f"*/{_HELD}")
+            for path in folder.iterdir()
+            if path.name.isdigit() and (held := _bytes_in(path))
+        ]
+
+    def _state_path(self, shard: int) -> Path:
+        return self.folder.with_name(_HELD) / f"{shard:05d}"
+
+
+def _bytes_in(path: Path) -> int:
+    text = path.read_bytes()
+    return int(text) if text.isdigit() else 0
+
+
+def _evict(path: Path) -> bool:
+    """Remove a shard, whose lock file this is, unless somebody reads or fetches it; its sidecar stays."""
+    free = try_lock(path)
+    if free is None:
+        return False
+    try:
+        shards = path.parent.with_name(_CACHE) / SHARDS
+        for file in shards.glob(f"{path.name}.*"):
+            if file.suffix != ".json":
+                remove(file)
+        clean_stale(shards, f"{path.name}.")
+        path.write_bytes(b"")
+    finally:
+        free.release()
+    return True
 
 
 _pinned: dict[tuple[str, str], Mirror] = {}
@@ -377,12 +266,7 @@ _pinning = threading.Lock()
 
 
 def local_folder(location: str | Path) -> Path:
-    """Return a folder with everything of a cache but its shards: a path as it is, an address's mirror.
-
-    Raises:
-        TransferError: If the address cannot be reached and not all of its cache is here.
-        CacheFormatError: If there is no cache.
-    """
+    """Return a folder with everything of a cache but its shards: a path as it is, an address's mirror."""
     return find_mirror(str(location)).folder if is_url(location) else Path(location)
 
 
@@ -418,11 +302,7 @@ def forget_mirrors() -> None:
 
 
 def mirror_settings() -> tuple[Path, int]:
-    """Return folder and limit in bytes, as the environment says.
-
-    Raises:
-        ConfigError: If the limit is not a positive whole number.
-    """
+    """Return folder and limit in bytes, as the environment says."""
     folder = os.environ.get(FOLDER_VARIABLE, "")
     root = Path(folder) if folder else Path("~/.cache/vlm-distill-cache").expanduser()
     text = os.environ.get(LIMIT_VARIABLE, "") or str(DEFAULT_LIMIT)
@@ -443,12 +323,8 @@ def _make_mirror(location: str, root: Path, limit: int) -> Mirror:
         return known
     mirror = Mirror(location, manifest, root, limit)
     mirror.folder.mkdir(parents=True, exist_ok=True)
-    alone = lock(mirror.folder.parent / "lock", shared=False)
-    try:
+    with locked(mirror.folder.with_name("lock")):
         mirror.fetch_descriptions(raw)
-    finally:
-        if alone is not None:
-            alone.release()
     note.parent.mkdir(parents=True, exist_ok=True)
     write_json_atomic(note, {"manifest": manifest.hash})
     return mirror

@@ -6,7 +6,6 @@ everything that it lists has been checked, and read first.
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +21,7 @@ from vlm_distill_cache.common.cache.manifest import (
     sidecar_path,
 )
 from vlm_distill_cache.common.cache.sidecar import check_sidecar
-from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError, TransferError
+from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError
 from vlm_distill_cache.common.files.atomic import TEMPORARY_PREFIX, clean_stale, try_lock, write_bytes_atomic
 from vlm_distill_cache.common.remotes import open_remote
 from vlm_distill_cache.common.remotes.fetch import (
@@ -30,10 +29,13 @@ from vlm_distill_cache.common.remotes.fetch import (
     Progress,
     Transferred,
     cache_bytes,
+    check_room,
+    descriptions,
     fetch_files,
     is_intact,
     read_remote_manifest,
     refuse_nested,
+    sidecar_name,
 )
 from vlm_distill_cache.common.remotes.push import push
 from vlm_distill_cache.common.remotes.streams import name_full_disk
@@ -45,7 +47,7 @@ if TYPE_CHECKING:
     from vlm_distill_cache.common.cache.sidecar import FileEntry
     from vlm_distill_cache.common.remotes import Remote
 
-__all__ = ["JOBS", "Transferred", "fetch_files", "pull", "push", "read_remote_manifest"]
+__all__ = ["pull", "push"]
 
 MAX_CARD_BYTES = 4 << 20
 MAX_SHARD_FILES = 10_000
@@ -70,9 +72,6 @@ def pull(
         jobs: Files at a time.
         on_progress: Called with the bytes that are here and those of the whole cache.
 
-    Returns:
-        The cache's manifest, and what was moved.
-
     Raises:
         CacheFormatError: If the remote holds no complete cache, or its descriptions do not fit each other.
         CacheMismatchError: If the target holds something else.
@@ -84,7 +83,9 @@ def pull(
     manifest, raw = read_remote_manifest(remote)
     _refuse_other_content(target, remote, manifest)
     total = cache_bytes(manifest)
-    _check_space(target, total)
+    present = sum(path.stat().st_size for path in target.rglob("*") if path.is_file()) if target.exists() else 0
+    remedy = "choose another disk, or pull a part of the cache (`cachectl pull --help`)"
+    check_room(target, total - present, remedy)
     target.mkdir(parents=True, exist_ok=True)
     marker = target / _MARKER
     try:
@@ -97,11 +98,10 @@ def pull(
     lock = try_lock(marker)  # so that nobody takes it for a leftover
     try:
         progress = Progress(total, on_progress)
-        sidecars = {f"{SHARDS}/{i:05d}.json": shard.sidecar for i, shard in enumerate(manifest.shards)}
-        moved = fetch_files(remote, target, manifest.files | sidecars, jobs=jobs, on_bytes=progress.add)
+        moved = fetch_files(remote, target, descriptions(manifest), jobs=jobs, progress=progress)
         plan = read_plan(target)
         _check_descriptions(target, plan, manifest)
-        moved += fetch_files(remote, target, _shard_files(target, plan), jobs=jobs, on_bytes=progress.add)
+        moved += fetch_files(remote, target, _shard_files(target, plan), jobs=jobs, progress=progress)
         moved += _pull_card(remote, target)
         held = (target / MANIFEST).is_file() and (target / MANIFEST).read_bytes() == raw
         write_bytes_atomic(target / MANIFEST, raw)
@@ -151,18 +151,6 @@ def _other_cache(target: Path, found: str | None, remote: Remote, manifest: Mani
     )
 
 
-def _check_space(target: Path, total: int) -> None:
-    """Refuse to begin what cannot end."""
-    present = sum(path.stat().st_size for path in target.rglob("*") if path.is_file()) if target.exists() else 0
-    existing = next(folder for folder in (target.absolute(), *target.absolute().parents) if folder.exists())
-    free = shutil.disk_usage(existing).free
-    if total - present > free:
-        raise TransferError(
-            f"{target}: needs {total - present:,} bytes more, but there are {free:,} free; make room, choose another "
-            "disk, or pull a part of the cache (`cachectl pull --help`)"
-        )
-
-
 def _check_descriptions(target: Path, plan: Plan, manifest: Manifest) -> None:
     """Refuse descriptions that do not fit each other, before anything they announce is fetched."""
     if manifest.plan_hash != plan.hash or len(manifest.shards) != plan.shard_count:
@@ -174,7 +162,7 @@ def _check_descriptions(target: Path, plan: Plan, manifest: Manifest) -> None:
         sidecar = read_sidecar(target, index)
         path = sidecar_path(target, index)
         check_sidecar(sidecar, plan, str(path))
-        if f"{SHARDS}/{path.name}" in sidecar.files or len(sidecar.files) > MAX_SHARD_FILES:
+        if sidecar_name(index) in sidecar.files or len(sidecar.files) > MAX_SHARD_FILES:
             raise CacheFormatError(
                 f"{path}: lists itself, or {len(sidecar.files)} files, above {MAX_SHARD_FILES}; damaged or hostile, "
                 "run `cachectl verify` on the source"

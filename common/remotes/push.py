@@ -7,16 +7,16 @@ there are still ours. A push that was killed goes on with the shards whose sidec
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from vlm_distill_cache.common.cache.documents import parse_document
 from vlm_distill_cache.common.cache.manifest import (
     CARD,
     MANIFEST,
     PLAN,
-    SHARDS,
     Manifest,
     Plan,
     read_manifest,
@@ -40,14 +40,17 @@ from vlm_distill_cache.common.remotes.fetch import (
     read_remote_manifest,
     refuse_nested,
     refuse_strangers,
+    sidecar_name,
 )
-from vlm_distill_cache.common.remotes.streams import StoppedError
+from vlm_distill_cache.common.remotes.streams import stoppable
 
 if TYPE_CHECKING:
-    import threading
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
 
+    from vlm_distill_cache.common.cache.sidecar import FileEntry
     from vlm_distill_cache.common.remotes import Remote
+
+_T = TypeVar("_T")
 
 
 def push(
@@ -71,9 +74,6 @@ def push(
             cache that has lost files.
         on_progress: Called with the bytes that are there and those of the whole cache.
 
-    Returns:
-        The cache's manifest, and what was moved.
-
     Raises:
         CacheFormatError: If the cache is not finished, or damaged.
         CacheMismatchError: If the place holds, or is receiving, another cache.
@@ -86,27 +86,30 @@ def push(
         refuse_strangers(Path(location))
     remote.delete([])  # a place that cannot be written says so before anything else
     refuse_nested(cache_dir, location)
-    manifest, plan, counts = _read_whole(cache_dir)
+    manifest, counts = _read_whole(cache_dir)
     progress = Progress(cache_bytes(manifest), on_progress)
     there = _remote_manifest(remote)
+    run = _Push(remote, cache_dir, manifest, counts, jobs, overwrite, progress)
     if there == manifest and not overwrite:  # the fidelity card included
         progress.add(cache_bytes(manifest))
         present = Transferred(present=len(manifest.files) + sum(counts) + 1)  # and the manifest
-        return manifest, present + _push_card(remote, cache_dir)
+        return manifest, present + run.send_card()
     moved = Transferred()
     if overwrite or not isinstance(there, Manifest) or there.hash != manifest.hash:
-        _make_room(remote, cache_dir, manifest, there, jobs=jobs, overwrite=overwrite)
-        begun = not _claim(remote, cache_dir, jobs=jobs, overwrite=overwrite)
-        moved += _push_shards(remote, cache_dir, counts, jobs=jobs, overwrite=overwrite, begun=begun, progress=progress)
-        moved += _push_side_files(remote, cache_dir, manifest, progress)
-        _check_untouched(remote, cache_dir, plan, jobs=jobs)
-    moved += _push_card(remote, cache_dir)
+        run.make_room(there)
+        begun = not run.claim()
+        moved += run.send_shards(begun=begun)
+        moved += run.send_side_files()
+        # It is not complete if another push wrote here meanwhile.
+        names = [PLAN, *map(sidecar_name, range(len(counts)))]
+        in_parallel([partial(run.refuse_overwritten, name) for name in names], jobs)
+    moved += run.send_card()
     remote.upload({MANIFEST: cache_dir / MANIFEST})
     return manifest, moved + Transferred(files=1)
 
 
-def _read_whole(cache_dir: Path) -> tuple[Manifest, Plan, list[int]]:
-    """Read the descriptions of a cache, look whether its files are there in full length; and count each shard's."""
+def _read_whole(cache_dir: Path) -> tuple[Manifest, list[int]]:
+    """Read a cache's descriptions and look whether its files are there in full length; count each shard's files."""
     manifest, plan = read_manifest(cache_dir), read_plan(cache_dir)
     if manifest.plan_hash != plan.hash or len(manifest.shards) != plan.shard_count:
         raise CacheFormatError(
@@ -115,25 +118,19 @@ def _read_whole(cache_dir: Path) -> tuple[Manifest, Plan, list[int]]:
     counts = []
     for index, summary in enumerate(manifest.shards):
         if not is_intact(sidecar_path(cache_dir, index), summary.sidecar):
-            raise _damaged(cache_dir, _sidecar_name(index))
+            raise _damaged(cache_dir, sidecar_name(index))
         files = read_sidecar(cache_dir, index).files
         counts.append(len(files) + 1)
         for name, entry in files.items():
             path = cache_dir / name
             if not path.is_file() or path.stat().st_size != entry.size:
                 raise _damaged(cache_dir, name)
-    return manifest, plan, counts
+    return manifest, counts
 
 
 def _damaged(cache_dir: Path, name: str) -> CacheFormatError:
     return CacheFormatError(
         f"{cache_dir / name}: lost or damaged, so the cache is not pushed; run `cachectl verify {cache_dir}`"
-    )
-
-
-def _taken(cache_dir: Path, remote: Remote, what: str) -> CacheMismatchError:
-    return CacheMismatchError(
-        f"{remote.location}: {what}; push {cache_dir} to another place, or replace what is there with --overwrite"
     )
 
 
@@ -147,66 +144,127 @@ def _remote_manifest(remote: Remote) -> Manifest | str | None:
         return str(error)
 
 
-def _make_room(
-    remote: Remote,
-    cache_dir: Path,
-    manifest: Manifest,
-    there: Manifest | str | None,
-    *,
-    jobs: int,
-    overwrite: bool,
-) -> None:
-    """Refuse to touch what is there, or, to overwrite it, make it an incomplete cache first."""
-    if there is None:
-        # Once the plan is there, the card is that of the push that began.
-        foreign = remote.size(PLAN) is None and remote.size(CARD) is not None
-        if foreign and not overwrite:
-            raise _taken(cache_dir, remote, f"has a {CARD}, which the cache's card would replace")
-        return
-    if not overwrite:
-        found = f"manifest {there.hash}" if isinstance(there, Manifest) else there
-        raise _taken(cache_dir, remote, f"holds another cache ({found}; this one is {manifest.hash})")
-    old = there.files.keys() - {PLAN} if isinstance(there, Manifest) else set()
-    remote.delete([MANIFEST, CARD, *sorted(old)])
-    _clear(remote, jobs)
+@dataclass(frozen=True)
+class _Push:
+    """One push and its steps; ``counts``: how many files each shard has, with its sidecar."""
 
+    remote: Remote
+    cache_dir: Path
+    manifest: Manifest
+    counts: list[int]
+    jobs: int
+    overwrite: bool
+    progress: Progress
 
-def _claim(remote: Remote, cache_dir: Path, *, jobs: int, overwrite: bool) -> bool:
-    """Write the plan, or find the same one there; False means that an earlier push, or another one, began."""
-    ours = (cache_dir / PLAN).read_bytes()
-    if remote.create(PLAN, ours):
+    def make_room(self, there: Manifest | str | None) -> None:
+        """Refuse to touch what is there, or, to overwrite it, make it an incomplete cache first."""
+        if there is None:
+            # Once the plan is there, the card is that of the push that began.
+            foreign = self.remote.size(PLAN) is None and self.remote.size(CARD) is not None
+            if foreign and not self.overwrite:
+                raise self._taken(f"has a {CARD}, which the cache's card would replace")
+            return
+        if not self.overwrite:
+            found = f"manifest {there.hash}" if isinstance(there, Manifest) else there
+            raise self._taken(f"holds another cache ({found}; this one is {self.manifest.hash})")
+        old = there.files.keys() - {PLAN} if isinstance(there, Manifest) else set()
+        self.remote.delete([MANIFEST, CARD, *sorted(old)])
+        self._clear()
+
+    def claim(self) -> bool:
+        """Write the plan, or find the same one there; False means that an earlier push, or another one, began."""
+        ours = (self.cache_dir / PLAN).read_bytes()
+        if self.remote.create(PLAN, ours):
+            return True
+        if self._is_there(PLAN):
+            return False
+        if not self.overwrite:
+            raise self._taken("is receiving another cache")
+        self._clear()
+        if not self.remote.create(PLAN, ours) and not self._is_there(PLAN):
+            raise self._taken("is receiving another cache at this moment")
         return True
-    if _equals(remote, PLAN, ours):
-        return False
-    if not overwrite:
-        raise _taken(cache_dir, remote, "is receiving another cache")
-    _clear(remote, jobs)
-    if not remote.create(PLAN, ours) and not _equals(remote, PLAN, ours):
-        raise _taken(cache_dir, remote, "is receiving another cache at this moment")
-    return True
 
+    def send_shards(self, *, begun: bool) -> Transferred:
+        """Send the shards that are not there yet; ``begun``: some may be."""
+        return sum(self._by_shard(partial(self._send_batch, begun), self.counts), Transferred())
 
-def _equals(remote: Remote, name: str, data: bytes) -> bool:
-    try:
-        return remote.read(name, max_bytes=len(data)) == data
-    except (FileNotFoundError, CacheFormatError):
-        return False
+    def send_side_files(self) -> Transferred:
+        """Send the files beside the shards, every time: nothing there says cheaply whether they are right."""
+        files = {name: self._intact(name, entry) for name, entry in self.manifest.files.items()}
+        plan = files.pop(PLAN)
+        if files:
+            self.remote.upload(files, on_bytes=self.progress.add)
+        self.progress.add(plan.stat().st_size)
+        return Transferred(len(files) + 1, sum(entry.size for entry in self.manifest.files.values()))
 
+    def send_card(self) -> Transferred:
+        """Send the card if it is not there as it is here; its bytes are not counted, for it is no part of the cache."""
+        path = self.cache_dir / CARD
+        if not path.is_file():
+            return Transferred()
+        if self._is_there(CARD):
+            return Transferred(present=1)
+        self.remote.upload({CARD: path})
+        return Transferred(files=1)
 
-def _clear(remote: Remote, jobs: int) -> None:
-    """Remove a cache: its manifest is gone already, its plan goes last, so that a killed run can go on."""
-    try:
-        data = remote.read(PLAN, max_bytes=MAX_MANIFEST_BYTES)
-        count = Plan.from_dict(parse_document(data, f"{remote.location}/{PLAN}")).shard_count
-    except (FileNotFoundError, CacheFormatError):
-        count = 0  # no plan of ours: what else is there is not ours to judge
+    def refuse_overwritten(self, name: str) -> None:
+        """Refuse to go on where another push has written another file of this name."""
+        if not self._is_there(name):
+            raise self._taken(f"was changed by another push meanwhile ({name})")
 
-    def clear(shards: Iterable[int], _: threading.Event) -> None:
-        names: list[str] = []
+    def _send_batch(self, begun: bool, shards: list[int]) -> Transferred:
+        files: dict[str, Path] = {}
+        present = size = 0
         for shard in shards:
-            name = _sidecar_name(shard)
+            name, sidecar = sidecar_name(shard), read_sidecar(self.cache_dir, shard)
+            shard_bytes = sidecar.stored_bytes + (self.cache_dir / name).stat().st_size
+            if begun and self._is_there(name):
+                present += len(sidecar.files) + 1
+                self.progress.add(shard_bytes)
+                continue
+            if begun and self.remote.size(name) is not None:
+                if not self.overwrite:
+                    raise self._taken(f"is receiving another cache with the same plan (its {name} differs)")
+                self.remote.delete([name])  # before its files change under it
+            files |= {file: self._intact(file, entry) for file, entry in sidecar.files.items()}
+            files[name] = self.cache_dir / name
+            size += shard_bytes
+        if files:
+            # Who was overwritten meanwhile must not go on writing into what the other one has checked.
+            self.refuse_overwritten(PLAN)
+            self.remote.upload(files, on_bytes=stoppable(self.progress.add))
+        return Transferred(len(files), size, present)
+
+    def _intact(self, name: str, entry: FileEntry) -> Path:
+        """Return where a file is, after its digests have been checked: no damage is spread."""
+        if not is_intact(path := self.cache_dir / name, entry):
+            raise _damaged(self.cache_dir, name)
+        return path
+
+    def _is_there(self, name: str) -> bool:
+        """Whether a small file is there as it is here."""
+        ours = (self.cache_dir / name).read_bytes()
+        try:
+            return self.remote.read(name, max_bytes=len(ours)) == ours
+        except (FileNotFoundError, CacheFormatError):
+            return False
+
+    def _clear(self) -> None:
+        """Remove a cache: its manifest is gone already, its plan goes last, so that a killed run can go on."""
+        try:
+            data = self.remote.read(PLAN, max_bytes=MAX_MANIFEST_BYTES)
+            count = Plan.from_dict(parse_document(data, f"{self.remote.location}/{PLAN}")).shard_count
+        except (FileNotFoundError, CacheFormatError):
+            count = 0  # no plan of ours: what else is there is not ours to judge
+        self._by_shard(self._clear_batch, [1] * count)
+        self.remote.delete([PLAN])
+
+    def _clear_batch(self, shards: list[int]) -> None:
+        names: list[str] = []
+        for name in map(sidecar_name, shards):
             try:
-                data = remote.read(name, max_bytes=MAX_JSON_BYTES)
+                data = self.remote.read(name, max_bytes=MAX_JSON_BYTES)
                 files = ShardSidecar.from_dict(parse_document(data, name), name).files
                 names += [file for file in files if file.startswith(name.removesuffix("json"))]
             except FileNotFoundError:
@@ -214,114 +272,22 @@ def _clear(remote: Remote, jobs: int) -> None:
             except CacheFormatError:
                 pass  # nobody can say which files belong to it
             names.append(name)
-        remote.delete(names)
+        self.remote.delete(names)
 
-    _by_shard(clear, remote, [1] * count, jobs)
-    remote.delete([PLAN])
+    def _by_shard(self, task: Callable[[list[int]], _T], counts: list[int]) -> list[_T]:
+        """Run a task on batches of shards of as many files as the remote likes; ``counts``: files of each shard."""
+        batches: list[list[int]] = []
+        room = 0
+        for shard, count in enumerate(counts):
+            if room <= 0:
+                batches.append([])
+                room = self.remote.upload_files
+            batches[-1].append(shard)
+            room -= count
+        return in_parallel([partial(task, batch) for batch in batches], min(self.jobs, self.remote.upload_jobs))
 
-
-def _by_shard(task: Callable[[list[int], threading.Event], None], remote: Remote, counts: list[int], jobs: int) -> None:
-    """Run a task on batches of shards of as many files as the remote likes; ``counts``: files of each shard."""
-    batches: list[list[int]] = []
-    room = 0
-    for shard, count in enumerate(counts):
-        if room <= 0:
-            batches.append([])
-            room = remote.upload_files
-        batches[-1].append(shard)
-        room -= count
-    in_parallel([partial(task, batch) for batch in batches], min(jobs, remote.upload_jobs))
-
-
-def _sidecar_name(shard: int) -> str:
-    return f"{SHARDS}/{shard:05d}.json"
-
-
-def _push_shards(
-    remote: Remote,
-    cache_dir: Path,
-    counts: list[int],
-    *,
-    jobs: int,
-    overwrite: bool,
-    begun: bool,
-    progress: Progress,
-) -> Transferred:
-    """Send the shards that are not there yet; ``counts``: how many files each has."""
-    results: list[Transferred] = []
-
-    def push_batch(shards: Iterable[int], stop: threading.Event) -> None:
-        def report(sent: int) -> None:
-            if stop.is_set():
-                raise StoppedError
-            progress.add(sent)
-
-        files: dict[str, Path] = {}
-        present = size = 0
-        for shard in shards:
-            name = _sidecar_name(shard)
-            sidecar = read_sidecar(cache_dir, shard)
-            ours = (cache_dir / name).read_bytes()
-            if begun and _equals(remote, name, ours):
-                present += len(sidecar.files) + 1
-                progress.add(sidecar.stored_bytes + len(ours))
-                continue
-            if begun and remote.size(name) is not None:
-                if not overwrite:
-                    what = f"is receiving another cache with the same plan (its {name} differs)"
-                    raise _taken(cache_dir, remote, what)
-                remote.delete([name])  # before its files change under it
-            for file, entry in sidecar.files.items():
-                if not is_intact(cache_dir / file, entry):
-                    raise _damaged(cache_dir, file)
-                files[file] = cache_dir / file
-            files[name] = cache_dir / name
-            size += sidecar.stored_bytes + len(ours)
-        if files:
-            # Who was overwritten meanwhile must not go on writing into what the other one has checked.
-            _refuse_overwritten(remote, cache_dir, PLAN)
-            remote.upload(files, on_bytes=report)
-        results.append(Transferred(files=len(files), bytes=size, present=present))
-
-    _by_shard(push_batch, remote, counts, jobs)
-    return sum(results, Transferred())
-
-
-def _push_side_files(remote: Remote, cache_dir: Path, manifest: Manifest, progress: Progress) -> Transferred:
-    """Send the files beside the shards, every time: nothing there says cheaply whether they are right."""
-    files: dict[str, Path] = {}
-    for name, entry in manifest.files.items():
-        if not is_intact(cache_dir / name, entry):
-            raise _damaged(cache_dir, name)
-        if name != PLAN:
-            files[name] = cache_dir / name
-    if files:
-        remote.upload(files, on_bytes=progress.add)
-    progress.add((cache_dir / PLAN).stat().st_size)
-    return Transferred(files=len(manifest.files), bytes=sum(entry.size for entry in manifest.files.values()))
-
-
-def _push_card(remote: Remote, cache_dir: Path) -> Transferred:
-    """Send the card if it is not there as it is here; its bytes are not counted, for it is no part of the cache."""
-    path = cache_dir / CARD
-    if not path.is_file():
-        return Transferred()
-    if _equals(remote, CARD, path.read_bytes()):
-        return Transferred(present=1)
-    remote.upload({CARD: path})
-    return Transferred(files=1)
-
-
-def _check_untouched(remote: Remote, cache_dir: Path, plan: Plan, *, jobs: int) -> None:
-    """Refuse to call it complete if another push wrote here meanwhile."""
-
-    def check(name: str, _: threading.Event) -> None:
-        _refuse_overwritten(remote, cache_dir, name)
-
-    names = [PLAN, *map(_sidecar_name, range(plan.shard_count))]
-    in_parallel([partial(check, name) for name in names], jobs)
-
-
-def _refuse_overwritten(remote: Remote, cache_dir: Path, name: str) -> None:
-    if not _equals(remote, name, (cache_dir / name).read_bytes()):
-        raise _taken(cache_dir, remote, f"was changed by another push meanwhile ({name})")
+    def _taken(self, what: str) -> CacheMismatchError:
+        return CacheMismatchError(
+            f"{self.remote.location}: {what}; push {self.cache_dir} to another place, or replace what is there with "
+            "--overwrite"
+        )

@@ -1,25 +1,23 @@
 """Caches in S3 or any store that speaks its protocol; the extra ``s3`` (boto3), imported on first use.
 
-Credentials, region and endpoint (``AWS_ENDPOINT_URL``) come from where boto3 always looks for them.
+Credentials, region and endpoint (``AWS_ENDPOINT_URL``) come from where boto3 always looks for them. It is boto3 and
+not obstore, which hangs in a forked child (a data loader's worker) once the parent has used it, reads no profiles,
+and takes a conflict of two writers for a file that is there.
 """
 
 from __future__ import annotations
 
 import os
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from vlm_distill_cache.common.errors import ConfigError, TransferError
-from vlm_distill_cache.common.remotes.streams import (
-    AGAIN,
-    PassingError,
-    RangeRefusedError,
-    Retries,
-    download_file,
-    read_small,
-)
+from vlm_distill_cache.common.remotes.base import Remote
+from vlm_distill_cache.common.remotes.http import CONTENT_RANGE, retry_after
+from vlm_distill_cache.common.remotes.streams import AGAIN, Body, PassingError, RangeRefusedError, Retries
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
     from pathlib import Path
 
 _ABSENT = ("404", "NoSuchKey", "NotFound")
@@ -28,19 +26,8 @@ _MAY_PASS = ("SlowDown", "RequestTimeout", "ConditionalRequestConflict")
 _CONNECTIONS = 32
 
 
-class S3Remote:
-    """A prefix in a bucket.
-
-    Args:
-        location: ``s3://BUCKET/PREFIX``.
-        retries: How patient to be.
-
-    Raises:
-        ConfigError: If the address names no bucket, or boto3 is not installed.
-    """
-
-    upload_files = 1
-    upload_jobs = 8
+class S3Remote(Remote):
+    """A prefix in a bucket, ``s3://BUCKET/PREFIX``."""
 
     def __init__(self, location: str, retries: Retries) -> None:
         bucket, _, prefix = location.removeprefix("s3://").partition("/")
@@ -50,78 +37,64 @@ class S3Remote:
             import boto3  # noqa: F401
         except ImportError as error:
             raise ConfigError(f"{location}: s3 needs boto3; run `pip install 'vlm-distill-cache[s3]'`") from error
-        self.location = location.rstrip("/")
+        super().__init__(location.rstrip("/"), retries)
         self._bucket = bucket
         self._prefix = f"{prefix.rstrip('/')}/" if prefix.strip("/") else ""
-        self._retries = retries
-        self._forget_clients()
-
-    def _forget_clients(self) -> None:
         self._clients: dict[tuple[int, int], Any] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_clients"}
+        return self.__dict__ | {"_clients": {}}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._forget_clients()
+    def _open(self, name: str, start: int = 0, stop: int | None = None) -> Body:
+        from botocore.exceptions import BotoCoreError
+        from urllib3.exceptions import HTTPError
 
-    def read(self, name: str, *, max_bytes: int) -> bytes:
-        """Return a small file whole; see ``Remote``."""
-        where = self._where(name)
-        return read_small(lambda: self._open(name), where, max_bytes=max_bytes, retries=self._retries)
+        response = self._once(name, "get_object", **({"Range": f"bytes={start}-"} if start else {}))
+        stream = response["Body"]
+
+        def read(limit: int) -> bytes:
+            try:
+                # Small pieces, for this call returns when all of one is there: a trickle must be noticed.
+                return bytes(stream.read(min(limit, 64 << 10)))
+            except (BotoCoreError, HTTPError, OSError) as error:
+                raise PassingError(str(error) or type(error).__name__) from error
+
+        if (found := CONTENT_RANGE.fullmatch(response.get("ContentRange", ""))) is None:
+            return Body(0, response.get("ContentLength"), read, stream.close)
+        return Body(int(found[1]), None if found[3] == "*" else int(found[3]), read, stream.close)
 
     def size(self, name: str) -> int | None:
         """Return the bytes of a file, or None; see ``Remote``."""
         try:
-            head = self._call(name, "head_object")
+            return int(self._call(name, "head_object")["ContentLength"])
         except FileNotFoundError:
             return None
-        return int(head["ContentLength"])
-
-    def download(self, name: str, target: Path, *, size: int, on_bytes: Callable[[int], object] | None = None) -> None:
-        """Append what is missing to ``target``; see ``Remote``."""
-
-        def open_at(start: int) -> _S3Body:
-            return self._open(name, start)
-
-        where = self._where(name)
-        download_file(open_at, where, target, size=size, retries=self._retries, on_bytes=on_bytes)
 
     def upload(self, files: Mapping[str, Path], *, on_bytes: Callable[[int], object] | None = None) -> None:
         """Copy files here, large ones in parts, each visible when complete; see ``Remote``."""
-        from boto3.exceptions import S3UploadFailedError
         from boto3.s3.transfer import TransferConfig
-        from botocore.exceptions import BotoCoreError, ClientError
 
         # Four parts at once: other shards are being uploaded beside this one.
         settings = TransferConfig(multipart_chunksize=16 << 20, max_concurrency=4)
+        client = self._client(self._retries.attempts)  # which tries a part again, not the whole file
         for name, source in files.items():
+            where = self._where(name)
             try:
-                self._client(self._retries.attempts).upload_file(
-                    str(source), self._bucket, self._key(name), Callback=on_bytes, Config=settings
-                )
-            except S3UploadFailedError as error:
-                where = self._where(name)
-                if isinstance(cause := error.__context__, ClientError):
-                    failure = self._failure(where, cause)
-                    if isinstance(failure, TransferError):
-                        raise failure from error
+                with self._failures(where):
+                    client.upload_file(
+                        str(source), self._bucket, self._prefix + name, Callback=on_bytes, Config=settings
+                    )
+            except (PassingError, FileNotFoundError) as error:
                 raise TransferError(f"{where}: {error}; {AGAIN}") from error
-            except (BotoCoreError, ClientError) as error:
-                raise TransferError(f"{self._where(name)}: {error}; {AGAIN}") from error
 
     def create(self, name: str, data: bytes) -> bool:
         """Write a small new file, or return False; see ``Remote``."""
-        from botocore.exceptions import ClientError
-
         try:
             self._call(name, "put_object", Body=data, IfNoneMatch="*")
+        except FileExistsError:
+            return False
         except TransferError as error:
-            cause = error.__cause__
-            if isinstance(cause, ClientError) and _code(cause) in ("412", "PreconditionFailed"):
-                return False
-            if not isinstance(cause, ClientError) or _code(cause) not in ("501", "NotImplemented"):
+            if _code(error.__cause__) not in ("501", "NotImplemented"):
                 raise
             # A store without conditional writes: what is left is to look first.
             if self.size(name) is not None:
@@ -133,12 +106,6 @@ class S3Remote:
         """Remove files; see ``Remote``."""
         for name in names:
             self._call(name, "delete_object")
-
-    def _where(self, name: str) -> str:
-        return f"{self.location}/{name}"
-
-    def _key(self, name: str) -> str:
-        return self._prefix + name
 
     def _client(self, attempts: int = 1) -> Any:
         # A client per process: after a fork, two processes would talk over one connection.
@@ -160,15 +127,21 @@ class S3Remote:
         return self._retries.run(self._where(name), lambda: self._once(name, operation, **arguments))
 
     def _once(self, name: str, operation: str, **arguments: Any) -> Any:
-        """Ask once, and sort what goes wrong into absent, passing and lasting."""
+        with self._failures(self._where(name)):
+            return getattr(self._client(), operation)(Bucket=self._bucket, Key=self._prefix + name, **arguments)
+
+    @contextmanager
+    def _failures(self, where: str) -> Iterator[None]:
+        """Sort what the library raises into absent, passing and lasting."""
+        from boto3.exceptions import S3UploadFailedError
         from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
         from botocore.exceptions import ConnectionError as BotoConnectionError
 
-        where = self._where(name)
         try:
-            return getattr(self._client(), operation)(Bucket=self._bucket, Key=self._key(name), **arguments)
-        except ClientError as error:
-            raise self._failure(where, error) from error
+            yield
+        except (ClientError, S3UploadFailedError) as error:
+            refused = error if isinstance(error, ClientError) else error.__context__  # who raises the latter
+            raise self._failure(where, refused) from refused
         except (BotoConnectionError, HTTPClientError) as error:
             raise PassingError(str(error)) from error
         except BotoCoreError as error:  # no credentials, no region, a profile that does not exist
@@ -177,17 +150,18 @@ class S3Remote:
             ) from error
 
     def _failure(self, where: str, error: Any) -> Exception:
-        code, status = _code(error), error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        code, said = _code(error), error.response.get("ResponseMetadata", {})
+        status = said.get("HTTPStatusCode", 0)
         if code == "NoSuchBucket":
             return TransferError(f"{where}: there is no bucket {self._bucket!r}; create it, or check the name")
         if code in _ABSENT:
             return FileNotFoundError(2, "no such file", where)
+        if code in ("412", "PreconditionFailed"):
+            return FileExistsError(17, "already there", where)
         if code == "InvalidRange" or status == 416:
             return RangeRefusedError(str(error))
         if (status >= 500 and status != 501) or status in (408, 429) or code in _MAY_PASS:
-            headers = error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
-            told = str(headers.get("retry-after", ""))
-            return PassingError(str(error), retry_after=float(told) if told.isdecimal() else None)
+            return PassingError(str(error), retry_after=retry_after(said.get("HTTPHeaders", {}).get("retry-after", "")))
         if code in _NO_ACCESS or status in (401, 403):
             return TransferError(
                 f"{where}: {error}; check the credentials and the bucket's policy (a bucket that may not be "
@@ -195,40 +169,6 @@ class S3Remote:
             )
         return TransferError(f"{where}: {error}")
 
-    def _open(self, name: str, start: int = 0) -> _S3Body:
-        wanted = {"Range": f"bytes={start}-"} if start else {}
-        return _S3Body(self._once(name, "get_object", **wanted), start)
-
-
-class _S3Body:
-    """An object that is arriving; see ``streams.Body``."""
-
-    def __init__(self, response: dict[str, Any], start: int) -> None:
-        self._stream = response["Body"]
-        said = str(response.get("ContentRange", ""))
-        if said.startswith("bytes ") and "-" in said:
-            first, total = said.removeprefix("bytes ").partition("-")[0], said.rpartition("/")[2]
-            self.start = int(first) if first.isdecimal() else start
-            self.total: int | None = int(total) if total.isdecimal() else None
-        else:
-            self.start, self.total = 0, response.get("ContentLength")
-
-    def read(self, limit: int) -> bytes:
-        """Return the next bytes, at most ``limit``."""
-        from botocore.exceptions import BotoCoreError
-        from urllib3.exceptions import HTTPError
-
-        try:
-            # Small pieces, for this call returns when all of one is there: a trickle must be noticed.
-            block: bytes = self._stream.read(min(limit, 64 << 10))
-        except (BotoCoreError, HTTPError, OSError) as error:
-            raise PassingError(str(error) or type(error).__name__) from error
-        return block
-
-    def close(self) -> None:
-        """Give the connection back."""
-        self._stream.close()
-
 
 def _code(error: Any) -> str:
-    return str(error.response.get("Error", {}).get("Code", ""))
+    return str(getattr(error, "response", {}).get("Error", {}).get("Code", ""))

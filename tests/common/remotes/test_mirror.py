@@ -94,6 +94,12 @@ def present(cache: TeacherCache) -> set[int]:
     }
 
 
+def open_mirror(location: str, *, open_shards: int) -> TeacherCache:
+    """What ``open_cache`` does for an address, here also for a path whose remote is a ``CountingRemote``."""
+    mirror = find_mirror(location)
+    return TeacherCache(mirror.folder, open_shards=open_shards, before_open=mirror.hold)
+
+
 def first_of(shard: int) -> str:
     return sample_id(4 * shard)
 
@@ -349,7 +355,7 @@ def test_a_folder_that_may_not_be_written_is_named_with_the_variable(remote: Cou
     def refuse(path: Path, **_: object) -> None:
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
-    monkeypatch.setattr(mirror_module, "lock", refuse)
+    monkeypatch.setattr(mirror_module, "locked", refuse)
     with pytest.raises(ConfigError, match="lock: Permission denied; set VLM_DISTILL_CACHE_DIR"):
         open_mirror(remote.location, open_shards=1)
 

@@ -134,6 +134,7 @@ def test_tries_that_bring_much_are_no_failures(tmp_path, monkeypatch, server):
     (Fault(status=400), "answered 400 Bad Request; check the address"),
     (Fault(status=302, headers={"Location": "/file.bin"}), "infinite loop"),
     (Fault(status=302, headers={"Location": "file:///etc/passwd"}), "not allowed"),
+    (Fault(status=302, headers={"Location": "ftp://127.0.0.1/file.bin"}), "redirect from http to ftp"),
     (Fault(headers={"Content-Encoding": "gzip"}), "sent as gzip, unasked"),
 ])  # fmt: skip
 def test_what_will_not_pass_is_not_tried_again(server, tmp_path, fault, words, waits):
@@ -194,9 +195,9 @@ def test_waits_double_and_stay_within_bounds_whatever_the_server_asks():
     assert streams.waiting_time(1, 5.0) == 5.0
     assert streams.waiting_time(1, 1e9) == 120.0
     assert streams.waiting_time(1, -3.0) == 0.0
-    assert http._retry_after("12") == 12.0
-    assert 50 < http._retry_after(http.email.utils.formatdate(http.time.time() + 60, usegmt=True)) <= 60
-    assert http._retry_after("soon") is http._retry_after(None) is None
+    assert http.retry_after("12") == 12.0
+    assert 50 < http.retry_after(http.email.utils.formatdate(http.time.time() + 60, usegmt=True)) <= 60
+    assert http.retry_after("soon") is http.retry_after("") is None
 
 
 def test_a_file_that_changed_since_half_of_it_came_is_fetched_anew_once(server, tmp_path):

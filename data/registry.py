@@ -14,7 +14,7 @@ meant, and evaluation uses the file it is given. Hold data out by keeping it in 
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from vlm_distill_cache.common.errors import DataError
@@ -23,11 +23,10 @@ from vlm_distill_cache.data.sample import (
     EvaluationSet,
     Question,
     Sample,
-    fingerprint_samples,
     iterate_readable,
 )
 from vlm_distill_cache.data.sources.easy_vqa import EasyVqaDataset, easy_vqa_evaluation
-from vlm_distill_cache.data.sources.grouping import image_keys
+from vlm_distill_cache.data.sources.grouping import ChosenSamples
 from vlm_distill_cache.data.sources.hf import HuggingFaceDataset, is_saved_dataset
 from vlm_distill_cache.data.sources.llava import LlavaDataset
 from vlm_distill_cache.data.sources.messages import MessagesDataset
@@ -42,32 +41,6 @@ SHORT_ANSWER_WORDS = 5
 FORMS = "shapes, easy-vqa, FILE.json (LLaVA), FILE.jsonl (messages), a folder of datasets.save_to_disk, or tars"
 
 _Options = dict[str, str]
-
-
-class FirstSamples:
-    """The first ``count`` samples of a data set."""
-
-    def __init__(self, dataset: Dataset, count: int) -> None:
-        self.name = f"{dataset.name}[:{count}]"
-        self._dataset = dataset
-        self.sample_ids: Sequence[str] = dataset.sample_ids[:count]
-
-    def __len__(self) -> int:
-        return len(self.sample_ids)
-
-    def __getitem__(self, index: int) -> Sample:
-        """The sample at ``index``."""
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        return self._dataset[index % len(self)]
-
-    def image_keys(self) -> Sequence[str | None]:
-        """Names of these samples' images, as far as the data set can tell them."""
-        return image_keys(self._dataset)[: len(self)]
-
-    def fingerprint(self) -> str:
-        """Hash of ids and turns of these samples alone."""
-        return fingerprint_samples(self)
 
 
 def open_dataset(spec: str, *, split: str = "train", images: Path | None = None, limit: int | None = None) -> Dataset:
@@ -86,7 +59,9 @@ def open_dataset(spec: str, *, split: str = "train", images: Path | None = None,
         raise DataError(f"limit must be at least 1 sample, got {limit}")
     name, options = _split_spec(spec)
     dataset = _NAMED[name](split, options) if name in _NAMED else _open_path(name, split, images, options)
-    return dataset if limit is None or limit >= len(dataset) else FirstSamples(dataset, limit)
+    if limit is None or limit >= len(dataset):
+        return dataset
+    return ChosenSamples(dataset, range(limit), name=f"{dataset.name}[:{limit}]")
 
 
 def open_evaluation(

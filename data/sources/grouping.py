@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from vlm_distill_cache.common.files.hashing import fingerprint
-from vlm_distill_cache.data.sample import Dataset, Sample
+from vlm_distill_cache.data.sample import Dataset, Sample, fingerprint_samples
 
 
 @runtime_checkable
@@ -22,30 +22,36 @@ class KnowsImages(Protocol):
         ...
 
 
-class GroupedByImage:
-    """The samples of a data set, ordered by the first appearance of their image; otherwise in their own order.
+class ChosenSamples:
+    """Some samples of a data set, by their positions in it; none is read before it is asked for."""
+
+    def __init__(self, dataset: Dataset, positions: Sequence[int], *, name: str) -> None:
+        self.name = name
+        self._dataset, self._positions = dataset, positions
+        ids = dataset.sample_ids
+        self.sample_ids: Sequence[str] = [ids[position] for position in positions]
+
+    def __len__(self) -> int:
+        return len(self._positions)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self._dataset[self._positions[index]]
+
+    def image_keys(self) -> Sequence[str | None]:
+        """Names of these samples' images, as far as the data set can tell them."""
+        keys = image_keys(self._dataset)
+        return [keys[position] for position in self._positions]
+
+    def fingerprint(self) -> str:
+        """Hash of ids and turns of these samples alone."""
+        return fingerprint_samples(self)
+
+
+class GroupedByImage(ChosenSamples):
+    """All samples of a data set, ordered by the first appearance of their image; otherwise in their own order.
 
     Its fingerprint is that of the data set itself: which samples there are, whatever the order they are read in.
     """
-
-    def __init__(self, dataset: Dataset, order: Sequence[int]) -> None:
-        """Reorder; no sample is read.
-
-        Args:
-            dataset: The samples.
-            order: Positions in it, each once.
-        """
-        self.name = dataset.name
-        self._dataset, self._order = dataset, order
-        ids = dataset.sample_ids
-        self.sample_ids: Sequence[str] = [ids[position] for position in order]
-
-    def __len__(self) -> int:
-        return len(self._order)
-
-    def __getitem__(self, index: int) -> Sample:
-        """The sample at ``index`` of this order."""
-        return self._dataset[self._order[index]]
 
     def fingerprint(self) -> str:
         """The data set's own."""
@@ -74,7 +80,7 @@ def group_by_image(dataset: Dataset) -> Dataset:
     for position, key in enumerate(keys):
         groups.setdefault(position if key is None else key, []).append(position)
     order = [position for group in groups.values() for position in group]
-    return dataset if order == list(range(len(order))) else GroupedByImage(dataset, order)
+    return dataset if order == list(range(len(order))) else GroupedByImage(dataset, order, name=dataset.name)
 
 
 def image_keys(dataset: Dataset) -> Sequence[str | None]:

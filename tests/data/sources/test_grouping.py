@@ -5,9 +5,9 @@ import random
 
 import pytest
 
-from vlm_distill_cache.data.registry import FirstSamples, open_dataset
+from vlm_distill_cache.data.registry import open_dataset
 from vlm_distill_cache.data.sample import fingerprint_samples
-from vlm_distill_cache.data.sources.grouping import GroupedByImage, group_by_image, image_keys
+from vlm_distill_cache.data.sources.grouping import ChosenSamples, GroupedByImage, group_by_image, image_keys
 from vlm_distill_cache.data.sources.llava import LlavaDataset
 from vlm_distill_cache.data.sources.messages import MessagesDataset
 
@@ -83,7 +83,7 @@ def test_data_sets_that_cannot_name_their_images_keep_their_order():
 
 
 def test_a_limit_takes_the_first_samples_before_they_are_ordered(dataset):
-    grouped = group_by_image(FirstSamples(dataset, 4))
+    grouped = group_by_image(ChosenSamples(dataset, range(4), name="first"))
     assert grouped.sample_ids == ["s0", "s3", "s1", "s2"]
 
 

@@ -64,11 +64,7 @@ class Sample:
 
 
 def with_answers(sample: Sample, answers: Sequence[str]) -> Sample:
-    """The same pictures and questions with other answers.
-
-    Args:
-        sample: Whose turns are answered.
-        answers: One a turn.
+    """The same pictures and questions with other answers, one a turn.
 
     Raises:
         SampleError: If their number is another than the sample's turns'.
@@ -83,27 +79,30 @@ def with_answers(sample: Sample, answers: Sequence[str]) -> Sample:
 
 
 class Dataset(Protocol):
-    """A finite, randomly accessible, picklable list of samples in a fixed order."""
+    """A finite, randomly accessible, picklable list of samples in a fixed order.
 
-    @property
-    def name(self) -> str:
-        """What reports call this data set."""
-        ...
+    Attributes:
+        name: What reports call this data set.
+        sample_ids: Unique ids in order; known without opening an image.
+    """
 
-    @property
-    def sample_ids(self) -> Sequence[str]:
-        """Unique ids in order; known without opening an image."""
-        ...
+    name: str
+    sample_ids: Sequence[str]
 
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        return len(self.sample_ids)
 
     def __getitem__(self, index: int) -> Sample:
         """The sample at ``index``; `SampleError` if this one cannot be understood."""
         ...
 
+    def image_keys(self) -> Sequence[str | None]:
+        """A name of each sample's image, told without opening it; None without one, or where only the picture tells."""
+        return [None] * len(self)
+
     def fingerprint(self) -> str:
         """Hash of ids and turns; images are hashed one by one when they are encoded."""
-        ...
+        return fingerprint_samples(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,9 +151,6 @@ def fingerprint_samples(dataset: Dataset) -> str:
     Streams, so that a large data set needs no second copy in memory. The image is left out on
     purpose: moving an image folder must not invalidate a cache, and a changed picture is caught
     by its own hash.
-
-    Returns:
-        xxh3_128 as 32 hexadecimal digits.
     """
     digest = xxhash.xxh3_128()
     for index, sample_id in enumerate(dataset.sample_ids):
@@ -171,11 +167,7 @@ def fingerprint_samples(dataset: Dataset) -> str:
 
 
 def derive_id(content: object) -> str:
-    """Make an id for an entry that has none: a hash of its JSON, stable when entries move.
-
-    Returns:
-        ``auto-`` and 16 hexadecimal digits.
-    """
+    """Make an id for an entry that has none: ``auto-`` and a hash of its JSON, stable when entries move."""
     text = json.dumps(content, sort_keys=True, ensure_ascii=True, separators=(",", ":"), default=str)
     return f"auto-{xxhash.xxh3_64_hexdigest(text.encode())}"
 
@@ -203,9 +195,6 @@ def resolve_ids(entries: Iterable[tuple[object, object]], *, where: str) -> list
     Args:
         entries: ``(id or None, content)`` in file order; the content makes an id where there is none.
         where: File named in messages.
-
-    Returns:
-        One id per entry.
 
     Raises:
         DataError: An id is neither string nor integer, too long, or no text that can be written as UTF-8.

@@ -6,7 +6,6 @@ disjoint. Each picture carries `TURNS` independent conversations: the trial foun
 "where is the red circle" turns beside the questions to be what makes a small model learn to look.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -14,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from vlm_distill_cache.common.errors import DataError
-from vlm_distill_cache.data.sample import CaptionPair, EvaluationSet, Question, Sample, Turn, fingerprint_samples
+from vlm_distill_cache.data.sample import CaptionPair, Dataset, EvaluationSet, Question, Sample, Turn
 from vlm_distill_cache.data.shapes.scene import SPLITS, Scene, draw_scene, sample_scene, scene_generator
 from vlm_distill_cache.data.shapes.text import (
     CAPTION_QUESTIONS,
@@ -92,7 +91,7 @@ def scene_turns(scene: Scene, generator: np.random.Generator) -> tuple[Turn, ...
     return tuple(turns.values())
 
 
-class ShapesDataset:
+class ShapesDataset(Dataset):
     """Training samples drawn on demand.
 
     Args:
@@ -108,9 +107,8 @@ class ShapesDataset:
         _check(split, images, seed)
         self.name = f"shapes:images={images},seed={seed}"
         self.split, self.images, self.seed = split, images, seed
-
-    def __len__(self) -> int:
-        return self.images
+        # Picture i has the same id whatever the number of images.
+        self.sample_ids = [SceneImage(split=split, seed=seed, index=index).name for index in range(images)]
 
     def scene(self, index: int) -> Scene:
         """Return the scene graph of picture ``index``."""
@@ -122,15 +120,6 @@ class ShapesDataset:
         image = SceneImage(split=self.split, seed=self.seed, index=index)
         turns = scene_turns(image.scene(), scene_generator(self.split, self.seed, index, _TEXT))
         return Sample(sample_id=image.name, images=(image,), turns=turns, independent_turns=True)
-
-    @property
-    def sample_ids(self) -> Sequence[str]:
-        """The ids in order; picture i has the same id whatever the number of images."""
-        return [SceneImage(split=self.split, seed=self.seed, index=index).name for index in range(self.images)]
-
-    def fingerprint(self) -> str:
-        """Return the hash of all ids and texts (about 0.3 ms a sample)."""
-        return fingerprint_samples(self)
 
 
 def shapes_evaluation(split: str = "test", items: int = 300, seed: int = 0) -> EvaluationSet:

@@ -14,7 +14,7 @@ from typing import Any
 
 from vlm_distill_cache.common.errors import DataError
 from vlm_distill_cache.data.images.load import ImageFile
-from vlm_distill_cache.data.sample import EvaluationSet, Question, Sample, Turn, fingerprint_samples
+from vlm_distill_cache.data.sample import Dataset, EvaluationSet, Question, Sample, Turn
 
 SPLITS = ("train", "validation", "test")
 VALIDATION_EVERY = 10  # each tenth picture of the package's train part is held out
@@ -22,7 +22,7 @@ VALIDATION_EVERY = 10  # each tenth picture of the package's train part is held 
 _SHAPES = frozenset({"circle", "rectangle", "triangle"})
 
 
-class EasyVqaDataset:
+class EasyVqaDataset(Dataset):
     """One sample per picture, ids ``train-123`` and ``test-123`` after the package's files.
 
     Args:
@@ -56,16 +56,8 @@ class EasyVqaDataset:
         ]
         self.sample_ids: Sequence[str] = [sample.sample_id for sample in self._samples]
 
-    def __len__(self) -> int:
-        return len(self._samples)
-
     def __getitem__(self, index: int) -> Sample:
-        """The sample at ``index``."""
         return self._samples[index]
-
-    def fingerprint(self) -> str:
-        """Hash of ids and turns."""
-        return fingerprint_samples(self)
 
 
 def easy_vqa_evaluation(split: str = "test", limit: int | None = None) -> EvaluationSet:

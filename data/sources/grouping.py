@@ -7,22 +7,13 @@ Students join a cache by sample id, so the order is the cache's own affair.
 """
 
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from vlm_distill_cache.common.files.hashing import fingerprint
-from vlm_distill_cache.data.sample import Dataset, Sample, fingerprint_samples
+from vlm_distill_cache.data.sample import Dataset, Sample
 
 
-@runtime_checkable
-class KnowsImages(Protocol):
-    """A data set that can tell, without opening an image, which samples have the same one."""
-
-    def image_keys(self) -> Sequence[str | None]:
-        """A name of each sample's image; None without one, or where only the picture itself would tell."""
-        ...
-
-
-class ChosenSamples:
+class ChosenSamples(Dataset):
     """Some samples of a data set, by their positions in it; none is read before it is asked for."""
 
     def __init__(self, dataset: Dataset, positions: Sequence[int], *, name: str) -> None:
@@ -31,20 +22,13 @@ class ChosenSamples:
         ids = dataset.sample_ids
         self.sample_ids: Sequence[str] = [ids[position] for position in positions]
 
-    def __len__(self) -> int:
-        return len(self._positions)
-
     def __getitem__(self, index: int) -> Sample:
         return self._dataset[self._positions[index]]
 
     def image_keys(self) -> Sequence[str | None]:
-        """Names of these samples' images, as far as the data set can tell them."""
-        keys = image_keys(self._dataset)
+        """Names of these samples' images."""
+        keys = self._dataset.image_keys()
         return [keys[position] for position in self._positions]
-
-    def fingerprint(self) -> str:
-        """Hash of ids and turns of these samples alone."""
-        return fingerprint_samples(self)
 
 
 class GroupedByImage(ChosenSamples):
@@ -68,24 +52,15 @@ class GroupedByImage(ChosenSamples):
 def group_by_image(dataset: Dataset) -> Dataset:
     """Bring the samples of each image together.
 
-    Args:
-        dataset: Any.
-
     Returns:
         A `GroupedByImage`, or the data set itself if that changes nothing: it cannot name its images, or their
         samples are beside each other already.
     """
-    keys = image_keys(dataset)
     groups: dict[str | int, list[int]] = {}
-    for position, key in enumerate(keys):
+    for position, key in enumerate(dataset.image_keys()):
         groups.setdefault(position if key is None else key, []).append(position)
     order = [position for group in groups.values() for position in group]
     return dataset if order == list(range(len(order))) else GroupedByImage(dataset, order, name=dataset.name)
-
-
-def image_keys(dataset: Dataset) -> Sequence[str | None]:
-    """A name of each sample's image; None throughout if the data set cannot tell."""
-    return dataset.image_keys() if isinstance(dataset, KnowsImages) else [None] * len(dataset)
 
 
 def key_of_paths(value: object) -> str | None:

@@ -6,13 +6,14 @@ file that is not such a list, or whose ids are no ids, fails as a whole.
 """
 
 import json
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from vlm_distill_cache.common.errors import DataError, SampleError
 from vlm_distill_cache.data.images.load import ImageFile
-from vlm_distill_cache.data.sample import ImageSource, Sample, Turn, fingerprint_samples, resolve_ids
+from vlm_distill_cache.data.sample import Dataset, ImageSource, Sample, Turn, resolve_ids
 from vlm_distill_cache.data.sources.grouping import key_of_paths
 
 IMAGE_MARKER = "<image>"
@@ -20,7 +21,24 @@ IMAGE_MARKER = "<image>"
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 
 
-class LlavaDataset:
+class EntryDataset(Dataset):
+    """Samples made of entries in the forms that users have; a reader only says where the parts of an entry lie."""
+
+    @abstractmethod
+    def read(self, index: int) -> tuple[Mapping[str, Any], tuple[Turn, ...], tuple[ImageSource, ...]]:
+        """The entry at ``index``, its turns and its images; `SampleError` if it cannot be understood."""
+
+    def __getitem__(self, index: int) -> Sample:
+        sample_id = self.sample_ids[index]
+        try:
+            entry, turns, images = self.read(index)
+            _refuse_lost_image(entry, images)
+        except SampleError as error:
+            raise SampleError(f"sample {sample_id!r}: {error}") from error
+        return Sample(sample_id=sample_id, images=images, turns=turns)
+
+
+class LlavaDataset(EntryDataset):
     """A LLaVA JSON file with its image folder.
 
     Args:
@@ -39,43 +57,19 @@ class LlavaDataset:
             ((entry.get("id"), entry) for entry in self._entries), where=str(path)
         )
 
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def __getitem__(self, index: int) -> Sample:
-        """The sample at ``index``.
-
-        Raises:
-            SampleError: Its conversation or image entry cannot be understood.
-        """
-        entry, sample_id = self._entries[index], self.sample_ids[index]
-        try:
-            images = find_images(entry.get("image"), self._images)
-            turns = parse_conversations(entry.get("conversations"))
-            refuse_lost_image(entry, images)
-            return Sample(sample_id=sample_id, images=images, turns=turns)
-        except SampleError as error:
-            raise SampleError(f"sample {sample_id!r}: {error}") from error
+    def read(self, index: int) -> tuple[Mapping[str, Any], tuple[Turn, ...], tuple[ImageSource, ...]]:
+        """The entry at ``index``, its turns and its images."""
+        entry = self._entries[index]
+        images = find_images(entry.get("image"), self._images)
+        return entry, parse_conversations(entry.get("conversations")), images
 
     def image_keys(self) -> list[str | None]:
         """Each sample's image path as the file writes it; None without one."""
         return [key_of_paths(entry.get("image")) for entry in self._entries]
 
-    def fingerprint(self) -> str:
-        """Hash of ids and turns."""
-        return fingerprint_samples(self)
 
-
-def refuse_lost_image(record: Mapping[str, Any], images: Sequence[ImageSource]) -> None:
-    """Refuse an entry that asks about an image it does not have: it would be cached as text alone.
-
-    Args:
-        record: An entry that was understood, in any of the forms of `data.sources.messages.parse_record`.
-        images: What it names or carries.
-
-    Raises:
-        SampleError: Its first question has an image marker or an image part, and there is no image.
-    """
+def _refuse_lost_image(record: Mapping[str, Any], images: Sequence[ImageSource]) -> None:
+    """Refuse an entry, in any form, that asks about an image it does not have: it would be cached as text alone."""
     first = (record.get("messages") or record.get("conversations") or [{}])[0]
     content = first.get("content", first.get("value", record.get("question")))
     parts = content if isinstance(content, list) else [{"text": content}]
@@ -84,10 +78,7 @@ def refuse_lost_image(record: Mapping[str, Any], images: Sequence[ImageSource]) 
 
 
 def parse_conversations(conversations: Any) -> tuple[Turn, ...]:
-    """Turns of a LLaVA conversation.
-
-    Args:
-        conversations: A list of ``{"from": "human"|"gpt", "value": str}``, beginning with a human.
+    """Turns of a LLaVA conversation: a list of ``{"from": "human"|"gpt", "value": str}``, beginning with a human.
 
     Raises:
         SampleError: Says which message is at fault.
@@ -135,11 +126,7 @@ def pair_turns(messages: Sequence[tuple[str, str]]) -> tuple[Turn, ...]:
 
 
 def find_images(value: Any, root: Path) -> tuple[ImageSource, ...]:
-    """Image files an entry names; none for a text-only entry.
-
-    Args:
-        value: A path, a list of paths, or None.
-        root: Folder that relative paths start from.
+    """Image files that a path or a list of paths names, relative to ``root``; none for a text-only entry.
 
     Raises:
         SampleError: Not a path, a URL, or a path that leaves ``root``.

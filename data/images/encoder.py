@@ -16,7 +16,7 @@ import PIL.Image
 
 from vlm_distill_cache.common.attention.boxes import FINEST_SIDE, Tile
 from vlm_distill_cache.common.errors import ConfigError, SampleError
-from vlm_distill_cache.data.images.load import MAX_PIXELS
+from vlm_distill_cache.common.pixels import MAX_PIXELS
 
 Layout = Literal["square", "pad", "crop"]
 

@@ -28,8 +28,8 @@ import numpy as np
 from vlm_distill_cache.common.attention.boxes import Tile
 from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
 from vlm_distill_cache.common.errors import ConfigError, SampleError
+from vlm_distill_cache.common.pixels import HASH_BYTES, image_hash
 from vlm_distill_cache.data.images.encoder import AnyImageEncoder, EncodedImage, ImageEncoder
-from vlm_distill_cache.data.images.load import HASH_BYTES, image_hash
 from vlm_distill_cache.data.sample import ImageSource, Sample, Turn
 from vlm_distill_cache.data.text.templates import IMAGE_MARKER, PromptTemplate, Rendered
 

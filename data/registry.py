@@ -24,6 +24,7 @@ from vlm_distill_cache.data.sample import (
     Question,
     Sample,
     iterate_readable,
+    questions_of,
 )
 from vlm_distill_cache.data.sources.easy_vqa import EasyVqaDataset, easy_vqa_evaluation
 from vlm_distill_cache.data.sources.grouping import ChosenSamples
@@ -73,16 +74,13 @@ def open_evaluation(
     first turn of a conversation and every independent turn. Samples that cannot be read are passed over.
 
     Args:
-        spec: As for `open_dataset`.
-        split: As for `open_dataset`.
+        spec: As for `open_dataset`, like ``split`` and ``images``.
+        split: Of the data.
         limit: Most items (of each sort for ``shapes``); of a file at most `FILE_ITEMS` where none is given.
-        images: As for `open_dataset`.
+        images: Of the data.
 
     Returns:
         The items; none, with a warning, if a file has no question with a short answer.
-
-    Raises:
-        DataError: As for `open_dataset`.
     """
     if limit is not None and limit < 1:
         raise DataError(f"limit must be at least 1 item, got {limit}")
@@ -113,18 +111,9 @@ def open_evaluation(
 def _short_questions(sample: Sample) -> list[Question]:
     if len(sample.images) != 1:
         return []
-    turns = sample.turns if sample.independent_turns else sample.turns[:1]
-    return [
-        Question(
-            item_id=f"{sample.sample_id}-{number}",
-            image=sample.images[0],
-            question=turn.question,
-            answer=turn.answer,
-            kind=_answer_kind(turn.answer),
-        )
-        for number, turn in enumerate(turns)
-        if turn.question and len(turn.answer.split()) <= SHORT_ANSWER_WORDS
-    ]
+    asked = questions_of(sample, _answer_kind)
+    asked = asked if sample.independent_turns else asked[:1]
+    return [item for item in asked if item.question and len(item.answer.split()) <= SHORT_ANSWER_WORDS]
 
 
 def _answer_kind(answer: str) -> str:

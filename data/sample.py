@@ -8,7 +8,7 @@ until they are encoded: a list of 665k samples costs text, not pixels.
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
@@ -133,6 +133,20 @@ class EvaluationSet:
 
     pairs: tuple[CaptionPair, ...] = ()
     questions: tuple[Question, ...] = ()
+
+
+def questions_of(sample: Sample, kind: Callable[[str], str]) -> list[Question]:
+    """Every turn of a sample with an image as an item; its kind follows from the answer."""
+    return [
+        Question(
+            item_id=f"{sample.sample_id}-{number}",
+            image=sample.images[0],
+            question=turn.question,
+            answer=turn.answer,
+            kind=kind(turn.answer),
+        )
+        for number, turn in enumerate(sample.turns)
+    ]
 
 
 def iterate_readable(dataset: Dataset) -> Iterator[Sample]:

@@ -62,26 +62,18 @@ def _scene(split: str, seed: int, index: int) -> Scene:
 
 
 def scene_turns(scene: Scene, generator: np.random.Generator) -> tuple[Turn, ...]:
-    """Write the `TURNS` conversations of one picture.
+    """Write the `TURNS` conversations of one picture; the generator is consumed.
 
-    Args:
-        scene: What is true.
-        generator: Source of randomness; consumed.
-
-    Returns:
-        Three captions (a list, two relations), one location, four questions of mixed kinds; no two alike.
+    Three captions (a list, two relations), one location, four questions of mixed kinds; no two alike.
     """
     turns: dict[tuple[str, str], Turn] = {}
 
     def keep(question: str, answer: str) -> None:
         turns.setdefault((question, answer), Turn(question=question, answer=answer))
 
-    def caption_question() -> str:
-        return CAPTION_QUESTIONS[int(generator.integers(len(CAPTION_QUESTIONS)))]
-
-    keep(caption_question(), list_caption(scene, generator))
-    keep(caption_question(), relation_caption(scene, generator))
-    keep(caption_question(), relation_caption(scene, generator))
+    for caption in (list_caption, relation_caption, relation_caption):
+        question = CAPTION_QUESTIONS[int(generator.integers(len(CAPTION_QUESTIONS)))]
+        keep(question, caption(scene, generator))
     keep(*location_question(scene, generator))
     while len(turns) < TURNS:
         kind = _ASKED[int(generator.integers(len(_ASKED)))]
@@ -97,7 +89,7 @@ class ShapesDataset(Dataset):
     Args:
         split: ``train``, ``validation`` or ``test``.
         images: Number of pictures, one sample each.
-        seed: Any non-negative integer; other seeds give other pictures.
+        seed: Other seeds give other pictures.
 
     Raises:
         DataError: If the split is unknown or a number is negative.
@@ -125,10 +117,7 @@ class ShapesDataset(Dataset):
 def shapes_evaluation(split: str = "test", items: int = 300, seed: int = 0) -> EvaluationSet:
     """Draw an evaluation: ``items`` caption pairs and ``items`` questions of every kind.
 
-    Args:
-        split: ``train``, ``validation`` or ``test``.
-        items: Number of pairs of each kind and of questions of each kind. A scene gives at most one of each.
-        seed: Any non-negative integer.
+    A scene gives at most one of each.
 
     Returns:
         Pairs of the seven kinds of SugarCrepe and questions of the kinds in `QUESTION_KINDS`, by kind.

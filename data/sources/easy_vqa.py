@@ -14,7 +14,7 @@ from typing import Any
 
 from vlm_distill_cache.common.errors import DataError
 from vlm_distill_cache.data.images.load import ImageFile
-from vlm_distill_cache.data.sample import Dataset, EvaluationSet, Question, Sample, Turn
+from vlm_distill_cache.data.sample import Dataset, EvaluationSet, Sample, Turn, iterate_readable, questions_of
 
 SPLITS = ("train", "validation", "test")
 VALIDATION_EVERY = 10  # each tenth picture of the package's train part is held out
@@ -64,26 +64,10 @@ def easy_vqa_evaluation(split: str = "test", limit: int | None = None) -> Evalua
     """Every question of a split as an item; its kind is what is asked for.
 
     Args:
-        split: ``train``, ``validation`` or ``test``.
+        split: As for `EasyVqaDataset`.
         limit: Most items; they are taken evenly over the pictures' order. None: all.
-
-    Raises:
-        DataError: Unknown split, or the package is not installed.
     """
-    questions = []
-    dataset = EasyVqaDataset(split)
-    for index in range(len(dataset)):
-        sample = dataset[index]
-        for number, turn in enumerate(sample.turns):
-            questions.append(
-                Question(
-                    item_id=f"{sample.sample_id}-{number}",
-                    image=sample.images[0],
-                    question=turn.question,
-                    answer=turn.answer,
-                    kind=_kind(turn.answer),
-                )
-            )
+    questions = [item for sample in iterate_readable(EasyVqaDataset(split)) for item in questions_of(sample, _kind)]
     if limit is not None and limit < len(questions):
         questions = [questions[position * len(questions) // limit] for position in range(limit)]
     return EvaluationSet(questions=tuple(questions))

@@ -156,15 +156,8 @@ def length_buckets(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
     A function of the lengths alone: a resumed run forms the same batches, and so the same
     floating-point sums, as an uninterrupted one.
 
-    Args:
-        lengths: Tokens per sample.
-        batch_size: Most samples in a batch, at least 1.
-
     Returns:
         Batches of indices into ``lengths``, longest first (memory runs out at once or never).
-
-    Raises:
-        ConfigError: ``batch_size`` is below 1.
     """
     if batch_size < 1:
         raise ConfigError(f"batch_size must be at least 1 sample, got {batch_size}")

@@ -34,9 +34,6 @@ WORD_GROUPS = (
 def answer_labels(dataset: Dataset) -> np.ndarray:
     """Read off each sample's answers which word of each group its picture shows.
 
-    Args:
-        dataset: Samples with short answers.
-
     Returns:
         int64 ``[samples, groups]``: place in the group, or `IGNORE_INDEX` where no question asks.
     """
@@ -53,12 +50,9 @@ def shift_and_mirror(pixels: Tensor, generator: torch.Generator, reach: int = CE
     """Shift each picture by up to ``reach`` pixels, repeating its border, and mirror half of them.
 
     Args:
-        pixels: float ``[B, 3, H, W]``.
-        generator: Source of randomness; consumed.
+        pixels: float ``[B, 3, H, W]``, as what is returned.
+        generator: Consumed.
         reach: Pixels.
-
-    Returns:
-        float ``[B, 3, H, W]``.
     """
     height, width = pixels.shape[-2:]
     padded = F.pad(pixels, (reach,) * 4, mode="replicate")
@@ -80,16 +74,9 @@ def train_tower_on_answers(
     batch: int = 64,
     rate: float = 3e-3,
 ) -> float:
-    """Train the tower to tell the words of `WORD_GROUPS` from the mean of its patch features.
+    """Train the tower, in place, to tell the words of `WORD_GROUPS` from the mean of its patch features.
 
-    Args:
-        model: Its tower is trained in place.
-        encoder: Turns pictures into pixel values.
-        dataset: Its pictures are held in memory (62 KB each).
-        seed: Of order, shifts and mirrors.
-        steps: Optimizer steps.
-        batch: Pictures a step.
-        rate: Peak learning rate.
+    The data set's pictures are held in memory (62 KB each), and ``batch`` of them make a step.
 
     Returns:
         The last loss, nats a word.

@@ -89,10 +89,10 @@ def train_language(
 
     Args:
         model: Trained in place.
-        encoder: Turns samples into sequences.
+        encoder: Of the samples.
         dataset: Passed over in a new order as often as the steps need.
-        steps: Optimizer steps.
-        images_per_step: Pictures, with all their conversations, a step.
+        steps: Of the optimizer.
+        images_per_step: Pictures, with all their conversations.
         rate: Peak learning rate.
         seed: Of the order.
     """

@@ -2,12 +2,12 @@
 
 The recipe, each phase on what the one before left (seconds on two idle cores in brackets):
 
-1. tower: dense labels a patch, then frozen (`demo_vision.train_tower`, 50)
-2. projector and embeddings: name each patch without the language model (`demo_vision.align_projector`, 20)
-3. language: first finding objects, then relating them (`demo_language.train_language`, 350)
+1. tower: dense labels a patch, then frozen (`vision.train_tower`, 50)
+2. projector and embeddings: name each patch without the language model (`vision.align_projector`, 20)
+3. language: first finding objects, then relating them (`language.train_language`, 350)
 
 easy-vqa starts from the shipped teacher: its tower learns the words of the data's own answers
-(`demo_answers`), then phase 3 trains everything.
+(`answers`), then phase 3 trains everything.
 """
 
 import logging
@@ -60,7 +60,6 @@ class DemoRecipe:
 
     Attributes:
         width: Hidden size of both towers.
-        vision_layers: Depth of the vision tower.
         layers: Depth of the language model.
         vision_steps: Steps of phase 1 (64 pictures each).
         alignment_steps: Steps of phase 2 (32 pictures each); none for data that start from the shipped teacher.
@@ -97,9 +96,6 @@ def demo_teacher_for(data_spec: str, directory: Path, *, seed: int = 0) -> Path:
         data_spec: As ``DATA=``.
         directory: Where a trained teacher is kept; used again if it is there.
         seed: Of the training, if there is one.
-
-    Returns:
-        ``builtin_teacher_directory()`` for shapes, ``directory`` for easy-vqa.
 
     Raises:
         ConfigError: If there is no built-in teacher for such data; names the choices.

@@ -29,13 +29,7 @@ _EMPTY_WEIGHT = 0.15  # of a patch without an object: 33 of 36 patches are empty
 
 
 def scene_batch(split: str, seed: int, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Draw pictures with dense labels.
-
-    Args:
-        split: As in `data.shapes.dataset`.
-        seed: Of the pictures.
-        start: Index of the first picture.
-        count: Number of pictures.
+    """Draw ``count`` pictures, from that of index ``start`` on, with dense labels.
 
     Returns:
         Pictures uint8 ``[B, 72, 72, 3]``, and int64 ``[B, N, 3]`` labels of colour, shape and size,
@@ -58,8 +52,8 @@ def normalize_pictures(pictures: np.ndarray, mean: list[float], std: list[float]
 
     Args:
         pictures: uint8 ``[B, H, W, 3]``.
-        mean: Of each channel, in units of white.
-        std: Of each channel, in units of white.
+        mean: Of each channel, in units of white, as ``std``.
+        std: Of each channel.
 
     Returns:
         float32 ``[B, 3, H, W]``.
@@ -86,15 +80,7 @@ def train_tower(
     batch: int = 64,
     rate: float = 4e-3,
 ) -> dict[str, float]:
-    """Train the tower on dense labels of freshly drawn scenes.
-
-    Args:
-        model: Its tower is trained in place.
-        normalize: Pictures uint8 to pixel values.
-        seed: Of the pictures.
-        steps: Optimizer steps.
-        batch: Pictures a step.
-        rate: Peak learning rate.
+    """Train the tower, in place, on dense labels of freshly drawn scenes, ``batch`` pictures a step.
 
     Returns:
         Share of objects whose colour, shape and size are right on 512 unseen pictures.
@@ -144,16 +130,7 @@ def align_projector(
     """Train projector and word embeddings to name each patch: colour, shape, size, column and row.
 
     The language model is skipped: the projected patch meets the (tied) word embeddings directly, so
-    visual tokens start out in the space the language model reads.
-
-    Args:
-        model: Projector and embeddings are trained in place; the tower is left alone.
-        tokenizer: Turns names into word ids.
-        normalize: Pictures uint8 to pixel values.
-        seed: Of the pictures.
-        steps: Optimizer steps.
-        batch: Pictures a step.
-        rate: Peak learning rate.
+    visual tokens start out in the space the language model reads. The tower is left alone.
 
     Returns:
         The last loss, nats a patch.

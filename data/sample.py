@@ -213,23 +213,19 @@ def resolve_ids(entries: Iterable[tuple[object, object]], *, where: str) -> list
     Raises:
         DataError: An id is neither string nor integer, too long, or no text that can be written as UTF-8.
     """
-    given: list[str | None] = []
-    derived: list[str] = []
+    found: list[str] = []
     for position, (raw, content) in enumerate(entries):
         if raw is None or raw == "":
-            given.append(None)
-            derived.append(derive_id(content))
+            found.append(derive_id(content))
         elif isinstance(raw, bool) or not isinstance(raw, str | int):
             raise DataError(
                 f"{where}: entry {position} has an id of type {type(raw).__name__} ({raw!r}); "
                 "ids must be strings or integers, or be left out"
             )
         else:
-            given.append(str(raw))
-    fresh = iter(derived)
-    resolved = [next(fresh) if sample_id is None else sample_id for sample_id in given]
-    unique = number_repeats(resolved)
-    repeats = sum(before != after for before, after in zip(resolved, unique, strict=True))
+            found.append(str(raw))
+    unique = number_repeats(found)
+    repeats = sum(before != after for before, after in zip(found, unique, strict=True))
     if repeats:
         logger.info("%s: %d repeated ids were numbered (the second 'x' becomes 'x#2')", where, repeats)
     return _refuse_unusable(unique, where=where)

@@ -54,15 +54,11 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         """Copy the tensors to a device."""
-        return replace(
-            self,
-            input_ids=self.input_ids.to(device),
-            labels=self.labels.to(device),
-            attention_mask=self.attention_mask.to(device),
-            position_ids=self.position_ids.to(device),
-            visual_mask=self.visual_mask.to(device),
-            image_inputs={name: tensor.to(device) for name, tensor in self.image_inputs.items()},
-        )
+        tensors: dict[str, Any] = {
+            name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        pictures = {name: tensor.to(device) for name, tensor in self.image_inputs.items()}
+        return replace(self, **tensors, image_inputs=pictures)
 
     def model_inputs(self) -> dict[str, Any]:
         """Keyword arguments of a model without peculiarities; no ``pixel_values`` where there is no image."""

@@ -109,7 +109,7 @@ def demo_teacher_for(data_spec: str, directory: Path, *, seed: int = 0) -> Path:
     return directory
 
 
-def build_demo_encoder(max_length: int = MODEL_MAX_LENGTH) -> SampleEncoder:
+def build_demo_encoder() -> SampleEncoder:
     """Build the encoder of the built-in models, with the ``short`` template."""
     tokenizer = load_tokenizer()
     return SampleEncoder(
@@ -117,7 +117,7 @@ def build_demo_encoder(max_length: int = MODEL_MAX_LENGTH) -> SampleEncoder:
         image_encoder=ImageEncoder.from_processor(load_image_processor(), (GRID, GRID)),
         template=TEMPLATES[TEMPLATE],
         image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
-        max_length=max_length,
+        max_length=MODEL_MAX_LENGTH,
     )
 
 
@@ -173,11 +173,10 @@ def train_demo_teacher(
 
     model = model.half().float().eval().requires_grad_(False)  # as it will be written
     started = time.monotonic()
-    test = (
-        shapes_evaluation("test", items, seed=seed + _OWN_PICTURES)
-        if name == "shapes"
-        else open_evaluation(data_spec, "test", 10 * items)
-    )
+    if name == "shapes":
+        test = shapes_evaluation("test", items, seed=seed + _OWN_PICTURES)
+    else:
+        test = open_evaluation(data_spec, "test", 10 * items)
     scores = score_model(model, encoder, test)
     seconds["scoring"] = round(time.monotonic() - started, 1)
     record = {

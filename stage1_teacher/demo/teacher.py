@@ -7,7 +7,7 @@ The recipe, each phase on what the one before left (seconds on two idle cores in
 3. language: first finding objects, then relating them (`language.train_language`, 350)
 
 easy-vqa starts from the shipped teacher: its tower learns the words of the data's own answers
-(`answers`), then phase 3 trains everything.
+(`vision.train_tower_on_answers`), then phase 3 trains everything.
 """
 
 import logging
@@ -40,11 +40,15 @@ from vlm_distill_cache.data.shapes.dataset import ShapesDataset, shapes_evaluati
 from vlm_distill_cache.data.shapes.scene import GRID
 from vlm_distill_cache.data.text.encoding import SampleEncoder
 from vlm_distill_cache.data.text.templates import TEMPLATES
-from vlm_distill_cache.stage1_teacher.demo.answers import train_tower_on_answers
 from vlm_distill_cache.stage1_teacher.demo.language import DRILLS, DrilledScenes, train_language
 from vlm_distill_cache.stage1_teacher.demo.model import build_demo_model
 from vlm_distill_cache.stage1_teacher.demo.scoring import mean_accuracy, score_model
-from vlm_distill_cache.stage1_teacher.demo.vision import align_projector, normalize_pictures, train_tower
+from vlm_distill_cache.stage1_teacher.demo.vision import (
+    align_projector,
+    normalize_pictures,
+    train_tower,
+    train_tower_on_answers,
+)
 
 logger = logging.getLogger(__name__)
 

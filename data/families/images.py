@@ -114,11 +114,7 @@ def library_images(config: Any, processor: Any, tokenizer: Any) -> AnyImageEncod
 
 
 def image_token_id(config: Any) -> int:
-    """Id that stands for one visual token in ``input_ids``.
-
-    Raises:
-        ModelError: If the configuration names none.
-    """
+    """Id that stands for one visual token in ``input_ids``; `ModelError` if the configuration names none."""
     for name in ("image_token_id", "image_token_index"):
         value = getattr(config, name, None)
         if isinstance(value, int):

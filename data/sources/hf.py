@@ -23,13 +23,7 @@ _TEXT_COLUMNS = ("messages", "conversations", "question", "caption")
 class HuggingFaceDataset(EntryDataset):
     """A `datasets` folder: one data set, or several splits of which one is taken.
 
-    Args:
-        path: Folder written by ``save_to_disk``.
-        split: Split to take where the folder has several; ignored where it has none.
-        images: Folder that relative image paths start from; None: ``path``.
-
-    Raises:
-        DataError: The library is missing, the folder cannot be read, has no such split or no known column.
+    Relative image paths start from ``images``, or from the folder itself.
     """
 
     def __init__(self, path: Path, *, split: str = "train", images: Path | None = None) -> None:

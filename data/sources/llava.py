@@ -39,15 +39,7 @@ class EntryDataset(Dataset):
 
 
 class LlavaDataset(EntryDataset):
-    """A LLaVA JSON file with its image folder.
-
-    Args:
-        path: The JSON file.
-        images: Folder that relative image paths start from; None: the JSON's own folder.
-
-    Raises:
-        DataError: The file is not a list of entries, is empty, or an id is neither text nor number; or there is no such folder.
-    """
+    """A LLaVA JSON file; relative image paths start from ``images``, or from the file's own folder."""
 
     def __init__(self, path: Path, *, images: Path | None = None) -> None:
         self.name = path.name
@@ -78,11 +70,7 @@ def _refuse_lost_image(record: Mapping[str, Any], images: Sequence[ImageSource])
 
 
 def parse_conversations(conversations: Any) -> tuple[Turn, ...]:
-    """Turns of a LLaVA conversation: a list of ``{"from": "human"|"gpt", "value": str}``, beginning with a human.
-
-    Raises:
-        SampleError: Says which message is at fault.
-    """
+    """Turns of a LLaVA conversation: a list of ``{"from": "human"|"gpt", "value": str}``, beginning with a human."""
     if not isinstance(conversations, list) or not conversations:
         raise SampleError(f"'conversations' must be a list of messages, got {_brief(conversations)}")
     messages = []
@@ -126,11 +114,7 @@ def pair_turns(messages: Sequence[tuple[str, str]]) -> tuple[Turn, ...]:
 
 
 def find_images(value: Any, root: Path) -> tuple[ImageSource, ...]:
-    """Image files that a path or a list of paths names, relative to ``root``; none for a text-only entry.
-
-    Raises:
-        SampleError: Not a path, a URL, or a path that leaves ``root``.
-    """
+    """Image files that a path or a list of paths below ``root``, or absolute ones, name; none for a text-only entry."""
     if value is None or value == "" or value == []:
         return ()
     return tuple(_image_file(item, root) for item in (value if isinstance(value, list) else [value]))
@@ -152,11 +136,7 @@ def _image_file(value: Any, root: Path) -> ImageFile:
 
 
 def image_folder(images: Path | None, path: Path) -> Path:
-    """The folder relative image paths start from.
-
-    Raises:
-        DataError: ``images`` is given but is no folder.
-    """
+    """The folder relative image paths start from; `DataError` if ``images`` is given but is no folder."""
     if images is not None and not images.is_dir():
         raise DataError(
             f"image folder {images} does not exist; set images to the folder the paths in {path} start from"

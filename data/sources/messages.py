@@ -25,15 +25,7 @@ _INLINE_KEYS = ("image", "path", "url")
 
 
 class MessagesDataset(EntryDataset):
-    """A messages JSONL file with its image folder; lines may also hold LLaVA conversations.
-
-    Args:
-        path: The JSONL file.
-        images: Folder that relative image paths start from; None: the file's own folder.
-
-    Raises:
-        DataError: A line is not a JSON object, there is none, or an id is neither text nor number; or there is no such folder.
-    """
+    """A messages JSONL file, whose lines may also hold LLaVA conversations; ``images`` as for `LlavaDataset`."""
 
     def __init__(self, path: Path, *, images: Path | None = None) -> None:
         self.name = path.name
@@ -45,11 +37,7 @@ class MessagesDataset(EntryDataset):
             raise DataError(f"{path} holds no sample; expected one JSON object a line")
 
     def read(self, index: int) -> tuple[Mapping[str, Any], tuple[Turn, ...], tuple[ImageSource, ...]]:
-        """The entry at ``index``, its turns and its images.
-
-        Raises:
-            DataError: The file was changed meanwhile.
-        """
+        """The entry at ``index``, its turns and its images; `DataError` if the file was changed meanwhile."""
         # Opened per sample: a shared handle would share its position between forked workers.
         with self._path.open("rb") as file:
             file.seek(self._offsets[index])
@@ -113,11 +101,7 @@ def parse_record(record: Mapping[str, Any]) -> tuple[tuple[Turn, ...], list[str]
 
 
 def parse_messages(messages: Any) -> tuple[tuple[Turn, ...], list[str]]:
-    """Turns of a list of ``{"role", "content"}``, alternating from user to assistant, and the images its parts name.
-
-    Raises:
-        SampleError: Says what is at fault; images must be in the first message.
-    """
+    """Turns of a list of ``{"role", "content"}``, alternating from user to assistant, and the images its parts name."""
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise SampleError(f"'messages' must be a list of messages, got {type(messages).__name__}")
     plain: list[tuple[str, str]] = []

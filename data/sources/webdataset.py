@@ -33,14 +33,7 @@ class _Member:
 
 
 class WebDataset(EntryDataset):
-    """Samples of one or several tars; the id is the WebDataset key.
-
-    Args:
-        pattern: A tar, a folder of tars, a glob or a brace pattern.
-
-    Raises:
-        DataError: No tar matches, one is not an uncompressed tar, nothing fits, or keys clash.
-    """
+    """Samples of a tar, a folder of tars, a glob or a brace pattern; the id is the WebDataset key."""
 
     def __init__(self, pattern: str) -> None:
         self.name = Path(pattern).name
@@ -58,11 +51,7 @@ class WebDataset(EntryDataset):
 
 
 def find_tars(pattern: str) -> list[Path]:
-    """Expand a folder, glob or brace pattern to tars, sorted within each part.
-
-    Raises:
-        DataError: Nothing matches, or a named tar is missing.
-    """
+    """Expand a folder, glob or brace pattern to tars, sorted within each part."""
     from webdataset.shardlists import expand_urls  # imports a whole loader, only needed here
 
     folder = Path(pattern)

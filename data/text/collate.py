@@ -73,12 +73,10 @@ class Batch:
 def collate(samples: Sequence[EncodedSample], pad_token_id: int) -> Batch:
     """Pad samples on the right to the longest.
 
-    Args:
-        samples: At least one.
-        pad_token_id: Fills ``input_ids``; padding has position 0 and no label.
+    Padding has position 0 and no label.
 
     Raises:
-        ConfigError: ``samples`` is empty, or their pictures differ in size.
+        ConfigError: There are no samples, or their pictures differ in size.
     """
     if not samples:
         raise ConfigError("cannot collate 0 samples; a batch needs at least one")
@@ -185,9 +183,6 @@ def join_image_inputs(samples: Sequence[EncodedSample]) -> dict[str, Tensor]:
     """Join the image arrays of samples along their first axis, by argument name; empty without an image.
 
     Pictures of any-resolution layouts differ in tiles, those of dynamic ones in patches: both join.
-
-    Raises:
-        ConfigError: If pictures differ in size where one tensor must hold them.
     """
     with_image = [sample.image_inputs for sample in samples if sample.image_inputs]
     joined: dict[str, Tensor] = {}

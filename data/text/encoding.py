@@ -173,11 +173,7 @@ class SampleEncoder:
         self.template.render(probe, self.tokenizer, has_image=True, image_token=self.image_token)
 
     def with_grid(self, grid: tuple[int, int]) -> "SampleEncoder":
-        """The same text and pixels with another number of visual tokens (a student's).
-
-        Raises:
-            ConfigError: The number of visual tokens is not one fixed grid's.
-        """
+        """The same text and pixels with another number of visual tokens (a student's)."""
         if not isinstance(self.image_encoder, ImageEncoder):
             raise ConfigError(
                 f"{type(self.image_encoder).__name__} cuts each picture into tokens of its own, so they cannot be set to "
@@ -398,13 +394,7 @@ class SampleEncoder:
 def build_prompt(encoder: SampleEncoder, image: ImageSource | None, question: str) -> EncodedSample:
     """Encode a question up to where the answer would begin, for generation.
 
-    The tokens are those in front of a trained answer; an empty question asks for a caption.
-
-    Returns:
-        A sequence without labels.
-
-    Raises:
-        SampleError: The image or the text cannot be used.
+    The tokens, without labels, are those in front of a trained answer; an empty question asks for a caption.
     """
     sample = Sample(
         sample_id="prompt",

@@ -38,13 +38,9 @@ def module_fingerprint(module: nn.Module) -> str:
 
 
 def weights_fingerprint(directory: Path, dtype: str, *, device_map: str = "", quantisation: str = "none") -> str:
-    """Fingerprint a checkpoint directory: its weight files, its config and the dtype it runs in.
+    """Fingerprint a checkpoint directory: its weight files, its config and how it runs.
 
-    Args:
-        directory: A directory as ``save_pretrained`` writes it.
-        dtype: The computation dtype, e.g. ``"float32"``.
-        device_map: How the model is spread over devices, which decides the last bits of its sums.
-        quantisation: Of its weights.
+    How the model is spread over devices decides the last bits of its sums.
 
     Raises:
         ModelError: If there are no weight files.

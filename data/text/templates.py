@@ -239,7 +239,7 @@ def _answer_of(past: str, asked: str, prompt: str, full: str, answer: str) -> st
     """What stands behind a prompt when its answer is written; None if that cannot be told.
 
     Args:
-        past: The earlier turns.
+        past: The earlier turns; all others go on from there.
         asked: With the question.
         prompt: With the question and the request for an answer.
         full: With the question and the answer.

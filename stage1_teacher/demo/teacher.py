@@ -155,10 +155,16 @@ def train_demo_teacher(
     encoder = build_demo_encoder()
     if name == "shapes":
         model, vision = _from_nothing(recipe, seed)
-        courses = _drilled_courses(recipe, seed)
-    else:
+        count = recipe.language_steps // len(DRILLS) * recipe.images_per_step  # each drawn picture is seen once
+        courses: list[Dataset] = [
+            DrilledScenes(ShapesDataset("train", count, seed=seed + place * _OWN_PICTURES), drill)
+            for place, drill in enumerate(DRILLS, start=2)
+        ]
+    else:  # the shipped teacher, whose tower stays trainable
         courses = [open_dataset(data_spec, split="train")]
-        model, vision = _from_shipped(encoder, courses[0], recipe, seed)
+        model = LlavaForConditionalGeneration.from_pretrained(builtin_teacher_directory(), dtype=torch.float32)
+        loss = train_tower_on_answers(model.train(), encoder, courses[0], seed=seed, steps=recipe.vision_steps)
+        vision = {"loss": round(loss, 4)}
     seconds["vision"] = round(time.monotonic() - started, 1)
 
     started = time.monotonic()
@@ -218,24 +224,6 @@ def _from_nothing(recipe: DemoRecipe, seed: int) -> tuple[LlavaForConditionalGen
     align_projector(model, tokenizer, normalize, seed=seed + _OWN_PICTURES, steps=recipe.alignment_steps)
     model.model.vision_tower.requires_grad_(False)
     return model, accuracy
-
-
-def _from_shipped(
-    encoder: SampleEncoder, dataset: Dataset, recipe: DemoRecipe, seed: int
-) -> tuple[LlavaForConditionalGeneration, dict[str, float]]:
-    """The shipped teacher with phase 1 on the data's own answers; the tower stays trainable."""
-    model = LlavaForConditionalGeneration.from_pretrained(builtin_teacher_directory(), dtype=torch.float32)
-    loss = train_tower_on_answers(model.train(), encoder, dataset, seed=seed, steps=recipe.vision_steps)
-    return model, {"loss": round(loss, 4)}
-
-
-def _drilled_courses(recipe: DemoRecipe, seed: int) -> list[Dataset]:
-    """Return what the language model learns from, in order; each drawn picture is seen once."""
-    pictures = recipe.language_steps // len(DRILLS) * recipe.images_per_step
-    return [
-        DrilledScenes(ShapesDataset("train", pictures, seed=seed + place * _OWN_PICTURES), drill)
-        for place, drill in enumerate(DRILLS, start=2)
-    ]
 
 
 def _write_teacher(

@@ -48,9 +48,6 @@ class AnyResolutionEncoder(Layout):
         patch_size: Pixels per side of a patch of the vision tower.
         most_tiles: Tiles' worth of tokens the joined grid may have (OneVision's ``anyres_max_9``: 9); None:
             any number (LLaVA-NeXT).
-
-    Raises:
-        ConfigError: The processor is of another kind, or its tiles are not the size it scales pictures to.
     """
 
     patch_size: int

@@ -24,9 +24,6 @@ class DynamicEncoder(Layout):
     """`Qwen2VLImageProcessorPil` with its geometry.
 
     The processor's ``size`` holds the fewest and most pixels as ``shortest_edge`` and ``longest_edge``.
-
-    Raises:
-        ConfigError: The processor is of another kind.
     """
 
     kind: ClassVar[str] = "dynamic"

@@ -18,6 +18,9 @@ class Layout:
     Attributes:
         kind: Names the layout in a plan.
         keys: Settings of the processor's class that decide pixels, beside those that all processors have.
+
+    Raises:
+        ConfigError: The processor is of another kind than the layout's, or its settings or the grid do not fit.
     """
 
     processor: Any

@@ -33,9 +33,6 @@ class SplitEncoder(Layout):
         grid: Rows and columns of one tile's visual tokens, after the pixel shuffle.
         patch_size: Pixels per side of a patch of the vision tower.
         image_token: The text of one visual token.
-
-    Raises:
-        ConfigError: The processor is of another kind, or the grid is empty.
     """
 
     grid: tuple[int, int]

@@ -32,9 +32,6 @@ class ThumbnailEncoder(Layout):
         image_token: The text of one visual token.
         before: Text in front of the visual tokens.
         after: Text behind them.
-
-    Raises:
-        ConfigError: The processor is of another kind, or the grid is empty.
     """
 
     grid: tuple[int, int]

@@ -12,10 +12,11 @@ import torch
 
 from vlm_distill_cache.common.attention.capture import IMPLEMENTATION
 from vlm_distill_cache.common.cache.manifest import BASE, Plan, sidecar_path
-from vlm_distill_cache.common.cache.schema import BASE_FIELDS, Field, Record
+from vlm_distill_cache.common.cache.schema import BASE_FIELDS, IGNORE_INDEX, Field, Record
 from vlm_distill_cache.common.cache.stores import finish_shard, open_reader, open_writer
 from vlm_distill_cache.common.errors import DataError
 from vlm_distill_cache.data.families.inputs import additive_mask, text_config
+from vlm_distill_cache.data.families.models import row_logits
 from vlm_distill_cache.data.sources.grouping import ChosenSamples
 from vlm_distill_cache.data.text.collate import Batch, collate, length_buckets
 from vlm_distill_cache.data.text.encoding import EncodedSample
@@ -216,9 +217,11 @@ def _weigh_signals(plan: Plan, records: Mapping[str, Record]) -> dict[str, Size]
     return sizes | {BASE: base}
 
 
+@torch.inference_mode()
 def _run_plain(work: Build, batches: Sequence[Batch]) -> None:
     for batch in batches:
-        work.teacher.run(batch).logits[-1:].cpu()  # waits for the device
+        logits = row_logits(work.teacher.model, _inputs(work, batch), batch.labels != IGNORE_INDEX)
+        logits[-1:].cpu()  # waits for the device
 
 
 def _time_eager(work: Build, samples: Sequence[EncodedSample]) -> tuple[float | None, int]:
@@ -247,9 +250,14 @@ def _time_eager(work: Build, samples: Sequence[EncodedSample]) -> tuple[float | 
 
 @torch.inference_mode()
 def _run_eager(work: Build, batches: Sequence[Batch]) -> None:
-    teacher, dtype = work.teacher, getattr(torch, work.teacher.dtype)
     for batch in batches:
-        inputs = dict(teacher.family.model_inputs(teacher.config, batch.to(teacher.device), dtype=dtype))
-        inputs["attention_mask"] = additive_mask(inputs["attention_mask"], dtype)  # eager attention adds its mask
-        output = teacher.model(**inputs, use_cache=False, output_attentions=True)
+        inputs = _inputs(work, batch)  # eager attention adds its mask
+        inputs["attention_mask"] = additive_mask(inputs["attention_mask"], getattr(torch, work.teacher.dtype))
+        output = work.teacher.model(**inputs, use_cache=False, output_attentions=True)
         output.logits[:, -1:, -1:].cpu()  # waits for the device
+
+
+def _inputs(work: Build, batch: Batch) -> dict[str, Any]:
+    teacher = work.teacher
+    moved = batch.to(teacher.device)
+    return dict(teacher.family.model_inputs(teacher.config, moved, dtype=getattr(torch, teacher.dtype)))

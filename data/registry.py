@@ -14,7 +14,6 @@ meant, and evaluation uses the file it is given. Hold data out by keeping it in 
 """
 
 import logging
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from vlm_distill_cache.common.errors import DataError
@@ -23,11 +22,11 @@ from vlm_distill_cache.data.sample import (
     EvaluationSet,
     Question,
     Sample,
-    fingerprint_samples,
     iterate_readable,
+    questions_of,
 )
 from vlm_distill_cache.data.sources.easy_vqa import EasyVqaDataset, easy_vqa_evaluation
-from vlm_distill_cache.data.sources.grouping import image_keys
+from vlm_distill_cache.data.sources.grouping import ChosenSamples
 from vlm_distill_cache.data.sources.hf import HuggingFaceDataset, is_saved_dataset
 from vlm_distill_cache.data.sources.llava import LlavaDataset
 from vlm_distill_cache.data.sources.messages import MessagesDataset
@@ -40,34 +39,6 @@ SHAPES_ITEMS = 300  # evaluation items where no limit is given
 FILE_ITEMS = 2000  # questions taken from a user's file where no limit is given
 SHORT_ANSWER_WORDS = 5
 FORMS = "shapes, easy-vqa, FILE.json (LLaVA), FILE.jsonl (messages), a folder of datasets.save_to_disk, or tars"
-
-_Options = dict[str, str]
-
-
-class FirstSamples:
-    """The first ``count`` samples of a data set."""
-
-    def __init__(self, dataset: Dataset, count: int) -> None:
-        self.name = f"{dataset.name}[:{count}]"
-        self._dataset = dataset
-        self.sample_ids: Sequence[str] = dataset.sample_ids[:count]
-
-    def __len__(self) -> int:
-        return len(self.sample_ids)
-
-    def __getitem__(self, index: int) -> Sample:
-        """The sample at ``index``."""
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        return self._dataset[index % len(self)]
-
-    def image_keys(self) -> Sequence[str | None]:
-        """Names of these samples' images, as far as the data set can tell them."""
-        return image_keys(self._dataset)[: len(self)]
-
-    def fingerprint(self) -> str:
-        """Hash of ids and turns of these samples alone."""
-        return fingerprint_samples(self)
 
 
 def open_dataset(spec: str, *, split: str = "train", images: Path | None = None, limit: int | None = None) -> Dataset:
@@ -85,8 +56,18 @@ def open_dataset(spec: str, *, split: str = "train", images: Path | None = None,
     if limit is not None and limit < 1:
         raise DataError(f"limit must be at least 1 sample, got {limit}")
     name, options = _split_spec(spec)
-    dataset = _NAMED[name](split, options) if name in _NAMED else _open_path(name, split, images, options)
-    return dataset if limit is None or limit >= len(dataset) else FirstSamples(dataset, limit)
+    dataset: Dataset
+    if name == "shapes":
+        from vlm_distill_cache.data.shapes.dataset import ShapesDataset  # drawing code, only needed here
+
+        dataset = ShapesDataset(split, options.get("images", SHAPES_IMAGES), options.get("seed", 0))
+    elif name == "easy-vqa":
+        dataset = EasyVqaDataset(split)
+    else:
+        dataset = _open_path(name, split, images)
+    if limit is None or limit >= len(dataset):
+        return dataset
+    return ChosenSamples(dataset, range(limit), name=f"{dataset.name}[:{limit}]")
 
 
 def open_evaluation(
@@ -98,28 +79,23 @@ def open_evaluation(
     first turn of a conversation and every independent turn. Samples that cannot be read are passed over.
 
     Args:
-        spec: As for `open_dataset`.
-        split: As for `open_dataset`.
+        spec: As for `open_dataset`, like ``split`` and ``images``.
+        split: Of the data.
         limit: Most items (of each sort for ``shapes``); of a file at most `FILE_ITEMS` where none is given.
-        images: As for `open_dataset`.
+        images: Of the data.
 
     Returns:
         The items; none, with a warning, if a file has no question with a short answer.
-
-    Raises:
-        DataError: As for `open_dataset`.
     """
     if limit is not None and limit < 1:
         raise DataError(f"limit must be at least 1 item, got {limit}")
     name, options = _split_spec(spec)
     if name == "easy-vqa":
-        _refuse_options(name, options, allowed=())
         return easy_vqa_evaluation(split, limit)
     if name == "shapes":
         from vlm_distill_cache.data.shapes.dataset import shapes_evaluation  # drawing code, only needed here
 
-        _refuse_options(name, options, allowed=("images", "seed"))
-        return shapes_evaluation(split, limit or SHAPES_ITEMS, _integer(options, "seed", 0))
+        return shapes_evaluation(split, limit or SHAPES_ITEMS, options.get("seed", 0))
     questions: list[Question] = []
     for sample in iterate_readable(open_dataset(spec, split=split, images=images)):
         questions += _short_questions(sample)
@@ -138,18 +114,9 @@ def open_evaluation(
 def _short_questions(sample: Sample) -> list[Question]:
     if len(sample.images) != 1:
         return []
-    turns = sample.turns if sample.independent_turns else sample.turns[:1]
-    return [
-        Question(
-            item_id=f"{sample.sample_id}-{number}",
-            image=sample.images[0],
-            question=turn.question,
-            answer=turn.answer,
-            kind=_answer_kind(turn.answer),
-        )
-        for number, turn in enumerate(turns)
-        if turn.question and len(turn.answer.split()) <= SHORT_ANSWER_WORDS
-    ]
+    asked = questions_of(sample, _answer_kind)
+    asked = asked if sample.independent_turns else asked[:1]
+    return [item for item in asked if item.question and len(item.answer.split()) <= SHORT_ANSWER_WORDS]
 
 
 def _answer_kind(answer: str) -> str:
@@ -160,24 +127,7 @@ def _answer_kind(answer: str) -> str:
     return "number" if word.isdigit() else "other"
 
 
-def _open_shapes(split: str, options: _Options) -> Dataset:
-    from vlm_distill_cache.data.shapes.dataset import ShapesDataset  # drawing code, only needed here
-
-    _refuse_options("shapes", options, allowed=("images", "seed"))
-    dataset: Dataset = ShapesDataset(split, _integer(options, "images", SHAPES_IMAGES), _integer(options, "seed", 0))
-    return dataset
-
-
-def _open_easy_vqa(split: str, options: _Options) -> Dataset:
-    _refuse_options("easy-vqa", options, allowed=())
-    return EasyVqaDataset(split)
-
-
-_NAMED: dict[str, Callable[[str, _Options], Dataset]] = {"shapes": _open_shapes, "easy-vqa": _open_easy_vqa}
-
-
-def _open_path(name: str, split: str, images: Path | None, options: _Options) -> Dataset:
-    _refuse_options(name, options, allowed=())
+def _open_path(name: str, split: str, images: Path | None) -> Dataset:
     path = Path(name)
     if path.suffix in (".json", ".jsonl") and path.is_file():
         reader = LlavaDataset if path.suffix == ".json" else MessagesDataset
@@ -197,23 +147,16 @@ def _open_path(name: str, split: str, images: Path | None, options: _Options) ->
     raise DataError(f"data {name!r} {state}; expected {FORMS}")
 
 
-def _split_spec(spec: str) -> tuple[str, _Options]:
+def _split_spec(spec: str) -> tuple[str, dict[str, int]]:
     """Split ``name:key=value,key=value``; a colon without a ``=`` behind it belongs to the path."""
     name, colon, rest = spec.rpartition(":")
     if not colon or "=" not in rest or "/" in rest or Path(spec).exists():
         return spec, {}
-    pairs = [pair.partition("=") for pair in rest.split(",")]
-    return name, {key.strip(): value.strip() for key, _, value in pairs}
-
-
-def _refuse_options(name: str, options: _Options, *, allowed: tuple[str, ...]) -> None:
-    unknown = sorted(set(options) - set(allowed))
-    if unknown:
+    options = {key.strip(): value.strip() for key, _, value in (pair.partition("=") for pair in rest.split(","))}
+    allowed = ("images", "seed") if name == "shapes" else ()
+    if unknown := sorted(set(options) - set(allowed)):
         raise DataError(f"{name} has no option {', '.join(unknown)}; it has {', '.join(allowed) or 'none'}")
-
-
-def _integer(options: _Options, key: str, default: int) -> int:
-    value = options.get(key, str(default))
-    if not value.isdecimal():
-        raise DataError(f"option {key} must be a whole number of at least 0, got {value!r}")
-    return int(value)
+    for key, value in options.items():
+        if not value.isdecimal():
+            raise DataError(f"option {key} must be a whole number of at least 0, got {value!r}")
+    return name, {key: int(value) for key, value in options.items()}

@@ -8,7 +8,7 @@ until they are encoded: a list of 665k samples costs text, not pixels.
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
@@ -64,11 +64,7 @@ class Sample:
 
 
 def with_answers(sample: Sample, answers: Sequence[str]) -> Sample:
-    """The same pictures and questions with other answers.
-
-    Args:
-        sample: Whose turns are answered.
-        answers: One a turn.
+    """The same pictures and questions with other answers, one a turn.
 
     Raises:
         SampleError: If their number is another than the sample's turns'.
@@ -83,27 +79,30 @@ def with_answers(sample: Sample, answers: Sequence[str]) -> Sample:
 
 
 class Dataset(Protocol):
-    """A finite, randomly accessible, picklable list of samples in a fixed order."""
+    """A finite, randomly accessible, picklable list of samples in a fixed order.
 
-    @property
-    def name(self) -> str:
-        """What reports call this data set."""
-        ...
+    Attributes:
+        name: What reports call this data set.
+        sample_ids: Unique ids in order; known without opening an image.
+    """
 
-    @property
-    def sample_ids(self) -> Sequence[str]:
-        """Unique ids in order; known without opening an image."""
-        ...
+    name: str
+    sample_ids: Sequence[str]
 
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        return len(self.sample_ids)
 
     def __getitem__(self, index: int) -> Sample:
         """The sample at ``index``; `SampleError` if this one cannot be understood."""
         ...
 
+    def image_keys(self) -> Sequence[str | None]:
+        """A name of each sample's image, told without opening it; None without one, or where only the picture tells."""
+        return [None] * len(self)
+
     def fingerprint(self) -> str:
         """Hash of ids and turns; images are hashed one by one when they are encoded."""
-        ...
+        return fingerprint_samples(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +135,20 @@ class EvaluationSet:
     questions: tuple[Question, ...] = ()
 
 
+def questions_of(sample: Sample, kind: Callable[[str], str]) -> list[Question]:
+    """Every turn of a sample with an image as an item; its kind follows from the answer."""
+    return [
+        Question(
+            item_id=f"{sample.sample_id}-{number}",
+            image=sample.images[0],
+            question=turn.question,
+            answer=turn.answer,
+            kind=kind(turn.answer),
+        )
+        for number, turn in enumerate(sample.turns)
+    ]
+
+
 def iterate_readable(dataset: Dataset) -> Iterator[Sample]:
     """Yield the samples in order, passing over those that raise `SampleError`."""
     for index in range(len(dataset)):
@@ -152,9 +165,6 @@ def fingerprint_samples(dataset: Dataset) -> str:
     Streams, so that a large data set needs no second copy in memory. The image is left out on
     purpose: moving an image folder must not invalidate a cache, and a changed picture is caught
     by its own hash.
-
-    Returns:
-        xxh3_128 as 32 hexadecimal digits.
     """
     digest = xxhash.xxh3_128()
     for index, sample_id in enumerate(dataset.sample_ids):
@@ -171,11 +181,7 @@ def fingerprint_samples(dataset: Dataset) -> str:
 
 
 def derive_id(content: object) -> str:
-    """Make an id for an entry that has none: a hash of its JSON, stable when entries move.
-
-    Returns:
-        ``auto-`` and 16 hexadecimal digits.
-    """
+    """Make an id for an entry that has none: ``auto-`` and a hash of its JSON, stable when entries move."""
     text = json.dumps(content, sort_keys=True, ensure_ascii=True, separators=(",", ":"), default=str)
     return f"auto-{xxhash.xxh3_64_hexdigest(text.encode())}"
 
@@ -204,29 +210,22 @@ def resolve_ids(entries: Iterable[tuple[object, object]], *, where: str) -> list
         entries: ``(id or None, content)`` in file order; the content makes an id where there is none.
         where: File named in messages.
 
-    Returns:
-        One id per entry.
-
     Raises:
         DataError: An id is neither string nor integer, too long, or no text that can be written as UTF-8.
     """
-    given: list[str | None] = []
-    derived: list[str] = []
+    found: list[str] = []
     for position, (raw, content) in enumerate(entries):
         if raw is None or raw == "":
-            given.append(None)
-            derived.append(derive_id(content))
+            found.append(derive_id(content))
         elif isinstance(raw, bool) or not isinstance(raw, str | int):
             raise DataError(
                 f"{where}: entry {position} has an id of type {type(raw).__name__} ({raw!r}); "
                 "ids must be strings or integers, or be left out"
             )
         else:
-            given.append(str(raw))
-    fresh = iter(derived)
-    resolved = [next(fresh) if sample_id is None else sample_id for sample_id in given]
-    unique = number_repeats(resolved)
-    repeats = sum(before != after for before, after in zip(resolved, unique, strict=True))
+            found.append(str(raw))
+    unique = number_repeats(found)
+    repeats = sum(before != after for before, after in zip(found, unique, strict=True))
     if repeats:
         logger.info("%s: %d repeated ids were numbered (the second 'x' becomes 'x#2')", where, repeats)
     return _refuse_unusable(unique, where=where)

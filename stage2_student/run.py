@@ -25,7 +25,7 @@ from vlm_distill_cache.common.files.atomic import clean_stale, read_json, write_
 from vlm_distill_cache.common.files.hashing import fingerprint
 from vlm_distill_cache.common.locations import public_location
 from vlm_distill_cache.common.remotes.mirror import local_folder
-from vlm_distill_cache.common.terminal.command_line import run_command
+from vlm_distill_cache.common.terminal.command_line import leave_one_core, run_command
 from vlm_distill_cache.stage2_student.config import PHASE_NAMES, TrainConfig, describe, without_teacher
 from vlm_distill_cache.stage2_student.pruned_folder import FOLDER, kept_share
 from vlm_distill_cache.stage2_student.resolve import resolve_config
@@ -352,8 +352,6 @@ def write_report(output: Path, config: TrainConfig) -> Path:
 def set_up_libraries() -> None:
     """Leave a core for loading, and switch off the libraries' own progress bars and a warning about speed."""
     from transformers.utils import logging as transformers_logging
-
-    from vlm_distill_cache.data.threads import leave_one_core
 
     leave_one_core()
     # Each process of several would say so once; a convolution's gradient is then copied, which changes no value.

@@ -14,9 +14,9 @@ ORDER = {  # inside a package, each level imports only what stands before it
         "errors printing locations", "files pixels attention", "cache models config", "codecs", "terminal remotes",
         "opening", "tools", "cli",
     ),
-    "data": ("sample threads", "images", "text", "sources shapes families", "builtin", "registry"),
+    "data": ("sample", "images", "text", "sources shapes families", "builtin", "registry"),
     "stage1_teacher": (
-        "config teacher demo builtin", "loop", "planning", "estimate quality", "extract", "report", "cli",
+        "config teacher demo builtin", "loop", "planning", "quality", "extract", "estimate report", "cli",
     ),
     "stage2_student": (
         "loss_weights pruned_folder presets", "config", "students batches", "losses resolve", "training",

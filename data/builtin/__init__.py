@@ -48,11 +48,7 @@ def vocabulary() -> list[str]:
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Build the word-level tokenizer.
-
-    Returns:
-        A fast tokenizer that puts ``<s>`` in front, as Llama's does, and gives exact character offsets.
-    """
+    """Build the word-level tokenizer, which puts ``<s>`` in front, as Llama's does; character offsets are exact."""
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary())}, unk_token="<unk>"))
     # Lower-case letter by letter where another letter or a digit is adjacent; the length never changes, so
     # offsets stay true. A capital followed by a space and a lower-case word is an article.
@@ -104,10 +100,6 @@ def load_image_processor() -> CLIPImageProcessorPil:
 
 
 def save_processor(directory: Path) -> None:
-    """Write tokenizer and image processor as ``save_pretrained`` does.
-
-    Args:
-        directory: Where to; created if missing.
-    """
+    """Write tokenizer and image processor as ``save_pretrained`` does; a missing folder is created."""
     build_tokenizer().save_pretrained(directory)
     build_image_processor().save_pretrained(directory)

@@ -17,8 +17,8 @@ from vlm_distill_cache.data.images.library import LibraryImages
 
 def llava_images(config: Any, processor: Any, tokenizer: Any) -> AnyImageEncoder:
     """One square picture, one grid of patches (LLaVA-1.5)."""
-    side = _llava_side(config)
-    return ImageEncoder.from_processor(processor, (side, side), patch_size=_uneven_patch(config))
+    _refuse_uneven(config)
+    return fixed_images(config, processor, tokenizer)
 
 
 def published_images(config: Any, processor: Any, tokenizer: Any) -> AnyImageEncoder:
@@ -45,7 +45,7 @@ def any_resolution_images(config: Any, processor: Any, tokenizer: Any) -> AnyIma
     Raises:
         ModelError: If the processor chooses tiles from another list of resolutions than the model.
     """
-    _llava_side(config)
+    _refuse_uneven(config)
     wanted = [list(pair) for pair in config.image_grid_pinpoints]
     found = [list(pair) for pair in getattr(processor, "image_grid_pinpoints", None) or ()]
     if wanted != found:
@@ -114,11 +114,7 @@ def library_images(config: Any, processor: Any, tokenizer: Any) -> AnyImageEncod
 
 
 def image_token_id(config: Any) -> int:
-    """Id that stands for one visual token in ``input_ids``.
-
-    Raises:
-        ModelError: If the configuration names none.
-    """
+    """Id that stands for one visual token in ``input_ids``; `ModelError` if the configuration names none."""
     for name in ("image_token_id", "image_token_index"):
         value = getattr(config, name, None)
         if isinstance(value, int):
@@ -139,12 +135,8 @@ def _token(tokenizer: Any, index: int) -> str:
     return str(tokenizer.convert_ids_to_tokens(int(index)))
 
 
-def _llava_side(config: Any) -> int:
-    """Rows, and columns, of one square's patches.
-
-    Raises:
-        ModelError: If the visual tokens are no grid.
-    """
+def _refuse_uneven(config: Any) -> None:
+    """Refuse a configuration whose visual tokens are no grid, because of the tower's class token."""
     vision = config.vision_config
     side = int(vision.image_size // vision.patch_size)
     has_class_token = vision.model_type.startswith("clip")
@@ -156,4 +148,3 @@ def _llava_side(config: Any) -> int:
             f"which is no {side}x{side} grid; set it to {'default' if has_class_token else 'full'!r} "
             "in the checkpoint's config.json"
         )
-    return side

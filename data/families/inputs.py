@@ -7,8 +7,6 @@ PaliGemma: from 1), in sliding windows, and in how pictures are stacked.
 Dims: B batch, T longest sequence, M image tiles of the batch.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from inspect import signature
 from typing import Any, cast
 
@@ -18,68 +16,7 @@ from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
 from vlm_distill_cache.common.errors import ModelError
-from vlm_distill_cache.data.text.collate import Batch, collate
-from vlm_distill_cache.data.text.encoding import EncodedSample
-
-ModelInputs = Callable[..., Mapping[str, Any]]
-
-
-def family_generation_inputs(
-    model_inputs: ModelInputs,
-    config: Any,
-    prompts: Sequence[EncodedSample],
-    pad_id: int,
-    device: torch.device,
-    *,
-    dtype: torch.dtype,
-) -> dict[str, Any]:
-    """Arguments of ``generate`` for one family.
-
-    Args:
-        model_inputs: The family's arguments of a forward pass.
-        config: The model's.
-        prompts: At least one; sequences without labels.
-        pad_id: Fills the front of shorter prompts.
-        device: Where to put them.
-        dtype: Of floating-point image inputs.
-
-    Returns:
-        Ids and mask int64 ``[B, T]``, token types where the family has them, and the pictures.
-    """
-    batch = left_padded(collate(prompts, pad_id), pad_id).to(device)
-    inputs = dict(model_inputs(config, batch, dtype=dtype))
-    positions = inputs.pop("position_ids", None)
-    inputs["attention_mask"] = batch.attention_mask.long()
-    if positions is not None and positions.ndim == 3:
-        # Positions by time, row and column: the library derives them from where the image tokens are.
-        inputs["mm_token_type_ids"] = batch.visual_mask.long()
-    return inputs
-
-
-def left_padded(batch: Batch, pad_id: int) -> Batch:
-    """The same prompts with their padding in front, as generation needs it.
-
-    Args:
-        batch: As ``collate`` pads it, on the right; not packed, without labels.
-        pad_id: Fills the front of shorter prompts.
-    """
-    longest = batch.input_ids.shape[1]
-    shifts = [longest - length for length in batch.lengths]
-
-    def roll(rows: Tensor, fill: int) -> Tensor:
-        moved = torch.full_like(rows, fill)
-        for index, shift in enumerate(shifts):
-            moved[index, shift:] = rows[index, : longest - shift]
-        return moved
-
-    return replace(
-        batch,
-        input_ids=roll(batch.input_ids, pad_id),
-        attention_mask=roll(batch.attention_mask, 0),
-        position_ids=roll(batch.position_ids, 0),
-        visual_mask=roll(batch.visual_mask, 0),
-    )
-
+from vlm_distill_cache.data.text.collate import Batch
 
 Masks = Tensor | dict[str, Tensor]
 
@@ -199,7 +136,7 @@ def library_inputs(config: Any, batch: Batch, *, dtype: torch.dtype) -> dict[str
     """
     if batch.attention_mask.ndim == 4:
         raise ModelError(
-            f"model_type {config.model_type!r} is not in the table of families (data/families.py), and independent "
+            f"model_type {config.model_type!r} is not in the table of families (data/families/table.py), and independent "
             "conversations about one picture can share it only where masks and positions are known; give data with "
             "one question a sample"
         )

@@ -32,13 +32,9 @@ Quantisation = Literal["none", "8bit", "4bit"]
 
 
 class FamilyModel(NamedTuple):
-    """What `open_family_model` loads.
+    """A model in evaluation mode, its entry in the table, the library's fast tokenizer, and the PIL image processor.
 
-    Attributes:
-        model: In evaluation mode.
-        family: Its entry in ``data.families.table``.
-        tokenizer: The library's fast tokenizer.
-        processor: The PIL image processor; of a family that is not listed the library's whole processor.
+    Of a family that is not listed, ``processor`` is the library's whole processor.
     """
 
     model: Any
@@ -62,9 +58,6 @@ def open_family_model(
         device_map: As the library takes it (``auto``, ``balanced``, ``cuda:1``); empty: on the CPU, for the caller to
             move.
         quantisation: Of the language model's weights, by bitsandbytes; tower and projector keep ``dtype``.
-
-    Returns:
-        Model, family, tokenizer and processor.
 
     Raises:
         ModelError: If the directory holds no usable model, or only part of its weights.
@@ -99,7 +92,7 @@ def open_family_model(
         refuse_offloaded(model, family, device_map)
     if not family.is_listed:
         logger.warning(
-            "%s: model_type %r is not in the table of families (data/families.py), so only its logits can be "
+            "%s: model_type %r is not in the table of families (data/families/table.py), so only its logits can be "
             "cached: attention needs to know where its language model and its visual tokens are, and the teacher "
             "adapter needs its projector",
             directory,
@@ -110,11 +103,6 @@ def open_family_model(
 
 def refuse_offloaded(model: Any, family: Family, device_map: str) -> None:
     """Refuse a placement that leaves parts without weights of their own, to be fetched for each forward pass.
-
-    Args:
-        model: As the device map has placed it.
-        family: Its entry in the table.
-        device_map: For the error.
 
     Raises:
         ConfigError: If the embedding, the vision tower or the projector is such a part: they are read by themselves.
@@ -186,13 +174,7 @@ def rows_instead(model: Any, rows: Tensor, on_rows: Callable[[Tensor, Any], Any]
 
 
 def row_logits(model: Any, inputs: Mapping[str, Any], rows: Tensor) -> Tensor:
-    """Logits of chosen rows ``[A, V]`` by the model's own forward pass; ``[B, T, V]`` never exists.
-
-    Args:
-        model: See `rows_only`.
-        inputs: Its keyword arguments.
-        rows: Bool ``[B, T]``.
-    """
+    """Logits ``[A, V]`` of chosen rows (bool ``[B, T]``) by the model's own pass; ``[B, T, V]`` never exists."""
     with rows_only(model, rows):
         logits: Tensor = model(**inputs, use_cache=False).logits[0]
     return logits

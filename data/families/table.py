@@ -24,7 +24,6 @@ from vlm_distill_cache.data.families.images import (
     split_images,
 )
 from vlm_distill_cache.data.families.inputs import (
-    family_generation_inputs,
     grid_position_inputs,
     image_block_inputs,
     library_inputs,
@@ -34,7 +33,9 @@ from vlm_distill_cache.data.families.inputs import (
     text_config,
 )
 from vlm_distill_cache.data.images.encoder import AnyImageEncoder
+from vlm_distill_cache.data.text.collate import collate
 from vlm_distill_cache.data.text.encoding import EncodedSample
+from vlm_distill_cache.data.text.generation import left_padded
 
 VisualRows = Literal["causal", "image", "prefix"]
 
@@ -86,23 +87,33 @@ class Family:
         *,
         dtype: torch.dtype,
     ) -> Mapping[str, Any]:
-        """The keyword arguments of ``generate`` for prompts, padded on the left (`data.families.inputs`)."""
-        return family_generation_inputs(self.model_inputs, config, prompts, pad_id, device, dtype=dtype)
+        """The keyword arguments of ``generate`` for prompts, at least one, without labels.
+
+        Returns:
+            Ids and mask int64 ``[B, T]``, padded on the left; token types where the family has them; the pictures.
+        """
+        batch = left_padded(collate(prompts, pad_id), pad_id).to(device)
+        inputs = dict(self.model_inputs(config, batch, dtype=dtype))
+        positions = inputs.pop("position_ids", None)
+        inputs["attention_mask"] = batch.attention_mask.long()
+        if positions is not None and positions.ndim == 3:
+            # Positions by time, row and column: the library derives them from where the image tokens are.
+            inputs["mm_token_type_ids"] = batch.visual_mask.long()
+        return inputs
 
     def image_token_id(self, config: Any) -> int:
         """Id that stands for one visual token in ``input_ids``; raises ModelError if there is none."""
         return image_token_id(config)
 
 
-def _mlp_config(config: Any) -> dict[str, Any] | None:
-    """What rebuilds the two-layer projector of the LLaVA family."""
+def _projector_config(config: Any, *, act: str, bias: bool) -> dict[str, Any]:
+    """What rebuilds a two-layer projector."""
     layers = config.vision_feature_layer
-    count = 1 if isinstance(layers, int) else len(layers)
     width = text_config(config).hidden_size
     return {
-        "act": config.projector_hidden_act,
-        "bias": getattr(config, "multimodal_projector_bias", True),
-        "in": config.vision_config.hidden_size * count,
+        "act": act,
+        "bias": bias,
+        "in": config.vision_config.hidden_size * (1 if isinstance(layers, int) else len(layers)),
         "hidden": width,
         "out": width,
         "vision_feature_layer": layers,
@@ -110,20 +121,20 @@ def _mlp_config(config: Any) -> dict[str, Any] | None:
     }
 
 
+def _mlp_config(config: Any) -> dict[str, Any] | None:
+    """Of the LLaVA family."""
+    bias = getattr(config, "multimodal_projector_bias", True)
+    return _projector_config(config, act=config.projector_hidden_act, bias=bias)
+
+
 def _published_mlp_config(config: Any) -> dict[str, Any] | None:
-    """The same for our own classes, where the projector is the plain MLP (CompoDistill's teacher)."""
-    if config.projector_type != "mlp":
-        return None
-    width = text_config(config).hidden_size
-    return {
-        "act": "gelu",
-        "bias": True,
-        "in": config.vision_config.hidden_size,
-        "hidden": width,
-        "out": width,
-        "vision_feature_layer": config.vision_feature_layer,
-        "vision_feature_select_strategy": config.vision_feature_select_strategy,
-    }
+    """Of our own classes, where the projector is the plain MLP (CompoDistill's teacher)."""
+    return _projector_config(config, act="gelu", bias=True) if config.projector_type == "mlp" else None
+
+
+def _alike(model_classes: Mapping[str, str], **entry: Any) -> dict[str, Family]:
+    """Families that differ in the class of their model alone, given by model_type."""
+    return {name: Family(model_class=model_class, **entry) for name, model_class in model_classes.items()}
 
 
 FAMILIES: dict[str, Family] = {
@@ -133,47 +144,27 @@ FAMILIES: dict[str, Family] = {
         image_encoder=llava_images,
         projector_config=_mlp_config,
     ),
-    "llava_next": Family(
-        model_class="LlavaNextForConditionalGeneration",
+    **_alike(
+        {
+            "llava_next": "LlavaNextForConditionalGeneration",
+            "llava_onevision": "LlavaOnevisionForConditionalGeneration",
+        },
         image_encoder=any_resolution_images,
         projector_config=_mlp_config,
     ),
-    "llava_onevision": Family(
-        model_class="LlavaOnevisionForConditionalGeneration",
-        image_encoder=any_resolution_images,
-        projector_config=_mlp_config,
-    ),
-    "qwen2_vl": Family(
-        model_class="Qwen2VLForConditionalGeneration",
+    **_alike(
+        {
+            "qwen2_vl": "Qwen2VLForConditionalGeneration",
+            "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
+            "qwen3_vl": "Qwen3VLForConditionalGeneration",
+        },
         vision_tower="model.visual",
         projector="model.visual.merger",
         image_encoder=qwen_images,
         model_inputs=grid_position_inputs,
     ),
-    "qwen2_5_vl": Family(
-        model_class="Qwen2_5_VLForConditionalGeneration",
-        vision_tower="model.visual",
-        projector="model.visual.merger",
-        image_encoder=qwen_images,
-        model_inputs=grid_position_inputs,
-    ),
-    "qwen3_vl": Family(
-        model_class="Qwen3VLForConditionalGeneration",
-        vision_tower="model.visual",
-        projector="model.visual.merger",
-        image_encoder=qwen_images,
-        model_inputs=grid_position_inputs,
-    ),
-    "idefics3": Family(
-        model_class="Idefics3ForConditionalGeneration",
-        language_model="model.text_model",
-        vision_tower="model.vision_model",
-        projector="model.connector",
-        image_encoder=split_images,
-        model_inputs=stacked_inputs,
-    ),
-    "smolvlm": Family(
-        model_class="SmolVLMForConditionalGeneration",
+    **_alike(
+        {"idefics3": "Idefics3ForConditionalGeneration", "smolvlm": "SmolVLMForConditionalGeneration"},
         language_model="model.text_model",
         vision_tower="model.vision_model",
         projector="model.connector",
@@ -197,17 +188,8 @@ FAMILIES: dict[str, Family] = {
         visual_rows="image",
         model_inputs=image_block_inputs,
     ),
-    "mobilevlm_distill": Family(
-        model_class="",
-        template="vicuna_v1",
-        language_model="model",
-        vision_tower="model.vision_tower.vision_tower.vision_model",
-        projector="model.mm_projector",
-        image_encoder=published_images,
-        projector_config=_published_mlp_config,
-    ),
-    "compodistill_distill": Family(
-        model_class="",
+    **_alike(
+        {"mobilevlm_distill": "", "compodistill_distill": ""},
         template="vicuna_v1",
         language_model="model",
         vision_tower="model.vision_tower.vision_tower.vision_model",

@@ -16,7 +16,7 @@ import PIL.Image
 
 from vlm_distill_cache.common.attention.boxes import FINEST_SIDE, Tile
 from vlm_distill_cache.common.errors import ConfigError, SampleError
-from vlm_distill_cache.data.images.load import MAX_PIXELS
+from vlm_distill_cache.common.pixels import MAX_PIXELS
 
 Layout = Literal["square", "pad", "crop"]
 
@@ -136,14 +136,6 @@ class ImageEncoder:
 
         Note that original LLaVA-1.5 and MobileVLM checkpoints store a CLIP processor with a centre
         crop and pad in their own code: pass ``layout="pad"`` yourself for those.
-
-        Args:
-            processor: A PIL image processor.
-            grid: Rows and columns of visual tokens.
-            patch_size: See the class.
-
-        Raises:
-            ConfigError: No layout fits the settings.
         """
         settings = processor.to_dict()
         layout: Layout = "square"
@@ -188,10 +180,7 @@ class ImageEncoder:
         }
 
     def __call__(self, image: PIL.Image.Image) -> EncodedImage:
-        """Turn one picture into model input.
-
-        Args:
-            image: RGB.
+        """Turn one RGB picture into model input.
 
         Returns:
             ``pixel_values`` f4 ``[1, 3, H, W]``, and one tile (without the first token: its first row, the rest).

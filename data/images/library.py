@@ -18,23 +18,12 @@ from vlm_distill_cache.common.errors import ModelError, SampleError
 from vlm_distill_cache.data.images.encoder import EncodedImage
 
 # Made for the text, not for the picture.
-_TEXT_INPUTS = (
-    "input_ids",
-    "attention_mask",
-    "token_type_ids",
-    "mm_token_type_ids",
-    "position_ids",
-    "labels",
-)
+_TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "position_ids", "labels")
 NOWHERE = (1.0, 0.0, 2.0, 1.0)
 
 
 def load_processor(folder: Path) -> Any:
-    """Load the whole processor of a folder, as the library finds it.
-
-    Raises:
-        ModelError: If there is none for images and text.
-    """
+    """Load the whole processor of a folder, as the library finds it; `ModelError` if there is none."""
     try:
         processor = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (ImportError, ValueError, OSError) as error:
@@ -88,19 +77,15 @@ class LibraryImages:
 
     def to_dict(self) -> dict[str, Any]:
         """What decides the pixels, as plain JSON; the library's version is part of it, since its code is."""
-        settings = self.processor.to_dict()
-        return {
-            "kind": "library",
-            "class": type(self.library).__name__,
-            "processor": plain_settings(settings),
+        settings = {
+            key: value
+            for key, value in sorted(self.processor.to_dict().items())
+            if isinstance(value, str | int | float | bool | list | dict | None) and not key.endswith("_type")
         }
+        return {"kind": "library", "class": type(self.library).__name__, "processor": settings}
 
     def __call__(self, image: PIL.Image.Image) -> EncodedImage:
-        """Turn one RGB picture into the model's inputs, and its text with every visual token written out.
-
-        Raises:
-            SampleError: If the processor refuses the picture.
-        """
+        """Turn one RGB picture into the model's inputs, and its text with every visual token written out."""
         tokenizer = self.library.tokenizer
         token = str(tokenizer.convert_ids_to_tokens(self.image_token_id))
         placeholder = self.marker or token
@@ -124,12 +109,3 @@ class LibraryImages:
             if name not in _TEXT_INPUTS and np.asarray(value).dtype != object
         }
         return EncodedImage(inputs=inputs, tiles=(Tile(rows=1, cols=len(places), region=NOWHERE),), text=text)
-
-
-def plain_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings as JSON keeps them, without what does not decide pixels."""
-    return {
-        key: value
-        for key, value in sorted(settings.items())
-        if isinstance(value, str | int | float | bool | list | dict | None) and not key.endswith("_type")
-    }

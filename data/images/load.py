@@ -8,19 +8,7 @@ import numpy as np
 import PIL.Image
 
 from vlm_distill_cache.common.errors import SampleError
-from vlm_distill_cache.common.pixels import HASH_BYTES, MAX_PIXELS, decode_image, image_hash, reason_of, to_rgb
-
-__all__ = [
-    "HASH_BYTES",
-    "MAX_PIXELS",
-    "FileSlice",
-    "ImageArray",
-    "ImageBytes",
-    "ImageFile",
-    "decode_image",
-    "image_hash",
-    "to_rgb",
-]
+from vlm_distill_cache.common.pixels import decode_image, reason_of
 
 
 @dataclass(frozen=True)
@@ -44,11 +32,7 @@ class ImageFile:
         return self.shown or str(self.path)
 
     def load(self) -> PIL.Image.Image:
-        """Decode the file to RGB.
-
-        Raises:
-            SampleError: The file is missing, empty, damaged, too large or not an image.
-        """
+        """Decode the file to RGB; `SampleError` if it is missing, empty, damaged, too large or not an image."""
         try:
             kind = self.path.stat().st_mode
             if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):  # a pipe or a device could be read for ever
@@ -68,11 +52,7 @@ class ImageBytes:
     name: str
 
     def load(self) -> PIL.Image.Image:
-        """Decode the bytes to RGB.
-
-        Raises:
-            SampleError: The bytes are empty, damaged, too large or not an image.
-        """
+        """Decode the bytes to RGB; `SampleError` if they are no image."""
         return decode_image(self.data, name=self.name)
 
 
@@ -86,19 +66,11 @@ class FileSlice:
     name: str
 
     def load(self) -> PIL.Image.Image:
-        """Read the range and decode it to RGB.
-
-        Raises:
-            SampleError: The range cannot be read, or is not an image.
-        """
+        """Read the range and decode it to RGB; `SampleError` if it is no image."""
         return decode_image(self.read(), name=self.name)
 
     def read(self) -> bytes:
-        """Return the ``size`` bytes.
-
-        Raises:
-            SampleError: The file cannot be read or ends too early.
-        """
+        """Return the ``size`` bytes; `SampleError` if the file cannot be read or ends too early."""
         try:
             with self.path.open("rb") as file:
                 file.seek(self.offset)
@@ -118,11 +90,7 @@ class ImageArray:
     name: str
 
     def load(self) -> PIL.Image.Image:
-        """Wrap the pixels.
-
-        Raises:
-            SampleError: The array is not u1 ``[H, W, 3]``.
-        """
+        """Wrap the pixels; `SampleError` if the array is of another kind."""
         array = self.array
         if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or array.size == 0:
             raise SampleError(f"image {self.name}: expected u1 [H, W, 3], got {array.dtype} {list(array.shape)}")

@@ -6,7 +6,6 @@ disjoint. Each picture carries `TURNS` independent conversations: the trial foun
 "where is the red circle" turns beside the questions to be what makes a small model learn to look.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -14,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from vlm_distill_cache.common.errors import DataError
-from vlm_distill_cache.data.sample import CaptionPair, EvaluationSet, Question, Sample, Turn, fingerprint_samples
+from vlm_distill_cache.data.sample import CaptionPair, Dataset, EvaluationSet, Question, Sample, Turn
 from vlm_distill_cache.data.shapes.scene import SPLITS, Scene, draw_scene, sample_scene, scene_generator
 from vlm_distill_cache.data.shapes.text import (
     CAPTION_QUESTIONS,
@@ -63,26 +62,18 @@ def _scene(split: str, seed: int, index: int) -> Scene:
 
 
 def scene_turns(scene: Scene, generator: np.random.Generator) -> tuple[Turn, ...]:
-    """Write the `TURNS` conversations of one picture.
+    """Write the `TURNS` conversations of one picture; the generator is consumed.
 
-    Args:
-        scene: What is true.
-        generator: Source of randomness; consumed.
-
-    Returns:
-        Three captions (a list, two relations), one location, four questions of mixed kinds; no two alike.
+    Three captions (a list, two relations), one location, four questions of mixed kinds; no two alike.
     """
     turns: dict[tuple[str, str], Turn] = {}
 
     def keep(question: str, answer: str) -> None:
         turns.setdefault((question, answer), Turn(question=question, answer=answer))
 
-    def caption_question() -> str:
-        return CAPTION_QUESTIONS[int(generator.integers(len(CAPTION_QUESTIONS)))]
-
-    keep(caption_question(), list_caption(scene, generator))
-    keep(caption_question(), relation_caption(scene, generator))
-    keep(caption_question(), relation_caption(scene, generator))
+    for caption in (list_caption, relation_caption, relation_caption):
+        question = CAPTION_QUESTIONS[int(generator.integers(len(CAPTION_QUESTIONS)))]
+        keep(question, caption(scene, generator))
     keep(*location_question(scene, generator))
     while len(turns) < TURNS:
         kind = _ASKED[int(generator.integers(len(_ASKED)))]
@@ -92,13 +83,13 @@ def scene_turns(scene: Scene, generator: np.random.Generator) -> tuple[Turn, ...
     return tuple(turns.values())
 
 
-class ShapesDataset:
+class ShapesDataset(Dataset):
     """Training samples drawn on demand.
 
     Args:
         split: ``train``, ``validation`` or ``test``.
         images: Number of pictures, one sample each.
-        seed: Any non-negative integer; other seeds give other pictures.
+        seed: Other seeds give other pictures.
 
     Raises:
         DataError: If the split is unknown or a number is negative.
@@ -108,9 +99,8 @@ class ShapesDataset:
         _check(split, images, seed)
         self.name = f"shapes:images={images},seed={seed}"
         self.split, self.images, self.seed = split, images, seed
-
-    def __len__(self) -> int:
-        return self.images
+        # Picture i has the same id whatever the number of images.
+        self.sample_ids = [SceneImage(split=split, seed=seed, index=index).name for index in range(images)]
 
     def scene(self, index: int) -> Scene:
         """Return the scene graph of picture ``index``."""
@@ -123,23 +113,11 @@ class ShapesDataset:
         turns = scene_turns(image.scene(), scene_generator(self.split, self.seed, index, _TEXT))
         return Sample(sample_id=image.name, images=(image,), turns=turns, independent_turns=True)
 
-    @property
-    def sample_ids(self) -> Sequence[str]:
-        """The ids in order; picture i has the same id whatever the number of images."""
-        return [SceneImage(split=self.split, seed=self.seed, index=index).name for index in range(self.images)]
-
-    def fingerprint(self) -> str:
-        """Return the hash of all ids and texts (about 0.3 ms a sample)."""
-        return fingerprint_samples(self)
-
 
 def shapes_evaluation(split: str = "test", items: int = 300, seed: int = 0) -> EvaluationSet:
     """Draw an evaluation: ``items`` caption pairs and ``items`` questions of every kind.
 
-    Args:
-        split: ``train``, ``validation`` or ``test``.
-        items: Number of pairs of each kind and of questions of each kind. A scene gives at most one of each.
-        seed: Any non-negative integer.
+    A scene gives at most one of each.
 
     Returns:
         Pairs of the seven kinds of SugarCrepe and questions of the kinds in `QUESTION_KINDS`, by kind.

@@ -76,14 +76,7 @@ def scene_generator(split: str, seed: int, index: int, purpose: int) -> np.rando
 
 
 def sample_scene(generator: np.random.Generator) -> Scene:
-    """Draw a scene: distinct (colour, shape) pairs in distinct cells.
-
-    Args:
-        generator: Source of randomness; consumed.
-
-    Returns:
-        The scene, objects in random order.
-    """
+    """Draw a scene: distinct (colour, shape) pairs in distinct cells, objects in random order."""
     count = _COUNTS[int(generator.integers(len(_COUNTS)))]
     names = generator.choice(len(COLORS) * len(SHAPES), size=count, replace=False)
     cells = generator.choice(GRID * GRID, size=count, replace=False)
@@ -111,10 +104,6 @@ def sample_scene(generator: np.random.Generator) -> Scene:
 
 def draw_scene(scene: Scene, generator: np.random.Generator) -> np.ndarray:
     """Draw a scene over grey clutter, with noise.
-
-    Args:
-        scene: What to draw.
-        generator: Source of the background, clutter, colour jitter and noise; consumed.
 
     Returns:
         RGB picture, uint8 ``[72, 72, 3]``.

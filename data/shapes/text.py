@@ -30,13 +30,9 @@ Rule = Callable[[Scene, np.random.Generator], Pair | None]
 
 def relation_holds(first: SceneObject, relation: str, second: SceneObject) -> bool:
     """Tell whether ``first relation second`` is true, by strict order of columns or rows."""
-    if relation == "left of":
-        return first.column < second.column
-    if relation == "right of":
-        return first.column > second.column
-    if relation == "above":
-        return first.row < second.row
-    return first.row > second.row
+    if relation in ("right of", "below"):
+        first, second = second, first
+    return first.column < second.column if relation in ("left of", "right of") else first.row < second.row
 
 
 def _pick(items: Sequence[T], generator: np.random.Generator) -> T:

@@ -14,7 +14,7 @@ from typing import Any
 
 from vlm_distill_cache.common.errors import DataError
 from vlm_distill_cache.data.images.load import ImageFile
-from vlm_distill_cache.data.sample import EvaluationSet, Question, Sample, Turn, fingerprint_samples
+from vlm_distill_cache.data.sample import Dataset, EvaluationSet, Sample, Turn, iterate_readable, questions_of
 
 SPLITS = ("train", "validation", "test")
 VALIDATION_EVERY = 10  # each tenth picture of the package's train part is held out
@@ -22,7 +22,7 @@ VALIDATION_EVERY = 10  # each tenth picture of the package's train part is held 
 _SHAPES = frozenset({"circle", "rectangle", "triangle"})
 
 
-class EasyVqaDataset:
+class EasyVqaDataset(Dataset):
     """One sample per picture, ids ``train-123`` and ``test-123`` after the package's files.
 
     Args:
@@ -56,42 +56,18 @@ class EasyVqaDataset:
         ]
         self.sample_ids: Sequence[str] = [sample.sample_id for sample in self._samples]
 
-    def __len__(self) -> int:
-        return len(self._samples)
-
     def __getitem__(self, index: int) -> Sample:
-        """The sample at ``index``."""
         return self._samples[index]
-
-    def fingerprint(self) -> str:
-        """Hash of ids and turns."""
-        return fingerprint_samples(self)
 
 
 def easy_vqa_evaluation(split: str = "test", limit: int | None = None) -> EvaluationSet:
     """Every question of a split as an item; its kind is what is asked for.
 
     Args:
-        split: ``train``, ``validation`` or ``test``.
+        split: As for `EasyVqaDataset`.
         limit: Most items; they are taken evenly over the pictures' order. None: all.
-
-    Raises:
-        DataError: Unknown split, or the package is not installed.
     """
-    questions = []
-    dataset = EasyVqaDataset(split)
-    for index in range(len(dataset)):
-        sample = dataset[index]
-        for number, turn in enumerate(sample.turns):
-            questions.append(
-                Question(
-                    item_id=f"{sample.sample_id}-{number}",
-                    image=sample.images[0],
-                    question=turn.question,
-                    answer=turn.answer,
-                    kind=_kind(turn.answer),
-                )
-            )
+    questions = [item for sample in iterate_readable(EasyVqaDataset(split)) for item in questions_of(sample, _kind)]
     if limit is not None and limit < len(questions):
         questions = [questions[position * len(questions) // limit] for position in range(limit)]
     return EvaluationSet(questions=tuple(questions))

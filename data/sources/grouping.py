@@ -7,45 +7,35 @@ Students join a cache by sample id, so the order is the cache's own affair.
 """
 
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from vlm_distill_cache.common.files.hashing import fingerprint
 from vlm_distill_cache.data.sample import Dataset, Sample
 
 
-@runtime_checkable
-class KnowsImages(Protocol):
-    """A data set that can tell, without opening an image, which samples have the same one."""
+class ChosenSamples(Dataset):
+    """Some samples of a data set, by their positions in it; none is read before it is asked for."""
+
+    def __init__(self, dataset: Dataset, positions: Sequence[int], *, name: str) -> None:
+        self.name = name
+        self._dataset, self._positions = dataset, positions
+        ids = dataset.sample_ids
+        self.sample_ids: Sequence[str] = [ids[position] for position in positions]
+
+    def __getitem__(self, index: int) -> Sample:
+        return self._dataset[self._positions[index]]
 
     def image_keys(self) -> Sequence[str | None]:
-        """A name of each sample's image; None without one, or where only the picture itself would tell."""
-        ...
+        """Names of these samples' images."""
+        keys = self._dataset.image_keys()
+        return [keys[position] for position in self._positions]
 
 
-class GroupedByImage:
-    """The samples of a data set, ordered by the first appearance of their image; otherwise in their own order.
+class GroupedByImage(ChosenSamples):
+    """All samples of a data set, ordered by the first appearance of their image; otherwise in their own order.
 
     Its fingerprint is that of the data set itself: which samples there are, whatever the order they are read in.
     """
-
-    def __init__(self, dataset: Dataset, order: Sequence[int]) -> None:
-        """Reorder; no sample is read.
-
-        Args:
-            dataset: The samples.
-            order: Positions in it, each once.
-        """
-        self.name = dataset.name
-        self._dataset, self._order = dataset, order
-        ids = dataset.sample_ids
-        self.sample_ids: Sequence[str] = [ids[position] for position in order]
-
-    def __len__(self) -> int:
-        return len(self._order)
-
-    def __getitem__(self, index: int) -> Sample:
-        """The sample at ``index`` of this order."""
-        return self._dataset[self._order[index]]
 
     def fingerprint(self) -> str:
         """The data set's own."""
@@ -62,24 +52,15 @@ class GroupedByImage:
 def group_by_image(dataset: Dataset) -> Dataset:
     """Bring the samples of each image together.
 
-    Args:
-        dataset: Any.
-
     Returns:
         A `GroupedByImage`, or the data set itself if that changes nothing: it cannot name its images, or their
         samples are beside each other already.
     """
-    keys = image_keys(dataset)
     groups: dict[str | int, list[int]] = {}
-    for position, key in enumerate(keys):
+    for position, key in enumerate(dataset.image_keys()):
         groups.setdefault(position if key is None else key, []).append(position)
     order = [position for group in groups.values() for position in group]
-    return dataset if order == list(range(len(order))) else GroupedByImage(dataset, order)
-
-
-def image_keys(dataset: Dataset) -> Sequence[str | None]:
-    """A name of each sample's image; None throughout if the data set cannot tell."""
-    return dataset.image_keys() if isinstance(dataset, KnowsImages) else [None] * len(dataset)
+    return dataset if order == list(range(len(order))) else GroupedByImage(dataset, order, name=dataset.name)
 
 
 def key_of_paths(value: object) -> str | None:

@@ -9,27 +9,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlm_distill_cache.common.errors import DataError, SampleError
+from vlm_distill_cache.common.errors import DataError
 from vlm_distill_cache.data.images.load import ImageBytes
-from vlm_distill_cache.data.sample import ImageSource, Sample, fingerprint_samples, resolve_ids
+from vlm_distill_cache.data.sample import ImageSource, Turn, resolve_ids
 from vlm_distill_cache.data.sources.grouping import key_of_paths
-from vlm_distill_cache.data.sources.llava import find_images, refuse_lost_image
+from vlm_distill_cache.data.sources.llava import EntryDataset, find_images
 from vlm_distill_cache.data.sources.messages import parse_record
 
 _ID_COLUMNS = ("id", "sample_id", "question_id")
 _TEXT_COLUMNS = ("messages", "conversations", "question", "caption")
 
 
-class HuggingFaceDataset:
+class HuggingFaceDataset(EntryDataset):
     """A `datasets` folder: one data set, or several splits of which one is taken.
 
-    Args:
-        path: Folder written by ``save_to_disk``.
-        split: Split to take where the folder has several; ignored where it has none.
-        images: Folder that relative image paths start from; None: ``path``.
-
-    Raises:
-        DataError: The library is missing, the folder cannot be read, has no such split or no known column.
+    Relative image paths start from ``images``, or from the folder itself.
     """
 
     def __init__(self, path: Path, *, split: str = "train", images: Path | None = None) -> None:
@@ -45,24 +39,12 @@ class HuggingFaceDataset:
         rows = self._table[named[0]] if named else [f"row-{index:08d}" for index in range(len(self._table))]
         self.sample_ids: Sequence[str] = resolve_ids(((row, index) for index, row in enumerate(rows)), where=str(path))
 
-    def __len__(self) -> int:
-        return len(self.sample_ids)
-
-    def __getitem__(self, index: int) -> Sample:
-        """The sample at ``index``.
-
-        Raises:
-            SampleError: The row cannot be understood.
-        """
-        sample_id, row = self.sample_ids[index], self._table[index]
-        try:
-            turns, named = parse_record(row)
-            stored = row.get("image") if row.get("image") is not None else row.get("images")
-            images = self._find(stored, named, sample_id)
-            refuse_lost_image(row, images)
-            return Sample(sample_id=sample_id, images=images, turns=turns)
-        except SampleError as error:
-            raise SampleError(f"sample {sample_id!r}: {error}") from error
+    def read(self, index: int) -> tuple[Mapping[str, Any], tuple[Turn, ...], tuple[ImageSource, ...]]:
+        """The row at ``index``, its turns and its images."""
+        row = self._table[index]
+        turns, named = parse_record(row)
+        stored = row.get("image") if row.get("image") is not None else row.get("images")
+        return row, turns, self._find(stored, named, self.sample_ids[index])
 
     def image_keys(self) -> list[str | None]:
         """Each row's image path, where a column of texts names it; None where pictures are stored."""
@@ -71,10 +53,6 @@ class HuggingFaceDataset:
             if getattr(feature, "dtype", None) == "string":
                 return [key_of_paths(value) for value in self._table[column]]
         return [None] * len(self)
-
-    def fingerprint(self) -> str:
-        """Hash of ids and turns."""
-        return fingerprint_samples(self)
 
     def _find(self, stored: Any, named: list[str], sample_id: str) -> tuple[ImageSource, ...]:
         if stored is None:

@@ -6,13 +6,14 @@ file that is not such a list, or whose ids are no ids, fails as a whole.
 """
 
 import json
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from vlm_distill_cache.common.errors import DataError, SampleError
 from vlm_distill_cache.data.images.load import ImageFile
-from vlm_distill_cache.data.sample import ImageSource, Sample, Turn, fingerprint_samples, resolve_ids
+from vlm_distill_cache.data.sample import Dataset, ImageSource, Sample, Turn, resolve_ids
 from vlm_distill_cache.data.sources.grouping import key_of_paths
 
 IMAGE_MARKER = "<image>"
@@ -20,16 +21,25 @@ IMAGE_MARKER = "<image>"
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 
 
-class LlavaDataset:
-    """A LLaVA JSON file with its image folder.
+class EntryDataset(Dataset):
+    """Samples made of entries in the forms that users have; a reader only says where the parts of an entry lie."""
 
-    Args:
-        path: The JSON file.
-        images: Folder that relative image paths start from; None: the JSON's own folder.
+    @abstractmethod
+    def read(self, index: int) -> tuple[Mapping[str, Any], tuple[Turn, ...], tuple[ImageSource, ...]]:
+        """The entry at ``index``, its turns and its images; `SampleError` if it cannot be understood."""
 
-    Raises:
-        DataError: The file is not a list of entries, is empty, or an id is neither text nor number; or there is no such folder.
-    """
+    def __getitem__(self, index: int) -> Sample:
+        sample_id = self.sample_ids[index]
+        try:
+            entry, turns, images = self.read(index)
+            _refuse_lost_image(entry, images)
+        except SampleError as error:
+            raise SampleError(f"sample {sample_id!r}: {error}") from error
+        return Sample(sample_id=sample_id, images=images, turns=turns)
+
+
+class LlavaDataset(EntryDataset):
+    """A LLaVA JSON file; relative image paths start from ``images``, or from the file's own folder."""
 
     def __init__(self, path: Path, *, images: Path | None = None) -> None:
         self.name = path.name
@@ -39,43 +49,19 @@ class LlavaDataset:
             ((entry.get("id"), entry) for entry in self._entries), where=str(path)
         )
 
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def __getitem__(self, index: int) -> Sample:
-        """The sample at ``index``.
-
-        Raises:
-            SampleError: Its conversation or image entry cannot be understood.
-        """
-        entry, sample_id = self._entries[index], self.sample_ids[index]
-        try:
-            images = find_images(entry.get("image"), self._images)
-            turns = parse_conversations(entry.get("conversations"))
-            refuse_lost_image(entry, images)
-            return Sample(sample_id=sample_id, images=images, turns=turns)
-        except SampleError as error:
-            raise SampleError(f"sample {sample_id!r}: {error}") from error
+    def read(self, index: int) -> tuple[Mapping[str, Any], tuple[Turn, ...], tuple[ImageSource, ...]]:
+        """The entry at ``index``, its turns and its images."""
+        entry = self._entries[index]
+        images = find_images(entry.get("image"), self._images)
+        return entry, parse_conversations(entry.get("conversations")), images
 
     def image_keys(self) -> list[str | None]:
         """Each sample's image path as the file writes it; None without one."""
         return [key_of_paths(entry.get("image")) for entry in self._entries]
 
-    def fingerprint(self) -> str:
-        """Hash of ids and turns."""
-        return fingerprint_samples(self)
 
-
-def refuse_lost_image(record: Mapping[str, Any], images: Sequence[ImageSource]) -> None:
-    """Refuse an entry that asks about an image it does not have: it would be cached as text alone.
-
-    Args:
-        record: An entry that was understood, in any of the forms of `data.sources.messages.parse_record`.
-        images: What it names or carries.
-
-    Raises:
-        SampleError: Its first question has an image marker or an image part, and there is no image.
-    """
+def _refuse_lost_image(record: Mapping[str, Any], images: Sequence[ImageSource]) -> None:
+    """Refuse an entry, in any form, that asks about an image it does not have: it would be cached as text alone."""
     first = (record.get("messages") or record.get("conversations") or [{}])[0]
     content = first.get("content", first.get("value", record.get("question")))
     parts = content if isinstance(content, list) else [{"text": content}]
@@ -84,14 +70,7 @@ def refuse_lost_image(record: Mapping[str, Any], images: Sequence[ImageSource]) 
 
 
 def parse_conversations(conversations: Any) -> tuple[Turn, ...]:
-    """Turns of a LLaVA conversation.
-
-    Args:
-        conversations: A list of ``{"from": "human"|"gpt", "value": str}``, beginning with a human.
-
-    Raises:
-        SampleError: Says which message is at fault.
-    """
+    """Turns of a LLaVA conversation: a list of ``{"from": "human"|"gpt", "value": str}``, beginning with a human."""
     if not isinstance(conversations, list) or not conversations:
         raise SampleError(f"'conversations' must be a list of messages, got {_brief(conversations)}")
     messages = []
@@ -135,15 +114,7 @@ def pair_turns(messages: Sequence[tuple[str, str]]) -> tuple[Turn, ...]:
 
 
 def find_images(value: Any, root: Path) -> tuple[ImageSource, ...]:
-    """Image files an entry names; none for a text-only entry.
-
-    Args:
-        value: A path, a list of paths, or None.
-        root: Folder that relative paths start from.
-
-    Raises:
-        SampleError: Not a path, a URL, or a path that leaves ``root``.
-    """
+    """Image files that a path or a list of paths below ``root``, or absolute ones, name; none for a text-only entry."""
     if value is None or value == "" or value == []:
         return ()
     return tuple(_image_file(item, root) for item in (value if isinstance(value, list) else [value]))
@@ -165,11 +136,7 @@ def _image_file(value: Any, root: Path) -> ImageFile:
 
 
 def image_folder(images: Path | None, path: Path) -> Path:
-    """The folder relative image paths start from.
-
-    Raises:
-        DataError: ``images`` is given but is no folder.
-    """
+    """The folder relative image paths start from; `DataError` if ``images`` is given but is no folder."""
     if images is not None and not images.is_dir():
         raise DataError(
             f"image folder {images} does not exist; set images to the folder the paths in {path} start from"

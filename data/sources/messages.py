@@ -11,29 +11,21 @@ from pathlib import Path
 from typing import Any
 
 from vlm_distill_cache.common.errors import DataError, SampleError
-from vlm_distill_cache.data.sample import Sample, Turn, fingerprint_samples, resolve_ids
+from vlm_distill_cache.data.sample import ImageSource, Turn, resolve_ids
 from vlm_distill_cache.data.sources.grouping import key_of_paths
 from vlm_distill_cache.data.sources.llava import (
+    EntryDataset,
     find_images,
     image_folder,
     pair_turns,
     parse_conversations,
-    refuse_lost_image,
 )
 
 _INLINE_KEYS = ("image", "path", "url")
 
 
-class MessagesDataset:
-    """A messages JSONL file with its image folder; lines may also hold LLaVA conversations.
-
-    Args:
-        path: The JSONL file.
-        images: Folder that relative image paths start from; None: the file's own folder.
-
-    Raises:
-        DataError: A line is not a JSON object, there is none, or an id is neither text nor number; or there is no such folder.
-    """
+class MessagesDataset(EntryDataset):
+    """A messages JSONL file, whose lines may also hold LLaVA conversations; ``images`` as for `LlavaDataset`."""
 
     def __init__(self, path: Path, *, images: Path | None = None) -> None:
         self.name = path.name
@@ -44,28 +36,14 @@ class MessagesDataset:
         if not self._offsets:
             raise DataError(f"{path} holds no sample; expected one JSON object a line")
 
-    def __len__(self) -> int:
-        return len(self._offsets)
-
-    def __getitem__(self, index: int) -> Sample:
-        """The sample at ``index``.
-
-        Raises:
-            DataError: The file was changed meanwhile.
-            SampleError: Its messages or images cannot be understood.
-        """
-        sample_id = self.sample_ids[index]
+    def read(self, index: int) -> tuple[Mapping[str, Any], tuple[Turn, ...], tuple[ImageSource, ...]]:
+        """The entry at ``index``, its turns and its images; `DataError` if the file was changed meanwhile."""
         # Opened per sample: a shared handle would share its position between forked workers.
         with self._path.open("rb") as file:
             file.seek(self._offsets[index])
-            record = _parse_line(file.readline(), f"{self._path} has changed, sample {sample_id!r}")
-        try:
-            turns, inline = parse_record(record)
-            images = find_images(_named_images(record, inline), self._images)
-            refuse_lost_image(record, images)
-            return Sample(sample_id=sample_id, images=images, turns=turns)
-        except SampleError as error:
-            raise SampleError(f"sample {sample_id!r}: {error}") from error
+            record = _parse_line(file.readline(), f"{self._path} has changed, sample {self.sample_ids[index]!r}")
+        turns, inline = parse_record(record)
+        return record, turns, find_images(_named_images(record, inline), self._images)
 
     def image_keys(self) -> list[str | None]:
         """Each sample's image path as the file writes it; None without one. Reads the file once."""
@@ -80,10 +58,6 @@ class MessagesDataset:
                     inline = []  # it will fail when it is asked for, wherever it stands
                 keys.append(key_of_paths(_named_images(record, inline)))
         return keys
-
-    def fingerprint(self) -> str:
-        """Hash of ids and turns."""
-        return fingerprint_samples(self)
 
     def _scan(self) -> Iterator[tuple[object, object]]:
         """Note where each line begins and yield its id and, where there is none, its content."""
@@ -127,14 +101,7 @@ def parse_record(record: Mapping[str, Any]) -> tuple[tuple[Turn, ...], list[str]
 
 
 def parse_messages(messages: Any) -> tuple[tuple[Turn, ...], list[str]]:
-    """Turns of a messages list, and the images its parts name.
-
-    Args:
-        messages: A list of ``{"role", "content"}`` alternating from user to assistant.
-
-    Raises:
-        SampleError: Says what is at fault; images must be in the first message.
-    """
+    """Turns of a list of ``{"role", "content"}``, alternating from user to assistant, and the images its parts name."""
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise SampleError(f"'messages' must be a list of messages, got {type(messages).__name__}")
     plain: list[tuple[str, str]] = []

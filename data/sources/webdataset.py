@@ -9,15 +9,15 @@ and each sample is two short reads. The library still expands brace patterns and
 import glob
 import json
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from vlm_distill_cache.common.errors import DataError, SampleError
 from vlm_distill_cache.data.images.load import FileSlice
-from vlm_distill_cache.data.sample import Sample, fingerprint_samples, refuse_repeats
-from vlm_distill_cache.data.sources.llava import refuse_lost_image
+from vlm_distill_cache.data.sample import ImageSource, Turn, refuse_repeats
+from vlm_distill_cache.data.sources.llava import EntryDataset
 from vlm_distill_cache.data.sources.messages import parse_record
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
@@ -32,15 +32,8 @@ class _Member:
     images: list[FileSlice] = field(default_factory=list)
 
 
-class WebDataset:
-    """Samples of one or several tars; the id is the WebDataset key.
-
-    Args:
-        pattern: A tar, a folder of tars, a glob or a brace pattern.
-
-    Raises:
-        DataError: No tar matches, one is not an uncompressed tar, nothing fits, or keys clash.
-    """
+class WebDataset(EntryDataset):
+    """Samples of a tar, a folder of tars, a glob or a brace pattern; the id is the WebDataset key."""
 
     def __init__(self, pattern: str) -> None:
         self.name = Path(pattern).name
@@ -50,35 +43,15 @@ class WebDataset:
             raise DataError(f"{pattern}: no member KEY.json or KEY.txt in {len(paths)} tars; nothing to learn from")
         self.sample_ids: Sequence[str] = refuse_repeats([member.key for member in self._members], where=pattern)
 
-    def __len__(self) -> int:
-        return len(self._members)
-
-    def __getitem__(self, index: int) -> Sample:
-        """The sample at ``index``.
-
-        Raises:
-            SampleError: Its JSON cannot be understood.
-        """
+    def read(self, index: int) -> tuple[Mapping[str, Any], tuple[Turn, ...], tuple[ImageSource, ...]]:
+        """The entry at ``index``, its turns and its images."""
         member = self._members[index]
-        try:
-            record = _read_record(member)
-            turns, _ = parse_record(record)
-            refuse_lost_image(record, member.images)
-        except SampleError as error:
-            raise SampleError(f"sample {member.key!r}: {error}") from error
-        return Sample(sample_id=member.key, images=tuple(member.images), turns=turns)
-
-    def fingerprint(self) -> str:
-        """Hash of ids and turns."""
-        return fingerprint_samples(self)
+        record = _read_record(member)
+        return record, parse_record(record)[0], tuple(member.images)
 
 
 def find_tars(pattern: str) -> list[Path]:
-    """Expand a folder, glob or brace pattern to tars, sorted within each part.
-
-    Raises:
-        DataError: Nothing matches, or a named tar is missing.
-    """
+    """Expand a folder, glob or brace pattern to tars, sorted within each part."""
     from webdataset.shardlists import expand_urls  # imports a whole loader, only needed here
 
     folder = Path(pattern)

@@ -54,15 +54,11 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         """Copy the tensors to a device."""
-        return replace(
-            self,
-            input_ids=self.input_ids.to(device),
-            labels=self.labels.to(device),
-            attention_mask=self.attention_mask.to(device),
-            position_ids=self.position_ids.to(device),
-            visual_mask=self.visual_mask.to(device),
-            image_inputs={name: tensor.to(device) for name, tensor in self.image_inputs.items()},
-        )
+        tensors: dict[str, Any] = {
+            name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        pictures = {name: tensor.to(device) for name, tensor in self.image_inputs.items()}
+        return replace(self, **tensors, image_inputs=pictures)
 
     def model_inputs(self) -> dict[str, Any]:
         """Keyword arguments of a model without peculiarities; no ``pixel_values`` where there is no image."""
@@ -77,12 +73,10 @@ class Batch:
 def collate(samples: Sequence[EncodedSample], pad_token_id: int) -> Batch:
     """Pad samples on the right to the longest.
 
-    Args:
-        samples: At least one.
-        pad_token_id: Fills ``input_ids``; padding has position 0 and no label.
+    Padding has position 0 and no label.
 
     Raises:
-        ConfigError: ``samples`` is empty, or their pictures differ in size.
+        ConfigError: There are no samples, or their pictures differ in size.
     """
     if not samples:
         raise ConfigError("cannot collate 0 samples; a batch needs at least one")
@@ -156,15 +150,8 @@ def length_buckets(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
     A function of the lengths alone: a resumed run forms the same batches, and so the same
     floating-point sums, as an uninterrupted one.
 
-    Args:
-        lengths: Tokens per sample.
-        batch_size: Most samples in a batch, at least 1.
-
     Returns:
         Batches of indices into ``lengths``, longest first (memory runs out at once or never).
-
-    Raises:
-        ConfigError: ``batch_size`` is below 1.
     """
     if batch_size < 1:
         raise ConfigError(f"batch_size must be at least 1 sample, got {batch_size}")
@@ -196,9 +183,6 @@ def join_image_inputs(samples: Sequence[EncodedSample]) -> dict[str, Tensor]:
     """Join the image arrays of samples along their first axis, by argument name; empty without an image.
 
     Pictures of any-resolution layouts differ in tiles, those of dynamic ones in patches: both join.
-
-    Raises:
-        ConfigError: If pictures differ in size where one tensor must hold them.
     """
     with_image = [sample.image_inputs for sample in samples if sample.image_inputs]
     joined: dict[str, Tensor] = {}

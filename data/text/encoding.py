@@ -28,8 +28,8 @@ import numpy as np
 from vlm_distill_cache.common.attention.boxes import Tile
 from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
 from vlm_distill_cache.common.errors import ConfigError, SampleError
+from vlm_distill_cache.common.pixels import HASH_BYTES, image_hash
 from vlm_distill_cache.data.images.encoder import AnyImageEncoder, EncodedImage, ImageEncoder
-from vlm_distill_cache.data.images.load import HASH_BYTES, image_hash
 from vlm_distill_cache.data.sample import ImageSource, Sample, Turn
 from vlm_distill_cache.data.text.templates import IMAGE_MARKER, PromptTemplate, Rendered
 
@@ -43,17 +43,10 @@ class Tokens:
 
 
 def inside_spans(offsets: np.ndarray, spans: tuple[tuple[int, int], ...]) -> np.ndarray:
-    """Which tokens share a character with a span, bool ``[T]``.
+    """Which tokens, by their character ranges i8 ``[T, 2]``, share a character with an answer's span, bool ``[T]``.
 
     A token that straddles the span's start (a blank glued to the answer's first word) belongs to it.
     Tokens without characters (a lone blank, trimmed away) belong to the span they lie in.
-
-    Args:
-        offsets: Character ranges of the tokens, i8 ``[T, 2]``.
-        spans: Character ranges of the answers.
-
-    Raises:
-        SampleError: If an answer has no tokens.
     """
     starts, ends = offsets[:, 0], offsets[:, 1]
     is_answer = np.zeros(len(offsets), dtype=bool)
@@ -66,11 +59,7 @@ def inside_spans(offsets: np.ndarray, spans: tuple[tuple[int, int], ...]) -> np.
 
 
 def shift_labels(tokens: Tokens) -> np.ndarray:
-    """Labels of one conversation: row p gets token p + 1 if that is an answer's, i8 ``[T]``.
-
-    Raises:
-        SampleError: If the first token belongs to an answer.
-    """
+    """Labels of one conversation: row p gets token p + 1 if that is an answer's, i8 ``[T]``."""
     if tokens.is_answer[0]:
         raise SampleError("the answer begins with the first token, which no row predicts; add a question")
     labels = np.full(len(tokens.ids), IGNORE_INDEX, dtype=np.int64)
@@ -184,11 +173,7 @@ class SampleEncoder:
         self.template.render(probe, self.tokenizer, has_image=True, image_token=self.image_token)
 
     def with_grid(self, grid: tuple[int, int]) -> "SampleEncoder":
-        """The same text and pixels with another number of visual tokens (a student's).
-
-        Raises:
-            ConfigError: The number of visual tokens is not one fixed grid's.
-        """
+        """The same text and pixels with another number of visual tokens (a student's)."""
         if not isinstance(self.image_encoder, ImageEncoder):
             raise ConfigError(
                 f"{type(self.image_encoder).__name__} cuts each picture into tokens of its own, so they cannot be set to "
@@ -200,7 +185,7 @@ class SampleEncoder:
         """Encode one sample.
 
         Args:
-            sample: At most one image, at least one turn.
+            sample: With one image at most.
             prompt_only: Stop where the last answer (of independent turns: the first) would begin; there are no
                 labels then.
 
@@ -366,13 +351,7 @@ class SampleEncoder:
             for ids, offsets in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
         ]
 
-    def _assemble(
-        self,
-        sample_id: str,
-        tokens: list[Tokens],
-        image: EncodedImage,
-        digest: bytes,
-    ) -> EncodedSample:
+    def _assemble(self, sample_id: str, tokens: list[Tokens], image: EncodedImage, digest: bytes) -> EncodedSample:
         shared = shared_length(tokens) if len(tokens) > 1 else 0
         pieces = [conversation.ids[shared:] for conversation in tokens]
         lengths = [len(piece) for piece in pieces]
@@ -415,16 +394,7 @@ class SampleEncoder:
 def build_prompt(encoder: SampleEncoder, image: ImageSource | None, question: str) -> EncodedSample:
     """Encode a question up to where the answer would begin, for generation.
 
-    Args:
-        encoder: As used for training: the tokens are those in front of a trained answer.
-        image: None for a text-only prompt.
-        question: May be empty (a caption is asked for).
-
-    Returns:
-        A sequence without labels.
-
-    Raises:
-        SampleError: The image or the text cannot be used.
+    The tokens, without labels, are those in front of a trained answer; an empty question asks for a caption.
     """
     sample = Sample(
         sample_id="prompt",

@@ -5,15 +5,14 @@ Dims: B batch, T longest prompt, V vocabulary.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from vlm_distill_cache.data.text.collate import join_image_inputs
+from vlm_distill_cache.data.text.collate import Batch, collate
 from vlm_distill_cache.data.text.encoding import EncodedSample, SampleEncoder
 
 GenerationInputs = Callable[[Sequence[EncodedSample], int, torch.device], Mapping[str, Any]]
@@ -64,25 +63,34 @@ def pad_token_id(encoder: SampleEncoder) -> int:
     return int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
 
 
-def left_padded_inputs(prompts: Sequence[EncodedSample], pad_id: int, device: torch.device) -> dict[str, Any]:
-    """Arguments of ``generate`` for a model without peculiarities: ids and mask ``[B, T]``, and the pictures.
+def left_padded(batch: Batch, pad_id: int) -> Batch:
+    """The same prompts with their padding in front, as generation needs it.
 
     Args:
-        prompts: At least one.
+        batch: As ``collate`` pads it, on the right; not packed, without labels.
         pad_id: Fills the front of shorter prompts.
-        device: Where to put them.
     """
-    longest = max(len(prompt) for prompt in prompts)
-    input_ids = np.full((len(prompts), longest), pad_id, dtype=np.int64)
-    attention_mask = np.zeros((len(prompts), longest), dtype=np.int64)
-    for row, prompt in enumerate(prompts):
-        input_ids[row, longest - len(prompt) :] = prompt.input_ids
-        attention_mask[row, longest - len(prompt) :] = 1
-    return {
-        "input_ids": torch.from_numpy(input_ids).to(device),
-        "attention_mask": torch.from_numpy(attention_mask).to(device),
-        **{name: tensor.to(device) for name, tensor in join_image_inputs(prompts).items()},
-    }
+    longest = batch.input_ids.shape[1]
+
+    def roll(rows: Tensor, fill: int) -> Tensor:
+        moved = torch.full_like(rows, fill)
+        for index, length in enumerate(batch.lengths):
+            moved[index, longest - length :] = rows[index, :length]
+        return moved
+
+    return replace(
+        batch,
+        input_ids=roll(batch.input_ids, pad_id),
+        attention_mask=roll(batch.attention_mask, 0),
+        position_ids=roll(batch.position_ids, 0),
+        visual_mask=roll(batch.visual_mask, 0),
+    )
+
+
+def left_padded_inputs(prompts: Sequence[EncodedSample], pad_id: int, device: torch.device) -> dict[str, Any]:
+    """Arguments of ``generate`` for a model without peculiarities: ids and mask ``[B, T]``, and the pictures."""
+    batch = left_padded(collate(prompts, pad_id), pad_id).to(device)
+    return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask.long(), **batch.image_inputs}
 
 
 def generate_answers(
@@ -103,9 +111,6 @@ def generate_answers(
         max_new_tokens: Longest answer, its end token included.
         sampling: None: greedy.
         inputs: Makes the model's arguments.
-
-    Returns:
-        The answers.
     """
     device, pad_id = device_of(model), pad_token_id(encoder)
     arguments = inputs(prompts, pad_id, device)

@@ -22,10 +22,7 @@ from vlm_distill_cache.common.files.hashing import file_checksum, fingerprint
 
 
 def module_fingerprint(module: nn.Module) -> str:
-    """Fingerprint a module's weights, independent of the file format and of fp16 against fp32 storage.
-
-    Args:
-        module: Any module; its parameters and persistent buffers are read as float32.
+    """Fingerprint a module's weights, read as float32, independent of the file format and of fp16 storage.
 
     Returns:
         Hexadecimal xxh3_128 over names, shapes and values.
@@ -41,16 +38,9 @@ def module_fingerprint(module: nn.Module) -> str:
 
 
 def weights_fingerprint(directory: Path, dtype: str, *, device_map: str = "", quantisation: str = "none") -> str:
-    """Fingerprint a checkpoint directory: its weight files, its config and the dtype it runs in.
+    """Fingerprint a checkpoint directory: its weight files, its config and how it runs.
 
-    Args:
-        directory: A directory as ``save_pretrained`` writes it.
-        dtype: The computation dtype, e.g. ``"float32"``.
-        device_map: How the model is spread over devices, which decides the last bits of its sums.
-        quantisation: Of its weights.
-
-    Returns:
-        Hexadecimal xxh3_128.
+    How the model is spread over devices decides the last bits of its sums.
 
     Raises:
         ModelError: If there are no weight files.
@@ -145,9 +135,6 @@ def load_image_processor(folder: Path) -> Any:
         folder: Holds ``processor_config.json`` with the image processor inside (newer checkpoints; read
             first, as the library does) or ``preprocessor_config.json`` (LLaVA-1.5, CLIP). A class stored
             with or without ``Fast`` or ``Pil``, or under its name of old, is one and the same.
-
-    Returns:
-        A ``...ImageProcessorPil``.
 
     Raises:
         ModelError: If there is none, it cannot be read, or the library has no PIL class for it.

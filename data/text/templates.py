@@ -67,11 +67,6 @@ class PromptTemplate:
         """Whether a conversation of several turns cannot be written."""
         return self.drops_question or self.bos_after_image
 
-    @property
-    def writes_bos(self) -> bool:
-        """Whether the text holds the beginning-of-sequence token, so that the tokenizer must not add it."""
-        return bool(self.chat_template) or self.bos_after_image
-
     def to_dict(self) -> dict[str, Any]:
         """The exact JSON stored in a cache's plan."""
         stored = asdict(self)
@@ -81,11 +76,7 @@ class PromptTemplate:
 
     @classmethod
     def from_dict(cls, stored: dict[str, Any]) -> "PromptTemplate":
-        """Inverse of `to_dict`.
-
-        Raises:
-            ConfigError: ``stored`` has unknown or missing fields.
-        """
+        """Inverse of `to_dict`; `ConfigError` if fields are unknown or missing."""
         try:
             return cls(**stored)
         except TypeError as error:
@@ -99,10 +90,10 @@ class PromptTemplate:
         has_image: bool,
         image_token: str = IMAGE_MARKER,
     ) -> Rendered:
-        """Write a conversation as text.
+        """Write a conversation of at least one turn as text.
 
         Args:
-            turns: At least one.
+            turns: The conversation.
             tokenizer: Gives the end-of-sequence token; the chat template is run by it.
             has_image: Put the image in front of the first question.
             image_token: How the image is written in the text.
@@ -167,11 +158,7 @@ TEMPLATES = {
 
 
 def get_template(name: str, tokenizer: Any = None) -> PromptTemplate:
-    """Look a template up; ``chat`` takes the tokenizer's own.
-
-    Args:
-        name: Key of `TEMPLATES`, or ``chat``.
-        tokenizer: Needed for ``chat`` only.
+    """Look a template up by its key in `TEMPLATES`; ``chat``, which alone needs the tokenizer, takes its own.
 
     Raises:
         ConfigError: Unknown name, or the tokenizer has no chat template.
@@ -252,7 +239,7 @@ def _answer_of(past: str, asked: str, prompt: str, full: str, answer: str) -> st
     """What stands behind a prompt when its answer is written; None if that cannot be told.
 
     Args:
-        past: The earlier turns.
+        past: The earlier turns; all others go on from there.
         asked: With the question.
         prompt: With the question and the request for an answer.
         full: With the question and the answer.

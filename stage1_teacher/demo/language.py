@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
 from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
-from vlm_distill_cache.data.sample import Dataset, Sample, Turn, fingerprint_samples
+from vlm_distill_cache.data.sample import Dataset, Sample, Turn
 from vlm_distill_cache.data.shapes.dataset import ShapesDataset
 from vlm_distill_cache.data.shapes.text import (
     Rule,
@@ -40,7 +40,7 @@ OTHERS_SCALE = 0.25  # learning rate of embeddings, norms and biases as a share 
 DRILLS = ("locations", "relations")
 
 
-class DrilledScenes:
+class DrilledScenes(Dataset):
     """Drawn scenes with drills before the data set's own turns; only the teacher is trained on them.
 
     Finding a named object is the skill that relations are built from. With the data set's one location
@@ -58,9 +58,6 @@ class DrilledScenes:
         self.name = f"{scenes.name}, drilled in {drill}"
         self.sample_ids: Sequence[str] = scenes.sample_ids
 
-    def __len__(self) -> int:
-        return len(self._scenes)
-
     def __getitem__(self, index: int) -> Sample:
         sample, scene = self._scenes[index], self._scenes.scene(index)
         generator = np.random.default_rng([self._scenes.seed, index])
@@ -77,10 +74,6 @@ class DrilledScenes:
         turns = [Turn(question=question, answer=answer) for question, answer in drills]
         return replace(sample, turns=tuple(dict.fromkeys([*turns, *sample.turns])))
 
-    def fingerprint(self) -> str:
-        """Hash of ids and turns."""
-        return fingerprint_samples(self)
-
 
 def train_language(
     model: LlavaForConditionalGeneration,
@@ -96,10 +89,10 @@ def train_language(
 
     Args:
         model: Trained in place.
-        encoder: Turns samples into sequences.
+        encoder: Of the samples.
         dataset: Passed over in a new order as often as the steps need.
-        steps: Optimizer steps.
-        images_per_step: Pictures, with all their conversations, a step.
+        steps: Of the optimizer.
+        images_per_step: Pictures, with all their conversations.
         rate: Peak learning rate.
         seed: Of the order.
     """

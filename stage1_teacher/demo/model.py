@@ -40,8 +40,8 @@ def build_demo_model(
         tokenizer: Gives vocabulary and special tokens.
         seed: Of the initial weights.
         width: Hidden size of both towers, a multiple of 16.
-        vision_layers: Depth of the vision tower.
-        layers: Depth of the language model.
+        vision_layers: Of the vision tower.
+        layers: Of the language model.
 
     Returns:
         The model in float32, training mode, SDPA attention.
@@ -121,9 +121,8 @@ class WarmCosine:
             torch.optim.AdamW(others, lr=others_scale * rate, betas=(0.9, 0.98), weight_decay=0.0)
         ]
         if matrices:
-            self._optimizers.append(
-                torch.optim.Muon(matrices, lr=rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
-            )
+            muon = torch.optim.Muon(matrices, lr=rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+            self._optimizers.append(muon)
         self._scale = [
             torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warm_cosine(step, steps, warmup))
             for optimizer in self._optimizers

@@ -16,16 +16,15 @@ from vlm_distill_cache.data.sample import CaptionPair, EvaluationSet, Question, 
 from vlm_distill_cache.data.text.collate import collate
 from vlm_distill_cache.data.text.encoding import SampleEncoder
 
+BATCH_SIZE = 16  # sequences a forward pass
+MOST_TURNS = 16  # conversations packed behind one picture; bounds the sequence length
+
 
 @torch.no_grad()
 def score_model(
     model: LlavaForConditionalGeneration,
     encoder: SampleEncoder,
     items: EvaluationSet,
-    *,
-    caption_question: str = "",
-    batch_size: int = 16,
-    turns_per_sequence: int = 16,
 ) -> dict[str, dict[str, Any]]:
     """Score a model on an evaluation set.
 
@@ -33,20 +32,17 @@ def score_model(
         model: Put in evaluation mode and back.
         encoder: The one the model was trained with.
         items: Caption pairs and questions.
-        caption_question: The question captions are scored behind.
-        batch_size: Sequences a forward pass.
-        turns_per_sequence: Conversations packed behind one picture at most; bounds the sequence length.
 
     Returns:
         ``{"pairs": {kind: {"accuracy", "items"}}, "questions": {...}}``; accuracy in percent. A pair
         is right if the summed log-probability of the right caption is the larger one.
     """
-    jobs = _pack(items, caption_question, turns_per_sequence)
+    jobs = _pack(items)
     right: dict[str, dict[str, list[bool]]] = {"pairs": defaultdict(list), "questions": defaultdict(list)}
     was_training = model.training
     model.eval()
-    for start in range(0, len(jobs), batch_size):
-        chosen = jobs[start : start + batch_size]
+    for start in range(0, len(jobs), BATCH_SIZE):
+        chosen = jobs[start : start + BATCH_SIZE]
         encoded = [encoder(sample) for sample, _ in chosen]
         batch = collate(encoded, encoder.tokenizer.pad_token_id)
         logits = model(**batch.model_inputs(), use_cache=False).logits.float()  # [B, T, V]
@@ -77,28 +73,27 @@ def score_model(
     }
 
 
-def _pack(items: EvaluationSet, caption_question: str, limit: int) -> list[tuple[Sample, list[CaptionPair | Question]]]:
-    """Group items by picture into samples of at most ``limit`` conversations."""
+def _pack(items: EvaluationSet) -> list[tuple[Sample, list[CaptionPair | Question]]]:
+    """Group items by picture into samples of at most ``MOST_TURNS`` conversations."""
     by_image: dict[str, list[CaptionPair | Question]] = defaultdict(list)
     everything: list[CaptionPair | Question] = [*items.pairs, *items.questions]
     for item in everything:
         by_image[item.image.name].append(item)
     packed = []
     for name, found in by_image.items():
-        per_sample = max(1, limit // 2)  # a pair is two conversations
+        per_sample = MOST_TURNS // 2  # a pair is two conversations
         for start in range(0, len(found), per_sample):
             owned = found[start : start + per_sample]
-            turns = tuple(turn for item in owned for turn in _turns(item, caption_question))
-            image = owned[0].image
-            sample = Sample(sample_id=name, images=(image,), turns=turns, independent_turns=True)
+            turns = tuple(turn for item in owned for turn in _turns(item))
+            sample = Sample(sample_id=name, images=(owned[0].image,), turns=turns, independent_turns=True)
             packed.append((sample, owned))
     return packed
 
 
-def _turns(item: CaptionPair | Question, caption_question: str) -> list[Turn]:
+def _turns(item: CaptionPair | Question) -> list[Turn]:
     if isinstance(item, Question):
         return [Turn(question=item.question, answer=item.answer)]
-    return [Turn(question=caption_question, answer=text) for text in (item.right, item.wrong)]
+    return [Turn(question="", answer=text) for text in (item.right, item.wrong)]
 
 
 def mean_accuracy(scores: dict[str, dict[str, Any]]) -> dict[str, float]:

@@ -2,12 +2,12 @@
 
 The recipe, each phase on what the one before left (seconds on two idle cores in brackets):
 
-1. tower: dense labels a patch, then frozen (`demo_vision.train_tower`, 50)
-2. projector and embeddings: name each patch without the language model (`demo_vision.align_projector`, 20)
-3. language: first finding objects, then relating them (`demo_language.train_language`, 350)
+1. tower: dense labels a patch, then frozen (`vision.train_tower`, 50)
+2. projector and embeddings: name each patch without the language model (`vision.align_projector`, 20)
+3. language: first finding objects, then relating them (`language.train_language`, 350)
 
 easy-vqa starts from the shipped teacher: its tower learns the words of the data's own answers
-(`demo_answers`), then phase 3 trains everything.
+(`vision.train_tower_on_answers`), then phase 3 trains everything.
 """
 
 import logging
@@ -40,11 +40,15 @@ from vlm_distill_cache.data.shapes.dataset import ShapesDataset, shapes_evaluati
 from vlm_distill_cache.data.shapes.scene import GRID
 from vlm_distill_cache.data.text.encoding import SampleEncoder
 from vlm_distill_cache.data.text.templates import TEMPLATES
-from vlm_distill_cache.stage1_teacher.demo.answers import train_tower_on_answers
 from vlm_distill_cache.stage1_teacher.demo.language import DRILLS, DrilledScenes, train_language
 from vlm_distill_cache.stage1_teacher.demo.model import build_demo_model
 from vlm_distill_cache.stage1_teacher.demo.scoring import mean_accuracy, score_model
-from vlm_distill_cache.stage1_teacher.demo.vision import align_projector, normalize_pictures, train_tower
+from vlm_distill_cache.stage1_teacher.demo.vision import (
+    align_projector,
+    normalize_pictures,
+    train_tower,
+    train_tower_on_answers,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +64,6 @@ class DemoRecipe:
 
     Attributes:
         width: Hidden size of both towers.
-        vision_layers: Depth of the vision tower.
         layers: Depth of the language model.
         vision_steps: Steps of phase 1 (64 pictures each).
         alignment_steps: Steps of phase 2 (32 pictures each); none for data that start from the shipped teacher.
@@ -98,9 +101,6 @@ def demo_teacher_for(data_spec: str, directory: Path, *, seed: int = 0) -> Path:
         directory: Where a trained teacher is kept; used again if it is there.
         seed: Of the training, if there is one.
 
-    Returns:
-        ``builtin_teacher_directory()`` for shapes, ``directory`` for easy-vqa.
-
     Raises:
         ConfigError: If there is no built-in teacher for such data; names the choices.
     """
@@ -113,7 +113,7 @@ def demo_teacher_for(data_spec: str, directory: Path, *, seed: int = 0) -> Path:
     return directory
 
 
-def build_demo_encoder(max_length: int = MODEL_MAX_LENGTH) -> SampleEncoder:
+def build_demo_encoder() -> SampleEncoder:
     """Build the encoder of the built-in models, with the ``short`` template."""
     tokenizer = load_tokenizer()
     return SampleEncoder(
@@ -121,7 +121,7 @@ def build_demo_encoder(max_length: int = MODEL_MAX_LENGTH) -> SampleEncoder:
         image_encoder=ImageEncoder.from_processor(load_image_processor(), (GRID, GRID)),
         template=TEMPLATES[TEMPLATE],
         image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
-        max_length=max_length,
+        max_length=MODEL_MAX_LENGTH,
     )
 
 
@@ -155,10 +155,16 @@ def train_demo_teacher(
     encoder = build_demo_encoder()
     if name == "shapes":
         model, vision = _from_nothing(recipe, seed)
-        courses = _drilled_courses(recipe, seed)
-    else:
+        count = recipe.language_steps // len(DRILLS) * recipe.images_per_step  # each drawn picture is seen once
+        courses: list[Dataset] = [
+            DrilledScenes(ShapesDataset("train", count, seed=seed + place * _OWN_PICTURES), drill)
+            for place, drill in enumerate(DRILLS, start=2)
+        ]
+    else:  # the shipped teacher, whose tower stays trainable
         courses = [open_dataset(data_spec, split="train")]
-        model, vision = _from_shipped(encoder, courses[0], recipe, seed)
+        model = LlavaForConditionalGeneration.from_pretrained(builtin_teacher_directory(), dtype=torch.float32)
+        loss = train_tower_on_answers(model.train(), encoder, courses[0], seed=seed, steps=recipe.vision_steps)
+        vision = {"loss": round(loss, 4)}
     seconds["vision"] = round(time.monotonic() - started, 1)
 
     started = time.monotonic()
@@ -177,11 +183,10 @@ def train_demo_teacher(
 
     model = model.half().float().eval().requires_grad_(False)  # as it will be written
     started = time.monotonic()
-    test = (
-        shapes_evaluation("test", items, seed=seed + _OWN_PICTURES)
-        if name == "shapes"
-        else open_evaluation(data_spec, "test", 10 * items)
-    )
+    if name == "shapes":
+        test = shapes_evaluation("test", items, seed=seed + _OWN_PICTURES)
+    else:
+        test = open_evaluation(data_spec, "test", 10 * items)
     scores = score_model(model, encoder, test)
     seconds["scoring"] = round(time.monotonic() - started, 1)
     record = {
@@ -219,24 +224,6 @@ def _from_nothing(recipe: DemoRecipe, seed: int) -> tuple[LlavaForConditionalGen
     align_projector(model, tokenizer, normalize, seed=seed + _OWN_PICTURES, steps=recipe.alignment_steps)
     model.model.vision_tower.requires_grad_(False)
     return model, accuracy
-
-
-def _from_shipped(
-    encoder: SampleEncoder, dataset: Dataset, recipe: DemoRecipe, seed: int
-) -> tuple[LlavaForConditionalGeneration, dict[str, float]]:
-    """The shipped teacher with phase 1 on the data's own answers; the tower stays trainable."""
-    model = LlavaForConditionalGeneration.from_pretrained(builtin_teacher_directory(), dtype=torch.float32)
-    loss = train_tower_on_answers(model.train(), encoder, dataset, seed=seed, steps=recipe.vision_steps)
-    return model, {"loss": round(loss, 4)}
-
-
-def _drilled_courses(recipe: DemoRecipe, seed: int) -> list[Dataset]:
-    """Return what the language model learns from, in order; each drawn picture is seen once."""
-    pictures = recipe.language_steps // len(DRILLS) * recipe.images_per_step
-    return [
-        DrilledScenes(ShapesDataset("train", pictures, seed=seed + place * _OWN_PICTURES), drill)
-        for place, drill in enumerate(DRILLS, start=2)
-    ]
 
 
 def _write_teacher(

@@ -6,6 +6,11 @@ every patch, the colour, shape and size of the object in that cell, and the cell
 Then projector and word embeddings learn to name each patch without the language model. After that
 the tower is frozen.
 
+easy-vqa has no dense labels, and its shapes span several patches, which the shipped tower, trained on shapes that fit
+into one, has never seen: with the language phase alone 56 % of test questions about the shape were right; with a tower
+phase first, 93 %. Its train split says what each picture shows ("what shape is in the image?" -> "circle"), so the
+tower is first trained to tell those words, on shifted and mirrored pictures.
+
 Dims: B pictures, N visual tokens, D width.
 """
 
@@ -18,8 +23,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
+from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
+from vlm_distill_cache.data.sample import Dataset
 from vlm_distill_cache.data.shapes.dataset import SceneImage
-from vlm_distill_cache.data.shapes.scene import COLORS, GRID, SHAPES, SIZES
+from vlm_distill_cache.data.shapes.scene import CELL, COLORS, GRID, SHAPES, SIZES
+from vlm_distill_cache.data.text.encoding import SampleEncoder
 from vlm_distill_cache.stage1_teacher.demo.model import WarmCosine
 
 logger = logging.getLogger(__name__)
@@ -29,13 +37,7 @@ _EMPTY_WEIGHT = 0.15  # of a patch without an object: 33 of 36 patches are empty
 
 
 def scene_batch(split: str, seed: int, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Draw pictures with dense labels.
-
-    Args:
-        split: As in `data.shapes.dataset`.
-        seed: Of the pictures.
-        start: Index of the first picture.
-        count: Number of pictures.
+    """Draw ``count`` pictures, from that of index ``start`` on, with dense labels.
 
     Returns:
         Pictures uint8 ``[B, 72, 72, 3]``, and int64 ``[B, N, 3]`` labels of colour, shape and size,
@@ -58,8 +60,8 @@ def normalize_pictures(pictures: np.ndarray, mean: list[float], std: list[float]
 
     Args:
         pictures: uint8 ``[B, H, W, 3]``.
-        mean: Of each channel, in units of white.
-        std: Of each channel, in units of white.
+        mean: Of each channel, in units of white, as ``std``.
+        std: Of each channel.
 
     Returns:
         float32 ``[B, 3, H, W]``.
@@ -77,6 +79,16 @@ def tower_features(model: LlavaForConditionalGeneration, pixels: Tensor) -> Tens
     return features
 
 
+def _tower_heads(
+    model: LlavaForConditionalGeneration, outputs: int, *, seed: int, rate: float, steps: int
+) -> tuple[nn.Linear, WarmCosine]:
+    """Linear heads on the tower's features, and an optimizer of both."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        heads = nn.Linear(model.config.vision_config.hidden_size, outputs)
+    return heads, WarmCosine(nn.ModuleList([model.model.vision_tower, heads]), rate=rate, steps=steps)
+
+
 def train_tower(
     model: LlavaForConditionalGeneration,
     normalize: Callable[[np.ndarray], Tensor],
@@ -86,24 +98,13 @@ def train_tower(
     batch: int = 64,
     rate: float = 4e-3,
 ) -> dict[str, float]:
-    """Train the tower on dense labels of freshly drawn scenes.
-
-    Args:
-        model: Its tower is trained in place.
-        normalize: Pictures uint8 to pixel values.
-        seed: Of the pictures.
-        steps: Optimizer steps.
-        batch: Pictures a step.
-        rate: Peak learning rate.
+    """Train the tower, in place, on dense labels of freshly drawn scenes, ``batch`` pictures a step.
 
     Returns:
         Share of objects whose colour, shape and size are right on 512 unseen pictures.
     """
     sizes = [len(names) + 1 for names in _NAMES]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        heads = nn.Linear(model.config.vision_config.hidden_size, sum(sizes) + 2 * GRID)
-    optimizer = WarmCosine(nn.ModuleList([model.model.vision_tower, heads]), rate=rate, steps=steps)
+    heads, optimizer = _tower_heads(model, sum(sizes) + 2 * GRID, seed=seed, rate=rate, steps=steps)
     cell = torch.arange(GRID * GRID)
     for step in range(steps):
         pictures, labels = scene_batch("train", seed, step * batch, batch)
@@ -144,16 +145,7 @@ def align_projector(
     """Train projector and word embeddings to name each patch: colour, shape, size, column and row.
 
     The language model is skipped: the projected patch meets the (tied) word embeddings directly, so
-    visual tokens start out in the space the language model reads.
-
-    Args:
-        model: Projector and embeddings are trained in place; the tower is left alone.
-        tokenizer: Turns names into word ids.
-        normalize: Pictures uint8 to pixel values.
-        seed: Of the pictures.
-        steps: Optimizer steps.
-        batch: Pictures a step.
-        rate: Peak learning rate.
+    visual tokens start out in the space the language model reads. The tower is left alone.
 
     Returns:
         The last loss, nats a patch.
@@ -183,4 +175,82 @@ def align_projector(
         loss = -place.mean() - named.sum(0).mean()
         optimizer.step(loss)
         value = loss.item()
+    return value
+
+
+WORD_GROUPS = (
+    ("circle", "rectangle", "triangle"),
+    ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow"),
+)
+
+
+def answer_labels(dataset: Dataset) -> np.ndarray:
+    """Read off each sample's answers which word of each group its picture shows.
+
+    Returns:
+        int64 ``[samples, groups]``: place in the group, or `IGNORE_INDEX` where no question asks.
+    """
+    labels = np.full((len(dataset), len(WORD_GROUPS)), IGNORE_INDEX, np.int64)
+    for index in range(len(dataset)):
+        for turn in dataset[index].turns:
+            for group, words in enumerate(WORD_GROUPS):
+                if turn.answer in words:
+                    labels[index, group] = words.index(turn.answer)
+    return labels
+
+
+def shift_and_mirror(pixels: Tensor, generator: torch.Generator, reach: int = CELL) -> Tensor:
+    """Shift each picture by up to ``reach`` pixels, repeating its border, and mirror half of them.
+
+    Args:
+        pixels: float ``[B, 3, H, W]``, as what is returned.
+        generator: Consumed.
+        reach: Pixels.
+    """
+    height, width = pixels.shape[-2:]
+    padded = F.pad(pixels, (reach,) * 4, mode="replicate")
+    places = torch.randint(0, 2 * reach + 1, (len(pixels), 2), generator=generator).tolist()
+    mirrored = (torch.rand(len(pixels), generator=generator) < 0.5).tolist()
+    crops = [
+        picture[:, top : top + height, left : left + width] for picture, (top, left) in zip(padded, places, strict=True)
+    ]
+    return torch.stack([crop.flip(-1) if flip else crop for crop, flip in zip(crops, mirrored, strict=True)])
+
+
+def train_tower_on_answers(
+    model: LlavaForConditionalGeneration,
+    encoder: SampleEncoder,
+    dataset: Dataset,
+    *,
+    seed: int,
+    steps: int,
+    batch: int = 64,
+    rate: float = 3e-3,
+) -> float:
+    """Train the tower, in place, to tell the words of `WORD_GROUPS` from the mean of its patch features.
+
+    The data set's pictures are held in memory (62 KB each), and ``batch`` of them make a step.
+
+    Returns:
+        The last loss, nats a word.
+    """
+    labels = torch.from_numpy(answer_labels(dataset))
+    encoded = [encoder.image_encoder(dataset[i].images[0].load()) for i in range(len(dataset))]
+    pictures = torch.from_numpy(np.concatenate([picture.inputs["pixel_values"] for picture in encoded]))
+    sizes = [len(words) for words in WORD_GROUPS]
+    generator = torch.Generator().manual_seed(seed)
+    heads, optimizer = _tower_heads(model, sum(sizes), seed=seed, rate=rate, steps=steps)
+    value = 0.0
+    for step in range(steps):
+        chosen = torch.randint(len(dataset), (batch,), generator=generator)
+        features = tower_features(model, shift_and_mirror(pictures[chosen], generator))  # [B, N, D]
+        scores = heads(features.mean(1)).split(sizes, dim=-1)
+        losses = [
+            F.cross_entropy(score, labels[chosen, group], ignore_index=IGNORE_INDEX)
+            for group, score in enumerate(scores)
+        ]
+        optimizer.step(torch.stack(losses).sum())
+        value = torch.stack(losses).mean().item()
+        if step % 100 == 99:
+            logger.info("tower %d/%d: loss %.3f nats a word", step + 1, steps, value)
     return value

@@ -1,4 +1,4 @@
-"""``teacher-cache estimate``: bytes, hours and cost before anything is built, from a measured probe.
+"""``teacher-cache estimate``: bytes, hours and cost of a build, from one small shard built in a temporary folder.
 
 The comparison is with running the teacher beside the student in every step, which is what every public method
 does. There the teacher's pass is paid per student and epoch, and slowly, because all its attention maps are
@@ -42,17 +42,7 @@ class Scenario:
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """A probe carried over to a whole data set.
-
-    Attributes:
-        name: Teacher and data.
-        store: Shard format.
-        sample_count: Samples of the data set.
-        shard_count: Shards of the cache.
-        fidelity_samples: Size of the probe that a build ends with.
-        probe: What was measured.
-        scenario: What is compared.
-    """
+    """A probe carried over to a whole data set; a build ends with a fidelity probe of ``fidelity_samples``."""
 
     name: str
     store: str
@@ -76,7 +66,7 @@ class Estimate:
 
     @property
     def student_parameters(self) -> float:
-        """Parameters of one student."""
+        """Of one student."""
         return self.scenario.student_parameters or STUDENT_SHARE * self.probe.teacher_parameters
 
     @property
@@ -111,11 +101,8 @@ class Estimate:
         for students in self.scenario.students:
             online, offline = self.hours(students)
             row = {"students": students, "online_hours": online, "offline_hours": offline}
-            if self.scenario.price is not None:
-                row |= {
-                    f"{way}_cost": hours * self.scenario.price
-                    for way, hours in (("online", online), ("offline", offline))
-                }
+            if (price := self.scenario.price) is not None:
+                row |= {"online_cost": online * price, "offline_cost": offline * price}
             rows.append(row)
         return {
             "name": self.name,
@@ -142,7 +129,7 @@ def estimate(config: BuildConfig, scenario: Scenario, *, samples: int) -> Estima
     Args:
         config: The options a build would get.
         scenario: What to compare.
-        samples: Size of the probe.
+        samples: Size of the probe; no more than the data set has.
 
     Raises:
         DistillError: With the remedy, if teacher or data cannot be used.
@@ -156,7 +143,7 @@ def estimate(config: BuildConfig, scenario: Scenario, *, samples: int) -> Estima
         sample_count=work.plan.sample_count,
         shard_count=work.plan.shard_count,
         fidelity_samples=config.fidelity_samples,
-        probe=measure_probe(work, samples=samples, batch_size=work.plan.batch_size, load=load),
+        probe=measure_probe(work, samples=samples, load=load),
         scenario=scenario,
     )
 
@@ -233,11 +220,7 @@ def estimate_text(estimate: Estimate) -> str:
 
 
 def parse_students(text: str) -> tuple[int, ...]:
-    """Read ``1,3,10``.
-
-    Raises:
-        ValueError: If one is no whole number from 1 to ``MAX_STUDENTS``.
-    """
+    """Read ``1,3,10``; raises ValueError if one is no whole number from 1 to ``MAX_STUDENTS``."""
     numbers = tuple(int(part) for part in text.split(","))
     for number in numbers:
         if not 1 <= number <= MAX_STUDENTS:

@@ -17,7 +17,6 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -25,12 +24,10 @@ import torch
 from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
 from vlm_distill_cache.common.errors import DataError, ModelError, SampleError
 from vlm_distill_cache.data.families.inputs import text_config
-from vlm_distill_cache.data.text.collate import collate
 from vlm_distill_cache.data.text.encoding import EncodedSample
-from vlm_distill_cache.stage1_teacher.loop.signals import reduce_output, to_cpu
-
-if TYPE_CHECKING:
-    from vlm_distill_cache.stage1_teacher.loop.work import Build
+from vlm_distill_cache.stage1_teacher.loop.forward import run_shard
+from vlm_distill_cache.stage1_teacher.loop.work import Build
+from vlm_distill_cache.stage1_teacher.loop.writer import EncodedShard
 
 LARGEST = 64  # samples
 CPU_LARGEST = 16
@@ -40,33 +37,32 @@ PROBE = 8  # samples looked at for the one with the most visual tokens
 TRIED = 64  # samples tried before it is given up to find PROBE usable ones
 
 
-def automatic_batch_size(work: "Build") -> int:
+def automatic_batch_size(work: Build) -> int:
     """Samples a forward pass that fit the memory of the teacher's device.
-
-    Args:
-        work: Teacher, data and codecs.
 
     Raises:
         ModelError: If not even one sample fits.
         DataError: If no sample can be used.
     """
-    if work.teacher.device.type != "cuda":
-        return fitting_batch(_activation_bytes(work), budget=int(available_memory() * CPU_MEMORY_SHARE))
-    sample = longest_input(work)
     device = work.teacher.device
+    if device.type != "cuda":
+        one = _activation_bytes(work)
+        return largest_batch(
+            lambda size: size * one, budget=int(free_memory(device) * CPU_MEMORY_SHARE), most=CPU_LARGEST
+        )
+    sample = longest_input(work)
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated(device)
-    free, _ = torch.cuda.mem_get_info(device)
 
     def measure(batch_size: int) -> int:
         torch.cuda.reset_peak_memory_stats(device)
         try:
-            _run(work, sample, batch_size)
+            list(run_shard(work, EncodedShard(index=0, samples=[sample] * batch_size), batch_size))
             return torch.cuda.max_memory_allocated(device) - before
         finally:
             torch.cuda.empty_cache()
 
-    return largest_batch(measure, budget=int(free * MEMORY_SHARE))
+    return largest_batch(measure, budget=int(free_memory(device) * MEMORY_SHARE))
 
 
 def largest_batch(measure: Callable[[int], int], *, budget: int, most: int = LARGEST) -> int:
@@ -91,33 +87,16 @@ def largest_batch(measure: Callable[[int], int], *, budget: int, most: int = LAR
             break
         best, size = size, size * 2
     if not best:
-        raise _no_room(budget)
+        raise ModelError(
+            f"one sample of the greatest length does not fit beside the teacher ({budget / 1e9:.1f} GB may be used): set "
+            "a smaller max_length, spread the teacher over several devices (device_map=auto), or quantise it "
+            "(quantisation=8bit or 4bit)"
+        )
     return best
 
 
-def fitting_batch(one: int, *, budget: int, most: int = CPU_LARGEST) -> int:
-    """The largest power of two, at most ``most``, of samples that each take some bytes.
-
-    Args:
-        one: Bytes of one sample's pass.
-        budget: Bytes that a pass may take.
-        most: Samples.
-
-    Raises:
-        ModelError: If one sample does not fit.
-    """
-
-    def measure(batch_size: int) -> int:
-        return batch_size * one
-
-    return largest_batch(measure, budget=budget, most=most)
-
-
-def longest_input(work: "Build") -> EncodedSample:
+def longest_input(work: Build) -> EncodedSample:
     """The longest input that the encoder admits: the text of a sample with a large picture, repeated, all supervised.
-
-    Args:
-        work: Encoder and data.
 
     Raises:
         DataError: If no sample can be used.
@@ -159,13 +138,7 @@ def lengthen(sample: EncodedSample, length: int) -> EncodedSample:
     )
 
 
-@torch.inference_mode()
-def _run(work: "Build", sample: EncodedSample, batch_size: int) -> None:
-    batch = collate([sample] * batch_size, work.teacher.pad_token_id)
-    to_cpu(reduce_output(work.run(batch), batch, work.codecs, checked=False))
-
-
-def _activation_bytes(work: "Build") -> int:
+def _activation_bytes(work: Build) -> int:
     """About what one sample of the greatest length takes at the peak of its pass, in bytes."""
     teacher, length = work.teacher, work.encoder.max_length
     text = text_config(teacher.config)
@@ -182,19 +155,13 @@ def _activation_bytes(work: "Build") -> int:
     return max(layer, logits) + kept + states
 
 
-def available_memory() -> int:
-    """Bytes of main memory that a new process can have."""
+def free_memory(device: torch.device) -> int:
+    """Bytes that a new pass can have: on a GPU its own, else main memory."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
     told = Path("/proc/meminfo")  # Linux alone has it, and counts there what the disk cache would give back
     for line in told.read_text().splitlines() if told.is_file() else ():
         name, _, rest = line.partition(":")
         if name == "MemAvailable":
             return int(rest.split()[0]) * 1024
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def _no_room(budget: int) -> ModelError:
-    return ModelError(
-        f"one sample of the greatest length does not fit beside the teacher ({budget / 1e9:.1f} GB may be used): set a "
-        "smaller max_length, spread the teacher over several devices (device_map=auto), or quantise it "
-        "(quantisation=8bit or 4bit)"
-    )

@@ -26,7 +26,7 @@ from typing import NoReturn
 
 from vlm_distill_cache.common.cache.plan import THREADS
 from vlm_distill_cache.common.errors import ConfigError, DistillError, ProcessFailedError
-from vlm_distill_cache.common.terminal.command_line import end_with_parent
+from vlm_distill_cache.common.terminal.command_line import end_with_parent, leave_one_core
 from vlm_distill_cache.stage1_teacher.config import BuildConfig
 from vlm_distill_cache.stage1_teacher.planning.cache_folder import explain_disk_errors, stored_plan
 
@@ -153,8 +153,6 @@ def fix_threads(config: BuildConfig, *, several: bool, overwrite: bool = False) 
         overwrite: The cache that is there does not count.
     """
     import torch
-
-    from vlm_distill_cache.data.threads import leave_one_core
 
     stored = None if overwrite else stored_plan(Path(config.cache))
     on_gpu = config.device.startswith("cuda") or (config.device == "auto" and torch.cuda.is_available())

@@ -72,7 +72,7 @@ def refuse_signals(signals: Sequence[str], teacher: Teacher) -> None:
     others = [name for name in signals if name != "logits"]
     if others and not family.is_listed:
         raise ModelError(
-            f"teacher {teacher.directory}: model_type {kind!r} is not in the table of families (data/families.py), "
+            f"teacher {teacher.directory}: model_type {kind!r} is not in the table of families (data/families/table.py), "
             f"which says where language model, visual tokens and projector are; so {', '.join(others)} cannot be had: "
             "cache its logits only (--signals logits), or add an entry to the table"
         )

@@ -230,7 +230,7 @@ class Teacher:
         """The attention capture, or None and the reason: a teacher that has none can still give its logits."""
         if not self.family.is_listed:
             return None, (
-                f"the table of families (data/families.py) does not say where a model_type "
+                f"the table of families (data/families/table.py) does not say where a model_type "
                 f"{self.config.model_type!r} has its language model"
             )
         try:

@@ -74,7 +74,9 @@ def prune_directory(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     opened = open_family_model(teacher, dtype=stored_dtype(teacher))
     if not opened.family.is_listed:
-        raise ModelError(f"{teacher}: model_type {opened.model.config.model_type!r} is not listed in data/families.py")
+        raise ModelError(
+            f"{teacher}: model_type {opened.model.config.model_type!r} is not listed in data/families/table.py"
+        )
     opened.model.to(device)
     encoder = encoder or teacher_encoder(teacher, opened, template)
     have, want, parts, rows = plan_pruning(opened, model_batches(opened, encoder, samples, device), keep=keep)

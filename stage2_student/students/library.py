@@ -70,7 +70,7 @@ class LibraryStudent(nn.Module):
         if not self.family.is_listed:
             raise ModelError(
                 f"student of model_type {self.model.config.model_type!r}: its language model's place is not known "
-                "(data/families.py), so its attention cannot be captured; set the weights of all attention losses "
+                "(data/families/table.py), so its attention cannot be captured; set the weights of all attention losses "
                 "to 0 and train it with lm and logits"
             )
         return submodule(self.model, self.family.language_model)

@@ -244,7 +244,7 @@ def check_geometry(cache: TeacherCache, geometry: Mapping[str, Any], *, signals:
                 f"{', '.join(of_places)} cannot be compared: which part of the picture each visual token of "
                 f"{side} sees is not known (geometry {described.get('kind')!r}, "
                 f"{described.get('class', 'unknown processor')}). Set the weights of these losses to 0 and "
-                "distil logits, or use a model of a family that data/families.py lists"
+                "distil logits, or use a model of a family that data/families/table.py lists"
             )
 
 

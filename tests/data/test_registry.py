@@ -8,9 +8,10 @@ import PIL.Image
 import pytest
 
 from vlm_distill_cache.common.errors import DataError
-from vlm_distill_cache.data.registry import FirstSamples, open_dataset, open_evaluation
+from vlm_distill_cache.data.registry import open_dataset, open_evaluation
 from vlm_distill_cache.data.sample import EvaluationSet
 from vlm_distill_cache.data.sources.easy_vqa import EasyVqaDataset
+from vlm_distill_cache.data.sources.grouping import ChosenSamples
 from vlm_distill_cache.data.sources.hf import HuggingFaceDataset
 from vlm_distill_cache.data.sources.llava import LlavaDataset
 from vlm_distill_cache.data.sources.messages import MessagesDataset
@@ -112,7 +113,7 @@ def test_easy_vqa_by_name():
 def test_limit_takes_the_first_samples(llava):
     whole = open_dataset(str(llava))
     first = open_dataset(str(llava), limit=2)
-    assert isinstance(first, FirstSamples)
+    assert isinstance(first, ChosenSamples)
     assert list(first.sample_ids) == ["s0", "s1"]
     assert (first[0], first[-1]) == (whole[0], whole[1])
     assert first.fingerprint() != whole.fingerprint()

@@ -39,14 +39,11 @@ KINDS: dict[str, Any] = {
 
 
 def image_encoder_from_dict(geometry: Mapping[str, Any], processor: Any) -> AnyImageEncoder:
-    """Rebuild an image encoder from its dict and the processor it was made with.
+    """Rebuild an image encoder from its dict and the PIL image processor it was made with.
 
     Args:
         geometry: From ``to_dict``; without a ``kind`` that of the fixed `ImageEncoder`.
-        processor: A PIL image processor (``data.text.processors.load_image_processor``).
-
-    Returns:
-        An encoder of which ``to_dict`` gives ``geometry`` again.
+        processor: From ``data.text.processors.load_image_processor``.
 
     Raises:
         ConfigError: The kind is unknown, fields are missing, or the processor's settings are others.

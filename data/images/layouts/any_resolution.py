@@ -14,7 +14,7 @@ taken as evenly spaced from the first to the last one's edge: none is off by mor
 
 from dataclasses import dataclass
 from math import ceil, sqrt
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import PIL.Image
@@ -24,11 +24,9 @@ from vlm_distill_cache.common.attention.boxes import Tile
 from vlm_distill_cache.common.errors import ConfigError
 from vlm_distill_cache.data.images.encoder import EncodedImage
 from vlm_distill_cache.data.images.layouts.pixels import (
-    FINEST_GRID,
+    Layout,
     check_processor,
     covered_share,
-    pixel_settings,
-    run_processor,
     tile_array,
     whole,
 )
@@ -41,26 +39,22 @@ SHRINKS_ABOVE = 1.1
 
 
 @dataclass(frozen=True, kw_only=True)
-class AnyResolutionEncoder:
+class AnyResolutionEncoder(Layout):
     """`LlavaNextImageProcessorPil` or `LlavaOnevisionImageProcessorPil` with the geometry that the model adds.
 
+    The processor's ``image_grid_pinpoints`` must be the model's.
+
     Attributes:
-        processor: The PIL image processor; its ``image_grid_pinpoints`` must be the model's.
         patch_size: Pixels per side of a patch of the vision tower.
         most_tiles: Tiles' worth of tokens the joined grid may have (OneVision's ``anyres_max_9``: 9); None:
             any number (LLaVA-NeXT).
-
-    Raises:
-        ConfigError: The processor is of another kind, or its tiles are not the size it scales pictures to.
     """
 
-    processor: Any
     patch_size: int
     most_tiles: int | None = None
 
     kind: ClassVar[str] = "any_resolution"
     keys: ClassVar[tuple[str, ...]] = ("image_grid_pinpoints",)
-    marker: ClassVar[str | None] = None
 
     def __post_init__(self) -> None:
         check_processor(self.processor, "image_grid_pinpoints", "size")
@@ -101,30 +95,14 @@ class AnyResolutionEncoder:
             most = max(most, area + rows)
         return self.least_token_count + most
 
-    def attention_grid(self) -> tuple[int, int]:
-        """Rows and columns that stage one pools attention to."""
-        return FINEST_GRID
-
-    def to_dict(self) -> dict[str, Any]:
-        """What decides pixels and boxes, as plain JSON."""
-        return {
-            "kind": self.kind,
-            "patch_size": self.patch_size,
-            "most_tiles": self.most_tiles,
-            "processor": pixel_settings(self.processor, self.keys),
-        }
-
     def __call__(self, image: PIL.Image.Image) -> EncodedImage:
-        """Turn one picture into model input.
-
-        Args:
-            image: RGB.
+        """Turn one RGB picture into model input.
 
         Returns:
             ``pixel_values`` f4 ``[tiles, 3, H, W]``, ``image_sizes`` i8 ``[1, 2]`` (height, width), and one or two
             tiles: the small picture, and the joined grid with its newline column.
         """
-        output = run_processor(self.processor, image)
+        output = self.processor(image)
         pixels = tile_array(output["pixel_values"][0], side=self.side)
         sizes = np.array([[image.height, image.width]], dtype=np.int64)
         small = whole(self.base_grid, covered_share(self.side, self.patch_size))

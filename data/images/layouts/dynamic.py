@@ -5,7 +5,7 @@ chat template writes the tags around the picture; only the image token itself is
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import PIL.Image
@@ -13,29 +13,21 @@ import PIL.Image
 from vlm_distill_cache.common.attention.boxes import grid_tile
 from vlm_distill_cache.common.errors import ConfigError, SampleError
 from vlm_distill_cache.data.images.encoder import EncodedImage
-from vlm_distill_cache.data.images.layouts.pixels import FINEST_GRID, check_processor, pixel_settings, run_processor
+from vlm_distill_cache.data.images.layouts.pixels import Layout, check_processor
 
 MOST_ELONGATED = 200
 """Long over short side that the library's processor still takes."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class DynamicEncoder:
+class DynamicEncoder(Layout):
     """`Qwen2VLImageProcessorPil` with its geometry.
 
-    Attributes:
-        processor: The PIL image processor; its ``size`` holds the fewest and most pixels as ``shortest_edge``
-            and ``longest_edge``.
-
-    Raises:
-        ConfigError: The processor is of another kind.
+    The processor's ``size`` holds the fewest and most pixels as ``shortest_edge`` and ``longest_edge``.
     """
-
-    processor: Any
 
     kind: ClassVar[str] = "dynamic"
     keys: ClassVar[tuple[str, ...]] = ("patch_size", "temporal_patch_size", "merge_size")
-    marker: ClassVar[str | None] = None
 
     def __post_init__(self) -> None:
         check_processor(self.processor, *self.keys)
@@ -52,19 +44,8 @@ class DynamicEncoder:
         """Most visual tokens of a picture."""
         return max(1, int(dict(self.processor.size)["longest_edge"]) // self._token_pixels)
 
-    def attention_grid(self) -> tuple[int, int]:
-        """Rows and columns that stage one pools attention to."""
-        return FINEST_GRID
-
-    def to_dict(self) -> dict[str, Any]:
-        """What decides pixels and boxes, as plain JSON."""
-        return {"kind": self.kind, "processor": pixel_settings(self.processor, self.keys)}
-
     def __call__(self, image: PIL.Image.Image) -> EncodedImage:
-        """Turn one picture into model input.
-
-        Args:
-            image: RGB.
+        """Turn one RGB picture into model input.
 
         Returns:
             ``pixel_values`` f4 ``[patches, D]``, ``image_grid_thw`` i8 ``[1, 3]`` (time, rows and columns of
@@ -79,7 +60,7 @@ class DynamicEncoder:
                 f"an image of {image.width} x {image.height} pixels is more than {MOST_ELONGATED} times as long as "
                 "it is wide, which this family's image processor refuses; crop it first"
             )
-        output = run_processor(self.processor, image)
+        output = self.processor(image)
         shape = np.asarray(output["image_grid_thw"], dtype=np.int64).reshape(1, 3)
         merge = int(self.processor.merge_size)
         tile = grid_tile(int(shape[0, 1]) // merge, int(shape[0, 2]) // merge)

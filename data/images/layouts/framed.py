@@ -47,7 +47,7 @@ class FramedEncoder:
     @property
     def least_token_count(self) -> int:
         """Visual tokens per image."""
-        return self.fixed.token_count
+        return self.token_count
 
     @property
     def token_count(self) -> int:
@@ -64,14 +64,7 @@ class FramedEncoder:
         return {"kind": self.kind, **texts, **self.fixed.to_dict()}
 
     def __call__(self, image: PIL.Image.Image) -> EncodedImage:
-        """Turn one picture into model input: ``pixel_values`` f4 ``[1, 3, H, W]``, one tile, and the text.
-
-        Args:
-            image: RGB.
-
-        Raises:
-            SampleError: As `ImageEncoder`.
-        """
+        """Turn one RGB picture into model input: ``pixel_values`` f4 ``[1, 3, H, W]``, one tile, and the text."""
         encoded = self.fixed(image)
         text = f"{self.before}{self.image_token * self.token_count}{self.after}"
         return EncodedImage(inputs=encoded.inputs, tiles=encoded.tiles, text=text)

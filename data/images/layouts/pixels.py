@@ -1,36 +1,53 @@
 """What all layouts share: running the library's processor, and reading what decides its pixels."""
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
 
 import numpy as np
-import PIL.Image
 
 from vlm_distill_cache.common.attention.boxes import FINEST_SIDE, Tile
 from vlm_distill_cache.common.errors import ConfigError
 from vlm_distill_cache.data.images.encoder import PIXEL_KEYS, plain_setting
 
-FINEST_GRID = (FINEST_SIDE, FINEST_SIDE)
-"""Rows and columns that stage one pools attention to where a picture's tokens form no one grid."""
 
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """A PIL image processor of the library, with what the model adds to its geometry as further attributes.
 
-def pixel_settings(processor: Any, keys: Sequence[str] = ()) -> dict[str, Any]:
-    """What decides a processor's pixels, as plain JSON.
+    Attributes:
+        kind: Names the layout in a plan.
+        keys: Settings of the processor's class that decide pixels, beside those that all processors have.
 
-    Args:
-        processor: A PIL image processor.
-        keys: Settings of its class beside those that all processors have.
+    Raises:
+        ConfigError: The processor is of another kind than the layout's, or its settings or the grid do not fit.
     """
+
+    processor: Any
+
+    kind: ClassVar[str]
+    keys: ClassVar[tuple[str, ...]]
+    marker: ClassVar[str | None] = None
+
+    def attention_grid(self) -> tuple[int, int]:
+        """Rows and columns that stage one pools attention to: a picture's tokens form no one grid."""
+        return FINEST_SIDE, FINEST_SIDE
+
+    def to_dict(self) -> dict[str, Any]:
+        """What decides pixels, boxes and the text, as plain JSON."""
+        own = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "processor"}
+        stored = {name: list(value) if isinstance(value, tuple) else value for name, value in own.items()}
+        return {"kind": self.kind, **stored, "processor": pixel_settings(self.processor, self.keys)}
+
+
+def pixel_settings(processor: Any, keys: Sequence[str]) -> dict[str, Any]:
+    """What decides a processor's pixels, as plain JSON: the settings that all have, and those of its class."""
     stored = processor.to_dict()
     return {key: plain_setting(stored.get(key)) for key in (*PIXEL_KEYS, *keys)}
 
 
 def check_processor(processor: Any, *needed: str) -> None:
-    """Refuse a processor of another class than the layout's.
-
-    Raises:
-        ConfigError: Naming the settings that it lacks.
-    """
+    """Refuse a processor of another class than the layout's: one that lacks some of its settings."""
     missing = [name for name in needed if getattr(processor, name, None) is None]
     if missing:
         raise ConfigError(
@@ -39,31 +56,19 @@ def check_processor(processor: Any, *needed: str) -> None:
         )
 
 
-def tile_array(values: Any, *, side: int | None = None) -> np.ndarray:
-    """Pixels of one picture's tiles as one array.
-
-    Args:
-        values: Arrays ``[3, H, W]``, one a tile, or one array of them.
-        side: Height and width that the layout expects.
-
-    Returns:
-        float32 ``[tiles, 3, H, W]``.
+def tile_array(values: Any, *, side: int) -> np.ndarray:
+    """Pixels of one picture's tiles, given as arrays ``[3, H, W]``, as one array float32 ``[tiles, 3, H, W]``.
 
     Raises:
-        ConfigError: If tiles have another size.
+        ConfigError: If tiles are not of the height and width that the layout expects.
     """
     pixels = np.ascontiguousarray(values, dtype=np.float32)
-    if side is not None and pixels.shape[1:] != (3, side, side):
+    if pixels.shape[1:] != (3, side, side):
         raise ConfigError(
             f"the image processor gave tiles of shape {list(pixels.shape[1:])}, expected [3, {side}, {side}] from "
             "its settings; size and crop_size (or max_image_size) must agree"
         )
     return pixels
-
-
-def run_processor(processor: Any, image: PIL.Image.Image, **options: Any) -> dict[str, Any]:
-    """The processor's own output for one picture."""
-    return dict(processor(image, **options))
 
 
 def covered_share(side: int, patch_size: int) -> float:

@@ -6,7 +6,7 @@ whole picture follows as ``<global-img>``.
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import PIL.Image
@@ -14,11 +14,9 @@ import PIL.Image
 from vlm_distill_cache.common.errors import ConfigError, SampleError
 from vlm_distill_cache.data.images.encoder import EncodedImage
 from vlm_distill_cache.data.images.layouts.pixels import (
-    FINEST_GRID,
+    Layout,
     check_processor,
     covered_share,
-    pixel_settings,
-    run_processor,
     tile_array,
     tiled,
     whole,
@@ -28,27 +26,21 @@ AROUND, GLOBAL = "<fake_token_around_image>", "<global-img>"
 
 
 @dataclass(frozen=True, kw_only=True)
-class SplitEncoder:
+class SplitEncoder(Layout):
     """`Idefics3ImageProcessorPil` or `SmolVLMImageProcessorPil` with its geometry and prompt text.
 
     Attributes:
-        processor: The PIL image processor.
         grid: Rows and columns of one tile's visual tokens, after the pixel shuffle.
         patch_size: Pixels per side of a patch of the vision tower.
         image_token: The text of one visual token.
-
-    Raises:
-        ConfigError: The processor is of another kind, or the grid is empty.
     """
 
-    processor: Any
     grid: tuple[int, int]
     patch_size: int
     image_token: str = "<image>"
 
     kind: ClassVar[str] = "split"
     keys: ClassVar[tuple[str, ...]] = ("max_image_size", "do_image_splitting")
-    marker: ClassVar[str | None] = None
 
     def __post_init__(self) -> None:
         check_processor(self.processor, "max_image_size", "do_image_splitting")
@@ -74,25 +66,8 @@ class SplitEncoder:
         tiles, _, _ = self.processor.get_number_of_image_patches(self.side, self.side)
         return max(int(tiles), 1) * self.least_token_count
 
-    def attention_grid(self) -> tuple[int, int]:
-        """Rows and columns that stage one pools attention to."""
-        return FINEST_GRID
-
-    def to_dict(self) -> dict[str, Any]:
-        """What decides pixels, boxes and the text, as plain JSON."""
-        return {
-            "kind": self.kind,
-            "grid": list(self.grid),
-            "patch_size": self.patch_size,
-            "image_token": self.image_token,
-            "processor": pixel_settings(self.processor, self.keys),
-        }
-
     def __call__(self, image: PIL.Image.Image) -> EncodedImage:
-        """Turn one picture into model input.
-
-        Args:
-            image: RGB.
+        """Turn one RGB picture into model input.
 
         Returns:
             ``pixel_values`` f4 ``[tiles, 3, H, W]``, the whole picture last, and their tiles. Tiles have one size,
@@ -101,7 +76,7 @@ class SplitEncoder:
         Raises:
             SampleError: A tile's values are all exactly 0: the model takes it for padding and drops its tokens.
         """
-        output = run_processor(self.processor, image, return_row_col_info=True)
+        output = self.processor(image, return_row_col_info=True)
         pixels = tile_array(output["pixel_values"][0], side=self.side)
         if not np.any(pixels, axis=(1, 2, 3)).all():
             raise SampleError(

@@ -5,7 +5,7 @@ tags, tile after tile.
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import PIL.Image
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
@@ -13,10 +13,8 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optim
 from vlm_distill_cache.common.errors import ConfigError
 from vlm_distill_cache.data.images.encoder import EncodedImage
 from vlm_distill_cache.data.images.layouts.pixels import (
-    FINEST_GRID,
+    Layout,
     check_processor,
-    pixel_settings,
-    run_processor,
     tile_array,
     tiled,
     whole,
@@ -24,23 +22,18 @@ from vlm_distill_cache.data.images.layouts.pixels import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class ThumbnailEncoder:
+class ThumbnailEncoder(Layout):
     """`GotOcr2ImageProcessorPil` as InternVL's processor calls it, with geometry and prompt text.
 
     Attributes:
-        processor: The PIL image processor.
         grid: Rows and columns of one tile's visual tokens, after the pixel shuffle.
         crops: Cut the picture into tiles. The library's `InternVLProcessor` does, whatever ``crop_to_patches``
             its image processor has stored.
         image_token: The text of one visual token.
         before: Text in front of the visual tokens.
         after: Text behind them.
-
-    Raises:
-        ConfigError: The processor is of another kind, or the grid is empty.
     """
 
-    processor: Any
     grid: tuple[int, int]
     crops: bool = True
     image_token: str = "<IMG_CONTEXT>"
@@ -49,7 +42,6 @@ class ThumbnailEncoder:
 
     kind: ClassVar[str] = "thumbnail"
     keys: ClassVar[tuple[str, ...]] = ("min_patches", "max_patches")
-    marker: ClassVar[str | None] = None
 
     def __post_init__(self) -> None:
         check_processor(self.processor, "min_patches", "max_patches")
@@ -75,32 +67,13 @@ class ThumbnailEncoder:
         most = int(self.processor.max_patches)
         return (most + 1 if self.crops and most > 1 else 1) * self.least_token_count
 
-    def attention_grid(self) -> tuple[int, int]:
-        """Rows and columns that stage one pools attention to."""
-        return FINEST_GRID
-
-    def to_dict(self) -> dict[str, Any]:
-        """What decides pixels, boxes and the text, as plain JSON."""
-        return {
-            "kind": self.kind,
-            "grid": list(self.grid),
-            "crops": self.crops,
-            "image_token": self.image_token,
-            "before": self.before,
-            "after": self.after,
-            "processor": pixel_settings(self.processor, self.keys),
-        }
-
     def __call__(self, image: PIL.Image.Image) -> EncodedImage:
-        """Turn one picture into model input.
-
-        Args:
-            image: RGB.
+        """Turn one RGB picture into model input.
 
         Returns:
             ``pixel_values`` f4 ``[tiles, 3, H, W]``, a thumbnail last if there are several, and their tiles.
         """
-        output = run_processor(self.processor, image, crop_to_patches=self.crops)
+        output = self.processor(image, crop_to_patches=self.crops)
         pixels = tile_array(output["pixel_values"], side=self.side)
         cols, rows = self._arrangement(image)
         parts = tiled(rows, cols, self.grid)

@@ -74,11 +74,6 @@ def remote(built: Path, tmp_path: Path, monkeypatch) -> CountingRemote:
     return remote
 
 
-def open_mirror(location: str, *, open_shards: int) -> TeacherCache:
-    mirror = find_mirror(location)
-    return TeacherCache(mirror.folder, open_shards=open_shards, before_open=mirror.hold)
-
-
 def set_limit(monkeypatch, remote: CountingRemote, shards: float) -> int:
     """Let so many of the largest shards fit; returns the limit."""
     limit = int(shards * max(shard.bytes for shard in read_manifest(remote.root).shards))

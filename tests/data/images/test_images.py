@@ -9,15 +9,8 @@ import PIL.ImageOps
 import pytest
 
 from vlm_distill_cache.common.errors import SampleError
-from vlm_distill_cache.data.images.load import (
-    FileSlice,
-    ImageArray,
-    ImageBytes,
-    ImageFile,
-    decode_image,
-    image_hash,
-    to_rgb,
-)
+from vlm_distill_cache.common.pixels import decode_image, image_hash, to_rgb
+from vlm_distill_cache.data.images.load import FileSlice, ImageArray, ImageBytes, ImageFile
 
 
 def encode(image, fmt="PNG", **options):

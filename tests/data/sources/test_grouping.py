@@ -5,9 +5,9 @@ import random
 
 import pytest
 
-from vlm_distill_cache.data.registry import FirstSamples, open_dataset
+from vlm_distill_cache.data.registry import open_dataset
 from vlm_distill_cache.data.sample import fingerprint_samples
-from vlm_distill_cache.data.sources.grouping import GroupedByImage, group_by_image, image_keys
+from vlm_distill_cache.data.sources.grouping import ChosenSamples, GroupedByImage, group_by_image
 from vlm_distill_cache.data.sources.llava import LlavaDataset
 from vlm_distill_cache.data.sources.messages import MessagesDataset
 
@@ -67,7 +67,7 @@ def test_name_and_fingerprint_stay_the_data_sets_own(dataset):
 
 
 def test_keys_are_known_without_opening_an_image(dataset):
-    assert list(image_keys(dataset)) == IMAGES  # no such files exist
+    assert list(dataset.image_keys()) == IMAGES  # no such files exist
 
 
 def test_samples_that_are_together_already_are_not_wrapped(tmp_path):
@@ -78,12 +78,12 @@ def test_samples_that_are_together_already_are_not_wrapped(tmp_path):
 
 def test_data_sets_that_cannot_name_their_images_keep_their_order():
     dataset = open_dataset("shapes:images=5,seed=1")
-    assert image_keys(dataset) == [None] * 5
+    assert dataset.image_keys() == [None] * 5
     assert group_by_image(dataset) is dataset
 
 
 def test_a_limit_takes_the_first_samples_before_they_are_ordered(dataset):
-    grouped = group_by_image(FirstSamples(dataset, 4))
+    grouped = group_by_image(ChosenSamples(dataset, range(4), name="first"))
     assert grouped.sample_ids == ["s0", "s3", "s1", "s2"]
 
 

@@ -21,7 +21,6 @@ from vlm_distill_cache.data.shapes.dataset import SceneImage, ShapesDataset, sha
 from vlm_distill_cache.data.shapes.text import PAIR_KINDS, QUESTION_KINDS
 from vlm_distill_cache.data.text.collate import collate
 from vlm_distill_cache.stage1_teacher.demo import teacher as demo_teacher
-from vlm_distill_cache.stage1_teacher.demo.answers import answer_labels, shift_and_mirror
 from vlm_distill_cache.stage1_teacher.demo.language import DRILLS, DrilledScenes, answer_loss
 from vlm_distill_cache.stage1_teacher.demo.model import build_demo_model, split_parameters, warm_cosine
 from vlm_distill_cache.stage1_teacher.demo.scoring import mean_accuracy, score_model
@@ -32,7 +31,13 @@ from vlm_distill_cache.stage1_teacher.demo.teacher import (
     demo_teacher_for,
     train_demo_teacher,
 )
-from vlm_distill_cache.stage1_teacher.demo.vision import normalize_pictures, scene_batch, tower_features
+from vlm_distill_cache.stage1_teacher.demo.vision import (
+    answer_labels,
+    normalize_pictures,
+    scene_batch,
+    shift_and_mirror,
+    tower_features,
+)
 
 TINY = DemoRecipe(
     width=32,

@@ -11,10 +11,11 @@ from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
 from vlm_distill_cache.common.errors import CacheMismatchError, ConfigError, ModelError
 from vlm_distill_cache.stage1_teacher.config import BuildConfig
 from vlm_distill_cache.stage1_teacher.extract import extract, extract_with_processes, recompute_fidelity
+from vlm_distill_cache.stage1_teacher.loop.forward import run_shard
+from vlm_distill_cache.stage1_teacher.loop.writer import EncodedShard
 from vlm_distill_cache.stage1_teacher.planning import open as opening
 from vlm_distill_cache.stage1_teacher.planning.batch_size import (
     automatic_batch_size,
-    fitting_batch,
     largest_batch,
     lengthen,
     longest_input,
@@ -61,7 +62,6 @@ def test_the_largest_power_of_two_that_fits_is_found_in_growing_steps(room: int,
     powers = [2**power for power in range(12)]
     assert found == max(size for size in powers if size <= min(room, most))
     assert asked == [size for size in powers if size <= min(2 * found, most)]
-    assert fitting_batch(100, budget=100 * room, most=most) == found
 
 
 @pytest.mark.parametrize("refusal", ["reported", "raised"])
@@ -84,7 +84,7 @@ def test_the_longest_input_fills_the_encoder_and_runs(tmp_path: Path, config):
     last = int(np.flatnonzero(sample.visual_mask)[-1])
     np.testing.assert_array_equal(sample.labels[last:-1], sample.input_ids[last + 1 :])
     assert (sample.labels[:last] == IGNORE_INDEX).all()
-    batch_sizes._run(work, sample, 2)
+    assert len(list(run_shard(work, EncodedShard(index=0, samples=[sample, sample]), 2))) == 1
     assert len(lengthen(real, 1)) == len(real)
 
 
@@ -93,9 +93,9 @@ def test_a_cpu_takes_sixteen_or_what_its_memory_allows(tmp_path: Path, config, m
     assert work.plan.batch_size == 16
     one = batch_sizes._activation_bytes(work)
     for room, expected in ((1.5, 1), (4.2, 4), (1000, 16)):
-        monkeypatch.setattr(batch_sizes, "available_memory", lambda room=room: int(2 * room * one))
+        monkeypatch.setattr(batch_sizes, "free_memory", lambda _, room=room: int(2 * room * one))
         assert automatic_batch_size(work) == expected
-    monkeypatch.setattr(batch_sizes, "available_memory", lambda: one)
+    monkeypatch.setattr(batch_sizes, "free_memory", lambda _: one)
     with pytest.raises(ModelError, match="does not fit beside the teacher"):
         automatic_batch_size(work)
 

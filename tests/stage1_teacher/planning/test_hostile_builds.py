@@ -11,7 +11,8 @@ from click.testing import CliRunner
 
 import vlm_distill_cache.stage1_teacher.extract
 from vlm_distill_cache.common.errors import CacheMismatchError, ConfigError, DataError, SampleError
-from vlm_distill_cache.data.images.load import ImageFile, decode_image
+from vlm_distill_cache.common.pixels import decode_image
+from vlm_distill_cache.data.images.load import ImageFile
 from vlm_distill_cache.data.sources.llava import find_images
 from vlm_distill_cache.stage1_teacher.cli import main
 from vlm_distill_cache.stage1_teacher.config import BuildConfig

@@ -120,7 +120,7 @@ def test_an_estimate_knows_every_signal(signals, tiny_llava: Path, tmp_path: Pat
         cache=str(tmp_path / "c"),
         batch_size=3,
     )
-    probe = measure_probe(open_build(config), samples=4, batch_size=3, load=0.1)
+    probe = measure_probe(open_build(config), samples=4, load=0.1)
     assert set(signals) <= set(probe.signals)
     assert all(probe.signals[name].decoded > 0 for name in signals)
 

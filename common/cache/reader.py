@@ -44,10 +44,7 @@ class SampleIds(Sequence[str]):
     """All records' ids in the data set's order; iterating, indexing and slicing read one shard at a time."""
 
     def __init__(
-        self,
-        starts: NDArray[np.int64],
-        sidecar: Callable[[int], ShardSidecar],
-        contains: Callable[[object], bool],
+        self, starts: NDArray[np.int64], sidecar: Callable[[int], ShardSidecar], contains: Callable[[object], bool]
     ) -> None:
         """Describe them; ``starts``: records before each shard, and their total at the end, int64 ``[shards + 1]``."""
         self._starts, self._sidecar, self._contains = starts, sidecar, contains
@@ -102,10 +99,7 @@ class FailedSamples(Mapping[str, str]):
     """Why each missing sample could not be read, by sample id; reads the sidecars of shards that have some."""
 
     def __init__(
-        self,
-        counts: Sequence[int],
-        sidecar: Callable[[int], ShardSidecar],
-        find: Callable[[str], Place | None],
+        self, counts: Sequence[int], sidecar: Callable[[int], ShardSidecar], find: Callable[[str], Place | None]
     ) -> None:
         """Describe them; ``counts``: failed samples of each shard."""
         self._counts, self._sidecar, self._find = counts, sidecar, find
@@ -143,13 +137,7 @@ class OpenShards:
     """Opens shards after checking every byte, and sidecars after comparing them with the manifest."""
 
     def __init__(
-        self,
-        path: Path,
-        plan: Plan,
-        manifest: Manifest,
-        *,
-        limit: int,
-        before_open: Callable[[int], object] | None,
+        self, path: Path, plan: Plan, manifest: Manifest, *, limit: int, before_open: Callable[[int], object] | None
     ) -> None:
         """Open none yet; keep at most ``limit`` shards and sidecars. ``before_open``: as for ``TeacherCache``."""
         self._path, self._plan, self._manifest = path, plan, manifest
@@ -476,12 +464,9 @@ class TeacherCache:
         self._checked |= wanted.keys()
 
     def check_shard_files(self) -> None:
-        """Look, without reading them, whether every shard's files are there in full length.
+        """Refuse a shard whose files are not there in full length; does not read them.
 
         A cache whose shards are fetched as they are needed is checked then.
-
-        Raises:
-            CacheFormatError: Naming the first that is not.
         """
         if not self._fetches:
             self._shards.check_sizes()

@@ -2,7 +2,11 @@
 
 import gc
 import os
+import sys
 from pathlib import Path
+
+# Helpers are imported by their bare names from any folder, whichever tests are asked for.
+sys.path += [str(path) for path in sorted(Path(__file__).parent.rglob("*")) if any(path.glob("*.py"))]
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -53,18 +53,8 @@ class SampleIds(Sequence[str]):
         return int(self._starts[-1])
 
     def __iter__(self) -> Iterator[str]:
-        return self._between(0, len(self))
-
-    def _between(self, first: int, last: int) -> Iterator[str]:
-        """Yield the ids of a range, opening each sidecar once."""
-        while first < last:
-            shard = self._shard_of(first)
-            start, end = self._starts[shard : shard + 2].tolist()
-            yield from self._sidecar(shard).sample_ids[first - start : last - start]
-            first = end
-
-    def _shard_of(self, at: int) -> int:
-        return int(np.searchsorted(self._starts, at, side="right")) - 1
+        for shard in range(len(self._starts) - 1):
+            yield from self._sidecar(shard).sample_ids
 
     def __contains__(self, sample_id: object) -> bool:
         return self._contains(sample_id)
@@ -76,14 +66,11 @@ class SampleIds(Sequence[str]):
     def __getitem__(self, place: int | slice) -> str | tuple[str, ...]:
         """Return one id, or those of a slice."""
         if isinstance(place, slice):
-            chosen = range(*place.indices(len(self)))
-            if chosen.step == 1:
-                return tuple(self._between(chosen.start, chosen.stop))
-            return tuple(self[i] for i in chosen)
+            return tuple(self[i] for i in range(*place.indices(len(self))))
         at = place + len(self) if place < 0 else place
         if not 0 <= at < len(self):
             raise IndexError(f"no sample {place}; there are {len(self)}")
-        shard = self._shard_of(at)
+        shard = int(np.searchsorted(self._starts, at, side="right")) - 1
         return self._sidecar(shard).sample_ids[at - int(self._starts[shard])]
 
     def __eq__(self, other: object) -> bool:

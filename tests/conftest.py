@@ -29,6 +29,14 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_waiting_for_the_disk():
+    """Files are not flushed: tests kill processes, and what these wrote stays with the kernel; no machine crashes."""
+    flush, os.fsync = os.fsync, lambda descriptor: None
+    yield
+    os.fsync = flush
+
+
 def save_tiny_llava(directory: Path, *, layers: int = 4, seed: int = 0, vocab_extra: int = 0) -> Path:
     """A random LLaVA-1.5 of the published architecture with the built-in tokenizer, 36 visual tokens."""
     import torch

@@ -5,8 +5,9 @@ import os
 import sys
 from pathlib import Path
 
-# Tests share helpers across folders: this lets each test file run alone.
-sys.path += sorted({str(path.parent) for path in Path(__file__).parent.rglob("test_*.py")})
+# Helpers are imported by their bare names from any folder, whichever tests are asked for.
+sys.path += [str(path) for path in sorted(Path(__file__).parent.rglob("*")) if any(path.glob("*.py"))]
+
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -26,6 +27,14 @@ def pytest_collection_finish() -> None:
     # 0.7 s each, and accelerate asks for one after every phase of training.
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_waiting_for_the_disk():
+    """Files are not flushed: tests kill processes, and what these wrote stays with the kernel; no machine crashes."""
+    flush, os.fsync = os.fsync, lambda descriptor: None
+    yield
+    os.fsync = flush
 
 
 def save_tiny_llava(directory: Path, *, layers: int = 4, seed: int = 0, vocab_extra: int = 0) -> Path:

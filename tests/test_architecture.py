@@ -4,6 +4,7 @@ import ast
 import graphlib
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,11 @@ FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("
 MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in FILES}
 
 
+@cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
 def imported_names(tree: ast.AST, path: Path) -> set[str]:
     """Full names of what is imported anywhere in a file; of ours without the package's own name."""
     names: set[str] = set()
@@ -47,10 +53,11 @@ def imported_names(tree: ast.AST, path: Path) -> set[str]:
     return {name.removeprefix("vlm_distill_cache.") for name in names}
 
 
+@cache
 def imported_modules(path: Path) -> set[str]:
     """Which modules of ours a file imports."""
-    found = set()
-    for name in imported_names(ast.parse(path.read_text()), path):
+    found: set[str] = set()
+    for name in imported_names(parsed(path), path):
         while name and name not in MODULES:
             name = name.rpartition(".")[0]
         found |= {name} - {""}
@@ -68,7 +75,7 @@ def test_every_package_has_files_to_check():
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_packages_import_only_what_the_rule_allows(path: Path):
     package = path.relative_to(ROOT).parts[0]
-    tree = ast.parse(path.read_text())
+    tree = parsed(path)
     firsts = {name.partition(".")[0] for name in imported_names(tree, path)}
     assert firsts & set(PACKAGES) <= MAY_IMPORT[package]
 
@@ -105,15 +112,15 @@ def test_files_stay_small(path: Path):
 
 def test_nothing_of_ours_is_unpickled():
     for path in FILES:
-        source = path.read_text()
-        tree = ast.parse(source)
+        tree = parsed(path)
         for node in ast.walk(tree):
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
                 weights_only = [k for k in node.keywords if k.arg == "weights_only"]
                 assert weights_only, f"{path}: torch.load without weights_only"
                 assert ast.unparse(weights_only[0].value) == "True", f"{path}: torch.load unpickles"
         # The name of the error that torch.load raises is all that may be imported of pickle.
-        nodes = [n for n in tree.body if ast.unparse(n).partition("\n")[0] != "from pickle import UnpicklingError"]
+        imported = [n for n in ast.walk(tree) if isinstance(n, ast.Import | ast.ImportFrom)]
+        nodes = [n for n in imported if ast.unparse(n) != "from pickle import UnpicklingError"]
         imports = {name.partition(".")[0] for name in imported_names(ast.Module(body=nodes, type_ignores=[]), path)}
         assert not imports & {"pickle", "dill", "joblib"}, path
 

@@ -35,8 +35,6 @@ class Tile:
         region: ``(x0, y0, x1, y1)`` in units of the original image's width and height; what lies
             outside ``[0, 1]`` is padding.
 
-    Raises:
-        SampleError: If the tile has no tokens or its region has no area.
     """
 
     rows: int
@@ -77,9 +75,7 @@ def pooled_tiles(tiles: Sequence[Tile], side: int) -> tuple[Tile, ...]:
 def show_twice(tiles: Sequence[Tile]) -> bool:
     """Whether some part of the picture is seen by tokens of more than one tile (a small picture, and its parts)."""
     regions = torch.tensor([tile.region for tile in tiles], dtype=torch.float64).reshape(-1, 4).clamp(0.0, 1.0)
-    widths = _overlap_1d(regions[:, 0], regions[:, 2], regions[:, 0], regions[:, 2])
-    heights = _overlap_1d(regions[:, 1], regions[:, 3], regions[:, 1], regions[:, 3])
-    shared = (widths * heights).fill_diagonal_(0.0)
+    shared = _shared_areas(regions, regions).fill_diagonal_(0.0)
     return bool((shared > _SLIVER * _area(regions)[:, None]).any())
 
 
@@ -89,10 +85,7 @@ def tiles_to_array(tiles: Sequence[Tile]) -> np.ndarray:
 
 
 def tiles_from_array(array: np.ndarray) -> tuple[Tile, ...]:
-    """Inverse of :func:`tiles_to_array`; regions come back rounded to float32.
-
-    Args:
-        array: float32 ``[n, 6]``; ``n`` is 0 for a text-only sample.
+    """Inverse of :func:`tiles_to_array`; regions come back rounded to float32. A text-only sample has none.
 
     Raises:
         CacheFormatError: If the array has another shape or names impossible tiles.
@@ -117,10 +110,7 @@ def tiles_from_array(array: np.ndarray) -> tuple[Tile, ...]:
 
 
 def tile_boxes(tiles: Sequence[Tile]) -> Tensor:
-    """Boxes of all visual tokens in the order the language model reads them.
-
-    Args:
-        tiles: Tiles in reading order; within a tile tokens run row by row.
+    """Boxes of all visual tokens in the order the language model reads them: tile after tile, row by row.
 
     Returns:
         float32 ``[N, 4]``: ``x0, y0, x1, y1`` in units of the original image; ``[0, 4]`` without tiles.
@@ -137,14 +127,7 @@ def tile_boxes(tiles: Sequence[Tile]) -> Tensor:
 
 
 def content_mask(boxes: Tensor) -> Tensor:
-    """Which tokens carry image: at least half of their area lies inside the original picture.
-
-    Args:
-        boxes: float32 ``[N, 4]``.
-
-    Returns:
-        bool ``[N]``; False for tokens that lie mostly in padding.
-    """
+    """Which tokens, boxes ``[N, 4]``, lie at least by half inside the original picture: bool ``[N]``; False: padding."""
     exact = boxes.double()
     inside = _area(exact.clamp(0.0, 1.0))
     # The tolerance keeps a box cut exactly in half on the image's side despite float32 corners.
@@ -167,9 +150,7 @@ def overlap_matrix(source_boxes: Tensor, target_boxes: Tensor) -> Tensor:
     """
     source = source_boxes.double().clamp(0.0, 1.0)
     target = target_boxes.to(source.device).double().clamp(0.0, 1.0)
-    widths = _overlap_1d(source[:, 0], source[:, 2], target[:, 0], target[:, 2])
-    heights = _overlap_1d(source[:, 1], source[:, 3], target[:, 1], target[:, 3])
-    shares = widths * heights / _area(source).clamp_min(torch.finfo(torch.float64).tiny)[:, None]
+    shares = _shared_areas(source, target) / _area(source).clamp_min(torch.finfo(torch.float64).tiny)[:, None]
     keep = (shares > _SLIVER) & content_mask(source_boxes)[:, None]
     shares = torch.where(keep, shares, shares.new_zeros(()))
     total = shares.sum(dim=1, keepdim=True)
@@ -188,24 +169,15 @@ def area_pool(source_boxes: Tensor, target_boxes: Tensor) -> Tensor:
 
 
 def pool_keys(attention: Tensor, overlap: Tensor) -> Tensor:
-    """Move attention on source tokens to target boxes: probability mass adds up.
+    """Move mass ``[..., N]`` on source tokens to target boxes, where it adds up: ``[..., C]`` in the attention's dtype.
 
-    Args:
-        attention: Float ``[..., N]``, mass on each source token.
-        overlap: float32 ``[N, C]`` from :func:`overlap_matrix`.
-
-    Returns:
-        ``[..., C]`` in the attention's dtype.
+    ``overlap`` is float32 ``[N, C]`` from :func:`overlap_matrix`.
     """
     return attention @ overlap.to(dtype=attention.dtype, device=attention.device)
 
 
 def pool_queries(attention: Tensor, overlap: Tensor) -> Tensor:
-    """Average the rows of source query tokens over each target box, weighted by their shares in it.
-
-    Args:
-        attention: Float ``[..., N, M]``, one row per source query token.
-        overlap: float32 ``[N, C]`` from :func:`overlap_matrix`.
+    """Average the rows ``[..., N, M]`` of source query tokens over each target box, weighted by their shares in it.
 
     Returns:
         ``[..., C, M]`` in the attention's dtype; rows of targets that no token touches are 0.
@@ -221,8 +193,8 @@ def _area(boxes: Tensor) -> Tensor:
     return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
 
 
-def _overlap_1d(low_a: Tensor, high_a: Tensor, low_b: Tensor, high_b: Tensor) -> Tensor:
-    """Lengths ``[N, C]`` shared by N and C intervals."""
-    low = torch.maximum(low_a[:, None], low_b[None, :])
-    high = torch.minimum(high_a[:, None], high_b[None, :])
-    return (high - low).clamp_min(0.0)
+def _shared_areas(some: Tensor, others: Tensor) -> Tensor:
+    """Areas ``[N, C]`` that each of N boxes shares with each of C."""
+    low = torch.maximum(some[:, None, :2], others[None, :, :2])
+    high = torch.minimum(some[:, None, 2:], others[None, :, 2:])
+    return (high - low).clamp_min(0.0).prod(dim=-1)

@@ -40,17 +40,8 @@ def capped_attention(
 ) -> tuple[Tensor, Any]:
     """Run the eager attention of the module's own family; all its scores exist at once, ``[B, H, Tq, Tk]``.
 
-    Args:
-        module: An attention module of the model library.
-        query: Float ``[B, H, Tq, D]``.
-        key: Float ``[B, Hkv, Tk, D]``.
-        value: Float ``[B, Hkv, Tk, D]``.
-        attention_mask: As SDPA takes it: bool (True = may look), float (added to scores), or None.
-        is_causal: As SDPA takes it: counts where there is no mask; None: what the module says.
-        **kwargs: ``softcap`` and all else that the module passes.
-
-    Returns:
-        What the library's attention functions return: output ``[B, Tq, H, D]`` and attention.
+    Takes and returns what the library's attention functions do. The mask is as SDPA takes it: bool (True = may look),
+    float (added to scores), or None; ``is_causal`` counts where there is none.
 
     Raises:
         ModelError: If the family has no eager attention.
@@ -61,8 +52,7 @@ def capped_attention(
             f"{type(module).__name__} passes `softcap` to attention, which SDPA cannot apply, and its family has no "
             "eager attention in the installed transformers; this model cannot be used"
         )
-    causal = is_causal if is_causal is not None else bool(getattr(module, "is_causal", True))
-    if attention_mask is None and causal and query.shape[2] > 1:
+    if _is_causal(module, is_causal, attention_mask, query):
         rows, columns = (torch.arange(tensor.shape[2], device=query.device) for tensor in (query, key))
         attention_mask = (rows[:, None] >= columns[None, :])[None, None]
     if attention_mask is not None and attention_mask.dtype == torch.bool:  # eager attention adds its mask
@@ -70,6 +60,15 @@ def capped_attention(
         attention_mask = zeros.masked_fill(~attention_mask, torch.finfo(query.dtype).min)
     output: tuple[Tensor, Any] = eager(module, query, key, value, attention_mask, **kwargs)
     return output
+
+
+def _is_causal(module: nn.Module, is_causal: bool | None, mask: Tensor | None, query: Tensor) -> bool:
+    """Whether queries see no later keys, as SDPA decides it: without a mask, and for more than one query.
+
+    A vision tower or an encoder says False on its module.
+    """
+    causal = is_causal if is_causal is not None else bool(getattr(module, "is_causal", True))
+    return causal and mask is None and query.shape[2] > 1
 
 
 @dataclass(frozen=True)
@@ -82,9 +81,6 @@ class AttentionRequest:
         groups: Language-model layer indices (0-based) of each of G groups; groups may share layers.
         row_weights: Float ``[B, R]``: record the sum of the rows, each times its weight, not the rows. None: the rows.
             Where the same tensors of rows and keys were requested before without weights, the sum is taken of those.
-
-    Raises:
-        ModelError: If shapes, dtypes, positions or groups make no sense.
     """
 
     rows: Tensor
@@ -201,11 +197,7 @@ class AttentionMaps(Mapping[str, Tensor]):
         return self._stacked[name]
 
     def add(self, name: str, layer: int, attention: Tensor) -> None:
-        """Add one layer's head mean, float32 ``[B, R, M]``, to every group that holds the layer.
-
-        Raises:
-            ModelError: If the layer was recorded before.
-        """
+        """Add one layer's head mean, float32 ``[B, R, M]``, to every group that holds the layer; once."""
         if layer not in self._pending[name]:
             raise ModelError(
                 f"layer {layer} was run twice inside one record() block: it covers exactly one forward pass; "
@@ -235,8 +227,7 @@ class AttentionCapture:
         chunk_rows: Rows computed at a time; by default as many as :mod:`common.attention.rows` finds best.
 
     Raises:
-        ModelError: If the model holds a vision tower, does not use the attention interface, or its
-            attention layers cannot be told apart.
+        ModelError: If the model holds a vision tower, does not use the attention interface, or its layers have no index.
     """
 
     def __init__(self, language_model: Any, *, chunk_rows: int | None = None) -> None:
@@ -275,10 +266,7 @@ class AttentionCapture:
 
     @contextmanager
     def record(self, requests: Mapping[str, AttentionRequest]) -> Iterator[AttentionMaps]:
-        """Record the requested attention of the one forward pass run inside the block.
-
-        Args:
-            requests: By a name of the caller's choice; each with rows, keys and layer groups of its own.
+        """Record what is requested, by any names, of the one forward pass run inside the block.
 
         Yields:
             The maps, readable once the forward pass is done, and after the block.
@@ -342,9 +330,7 @@ class _Recorder:
         """Compute this layer's part of every request that wants it, and add it unless it was added before."""
         layer = int(module.layer_idx)  # type: ignore[arg-type]
         wanted = {name: request for name, request in self.requests.items() if layer in request.layers}
-        # As SDPA decides it: `is_causal` counts only without a mask and for more than one query, and
-        # a vision tower or an encoder says False on its module.
-        causal = is_causal if is_causal is not None else bool(getattr(module, "is_causal", True))
+        causal = _is_causal(module, is_causal, attention_mask, query)
         whole: dict[tuple[int, int], Tensor] = {}  # rows recorded, by where they were asked for
         for name, request in wanted.items():
             request.check_fits(batch=query.shape[0], queries=query.shape[2], keys=key.shape[2])
@@ -361,7 +347,7 @@ class _Recorder:
                     keys=keys,
                     row_weights=row_weights,
                     attention_mask=attention_mask,
-                    causal=causal and attention_mask is None and query.shape[2] > 1,
+                    causal=causal,
                     scaling=scaling,
                     softcap=softcap,
                     chunk_rows=self.chunk_rows,
@@ -379,13 +365,6 @@ def checkpoint_recorded(function: Callable[..., Any], *inputs: Any) -> Any:
 
     To be set as a decoder layer's ``_gradient_checkpointing_func``. torch wants the second run to repeat every
     operation of the first, recording included, so that is what the second run does, adding to no map.
-
-    Args:
-        function: The layer's forward pass.
-        *inputs: Its tensors.
-
-    Returns:
-        What the layer returns.
     """
     with _recorders_lock:
         recorders = dict(_recorders)

@@ -30,9 +30,6 @@ class HiddenRequest:
     Attributes:
         rows: int64 ``[B, R]``, positions in this forward pass; -1 is padding.
         layers: Hidden states, 0 to the depth, each once.
-
-    Raises:
-        ModelError: If shapes or layers make no sense.
     """
 
     rows: Tensor
@@ -48,14 +45,7 @@ class HiddenRequest:
 
 
 class HiddenCapture:
-    """Records hidden states of one language model.
-
-    Args:
-        language_model: A decoder with ``layers`` and a final ``norm``, as the model library's are.
-
-    Raises:
-        ModelError: If the model is not built so.
-    """
+    """Records hidden states of one language model: a decoder with ``layers`` and a final ``norm``, else a ModelError."""
 
     def __init__(self, language_model: Any) -> None:
         layers, norm = getattr(language_model, "layers", None), getattr(language_model, "norm", None)
@@ -69,10 +59,7 @@ class HiddenCapture:
 
     @contextmanager
     def record(self, requests: Mapping[str, HiddenRequest]) -> Iterator[dict[str, Tensor]]:
-        """Record the one forward pass run inside the block.
-
-        Args:
-            requests: By a name of the caller's choice.
+        """Record what is requested, by any names, of the one forward pass run inside the block.
 
         Yields:
             By name, filled when the block ends without error: ``[B, R, S, D]`` in the model's dtype, padding
@@ -103,17 +90,14 @@ class HiddenCapture:
         if missing := [layer for layer in wanted if layer not in seen]:
             raise ModelError(f"hidden states {missing} were not seen: run the model once inside record()")
         for name, request in requests.items():
-            states = torch.stack(
-                [seen[layer].to(request.rows.device) for layer in request.layers], dim=2
-            )  # [B, T, S, D]
-            found[name] = gather_rows(states, request.rows)
+            states = [seen[layer].to(request.rows.device) for layer in request.layers]
+            found[name] = gather_rows(torch.stack(states, dim=2), request.rows)  # of [B, T, S, D]
 
     def _hook(self, layer: int, seen: dict[int, Tensor]) -> Any:
         if layer == 0:
             return self._layers[0].register_forward_pre_hook(partial(_keep_input, seen), with_kwargs=True)
-        if layer == self.depth:
-            return self._norm.register_forward_hook(partial(_keep_output, seen, layer))
-        return self._layers[layer - 1].register_forward_hook(partial(_keep_output, seen, layer))
+        module = self._norm if layer == self.depth else self._layers[layer - 1]
+        return module.register_forward_hook(partial(_keep_output, seen, layer))
 
 
 def _keep_input(seen: dict[int, Tensor], _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -131,15 +115,7 @@ def _keep(seen: dict[int, Tensor], layer: int, states: Tensor) -> None:
 
 
 def gather_rows(states: Tensor, rows: Tensor) -> Tensor:
-    """Pick positions of each sample.
-
-    Args:
-        states: ``[B, T, ...]``.
-        rows: int64 ``[B, R]``, -1 is padding.
-
-    Returns:
-        ``[B, R, ...]``, padding rows 0.
-    """
+    """Pick positions of each sample, int64 ``[B, R]``, of ``[B, T, ...]``: ``[B, R, ...]``; at -1, padding, 0."""
     rows = rows.to(states.device)
     batch = torch.arange(len(rows), device=states.device)[:, None]
     mask = (rows >= 0).view(*rows.shape, *[1] * (states.ndim - 2))
@@ -149,12 +125,6 @@ def gather_rows(states: Tensor, rows: Tensor) -> Tensor:
 def student_layers(layers: tuple[int, ...], *, teacher_depth: int, student_depth: int) -> tuple[int, ...]:
     """The student's hidden states at the same share of the depth; first and last meet first and last.
 
-    Args:
-        layers: The teacher's, 0 to its depth.
-        teacher_depth: Layers of the teacher.
-        student_depth: Layers of the student.
-
-    Returns:
-        As many; of a shallow student one may meet several.
+    As many as the teacher's ``layers``; of a shallow student one may meet several.
     """
     return tuple((2 * layer * student_depth + teacher_depth) // (2 * teacher_depth) for layer in layers)

@@ -32,17 +32,10 @@ _FROM_PERCENT, _TO_PERCENT = 33, 60
 
 
 def middle_span(depth: int) -> tuple[int, ...]:
-    """All middle layers of a model: what its groups cover together.
+    """All middle layers of a model of at least 1: what its groups cover together.
 
-    Args:
-        depth: Number of layers, at least 1.
-
-    Returns:
-        Consecutive layer indices: the published ones where there is a table (28 layers: 9..17), else
-        33 % to 60 % of the depth, each end rounded (6 layers: 2..4).
-
-    Raises:
-        ConfigError: If ``depth`` is below 1.
+    The published ones where there is a table (28 layers: 9..17), else 33 % to 60 % of the depth, each end rounded
+    (6 layers: 2..4).
     """
     if depth < 1:
         raise ConfigError(f"a language model has at least 1 layer, got depth {depth}")
@@ -55,18 +48,10 @@ def middle_span(depth: int) -> tuple[int, ...]:
 
 
 def middle_layers(depth: int, k: int = PUBLISHED_COUNT) -> tuple[int, ...]:
-    """The ``k`` layers of a student that are aligned one by one.
+    """The ``k`` layers of a student that are aligned one by one, 1 to ``depth``.
 
-    Args:
-        depth: Number of the student's layers.
-        k: How many to choose, 1 to ``depth``.
-
-    Returns:
-        Consecutive indices: the published ones for their ``k`` of 7, else centred in :func:`middle_span`
-        (reaching beyond it when the model is shallow).
-
-    Raises:
-        ConfigError: If ``k`` is not between 1 and ``depth``.
+    The published ones for their ``k`` of 7, else centred in :func:`middle_span` (reaching beyond it when the model is
+    shallow).
     """
     if not 1 <= k <= depth:
         raise ConfigError(
@@ -80,16 +65,11 @@ def middle_layers(depth: int, k: int = PUBLISHED_COUNT) -> tuple[int, ...]:
     return tuple(range(first, first + k))
 
 
-def one_group(depth: int) -> Groups:
-    """The default: one group of all middle layers, on either side."""
-    return (middle_span(depth),)
-
-
 def teacher_groups(depth: int, groups: int, layers: LayerChoice = "middle") -> Groups:
     """Layer groups to cache from a teacher.
 
     Args:
-        depth: Number of the teacher's layers.
+        depth: Number of layers.
         groups: G, how many groups; 1 is one group of all the chosen layers.
         layers: ``middle``; ``early`` and ``late``: as many layers at either end; ``all``; or explicit indices.
 
@@ -111,14 +91,7 @@ def student_groups(depth: int, groups: int, layers: LayerChoice = "middle") -> G
 
     With ``middle`` and more than one group each is a single layer (:func:`middle_layers`), as published;
     so it is with ``early`` and ``late``; with ``all`` or explicit indices, windows as for the teacher.
-
-    Args:
-        depth: Number of the student's layers.
-        groups: G, as many as the cache holds.
-        layers: As for :func:`teacher_groups`.
-
-    Raises:
-        ConfigError: If a layer does not exist or there are fewer layers than groups.
+    Arguments and errors are those of :func:`teacher_groups`.
     """
     if layers in ("early", "middle", "late") and groups > 1:
         return sliding_windows(_single_layers(depth, groups, layers), groups)
@@ -126,11 +99,7 @@ def student_groups(depth: int, groups: int, layers: LayerChoice = "middle") -> G
 
 
 def sliding_windows(layers: tuple[int, ...], groups: int) -> Groups:
-    """``groups`` windows of ``len(layers) - groups + 1`` consecutive entries, each one further.
-
-    Raises:
-        ConfigError: If there are fewer layers than groups, or no groups.
-    """
+    """``groups`` windows of ``len(layers) - groups + 1`` consecutive entries, each one further."""
     if not 1 <= groups <= len(layers):
         raise ConfigError(
             f"cannot make {groups} layer groups of {len(layers)} layers {layers}; "
@@ -191,9 +160,6 @@ def match_cached_groups(
             single layers, the middle ones.
         where: Which cache, for the error.
 
-    Returns:
-        Weights over the cached groups, and the student's groups.
-
     Raises:
         ConfigError: If the student has too few layers.
         CacheMismatchError: If the wanted groups cannot be made of the cached ones.
@@ -233,8 +199,8 @@ def match_layers(
     """Teacher groups and the student groups they meet.
 
     Args:
-        teacher_depth: Number of the teacher's layers.
-        student_depth: Number of the student's layers.
+        teacher_depth: Number of layers.
+        student_depth: Number of layers.
         groups: G, how many pairs; None: :func:`matched_count`.
         matching: ``group``: sliding windows of the teacher's chosen layers. ``simple``: the j-th chosen
             layer of the one with the j-th of the other. ``adaptive``: each student layer with the one
@@ -262,11 +228,8 @@ def match_layers(
 def matched_count(teacher_depth: int, student_depth: int, layers: LayerChoice = "middle") -> int:
     """How many pairs of layers are aligned: the published 7, or what a shallower model has.
 
-    Args:
-        teacher_depth: Number of the teacher's layers.
-        student_depth: Number of the student's layers.
-        layers: With ``all`` or explicit indices as many as the side with fewer of them; ``early`` and ``late``
-            as many as ``middle``, so that they compare.
+    With ``all`` or explicit indices as many as the side with fewer of them; ``early`` and ``late`` as many as ``middle``,
+    so that they compare.
     """
     if layers not in ("middle", "early", "late"):
         return min(len(_chosen_layers(depth, layers)) for depth in (teacher_depth, student_depth))

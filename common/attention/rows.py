@@ -298,7 +298,6 @@ class SharedPlace:
     """
 
     def __init__(self) -> None:
-        """Know nothing yet."""
         self._known: tuple[tuple[tuple[Any, ...], _Place], ...] = ()
 
     def find(self, inputs: _Inputs, settings: _Settings) -> _Place | None:
@@ -319,7 +318,6 @@ class _Part:
     """The queries and keys of a layer at a place."""
 
     def __init__(self, place: _Place, inputs: _Inputs, settings: _Settings) -> None:
-        """Take them."""
         samples = place.where[0]
         self.place, self._settings = place, settings
         self._query, self._key = inputs.query[samples], inputs.key[samples, :, : settings.keys_seen]

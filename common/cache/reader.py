@@ -44,10 +44,7 @@ class SampleIds(Sequence[str]):
     """All records' ids in the data set's order; iterating, indexing and slicing read one shard at a time."""
 
     def __init__(
-        self,
-        starts: NDArray[np.int64],
-        sidecar: Callable[[int], ShardSidecar],
-        contains: Callable[[object], bool],
+        self, starts: NDArray[np.int64], sidecar: Callable[[int], ShardSidecar], contains: Callable[[object], bool]
     ) -> None:
         """Describe them; ``starts``: records before each shard, and their total at the end, int64 ``[shards + 1]``."""
         self._starts, self._sidecar, self._contains = starts, sidecar, contains
@@ -56,18 +53,8 @@ class SampleIds(Sequence[str]):
         return int(self._starts[-1])
 
     def __iter__(self) -> Iterator[str]:
-        return self._between(0, len(self))
-
-    def _between(self, first: int, last: int) -> Iterator[str]:
-        """Yield the ids of a range, opening each sidecar once."""
-        while first < last:
-            shard = self._shard_of(first)
-            start, end = self._starts[shard : shard + 2].tolist()
-            yield from self._sidecar(shard).sample_ids[first - start : last - start]
-            first = end
-
-    def _shard_of(self, at: int) -> int:
-        return int(np.searchsorted(self._starts, at, side="right")) - 1
+        for shard in range(len(self._starts) - 1):
+            yield from self._sidecar(shard).sample_ids
 
     def __contains__(self, sample_id: object) -> bool:
         return self._contains(sample_id)
@@ -79,14 +66,11 @@ class SampleIds(Sequence[str]):
     def __getitem__(self, place: int | slice) -> str | tuple[str, ...]:
         """Return one id, or those of a slice."""
         if isinstance(place, slice):
-            chosen = range(*place.indices(len(self)))
-            if chosen.step == 1:
-                return tuple(self._between(chosen.start, chosen.stop))
-            return tuple(self[i] for i in chosen)
+            return tuple(self[i] for i in range(*place.indices(len(self))))
         at = place + len(self) if place < 0 else place
         if not 0 <= at < len(self):
             raise IndexError(f"no sample {place}; there are {len(self)}")
-        shard = self._shard_of(at)
+        shard = int(np.searchsorted(self._starts, at, side="right")) - 1
         return self._sidecar(shard).sample_ids[at - int(self._starts[shard])]
 
     def __eq__(self, other: object) -> bool:
@@ -102,10 +86,7 @@ class FailedSamples(Mapping[str, str]):
     """Why each missing sample could not be read, by sample id; reads the sidecars of shards that have some."""
 
     def __init__(
-        self,
-        counts: Sequence[int],
-        sidecar: Callable[[int], ShardSidecar],
-        find: Callable[[str], Place | None],
+        self, counts: Sequence[int], sidecar: Callable[[int], ShardSidecar], find: Callable[[str], Place | None]
     ) -> None:
         """Describe them; ``counts``: failed samples of each shard."""
         self._counts, self._sidecar, self._find = counts, sidecar, find
@@ -143,13 +124,7 @@ class OpenShards:
     """Opens shards after checking every byte, and sidecars after comparing them with the manifest."""
 
     def __init__(
-        self,
-        path: Path,
-        plan: Plan,
-        manifest: Manifest,
-        *,
-        limit: int,
-        before_open: Callable[[int], object] | None,
+        self, path: Path, plan: Plan, manifest: Manifest, *, limit: int, before_open: Callable[[int], object] | None
     ) -> None:
         """Open none yet; keep at most ``limit`` shards and sidecars. ``before_open``: as for ``TeacherCache``."""
         self._path, self._plan, self._manifest = path, plan, manifest
@@ -476,12 +451,9 @@ class TeacherCache:
         self._checked |= wanted.keys()
 
     def check_shard_files(self) -> None:
-        """Look, without reading them, whether every shard's files are there in full length.
+        """Refuse a shard whose files are not there in full length; does not read them.
 
         A cache whose shards are fetched as they are needed is checked then.
-
-        Raises:
-            CacheFormatError: Naming the first that is not.
         """
         if not self._fetches:
             self._shards.check_sizes()

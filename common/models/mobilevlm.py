@@ -9,21 +9,7 @@ from typing import Any, ClassVar
 
 from transformers import AutoConfig, AutoModelForImageTextToText, CLIPVisionConfig, LlamaConfig, LlamaModel
 
-from vlm_distill_cache.common.models.vision_language import (
-    PHASES,
-    Phase,
-    VisionLanguageConfig,
-    VisionLanguageModel,
-    VisualDecoder,
-)
-
-__all__ = [
-    "PHASES",
-    "MobileVLMConfig",
-    "MobileVLMForConditionalGeneration",
-    "MobileVLMModel",
-    "Phase",
-]
+from vlm_distill_cache.common.models.vision_language import VisionLanguageConfig, VisionLanguageModel, VisualDecoder
 
 
 class MobileVLMConfig(VisionLanguageConfig):

@@ -21,11 +21,7 @@ _OTHERS_PARTS = ("model.vision_tower.", "model.mm_projector.")
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """Read a checkpoint's ``config.json``.
-
-    Raises:
-        ModelError: If there is none, or it is damaged.
-    """
+    """Read a checkpoint's ``config.json``; a ModelError if there is none, or it is damaged."""
     try:
         stored = read_json((directory / "config.json").resolve())
     except (FileNotFoundError, NotADirectoryError):
@@ -50,11 +46,7 @@ def tower_settings(directory: Path) -> dict[str, Any]:
 
 
 def tower_weights(directory: Path) -> dict[str, Tensor]:
-    """A vision tower's tensors under the library's own names, without those of whatever lies beside it.
-
-    Raises:
-        ModelError: If the checkpoint holds no tower, or several.
-    """
+    """A vision tower's tensors under the library's own names, without those of whatever lies beside it."""
     found = drop_buffers(read_weights(directory))
     # A tower alone may have a prefix or none; in CLIP, SigLIP, LLaVA, MobileVLM and CompoDistill each has its own.
     prefixes = [name.removesuffix(_FIRST) for name in found if name.endswith(_FIRST)]
@@ -68,31 +60,17 @@ def tower_weights(directory: Path) -> dict[str, Tensor]:
 
 
 def fill_vision_tower(student: VisionLanguageModel, directory: Path) -> None:
-    """Copy a tower's weights from a directory into a model of ours.
-
-    Raises:
-        ModelError: If they are not exactly the tower's.
-    """
-    tensors = tower_weights(directory)
-    encoder = student.vision_encoder
-    check_tensors(
-        tensors,
-        encoder.state_dict(),
-        where=f"vision_tower {directory}",
-        remedy="give a complete checkpoint of the tower",
-    )
+    """Copy a tower's weights from a directory into a model of ours; a ModelError if they are not exactly the tower's."""
+    tensors, encoder = tower_weights(directory), student.vision_encoder
+    remedy = "give a complete checkpoint of the tower"
+    check_tensors(tensors, encoder.state_dict(), where=f"vision_tower {directory}", remedy=remedy)
     encoder.load_state_dict(tensors)
 
 
 def language_model_settings(directory: Path, *, expected: str) -> dict[str, Any]:
-    """The settings of a language model's directory that are read of it.
+    """The settings that are read of a language model's directory, a Llama (MobileLLaMA) or Qwen2 as the library saves it.
 
-    Args:
-        directory: A Llama (MobileLLaMA) or Qwen2 as the library saves it.
-        expected: ``llama`` or ``qwen2``.
-
-    Raises:
-        ModelError: If it is of another kind.
+    ``expected`` is ``llama`` or ``qwen2``; another kind is a ModelError.
     """
     stored = read_config(directory)
     if _LANGUAGE_MODELS.get(str(stored.get("model_type"))) != expected:
@@ -103,19 +81,11 @@ def language_model_settings(directory: Path, *, expected: str) -> dict[str, Any]
 
 
 def fill_language_model(student: VisionLanguageModel, directory: Path) -> None:
-    """Copy a causal language model's weights from a directory into a model of ours.
-
-    Raises:
-        ModelError: If they are not exactly the language model's.
-    """
+    """Copy a causal language model's weights from a directory into a model of ours; a ModelError if they do not fit."""
     tensors = drop_buffers(read_weights(directory))
     if "lm_head.weight" not in tensors and read_config(directory).get("tie_word_embeddings"):
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
     own = {name: value for name, value in student.state_dict().items() if not name.startswith(_OTHERS_PARTS)}
-    check_tensors(
-        tensors,
-        own,
-        where=f"language_model {directory}",
-        remedy="give a complete checkpoint of a language model",
-    )
+    remedy = "give a complete checkpoint of a language model"
+    check_tensors(tensors, own, where=f"language_model {directory}", remedy=remedy)
     student.load_state_dict(tensors, strict=False)  # strict for its part: checked above

@@ -2,7 +2,7 @@
 
 Four types, chosen by name in the student's configuration:
 
-- ``ldpnet``: MobileVLM V1's own (``ldp.py``). Quarters the tokens (24x24 -> 12x12).
+- ``ldpnet``: MobileVLM V1's own. Quarters the tokens (24x24 -> 12x12).
 - ``ldpnetv2``: MobileVLM V2's own. Quarters the tokens (24x24 -> 12x12), 99 % of its weights are the two
   linear layers. Attribute names repeat the published checkpoint's keys (``mlp.mlp.0``, ``peg.peg.0``).
 - ``mlp``: two linear layers, as many tokens as patches; for students that keep the teacher's grid.
@@ -31,7 +31,7 @@ class ChannelNorm(nn.LayerNorm):
     """Layer norm over the channels of an image ``[M, D, rows, cols]``."""
 
     def forward(self, plane: Tensor) -> Tensor:
-        """Normalise each position's channels, float ``[M, D, rows, cols]``."""
+        """Normalise each position's channels."""
         return super().forward(plane.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
@@ -99,11 +99,6 @@ class _LDPBlock(nn.Module):
 class LDPProjector(nn.Module):
     """MobileVLM V1's lightweight downsample projector, which quarters the tokens.
 
-    Args:
-        in_features: Width of the vision tower's features.
-        out_features: Width of the language model.
-        grid: Rows and columns of patches.
-
     Source:
         MobileVLM (arXiv:2312.16886), section 3.4 and figure 2.
     """
@@ -116,55 +111,33 @@ class LDPProjector(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Project float ``[M, N, D_v]`` to ``[M, out rows * out cols, D]``."""
-        tokens = self.model.mlp(features)  # [M, N, D]
-        images, _, width = tokens.shape
-        plane = tokens.transpose(1, 2).reshape(images, width, *self.in_grid)  # [M, D, rows, cols]
-        mixed: Tensor = self.model.mb_block(plane)
-        return mixed.flatten(2).transpose(1, 2)
+        return _as_tokens(self.model.mb_block(_as_plane(self.model.mlp(features), self.in_grid)))
 
 
-__all__ = [
-    "PROJECTOR_TYPES",
-    "LDPProjector",
-    "LDPv2Projector",
-    "MlpProjector",
-    "Projector",
-    "TeacherAdapter",
-    "TeacherProjector",
-    "build_projector",
-    "half_grid",
-    "pool_grid",
-]
+def _as_plane(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Row-major tokens ``[M, rows * cols, D]`` as a picture ``[M, D, rows, cols]``."""
+    images, _, width = tokens.shape
+    return tokens.transpose(1, 2).reshape(images, width, *grid)
 
-PROJECTOR_TYPES = ("ldpnet", "ldpnetv2", "mlp", "taf")
+
+def _as_tokens(plane: Tensor) -> Tensor:
+    return plane.flatten(2).transpose(1, 2)
 
 
 def pool_grid(tokens: Tensor, grid: tuple[int, int], target: tuple[int, int]) -> Tensor:
-    """Average-pool a row-major token grid to a smaller grid.
-
-    Args:
-        tokens: Float ``[M, rows * cols, D]``.
-        grid: Rows and columns of ``tokens``.
-        target: Rows and columns wanted; each at most the grid's.
-
-    Returns:
-        Float ``[M, target rows * target cols, D]``.
-    """
-    images, _, width = tokens.shape
-    plane = tokens.transpose(1, 2).reshape(images, width, *grid)  # [M, D, rows, cols]
-    pooled = nn.functional.adaptive_avg_pool2d(plane, target)
-    return pooled.flatten(2).transpose(1, 2)  # [M, N', D]
+    """Average-pool tokens ``[M, rows * cols, D]`` of a row-major grid to a smaller one, ``[M, target cells, D]``."""
+    return _as_tokens(nn.functional.adaptive_avg_pool2d(_as_plane(tokens, grid), target))
 
 
 class _PointwiseMlp(nn.Module):
-    """Linear, exact GELU, linear, under the published name ``mlp``."""
+    """Linear, exact GELU, linear, under the published name ``mlp``: ``[M, N, D_v]`` to ``[M, N, D]``."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(in_features, out_features), nn.GELU(), nn.Linear(out_features, out_features))
 
     def forward(self, features: Tensor) -> Tensor:
-        """Project float ``[M, N, D_v]`` to ``[M, N, D]``."""
+        """Project the features."""
         projected: Tensor = self.mlp(features)
         return projected
 
@@ -178,19 +151,12 @@ class _PositionConv(nn.Module):
 
     def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         """Add the convolution of float ``[M, rows * cols, D]`` seen as a grid to itself."""
-        images, count, width = tokens.shape
-        plane = tokens.transpose(1, 2).reshape(images, width, *grid)  # [M, D, rows, cols]
-        mixed: Tensor = plane + self.peg(plane)
-        return mixed.reshape(images, width, count).transpose(1, 2)
+        plane = _as_plane(tokens, grid)
+        return _as_tokens(plane + self.peg(plane))
 
 
 class LDPv2Projector(nn.Module):
     """MobileVLM V2's lightweight downsample projector: mlp, 2x2 average pool, x + depthwise conv(x).
-
-    Args:
-        in_features: Width of the vision tower's features.
-        out_features: Width of the language model.
-        grid: Rows and columns of patches.
 
     Source:
         MobileVLM V2 (arXiv:2402.03766), section 3.3. The published code pools to a fixed 12x12; here to
@@ -210,13 +176,7 @@ class LDPv2Projector(nn.Module):
 
 
 class MlpProjector(nn.Sequential):
-    """LLaVA-1.5's projector, keys ``0`` and ``2``: as many tokens as patches.
-
-    Args:
-        in_features: Width of the vision tower's features.
-        out_features: Width of the language model.
-        grid: Rows and columns of patches.
-    """
+    """LLaVA-1.5's projector, keys ``0`` and ``2``: as many tokens as patches."""
 
     def __init__(self, *, in_features: int, out_features: int, grid: tuple[int, int]) -> None:
         super().__init__(nn.Linear(in_features, out_features), nn.GELU(), nn.Linear(out_features, out_features))
@@ -252,7 +212,6 @@ class TeacherAdapter(nn.Module):
 
     Args:
         teacher: The teacher's projector.
-        teacher_width: Width of what ``teacher`` puts out.
         out_features: Width of the student's language model.
         grid: Rows and columns of patches.
         pool: Average-pool P_t's output 2x2 before P_s, for a student with a quarter of the tokens. The
@@ -262,20 +221,12 @@ class TeacherAdapter(nn.Module):
         CompoDistill (arXiv:2510.12184), section 3.3; the pooling is ours.
     """
 
-    def __init__(
-        self,
-        *,
-        teacher: TeacherProjector,
-        teacher_width: int,
-        out_features: int,
-        grid: tuple[int, int],
-        pool: bool,
-    ) -> None:
+    def __init__(self, *, teacher: TeacherProjector, out_features: int, grid: tuple[int, int], pool: bool) -> None:
         super().__init__()
         self.in_grid = grid
         self.out_grid = half_grid(grid) if pool else grid
         self.teacher = teacher
-        self.post = nn.Linear(teacher_width, out_features)
+        self.post = nn.Linear(teacher.linear_2.out_features, out_features)
 
     def forward(self, features: Tensor) -> Tensor:
         """Project float ``[M, N, D_v]`` to ``[M, out rows * out cols, D]``."""
@@ -288,6 +239,12 @@ class TeacherAdapter(nn.Module):
 
 
 Projector = LDPProjector | LDPv2Projector | MlpProjector | TeacherAdapter
+PROJECTORS: dict[str, type[LDPProjector | LDPv2Projector | MlpProjector]] = {
+    "ldpnet": LDPProjector,
+    "ldpnetv2": LDPv2Projector,
+    "mlp": MlpProjector,
+}
+PROJECTOR_TYPES = (*PROJECTORS, "taf")
 
 
 def build_projector(
@@ -299,10 +256,10 @@ def build_projector(
     teacher_projector: dict[str, int | str] | None = None,
     pool_teacher_tokens: bool = False,
 ) -> Projector:
-    """Make the projector named in a student's configuration, with random weights.
+    """Make the projector of a type, one of ``PROJECTOR_TYPES``, with random weights.
 
     Args:
-        projector_type: One of ``PROJECTOR_TYPES``.
+        projector_type: As named in a student's configuration.
         in_features: Width of the vision tower's features.
         out_features: Width of the language model.
         grid: Rows and columns of patches.
@@ -312,12 +269,8 @@ def build_projector(
     Raises:
         ModelError: If the type is unknown, or ``taf`` lacks a teacher's projector or does not fit the tower.
     """
-    if projector_type == "ldpnet":
-        return LDPProjector(in_features=in_features, out_features=out_features, grid=grid)
-    if projector_type == "ldpnetv2":
-        return LDPv2Projector(in_features=in_features, out_features=out_features, grid=grid)
-    if projector_type == "mlp":
-        return MlpProjector(in_features=in_features, out_features=out_features, grid=grid)
+    if projector_type in PROJECTORS:
+        return PROJECTORS[projector_type](in_features=in_features, out_features=out_features, grid=grid)
     if projector_type != "taf":
         raise ModelError(f"projector_type: got {projector_type!r}; choose one of {', '.join(PROJECTOR_TYPES)}")
     if teacher_projector is None:
@@ -338,10 +291,4 @@ def build_projector(
         act=str(teacher_projector["act"]),
         bias=bool(teacher_projector.get("bias", True)),
     )
-    return TeacherAdapter(
-        teacher=teacher,
-        teacher_width=int(teacher_projector["out"]),
-        out_features=out_features,
-        grid=grid,
-        pool=pool_teacher_tokens,
-    )
+    return TeacherAdapter(teacher=teacher, out_features=out_features, grid=grid, pool=pool_teacher_tokens)

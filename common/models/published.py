@@ -75,7 +75,7 @@ def load_published(
     if converted is not None:
         directory = convert_published(directory, converted, vision_tower=vision_tower)
     stored = read_config(directory)
-    kind = _kind(stored)
+    where, kind = str(directory), _kind(stored)
     if kind is None:
         raise ModelError(
             f"{directory}: model_type is {stored.get('model_type')!r}, expected one of "
@@ -89,39 +89,30 @@ def load_published(
     if kind == "own":
         model_class = _CLASSES[stored["model_type"]]
         config = model_class.config_class.from_pretrained(directory, local_files_only=True)
-        return _fill(model_class, config, drop_buffers(read_weights(directory)), dtype=dtype, where=directory)
+        return _fill(model_class, config, drop_buffers(read_weights(directory)), dtype=dtype, where=where)
     if kind == "compodistill":
         if (directory / "adapter_config.json").exists():
             raise ModelError(
                 f"{directory}: a training checkpoint with adapters of its own (adapter_config.json), not a release; merge "
                 "it with CompoDistill's scripts/upload/prepare_hf_model.py and give the result"
             )
-        config = compodistill_config(stored, where=str(directory))
-        bridged = config.projector_type == "taf"
-        tensors = {
-            compodistill_key(name, bridged=bridged): value
-            for name, value in drop_buffers(read_weights(directory)).items()
-        }
-        return _fill(CompoDistillForConditionalGeneration, config, tensors, dtype=dtype, where=directory)
+        config = compodistill_config(stored, where=where)
+        bridged, tensors = config.projector_type == "taf", drop_buffers(read_weights(directory))
+        tensors = {compodistill_key(name, bridged=bridged): value for name, value in tensors.items()}
+        return _fill(CompoDistillForConditionalGeneration, config, tensors, dtype=dtype, where=where)
     tower_folder = _tower_folder(directory, stored, vision_tower)
-    config = mobilevlm_config(stored, _tower_settings(directory, stored, tower_folder), where=str(directory))
+    config = mobilevlm_config(stored, _tower_settings(directory, stored, tower_folder), where=where)
     tensors = drop_buffers(read_weights(directory))
     if vision_tower is not None or not any(name.startswith(TOWER_PREFIX) for name in tensors):
         tensors = {name: value for name, value in tensors.items() if not name.startswith(TOWER_PREFIX)}
         tensors |= _separate_tower(directory, stored, tower_folder)
-    return _fill(MobileVLMForConditionalGeneration, config, tensors, dtype=dtype, where=directory)
+    return _fill(MobileVLMForConditionalGeneration, config, tensors, dtype=dtype, where=where)
 
 
 def convert_published(directory: Path, target: Path, *, vision_tower: Path | None = None) -> Path:
-    """Write a published checkpoint in our own layout, once: safetensors, tokenizer and image processor.
+    """Write a published checkpoint in our own layout, once: safetensors, tokenizer and image processor; return ``target``.
 
-    Args:
-        directory: The original; only read.
-        target: Folder to write; one that was written from the same original is left as it is.
-        vision_tower: See `load_published`.
-
-    Returns:
-        ``target``.
+    A ``target`` that was written from the same original is left as it is. ``vision_tower``: as for `load_published`.
 
     Raises:
         ModelError: If ``target`` holds anything else, or the original cannot be loaded.
@@ -151,13 +142,9 @@ def convert_published(directory: Path, target: Path, *, vision_tower: Path | Non
 
 
 def default_image_processor(config: VisionLanguageConfig) -> Any:
-    """The image processor that a tower was published with, for checkpoints that name it instead of holding it.
+    """The PIL image processor that a tower was published with, for checkpoints that name it instead of holding it.
 
-    Args:
-        config: One of ours; ``image_aspect_ratio`` says beside it how a picture becomes a square.
-
-    Returns:
-        A PIL image processor of the library.
+    How a picture becomes a square before it is the configuration's ``image_aspect_ratio``.
     """
     side = int(config.vision_config.image_size)
     if config.vision_config.model_type == "siglip_vision_model":
@@ -185,19 +172,15 @@ def _fill(
     tensors: dict[str, Tensor],
     *,
     dtype: torch.dtype | None,
-    where: Path,
+    where: str,
 ) -> VisionLanguageModel:
     """Make a model of exactly these tensors."""
     with torch.device("meta"):
         expected = model_class(config).state_dict()
     if config.tie_word_embeddings and "lm_head.weight" not in tensors and "model.embed_tokens.weight" in tensors:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
-    check_tensors(
-        tensors,
-        expected,
-        where=str(where),
-        remedy="expected exactly the tensors of the published checkpoint: download config.json and weights again",
-    )
+    remedy = "expected exactly the tensors of the published checkpoint: download config.json and weights again"
+    check_tensors(tensors, expected, where=where, remedy=remedy)
     if dtype is None:
         dtype = next(value.dtype for value in tensors.values() if value.is_floating_point())
     model: VisionLanguageModel = model_class.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)

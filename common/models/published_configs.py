@@ -23,18 +23,12 @@ TOWER_PREFIX = "model.vision_tower.vision_tower.vision_model."
 # The towers that the published checkpoints name instead of describing (their cards; CLIP: arXiv:2103.00020).
 KNOWN_TOWERS: dict[str, dict[str, Any]] = {
     "openai/clip-vit-large-patch14-336": {
-        "model_type": "clip_vision_model",
-        "hidden_size": 1024,
-        "intermediate_size": 4096,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-        "image_size": 336,
-        "patch_size": 14,
-        "projection_dim": 768,
+        "model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
+        "num_attention_heads": 16, "image_size": 336, "patch_size": 14, "projection_dim": 768,
     },
-}
+}  # fmt: skip
 
-_PROJECTORS = {"ldpnet": "ldpnet", "ldpnetv2": "ldpnetv2"}
+_PROJECTORS = ("ldpnet", "ldpnetv2")
 _TEXT_SETTINGS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps",
@@ -42,8 +36,7 @@ _TEXT_SETTINGS = (
     "use_sliding_window", "sliding_window", "max_window_layers", "bos_token_id", "eos_token_id", "pad_token_id",
     "tie_word_embeddings",
 )  # fmt: skip
-_ROTARY = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
-_POSITIONS = re.compile(r"(^|\.)position_ids$")
+_BUFFERS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|position_ids)$")
 
 
 def text_settings(stored: Mapping[str, Any]) -> dict[str, Any]:
@@ -53,19 +46,14 @@ def text_settings(stored: Mapping[str, Any]) -> dict[str, Any]:
 
 def drop_buffers(tensors: Mapping[str, Any]) -> dict[str, Any]:
     """Leave out the two kinds of buffers that older libraries stored: rotary frequencies and position ids."""
-    return {name: value for name, value in tensors.items() if not _ROTARY.search(name) and not _POSITIONS.search(name)}
+    return {name: value for name, value in tensors.items() if not _BUFFERS.search(name)}
 
 
 def mobilevlm_config(stored: Mapping[str, Any], tower: dict[str, Any], *, where: str) -> MobileVLMConfig:
-    """Our configuration of a published ``mtgv/MobileVLM*``.
-
-    Args:
-        stored: Its ``config.json``.
-        tower: The vision tower's stored configuration.
-        where: Whose it is, for errors.
+    """Our configuration of a published ``mtgv/MobileVLM*``, from its ``config.json`` and its tower's configuration.
 
     Raises:
-        ModelError: If it asks for something that no published MobileVLM has.
+        ModelError: Naming ``where``, if it asks for something that no published MobileVLM has.
     """
     projector = str(stored.get("mm_projector_type"))
     if projector not in _PROJECTORS:
@@ -89,7 +77,7 @@ def mobilevlm_config(stored: Mapping[str, Any], tower: dict[str, Any], *, where:
         text_config=text,
         vision_config=vision,
         image_token_id=text.vocab_size,
-        projector_type=_PROJECTORS[projector],
+        projector_type=projector,
         vision_feature_layer=int(stored.get("mm_vision_select_layer", -2)),
         image_aspect_ratio=_aspect_ratio(stored.get("image_aspect_ratio") or "pad", where),
         tie_word_embeddings=bool(stored.get("tie_word_embeddings", False)),
@@ -97,14 +85,10 @@ def mobilevlm_config(stored: Mapping[str, Any], tower: dict[str, Any], *, where:
 
 
 def compodistill_config(stored: Mapping[str, Any], *, where: str) -> CompoDistillConfig:
-    """Our configuration of a released CompoDistill teacher or student.
-
-    Args:
-        stored: Its ``config.json``.
-        where: Whose it is, for errors.
+    """Our configuration of a released CompoDistill teacher or student, from its ``config.json``.
 
     Raises:
-        ModelError: If it asks for something that no released CompoDistill model has.
+        ModelError: Naming ``where``, if it asks for something that no released CompoDistill model has.
     """
     text_stored, vision_stored = stored.get("text_config"), stored.get("vision_config")
     if not isinstance(text_stored, dict) or not isinstance(vision_stored, dict):
@@ -113,10 +97,8 @@ def compodistill_config(stored: Mapping[str, Any], *, where: str) -> CompoDistil
         raise ModelError(f"{where}: text_config is a {text_stored.get('model_type')!r}, expected 'qwen2'")
     if stored.get("connector_type") != "mlp2x_gelu":
         raise ModelError(f"{where}: connector_type is {stored.get('connector_type')!r}, expected 'mlp2x_gelu'")
-    layer, select = (
-        stored.get("vision_feature_layer", -2),
-        stored.get("vision_feature_select_strategy", "patch"),
-    )
+    layer = stored.get("vision_feature_layer", -2)
+    select = stored.get("vision_feature_select_strategy", "patch")
     if not isinstance(layer, int) or select not in ("patch", "cls_patch"):
         raise ModelError(
             f"{where}: vision_feature_layer {layer!r} with strategy {select!r}; expected one layer and 'patch' or "
@@ -144,9 +126,7 @@ def compodistill_config(stored: Mapping[str, Any], *, where: str) -> CompoDistil
 def compodistill_key(name: str, *, bridged: bool) -> str:
     """Our name of a released CompoDistill tensor; a name that is none of theirs stays, and is refused as left over.
 
-    Args:
-        name: Theirs.
-        bridged: Whether the model has a post-connector (the student).
+    ``bridged``: whether the model has a post-connector (the student).
     """
     first, second = ("teacher.linear_1", "teacher.linear_2") if bridged else ("0", "2")
     for theirs, ours in (

@@ -72,11 +72,7 @@ class VisualDecoder:
     """Mixed into a decoder of the library (``LlamaModel``, ``Qwen2Model``): adds projector and vision tower."""
 
     def add_vision(self, config: VisionLanguageConfig) -> None:
-        """Make tower and projector, with random weights.
-
-        Raises:
-            ModelError: If the parts do not fit each other.
-        """
+        """Make tower and projector, with random weights; a ModelError if they do not fit each other."""
         self.image_token_id = config.image_token_id
         self.vision_tower = VisionTower(
             config.vision_config, config.vision_feature_layer, config.vision_feature_select_strategy
@@ -105,18 +101,7 @@ class VisualDecoder:
         tower._attn_implementation = own
 
     def embed_multimodal(self, input_ids: Tensor, pixel_values: Tensor) -> Tensor:
-        """Embed tokens and put the projected images where the image token stands, in batch-row order.
-
-        Args:
-            input_ids: Int64 ``[B, T]``.
-            pixel_values: Float ``[M, 3, height, width]``.
-
-        Returns:
-            Float ``[B, T, D]``.
-
-        Raises:
-            ModelError: If the number of image tokens is not images times visual tokens.
-        """
+        """Embed tokens and put the projected images where the image token stands, in batch-row order: ``[B, T, D]``."""
         embeds = self._embed_text(input_ids)
         visual = self.mm_projector(self.vision_tower(pixel_values)).to(embeds.dtype)  # [M, N, D]
         is_image = input_ids == self.image_token_id  # [B, T]
@@ -160,16 +145,10 @@ class VisualDecoder:
     ) -> BaseModelOutputWithPast:
         """Run the language model over text and images.
 
-        Args:
-            input_ids: Int64 ``[B, T]``.
-            attention_mask: Bool or 0/1 ``[B, past + T]``, bool ``[B, 1, T, past + T]`` (True: may attend), a dict
-                of masks by kind of layer, or None.
-            position_ids: Int64 ``[B, T]`` or None (counted from the cache's length).
-            past_key_values: Key-value cache of earlier steps.
-            inputs_embeds: Float ``[B, T, D]`` in place of ``input_ids``, with images already embedded.
-            use_cache: Whether to return a key-value cache.
-            pixel_values: Float ``[M, 3, height, width]``; with the first step only.
-            **kwargs: What transformers passes on to its layers.
+        ``input_ids`` are int64 ``[B, T]``, or in their place ``inputs_embeds`` float ``[B, T, D]``, with images already
+        embedded; ``pixel_values`` float ``[M, 3, height, width]``, with the first step only; ``attention_mask`` bool or 0/1
+        ``[B, past + T]``, bool ``[B, 1, T, past + T]`` (True: may attend), a dict of masks by kind of layer, or None. All
+        else is as for the library's decoders.
 
         Returns:
             ``last_hidden_state`` float ``[B, T, D]`` and ``past_key_values``.
@@ -271,20 +250,11 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
     ) -> Any:
         """Predict next tokens; with ``supervised``, only for the rows that a loss needs.
 
-        Args:
-            input_ids: As for ``VisualDecoder.forward``, and so all arguments down to ``pixel_values``.
-            attention_mask: See there.
-            position_ids: See there.
-            past_key_values: See there.
-            inputs_embeds: See there.
-            use_cache: See there.
-            pixel_values: See there.
-            supervised: Bool ``[B, T]``: drop all other rows before the output projection, so that
-                ``[B, T, V]`` never exists.
-            on_rows: With ``supervised``: called with the rows' last hidden states ``[A, D]`` and the output projection in
-                its place, inside this forward pass, where wrappers for several devices expect a parameter's use.
-            logits_to_keep: Keep only so many last rows (0 = all), or the rows of this index; for generation.
-            **kwargs: Passed to the language model.
+        Arguments down to ``pixel_values``, and others: as for ``VisualDecoder.forward``. ``supervised``, bool ``[B, T]``,
+        drops all other rows before the output projection, so that ``[B, T, V]`` never exists; ``on_rows`` is then called
+        with the rows' last hidden states ``[A, D]`` and the output projection in its place, inside this forward pass, where
+        wrappers for several devices expect a parameter's use. ``logits_to_keep``, for generation, keeps only so many last
+        rows (0 = all), or the rows of this index.
 
         Returns:
             ``logits``: float ``[A, V]`` in batch-row order with ``supervised``, else ``[B, T or kept, V]``; with
@@ -321,9 +291,6 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
 
         ``dpt`` trains the projector side, ``dft`` and ``sft`` the language model too. The vision tower and a
         teacher's projector are never trained.
-
-        Raises:
-            ModelError: If the phase is unknown.
         """
         if phase not in PHASES:
             raise ModelError(f"phase: got {phase!r}; choose one of {', '.join(PHASES)}")

@@ -34,12 +34,8 @@ _SETTINGS = (
 def tower_config(stored: dict[str, Any], *, where: str) -> TowerConfig:
     """Make a tower's configuration of stored plain JSON; without a ``model_type`` it is CLIP's.
 
-    Args:
-        stored: ``vision_tower.json`` of a cache, a preset's ``vision_tower``, or a checkpoint's ``vision_config``.
-        where: Whose it is, for the error.
-
-    Raises:
-        ModelError: If the tower is neither CLIP's nor SigLIP's.
+    ``stored`` is the ``vision_tower.json`` of a cache, a preset's ``vision_tower``, or a checkpoint's ``vision_config``;
+    ``where`` says whose, for the ModelError about a tower that is neither CLIP's nor SigLIP's.
     """
     name = str(stored.get("model_type", "clip_vision_model"))
     if name not in TOWERS:
@@ -72,9 +68,6 @@ class VisionTower(nn.Module):
     Attributes:
         grid: Rows and columns of patches.
         dropped_tokens: Patches left out at the beginning of the grid: 1 for SigLIP with ``patch``, else 0.
-
-    Raises:
-        ModelError: If the tower has no such hidden state, or the selection leaves no picture.
     """
 
     def __init__(self, config: TowerConfig, feature_layer: int, select: str = "patch") -> None:

@@ -24,8 +24,7 @@ _LISTED = 5  # names of wrong tensors an error shows
 def weight_files(directory: Path) -> list[Path]:
     """Files that hold a checkpoint's weights; safetensors come before pickles.
 
-    Raises:
-        ModelError: If there are none, or an index names files that are missing or elsewhere.
+    A ModelError if there are none, or an index names files that are missing or elsewhere.
     """
     for name in _WHOLE:
         if (directory / name).is_file():
@@ -68,14 +67,14 @@ def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], *
         ModelError: Naming the first few missing, left-over or misshapen tensors.
     """
     shapes = [
-        f"{name} {list(found[name].shape)} instead of {list(value.shape)}"
-        for name, value in expected.items()
-        if name in found and found[name].shape != value.shape
+        f"{name} {list(found[name].shape)} instead of {list(expected[name].shape)}"
+        for name in sorted(expected.keys() & found.keys())
+        if found[name].shape != expected[name].shape
     ]
     problems = {
         "missing": sorted(expected.keys() - found.keys()),
         "unexpected": sorted(found.keys() - expected.keys()),
-        "of another shape": sorted(shapes),
+        "of another shape": shapes,
     }
     text = "; ".join(
         f"{len(names)} {kind}: {', '.join(names[:_LISTED])}{', ...' if len(names) > _LISTED else ''}"
@@ -116,16 +115,7 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
             f"{path}: refused, because it is damaged or holds more than tensors and could run code "
             f"({_first_line(error)}); download it again from the model's own authors, or use safetensors"
         ) from error
-    except (
-        RuntimeError,
-        EOFError,
-        OSError,
-        ValueError,
-        KeyError,
-        AttributeError,
-        IndexError,
-        TypeError,
-    ) as error:
+    except (RuntimeError, EOFError, OSError, ValueError, LookupError, AttributeError, TypeError) as error:
         raise ModelError(
             f"{path}: damaged or truncated weights file ({_first_line(error)}); download it again"
         ) from error

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vlm_distill_cache.common.errors import ModelError
-from vlm_distill_cache.common.models.mobilevlm import PHASES, Phase
+from vlm_distill_cache.common.models.vision_language import PHASES, Phase
 from vlm_distill_cache.data.families.inputs import text_config
 from vlm_distill_cache.data.families.models import open_family_model, rows_instead, rows_only
 from vlm_distill_cache.data.families.table import Family, submodule

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from vlm_distill_cache.common.models.mobilevlm import Phase
+from vlm_distill_cache.common.models.vision_language import Phase
 from vlm_distill_cache.data.text.collate import Batch
 from vlm_distill_cache.data.text.encoding import EncodedSample
 from vlm_distill_cache.data.text.generation import GenerationInputs, left_padded_inputs

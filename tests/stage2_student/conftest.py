@@ -3,8 +3,11 @@
 import sys
 from pathlib import Path
 
+import lora_runs
 import pytest
+import train_runs
 from accelerate.state import AcceleratorState
+from broken_runs import train_in_two_processes
 from tiny_cache import build_tiny_cache
 
 # Tiny checkpoints of every family, which the tests of stage one make.
@@ -16,6 +19,15 @@ def tiny_cache(tmp_path_factory):
     """A sealed cache of all signals with exact codecs, and the live teacher behind it."""
     path = tmp_path_factory.mktemp("cache") / "tiny"
     return path, build_tiny_cache(path)
+
+
+@pytest.fixture(scope="session")
+def in_two_processes(tiny_cache, tmp_path_factory):
+    """The folders of the runs of `train_runs` and `lora_runs`, each trained in two processes."""
+    folder = tmp_path_factory.mktemp("two")
+    made = {"plain": train_runs.make_config, "lora": lora_runs.make_config}
+    train_in_two_processes(folder, *(make(tiny_cache[0], folder / name) for name, make in made.items()))
+    return {name: folder / name for name in made}
 
 
 @pytest.fixture(autouse=True)

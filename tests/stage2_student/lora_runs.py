@@ -38,18 +38,6 @@ def losses(records):
     return [{k: v for k, v in r.items() if k in LOSSES or k in ("step", "phase", "lr")} for r in records]
 
 
-class KilledError(Exception):
-    """Stands for a killed process."""
-
-
-def kill_after(total_steps):
-    def after_step(position, _student):
-        if position.total_steps == total_steps:
-            raise KilledError
-
-    return after_step
-
-
 def save_teacher(folder, *, seed=0):
     """The directory of a model of the tiny cache's teacher's architecture; with seed 0 it is that teacher."""
     made = make_teacher(seed=seed)

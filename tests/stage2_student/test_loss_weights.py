@@ -3,8 +3,8 @@
 from dataclasses import replace
 
 import pytest
-from test_train import make_config
 from tiny_cache import build_tiny_cache
+from train_runs import make_config
 
 from vlm_distill_cache.common.config import config_from_dict, config_to_dict
 from vlm_distill_cache.common.errors import CacheMismatchError, ConfigError

@@ -2,7 +2,7 @@
 
 import json
 import threading
-from functools import partial
+from functools import cache, partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -79,12 +79,23 @@ def losses(result):
     return [{k: v for k, v in record.items() if not k.endswith(("_s", "wait"))} for record in result.log]
 
 
+@pytest.fixture(scope="module")
+def from_folder(tiny_cache, tmp_path_factory):
+    """The student of a projector, learnt from the folder, once."""
+
+    @cache
+    def trained(projector=None):
+        return train(make_config(tiny_cache[0], tmp_path_factory.mktemp("whole") / "run", projector=projector))
+
+    return trained
+
+
 @pytest.mark.parametrize("projector", [None, "taf"])
 def test_a_student_learns_from_an_address_what_it_learns_from_the_folder(
-    tiny_cache, server, tmp_path, monkeypatch, projector
+    tiny_cache, server, tmp_path, monkeypatch, from_folder, projector
 ):
     monkeypatch.setenv("VLM_DISTILL_CACHE_BYTES", "1")  # each shard leaves as soon as it is closed
-    expected = train(make_config(tiny_cache[0], tmp_path / "a", projector=projector))
+    expected = from_folder(projector)
     found = train(make_config(f"{server.url}?signature=secret", tmp_path / "b", projector=projector))
     assert losses(found) == losses(expected)
     assert "secret" not in (found.final / "distillation.json").read_text()
@@ -94,7 +105,9 @@ def test_a_student_learns_from_an_address_what_it_learns_from_the_folder(
     assert found.preparation.fingerprint == expected.preparation.fingerprint  # a moved cache is the same
 
 
-def test_a_server_that_dies_ends_the_run_in_words_and_it_goes_on_later(tiny_cache, server, tmp_path, monkeypatch):
+def test_a_server_that_dies_ends_the_run_in_words_and_it_goes_on_later(
+    tiny_cache, server, tmp_path, monkeypatch, from_folder
+):
     monkeypatch.setenv("VLM_DISTILL_CACHE_BYTES", "1")
     config = make_config(server.url, tmp_path / "run", checkpoint_every=1, num_workers=0)
 
@@ -109,8 +122,7 @@ def test_a_server_that_dies_ends_the_run_in_words_and_it_goes_on_later(tiny_cach
         resumed = train(make_config(again.url, tmp_path / "run", checkpoint_every=1))
     finally:
         again.stop()
-    expected = train(make_config(tiny_cache[0], tmp_path / "whole"))
-    assert losses(resumed)[-1] == losses(expected)[-1]
+    assert losses(resumed)[-1] == losses(from_folder())[-1]
 
 
 def test_the_whole_run_works_from_an_address_and_then_offline(tiny_cache, server, tmp_path):
@@ -162,14 +174,13 @@ def test_a_student_trains_on_a_part_with_logits_alone(tiny_cache, server, tmp_pa
     assert local_folder(server.url) != tmp_path / "part"
 
 
-def test_a_student_trains_on_merged_parts_as_on_the_whole(tiny_cache, tmp_path):
+def test_a_student_trains_on_merged_parts_as_on_the_whole(tiny_cache, tmp_path, from_folder):
     shards = range(len(open_cache(tiny_cache[0]).manifest.shards))
     for name, chosen in (("a", shards[:2]), ("b", shards[2:])):
         pull_partial(tiny_cache[0], tmp_path / name, Selection(shards=tuple(chosen)))
     merge([tmp_path / "a", tmp_path / "b"], tmp_path / "merged")
     merged = train(make_config(tmp_path / "merged", tmp_path / "run"))
-    whole = train(make_config(tiny_cache[0], tmp_path / "whole"))
-    assert losses(merged) == losses(whole)
+    assert losses(merged) == losses(from_folder())
 
 
 def test_fewer_tokens_a_row_still_train(tiny_cache, tmp_path):

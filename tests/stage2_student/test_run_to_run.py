@@ -4,9 +4,9 @@ import errno
 
 import pytest
 import torch
-from test_train import make_config
 from tiny_cache import DATA
 from tiny_students import library_student
+from train_runs import make_config
 
 from vlm_distill_cache.common.errors import CacheMismatchError
 from vlm_distill_cache.common.files.hashing import file_checksum

@@ -1,19 +1,16 @@
 """The loop: phases train what they say, and a killed run ends as if it had never been killed."""
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from broken_runs import Copies
 from tiny_cache import DATA
+from train_runs import LOSSES, losses, make_config
 
-from vlm_distill_cache.common.config import config_from_dict
 from vlm_distill_cache.common.errors import ConfigError, ModelError
 from vlm_distill_cache.data.text.processors import load_image_processor, load_tokenizer
 from vlm_distill_cache.stage2_student.config import TrainConfig, without_teacher
@@ -21,8 +18,6 @@ from vlm_distill_cache.stage2_student.students.build import load_student
 from vlm_distill_cache.stage2_student.train import train, train_student
 from vlm_distill_cache.stage2_student.training.checkpoint import CHECKPOINTS
 from vlm_distill_cache.stage2_student.training.log import read_log
-
-LOSSES = ("total", "lm", "logits", "answer_attention", "visual_columns", "visual_map")
 
 
 class KilledError(Exception):
@@ -37,35 +32,14 @@ def kill_after(total_steps):
     return after_step
 
 
-def make_config(cache, output, **changes):
-    """Three phases of 2, 5 and 1 steps over 20 samples: the epoch ends inside a step of the second."""
-    options = {
-        "student": "mobilevlm-tiny",
-        "data": DATA,
-        "cache": str(cache),
-        "output": str(output),
-        "checkpoint_every": 2,
-        "keep_checkpoints": 3,
-        "log_every": 3,
-        "device": "cpu",
-        "dpt": {"steps": 2, "batch_size": 4, "trainable": "projector", "losses": {"logits": 1.0}},
-        "dft": {
-            "steps": 6,
-            "batch_size": 6,
-            "losses": {"logits": 1.0, "answer_attention": 1.0, "visual_map": 0.5},
-        },
-        "sft": {"steps": 1, "batch_size": 4},
-    }
-    return config_from_dict(TrainConfig, options | changes)
-
-
-def losses(records):
-    return [{k: v for k, v in record.items() if k in LOSSES or k in ("step", "phase", "lr")} for record in records]
+@pytest.fixture(scope="module")
+def copies(tmp_path_factory):
+    return Copies(tmp_path_factory.mktemp("runs") / "whole")
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tiny_cache, tmp_path_factory):
-    return train(make_config(tiny_cache[0], tmp_path_factory.mktemp("runs") / "whole"))
+def uninterrupted(tiny_cache, copies):
+    return train(make_config(tiny_cache[0], copies.output), after_step=copies)
 
 
 @pytest.mark.parametrize(
@@ -73,11 +47,11 @@ def uninterrupted(tiny_cache, tmp_path_factory):
     [1, 2, 5, 6],
     ids=["before any checkpoint", "between phases", "inside the second phase", "past an epoch's end"],
 )
-def test_a_killed_run_ends_bit_for_bit_like_an_uninterrupted_one(tiny_cache, tmp_path, uninterrupted, killed_after):
-    config = make_config(tiny_cache[0], tmp_path / "run")
-    with pytest.raises(KilledError):
-        train(config, after_step=kill_after(killed_after))
-    resumed = train(config)
+def test_a_killed_run_ends_bit_for_bit_like_an_uninterrupted_one(
+    tiny_cache, tmp_path, uninterrupted, copies, killed_after
+):
+    copies.killed_after(killed_after, tmp_path / "run")
+    resumed = train(make_config(tiny_cache[0], tmp_path / "run"))
     assert losses(resumed.log) == losses(uninterrupted.log)
     assert losses(read_log(tmp_path / "run")) == losses(uninterrupted.log)
     expected = uninterrupted.model.state_dict()
@@ -186,28 +160,9 @@ def test_an_unknown_option_is_refused_by_name(tiny_cache, tmp_path):
         train_student(cache=str(tiny_cache[0]), output=str(tmp_path), stpes=3)
 
 
-def test_two_processes_see_the_same_steps_as_one(tiny_cache, tmp_path, uninterrupted):
-    config = make_config(tiny_cache[0], tmp_path / "run")
-    script = tmp_path / "run.py"
-    script.write_text(
-        "import sys\nfrom pathlib import Path\n"
-        "from vlm_distill_cache.common.config import load_config\n"
-        "from vlm_distill_cache.stage2_student.config import TrainConfig\n"
-        "from vlm_distill_cache.stage2_student.train import train\n"
-        "train(load_config(TrainConfig, Path(sys.argv[1])))\n"
-    )
-    from vlm_distill_cache.common.config import save_config
-
-    save_config(config, tmp_path / "config.yaml")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    root = Path(__file__).parents[2]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
-    done = subprocess.run(
-        [*command, str(script), str(tmp_path / "config.yaml")],
-        env=environment, cwd=root, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    for found, expected in zip(losses(read_log(tmp_path / "run")), losses(uninterrupted.log), strict=True):
+def test_two_processes_see_the_same_steps_as_one(in_two_processes, uninterrupted):
+    found_losses = losses(read_log(in_two_processes["plain"]))
+    for found, expected in zip(found_losses, losses(uninterrupted.log), strict=True):
         for name in set(found) & set(LOSSES):
             assert found[name] == pytest.approx(expected[name], rel=2e-3, abs=1e-5), (found["step"], name)
 

@@ -13,7 +13,6 @@ from vlm_distill_cache.common.attention.layers import (
     match_layers,
     middle_layers,
     middle_span,
-    one_group,
     sliding_windows,
     student_groups,
     teacher_groups,
@@ -91,7 +90,7 @@ def test_groups_are_equal_sized_ordered_and_inside_the_model(depth, data):
 
 @given(depth=st.integers(1, 200))
 def test_one_group_is_the_middle_span_on_both_sides(depth):
-    assert one_group(depth) == teacher_groups(depth, 1) == student_groups(depth, 1) == (middle_span(depth),)
+    assert teacher_groups(depth, 1) == student_groups(depth, 1) == (middle_span(depth),)
 
 
 @given(depth=st.integers(1, 200), data=st.data())
@@ -200,7 +199,7 @@ def test_a_cache_of_single_layers_is_aligned_in_the_middle_unless_told_otherwise
     ("cached", "choice", "student"),
     [
         (teacher_groups(32, 7), "middle", student_groups(24, 7)),
-        (one_group(32), "middle", one_group(24)),
+        ((middle_span(32),), "middle", (middle_span(24),)),
         (teacher_groups(32, 1, "all"), "all", (tuple(range(24)),)),
         (((1, 2), (2, 3)), (1, 2, 3), ((1, 2), (2, 3))),
     ],

@@ -41,11 +41,6 @@ def cache(original, tmp_path):
     return tmp_path / "cache"
 
 
-@pytest.fixture(autouse=True)
-def no_fsync(monkeypatch):
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # no machine crashes here
-
-
 def build_again(cache):
     """What `teacher-cache build` does with a cache that lacks shards: the files beside them, the shards, the seal."""
     plan = read_plan(cache)

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from test_train import make_config
+from train_runs import make_config
 from transformers import LlavaForConditionalGeneration
 
 from vlm_distill_cache.common.cache.schema import IGNORE_INDEX

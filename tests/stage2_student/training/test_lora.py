@@ -1,21 +1,17 @@
 """Adapters: in the decoder only, equal to their formula, gone after training, exact over kills and processes."""
 
 import builtins
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from lora_runs import KilledError, equal_weights, kill_after, losses, make_config, save_teacher
+from broken_runs import Copies
+from lora_runs import equal_weights, losses, make_config, save_teacher
 from tiny_students import library_student, mobilevlm_student
 from torch import nn
 from torch.nn import functional as F
 from transformers import LlamaConfig
 
 from vlm_distill_cache.common.attention.capture import AttentionCapture, AttentionRequest
-from vlm_distill_cache.common.config import save_config
 from vlm_distill_cache.common.errors import ConfigError, ModelError
 from vlm_distill_cache.data.families.models import open_family_model
 from vlm_distill_cache.stage2_student.students.build import load_student
@@ -31,7 +27,6 @@ from vlm_distill_cache.stage2_student.training.parts import (
     merge_adapters,
 )
 
-ROOT = Path(__file__).parents[3]
 STUDENTS = {"mobilevlm": mobilevlm_student, "llava": library_student}
 
 
@@ -132,16 +127,22 @@ def test_attention_is_captured_through_adapters_and_carries_their_gradient():
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tiny_cache, tmp_path_factory):
+def copies(tmp_path_factory):
+    return Copies(tmp_path_factory.mktemp("lora") / "whole")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tiny_cache, copies):
     seen = {}
 
     def keep_logits(position, student):
+        copies(position, student)
         if position.total_steps == 5:
             seen["logits"] = run_logits(student, seen["inputs"])
             student.train()
 
     seen["inputs"] = {"input_ids": torch.tensor([[30, 31, 32, 33, 30]])}
-    result = train(make_config(tiny_cache[0], tmp_path_factory.mktemp("lora") / "whole"), after_step=keep_logits)
+    result = train(make_config(tiny_cache[0], copies.output), after_step=keep_logits)
     return result, seen
 
 
@@ -155,12 +156,10 @@ def test_the_saved_student_is_a_plain_one_that_says_what_the_adapted_one_said(un
 
 @pytest.mark.parametrize("killed_after", [1, 2, 3, 4, 5])
 def test_a_killed_run_with_adapters_ends_bit_for_bit_like_an_uninterrupted_one(
-    tiny_cache, tmp_path, uninterrupted, killed_after
+    tiny_cache, tmp_path, uninterrupted, copies, killed_after
 ):
-    config = make_config(tiny_cache[0], tmp_path / "run")
-    with pytest.raises(KilledError):
-        train(config, after_step=kill_after(killed_after))
-    resumed = train(config)
+    copies.killed_after(killed_after, tmp_path / "run")
+    resumed = train(make_config(tiny_cache[0], tmp_path / "run"))
     assert losses(resumed.log) == losses(uninterrupted[0].log)
     assert losses(read_log(tmp_path / "run")) == losses(uninterrupted[0].log)
     assert equal_weights(resumed.model, uninterrupted[0].model)
@@ -182,11 +181,10 @@ def test_adapters_beside_other_phases_resume_exactly(tiny_cache, tmp_path, order
         name: {"steps": 2, "batch_size": 4, "trainable": kind} for name, kind in zip(("dft", "sft"), order, strict=True)
     }
     options = {"phases": ["dft", "sft"], **changes}
-    whole = train(make_config(tiny_cache[0], tmp_path / "whole", **options))
-    config = make_config(tiny_cache[0], tmp_path / "killed", **options)
-    with pytest.raises(KilledError):
-        train(config, after_step=kill_after(3))
-    resumed = train(config)
+    copies = Copies(tmp_path / "whole")
+    whole = train(make_config(tiny_cache[0], copies.output, **options), after_step=copies)
+    copies.killed_after(3, tmp_path / "killed")
+    resumed = train(make_config(tiny_cache[0], tmp_path / "killed", **options))
     assert losses(resumed.log) == losses(whole.log)
     assert equal_weights(resumed.model, whole.model)
 
@@ -200,11 +198,10 @@ def test_a_library_student_with_adapters_resumes_exactly_and_is_saved_plain(tiny
         },
         "sft": {"steps": 2, "batch_size": 4, "trainable": "lora", "freeze": ["projector"]},
     }  # fmt: skip
-    whole = train(make_config(tiny_cache[0], tmp_path / "whole", **options))
-    config = make_config(tiny_cache[0], tmp_path / "killed", **options)
-    with pytest.raises(KilledError):
-        train(config, after_step=kill_after(3))
-    resumed = train(config)
+    copies = Copies(tmp_path / "whole")
+    whole = train(make_config(tiny_cache[0], copies.output, **options), after_step=copies)
+    copies.killed_after(3, tmp_path / "killed")
+    resumed = train(make_config(tiny_cache[0], tmp_path / "killed", **options))
     assert losses(resumed.log) == losses(whole.log)
     assert equal_weights(resumed.model, whole.model)
     saved = open_family_model(resumed.final).model.state_dict()
@@ -212,27 +209,13 @@ def test_a_library_student_with_adapters_resumes_exactly_and_is_saved_plain(tiny
     assert all(torch.equal(value, saved[name]) for name, value in resumed.model.model.state_dict().items())
 
 
-def test_two_processes_with_adapters_see_the_same_steps_as_one(tiny_cache, tmp_path, uninterrupted):
-    save_config(make_config(tiny_cache[0], tmp_path / "run"), tmp_path / "config.yaml")
-    script = tmp_path / "run.py"
-    script.write_text(
-        "import sys\nfrom pathlib import Path\nfrom vlm_distill_cache.common.config import load_config\n"
-        "from vlm_distill_cache.stage2_student.config import TrainConfig\n"
-        "from vlm_distill_cache.stage2_student.train import train\n"
-        "train(load_config(TrainConfig, Path(sys.argv[1])))\n"
-    )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*command, str(script), str(tmp_path / "config.yaml")],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    for found, expected in zip(losses(read_log(tmp_path / "run")), losses(uninterrupted[0].log), strict=True):
+def test_two_processes_with_adapters_see_the_same_steps_as_one(in_two_processes, uninterrupted):
+    folder = in_two_processes["lora"]
+    for found, expected in zip(losses(read_log(folder)), losses(uninterrupted[0].log), strict=True):
         assert found == {
             k: v if isinstance(v, str) else pytest.approx(v, rel=2e-3, abs=1e-5) for k, v in expected.items()
         }
-    student = load_student(tmp_path / "run" / "final")
+    student = load_student(folder / "final")
     for name, value in uninterrupted[0].model.state_dict().items():
         torch.testing.assert_close(student.state_dict()[name], value, atol=2e-3, rtol=2e-2)
 

@@ -7,8 +7,8 @@ import os
 import stat
 from typing import TYPE_CHECKING, BinaryIO
 
-from vlm_distill_cache.common.cache.plan import SHARDS
-from vlm_distill_cache.common.errors import CacheFormatError
+from vlm_distill_cache.common.cache.plan import PLAN, SHARDS
+from vlm_distill_cache.common.errors import CacheFormatError, ConfigError
 from vlm_distill_cache.common.files.atomic import TEMPORARY_PREFIX
 from vlm_distill_cache.common.files.hashing import stream_checksum
 
@@ -88,6 +88,7 @@ def check_file(root: Path, name: str, entry: FileEntry, remedy: str) -> None:
 
 
 MANIFEST, CARD = "manifest.json", "README.md"
+MAX_CARD_BYTES = 4 << 20
 
 _REMEDY = "run `teacher-cache build` again with the same options to write it anew, or copy it from an intact cache"
 
@@ -110,6 +111,27 @@ def check_digests(cache_dir: Path, files: Mapping[str, FileEntry]) -> None:
     """
     for name, entry in files.items():
         check_file(cache_dir, name, entry, _REMEDY)
+
+
+def refuse_occupied(target: Path) -> None:
+    """Refuse to write a cache into a folder of other things.
+
+    Raises:
+        ConfigError: If it is a file, or holds anything but a cache or what a killed run left before its plan.
+    """
+    if target.is_dir():
+        if (target / PLAN).is_file() or all(map(is_leftover, target.iterdir())):
+            return
+    elif not target.exists():
+        return
+    raise ConfigError(f"{target}: not empty and no cache; give a new folder")
+
+
+def is_leftover(path: Path) -> bool:
+    """Whether an entry of a folder is what a run leaves that is killed before it wrote its plan."""
+    if path.name == SHARDS and path.is_dir():
+        return all(inner.name.startswith(TEMPORARY_PREFIX) for inner in path.iterdir())
+    return path.name.startswith(TEMPORARY_PREFIX)
 
 
 def side_files(cache_dir: Path) -> list[str]:

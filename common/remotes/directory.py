@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from vlm_distill_cache.common.errors import CacheFormatError, TransferError
 from vlm_distill_cache.common.files.atomic import clean_stale, create_temporary, publish_file, write_bytes_atomic
-from vlm_distill_cache.common.remotes.streams import name_full_disk
+from vlm_distill_cache.common.files.disk import name_full_disk
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping

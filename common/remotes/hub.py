@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import unquote
 
 from vlm_distill_cache.common.errors import ConfigError, TransferError
+from vlm_distill_cache.common.files.disk import AGAIN
 from vlm_distill_cache.common.remotes.http import HttpBody, http_size, open_http
-from vlm_distill_cache.common.remotes.streams import AGAIN, PassingError, Retries, download_file, read_small
+from vlm_distill_cache.common.remotes.streams import PassingError, Retries, download_file, read_small
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping

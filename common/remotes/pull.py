@@ -20,9 +20,11 @@ from vlm_distill_cache.common.cache.manifest import (
     read_sidecar,
     sidecar_path,
 )
+from vlm_distill_cache.common.cache.side_files import MAX_CARD_BYTES
 from vlm_distill_cache.common.cache.sidecar import check_sidecar
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError, TransferError
 from vlm_distill_cache.common.files.atomic import TEMPORARY_PREFIX, clean_stale, try_lock, write_bytes_atomic
+from vlm_distill_cache.common.files.disk import name_full_disk, refuse_overlap
 from vlm_distill_cache.common.remotes import open_remote
 from vlm_distill_cache.common.remotes.fetch import (
     JOBS,
@@ -32,10 +34,8 @@ from vlm_distill_cache.common.remotes.fetch import (
     fetch_files,
     is_intact,
     read_remote_manifest,
-    refuse_nested,
 )
 from vlm_distill_cache.common.remotes.push import push
-from vlm_distill_cache.common.remotes.streams import name_full_disk
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -47,7 +47,6 @@ if TYPE_CHECKING:
 
 __all__ = ["JOBS", "Transferred", "fetch_files", "pull", "push", "read_remote_manifest"]
 
-MAX_CARD_BYTES = 4 << 20
 MAX_SHARD_FILES = 10_000
 _MARKER = f"{TEMPORARY_PREFIX}{MANIFEST}-pull"  # the manifest of the cache that is being pulled
 
@@ -79,7 +78,7 @@ def pull(
         TransferError: If a file cannot be fetched, or there is too little room.
     """
     remote = open_remote(location)
-    refuse_nested(target, location)
+    refuse_overlap(target, location)
     manifest, raw = read_remote_manifest(remote)
     _refuse_other_content(target, remote, manifest)
     total = cache_bytes(manifest)

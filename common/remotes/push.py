@@ -24,9 +24,11 @@ from vlm_distill_cache.common.cache.manifest import (
     read_sidecar,
     sidecar_path,
 )
+from vlm_distill_cache.common.cache.side_files import refuse_occupied
 from vlm_distill_cache.common.cache.sidecar import ShardSidecar
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError
 from vlm_distill_cache.common.files.atomic import MAX_JSON_BYTES
+from vlm_distill_cache.common.files.disk import refuse_overlap
 from vlm_distill_cache.common.locations import is_url
 from vlm_distill_cache.common.remotes import open_remote
 from vlm_distill_cache.common.remotes.fetch import (
@@ -38,8 +40,6 @@ from vlm_distill_cache.common.remotes.fetch import (
     in_parallel,
     is_intact,
     read_remote_manifest,
-    refuse_nested,
-    refuse_strangers,
 )
 from vlm_distill_cache.common.remotes.streams import StoppedError
 
@@ -82,9 +82,9 @@ def push(
     """
     remote = open_remote(location)
     if not (is_url(location) or overwrite):
-        refuse_strangers(Path(location))
+        refuse_occupied(Path(location))
     remote.delete([])  # a place that cannot be written says so before anything else
-    refuse_nested(cache_dir, location)
+    refuse_overlap(cache_dir, location)
     manifest, plan, counts = _read_whole(cache_dir)
     progress = Progress(cache_bytes(manifest), on_progress)
     there = _remote_manifest(remote)

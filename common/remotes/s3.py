@@ -9,14 +9,8 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from vlm_distill_cache.common.errors import ConfigError, TransferError
-from vlm_distill_cache.common.remotes.streams import (
-    AGAIN,
-    PassingError,
-    RangeRefusedError,
-    Retries,
-    download_file,
-    read_small,
-)
+from vlm_distill_cache.common.files.disk import AGAIN
+from vlm_distill_cache.common.remotes.streams import PassingError, RangeRefusedError, Retries, download_file, read_small
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping

@@ -9,7 +9,6 @@ bytes than the file has.
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import random
 import threading
@@ -18,9 +17,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from vlm_distill_cache.common.errors import CacheFormatError, TransferError
+from vlm_distill_cache.common.files.disk import AGAIN
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
     from pathlib import Path
     from typing import BinaryIO
 
@@ -29,27 +29,8 @@ _BLOCK_BYTES = 256 << 10
 _LONGEST_WAIT, _LONGEST_TOLD_WAIT = 30.0, 120.0  # seconds: of our own accord, and when the server asks
 _SLOWEST = 1024  # bytes a second; below that a connection counts as stalled
 _PROGRESS_BYTES = 1 << 20  # a try that brought this much was no failure: a large file may need many tries
-AGAIN = "run the same command again: it goes on where it stopped"
 
 logger = logging.getLogger(__name__)
-
-
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-@contextlib.contextmanager
-def name_full_disk(place: Path) -> Iterator[None]:
-    """Say where there is no room and what to do: the system's own error of a write names no file.
-
-    Raises:
-        TransferError: Instead of an ``OSError`` of a full disk, quota or file.
-    """
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in _NO_ROOM:
-            raise
-        raise TransferError(f"{place}: {error.strerror}; make room, then {AGAIN}") from error
 
 
 class PassingError(Exception):

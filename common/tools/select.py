@@ -20,16 +20,18 @@ from vlm_distill_cache.common.cache.index import INDEX, SampleIndex
 from vlm_distill_cache.common.cache.manifest import CARD, PLAN, SHARDS, Manifest, ShardSummary, read_plan, read_sidecar
 from vlm_distill_cache.common.cache.schema import BASE_FIELDS, Record
 from vlm_distill_cache.common.cache.shared_images import SharedImages
+from vlm_distill_cache.common.cache.side_files import MAX_CARD_BYTES, refuse_occupied
 from vlm_distill_cache.common.cache.sidecar import check_sidecar
 from vlm_distill_cache.common.cache.stores import open_reader
 from vlm_distill_cache.common.codecs.quantise import GAP_TABLE, gap_codes, gap_steps
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError, ConfigError
 from vlm_distill_cache.common.files.atomic import clean_stale, create_temporary, remove
+from vlm_distill_cache.common.files.disk import refuse_overlap
 from vlm_distill_cache.common.files.hashing import fingerprint
 from vlm_distill_cache.common.remotes import open_remote
-from vlm_distill_cache.common.remotes.fetch import fetch_files, read_remote_manifest, refuse_nested, refuse_strangers
-from vlm_distill_cache.common.tools.derive import Slot, carry_fidelity, derive_cache, derive_plan, side_files_of
-from vlm_distill_cache.common.tools.derived_card import DERIVED, write_derived_card
+from vlm_distill_cache.common.remotes.fetch import fetch_files, read_remote_manifest
+from vlm_distill_cache.common.tools.derive import Slot, carry_fidelity, derive_cache, derive_plan
+from vlm_distill_cache.common.tools.derived_card import DERIVED
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -161,7 +163,6 @@ def _tails(
 
 
 MAX_LIST_BYTES = 1 << 30  # of a file of sample ids
-MAX_CARD_BYTES = 1 << 20
 _STAGING = "source"  # of the downloads, inside the new cache, gone when it is sealed
 _IDS = "sample_ids"  # the stores' own array
 
@@ -287,8 +288,8 @@ def pull_partial(
         CacheFormatError: If what was downloaded is not what the manifest says.
         TransferError: If it could not be downloaded.
     """
-    refuse_nested(target, location)
-    refuse_strangers(target)
+    refuse_overlap(target, location)
+    refuse_occupied(target)
     target.mkdir(parents=True, exist_ok=True)
     clean_stale(target, _STAGING)
     staging, lock = create_temporary(target / _STAGING, directory=True)
@@ -329,8 +330,8 @@ def _derive(source: _Source, target: Path, selection: Selection, *, on_shard: Ca
         plan,
         slots,
         read,
-        add_side_files=lambda root: fetch_files(source.remote, root, side_files_of(source.manifest)),
-        card=write_derived_card(plan, fidelity, [(source.manifest.hash, source.card())]),
+        side_files=(source.remote, source.manifest),
+        cards=[(source.manifest.hash, source.card())],
         fidelity=fidelity,
         on_shard=on_shard,
     )
@@ -410,8 +411,6 @@ class _Source:
         self.remote = remote
         self._folder, self._jobs = folder, jobs
         self.manifest, _ = read_remote_manifest(remote)
-        if PLAN not in self.manifest.files:
-            raise CacheFormatError(f"{remote.location}: its manifest lists no {PLAN}; it is damaged")
         self._fetch({PLAN: self.manifest.files[PLAN]})
         self.plan = read_plan(folder)
         if self.plan.hash != self.manifest.plan_hash or len(self.manifest.shards) != self.plan.shard_count:

@@ -28,9 +28,10 @@ from vlm_distill_cache.common.cache.manifest import (
     write_plan,
 )
 from vlm_distill_cache.common.cache.plan import DESCRIPTIVE, THREADS
-from vlm_distill_cache.common.cache.side_files import side_files
+from vlm_distill_cache.common.cache.side_files import is_leftover, side_files
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError, ConfigError
-from vlm_distill_cache.common.files.atomic import TEMPORARY_PREFIX, HeldLock, clean_stale, read_json, remove
+from vlm_distill_cache.common.files.atomic import HeldLock, clean_stale, read_json, remove
+from vlm_distill_cache.common.files.disk import is_below, name_full_disk
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
@@ -48,12 +49,6 @@ EXPORTED = (
 # All that a cache folder holds at its top level.
 OUR_NAMES = (PLAN, MANIFEST, INDEX, CARD, SHARDS, *EXPORTED)
 
-_RESUME = "finished shards are kept; {}, then run the same command again"
-_FULL = {
-    errno.ENOSPC: ("the disk is full", _RESUME.format("free space")),
-    errno.EDQUOT: ("the disk is full", _RESUME.format("free space or raise the quota")),
-    errno.EFBIG: ("a file grew beyond what may be written", _RESUME.format("raise `ulimit -f`")),
-}
 _REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM)
 _WRITABLE = "make it writable, or give another folder (CACHE=...); nothing was lost"
 
@@ -66,18 +61,12 @@ def explain_disk_errors(cache: Path | str) -> Iterator[None]:
         OSError: With the cache's path and the remedy; errors about other files pass unchanged.
     """
     try:
-        yield
+        with name_full_disk(Path(cache)):
+            yield
     except OSError as error:
-        place = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else None
-        if place is not None and not place.absolute().is_relative_to(Path(cache).absolute()):
+        if error.errno not in _REFUSED or not error.filename or not is_below(error.filename, Path(cache)):
             raise
-        if error.errno in _FULL:
-            what, remedy = _FULL[error.errno]
-        elif error.errno in _REFUSED and place is not None:
-            what, remedy = "cannot be written", _WRITABLE
-        else:
-            raise
-        raise OSError(error.errno, f"{what} ({error.strerror}); {remedy}", str(cache)) from error
+        raise OSError(error.errno, f"cannot be written ({error.strerror}); {_WRITABLE}", str(cache)) from error
 
 
 def refuse_unwritable(cache_dir: Path, *, sealed_too: bool = False) -> None:
@@ -174,7 +163,7 @@ def prepare_cache(cache_dir: Path, plan: Plan, *, overwrite: bool) -> Plan:
     if cache_dir.exists() and not cache_dir.is_dir():
         raise ConfigError(f"{cache_dir} is a file; give a folder for the cache (CACHE=...)")
     entries = sorted(cache_dir.iterdir()) if cache_dir.is_dir() else []
-    kept = [entry.name for entry in entries if not _is_leftover(entry)]
+    kept = [entry.name for entry in entries if not is_leftover(entry)]
     is_cache = any(_is_our_document(cache_dir / name) for name in (PLAN, MANIFEST))
     strangers = [name for name in kept if name not in OUR_NAMES]
     if kept and not is_cache:
@@ -204,7 +193,7 @@ def prepare_cache(cache_dir: Path, plan: Plan, *, overwrite: bool) -> Plan:
     return read_plan(cache_dir)  # as a resumed run will read it, so that both write the same bytes
 
 
-def refuse_strangers(cache_dir: Path, known: Collection[str]) -> None:
+def refuse_unlisted(cache_dir: Path, known: Collection[str]) -> None:
     """Refuse to seal a folder that holds more than the cache: a manifest vouches for every file it lists.
 
     Args:
@@ -276,12 +265,6 @@ def _strangers(cache_dir: Path, names: list[str]) -> ConfigError:
         f"{cache_dir} holds {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}, which is not part of the "
         "cache and would be sealed into it; move that away, then run the same command again"
     )
-
-
-def _is_leftover(entry: Path) -> bool:
-    """What a run leaves that was killed before it wrote its plan."""
-    empty_shards = entry.name == SHARDS and entry.is_dir() and not any(entry.iterdir())
-    return entry.name.startswith(TEMPORARY_PREFIX) or empty_shards
 
 
 def _is_our_document(path: Path) -> bool:

@@ -255,7 +255,7 @@ def test_a_folder_that_another_process_works_in_is_refused(tmp_path):
 @pytest.mark.parametrize(("output", "cache"), [("c", "c"), ("c/run", "c"), ("o", "o/cache")])
 def test_output_and_cache_do_not_lie_in_each_other(tmp_path, output, cache):
     with (
-        pytest.raises(ConfigError, match="lie in each other"),
+        pytest.raises(ConfigError, match="lie inside each other"),
         claim_output(tmp_path / output, tmp_path / cache),
     ):
         pass

@@ -38,9 +38,6 @@ def load_config(
         overrides: Dotted keys with YAML values, for example ``optim.lr=1e-4`` or ``phases=[dpt, dft]``.
         where: Where the values come from, for errors; None: the file, or "options" without one.
 
-    Returns:
-        An instance of ``cls``.
-
     Raises:
         ConfigError: For an unreadable file, an unknown key (naming the nearest known one), a value of the
             wrong type (naming its field), a missing required field, or whatever ``cls`` itself refuses.
@@ -62,11 +59,7 @@ def load_config(
 
 
 def config_from_dict(cls: type[ConfigT], values: Mapping[str, Any], *, where: str = "") -> ConfigT:
-    """Build a config from nested plain values; the inverse of ``config_to_dict``.
-
-    Raises:
-        ConfigError: As ``load_config``.
-    """
+    """Build a config from nested plain values; the inverse of ``config_to_dict``."""
     return typing.cast("ConfigT", _build(cls, values, None, "", where or cls.__name__))
 
 

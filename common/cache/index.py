@@ -80,19 +80,10 @@ def _encoded(sample_id: str) -> bytes:
 
 
 class SampleIndex:
-    """Looks up samples in the bytes of an ``index.bin``.
-
-    Attributes:
-        shard_count: Shards of the cache.
-        failed_count: Failed samples among the entries.
-    """
+    """Looks up samples in the bytes of an ``index.bin``."""
 
     def __init__(self, data: bytes | bytearray | mmap.mmap, where: str) -> None:
-        """Take an index as it is in the file; its bytes are not copied.
-
-        Raises:
-            CacheFormatError: If it is no index, truncated, or from a newer version.
-        """
+        """Take an index as it is in the file; its bytes are not copied."""
         self._where = where
         if len(data) < _HEADER.size:
             raise CacheFormatError(f"{where}: {len(data)} bytes are no index; {_SEAL}")
@@ -143,11 +134,7 @@ class SampleIndex:
         return self._count
 
     def find(self, sample_id: str) -> Place | None:
-        """Return where a sample is; None if the cache was not built from it.
-
-        Raises:
-            CacheFormatError: If the entry points outside the cache.
-        """
+        """Return where a sample is; None if the cache was not built from it."""
         high, low = divmod(xxhash.xxh3_128_intdigest(_encoded(sample_id)), 1 << 64)
         entry = int(self._high.searchsorted(np.uint64(high)))
         while entry < self._count and int(self._high[entry]) == high:
@@ -161,9 +148,6 @@ class SampleIndex:
 
         Returns:
             Shard and position of each record, int64 ``[n]``; -1 for samples that are absent or failed.
-
-        Raises:
-            CacheFormatError: If an entry points outside the cache.
         """
         high, low = hash_ids(sample_ids)
         order = np.argsort(high)  # looked up in order, neighbours share pages: ten times faster at ten million
@@ -189,11 +173,7 @@ class SampleIndex:
         return shard, position
 
     def place(self, entry: int) -> Place:
-        """Return where the sample of an entry is.
-
-        Raises:
-            CacheFormatError: If the entry points outside the cache.
-        """
+        """Return where the sample of an entry is."""
         shard, position = int(self._shard[entry]), int(self._position[entry])
         if shard >= self.shard_count:
             raise self._outside(shard)
@@ -241,9 +221,6 @@ class IndexBuilder:
     def finish(self, shard_count: int) -> tuple[bytearray, tuple[Place, Place] | None]:
         """Sort; the builder is used up.
 
-        Args:
-            shard_count: Of the cache.
-
         Returns:
             The bytes of the file; and the places of the first two samples with one id, or None.
         """
@@ -266,11 +243,7 @@ class IndexBuilder:
 
 
 def refuse_repeats(cache_dir: Path, repeated: tuple[Place, Place] | None) -> None:
-    """Refuse samples with one id, which `IndexBuilder.finish` found.
-
-    Raises:
-        CacheFormatError: Naming the id and the shards.
-    """
+    """Refuse samples with one id, which `IndexBuilder.finish` found."""
     if repeated is None:
         return
     names = []
@@ -285,11 +258,7 @@ def refuse_repeats(cache_dir: Path, repeated: tuple[Place, Place] | None) -> Non
 
 
 def build_index(cache_dir: Path, plan: Plan, sidecars: Iterable[ShardSidecar]) -> bytearray:
-    """Return the ``index.bin`` that all sidecars of a cache, in order, call for.
-
-    Raises:
-        CacheFormatError: If a sidecar does not fit the plan, or ids repeat.
-    """
+    """Return the ``index.bin`` that all sidecars of a cache, in order, call for."""
     builder = IndexBuilder()
     for sidecar in sidecars:
         check_sidecar(sidecar, plan, str(sidecar_path(cache_dir, sidecar.index)))
@@ -313,7 +282,6 @@ def index_damage(cache_dir: Path, expected: bytearray) -> str | None:
     """Return what is wrong with the index in a folder, whatever the manifest says of it; or None.
 
     Args:
-        cache_dir: The cache.
         expected: From `index_bytes`, or from an `IndexBuilder` that saw all sidecars.
     """
     try:

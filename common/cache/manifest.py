@@ -17,7 +17,7 @@ from vlm_distill_cache.common.cache.documents import (
     read_document,
     write_document,
 )
-from vlm_distill_cache.common.cache.index import INDEX, IndexBuilder, refuse_repeats
+from vlm_distill_cache.common.cache.index import INDEX, build_index
 from vlm_distill_cache.common.cache.plan import BASE, PLAN, SHARDS, Plan, read_plan, refuse_changed_plan, write_plan
 from vlm_distill_cache.common.cache.schema import FORMAT_VERSION
 from vlm_distill_cache.common.cache.side_files import CARD, MANIFEST, check_digests, side_files, walk_files
@@ -25,7 +25,6 @@ from vlm_distill_cache.common.cache.sidecar import (
     MAX_FILE_BYTES,
     FileEntry,
     ShardSidecar,
-    check_sidecar,
     missing_shards,
     read_files,
     read_sidecar,
@@ -37,7 +36,7 @@ from vlm_distill_cache.common.files.atomic import clean_stale, write_bytes_atomi
 from vlm_distill_cache.common.files.hashing import fingerprint
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
 __all__ = [
@@ -52,7 +51,6 @@ __all__ = [
     "Plan",
     "ShardSidecar",
     "ShardSummary",
-    "check_side_files",
     "missing_shards",
     "read_manifest",
     "read_plan",
@@ -84,11 +82,7 @@ class ShardSummary:
 
     @classmethod
     def from_dict(cls, data: Any, where: str) -> ShardSummary:
-        """Read what ``to_dict`` wrote.
-
-        Raises:
-            CacheFormatError: If a key is missing or unknown, or of the wrong kind.
-        """
+        """Read what ``to_dict`` wrote."""
         values = check_object(data, _SUMMARY_KINDS, where)
         for name in _SUMMARY_COUNTS:
             check_int(values[name], name, 0, MAX_FILE_BYTES, where)
@@ -121,8 +115,6 @@ class Manifest:
     """What a finished cache holds. ``manifest.json``; derived, never edited.
 
     Attributes:
-        plan_hash: Fingerprint of the plan.
-        shards: One summary per shard, by index.
         field_bytes: Decoded bytes of all records by field.
         files: Every file outside ``shards/``, except the card and this one.
         fidelity: What the codecs lost against the live teacher, as stage one measured it; or None.
@@ -154,11 +146,7 @@ class Manifest:
 
     @classmethod
     def from_dict(cls, data: Any, where: str) -> Manifest:
-        """Read what ``to_dict`` wrote.
-
-        Raises:
-            CacheFormatError: If it is not a manifest, or from a newer format version.
-        """
+        """Read what ``to_dict`` wrote."""
         values = dict(data) if isinstance(data, dict) else {}
         fidelity = values.pop("fidelity", None)
         kinds: dict[str, Any] = {"format_version": int, "plan_hash": str, "totals": dict}
@@ -223,16 +211,16 @@ def derive_manifest(cache_dir: Path, *, fidelity: dict[str, Any] | None = None) 
             "run `teacher-cache build` again with the same options to make exactly these"
         )
     shards, field_bytes = [], {f.name: 0 for f in plan.all_fields}
-    builder = IndexBuilder()
-    for shard in range(plan.shard_count):
-        sidecar = read_sidecar(cache_dir, shard)
-        check_sidecar(sidecar, plan, str(sidecar_path(cache_dir, shard)))
-        builder.add(sidecar)
-        for name, size in sidecar.field_bytes.items():
-            field_bytes[name] += size
-        shards.append(ShardSummary.of(sidecar))
-    index, repeated = builder.finish(plan.shard_count)
-    refuse_repeats(cache_dir, repeated)
+
+    def sidecars() -> Iterator[ShardSidecar]:
+        for shard in range(plan.shard_count):
+            sidecar = read_sidecar(cache_dir, shard)
+            yield sidecar  # is checked
+            for name, size in sidecar.field_bytes.items():
+                field_bytes[name] += size
+            shards.append(ShardSummary.of(sidecar))
+
+    index = build_index(cache_dir, plan, sidecars())
     files = {name: FileEntry.of(cache_dir / name) for name in side_files(cache_dir) if name != INDEX}
     files[INDEX] = FileEntry.of_bytes(index)
     manifest = Manifest(
@@ -241,25 +229,12 @@ def derive_manifest(cache_dir: Path, *, fidelity: dict[str, Any] | None = None) 
     return manifest, index
 
 
-def check_side_files(cache_dir: Path, manifest: Manifest) -> None:
-    """Refuse a cache whose projector, vision tower or processor files are not the ones that were sealed.
-
-    Raises:
-        CacheFormatError: Naming the first file that is lost or has other bytes.
-    """
-    check_digests(cache_dir, manifest.files)
-
-
 def seal(cache_dir: Path, *, fidelity: dict[str, Any] | None = None, rewritten: bool = False) -> Manifest:
     """Write the index and manifest.json once all shards are there, and remove what killed runs left behind.
 
     Args:
-        cache_dir: The cache.
         fidelity: The fidelity card. None keeps the one of the present manifest if nothing else changed.
         rewritten: The files beside the shards were just written anew; else they must be those sealed before.
-
-    Returns:
-        The manifest.
 
     Raises:
         CacheFormatError: If shards are missing (naming them), a sidecar does not fit the plan, sample ids

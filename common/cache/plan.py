@@ -38,7 +38,6 @@ class Plan:
     """What a cache will hold, fixed before its first shard. ``plan.json``.
 
     Attributes:
-        store: ``zarr`` or ``webdataset``.
         sample_count: Samples of the data set, failed ones included.
         shard_size: Samples a shard; shard i holds samples ``[i * shard_size, (i + 1) * shard_size)``.
         signals: Codec settings by signal, as ``codec.to_dict()``.
@@ -47,7 +46,6 @@ class Plan:
         template, teacher, data, geometry: Readable descriptions, JSON; free keys.
         batch_size: Samples a teacher batch; batches form inside a shard, so it decides the exact bits.
         extra: Anything else that must not change on resume.
-        format_version: Of the cache format.
 
     Raises:
         CacheFormatError: If a value is out of its range or ``signals`` and ``fields`` differ in keys.
@@ -97,10 +95,6 @@ class Plan:
         """The fields of a record: the base fields and those of each signal, in a fixed order."""
         return BASE_FIELDS + tuple(f for signal in sorted(self.fields) for f in self.fields[signal])
 
-    def shard_ranges(self) -> list[range]:
-        """Return the positions in the data set that each shard holds."""
-        return [self.shard_range(i) for i in range(self.shard_count)]
-
     def shard_range(self, index: int) -> range:
         """Return the positions in the data set that shard ``index`` holds."""
         start = index * self.shard_size
@@ -114,11 +108,7 @@ class Plan:
 
     @classmethod
     def from_dict(cls, data: Any, where: str = PLAN) -> Plan:
-        """Read what ``to_dict`` wrote.
-
-        Raises:
-            CacheFormatError: If it is not a plan, or from a newer format version.
-        """
+        """Read what ``to_dict`` wrote."""
         kinds: dict[str, Any] = dict.fromkeys(cls.__dataclass_fields__, dict)
         kinds |= {"store": str, "sample_count": int, "shard_size": int, "batch_size": int}
         kinds["format_version"] = int
@@ -172,11 +162,7 @@ def read_plan(cache_dir: Path) -> Plan:
 
 
 def refuse_changed_plan(old: Plan, new: Plan, *, where: str = "the cache") -> None:
-    """Refuse to go on with other settings than a cache was begun with.
-
-    Raises:
-        CacheMismatchError: Naming each differing option with both values, and the remedy.
-    """
+    """Refuse to go on with other settings than a cache was begun with."""
     before, now = old.to_dict(), new.to_dict()
     for described in (before, now):  # names are for people; fingerprints decide
         for part in ("teacher", "data"):

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, overload
 import numpy as np
 
 from vlm_distill_cache.common.cache.index import INDEX, SampleIndex, build_index
-from vlm_distill_cache.common.cache.manifest import Manifest, read_manifest, read_plan, summarise
+from vlm_distill_cache.common.cache.manifest import Manifest, read_manifest, summarise
+from vlm_distill_cache.common.cache.plan import read_plan
 from vlm_distill_cache.common.cache.shared_images import SharedImages
 from vlm_distill_cache.common.cache.side_files import check_digests, check_file, check_size, check_sizes
 from vlm_distill_cache.common.cache.sidecar import parse_sidecar, sidecar_path

@@ -109,9 +109,6 @@ class Field:
         dtype: One of ``DTYPES``, always little-endian.
         axis: What the ragged first axis counts, one of ``AXES``.
         trailing: The fixed axes after the first.
-
-    Raises:
-        CacheFormatError: If any of these is not as described.
     """
 
     name: str
@@ -165,11 +162,7 @@ class Field:
 
     @classmethod
     def from_dict(cls, data: Any) -> Field:
-        """Read what ``to_dict`` wrote.
-
-        Raises:
-            CacheFormatError: If a key is missing or unknown, or its value cannot be a field's.
-        """
+        """Read what ``to_dict`` wrote."""
         expected = {"name", "dtype", "axis", "trailing"}
         if not isinstance(data, dict) or set(data) != expected or not isinstance(data["trailing"], list):
             raise CacheFormatError(f"field {data!r}: expected an object with exactly {sorted(expected)}")
@@ -184,11 +177,7 @@ BASE_FIELDS = (
 
 
 def check_fields(fields: Sequence[Field]) -> None:
-    """Refuse a set of fields in which a name appears twice.
-
-    Raises:
-        CacheFormatError: Naming the repeated field.
-    """
+    """Refuse a set of fields in which a name appears twice."""
     seen: set[str] = set()
     for field in fields:
         if field.name in seen:
@@ -200,12 +189,7 @@ def check_record(record: Record, fields: Sequence[Field], where: str = "record")
     """Refuse a record that does not have exactly these fields, dtypes and matching lengths.
 
     Args:
-        record: Arrays by field name.
         fields: All fields of the cache, ``BASE_FIELDS`` and those of each signal.
-        where: Sample id, shard or path, for the error message.
-
-    Raises:
-        CacheFormatError: Naming the field, what was expected and what was found.
     """
     names = {field.name for field in fields}
     if record.keys() != names:

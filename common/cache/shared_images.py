@@ -69,15 +69,9 @@ class SharedImages:
 
     Attributes:
         fields: What is shared; empty if the plan's records share nothing.
-        names: Of these fields.
     """
 
     def __init__(self, fields: Iterable[Field]) -> None:
-        """Look which arrays are shared.
-
-        Args:
-            fields: ``plan.all_fields``.
-        """
         fields = tuple(fields)
         shares = any(field.name == VISUAL_SOURCE.name for field in fields)
         self.fields = tuple(field for field in fields if shares and field.axis in MAP_AXES)
@@ -85,9 +79,6 @@ class SharedImages:
 
     def content_key(self, record: Record) -> str | None:
         """Name the arrays themselves, where the tokens in front of the image are not known any more.
-
-        Args:
-            record: Holding its image's arrays, as `read` returns it.
 
         Returns:
             32 hexadecimal digits; None without an image.
@@ -104,10 +95,7 @@ class SharedImages:
         """Read a record with its image's arrays, wherever in the shard they lie.
 
         Args:
-            reader: Of the shard.
-            position: Of the record.
             names: Only these fields; None for all.
-            where: Sample and cache, for errors.
 
         Returns:
             The record; its ``visual_source``, if asked for, is the stored one.
@@ -137,11 +125,6 @@ class ImageSharer:
     """Decides, for the records of one shard in stored order, which keep their image's arrays."""
 
     def __init__(self, shared: SharedImages) -> None:
-        """Start a shard.
-
-        Args:
-            shared: Of the plan.
-        """
         self._fields = shared.fields
         self._holders: dict[str, int] = {}
         self._count = 0
@@ -171,11 +154,6 @@ class SourceCheck:
     """Checks ``visual_source`` of all records of one shard, in stored order and one pass."""
 
     def __init__(self, shared: SharedImages) -> None:
-        """Start a shard.
-
-        Args:
-            shared: Of the plan.
-        """
         self._names = shared.names
         self._holders: dict[int, Record] = {}
 
@@ -183,7 +161,6 @@ class SourceCheck:
         """Look at the next record.
 
         Args:
-            position: In the shard.
             record: As stored, all fields.
 
         Returns:

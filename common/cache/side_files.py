@@ -23,7 +23,6 @@ def open_plain(root: Path, name: str) -> BinaryIO:
     """Open a file of a cache for reading, following no link below ``root``.
 
     Args:
-        root: The cache folder.
         name: Relative POSIX path, as ``documents.safe_path`` allows it.
 
     Raises:
@@ -57,11 +56,7 @@ def is_below_links(root: Path, name: str) -> bool:
 
 
 def check_size(root: Path, name: str, entry: FileEntry, remedy: str) -> None:
-    """Refuse a file that is lost, cut or longer than its entry says, without reading it.
-
-    Raises:
-        CacheFormatError: Naming it, and ending with the remedy.
-    """
+    """Refuse a file that is lost, cut or longer than its entry says, without reading it."""
     path = root / name
     try:
         size = path.stat(follow_symlinks=False).st_size
@@ -72,11 +67,7 @@ def check_size(root: Path, name: str, entry: FileEntry, remedy: str) -> None:
 
 
 def check_file(root: Path, name: str, entry: FileEntry, remedy: str) -> None:
-    """Refuse a file that is lost or has other bytes than its entry says; follows no link.
-
-    Raises:
-        CacheFormatError: Naming it, and ending with the remedy.
-    """
+    """Refuse a file that is lost or has other bytes than its entry says; follows no link."""
     check_size(root, name, entry, remedy)
     try:
         with open_plain(root, name) as file:
@@ -94,21 +85,13 @@ _REMEDY = "run `teacher-cache build` again with the same options to write it ane
 
 
 def check_sizes(cache_dir: Path, files: Mapping[str, FileEntry]) -> None:
-    """Refuse files that are lost, cut or longer than they were sealed, without reading them.
-
-    Raises:
-        CacheFormatError: Naming the first.
-    """
+    """Refuse files that are lost, cut or longer than they were sealed, without reading them."""
     for name, entry in files.items():
         check_size(cache_dir, name, entry, _REMEDY)
 
 
 def check_digests(cache_dir: Path, files: Mapping[str, FileEntry]) -> None:
-    """Refuse files that are lost or have other bytes than they were sealed with.
-
-    Raises:
-        CacheFormatError: Naming the first.
-    """
+    """Refuse files that are lost or have other bytes than they were sealed with."""
     for name, entry in files.items():
         check_file(cache_dir, name, entry, _REMEDY)
 
@@ -135,20 +118,12 @@ def is_leftover(path: Path) -> bool:
 
 
 def side_files(cache_dir: Path) -> list[str]:
-    """Return the relative paths of all files outside ``shards/``, except the manifest and the card.
-
-    Raises:
-        CacheFormatError: If there is a link or another thing that is not a plain file.
-    """
+    """Return the relative paths of all files outside ``shards/``, except the manifest and the card."""
     return sorted(name for name in walk_files(cache_dir, skip=(SHARDS,)) if name not in (MANIFEST, CARD))
 
 
 def walk_files(root: Path, skip: Iterable[str] = ()) -> list[str]:
-    """Return the relative paths of all files below ``root``, temporaries of live writers left out.
-
-    Raises:
-        CacheFormatError: If there is a link or another thing that is not a plain file.
-    """
+    """Return the relative paths of all files below ``root`` but temporaries; refuses links, devices and pipes."""
     names, folders = [], [root]
     while folders:
         for path in sorted(folders.pop().iterdir()):

@@ -47,11 +47,7 @@ class HeldLock:
 
 
 def try_lock(path: Path) -> HeldLock | None:
-    """Lock a file or directory if nobody else holds it.
-
-    Returns:
-        The lock; or None if another writer holds it, it is gone, or the file system cannot lock.
-    """
+    """Lock a file or directory; None if another writer holds it, it is gone, or the file system cannot lock."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError:
@@ -164,14 +160,7 @@ def publish_file(temporary: Path, final: Path, *, create_only: bool = False) -> 
 
 @contextlib.contextmanager
 def new_directory(final: Path) -> Iterator[Path]:
-    """Fill a directory that appears under its final name whole, or, after an error, not at all.
-
-    Args:
-        final: Must not exist.
-
-    Yields:
-        A temporary directory beside it.
-    """
+    """Fill a directory that appears under its final name whole, or, after an error, not at all."""
     final.parent.mkdir(parents=True, exist_ok=True)
     temporary, lock = create_temporary(final, directory=True)
     try:
@@ -222,12 +211,7 @@ def write_bytes_atomic(path: Path, data: bytes | bytearray, *, create_only: bool
 
 
 def json_bytes(value: Any) -> bytes:
-    """Return the bytes that ``write_json_atomic`` writes: sorted keys, indented, one final newline.
-
-    Raises:
-        ValueError: If a number is not finite.
-        TypeError: If ``value`` is not JSON.
-    """
+    """Return the bytes that ``write_json_atomic`` writes: sorted keys, indented, one final newline."""
     text = json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False)
     return (text + "\n").encode("utf-8")
 
@@ -237,7 +221,6 @@ def write_json_atomic(path: Path, value: Any, *, create_only: bool = False) -> N
 
     Raises:
         FileExistsError: As ``write_bytes_atomic``.
-        ValueError: If a number is not finite.
     """
     write_bytes_atomic(path, json_bytes(value), create_only=create_only)
 

@@ -49,11 +49,7 @@ def is_below(filename: object, folder: Path) -> bool:
 
 
 def refuse_overlap(folder: Path, *others: str | Path) -> None:
-    """Refuse a folder that is, or lies inside, one of others, or the other way round; addresses never do.
-
-    Raises:
-        ConfigError: Naming both.
-    """
+    """Refuse a folder that is, or lies inside, one of others, or the other way round; addresses never do."""
     inner = folder.resolve()
     for other in others:
         if is_url(other):

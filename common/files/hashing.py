@@ -68,9 +68,6 @@ def fingerprint(value: Any) -> str:
     Args:
         value: Nested dicts with string keys, lists, tuples, strings, numbers, booleans and None.
 
-    Returns:
-        xxh3_128 of the canonical JSON, 32 hex digits.
-
     Raises:
         ValueError: If a number is not finite; NaN is unequal to itself and so has no meaning to hash.
         TypeError: If something in ``value`` is not JSON, or a key is not a string.

@@ -27,13 +27,7 @@ def convert(source: Path, target: Path, store: str, *, on_shard: Callable[[], ob
     Killed and called again, it goes on with the shards that are missing.
 
     Args:
-        source: A sealed cache.
         target: A new folder, or one that an earlier call to convert the same cache began.
-        store: ``zarr`` or ``webdataset``.
-        on_shard: Called after each shard, for progress.
-
-    Returns:
-        The manifest of the new cache.
 
     Raises:
         ConfigError: If the cache is in that store already, or one folder lies inside the other.

@@ -42,7 +42,6 @@ class Slot:
     """The place of one sample in a derived cache.
 
     Attributes:
-        sample_id: Of the sample.
         failed: Why its source could not read it; None for a record.
         source: Which of the sources holds its record.
     """
@@ -100,15 +99,9 @@ def write_shards(
 
     Args:
         target: A new folder, or one that an earlier call with the same plan began.
-        plan: Of the new cache.
         write_shard: Makes a shard and its sidecar, or leaves those that are there; called with each number in turn.
         side_files: Projector, vision tower and processor, by where they come from; checked on the way.
         card: The new cache's README.md; None: it has none.
-        on_shard: Called after each shard, for progress.
-
-    Raises:
-        ConfigError: If the folder holds something else.
-        CacheMismatchError: If it holds another cache.
     """
     refuse_occupied(target)
     try:
@@ -167,9 +160,6 @@ def derive_cache(
         side_files: The source whose files beside the shards the new cache takes over.
         cards: Manifest hash and card of each source, to be quoted.
         fidelity: Figures that still hold; see `carry_fidelity`.
-
-    Raises:
-        ValueError: If there are not as many slots as the plan has samples.
     """
     if len(slots) != plan.sample_count:
         raise ValueError(f"{len(slots)} slots for a plan of {plan.sample_count} samples; expected as many")
@@ -211,7 +201,6 @@ def carry_fidelity(
     """Keep the figures of a source's fidelity card that are still true of its derived cache.
 
     Args:
-        fidelity: The source's card.
         plan: The source's plan, whose codec settings the figures were measured with.
         signals: Codec settings of the new cache.
 

@@ -43,12 +43,8 @@ def write_derived_card(plan: Plan, fidelity: Mapping[str, Any] | None, sources: 
     """Return the card of a derived cache.
 
     Args:
-        plan: Its plan.
         fidelity: What `derive.carry_fidelity` kept.
         sources: Manifest hash and card of each cache it was made from; the cards are quoted.
-
-    Returns:
-        Markdown, UTF-8.
     """
     name = one_line(f"{plan.teacher.get('name')} on {plan.data.get('name')}")
     how = plan.extra[DERIVED]

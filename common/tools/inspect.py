@@ -9,18 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from vlm_distill_cache.common.cache.manifest import (
-    BASE,
-    MANIFEST,
-    Manifest,
-    Plan,
-    ShardSidecar,
-    missing_shards,
-    read_manifest,
-    read_plan,
-    read_sidecar,
-)
+from vlm_distill_cache.common.cache.manifest import Manifest, read_manifest
+from vlm_distill_cache.common.cache.plan import BASE, Plan, read_plan
 from vlm_distill_cache.common.cache.schema import BASE_FIELDS, Field
+from vlm_distill_cache.common.cache.side_files import MANIFEST
+from vlm_distill_cache.common.cache.sidecar import ShardSidecar, missing_shards, read_sidecar
 from vlm_distill_cache.common.printing import one_line
 from vlm_distill_cache.common.terminal.command_line import quoted
 from vlm_distill_cache.common.terminal.next_step import distill_command
@@ -70,9 +63,6 @@ def describe_cache(cache_dir: Path, *, location: str | None = None) -> str:
     Args:
         cache_dir: Where its descriptions are.
         location: The folder or address that whoever asks knows it by; None: ``cache_dir``.
-
-    Raises:
-        CacheFormatError: If it is no cache, or one of its descriptions is damaged.
     """
     place = str(cache_dir) if location is None else location
     plan = read_plan(cache_dir)

@@ -58,7 +58,6 @@ class Merged:
 
     Attributes:
         manifest: Of the sealed cache; None if shards are still missing.
-        missing: Shards that none of the sources holds.
         samples: Records in the new cache so far.
         repeated: Records that more than one source held, equal in all of them.
     """
@@ -70,17 +69,7 @@ class Merged:
 
 
 def _merge_parts(sources: Sequence[Path], target: Path, *, on_shard: Callable[[], object] | None = None) -> Merged:
-    """Copy the shards of unfinished caches of one plan into one folder, and seal it if all are there.
-
-    Args:
-        sources: Cache folders with equal plans, finished or not.
-        target: A new folder, or one with the same plan; shards in it stay.
-        on_shard: Called after each shard, for progress.
-
-    Raises:
-        CacheMismatchError: If two sources hold a shard, or a file beside the shards, with different content.
-        CacheFormatError: If a file is not what its sidecar says.
-    """
+    """Copy the shards of unfinished caches of one plan into one folder, and seal it if all are there."""
     plan = read_plan(sources[0])
     samples = repeated = 0
 
@@ -125,11 +114,7 @@ def _side_files(sources: Sequence[Path]) -> list[tuple[Remote, dict[str, FileEnt
 
 
 def _choose(holders: Sequence[Path], index: int, plan: Plan) -> tuple[Path, ShardSidecar]:
-    """Choose whose shard is taken: all the same, or one that could read what the others could not.
-
-    Raises:
-        CacheMismatchError: Naming the shard, and a sample and field if there is one that differs.
-    """
+    """Choose whose shard is taken: all the same, or one that could read what the others could not."""
     best, chosen = holders[0], _read(holders[0], index, plan)
     for source in holders[1:]:
         sidecar = _read(source, index, plan)
@@ -202,10 +187,6 @@ def merge(
         sources: Two or more cache folders.
         target: A new folder, or one that an earlier call with the same sources began.
         store: Store of the new cache; None: the first source's.
-        on_shard: Called after each shard, for progress.
-
-    Returns:
-        What it left.
 
     Raises:
         ConfigError: If there are fewer than two sources, or a folder lies inside another.
@@ -281,11 +262,7 @@ def _refuse_unlike_parts(sources: Sequence[Path], plans: Sequence[Plan]) -> None
 
 
 def refuse_different(first: TeacherCache, other: TeacherCache) -> None:
-    """Refuse to merge caches that do not mean the same.
-
-    Raises:
-        CacheMismatchError: Naming each fingerprint or setting with both values, or the file that differs.
-    """
+    """Refuse to merge caches that do not mean the same."""
     one, two = _meaning(first.plan), _meaning(other.plan)
     lines = _signal_lines(first, other)
     if lines:  # said in words; what follows from it is not said again
@@ -358,11 +335,7 @@ def _plan_slots(caches: Sequence[TeacherCache]) -> tuple[list[Slot], int]:
 
 
 def refuse_conflict(sample_id: str, first: TeacherCache, other: TeacherCache) -> None:
-    """Refuse two caches that say different things of one sample.
-
-    Raises:
-        CacheMismatchError: Naming the sample, both caches and the field.
-    """
+    """Refuse two caches that say different things of one sample."""
     field = differing_field(first.read(sample_id), other.read(sample_id))
     if field is not None:
         what = "another picture" if field == "image_hash" else f"other bytes in {field}"

@@ -42,7 +42,6 @@ class WordMap:
     """Where one word of the answer looked.
 
     Attributes:
-        word: Its text.
         cells: float64 ``[rows, cols]``, absolute mass, mean over the word's tokens and all layer groups.
         image_mass: Their sum: the share of attention on the image, in [0, 1].
     """
@@ -56,15 +55,10 @@ def word_maps(record: Record, plan: Plan, words: Sequence[tuple[str, Sequence[in
     """Average a record's answer attention over the rows of each word.
 
     Args:
-        record: With the fields of ``answer_attention``.
-        plan: Of the cache.
         words: Text and supervised rows of each word.
 
     Returns:
         A map a word; none if the cache has no answer attention or the sample no image.
-
-    Raises:
-        CacheFormatError: If the plan's grid is not that of the arrays.
     """
     settings = plan.signals.get("answer_attention")
     if settings is None or not len(record["tiles"]):
@@ -107,12 +101,7 @@ def draw_text(maps: Sequence[WordMap], *, width: int = 100, shades: str = BLOCKS
     """Draw maps side by side in characters.
 
     Args:
-        maps: All of one grid.
-        width: Characters a line may have.
         shades: Five, from nothing to most: ``BLOCKS``, or ``ASCII`` for terminals that know no other.
-
-    Returns:
-        Lines without trailing spaces.
     """
     if not maps:
         return []
@@ -165,11 +154,7 @@ def draw_picture(maps: Sequence[WordMap], *, title: str, image: Image | None) ->
 
     Args:
         maps: At least one, all of one grid.
-        title: Printed above.
         image: The sample's; without it the maps stand alone.
-
-    Returns:
-        RGB.
     """
     import PIL.Image
     from PIL import ImageDraw, ImageFont

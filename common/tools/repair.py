@@ -12,17 +12,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from vlm_distill_cache.common.cache.index import INDEX, index_bytes
-from vlm_distill_cache.common.cache.manifest import (
-    MANIFEST,
-    PLAN,
-    SHARDS,
-    FileEntry,
-    Plan,
-    read_manifest,
-    read_plan,
-    sidecar_path,
-)
-from vlm_distill_cache.common.cache.side_files import is_below_links
+from vlm_distill_cache.common.cache.manifest import read_manifest
+from vlm_distill_cache.common.cache.plan import PLAN, SHARDS, Plan, read_plan
+from vlm_distill_cache.common.cache.side_files import MANIFEST, is_below_links
+from vlm_distill_cache.common.cache.sidecar import FileEntry, sidecar_path
 from vlm_distill_cache.common.errors import CacheFormatError
 from vlm_distill_cache.common.files.atomic import fsync_directory, remove, try_lock, write_bytes_atomic
 from vlm_distill_cache.common.printing import one_line
@@ -45,7 +38,6 @@ class Repair:
     Attributes:
         path: Relative to the cache; of a shard, its sidecar, which stands for its files too.
         action: ``remove`` and ``rewrite`` are done (unless only asked for), ``keep`` is not for a program to do.
-        reason: What is wrong.
         remedy: For ``keep``, what to do about it.
     """
 
@@ -74,16 +66,10 @@ def repair(
     """Remove damaged shards, files beside them and a manifest that no longer holds; healthy shards are not touched.
 
     Args:
-        cache_dir: The cache.
         deep: Look for wrong values too, as ``verify`` does.
-        dry_run: Only say what would be done.
-        on_shard: Called after each shard is verified, for progress.
 
     Returns:
         What was done, in order, and what is left to a person; empty if the cache is sound.
-
-    Raises:
-        OSError: If a file cannot be removed.
     """
     steps = list(_plan_steps(cache_dir, verify(cache_dir, deep=deep, on_shard=on_shard)))
     if not dry_run:

@@ -17,11 +17,12 @@ import numpy as np
 import numpy.typing as npt
 
 from vlm_distill_cache.common.cache.index import INDEX, SampleIndex
-from vlm_distill_cache.common.cache.manifest import CARD, PLAN, SHARDS, Manifest, ShardSummary, read_plan, read_sidecar
+from vlm_distill_cache.common.cache.manifest import Manifest, ShardSummary
+from vlm_distill_cache.common.cache.plan import PLAN, SHARDS, read_plan
 from vlm_distill_cache.common.cache.schema import BASE_FIELDS, Record
 from vlm_distill_cache.common.cache.shared_images import SharedImages
-from vlm_distill_cache.common.cache.side_files import MAX_CARD_BYTES, refuse_occupied
-from vlm_distill_cache.common.cache.sidecar import check_sidecar
+from vlm_distill_cache.common.cache.side_files import CARD, MAX_CARD_BYTES, refuse_occupied
+from vlm_distill_cache.common.cache.sidecar import check_sidecar, read_sidecar
 from vlm_distill_cache.common.cache.stores import open_reader
 from vlm_distill_cache.common.codecs.quantise import GAP_TABLE, gap_codes, gap_steps
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError, ConfigError
@@ -50,15 +51,10 @@ def truncated_codec(stored_codec: Mapping[str, Any], k: int) -> dict[str, Any]:
     """The settings of the smaller cache.
 
     Args:
-        stored_codec: The logit codec's dictionary in a cache's plan.
         k: Most entries of a row from now on, at least 2: the top token and the ground truth.
 
     Returns:
         The dictionary with `max_k` and `min_k` lowered to `k`.
-
-    Raises:
-        ConfigError: If `k` is no whole number from 2 to the stored `max_k`.
-        CacheFormatError: If the dictionary is not that of a logit codec.
     """
     try:
         most, least = int(stored_codec["max_k"]), int(stored_codec["min_k"])
@@ -89,15 +85,10 @@ def truncate_logits(record: Record, stored_codec: Mapping[str, Any], k: int) -> 
 
     Args:
         record: A whole record, `labels` included, written by the codec of `stored_codec`.
-        stored_codec: That codec's dictionary.
         k: See `truncated_codec`.
 
     Returns:
         A new record; all other fields are the same arrays.
-
-    Raises:
-        ConfigError: If `k` is not possible with this codec.
-        CacheFormatError: If counts and arrays do not fit each other.
     """
     truncated_codec(stored_codec, k)  # refuses an impossible k
     counts = record["entry_count"].astype(np.int64)  # [A]
@@ -199,17 +190,7 @@ class Selection:
 
 
 def parse_selection(*, shards: str | None, samples: str | None, signals: str | None, top_k: int | None) -> Selection:
-    """Read a selection as it stands on a command line.
-
-    Args:
-        shards: Such as ``0-3,7``.
-        samples: A number, or a UTF-8 file with a sample id a line.
-        signals: Names with commas between.
-        top_k: Of the logits.
-
-    Raises:
-        ConfigError: If one of them cannot be read.
-    """
+    """Read a selection as it stands on a command line."""
     count, ids = None, None
     if samples is not None and samples.isdecimal():
         count = int(samples)
@@ -275,12 +256,6 @@ def pull_partial(
     Args:
         location: A folder or an address with a sealed cache.
         target: A new folder, or one that an earlier call with the same selection began.
-        selection: Which part.
-        jobs: Downloads at a time.
-        on_shard: Called after each shard of the new cache, for progress.
-
-    Returns:
-        The manifest of the new cache.
 
     Raises:
         ConfigError: If the cache has no such shard or signal, or the folder holds something else.
@@ -401,9 +376,6 @@ class _Source:
     """A cache elsewhere, of which one shard at a time is here.
 
     Attributes:
-        remote: Where it is.
-        manifest: Its manifest.
-        plan: Its plan.
         names: Fields that are read; None: all.
     """
 
@@ -481,7 +453,6 @@ def needed_files(files: Mapping[str, FileEntry], names: frozenset[str] | None) -
     """Return the files of a shard without which these fields cannot be read.
 
     Args:
-        files: All files of the shard, as its sidecar lists them.
         names: The fields; None for all. A tar is needed whole.
     """
     if names is None:

@@ -10,26 +10,19 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from vlm_distill_cache.common.cache.index import INDEX, IndexBuilder, index_damage
-from vlm_distill_cache.common.cache.manifest import (
-    CARD,
-    MANIFEST,
-    PLAN,
-    SHARDS,
+from vlm_distill_cache.common.cache.manifest import Manifest, ShardSummary, read_manifest
+from vlm_distill_cache.common.cache.plan import PLAN, SHARDS, Plan, read_plan
+from vlm_distill_cache.common.cache.schema import check_record
+from vlm_distill_cache.common.cache.shared_images import SharedImages, SourceCheck
+from vlm_distill_cache.common.cache.side_files import CARD, MANIFEST, open_plain
+from vlm_distill_cache.common.cache.sidecar import (
     FileEntry,
-    Manifest,
-    Plan,
     ShardSidecar,
-    ShardSummary,
+    check_sidecar,
     missing_shards,
-    read_manifest,
-    read_plan,
     read_sidecar,
     sidecar_path,
 )
-from vlm_distill_cache.common.cache.schema import check_record
-from vlm_distill_cache.common.cache.shared_images import SharedImages, SourceCheck
-from vlm_distill_cache.common.cache.side_files import open_plain
-from vlm_distill_cache.common.cache.sidecar import check_sidecar
 from vlm_distill_cache.common.cache.stores import DAMAGE_ERRORS, open_reader
 from vlm_distill_cache.common.codecs.checks import codec_damage, value_damage
 from vlm_distill_cache.common.errors import CacheFormatError, NewerFormatError
@@ -41,7 +34,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from vlm_distill_cache.common.cache.manifest import Plan, ShardSidecar
+    from vlm_distill_cache.common.cache.plan import Plan
+    from vlm_distill_cache.common.cache.sidecar import ShardSidecar
     from vlm_distill_cache.common.cache.stores import ShardReader
 
 COPY_AGAIN = "copy it again from where the cache came from"
@@ -72,8 +66,6 @@ class Damage:
 
     Attributes:
         path: Relative to the cache.
-        reason: What was expected and found.
-        remedy: What to do about it.
         kind: ``newer``: no damage, but of a newer version of this software. Else what it belongs to: the plan, the
             manifest, or one that was not written yet; a shard; a shard that was never made; the index; a file beside
             the shards; samples with equal ids; what a killed run left; a file on no list.
@@ -100,7 +92,6 @@ def verify(cache_dir: Path, *, deep: bool = False, on_shard: Callable[[], object
     Args:
         cache_dir: The cache, sealed or not.
         deep: Decode every record too, and check that its values are some that its codecs write.
-        on_shard: Called after each shard, for progress.
 
     Returns:
         One entry per damaged, missing or unexpected file; empty if all is well. Never raises for damage.
@@ -151,9 +142,6 @@ def verify(cache_dir: Path, *, deep: bool = False, on_shard: Callable[[], object
 
 def split_unfinished(damages: list[Damage]) -> tuple[list[Damage], list[Damage]]:
     """Tell what is only not there yet from what is damaged: a cache that is not sealed may lack shards.
-
-    Args:
-        damages: As ``verify`` found them.
 
     Returns:
         What an unfinished cache lacks, and the damages.
@@ -320,9 +308,6 @@ def content_damage(cache_dir: Path, plan: Plan, sidecar: ShardSidecar, *, deep: 
     """Return what is wrong inside a shard whose files are as its sidecar says, or None.
 
     Args:
-        cache_dir: The cache.
-        plan: Its plan.
-        sidecar: The shard's.
         deep: Decode all records; else only ids, dtypes, shapes and offsets.
     """
     try:

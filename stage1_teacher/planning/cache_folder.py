@@ -12,23 +12,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vlm_distill_cache.common.cache.manifest import (
-    CARD,
-    INDEX,
-    MANIFEST,
+from vlm_distill_cache.common.cache.index import INDEX
+from vlm_distill_cache.common.cache.manifest import Manifest, read_manifest
+from vlm_distill_cache.common.cache.plan import (
+    DESCRIPTIVE,
     PLAN,
     SHARDS,
-    Manifest,
+    THREADS,
     Plan,
-    check_side_files,
-    missing_shards,
-    read_manifest,
     read_plan,
     refuse_changed_plan,
     write_plan,
 )
-from vlm_distill_cache.common.cache.plan import DESCRIPTIVE, THREADS
-from vlm_distill_cache.common.cache.side_files import is_leftover, side_files
+from vlm_distill_cache.common.cache.side_files import CARD, MANIFEST, check_digests, is_leftover, side_files
+from vlm_distill_cache.common.cache.sidecar import missing_shards
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError, ConfigError
 from vlm_distill_cache.common.files.atomic import HeldLock, clean_stale, read_json, remove
 from vlm_distill_cache.common.files.disk import is_below, name_full_disk
@@ -73,11 +70,7 @@ def refuse_unwritable(cache_dir: Path, *, sealed_too: bool = False) -> None:
     """Notice a read-only folder before a teacher is loaded.
 
     Args:
-        cache_dir: The cache, or where it will be.
         sealed_too: A sealed cache will be written to as well; else it may lie on a read-only disk.
-
-    Raises:
-        OSError: Naming the folder and the remedy.
     """
     if not sealed_too and (cache_dir / MANIFEST).is_file():
         return
@@ -149,8 +142,6 @@ def prepare_cache(cache_dir: Path, plan: Plan, *, overwrite: bool) -> Plan:
     """Write ``plan.json``, or make sure that the one there says the same.
 
     Args:
-        cache_dir: The cache folder.
-        plan: What this run would write.
         overwrite: Delete the cache that is there first; files that are not a cache's are never touched.
 
     Returns:
@@ -197,11 +188,7 @@ def refuse_unlisted(cache_dir: Path, known: Collection[str]) -> None:
     """Refuse to seal a folder that holds more than the cache: a manifest vouches for every file it lists.
 
     Args:
-        cache_dir: The cache.
         known: Paths of its own files outside ``shards/``; the plan, the index, the manifest and the card are known.
-
-    Raises:
-        ConfigError: Naming the others.
     """
     found = [name for name in side_files(cache_dir) if name not in known and name not in (PLAN, INDEX)]
     if found:
@@ -221,7 +208,7 @@ def intact_manifest(cache_dir: Path) -> Manifest | None:
         return None
     try:
         manifest = read_manifest(cache_dir)
-        check_side_files(cache_dir, manifest)
+        check_digests(cache_dir, manifest.files)
     except CacheFormatError as error:
         logger.warning("%s; it is written again from the shards that are there", error)
         return None

@@ -82,11 +82,7 @@ WHOLE = Part()
 
 
 def parse_part(text: str) -> Part:
-    """Read ``R/N``.
-
-    Raises:
-        ConfigError: If it is none.
-    """
+    """Read ``R/N``."""
     match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
     if match is None:
         raise ConfigError(f"part {text!r}: expected R/N, for example 0/4 for the first of four processes")
@@ -107,13 +103,9 @@ def choose_part(text: str | None, environment: Mapping[str, str]) -> tuple[Part,
 
     Args:
         text: What ``--part`` says, or None.
-        environment: The environment's variables.
 
     Returns:
         The part, and its rank among the processes of this machine.
-
-    Raises:
-        ConfigError: If ``text`` is not ``R/N``.
     """
     for launcher, mark, *names in _LAUNCHERS:
         values = [environment.get(name, "") for name in names]
@@ -148,9 +140,7 @@ def fix_threads(config: BuildConfig, *, several: bool, overwrite: bool = False) 
     number is kept, for none of the arithmetic is the CPU's.
 
     Args:
-        config: The options.
         several: Other processes work on this cache, here or on other machines.
-        overwrite: The cache that is there does not count.
     """
     import torch
 
@@ -180,7 +170,6 @@ def fix_batch_size(config: BuildConfig, *, overwrite: bool = False) -> BuildConf
 
     Args:
         config: The options; without a cache an automatic batch size stays automatic.
-        overwrite: The cache that is there does not count.
     """
     stored = None if overwrite or config.batch_size else stored_plan(Path(config.cache))
     return config if stored is None else replace(config, batch_size=stored.batch_size)
@@ -207,7 +196,6 @@ def run_parts(
     Args:
         target: Importable function of the options and a part.
         config: The options; each process gets a GPU of its own where there are several.
-        parts: One a process.
         on_wait: Called about once a second.
 
     Raises:

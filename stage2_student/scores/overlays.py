@@ -41,12 +41,8 @@ class Overlay:
     """One answer word with both heat maps.
 
     Attributes:
-        sample_id: The sample.
         text: Its conversation up to and including the word.
-        word: The word that is being said.
         picture: The image, longer side ``PICTURE_SIDE`` pixels.
-        teacher: The same with the teacher's attention.
-        student: The same with the student's.
     """
 
     sample_id: str
@@ -69,12 +65,9 @@ def collect_overlays(
     """Draw the answer word on which the teacher is most concentrated, for the first samples that have one.
 
     Args:
-        model: The student.
-        encoder: Fits the student.
         cache: Must hold ``answer_attention``.
         dataset: The data the cache was built from.
         match: How the student's layers meet the cached groups.
-        count: Pictures to draw.
 
     Returns:
         At most ``count`` overlays, fewer where samples have no image or cannot be read.

@@ -37,13 +37,9 @@ def open_writer(store: str, cache_dir: Path, shard_index: int, fields: Sequence[
     """Open a shard for writing, after removing what a killed run left of it.
 
     Args:
-        store: ``zarr`` or ``webdataset``.
-        cache_dir: The cache.
-        shard_index: Of the shard.
         fields: All fields of a record, ``plan.all_fields``.
 
     Raises:
-        CacheFormatError: If there is no such store.
         CacheMismatchError: If the shard is already finished.
     """
     writer, _ = _look_up(store)
@@ -52,11 +48,7 @@ def open_writer(store: str, cache_dir: Path, shard_index: int, fields: Sequence[
 
 
 def open_reader(store: str, cache_dir: Path, shard_index: int, fields: Sequence[Field]) -> ShardReader:
-    """Open a shard for reading; checks its structure, not its checksums (``TeacherCache`` does).
-
-    Raises:
-        CacheFormatError: If there is no such store, or the shard is damaged.
-    """
+    """Open a shard for reading; checks its structure, not its checksums (``TeacherCache`` does)."""
     _, reader = _look_up(store)
     return reader(cache_dir, shard_index, tuple(fields))  # type: ignore[call-arg]
 

@@ -89,9 +89,6 @@ class ShardLedger:
     """What a writer has accepted so far; both stores count alike.
 
     Attributes:
-        cache_dir: The cache.
-        index: Of the shard.
-        fields: All fields of a record.
         sample_ids: In the order appended.
         rows: Supervised rows so far.
         field_bytes: Decoded bytes so far by field.
@@ -109,11 +106,7 @@ class ShardLedger:
         self.field_bytes = {f.name: 0 for f in self.fields}
 
     def accept(self, sample_id: str, record: Record) -> None:
-        """Check a record and count it.
-
-        Raises:
-            CacheFormatError: If the id is empty, too long or repeated, or the record does not fit.
-        """
+        """Check a record and count it."""
         where = f"shard {self.index}, sample {sample_id!r}"
         if not isinstance(sample_id, str) or not 0 < len(sample_id.encode()) <= MAX_SAMPLE_ID_BYTES:
             raise CacheFormatError(f"{where}: a sample id is a text of 1 to {MAX_SAMPLE_ID_BYTES} bytes")
@@ -174,11 +167,7 @@ def refuse_conflict(path: Path) -> CacheMismatchError:
 
 
 def select_fields(fields: Sequence[Field], names: Collection[str] | None, where: str) -> list[Field]:
-    """Return the fields with these names, all for None.
-
-    Raises:
-        CacheFormatError: If the shard has no field of a name.
-    """
+    """Return the fields with these names, all for None."""
     if names is None:
         return list(fields)
     known = {f.name for f in fields}

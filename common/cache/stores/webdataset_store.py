@@ -68,12 +68,7 @@ def encode_member(sample_id: str, record: Record) -> bytes:
 
 
 def decode_member(data: bytes, where: str) -> tuple[str, Record]:
-    """Read what ``encode_member`` wrote, bounded before it allocates.
-
-    Raises:
-        CacheFormatError: If the bytes are damaged, or declare more than ``MAX_RECORD_BYTES`` or than their number
-            could hold.
-    """
+    """Read what ``encode_member`` wrote, bounded before it allocates."""
     size, limit = frame_content_bytes(data), min(MAX_RECORD_BYTES, _MAX_EXPANSION * len(data))
     if size is None or size > limit:
         raise CacheFormatError(f"{where}: declares {size} bytes, above {limit}, or is damaged")
@@ -113,9 +108,6 @@ class WebDatasetWriter:
 
     def close(self) -> list[str]:
         """Publish the shard.
-
-        Returns:
-            Its file relative to the cache.
 
         Raises:
             CacheMismatchError: If another process published the shard with other content.
@@ -168,12 +160,7 @@ class WebDatasetReader:
         return len(self._members)
 
     def read(self, position: int, names: Collection[str] | None = None) -> Record:
-        """Return one record, or the named fields of it, as arrays the caller owns.
-
-        Raises:
-            CacheFormatError: If the shard is damaged or has no such field.
-            IndexError: If there is no such position.
-        """
+        """Return one record, or the named fields of it, as arrays the caller owns."""
         if not 0 <= position < len(self._members):
             raise IndexError(f"{self._path}: no record {position}; there are {len(self._members)}")
         where = f"{self._path}, sample {self.sample_ids[position]!r}"

@@ -45,7 +45,6 @@ class ArrayLayout:
     """Where the values of one array are, as its checked metadata says.
 
     Attributes:
-        shape: Of the array.
         chunks: In its one file.
         chunk_bytes: Decoded bytes of each.
         compressor: ``blosc``, ``zstd`` or empty.
@@ -64,9 +63,6 @@ def read_group_metadata(path: Path) -> tuple[int, dict[str, Any]]:
 
     Returns:
         The number of samples, and the metadata of each array by name.
-
-    Raises:
-        CacheFormatError: If it is missing, damaged, or not that of a shard.
     """
     where = path / "zarr.json"
     try:
@@ -91,16 +87,11 @@ def check_metadata(
     """Check what the metadata declares for all arrays of a shard.
 
     Args:
-        arrays: From ``read_group_metadata``.
         expected: By name, the field whose dtype and trailing shape an array must have, and the bytes it may
             decode to.
-        path: Of the shard, for error messages.
 
     Returns:
         The layout of each array, whose decoded size is within its limit.
-
-    Raises:
-        CacheFormatError: If an array is missing, unexpected, or declares anything else.
     """
     if arrays.keys() != expected.keys():
         missing, extra = sorted(expected.keys() - arrays.keys()), sorted(arrays.keys() - expected.keys())
@@ -172,10 +163,6 @@ def check_chunks(path: Path, layout: ArrayLayout) -> None:
 
     Args:
         path: The file with an array's chunks, and their places at its end.
-        layout: From ``check_metadata``.
-
-    Raises:
-        CacheFormatError: Naming the first such chunk.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:

@@ -26,8 +26,8 @@ from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 from zarr.storage import LocalStore, MemoryStore
 
-from vlm_distill_cache.common.cache.manifest import walk_files
 from vlm_distill_cache.common.cache.schema import FORMAT_VERSION, Field, Record
+from vlm_distill_cache.common.cache.side_files import walk_files
 from vlm_distill_cache.common.cache.stores.base import (
     DAMAGE_ERRORS,
     MAX_FIELD_BYTES,
@@ -78,9 +78,6 @@ class ZarrWriter:
 
     def close(self) -> list[str]:
         """Publish the shard.
-
-        Returns:
-            Its files relative to the cache.
 
         Raises:
             CacheMismatchError: If another process published the shard with other content.
@@ -236,12 +233,7 @@ class ZarrReader:
         return self._samples
 
     def read(self, position: int, names: Collection[str] | None = None) -> Record:
-        """Return one record, or the named fields of it, as arrays the caller owns.
-
-        Raises:
-            CacheFormatError: If the shard is damaged or has no such field.
-            IndexError: If there is no such position.
-        """
+        """Return one record, or the named fields of it, as arrays the caller owns."""
         if not 0 <= position < self._samples:
             raise IndexError(f"{self._path}: no record {position}; there are {self._samples}")
         record = {}
@@ -251,11 +243,7 @@ class ZarrReader:
         return record
 
     def check(self) -> None:
-        """Check the offsets of all fields; dtypes and shapes were checked on opening.
-
-        Raises:
-            CacheFormatError: Naming the array that does not fit.
-        """
+        """Check the offsets of all fields; dtypes and shapes were checked on opening."""
         for field in self._fields:
             self._bounds(field.name)
 

@@ -42,9 +42,7 @@ def main() -> None:
     "--picture", type=click.Path(dir_okay=False, path_type=Path), help="Draw where each word looked: OUT.png."
 )
 @click.option(
-    "--image",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="The sample's image, to draw over.",
+    "--image", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="The sample's image, to draw over."
 )
 def inspect(cache: str, sample_id: str | None, picture: Path | None, image: Path | None) -> None:
     """Show what a cache holds; or of one sample the answer, the teacher's likeliest tokens and where it looked."""

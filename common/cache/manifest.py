@@ -56,6 +56,7 @@ __all__ = [
     "read_plan",
     "read_sidecar",
     "refuse_changed_plan",
+    "refuse_other_plan",
     "seal",
     "side_files",
     "sidecar_path",
@@ -193,6 +194,15 @@ def read_manifest(cache_dir: Path) -> Manifest:
             f"{cache_dir}: the cache is not sealed (no {MANIFEST}); finish it with `teacher-cache build`, "
             "or with `teacher-cache seal` if all shards are there"
         ) from None
+
+
+def refuse_other_plan(manifest: Manifest, plan: Plan, where: str) -> None:
+    """Refuse a manifest that was made for another plan than the one beside it."""
+    if manifest.plan_hash != plan.hash or len(manifest.shards) != plan.shard_count:
+        raise CacheFormatError(
+            f"{where}: {MANIFEST} belongs to another {PLAN} (plan {plan.hash}, manifest made for "
+            f"{manifest.plan_hash}); run `cachectl verify` there, then `teacher-cache seal`, or copy the cache again"
+        )
 
 
 def derive_manifest(cache_dir: Path, *, fidelity: dict[str, Any] | None = None) -> tuple[Manifest, bytearray]:

@@ -106,6 +106,13 @@ class Plan:
         fields = {signal: [f.to_dict() for f in group] for signal, group in self.fields.items()}
         return {name: getattr(self, name) for name in names} | {"fields": fields}
 
+    def without_descriptions(self) -> dict[str, Any]:
+        """Return the JSON without what is for people only: names differ between machines, fingerprints decide."""
+        described = self.to_dict()
+        for part in ("teacher", "data"):
+            described[part] = {name: value for name, value in described[part].items() if name not in DESCRIPTIVE}
+        return described
+
     @classmethod
     def from_dict(cls, data: Any, where: str = PLAN) -> Plan:
         """Read what ``to_dict`` wrote."""
@@ -163,11 +170,9 @@ def read_plan(cache_dir: Path) -> Plan:
 
 def refuse_changed_plan(old: Plan, new: Plan, *, where: str = "the cache") -> None:
     """Refuse to go on with other settings than a cache was begun with."""
-    before, now = old.to_dict(), new.to_dict()
-    for described in (before, now):  # names are for people; fingerprints decide
-        for part in ("teacher", "data"):
-            described[part] = {k: value for k, value in described[part].items() if k not in DESCRIPTIVE}
-    lines = describe_differences(before, now, there="the cache", here="this run")
+    lines = describe_differences(
+        old.without_descriptions(), new.without_descriptions(), there="the cache", here="this run"
+    )
     if lines:
         kept, wanted = (", ".join(sorted(plan.signals)) for plan in (old, new))
         if kept != wanted:

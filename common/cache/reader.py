@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, overload
 import numpy as np
 
 from vlm_distill_cache.common.cache.index import INDEX, SampleIndex, build_index
-from vlm_distill_cache.common.cache.manifest import Manifest, read_manifest, summarise
+from vlm_distill_cache.common.cache.manifest import Manifest, read_manifest, refuse_other_plan, summarise
 from vlm_distill_cache.common.cache.plan import read_plan
 from vlm_distill_cache.common.cache.shared_images import SharedImages
 from vlm_distill_cache.common.cache.side_files import check_digests, check_file, check_size, check_sizes
@@ -333,11 +333,7 @@ class TeacherCache:
         self.path = path
         self.plan = read_plan(path)
         self.manifest = read_manifest(path)
-        if self.manifest.plan_hash != self.plan.hash or len(self.manifest.shards) != self.plan.shard_count:
-            raise CacheFormatError(
-                f"{path}: manifest.json belongs to another plan.json (plan {self.plan.hash}, manifest made "
-                f"for {self.manifest.plan_hash}); run `teacher-cache seal`, or copy the cache again"
-            )
+        refuse_other_plan(self.manifest, self.plan, str(path))
         check_sizes(path, self.manifest.files)
         self._images = SharedImages(self.plan.all_fields)
         self._fetches = before_open is not None

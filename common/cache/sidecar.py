@@ -117,7 +117,12 @@ class ShardSidecar:
 
 def sidecar_path(cache_dir: Path, index: int) -> Path:
     """Return where the sidecar of shard ``index`` lies."""
-    return cache_dir / SHARDS / f"{index:05d}.json"
+    return cache_dir / sidecar_name(index)
+
+
+def sidecar_name(index: int) -> str:
+    """Return the path of a sidecar relative to the cache."""
+    return f"{SHARDS}/{index:05d}.json"
 
 
 def write_sidecar(cache_dir: Path, sidecar: ShardSidecar) -> None:

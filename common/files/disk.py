@@ -15,11 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 AGAIN = "run the same command again: it goes on where it stopped"
-_NO_ROOM = {
-    errno.ENOSPC: "make room",
-    errno.EDQUOT: "make room or raise the quota",
-    errno.EFBIG: "raise `ulimit -f`",
-}
+_NO_ROOM = {errno.ENOSPC: "make room", errno.EDQUOT: "make room or raise the quota", errno.EFBIG: "raise `ulimit -f`"}
 
 
 @contextlib.contextmanager

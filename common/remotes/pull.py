@@ -18,6 +18,7 @@ from vlm_distill_cache.common.cache.manifest import (
     Manifest,
     read_plan,
     read_sidecar,
+    refuse_other_plan,
     sidecar_path,
 )
 from vlm_distill_cache.common.cache.side_files import MAX_CARD_BYTES
@@ -163,11 +164,7 @@ def _check_space(target: Path, total: int) -> None:
 
 def _check_descriptions(target: Path, plan: Plan, manifest: Manifest) -> None:
     """Refuse descriptions that do not fit each other, before anything they announce is fetched."""
-    if manifest.plan_hash != plan.hash or len(manifest.shards) != plan.shard_count:
-        raise CacheFormatError(
-            f"{target}: the source's {MANIFEST} belongs to another {PLAN} (plan {plan.hash}, manifest made for "
-            f"{manifest.plan_hash}); run `cachectl verify` on it"
-        )
+    refuse_other_plan(manifest, plan, f"{target}: the source")
     for index, summary in enumerate(manifest.shards):
         sidecar = read_sidecar(target, index)
         path = sidecar_path(target, index)

@@ -16,16 +16,16 @@ from vlm_distill_cache.common.cache.manifest import (
     CARD,
     MANIFEST,
     PLAN,
-    SHARDS,
     Manifest,
     Plan,
     read_manifest,
     read_plan,
     read_sidecar,
+    refuse_other_plan,
     sidecar_path,
 )
 from vlm_distill_cache.common.cache.side_files import refuse_occupied
-from vlm_distill_cache.common.cache.sidecar import ShardSidecar
+from vlm_distill_cache.common.cache.sidecar import ShardSidecar, sidecar_name
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError
 from vlm_distill_cache.common.files.atomic import MAX_JSON_BYTES
 from vlm_distill_cache.common.files.disk import refuse_overlap
@@ -107,14 +107,11 @@ def push(
 def _read_whole(cache_dir: Path) -> tuple[Manifest, Plan, list[int]]:
     """Read the descriptions of a cache, look whether its files are there in full length; and count each shard's."""
     manifest, plan = read_manifest(cache_dir), read_plan(cache_dir)
-    if manifest.plan_hash != plan.hash or len(manifest.shards) != plan.shard_count:
-        raise CacheFormatError(
-            f"{cache_dir}: {MANIFEST} belongs to another {PLAN}; run `teacher-cache seal`, or `cachectl verify`"
-        )
+    refuse_other_plan(manifest, plan, str(cache_dir))
     counts = []
     for index, summary in enumerate(manifest.shards):
         if not is_intact(sidecar_path(cache_dir, index), summary.sidecar):
-            raise _damaged(cache_dir, _sidecar_name(index))
+            raise _damaged(cache_dir, sidecar_name(index))
         files = read_sidecar(cache_dir, index).files
         counts.append(len(files) + 1)
         for name, entry in files.items():
@@ -203,7 +200,7 @@ def _clear(remote: Remote, jobs: int) -> None:
     def clear(shards: Iterable[int], _: threading.Event) -> None:
         names: list[str] = []
         for shard in shards:
-            name = _sidecar_name(shard)
+            name = sidecar_name(shard)
             try:
                 data = remote.read(name, max_bytes=MAX_JSON_BYTES)
                 files = ShardSidecar.from_dict(parse_document(data, name), name).files
@@ -232,10 +229,6 @@ def _by_shard(task: Callable[[list[int], threading.Event], None], remote: Remote
     in_parallel([partial(task, batch) for batch in batches], min(jobs, remote.upload_jobs))
 
 
-def _sidecar_name(shard: int) -> str:
-    return f"{SHARDS}/{shard:05d}.json"
-
-
 def _push_shards(
     remote: Remote,
     cache_dir: Path,
@@ -258,7 +251,7 @@ def _push_shards(
         files: dict[str, Path] = {}
         present = size = 0
         for shard in shards:
-            name = _sidecar_name(shard)
+            name = sidecar_name(shard)
             sidecar = read_sidecar(cache_dir, shard)
             ours = (cache_dir / name).read_bytes()
             if begun and _equals(remote, name, ours):
@@ -317,7 +310,7 @@ def _check_untouched(remote: Remote, cache_dir: Path, plan: Plan, *, jobs: int) 
     def check(name: str, _: threading.Event) -> None:
         _refuse_overwritten(remote, cache_dir, name)
 
-    names = [PLAN, *map(_sidecar_name, range(plan.shard_count))]
+    names = [PLAN, *map(sidecar_name, range(plan.shard_count))]
     in_parallel([partial(check, name) for name in names], jobs)
 
 

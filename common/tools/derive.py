@@ -104,14 +104,14 @@ def write_shards(
         card: The new cache's README.md; None: it has none.
     """
     refuse_occupied(target)
-    try:
-        write_plan(target, plan)
-    except CacheMismatchError as error:
-        differences = str(error).rpartition("\n")[0]  # without the remedy, which is for `teacher-cache build`
-        raise CacheMismatchError(f"{differences}\nName a new folder, or delete {target}.") from error
-    for remote, files in side_files:
-        fetch_files(remote, target, files)
     with name_full_disk(target):
+        try:
+            write_plan(target, plan)
+        except CacheMismatchError as error:
+            differences = str(error).rpartition("\n")[0]  # without the remedy, which is for `teacher-cache build`
+            raise CacheMismatchError(f"{differences}\nName a new folder, or delete {target}.") from error
+        for remote, files in side_files:
+            fetch_files(remote, target, files)
         for index in range(plan.shard_count):
             write_shard(index)
             if on_shard is not None:

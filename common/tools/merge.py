@@ -171,11 +171,7 @@ def _differing_record(first: Path, one: ShardSidecar, second: Path, other: Shard
 
 
 def merge(
-    sources: Sequence[Path],
-    target: Path,
-    *,
-    store: str | None = None,
-    on_shard: Callable[[], object] | None = None,
+    sources: Sequence[Path], target: Path, *, store: str | None = None, on_shard: Callable[[], object] | None = None
 ) -> Merged:
     """Merge caches with equal fingerprints; killed and called again, it goes on.
 
@@ -201,7 +197,7 @@ def merge(
         refuse_overlap(folder, *folders[at + 1 :])
     refuse_occupied(target)
     plans = [read_plan(source) for source in sources]
-    one_plan = all(_undescribed(plan) == _undescribed(plans[0]) for plan in plans)
+    one_plan = all(plan.without_descriptions() == plans[0].without_descriptions() for plan in plans)
     if one_plan and not all((source / MANIFEST).is_file() for source in sources):
         if store not in (None, plans[0].store):
             raise ConfigError(
@@ -232,24 +228,16 @@ def merge(
     return Merged(manifest=manifest, missing=(), samples=sum(s.failed is None for s in slots), repeated=repeated)
 
 
-def _undescribed(plan: Plan) -> dict[str, Any]:
-    """A plan without what is for people only: a folder's name differs between machines."""
-    described = plan.to_dict()
-    for part in ("teacher", "data"):
-        described[part] = {name: value for name, value in described[part].items() if name not in DESCRIPTIVE}
-    return described
-
-
 def _refuse_unlike_parts(sources: Sequence[Path], plans: Sequence[Plan]) -> None:
     """Refuse unfinished caches of different plans, which can be neither parts of one nor merged as they are."""
     unsealed = [source for source in sources if not (source / MANIFEST).is_file()]
     if not unsealed:
         return
-    before = _undescribed(plans[0])
+    before = plans[0].without_descriptions()
     other, now = next(
         (source, described)
         for source, plan in zip(sources, plans, strict=True)
-        if (described := _undescribed(plan)) != before
+        if (described := plan.without_descriptions()) != before
     )
     lines = describe_differences(before, now, there=str(sources[0]), here=str(other))
     threads = plans[0].extra.get(THREADS)

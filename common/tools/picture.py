@@ -55,10 +55,15 @@ def word_maps(record: Record, plan: Plan, words: Sequence[tuple[str, Sequence[in
     """Average a record's answer attention over the rows of each word.
 
     Args:
+        record: With the fields of ``answer_attention``.
+        plan: Of the cache.
         words: Text and supervised rows of each word.
 
     Returns:
         A map a word; none if the cache has no answer attention or the sample no image.
+
+    Raises:
+        CacheFormatError: If the plan's grid is not that of the arrays.
     """
     settings = plan.signals.get("answer_attention")
     if settings is None or not len(record["tiles"]):

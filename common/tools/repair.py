@@ -15,7 +15,7 @@ from vlm_distill_cache.common.cache.index import INDEX, index_bytes
 from vlm_distill_cache.common.cache.manifest import read_manifest
 from vlm_distill_cache.common.cache.plan import PLAN, SHARDS, Plan, read_plan
 from vlm_distill_cache.common.cache.side_files import MANIFEST, is_below_links
-from vlm_distill_cache.common.cache.sidecar import FileEntry, sidecar_path
+from vlm_distill_cache.common.cache.sidecar import FileEntry, sidecar_name, sidecar_path
 from vlm_distill_cache.common.errors import CacheFormatError
 from vlm_distill_cache.common.files.atomic import fsync_directory, remove, try_lock, write_bytes_atomic
 from vlm_distill_cache.common.printing import one_line
@@ -57,11 +57,7 @@ class Repair:
 
 
 def repair(
-    cache_dir: Path,
-    *,
-    deep: bool = False,
-    dry_run: bool = False,
-    on_shard: Callable[[], object] | None = None,
+    cache_dir: Path, *, deep: bool = False, dry_run: bool = False, on_shard: Callable[[], object] | None = None
 ) -> list[Repair]:
     """Remove damaged shards, files beside them and a manifest that no longer holds; healthy shards are not touched.
 
@@ -103,13 +99,13 @@ def _plan_steps(cache_dir: Path, damages: list[Damage]) -> Iterator[Repair]:
             dropped.setdefault(damage.shard or 0, []).append(f"{damage.path}: {damage.reason}")
     for shard, reasons in sorted(dropped.items()):
         more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
-        yield Repair(path=_name(cache_dir, sidecar_path(cache_dir, shard)), action="remove", reason=reasons[0] + more)
+        yield Repair(path=sidecar_name(shard), action="remove", reason=reasons[0] + more)
     for damage in by_kind.get("missing", []):
         for path in _shard_files(cache_dir, damage.shard or 0):
             if (lock := try_lock(path)) is not None:  # else its writer is about to publish the sidecar
                 lock.release()
                 yield Repair(
-                    path=_name(cache_dir, path),
+                    path=path.relative_to(cache_dir).as_posix(),
                     action="remove",
                     reason="has no sidecar: left by a killed run",
                 )
@@ -157,10 +153,6 @@ def _keep(damage: Damage, why: str = "") -> Repair:
 def _shard_files(cache_dir: Path, shard: int) -> list[Path]:
     sidecar = sidecar_path(cache_dir, shard)
     return sorted(p for p in sidecar.parent.glob(f"{shard:05d}.*") if p != sidecar)
-
-
-def _name(cache_dir: Path, path: Path) -> str:
-    return path.relative_to(cache_dir).as_posix()
 
 
 def _do(cache_dir: Path, step: Repair) -> None:

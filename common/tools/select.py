@@ -17,12 +17,12 @@ import numpy as np
 import numpy.typing as npt
 
 from vlm_distill_cache.common.cache.index import INDEX, SampleIndex
-from vlm_distill_cache.common.cache.manifest import Manifest, ShardSummary
+from vlm_distill_cache.common.cache.manifest import Manifest, ShardSummary, refuse_other_plan
 from vlm_distill_cache.common.cache.plan import PLAN, SHARDS, read_plan
 from vlm_distill_cache.common.cache.schema import BASE_FIELDS, Record
 from vlm_distill_cache.common.cache.shared_images import SharedImages
 from vlm_distill_cache.common.cache.side_files import CARD, MAX_CARD_BYTES, refuse_occupied
-from vlm_distill_cache.common.cache.sidecar import check_sidecar, read_sidecar
+from vlm_distill_cache.common.cache.sidecar import check_sidecar, read_sidecar, sidecar_name
 from vlm_distill_cache.common.cache.stores import open_reader
 from vlm_distill_cache.common.codecs.quantise import GAP_TABLE, gap_codes, gap_steps
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError, ConfigError
@@ -385,8 +385,7 @@ class _Source:
         self.manifest, _ = read_remote_manifest(remote)
         self._fetch({PLAN: self.manifest.files[PLAN]})
         self.plan = read_plan(folder)
-        if self.plan.hash != self.manifest.plan_hash or len(self.manifest.shards) != self.plan.shard_count:
-            raise CacheFormatError(f"{remote.location}: plan and manifest do not belong together; damaged")
+        refuse_other_plan(self.manifest, self.plan, remote.location)
         self.names: frozenset[str] | None = None
         self._images = SharedImages(self.plan.all_fields)
         self._sidecars: dict[int, ShardSidecar] = {}
@@ -401,10 +400,10 @@ class _Source:
 
     def sidecars(self, shards: Sequence[int]) -> dict[int, ShardSidecar]:
         """Download sidecars, checked against the manifest."""
-        self._fetch({f"{SHARDS}/{shard:05d}.json": self.manifest.shards[shard].sidecar for shard in shards})
+        self._fetch({sidecar_name(shard): self.manifest.shards[shard].sidecar for shard in shards})
         self._sidecars = {shard: read_sidecar(self._folder, shard) for shard in shards}
         for shard, sidecar in self._sidecars.items():
-            where = f"{self.remote.location}/{SHARDS}/{shard:05d}.json"
+            where = f"{self.remote.location}/{sidecar_name(shard)}"
             check_sidecar(sidecar, self.plan, where)
             if ShardSummary.of(sidecar) != self.manifest.shards[shard]:
                 raise CacheFormatError(f"{where}: says other things than the manifest; damaged")

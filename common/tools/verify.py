@@ -21,7 +21,7 @@ from vlm_distill_cache.common.cache.sidecar import (
     check_sidecar,
     missing_shards,
     read_sidecar,
-    sidecar_path,
+    sidecar_name,
 )
 from vlm_distill_cache.common.cache.stores import DAMAGE_ERRORS, open_reader
 from vlm_distill_cache.common.codecs.checks import codec_damage, value_damage
@@ -46,17 +46,7 @@ _INDEX_REMEDY = f"run `cachectl repair` or `teacher-cache seal` to write it anew
 _SHARD_NAME = re.compile(rf"{SHARDS}/(\d{{5}})\.")
 
 Kind = Literal[
-    "newer",
-    "plan",
-    "manifest",
-    "unsealed",
-    "shard",
-    "missing",
-    "index",
-    "side file",
-    "data",
-    "leftover",
-    "stranger",
+    "newer", "plan", "manifest", "unsealed", "shard", "missing", "index", "side file", "data", "leftover", "stranger"
 ]
 
 
@@ -119,7 +109,7 @@ def verify(cache_dir: Path, *, deep: bool = False, on_shard: Callable[[], object
     unlisted: list[str] = []
     builder, field_bytes = IndexBuilder(), {field.name: 0 for field in plan.all_fields}
     for index in range(plan.shard_count):
-        known.add(sidecar_path(cache_dir, index).relative_to(cache_dir).as_posix())
+        known.add(sidecar_name(index))
         found, sidecar = _verify_shard(cache_dir, index, plan, manifest, deep=deep)
         damages += found
         if sidecar is not None:
@@ -204,7 +194,7 @@ def _check_manifest(cache_dir: Path, plan: Plan, manifest: Manifest) -> list[Dam
 def _verify_shard(
     cache_dir: Path, index: int, plan: Plan, manifest: Manifest | None, *, deep: bool
 ) -> tuple[list[Damage], ShardSidecar | None]:
-    name = sidecar_path(cache_dir, index).relative_to(cache_dir).as_posix()
+    name = sidecar_name(index)
     remedy = f"run `cachectl repair`, then `teacher-cache build` again to make this shard anew, or {COPY_AGAIN}"
     try:
         sidecar = read_sidecar(cache_dir, index)
@@ -252,7 +242,7 @@ def _index_damage(cache_dir: Path, builder: IndexBuilder, shard_count: int) -> l
     expected, repeated = builder.finish(shard_count)
     if repeated is not None:
         first, second = repeated
-        path = sidecar_path(cache_dir, second.shard).relative_to(cache_dir).as_posix()
+        path = sidecar_name(second.shard)
         sidecar = read_sidecar(cache_dir, second.shard)
         names = [name for name, _ in sidecar.failed] if second.failed else sidecar.sample_ids
         reason = f"sample {names[second.position]!r} is in shard {first.shard} too"

@@ -36,13 +36,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # What `projector_export` writes.
-EXPORTED = (
-    "projector.safetensors",
-    "projector.json",
-    "vision_tower.safetensors",
-    "vision_tower.json",
-    "processor",
-)
+EXPORTED = ("projector.safetensors", "projector.json", "vision_tower.safetensors", "vision_tower.json", "processor")
 # All that a cache folder holds at its top level.
 OUR_NAMES = (PLAN, MANIFEST, INDEX, CARD, SHARDS, *EXPORTED)
 

@@ -186,10 +186,7 @@ def quiet_libraries() -> None:
 
 
 def run_parts(
-    target: Callable[[BuildConfig, Part], None],
-    config: BuildConfig,
-    parts: Sequence[Part],
-    on_wait: Callable[[], None],
+    target: Callable[[BuildConfig, Part], None], config: BuildConfig, parts: Sequence[Part], on_wait: Callable[[], None]
 ) -> None:
     """Run ``target`` in one fresh process for each part, and wait for all of them.
 

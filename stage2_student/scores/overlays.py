@@ -54,13 +54,7 @@ class Overlay:
 
 
 def collect_overlays(
-    model: Any,
-    encoder: SampleEncoder,
-    cache: TeacherCache,
-    dataset: Dataset,
-    *,
-    match: GroupMatch,
-    count: int,
+    model: Any, encoder: SampleEncoder, cache: TeacherCache, dataset: Dataset, *, match: GroupMatch, count: int
 ) -> list[Overlay]:
     """Draw the answer word on which the teacher is most concentrated, for the first samples that have one.
 

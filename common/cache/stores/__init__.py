@@ -16,15 +16,7 @@ if TYPE_CHECKING:
 
     from vlm_distill_cache.common.cache.schema import Field
 
-__all__ = [
-    "DAMAGE_ERRORS",
-    "STORES",
-    "ShardReader",
-    "ShardWriter",
-    "finish_shard",
-    "open_reader",
-    "open_writer",
-]
+__all__ = ["DAMAGE_ERRORS", "STORES", "ShardReader", "ShardWriter", "finish_shard", "open_reader", "open_writer"]
 
 STORES: dict[str, tuple[type[ShardWriter], type[ShardReader]]] = {
     "zarr": (ZarrWriter, ZarrReader),

@@ -27,14 +27,7 @@ if TYPE_CHECKING:
     from vlm_distill_cache.common.cache.schema import Field
 
 CHUNK_BYTES = 256 << 10
-_DATA_TYPES = {
-    "u1": "uint8",
-    "u2": "uint16",
-    "u4": "uint32",
-    "i8": "int64",
-    "f2": "float16",
-    "f4": "float32",
-}
+_DATA_TYPES = {"u1": "uint8", "u2": "uint16", "u4": "uint32", "i8": "int64", "f2": "float16", "f4": "float32"}
 _COMPRESSORS = ("blosc", "zstd")
 _MAX_METADATA_BYTES = 4 << 20
 _MIN_CHUNK_BYTES = 4096  # on average; smaller ones cost more memory than they hold

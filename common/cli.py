@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Never
+from typing import Never
 
 import click
 from tqdm import tqdm
@@ -20,9 +21,6 @@ from vlm_distill_cache.common.terminal.command_line import (
     say,
 )
 from vlm_distill_cache.common.terminal.next_step import distill_command
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 _JOBS = click.option(
     "--jobs", default=8, show_default=True, type=click.IntRange(1, 64), help="How much to copy at a time."

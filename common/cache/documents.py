@@ -8,8 +8,9 @@ by whoever reads it, before any other file says so.
 from __future__ import annotations
 
 import unicodedata
-from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 from vlm_distill_cache.common.cache.schema import FORMAT_VERSION
 from vlm_distill_cache.common.errors import CacheFormatError, NewerFormatError
@@ -21,10 +22,6 @@ from vlm_distill_cache.common.files.atomic import (
     write_bytes_atomic,
 )
 from vlm_distill_cache.common.files.hashing import fingerprint, fingerprint_parsed
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
 
 
 def document_bytes(body: Mapping[str, Any]) -> bytes:

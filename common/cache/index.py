@@ -23,26 +23,20 @@ from __future__ import annotations
 import mmap
 import os
 import struct
+from collections.abc import Iterable
 from itertools import islice
-from typing import TYPE_CHECKING, NamedTuple
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import xxhash
+from numpy.typing import NDArray
 
-from vlm_distill_cache.common.cache.sidecar import check_sidecar, read_sidecar, sidecar_path
+from vlm_distill_cache.common.cache.plan import Plan
+from vlm_distill_cache.common.cache.sidecar import FileEntry, ShardSidecar, check_sidecar, read_sidecar, sidecar_path
 from vlm_distill_cache.common.errors import CacheFormatError
 from vlm_distill_cache.common.files.atomic import read_bounded
 from vlm_distill_cache.common.files.hashing import stream_checksum
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-    from pathlib import Path
-
-    from numpy.typing import NDArray
-
-    from vlm_distill_cache.common.cache.plan import Plan
-    from vlm_distill_cache.common.cache.sidecar import FileEntry, ShardSidecar
-
 
 INDEX = "index.bin"
 INDEX_VERSION = 1

@@ -6,9 +6,11 @@ It is never written while a shard is missing. The names of the other two kinds o
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from vlm_distill_cache.common.cache.documents import (
     check_int,
@@ -34,10 +36,6 @@ from vlm_distill_cache.common.cache.sidecar import (
 from vlm_distill_cache.common.errors import CacheFormatError
 from vlm_distill_cache.common.files.atomic import clean_stale, write_bytes_atomic
 from vlm_distill_cache.common.files.hashing import fingerprint
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-    from pathlib import Path
 
 __all__ = [
     "BASE",

@@ -7,7 +7,8 @@ number can resume it. It holds no time, no host and no absolute path: the same i
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from vlm_distill_cache.common.cache.documents import (
     check_int,
@@ -19,9 +20,6 @@ from vlm_distill_cache.common.cache.documents import (
 from vlm_distill_cache.common.cache.schema import BASE_FIELDS, FORMAT_VERSION, Field, check_fields
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError
 from vlm_distill_cache.common.files.hashing import fingerprint
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 PLAN, SHARDS = "plan.json", "shards"
 STORE_NAMES = ("zarr", "webdataset")

@@ -45,15 +45,13 @@ says by which, and in the others these arrays are empty (``common.cache.shared_i
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from vlm_distill_cache.common.errors import CacheFormatError
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 FORMAT_VERSION = 1
 IGNORE_INDEX = -100

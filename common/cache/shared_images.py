@@ -16,18 +16,14 @@ Caches without ``visual_source`` hold all arrays in every record, and are read a
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Iterable, Mapping
 
 import numpy as np
 
 from vlm_distill_cache.common.cache.schema import MAP_AXES, Field, Record
+from vlm_distill_cache.common.cache.stores import ShardReader
 from vlm_distill_cache.common.errors import CacheFormatError
 from vlm_distill_cache.common.files.hashing import checksum
-
-if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Mapping
-
-    from vlm_distill_cache.common.cache.stores import ShardReader
 
 VISUAL_SOURCE = Field(name="visual_source", dtype="u4", axis="sample")
 

@@ -5,18 +5,15 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from typing import TYPE_CHECKING, BinaryIO
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import BinaryIO
 
 from vlm_distill_cache.common.cache.plan import PLAN, SHARDS
+from vlm_distill_cache.common.cache.sidecar import FileEntry
 from vlm_distill_cache.common.errors import CacheFormatError, ConfigError
 from vlm_distill_cache.common.files.atomic import TEMPORARY_PREFIX
 from vlm_distill_cache.common.files.hashing import stream_checksum
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
-    from pathlib import Path
-
-    from vlm_distill_cache.common.cache.sidecar import FileEntry
 
 
 def open_plain(root: Path, name: str) -> BinaryIO:

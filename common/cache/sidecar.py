@@ -6,8 +6,10 @@ sidecars, whoever asks and however many processes share it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from vlm_distill_cache.common.cache.documents import check_int, check_object, parse_document, safe_path, write_document
 from vlm_distill_cache.common.cache.plan import SHARDS, Plan
@@ -15,10 +17,6 @@ from vlm_distill_cache.common.cache.schema import FORMAT_VERSION
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError
 from vlm_distill_cache.common.files.atomic import read_bounded
 from vlm_distill_cache.common.files.hashing import checksum, file_digests, sha256_hex
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
 
 MAX_FILE_BYTES = 1 << 40
 

@@ -16,13 +16,11 @@ import json
 import os
 import secrets
 import shutil
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 from vlm_distill_cache.common.errors import CacheFormatError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
 
 TEMPORARY_PREFIX = ".tmp-"
 MAX_JSON_BYTES = 256 << 20

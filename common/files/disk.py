@@ -5,14 +5,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from vlm_distill_cache.common.errors import ConfigError, NoRoomError
 from vlm_distill_cache.common.locations import is_url
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 AGAIN = "run the same command again: it goes on where it stopped"
 _NO_ROOM = {errno.ENOSPC: "make room", errno.EDQUOT: "make room or raise the quota", errno.EFBIG: "raise `ulimit -f`"}

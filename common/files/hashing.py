@@ -10,12 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from typing import IO, TYPE_CHECKING, Any
+from pathlib import Path
+from typing import IO, Any
 
 import xxhash
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 _READ_BYTES = 1 << 20
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from pathlib import Path
 
+from vlm_distill_cache.common.cache.manifest import Manifest
 from vlm_distill_cache.common.cache.plan import card_store_line
 from vlm_distill_cache.common.cache.side_files import CARD
 from vlm_distill_cache.common.cache.sidecar import read_sidecar
@@ -13,12 +15,6 @@ from vlm_distill_cache.common.files.disk import refuse_overlap
 from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.common.remotes import open_remote
 from vlm_distill_cache.common.tools.derive import seal_derived, side_files_of, write_records, write_shards
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
-
-    from vlm_distill_cache.common.cache.manifest import Manifest
 
 
 def convert(source: Path, target: Path, store: str, *, on_shard: Callable[[], object] | None = None) -> Manifest:

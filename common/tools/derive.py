@@ -7,31 +7,26 @@ taken for the whole. The fingerprints of teacher, tokenizer, template and data s
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from vlm_distill_cache.common.cache.index import INDEX
 from vlm_distill_cache.common.cache.manifest import Manifest, seal
-from vlm_distill_cache.common.cache.plan import PLAN, write_plan
+from vlm_distill_cache.common.cache.plan import PLAN, Plan, write_plan
+from vlm_distill_cache.common.cache.schema import Field, Record
 from vlm_distill_cache.common.cache.shared_images import ImageSharer, SharedImages, with_visual_source
 from vlm_distill_cache.common.cache.side_files import CARD, refuse_occupied
-from vlm_distill_cache.common.cache.sidecar import sidecar_path
+from vlm_distill_cache.common.cache.sidecar import FileEntry, sidecar_path
 from vlm_distill_cache.common.cache.stores import finish_shard, open_writer
 from vlm_distill_cache.common.errors import CacheMismatchError
 from vlm_distill_cache.common.files.atomic import write_bytes_atomic
 from vlm_distill_cache.common.files.disk import name_full_disk
 from vlm_distill_cache.common.files.hashing import fingerprint
+from vlm_distill_cache.common.remotes import Remote
 from vlm_distill_cache.common.remotes.fetch import fetch_files
 from vlm_distill_cache.common.tools.derived_card import DERIVED, write_derived_card
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-    from pathlib import Path
-
-    from vlm_distill_cache.common.cache.plan import Plan
-    from vlm_distill_cache.common.cache.schema import Field, Record
-    from vlm_distill_cache.common.cache.sidecar import FileEntry
-    from vlm_distill_cache.common.remotes import Remote
 
 # Figures of the fidelity card that do not name their signal.
 _LOGIT_FIGURES = ("kept_mass", "entries_per_row", "rows_at_cap")

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from vlm_distill_cache.common.cache.plan import card_store_line
+from vlm_distill_cache.common.cache.plan import Plan, card_store_line
 from vlm_distill_cache.common.printing import one_line, printable
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from vlm_distill_cache.common.cache.plan import Plan
-
 
 DERIVED = "derived"
 

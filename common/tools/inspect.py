@@ -7,7 +7,8 @@ are printed (``common.printing``).
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from vlm_distill_cache.common.cache.manifest import Manifest, read_manifest
 from vlm_distill_cache.common.cache.plan import BASE, Plan, read_plan
@@ -18,9 +19,6 @@ from vlm_distill_cache.common.printing import one_line
 from vlm_distill_cache.common.terminal.command_line import quoted
 from vlm_distill_cache.common.terminal.next_step import distill_command
 from vlm_distill_cache.common.tools.derived_card import derivation_words
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 _MAX_FAILED = 5  # shown
 _MAX_FILES = 6

@@ -5,18 +5,22 @@ Nothing is averaged and nobody wins: two caches that say different things of one
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from vlm_distill_cache.common.cache.documents import describe_differences
 from vlm_distill_cache.common.cache.index import INDEX
 from vlm_distill_cache.common.cache.manifest import Manifest, read_manifest
-from vlm_distill_cache.common.cache.plan import DESCRIPTIVE, MAX_SHARDS, PLAN, THREADS, read_plan
+from vlm_distill_cache.common.cache.plan import DESCRIPTIVE, MAX_SHARDS, PLAN, THREADS, Plan, read_plan
 from vlm_distill_cache.common.cache.reader import TeacherCache
+from vlm_distill_cache.common.cache.schema import Field, Record
 from vlm_distill_cache.common.cache.shared_images import VISUAL_SOURCE, SharedImages
 from vlm_distill_cache.common.cache.side_files import CARD, MANIFEST, refuse_occupied, side_files
 from vlm_distill_cache.common.cache.sidecar import (
     FileEntry,
+    ShardSidecar,
     check_sidecar,
     missing_shards,
     read_sidecar,
@@ -29,7 +33,7 @@ from vlm_distill_cache.common.files.disk import refuse_overlap
 from vlm_distill_cache.common.files.hashing import fingerprint
 from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.common.printing import one_line
-from vlm_distill_cache.common.remotes import open_remote
+from vlm_distill_cache.common.remotes import Remote, open_remote
 from vlm_distill_cache.common.remotes.fetch import fetch_files
 from vlm_distill_cache.common.tools.derive import (
     Slot,
@@ -41,15 +45,6 @@ from vlm_distill_cache.common.tools.derive import (
     write_shards,
 )
 from vlm_distill_cache.common.tools.derived_card import DERIVED
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-    from pathlib import Path
-
-    from vlm_distill_cache.common.cache.plan import Plan
-    from vlm_distill_cache.common.cache.schema import Field, Record
-    from vlm_distill_cache.common.cache.sidecar import ShardSidecar
-    from vlm_distill_cache.common.remotes import Remote
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,8 +8,10 @@ names: all that lies there goes with the shard. Files on no list are somebody el
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from pathlib import Path
+from typing import Literal
 
 from vlm_distill_cache.common.cache.index import INDEX, index_bytes
 from vlm_distill_cache.common.cache.manifest import read_manifest
@@ -20,10 +22,6 @@ from vlm_distill_cache.common.errors import CacheFormatError
 from vlm_distill_cache.common.files.atomic import fsync_directory, remove, try_lock, write_bytes_atomic
 from vlm_distill_cache.common.printing import one_line
 from vlm_distill_cache.common.tools.verify import Damage, verify
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-    from pathlib import Path
 
 _OTHER_PLAN = (
     f"keep the pair that belongs together: copy {PLAN} or {MANIFEST} again from where the cache came from, or "

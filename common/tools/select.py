@@ -8,41 +8,31 @@ is a derived cache (``common.tools.derive``): its plan says of which cache it is
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from vlm_distill_cache.common.cache.index import INDEX, SampleIndex
 from vlm_distill_cache.common.cache.manifest import Manifest, ShardSummary, refuse_other_plan
-from vlm_distill_cache.common.cache.plan import PLAN, SHARDS, read_plan
+from vlm_distill_cache.common.cache.plan import PLAN, SHARDS, Plan, read_plan
 from vlm_distill_cache.common.cache.schema import BASE_FIELDS, Record
 from vlm_distill_cache.common.cache.shared_images import SharedImages
 from vlm_distill_cache.common.cache.side_files import CARD, MAX_CARD_BYTES, refuse_occupied
-from vlm_distill_cache.common.cache.sidecar import check_sidecar, read_sidecar, sidecar_name
-from vlm_distill_cache.common.cache.stores import open_reader
+from vlm_distill_cache.common.cache.sidecar import FileEntry, ShardSidecar, check_sidecar, read_sidecar, sidecar_name
+from vlm_distill_cache.common.cache.stores import ShardReader, open_reader
 from vlm_distill_cache.common.codecs.quantise import GAP_TABLE, gap_codes, gap_steps
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError, ConfigError
 from vlm_distill_cache.common.files.atomic import clean_stale, create_temporary, remove
 from vlm_distill_cache.common.files.disk import refuse_overlap
 from vlm_distill_cache.common.files.hashing import fingerprint
-from vlm_distill_cache.common.remotes import open_remote
+from vlm_distill_cache.common.remotes import Remote, open_remote
 from vlm_distill_cache.common.remotes.fetch import fetch_files, read_remote_manifest
 from vlm_distill_cache.common.tools.derive import Slot, carry_fidelity, derive_cache, derive_plan
 from vlm_distill_cache.common.tools.derived_card import DERIVED
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-
-    from vlm_distill_cache.common.cache.plan import Plan
-    from vlm_distill_cache.common.cache.schema import Record
-    from vlm_distill_cache.common.cache.sidecar import FileEntry, ShardSidecar
-    from vlm_distill_cache.common.cache.stores import ShardReader
-    from vlm_distill_cache.common.remotes import Remote
-
 
 FloatArray = npt.NDArray[np.float64]
 

@@ -7,10 +7,10 @@ import errno
 import fcntl
 import logging
 import os
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from vlm_distill_cache.common.cache.index import INDEX
 from vlm_distill_cache.common.cache.manifest import Manifest, read_manifest
@@ -29,9 +29,6 @@ from vlm_distill_cache.common.cache.sidecar import missing_shards
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError, ConfigError
 from vlm_distill_cache.common.files.atomic import HeldLock, clean_stale, read_json, remove
 from vlm_distill_cache.common.files.disk import is_below, name_full_disk
-
-if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator
 
 logger = logging.getLogger(__name__)
 

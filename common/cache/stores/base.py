@@ -7,18 +7,16 @@ shard by mistake, the second finds an identical shard and is content, or a diffe
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from pathlib import Path
+from typing import Protocol
 
 from vlm_distill_cache.common.cache.plan import SHARDS
 from vlm_distill_cache.common.cache.schema import Field, Record, check_record
 from vlm_distill_cache.common.cache.sidecar import sidecar_path
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError
 from vlm_distill_cache.common.files.atomic import clean_stale, remove, try_lock
-
-if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
-    from pathlib import Path
 
 MAX_RECORD_BYTES = 1 << 30  # decoded bytes of one sample
 MAX_FIELD_BYTES = 8 << 30  # decoded bytes of one field of one shard

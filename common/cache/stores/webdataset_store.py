@@ -12,8 +12,10 @@ import json
 import os
 import re
 import tarfile
+from collections.abc import Callable, Collection
 from io import BytesIO
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numcodecs.zstd import Zstd
@@ -32,14 +34,8 @@ from vlm_distill_cache.common.cache.stores.base import (
     shard_path,
 )
 from vlm_distill_cache.common.errors import CacheFormatError
-from vlm_distill_cache.common.files.atomic import create_temporary, publish_file
+from vlm_distill_cache.common.files.atomic import HeldLock, create_temporary, publish_file
 from vlm_distill_cache.common.files.hashing import checksum, file_digests
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
-    from pathlib import Path
-
-    from vlm_distill_cache.common.files.atomic import HeldLock
 
 EXTENSION = ".safetensors.zst"
 _ZSTD_LEVEL = 9

@@ -10,21 +10,18 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from vlm_distill_cache.common.cache.plan import MAX_SHARD_SAMPLES
+from vlm_distill_cache.common.cache.schema import Field
 from vlm_distill_cache.common.cache.stores.base import frame_content_bytes
 from vlm_distill_cache.common.errors import CacheFormatError
 from vlm_distill_cache.common.files.atomic import read_json
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
-
-    from vlm_distill_cache.common.cache.schema import Field
 
 CHUNK_BYTES = 256 << 10
 _DATA_TYPES = {"u1": "uint8", "u2": "uint16", "u4": "uint32", "i8": "int64", "f2": "float16", "f4": "float32"}

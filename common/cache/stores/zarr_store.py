@@ -16,8 +16,10 @@ from __future__ import annotations
 import json
 import math
 import threading
+from collections.abc import Collection
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import zarr
@@ -44,14 +46,8 @@ from vlm_distill_cache.common.cache.stores.zarr_metadata import (
     read_group_metadata,
 )
 from vlm_distill_cache.common.errors import CacheFormatError
-from vlm_distill_cache.common.files.atomic import create_temporary, publish_directory, remove, write_durably
+from vlm_distill_cache.common.files.atomic import HeldLock, create_temporary, publish_directory, remove, write_durably
 from vlm_distill_cache.common.files.hashing import file_digests
-
-if TYPE_CHECKING:
-    from collections.abc import Collection
-    from pathlib import Path
-
-    from vlm_distill_cache.common.files.atomic import HeldLock
 
 _IDS = "sample_ids"
 _BYTES = Field(name="bytes", dtype="u1", axis="sample")  # the dtypes of the store's own arrays

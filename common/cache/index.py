@@ -101,11 +101,7 @@ class SampleIndex:
 
     @classmethod
     def open(cls, path: Path, entry: FileEntry) -> SampleIndex:
-        """Map an index whose size and checksum are the ones sealed.
-
-        Raises:
-            CacheFormatError: If it is lost, damaged or not the one that was sealed.
-        """
+        """Map an index whose size and checksum are the ones sealed."""
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
@@ -263,21 +259,12 @@ def build_index(cache_dir: Path, plan: Plan, sidecars: Iterable[ShardSidecar]) -
 
 
 def index_bytes(cache_dir: Path, plan: Plan) -> bytearray:
-    """Return the ``index.bin`` that the sidecars in a folder call for; writes nothing.
-
-    Raises:
-        FileNotFoundError: If a sidecar is missing.
-        CacheFormatError: If a sidecar is damaged or does not fit the plan, or ids repeat.
-    """
+    """Return the ``index.bin`` that the sidecars in a folder call for; writes nothing."""
     return build_index(cache_dir, plan, (read_sidecar(cache_dir, shard) for shard in range(plan.shard_count)))
 
 
 def index_damage(cache_dir: Path, expected: bytearray) -> str | None:
-    """Return what is wrong with the index in a folder, whatever the manifest says of it; or None.
-
-    Args:
-        expected: From `index_bytes`, or from an `IndexBuilder` that saw all sidecars.
-    """
+    """Return what is wrong with the index in a folder, whatever the manifest says of it; or None."""
     try:
         found = read_bounded(cache_dir / INDEX, max_bytes=len(expected))
     except FileNotFoundError:

@@ -204,14 +204,7 @@ def refuse_other_plan(manifest: Manifest, plan: Plan, where: str) -> None:
 
 
 def derive_manifest(cache_dir: Path, *, fidelity: dict[str, Any] | None = None) -> tuple[Manifest, bytearray]:
-    """Derive manifest and index from the plan, the sidecars and the files beside them; writes nothing.
-
-    Returns:
-        The manifest, and the bytes of the index it lists.
-
-    Raises:
-        CacheFormatError: If shards are missing, a sidecar does not fit the plan, or sample ids repeat.
-    """
+    """Derive manifest and index from the plan, the sidecars and the files beside them; writes nothing."""
     plan = read_plan(cache_dir)
     if missing := missing_shards(cache_dir, plan):
         raise CacheFormatError(

@@ -76,7 +76,6 @@ class Field:
         name: Lower-case identifier; ``sample_ids`` and names ending in ``_offsets`` are the stores' own.
         dtype: One of ``DTYPES``, always little-endian.
         axis: What the ragged first axis counts, one of ``AXES``.
-        trailing: The fixed axes after the first.
     """
 
     name: str
@@ -154,11 +153,7 @@ def check_fields(fields: Sequence[Field]) -> None:
 
 
 def check_record(record: Record, fields: Sequence[Field], where: str = "record") -> None:
-    """Refuse a record that does not have exactly these fields, dtypes and matching lengths.
-
-    Args:
-        fields: All fields of the cache, ``BASE_FIELDS`` and those of each signal.
-    """
+    """Refuse a record that does not have exactly these fields, dtypes and matching lengths."""
     names = {field.name for field in fields}
     if record.keys() != names:
         missing, extra = sorted(names - record.keys()), sorted(record.keys() - names)

@@ -48,14 +48,11 @@ def with_visual_source(fields: Mapping[str, tuple[Field, ...]]) -> dict[str, tup
 
 
 def prefix_key(image_hash: bytes, prefix_ids: np.ndarray) -> str:
-    """Name what visual rows can see: records with equal keys may share their arrays.
+    """Name what visual rows can see: records with equal keys, 32 hexadecimal digits, may share their arrays.
 
     Args:
         image_hash: xxh3_128 of the picture, 16 bytes.
         prefix_ids: Ids of the tokens up to and including the last visual one, integers ``[T']``.
-
-    Returns:
-        32 hexadecimal digits.
     """
     return checksum(image_hash + np.ascontiguousarray(prefix_ids, dtype="<i8").tobytes())
 
@@ -89,9 +86,6 @@ class SharedImages:
 
     def read(self, reader: ShardReader, position: int, names: Collection[str] | None = None, *, where: str) -> Record:
         """Read a record with its image's arrays, wherever in the shard they lie.
-
-        Args:
-            names: Only these fields; None for all.
 
         Returns:
             The record; its ``visual_source``, if asked for, is the stored one.
@@ -154,14 +148,7 @@ class SourceCheck:
         self._holders: dict[int, Record] = {}
 
     def damage(self, position: int, record: Record) -> str | None:
-        """Look at the next record.
-
-        Args:
-            record: As stored, all fields.
-
-        Returns:
-            What is wrong with it, or None.
-        """
+        """Return what is wrong with the next record as stored, or None."""
         if not self._names:
             return None
         source = int(record[VISUAL_SOURCE.name][0])

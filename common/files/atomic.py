@@ -92,9 +92,6 @@ def clean_stale(directory: Path, name: str = "") -> list[Path]:
     Args:
         directory: Where to look, not recursively; may be missing.
         name: Only temporaries of targets whose name starts with this.
-
-    Returns:
-        What was removed. Temporaries of live writers stay.
     """
     removed: list[Path] = []
     prefix = TEMPORARY_PREFIX + name
@@ -215,11 +212,7 @@ def json_bytes(value: Any) -> bytes:
 
 
 def write_json_atomic(path: Path, value: Any, *, create_only: bool = False) -> None:
-    """Write JSON with sorted keys, atomically; equal values give equal bytes.
-
-    Raises:
-        FileExistsError: As ``write_bytes_atomic``.
-    """
+    """Write JSON with sorted keys, atomically; equal values give equal bytes."""
     write_bytes_atomic(path, json_bytes(value), create_only=create_only)
 
 

@@ -63,9 +63,6 @@ def fingerprint(value: Any) -> str:
 
     Tuples count as lists. ``1`` and ``1.0`` differ, because they are different JSON.
 
-    Args:
-        value: Nested dicts with string keys, lists, tuples, strings, numbers, booleans and None.
-
     Raises:
         ValueError: If a number is not finite; NaN is unequal to itself and so has no meaning to hash.
         TypeError: If something in ``value`` is not JSON, or a key is not a string.

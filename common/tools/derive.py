@@ -17,7 +17,7 @@ from vlm_distill_cache.common.cache.manifest import Manifest, seal
 from vlm_distill_cache.common.cache.plan import PLAN, Plan, write_plan
 from vlm_distill_cache.common.cache.schema import Field, Record
 from vlm_distill_cache.common.cache.shared_images import ImageSharer, SharedImages, with_visual_source
-from vlm_distill_cache.common.cache.side_files import CARD, refuse_occupied
+from vlm_distill_cache.common.cache.side_files import CARD, MAX_CARD_BYTES, refuse_occupied
 from vlm_distill_cache.common.cache.sidecar import FileEntry, sidecar_path
 from vlm_distill_cache.common.cache.stores import finish_shard, open_writer
 from vlm_distill_cache.common.errors import CacheMismatchError
@@ -57,8 +57,6 @@ def derive_plan(
     """Plan a cache of some records of another.
 
     Args:
-        source: The plan of the cache the records come from.
-        sample_count: Samples of the new cache, failed ones included.
         how: From what and by which selection; becomes ``extra["derived"]``.
         store: Store of the new cache; None: the source's.
         signals: Codec settings of the signals to keep; None: all as they are.
@@ -142,8 +140,7 @@ def derive_cache(
     slots: Sequence[Slot],
     read: Callable[[Slot], Record],
     *,
-    side_files: tuple[Remote, Manifest],
-    cards: Sequence[tuple[str, str]],
+    sources: Sequence[tuple[Remote, Manifest]],
     fidelity: dict[str, Any] | None = None,
     on_shard: Callable[[], object] | None = None,
 ) -> Manifest:
@@ -152,8 +149,7 @@ def derive_cache(
     Args:
         slots: Its samples in order; ``plan.sample_count`` of them.
         read: Gives a slot's record with its image's arrays in it; called in order, shard by shard.
-        side_files: The source whose files beside the shards the new cache takes over.
-        cards: Manifest hash and card of each source, to be quoted.
+        sources: Where they come from; their cards are quoted, and the first's files beside the shards taken over.
         fidelity: Figures that still hold; see `carry_fidelity`.
     """
     if len(slots) != plan.sample_count:
@@ -165,11 +161,17 @@ def derive_cache(
         failed = [(slot.sample_id, slot.failed) for slot in chosen if slot.failed is not None]
         write_records(target, plan, index, _shared_anew(chosen, read, plan.all_fields), failed)
 
-    remote, manifest = side_files
-    card = write_derived_card(plan, fidelity, cards)
-    files = [(remote, side_files_of(manifest))]
+    card = write_derived_card(plan, fidelity, [(manifest.hash, _read_card(remote)) for remote, manifest in sources])
+    files = [(remote, side_files_of(manifest)) for remote, manifest in sources[:1]]
     write_shards(target, plan, write_shard, side_files=files, card=card, on_shard=on_shard)
     return seal_derived(target, fidelity=fidelity)
+
+
+def _read_card(remote: Remote) -> str:
+    try:
+        return remote.read(CARD, max_bytes=MAX_CARD_BYTES).decode("utf-8", errors="replace")
+    except FileNotFoundError:
+        return ""
 
 
 def _shared_anew(
@@ -194,10 +196,6 @@ def carry_fidelity(
     fidelity: dict[str, Any] | None, plan: Plan, *, signals: Mapping[str, dict[str, Any]]
 ) -> dict[str, Any] | None:
     """Keep the figures of a source's fidelity card that are still true of its derived cache.
-
-    Args:
-        plan: The source's plan, whose codec settings the figures were measured with.
-        signals: Codec settings of the new cache.
 
     Returns:
         The figures of signals that are there with the same settings; None if nothing is left of them.

@@ -38,7 +38,6 @@ def write_derived_card(plan: Plan, fidelity: Mapping[str, Any] | None, sources: 
     """Return the card of a derived cache.
 
     Args:
-        fidelity: What `derive.carry_fidelity` kept.
         sources: Manifest hash and card of each cache it was made from; the cards are quoted.
     """
     name = one_line(f"{plan.teacher.get('name')} on {plan.data.get('name')}")

@@ -215,8 +215,7 @@ def merge(
         plan,
         slots,
         lambda slot: caches[slot.source].read(slot.sample_id),
-        side_files=(open_remote(sources[0]), caches[0].manifest),
-        cards=[(cache.manifest_hash, _read_card(cache.path)) for cache in caches],
+        sources=[(open_remote(cache.path), cache.manifest) for cache in caches],
         fidelity=fidelity,
         on_shard=on_shard,
     )
@@ -365,8 +364,3 @@ def _data_parts(cache: TeacherCache) -> list[dict[str, Any]]:
     if data.get("parts"):
         return list(data["parts"])
     return [{**data, "fingerprint": cache.plan.fingerprints.get("data"), "samples": len(cache)}]
-
-
-def _read_card(source: Path) -> str:
-    card = source / CARD
-    return card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""

@@ -158,7 +158,6 @@ def draw_picture(maps: Sequence[WordMap], *, title: str, image: Image | None) ->
     """Draw a contact sheet: the image if there is one, and a heat map for each word, over it.
 
     Args:
-        maps: At least one, all of one grid.
         image: The sample's; without it the maps stand alone.
     """
     import PIL.Image

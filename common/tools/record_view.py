@@ -101,12 +101,7 @@ def load_token_text(cache: TeacherCache) -> TokenText:
 
 
 def describe_record(cache: TeacherCache, sample_id: str, *, unicode: bool = True) -> str:
-    """Describe one record: its answer, the teacher's likeliest tokens, where it looked, its fields.
-
-    Raises:
-        CacheMismatchError: If the cache does not hold the sample.
-        CacheFormatError: If its shard is damaged.
-    """
+    """Describe one record: its answer, the teacher's likeliest tokens, where it looked, its fields."""
     record, text = cache.read(sample_id), load_token_text(cache)
     labels = record["labels"].tolist()
     lines = [f"sample {one_line(sample_id)} of {cache.path}, shard {cache.shard_of(sample_id)}"]

@@ -21,7 +21,7 @@ from vlm_distill_cache.common.cache.manifest import Manifest, ShardSummary, refu
 from vlm_distill_cache.common.cache.plan import PLAN, SHARDS, Plan, read_plan
 from vlm_distill_cache.common.cache.schema import BASE_FIELDS, Record
 from vlm_distill_cache.common.cache.shared_images import SharedImages
-from vlm_distill_cache.common.cache.side_files import CARD, MAX_CARD_BYTES, refuse_occupied
+from vlm_distill_cache.common.cache.side_files import refuse_occupied
 from vlm_distill_cache.common.cache.sidecar import FileEntry, ShardSidecar, check_sidecar, read_sidecar, sidecar_name
 from vlm_distill_cache.common.cache.stores import ShardReader, open_reader
 from vlm_distill_cache.common.codecs.quantise import GAP_TABLE, gap_codes, gap_steps
@@ -42,9 +42,6 @@ def truncated_codec(stored_codec: Mapping[str, Any], k: int) -> dict[str, Any]:
 
     Args:
         k: Most entries of a row from now on, at least 2: the top token and the ground truth.
-
-    Returns:
-        The dictionary with `max_k` and `min_k` lowered to `k`.
     """
     try:
         most, least = int(stored_codec["max_k"]), int(stored_codec["min_k"])
@@ -75,7 +72,6 @@ def truncate_logits(record: Record, stored_codec: Mapping[str, Any], k: int) -> 
 
     Args:
         record: A whole record, `labels` included, written by the codec of `stored_codec`.
-        k: See `truncated_codec`.
 
     Returns:
         A new record; all other fields are the same arrays.
@@ -150,14 +146,11 @@ _IDS = "sample_ids"  # the stores' own array
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """Which part of a cache.
+    """Which part of a cache; None takes all.
 
     Attributes:
-        shards: Their numbers; None: all.
-        count: The first so many records of these shards; None: all.
-        sample_ids: Only these; None: all.
-        signals: Only these; None: all.
-        top_k: Most tokens of a row to keep of the logits, the ground truth among them; None: all.
+        count: The first so many records of these shards.
+        top_k: Most tokens of a row to keep of the logits, the ground truth among them.
     """
 
     shards: tuple[int, ...] | None = None
@@ -244,7 +237,6 @@ def pull_partial(
     """Download a part of a cache and write it as a cache of its own; killed and called again, it goes on.
 
     Args:
-        location: A folder or an address with a sealed cache.
         target: A new folder, or one that an earlier call with the same selection began.
 
     Raises:
@@ -295,8 +287,7 @@ def _derive(source: _Source, target: Path, selection: Selection, *, on_shard: Ca
         plan,
         slots,
         read,
-        side_files=(source.remote, source.manifest),
-        cards=[(source.manifest.hash, source.card())],
+        sources=[(source.remote, source.manifest)],
         fidelity=fidelity,
         on_shard=on_shard,
     )
@@ -380,13 +371,6 @@ class _Source:
         self._images = SharedImages(self.plan.all_fields)
         self._sidecars: dict[int, ShardSidecar] = {}
         self._open: tuple[int, ShardReader, dict[str, int]] | None = None
-
-    def card(self) -> str:
-        """Its card, empty if it has none."""
-        try:
-            return self.remote.read(CARD, max_bytes=MAX_CARD_BYTES).decode("utf-8", errors="replace")
-        except FileNotFoundError:
-            return ""
 
     def sidecars(self, shards: Sequence[int]) -> dict[int, ShardSidecar]:
         """Download sidecars, checked against the manifest."""

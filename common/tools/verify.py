@@ -65,7 +65,6 @@ class Damage:
         kind: ``newer``: no damage, but of a newer version of this software. Else what it belongs to: the plan, the
             manifest, or one that was not written yet; a shard; a shard that was never made; the index; a file beside
             the shards; samples with equal ids; what a killed run left; a file on no list.
-        reason: What was expected and found.
         own_remedy: What to do about it, if not what its kind says.
     """
 
@@ -93,7 +92,6 @@ def verify(cache_dir: Path, *, deep: bool = False, on_shard: Callable[[], object
     """Check a cache: descriptions, counts, dtypes, offsets, and size and both digests of every file.
 
     Args:
-        cache_dir: The cache, sealed or not.
         deep: Decode every record too, and check that its values are some that its codecs write.
 
     Returns:

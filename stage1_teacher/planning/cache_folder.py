@@ -109,11 +109,7 @@ def in_use(cache_dir: Path, *, alone: bool = False) -> Iterator[None]:
 
 
 def refuse_replaced(cache_dir: Path, plan: Plan) -> None:
-    """Stop a build whose folder was removed or begun anew: what it still writes would be of no cache, or of another.
-
-    Raises:
-        CacheMismatchError: If the plan there is not the one this build began with.
-    """
+    """Stop a build whose folder was removed or begun anew: what it still writes would be of no cache, or of another."""
     if stored_plan(cache_dir) != plan:
         raise CacheMismatchError(
             f"{cache_dir / PLAN} was removed or replaced while this build ran; delete what is left of the folder "

@@ -44,9 +44,6 @@ class Part:
         rank: Which, from 0.
         of: How many there are.
         takes_all: Works on every missing shard, from the last one on, instead of on its own.
-
-    Raises:
-        ConfigError: If there is no such part.
     """
 
     rank: int = 0
@@ -100,9 +97,6 @@ def choose_part(text: str | None, environment: Mapping[str, str]) -> tuple[Part,
 
     A shell inside a Slurm allocation has ``SLURM_NTASKS`` and ``SLURM_PROCID`` too, and is no part of anything: only
     variables that the launcher of several processes alone sets count.
-
-    Args:
-        text: What ``--part`` says, or None.
 
     Returns:
         The part, and its rank among the processes of this machine.

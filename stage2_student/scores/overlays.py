@@ -60,7 +60,6 @@ def collect_overlays(
 
     Args:
         cache: Must hold ``answer_attention``.
-        dataset: The data the cache was built from.
         match: How the student's layers meet the cached groups.
 
     Returns:
@@ -158,7 +157,6 @@ def draw_heat(picture: PIL.Image.Image, mass: Tensor, boxes: Tensor) -> PIL.Imag
     """Paint attention over a picture.
 
     Args:
-        picture: RGB.
         mass: Attention of each token or cell, float ``[N]``.
         boxes: Their boxes on the picture, float ``[N, 4]`` as shares of its sides.
 

@@ -24,9 +24,6 @@ _SUFFIXES = (ZarrWriter.suffix, WebDatasetWriter.suffix)
 def open_writer(store: str, cache_dir: Path, shard_index: int, fields: Sequence[Field]) -> ShardWriter:
     """Open a shard for writing, after removing what a killed run left of it.
 
-    Args:
-        fields: All fields of a record, ``plan.all_fields``.
-
     Raises:
         CacheMismatchError: If the shard is already finished.
     """
@@ -45,7 +42,6 @@ def finish_shard(writer: ShardWriter, failed: Iterable[tuple[str, str]] = ()) ->
     """Publish a shard and then its sidecar: from now on the shard exists.
 
     Args:
-        writer: With all records of the shard appended, in the data set's order.
         failed: ``(sample_id, reason)`` of each sample that could not be read.
 
     Raises:

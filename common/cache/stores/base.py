@@ -49,7 +49,11 @@ class ShardWriter(Protocol):
         ...
 
     def close(self) -> list[str]:
-        """Publish the shard atomically; returns its files relative to the cache. Keeps its lock."""
+        """Publish the shard atomically; returns its files relative to the cache, and keeps its lock.
+
+        Raises:
+            CacheMismatchError: If another process published the shard with other content.
+        """
         ...
 
     def abort(self) -> None:

@@ -103,11 +103,7 @@ class WebDatasetWriter:
         self._tar.addfile(member, BytesIO(data))
 
     def close(self) -> list[str]:
-        """Publish the shard.
-
-        Raises:
-            CacheMismatchError: If another process published the shard with other content.
-        """
+        """Publish the shard."""
         if self._temporary is None:
             raise ValueError(f"{self._final}: the writer is closed")
         self._tar.close()

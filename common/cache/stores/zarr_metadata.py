@@ -49,11 +49,7 @@ class ArrayLayout:
 
 
 def read_group_metadata(path: Path) -> tuple[int, dict[str, Any]]:
-    """Read the consolidated metadata of a shard's group.
-
-    Returns:
-        The number of samples, and the metadata of each array by name.
-    """
+    """Read the consolidated metadata of a shard's group."""
     where = path / "zarr.json"
     try:
         root = read_json(where, max_bytes=_MAX_METADATA_BYTES)
@@ -79,9 +75,6 @@ def check_metadata(
     Args:
         expected: By name, the field whose dtype and trailing shape an array must have, and the bytes it may
             decode to.
-
-    Returns:
-        The layout of each array, whose decoded size is within its limit.
     """
     if arrays.keys() != expected.keys():
         missing, extra = sorted(expected.keys() - arrays.keys()), sorted(arrays.keys() - expected.keys())
@@ -149,11 +142,7 @@ def _check_codecs(codecs: list[Any], where: str) -> tuple[tuple[int, ...], list[
 
 
 def check_chunks(path: Path, layout: ArrayLayout) -> None:
-    """Refuse a file whose chunks lie outside it, or would decode to another size than the metadata says.
-
-    Args:
-        path: The file with an array's chunks, and their places at its end.
-    """
+    """Refuse a file whose chunks lie outside it, or would decode to another size than the metadata says."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         size, index_bytes = os.fstat(descriptor).st_size, 16 * layout.chunks + 4

@@ -73,11 +73,7 @@ class ZarrWriter:
             self._parts[name].append(array.copy())
 
     def close(self) -> list[str]:
-        """Publish the shard.
-
-        Raises:
-            CacheMismatchError: If another process published the shard with other content.
-        """
+        """Publish the shard."""
         final = shard_path(self.ledger.cache_dir, self.ledger.index, self.suffix)
         files = self._encode()
         self._temporary, self._lock = create_temporary(final, directory=True)

@@ -59,8 +59,7 @@ def test_as_many_slots_as_samples_are_needed(tmp_path: Path):
             make_plan(),
             [Slot(sample_id="a")],
             lambda _: {},
-            side_files=None,
-            cards=[],
+            sources=[],
         )
     assert not (tmp_path / "x").exists()
 

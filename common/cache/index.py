@@ -173,13 +173,6 @@ class SampleIndex:
         return CacheFormatError(f"{self._where}: names shard {shard} of {self.shard_count}; {_SEAL}")
 
 
-def begin_index(*, shard_count: int, count: int, failed_count: int) -> bytearray:
-    """Return the bytes of an index whose columns, those of `index_columns`, are still zeros."""
-    data = bytearray(_HEADER.size + _ENTRY_BYTES * count)
-    _HEADER.pack_into(data, 0, _MAGIC, INDEX_VERSION, shard_count, count, failed_count)
-    return data
-
-
 def index_columns(data: bytes | bytearray | mmap.mmap, count: int) -> tuple[np.ndarray, ...]:
     """Return ``high``, ``low``, ``shard`` and ``position`` of an index with ``count`` entries, without a copy."""
     columns, offset = [], _HEADER.size
@@ -219,7 +212,8 @@ class IndexBuilder:
             columns.append(np.concatenate([np.zeros(0, dtype=dtype), *parts]))
             parts.clear()  # before the next column is made: there may be many millions of samples
         high, low, *_ = columns
-        data = begin_index(shard_count=shard_count, count=len(high), failed_count=self._failed)
+        data = bytearray(_HEADER.size + _ENTRY_BYTES * len(high))
+        _HEADER.pack_into(data, 0, _MAGIC, INDEX_VERSION, shard_count, len(high), self._failed)
         order = np.lexsort((low, high))
         for column, values in zip(index_columns(data, len(high)), columns, strict=True):
             np.take(values, order, out=column)

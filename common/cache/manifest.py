@@ -6,6 +6,8 @@ It is never written while a shard is missing. The names of the other two kinds o
 
 from __future__ import annotations
 
+import builtins
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from operator import attrgetter
@@ -88,21 +90,16 @@ class ShardSummary:
         return cls(**(values | {"sidecar": FileEntry.from_dict(values["sidecar"], where)}))
 
     @classmethod
-    def of(cls, sidecar: ShardSidecar) -> ShardSummary:
-        """Summarise a sidecar."""
-        return summarise(sidecar, document_bytes(sidecar.to_dict()))
-
-
-def summarise(sidecar: ShardSidecar, data: bytes) -> ShardSummary:
-    """Summarise a sidecar whose file has these bytes."""
-    return ShardSummary(
-        index=sidecar.index,
-        samples=len(sidecar.sample_ids),
-        rows=sidecar.rows,
-        failed=len(sidecar.failed),
-        bytes=sidecar.stored_bytes,
-        sidecar=FileEntry.of_bytes(data),
-    )
+    def of(cls, sidecar: ShardSidecar, data: builtins.bytes | None = None) -> ShardSummary:
+        """Summarise a sidecar; ``data`` is its file, if that was read."""
+        return cls(
+            index=sidecar.index,
+            samples=len(sidecar.sample_ids),
+            rows=sidecar.rows,
+            failed=len(sidecar.failed),
+            bytes=sidecar.stored_bytes,
+            sidecar=FileEntry.of_bytes(document_bytes(sidecar.to_dict()) if data is None else data),
+        )
 
 
 _SUMMARY_COUNTS = ("index", "samples", "rows", "failed", "bytes")
@@ -211,21 +208,20 @@ def derive_manifest(cache_dir: Path, *, fidelity: dict[str, Any] | None = None) 
             f"{cache_dir}: {len(missing)} of {plan.shard_count} shards are missing: {format_ranges(missing)}; "
             "run `teacher-cache build` again with the same options to make exactly these"
         )
-    shards, field_bytes = [], {f.name: 0 for f in plan.all_fields}
+    shards, field_bytes = [], Counter({f.name: 0 for f in plan.all_fields})
 
     def sidecars() -> Iterator[ShardSidecar]:
         for shard in range(plan.shard_count):
             sidecar = read_sidecar(cache_dir, shard)
             yield sidecar  # is checked
-            for name, size in sidecar.field_bytes.items():
-                field_bytes[name] += size
+            field_bytes.update(sidecar.field_bytes)
             shards.append(ShardSummary.of(sidecar))
 
     index = build_index(cache_dir, plan, sidecars())
     files = {name: FileEntry.of(cache_dir / name) for name in side_files(cache_dir) if name != INDEX}
     files[INDEX] = FileEntry.of_bytes(index)
     manifest = Manifest(
-        plan_hash=plan.hash, shards=tuple(shards), field_bytes=field_bytes, files=files, fidelity=fidelity
+        plan_hash=plan.hash, shards=tuple(shards), field_bytes=dict(field_bytes), files=files, fidelity=fidelity
     )
     return manifest, index
 

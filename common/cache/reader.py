@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, overload
 import numpy as np
 
 from vlm_distill_cache.common.cache.index import INDEX, SampleIndex, build_index
-from vlm_distill_cache.common.cache.manifest import Manifest, read_manifest, refuse_other_plan, summarise
+from vlm_distill_cache.common.cache.manifest import Manifest, ShardSummary, read_manifest, refuse_other_plan
 from vlm_distill_cache.common.cache.plan import read_plan
 from vlm_distill_cache.common.cache.shared_images import SharedImages
 from vlm_distill_cache.common.cache.side_files import check_digests, check_file, check_size, check_sizes
@@ -263,7 +263,7 @@ class OpenShards:
                 "run `cachectl verify`, then build or copy that shard again"
             ) from None
         sidecar = parse_sidecar(data, shard, str(path))
-        if summarise(sidecar, data) != self._manifest.shards[shard]:
+        if ShardSummary.of(sidecar, data) != self._manifest.shards[shard]:
             raise CacheFormatError(
                 f"{self._path}: the sidecar of shard {shard} is not the one in manifest.json; "
                 "run `cachectl verify`, and `teacher-cache seal` if the shard was built anew"

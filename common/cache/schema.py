@@ -44,6 +44,7 @@ says by which, and in the others these arrays are empty (``common.cache.shared_i
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -97,9 +98,7 @@ class Field:
         )
         if not sizes_ok or len(self.trailing) > 8:
             raise CacheFormatError(f"field {self.name}: trailing shape {self.trailing!r} is not a shape")
-        elements = 1
-        for n in self.trailing:
-            elements *= n
+        elements = math.prod(self.trailing)
         if elements > MAX_TRAILING_ELEMENTS:
             raise CacheFormatError(
                 f"field {self.name}: trailing shape {self.trailing} has {elements} elements, "
@@ -114,10 +113,7 @@ class Field:
     @property
     def row_bytes(self) -> int:
         """Decoded bytes of one step along the first axis."""
-        elements = 1
-        for n in self.trailing:
-            elements *= n
-        return elements * self.numpy_dtype.itemsize
+        return math.prod(self.trailing) * self.numpy_dtype.itemsize
 
     def empty(self) -> np.ndarray:
         """Return an array of this field with first axis 0."""

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from vlm_distill_cache.common.errors import CacheFormatError
+from vlm_distill_cache.common.errors import CacheFormatError, ConfigError
 
 TEMPORARY_PREFIX = ".tmp-"
 MAX_JSON_BYTES = 256 << 20
@@ -65,6 +65,33 @@ def try_lock(path: Path) -> HeldLock | None:
         lock.release()
         return None
     return lock
+
+
+@contextlib.contextmanager
+def hold_folder(folder: Path, *, busy: str, alone: bool = True) -> Iterator[None]:
+    """Hold a folder for this process: alone, or with any number of others that do not want it alone.
+
+    Args:
+        folder: Nothing is held if it is not there, or on file systems without ``flock``.
+        busy: What is said if another process holds it in the way.
+
+    Raises:
+        ConfigError: With these words.
+    """
+    try:
+        lock = HeldLock(descriptor := os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+    except OSError:  # writing to it will say what is wrong
+        yield
+        return
+    try:
+        with contextlib.suppress(OSError):  # no locks here
+            try:
+                fcntl.flock(descriptor, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ConfigError(f"{folder}: {busy}") from None
+        yield
+    finally:
+        lock.release()
 
 
 def create_temporary(final: Path, *, directory: bool = False) -> tuple[Path, HeldLock | None]:

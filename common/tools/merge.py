@@ -246,10 +246,12 @@ def _refuse_unlike_parts(sources: Sequence[Path], plans: Sequence[Plan]) -> None
 def refuse_different(first: TeacherCache, other: TeacherCache) -> None:
     """Refuse to merge caches that do not mean the same."""
     one, two = _meaning(first.plan), _meaning(other.plan)
-    lines = _signal_lines(first, other)
-    if lines:  # said in words; what follows from it is not said again
-        for meaning in (one, two):
-            for name in first.plan.signals.keys() ^ other.plan.signals.keys():
+    lines = []
+    if unlike := first.plan.signals.keys() ^ other.plan.signals.keys():
+        held = (f"{cache.path} holds {', '.join(map(one_line, cache.signals))}" for cache in (first, other))
+        lines.append(f"  signals: {'; '.join(held)}")
+        for meaning in (one, two):  # what follows from it is not said again
+            for name in unlike:
                 meaning["signals"].pop(name, None)
                 meaning["fields"].pop(name, None)
             meaning["fingerprints"].pop("codec", None)
@@ -266,14 +268,6 @@ def refuse_different(first: TeacherCache, other: TeacherCache) -> None:
             "Merge caches of one teacher, template, geometry and codec; build one of them again with the "
             "other's options, or, of a part that was pulled, pull it again with the other's --signals and --top-k"
         )
-
-
-def _signal_lines(first: TeacherCache, other: TeacherCache) -> list[str]:
-    """Name the signals of both, if they differ."""
-    if first.plan.signals.keys() == other.plan.signals.keys():
-        return []
-    named = [f"{cache.path} holds {', '.join(map(one_line, sorted(cache.plan.signals)))}" for cache in (first, other)]
-    return [f"  signals: {'; '.join(named)}"]
 
 
 def _meaning(plan: Plan) -> dict[str, Any]:

@@ -6,6 +6,7 @@ Only one shard is in memory at a time, and 24 bytes for each sample, by which a 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -116,7 +117,7 @@ def verify(cache_dir: Path, *, deep: bool = False, on_shard: Callable[[], object
         damages += _check_manifest(cache_dir, plan, manifest)
         known |= manifest.files.keys()
     unlisted: list[str] = []
-    builder, field_bytes = IndexBuilder(), {field.name: 0 for field in plan.all_fields}
+    builder, field_bytes = IndexBuilder(), Counter({field.name: 0 for field in plan.all_fields})
     for index in range(plan.shard_count):
         known.add(sidecar_name(index))
         found, sidecar = _verify_shard(cache_dir, index, plan, manifest, deep=deep)
@@ -124,8 +125,7 @@ def verify(cache_dir: Path, *, deep: bool = False, on_shard: Callable[[], object
         if sidecar is not None:
             known |= sidecar.files.keys()
             builder.add(sidecar)
-            for name, size in sidecar.field_bytes.items():
-                field_bytes[name] += size
+            field_bytes.update(sidecar.field_bytes)
         else:  # nobody can say which files belong to it
             unlisted.append(f"{SHARDS}/{index:05d}.")
         if on_shard is not None:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import logging
 import os
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,7 +26,7 @@ from vlm_distill_cache.common.cache.plan import (
 from vlm_distill_cache.common.cache.side_files import CARD, MANIFEST, check_digests, is_leftover, side_files
 from vlm_distill_cache.common.cache.sidecar import missing_shards
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError, ConfigError
-from vlm_distill_cache.common.files.atomic import HeldLock, clean_stale, read_json, remove
+from vlm_distill_cache.common.files.atomic import clean_stale, hold_folder, read_json, remove
 from vlm_distill_cache.common.files.disk import is_below, name_full_disk
 
 logger = logging.getLogger(__name__)
@@ -73,39 +72,20 @@ def refuse_unwritable(cache_dir: Path, *, sealed_too: bool = False) -> None:
         raise OSError(code, f"cannot be written ({os.strerror(code)}); {_WRITABLE}", str(place))
 
 
-@contextmanager
-def in_use(cache_dir: Path, *, alone: bool = False) -> Iterator[None]:
+def in_use(cache_dir: Path, *, alone: bool = False) -> AbstractContextManager[None]:
     """Hold a cache's folder while it is built: any number of builds at once, or one that deletes what is there.
 
     Without this an `--overwrite` beside a running build would leave shards of both, sealed.
 
     Args:
-        cache_dir: The folder; nothing is held if it is not there, or on file systems without ``flock``.
         alone: Nobody else may build there at this moment.
 
     Raises:
         ConfigError: If another build is running there, and one of the two wants to be alone.
     """
-    try:
-        lock = HeldLock(descriptor := os.open(cache_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
-    except OSError:  # writing to it will say what is wrong
-        yield
-        return
-    try:
-        fcntl.flock(descriptor, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.release()
-        raise ConfigError(
-            f"{cache_dir}: another `teacher-cache build` is running on this folder, and "
-            f"{'--overwrite would delete its shards' if alone else 'is deleting what was there'}; stop it or wait "
-            "for its end, then run the same command again"
-        ) from None
-    except OSError:
-        logger.debug("%s cannot be locked", cache_dir)
-    try:
-        yield
-    finally:
-        lock.release()
+    doing = "--overwrite would delete its shards" if alone else "is deleting what was there"
+    busy = f"another `teacher-cache build` is running on this folder, and {doing}; stop it or wait for its end, then "
+    return hold_folder(cache_dir, alone=alone, busy=f"{busy}run the same command again")
 
 
 def refuse_replaced(cache_dir: Path, plan: Plan) -> None:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from vlm_distill_cache.common.errors import ConfigError
-from vlm_distill_cache.common.files.atomic import TEMPORARY_PREFIX, clean_stale, create_temporary, remove, try_lock
+from vlm_distill_cache.common.files.atomic import TEMPORARY_PREFIX, clean_stale, hold_folder
 from vlm_distill_cache.common.files.disk import name_full_disk, refuse_overlap
 from vlm_distill_cache.stage2_student.config import TrainConfig
 from vlm_distill_cache.stage2_student.resolve import read_yaml
@@ -32,25 +32,9 @@ def claim_output(output: Path, *caches: Path) -> Iterator[None]:
         return
     with name_full_disk(output):
         output.mkdir(parents=True, exist_ok=True)
-        lock = try_lock(output)
-        if lock is None and can_lock(output):
-            raise ConfigError(f"{output}: another process works there; wait for it, or give another --output")
-        try:
+        with hold_folder(output, busy="another process works there; wait for it, or give another --output"):
             clean_stale(output)
             yield
-        finally:
-            if lock is not None:
-                lock.release()
-
-
-def can_lock(folder: Path) -> bool:
-    """Whether the file system knows locks; without them nobody can tell who else works in a folder."""
-    temporary, lock = create_temporary(folder / "lock")
-    remove(temporary)
-    if lock is None:
-        return False
-    lock.release()
-    return True
 
 
 def holds_anything(folder: Path) -> bool:

@@ -15,7 +15,6 @@ import tarfile
 from collections.abc import Callable, Collection
 from io import BytesIO
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numcodecs.zstd import Zstd
@@ -44,7 +43,7 @@ _MAX_HEADER_BYTES = 1 << 20  # of safetensors: some hundred bytes a field, and t
 _MAX_KEY = 80  # with the extension below the 100 bytes of a ustar name
 _PLAIN = re.compile(rb"[A-Za-z0-9_-]")
 _KEY = re.compile(r"[A-Za-z0-9_~-]+")
-_ESCAPED = re.compile(r"~([0-9a-f]{2})")
+_ESCAPED = re.compile(rb"~([0-9a-f]{2})")
 
 
 def key_of(sample_id: str) -> str:
@@ -206,8 +205,7 @@ class WebDatasetReader:
         if "~h" in key:  # a long id, of which the key holds only the beginning and a hash
             return self._decode(position)[0]
         try:
-            parts = re.split(r"(~[0-9a-f]{2})", key)
-            return b"".join(_unescape(part) for part in parts).decode()
+            return _ESCAPED.sub(lambda escaped: bytes([int(escaped[1], 16)]), key.encode()).decode()
         except UnicodeDecodeError as error:
             raise CacheFormatError(f"{self._path}: member {key!r} is not a sample's key") from error
 
@@ -234,8 +232,3 @@ def _read_header(header: bytes) -> tuple[str, int]:
     if not name.isascii() or not re.fullmatch(rb"[0-7]{11}", digits):
         return "", 0
     return name.decode("ascii"), int(digits, 8)
-
-
-def _unescape(part: str) -> bytes:
-    escaped: Any = _ESCAPED.fullmatch(part)
-    return bytes([int(escaped[1], 16)]) if escaped else part.encode()

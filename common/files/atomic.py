@@ -113,6 +113,19 @@ def create_temporary(final: Path, *, directory: bool = False) -> tuple[Path, Hel
             return path, lock
 
 
+@contextlib.contextmanager
+def temporary_for(final: Path, *, directory: bool = False) -> Iterator[Path]:
+    """Give a locked temporary file or directory beside ``final``; what is left of it in the end is removed."""
+    temporary, lock = create_temporary(final, directory=directory)
+    try:
+        yield temporary
+    finally:
+        with contextlib.suppress(OSError):
+            remove(temporary)
+        if lock is not None:
+            lock.release()
+
+
 def clean_stale(directory: Path, name: str = "") -> list[Path]:
     """Remove temporary files and folders that killed writers left in ``directory``.
 
@@ -184,14 +197,9 @@ def publish_file(temporary: Path, final: Path, *, create_only: bool = False) -> 
 def new_directory(final: Path) -> Iterator[Path]:
     """Fill a directory that appears under its final name whole, or, after an error, not at all."""
     final.parent.mkdir(parents=True, exist_ok=True)
-    temporary, lock = create_temporary(final, directory=True)
-    try:
+    with temporary_for(final, directory=True) as temporary:
         yield temporary
         publish_directory(temporary, final)
-    finally:
-        remove(temporary)
-        if lock is not None:
-            lock.release()
 
 
 def publish_directory(temporary: Path, final: Path) -> None:
@@ -218,18 +226,13 @@ def write_bytes_atomic(path: Path, data: bytes | bytearray, *, create_only: bool
         FileExistsError: If ``create_only``, the file is there, and it holds other bytes. The same bytes
             are success: two processes that agree are no conflict.
     """
-    temporary, lock = create_temporary(path)
-    try:
+    with temporary_for(path) as temporary:
         write_durably(temporary, data)
-        publish_file(temporary, path, create_only=create_only)
-    except FileExistsError:
-        if not create_only or path.read_bytes() != data:
-            raise
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        if lock is not None:
-            lock.release()
+        try:
+            publish_file(temporary, path, create_only=create_only)
+        except FileExistsError:
+            if not create_only or path.read_bytes() != data:
+                raise
 
 
 def json_bytes(value: Any) -> bytes:

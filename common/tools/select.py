@@ -26,7 +26,7 @@ from vlm_distill_cache.common.cache.sidecar import FileEntry, ShardSidecar, chec
 from vlm_distill_cache.common.cache.stores import ShardReader, open_reader
 from vlm_distill_cache.common.codecs.quantise import GAP_TABLE, gap_codes, gap_steps
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError, ConfigError
-from vlm_distill_cache.common.files.atomic import clean_stale, create_temporary, remove
+from vlm_distill_cache.common.files.atomic import clean_stale, remove, temporary_for
 from vlm_distill_cache.common.files.disk import refuse_overlap
 from vlm_distill_cache.common.files.hashing import fingerprint
 from vlm_distill_cache.common.remotes import Remote, open_remote
@@ -249,14 +249,11 @@ def pull_partial(
     refuse_occupied(target)
     target.mkdir(parents=True, exist_ok=True)
     clean_stale(target, _STAGING)
-    staging, lock = create_temporary(target / _STAGING, directory=True)
     try:
-        source = _Source(open_remote(location), staging, jobs)
-        return _derive(source, target, selection, on_shard=on_shard)
+        with temporary_for(target / _STAGING, directory=True) as staging:
+            source = _Source(open_remote(location), staging, jobs)
+            return _derive(source, target, selection, on_shard=on_shard)
     finally:
-        remove(staging)
-        if lock is not None:
-            lock.release()
         with contextlib.suppress(OSError):  # not empty: it is a cache, or the beginning of one
             target.rmdir()
 

@@ -29,13 +29,13 @@ def open_writer(store: str, cache_dir: Path, shard_index: int, fields: Sequence[
     """
     writer, _ = _look_up(store)
     prepare_shard(cache_dir, shard_index, _SUFFIXES)
-    return writer(cache_dir, shard_index, tuple(fields))  # type: ignore[call-arg]
+    return writer(cache_dir, shard_index, tuple(fields))
 
 
 def open_reader(store: str, cache_dir: Path, shard_index: int, fields: Sequence[Field]) -> ShardReader:
     """Open a shard for reading; checks its structure, not its checksums (``TeacherCache`` does)."""
     _, reader = _look_up(store)
-    return reader(cache_dir, shard_index, tuple(fields))  # type: ignore[call-arg]
+    return reader(cache_dir, shard_index, tuple(fields))
 
 
 def finish_shard(writer: ShardWriter, failed: Iterable[tuple[str, str]] = ()) -> ShardSidecar:
@@ -48,17 +48,16 @@ def finish_shard(writer: ShardWriter, failed: Iterable[tuple[str, str]] = ()) ->
         CacheMismatchError: If another process published the same shard with other content.
     """
     try:
-        ledger = writer.ledger
-        files = {name: FileEntry.of(ledger.cache_dir / name) for name in writer.close()}
+        files = {name: FileEntry.of(writer.cache_dir / name) for name in writer.close()}
         sidecar = ShardSidecar(
-            index=ledger.index,
-            sample_ids=tuple(ledger.sample_ids),
-            rows=ledger.rows,
-            field_bytes=dict(ledger.field_bytes),
+            index=writer.index,
+            sample_ids=tuple(writer.sample_ids),
+            rows=writer.rows,
+            field_bytes=dict(writer.field_bytes),
             files=files,
             failed=tuple((name, reason) for name, reason in failed),
         )
-        write_sidecar(ledger.cache_dir, sidecar)
+        write_sidecar(writer.cache_dir, sidecar)
     finally:
         writer.abort()  # after a success only the lock is left to give back
     return sidecar

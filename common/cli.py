@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Never
+from typing import TYPE_CHECKING, Never
 
 import click
 from tqdm import tqdm
@@ -21,6 +20,9 @@ from vlm_distill_cache.common.terminal.command_line import (
     say,
 )
 from vlm_distill_cache.common.terminal.next_step import distill_command
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 _JOBS = click.option(
     "--jobs", default=8, show_default=True, type=click.IntRange(1, 64), help="How much to copy at a time."
@@ -40,7 +42,9 @@ def main() -> None:
     "--picture", type=click.Path(dir_okay=False, path_type=Path), help="Draw where each word looked: OUT.png."
 )
 @click.option(
-    "--image", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="The sample's image, to draw over."
+    "--image",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="The sample's image, to draw over.",
 )
 def inspect(cache: str, sample_id: str | None, picture: Path | None, image: Path | None) -> None:
     """Show what a cache holds; or of one sample the answer, the teacher's likeliest tokens and where it looked."""
@@ -161,8 +165,7 @@ def merge(sources: tuple[Path, ...], output: Path, store: str | None) -> None:
     Samples in several sources must be equal in all of them and are kept once. Caches that differ in a
     fingerprint are refused.
     """
-    from vlm_distill_cache.common.cache.manifest import format_ranges
-    from vlm_distill_cache.common.cache.side_files import CARD
+    from vlm_distill_cache.common.cache.manifest import CARD, format_ranges
     from vlm_distill_cache.common.tools.merge import merge as merge_caches
 
     with _progress("merge") as bar:

@@ -17,7 +17,9 @@ from vlm_distill_cache.common.remotes import open_remote
 from vlm_distill_cache.common.tools.derive import seal_derived, side_files_of, write_records, write_shards
 
 
-def convert(source: Path, target: Path, store: str, *, on_shard: Callable[[], object] | None = None) -> Manifest:
+def convert(
+    source: str | Path, target: str | Path, store: str, *, on_shard: Callable[[], object] | None = None
+) -> Manifest:
     """Write the same cache in the other store; back again, it is byte-identical.
 
     Killed and called again, it goes on with the shards that are missing.
@@ -30,6 +32,7 @@ def convert(source: Path, target: Path, store: str, *, on_shard: Callable[[], ob
         CacheFormatError: If the source is not sealed or damaged.
         CacheMismatchError: If the target holds another cache.
     """
+    source, target = Path(source), Path(target)
     cache = open_cache(source, open_shards=1)
     if store == cache.plan.store:
         raise ConfigError(f"{source} is a {store} cache already; copy the folder, or choose the other store")

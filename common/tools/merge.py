@@ -166,7 +166,11 @@ def _differing_record(first: Path, one: ShardSidecar, second: Path, other: Shard
 
 
 def merge(
-    sources: Sequence[Path], target: Path, *, store: str | None = None, on_shard: Callable[[], object] | None = None
+    sources: Sequence[str | Path],
+    target: str | Path,
+    *,
+    store: str | None = None,
+    on_shard: Callable[[], object] | None = None,
 ) -> Merged:
     """Merge caches with equal fingerprints; killed and called again, it goes on.
 
@@ -187,21 +191,21 @@ def merge(
     """
     if len(sources) < 2:
         raise ConfigError(f"{len(sources)} cache to merge; give two or more")
-    folders = (target, *sources)
+    target, *folders = map(Path, (target, *sources))
     for at, folder in enumerate(folders):
-        refuse_overlap(folder, *folders[at + 1 :])
+        refuse_overlap(folder, target, *folders[:at])
     refuse_occupied(target)
-    plans = [read_plan(source) for source in sources]
+    plans = [read_plan(source) for source in folders]
     one_plan = all(plan.without_descriptions() == plans[0].without_descriptions() for plan in plans)
-    if one_plan and not all((source / MANIFEST).is_file() for source in sources):
+    if one_plan and not all((source / MANIFEST).is_file() for source in folders):
         if store not in (None, plans[0].store):
             raise ConfigError(
                 f"--store {store}: parts of one plan are copied as they are ({plans[0].store}); "
                 "merge them first, then run `cachectl convert`"
             )
-        return _merge_parts(sources, target, on_shard=on_shard)
-    _refuse_unlike_parts(sources, plans)
-    caches = [open_cache(source, open_shards=2) for source in sources]
+        return _merge_parts(folders, target, on_shard=on_shard)
+    _refuse_unlike_parts(folders, plans)
+    caches = [open_cache(source, open_shards=2) for source in folders]
     for cache in caches[1:]:
         refuse_different(caches[0], cache)
     slots, repeated = _plan_slots(caches)

@@ -228,7 +228,7 @@ def _read_ids(path: Path) -> tuple[str, ...]:
 
 def pull_partial(
     location: str | Path,
-    target: Path,
+    target: str | Path,
     selection: Selection,
     *,
     jobs: int = 8,
@@ -245,6 +245,7 @@ def pull_partial(
         CacheFormatError: If what was downloaded is not what the manifest says.
         TransferError: If it could not be downloaded.
     """
+    target = Path(target)
     refuse_overlap(target, location)
     refuse_occupied(target)
     target.mkdir(parents=True, exist_ok=True)

@@ -89,7 +89,7 @@ class Damage:
         return f"{one_line(self.path)}: {one_line(self.reason, limit=_MAX_REASON)}; {self.remedy}"
 
 
-def verify(cache_dir: Path, *, deep: bool = False, on_shard: Callable[[], object] | None = None) -> list[Damage]:
+def verify(cache_dir: str | Path, *, deep: bool = False, on_shard: Callable[[], object] | None = None) -> list[Damage]:
     """Check a cache: descriptions, counts, dtypes, offsets, and size and both digests of every file.
 
     Args:
@@ -98,6 +98,7 @@ def verify(cache_dir: Path, *, deep: bool = False, on_shard: Callable[[], object
     Returns:
         One entry per damaged, missing or unexpected file; empty if all is well. Never raises for damage.
     """
+    cache_dir = Path(cache_dir)
     if (cache_dir / SHARDS).is_symlink():
         return [Damage(SHARDS, "plan", "a link; a cache holds plain files and folders only")]
     try:

@@ -24,8 +24,6 @@ from typing import Any
 import numpy as np
 import zarr
 from zarr.codecs import BloscCodec
-from zarr.core.buffer import default_buffer_prototype
-from zarr.core.sync import sync
 from zarr.storage import LocalStore, MemoryStore
 
 from vlm_distill_cache.common.cache.schema import FORMAT_VERSION, Field, Record
@@ -82,10 +80,10 @@ class ZarrWriter(ShardWriter):
 
     def _encode(self) -> dict[str, bytes]:
         """Return the files of the group by name."""
-        store = MemoryStore()
+        stored: dict[str, Any] = {}
         samples = len(self.sample_ids)
         attributes = {"format_version": FORMAT_VERSION, "samples": samples}
-        group = zarr.create_group(store, zarr_format=3, attributes=attributes)
+        group = zarr.create_group(MemoryStore(stored), zarr_format=3, attributes=attributes)
         for field in self.fields:
             parts = self._parts[field.name]
             _put(group, field.name, np.concatenate([field.empty(), *parts]), field.axis)
@@ -93,7 +91,7 @@ class ZarrWriter(ShardWriter):
         ids = [name.encode() for name in self.sample_ids]
         _put(group, _IDS, np.frombuffer(b"".join(ids), dtype=np.uint8), "byte")
         _put(group, f"{_IDS}_offsets", _offsets([len(name) for name in ids]), "sample_bounds")
-        return _dump(store)
+        return _dump({key: buffer.to_bytes() for key, buffer in sorted(stored.items())})
 
 
 def _offsets(lengths: list[int]) -> np.ndarray:
@@ -135,19 +133,8 @@ def _compressor(itemsize: int, row_bytes: int) -> BloscCodec:
     )
 
 
-def _dump(store: MemoryStore) -> dict[str, bytes]:
-    """Return a memory store's files, its metadata consolidated and in canonical JSON."""
-
-    async def collect() -> dict[str, bytes]:
-        prototype = default_buffer_prototype()
-        found = {}
-        async for key in store.list():
-            buffer = await store.get(key, prototype)
-            if buffer is not None:
-                found[key] = buffer.to_bytes()
-        return found
-
-    files = dict(sorted(sync(collect()).items()))
+def _dump(files: dict[str, bytes]) -> dict[str, bytes]:
+    """Return a group's files with its metadata consolidated and in canonical JSON."""
     arrays = {
         key.removesuffix("/zarr.json"): json.loads(data) for key, data in files.items() if key.endswith("/zarr.json")
     }

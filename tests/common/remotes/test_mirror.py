@@ -22,7 +22,7 @@ from vlm_distill_cache.common.cache.manifest import read_manifest, seal
 from vlm_distill_cache.common.cache.reader import TeacherCache
 from vlm_distill_cache.common.cli import main
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError, ConfigError, TransferError
-from vlm_distill_cache.common.opening import open_cache, open_mirror
+from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.common.remotes import DirectoryRemote
 from vlm_distill_cache.common.remotes import mirror as mirror_module
 from vlm_distill_cache.common.remotes.mirror import Mirror, find_mirror, forget_mirrors, local_folder
@@ -72,6 +72,11 @@ def remote(built: Path, tmp_path: Path, monkeypatch) -> CountingRemote:
     monkeypatch.setenv("VLM_DISTILL_CACHE_DIR", str(tmp_path / "near"))
     forget_mirrors()
     return remote
+
+
+def open_mirror(location: str, *, open_shards: int) -> TeacherCache:
+    mirror = find_mirror(location)
+    return TeacherCache(mirror.folder, open_shards=open_shards, before_open=mirror.hold)
 
 
 def set_limit(monkeypatch, remote: CountingRemote, shards: float) -> int:

@@ -13,9 +13,11 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 
 from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
 from vlm_distill_cache.common.errors import ConfigError, SampleError
+from vlm_distill_cache.data.images.encoder import ImageEncoder
 from vlm_distill_cache.data.images.load import ImageArray, image_hash
 from vlm_distill_cache.data.sample import Sample, Turn
-from vlm_distill_cache.data.text.encoding import ImageEncoder, SampleEncoder, build_prompt, tokenizer_fingerprint
+from vlm_distill_cache.data.text.encoding import SampleEncoder, build_prompt
+from vlm_distill_cache.data.text.processors import tokenizer_fingerprint
 from vlm_distill_cache.data.text.templates import PromptTemplate, get_template
 
 CORPUS = [

@@ -26,7 +26,7 @@ def test_only_the_language_model_is_quantised_and_a_cache_is_built(
     tmp_path: Path, family_data: Path, name: str, bits: str, caplog
 ):
     nn = pytest.importorskip("bitsandbytes").nn
-    folder = save_tiny(name, tmp_path / "teacher")
+    folder = save_tiny(name, tmp_path / "teacher", wide=True)
     plain, quantised = Teacher(folder), Teacher(folder, quantisation=bits)
     layers = layer_names(quantised.model, (nn.Linear8bitLt, nn.Linear4bit))
     inside = layer_names(plain.language_model, (torch.nn.Linear,))
@@ -46,7 +46,7 @@ def test_only_the_language_model_is_quantised_and_a_cache_is_built(
 @pytest.mark.parametrize("bits", ["8bit", "4bit"])
 def test_its_logits_are_those_of_the_librarys_quantised_model_and_near_the_plain_ones(tmp_path: Path, bits: str):
     pytest.importorskip("bitsandbytes")
-    folder = save_tiny("llava", tmp_path / "teacher")
+    folder = save_tiny("llava", tmp_path / "teacher", wide=True)
     settings = transformers.BitsAndBytesConfig(
         load_in_8bit=bits == "8bit",
         load_in_4bit=bits == "4bit",

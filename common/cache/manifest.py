@@ -196,7 +196,7 @@ def refuse_other_plan(manifest: Manifest, plan: Plan, where: str) -> None:
     if manifest.plan_hash != plan.hash or len(manifest.shards) != plan.shard_count:
         raise CacheFormatError(
             f"{where}: {MANIFEST} belongs to another {PLAN} (plan {plan.hash}, manifest made for "
-            f"{manifest.plan_hash}); run `cachectl verify` there, then `teacher-cache seal`, or copy the cache again"
+            f"{manifest.plan_hash}); run `cachectl verify` on it, then `teacher-cache seal`, or copy the cache again"
         )
 
 

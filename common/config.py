@@ -10,16 +10,14 @@ import dataclasses
 import difflib
 import types
 import typing
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union
+from typing import Any, Literal, TypeVar, Union
 
 import yaml
 
 from vlm_distill_cache.common.errors import ConfigError
 from vlm_distill_cache.common.files.atomic import write_bytes_atomic
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
 
 ConfigT = TypeVar("ConfigT")
 
@@ -38,35 +36,37 @@ def load_config(
         overrides: Dotted keys with YAML values, for example ``optim.lr=1e-4`` or ``phases=[dpt, dft]``.
         where: Where the values come from, for errors; None: the file, or "options" without one.
 
-    Returns:
-        An instance of ``cls``.
-
     Raises:
         ConfigError: For an unreadable file, an unknown key (naming the nearest known one), a value of the
             wrong type (naming its field), a missing required field, or whatever ``cls`` itself refuses.
     """
-    values: dict[str, Any] = {}
+    values = read_yaml(yaml_path)
     if where is None:
         where = "options" if yaml_path is None else str(yaml_path)
-    if yaml_path is not None:
-        try:
-            loaded = yaml.safe_load(yaml_path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise ConfigError(f"{yaml_path}: cannot be read as YAML: {error}") from error
-        if loaded is not None and not isinstance(loaded, dict):
-            raise ConfigError(f"{yaml_path}: expected a mapping of options, got {type(loaded).__name__}")
-        values = loaded or {}
     for override in overrides:
         _apply_override(values, override)
     return config_from_dict(cls, values, where=where)
 
 
-def config_from_dict(cls: type[ConfigT], values: Mapping[str, Any], *, where: str = "") -> ConfigT:
-    """Build a config from nested plain values; the inverse of ``config_to_dict``.
+def read_yaml(path: Path | None, *, missing_ok: bool = False) -> dict[str, Any]:
+    """Read a YAML mapping of options; empty without a path.
 
     Raises:
-        ConfigError: As ``load_config``.
+        ConfigError: If it cannot be read, or is no mapping.
     """
+    if path is None or (missing_ok and not path.exists()):
+        return {}
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot be read as YAML: {error}") from error
+    if loaded is not None and not isinstance(loaded, dict):
+        raise ConfigError(f"{path}: expected a mapping of options, got {type(loaded).__name__}")
+    return loaded or {}
+
+
+def config_from_dict(cls: type[ConfigT], values: Mapping[str, Any], *, where: str = "") -> ConfigT:
+    """Build a config from nested plain values; the inverse of ``config_to_dict``."""
     return typing.cast("ConfigT", _build(cls, values, None, "", where or cls.__name__))
 
 

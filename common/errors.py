@@ -44,6 +44,10 @@ class TransferError(DistillError, OSError):
     """A cache could not be copied from or to another place, after all retries."""
 
 
+class NoRoomError(TransferError):
+    """The disk is full, or a quota or the largest size of a file is reached."""
+
+
 class TemperatureNotCachedError(DistillError, KeyError):
     """The cache holds no tail mass at the temperature asked for."""
 

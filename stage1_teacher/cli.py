@@ -233,12 +233,12 @@ def seal(cache: Path) -> None:
     from vlm_distill_cache.common.cache.manifest import seal as seal_cache
     from vlm_distill_cache.stage1_teacher.planning.cache_folder import (
         explain_disk_errors,
-        refuse_strangers,
+        refuse_unlisted,
         sealed_names,
     )
 
     with explain_disk_errors(cache):
-        refuse_strangers(cache, sealed_names(cache))
+        refuse_unlisted(cache, sealed_names(cache))
         manifest = seal_cache(cache)
     click.echo(f"Sealed {cache}: {manifest.totals['samples']} samples in {len(manifest.shards)} shards")
 

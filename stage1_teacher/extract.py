@@ -38,7 +38,7 @@ from vlm_distill_cache.stage1_teacher.planning.cache_folder import (
     intact_manifest,
     prepare_cache,
     refuse_replaced,
-    refuse_strangers,
+    refuse_unlisted,
     refuse_unwritable,
     stored_plan,
 )
@@ -104,7 +104,7 @@ def extract(config: BuildConfig, *, overwrite: bool = False, part: Part = WHOLE,
             return BuildSummary(cache=cache_dir, built=0, samples=0, seconds=0.0, manifest=manifest)
         known = export_parts(work.teacher, cache_dir) if seals else []
         if seals:
-            refuse_strangers(cache_dir, known)
+            refuse_unlisted(cache_dir, known)
 
         # The main loop: the next shards are encoded, and the last batches written, while the teacher runs.
         budget = FailureBudget.of_finished(cache_dir, plan, share=config.max_failed_share)
@@ -230,7 +230,7 @@ def finish(work: Build, cache_dir: Path, *, samples: int, known: Collection[str]
     """
     fidelity = measure_fidelity(work, cache_dir, samples=samples)
     write_card(cache_dir, work.plan, fidelity)
-    refuse_strangers(cache_dir, known)
+    refuse_unlisted(cache_dir, known)
     drop_damaged_manifest(cache_dir)
     return seal(cache_dir, fidelity=fidelity, rewritten=rewritten)
 

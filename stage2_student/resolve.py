@@ -5,10 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from vlm_distill_cache.common.config import load_config
-from vlm_distill_cache.common.errors import ConfigError
+from vlm_distill_cache.common.config import load_config, read_yaml
 from vlm_distill_cache.stage2_student.config import PHASE_NAMES, TrainConfig, choose_size
 from vlm_distill_cache.stage2_student.pruned_folder import kept_share, pruning_record
 from vlm_distill_cache.stage2_student.students.presets import split_student_name
@@ -67,23 +64,6 @@ def _size_of(student: str, teacher_width: int) -> str:
             pass  # whoever loads it says what is wrong with it
     _, size = split_student_name(student)
     return choose_size(teacher_width) if size == "auto" else size
-
-
-def read_yaml(path: Path | None, *, missing_ok: bool = False) -> dict[str, Any]:
-    """Read a YAML mapping of options; empty without a path.
-
-    Raises:
-        ConfigError: If it cannot be read, or is no mapping.
-    """
-    if path is None or (missing_ok and not path.exists()):
-        return {}
-    try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: cannot be read as YAML: {error}") from error
-    if loaded is not None and not isinstance(loaded, dict):
-        raise ConfigError(f"{path}: expected a mapping of options, got {type(loaded).__name__}")
-    return loaded or {}
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> list[str]:

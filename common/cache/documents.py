@@ -8,8 +8,9 @@ by whoever reads it, before any other file says so.
 from __future__ import annotations
 
 import unicodedata
-from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 from vlm_distill_cache.common.cache.schema import FORMAT_VERSION
 from vlm_distill_cache.common.errors import CacheFormatError, NewerFormatError
@@ -21,10 +22,6 @@ from vlm_distill_cache.common.files.atomic import (
     write_bytes_atomic,
 )
 from vlm_distill_cache.common.files.hashing import fingerprint, fingerprint_parsed
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
 
 
 def document_bytes(body: Mapping[str, Any]) -> bytes:
@@ -53,11 +50,7 @@ def read_document(path: Path) -> dict[str, Any]:
 
 
 def parse_document(data: bytes, where: str) -> dict[str, Any]:
-    """Check version and checksum of a document in memory, and return its body.
-
-    Raises:
-        CacheFormatError: As ``read_document``.
-    """
+    """Check version and checksum of a document in memory, and return its body."""
     parsed = parse_json(data, where)
     try:
         body = dict(check_version(parsed, where))
@@ -84,12 +77,7 @@ def _fits(document: Mapping[str, Any], where: str) -> bool:
 
 
 def check_version(data: Any, where: str) -> dict[str, Any]:
-    """Return a JSON object of a format version this code reads; asked before anything else.
-
-    Raises:
-        CacheFormatError: If it is none.
-        NewerFormatError: If it is from a newer version.
-    """
+    """Return a JSON object of a format version this code reads; asked before anything else."""
     version = data.get("format_version") if isinstance(data, dict) else None
     if not isinstance(data, dict) or not isinstance(version, int) or isinstance(version, bool) or version < 1:
         raise CacheFormatError(f"{where}: no format_version; not a file of a teacher cache, or damaged")
@@ -102,11 +90,7 @@ def check_version(data: Any, where: str) -> dict[str, Any]:
 
 
 def check_object(data: Any, kinds: Mapping[str, type], where: str) -> dict[str, Any]:
-    """Return a JSON object with exactly these keys and kinds of value.
-
-    Raises:
-        CacheFormatError: Naming the key, the kind expected and the value found.
-    """
+    """Return a JSON object with exactly these keys and kinds of value."""
     if not isinstance(data, dict) or data.keys() != kinds.keys():
         found = sorted(map(str, data)) if isinstance(data, dict) else type(data).__name__
         raise CacheFormatError(f"{where}: expected an object with {sorted(kinds)}, found {found}")
@@ -117,11 +101,7 @@ def check_object(data: Any, kinds: Mapping[str, type], where: str) -> dict[str, 
 
 
 def check_int(value: Any, name: str, low: int, high: int, where: str) -> None:
-    """Refuse a value that is not a whole number in ``[low, high]``.
-
-    Raises:
-        CacheFormatError: Naming it, its range and what was found.
-    """
+    """Refuse a value that is not a whole number in ``[low, high]``."""
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
         raise CacheFormatError(f"{where}: {name} is {value!r}; expected a whole number from {low} to {high}")
 
@@ -144,14 +124,7 @@ def safe_path(name: Any, where: str) -> str:
 
 
 def describe_differences(before: Any, now: Any, *, there: str, here: str) -> list[str]:
-    """List where two JSON values differ, a line each: the dotted key and both values.
-
-    Args:
-        before: The stored value.
-        now: The value of this run.
-        there: What holds the stored one, for the text.
-        here: What holds the other.
-    """
+    """List where two JSON values differ, a line each: the dotted key, and what ``there`` and ``here`` have."""
     old, new = _flatten(before), _flatten(now)
     return [
         f"  {key}: {there} has {old.get(key, 'nothing')!r}, {here} has {new.get(key, 'nothing')!r}"

@@ -23,26 +23,20 @@ from __future__ import annotations
 import mmap
 import os
 import struct
+from collections.abc import Iterable
 from itertools import islice
-from typing import TYPE_CHECKING, NamedTuple
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import xxhash
+from numpy.typing import NDArray
 
-from vlm_distill_cache.common.cache.sidecar import check_sidecar, read_sidecar, sidecar_path
+from vlm_distill_cache.common.cache.plan import Plan
+from vlm_distill_cache.common.cache.sidecar import FileEntry, ShardSidecar, check_sidecar, read_sidecar, sidecar_path
 from vlm_distill_cache.common.errors import CacheFormatError
 from vlm_distill_cache.common.files.atomic import read_bounded
 from vlm_distill_cache.common.files.hashing import stream_checksum
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-    from pathlib import Path
-
-    from numpy.typing import NDArray
-
-    from vlm_distill_cache.common.cache.plan import Plan
-    from vlm_distill_cache.common.cache.sidecar import FileEntry, ShardSidecar
-
 
 INDEX = "index.bin"
 INDEX_VERSION = 1
@@ -80,19 +74,10 @@ def _encoded(sample_id: str) -> bytes:
 
 
 class SampleIndex:
-    """Looks up samples in the bytes of an ``index.bin``.
-
-    Attributes:
-        shard_count: Shards of the cache.
-        failed_count: Failed samples among the entries.
-    """
+    """Looks up samples in the bytes of an ``index.bin``."""
 
     def __init__(self, data: bytes | bytearray | mmap.mmap, where: str) -> None:
-        """Take an index as it is in the file; its bytes are not copied.
-
-        Raises:
-            CacheFormatError: If it is no index, truncated, or from a newer version.
-        """
+        """Take an index as it is in the file; its bytes are not copied."""
         self._where = where
         if len(data) < _HEADER.size:
             raise CacheFormatError(f"{where}: {len(data)} bytes are no index; {_SEAL}")
@@ -116,11 +101,7 @@ class SampleIndex:
 
     @classmethod
     def open(cls, path: Path, entry: FileEntry) -> SampleIndex:
-        """Map an index whose size and checksum are the ones sealed.
-
-        Raises:
-            CacheFormatError: If it is lost, damaged or not the one that was sealed.
-        """
+        """Map an index whose size and checksum are the ones sealed."""
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
@@ -143,11 +124,7 @@ class SampleIndex:
         return self._count
 
     def find(self, sample_id: str) -> Place | None:
-        """Return where a sample is; None if the cache was not built from it.
-
-        Raises:
-            CacheFormatError: If the entry points outside the cache.
-        """
+        """Return where a sample is; None if the cache was not built from it."""
         high, low = divmod(xxhash.xxh3_128_intdigest(_encoded(sample_id)), 1 << 64)
         entry = int(self._high.searchsorted(np.uint64(high)))
         while entry < self._count and int(self._high[entry]) == high:
@@ -161,9 +138,6 @@ class SampleIndex:
 
         Returns:
             Shard and position of each record, int64 ``[n]``; -1 for samples that are absent or failed.
-
-        Raises:
-            CacheFormatError: If an entry points outside the cache.
         """
         high, low = hash_ids(sample_ids)
         order = np.argsort(high)  # looked up in order, neighbours share pages: ten times faster at ten million
@@ -189,11 +163,7 @@ class SampleIndex:
         return shard, position
 
     def place(self, entry: int) -> Place:
-        """Return where the sample of an entry is.
-
-        Raises:
-            CacheFormatError: If the entry points outside the cache.
-        """
+        """Return where the sample of an entry is."""
         shard, position = int(self._shard[entry]), int(self._position[entry])
         if shard >= self.shard_count:
             raise self._outside(shard)
@@ -201,13 +171,6 @@ class SampleIndex:
 
     def _outside(self, shard: int) -> CacheFormatError:
         return CacheFormatError(f"{self._where}: names shard {shard} of {self.shard_count}; {_SEAL}")
-
-
-def begin_index(*, shard_count: int, count: int, failed_count: int) -> bytearray:
-    """Return the bytes of an index whose columns, those of `index_columns`, are still zeros."""
-    data = bytearray(_HEADER.size + _ENTRY_BYTES * count)
-    _HEADER.pack_into(data, 0, _MAGIC, INDEX_VERSION, shard_count, count, failed_count)
-    return data
 
 
 def index_columns(data: bytes | bytearray | mmap.mmap, count: int) -> tuple[np.ndarray, ...]:
@@ -241,9 +204,6 @@ class IndexBuilder:
     def finish(self, shard_count: int) -> tuple[bytearray, tuple[Place, Place] | None]:
         """Sort; the builder is used up.
 
-        Args:
-            shard_count: Of the cache.
-
         Returns:
             The bytes of the file; and the places of the first two samples with one id, or None.
         """
@@ -252,7 +212,8 @@ class IndexBuilder:
             columns.append(np.concatenate([np.zeros(0, dtype=dtype), *parts]))
             parts.clear()  # before the next column is made: there may be many millions of samples
         high, low, *_ = columns
-        data = begin_index(shard_count=shard_count, count=len(high), failed_count=self._failed)
+        data = bytearray(_HEADER.size + _ENTRY_BYTES * len(high))
+        _HEADER.pack_into(data, 0, _MAGIC, INDEX_VERSION, shard_count, len(high), self._failed)
         order = np.lexsort((low, high))
         for column, values in zip(index_columns(data, len(high)), columns, strict=True):
             np.take(values, order, out=column)
@@ -266,11 +227,7 @@ class IndexBuilder:
 
 
 def refuse_repeats(cache_dir: Path, repeated: tuple[Place, Place] | None) -> None:
-    """Refuse samples with one id, which `IndexBuilder.finish` found.
-
-    Raises:
-        CacheFormatError: Naming the id and the shards.
-    """
+    """Refuse samples with one id, which `IndexBuilder.finish` found."""
     if repeated is None:
         return
     names = []
@@ -285,11 +242,7 @@ def refuse_repeats(cache_dir: Path, repeated: tuple[Place, Place] | None) -> Non
 
 
 def build_index(cache_dir: Path, plan: Plan, sidecars: Iterable[ShardSidecar]) -> bytearray:
-    """Return the ``index.bin`` that all sidecars of a cache, in order, call for.
-
-    Raises:
-        CacheFormatError: If a sidecar does not fit the plan, or ids repeat.
-    """
+    """Return the ``index.bin`` that all sidecars of a cache, in order, call for."""
     builder = IndexBuilder()
     for sidecar in sidecars:
         check_sidecar(sidecar, plan, str(sidecar_path(cache_dir, sidecar.index)))
@@ -300,22 +253,12 @@ def build_index(cache_dir: Path, plan: Plan, sidecars: Iterable[ShardSidecar]) -
 
 
 def index_bytes(cache_dir: Path, plan: Plan) -> bytearray:
-    """Return the ``index.bin`` that the sidecars in a folder call for; writes nothing.
-
-    Raises:
-        FileNotFoundError: If a sidecar is missing.
-        CacheFormatError: If a sidecar is damaged or does not fit the plan, or ids repeat.
-    """
+    """Return the ``index.bin`` that the sidecars in a folder call for; writes nothing."""
     return build_index(cache_dir, plan, (read_sidecar(cache_dir, shard) for shard in range(plan.shard_count)))
 
 
 def index_damage(cache_dir: Path, expected: bytearray) -> str | None:
-    """Return what is wrong with the index in a folder, whatever the manifest says of it; or None.
-
-    Args:
-        cache_dir: The cache.
-        expected: From `index_bytes`, or from an `IndexBuilder` that saw all sidecars.
-    """
+    """Return what is wrong with the index in a folder, whatever the manifest says of it; or None."""
     try:
         found = read_bounded(cache_dir / INDEX, max_bytes=len(expected))
     except FileNotFoundError:

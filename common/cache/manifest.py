@@ -6,9 +6,13 @@ It is never written while a shard is missing. The names of the other two kinds o
 
 from __future__ import annotations
 
+import builtins
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from vlm_distill_cache.common.cache.documents import (
     check_int,
@@ -17,7 +21,7 @@ from vlm_distill_cache.common.cache.documents import (
     read_document,
     write_document,
 )
-from vlm_distill_cache.common.cache.index import INDEX, IndexBuilder, refuse_repeats
+from vlm_distill_cache.common.cache.index import INDEX, build_index
 from vlm_distill_cache.common.cache.plan import BASE, PLAN, SHARDS, Plan, read_plan, refuse_changed_plan, write_plan
 from vlm_distill_cache.common.cache.schema import FORMAT_VERSION
 from vlm_distill_cache.common.cache.side_files import CARD, MANIFEST, check_digests, side_files, walk_files
@@ -25,7 +29,6 @@ from vlm_distill_cache.common.cache.sidecar import (
     MAX_FILE_BYTES,
     FileEntry,
     ShardSidecar,
-    check_sidecar,
     missing_shards,
     read_files,
     read_sidecar,
@@ -35,10 +38,6 @@ from vlm_distill_cache.common.cache.sidecar import (
 from vlm_distill_cache.common.errors import CacheFormatError
 from vlm_distill_cache.common.files.atomic import clean_stale, write_bytes_atomic
 from vlm_distill_cache.common.files.hashing import fingerprint
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from pathlib import Path
 
 __all__ = [
     "BASE",
@@ -52,12 +51,12 @@ __all__ = [
     "Plan",
     "ShardSidecar",
     "ShardSummary",
-    "check_side_files",
     "missing_shards",
     "read_manifest",
     "read_plan",
     "read_sidecar",
     "refuse_changed_plan",
+    "refuse_other_plan",
     "seal",
     "side_files",
     "sidecar_path",
@@ -84,32 +83,23 @@ class ShardSummary:
 
     @classmethod
     def from_dict(cls, data: Any, where: str) -> ShardSummary:
-        """Read what ``to_dict`` wrote.
-
-        Raises:
-            CacheFormatError: If a key is missing or unknown, or of the wrong kind.
-        """
+        """Read what ``to_dict`` wrote."""
         values = check_object(data, _SUMMARY_KINDS, where)
         for name in _SUMMARY_COUNTS:
             check_int(values[name], name, 0, MAX_FILE_BYTES, where)
         return cls(**(values | {"sidecar": FileEntry.from_dict(values["sidecar"], where)}))
 
     @classmethod
-    def of(cls, sidecar: ShardSidecar) -> ShardSummary:
-        """Summarise a sidecar."""
-        return summarise(sidecar, document_bytes(sidecar.to_dict()))
-
-
-def summarise(sidecar: ShardSidecar, data: bytes) -> ShardSummary:
-    """Summarise a sidecar whose file has these bytes."""
-    return ShardSummary(
-        index=sidecar.index,
-        samples=len(sidecar.sample_ids),
-        rows=sidecar.rows,
-        failed=len(sidecar.failed),
-        bytes=sidecar.stored_bytes,
-        sidecar=FileEntry.of_bytes(data),
-    )
+    def of(cls, sidecar: ShardSidecar, data: builtins.bytes | None = None) -> ShardSummary:
+        """Summarise a sidecar; ``data`` is its file, if that was read."""
+        return cls(
+            index=sidecar.index,
+            samples=len(sidecar.sample_ids),
+            rows=sidecar.rows,
+            failed=len(sidecar.failed),
+            bytes=sidecar.stored_bytes,
+            sidecar=FileEntry.of_bytes(document_bytes(sidecar.to_dict()) if data is None else data),
+        )
 
 
 _SUMMARY_COUNTS = ("index", "samples", "rows", "failed", "bytes")
@@ -121,8 +111,6 @@ class Manifest:
     """What a finished cache holds. ``manifest.json``; derived, never edited.
 
     Attributes:
-        plan_hash: Fingerprint of the plan.
-        shards: One summary per shard, by index.
         field_bytes: Decoded bytes of all records by field.
         files: Every file outside ``shards/``, except the card and this one.
         fidelity: What the codecs lost against the live teacher, as stage one measured it; or None.
@@ -154,11 +142,7 @@ class Manifest:
 
     @classmethod
     def from_dict(cls, data: Any, where: str) -> Manifest:
-        """Read what ``to_dict`` wrote.
-
-        Raises:
-            CacheFormatError: If it is not a manifest, or from a newer format version.
-        """
+        """Read what ``to_dict`` wrote."""
         values = dict(data) if isinstance(data, dict) else {}
         fidelity = values.pop("fidelity", None)
         kinds: dict[str, Any] = {"format_version": int, "plan_hash": str, "totals": dict}
@@ -207,59 +191,47 @@ def read_manifest(cache_dir: Path) -> Manifest:
         ) from None
 
 
+def refuse_other_plan(manifest: Manifest, plan: Plan, where: str) -> None:
+    """Refuse a manifest that was made for another plan than the one beside it."""
+    if manifest.plan_hash != plan.hash or len(manifest.shards) != plan.shard_count:
+        raise CacheFormatError(
+            f"{where}: {MANIFEST} belongs to another {PLAN} (plan {plan.hash}, manifest made for "
+            f"{manifest.plan_hash}); run `cachectl verify` on it, then `teacher-cache seal`, or copy the cache again"
+        )
+
+
 def derive_manifest(cache_dir: Path, *, fidelity: dict[str, Any] | None = None) -> tuple[Manifest, bytearray]:
-    """Derive manifest and index from the plan, the sidecars and the files beside them; writes nothing.
-
-    Returns:
-        The manifest, and the bytes of the index it lists.
-
-    Raises:
-        CacheFormatError: If shards are missing, a sidecar does not fit the plan, or sample ids repeat.
-    """
+    """Derive manifest and index from the plan, the sidecars and the files beside them; writes nothing."""
     plan = read_plan(cache_dir)
     if missing := missing_shards(cache_dir, plan):
         raise CacheFormatError(
             f"{cache_dir}: {len(missing)} of {plan.shard_count} shards are missing: {format_ranges(missing)}; "
             "run `teacher-cache build` again with the same options to make exactly these"
         )
-    shards, field_bytes = [], {f.name: 0 for f in plan.all_fields}
-    builder = IndexBuilder()
-    for shard in range(plan.shard_count):
-        sidecar = read_sidecar(cache_dir, shard)
-        check_sidecar(sidecar, plan, str(sidecar_path(cache_dir, shard)))
-        builder.add(sidecar)
-        for name, size in sidecar.field_bytes.items():
-            field_bytes[name] += size
-        shards.append(ShardSummary.of(sidecar))
-    index, repeated = builder.finish(plan.shard_count)
-    refuse_repeats(cache_dir, repeated)
+    shards, field_bytes = [], Counter({f.name: 0 for f in plan.all_fields})
+
+    def sidecars() -> Iterator[ShardSidecar]:
+        for shard in range(plan.shard_count):
+            sidecar = read_sidecar(cache_dir, shard)
+            yield sidecar  # is checked
+            field_bytes.update(sidecar.field_bytes)
+            shards.append(ShardSummary.of(sidecar))
+
+    index = build_index(cache_dir, plan, sidecars())
     files = {name: FileEntry.of(cache_dir / name) for name in side_files(cache_dir) if name != INDEX}
     files[INDEX] = FileEntry.of_bytes(index)
     manifest = Manifest(
-        plan_hash=plan.hash, shards=tuple(shards), field_bytes=field_bytes, files=files, fidelity=fidelity
+        plan_hash=plan.hash, shards=tuple(shards), field_bytes=dict(field_bytes), files=files, fidelity=fidelity
     )
     return manifest, index
-
-
-def check_side_files(cache_dir: Path, manifest: Manifest) -> None:
-    """Refuse a cache whose projector, vision tower or processor files are not the ones that were sealed.
-
-    Raises:
-        CacheFormatError: Naming the first file that is lost or has other bytes.
-    """
-    check_digests(cache_dir, manifest.files)
 
 
 def seal(cache_dir: Path, *, fidelity: dict[str, Any] | None = None, rewritten: bool = False) -> Manifest:
     """Write the index and manifest.json once all shards are there, and remove what killed runs left behind.
 
     Args:
-        cache_dir: The cache.
         fidelity: The fidelity card. None keeps the one of the present manifest if nothing else changed.
         rewritten: The files beside the shards were just written anew; else they must be those sealed before.
-
-    Returns:
-        The manifest.
 
     Raises:
         CacheFormatError: If shards are missing (naming them), a sidecar does not fit the plan, sample ids

@@ -7,7 +7,8 @@ number can resume it. It holds no time, no host and no absolute path: the same i
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from vlm_distill_cache.common.cache.documents import (
     check_int,
@@ -19,9 +20,6 @@ from vlm_distill_cache.common.cache.documents import (
 from vlm_distill_cache.common.cache.schema import BASE_FIELDS, FORMAT_VERSION, Field, check_fields
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError
 from vlm_distill_cache.common.files.hashing import fingerprint
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 PLAN, SHARDS = "plan.json", "shards"
 STORE_NAMES = ("zarr", "webdataset")
@@ -38,7 +36,6 @@ class Plan:
     """What a cache will hold, fixed before its first shard. ``plan.json``.
 
     Attributes:
-        store: ``zarr`` or ``webdataset``.
         sample_count: Samples of the data set, failed ones included.
         shard_size: Samples a shard; shard i holds samples ``[i * shard_size, (i + 1) * shard_size)``.
         signals: Codec settings by signal, as ``codec.to_dict()``.
@@ -47,7 +44,6 @@ class Plan:
         template, teacher, data, geometry: Readable descriptions, JSON; free keys.
         batch_size: Samples a teacher batch; batches form inside a shard, so it decides the exact bits.
         extra: Anything else that must not change on resume.
-        format_version: Of the cache format.
 
     Raises:
         CacheFormatError: If a value is out of its range or ``signals`` and ``fields`` differ in keys.
@@ -97,10 +93,6 @@ class Plan:
         """The fields of a record: the base fields and those of each signal, in a fixed order."""
         return BASE_FIELDS + tuple(f for signal in sorted(self.fields) for f in self.fields[signal])
 
-    def shard_ranges(self) -> list[range]:
-        """Return the positions in the data set that each shard holds."""
-        return [self.shard_range(i) for i in range(self.shard_count)]
-
     def shard_range(self, index: int) -> range:
         """Return the positions in the data set that shard ``index`` holds."""
         start = index * self.shard_size
@@ -112,13 +104,16 @@ class Plan:
         fields = {signal: [f.to_dict() for f in group] for signal, group in self.fields.items()}
         return {name: getattr(self, name) for name in names} | {"fields": fields}
 
+    def without_descriptions(self) -> dict[str, Any]:
+        """Return the JSON without what is for people only: names differ between machines, fingerprints decide."""
+        described = self.to_dict()
+        for part in ("teacher", "data"):
+            described[part] = {name: value for name, value in described[part].items() if name not in DESCRIPTIVE}
+        return described
+
     @classmethod
     def from_dict(cls, data: Any, where: str = PLAN) -> Plan:
-        """Read what ``to_dict`` wrote.
-
-        Raises:
-            CacheFormatError: If it is not a plan, or from a newer format version.
-        """
+        """Read what ``to_dict`` wrote."""
         kinds: dict[str, Any] = dict.fromkeys(cls.__dataclass_fields__, dict)
         kinds |= {"store": str, "sample_count": int, "shard_size": int, "batch_size": int}
         kinds["format_version"] = int
@@ -172,16 +167,10 @@ def read_plan(cache_dir: Path) -> Plan:
 
 
 def refuse_changed_plan(old: Plan, new: Plan, *, where: str = "the cache") -> None:
-    """Refuse to go on with other settings than a cache was begun with.
-
-    Raises:
-        CacheMismatchError: Naming each differing option with both values, and the remedy.
-    """
-    before, now = old.to_dict(), new.to_dict()
-    for described in (before, now):  # names are for people; fingerprints decide
-        for part in ("teacher", "data"):
-            described[part] = {k: value for k, value in described[part].items() if k not in DESCRIPTIVE}
-    lines = describe_differences(before, now, there="the cache", here="this run")
+    """Refuse to go on with other settings than a cache was begun with."""
+    lines = describe_differences(
+        old.without_descriptions(), new.without_descriptions(), there="the cache", here="this run"
+    )
     if lines:
         kept, wanted = (", ".join(sorted(plan.signals)) for plan in (old, new))
         if kept != wanted:

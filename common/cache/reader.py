@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, overload
 import numpy as np
 
 from vlm_distill_cache.common.cache.index import INDEX, SampleIndex, build_index
-from vlm_distill_cache.common.cache.manifest import read_manifest, read_plan, summarise
+from vlm_distill_cache.common.cache.manifest import Manifest, ShardSummary, read_manifest, refuse_other_plan
+from vlm_distill_cache.common.cache.plan import read_plan
 from vlm_distill_cache.common.cache.shared_images import SharedImages
 from vlm_distill_cache.common.cache.side_files import check_digests, check_file, check_size, check_sizes
 from vlm_distill_cache.common.cache.sidecar import parse_sidecar, sidecar_path
@@ -199,7 +200,7 @@ class OpenShards:
                 "run `cachectl verify`, then build or copy that shard again"
             ) from None
         sidecar = parse_sidecar(data, shard, str(path))
-        if summarise(sidecar, data) != self._manifest.shards[shard]:
+        if ShardSummary.of(sidecar, data) != self._manifest.shards[shard]:
             raise CacheFormatError(
                 f"{self._path}: the sidecar of shard {shard} is not the one in manifest.json; "
                 "run `cachectl verify`, and `teacher-cache seal` if the shard was built anew"
@@ -289,11 +290,7 @@ class TeacherCache:
         self.path = path
         self.plan = read_plan(path)
         self.manifest = read_manifest(path)
-        if self.manifest.plan_hash != self.plan.hash or len(self.manifest.shards) != self.plan.shard_count:
-            raise CacheFormatError(
-                f"{path}: manifest.json belongs to another plan.json (plan {self.plan.hash}, manifest made "
-                f"for {self.manifest.plan_hash}); run `teacher-cache seal`, or copy the cache again"
-            )
+        refuse_other_plan(self.manifest, self.plan, str(path))
         check_sizes(path, self.manifest.files)
         self._images = SharedImages(self.plan.all_fields)
         self._fetches, self._codec_of = before_open is not None, codec_of

@@ -36,37 +36,7 @@ image), ``labels`` u4 [A], ``tiles`` f4 [tiles, 6] (rows, cols, x0, y0, x1, y1 i
 image; beyond [0, 1] is padding). Each signal's codec adds its own (``common.codecs``). ``visual_columns`` are means
 over the visual rows that carry image: those of tokens mostly in padding do not count.
 
-**Values**, for whoever reads a shard with other tools; ``plan.json`` names each signal's settings. Of a Zarr shard,
-record i of field F is ``F[F_offsets[i] : F_offsets[i + 1]]``, and its id is the UTF-8 text of such bytes of ``sample_ids``.
-In a tar it is a member's array F, and the id is in the metadata of the safetensors file.
-
-``logits``: row a's entries follow those of the rows before it, ``entry_count[a]`` of them, most likely first; a ground
-truth of lower rank is the last. ``token_ids`` u4 [E]. The log-probability, in nats at temperature 1, of an entry is
-``top_logprob[a]`` minus its gap. With ``exact`` the gap is ``log_gap`` f4. Else it is that of an 8-bit code c: 0 for
-c = 0, 24 for 254, infinite for 255, and in between the gap g at which ::
-
-    254 (0.7 (1 - exp(-g / 3)) / (1 - exp(-8)) + 0.3 log(1 + g) / log(25)) = c
-
-``log_gap`` u1 [E] holds codes; with ``gap_steps`` each entry but a row's first holds the difference from the code before
-it, modulo 256, so codes are running sums modulo 256 within a row. ``tail_logmass`` [A, T] is the log of the mass of all
-tokens that are not listed, one column for each of ``temperatures``. At a temperature t other than 1, listed
-probabilities are in proportion to ``exp(-gap / t)`` and sum to one minus the tail's mass at t. ``balanced`` changes
-nothing of this: it says that a reader may do better, by moving log-probabilities within their codes' reach so that
-the row sums to one at temperature 1 (``common.codecs.quantise.balance``).
-
-``answer_attention``, ``text_attention``: [A or X, groups, cells], cells row-major from the top left of the original image.
-With ``exact``, masses. Else codes: 0 is zero, c is ``exp((c - 255) 12 / 254)`` of the largest cell; scale a
-row's cells to sum to ``answer_image_mass``, or ``text_image_mass``. ``visual_columns``: masses.
-
-``visual_entry_count`` and the other ``visual_`` fields of ``visual_logits``: as those of ``logits``, of visual tokens.
-``hidden`` [A, layers, width], ``visual_hidden`` and ``projector_output`` [N, layers, width]: hidden states, float16.
-
-``answer_text``: the answers that the teacher wrote, one a turn, as a JSON list in UTF-8.
-
-``visual_map``: see ``common.codecs.visual_map``; pairs are (query, key), key <= query; of pooled maps all. ``f4``: masses.
-``exact8``: code c is ``exp((c - 255) 16 / 254)``, 0 is zero. ``exact``: with t = ``map_scale``, codes 1 to 95 are
-``((c - 0.5) / 95)**2`` of t, those of a key column then scaled so that their mean is ``map_means`` times t; codes from 96 are
-sinks, ``t (map_largest / t)**((c - 96) / 159)``. ``blocks`` and ``compact``: ``common.codecs.kept_columns``.
+What the values mean, for whoever reads a shard with other tools: ``docs/cache-format.md``.
 
 What depends on the image alone (``MAP_AXES``) is held by one record a shard and image; ``visual_source`` u4 [1]
 says by which, and in the others these arrays are empty (``common.cache.shared_images``).
@@ -74,16 +44,15 @@ says by which, and in the others these arrays are empty (``common.cache.shared_i
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from vlm_distill_cache.common.errors import CacheFormatError
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 FORMAT_VERSION = 1
 IGNORE_INDEX = -100
@@ -108,10 +77,6 @@ class Field:
         name: Lower-case identifier; ``sample_ids`` and names ending in ``_offsets`` are the stores' own.
         dtype: One of ``DTYPES``, always little-endian.
         axis: What the ragged first axis counts, one of ``AXES``.
-        trailing: The fixed axes after the first.
-
-    Raises:
-        CacheFormatError: If any of these is not as described.
     """
 
     name: str
@@ -133,9 +98,7 @@ class Field:
         )
         if not sizes_ok or len(self.trailing) > 8:
             raise CacheFormatError(f"field {self.name}: trailing shape {self.trailing!r} is not a shape")
-        elements = 1
-        for n in self.trailing:
-            elements *= n
+        elements = math.prod(self.trailing)
         if elements > MAX_TRAILING_ELEMENTS:
             raise CacheFormatError(
                 f"field {self.name}: trailing shape {self.trailing} has {elements} elements, "
@@ -150,10 +113,7 @@ class Field:
     @property
     def row_bytes(self) -> int:
         """Decoded bytes of one step along the first axis."""
-        elements = 1
-        for n in self.trailing:
-            elements *= n
-        return elements * self.numpy_dtype.itemsize
+        return math.prod(self.trailing) * self.numpy_dtype.itemsize
 
     def empty(self) -> np.ndarray:
         """Return an array of this field with first axis 0."""
@@ -165,11 +125,7 @@ class Field:
 
     @classmethod
     def from_dict(cls, data: Any) -> Field:
-        """Read what ``to_dict`` wrote.
-
-        Raises:
-            CacheFormatError: If a key is missing or unknown, or its value cannot be a field's.
-        """
+        """Read what ``to_dict`` wrote."""
         expected = {"name", "dtype", "axis", "trailing"}
         if not isinstance(data, dict) or set(data) != expected or not isinstance(data["trailing"], list):
             raise CacheFormatError(f"field {data!r}: expected an object with exactly {sorted(expected)}")
@@ -184,11 +140,7 @@ BASE_FIELDS = (
 
 
 def check_fields(fields: Sequence[Field]) -> None:
-    """Refuse a set of fields in which a name appears twice.
-
-    Raises:
-        CacheFormatError: Naming the repeated field.
-    """
+    """Refuse a set of fields in which a name appears twice."""
     seen: set[str] = set()
     for field in fields:
         if field.name in seen:
@@ -197,16 +149,7 @@ def check_fields(fields: Sequence[Field]) -> None:
 
 
 def check_record(record: Record, fields: Sequence[Field], where: str = "record") -> None:
-    """Refuse a record that does not have exactly these fields, dtypes and matching lengths.
-
-    Args:
-        record: Arrays by field name.
-        fields: All fields of the cache, ``BASE_FIELDS`` and those of each signal.
-        where: Sample id, shard or path, for the error message.
-
-    Raises:
-        CacheFormatError: Naming the field, what was expected and what was found.
-    """
+    """Refuse a record that does not have exactly these fields, dtypes and matching lengths."""
     names = {field.name for field in fields}
     if record.keys() != names:
         missing, extra = sorted(names - record.keys()), sorted(record.keys() - names)

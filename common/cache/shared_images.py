@@ -16,18 +16,14 @@ Caches without ``visual_source`` hold all arrays in every record, and are read a
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Iterable, Mapping
 
 import numpy as np
 
 from vlm_distill_cache.common.cache.schema import MAP_AXES, Field, Record
+from vlm_distill_cache.common.cache.stores import ShardReader
 from vlm_distill_cache.common.errors import CacheFormatError
 from vlm_distill_cache.common.files.hashing import checksum
-
-if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Mapping
-
-    from vlm_distill_cache.common.cache.stores import ShardReader
 
 VISUAL_SOURCE = Field(name="visual_source", dtype="u4", axis="sample")
 
@@ -52,14 +48,11 @@ def with_visual_source(fields: Mapping[str, tuple[Field, ...]]) -> dict[str, tup
 
 
 def prefix_key(image_hash: bytes, prefix_ids: np.ndarray) -> str:
-    """Name what visual rows can see: records with equal keys may share their arrays.
+    """Name what visual rows can see: records with equal keys, 32 hexadecimal digits, may share their arrays.
 
     Args:
         image_hash: xxh3_128 of the picture, 16 bytes.
         prefix_ids: Ids of the tokens up to and including the last visual one, integers ``[T']``.
-
-    Returns:
-        32 hexadecimal digits.
     """
     return checksum(image_hash + np.ascontiguousarray(prefix_ids, dtype="<i8").tobytes())
 
@@ -69,15 +62,9 @@ class SharedImages:
 
     Attributes:
         fields: What is shared; empty if the plan's records share nothing.
-        names: Of these fields.
     """
 
     def __init__(self, fields: Iterable[Field]) -> None:
-        """Look which arrays are shared.
-
-        Args:
-            fields: ``plan.all_fields``.
-        """
         fields = tuple(fields)
         shares = any(field.name == VISUAL_SOURCE.name for field in fields)
         self.fields = tuple(field for field in fields if shares and field.axis in MAP_AXES)
@@ -85,9 +72,6 @@ class SharedImages:
 
     def content_key(self, record: Record) -> str | None:
         """Name the arrays themselves, where the tokens in front of the image are not known any more.
-
-        Args:
-            record: Holding its image's arrays, as `read` returns it.
 
         Returns:
             32 hexadecimal digits; None without an image.
@@ -102,12 +86,6 @@ class SharedImages:
 
     def read(self, reader: ShardReader, position: int, names: Collection[str] | None = None, *, where: str) -> Record:
         """Read a record with its image's arrays, wherever in the shard they lie.
-
-        Args:
-            reader: Of the shard.
-            position: Of the record.
-            names: Only these fields; None for all.
-            where: Sample and cache, for errors.
 
         Returns:
             The record; its ``visual_source``, if asked for, is the stored one.
@@ -137,11 +115,6 @@ class ImageSharer:
     """Decides, for the records of one shard in stored order, which keep their image's arrays."""
 
     def __init__(self, shared: SharedImages) -> None:
-        """Start a shard.
-
-        Args:
-            shared: Of the plan.
-        """
         self._fields = shared.fields
         self._holders: dict[str, int] = {}
         self._count = 0
@@ -171,24 +144,11 @@ class SourceCheck:
     """Checks ``visual_source`` of all records of one shard, in stored order and one pass."""
 
     def __init__(self, shared: SharedImages) -> None:
-        """Start a shard.
-
-        Args:
-            shared: Of the plan.
-        """
         self._names = shared.names
         self._holders: dict[int, Record] = {}
 
     def damage(self, position: int, record: Record) -> str | None:
-        """Look at the next record.
-
-        Args:
-            position: In the shard.
-            record: As stored, all fields.
-
-        Returns:
-            What is wrong with it, or None.
-        """
+        """Return what is wrong with the next record as stored, or None."""
         if not self._names:
             return None
         source = int(record[VISUAL_SOURCE.name][0])

@@ -5,25 +5,21 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from typing import TYPE_CHECKING, BinaryIO
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import BinaryIO
 
-from vlm_distill_cache.common.cache.plan import SHARDS
-from vlm_distill_cache.common.errors import CacheFormatError
+from vlm_distill_cache.common.cache.plan import PLAN, SHARDS
+from vlm_distill_cache.common.cache.sidecar import FileEntry
+from vlm_distill_cache.common.errors import CacheFormatError, ConfigError
 from vlm_distill_cache.common.files.atomic import TEMPORARY_PREFIX
 from vlm_distill_cache.common.files.hashing import stream_checksum
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
-    from pathlib import Path
-
-    from vlm_distill_cache.common.cache.sidecar import FileEntry
 
 
 def open_plain(root: Path, name: str) -> BinaryIO:
     """Open a file of a cache for reading, following no link below ``root``.
 
     Args:
-        root: The cache folder.
         name: Relative POSIX path, as ``documents.safe_path`` allows it.
 
     Raises:
@@ -57,11 +53,7 @@ def is_below_links(root: Path, name: str) -> bool:
 
 
 def check_size(root: Path, name: str, entry: FileEntry, remedy: str) -> None:
-    """Refuse a file that is lost, cut or longer than its entry says, without reading it.
-
-    Raises:
-        CacheFormatError: Naming it, and ending with the remedy.
-    """
+    """Refuse a file that is lost, cut or longer than its entry says, without reading it."""
     path = root / name
     try:
         size = path.stat(follow_symlinks=False).st_size
@@ -72,11 +64,7 @@ def check_size(root: Path, name: str, entry: FileEntry, remedy: str) -> None:
 
 
 def check_file(root: Path, name: str, entry: FileEntry, remedy: str) -> None:
-    """Refuse a file that is lost or has other bytes than its entry says; follows no link.
-
-    Raises:
-        CacheFormatError: Naming it, and ending with the remedy.
-    """
+    """Refuse a file that is lost or has other bytes than its entry says; follows no link."""
     check_size(root, name, entry, remedy)
     try:
         with open_plain(root, name) as file:
@@ -88,45 +76,51 @@ def check_file(root: Path, name: str, entry: FileEntry, remedy: str) -> None:
 
 
 MANIFEST, CARD = "manifest.json", "README.md"
+MAX_CARD_BYTES = 4 << 20
 
 _REMEDY = "run `teacher-cache build` again with the same options to write it anew, or copy it from an intact cache"
 
 
 def check_sizes(cache_dir: Path, files: Mapping[str, FileEntry]) -> None:
-    """Refuse files that are lost, cut or longer than they were sealed, without reading them.
-
-    Raises:
-        CacheFormatError: Naming the first.
-    """
+    """Refuse files that are lost, cut or longer than they were sealed, without reading them."""
     for name, entry in files.items():
         check_size(cache_dir, name, entry, _REMEDY)
 
 
 def check_digests(cache_dir: Path, files: Mapping[str, FileEntry]) -> None:
-    """Refuse files that are lost or have other bytes than they were sealed with.
-
-    Raises:
-        CacheFormatError: Naming the first.
-    """
+    """Refuse files that are lost or have other bytes than they were sealed with."""
     for name, entry in files.items():
         check_file(cache_dir, name, entry, _REMEDY)
 
 
-def side_files(cache_dir: Path) -> list[str]:
-    """Return the relative paths of all files outside ``shards/``, except the manifest and the card.
+def refuse_occupied(target: Path) -> None:
+    """Refuse to write a cache into a folder of other things.
 
     Raises:
-        CacheFormatError: If there is a link or another thing that is not a plain file.
+        ConfigError: If it is a file, or holds anything but a cache or what a killed run left before its plan.
     """
+    if target.is_dir():
+        if (target / PLAN).is_file() or all(map(is_leftover, target.iterdir())):
+            return
+    elif not target.exists():
+        return
+    raise ConfigError(f"{target}: not empty and no cache; give a new folder")
+
+
+def is_leftover(path: Path) -> bool:
+    """Whether an entry of a folder is what a run leaves that is killed before it wrote its plan."""
+    if path.name == SHARDS and path.is_dir():
+        return all(inner.name.startswith(TEMPORARY_PREFIX) for inner in path.iterdir())
+    return path.name.startswith(TEMPORARY_PREFIX)
+
+
+def side_files(cache_dir: Path) -> list[str]:
+    """Return the relative paths of all files outside ``shards/``, except the manifest and the card."""
     return sorted(name for name in walk_files(cache_dir, skip=(SHARDS,)) if name not in (MANIFEST, CARD))
 
 
 def walk_files(root: Path, skip: Iterable[str] = ()) -> list[str]:
-    """Return the relative paths of all files below ``root``, temporaries of live writers left out.
-
-    Raises:
-        CacheFormatError: If there is a link or another thing that is not a plain file.
-    """
+    """Return the relative paths of all files below ``root`` but temporaries; refuses links, devices and pipes."""
     names, folders = [], [root]
     while folders:
         for path in sorted(folders.pop().iterdir()):

@@ -6,8 +6,10 @@ sidecars, whoever asks and however many processes share it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from vlm_distill_cache.common.cache.documents import check_int, check_object, parse_document, safe_path, write_document
 from vlm_distill_cache.common.cache.plan import SHARDS, Plan
@@ -15,10 +17,6 @@ from vlm_distill_cache.common.cache.schema import FORMAT_VERSION
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError
 from vlm_distill_cache.common.files.atomic import read_bounded
 from vlm_distill_cache.common.files.hashing import checksum, file_digests, sha256_hex
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
 
 MAX_FILE_BYTES = 1 << 40
 
@@ -37,11 +35,7 @@ class FileEntry:
 
     @classmethod
     def from_dict(cls, data: Any, where: str) -> FileEntry:
-        """Read what ``to_dict`` wrote.
-
-        Raises:
-            CacheFormatError: If a key is missing or unknown, or of the wrong kind.
-        """
+        """Read what ``to_dict`` wrote."""
         values = check_object(data, {"bytes": int, "xxh3_128": str, "sha256": str}, where)
         check_int(values["bytes"], "bytes", 0, MAX_FILE_BYTES, where)
         return cls(size=values["bytes"], xxh3_128=values["xxh3_128"], sha256=values["sha256"])
@@ -63,11 +57,9 @@ class ShardSidecar:
     """What a finished shard holds. ``shards/00000.json``, written last.
 
     Attributes:
-        index: Of the shard.
         sample_ids: Of the records, in the order they are stored.
         rows: Supervised rows of all records.
         field_bytes: Decoded bytes by field; the same in both stores.
-        files: Every file of the shard by path relative to the cache.
         failed: ``(sample_id, reason)`` of each sample that could not be read.
     """
 
@@ -99,11 +91,7 @@ class ShardSidecar:
 
     @classmethod
     def from_dict(cls, data: Any, where: str) -> ShardSidecar:
-        """Read what ``to_dict`` wrote; paths that leave the cache are refused.
-
-        Raises:
-            CacheFormatError: If it is not a sidecar, or from a newer format version.
-        """
+        """Read what ``to_dict`` wrote; paths that leave the cache are refused."""
         kinds: dict[str, Any] = dict.fromkeys(("format_version", "index", "samples", "rows"), int)
         kinds |= {"sample_ids": list, "field_bytes": dict, "files": dict, "failed": list}
         values = check_object(data, kinds, where)
@@ -127,7 +115,12 @@ class ShardSidecar:
 
 def sidecar_path(cache_dir: Path, index: int) -> Path:
     """Return where the sidecar of shard ``index`` lies."""
-    return cache_dir / SHARDS / f"{index:05d}.json"
+    return cache_dir / sidecar_name(index)
+
+
+def sidecar_name(index: int) -> str:
+    """Return the path of a sidecar relative to the cache."""
+    return f"{SHARDS}/{index:05d}.json"
 
 
 def write_sidecar(cache_dir: Path, sidecar: ShardSidecar) -> None:
@@ -158,11 +151,7 @@ def read_sidecar(cache_dir: Path, index: int) -> ShardSidecar:
 
 
 def parse_sidecar(data: bytes, index: int, where: str) -> ShardSidecar:
-    """Read the sidecar of shard ``index`` from its file's bytes.
-
-    Raises:
-        CacheFormatError: If the sidecar is damaged or not this shard's.
-    """
+    """Read the sidecar of shard ``index`` from its file's bytes."""
     sidecar = ShardSidecar.from_dict(parse_document(data, where), where)
     if sidecar.index != index:
         raise CacheFormatError(f"{where}: says it is shard {sidecar.index}; the file was renamed or damaged")
@@ -175,20 +164,12 @@ def missing_shards(cache_dir: Path, plan: Plan) -> list[int]:
 
 
 def read_files(data: Mapping[str, Any], where: str) -> dict[str, FileEntry]:
-    """Read a table of files whose paths stay inside the cache.
-
-    Raises:
-        CacheFormatError: As ``safe_path`` and ``FileEntry.from_dict``.
-    """
+    """Read a table of files whose paths stay inside the cache."""
     return {safe_path(name, where): FileEntry.from_dict(e, f"{where}: {name}") for name, e in data.items()}
 
 
 def check_sidecar(sidecar: ShardSidecar, plan: Plan, where: str) -> None:
-    """Refuse a sidecar whose counts, fields or files do not fit the plan.
-
-    Raises:
-        CacheFormatError: Naming what was expected and found.
-    """
+    """Refuse a sidecar whose counts, fields or files do not fit the plan."""
     expected = len(plan.shard_range(sidecar.index))
     found = len(sidecar.sample_ids) + len(sidecar.failed)
     if found != expected:

@@ -16,13 +16,11 @@ import json
 import os
 import secrets
 import shutil
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
-from vlm_distill_cache.common.errors import CacheFormatError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
+from vlm_distill_cache.common.errors import CacheFormatError, ConfigError
 
 TEMPORARY_PREFIX = ".tmp-"
 MAX_JSON_BYTES = 256 << 20
@@ -47,11 +45,7 @@ class HeldLock:
 
 
 def try_lock(path: Path) -> HeldLock | None:
-    """Lock a file or directory if nobody else holds it.
-
-    Returns:
-        The lock; or None if another writer holds it, it is gone, or the file system cannot lock.
-    """
+    """Lock a file or directory; None if another writer holds it, it is gone, or the file system cannot lock."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError:
@@ -73,6 +67,33 @@ def try_lock(path: Path) -> HeldLock | None:
     return lock
 
 
+@contextlib.contextmanager
+def hold_folder(folder: Path, *, busy: str, alone: bool = True) -> Iterator[None]:
+    """Hold a folder for this process: alone, or with any number of others that do not want it alone.
+
+    Args:
+        folder: Nothing is held if it is not there, or on file systems without ``flock``.
+        busy: What is said if another process holds it in the way.
+
+    Raises:
+        ConfigError: With these words.
+    """
+    try:
+        lock = HeldLock(descriptor := os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+    except OSError:  # writing to it will say what is wrong
+        yield
+        return
+    try:
+        with contextlib.suppress(OSError):  # no locks here
+            try:
+                fcntl.flock(descriptor, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ConfigError(f"{folder}: {busy}") from None
+        yield
+    finally:
+        lock.release()
+
+
 def create_temporary(final: Path, *, directory: bool = False) -> tuple[Path, HeldLock | None]:
     """Create an empty, locked temporary file or directory beside ``final``.
 
@@ -92,15 +113,25 @@ def create_temporary(final: Path, *, directory: bool = False) -> tuple[Path, Hel
             return path, lock
 
 
+@contextlib.contextmanager
+def temporary_for(final: Path, *, directory: bool = False) -> Iterator[Path]:
+    """Give a locked temporary file or directory beside ``final``; what is left of it in the end is removed."""
+    temporary, lock = create_temporary(final, directory=directory)
+    try:
+        yield temporary
+    finally:
+        with contextlib.suppress(OSError):
+            remove(temporary)
+        if lock is not None:
+            lock.release()
+
+
 def clean_stale(directory: Path, name: str = "") -> list[Path]:
     """Remove temporary files and folders that killed writers left in ``directory``.
 
     Args:
         directory: Where to look, not recursively; may be missing.
         name: Only temporaries of targets whose name starts with this.
-
-    Returns:
-        What was removed. Temporaries of live writers stay.
     """
     removed: list[Path] = []
     prefix = TEMPORARY_PREFIX + name
@@ -164,23 +195,11 @@ def publish_file(temporary: Path, final: Path, *, create_only: bool = False) -> 
 
 @contextlib.contextmanager
 def new_directory(final: Path) -> Iterator[Path]:
-    """Fill a directory that appears under its final name whole, or, after an error, not at all.
-
-    Args:
-        final: Must not exist.
-
-    Yields:
-        A temporary directory beside it.
-    """
+    """Fill a directory that appears under its final name whole, or, after an error, not at all."""
     final.parent.mkdir(parents=True, exist_ok=True)
-    temporary, lock = create_temporary(final, directory=True)
-    try:
+    with temporary_for(final, directory=True) as temporary:
         yield temporary
         publish_directory(temporary, final)
-    finally:
-        remove(temporary)
-        if lock is not None:
-            lock.release()
 
 
 def publish_directory(temporary: Path, final: Path) -> None:
@@ -207,38 +226,23 @@ def write_bytes_atomic(path: Path, data: bytes | bytearray, *, create_only: bool
         FileExistsError: If ``create_only``, the file is there, and it holds other bytes. The same bytes
             are success: two processes that agree are no conflict.
     """
-    temporary, lock = create_temporary(path)
-    try:
+    with temporary_for(path) as temporary:
         write_durably(temporary, data)
-        publish_file(temporary, path, create_only=create_only)
-    except FileExistsError:
-        if not create_only or path.read_bytes() != data:
-            raise
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        if lock is not None:
-            lock.release()
+        try:
+            publish_file(temporary, path, create_only=create_only)
+        except FileExistsError:
+            if not create_only or path.read_bytes() != data:
+                raise
 
 
 def json_bytes(value: Any) -> bytes:
-    """Return the bytes that ``write_json_atomic`` writes: sorted keys, indented, one final newline.
-
-    Raises:
-        ValueError: If a number is not finite.
-        TypeError: If ``value`` is not JSON.
-    """
+    """Return the bytes that ``write_json_atomic`` writes: sorted keys, indented, one final newline."""
     text = json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False)
     return (text + "\n").encode("utf-8")
 
 
 def write_json_atomic(path: Path, value: Any, *, create_only: bool = False) -> None:
-    """Write JSON with sorted keys, atomically; equal values give equal bytes.
-
-    Raises:
-        FileExistsError: As ``write_bytes_atomic``.
-        ValueError: If a number is not finite.
-    """
+    """Write JSON with sorted keys, atomically; equal values give equal bytes."""
     write_bytes_atomic(path, json_bytes(value), create_only=create_only)
 
 

@@ -10,12 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from typing import IO, TYPE_CHECKING, Any
+from pathlib import Path
+from typing import IO, Any
 
 import xxhash
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 _READ_BYTES = 1 << 20
 
@@ -64,12 +62,6 @@ def fingerprint(value: Any) -> str:
     """Hash what a JSON-like value means: equal values give equal hex, in any key order.
 
     Tuples count as lists. ``1`` and ``1.0`` differ, because they are different JSON.
-
-    Args:
-        value: Nested dicts with string keys, lists, tuples, strings, numbers, booleans and None.
-
-    Returns:
-        xxh3_128 of the canonical JSON, 32 hex digits.
 
     Raises:
         ValueError: If a number is not finite; NaN is unequal to itself and so has no meaning to hash.

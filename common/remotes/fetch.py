@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, TypeVar
 from vlm_distill_cache.common.cache.documents import parse_document, safe_path
 from vlm_distill_cache.common.cache.manifest import MANIFEST, PLAN, SHARDS, Manifest
 from vlm_distill_cache.common.cache.sidecar import FileEntry
-from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, TransferError
+from vlm_distill_cache.common.errors import CacheFormatError, TransferError
 from vlm_distill_cache.common.files.atomic import TEMPORARY_PREFIX, HeldLock, publish_file
-from vlm_distill_cache.common.locations import is_url
-from vlm_distill_cache.common.remotes.streams import AGAIN, name_full_disk, stop_waiting_on, stoppable
+from vlm_distill_cache.common.files.disk import AGAIN, name_full_disk
+from vlm_distill_cache.common.remotes.streams import stop_waiting_on, stoppable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -164,40 +164,6 @@ def descriptions(manifest: Manifest) -> dict[str, FileEntry]:
 def cache_bytes(manifest: Manifest) -> int:
     """Return the bytes of all files of a cache that have digests: all but the manifest and the card."""
     return manifest.totals["bytes"] + sum(entry.size for entry in descriptions(manifest).values())
-
-
-def refuse_nested(cache_dir: Path, location: str | Path) -> None:
-    """Refuse to copy a folder into itself, which would change the cache.
-
-    Raises:
-        ConfigError: If one lies inside the other, or they are the same.
-    """
-    if is_url(location):
-        return
-    inner, outer = cache_dir.resolve(), Path(location).resolve()
-    if inner == outer or inner in outer.parents or outer in inner.parents:
-        raise ConfigError(f"{cache_dir} and {location} lie inside each other; choose a folder beside the cache")
-
-
-def refuse_strangers(target: Path) -> None:
-    """Refuse to write a cache into a folder of other things.
-
-    Raises:
-        ConfigError: If it is a file, or holds anything but a cache or what a killed run left before its plan.
-    """
-    if target.is_dir():
-        strangers = sorted(path for path in target.iterdir() if not _is_leftover(path))
-        if not strangers or (target / PLAN).is_file():
-            return
-    elif not target.exists():
-        return
-    raise ConfigError(f"{target}: not empty and no cache; give a new folder")
-
-
-def _is_leftover(path: Path) -> bool:
-    if path.name == SHARDS and path.is_dir():
-        return all(inner.name.startswith(TEMPORARY_PREFIX) for inner in path.iterdir())
-    return path.name.startswith(TEMPORARY_PREFIX)
 
 
 def check_room(place: Path, needed: int, remedy: str) -> None:

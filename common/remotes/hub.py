@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import unquote
 
 from vlm_distill_cache.common.errors import ConfigError, TransferError
+from vlm_distill_cache.common.files.disk import AGAIN
 from vlm_distill_cache.common.remotes.http import MAY_PASS, WebRemote
-from vlm_distill_cache.common.remotes.streams import AGAIN, PassingError, Retries
+from vlm_distill_cache.common.remotes.streams import PassingError, Retries
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping

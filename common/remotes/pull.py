@@ -18,11 +18,14 @@ from vlm_distill_cache.common.cache.manifest import (
     Manifest,
     read_plan,
     read_sidecar,
+    refuse_other_plan,
     sidecar_path,
 )
-from vlm_distill_cache.common.cache.sidecar import check_sidecar
+from vlm_distill_cache.common.cache.side_files import MAX_CARD_BYTES
+from vlm_distill_cache.common.cache.sidecar import check_sidecar, sidecar_name
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError
 from vlm_distill_cache.common.files.atomic import TEMPORARY_PREFIX, clean_stale, try_lock, write_bytes_atomic
+from vlm_distill_cache.common.files.disk import name_full_disk, refuse_overlap
 from vlm_distill_cache.common.remotes import open_remote
 from vlm_distill_cache.common.remotes.fetch import (
     JOBS,
@@ -34,11 +37,8 @@ from vlm_distill_cache.common.remotes.fetch import (
     fetch_files,
     is_intact,
     read_remote_manifest,
-    refuse_nested,
-    sidecar_name,
 )
 from vlm_distill_cache.common.remotes.push import push
-from vlm_distill_cache.common.remotes.streams import name_full_disk
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -49,7 +49,6 @@ if TYPE_CHECKING:
 
 __all__ = ["pull", "push"]
 
-MAX_CARD_BYTES = 4 << 20
 MAX_SHARD_FILES = 10_000
 _MARKER = f"{TEMPORARY_PREFIX}{MANIFEST}-pull"  # the manifest of the cache that is being pulled
 
@@ -79,7 +78,7 @@ def pull(
     """
     target = Path(target)
     remote = open_remote(location)
-    refuse_nested(target, location)
+    refuse_overlap(target, location)
     manifest, raw = read_remote_manifest(remote)
     _refuse_other_content(target, remote, manifest)
     total = cache_bytes(manifest)
@@ -153,11 +152,7 @@ def _other_cache(target: Path, found: str | None, remote: Remote, manifest: Mani
 
 def _check_descriptions(target: Path, plan: Plan, manifest: Manifest) -> None:
     """Refuse descriptions that do not fit each other, before anything they announce is fetched."""
-    if manifest.plan_hash != plan.hash or len(manifest.shards) != plan.shard_count:
-        raise CacheFormatError(
-            f"{target}: the source's {MANIFEST} belongs to another {PLAN} (plan {plan.hash}, manifest made for "
-            f"{manifest.plan_hash}); run `cachectl verify` on it"
-        )
+    refuse_other_plan(manifest, plan, f"{target}: the source")
     for index, summary in enumerate(manifest.shards):
         sidecar = read_sidecar(target, index)
         path = sidecar_path(target, index)

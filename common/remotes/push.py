@@ -22,11 +22,14 @@ from vlm_distill_cache.common.cache.manifest import (
     read_manifest,
     read_plan,
     read_sidecar,
+    refuse_other_plan,
     sidecar_path,
 )
-from vlm_distill_cache.common.cache.sidecar import ShardSidecar
+from vlm_distill_cache.common.cache.side_files import refuse_occupied
+from vlm_distill_cache.common.cache.sidecar import ShardSidecar, sidecar_name
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError
 from vlm_distill_cache.common.files.atomic import MAX_JSON_BYTES
+from vlm_distill_cache.common.files.disk import refuse_overlap
 from vlm_distill_cache.common.locations import is_url
 from vlm_distill_cache.common.remotes import open_remote
 from vlm_distill_cache.common.remotes.fetch import (
@@ -38,9 +41,6 @@ from vlm_distill_cache.common.remotes.fetch import (
     in_parallel,
     is_intact,
     read_remote_manifest,
-    refuse_nested,
-    refuse_strangers,
-    sidecar_name,
 )
 from vlm_distill_cache.common.remotes.streams import stoppable
 
@@ -83,9 +83,9 @@ def push(
     cache_dir = Path(cache_dir)
     remote = open_remote(location)
     if not (is_url(location) or overwrite):
-        refuse_strangers(Path(location))
+        refuse_occupied(Path(location))
     remote.delete([])  # a place that cannot be written says so before anything else
-    refuse_nested(cache_dir, location)
+    refuse_overlap(cache_dir, location)
     manifest, counts = _read_whole(cache_dir)
     progress = Progress(cache_bytes(manifest), on_progress)
     there = _remote_manifest(remote)
@@ -111,10 +111,7 @@ def push(
 def _read_whole(cache_dir: Path) -> tuple[Manifest, list[int]]:
     """Read a cache's descriptions and look whether its files are there in full length; count each shard's files."""
     manifest, plan = read_manifest(cache_dir), read_plan(cache_dir)
-    if manifest.plan_hash != plan.hash or len(manifest.shards) != plan.shard_count:
-        raise CacheFormatError(
-            f"{cache_dir}: {MANIFEST} belongs to another {PLAN}; run `teacher-cache seal`, or `cachectl verify`"
-        )
+    refuse_other_plan(manifest, plan, str(cache_dir))
     counts = []
     for index, summary in enumerate(manifest.shards):
         if not is_intact(sidecar_path(cache_dir, index), summary.sidecar):

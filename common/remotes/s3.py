@@ -12,9 +12,15 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from vlm_distill_cache.common.errors import ConfigError, TransferError
+from vlm_distill_cache.common.files.disk import AGAIN
 from vlm_distill_cache.common.remotes.base import Remote
 from vlm_distill_cache.common.remotes.http import CONTENT_RANGE, retry_after
-from vlm_distill_cache.common.remotes.streams import AGAIN, Body, PassingError, RangeRefusedError, Retries
+from vlm_distill_cache.common.remotes.streams import (
+    Body,
+    PassingError,
+    RangeRefusedError,
+    Retries,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping

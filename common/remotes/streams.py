@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import logging
 import random
 import threading
@@ -12,35 +10,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from vlm_distill_cache.common.errors import TransferError
+from vlm_distill_cache.common.files.disk import AGAIN
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-    from pathlib import Path
+    from collections.abc import Callable
 
 _T = TypeVar("_T")
 _LONGEST_WAIT, _LONGEST_TOLD_WAIT = 30.0, 120.0  # seconds: of our own accord, and when the server asks
 _PROGRESS_BYTES = 1 << 20  # a try that brought this much was no failure: a large file may need many tries
-AGAIN = "run the same command again: it goes on where it stopped"
 
 logger = logging.getLogger(__name__)
-
-
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-@contextlib.contextmanager
-def name_full_disk(place: Path) -> Iterator[None]:
-    """Say where there is no room and what to do: the system's own error of a write names no file.
-
-    Raises:
-        TransferError: Instead of an ``OSError`` of a full disk, quota or file.
-    """
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in _NO_ROOM:
-            raise
-        raise TransferError(f"{place}: {error.strerror}; make room, then {AGAIN}") from error
 
 
 class PassingError(Exception):

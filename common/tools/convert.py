@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from vlm_distill_cache.common.cache.manifest import (
-    CARD,
-    PLAN,
-    FileEntry,
-    Manifest,
-    read_sidecar,
-    seal,
-    sidecar_path,
-    write_plan,
-)
+from vlm_distill_cache.common.cache.manifest import Manifest
 from vlm_distill_cache.common.cache.plan import card_store_line
-from vlm_distill_cache.common.cache.stores import finish_shard, open_writer
-from vlm_distill_cache.common.errors import CacheFormatError, ConfigError
-from vlm_distill_cache.common.files.atomic import write_bytes_atomic
+from vlm_distill_cache.common.cache.side_files import CARD
+from vlm_distill_cache.common.cache.sidecar import read_sidecar
+from vlm_distill_cache.common.errors import ConfigError
+from vlm_distill_cache.common.files.disk import refuse_overlap
 from vlm_distill_cache.common.opening import open_cache
-from vlm_distill_cache.common.tools.verify import COPY_AGAIN, file_damage
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from vlm_distill_cache.common.remotes import open_remote
+from vlm_distill_cache.common.tools.derive import seal_derived, side_files_of, write_records, write_shards
 
 
 def convert(
@@ -35,13 +25,7 @@ def convert(
     Killed and called again, it goes on with the shards that are missing.
 
     Args:
-        source: A sealed cache.
         target: A new folder, or one that an earlier call to convert the same cache began.
-        store: ``zarr`` or ``webdataset``.
-        on_shard: Called after each shard, for progress.
-
-    Returns:
-        The manifest of the new cache.
 
     Raises:
         ConfigError: If the cache is in that store already, or one folder lies inside the other.
@@ -52,35 +36,19 @@ def convert(
     cache = open_cache(source, open_shards=1)
     if store == cache.plan.store:
         raise ConfigError(f"{source} is a {store} cache already; copy the folder, or choose the other store")
-    inner, outer = target.resolve(), source.resolve()
-    if inner == outer or outer in inner.parents or inner in outer.parents:
-        raise ConfigError(f"{target} and {source} lie inside each other; choose a folder beside the cache")
+    refuse_overlap(target, source)
+    cache.check_side_files()
     plan = replace(cache.plan, store=store)
-    write_plan(target, plan)
-    for index in range(plan.shard_count):
-        if not sidecar_path(target, index).exists():
-            writer = open_writer(store, target, index, plan.all_fields)
-            try:
-                for sample_id in cache.shard_sample_ids(index):
-                    writer.append(sample_id, cache.read_stored(sample_id))
-                finish_shard(writer, read_sidecar(source, index).failed)
-            finally:
-                writer.abort()
-        if on_shard is not None:
-            on_shard()
-    for name, entry in cache.manifest.files.items():
-        if name != PLAN:
-            _copy(source, target, name, entry)
+    card = None
     if (source / CARD).is_file():
-        card = (source / CARD).read_bytes()
         old, new = card_store_line(cache.plan).encode(), card_store_line(plan).encode()
-        write_bytes_atomic(target / CARD, card.replace(old, new, 1))
-    return seal(target, fidelity=cache.manifest.fidelity)
+        card = (source / CARD).read_bytes().replace(old, new, 1)
 
+    def write_shard(index: int) -> None:
+        # As stored: which of a shard's records hold an image's arrays stays as it is.
+        records = ((sample_id, cache.read_stored(sample_id)) for sample_id in cache.shard_sample_ids(index))
+        write_records(target, plan, index, records, read_sidecar(source, index).failed)
 
-def _copy(source: Path, target: Path, name: str, entry: FileEntry) -> None:
-    """Copy a small file beside the shards, checked on the way."""
-    if (reason := file_damage(source, name, entry)) is not None:
-        raise CacheFormatError(f"{source / name}: {reason}; {COPY_AGAIN}")
-    (target / name).parent.mkdir(parents=True, exist_ok=True)
-    write_bytes_atomic(target / name, (source / name).read_bytes())
+    files = [(open_remote(source), side_files_of(cache.manifest))]
+    write_shards(target, plan, write_shard, side_files=files, card=card, on_shard=on_shard)
+    return seal_derived(target, fidelity=cache.manifest.fidelity)

@@ -7,26 +7,26 @@ taken for the whole. The fingerprints of teacher, tokenizer, template and data s
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from vlm_distill_cache.common.cache.index import INDEX
-from vlm_distill_cache.common.cache.manifest import CARD, PLAN, Manifest, seal, sidecar_path, write_plan
+from vlm_distill_cache.common.cache.manifest import Manifest, seal
+from vlm_distill_cache.common.cache.plan import PLAN, Plan, write_plan
+from vlm_distill_cache.common.cache.schema import Field, Record
 from vlm_distill_cache.common.cache.shared_images import ImageSharer, SharedImages, with_visual_source
+from vlm_distill_cache.common.cache.side_files import CARD, MAX_CARD_BYTES, refuse_occupied
+from vlm_distill_cache.common.cache.sidecar import FileEntry, sidecar_path
 from vlm_distill_cache.common.cache.stores import finish_shard, open_writer
 from vlm_distill_cache.common.errors import CacheMismatchError
 from vlm_distill_cache.common.files.atomic import write_bytes_atomic
+from vlm_distill_cache.common.files.disk import name_full_disk
 from vlm_distill_cache.common.files.hashing import fingerprint
-from vlm_distill_cache.common.remotes.streams import name_full_disk
-from vlm_distill_cache.common.tools.derived_card import DERIVED
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-    from pathlib import Path
-
-    from vlm_distill_cache.common.cache.plan import Plan
-    from vlm_distill_cache.common.cache.schema import Record
-    from vlm_distill_cache.common.cache.sidecar import FileEntry
+from vlm_distill_cache.common.remotes import Remote
+from vlm_distill_cache.common.remotes.fetch import fetch_files
+from vlm_distill_cache.common.tools.derived_card import DERIVED, write_derived_card
 
 # Figures of the fidelity card that do not name their signal.
 _LOGIT_FIGURES = ("kept_mass", "entries_per_row", "rows_at_cap")
@@ -37,7 +37,6 @@ class Slot:
     """The place of one sample in a derived cache.
 
     Attributes:
-        sample_id: Of the sample.
         failed: Why its source could not read it; None for a record.
         source: Which of the sources holds its record.
     """
@@ -58,8 +57,6 @@ def derive_plan(
     """Plan a cache of some records of another.
 
     Args:
-        source: The plan of the cache the records come from.
-        sample_count: Samples of the new cache, failed ones included.
         how: From what and by which selection; becomes ``extra["derived"]``.
         store: Store of the new cache; None: the source's.
         signals: Codec settings of the signals to keep; None: all as they are.
@@ -82,71 +79,112 @@ def derive_plan(
     )
 
 
+def write_shards(
+    target: Path,
+    plan: Plan,
+    write_shard: Callable[[int], object],
+    *,
+    side_files: Iterable[tuple[Remote, Mapping[str, FileEntry]]],
+    card: bytes | None,
+    on_shard: Callable[[], object] | None,
+) -> None:
+    """Write a cache out of others, up to its seal; killed and called again, it goes on.
+
+    Args:
+        target: A new folder, or one that an earlier call with the same plan began.
+        write_shard: Makes a shard and its sidecar, or leaves those that are there; called with each number in turn.
+        side_files: Projector, vision tower and processor, by where they come from; checked on the way.
+        card: The new cache's README.md; None: it has none.
+    """
+    refuse_occupied(target)
+    with name_full_disk(target):
+        try:
+            write_plan(target, plan)
+        except CacheMismatchError as error:
+            differences = str(error).rpartition("\n")[0]  # without the remedy, which is for `teacher-cache build`
+            raise CacheMismatchError(f"{differences}\nName a new folder, or delete {target}.") from error
+        for remote, files in side_files:
+            fetch_files(remote, target, files)
+        for index in range(plan.shard_count):
+            write_shard(index)
+            if on_shard is not None:
+                on_shard()
+        if card is not None:
+            write_bytes_atomic(target / CARD, card)
+
+
+def seal_derived(target: Path, *, fidelity: dict[str, Any] | None) -> Manifest:
+    """Seal what `write_shards` wrote."""
+    with name_full_disk(target):
+        return seal(target, fidelity=fidelity, rewritten=True)
+
+
+def write_records(
+    target: Path, plan: Plan, index: int, records: Iterable[tuple[str, Record]], failed: Iterable[tuple[str, str]]
+) -> None:
+    """Write a shard of these records, by sample id, and of the samples that failed; one that is there stays."""
+    if sidecar_path(target, index).exists():
+        return
+    writer = open_writer(plan.store, target, index, plan.all_fields)
+    try:
+        for sample_id, record in records:
+            writer.append(sample_id, record)
+        finish_shard(writer, failed)
+    finally:
+        writer.abort()
+
+
 def derive_cache(
     target: Path,
     plan: Plan,
     slots: Sequence[Slot],
     read: Callable[[Slot], Record],
     *,
-    add_side_files: Callable[[Path], object],
-    card: bytes,
+    sources: Sequence[tuple[Remote, Manifest]],
     fidelity: dict[str, Any] | None = None,
     on_shard: Callable[[], object] | None = None,
 ) -> Manifest:
-    """Write a cache from records that are there already; killed and called again, it goes on.
+    """Write a cache of chosen records of others; target, plan and on_shard as of `write_shards`.
 
     Args:
-        target: A new folder, or one that an earlier call with the same plan began.
-        plan: Of the new cache.
         slots: Its samples in order; ``plan.sample_count`` of them.
         read: Gives a slot's record with its image's arrays in it; called in order, shard by shard.
-        add_side_files: Puts projector, vision tower and processor into the new cache, checked.
-        card: The new cache's README.md.
+        sources: Where they come from; their cards are quoted, and the first's files beside the shards taken over.
         fidelity: Figures that still hold; see `carry_fidelity`.
-        on_shard: Called after each shard, for progress.
-
-    Returns:
-        The manifest of the new cache.
-
-    Raises:
-        ValueError: If there are not as many slots as the plan has samples.
-        CacheMismatchError: If the folder holds another cache.
     """
     if len(slots) != plan.sample_count:
         raise ValueError(f"{len(slots)} slots for a plan of {plan.sample_count} samples; expected as many")
+
+    def write_shard(index: int) -> None:
+        positions = plan.shard_range(index)
+        chosen = slots[positions.start : positions.stop]
+        failed = [(slot.sample_id, slot.failed) for slot in chosen if slot.failed is not None]
+        write_records(target, plan, index, _shared_anew(chosen, read, plan.all_fields), failed)
+
+    card = write_derived_card(plan, fidelity, [(manifest.hash, _read_card(remote)) for remote, manifest in sources])
+    files = [(remote, side_files_of(manifest)) for remote, manifest in sources[:1]]
+    write_shards(target, plan, write_shard, side_files=files, card=card, on_shard=on_shard)
+    return seal_derived(target, fidelity=fidelity)
+
+
+def _read_card(remote: Remote) -> str:
     try:
-        write_plan(target, plan)
-    except CacheMismatchError as error:
-        differences = str(error).rpartition("\n")[0]  # without the remedy, which is for `teacher-cache build`
-        raise CacheMismatchError(f"{differences}\nName a new folder, or delete {target}.") from error
-    add_side_files(target)
-    with name_full_disk(target):
-        for index in range(plan.shard_count):
-            if not sidecar_path(target, index).exists():
-                _write_shard(target, plan, index, slots, read)
-            if on_shard is not None:
-                on_shard()
-        write_bytes_atomic(target / CARD, card)
-        return seal(target, fidelity=fidelity, rewritten=True)
+        return remote.read(CARD, max_bytes=MAX_CARD_BYTES).decode("utf-8", errors="replace")
+    except FileNotFoundError:
+        return ""
 
 
-def _write_shard(target: Path, plan: Plan, index: int, slots: Sequence[Slot], read: Callable[[Slot], Record]) -> None:
-    positions = plan.shard_range(index)
-    chosen = slots[positions.start : positions.stop]
-    fields = plan.all_fields
+def _shared_anew(
+    slots: Iterable[Slot], read: Callable[[Slot], Record], fields: tuple[Field, ...]
+) -> Iterator[tuple[str, Record]]:
+    """Read a shard's records. Others share it now than before, so who holds an image's arrays is decided anew."""
     images = SharedImages(fields)
     sharer = ImageSharer(images)
-    writer = open_writer(plan.store, target, index, fields)
-    try:
-        for slot in chosen:
-            if slot.failed is None:
-                record = read(slot)
-                # Which records share a shard has changed, so who holds an image's arrays is decided anew.
-                record = sharer.share(record, images.content_key(record) if images.names else None)
-                writer.append(slot.sample_id, {field.name: record[field.name] for field in fields})
-        finish_shard(writer, [(slot.sample_id, slot.failed) for slot in chosen if slot.failed is not None])
-    finally:
-        writer.abort()
+    for slot in slots:
+        if slot.failed is None:
+            record = read(slot)
+            record = sharer.share(record, images.content_key(record) if images.names else None)
+            yield slot.sample_id, {field.name: record[field.name] for field in fields}
 
 
 def side_files_of(manifest: Manifest) -> dict[str, FileEntry]:
@@ -158,11 +196,6 @@ def carry_fidelity(
     fidelity: dict[str, Any] | None, plan: Plan, *, signals: Mapping[str, dict[str, Any]]
 ) -> dict[str, Any] | None:
     """Keep the figures of a source's fidelity card that are still true of its derived cache.
-
-    Args:
-        fidelity: The source's card.
-        plan: The source's plan, whose codec settings the figures were measured with.
-        signals: Codec settings of the new cache.
 
     Returns:
         The figures of signals that are there with the same settings; None if nothing is left of them.

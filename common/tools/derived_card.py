@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from vlm_distill_cache.common.cache.plan import card_store_line
+from vlm_distill_cache.common.cache.plan import Plan, card_store_line
 from vlm_distill_cache.common.printing import one_line, printable
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from vlm_distill_cache.common.cache.plan import Plan
-
 
 DERIVED = "derived"
 
@@ -43,12 +38,7 @@ def write_derived_card(plan: Plan, fidelity: Mapping[str, Any] | None, sources: 
     """Return the card of a derived cache.
 
     Args:
-        plan: Its plan.
-        fidelity: What `derive.carry_fidelity` kept.
         sources: Manifest hash and card of each cache it was made from; the cards are quoted.
-
-    Returns:
-        Markdown, UTF-8.
     """
     name = one_line(f"{plan.teacher.get('name')} on {plan.data.get('name')}")
     how = plan.extra[DERIVED]

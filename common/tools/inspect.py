@@ -6,28 +6,20 @@ are printed (``common.printing``).
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
-from vlm_distill_cache.common.cache.manifest import (
-    BASE,
-    MANIFEST,
-    Manifest,
-    Plan,
-    ShardSidecar,
-    missing_shards,
-    read_manifest,
-    read_plan,
-    read_sidecar,
-)
+from vlm_distill_cache.common.cache.manifest import Manifest, read_manifest
+from vlm_distill_cache.common.cache.plan import BASE, Plan, read_plan
 from vlm_distill_cache.common.cache.schema import BASE_FIELDS, Field
+from vlm_distill_cache.common.cache.side_files import MANIFEST
+from vlm_distill_cache.common.cache.sidecar import ShardSidecar, missing_shards, read_sidecar
 from vlm_distill_cache.common.printing import one_line
 from vlm_distill_cache.common.terminal.command_line import quoted
 from vlm_distill_cache.common.terminal.next_step import distill_command
 from vlm_distill_cache.common.tools.derived_card import derivation_words
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 _MAX_FAILED = 5  # shown
 _MAX_FILES = 6
@@ -45,8 +37,8 @@ class _Totals:
     failed_count: int = 0
     first_id: str = ""
     failed: list[tuple[str, str]] = field(default_factory=list)
-    decoded_by_field: dict[str, int] = field(default_factory=dict)
-    stored_by_field: dict[str, int] = field(default_factory=dict)
+    decoded_by_field: Counter[str] = field(default_factory=Counter)
+    stored_by_field: Counter[str] = field(default_factory=Counter)
 
     def add(self, sidecar: ShardSidecar) -> None:
         self.shards += 1
@@ -57,11 +49,10 @@ class _Totals:
         self.failed += sidecar.failed[: _MAX_FAILED - len(self.failed)]
         if not self.first_id and sidecar.sample_ids:
             self.first_id = sidecar.sample_ids[0]
-        for name, size in sidecar.field_bytes.items():
-            self.decoded_by_field[name] = self.decoded_by_field.get(name, 0) + size
+        self.decoded_by_field.update(sidecar.field_bytes)
         for path, entry in sidecar.files.items():
             name = path.split("/")[2].removesuffix("_offsets") if path.count("/") > 2 else ""
-            self.stored_by_field[name] = self.stored_by_field.get(name, 0) + entry.size
+            self.stored_by_field[name] += entry.size
 
 
 def describe_cache(cache_dir: Path, *, location: str | None = None) -> str:
@@ -70,9 +61,6 @@ def describe_cache(cache_dir: Path, *, location: str | None = None) -> str:
     Args:
         cache_dir: Where its descriptions are.
         location: The folder or address that whoever asks knows it by; None: ``cache_dir``.
-
-    Raises:
-        CacheFormatError: If it is no cache, or one of its descriptions is damaged.
     """
     place = str(cache_dir) if location is None else location
     plan = read_plan(cache_dir)
@@ -117,8 +105,8 @@ def _size_lines(plan: Plan, totals: _Totals) -> list[str]:
     groups: dict[str, tuple[Field, ...]] = {BASE: BASE_FIELDS, **dict(sorted(plan.fields.items()))}
     lines = [f"{'signal':<18}{'B/row':>10}{'B/sample':>12}{'stored B/row':>16}{'stored B/sample':>18}"]
     for signal, fields in groups.items():
-        size = sum(totals.decoded_by_field.get(f.name, 0) for f in fields)
-        kept = sum(totals.stored_by_field.get(f.name, 0) for f in fields) if plan.store == "zarr" else None
+        size = sum(totals.decoded_by_field[f.name] for f in fields)
+        kept = sum(totals.stored_by_field[f.name] for f in fields) if plan.store == "zarr" else None
         lines.append(_size_line(one_line(signal, limit=17), size, kept, totals))
     lines.append(_size_line("total", sum(totals.decoded_by_field.values()), totals.stored, totals))
     lines.append(f"{'':<18}{_human(totals.stored)} stored, ids and descriptions of the shards included")

@@ -5,72 +5,71 @@ Nothing is averaged and nobody wins: two caches that say different things of one
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vlm_distill_cache.common.cache.documents import describe_differences
 from vlm_distill_cache.common.cache.index import INDEX
-from vlm_distill_cache.common.cache.manifest import (
-    CARD,
-    MANIFEST,
-    PLAN,
-    Manifest,
-    missing_shards,
-    read_manifest,
-    read_plan,
-    read_sidecar,
-    seal,
-    side_files,
-    write_plan,
-)
-from vlm_distill_cache.common.cache.plan import DESCRIPTIVE, MAX_SHARDS, THREADS
+from vlm_distill_cache.common.cache.manifest import Manifest, read_manifest
+from vlm_distill_cache.common.cache.plan import DESCRIPTIVE, MAX_SHARDS, PLAN, THREADS, Plan, read_plan
 from vlm_distill_cache.common.cache.reader import TeacherCache
+from vlm_distill_cache.common.cache.schema import Field, Record
 from vlm_distill_cache.common.cache.shared_images import VISUAL_SOURCE, SharedImages
-from vlm_distill_cache.common.cache.sidecar import FileEntry, check_sidecar, sidecar_path, write_sidecar
+from vlm_distill_cache.common.cache.side_files import CARD, MANIFEST, refuse_occupied, side_files
+from vlm_distill_cache.common.cache.sidecar import (
+    FileEntry,
+    ShardSidecar,
+    check_sidecar,
+    missing_shards,
+    read_sidecar,
+    sidecar_path,
+    write_sidecar,
+)
 from vlm_distill_cache.common.cache.stores import open_reader
 from vlm_distill_cache.common.errors import CacheMismatchError, ConfigError
-from vlm_distill_cache.common.files.atomic import write_bytes_atomic
+from vlm_distill_cache.common.files.disk import refuse_overlap
 from vlm_distill_cache.common.files.hashing import fingerprint
 from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.common.printing import one_line
-from vlm_distill_cache.common.remotes import open_remote
-from vlm_distill_cache.common.remotes.fetch import fetch_files, refuse_strangers
-from vlm_distill_cache.common.tools.derive import Slot, carry_fidelity, derive_cache, derive_plan, side_files_of
-from vlm_distill_cache.common.tools.derived_card import DERIVED, write_derived_card
+from vlm_distill_cache.common.remotes import Remote, open_remote
+from vlm_distill_cache.common.remotes.fetch import fetch_files
+from vlm_distill_cache.common.tools.derive import (
+    Slot,
+    carry_fidelity,
+    derive_cache,
+    derive_plan,
+    seal_derived,
+    side_files_of,
+    write_shards,
+)
+from vlm_distill_cache.common.tools.derived_card import DERIVED
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
 
-    from vlm_distill_cache.common.cache.manifest import Manifest
-    from vlm_distill_cache.common.cache.plan import Plan
-    from vlm_distill_cache.common.cache.schema import Field, Record
-    from vlm_distill_cache.common.cache.sidecar import ShardSidecar
+@dataclass(frozen=True, kw_only=True)
+class Merged:
+    """What a merge left.
 
-
-def merge_parts(
-    sources: Sequence[Path], target: Path, *, on_shard: Callable[[], object] | None = None
-) -> tuple[Manifest | None, tuple[int, ...], int, int]:
-    """Copy the shards of unfinished caches of one plan into one folder, and seal it if all are there.
-
-    Args:
-        sources: Cache folders with equal plans, finished or not.
-        target: A new folder, or one with the same plan; shards in it stay.
-        on_shard: Called after each shard, for progress.
-
-    Returns:
-        The manifest or None, the shards still missing, the records copied, and how many of them more than one
-        source held.
-
-    Raises:
-        CacheMismatchError: If two sources hold a shard, or a file beside the shards, with different content.
-        CacheFormatError: If a file is not what its sidecar says.
+    Attributes:
+        manifest: Of the sealed cache; None if shards are still missing.
+        samples: Records in the new cache so far.
+        repeated: Records that more than one source held, equal in all of them.
     """
+
+    manifest: Manifest | None
+    missing: tuple[int, ...]
+    samples: int
+    repeated: int
+
+
+def _merge_parts(sources: Sequence[Path], target: Path, *, on_shard: Callable[[], object] | None = None) -> Merged:
+    """Copy the shards of unfinished caches of one plan into one folder, and seal it if all are there."""
     plan = read_plan(sources[0])
-    write_plan(target, plan)
-    _copy_side_files(sources, target)
     samples = repeated = 0
-    for index in range(plan.shard_count):
+
+    def write_shard(index: int) -> None:
+        nonlocal samples, repeated
         holders = [source for source in sources if sidecar_path(source, index).is_file()]
         if holders:
             source, sidecar = _choose(holders, index, plan)
@@ -78,18 +77,21 @@ def merge_parts(
             write_sidecar(target, sidecar)
             samples += len(sidecar.sample_ids)
             repeated += len(sidecar.sample_ids) if len(holders) > 1 else 0
-        if on_shard is not None:
-            on_shard()
+
+    cards = (source / CARD for source in (target, *sources) if (source / CARD).is_file())
+    card = next((path.read_bytes() for path in cards), None)
+    write_shards(target, plan, write_shard, side_files=_side_files(sources), card=card, on_shard=on_shard)
     missing = tuple(missing_shards(target, plan))
     if missing:
-        return None, missing, samples, repeated
+        return Merged(manifest=None, missing=missing, samples=samples, repeated=repeated)
     sealed = [read_manifest(source) for source in sources if (source / MANIFEST).is_file()]
     fidelity = next((manifest.fidelity for manifest in sealed if manifest.fidelity), None)
-    return seal(target, fidelity=fidelity), (), samples, repeated
+    manifest = seal_derived(target, fidelity=fidelity)
+    return Merged(manifest=manifest, missing=(), samples=samples, repeated=repeated)
 
 
-def _copy_side_files(sources: Sequence[Path], target: Path) -> None:
-    """Take over projector, vision tower and processor, which must be equal wherever they are."""
+def _side_files(sources: Sequence[Path]) -> list[tuple[Remote, dict[str, FileEntry]]]:
+    """Find projector, vision tower and processor, which must be equal wherever they are."""
     held: dict[str, tuple[Path, FileEntry]] = {}
     for source in sources:
         for name in side_files(source):
@@ -103,19 +105,11 @@ def _copy_side_files(sources: Sequence[Path], target: Path) -> None:
                     f"{expected.xxh3_128}); parts of one plan must come from one teacher and one version of "
                     "its libraries: build one of them again where the other was built"
                 )
-    for name, (source, entry) in held.items():
-        fetch_files(open_remote(source), target, {name: entry})
-    for source in sources:
-        if (source / CARD).is_file() and not (target / CARD).exists():
-            write_bytes_atomic(target / CARD, (source / CARD).read_bytes())
+    return [(open_remote(source), {name: entry}) for name, (source, entry) in held.items()]
 
 
 def _choose(holders: Sequence[Path], index: int, plan: Plan) -> tuple[Path, ShardSidecar]:
-    """Choose whose shard is taken: all the same, or one that could read what the others could not.
-
-    Raises:
-        CacheMismatchError: Naming the shard, and a sample and field if there is one that differs.
-    """
+    """Choose whose shard is taken: all the same, or one that could read what the others could not."""
     best, chosen = holders[0], _read(holders[0], index, plan)
     for source in holders[1:]:
         sidecar = _read(source, index, plan)
@@ -171,23 +165,6 @@ def _differing_record(first: Path, one: ShardSidecar, second: Path, other: Shard
     return None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Merged:
-    """What a merge left.
-
-    Attributes:
-        manifest: Of the sealed cache; None if shards are still missing.
-        missing: Shards that none of the sources holds.
-        samples: Records in the new cache so far.
-        repeated: Records that more than one source held, equal in all of them.
-    """
-
-    manifest: Manifest | None
-    missing: tuple[int, ...]
-    samples: int
-    repeated: int
-
-
 def merge(
     sources: Sequence[str | Path],
     target: str | Path,
@@ -205,10 +182,6 @@ def merge(
         sources: Two or more cache folders.
         target: A new folder, or one that an earlier call with the same sources began.
         store: Store of the new cache; None: the first source's.
-        on_shard: Called after each shard, for progress.
-
-    Returns:
-        What it left.
 
     Raises:
         ConfigError: If there are fewer than two sources, or a folder lies inside another.
@@ -216,19 +189,21 @@ def merge(
             they say of one sample; or one is not finished and they are of different plans.
         CacheFormatError: If a source is damaged.
     """
-    folders, target = [Path(source) for source in sources], Path(target)
-    _refuse_overlapping(folders, target)
-    refuse_strangers(target)
+    if len(sources) < 2:
+        raise ConfigError(f"{len(sources)} cache to merge; give two or more")
+    target, *folders = map(Path, (target, *sources))
+    for at, folder in enumerate(folders):
+        refuse_overlap(folder, target, *folders[:at])
+    refuse_occupied(target)
     plans = [read_plan(source) for source in folders]
-    one_plan = all(_undescribed(plan) == _undescribed(plans[0]) for plan in plans)
+    one_plan = all(plan.without_descriptions() == plans[0].without_descriptions() for plan in plans)
     if one_plan and not all((source / MANIFEST).is_file() for source in folders):
         if store not in (None, plans[0].store):
             raise ConfigError(
                 f"--store {store}: parts of one plan are copied as they are ({plans[0].store}); "
                 "merge them first, then run `cachectl convert`"
             )
-        manifest, missing, samples, repeated = merge_parts(folders, target, on_shard=on_shard)
-        return Merged(manifest=manifest, missing=missing, samples=samples, repeated=repeated)
+        return _merge_parts(folders, target, on_shard=on_shard)
     _refuse_unlike_parts(folders, plans)
     caches = [open_cache(source, open_shards=2) for source in folders]
     for cache in caches[1:]:
@@ -239,29 +214,16 @@ def merge(
     if any(cache.manifest.fidelity != fidelity for cache in caches):
         fidelity = None  # each source's card stands in the new one
     fidelity = carry_fidelity(fidelity, caches[0].plan, signals=plan.signals)
-    cards = [_read_card(source) for source in folders]
-    side_files = side_files_of(caches[0].manifest)
     manifest = derive_cache(
         target,
         plan,
         slots,
         lambda slot: caches[slot.source].read(slot.sample_id),
-        add_side_files=lambda root: fetch_files(open_remote(folders[0]), root, side_files),
-        card=write_derived_card(
-            plan, fidelity, [(c.manifest_hash, card) for c, card in zip(caches, cards, strict=True)]
-        ),
+        sources=[(open_remote(cache.path), cache.manifest) for cache in caches],
         fidelity=fidelity,
         on_shard=on_shard,
     )
     return Merged(manifest=manifest, missing=(), samples=sum(s.failed is None for s in slots), repeated=repeated)
-
-
-def _undescribed(plan: Plan) -> dict[str, Any]:
-    """A plan without what is for people only: a folder's name differs between machines."""
-    described = plan.to_dict()
-    for part in ("teacher", "data"):
-        described[part] = {name: value for name, value in described[part].items() if name not in DESCRIPTIVE}
-    return described
 
 
 def _refuse_unlike_parts(sources: Sequence[Path], plans: Sequence[Plan]) -> None:
@@ -269,11 +231,11 @@ def _refuse_unlike_parts(sources: Sequence[Path], plans: Sequence[Plan]) -> None
     unsealed = [source for source in sources if not (source / MANIFEST).is_file()]
     if not unsealed:
         return
-    before = _undescribed(plans[0])
+    before = plans[0].without_descriptions()
     other, now = next(
         (source, described)
         for source, plan in zip(sources, plans, strict=True)
-        if (described := _undescribed(plan)) != before
+        if (described := plan.without_descriptions()) != before
     )
     lines = describe_differences(before, now, there=str(sources[0]), here=str(other))
     threads = plans[0].extra.get(THREADS)
@@ -286,16 +248,14 @@ def _refuse_unlike_parts(sources: Sequence[Path], plans: Sequence[Plan]) -> None
 
 
 def refuse_different(first: TeacherCache, other: TeacherCache) -> None:
-    """Refuse to merge caches that do not mean the same.
-
-    Raises:
-        CacheMismatchError: Naming each fingerprint or setting with both values, or the file that differs.
-    """
+    """Refuse to merge caches that do not mean the same."""
     one, two = _meaning(first.plan), _meaning(other.plan)
-    lines = _signal_lines(first, other)
-    if lines:  # said in words; what follows from it is not said again
-        for meaning in (one, two):
-            for name in first.plan.signals.keys() ^ other.plan.signals.keys():
+    lines = []
+    if unlike := first.plan.signals.keys() ^ other.plan.signals.keys():
+        held = (f"{cache.path} holds {', '.join(map(one_line, cache.signals))}" for cache in (first, other))
+        lines.append(f"  signals: {'; '.join(held)}")
+        for meaning in (one, two):  # what follows from it is not said again
+            for name in unlike:
                 meaning["signals"].pop(name, None)
                 meaning["fields"].pop(name, None)
             meaning["fingerprints"].pop("codec", None)
@@ -312,14 +272,6 @@ def refuse_different(first: TeacherCache, other: TeacherCache) -> None:
             "Merge caches of one teacher, template, geometry and codec; build one of them again with the "
             "other's options, or, of a part that was pulled, pull it again with the other's --signals and --top-k"
         )
-
-
-def _signal_lines(first: TeacherCache, other: TeacherCache) -> list[str]:
-    """Name the signals of both, if they differ."""
-    if first.plan.signals.keys() == other.plan.signals.keys():
-        return []
-    named = [f"{cache.path} holds {', '.join(map(one_line, sorted(cache.plan.signals)))}" for cache in (first, other)]
-    return [f"  signals: {'; '.join(named)}"]
 
 
 def _meaning(plan: Plan) -> dict[str, Any]:
@@ -363,11 +315,7 @@ def _plan_slots(caches: Sequence[TeacherCache]) -> tuple[list[Slot], int]:
 
 
 def refuse_conflict(sample_id: str, first: TeacherCache, other: TeacherCache) -> None:
-    """Refuse two caches that say different things of one sample.
-
-    Raises:
-        CacheMismatchError: Naming the sample, both caches and the field.
-    """
+    """Refuse two caches that say different things of one sample."""
     field = differing_field(first.read(sample_id), other.read(sample_id))
     if field is not None:
         what = "another picture" if field == "image_hash" else f"other bytes in {field}"
@@ -414,18 +362,3 @@ def _data_parts(cache: TeacherCache) -> list[dict[str, Any]]:
     if data.get("parts"):
         return list(data["parts"])
     return [{**data, "fingerprint": cache.plan.fingerprints.get("data"), "samples": len(cache)}]
-
-
-def _read_card(source: Path) -> str:
-    card = source / CARD
-    return card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
-
-
-def _refuse_overlapping(sources: Sequence[Path], target: Path) -> None:
-    if len(sources) < 2:
-        raise ConfigError(f"{len(sources)} cache to merge; give two or more")
-    folders = [(path, path.resolve()) for path in (*sources, target)]
-    for at, (path, inner) in enumerate(folders):
-        for other, outer in folders[at + 1 :]:
-            if inner == outer or outer in inner.parents or inner in outer.parents:
-                raise ConfigError(f"{path} and {other} are one folder or lie inside each other; give others")

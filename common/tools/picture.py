@@ -42,7 +42,6 @@ class WordMap:
     """Where one word of the answer looked.
 
     Attributes:
-        word: Its text.
         cells: float64 ``[rows, cols]``, absolute mass, mean over the word's tokens and all layer groups.
         image_mass: Their sum: the share of attention on the image, in [0, 1].
     """
@@ -107,12 +106,7 @@ def draw_text(maps: Sequence[WordMap], *, width: int = 100, shades: str = BLOCKS
     """Draw maps side by side in characters.
 
     Args:
-        maps: All of one grid.
-        width: Characters a line may have.
         shades: Five, from nothing to most: ``BLOCKS``, or ``ASCII`` for terminals that know no other.
-
-    Returns:
-        Lines without trailing spaces.
     """
     if not maps:
         return []
@@ -164,12 +158,7 @@ def draw_picture(maps: Sequence[WordMap], *, title: str, image: Image | None) ->
     """Draw a contact sheet: the image if there is one, and a heat map for each word, over it.
 
     Args:
-        maps: At least one, all of one grid.
-        title: Printed above.
         image: The sample's; without it the maps stand alone.
-
-    Returns:
-        RGB.
     """
     import PIL.Image
     from PIL import ImageDraw, ImageFont
@@ -203,13 +192,28 @@ def _heat_map(cells: np.ndarray, size: tuple[int, int], image: Image | None) -> 
     largest = cells.max()
     relative = (cells / largest if largest > 0 else cells).astype(np.float32)
     smooth = PIL.Image.Resampling.NEAREST if image is None else PIL.Image.Resampling.BICUBIC
-    heat = np.clip(np.asarray(PIL.Image.fromarray(relative).resize(size, smooth)), 0, 1)  # [H, W]
+    return paint_heat(np.asarray(PIL.Image.fromarray(relative).resize(size, smooth)), image)
+
+
+def paint_heat(heat: np.ndarray, image: Image | None) -> Image:
+    """Paint a heat map, over a picture if there is one.
+
+    Args:
+        heat: Float ``[H, W]``, 0 for nothing to 1 for most; cut off beyond.
+        image: RGB, W by H pixels. It becomes grey, so that no colour is the picture's own.
+
+    Returns:
+        RGB, W by H pixels.
+    """
+    import PIL.Image
+
+    heat = np.clip(heat, 0, 1)
     place = heat * (len(_HEAT) - 1)
     low = np.minimum(place.astype(np.int64), len(_HEAT) - 2)
     share = (place - low)[..., None]
     colours = _HEAT[low] * (1 - share) + _HEAT[low + 1] * share  # [H, W, 3]
     if image is not None:
-        grey = np.asarray(image.convert("L"), np.float64)[..., None]  # so that no colour is the picture's own
+        grey = np.asarray(image.convert("L"), np.float64)[..., None]
         cover = 0.1 + 0.5 * heat[..., None]
         colours = grey * (1 - cover) + colours * cover
     return PIL.Image.fromarray(np.rint(colours).astype(np.uint8))

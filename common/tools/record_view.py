@@ -38,7 +38,6 @@ class TokenText:
     """Turns token ids into text with a cache's own tokenizer, or into numbers if there is none.
 
     Attributes:
-        decode: From ids to text.
         special: Ids of tokens such as the end of the answer.
     """
 
@@ -50,11 +49,7 @@ class TokenText:
         return one_line(self.decode([token]), limit=40) or f"#{token}"
 
     def words(self, ids: Sequence[int]) -> list[tuple[str, list[int]]]:
-        """Join the tokens of a text into words; special tokens are none.
-
-        Returns:
-            Text and positions of each word.
-        """
+        """Join the tokens of a text into words; special tokens are none."""
         words: list[list[int]] = []
         for position, token in enumerate(ids):
             if token in self.special:
@@ -106,17 +101,7 @@ def load_token_text(cache: TeacherCache) -> TokenText:
 
 
 def describe_record(cache: TeacherCache, sample_id: str, *, unicode: bool = True) -> str:
-    """Describe one record: its answer, the teacher's likeliest tokens, where it looked, its fields.
-
-    Args:
-        cache: The cache.
-        sample_id: Of the record.
-        unicode: Whether block characters can be printed.
-
-    Raises:
-        CacheMismatchError: If the cache does not hold the sample.
-        CacheFormatError: If its shard is damaged.
-    """
+    """Describe one record: its answer, the teacher's likeliest tokens, where it looked, its fields."""
     record, text = cache.read(sample_id), load_token_text(cache)
     labels = record["labels"].tolist()
     lines = [f"sample {one_line(sample_id)} of {cache.path}, shard {cache.shard_of(sample_id)}"]
@@ -139,8 +124,6 @@ def picture_of(cache: TeacherCache, sample_id: str, image_path: Path | None) -> 
     """Draw where the teacher looked while saying each word of one answer.
 
     Args:
-        cache: The cache.
-        sample_id: Of the record.
         image_path: The sample's image, to draw over; None draws the maps alone.
 
     Raises:

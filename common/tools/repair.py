@@ -8,29 +8,20 @@ names: all that lies there goes with the shard. Files on no list are somebody el
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from pathlib import Path
+from typing import Literal
 
 from vlm_distill_cache.common.cache.index import INDEX, index_bytes
-from vlm_distill_cache.common.cache.manifest import (
-    MANIFEST,
-    PLAN,
-    SHARDS,
-    FileEntry,
-    Plan,
-    read_manifest,
-    read_plan,
-    sidecar_path,
-)
-from vlm_distill_cache.common.cache.side_files import is_below_links
+from vlm_distill_cache.common.cache.manifest import read_manifest
+from vlm_distill_cache.common.cache.plan import PLAN, SHARDS, Plan, read_plan
+from vlm_distill_cache.common.cache.side_files import MANIFEST, is_below_links
+from vlm_distill_cache.common.cache.sidecar import FileEntry, sidecar_name, sidecar_path
 from vlm_distill_cache.common.errors import CacheFormatError
 from vlm_distill_cache.common.files.atomic import fsync_directory, remove, try_lock, write_bytes_atomic
 from vlm_distill_cache.common.printing import one_line
 from vlm_distill_cache.common.tools.verify import Damage, verify
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-    from pathlib import Path
 
 _OTHER_PLAN = (
     f"keep the pair that belongs together: copy {PLAN} or {MANIFEST} again from where the cache came from, or "
@@ -45,7 +36,6 @@ class Repair:
     Attributes:
         path: Relative to the cache; of a shard, its sidecar, which stands for its files too.
         action: ``remove`` and ``rewrite`` are done (unless only asked for), ``keep`` is not for a program to do.
-        reason: What is wrong.
         remedy: For ``keep``, what to do about it.
     """
 
@@ -65,25 +55,15 @@ class Repair:
 
 
 def repair(
-    cache_dir: Path,
-    *,
-    deep: bool = False,
-    dry_run: bool = False,
-    on_shard: Callable[[], object] | None = None,
+    cache_dir: Path, *, deep: bool = False, dry_run: bool = False, on_shard: Callable[[], object] | None = None
 ) -> list[Repair]:
     """Remove damaged shards, files beside them and a manifest that no longer holds; healthy shards are not touched.
 
     Args:
-        cache_dir: The cache.
         deep: Look for wrong values too, as ``verify`` does.
-        dry_run: Only say what would be done.
-        on_shard: Called after each shard is verified, for progress.
 
     Returns:
         What was done, in order, and what is left to a person; empty if the cache is sound.
-
-    Raises:
-        OSError: If a file cannot be removed.
     """
     steps = list(_plan_steps(cache_dir, verify(cache_dir, deep=deep, on_shard=on_shard)))
     if not dry_run:
@@ -117,13 +97,13 @@ def _plan_steps(cache_dir: Path, damages: list[Damage]) -> Iterator[Repair]:
             dropped.setdefault(damage.shard or 0, []).append(f"{damage.path}: {damage.reason}")
     for shard, reasons in sorted(dropped.items()):
         more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
-        yield Repair(path=_name(cache_dir, sidecar_path(cache_dir, shard)), action="remove", reason=reasons[0] + more)
+        yield Repair(path=sidecar_name(shard), action="remove", reason=reasons[0] + more)
     for damage in by_kind.get("missing", []):
         for path in _shard_files(cache_dir, damage.shard or 0):
             if (lock := try_lock(path)) is not None:  # else its writer is about to publish the sidecar
                 lock.release()
                 yield Repair(
-                    path=_name(cache_dir, path),
+                    path=path.relative_to(cache_dir).as_posix(),
                     action="remove",
                     reason="has no sidecar: left by a killed run",
                 )
@@ -171,10 +151,6 @@ def _keep(damage: Damage, why: str = "") -> Repair:
 def _shard_files(cache_dir: Path, shard: int) -> list[Path]:
     sidecar = sidecar_path(cache_dir, shard)
     return sorted(p for p in sidecar.parent.glob(f"{shard:05d}.*") if p != sidecar)
-
-
-def _name(cache_dir: Path, path: Path) -> str:
-    return path.relative_to(cache_dir).as_posix()
 
 
 def _do(cache_dir: Path, step: Repair) -> None:

@@ -8,38 +8,31 @@ is a derived cache (``common.tools.derive``): its plan says of which cache it is
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from vlm_distill_cache.common.cache.index import INDEX, SampleIndex
-from vlm_distill_cache.common.cache.manifest import CARD, PLAN, SHARDS, Manifest, ShardSummary, read_plan, read_sidecar
+from vlm_distill_cache.common.cache.manifest import Manifest, ShardSummary, refuse_other_plan
+from vlm_distill_cache.common.cache.plan import PLAN, SHARDS, Plan, read_plan
 from vlm_distill_cache.common.cache.schema import BASE_FIELDS, Record
 from vlm_distill_cache.common.cache.shared_images import SharedImages
-from vlm_distill_cache.common.cache.sidecar import check_sidecar
-from vlm_distill_cache.common.cache.stores import open_reader
+from vlm_distill_cache.common.cache.side_files import refuse_occupied
+from vlm_distill_cache.common.cache.sidecar import FileEntry, ShardSidecar, check_sidecar, read_sidecar, sidecar_name
+from vlm_distill_cache.common.cache.stores import ShardReader, open_reader
 from vlm_distill_cache.common.codecs.quantise import GAP_TABLE, gap_codes, gap_steps
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError, ConfigError
-from vlm_distill_cache.common.files.atomic import clean_stale, create_temporary, remove
+from vlm_distill_cache.common.files.atomic import clean_stale, remove, temporary_for
+from vlm_distill_cache.common.files.disk import refuse_overlap
 from vlm_distill_cache.common.files.hashing import fingerprint
-from vlm_distill_cache.common.remotes import open_remote
-from vlm_distill_cache.common.remotes.fetch import fetch_files, read_remote_manifest, refuse_nested, refuse_strangers
-from vlm_distill_cache.common.tools.derive import Slot, carry_fidelity, derive_cache, derive_plan, side_files_of
-from vlm_distill_cache.common.tools.derived_card import DERIVED, write_derived_card
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-
-    from vlm_distill_cache.common.cache.plan import Plan
-    from vlm_distill_cache.common.cache.schema import Record
-    from vlm_distill_cache.common.cache.sidecar import FileEntry, ShardSidecar
-    from vlm_distill_cache.common.cache.stores import ShardReader
-    from vlm_distill_cache.common.remotes import Remote
-
+from vlm_distill_cache.common.remotes import Remote, open_remote
+from vlm_distill_cache.common.remotes.fetch import fetch_files, read_remote_manifest
+from vlm_distill_cache.common.tools.derive import Slot, carry_fidelity, derive_cache, derive_plan
+from vlm_distill_cache.common.tools.derived_card import DERIVED
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -48,15 +41,7 @@ def truncated_codec(stored_codec: Mapping[str, Any], k: int) -> dict[str, Any]:
     """The settings of the smaller cache.
 
     Args:
-        stored_codec: The logit codec's dictionary in a cache's plan.
         k: Most entries of a row from now on, at least 2: the top token and the ground truth.
-
-    Returns:
-        The dictionary with `max_k` and `min_k` lowered to `k`.
-
-    Raises:
-        ConfigError: If `k` is no whole number from 2 to the stored `max_k`.
-        CacheFormatError: If the dictionary is not that of a logit codec.
     """
     try:
         most, least = int(stored_codec["max_k"]), int(stored_codec["min_k"])
@@ -87,15 +72,9 @@ def truncate_logits(record: Record, stored_codec: Mapping[str, Any], k: int) -> 
 
     Args:
         record: A whole record, `labels` included, written by the codec of `stored_codec`.
-        stored_codec: That codec's dictionary.
-        k: See `truncated_codec`.
 
     Returns:
         A new record; all other fields are the same arrays.
-
-    Raises:
-        ConfigError: If `k` is not possible with this codec.
-        CacheFormatError: If counts and arrays do not fit each other.
     """
     truncated_codec(stored_codec, k)  # refuses an impossible k
     counts = record["entry_count"].astype(np.int64)  # [A]
@@ -161,21 +140,17 @@ def _tails(
 
 
 MAX_LIST_BYTES = 1 << 30  # of a file of sample ids
-MAX_CARD_BYTES = 1 << 20
 _STAGING = "source"  # of the downloads, inside the new cache, gone when it is sealed
 _IDS = "sample_ids"  # the stores' own array
 
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """Which part of a cache.
+    """Which part of a cache; None takes all.
 
     Attributes:
-        shards: Their numbers; None: all.
-        count: The first so many records of these shards; None: all.
-        sample_ids: Only these; None: all.
-        signals: Only these; None: all.
-        top_k: Most tokens of a row to keep of the logits, the ground truth among them; None: all.
+        count: The first so many records of these shards.
+        top_k: Most tokens of a row to keep of the logits, the ground truth among them.
     """
 
     shards: tuple[int, ...] | None = None
@@ -198,17 +173,7 @@ class Selection:
 
 
 def parse_selection(*, shards: str | None, samples: str | None, signals: str | None, top_k: int | None) -> Selection:
-    """Read a selection as it stands on a command line.
-
-    Args:
-        shards: Such as ``0-3,7``.
-        samples: A number, or a UTF-8 file with a sample id a line.
-        signals: Names with commas between.
-        top_k: Of the logits.
-
-    Raises:
-        ConfigError: If one of them cannot be read.
-    """
+    """Read a selection as it stands on a command line."""
     count, ids = None, None
     if samples is not None and samples.isdecimal():
         count = int(samples)
@@ -272,14 +237,7 @@ def pull_partial(
     """Download a part of a cache and write it as a cache of its own; killed and called again, it goes on.
 
     Args:
-        location: A folder or an address with a sealed cache.
         target: A new folder, or one that an earlier call with the same selection began.
-        selection: Which part.
-        jobs: Downloads at a time.
-        on_shard: Called after each shard of the new cache, for progress.
-
-    Returns:
-        The manifest of the new cache.
 
     Raises:
         ConfigError: If the cache has no such shard or signal, or the folder holds something else.
@@ -288,18 +246,15 @@ def pull_partial(
         TransferError: If it could not be downloaded.
     """
     target = Path(target)
-    refuse_nested(target, location)
-    refuse_strangers(target)
+    refuse_overlap(target, location)
+    refuse_occupied(target)
     target.mkdir(parents=True, exist_ok=True)
     clean_stale(target, _STAGING)
-    staging, lock = create_temporary(target / _STAGING, directory=True)
     try:
-        source = _Source(open_remote(location), staging, jobs)
-        return _derive(source, target, selection, on_shard=on_shard)
+        with temporary_for(target / _STAGING, directory=True) as staging:
+            source = _Source(open_remote(location), staging, jobs)
+            return _derive(source, target, selection, on_shard=on_shard)
     finally:
-        remove(staging)
-        if lock is not None:
-            lock.release()
         with contextlib.suppress(OSError):  # not empty: it is a cache, or the beginning of one
             target.rmdir()
 
@@ -330,8 +285,7 @@ def _derive(source: _Source, target: Path, selection: Selection, *, on_shard: Ca
         plan,
         slots,
         read,
-        add_side_files=lambda root: fetch_files(source.remote, root, side_files_of(source.manifest)),
-        card=write_derived_card(plan, fidelity, [(source.manifest.hash, source.card())]),
+        sources=[(source.remote, source.manifest)],
         fidelity=fidelity,
         on_shard=on_shard,
     )
@@ -401,9 +355,6 @@ class _Source:
     """A cache elsewhere, of which one shard at a time is here.
 
     Attributes:
-        remote: Where it is.
-        manifest: Its manifest.
-        plan: Its plan.
         names: Fields that are read; None: all.
     """
 
@@ -411,30 +362,20 @@ class _Source:
         self.remote = remote
         self._folder, self._jobs = folder, jobs
         self.manifest, _ = read_remote_manifest(remote)
-        if PLAN not in self.manifest.files:
-            raise CacheFormatError(f"{remote.location}: its manifest lists no {PLAN}; it is damaged")
         self._fetch({PLAN: self.manifest.files[PLAN]})
         self.plan = read_plan(folder)
-        if self.plan.hash != self.manifest.plan_hash or len(self.manifest.shards) != self.plan.shard_count:
-            raise CacheFormatError(f"{remote.location}: plan and manifest do not belong together; damaged")
+        refuse_other_plan(self.manifest, self.plan, remote.location)
         self.names: frozenset[str] | None = None
         self._images = SharedImages(self.plan.all_fields)
         self._sidecars: dict[int, ShardSidecar] = {}
         self._open: tuple[int, ShardReader, dict[str, int]] | None = None
 
-    def card(self) -> str:
-        """Its card, empty if it has none."""
-        try:
-            return self.remote.read(CARD, max_bytes=MAX_CARD_BYTES).decode("utf-8", errors="replace")
-        except FileNotFoundError:
-            return ""
-
     def sidecars(self, shards: Sequence[int]) -> dict[int, ShardSidecar]:
         """Download sidecars, checked against the manifest."""
-        self._fetch({f"{SHARDS}/{shard:05d}.json": self.manifest.shards[shard].sidecar for shard in shards})
+        self._fetch({sidecar_name(shard): self.manifest.shards[shard].sidecar for shard in shards})
         self._sidecars = {shard: read_sidecar(self._folder, shard) for shard in shards}
         for shard, sidecar in self._sidecars.items():
-            where = f"{self.remote.location}/{SHARDS}/{shard:05d}.json"
+            where = f"{self.remote.location}/{sidecar_name(shard)}"
             check_sidecar(sidecar, self.plan, where)
             if ShardSummary.of(sidecar) != self.manifest.shards[shard]:
                 raise CacheFormatError(f"{where}: says other things than the manifest; damaged")
@@ -483,7 +424,6 @@ def needed_files(files: Mapping[str, FileEntry], names: frozenset[str] | None) -
     """Return the files of a shard without which these fields cannot be read.
 
     Args:
-        files: All files of the shard, as its sidecar lists them.
         names: The fields; None for all. A tar is needed whole.
     """
     if names is None:

@@ -6,83 +6,78 @@ Only one shard is in memory at a time, and 24 bytes for each sample, by which a 
 from __future__ import annotations
 
 import re
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from vlm_distill_cache.common.cache.index import INDEX, IndexBuilder, index_damage
-from vlm_distill_cache.common.cache.manifest import (
-    CARD,
-    MANIFEST,
-    PLAN,
-    SHARDS,
-    FileEntry,
-    Manifest,
-    Plan,
-    ShardSidecar,
-    ShardSummary,
-    missing_shards,
-    read_manifest,
-    read_plan,
-    read_sidecar,
-    sidecar_path,
-)
+from vlm_distill_cache.common.cache.manifest import Manifest, ShardSummary, read_manifest
+from vlm_distill_cache.common.cache.plan import PLAN, SHARDS, Plan, read_plan
 from vlm_distill_cache.common.cache.schema import check_record
 from vlm_distill_cache.common.cache.shared_images import SharedImages, SourceCheck
-from vlm_distill_cache.common.cache.side_files import open_plain
-from vlm_distill_cache.common.cache.sidecar import check_sidecar
-from vlm_distill_cache.common.cache.stores import DAMAGE_ERRORS, open_reader
+from vlm_distill_cache.common.cache.side_files import CARD, MANIFEST, open_plain
+from vlm_distill_cache.common.cache.sidecar import (
+    FileEntry,
+    ShardSidecar,
+    check_sidecar,
+    missing_shards,
+    read_sidecar,
+    sidecar_name,
+)
+from vlm_distill_cache.common.cache.stores import DAMAGE_ERRORS, ShardReader, open_reader
 from vlm_distill_cache.common.codecs.checks import codec_damage, value_damage
 from vlm_distill_cache.common.errors import CacheFormatError, NewerFormatError
 from vlm_distill_cache.common.files.atomic import TEMPORARY_PREFIX, try_lock
 from vlm_distill_cache.common.files.hashing import stream_digests
 from vlm_distill_cache.common.printing import one_line
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from vlm_distill_cache.common.cache.manifest import Plan, ShardSidecar
-    from vlm_distill_cache.common.cache.stores import ShardReader
-
 COPY_AGAIN = "copy it again from where the cache came from"
-_NO_DAMAGE = "nothing is to be repaired"
 _MAX_REASON = 600
 _SEAL = "run `teacher-cache seal`"
-_INDEX_REMEDY = f"run `cachectl repair` or `teacher-cache seal` to write it anew, or {COPY_AGAIN}"
+_MAKE_ANEW = "run `cachectl repair`, then `teacher-cache build` again to"
 _SHARD_NAME = re.compile(rf"{SHARDS}/(\d{{5}})\.")
 
 Kind = Literal[
-    "newer",
-    "plan",
-    "manifest",
-    "unsealed",
-    "shard",
-    "missing",
-    "index",
-    "side file",
-    "data",
-    "leftover",
-    "stranger",
+    "newer", "plan", "manifest", "unsealed", "shard", "missing", "index", "side file", "data", "leftover", "stranger"
 ]
+_REMEDIES: dict[Kind, str] = {
+    "newer": "nothing is to be repaired",
+    "plan": COPY_AGAIN,
+    "manifest": f"{_SEAL}, or {COPY_AGAIN}",
+    "unsealed": f"{_SEAL}, or {COPY_AGAIN}",
+    "shard": f"{_MAKE_ANEW} make this shard anew, or {COPY_AGAIN}",
+    "missing": "run `teacher-cache build` again to make this shard",
+    "index": f"run `cachectl repair` or `teacher-cache seal` to write it anew, or {COPY_AGAIN}",
+    "side file": f"{_MAKE_ANEW} write it anew, or {COPY_AGAIN}",
+    "data": "give the data set's samples unique ids and build the cache again",
+    "leftover": f"{_SEAL} or `cachectl repair` to remove it",
+    "stranger": "delete it",
+}
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Damage:
     """One thing that is wrong with a cache.
 
     Attributes:
         path: Relative to the cache.
-        reason: What was expected and found.
-        remedy: What to do about it.
         kind: ``newer``: no damage, but of a newer version of this software. Else what it belongs to: the plan, the
             manifest, or one that was not written yet; a shard; a shard that was never made; the index; a file beside
             the shards; samples with equal ids; what a killed run left; a file on no list.
+        own_remedy: What to do about it, if not what its kind says.
     """
 
     path: str
-    reason: str
-    remedy: str
     kind: Kind
+    reason: str
+    own_remedy: str = ""
+
+    @property
+    def remedy(self) -> str:
+        """What to do about it."""
+        return self.own_remedy or _REMEDIES[self.kind]
 
     @property
     def shard(self) -> int | None:
@@ -98,21 +93,18 @@ def verify(cache_dir: str | Path, *, deep: bool = False, on_shard: Callable[[], 
     """Check a cache: descriptions, counts, dtypes, offsets, and size and both digests of every file.
 
     Args:
-        cache_dir: The cache, sealed or not.
         deep: Decode every record too, and check that its values are some that its codecs write.
-        on_shard: Called after each shard, for progress.
 
     Returns:
         One entry per damaged, missing or unexpected file; empty if all is well. Never raises for damage.
     """
     cache_dir = Path(cache_dir)
     if (cache_dir / SHARDS).is_symlink():
-        reason = "a link; a cache holds plain files and folders only"
-        return [Damage(path=SHARDS, reason=reason, remedy=COPY_AGAIN, kind="plan")]
+        return [Damage(SHARDS, "plan", "a link; a cache holds plain files and folders only")]
     try:
         plan = read_plan(cache_dir)
     except (CacheFormatError, OSError) as error:
-        return [_newer_or(error, Damage(path=PLAN, reason=str(error), remedy=COPY_AGAIN, kind="plan"))]
+        return [_unreadable(PLAN, "plan", error)]
     damages: list[Damage] = _codec_damage(plan) if deep else []
     deep = deep and not damages  # what its codec may write is not known
     manifest: Manifest | None = None
@@ -120,23 +112,21 @@ def verify(cache_dir: str | Path, *, deep: bool = False, on_shard: Callable[[], 
         manifest = read_manifest(cache_dir)
     except (CacheFormatError, OSError) as error:
         absent = not (cache_dir / MANIFEST).exists() and not (cache_dir / MANIFEST).is_symlink()
-        wrong = _unsealed(cache_dir, plan) if absent else _manifest_damage(MANIFEST, str(error))
-        damages.append(_newer_or(error, wrong))
+        damages.append(_unsealed(cache_dir, plan) if absent else _unreadable(MANIFEST, "manifest", error))
     known = {MANIFEST, CARD, PLAN}
     if manifest is not None:
         damages += _check_manifest(cache_dir, plan, manifest)
         known |= manifest.files.keys()
     unlisted: list[str] = []
-    builder, field_bytes = IndexBuilder(), {field.name: 0 for field in plan.all_fields}
+    builder, field_bytes = IndexBuilder(), Counter({field.name: 0 for field in plan.all_fields})
     for index in range(plan.shard_count):
-        known.add(sidecar_path(cache_dir, index).relative_to(cache_dir).as_posix())
+        known.add(sidecar_name(index))
         found, sidecar = _verify_shard(cache_dir, index, plan, manifest, deep=deep)
         damages += found
         if sidecar is not None:
             known |= sidecar.files.keys()
             builder.add(sidecar)
-            for name, size in sidecar.field_bytes.items():
-                field_bytes[name] += size
+            field_bytes.update(sidecar.field_bytes)
         else:  # nobody can say which files belong to it
             unlisted.append(f"{SHARDS}/{index:05d}.")
         if on_shard is not None:
@@ -144,7 +134,7 @@ def verify(cache_dir: str | Path, *, deep: bool = False, on_shard: Callable[[], 
     if not unlisted:  # all sidecars are there
         damages += _index_damage(cache_dir, builder, plan.shard_count)
         if manifest is not None and manifest.field_bytes != field_bytes:
-            damages.append(_manifest_damage(MANIFEST, "field_bytes are not the sums over the sidecars"))
+            damages.append(Damage(MANIFEST, "manifest", "field_bytes are not the sums over the sidecars"))
     if manifest is None:
         unlisted += [path.name for path in cache_dir.iterdir() if path.name != SHARDS]
     return _one_each(damages + _unexpected(cache_dir, known, unlisted))
@@ -152,9 +142,6 @@ def verify(cache_dir: str | Path, *, deep: bool = False, on_shard: Callable[[], 
 
 def split_unfinished(damages: list[Damage]) -> tuple[list[Damage], list[Damage]]:
     """Tell what is only not there yet from what is damaged: a cache that is not sealed may lack shards.
-
-    Args:
-        damages: As ``verify`` found them.
 
     Returns:
         What an unfinished cache lacks, and the damages.
@@ -172,18 +159,13 @@ def split_unfinished(damages: list[Damage]) -> tuple[list[Damage], list[Damage]]
 
 def _unsealed(cache_dir: Path, plan: Plan) -> Damage:
     missing = len(missing_shards(cache_dir, plan))
-    remedy = "run `teacher-cache build` again, which seals it once all are there" if missing else _SEAL
+    build = f"run `teacher-cache build` again, which seals it once all are there, or {COPY_AGAIN}" if missing else ""
     reason = f"not written: the cache is not sealed, {missing} of {plan.shard_count} shards are missing"
-    return Damage(path=MANIFEST, reason=reason, remedy=f"{remedy}, or {COPY_AGAIN}", kind="unsealed")
+    return Damage(MANIFEST, "unsealed", reason, build)
 
 
-def _manifest_damage(path: str, reason: str) -> Damage:
-    return Damage(path=path, reason=reason, remedy=f"{_SEAL}, or {COPY_AGAIN}", kind="manifest")
-
-
-def _newer_or(error: Exception, damage: Damage) -> Damage:
-    """The damage, or, if it is none but of a newer version, just that."""
-    return replace(damage, remedy=_NO_DAMAGE, kind="newer") if isinstance(error, NewerFormatError) else damage
+def _unreadable(path: str, kind: Kind, error: Exception) -> Damage:
+    return Damage(path, "newer" if isinstance(error, NewerFormatError) else kind, str(error))
 
 
 def _codec_damage(plan: Plan) -> list[Damage]:
@@ -191,54 +173,46 @@ def _codec_damage(plan: Plan) -> list[Damage]:
     newer, impossible = codec_damage(plan.signals)
     if newer:
         reason = f"from a newer version, values not checked: {'; '.join(newer)}"
-        return [Damage(path=PLAN, reason=reason, remedy=f"update this software; {_NO_DAMAGE}", kind="newer")]
-    if impossible:
-        reason = f"values not checked: {'; '.join(impossible)}"
-        return [Damage(path=PLAN, reason=reason, remedy=COPY_AGAIN, kind="plan")]
-    return []
+        return [Damage(PLAN, "newer", reason, f"update this software; {_REMEDIES['newer']}")]
+    return [Damage(PLAN, "plan", f"values not checked: {'; '.join(impossible)}")] if impossible else []
 
 
 def _check_manifest(cache_dir: Path, plan: Plan, manifest: Manifest) -> list[Damage]:
     damages = []
     if manifest.plan_hash != plan.hash:
         reason = f"made for plan {manifest.plan_hash}, but {PLAN} is {plan.hash}"
-        damages.append(_manifest_damage(MANIFEST, reason))
+        damages.append(Damage(MANIFEST, "manifest", reason))
     if len(manifest.shards) != plan.shard_count:
         reason = f"lists {len(manifest.shards)} shards, but the plan has {plan.shard_count}"
-        damages.append(_manifest_damage(MANIFEST, reason))
-    remedy = f"run `cachectl repair`, then `teacher-cache build` again to write it anew, or {COPY_AGAIN}"
+        damages.append(Damage(MANIFEST, "manifest", reason))
     for name, entry in manifest.files.items():
         if (wrong := file_damage(cache_dir, name, entry)) is not None:
-            side = Damage(path=name, reason=wrong, remedy=remedy, kind="side file")
-            damages.append(replace(side, remedy=_INDEX_REMEDY, kind="index") if name == INDEX else side)
+            damages.append(Damage(name, "index" if name == INDEX else "side file", wrong))
     return damages
 
 
 def _verify_shard(
     cache_dir: Path, index: int, plan: Plan, manifest: Manifest | None, *, deep: bool
 ) -> tuple[list[Damage], ShardSidecar | None]:
-    name = sidecar_path(cache_dir, index).relative_to(cache_dir).as_posix()
-    remedy = f"run `cachectl repair`, then `teacher-cache build` again to make this shard anew, or {COPY_AGAIN}"
+    name = sidecar_name(index)
     try:
         sidecar = read_sidecar(cache_dir, index)
         check_sidecar(sidecar, plan, name)
     except FileNotFoundError:
-        remedy = "run `teacher-cache build` again to make this shard"
-        reason = "missing: the shard does not exist"
-        return [Damage(path=name, reason=reason, remedy=remedy, kind="missing")], None
+        return [Damage(name, "missing", "missing: the shard does not exist")], None
     except (CacheFormatError, OSError) as error:
-        return [_newer_or(error, Damage(path=name, reason=str(error), remedy=remedy, kind="shard"))], None
+        return [_unreadable(name, "shard", error)], None
     damages = []
     listed = manifest.shards[index] if manifest is not None and index < len(manifest.shards) else None
     if listed is not None and listed != ShardSummary.of(sidecar):
-        damages.append(_manifest_damage(name, f"is not the sidecar that {MANIFEST} lists"))
+        damages.append(Damage(name, "manifest", f"is not the sidecar that {MANIFEST} lists"))
     broken = [
-        Damage(path=file, reason=wrong, remedy=remedy, kind="shard")
+        Damage(file, "shard", wrong)
         for file, entry in sidecar.files.items()
         if (wrong := file_damage(cache_dir, file, entry)) is not None
     ]
     if not broken and (wrong := content_damage(cache_dir, plan, sidecar, deep=deep)) is not None:
-        broken = [Damage(path=name, reason=wrong, remedy=remedy, kind="shard")]
+        broken = [Damage(name, "shard", wrong)]
     return damages + broken, sidecar
 
 
@@ -265,44 +239,38 @@ def _index_damage(cache_dir: Path, builder: IndexBuilder, shard_count: int) -> l
     expected, repeated = builder.finish(shard_count)
     if repeated is not None:
         first, second = repeated
-        path = sidecar_path(cache_dir, second.shard).relative_to(cache_dir).as_posix()
         sidecar = read_sidecar(cache_dir, second.shard)
         names = [name for name, _ in sidecar.failed] if second.failed else sidecar.sample_ids
         reason = f"sample {names[second.position]!r} is in shard {first.shard} too"
-        remedy = "give the data set's samples unique ids and build the cache again"
-        return [Damage(path=path, reason=reason, remedy=remedy, kind="data")]
+        return [Damage(sidecar_name(second.shard), "data", reason)]
     wrong = index_damage(cache_dir, expected) if (cache_dir / INDEX).exists() else None
-    return [] if wrong is None else [Damage(path=INDEX, reason=wrong, remedy=_INDEX_REMEDY, kind="index")]
+    return [] if wrong is None else [Damage(INDEX, "index", wrong)]
 
 
 def _unexpected(cache_dir: Path, known: set[str], unlisted: list[str]) -> list[Damage]:
     """Find links, leftovers of killed runs, and files on no list; ``unlisted`` begins names to excuse."""
     damages: list[Damage] = []
-
-    def report(name: str, reason: str, remedy: str, kind: Kind = "stranger") -> None:
-        damages.append(Damage(path=name, reason=reason, remedy=remedy, kind=kind))
-
     folders = [cache_dir]
     while folders:
         folder = folders.pop()
         try:
             paths = sorted(folder.iterdir())
         except OSError as error:
-            report(folder.relative_to(cache_dir).as_posix(), f"cannot be read: {error}", COPY_AGAIN)
+            name = folder.relative_to(cache_dir).as_posix()
+            damages.append(Damage(name, "stranger", f"cannot be read: {error}", COPY_AGAIN))
             continue
         for path in paths:
             name = path.relative_to(cache_dir).as_posix()
             if path.name.startswith(TEMPORARY_PREFIX):
                 if (lock := try_lock(path)) is not None:  # not being written right now
                     lock.release()
-                    remedy = f"{_SEAL} or `cachectl repair` to remove it"
-                    report(name, "left behind by a killed run", remedy, "leftover")
+                    damages.append(Damage(name, "leftover", "left behind by a killed run"))
             elif path.is_symlink() or not (path.is_dir() or path.is_file()):
-                report(name, "a link or device", "replace it by a plain file or folder")
+                damages.append(Damage(name, "stranger", "a link or device", "replace it by a plain file or folder"))
             elif path.is_dir():
                 folders.append(path)
             elif name not in known and not any(name.startswith(start) for start in unlisted):
-                report(name, "belongs to no shard and no list", "delete it")
+                damages.append(Damage(name, "stranger", "belongs to no shard and no list"))
     return damages
 
 
@@ -321,9 +289,6 @@ def content_damage(cache_dir: Path, plan: Plan, sidecar: ShardSidecar, *, deep: 
     """Return what is wrong inside a shard whose files are as its sidecar says, or None.
 
     Args:
-        cache_dir: The cache.
-        plan: Its plan.
-        sidecar: The shard's.
         deep: Decode all records; else only ids, dtypes, shapes and offsets.
     """
     try:

@@ -4,56 +4,38 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import logging
 import os
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from vlm_distill_cache.common.cache.manifest import (
-    CARD,
-    INDEX,
-    MANIFEST,
+from vlm_distill_cache.common.cache.index import INDEX
+from vlm_distill_cache.common.cache.manifest import Manifest, read_manifest
+from vlm_distill_cache.common.cache.plan import (
+    DESCRIPTIVE,
     PLAN,
     SHARDS,
-    Manifest,
+    THREADS,
     Plan,
-    check_side_files,
-    missing_shards,
-    read_manifest,
     read_plan,
     refuse_changed_plan,
     write_plan,
 )
-from vlm_distill_cache.common.cache.plan import DESCRIPTIVE, THREADS
-from vlm_distill_cache.common.cache.side_files import side_files
+from vlm_distill_cache.common.cache.side_files import CARD, MANIFEST, check_digests, is_leftover, side_files
+from vlm_distill_cache.common.cache.sidecar import missing_shards
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError, ConfigError
-from vlm_distill_cache.common.files.atomic import TEMPORARY_PREFIX, HeldLock, clean_stale, read_json, remove
-
-if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator
+from vlm_distill_cache.common.files.atomic import clean_stale, hold_folder, read_json, remove
+from vlm_distill_cache.common.files.disk import is_below, name_full_disk
 
 logger = logging.getLogger(__name__)
 
 # What `projector_export` writes.
-EXPORTED = (
-    "projector.safetensors",
-    "projector.json",
-    "vision_tower.safetensors",
-    "vision_tower.json",
-    "processor",
-)
+EXPORTED = ("projector.safetensors", "projector.json", "vision_tower.safetensors", "vision_tower.json", "processor")
 # All that a cache folder holds at its top level.
 OUR_NAMES = (PLAN, MANIFEST, INDEX, CARD, SHARDS, *EXPORTED)
 
-_RESUME = "finished shards are kept; {}, then run the same command again"
-_FULL = {
-    errno.ENOSPC: ("the disk is full", _RESUME.format("free space")),
-    errno.EDQUOT: ("the disk is full", _RESUME.format("free space or raise the quota")),
-    errno.EFBIG: ("a file grew beyond what may be written", _RESUME.format("raise `ulimit -f`")),
-}
 _REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM)
 _WRITABLE = "make it writable, or give another folder (CACHE=...); nothing was lost"
 
@@ -66,29 +48,19 @@ def explain_disk_errors(cache: Path | str) -> Iterator[None]:
         OSError: With the cache's path and the remedy; errors about other files pass unchanged.
     """
     try:
-        yield
+        with name_full_disk(Path(cache)):
+            yield
     except OSError as error:
-        place = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else None
-        if place is not None and not place.absolute().is_relative_to(Path(cache).absolute()):
+        if error.errno not in _REFUSED or not error.filename or not is_below(error.filename, Path(cache)):
             raise
-        if error.errno in _FULL:
-            what, remedy = _FULL[error.errno]
-        elif error.errno in _REFUSED and place is not None:
-            what, remedy = "cannot be written", _WRITABLE
-        else:
-            raise
-        raise OSError(error.errno, f"{what} ({error.strerror}); {remedy}", str(cache)) from error
+        raise OSError(error.errno, f"cannot be written ({error.strerror}); {_WRITABLE}", str(cache)) from error
 
 
 def refuse_unwritable(cache_dir: Path, *, sealed_too: bool = False) -> None:
     """Notice a read-only folder before a teacher is loaded.
 
     Args:
-        cache_dir: The cache, or where it will be.
         sealed_too: A sealed cache will be written to as well; else it may lie on a read-only disk.
-
-    Raises:
-        OSError: Naming the folder and the remedy.
     """
     if not sealed_too and (cache_dir / MANIFEST).is_file():
         return
@@ -100,47 +72,24 @@ def refuse_unwritable(cache_dir: Path, *, sealed_too: bool = False) -> None:
         raise OSError(code, f"cannot be written ({os.strerror(code)}); {_WRITABLE}", str(place))
 
 
-@contextmanager
-def in_use(cache_dir: Path, *, alone: bool = False) -> Iterator[None]:
+def in_use(cache_dir: Path, *, alone: bool = False) -> AbstractContextManager[None]:
     """Hold a cache's folder while it is built: any number of builds at once, or one that deletes what is there.
 
     Without this an `--overwrite` beside a running build would leave shards of both, sealed.
 
     Args:
-        cache_dir: The folder; nothing is held if it is not there, or on file systems without ``flock``.
         alone: Nobody else may build there at this moment.
 
     Raises:
         ConfigError: If another build is running there, and one of the two wants to be alone.
     """
-    try:
-        lock = HeldLock(descriptor := os.open(cache_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
-    except OSError:  # writing to it will say what is wrong
-        yield
-        return
-    try:
-        fcntl.flock(descriptor, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.release()
-        raise ConfigError(
-            f"{cache_dir}: another `teacher-cache build` is running on this folder, and "
-            f"{'--overwrite would delete its shards' if alone else 'is deleting what was there'}; stop it or wait "
-            "for its end, then run the same command again"
-        ) from None
-    except OSError:
-        logger.debug("%s cannot be locked", cache_dir)
-    try:
-        yield
-    finally:
-        lock.release()
+    doing = "--overwrite would delete its shards" if alone else "is deleting what was there"
+    busy = f"another `teacher-cache build` is running on this folder, and {doing}; stop it or wait for its end, then "
+    return hold_folder(cache_dir, alone=alone, busy=f"{busy}run the same command again")
 
 
 def refuse_replaced(cache_dir: Path, plan: Plan) -> None:
-    """Stop a build whose folder was removed or begun anew: what it still writes would be of no cache, or of another.
-
-    Raises:
-        CacheMismatchError: If the plan there is not the one this build began with.
-    """
+    """Stop a build whose folder was removed or begun anew: what it still writes would be of no cache, or of another."""
     if stored_plan(cache_dir) != plan:
         raise CacheMismatchError(
             f"{cache_dir / PLAN} was removed or replaced while this build ran; delete what is left of the folder "
@@ -160,8 +109,6 @@ def prepare_cache(cache_dir: Path, plan: Plan, *, overwrite: bool) -> Plan:
     """Write ``plan.json``, or make sure that the one there says the same.
 
     Args:
-        cache_dir: The cache folder.
-        plan: What this run would write.
         overwrite: Delete the cache that is there first; files that are not a cache's are never touched.
 
     Returns:
@@ -174,7 +121,7 @@ def prepare_cache(cache_dir: Path, plan: Plan, *, overwrite: bool) -> Plan:
     if cache_dir.exists() and not cache_dir.is_dir():
         raise ConfigError(f"{cache_dir} is a file; give a folder for the cache (CACHE=...)")
     entries = sorted(cache_dir.iterdir()) if cache_dir.is_dir() else []
-    kept = [entry.name for entry in entries if not _is_leftover(entry)]
+    kept = [entry.name for entry in entries if not is_leftover(entry)]
     is_cache = any(_is_our_document(cache_dir / name) for name in (PLAN, MANIFEST))
     strangers = [name for name in kept if name not in OUR_NAMES]
     if kept and not is_cache:
@@ -204,15 +151,11 @@ def prepare_cache(cache_dir: Path, plan: Plan, *, overwrite: bool) -> Plan:
     return read_plan(cache_dir)  # as a resumed run will read it, so that both write the same bytes
 
 
-def refuse_strangers(cache_dir: Path, known: Collection[str]) -> None:
+def refuse_unlisted(cache_dir: Path, known: Collection[str]) -> None:
     """Refuse to seal a folder that holds more than the cache: a manifest vouches for every file it lists.
 
     Args:
-        cache_dir: The cache.
         known: Paths of its own files outside ``shards/``; the plan, the index, the manifest and the card are known.
-
-    Raises:
-        ConfigError: Naming the others.
     """
     found = [name for name in side_files(cache_dir) if name not in known and name not in (PLAN, INDEX)]
     if found:
@@ -232,7 +175,7 @@ def intact_manifest(cache_dir: Path) -> Manifest | None:
         return None
     try:
         manifest = read_manifest(cache_dir)
-        check_side_files(cache_dir, manifest)
+        check_digests(cache_dir, manifest.files)
     except CacheFormatError as error:
         logger.warning("%s; it is written again from the shards that are there", error)
         return None
@@ -276,12 +219,6 @@ def _strangers(cache_dir: Path, names: list[str]) -> ConfigError:
         f"{cache_dir} holds {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}, which is not part of the "
         "cache and would be sealed into it; move that away, then run the same command again"
     )
-
-
-def _is_leftover(entry: Path) -> bool:
-    """What a run leaves that was killed before it wrote its plan."""
-    empty_shards = entry.name == SHARDS and entry.is_dir() and not any(entry.iterdir())
-    return entry.name.startswith(TEMPORARY_PREFIX) or empty_shards
 
 
 def _is_our_document(path: Path) -> bool:

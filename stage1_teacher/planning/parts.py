@@ -44,9 +44,6 @@ class Part:
         rank: Which, from 0.
         of: How many there are.
         takes_all: Works on every missing shard, from the last one on, instead of on its own.
-
-    Raises:
-        ConfigError: If there is no such part.
     """
 
     rank: int = 0
@@ -82,11 +79,7 @@ WHOLE = Part()
 
 
 def parse_part(text: str) -> Part:
-    """Read ``R/N``.
-
-    Raises:
-        ConfigError: If it is none.
-    """
+    """Read ``R/N``."""
     match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
     if match is None:
         raise ConfigError(f"part {text!r}: expected R/N, for example 0/4 for the first of four processes")
@@ -105,15 +98,8 @@ def choose_part(text: str | None, environment: Mapping[str, str]) -> tuple[Part,
     A shell inside a Slurm allocation has ``SLURM_NTASKS`` and ``SLURM_PROCID`` too, and is no part of anything: only
     variables that the launcher of several processes alone sets count.
 
-    Args:
-        text: What ``--part`` says, or None.
-        environment: The environment's variables.
-
     Returns:
         The part, and its rank among the processes of this machine.
-
-    Raises:
-        ConfigError: If ``text`` is not ``R/N``.
     """
     for launcher, mark, *names in _LAUNCHERS:
         values = [environment.get(name, "") for name in names]
@@ -148,9 +134,7 @@ def fix_threads(config: BuildConfig, *, several: bool, overwrite: bool = False) 
     number is kept, for none of the arithmetic is the CPU's.
 
     Args:
-        config: The options.
         several: Other processes work on this cache, here or on other machines.
-        overwrite: The cache that is there does not count.
     """
     import torch
 
@@ -178,7 +162,6 @@ def fix_batch_size(config: BuildConfig, *, overwrite: bool = False) -> BuildConf
 
     Args:
         config: The options; without a cache an automatic batch size stays automatic.
-        overwrite: The cache that is there does not count.
     """
     stored = None if overwrite or config.batch_size else stored_plan(Path(config.cache))
     return config if stored is None else replace(config, batch_size=stored.batch_size)
@@ -195,17 +178,13 @@ def quiet_libraries() -> None:
 
 
 def run_parts(
-    target: Callable[[BuildConfig, Part], None],
-    config: BuildConfig,
-    parts: Sequence[Part],
-    on_wait: Callable[[], None],
+    target: Callable[[BuildConfig, Part], None], config: BuildConfig, parts: Sequence[Part], on_wait: Callable[[], None]
 ) -> None:
     """Run ``target`` in one fresh process for each part, and wait for all of them.
 
     Args:
         target: Importable function of the options and a part.
         config: The options; each process gets a GPU of its own where there are several.
-        parts: One a process.
         on_wait: Called about once a second.
 
     Raises:

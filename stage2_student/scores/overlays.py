@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 import PIL.Image
-import PIL.ImageDraw
 import torch
 from torch import Tensor
 
@@ -24,6 +23,7 @@ from vlm_distill_cache.common.cache.reader import TeacherCache
 from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
 from vlm_distill_cache.common.codecs.row_attention import RowAttentionCodec
 from vlm_distill_cache.common.errors import SampleError
+from vlm_distill_cache.common.tools.picture import paint_heat
 from vlm_distill_cache.data.sample import Dataset, Sample
 from vlm_distill_cache.data.text.collate import Batch, collate, supervised_rows, visual_keys
 from vlm_distill_cache.data.text.encoding import SampleEncoder
@@ -34,7 +34,6 @@ from vlm_distill_cache.stage2_student.scores.evaluate import language_model_of
 from vlm_distill_cache.stage2_student.students.model import model_inputs_of
 
 PICTURE_SIDE = 220
-HEAT = (255, 64, 0)
 
 
 @dataclass(frozen=True)
@@ -42,12 +41,8 @@ class Overlay:
     """One answer word with both heat maps.
 
     Attributes:
-        sample_id: The sample.
         text: Its conversation up to and including the word.
-        word: The word that is being said.
         picture: The image, longer side ``PICTURE_SIDE`` pixels.
-        teacher: The same with the teacher's attention.
-        student: The same with the student's.
     """
 
     sample_id: str
@@ -59,23 +54,13 @@ class Overlay:
 
 
 def collect_overlays(
-    model: Any,
-    encoder: SampleEncoder,
-    cache: TeacherCache,
-    dataset: Dataset,
-    *,
-    match: GroupMatch,
-    count: int,
+    model: Any, encoder: SampleEncoder, cache: TeacherCache, dataset: Dataset, *, match: GroupMatch, count: int
 ) -> list[Overlay]:
     """Draw the answer word on which the teacher is most concentrated, for the first samples that have one.
 
     Args:
-        model: The student.
-        encoder: Fits the student.
         cache: Must hold ``answer_attention``.
-        dataset: The data the cache was built from.
         match: How the student's layers meet the cached groups.
-        count: Pictures to draw.
 
     Returns:
         At most ``count`` overlays, fewer where samples have no image or cannot be read.
@@ -169,25 +154,20 @@ def seen_once(mass: Tensor, tiles: tuple[Tile, ...]) -> tuple[Tensor, Tensor]:
 
 
 def draw_heat(picture: PIL.Image.Image, mass: Tensor, boxes: Tensor) -> PIL.Image.Image:
-    """Blend attention over a picture.
+    """Paint attention over a picture.
 
     Args:
-        picture: RGB.
         mass: Attention of each token or cell, float ``[N]``.
         boxes: Their boxes on the picture, float ``[N, 4]`` as shares of its sides.
 
     Returns:
-        RGB of the same size: dark where nothing is looked at, red where most is.
+        RGB of the same size, each box in the colour of its mass relative to the largest.
     """
     strongest = float(mass.max())
     width, height = picture.size
-    shade = PIL.Image.new("L", picture.size, 0)
-    brush = PIL.ImageDraw.Draw(shade)
+    heat = np.zeros((height, width))
     for value, (x0, y0, x1, y1) in zip(mass.tolist(), boxes.tolist(), strict=True):
-        corners = [round(x0 * width), round(y0 * height), round(x1 * width) - 1, round(y1 * height) - 1]
-        corners = [max(0, corners[0]), max(0, corners[1]), min(width, corners[2]), min(height, corners[3])]
-        if corners[0] <= corners[2] and corners[1] <= corners[3] and strongest > 0:
-            brush.rectangle(corners, fill=round(255 * value / strongest))
-    dim = PIL.Image.blend(picture, PIL.Image.new("RGB", picture.size, (16, 16, 24)), 0.45)
-    hot = PIL.Image.blend(picture, PIL.Image.new("RGB", picture.size, HEAT), 0.55)
-    return PIL.Image.composite(hot, dim, shade)
+        columns = slice(max(0, round(x0 * width)), max(0, round(x1 * width)))
+        rows = slice(max(0, round(y0 * height)), max(0, round(y1 * height)))
+        heat[rows, columns] = value / strongest if strongest > 0 else 0.0
+    return paint_heat(heat, picture)

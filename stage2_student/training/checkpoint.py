@@ -6,7 +6,6 @@ checkpoint or one that is not looked at. The learning rate and the order of samp
 position (optim.py, sampler.py): a phase, a step and a count of samples are all the state there is.
 """
 
-import errno
 import json
 import logging
 import os
@@ -21,7 +20,7 @@ import numpy as np
 import torch
 from torch.optim import Optimizer
 
-from vlm_distill_cache.common.errors import CacheFormatError, ConfigError
+from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, NoRoomError
 from vlm_distill_cache.common.files.atomic import (
     clean_stale,
     create_temporary,
@@ -29,6 +28,7 @@ from vlm_distill_cache.common.files.atomic import (
     publish_directory,
     write_durably,
 )
+from vlm_distill_cache.common.files.disk import AGAIN
 from vlm_distill_cache.common.files.hashing import file_checksum
 
 CHECKPOINTS = "checkpoints"
@@ -141,10 +141,9 @@ def write_checkpoint(
             torch.save(tensors, file)
         except RuntimeError as error:  # the library hides why it could not write
             reason = error.__context__ if isinstance(error.__context__, OSError) else None
-            raise reason or OSError(
-                errno.EIO, f"cannot be written, the disk may be full ({error}); free some space, then start again: "
-                "the run goes on", str(temporary / TENSORS),
-            ) from error  # fmt: skip
+            raise reason or NoRoomError(
+                f"{file.name}: cannot be written, the disk may be full ({error}); make room, then {AGAIN}"
+            ) from error
         file.flush()
         os.fsync(file.fileno())
     state = {

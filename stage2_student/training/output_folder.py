@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-import errno
 import os
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from pathlib import Path
 
+from vlm_distill_cache.common.config import read_yaml
 from vlm_distill_cache.common.errors import ConfigError
-from vlm_distill_cache.common.files.atomic import TEMPORARY_PREFIX, clean_stale, create_temporary, remove, try_lock
+from vlm_distill_cache.common.files.atomic import TEMPORARY_PREFIX, clean_stale, hold_folder
+from vlm_distill_cache.common.files.disk import name_full_disk, refuse_overlap
 from vlm_distill_cache.stage2_student.config import TrainConfig
-from vlm_distill_cache.stage2_student.resolve import read_yaml
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
-
-_FULL = {
-    errno.ENOSPC: "free some space",
-    errno.EDQUOT: "free some space or raise the quota",
-    errno.EFBIG: "raise `ulimit -f`",
-}
-_AGAIN = "then run the same command again: it goes on where it stopped"
 
 
 @contextmanager
@@ -34,50 +24,17 @@ def claim_output(output: Path, *caches: Path) -> Iterator[None]:
 
     Raises:
         ConfigError: If one of the folders lies in the other, or another process holds ``output``.
-        OSError: If there is no more room to write, with the remedy: the system's own error names none.
+        NoRoomError: If there is no more room to write.
     """
-    inside = output.resolve()
-    for cache in caches:
-        outside = cache.resolve()
-        if inside.is_relative_to(outside) or outside.is_relative_to(inside):
-            raise ConfigError(
-                f"{output} and the cache {cache} lie in each other; a cache holds nothing else: give another --output"
-            )
+    refuse_overlap(output, *caches)
     if os.environ.get("RANK", "0") != "0":  # one process of several holds it for all
         yield
         return
-    with _explain_full_disk(output):
+    with name_full_disk(output):
         output.mkdir(parents=True, exist_ok=True)
-        lock = try_lock(output)
-        if lock is None and can_lock(output):
-            raise ConfigError(f"{output}: another process works there; wait for it, or give another --output")
-        try:
+        with hold_folder(output, busy="another process works there; wait for it, or give another --output"):
             clean_stale(output)
             yield
-        finally:
-            if lock is not None:
-                lock.release()
-
-
-@contextmanager
-def _explain_full_disk(output: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in _FULL or _AGAIN in str(error.strerror):  # said already, of a folder inside this one
-            raise
-        reason = f"{error.strerror}; {_FULL[error.errno]}, {_AGAIN}"
-        raise OSError(error.errno, reason, error.filename or str(output)) from error
-
-
-def can_lock(folder: Path) -> bool:
-    """Whether the file system knows locks; without them nobody can tell who else works in a folder."""
-    temporary, lock = create_temporary(folder / "lock")
-    remove(temporary)
-    if lock is None:
-        return False
-    lock.release()
-    return True
 
 
 def holds_anything(folder: Path) -> bool:

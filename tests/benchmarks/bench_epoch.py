@@ -70,7 +70,7 @@ def make_cache(folder: Path, like: Plan, records: Sequence[Record], samples: int
     """
     plan = replace(like, store="zarr", sample_count=samples, shard_size=SHARD)
     write_plan(folder, plan)
-    ranges = plan.shard_ranges()
+    ranges = [plan.shard_range(index) for index in range(plan.shard_count)]
     read = set((first_window([np.arange(part.start, part.stop) for part in ranges]) // SHARD).tolist())
     sizes = {entry.name: 1 << 20 for entry in plan.all_fields}
     for shard, places in enumerate(ranges):

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from vlm_distill_cache.common.cache.manifest import Manifest, Plan, seal, write_plan
+from vlm_distill_cache.common.cache.manifest import Manifest, seal
+from vlm_distill_cache.common.cache.plan import Plan, write_plan
 from vlm_distill_cache.common.cache.schema import Field, Record
 from vlm_distill_cache.common.cache.stores import finish_shard, open_writer
 

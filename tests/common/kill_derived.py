@@ -11,7 +11,8 @@ from pathlib import Path
 from cache_factory import build_shard, make_plan
 from kill_everywhere import in_child, kill_everywhere
 
-from vlm_distill_cache.common.cache.manifest import seal, write_plan
+from vlm_distill_cache.common.cache.manifest import seal
+from vlm_distill_cache.common.cache.plan import write_plan
 
 
 def build(cache_dir, plan, shards):

@@ -12,7 +12,9 @@ from pathlib import Path
 
 from cache_factory import build_shard, make_plan, tree
 
-from vlm_distill_cache.common.cache.manifest import missing_shards, seal, write_plan
+from vlm_distill_cache.common.cache.manifest import seal
+from vlm_distill_cache.common.cache.plan import write_plan
+from vlm_distill_cache.common.cache.sidecar import missing_shards
 
 _WATCHED = {"open", "os.mkdir", "os.rename", "os.link", "os.remove", "os.rmdir", "os.truncate"}
 

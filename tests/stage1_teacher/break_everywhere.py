@@ -17,6 +17,7 @@ import torch
 import tqdm
 
 from vlm_distill_cache.common.cache.manifest import seal
+from vlm_distill_cache.common.errors import NoRoomError
 from vlm_distill_cache.stage1_teacher.config import BuildConfig
 from vlm_distill_cache.stage1_teacher.extract import extract, recompute_fidelity
 from vlm_distill_cache.stage1_teacher.planning.cache_folder import explain_disk_errors
@@ -79,9 +80,8 @@ def in_child(function, *arguments):
         try:
             function(*arguments)
             code = 0
-        except OSError as error:
-            lines = ("the disk is full", "finished shards are kept", "then run the same command again")
-            if error.errno == errno.ENOSPC and all(line in error.strerror for line in lines):
+        except NoRoomError as error:
+            if "No space left on device; make room, then run the same command again" in str(error):
                 code = FULL
         finally:
             if code == 1:

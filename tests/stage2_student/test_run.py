@@ -1,6 +1,8 @@
 """`distill run`: two students, one table, one page; nothing is done twice and nothing is mixed."""
 
+import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -255,7 +257,7 @@ def test_a_folder_that_another_process_works_in_is_refused(tmp_path):
 @pytest.mark.parametrize(("output", "cache"), [("c", "c"), ("c/run", "c"), ("o", "o/cache")])
 def test_output_and_cache_do_not_lie_in_each_other(tmp_path, output, cache):
     with (
-        pytest.raises(ConfigError, match="lie in each other"),
+        pytest.raises(ConfigError, match="lie inside each other"),
         claim_output(tmp_path / output, tmp_path / cache),
     ):
         pass
@@ -263,11 +265,10 @@ def test_output_and_cache_do_not_lie_in_each_other(tmp_path, output, cache):
 
 
 def test_a_file_system_without_locks_is_no_reason_to_refuse(tmp_path, monkeypatch):
-    for module in (
-        "vlm_distill_cache.common.files.atomic",
-        "vlm_distill_cache.stage2_student.training.output_folder",
-    ):
-        monkeypatch.setattr(f"{module}.try_lock", lambda _path: None)
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
     with claim_output(tmp_path / "run", tmp_path / "cache"):
         assert list((tmp_path / "run").iterdir()) == []
 

@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
+from vlm_distill_cache.common.cache.schema import Field
 from vlm_distill_cache.common.cache.sidecar import FileEntry, ShardSidecar, write_sidecar
 from vlm_distill_cache.common.cache.stores.base import DAMAGE_ERRORS, ShardReader, ShardWriter, prepare_shard
 from vlm_distill_cache.common.cache.stores.webdataset_store import WebDatasetReader, WebDatasetWriter
 from vlm_distill_cache.common.cache.stores.zarr_store import ZarrReader, ZarrWriter
 from vlm_distill_cache.common.errors import CacheFormatError
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
-    from pathlib import Path
-
-    from vlm_distill_cache.common.cache.schema import Field
-
-__all__ = [
-    "DAMAGE_ERRORS",
-    "STORES",
-    "ShardReader",
-    "ShardWriter",
-    "finish_shard",
-    "open_reader",
-    "open_writer",
-]
+__all__ = ["DAMAGE_ERRORS", "STORES", "ShardReader", "ShardWriter", "finish_shard", "open_reader", "open_writer"]
 
 STORES: dict[str, tuple[type[ShardWriter], type[ShardReader]]] = {
     "zarr": (ZarrWriter, ZarrReader),
@@ -36,53 +24,40 @@ _SUFFIXES = (ZarrWriter.suffix, WebDatasetWriter.suffix)
 def open_writer(store: str, cache_dir: Path, shard_index: int, fields: Sequence[Field]) -> ShardWriter:
     """Open a shard for writing, after removing what a killed run left of it.
 
-    Args:
-        store: ``zarr`` or ``webdataset``.
-        cache_dir: The cache.
-        shard_index: Of the shard.
-        fields: All fields of a record, ``plan.all_fields``.
-
     Raises:
-        CacheFormatError: If there is no such store.
         CacheMismatchError: If the shard is already finished.
     """
     writer, _ = _look_up(store)
     prepare_shard(cache_dir, shard_index, _SUFFIXES)
-    return writer(cache_dir, shard_index, tuple(fields))  # type: ignore[call-arg]
+    return writer(cache_dir, shard_index, tuple(fields))
 
 
 def open_reader(store: str, cache_dir: Path, shard_index: int, fields: Sequence[Field]) -> ShardReader:
-    """Open a shard for reading; checks its structure, not its checksums (``TeacherCache`` does).
-
-    Raises:
-        CacheFormatError: If there is no such store, or the shard is damaged.
-    """
+    """Open a shard for reading; checks its structure, not its checksums (``TeacherCache`` does)."""
     _, reader = _look_up(store)
-    return reader(cache_dir, shard_index, tuple(fields))  # type: ignore[call-arg]
+    return reader(cache_dir, shard_index, tuple(fields))
 
 
 def finish_shard(writer: ShardWriter, failed: Iterable[tuple[str, str]] = ()) -> ShardSidecar:
     """Publish a shard and then its sidecar: from now on the shard exists.
 
     Args:
-        writer: With all records of the shard appended, in the data set's order.
         failed: ``(sample_id, reason)`` of each sample that could not be read.
 
     Raises:
         CacheMismatchError: If another process published the same shard with other content.
     """
     try:
-        ledger = writer.ledger
-        files = {name: FileEntry.of(ledger.cache_dir / name) for name in writer.close()}
+        files = {name: FileEntry.of(writer.cache_dir / name) for name in writer.close()}
         sidecar = ShardSidecar(
-            index=ledger.index,
-            sample_ids=tuple(ledger.sample_ids),
-            rows=ledger.rows,
-            field_bytes=dict(ledger.field_bytes),
+            index=writer.index,
+            sample_ids=tuple(writer.sample_ids),
+            rows=writer.rows,
+            field_bytes=dict(writer.field_bytes),
             files=files,
             failed=tuple((name, reason) for name, reason in failed),
         )
-        write_sidecar(ledger.cache_dir, sidecar)
+        write_sidecar(writer.cache_dir, sidecar)
     finally:
         writer.abort()  # after a success only the lock is left to give back
     return sidecar

@@ -7,18 +7,24 @@ shard by mistake, the second finds an identical shard and is content, or a diffe
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Sequence
+from pathlib import Path
 
 from vlm_distill_cache.common.cache.plan import SHARDS
 from vlm_distill_cache.common.cache.schema import Field, Record, check_record
+from vlm_distill_cache.common.cache.side_files import walk_files
 from vlm_distill_cache.common.cache.sidecar import sidecar_path
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError
-from vlm_distill_cache.common.files.atomic import clean_stale, remove, try_lock
-
-if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
-    from pathlib import Path
+from vlm_distill_cache.common.files.atomic import (
+    HeldLock,
+    clean_stale,
+    publish_directory,
+    publish_file,
+    remove,
+    try_lock,
+)
+from vlm_distill_cache.common.files.hashing import file_digests
 
 MAX_RECORD_BYTES = 1 << 30  # decoded bytes of one sample
 MAX_FIELD_BYTES = 8 << 30  # decoded bytes of one field of one shard
@@ -38,82 +44,30 @@ DAMAGE_ERRORS = (
 )
 
 
-class ShardWriter(Protocol):
-    """Writes one shard. Nothing is visible under its final name before ``close``."""
-
-    @property
-    def ledger(self) -> ShardLedger:
-        """What was appended so far."""
-        ...
-
-    def append(self, sample_id: str, record: Record) -> None:
-        """Add a record; refuses a repeated sample id and a record that does not fit the fields."""
-        ...
-
-    def close(self) -> list[str]:
-        """Publish the shard atomically; returns its files relative to the cache. Keeps its lock."""
-        ...
-
-    def abort(self) -> None:
-        """Drop what is not published, and the lock; may be called at any time, any number of times."""
-        ...
-
-
-class ShardReader(Protocol):
-    """Reads the records of one shard. Safe to call from several threads."""
-
-    @property
-    def sample_ids(self) -> tuple[str, ...]:
-        """Of the records, in stored order."""
-        ...
-
-    def __len__(self) -> int:
-        """Return the number of records."""
-        ...
-
-    def read(self, position: int, names: Collection[str] | None = None) -> Record:
-        """Return one record, or the named fields of it, as arrays the caller owns."""
-        ...
-
-    def check(self) -> None:
-        """Check dtypes, shapes and offsets of all fields, without decoding values where possible."""
-        ...
-
-    def close(self) -> None:
-        """Release files and memory; the reader is not used afterwards."""
-        ...
-
-
-@dataclass(kw_only=True)
-class ShardLedger:
-    """What a writer has accepted so far; both stores count alike.
+class ShardWriter(ABC):
+    """Writes one shard. Nothing is visible under its final name before ``close``.
 
     Attributes:
-        cache_dir: The cache.
-        index: Of the shard.
-        fields: All fields of a record.
+        suffix: Of the shard's name.
         sample_ids: In the order appended.
         rows: Supervised rows so far.
         field_bytes: Decoded bytes so far by field.
     """
 
-    cache_dir: Path
-    index: int
-    fields: tuple[Field, ...]
-    sample_ids: list[str] = field(default_factory=list)
-    rows: int = 0
-    field_bytes: dict[str, int] = field(default_factory=dict)
-    _seen: set[str] = field(default_factory=set)
+    suffix: str
 
-    def __post_init__(self) -> None:
-        self.field_bytes = {f.name: 0 for f in self.fields}
+    def __init__(self, cache_dir: Path, index: int, fields: tuple[Field, ...]) -> None:
+        self.cache_dir, self.index, self.fields = cache_dir, index, fields
+        self.sample_ids: list[str] = []
+        self.rows = 0
+        self.field_bytes = {f.name: 0 for f in fields}
+        self._seen: set[str] = set()
+        self._final = shard_path(cache_dir, index, self.suffix)
+        self._temporary: Path | None = None
+        self._lock: HeldLock | None = None
 
-    def accept(self, sample_id: str, record: Record) -> None:
-        """Check a record and count it.
-
-        Raises:
-            CacheFormatError: If the id is empty, too long or repeated, or the record does not fit.
-        """
+    def append(self, sample_id: str, record: Record) -> None:
+        """Add a record; refuses a repeated sample id and a record that does not fit the fields."""
         where = f"shard {self.index}, sample {sample_id!r}"
         if not isinstance(sample_id, str) or not 0 < len(sample_id.encode()) <= MAX_SAMPLE_ID_BYTES:
             raise CacheFormatError(f"{where}: a sample id is a text of 1 to {MAX_SAMPLE_ID_BYTES} bytes")
@@ -128,6 +82,103 @@ class ShardLedger:
         self.rows += len(record["labels"])
         for name, array in record.items():
             self.field_bytes[name] += array.nbytes
+        self._add(sample_id, record)
+
+    def close(self) -> list[str]:
+        """Publish the shard atomically; returns its files relative to the cache, and keeps its lock.
+
+        Raises:
+            CacheMismatchError: If another process published the shard with other content.
+        """
+        temporary, names = self._write()
+        try:
+            if temporary.is_dir():
+                publish_directory(temporary, self._final)
+            else:
+                publish_file(temporary, self._final, create_only=True)
+        except FileExistsError:
+            if _digests(temporary) != _digests(self._final):
+                raise CacheMismatchError(
+                    f"{self._final}: another process published this shard with different content; run one process a "
+                    "shard, with the same options and hardware, or delete this shard and its sidecar and build again"
+                ) from None
+            remove(temporary)
+        self._temporary = None
+        return [f"{SHARDS}/{self._final.name}{name}" for name in names]
+
+    def abort(self) -> None:
+        """Drop what is not published, and the lock; may be called at any time, any number of times."""
+        if self._temporary is not None:
+            remove(self._temporary)
+            self._temporary = None
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    @abstractmethod
+    def _add(self, sample_id: str, record: Record) -> None:
+        """Take a record that fits."""
+
+    @abstractmethod
+    def _write(self) -> tuple[Path, list[str]]:
+        """Write all to the temporary file or folder, durably; return it, and what follows its name in each path."""
+
+
+class ShardReader(ABC):
+    """Reads the records of one shard. Safe to call from several threads.
+
+    Attributes:
+        suffix: Of the shard's name.
+        is_folder: Whether a shard is one, or else a file.
+        sample_ids: Of the records, in stored order.
+    """
+
+    suffix: str
+    is_folder: bool
+    sample_ids: tuple[str, ...]
+
+    def __init__(self, cache_dir: Path, index: int, fields: tuple[Field, ...]) -> None:
+        self._path, self._fields = shard_path(cache_dir, index, self.suffix), fields
+        if self._path.is_symlink() or not (self._path.is_dir() if self.is_folder else self._path.is_file()):
+            raise CacheFormatError(
+                f"{self._path}: the shard is missing; run `cachectl repair`, then `teacher-cache build` again"
+            )
+
+    def __len__(self) -> int:
+        return len(self.sample_ids)
+
+    def read(self, position: int, names: Collection[str] | None = None) -> Record:
+        """Return one record, or the named fields of it, as arrays the caller owns.
+
+        Raises:
+            CacheFormatError: If the shard is damaged or has no such field.
+            IndexError: If there is no such position.
+        """
+        if not 0 <= position < len(self):
+            raise IndexError(f"{self._path}: no record {position}; there are {len(self)}")
+        if names is None:
+            return self._read(position, self._fields)
+        known = {f.name for f in self._fields}
+        if unknown := sorted(set(names) - known):
+            raise CacheFormatError(f"{self._path}: no fields {unknown}; it has {sorted(known)}")
+        return self._read(position, [f for f in self._fields if f.name in names])
+
+    @abstractmethod
+    def _read(self, position: int, fields: Sequence[Field]) -> Record:
+        """Return these fields of a record that is there."""
+
+    @abstractmethod
+    def check(self) -> None:
+        """Check dtypes, shapes and offsets of all fields, without decoding values where possible."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Release files and memory; the reader is not used afterwards."""
+
+
+def _digests(shard: Path) -> list[tuple[str, str, str, int]]:
+    names = walk_files(shard) if shard.is_dir() else [""]
+    return [(name, *file_digests(shard / name)) for name in names]
 
 
 def shard_path(cache_dir: Path, index: int, suffix: str) -> Path:
@@ -163,28 +214,6 @@ def _refuse_finished(cache_dir: Path, index: int) -> None:
             f"{sidecar_path(cache_dir, index)}: shard {index} is already finished; "
             "write only the shards that `missing_shards` names, or delete the sidecar to make it anew"
         )
-
-
-def refuse_conflict(path: Path) -> CacheMismatchError:
-    """Return the error of a writer that finds another, different shard in its place."""
-    return CacheMismatchError(
-        f"{path}: another process published this shard with different content; run one process a shard, "
-        "with the same options and hardware, or delete this shard and its sidecar and build again"
-    )
-
-
-def select_fields(fields: Sequence[Field], names: Collection[str] | None, where: str) -> list[Field]:
-    """Return the fields with these names, all for None.
-
-    Raises:
-        CacheFormatError: If the shard has no field of a name.
-    """
-    if names is None:
-        return list(fields)
-    known = {f.name for f in fields}
-    if unknown := sorted(set(names) - known):
-        raise CacheFormatError(f"{where}: no fields {unknown}; it has {sorted(known)}")
-    return [f for f in fields if f.name in names]
 
 
 def frame_content_bytes(data: bytes) -> int | None:

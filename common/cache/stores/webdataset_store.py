@@ -12,8 +12,9 @@ import json
 import os
 import re
 import tarfile
+from collections.abc import Callable, Sequence
 from io import BytesIO
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
 
 import numpy as np
 from numcodecs.zstd import Zstd
@@ -25,21 +26,13 @@ from vlm_distill_cache.common.cache.schema import Field, Record, check_record
 from vlm_distill_cache.common.cache.stores.base import (
     DAMAGE_ERRORS,
     MAX_RECORD_BYTES,
-    ShardLedger,
+    ShardReader,
+    ShardWriter,
     frame_content_bytes,
-    refuse_conflict,
-    select_fields,
-    shard_path,
 )
 from vlm_distill_cache.common.errors import CacheFormatError
-from vlm_distill_cache.common.files.atomic import create_temporary, publish_file
-from vlm_distill_cache.common.files.hashing import checksum, file_digests
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
-    from pathlib import Path
-
-    from vlm_distill_cache.common.files.atomic import HeldLock
+from vlm_distill_cache.common.files.atomic import create_temporary
+from vlm_distill_cache.common.files.hashing import checksum
 
 EXTENSION = ".safetensors.zst"
 _ZSTD_LEVEL = 9
@@ -48,7 +41,7 @@ _MAX_HEADER_BYTES = 1 << 20  # of safetensors: some hundred bytes a field, and t
 _MAX_KEY = 80  # with the extension below the 100 bytes of a ustar name
 _PLAIN = re.compile(rb"[A-Za-z0-9_-]")
 _KEY = re.compile(r"[A-Za-z0-9_~-]+")
-_ESCAPED = re.compile(r"~([0-9a-f]{2})")
+_ESCAPED = re.compile(rb"~([0-9a-f]{2})")
 
 
 def key_of(sample_id: str) -> str:
@@ -68,12 +61,7 @@ def encode_member(sample_id: str, record: Record) -> bytes:
 
 
 def decode_member(data: bytes, where: str) -> tuple[str, Record]:
-    """Read what ``encode_member`` wrote, bounded before it allocates.
-
-    Raises:
-        CacheFormatError: If the bytes are damaged, or declare more than ``MAX_RECORD_BYTES`` or than their number
-            could hold.
-    """
+    """Read what ``encode_member`` wrote, bounded before it allocates."""
     size, limit = frame_content_bytes(data), min(MAX_RECORD_BYTES, _MAX_EXPANSION * len(data))
     if size is None or size > limit:
         raise CacheFormatError(f"{where}: declares {size} bytes, above {limit}, or is damaged")
@@ -89,73 +77,46 @@ def decode_member(data: bytes, where: str) -> tuple[str, Record]:
     return sample_id, {name: array.copy() for name, array in record.items()}
 
 
-class WebDatasetWriter:
+class WebDatasetWriter(ShardWriter):
     """Streams records into a temporary tar and publishes ``shards/00000.tar`` on ``close``."""
 
     suffix = "tar"
 
-    def __init__(self, cache_dir: Path, shard_index: int, fields: tuple[Field, ...]) -> None:
-        self.ledger = ShardLedger(cache_dir=cache_dir, index=shard_index, fields=fields)
-        self._final = shard_path(cache_dir, shard_index, self.suffix)
-        self._temporary: Path | None
-        self._lock: HeldLock | None
+    def __init__(self, cache_dir: Path, index: int, fields: tuple[Field, ...]) -> None:
+        super().__init__(cache_dir, index, fields)
         self._temporary, self._lock = create_temporary(self._final)
         self._file = self._temporary.open("wb")
         self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
 
-    def append(self, sample_id: str, record: Record) -> None:
-        """Add a record."""
-        self.ledger.accept(sample_id, record)
+    def _add(self, sample_id: str, record: Record) -> None:
         data = encode_member(sample_id, record)
         member = tarfile.TarInfo(key_of(sample_id) + EXTENSION)  # as `_member_header` has it
         member.size, member.mode = len(data), 0o644
         self._tar.addfile(member, BytesIO(data))
 
-    def close(self) -> list[str]:
-        """Publish the shard.
-
-        Returns:
-            Its file relative to the cache.
-
-        Raises:
-            CacheMismatchError: If another process published the shard with other content.
-        """
+    def _write(self) -> tuple[Path, list[str]]:
         if self._temporary is None:
             raise ValueError(f"{self._final}: the writer is closed")
         self._tar.close()
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
-        try:
-            publish_file(self._temporary, self._final, create_only=True)
-        except FileExistsError:
-            if file_digests(self._temporary) != file_digests(self._final):
-                raise refuse_conflict(self._final) from None
-            self._temporary.unlink()
-        self._temporary = None
-        return [f"{self._final.parent.name}/{self._final.name}"]
+        return self._temporary, [""]
 
     def abort(self) -> None:
         """Drop what is not published, and the lock."""
-        if self._temporary is not None:
-            self._file.close()
-            self._temporary.unlink(missing_ok=True)
-            self._temporary = None
-        if self._lock is not None:
-            self._lock.release()
-            self._lock = None
+        self._file.close()
+        super().abort()
 
 
-class WebDatasetReader:
+class WebDatasetReader(ShardReader):
     """Reads ``shards/00000.tar`` at random: the members' places are scanned once, on opening."""
 
-    def __init__(self, cache_dir: Path, shard_index: int, fields: tuple[Field, ...]) -> None:
-        self._path = shard_path(cache_dir, shard_index, WebDatasetWriter.suffix)
-        self._fields = fields
-        if not self._path.is_file() or self._path.is_symlink():
-            raise CacheFormatError(
-                f"{self._path}: the shard is missing; run `cachectl repair`, then `teacher-cache build` again"
-            )
+    suffix = WebDatasetWriter.suffix
+    is_folder = False
+
+    def __init__(self, cache_dir: Path, index: int, fields: tuple[Field, ...]) -> None:
+        super().__init__(cache_dir, index, fields)
         self._descriptor: int | None = os.open(self._path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
             self._members = self._scan()
@@ -164,24 +125,13 @@ class WebDatasetReader:
             self.close()
             raise
 
-    def __len__(self) -> int:
-        return len(self._members)
-
-    def read(self, position: int, names: Collection[str] | None = None) -> Record:
-        """Return one record, or the named fields of it, as arrays the caller owns.
-
-        Raises:
-            CacheFormatError: If the shard is damaged or has no such field.
-            IndexError: If there is no such position.
-        """
-        if not 0 <= position < len(self._members):
-            raise IndexError(f"{self._path}: no record {position}; there are {len(self._members)}")
+    def _read(self, position: int, fields: Sequence[Field]) -> Record:
         where = f"{self._path}, sample {self.sample_ids[position]!r}"
         sample_id, record = self._decode(position)
         if sample_id != self.sample_ids[position]:
             raise CacheFormatError(f"{where}: the member says it is {sample_id!r}; the shard is damaged")
         check_record(record, self._fields, where)
-        return {field.name: record[field.name] for field in select_fields(self._fields, names, where)}
+        return {field.name: record[field.name] for field in fields}
 
     def check(self) -> None:
         """Check the first record's fields, dtypes and shapes; the places were checked on opening."""
@@ -227,8 +177,7 @@ class WebDatasetReader:
         if "~h" in key:  # a long id, of which the key holds only the beginning and a hash
             return self._decode(position)[0]
         try:
-            parts = re.split(r"(~[0-9a-f]{2})", key)
-            return b"".join(_unescape(part) for part in parts).decode()
+            return _ESCAPED.sub(lambda escaped: bytes([int(escaped[1], 16)]), key.encode()).decode()
         except UnicodeDecodeError as error:
             raise CacheFormatError(f"{self._path}: member {key!r} is not a sample's key") from error
 
@@ -255,8 +204,3 @@ def _read_header(header: bytes) -> tuple[str, int]:
     if not name.isascii() or not re.fullmatch(rb"[0-7]{11}", digits):
         return "", 0
     return name.decode("ascii"), int(digits, 8)
-
-
-def _unescape(part: str) -> bytes:
-    escaped: Any = _ESCAPED.fullmatch(part)
-    return bytes([int(escaped[1], 16)]) if escaped else part.encode()

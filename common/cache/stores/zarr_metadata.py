@@ -10,31 +10,21 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from vlm_distill_cache.common.cache.plan import MAX_SHARD_SAMPLES
+from vlm_distill_cache.common.cache.schema import Field
 from vlm_distill_cache.common.cache.stores.base import frame_content_bytes
 from vlm_distill_cache.common.errors import CacheFormatError
 from vlm_distill_cache.common.files.atomic import read_json
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
-
-    from vlm_distill_cache.common.cache.schema import Field
-
 CHUNK_BYTES = 256 << 10
-_DATA_TYPES = {
-    "u1": "uint8",
-    "u2": "uint16",
-    "u4": "uint32",
-    "i8": "int64",
-    "f2": "float16",
-    "f4": "float32",
-}
+_DATA_TYPES = {"u1": "uint8", "u2": "uint16", "u4": "uint32", "i8": "int64", "f2": "float16", "f4": "float32"}
 _COMPRESSORS = ("blosc", "zstd")
 _MAX_METADATA_BYTES = 4 << 20
 _MIN_CHUNK_BYTES = 4096  # on average; smaller ones cost more memory than they hold
@@ -45,7 +35,6 @@ class ArrayLayout:
     """Where the values of one array are, as its checked metadata says.
 
     Attributes:
-        shape: Of the array.
         chunks: In its one file.
         chunk_bytes: Decoded bytes of each.
         compressor: ``blosc``, ``zstd`` or empty.
@@ -60,14 +49,7 @@ class ArrayLayout:
 
 
 def read_group_metadata(path: Path) -> tuple[int, dict[str, Any]]:
-    """Read the consolidated metadata of a shard's group.
-
-    Returns:
-        The number of samples, and the metadata of each array by name.
-
-    Raises:
-        CacheFormatError: If it is missing, damaged, or not that of a shard.
-    """
+    """Read the consolidated metadata of a shard's group."""
     where = path / "zarr.json"
     try:
         root = read_json(where, max_bytes=_MAX_METADATA_BYTES)
@@ -91,16 +73,8 @@ def check_metadata(
     """Check what the metadata declares for all arrays of a shard.
 
     Args:
-        arrays: From ``read_group_metadata``.
         expected: By name, the field whose dtype and trailing shape an array must have, and the bytes it may
             decode to.
-        path: Of the shard, for error messages.
-
-    Returns:
-        The layout of each array, whose decoded size is within its limit.
-
-    Raises:
-        CacheFormatError: If an array is missing, unexpected, or declares anything else.
     """
     if arrays.keys() != expected.keys():
         missing, extra = sorted(expected.keys() - arrays.keys()), sorted(arrays.keys() - expected.keys())
@@ -168,15 +142,7 @@ def _check_codecs(codecs: list[Any], where: str) -> tuple[tuple[int, ...], list[
 
 
 def check_chunks(path: Path, layout: ArrayLayout) -> None:
-    """Refuse a file whose chunks lie outside it, or would decode to another size than the metadata says.
-
-    Args:
-        path: The file with an array's chunks, and their places at its end.
-        layout: From ``check_metadata``.
-
-    Raises:
-        CacheFormatError: Naming the first such chunk.
-    """
+    """Refuse a file whose chunks lie outside it, or would decode to another size than the metadata says."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         size, index_bytes = os.fstat(descriptor).st_size, 16 * layout.chunks + 4

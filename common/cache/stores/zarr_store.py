@@ -16,26 +16,24 @@ from __future__ import annotations
 import json
 import math
 import threading
+from collections.abc import Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import zarr
 from zarr.codecs import BloscCodec
-from zarr.core.buffer import default_buffer_prototype
-from zarr.core.sync import sync
 from zarr.storage import LocalStore, MemoryStore
 
-from vlm_distill_cache.common.cache.manifest import walk_files
 from vlm_distill_cache.common.cache.schema import FORMAT_VERSION, Field, Record
+from vlm_distill_cache.common.cache.side_files import walk_files
 from vlm_distill_cache.common.cache.stores.base import (
     DAMAGE_ERRORS,
     MAX_FIELD_BYTES,
     MAX_SAMPLE_ID_BYTES,
-    ShardLedger,
-    refuse_conflict,
-    select_fields,
-    shard_path,
+    ShardReader,
+    ShardWriter,
 )
 from vlm_distill_cache.common.cache.stores.zarr_metadata import (
     CHUNK_BYTES,
@@ -44,14 +42,7 @@ from vlm_distill_cache.common.cache.stores.zarr_metadata import (
     read_group_metadata,
 )
 from vlm_distill_cache.common.errors import CacheFormatError
-from vlm_distill_cache.common.files.atomic import create_temporary, publish_directory, remove, write_durably
-from vlm_distill_cache.common.files.hashing import file_digests
-
-if TYPE_CHECKING:
-    from collections.abc import Collection
-    from pathlib import Path
-
-    from vlm_distill_cache.common.files.atomic import HeldLock
+from vlm_distill_cache.common.files.atomic import create_temporary, write_durably
 
 _IDS = "sample_ids"
 _BYTES = Field(name="bytes", dtype="u1", axis="sample")  # the dtypes of the store's own arrays
@@ -59,72 +50,48 @@ _NARROW_BYTES = 8  # of a row of an array worth the effort: logits, labels, offs
 _OFFSETS = Field(name="bounds", dtype="i8", axis="sample")
 
 
-class ZarrWriter:
+class ZarrWriter(ShardWriter):
     """Collects records in memory and writes ``shards/00000.zarr`` on ``close``."""
 
     suffix = "zarr"
 
-    def __init__(self, cache_dir: Path, shard_index: int, fields: tuple[Field, ...]) -> None:
-        self.ledger = ShardLedger(cache_dir=cache_dir, index=shard_index, fields=fields)
+    def __init__(self, cache_dir: Path, index: int, fields: tuple[Field, ...]) -> None:
+        super().__init__(cache_dir, index, fields)
         self._parts: dict[str, list[np.ndarray]] = {f.name: [] for f in fields}
-        self._temporary: Path | None = None
-        self._lock: HeldLock | None = None
 
-    def append(self, sample_id: str, record: Record) -> None:
-        """Add a record; the arrays are copied."""
-        self.ledger.accept(sample_id, record)
+    def _add(self, sample_id: str, record: Record) -> None:
         for name, array in record.items():
             self._parts[name].append(array.copy())
 
-    def close(self) -> list[str]:
-        """Publish the shard.
-
-        Returns:
-            Its files relative to the cache.
-
-        Raises:
-            CacheMismatchError: If another process published the shard with other content.
-        """
-        final = shard_path(self.ledger.cache_dir, self.ledger.index, self.suffix)
+    def _write(self) -> tuple[Path, list[str]]:
         files = self._encode()
-        self._temporary, self._lock = create_temporary(final, directory=True)
+        temporary, self._lock = create_temporary(self._final, directory=True)
+        self._temporary = temporary
         for name, data in files.items():
-            path = self._temporary / name
+            path = temporary / name
             path.parent.mkdir(parents=True, exist_ok=True)
             write_durably(path, data)
-        try:
-            publish_directory(self._temporary, final)
-        except FileExistsError:
-            if _digests(self._temporary) != _digests(final):
-                raise refuse_conflict(final) from None
-            remove(self._temporary)
-        self._temporary = None
-        return [f"{final.parent.name}/{final.name}/{name}" for name in files]
+        return temporary, [f"/{name}" for name in files]
 
     def abort(self) -> None:
         """Drop what is not published, and the lock."""
         self._parts = {}
-        if self._temporary is not None:
-            remove(self._temporary)
-            self._temporary = None
-        if self._lock is not None:
-            self._lock.release()
-            self._lock = None
+        super().abort()
 
     def _encode(self) -> dict[str, bytes]:
         """Return the files of the group by name."""
-        store = MemoryStore()
-        samples = len(self.ledger.sample_ids)
+        stored: dict[str, Any] = {}
+        samples = len(self.sample_ids)
         attributes = {"format_version": FORMAT_VERSION, "samples": samples}
-        group = zarr.create_group(store, zarr_format=3, attributes=attributes)
-        for field in self.ledger.fields:
+        group = zarr.create_group(MemoryStore(stored), zarr_format=3, attributes=attributes)
+        for field in self.fields:
             parts = self._parts[field.name]
             _put(group, field.name, np.concatenate([field.empty(), *parts]), field.axis)
             _put(group, f"{field.name}_offsets", _offsets([len(part) for part in parts]), "sample_bounds")
-        ids = [name.encode() for name in self.ledger.sample_ids]
+        ids = [name.encode() for name in self.sample_ids]
         _put(group, _IDS, np.frombuffer(b"".join(ids), dtype=np.uint8), "byte")
         _put(group, f"{_IDS}_offsets", _offsets([len(name) for name in ids]), "sample_bounds")
-        return _dump(store)
+        return _dump({key: buffer.to_bytes() for key, buffer in sorted(stored.items())})
 
 
 def _offsets(lengths: list[int]) -> np.ndarray:
@@ -166,19 +133,8 @@ def _compressor(itemsize: int, row_bytes: int) -> BloscCodec:
     )
 
 
-def _dump(store: MemoryStore) -> dict[str, bytes]:
-    """Return a memory store's files, its metadata consolidated and in canonical JSON."""
-
-    async def collect() -> dict[str, bytes]:
-        prototype = default_buffer_prototype()
-        found = {}
-        async for key in store.list():
-            buffer = await store.get(key, prototype)
-            if buffer is not None:
-                found[key] = buffer.to_bytes()
-        return found
-
-    files = dict(sorted(sync(collect()).items()))
+def _dump(files: dict[str, bytes]) -> dict[str, bytes]:
+    """Return a group's files with its metadata consolidated and in canonical JSON."""
     arrays = {
         key.removesuffix("/zarr.json"): json.loads(data) for key, data in files.items() if key.endswith("/zarr.json")
     }
@@ -195,22 +151,16 @@ def _compact_json(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
-def _digests(root: Path) -> dict[str, tuple[str, str, int]]:
-    return {name: file_digests(root / name) for name in walk_files(root)}
-
-
-class ZarrReader:
+class ZarrReader(ShardReader):
     """Reads ``shards/00000.zarr``; each field is decoded once, on its first use, and kept."""
 
-    def __init__(self, cache_dir: Path, shard_index: int, fields: tuple[Field, ...]) -> None:
-        self._path = shard_path(cache_dir, shard_index, ZarrWriter.suffix)
-        self._fields = fields
+    suffix = ZarrWriter.suffix
+    is_folder = True
+
+    def __init__(self, cache_dir: Path, index: int, fields: tuple[Field, ...]) -> None:
+        super().__init__(cache_dir, index, fields)
         self._columns: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         self._lock = threading.Lock()
-        if not self._path.is_dir() or self._path.is_symlink():
-            raise CacheFormatError(
-                f"{self._path}: the shard is missing; run `cachectl repair`, then `teacher-cache build` again"
-            )
         walk_files(self._path)  # refuses links
         self._samples, arrays = read_group_metadata(self._path)
         offsets_bytes = (self._samples + 1) * 8
@@ -232,30 +182,15 @@ class ZarrReader:
             raise CacheFormatError(f"{self._path}: sample_ids are not UTF-8; damaged") from error
         self.sample_ids = tuple(ids)
 
-    def __len__(self) -> int:
-        return self._samples
-
-    def read(self, position: int, names: Collection[str] | None = None) -> Record:
-        """Return one record, or the named fields of it, as arrays the caller owns.
-
-        Raises:
-            CacheFormatError: If the shard is damaged or has no such field.
-            IndexError: If there is no such position.
-        """
-        if not 0 <= position < self._samples:
-            raise IndexError(f"{self._path}: no record {position}; there are {self._samples}")
+    def _read(self, position: int, fields: Sequence[Field]) -> Record:
         record = {}
-        for field in select_fields(self._fields, names, str(self._path)):
+        for field in fields:
             data, bounds = self._column(field.name)
             record[field.name] = data[bounds[position] : bounds[position + 1]].copy()
         return record
 
     def check(self) -> None:
-        """Check the offsets of all fields; dtypes and shapes were checked on opening.
-
-        Raises:
-            CacheFormatError: Naming the array that does not fit.
-        """
+        """Check the offsets of all fields; dtypes and shapes were checked on opening."""
         for field in self._fields:
             self._bounds(field.name)
 

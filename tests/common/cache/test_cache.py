@@ -11,7 +11,8 @@ import pytest
 from cache_factory import FAILED, assert_equal_records, build_cache, make_plan, make_record, sample_id, tree
 
 from vlm_distill_cache.common.cache.documents import document_bytes
-from vlm_distill_cache.common.cache.manifest import read_sidecar, seal, sidecar_path
+from vlm_distill_cache.common.cache.manifest import seal
+from vlm_distill_cache.common.cache.sidecar import read_sidecar, sidecar_path
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError
 from vlm_distill_cache.common.opening import open_cache
 

@@ -12,9 +12,10 @@ from cache_factory import FAILED, assert_equal_records, build_cache, make_plan, 
 
 from vlm_distill_cache.common.cache.documents import document_bytes, read_document
 from vlm_distill_cache.common.cache.index import INDEX
-from vlm_distill_cache.common.cache.manifest import MANIFEST, SHARDS, seal, write_plan
-from vlm_distill_cache.common.cache.plan import MAX_SHARDS
+from vlm_distill_cache.common.cache.manifest import seal
+from vlm_distill_cache.common.cache.plan import MAX_SHARDS, SHARDS, write_plan
 from vlm_distill_cache.common.cache.reader import TeacherCache
+from vlm_distill_cache.common.cache.side_files import MANIFEST
 from vlm_distill_cache.common.cache.stores import finish_shard, open_writer
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError
 from vlm_distill_cache.common.opening import open_cache

@@ -21,15 +21,10 @@ from vlm_distill_cache.common.cache.index import (
     index_damage,
     refuse_repeats,
 )
-from vlm_distill_cache.common.cache.manifest import (
-    MANIFEST,
-    FileEntry,
-    ShardSidecar,
-    read_manifest,
-    read_plan,
-    read_sidecar,
-    seal,
-)
+from vlm_distill_cache.common.cache.manifest import read_manifest, seal
+from vlm_distill_cache.common.cache.plan import read_plan
+from vlm_distill_cache.common.cache.side_files import MANIFEST
+from vlm_distill_cache.common.cache.sidecar import FileEntry, ShardSidecar, read_sidecar
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError
 from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.common.tools.verify import verify

@@ -8,23 +8,18 @@ import pytest
 from cache_factory import FAILED, build_cache, build_shard, make_plan, sample_id, tree
 
 from vlm_distill_cache.common.cache.documents import document_bytes, read_document, safe_path
-from vlm_distill_cache.common.cache.manifest import (
-    MANIFEST,
+from vlm_distill_cache.common.cache.manifest import Manifest, read_manifest, seal
+from vlm_distill_cache.common.cache.plan import Plan, read_plan, refuse_changed_plan, write_plan
+from vlm_distill_cache.common.cache.schema import FORMAT_VERSION
+from vlm_distill_cache.common.cache.side_files import MANIFEST
+from vlm_distill_cache.common.cache.sidecar import (
     FileEntry,
-    Manifest,
-    Plan,
     ShardSidecar,
     missing_shards,
-    read_manifest,
-    read_plan,
     read_sidecar,
-    refuse_changed_plan,
-    seal,
     sidecar_path,
-    write_plan,
     write_sidecar,
 )
-from vlm_distill_cache.common.cache.schema import FORMAT_VERSION
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError
 from vlm_distill_cache.common.files.atomic import MAX_JSON_DEPTH
 from vlm_distill_cache.common.tools.verify import verify
@@ -53,8 +48,9 @@ def test_plans_round_trip_with_tuples_as_lists():
 
 def test_shards_partition_the_samples():
     plan = make_plan(samples=10, shard_size=4)
-    assert plan.shard_ranges() == [range(4), range(4, 8), range(8, 10)]
-    assert [p for r in plan.shard_ranges() for p in r] == list(range(10))
+    ranges = [plan.shard_range(index) for index in range(plan.shard_count)]
+    assert ranges == [range(4), range(4, 8), range(8, 10)]
+    assert [p for r in ranges for p in r] == list(range(10))
 
 
 @pytest.mark.parametrize(

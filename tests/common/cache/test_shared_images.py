@@ -11,7 +11,8 @@ from cache_factory import FIELDS, make_plan, make_record
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlm_distill_cache.common.cache.manifest import seal, write_plan
+from vlm_distill_cache.common.cache.manifest import seal
+from vlm_distill_cache.common.cache.plan import write_plan
 from vlm_distill_cache.common.cache.schema import check_record
 from vlm_distill_cache.common.cache.shared_images import (
     VISUAL_SOURCE,

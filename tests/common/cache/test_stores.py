@@ -13,7 +13,8 @@ import pytest
 import zarr
 from cache_factory import assert_equal_records, build_shard, make_plan, make_record, sample_id, tree
 
-from vlm_distill_cache.common.cache.manifest import read_sidecar, sidecar_path, write_plan
+from vlm_distill_cache.common.cache.plan import write_plan
+from vlm_distill_cache.common.cache.sidecar import read_sidecar, sidecar_path
 from vlm_distill_cache.common.cache.stores import finish_shard, open_reader, open_writer
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError
 

@@ -19,8 +19,10 @@ from numcodecs.zstd import Zstd
 from test_stores import ORDINARY, codecs_of, read_all, write
 
 from vlm_distill_cache.common.cache.documents import document_bytes, read_document, safe_path
-from vlm_distill_cache.common.cache.manifest import MANIFEST, FileEntry, seal, sidecar_path
+from vlm_distill_cache.common.cache.manifest import seal
 from vlm_distill_cache.common.cache.plan import Plan
+from vlm_distill_cache.common.cache.side_files import MANIFEST
+from vlm_distill_cache.common.cache.sidecar import FileEntry, sidecar_path
 from vlm_distill_cache.common.cache.stores import finish_shard
 from vlm_distill_cache.common.cache.stores.webdataset_store import EXTENSION, decode_member, encode_member
 from vlm_distill_cache.common.errors import CacheFormatError

@@ -7,7 +7,8 @@ import torch
 from cache_factory import make_plan
 from click.testing import CliRunner
 
-from vlm_distill_cache.common.cache.manifest import seal, write_plan
+from vlm_distill_cache.common.cache.manifest import seal
+from vlm_distill_cache.common.cache.plan import write_plan
 from vlm_distill_cache.common.cache.stores import finish_shard, open_writer
 from vlm_distill_cache.common.cli import main
 from vlm_distill_cache.common.codecs import RowAttention, RowAttentionCodec

@@ -166,7 +166,7 @@ def test_disk_errors_are_told_without_a_traceback(cache, tmp_path, monkeypatch):
     def full(*arguments, **options):
         raise OSError(28, "No space left on device", "somewhere")
 
-    monkeypatch.setattr("vlm_distill_cache.common.tools.convert.write_plan", full)
+    monkeypatch.setattr("vlm_distill_cache.common.tools.derive.write_plan", full)
     other = "webdataset" if (cache / "shards" / "00000.zarr").exists() else "zarr"
     output = run("convert", cache, tmp_path / "new", "--store", other, code=1)
     assert "error: somewhere: No space left on device" in output

@@ -3,7 +3,7 @@
 import pytest
 from cache_factory import build_cache, make_plan, tree
 
-from vlm_distill_cache.common.cache.manifest import CARD
+from vlm_distill_cache.common.cache.side_files import CARD
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError, ConfigError
 from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.common.tools.convert import convert

@@ -12,7 +12,7 @@ import pytest
 from cache_factory import build_cache, make_plan, sample_id, tree
 
 from vlm_distill_cache.common.cache.documents import document_bytes, read_document
-from vlm_distill_cache.common.cache.manifest import CARD
+from vlm_distill_cache.common.cache.side_files import CARD
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError
 from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.common.tools.inspect import describe_cache

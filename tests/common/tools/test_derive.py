@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from cache_factory import make_plan
 
+from vlm_distill_cache.common.cache.side_files import refuse_occupied
 from vlm_distill_cache.common.errors import ConfigError
-from vlm_distill_cache.common.remotes.fetch import refuse_strangers
 from vlm_distill_cache.common.tools.derive import Slot, derive_cache, derive_plan
 
 
@@ -59,8 +59,7 @@ def test_as_many_slots_as_samples_are_needed(tmp_path: Path):
             make_plan(),
             [Slot(sample_id="a")],
             lambda _: {},
-            add_side_files=lambda _: None,
-            card=b"",
+            sources=[],
         )
     assert not (tmp_path / "x").exists()
 
@@ -68,9 +67,9 @@ def test_as_many_slots_as_samples_are_needed(tmp_path: Path):
 def test_a_file_and_a_folder_of_other_things_are_no_place_for_a_cache(tmp_path: Path):
     (tmp_path / "file").write_text("")
     (tmp_path / "home" / "shards").mkdir(parents=True)
-    refuse_strangers(tmp_path / "home")  # what a run leaves that is killed before its plan
-    refuse_strangers(tmp_path / "new")
+    refuse_occupied(tmp_path / "home")  # what a run leaves that is killed before its plan
+    refuse_occupied(tmp_path / "new")
     (tmp_path / "home" / "shards" / "picture.png").write_text("")
     for name in ("file", "home"):
         with pytest.raises(ConfigError, match="not empty and no cache"):
-            refuse_strangers(tmp_path / name)
+            refuse_occupied(tmp_path / name)

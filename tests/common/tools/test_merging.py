@@ -20,7 +20,8 @@ from cache_factory import (
 )
 from click.testing import CliRunner
 
-from vlm_distill_cache.common.cache.manifest import Plan, read_manifest, read_plan, seal, write_plan
+from vlm_distill_cache.common.cache.manifest import read_manifest, seal
+from vlm_distill_cache.common.cache.plan import Plan, read_plan, write_plan
 from vlm_distill_cache.common.cache.stores import finish_shard, open_writer
 from vlm_distill_cache.common.cli import main
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError, ConfigError, DistillError

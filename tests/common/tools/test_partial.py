@@ -13,7 +13,8 @@ import torch
 from cache_factory import FAILED, SIGNALS, assert_equal_records, build_cache, make_plan, make_record, sample_id, tree
 from click.testing import CliRunner
 
-from vlm_distill_cache.common.cache.manifest import read_manifest, read_plan
+from vlm_distill_cache.common.cache.manifest import read_manifest
+from vlm_distill_cache.common.cache.plan import read_plan
 from vlm_distill_cache.common.cli import main
 from vlm_distill_cache.common.codecs import codec_from_dict
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError, ConfigError, TransferError
@@ -297,7 +298,8 @@ def test_figures_of_what_changed_are_dropped():
 
 def test_shared_image_arrays_move_to_the_first_record_that_is_pulled(tmp_path: Path):
     """The holder of an image's arrays is left out; what follows it must not lose them."""
-    from vlm_distill_cache.common.cache.manifest import seal, write_plan
+    from vlm_distill_cache.common.cache.manifest import seal
+    from vlm_distill_cache.common.cache.plan import write_plan
     from vlm_distill_cache.common.cache.shared_images import ImageSharer, SharedImages, with_visual_source
     from vlm_distill_cache.common.cache.stores import finish_shard, open_writer
 

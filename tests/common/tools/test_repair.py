@@ -10,16 +10,11 @@ from cache_factory import build_shard, make_plan, tree
 from click.testing import CliRunner
 
 from vlm_distill_cache.common.cache.documents import document_bytes, read_document
-from vlm_distill_cache.common.cache.manifest import (
-    CARD,
-    MANIFEST,
-    FileEntry,
-    missing_shards,
-    read_plan,
-    seal,
-    sidecar_path,
-)
+from vlm_distill_cache.common.cache.manifest import seal
+from vlm_distill_cache.common.cache.plan import read_plan
 from vlm_distill_cache.common.cache.schema import FORMAT_VERSION
+from vlm_distill_cache.common.cache.side_files import CARD, MANIFEST
+from vlm_distill_cache.common.cache.sidecar import FileEntry, missing_shards, sidecar_path
 from vlm_distill_cache.common.cli import main
 from vlm_distill_cache.common.tools.repair import repair
 from vlm_distill_cache.common.tools.verify import verify

@@ -8,7 +8,9 @@ import pytest
 from cache_factory import FIELDS, build_cache, make_plan, sample_id, tree
 
 from vlm_distill_cache.common.cache.documents import document_bytes, read_document
-from vlm_distill_cache.common.cache.manifest import CARD, FileEntry, read_sidecar, seal, sidecar_path
+from vlm_distill_cache.common.cache.manifest import seal
+from vlm_distill_cache.common.cache.side_files import CARD
+from vlm_distill_cache.common.cache.sidecar import FileEntry, read_sidecar, sidecar_path
 from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.common.tools.verify import verify
 

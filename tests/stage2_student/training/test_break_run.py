@@ -43,7 +43,7 @@ def test_a_disk_too_full_for_the_folder_itself_names_the_remedy(tmp_path: Path, 
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(Path, "mkdir", refuse)
-    with pytest.raises(OSError, match=r"free some space, then run the same command again"):
+    with pytest.raises(OSError, match=r"make room, then run the same command again"):
         claim_output(tmp_path / "run").__enter__()
 
 

@@ -214,11 +214,7 @@ def estimate(
         raise click.BadParameter(f"{json_file}: there is no folder {json_file.parent}")
     quiet_libraries()
     scenario = Scenario(
-        students=counts,
-        epochs=epochs,
-        student_parameters=student_parameters,
-        student_step=student_step,
-        price=price,
+        students=counts, epochs=epochs, student_parameters=student_parameters, student_step=student_step, price=price
     )
     figures = measure(settings, scenario, samples=samples)
     click.echo(estimate_text(figures))

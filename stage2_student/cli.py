@@ -134,10 +134,7 @@ def run(config: Path | None, cache: str, overrides: tuple[str, ...], nproc: int,
 @main.command()
 @click.option("--teacher", required=True, type=_FOLDER, help="Checkpoint folder to cut the student out of.")
 @click.option(
-    "--keep",
-    required=True,
-    type=click.FloatRange(0, 1, min_open=True),
-    help="Share of heads and channels to keep.",
+    "--keep", required=True, type=click.FloatRange(0, 1, min_open=True), help="Share of heads and channels to keep."
 )
 @click.option("--data", required=True, help="Data to measure on which heads and channels matter.")
 @click.option("--images", type=_FOLDER, help="Folder that relative image paths start from.")
@@ -145,13 +142,7 @@ def run(config: Path | None, cache: str, overrides: tuple[str, ...], nproc: int,
 @click.option("--samples", type=click.IntRange(min=1), default=256, show_default=True, help="Samples to measure on.")
 @click.option("--template", help="Prompt template; default: the teacher's.")
 def prune(
-    teacher: Path,
-    keep: float,
-    data: str,
-    images: Path | None,
-    output: Path,
-    samples: int,
-    template: str | None,
+    teacher: Path, keep: float, data: str, images: Path | None, output: Path, samples: int, template: str | None
 ) -> None:
     """Cut a narrower student out of a teacher, to be trained with its hidden states."""
     from vlm_distill_cache.data.registry import open_dataset
@@ -188,12 +179,7 @@ def prune(
 @click.option("--limit", type=click.IntRange(min=1), help="Most items.")
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="JSON file to write.")
 def evaluate(
-    student: Path,
-    data: str | None,
-    images: str | None,
-    cache: str | None,
-    limit: int | None,
-    output: Path | None,
+    student: Path, data: str | None, images: str | None, cache: str | None, limit: int | None, output: Path | None
 ) -> None:
     """Score a trained student: its `final` folder."""
     from dataclasses import replace

@@ -69,12 +69,7 @@ class PhaseConfig:
         _require(not both, "steps and epochs", (self.steps, self.epochs), "one of the two, not both")
         _require(self.steps is None or 0 <= self.steps <= MOST, "steps", self.steps, f"0 to {MOST} optimizer steps")
         _require(self.epochs is None or 0 <= self.epochs <= MOST, "epochs", self.epochs, f"0 to {MOST} passes")
-        _require(
-            1 <= self.batch_size <= MOST_SAMPLES,
-            "batch_size",
-            self.batch_size,
-            f"1 to {MOST_SAMPLES} samples",
-        )
+        _require(1 <= self.batch_size <= MOST_SAMPLES, "batch_size", self.batch_size, f"1 to {MOST_SAMPLES} samples")
         _require(
             self.micro_batch_size is None or self.micro_batch_size >= 1,
             "micro_batch_size",
@@ -258,10 +253,7 @@ class TrainConfig:
         """A phase's configuration with the run's data, images and cache filled in."""
         phase: PhaseConfig = getattr(self, name)
         return replace(
-            phase,
-            data=phase.data or self.data,
-            images=phase.images or self.images,
-            cache=phase.cache or self.cache,
+            phase, data=phase.data or self.data, images=phase.images or self.images, cache=phase.cache or self.cache
         )
 
 

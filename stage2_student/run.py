@@ -212,13 +212,7 @@ def train_arm(arm: TrainConfig, *, processes: int) -> None:
     folder = Path(arm.output)
     folder.mkdir(parents=True, exist_ok=True)
     save_config(arm, folder / "config.yaml")
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc_per_node={processes}",
-    ]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     ours = ["-m", "vlm_distill_cache.stage2_student.cli", "train", "--config", str(folder / "config.yaml")]
     command = [*launcher, *ours, "--cache", arm.cache, "--output", arm.output]
     if run_command(command, {**os.environ, ARM: "1"}):

@@ -98,11 +98,7 @@ def choose_layer_parts(
     chosen = largest(grouped, want.group)  # [K, H' / K'], inside each group
     served = largest(grouped.gather(1, chosen).sum(1)[None], want.key_value_heads)[0]  # [K']
     heads = (served[:, None] * have.group + chosen[served]).reshape(-1)
-    return LayerParts(
-        heads=heads,
-        key_value_heads=served,
-        channels=largest(channel_importance[None], want.channels)[0],
-    )
+    return LayerParts(heads=heads, key_value_heads=served, channels=largest(channel_importance[None], want.channels)[0])
 
 
 def largest(values: Tensor, count: int) -> Tensor:

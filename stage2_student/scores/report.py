@@ -93,9 +93,7 @@ def _text(value: object) -> str:
     return html.escape(str(value))
 
 
-def _loss_series(
-    curves: Mapping[str, Sequence[Mapping[str, Any]]],
-) -> dict[str, dict[str, list[tuple[float, float]]]]:
+def _loss_series(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, dict[str, list[tuple[float, float]]]]:
     """By loss term: by run: (step, running mean) points."""
     series: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for run, records in curves.items():
@@ -176,11 +174,7 @@ def _cell(report: EvaluationReport, name: str, factor: int) -> str:
 def _figure(overlay: Overlay) -> str:
     pictures = "".join(
         f"<figure><figcaption>{caption}</figcaption>{_image(picture, caption)}</figure>"
-        for caption, picture in (
-            ("image", overlay.picture),
-            ("teacher", overlay.teacher),
-            ("student", overlay.student),
-        )
+        for caption, picture in (("image", overlay.picture), ("teacher", overlay.teacher), ("student", overlay.student))
     )
     said = f"{_text(overlay.text)} <b>{_text(overlay.word)}</b> <small>({_text(overlay.sample_id)})</small>"
     return f'<div class="card"><p class="said">{said}</p><div class="row">{pictures}</div></div>'

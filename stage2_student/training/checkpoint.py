@@ -109,13 +109,7 @@ def _name(position: Position) -> str:
 
 
 def write_checkpoint(
-    output: Path,
-    position: Position,
-    *,
-    student: Mapping[str, Any],
-    optimizer: Optimizer,
-    fingerprint: str,
-    keep: int,
+    output: Path, position: Position, *, student: Mapping[str, Any], optimizer: Optimizer, fingerprint: str, keep: int
 ) -> Path:
     """Write one checkpoint atomically, then drop all but the newest ``keep``.
 

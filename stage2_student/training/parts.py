@@ -81,13 +81,7 @@ def add_adapters(student: Any, *, rank: int, alpha: float, dropout: float, seed:
     layers = decoder_layers(student)
     names = [name for name, module in layers.named_modules() if isinstance(module, nn.Linear)]
     before = {name: parameter.requires_grad for name, parameter in layers.named_parameters()}
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=alpha,
-        lora_dropout=dropout,
-        bias="none",
-        target_modules=names,
-    )
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, bias="none", target_modules=names)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         inject_adapter_in_model(config, layers, adapter_name=ADAPTER)

@@ -5,15 +5,13 @@ the main thread runs the teacher, and a thread encodes and writes what the teach
 """
 
 import gc
-import logging
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Never
 
 import torch
-from tqdm import tqdm
 
 from vlm_distill_cache.common.cache.manifest import (
     Manifest,
@@ -26,6 +24,7 @@ from vlm_distill_cache.common.cache.manifest import (
     sidecar_path,
 )
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError
+from vlm_distill_cache.common.terminal.progress import ProgressLines, progress
 from vlm_distill_cache.stage1_teacher.config import BuildConfig
 from vlm_distill_cache.stage1_teacher.loop.answers import ANSWERS, answer_shard
 from vlm_distill_cache.stage1_teacher.loop.encode_ahead import encode_shards
@@ -48,7 +47,8 @@ from vlm_distill_cache.stage1_teacher.quality.card import write_card
 from vlm_distill_cache.stage1_teacher.quality.fidelity import measure_fidelity
 from vlm_distill_cache.stage1_teacher.teacher.export import export_parts
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,7 +172,7 @@ def extract_with_processes(
 
                 def show() -> None:
                     finished = set(todo) - set(missing_shards(cache_dir, plan))
-                    bar.update(bar.initial + sum(len(plan.shard_range(index)) for index in finished) - bar.n)
+                    bar.update(bar.initial + _samples_of(plan, finished) - bar.n)
 
                 run_parts(_extract_part, config, part.split(min(processes, len(todo))), show)
         seconds = time.monotonic() - started
@@ -185,8 +185,7 @@ def extract_with_processes(
         if not todo:
             return summary
         built = set(todo) - set(missing)
-        samples = sum(len(plan.shard_range(index)) for index in built)
-        return replace(summary, built=len(built), samples=samples, seconds=seconds)
+        return replace(summary, built=len(built), samples=_samples_of(plan, built), seconds=seconds)
 
 
 def _extract_part(config: BuildConfig, part: Part) -> None:
@@ -270,15 +269,14 @@ def refuse_missing_shards(cache_dir: Path) -> None:
         )
 
 
-def _progress(plan: Plan, part: Part, todo: Sequence[int], *, shown: bool) -> "tqdm[Any]":
-    """A bar over the samples of a part, of which those of ``todo`` are left."""
-    total, left = (
-        sum(len(plan.shard_range(index)) for index in shards) for shards in (part.share(range(plan.shard_count)), todo)
-    )
-    return tqdm(
-        total=total, initial=total - left, unit="sample", desc="teacher", smoothing=0.05, mininterval=0.5,
-        disable=not shown,
-    )  # fmt: skip
+def _progress(plan: Plan, part: Part, todo: Sequence[int], *, shown: bool) -> "tqdm[Never] | ProgressLines":
+    """Progress over the samples of a part, of which those of ``todo`` are left."""
+    total, left = (_samples_of(plan, shards) for shards in (part.share(range(plan.shard_count)), todo))
+    return progress("teacher", total=total, initial=total - left, unit="sample", shown=shown)
+
+
+def _samples_of(plan: Plan, shards: Iterable[int]) -> int:
+    return sum(len(plan.shard_range(index)) for index in shards)
 
 
 def open_shards(work: Build, plan: Plan, todo: Sequence[int], *, batch_size: int) -> Iterator[EncodedShard]:

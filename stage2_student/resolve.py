@@ -1,4 +1,4 @@
-"""From a preset of phases, a user's YAML and the command line to what a run is. Imports no torch."""
+"""From a preset of phases, a user's YAML and the command line to what a run is, and its caches. Imports no torch."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -7,8 +7,10 @@ from typing import Any
 
 import yaml
 
+from vlm_distill_cache.common.cache.reader import TeacherCache
 from vlm_distill_cache.common.config import load_config
 from vlm_distill_cache.common.errors import ConfigError
+from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.stage2_student.config import PHASE_NAMES, TrainConfig, choose_size
 from vlm_distill_cache.stage2_student.pruned_folder import kept_share, pruning_record
 from vlm_distill_cache.stage2_student.students.presets import split_student_name
@@ -40,6 +42,18 @@ def resolve_config(path: Path | None, overrides: Sequence[str], *, teacher_width
                 given.append(f"{phase}.{other}=null")
     where = f"options ({path}, command line)" if path else "options"
     return load_config(TrainConfig, preset, given, where=where)
+
+
+def open_caches(config: TrainConfig) -> dict[str, TeacherCache]:
+    """Open each cache that the phases of a run read, by the folder or address that the configuration names.
+
+    Raises:
+        CacheFormatError: If one is not sealed, damaged or no cache.
+        TransferError: If an address cannot be read.
+    """
+    places = dict.fromkeys(str(config.phase(name).cache) for name in config.phases)
+    # Twice the window: a step may begin the next window while loading threads still read the last.
+    return {place: open_cache(place, open_shards=2 * config.shuffle_window) for place in places}
 
 
 def phases_preset(student: str, teacher_width: int) -> str:

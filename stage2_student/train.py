@@ -18,6 +18,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from vlm_distill_cache.common.attention.capture import AttentionCapture
+from vlm_distill_cache.common.cache.reader import TeacherCache
 from vlm_distill_cache.common.config import config_from_dict, config_to_dict, save_config
 from vlm_distill_cache.common.errors import CacheMismatchError, ConfigError
 from vlm_distill_cache.common.files.atomic import (
@@ -81,18 +82,21 @@ class TrainResult:
     final: Path
 
 
-def train(config: TrainConfig, *, after_step: AfterStep | None = None) -> TrainResult:
+def train(
+    config: TrainConfig, *, caches: Mapping[str, TeacherCache] | None = None, after_step: AfterStep | None = None
+) -> TrainResult:
     """Train a student through its phases, from the newest checkpoint if there is one.
 
     Args:
         config: The run.
+        caches: As from `open_caches`; None: they are opened here.
         after_step: Called after every optimizer step with the position and the student, e.g. to evaluate.
 
     Returns:
         The log and the trained student, which also lies in ``OUTPUT/final``.
     """
     # All processes: everything that can be wrong is found here, before the first step.
-    run = prepare(config)
+    run = prepare(config, caches)
     accelerator = build_accelerator(config)
     refuse_different_runs(accelerator, run.fingerprint)
     resume = find_resume_point(Path(config.output), run.fingerprint)

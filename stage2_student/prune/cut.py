@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from vlm_distill_cache.common.errors import ConfigError, ModelError
 from vlm_distill_cache.common.files.atomic import new_directory, write_json_atomic
+from vlm_distill_cache.common.terminal.progress import progress
 from vlm_distill_cache.data.families.inputs import text_config
 from vlm_distill_cache.data.families.models import FamilyModel, open_family_model
 from vlm_distill_cache.data.families.table import submodule
@@ -213,9 +213,11 @@ def model_batches(
 ) -> Iterator[Mapping[str, Any]]:
     """Each sample as the teacher's keyword arguments, alone, so that no row is padding."""
     dtype = next(opened.model.parameters()).dtype
-    for sample in tqdm(samples, desc="importance", unit="sample", mininterval=1.0):
-        batch = collate([encoder(sample)], int(opened.tokenizer.pad_token_id or 0)).to(device)
-        yield opened.family.model_inputs(opened.model.config, batch, dtype=dtype)
+    with progress("importance", unit="sample") as bar:
+        for sample in samples:
+            batch = collate([encoder(sample)], int(opened.tokenizer.pad_token_id or 0)).to(device)
+            yield opened.family.model_inputs(opened.model.config, batch, dtype=dtype)
+            bar.update()
 
 
 def teacher_encoder(teacher: Path, opened: FamilyModel, template: str | None) -> SampleEncoder:

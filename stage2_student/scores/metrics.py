@@ -3,6 +3,7 @@
 Dims: I items, S bootstrap resamples.
 """
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -98,6 +99,27 @@ def bootstrap_kinds(
         high=float(high),
         items=sum(len(items) for items in values.values()),
     )
+
+
+def paired_difference(
+    after: Mapping[str, Sequence[float]], before: Mapping[str, Sequence[float]], *, seed: int = 0
+) -> Score:
+    """What one model scores more than another on the same items, resampled in pairs.
+
+    Args:
+        after: Each item's score by kind, ``[I]`` each.
+        before: The other model's of the same items, in the same order.
+        seed: Of the resampling.
+    """
+    return bootstrap_kinds({kind: np.subtract(after[kind], before[kind]) for kind in after}, seed=seed)
+
+
+def difference(after: Score, before: Score) -> Score:
+    """What one mean is above another, with an interval as wide as if the two were independent."""
+    value = after.value - before.value
+    down = math.hypot(after.value - after.low, before.high - before.value)
+    up = math.hypot(after.high - after.value, before.value - before.low)
+    return Score(value=value, low=value - down, high=value + up, items=min(after.items, before.items))
 
 
 def group_by_kind(values: Sequence[float] | np.ndarray, kinds: Sequence[str]) -> dict[str, list[float]]:

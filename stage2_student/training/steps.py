@@ -10,10 +10,10 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
-from tqdm import tqdm
 
 from vlm_distill_cache.common.errors import ModelError
 from vlm_distill_cache.common.files.hashing import fingerprint
+from vlm_distill_cache.common.terminal.progress import progress
 from vlm_distill_cache.stage2_student.batches.batch import TrainingBatch
 from vlm_distill_cache.stage2_student.batches.prefetch import Prefetcher
 from vlm_distill_cache.stage2_student.batches.sampler import micro_batch_count, split_step
@@ -103,14 +103,7 @@ def load_steps(
     with (
         ExitStack() as ending,
         Prefetcher(load, first * parts, phase.steps * parts, num_workers=num_workers) as items,
-        tqdm(
-            total=phase.steps,
-            initial=first,
-            desc=phase.name,
-            unit="step",
-            disable=not accelerator.is_main_process,
-            mininterval=1.0,
-        ) as progress,
+        progress(phase.name, total=phase.steps, initial=first, unit="step", shown=accelerator.is_main_process) as bar,
     ):
         if phase.expect is not None:
             ending.callback(phase.expect, ())  # a killed run does not wait for shards that nobody reads
@@ -129,7 +122,7 @@ def load_steps(
                 return {"step_s": seconds, "samples_per_s": size / seconds, "data_wait": wait / seconds}
 
             yield micro_batches, timing
-            progress.update()
+            bar.update()
 
 
 def step_seed(*parts: object) -> int:

@@ -6,10 +6,10 @@ import PIL.Image
 import torch
 
 from vlm_distill_cache.common.attention.boxes import Tile, grid_tile, tile_boxes
-from vlm_distill_cache.stage2_student.scores.evaluate import EvaluationReport
 from vlm_distill_cache.stage2_student.scores.metrics import Score
 from vlm_distill_cache.stage2_student.scores.overlays import Overlay, draw_heat
 from vlm_distill_cache.stage2_student.scores.report import render_report
+from vlm_distill_cache.stage2_student.scores.results import EvaluationReport
 
 RECORDS = [{"step": i, "phase": "dft", "lm": 2.0 / i, "total": 3.0 / i, "lr": 1e-3} for i in range(1, 300)]
 

@@ -165,9 +165,10 @@ def test_a_student_of_other_tokens_is_scored_without_the_comparison(tiny_cache, 
         evaluation={"limit": 2, "letters": False},
     )  # fmt: skip
     student = open_student(train(config).final)
-    assert comparable_signals(student, open_cache(tiny_cache[0])) == []
-    assert join_cached(student, config, limit=2) is None
-    scores = evaluate_student(student, config).scores
+    cache = open_cache(tiny_cache[0])
+    assert comparable_signals(student, cache) == []
+    assert join_cached(student, config, cache, limit=2) is None
+    scores = evaluate_student(student, config, cache).scores
     assert {"likelihood", "questions"} <= scores.keys()
     assert not any(name.startswith(("teacher/", "attention/")) for name in scores)
 

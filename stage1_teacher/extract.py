@@ -82,11 +82,8 @@ class BuildSummary:
 def extract(config: BuildConfig, *, overwrite: bool = False, part: Part = WHOLE, seals: bool = True) -> BuildSummary:
     """Run the teacher once over a data set and write a sealed cache.
 
-    Args:
-        config: What to run and what to keep.
-        overwrite: Start again if the folder holds a cache with other options.
-        part: Which of several processes this is; the one that finds no shard missing seals.
-        seals: Whether this process may seal.
+    ``part`` is which of several processes this is; the one of those that may seal (``seals``) which finds no shard
+    missing does. ``overwrite`` starts again in a folder that holds a cache with other options.
 
     Returns:
         What this run did; nothing is built when the cache is already complete.
@@ -146,11 +143,8 @@ def extract_with_processes(
 
     This process writes the plan, watches the others, and seals when they are done.
 
-    Args:
-        config: What to run and what to keep.
-        processes: How many; 1 builds here, with as many threads as each of several would use.
-        overwrite: Start again if the folder holds a cache with other options.
-        part: Which of several machines this is; its share is divided once more.
+    One process builds here, with as many threads as each of several would use. Of several machines (``part``), the
+    share of this one is divided once more.
 
     Raises:
         ProcessFailedError: With the first failure; finished shards are kept.
@@ -193,11 +187,7 @@ def _extract_part(config: BuildConfig, part: Part) -> None:
 
 
 def begin(config: BuildConfig, *, overwrite: bool, several: bool) -> tuple[Path, Build]:
-    """Open teacher and data, and write the plan or make sure that the one there says the same.
-
-    Returns:
-        The cache folder, and what to build with.
-    """
+    """Open teacher and data, and write the plan or make sure that the one there says the same."""
     cache_dir = Path(config.cache)
     refuse_unwritable(cache_dir)
     config = fix_batch_size(fix_threads(config, several=several, overwrite=overwrite), overwrite=overwrite)
@@ -223,9 +213,6 @@ def finish(work: Build, cache_dir: Path, *, samples: int, known: Collection[str]
         samples: Size of the fidelity probe; 0 skips it.
         known: Its files outside ``shards/``.
         rewritten: Whether projector, vision tower and processor were just written.
-
-    Returns:
-        The manifest.
     """
     fidelity = measure_fidelity(work, cache_dir, samples=samples)
     write_card(cache_dir, work.plan, fidelity)
@@ -236,10 +223,6 @@ def finish(work: Build, cache_dir: Path, *, samples: int, known: Collection[str]
 
 def recompute_fidelity(config: BuildConfig, *, samples: int) -> Manifest:
     """Measure a finished cache against its teacher again, and seal it with the new figures.
-
-    Args:
-        config: The options the cache was built with.
-        samples: Size of the probe.
 
     Raises:
         CacheMismatchError: If the options are not the cache's.
@@ -256,11 +239,7 @@ def recompute_fidelity(config: BuildConfig, *, samples: int) -> Manifest:
 
 
 def refuse_missing_shards(cache_dir: Path) -> None:
-    """Refuse a folder that is no whole cache.
-
-    Raises:
-        CacheFormatError: Naming the shards that are missing.
-    """
+    """Refuse a folder that is no whole cache."""
     missing = missing_shards(cache_dir, read_plan(cache_dir))
     if missing:
         raise CacheFormatError(
@@ -280,14 +259,7 @@ def _samples_of(plan: Plan, shards: Iterable[int]) -> int:
 
 
 def open_shards(work: Build, plan: Plan, todo: Sequence[int], *, batch_size: int) -> Iterator[EncodedShard]:
-    """Encode shards for the teacher: with the data set's answers ahead of it, or with its own in its own time.
-
-    Args:
-        work: Teacher, data and codecs.
-        plan: The partition into shards.
-        todo: Shards wanted.
-        batch_size: Most prompts in one batch.
-    """
+    """Encode shards for the teacher: with the data set's answers ahead of it, or with its own in its own time."""
     if ANSWERS not in work.codecs:
         yield from encode_shards(work.dataset, work.encoder, plan, todo, workers=work.workers)
         return

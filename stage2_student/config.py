@@ -280,10 +280,6 @@ def public_config(config: TrainConfig) -> TrainConfig:
 def describe(config: TrainConfig, cache_hashes: Mapping[str, str]) -> dict[str, Any]:
     """What a run is: everything that changes its result; folders, threads and log settings do not.
 
-    Args:
-        config: The run.
-        cache_hashes: Manifest hash by cache folder.
-
     Returns:
         JSON; caches are named by their hash, so that a moved cache is the same cache.
     """

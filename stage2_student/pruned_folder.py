@@ -14,11 +14,7 @@ FOLDER = "student"
 
 
 def kept_share(student: str) -> float | None:
-    """The share of ``pruned:0.5``; None for other students.
-
-    Raises:
-        ConfigError: If it is no share.
-    """
+    """The share of ``pruned:0.5``; None for other students."""
     if not student.startswith(PREFIX):
         return None
     text = student.removeprefix(PREFIX)

@@ -57,12 +57,7 @@ def open_caches(config: TrainConfig) -> dict[str, TeacherCache]:
 
 
 def phases_preset(student: str, teacher_width: int) -> str:
-    """The preset of phases that a student is trained by: how it was made, and whether it is a demonstration.
-
-    Args:
-        student: A name or a directory.
-        teacher_width: Width of the cached teacher's language model.
-    """
+    """The preset of phases that a student is trained by: how it was made, and whether it is a demonstration."""
     tiny = _size_of(student, teacher_width) == "tiny"
     pruned = kept_share(student) is not None or pruning_record(student) is not None
     if pruned:
@@ -84,11 +79,7 @@ def _size_of(student: str, teacher_width: int) -> str:
 
 
 def read_yaml(path: Path | None, *, missing_ok: bool = False) -> dict[str, Any]:
-    """Read a YAML mapping of options; empty without a path.
-
-    Raises:
-        ConfigError: If it cannot be read, or is no mapping.
-    """
+    """Read a YAML mapping of options; empty without a path."""
     if path is None or (missing_ok and not path.exists()):
         return {}
     try:

@@ -47,15 +47,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class RunSummary:
-    """What a run left.
-
-    Attributes:
-        output: Its folder.
-        table: Scores side by side, as text.
-        report: The HTML page.
-        fresh: False if everything was there already.
-        seconds: Of this call.
-    """
+    """What a run left."""
 
     output: Path
     table: str
@@ -215,11 +207,7 @@ def describe_phases(config: TrainConfig) -> str:
 
 
 def read_stamp(output: Path) -> dict[str, Any]:
-    """What a folder belongs to; empty for a new one.
-
-    Raises:
-        ConfigError: If it holds other things than a run.
-    """
+    """What a folder belongs to; empty for a new one."""
     try:
         stamp = read_json(output / STAMP)
     except FileNotFoundError:
@@ -317,11 +305,7 @@ def set_up_libraries() -> None:
 
 
 def read_run_config(output: Path) -> TrainConfig:
-    """The configuration of a run's folder.
-
-    Raises:
-        ConfigError: If there is none.
-    """
+    """The configuration of a run's folder."""
     stamp = read_stamp(output)
     if "config" not in stamp:
         raise ConfigError(f"{output}: no run there ({STAMP}); give the folder that `distill run` wrote")

@@ -91,9 +91,6 @@ def train(
         config: The run.
         caches: As from `open_caches`; None: they are opened here.
         after_step: Called after every optimizer step with the position and the student, e.g. to evaluate.
-
-    Returns:
-        The log and the trained student, which also lies in ``OUTPUT/final``.
     """
     # All processes: everything that can be wrong is found here, before the first step.
     run = prepare(config, caches)
@@ -148,12 +145,7 @@ def train(
 def train_student(*, after_step: AfterStep | None = None, **options: Any) -> TrainResult:
     """Train in this process with flat keyword arguments, as an experiment does for each arm and seed.
 
-    Args:
-        after_step: See :func:`train`.
-        **options: Fields of `TrainConfig`; a phase may be a dict of fields of `PhaseConfig`.
-
-    Returns:
-        The log and the trained student.
+    Of ``options``, a phase may be a dict of fields of `PhaseConfig`.
 
     Raises:
         ConfigError: If an option is unknown or has an unusable value.
@@ -215,16 +207,7 @@ def switch_dropout_off(student: StudentModel) -> None:
 def prepare_parts(
     config: TrainConfig, student: StudentModel, resume: Checkpoint | None
 ) -> tuple[TrainedParts, dict[str, Any] | None]:
-    """The student's parts, as the phases before the checkpoint's left them.
-
-    Args:
-        config: The run.
-        student: On its device.
-        resume: Where to go on; None: from the start.
-
-    Returns:
-        The parts, and what the checkpoint holds, for `begin_phase`.
-    """
+    """The student's parts, as the phases before the checkpoint's left them."""
     if config.gradient_checkpointing:
         checkpoint_layers(student)
     switch_dropout_off(student)
@@ -239,14 +222,7 @@ def prepare_parts(
 def begin_phase(
     phase: PreparedPhase, parts: TrainedParts, saved: Mapping[str, Any] | None, *, seed: int
 ) -> tuple[list[nn.Parameter], Optimizer]:
-    """What a phase trains and its optimizer, afresh or as a checkpoint of this phase left them.
-
-    Args:
-        phase: The phase.
-        parts: The student's.
-        saved: Of the checkpoint; None for a phase that begins.
-        seed: Of new adapters.
-    """
+    """What a phase trains and its optimizer, afresh or as a checkpoint of this phase left them."""
     config = phase.config
     parameters = parts.begin(trainable=config.trainable, freeze=config.freeze, seed=seed)
     optimizer = build_optimizer(parameters, peak=config.lr, weight_decay=config.weight_decay)

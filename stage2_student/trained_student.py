@@ -38,13 +38,8 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 class Student:
     """A trained student.
 
-    Attributes:
-        path: Its folder.
-        model: On an accelerator if there is one, float32, evaluation mode.
-        encoder: From samples to its sequences.
-        tokenizer: Its tokenizer.
-        image_processor: Its image processor.
-        provenance: What it was trained from.
+    The model is on an accelerator if there is one, float32, in evaluation mode; ``provenance`` says what it was
+    trained from.
     """
 
     path: Path
@@ -94,11 +89,7 @@ def open_student(folder: Path) -> Student:
 
 
 def evaluate_student(student: Student, config: TrainConfig, cache: TeacherCache | None) -> EvaluationReport:
-    """Score a student on held-out items and, if its cache is at hand, against the cached teacher.
-
-    Raises:
-        ConfigError: If there is no data to score on.
-    """
+    """Score a student on held-out items and, if its cache is at hand, against the cached teacher."""
     how = config.evaluation
     items = open_items(config, student.encoder, cache)
     cached = None
@@ -159,11 +150,6 @@ def draw_overlays(student: Student, config: TrainConfig, cache: TeacherCache) ->
 
 def export_student(folder: Path, target: Path, *, dtype: str) -> None:
     """Save a student in another precision, with tokenizer and image processor, for `from_pretrained`.
-
-    Args:
-        folder: A trained student.
-        target: Folder to write.
-        dtype: Key of `DTYPES`.
 
     Raises:
         ConfigError: If the folder exists.

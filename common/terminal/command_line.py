@@ -117,11 +117,7 @@ _once = _Once()
 
 
 def start_logging(level: int = logging.INFO) -> None:
-    """Show what this project logs, each text once, with the libraries' warnings; of HTTP and S3 clients only these.
-
-    Args:
-        level: The least that is shown.
-    """
+    """Show what this project logs, each text once, with the libraries' warnings; of HTTP and S3 clients only these."""
     if not logging.getLogger().handlers:
         handler = logging.StreamHandler()
         handler.addFilter(_once)

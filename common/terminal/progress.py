@@ -15,16 +15,7 @@ _UNCOUNTED = "{desc}: {n_fmt} {unit}, {elapsed} elapsed, {rate_fmt}"
 
 
 class ProgressLines:
-    """Takes the place of a bar where nobody watches, with the calls of ``tqdm`` that are used here.
-
-    Args:
-        desc: What is done.
-        total: How much there is to do; None: nobody knows.
-        unit: Of both.
-        initial: How much was done before.
-        keep: Whether the end is worth a line.
-        unit_scale: Whether numbers are shortened (12.3M).
-    """
+    """Takes the place of a bar where nobody watches, with the calls of ``tqdm`` that are used here."""
 
     def __init__(self, *, desc: str, total: int | None, unit: str, initial: int, keep: bool, unit_scale: bool) -> None:
         self.n, self.initial, self.total = initial, initial, total

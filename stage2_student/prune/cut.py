@@ -61,9 +61,6 @@ def prune_directory(
         described: What else the record beside the weights says, JSON.
         device: Where the teacher runs; ``auto`` is CUDA when there is one.
 
-    Returns:
-        The student's sizes.
-
     Raises:
         ConfigError: If the share is none, or the folder exists.
         ModelError: If the teacher cannot be pruned.
@@ -101,11 +98,6 @@ def plan_pruning(
 ) -> tuple[Widths, Widths, list[LayerParts], int]:
     """Measure importance and choose what stays of every layer.
 
-    Args:
-        opened: The teacher.
-        batches: Keyword arguments of its forward passes.
-        keep: Share to keep.
-
     Returns:
         The teacher's sizes, the student's, what stays of each layer, and the rows that importance is a mean over.
     """
@@ -136,12 +128,6 @@ def plan_pruning(
 
 def cut(model: Any, language_model: str, parts: Sequence[LayerParts], want: Widths) -> tuple[dict[str, Tensor], Any]:
     """The weights and the configuration of the narrower model.
-
-    Args:
-        model: The teacher, unchanged.
-        language_model: Attribute path of its decoder.
-        parts: What stays of each layer.
-        want: The sizes that makes.
 
     Returns:
         A state dict and a configuration of the teacher's class.
@@ -179,14 +165,7 @@ def narrowed_config(config: Any, want: Widths, width: int) -> Any:
 
 
 def fits(model: Any, language_model: str, config: Any, width: int) -> bool:
-    """Whether a model's class gives heads their width of old where there are fewer; builds it without memory.
-
-    Args:
-        model: The teacher.
-        language_model: Attribute path of its decoder.
-        config: With fewer heads.
-        width: Of a head.
-    """
+    """Whether a model's class gives heads their width of old where there are fewer; builds it without memory."""
     try:
         with torch.device("meta"):
             built = type(model)(copy.deepcopy(config))

@@ -23,16 +23,6 @@ def prune_for_cache(
 ) -> str:
     """Cut a run's student out of the teacher of its cache, by the cache's own samples.
 
-    Args:
-        config: Names teacher and data.
-        cache: Of its first phase.
-        output: Folder to write.
-        keep: Share of heads and channels.
-        samples: How many samples importance is measured on.
-
-    Returns:
-        A line that says what became of the sizes.
-
     Raises:
         ModelError: If the directory does not hold the cache's teacher.
     """

@@ -76,14 +76,8 @@ def measure_importance(
 ) -> Importance:
     """Run a model over samples and see what each head and channel adds.
 
-    Args:
-        model: In evaluation mode.
-        language_model: Its decoder.
-        batches: Keyword arguments of one forward pass each; without padding, which would count as rows.
-        heads: Query heads of each layer.
-
-    Returns:
-        The importance of every part.
+    The model is in evaluation mode; a batch is the keyword arguments of one forward pass, without padding, which
+    would count as rows.
 
     Raises:
         ModelError: If the decoder's layers are built in another way.
@@ -104,11 +98,7 @@ def measure_importance(
 
 
 def prunable_layers(language_model: Any) -> list[nn.Module]:
-    """The decoder layers, if all are built as Llama's.
-
-    Raises:
-        ModelError: Naming what is missing.
-    """
+    """The decoder layers, if all are built as Llama's."""
     layers = list(getattr(language_model, "layers", []))
     for index, layer in enumerate(layers):
         for part, names in (("self_attn", ATTENTION), ("mlp", MLP)):

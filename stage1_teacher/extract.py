@@ -66,10 +66,10 @@ class BuildSummary:
     """
 
     cache: Path
-    built: int
-    samples: int
-    seconds: float
-    manifest: Manifest | None
+    built: int = 0
+    samples: int = 0
+    seconds: float = 0.0
+    manifest: Manifest | None = None
     part: Part = WHOLE
     missing: tuple[int, ...] = ()
 
@@ -82,8 +82,8 @@ class BuildSummary:
 def extract(config: BuildConfig, *, overwrite: bool = False, part: Part = WHOLE, seals: bool = True) -> BuildSummary:
     """Run the teacher once over a data set and write a sealed cache.
 
-    ``part`` is which of several processes this is; the one of those that may seal (``seals``) which finds no shard
-    missing does. ``overwrite`` starts again in a folder that holds a cache with other options.
+    Of several processes (``part``), the one that may seal (``seals``) and finds no shard missing seals the cache.
+    ``overwrite`` starts again in a folder that holds a cache with other options.
 
     Returns:
         What this run did; nothing is built when the cache is already complete.
@@ -98,7 +98,7 @@ def extract(config: BuildConfig, *, overwrite: bool = False, part: Part = WHOLE,
         part = part.for_resume(missing_shards(cache_dir, plan))
         todo = part.share(missing_shards(cache_dir, plan))
         if not todo and seals and (manifest := intact_manifest(cache_dir)) is not None:
-            return BuildSummary(cache=cache_dir, built=0, samples=0, seconds=0.0, manifest=manifest)
+            return BuildSummary(cache=cache_dir, manifest=manifest)
         known = export_parts(work.teacher, cache_dir) if seals else []
         if seals:
             refuse_strangers(cache_dir, known)
@@ -171,11 +171,7 @@ def extract_with_processes(
                 run_parts(_extract_part, config, part.split(min(processes, len(todo))), show)
         seconds = time.monotonic() - started
         missing = tuple(missing_shards(cache_dir, plan))
-        summary = BuildSummary(
-            cache=cache_dir, built=0, samples=0, seconds=0.0, manifest=None, part=part, missing=missing
-        )
-        if not missing:
-            summary = extract(config)
+        summary = BuildSummary(cache=cache_dir, part=part, missing=missing) if missing else extract(config)
         if not todo:
             return summary
         built = set(todo) - set(missing)

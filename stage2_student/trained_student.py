@@ -158,6 +158,5 @@ def export_student(folder: Path, target: Path, *, dtype: str) -> None:
         raise ConfigError(f"{target} exists; give a new folder to export to")
     student = open_student(folder)
     with new_directory(target) as temporary:
-        student.model.to(DTYPES[dtype]).save_pretrained(temporary)
-        student.tokenizer.save_pretrained(temporary)
-        student.image_processor.save_pretrained(temporary)
+        for part in (student.model.to(DTYPES[dtype]), student.tokenizer, student.image_processor):
+            part.save_pretrained(temporary)

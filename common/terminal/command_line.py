@@ -37,7 +37,7 @@ def stopped_by_sigterm() -> Iterator[None]:
 
     def stop(*_: object) -> NoReturn:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: a second one must not stop the cleaning up
-        logger.warning("stopped by SIGTERM; run the same command again to go on where it stopped")
+        logger.warning("stopped by SIGTERM; run the same command again to continue")
         raise SystemExit(128 + signal.SIGTERM)
 
     if threading.current_thread() is not threading.main_thread():
@@ -93,7 +93,7 @@ class CommandGroup(click.Group):
             place = f"{error.filename}: " if error.filename else ""
             say(f"error: {place}{error.strerror or error}", err=True)
         except KeyboardInterrupt:
-            click.echo("stopped; run the same command again to go on where it stopped", err=True)
+            click.echo("stopped; run the same command again to continue", err=True)
             return ctx.exit(130)
         return ctx.exit(1)
 

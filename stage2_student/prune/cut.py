@@ -11,7 +11,6 @@ and cuts all layers alike, because a library configuration has one number of hea
 """
 
 import copy
-import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -32,7 +31,7 @@ from vlm_distill_cache.data.text.encoding import SampleEncoder
 from vlm_distill_cache.data.text.templates import get_template
 from vlm_distill_cache.stage2_student.prune.importance import ATTENTION, MLP, measure_importance, prunable_layers
 from vlm_distill_cache.stage2_student.prune.plan import LayerParts, Widths, choose_layer_parts, narrow_widths
-from vlm_distill_cache.stage2_student.pruned_folder import RECORD
+from vlm_distill_cache.stage2_student.pruned_folder import RECORD, read_settings
 
 _log = logging.getLogger(__name__)
 MAX_LENGTH = 2048  # tokens of a sample
@@ -217,12 +216,3 @@ def stored_dtype(teacher: Path) -> str:
     config = read_settings(teacher / "config.json")
     found = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
     return found if found in ("float16", "bfloat16") else "float32"
-
-
-def read_settings(path: Path) -> dict[str, Any]:
-    """A JSON file of a checkpoint directory, where the files may be links; empty if it is not there or unreadable."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}

@@ -6,7 +6,7 @@ Every phase of adapters begins with new ones and ends by merging them, as the re
 its phases; the merged ones stay in the checkpoint, and are merged again, in order, when the run resumes.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -78,11 +78,6 @@ def add_adapters(student: Any, *, rank: int, alpha: float, dropout: float, seed:
     return list(adapter_parameters(student).values())
 
 
-def has_adapters(student: Any) -> bool:
-    """Whether adapters are in."""
-    return bool(adapter_parameters(student))
-
-
 def adapter_parameters(student: Any) -> dict[str, nn.Parameter]:
     """The adapters' parameters, by their name in the student."""
     return {name: value for name, value in student.named_parameters() if _MARK in name}
@@ -99,8 +94,11 @@ def merge_adapters(student: Any) -> None:
 
     The student then computes the same up to rounding, and has the names and the size it had before.
     """
+    from peft.tuners.lora import LoraLayer
+
     layers = decoder_layers(student)
-    for name, adapter in list(_adapted(layers)):
+    adapted = [(name, module) for name, module in layers.named_modules() if isinstance(module, LoraLayer)]
+    for name, adapter in adapted:
         adapter.merge(safe_merge=False, adapter_names=[ADAPTER])
         parent, _, child = name.rpartition(".")
         setattr(layers.get_submodule(parent), child, adapter.get_base_layer())
@@ -121,18 +119,8 @@ def load_adapters(student: Any, values: Mapping[str, Tensor]) -> None:
         own[name].copy_(value)
 
 
-def _adapted(layers: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Layers that hold an adapter, by name."""
-    from peft.tuners.lora import LoraLayer
-
-    for name, module in layers.named_modules():
-        if isinstance(module, LoraLayer):
-            yield name, module
-
-
 Trainable = Literal["projector", "all", "lora"]
 Part = Literal["projector", "embeddings", "lm_head"]
-_ADAPTER_SUFFIXES = (".lora_A.default.weight", ".lora_B.default.weight")
 
 
 class TrainedParts:
@@ -172,13 +160,12 @@ class TrainedParts:
             raise ConfigError(
                 f"trainable: {trainable} without {', '.join(freeze)} leaves nothing to train; shorten `freeze`"
             )
-        self._changed |= {plain_name(name) for name in trained if not name.endswith(_ADAPTER_SUFFIXES)}
+        self._changed |= {plain_name(name) for name in trained if _MARK not in name}
         return list(trained.values())
 
     def finish(self) -> None:
         """End a phase: merge its adapters, if it had any, into the layers they belong to."""
-        if has_adapters(self._student):
-            adapters = adapter_parameters(self._student)
+        if adapters := adapter_parameters(self._student):
             self._merged.append({name: value.detach().cpu().clone() for name, value in adapters.items()})
             merge_adapters(self._student)
 
@@ -187,9 +174,14 @@ class TrainedParts:
         values = {
             name: value.detach()
             for name, value in self._student.named_parameters()
-            if plain_name(name) in self._changed or name.endswith(_ADAPTER_SUFFIXES)
+            if plain_name(name) in self._changed or _MARK in name
         }
-        merged = [adapters for adapters in self._merged if not adapted_names(adapters) <= self._changed]
+        # Those into weights that were trained as such later are in the values.
+        merged = [
+            adapters
+            for adapters in self._merged
+            if not {f"{name.partition(_MARK)[0]}.weight" for name in adapters} <= self._changed
+        ]
         return {"values": values, "merged": merged, "frozen": self._frozen()}
 
     def replay(self, state: Mapping[str, Any]) -> None:
@@ -198,17 +190,16 @@ class TrainedParts:
         Raises:
             ConfigError: If the parts that were never trained are others than those the state was saved with.
         """
-        adapters = {name for name in state["values"] if name.endswith(_ADAPTER_SUFFIXES)}
-        self._changed = {plain_name(name) for name in state["values"].keys() - adapters}
+        self._changed = {plain_name(name) for name in state["values"] if _MARK not in name}
         if self._frozen() != state["frozen"]:
             raise ConfigError(
                 "the student's weights before training are not those that this run began with: its directory, the "
                 "cache's vision tower or a library changed; restore them, use another --output, or delete the "
                 "folder to begin again"
             )
-        for adapters_of_a_phase in state["merged"]:
+        for adapters in state["merged"]:
             self._add_adapters(0)
-            load_adapters(self._student, adapters_of_a_phase)
+            load_adapters(self._student, adapters)
             self.finish()
 
     @torch.no_grad()
@@ -232,11 +223,6 @@ class TrainedParts:
         """Hash of all parameters that no phase so far has trained."""
         frozen = {name: value for name, value in self._hashes.items() if name not in self._changed}
         return fingerprint(frozen)
-
-
-def adapted_names(adapters: Mapping[str, Tensor]) -> set[str]:
-    """The weights that merging these adapters changes, by their name in the student."""
-    return {name.partition(".lora_")[0] + ".weight" for name in adapters}
 
 
 def hash_tensor(value: Tensor) -> str:

@@ -27,18 +27,10 @@ from vlm_distill_cache.common.terminal.command_line import (
     start_logging,
     stopped_by_sigterm,
 )
+from vlm_distill_cache.stage2_student import run as runs
 from vlm_distill_cache.stage2_student.config import PHASE_NAMES, TrainConfig
 from vlm_distill_cache.stage2_student.pruned_folder import refuse_uncut
 from vlm_distill_cache.stage2_student.resolve import open_caches
-from vlm_distill_cache.stage2_student.run import (
-    ARM,
-    REPORT,
-    load_run_config,
-    read_run_config,
-    set_up_libraries,
-    write_report,
-)
-from vlm_distill_cache.stage2_student.run import run as run_students
 from vlm_distill_cache.stage2_student.scores.results import render_table
 from vlm_distill_cache.stage2_student.training.output_folder import claim_output, refuse_foreign_folder
 
@@ -67,7 +59,11 @@ def _is_first_process() -> bool:
 
 _IMAGES = click.option("--images", help="Folder that relative image paths start from.")
 _training_options = shared_options(
-    click.option("--student", help="A name (mobilevlm, mobilevlm-1.7b, ...), a folder, or pruned:KEEP (run alone)."),
+    click.option(
+        "--student",
+        help="A name (mobilevlm: trained from scratch; its size follows the teacher, or add a suffix: mobilevlm-1.7b), a "
+        "folder, or pruned:KEEP (run only).",
+    ),
     click.option("--data", help="The data the cache was built from; may be left out if it is built in."),
     _IMAGES,
     click.option(
@@ -77,8 +73,8 @@ _training_options = shared_options(
         help="Teacher cache: a folder, s3://..., hf://datasets/... or https://...",
     ),
     click.option("--output", required=True, type=NewFolder(), help="Folder to write to."),
-    click.option("--phases", help='Which, in order: "dpt dft sft".'),
-    click.option("--seed", type=click.IntRange(min=0), help="Of weights and order."),
+    click.option("--phases", help='Phases to run, in order: "dpt dft sft".'),
+    click.option("--seed", type=click.IntRange(min=0), help="Seed of fresh weights and of the order of samples."),
     CONFIG,
     OVERRIDES,
 )
@@ -97,7 +93,7 @@ def _load(options: dict[str, Any]) -> TrainConfig:
         if unknown := [name for name in names if name not in PHASE_NAMES]:
             raise ConfigError(f"phases: {unknown[0]!r} is none of {', '.join(PHASE_NAMES)}")
         given.append(f"phases=[{', '.join(names)}]")
-    return load_run_config(config, [*given, *overrides], cache=cache)
+    return runs.load_run_config(config, [*given, *overrides], cache=cache)
 
 
 @main.command()
@@ -111,10 +107,10 @@ def train(**options: Any) -> None:
     from vlm_distill_cache.stage2_student.training.preparation import failure_notes
 
     refuse_uncut(settings.student, settings.teacher)
-    set_up_libraries()
+    runs.set_up_libraries()
     output = Path(settings.output)
     refuse_foreign_folder(output)
-    in_run = ARM in os.environ
+    in_run = runs.ARM in os.environ
     caches = open_caches(settings)
     if _is_first_process() and not in_run:
         for note in failure_notes(caches):
@@ -133,10 +129,10 @@ def train(**options: Any) -> None:
 @click.option("--nproc", type=click.IntRange(min=1), default=1, show_default=True, help="Training processes.")
 @click.option("--teacher", help="Folder of the teacher that a student pruned:KEEP is cut out of.")
 def run(*, nproc: int, **options: Any) -> None:
-    """Train the SFT baseline and the distilled student, score both, write the report."""
+    """Train `sft`, the baseline without a teacher, and the distilled student; score both, write the report."""
     settings = _load(options)
     with stopped_by_sigterm():
-        summary = run_students(settings, processes=nproc, say=click.echo)
+        summary = runs.run(settings, processes=nproc, say=click.echo)
     click.echo(f"\n{summary.table}\n")
     if summary.fresh:
         click.echo(f"Done in {summary.seconds:.0f} s.")
@@ -164,7 +160,7 @@ def prune(
     from vlm_distill_cache.data.sample import iterate_readable
     from vlm_distill_cache.stage2_student.prune.cut import prune_directory
 
-    set_up_libraries()
+    runs.set_up_libraries()
     dataset = open_dataset(data, images=images, limit=samples)
     widths = prune_directory(
         teacher,
@@ -190,7 +186,7 @@ def prune(
     type=CacheLocation(),
     help="Compare with this cache's teacher (a folder or an address); default: the one of its training.",
 )
-@click.option("--limit", type=click.IntRange(min=1), help="Most items.")
+@click.option("--limit", type=click.IntRange(min=1), help="Score at most so many items.")
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="JSON file to write.")
 def evaluate(
     student: Path, *, data: str | None, images: str | None, cache: str | None, limit: int | None, output: Path | None
@@ -199,7 +195,7 @@ def evaluate(
     from vlm_distill_cache.stage2_student.scores.held_out import EVALUATE_OPTION, scoring_notes
     from vlm_distill_cache.stage2_student.trained_student import evaluate_student, open_student
 
-    set_up_libraries()
+    runs.set_up_libraries()
     opened = open_student(student)
     settings = config_from_dict(TrainConfig, opened.provenance["config"], where=str(student))
     how = settings.evaluation
@@ -229,10 +225,10 @@ def evaluate(
 @click.argument("output", type=FOLDER)
 def report(output: Path) -> None:
     """Write the HTML report of a run's folder again."""
-    config = read_run_config(output)
-    set_up_libraries()
-    write_report(output, config, open_cache(config.cache))
-    click.echo(f"Report: {output / REPORT}")
+    config = runs.read_run_config(output)
+    runs.set_up_libraries()
+    runs.write_report(output, config, open_cache(config.cache))
+    click.echo(f"Report: {output / runs.REPORT}")
 
 
 @main.command()
@@ -243,7 +239,7 @@ def export(student: Path, output: Path, dtype: str) -> None:
     """Save a trained student in another precision, ready for `from_pretrained`."""
     from vlm_distill_cache.stage2_student.trained_student import export_student
 
-    set_up_libraries()
+    runs.set_up_libraries()
     export_student(student, output, dtype=dtype)
     click.echo(f"Exported to {output} ({dtype}); load it with from_pretrained of the class that its config.json names")
 
@@ -256,7 +252,7 @@ def import_checkpoint(checkpoint: Path, output: Path, vision_tower: Path | None)
     """Write a published MobileVLM or CompoDistill as a student or teacher of ours: one folder, safetensors."""
     from vlm_distill_cache.common.models.published import convert_published
 
-    set_up_libraries()
+    runs.set_up_libraries()
     convert_published(checkpoint, output, vision_tower=vision_tower)
     click.echo(
         f"Imported into {output}. Next: make distill STUDENT={quoted(output)}, or make teacher-cache "

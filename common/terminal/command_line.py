@@ -151,7 +151,13 @@ def quoted(place: str | Path) -> str:
 FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 CONFIG = click.option("--config", type=FILE, help="YAML file of options.")
-OVERRIDES = click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Any option; repeatable.")
+OVERRIDES = click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Any option of the YAML file; repeatable. Misspelt options suggest the closest match.",
+)
 
 
 def shared_options(*given: Callable[[Any], Any]) -> Callable[[Any], Any]:

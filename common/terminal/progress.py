@@ -10,8 +10,8 @@ import click
 from tqdm import tqdm
 
 EVERY_S = 30.0
-_COUNTED = "{desc}: {n_fmt}/{total_fmt} {unit}, {percentage:.0f} %, {elapsed} elapsed, {remaining} left, {rate_fmt}"
-_UNCOUNTED = "{desc}: {n_fmt} {unit}, {elapsed} elapsed, {rate_fmt}"
+_COUNTED = "{desc}: {n_fmt}/{total_fmt}%s, {percentage:.0f} %%, {elapsed} elapsed, {remaining} left, {rate_fmt}"
+_UNCOUNTED = "{desc}: {n_fmt}%s, {elapsed} elapsed, {rate_fmt}"
 
 
 class ProgressLines:
@@ -30,17 +30,18 @@ class ProgressLines:
 
     def _say(self) -> None:
         self._said = time.monotonic()
+        line = (_COUNTED if self.total else _UNCOUNTED) % (self._unit if self._unit_scale else f" {self._unit}s")
         text = tqdm.format_meter(
-            self.n, self.total or 0, self._said - self._began, prefix=self._desc, unit=self._unit,
-            unit_scale=self._unit_scale, initial=self.initial, bar_format=_COUNTED if self.total else _UNCOUNTED,
+            self.n, self.total or 0, self._said - self._began, prefix=self._desc, unit=f" {self._unit}",
+            unit_scale=self._unit_scale, initial=self.initial, bar_format=line,
         )  # fmt: skip
-        click.echo(text, err=True)
+        click.echo(text.replace("  ", " "), err=True)
 
     def __enter__(self) -> ProgressLines:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._keep:
+        if self._keep and self.n > self.initial:
             self._say()
 
 

@@ -6,8 +6,8 @@ what the layer's output would change by without it. Inputs and weights both coun
 Dims: L layers, H query heads, d width of a head, C channels, D width of the model, T sequence.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,7 +85,10 @@ def measure_importance(
     """
     layers = prunable_layers(language_model)
     seen = [_Layer(layer, heads) for layer in layers]
-    with _watching(seen):
+    with ExitStack() as hooks:
+        for layer in seen:
+            hooks.enter_context(layer.output.register_forward_pre_hook(layer.see_heads))
+            hooks.enter_context(layer.down.register_forward_pre_hook(layer.see_channels))
         for batch in batches:
             model(**batch, use_cache=False)
     if not seen[0].rows:
@@ -113,17 +116,3 @@ def prunable_layers(language_model: Any) -> list[nn.Module]:
     if not layers:
         raise ModelError(f"{type(language_model).__name__} keeps no list of decoder `layers`: it cannot be pruned")
     return layers
-
-
-@contextmanager
-def _watching(layers: list[_Layer]) -> Iterator[None]:
-    """Let each layer see its inputs."""
-    hooks = []
-    try:
-        for layer in layers:
-            hooks.append(layer.output.register_forward_pre_hook(layer.see_heads))
-            hooks.append(layer.down.register_forward_pre_hook(layer.see_channels))
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()

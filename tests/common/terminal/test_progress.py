@@ -31,7 +31,7 @@ def test_where_nobody_watches_a_line_every_30_seconds_and_one_at_the_end(clock, 
     assert "\r" not in said
     lines = said.splitlines()
     assert [line.split()[1] for line in lines] == ["50/100", "80/100", "100/100"]
-    assert lines[0].startswith("teacher: 50/100 sample, 50 %, 00:30 elapsed, 00:50 left")
+    assert lines[0].startswith("teacher: 50/100 samples, 50 %, 00:30 elapsed, 00:50 left, 1.00 sample/s")
 
 
 def test_short_steps_and_unknown_totals_have_lines_too(clock, capsys):
@@ -41,7 +41,7 @@ def test_short_steps_and_unknown_totals_have_lines_too(clock, capsys):
     with progress.progress("importance", unit="sample") as bar:
         clock[0] += 40
         bar.update()
-    assert capsys.readouterr().err.splitlines()[0].startswith("importance: 1 sample, 00:40 elapsed")
+    assert capsys.readouterr().err.splitlines()[0].startswith("importance: 1 samples, 00:40 elapsed")
 
 
 def test_a_terminal_gets_a_bar_and_a_silent_process_nothing(monkeypatch):
@@ -81,3 +81,11 @@ def test_python_warnings_and_the_model_librarys_are_said_once_too():
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stderr
     assert said.count("slow") == 1
     assert said.count("old weights") == 1
+
+
+def test_bytes_are_shortened(clock, capsys):
+    with progress.progress("pull", unit="B", unit_scale=True) as bar:
+        bar.total = 5_000_000
+        clock[0] += 31
+        bar.update(2_000_000)
+    assert capsys.readouterr().err.splitlines()[0].startswith("pull: 2.00M/5.00MB, 40 %")

@@ -117,7 +117,7 @@ def test_a_run_scores_a_library_student_beside_its_baseline(tiny_cache, tiny_lla
     done = run(config)
     for row in (
         "captions by likelihood",
-        "right in both orders",
+        "by log p(A)",
         "questions",
         "KL(teacher",
         "attention, cosine",

@@ -115,16 +115,12 @@ def test_a_run_scores_a_library_student_beside_its_baseline(tiny_cache, tiny_lla
         None, [f"student='{tiny_llava}'", f"data='{DATA}'", f"output='{output}'", *fast], cache=tiny_cache[0]
     )
     done = run(config)
-    for row in (
-        "captions by likelihood",
-        "by log p(A)",
-        "questions",
-        "KL(teacher",
-        "attention, cosine",
-    ):
+    for row in ("captions by likelihood", "questions", "KL(teacher", "attention, cosine"):
         assert row in done.table
+    assert "letters/both_right" in json.loads((output / "evaluation.json").read_text())["distilled"]["scores"]
     assert "<svg" in done.report.read_text()
-    exported = export_student(output / "distilled" / "final", tmp_path / "small", dtype="bfloat16")
+    exported = tmp_path / "small"
+    export_student(output / "distilled" / "final", exported, dtype="bfloat16")
     model = LlavaForConditionalGeneration.from_pretrained(exported)
     assert model.dtype == torch.bfloat16
     assert {"tokenizer.json", "preprocessor_config.json"} <= {path.name for path in exported.iterdir()}

@@ -203,12 +203,8 @@ def begin(config: BuildConfig, *, overwrite: bool, several: bool) -> tuple[Path,
 def finish(work: Build, cache_dir: Path, *, samples: int, known: Collection[str], rewritten: bool) -> Manifest:
     """Measure the fidelity of a cache whose shards are all there, write its card, seal it.
 
-    Args:
-        work: What it was built with.
-        cache_dir: The cache.
-        samples: Size of the fidelity probe; 0 skips it.
-        known: Its files outside ``shards/``.
-        rewritten: Whether projector, vision tower and processor were just written.
+    ``samples`` is the size of the fidelity probe, 0 for none; ``known`` are the cache's files outside ``shards/``;
+    ``rewritten`` says whether projector, vision tower and processor were just written.
     """
     fidelity = measure_fidelity(work, cache_dir, samples=samples)
     write_card(cache_dir, work.plan, fidelity)

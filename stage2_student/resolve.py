@@ -23,11 +23,7 @@ QUOTES = "'\" "
 def resolve_config(path: Path | None, overrides: Sequence[str], *, teacher_width: int) -> TrainConfig:
     """A preset, then a user's YAML, then ``a.b=c`` overrides.
 
-    Args:
-        path: The user's YAML; None for none.
-        overrides: Of the command line.
-        teacher_width: Width of the cached teacher's language model; picks the preset for student size
-            ``auto``.
+    ``teacher_width`` is of the cached teacher's language model; it picks the preset for student size ``auto``.
 
     Raises:
         ConfigError: For an unknown or unusable option.

@@ -68,10 +68,8 @@ def run(config: TrainConfig, *, processes: int = 1, say: Callable[[str], None] =
     Whatever is finished is not done again: a complete run, a trained student, a training's checkpoints, a
     score. Each cache is opened once.
 
-    Args:
-        config: Of the distilled student; ``output`` gets a folder for each student.
-        processes: Training processes; more than one are started with torch's launcher.
-        say: Told what happens.
+    The configuration is of the distilled student; its ``output`` gets a folder for each student. Several training
+    processes are started with torch's launcher. ``say`` is told what happens.
 
     Raises:
         ConfigError: If the folder belongs to another run, naming what differs.

@@ -81,10 +81,8 @@ def train(
 ) -> TrainResult:
     """Train a student through its phases, from the newest checkpoint if there is one.
 
-    Args:
-        config: The run.
-        caches: As from `open_caches`; None: they are opened here.
-        after_step: Called after every optimizer step with the position and the student, e.g. to evaluate.
+    The caches are as from `open_caches`, which is called where there are none. ``after_step`` is called after every
+    optimizer step with the position and the student, e.g. to evaluate.
     """
     # All processes: everything that can be wrong is found here, before the first step.
     run = prepare(config, caches)

@@ -57,14 +57,8 @@ def progress(
 ) -> tqdm[Never] | ProgressLines:
     """Show how far some work is; to be entered with ``with``, and told of every piece by ``update(count)``.
 
-    Args:
-        desc: What is done.
-        unit: What is counted.
-        total: How much there is to do; None: nobody knows.
-        initial: How much was done before.
-        shown: Whether anything is shown, which one of several processes does for all.
-        keep: Whether the bar stays, or the end gets a line, once all is done.
-        unit_scale: Whether numbers are shortened (12.3M).
+    ``total`` is None where nobody knows it, ``initial`` what was done before. One of several processes shows for all
+    (``shown``). ``keep`` says whether the bar stays, or the end gets a line; ``unit_scale`` shortens numbers (12.3M).
     """
     told: dict[str, Any] = {"desc": desc, "total": total, "unit": unit, "initial": initial, "unit_scale": unit_scale}
     if shown and not sys.stderr.isatty():

@@ -54,10 +54,7 @@ def language_model_of(model: Any) -> Any:
 def supervised_logits(model: Any, inputs: Mapping[str, Any], supervised: Tensor) -> Tensor:
     """Logits of the rows that predict answer tokens; other rows never meet the output projection.
 
-    Args:
-        model: A student, or any causal model of the library.
-        inputs: Its keyword arguments.
-        supervised: Bool ``[B, T]``.
+    The model is a student, or any causal model of the library; ``supervised`` is bool ``[B, T]``.
 
     Returns:
         Float ``[A, V]``, batch-row order.
@@ -110,15 +107,9 @@ def evaluate_model(
 ) -> EvaluationReport:
     """Score one model.
 
-    Args:
-        model: A student or teacher; put into evaluation mode, and back as it was.
-        encoder: Fits the model: its tokenizer, image grid and template.
-        items: Held-out caption pairs and questions; either part may be empty.
-        cached: Samples with the teacher's cached signals, to measure the agreement with the teacher.
-        letters: Also ask the A/B question (two generations a pair).
-        batch_size: Sequences in one forward pass.
-        seed: Of the bootstrap.
-        resamples: Of the bootstrap.
+    The encoder fits the model (tokenizer, image grid, template), which is put into evaluation mode and back as it
+    was. ``cached`` are samples with the teacher's signals, to measure the agreement with it; ``letters`` also asks
+    the A/B question (two generations a pair). Seed and resamples are of the bootstrap.
 
     Raises:
         SampleError: If an item's image or text cannot be used; names the item.
@@ -240,10 +231,7 @@ def score_questions(
 def score_agreement(model: Any, cached: CachedDataset, *, batch_size: int) -> dict[str, np.ndarray]:
     """Compare a model with the cached teacher on the same samples, one value a sample.
 
-    Args:
-        model: The student.
-        cached: Joined data; which of ``logits`` and ``answer_attention`` it reads decides what is compared.
-        batch_size: Samples in one forward pass.
+    Which of ``logits`` and ``answer_attention`` the joined data reads decides what is compared.
 
     Returns:
         Float ``[I]`` each: ``teacher/kl`` (tail-bucket KL, nats a row), ``teacher/top1`` (share of rows
@@ -296,8 +284,7 @@ def _compare_attention(cells: Tensor, target: AttentionBatch, rows: slice) -> di
 def _row_ranges(rows: Tensor) -> Iterator[slice]:
     """Where each sample's rows lie among all rows of a batch; samples without rows are passed over.
 
-    Args:
-        rows: Int64 ``[B, R]``, padding -1.
+    ``rows`` is int64 ``[B, R]``, padding -1.
     """
     start = 0
     for count in (rows >= 0).sum(dim=1).tolist():

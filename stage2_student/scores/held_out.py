@@ -70,11 +70,7 @@ def probe_items(config: TrainConfig, cache: TeacherCache) -> list[str]:
 def scoring_notes(config: TrainConfig, cache: TeacherCache | None, *, scorable: bool, option: str) -> list[str]:
     """What the scores of a configuration do not tell, as sentences.
 
-    Args:
-        config: Names the data.
-        cache: Of the student.
-        scorable: Whether any item can be scored.
-        option: How other data is named where this is shown.
+    ``scorable`` says whether any item can be scored, ``option`` how other data is named where this is shown.
     """
     data = _data_of(config, cache)
     if not scorable:

@@ -55,10 +55,7 @@ def bootstrap_kinds(
 ) -> Score:
     """Unweighted mean over kinds of the mean over items; items are resampled within their kind.
 
-    Args:
-        values: Float ``[I]`` for each kind, at least one item each.
-        seed: Of the resampling.
-        resamples: S.
+    ``values`` are float ``[I]`` for each kind, at least one item each; S is ``resamples``.
 
     Raises:
         ValueError: If there are no kinds, or one has no items.

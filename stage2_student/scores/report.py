@@ -49,15 +49,8 @@ def render_report(
 ) -> None:
     """Write the page.
 
-    Args:
-        path: The HTML file.
-        title: Its heading.
-        facts: What was run, by name.
-        curves: Logged steps of each run (``training_log.read_log``).
-        evaluations: Scores of each model.
-        compared: Of which two models the table says what the second gains over the first.
-        overlays: Attention pictures.
-        notes: What the scores do not tell, as sentences.
+    ``curves`` are the logged steps of each run (``read_log``); ``compared`` are the two models of which the table
+    says what the second gains over the first; ``notes`` are what the scores do not tell.
     """
     known = "".join(f"<dt>{_text(name)}</dt><dd>{_text(value)}</dd>" for name, value in facts.items())
     colours = {run: COLOURS[index % len(COLOURS)] for index, run in enumerate(curves)}

@@ -71,9 +71,7 @@ def table_rows(
 ) -> tuple[list[Row], list[Row]]:
     """The lines that matter and the details; what no report has, and what is 0 in all, is left out of the latter.
 
-    Args:
-        reports: By the model's name.
-        compared: Of which two models the headlines say what the second gains over the first; None: of none.
+    ``compared`` are the two models of which the headlines say what the second gains over the first.
     """
     known = set().union(*(report.scores for report in reports.values()))
 

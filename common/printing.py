@@ -18,8 +18,6 @@ def one_line(text: object, *, limit: int = MAX_SHOWN) -> str:
 def printable(text: str, *, keep: str = "\n") -> str:
     """Spell out control, format and bidirectional characters, lone surrogates and unassigned code points.
 
-    Args:
-        text: Any text.
-        keep: Characters that may stay as they are.
+    ``keep``: characters that may stay as they are.
     """
     return "".join(c if c in keep or c.isprintable() else repr(c)[1:-1] for c in text)

@@ -7,20 +7,25 @@ import math
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
+from vlm_distill_cache.common.cache.plan import STORE_NAMES
+from vlm_distill_cache.common.config import load_config
 from vlm_distill_cache.common.terminal.command_line import (
+    CONFIG,
+    FOLDER,
+    OVERRIDES,
     SETTINGS,
     CommandGroup,
+    quiet_libraries,
     quoted,
+    shared_options,
     start_logging,
     stopped_by_sigterm,
 )
-
-if TYPE_CHECKING:
-    from vlm_distill_cache.stage1_teacher.config import BuildConfig
+from vlm_distill_cache.stage1_teacher.config import SIGNALS, BuildConfig
 
 # Imports that pull torch in are inside the commands, so that --help and usage errors are instant.
 
@@ -31,43 +36,30 @@ def main() -> None:
     start_logging()
 
 
-def _build_options(command: Any) -> Any:
-    """Options that `build` and `fidelity` share."""
-    for option in (
-        click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Any other option; repeatable."),
-        click.option("--limit", type=click.IntRange(min=1), help="Use only the first samples."),
-        click.option(
-            "--signals",
-            help="Comma-separated: logits, answer_attention, text_attention, visual_columns, visual_map, hidden, "
-            "visual_hidden, projector_output, visual_logits.",
-        ),
-        click.option(
-            "--answers",
-            type=click.Choice(["data", "generate"]),
-            help="Score the data set's answers, or let the teacher write them.",
-        ),
-        click.option("--store", type=click.Choice(["zarr", "webdataset"]), help="Shard format."),
-        click.option("--cache", help="Folder of the cache."),
-        click.option("--teacher", help="Checkpoint directory; default: the built-in teacher of built-in data."),
-        click.option("--images", help="Image folder of a .json or .jsonl; default: the file's own folder."),
-        click.option(
-            "--data", help="shapes, easy-vqa, or a path: LLaVA .json, messages .jsonl, datasets folder, tars."
-        ),
-        click.option("--config", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="YAML file."),
-    ):
-        command = option(command)
-    return command
+_build_options = shared_options(
+    CONFIG,
+    click.option("--data", help="shapes, easy-vqa, or a path: LLaVA .json, messages .jsonl, datasets folder, tars."),
+    click.option("--images", help="Image folder of a .json or .jsonl; default: the file's own folder."),
+    click.option("--teacher", help="Checkpoint directory; default: the built-in teacher of built-in data."),
+    click.option("--cache", help="Folder of the cache."),
+    click.option("--store", type=click.Choice(STORE_NAMES), help="Shard format."),
+    click.option(
+        "--answers",
+        type=click.Choice(["data", "generate"]),
+        help="Score the data set's answers, or let the teacher write them.",
+    ),
+    click.option("--signals", help=f"Comma-separated: {', '.join(SIGNALS)}."),
+    click.option("--limit", type=click.IntRange(min=1), help="Use only the first samples."),
+    OVERRIDES,
+)
 
 
-def _settings(config: Path | None, overrides: tuple[str, ...], options: dict[str, Any]) -> BuildConfig:
-    from vlm_distill_cache.common.config import load_config
-    from vlm_distill_cache.stage1_teacher.config import BuildConfig
-
-    given = [
-        f"{name}={json.dumps(value)}" for name, value in options.items() if value is not None and name != "signals"
-    ]
-    if options["signals"] is not None:
-        given.append(f"signals=[{options['signals']}]")
+def _settings(options: dict[str, Any]) -> BuildConfig:
+    """The configuration that the options shared by several commands give."""
+    config, overrides, signals = (options.pop(name) for name in ("config", "overrides", "signals"))
+    given = [f"{name}={json.dumps(value)}" for name, value in options.items() if value is not None]
+    if signals is not None:
+        given.append(f"signals=[{signals}]")
     return load_config(BuildConfig, config, [*overrides, *given])
 
 
@@ -81,25 +73,17 @@ def _settings(config: Path | None, overrides: tuple[str, ...], options: dict[str
 @click.option(
     "--part",
     metavar="R/N",
-    help="Be part R of N, R from 0 to N - 1, on any machines: all on one shared folder (the last part seals it), or "
-    "each in a folder of its own, joined by `cachectl merge`; default: as torchrun or srun say.",
+    help="Build shards R of N (counted from 0), on any machine: all parts in one shared folder (the last one seals "
+    "it), or each in its own, joined by `cachectl merge`; default: as torchrun or srun say.",
 )
 @click.option("--overwrite", is_flag=True, help="Start again if the folder holds a cache with other options.")
-def build(
-    config: Path | None,
-    overrides: tuple[str, ...],
-    *,
-    nproc: int | None,
-    part: str | None,
-    overwrite: bool,
-    **options: Any,
-) -> None:
-    """Build a cache, or resume one; says so and ends when it is complete."""
-    settings = _settings(config, overrides, options)
+def build(*, nproc: int | None, part: str | None, overwrite: bool, **options: Any) -> None:
+    """Build a cache or resume one; does nothing if it is complete."""
+    settings = _settings(options)
 
     from vlm_distill_cache.stage1_teacher.extract import extract, extract_with_processes
     from vlm_distill_cache.stage1_teacher.planning.cache_folder import explain_disk_errors
-    from vlm_distill_cache.stage1_teacher.planning.parts import choose_part, local_device, quiet_libraries
+    from vlm_distill_cache.stage1_teacher.planning.parts import choose_part, local_device
     from vlm_distill_cache.stage1_teacher.report import next_command, summary_text
 
     own, local = choose_part(part, os.environ)
@@ -128,13 +112,12 @@ def build(
 @main.command()
 @_build_options
 @click.option("--samples", type=click.IntRange(min=1), default=64, show_default=True, help="Size of the probe.")
-def fidelity(config: Path | None, overrides: tuple[str, ...], *, samples: int, **options: Any) -> None:
+def fidelity(*, samples: int, **options: Any) -> None:
     """Compare a finished cache with its live teacher again; takes the options it was built with."""
-    settings = _settings(config, overrides, options)
+    settings = _settings(options)
 
     from vlm_distill_cache.stage1_teacher.extract import recompute_fidelity
     from vlm_distill_cache.stage1_teacher.planning.cache_folder import explain_disk_errors
-    from vlm_distill_cache.stage1_teacher.planning.parts import quiet_libraries
 
     quiet_libraries()
     with explain_disk_errors(settings.cache):
@@ -143,11 +126,18 @@ def fidelity(config: Path | None, overrides: tuple[str, ...], *, samples: int, *
         click.echo(f"  {name:<44}{value:>14}")
 
 
-def _finite(context: click.Context, parameter: click.Parameter, value: float | None) -> float | None:
-    """Refuse what `FloatRange` lets through: a NaN is neither below nor above a bound."""
-    if value is not None and not math.isfinite(value):
-        raise click.BadParameter(f"{value} is not a finite number", context, parameter)
-    return value
+class _Finite(click.FloatRange):
+    """Refuses what `FloatRange` lets through: a NaN is neither below nor above a bound."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Return the number."""
+        number: float = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{number} is not a finite number", param, ctx)
+        return number
+
+
+_POSITIVE = _Finite(min=0, min_open=True)
 
 
 @main.command()
@@ -158,36 +148,16 @@ def _finite(context: click.Context, parameter: click.Parameter, value: float | N
 @click.option(
     "--students", default="1,3,10", show_default=True, help="Numbers of students to compare, comma-separated."
 )
-@click.option(
-    "--epochs",
-    type=click.FloatRange(min=0, min_open=True),
-    callback=_finite,
-    default=1.0,
-    show_default=True,
-    help="Passes of each student over the data.",
-)
+@click.option("--epochs", type=_POSITIVE, default=1.0, show_default=True, help="Passes of each student over the data.")
 @click.option(
     "--student-parameters",
-    type=click.FloatRange(min=0, min_open=True),
-    callback=_finite,
+    type=_POSITIVE,
     help="Parameters of a student, for example 1.4e9; default: a fifth of the teacher's.",
 )
-@click.option(
-    "--student-step",
-    type=click.FloatRange(min=0, min_open=True),
-    callback=_finite,
-    help="Seconds of training a sample, if you measured a student.",
-)
-@click.option(
-    "--price",
-    type=click.FloatRange(min=0),
-    callback=_finite,
-    help="Of the teacher's machine for an hour; adds costs to the hours.",
-)
+@click.option("--student-step", type=_POSITIVE, help="Seconds of training a sample, if you measured a student.")
+@click.option("--price", type=_Finite(min=0), help="Of the teacher's machine for an hour; adds costs to the hours.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also write all figures here.")
 def estimate(
-    config: Path | None,
-    overrides: tuple[str, ...],
     *,
     samples: int,
     students: str,
@@ -199,12 +169,11 @@ def estimate(
     **options: Any,
 ) -> None:
     """Predict bytes, hours and cost from a measured probe, before anything is built; takes the options of `build`."""
-    settings = _settings(config, overrides, options)
+    settings = _settings(options)
 
     from vlm_distill_cache.common.files.atomic import write_json_atomic
     from vlm_distill_cache.stage1_teacher.estimate.estimate import Scenario, estimate_text, parse_students
     from vlm_distill_cache.stage1_teacher.estimate.estimate import estimate as measure
-    from vlm_distill_cache.stage1_teacher.planning.parts import quiet_libraries
 
     try:
         counts = parse_students(students)
@@ -214,11 +183,7 @@ def estimate(
         raise click.BadParameter(f"{json_file}: there is no folder {json_file.parent}")
     quiet_libraries()
     scenario = Scenario(
-        students=counts,
-        epochs=epochs,
-        student_parameters=student_parameters,
-        student_step=student_step,
-        price=price,
+        students=counts, epochs=epochs, student_parameters=student_parameters, student_step=student_step, price=price
     )
     figures = measure(settings, scenario, samples=samples)
     click.echo(estimate_text(figures))
@@ -227,7 +192,7 @@ def estimate(
 
 
 @main.command()
-@click.argument("cache", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("cache", type=FOLDER)
 def seal(cache: Path) -> None:
     """Write the manifest of a complete cache from its sidecars."""
     from vlm_distill_cache.common.cache.manifest import seal as seal_cache
@@ -244,7 +209,7 @@ def seal(cache: Path) -> None:
 
 
 @main.command()
-@click.argument("cache", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("cache", type=FOLDER)
 def report(cache: Path) -> None:
     """Print what a sealed cache holds and what it cost."""
     from vlm_distill_cache.common.cache.manifest import read_manifest
@@ -252,8 +217,7 @@ def report(cache: Path) -> None:
     from vlm_distill_cache.stage1_teacher.report import summary_text
 
     refuse_missing_shards(cache)
-    manifest = read_manifest(cache)
-    click.echo(summary_text(BuildSummary(cache=cache, built=0, samples=0, seconds=0.0, manifest=manifest)))
+    click.echo(summary_text(BuildSummary(cache=cache, manifest=read_manifest(cache))))
 
 
 @main.command("demo-teacher")
@@ -261,9 +225,10 @@ def report(cache: Path) -> None:
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="Directory to write.")
 @click.option("--seed", type=int, default=0, show_default=True)
 def demo_teacher(data: str, output: Path, seed: int) -> None:
-    """Train a built-in teacher from nothing (minutes on 2 cores) and print its accuracy."""
+    """Train a built-in teacher from scratch (minutes on 2 cores) and print its accuracy."""
     from vlm_distill_cache.stage1_teacher.demo.teacher import train_demo_teacher
 
+    quiet_libraries()
     train_demo_teacher(data, output, seed=seed)
     click.echo(f"Teacher written to {output}")
     click.echo(

@@ -5,6 +5,7 @@ from typing import Literal
 
 from vlm_distill_cache.common.codecs.description import check_whole_number, preset_settings
 from vlm_distill_cache.common.errors import ConfigError
+from vlm_distill_cache.common.terminal.next_step import DEFAULT_SIGNALS
 
 SIGNALS = (
     "logits", "answer_attention", "text_attention", "visual_columns", "visual_map",
@@ -75,7 +76,7 @@ class BuildConfig:
     teacher: str = ""
     cache: str = "build/cache/shapes-zarr"
     store: Literal["zarr", "webdataset"] = "zarr"
-    signals: tuple[str, ...] = ("logits", "answer_attention")
+    signals: tuple[str, ...] = DEFAULT_SIGNALS
     logits: str = "default"
     temperatures: tuple[float, ...] = (1.0, 2.0)
     attention_dtype: Literal["u1", "f4"] = "u1"

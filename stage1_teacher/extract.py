@@ -5,15 +5,13 @@ the main thread runs the teacher, and a thread encodes and writes what the teach
 """
 
 import gc
-import logging
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Never
 
 import torch
-from tqdm import tqdm
 
 from vlm_distill_cache.common.cache.manifest import (
     Manifest,
@@ -26,6 +24,7 @@ from vlm_distill_cache.common.cache.manifest import (
     sidecar_path,
 )
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError
+from vlm_distill_cache.common.terminal.progress import ProgressLines, progress
 from vlm_distill_cache.stage1_teacher.config import BuildConfig
 from vlm_distill_cache.stage1_teacher.loop.answers import ANSWERS, answer_shard
 from vlm_distill_cache.stage1_teacher.loop.encode_ahead import encode_shards
@@ -48,7 +47,8 @@ from vlm_distill_cache.stage1_teacher.quality.card import write_card
 from vlm_distill_cache.stage1_teacher.quality.fidelity import measure_fidelity
 from vlm_distill_cache.stage1_teacher.teacher.export import export_parts
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,10 +66,10 @@ class BuildSummary:
     """
 
     cache: Path
-    built: int
-    samples: int
-    seconds: float
-    manifest: Manifest | None
+    built: int = 0
+    samples: int = 0
+    seconds: float = 0.0
+    manifest: Manifest | None = None
     part: Part = WHOLE
     missing: tuple[int, ...] = ()
 
@@ -82,11 +82,8 @@ class BuildSummary:
 def extract(config: BuildConfig, *, overwrite: bool = False, part: Part = WHOLE, seals: bool = True) -> BuildSummary:
     """Run the teacher once over a data set and write a sealed cache.
 
-    Args:
-        config: What to run and what to keep.
-        overwrite: Start again if the folder holds a cache with other options.
-        part: Which of several processes this is; the one that finds no shard missing seals.
-        seals: Whether this process may seal.
+    Of several processes (``part``), the one that may seal (``seals``) and finds no shard missing seals the cache.
+    ``overwrite`` starts again in a folder that holds a cache with other options.
 
     Returns:
         What this run did; nothing is built when the cache is already complete.
@@ -101,7 +98,7 @@ def extract(config: BuildConfig, *, overwrite: bool = False, part: Part = WHOLE,
         part = part.for_resume(missing_shards(cache_dir, plan))
         todo = part.share(missing_shards(cache_dir, plan))
         if not todo and seals and (manifest := intact_manifest(cache_dir)) is not None:
-            return BuildSummary(cache=cache_dir, built=0, samples=0, seconds=0.0, manifest=manifest)
+            return BuildSummary(cache=cache_dir, manifest=manifest)
         known = export_parts(work.teacher, cache_dir) if seals else []
         if seals:
             refuse_unlisted(cache_dir, known)
@@ -146,11 +143,8 @@ def extract_with_processes(
 
     This process writes the plan, watches the others, and seals when they are done.
 
-    Args:
-        config: What to run and what to keep.
-        processes: How many; 1 builds here, with as many threads as each of several would use.
-        overwrite: Start again if the folder holds a cache with other options.
-        part: Which of several machines this is; its share is divided once more.
+    One process builds here, with as many threads as each of several would use. Of several machines (``part``), the
+    share of this one is divided once more.
 
     Raises:
         ProcessFailedError: With the first failure; finished shards are kept.
@@ -172,21 +166,16 @@ def extract_with_processes(
 
                 def show() -> None:
                     finished = set(todo) - set(missing_shards(cache_dir, plan))
-                    bar.update(bar.initial + sum(len(plan.shard_range(index)) for index in finished) - bar.n)
+                    bar.update(bar.initial + _samples_of(plan, finished) - bar.n)
 
                 run_parts(_extract_part, config, part.split(min(processes, len(todo))), show)
         seconds = time.monotonic() - started
         missing = tuple(missing_shards(cache_dir, plan))
-        summary = BuildSummary(
-            cache=cache_dir, built=0, samples=0, seconds=0.0, manifest=None, part=part, missing=missing
-        )
-        if not missing:
-            summary = extract(config)
+        summary = BuildSummary(cache=cache_dir, part=part, missing=missing) if missing else extract(config)
         if not todo:
             return summary
         built = set(todo) - set(missing)
-        samples = sum(len(plan.shard_range(index)) for index in built)
-        return replace(summary, built=len(built), samples=samples, seconds=seconds)
+        return replace(summary, built=len(built), samples=_samples_of(plan, built), seconds=seconds)
 
 
 def _extract_part(config: BuildConfig, part: Part) -> None:
@@ -194,11 +183,7 @@ def _extract_part(config: BuildConfig, part: Part) -> None:
 
 
 def begin(config: BuildConfig, *, overwrite: bool, several: bool) -> tuple[Path, Build]:
-    """Open teacher and data, and write the plan or make sure that the one there says the same.
-
-    Returns:
-        The cache folder, and what to build with.
-    """
+    """Open teacher and data, and write the plan or make sure that the one there says the same."""
     cache_dir = Path(config.cache)
     refuse_unwritable(cache_dir)
     config = fix_batch_size(fix_threads(config, several=several, overwrite=overwrite), overwrite=overwrite)
@@ -218,15 +203,8 @@ def begin(config: BuildConfig, *, overwrite: bool, several: bool) -> tuple[Path,
 def finish(work: Build, cache_dir: Path, *, samples: int, known: Collection[str], rewritten: bool) -> Manifest:
     """Measure the fidelity of a cache whose shards are all there, write its card, seal it.
 
-    Args:
-        work: What it was built with.
-        cache_dir: The cache.
-        samples: Size of the fidelity probe; 0 skips it.
-        known: Its files outside ``shards/``.
-        rewritten: Whether projector, vision tower and processor were just written.
-
-    Returns:
-        The manifest.
+    ``samples`` is the size of the fidelity probe, 0 for none; ``known`` are the cache's files outside ``shards/``;
+    ``rewritten`` says whether projector, vision tower and processor were just written.
     """
     fidelity = measure_fidelity(work, cache_dir, samples=samples)
     write_card(cache_dir, work.plan, fidelity)
@@ -237,10 +215,6 @@ def finish(work: Build, cache_dir: Path, *, samples: int, known: Collection[str]
 
 def recompute_fidelity(config: BuildConfig, *, samples: int) -> Manifest:
     """Measure a finished cache against its teacher again, and seal it with the new figures.
-
-    Args:
-        config: The options the cache was built with.
-        samples: Size of the probe.
 
     Raises:
         CacheMismatchError: If the options are not the cache's.
@@ -257,11 +231,7 @@ def recompute_fidelity(config: BuildConfig, *, samples: int) -> Manifest:
 
 
 def refuse_missing_shards(cache_dir: Path) -> None:
-    """Refuse a folder that is no whole cache.
-
-    Raises:
-        CacheFormatError: Naming the shards that are missing.
-    """
+    """Refuse a folder that is no whole cache."""
     missing = missing_shards(cache_dir, read_plan(cache_dir))
     if missing:
         raise CacheFormatError(
@@ -270,26 +240,18 @@ def refuse_missing_shards(cache_dir: Path) -> None:
         )
 
 
-def _progress(plan: Plan, part: Part, todo: Sequence[int], *, shown: bool) -> "tqdm[Any]":
-    """A bar over the samples of a part, of which those of ``todo`` are left."""
-    total, left = (
-        sum(len(plan.shard_range(index)) for index in shards) for shards in (part.share(range(plan.shard_count)), todo)
-    )
-    return tqdm(
-        total=total, initial=total - left, unit="sample", desc="teacher", smoothing=0.05, mininterval=0.5,
-        disable=not shown,
-    )  # fmt: skip
+def _progress(plan: Plan, part: Part, todo: Sequence[int], *, shown: bool) -> "tqdm[Never] | ProgressLines":
+    """Progress over the samples of a part, of which those of ``todo`` are left."""
+    total, left = (_samples_of(plan, shards) for shards in (part.share(range(plan.shard_count)), todo))
+    return progress("teacher", total=total, initial=total - left, unit="sample", shown=shown)
+
+
+def _samples_of(plan: Plan, shards: Iterable[int]) -> int:
+    return sum(len(plan.shard_range(index)) for index in shards)
 
 
 def open_shards(work: Build, plan: Plan, todo: Sequence[int], *, batch_size: int) -> Iterator[EncodedShard]:
-    """Encode shards for the teacher: with the data set's answers ahead of it, or with its own in its own time.
-
-    Args:
-        work: Teacher, data and codecs.
-        plan: The partition into shards.
-        todo: Shards wanted.
-        batch_size: Most prompts in one batch.
-    """
+    """Encode shards for the teacher: with the data set's answers ahead of it, or with its own in its own time."""
     if ANSWERS not in work.codecs:
         yield from encode_shards(work.dataset, work.encoder, plan, todo, workers=work.workers)
         return

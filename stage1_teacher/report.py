@@ -8,14 +8,7 @@ from vlm_distill_cache.stage1_teacher.extract import BuildSummary
 
 
 def summary_text(summary: BuildSummary) -> str:
-    """Describe a finished build for a terminal.
-
-    Args:
-        summary: What ``extract()`` returned.
-
-    Returns:
-        Several lines; bytes are decoded bytes by signal and stored bytes in all.
-    """
+    """Describe a finished build for a terminal."""
     plan, manifest = read_plan(summary.cache), summary.manifest
     if manifest is None:
         return _part_text(summary)

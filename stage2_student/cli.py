@@ -4,31 +4,43 @@ import json
 import logging
 import os
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
+from vlm_distill_cache.common.config import config_from_dict
+from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, TransferError
+from vlm_distill_cache.common.files.atomic import write_json_atomic
+from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.common.terminal.command_line import (
+    CONFIG,
+    FOLDER,
+    OVERRIDES,
     SETTINGS,
     CacheLocation,
     CommandGroup,
     NewFolder,
     quoted,
+    shared_options,
     start_logging,
     stopped_by_sigterm,
 )
+from vlm_distill_cache.stage2_student import run as runs
+from vlm_distill_cache.stage2_student.config import PHASE_NAMES, TrainConfig
+from vlm_distill_cache.stage2_student.pruned_folder import refuse_uncut
+from vlm_distill_cache.stage2_student.resolve import open_caches
+from vlm_distill_cache.stage2_student.scores.results import render_table
+from vlm_distill_cache.stage2_student.training.output_folder import claim_output, refuse_foreign_folder
 
-# Imports that pull torch in are inside the commands, so that --help, usage errors and "up to date" are
-# instant.
-_FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
-_YAML = click.Path(exists=True, dir_okay=False, path_type=Path)
+# Imports that pull torch in are inside the commands, so that --help, usage errors and "up to date" are instant.
 
 
 @click.group(cls=CommandGroup, context_settings=SETTINGS)
 def main() -> None:
     """Stage two: train students from a teacher cache, without the teacher."""
-    start_logging(logging.INFO if _is_first_process() else logging.WARNING)
+    start_logging(logging.INFO if _is_first_process() else logging.ERROR)
     threading.excepthook = _say_in_a_line
 
 
@@ -45,83 +57,82 @@ def _is_first_process() -> bool:
     return "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("RANK") == "0"
 
 
-def _training_options(command: Any) -> Any:
-    """Options that `train` and `run` share."""
-    for option in (
-        click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Any option; repeatable."),
-        click.option("--config", type=_YAML, help="YAML file of options."),
-        click.option("--seed", type=click.IntRange(min=0), help="Of weights and order."),
-        click.option("--phases", help='Which, in order: "dpt dft sft".'),
-        click.option("--output", required=True, type=NewFolder(), help="Folder to write to."),
-        click.option(
-            "--cache",
-            required=True,
-            type=CacheLocation(),
-            help="Teacher cache: a folder, s3://..., hf://datasets/... or https://...",
-        ),
-        click.option("--images", help="Folder that relative image paths start from."),
-        click.option("--data", help="The data the cache was built from; may be left out if it is built in."),
-        click.option(
-            "--student", help="A name (mobilevlm, mobilevlm-1.7b, ...), a folder, or pruned:KEEP (run alone)."
-        ),
-    ):
-        command = option(command)
-    return command
+_IMAGES = click.option("--images", help="Folder that relative image paths start from.")
+_training_options = shared_options(
+    click.option(
+        "--student",
+        help="A name (mobilevlm: trained from scratch; its size follows the teacher, or add a suffix: mobilevlm-1.7b), a "
+        "folder, or pruned:KEEP (run only).",
+    ),
+    click.option("--data", help="The data the cache was built from; may be left out if it is built in."),
+    _IMAGES,
+    click.option(
+        "--cache",
+        required=True,
+        type=CacheLocation(),
+        help="Teacher cache: a folder, s3://..., hf://datasets/... or https://...",
+    ),
+    click.option("--output", required=True, type=NewFolder(), help="Folder to write to."),
+    click.option("--phases", help='Phases to run, in order: "dpt dft sft".'),
+    click.option("--seed", type=click.IntRange(min=0), help="Seed of fresh weights and of the order of samples."),
+    CONFIG,
+    OVERRIDES,
+)
 
 
-def _load(config: Path | None, cache: str, overrides: tuple[str, ...], **options: Any) -> Any:
-    from vlm_distill_cache.stage2_student.run import load_run_config, phases_override
-
-    phases, seed = options.pop("phases"), options.pop("seed")
+def _load(options: dict[str, Any]) -> TrainConfig:
+    """The configuration that the options shared by several commands give."""
+    config, overrides, cache, phases, seed = (
+        options.pop(name) for name in ("config", "overrides", "cache", "phases", "seed")
+    )
     given = [f"{name}={json.dumps(str(value))}" for name, value in options.items() if value is not None]
     if seed is not None:
         given.append(f"seed={seed}")
     if phases:
-        given.append(phases_override(phases))
-    return load_run_config(config, [*given, *overrides], cache=cache)
+        names = phases.replace(",", " ").split()
+        if unknown := [name for name in names if name not in PHASE_NAMES]:
+            raise ConfigError(f"phases: {unknown[0]!r} is none of {', '.join(PHASE_NAMES)}")
+        given.append(f"phases=[{', '.join(names)}]")
+    return runs.load_run_config(config, [*given, *overrides], cache=cache)
 
 
 @main.command()
 @_training_options
-def train(config: Path | None, cache: str, overrides: tuple[str, ...], **options: Any) -> None:
+def train(**options: Any) -> None:
     """Train one student through its phases, or resume it."""
-    settings = _load(config, cache, overrides, **options)
+    settings = _load(options)
 
-    from vlm_distill_cache.stage2_student.pruned_folder import refuse_uncut
-    from vlm_distill_cache.stage2_student.run import ARM, cache_folders, set_up_libraries
     from vlm_distill_cache.stage2_student.train import train as train_phases
     from vlm_distill_cache.stage2_student.training.log import summarise
-    from vlm_distill_cache.stage2_student.training.output_folder import claim_output, refuse_foreign_folder
-    from vlm_distill_cache.stage2_student.training.preparation import failure_notes, open_caches
+    from vlm_distill_cache.stage2_student.training.preparation import failure_notes
 
     refuse_uncut(settings.student, settings.teacher)
-    set_up_libraries()
-    refuse_foreign_folder(Path(settings.output))
-    in_run = ARM in os.environ
+    runs.set_up_libraries()
+    output = Path(settings.output)
+    refuse_foreign_folder(output)
+    in_run = runs.ARM in os.environ
+    caches = open_caches(settings)
     if _is_first_process() and not in_run:
-        for note in failure_notes(open_caches(settings)):
+        for note in failure_notes(caches):
             click.echo(note)
-    with claim_output(Path(settings.output), *cache_folders(settings)):
-        result = train_phases(settings)
+    with claim_output(output, *(cache.path for cache in caches.values())):
+        result = train_phases(settings, caches=caches)
     if result.log:
         click.echo(summarise(result.log))
         click.echo(f"Student: {result.final}")
         if not in_run:
-            click.echo(f"Next: distill evaluate {quoted(result.final)} --cache {quoted(cache)}")
+            click.echo(f"Next: distill evaluate {quoted(result.final)} --cache {quoted(settings.cache)}")
 
 
 @main.command()
 @_training_options
 @click.option("--nproc", type=click.IntRange(min=1), default=1, show_default=True, help="Training processes.")
 @click.option("--teacher", help="Folder of the teacher that a student pruned:KEEP is cut out of.")
-def run(config: Path | None, cache: str, overrides: tuple[str, ...], nproc: int, **options: Any) -> None:
-    """Train the SFT baseline and the distilled student, score both, write the report."""
-    settings = _load(config, cache, overrides, **options)
-
-    from vlm_distill_cache.stage2_student.run import run as run_all
-
+def run(*, nproc: int, **options: Any) -> None:
+    """Train `sft`, the baseline without a teacher, and the distilled student; score both, write the report."""
+    settings = _load(options)
     with stopped_by_sigterm():
-        summary = run_all(settings, processes=nproc, say=click.echo)
+        summary = runs.run(settings, processes=nproc, say=click.echo)
     click.echo(f"\n{summary.table}\n")
     if summary.fresh:
         click.echo(f"Done in {summary.seconds:.0f} s.")
@@ -132,34 +143,24 @@ def run(config: Path | None, cache: str, overrides: tuple[str, ...], nproc: int,
 
 
 @main.command()
-@click.option("--teacher", required=True, type=_FOLDER, help="Checkpoint folder to cut the student out of.")
+@click.option("--teacher", required=True, type=FOLDER, help="Checkpoint folder to cut the student out of.")
 @click.option(
-    "--keep",
-    required=True,
-    type=click.FloatRange(0, 1, min_open=True),
-    help="Share of heads and channels to keep.",
+    "--keep", required=True, type=click.FloatRange(0, 1, min_open=True), help="Share of heads and channels to keep."
 )
 @click.option("--data", required=True, help="Data to measure on which heads and channels matter.")
-@click.option("--images", type=_FOLDER, help="Folder that relative image paths start from.")
+@click.option("--images", type=FOLDER, help="Folder that relative image paths start from.")
 @click.option("--output", required=True, type=NewFolder(), help="New folder.")
 @click.option("--samples", type=click.IntRange(min=1), default=256, show_default=True, help="Samples to measure on.")
 @click.option("--template", help="Prompt template; default: the teacher's.")
 def prune(
-    teacher: Path,
-    keep: float,
-    data: str,
-    images: Path | None,
-    output: Path,
-    samples: int,
-    template: str | None,
+    teacher: Path, keep: float, data: str, images: Path | None, output: Path, samples: int, template: str | None
 ) -> None:
     """Cut a narrower student out of a teacher, to be trained with its hidden states."""
     from vlm_distill_cache.data.registry import open_dataset
     from vlm_distill_cache.data.sample import iterate_readable
     from vlm_distill_cache.stage2_student.prune.cut import prune_directory
-    from vlm_distill_cache.stage2_student.run import set_up_libraries
 
-    set_up_libraries()
+    runs.set_up_libraries()
     dataset = open_dataset(data, images=images, limit=samples)
     widths = prune_directory(
         teacher,
@@ -177,56 +178,40 @@ def prune(
 
 
 @main.command()
-@click.argument("student", type=_FOLDER)
+@click.argument("student", type=FOLDER)
 @click.option("--data", help="Data set of the held-out items; default: the one it was trained on.")
-@click.option("--images", help="Folder that relative image paths start from.")
+@_IMAGES
 @click.option(
     "--cache",
     type=CacheLocation(),
     help="Compare with this cache's teacher (a folder or an address); default: the one of its training.",
 )
-@click.option("--limit", type=click.IntRange(min=1), help="Most items.")
+@click.option("--limit", type=click.IntRange(min=1), help="Score at most so many items.")
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="JSON file to write.")
 def evaluate(
-    student: Path,
-    data: str | None,
-    images: str | None,
-    cache: str | None,
-    limit: int | None,
-    output: Path | None,
+    student: Path, *, data: str | None, images: str | None, cache: str | None, limit: int | None, output: Path | None
 ) -> None:
     """Score a trained student: its `final` folder."""
-    from dataclasses import replace
-
-    from vlm_distill_cache.common.config import config_from_dict
-    from vlm_distill_cache.common.errors import CacheFormatError, TransferError
-    from vlm_distill_cache.common.files.atomic import write_json_atomic
-    from vlm_distill_cache.common.opening import open_cache
-    from vlm_distill_cache.stage2_student.config import TrainConfig
-    from vlm_distill_cache.stage2_student.run import set_up_libraries
-    from vlm_distill_cache.stage2_student.scores.evaluate import render_table
     from vlm_distill_cache.stage2_student.scores.held_out import EVALUATE_OPTION, scoring_notes
     from vlm_distill_cache.stage2_student.trained_student import evaluate_student, open_student
 
-    set_up_libraries()
+    runs.set_up_libraries()
     opened = open_student(student)
     settings = config_from_dict(TrainConfig, opened.provenance["config"], where=str(student))
     how = settings.evaluation
-    settings = replace(
-        settings,
-        cache=cache or settings.cache,
-        evaluation=replace(how, data=data or how.data, images=images or how.images, limit=limit or how.limit),
-    )
-    notes = []
-    if cache is None and settings.evaluation.agreement_samples:
-        try:
-            open_cache(settings.cache)
-        except (CacheFormatError, TransferError) as error:
+    how = replace(how, data=data or how.data, images=images or how.images, limit=limit or how.limit)
+    settings = replace(settings, cache=cache or settings.cache, evaluation=how)
+    notes, compared = [], None
+    try:
+        compared = open_cache(settings.cache)
+    except (CacheFormatError, TransferError) as error:
+        if cache is not None:
+            raise
+        if how.agreement_samples:
             notes.append(f"Not compared with the teacher of its training: {error}. Name its cache with --cache.")
-            settings = replace(settings, evaluation=replace(settings.evaluation, agreement_samples=0))
-    report = evaluate_student(opened, settings)
+    report = evaluate_student(opened, settings, compared)
     scorable = bool({"likelihood", "questions"} & report.scores.keys())
-    notes += scoring_notes(settings, scorable=scorable, option=EVALUATE_OPTION)
+    notes += scoring_notes(settings, compared, scorable=scorable, option=EVALUATE_OPTION)
     click.echo(render_table({student.parent.name: report}))
     for note in notes:
         click.echo(f"note: {note}")
@@ -237,40 +222,37 @@ def evaluate(
 
 
 @main.command()
-@click.argument("output", type=_FOLDER)
+@click.argument("output", type=FOLDER)
 def report(output: Path) -> None:
     """Write the HTML report of a run's folder again."""
-    from vlm_distill_cache.stage2_student.run import read_run_config, set_up_libraries, write_report
-
-    set_up_libraries()
-    page = write_report(output, read_run_config(output))
-    click.echo(f"Report: {page}")
+    config = runs.read_run_config(output)
+    runs.set_up_libraries()
+    runs.write_report(output, config, open_cache(config.cache))
+    click.echo(f"Report: {output / runs.REPORT}")
 
 
 @main.command()
-@click.argument("student", type=_FOLDER)
+@click.argument("student", type=FOLDER)
 @click.option("--output", required=True, type=NewFolder(), help="New folder.")
 @click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), default="float16", show_default=True)
 def export(student: Path, output: Path, dtype: str) -> None:
     """Save a trained student in another precision, ready for `from_pretrained`."""
-    from vlm_distill_cache.stage2_student.run import set_up_libraries
     from vlm_distill_cache.stage2_student.trained_student import export_student
 
-    set_up_libraries()
+    runs.set_up_libraries()
     export_student(student, output, dtype=dtype)
     click.echo(f"Exported to {output} ({dtype}); load it with from_pretrained of the class that its config.json names")
 
 
 @main.command(name="import")
-@click.argument("checkpoint", type=_FOLDER)
+@click.argument("checkpoint", type=FOLDER)
 @click.option("--output", required=True, type=NewFolder(), help="Folder to write.")
-@click.option("--vision-tower", type=_FOLDER, help="CLIP's folder, where the checkpoint does not hold its tower.")
+@click.option("--vision-tower", type=FOLDER, help="CLIP's folder, where the checkpoint does not hold its tower.")
 def import_checkpoint(checkpoint: Path, output: Path, vision_tower: Path | None) -> None:
     """Write a published MobileVLM or CompoDistill as a student or teacher of ours: one folder, safetensors."""
     from vlm_distill_cache.common.models.published import convert_published
-    from vlm_distill_cache.stage2_student.run import set_up_libraries
 
-    set_up_libraries()
+    runs.set_up_libraries()
     convert_published(checkpoint, output, vision_tower=vision_tower)
     click.echo(
         f"Imported into {output}. Next: make distill STUDENT={quoted(output)}, or make teacher-cache "

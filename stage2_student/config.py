@@ -7,8 +7,7 @@ from typing import Any, Literal
 
 from vlm_distill_cache.common.config import config_to_dict
 from vlm_distill_cache.common.locations import public_location
-from vlm_distill_cache.stage2_student.loss_weights import LossWeights as LossWeights
-from vlm_distill_cache.stage2_student.loss_weights import require as _require
+from vlm_distill_cache.stage2_student.loss_weights import LossWeights, require
 from vlm_distill_cache.stage2_student.pruned_folder import kept_share, pruning_record
 
 PhaseName = Literal["dpt", "dft", "sft"]
@@ -24,6 +23,13 @@ SPEED_OPTIONS = (
     "device", "num_workers", "memory_gib", "checkpoint_every", "keep_checkpoints", "log_every",
     "gradient_checkpointing",
 )  # fmt: skip
+
+
+def _within(owner: object, name: str, low: int, high: int | None = None, unit: str = "") -> None:
+    """Refuse a field that is a number outside of a range, whose end may be open; None is no number."""
+    value = getattr(owner, name)
+    ok = value is None or (low <= value and (high is None or value <= high))
+    require(ok, name, value, f"{low} {'or more' if high is None else f'to {high}'} {unit}".rstrip())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,30 +72,17 @@ class PhaseConfig:
 
     def __post_init__(self) -> None:
         both = self.steps is not None and self.epochs is not None
-        _require(not both, "steps and epochs", (self.steps, self.epochs), "one of the two, not both")
-        _require(self.steps is None or 0 <= self.steps <= MOST, "steps", self.steps, f"0 to {MOST} optimizer steps")
-        _require(self.epochs is None or 0 <= self.epochs <= MOST, "epochs", self.epochs, f"0 to {MOST} passes")
-        _require(
-            1 <= self.batch_size <= MOST_SAMPLES,
-            "batch_size",
-            self.batch_size,
-            f"1 to {MOST_SAMPLES} samples",
-        )
-        _require(
-            self.micro_batch_size is None or self.micro_batch_size >= 1,
-            "micro_batch_size",
-            self.micro_batch_size,
-            "1 or more samples",
-        )
-        _require(0 < self.lr < math.inf, "lr", self.lr, "a finite number above 0")
-        _require(0 <= self.warmup < 1, "warmup", self.warmup, "a share of the steps in [0, 1)")
-        _require(0 <= self.weight_decay < math.inf, "weight_decay", self.weight_decay, "0 or more, finite")
-        _require(
-            self.trainable != "projector" or "projector" not in self.freeze,
-            "freeze",
-            self.freeze,
-            "without projector where trainable is projector: nothing would be trained",
-        )
+        require(not both, "steps and epochs", (self.steps, self.epochs), "one of the two, not both")
+        _within(self, "steps", 0, MOST, "optimizer steps")
+        _within(self, "epochs", 0, MOST, "passes")
+        _within(self, "batch_size", 1, MOST_SAMPLES, "samples")
+        _within(self, "micro_batch_size", 1, None, "samples")
+        require(0 < self.lr < math.inf, "lr", self.lr, "a finite number above 0")
+        require(0 <= self.warmup < 1, "warmup", self.warmup, "a share of the steps in [0, 1)")
+        require(0 <= self.weight_decay < math.inf, "weight_decay", self.weight_decay, "0 or more, finite")
+        nothing = self.trainable == "projector" and "projector" in self.freeze
+        need = "without projector where trainable is projector: nothing would be trained"
+        require(not nothing, "freeze", self.freeze, need)
 
     def step_count(self, samples: int) -> int:
         """Optimizer steps of this phase over ``samples`` samples."""
@@ -116,9 +109,9 @@ class LoraConfig:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        _require(self.rank >= 1, "lora.rank", self.rank, "1 or more")
-        _require(0 < self.alpha < math.inf, "lora.alpha", self.alpha, "above 0")
-        _require(0 <= self.dropout < 1, "lora.dropout", self.dropout, "a share in [0, 1)")
+        require(self.rank >= 1, "lora.rank", self.rank, "1 or more")
+        require(0 < self.alpha < math.inf, "lora.alpha", self.alpha, "above 0")
+        require(0 <= self.dropout < 1, "lora.dropout", self.dropout, "a share in [0, 1)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,9 +137,9 @@ class EvaluationConfig:
     overlays: int = 6
 
     def __post_init__(self) -> None:
-        _require(self.limit is None or self.limit >= 1, "limit", self.limit, "1 or more items")
-        for name in ("agreement_samples", "overlays"):
-            _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        _within(self, "limit", 1, None, "items")
+        _within(self, "agreement_samples", 0)
+        _within(self, "overlays", 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,26 +218,21 @@ class TrainConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
-        _require(self.cache != "", "cache", self.cache, "a teacher cache's folder or address (--cache)")
-        _require(self.output != "", "output", self.output, "a folder to write to (--output)")
-        _require(len(set(self.phases)) == len(self.phases), "phases", self.phases, "without repetition")
-        _require(bool(self.phases), "phases", self.phases, "at least one of dpt, dft, sft")
-        _require(0 <= self.seed < 2**63, "seed", self.seed, "0 to 2^63 - 1")
-        _require(0 < self.clip < math.inf, "clip", self.clip, "a finite gradient norm above 0")
+        require(self.cache != "", "cache", self.cache, "a teacher cache's folder or address (--cache)")
+        require(self.output != "", "output", self.output, "a folder to write to (--output)")
+        require(len(set(self.phases)) == len(self.phases), "phases", self.phases, "without repetition")
+        require(bool(self.phases), "phases", self.phases, "at least one of dpt, dft, sft")
+        require(0 <= self.seed < 2**63, "seed", self.seed, "0 to 2^63 - 1")
+        require(0 < self.clip < math.inf, "clip", self.clip, "a finite gradient norm above 0")
         for name in ("shuffle_window", "checkpoint_every", "keep_checkpoints", "log_every"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
-        _require(self.num_workers >= 0, "num_workers", self.num_workers, "0 or more threads")
-        _require(0 <= self.memory_gib <= MOST, "memory_gib", self.memory_gib, f"0 to {MOST} GiB")
-        _require(self.limit is None or self.limit >= 1, "limit", self.limit, "1 or more samples")
-        _require(0 < self.data_share <= 1, "data_share", self.data_share, "above 0 and at most 1")
-        _require(
-            kept_share(self.student) is None or self.teacher is not None,
-            "teacher",
-            self.teacher,
-            f"the directory of the teacher (--teacher) that student {self.student} is cut out of",
-        )
-        longest = self.max_length
-        _require(longest is None or longest >= 1, "max_length", longest, "1 or more tokens")
+            _within(self, name, 1)
+        _within(self, "num_workers", 0, None, "threads")
+        _within(self, "memory_gib", 0, MOST, "GiB")
+        _within(self, "limit", 1, None, "samples")
+        _within(self, "max_length", 1, None, "tokens")
+        require(0 < self.data_share <= 1, "data_share", self.data_share, "above 0 and at most 1")
+        need = f"the directory of the teacher (--teacher) that student {self.student} is cut out of"
+        require(kept_share(self.student) is None or self.teacher is not None, "teacher", self.teacher, need)
 
     def sample_limit(self, samples: int) -> int | None:
         """How many of a data set's samples a run uses at most; None: all."""
@@ -257,10 +245,7 @@ class TrainConfig:
         """A phase's configuration with the run's data, images and cache filled in."""
         phase: PhaseConfig = getattr(self, name)
         return replace(
-            phase,
-            data=phase.data or self.data,
-            images=phase.images or self.images,
-            cache=phase.cache or self.cache,
+            phase, data=phase.data or self.data, images=phase.images or self.images, cache=phase.cache or self.cache
         )
 
 
@@ -287,10 +272,6 @@ def public_config(config: TrainConfig) -> TrainConfig:
 def describe(config: TrainConfig, cache_hashes: Mapping[str, str]) -> dict[str, Any]:
     """What a run is: everything that changes its result; folders, threads and log settings do not.
 
-    Args:
-        config: The run.
-        cache_hashes: Manifest hash by cache folder.
-
     Returns:
         JSON; caches are named by their hash, so that a moved cache is the same cache.
     """
@@ -298,8 +279,8 @@ def describe(config: TrainConfig, cache_hashes: Mapping[str, str]) -> dict[str, 
     for name in ("output", "evaluation", *SPEED_OPTIONS):
         del described[name]
     described["cache"] = cache_hashes.get(config.cache)
-    pruned = pruning_record(config.student)
-    if pruned is not None:  # cut out of its teacher on the way: what it is, not where the run has put it
+    if pruned := pruning_record(config.student):
+        # Cut out of its teacher on the way: what it is, not where the run has put it.
         described["student"] = pruned
     for name in PHASE_NAMES:
         described[name]["cache"] = cache_hashes.get(described[name]["cache"])

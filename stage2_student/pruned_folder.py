@@ -14,11 +14,7 @@ FOLDER = "student"
 
 
 def kept_share(student: str) -> float | None:
-    """The share of ``pruned:0.5``; None for other students.
-
-    Raises:
-        ConfigError: If it is no share.
-    """
+    """The share of ``pruned:0.5``; None for other students."""
     if not student.startswith(PREFIX):
         return None
     text = student.removeprefix(PREFIX)
@@ -34,13 +30,18 @@ def kept_share(student: str) -> float | None:
     return share
 
 
-def pruning_record(student: str | Path) -> dict[str, Any] | None:
-    """What a pruned student's folder says of itself; None for other students."""
+def read_settings(path: Path) -> dict[str, Any]:
+    """A JSON file of a checkpoint directory, where the files may be links; empty if it is not there or unreadable."""
     try:
-        found = json.loads((Path(student) / RECORD).read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def pruning_record(student: str | Path) -> dict[str, Any]:
+    """What a pruned student's folder says of itself; empty for other students."""
+    return read_settings(Path(student) / RECORD)
 
 
 def refuse_uncut(student: str, teacher: str | None) -> None:

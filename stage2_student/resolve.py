@@ -1,13 +1,16 @@
-"""From a preset of phases, a user's YAML and the command line to what a run is. Imports no torch."""
+"""From a preset of phases, a user's YAML and the command line to what a run is, and its caches. Imports no torch."""
 
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vlm_distill_cache.common.cache.reader import TeacherCache
 from vlm_distill_cache.common.config import load_config, read_yaml
+from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.stage2_student.config import PHASE_NAMES, TrainConfig, choose_size
-from vlm_distill_cache.stage2_student.pruned_folder import kept_share, pruning_record
+from vlm_distill_cache.stage2_student.pruned_folder import kept_share, pruning_record, read_settings
 from vlm_distill_cache.stage2_student.students.presets import split_student_name
 
 PRESETS = Path(__file__).parent / "presets"
@@ -17,11 +20,7 @@ QUOTES = "'\" "
 def resolve_config(path: Path | None, overrides: Sequence[str], *, teacher_width: int) -> TrainConfig:
     """A preset, then a user's YAML, then ``a.b=c`` overrides.
 
-    Args:
-        path: The user's YAML; None for none.
-        overrides: Of the command line.
-        teacher_width: Width of the cached teacher's language model; picks the preset for student size
-            ``auto``.
+    ``teacher_width`` is of the cached teacher's language model; it picks the preset for student size ``auto``.
 
     Raises:
         ConfigError: For an unknown or unusable option.
@@ -39,29 +38,31 @@ def resolve_config(path: Path | None, overrides: Sequence[str], *, teacher_width
     return load_config(TrainConfig, preset, given, where=where)
 
 
-def phases_preset(student: str, teacher_width: int) -> str:
-    """The preset of phases that a student is trained by: how it was made, and whether it is a demonstration.
+def open_caches(config: TrainConfig) -> dict[str, TeacherCache]:
+    """Open each cache that the phases of a run read, by the folder or address that the configuration names.
 
-    Args:
-        student: A name or a directory.
-        teacher_width: Width of the cached teacher's language model.
+    Raises:
+        CacheFormatError: If one is not sealed, damaged or no cache.
+        TransferError: If an address cannot be read.
     """
+    places = dict.fromkeys(str(config.phase(name).cache) for name in config.phases)
+    # Twice the window: a step may begin the next window while loading threads still read the last.
+    return {place: open_cache(place, open_shards=2 * config.shuffle_window) for place in places}
+
+
+def phases_preset(student: str, teacher_width: int) -> str:
+    """The preset of phases that a student is trained by: how it was made, and whether it is a demonstration."""
     tiny = _size_of(student, teacher_width) == "tiny"
-    pruned = kept_share(student) is not None or pruning_record(student) is not None
-    if pruned:
+    if kept_share(student) is not None or pruning_record(student):
         return "phases-pruned-tiny" if tiny else "phases-pruned"
     return "phases-tiny" if tiny else "phases-published"
 
 
 def _size_of(student: str, teacher_width: int) -> str:
     """The size a student is trained like: the one in its name, a directory's by its width, else by the teacher."""
-    folder = Path(student)
-    if folder.is_dir():
-        try:
-            found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            return choose_size(int(found.get("text_config", found)["hidden_size"]))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            pass  # whoever loads it says what is wrong with it
+    found = read_settings(Path(student) / "config.json")
+    with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):  # the loader says what is wrong with it
+        return choose_size(int(found.get("text_config", found)["hidden_size"]))
     _, size = split_student_name(student)
     return choose_size(teacher_width) if size == "auto" else size
 

@@ -18,15 +18,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 from vlm_distill_cache.common.attention.capture import AttentionCapture
+from vlm_distill_cache.common.cache.reader import TeacherCache
 from vlm_distill_cache.common.config import config_from_dict, config_to_dict, save_config
 from vlm_distill_cache.common.errors import CacheMismatchError, ConfigError
-from vlm_distill_cache.common.files.atomic import (
-    clean_stale,
-    create_temporary,
-    publish_directory,
-    remove,
-    write_json_atomic,
-)
+from vlm_distill_cache.common.files.atomic import clean_stale, new_directory, remove, write_json_atomic
 from vlm_distill_cache.common.locations import public_location
 from vlm_distill_cache.stage2_student.config import TrainConfig, public_config
 from vlm_distill_cache.stage2_student.losses.objective import LossTerms, step_shares
@@ -81,20 +76,17 @@ class TrainResult:
     final: Path
 
 
-def train(config: TrainConfig, *, after_step: AfterStep | None = None) -> TrainResult:
+def train(
+    config: TrainConfig, *, caches: Mapping[str, TeacherCache] | None = None, after_step: AfterStep | None = None
+) -> TrainResult:
     """Train a student through its phases, from the newest checkpoint if there is one.
 
-    Args:
-        config: The run.
-        after_step: Called after every optimizer step with the position and the student, e.g. to evaluate.
-
-    Returns:
-        The log and the trained student, which also lies in ``OUTPUT/final``.
+    The caches are as from `open_caches`, which is called where there are none. ``after_step`` is called after every
+    optimizer step with the position and the student, e.g. to evaluate.
     """
     # All processes: everything that can be wrong is found here, before the first step.
-    run = prepare(config)
-    accelerator = build_accelerator(config)
-    refuse_different_runs(accelerator, run.fingerprint)
+    run = prepare(config, caches)
+    accelerator = build_accelerator(config, run.fingerprint)
     resume = find_resume_point(Path(config.output), run.fingerprint)
     position = Position() if resume is None else resume.position
     if accelerator.is_main_process:
@@ -144,12 +136,7 @@ def train(config: TrainConfig, *, after_step: AfterStep | None = None) -> TrainR
 def train_student(*, after_step: AfterStep | None = None, **options: Any) -> TrainResult:
     """Train in this process with flat keyword arguments, as an experiment does for each arm and seed.
 
-    Args:
-        after_step: See :func:`train`.
-        **options: Fields of `TrainConfig`; a phase may be a dict of fields of `PhaseConfig`.
-
-    Returns:
-        The log and the trained student.
+    Of ``options``, a phase may be a dict of fields of `PhaseConfig`.
 
     Raises:
         ConfigError: If an option is unknown or has an unusable value.
@@ -157,11 +144,12 @@ def train_student(*, after_step: AfterStep | None = None, **options: Any) -> Tra
     return train(config_from_dict(TrainConfig, options, where="train_student"), after_step=after_step)
 
 
-def build_accelerator(config: TrainConfig) -> Accelerator:
+def build_accelerator(config: TrainConfig, fingerprint: str) -> Accelerator:
     """One accelerator for CPU, one device or many processes, as the launcher's environment says.
 
     Raises:
         ConfigError: If launched processes work side by side without knowing of each other.
+        CacheMismatchError: If they do not run the same: a cache at an address may change while they start.
     """
     # Without saying so on a machine without an accelerator, launched processes would not find each other.
     cpu = config.device == "cpu" or not torch.accelerator.is_available()
@@ -172,20 +160,12 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
             f"{launched} processes were launched, but {accelerator.num_processes} found each other: they "
             "would write over one another's files. Use `accelerate launch` or `torchrun`, one process per device"
         )
-    return accelerator
-
-
-def refuse_different_runs(accelerator: Accelerator, fingerprint: str) -> None:
-    """Make sure that all processes opened the same caches: one at an address may change while they start.
-
-    Raises:
-        CacheMismatchError: If they did not.
-    """
     if accelerator.num_processes > 1 and len(set(gather_object([fingerprint]))) > 1:
         raise CacheMismatchError(
             "the processes of this run opened different caches or options: a cache changed while they started; "
             "start the run again"
         )
+    return accelerator
 
 
 def start_log(config: TrainConfig, accelerator: Accelerator, position: Position) -> TrainingLog:
@@ -211,21 +191,11 @@ def switch_dropout_off(student: StudentModel) -> None:
 def prepare_parts(
     config: TrainConfig, student: StudentModel, resume: Checkpoint | None
 ) -> tuple[TrainedParts, dict[str, Any] | None]:
-    """The student's parts, as the phases before the checkpoint's left them.
-
-    Args:
-        config: The run.
-        student: On its device.
-        resume: Where to go on; None: from the start.
-
-    Returns:
-        The parts, and what the checkpoint holds, for `begin_phase`.
-    """
+    """The student's parts, as the phases before the checkpoint's left them, and what the checkpoint holds."""
     if config.gradient_checkpointing:
         checkpoint_layers(student)
     switch_dropout_off(student)
-    lora = config.lora
-    parts = TrainedParts(student, rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout)
+    parts = TrainedParts(student, **vars(config.lora))
     saved = None if resume is None else read_checkpoint(resume)
     if saved is not None:
         parts.replay(saved["student"])
@@ -235,14 +205,7 @@ def prepare_parts(
 def begin_phase(
     phase: PreparedPhase, parts: TrainedParts, saved: Mapping[str, Any] | None, *, seed: int
 ) -> tuple[list[nn.Parameter], Optimizer]:
-    """What a phase trains and its optimizer, afresh or as a checkpoint of this phase left them.
-
-    Args:
-        phase: The phase.
-        parts: The student's.
-        saved: Of the checkpoint; None for a phase that begins.
-        seed: Of new adapters.
-    """
+    """What a phase trains and its optimizer, afresh or as a checkpoint of this phase left them."""
     config = phase.config
     parameters = parts.begin(trainable=config.trainable, freeze=config.freeze, seed=seed)
     optimizer = build_optimizer(parameters, peak=config.lr, weight_decay=config.weight_decay)
@@ -286,10 +249,6 @@ def export(config: TrainConfig, run: Preparation, accelerator: Accelerator) -> P
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         clean_stale(final.parent, FINAL)
-        temporary, lock = create_temporary(final, directory=True)
-        run.student.save_pretrained(temporary)
-        run.tokenizer.save_pretrained(temporary)
-        run.image_processor.save_pretrained(temporary)
         provenance = {
             "fingerprint": run.fingerprint,
             "caches": {public_location(place): found for place, found in run.cache_hashes.items()},
@@ -297,10 +256,10 @@ def export(config: TrainConfig, run: Preparation, accelerator: Accelerator) -> P
             "encoder": dict(run.encoder_description),
             "vocabulary": count_beyond_vocabulary(run.phases),
         }
-        write_json_atomic(temporary / PROVENANCE, provenance)
-        remove(final)
-        publish_directory(temporary, final)
-        if lock is not None:
-            lock.release()
+        with new_directory(final) as temporary:
+            for part in (run.student, run.tokenizer, run.image_processor):
+                part.save_pretrained(temporary)
+            write_json_atomic(temporary / PROVENANCE, provenance)
+            remove(final)
     accelerator.wait_for_everyone()
     return final

@@ -8,19 +8,19 @@ from typing import Any
 import torch
 
 from vlm_distill_cache.common.cache.reader import TeacherCache
-from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, ModelError, TransferError
+from vlm_distill_cache.common.errors import ConfigError, ModelError
 from vlm_distill_cache.common.files.atomic import new_directory, read_json
 from vlm_distill_cache.common.models.published import is_published
-from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.data.images.encoder import AnyImageEncoder
 from vlm_distill_cache.data.text.encoding import SampleEncoder
 from vlm_distill_cache.data.text.templates import PromptTemplate
 from vlm_distill_cache.stage2_student.batches.dataset import CachedDataset
 from vlm_distill_cache.stage2_student.batches.layers import match_groups
 from vlm_distill_cache.stage2_student.config import TrainConfig
-from vlm_distill_cache.stage2_student.scores.evaluate import EvaluationReport, evaluate_model
+from vlm_distill_cache.stage2_student.scores.evaluate import evaluate_model
 from vlm_distill_cache.stage2_student.scores.held_out import open_items
 from vlm_distill_cache.stage2_student.scores.overlays import Overlay, collect_overlays
+from vlm_distill_cache.stage2_student.scores.results import EvaluationReport
 from vlm_distill_cache.stage2_student.students.build import load_student
 from vlm_distill_cache.stage2_student.students.encoder import build_encoder, knows_boxes, load_processors
 from vlm_distill_cache.stage2_student.students.library import LibraryStudent, open_library_student
@@ -38,13 +38,8 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 class Student:
     """A trained student.
 
-    Attributes:
-        path: Its folder.
-        model: On an accelerator if there is one, float32, evaluation mode.
-        encoder: From samples to its sequences.
-        tokenizer: Its tokenizer.
-        image_processor: Its image processor.
-        provenance: What it was trained from.
+    The model is on an accelerator if there is one, float32, in evaluation mode; ``provenance`` says what it was
+    trained from.
     """
 
     path: Path
@@ -93,24 +88,13 @@ def open_student(folder: Path) -> Student:
     )
 
 
-def evaluate_student(student: Student, config: TrainConfig) -> EvaluationReport:
-    """Score a student on held-out items and, if its cache is at hand, against the cached teacher.
-
-    Args:
-        student: The student.
-        config: Names data, cache and how to score.
-
-    Returns:
-        The report.
-
-    Raises:
-        ConfigError: If there is no data to score on.
-    """
+def evaluate_student(student: Student, config: TrainConfig, cache: TeacherCache | None) -> EvaluationReport:
+    """Score a student on held-out items and, if its cache is at hand, against the cached teacher."""
     how = config.evaluation
-    items = open_items(config, student.encoder)
+    items = open_items(config, student.encoder, cache)
     cached = None
-    if how.agreement_samples:
-        cached = join_cached(student, config, limit=how.agreement_samples)
+    if how.agreement_samples and cache is not None:
+        cached = join_cached(student, config, cache, limit=how.agreement_samples)
     return evaluate_model(student.model, student.encoder, items, cached=cached, letters=how.letters)
 
 
@@ -126,9 +110,8 @@ def comparable_signals(student: Student, cache: TeacherCache) -> list[str]:
     return [signal for signal in found if signal == "logits" or (looks and boxes)]
 
 
-def join_cached(student: Student, config: TrainConfig, *, limit: int) -> CachedDataset | None:
+def join_cached(student: Student, config: TrainConfig, cache: TeacherCache, *, limit: int) -> CachedDataset | None:
     """The first cached samples, with the signals that a student is compared by; None where there are none."""
-    cache = open_cache(config.cache)
     signals = comparable_signals(student, cache)
     if not signals:
         _log.info("student and teacher have no token in common that could be compared: no agreement is measured")
@@ -150,13 +133,9 @@ def _depth(student: Student) -> int:
     return int(student.model.language_model.config.num_hidden_layers)
 
 
-def draw_overlays(student: Student, config: TrainConfig) -> list[Overlay]:
-    """Pictures of where teacher and student look; none if the cache is gone or holds no answer attention."""
+def draw_overlays(student: Student, config: TrainConfig, cache: TeacherCache) -> list[Overlay]:
+    """Pictures of where teacher and student look; none if the cache holds no answer attention of the same places."""
     count = config.evaluation.overlays
-    try:
-        cache = open_cache(config.cache)
-    except (CacheFormatError, TransferError):
-        return []
     if not count or "answer_attention" not in comparable_signals(student, cache):
         return []
     return collect_overlays(
@@ -169,16 +148,8 @@ def draw_overlays(student: Student, config: TrainConfig) -> list[Overlay]:
     )
 
 
-def export_student(folder: Path, target: Path, *, dtype: str) -> Path:
+def export_student(folder: Path, target: Path, *, dtype: str) -> None:
     """Save a student in another precision, with tokenizer and image processor, for `from_pretrained`.
-
-    Args:
-        folder: A trained student.
-        target: Folder to write; must not exist.
-        dtype: Key of `DTYPES`.
-
-    Returns:
-        The folder.
 
     Raises:
         ConfigError: If the folder exists.
@@ -187,7 +158,5 @@ def export_student(folder: Path, target: Path, *, dtype: str) -> Path:
         raise ConfigError(f"{target} exists; give a new folder to export to")
     student = open_student(folder)
     with new_directory(target) as temporary:
-        student.model.to(DTYPES[dtype]).save_pretrained(temporary)
-        student.tokenizer.save_pretrained(temporary)
-        student.image_processor.save_pretrained(temporary)
-    return target
+        for part in (student.model.to(DTYPES[dtype]), student.tokenizer, student.image_processor):
+            part.save_pretrained(temporary)

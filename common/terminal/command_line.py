@@ -1,4 +1,4 @@
-"""What the three command lines share: how an expected error reaches the person who typed the command."""
+"""What the three command lines share: errors, the system's signals, what is logged and said once, kinds of arguments."""
 
 from __future__ import annotations
 
@@ -10,18 +10,21 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
 import click
+from tqdm import tqdm
 
 from vlm_distill_cache.common.errors import DistillError
+from vlm_distill_cache.common.files.hashing import checksum
 from vlm_distill_cache.common.locations import is_url
 from vlm_distill_cache.common.printing import printable
 
 logger = logging.getLogger(__name__)
+SAID = "VLM_DISTILL_SAID"  # of a process that another one of ours started: what that one has said
 
 
 @contextmanager
@@ -34,7 +37,7 @@ def stopped_by_sigterm() -> Iterator[None]:
 
     def stop(*_: object) -> NoReturn:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: a second one must not stop the cleaning up
-        logger.warning("stopped by SIGTERM; run the same command again to go on where it stopped")
+        logger.warning("stopped by SIGTERM; run the same command again to continue")
         raise SystemExit(128 + signal.SIGTERM)
 
     if threading.current_thread() is not threading.main_thread():
@@ -61,16 +64,9 @@ def leave_one_core() -> int:
 
 
 def run_command(command: Sequence[str], environment: Mapping[str, str]) -> int:
-    """Run a command to its end; where this process is stopped meanwhile, by SIGTERM or Ctrl-C, so is the command.
+    """Run a command to its end and return its exit code; SIGTERM or Ctrl-C to this process stops it too.
 
     A launcher that is killed outright (`subprocess.run` does that) leaves its own processes behind.
-
-    Args:
-        command: Program and arguments.
-        environment: All of its variables.
-
-    Returns:
-        The exit code.
     """
     with subprocess.Popen(command, env=environment) as process:
         try:
@@ -110,25 +106,82 @@ class CommandGroup(click.Group):
             place = f"{error.filename}: " if error.filename else ""
             say(f"error: {place}{error.strerror or error}", err=True)
         except KeyboardInterrupt:
-            click.echo("stopped; run the same command again to go on where it stopped", err=True)
+            click.echo("stopped; run the same command again to continue", err=True)
             return ctx.exit(130)
         return ctx.exit(1)
 
 
-def start_logging(level: int = logging.INFO) -> None:
-    """Show what this project logs; of what HTTP and S3 clients log, only warnings.
+class _Once(logging.Filter):
+    """Lets each text through once: the second student of a run meets what the first has met."""
 
-    Args:
-        level: The least that is shown.
-    """
-    logging.basicConfig(level=level, format="%(message)s")
+    def __init__(self) -> None:
+        super().__init__()
+        self.said = set(os.environ.get(SAID, "").split())
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether this text is new; errors always are."""
+        text = checksum(record.getMessage().encode(errors="replace"))
+        known = text in self.said
+        self.said.add(text)
+        return not known or record.levelno >= logging.ERROR
+
+
+_once = _Once()
+
+
+def start_logging(level: int = logging.INFO) -> None:
+    """Show what this project logs, each text once, with the libraries' warnings; of HTTP and S3 clients only these."""
+    if not logging.getLogger().handlers:
+        handler = logging.StreamHandler()
+        handler.addFilter(_once)
+        logging.basicConfig(level=level, format="%(message)s", handlers=[handler])
+        logging.captureWarnings(capture=True)
     for client in ("httpx", "botocore", "boto3", "s3transfer", "urllib3"):
         logging.getLogger(client).setLevel(logging.WARNING)
+
+
+def said_so_far() -> dict[str, str]:
+    """The variable of the environment that keeps a process started from here from saying the same again."""
+    return {SAID: " ".join(sorted(_once.said))}
+
+
+def quiet_libraries() -> None:
+    """Switch off the model library's progress bars, log its warnings as ours, and tqdm's complaint when stopped."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.disable_default_handler()
+    transformers_logging.enable_propagation()
+    # tqdm's own lock is a semaphore of the system, which Python reports as leaked when a process is stopped.
+    tqdm.set_lock(threading.RLock())
 
 
 def quoted(place: str | Path) -> str:
     """Write a path or an address as a shell reads it back, for the commands that we propose."""
     return shlex.quote(str(place))
+
+
+FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
+FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+CONFIG = click.option("--config", type=FILE, help="YAML file of options.")
+OVERRIDES = click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Any option of the YAML file; repeatable. Misspelt options suggest the closest match.",
+)
+
+
+def shared_options(*given: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """One decorator out of several, whose options stand in the help in this order."""
+
+    def add(command: Any) -> Any:
+        for option in reversed(given):
+            command = option(command)
+        return command
+
+    return add
 
 
 class CacheLocation(click.ParamType):
@@ -145,43 +198,33 @@ class CacheLocation(click.ParamType):
         return str(Path(value))
 
 
-class CacheFolder(click.Path):
+class NewFolder(click.Path):
+    """A folder of this machine; an address, which a path would turn into a folder named ``s3:``, is refused."""
+
+    remedy = "give a folder of this machine (a cache can then be pushed there: `cachectl push`)"
+
+    def __init__(self, **checks: bool) -> None:
+        super().__init__(path_type=Path, **checks)
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> str | bytes | os.PathLike[str]:
+        """Return the path."""
+        if is_url(value):
+            self.fail(f"{value}: an address; {self.remedy.format(place=quoted(value))}", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+class CacheFolder(NewFolder):
     """A cache in a folder of this machine; of an address it is said how the cache comes here."""
 
-    def __init__(self) -> None:
-        super().__init__(exists=True, file_okay=False, path_type=Path)
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> str | bytes | os.PathLike[str]:
-        """Return the path."""
-        if is_url(value):
-            self.fail(
-                f"{value}: an address; this command works on a folder of this machine. Bring the cache here first: "
-                f"`cachectl pull {quoted(value)} FOLDER`, which checks every file",
-                param,
-                ctx,
-            )
-        return super().convert(value, param, ctx)
-
-
-class NewFolder(click.Path):
-    """A folder of this machine to write; an address, which a path would turn into a folder named ``s3:``, is refused."""
+    remedy = (
+        "this command works on a folder of this machine. Bring the cache here first: "
+        "`cachectl pull {place} FOLDER`, which checks every file"
+    )
 
     def __init__(self) -> None:
-        super().__init__(path_type=Path)
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> str | bytes | os.PathLike[str]:
-        """Return the path."""
-        if is_url(value):
-            self.fail(
-                f"{value}: an address; give a folder of this machine (a cache can then be pushed there: `cachectl push`)",
-                param,
-                ctx,
-            )
-        return super().convert(value, param, ctx)
+        super().__init__(exists=True, file_okay=False)
 
 
 def say(text: str, *, err: bool = False) -> None:

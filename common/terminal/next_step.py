@@ -13,8 +13,9 @@ if TYPE_CHECKING:
 
     from vlm_distill_cache.common.cache.plan import Plan
 
-DEFAULT_LOSSES = {"logits": ("dpt", "dft"), "answer_attention": ("dft",)}
-"""The signals that a student is trained on where nobody says otherwise, and the phases that read each."""
+DEFAULT_SIGNALS = ("logits", "answer_attention")
+"""What stage one keeps, and all that students are trained on, where nobody says otherwise."""
+_DISTILLING = ("dpt", "dft")
 DEFAULT_SHAPES = "shapes:images=1500,seed=0"
 """What a plan calls the data set that ``make`` takes where no other is named."""
 _SHAPES = re.compile(r"shapes(:[a-z]+=\d+(,[a-z]+=\d+)*)?")
@@ -34,19 +35,10 @@ def distill_command(plan: Plan, cache: str | Path, *, data: str | None = None, i
         words = _data_words(str(plan.data.get("name", "")))
     else:
         words = [f"DATA={quoted(data)}", *([f"IMAGES={quoted(images)}"] if images else [])]
-    off = " ".join(switches(plan.signals))
+    missing = [signal for signal in DEFAULT_SIGNALS if signal not in plan.signals]
+    off = " ".join(f"{phase}.losses.{signal}=0" for signal in missing for phase in _DISTILLING)
     words += [f"CACHE={quoted(cache)}", *([f"SET={quoted(off)}"] if off else [])]
     return " ".join(["make distill STUDENT=mobilevlm", *words])
-
-
-def switches(held: Collection[str]) -> list[str]:
-    """The options that switch off default losses which a cache with the signals ``held`` cannot serve."""
-    return [
-        f"{phase}.losses.{signal}=0"
-        for signal, phases in DEFAULT_LOSSES.items()
-        if signal not in held
-        for phase in phases
-    ]
 
 
 def set_words(settings: Collection[str], *, variable: str = "SET") -> str:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         DistillError,
         ModelError,
         NewerFormatError,
+        NoRoomError,
         ProcessFailedError,
         SampleError,
         SampleNotCachedError,
@@ -39,7 +40,8 @@ if TYPE_CHECKING:
     from vlm_distill_cache.common.tools.verify import verify
     from vlm_distill_cache.stage1_teacher.config import BuildConfig
     from vlm_distill_cache.stage1_teacher.extract import extract as build
-    from vlm_distill_cache.stage2_student.config import LossWeights, PhaseConfig, TrainConfig
+    from vlm_distill_cache.stage2_student.config import PhaseConfig, TrainConfig
+    from vlm_distill_cache.stage2_student.loss_weights import LossWeights
     from vlm_distill_cache.stage2_student.train import train
 
 __version__ = "0.1.0"
@@ -54,6 +56,7 @@ __all__ = [
     "LossWeights",
     "ModelError",
     "NewerFormatError",
+    "NoRoomError",
     "PhaseConfig",
     "ProcessFailedError",
     "SampleError",
@@ -76,7 +79,7 @@ __all__ = [
 
 _HOMES = {
     "BuildConfig": "stage1_teacher.config",
-    "LossWeights": "stage2_student.config",
+    "LossWeights": "stage2_student.loss_weights",
     "PhaseConfig": "stage2_student.config",
     "Selection": "common.tools.select",
     "TeacherCache": "common.cache.reader",

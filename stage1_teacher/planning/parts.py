@@ -16,7 +16,6 @@ import multiprocessing
 import os
 import re
 import signal
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
@@ -26,7 +25,7 @@ from typing import NoReturn
 
 from vlm_distill_cache.common.cache.plan import THREADS
 from vlm_distill_cache.common.errors import ConfigError, DistillError, ProcessFailedError
-from vlm_distill_cache.common.terminal.command_line import end_with_parent, leave_one_core
+from vlm_distill_cache.common.terminal.command_line import end_with_parent, leave_one_core, quiet_libraries
 from vlm_distill_cache.stage1_teacher.config import BuildConfig
 from vlm_distill_cache.stage1_teacher.planning.cache_folder import explain_disk_errors, stored_plan
 
@@ -167,16 +166,6 @@ def fix_batch_size(config: BuildConfig, *, overwrite: bool = False) -> BuildConf
     return config if stored is None else replace(config, batch_size=stored.batch_size)
 
 
-def quiet_libraries() -> None:
-    """Switch off the model library's own progress bars, and what a stopped process would say about ours."""
-    from tqdm import tqdm
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    # tqdm's own lock is a semaphore of the system, which Python reports as leaked when a process is stopped.
-    tqdm.set_lock(threading.RLock())
-
-
 def run_parts(
     target: Callable[[BuildConfig, Part], None], config: BuildConfig, parts: Sequence[Part], on_wait: Callable[[], None]
 ) -> None:
@@ -241,6 +230,7 @@ def _process(
     """Run one part in this process, and tell the parent what went wrong."""
     end_with_parent()
     logging.basicConfig(level=logging.ERROR, format=f"part {part}: %(message)s")  # the parent gives the warnings
+    logging.captureWarnings(capture=True)
     quiet_libraries()
     try:
         with explain_disk_errors(config.cache):

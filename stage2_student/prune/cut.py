@@ -11,7 +11,6 @@ and cuts all layers alike, because a library configuration has one number of hea
 """
 
 import copy
-import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,10 +18,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from vlm_distill_cache.common.errors import ConfigError, ModelError
 from vlm_distill_cache.common.files.atomic import new_directory, write_json_atomic
+from vlm_distill_cache.common.terminal.progress import progress
 from vlm_distill_cache.data.families.inputs import text_config
 from vlm_distill_cache.data.families.models import FamilyModel, open_family_model
 from vlm_distill_cache.data.families.table import submodule
@@ -32,7 +31,7 @@ from vlm_distill_cache.data.text.encoding import SampleEncoder
 from vlm_distill_cache.data.text.templates import get_template
 from vlm_distill_cache.stage2_student.prune.importance import ATTENTION, MLP, measure_importance, prunable_layers
 from vlm_distill_cache.stage2_student.prune.plan import LayerParts, Widths, choose_layer_parts, narrow_widths
-from vlm_distill_cache.stage2_student.pruned_folder import RECORD
+from vlm_distill_cache.stage2_student.pruned_folder import RECORD, read_settings
 
 _log = logging.getLogger(__name__)
 MAX_LENGTH = 2048  # tokens of a sample
@@ -60,9 +59,6 @@ def prune_directory(
         template: Name; None: what the teacher's ``training.json`` says, else its family's.
         described: What else the record beside the weights says, JSON.
         device: Where the teacher runs; ``auto`` is CUDA when there is one.
-
-    Returns:
-        The student's sizes.
 
     Raises:
         ConfigError: If the share is none, or the folder exists.
@@ -103,11 +99,6 @@ def plan_pruning(
 ) -> tuple[Widths, Widths, list[LayerParts], int]:
     """Measure importance and choose what stays of every layer.
 
-    Args:
-        opened: The teacher.
-        batches: Keyword arguments of its forward passes.
-        keep: Share to keep.
-
     Returns:
         The teacher's sizes, the student's, what stays of each layer, and the rows that importance is a mean over.
     """
@@ -138,12 +129,6 @@ def plan_pruning(
 
 def cut(model: Any, language_model: str, parts: Sequence[LayerParts], want: Widths) -> tuple[dict[str, Tensor], Any]:
     """The weights and the configuration of the narrower model.
-
-    Args:
-        model: The teacher, unchanged.
-        language_model: Attribute path of its decoder.
-        parts: What stays of each layer.
-        want: The sizes that makes.
 
     Returns:
         A state dict and a configuration of the teacher's class.
@@ -181,14 +166,7 @@ def narrowed_config(config: Any, want: Widths, width: int) -> Any:
 
 
 def fits(model: Any, language_model: str, config: Any, width: int) -> bool:
-    """Whether a model's class gives heads their width of old where there are fewer; builds it without memory.
-
-    Args:
-        model: The teacher.
-        language_model: Attribute path of its decoder.
-        config: With fewer heads.
-        width: Of a head.
-    """
+    """Whether a model's class gives heads their width of old where there are fewer; builds it without memory."""
     try:
         with torch.device("meta"):
             built = type(model)(copy.deepcopy(config))
@@ -215,9 +193,11 @@ def model_batches(
 ) -> Iterator[Mapping[str, Any]]:
     """Each sample as the teacher's keyword arguments, alone, so that no row is padding."""
     dtype = next(opened.model.parameters()).dtype
-    for sample in tqdm(samples, desc="importance", unit="sample", mininterval=1.0):
-        batch = collate([encoder(sample)], int(opened.tokenizer.pad_token_id or 0)).to(device)
-        yield opened.family.model_inputs(opened.model.config, batch, dtype=dtype)
+    with progress("importance", unit="sample") as bar:
+        for sample in samples:
+            batch = collate([encoder(sample)], int(opened.tokenizer.pad_token_id or 0)).to(device)
+            yield opened.family.model_inputs(opened.model.config, batch, dtype=dtype)
+            bar.update()
 
 
 def teacher_encoder(teacher: Path, opened: FamilyModel, template: str | None) -> SampleEncoder:
@@ -238,12 +218,3 @@ def stored_dtype(teacher: Path) -> str:
     config = read_settings(teacher / "config.json")
     found = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
     return found if found in ("float16", "bfloat16") else "float32"
-
-
-def read_settings(path: Path) -> dict[str, Any]:
-    """A JSON file of a checkpoint directory, where the files may be links; empty if it is not there or unreadable."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from transformers import AutoConfig
 
+from vlm_distill_cache.common.cache.reader import TeacherCache
 from vlm_distill_cache.common.errors import ModelError
-from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.data.families.inputs import text_config
 from vlm_distill_cache.data.sample import iterate_readable
 from vlm_distill_cache.data.text.processors import load_tokenizer, tokenizer_fingerprint
@@ -18,22 +18,14 @@ from vlm_distill_cache.stage2_student.training.preparation import open_cached_da
 SAMPLES = 256  # that importance is measured on
 
 
-def prune_for_cache(config: TrainConfig, output: Path, *, keep: float, samples: int = SAMPLES) -> str:
+def prune_for_cache(
+    config: TrainConfig, cache: TeacherCache, output: Path, *, keep: float, samples: int = SAMPLES
+) -> str:
     """Cut a run's student out of the teacher of its cache, by the cache's own samples.
-
-    Args:
-        config: Names teacher, cache and data.
-        output: Folder to write.
-        keep: Share of heads and channels.
-        samples: How many samples importance is measured on.
-
-    Returns:
-        A line that says what became of the sizes.
 
     Raises:
         ModelError: If the directory does not hold the cache's teacher.
     """
-    cache = open_cache(config.phase(config.phases[0]).cache or config.cache)
     teacher = Path(config.teacher or "")
     found, cached = tokenizer_fingerprint(load_tokenizer(teacher)), cache.plan.fingerprints["tokenizer"]
     width = cache.plan.teacher.get("hidden_size")

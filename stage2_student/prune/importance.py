@@ -6,8 +6,8 @@ what the layer's output would change by without it. Inputs and weights both coun
 Dims: L layers, H query heads, d width of a head, C channels, D width of the model, T sequence.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,14 +76,8 @@ def measure_importance(
 ) -> Importance:
     """Run a model over samples and see what each head and channel adds.
 
-    Args:
-        model: In evaluation mode.
-        language_model: Its decoder.
-        batches: Keyword arguments of one forward pass each; without padding, which would count as rows.
-        heads: Query heads of each layer.
-
-    Returns:
-        The importance of every part.
+    The model is in evaluation mode; a batch is the keyword arguments of one forward pass, without padding, which
+    would count as rows.
 
     Raises:
         ModelError: If the decoder's layers are built in another way.
@@ -91,7 +85,10 @@ def measure_importance(
     """
     layers = prunable_layers(language_model)
     seen = [_Layer(layer, heads) for layer in layers]
-    with _watching(seen):
+    with ExitStack() as hooks:
+        for layer in seen:
+            hooks.enter_context(layer.output.register_forward_pre_hook(layer.see_heads))
+            hooks.enter_context(layer.down.register_forward_pre_hook(layer.see_channels))
         for batch in batches:
             model(**batch, use_cache=False)
     if not seen[0].rows:
@@ -104,11 +101,7 @@ def measure_importance(
 
 
 def prunable_layers(language_model: Any) -> list[nn.Module]:
-    """The decoder layers, if all are built as Llama's.
-
-    Raises:
-        ModelError: Naming what is missing.
-    """
+    """The decoder layers, if all are built as Llama's."""
     layers = list(getattr(language_model, "layers", []))
     for index, layer in enumerate(layers):
         for part, names in (("self_attn", ATTENTION), ("mlp", MLP)):
@@ -123,17 +116,3 @@ def prunable_layers(language_model: Any) -> list[nn.Module]:
     if not layers:
         raise ModelError(f"{type(language_model).__name__} keeps no list of decoder `layers`: it cannot be pruned")
     return layers
-
-
-@contextmanager
-def _watching(layers: list[_Layer]) -> Iterator[None]:
-    """Let each layer see its inputs."""
-    hooks = []
-    try:
-        for layer in layers:
-            hooks.append(layer.output.register_forward_pre_hook(layer.see_heads))
-            hooks.append(layer.down.register_forward_pre_hook(layer.see_channels))
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()

@@ -18,10 +18,8 @@ MULTIPLE = 8
 class Widths:
     """Sizes of a language model's layers, the same in all of them, as a library configuration says them.
 
-    Attributes:
-        heads: Query heads.
-        key_value_heads: Heads of keys and values; each serves ``heads / key_value_heads`` query heads.
-        channels: Of the MLP (``intermediate_size``).
+    Each key-value head serves ``heads / key_value_heads`` query heads; channels are of the MLP
+    (``intermediate_size``).
     """
 
     heads: int
@@ -55,11 +53,6 @@ def narrow_widths(widths: Widths, keep: float, *, heads: bool = True) -> Widths:
     A library model has as many query heads for every key-value head: of all pairs that fit, the one whose
     number of query heads is nearest to the share, and of equally near ones that with more keys and values.
 
-    Args:
-        widths: The teacher's.
-        keep: Share of heads and channels to keep, in (0, 1].
-        heads: Whether heads can be taken away at all.
-
     Raises:
         ConfigError: If the share is no share.
     """
@@ -84,12 +77,6 @@ def choose_layer_parts(
 ) -> LayerParts:
     """The most important parts of one layer, in their old order.
 
-    Args:
-        head_importance: Float ``[H]``.
-        channel_importance: Float ``[C]``.
-        have: The teacher's sizes.
-        want: The student's.
-
     Returns:
         Within each key-value head its most important query heads; of the key-value heads those whose chosen
         query heads matter most together.
@@ -98,11 +85,7 @@ def choose_layer_parts(
     chosen = largest(grouped, want.group)  # [K, H' / K'], inside each group
     served = largest(grouped.gather(1, chosen).sum(1)[None], want.key_value_heads)[0]  # [K']
     heads = (served[:, None] * have.group + chosen[served]).reshape(-1)
-    return LayerParts(
-        heads=heads,
-        key_value_heads=served,
-        channels=largest(channel_importance[None], want.channels)[0],
-    )
+    return LayerParts(heads=heads, key_value_heads=served, channels=largest(channel_importance[None], want.channels)[0])
 
 
 def largest(values: Tensor, count: int) -> Tensor:

@@ -8,18 +8,17 @@ Dims: B batch, T sequence, A supervised rows of a batch, V vocabulary, I items.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from vlm_distill_cache.common.attention.capture import AttentionCapture
 from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
 from vlm_distill_cache.common.codecs.logits import SparseLogits
 from vlm_distill_cache.common.codecs.row_attention import RowAttention
+from vlm_distill_cache.common.terminal.progress import progress
 from vlm_distill_cache.data.families.models import row_logits
 from vlm_distill_cache.data.sample import CaptionPair, EvaluationSet, ImageSource, Question, Sample, Turn
 from vlm_distill_cache.data.text.collate import collate
@@ -41,6 +40,7 @@ from vlm_distill_cache.stage2_student.scores.metrics import (
     preference,
     score_letters,
 )
+from vlm_distill_cache.stage2_student.scores.results import PAIRED, EvaluationReport
 from vlm_distill_cache.stage2_student.students.library import LibraryStudent
 from vlm_distill_cache.stage2_student.students.model import generation_inputs_of, model_inputs_of, packs_conversations
 
@@ -54,10 +54,7 @@ def language_model_of(model: Any) -> Any:
 def supervised_logits(model: Any, inputs: Mapping[str, Any], supervised: Tensor) -> Tensor:
     """Logits of the rows that predict answer tokens; other rows never meet the output projection.
 
-    Args:
-        model: A student, or any causal model of the library.
-        inputs: Its keyword arguments.
-        supervised: Bool ``[B, T]``.
+    The model is a student, or any causal model of the library; ``supervised`` is bool ``[B, T]``.
 
     Returns:
         Float ``[A, V]``, batch-row order.
@@ -70,11 +67,6 @@ def supervised_logits(model: Any, inputs: Mapping[str, Any], supervised: Tensor)
 
 def answer_log_probs(model: Any, samples: Sequence[EncodedSample], pad_id: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """Log-probability of every answer token, and which conversation it belongs to.
-
-    Args:
-        model: As for ``supervised_logits``.
-        samples: At least one.
-        pad_id: Fills shorter sequences.
 
     Returns:
         For each sample: nats, float64 ``[A_i]``; and the rows' segment ids, int64 ``[A_i]``.
@@ -100,45 +92,6 @@ LETTER_PROMPT = (
 ANSWER_TOKENS = 16  # longest generated short answer
 LETTER_TOKENS = 4
 
-# What the table shows: name in the report, heading, factor to the printed unit.
-ROWS = (
-    ("likelihood", "captions by likelihood, %", 100),
-    ("likelihood_per_token", "captions by likelihood per token, %", 100),
-    ("letters/mean", "captions by letter, both orders, %", 100),
-    ("letters/right_first", "  right caption is (A), %", 100),
-    ("letters/right_second", "  right caption is (B), %", 100),
-    ("letters/both_right", "  right in both orders, %", 100),
-    ("letters/likelihood", "  by log p(A) against log p(B), %", 100),
-    ("letters/bias", "  share of A minus share of B, %", 100),
-    ("letters/unparsed", "  not a letter, %", 100),
-    ("questions", "questions, exact match, %", 100),
-    ("teacher/top1", "top-1 agrees with teacher, %", 100),
-    ("teacher/kl", "KL(teacher || student), nats/row", 1),
-    ("attention/cosine", "answer attention, cosine", 1),
-    ("attention/kl", "answer attention, KL, nats/row", 1),
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluationReport:
-    """Scores by name; ``NAME/KIND`` is one kind's part of ``NAME``, which is their unweighted mean.
-
-    Attributes:
-        scores: Shares in [0, 1], except ``teacher/kl``, ``attention/kl`` (nats a row), ``attention/cosine``
-            and ``letters/bias`` ([-1, 1]). What was not asked for is absent.
-    """
-
-    scores: Mapping[str, Score] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The JSON written beside a student."""
-        return {"scores": {name: score.to_dict() for name, score in self.scores.items()}}
-
-    @classmethod
-    def from_dict(cls, stored: Mapping[str, Any]) -> Self:
-        """Inverse of ``to_dict``."""
-        return cls(scores={name: Score(**score) for name, score in stored["scores"].items()})
-
 
 @torch.inference_mode()
 def evaluate_model(
@@ -154,18 +107,9 @@ def evaluate_model(
 ) -> EvaluationReport:
     """Score one model.
 
-    Args:
-        model: A student or teacher; put into evaluation mode, and back as it was.
-        encoder: Fits the model: its tokenizer, image grid and template.
-        items: Held-out caption pairs and questions; either part may be empty.
-        cached: Samples with the teacher's cached signals, to measure the agreement with the teacher.
-        letters: Also ask the A/B question (two generations a pair).
-        batch_size: Sequences in one forward pass.
-        seed: Of the bootstrap.
-        resamples: Of the bootstrap.
-
-    Returns:
-        The report.
+    The encoder fits the model (tokenizer, image grid, template), which is put into evaluation mode and back as it
+    was. ``cached`` are samples with the teacher's signals, to measure the agreement with it; ``letters`` also asks
+    the A/B question (two generations a pair). Seed and resamples are of the bootstrap.
 
     Raises:
         SampleError: If an item's image or text cannot be used; names the item.
@@ -174,12 +118,17 @@ def evaluate_model(
     was_training = model.training
     model.eval()
     scores: dict[str, Score] = {}
+    by_item: dict[str, dict[str, list[float]]] = {}
 
-    def keep(name: str, values: np.ndarray, kinds: Sequence[str]) -> None:
-        grouped = group_by_kind(values, kinds)
+    def keep(name: str, values: np.ndarray, kinds: Sequence[str] = ()) -> None:
+        grouped = group_by_kind(values, kinds or [""] * len(values))
         scores[name] = bootstrap_kinds(grouped, seed=seed, resamples=resamples)
-        for kind, part in grouped.items():
-            scores[f"{name}/{kind}"] = bootstrap(part, seed=seed, resamples=resamples)
+        if name in PAIRED:
+            by_item[name] = grouped
+        if kinds:
+            scores.update(
+                {f"{name}/{kind}": bootstrap(part, seed=seed, resamples=resamples) for kind, part in grouped.items()}
+            )
 
     try:
         if items.pairs:
@@ -194,10 +143,10 @@ def evaluate_model(
             keep("questions", score_questions(model, encoder, items.questions, batch_size=batch_size), kinds)
         if cached is not None:
             for name, values in score_agreement(model, cached, batch_size=batch_size).items():
-                scores[name] = bootstrap(values, seed=seed, resamples=resamples)
+                keep(name, values)
     finally:
         model.train(was_training)
-    return EvaluationReport(scores=scores)
+    return EvaluationReport(scores=scores, items=by_item)
 
 
 def score_pairs(
@@ -228,11 +177,6 @@ def score_pairs(
 
 def encode_pair(encoder: SampleEncoder, pair: CaptionPair, *, packed: bool = True) -> list[EncodedSample]:
     """Encode both captions behind one image, or apart where the template has no text between the two.
-
-    Args:
-        encoder: Fits the model.
-        pair: The captions.
-        packed: Whether the model can take two conversations behind one image.
 
     Returns:
         One packed sample, or two; the right caption first.
@@ -287,10 +231,7 @@ def score_questions(
 def score_agreement(model: Any, cached: CachedDataset, *, batch_size: int) -> dict[str, np.ndarray]:
     """Compare a model with the cached teacher on the same samples, one value a sample.
 
-    Args:
-        model: The student.
-        cached: Joined data; which of ``logits`` and ``answer_attention`` it reads decides what is compared.
-        batch_size: Samples in one forward pass.
+    Which of ``logits`` and ``answer_attention`` the joined data reads decides what is compared.
 
     Returns:
         Float ``[I]`` each: ``teacher/kl`` (tail-bucket KL, nats a row), ``teacher/top1`` (share of rows
@@ -343,8 +284,7 @@ def _compare_attention(cells: Tensor, target: AttentionBatch, rows: slice) -> di
 def _row_ranges(rows: Tensor) -> Iterator[slice]:
     """Where each sample's rows lie among all rows of a batch; samples without rows are passed over.
 
-    Args:
-        rows: Int64 ``[B, R]``, padding -1.
+    ``rows`` is int64 ``[B, R]``, padding -1.
     """
     start = 0
     for count in (rows >= 0).sum(dim=1).tolist():
@@ -383,49 +323,8 @@ def _letter_token(encoder: SampleEncoder, image: ImageSource, letter: str) -> in
 
 def _batches(items: Sequence[Item], size: int, what: str) -> Iterator[Sequence[Item]]:
     """Slices of at most ``size`` items, with a progress bar on a terminal."""
-    with tqdm(total=len(items), desc=what, unit="item", disable=None, leave=False) as progress:
+    with progress(what, total=len(items), unit="item", keep=False) as bar:
         for start in range(0, len(items), size):
             batch = items[start : start + size]
             yield batch
-            progress.update(len(batch))
-
-
-def render_table(reports: Mapping[str, EvaluationReport]) -> str:
-    """Lay reports out side by side as text, one column a model: value and 95 % interval.
-
-    Args:
-        reports: By the model's name.
-
-    Returns:
-        Lines without a trailing line feed; rows that no report has are left out.
-    """
-    lines = [["", *reports]]
-    known = set().union(*(report.scores for report in reports.values()))
-    for name, heading, factor in ROWS:
-        if name in known:
-            lines.append([heading, *(_cell(report, name, factor) for report in reports.values())])
-        if name in ("likelihood", "questions"):
-            for part in sorted(part for part in known if part.startswith(name + "/")):
-                heading = "  " + part.removeprefix(name + "/")
-                lines.append([heading, *(_cell(report, part, factor) for report in reports.values())])
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    return "\n".join(
-        "  ".join(
-            text.ljust(width) if column == 0 else text.rjust(width)
-            for column, (text, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    )
-
-
-def format_score(score: Score, factor: int) -> tuple[str, str, str]:
-    """Value, lower and upper end as text: percent with one digit, else three digits."""
-    digits = 1 if factor == 100 else 3
-    value, low, high = (f"{factor * part:.{digits}f}" for part in (score.value, score.low, score.high))
-    return value, low, high
-
-
-def _cell(report: EvaluationReport, name: str, factor: int) -> str:
-    """One score as text; a dash where the report lacks it."""
-    score = report.scores.get(name)
-    return "-" if score is None else "{} [{}, {}]".format(*format_score(score, factor))
+            bar.update(len(batch))

@@ -1,7 +1,7 @@
 """The items a student is scored on: looked at before the first training step, and what their scores mean.
 
-A user's file has no splits. Where no other data is named, students are scored on what they were trained on,
-and whoever reads the scores is told so.
+A user's file has no splits. Where no other data is named, students are scored on what they were trained on, and the
+scores carry a note that says so. A student may outlive its cache, which is None here then.
 """
 
 import logging
@@ -9,8 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from vlm_distill_cache.common.cache.reader import TeacherCache
-from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, SampleError, TransferError
-from vlm_distill_cache.common.opening import open_cache
+from vlm_distill_cache.common.errors import ConfigError, SampleError
 from vlm_distill_cache.data.registry import open_dataset, open_evaluation
 from vlm_distill_cache.data.sample import EvaluationSet, Question
 from vlm_distill_cache.data.text.encoding import SampleEncoder, build_prompt
@@ -24,19 +23,15 @@ RUN_OPTION, EVALUATE_OPTION = "EVAL_DATA=FILE or --set evaluation.data=FILE", "-
 _log = logging.getLogger(__name__)
 
 
-def open_items(config: TrainConfig, encoder: SampleEncoder) -> EvaluationSet:
-    """Open the items that a configuration names, without those that cannot be used; says how many these are.
-
-    Args:
-        config: Names the data.
-        encoder: Of the student.
+def open_items(config: TrainConfig, encoder: SampleEncoder, cache: TeacherCache | None) -> EvaluationSet:
+    """Open the items that a configuration names, without those that cannot be used; logs how many these are.
 
     Raises:
         ConfigError: If no data is named, and the cache's is not built in.
         DataError: If the data cannot be opened.
     """
-    items = _open(config)
-    failed = _failed_samples(config) if _is_own_data(config) else frozenset()
+    items = _open(config, cache)
+    failed = frozenset(cache.failed if cache is not None and _is_own_data(config) else ())
     kept = tuple(
         item
         for item in items.questions
@@ -48,22 +43,18 @@ def open_items(config: TrainConfig, encoder: SampleEncoder) -> EvaluationSet:
     return replace(items, questions=kept)
 
 
-def probe_items(config: TrainConfig) -> list[str]:
+def probe_items(config: TrainConfig, cache: TeacherCache) -> list[str]:
     """Open the items before a student is trained, and say what its scores will not tell.
 
-    Args:
-        config: Of the run; its cache gives tokenizer, image processor and template.
-
     Returns:
-        Sentences for whoever reads the scores; none if all is well.
+        Sentences to show with the scores; none if all is well.
 
     Raises:
         ConfigError: If no data is named and the cache's is not built in, or if nothing can be read of the
             data that was named for this.
         DataError: If the data cannot be opened.
     """
-    items = _open(config)
-    cache = open_cache(config.cache)
+    items = _open(config, cache)
     cache.check_side_files(["processor"])
     encoder = encoder_of_cache(cache.plan, cache.path / "processor", max_length=config.max_length)
     step = max(1, len(items.questions) // PROBED_QUESTIONS)
@@ -73,27 +64,21 @@ def probe_items(config: TrainConfig) -> list[str]:
             f"evaluation.data={config.evaluation.data}: none of {len(faults)} probed questions can be used; "
             f"the first: {faults[0]}. Name its image folder with --set evaluation.images=FOLDER"
         )
-    return scoring_notes(config, scorable=bool(items.pairs) or None in faults, option=RUN_OPTION)
+    return scoring_notes(config, cache, scorable=bool(items.pairs) or None in faults, option=RUN_OPTION)
 
 
-def scoring_notes(config: TrainConfig, *, scorable: bool, option: str) -> list[str]:
-    """What the scores of a configuration do not tell.
+def scoring_notes(config: TrainConfig, cache: TeacherCache | None, *, scorable: bool, option: str) -> list[str]:
+    """What the scores of a configuration do not tell, as sentences.
 
-    Args:
-        config: Names the data.
-        scorable: Whether any item can be scored.
-        option: How the caller's user names other data.
-
-    Returns:
-        Sentences; none if all is well.
+    ``scorable`` says whether any item can be scored, ``option`` how other data is named where this is shown.
     """
-    data = _data_of(config)
+    data = _data_of(config, cache)
     if not scorable:
         return [
             f"No question of {data} can be scored: only the agreement with the teacher is measured. "
             f"Name held-out questions with {option}."
         ]
-    if not _is_training_data(config, data):
+    if not _is_training_data(config, data, cache):
         return []
     return [
         f"Questions are scored on the training data itself ({data}), where memory passes for skill. "
@@ -101,22 +86,22 @@ def scoring_notes(config: TrainConfig, *, scorable: bool, option: str) -> list[s
     ]
 
 
-def _open(config: TrainConfig) -> EvaluationSet:
+def _open(config: TrainConfig, cache: TeacherCache | None) -> EvaluationSet:
     how = config.evaluation
-    return open_evaluation(_data_of(config), how.split, how.limit, images=_images_of(config))
+    return open_evaluation(_data_of(config, cache), how.split, how.limit, images=_images_of(config))
 
 
-def _data_of(config: TrainConfig) -> str:
+def _data_of(config: TrainConfig, cache: TeacherCache | None) -> str:
     """The data set to score on, as ``data.registry`` takes it."""
     named = config.evaluation.data or config.data
     if named:
         return named
     remedy = f"name it with {EVALUATE_OPTION} (for distill run also {RUN_OPTION})"
-    try:
-        plan = open_cache(config.cache).plan
-    except (CacheFormatError, TransferError) as error:
-        raise ConfigError(f"no data to score on is named, and the cache cannot say: {error}; {remedy}") from error
-    spec = str(plan.data.get("name", "")).partition("[")[0].partition("/")[0]
+    if cache is None:
+        raise ConfigError(
+            f"no data to score on is named, and the cache {config.cache}, which would tell, cannot be opened; {remedy}"
+        )
+    spec = str(cache.plan.data.get("name", "")).partition("[")[0].partition("/")[0]
     if spec.partition(":")[0] not in BUILT_IN_DATA:
         raise ConfigError(f"no data to score on: {config.cache} was built from {spec!r}; {remedy}")
     return spec
@@ -131,11 +116,10 @@ def _is_own_data(config: TrainConfig) -> bool:
     return config.evaluation.data in (None, config.data)
 
 
-def _is_training_data(config: TrainConfig, data: str) -> bool:
+def _is_training_data(config: TrainConfig, data: str, cache: TeacherCache | None) -> bool:
     """Whether the samples scored on are those of the cache; a saved `datasets` folder may have splits."""
     if data.partition(":")[0] in BUILT_IN_DATA:
         return False
-    cache = _cache_of(config)
     if cache is None:
         return _is_own_data(config)
     cached = {cache.plan.fingerprints.get("data"), *merged_fingerprints(cache)}
@@ -144,18 +128,6 @@ def _is_training_data(config: TrainConfig, data: str) -> bool:
         open_dataset(data, split=split, images=images, limit=limit).fingerprint() in cached
         for limit in dict.fromkeys(limit for _, limit in splits_and_limits(cache))
     )
-
-
-def _cache_of(config: TrainConfig) -> TeacherCache | None:
-    try:
-        return open_cache(config.cache)
-    except (CacheFormatError, TransferError):
-        return None  # a student outlives its cache
-
-
-def _failed_samples(config: TrainConfig) -> frozenset[str]:
-    cache = _cache_of(config)
-    return frozenset() if cache is None else frozenset(cache.failed)
 
 
 def _fault(item: Question, encoder: SampleEncoder | None) -> str | None:

@@ -3,6 +3,7 @@
 Dims: I items, S bootstrap resamples.
 """
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -24,14 +25,7 @@ Letter = Literal["A", "B"]
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """A mean over items with its bootstrap interval.
-
-    Attributes:
-        value: The mean.
-        low: Lower end of the 95 % interval.
-        high: Upper end of the 95 % interval.
-        items: How many items it rests on.
-    """
+    """A mean over items with its bootstrap interval."""
 
     value: float
     low: float
@@ -46,16 +40,8 @@ class Score:
 def bootstrap(values: Sequence[float] | np.ndarray, *, seed: int = 0, resamples: int = RESAMPLES) -> Score:
     """Mean of independent items, with a percentile interval from resampling items.
 
-    Args:
-        values: Float ``[I]``, at least one.
-        seed: Of the resampling.
-        resamples: S.
-
     Returns:
         The mean and its interval; a single item has a degenerate one.
-
-    Raises:
-        ValueError: If there are no items.
 
     Source:
         Efron 1979; percentile method. Resamples are drawn as multinomial counts, which is the same
@@ -69,13 +55,7 @@ def bootstrap_kinds(
 ) -> Score:
     """Unweighted mean over kinds of the mean over items; items are resampled within their kind.
 
-    Args:
-        values: Float ``[I]`` for each kind, at least one item each.
-        seed: Of the resampling.
-        resamples: S.
-
-    Returns:
-        The mean over kinds and its interval.
+    ``values`` are float ``[I]`` for each kind, at least one item each; S is ``resamples``.
 
     Raises:
         ValueError: If there are no kinds, or one has no items.
@@ -98,6 +78,24 @@ def bootstrap_kinds(
         high=float(high),
         items=sum(len(items) for items in values.values()),
     )
+
+
+def paired_difference(
+    after: Mapping[str, Sequence[float]], before: Mapping[str, Sequence[float]], *, seed: int = 0
+) -> Score:
+    """What one model scores more than another on the same items, resampled in pairs.
+
+    Both hold each item's score by kind, ``[I]`` each, in the same order.
+    """
+    return bootstrap_kinds({kind: np.subtract(after[kind], before[kind]) for kind in after}, seed=seed)
+
+
+def difference(after: Score, before: Score) -> Score:
+    """What one mean is above another, with an interval as wide as if the two were independent."""
+    value = after.value - before.value
+    down = math.hypot(after.value - after.low, before.high - before.value)
+    up = math.hypot(after.high - after.value, before.value - before.low)
+    return Score(value=value, low=value - down, high=value + up, items=min(after.items, before.items))
 
 
 def group_by_kind(values: Sequence[float] | np.ndarray, kinds: Sequence[str]) -> dict[str, list[float]]:

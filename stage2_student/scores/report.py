@@ -14,8 +14,8 @@ from typing import Any
 import PIL.Image
 
 from vlm_distill_cache.common.files.atomic import write_bytes_atomic
-from vlm_distill_cache.stage2_student.scores.evaluate import ROWS, EvaluationReport, format_score
 from vlm_distill_cache.stage2_student.scores.overlays import Overlay
+from vlm_distill_cache.stage2_student.scores.results import EvaluationReport, format_score, table_rows
 
 COLOURS = ("#0a7d6c", "#c2410c", "#4f46e5", "#a16207", "#be185d", "#475569")
 CHART_WIDTH, CHART_HEIGHT, MARGIN = 520, 240, 44
@@ -43,19 +43,14 @@ def render_report(
     facts: Mapping[str, str],
     curves: Mapping[str, Sequence[Mapping[str, Any]]],
     evaluations: Mapping[str, EvaluationReport],
+    compared: tuple[str, str] | None = None,
     overlays: Sequence[Overlay] = (),
     notes: Sequence[str] = (),
 ) -> None:
     """Write the page.
 
-    Args:
-        path: The HTML file.
-        title: Its heading.
-        facts: What was run, by name.
-        curves: Logged steps of each run (``training_log.read_log``).
-        evaluations: Scores of each model.
-        overlays: Attention pictures; may be empty.
-        notes: What the scores do not tell, as sentences.
+    ``curves`` are the logged steps of each run (``read_log``); ``compared`` are the two models of which the table
+    says what the second gains over the first; ``notes`` are what the scores do not tell.
     """
     known = "".join(f"<dt>{_text(name)}</dt><dd>{_text(value)}</dd>" for name, value in facts.items())
     colours = {run: COLOURS[index % len(COLOURS)] for index, run in enumerate(curves)}
@@ -67,9 +62,9 @@ def render_report(
         f"<h1>{_text(title)}</h1>",
         f'<div class="card"><dl>{known}</dl></div>',
         "<h2>Scores</h2>",
-        "<p>Value and 95 % bootstrap interval over items. Kinds are averaged without weights.</p>",
+        "<p>Value and 95 % bootstrap interval over items. Kinds are averaged without weights; what is 0 for all is left out.</p>",
         *(f"<p><b>{_text(note)}</b></p>" for note in notes),
-        _table(evaluations) if evaluations else "<p>No evaluation was run.</p>",
+        _table(evaluations, compared) if evaluations else "<p>No evaluation was run.</p>",
         "<h2>Training</h2>",
         f"<p>Running means. {_legend(colours)}</p>" if curves else "<p>No training log was found.</p>",
         f'<div class="row">{charts}</div>',
@@ -93,9 +88,7 @@ def _text(value: object) -> str:
     return html.escape(str(value))
 
 
-def _loss_series(
-    curves: Mapping[str, Sequence[Mapping[str, Any]]],
-) -> dict[str, dict[str, list[tuple[float, float]]]]:
+def _loss_series(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, dict[str, list[tuple[float, float]]]]:
     """By loss term: by run: (step, running mean) points."""
     series: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for run, records in curves.items():
@@ -152,35 +145,27 @@ def _legend(colours: Mapping[str, str]) -> str:
     )
 
 
-def _table(evaluations: Mapping[str, EvaluationReport]) -> str:
-    known = {name for report in evaluations.values() for name in report.scores}
+def _table(evaluations: Mapping[str, EvaluationReport], compared: tuple[str, str] | None) -> str:
+    headlines, details = table_rows(evaluations, compared)
+    gains = any(row.gain for row in headlines)
+    head = "".join(f"<th>{_text(name)}</th>" for name in [*evaluations, *(["gain"] if gains else [])])
     rows = []
-    for name, heading, factor in ROWS:
-        parts = sorted(part for part in known if part.startswith(f"{name}/")) if name in _BY_KIND else []
-        for key, label in [(name, heading), *((part, "  " + part.partition("/")[2]) for part in parts)]:
-            if key in known:
-                cells = "".join(f"<td>{_cell(report, key, factor)}</td>" for report in evaluations.values())
-                rows.append(f"<tr><td>{_text(label)}</td>{cells}</tr>")
-    head = "".join(f"<th>{_text(name)}</th>" for name in evaluations)
+    for row in [*headlines, *details]:
+        cells = [_cell(*format_score(score, row.factor)) for score in row.scores]
+        cells += [_cell(*format_score(row.gain, row.factor, sign="+"))] if row.gain else []
+        cells += ["<td></td>"] * (len(evaluations) + gains - len(cells))
+        rows.append(f"<tr><td>{_text(row.heading)}</td>{''.join(cells)}</tr>")
     return f"<table><tr><th></th>{head}</tr>{''.join(rows)}</table>"
 
 
-_BY_KIND = ("likelihood", "questions")
-
-
-def _cell(report: EvaluationReport, name: str, factor: int) -> str:
-    score = report.scores.get(name)
-    return "-" if score is None else "{} <small>[{}, {}]</small>".format(*format_score(score, factor))
+def _cell(value: str, interval: str) -> str:
+    return f"<td>{value} <small>{interval}</small></td>" if interval else f"<td>{value}</td>"
 
 
 def _figure(overlay: Overlay) -> str:
     pictures = "".join(
         f"<figure><figcaption>{caption}</figcaption>{_image(picture, caption)}</figure>"
-        for caption, picture in (
-            ("image", overlay.picture),
-            ("teacher", overlay.teacher),
-            ("student", overlay.student),
-        )
+        for caption, picture in (("image", overlay.picture), ("teacher", overlay.teacher), ("student", overlay.student))
     )
     said = f"{_text(overlay.text)} <b>{_text(overlay.word)}</b> <small>({_text(overlay.sample_id)})</small>"
     return f'<div class="card"><p class="said">{said}</p><div class="row">{pictures}</div></div>'

@@ -3,7 +3,7 @@
 ``checkpoints/step-00000120/`` holds ``tensors.pt`` (trained parts, optimizer, random state) and ``state.json``. The
 folder is written under a temporary name, flushed and renamed, so that a killed run leaves either a complete
 checkpoint or one that is not looked at. The learning rate and the order of samples are pure functions of the
-position (optim.py, sampler.py): a phase, a step and a count of samples are all the state there is.
+position: a phase, a step and a count of samples are all the state there is.
 """
 
 import json
@@ -12,7 +12,7 @@ import os
 import random
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,7 @@ import torch
 from torch.optim import Optimizer
 
 from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, NoRoomError
-from vlm_distill_cache.common.files.atomic import (
-    clean_stale,
-    create_temporary,
-    json_bytes,
-    publish_directory,
-    write_durably,
-)
+from vlm_distill_cache.common.files.atomic import clean_stale, json_bytes, new_directory, remove, write_durably
 from vlm_distill_cache.common.files.disk import AGAIN
 from vlm_distill_cache.common.files.hashing import file_checksum
 
@@ -57,8 +51,8 @@ class Position:
 
     def advance(self, samples: int) -> "Position":
         """The position one optimizer step of ``samples`` samples later."""
-        return Position(
-            phase=self.phase,
+        return replace(
+            self,
             step=self.step + 1,
             samples=self.samples + samples,
             total_steps=self.total_steps + 1,
@@ -68,14 +62,7 @@ class Position:
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A complete checkpoint on disk.
-
-    Attributes:
-        path: Its folder.
-        position: Where the run stood.
-        fingerprint: Meaning of the configuration, cache and data it belongs to.
-        checksum: xxh3_128 of its tensors.
-    """
+    """A complete checkpoint on disk."""
 
     path: Path
     position: Position
@@ -104,71 +91,43 @@ def _restore_random_state(state: dict[str, Any]) -> None:
     random.setstate((version, tuple(internal), gauss_next))
 
 
-def _name(position: Position) -> str:
-    return f"step-{position.total_steps:08d}"
-
-
 def write_checkpoint(
-    output: Path,
-    position: Position,
-    *,
-    student: Mapping[str, Any],
-    optimizer: Optimizer,
-    fingerprint: str,
-    keep: int,
+    output: Path, position: Position, *, student: Mapping[str, Any], optimizer: Optimizer, fingerprint: str, keep: int
 ) -> Path:
     """Write one checkpoint atomically, then drop all but the newest ``keep``.
 
-    Args:
-        output: The run's folder.
-        position: Where the run stands.
-        student: What brings the student back (``TrainedParts.state``): tensors and plain values.
-        optimizer: The phase's optimizer.
-        fingerprint: What the run is (configuration, cache, data); refused on resume when it differs.
-        keep: Checkpoints to keep, at least 1.
-
-    Returns:
-        The checkpoint's folder.
+    ``student`` is what brings the student back (``TrainedParts.state``); ``fingerprint`` is what the run is, and is
+    compared when it is resumed.
     """
     folder = output / CHECKPOINTS
-    final = folder / _name(position)
-    folder.mkdir(parents=True, exist_ok=True)
+    final = folder / f"step-{position.total_steps:08d}"
     clean_stale(folder)  # from a run that was killed while writing
-    temporary, lock = create_temporary(final, directory=True)
     tensors = {"student": dict(student), "optimizer": optimizer.state_dict(), "random": _random_state()}
-    with (temporary / TENSORS).open("xb") as file:
-        try:
-            torch.save(tensors, file)
-        except RuntimeError as error:  # the library hides why it could not write
-            reason = error.__context__ if isinstance(error.__context__, OSError) else None
-            raise reason or NoRoomError(
-                f"{file.name}: cannot be written, the disk may be full ({error}); make room, then {AGAIN}"
-            ) from error
-        file.flush()
-        os.fsync(file.fileno())
-    state = {
-        "fingerprint": fingerprint,
-        "position": asdict(position),
-        "tensor_bytes": (temporary / TENSORS).stat().st_size,
-        "tensor_checksum": file_checksum(temporary / TENSORS),
-    }
-    write_durably(temporary / STATE, json_bytes(state))
-    if final.exists():
-        shutil.rmtree(final)  # the same position, from an earlier attempt that was found unusable
-    publish_directory(temporary, final)
-    if lock is not None:
-        lock.release()
+    with new_directory(final) as temporary:
+        with (temporary / TENSORS).open("xb") as file:
+            try:
+                torch.save(tensors, file)
+            except RuntimeError as error:  # the library hides why it could not write
+                reason = error.__context__ if isinstance(error.__context__, OSError) else None
+                raise reason or NoRoomError(
+                    f"{file.name}: cannot be written, the disk may be full ({error}); make room, then {AGAIN}"
+                ) from error
+            file.flush()
+            os.fsync(file.fileno())
+        state = {
+            "fingerprint": fingerprint,
+            "position": asdict(position),
+            "tensor_bytes": (temporary / TENSORS).stat().st_size,
+            "tensor_checksum": file_checksum(temporary / TENSORS),
+        }
+        write_durably(temporary / STATE, json_bytes(state))
+        remove(final)  # the same position, from an earlier attempt that was found unusable
     drop_old_checkpoints(output, keep=keep)
     return final
 
 
 def drop_old_checkpoints(output: Path, *, keep: int) -> None:
-    """Remove all before the newest complete ones, those too that a killed run had begun to remove.
-
-    Args:
-        output: The run's folder.
-        keep: Checkpoints to keep, at least 1.
-    """
+    """Remove all before the newest complete ones, those too that a killed run had begun to remove."""
     kept = list_checkpoints(output)[-keep:]
     for path in (output / CHECKPOINTS).glob("step-*"):
         if kept and path.name < kept[0].path.name:
@@ -201,10 +160,6 @@ def list_checkpoints(output: Path) -> list[Checkpoint]:
 def find_resume_point(output: Path, fingerprint: str) -> Checkpoint | None:
     """The newest complete checkpoint of a run, None for a fresh start.
 
-    Args:
-        output: The run's folder.
-        fingerprint: What the run to resume is.
-
     Raises:
         ConfigError: If the checkpoints belong to another configuration, cache or data set.
     """
@@ -214,10 +169,9 @@ def find_resume_point(output: Path, fingerprint: str) -> Checkpoint | None:
     newest = checkpoints[-1]
     if newest.fingerprint != fingerprint:
         raise ConfigError(
-            f"{newest.path} belongs to another run: fingerprint {newest.fingerprint} there, {fingerprint} "
-            "now "
-            f"(configuration, cache or data differ; compare {output / 'config.yaml'}). "
-            "Use another --output, or delete that folder to begin again"
+            f"{newest.path} belongs to another run: fingerprint {newest.fingerprint} there, {fingerprint} now "
+            f"(configuration, cache or data differ; compare {output / 'config.yaml'}). Use another --output, or delete "
+            "that folder to begin again"
         )
     return newest
 
@@ -225,17 +179,13 @@ def find_resume_point(output: Path, fingerprint: str) -> Checkpoint | None:
 def read_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     """Read ``student``, ``optimizer`` and ``random``; nothing but tensors and plain values is unpickled.
 
-    Args:
-        checkpoint: From `find_resume_point`.
-
     Raises:
         CacheFormatError: If the file is damaged, or from before checkpoints held trained parts only.
     """
     path = checkpoint.path / TENSORS
     if file_checksum(path) != checkpoint.checksum:
         raise CacheFormatError(
-            f"{path}: the checksum is not the one in {STATE}, the file is damaged; delete "
-            f"{checkpoint.path}, the run "
+            f"{path}: the checksum is not the one in {STATE}, the file is damaged; delete {checkpoint.path}, the run "
             "then resumes from the checkpoint before"
         )
     state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
@@ -247,11 +197,6 @@ def read_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def restore_training(state: Mapping[str, Any], optimizer: Optimizer) -> None:
-    """Bring back optimizer and random numbers.
-
-    Args:
-        state: From `read_checkpoint`.
-        optimizer: Of the checkpoint's phase, over the same parameters.
-    """
+    """Bring back optimizer and random numbers."""
     optimizer.load_state_dict(state["optimizer"])
     _restore_random_state(state["random"])

@@ -30,11 +30,7 @@ def read_log(output: Path) -> list[dict[str, Any]]:
 
 
 def summarise(log: Sequence[Mapping[str, Any]]) -> str:
-    """Steps, speed, waiting and last losses of each phase, as a text table.
-
-    Args:
-        log: A run's records; at least one.
-    """
+    """Steps, speed, waiting and last losses of each phase, as a text table."""
     lines = []
     for phase in dict.fromkeys(str(record["phase"]) for record in log):
         records = [record for record in log if record["phase"] == phase]
@@ -60,11 +56,7 @@ class TrainingLog:
     def __init__(self, output: Path, accelerator: Accelerator, *, resume_step: int, flush_every: int = 1) -> None:
         """Open the log, keeping the steps up to ``resume_step``.
 
-        Args:
-            output: The run's folder.
-            accelerator: Sums the loss terms over processes.
-            resume_step: Total steps of the checkpoint resumed from; 0 for a fresh start.
-            flush_every: Steps between writes.
+        ``resume_step`` is 0 for a fresh start; ``flush_every`` is in steps.
         """
         self._accelerator = accelerator
         self._flush_every = flush_every
@@ -81,9 +73,8 @@ class TrainingLog:
     def add(self, losses: dict[str, Tensor], **values: Any) -> None:
         """Remember one step.
 
-        Args:
-            losses: This process's share of each loss term, float scalars; their sum over processes is logged.
-            values: ``step``, ``phase`` and other plain values of the main process.
+        Of each loss term (float scalars) this process has its share; the sum over processes is logged. ``values`` are
+        plain, such as ``step`` and ``phase``, and the main process's.
         """
         self._pending.append((values, {name: value.detach() for name, value in losses.items()}))
         if len(self._pending) >= self._flush_every:

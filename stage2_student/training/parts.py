@@ -6,7 +6,7 @@ Every phase of adapters begins with new ones and ends by merging them, as the re
 its phases; the merged ones stay in the checkpoint, and are merged again, in order, when the run resumes.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -23,11 +23,7 @@ _BASE = ".base_layer."
 
 
 def decoder_layers(student: Any) -> nn.ModuleList:
-    """The decoder layers of a student's language model.
-
-    Raises:
-        ModelError: If the language model keeps them under another name than ``layers``.
-    """
+    """The decoder layers of a student's language model."""
     layers = getattr(student.language_model, "layers", None)
     if not isinstance(layers, nn.ModuleList):
         raise ModelError(
@@ -41,9 +37,6 @@ def checkpoint_layers(student: Any) -> None:
     """Let the decoder layers forget their activations in training and compute them again in the backward pass.
 
     Recorded attention is forgotten and computed again with them. The vision tower keeps none anyway.
-
-    Raises:
-        ModelError: If the layers do not know how.
     """
     for layer in decoder_layers(student):
         if not isinstance(layer, GradientCheckpointingLayer):
@@ -58,12 +51,7 @@ def checkpoint_layers(student: Any) -> None:
 def add_adapters(student: Any, *, rank: int, alpha: float, dropout: float, seed: int) -> list[nn.Parameter]:
     """Put an adapter into every linear layer of the decoder; the student computes what it did before.
 
-    Args:
-        student: Its decoder has no adapters.
-        rank: Of each adapter's two matrices.
-        alpha: Scale; an adapter adds ``alpha / rank * B A x``.
-        dropout: On an adapter's input, in [0, 1).
-        seed: Of the A matrices; B starts at 0.
+    An adapter of two matrices of rank ``rank`` adds ``alpha / rank * B A x``; ``seed`` is of A, and B starts at 0.
 
     Returns:
         The adapters' parameters, trainable; all else of the student keeps its ``requires_grad``.
@@ -81,24 +69,13 @@ def add_adapters(student: Any, *, rank: int, alpha: float, dropout: float, seed:
     layers = decoder_layers(student)
     names = [name for name, module in layers.named_modules() if isinstance(module, nn.Linear)]
     before = {name: parameter.requires_grad for name, parameter in layers.named_parameters()}
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=alpha,
-        lora_dropout=dropout,
-        bias="none",
-        target_modules=names,
-    )
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, bias="none", target_modules=names)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         inject_adapter_in_model(config, layers, adapter_name=ADAPTER)
     for name, parameter in layers.named_parameters():
         parameter.requires_grad_(before.get(plain_name(name), True))
     return list(adapter_parameters(student).values())
-
-
-def has_adapters(student: Any) -> bool:
-    """Whether adapters are in."""
-    return bool(adapter_parameters(student))
 
 
 def adapter_parameters(student: Any) -> dict[str, nn.Parameter]:
@@ -117,8 +94,11 @@ def merge_adapters(student: Any) -> None:
 
     The student then computes the same up to rounding, and has the names and the size it had before.
     """
+    from peft.tuners.lora import LoraLayer
+
     layers = decoder_layers(student)
-    for name, adapter in list(_adapted(layers)):
+    adapted = [(name, module) for name, module in layers.named_modules() if isinstance(module, LoraLayer)]
+    for name, adapter in adapted:
         adapter.merge(safe_merge=False, adapter_names=[ADAPTER])
         parent, _, child = name.rpartition(".")
         setattr(layers.get_submodule(parent), child, adapter.get_base_layer())
@@ -128,15 +108,7 @@ def merge_adapters(student: Any) -> None:
 
 @torch.no_grad()
 def load_adapters(student: Any, values: Mapping[str, Tensor]) -> None:
-    """Copy stored adapters over those that are in.
-
-    Args:
-        student: With adapters.
-        values: As from `adapter_parameters`.
-
-    Raises:
-        ModelError: If they are not exactly this student's.
-    """
+    """Copy stored adapters over those that are in."""
     own = adapter_parameters(student)
     if own.keys() != values.keys() or any(own[name].shape != value.shape for name, value in values.items()):
         raise ModelError(
@@ -147,29 +119,12 @@ def load_adapters(student: Any, values: Mapping[str, Tensor]) -> None:
         own[name].copy_(value)
 
 
-def _adapted(layers: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Layers that hold an adapter, by name."""
-    from peft.tuners.lora import LoraLayer
-
-    for name, module in layers.named_modules():
-        if isinstance(module, LoraLayer):
-            yield name, module
-
-
 Trainable = Literal["projector", "all", "lora"]
 Part = Literal["projector", "embeddings", "lm_head"]
-_ADAPTER_SUFFIXES = (".lora_A.default.weight", ".lora_B.default.weight")
 
 
 class TrainedParts:
-    """The parts of one student over the phases of one run.
-
-    Args:
-        student: As it was built or loaded, on the device that it is trained on.
-        rank: Of adapters.
-        alpha: Scale of adapters.
-        dropout: On the input of adapters.
-    """
+    """The parts of one student over the phases of one run."""
 
     def __init__(self, student: Any, *, rank: int, alpha: float, dropout: float) -> None:
         self._student = student
@@ -182,13 +137,8 @@ class TrainedParts:
     def begin(self, *, trainable: Trainable, freeze: Sequence[Part] = (), seed: int = 0) -> list[nn.Parameter]:
         """Mark what a phase trains, freeze the rest, and return what is trained.
 
-        Args:
-            trainable: The projector side; all but the vision tower; or the projector side and new adapters.
-            freeze: Parts that are left out of it.
-            seed: Of new adapters.
-
-        Raises:
-            ConfigError: If nothing is left to train.
+        ``trainable`` is the projector side, all but the vision tower, or the projector side and new adapters (whose
+        ``seed`` it is); ``freeze`` is left out of it.
         """
         student = self._student
         # Of a family that nobody described the projector's place is unknown, and only the whole can be trained.
@@ -210,13 +160,12 @@ class TrainedParts:
             raise ConfigError(
                 f"trainable: {trainable} without {', '.join(freeze)} leaves nothing to train; shorten `freeze`"
             )
-        self._changed |= {plain_name(name) for name in trained if not name.endswith(_ADAPTER_SUFFIXES)}
+        self._changed |= {plain_name(name) for name in trained if _MARK not in name}
         return list(trained.values())
 
     def finish(self) -> None:
         """End a phase: merge its adapters, if it had any, into the layers they belong to."""
-        if has_adapters(self._student):
-            adapters = adapter_parameters(self._student)
+        if adapters := adapter_parameters(self._student):
             self._merged.append({name: value.detach().cpu().clone() for name, value in adapters.items()})
             merge_adapters(self._student)
 
@@ -225,40 +174,37 @@ class TrainedParts:
         values = {
             name: value.detach()
             for name, value in self._student.named_parameters()
-            if plain_name(name) in self._changed or name.endswith(_ADAPTER_SUFFIXES)
+            if plain_name(name) in self._changed or _MARK in name
         }
-        merged = [adapters for adapters in self._merged if not adapted_names(adapters) <= self._changed]
+        # Those into weights that were trained as such later are in the values.
+        merged = [
+            adapters
+            for adapters in self._merged
+            if not {f"{name.partition(_MARK)[0]}.weight" for name in adapters} <= self._changed
+        ]
         return {"values": values, "merged": merged, "frozen": self._frozen()}
 
     def replay(self, state: Mapping[str, Any]) -> None:
         """Bring back what ended before the phase in which a state was saved; call before `begin`.
 
-        Args:
-            state: From :meth:`state`.
-
         Raises:
             ConfigError: If the parts that were never trained are others than those the state was saved with.
         """
-        adapters = {name for name in state["values"] if name.endswith(_ADAPTER_SUFFIXES)}
-        self._changed = {plain_name(name) for name in state["values"].keys() - adapters}
+        self._changed = {plain_name(name) for name in state["values"] if _MARK not in name}
         if self._frozen() != state["frozen"]:
             raise ConfigError(
                 "the student's weights before training are not those that this run began with: its directory, the "
                 "cache's vision tower or a library changed; restore them, use another --output, or delete the "
                 "folder to begin again"
             )
-        for adapters_of_a_phase in state["merged"]:
+        for adapters in state["merged"]:
             self._add_adapters(0)
-            load_adapters(self._student, adapters_of_a_phase)
+            load_adapters(self._student, adapters)
             self.finish()
 
     @torch.no_grad()
     def load(self, state: Mapping[str, Any]) -> None:
-        """Copy a state's values into the student; call after `begin` of the phase in which it was saved.
-
-        Raises:
-            ConfigError: If they are those of other parts.
-        """
+        """Copy a state's values into the student; call after `begin` of the phase in which it was saved."""
         own = dict(self._student.named_parameters())
         values = state["values"]
         here = self.state()["values"].keys()
@@ -277,11 +223,6 @@ class TrainedParts:
         """Hash of all parameters that no phase so far has trained."""
         frozen = {name: value for name, value in self._hashes.items() if name not in self._changed}
         return fingerprint(frozen)
-
-
-def adapted_names(adapters: Mapping[str, Tensor]) -> set[str]:
-    """The weights that merging these adapters changes, by their name in the student."""
-    return {name.partition(".lora_")[0] + ".weight" for name in adapters}
 
 
 def hash_tensor(value: Tensor) -> str:

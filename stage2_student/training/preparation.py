@@ -15,7 +15,6 @@ from vlm_distill_cache.common.cache.reader import TeacherCache
 from vlm_distill_cache.common.errors import ConfigError, DataError
 from vlm_distill_cache.common.files.hashing import fingerprint
 from vlm_distill_cache.common.locations import is_url
-from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.common.remotes.mirror import find_mirror
 from vlm_distill_cache.data.registry import open_dataset
 from vlm_distill_cache.data.sample import Dataset
@@ -33,6 +32,7 @@ from vlm_distill_cache.stage2_student.config import PhaseConfig, PhaseName, Trai
 from vlm_distill_cache.stage2_student.loss_weights import FEATURE_TERMS, LossWeights
 from vlm_distill_cache.stage2_student.losses.features import match_features
 from vlm_distill_cache.stage2_student.losses.objective import Objective
+from vlm_distill_cache.stage2_student.resolve import open_caches
 from vlm_distill_cache.stage2_student.students.encoder import describe_encoder, longest_sequence
 from vlm_distill_cache.stage2_student.students.model import StudentModel, vocabulary_rows
 from vlm_distill_cache.stage2_student.students.parts import StudentParts, open_parts
@@ -131,11 +131,12 @@ def open_cached_data(cache: TeacherCache, *, data: str | None, images: str | Non
     return open_dataset(spec, split=split, images=folder, limit=limit)
 
 
-def prepare(config: TrainConfig) -> Preparation:
-    """Open caches and data, build the student, and refuse what does not fit.
+def prepare(config: TrainConfig, caches: Mapping[str, TeacherCache] | None = None) -> Preparation:
+    """Open data, build the student, and refuse what does not fit.
 
     Args:
         config: The run.
+        caches: As from `open_caches`, which is called where there are none.
 
     Returns:
         What the loop needs.
@@ -145,7 +146,7 @@ def prepare(config: TrainConfig) -> Preparation:
         CacheFormatError: If a cache is unfinished or damaged.
         ConfigError: If an option cannot be used.
     """
-    caches = open_caches(config)
+    caches = caches or open_caches(config)
     check_losses(config, caches)
     first = caches[str(config.phase(config.phases[0]).cache)]
     for cache in caches.values():
@@ -177,13 +178,6 @@ def prepare(config: TrainConfig) -> Preparation:
         fingerprint=fingerprint(describe(config, hashes)),
         cache_hashes=hashes,
     )
-
-
-def open_caches(config: TrainConfig) -> dict[str, TeacherCache]:
-    """The caches that a run's phases name, by path."""
-    paths = dict.fromkeys(str(config.phase(name).cache) for name in config.phases)
-    # Twice the window: a step may begin the next window while loading threads still read the last.
-    return {path: open_cache(path, open_shards=2 * config.shuffle_window) for path in paths}
 
 
 def failure_notes(caches: Mapping[str, TeacherCache]) -> list[str]:

@@ -10,10 +10,10 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
-from tqdm import tqdm
 
 from vlm_distill_cache.common.errors import ModelError
 from vlm_distill_cache.common.files.hashing import fingerprint
+from vlm_distill_cache.common.terminal.progress import progress
 from vlm_distill_cache.stage2_student.batches.batch import TrainingBatch
 from vlm_distill_cache.stage2_student.batches.prefetch import Prefetcher
 from vlm_distill_cache.stage2_student.batches.sampler import micro_batch_count, split_step
@@ -56,10 +56,7 @@ def set_learning_rate(optimizer: Optimizer, value: float) -> None:
 def build_optimizer(parameters: list[nn.Parameter], *, peak: float, weight_decay: float) -> AdamW:
     """AdamW with one fused update; biases and norms are not decayed.
 
-    Args:
-        parameters: Trainable parameters.
-        peak: Learning rate before the schedule.
-        weight_decay: Decay of matrices, per step and unit of learning rate.
+    ``peak`` is the learning rate before the schedule; ``weight_decay`` is per step and unit of learning rate.
 
     Source:
         LLaVA-1.5 and CompoDistill: AdamW, betas (0.9, 0.999), weight decay 0.
@@ -75,12 +72,6 @@ def load_steps(
     phase: PreparedPhase, accelerator: Accelerator, first: int, num_workers: int
 ) -> Iterator[tuple[list[TrainingBatch], Callable[[], dict[str, float]]]]:
     """This process's micro-batches of each step left, made ahead of time, with a progress bar.
-
-    Args:
-        phase: What to load.
-        accelerator: Which process this is.
-        first: First optimizer step.
-        num_workers: Loading threads.
 
     Yields:
         The micro-batches, and a function that gives the step's ``step_s`` (seconds since the step before),
@@ -103,14 +94,7 @@ def load_steps(
     with (
         ExitStack() as ending,
         Prefetcher(load, first * parts, phase.steps * parts, num_workers=num_workers) as items,
-        tqdm(
-            total=phase.steps,
-            initial=first,
-            desc=phase.name,
-            unit="step",
-            disable=not accelerator.is_main_process,
-            mininterval=1.0,
-        ) as progress,
+        progress(phase.name, total=phase.steps, initial=first, unit="step", shown=accelerator.is_main_process) as bar,
     ):
         if phase.expect is not None:
             ending.callback(phase.expect, ())  # a killed run does not wait for shards that nobody reads
@@ -129,7 +113,7 @@ def load_steps(
                 return {"step_s": seconds, "samples_per_s": size / seconds, "data_wait": wait / seconds}
 
             yield micro_batches, timing
-            progress.update()
+            bar.update()
 
 
 def step_seed(*parts: object) -> int:
@@ -161,15 +145,7 @@ def clip_gradients(
 ) -> None:
     """Scale gradients down to a norm; refuse to step on numbers that would ruin the student.
 
-    Args:
-        accelerator: Which knows how.
-        parameters: What is trained.
-        clip: Largest norm of the gradient of all of them.
-        terms: This process's losses of the step; the norm alone is the same on all processes.
-        where: Phase and step, counted from 1, for the error.
-
-    Raises:
-        ModelError: If loss or gradient is infinite or not a number.
+    The losses are this process's, the norm is the same on all; ``where`` is phase and step, counted from 1.
     """
     norm = accelerator.clip_grad_norm_(parameters, clip)
     losses = sum_terms(terms)

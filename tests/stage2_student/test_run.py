@@ -12,6 +12,7 @@ import pytest
 from click.testing import CliRunner
 from tiny_cache import DATA, build_tiny_cache
 
+from vlm_distill_cache.common.cache.reader import TeacherCache
 from vlm_distill_cache.common.errors import CacheMismatchError, ConfigError
 from vlm_distill_cache.data.registry import open_dataset
 from vlm_distill_cache.stage2_student import run as run_module
@@ -53,6 +54,35 @@ def test_a_run_leaves_two_students_a_table_and_a_page(finished):
     assert "captions by likelihood" in finished.table
     assert "<svg" in finished.report.read_text()
     assert set(json.loads((finished.output / "evaluation.json").read_text())) == {"sft", "distilled"}
+
+
+@pytest.fixture
+def openings(monkeypatch):
+    """What is opened as a cache, and every manifest.json that is read, in this process."""
+    opened, read, watching = [], [], [True]
+    real = TeacherCache.__init__
+    monkeypatch.setattr(TeacherCache, "__init__", lambda self, *a, **k: (opened.append(a), real(self, *a, **k))[1])
+
+    def look(event, arguments):  # a hook stays for good, hence the switch
+        if watching and event == "open" and str(arguments[0]).endswith("manifest.json"):
+            read.append(arguments[0])
+
+    sys.addaudithook(look)
+    yield opened, read
+    watching.clear()
+
+
+def test_a_run_opens_its_cache_once_and_hands_it_on(tiny_cache, tmp_path, openings):
+    assert run(make_config(tiny_cache[0], tmp_path / "run")).fresh
+    assert [len(each) for each in openings] == [1, 1]
+
+
+def test_a_process_that_trains_one_student_opens_its_cache_once(tiny_cache, tmp_path, openings):
+    arguments = ["train", "--student", "mobilevlm", "--data", DATA, "--cache", str(tiny_cache[0]), "--phases", "sft"]
+    arguments += ["--output", str(tmp_path), *(part for item in FAST for part in ("--set", item))]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.output
+    assert [len(each) for each in openings] == [1, 1]
 
 
 def test_the_baseline_reads_nothing_of_the_teacher_and_takes_as_many_steps(finished):

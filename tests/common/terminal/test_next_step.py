@@ -6,15 +6,14 @@ import pytest
 from cache_factory import FIELDS, make_plan
 
 from vlm_distill_cache.common.terminal.next_step import (
-    DEFAULT_LOSSES,
     DEFAULT_SHAPES,
+    DEFAULT_SIGNALS,
     distill_command,
     set_words,
-    switches,
 )
 from vlm_distill_cache.data.registry import open_dataset
 
-BOTH = {name: FIELDS["logits"] if name == "logits" else () for name in ("logits", "answer_attention")}
+BOTH = {name: FIELDS["logits"] if name == "logits" else () for name in DEFAULT_SIGNALS}
 
 
 def plan_of(name: str, *, signals=tuple(BOTH)):
@@ -51,11 +50,10 @@ def test_data_that_is_known_is_named_as_it_was_given():
 
 
 def test_losses_without_a_signal_are_switched_off_in_words_that_a_shell_reads():
-    assert switches(DEFAULT_LOSSES) == []
     command = distill_command(plan_of(DEFAULT_SHAPES, signals=("answer_attention",)), "c")
     assert shlex.split(command)[-1] == "SET=dpt.losses.logits=0 dft.losses.logits=0"
     command = distill_command(plan_of(DEFAULT_SHAPES, signals=("logits",)), "c")
-    assert shlex.split(command)[-1] == "SET=dft.losses.answer_attention=0"
+    assert shlex.split(command)[-1] == "SET=dpt.losses.answer_attention=0 dft.losses.answer_attention=0"
 
 
 def test_options_are_said_for_make_and_for_the_command_line():

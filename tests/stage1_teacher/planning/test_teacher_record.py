@@ -1,7 +1,7 @@
 import pytest
 
 from vlm_distill_cache.stage1_teacher.planning.plan import evaluation_of
-from vlm_distill_cache.stage2_student.scores.evaluate import EvaluationReport
+from vlm_distill_cache.stage2_student.scores.results import EvaluationReport
 
 TRAINING = {
     "accuracy": {

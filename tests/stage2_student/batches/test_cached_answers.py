@@ -92,7 +92,8 @@ def test_a_run_on_written_answers_is_scored_against_the_teacher_on_them(written,
          "phases": ["dft"], "dft": {"steps": 1, "losses": {"logits": 1.0}}, "evaluation": {"overlays": 2}},
     )  # fmt: skip
     student = open_student(train(config).final)
-    cached = join_cached(student, config, limit=4)
+    cache = open_cache(written)
+    cached = join_cached(student, config, cache, limit=4)
     assert cached is not None
     assert all(len(cached.load(place).signals.logits.token_ids) for place in range(len(cached)))
-    assert len(draw_overlays(student, config)) == 2
+    assert len(draw_overlays(student, config, cache)) == 2

@@ -27,17 +27,16 @@ from vlm_distill_cache.data.text.templates import TEMPLATES
 from vlm_distill_cache.stage2_student.batches.dataset import CachedDataset, TrainingSample, collate_samples
 from vlm_distill_cache.stage2_student.batches.signals import decode_signals
 from vlm_distill_cache.stage2_student.scores.evaluate import (
-    EvaluationReport,
     answer_log_probs,
     ask_letters,
     encode_pair,
     evaluate_model,
-    render_table,
     score_agreement,
     score_pairs,
     score_questions,
 )
 from vlm_distill_cache.stage2_student.scores.metrics import Score
+from vlm_distill_cache.stage2_student.scores.results import EvaluationReport, render_table, table_rows
 
 TOKENIZER = load_tokenizer()
 IMAGE = TOKENIZER.convert_tokens_to_ids("<image>")
@@ -350,9 +349,10 @@ def test_a_model_is_back_in_training_mode_after_an_error(items):
     assert model.training
 
 
-def test_table_shows_models_side_by_side_and_a_dash_for_what_was_not_measured():
-    half = Score(value=0.5, low=0.25, high=0.75, items=8)
-    both = {"likelihood": half, "likelihood/swap_att": half, "questions": half}
+def test_table_leads_with_what_matters_and_leaves_out_what_says_nothing():
+    half, none = Score(value=0.5, low=0.25, high=0.75, items=8), Score(value=0, low=0, high=0, items=8)
+    both = {"likelihood": half, "likelihood/swap_att": half, "likelihood/swap_obj": none, "questions": half}
+    both |= {"letters/mean": none, "teacher/top1": half}
     table = render_table(
         {
             "sft": EvaluationReport(scores=both),
@@ -361,7 +361,30 @@ def test_table_shows_models_side_by_side_and_a_dash_for_what_was_not_measured():
     )
     lines = table.splitlines()
     assert lines[0].split() == ["sft", "distilled"]
+    assert [line.split()[0] for line in lines[1:4]] == ["captions", "questions,", "top-1"]
     assert lines[1].split()[-6:] == ["50.0", "[25.0,", "75.0]"] * 2
-    assert lines[2].startswith("  swap_att ")
+    assert lines[4:6] == ["", "captions by likelihood, by kind"]
+    assert lines[6].startswith("  swap_att ")
     assert lines[-1].split()[-4:] == ["-", "0.500", "[0.250,", "0.750]"]
-    assert len(lines) == 5
+    assert len(lines) == 8
+    assert "letter" not in table
+    assert "swap_obj" not in table
+
+
+def test_the_gain_is_paired_where_both_models_have_the_same_items():
+    def report(values):
+        items = {"likelihood": {"a": values, "b": values}}
+        score = Score(value=float(np.mean(values)), low=0.1, high=0.9, items=8)
+        return EvaluationReport(scores={"likelihood": score, "questions": score}, items=items)
+
+    reports = {"sft": report([0.0, 1.0, 0.0, 1.0]), "distilled": report([1.0, 1.0, 1.0, 1.0]), "teacher": report([1.0])}
+    captions, questions = (row.gain for row in table_rows(reports, ("sft", "distilled"))[0])
+    assert captions.value == questions.value == 0.5
+    assert questions.high - questions.low > captions.high - captions.low  # of questions only the intervals are known
+    assert questions.low == pytest.approx(0.5 - np.hypot(0.9, 0.4))
+    same = table_rows({"sft": reports["sft"], "distilled": reports["sft"]}, ("sft", "distilled"))[0][0].gain
+    assert (same.value, same.low, same.high) == (0, 0, 0)
+    lines = render_table(reports, ("sft", "distilled")).splitlines()
+    assert lines[0].split() == ["sft", "distilled", "teacher", "gain"]
+    assert "+50.0 [+" in lines[1]
+    assert all(row.gain is None for row in table_rows(reports)[0])

@@ -11,6 +11,7 @@ from test_run import FAST
 from tiny_cache import DATA, build_tiny_cache
 
 from vlm_distill_cache.common.errors import ConfigError, DataError
+from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.data.registry import open_dataset
 from vlm_distill_cache.stage2_student import run as run_module
 from vlm_distill_cache.stage2_student.cli import main
@@ -52,7 +53,8 @@ def test_a_run_on_a_users_file_ends_with_a_table_that_says_what_was_scored(tmp_p
     assert "1 of 4 questions cannot be read" in caplog.text
     assert "questions, exact match" in summary.table
     assert "1 samples that stage one could not read are left out" in said[0]
-    for text in (said[1], summary.table, summary.report.read_text()):
+    assert not any("training data" in line for line in said)  # once, with the scores
+    for text in (summary.table, summary.report.read_text()):
         assert "on the training data itself" in text
         assert "--set evaluation.data=FILE" in text
     assert run(config).table == summary.table  # up to date, and still said
@@ -92,9 +94,9 @@ def test_held_out_data_that_cannot_be_used_is_refused_before_training(
 def test_other_held_out_data_needs_no_note(tiny_cache, tmp_path):
     held_out = write_data(tmp_path, ["red", "blue"])
     config = make_config(tiny_cache[0], tmp_path / "run", DATA)
-    assert probe_items(config) == []
+    assert probe_items(config, open_cache(tiny_cache[0])) == []
     config = make_config(tiny_cache[0], tmp_path / "run", DATA, f"evaluation.data={held_out}")
-    assert probe_items(config) == []
+    assert probe_items(config, open_cache(tiny_cache[0])) == []
 
 
 def test_a_copy_of_the_training_data_is_recognised(tmp_path):
@@ -103,7 +105,7 @@ def test_a_copy_of_the_training_data_is_recognised(tmp_path):
     copy = tmp_path / "copy.json"
     copy.write_bytes(data.read_bytes())
     config = make_config(tmp_path / "c", tmp_path / "run", data, f"evaluation.data={copy}")
-    [note] = scoring_notes(config, scorable=True, option="--x")
+    [note] = scoring_notes(config, open_cache(tmp_path / "c"), scorable=True, option="--x")
     assert "training data itself" in note
 
 
@@ -122,7 +124,7 @@ def test_without_its_cache_a_student_is_scored_without_the_comparison(tiny_cache
     assert "top-1" in named.output
 
 
-def test_data_of_one_part_of_a_merge_is_training_data(tmp_path, monkeypatch):
+def test_data_of_one_part_of_a_merge_is_training_data(tmp_path):
     data = write_data(tmp_path, ["red", "blue", "green"])
     build_tiny_cache(tmp_path / "c", data=str(data))
     config = make_config(tmp_path / "c", tmp_path / "run", data)
@@ -131,7 +133,7 @@ def test_data_of_one_part_of_a_merge_is_training_data(tmp_path, monkeypatch):
         {"fingerprint": open_dataset(str(data), limit=2).fingerprint(), "limit": 2, "samples": 2},
     ]
     plan = SimpleNamespace(data={"parts": parts}, fingerprints={"data": "of both"})
-    monkeypatch.setattr(held_out, "_cache_of", lambda _: SimpleNamespace(plan=plan))
-    assert held_out._is_training_data(config, str(data))
+    cache = SimpleNamespace(plan=plan)
+    assert held_out._is_training_data(config, str(data), cache)
     parts[1]["limit"] = 1
-    assert not held_out._is_training_data(config, str(data))
+    assert not held_out._is_training_data(config, str(data), cache)

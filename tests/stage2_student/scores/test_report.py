@@ -6,10 +6,10 @@ import PIL.Image
 import torch
 
 from vlm_distill_cache.common.attention.boxes import Tile, grid_tile, tile_boxes
-from vlm_distill_cache.stage2_student.scores.evaluate import EvaluationReport
 from vlm_distill_cache.stage2_student.scores.metrics import Score
 from vlm_distill_cache.stage2_student.scores.overlays import Overlay, draw_heat
 from vlm_distill_cache.stage2_student.scores.report import render_report
+from vlm_distill_cache.stage2_student.scores.results import EvaluationReport
 
 RECORDS = [{"step": i, "phase": "dft", "lm": 2.0 / i, "total": 3.0 / i, "lr": 1e-3} for i in range(1, 300)]
 
@@ -45,6 +45,20 @@ def test_scores_stand_side_by_side_and_missing_ones_are_dashes(tmp_path: Path):
     text = page(tmp_path, evaluations=reports)
     assert "50.0 <small>[40.0, 60.0]</small>" in text
     assert re.search(r"swap_att</td><td>50\.0 .*?</td><td>-</td>", text)
+
+
+def test_the_page_leads_with_the_three_lines_and_the_gain(tmp_path: Path):
+    half, more = (Score(value=value, low=value - 0.1, high=value + 0.1, items=10) for value in (0.5, 0.7))
+    names = ("likelihood", "questions", "teacher/top1")
+    reports = {
+        "sft": EvaluationReport(scores=dict.fromkeys((*names, "questions/color"), half)),
+        "distilled": EvaluationReport(scores=dict.fromkeys((*names, "questions/color"), more)),
+    }
+    rows = re.findall(r"<tr>(.*?)</tr>", page(tmp_path, evaluations=reports, compared=("sft", "distilled")))
+    assert "<th>gain</th>" in rows[0]
+    assert [re.search(r"<td>(\w+)", row)[1] for row in rows[1:4]] == ["captions", "questions", "top"]
+    assert all("<td>+20.0 <small>[+" in row for row in rows[1:4])
+    assert len({row.count("<td>") for row in rows[1:]}) == 1
 
 
 def test_hostile_names_are_escaped_and_broken_values_left_out(tmp_path: Path):

@@ -115,16 +115,12 @@ def test_a_run_scores_a_library_student_beside_its_baseline(tiny_cache, tiny_lla
         None, [f"student='{tiny_llava}'", f"data='{DATA}'", f"output='{output}'", *fast], cache=tiny_cache[0]
     )
     done = run(config)
-    for row in (
-        "captions by likelihood",
-        "right in both orders",
-        "questions",
-        "KL(teacher",
-        "attention, cosine",
-    ):
+    for row in ("captions by likelihood", "questions", "KL(teacher", "attention, cosine"):
         assert row in done.table
+    assert "letters/both_right" in json.loads((output / "evaluation.json").read_text())["distilled"]["scores"]
     assert "<svg" in done.report.read_text()
-    exported = export_student(output / "distilled" / "final", tmp_path / "small", dtype="bfloat16")
+    exported = tmp_path / "small"
+    export_student(output / "distilled" / "final", exported, dtype="bfloat16")
     model = LlavaForConditionalGeneration.from_pretrained(exported)
     assert model.dtype == torch.bfloat16
     assert {"tokenizer.json", "preprocessor_config.json"} <= {path.name for path in exported.iterdir()}
@@ -165,9 +161,10 @@ def test_a_student_of_other_tokens_is_scored_without_the_comparison(tiny_cache, 
         evaluation={"limit": 2, "letters": False},
     )  # fmt: skip
     student = open_student(train(config).final)
-    assert comparable_signals(student, open_cache(tiny_cache[0])) == []
-    assert join_cached(student, config, limit=2) is None
-    scores = evaluate_student(student, config).scores
+    cache = open_cache(tiny_cache[0])
+    assert comparable_signals(student, cache) == []
+    assert join_cached(student, config, cache, limit=2) is None
+    scores = evaluate_student(student, config, cache).scores
     assert {"likelihood", "questions"} <= scores.keys()
     assert not any(name.startswith(("teacher/", "attention/")) for name in scores)
 

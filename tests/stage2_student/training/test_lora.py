@@ -22,7 +22,6 @@ from vlm_distill_cache.stage2_student.training.parts import (
     TrainedParts,
     adapter_parameters,
     add_adapters,
-    has_adapters,
     load_adapters,
     merge_adapters,
 )
@@ -75,13 +74,13 @@ def test_merged_and_adapted_students_say_the_same_and_merging_leaves_no_trace(ki
     adapted = run_logits(student, inputs)
     merge_adapters(student)
     assert list(student.state_dict()) == names
-    assert not has_adapters(student)
+    assert not adapter_parameters(student)
     assert not any("peft" in type(module).__module__ for module in student.modules())
     difference = (run_logits(student, inputs) - adapted).abs().max()
     effect = (plain - adapted).abs().max()
     assert difference < (1e-5 if dtype == torch.float32 else 0.15) * effect
     add_adapters(student, rank=2, alpha=4, dropout=0.0, seed=0)  # and again, as the next phase does
-    assert has_adapters(student)
+    assert adapter_parameters(student)
 
 
 def test_an_adapted_layer_is_its_formula_in_value_and_gradient():

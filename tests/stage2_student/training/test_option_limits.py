@@ -6,7 +6,7 @@ import pytest
 
 from vlm_distill_cache.common.config import load_config
 from vlm_distill_cache.common.errors import ConfigError
-from vlm_distill_cache.stage2_student import run
+from vlm_distill_cache.stage2_student import run, train
 from vlm_distill_cache.stage2_student.config import TrainConfig
 from vlm_distill_cache.stage2_student.training.output_folder import claim_output
 
@@ -32,13 +32,13 @@ def test_a_run_holds_the_folder_of_the_arm_that_it_trains(tmp_path: Path, monkey
     arm = TrainConfig(cache="c", output=str(tmp_path / "run" / "distilled"))
     seen = []
 
-    def train_arm(config, *, processes):
+    def train_nothing(config, *, caches):
         with pytest.raises(ConfigError, match="another process"), claim_output(Path(config.output)):
             pass
-        seen.append(processes)
+        seen.append(config)
 
-    monkeypatch.setattr(run, "train_arm", train_arm)
-    run.hold_and_train(arm, processes=1)
-    assert seen == [1]
+    monkeypatch.setattr(train, "train", train_nothing)
+    run.train_arm(arm, processes=1)
+    assert seen == [arm]
     with claim_output(Path(arm.output)):  # free again
         pass

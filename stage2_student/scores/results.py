@@ -1,0 +1,133 @@
+"""What models scored: stored as JSON, and laid out as rows of a table, the three that matter first. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Self
+
+from vlm_distill_cache.stage2_student.scores.metrics import Score, difference, paired_difference
+
+# Name in the report, heading, factor to the printed unit. Those of the first are kept item by item.
+HEADLINE = (
+    ("likelihood", "captions by likelihood, %", 100),
+    ("questions", "questions, exact match, %", 100),
+    ("teacher/top1", "top-1 agrees with teacher, %", 100),
+)
+# What follows; a name with a slash at its end stands for the kinds of a headline.
+DETAILS = (
+    ("likelihood/", "captions by likelihood, by kind", 100),
+    ("likelihood_per_token", "captions by likelihood per token, %", 100),
+    ("letters/mean", "captions by letter, both orders, %", 100),
+    ("letters/right_first", "  right caption is (A), %", 100),
+    ("letters/right_second", "  right caption is (B), %", 100),
+    ("letters/both_right", "  right in both orders, %", 100),
+    ("letters/likelihood", "  by log p(A) against log p(B), %", 100),
+    ("letters/bias", "  share of A minus share of B, %", 100),
+    ("letters/unparsed", "  not a letter, %", 100),
+    ("questions/", "questions, by kind", 100),
+    ("teacher/kl", "KL(teacher || student), nats/row", 1),
+    ("attention/cosine", "answer attention, cosine", 1),
+    ("attention/kl", "answer attention, KL, nats/row", 1),
+)
+PAIRED = tuple(name for name, _, _ in HEADLINE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationReport:
+    """Scores by name; ``NAME/KIND`` is one kind's part of ``NAME``, which is their unweighted mean.
+
+    Attributes:
+        scores: Shares in [0, 1], except ``teacher/kl``, ``attention/kl`` (nats a row), ``attention/cosine``
+            and ``letters/bias`` ([-1, 1]). What was not asked for is absent.
+        items: Of the names in ``PAIRED``, each item's score by kind, so that two models can be compared item by item.
+    """
+
+    scores: Mapping[str, Score] = field(default_factory=dict)
+    items: Mapping[str, Mapping[str, Sequence[float]]] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON written beside a student."""
+        return {"scores": {name: score.to_dict() for name, score in self.scores.items()}, "items": self.items}
+
+    @classmethod
+    def from_dict(cls, stored: Mapping[str, Any]) -> Self:
+        """Inverse of ``to_dict``."""
+        scores = {name: Score(**score) for name, score in stored["scores"].items()}
+        return cls(scores=scores, items=stored.get("items", {}))
+
+
+class Row(NamedTuple):
+    """One line of the table; without scores it is the heading of those below."""
+
+    heading: str
+    factor: int
+    scores: tuple[Score | None, ...] = ()
+    gain: Score | None = None
+
+
+def table_rows(
+    reports: Mapping[str, EvaluationReport], compared: tuple[str, str] | None = None
+) -> tuple[list[Row], list[Row]]:
+    """The lines that matter and the details; what no report has, and what is 0 in all, is left out of the latter.
+
+    ``compared`` are the two models of which the headlines say what the second gains over the first.
+    """
+    known = set().union(*(report.scores for report in reports.values()))
+
+    def row(name: str, heading: str, factor: int) -> Row:
+        return Row(heading, factor, tuple(report.scores.get(name) for report in reports.values()))
+
+    headlines = [
+        row(*entry)._replace(gain=_gain(reports, compared, entry[0])) for entry in HEADLINE if entry[0] in known
+    ]
+    details: list[Row] = []
+    for name, heading, factor in DETAILS:
+        parts = sorted(part for part in known if part.startswith(name)) if name.endswith("/") else []
+        found = [row(part, "  " + part.removeprefix(name), factor) for part in parts]
+        found += [row(name, heading, factor)] if name in known else []
+        found = [entry for entry in found if any(map(_says_something, entry.scores))]
+        details += [Row(heading, factor), *found] if parts and found else found
+    return headlines, details
+
+
+def _says_something(score: Score | None) -> bool:
+    return score is not None and any((score.value, score.low, score.high))
+
+
+def _gain(reports: Mapping[str, EvaluationReport], compared: tuple[str, str] | None, name: str) -> Score | None:
+    before, after = (reports.get(model) for model in compared or ("", ""))
+    if before is None or after is None or not (name in before.scores and name in after.scores):
+        return None
+    old, new = before.items.get(name, {}), after.items.get(name, {})
+    if new and {kind: len(part) for kind, part in old.items()} == {kind: len(part) for kind, part in new.items()}:
+        return paired_difference(new, old)
+    return difference(after.scores[name], before.scores[name])
+
+
+def format_score(score: Score | None, factor: int, *, sign: str = "") -> tuple[str, str]:
+    """Value and interval as text, percent with one digit, else three; a dash and nothing where there is no score.
+
+    ``factor`` leads to the printed unit; ``sign="+"`` writes that of a positive value too.
+    """
+    if score is None:
+        return "-", ""
+    value, low, high = (
+        f"{factor * part:{sign}.{1 if factor == 100 else 3}f}" for part in (score.value, score.low, score.high)
+    )
+    return value, f"[{low}, {high}]"
+
+
+def render_table(reports: Mapping[str, EvaluationReport], compared: tuple[str, str] | None = None) -> str:
+    """Lay reports out side by side as text, one column a model: value and 95 % interval."""
+    headlines, details = table_rows(reports, compared)
+    gains = any(row.gain for row in headlines)
+    lines = [["", *reports, *(["gain"] if gains else [])]]
+    for row in [*headlines, *([Row("", 1)] if headlines and details else []), *details]:
+        cells = [" ".join(format_score(score, row.factor)).rstrip() for score in row.scores]
+        cells += [" ".join(format_score(row.gain, row.factor, sign="+"))] if row.gain else []
+        lines.append([row.heading, *cells, *[""] * (len(lines[0]) - 1 - len(cells))])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in lines
+    )

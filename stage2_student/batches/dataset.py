@@ -10,7 +10,7 @@ Dims: A supervised rows.
 
 import logging
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,18 +23,10 @@ from vlm_distill_cache.common.cache.schema import BASE_FIELDS, Record
 from vlm_distill_cache.common.codecs import AnswersCodec, codec_from_dict
 from vlm_distill_cache.common.errors import CacheMismatchError
 from vlm_distill_cache.data.sample import Dataset, Sample, with_answers
-from vlm_distill_cache.data.text.collate import text_row_count
 from vlm_distill_cache.data.text.encoding import EncodedSample, SampleEncoder
-from vlm_distill_cache.stage2_student.batches.batch import (
-    AttentionBatch,
-    TrainingBatch,
-    TrainingSample,
-    arrays_of,
-    collate_samples,
-)
+from vlm_distill_cache.stage2_student.batches.batch import TrainingBatch, TrainingSample, arrays_of
 from vlm_distill_cache.stage2_student.batches.layers import match_groups
-from vlm_distill_cache.stage2_student.batches.signals import SampleSignals, decode_signals
-from vlm_distill_cache.stage2_student.loss_weights import cached_signals
+from vlm_distill_cache.stage2_student.batches.signals import LossTerm, collate_samples, decode_signals
 
 _log = logging.getLogger(__name__)
 
@@ -131,17 +123,6 @@ def _places(cache: TeacherCache, sample_ids: Sequence[str]) -> NDArray[np.int64]
     return places
 
 
-__all__ = [
-    "AttentionBatch",
-    "CachedDataset",
-    "SampleMemory",
-    "TrainingBatch",
-    "TrainingSample",
-    "check_join",
-    "collate_samples",
-]
-
-
 class SampleMemory:
     """Samples kept in memory, up to a size; for data sets that fit, read more than once."""
 
@@ -184,7 +165,7 @@ class CachedDataset:
         encoder: SampleEncoder,
         cache: TeacherCache,
         *,
-        signals: Sequence[str],
+        terms: Mapping[str, LossTerm],
         pad_token_id: int,
         limit: int | None = None,
         memory: SampleMemory | None = None,
@@ -199,8 +180,7 @@ class CachedDataset:
             dataset: Images and text.
             encoder: The student's.
             cache: The teacher's signals.
-            signals: Which of them to read, or loss terms that read several (``all_attention``); none for supervised
-                fine-tuning, which then reads no record.
+            terms: Losses by name, whose signals are read; none for supervised fine-tuning, which then reads no record.
             pad_token_id: Fills shorter sequences.
             limit: Use only the cache's first so many samples; of a merged cache, the first that are in the data.
             memory: Keeps encoded and decoded samples; joins of the same data and cache may share one.
@@ -213,7 +193,8 @@ class CachedDataset:
             CacheMismatchError: As `join.join_cache`, if the data set lacks samples that the cache holds.
         """
         self._dataset, self._encoder, self._cache = dataset, encoder, cache
-        self._terms, self._match, read = tuple(signals), match, cached_signals(signals)
+        self._terms, self._match = dict(terms), match
+        read = dict.fromkeys(signal for term in terms.values() for signal in term.reads)
         self._codecs = {name: codec_from_dict(cache.plan.signals[name]) for name in read}
         wanted = [*BASE_FIELDS, *(entry for name in read for entry in cache.plan.fields[name])]
         self._fields = frozenset(entry.name for entry in wanted)
@@ -248,27 +229,29 @@ class CachedDataset:
         encoded: EncodedSample = self._memory.fetch(
             (sample_id, "encoded"), lambda: self._encoder(self.sample(position))
         )
-        signals = SampleSignals(None, {})
-        if self._codecs:
+        targets: dict[str, Any] = {}
+        if self._terms:
             key = (sample_id, *self._terms, self._match, self._shuffle_teacher_images)
-            signals = self._memory.fetch(key, lambda: self._decode(position, encoded))
+            targets = self._memory.fetch(key, lambda: self._decode(position, encoded))
         elif position not in self._compared:
             # Without a teacher's signals too: a baseline on other pictures would be compared as if on the same.
             record = self._cache.read(sample_id, self._fields)
             where = f"sample {sample_id!r} of {self._cache.path}"
             check_join(record, encoded, where=where, compare_labels=self._compare_labels)
             self._compared.add(position)
-        return TrainingSample(encoded, signals)
+        return TrainingSample(encoded, targets)
 
     def sample(self, position: int) -> Sample:
         """The sample as the teacher saw it: with the answers it wrote itself, if the cache holds such."""
         return answered_sample(self._cache, self._dataset[int(self._places[position])])
 
-    def _decode(self, position: int, encoded: EncodedSample) -> SampleSignals:
+    def _decode(self, position: int, encoded: EncodedSample) -> dict[str, Any]:
         sample_id = self.sample_ids[position]
         record = self._cache.read(sample_id, self._fields)
         where = f"sample {sample_id!r} of {self._cache.path}"
         check_join(record, encoded, where=where, compare_labels=self._compare_labels)
+        for term in self._terms.values():
+            term.check_record(record, encoded, where=where)
         if self._vocabulary is not None and "token_ids" in record:
             beyond = int((np.asarray(record["token_ids"]) >= self._vocabulary).sum())
             with self._counting:
@@ -278,11 +261,10 @@ class CachedDataset:
         return decode_signals(
             record,
             self._codecs,
+            self._terms,
             tuple(encoded.tiles),
             where=where,
-            attention_record=foreign,
-            attention_rows=len(record["labels"]) if foreign is not None else None,
-            terms=self._terms,
+            foreign=foreign,
             match=self._match,
         )
 
@@ -297,7 +279,8 @@ class CachedDataset:
 
     def batch(self, positions: Iterable[int]) -> TrainingBatch:
         """Load and collate a micro-batch; ``positions`` are places in ``sample_ids``."""
-        return collate_samples([self.load(int(position)) for position in positions], pad_token_id=self._pad_token_id)
+        samples = [self.load(int(position)) for position in positions]
+        return collate_samples(samples, self._terms, pad_token_id=self._pad_token_id)
 
 
 def answered_sample(cache: TeacherCache, sample: Sample) -> Sample:
@@ -339,12 +322,6 @@ def check_join(record: Record, encoded: EncodedSample, *, where: str, compare_la
             "template or "
             "tokenizer changed since the cache was built. Train with the data of the cache, or build the "
             "cache again"
-        )
-    if "text_attention" in record and len(record["text_attention"]) != text_row_count(encoded):
-        raise CacheMismatchError(
-            f"{where}: the cache holds attention of {len(record['text_attention'])} text rows, the data now has "
-            f"{text_row_count(encoded)}: a question or the template changed since the cache was built. Train "
-            "with the data of the cache, or build the cache again"
         )
     now, then = bytes(encoded.image_hash), np.asarray(record["image_hash"]).astype(np.uint8).tobytes()
     if now != then:

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from vlm_distill_cache.common.codecs.row_attention import RowAttention
 from vlm_distill_cache.common.codecs.teacher_map import TeacherMap, image_pairs
-from vlm_distill_cache.stage2_student.batches.batch import has_mass
 from vlm_distill_cache.stage2_student.loss_weights import AnswerLossKind, LayerReduction, VisualMapKind
 
 _TINY = 1e-12
@@ -281,6 +280,14 @@ def sink_shares(student: Tensor, teacher: TeacherMap, *, token_mask: Tensor | No
         if not teacher.complete:
             mass = torch.zeros_like(mass)
         return _reduce(pairs, present, pairs, "mean"), _reduce(mass, present, mass, "mean")
+
+
+def has_mass(teacher: Tensor) -> Tensor:
+    """Which rows or samples an attention loss averages over: `[A or B, ...]` to bool `[A or B]`.
+
+    Those without any mass are text-only, or pictures so narrow that no token carries image.
+    """
+    return teacher.flatten(1).any(dim=1)
 
 
 def _check_equal(where: str, student: Tensor, teacher: Tensor) -> None:

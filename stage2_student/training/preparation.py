@@ -5,7 +5,7 @@ All bad news comes from here, before the first step of the first phase.
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,12 +27,13 @@ from vlm_distill_cache.stage2_student.batches.dataset import (
     merged_fingerprints,
     splits_and_limits,
 )
-from vlm_distill_cache.stage2_student.batches.layers import check_map_serves, map_is_complete, match_groups
+from vlm_distill_cache.stage2_student.batches.layers import match_groups
 from vlm_distill_cache.stage2_student.batches.sampler import ShardShuffle
+from vlm_distill_cache.stage2_student.batches.signals import LossTerm
 from vlm_distill_cache.stage2_student.config import PhaseConfig, PhaseName, TrainConfig, describe
-from vlm_distill_cache.stage2_student.loss_weights import FEATURE_TERMS, LossWeights
-from vlm_distill_cache.stage2_student.losses.features import match_features
+from vlm_distill_cache.stage2_student.loss_weights import LossWeights
 from vlm_distill_cache.stage2_student.losses.objective import Objective
+from vlm_distill_cache.stage2_student.losses.terms import choose_terms
 from vlm_distill_cache.stage2_student.students.encoder import describe_encoder, longest_sequence
 from vlm_distill_cache.stage2_student.students.model import StudentModel, vocabulary_rows
 from vlm_distill_cache.stage2_student.students.parts import StudentParts, open_parts
@@ -229,16 +230,16 @@ def count_beyond_vocabulary(phases: Iterable[PreparedPhase]) -> dict[str, int]:
 
 def _check_meeting(
     cache: TeacherCache,
-    signals: Sequence[str],
+    terms: Mapping[str, LossTerm],
     encoder: SampleEncoder,
     template: PromptTemplate,
     parts: StudentParts,
 ) -> None:
-    """Refuse signals of a cache that this student cannot be compared with."""
-    check_tokenizer(cache, parts.tokenizer, where=parts.where, signals=signals)
-    check_template(cache, template, signals=signals)
-    check_geometry(cache, encoder.image_encoder.to_dict(), signals=signals, where=parts.where)
-    check_visual_rows(cache, parts.visual_rows, signals=signals, where=parts.where)
+    """Refuse losses on a cache that this student cannot be compared with."""
+    check_tokenizer(cache, parts.tokenizer, terms, where=parts.where)
+    check_template(cache, template, terms)
+    check_geometry(cache, encoder.image_encoder.to_dict(), terms, where=parts.where)
+    check_visual_rows(cache, parts.visual_rows, terms, where=parts.where)
 
 
 def _prepare_phases(
@@ -251,37 +252,29 @@ def _prepare_phases(
     for name in config.phases:
         phase = config.phase(name)
         cache = caches[str(phase.cache)]
-        signals, losses = phase.losses.distilled, phase.losses
+        losses, where = phase.losses, f"phase {name}, {cache.path}"
+        terms = choose_terms(losses.distilled)
         template = choose_template(config, parts, cache)
-        _check_meeting(cache, losses.signals, encoder, template, parts)
+        _check_meeting(cache, terms, encoder, template, parts)
         match = None
-        if losses.attends:
+        if any(term.attends for term in terms.values()):
             match = match_groups(
-                cache.plan,
-                parts.depth,
-                matching=losses.matching,
-                layers=losses.attention_layers,
-                where=f"phase {name}, {cache.path}",
+                cache.plan, parts.depth, matching=losses.matching, layers=losses.attention_layers, where=where
             )
-        if "visual_map" in losses.signals:
-            check_map_serves(
-                cache.plan.signals,
-                losses.visual_map_kind if "visual_map" in signals else "sink_filtered",
-                where=f"phase {name}, {cache.path}",
-                all_rows="all_attention" in signals,
-                match=match,
-            )
+        for term in terms.values():
+            term.check_cache(cache.plan.signals, losses, where=where, match=match)
         source = (phase.cache, phase.data, phase.images)
         if source not in opened:
             opened[source] = open_cached_data(cache, data=phase.data, images=phase.images)
             check_data(cache, opened[source])
         # Phases of the same data share what is kept in memory; those with the same signals, their join.
-        if (*source, signals, match) not in joined:
-            joined[*source, signals, match] = CachedDataset(
+        join = (*source, *terms, match)
+        if join not in joined:
+            joined[join] = CachedDataset(
                 opened[source],
                 replace(encoder, template=template),
                 cache,
-                signals=signals,
+                terms=terms,
                 pad_token_id=encoder.tokenizer.pad_token_id or 0,
                 limit=config.sample_limit(len(opened[source])),
                 memory=memories.setdefault(source, SampleMemory(round(config.memory_gib * 2**30))),
@@ -291,9 +284,9 @@ def _prepare_phases(
                 and template == PromptTemplate.from_dict(cache.plan.template),
                 vocabulary=vocabulary_rows(parts.model),
             )
-            probe_samples(joined[*source, signals, match])
-            probe_inputs(parts.model, joined[*source, signals, match], where=parts.where)
-        dataset = joined[*source, signals, match]
+            probe_samples(joined[join])
+            probe_inputs(parts.model, joined[join], where=parts.where)
+        dataset = joined[join]
         if dataset.entries_beyond:
             _log.warning(
                 "phase %s: %d of %d probed entries of the teacher's logits are tokens beyond the student's %d output "
@@ -313,7 +306,7 @@ def _prepare_phases(
                 steps=steps,
                 dataset=dataset,
                 shuffle=ShardShuffle(shards=dataset.shards, seed=config.seed, window=config.shuffle_window),
-                objective=_build_objective(losses, cache, parts, match, where=f"phase {name}, {cache.path}"),
+                objective=_build_objective(losses, cache, parts, match, where=where),
                 expect=find_mirror(str(phase.cache)).expect if is_url(str(phase.cache)) else None,
             )
         )
@@ -326,25 +319,9 @@ def _build_objective(
     losses: LossWeights, cache: TeacherCache, parts: StudentParts, match: GroupMatch | None, *, where: str
 ) -> Objective:
     """The losses of a phase, fitted to what its cache holds and to the student's layers."""
-    feature_layers = {}
-    if set(losses.distilled) & set(FEATURE_TERMS):
-        feature_layers = match_features(
-            cache.plan,
-            losses.distilled,
-            depth=parts.depth,
-            width=int(parts.model.language_model.config.hidden_size),
-            kind=losses.hidden_kind,
-            where=where,
-        )
-    return Objective(
-        weights=losses.active(),
-        groups=() if match is None else match.student,
-        temperature=losses.temperature,
-        logit_kind=losses.logit_kind,
-        answer_kind=losses.answer_kind,
-        visual_map_kind=losses.visual_map_kind,
-        attention_reduction=losses.attention_reduction,
-        map_is_complete=map_is_complete(cache.plan.signals),
-        hidden_kind=losses.hidden_kind,
-        feature_layers=feature_layers,
-    )
+    width = int(parts.model.language_model.config.hidden_size)
+    fits = {
+        name: term.fit(cache.plan, losses, depth=parts.depth, width=width, where=where)
+        for name, term in choose_terms(losses.distilled).items()
+    }
+    return Objective(losses=losses, groups=() if match is None else match.student, fits=fits)

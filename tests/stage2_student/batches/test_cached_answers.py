@@ -94,5 +94,5 @@ def test_a_run_on_written_answers_is_scored_against_the_teacher_on_them(written,
     student = open_student(train(config).final)
     cached = join_cached(student, config, limit=4)
     assert cached is not None
-    assert all(len(cached.load(place).signals.logits.token_ids) for place in range(len(cached)))
+    assert all(len(cached.load(place).targets["logits"].token_ids) for place in range(len(cached)))
     assert len(draw_overlays(student, config)) == 2

@@ -75,21 +75,30 @@ class Sides:
 
 @dataclass(frozen=True)
 class Seen:
-    """What one forward pass of a student showed.
+    """What one forward pass of a student over a batch showed, and which losses are asked for.
 
     Attributes:
+        batch: The micro-batch.
+        losses: Weights and kinds.
         attention: By name of the request, float32 ``[B, G, R, M]``.
         hidden: By name of the request, float ``[B, R, S, D]``.
-        logits: Of `rows`, float ``[rows, V]``, batch-row order; None if they were never held.
         rows: Whose logits were asked for, bool ``[B, T]``.
+        logits: Of `rows`, float ``[rows, V]``, batch-row order; None if they were never held.
         divergence: Of the term that is computed `in_pass`; None without it.
     """
 
+    batch: TrainingBatch
+    losses: LossWeights
     attention: Mapping[str, Tensor]
     hidden: Mapping[str, Tensor]
-    logits: Tensor | None
     rows: Tensor
-    divergence: Tensor | None = None
+    logits: Tensor | None
+    divergence: Tensor | None
+
+
+Requests = Mapping[str, AttentionRequest | HiddenRequest]
+Value = tuple[Tensor, Mapping[str, Tensor]]
+VisualRows = Literal["causal", "alike"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +107,7 @@ class LossTerm:
 
     Attributes:
         reads: The signals that it needs.
+        at_images: Whether it is about visual tokens: samples have a target where both sides see an image.
         of_picture: Whether it is of the picture alone: a student with another tokenizer can learn it.
         needs_boxes: Whether it must be known which part of the picture each visual token sees.
         attends: Whether it compares attention, of layer groups that must be matched.
@@ -109,16 +119,17 @@ class LossTerm:
     """
 
     reads: tuple[str, ...]
+    at_images: bool = True
     of_picture: bool = False
     needs_boxes: ClassVar[bool] = True
     attends: ClassVar[bool] = False
-    visual_rows: ClassVar[Literal["causal", "alike"] | None] = None
+    visual_rows: ClassVar[VisualRows | None] = None
     in_pass: ClassVar[bool] = False
     logits_at_images: ClassVar[bool] = False
     tempered: ClassVar[bool] = False
 
     def check_cache(
-        self, signals: Mapping[str, Any], losses: LossWeights, *, where: str, match: GroupMatch | None = None
+        self, signals: Mapping[str, Any], losses: LossWeights, where: str, match: GroupMatch | None
     ) -> None:
         """Refuse a cache whose codecs cannot serve this loss; needs no student.
 
@@ -126,14 +137,14 @@ class LossTerm:
             signals: The codec dictionaries of its plan, those that the term reads among them.
             losses: Kinds of losses.
             where: Phase and cache, for the error.
-            match: How layers meet, once that is known.
+            match: How layers meet; None: not yet known.
 
         Raises:
             CacheMismatchError: With the remedy.
         """
 
     def fit(self, plan: Plan, losses: LossWeights, *, depth: int, width: int, where: str) -> Any:
-        """What the loss must know of its cache and its student, once a phase; handed to the methods below as `fit`.
+        """What the loss must know of its cache and its student, once a phase; the methods below get it back.
 
         Args:
             plan: The cache's.
@@ -147,14 +158,10 @@ class LossTerm:
         """
 
     def check_record(self, record: Record, encoded: EncodedSample, *, where: str) -> None:
-        """Refuse a record that was made from other words than the student reads.
-
-        Raises:
-            CacheMismatchError: With the remedy.
-        """
+        """Refuse, with a CacheMismatchError, a record that was made from other words than the student reads."""
 
     def target(self, sides: Sides) -> Any:
-        """The teacher's side of one sample, on the CPU; None where it has none."""
+        """The teacher's side of one sample, on the CPU."""
         raise NotImplementedError
 
     def collate(self, targets: Sequence[Any], places: Sequence[int]) -> Any:
@@ -163,12 +170,9 @@ class LossTerm:
 
     def count(self, target: Any) -> int:
         """How many rows or images of a batch the loss is a mean over."""
-        count: int = target.count
-        return count
+        return int(target.count)
 
-    def requests(
-        self, batch: TrainingBatch, target: Any, *, groups: Groups, fit: Any
-    ) -> Mapping[str, AttentionRequest | HiddenRequest]:
+    def requests(self, batch: TrainingBatch, target: Any, groups: Groups, fit: Any) -> Requests:
         """What of the student's forward pass to record; terms that need the same use the same name."""
         return {}
 
@@ -176,9 +180,7 @@ class LossTerm:
         """Names of what is logged beside the loss."""
         return ()
 
-    def value(
-        self, seen: Seen, batch: TrainingBatch, target: Any, losses: LossWeights, fit: Any
-    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+    def value(self, seen: Seen, target: Any, fit: Any) -> Value:
         """The loss, a float32 scalar with a graph, and its measures, without one: means over `count` rows or images."""
         raise NotImplementedError
 
@@ -210,8 +212,8 @@ def decode_signals(
     """
     own = Sides(record, record, codecs, student_tiles, match, where)
     looking = own if foreign is None else Sides(foreign, record, codecs, student_tiles, match, where)
-    found = {name: term.target(looking if term.attends else own) for name, term in terms.items()}
-    return {name: target for name, target in found.items() if target is not None}
+    sides = {name: looking if term.attends else own for name, term in terms.items()}
+    return {name: term.target(sides[name]) for name, term in terms.items() if sides[name].see or not term.at_images}
 
 
 def collate_samples(

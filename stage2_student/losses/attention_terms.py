@@ -35,7 +35,7 @@ from vlm_distill_cache.data.text.encoding import EncodedSample
 from vlm_distill_cache.stage2_student.batches.batch import TrainingBatch
 from vlm_distill_cache.stage2_student.batches.grid import meet, meet_cells
 from vlm_distill_cache.stage2_student.batches.layers import regroup, regroup_map, regroup_rows
-from vlm_distill_cache.stage2_student.batches.signals import LossTerm, Seen, Sides
+from vlm_distill_cache.stage2_student.batches.signals import LossTerm, Requests, Seen, Sides, Value, VisualRows
 from vlm_distill_cache.stage2_student.loss_weights import LayerReduction, LossWeights
 from vlm_distill_cache.stage2_student.losses.attention import (
     all_attention_loss,
@@ -53,50 +53,30 @@ SINK_FILTERED = "sink_filtered"
 
 @dataclass(frozen=True)
 class AttentionTarget:
-    """The teacher's attention on the common cells of one sample, absolute probability mass.
+    """The teacher's attention on the common cells, absolute probability mass: of one sample or of a batch.
+
+    A batch is padded to the most cells and visual tokens and holds samples with an image only, in batch order: it has an
+    axis I in front, but for rows of the text, which stand one after the other.
 
     Attributes:
         teacher: float32; of rows of the text ``[A or X, G, C]``, of column means ``[G, C]``, of maps ``[G, C, C]``.
         student_pool: float32 ``[N_s, C]``.
-        content: bool ``[C]``.
+        content: bool ``[C]``, False where a cell carries no image; None (of a batch): all do.
         image_mass: Mass of a row of the text on the image, float32 ``[A or X, G]``; else None.
         kept: The teacher's half of a map's sink mask, bool ``[G, C, C]``; else None.
         complete: Whether each value of a map is that of its own pair.
         text: Text rows beside a map, on the same cells, float32 ``[X, G, C]``; else None.
-    """
-
-    teacher: Tensor
-    student_pool: Tensor
-    content: Tensor
-    image_mass: Tensor | None = None
-    kept: Tensor | None = None
-    complete: bool = True
-    text: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class AttentionBatch:
-    """The same of a batch, padded to the most cells; samples with an image only, in batch order.
-
-    Attributes:
-        teacher: float32; rows of all samples one after the other, ``[A' or X', G, C]``, else ``[I, G, ...]``.
-        student_pool: float32 ``[I, M, C]``.
-        content: bool ``[I, C]``, False where a cell carries no image; None if all do.
-        count: Rows (of the text) or images on which the teacher has any mass: what the loss is a mean over.
-        image_mass: float32 ``[A' or X', G]``; else None.
-        kept: bool ``[I, G, C, C]``; else None.
-        complete: Whether ``teacher`` holds the value of each pair of a map.
-        text: float32 ``[X', G, C]``; else None.
+        count: Of a batch: rows of the text or images on which the teacher has any mass, what the loss is a mean over.
     """
 
     teacher: Tensor
     student_pool: Tensor
     content: Tensor | None
-    count: int
     image_mass: Tensor | None = None
     kept: Tensor | None = None
     complete: bool = True
     text: Tensor | None = None
+    count: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,18 +87,18 @@ class AttentionTerm(LossTerm):
     by_row: ClassVar[bool] = False
     by_pair: ClassVar[bool] = False
 
-    def collate(self, targets: Sequence[AttentionTarget], places: Sequence[int]) -> AttentionBatch:
+    def collate(self, targets: Sequence[AttentionTarget], places: Sequence[int]) -> AttentionTarget:
         """Pad targets to the most cells and visual tokens."""
-        cells = max(target.content.shape[0] for target in targets)
+        cells = max(target.student_pool.shape[1] for target in targets)
         keys = max(target.student_pool.shape[0] for target in targets)
         padded = [_pad_cells(target.teacher, cells, both=self.by_pair) for target in targets]
         teacher = torch.cat(padded) if self.by_row else torch.stack(padded)
-        content = torch.stack([_pad_cells(target.content, cells) for target in targets])
+        content = torch.stack([_pad_cells(target.content, cells) for target in targets if target.content is not None])
         pools = [target.student_pool for target in targets]
         masses = [target.image_mass for target in targets if target.image_mass is not None]
         masks = [_pad_cells(target.kept, cells, both=True) for target in targets if target.kept is not None]
         texts = [_pad_cells(target.text, cells) for target in targets if target.text is not None]
-        return AttentionBatch(
+        return AttentionTarget(
             teacher=teacher,
             student_pool=torch.stack(
                 [F.pad(pool, (0, cells - pool.shape[1], 0, keys - pool.shape[0])) for pool in pools]
@@ -145,29 +125,25 @@ class RowTerm(AttentionTerm):
         if self.of == "text":
             _check_text_rows(len(record[self.reads[0]]), encoded, where=where)
 
-    def target(self, sides: Sides) -> AttentionTarget | None:
+    def target(self, sides: Sides) -> AttentionTarget:
         """The teacher's rows on the cells where its cached grid and the student's tokens meet."""
-        return _rows_target(sides, self.reads[0]) if sides.see else None
+        return _rows_target(sides, self.reads[0])
 
-    def requests(
-        self, batch: TrainingBatch, target: AttentionBatch, *, groups: Groups, fit: Any
-    ) -> Mapping[str, AttentionRequest]:
+    def requests(self, batch: TrainingBatch, target: AttentionTarget, groups: Groups, fit: Any) -> Requests:
         """The rows by visual tokens."""
         return {self.of: _text_request(self.of, batch, groups)}
 
-    def value(
-        self, seen: Seen, batch: TrainingBatch, target: AttentionBatch, losses: LossWeights, fit: Any
-    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+    def value(self, seen: Seen, target: AttentionTarget, fit: Any) -> Value:
         """`answer_attention_loss`, a mean over rows that look at the image."""
-        cells, sample_index = _student_rows(self.of, seen, batch, target)
+        cells, sample_index = _student_rows(self.of, seen, target)
         assert target.image_mass is not None
         loss = answer_attention_loss(
             cells,
             RowAttention(target.teacher, target.image_mass),
-            kind=losses.answer_kind,
+            kind=seen.losses.answer_kind,
             cell_mask=None if target.content is None else target.content[sample_index],
             sample_index=sample_index,
-            reduction=_reduction(losses),
+            reduction=_reduction(seen.losses),
         )
         return loss, {}
 
@@ -176,12 +152,10 @@ class RowTerm(AttentionTerm):
 class ColumnsTerm(AttentionTerm):
     """How much attention each visual token receives from the visual tokens."""
 
-    visual_rows: ClassVar[Literal["causal", "alike"] | None] = "alike"
+    visual_rows: ClassVar[VisualRows | None] = "alike"
 
-    def target(self, sides: Sides) -> AttentionTarget | None:
+    def target(self, sides: Sides) -> AttentionTarget:
         """The teacher's column means on the common cells."""
-        if not sides.see:
-            return None
         (signal,) = self.reads
         grid = meet(sides.teacher_tiles, sides.student_tiles)
         columns = sides.decode(signal)
@@ -189,21 +163,19 @@ class ColumnsTerm(AttentionTerm):
         pooled = pool_keys(regroup(columns, sides.match, axis=0), grid.teacher_pool)  # [G, C]
         return AttentionTarget(pooled, grid.student_pool, grid.content)
 
-    def requests(
-        self, batch: TrainingBatch, target: AttentionBatch, *, groups: Groups, fit: Any
-    ) -> Mapping[str, AttentionRequest]:
+    def requests(self, batch: TrainingBatch, target: AttentionTarget, groups: Groups, fit: Any) -> Requests:
         """The mean over the common cells that carry image, of visual tokens by visual tokens."""
         weights = row_weights(target)  # [I, M]
         if len(batch.has_image) != len(batch.keys):
             weights = weights.new_zeros(batch.keys.shape).index_copy(0, batch.has_image, weights)
         return {"columns": AttentionRequest(batch.keys, batch.keys, groups, weights)}
 
-    def value(
-        self, seen: Seen, batch: TrainingBatch, target: AttentionBatch, losses: LossWeights, fit: Any
-    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+    def value(self, seen: Seen, target: AttentionTarget, fit: Any) -> Value:
         """`visual_columns_loss`, a mean over images."""
-        columns = _of_images(seen.attention["columns"], batch)[:, :, 0] @ target.student_pool  # [I, G, C]
-        loss = visual_columns_loss(columns, target.teacher, token_mask=target.content, reduction=_reduction(losses))
+        columns = _of_images(seen.attention["columns"], seen.batch)[:, :, 0] @ target.student_pool  # [I, G, C]
+        loss = visual_columns_loss(
+            columns, target.teacher, token_mask=target.content, reduction=_reduction(seen.losses)
+        )
         return loss, {}
 
 
@@ -212,10 +184,10 @@ class MapTerm(AttentionTerm):
     """The map of visual tokens by visual tokens; its `fit` is whether the cache holds each pair's own value."""
 
     by_pair: ClassVar[bool] = True
-    visual_rows: ClassVar[Literal["causal", "alike"] | None] = "causal"
+    visual_rows: ClassVar[VisualRows | None] = "causal"
 
     def check_cache(
-        self, signals: Mapping[str, Any], losses: LossWeights, *, where: str, match: GroupMatch | None = None
+        self, signals: Mapping[str, Any], losses: LossWeights, where: str, match: GroupMatch | None
     ) -> None:
         """Refuse maps without single values but for the sink-filtered loss on groups that the cache holds."""
         if not _is_complete(signals[self.reads[0]]):
@@ -228,14 +200,12 @@ class MapTerm(AttentionTerm):
         """Whether the mass of sinks is known."""
         return _is_complete(plan.signals[self.reads[0]])
 
-    def target(self, sides: Sides) -> AttentionTarget | None:
+    def target(self, sides: Sides) -> AttentionTarget:
         """The teacher's map on the common cells, with its half of the sink mask.
 
         The cached mask holds where the common cells are the map's own; a map that is pooled once more gets a
         mask of its pooled values.
         """
-        if not sides.see:
-            return None
         cells, decoded = _decoded_map(sides, self.reads[0])
         grid = meet(cells, sides.student_tiles)
         if not grid.is_teachers:
@@ -251,9 +221,7 @@ class MapTerm(AttentionTerm):
             complete=decoded.complete,
         )
 
-    def requests(
-        self, batch: TrainingBatch, target: AttentionBatch, *, groups: Groups, fit: Any
-    ) -> Mapping[str, AttentionRequest]:
+    def requests(self, batch: TrainingBatch, target: AttentionTarget, groups: Groups, fit: Any) -> Requests:
         """Visual tokens by visual tokens."""
         return {"visual": AttentionRequest(batch.keys, batch.keys, groups)}
 
@@ -263,13 +231,12 @@ class MapTerm(AttentionTerm):
             return ()
         return ("sink_pairs", "sink_mass") if fit else ("sink_pairs",)
 
-    def value(
-        self, seen: Seen, batch: TrainingBatch, target: AttentionBatch, losses: LossWeights, fit: bool
-    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+    def value(self, seen: Seen, target: AttentionTarget, fit: bool) -> Value:
         """`visual_map_loss`, a mean over images, and `sink_shares`."""
         assert target.kept is not None
-        student = pool_map(_of_images(seen.attention["visual"], batch), target)  # [I, G, C, C]
+        student = pool_map(_of_images(seen.attention["visual"], seen.batch), target)  # [I, G, C, C]
         teacher = TeacherMap(target.teacher, target.kept, target.complete)
+        losses = seen.losses
         kind = losses.visual_map_kind
         reduction = _reduction(losses, published="sum" if kind == SINK_FILTERED else "mean")
         loss = visual_map_loss(student, teacher, kind=kind, token_mask=target.content, reduction=reduction)
@@ -284,10 +251,10 @@ class AllRowsTerm(AttentionTerm):
     """Visual and text rows as one vector, the paper's A[:, :N_v]; `reads` are the map and the text rows."""
 
     by_pair: ClassVar[bool] = True
-    visual_rows: ClassVar[Literal["causal", "alike"] | None] = "causal"
+    visual_rows: ClassVar[VisualRows | None] = "causal"
 
     def check_cache(
-        self, signals: Mapping[str, Any], losses: LossWeights, *, where: str, match: GroupMatch | None = None
+        self, signals: Mapping[str, Any], losses: LossWeights, where: str, match: GroupMatch | None
     ) -> None:
         """Refuse maps without single values."""
         if not _is_complete(signals[self.reads[0]]):
@@ -297,14 +264,12 @@ class AllRowsTerm(AttentionTerm):
         """Refuse another number of text rows."""
         _check_text_rows(len(record[self.reads[1]]), encoded, where=where)
 
-    def target(self, sides: Sides) -> AttentionTarget | None:
+    def target(self, sides: Sides) -> AttentionTarget:
         """Visual and text rows on the cells of the text rows, on which alone both can be compared.
 
         Text rows were pooled to a grid over the picture when they were cached; the map goes through the same grid,
         its keys by sum and its queries by mean, and so do the student's tokens.
         """
-        if not sides.see:
-            return None
         visual, of_text = self.reads
         text = _rows_target(sides, of_text)
         cells, decoded = _decoded_map(sides, visual)
@@ -314,22 +279,18 @@ class AllRowsTerm(AttentionTerm):
         values = pool_queries(pool_keys(decoded.whole(f"{sides.where}: the loss all_attention"), pool), pool)
         return AttentionTarget(values, grid.student_pool, grid.content, text=text.teacher)
 
-    def requests(
-        self, batch: TrainingBatch, target: AttentionBatch, *, groups: Groups, fit: Any
-    ) -> Mapping[str, AttentionRequest]:
+    def requests(self, batch: TrainingBatch, target: AttentionTarget, groups: Groups, fit: Any) -> Requests:
         """All text rows by visual tokens, and visual tokens by visual tokens."""
         return {
             "text": _text_request("text", batch, groups),
             "visual": AttentionRequest(batch.keys, batch.keys, groups),
         }
 
-    def value(
-        self, seen: Seen, batch: TrainingBatch, target: AttentionBatch, losses: LossWeights, fit: Any
-    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+    def value(self, seen: Seen, target: AttentionTarget, fit: Any) -> Value:
         """`all_attention_loss`, a mean over images."""
         assert target.text is not None
-        student = pool_map(_of_images(seen.attention["visual"], batch), target)  # [I, G, C, C]
-        cells, sample_index = _student_rows("text", seen, batch, target)
+        student = pool_map(_of_images(seen.attention["visual"], seen.batch), target)  # [I, G, C, C]
+        cells, sample_index = _student_rows("text", seen, target)
         loss = all_attention_loss(
             student,
             cells,
@@ -338,7 +299,7 @@ class AllRowsTerm(AttentionTerm):
             text_sample=sample_index,
             row_weights=target.student_pool.sum(dim=1),
             token_mask=target.content,
-            reduction=_reduction(losses),
+            reduction=_reduction(seen.losses),
         )
         return loss, {}
 
@@ -402,8 +363,9 @@ def _text_request(of: TextRows, batch: TrainingBatch, groups: Groups) -> Attenti
     return AttentionRequest(batch.rows if of == "answer" else batch.text_rows, batch.keys, groups)
 
 
-def _student_rows(of: TextRows, seen: Seen, batch: TrainingBatch, target: AttentionBatch) -> tuple[Tensor, Tensor]:
+def _student_rows(of: TextRows, seen: Seen, target: AttentionTarget) -> tuple[Tensor, Tensor]:
     """The student's rows on the common cells ``[A', G, C]``, and the sample with an image each belongs to."""
+    batch = seen.batch
     rows = (batch.rows if of == "answer" else batch.text_rows)[batch.has_image.cpu()]  # [I, R]
     cells = student_cells(_of_images(seen.attention[of], batch), target, rows)
     return cells, (rows >= 0).nonzero()[:, 0].to(cells.device)
@@ -414,7 +376,7 @@ def _of_images(attention: Tensor, batch: TrainingBatch) -> Tensor:
     return attention if len(batch.has_image) == len(attention) else attention[batch.has_image]
 
 
-def student_cells(attention: Tensor, target: AttentionBatch, rows: Tensor) -> Tensor:
+def student_cells(attention: Tensor, target: AttentionTarget, rows: Tensor) -> Tensor:
     """The student's rows of the text on the common cells, in the order of the teacher's rows.
 
     Args:
@@ -430,7 +392,7 @@ def student_cells(attention: Tensor, target: AttentionBatch, rows: Tensor) -> Te
     return by_row[(rows >= 0).to(by_row.device)]
 
 
-def pool_map(attention: Tensor, target: AttentionBatch) -> Tensor:
+def pool_map(attention: Tensor, target: AttentionTarget) -> Tensor:
     """A visual x visual map on the common cells, keys by sum, queries by mean: ``[I, G, M, M]`` to ``[I, G, C, C]``.
 
     Rows of cells that no token touches are 0.
@@ -440,7 +402,7 @@ def pool_map(attention: Tensor, target: AttentionBatch) -> Tensor:
     return (pool / touched).transpose(2, 3) @ (attention @ pool)
 
 
-def row_weights(target: AttentionBatch) -> Tensor:
+def row_weights(target: AttentionTarget) -> Tensor:
     """What each visual token counts in the mean of `pool_map` over cells that carry image, float32 ``[I, M]``."""
     pool = target.student_pool  # [I, M, C]
     touched = pool.sum(dim=1).clamp_min(torch.finfo(pool.dtype).tiny)  # [I, C]

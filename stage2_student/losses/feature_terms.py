@@ -7,7 +7,7 @@ Dims: N_t teacher and N_s student visual tokens, C common cells, R rows of a ter
 layers, D width.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -25,7 +25,7 @@ from vlm_distill_cache.common.codecs.logits import SparseLogits
 from vlm_distill_cache.common.errors import CacheMismatchError
 from vlm_distill_cache.stage2_student.batches.batch import TrainingBatch
 from vlm_distill_cache.stage2_student.batches.grid import meet
-from vlm_distill_cache.stage2_student.batches.signals import LossTerm, Seen, Sides
+from vlm_distill_cache.stage2_student.batches.signals import LossTerm, Requests, Seen, Sides, Value
 from vlm_distill_cache.stage2_student.loss_weights import LossWeights
 from vlm_distill_cache.stage2_student.losses.features import hidden_loss
 from vlm_distill_cache.stage2_student.losses.logits import tail_bucket_loss
@@ -54,9 +54,7 @@ class LogitTerm(LossTerm):
         """Supervised rows."""
         return len(target)
 
-    def value(
-        self, seen: Seen, batch: TrainingBatch, target: SparseLogits, losses: LossWeights, fit: Any
-    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+    def value(self, seen: Seen, target: SparseLogits, fit: Any) -> Value:
         """What `rows.run_student` found."""
         assert seen.divergence is not None
         return seen.divergence, {}
@@ -64,33 +62,20 @@ class LogitTerm(LossTerm):
 
 @dataclass(frozen=True)
 class RowsTarget:
-    """The teacher's side of one sample's rows.
+    """The teacher's side of rows: of one sample, or of a batch, one sample after the other.
 
     Attributes:
         teacher: Hidden states, float32 ``[R, S, D]``, at visual tokens of cells that carry image; or logits.
-        student_pool: Weights by which the student's visual tokens are averaged to the same cells, rows summing to
-            one, float32 ``[R, N_s]``; None where rows meet one to one.
-    """
-
-    teacher: Tensor | SparseLogits
-    student_pool: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class RowsBatch:
-    """The same of a batch; rows of all samples one after the other, in batch order.
-
-    Attributes:
-        teacher: float32 ``[R, S, D]``, or logits.
-        student_pool: float32 ``[R, M]``, of each row over its sample's visual tokens; None where rows meet one to one.
-        row_counts: Rows of each sample that has any part in it.
-        samples: Positions in the batch of these samples.
+        student_pool: Weights by which a sample's visual tokens are averaged to the same cells, rows summing to one,
+            float32 ``[R, N_s or M]``; None where rows meet one to one.
+        row_counts: Of a batch: rows of each sample that has any part in it.
+        samples: Of a batch: positions of these samples.
     """
 
     teacher: Any
-    student_pool: Tensor | None
-    row_counts: tuple[int, ...]
-    samples: tuple[int, ...]
+    student_pool: Tensor | None = None
+    row_counts: tuple[int, ...] = ()
+    samples: tuple[int, ...] = ()
 
     @property
     def count(self) -> int:
@@ -102,12 +87,12 @@ class RowsBatch:
 class RowsTerm(LossTerm):
     """What the losses on rows of hidden states or logits share."""
 
-    def collate(self, targets: Sequence[RowsTarget], places: Sequence[int]) -> RowsBatch:
+    def collate(self, targets: Sequence[RowsTarget], places: Sequence[int]) -> RowsTarget:
         """Rows of all samples one after the other."""
         parts: list[Any] = [target.teacher for target in targets]
         pools = [target.student_pool for target in targets if target.student_pool is not None]
         widest = max((pool.shape[1] for pool in pools), default=0)
-        return RowsBatch(
+        return RowsTarget(
             teacher=torch.cat(parts) if isinstance(parts[0], Tensor) else SparseLogits.cat(parts),
             student_pool=torch.cat([F.pad(pool, (0, widest - pool.shape[1])) for pool in pools]) if pools else None,
             row_counts=tuple(len(part) for part in parts),
@@ -122,10 +107,8 @@ class VisualLogitTerm(RowsTerm):
     logits_at_images: ClassVar[bool] = True
     tempered: ClassVar[bool] = True
 
-    def target(self, sides: Sides) -> RowsTarget | None:
+    def target(self, sides: Sides) -> RowsTarget:
         """The teacher's rows of visual tokens, for a student with the same ones."""
-        if not sides.see:
-            return None
         (signal,) = self.reads
         rows = sides.decode(signal)
         sides.check_tokens(signal, len(rows))
@@ -141,27 +124,21 @@ class VisualLogitTerm(RowsTerm):
             )
         return RowsTarget(rows)
 
-    def value(
-        self, seen: Seen, batch: TrainingBatch, target: RowsBatch, losses: LossWeights, fit: Any
-    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+    def value(self, seen: Seen, target: RowsTarget, fit: Any) -> Value:
         """`tail_bucket_loss` at the visual tokens of the samples that have a teacher's."""
         assert seen.logits is not None
         chosen = torch.zeros_like(seen.rows)
-        chosen[list(target.samples)] = batch.inputs.visual_mask[list(target.samples)]
+        chosen[list(target.samples)] = seen.batch.inputs.visual_mask[list(target.samples)]
         logits = seen.logits[chosen[seen.rows]]
-        loss = tail_bucket_loss(logits, target.teacher, kind=losses.logit_kind, temperature=losses.temperature)
+        loss = tail_bucket_loss(
+            logits, target.teacher, kind=seen.losses.logit_kind, temperature=seen.losses.temperature
+        )
         return loss, {}
 
 
 @dataclass(frozen=True, kw_only=True)
 class HiddenTerm(RowsTerm):
-    """Hidden states; its `fit` is the student's layers that meet the cached ones.
-
-    Attributes:
-        at_images: At visual tokens; else at supervised rows.
-    """
-
-    at_images: bool
+    """Hidden states, at supervised rows or `at_images`; its `fit` is the student's layers that meet the cached ones."""
 
     def fit(self, plan: Plan, losses: LossWeights, *, depth: int, width: int, where: str) -> Layers:
         """The student's hidden states that meet those of the cache; refuses another width where the kind needs equal ones."""
@@ -177,13 +154,11 @@ class HiddenTerm(RowsTerm):
             )
         return student_layers(codec.layers, teacher_depth=int(plan.teacher["layers"]), student_depth=depth)
 
-    def target(self, sides: Sides) -> RowsTarget | None:
+    def target(self, sides: Sides) -> RowsTarget:
         """The teacher's states, those of visual tokens on the common cells that carry image."""
         (signal,) = self.reads
         if not self.at_images:
             return RowsTarget(sides.decode(signal))
-        if not sides.see:
-            return None
         states = sides.decode(signal)  # [N_t, S, D]
         sides.check_tokens(signal, len(states))
         grid = meet(sides.teacher_tiles, sides.student_tiles)
@@ -195,28 +170,24 @@ class HiddenTerm(RowsTerm):
             student_pool=weights / weights.sum(dim=1, keepdim=True),
         )
 
-    def requests(
-        self, batch: TrainingBatch, target: RowsBatch, *, groups: Groups, fit: Layers
-    ) -> Mapping[str, HiddenRequest]:
+    def requests(self, batch: TrainingBatch, target: RowsTarget, groups: Groups, fit: Layers) -> Requests:
         """The wanted layers at supervised rows or visual tokens."""
         # Of a shallow student one layer may meet several of the teacher's.
         layers = tuple(dict.fromkeys(fit))
         return {self.reads[0]: HiddenRequest(batch.keys if self.at_images else batch.rows, layers)}
 
-    def value(
-        self, seen: Seen, batch: TrainingBatch, target: RowsBatch, losses: LossWeights, fit: Layers
-    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+    def value(self, seen: Seen, target: RowsTarget, fit: Layers) -> Value:
         """`hidden_loss`, a mean over rows and layers."""
         place = {layer: index for index, layer in enumerate(dict.fromkeys(fit))}
         states = seen.hidden[self.reads[0]][:, :, [place[layer] for layer in fit]]  # [B, R or M, S, D]
         if target.student_pool is None:
-            rows = states[(batch.rows >= 0).to(states.device)]
+            rows = states[(seen.batch.rows >= 0).to(states.device)]
         else:
             rows = _pool_tokens(states, target.student_pool, target)
-        return hidden_loss(rows, target.teacher, kind=losses.hidden_kind, row_counts=target.row_counts), {}
+        return hidden_loss(rows, target.teacher, kind=seen.losses.hidden_kind, row_counts=target.row_counts), {}
 
 
-def _pool_tokens(states: Tensor, pool: Tensor, target: RowsBatch) -> Tensor:
+def _pool_tokens(states: Tensor, pool: Tensor, target: RowsTarget) -> Tensor:
     """The student's states ``[B, M, S, D]`` on the common cells of each sample, ``[R, S, D]``."""
     pooled = []
     for place, weights in zip(target.samples, pool.split(list(target.row_counts)), strict=True):

@@ -20,7 +20,7 @@ from vlm_distill_cache.common.attention.hidden import HiddenCapture, HiddenReque
 from vlm_distill_cache.common.attention.layers import Groups
 from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
 from vlm_distill_cache.stage2_student.batches.batch import TrainingBatch
-from vlm_distill_cache.stage2_student.batches.signals import LossTerm, Seen
+from vlm_distill_cache.stage2_student.batches.signals import LossTerm, Requests, Seen
 from vlm_distill_cache.stage2_student.loss_weights import LossWeights
 from vlm_distill_cache.stage2_student.losses.rows import run_student
 from vlm_distill_cache.stage2_student.losses.terms import TERMS, choose_terms
@@ -108,7 +108,7 @@ class Objective:
                 temperature=self.losses.temperature,
                 whole=whole,
             )
-        seen = Seen(maps, states, said.row_logits, rows, said.divergence)
+        seen = Seen(batch, self.losses, maps, states, rows, said.row_logits, said.divergence)
         # A micro-batch without images: the log keeps its columns.
         nothing = torch.zeros_like(said.lm)
         values = {"lm": said.lm * shares.rows, **dict.fromkeys(terms, nothing)}
@@ -116,7 +116,7 @@ class Objective:
         total = said.total * shares.rows
         for name, term in present.items():
             share = shares.terms.get(name, 1.0)
-            loss, measured = term.value(seen, batch, batch.targets[name], self.losses, fits.get(name))
+            loss, measured = term.value(seen, batch.targets[name], fits.get(name))
             values[name] = loss * share
             measures |= {measure: value * share for measure, value in measured.items()}
         for name, term in terms.items():
@@ -130,16 +130,13 @@ class Objective:
         return Losses(total=total, terms=values, measures=measures)
 
 
-Requests = Mapping[str, AttentionRequest | HiddenRequest]
-
-
 def requests_of(
     terms: Mapping[str, LossTerm], batch: TrainingBatch, groups: Groups, fits: Mapping[str, Any] | None = None
 ) -> Requests:
     """What of the student some terms need recorded of a batch that has targets for them, by name of the request."""
     requests: dict[str, AttentionRequest | HiddenRequest] = {}
     for name, term in terms.items():
-        requests |= term.requests(batch, batch.targets[name], groups=groups, fit=(fits or {}).get(name))
+        requests |= term.requests(batch, batch.targets[name], groups, (fits or {}).get(name))
 
     def order(name: str) -> tuple[bool, bool]:
         """Rows of the text, then of images, then sums, which are taken of rows that were recorded before."""

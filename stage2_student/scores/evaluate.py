@@ -27,7 +27,7 @@ from vlm_distill_cache.data.text.encoding import EncodedSample, SampleEncoder, b
 from vlm_distill_cache.data.text.generation import Generated, device_of, generate_answers, pad_token_id
 from vlm_distill_cache.stage2_student.batches.dataset import CachedDataset
 from vlm_distill_cache.stage2_student.losses.attention import answer_attention_loss, has_mass
-from vlm_distill_cache.stage2_student.losses.attention_terms import AttentionBatch, student_cells
+from vlm_distill_cache.stage2_student.losses.attention_terms import AttentionTarget, student_cells
 from vlm_distill_cache.stage2_student.losses.logits import tail_bucket_loss
 from vlm_distill_cache.stage2_student.losses.objective import record_attention, requests_of
 from vlm_distill_cache.stage2_student.losses.terms import choose_terms
@@ -328,7 +328,7 @@ def score_agreement(model: Any, cached: CachedDataset, *, batch_size: int) -> di
     return {name: np.array(found) for name, found in values.items()}
 
 
-def _compare_attention(cells: Tensor, target: AttentionBatch, rows: slice) -> dict[str, float]:
+def _compare_attention(cells: Tensor, target: AttentionTarget, rows: slice) -> dict[str, float]:
     """Mass-weighted mean over one sample's rows: the losses' sums, divided by their weights; empty if none."""
     assert target.image_mass is not None
     teacher = RowAttention(target.teacher[rows], target.image_mass[rows])

@@ -169,7 +169,7 @@ def check_signals(cache: TeacherCache, losses: LossWeights, *, phase: str, off: 
                 f"({set_words([f'{phase}.losses.temperature={cached[0]}'])}), or build a cache with this temperature "
                 f"({set_words([f'temperatures=[{losses.temperature}]'], variable='CACHE_SET')})"
             )
-        term.check_cache(held, losses, where=f"phase {phase}, {cache.path}")
+        term.check_cache(held, losses, f"phase {phase}, {cache.path}", None)
 
 
 def _temperatures(cache: TeacherCache, signal: str) -> tuple[float, ...]:

@@ -262,7 +262,7 @@ def _prepare_phases(
                 cache.plan, parts.depth, matching=losses.matching, layers=losses.attention_layers, where=where
             )
         for term in terms.values():
-            term.check_cache(cache.plan.signals, losses, where=where, match=match)
+            term.check_cache(cache.plan.signals, losses, where, match)
         source = (phase.cache, phase.data, phase.images)
         if source not in opened:
             opened[source] = open_cached_data(cache, data=phase.data, images=phase.images)

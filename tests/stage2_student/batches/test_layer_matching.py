@@ -119,6 +119,6 @@ def test_chosen_groups_keep_their_exact_mask_and_new_means_get_one_of_their_own(
         regroup_map(odd, mean, content=None, wanted_by="sample 'a'")
     plan = {"visual_map": {"codec": "visual_map", "groups": 3, "preset": "compact"}}
     check, losses = ALL_TERMS["visual_map"].check_cache, LossWeights(visual_map=1.0)
-    check(plan, losses, where="phase dft", match=chosen)
+    check(plan, losses, "phase dft", chosen)
     with pytest.raises(CacheMismatchError, match="phase dft: a mean over layers"):
-        check(plan, losses, where="phase dft", match=mean)
+        check(plan, losses, "phase dft", mean)

@@ -207,7 +207,7 @@ def test_all_rows_need_both_signals_and_single_values():
         "text_attention": {},
     }
     with pytest.raises(CacheMismatchError, match="phase dft: the loss all_attention needs the value of each pair"):
-        TERMS["all_attention"].check_cache(both, LossWeights(all_attention=1.0), where="phase dft")
+        TERMS["all_attention"].check_cache(both, LossWeights(all_attention=1.0), "phase dft", None)
     for lacking in both:
         held = {name: codec for name, codec in both.items() if name != lacking}
         cache = SimpleNamespace(plan=SimpleNamespace(signals=held), path="cache")

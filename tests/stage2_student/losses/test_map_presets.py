@@ -131,8 +131,8 @@ def test_a_loss_that_the_preset_cannot_serve_is_refused_before_training():
     check = TERMS["visual_map"].check_cache
     filtered, cosine = LossWeights(visual_map=1.0), LossWeights(visual_map=1.0, visual_map_kind="cosine")
     for preset, signals in plans.items():
-        check(signals, filtered, where="phase dft, cache")
+        check(signals, filtered, "phase dft, cache", None)
         if preset != "blocks":
-            check(signals, cosine, where="phase dft, cache")
+            check(signals, cosine, "phase dft, cache", None)
     with pytest.raises(CacheMismatchError, match=r"phase dft, cache.*visual_map_kind=sink_filtered"):
-        check(plans["blocks"], cosine, where="phase dft, cache")
+        check(plans["blocks"], cosine, "phase dft, cache", None)

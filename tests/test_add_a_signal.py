@@ -1,6 +1,6 @@
 """A new signal goes through both stages from four places: a codec, an extractor, a loss term and its weight.
 
-The toy: how strong the last hidden state of each supervised row is (root mean square), which students of any width can
+The toy: how strong a hidden state of each supervised row is (root mean square), which students of any width can
 match.
 """
 
@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vlm_distill_cache.common.attention.hidden import HiddenRequest
+from vlm_distill_cache.common.attention.hidden import HiddenRequest, student_layers
 from vlm_distill_cache.common.cache.manifest import seal, write_plan
 from vlm_distill_cache.common.cache.schema import Field
 from vlm_distill_cache.common.cache.stores import finish_shard, open_writer
@@ -92,7 +92,8 @@ class StrengthTerm(LossTerm):
     """What the student learns of it: the mean squared difference over supervised rows."""
 
     def fit(self, plan, losses, *, depth: int, width: int, where: str) -> int:
-        return depth  # the last hidden state
+        layers = (plan.signals[NAME]["layer"],)
+        return student_layers(layers, teacher_depth=plan.teacher["layers"], student_depth=depth)[0]
 
     def target(self, sides: Sides) -> Tensor:
         return torch.as_tensor(sides.decode(self.reads[0]))
@@ -131,7 +132,7 @@ def toy(monkeypatch):
 @pytest.fixture
 def cache(toy, tmp_path, build_cache):
     """A cache of logits, hidden states and the toy."""
-    hidden = {"hidden_layers": (-1,), "hidden_dtype": "f4", "fidelity_samples": 0}
+    hidden = {"hidden_layers": (2,), "hidden_dtype": "f4", "fidelity_samples": 0}
     if BOTH_STAGES:
         build_cache(tmp_path / "cache", signals=("logits", "hidden", NAME), **hidden)
         return open_cache(tmp_path / "cache")
@@ -140,7 +141,7 @@ def cache(toy, tmp_path, build_cache):
 
 
 def add_by_hand(built, target):
-    codec = StrengthCodec(layer=4)
+    codec = StrengthCodec(layer=2)
     plan = replace(
         built.plan,
         signals={**built.plan.signals, NAME: codec.to_dict()},

@@ -49,11 +49,6 @@ class Join:
 def join_cache(cache: TeacherCache, dataset: Dataset, *, limit: int | None = None) -> Join:
     """Find the cache's samples in a data set; of a merged cache, those that come from this data set.
 
-    Args:
-        cache: The teacher's signals.
-        dataset: Images and text.
-        limit: Use only the first so many samples.
-
     Raises:
         CacheMismatchError: If the data set lacks samples that the cache holds; if it lacks all, for a merged
             cache.
@@ -152,7 +147,6 @@ class CachedDataset:
     """Samples of a data set that a cache holds, in the cache's order.
 
     Attributes:
-        sample_ids: The samples trained on, shard by shard.
         shards: Positions in ``sample_ids`` of each shard, int64 ``[n_i]``.
         failed: How many samples stage one left out, with a reason each in the cache.
         entries_read: Cached logit entries decoded so far.
@@ -177,20 +171,13 @@ class CachedDataset:
         """Join; no sample is read yet.
 
         Args:
-            dataset: Images and text.
-            encoder: The student's.
-            cache: The teacher's signals.
             terms: Losses by name, whose signals are read; none for supervised fine-tuning, which then reads no record.
-            pad_token_id: Fills shorter sequences.
             limit: Use only the cache's first so many samples; of a merged cache, the first that are in the data.
             memory: Keeps encoded and decoded samples; joins of the same data and cache may share one.
             shuffle_teacher_images: Attention signals come from another sample (control experiment).
             match: How the cached layer groups become those that a student is aligned with; None: they stay.
             compare_labels: Whether the student's tokens must be the teacher's; not for signals of the picture alone.
             vocabulary: Output rows of the student; cached token ids beyond them are counted. None: not counted.
-
-        Raises:
-            CacheMismatchError: As `join.join_cache`, if the data set lacks samples that the cache holds.
         """
         self._dataset, self._encoder, self._cache = dataset, encoder, cache
         self._terms, self._match = dict(terms), match
@@ -218,9 +205,6 @@ class CachedDataset:
 
     def load(self, position: int) -> TrainingSample:
         """Encode and decode one sample.
-
-        Args:
-            position: In ``sample_ids``.
 
         Raises:
             CacheMismatchError: If labels or picture are not the ones the teacher saw.
@@ -286,10 +270,6 @@ class CachedDataset:
 def answered_sample(cache: TeacherCache, sample: Sample) -> Sample:
     """A sample with the answers that the teacher of a cache wrote, if it wrote any.
 
-    Args:
-        cache: Holds the sample.
-        sample: As the data set has it.
-
     Raises:
         CacheFormatError: If the cached answers cannot be read.
         SampleError: If their number is another than the sample's turns'.
@@ -306,13 +286,7 @@ def check_join(record: Record, encoded: EncodedSample, *, where: str, compare_la
     """Refuse a record that was made from other words or another picture.
 
     Args:
-        record: From the cache.
-        encoded: The same sample as the student reads it.
-        where: Sample and cache, for the error.
         compare_labels: Whether both have the same tokens; the picture is compared in any case.
-
-    Raises:
-        CacheMismatchError: Naming the sample, both values and the remedy.
     """
     labels = encoded.labels[encoded.supervised_rows]
     cached = np.asarray(record["labels"]).astype(np.int64)

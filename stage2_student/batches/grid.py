@@ -52,10 +52,6 @@ def meet(teacher: tuple[Tile, ...], student: tuple[Tile, ...]) -> CommonGrid:
     nothing says how another model's attention should be divided between the two views. Equal layouts still meet
     token by token; others on a grid over the picture, as fine as the side with fewer tokens, at most 12 x 12.
 
-    Args:
-        teacher: Tiles of the teacher's tokens, or of a cached grid.
-        student: Tiles of the student's tokens.
-
     Returns:
         The pooling of both sides; that of the side chosen is the identity on tokens that carry image.
     """
@@ -101,13 +97,6 @@ def meet_cells(grid: tuple[int, int], student: tuple[Tile, ...]) -> CommonGrid:
 
     The teacher's tokens were pooled to the grid; the student's go through it too. Where the grid cuts tokens
     (padded and cropped pictures), a student that looks like its teacher then still matches it.
-
-    Args:
-        grid: Rows and columns.
-        student: Tiles of the student's tokens.
-
-    Returns:
-        The pooling of both sides.
     """
     cells = (grid_tile(*grid),)
     common = meet(cells, student)

@@ -28,11 +28,7 @@ def match_groups(
     """The student layers that meet what of a cache's layer groups.
 
     Args:
-        plan: The cache's.
-        depth: The student's number of layers.
-        matching: See `common.attention.layers.match_layers`.
         layers: Which part of the depth; None: the cache's own choice.
-        where: Which cache, for the error.
 
     Raises:
         ConfigError: If the student has fewer layers than the choice needs.
@@ -52,16 +48,7 @@ def match_groups(
 
 
 def regroup(values: Tensor, match: GroupMatch | None, *, axis: int) -> Tensor:
-    """Weighted sums over an axis of cached groups.
-
-    Args:
-        values: float32, H entries along ``axis``.
-        match: None: the groups stay as they are.
-        axis: Of the groups.
-
-    Returns:
-        float32, G entries along ``axis``.
-    """
+    """Weighted sums over an axis of H cached groups, float32: G entries along it; without a match they stay."""
     if match is None or match.is_identity:
         return values
     weights = torch.tensor(match.weights)  # [G, H]
@@ -80,10 +67,7 @@ def regroup_map(maps: TeacherMap, match: GroupMatch | None, *, content: Tensor |
     Groups that the cache holds keep their exact sink mask; new means get a mask of their values.
 
     Args:
-        maps: As decoded.
-        match: None: the groups stay as they are.
         content: Tokens that carry image, bool ``[N]``; None: all do.
-        wanted_by: Sample and cache, for the error.
 
     Raises:
         CacheMismatchError: If new means are wanted of a map that holds no single values.

@@ -52,11 +52,7 @@ def has_tower(cache_dir: Path, kind: str) -> bool:
 
 
 def load_frozen_parts(student: VisionLanguageModel, cache_dir: Path, *, needs_tower: bool) -> None:
-    """Copy the cache's vision tower and, for TAF, its teacher's projector into a student, strictly.
-
-    Raises:
-        CacheFormatError: If a needed file is missing or does not hold exactly the expected tensors.
-    """
+    """Copy the cache's vision tower and, for TAF, its teacher's projector into a student, strictly."""
     if needs_tower:
         path = cache_dir / "vision_tower.safetensors"
         tensors = {key.removeprefix("vision_model."): value for key, value in _read_tensors(path).items()}
@@ -67,12 +63,7 @@ def load_frozen_parts(student: VisionLanguageModel, cache_dir: Path, *, needs_to
 
 
 def teacher_width(cache_dir: Path) -> int:
-    """Width of the teacher's language model: its projector's output, or what the plan says.
-
-    Raises:
-        CacheFormatError: If the cache holds neither.
-        ConfigError: If the plan does not say it.
-    """
+    """Width of the teacher's language model: its projector's output, or what the plan says."""
     if (cache_dir / "projector.json").exists() or not (cache_dir / "plan.json").exists():
         return int(read_cache_json(cache_dir, "projector.json")["out"])
     width = read_json(cache_dir / "plan.json").get("teacher", {}).get("hidden_size")
@@ -82,12 +73,7 @@ def teacher_width(cache_dir: Path) -> int:
 
 
 def refuse_other_tower(cache_dir: Path, kind: str) -> None:
-    """Say why the teacher's projector cannot be used.
-
-    Raises:
-        CacheFormatError: There is no tower in the cache.
-        ModelError: There is one of another kind.
-    """
+    """Say why the teacher's projector cannot be used."""
     found = read_cache_json(cache_dir, "vision_tower.json").get("model_type")
     raise ModelError(
         f"projector 'taf' needs the teacher's own vision tower, a {found}; this student looks through a {kind}. Use "
@@ -97,11 +83,7 @@ def refuse_other_tower(cache_dir: Path, kind: str) -> None:
 
 
 def refuse_without_projector(cache_dir: Path) -> None:
-    """Say why a cache holds no projector, where its plan knows.
-
-    Raises:
-        ModelError: If the teacher has none that can be handed on.
-    """
+    """Say why a cache holds no projector, where its plan knows."""
     plan = cache_dir / "plan.json"
     if (cache_dir / "projector.json").exists() or not plan.exists():
         return
@@ -116,12 +98,7 @@ def refuse_without_projector(cache_dir: Path) -> None:
 def teacher_projector(cache_dir: Path, vision: TowerConfig) -> tuple[dict[str, Any], int, str]:
     """What rebuilds the teacher's projector, which hidden state of the tower it reads, and which tokens of it.
 
-    Args:
-        cache_dir: The cache.
-        vision: The student's tower.
-
     Raises:
-        CacheFormatError: If the cache holds no projector.
         ModelError: If it reads several layers, or tokens that this tower does not give.
     """
     stored = read_cache_json(cache_dir, "projector.json")
@@ -140,11 +117,7 @@ def teacher_projector(cache_dir: Path, vision: TowerConfig) -> tuple[dict[str, A
 
 
 def read_cache_json(cache_dir: Path, name: str) -> dict[str, Any]:
-    """Read one of the cache's small JSON files, or say what it is needed for.
-
-    Raises:
-        CacheFormatError: If it is not there, or damaged.
-    """
+    """Read one of the cache's small JSON files, or say what it is needed for."""
     path = cache_dir / name
     if not path.exists():
         raise CacheFormatError(
@@ -218,17 +191,11 @@ def build_student(
     Args:
         name: One of `STUDENTS`, or a directory: one of ours, or a published MobileVLM or CompoDistill.
         cache_dir: The cache: ``vision_tower.safetensors`` + ``.json``, ``projector.safetensors`` + ``.json``.
-        vocab_size: Number of token ids the student's tokenizer can give; it has at least as many rows.
-        image_token_id: Id of one visual token in ``input_ids``; None: a directory's own.
-        bos_token_id: Of the tokenizer, for generation.
-        eos_token_id: Of the tokenizer, for generation.
-        pad_token_id: Of the tokenizer, for generation.
         size: ``auto`` (by the teacher's width), or one of the student's; a directory has its own.
         projector_type: One of ``PROJECTOR_TYPES``; None is the preset's, or the directory's own.
         pool_teacher_tokens: For ``taf``: 2x2 pooling before the post-projector.
         vision_tower: Directory of a CLIP (``compodistill``: SigLIP) tower; None: the cache's.
         language_model: Directory of a Llama such as MobileLLaMA (``compodistill``: Qwen2); None: random weights.
-        seed: Of the random weights.
 
     Returns:
         The student in float32 on the CPU, all but the vision tower and a teacher's projector trainable.
@@ -316,7 +283,6 @@ def build_config(
     """Join a preset with the parts at hand: a directory's tower, else the cache's if it is of the preset's kind.
 
     Raises:
-        CacheFormatError: If the cache lacks a part that this student needs.
         ModelError: If TAF is asked for and the teacher's projector reads other features than this tower gives.
     """
     kind = preset["vision_tower"]["model_type"]
@@ -378,11 +344,7 @@ def load_student(directory: Path, *, vision_tower: Path | None = None) -> Vision
     """Load a student of ours or a published MobileVLM or CompoDistill, in float32, with exactly its weights.
 
     Args:
-        directory: What ``save_pretrained`` wrote, or a published layout.
         vision_tower: Directory of the tower, for a published checkpoint that does not hold it.
-
-    Raises:
-        ModelError: If the directory holds no such model, or not exactly its weights.
     """
     return load_published(directory, dtype=torch.float32, vision_tower=vision_tower)
 
@@ -393,12 +355,7 @@ def own_image_encoder(
     """The image encoder of a student of ours whose tower does not read the cache's pixels; None: it does.
 
     Args:
-        student: As `build_student` made or loaded it, without an image processor beside its weights.
-        geometry: Of the cache's plan.
         vision_tower: Directory of the tower, if it was given; an image processor in it is the one to use.
-
-    Raises:
-        CacheFormatError: If the plan does not say how the teacher's pictures were made.
     """
     processor = default_image_processor(student.config)
     if vision_tower is not None and (vision_tower / "preprocessor_config.json").is_file():

@@ -32,20 +32,10 @@ class SupervisedOutput:
 
 
 class LibraryStudent(nn.Module):
-    """One model of the library as a student.
-
-    Attributes:
-        model: The library's.
-        family: Where its parts are.
-    """
+    """One model of the library as a student."""
 
     def __init__(self, model: Any, family: Family) -> None:
-        """Wrap a model.
-
-        Args:
-            model: As ``open_family_model`` gives it; float32 to be trained.
-            family: Its entry in the table.
-        """
+        """Wrap a model."""
         super().__init__()
         self.model = model
         self.family = family
@@ -62,11 +52,7 @@ class LibraryStudent(nn.Module):
 
     @property
     def language_model(self) -> Any:
-        """The decoder whose attention is captured.
-
-        Raises:
-            ModelError: If the family is not listed, so that nobody knows where it is.
-        """
+        """The decoder whose attention is captured."""
         if not self.family.is_listed:
             raise ModelError(
                 f"student of model_type {self.model.config.model_type!r}: its language model's place is not known "
@@ -104,7 +90,6 @@ class LibraryStudent(nn.Module):
         Args:
             supervised: Bool ``[B, T]``; None: all rows.
             on_rows: With ``supervised``: called with the rows' hidden states and the output projection in its place.
-            **inputs: From `model_inputs`.
 
         Returns:
             ``logits``: float ``[A, V]`` in batch-row order with ``supervised``, else the library's output.
@@ -125,9 +110,6 @@ class LibraryStudent(nn.Module):
         The projector side is all that is neither vision tower nor language model (LLaVA-NeXT's newline
         embedding, for one); a projector inside the tower (Qwen-VL's merger) belongs to it. One of our own models
         decides itself.
-
-        Args:
-            phase: ``dpt`` trains the projector side, ``dft`` and ``sft`` the language model too.
 
         Raises:
             ModelError: If the phase is unknown, or the family is not listed and only its projector is wanted.
@@ -178,10 +160,7 @@ class OpenedStudent:
     """What lies in a student's folder.
 
     Attributes:
-        model: float32, on the CPU.
-        tokenizer: Its tokenizer.
         image_processor: Its image processor; of a family that is not listed, its whole processor.
-        image_encoder: Pixels and boxes.
     """
 
     model: LibraryStudent
@@ -192,12 +171,6 @@ class OpenedStudent:
 
 def open_library_student(folder: Path) -> OpenedStudent:
     """Open a checkpoint directory of any family as a student, in float32.
-
-    Args:
-        folder: Model, tokenizer and image processor files, as the library's ``save_pretrained`` writes them.
-
-    Returns:
-        The student and what it reads with.
 
     Raises:
         ModelError: If the folder is no complete checkpoint.

@@ -35,10 +35,6 @@ class StudentParts:
 
     Attributes:
         model: On the CPU, float32.
-        tokenizer: Its own, or the cache's.
-        image_processor: Likewise.
-        image_encoder: Pixels and boxes of its visual tokens.
-        image_token_id: Id of one visual token in its sequences.
         template: Its own prompt template, where the cache's is of another tokenizer; None: the cache's fits any.
         where: Whose tokenizer and pictures these are, for errors.
     """
@@ -75,13 +71,7 @@ def open_parts(config: TrainConfig, cache: TeacherCache) -> StudentParts:
     """Make or open the student that a run names.
 
     Args:
-        config: The run.
         cache: Its first; gives tokenizer, image processor, vision tower and projector where the student has none.
-
-    Raises:
-        ConfigError: If there is no such student.
-        ModelError: If a directory's weights are incomplete or do not fit the options.
-        CacheFormatError: If the cache lacks a part that this student needs.
     """
     name, size = split_student_name(config.student)
     given = student_folder(config.student, config.student_weights)
@@ -154,9 +144,6 @@ def _cached_image_token(plan: Plan, tokenizer: Any) -> int:
     """The token that a cache's prompt template writes for a picture, once; of most families the image token itself.
 
     Gemma 3's template writes ``<start_of_image>``, which its own processor opens out to tags and image tokens.
-
-    Raises:
-        CacheFormatError: If the plan names neither.
     """
     marker = plan.geometry.get("marker")
     if marker:

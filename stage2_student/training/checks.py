@@ -44,17 +44,7 @@ def same_tokenizer(cache: TeacherCache, tokenizer: Any) -> bool:
 
 
 def check_tokenizer(cache: TeacherCache, tokenizer: Any, terms: Mapping[str, LossTerm], *, where: str) -> None:
-    """Refuse to distil what belongs to tokens across tokenizers: their ids mean different words.
-
-    Args:
-        cache: The teacher's signals.
-        tokenizer: The one the student reads and writes with.
-        terms: The losses; those of the picture alone need no common tokenizer.
-        where: Whose tokenizer it is, for the error.
-
-    Raises:
-        CacheMismatchError: Naming both fingerprints, and the losses that would work.
-    """
+    """Refuse to distil what belongs to tokens across tokenizers: their ids mean different words."""
     wanted = of_tokens(terms)
     expected, found = cache.plan.fingerprints.get("tokenizer"), tokenizer_fingerprint(tokenizer)
     if wanted and expected != found:
@@ -74,11 +64,7 @@ def check_tokenizer(cache: TeacherCache, tokenizer: Any, terms: Mapping[str, Los
 
 
 def check_template(cache: TeacherCache, template: PromptTemplate, terms: Mapping[str, LossTerm]) -> None:
-    """Refuse another prompt than the teacher saw, where a loss compares token with token.
-
-    Raises:
-        CacheMismatchError: Naming both templates.
-    """
+    """Refuse another prompt than the teacher saw, where a loss compares token with token."""
     cached = PromptTemplate.from_dict(cache.plan.template)
     if of_tokens(terms) and template != cached:
         raise CacheMismatchError(
@@ -92,9 +78,6 @@ def check_data(cache: TeacherCache, dataset: Dataset) -> None:
     """Refuse other data than the cache was built from; of a merged cache, than one of those it came from.
 
     A cache that was derived from another one keeps that one's fingerprint: it fits the same data.
-
-    Raises:
-        CacheMismatchError: Naming both fingerprints, and how many sample ids are missing.
     """
     expected, found = cache.plan.fingerprints.get("data"), dataset.fingerprint()
     merged = merged_fingerprints(cache)
@@ -117,12 +100,7 @@ def check_data(cache: TeacherCache, dataset: Dataset) -> None:
 def check_losses(config: TrainConfig, caches: Mapping[str, TeacherCache]) -> None:
     """Refuse a run one of whose losses its cache cannot serve; needs no student, so it comes before any training.
 
-    Args:
-        config: The run.
-        caches: By the path that the phases name.
-
     Raises:
-        CacheMismatchError: With the remedy for all phases at once.
         CacheFormatError: If a plan does not describe the codec of a loss's logits.
     """
     phases = [(name, config.phase(name).losses, caches[str(config.phase(name).cache)]) for name in config.phases]
@@ -140,14 +118,7 @@ def check_signals(cache: TeacherCache, losses: LossWeights, *, phase: str, off: 
     """Refuse losses whose signals, or whose temperature, are not in the cache, or not as they need them.
 
     Args:
-        cache: The teacher's signals.
-        losses: The phase's.
-        phase: For the error.
         off: The settings that switch off all of the run's losses that cannot be served; empty: this one's.
-
-    Raises:
-        CacheMismatchError: Naming what is cached.
-        CacheFormatError: If the plan does not describe the codec of a loss's logits.
     """
     held = cache.plan.signals
     terms = choose_terms(losses.distilled)
@@ -187,15 +158,7 @@ def _temperatures(cache: TeacherCache, signal: str) -> tuple[float, ...]:
 
 
 def check_vision_tower(cache: TeacherCache, tower: nn.Module) -> None:
-    """Refuse the teacher's projector (TAF) behind another vision tower than it was trained on.
-
-    Args:
-        cache: Whose projector is used.
-        tower: The student's vision tower.
-
-    Raises:
-        CacheMismatchError: Naming both fingerprints.
-    """
+    """Refuse the teacher's projector (TAF) behind another vision tower than it was trained on."""
     expected, found = cache.plan.fingerprints.get("vision_tower"), module_fingerprint(tower)
     if expected != found:
         raise CacheMismatchError(
@@ -214,13 +177,7 @@ def check_geometry(
     Boxes make any two geometries meet, whatever the processors; without boxes there is nothing to meet on.
 
     Args:
-        cache: The teacher's signals.
         geometry: The student's, as ``to_dict`` of its image encoder says it.
-        terms: The losses.
-        where: Whose geometry it is, for the error.
-
-    Raises:
-        CacheMismatchError: Naming the side without boxes, and the remedy.
     """
     of_places = [name for name, term in terms.items() if term.needs_boxes]
     for side, described in ((where, geometry), (f"the teacher of {cache.path}", cache.plan.geometry)):
@@ -240,13 +197,7 @@ def check_visual_rows(cache: TeacherCache, visual_rows: str, terms: Mapping[str,
     them, which is said in the log.
 
     Args:
-        cache: The teacher's signals; only causal teachers have maps.
         visual_rows: ``causal``, ``image`` or ``prefix``: what a visual token of the student sees.
-        terms: The losses.
-        where: Whose tokens they are, for the error.
-
-    Raises:
-        CacheMismatchError: With the remedy.
     """
     sees = {"causal": "what precedes them", "image": "the whole image", "prefix": "the whole prompt"}
     causal = [name for name, term in terms.items() if term.visual_rows == "causal"]
@@ -272,15 +223,6 @@ def check_labels_fit(cache: TeacherCache, rows: int, tokenizer: Any, *, where: s
     """Refuse a student with fewer output rows than its tokenizer has words.
 
     Rows may be more (padding to a round number), and the teacher's may be more than the student's.
-
-    Args:
-        cache: For the error.
-        rows: Of the student's output projection.
-        tokenizer: The student's.
-        where: Whose it is, for the error.
-
-    Raises:
-        CacheMismatchError: Naming both numbers.
     """
     if tokenizer.vocab_size > rows:
         raise CacheMismatchError(
@@ -291,16 +233,7 @@ def check_labels_fit(cache: TeacherCache, rows: int, tokenizer: Any, *, where: s
 
 
 def probe_inputs(model: Any, dataset: CachedDataset, *, where: str) -> None:
-    """Make the student's arguments of one small batch: what its family cannot take is refused before training.
-
-    Args:
-        model: The student.
-        dataset: The join of data and cache.
-        where: Whose inputs they are, for the error.
-
-    Raises:
-        ModelError: As the family says, e.g. of packed conversations that see each other.
-    """
+    """Make the student's arguments of one small batch: what its family cannot take is refused before training."""
     try:
         model_inputs_of(model, dataset.batch(range(min(2, len(dataset)))).inputs)
     except ModelError as error:
@@ -308,16 +241,7 @@ def probe_inputs(model: Any, dataset: CachedDataset, *, where: str) -> None:
 
 
 def probe_samples(dataset: CachedDataset, *, count: int = PROBED_SAMPLES) -> None:
-    """Load a few samples spread over the data: labels and pictures must be the ones the teacher saw.
-
-    Args:
-        dataset: The join of data and cache.
-        count: Samples to load.
-
-    Raises:
-        CacheMismatchError: As ``cached_dataset.check_join``, or if a sample the teacher read cannot be read
-            now.
-    """
+    """Load a few samples spread over the data: labels and pictures must be the ones the teacher saw."""
     step = max(1, len(dataset) // count)
     for position in range(0, len(dataset), step):
         try:

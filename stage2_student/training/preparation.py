@@ -60,12 +60,6 @@ class PreparedPhase:
     """One phase, ready to run.
 
     Attributes:
-        name: dpt, dft or sft.
-        config: Its configuration.
-        steps: Optimizer steps.
-        dataset: Data joined with its cache.
-        shuffle: The order of samples.
-        objective: The losses.
         expect: Told which shards are read soon; None for a cache that is here.
     """
 
@@ -83,12 +77,6 @@ class Preparation:
     """A run, ready to start.
 
     Attributes:
-        student: On the CPU, float32.
-        tokenizer: The student's own, or the cache's.
-        image_processor: Likewise.
-        encoder: From samples to the student's sequences.
-        encoder_description: JSON that rebuilds it.
-        phases: In order.
         fingerprint: What the run is: its configuration (without folders and speed settings) and its caches.
         cache_hashes: Manifest hash of each cache, by path.
     """
@@ -107,9 +95,7 @@ def open_cached_data(cache: TeacherCache, *, data: str | None, images: str | Non
     """Open the data a cache was built from; `check_data` makes sure that it is that.
 
     Args:
-        cache: Names split and limit.
         data: As in ``data.registry``; None: the built-in data set that the cache names.
-        images: Folder that relative image paths start from.
 
     Raises:
         ConfigError: If no data is given and the cache's is none of the built-in ones.
@@ -134,12 +120,6 @@ def open_cached_data(cache: TeacherCache, *, data: str | None, images: str | Non
 
 def prepare(config: TrainConfig) -> Preparation:
     """Open caches and data, build the student, and refuse what does not fit.
-
-    Args:
-        config: The run.
-
-    Returns:
-        What the loop needs.
 
     Raises:
         CacheMismatchError: If a cache does not fit the data, the tokenizer or the student.
@@ -198,11 +178,6 @@ def failure_notes(caches: Mapping[str, TeacherCache]) -> list[str]:
 
 def choose_template(config: TrainConfig, parts: StudentParts, cache: TeacherCache) -> PromptTemplate:
     """The prompt a student reads a cache's samples in.
-
-    Args:
-        config: May name one.
-        parts: The student's tokenizer, and its own template.
-        cache: Whose template fits its tokenizer, and so its labels.
 
     Raises:
         ConfigError: If the student has another tokenizer than the cache and no template of its own.

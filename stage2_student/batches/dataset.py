@@ -292,16 +292,13 @@ def check_join(record: Record, encoded: EncodedSample, *, where: str, compare_la
     cached = np.asarray(record["labels"]).astype(np.int64)
     if compare_labels and not np.array_equal(labels, cached):
         raise CacheMismatchError(
-            f"{where}: the cached labels are {_short(cached)}, the data now gives {_short(labels)}: text, "
-            "template or "
-            "tokenizer changed since the cache was built. Train with the data of the cache, or build the "
-            "cache again"
+            f"{where}: the cached labels are {_short(cached)}, the data now gives {_short(labels)}: text, template or "
+            "tokenizer changed since the cache was built. Train with the data of the cache, or build the cache again"
         )
     now, then = bytes(encoded.image_hash), np.asarray(record["image_hash"]).astype(np.uint8).tobytes()
     if now != then:
         raise CacheMismatchError(
-            f"{where}: the picture's hash was {then.hex()} when the teacher saw it and is {now.hex()} now: "
-            "the image "
+            f"{where}: the picture's hash was {then.hex()} when the teacher saw it and is {now.hex()} now: the image "
             "file changed, or another one has its name. Restore it, or build the cache again"
         )
 

@@ -36,10 +36,8 @@ class Sides:
     Attributes:
         record: The sample's, or another's in the control experiment.
         own: The sample's.
-        codecs: Codec of each wanted signal.
         student_tiles: The student's visual tokens; empty without an image.
         match: How the cached layer groups become those of the losses; None: they stay.
-        where: Sample and cache, for errors.
     """
 
     record: Record
@@ -78,8 +76,6 @@ class Seen:
     """What one forward pass of a student over a batch showed, and which losses are asked for.
 
     Attributes:
-        batch: The micro-batch.
-        losses: Weights and kinds.
         attention: By name of the request, float32 ``[B, G, R, M]``.
         hidden: By name of the request, float ``[B, R, S, D]``.
         rows: Whose logits were asked for, bool ``[B, T]``.
@@ -135,23 +131,11 @@ class LossTerm:
 
         Args:
             signals: The codec dictionaries of its plan, those that the term reads among them.
-            losses: Kinds of losses.
-            where: Phase and cache, for the error.
             match: How layers meet; None: not yet known.
-
-        Raises:
-            CacheMismatchError: With the remedy.
         """
 
     def fit(self, plan: Plan, losses: LossWeights, *, depth: int, width: int, where: str) -> Any:
         """What the loss must know of its cache and its student, once a phase; the methods below get it back.
-
-        Args:
-            plan: The cache's.
-            losses: Kinds of losses.
-            depth: Layers of the student.
-            width: Of its language model.
-            where: Phase and cache, for errors.
 
         Raises:
             CacheMismatchError: If the student cannot be compared with the cache.
@@ -198,13 +182,7 @@ def decode_signals(
     """The teacher's side of each term for one sample and one student, as `TrainingSample` holds it.
 
     Args:
-        record: The sample's record.
-        codecs: Codec of each signal that the terms read.
-        terms: By name.
-        student_tiles: The student's visual tokens; empty without an image.
-        where: Sample and cache, for errors.
         foreign: Take attention from this record (the control experiment).
-        match: How the cached layer groups become those of the losses; None: they stay.
 
     Raises:
         CacheMismatchError: If tiles and signals of the record differ in their number of visual tokens, or the two
@@ -219,16 +197,7 @@ def decode_signals(
 def collate_samples(
     samples: Sequence[TrainingSample], terms: Mapping[str, LossTerm], *, pad_token_id: int
 ) -> TrainingBatch:
-    """Pad samples to one batch and join the teacher's sides in the same order.
-
-    Args:
-        samples: At least one.
-        terms: Those that the samples were decoded for.
-        pad_token_id: Fills shorter sequences.
-
-    Returns:
-        The micro-batch, on the CPU.
-    """
+    """Pad samples to one batch and join the teacher's sides of `terms`, for which they were decoded, in the same order."""
     inputs = collate([sample.encoded for sample in samples], pad_token_id)
     labels = inputs.labels[inputs.labels != IGNORE_INDEX]
     held = {name: [place for place, sample in enumerate(samples) if name in sample.targets] for name in terms}

@@ -381,11 +381,7 @@ def student_cells(attention: Tensor, target: AttentionTarget, rows: Tensor) -> T
 
     Args:
         attention: float32 ``[I, G, R, M]``, absolute mass.
-        target: The teacher's side.
         rows: Row positions of these samples, int64 ``[I, R]``, padding -1.
-
-    Returns:
-        float32 ``[A', G, C]``.
     """
     pooled = attention @ target.student_pool[:, None]  # [I, G, R, C]
     by_row = pooled.transpose(1, 2)  # [I, R, G, C]

@@ -55,7 +55,7 @@ class LogitTerm(LossTerm):
         return len(target)
 
     def value(self, seen: Seen, target: SparseLogits, fit: Any) -> Value:
-        """What `rows.run_student` found."""
+        """What `objective.run_student` found."""
         assert seen.divergence is not None
         return seen.divergence, {}
 
@@ -149,8 +149,7 @@ class HiddenTerm(RowsTerm):
             raise CacheMismatchError(
                 f"{where}: {signal} holds hidden states of width {codec.width}, the student has width {width}: "
                 f"hidden_kind={losses.hidden_kind} needs equal widths. Set PHASE.losses.hidden_kind=relation "
-                "(PHASE: dpt, dft or sft), or use a student of the "
-                "teacher's width (a pruned one keeps it)"
+                "(PHASE: dpt, dft or sft), or use a student of the teacher's width (a pruned one keeps it)"
             )
         return student_layers(codec.layers, teacher_depth=int(plan.teacher["layers"]), student_depth=depth)
 

@@ -30,9 +30,6 @@ def hidden_loss(
     Returns:
         Scalar float32, dimensionless, mean over rows and layers; 0, with a graph, without rows.
 
-    Raises:
-        ValueError: If the shapes do not fit each other or there is no such kind.
-
     Source:
         ``relative_mse``: the normalised hidden-state loss of structured-pruning recovery; ``relation``: after the
         relational distillation of LLaVA-KD (arXiv 2410.16236), row by row instead of the whole matrix.

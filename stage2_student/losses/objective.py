@@ -4,11 +4,14 @@ A term is a mean over its own unit (rows, rows that look at an image, or images)
 **share** of that mean, so that a step is the same function of its samples however they are split over micro-batches
 and processes.
 
-Dims: B batch, T sequence.
+Where the output projection is a plain linear layer the pass never holds the supervised rows' logits: they become losses
+and gradients chunk by chunk (``fused``), inside the pass. Otherwise, or where visual tokens need logits too, it does.
+
+Dims: B batch, T sequence, V vocabulary.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,11 +22,14 @@ from vlm_distill_cache.common.attention.capture import AttentionCapture, Attenti
 from vlm_distill_cache.common.attention.hidden import HiddenCapture, HiddenRequest
 from vlm_distill_cache.common.attention.layers import Groups
 from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
+from vlm_distill_cache.common.codecs.logits import SparseLogits
 from vlm_distill_cache.stage2_student.batches.batch import TrainingBatch
 from vlm_distill_cache.stage2_student.batches.signals import LossTerm, Requests, Seen
 from vlm_distill_cache.stage2_student.loss_weights import LossWeights
-from vlm_distill_cache.stage2_student.losses.rows import run_student
+from vlm_distill_cache.stage2_student.losses.fused import FusedLosses, fused_losses
+from vlm_distill_cache.stage2_student.losses.logits import lm_loss, tail_bucket_loss
 from vlm_distill_cache.stage2_student.losses.terms import TERMS, choose_terms
+from vlm_distill_cache.stage2_student.students.model import model_inputs_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,17 +81,7 @@ class Objective:
     def __call__(
         self, model: nn.Module, capture: AttentionCapture | None, batch: TrainingBatch, shares: Shares
     ) -> Losses:
-        """Run the student over a micro-batch.
-
-        Args:
-            model: The student, wrapped or not.
-            capture: Of the student's language model; None without attention losses.
-            batch: On the model's device.
-            shares: The micro-batch's part of its step.
-
-        Returns:
-            The terms, with a graph.
-        """
+        """Run the student, wrapped or not, over a micro-batch on its device; `capture`: None without attention losses."""
         weights, fits = self.losses.active(), self.fits
         terms = choose_terms(weights)
         present = {name: term for name, term in terms.items() if name in batch.targets}
@@ -94,21 +90,10 @@ class Objective:
         supervised = batch.inputs.labels != IGNORE_INDEX
         rows = supervised | batch.inputs.visual_mask if whole else supervised  # [B, T]
         in_pass = next((name for name, term in present.items() if term.in_pass), None)
-        with (
-            record_attention(capture, requests) as maps,
-            record_hidden(model, requests) as states,
-        ):
-            said = run_student(
-                model,
-                batch,
-                rows,
-                None if in_pass is None else batch.targets[in_pass],
-                weights=(weights.get("lm", 0.0), 0.0 if in_pass is None else weights[in_pass]),
-                kind=self.losses.logit_kind,
-                temperature=self.losses.temperature,
-                whole=whole,
-            )
-        seen = Seen(batch, self.losses, maps, states, rows, said.row_logits, said.divergence)
+        with record(model, capture, requests) as (maps, states):
+            teacher, weight = (None, 0.0) if in_pass is None else (batch.targets[in_pass], weights[in_pass])
+            said = run_student(model, batch, rows, teacher, self.losses, weight=weight, whole=whole)
+        seen = Seen(batch, self.losses, maps, states, rows, said.row_logits, said.logits)
         # A micro-batch without images: the log keeps its columns.
         nothing = torch.zeros_like(said.lm)
         values = {"lm": said.lm * shares.rows, **dict.fromkeys(terms, nothing)}
@@ -147,23 +132,66 @@ def requests_of(
     return {name: requests[name] for name in sorted(requests, key=order)}
 
 
-def record_attention(
-    capture: AttentionCapture | None, requests: Requests
-) -> AbstractContextManager[Mapping[str, Tensor]]:
-    """Record attention while the student runs, if there is anything to record."""
-    wanted = {name: request for name, request in requests.items() if isinstance(request, AttentionRequest)}
-    return nullcontext({}) if capture is None or not wanted else capture.record(wanted)
-
-
 @contextmanager
-def record_hidden(model: nn.Module, requests: Requests) -> Iterator[Mapping[str, Tensor]]:
-    """Record hidden states of the student, wrapped or not, while it runs, if there is anything to record."""
-    wanted = {name: request for name, request in requests.items() if isinstance(request, HiddenRequest)}
-    if not wanted:
-        yield {}
-        return
-    with HiddenCapture(getattr(model, "module", model).language_model).record(wanted) as states:
-        yield states
+def record(
+    model: Any, capture: AttentionCapture | None, requests: Requests
+) -> Iterator[tuple[Mapping[str, Tensor], Mapping[str, Tensor]]]:
+    """Record attention and hidden states of the student, wrapped or not, while it runs; only what is asked for."""
+    looks = {name: request for name, request in requests.items() if isinstance(request, AttentionRequest)}
+    states = {name: request for name, request in requests.items() if isinstance(request, HiddenRequest)}
+    with ExitStack() as recording:
+        maps = recording.enter_context(capture.record(looks)) if capture is not None and looks else {}
+        hidden = HiddenCapture(getattr(model, "module", model).language_model) if states else None
+        yield maps, {} if hidden is None else recording.enter_context(hidden.record(states))
+
+
+def run_student(
+    model: nn.Module,
+    batch: TrainingBatch,
+    rows: Tensor,
+    teacher: SparseLogits | None,
+    losses: LossWeights,
+    *,
+    weight: float,
+    whole: bool,
+) -> FusedLosses:
+    """Run the student and compute the losses on supervised rows.
+
+    Args:
+        rows: Whose logits are needed, bool ``[B, T]``; supervised ones are among them.
+        teacher: The teacher's logits of the supervised rows; None: cross-entropy alone.
+        weight: Of the divergence from them.
+        whole: Whether the rows' logits themselves are needed.
+    """
+    kind, temperature = losses.logit_kind, losses.temperature
+    settings = None if whole else getattr(getattr(model, "module", model), "fused_settings", None)
+    inputs = {**model_inputs_of(model, batch.inputs), "supervised": rows, "use_cache": False}
+    if settings is not None:
+
+        def on_rows(hidden: Tensor, head: nn.Linear) -> FusedLosses:
+            return fused_losses(
+                hidden,
+                head.weight,
+                batch.labels,
+                teacher,
+                bias=head.bias,
+                lm_weight=losses.lm,
+                logit_weight=weight,
+                kind=kind,
+                temperature=temperature,
+                **settings,
+            )
+
+        found: FusedLosses = model(**inputs, on_rows=on_rows)
+        return found
+    row_logits = model(**inputs).logits
+    logits = row_logits[(batch.inputs.labels != IGNORE_INDEX)[rows]] if whole else row_logits
+    lm = lm_loss(logits, batch.labels)
+    total, divergence = losses.lm * lm, None
+    if teacher is not None:
+        divergence = tail_bucket_loss(logits, teacher, kind=kind, temperature=temperature)
+        total = total + weight * divergence
+    return FusedLosses(total=total, lm=lm, logits=divergence, row_logits=row_logits)
 
 
 def units_of(batch: TrainingBatch) -> tuple[int, ...]:
@@ -179,11 +207,7 @@ def step_shares(batches: list[TrainingBatch], totals: Sequence[float]) -> list[S
     """The share of each of a process's micro-batches in its step.
 
     Args:
-        batches: This process's micro-batches.
         totals: `units_of` batches, summed over the whole step.
-
-    Returns:
-        One entry per micro-batch; a unit that the step lacks has share 0.
     """
     shares = []
     for batch in batches:

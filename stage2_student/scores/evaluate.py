@@ -29,7 +29,7 @@ from vlm_distill_cache.stage2_student.batches.dataset import CachedDataset
 from vlm_distill_cache.stage2_student.losses.attention import answer_attention_loss, has_mass
 from vlm_distill_cache.stage2_student.losses.attention_terms import AttentionTarget, student_cells
 from vlm_distill_cache.stage2_student.losses.logits import tail_bucket_loss
-from vlm_distill_cache.stage2_student.losses.objective import record_attention, requests_of
+from vlm_distill_cache.stage2_student.losses.objective import record, requests_of
 from vlm_distill_cache.stage2_student.losses.terms import choose_terms
 from vlm_distill_cache.stage2_student.scores.metrics import (
     RESAMPLES,
@@ -311,7 +311,7 @@ def score_agreement(model: Any, cached: CachedDataset, *, batch_size: int) -> di
         else:
             groups = cached.student_groups(depth)
             terms = choose_terms([RowAttentionCodec.signal])
-            with record_attention(capture, requests_of(terms, batch, groups)) as maps:
+            with record(model, capture, requests_of(terms, batch, groups)) as (maps, _):
                 logits = supervised_logits(model, model_inputs_of(model, batch.inputs), supervised)
             chosen = batch.has_image.to(logits.device)
             image_rows = batch.rows[batch.has_image.cpu()]

@@ -90,8 +90,7 @@ def check_data(cache: TeacherCache, dataset: Dataset) -> None:
         else "all sample ids are there, but some question or answer changed, samples were added, or their order is another"
     )
     raise CacheMismatchError(
-        f"data set {dataset.name} ({len(dataset)} samples, fingerprint {found}) is not the one {cache.path} "
-        "was built "
+        f"data set {dataset.name} ({len(dataset)} samples, fingerprint {found}) is not the one {cache.path} was built "
         f"from ({cache.plan.data}, fingerprint {' or '.join(merged) or expected}): {what}. Give the cache's "
         "data (DATA=, IMAGES=, or --data, --images), or build a cache for this data (teacher-cache build --data ...)"
     )
@@ -162,8 +161,7 @@ def check_vision_tower(cache: TeacherCache, tower: nn.Module) -> None:
     expected, found = cache.plan.fingerprints.get("vision_tower"), module_fingerprint(tower)
     if expected != found:
         raise CacheMismatchError(
-            f"projector 'taf' feeds the student's vision tower (fingerprint {found}) to the teacher's "
-            "projector, which "
+            f"projector 'taf' feeds the student's vision tower (fingerprint {found}) to the teacher's projector, which "
             f"was trained on another tower (fingerprint {expected} in {cache.path}). Use a student with the "
             "teacher's tower, or another projector (--set projector=ldpnetv2)"
         )
@@ -253,7 +251,6 @@ def probe_samples(dataset: CachedDataset, *, count: int = PROBED_SAMPLES) -> Non
                     "teacher read it with a larger max_length: leave max_length unset, or raise it"
                 ) from error
             raise CacheMismatchError(
-                f"sample {dataset.sample_ids[position]!r} was readable when the cache was built and is not "
-                "now: "
+                f"sample {dataset.sample_ids[position]!r} was readable when the cache was built and is not now: "
                 f"{error}. Restore the file, check --images, or build the cache again"
             ) from error

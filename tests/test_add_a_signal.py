@@ -91,9 +91,9 @@ class StrengthExtractor(getattr(loop_signals, "Extractor", object)):  # type: ig
 class StrengthTerm(LossTerm):
     """What the student learns of it: the mean squared difference over supervised rows."""
 
-    def fit(self, plan, losses, *, depth: int, width: int, where: str) -> int:
+    def fit(self, plan, losses, student, where: str) -> int:
         layers = (plan.signals[NAME]["layer"],)
-        return student_layers(layers, teacher_depth=plan.teacher["layers"], student_depth=depth)[0]
+        return student_layers(layers, teacher_depth=plan.teacher["layers"], student_depth=student.depth)[0]
 
     def target(self, sides: Sides) -> Tensor:
         return torch.as_tensor(sides.decode(self.reads[0]))

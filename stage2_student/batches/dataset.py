@@ -47,12 +47,7 @@ class Join:
 
 
 def join_cache(cache: TeacherCache, dataset: Dataset, *, limit: int | None = None) -> Join:
-    """Find the cache's samples in a data set; of a merged cache, those that come from this data set.
-
-    Raises:
-        CacheMismatchError: If the data set lacks samples that the cache holds; if it lacks all, for a merged
-            cache.
-    """
+    """Find the cache's samples in a data set; of a merged cache, those that come from this data set."""
     ids = dataset.sample_ids
     places = _places(cache, ids)
     merged = bool(merged_fingerprints(cache))
@@ -94,11 +89,7 @@ def merged_fingerprints(cache: TeacherCache) -> tuple[str, ...]:
 
 
 def splits_and_limits(cache: TeacherCache) -> list[tuple[str, int | None]]:
-    """Of which split of its data a cache was built, and of how many samples: None for all.
-
-    Returns:
-        One pair; of a cache that was merged from different ones the pairs of all, the largest part's first.
-    """
+    """Of which split of its data a cache was built, and of how many samples (None: all); of a merged one of each part."""
     parts = cache.plan.data.get("parts")
     described = [part for part in parts if isinstance(part, dict)] if isinstance(parts, list) else []
     described.sort(key=lambda part: -int(part.get("samples") or 0))
@@ -122,11 +113,7 @@ class SampleMemory:
     """Samples kept in memory, up to a size; for data sets that fit, read more than once."""
 
     def __init__(self, limit: int) -> None:
-        """Start empty.
-
-        Args:
-            limit: Bytes; what comes when they are used up is made again each time.
-        """
+        """Start empty; what comes when `limit` bytes are used up is made again each time."""
         self._left = limit
         self._kept: dict[tuple[object, ...], Any] = {}
 
@@ -172,11 +159,8 @@ class CachedDataset:
 
         Args:
             terms: Losses by name, whose signals are read; none for supervised fine-tuning, which then reads no record.
-            limit: Use only the cache's first so many samples; of a merged cache, the first that are in the data.
             memory: Keeps encoded and decoded samples; joins of the same data and cache may share one.
             shuffle_teacher_images: Attention signals come from another sample (control experiment).
-            match: How the cached layer groups become those that a student is aligned with; None: they stay.
-            compare_labels: Whether the student's tokens must be the teacher's; not for signals of the picture alone.
             vocabulary: Output rows of the student; cached token ids beyond them are counted. None: not counted.
         """
         self._dataset, self._encoder, self._cache = dataset, encoder, cache
@@ -204,11 +188,7 @@ class CachedDataset:
         return (self._match or match_groups(self._cache.plan, depth)).student
 
     def load(self, position: int) -> TrainingSample:
-        """Encode and decode one sample.
-
-        Raises:
-            CacheMismatchError: If labels or picture are not the ones the teacher saw.
-        """
+        """Encode and decode one sample."""
         sample_id = self.sample_ids[position]
         encoded: EncodedSample = self._memory.fetch(
             (sample_id, "encoded"), lambda: self._encoder(self.sample(position))
@@ -271,7 +251,6 @@ def answered_sample(cache: TeacherCache, sample: Sample) -> Sample:
     """A sample with the answers that the teacher of a cache wrote, if it wrote any.
 
     Raises:
-        CacheFormatError: If the cached answers cannot be read.
         SampleError: If their number is another than the sample's turns'.
     """
     stored = cache.plan.signals.get("answers")

@@ -29,10 +29,6 @@ def match_groups(
 
     Args:
         layers: Which part of the depth; None: the cache's own choice.
-
-    Raises:
-        ConfigError: If the student has fewer layers than the choice needs.
-        CacheMismatchError: If the cached groups do not serve the matching.
     """
     teacher = plan.teacher
     choice: Any = teacher.get("layer_choice", "middle")
@@ -68,9 +64,6 @@ def regroup_map(maps: TeacherMap, match: GroupMatch | None, *, content: Tensor |
 
     Args:
         content: Tokens that carry image, bool ``[N]``; None: all do.
-
-    Raises:
-        CacheMismatchError: If new means are wanted of a map that holds no single values.
     """
     if match is None or match.is_identity:
         return maps

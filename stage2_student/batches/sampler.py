@@ -46,9 +46,6 @@ class ShardShuffle:
 
     Attributes:
         shards: Sample indices of each shard, int64 ``[n_i]``; empty shards are allowed, not all of them.
-
-    Raises:
-        ConfigError: If there is no sample at all, or the window is below one.
     """
 
     shards: Sequence[Indices]
@@ -104,11 +101,7 @@ class ShardShuffle:
 
 
 def micro_batch_count(batch_size: int, *, world_size: int, micro_batch_size: int | None) -> int:
-    """Micro-batches each process runs in one optimizer step.
-
-    Raises:
-        ConfigError: If a process would get no sample.
-    """
+    """Micro-batches each process runs in one optimizer step."""
     if batch_size < world_size:
         raise ConfigError(
             f"batch_size is {batch_size} samples for {world_size} processes: each needs one; "
@@ -123,9 +116,6 @@ def split_step(indices: Indices, *, rank: int, world_size: int, micro_batches: i
 
     All parts of all processes together are the step's samples, each once, and sizes differ by one at most:
     which samples a step sees never depends on how many processes run it.
-
-    Returns:
-        ``micro_batches`` arrays, int64.
     """
     parts = np.array_split(indices, world_size * micro_batches)
     return parts[rank * micro_batches : (rank + 1) * micro_batches]

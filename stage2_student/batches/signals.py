@@ -10,7 +10,7 @@ Dims: B batch, T sequence, G layer groups, V vocabulary.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import torch
@@ -69,6 +69,18 @@ class Sides:
                 f"{self.where}: {signal} covers {found} visual tokens, the record's tiles {expected}; "
                 "run `cachectl verify --deep` on the cache, then build the damaged shard again"
             )
+
+
+class StudentSizes(Protocol):
+    """What losses may ask of a student; asked only where needed, since of some models it is not known."""
+
+    @property
+    def depth(self) -> int:
+        """Layers of the language model."""
+
+    @property
+    def width(self) -> int:
+        """Of the language model."""
 
 
 @dataclass(frozen=True)
@@ -134,11 +146,11 @@ class LossTerm:
             match: How layers meet; None: not yet known.
         """
 
-    def fit(self, plan: Plan, losses: LossWeights, *, depth: int, width: int, where: str) -> Any:
+    def fit(self, plan: Plan, losses: LossWeights, student: StudentSizes, where: str) -> Any:
         """What the loss must know of its cache and its student, once a phase; the methods below get it back.
 
         Raises:
-            CacheMismatchError: If the student cannot be compared with the cache.
+            CacheMismatchError: If the two cannot be compared.
         """
 
     def check_record(self, record: Record, encoded: EncodedSample, *, where: str) -> None:
@@ -181,12 +193,7 @@ def decode_signals(
 ) -> dict[str, Any]:
     """The teacher's side of each term for one sample and one student, as `TrainingSample` holds it.
 
-    Args:
-        foreign: Take attention from this record (the control experiment).
-
-    Raises:
-        CacheMismatchError: If tiles and signals of the record differ in their number of visual tokens, or the two
-            sides cannot be compared.
+    With a ``foreign`` record attention is that of another sample: the control experiment.
     """
     own = Sides(record, record, codecs, student_tiles, match, where)
     looking = own if foreign is None else Sides(foreign, record, codecs, student_tiles, match, where)

@@ -35,7 +35,15 @@ from vlm_distill_cache.data.text.encoding import EncodedSample
 from vlm_distill_cache.stage2_student.batches.batch import TrainingBatch
 from vlm_distill_cache.stage2_student.batches.grid import meet, meet_cells
 from vlm_distill_cache.stage2_student.batches.layers import regroup, regroup_map, regroup_rows
-from vlm_distill_cache.stage2_student.batches.signals import LossTerm, Requests, Seen, Sides, Value, VisualRows
+from vlm_distill_cache.stage2_student.batches.signals import (
+    LossTerm,
+    Requests,
+    Seen,
+    Sides,
+    StudentSizes,
+    Value,
+    VisualRows,
+)
 from vlm_distill_cache.stage2_student.loss_weights import LayerReduction, LossWeights
 from vlm_distill_cache.stage2_student.losses.attention import (
     all_attention_loss,
@@ -196,7 +204,7 @@ class MapTerm(AttentionTerm):
             if match is not None and not match.is_selection:
                 raise incomplete_map(f"{where}: a mean over layers that the cache does not hold")
 
-    def fit(self, plan: Plan, losses: LossWeights, *, depth: int, width: int, where: str) -> bool:
+    def fit(self, plan: Plan, losses: LossWeights, student: StudentSizes, where: str) -> bool:
         """Whether the mass of sinks is known."""
         return _is_complete(plan.signals[self.reads[0]])
 

@@ -25,7 +25,7 @@ from vlm_distill_cache.common.codecs.logits import SparseLogits
 from vlm_distill_cache.common.errors import CacheMismatchError
 from vlm_distill_cache.stage2_student.batches.batch import TrainingBatch
 from vlm_distill_cache.stage2_student.batches.grid import meet
-from vlm_distill_cache.stage2_student.batches.signals import LossTerm, Requests, Seen, Sides, Value
+from vlm_distill_cache.stage2_student.batches.signals import LossTerm, Requests, Seen, Sides, StudentSizes, Value
 from vlm_distill_cache.stage2_student.loss_weights import LossWeights
 from vlm_distill_cache.stage2_student.losses.features import hidden_loss
 from vlm_distill_cache.stage2_student.losses.logits import tail_bucket_loss
@@ -140,18 +140,18 @@ class VisualLogitTerm(RowsTerm):
 class HiddenTerm(RowsTerm):
     """Hidden states, at supervised rows or `at_images`; its `fit` is the student's layers that meet the cached ones."""
 
-    def fit(self, plan: Plan, losses: LossWeights, *, depth: int, width: int, where: str) -> Layers:
+    def fit(self, plan: Plan, losses: LossWeights, student: StudentSizes, where: str) -> Layers:
         """The student's hidden states that meet those of the cache; refuses another width where the kind needs equal ones."""
         (signal,) = self.reads
         codec = codec_from_dict(plan.signals[signal])
         assert isinstance(codec, HiddenCodec)
-        if losses.hidden_kind != "relation" and codec.width != width:
+        if losses.hidden_kind != "relation" and codec.width != student.width:
             raise CacheMismatchError(
-                f"{where}: {signal} holds hidden states of width {codec.width}, the student has width {width}: "
+                f"{where}: {signal} holds hidden states of width {codec.width}, the student has width {student.width}: "
                 f"hidden_kind={losses.hidden_kind} needs equal widths. Set PHASE.losses.hidden_kind=relation "
                 "(PHASE: dpt, dft or sft), or use a student of the teacher's width (a pruned one keeps it)"
             )
-        return student_layers(codec.layers, teacher_depth=int(plan.teacher["layers"]), student_depth=depth)
+        return student_layers(codec.layers, teacher_depth=int(plan.teacher["layers"]), student_depth=student.depth)
 
     def target(self, sides: Sides) -> RowsTarget:
         """The teacher's states, those of visual tokens on the common cells that carry image."""

@@ -41,9 +41,6 @@ def cache_image_encoder(
 
     Args:
         grid: Rows and columns of the visual tokens of a student that reads the same pixels; None: the teacher's.
-
-    Raises:
-        ConfigError: If another grid is asked of a geometry whose number of tokens depends on the picture.
     """
     if grid is not None and "kind" in geometry:
         raise ConfigError(
@@ -78,9 +75,6 @@ def build_encoder(
     Args:
         image_encoder: The student's, where its model makes it; None: the described one.
         grid: Rows and columns of the student's visual tokens, for descriptions of old without them.
-
-    Raises:
-        ConfigError: If the processor is not the described one, or neither geometry nor grid is known.
     """
     if image_encoder is None and "geometry" in description:
         image_encoder = image_encoder_from_dict(description["geometry"], image_processor)

@@ -110,9 +110,6 @@ class LibraryStudent(nn.Module):
         The projector side is all that is neither vision tower nor language model (LLaVA-NeXT's newline
         embedding, for one); a projector inside the tower (Qwen-VL's merger) belongs to it. One of our own models
         decides itself.
-
-        Raises:
-            ModelError: If the phase is unknown, or the family is not listed and only its projector is wanted.
         """
         if phase not in PHASES:
             raise ModelError(f"phase: got {phase!r}; choose one of {', '.join(PHASES)}")
@@ -157,11 +154,7 @@ class LibraryStudent(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class OpenedStudent:
-    """What lies in a student's folder.
-
-    Attributes:
-        image_processor: Its image processor; of a family that is not listed, its whole processor.
-    """
+    """What lies in a student's folder; of a family that is not listed, `image_processor` is its whole processor."""
 
     model: LibraryStudent
     tokenizer: Any
@@ -170,11 +163,7 @@ class OpenedStudent:
 
 
 def open_library_student(folder: Path) -> OpenedStudent:
-    """Open a checkpoint directory of any family as a student, in float32.
-
-    Raises:
-        ModelError: If the folder is no complete checkpoint.
-    """
+    """Open a checkpoint directory of any family as a student, in float32."""
     model, family, tokenizer, processor = open_family_model(folder, dtype="float32")
     return OpenedStudent(
         model=LibraryStudent(model, family),

@@ -62,17 +62,18 @@ class StudentParts:
         return int(self.model.language_model.config.num_hidden_layers)
 
     @property
+    def width(self) -> int:
+        """Of the language model."""
+        return int(self.model.language_model.config.hidden_size)
+
+    @property
     def visual_rows(self) -> str:
         """What a visual token sees: ``causal``, its whole ``image``, or the whole ``prefix``."""
         return self.model.family.visual_rows if isinstance(self.model, LibraryStudent) else "causal"
 
 
 def open_parts(config: TrainConfig, cache: TeacherCache) -> StudentParts:
-    """Make or open the student that a run names.
-
-    Args:
-        cache: Its first; gives tokenizer, image processor, vision tower and projector where the student has none.
-    """
+    """Make or open the student that a run names."""
     name, size = split_student_name(config.student)
     given = student_folder(config.student, config.student_weights)
     if given is not None and not is_published(given):

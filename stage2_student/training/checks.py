@@ -97,11 +97,7 @@ def check_data(cache: TeacherCache, dataset: Dataset) -> None:
 
 
 def check_losses(config: TrainConfig, caches: Mapping[str, TeacherCache]) -> None:
-    """Refuse a run one of whose losses its cache cannot serve; needs no student, so it comes before any training.
-
-    Raises:
-        CacheFormatError: If a plan does not describe the codec of a loss's logits.
-    """
+    """Refuse a run one of whose losses its cache cannot serve; needs no student, so it comes before any training."""
     phases = [(name, config.phase(name).losses, caches[str(config.phase(name).cache)]) for name in config.phases]
     off = [
         f"{name}.losses.{loss}=0"

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vlm_distill_cache.common.attention.layers import GroupMatch
 from vlm_distill_cache.common.cache.reader import TeacherCache
 from vlm_distill_cache.common.errors import ConfigError, DataError
 from vlm_distill_cache.common.files.hashing import fingerprint
@@ -29,9 +28,7 @@ from vlm_distill_cache.stage2_student.batches.dataset import (
 )
 from vlm_distill_cache.stage2_student.batches.layers import match_groups
 from vlm_distill_cache.stage2_student.batches.sampler import ShardShuffle
-from vlm_distill_cache.stage2_student.batches.signals import LossTerm
 from vlm_distill_cache.stage2_student.config import PhaseConfig, PhaseName, TrainConfig, describe
-from vlm_distill_cache.stage2_student.loss_weights import LossWeights
 from vlm_distill_cache.stage2_student.losses.objective import Objective
 from vlm_distill_cache.stage2_student.losses.terms import choose_terms
 from vlm_distill_cache.stage2_student.students.encoder import describe_encoder, longest_sequence
@@ -96,9 +93,6 @@ def open_cached_data(cache: TeacherCache, *, data: str | None, images: str | Non
 
     Args:
         data: As in ``data.registry``; None: the built-in data set that the cache names.
-
-    Raises:
-        ConfigError: If no data is given and the cache's is none of the built-in ones.
     """
     described = cache.plan.data
     # The stored name also says split and limit: "shapes:images=1500,seed=0[:64]", "easy-vqa/train".
@@ -123,8 +117,6 @@ def prepare(config: TrainConfig) -> Preparation:
 
     Raises:
         CacheMismatchError: If a cache does not fit the data, the tokenizer or the student.
-        CacheFormatError: If a cache is unfinished or damaged.
-        ConfigError: If an option cannot be used.
     """
     caches = open_caches(config)
     check_losses(config, caches)
@@ -177,11 +169,7 @@ def failure_notes(caches: Mapping[str, TeacherCache]) -> list[str]:
 
 
 def choose_template(config: TrainConfig, parts: StudentParts, cache: TeacherCache) -> PromptTemplate:
-    """The prompt a student reads a cache's samples in.
-
-    Raises:
-        ConfigError: If the student has another tokenizer than the cache and no template of its own.
-    """
+    """The prompt a student reads a cache's samples in."""
     if config.template is not None:
         return get_template(config.template, parts.tokenizer)
     if same_tokenizer(cache, parts.tokenizer):
@@ -203,20 +191,6 @@ def count_beyond_vocabulary(phases: Iterable[PreparedPhase]) -> dict[str, int]:
     }
 
 
-def _check_meeting(
-    cache: TeacherCache,
-    terms: Mapping[str, LossTerm],
-    encoder: SampleEncoder,
-    template: PromptTemplate,
-    parts: StudentParts,
-) -> None:
-    """Refuse losses on a cache that this student cannot be compared with."""
-    check_tokenizer(cache, parts.tokenizer, terms, where=parts.where)
-    check_template(cache, template, terms)
-    check_geometry(cache, encoder.image_encoder.to_dict(), terms, where=parts.where)
-    check_visual_rows(cache, parts.visual_rows, terms, where=parts.where)
-
-
 def _prepare_phases(
     config: TrainConfig, caches: Mapping[str, TeacherCache], encoder: SampleEncoder, parts: StudentParts
 ) -> tuple[PreparedPhase, ...]:
@@ -230,7 +204,10 @@ def _prepare_phases(
         losses, where = phase.losses, f"phase {name}, {cache.path}"
         terms = choose_terms(losses.distilled)
         template = choose_template(config, parts, cache)
-        _check_meeting(cache, terms, encoder, template, parts)
+        check_tokenizer(cache, parts.tokenizer, terms, where=parts.where)
+        check_template(cache, template, terms)
+        check_geometry(cache, encoder.image_encoder.to_dict(), terms, where=parts.where)
+        check_visual_rows(cache, parts.visual_rows, terms, where=parts.where)
         match = None
         if any(term.attends for term in terms.values()):
             match = match_groups(
@@ -243,7 +220,7 @@ def _prepare_phases(
             opened[source] = open_cached_data(cache, data=phase.data, images=phase.images)
             check_data(cache, opened[source])
         # Phases of the same data share what is kept in memory; those with the same signals, their join.
-        join = (*source, *terms, match)
+        join = (*source, tuple(terms), match)
         if join not in joined:
             joined[join] = CachedDataset(
                 opened[source],
@@ -271,6 +248,7 @@ def _prepare_phases(
                 dataset.entries_read,
                 vocabulary_rows(parts.model),
             )
+        fits = {name: term.fit(cache.plan, losses, parts, where) for name, term in terms.items()}
         steps = phase.step_count(len(dataset))
         if steps == 0:
             _log.info("phase %s has no steps and is left out", name)
@@ -281,22 +259,10 @@ def _prepare_phases(
                 steps=steps,
                 dataset=dataset,
                 shuffle=ShardShuffle(shards=dataset.shards, seed=config.seed, window=config.shuffle_window),
-                objective=_build_objective(losses, cache, parts, match, where=where),
+                objective=Objective(losses=losses, groups=() if match is None else match.student, fits=fits),
                 expect=find_mirror(str(phase.cache)).expect if is_url(str(phase.cache)) else None,
             )
         )
     if not any(phase.steps for phase in phases):
         raise ConfigError(f"no phase of {', '.join(config.phases)} has a step; set steps or epochs")
     return tuple(phases)
-
-
-def _build_objective(
-    losses: LossWeights, cache: TeacherCache, parts: StudentParts, match: GroupMatch | None, *, where: str
-) -> Objective:
-    """The losses of a phase, fitted to what its cache holds and to the student's layers."""
-    width = int(parts.model.language_model.config.hidden_size)
-    fits = {
-        name: term.fit(cache.plan, losses, depth=parts.depth, width=width, where=where)
-        for name, term in choose_terms(losses.distilled).items()
-    }
-    return Objective(losses=losses, groups=() if match is None else match.student, fits=fits)

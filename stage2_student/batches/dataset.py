@@ -60,10 +60,9 @@ def join_cache(cache: TeacherCache, dataset: Dataset, *, limit: int | None = Non
         else:
             absent = np.flatnonzero(places < 0)
             raise CacheMismatchError(
-                f"{len(absent)} of the {len(places)} samples in {cache.path} are not in the data set "
-                f"{dataset.name} ({len(dataset)} samples); the first is {cache.sample_ids[int(absent[0])]!r}. "
-                "Train with the data the cache was built from, or build a cache for this data "
-                "(teacher-cache build --data ...)"
+                f"{len(absent)} of the {len(places)} samples in {cache.path} are not in the data set {dataset.name} "
+                f"({len(dataset)} samples); the first is {cache.sample_ids[int(absent[0])]!r}. Train with the data the "
+                "cache was built from, or build a cache for this data (teacher-cache build --data ...)"
             )
     ends = np.searchsorted(kept, np.cumsum([shard.samples for shard in cache.manifest.shards])).tolist()
     places = places[kept]

@@ -74,12 +74,7 @@ class LossWeights:
         for name, value in self.active(everything=True).items():
             require(0 <= value < math.inf, name, value, "a finite weight of 0 or more")
         require(bool(self.active()), "weights", self.active(everything=True), "at least one above 0")
-        require(
-            0 < self.temperature < math.inf,
-            "temperature",
-            self.temperature,
-            "above 0 and finite (dimensionless)",
-        )
+        require(0 < self.temperature < math.inf, "temperature", self.temperature, "above 0 and finite (dimensionless)")
 
     @classmethod
     def names(cls) -> tuple[str, ...]:

@@ -60,8 +60,7 @@ def _map_tensors(value: Any, function: Any) -> Any:
         return {key: _map_tensors(item, function) for key, item in value.items()}
     if is_dataclass(value) and not isinstance(value, type):
         return replace(
-            value,
-            **{entry.name: _map_tensors(getattr(value, entry.name), function) for entry in fields(value)},
+            value, **{entry.name: _map_tensors(getattr(value, entry.name), function) for entry in fields(value)}
         )
     return value
 

@@ -222,13 +222,7 @@ class CachedDataset:
                 self.entries_beyond += beyond
         foreign = self._foreign_record(position, record) if self._shuffle_teacher_images else None
         return decode_signals(
-            record,
-            self._codecs,
-            self._terms,
-            tuple(encoded.tiles),
-            where=where,
-            foreign=foreign,
-            match=self._match,
+            record, self._codecs, self._terms, tuple(encoded.tiles), where=where, foreign=foreign, match=self._match
         )
 
     def _foreign_record(self, position: int, record: Record) -> Record:

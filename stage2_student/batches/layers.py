@@ -18,12 +18,7 @@ from vlm_distill_cache.common.codecs.teacher_map import TeacherMap
 
 
 def match_groups(
-    plan: Plan,
-    depth: int,
-    *,
-    matching: Matching = "group",
-    layers: DepthPart | None = None,
-    where: str = "the cache",
+    plan: Plan, depth: int, *, matching: Matching = "group", layers: DepthPart | None = None, where: str = "the cache"
 ) -> GroupMatch:
     """The student layers that meet what of a cache's layer groups.
 

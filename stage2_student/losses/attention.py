@@ -85,11 +85,7 @@ def answer_attention_loss(
 
 
 def visual_columns_loss(
-    student: Tensor,
-    teacher: Tensor,
-    *,
-    token_mask: Tensor | None = None,
-    reduction: LayerReduction = "mean",
+    student: Tensor, teacher: Tensor, *, token_mask: Tensor | None = None, reduction: LayerReduction = "mean"
 ) -> Tensor:
     """1 - cosine of how much attention each visual token receives from the visual tokens.
 
@@ -111,11 +107,7 @@ def visual_columns_loss(
 
 
 def sink_filtered_cosine_loss(
-    student: Tensor,
-    teacher: TeacherMap,
-    *,
-    token_mask: Tensor | None = None,
-    reduction: LayerReduction = "sum",
+    student: Tensor, teacher: TeacherMap, *, token_mask: Tensor | None = None, reduction: LayerReduction = "sum"
 ) -> Tensor:
     """1 - cosine of column means over the pairs where neither side shows an attention sink.
 

@@ -165,8 +165,7 @@ class HiddenTerm(RowsTerm):
         touched = grid.content & (grid.teacher_pool.sum(dim=0) > 0) & (grid.student_pool.sum(dim=0) > 0)
         weights = grid.student_pool.T[touched]  # [C', N_s]
         return RowsTarget(
-            pooled[touched].unflatten(1, states.shape[1:]),
-            student_pool=weights / weights.sum(dim=1, keepdim=True),
+            pooled[touched].unflatten(1, states.shape[1:]), student_pool=weights / weights.sum(dim=1, keepdim=True)
         )
 
     def requests(self, batch: TrainingBatch, target: RowsTarget, groups: Groups, fit: Layers) -> Requests:

@@ -284,12 +284,7 @@ class _Buffers:
 
 
 def losses_in_place(
-    logits: Tensor,
-    labels: Tensor,
-    teacher: TeacherRows | None,
-    *,
-    kind: LogitKind,
-    weights: Sequence[float],
+    logits: Tensor, labels: Tensor, teacher: TeacherRows | None, *, kind: LogitKind, weights: Sequence[float]
 ) -> tuple[Tensor, Tensor, RowSlopes]:
     """Sums of both losses at one temperature, and what makes their weighted gradient.
 

@@ -214,11 +214,7 @@ class _DivergenceSum(torch.autograd.Function):
 
 
 def tail_bucket_loss(
-    student_logits: Tensor,
-    teacher: SparseLogits,
-    *,
-    kind: LogitKind = "forward_kl",
-    temperature: float = 1.0,
+    student_logits: Tensor, teacher: SparseLogits, *, kind: LogitKind = "forward_kl", temperature: float = 1.0
 ) -> Tensor:
     """A divergence between teacher and student over the cached tokens and one bucket for all others.
 

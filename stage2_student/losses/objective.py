@@ -197,10 +197,7 @@ def run_student(
 def units_of(batch: TrainingBatch) -> tuple[int, ...]:
     """How much each loss of a batch is a mean over: supervised rows, then one number for each of `TERMS`."""
     targets = batch.targets
-    return (
-        batch.row_count,
-        *(term.count(targets[name]) if name in targets else 0 for name, term in TERMS.items()),
-    )
+    return (batch.row_count, *(term.count(targets[name]) if name in targets else 0 for name, term in TERMS.items()))
 
 
 def step_shares(batches: list[TrainingBatch], totals: Sequence[float]) -> list[Shares]:

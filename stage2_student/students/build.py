@@ -339,12 +339,7 @@ def _side(settings: Mapping[str, Any]) -> set[float]:
 
 
 def _open_directory(
-    folder: Path,
-    *,
-    projector_type: str | None,
-    vision_tower: Path | None,
-    vocab_size: int,
-    image_token_id: int | None,
+    folder: Path, *, projector_type: str | None, vision_tower: Path | None, vocab_size: int, image_token_id: int | None
 ) -> VisionLanguageModel:
     student = load_student(folder, vision_tower=vision_tower)
     own = student.config.projector_type

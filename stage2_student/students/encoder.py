@@ -83,10 +83,7 @@ def build_encoder(
         if grid is None:
             raise ConfigError("an encoder described without geometry needs the grid of the student's tokens")
         image_encoder = ImageEncoder(
-            processor=image_processor,
-            layout=description["layout"],
-            grid=grid,
-            patch_size=description.get("patch_size"),
+            processor=image_processor, layout=description["layout"], grid=grid, patch_size=description.get("patch_size")
         )
     return SampleEncoder(
         tokenizer=tokenizer,

@@ -79,11 +79,7 @@ class LibraryStudent(nn.Module):
         return {"softcap": getattr(text_config(self.model.config), "final_logit_softcapping", None)}
 
     def forward(
-        self,
-        *,
-        supervised: Tensor | None = None,
-        on_rows: Callable[[Tensor, Any], Any] | None = None,
-        **inputs: Any,
+        self, *, supervised: Tensor | None = None, on_rows: Callable[[Tensor, Any], Any] | None = None, **inputs: Any
     ) -> Any:
         """Predict next tokens; with ``supervised``, only for the rows that a loss needs.
 

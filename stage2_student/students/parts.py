@@ -159,13 +159,7 @@ def _cached_image_token(plan: Plan, tokenizer: Any) -> int:
 
 
 def _mobilevlm_images(
-    model: Any,
-    folder: Path,
-    cache: TeacherCache,
-    tokenizer: Any,
-    cached_processor: Any,
-    *,
-    vision_tower: Path | None,
+    model: Any, folder: Path, cache: TeacherCache, tokenizer: Any, cached_processor: Any, *, vision_tower: Path | None
 ) -> tuple[Any, AnyImageEncoder]:
     """Image processor and encoder of a MobileVLM: its own where its folder has one, else the cache's."""
     if not any((folder / name).exists() for name in ("preprocessor_config.json", "processor_config.json")):

@@ -8,7 +8,7 @@ are ready when `forward` returns, and only scales them.
 That is why the weights of the two losses are arguments and only their sum has a graph. Were both differentiable,
 `backward` alone would know their weights: it would have to keep two gradients of every tensor, or project and
 exponentiate all rows again. So there are three matrix products, as many as without fusing, and one pass; four in half
-precision with more than one chunk and a trained weight (see `fused_chunks`).
+precision with more than one chunk and a trained weight (see `losses.fused_chunks`).
 
 Dims: A supervised rows, C rows of a chunk, D width, V student vocabulary, K kept entries.
 """
@@ -88,7 +88,7 @@ def fused_losses(
 
     Source:
         In-forward gradients over chunks: Liger Kernel (arXiv:2410.10989), section 3.2; closed forms:
-        `logit_losses`.
+        `losses.logits`.
     """
     _check_shapes(hidden, weight, labels, teacher, bias)
     if kind not in get_args(LogitKind):

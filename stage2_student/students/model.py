@@ -1,6 +1,6 @@
 """What training and evaluation use of a student, whoever wrote its model.
 
-MobileVLM (``common.models``) and any model of the model library (``library_student``) go through the same few
+MobileVLM (``common.models``) and any model of the model library (``students.library``) go through the same few
 names, so that the loop, the losses and the scores know no family.
 
 Dims: B batch, T sequence, A supervised rows, V vocabulary.

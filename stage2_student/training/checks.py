@@ -2,7 +2,7 @@
 
 Every check raises ``CacheMismatchError`` with both values and the remedy. That the cache is sealed and of a
 known format is checked where it is opened (``common.cache.reader``); labels and pictures are checked again on every
-sample (``cached_dataset.check_join``).
+sample (``batches.dataset.check_join``).
 """
 
 import logging

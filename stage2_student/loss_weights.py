@@ -1,8 +1,7 @@
 """Which losses a phase of training has: weights, and the kind of each. Part of a run's configuration."""
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from vlm_distill_cache.common.attention.layers import DepthPart, Matching
@@ -14,21 +13,6 @@ VisualMapKind = Literal["sink_filtered", "cosine", "kl", "mse"]
 LayerReduction = Literal["mean", "sum"]
 AttentionReduction = Literal["published", "sum", "mean"]
 HiddenKind = Literal["relative_mse", "cosine", "relation"]
-
-ATTENTION_SIGNALS = ("answer_attention", "visual_columns", "visual_map", "text_attention")
-ROW_SIGNALS = ("answer_attention", "text_attention")
-"""Those with a row per position of the text; the others have one map an image."""
-ALL_ROWS = "all_attention"
-"""The loss of visual and text rows together: the paper's A[:, :N_v]; it reads two signals."""
-ATTENTION_TERMS = (*ATTENTION_SIGNALS, ALL_ROWS)
-FEATURE_TERMS = ("hidden", "visual_hidden", "projector_output", "visual_logits")
-"""Hidden states at supervised rows and at visual tokens, what enters the language model there, logits there."""
-
-
-def cached_signals(terms: Iterable[str]) -> tuple[str, ...]:
-    """The cache's signals that some loss terms read, without repetition; `lm` reads none."""
-    read = [("visual_map", "text_attention") if term == ALL_ROWS else (term,) for term in terms if term != "lm"]
-    return tuple(dict.fromkeys(signal for signals in read for signal in signals))
 
 
 def require(ok: bool, name: str, value: object, need: str) -> None:
@@ -90,41 +74,19 @@ class LossWeights:
         for name, value in self.active(everything=True).items():
             require(0 <= value < math.inf, name, value, "a finite weight of 0 or more")
         require(bool(self.active()), "weights", self.active(everything=True), "at least one above 0")
-        require(
-            0 < self.temperature < math.inf,
-            "temperature",
-            self.temperature,
-            "above 0 and finite (dimensionless)",
-        )
+        require(0 < self.temperature < math.inf, "temperature", self.temperature, "above 0 and finite (dimensionless)")
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """All terms: a term is a field that is a number, but for the temperature."""
+        return tuple(entry.name for entry in fields(cls) if entry.type is float and entry.name != "temperature")
 
     def active(self, *, everything: bool = False) -> dict[str, float]:
         """Weights by term, those above 0 only unless ``everything``."""
-        named = {
-            name: getattr(self, name)
-            for name in (
-                "lm",
-                "logits",
-                "answer_attention",
-                "text_attention",
-                "visual_columns",
-                "visual_map",
-                "all_attention",
-                *FEATURE_TERMS,
-            )
-        }
+        named = {name: getattr(self, name) for name in self.names()}
         return {name: float(value) for name, value in named.items() if everything or value != 0}
 
     @property
     def distilled(self) -> tuple[str, ...]:
         """The terms that read a cache, in a fixed order."""
         return tuple(name for name in self.active() if name != "lm")
-
-    @property
-    def signals(self) -> tuple[str, ...]:
-        """The cache's signals that these losses read, in a fixed order."""
-        return cached_signals(self.distilled)
-
-    @property
-    def attends(self) -> bool:
-        """Whether any loss reads attention."""
-        return bool(set(self.distilled) & set(ATTENTION_TERMS))

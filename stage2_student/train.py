@@ -24,7 +24,7 @@ from vlm_distill_cache.common.errors import CacheMismatchError, ConfigError
 from vlm_distill_cache.common.files.atomic import clean_stale, new_directory, remove, write_json_atomic
 from vlm_distill_cache.common.locations import public_location
 from vlm_distill_cache.stage2_student.config import TrainConfig, public_config
-from vlm_distill_cache.stage2_student.losses.objective import LossTerms, step_shares
+from vlm_distill_cache.stage2_student.losses.objective import Losses, step_shares
 from vlm_distill_cache.stage2_student.students.model import StudentModel
 from vlm_distill_cache.stage2_student.students.parts import PROVENANCE
 from vlm_distill_cache.stage2_student.training.checkpoint import (
@@ -100,12 +100,12 @@ def train(
         parameters, optimizer = begin_phase(phase, parts, saved, seed=config.seed + index)
         saved = None
         model, optimizer = accelerator.prepare(student, optimizer)
-        capture = AttentionCapture(student.language_model) if phase.config.losses.attends else None
+        capture = AttentionCapture(student.language_model) if phase.objective.groups else None
         model.train()
 
         for micro_batches, timing in load_steps(phase, accelerator, position.step, config.num_workers):
             # Once a step: forward and backward over this process's part of the step's samples.
-            terms: list[LossTerms] = []
+            terms: list[Losses] = []
             shares = step_shares(micro_batches, step_totals(micro_batches, accelerator))
             for batch, share in zip(micro_batches, shares, strict=True):
                 with gradient_sync(accelerator, model, last=len(terms) + 1 == len(micro_batches)):

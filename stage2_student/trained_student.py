@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from vlm_distill_cache.common.cache.reader import TeacherCache
+from vlm_distill_cache.common.codecs import LogitCodec, RowAttentionCodec
 from vlm_distill_cache.common.errors import ConfigError, ModelError
 from vlm_distill_cache.common.files.atomic import new_directory, read_json
 from vlm_distill_cache.common.models.published import is_published
@@ -17,6 +18,7 @@ from vlm_distill_cache.data.text.templates import PromptTemplate
 from vlm_distill_cache.stage2_student.batches.dataset import CachedDataset
 from vlm_distill_cache.stage2_student.batches.layers import match_groups
 from vlm_distill_cache.stage2_student.config import TrainConfig
+from vlm_distill_cache.stage2_student.losses.terms import TERMS, choose_terms
 from vlm_distill_cache.stage2_student.scores.evaluate import evaluate_model
 from vlm_distill_cache.stage2_student.scores.held_out import open_items
 from vlm_distill_cache.stage2_student.scores.overlays import Overlay, collect_overlays
@@ -29,7 +31,7 @@ from vlm_distill_cache.stage2_student.students.parts import PROVENANCE
 from vlm_distill_cache.stage2_student.training.checks import same_tokenizer
 from vlm_distill_cache.stage2_student.training.preparation import open_cached_data
 
-COMPARED_SIGNALS = ("logits", "answer_attention")
+COMPARED_SIGNALS = (LogitCodec.signal, RowAttentionCodec.signal)
 _log = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -107,7 +109,7 @@ def comparable_signals(student: Student, cache: TeacherCache) -> list[str]:
     looks = family is None or family.is_listed
     boxes = all(map(knows_boxes, (cache.plan.geometry, student.encoder.image_encoder.to_dict())))
     found = [signal for signal in COMPARED_SIGNALS if signal in cache.plan.signals]
-    return [signal for signal in found if signal == "logits" or (looks and boxes)]
+    return [signal for signal in found if not TERMS[signal].attends or (looks and boxes)]
 
 
 def join_cached(student: Student, config: TrainConfig, cache: TeacherCache, *, limit: int) -> CachedDataset | None:
@@ -116,12 +118,13 @@ def join_cached(student: Student, config: TrainConfig, cache: TeacherCache, *, l
     if not signals:
         _log.info("student and teacher have no token in common that could be compared: no agreement is measured")
         return None
-    attends = "answer_attention" in signals
+    terms = choose_terms(signals)
+    attends = any(term.attends for term in terms.values())
     return CachedDataset(
         open_cached_data(cache, data=config.data, images=config.images),
         student.encoder,
         cache,
-        signals=signals,
+        terms=terms,
         pad_token_id=student.tokenizer.pad_token_id or 0,
         limit=limit,
         match=match_groups(cache.plan, _depth(student)) if attends else None,
@@ -136,7 +139,7 @@ def _depth(student: Student) -> int:
 def draw_overlays(student: Student, config: TrainConfig, cache: TeacherCache) -> list[Overlay]:
     """Pictures of where teacher and student look; none if the cache holds no answer attention of the same places."""
     count = config.evaluation.overlays
-    if not count or "answer_attention" not in comparable_signals(student, cache):
+    if not count or RowAttentionCodec.signal not in comparable_signals(student, cache):
         return []
     return collect_overlays(
         student.model,

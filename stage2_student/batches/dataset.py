@@ -10,7 +10,7 @@ Dims: A supervised rows.
 
 import logging
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,18 +23,10 @@ from vlm_distill_cache.common.cache.schema import BASE_FIELDS, Record
 from vlm_distill_cache.common.codecs import AnswersCodec, codec_from_dict
 from vlm_distill_cache.common.errors import CacheMismatchError
 from vlm_distill_cache.data.sample import Dataset, Sample, with_answers
-from vlm_distill_cache.data.text.collate import text_row_count
 from vlm_distill_cache.data.text.encoding import EncodedSample, SampleEncoder
-from vlm_distill_cache.stage2_student.batches.batch import (
-    AttentionBatch,
-    TrainingBatch,
-    TrainingSample,
-    arrays_of,
-    collate_samples,
-)
+from vlm_distill_cache.stage2_student.batches.batch import TrainingBatch, TrainingSample, arrays_of
 from vlm_distill_cache.stage2_student.batches.layers import match_groups
-from vlm_distill_cache.stage2_student.batches.signals import SampleSignals, decode_signals
-from vlm_distill_cache.stage2_student.loss_weights import cached_signals
+from vlm_distill_cache.stage2_student.batches.signals import LossTerm, collate_samples, decode_signals
 
 _log = logging.getLogger(__name__)
 
@@ -55,17 +47,7 @@ class Join:
 
 
 def join_cache(cache: TeacherCache, dataset: Dataset, *, limit: int | None = None) -> Join:
-    """Find the cache's samples in a data set; of a merged cache, those that come from this data set.
-
-    Args:
-        cache: The teacher's signals.
-        dataset: Images and text.
-        limit: Use only the first so many samples.
-
-    Raises:
-        CacheMismatchError: If the data set lacks samples that the cache holds; if it lacks all, for a merged
-            cache.
-    """
+    """Find the cache's samples in a data set; of a merged cache, those that come from this data set."""
     ids = dataset.sample_ids
     places = _places(cache, ids)
     merged = bool(merged_fingerprints(cache))
@@ -78,10 +60,9 @@ def join_cache(cache: TeacherCache, dataset: Dataset, *, limit: int | None = Non
         else:
             absent = np.flatnonzero(places < 0)
             raise CacheMismatchError(
-                f"{len(absent)} of the {len(places)} samples in {cache.path} are not in the data set "
-                f"{dataset.name} ({len(dataset)} samples); the first is {cache.sample_ids[int(absent[0])]!r}. "
-                "Train with the data the cache was built from, or build a cache for this data "
-                "(teacher-cache build --data ...)"
+                f"{len(absent)} of the {len(places)} samples in {cache.path} are not in the data set {dataset.name} "
+                f"({len(dataset)} samples); the first is {cache.sample_ids[int(absent[0])]!r}. Train with the data the "
+                "cache was built from, or build a cache for this data (teacher-cache build --data ...)"
             )
     ends = np.searchsorted(kept, np.cumsum([shard.samples for shard in cache.manifest.shards])).tolist()
     places = places[kept]
@@ -107,11 +88,7 @@ def merged_fingerprints(cache: TeacherCache) -> tuple[str, ...]:
 
 
 def splits_and_limits(cache: TeacherCache) -> list[tuple[str, int | None]]:
-    """Of which split of its data a cache was built, and of how many samples: None for all.
-
-    Returns:
-        One pair; of a cache that was merged from different ones the pairs of all, the largest part's first.
-    """
+    """Of which split of its data a cache was built, and of how many samples (None: all); of a merged one of each part."""
     parts = cache.plan.data.get("parts")
     described = [part for part in parts if isinstance(part, dict)] if isinstance(parts, list) else []
     described.sort(key=lambda part: -int(part.get("samples") or 0))
@@ -131,26 +108,11 @@ def _places(cache: TeacherCache, sample_ids: Sequence[str]) -> NDArray[np.int64]
     return places
 
 
-__all__ = [
-    "AttentionBatch",
-    "CachedDataset",
-    "SampleMemory",
-    "TrainingBatch",
-    "TrainingSample",
-    "check_join",
-    "collate_samples",
-]
-
-
 class SampleMemory:
     """Samples kept in memory, up to a size; for data sets that fit, read more than once."""
 
     def __init__(self, limit: int) -> None:
-        """Start empty.
-
-        Args:
-            limit: Bytes; what comes when they are used up is made again each time.
-        """
+        """Start empty; what comes when `limit` bytes are used up is made again each time."""
         self._left = limit
         self._kept: dict[tuple[object, ...], Any] = {}
 
@@ -171,7 +133,6 @@ class CachedDataset:
     """Samples of a data set that a cache holds, in the cache's order.
 
     Attributes:
-        sample_ids: The samples trained on, shard by shard.
         shards: Positions in ``sample_ids`` of each shard, int64 ``[n_i]``.
         failed: How many samples stage one left out, with a reason each in the cache.
         entries_read: Cached logit entries decoded so far.
@@ -184,7 +145,7 @@ class CachedDataset:
         encoder: SampleEncoder,
         cache: TeacherCache,
         *,
-        signals: Sequence[str],
+        terms: Mapping[str, LossTerm],
         pad_token_id: int,
         limit: int | None = None,
         memory: SampleMemory | None = None,
@@ -196,24 +157,14 @@ class CachedDataset:
         """Join; no sample is read yet.
 
         Args:
-            dataset: Images and text.
-            encoder: The student's.
-            cache: The teacher's signals.
-            signals: Which of them to read, or loss terms that read several (``all_attention``); none for supervised
-                fine-tuning, which then reads no record.
-            pad_token_id: Fills shorter sequences.
-            limit: Use only the cache's first so many samples; of a merged cache, the first that are in the data.
+            terms: Losses by name, whose signals are read; none for supervised fine-tuning, which then reads no record.
             memory: Keeps encoded and decoded samples; joins of the same data and cache may share one.
             shuffle_teacher_images: Attention signals come from another sample (control experiment).
-            match: How the cached layer groups become those that a student is aligned with; None: they stay.
-            compare_labels: Whether the student's tokens must be the teacher's; not for signals of the picture alone.
             vocabulary: Output rows of the student; cached token ids beyond them are counted. None: not counted.
-
-        Raises:
-            CacheMismatchError: As `join.join_cache`, if the data set lacks samples that the cache holds.
         """
         self._dataset, self._encoder, self._cache = dataset, encoder, cache
-        self._terms, self._match, read = tuple(signals), match, cached_signals(signals)
+        self._terms, self._match = dict(terms), match
+        read = dict.fromkeys(signal for term in terms.values() for signal in term.reads)
         self._codecs = {name: codec_from_dict(cache.plan.signals[name]) for name in read}
         wanted = [*BASE_FIELDS, *(entry for name in read for entry in cache.plan.fields[name])]
         self._fields = frozenset(entry.name for entry in wanted)
@@ -236,39 +187,34 @@ class CachedDataset:
         return (self._match or match_groups(self._cache.plan, depth)).student
 
     def load(self, position: int) -> TrainingSample:
-        """Encode and decode one sample.
-
-        Args:
-            position: In ``sample_ids``.
-
-        Raises:
-            CacheMismatchError: If labels or picture are not the ones the teacher saw.
-        """
+        """Encode and decode one sample."""
         sample_id = self.sample_ids[position]
         encoded: EncodedSample = self._memory.fetch(
             (sample_id, "encoded"), lambda: self._encoder(self.sample(position))
         )
-        signals = SampleSignals(None, {})
-        if self._codecs:
+        targets: dict[str, Any] = {}
+        if self._terms:
             key = (sample_id, *self._terms, self._match, self._shuffle_teacher_images)
-            signals = self._memory.fetch(key, lambda: self._decode(position, encoded))
+            targets = self._memory.fetch(key, lambda: self._decode(position, encoded))
         elif position not in self._compared:
             # Without a teacher's signals too: a baseline on other pictures would be compared as if on the same.
             record = self._cache.read(sample_id, self._fields)
             where = f"sample {sample_id!r} of {self._cache.path}"
             check_join(record, encoded, where=where, compare_labels=self._compare_labels)
             self._compared.add(position)
-        return TrainingSample(encoded, signals)
+        return TrainingSample(encoded, targets)
 
     def sample(self, position: int) -> Sample:
         """The sample as the teacher saw it: with the answers it wrote itself, if the cache holds such."""
         return answered_sample(self._cache, self._dataset[int(self._places[position])])
 
-    def _decode(self, position: int, encoded: EncodedSample) -> SampleSignals:
+    def _decode(self, position: int, encoded: EncodedSample) -> dict[str, Any]:
         sample_id = self.sample_ids[position]
         record = self._cache.read(sample_id, self._fields)
         where = f"sample {sample_id!r} of {self._cache.path}"
         check_join(record, encoded, where=where, compare_labels=self._compare_labels)
+        for term in self._terms.values():
+            term.check_record(record, encoded, where=where)
         if self._vocabulary is not None and "token_ids" in record:
             beyond = int((np.asarray(record["token_ids"]) >= self._vocabulary).sum())
             with self._counting:
@@ -276,14 +222,7 @@ class CachedDataset:
                 self.entries_beyond += beyond
         foreign = self._foreign_record(position, record) if self._shuffle_teacher_images else None
         return decode_signals(
-            record,
-            self._codecs,
-            tuple(encoded.tiles),
-            where=where,
-            attention_record=foreign,
-            attention_rows=len(record["labels"]) if foreign is not None else None,
-            terms=self._terms,
-            match=self._match,
+            record, self._codecs, self._terms, tuple(encoded.tiles), where=where, foreign=foreign, match=self._match
         )
 
     def _foreign_record(self, position: int, record: Record) -> Record:
@@ -297,18 +236,14 @@ class CachedDataset:
 
     def batch(self, positions: Iterable[int]) -> TrainingBatch:
         """Load and collate a micro-batch; ``positions`` are places in ``sample_ids``."""
-        return collate_samples([self.load(int(position)) for position in positions], pad_token_id=self._pad_token_id)
+        samples = [self.load(int(position)) for position in positions]
+        return collate_samples(samples, self._terms, pad_token_id=self._pad_token_id)
 
 
 def answered_sample(cache: TeacherCache, sample: Sample) -> Sample:
     """A sample with the answers that the teacher of a cache wrote, if it wrote any.
 
-    Args:
-        cache: Holds the sample.
-        sample: As the data set has it.
-
     Raises:
-        CacheFormatError: If the cached answers cannot be read.
         SampleError: If their number is another than the sample's turns'.
     """
     stored = cache.plan.signals.get("answers")
@@ -323,34 +258,19 @@ def check_join(record: Record, encoded: EncodedSample, *, where: str, compare_la
     """Refuse a record that was made from other words or another picture.
 
     Args:
-        record: From the cache.
-        encoded: The same sample as the student reads it.
-        where: Sample and cache, for the error.
         compare_labels: Whether both have the same tokens; the picture is compared in any case.
-
-    Raises:
-        CacheMismatchError: Naming the sample, both values and the remedy.
     """
     labels = encoded.labels[encoded.supervised_rows]
     cached = np.asarray(record["labels"]).astype(np.int64)
     if compare_labels and not np.array_equal(labels, cached):
         raise CacheMismatchError(
-            f"{where}: the cached labels are {_short(cached)}, the data now gives {_short(labels)}: text, "
-            "template or "
-            "tokenizer changed since the cache was built. Train with the data of the cache, or build the "
-            "cache again"
-        )
-    if "text_attention" in record and len(record["text_attention"]) != text_row_count(encoded):
-        raise CacheMismatchError(
-            f"{where}: the cache holds attention of {len(record['text_attention'])} text rows, the data now has "
-            f"{text_row_count(encoded)}: a question or the template changed since the cache was built. Train "
-            "with the data of the cache, or build the cache again"
+            f"{where}: the cached labels are {_short(cached)}, the data now gives {_short(labels)}: text, template or "
+            "tokenizer changed since the cache was built. Train with the data of the cache, or build the cache again"
         )
     now, then = bytes(encoded.image_hash), np.asarray(record["image_hash"]).astype(np.uint8).tobytes()
     if now != then:
         raise CacheMismatchError(
-            f"{where}: the picture's hash was {then.hex()} when the teacher saw it and is {now.hex()} now: "
-            "the image "
+            f"{where}: the picture's hash was {then.hex()} when the teacher saw it and is {now.hex()} now: the image "
             "file changed, or another one has its name. Restore it, or build the cache again"
         )
 

@@ -51,13 +51,6 @@ def meet(teacher: tuple[Tile, ...], student: tuple[Tile, ...]) -> CommonGrid:
     A layout whose tiles show a part of the picture twice (a small picture, and its tiles) cannot give the cells:
     nothing says how another model's attention should be divided between the two views. Equal layouts still meet
     token by token; others on a grid over the picture, as fine as the side with fewer tokens, at most 12 x 12.
-
-    Args:
-        teacher: Tiles of the teacher's tokens, or of a cached grid.
-        student: Tiles of the student's tokens.
-
-    Returns:
-        The pooling of both sides; that of the side chosen is the identity on tokens that carry image.
     """
     teacher_boxes, student_boxes = tile_boxes(teacher), tile_boxes(student)
     teacher_content, student_content = content_mask(teacher_boxes), content_mask(student_boxes)
@@ -101,13 +94,6 @@ def meet_cells(grid: tuple[int, int], student: tuple[Tile, ...]) -> CommonGrid:
 
     The teacher's tokens were pooled to the grid; the student's go through it too. Where the grid cuts tokens
     (padded and cropped pictures), a student that looks like its teacher then still matches it.
-
-    Args:
-        grid: Rows and columns.
-        student: Tiles of the student's tokens.
-
-    Returns:
-        The pooling of both sides.
     """
     cells = (grid_tile(*grid),)
     common = meet(cells, student)

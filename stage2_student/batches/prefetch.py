@@ -30,8 +30,6 @@ class Prefetcher(Generic[Item]):
 
         Args:
             load: Makes item ``i``; called from several threads at once.
-            start: First item.
-            stop: One past the last item.
             num_workers: Threads; 0 loads on the caller's thread, when asked.
             depth: Items kept ready for each thread.
         """

@@ -22,9 +22,6 @@ def epoch_order(shards: Sequence[Indices], *, seed: int, epoch: int, window: int
     """Shuffle shards, then the samples inside each window of ``window`` shards.
 
     Args:
-        shards: Sample indices of each shard, int64 ``[n_i]``.
-        seed: Non-negative; the run's seed.
-        epoch: Non-negative; 0 is the first pass.
         window: Shards whose samples are mixed, at least 1; a reader needs that many shards open.
 
     Returns:
@@ -49,11 +46,6 @@ class ShardShuffle:
 
     Attributes:
         shards: Sample indices of each shard, int64 ``[n_i]``; empty shards are allowed, not all of them.
-        seed: The run's seed.
-        window: Shards mixed with each other.
-
-    Raises:
-        ConfigError: If there is no sample at all, or the window is below one.
     """
 
     shards: Sequence[Indices]
@@ -85,7 +77,6 @@ class ShardShuffle:
         """The shards of the window after the one that the next sample comes from: worth fetching now.
 
         Args:
-            consumed: Samples consumed so far.
             until: Samples consumed when all is done; a window that begins then or later is not needed.
         """
         epoch, offset = divmod(consumed, self.length)
@@ -110,16 +101,7 @@ class ShardShuffle:
 
 
 def micro_batch_count(batch_size: int, *, world_size: int, micro_batch_size: int | None) -> int:
-    """Micro-batches each process runs in one optimizer step.
-
-    Args:
-        batch_size: Samples of an optimizer step, over all processes.
-        world_size: Processes.
-        micro_batch_size: Most samples in one forward pass of one process; None: no limit.
-
-    Raises:
-        ConfigError: If a process would get no sample.
-    """
+    """Micro-batches each process runs in one optimizer step."""
     if batch_size < world_size:
         raise ConfigError(
             f"batch_size is {batch_size} samples for {world_size} processes: each needs one; "
@@ -134,15 +116,6 @@ def split_step(indices: Indices, *, rank: int, world_size: int, micro_batches: i
 
     All parts of all processes together are the step's samples, each once, and sizes differ by one at most:
     which samples a step sees never depends on how many processes run it.
-
-    Args:
-        indices: The step's samples, int64 ``[batch_size]``.
-        rank: This process, from 0.
-        world_size: Processes.
-        micro_batches: Parts for each process.
-
-    Returns:
-        ``micro_batches`` arrays, int64.
     """
     parts = np.array_split(indices, world_size * micro_batches)
     return parts[rank * micro_batches : (rank + 1) * micro_batches]

@@ -1,218 +1,224 @@
-"""A cached record becomes what one student can be compared with: decoded, and pooled to a common grid.
+"""What a loss on cached signals is, and how records become what a student's batch is compared with.
 
 Teacher and student may cut the picture into different tokens. Both are pooled to **the coarser of the two**,
 by shared area: nobody is asked to tell apart what it, or the teacher, cannot see apart. All of this depends
 on the sample alone, so it runs on loading threads and the loop meets tensors of equal shape.
 
-Dims: A supervised rows, G layer groups, N_t teacher and N_s student visual tokens, C common cells.
+Dims: B batch, T sequence, G layer groups, V vocabulary.
 """
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
-from functools import lru_cache
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vlm_distill_cache.common.attention.boxes import (
-    Tile,
-    content_mask,
-    grid_tile,
-    overlap_matrix,
-    pool_keys,
-    pool_queries,
-    tile_boxes,
-    tiles_from_array,
-)
-from vlm_distill_cache.common.attention.layers import GroupMatch
-from vlm_distill_cache.common.cache.schema import Record
-from vlm_distill_cache.common.codecs.logits import SparseLogits
-from vlm_distill_cache.common.codecs.teacher_map import TeacherMap, image_pairs
-from vlm_distill_cache.common.codecs.visual_map import VisualMapCodec
+from vlm_distill_cache.common.attention.boxes import Tile, tiles_from_array
+from vlm_distill_cache.common.attention.capture import AttentionRequest
+from vlm_distill_cache.common.attention.hidden import HiddenRequest
+from vlm_distill_cache.common.attention.layers import GroupMatch, Groups
+from vlm_distill_cache.common.cache.plan import Plan
+from vlm_distill_cache.common.cache.schema import IGNORE_INDEX, Record
 from vlm_distill_cache.common.errors import CacheMismatchError
-from vlm_distill_cache.stage2_student.batches.features import FeatureTarget, decode_features
-from vlm_distill_cache.stage2_student.batches.grid import meet, meet_cells
-from vlm_distill_cache.stage2_student.batches.layers import regroup, regroup_map, regroup_rows
-from vlm_distill_cache.stage2_student.loss_weights import (
-    ALL_ROWS,
-    ATTENTION_SIGNALS,
-    ATTENTION_TERMS,
-    ROW_SIGNALS,
-    cached_signals,
-)
+from vlm_distill_cache.data.text.collate import collate, supervised_rows, text_rows, visual_keys
+from vlm_distill_cache.data.text.encoding import EncodedSample
+from vlm_distill_cache.stage2_student.batches.batch import TrainingBatch, TrainingSample
+from vlm_distill_cache.stage2_student.loss_weights import LossWeights
 
 
 @dataclass(frozen=True)
-class AttentionTarget:
-    """The teacher's attention on the common cells of one sample.
+class Sides:
+    """One sample's record and one student, about to meet.
 
     Attributes:
-        teacher: float32; ``answer_attention`` and ``text_attention`` ``[A, G, C]``, ``visual_columns`` ``[G, C]``, ``visual_map``
-            and ``all_attention`` ``[G, C, C]``; absolute probability mass.
-        image_mass: Mass of a row on the image, float32 ``[A, G]``; None for signals without rows.
-        student_pool: float32 ``[N_s, C]``.
-        content: bool ``[C]``.
-        kept: The teacher's half of the sink mask of ``visual_map``, bool ``[G, C, C]``; else None.
-        complete: Whether each value of a ``visual_map`` is that of its own pair.
-        text: The text rows of ``all_attention`` on the same cells, float32 ``[X, G, C]``; else None.
+        record: The sample's, or another's in the control experiment.
+        own: The sample's.
+        student_tiles: The student's visual tokens; empty without an image.
+        match: How the cached layer groups become those of the losses; None: they stay.
     """
 
-    teacher: Tensor
-    image_mass: Tensor | None
-    student_pool: Tensor
-    content: Tensor
-    kept: Tensor | None = None
-    complete: bool = True
-    text: Tensor | None = None
+    record: Record
+    own: Record
+    codecs: Mapping[str, Any]
+    student_tiles: tuple[Tile, ...]
+    match: GroupMatch | None
+    where: str
+
+    @cached_property
+    def teacher_tiles(self) -> tuple[Tile, ...]:
+        """The teacher's visual tokens; empty without an image."""
+        return tiles_from_array(np.asarray(self.record["tiles"]))
+
+    @property
+    def see(self) -> bool:
+        """Whether both sides have visual tokens."""
+        return bool(self.student_tiles and self.teacher_tiles)
+
+    def decode(self, signal: str) -> Any:
+        """A signal as its codec unpacks it."""
+        return self.codecs[signal].decode(self.record)
+
+    def check_tokens(self, signal: str, found: int, tiles: tuple[Tile, ...] | None = None) -> None:
+        """Refuse a signal of another number of visual tokens than the record's tiles (or `tiles`) have."""
+        expected = sum(tile.token_count for tile in (self.teacher_tiles if tiles is None else tiles))
+        if found != expected:
+            raise CacheMismatchError(
+                f"{self.where}: {signal} covers {found} visual tokens, the record's tiles {expected}; "
+                "run `cachectl verify --deep` on the cache, then build the damaged shard again"
+            )
+
+
+class StudentSizes(Protocol):
+    """What losses may ask of a student; asked only where needed, since of some models it is not known."""
+
+    @property
+    def depth(self) -> int:
+        """Layers of the language model."""
+
+    @property
+    def width(self) -> int:
+        """Of the language model."""
 
 
 @dataclass(frozen=True)
-class SampleSignals:
-    """What a sample's losses need of the teacher; ``attention`` is empty without an image."""
+class Seen:
+    """What one forward pass of a student over a batch showed, and which losses are asked for.
 
-    logits: SparseLogits | None
-    attention: Mapping[str, AttentionTarget]
-    features: Mapping[str, FeatureTarget] = field(default_factory=dict)
+    Attributes:
+        attention: By name of the request, float32 ``[B, G, R, M]``.
+        hidden: By name of the request, float ``[B, R, S, D]``.
+        rows: Whose logits were asked for, bool ``[B, T]``.
+        logits: Of `rows`, float ``[rows, V]``, batch-row order; None if they were never held.
+        divergence: Of the term that is computed `in_pass`; None without it.
+    """
+
+    batch: TrainingBatch
+    losses: LossWeights
+    attention: Mapping[str, Tensor]
+    hidden: Mapping[str, Tensor]
+    rows: Tensor
+    logits: Tensor | None
+    divergence: Tensor | None
+
+
+Requests = Mapping[str, AttentionRequest | HiddenRequest]
+Value = tuple[Tensor, Mapping[str, Tensor]]
+VisualRows = Literal["causal", "alike"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossTerm:
+    """All that stage two knows of one loss on cached signals; `losses.terms.TERMS` names them.
+
+    Attributes:
+        reads: The signals that it needs.
+        at_images: Whether it is about visual tokens: samples have a target where both sides see an image.
+        of_picture: Whether it is of the picture alone: a student with another tokenizer can learn it.
+        needs_boxes: Whether it must be known which part of the picture each visual token sees.
+        attends: Whether it compares attention, of layer groups that must be matched.
+        visual_rows: Of losses on what visual tokens see: ``causal``: both sides must see what precedes them alone;
+            ``alike``: where the two sides see different things, a part of the loss is no matter of where they look.
+        in_pass: Whether it is computed inside the forward pass, together with the cross-entropy.
+        logits_at_images: Whether it needs the student's logits at visual tokens.
+        tempered: Whether its temperature must be one that the cache holds tail masses for.
+    """
+
+    reads: tuple[str, ...]
+    at_images: bool = True
+    of_picture: bool = False
+    needs_boxes: ClassVar[bool] = True
+    attends: ClassVar[bool] = False
+    visual_rows: ClassVar[VisualRows | None] = None
+    in_pass: ClassVar[bool] = False
+    logits_at_images: ClassVar[bool] = False
+    tempered: ClassVar[bool] = False
+
+    def check_cache(
+        self, signals: Mapping[str, Any], losses: LossWeights, where: str, match: GroupMatch | None
+    ) -> None:
+        """Refuse a cache whose codecs cannot serve this loss; needs no student.
+
+        Args:
+            signals: The codec dictionaries of its plan, those that the term reads among them.
+            match: How layers meet; None: not yet known.
+        """
+
+    def fit(self, plan: Plan, losses: LossWeights, student: StudentSizes, where: str) -> Any:
+        """What the loss must know of its cache and its student, once a phase; the methods below get it back.
+
+        Raises:
+            CacheMismatchError: If the two cannot be compared.
+        """
+
+    def check_record(self, record: Record, encoded: EncodedSample, *, where: str) -> None:
+        """Refuse, with a CacheMismatchError, a record that was made from other words than the student reads."""
+
+    def target(self, sides: Sides) -> Any:
+        """The teacher's side of one sample, on the CPU."""
+        raise NotImplementedError
+
+    def collate(self, targets: Sequence[Any], places: Sequence[int]) -> Any:
+        """Join the teacher's sides of the samples that have one; `places`: where these are in the batch."""
+        raise NotImplementedError
+
+    def count(self, target: Any) -> int:
+        """How many rows or images of a batch the loss is a mean over."""
+        return int(target.count)
+
+    def requests(self, batch: TrainingBatch, target: Any, groups: Groups, fit: Any) -> Requests:
+        """What of the student's forward pass to record; terms that need the same use the same name."""
+        return {}
+
+    def measured(self, losses: LossWeights, fit: Any) -> tuple[str, ...]:
+        """Names of what is logged beside the loss."""
+        return ()
+
+    def value(self, seen: Seen, target: Any, fit: Any) -> Value:
+        """The loss, a float32 scalar with a graph, and its measures, without one: means over `count` rows or images."""
+        raise NotImplementedError
 
 
 def decode_signals(
     record: Record,
     codecs: Mapping[str, Any],
+    terms: Mapping[str, LossTerm],
     student_tiles: tuple[Tile, ...],
     *,
     where: str,
-    attention_record: Record | None = None,
-    attention_rows: int | None = None,
-    terms: Collection[str] | None = None,
+    foreign: Record | None = None,
     match: GroupMatch | None = None,
-) -> SampleSignals:
-    """Decode the wanted signals of one record and pool them for one student.
+) -> dict[str, Any]:
+    """The teacher's side of each term for one sample and one student, as `TrainingSample` holds it.
 
-    Args:
-        record: The sample's record.
-        codecs: Codec of each wanted signal.
-        student_tiles: The student's visual tokens; empty without an image.
-        where: Sample and cache, for errors.
-        attention_record: Take the attention signals from this record (the control experiment).
-        attention_rows: Supervised rows the sample has, to which a foreign record's rows are repeated or cut;
-            its text rows, likewise.
-        terms: Attention losses to prepare for; None: one of each attention signal.
-        match: How the cached layer groups become those of the losses; None: they stay.
-
-    Returns:
-        The signals, on the CPU.
-
-    Raises:
-        CacheMismatchError: If tiles and attention of the record differ in their number of visual tokens.
+    With a ``foreign`` record attention is that of another sample: the control experiment.
     """
-    logits = codecs["logits"].decode(record) if "logits" in codecs else None
-    attention: dict[str, AttentionTarget] = {}
-    source = record if attention_record is None else attention_record
-    teacher_tiles = tiles_from_array(np.asarray(source["tiles"]))
-    if student_tiles and teacher_tiles:
-        for term in ATTENTION_TERMS:
-            if term in (ATTENTION_SIGNALS if terms is None else terms) and codecs.keys() >= {*cached_signals([term])}:
-                foreign = attention_rows is not None and term in ("text_attention", ALL_ROWS)
-                rows = len(record["text_attention"]) if foreign else attention_rows
-                sides = _Sides(codecs, source, teacher_tiles, student_tiles, match, rows, where)
-                attention[term] = sides.target(term)
-    own_tiles = tiles_from_array(np.asarray(record["tiles"]))
-    features = decode_features(record, codecs, own_tiles, student_tiles, where=where)
-    return SampleSignals(logits=logits, attention=attention, features=features)
+    own = Sides(record, record, codecs, student_tiles, match, where)
+    looking = own if foreign is None else Sides(foreign, record, codecs, student_tiles, match, where)
+    sides = {name: looking if term.attends else own for name, term in terms.items()}
+    return {name: term.target(sides[name]) for name, term in terms.items() if sides[name].see or not term.at_images}
 
 
-@dataclass(frozen=True)
-class _Sides:
-    """One record and one student, about to meet; attributes as the arguments of `decode_signals`."""
-
-    codecs: Mapping[str, Any]
-    record: Record
-    teacher_tiles: tuple[Tile, ...]
-    student_tiles: tuple[Tile, ...]
-    match: GroupMatch | None
-    rows: int | None
-    where: str
-
-    def target(self, term: str) -> AttentionTarget:
-        """The teacher's side of one loss term."""
-        if term == "visual_map":
-            return self._map()
-        if term == ALL_ROWS:
-            return self._all_rows()
-        if term in ROW_SIGNALS:
-            return self._rows(term)
-        grid = meet(self.teacher_tiles, self.student_tiles)
-        columns = self.codecs[term].decode(self.record)
-        _check_tokens(term, columns, grid.teacher_pool.shape[0], self.where)
-        pooled = pool_keys(regroup(columns, self.match, axis=0), grid.teacher_pool)  # [G, C]
-        return AttentionTarget(pooled, None, grid.student_pool, grid.content)
-
-    def _rows(self, signal: str) -> AttentionTarget:
-        grid = meet_cells(self.codecs[signal].grid, self.student_tiles)
-        decoded = regroup_rows(self.codecs[signal].decode(self.record), self.match)
-        cells, mass = decoded.cells, decoded.image_mass
-        if self.rows is not None:
-            chosen = torch.arange(self.rows) % max(1, cells.shape[0])
-            cells, mass = cells[chosen], mass[chosen]
-        return AttentionTarget(pool_keys(cells, grid.teacher_pool), mass, grid.student_pool, grid.content)
-
-    def _map(self) -> AttentionTarget:
-        """A visual map on the common cells, with the teacher's half of the sink mask.
-
-        The cached mask holds where the common cells are the map's own; a map that is pooled once more gets a
-        mask of its pooled values.
-        """
-        cells, decoded = self._decoded_map()
-        grid = meet(cells, self.student_tiles)
-        if not grid.is_teachers:
-            values = decoded.whole(f"{self.where}: a student whose visual tokens are coarser than the map's")
-            values = pool_queries(pool_keys(values, grid.teacher_pool), grid.teacher_pool)  # [G, C, C]
-            decoded = TeacherMap.from_maps(values, token_mask=grid.content)
-        pairs = image_pairs(decoded.values, grid.content)
-        return AttentionTarget(
-            decoded.values * pairs,
-            None,
-            grid.student_pool,
-            grid.content,
-            decoded.kept & pairs,
-            decoded.complete,
-        )
-
-    def _all_rows(self) -> AttentionTarget:
-        """Visual and text rows on the cells of the text rows, on which alone both can be compared.
-
-        Text rows were pooled to a grid over the picture when they were cached; the map goes through the same grid,
-        its keys by sum and its queries by mean, and so do the student's tokens.
-        """
-        text = self._rows("text_attention")
-        cells, decoded = self._decoded_map()
-        codec = self.codecs["text_attention"]
-        grid = meet_cells(codec.grid, self.student_tiles)
-        pool = _onto_grid(cells, codec.grid) @ grid.teacher_pool  # [N_t, C]
-        values = pool_queries(pool_keys(decoded.whole(f"{self.where}: the loss all_attention"), pool), pool)
-        return AttentionTarget(values, None, grid.student_pool, grid.content, text=text.teacher)
-
-    def _decoded_map(self) -> tuple[tuple[Tile, ...], TeacherMap]:
-        """The map's cells, and the map of the wanted layer groups."""
-        codec: VisualMapCodec = self.codecs["visual_map"]
-        cells, decoded = codec.cells_of(self.teacher_tiles), codec.teacher_map(self.record)
-        boxes = tile_boxes(cells)
-        _check_tokens("visual_map", decoded.values, len(boxes), self.where)
-        return cells, regroup_map(decoded, self.match, content=content_mask(boxes), wanted_by=self.where)
-
-
-@lru_cache(maxsize=256)
-def _onto_grid(cells: tuple[Tile, ...], grid: tuple[int, int]) -> Tensor:
-    """Shares of the tokens of some tiles in the cells of a grid over the whole picture, float32 ``[N, cells]``."""
-    return overlap_matrix(tile_boxes(cells), tile_boxes((grid_tile(*grid),)))
-
-
-def _check_tokens(signal: str, attention: Tensor, tokens: int, where: str) -> None:
-    """Refuse attention over another number of visual tokens than the record's tiles have."""
-    if attention.shape[-1] != tokens:
-        raise CacheMismatchError(
-            f"{where}: {signal} covers {attention.shape[-1]} visual tokens, the record's tiles {tokens}; "
-            "run `cachectl verify --deep` on the cache, then build the damaged shard again"
-        )
+def collate_samples(
+    samples: Sequence[TrainingSample], terms: Mapping[str, LossTerm], *, pad_token_id: int
+) -> TrainingBatch:
+    """Pad samples to one batch and join the teacher's sides of `terms`, for which they were decoded, in the same order."""
+    inputs = collate([sample.encoded for sample in samples], pad_token_id)
+    labels = inputs.labels[inputs.labels != IGNORE_INDEX]
+    held = {name: [place for place, sample in enumerate(samples) if name in sample.targets] for name in terms}
+    return TrainingBatch(
+        inputs=inputs,
+        labels=labels,
+        targets={
+            name: terms[name].collate([samples[place].targets[name] for place in places], places)
+            for name, places in held.items()
+            if places
+        },
+        rows=supervised_rows(inputs),
+        text_rows=text_rows(inputs),
+        keys=visual_keys(inputs),
+        has_image=torch.tensor([place for place, sample in enumerate(samples) if sample.has_image], dtype=torch.int64),
+        row_count=len(labels),
+    )

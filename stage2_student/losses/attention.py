@@ -2,7 +2,9 @@
 
 Losses of rows (answers, text) average over rows that look at the image, losses of maps over samples that have
 one; all are 0, with a graph, when there is nothing to learn from. They take live and cached signals alike. Over
-layer groups each is a mean or a sum, as asked.
+layer groups each is a mean or a sum: the ``reduction``. A ``token_mask``, bool ``[B, N]``, is False for tokens in padding,
+which are masked on both sides; None: all carry image. Shapes that differ, and kinds or reductions that are none, raise
+a ValueError.
 
 Maps of several samples come as one batch `[B, G, N, N]` when the samples have equally many visual tokens, as
 one processor's samples do, or padded with cells that a mask leaves out. Rows and keys of samples without an
@@ -20,7 +22,6 @@ from torch import Tensor
 
 from vlm_distill_cache.common.codecs.row_attention import RowAttention
 from vlm_distill_cache.common.codecs.teacher_map import TeacherMap, image_pairs
-from vlm_distill_cache.stage2_student.batches.batch import has_mass
 from vlm_distill_cache.stage2_student.loss_weights import AnswerLossKind, LayerReduction, VisualMapKind
 
 _TINY = 1e-12
@@ -53,14 +54,10 @@ def answer_attention_loss(
         cell_mask: bool `[C]` or `[A, C]`, False for cells in padding: masked on both sides, part of the
             rest. None: all count.
         sample_index: int64 `[A]`, sample of each row, for `relative`. None: all rows are of one sample.
-        reduction: Over groups.
 
     Returns:
         Scalar float32: nats (`kl`, `relative`: times mass; `kl_with_rest`) or dimensionless (`cosine`, times mass);
         reduced over groups, mean over rows with image.
-
-    Raises:
-        ValueError: If the shapes differ, or there is no such kind or reduction.
 
     Source:
         Ours (CompoDistill, arXiv:2510.12184, aligns visual rows); `relative` after arXiv:2502.17422.
@@ -88,25 +85,16 @@ def answer_attention_loss(
 
 
 def visual_columns_loss(
-    student: Tensor,
-    teacher: Tensor,
-    *,
-    token_mask: Tensor | None = None,
-    reduction: LayerReduction = "mean",
+    student: Tensor, teacher: Tensor, *, token_mask: Tensor | None = None, reduction: LayerReduction = "mean"
 ) -> Tensor:
     """1 - cosine of how much attention each visual token receives from the visual tokens.
 
     Args:
         student: Mean over visual query rows per visual key, causal zeros included, float `[B, G, N]`.
         teacher: The same, on the student's visual tokens.
-        token_mask: bool `[B, N]`, False for tokens in padding: masked on both sides. None: all count.
-        reduction: Over groups.
 
     Returns:
         Scalar float32, dimensionless: reduced over groups, mean over samples with visual tokens.
-
-    Raises:
-        ValueError: If the shapes differ or there is no such reduction.
 
     Source:
         CompoDistill's loss without its sink filter, of which N numbers a group are exact.
@@ -119,11 +107,7 @@ def visual_columns_loss(
 
 
 def sink_filtered_cosine_loss(
-    student: Tensor,
-    teacher: TeacherMap,
-    *,
-    token_mask: Tensor | None = None,
-    reduction: LayerReduction = "sum",
+    student: Tensor, teacher: TeacherMap, *, token_mask: Tensor | None = None, reduction: LayerReduction = "sum"
 ) -> Tensor:
     """1 - cosine of column means over the pairs where neither side shows an attention sink.
 
@@ -134,14 +118,9 @@ def sink_filtered_cosine_loss(
     Args:
         student: Visual maps, float `[B, G, N, N]`, query rows by key columns, zero above the diagonal.
         teacher: The same, on the student's visual tokens, and its half of the mask.
-        token_mask: Tokens that carry image, bool `[B, N]`; padding enters neither mean nor std. None: all do.
-        reduction: Over groups: `sum` as published, or `mean`.
 
     Returns:
         Scalar float32, dimensionless: mean over samples with visual tokens.
-
-    Raises:
-        ValueError: If the shapes differ or there is no such reduction.
 
     Source:
         CompoDistill's released code (arXiv:2510.12184); mean and unbiased std include the causal zeros.
@@ -170,14 +149,11 @@ def visual_map_loss(
             that carry image. `mse`: mean squared difference over the pairs of tokens that carry image, causal
             zeros included (masses are about 1/N, so this is of the order 1/N^2). `sink_filtered`:
             `sink_filtered_cosine_loss`.
-        token_mask: Tokens that carry image, bool `[B, N]`; others are masked on both sides. None: all do.
-        reduction: Over groups.
 
     Returns:
         Scalar float32, dimensionless (`kl`: nats times mass): mean over samples with visual tokens.
 
     Raises:
-        ValueError: If the shapes differ, or there is no such kind or reduction.
         CacheMismatchError: If the teacher's map comes from a preset without single values.
 
     Source:
@@ -222,18 +198,11 @@ def all_attention_loss(
     Args:
         student_map: Visual rows, float `[B, G, C, C]`, query rows by key columns.
         student_text: Text rows of all samples, float `[X, G, C]`.
-        teacher_map: As `student_map`.
-        teacher_text: As `student_text`.
         text_sample: int64 `[X]`, the sample of each text row.
         row_weights: How many visual tokens each row of the maps stands for, float `[B, C]`.
-        token_mask: Cells that carry image, bool `[B, C]`; others are masked on both sides. None: all do.
-        reduction: Over groups: `mean` as published, or `sum`.
 
     Returns:
         Scalar float32, dimensionless: mean over samples with visual tokens.
-
-    Raises:
-        ValueError: If the shapes differ or there is no such reduction.
 
     Source:
         CompoDistill (arXiv:2510.12184), the formula of its visual attention alignment; the weights are ours.
@@ -262,11 +231,6 @@ def all_attention_loss(
 def sink_shares(student: Tensor, teacher: TeacherMap, *, token_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """What the sink filter of `sink_filtered_cosine_loss` takes out, of the pairs on which the teacher has mass.
 
-    Args:
-        student: As there.
-        teacher: As there. The mass of pairs in its sinks is known of a complete map only.
-        token_mask: As there.
-
     Returns:
         The share of these pairs, and the share of the teacher's mass on them, float32 scalars in [0, 1]: mean over
         groups, then over samples with visual tokens; 0 without any. The second is 0 for an incomplete map.
@@ -281,6 +245,14 @@ def sink_shares(student: Tensor, teacher: TeacherMap, *, token_mask: Tensor | No
         if not teacher.complete:
             mass = torch.zeros_like(mass)
         return _reduce(pairs, present, pairs, "mean"), _reduce(mass, present, mass, "mean")
+
+
+def has_mass(teacher: Tensor) -> Tensor:
+    """Which rows or samples an attention loss averages over: `[A or B, ...]` to bool `[A or B]`.
+
+    Those without any mass are text-only, or pictures so narrow that no token carries image.
+    """
+    return teacher.flatten(1).any(dim=1)
 
 
 def _check_equal(where: str, student: Tensor, teacher: Tensor) -> None:

@@ -8,7 +8,7 @@ are ready when `forward` returns, and only scales them.
 That is why the weights of the two losses are arguments and only their sum has a graph. Were both differentiable,
 `backward` alone would know their weights: it would have to keep two gradients of every tensor, or project and
 exponentiate all rows again. So there are three matrix products, as many as without fusing, and one pass; four in half
-precision with more than one chunk and a trained weight (see `fused_chunks`).
+precision with more than one chunk and a trained weight (see `losses.fused_chunks`).
 
 Dims: A supervised rows, C rows of a chunk, D width, V student vocabulary, K kept entries.
 """
@@ -40,11 +40,13 @@ class FusedLosses:
         total: Their weighted sum, the only one with a graph.
         lm: As `lm_loss`, unweighted, without a graph.
         logits: As `tail_bucket_loss`, unweighted, without a graph; None without a teacher.
+        row_logits: The rows' logits ``[A, V]``, where they were held: not by `fused_losses`.
     """
 
     total: Tensor
     lm: Tensor
     logits: Tensor | None
+    row_logits: Tensor | None = None
 
 
 def fused_losses(
@@ -72,12 +74,7 @@ def fused_losses(
     Args:
         hidden: Last hidden states of the supervised rows, float `[A, D]`.
         weight: Of the output projection, float `[V, D]`; may be the embedding's.
-        labels: int64 `[A]`, the target of each row; every row has one.
         teacher: Cached or live rows; None: cross-entropy alone.
-        bias: Of the output projection, float `[V]`.
-        lm_weight: Weight of the cross-entropy in the total.
-        logit_weight: Weight of the divergence in the total.
-        kind: As for `tail_bucket_loss`.
         temperature: As for `tail_bucket_loss`; another one than 1 takes a second buffer.
         softcap: Bound of the logits (Gemma 2); takes another buffer.
         logit_scale: Factor before soft-capping (Cohere; Granite divides by `logits_scaling`).
@@ -87,12 +84,11 @@ def fused_losses(
         Weighted total with a graph, both losses without; 0 when there are no rows.
 
     Raises:
-        ValueError: If shapes do not fit each other, or a setting is none of those possible.
         TemperatureNotCachedError: If the cache holds no tail mass at `temperature`.
 
     Source:
         In-forward gradients over chunks: Liger Kernel (arXiv:2410.10989), section 3.2; closed forms:
-        `logit_losses`.
+        `losses.logits`.
     """
     _check_shapes(hidden, weight, labels, teacher, bias)
     if kind not in get_args(LogitKind):

@@ -24,14 +24,8 @@ class ChunkSettings:
     """How chunks are worked on.
 
     Attributes:
-        kind: Of the divergence.
-        temperature: Of the divergence.
-        softcap: Bound of the logits, or None.
-        logit_scale: Factor of the logits, before soft-capping.
         lm_weight: Of the sum of cross-entropies in the total.
         divergence_weight: Of the sum of divergences in it, with the factor of temperature.
-        chunk_rows: Most rows of a chunk.
-        dtype: Of the matrix products.
         needs: Whether gradients by hidden states, weight and bias are wanted.
     """
 
@@ -47,13 +41,7 @@ class ChunkSettings:
 
 
 def buffer_bytes(dtype: torch.dtype, *, temperature: float, softcap: float | None) -> int:
-    """Bytes that a chunk's buffers take for each of its logits.
-
-    Args:
-        dtype: Of the matrix products.
-        temperature: Another one than 1 takes a second buffer of float32.
-        softcap: If any, it takes another one.
-    """
+    """Bytes that a chunk's buffers take for each of its logits."""
     buffers = 1 + (temperature != 1.0) + (softcap is not None)
     return 4 * buffers + (0 if dtype == torch.float32 else dtype.itemsize)
 
@@ -69,12 +57,7 @@ def all_chunks(
     """Both losses of all rows and the gradients of their weighted sum, in one pass.
 
     Args:
-        hidden: float `[A, D]`.
-        weight: float `[V, D]`.
-        bias: float `[V]` or None.
-        labels: int64 `[A]`.
         teacher: Rows at the settings' temperature; None: cross-entropy alone.
-        settings: See there.
 
     Returns:
         Sums of cross-entropy and divergence over rows, float32, unweighted; gradients of the total by hidden states,
@@ -115,7 +98,6 @@ class RowSlopes:
         factor: float32 `[C]`, of the exponentials outside `slots`.
         slots: int64 `[C, K]`, listed tokens.
         on_slots: float32 `[C, K]`, the gradient there.
-        labels: int64 `[C]`.
         label_weight: What is taken off at the label.
     """
 
@@ -142,7 +124,6 @@ class RowSlopes:
         Args:
             exponentials: float32 `[C, B + 1]` of tokens `start` to `start + B`; anything at `slots`, which are
                 written, and in the last column, where whatever lies outside the block goes.
-            start: The block's first token.
         """
         spare = exponentials.shape[1] - 1
 
@@ -289,12 +270,7 @@ class _Buffers:
             logits.sub_(slope.top[:, None]).exp_()
 
     def gradient(self, slopes: Sequence[RowSlopes], start: int = 0) -> Tensor:
-        """By the logits, `[C, V]` or `[A, B]`, in the dtype of the matrix products; before the factor of `logit_scale`.
-
-        Args:
-            slopes: By temperature.
-            start: The block's first token.
-        """
+        """By the logits, `[C, V]` or `[A, B]`, in the dtype of the matrix products; before the factor of `logit_scale`."""
         rows, width = self.size
         views = self._at_temperatures()
         for exponentials, slope in zip(views, slopes, strict=False):
@@ -308,12 +284,7 @@ class _Buffers:
 
 
 def losses_in_place(
-    logits: Tensor,
-    labels: Tensor,
-    teacher: TeacherRows | None,
-    *,
-    kind: LogitKind,
-    weights: Sequence[float],
+    logits: Tensor, labels: Tensor, teacher: TeacherRows | None, *, kind: LogitKind, weights: Sequence[float]
 ) -> tuple[Tensor, Tensor, RowSlopes]:
     """Sums of both losses at one temperature, and what makes their weighted gradient.
 
@@ -322,9 +293,6 @@ def losses_in_place(
 
     Args:
         logits: float32 `[C, V + 1]`, the last column -inf; **overwritten** with exponentials for `RowSlopes.turn`.
-        labels: int64 `[C]`.
-        teacher: Rows at the temperature of `logits`; None: cross-entropy alone.
-        kind: Of the divergence.
         weights: Of cross-entropy and divergence in the gradient.
 
     Returns:

@@ -78,7 +78,6 @@ def teacher_rows(teacher: SparseLogits, *, vocabulary: int, temperature: float) 
     """Cut a teacher's rows for a student; tokens beyond the student's vocabulary join the bucket of all others.
 
     Args:
-        teacher: Cached or live rows.
         vocabulary: V, rows of the student's output layer.
         temperature: Dimensionless; one that the teacher's rows hold a tail mass for.
 
@@ -109,7 +108,6 @@ def split_rows(scaled: Tensor, slots: Tensor) -> StudentRows:
 
     Args:
         scaled: float32 `[A, V + 1]` from `with_spare_column`; **overwritten** with -inf at `slots`.
-        slots: int64 `[A, K]`.
     """
     normaliser = torch.logsumexp(scaled, dim=1)  # [A]
     listed = scaled.gather(1, slots)  # [A, K]
@@ -131,9 +129,6 @@ def logit_gradient(scaled: Tensor, slots: Tensor, student: StudentRows, divergen
 
     Args:
         scaled: float32 `[A, V + 1]` as `split_rows` left it; **overwritten**.
-        slots: int64 `[A, K]`.
-        student: From `split_rows`.
-        divergence: From `diverge`.
 
     Returns:
         float32 `[A, V]`, a view of `scaled`.
@@ -219,11 +214,7 @@ class _DivergenceSum(torch.autograd.Function):
 
 
 def tail_bucket_loss(
-    student_logits: Tensor,
-    teacher: SparseLogits,
-    *,
-    kind: LogitKind = "forward_kl",
-    temperature: float = 1.0,
+    student_logits: Tensor, teacher: SparseLogits, *, kind: LogitKind = "forward_kl", temperature: float = 1.0
 ) -> Tensor:
     """A divergence between teacher and student over the cached tokens and one bucket for all others.
 
@@ -238,14 +229,12 @@ def tail_bucket_loss(
         kind: `forward_kl`: KL(teacher || student). `reverse_kl`: KL(student || teacher), teacher's
             log-probabilities being at least `REVERSE_FLOOR_NATS`. `jsd`: Jensen-Shannon, in [0, log 2]. `tvd`:
             total variation, half the sum of absolute differences, in [0, 1].
-        temperature: Positive, dimensionless; must be one the cache holds a tail mass for.
 
     Returns:
         Scalar float32: nats (`tvd`: dimensionless) per supervised row, times temperature squared (`tvd`:
         temperature), so that gradients keep their size; 0 when there are no rows.
 
     Raises:
-        ValueError: If the teacher has another number of rows, or there is no such kind.
         TemperatureNotCachedError: If the cache holds no tail mass at `temperature`.
 
     Source:

@@ -16,19 +16,20 @@ from torch import Tensor
 
 from vlm_distill_cache.common.attention.capture import AttentionCapture
 from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
-from vlm_distill_cache.common.codecs.logits import SparseLogits
-from vlm_distill_cache.common.codecs.row_attention import RowAttention
+from vlm_distill_cache.common.codecs.logits import LogitCodec, SparseLogits
+from vlm_distill_cache.common.codecs.row_attention import RowAttention, RowAttentionCodec
 from vlm_distill_cache.common.terminal.progress import progress
 from vlm_distill_cache.data.families.models import row_logits
 from vlm_distill_cache.data.sample import CaptionPair, EvaluationSet, ImageSource, Question, Sample, Turn
 from vlm_distill_cache.data.text.collate import collate
 from vlm_distill_cache.data.text.encoding import EncodedSample, SampleEncoder, build_prompt
 from vlm_distill_cache.data.text.generation import Generated, device_of, generate_answers, pad_token_id
-from vlm_distill_cache.stage2_student.batches.batch import has_mass
-from vlm_distill_cache.stage2_student.batches.dataset import AttentionBatch, CachedDataset
-from vlm_distill_cache.stage2_student.losses.attention import answer_attention_loss
+from vlm_distill_cache.stage2_student.batches.dataset import CachedDataset
+from vlm_distill_cache.stage2_student.losses.attention import answer_attention_loss, has_mass
+from vlm_distill_cache.stage2_student.losses.attention_terms import AttentionTarget, student_cells
 from vlm_distill_cache.stage2_student.losses.logits import tail_bucket_loss
-from vlm_distill_cache.stage2_student.losses.objective import attention_requests, student_answer_cells
+from vlm_distill_cache.stage2_student.losses.objective import record, requests_of
+from vlm_distill_cache.stage2_student.losses.terms import choose_terms
 from vlm_distill_cache.stage2_student.scores.metrics import (
     RESAMPLES,
     Score,
@@ -231,7 +232,7 @@ def score_questions(
 def score_agreement(model: Any, cached: CachedDataset, *, batch_size: int) -> dict[str, np.ndarray]:
     """Compare a model with the cached teacher on the same samples, one value a sample.
 
-    Which of ``logits`` and ``answer_attention`` the joined data reads decides what is compared.
+    Which of logits and answer attention the joined data reads decides what is compared.
 
     Returns:
         Float ``[I]`` each: ``teacher/kl`` (tail-bucket KL, nats a row), ``teacher/top1`` (share of rows
@@ -244,30 +245,31 @@ def score_agreement(model: Any, cached: CachedDataset, *, batch_size: int) -> di
     values: dict[str, list[float]] = {}
     for positions in _batches(range(len(cached)), batch_size, "teacher's signals"):
         batch = cached.batch(positions).to(device_of(model))
-        target = batch.attention.get("answer_attention")
+        target, teacher = (batch.targets.get(codec.signal) for codec in (RowAttentionCodec, LogitCodec))
         supervised = batch.inputs.labels != IGNORE_INDEX
         if target is None:
             logits = supervised_logits(model, model_inputs_of(model, batch.inputs), supervised)
         else:
             groups = cached.student_groups(depth)
-            with capture.record(attention_requests(batch, groups)) as maps:
+            terms = choose_terms([RowAttentionCodec.signal])
+            with record(model, capture, requests_of(terms, batch, groups)) as (maps, _):
                 logits = supervised_logits(model, model_inputs_of(model, batch.inputs), supervised)
             chosen = batch.has_image.to(logits.device)
             image_rows = batch.rows[batch.has_image.cpu()]
-            cells = student_answer_cells(maps["answer"][chosen], target, image_rows)
+            cells = student_cells(maps["answer"][chosen], target, image_rows)
             for rows in _row_ranges(image_rows):
                 for kind, value in _compare_attention(cells[rows], target, rows).items():
                     values.setdefault(f"attention/{kind}", []).append(value)
-        if batch.logits is not None:
-            best = logits.argmax(-1) == batch.logits.token_ids[:, 0]  # [A]
+        if teacher is not None:
+            best = logits.argmax(-1) == teacher.token_ids[:, 0]  # [A]
             for rows in _row_ranges(batch.rows):
-                kl = tail_bucket_loss(logits[rows], _take_rows(batch.logits, rows))
+                kl = tail_bucket_loss(logits[rows], _take_rows(teacher, rows))
                 values.setdefault("teacher/kl", []).append(float(kl))
                 values.setdefault("teacher/top1", []).append(float(best[rows].float().mean()))
     return {name: np.array(found) for name, found in values.items()}
 
 
-def _compare_attention(cells: Tensor, target: AttentionBatch, rows: slice) -> dict[str, float]:
+def _compare_attention(cells: Tensor, target: AttentionTarget, rows: slice) -> dict[str, float]:
     """Mass-weighted mean over one sample's rows: the losses' sums, divided by their weights; empty if none."""
     assert target.image_mass is not None
     teacher = RowAttention(target.teacher[rows], target.image_mass[rows])

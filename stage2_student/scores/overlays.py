@@ -65,7 +65,7 @@ def collect_overlays(
     Returns:
         At most ``count`` overlays, fewer where samples have no image or cannot be read.
     """
-    codec = RowAttentionCodec.from_dict(cache.plan.signals["answer_attention"])
+    codec = RowAttentionCodec.from_dict(cache.plan.signals[RowAttentionCodec.signal])
     capture = AttentionCapture(language_model_of(model))
     overlays: list[Overlay] = []
     for position in range(len(dataset)):

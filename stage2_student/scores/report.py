@@ -14,12 +14,12 @@ from typing import Any
 import PIL.Image
 
 from vlm_distill_cache.common.files.atomic import write_bytes_atomic
+from vlm_distill_cache.stage2_student.loss_weights import LossWeights
 from vlm_distill_cache.stage2_student.scores.overlays import Overlay
 from vlm_distill_cache.stage2_student.scores.results import EvaluationReport, format_score, table_rows
 
 COLOURS = ("#0a7d6c", "#c2410c", "#4f46e5", "#a16207", "#be185d", "#475569")
 CHART_WIDTH, CHART_HEIGHT, MARGIN = 520, 240, 44
-LOSSES = ("total", "lm", "logits", "answer_attention", "text_attention", "visual_columns", "visual_map")
 STYLE = """
 :root{color-scheme:light dark;--ink:#1c1917;--soft:#78716c;--line:#e7e5e4;--page:#fafaf9;--card:#fff}
 @media(prefers-color-scheme:dark){:root{--ink:#f5f5f4;--soft:#a8a29e;--line:#44403c;--page:#1c1917;--card:#292524}}
@@ -92,7 +92,7 @@ def _loss_series(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str,
     """By loss term: by run: (step, running mean) points."""
     series: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for run, records in curves.items():
-        for term in LOSSES:
+        for term in ("total", *LossWeights.names()):
             points = [(float(r["step"]), float(r[term])) for r in records if isinstance(r.get(term), int | float)]
             points = [point for point in points if math.isfinite(point[1])]
             if points:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 from transformers import LlamaConfig, Qwen2Config
 
 from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, ModelError
@@ -33,14 +33,7 @@ from vlm_distill_cache.data.families.images import published_images
 from vlm_distill_cache.data.images.encoder import ImageEncoder
 from vlm_distill_cache.data.text.processors import load_image_processor
 from vlm_distill_cache.stage2_student.config import choose_size
-from vlm_distill_cache.stage2_student.students.presets import (
-    SIZES,
-    STUDENTS,
-    fit_size,
-    load_preset,
-    split_student_name,
-    student_folder,
-)
+from vlm_distill_cache.stage2_student.students.presets import STUDENTS, fit_size, load_preset, student_folder
 
 
 def has_tower(cache_dir: Path, kind: str) -> bool:
@@ -52,27 +45,15 @@ def has_tower(cache_dir: Path, kind: str) -> bool:
 
 
 def load_frozen_parts(student: VisionLanguageModel, cache_dir: Path, *, needs_tower: bool) -> None:
-    """Copy the cache's vision tower and, for TAF, its teacher's projector into a student, strictly.
-
-    Raises:
-        CacheFormatError: If a needed file is missing or does not hold exactly the expected tensors.
-    """
+    """Copy the cache's vision tower and, for TAF, its teacher's projector into a student, strictly."""
     if needs_tower:
-        path = cache_dir / "vision_tower.safetensors"
-        tensors = {key.removeprefix("vision_model."): value for key, value in _read_tensors(path).items()}
-        _load_strictly(student.vision_encoder, tensors, path)
+        _load_strictly(student.vision_encoder, cache_dir / "vision_tower.safetensors")
     if isinstance(student.model.mm_projector, TeacherAdapter):
-        path = cache_dir / "projector.safetensors"
-        _load_strictly(student.model.mm_projector.teacher, _read_tensors(path), path)
+        _load_strictly(student.model.mm_projector.teacher, cache_dir / "projector.safetensors")
 
 
 def teacher_width(cache_dir: Path) -> int:
-    """Width of the teacher's language model: its projector's output, or what the plan says.
-
-    Raises:
-        CacheFormatError: If the cache holds neither.
-        ConfigError: If the plan does not say it.
-    """
+    """Width of the teacher's language model: its projector's output, or what the plan says."""
     if (cache_dir / "projector.json").exists() or not (cache_dir / "plan.json").exists():
         return int(read_cache_json(cache_dir, "projector.json")["out"])
     width = read_json(cache_dir / "plan.json").get("teacher", {}).get("hidden_size")
@@ -81,27 +62,8 @@ def teacher_width(cache_dir: Path) -> int:
     return width
 
 
-def refuse_other_tower(cache_dir: Path, kind: str) -> None:
-    """Say why the teacher's projector cannot be used.
-
-    Raises:
-        CacheFormatError: There is no tower in the cache.
-        ModelError: There is one of another kind.
-    """
-    found = read_cache_json(cache_dir, "vision_tower.json").get("model_type")
-    raise ModelError(
-        f"projector 'taf' needs the teacher's own vision tower, a {found}; this student looks through a {kind}. Use "
-        "student mobilevlm behind a CLIP tower, compodistill behind a SigLIP tower, or another projector (--set "
-        "projector=mlp)"
-    )
-
-
 def refuse_without_projector(cache_dir: Path) -> None:
-    """Say why a cache holds no projector, where its plan knows.
-
-    Raises:
-        ModelError: If the teacher has none that can be handed on.
-    """
+    """Say why a cache holds no projector, where its plan knows."""
     plan = cache_dir / "plan.json"
     if (cache_dir / "projector.json").exists() or not plan.exists():
         return
@@ -114,16 +76,7 @@ def refuse_without_projector(cache_dir: Path) -> None:
 
 
 def teacher_projector(cache_dir: Path, vision: TowerConfig) -> tuple[dict[str, Any], int, str]:
-    """What rebuilds the teacher's projector, which hidden state of the tower it reads, and which tokens of it.
-
-    Args:
-        cache_dir: The cache.
-        vision: The student's tower.
-
-    Raises:
-        CacheFormatError: If the cache holds no projector.
-        ModelError: If it reads several layers, or tokens that this tower does not give.
-    """
+    """What rebuilds the teacher's projector, which hidden state of the tower it reads, and which tokens of it."""
     stored = read_cache_json(cache_dir, "projector.json")
     layer = stored.get("vision_feature_layer", -2)
     strategy = str(stored.get("vision_feature_select_strategy", "default"))
@@ -140,11 +93,7 @@ def teacher_projector(cache_dir: Path, vision: TowerConfig) -> tuple[dict[str, A
 
 
 def read_cache_json(cache_dir: Path, name: str) -> dict[str, Any]:
-    """Read one of the cache's small JSON files, or say what it is needed for.
-
-    Raises:
-        CacheFormatError: If it is not there, or damaged.
-    """
+    """Read one of the cache's small JSON files, or say what it is needed for."""
     path = cache_dir / name
     if not path.exists():
         raise CacheFormatError(
@@ -155,14 +104,12 @@ def read_cache_json(cache_dir: Path, name: str) -> dict[str, Any]:
     return content
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def _load_strictly(module: nn.Module, path: Path) -> None:
+    """Copy a file's tensors into a module; every name and shape must match."""
     if not path.exists():
         raise CacheFormatError(f"{path}: not found, but this student needs it; build the cache again")
-    return {key: value for key, value in load_file(path).items() if not key.endswith("position_ids")}
-
-
-def _load_strictly(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
-    """Copy tensors into a module; every name and shape must match."""
+    tensors = {key.removeprefix("vision_model."): value for key, value in load_file(path).items()}
+    tensors = {key: value for key, value in tensors.items() if not key.endswith("position_ids")}
     expected = module.state_dict()
     wrong = sorted(set(expected) ^ set(tensors)) or sorted(
         key for key, value in tensors.items() if value.shape != expected[key].shape
@@ -174,19 +121,6 @@ def _load_strictly(module: nn.Module, tensors: dict[str, Tensor], path: Path) ->
         )
     module.load_state_dict(tensors)
 
-
-__all__ = [
-    "SIZES",
-    "STUDENTS",
-    "build_config",
-    "build_student",
-    "choose_size",
-    "load_frozen_parts",
-    "load_preset",
-    "load_student",
-    "own_image_encoder",
-    "split_student_name",
-]
 
 logger = logging.getLogger(__name__)
 
@@ -217,18 +151,9 @@ def build_student(
 
     Args:
         name: One of `STUDENTS`, or a directory: one of ours, or a published MobileVLM or CompoDistill.
-        cache_dir: The cache: ``vision_tower.safetensors`` + ``.json``, ``projector.safetensors`` + ``.json``.
-        vocab_size: Number of token ids the student's tokenizer can give; it has at least as many rows.
-        image_token_id: Id of one visual token in ``input_ids``; None: a directory's own.
-        bos_token_id: Of the tokenizer, for generation.
-        eos_token_id: Of the tokenizer, for generation.
-        pad_token_id: Of the tokenizer, for generation.
         size: ``auto`` (by the teacher's width), or one of the student's; a directory has its own.
         projector_type: One of ``PROJECTOR_TYPES``; None is the preset's, or the directory's own.
         pool_teacher_tokens: For ``taf``: 2x2 pooling before the post-projector.
-        vision_tower: Directory of a CLIP (``compodistill``: SigLIP) tower; None: the cache's.
-        language_model: Directory of a Llama such as MobileLLaMA (``compodistill``: Qwen2); None: random weights.
-        seed: Of the random weights.
 
     Returns:
         The student in float32 on the CPU, all but the vision tower and a teacher's projector trainable.
@@ -313,12 +238,7 @@ def build_config(
     vision_tower: Path | None = None,
     language_model: Path | None = None,
 ) -> VisionLanguageConfig:
-    """Join a preset with the parts at hand: a directory's tower, else the cache's if it is of the preset's kind.
-
-    Raises:
-        CacheFormatError: If the cache lacks a part that this student needs.
-        ModelError: If TAF is asked for and the teacher's projector reads other features than this tower gives.
-    """
+    """Join a preset with the parts at hand: a directory's tower, else the cache's if it is of the preset's kind."""
     kind = preset["vision_tower"]["model_type"]
     config_class, _, text_class = _FAMILIES[kind]
     projector_type = projector_type or preset["projector"]
@@ -335,7 +255,12 @@ def build_config(
     elif has_tower(cache_dir, kind):
         tower, where = read_cache_json(cache_dir, "vision_tower.json"), str(cache_dir)
     elif projector_type == "taf":
-        refuse_other_tower(cache_dir, kind)
+        found = read_cache_json(cache_dir, "vision_tower.json").get("model_type")
+        raise ModelError(
+            f"projector 'taf' needs the teacher's own vision tower, a {found}; this student looks through a {kind}. Use "
+            "student mobilevlm behind a CLIP tower, compodistill behind a SigLIP tower, or another projector (--set "
+            "projector=mlp)"
+        )
     vision = tower_config(tower, where=where)
     if vision.model_type != kind:
         raise ModelError(f"{where}: its tower is a {vision.model_type}, this student needs a {kind}")
@@ -375,15 +300,7 @@ def initialize_by_fan_in(student: VisionLanguageModel) -> None:
 
 
 def load_student(directory: Path, *, vision_tower: Path | None = None) -> VisionLanguageModel:
-    """Load a student of ours or a published MobileVLM or CompoDistill, in float32, with exactly its weights.
-
-    Args:
-        directory: What ``save_pretrained`` wrote, or a published layout.
-        vision_tower: Directory of the tower, for a published checkpoint that does not hold it.
-
-    Raises:
-        ModelError: If the directory holds no such model, or not exactly its weights.
-    """
+    """Load a student of ours or a published MobileVLM or CompoDistill, in float32, with exactly its weights."""
     return load_published(directory, dtype=torch.float32, vision_tower=vision_tower)
 
 
@@ -393,12 +310,7 @@ def own_image_encoder(
     """The image encoder of a student of ours whose tower does not read the cache's pixels; None: it does.
 
     Args:
-        student: As `build_student` made or loaded it, without an image processor beside its weights.
-        geometry: Of the cache's plan.
         vision_tower: Directory of the tower, if it was given; an image processor in it is the one to use.
-
-    Raises:
-        CacheFormatError: If the plan does not say how the teacher's pictures were made.
     """
     processor = default_image_processor(student.config)
     if vision_tower is not None and (vision_tower / "preprocessor_config.json").is_file():
@@ -427,12 +339,7 @@ def _side(settings: Mapping[str, Any]) -> set[float]:
 
 
 def _open_directory(
-    folder: Path,
-    *,
-    projector_type: str | None,
-    vision_tower: Path | None,
-    vocab_size: int,
-    image_token_id: int | None,
+    folder: Path, *, projector_type: str | None, vision_tower: Path | None, vocab_size: int, image_token_id: int | None
 ) -> VisionLanguageModel:
     student = load_student(folder, vision_tower=vision_tower)
     own = student.config.projector_type

@@ -22,11 +22,7 @@ UNKNOWN_GEOMETRY = "library"
 
 
 def load_processors(folder: Path) -> tuple[Any, Any]:
-    """The tokenizer and image processor in a folder: a cache's ``processor/``, or a trained student.
-
-    Raises:
-        CacheFormatError: If they cannot be read.
-    """
+    """The tokenizer and image processor in a folder: a cache's ``processor/``, or a trained student."""
     try:
         return load_tokenizer(folder), load_image_processor(folder)
     except ModelError as error:
@@ -34,11 +30,7 @@ def load_processors(folder: Path) -> tuple[Any, Any]:
 
 
 def knows_boxes(geometry: Mapping[str, Any]) -> bool:
-    """Whether the boxes of visual tokens are known, so that two models' attention can meet.
-
-    Args:
-        geometry: Of a plan, or ``to_dict`` of an image encoder.
-    """
+    """Whether the boxes of visual tokens are known, so that two models' attention can meet."""
     return geometry.get("kind") != UNKNOWN_GEOMETRY
 
 
@@ -48,13 +40,7 @@ def cache_image_encoder(
     """The image encoder that a cache's plan describes.
 
     Args:
-        geometry: Of the plan.
-        image_processor: The cache's.
         grid: Rows and columns of the visual tokens of a student that reads the same pixels; None: the teacher's.
-        where: Whose pictures they become, for the error.
-
-    Raises:
-        ConfigError: If another grid is asked of a geometry whose number of tokens depends on the picture.
     """
     if grid is not None and "kind" in geometry:
         raise ConfigError(
@@ -87,14 +73,8 @@ def build_encoder(
     """The encoder of a student.
 
     Args:
-        description: From `describe_encoder`.
-        tokenizer: The student's.
-        image_processor: The student's.
         image_encoder: The student's, where its model makes it; None: the described one.
         grid: Rows and columns of the student's visual tokens, for descriptions of old without them.
-
-    Raises:
-        ConfigError: If the processor is not the described one, or neither geometry nor grid is known.
     """
     if image_encoder is None and "geometry" in description:
         image_encoder = image_encoder_from_dict(description["geometry"], image_processor)
@@ -103,10 +83,7 @@ def build_encoder(
         if grid is None:
             raise ConfigError("an encoder described without geometry needs the grid of the student's tokens")
         image_encoder = ImageEncoder(
-            processor=image_processor,
-            layout=description["layout"],
-            grid=grid,
-            patch_size=description.get("patch_size"),
+            processor=image_processor, layout=description["layout"], grid=grid, patch_size=description.get("patch_size")
         )
     return SampleEncoder(
         tokenizer=tokenizer,
@@ -118,13 +95,7 @@ def build_encoder(
 
 
 def encoder_of_cache(plan: Plan, folder: Path, *, max_length: int | None) -> SampleEncoder | None:
-    """How the teacher of a cache read its samples; None where that is known to the model library alone.
-
-    Args:
-        plan: The cache's.
-        folder: The cache's ``processor``.
-        max_length: Tokens; None: the cache's.
-    """
+    """How the teacher of a cache read its samples; None where that is known to the model library alone."""
     if not knows_boxes(plan.geometry):
         return None
     tokenizer, image_processor = load_processors(folder)

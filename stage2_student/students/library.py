@@ -32,20 +32,10 @@ class SupervisedOutput:
 
 
 class LibraryStudent(nn.Module):
-    """One model of the library as a student.
-
-    Attributes:
-        model: The library's.
-        family: Where its parts are.
-    """
+    """One model of the library as a student."""
 
     def __init__(self, model: Any, family: Family) -> None:
-        """Wrap a model.
-
-        Args:
-            model: As ``open_family_model`` gives it; float32 to be trained.
-            family: Its entry in the table.
-        """
+        """Wrap a model."""
         super().__init__()
         self.model = model
         self.family = family
@@ -62,11 +52,7 @@ class LibraryStudent(nn.Module):
 
     @property
     def language_model(self) -> Any:
-        """The decoder whose attention is captured.
-
-        Raises:
-            ModelError: If the family is not listed, so that nobody knows where it is.
-        """
+        """The decoder whose attention is captured."""
         if not self.family.is_listed:
             raise ModelError(
                 f"student of model_type {self.model.config.model_type!r}: its language model's place is not known "
@@ -93,18 +79,13 @@ class LibraryStudent(nn.Module):
         return {"softcap": getattr(text_config(self.model.config), "final_logit_softcapping", None)}
 
     def forward(
-        self,
-        *,
-        supervised: Tensor | None = None,
-        on_rows: Callable[[Tensor, Any], Any] | None = None,
-        **inputs: Any,
+        self, *, supervised: Tensor | None = None, on_rows: Callable[[Tensor, Any], Any] | None = None, **inputs: Any
     ) -> Any:
         """Predict next tokens; with ``supervised``, only for the rows that a loss needs.
 
         Args:
             supervised: Bool ``[B, T]``; None: all rows.
             on_rows: With ``supervised``: called with the rows' hidden states and the output projection in its place.
-            **inputs: From `model_inputs`.
 
         Returns:
             ``logits``: float ``[A, V]`` in batch-row order with ``supervised``, else the library's output.
@@ -125,12 +106,6 @@ class LibraryStudent(nn.Module):
         The projector side is all that is neither vision tower nor language model (LLaVA-NeXT's newline
         embedding, for one); a projector inside the tower (Qwen-VL's merger) belongs to it. One of our own models
         decides itself.
-
-        Args:
-            phase: ``dpt`` trains the projector side, ``dft`` and ``sft`` the language model too.
-
-        Raises:
-            ModelError: If the phase is unknown, or the family is not listed and only its projector is wanted.
         """
         if phase not in PHASES:
             raise ModelError(f"phase: got {phase!r}; choose one of {', '.join(PHASES)}")
@@ -175,14 +150,7 @@ class LibraryStudent(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class OpenedStudent:
-    """What lies in a student's folder.
-
-    Attributes:
-        model: float32, on the CPU.
-        tokenizer: Its tokenizer.
-        image_processor: Its image processor; of a family that is not listed, its whole processor.
-        image_encoder: Pixels and boxes.
-    """
+    """What lies in a student's folder; of a family that is not listed, `image_processor` is its whole processor."""
 
     model: LibraryStudent
     tokenizer: Any
@@ -191,17 +159,7 @@ class OpenedStudent:
 
 
 def open_library_student(folder: Path) -> OpenedStudent:
-    """Open a checkpoint directory of any family as a student, in float32.
-
-    Args:
-        folder: Model, tokenizer and image processor files, as the library's ``save_pretrained`` writes them.
-
-    Returns:
-        The student and what it reads with.
-
-    Raises:
-        ModelError: If the folder is no complete checkpoint.
-    """
+    """Open a checkpoint directory of any family as a student, in float32."""
     model, family, tokenizer, processor = open_family_model(folder, dtype="float32")
     return OpenedStudent(
         model=LibraryStudent(model, family),

@@ -1,6 +1,6 @@
 """What training and evaluation use of a student, whoever wrote its model.
 
-MobileVLM (``common.models``) and any model of the model library (``library_student``) go through the same few
+MobileVLM (``common.models``) and any model of the model library (``students.library``) go through the same few
 names, so that the loop, the losses and the scores know no family.
 
 Dims: B batch, T sequence, A supervised rows, V vocabulary.
@@ -20,11 +20,7 @@ from vlm_distill_cache.data.text.generation import GenerationInputs, left_padded
 
 
 class StudentModel(Protocol):
-    """A vision-language model that can be trained; a torch module.
-
-    Attributes:
-        training: As of every module.
-    """
+    """A vision-language model that can be trained; a torch module."""
 
     training: bool
 
@@ -71,12 +67,7 @@ class StudentModel(Protocol):
 
 
 def model_inputs_of(model: Any, batch: Batch) -> Mapping[str, Any]:
-    """A batch as keyword arguments of a model; its family's own where it has peculiarities.
-
-    Args:
-        model: A student, wrapped for several processes or not, or any model of the library.
-        batch: On the model's device.
-    """
+    """A batch as keyword arguments of a model; its family's own where it has peculiarities."""
     own = getattr(getattr(model, "module", model), "model_inputs", None)
     inputs: Mapping[str, Any] = batch.model_inputs() if own is None else own(batch)
     return inputs

@@ -35,10 +35,6 @@ class StudentParts:
 
     Attributes:
         model: On the CPU, float32.
-        tokenizer: Its own, or the cache's.
-        image_processor: Likewise.
-        image_encoder: Pixels and boxes of its visual tokens.
-        image_token_id: Id of one visual token in its sequences.
         template: Its own prompt template, where the cache's is of another tokenizer; None: the cache's fits any.
         where: Whose tokenizer and pictures these are, for errors.
     """
@@ -66,23 +62,18 @@ class StudentParts:
         return int(self.model.language_model.config.num_hidden_layers)
 
     @property
+    def width(self) -> int:
+        """Of the language model."""
+        return int(self.model.language_model.config.hidden_size)
+
+    @property
     def visual_rows(self) -> str:
         """What a visual token sees: ``causal``, its whole ``image``, or the whole ``prefix``."""
         return self.model.family.visual_rows if isinstance(self.model, LibraryStudent) else "causal"
 
 
 def open_parts(config: TrainConfig, cache: TeacherCache) -> StudentParts:
-    """Make or open the student that a run names.
-
-    Args:
-        config: The run.
-        cache: Its first; gives tokenizer, image processor, vision tower and projector where the student has none.
-
-    Raises:
-        ConfigError: If there is no such student.
-        ModelError: If a directory's weights are incomplete or do not fit the options.
-        CacheFormatError: If the cache lacks a part that this student needs.
-    """
+    """Make or open the student that a run names."""
     name, size = split_student_name(config.student)
     given = student_folder(config.student, config.student_weights)
     if given is not None and not is_published(given):
@@ -154,9 +145,6 @@ def _cached_image_token(plan: Plan, tokenizer: Any) -> int:
     """The token that a cache's prompt template writes for a picture, once; of most families the image token itself.
 
     Gemma 3's template writes ``<start_of_image>``, which its own processor opens out to tags and image tokens.
-
-    Raises:
-        CacheFormatError: If the plan names neither.
     """
     marker = plan.geometry.get("marker")
     if marker:
@@ -171,13 +159,7 @@ def _cached_image_token(plan: Plan, tokenizer: Any) -> int:
 
 
 def _mobilevlm_images(
-    model: Any,
-    folder: Path,
-    cache: TeacherCache,
-    tokenizer: Any,
-    cached_processor: Any,
-    *,
-    vision_tower: Path | None,
+    model: Any, folder: Path, cache: TeacherCache, tokenizer: Any, cached_processor: Any, *, vision_tower: Path | None
 ) -> tuple[Any, AnyImageEncoder]:
     """Image processor and encoder of a MobileVLM: its own where its folder has one, else the cache's."""
     if not any((folder / name).exists() for name in ("preprocessor_config.json", "processor_config.json")):

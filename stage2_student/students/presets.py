@@ -45,11 +45,7 @@ def describe_students() -> str:
 
 
 def load_preset(size: str, student: str = "mobilevlm") -> dict[str, Any]:
-    """Read the preset of a student's size: source, initializer, projector, language model, vision tower.
-
-    Raises:
-        ConfigError: If there is no such size.
-    """
+    """Read the preset of a student's size: source, initializer, projector, language model, vision tower."""
     sizes = SIZES_OF[student]
     if size not in sizes:
         raise ConfigError(f"student {student}: size {size!r}; choose auto, {', '.join(sizes)}")
@@ -63,10 +59,6 @@ def fit_size(student: str, size: str) -> str:
 
 def student_folder(student: str, weights: str | None) -> Path | None:
     """The directory that a student is loaded from; None for one that is built from its preset.
-
-    Args:
-        student: A name, with or without size, or a directory.
-        weights: Directory of a named student's weights.
 
     Raises:
         ConfigError: If there is no such student, it needs weights, or the directory holds another model.

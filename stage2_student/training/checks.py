@@ -2,7 +2,7 @@
 
 Every check raises ``CacheMismatchError`` with both values and the remedy. That the cache is sealed and of a
 known format is checked where it is opened (``common.cache.reader``); labels and pictures are checked again on every
-sample (``cached_dataset.check_join``).
+sample (``batches.dataset.check_join``).
 """
 
 import logging
@@ -22,9 +22,10 @@ from vlm_distill_cache.data.sample import Dataset
 from vlm_distill_cache.data.text.processors import module_fingerprint, tokenizer_fingerprint
 from vlm_distill_cache.data.text.templates import PromptTemplate
 from vlm_distill_cache.stage2_student.batches.dataset import CachedDataset, merged_fingerprints, missing_samples
-from vlm_distill_cache.stage2_student.batches.layers import check_all_rows, check_map_serves
+from vlm_distill_cache.stage2_student.batches.signals import LossTerm
 from vlm_distill_cache.stage2_student.config import TrainConfig
-from vlm_distill_cache.stage2_student.loss_weights import cached_signals
+from vlm_distill_cache.stage2_student.loss_weights import LossWeights
+from vlm_distill_cache.stage2_student.losses.terms import TERMS, choose_terms
 from vlm_distill_cache.stage2_student.students.encoder import knows_boxes
 from vlm_distill_cache.stage2_student.students.model import model_inputs_of
 
@@ -32,13 +33,9 @@ PROBED_SAMPLES = 8
 _log = logging.getLogger(__name__)
 
 
-IMAGE_SIGNALS = ("visual_columns", "visual_map", "visual_hidden", "projector_output")
-"""What a teacher says of the picture alone: a student with another tokenizer can learn it."""
-
-
-def token_signals(signals: Sequence[str]) -> list[str]:
-    """Those of some signals that belong to tokens: only a student with the teacher's tokens can learn them."""
-    return [name for name in signals if name not in IMAGE_SIGNALS]
+def of_tokens(terms: Mapping[str, LossTerm]) -> list[str]:
+    """Those of some losses that belong to tokens: only a student with the teacher's tokens can learn them."""
+    return [name for name, term in terms.items() if not term.of_picture]
 
 
 def same_tokenizer(cache: TeacherCache, tokenizer: Any) -> bool:
@@ -46,27 +43,18 @@ def same_tokenizer(cache: TeacherCache, tokenizer: Any) -> bool:
     return cache.plan.fingerprints.get("tokenizer") == tokenizer_fingerprint(tokenizer)
 
 
-def check_tokenizer(cache: TeacherCache, tokenizer: Any, *, where: str, signals: Sequence[str] = ("logits",)) -> None:
-    """Refuse to distil what belongs to tokens across tokenizers: their ids mean different words.
-
-    Args:
-        cache: The teacher's signals.
-        tokenizer: The one the student reads and writes with.
-        where: Whose it is, for the error.
-        signals: That losses read; those of the picture alone need no common tokenizer.
-
-    Raises:
-        CacheMismatchError: Naming both fingerprints, and the signals that would work.
-    """
-    wanted = token_signals(signals)
+def check_tokenizer(cache: TeacherCache, tokenizer: Any, terms: Mapping[str, LossTerm], *, where: str) -> None:
+    """Refuse to distil what belongs to tokens across tokenizers: their ids mean different words."""
+    wanted = of_tokens(terms)
     expected, found = cache.plan.fingerprints.get("tokenizer"), tokenizer_fingerprint(tokenizer)
     if wanted and expected != found:
-        possible = [name for name in cache.plan.signals if name in IMAGE_SIGNALS]
+        others = {name: term.reads for name, term in TERMS.items() if term.of_picture}
+        possible = [name for name, reads in others.items() if {*reads} <= cache.plan.signals.keys()]
         remedy = (
             f"keep only what is of the picture alone ({', '.join(possible)}) and set the weights of "
             f"{', '.join(wanted)} to 0"
             if possible
-            else "build a cache with visual_columns or visual_map, which are of the picture alone"
+            else f"build a cache with {' or '.join(others)}, which are of the picture alone"
         )
         raise CacheMismatchError(
             f"tokenizer of {where}: fingerprint {found}, the teacher of {cache.path} used {expected}; "
@@ -75,25 +63,14 @@ def check_tokenizer(cache: TeacherCache, tokenizer: Any, *, where: str, signals:
         )
 
 
-def check_template(cache: TeacherCache, template: PromptTemplate, *, signals: Sequence[str] = ("logits",)) -> None:
-    """Refuse another prompt than the teacher saw, where a loss compares token with token.
-
-    Args:
-        cache: The teacher's signals.
-        template: The student's.
-        signals: That losses read.
-
-    Raises:
-        CacheMismatchError: Naming both templates.
-    """
+def check_template(cache: TeacherCache, template: PromptTemplate, terms: Mapping[str, LossTerm]) -> None:
+    """Refuse another prompt than the teacher saw, where a loss compares token with token."""
     cached = PromptTemplate.from_dict(cache.plan.template)
-    if token_signals(signals) and template != cached:
+    if of_tokens(terms) and template != cached:
         raise CacheMismatchError(
             f"prompt template {template.name!r} ({fingerprint(template.to_dict())}) is not the one the "
-            "teacher of "
-            f"{cache.path} saw: {cached.name!r} ({fingerprint(cached.to_dict())}). Leave `template` unset "
-            "to use the "
-            "cache's, or build the cache with this template"
+            f"teacher of {cache.path} saw: {cached.name!r} ({fingerprint(cached.to_dict())}). Leave `template` unset "
+            "to use the cache's, or build the cache with this template"
         )
 
 
@@ -101,9 +78,6 @@ def check_data(cache: TeacherCache, dataset: Dataset) -> None:
     """Refuse other data than the cache was built from; of a merged cache, than one of those it came from.
 
     A cache that was derived from another one keeps that one's fingerprint: it fits the same data.
-
-    Raises:
-        CacheMismatchError: Naming both fingerprints, and how many sample ids are missing.
     """
     expected, found = cache.plan.fingerprints.get("data"), dataset.fingerprint()
     merged = merged_fingerprints(cache)
@@ -116,77 +90,52 @@ def check_data(cache: TeacherCache, dataset: Dataset) -> None:
         else "all sample ids are there, but some question or answer changed, samples were added, or their order is another"
     )
     raise CacheMismatchError(
-        f"data set {dataset.name} ({len(dataset)} samples, fingerprint {found}) is not the one {cache.path} "
-        "was built "
+        f"data set {dataset.name} ({len(dataset)} samples, fingerprint {found}) is not the one {cache.path} was built "
         f"from ({cache.plan.data}, fingerprint {' or '.join(merged) or expected}): {what}. Give the cache's "
         "data (DATA=, IMAGES=, or --data, --images), or build a cache for this data (teacher-cache build --data ...)"
     )
 
 
 def check_losses(config: TrainConfig, caches: Mapping[str, TeacherCache]) -> None:
-    """Refuse a run one of whose losses its cache cannot serve; needs no student, so it comes before any training.
-
-    Args:
-        config: The run.
-        caches: By the path that the phases name.
-
-    Raises:
-        CacheMismatchError: With the remedy for all phases at once.
-    """
+    """Refuse a run one of whose losses its cache cannot serve; needs no student, so it comes before any training."""
     phases = [(name, config.phase(name).losses, caches[str(config.phase(name).cache)]) for name in config.phases]
     off = [
-        f"{name}.losses.{term}=0"
+        f"{name}.losses.{loss}=0"
         for name, losses, cache in phases
-        for term in losses.distilled
-        if not set(cached_signals((term,))) <= cache.plan.signals.keys()
+        for loss, term in choose_terms(losses.distilled).items()
+        if not {*term.reads} <= cache.plan.signals.keys()
     ]
     for name, losses, cache in phases:
-        where = f"phase {name}, {cache.path}"
-        if "all_attention" in losses.distilled:
-            check_all_rows(cache.plan.signals, where=where, off=off)
-        check_signals(cache, losses.signals, temperature=losses.temperature, phase=name, off=off)
-        if "visual_map" in losses.signals:
-            check_map_serves(
-                cache.plan.signals,
-                losses.visual_map_kind if "visual_map" in losses.distilled else "sink_filtered",
-                where=where,
-                all_rows="all_attention" in losses.distilled,
-            )
+        check_signals(cache, losses, phase=name, off=off)
 
 
-def check_signals(
-    cache: TeacherCache, signals: Sequence[str], *, temperature: float, phase: str, off: Sequence[str] = ()
-) -> None:
-    """Refuse losses whose signal, or whose temperature, is not in the cache.
+def check_signals(cache: TeacherCache, losses: LossWeights, *, phase: str, off: Sequence[str] = ()) -> None:
+    """Refuse losses whose signals, or whose temperature, are not in the cache, or not as they need them.
 
     Args:
-        cache: The teacher's signals.
-        signals: The signals the phase's losses read.
-        temperature: Of the logit loss.
-        phase: For the error.
         off: The settings that switch off all of the run's losses that cannot be served; empty: this one's.
-
-    Raises:
-        CacheMismatchError: Naming what is cached.
-        CacheFormatError: If the plan does not describe the codec of a loss's logits.
     """
-    held = sorted(cache.plan.signals)
-    for signal in signals:
-        if signal not in held:
+    held = cache.plan.signals
+    terms = choose_terms(losses.distilled)
+    for name, term in terms.items():
+        lacking = [signal for signal in term.reads if signal not in held]
+        if lacking:
+            build = ",".join(term.reads)
             raise CacheMismatchError(
-                f"phase {phase}: loss {signal!r} needs a signal that {cache.path} does not hold; it holds "
-                f"{', '.join(map(one_line, held))}. Switch it off: {set_words(off or [f'{phase}.losses.{signal}=0'])}, or build a "
-                f"cache with this signal (SIGNALS={signal},..., teacher-cache build --signals {signal},...)"
+                f"phase {phase}: loss {name!r} needs a signal that {cache.path} does not hold: {', '.join(lacking)}; "
+                f"it holds {', '.join(map(one_line, sorted(held)))}. Switch it off: "
+                f"{set_words(off or [f'{phase}.losses.{name}=0'])}, or build a cache with this signal "
+                f"(SIGNALS={build},..., teacher-cache build --signals {build},...)"
             )
-    for signal in {"logits", "visual_logits"} & set(signals):
-        cached = _temperatures(cache, signal)
-        if temperature not in cached:
+    for term in terms.values():
+        if term.tempered and losses.temperature not in (cached := _temperatures(cache, term.reads[0])):
             raise CacheMismatchError(
-                f"phase {phase}: losses.temperature is {temperature}, {cache.path} holds tail masses at "
+                f"phase {phase}: losses.temperature is {losses.temperature}, {cache.path} holds tail masses at "
                 f"{', '.join(map(str, cached))} only. Use one of these "
                 f"({set_words([f'{phase}.losses.temperature={cached[0]}'])}), or build a cache with this temperature "
-                f"({set_words([f'temperatures=[{temperature}]'], variable='CACHE_SET')})"
+                f"({set_words([f'temperatures=[{losses.temperature}]'], variable='CACHE_SET')})"
             )
+        term.check_cache(held, losses, f"phase {phase}, {cache.path}", None)
 
 
 def _temperatures(cache: TeacherCache, signal: str) -> tuple[float, ...]:
@@ -204,40 +153,27 @@ def _temperatures(cache: TeacherCache, signal: str) -> tuple[float, ...]:
 
 
 def check_vision_tower(cache: TeacherCache, tower: nn.Module) -> None:
-    """Refuse the teacher's projector (TAF) behind another vision tower than it was trained on.
-
-    Args:
-        cache: Whose projector is used.
-        tower: The student's vision tower.
-
-    Raises:
-        CacheMismatchError: Naming both fingerprints.
-    """
+    """Refuse the teacher's projector (TAF) behind another vision tower than it was trained on."""
     expected, found = cache.plan.fingerprints.get("vision_tower"), module_fingerprint(tower)
     if expected != found:
         raise CacheMismatchError(
-            f"projector 'taf' feeds the student's vision tower (fingerprint {found}) to the teacher's "
-            "projector, which "
+            f"projector 'taf' feeds the student's vision tower (fingerprint {found}) to the teacher's projector, which "
             f"was trained on another tower (fingerprint {expected} in {cache.path}). Use a student with the "
             "teacher's tower, or another projector (--set projector=ldpnetv2)"
         )
 
 
-def check_geometry(cache: TeacherCache, geometry: Mapping[str, Any], *, signals: Sequence[str], where: str) -> None:
+def check_geometry(
+    cache: TeacherCache, geometry: Mapping[str, Any], terms: Mapping[str, LossTerm], *, where: str
+) -> None:
     """Refuse to compare attention where nobody knows what part of the picture a visual token sees.
 
     Boxes make any two geometries meet, whatever the processors; without boxes there is nothing to meet on.
 
     Args:
-        cache: The teacher's signals.
         geometry: The student's, as ``to_dict`` of its image encoder says it.
-        signals: That losses read.
-        where: Whose it is, for the error.
-
-    Raises:
-        CacheMismatchError: Naming the side without boxes, and the remedy.
     """
-    of_places = [name for name in signals if name not in ("logits", "answers")]
+    of_places = [name for name, term in terms.items() if term.needs_boxes]
     for side, described in ((where, geometry), (f"the teacher of {cache.path}", cache.plan.geometry)):
         if of_places and not knows_boxes(described):
             raise CacheMismatchError(
@@ -248,35 +184,32 @@ def check_geometry(cache: TeacherCache, geometry: Mapping[str, Any], *, signals:
             )
 
 
-def check_visual_rows(cache: TeacherCache, visual_rows: str, *, signals: Sequence[str], where: str) -> None:
+def check_visual_rows(cache: TeacherCache, visual_rows: str, terms: Mapping[str, LossTerm], *, where: str) -> None:
     """Refuse maps of a causal teacher for a student whose visual tokens see more than what precedes them.
 
     Means over their rows are another matter: they can be compared, though the two sides mean different things by
     them, which is said in the log.
 
     Args:
-        cache: The teacher's signals; only causal teachers have a ``visual_map``.
         visual_rows: ``causal``, ``image`` or ``prefix``: what a visual token of the student sees.
-        signals: That losses read.
-        where: Whose it is, for the error.
-
-    Raises:
-        CacheMismatchError: With the remedy.
     """
     sees = {"causal": "what precedes them", "image": "the whole image", "prefix": "the whole prompt"}
-    if "visual_map" in signals and visual_rows != "causal":
+    causal = [name for name, term in terms.items() if term.visual_rows == "causal"]
+    if causal and visual_rows != "causal":
+        of_text = [name for name, term in TERMS.items() if term.attends and term.visual_rows is None]
         raise CacheMismatchError(
-            f"{where}: its visual tokens see {sees[visual_rows]}, those of the cached visual_map only what precedes "
-            "them: the two are not comparable. Set its weight to 0 and use answer_attention or text_attention, "
+            f"{where}: its visual tokens see {sees[visual_rows]}, those of the teacher only what precedes them: "
+            f"{' and '.join(causal)} cannot be compared. Set the weight to 0 and use {' or '.join(of_text)}, "
             "whose rows see the whole image on both sides"
         )
     family = FAMILIES.get(str(cache.plan.teacher.get("family")))
     teachers = "causal" if family is None else family.visual_rows
-    if "visual_columns" in signals and visual_rows != teachers:
+    alike = [name for name, term in terms.items() if term.visual_rows == "alike"]
+    if alike and visual_rows != teachers:
         _log.warning(
-            "visual_columns: visual tokens of %s see %s, those of the teacher of %s %s; a part of the difference "
-            "between their columns is no matter of where they look",
-            where, sees[visual_rows], cache.path, sees[teachers],
+            "%s: visual tokens of %s see %s, those of the teacher of %s %s; a part of the difference "
+            "between the two is no matter of where they look",
+            ", ".join(alike), where, sees[visual_rows], cache.path, sees[teachers],
         )  # fmt: skip
 
 
@@ -284,15 +217,6 @@ def check_labels_fit(cache: TeacherCache, rows: int, tokenizer: Any, *, where: s
     """Refuse a student with fewer output rows than its tokenizer has words.
 
     Rows may be more (padding to a round number), and the teacher's may be more than the student's.
-
-    Args:
-        cache: For the error.
-        rows: Of the student's output projection.
-        tokenizer: The student's.
-        where: Whose it is, for the error.
-
-    Raises:
-        CacheMismatchError: Naming both numbers.
     """
     if tokenizer.vocab_size > rows:
         raise CacheMismatchError(
@@ -303,16 +227,7 @@ def check_labels_fit(cache: TeacherCache, rows: int, tokenizer: Any, *, where: s
 
 
 def probe_inputs(model: Any, dataset: CachedDataset, *, where: str) -> None:
-    """Make the student's arguments of one small batch: what its family cannot take is refused before training.
-
-    Args:
-        model: The student.
-        dataset: The join of data and cache.
-        where: Whose inputs they are, for the error.
-
-    Raises:
-        ModelError: As the family says, e.g. of packed conversations that see each other.
-    """
+    """Make the student's arguments of one small batch: what its family cannot take is refused before training."""
     try:
         model_inputs_of(model, dataset.batch(range(min(2, len(dataset)))).inputs)
     except ModelError as error:
@@ -320,16 +235,7 @@ def probe_inputs(model: Any, dataset: CachedDataset, *, where: str) -> None:
 
 
 def probe_samples(dataset: CachedDataset, *, count: int = PROBED_SAMPLES) -> None:
-    """Load a few samples spread over the data: labels and pictures must be the ones the teacher saw.
-
-    Args:
-        dataset: The join of data and cache.
-        count: Samples to load.
-
-    Raises:
-        CacheMismatchError: As ``cached_dataset.check_join``, or if a sample the teacher read cannot be read
-            now.
-    """
+    """Load a few samples spread over the data: labels and pictures must be the ones the teacher saw."""
     step = max(1, len(dataset) // count)
     for position in range(0, len(dataset), step):
         try:
@@ -341,7 +247,6 @@ def probe_samples(dataset: CachedDataset, *, count: int = PROBED_SAMPLES) -> Non
                     "teacher read it with a larger max_length: leave max_length unset, or raise it"
                 ) from error
             raise CacheMismatchError(
-                f"sample {dataset.sample_ids[position]!r} was readable when the cache was built and is not "
-                "now: "
+                f"sample {dataset.sample_ids[position]!r} was readable when the cache was built and is not now: "
                 f"{error}. Restore the file, check --images, or build the cache again"
             ) from error

@@ -5,12 +5,11 @@ All bad news comes from here, before the first step of the first phase.
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vlm_distill_cache.common.attention.layers import GroupMatch
 from vlm_distill_cache.common.cache.reader import TeacherCache
 from vlm_distill_cache.common.errors import ConfigError, DataError
 from vlm_distill_cache.common.files.hashing import fingerprint
@@ -26,12 +25,11 @@ from vlm_distill_cache.stage2_student.batches.dataset import (
     merged_fingerprints,
     splits_and_limits,
 )
-from vlm_distill_cache.stage2_student.batches.layers import check_map_serves, map_is_complete, match_groups
+from vlm_distill_cache.stage2_student.batches.layers import match_groups
 from vlm_distill_cache.stage2_student.batches.sampler import ShardShuffle
 from vlm_distill_cache.stage2_student.config import PhaseConfig, PhaseName, TrainConfig, describe
-from vlm_distill_cache.stage2_student.loss_weights import FEATURE_TERMS, LossWeights
-from vlm_distill_cache.stage2_student.losses.features import match_features
 from vlm_distill_cache.stage2_student.losses.objective import Objective
+from vlm_distill_cache.stage2_student.losses.terms import choose_terms
 from vlm_distill_cache.stage2_student.resolve import open_caches
 from vlm_distill_cache.stage2_student.students.encoder import describe_encoder, longest_sequence
 from vlm_distill_cache.stage2_student.students.model import StudentModel, vocabulary_rows
@@ -59,12 +57,6 @@ class PreparedPhase:
     """One phase, ready to run.
 
     Attributes:
-        name: dpt, dft or sft.
-        config: Its configuration.
-        steps: Optimizer steps.
-        dataset: Data joined with its cache.
-        shuffle: The order of samples.
-        objective: The losses.
         expect: Told which shards are read soon; None for a cache that is here.
     """
 
@@ -82,12 +74,6 @@ class Preparation:
     """A run, ready to start.
 
     Attributes:
-        student: On the CPU, float32.
-        tokenizer: The student's own, or the cache's.
-        image_processor: Likewise.
-        encoder: From samples to the student's sequences.
-        encoder_description: JSON that rebuilds it.
-        phases: In order.
         fingerprint: What the run is: its configuration (without folders and speed settings) and its caches.
         cache_hashes: Manifest hash of each cache, by path.
     """
@@ -106,12 +92,7 @@ def open_cached_data(cache: TeacherCache, *, data: str | None, images: str | Non
     """Open the data a cache was built from; `check_data` makes sure that it is that.
 
     Args:
-        cache: Names split and limit.
         data: As in ``data.registry``; None: the built-in data set that the cache names.
-        images: Folder that relative image paths start from.
-
-    Raises:
-        ConfigError: If no data is given and the cache's is none of the built-in ones.
     """
     described = cache.plan.data
     # The stored name also says split and limit: "shapes:images=1500,seed=0[:64]", "easy-vqa/train".
@@ -134,17 +115,10 @@ def open_cached_data(cache: TeacherCache, *, data: str | None, images: str | Non
 def prepare(config: TrainConfig, caches: Mapping[str, TeacherCache] | None = None) -> Preparation:
     """Open data, build the student, and refuse what does not fit.
 
-    Args:
-        config: The run.
-        caches: As from `open_caches`, which is called where there are none.
-
-    Returns:
-        What the loop needs.
+    ``caches`` are as from `open_caches`, which is called where there are none.
 
     Raises:
         CacheMismatchError: If a cache does not fit the data, the tokenizer or the student.
-        CacheFormatError: If a cache is unfinished or damaged.
-        ConfigError: If an option cannot be used.
     """
     caches = caches or open_caches(config)
     check_losses(config, caches)
@@ -190,16 +164,7 @@ def failure_notes(caches: Mapping[str, TeacherCache]) -> list[str]:
 
 
 def choose_template(config: TrainConfig, parts: StudentParts, cache: TeacherCache) -> PromptTemplate:
-    """The prompt a student reads a cache's samples in.
-
-    Args:
-        config: May name one.
-        parts: The student's tokenizer, and its own template.
-        cache: Whose template fits its tokenizer, and so its labels.
-
-    Raises:
-        ConfigError: If the student has another tokenizer than the cache and no template of its own.
-    """
+    """The prompt a student reads a cache's samples in."""
     if config.template is not None:
         return get_template(config.template, parts.tokenizer)
     if same_tokenizer(cache, parts.tokenizer):
@@ -221,20 +186,6 @@ def count_beyond_vocabulary(phases: Iterable[PreparedPhase]) -> dict[str, int]:
     }
 
 
-def _check_meeting(
-    cache: TeacherCache,
-    signals: Sequence[str],
-    encoder: SampleEncoder,
-    template: PromptTemplate,
-    parts: StudentParts,
-) -> None:
-    """Refuse signals of a cache that this student cannot be compared with."""
-    check_tokenizer(cache, parts.tokenizer, where=parts.where, signals=signals)
-    check_template(cache, template, signals=signals)
-    check_geometry(cache, encoder.image_encoder.to_dict(), signals=signals, where=parts.where)
-    check_visual_rows(cache, parts.visual_rows, signals=signals, where=parts.where)
-
-
 def _prepare_phases(
     config: TrainConfig, caches: Mapping[str, TeacherCache], encoder: SampleEncoder, parts: StudentParts
 ) -> tuple[PreparedPhase, ...]:
@@ -245,37 +196,32 @@ def _prepare_phases(
     for name in config.phases:
         phase = config.phase(name)
         cache = caches[str(phase.cache)]
-        signals, losses = phase.losses.distilled, phase.losses
+        losses, where = phase.losses, f"phase {name}, {cache.path}"
+        terms = choose_terms(losses.distilled)
         template = choose_template(config, parts, cache)
-        _check_meeting(cache, losses.signals, encoder, template, parts)
+        check_tokenizer(cache, parts.tokenizer, terms, where=parts.where)
+        check_template(cache, template, terms)
+        check_geometry(cache, encoder.image_encoder.to_dict(), terms, where=parts.where)
+        check_visual_rows(cache, parts.visual_rows, terms, where=parts.where)
         match = None
-        if losses.attends:
+        if any(term.attends for term in terms.values()):
             match = match_groups(
-                cache.plan,
-                parts.depth,
-                matching=losses.matching,
-                layers=losses.attention_layers,
-                where=f"phase {name}, {cache.path}",
+                cache.plan, parts.depth, matching=losses.matching, layers=losses.attention_layers, where=where
             )
-        if "visual_map" in losses.signals:
-            check_map_serves(
-                cache.plan.signals,
-                losses.visual_map_kind if "visual_map" in signals else "sink_filtered",
-                where=f"phase {name}, {cache.path}",
-                all_rows="all_attention" in signals,
-                match=match,
-            )
+        for term in terms.values():
+            term.check_cache(cache.plan.signals, losses, where, match)
         source = (phase.cache, phase.data, phase.images)
         if source not in opened:
             opened[source] = open_cached_data(cache, data=phase.data, images=phase.images)
             check_data(cache, opened[source])
         # Phases of the same data share what is kept in memory; those with the same signals, their join.
-        if (*source, signals, match) not in joined:
-            joined[*source, signals, match] = CachedDataset(
+        join = (*source, tuple(terms), match)
+        if join not in joined:
+            joined[join] = CachedDataset(
                 opened[source],
                 replace(encoder, template=template),
                 cache,
-                signals=signals,
+                terms=terms,
                 pad_token_id=encoder.tokenizer.pad_token_id or 0,
                 limit=config.sample_limit(len(opened[source])),
                 memory=memories.setdefault(source, SampleMemory(round(config.memory_gib * 2**30))),
@@ -285,9 +231,9 @@ def _prepare_phases(
                 and template == PromptTemplate.from_dict(cache.plan.template),
                 vocabulary=vocabulary_rows(parts.model),
             )
-            probe_samples(joined[*source, signals, match])
-            probe_inputs(parts.model, joined[*source, signals, match], where=parts.where)
-        dataset = joined[*source, signals, match]
+            probe_samples(joined[join])
+            probe_inputs(parts.model, joined[join], where=parts.where)
+        dataset = joined[join]
         if dataset.entries_beyond:
             _log.warning(
                 "phase %s: %d of %d probed entries of the teacher's logits are tokens beyond the student's %d output "
@@ -297,6 +243,7 @@ def _prepare_phases(
                 dataset.entries_read,
                 vocabulary_rows(parts.model),
             )
+        fits = {name: term.fit(cache.plan, losses, parts, where) for name, term in terms.items()}
         steps = phase.step_count(len(dataset))
         if steps == 0:
             _log.info("phase %s has no steps and is left out", name)
@@ -307,38 +254,10 @@ def _prepare_phases(
                 steps=steps,
                 dataset=dataset,
                 shuffle=ShardShuffle(shards=dataset.shards, seed=config.seed, window=config.shuffle_window),
-                objective=_build_objective(losses, cache, parts, match, where=f"phase {name}, {cache.path}"),
+                objective=Objective(losses=losses, groups=() if match is None else match.student, fits=fits),
                 expect=find_mirror(str(phase.cache)).expect if is_url(str(phase.cache)) else None,
             )
         )
     if not any(phase.steps for phase in phases):
         raise ConfigError(f"no phase of {', '.join(config.phases)} has a step; set steps or epochs")
     return tuple(phases)
-
-
-def _build_objective(
-    losses: LossWeights, cache: TeacherCache, parts: StudentParts, match: GroupMatch | None, *, where: str
-) -> Objective:
-    """The losses of a phase, fitted to what its cache holds and to the student's layers."""
-    feature_layers = {}
-    if set(losses.distilled) & set(FEATURE_TERMS):
-        feature_layers = match_features(
-            cache.plan,
-            losses.distilled,
-            depth=parts.depth,
-            width=int(parts.model.language_model.config.hidden_size),
-            kind=losses.hidden_kind,
-            where=where,
-        )
-    return Objective(
-        weights=losses.active(),
-        groups=() if match is None else match.student,
-        temperature=losses.temperature,
-        logit_kind=losses.logit_kind,
-        answer_kind=losses.answer_kind,
-        visual_map_kind=losses.visual_map_kind,
-        attention_reduction=losses.attention_reduction,
-        map_is_complete=map_is_complete(cache.plan.signals),
-        hidden_kind=losses.hidden_kind,
-        feature_layers=feature_layers,
-    )

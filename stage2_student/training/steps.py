@@ -18,7 +18,7 @@ from vlm_distill_cache.stage2_student.batches.batch import TrainingBatch
 from vlm_distill_cache.stage2_student.batches.prefetch import Prefetcher
 from vlm_distill_cache.stage2_student.batches.sampler import micro_batch_count, split_step
 from vlm_distill_cache.stage2_student.config import Schedule
-from vlm_distill_cache.stage2_student.losses.objective import LossTerms
+from vlm_distill_cache.stage2_student.losses.objective import Losses, units_of
 from vlm_distill_cache.stage2_student.training.preparation import PreparedPhase
 
 
@@ -122,8 +122,8 @@ def step_seed(*parts: object) -> int:
 
 
 def step_totals(micro_batches: list[TrainingBatch], accelerator: Accelerator) -> list[float]:
-    """What each loss of a whole step is a mean over (``TrainingBatch.units``), over all processes."""
-    local = torch.tensor([batch.units for batch in micro_batches], dtype=torch.float64).sum(dim=0)
+    """What each loss of a whole step is a mean over (`units_of` it), over all processes."""
+    local = torch.tensor([units_of(batch) for batch in micro_batches], dtype=torch.float64).sum(dim=0)
     if accelerator.num_processes == 1:
         return local.tolist()
     summed: Tensor = accelerator.reduce(local.to(accelerator.device), reduction="sum")
@@ -139,7 +139,7 @@ def clip_gradients(
     accelerator: Accelerator,
     parameters: list[nn.Parameter],
     clip: float,
-    terms: list[LossTerms],
+    terms: list[Losses],
     *,
     where: tuple[str, int],
 ) -> None:
@@ -159,7 +159,7 @@ def clip_gradients(
         )
 
 
-def sum_terms(terms: list[LossTerms]) -> dict[str, Tensor]:
+def sum_terms(terms: list[Losses]) -> dict[str, Tensor]:
     """This process's part of each loss term of a step."""
     named = [term.named() for term in terms]
     return {name: torch.stack([values[name].detach() for values in named]).sum() for name in named[0]}

@@ -16,9 +16,10 @@ from vlm_distill_cache.data.text.collate import Batch, collate, supervised_rows,
 from vlm_distill_cache.stage1_teacher.loop.signals import build_codecs, encode_records, reduce_output
 from vlm_distill_cache.stage1_teacher.loop.work import Build
 from vlm_distill_cache.stage1_teacher.teacher.teacher import TeacherOutput
-from vlm_distill_cache.stage2_student.batches.batch import TrainingBatch, TrainingSample, collate_samples
+from vlm_distill_cache.stage2_student.batches.batch import TrainingBatch, TrainingSample
 from vlm_distill_cache.stage2_student.batches.dataset import CachedDataset
-from vlm_distill_cache.stage2_student.batches.signals import decode_signals
+from vlm_distill_cache.stage2_student.batches.signals import collate_samples, decode_signals
+from vlm_distill_cache.stage2_student.losses.terms import choose_terms
 from vlm_distill_cache.stage2_student.training.preparation import Preparation, prepare
 
 SIGNALS = ("logits", "answer_attention")
@@ -39,6 +40,7 @@ class OnlineDataset:
             signals=SIGNALS, logits="exact", temperatures=(1.0, 2.0), exact_attention=True,
             grid=work.codecs["answer_attention"].grid, groups=len(work.groups),
         )  # fmt: skip
+        self._terms = choose_terms(SIGNALS)
         self._language = work.teacher.model.model.language_model
         self._language.set_attn_implementation("eager")
         self._encoded: dict[int, Any] = {}
@@ -59,9 +61,9 @@ class OnlineDataset:
         samples = []
         for position, record in zip(chosen, encode_records(signals, batch, self._codecs), strict=True):
             encoded = self._encoded[position][1]
-            found = decode_signals(record, self._codecs, tuple(encoded.tiles), where="online")
+            found = decode_signals(record, self._codecs, self._terms, tuple(encoded.tiles), where="online")
             samples.append(TrainingSample(encoded, found))
-        return collate_samples(samples, pad_token_id=self._joined._pad_token_id)
+        return collate_samples(samples, self._terms, pad_token_id=self._joined._pad_token_id)
 
 
 @torch.inference_mode()

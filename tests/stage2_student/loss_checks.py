@@ -3,6 +3,9 @@
 import torch
 from torch import Tensor
 
+from vlm_distill_cache.stage2_student.loss_weights import LossWeights
+from vlm_distill_cache.stage2_student.losses.objective import Objective
+
 
 def normal(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
     return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
@@ -35,3 +38,9 @@ def maps_of(samples: int, groups: int, tokens: int, *, seed: int) -> Tensor:
 
 def cosine(left: Tensor, right: Tensor) -> Tensor:
     return (left @ right) / (left.norm() * right.norm())
+
+
+def make_objective(weights, *, groups=(), complete=True, **kinds) -> Objective:
+    """An objective of these weights and no others; `complete`: whether cached maps hold each pair's own value."""
+    losses = LossWeights(**{"lm": 0.0, **weights}, **kinds)
+    return Objective(losses=losses, groups=groups, fits={"visual_map": complete})

@@ -9,6 +9,7 @@ from train_runs import make_config
 from vlm_distill_cache.common.config import config_from_dict, config_to_dict
 from vlm_distill_cache.common.errors import CacheMismatchError, ConfigError
 from vlm_distill_cache.stage2_student.loss_weights import LossWeights
+from vlm_distill_cache.stage2_student.losses.terms import TERMS, choose_terms, signals_of
 from vlm_distill_cache.stage2_student.train import train
 from vlm_distill_cache.stage2_student.training.preparation import prepare
 
@@ -32,10 +33,12 @@ def options(cache, output, losses):
 def test_a_loss_reads_its_own_signals_and_no_others():
     losses = LossWeights(logits=1.0, visual_map=0.5, all_attention=2.0)
     assert losses.distilled == ("logits", "visual_map", "all_attention")
-    assert losses.signals == ("logits", "visual_map", "text_attention")
-    assert losses.attends
-    assert not LossWeights(logits=1.0).attends
-    assert LossWeights().signals == ()
+    assert signals_of(choose_terms(losses.distilled)) == ("logits", "visual_map", "text_attention")
+    assert signals_of(choose_terms(LossWeights().active())) == ()
+
+
+def test_every_term_has_a_weight_and_every_weight_a_term():
+    assert {*LossWeights.names()} == {"lm", *TERMS}
 
 
 @pytest.mark.parametrize(
@@ -79,8 +82,7 @@ def test_every_kind_trains_from_one_cache_of_single_layers(single_layers, tmp_pa
     losses = {**dict.fromkeys(ALL, 1.0), "all_attention": 1.0, **chosen}
     config = options(single_layers, tmp_path / "run", losses)
     objective = prepare(config).phases[0].objective
-    for name in ("logit_kind", "answer_kind", "visual_map_kind", "attention_reduction"):
-        assert getattr(objective, name) == getattr(config.dft.losses, name)
+    assert objective.losses == config.dft.losses
     log = train(config).log
     assert len(log) == 2
     assert all(log[-1][name] > 0 for name in (*ALL, "all_attention"))
@@ -91,9 +93,7 @@ def test_every_kind_trains_from_one_cache_of_single_layers(single_layers, tmp_pa
 
 def test_losses_that_a_cache_does_not_serve_are_refused_before_the_first_step(tiny_cache, tmp_path):
     refused = {
-        "the loss all_attention needs the visual rows and the text rows, but the cache holds no text_attention": {
-            "all_attention": 1.0
-        },
+        "loss 'all_attention' needs a signal that .* does not hold: text_attention": {"all_attention": 1.0},
         "build a cache of single layers": {"visual_columns": 1.0, "matching": "simple"},
         "group matching of the late layers": {"visual_columns": 1.0, "attention_layers": "late"},
     }

@@ -25,6 +25,7 @@ from vlm_distill_cache.stage1_teacher.planning.plan import build_encoder
 from vlm_distill_cache.stage1_teacher.teacher.teacher import Teacher
 from vlm_distill_cache.stage2_student.batches.batch import arrays_of
 from vlm_distill_cache.stage2_student.batches.dataset import CachedDataset
+from vlm_distill_cache.stage2_student.losses.terms import choose_terms
 
 SIGNALS = ("logits", "visual_columns", "visual_map")
 COLORS = ("red", "green", "blue", "black")
@@ -141,13 +142,13 @@ def test_a_student_is_given_exactly_the_same_signals(tmp_path, build, tiny_llava
     encoder = build_encoder(Teacher(tiny_llava), template="short", max_length=2048).with_grid((3, 3))
     batches = []
     for cache in (shared, whole):
-        joined = CachedDataset(open_dataset(str(data)), encoder, cache, signals=SIGNALS, pad_token_id=0)
+        joined = CachedDataset(open_dataset(str(data)), encoder, cache, terms=choose_terms(SIGNALS), pad_token_id=0)
         batches.append(joined.batch(range(8)))
     left, right = (list(arrays_of(batch)) for batch in batches)
     assert len(left) == len(right) > 10
     for ours, theirs in zip(left, right, strict=True):
         np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs))
-    assert set(batches[0].attention) == {"visual_columns", "visual_map"}
+    assert set(batches[0].targets) == {*SIGNALS}
 
 
 def test_shared_maps_are_those_of_each_conversation_up_to_rounding(tmp_path, build, monkeypatch):

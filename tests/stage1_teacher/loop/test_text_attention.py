@@ -22,13 +22,14 @@ from vlm_distill_cache.stage1_teacher.planning.plan import build_encoder
 from vlm_distill_cache.stage1_teacher.teacher.teacher import Teacher
 from vlm_distill_cache.stage2_student.batches.dataset import CachedDataset
 from vlm_distill_cache.stage2_student.config import LossWeights
-from vlm_distill_cache.stage2_student.loss_weights import ATTENTION_TERMS
-from vlm_distill_cache.stage2_student.losses.objective import Objective, Shares, step_shares
+from vlm_distill_cache.stage2_student.losses.objective import Objective, Shares, step_shares, units_of
+from vlm_distill_cache.stage2_student.losses.terms import TERMS, choose_terms, signals_of
 from vlm_distill_cache.stage2_student.students.build import build_student
 from vlm_distill_cache.stage2_student.training.checks import check_signals
 
 SIGNALS = ("answer_attention", "text_attention")
 EXACT = {"attention_dtype": "f4", "signals": SIGNALS, "fidelity_samples": 0}
+LOSSES = LossWeights(lm=0.0, text_attention=1.0)
 TURNS = [("what color is the circle ?", "red"), ("is there a square ?", "yes , there is")]
 
 
@@ -131,7 +132,7 @@ def trained(tiny_llava, tmp_path_factory, teacher, encoder, data):
         open_dataset(data),
         encoder.with_grid((3, 3)),
         open_cache(path),
-        signals=("text_attention",),
+        terms=choose_terms(["text_attention"]),
         pad_token_id=0,
     )
     torch.manual_seed(0)
@@ -150,7 +151,7 @@ def trained(tiny_llava, tmp_path_factory, teacher, encoder, data):
 def reference_loss(student, joined, dataset, encoder, batch, kind):
     """Row by row from the student's eager attention; the teacher's side from the batch."""
     student.language_model.set_attn_implementation("eager")
-    teacher_cells = batch.attention["text_attention"].teacher[:, 0]  # [X, 9]
+    teacher_cells = batch.targets["text_attention"].teacher[:, 0]  # [X, 9]
     rows = [eager_rows(student, collate([encoder(dataset[i])], 0), ((1,),)) for i in range(len(dataset))]
     seen = torch.cat([found[:, :9] for found in rows if len(found)])
     mass = teacher_cells.sum(-1)
@@ -169,14 +170,14 @@ def test_the_loss_equals_a_reference_from_eager_attention_of_the_same_rows(train
     dataset = open_dataset(data)
     ids = list(dataset.sample_ids)
     batch = joined.batch([joined.sample_ids.index(name) for name in ids])
-    objective = Objective(weights={"text_attention": 1.0}, groups=((1,),), answer_kind=kind)
+    objective = Objective(losses=replace(LOSSES, answer_kind=kind), groups=((1,),))
     student.language_model.set_attn_implementation("sdpa")
     terms = objective(student, AttentionCapture(student.language_model), batch, Shares())
     student.zero_grad()
     terms.total.backward()
     found = {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
     expected = reference_loss(student, joined, dataset, encoder.with_grid((3, 3)), batch, kind)
-    torch.testing.assert_close(terms.attention["text_attention"], expected, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(terms.named()["text_attention"], expected, atol=2e-5, rtol=1e-4)
     student.zero_grad()
     expected.backward()
     compared = 0
@@ -190,13 +191,13 @@ def test_the_loss_equals_a_reference_from_eager_attention_of_the_same_rows(train
 
 def test_micro_batches_share_the_mean_over_text_rows(trained):
     joined, student = trained
-    objective = Objective(weights={"text_attention": 1.0}, groups=((1,),))
+    objective = Objective(losses=LOSSES, groups=((1,),))
     capture = AttentionCapture(student.language_model)
     whole = joined.batch(range(len(joined)))
     parts = [joined.batch([position]) for position in range(len(joined))]
-    totals = [sum(units) for units in zip(*(part.units for part in parts), strict=True)]
-    assert totals == list(whole.units)
-    assert whole.units[1 + ATTENTION_TERMS.index("text_attention")] == len(whole.attention["text_attention"].teacher)
+    totals = [sum(units) for units in zip(*(units_of(part) for part in parts), strict=True)]
+    assert totals == list(units_of(whole))
+    assert units_of(whole)[1 + [*TERMS].index("text_attention")] == len(whole.targets["text_attention"].teacher)
     with torch.no_grad():
         expected = objective(student, capture, whole, Shares()).total
         shares = step_shares(parts, totals)
@@ -206,7 +207,7 @@ def test_micro_batches_share_the_mean_over_text_rows(trained):
 
 def test_training_steps_bring_the_loss_down(trained):
     joined, student = trained
-    objective = Objective(weights={"text_attention": 1.0}, groups=((1,),))
+    objective = Objective(losses=LOSSES, groups=((1,),))
     capture = AttentionCapture(student.language_model)
     batch = joined.batch(range(len(joined)))
     optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], lr=3e-3)
@@ -222,11 +223,10 @@ def test_training_steps_bring_the_loss_down(trained):
 
 def test_the_weight_asks_for_the_signal_and_a_cache_without_it_is_refused(trained, tmp_path, build_cache):
     losses = LossWeights(text_attention=0.5)
-    assert losses.signals == ("text_attention",)
-    assert losses.attends
+    assert signals_of(choose_terms(losses.distilled)) == ("text_attention",)
     build_cache(tmp_path / "cache", limit=2)
     with pytest.raises(CacheMismatchError, match=r"'text_attention' needs a signal that .* does not hold"):
-        check_signals(open_cache(tmp_path / "cache"), losses.signals, temperature=1.0, phase="dft")
+        check_signals(open_cache(tmp_path / "cache"), losses, phase="dft")
 
 
 def test_a_changed_question_is_refused_by_the_number_of_text_rows(trained):
@@ -245,11 +245,11 @@ def test_rows_of_another_image_are_repeated_or_cut_to_the_samples_own(trained):
         joined._dataset,
         joined._encoder,
         joined._cache,
-        signals=("text_attention",),
+        terms=choose_terms(["text_attention"]),
         pad_token_id=0,
         shuffle_teacher_images=True,
     )
     own, foreign = joined.batch(range(len(joined))), control.batch(range(len(joined)))
-    left, right = (batch.attention["text_attention"].teacher for batch in (own, foreign))
+    left, right = (batch.targets["text_attention"].teacher for batch in (own, foreign))
     assert left.shape == right.shape
     assert not torch.equal(left, right)

@@ -95,5 +95,5 @@ def test_a_run_on_written_answers_is_scored_against_the_teacher_on_them(written,
     cache = open_cache(written)
     cached = join_cached(student, config, cache, limit=4)
     assert cached is not None
-    assert all(len(cached.load(place).signals.logits.token_ids) for place in range(len(cached)))
+    assert all(len(cached.load(place).targets["logits"].token_ids) for place in range(len(cached)))
     assert len(draw_overlays(student, config, cache)) == 2

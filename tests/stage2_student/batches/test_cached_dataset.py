@@ -17,6 +17,8 @@ from vlm_distill_cache.data.registry import open_dataset
 from vlm_distill_cache.data.sample import Sample, Turn, fingerprint_samples
 from vlm_distill_cache.stage2_student.batches.dataset import CachedDataset, SampleMemory, join_cache
 from vlm_distill_cache.stage2_student.batches.layers import match_groups
+from vlm_distill_cache.stage2_student.losses.objective import units_of
+from vlm_distill_cache.stage2_student.losses.terms import choose_terms
 
 SIGNALS = ("logits", "answer_attention", "visual_columns", "visual_map")
 
@@ -43,7 +45,7 @@ class ListDataset:
 def open_joined(path, *, dataset=None, signals=SIGNALS, grid=(3, 3), **options):
     encoder = make_teacher().encoder.with_grid(grid)
     dataset = open_dataset(DATA) if dataset is None else dataset
-    return CachedDataset(dataset, encoder, open_cache(path), signals=signals, pad_token_id=0, **options)
+    return CachedDataset(dataset, encoder, open_cache(path), terms=choose_terms(signals), pad_token_id=0, **options)
 
 
 def test_a_batch_holds_the_teachers_rows_in_the_order_of_its_own(tiny_cache):
@@ -52,13 +54,13 @@ def test_a_batch_holds_the_teachers_rows_in_the_order_of_its_own(tiny_cache):
     batch = open_joined(path).batch(positions)
     live = [teacher.signals(dataset[position]) for position in positions]
     log_probs = torch.cat([logits for logits, *_ in live]).float().log_softmax(-1)
-    kept = batch.logits.entry_mask
-    found = torch.where(kept, batch.logits.log_probs, 0)
-    expected = torch.where(kept, log_probs.gather(1, batch.logits.token_ids), 0)
+    kept = batch.targets["logits"].entry_mask
+    found = torch.where(kept, batch.targets["logits"].log_probs, 0)
+    expected = torch.where(kept, log_probs.gather(1, batch.targets["logits"].token_ids), 0)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
     assert torch.equal(batch.labels, torch.cat([b.labels[b.labels != IGNORE_INDEX] for *_, b in live]))
-    assert batch.row_count == len(batch.labels) == len(batch.logits)
-    assert batch.units == (batch.row_count, batch.row_count, 3, 3, 0, 0, 0, 0, 0, 0)
+    assert batch.row_count == len(batch.labels) == len(batch.targets["logits"])
+    assert units_of(batch) == (batch.row_count, batch.row_count, batch.row_count, 3, 3, 0, 0, 0, 0, 0, 0)
 
 
 def test_attention_is_pooled_to_the_students_grid_keys_by_sum_and_queries_by_mean(tiny_cache):
@@ -73,18 +75,18 @@ def test_attention_is_pooled_to_the_students_grid_keys_by_sum_and_queries_by_mea
     answers = torch.cat([pool(answer) for _, answer, *_ in live])  # [A, G, 9]
     maps = torch.stack([pool(pool(visual).transpose(1, 2)).transpose(1, 2) / 4 for _, _, visual, _ in live])
     columns = torch.stack([pool(visual.mean(1)) for _, _, visual, _ in live])
-    torch.testing.assert_close(batch.attention["answer_attention"].teacher, answers)
-    torch.testing.assert_close(batch.attention["answer_attention"].image_mass, answers.sum(-1))
-    torch.testing.assert_close(batch.attention["visual_map"].teacher, maps)
-    torch.testing.assert_close(batch.attention["visual_columns"].teacher, columns)
+    torch.testing.assert_close(batch.targets["answer_attention"].teacher, answers)
+    torch.testing.assert_close(batch.targets["answer_attention"].image_mass, answers.sum(-1))
+    torch.testing.assert_close(batch.targets["visual_map"].teacher, maps)
+    torch.testing.assert_close(batch.targets["visual_columns"].teacher, columns)
     identity = torch.eye(9).expand(2, 9, 9)
-    assert torch.equal(batch.attention["visual_map"].student_pool, identity)
-    assert batch.attention["visual_map"].content is None
+    assert torch.equal(batch.targets["visual_map"].student_pool, identity)
+    assert batch.targets["visual_map"].content is None
 
 
 def test_the_coarser_side_decides_the_grid(tiny_cache):
     batch = open_joined(tiny_cache[0], grid=(12, 12)).batch([0])
-    target = batch.attention["answer_attention"]
+    target = batch.targets["answer_attention"]
     assert target.student_pool.shape == (1, 144, 36)
     torch.testing.assert_close(target.student_pool.sum(-1), torch.ones(1, 144))
     assert target.teacher.shape[-1] == 36
@@ -92,10 +94,9 @@ def test_the_coarser_side_decides_the_grid(tiny_cache):
 
 def test_only_the_wanted_signals_are_read(tiny_cache):
     batch = open_joined(tiny_cache[0], signals=("logits",)).batch([0, 1])
-    assert batch.logits is not None
-    assert batch.attention == {}
+    assert batch.targets.keys() == {"logits"}
     plain = open_joined(tiny_cache[0], signals=()).batch([0, 1])
-    assert plain.logits is None
+    assert plain.targets == {}
     assert torch.equal(plain.labels, batch.labels)
 
 
@@ -122,8 +123,8 @@ def test_kept_samples_are_the_same_objects_and_memory_is_bounded(tiny_cache):
     joined = open_joined(tiny_cache[0], memory=memory)
     other = open_joined(tiny_cache[0], memory=memory, signals=("logits",))
     assert joined.load(0).encoded is joined.load(0).encoded is other.load(0).encoded
-    assert joined.load(0).signals is joined.load(0).signals
-    assert other.load(0).signals is not joined.load(0).signals
+    assert joined.load(0).targets is joined.load(0).targets
+    assert other.load(0).targets is not joined.load(0).targets
     small = open_joined(tiny_cache[0], memory=SampleMemory(10))
     assert small.load(0).encoded is not small.load(0).encoded
 
@@ -160,22 +161,22 @@ def test_text_only_samples_have_rows_but_no_attention(tmp_path):
     joined = open_joined(tmp_path / "c", dataset=dataset)
     batch = joined.batch([0, 1, 2])
     assert batch.has_image.tolist() == [0, 2]
-    assert batch.units == (batch.row_count, batch.row_count - 2, 2, 2, 0, 0, 0, 0, 0, 0)
-    assert len(batch.attention["answer_attention"].teacher) == batch.row_count - 2
-    assert batch.attention["visual_map"].teacher.shape[0] == 2
+    assert units_of(batch) == (batch.row_count, batch.row_count, batch.row_count - 2, 2, 2, 0, 0, 0, 0, 0, 0)
+    assert len(batch.targets["answer_attention"].teacher) == batch.row_count - 2
+    assert batch.targets["visual_map"].teacher.shape[0] == 2
     alone = joined.batch([1])
-    assert alone.attention == {}
-    assert alone.units == (alone.row_count, 0, 0, 0, 0, 0, 0, 0, 0, 0)
+    assert alone.targets.keys() == {"logits"}
+    assert units_of(alone) == (alone.row_count, alone.row_count, 0, 0, 0, 0, 0, 0, 0, 0, 0)
 
 
 def test_the_control_takes_attention_from_another_image_and_logits_from_its_own(tiny_cache):
     right, wrong = (
         open_joined(tiny_cache[0], shuffle_teacher_images=shuffled).batch([0, 1]) for shuffled in (False, True)
     )
-    assert torch.equal(right.logits.log_probs, wrong.logits.log_probs)
+    assert torch.equal(right.targets["logits"].log_probs, wrong.targets["logits"].log_probs)
     for signal in ("answer_attention", "visual_columns", "visual_map"):
-        assert right.attention[signal].teacher.shape == wrong.attention[signal].teacher.shape
-        assert not torch.equal(right.attention[signal].teacher, wrong.attention[signal].teacher)
+        assert right.targets[signal].teacher.shape == wrong.targets[signal].teacher.shape
+        assert not torch.equal(right.targets[signal].teacher, wrong.targets[signal].teacher)
 
 
 def test_joining_reads_no_sidecar_and_keeps_the_data_sets_own_ids(tiny_cache, tmp_path):

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from loss_checks import make_objective
 from test_cached_dataset import open_joined
 from test_objective import GROUPS, gradients, make_student
 from tiny_cache import build_tiny_cache
@@ -14,8 +15,10 @@ from vlm_distill_cache.common.errors import CacheMismatchError
 from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.data.registry import open_dataset
 from vlm_distill_cache.stage2_student.batches.dataset import SampleMemory
-from vlm_distill_cache.stage2_student.batches.layers import check_map_serves, match_groups, regroup, regroup_map
-from vlm_distill_cache.stage2_student.losses.objective import Objective, Shares
+from vlm_distill_cache.stage2_student.batches.layers import match_groups, regroup, regroup_map
+from vlm_distill_cache.stage2_student.loss_weights import LossWeights
+from vlm_distill_cache.stage2_student.losses.objective import Shares
+from vlm_distill_cache.stage2_student.losses.terms import TERMS as ALL_TERMS
 
 DATA = "shapes:images=2,seed=5"
 TERMS = ("answer_attention", "text_attention", "visual_columns", "visual_map", "all_attention")
@@ -40,7 +43,7 @@ def test_weights_over_single_layers_give_the_losses_of_the_cached_means(caches):
     found = []
     for name, chosen in (("single", match), ("middle", None)):
         dataset = open_joined(folder / name, dataset=open_dataset(DATA), signals=TERMS, match=chosen)
-        objective = Objective(weights=dict.fromkeys(TERMS, 1.0), groups=GROUPS)
+        objective = make_objective(dict.fromkeys(TERMS, 1.0), groups=GROUPS)
         terms = objective(student, AttentionCapture(student.language_model), dataset.batch([0, 1]), Shares())
         values = {key: float(value.detach()) for key, value in terms.named().items()}
         found.append((values, gradients(student, terms.total)))
@@ -57,12 +60,12 @@ def test_every_matching_of_a_cache_of_single_layers_trains(caches, matching, lay
     plan = open_cache(folder / "single").plan
     match = match_groups(plan, student.language_model.config.num_hidden_layers, matching=matching, layers=layers)
     batch = open_joined(folder / "single", dataset=open_dataset(DATA), signals=TERMS, match=match).batch([0])
-    groups = {len(target.teacher[0]) for target in batch.attention.values()}
+    groups = {len(target.teacher[0]) for target in batch.targets.values()}
     assert groups == {len(match.student)}
-    objective = Objective(weights=dict.fromkeys(TERMS, 1.0), groups=match.student)
+    objective = make_objective(dict.fromkeys(TERMS, 1.0), groups=match.student)
     terms = objective(student, AttentionCapture(student.language_model), batch, Shares())
     assert bool(torch.isfinite(terms.total))
-    assert all(float(value.detach()) > 0 for value in terms.attention.values())
+    assert all(float(terms.named()[name].detach()) > 0 for name in TERMS)
 
 
 def test_phases_of_other_matchings_share_a_memory_and_not_their_samples(caches):
@@ -76,7 +79,7 @@ def test_phases_of_other_matchings_share_a_memory_and_not_their_samples(caches):
             match=match,
             memory=memory,
         )
-        found.append(dataset.batch([0]).attention["visual_columns"].teacher)
+        found.append(dataset.batch([0]).targets["visual_columns"].teacher)
     assert torch.equal(found[0], found[2])
     assert not torch.equal(found[0], found[1])
 
@@ -115,6 +118,7 @@ def test_chosen_groups_keep_their_exact_mask_and_new_means_get_one_of_their_own(
     with pytest.raises(CacheMismatchError, match="sample 'a': a mean over layers"):
         regroup_map(odd, mean, content=None, wanted_by="sample 'a'")
     plan = {"visual_map": {"codec": "visual_map", "groups": 3, "preset": "compact"}}
-    check_map_serves(plan, "sink_filtered", where="phase dft", match=chosen)
+    check, losses = ALL_TERMS["visual_map"].check_cache, LossWeights(visual_map=1.0)
+    check(plan, losses, "phase dft", chosen)
     with pytest.raises(CacheMismatchError, match="phase dft: a mean over layers"):
-        check_map_serves(plan, "sink_filtered", where="phase dft", match=mean)
+        check(plan, losses, "phase dft", mean)

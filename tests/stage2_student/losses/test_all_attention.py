@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from loss_checks import make_objective
 from test_cached_dataset import ListDataset, open_joined
 from test_equal_student import FixedCapture
 from test_objective import gradients, make_student, pool
@@ -15,8 +16,10 @@ from vlm_distill_cache.common.errors import CacheMismatchError
 from vlm_distill_cache.data.registry import open_dataset
 from vlm_distill_cache.data.sample import Sample, Turn
 from vlm_distill_cache.data.text.collate import collate, text_rows, visual_keys
-from vlm_distill_cache.stage2_student.batches.layers import check_all_rows, check_map_serves
-from vlm_distill_cache.stage2_student.losses.objective import Objective, Shares, step_shares
+from vlm_distill_cache.stage2_student.loss_weights import LossWeights
+from vlm_distill_cache.stage2_student.losses.objective import Shares, step_shares, units_of
+from vlm_distill_cache.stage2_student.losses.terms import TERMS
+from vlm_distill_cache.stage2_student.training.checks import check_signals
 
 GROUPS = ((0,), (1,))
 SIGNALS = ("visual_map", "text_attention")
@@ -62,8 +65,8 @@ def test_the_cached_loss_and_its_gradient_equal_the_papers_formula_with_a_live_t
     student = make_student(path, teacher.encoder)
     joined = open_joined(path, dataset=scenes, signals=("all_attention",))
     batch = joined.batch([0, 1, 2])
-    assert list(batch.attention) == ["all_attention"]
-    objective = Objective(weights={"all_attention": 1.0}, groups=GROUPS)
+    assert list(batch.targets) == ["all_attention"]
+    objective = make_objective({"all_attention": 1.0}, groups=GROUPS)
     terms = objective(student, AttentionCapture(student.language_model), batch, Shares())
     found = gradients(student, terms.total)
     expected = reference(student, teacher, scenes)
@@ -86,8 +89,8 @@ def test_losses_and_measures_of_a_step_do_not_depend_on_its_split(cached, scenes
     capture = AttentionCapture(student.language_model)
     terms = ("visual_map", "text_attention", "all_attention")
     joined = open_joined(path, dataset=scenes, signals=terms)
-    objective = Objective(
-        weights=dict.fromkeys(terms, 1.0),
+    objective = make_objective(
+        dict.fromkeys(terms, 1.0),
         groups=GROUPS,
         visual_map_kind=kind,
         answer_kind="kl_with_rest",
@@ -95,7 +98,7 @@ def test_losses_and_measures_of_a_step_do_not_depend_on_its_split(cached, scenes
 
     def run(parts):
         batches = [joined.batch(part) for part in parts]
-        totals = [sum(counts) for counts in zip(*(b.units for b in batches), strict=True)]
+        totals = [sum(counts) for counts in zip(*(units_of(b) for b in batches), strict=True)]
         named = [
             objective(student, capture, batch, share).named()
             for batch, share in zip(batches, step_shares(batches, totals), strict=True)
@@ -118,7 +121,7 @@ def test_a_map_of_means_reports_the_share_of_pairs_alone(cached, scenes):
     path, teacher = cached
     student = make_student(path, teacher.encoder)
     batch = open_joined(path, dataset=scenes, signals=("visual_map",)).batch([0])
-    objective = Objective(weights={"visual_map": 1.0}, groups=GROUPS, map_is_complete=False)
+    objective = make_objective({"visual_map": 1.0}, groups=GROUPS, complete=False)
     terms = objective(student, AttentionCapture(student.language_model), batch, Shares())
     assert list(terms.measures) == ["sink_pairs"]
     assert not any(value.requires_grad for value in terms.measures.values())
@@ -132,14 +135,15 @@ def test_published_sums_the_released_loss_over_layers_and_averages_the_others(ca
     batch = open_joined(path, dataset=scenes, signals=terms).batch([0, 2])
 
     def losses(chosen, kind):
-        objective = Objective(
-            weights=dict.fromkeys(terms, 1.0),
+        objective = make_objective(
+            dict.fromkeys(terms, 1.0),
             groups=GROUPS,
             visual_map_kind=kind,
             attention_reduction=chosen,
         )
         capture = AttentionCapture(student.language_model)
-        return {name: float(v.detach()) for name, v in objective(student, capture, batch, Shares()).attention.items()}
+        named = objective(student, capture, batch, Shares()).named()
+        return {name: float(named[name].detach()) for name in terms}
 
     for kind in ("sink_filtered", "mse"):
         means, found = losses("mean", kind), losses(reduction, kind)
@@ -154,7 +158,7 @@ def test_text_rows_on_a_coarser_grid_than_the_students_tokens_pull_the_map_there
     """A 3 x 3 grid of text rows and a student of 6 x 6 tokens: all rows meet on 9 cells, by hand."""
     teacher = build_tiny_cache(tmp_path / "c", dataset=scenes, signals=SIGNALS, grid=3)
     batch = open_joined(tmp_path / "c", dataset=scenes, signals=("all_attention",), grid=(6, 6)).batch([0])
-    target = batch.attention["all_attention"]
+    target = batch.targets["all_attention"]
     _, _, visual, _ = teacher.signals(scenes[0])
     torch.testing.assert_close(target.teacher[0, 0], pool(pool(visual[0]).T).T / 4, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(target.text[:, 0], pool(teacher.text_rows(scenes[0])[:, 0]), atol=1e-6, rtol=1e-5)
@@ -165,12 +169,12 @@ def test_a_students_rows_weigh_as_many_tokens_as_the_common_cells_hold(tmp_path,
     """36 tokens of a student meet 9 cells: each cell's row counts four times, beside text rows that count once."""
     build_tiny_cache(tmp_path / "c", dataset=scenes, signals=SIGNALS, grid=3)
     batch = open_joined(tmp_path / "c", dataset=scenes, signals=("all_attention",), grid=(6, 6)).batch([0])
-    target = batch.attention["all_attention"]
+    target = batch.targets["all_attention"]
     generator = torch.Generator().manual_seed(0)
     visual = torch.rand(1, 1, 36, 36, generator=generator)
     text = torch.rand(1, 1, len(target.text), 36, generator=generator)
     logits = torch.zeros(batch.row_count, 200)
-    found = Objective(weights={"all_attention": 1.0}, groups=((1,),))(
+    found = make_objective({"all_attention": 1.0}, groups=((1,),))(
         lambda **_: SimpleNamespace(logits=logits),
         FixedCapture({"visual": visual, "text": text}),
         batch,
@@ -189,8 +193,8 @@ def test_the_control_experiment_takes_all_rows_of_another_picture(cached, scenes
         open_joined(path, dataset=scenes, signals=("all_attention",), shuffle_teacher_images=shuffled)
         for shuffled in (False, True)
     )
-    first, other = (joined.batch([0]).attention["all_attention"] for joined in (own, foreign))
-    second = own.batch([2]).attention["all_attention"]
+    first, other = (joined.batch([0]).targets["all_attention"] for joined in (own, foreign))
+    second = own.batch([2]).targets["all_attention"]
     assert torch.equal(other.teacher, second.teacher)
     assert other.text.shape == first.text.shape
     rows = min(len(first.text), len(second.text))
@@ -203,8 +207,9 @@ def test_all_rows_need_both_signals_and_single_values():
         "text_attention": {},
     }
     with pytest.raises(CacheMismatchError, match="phase dft: the loss all_attention needs the value of each pair"):
-        check_map_serves(both, "sink_filtered", where="phase dft", all_rows=True)
+        TERMS["all_attention"].check_cache(both, LossWeights(all_attention=1.0), "phase dft", None)
     for lacking in both:
         held = {name: codec for name, codec in both.items() if name != lacking}
-        with pytest.raises(CacheMismatchError, match=f"holds no {lacking}"):
-            check_all_rows(held, where="phase dft")
+        cache = SimpleNamespace(plan=SimpleNamespace(signals=held), path="cache")
+        with pytest.raises(CacheMismatchError, match=f"needs a signal that cache does not hold: {lacking}"):
+            check_signals(cache, LossWeights(all_attention=1.0), phase="dft")  # type: ignore[arg-type]

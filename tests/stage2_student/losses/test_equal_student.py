@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from loss_checks import make_objective
 from tiny_cache import make_teacher
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
@@ -19,12 +20,14 @@ from vlm_distill_cache.data.text.collate import collate, text_rows, visual_keys
 from vlm_distill_cache.stage1_teacher.loop.signals import build_codecs, encode_records, reduce_output
 from vlm_distill_cache.stage1_teacher.teacher.inputs import image_weights
 from vlm_distill_cache.stage1_teacher.teacher.teacher import TeacherOutput
-from vlm_distill_cache.stage2_student.batches.batch import TrainingSample, collate_samples
-from vlm_distill_cache.stage2_student.batches.signals import decode_signals
-from vlm_distill_cache.stage2_student.losses.objective import Objective, attention_requests, pool_map, step_shares
+from vlm_distill_cache.stage2_student.batches.batch import TrainingSample
+from vlm_distill_cache.stage2_student.batches.signals import collate_samples, decode_signals
+from vlm_distill_cache.stage2_student.losses.attention_terms import pool_map
+from vlm_distill_cache.stage2_student.losses.objective import requests_of, step_shares, units_of
+from vlm_distill_cache.stage2_student.losses.terms import choose_terms
 
 SIGNALS = ("logits", "answer_attention", "visual_columns", "visual_map", "text_attention")
-TERMS = (*SIGNALS, "all_attention")
+TERMS = choose_terms([*SIGNALS, "all_attention"])
 GROUPS, TOKENS = 2, 36
 SQUARE = {"height": 72, "width": 72}
 PROCESSORS = {
@@ -102,21 +105,21 @@ class Scene:
         )
         records = encode_records(reduce_output(output, batch, codecs), batch, codecs)
         self.samples = [
-            TrainingSample(encoded, decode_signals(record, codecs, encoded.tiles, where="memory", terms=TERMS))
+            TrainingSample(encoded, decode_signals(record, codecs, TERMS, encoded.tiles, where="memory"))
             for encoded, record in zip(self.encoded, records, strict=True)
         ]
 
     def losses(self, parts, *, maps, logits, kinds):
         """All terms of one step split into micro-batches, by name, of a student with these outputs."""
         answer_kind, map_kind = kinds
-        objective = Objective(
-            weights=dict.fromkeys(TERMS, 1.0),
+        objective = make_objective(
+            dict.fromkeys(TERMS, 1.0),
             groups=((0,),) * GROUPS,
             answer_kind=answer_kind,
             visual_map_kind=map_kind,
         )
-        batches = [collate_samples([self.samples[i] for i in part], pad_token_id=0) for part in parts]
-        totals = [sum(counts) for counts in zip(*(batch.units for batch in batches), strict=True)]
+        batches = [collate_samples([self.samples[i] for i in part], TERMS, pad_token_id=0) for part in parts]
+        totals = [sum(counts) for counts in zip(*(units_of(batch) for batch in batches), strict=True)]
         found = dict.fromkeys(TERMS, 0.0)
         for part, batch, share in zip(parts, batches, step_shares(batches, totals), strict=True):
             own = torch.cat([logits[i * self.rows : (i + 1) * self.rows] for i in part])
@@ -160,7 +163,8 @@ def test_a_split_step_has_the_same_losses_with_pictures_without_content_and_rows
     for parts in ([(0,), (1, 2, 3)], [(0, 1), (2, 3)], [(0, 2), (1,), (3,)]):
         assert scene.losses(parts, **student) == pytest.approx(whole, rel=1e-4, abs=1e-6)
     # Rows of text count whatever they look at; of attention, only rows and pictures that have any.
-    assert collate_samples(scene.samples, pad_token_id=0).units[:6] == (
+    assert units_of(collate_samples(scene.samples, TERMS, pad_token_id=0))[:7] == (
+        4 * scene.rows,
         4 * scene.rows,
         3 * scene.rows - 2,
         3,
@@ -180,8 +184,8 @@ def test_the_mean_over_cells_is_one_weight_a_token():
     keys = torch.arange(5).repeat(3, 1)
     for mask in (content, None):
         target = SimpleNamespace(student_pool=pool, content=mask)
-        batch = SimpleNamespace(attention={"visual_columns": target}, keys=keys, has_image=torch.tensor([0, 2]))
-        requests = attention_requests(batch, ((0,),) * GROUPS)  # type: ignore[arg-type]
+        batch = SimpleNamespace(targets={"visual_columns": target}, keys=keys, has_image=torch.tensor([0, 2]))
+        requests = requests_of(choose_terms(["visual_columns"]), batch, ((0,),) * GROUPS)  # type: ignore[arg-type]
         weights = requests["columns"].row_weights
         assert not weights[1].any()
         found = (attention * weights[:, None, :, None]).sum(dim=2)[[0, 2]] @ pool

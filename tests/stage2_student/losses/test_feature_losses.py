@@ -3,16 +3,17 @@
 import pytest
 import torch
 
-from vlm_distill_cache.common.attention.boxes import grid_tile
+from vlm_distill_cache.common.attention.boxes import grid_tile, tiles_to_array
 from vlm_distill_cache.common.attention.hidden import HiddenCapture, HiddenRequest, gather_rows, student_layers
 from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
 from vlm_distill_cache.common.codecs.hidden_states import VisualHiddenCodec
 from vlm_distill_cache.common.errors import CacheMismatchError, ModelError
-from vlm_distill_cache.stage2_student.batches.features import decode_features
+from vlm_distill_cache.stage2_student.batches.signals import decode_signals
 from vlm_distill_cache.stage2_student.config import PhaseConfig, TrainConfig
 from vlm_distill_cache.stage2_student.loss_weights import LossWeights
 from vlm_distill_cache.stage2_student.losses.features import hidden_loss
-from vlm_distill_cache.stage2_student.losses.objective import step_shares
+from vlm_distill_cache.stage2_student.losses.objective import step_shares, units_of
+from vlm_distill_cache.stage2_student.losses.terms import choose_terms
 from vlm_distill_cache.stage2_student.training.preparation import prepare
 
 TERMS = ("hidden", "visual_hidden", "projector_output", "visual_logits")
@@ -122,7 +123,7 @@ def losses_of(run, splits):
     """Terms of one step whose samples are split so, and the gradient of one of the student's matrices."""
     phase = run.phases[0]
     batches = [phase.dataset.batch(part) for part in splits]
-    totals = torch.tensor([batch.units for batch in batches], dtype=torch.float64).sum(0).tolist()
+    totals = torch.tensor([units_of(batch) for batch in batches], dtype=torch.float64).sum(0).tolist()
     run.student.zero_grad()
     run.student.trainable_parameters("dft")
     sums = {}
@@ -157,7 +158,7 @@ def test_another_student_is_compared_row_by_row_and_cell_by_cell(feature_cache, 
     run = open_run(feature_cache, "mobilevlm-tiny", tmp_path, **weights)
     phase, student = run.phases[0], run.student
     batch = phase.dataset.batch([0, 4])
-    terms = phase.objective(student, None, batch, step_shares([batch], list(batch.units))[0])
+    terms = phase.objective(student, None, batch, step_shares([batch], list(units_of(batch)))[0])
     depth = int(student.language_model.config.num_hidden_layers)
     with torch.no_grad():
         output = student.model(**batch.inputs.model_inputs(), output_hidden_states=True, use_cache=False)
@@ -167,16 +168,16 @@ def test_another_student_is_compared_row_by_row_and_cell_by_cell(feature_cache, 
     supervised, visual = batch.inputs.labels != IGNORE_INDEX, batch.inputs.visual_mask
     for term, mask in (("hidden", supervised), ("visual_hidden", visual)):
         counts = tuple(int(n) for n in mask.sum(1))
-        expected = hidden_loss(states[mask], batch.features[term].teacher, kind="relation", row_counts=counts)
-        torch.testing.assert_close(terms.features[term].detach(), expected, atol=1e-6, rtol=1e-4)
-    sparse, dense = batch.features["visual_logits"].logits, logits[visual].log_softmax(-1)
+        expected = hidden_loss(states[mask], batch.targets[term].teacher, kind="relation", row_counts=counts)
+        torch.testing.assert_close(terms.named()[term].detach(), expected, atol=1e-6, rtol=1e-4)
+    sparse, dense = batch.targets["visual_logits"].teacher, logits[visual].log_softmax(-1)
     p = sparse.log_probs.exp() * sparse.entry_mask
     kept = dense.gather(1, sparse.token_ids)
     inside = torch.zeros_like(dense).scatter_(1, sparse.token_ids, sparse.entry_mask.float()) > 0
     tail, eps = dense.masked_fill(inside, -torch.inf).logsumexp(1), sparse.tail_log_mass[:, 0]
     rest = torch.where(eps > -torch.inf, eps.exp() * (eps - tail), 0.0)
     by_hand = ((p * (sparse.log_probs - kept)).nan_to_num().sum(1) + rest).mean()
-    torch.testing.assert_close(terms.features["visual_logits"].detach(), by_hand, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(terms.named()["visual_logits"].detach(), by_hand, atol=1e-5, rtol=1e-4)
 
 
 def test_a_step_is_the_same_however_it_is_split(feature_cache, tiny_llava, tmp_path):
@@ -244,10 +245,10 @@ def test_a_finer_students_tokens_are_averaged_to_the_teachers():
     """12 x 12 student tokens of one picture meet 6 x 6 of the teacher: plain means of 2 x 2."""
     codec = VisualHiddenCodec(layers=(1,), width=3, exact=True)
     teacher = torch.randn(36, 1, 3, generator=torch.Generator().manual_seed(0))
-    found = decode_features(
-        codec.encode(teacher),
+    found = decode_signals(
+        codec.encode(teacher) | {"tiles": tiles_to_array((grid_tile(6, 6),))},
         {"visual_hidden": codec},
-        (grid_tile(6, 6),),
+        choose_terms(["visual_hidden"]),
         (grid_tile(12, 12),),
         where="test",
     )["visual_hidden"]

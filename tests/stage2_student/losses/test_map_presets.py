@@ -11,10 +11,11 @@ from vlm_distill_cache.common.attention.boxes import Tile, pooled_tiles, tiles_t
 from vlm_distill_cache.common.codecs import VisualMapCodec
 from vlm_distill_cache.common.codecs.teacher_map import TeacherMap
 from vlm_distill_cache.common.errors import CacheMismatchError
-from vlm_distill_cache.stage2_student.batches.layers import check_map_serves
-from vlm_distill_cache.stage2_student.batches.signals import AttentionTarget, decode_signals
+from vlm_distill_cache.stage2_student.batches.signals import decode_signals
+from vlm_distill_cache.stage2_student.loss_weights import LossWeights
 from vlm_distill_cache.stage2_student.losses.attention import sink_filtered_cosine_loss, visual_map_loss
-from vlm_distill_cache.stage2_student.losses.objective import pool_map
+from vlm_distill_cache.stage2_student.losses.attention_terms import AttentionTarget, pool_map
+from vlm_distill_cache.stage2_student.losses.terms import TERMS
 
 SQUARE = (Tile(12, 12, (0.0, 0.0, 1.0, 1.0)),)
 PADDED = (Tile(12, 12, (0.0, -0.25, 1.0, 1.25)),)
@@ -34,8 +35,8 @@ def causal_maps(cells: int, *, seed: int) -> Tensor:
 def target_of(codec: VisualMapCodec, maps: Tensor, tiles, student_tiles) -> AttentionTarget:
     """What stage two makes of a record of these maps for a student."""
     record = codec.encode(codec.pool(maps, tiles), tiles=tiles) | {"tiles": tiles_to_array(tiles)}
-    signals = decode_signals(record, {"visual_map": codec}, student_tiles, where="cache, sample 'a'")
-    return signals.attention["visual_map"]
+    terms = {"visual_map": TERMS["visual_map"]}
+    return decode_signals(record, {"visual_map": codec}, terms, student_tiles, where="cache, sample 'a'")["visual_map"]
 
 
 def loss_and_gradient(target: AttentionTarget, student: Tensor, loss=sink_filtered_cosine_loss):
@@ -127,10 +128,11 @@ def test_a_loss_that_the_preset_cannot_serve_is_refused_before_training():
         preset: {"visual_map": VisualMapCodec(groups=1, preset=preset).to_dict()}  # type: ignore[arg-type]
         for preset in ("exact", "blocks", "f4")
     }
+    check = TERMS["visual_map"].check_cache
+    filtered, cosine = LossWeights(visual_map=1.0), LossWeights(visual_map=1.0, visual_map_kind="cosine")
     for preset, signals in plans.items():
-        check_map_serves(signals, "sink_filtered", where="phase dft, cache")
+        check(signals, filtered, "phase dft, cache", None)
         if preset != "blocks":
-            check_map_serves(signals, "cosine", where="phase dft, cache")
-    check_map_serves({}, "cosine", where="phase dft, cache")
+            check(signals, cosine, "phase dft, cache", None)
     with pytest.raises(CacheMismatchError, match=r"phase dft, cache.*visual_map_kind=sink_filtered"):
-        check_map_serves(plans["blocks"], "cosine", where="phase dft, cache")
+        check(plans["blocks"], cosine, "phase dft, cache", None)

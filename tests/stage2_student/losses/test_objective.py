@@ -5,6 +5,7 @@ import gc
 import pytest
 import torch
 import torch.nn.functional as F
+from loss_checks import make_objective
 from test_cached_dataset import ListDataset, open_joined
 from tiny_cache import DATA, build_tiny_cache
 
@@ -14,7 +15,7 @@ from vlm_distill_cache.data.registry import open_dataset
 from vlm_distill_cache.data.sample import Sample, Turn
 from vlm_distill_cache.data.text.collate import collate
 from vlm_distill_cache.stage2_student.losses.logits import tail_bucket_loss
-from vlm_distill_cache.stage2_student.losses.objective import Objective, Shares, step_shares
+from vlm_distill_cache.stage2_student.losses.objective import Shares, step_shares, units_of
 from vlm_distill_cache.stage2_student.students.build import build_student
 
 POSITIONS = (4, 9)
@@ -84,7 +85,7 @@ def test_cached_losses_and_gradients_equal_a_live_teacher_in_the_loop(tiny_cache
     signals = () if kind == "lm" else (kind,)
     batch = open_joined(path, signals=signals).batch(POSITIONS)
     student = make_student(path, teacher.encoder)
-    objective = Objective(weights={kind: 1.0}, groups=GROUPS, visual_map_kind="cosine")
+    objective = make_objective({kind: 1.0}, groups=GROUPS, visual_map_kind="cosine")
     terms = objective(student, AttentionCapture(student.language_model), batch, Shares())
     found = gradients(student, terms.total)
     expected = reference_terms(student, teacher, open_dataset(DATA), kind)
@@ -104,7 +105,7 @@ def test_weights_are_flat_and_the_total_is_their_sum(tiny_cache):
     batch = open_joined(path).batch(POSITIONS)
     student = make_student(path, teacher.encoder)
     weights = {"lm": 0.5, "logits": 2.0, "answer_attention": 3.0, "visual_columns": 0.25, "visual_map": 0.125}
-    objective = Objective(weights=weights, groups=GROUPS)
+    objective = make_objective(weights, groups=GROUPS)
     terms = objective(student, AttentionCapture(student.language_model), batch, Shares()).named()
     torch.testing.assert_close(terms["total"], sum(weight * terms[name] for name, weight in weights.items()))
     losses = ["lm", "logits", "answer_attention", "visual_columns", "visual_map"]
@@ -116,11 +117,11 @@ def test_the_logit_loss_is_of_the_wanted_kind_and_temperature(tiny_cache, kind):
     path, teacher = tiny_cache
     batch = open_joined(path, signals=("logits",)).batch(POSITIONS)
     student = make_student(path, teacher.encoder)
-    objective = Objective(weights={"logits": 1.0}, logit_kind=kind, temperature=2.0)
+    objective = make_objective({"logits": 1.0}, logit_kind=kind, temperature=2.0)
     found = objective(student, None, batch, Shares()).total
     supervised = batch.inputs.labels != IGNORE_INDEX
     logits = student(**batch.inputs.model_inputs()).logits[supervised]
-    expected = tail_bucket_loss(logits, batch.logits, kind=kind, temperature=2.0)
+    expected = tail_bucket_loss(logits, batch.targets["logits"], kind=kind, temperature=2.0)
     torch.testing.assert_close(found, expected)
 
 
@@ -128,10 +129,10 @@ def test_recording_attention_leaves_the_logits_bit_identical(tiny_cache):
     path, teacher = tiny_cache
     batch = open_joined(path).batch(POSITIONS)
     student = make_student(path, teacher.encoder)
-    plain = Objective(weights={"lm": 1.0, "logits": 1.0})(student, None, batch, Shares())
-    objective = Objective(weights=dict.fromkeys(("lm", "logits", *batch.attention), 1.0), groups=GROUPS)
+    plain = make_objective({"lm": 1.0, "logits": 1.0})(student, None, batch, Shares())
+    objective = make_objective(dict.fromkeys(("lm", "logits", *batch.targets), 1.0), groups=GROUPS)
     captured = objective(student, AttentionCapture(student.language_model), batch, Shares())
-    assert torch.equal(plain.lm, captured.lm)
+    assert torch.equal(plain.terms["lm"], captured.terms["lm"])
 
 
 @pytest.mark.parametrize("splits", [[(0,), (1, 2, 3)], [(0, 1), (2,), (3,)]])
@@ -144,11 +145,11 @@ def test_a_steps_gradient_does_not_depend_on_how_it_is_split(tmp_path, splits):
     student = make_student(tmp_path / "c", teacher.encoder)
     capture = AttentionCapture(student.language_model)
     signals = ("lm", "logits", "answer_attention", "visual_columns", "visual_map")
-    objective = Objective(weights=dict.fromkeys(signals, 1.0), groups=GROUPS)
+    objective = make_objective(dict.fromkeys(signals, 1.0), groups=GROUPS)
 
     def run(parts):
         batches = [joined.batch(part) for part in parts]
-        totals = [sum(counts) for counts in zip(*(b.units for b in batches), strict=True)]
+        totals = [sum(counts) for counts in zip(*(units_of(b) for b in batches), strict=True)]
         terms = [
             objective(student, capture, batch, share)
             for batch, share in zip(batches, step_shares(batches, totals), strict=True)
@@ -170,18 +171,18 @@ def test_a_text_only_batch_has_no_attention_loss_and_the_same_log_columns(tmp_pa
     dataset = ListDataset([text, scenes[0]])
     teacher = build_tiny_cache(tmp_path / "c", dataset=dataset)
     student = make_student(tmp_path / "c", teacher.encoder)
-    objective = Objective(weights={"lm": 1.0, "logits": 1.0, "answer_attention": 1.0}, groups=GROUPS)
+    objective = make_objective({"lm": 1.0, "logits": 1.0, "answer_attention": 1.0}, groups=GROUPS)
     joined = open_joined(tmp_path / "c", dataset=dataset, signals=("logits", "answer_attention"))
     terms = objective(student, AttentionCapture(student.language_model), joined.batch([0]), Shares())
-    assert terms.attention["answer_attention"] == 0
-    torch.testing.assert_close(terms.total, terms.lm + terms.logits)
+    assert terms.named()["answer_attention"] == 0
+    torch.testing.assert_close(terms.total, terms.named()["lm"] + terms.named()["logits"])
 
 
 def test_several_layer_groups_meet_in_order(tmp_path):
     build_tiny_cache(tmp_path / "c", data="shapes:images=2,seed=5", groups=2, signals=("answer_attention",))
     joined = open_joined(tmp_path / "c", dataset=open_dataset("shapes:images=2,seed=5"), signals=("answer_attention",))
     batch = joined.batch([0, 1])
-    assert batch.attention["answer_attention"].teacher.shape[1] == 2
+    assert batch.targets["answer_attention"].teacher.shape[1] == 2
 
 
 @pytest.mark.parametrize("phase", ["dpt", "dft"])
@@ -210,7 +211,7 @@ def check_gradients_under_ddp(student, joined):
     projector = [p for name, p in student.named_parameters() if "mm_projector" in name]
     for positions in ([0, 1], [0, 1], [1, 2], [0, 1]):
         student.zero_grad()
-        objective = Objective(weights={"lm": 1.0, "logits": 1.0})
+        objective = make_objective({"lm": 1.0, "logits": 1.0})
         objective(model, None, joined.batch(positions), Shares()).total.backward()
         assert all(bool(p.grad.any()) == (2 in positions) for p in projector), positions
 
@@ -221,7 +222,7 @@ def test_fused_and_whole_logits_give_the_same_terms_and_gradients(tiny_cache, mo
     path, teacher = tiny_cache
     batch = open_joined(path).batch(POSITIONS)
     student = make_student(path, teacher.encoder)
-    objective = Objective(weights=losses)
+    objective = make_objective(losses)
     fused = objective(student, None, batch, Shares())
     gradient = gradients(student, fused.total)
     monkeypatch.setattr(type(student), "fused_settings", None)

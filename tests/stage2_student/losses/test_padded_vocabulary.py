@@ -104,7 +104,7 @@ def test_the_loss_is_that_of_the_dense_teacher_whatever_the_padding_of_both(
     model = LlavaForConditionalGeneration.from_pretrained(padded).eval()
     with torch.no_grad():
         teacher = torch.cat(list(dense_rows(model, prepared.encoder.with_grid((6, 6)), phase.dataset)))
-        found = phase.objective(student, None, phase.dataset.batch(POSITIONS), Shares()).logits
+        found = phase.objective(student, None, phase.dataset.batch(POSITIONS), Shares()).terms["logits"]
         own = torch.cat(list(dense_rows(student, prepared.encoder, phase.dataset)))
     kept = list(kept_tokens(cache, [phase.dataset.sample_ids[position] for position in POSITIONS]))
     beyond = sum(int((ids >= WORDS + extra).sum()) for ids in kept)

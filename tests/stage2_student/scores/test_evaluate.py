@@ -24,8 +24,9 @@ from vlm_distill_cache.data.text.collate import collate, supervised_rows, visual
 from vlm_distill_cache.data.text.encoding import ImageEncoder, SampleEncoder, build_prompt
 from vlm_distill_cache.data.text.generation import generate_answers
 from vlm_distill_cache.data.text.templates import TEMPLATES
-from vlm_distill_cache.stage2_student.batches.dataset import CachedDataset, TrainingSample, collate_samples
-from vlm_distill_cache.stage2_student.batches.signals import decode_signals
+from vlm_distill_cache.stage2_student.batches.dataset import CachedDataset, TrainingSample
+from vlm_distill_cache.stage2_student.batches.signals import collate_samples, decode_signals
+from vlm_distill_cache.stage2_student.losses.terms import choose_terms
 from vlm_distill_cache.stage2_student.scores.evaluate import (
     answer_log_probs,
     ask_letters,
@@ -222,9 +223,9 @@ class JoinedSamples:
     """What `score_agreement` asks of cached data, from records in memory."""
 
     def __init__(self, encoder, samples, records, codecs, *, layers="middle"):
-        self.layers = layers
+        self.layers, self.terms = layers, choose_terms(codecs)
         self.joined = [
-            TrainingSample(encoded, decode_signals(record, codecs, encoded.tiles, where="memory"))
+            TrainingSample(encoded, decode_signals(record, codecs, self.terms, encoded.tiles, where="memory"))
             for encoded, record in zip([encoder(sample) for sample in samples], records, strict=True)
         ]
 
@@ -235,7 +236,7 @@ class JoinedSamples:
         return student_groups(depth, 1, self.layers)
 
     def batch(self, positions):
-        return collate_samples([self.joined[position] for position in positions], pad_token_id=0)
+        return collate_samples([self.joined[position] for position in positions], self.terms, pad_token_id=0)
 
 
 @torch.no_grad()
@@ -302,7 +303,7 @@ def test_a_teacher_agrees_fully_with_its_own_cache_on_disk(tiny_cache):
         open_dataset(DATA),
         teacher.encoder,
         open_cache(path),
-        signals=("logits", "answer_attention"),
+        terms=choose_terms(["logits", "answer_attention"]),
         pad_token_id=0,
     )
     report = evaluate_model(teacher.model, teacher.encoder, EvaluationSet(), cached=cached, resamples=20)

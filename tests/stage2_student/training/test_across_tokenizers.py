@@ -22,7 +22,8 @@ from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.data.registry import open_dataset
 from vlm_distill_cache.data.text.collate import collate
 from vlm_distill_cache.data.text.processors import tokenizer_fingerprint
-from vlm_distill_cache.stage2_student.losses.objective import step_shares
+from vlm_distill_cache.stage2_student.losses.objective import step_shares, units_of
+from vlm_distill_cache.stage2_student.losses.terms import choose_terms
 from vlm_distill_cache.stage2_student.students.library import open_library_student
 from vlm_distill_cache.stage2_student.train import train
 from vlm_distill_cache.stage2_student.training.checks import check_tokenizer
@@ -95,8 +96,8 @@ def test_the_column_loss_is_the_cosine_of_both_sides_on_shared_places(tiny_cache
     phase, model = prepared.phases[0], prepared.student.eval()
     batch = phase.dataset.batch([0])
     encoded = phase.dataset.load(0).encoded
-    shares = step_shares([batch], batch.units)
-    loss = phase.objective(model, AttentionCapture(model.language_model), batch, shares[0]).attention["visual_columns"]
+    shares = step_shares([batch], units_of(batch))
+    loss = phase.objective(model, AttentionCapture(model.language_model), batch, shares[0]).terms["visual_columns"]
 
     model.language_model.set_attn_implementation("eager")
     sample = open_dataset(DATA)[0]  # of its packed conversations the first: visual rows see none of them
@@ -160,8 +161,8 @@ def test_what_belongs_to_tokens_is_refused_with_both_fingerprints_and_what_would
         rf"picture alone \(visual_columns, visual_map\) and set the weights of {signal} to 0"
     )
     with pytest.raises(CacheMismatchError, match=message):
-        check_tokenizer(cache, tokenizer, where="student X", signals=[signal, "visual_map"])
-    check_tokenizer(cache, tokenizer, where="student X", signals=["visual_columns", "visual_map"])
+        check_tokenizer(cache, tokenizer, choose_terms([signal, "visual_map"]), where="student X")
+    check_tokenizer(cache, tokenizer, choose_terms(["visual_columns", "visual_map"]), where="student X")
     if signal != "text_attention":
         with pytest.raises(CacheMismatchError, match=f"{signal} cannot be distilled across tokenizers"):
             prepare(config_for(path, student, losses=PICTURE_ONLY | {signal: 1.0}, data=TWO))
@@ -170,7 +171,7 @@ def test_what_belongs_to_tokens_is_refused_with_both_fingerprints_and_what_would
 def test_a_cache_without_signals_of_pictures_says_which_to_build(tmp_path):
     build_tiny_cache(tmp_path / "c", data="shapes:images=1,seed=5", signals=("logits",))
     with pytest.raises(CacheMismatchError, match="or build a cache with visual_columns or visual_map"):
-        check_tokenizer(open_cache(tmp_path / "c"), byte_tokenizer(), where="student X")
+        check_tokenizer(open_cache(tmp_path / "c"), byte_tokenizer(), choose_terms(["logits"]), where="student X")
 
 
 def test_a_phase_of_language_modelling_alone_needs_no_common_tokenizer(tiny_cache, student):
@@ -194,7 +195,7 @@ def test_another_picture_is_refused_across_tokenizers_too(tmp_path, student):
 def test_another_template_fits_the_signals_of_pictures_alone(tiny_cache):
     prepared = prepare(make_config(tiny_cache[0], template="vicuna_v1", dft={"steps": 1, "losses": PICTURE_ONLY}))
     assert prepared.encoder.template.name == "vicuna_v1"
-    assert prepared.phases[0].dataset.load(0).signals.attention.keys() == {"visual_columns", "visual_map"}
+    assert prepared.phases[0].dataset.load(0).targets.keys() == {"visual_columns", "visual_map"}
     with pytest.raises(CacheMismatchError, match=r"'vicuna_v1' .* saw: 'short'"):
         prepare(make_config(tiny_cache[0], template="vicuna_v1", dft={"steps": 1, "losses": {"logits": 1.0}}))
 

@@ -15,7 +15,8 @@ from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.data.builtin import build_tokenizer
 from vlm_distill_cache.data.registry import open_dataset
 from vlm_distill_cache.data.text.templates import get_template
-from vlm_distill_cache.stage2_student.config import TrainConfig
+from vlm_distill_cache.stage2_student.config import LossWeights, TrainConfig
+from vlm_distill_cache.stage2_student.losses.terms import choose_terms
 from vlm_distill_cache.stage2_student.students.build import load_student
 from vlm_distill_cache.stage2_student.training.checks import (
     check_data,
@@ -28,6 +29,8 @@ from vlm_distill_cache.stage2_student.training.checks import (
     check_visual_rows,
 )
 from vlm_distill_cache.stage2_student.training.preparation import prepare
+
+LOGITS = choose_terms(["logits"])
 
 
 def make_config(cache, output="unused", **changes):
@@ -67,14 +70,14 @@ def test_another_tokenizer_is_refused_with_both_fingerprints(tiny_cache):
     other.eos_token = "<pad>"
     expected = cache.plan.fingerprints["tokenizer"]
     with pytest.raises(CacheMismatchError, match=rf"fingerprint [0-9a-f]+, .* used {expected}.*teacher that has"):
-        check_tokenizer(cache, other, where="student X")
+        check_tokenizer(cache, other, LOGITS, where="student X")
 
 
 def test_another_template_is_refused_by_name(tiny_cache):
     cache = open_cache(tiny_cache[0])
-    check_template(cache, get_template("short"))
+    check_template(cache, get_template("short"), LOGITS)
     with pytest.raises(CacheMismatchError, match=r"'vicuna_v1' .* saw: 'short'.*Leave `template` unset"):
-        check_template(cache, get_template("vicuna_v1"))
+        check_template(cache, get_template("vicuna_v1"), LOGITS)
     with pytest.raises(CacheMismatchError, match="vicuna_v1"):
         prepare(make_config(tiny_cache[0], template="vicuna_v1"))
 
@@ -118,9 +121,9 @@ def test_damage_beside_the_shards_is_an_error_before_training(tiny_cache, tmp_pa
 def test_a_signal_that_is_not_cached_is_refused_naming_those_that_are(tmp_path):
     build_tiny_cache(tmp_path / "c", data="shapes:images=1,seed=5", signals=("logits",))
     cache = open_cache(tmp_path / "c")
-    check_signals(cache, ("logits",), temperature=1.0, phase="dft")
+    check_signals(cache, LossWeights(logits=1.0), phase="dft")
     with pytest.raises(CacheMismatchError, match=r"'visual_map'.*holds logits.*dft.losses.visual_map=0"):
-        check_signals(cache, ("logits", "visual_map"), temperature=1.0, phase="dft")
+        check_signals(cache, LossWeights(logits=1.0, visual_map=1.0), phase="dft")
 
 
 def test_all_losses_without_a_signal_are_switched_off_by_one_remedy_and_need_no_student(tmp_path):
@@ -140,9 +143,9 @@ def test_all_losses_without_a_signal_are_switched_off_by_one_remedy_and_need_no_
 
 def test_a_temperature_that_is_not_cached_is_refused_naming_those_that_are(tiny_cache):
     cache = open_cache(tiny_cache[0])
-    check_signals(cache, ("logits",), temperature=2.0, phase="dft")
+    check_signals(cache, LossWeights(logits=1.0, temperature=2.0), phase="dft")
     with pytest.raises(CacheMismatchError, match=r"temperature is 3.0.*1.0, 2.0 only"):
-        check_signals(cache, ("logits",), temperature=3.0, phase="dft")
+        check_signals(cache, LossWeights(logits=1.0, temperature=3.0), phase="dft")
 
 
 def test_the_teacher_adapter_refuses_another_vision_tower(tiny_cache, tmp_path):
@@ -262,13 +265,12 @@ def test_a_student_folder_with_another_image_processor_reads_pictures_its_own_wa
 def test_attention_is_refused_where_nobody_knows_the_boxes_of_a_teachers_tokens(tiny_cache, tmp_path):
     geometry = {"kind": "library", "class": "NewProcessor", "processor": {}}
     cache = copy_with_plan(tiny_cache[0], tmp_path / "c", geometry=geometry)
+    both = choose_terms(["logits", "answer_attention"])
     with pytest.raises(CacheMismatchError, match=r"answer_attention.*NewProcessor.*to 0 and distil logits"):
-        check_geometry(
-            open_cache(cache), {"kind": "dynamic"}, signals=("logits", "answer_attention"), where="student X"
-        )
-    check_geometry(open_cache(cache), {"kind": "dynamic"}, signals=("logits",), where="student X")
+        check_geometry(open_cache(cache), {"kind": "dynamic"}, both, where="student X")
+    check_geometry(open_cache(cache), {"kind": "dynamic"}, LOGITS, where="student X")
     with pytest.raises(CacheMismatchError, match=r"visual_columns.*visual token of student X sees"):
-        check_geometry(open_cache(tiny_cache[0]), geometry, signals=("visual_columns",), where="student X")
+        check_geometry(open_cache(tiny_cache[0]), geometry, choose_terms(["visual_columns"]), where="student X")
     encoder = prepare(make_config(cache)).encoder.image_encoder
     assert encoder.to_dict()["layout"] == "pad", "MobileVLM's own way, where the cache's is of no use to it"
 
@@ -276,12 +278,12 @@ def test_attention_is_refused_where_nobody_knows_the_boxes_of_a_teachers_tokens(
 @pytest.mark.parametrize(("rows", "what"), [("image", "the whole image"), ("prefix", "the whole prompt")])
 def test_maps_of_visual_rows_are_refused_where_these_see_what_follows_them(tiny_cache, rows, what, caplog):
     cache = open_cache(tiny_cache[0])
-    check_visual_rows(cache, rows, signals=("logits", "answer_attention"), where="student X")
-    check_visual_rows(cache, "causal", signals=("visual_map", "visual_columns"), where="student X")
+    check_visual_rows(cache, rows, choose_terms(["logits", "answer_attention"]), where="student X")
+    check_visual_rows(cache, "causal", choose_terms(["visual_map", "visual_columns"]), where="student X")
     assert not caplog.records
     with pytest.raises(CacheMismatchError, match=rf"student X.*see {what}.*visual_map.*use answer_attention"):
-        check_visual_rows(cache, rows, signals=("visual_map",), where="student X")
-    check_visual_rows(cache, rows, signals=("visual_columns",), where="student X")
+        check_visual_rows(cache, rows, choose_terms(["visual_map"]), where="student X")
+    check_visual_rows(cache, rows, choose_terms(["visual_columns"]), where="student X")
     assert f"student X see {what}, those of the teacher" in caplog.text
 
 

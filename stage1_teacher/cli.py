@@ -7,7 +7,7 @@ import math
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -18,9 +18,7 @@ from vlm_distill_cache.common.terminal.command_line import (
     start_logging,
     stopped_by_sigterm,
 )
-
-if TYPE_CHECKING:
-    from vlm_distill_cache.stage1_teacher.config import BuildConfig
+from vlm_distill_cache.stage1_teacher.config import SIGNALS, BuildConfig
 
 # Imports that pull torch in are inside the commands, so that --help and usage errors are instant.
 
@@ -38,8 +36,7 @@ def _build_options(command: Any) -> Any:
         click.option("--limit", type=click.IntRange(min=1), help="Use only the first samples."),
         click.option(
             "--signals",
-            help="Comma-separated: logits, answer_attention, text_attention, visual_columns, visual_map, hidden, "
-            "visual_hidden, projector_output, visual_logits.",
+            help=f"Comma-separated: {', '.join(SIGNALS)}.",
         ),
         click.option(
             "--answers",
@@ -61,7 +58,6 @@ def _build_options(command: Any) -> Any:
 
 def _settings(config: Path | None, overrides: tuple[str, ...], options: dict[str, Any]) -> BuildConfig:
     from vlm_distill_cache.common.config import load_config
-    from vlm_distill_cache.stage1_teacher.config import BuildConfig
 
     given = [
         f"{name}={json.dumps(value)}" for name, value in options.items() if value is not None and name != "signals"

@@ -3,13 +3,13 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from vlm_distill_cache.common.codecs.description import check_whole_number, preset_settings
+from vlm_distill_cache.common.codecs import CODECS, AnswersCodec, LogitCodec, RowAttentionCodec
+from vlm_distill_cache.common.codecs.description import check_whole_number
+from vlm_distill_cache.common.codecs.logits import preset_settings
 from vlm_distill_cache.common.errors import ConfigError
 
-SIGNALS = (
-    "logits", "answer_attention", "text_attention", "visual_columns", "visual_map",
-    "hidden", "visual_hidden", "projector_output", "visual_logits",
-)  # fmt: skip
+SIGNALS = tuple(name for name, codec in CODECS.items() if codec is not AnswersCodec)
+"""What a cache can keep; answers that the teacher writes are kept where ``answers`` says so."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +76,7 @@ class BuildConfig:
     teacher: str = ""
     cache: str = "build/cache/shapes-zarr"
     store: Literal["zarr", "webdataset"] = "zarr"
-    signals: tuple[str, ...] = ("logits", "answer_attention")
+    signals: tuple[str, ...] = (LogitCodec.signal, RowAttentionCodec.signal)
     logits: str = "default"
     temperatures: tuple[float, ...] = (1.0, 2.0)
     attention_dtype: Literal["u1", "f4"] = "u1"

@@ -15,11 +15,14 @@ Masks are key-major: neighbouring queries look alike, so bits repeat along a col
 Dims: G layer groups, N cells of the map, L = G * N columns (group-major), R runs of all columns.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
+from vlm_distill_cache.common.cache.schema import Record
 from vlm_distill_cache.common.codecs.quantise import CodeArray, FloatArray
 from vlm_distill_cache.common.errors import CacheFormatError
 
@@ -27,6 +30,25 @@ KEPT_LEVELS = 95
 """`exact`: codes 1 to 95 are kept pairs, by the root of their share of the threshold."""
 SINK_STEPS = 254 - KEPT_LEVELS
 """`exact`: codes 96 to 255 are sinks, by the logarithm between the threshold and the group's largest value."""
+
+
+_MEAN_ERROR = 2e-3  # relative, of a float16 mean; twice over
+
+
+def sink_threshold(maps: Any, pairs: Any) -> Any:
+    """The mass above which a pair is an attention sink: mean + unbiased std over the pairs that count.
+
+    Args:
+        maps: float `[..., N, N]`, array or tensor; causal zeros are part of the statistics, as in the released code.
+        pairs: bool, the same shape.
+
+    Returns:
+        `[..., 1, 1]` in the maps' dtype; without any pair 0.
+    """
+    count = pairs.sum((-2, -1), keepdims=True)
+    mean = (maps * pairs).sum((-2, -1), keepdims=True) / count.clip(1)
+    squares = ((maps - mean) ** 2 * pairs).sum((-2, -1), keepdims=True)
+    return mean + (squares / (count - 1).clip(1)) ** 0.5  # one pair: a std of 0, not NaN
 
 
 def encode_roots(ratios: np.ndarray, levels: int) -> CodeArray:
@@ -281,3 +303,35 @@ def _pairs(cells: int, *, causal: bool) -> tuple[np.ndarray, np.ndarray]:
         return np.triu_indices(cells)
     keys, queries = np.indices((cells, cells)).reshape(2, -1)
     return keys, queries
+
+
+def means_damage(
+    record: Record, counts: np.ndarray, codes: np.ndarray, column: np.ndarray, levels: int
+) -> Iterator[str]:
+    """Compare column means with what the codes of their kept pairs can stand for.
+
+    Args:
+        record: With ``map_means`` and ``map_scale``.
+        counts: Kept pairs of each column, ``[G * N]``.
+        codes: Of each kept pair.
+        column: Of each kept pair.
+        levels: Of the codes.
+
+    Yields:
+        What contradicts.
+    """
+    means = record["map_means"].astype(np.float64).T.reshape(-1)
+    if (record["map_scale"][0][counts.reshape(-1, len(record["map_means"])).any(axis=1)] == 0).any():
+        yield "map_scale is 0 where the map has pairs below it"
+    if ((means > 0) != (counts > 0)).any():
+        yield "map_means does not have a mean for exactly the columns with kept pairs"
+        return
+    roots = codes.astype(np.float64) / levels
+    size, divisor = len(means), np.maximum(counts, 1)
+    high = np.bincount(column, roots**2, size) / divisor
+    low = np.bincount(column, np.maximum(roots - 1 / levels, 0) ** 2, size) / divisor
+    least = 2 * _LEAST_MEAN
+    wrong = (means > high * (1 + _MEAN_ERROR) + least) | (means < low * (1 - _MEAN_ERROR) - least)
+    if wrong.any():
+        worst = int(np.argmax(wrong))
+        yield f"map_means has {means[worst]:.4g}; the codes of its pairs say {low[worst]:.4g} to {high[worst]:.4g}"

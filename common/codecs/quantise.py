@@ -6,12 +6,15 @@ Dims: arrays of any shape; nothing here knows what they mean.
 """
 
 import math
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 FloatArray = npt.NDArray[np.float32]
 CodeArray = npt.NDArray[np.uint8]
+ArrayT = TypeVar("ArrayT")
+"""Of what a codec decodes: arrays, or the tensors that `common.codecs.live` makes of them."""
 
 MAX_GAP = 24.0
 """Nats; a token e^-24 as likely as the top one adds nothing; larger finite gaps are stored as this."""

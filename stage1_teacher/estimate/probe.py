@@ -13,6 +13,7 @@ import torch
 
 from vlm_distill_cache.common.attention.capture import IMPLEMENTATION
 from vlm_distill_cache.common.cache.manifest import BASE, Plan, read_sidecar, sidecar_path
+from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
 from vlm_distill_cache.common.cache.shared_images import with_visual_source
 from vlm_distill_cache.common.errors import DataError, SampleError
 from vlm_distill_cache.data.families.inputs import additive_mask, text_config
@@ -118,20 +119,10 @@ def _write(
     )
     with Writer(folder, plan, codecs) as writer:
         for batch, signals in passes:
-            writer.add(batch, _only(signals, codecs))
+            writer.add(batch, signals)
         writer.finish(shard)
     files = read_sidecar(folder, 0).stored_bytes
     return files + sidecar_path(folder, 0).stat().st_size, plan
-
-
-def _only(signals: TeacherSignals, codecs: Mapping[str, Any]) -> TeacherSignals:
-    """Without what none of the codecs writes; signals of attention are left out by name anyway."""
-    return replace(
-        signals,
-        logits=signals.logits if "logits" in codecs else None,
-        visual_logits=signals.visual_logits if "visual_logits" in codecs else None,
-        hidden={name: states for name, states in signals.hidden.items() if name in codecs},
-    )
 
 
 RUNS = 4  # of neighbouring samples: conversations about one picture stand side by side and share its signals
@@ -233,7 +224,7 @@ def measure_probe(work: Build, *, samples: int, batch_size: int, load: float) ->
     return Probe(
         samples=count,
         failed=len(shard.failed),
-        rows=sum(len(signals.labels) for _, signals in passes) / count,
+        rows=sum(int((batch.labels != IGNORE_INDEX).sum()) for batch, _ in passes) / count,
         tokens=sum(map(len, shard.samples)) / count,
         side_bytes=side_bytes,
         encode=encode,
@@ -292,8 +283,8 @@ def _batches(work: Build, samples: list[EncodedSample], batch_size: int) -> Iter
 
 def _run_plain(work: Build, batches: list[Batch]) -> None:
     for batch in batches:
-        output = work.teacher.run(batch, groups=work.groups, answer_rows=False, visual_rows=False)
-        output.logits[-1:].cpu()  # waits for the device
+        output = work.teacher.run(work.teacher.prepare(batch, {"rows": batch.labels != IGNORE_INDEX}))
+        output["rows"][-1:].cpu()  # waits for the device
 
 
 def _time_eager(work: Build, samples: list[EncodedSample], batch_size: int) -> tuple[float | None, int]:

@@ -21,7 +21,7 @@ from vlm_distill_cache.data.text.generation import Generated, Sampling, generate
 from vlm_distill_cache.stage1_teacher.loop.work import Build
 from vlm_distill_cache.stage1_teacher.loop.writer import EncodedShard
 
-ANSWERS = "answers"
+ANSWERS = AnswersCodec.signal
 
 
 @dataclass

@@ -91,7 +91,7 @@ def run_shard(work: Build, shard: EncodedShard, batch_size: int) -> Iterator[tup
 def _prepare(work: Build, samples: Sequence[EncodedSample]) -> _Ready:
     batch = collate(samples, work.teacher.pad_token_id)
     with _one_checkpoint(work, batch):
-        return _Ready(samples=samples, batch=batch, inputs=work.teacher.prepare(batch, work.wanted))
+        return _Ready(samples=samples, batch=batch, inputs=work.prepare(batch))
 
 
 @torch.inference_mode()

@@ -11,6 +11,7 @@ from vlm_distill_cache.common.cache.manifest import Plan, read_sidecar, sidecar_
 from vlm_distill_cache.common.cache.schema import Record
 from vlm_distill_cache.common.cache.shared_images import ImageSharer, SharedImages
 from vlm_distill_cache.common.cache.stores import finish_shard, open_writer
+from vlm_distill_cache.common.codecs import AnswersCodec
 from vlm_distill_cache.common.errors import CacheMismatchError, DataError
 from vlm_distill_cache.common.printing import one_line
 from vlm_distill_cache.data.text.collate import Batch, image_key
@@ -192,8 +193,8 @@ class Writer:
         try:
             sharer = ImageSharer(SharedImages(self._plan.all_fields))
             for sample_id, key in order:
-                if "answers" in self._codecs:
-                    records[sample_id] |= self._codecs["answers"].encode(answers[sample_id])
+                if AnswersCodec.signal in self._codecs:
+                    records[sample_id] |= self._codecs[AnswersCodec.signal].encode(answers[sample_id])
                 writer.append(sample_id, sharer.share(records[sample_id], key))
             finish_shard(writer, failed)
         finally:

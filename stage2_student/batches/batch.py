@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
-from vlm_distill_cache.common.codecs.logits import SparseLogits
+from vlm_distill_cache.common.codecs.live import SparseLogits
 from vlm_distill_cache.data.text.collate import Batch, collate, supervised_rows, text_rows, visual_keys
 from vlm_distill_cache.data.text.encoding import EncodedSample
 from vlm_distill_cache.stage2_student.batches.features import FeatureBatch, collate_features

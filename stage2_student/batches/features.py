@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vlm_distill_cache.common.attention.boxes import Tile, pool_queries
 from vlm_distill_cache.common.cache.schema import Record
-from vlm_distill_cache.common.codecs.logits import SparseLogits
+from vlm_distill_cache.common.codecs.live import SparseLogits, as_tensors
 from vlm_distill_cache.common.errors import CacheMismatchError
 from vlm_distill_cache.stage2_student.batches.grid import meet
 from vlm_distill_cache.stage2_student.loss_weights import FEATURE_TERMS
@@ -64,9 +64,9 @@ def decode_features(
         if term not in codecs:
             continue
         if term == "hidden":
-            targets[term] = FeatureTarget(codecs[term].decode(record))
+            targets[term] = FeatureTarget(as_tensors(codecs[term].decode(record)))
         elif teacher_tiles and student_tiles:
-            decoded = codecs[term].decode(record)
+            decoded = as_tensors(codecs[term].decode(record))
             count = sum(tile.token_count for tile in teacher_tiles)
             if len(decoded) != count:
                 raise CacheMismatchError(

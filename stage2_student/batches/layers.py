@@ -14,8 +14,7 @@ from torch import Tensor
 
 from vlm_distill_cache.common.attention.layers import DepthPart, GroupMatch, Matching, match_cached_groups
 from vlm_distill_cache.common.cache.plan import Plan
-from vlm_distill_cache.common.codecs.row_attention import RowAttention
-from vlm_distill_cache.common.codecs.teacher_map import TeacherMap, incomplete_map
+from vlm_distill_cache.common.codecs.live import RowAttention, TeacherMap, incomplete_map
 from vlm_distill_cache.common.codecs.visual_map import VisualMapCodec
 from vlm_distill_cache.common.errors import CacheMismatchError
 from vlm_distill_cache.common.terminal.next_step import set_words

@@ -28,8 +28,7 @@ from vlm_distill_cache.common.attention.boxes import (
 )
 from vlm_distill_cache.common.attention.layers import GroupMatch
 from vlm_distill_cache.common.cache.schema import Record
-from vlm_distill_cache.common.codecs.logits import SparseLogits
-from vlm_distill_cache.common.codecs.teacher_map import TeacherMap, image_pairs
+from vlm_distill_cache.common.codecs.live import SparseLogits, TeacherMap, as_tensors, image_pairs
 from vlm_distill_cache.common.codecs.visual_map import VisualMapCodec
 from vlm_distill_cache.common.errors import CacheMismatchError
 from vlm_distill_cache.stage2_student.batches.features import FeatureTarget, decode_features
@@ -107,7 +106,7 @@ def decode_signals(
     Raises:
         CacheMismatchError: If tiles and attention of the record differ in their number of visual tokens.
     """
-    logits = codecs["logits"].decode(record) if "logits" in codecs else None
+    logits = as_tensors(codecs["logits"].decode(record)) if "logits" in codecs else None
     attention: dict[str, AttentionTarget] = {}
     source = record if attention_record is None else attention_record
     teacher_tiles = tiles_from_array(np.asarray(source["tiles"]))
@@ -144,14 +143,14 @@ class _Sides:
         if term in ROW_SIGNALS:
             return self._rows(term)
         grid = meet(self.teacher_tiles, self.student_tiles)
-        columns = self.codecs[term].decode(self.record)
+        columns = as_tensors(self.codecs[term].decode(self.record))
         _check_tokens(term, columns, grid.teacher_pool.shape[0], self.where)
         pooled = pool_keys(regroup(columns, self.match, axis=0), grid.teacher_pool)  # [G, C]
         return AttentionTarget(pooled, None, grid.student_pool, grid.content)
 
     def _rows(self, signal: str) -> AttentionTarget:
         grid = meet_cells(self.codecs[signal].grid, self.student_tiles)
-        decoded = regroup_rows(self.codecs[signal].decode(self.record), self.match)
+        decoded = regroup_rows(as_tensors(self.codecs[signal].decode(self.record)), self.match)
         cells, mass = decoded.cells, decoded.image_mass
         if self.rows is not None:
             chosen = torch.arange(self.rows) % max(1, cells.shape[0])
@@ -197,7 +196,7 @@ class _Sides:
     def _decoded_map(self) -> tuple[tuple[Tile, ...], TeacherMap]:
         """The map's cells, and the map of the wanted layer groups."""
         codec: VisualMapCodec = self.codecs["visual_map"]
-        cells, decoded = codec.cells_of(self.teacher_tiles), codec.teacher_map(self.record)
+        cells, decoded = codec.cells_of(self.teacher_tiles), as_tensors(codec.decode(self.record))
         boxes = tile_boxes(cells)
         _check_tokens("visual_map", decoded.values, len(boxes), self.where)
         return cells, regroup_map(decoded, self.match, content=content_mask(boxes), wanted_by=self.where)

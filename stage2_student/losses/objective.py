@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from vlm_distill_cache.common.attention.capture import AttentionCapture, AttentionRequest
-from vlm_distill_cache.common.codecs.row_attention import RowAttention
-from vlm_distill_cache.common.codecs.teacher_map import TeacherMap
+from vlm_distill_cache.common.codecs.live import RowAttention, TeacherMap
 from vlm_distill_cache.stage2_student.batches.batch import AttentionBatch, TrainingBatch
 from vlm_distill_cache.stage2_student.loss_weights import (
     ALL_ROWS,

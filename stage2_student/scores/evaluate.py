@@ -18,8 +18,7 @@ from tqdm import tqdm
 
 from vlm_distill_cache.common.attention.capture import AttentionCapture
 from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
-from vlm_distill_cache.common.codecs.logits import SparseLogits
-from vlm_distill_cache.common.codecs.row_attention import RowAttention
+from vlm_distill_cache.common.codecs.live import RowAttention, SparseLogits
 from vlm_distill_cache.data.families.models import row_logits
 from vlm_distill_cache.data.sample import CaptionPair, EvaluationSet, ImageSource, Question, Sample, Turn
 from vlm_distill_cache.data.text.collate import collate

@@ -32,7 +32,8 @@ from vlm_distill_cache.common.attention.boxes import (
 )
 from vlm_distill_cache.common.cache.schema import BASE_FIELDS, Record
 from vlm_distill_cache.common.cache.stores import finish_shard, open_writer
-from vlm_distill_cache.common.codecs.row_attention import RowAttention, RowAttentionCodec
+from vlm_distill_cache.common.codecs.live import RowAttention, as_tensors
+from vlm_distill_cache.common.codecs.row_attention import RowAttentionCodec
 from vlm_distill_cache.common.codecs.visual_map import MapPreset, VisualColumnsCodec, VisualMapCodec
 from vlm_distill_cache.data.registry import open_dataset
 from vlm_distill_cache.data.text.collate import collate, supervised_rows, visual_keys
@@ -122,7 +123,7 @@ def _map_figures(source: Source, preset: MapPreset) -> dict[str, Any]:
     records = [codec.encode(maps, tiles=source.tiles) for maps in source.maps]
     cosines: dict[str, list[float]] = {}
     for index, (record, maps) in enumerate(zip(records, source.maps, strict=True)):
-        decoded = codec.teacher_map(record | tiles)
+        decoded = as_tensors(codec.decode(record | tiles))
         for name, student in (("early", source.early[index]), ("late", _late(maps, seed=index))):
             for loss, cosine in map_gradient_cosines(decoded, maps, None, student=student).items():
                 cosines.setdefault(f"{loss}, {name} student", []).append(cosine)
@@ -148,7 +149,8 @@ def _column_figures(source: Source) -> dict[str, Any]:
     columns = [maps.mean(dim=1) for maps in source.maps]
     records = [codec.encode(column) for column in columns]
     cosines = [
-        column_gradient_cosine(codec.decode(record), column) for record, column in zip(records, columns, strict=True)
+        column_gradient_cosine(as_tensors(codec.decode(record)), column)
+        for record, column in zip(records, columns, strict=True)
     ]
     return {"kb_per_sample": _stored_kb(codec, records, source.tiles), **_summary({"cosine": cosines})}
 
@@ -162,7 +164,7 @@ def _answer_figures(source: Source) -> dict[str, Any]:
     for answer in source.answers:
         live = RowAttention.from_cells(pool_keys(answer, overlap))
         records.append(codec.encode(live))
-        cosines += row_gradient_cosines(codec.decode(records[-1]), live.cells, live.cells.sqrt()).tolist()
+        cosines += row_gradient_cosines(as_tensors(codec.decode(records[-1])), live.cells, live.cells.sqrt()).tolist()
         rows += len(live)
     stored = _stored_kb(codec, records, source.tiles)
     return {

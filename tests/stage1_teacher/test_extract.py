@@ -15,6 +15,7 @@ from vlm_distill_cache.common.attention.boxes import Tile
 from vlm_distill_cache.common.cache.manifest import seal
 from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
 from vlm_distill_cache.common.codecs import codec_from_dict
+from vlm_distill_cache.common.codecs.live import as_tensors
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError, ConfigError, DataError
 from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.data.registry import open_dataset
@@ -124,16 +125,16 @@ def test_records_equal_the_librarys_own_forward_pass(tmp_path: Path, build_cache
         np.testing.assert_array_equal(record["labels"], batch.labels[0][rows].numpy())
 
         dense = output.logits[0, rows].log_softmax(-1)
-        sparse = codecs["logits"].decode(record)
+        sparse = as_tensors(codecs["logits"].decode(record))
         assert sparse.entry_mask.all()  # the vocabulary is smaller than the exact preset's cap
         torch.testing.assert_close(sparse.log_probs, dense.gather(1, sparse.token_ids), atol=2e-5, rtol=1e-5)
         layers = cache.plan.teacher["groups"][0]
         mean = torch.stack([output.attentions[layer][0].mean(0) for layer in layers]).mean(0)  # [T, T]
-        cells = codecs["answer_attention"].decode(record).cells[:, 0]  # [A, C]
+        cells = as_tensors(codecs["answer_attention"].decode(record)).cells[:, 0]  # [A, C]
         torch.testing.assert_close(cells, mean[rows][:, visual], atol=1e-5, rtol=0)
-        maps = codecs["visual_map"].decode(record)[0]  # [N, N]
+        maps = as_tensors(codecs["visual_map"].decode(record))[0]  # [N, N]
         torch.testing.assert_close(maps, mean[visual][:, visual], atol=1e-5, rtol=0)
-        columns = codecs["visual_columns"].decode(record)[0]
+        columns = as_tensors(codecs["visual_columns"].decode(record))[0]
         torch.testing.assert_close(columns, mean[visual][:, visual].mean(0), atol=1e-5, rtol=0)
 
 

@@ -10,7 +10,8 @@ from click.testing import CliRunner
 from vlm_distill_cache.common.cache.manifest import seal, write_plan
 from vlm_distill_cache.common.cache.stores import finish_shard, open_writer
 from vlm_distill_cache.common.cli import main
-from vlm_distill_cache.common.codecs import RowAttention, RowAttentionCodec
+from vlm_distill_cache.common.codecs import RowAttentionCodec
+from vlm_distill_cache.common.codecs.live import RowAttention, as_tensors
 from vlm_distill_cache.common.codecs.row_attention import RANGE_NATS as CODEC_RANGE_NATS
 from vlm_distill_cache.common.errors import CacheFormatError
 from vlm_distill_cache.common.pixels import image_hash
@@ -81,7 +82,7 @@ def test_cells_are_those_that_the_codec_decodes(exact):
     codec = RowAttentionCodec(grid=GRID, groups=2, exact=exact)
     record = record_of(codec)
     found = decode_cells(record["answer_attention"], record["answer_image_mass"])
-    np.testing.assert_allclose(found, codec.decode(record).cells.numpy(), rtol=1e-5, atol=1e-8)
+    np.testing.assert_allclose(found, as_tensors(codec.decode(record)).cells.numpy(), rtol=1e-5, atol=1e-8)
 
 
 def test_a_word_of_several_tokens_is_their_mean_over_all_groups():

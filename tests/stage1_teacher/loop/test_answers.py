@@ -12,6 +12,7 @@ from transformers import LlavaForConditionalGeneration
 from vlm_distill_cache.common.codecs import codec_from_dict
 from vlm_distill_cache.common.codecs.answers import AnswersCodec
 from vlm_distill_cache.common.codecs.checks import value_damage
+from vlm_distill_cache.common.codecs.live import as_tensors
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError, ConfigError
 from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.common.tools.select import Selection, pull_partial
@@ -56,7 +57,7 @@ def tree(root: Path) -> dict[str, bytes]:
 def answers_of(path: Path) -> dict[str, tuple[str, ...]]:
     cache = open_cache(path)
     codec = codec_from_dict(cache.plan.signals["answers"])
-    return {name: codec.decode(cache.read(name)) for name in cache.sample_ids}
+    return {name: as_tensors(codec.decode(cache.read(name))) for name in cache.sample_ids}
 
 
 def write_own_answer(teacher: Teacher, encoder, sample: Sample, turn: int, earlier: tuple[str, ...]) -> str:
@@ -100,7 +101,7 @@ def test_cached_rows_belong_to_the_written_answers_and_a_greedy_label_is_the_lik
         record = cache.read(name)
         words = teacher.tokenizer.decode(record["labels"].astype(np.int64), skip_special_tokens=True)
         assert words.split() == " ".join(answers).split()
-        decoded = logits.decode(record)
+        decoded = as_tensors(logits.decode(record))
         labels = torch.from_numpy(record["labels"].astype(np.int64))
         # Scoring and writing differ by rounding: a tie may fall either way.
         assert float((decoded.token_ids[:, 0] == labels).float().mean()) > 0.99
@@ -164,7 +165,7 @@ def test_a_part_of_the_signals_keeps_the_answers(greedy: Path, tmp_path: Path):
 @pytest.mark.parametrize("answers", [(), ("a",), ("", "caf\u00e9 \U0001f642", '"quoted"\nline'), ("x" * 10_000,)])
 def test_answers_survive_the_codec(answers: tuple[str, ...]):
     codec = AnswersCodec(max_new_tokens=5)
-    assert codec.decode(codec.encode(answers)) == answers
+    assert as_tensors(codec.decode(codec.encode(answers))) == answers
     assert AnswersCodec.from_dict(codec.to_dict()) == codec
 
 

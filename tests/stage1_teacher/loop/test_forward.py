@@ -9,8 +9,8 @@ import torch
 
 import vlm_distill_cache.stage1_teacher.loop.forward as forward
 from vlm_distill_cache.common.cache.schema import IGNORE_INDEX, check_record
+from vlm_distill_cache.common.codecs.live import RowAttention, select_entries
 from vlm_distill_cache.common.codecs.logits import LogitCodec, _top_by_lowest_id
-from vlm_distill_cache.common.codecs.row_attention import RowAttention
 from vlm_distill_cache.common.errors import ModelError, SampleError
 from vlm_distill_cache.data.families.models import row_logits
 from vlm_distill_cache.data.text.collate import collate, length_buckets
@@ -211,11 +211,11 @@ def test_unchecked_rows_that_are_no_distribution_come_back_as_nan_and_others_unc
     logits = torch.randn(6, 50, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(6)
     codec = LogitCodec.from_preset("default")
-    expected = codec.select(logits, labels)
+    expected = select_entries(codec, logits, labels)
     logits[1, 7], logits[3, 9], logits[4] = torch.nan, torch.inf, -torch.inf
     with pytest.raises(SampleError, match="row 1"):
-        codec.select(logits, labels)
-    found = codec.select(logits, labels, checked=False)
+        select_entries(codec, logits, labels)
+    found = select_entries(codec, logits, labels, checked=False)
     assert found.log_probs[:, 0].isnan().tolist() == [False, True, False, True, True, False]
     width = expected.log_probs.shape[1]
     for row in (0, 2, 5):

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from vlm_distill_cache.common.attention.boxes import Tile
-from vlm_distill_cache.common.codecs.row_attention import RowAttention, RowAttentionCodec
+from vlm_distill_cache.common.codecs.live import RowAttention
+from vlm_distill_cache.common.codecs.row_attention import RowAttentionCodec
 from vlm_distill_cache.common.codecs.visual_map import VisualColumnsCodec
 from vlm_distill_cache.stage1_teacher.loop.signals import TeacherSignals
 from vlm_distill_cache.stage1_teacher.quality.fidelity import Totals, _compare

@@ -14,6 +14,7 @@ from tiny_families import save_tiny
 from vlm_distill_cache.common.attention.boxes import content_mask, tile_boxes, tiles_from_array
 from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
 from vlm_distill_cache.common.codecs import codec_from_dict
+from vlm_distill_cache.common.codecs.live import as_tensors
 from vlm_distill_cache.common.errors import ModelError
 from vlm_distill_cache.common.tools.verify import verify
 from vlm_distill_cache.data.families.inputs import library_inputs
@@ -42,7 +43,7 @@ def test_its_logits_are_cached_and_are_the_librarys(unlisted_teacher: Path, fami
     inputs = {"input_ids": batch.input_ids, **batch.image_inputs}
     logits, _ = reference_output(unlisted_teacher, inputs)
     expected = logits[sample.supervised_rows].log_softmax(dim=-1)
-    decoded = codec_from_dict(cache.plan.signals["logits"]).decode(record)
+    decoded = as_tensors(codec_from_dict(cache.plan.signals["logits"]).decode(record))
     found = torch.full_like(expected, -torch.inf).scatter(1, decoded.token_ids, decoded.log_probs)
     kept = torch.isfinite(found) & decoded.entry_mask.any()
     assert int(kept.sum()) > 100

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vlm_distill_cache.common.attention.boxes import Tile, pooled_tiles, tiles_to_array
 from vlm_distill_cache.common.codecs import VisualMapCodec
-from vlm_distill_cache.common.codecs.teacher_map import TeacherMap
+from vlm_distill_cache.common.codecs.live import TeacherMap
 from vlm_distill_cache.common.errors import CacheMismatchError
 from vlm_distill_cache.stage2_student.batches.layers import check_map_serves
 from vlm_distill_cache.stage2_student.batches.signals import AttentionTarget, decode_signals

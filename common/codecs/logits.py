@@ -17,6 +17,7 @@ Dims: A supervised rows, K most entries of a row, E entries of all rows.
 
 import math
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Generic, Self
@@ -145,7 +146,7 @@ class LogitCodec(Codec):
         if not is_number(self.floor) or not 0 <= self.floor < 1:
             raise ConfigError(f"floor: expected a probability in [0, 1), got {shown(self.floor)}")
         found = self.temperatures
-        valid = isinstance(found, tuple) and all(is_number(t) and math.isfinite(t) and t > 0 for t in found)
+        valid = isinstance(found, tuple) and all(is_number(t) and 0 < t <= sys.float_info.max for t in found)
         if not valid or len(set(found)) != len(found) or 1.0 not in found:
             raise ConfigError(f"temperatures: expected distinct positive numbers with 1 among them, got {shown(found)}")
         object.__setattr__(self, "floor", float(self.floor))

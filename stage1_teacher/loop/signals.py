@@ -262,7 +262,7 @@ class VisualColumnsExtractor(_AttentionExtractor):
     def request(self, batch: Batch, at: Callable[[Positions], Tensor], codec: Any, groups: Groups) -> Request | None:
         """The weighted sum of the visual tokens' rows."""
         keys = at(visual_keys)
-        return _attention(keys, keys, groups, _image_weights(batch, keys))
+        return _attention(keys, keys, groups, image_weights(batch, keys))
 
     def reduce(self, found: Tensor | None, batch: Batch, codec: Any, *, checked: bool) -> tuple[Tensor, ...]:
         """Leave the padding out."""
@@ -439,7 +439,7 @@ def _attention(rows: Tensor, keys: Tensor, groups: Groups, weights: Tensor | Non
     return AttentionRequest(rows, keys, groups, weights) if keys.shape[1] else None
 
 
-def _image_weights(batch: Batch, keys: Tensor) -> Tensor:
+def image_weights(batch: Batch, keys: Tensor) -> Tensor:
     """What a visual token counts in the mean over those of its sample that carry image; padding does not.
 
     Args:

@@ -70,8 +70,8 @@ def test_decoded_signals_are_the_pinned_ones(cache):
 
     assert decoded["visual_columns"].shape == (2, 36)
     close(decoded["visual_columns"][1, :3], [0.0480, 0.0404, 0.0659])
-    assert decoded["visual_map"].shape == (2, 36, 36)
-    close(decoded["visual_map"][1, 5, :7], [0.0429, 0.0355, 0.1175, 0.0457, 0.0756, 0.2837, 0.0])
+    assert decoded["visual_map"].values.shape == (2, 36, 36)
+    close(decoded["visual_map"].values[1, 5, :7], [0.0429, 0.0355, 0.1175, 0.0457, 0.0756, 0.2837, 0.0])
 
 
 def test_a_sample_without_a_picture_has_empty_visual_signals(cache):

@@ -86,10 +86,8 @@ def test_what_is_dropped_joins_the_tail_at_every_temperature():
     record = encoded(codec, dense, labels)
     small = codec_from_dict(truncated_codec(codec.to_dict(), 8))
     assert isinstance(small, LogitCodec)
-    large, nested = (
-        as_tensors(codec.decode(record)),
-        as_tensors(small.decode(truncate_logits(record, codec.to_dict(), 8))),
-    )
+    truncated = truncate_logits(record, codec.to_dict(), 8)
+    large, nested = as_tensors(codec.decode(record)), as_tensors(small.decode(truncated))
     for temperature in TEMPERATURES:
         (before, tail), (after, grown) = large.at(temperature), nested.at(temperature)
         assert bool((grown > tail).all())

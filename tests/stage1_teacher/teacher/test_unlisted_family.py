@@ -21,6 +21,7 @@ from vlm_distill_cache.data.families.inputs import library_inputs
 from vlm_distill_cache.data.families.models import row_logits
 from vlm_distill_cache.data.registry import open_dataset
 from vlm_distill_cache.data.text.collate import Batch, collate
+from vlm_distill_cache.stage1_teacher.loop.signals import requests_of
 from vlm_distill_cache.stage1_teacher.planning.plan import build_encoder
 from vlm_distill_cache.stage1_teacher.teacher.teacher import Teacher
 
@@ -57,7 +58,7 @@ def test_asking_for_attention_says_why_there_is_none(unlisted_teacher: Path, fam
     encoder = build_encoder(teacher, template="auto", max_length=512)
     batch = collate([encoder(open_dataset(str(family_data))[0])], teacher.pad_token_id)
     with pytest.raises(ModelError, match=r"attention cannot be captured .*'vipllava'.*--signals logits"):
-        teacher.run(batch, groups=((0,),), answer_rows=True, visual_rows=False)
+        teacher.run(teacher.prepare(batch, requests_of(batch, {"answer_attention": None}, ((0,),))))
 
 
 def test_its_pictures_are_what_the_librarys_processor_makes(unlisted_teacher: Path, family_data: Path):

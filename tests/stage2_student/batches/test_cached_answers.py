@@ -6,7 +6,6 @@ import pytest
 from test_check_cache import make_config
 
 from vlm_distill_cache.common.codecs import codec_from_dict
-from vlm_distill_cache.common.codecs.live import as_tensors
 from vlm_distill_cache.common.config import config_from_dict
 from vlm_distill_cache.common.errors import SampleError
 from vlm_distill_cache.common.opening import open_cache
@@ -57,7 +56,7 @@ def test_the_students_labels_are_the_tokens_of_the_cached_answers(written):
     places = {name: place for place, name in enumerate(originals.sample_ids)}
     changed = 0
     for position, sample_id in enumerate(joined.sample_ids):
-        answers = as_tensors(codec.decode(cache.read(sample_id)))
+        answers = codec.decode(cache.read(sample_id))
         encoded = joined.load(position).encoded
         said = prepared.tokenizer.decode(encoded.labels[encoded.supervised_rows], skip_special_tokens=True)
         assert said.split() == " ".join(answers).split()

@@ -222,7 +222,7 @@ def test_failures_of_another_processs_shards_count_before_sealing(tmp_path: Path
             (tmp_path / "cache" / "manifest.json").unlink()
         return encode_shards(*arguments, **keywords)
 
-    monkeypatch.setattr("vlm_distill_cache.stage1_teacher.loop.answers.encode_shards", raced)
+    monkeypatch.setattr("vlm_distill_cache.stage1_teacher.extract.encode_shards", raced)
     with pytest.raises(DataError, match="3 of 12 samples cannot be used"):
         build_cache(tmp_path / "cache", max_failed_share=0.1, **options)
     assert not (tmp_path / "cache" / "manifest.json").exists()

@@ -108,7 +108,7 @@ def test_cached_rows_equal_eager_attention_of_every_text_row(tmp_path, build_cac
         if len(boxes):
             first = int(batch.visual_mask[0].nonzero()[-1]) + 1
             rows = (batch.labels[0] != IGNORE_INDEX).nonzero()[:, 0] - first
-            torch.testing.assert_close(answers.decode(record).cells[:, 0], cells[rows], atol=1e-6, rtol=0)
+            torch.testing.assert_close(as_tensors(answers.decode(record)).cells[:, 0], cells[rows], atol=1e-6, rtol=0)
 
 
 def test_eight_bits_keep_text_rows_as_well_as_answer_rows(tmp_path, build_cache):

@@ -53,11 +53,7 @@ class AnswersCodec(Codec):
         return {"answer_text": np.frombuffer(text.encode(), dtype="u1").copy()}
 
     def decode(self, record: Record) -> tuple[str, ...]:
-        """Unpack answers, one a turn.
-
-        Raises:
-            CacheFormatError: If the bytes are no such list.
-        """
+        """Unpack answers, one a turn."""
         try:
             answers = json.loads(np.asarray(record["answer_text"]).tobytes().decode())
         except (ValueError, RecursionError) as error:

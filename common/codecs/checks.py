@@ -28,9 +28,6 @@ if TYPE_CHECKING:
 def codec_damage(signals: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[str]]:
     """Say of which signals nobody here can check the values.
 
-    Args:
-        signals: Of the plan.
-
     Returns:
         Codecs and settings that this version does not know; and settings of codecs it knows that none can have.
     """
@@ -53,7 +50,6 @@ def value_damage(record: Record, plan: Plan) -> Iterator[str]:
 
     Args:
         record: Of the plan's fields, dtypes and shapes.
-        plan: Of the cache.
     """
     codecs = [codec_from_dict(settings) for settings in plan.signals.values() if str(settings.get("codec")) in CODECS]
     strange = list(_field_damage(record, codecs))

@@ -38,11 +38,20 @@ class Codec(ABC):
 
     @abstractmethod
     def encode(self, live: Any) -> Record:
-        """Pack a signal, numpy arrays or tensors on the CPU, into the arrays of `fields`."""
+        """Pack a signal, numpy arrays or tensors on the CPU, into the arrays of `fields`.
+
+        Raises:
+            ValueError: If its shape or settings are not the codec's.
+            SampleError: If it holds what no codec keeps: numbers that are not finite, masses below 0.
+        """
 
     @abstractmethod
     def decode(self, record: Record) -> Any:
-        """Unpack the signal of a record, numpy arrays; raises CacheFormatError if its arrays do not fit each other."""
+        """Unpack the signal of a record into numpy arrays.
+
+        Raises:
+            CacheFormatError: If its arrays do not fit each other.
+        """
 
     def damage(self, record: Record) -> Iterator[str]:
         """Yield what `encode` never writes, of a record whose arrays are of this codec's dtypes and shapes."""

@@ -26,7 +26,6 @@ class HiddenCodec(Codec):
     Attributes:
         layers: Hidden states, counted as in ``common.attention.hidden``: 0 is the first layer's input.
         width: D of the teacher's language model.
-        exact: Store float32.
     """
 
     layers: tuple[int, ...]
@@ -50,16 +49,9 @@ class HiddenCodec(Codec):
         return (Field(name=self.signal, dtype=dtype, axis=self.axis, trailing=(len(self.layers), self.width)),)
 
     def encode(self, states: npt.ArrayLike) -> Record:
-        """Pack hidden states.
-
-        Args:
-            states: float ``[R, S, D]``.
-
-        Returns:
-            The signal's array, f2 or f4 ``[R, S, D]``.
+        """Pack hidden states, float ``[R, S, D]``, as f2 or f4.
 
         Raises:
-            ValueError: If the shape is not the codec's.
             SampleError: If a value is not finite, or too large for float16.
         """
         values = np.asarray(states, np.float32)
@@ -78,11 +70,7 @@ class HiddenCodec(Codec):
         return {self.signal: kept}
 
     def decode(self, record: Record) -> FloatArray:
-        """Unpack hidden states, float32 ``[R, S, D]``.
-
-        Raises:
-            CacheFormatError: If the array is not of the codec's shape.
-        """
+        """Unpack hidden states, float32 ``[R, S, D]``."""
         values = record[self.signal]
         if values.ndim != 3 or values.shape[1:] != (len(self.layers), self.width):
             raise CacheFormatError(

@@ -40,7 +40,6 @@ def sink_threshold(maps: Any, pairs: Any) -> Any:
 
     Args:
         maps: float `[..., N, N]`, array or tensor; causal zeros are part of the statistics, as in the released code.
-        pairs: bool, the same shape.
 
     Returns:
         `[..., 1, 1]` in the maps' dtype; without any pair 0.
@@ -80,7 +79,6 @@ def encode_sinks(values: FloatArray, scale: FloatArray, largest: FloatArray) -> 
     Args:
         values: float32 `[G, N, N]`; whichever is no sink gets a code too, which means nothing.
         scale: The threshold, float32 `[G, 1, 1]`.
-        largest: The largest value, float32 `[G]`.
 
     Returns:
         uint8 codes 96 to 255; 0 of zeros.
@@ -109,7 +107,6 @@ class RunCoding:
     """How a preset codes the kept pairs of long columns; a fixed part of format version 1.
 
     Attributes:
-        growth: As in `growing_runs`.
         levels: Steps of the root between zero and the threshold.
     """
 
@@ -148,7 +145,6 @@ def growing_runs(length: int, growth: int) -> np.ndarray:
     """Divide the positions of a column into runs: one at position p holds about p / `growth` of them.
 
     Args:
-        length: Positions.
         growth: Single positions at the start, and runs per doubling at most about 0.7 times as many.
 
     Returns:
@@ -184,7 +180,6 @@ def find_runs(kept: np.ndarray, growth: int) -> Runs:
 
     Args:
         kept: bool `[L, N]`, key columns by queries, nearest first.
-        growth: As in `growing_runs`, for columns that are not short.
 
     Returns:
         The division; it follows from the mask alone, so only the mask is stored.
@@ -205,8 +200,6 @@ def encode_columns(ratios: FloatArray, kept: np.ndarray, *, growth: int, levels:
     Args:
         ratios: float32 `[L, N]`, key columns by queries, nearest first, relative to the sink threshold: kept pairs are at most 1.
         kept: bool `[L, N]`; kept pairs are positive.
-        growth: As in `find_runs`.
-        levels: Of a run's code.
 
     Returns:
         Means over kept pairs, float16 `[L]`, 0 for a column without; codes of the runs, uint8 `[R]`.
@@ -225,8 +218,6 @@ def decode_columns(means: np.ndarray, codes: CodeArray, kept: np.ndarray, *, gro
         means: float `[L]`.
         codes: uint8 `[R]`.
         kept: bool `[L, N]`.
-        growth: As encoded.
-        levels: As encoded.
 
     Returns:
         float32 `[L, N]`; 0 where nothing is kept. The mean of a column's kept pairs is the stored one.
@@ -311,14 +302,7 @@ def means_damage(
     """Compare column means with what the codes of their kept pairs can stand for.
 
     Args:
-        record: With ``map_means`` and ``map_scale``.
         counts: Kept pairs of each column, ``[G * N]``.
-        codes: Of each kept pair.
-        column: Of each kept pair.
-        levels: Of the codes.
-
-    Yields:
-        What contradicts.
     """
     means = record["map_means"].astype(np.float64).T.reshape(-1)
     if (record["map_scale"][0][counts.reshape(-1, len(record["map_means"])).any(axis=1)] == 0).any():

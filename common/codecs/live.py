@@ -61,9 +61,6 @@ class SparseLogits(LogitRows[Tensor]):
     def at(self, temperature: float) -> tuple[Tensor, Tensor]:
         """The distribution at one of the cached temperatures.
 
-        Args:
-            temperature: Dimensionless; one of `temperatures`.
-
         Returns:
             Log-probabilities of the entries, float32 `[A, K]` in nats, padding -inf; log-mass of all other
             tokens, float32 `[A]`. Together they sum to 1.
@@ -132,7 +129,6 @@ def select_entries(
     never copied whole. Equal logits rank by lowest id, so that the result is a function of its input.
 
     Args:
-        codec: Says how many tokens are kept, and at which temperatures the tail's mass.
         logits: Raw logits of supervised rows, float16, bfloat16 or float32 `[A, V]`; -inf allowed.
         labels: int64 `[A]`, the target token of each row.
         chunk_rows: Rows worked on at once; by default as many as hold 2^24 logits.
@@ -143,7 +139,6 @@ def select_entries(
         Rows on the device of `logits`; on a GPU `max_k` wide, because a narrower width would have to be waited for.
 
     Raises:
-        ValueError: If the shapes do not fit each other.
         SampleError: If a row has NaN or +inf, or no finite logit; or a label is not in the vocabulary.
     """
     if logits.ndim != 2 or labels.shape != logits.shape[:1]:
@@ -306,9 +301,6 @@ class TeacherMap(FilteredMaps[Tensor]):
     def whole(self, wanted_by: str) -> Tensor:
         """All values, float32 `[..., N, N]`.
 
-        Args:
-            wanted_by: The loss that needs single values, for the error.
-
         Raises:
             CacheMismatchError: If the cache does not hold them.
         """
@@ -355,7 +347,6 @@ def image_pairs(maps: Tensor, token_mask: Tensor | None) -> Tensor:
     """Pairs of two tokens that carry image.
 
     Args:
-        maps: `[..., G, N, N]`, for its shape.
         token_mask: bool `[..., N]`, without the group axis. None: all tokens carry image.
 
     Returns:
@@ -371,9 +362,7 @@ def pool_map(codec: VisualMapCodec, maps: Tensor, tiles: tuple[Tile, ...]) -> Te
     """Bring a teacher's map to a codec's cells: keys by sum, queries by mean.
 
     Args:
-        codec: Of the cache.
         maps: float `[G, N_t, N_t]` on the teacher's tokens.
-        tiles: Of these tokens.
 
     Returns:
         float32 `[G, N, N]`; the map itself without a grid.

@@ -169,17 +169,11 @@ class LogitCodec(Codec):
         )
 
     def encode(self, sparse: LogitRows[Any]) -> Record:
-        """Pack rows into the plain arrays of a record.
-
-        Args:
-            sparse: Of the codec's temperatures, and at most `max_k` entries.
+        """Pack rows of the codec's temperatures and at most `max_k` entries.
 
         Returns:
             `entry_count` u1 `[A]`, `token_ids` u4 `[E]`, `log_gap` u1 or f4 `[E]`, `top_logprob` f2 or f4
             `[A]` in nats, `tail_logmass` f2 or f4 `[A, temperatures]` in nats.
-
-        Raises:
-            ValueError: If the temperatures or the number of entries are not the codec's.
         """
         mask = np.asarray(sparse.entry_mask)  # [A, K]
         counts = np.count_nonzero(mask, axis=1)
@@ -205,11 +199,7 @@ class LogitCodec(Codec):
         }
 
     def decode(self, record: Record) -> LogitRows[np.ndarray]:
-        """Unpack the rows of a record; the inverse of `encode` within the class's bounds.
-
-        Raises:
-            CacheFormatError: If counts and arrays do not fit each other.
-        """
+        """Unpack the rows of a record; the inverse of `encode` within the class's bounds."""
         counts = record["entry_count"].astype(np.int64)  # [A]
         entries = len(record["token_ids"])
         rows, total = len(counts), int(counts.sum())

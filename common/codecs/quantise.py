@@ -68,10 +68,6 @@ def gap_steps(codes: CodeArray, counts: npt.NDArray[np.int64]) -> CodeArray:
 
     Args:
         codes: uint8 `[E]`, of all rows, one after the other.
-        counts: int64 `[A]`, entries of each row, at least 1.
-
-    Returns:
-        uint8 `[E]`.
     """
     steps = codes.copy()
     steps[1:] -= codes[:-1]
@@ -138,7 +134,6 @@ def balance(log_probs: FloatArray, codes: CodeArray, counts: npt.NDArray[np.int6
 
     Args:
         log_probs: float32 `[E]`, nats, decoded from `codes`; the first entry of each row is exact.
-        codes: uint8 `[E]`.
         counts: int64 `[A]`, entries of each row, at least 1.
         kept: float32 `[A]`, the mass that the entries of each row have together.
 
@@ -172,9 +167,6 @@ def encode_log8(relative: FloatArray, nats: float) -> CodeArray:
     Args:
         relative: float32, any shape, finite, in [0, 1].
         nats: Range kept apart from zero, natural-log units.
-
-    Returns:
-        uint8 codes of the same shape.
     """
     positive = relative > 0
     logs = np.log(np.where(positive, relative, np.float32(1.0)))  # no warning for log(0)

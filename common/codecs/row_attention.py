@@ -57,8 +57,6 @@ class RowAttentionCodec(Codec):
 
     Attributes:
         grid: Rows and columns of the grid over the whole original image.
-        groups: Layer groups, at least 1.
-        exact: Store float32 instead of 8-bit cells and float16 masses.
     """
 
     grid: tuple[int, int]
@@ -100,7 +98,6 @@ class RowAttentionCodec(Codec):
             The signal's cells u1 or f4 `[A, G, C]`, and `mass_field` f2 or f4 `[A, G]`.
 
         Raises:
-            ValueError: If the shapes are not the codec's.
             SampleError: If a cell is negative or not finite.
         """
         cells, mass = np.asarray(attention.cells, np.float32), np.asarray(attention.image_mass, np.float32)
@@ -121,11 +118,7 @@ class RowAttentionCodec(Codec):
         }
 
     def decode(self, record: Record) -> AttentionRows[np.ndarray]:
-        """Unpack the rows of a record; the inverse of `encode` within the class's bound.
-
-        Raises:
-            CacheFormatError: If the arrays are not of the codec's shape.
-        """
+        """Unpack the rows of a record; the inverse of `encode` within the class's bound."""
         codes, mass = record[self.signal], record[self.mass_field]
         expected = (len(codes), self.groups, self.cells)
         if codes.shape != expected or mass.shape != expected[:2]:

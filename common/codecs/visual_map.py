@@ -67,10 +67,6 @@ class VisualColumnsCodec(Codec):
     """How a record stores the mean over visual query rows that carry image, per visual key.
 
     Round trip: float16 (relative 2^-11, absolute 2^-25), or bit for bit with `exact`.
-
-    Attributes:
-        groups: Layer groups, at least 1.
-        exact: Store float32 instead of float16.
     """
 
     groups: int
@@ -97,7 +93,6 @@ class VisualColumnsCodec(Codec):
             `visual_columns` f2 or f4 `[N, G]`.
 
         Raises:
-            ValueError: If the shape is not the codec's.
             SampleError: If a value is negative or not finite.
         """
         values = np.asarray(columns, np.float32)
@@ -107,11 +102,7 @@ class VisualColumnsCodec(Codec):
         return {self.signal: values.T.astype(np.float32 if self.exact else np.float16, order="C")}
 
     def decode(self, record: Record) -> FloatArray:
-        """Unpack column means, float32 `[G, N]`.
-
-        Raises:
-            CacheFormatError: If the array is not of the codec's shape.
-        """
+        """Unpack column means, float32 `[G, N]`."""
         values = record[self.signal]
         if values.ndim != 2 or values.shape[1] != self.groups:
             raise CacheFormatError(
@@ -164,7 +155,6 @@ class VisualMapCodec(Codec):
     zero; a value of at least e^-16 is within a factor `exp(0.0315)`; a smaller one becomes e^-16. `f4`: bit for bit.
 
     Attributes:
-        groups: Layer groups, at least 1.
         preset: What is kept; see the module.
         grid: Side of the grid that each tile's tokens are pooled to before encoding; 0: the teacher's own
             tokens, and the map is causal.
@@ -219,9 +209,6 @@ class VisualMapCodec(Codec):
                 the diagonal unless pooled; N is 0 without an image.
             tiles: Of the teacher's tokens, as the record's own `tiles` say. None: all cells carry image; not for
                 `blocks` and `compact`, which need to know what is near.
-
-        Returns:
-            The arrays of `fields`.
 
         Raises:
             ValueError: If the shape is not the codec's, or the tiles are missing or of another number of cells.
@@ -281,9 +268,6 @@ class VisualMapCodec(Codec):
 
         Returns:
             Values and mask; the mask is exact but for `exact8`.
-
-        Raises:
-            CacheFormatError: If the arrays are not what `encode` writes.
         """
         if not self.complete:
             return self._decode_columns(record)
@@ -432,7 +416,6 @@ def _filter(values: FloatArray, content: np.ndarray | None) -> tuple[np.ndarray,
     """Which pairs no sink filter takes out, bool `[G, N, N]`, and the threshold, float64 `[G, 1, 1]`.
 
     Args:
-        values: float32 `[G, N, N]`.
         content: Cells that carry image, bool `[N]`. None: all do.
     """
     pairs = np.ones(values.shape[1:], bool) if content is None else content[:, None] & content

@@ -49,9 +49,6 @@ def answer_shard(work: Build, positions: Sequence[int], *, index: int, batch_siz
     """Let the teacher answer the samples of one shard, and encode them with its answers.
 
     Args:
-        work: Teacher, data and codecs.
-        positions: In the data set.
-        index: The shard's.
         batch_size: Most prompts in one batch.
 
     Returns:

@@ -68,7 +68,6 @@ def run_shard(work: Build, shard: EncodedShard, batch_size: int) -> Iterator[tup
     its batch runs again, one sample at a time.
 
     Args:
-        work: Teacher and codecs.
         shard: Changed in place where a sample fails.
         batch_size: Most samples in a forward pass.
 

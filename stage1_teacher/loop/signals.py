@@ -47,6 +47,7 @@ from vlm_distill_cache.stage1_teacher.teacher.inputs import Request
 Groups = tuple[tuple[int, ...], ...]
 Positions = Callable[[Batch], Tensor]
 """From a batch to positions of some of its tokens, int64 ``[B, R]``, padding -1."""
+Finder = Callable[[Positions], Tensor]
 TeacherSignals = dict[str, Any]
 """The reduced signals of one batch by name, before any codec quantises them: rows of all samples, or a tensor a sample."""
 
@@ -84,14 +85,11 @@ class Extractor(ABC):
         """The codec that a configuration asks for."""
 
     @abstractmethod
-    def request(self, batch: Batch, at: Callable[[Positions], Tensor], codec: Any, groups: Groups) -> Request | None:
+    def request(self, batch: Batch, at: Finder, codec: Any, groups: Groups) -> Request | None:
         """What it needs of a forward pass; None if the batch has nothing of it.
 
         Args:
-            batch: On the CPU.
             at: Finds positions in it: the same tensor each time, by which requests share rows.
-            codec: Of the cache.
-            groups: Layers of each attention group.
         """
 
     @abstractmethod
@@ -100,8 +98,6 @@ class Extractor(ABC):
 
         Args:
             found: What was requested; None if that was nothing.
-            batch: On the CPU.
-            codec: Of the cache.
             checked: Refuse logits that are not finite; False leaves that to `check`, and waits for no GPU.
         """
 
@@ -117,23 +113,17 @@ class Extractor(ABC):
         """About what it holds of one sample until the pass is over.
 
         Args:
-            codec: Of the cache.
             length: Of the sample in tokens.
-            visual: Visual tokens among them.
             width: Bytes of a number of the model's.
         """
         return 0
 
 
-class LogitExtractor(Extractor):
+class _Logits(Extractor):
     """The likely tokens of supervised rows: ``SparseLogits`` of all samples."""
 
     any_family = True
     kind: type[LogitCodec] = LogitCodec
-
-    def codec(self, config: BuildConfig, sizes: Sizes) -> Codec:
-        """Of a preset."""
-        return self.kind.from_preset(config.logits, temperatures=config.temperatures)
 
     def mask(self, batch: Batch) -> Tensor:
         """The rows, bool ``[B, T]``."""
@@ -143,183 +133,157 @@ class LogitExtractor(Extractor):
         """The token that is kept of each row in any case, int64 ``[A]``."""
         return batch.labels[self.mask(batch)]
 
-    def request(self, batch: Batch, at: Callable[[Positions], Tensor], codec: Any, groups: Groups) -> Request | None:
-        """Logits of the rows."""
+    def codec(self, config: BuildConfig, sizes: Sizes) -> Codec:
+        return self.kind.from_preset(config.logits, temperatures=config.temperatures)
+
+    def request(self, batch: Batch, at: Finder, codec: Any, groups: Groups) -> Request | None:
         return self.mask(batch)
 
     def reduce(self, found: Tensor | None, batch: Batch, codec: Any, *, checked: bool) -> SparseLogits:
-        """Drop the dense logits ``[A, V]``."""
         assert found is not None
         return select_entries(codec, found, self.targets(found, batch), checked=checked)
 
     def encode(self, live: SparseLogits, batch: Batch, codec: Any) -> Sequence[Record]:
-        """All rows at once."""
         return _share_out(codec, live, self.mask(batch).sum(dim=1).tolist())
 
     def check(self, live: SparseLogits) -> None:
-        """A row that is no distribution has a NaN in front; log-probabilities of -inf are none of the teacher's faults."""
+        # A row that is no distribution has a NaN in front; log-probabilities of -inf are none of the teacher's faults.
         if bool(live.log_probs[:, :1].isnan().any()):
             raise SampleError("the logits are not finite; try dtype=bfloat16 or float32")
 
 
-class VisualLogitExtractor(LogitExtractor):
-    """The same of visual tokens."""
+class _VisualLogits(_Logits):
+    """The same of visual tokens, which have no ground truth: the likeliest token stands for it."""
 
     any_family = False
     kind = VisualLogitsCodec
 
     def mask(self, batch: Batch) -> Tensor:
-        """The visual tokens, bool ``[B, T]``."""
         return batch.visual_mask
 
     def targets(self, logits: Tensor, batch: Batch) -> Tensor:
-        """The likeliest token: a visual one has no ground truth."""
         return logits.argmax(dim=1)
 
 
-class _AttentionExtractor(Extractor):
-    """A signal of attention, a tensor a sample."""
+class _Attention(Extractor):
+    """A signal of attention: a tensor of each sample."""
 
     attention = True
 
     def check(self, live: tuple[Tensor, ...]) -> None:
-        """Any number that is not finite came from the teacher."""
         if not all(bool(of_sample.isfinite().all()) for of_sample in live):
             raise SampleError("the attention is not finite; try dtype=float32")
 
 
-class RowAttentionExtractor(_AttentionExtractor):
-    """Where some rows look, pooled to a grid: cells ``[R, G, C]`` of each sample."""
+class _RowAttention(_Attention):
+    """Where some rows look, pooled to a grid: cells ``[R, G, C]``; zero without an image."""
 
     def __init__(self, kind: type[RowAttentionCodec], rows: Positions) -> None:
         self._kind, self._rows = kind, rows
 
     def codec(self, config: BuildConfig, sizes: Sizes) -> Codec:
-        """On the grid of these sizes."""
         return self._kind(grid=sizes.grid, groups=config.groups, exact=config.attention_dtype == "f4")
 
-    def request(self, batch: Batch, at: Callable[[Positions], Tensor], codec: Any, groups: Groups) -> Request | None:
-        """The rows, on visual tokens."""
+    def request(self, batch: Batch, at: Finder, codec: Any, groups: Groups) -> Request | None:
         return _attention(at(self._rows), at(visual_keys), groups)
 
     def reduce(self, found: Tensor | None, batch: Batch, codec: Any, *, checked: bool) -> tuple[Tensor, ...]:
-        """Pool the keys ``[G, R, N]``; rows of a sample without an image look at nothing."""
-        counts = (self._rows(batch) >= 0).sum(dim=1).tolist()
+        counts = zip(_counts(self._rows, batch), _counts(visual_keys, batch), strict=True)
         return tuple(
             torch.zeros(rows, codec.groups, codec.cells)
             if found is None or not tokens
             else _pool_rows(found[index, :, :rows, :tokens], batch.tiles[index], codec.grid)
-            for index, (rows, tokens) in enumerate(zip(counts, _visual_counts(batch), strict=True))
+            for index, (rows, tokens) in enumerate(counts)
         )
 
     def encode(self, live: tuple[Tensor, ...], batch: Batch, codec: Any) -> Sequence[Record]:
-        """All rows at once."""
         rows = RowAttention.cat([RowAttention.from_cells(cells) for cells in live])
         return _share_out(codec, rows, [len(cells) for cells in live])
 
 
-class VisualMapExtractor(_AttentionExtractor):
-    """Attention of visual tokens on visual tokens: ``[G, N, N]`` of each sample."""
+class _VisualMap(_Attention):
+    """Attention of visual tokens on visual tokens: ``[G, N, N]``."""
 
     causal = True
 
     def codec(self, config: BuildConfig, sizes: Sizes) -> Codec:
-        """Of a preset, or float32."""
         preset = "f4" if config.attention_dtype == "f4" else config.map_preset
         return VisualMapCodec(groups=config.groups, preset=preset, grid=config.map_grid)
 
-    def request(self, batch: Batch, at: Callable[[Positions], Tensor], codec: Any, groups: Groups) -> Request | None:
-        """The visual tokens, on each other."""
+    def request(self, batch: Batch, at: Finder, codec: Any, groups: Groups) -> Request | None:
         return _attention(at(visual_keys), at(visual_keys), groups)
 
     def reduce(self, found: Tensor | None, batch: Batch, codec: Any, *, checked: bool) -> tuple[Tensor, ...]:
-        """Leave the padding out."""
-        none = torch.zeros(codec.groups, 0, 0)
         return tuple(
-            none if found is None or not tokens else found[index, :, :tokens, :tokens]
-            for index, tokens in enumerate(_visual_counts(batch))
+            torch.zeros(codec.groups, 0, 0) if found is None or not tokens else found[index, :, :tokens, :tokens]
+            for index, tokens in enumerate(_counts(visual_keys, batch))
         )
 
     def encode(self, live: tuple[Tensor, ...], batch: Batch, codec: Any) -> Sequence[Record]:
-        """Pool the maps to the codec's cells."""
-        return [
-            codec.encode(pool_map(codec, maps, tiles), tiles=tiles)
-            for maps, tiles in zip(live, batch.tiles, strict=True)
-        ]
+        pairs = zip(live, batch.tiles, strict=True)
+        return [codec.encode(pool_map(codec, maps, tiles), tiles=tiles) for maps, tiles in pairs]
 
     def held_bytes(self, codec: Any, *, length: int, visual: int, width: int) -> int:
-        """A float32 map a group."""
         return int(codec.groups) * visual * visual * 4
 
 
-class VisualColumnsExtractor(_AttentionExtractor):
-    """The mean of these maps over the visual tokens that carry image: ``[G, N]`` of each sample."""
+class _VisualColumns(_Attention):
+    """The mean of these maps over the visual tokens that carry image: ``[G, N]``."""
 
     def codec(self, config: BuildConfig, sizes: Sizes) -> Codec:
-        """Float16, or float32."""
         return VisualColumnsCodec(groups=config.groups, exact=config.attention_dtype == "f4")
 
-    def request(self, batch: Batch, at: Callable[[Positions], Tensor], codec: Any, groups: Groups) -> Request | None:
-        """The weighted sum of the visual tokens' rows."""
+    def request(self, batch: Batch, at: Finder, codec: Any, groups: Groups) -> Request | None:
         keys = at(visual_keys)
         return _attention(keys, keys, groups, image_weights(batch, keys))
 
     def reduce(self, found: Tensor | None, batch: Batch, codec: Any, *, checked: bool) -> tuple[Tensor, ...]:
-        """Leave the padding out."""
-        none = torch.zeros(codec.groups, 0)
         return tuple(
-            none if found is None or not tokens else found[index, :, 0, :tokens]
-            for index, tokens in enumerate(_visual_counts(batch))
+            torch.zeros(codec.groups, 0) if found is None or not tokens else found[index, :, 0, :tokens]
+            for index, tokens in enumerate(_counts(visual_keys, batch))
         )
 
     def encode(self, live: tuple[Tensor, ...], batch: Batch, codec: Any) -> Sequence[Record]:
-        """Sample by sample."""
         return [codec.encode(columns) for columns in live]
 
 
-class HiddenExtractor(Extractor):
+class _Hidden(Extractor):
     """Hidden states of some rows: ``[R, S, D]`` of each sample, in the model's dtype."""
 
     def __init__(self, kind: type[HiddenCodec], rows: Positions) -> None:
         self._kind, self._rows = kind, rows
 
     def codec(self, config: BuildConfig, sizes: Sizes) -> Codec:
-        """Of the chosen layers; of layer 0 where the codec is about no other."""
-        layers = {} if self._kind is ProjectorOutputCodec else {"layers": sizes.layers}
+        layers = {} if self._kind is ProjectorOutputCodec else {"layers": sizes.layers}  # of which it has one
         return self._kind(width=sizes.width, exact=config.hidden_dtype == "f4", **layers)
 
-    def request(self, batch: Batch, at: Callable[[Positions], Tensor], codec: Any, groups: Groups) -> Request | None:
-        """The rows of the codec's layers."""
+    def request(self, batch: Batch, at: Finder, codec: Any, groups: Groups) -> Request | None:
         return HiddenRequest(at(self._rows), codec.layers)
 
     def reduce(self, found: Tensor | None, batch: Batch, codec: Any, *, checked: bool) -> tuple[Tensor, ...]:
-        """Leave the padding out."""
         assert found is not None
-        counts = (self._rows(batch) >= 0).sum(dim=1).tolist()
-        return tuple(found[index, :count] for index, count in enumerate(counts))
+        return tuple(found[index, :count] for index, count in enumerate(_counts(self._rows, batch)))
 
     def encode(self, live: tuple[Tensor, ...], batch: Batch, codec: Any) -> Sequence[Record]:
-        """Sample by sample."""
         return [codec.encode(states.float()) for states in live]
 
     def check(self, live: tuple[Tensor, ...]) -> None:
-        """Encoding refuses states that it cannot hold."""
+        pass  # encoding refuses states that it cannot hold
 
     def held_bytes(self, codec: Any, *, length: int, visual: int, width: int) -> int:
-        """The states of all tokens."""
         return len(codec.layers) * length * int(codec.width) * width
 
 
 EXTRACTORS: dict[str, Extractor] = {
-    "logits": LogitExtractor(),
-    "answer_attention": RowAttentionExtractor(RowAttentionCodec, supervised_rows),
-    "text_attention": RowAttentionExtractor(TextAttentionCodec, text_rows),
-    "visual_map": VisualMapExtractor(),
-    "visual_columns": VisualColumnsExtractor(),  # behind the maps, of whose rows it is then the mean
-    "hidden": HiddenExtractor(HiddenCodec, supervised_rows),
-    "visual_hidden": HiddenExtractor(VisualHiddenCodec, visual_keys),
-    "projector_output": HiddenExtractor(ProjectorOutputCodec, visual_keys),
-    "visual_logits": VisualLogitExtractor(),
+    "logits": _Logits(),
+    "answer_attention": _RowAttention(RowAttentionCodec, supervised_rows),
+    "text_attention": _RowAttention(TextAttentionCodec, text_rows),
+    "visual_map": _VisualMap(),
+    "visual_columns": _VisualColumns(),  # behind the maps, of whose rows it is then the mean
+    "hidden": _Hidden(HiddenCodec, supervised_rows),
+    "visual_hidden": _Hidden(VisualHiddenCodec, visual_keys),
+    "projector_output": _Hidden(ProjectorOutputCodec, visual_keys),
+    "visual_logits": _VisualLogits(),
 }
 
 
@@ -349,9 +313,6 @@ def reduce_output(
     """Keep what the codecs need of one forward pass, still on the teacher's device.
 
     Args:
-        found: What was requested, by signal.
-        batch: The batch it ran on, on the CPU.
-        codecs: Codec by signal.
         checked: Refuse logits that are not finite; False leaves that to `check_finite`, and waits for no GPU.
     """
     return {
@@ -365,7 +326,6 @@ def to_cpu(signals: TeacherSignals, *, non_blocking: bool = False) -> TeacherSig
     """Copy the reduced signals off the device.
 
     Args:
-        signals: On any devices.
         non_blocking: Only queue the copies, into page-locked memory; what `copies_done` returns says when they are made.
     """
     copied: TeacherSignals = map_tensors(signals, lambda tensor: tensor.to("cpu", non_blocking=non_blocking))
@@ -394,8 +354,6 @@ def encode_records(signals: TeacherSignals, batch: Batch, codecs: Mapping[str, C
     """Encode a batch's signals into one record a sample.
 
     Args:
-        signals: On the CPU.
-        batch: The batch they belong to.
         codecs: Codec of each signal that records get.
 
     Returns:
@@ -429,8 +387,9 @@ def _share_out(codec: Codec, rows: Any, counts: Sequence[int]) -> list[Record]:
     return records
 
 
-def _visual_counts(batch: Batch) -> list[int]:
-    counts: list[int] = batch.visual_mask.sum(dim=1).tolist()
+def _counts(positions: Positions, batch: Batch) -> list[int]:
+    """How many tokens of each sample are at some positions."""
+    counts: list[int] = (positions(batch) >= 0).sum(dim=1).tolist()
     return counts
 
 
@@ -443,7 +402,6 @@ def image_weights(batch: Batch, keys: Tensor) -> Tensor:
     """What a visual token counts in the mean over those of its sample that carry image; padding does not.
 
     Args:
-        batch: Whose tiles.
         keys: Positions of the visual tokens, int64 ``[B, N]``, padding -1.
 
     Returns:

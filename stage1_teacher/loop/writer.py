@@ -44,8 +44,6 @@ class FailureBudget:
     """How many unreadable samples a cache tolerates.
 
     Attributes:
-        total: Samples of the data set.
-        share: Largest tolerated share.
         failed: Failures so far, those of finished shards included.
         first: The first of them, ``(sample_id, reason)``, for the error.
     """
@@ -102,10 +100,7 @@ def run_ahead(
     """Results of a function in the order of its arguments, computed by a background thread.
 
     Args:
-        function: Called once for each item.
-        items: Taken as they are needed.
         count: Results that may be ready, or in the making, before they are asked for.
-        name: Of the thread.
         stop: Called at the end, whatever the reason, before a result that is still in the making is waited for.
     """
     with ThreadPoolExecutor(1, thread_name_prefix=name) as pool:

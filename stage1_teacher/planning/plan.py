@@ -27,9 +27,6 @@ from vlm_distill_cache.stage1_teacher.teacher.teacher import Teacher
 def evaluation_of(training: Mapping[str, Any]) -> dict[str, Any] | None:
     """Turn the accuracy in ``training.json`` into scores as ``distill evaluate`` writes them.
 
-    Args:
-        training: Content of the file; empty for other checkpoints.
-
     Returns:
         ``{"scores": {name: {"value", "low", "high", "items"}}}`` with shares in [0, 1] and normal 95 % intervals
         over items, kinds averaged without weights; None without a measured accuracy.
@@ -57,10 +54,6 @@ def _score(share: float, variance: float, items: int) -> dict[str, float]:
 
 def refuse_signals(signals: Sequence[str], teacher: Teacher) -> None:
     """Refuse signals that the teacher's family cannot give.
-
-    Args:
-        signals: Names of the wanted ones.
-        teacher: A loaded teacher.
 
     Raises:
         ModelError: Naming the signals, the reason and what to ask for instead.
@@ -94,9 +87,6 @@ def refuse_packing(dataset: Dataset, teacher: Teacher) -> None:
     """Refuse data that pack independent conversations where an image is seen differently in each.
 
     Only the first sample is looked at; `data.families.inputs` refuses later ones.
-
-    Raises:
-        ModelError: If they do.
     """
     packs = teacher.family.is_listed and teacher.family.visual_rows != "prefix"
     if packs or not len(dataset):
@@ -132,13 +122,8 @@ def teacher_directory(*, teacher: str, data: str, scratch: Path, cache: Path | N
     """Find the teacher's checkpoint directory; a built-in one is trained first if the data needs its own.
 
     Args:
-        teacher: A directory, or empty for the built-in teacher of a built-in data set.
-        data: The data set's spec.
         scratch: Where a teacher trained on the spot is kept.
         cache: The cache to build, for the error: it may have been begun with a teacher.
-
-    Returns:
-        The directory.
 
     Raises:
         ConfigError: If no teacher is given and the data set has none of its own.
@@ -170,13 +155,9 @@ def build_encoder(teacher: Teacher, *, template: str, max_length: int) -> Sample
     """Build the function from a sample to the teacher's input.
 
     Args:
-        teacher: A loaded teacher.
         template: Template name, or ``auto``: what the teacher's ``training.json`` names (built-in teachers
             do), else its family's.
         max_length: Longest sequence in tokens; 0: `automatic_length`.
-
-    Returns:
-        The encoder.
     """
     if template == "auto":
         template = teacher.training.get("template") or teacher.family.template

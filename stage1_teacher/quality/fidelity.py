@@ -59,8 +59,6 @@ class SinkCount:
 
     Attributes:
         columns: Columns of the tokens' grid, to name places by row and column; 0: by number.
-        pictures: How many were added.
-        sinks: How many tokens of them were sinks.
         mass: Sum over pictures of the share of received attention that went to sinks.
         often: In how many pictures each token was a sink, float64 ``[N]``; None before the first, and once layouts
             differ.
@@ -96,11 +94,7 @@ class SinkCount:
         self.often = found.double() if self.often is None else self.often + found
 
     def figures(self, signal: str) -> dict[str, float | str]:
-        """What the fidelity card says: sinks a picture, their share of the attention, and where they keep lying.
-
-        Args:
-            signal: Names the figures.
-        """
+        """What the fidelity card says: sinks a picture, their share of the attention, and where they keep lying."""
         if not self.pictures:
             return {}
         figures: dict[str, float | str] = {
@@ -133,9 +127,7 @@ def row_gradient_cosines(cached: RowAttention, live: Tensor, student: Tensor) ->
     """Cosine of the row-wise KL's gradient on the student's cells, cached against live.
 
     Args:
-        cached: Decoded rows.
         live: The teacher's cells, float32 `[A, G, C]`.
-        student: The stand-in's.
 
     Returns:
         float32 `[A]`; 0 for a row that does not look at the image.
@@ -193,7 +185,6 @@ def map_gradient_cosines(
     """Cosine of each loss's gradient with the one of the live map.
 
     Args:
-        cached: The decoded map, `[G, N, N]`.
         live: The teacher's, float32 `[G, N, N]`, on the same cells.
         content: Cells that carry image, bool `[N]`. None: all do.
         student: Maps of a student; None: the stand-in.
@@ -222,7 +213,6 @@ def measure_fidelity(work: Build, cache_dir: Path, *, samples: int) -> dict[str,
     """Compare the decoded cache with the live teacher on samples spread evenly over the data.
 
     Args:
-        work: What the cache was built with.
         cache_dir: The cache; all its shards must be there.
         samples: Size of the probe; 0 skips it.
 
@@ -340,13 +330,7 @@ def _run(work: Build, batch: Batch, rows: int) -> Found:
 
 
 def first_sample(output: Mapping[str, Tensor], signals: Mapping[str, Any], rows: int) -> Found:
-    """What a batch of copies says of its first.
-
-    Args:
-        output: Of the teacher, by signal.
-        signals: Reduced.
-        rows: Supervised rows of a sample.
-    """
+    """What a batch of copies says of its first."""
     own = {
         name: live.rows(slice(0, rows)) if isinstance(live, SparseLogits) else live[0] for name, live in signals.items()
     }

@@ -72,15 +72,7 @@ class TeacherInputs:
 def prepare_inputs(
     batch: Batch, requests: Mapping[str, Request], *, family: Family, config: Any, dtype: torch.dtype
 ) -> TeacherInputs:
-    """Compute all that the teacher needs of a batch, on the CPU.
-
-    Args:
-        batch: On the CPU.
-        requests: What to keep of the pass, by name.
-        family: Knows the model's arguments.
-        config: The model's.
-        dtype: The model's.
-    """
+    """Compute all that the teacher needs of a batch, on the CPU."""
     rows = batch.labels != IGNORE_INDEX  # [B, T]; whatever is wanted, the model is asked for some
     masks = {name: request for name, request in requests.items() if isinstance(request, Tensor)}
     for mask in masks.values():

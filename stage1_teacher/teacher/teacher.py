@@ -44,11 +44,9 @@ class Teacher:
         """Load a checkpoint directory of any family.
 
         Args:
-            directory: Model, tokenizer and image processor files.
             dtype: ``auto`` is float32 on CPU, bfloat16 on CUDA.
             device: ``auto`` is CUDA when there is one; unused with a device map.
             device_map: How the library spreads the model over devices (``auto``, ``balanced``, ...); empty: it does not.
-            quantisation: Of the language model's weights.
 
         Raises:
             ModelError: If the directory is missing or holds no usable model.

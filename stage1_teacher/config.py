@@ -3,14 +3,14 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from vlm_distill_cache.common.codecs.description import check_whole_number, preset_settings
+from vlm_distill_cache.common.codecs import CODECS, AnswersCodec
+from vlm_distill_cache.common.codecs.description import check_whole_number
+from vlm_distill_cache.common.codecs.logits import preset_settings
 from vlm_distill_cache.common.errors import ConfigError
 from vlm_distill_cache.common.terminal.next_step import DEFAULT_SIGNALS
 
-SIGNALS = (
-    "logits", "answer_attention", "text_attention", "visual_columns", "visual_map",
-    "hidden", "visual_hidden", "projector_output", "visual_logits",
-)  # fmt: skip
+SIGNALS = tuple(name for name, codec in CODECS.items() if codec is not AnswersCodec)
+"""What a cache can keep; answers that the teacher writes are kept where ``answers`` says so."""
 
 
 @dataclass(frozen=True, kw_only=True)

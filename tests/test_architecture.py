@@ -129,7 +129,7 @@ def test_nothing_of_ours_is_unpickled():
     "module",
     [
         "common.cli", "common.tools.verify", "common.tools.convert", "common.remotes.pull", "common.cache.manifest",
-        "common.cache.reader", "common.config", "common.codecs.quantise", "common.attention.layers",
+        "common.cache.reader", "common.config", "common.codecs", "common.codecs.checks", "common.attention.layers",
         "stage1_teacher.cli", "stage2_student.cli",
     ],
 )  # fmt: skip

@@ -1,137 +1,60 @@
-"""Every visual token is a box on the original picture; two token grids meet through shared area.
+"""Two grids of visual tokens meet through shared area; what a token is: `common.attention.tiles`.
 
-Square resize, pad-to-square, centre crop, 2x2 pooling, and the tiles of a high-resolution processor
-then need no code of their own: each gives a list of tiles, a tile gives boxes, and the boxes of two
-sides give one matrix. **Keys pool by sum of probability mass, queries by mean.** 24x24 tokens against
+The boxes of two sides give one matrix. **Keys pool by sum of probability mass, queries by mean.** 24x24 tokens against
 12x12 is exactly a 2x2 pool.
 
 Dims: N visual tokens of the source side, C target boxes (another model's tokens, or grid cells).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from vlm_distill_cache.common.errors import CacheFormatError, SampleError
+from vlm_distill_cache.common.attention.tiles import (
+    FINEST_SIDE,
+    SLIVER,
+    Tile,
+    box_array,
+    carries_image,
+    grid_tile,
+    pooled_tiles,
+    tiles_from_array,
+    tiles_to_array,
+)
 
-# Box corners are float32: two grids that should share an edge miss it by up to about 1e-6 of a token.
-# Such slivers are dropped, so that nested grids give weights of exactly 0 and 1.
-_SLIVER = 1e-5
-
-FINEST_SIDE = 12
-"""Most rows or columns of a grid that attention is pooled to where nobody asks for one."""
-
-
-@dataclass(frozen=True)
-class Tile:
-    """One rectangle of visual tokens, laid row-major over a region of the original image.
-
-    Attributes:
-        rows: Token rows, at least 1.
-        cols: Token columns, at least 1.
-        region: ``(x0, y0, x1, y1)`` in units of the original image's width and height; what lies
-            outside ``[0, 1]`` is padding.
-
-    """
-
-    rows: int
-    cols: int
-    region: tuple[float, float, float, float]
-
-    def __post_init__(self) -> None:
-        if self.rows < 1 or self.cols < 1:
-            raise SampleError(
-                f"a visual tile needs at least 1x1 tokens, got {self.rows}x{self.cols}; "
-                "check the image processor's patch and image size"
-            )
-        x0, y0, x1, y1 = self.region
-        if not all(np.isfinite(self.region)) or x1 <= x0 or y1 <= y0:
-            raise SampleError(
-                f"a visual tile's region must be finite (x0, y0, x1, y1) with x0 < x1 and y0 < y1, "
-                f"got {self.region}; check the image's size and how the processor places it"
-            )
-
-    @property
-    def token_count(self) -> int:
-        """Number of visual tokens in this tile."""
-        return self.rows * self.cols
-
-
-def grid_tile(rows: int, cols: int) -> Tile:
-    """A grid of cells over the whole original image, without padding."""
-    return Tile(rows=rows, cols=cols, region=(0.0, 0.0, 1.0, 1.0))
-
-
-def pooled_tiles(tiles: Sequence[Tile], side: int) -> tuple[Tile, ...]:
-    """One tile's region, or the whole picture that several tiles show, cut into `side` x `side` cells."""
-    if len(tiles) > 1:
-        return (grid_tile(side, side),)
-    return tuple(Tile(rows=side, cols=side, region=tile.region) for tile in tiles)
+__all__ = [
+    "FINEST_SIDE",
+    "Tile",
+    "area_pool",
+    "content_mask",
+    "grid_tile",
+    "overlap_matrix",
+    "pool_keys",
+    "pool_queries",
+    "pooled_tiles",
+    "show_twice",
+    "tile_boxes",
+    "tiles_from_array",
+    "tiles_to_array",
+]
 
 
 def show_twice(tiles: Sequence[Tile]) -> bool:
     """Whether some part of the picture is seen by tokens of more than one tile (a small picture, and its parts)."""
     regions = torch.tensor([tile.region for tile in tiles], dtype=torch.float64).reshape(-1, 4).clamp(0.0, 1.0)
     shared = _shared_areas(regions, regions).fill_diagonal_(0.0)
-    return bool((shared > _SLIVER * _area(regions)[:, None]).any())
-
-
-def tiles_to_array(tiles: Sequence[Tile]) -> np.ndarray:
-    """The cache's form of a sample's tiles: float32 ``[n, 6]``, ``rows, cols, x0, y0, x1, y1``."""
-    return np.array([(t.rows, t.cols, *t.region) for t in tiles], dtype=np.float32).reshape(-1, 6)
-
-
-def tiles_from_array(array: np.ndarray) -> tuple[Tile, ...]:
-    """Inverse of :func:`tiles_to_array`; regions come back rounded to float32. A text-only sample has none.
-
-    Raises:
-        CacheFormatError: If the array has another shape or names impossible tiles.
-    """
-    if array.ndim != 2 or array.shape[1] != 6:
-        raise CacheFormatError(
-            f"field `tiles` must be float32 [n, 6] (rows, cols, x0, y0, x1, y1), got {array.dtype} "
-            f"{list(array.shape)}; run `cachectl verify` on the cache"
-        )
-    tiles = []
-    for rows, cols, *region in array.tolist():
-        if rows != int(rows) or cols != int(cols):
-            raise CacheFormatError(
-                f"field `tiles` holds a tile of {rows} x {cols} tokens, expected whole numbers; "
-                "run `cachectl verify` on the cache"
-            )
-        try:
-            tiles.append(Tile(rows=int(rows), cols=int(cols), region=(region[0], region[1], region[2], region[3])))
-        except SampleError as error:
-            raise CacheFormatError(f"field `tiles` is damaged: {error}; run `cachectl verify` on the cache") from error
-    return tuple(tiles)
+    return bool((shared > SLIVER * _area(regions)[:, None]).any())
 
 
 def tile_boxes(tiles: Sequence[Tile]) -> Tensor:
-    """Boxes of all visual tokens in the order the language model reads them: tile after tile, row by row.
-
-    Returns:
-        float32 ``[N, 4]``: ``x0, y0, x1, y1`` in units of the original image; ``[0, 4]`` without tiles.
-    """
-    boxes = [np.zeros((0, 4))]
-    for tile in tiles:
-        x0, y0, x1, y1 = tile.region
-        xs = x0 + (x1 - x0) * np.arange(tile.cols + 1) / tile.cols
-        ys = y0 + (y1 - y0) * np.arange(tile.rows + 1) / tile.rows
-        left, top = np.meshgrid(xs[:-1], ys[:-1])  # [rows, cols] each
-        right, bottom = np.meshgrid(xs[1:], ys[1:])
-        boxes.append(np.stack([left, top, right, bottom], axis=-1).reshape(-1, 4))
-    return torch.from_numpy(np.concatenate(boxes).astype(np.float32))
+    """`box_array` as a tensor, float32 ``[N, 4]``."""
+    return torch.from_numpy(box_array(tiles))
 
 
 def content_mask(boxes: Tensor) -> Tensor:
-    """Which tokens, boxes ``[N, 4]``, lie at least by half inside the original picture: bool ``[N]``; False: padding."""
-    exact = boxes.double()
-    inside = _area(exact.clamp(0.0, 1.0))
-    # The tolerance keeps a box cut exactly in half on the image's side despite float32 corners.
-    return inside >= _area(exact) * (0.5 - _SLIVER)
+    """`carries_image` of boxes, float32 ``[N, 4]``: bool ``[N]`` on their device."""
+    return torch.from_numpy(carries_image(boxes.numpy(force=True))).to(boxes.device)
 
 
 def overlap_matrix(source_boxes: Tensor, target_boxes: Tensor) -> Tensor:
@@ -151,7 +74,7 @@ def overlap_matrix(source_boxes: Tensor, target_boxes: Tensor) -> Tensor:
     source = source_boxes.double().clamp(0.0, 1.0)
     target = target_boxes.to(source.device).double().clamp(0.0, 1.0)
     shares = _shared_areas(source, target) / _area(source).clamp_min(torch.finfo(torch.float64).tiny)[:, None]
-    keep = (shares > _SLIVER) & content_mask(source_boxes)[:, None]
+    keep = (shares > SLIVER) & content_mask(source_boxes)[:, None]
     shares = torch.where(keep, shares, shares.new_zeros(()))
     total = shares.sum(dim=1, keepdim=True)
     return (shares / torch.where(total > 0, total, torch.ones_like(total))).float()

@@ -1,45 +1,27 @@
 """Codecs: what of a teacher's signal is kept, encode beside decode, described by their own JSON.
 
-`logits` and `answer_attention` are what a supervised row holds by default; `text_attention`, `visual_columns`
-and `visual_map` are optional. A cache's plan stores each codec's dictionary, and `codec_from_dict` rebuilds it.
-
-The names below come from `common.codecs.registry` on first use: torch is imported then, and not by those who
-only want the numpy tables of `common.codecs.quantise`, as `cachectl` does.
+`logits` and `answer_attention` are what a supervised row holds by default; all others are optional. A cache's plan
+stores each codec's dictionary, and `codec_from_dict` rebuilds it. All of this is numpy; what is decoded becomes tensors
+in `common.codecs.live`, which alone imports torch.
 """
 
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from vlm_distill_cache.common.codecs.registry import (
-        CODECS,
-        LOGIT_PRESETS,
-        AnswersCodec,
-        AnyCodec,
-        HiddenCodec,
-        LogitCodec,
-        ProjectorOutputCodec,
-        RowAttention,
-        RowAttentionCodec,
-        SparseLogits,
-        TextAttentionCodec,
-        VisualColumnsCodec,
-        VisualHiddenCodec,
-        VisualLogitsCodec,
-        VisualMapCodec,
-        codec_from_dict,
-    )
+from vlm_distill_cache.common.codecs.answers import AnswersCodec
+from vlm_distill_cache.common.codecs.description import Codec
+from vlm_distill_cache.common.codecs.hidden_states import HiddenCodec, ProjectorOutputCodec, VisualHiddenCodec
+from vlm_distill_cache.common.codecs.logits import LOGIT_PRESETS, LogitCodec, VisualLogitsCodec
+from vlm_distill_cache.common.codecs.registry import CODECS, codec_from_dict
+from vlm_distill_cache.common.codecs.row_attention import RowAttentionCodec, TextAttentionCodec
+from vlm_distill_cache.common.codecs.visual_map import VisualColumnsCodec, VisualMapCodec
 
 __all__ = [
     "CODECS",
     "LOGIT_PRESETS",
     "AnswersCodec",
-    "AnyCodec",
+    "Codec",
     "HiddenCodec",
     "LogitCodec",
     "ProjectorOutputCodec",
-    "RowAttention",
     "RowAttentionCodec",
-    "SparseLogits",
     "TextAttentionCodec",
     "VisualColumnsCodec",
     "VisualHiddenCodec",
@@ -47,12 +29,3 @@ __all__ = [
     "VisualMapCodec",
     "codec_from_dict",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    """Fetch a codec's name from the registry."""
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from vlm_distill_cache.common.codecs import registry
-
-    return getattr(registry, name)

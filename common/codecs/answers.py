@@ -4,19 +4,19 @@ Logits and attention of such a cache belong to these answers. A student's sample
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import ClassVar
 
 import numpy as np
 
 from vlm_distill_cache.common.cache.schema import Field, Record
-from vlm_distill_cache.common.codecs.description import check_whole_number, codec_from_settings, codec_to_dict
+from vlm_distill_cache.common.codecs.description import Codec, check_whole_number, is_number, shown
 from vlm_distill_cache.common.errors import CacheFormatError, ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
-class AnswersCodec:
+class AnswersCodec(Codec):
     """How a record stores the teacher's answers, and how they were written.
 
     Attributes:
@@ -36,19 +36,12 @@ class AnswersCodec:
     def __post_init__(self) -> None:
         check_whole_number("max_new_tokens", self.max_new_tokens, 1)
         check_whole_number("seed", self.seed, 0)
-        if self.temperature != 0 and not 0.001 <= self.temperature <= 1000:
-            raise ConfigError(f"answer temperature: expected 0 (greedy) or 0.001 to 1000, got {self.temperature}")
-        if not 0 < self.top_p <= 1:
-            raise ConfigError(f"answer top_p: expected a share in (0, 1], got {self.top_p}")
-
-    def to_dict(self) -> dict[str, Any]:
-        """The exact JSON stored in a cache's plan."""
-        return codec_to_dict(self, self.signal)
-
-    @classmethod
-    def from_dict(cls, stored: Mapping[str, Any]) -> Self:
-        """Rebuild the codec from `to_dict`; refuses anything else with a CacheFormatError."""
-        return codec_from_settings(cls, cls.signal, stored)
+        if not is_number(self.temperature) or (self.temperature != 0 and not 0.001 <= self.temperature <= 1000):
+            raise ConfigError(
+                f"answer temperature: expected 0 (greedy) or 0.001 to 1000, got {shown(self.temperature)}"
+            )
+        if not is_number(self.top_p) or not 0 < self.top_p <= 1:
+            raise ConfigError(f"answer top_p: expected a share in (0, 1], got {shown(self.top_p)}")
 
     def fields(self) -> tuple[Field, ...]:
         """One array: the UTF-8 bytes of a JSON list of answers, one a turn."""
@@ -60,11 +53,7 @@ class AnswersCodec:
         return {"answer_text": np.frombuffer(text.encode(), dtype="u1").copy()}
 
     def decode(self, record: Record) -> tuple[str, ...]:
-        """Unpack answers, one a turn.
-
-        Raises:
-            CacheFormatError: If the bytes are no such list.
-        """
+        """Unpack answers, one a turn."""
         try:
             answers = json.loads(np.asarray(record["answer_text"]).tobytes().decode())
         except (ValueError, RecursionError) as error:
@@ -77,3 +66,13 @@ class AnswersCodec:
                 "run `cachectl verify`"
             )
         return tuple(answers)
+
+    def damage(self, record: Record) -> Iterator[str]:
+        """Yield that the text is no answers."""
+        try:
+            answers = self.decode(record)
+        except CacheFormatError as error:
+            yield str(error)
+            return
+        if not answers or not all(answer.strip() for answer in answers):
+            yield f"answer_text holds {[*answers]!r:.80}; expected an answer for each turn"

@@ -1,96 +1,120 @@
-"""How a codec describes itself: its dictionary is stored in a cache's plan and rebuilds it exactly.
+"""What all codecs have: settings that a cache's plan stores and that rebuild them exactly, and what makes a record sound.
 
 A codec is a frozen dataclass that can only be built valid, so a reader repeats no settings by hand and a
-damaged or newer plan is refused instead of guessed at.
+damaged or newer plan is refused instead of guessed at. Codecs are numpy; `common.codecs.live` makes tensors of what they
+decode.
 """
 
 import dataclasses
-import re
-from collections.abc import Mapping
-from typing import Any, TypeVar
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+from typing import Any, ClassVar, Self
 
+from vlm_distill_cache.common.attention.tiles import Tile
+from vlm_distill_cache.common.cache.schema import Field, Record
 from vlm_distill_cache.common.errors import CacheFormatError, ConfigError
+from vlm_distill_cache.common.printing import one_line
 
-_COMPACT = {"gap_steps": True, "balanced": True}
-LOGIT_PRESETS: dict[str, dict[str, Any]] = {
-    "lean": {"floor": 1e-3, "min_k": 4, "max_k": 64, **_COMPACT},
-    "default": {"floor": 3e-4, "min_k": 8, "max_k": 64, **_COMPACT},
-    "wide": {"floor": 1e-4, "min_k": 8, "max_k": 64, **_COMPACT},
-    "full": {"floor": 3e-5, "min_k": 8, "max_k": 255, **_COMPACT},
-    "exact": {"floor": 0.0, "min_k": 1, "max_k": 255, "exact": True},
-}
-
-MAX_ENTRIES = 255
-"""Most entries of a row: `entry_count` is one byte."""
-
-_FIXED = re.compile(r"fixed:([0-9]{1,4})")
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
-def preset_settings(name: str) -> dict[str, Any]:
-    """The codec settings of a preset.
+class Codec(ABC):
+    """How a record stores one signal; each codec is a frozen dataclass of its settings.
 
-    Args:
-        name: One of `LOGIT_PRESETS`, or `fixed:K`: the K most likely tokens of every row. Such caches are nested:
-            the first k entries of each row are the cache of `fixed:k` (`common.tools.select`).
-
-    Raises:
-        ConfigError: If there is no such preset; the message names those that exist.
+    Attributes:
+        signal: Its name in plans, options and losses.
+        older: Settings that plans of older caches lack, and what they are there.
+        infinite: Fields that may hold an infinity, and which: a mass of zero, a probability of zero.
     """
-    if name in LOGIT_PRESETS:
-        return dict(LOGIT_PRESETS[name])
-    match = _FIXED.fullmatch(name) if isinstance(name, str) else None
-    if match and 2 <= int(match[1]) <= MAX_ENTRIES:
-        count = int(match[1])
-        return {"floor": 0.0, "min_k": count, "max_k": count, **_COMPACT}
-    raise ConfigError(
-        f"logit preset: expected one of {sorted(LOGIT_PRESETS)} or 'fixed:K' with K from 2 to {MAX_ENTRIES} "
-        f"(such as 'fixed:32'), got {name!r}"
-    )
+
+    signal: ClassVar[str]
+    older: ClassVar[Mapping[str, Any]] = NOTHING
+    infinite: ClassVar[Mapping[str, float]] = NOTHING
+
+    @abstractmethod
+    def fields(self) -> tuple[Field, ...]:
+        """The arrays of a record."""
+
+    @abstractmethod
+    def encode(self, live: Any) -> Record:
+        """Pack a signal, numpy arrays or tensors on the CPU, into the arrays of `fields`.
+
+        Raises:
+            ValueError: If its shape or settings are not the codec's.
+            SampleError: If it holds what no codec keeps: numbers that are not finite, masses below 0.
+        """
+
+    @abstractmethod
+    def decode(self, record: Record) -> Any:
+        """Unpack the signal of a record into numpy arrays.
+
+        Raises:
+            CacheFormatError: If its arrays do not fit each other.
+        """
+
+    def damage(self, record: Record) -> Iterator[str]:
+        """Yield what `encode` never writes, of a record whose arrays are of this codec's dtypes and shapes."""
+        yield from ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The exact JSON stored in a cache's plan: the signal under `codec`, then the settings."""
+        settings = {name: getattr(self, name) for name in setting_names(type(self))}
+        plain = {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
+        return {"codec": self.signal, **plain}
+
+    @classmethod
+    def from_dict(cls, stored: Mapping[str, Any]) -> Self:
+        """Rebuild the codec from `to_dict`.
+
+        Raises:
+            CacheFormatError: If the name, the set of settings or one of their values is not what this class writes.
+        """
+        if stored.get("codec") != cls.signal:
+            raise CacheFormatError(
+                f"codec of signal {cls.signal!r}: expected codec {cls.signal!r}, got {stored.get('codec')!r}; "
+                "the plan is damaged or from another version: rebuild the cache or update this software"
+            )
+        settings = {**cls.older, **stored}
+        del settings["codec"]
+        if (expected := set(setting_names(cls))) != set(settings):
+            raise CacheFormatError(
+                f"codec {cls.signal!r}: expected settings {sorted(expected)}, got {sorted(settings)}; "
+                "the cache is from another version: rebuild it or update this software"
+            )
+        try:
+            return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in settings.items()})
+        except (ConfigError, TypeError, OverflowError) as error:
+            raise CacheFormatError(f"codec {cls.signal!r}: stored settings are not valid: {error}") from error
+
+    @classmethod
+    def settings_damage(cls, stored: Mapping[str, Any]) -> Iterator[str]:
+        """Yield why no codec of this class can have written these settings."""
+        try:
+            cls.from_dict(stored)
+        except CacheFormatError as error:
+            yield str(error)
+
+    def cells_of(self, tiles: tuple[Tile, ...]) -> tuple[Tile, ...]:
+        """What the arrays of an image are about, given the teacher's tiles: the tiles themselves, or cells over them."""
+        return tiles
+
+    def image_lengths(self, tiles: tuple[Tile, ...]) -> dict[str, int]:
+        """Length of each array that follows from the image alone, by field."""
+        cells = sum(tile.token_count for tile in self.cells_of(tiles))
+        lengths = {
+            "visual": cells,
+            "cell": cells,
+            "pair": cells * (cells + 1) // 2,
+            "square": cells**2,
+            "map": min(cells, 1),
+        }
+        return {field.name: lengths[field.axis] for field in self.fields() if field.axis in lengths}
 
 
-T = TypeVar("T")
-
-
-def codec_to_dict(codec: Any, signal: str) -> dict[str, Any]:
-    """Describe a codec: its signal under `codec`, then its settings as JSON values."""
-    settings = {field.name: getattr(codec, field.name) for field in dataclasses.fields(codec)}
-    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
-    return {"codec": signal, **plain}
-
-
-def codec_from_settings(cls: type[T], signal: str, stored: Mapping[str, Any]) -> T:
-    """Rebuild a codec from its stored dictionary.
-
-    Args:
-        cls: The codec's dataclass.
-        signal: Name that `stored["codec"]` must carry.
-        stored: What `to_dict` wrote.
-
-    Returns:
-        A codec equal to the one that wrote the dictionary.
-
-    Raises:
-        CacheFormatError: If the name, the set of settings or one of their values is not what `cls` writes.
-    """
-    if stored.get("codec") != signal:
-        raise CacheFormatError(
-            f"codec of signal {signal!r}: expected codec {signal!r}, got {stored.get('codec')!r}; "
-            "the plan is damaged or from another version: rebuild the cache or update this software"
-        )
-    expected = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    found = set(stored) - {"codec"}
-    if expected != found:
-        raise CacheFormatError(
-            f"codec {signal!r}: expected settings {sorted(expected)}, got {sorted(found)}; "
-            "the cache is from another version: rebuild it or update this software"
-        )
-    settings = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in stored.items() if name != "codec"
-    }
-    try:
-        return cls(**settings)
-    except (ConfigError, TypeError, OverflowError) as error:
-        raise CacheFormatError(f"codec {signal!r}: stored settings are not valid: {error}") from error
+def setting_names(codec: type[Codec]) -> list[str]:
+    """Names of a codec's settings, in the order in which a plan stores them."""
+    return [field.name for field in dataclasses.fields(codec)]  # type: ignore[arg-type]
 
 
 def check_whole_number(name: str, value: object, low: int, high: int | None = None) -> None:
@@ -102,7 +126,7 @@ def check_whole_number(name: str, value: object, low: int, high: int | None = No
     at_most = f" and at most {high}" if high is not None else ""
     is_whole = isinstance(value, int) and not isinstance(value, bool)
     if not is_whole or value < low or (high is not None and value > high):  # type: ignore[operator]
-        raise ConfigError(f"{name}: expected a whole number of at least {low}{at_most}, got {value!r}")
+        raise ConfigError(f"{name}: expected a whole number of at least {low}{at_most}, got {shown(value)}")
 
 
 def check_flag(name: str, value: object) -> None:
@@ -112,4 +136,14 @@ def check_flag(name: str, value: object) -> None:
         ConfigError: Naming the setting and what was given.
     """
     if not isinstance(value, bool):
-        raise ConfigError(f"{name}: expected true or false, got {value!r}")
+        raise ConfigError(f"{name}: expected true or false, got {shown(value)}")
+
+
+def is_number(value: object) -> bool:
+    """Whether a setting is a number; it may be an integer beyond any float, so compare it before anything else."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def shown(value: object) -> str:
+    """A setting of unknown origin as an error prints it."""
+    return one_line(repr(value), limit=40)

@@ -5,26 +5,20 @@ Heavy (2 bytes times width, layers and rows: 8 KB a row and layer at width 4096)
 Dims: R supervised rows or visual tokens, S layers, D width.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import ClassVar
 
 import numpy as np
-import torch
-from torch import Tensor
+import numpy.typing as npt
 
-from vlm_distill_cache.common.cache.schema import Field, Record
-from vlm_distill_cache.common.codecs.description import (
-    check_flag,
-    check_whole_number,
-    codec_from_settings,
-    codec_to_dict,
-)
+from vlm_distill_cache.common.cache.schema import MAX_TRAILING_ELEMENTS, Field, Record
+from vlm_distill_cache.common.codecs.description import Codec, check_flag, check_whole_number
+from vlm_distill_cache.common.codecs.quantise import FloatArray
 from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, SampleError
 
 
 @dataclass(frozen=True, kw_only=True)
-class HiddenCodec:
+class HiddenCodec(Codec):
     """How a record stores the hidden states of supervised rows.
 
     Round trip: float16 (relative 2^-11 of numbers from 6e-5), or bit for bit of float32 with ``exact``.
@@ -32,7 +26,6 @@ class HiddenCodec:
     Attributes:
         layers: Hidden states, counted as in ``common.attention.hidden``: 0 is the first layer's input.
         width: D of the teacher's language model.
-        exact: Store float32.
     """
 
     layers: tuple[int, ...]
@@ -43,45 +36,29 @@ class HiddenCodec:
     axis: ClassVar[str] = "row"
 
     def __post_init__(self) -> None:
-        check_whole_number("width", self.width, 1)
+        check_whole_number("width", self.width, 1, MAX_TRAILING_ELEMENTS)
         check_flag("exact", self.exact)
         if not self.layers or len(set(self.layers)) != len(self.layers):
             raise ConfigError(f"hidden_layers: expected distinct layers, got {self.layers}")
         for layer in self.layers:
-            check_whole_number("hidden_layers", layer, 0)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The exact JSON stored in a cache's plan."""
-        return codec_to_dict(self, self.signal)
-
-    @classmethod
-    def from_dict(cls, stored: Mapping[str, Any]) -> Self:
-        """Rebuild the codec from `to_dict`; refuses anything else with a CacheFormatError."""
-        return codec_from_settings(cls, cls.signal, stored)
+            check_whole_number("hidden_layers", layer, 0, MAX_TRAILING_ELEMENTS)
 
     def fields(self) -> tuple[Field, ...]:
         """One array: layers by width of each row."""
         dtype = "f4" if self.exact else "f2"
         return (Field(name=self.signal, dtype=dtype, axis=self.axis, trailing=(len(self.layers), self.width)),)
 
-    def encode(self, states: Tensor) -> Record:
-        """Pack hidden states.
-
-        Args:
-            states: float ``[R, S, D]``, any device.
-
-        Returns:
-            The signal's array, f2 or f4 ``[R, S, D]``.
+    def encode(self, states: npt.ArrayLike) -> Record:
+        """Pack hidden states, float ``[R, S, D]``, as f2 or f4.
 
         Raises:
-            ValueError: If the shape is not the codec's.
             SampleError: If a value is not finite, or too large for float16.
         """
-        if states.ndim != 3 or tuple(states.shape[1:]) != (len(self.layers), self.width):
+        values = np.asarray(states, np.float32)
+        if values.ndim != 3 or values.shape[1:] != (len(self.layers), self.width):
             raise ValueError(
-                f"encode: expected hidden states [R, {len(self.layers)}, {self.width}], got {[*states.shape]}"
+                f"encode: expected hidden states [R, {len(self.layers)}, {self.width}], got {[*values.shape]}"
             )
-        values = states.detach().float().cpu().numpy()
         with np.errstate(over="ignore"):
             kept = values.astype(np.float32 if self.exact else np.float16, order="C")
         if not np.isfinite(kept).all():
@@ -92,19 +69,15 @@ class HiddenCodec:
             )
         return {self.signal: kept}
 
-    def decode(self, record: Record) -> Tensor:
-        """Unpack hidden states, float32 ``[R, S, D]``.
-
-        Raises:
-            CacheFormatError: If the array is not of the codec's shape.
-        """
+    def decode(self, record: Record) -> FloatArray:
+        """Unpack hidden states, float32 ``[R, S, D]``."""
         values = record[self.signal]
         if values.ndim != 3 or values.shape[1:] != (len(self.layers), self.width):
             raise CacheFormatError(
                 f"{self.signal} of a record: expected (R, {len(self.layers)}, {self.width}), got {values.shape}; "
                 "the cache is damaged: run `cachectl verify`"
             )
-        return torch.from_numpy(values.astype(np.float32, order="C"))
+        return values.astype(np.float32, order="C")
 
 
 @dataclass(frozen=True, kw_only=True)

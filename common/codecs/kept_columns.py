@@ -15,11 +15,14 @@ Masks are key-major: neighbouring queries look alike, so bits repeat along a col
 Dims: G layer groups, N cells of the map, L = G * N columns (group-major), R runs of all columns.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
+from vlm_distill_cache.common.cache.schema import Record
 from vlm_distill_cache.common.codecs.quantise import CodeArray, FloatArray
 from vlm_distill_cache.common.errors import CacheFormatError
 
@@ -27,6 +30,24 @@ KEPT_LEVELS = 95
 """`exact`: codes 1 to 95 are kept pairs, by the root of their share of the threshold."""
 SINK_STEPS = 254 - KEPT_LEVELS
 """`exact`: codes 96 to 255 are sinks, by the logarithm between the threshold and the group's largest value."""
+
+
+_MEAN_ERROR = 2e-3  # relative, of a float16 mean; twice over
+
+
+def sink_threshold(maps: Any, pairs: Any) -> Any:
+    """The mass above which a pair is an attention sink: mean + unbiased std over the pairs that count.
+
+    Args:
+        maps: float `[..., N, N]`, array or tensor; causal zeros are part of the statistics, as in the released code.
+
+    Returns:
+        `[..., 1, 1]` in the maps' dtype; without any pair 0.
+    """
+    count = pairs.sum((-2, -1), keepdims=True)
+    mean = (maps * pairs).sum((-2, -1), keepdims=True) / count.clip(1)
+    squares = ((maps - mean) ** 2 * pairs).sum((-2, -1), keepdims=True)
+    return mean + (squares / (count - 1).clip(1)) ** 0.5  # one pair: a std of 0, not NaN
 
 
 def encode_roots(ratios: np.ndarray, levels: int) -> CodeArray:
@@ -58,7 +79,6 @@ def encode_sinks(values: FloatArray, scale: FloatArray, largest: FloatArray) -> 
     Args:
         values: float32 `[G, N, N]`; whichever is no sink gets a code too, which means nothing.
         scale: The threshold, float32 `[G, 1, 1]`.
-        largest: The largest value, float32 `[G]`.
 
     Returns:
         uint8 codes 96 to 255; 0 of zeros.
@@ -87,7 +107,6 @@ class RunCoding:
     """How a preset codes the kept pairs of long columns; a fixed part of format version 1.
 
     Attributes:
-        growth: As in `growing_runs`.
         levels: Steps of the root between zero and the threshold.
     """
 
@@ -126,7 +145,6 @@ def growing_runs(length: int, growth: int) -> np.ndarray:
     """Divide the positions of a column into runs: one at position p holds about p / `growth` of them.
 
     Args:
-        length: Positions.
         growth: Single positions at the start, and runs per doubling at most about 0.7 times as many.
 
     Returns:
@@ -162,7 +180,6 @@ def find_runs(kept: np.ndarray, growth: int) -> Runs:
 
     Args:
         kept: bool `[L, N]`, key columns by queries, nearest first.
-        growth: As in `growing_runs`, for columns that are not short.
 
     Returns:
         The division; it follows from the mask alone, so only the mask is stored.
@@ -183,8 +200,6 @@ def encode_columns(ratios: FloatArray, kept: np.ndarray, *, growth: int, levels:
     Args:
         ratios: float32 `[L, N]`, key columns by queries, nearest first, relative to the sink threshold: kept pairs are at most 1.
         kept: bool `[L, N]`; kept pairs are positive.
-        growth: As in `find_runs`.
-        levels: Of a run's code.
 
     Returns:
         Means over kept pairs, float16 `[L]`, 0 for a column without; codes of the runs, uint8 `[R]`.
@@ -203,8 +218,6 @@ def decode_columns(means: np.ndarray, codes: CodeArray, kept: np.ndarray, *, gro
         means: float `[L]`.
         codes: uint8 `[R]`.
         kept: bool `[L, N]`.
-        growth: As encoded.
-        levels: As encoded.
 
     Returns:
         float32 `[L, N]`; 0 where nothing is kept. The mean of a column's kept pairs is the stored one.
@@ -281,3 +294,28 @@ def _pairs(cells: int, *, causal: bool) -> tuple[np.ndarray, np.ndarray]:
         return np.triu_indices(cells)
     keys, queries = np.indices((cells, cells)).reshape(2, -1)
     return keys, queries
+
+
+def means_damage(
+    record: Record, counts: np.ndarray, codes: np.ndarray, column: np.ndarray, levels: int
+) -> Iterator[str]:
+    """Compare column means with what the codes of their kept pairs can stand for.
+
+    Args:
+        counts: Kept pairs of each column, ``[G * N]``.
+    """
+    means = record["map_means"].astype(np.float64).T.reshape(-1)
+    if (record["map_scale"][0][counts.reshape(-1, len(record["map_means"])).any(axis=1)] == 0).any():
+        yield "map_scale is 0 where the map has pairs below it"
+    if ((means > 0) != (counts > 0)).any():
+        yield "map_means does not have a mean for exactly the columns with kept pairs"
+        return
+    roots = codes.astype(np.float64) / levels
+    size, divisor = len(means), np.maximum(counts, 1)
+    high = np.bincount(column, roots**2, size) / divisor
+    low = np.bincount(column, np.maximum(roots - 1 / levels, 0) ** 2, size) / divisor
+    least = 2 * _LEAST_MEAN
+    wrong = (means > high * (1 + _MEAN_ERROR) + least) | (means < low * (1 - _MEAN_ERROR) - least)
+    if wrong.any():
+        worst = int(np.argmax(wrong))
+        yield f"map_means has {means[worst]:.4g}; the codes of its pairs say {low[worst]:.4g} to {high[worst]:.4g}"

@@ -1,46 +1,85 @@
 """A teacher's next-token distribution in few bytes: the likely tokens by rank and the mass of all others.
 
 A row keeps tokens until their probability falls below `floor`, at least `min_k` and at most `max_k`, and the
-ground truth always. In a Zarr shard a kept token takes about 1.8 bytes for its id (u4; high bytes compress to little)
-and 0.35 for its gap to the most likely token, stored as a step from rank to rank. The mass of all other tokens is
-computed from the dense logits, per temperature, so that top-k probabilities and tail mass are consistent there:
-without it a cache is biased (relative squared gradient error at k=32: 0.0046 un-normalised, 0.0095 renormalised,
-0.0003 with the tail).
+ground truth always (`common.codecs.live.select_entries`). In a Zarr shard a kept token takes about 1.8 bytes for its id
+(u4; high bytes compress to little) and 0.35 for its gap to the most likely token, stored as a step from rank to rank. The
+mass of all other tokens is computed from the dense logits, per temperature, so that top-k probabilities and tail mass are
+consistent there: without it a cache is biased (relative squared gradient error at k=32: 0.0046 un-normalised, 0.0095
+renormalised, 0.0003 with the tail).
 
 Gaps are companded: half a step is 0.6 % of a probability near the top one and 7 % of one e^8 smaller, which
 weighs that much less in the gradient. An infinite gap, a probability of exactly zero, has a code of its
 own; only a ground truth that the teacher rules out needs it. What a row's gaps were rounded by in all is known from
 the tail's mass, and decoding makes use of it (`balanced`).
 
-Dims: A supervised rows, V vocabulary, K most entries of a row, E entries of all rows.
+Dims: A supervised rows, K most entries of a row, E entries of all rows.
 """
 
 import math
-from collections.abc import Mapping
+import re
+import sys
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Generic, Self
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from vlm_distill_cache.common.cache.schema import Field, Record
-from vlm_distill_cache.common.codecs.description import (
-    LOGIT_PRESETS,
-    MAX_ENTRIES,
-    check_flag,
-    check_whole_number,
-    codec_from_settings,
-    codec_to_dict,
-    preset_settings,
+from vlm_distill_cache.common.codecs.description import Codec, check_flag, check_whole_number, is_number, shown
+from vlm_distill_cache.common.codecs.quantise import (
+    GAP_REACH,
+    GAP_TABLE,
+    ArrayT,
+    CodeArray,
+    balance,
+    encode_gaps,
+    gap_codes,
+    gap_steps,
 )
-from vlm_distill_cache.common.codecs.quantise import GAP_TABLE, balance, encode_gaps, gap_codes, gap_steps
-from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, SampleError, TemperatureNotCachedError
+from vlm_distill_cache.common.errors import CacheFormatError, ConfigError
+
+MAX_ENTRIES = 255
+"""Most entries of a row: `entry_count` is one byte."""
+
+_COMPACT = {"gap_steps": True, "balanced": True}
+LOGIT_PRESETS: dict[str, dict[str, Any]] = {
+    "lean": {"floor": 1e-3, "min_k": 4, "max_k": 64, **_COMPACT},
+    "default": {"floor": 3e-4, "min_k": 8, "max_k": 64, **_COMPACT},
+    "wide": {"floor": 1e-4, "min_k": 8, "max_k": 64, **_COMPACT},
+    "full": {"floor": 3e-5, "min_k": 8, "max_k": 255, **_COMPACT},
+    "exact": {"floor": 0.0, "min_k": 1, "max_k": 255, "exact": True},
+}
+_FIXED = re.compile(r"fixed:([0-9]{1,4})")
+
+_ROUNDING = 2e-3  # of a float16 near 1, twice over
+_MASS_ERROR = 1e-3  # kept mass and tail may miss 1 by this beyond the rounding of gaps and of float16
+
+
+def preset_settings(name: str) -> dict[str, Any]:
+    """The codec settings of a preset.
+
+    Args:
+        name: One of `LOGIT_PRESETS`, or `fixed:K`: the K most likely tokens of every row. Such caches are nested:
+            the first k entries of each row are the cache of `fixed:k` (`common.tools.select`).
+
+    Raises:
+        ConfigError: If there is no such preset; the message names those that exist.
+    """
+    if name in LOGIT_PRESETS:
+        return dict(LOGIT_PRESETS[name])
+    match = _FIXED.fullmatch(name) if isinstance(name, str) else None
+    if match and 2 <= int(match[1]) <= MAX_ENTRIES:
+        count = int(match[1])
+        return {"floor": 0.0, "min_k": count, "max_k": count, **_COMPACT}
+    raise ConfigError(
+        f"logit preset: expected one of {sorted(LOGIT_PRESETS)} or 'fixed:K' with K from 2 to {MAX_ENTRIES} "
+        f"(such as 'fixed:32'), got {name!r}"
+    )
 
 
 @dataclass(frozen=True)
-class SparseLogits:
-    """A teacher's distribution on supervised rows, live or from a cache: losses cannot tell which.
+class LogitRows(Generic[ArrayT]):
+    """Distributions of some rows, as arrays (decoded) or tensors (`common.codecs.live.SparseLogits`).
 
     Attributes:
         token_ids: int64 `[A, K]`, most likely first (a ground truth of low rank last); padding is 0.
@@ -51,91 +90,19 @@ class SparseLogits:
         temperatures: Temperatures of the columns of `tail_log_mass`; 1 is among them.
     """
 
-    token_ids: Tensor
-    log_probs: Tensor
-    entry_mask: Tensor
-    tail_log_mass: Tensor
+    token_ids: ArrayT
+    log_probs: ArrayT
+    entry_mask: ArrayT
+    tail_log_mass: ArrayT
     temperatures: tuple[float, ...]
 
     def __len__(self) -> int:
         """Number of rows, A."""
-        return int(self.token_ids.shape[0])
-
-    def at(self, temperature: float) -> tuple[Tensor, Tensor]:
-        """The distribution at one of the cached temperatures.
-
-        Args:
-            temperature: Dimensionless; one of `temperatures`.
-
-        Returns:
-            Log-probabilities of the entries, float32 `[A, K]` in nats, padding -inf; log-mass of all other
-            tokens, float32 `[A]`. Together they sum to 1.
-
-        Raises:
-            TemperatureNotCachedError: If the tail mass at `temperature` is not known.
-        """
-        if temperature not in self.temperatures:
-            raise TemperatureNotCachedError(
-                f"no tail mass at temperature {temperature}: the teacher's signals hold temperatures "
-                f"{list(self.temperatures)}; use one of these, or rebuild the cache with "
-                f"{temperature} among the temperatures of its logit codec"
-            )
-        tail = self.tail_log_mass[:, self.temperatures.index(temperature)]  # [A]
-        if temperature == 1.0:
-            return self.log_probs, tail
-        scaled = self.log_probs / temperature
-        kept = torch.log(-torch.expm1(tail))  # log of 1 - tail mass; exact at both ends
-        normaliser = torch.logsumexp(scaled, dim=1) - kept
-        return scaled - normaliser[:, None], tail
-
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "SparseLogits":
-        """The same rows on another device."""
-        return SparseLogits(
-            self.token_ids.to(device, non_blocking=non_blocking),
-            self.log_probs.to(device, non_blocking=non_blocking),
-            self.entry_mask.to(device, non_blocking=non_blocking),
-            self.tail_log_mass.to(device, non_blocking=non_blocking),
-            self.temperatures,
-        )
-
-    @staticmethod
-    def cat(parts: "list[SparseLogits]") -> "SparseLogits":
-        """Rows of all parts in order, padded to the widest.
-
-        Raises:
-            ValueError: If there are no parts, or they differ in temperatures.
-        """
-        if not parts or any(part.temperatures != parts[0].temperatures for part in parts):
-            found = sorted({part.temperatures for part in parts})
-            raise ValueError(f"cat needs at least one part and equal temperatures, got {found}")
-        width = max(part.token_ids.shape[1] for part in parts)
-
-        def joined(name: str, fill: float) -> Tensor:
-            tensors = [getattr(part, name) for part in parts]
-            return torch.cat([_pad_columns(tensor, width, fill) for tensor in tensors])
-
-        return SparseLogits(
-            joined("token_ids", 0),
-            joined("log_probs", -math.inf),
-            joined("entry_mask", False),
-            torch.cat([part.tail_log_mass for part in parts]),
-            parts[0].temperatures,
-        )
-
-
-def _pad_columns(tensor: Tensor, width: int, fill: float) -> Tensor:
-    if tensor.shape[1] == width:
-        return tensor
-    return torch.nn.functional.pad(tensor, (0, width - tensor.shape[1]), value=fill)
-
-
-__all__ = ["LOGIT_PRESETS", "LogitCodec", "SparseLogits"]
-
-_CHUNK_ELEMENTS = 2**24  # logits worked on at once: 64 MiB per float32 copy
+        return len(self.token_ids)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, kw_only=True)
-class LogitCodec:
+class LogitCodec(Codec):
     """Which tokens of a row are kept, and how a record stores them.
 
     Round trip of `decode(encode(x))`, token ids and counts being exact: with `exact`, log-probabilities are
@@ -165,6 +132,8 @@ class LogitCodec:
     balanced: bool = False
 
     signal: ClassVar[str] = "logits"
+    older: ClassVar[Mapping[str, Any]] = {"gap_steps": False, "balanced": False}
+    infinite: ClassVar[Mapping[str, float]] = {"tail_logmass": -math.inf, "log_gap": math.inf}
 
     def __post_init__(self) -> None:
         check_whole_number("max_k", self.max_k, 2, MAX_ENTRIES)  # two: the top token and the ground truth
@@ -174,152 +143,39 @@ class LogitCodec:
             check_flag(name, getattr(self, name))
             if self.exact and getattr(self, name):
                 raise ConfigError(f"{name}: expected false with exact, whose gaps are numbers and not codes")
-        if not isinstance(self.floor, int | float) or not 0 <= self.floor < 1:
-            raise ConfigError(f"floor: expected a probability in [0, 1), got {self.floor!r}")
-        valid = isinstance(self.temperatures, tuple) and all(
-            isinstance(t, int | float) and math.isfinite(t) and t > 0 for t in self.temperatures
-        )
-        if not valid or len(set(self.temperatures)) != len(self.temperatures) or 1.0 not in self.temperatures:
-            raise ConfigError(
-                f"temperatures: expected distinct positive numbers with 1 among them, got {self.temperatures!r}"
-            )
+        if not is_number(self.floor) or not 0 <= self.floor < 1:
+            raise ConfigError(f"floor: expected a probability in [0, 1), got {shown(self.floor)}")
+        found = self.temperatures
+        valid = isinstance(found, tuple) and all(is_number(t) and 0 < t <= sys.float_info.max for t in found)
+        if not valid or len(set(found)) != len(found) or 1.0 not in found:
+            raise ConfigError(f"temperatures: expected distinct positive numbers with 1 among them, got {shown(found)}")
         object.__setattr__(self, "floor", float(self.floor))
-        object.__setattr__(self, "temperatures", tuple(float(t) for t in self.temperatures))
+        object.__setattr__(self, "temperatures", tuple(float(t) for t in found))
 
     @classmethod
     def from_preset(cls, name: str, *, temperatures: tuple[float, ...] = (1.0, 2.0)) -> Self:
-        """The codec of a named preset.
-
-        Args:
-            name: See `preset_settings`: a name of `LOGIT_PRESETS`, or `fixed:K`.
-            temperatures: At which the tail mass is exact.
-
-        Raises:
-            ConfigError: If there is no such preset; the message names those that exist.
-        """
+        """The codec of a preset of `preset_settings`, with exact tail masses at some temperatures."""
         return cls(**preset_settings(name), temperatures=temperatures)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The exact JSON stored in a cache's plan."""
-        return codec_to_dict(self, self.signal)
-
-    @classmethod
-    def from_dict(cls, stored: Mapping[str, Any]) -> Self:
-        """Rebuild the codec from `to_dict`; refuses anything else with a CacheFormatError."""
-        older = {"gap_steps": False, "balanced": False}  # caches from before these settings
-        return codec_from_settings(cls, cls.signal, {**older, **stored})
 
     def fields(self) -> tuple[Field, ...]:
         """Arrays of a record: three per row, two per entry."""
         real, gap = ("f4", "f4") if self.exact else ("f2", "u1")
         return (
-            Field(name="entry_count", dtype="u1", axis="row", trailing=()),
-            Field(name="token_ids", dtype="u4", axis="entry", trailing=()),
-            Field(name="log_gap", dtype=gap, axis="entry", trailing=()),
-            Field(name="top_logprob", dtype=real, axis="row", trailing=()),
+            Field(name="entry_count", dtype="u1", axis="row"),
+            Field(name="token_ids", dtype="u4", axis="entry"),
+            Field(name="log_gap", dtype=gap, axis="entry"),
+            Field(name="top_logprob", dtype=real, axis="row"),
             Field(name="tail_logmass", dtype=real, axis="row", trailing=(len(self.temperatures),)),
         )
 
-    @torch.no_grad()
-    def select(
-        self, logits: Tensor, labels: Tensor, *, chunk_rows: int | None = None, checked: bool = True
-    ) -> SparseLogits:
-        """Keep the likely tokens of dense logits and measure the mass of the others.
-
-        Works on the logits' device and in float32, a chunk of rows at a time: dense logits are
-        never copied whole. Equal logits rank by lowest id, so that the result is a function of its input.
-
-        Args:
-            logits: Raw logits of supervised rows, float16, bfloat16 or float32 `[A, V]`; -inf allowed.
-            labels: int64 `[A]`, the target token of each row.
-            chunk_rows: Rows worked on at once; by default as many as hold 2^24 logits.
-            checked: False: a row that is no distribution is not refused but comes back with a NaN as its first
-                log-probability, and labels are checked only if they lie on the CPU. A GPU is then not waited for.
-
-        Returns:
-            Rows on the device of `logits`; on a GPU `max_k` wide, because a narrower width would have to be waited for.
-
-        Raises:
-            ValueError: If the shapes do not fit each other.
-            SampleError: If a row has NaN or +inf, or no finite logit; or a label is not in the vocabulary.
-        """
-        if logits.ndim != 2 or labels.shape != logits.shape[:1]:
-            raise ValueError(
-                f"select: expected logits [A, V] and labels [A], got {[*logits.shape]} and {[*labels.shape]}"
-            )
-        rows, vocabulary = logits.shape
-        verify = checked or labels.device.type == "cpu"
-        if rows and verify and not bool(((labels >= 0) & (labels < vocabulary)).all()):
-            bad = int(torch.nonzero((labels < 0) | (labels >= vocabulary))[0, 0])
-            raise SampleError(
-                f"row {bad} of {rows}: label {int(labels[bad])} is not in the teacher's vocabulary of "
-                f"{vocabulary} tokens; the data must be encoded with the teacher's own tokenizer"
-            )
-        labels = labels.to(device=logits.device, dtype=torch.int64, non_blocking=True)
-        step = chunk_rows or max(1, _CHUNK_ELEMENTS // vocabulary)
-        parts = [
-            self._select_chunk(logits[start : start + step], labels[start : start + step], start, checked=checked)
-            for start in range(0, rows, step)
-        ]
-        if not parts:
-            return self._empty(logits.device)
-        return SparseLogits.cat(parts)
-
-    def _select_chunk(self, logits: Tensor, labels: Tensor, first_row: int, *, checked: bool) -> SparseLogits:
-        dense = logits.to(torch.float32, copy=True)  # [A, V]; masked in place below
-        largest = dense.amax(dim=1, keepdim=True)  # [A, 1]
-        if checked:
-            _check_largest(largest[:, 0], dense, first_row)
-        limit = min(self.max_k, dense.shape[1])
-        on_cpu = dense.device.type == "cpu"  # nothing is waited for there
-        values, ids = _top_by_lowest_id(dense, limit, find_ties=on_cpu)  # [A, limit]
-        # Ranks are those of the logits as given; sums of large ones would lose their last digits.
-        dense, values = dense.sub_(largest), values - largest
-        normaliser = torch.logsumexp(dense, dim=1)  # [A], 0 to log V
-        rank = torch.arange(limit, device=dense.device)
-
-        # Tokens until p < floor, within min_k and max_k; probability zero is never listed for itself.
-        likely = values - normaliser[:, None] >= (math.log(self.floor) if self.floor else -math.inf)
-        finite = (values > -math.inf).sum(dim=1)
-        count = likely.sum(dim=1).clamp(min=self.min_k).minimum(finite)  # [A]
-        listed = ((ids == labels[:, None]) & (rank < count[:, None])).any(dim=1)
-        slot = count.clamp(max=limit - 1)[:, None]  # where an unlisted ground truth goes
-        label_values = dense.gather(1, labels[:, None])
-        ids = ids.scatter(1, slot, torch.where(listed[:, None], ids.gather(1, slot), labels[:, None]))
-        values = values.scatter(1, slot, torch.where(listed[:, None], values.gather(1, slot), label_values))
-        count = torch.where(listed, count, slot[:, 0] + 1)
-
-        width = int(count.max()) if on_cpu else limit
-        mask = rank[:width] < count[:, None]  # [A, width]
-        ids, values = ids[:, :width], values[:, :width].masked_fill(~mask, -math.inf)
-        dense.scatter_(1, torch.where(mask, ids, ids[:, :1]), -math.inf)  # what is left is the tail
-        tails = []
-        for temperature in self.temperatures:
-            kept = torch.logsumexp(values / temperature, dim=1)
-            tail = torch.logsumexp(dense if temperature == 1.0 else dense / temperature, dim=1)
-            tails.append(torch.nn.functional.logsigmoid(tail - kept))  # log(tail / (tail + kept))
-        return SparseLogits(
-            ids.masked_fill(~mask, 0),
-            values - normaliser[:, None],
-            mask,
-            torch.stack(tails, dim=1),
-            self.temperatures,
-        )
-
-    def encode(self, sparse: SparseLogits) -> Record:
-        """Pack rows into the plain arrays of a record.
-
-        Args:
-            sparse: What `select` returned (or `decode`), on any device; its temperatures must be the codec's.
+    def encode(self, sparse: LogitRows[Any]) -> Record:
+        """Pack rows of the codec's temperatures and at most `max_k` entries.
 
         Returns:
             `entry_count` u1 `[A]`, `token_ids` u4 `[E]`, `log_gap` u1 or f4 `[E]`, `top_logprob` f2 or f4
             `[A]` in nats, `tail_logmass` f2 or f4 `[A, temperatures]` in nats.
-
-        Raises:
-            ValueError: If the temperatures or the number of entries are not the codec's.
         """
-        mask = sparse.entry_mask.cpu().numpy()  # [A, K]
+        mask = np.asarray(sparse.entry_mask)  # [A, K]
         counts = np.count_nonzero(mask, axis=1)
         if sparse.temperatures != self.temperatures or counts.max(initial=1) > self.max_k:
             raise ValueError(
@@ -328,26 +184,22 @@ class LogitCodec:
             )
         real = np.float32 if self.exact else np.float16
         where = _entry_positions(counts, mask.shape[1])
-        log_probs = sparse.log_probs.float().cpu().numpy()
+        log_probs = np.asarray(sparse.log_probs, np.float32)
         top = log_probs[:, 0] if len(log_probs) else np.zeros(0, np.float32)
         gaps = np.repeat(top, counts) - log_probs.reshape(-1)[where]
         codes = gaps if self.exact else encode_gaps(gaps)
         with np.errstate(over="ignore"):  # a log-mass below -65504 is a mass of zero
-            tails = sparse.tail_log_mass.float().cpu().numpy().astype(real)
+            tails = np.asarray(sparse.tail_log_mass, np.float32).astype(real)
         return {
             "entry_count": counts.astype(np.uint8),
-            "token_ids": sparse.token_ids.cpu().numpy().reshape(-1)[where].astype(np.uint32),
+            "token_ids": np.asarray(sparse.token_ids).reshape(-1)[where].astype(np.uint32),
             "log_gap": gap_steps(codes, counts) if self.gap_steps else codes,
             "top_logprob": top.astype(real),
             "tail_logmass": tails,
         }
 
-    def decode(self, record: Record) -> SparseLogits:
-        """Unpack the rows of a record; the inverse of `encode` within the class's bounds.
-
-        Raises:
-            CacheFormatError: If counts and arrays do not fit each other.
-        """
+    def decode(self, record: Record) -> LogitRows[np.ndarray]:
+        """Unpack the rows of a record; the inverse of `encode` within the class's bounds."""
         counts = record["entry_count"].astype(np.int64)  # [A]
         entries = len(record["token_ids"])
         rows, total = len(counts), int(counts.sum())
@@ -360,34 +212,78 @@ class LogitCodec:
                 f"{tails.shape}; the cache is damaged: run `cachectl verify`"
             )
         width = int(counts.max(initial=0))
-        codes = gap_codes(record["log_gap"], counts) if self.gap_steps else record["log_gap"]
-        gaps = codes if self.exact else GAP_TABLE[codes]
+        codes = self._codes(record, counts)
         where = _entry_positions(counts, width)
         ids = np.zeros(rows * width, np.int64)
         ids[where] = record["token_ids"]
         log_probs = np.full(rows * width, -np.inf, np.float32)
+        gaps = codes if self.exact else GAP_TABLE[codes]
         listed = np.repeat(record["top_logprob"].astype(np.float32), counts) - gaps
         if self.balanced:
             kept = -np.expm1(tails[:, self.temperatures.index(1.0)].astype(np.float32))  # one less the tail's mass
             listed = balance(listed, codes, counts, kept)
         log_probs[where] = listed
-        mask = np.arange(width) < counts[:, None]
-        return SparseLogits(
-            torch.from_numpy(ids.reshape(rows, width)),
-            torch.from_numpy(log_probs.reshape(rows, width)),
-            torch.from_numpy(mask),
-            torch.from_numpy(tails.astype(np.float32)),
+        return LogitRows(
+            ids.reshape(rows, width),
+            log_probs.reshape(rows, width),
+            np.arange(width) < counts[:, None],
+            tails.astype(np.float32),
             self.temperatures,
         )
 
-    def _empty(self, device: torch.device) -> SparseLogits:
-        return SparseLogits(
-            torch.zeros(0, 0, dtype=torch.int64, device=device),
-            torch.zeros(0, 0, device=device),
-            torch.zeros(0, 0, dtype=torch.bool, device=device),
-            torch.zeros(0, len(self.temperatures), device=device),
-            self.temperatures,
-        )
+    def damage(self, record: Record) -> Iterator[str]:
+        """Yield entries out of order, a missing ground truth, and masses that cannot have been one."""
+        counts = record["entry_count"].astype(np.int64)  # [A]
+        if not len(counts):
+            return
+        if counts.min() < 1 or counts.max() > self.max_k:
+            yield f"entry_count is {counts.min()} to {counts.max()}; the codec keeps 1 to {self.max_k}"
+            return
+        starts = np.cumsum(counts) - counts  # [A]
+        rows = np.repeat(np.arange(len(counts)), counts)  # [E]
+        codes, ids = self._codes(record, counts), record["token_ids"]
+        gaps = (codes if self.exact else GAP_TABLE[codes]).astype(np.float64)
+        falling = (gaps[1:] < gaps[:-1]) & (rows[1:] == rows[:-1])
+        if (gaps[starts] != 0).any() or falling.any():
+            yield "log_gap is not 0 at the top token or falls with the rank; entries are stored by rank"
+        pairs = np.unique(np.stack([rows, ids.astype(np.int64)]), axis=1)  # [2, distinct]
+        if pairs.shape[1] != len(ids):
+            yield "token_ids of a row repeat"
+        truth = ids == record["labels"][rows]
+        if not np.bincount(rows[truth], minlength=len(counts)).all():
+            yield "token_ids lack the ground truth of a row, which the codec always keeps"
+        top, tail = record["top_logprob"].astype(np.float64), record["tail_logmass"].astype(np.float64)
+        if top.max() > _ROUNDING or tail.max(initial=-1.0) > _ROUNDING:
+            yield f"log-probabilities reach {max(top.max(), tail.max(initial=-1.0))}; at most 0 is possible"
+        yield from self._mass_damage(codes, gaps, starts, top, tail[:, self.temperatures.index(1.0)])
+        # A tail of no mass at all has none at any temperature, but for what a low one makes too small to write.
+        empty = np.isinf(tail[:, np.argsort(self.temperatures)])  # [A, T]
+        if (empty[:, 1:] & ~empty[:, :-1]).any():
+            yield "tail_logmass is infinite at a temperature, but finite at a lower one"
+
+    def _mass_damage(
+        self, codes: CodeArray, gaps: np.ndarray, starts: np.ndarray, top: np.ndarray, tail: np.ndarray
+    ) -> Iterator[str]:
+        """Ask whether kept tokens and tail can have had a mass of one before they were rounded."""
+        others, weights = np.exp(tail), np.exp(-gaps)  # [A], [E]
+        kept = np.exp(top) * np.add.reduceat(weights, starts)  # [A]
+        least = most = kept
+        allowed = np.full(len(top), _MASS_ERROR)
+        if not self.exact:
+            above, below = GAP_REACH[:, codes].astype(np.float64)  # [E]
+            above[starts] = below[starts] = 0
+            least = np.exp(top) * np.add.reduceat(weights * np.exp(-above), starts)
+            most = np.exp(top) * np.add.reduceat(weights * np.exp(below), starts)
+            finite_tail = np.where(np.isfinite(tail), tail, 0)
+            allowed += 2.0**-10 * (kept * np.abs(top) + others * np.abs(finite_tail))
+        off = np.maximum(least + others - 1, 1 - most - others)
+        if (off > allowed).any():
+            worst = (kept + others)[(off - allowed).argmax()]
+            yield f"kept tokens and tail have a mass of {worst:.4f} together; expected 1"
+
+    def _codes(self, record: Record, counts: np.ndarray) -> np.ndarray:
+        """The 8-bit code of each entry's gap, or with `exact` the gap itself, `[E]`."""
+        return gap_codes(record["log_gap"], counts) if self.gap_steps else record["log_gap"]
 
 
 def _entry_positions(counts: np.ndarray, width: int) -> np.ndarray:
@@ -398,52 +294,8 @@ def _entry_positions(counts: np.ndarray, width: int) -> np.ndarray:
     return np.repeat(shift, counts) + np.arange(int(counts.sum()), dtype=np.int64)
 
 
-def _check_largest(largest: Tensor, dense: Tensor, first_row: int) -> None:
-    """Refuse rows that are no distribution: the largest logit is NaN if any is, or +inf; of all -inf it is -inf."""
-    finite = torch.isfinite(largest)
-    if bool(finite.all()):
-        return
-    row = int(torch.nonzero(~finite)[0, 0])
-    nans, infs = int(torch.isnan(dense[row]).sum()), int(torch.isposinf(dense[row]).sum())
-    what = f"{nans} NaN and {infs} +inf logits" if nans or infs else "no finite logit"
-    raise SampleError(
-        f"row {first_row + row}: expected at least one finite logit and neither NaN nor +inf, got {what}; "
-        "if the teacher runs in float16, try bfloat16 or float32"
-    )
-
-
-def _top_by_lowest_id(dense: Tensor, count: int, *, find_ties: bool) -> tuple[Tensor, Tensor]:
-    """The `count` largest values of each row and their ids, equal values by lowest id.
-
-    `topk` breaks ties as it likes; with bfloat16 logits ties at the last rank are the rule. So one more
-    value is looked at: only rows where it equals the last kept one need a second, exact pass, and only rows with any
-    equal values are sorted anew. Without `find_ties` all rows get both: on a GPU, which ones need it would have to be
-    waited for, and the passes cost little.
-    """
-    vocabulary = dense.shape[1]
-    values, ids = dense.topk(min(count + 1, vocabulary), dim=1)
-    every = torch.arange(len(dense), device=dense.device)
-    equals = torch.nonzero((values[:, 1:] == values[:, :-1]).any(dim=1))[:, 0] if find_ties else every
-    if vocabulary > count:
-        tied = torch.nonzero(values[:, count - 1] == values[:, count])[:, 0] if find_ties else every
-        values, ids = values[:, :count].contiguous(), ids[:, :count].contiguous()
-        if tied.numel():
-            rows = dense[tied]
-            last = values[tied, count - 1 :]  # [tied, 1]
-            # Keys: all values above the last one first, then the equal ones by falling id distance.
-            order = torch.arange(vocabulary, 0, -1, dtype=torch.int32, device=dense.device)
-            keys = torch.where(rows == last, order, torch.where(rows > last, order + vocabulary, 0))
-            ids[tied] = keys.topk(count, dim=1).indices
-            values[tied] = rows.gather(1, ids[tied])
-    if equals.numel():
-        by_id, place = ids[equals].sort(dim=1)
-        values[equals], place = values[equals].gather(1, place).sort(dim=1, descending=True, stable=True)
-        ids[equals] = by_id.gather(1, place)
-    return values, ids
-
-
-AXES = {"row": "visual", "entry": "visual_entry"}
-PREFIX = "visual_"
+_VISUAL = "visual_"
+_VISUAL_AXES = {"row": "visual", "entry": "visual_entry"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -457,26 +309,32 @@ class VisualLogitsCodec(LogitCodec):
     """
 
     signal: ClassVar[str] = "visual_logits"
+    infinite: ClassVar[Mapping[str, float]] = {_VISUAL + name: value for name, value in LogitCodec.infinite.items()}
 
     def fields(self) -> tuple[Field, ...]:
         """As ``LogitCodec.fields``, per visual token."""
-        return tuple(replace(field, name=PREFIX + field.name, axis=AXES[field.axis]) for field in super().fields())
+        return tuple(
+            replace(field, name=_VISUAL + field.name, axis=_VISUAL_AXES[field.axis]) for field in super().fields()
+        )
 
-    @torch.no_grad()
-    def select_rows(self, logits: Tensor) -> SparseLogits:
-        """Keep the likely tokens of dense logits ``[N, V]``; see ``LogitCodec.select``."""
-        return self.select(logits, logits.argmax(dim=1))
-
-    def encode(self, sparse: SparseLogits) -> Record:
+    def encode(self, sparse: LogitRows[Any]) -> Record:
         """Pack rows ``[N]``; see ``LogitCodec.encode``."""
-        return {PREFIX + name: array for name, array in super().encode(sparse).items()}
+        return {_VISUAL + name: array for name, array in super().encode(sparse).items()}
 
-    def decode(self, record: Record) -> SparseLogits:
+    def decode(self, record: Record) -> LogitRows[np.ndarray]:
         """Unpack rows ``[N]``; see ``LogitCodec.decode``."""
-        return super().decode(plain_names(record))
+        return super().decode(self._plain(record))
 
+    def damage(self, record: Record) -> Iterator[str]:
+        """As ``LogitCodec.damage``; the likeliest token of a visual row stands for its ground truth."""
+        plain = self._plain(record)
+        counts, ids = plain["entry_count"].astype(np.int64), plain["token_ids"]
+        starts = np.cumsum(counts) - counts
+        inside = starts < len(ids)
+        plain["labels"] = np.where(inside, ids[np.where(inside, starts, 0)], 0) if len(starts) else counts
+        lines = super().damage(plain)
+        yield from (f"visual_{line}" for line in lines)
 
-def plain_names(record: Record) -> Record:
-    """The arrays of ``visual_logits`` under the names that ``logits`` gives them."""
-    names = ("entry_count", "token_ids", "log_gap", "top_logprob", "tail_logmass")
-    return {name: record[PREFIX + name] for name in names}
+    def _plain(self, record: Record) -> Record:
+        """The arrays under the names that ``LogitCodec`` gives them."""
+        return {field.name.removeprefix(_VISUAL): record[field.name] for field in self.fields()}

@@ -6,12 +6,15 @@ Dims: arrays of any shape; nothing here knows what they mean.
 """
 
 import math
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 FloatArray = npt.NDArray[np.float32]
 CodeArray = npt.NDArray[np.uint8]
+ArrayT = TypeVar("ArrayT")
+"""Of what a codec decodes: arrays, or the tensors that `common.codecs.live` makes of them."""
 
 MAX_GAP = 24.0
 """Nats; a token e^-24 as likely as the top one adds nothing; larger finite gaps are stored as this."""
@@ -65,10 +68,6 @@ def gap_steps(codes: CodeArray, counts: npt.NDArray[np.int64]) -> CodeArray:
 
     Args:
         codes: uint8 `[E]`, of all rows, one after the other.
-        counts: int64 `[A]`, entries of each row, at least 1.
-
-    Returns:
-        uint8 `[E]`.
     """
     steps = codes.copy()
     steps[1:] -= codes[:-1]
@@ -135,7 +134,6 @@ def balance(log_probs: FloatArray, codes: CodeArray, counts: npt.NDArray[np.int6
 
     Args:
         log_probs: float32 `[E]`, nats, decoded from `codes`; the first entry of each row is exact.
-        codes: uint8 `[E]`.
         counts: int64 `[A]`, entries of each row, at least 1.
         kept: float32 `[A]`, the mass that the entries of each row have together.
 
@@ -169,9 +167,6 @@ def encode_log8(relative: FloatArray, nats: float) -> CodeArray:
     Args:
         relative: float32, any shape, finite, in [0, 1].
         nats: Range kept apart from zero, natural-log units.
-
-    Returns:
-        uint8 codes of the same shape.
     """
     positive = relative > 0
     logs = np.log(np.where(positive, relative, np.float32(1.0)))  # no warning for log(0)

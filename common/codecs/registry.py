@@ -1,37 +1,17 @@
-"""All codecs by the name that a plan stores; importing this imports torch, unlike importing the package."""
+"""All codecs by the name that a plan stores."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from vlm_distill_cache.common.codecs.answers import AnswersCodec
+from vlm_distill_cache.common.codecs.description import Codec
 from vlm_distill_cache.common.codecs.hidden_states import HiddenCodec, ProjectorOutputCodec, VisualHiddenCodec
-from vlm_distill_cache.common.codecs.logits import LOGIT_PRESETS, LogitCodec, SparseLogits, VisualLogitsCodec
-from vlm_distill_cache.common.codecs.row_attention import RowAttention, RowAttentionCodec, TextAttentionCodec
+from vlm_distill_cache.common.codecs.logits import LogitCodec, VisualLogitsCodec
+from vlm_distill_cache.common.codecs.row_attention import RowAttentionCodec, TextAttentionCodec
 from vlm_distill_cache.common.codecs.visual_map import VisualColumnsCodec, VisualMapCodec
 from vlm_distill_cache.common.errors import CacheFormatError
 
-__all__ = [
-    "CODECS",
-    "LOGIT_PRESETS",
-    "AnswersCodec",
-    "AnyCodec",
-    "HiddenCodec",
-    "LogitCodec",
-    "ProjectorOutputCodec",
-    "RowAttention",
-    "RowAttentionCodec",
-    "SparseLogits",
-    "TextAttentionCodec",
-    "VisualColumnsCodec",
-    "VisualHiddenCodec",
-    "VisualLogitsCodec",
-    "VisualMapCodec",
-    "codec_from_dict",
-]
-
-AnyCodec = AnswersCodec | HiddenCodec | LogitCodec | RowAttentionCodec | VisualColumnsCodec | VisualMapCodec
-
-CODECS: dict[str, type[AnyCodec]] = {
+CODECS: dict[str, type[Codec]] = {
     "answers": AnswersCodec,
     "logits": LogitCodec,
     "answer_attention": RowAttentionCodec,
@@ -45,7 +25,7 @@ CODECS: dict[str, type[AnyCodec]] = {
 }
 
 
-def codec_from_dict(stored: Mapping[str, Any]) -> AnyCodec:
+def codec_from_dict(stored: Mapping[str, Any]) -> Codec:
     """Rebuild the codec that wrote a dictionary.
 
     Raises:

@@ -11,66 +11,43 @@ they do not (24 x 24 tokens on 7 x 7 cells), a token's mass is taken as spread e
 Dims: A rows, G layer groups, C = rows * cols cells, row-major from the top left.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Generic
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from vlm_distill_cache.common.cache.schema import Field, Record
-from vlm_distill_cache.common.codecs.description import (
-    check_flag,
-    check_whole_number,
-    codec_from_settings,
-    codec_to_dict,
-)
-from vlm_distill_cache.common.codecs.quantise import decode_log8, encode_log8
+from vlm_distill_cache.common.cache.schema import MAX_TRAILING_ELEMENTS, Field, Record
+from vlm_distill_cache.common.codecs.description import Codec, check_flag, check_whole_number
+from vlm_distill_cache.common.codecs.quantise import LOG_LEVELS, ArrayT, decode_log8, encode_log8
 from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, SampleError
 
 RANGE_NATS = 12.0
 """Cells below e^-12 of the row's largest are stored as that, never as zero."""
+MOST_MASS = 1 + 2e-3
+"""A mass of one with the rounding of float16, twice over."""
 
 
 @dataclass(frozen=True)
-class RowAttention:
-    """Attention of some rows on the image, live or from a cache: losses cannot tell which.
+class AttentionRows(Generic[ArrayT]):
+    """Attention of some rows on the image, as arrays (decoded) or tensors (`common.codecs.live.RowAttention`).
 
     Attributes:
         cells: float32 `[A, G, C]`, absolute probability mass on each grid cell; zero without an image.
         image_mass: float32 `[A, G]`, the sum over cells; one minus it is the mass off the image.
     """
 
-    cells: Tensor
-    image_mass: Tensor
+    cells: ArrayT
+    image_mass: ArrayT
 
     def __len__(self) -> int:
         """Number of rows, A."""
-        return int(self.cells.shape[0])
-
-    @classmethod
-    def from_cells(cls, cells: Tensor) -> Self:
-        """Live attention: the image mass is the sum over cells."""
-        cells = cells.float()
-        return cls(cells, cells.sum(dim=-1))
-
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "RowAttention":
-        """The same rows on another device."""
-        return RowAttention(
-            self.cells.to(device, non_blocking=non_blocking),
-            self.image_mass.to(device, non_blocking=non_blocking),
-        )
-
-    @staticmethod
-    def cat(parts: "list[RowAttention]") -> "RowAttention":
-        """Rows of all parts in order; torch refuses no parts, or unequal groups or cells."""
-        return RowAttention(torch.cat([part.cells for part in parts]), torch.cat([part.image_mass for part in parts]))
+        return len(self.cells)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, kw_only=True)
-class RowAttentionCodec:
-    """How a record stores a `RowAttention` of supervised rows.
+class RowAttentionCodec(Codec):
+    """How a record stores the attention of supervised rows.
 
     Round trip: with `exact`, bit for bit. Otherwise the image mass is float16 (relative 2^-11, absolute
     2^-25), so that the mass off the image is within 2^-12; zero cells stay zero; others are within a factor
@@ -80,8 +57,6 @@ class RowAttentionCodec:
 
     Attributes:
         grid: Rows and columns of the grid over the whole original image.
-        groups: Layer groups, at least 1.
-        exact: Store float32 instead of 8-bit cells and float16 masses.
     """
 
     grid: tuple[int, int]
@@ -95,24 +70,15 @@ class RowAttentionCodec:
     def __post_init__(self) -> None:
         if not isinstance(self.grid, tuple) or len(self.grid) != 2:
             raise ConfigError(f"grid: expected (rows, cols), got {self.grid!r}")
-        check_whole_number("grid rows", self.grid[0], 1)
-        check_whole_number("grid cols", self.grid[1], 1)
-        check_whole_number("groups", self.groups, 1)
+        check_whole_number("grid rows", self.grid[0], 1, MAX_TRAILING_ELEMENTS)
+        check_whole_number("grid cols", self.grid[1], 1, MAX_TRAILING_ELEMENTS)
+        check_whole_number("groups", self.groups, 1, MAX_TRAILING_ELEMENTS)
         check_flag("exact", self.exact)
 
     @property
     def cells(self) -> int:
         """Number of grid cells, C."""
         return self.grid[0] * self.grid[1]
-
-    def to_dict(self) -> dict[str, Any]:
-        """The exact JSON stored in a cache's plan."""
-        return codec_to_dict(self, self.signal)
-
-    @classmethod
-    def from_dict(cls, stored: Mapping[str, Any]) -> Self:
-        """Rebuild the codec from `to_dict`; refuses anything else with a CacheFormatError."""
-        return codec_from_settings(cls, cls.signal, stored)
 
     def fields(self) -> tuple[Field, ...]:
         """Arrays of a record: cells and image mass of each row."""
@@ -122,27 +88,25 @@ class RowAttentionCodec:
             Field(name=self.mass_field, dtype=real, axis=self.axis, trailing=(self.groups,)),
         )
 
-    def encode(self, attention: RowAttention) -> Record:
+    def encode(self, attention: AttentionRows[Any]) -> Record:
         """Pack rows into the plain arrays of a record.
 
         Args:
-            attention: cells `[A, G, C]` and image mass `[A, G]` of this codec's groups and grid, any device.
+            attention: cells `[A, G, C]` and image mass `[A, G]` of this codec's groups and grid.
 
         Returns:
             The signal's cells u1 or f4 `[A, G, C]`, and `mass_field` f2 or f4 `[A, G]`.
 
         Raises:
-            ValueError: If the shapes are not the codec's.
             SampleError: If a cell is negative or not finite.
         """
-        expected = (len(attention), self.groups, self.cells)
-        if attention.cells.shape != expected or attention.image_mass.shape != expected[:2]:
+        cells, mass = np.asarray(attention.cells, np.float32), np.asarray(attention.image_mass, np.float32)
+        expected = (len(cells), self.groups, self.cells)
+        if cells.shape != expected or mass.shape != expected[:2]:
             raise ValueError(
                 f"encode: expected cells {[*expected]} and image mass {[*expected[:2]]}, got "
-                f"{[*attention.cells.shape]} and {[*attention.image_mass.shape]}"
+                f"{[*cells.shape]} and {[*mass.shape]}"
             )
-        cells = attention.cells.detach().float().cpu().numpy()
-        mass = attention.image_mass.detach().float().cpu().numpy()
         check_attention(cells, self._words)
         if self.exact:
             return {self.signal: cells.copy(), self.mass_field: mass.copy()}
@@ -153,12 +117,8 @@ class RowAttentionCodec:
             self.mass_field: mass.astype(np.float16),
         }
 
-    def decode(self, record: Record) -> RowAttention:
-        """Unpack the rows of a record; the inverse of `encode` within the class's bound.
-
-        Raises:
-            CacheFormatError: If the arrays are not of the codec's shape.
-        """
+    def decode(self, record: Record) -> AttentionRows[np.ndarray]:
+        """Unpack the rows of a record; the inverse of `encode` within the class's bound."""
         codes, mass = record[self.signal], record[self.mass_field]
         expected = (len(codes), self.groups, self.cells)
         if codes.shape != expected or mass.shape != expected[:2]:
@@ -167,13 +127,27 @@ class RowAttentionCodec:
                 f"{codes.shape} and {mass.shape}; the cache is damaged: run `cachectl verify`"
             )
         if self.exact:
-            return RowAttention(torch.from_numpy(codes.copy()), torch.from_numpy(mass.copy()))
+            return AttentionRows(codes.copy(), mass.copy())
         relative = decode_log8(codes, RANGE_NATS)  # [A, G, C]
         total = relative.sum(axis=2)
         image_mass = mass.astype(np.float32)
         scale = np.divide(image_mass, total, out=np.zeros_like(total), where=total > 0)
         image_mass = np.where(total > 0, image_mass, np.float32(0))
-        return RowAttention(torch.from_numpy(relative * scale[..., None]), torch.from_numpy(image_mass))
+        return AttentionRows(relative * scale[..., None], image_mass)
+
+    def damage(self, record: Record) -> Iterator[str]:
+        """Yield masses that are none, and rows that are not scaled to their largest cell or do not sum to their mass."""
+        cells, mass = record[self.signal], record[self.mass_field].astype(np.float64)  # [A, G, C], [A, G]
+        if mass.size and not 0 <= mass.min() <= mass.max() <= MOST_MASS:
+            yield f"{self.mass_field} is {mass.min()} to {mass.max()}; expected 0 to 1"
+        if not cells.size:
+            return
+        if not self.exact and not np.isin(cells.max(axis=2), (0, LOG_LEVELS + 1)).all():
+            yield f"{self.signal} has a row whose largest code is neither 0 nor {LOG_LEVELS + 1}"
+        if self.exact and (cells.min() < 0 or cells.max() > MOST_MASS):
+            yield f"{self.signal} is {cells.min()} to {cells.max()}; expected 0 to 1"
+        if self.exact and (np.abs(cells.sum(axis=2, dtype=np.float64) - mass) > MOST_MASS - 1).any():
+            yield f"{self.mass_field} is not the sum of the cells of {self.signal}"
 
     @property
     def _words(self) -> str:

@@ -29,31 +29,16 @@ Dims: G layer groups, N cells of the map (visual tokens, or cells of a pooled ma
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self, get_args
+from typing import Any, ClassVar, Generic, Literal, get_args
 
 import numpy as np
-import torch
-from torch import Tensor
+import numpy.typing as npt
 
-from vlm_distill_cache.common.attention.boxes import (
-    Tile,
-    area_pool,
-    content_mask,
-    pool_keys,
-    pool_queries,
-    pooled_tiles,
-    tile_boxes,
-    tiles_from_array,
-)
-from vlm_distill_cache.common.cache.schema import Field, Record
-from vlm_distill_cache.common.codecs.description import (
-    check_flag,
-    check_whole_number,
-    codec_from_settings,
-    codec_to_dict,
-)
+from vlm_distill_cache.common.attention.tiles import Tile, box_array, carries_image, pooled_tiles, tiles_from_array
+from vlm_distill_cache.common.cache.schema import MAX_TRAILING_ELEMENTS, Field, Record
+from vlm_distill_cache.common.codecs.description import Codec, check_flag, check_whole_number
 from vlm_distill_cache.common.codecs.kept_columns import (
     KEPT_LEVELS,
     RUNS,
@@ -64,26 +49,24 @@ from vlm_distill_cache.common.codecs.kept_columns import (
     encode_columns,
     encode_roots,
     encode_sinks,
+    find_runs,
     fit_columns,
+    means_damage,
     nearest_first,
     pack_mask,
+    sink_threshold,
     unpack_mask,
 )
-from vlm_distill_cache.common.codecs.quantise import FloatArray, decode_log8, encode_log8
-from vlm_distill_cache.common.codecs.row_attention import check_attention
-from vlm_distill_cache.common.codecs.teacher_map import TeacherMap, image_pairs, sink_threshold
+from vlm_distill_cache.common.codecs.quantise import ArrayT, FloatArray, decode_log8, encode_log8
+from vlm_distill_cache.common.codecs.row_attention import MOST_MASS, check_attention
 from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, SampleError
 
 
 @dataclass(frozen=True, kw_only=True)
-class VisualColumnsCodec:
+class VisualColumnsCodec(Codec):
     """How a record stores the mean over visual query rows that carry image, per visual key.
 
     Round trip: float16 (relative 2^-11, absolute 2^-25), or bit for bit with `exact`.
-
-    Attributes:
-        groups: Layer groups, at least 1.
-        exact: Store float32 instead of float16.
     """
 
     groups: int
@@ -92,55 +75,66 @@ class VisualColumnsCodec:
     signal: ClassVar[str] = "visual_columns"
 
     def __post_init__(self) -> None:
-        check_whole_number("groups", self.groups, 1)
+        check_whole_number("groups", self.groups, 1, MAX_TRAILING_ELEMENTS)
         check_flag("exact", self.exact)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The exact JSON stored in a cache's plan."""
-        return codec_to_dict(self, self.signal)
-
-    @classmethod
-    def from_dict(cls, stored: Mapping[str, Any]) -> Self:
-        """Rebuild the codec from `to_dict`; refuses anything else with a CacheFormatError."""
-        return codec_from_settings(cls, cls.signal, stored)
 
     def fields(self) -> tuple[Field, ...]:
         """One array: a value per visual token and group."""
         dtype = "f4" if self.exact else "f2"
-        return (Field(name="visual_columns", dtype=dtype, axis="visual", trailing=(self.groups,)),)
+        return (Field(name=self.signal, dtype=dtype, axis="visual", trailing=(self.groups,)),)
 
-    def encode(self, columns: Tensor) -> Record:
+    def encode(self, columns: npt.ArrayLike) -> Record:
         """Pack column means.
 
         Args:
-            columns: float `[G, N]`, mass, any device; N is 0 without an image.
+            columns: float `[G, N]`, mass; N is 0 without an image.
 
         Returns:
             `visual_columns` f2 or f4 `[N, G]`.
 
         Raises:
-            ValueError: If the shape is not the codec's.
             SampleError: If a value is negative or not finite.
         """
-        if columns.ndim != 2 or columns.shape[0] != self.groups:
-            raise ValueError(f"encode: expected columns [{self.groups}, N], got {[*columns.shape]}")
-        values = columns.detach().float().cpu().numpy()
+        values = np.asarray(columns, np.float32)
+        if values.ndim != 2 or len(values) != self.groups:
+            raise ValueError(f"encode: expected columns [{self.groups}, N], got {[*values.shape]}")
         check_attention(values, "visual columns")
-        return {"visual_columns": values.T.astype(np.float32 if self.exact else np.float16, order="C")}
+        return {self.signal: values.T.astype(np.float32 if self.exact else np.float16, order="C")}
 
-    def decode(self, record: Record) -> Tensor:
-        """Unpack column means, float32 `[G, N]`.
-
-        Raises:
-            CacheFormatError: If the array is not of the codec's shape.
-        """
-        values = record["visual_columns"]
+    def decode(self, record: Record) -> FloatArray:
+        """Unpack column means, float32 `[G, N]`."""
+        values = record[self.signal]
         if values.ndim != 2 or values.shape[1] != self.groups:
             raise CacheFormatError(
                 f"visual columns of a record: expected (N, {self.groups}), got {values.shape}; "
                 "the cache is damaged: run `cachectl verify`"
             )
-        return torch.from_numpy(values.T.astype(np.float32, order="C"))
+        return values.T.astype(np.float32, order="C")
+
+    def damage(self, record: Record) -> Iterator[str]:
+        """Yield that masses are none."""
+        yield from _no_masses(self.signal, record[self.signal], MOST_MASS)
+
+
+def _no_masses(name: str, values: np.ndarray, most: float) -> Iterator[str]:
+    if values.size and values.dtype.kind == "f" and not 0 <= values.min() <= values.max() <= most:
+        yield f"{name} is {values.min()} to {values.max()}; expected 0 to {math.floor(most)}"
+
+
+@dataclass(frozen=True)
+class FilteredMaps(Generic[ArrayT]):
+    """Visual maps, query rows by key columns, as arrays (decoded) or tensors (`common.codecs.live.TeacherMap`).
+
+    Attributes:
+        values: float32 `[..., N, N]`, probability mass of each pair; where `complete` is False, a mean over
+            pairs of the same key column with `kept`, and some positive number for pairs without.
+        kept: bool `[..., N, N]`: both tokens carry image and the mass is positive and at most mean + std.
+        complete: Whether every value is that of its own pair.
+    """
+
+    values: ArrayT
+    kept: ArrayT
+    complete: bool = True
 
 
 MapPreset = Literal["exact", "blocks", "compact", "exact8", "f4"]
@@ -150,7 +144,7 @@ MAP_RANGE_NATS = 16.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class VisualMapCodec:
+class VisualMapCodec(Codec):
     """How a record stores visual-by-visual maps.
 
     Round trips, t being the sink threshold of a sample's group and roots taken of shares of t. `exact`,
@@ -161,7 +155,6 @@ class VisualMapCodec:
     zero; a value of at least e^-16 is within a factor `exp(0.0315)`; a smaller one becomes e^-16. `f4`: bit for bit.
 
     Attributes:
-        groups: Layer groups, at least 1.
         preset: What is kept; see the module.
         grid: Side of the grid that each tile's tokens are pooled to before encoding; 0: the teacher's own
             tokens, and the map is causal.
@@ -172,9 +165,10 @@ class VisualMapCodec:
     grid: int = 0
 
     signal: ClassVar[str] = "visual_map"
+    older: ClassVar[Mapping[str, Any]] = {"grid": 0}  # from before maps could be pooled
 
     def __post_init__(self) -> None:
-        check_whole_number("groups", self.groups, 1)
+        check_whole_number("groups", self.groups, 1, MAX_TRAILING_ELEMENTS)
         check_whole_number("grid", self.grid, 0, 256)
         if self.preset not in get_args(MapPreset):
             raise ConfigError(f"preset: expected one of {list(get_args(MapPreset))}, got {self.preset!r}")
@@ -186,15 +180,10 @@ class VisualMapCodec:
 
     def to_dict(self) -> dict[str, Any]:
         """The exact JSON stored in a cache's plan."""
-        stored = codec_to_dict(self, self.signal)
+        stored = super().to_dict()
         if not self.grid:
             del stored["grid"]  # as plans had it before maps could be pooled
         return stored
-
-    @classmethod
-    def from_dict(cls, stored: Mapping[str, Any]) -> Self:
-        """Rebuild the codec from `to_dict`; refuses anything else with a CacheFormatError."""
-        return codec_from_settings(cls, cls.signal, {"grid": 0, **stored})
 
     def fields(self) -> tuple[Field, ...]:
         """A value per pair and group and their scale; or mask, column means, codes and their scale."""
@@ -204,7 +193,7 @@ class VisualMapCodec:
             mask = Field(name="map_mask", dtype="u1", axis="mask")
             return scale, means, mask, Field(name="map_codes", dtype="u1", axis="code")
         dtype, axis = "f4" if self.preset == "f4" else "u1", "square" if self.grid else "pair"
-        values = Field(name="visual_map", dtype=dtype, axis=axis, trailing=(self.groups,))
+        values = Field(name=self.signal, dtype=dtype, axis=axis, trailing=(self.groups,))
         largest = Field(name="map_largest", dtype="f4", axis="map", trailing=(self.groups,))
         return (values, scale, largest, means) if self.preset == "exact" else (values,)
 
@@ -212,55 +201,36 @@ class VisualMapCodec:
         """The cells that the map's rows and columns stand for, given the teacher's tiles."""
         return pooled_tiles(tiles, self.grid) if self.grid else tiles
 
-    def pool(self, maps: Tensor, tiles: tuple[Tile, ...]) -> Tensor:
-        """Bring a teacher's map to this codec's cells: keys by sum, queries by mean.
-
-        Args:
-            maps: float `[G, N_t, N_t]` on the teacher's tokens.
-            tiles: Of these tokens.
-
-        Returns:
-            float32 `[G, N, N]`; the map itself without `grid`.
-        """
-        if not self.grid or not tiles:
-            return maps.float()
-        overlap = area_pool(tile_boxes(tiles), tile_boxes(self.cells_of(tiles)))
-        return pool_queries(pool_keys(maps.float(), overlap), overlap)
-
-    def encode(self, maps: Tensor, *, tiles: tuple[Tile, ...] | None = None) -> Record:
+    def encode(self, maps: npt.ArrayLike, *, tiles: tuple[Tile, ...] | None = None) -> Record:
         """Pack maps.
 
         Args:
-            maps: float `[G, N, N]`, query rows by key columns, mass in [0, 1], any device; zero above
+            maps: float `[G, N, N]`, query rows by key columns, mass in [0, 1]; zero above
                 the diagonal unless pooled; N is 0 without an image.
             tiles: Of the teacher's tokens, as the record's own `tiles` say. None: all cells carry image; not for
                 `blocks` and `compact`, which need to know what is near.
-
-        Returns:
-            The arrays of `fields`.
 
         Raises:
             ValueError: If the shape is not the codec's, or the tiles are missing or of another number of cells.
             SampleError: If a value is negative, above 1 or not finite, or a query sees a later key.
         """
-        if maps.ndim != 3 or maps.shape[0] != self.groups or maps.shape[1] != maps.shape[2]:
-            raise ValueError(f"encode: expected maps [{self.groups}, N, N], got {[*maps.shape]}")
-        live = maps.detach().float().cpu()
-        values = live.numpy()
+        values = np.asarray(maps, np.float32)
+        if values.ndim != 3 or len(values) != self.groups or values.shape[1] != values.shape[2]:
+            raise ValueError(f"encode: expected maps [{self.groups}, N, N], got {[*values.shape]}")
         self._check_mass(values)
         cells = values.shape[1]
-        content = None if tiles is None or not cells else content_mask(tile_boxes(self.cells_of(tiles)))
+        content = None if tiles is None or not cells else carries_image(box_array(self.cells_of(tiles)))
         if content is not None and len(content) != cells:
             raise ValueError(f"encode: expected a map of {len(content)} cells, as the tiles have, got {cells}")
         if self.preset in ("f4", "exact8"):
             pairs = np.ascontiguousarray(values[:, *self._pairs(cells)].T)  # [P, G]
             if self.preset == "f4":
-                return {"visual_map": pairs}
-            return {"visual_map": encode_log8(np.minimum(pairs, np.float32(1)), MAP_RANGE_NATS)}
-        kept = TeacherMap.from_maps(live, token_mask=content).kept.numpy()
-        counted = image_pairs(live, content)
-        scale = sink_threshold(live.double(), counted).float().numpy()  # [G, 1, 1]
-        values = values * counted.numpy()
+                return {self.signal: pairs}
+            return {self.signal: encode_log8(np.minimum(pairs, np.float32(1)), MAP_RANGE_NATS)}
+        kept, threshold = _filter(values, content)
+        scale = threshold.astype(np.float32)  # [G, 1, 1]
+        if content is not None:
+            values = values * (content[:, None] & content)
         with np.errstate(over="ignore"):  # all values so small that their mean is 0 in float32
             ratios = np.divide(values, scale, out=np.zeros_like(values), where=values > 0)
         some = min(cells, 1)
@@ -270,7 +240,7 @@ class VisualMapCodec:
             largest = values.max(axis=(1, 2), initial=0.0)  # [G]
             codes = np.where(kept, encode_roots(ratios, KEPT_LEVELS), encode_sinks(values, scale, largest))
             return record | {
-                "visual_map": np.ascontiguousarray(codes[:, *self._pairs(cells)].T),
+                self.signal: np.ascontiguousarray(codes[:, *self._pairs(cells)].T),
                 "map_largest": largest[None][:some],
                 "map_means": np.ascontiguousarray(means.T),
             }
@@ -290,29 +260,18 @@ class VisualMapCodec:
             "map_codes": codes,
         }
 
-    def decode(self, record: Record) -> Tensor:
-        """Unpack maps, float32 `[G, N, N]`, as near as the preset keeps them.
-
-        Raises:
-            CacheFormatError: If the arrays are not what `encode` writes.
-        """
-        return self.teacher_map(record).values
-
-    def teacher_map(self, record: Record) -> TeacherMap:
-        """Unpack maps as a loss reads them, `[G, N, N]`.
+    def decode(self, record: Record) -> FilteredMaps[np.ndarray]:
+        """Unpack maps `[G, N, N]`, as near as the preset keeps them.
 
         Args:
             record: Holds the arrays of `fields`, and the `tiles` that `encode` was told.
 
         Returns:
             Values and mask; the mask is exact but for `exact8`.
-
-        Raises:
-            CacheFormatError: If the arrays are not what `encode` writes.
         """
         if not self.complete:
             return self._decode_columns(record)
-        codes = record["visual_map"]
+        codes = record[self.signal]
         cells = math.isqrt(len(codes)) if self.grid else (math.isqrt(8 * len(codes) + 1) - 1) // 2
         pairs = cells * cells if self.grid else cells * (cells + 1) // 2
         if codes.ndim != 2 or codes.shape[1] != self.groups or pairs != len(codes):
@@ -326,9 +285,8 @@ class VisualMapCodec:
         if self.preset != "exact":
             values[:, *where] = (codes if self.preset == "f4" else decode_log8(codes, MAP_RANGE_NATS)).T
             # Without tiles, or tiles of other tokens, all cells count; who joins both checks their number.
-            content = content_mask(tile_boxes(self._cells_of(record)))
-            token_mask = content if len(content) == cells else None
-            return TeacherMap.from_maps(torch.from_numpy(values), token_mask=token_mask)
+            content = carries_image(box_array(self._cells_of(record)))
+            return FilteredMaps(values, _filter(values, content if len(content) == cells else None)[0])
         dense = np.zeros(values.shape, np.uint8)
         dense[:, *where] = codes.T
         kept = (dense > 0) & (dense <= KEPT_LEVELS)
@@ -337,9 +295,9 @@ class VisualMapCodec:
         ratios = decode_roots(np.where(kept, dense, 0), KEPT_LEVELS)
         factor = fit_columns(means, ratios.sum(axis=1), kept.sum(axis=1))  # [G, key]
         values = np.where(kept, ratios * factor[:, None] * scale, decode_sinks(dense, scale, largest))
-        return TeacherMap(torch.from_numpy(values.astype(np.float32)), torch.from_numpy(kept))
+        return FilteredMaps(values.astype(np.float32), kept)
 
-    def _decode_columns(self, record: Record) -> TeacherMap:
+    def _decode_columns(self, record: Record) -> FilteredMaps[np.ndarray]:
         means = self._means(record, len(record["map_means"]))
         cells, runs = len(means), RUNS[self.preset]
         scale = self._per_group(record, "map_scale", cells)
@@ -359,11 +317,37 @@ class VisualMapCodec:
         kept, ratios = kept.transpose(0, 2, 1), ratios.transpose(0, 2, 1)
         # A pair without mask is a sink or zero: its value enters no loss, but a map of sinks is no empty map.
         values = np.where(kept, ratios, stored.astype(np.float32)) * scale
-        return TeacherMap(
-            torch.from_numpy(np.ascontiguousarray(values)),
-            torch.from_numpy(np.ascontiguousarray(kept)),
-            complete=False,
-        )
+        return FilteredMaps(np.ascontiguousarray(values), np.ascontiguousarray(kept), complete=False)
+
+    def damage(self, record: Record) -> Iterator[str]:
+        """Yield masses that are none, and means, masks and codes that contradict each other."""
+        for field in self.fields():
+            # A threshold is a mean and a standard deviation.
+            yield from _no_masses(field.name, record[field.name], 2.0 if field.name == "map_scale" else MOST_MASS)
+        if not len(record.get("map_means", ())):
+            return
+        cells = len(record["map_means"])
+        if self.preset == "exact":
+            codes = record[self.signal]  # [pairs, G]
+            kept = (codes > 0) & (codes <= KEPT_LEVELS)
+            column = np.arange(self.groups) * cells + self._pairs(cells)[1][:, None]  # [pairs, G]
+            counts = np.bincount(column[kept], minlength=cells * self.groups)
+            yield from means_damage(record, counts, codes[kept], column[kept], KEPT_LEVELS)
+            sinks, scale, largest = codes > KEPT_LEVELS, record["map_scale"][0], record["map_largest"][0]
+            if (largest[sinks.any(axis=0)] < scale[sinks.any(axis=0)] * (1 - 1e-6)).any():
+                yield f"{self.signal} has sinks, but map_largest is below map_scale"
+            if (largest[codes.any(axis=0)] == 0).any():
+                yield f"map_largest is 0, but {self.signal} has codes of some mass"
+            return
+        kept = unpack_mask(record["map_mask"], self.groups, cells, causal=not self.grid)  # [G, key, query]
+        coding, codes = RUNS[self.preset], record["map_codes"]
+        runs = find_runs(_take(kept, self._nearest_first(self._cells_of(record), cells)), coding.growth)
+        if len(codes) != runs.total:
+            yield f"map_codes has {len(codes)} codes; its mask says {runs.total}"
+        elif len(codes) and not 1 <= codes.min() <= codes.max() <= coding.levels:
+            yield f"map_codes is {codes.min()} to {codes.max()}; expected 1 to {coding.levels}"
+        else:
+            yield from means_damage(record, runs.counts, codes[runs.run], runs.column, coding.levels)
 
     def _cells_of(self, record: Record) -> tuple[Tile, ...]:
         """The tiles of a record's cells; none if it does not say."""
@@ -426,3 +410,15 @@ def _take(maps: np.ndarray, order: np.ndarray) -> np.ndarray:
     """Columns of maps `[G, N, N]`, keys by queries, with each key's queries in its order: `[G * N, N]`."""
     groups, cells = maps.shape[:2]
     return np.take_along_axis(maps, order[None], axis=2).reshape(groups * cells, cells)
+
+
+def _filter(values: FloatArray, content: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """Which pairs no sink filter takes out, bool `[G, N, N]`, and the threshold, float64 `[G, 1, 1]`.
+
+    Args:
+        content: Cells that carry image, bool `[N]`. None: all do.
+    """
+    pairs = np.ones(values.shape[1:], bool) if content is None else content[:, None] & content
+    # float64: a map of equal values, whose std is 0, must not be all sinks by a rounding of its mean.
+    threshold = sink_threshold(values.astype(np.float64), np.broadcast_to(pairs, values.shape))
+    return pairs & (values <= threshold) & (values > 0), threshold

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vlm_distill_cache.common.codecs.quantise import log8_table
-from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError, ConfigError
+from vlm_distill_cache.common.codecs.row_attention import RowAttentionCodec
+from vlm_distill_cache.common.errors import CacheMismatchError, ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from vlm_distill_cache.common.cache.plan import Plan
     from vlm_distill_cache.common.cache.schema import Record
 
-RANGE_NATS = 12.0  # as `common.codecs.row_attention`, which imports torch
 BLOCKS, ASCII = "\u00b7\u2591\u2592\u2593\u2588", ".-+*#"
 _EDGES = (0.08, 0.25, 0.5, 0.8)  # of the largest cell: where a darker shade begins
 _MIN_WIDTH = 14  # characters of a map, for the word above it
@@ -63,43 +62,18 @@ def word_maps(record: Record, plan: Plan, words: Sequence[tuple[str, Sequence[in
         A map a word; none if the cache has no answer attention or the sample no image.
 
     Raises:
-        CacheFormatError: If the plan's grid is not that of the arrays.
+        CacheFormatError: If the plan does not describe the codec, or the arrays are not its.
     """
-    settings = plan.signals.get("answer_attention")
+    settings = plan.signals.get(RowAttentionCodec.signal)
     if settings is None or not len(record["tiles"]):
         return []
-    cells = decode_cells(record["answer_attention"], record["answer_image_mass"]).mean(axis=1)  # [A, C]
-    grid = settings.get("grid")
-    if not isinstance(grid, list) or len(grid) != 2 or grid[0] * grid[1] != cells.shape[1]:
-        raise CacheFormatError(
-            f"answer_attention: the plan says a grid of {grid}, its rows have {cells.shape[1]} cells; "
-            "the plan is damaged: copy the cache again"
-        )
-    rows, cols = grid
+    codec = RowAttentionCodec.from_dict(settings)
+    cells = codec.decode(record).cells.astype(np.float64).mean(axis=1)  # [A, C]
     maps = []
     for word, its_rows in words:
-        mean = cells[list(its_rows)].mean(axis=0).reshape(rows, cols)
+        mean = cells[list(its_rows)].mean(axis=0).reshape(codec.grid)
         maps.append(WordMap(word=word, cells=mean, image_mass=float(mean.sum())))
     return maps
-
-
-def decode_cells(codes: np.ndarray, mass: np.ndarray) -> np.ndarray:
-    """Decode answer attention without torch, as ``RowAttentionCodec.decode`` does.
-
-    Args:
-        codes: u1 codes or f4 masses ``[A, G, C]``.
-        mass: On the image, f2 or f4 ``[A, G]``.
-
-    Returns:
-        float64 ``[A, G, C]``, absolute mass.
-    """
-    if codes.dtype != np.uint8:
-        return codes.astype(np.float64)
-    relative = log8_table(RANGE_NATS)[codes].astype(np.float64)
-    total = relative.sum(axis=2, keepdims=True)
-    scale = np.divide(mass[..., None].astype(np.float64), total, out=np.zeros_like(total), where=total > 0)
-    cells: np.ndarray = relative * scale
-    return cells
 
 
 def draw_text(maps: Sequence[WordMap], *, width: int = 100, shades: str = BLOCKS) -> list[str]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vlm_distill_cache.common.cache.manifest import BASE
-from vlm_distill_cache.common.codecs.checks import entry_gaps
+from vlm_distill_cache.common.codecs.logits import LogitCodec
 from vlm_distill_cache.common.errors import ConfigError
 from vlm_distill_cache.common.files.atomic import write_bytes_atomic
 from vlm_distill_cache.common.printing import one_line
@@ -106,7 +106,7 @@ def describe_record(cache: TeacherCache, sample_id: str, *, unicode: bool = True
     labels = record["labels"].tolist()
     lines = [f"sample {one_line(sample_id)} of {cache.path}, shard {cache.shard_of(sample_id)}"]
     lines += ["", f"answer: {' '.join(text.of(token) for token in labels[:_MAX_ROWS])}"]
-    lines += _token_lines(record, text, cache.plan.signals.get("logits", {}))
+    lines += _token_lines(record, text, cache.plan.signals.get(LogitCodec.signal))
     words = text.words(labels)
     if maps := word_maps(record, cache.plan, words[:_MAX_WORDS]):
         lines += [
@@ -161,28 +161,24 @@ def save_picture(picture: Image, path: Path) -> None:
     write_bytes_atomic(path, data.getvalue())
 
 
-def _token_lines(record: Record, text: TokenText, settings: dict[str, Any]) -> list[str]:
+def _token_lines(record: Record, text: TokenText, settings: dict[str, Any] | None) -> list[str]:
     """One line per supervised row: target, the teacher's first tokens with probabilities, the mass of all others."""
     labels = record["labels"]
-    if "entry_count" not in record or not len(labels):
+    if settings is None or not len(labels):
         return []
-    counts = record["entry_count"].astype(np.int64)
-    starts = np.cumsum(counts) - counts
-    log_probs = np.repeat(record["top_logprob"].astype(np.float64), counts) - entry_gaps(record, settings)
-    temperatures = settings.get("temperatures")
-    plain = temperatures.index(1.0) if isinstance(temperatures, list) and 1.0 in temperatures else None
-    if plain is not None and plain >= record["tail_logmass"].shape[1]:
-        plain = None
+    said = LogitCodec.from_dict(settings).decode(record)
+    counts, masses = said.entry_mask.sum(axis=1).tolist(), np.exp(said.log_probs)
+    tails = np.exp(said.tail_log_mass[:, said.temperatures.index(1.0)])
     lines = [
         "",
         f"{'row':>4}  {'target':<18}{'others':>7}   the teacher's first tokens and their probabilities",
     ]
     for row, label in enumerate(labels[:_MAX_ROWS].tolist()):
-        entries = range(int(starts[row]), int(starts[row] + counts[row]))
-        shown = [f"{text.of(int(record['token_ids'][i])):<12} {np.exp(log_probs[i]):5.3f}" for i in entries[:_TOP]]
-        more = f"(+{len(entries) - _TOP})" if len(entries) > _TOP else ""
-        others = "" if plain is None else f"{np.exp(np.float64(record['tail_logmass'][row, plain])):7.4f}"
-        lines.append(f"{row:>4}  {text.of(label):<18}{others:>7}   {'  '.join(shown)}  {more}".rstrip())
+        most = slice(min(_TOP, counts[row]))
+        first = zip(said.token_ids[row, most].tolist(), masses[row, most].tolist(), strict=True)
+        shown = [f"{text.of(token):<12} {mass:5.3f}" for token, mass in first]
+        more = f"(+{counts[row] - _TOP})" if counts[row] > _TOP else ""
+        lines.append(f"{row:>4}  {text.of(label):<18}{tails[row]:7.4f}   {'  '.join(shown)}  {more}".rstrip())
     if len(labels) > _MAX_ROWS:
         lines.append(f"      ... and {len(labels) - _MAX_ROWS} more rows")
     return lines

@@ -21,7 +21,7 @@ from vlm_distill_cache.data.text.generation import Generated, Sampling, generate
 from vlm_distill_cache.stage1_teacher.loop.work import Build
 from vlm_distill_cache.stage1_teacher.loop.writer import EncodedShard
 
-ANSWERS = "answers"
+ANSWERS = AnswersCodec.signal
 
 
 @dataclass
@@ -49,9 +49,6 @@ def answer_shard(work: Build, positions: Sequence[int], *, index: int, batch_siz
     """Let the teacher answer the samples of one shard, and encode them with its answers.
 
     Args:
-        work: Teacher, data and codecs.
-        positions: In the data set.
-        index: The shard's.
         batch_size: Most prompts in one batch.
 
     Returns:

@@ -56,7 +56,6 @@ def count_workers(wanted: int, device: torch.device, samples: int) -> int:
     Args:
         wanted: The number, of which there are no more than cores; or -1 for an automatic one.
         device: The teacher's; on a CPU its arithmetic has all cores but one.
-        samples: Of the data set.
     """
     if multiprocessing.current_process().daemon:  # may have no processes of its own
         return 0
@@ -71,10 +70,6 @@ def encode_shards(
     """Encode shards ahead of the consumer; what is being encoded is dropped when the consumer stops.
 
     Args:
-        dataset: The data.
-        encoder: From a sample to the teacher's input.
-        plan: The partition into shards.
-        todo: Shards wanted.
         workers: Processes that encode; 0: a thread of this one.
 
     Raises:

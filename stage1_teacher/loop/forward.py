@@ -68,7 +68,6 @@ def run_shard(work: Build, shard: EncodedShard, batch_size: int) -> Iterator[tup
     its batch runs again, one sample at a time.
 
     Args:
-        work: Teacher and codecs.
         shard: Changed in place where a sample fails.
         batch_size: Most samples in a forward pass.
 
@@ -91,7 +90,7 @@ def run_shard(work: Build, shard: EncodedShard, batch_size: int) -> Iterator[tup
 def _prepare(work: Build, samples: Sequence[EncodedSample]) -> _Ready:
     batch = collate(samples, work.teacher.pad_token_id)
     with _one_checkpoint(work, batch):
-        return _Ready(samples=samples, batch=batch, inputs=work.teacher.prepare(batch, work.wanted))
+        return _Ready(samples=samples, batch=batch, inputs=work.prepare(batch))
 
 
 @torch.inference_mode()

@@ -1,9 +1,14 @@
-"""From one teacher pass to records: reduce on the device, encode per sample on the CPU."""
+"""One extractor a signal: what it asks of the teacher's pass, what it keeps of it on the device, and its records' part.
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache
-from typing import Any
+Dims: B batch, T longest sequence, A supervised rows, N visual tokens, R rows of a sample, G layer groups, C grid cells,
+S layers, D width, V vocabulary.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -11,101 +16,403 @@ from torch import Tensor
 
 from vlm_distill_cache.common.attention.boxes import (
     Tile,
+    content_mask,
     grid_tile,
     overlap_matrix,
     pool_keys,
     tile_boxes,
     tiles_to_array,
 )
-from vlm_distill_cache.common.cache.schema import Record
-from vlm_distill_cache.common.codecs.hidden_states import HiddenCodec, ProjectorOutputCodec, VisualHiddenCodec
-from vlm_distill_cache.common.codecs.logits import LogitCodec, SparseLogits, VisualLogitsCodec
-from vlm_distill_cache.common.codecs.row_attention import RowAttention, RowAttentionCodec, TextAttentionCodec
-from vlm_distill_cache.common.codecs.visual_map import MapPreset, VisualColumnsCodec, VisualMapCodec
+from vlm_distill_cache.common.attention.capture import AttentionRequest
+from vlm_distill_cache.common.attention.hidden import HiddenRequest
+from vlm_distill_cache.common.cache.schema import IGNORE_INDEX, Record
+from vlm_distill_cache.common.codecs import (
+    Codec,
+    HiddenCodec,
+    LogitCodec,
+    ProjectorOutputCodec,
+    RowAttentionCodec,
+    TextAttentionCodec,
+    VisualColumnsCodec,
+    VisualHiddenCodec,
+    VisualLogitsCodec,
+    VisualMapCodec,
+)
+from vlm_distill_cache.common.codecs.live import RowAttention, SparseLogits, map_tensors, pool_map, select_entries
 from vlm_distill_cache.common.errors import SampleError
-from vlm_distill_cache.data.text.collate import Batch, text_rows
-from vlm_distill_cache.stage1_teacher.teacher.teacher import TeacherOutput
+from vlm_distill_cache.data.text.collate import Batch, supervised_rows, text_rows, visual_keys
+from vlm_distill_cache.stage1_teacher.config import BuildConfig
+from vlm_distill_cache.stage1_teacher.teacher.inputs import Request
+
+Groups = tuple[tuple[int, ...], ...]
+Positions = Callable[[Batch], Tensor]
+"""From a batch to positions of some of its tokens, int64 ``[B, R]``, padding -1."""
+Finder = Callable[[Positions], Tensor]
+TeacherSignals = dict[str, Any]
+"""The reduced signals of one batch by name, before any codec quantises them: rows of all samples, or a tensor a sample."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class TeacherSignals:
-    """The reduced signals of one batch, before any codec quantises them.
+class Sizes:
+    """What codecs need to know of a teacher.
 
     Attributes:
-        logits: Rows of all samples; None if not wanted.
-        answer_attention: Of each sample, cells ``[A, G, C]``; empty if not wanted.
-        visual_map: Of each sample, ``[G, N, N]``; empty if not wanted.
-        labels: Targets of all rows, int64 ``[A_total]``.
-        row_counts: Rows of each sample.
-        text_attention: Of each sample, cells ``[X, G, C]`` of all text rows behind its image; empty if not wanted.
-        hidden: By signal: hidden states ``[R, S, D]`` of each sample's supervised rows or visual tokens.
-        visual_logits: Rows of all visual tokens; None if not wanted.
-        visual_counts: Visual tokens of each sample.
-        visual_columns: Of each sample, ``[G, N]``: mean attention of a visual token over those that carry image; empty
-            if not wanted.
+        grid: Rows and columns that attention of rows is pooled to.
+        layers: Of hidden states, counted as in ``common.attention.hidden``.
+        width: Of the language model.
     """
 
-    logits: SparseLogits | None
-    answer_attention: tuple[Tensor, ...]
-    visual_map: tuple[Tensor, ...]
-    labels: Tensor
-    row_counts: tuple[int, ...]
-    text_attention: tuple[Tensor, ...] = ()
-    hidden: Mapping[str, tuple[Tensor, ...]] = field(default_factory=dict)
-    visual_logits: SparseLogits | None = None
-    visual_counts: tuple[int, ...] = ()
-    visual_columns: tuple[Tensor, ...] = ()
+    grid: tuple[int, int]
+    layers: tuple[int, ...] = ()
+    width: int = 1
 
 
-def build_codecs(
-    *,
-    signals: Sequence[str],
-    logits: str,
-    temperatures: tuple[float, ...],
-    exact_attention: bool,
-    grid: tuple[int, int],
-    groups: int,
-    map_preset: MapPreset = "exact",
-    map_grid: int = 0,
-    hidden_layers: tuple[int, ...] = (),
-    width: int = 1,
-    exact_hidden: bool = False,
-) -> dict[str, Any]:
-    """Build the codec of each wanted signal.
+class Extractor(ABC):
+    """How stage one gets one signal out of a teacher.
+
+    Attributes:
+        any_family: Whether it can be had of families that are not in the table.
+        attention: Whether it needs the teacher's attention.
+        causal: Whether visual tokens may only see what precedes them.
+    """
+
+    any_family: ClassVar[bool] = False
+    attention: ClassVar[bool] = False
+    causal: ClassVar[bool] = False
+
+    @abstractmethod
+    def codec(self, config: BuildConfig, sizes: Sizes) -> Codec:
+        """The codec that a configuration asks for."""
+
+    @abstractmethod
+    def request(self, batch: Batch, at: Finder, codec: Any, groups: Groups) -> Request | None:
+        """What it needs of a forward pass; None if the batch has nothing of it.
+
+        Args:
+            at: Finds positions in it: the same tensor each time, by which requests share rows.
+        """
+
+    @abstractmethod
+    def reduce(self, found: Tensor | None, batch: Batch, codec: Any, *, checked: bool) -> Any:
+        """Keep what the codec needs, still on the teacher's device.
+
+        Args:
+            found: What was requested; None if that was nothing.
+            checked: Refuse logits that are not finite; False leaves that to `check`, and waits for no GPU.
+        """
+
+    @abstractmethod
+    def encode(self, live: Any, batch: Batch, codec: Any) -> Sequence[Record]:
+        """The part of each sample's record, from what `reduce` kept, on the CPU."""
+
+    @abstractmethod
+    def check(self, live: Any) -> None:
+        """Refuse what is not finite, reduced unchecked and now on the CPU; raises SampleError."""
+
+    def held_bytes(self, codec: Any, *, length: int, visual: int, width: int) -> int:
+        """About what it holds of one sample until the pass is over.
+
+        Args:
+            length: Of the sample in tokens.
+            width: Bytes of a number of the model's.
+        """
+        return 0
+
+
+class _Logits(Extractor):
+    """The likely tokens of supervised rows: ``SparseLogits`` of all samples."""
+
+    any_family = True
+    kind: type[LogitCodec] = LogitCodec
+
+    def mask(self, batch: Batch) -> Tensor:
+        """The rows, bool ``[B, T]``."""
+        return batch.labels != IGNORE_INDEX
+
+    def targets(self, logits: Tensor, batch: Batch) -> Tensor:
+        """The token that is kept of each row in any case, int64 ``[A]``."""
+        return batch.labels[self.mask(batch)]
+
+    def codec(self, config: BuildConfig, sizes: Sizes) -> Codec:
+        return self.kind.from_preset(config.logits, temperatures=config.temperatures)
+
+    def request(self, batch: Batch, at: Finder, codec: Any, groups: Groups) -> Request | None:
+        return self.mask(batch)
+
+    def reduce(self, found: Tensor | None, batch: Batch, codec: Any, *, checked: bool) -> SparseLogits:
+        assert found is not None
+        return select_entries(codec, found, self.targets(found, batch), checked=checked)
+
+    def encode(self, live: SparseLogits, batch: Batch, codec: Any) -> Sequence[Record]:
+        return _share_out(codec, live, self.mask(batch).sum(dim=1).tolist())
+
+    def check(self, live: SparseLogits) -> None:
+        # A row that is no distribution has a NaN in front; log-probabilities of -inf are none of the teacher's faults.
+        if bool(live.log_probs[:, :1].isnan().any()):
+            raise SampleError("the logits are not finite; try dtype=bfloat16 or float32")
+
+
+class _VisualLogits(_Logits):
+    """The same of visual tokens, which have no ground truth: the likeliest token stands for it."""
+
+    any_family = False
+    kind = VisualLogitsCodec
+
+    def mask(self, batch: Batch) -> Tensor:
+        return batch.visual_mask
+
+    def targets(self, logits: Tensor, batch: Batch) -> Tensor:
+        return logits.argmax(dim=1)
+
+
+class _Attention(Extractor):
+    """A signal of attention: a tensor of each sample."""
+
+    attention = True
+
+    def check(self, live: tuple[Tensor, ...]) -> None:
+        if not all(bool(of_sample.isfinite().all()) for of_sample in live):
+            raise SampleError("the attention is not finite; try dtype=float32")
+
+
+class _RowAttention(_Attention):
+    """Where some rows look, pooled to a grid: cells ``[R, G, C]``; zero without an image."""
+
+    def __init__(self, kind: type[RowAttentionCodec], rows: Positions) -> None:
+        self._kind, self._rows = kind, rows
+
+    def codec(self, config: BuildConfig, sizes: Sizes) -> Codec:
+        return self._kind(grid=sizes.grid, groups=config.groups, exact=config.attention_dtype == "f4")
+
+    def request(self, batch: Batch, at: Finder, codec: Any, groups: Groups) -> Request | None:
+        return _attention(at(self._rows), at(visual_keys), groups)
+
+    def reduce(self, found: Tensor | None, batch: Batch, codec: Any, *, checked: bool) -> tuple[Tensor, ...]:
+        counts = zip(_counts(self._rows, batch), _counts(visual_keys, batch), strict=True)
+        return tuple(
+            torch.zeros(rows, codec.groups, codec.cells)
+            if found is None or not tokens
+            else _pool_rows(found[index, :, :rows, :tokens], batch.tiles[index], codec.grid)
+            for index, (rows, tokens) in enumerate(counts)
+        )
+
+    def encode(self, live: tuple[Tensor, ...], batch: Batch, codec: Any) -> Sequence[Record]:
+        rows = RowAttention.cat([RowAttention.from_cells(cells) for cells in live])
+        return _share_out(codec, rows, [len(cells) for cells in live])
+
+
+class _VisualMap(_Attention):
+    """Attention of visual tokens on visual tokens: ``[G, N, N]``."""
+
+    causal = True
+
+    def codec(self, config: BuildConfig, sizes: Sizes) -> Codec:
+        preset = "f4" if config.attention_dtype == "f4" else config.map_preset
+        return VisualMapCodec(groups=config.groups, preset=preset, grid=config.map_grid)
+
+    def request(self, batch: Batch, at: Finder, codec: Any, groups: Groups) -> Request | None:
+        return _attention(at(visual_keys), at(visual_keys), groups)
+
+    def reduce(self, found: Tensor | None, batch: Batch, codec: Any, *, checked: bool) -> tuple[Tensor, ...]:
+        return tuple(
+            torch.zeros(codec.groups, 0, 0) if found is None or not tokens else found[index, :, :tokens, :tokens]
+            for index, tokens in enumerate(_counts(visual_keys, batch))
+        )
+
+    def encode(self, live: tuple[Tensor, ...], batch: Batch, codec: Any) -> Sequence[Record]:
+        pairs = zip(live, batch.tiles, strict=True)
+        return [codec.encode(pool_map(codec, maps, tiles), tiles=tiles) for maps, tiles in pairs]
+
+    def held_bytes(self, codec: Any, *, length: int, visual: int, width: int) -> int:
+        return int(codec.groups) * visual * visual * 4
+
+
+class _VisualColumns(_Attention):
+    """The mean of these maps over the visual tokens that carry image: ``[G, N]``."""
+
+    def codec(self, config: BuildConfig, sizes: Sizes) -> Codec:
+        return VisualColumnsCodec(groups=config.groups, exact=config.attention_dtype == "f4")
+
+    def request(self, batch: Batch, at: Finder, codec: Any, groups: Groups) -> Request | None:
+        keys = at(visual_keys)
+        return _attention(keys, keys, groups, image_weights(batch, keys))
+
+    def reduce(self, found: Tensor | None, batch: Batch, codec: Any, *, checked: bool) -> tuple[Tensor, ...]:
+        return tuple(
+            torch.zeros(codec.groups, 0) if found is None or not tokens else found[index, :, 0, :tokens]
+            for index, tokens in enumerate(_counts(visual_keys, batch))
+        )
+
+    def encode(self, live: tuple[Tensor, ...], batch: Batch, codec: Any) -> Sequence[Record]:
+        return [codec.encode(columns) for columns in live]
+
+
+class _Hidden(Extractor):
+    """Hidden states of some rows: ``[R, S, D]`` of each sample, in the model's dtype."""
+
+    def __init__(self, kind: type[HiddenCodec], rows: Positions) -> None:
+        self._kind, self._rows = kind, rows
+
+    def codec(self, config: BuildConfig, sizes: Sizes) -> Codec:
+        layers = {} if self._kind is ProjectorOutputCodec else {"layers": sizes.layers}  # of which it has one
+        return self._kind(width=sizes.width, exact=config.hidden_dtype == "f4", **layers)
+
+    def request(self, batch: Batch, at: Finder, codec: Any, groups: Groups) -> Request | None:
+        return HiddenRequest(at(self._rows), codec.layers)
+
+    def reduce(self, found: Tensor | None, batch: Batch, codec: Any, *, checked: bool) -> tuple[Tensor, ...]:
+        assert found is not None
+        return tuple(found[index, :count] for index, count in enumerate(_counts(self._rows, batch)))
+
+    def encode(self, live: tuple[Tensor, ...], batch: Batch, codec: Any) -> Sequence[Record]:
+        return [codec.encode(states.float()) for states in live]
+
+    def check(self, live: tuple[Tensor, ...]) -> None:
+        pass  # encoding refuses states that it cannot hold
+
+    def held_bytes(self, codec: Any, *, length: int, visual: int, width: int) -> int:
+        return len(codec.layers) * length * int(codec.width) * width
+
+
+EXTRACTORS: dict[str, Extractor] = {
+    "logits": _Logits(),
+    "answer_attention": _RowAttention(RowAttentionCodec, supervised_rows),
+    "text_attention": _RowAttention(TextAttentionCodec, text_rows),
+    "visual_map": _VisualMap(),
+    "visual_columns": _VisualColumns(),  # behind the maps, of whose rows it is then the mean
+    "hidden": _Hidden(HiddenCodec, supervised_rows),
+    "visual_hidden": _Hidden(VisualHiddenCodec, visual_keys),
+    "projector_output": _Hidden(ProjectorOutputCodec, visual_keys),
+    "visual_logits": _VisualLogits(),
+}
+
+
+def build_codecs(config: BuildConfig, sizes: Sizes) -> dict[str, Codec]:
+    """The codec of each signal that a configuration asks for."""
+    return {name: EXTRACTORS[name].codec(config, sizes) for name in config.signals}
+
+
+def requests_of(batch: Batch, codecs: Mapping[str, Codec], groups: Groups) -> dict[str, Request]:
+    """What the signals of some codecs need of a forward pass, by signal."""
+
+    @cache
+    def at(positions: Positions) -> Tensor:
+        return positions(batch)
+
+    wanted = {
+        name: extractor.request(batch, at, codecs[name], groups)
+        for name, extractor in EXTRACTORS.items()
+        if name in codecs
+    }
+    return {name: request for name, request in wanted.items() if request is not None}
+
+
+def reduce_output(
+    found: Mapping[str, Tensor], batch: Batch, codecs: Mapping[str, Codec], *, checked: bool = True
+) -> TeacherSignals:
+    """Keep what the codecs need of one forward pass, still on the teacher's device.
 
     Args:
-        signals: Names from ``config.SIGNALS``.
-        logits: Preset of the logit codec.
-        temperatures: Temperatures whose tail mass is kept.
-        exact_attention: float32 instead of 8-bit codes.
-        grid: Rows and columns that answer and text attention are pooled to.
-        groups: Number of layer groups.
-        map_preset: What is kept of visual maps.
-        map_grid: Side of the grid that the tokens of a visual map's tiles are pooled to; 0: not pooled.
-        hidden_layers: Of ``hidden`` and ``visual_hidden``, counted as in ``common.attention.hidden``.
-        width: Of the teacher's language model.
-        exact_hidden: float32 instead of float16 for hidden states.
+        checked: Refuse logits that are not finite; False leaves that to `check_finite`, and waits for no GPU.
+    """
+    return {
+        name: EXTRACTORS[name].reduce(found.get(name), batch, codec, checked=checked)
+        for name, codec in codecs.items()
+        if name in EXTRACTORS
+    }
+
+
+def to_cpu(signals: TeacherSignals, *, non_blocking: bool = False) -> TeacherSignals:
+    """Copy the reduced signals off the device.
+
+    Args:
+        non_blocking: Only queue the copies, into page-locked memory; what `copies_done` returns says when they are made.
+    """
+    copied: TeacherSignals = map_tensors(signals, lambda tensor: tensor.to("cpu", non_blocking=non_blocking))
+    return copied
+
+
+def copies_done(signals: TeacherSignals) -> tuple[torch.cuda.Event, ...]:
+    """Record behind all work that is queued for signals: one event for each GPU that they lie on."""
+    devices: set[torch.device] = set()
+
+    def note(tensor: Tensor) -> Tensor:
+        devices.update({tensor.device} if tensor.is_cuda else ())
+        return tensor
+
+    map_tensors(signals, note)
+    return tuple(torch.cuda.current_stream(device).record_event() for device in sorted(devices, key=str))
+
+
+def check_finite(signals: TeacherSignals) -> None:
+    """Refuse signals, reduced unchecked and now on the CPU, that are not finite; raises SampleError."""
+    for name, live in signals.items():
+        EXTRACTORS[name].check(live)
+
+
+def encode_records(signals: TeacherSignals, batch: Batch, codecs: Mapping[str, Codec]) -> list[Record]:
+    """Encode a batch's signals into one record a sample.
+
+    Args:
+        codecs: Codec of each signal that records get.
 
     Returns:
-        Codec by signal.
+        Records in the batch's order: the base fields and those of each codec.
     """
-    build: dict[str, Any] = {
-        "logits": lambda: LogitCodec.from_preset(logits, temperatures=temperatures),
-        "answer_attention": lambda: RowAttentionCodec(grid=grid, groups=groups, exact=exact_attention),
-        "text_attention": lambda: TextAttentionCodec(grid=grid, groups=groups, exact=exact_attention),
-        "visual_columns": lambda: VisualColumnsCodec(groups=groups, exact=exact_attention),
-        "visual_map": lambda: VisualMapCodec(
-            groups=groups, preset="f4" if exact_attention else map_preset, grid=map_grid
-        ),
-    }
-    states: dict[str, Any] = {"width": width, "exact": exact_hidden}
-    build |= {
-        "hidden": lambda: HiddenCodec(layers=hidden_layers, **states),
-        "visual_hidden": lambda: VisualHiddenCodec(layers=hidden_layers, **states),
-        "projector_output": lambda: ProjectorOutputCodec(**states),
-        "visual_logits": lambda: VisualLogitsCodec.from_preset(logits, temperatures=temperatures),
-    }
-    return {name: build[name]() for name in signals}
+    records: list[Record] = [
+        {
+            "image_hash": np.frombuffer(batch.image_hashes[index], dtype="u1").reshape(1, 16).copy(),
+            "labels": labels[labels != IGNORE_INDEX].numpy().astype("<u4"),
+            "tiles": tiles_to_array(batch.tiles[index]),
+        }
+        for index, labels in enumerate(batch.labels)
+    ]
+    for name, live in signals.items():
+        if name in codecs:
+            for record, part in zip(records, EXTRACTORS[name].encode(live, batch, codecs[name]), strict=True):
+                record |= part
+    return records
+
+
+def _share_out(codec: Codec, rows: Any, counts: Sequence[int]) -> list[Record]:
+    """Encode rows of a batch, and give each sample its own: codes of rows depend on nothing but the row."""
+    encoded, ends = codec.encode(rows), np.cumsum(counts)
+    records: list[Record] = [{} for _ in counts]
+    for field in codec.fields():
+        bounds = ends
+        if field.axis.endswith("entry"):  # several to a row
+            bounds = np.concatenate([[0], np.cumsum(encoded[f"{field.axis}_count"], dtype=np.int64)])[ends]
+        for record, part in zip(records, np.split(encoded[field.name], bounds[:-1]), strict=True):
+            record[field.name] = part
+    return records
+
+
+def _counts(positions: Positions, batch: Batch) -> list[int]:
+    """How many tokens of each sample are at some positions."""
+    counts: list[int] = (positions(batch) >= 0).sum(dim=1).tolist()
+    return counts
+
+
+def _attention(rows: Tensor, keys: Tensor, groups: Groups, weights: Tensor | None = None) -> AttentionRequest | None:
+    """A request, if any sample of the batch has visual tokens."""
+    return AttentionRequest(rows, keys, groups, weights) if keys.shape[1] else None
+
+
+def image_weights(batch: Batch, keys: Tensor) -> Tensor:
+    """What a visual token counts in the mean over those of its sample that carry image; padding does not.
+
+    Args:
+        keys: Positions of the visual tokens, int64 ``[B, N]``, padding -1.
+
+    Returns:
+        float32 ``[B, N]``.
+    """
+    weights = torch.zeros(keys.shape)
+    for index, tiles in enumerate(batch.tiles):
+        if tiles:
+            content = content_mask(tile_boxes(tiles)).float()  # [N]
+            weights[index, keys[index] >= 0] = content / content.sum().clamp_min(1.0)
+    return weights
 
 
 @lru_cache(maxsize=64)  # where layouts follow the picture's size an entry may take megabytes
@@ -114,227 +421,7 @@ def _grid_overlap(tiles: tuple[Tile, ...], grid: tuple[int, int], device: torch.
     return overlap.to(device, non_blocking=True)
 
 
-def reduce_output(
-    output: TeacherOutput, batch: Batch, codecs: Mapping[str, Any], *, checked: bool = True
-) -> TeacherSignals:
-    """Keep what the codecs need of one forward pass, still on the teacher's device.
-
-    Args:
-        output: One pass.
-        batch: The batch it ran on, on the CPU.
-        codecs: Codec by signal.
-        checked: Refuse logits that are not finite; False leaves that to `check_finite`, and waits for no GPU.
-
-    Returns:
-        Signals whose attention is pooled to the codec's grid; dense logits are gone.
-    """
-    logits, visual_logits = None, None
-    if "logits" in codecs:
-        logits = codecs["logits"].select(output.logits, output.labels, checked=checked)
-    if output.visual_logits is not None:
-        likeliest = output.visual_logits.argmax(dim=1)  # a visual token has no ground truth
-        visual_logits = codecs["visual_logits"].select(output.visual_logits, likeliest, checked=checked)
-    answer: list[Tensor] = []
-    text: list[Tensor] = []
-    visual: list[Tensor] = []
-    columns: list[Tensor] = []
-    text_counts = (text_rows(batch) >= 0).sum(dim=1).tolist() if "text_attention" in codecs else []
-    for index, (rows, tokens) in enumerate(zip(output.row_counts, output.visual_counts, strict=True)):
-        if "answer_attention" in codecs:
-            codec = codecs["answer_attention"]
-            if tokens:
-                attention = output.attention["answer"][index, :, :rows, :tokens]  # [G, A, N]
-                answer.append(_pool_rows(attention, batch.tiles[index], codec.grid))  # [A, G, C]
-            else:
-                answer.append(torch.zeros(rows, codec.groups, codec.cells))
-        if "text_attention" in codecs:
-            codec = codecs["text_attention"]
-            if tokens:
-                attention = output.attention["text"][index, :, : text_counts[index], :tokens]  # [G, X, N]
-                text.append(_pool_rows(attention, batch.tiles[index], codec.grid))  # [X, G, C]
-            else:
-                text.append(torch.zeros(0, codec.groups, codec.cells))
-        if "visual_map" in codecs:
-            codec = codecs["visual_map"]
-            whole = torch.zeros(codec.groups, 0, 0)
-            if tokens:
-                whole = output.attention["visual"][index, :, :tokens, :tokens]  # [G, N, N]
-            visual.append(whole)
-        if "visual_columns" in codecs:
-            none = torch.zeros(codecs["visual_columns"].groups, 0)
-            columns.append(output.attention["columns"][index, :, 0, :tokens] if tokens else none)  # [G, N]
-    return TeacherSignals(
-        logits=logits,
-        answer_attention=tuple(answer),
-        visual_map=tuple(visual),
-        labels=output.labels,
-        row_counts=output.row_counts,
-        text_attention=tuple(text),
-        hidden={
-            name: tuple(
-                states[index, :count]
-                for index, count in enumerate(output.row_counts if name == "hidden" else output.visual_counts)
-            )
-            for name, states in output.hidden.items()
-        },
-        visual_logits=visual_logits,
-        visual_counts=output.visual_counts,
-        visual_columns=tuple(columns),
-    )
-
-
 def _pool_rows(attention: Tensor, tiles: tuple[Tile, ...], grid: tuple[int, int]) -> Tensor:
     """Attention of some rows on visual tokens, ``[G, R, N]``, on the cells of a grid: ``[R, G, C]``."""
     overlap = _grid_overlap(tiles, grid, attention.device)
     return pool_keys(attention.transpose(0, 1), overlap)
-
-
-def slice_logits(logits: SparseLogits, rows: slice) -> SparseLogits:
-    """The rows of one sample."""
-    return SparseLogits(
-        token_ids=logits.token_ids[rows],
-        log_probs=logits.log_probs[rows],
-        entry_mask=logits.entry_mask[rows],
-        tail_log_mass=logits.tail_log_mass[rows],
-        temperatures=logits.temperatures,
-    )
-
-
-def encode_records(signals: TeacherSignals, batch: Batch, codecs: Mapping[str, Any]) -> list[Record]:
-    """Encode a batch's signals into one record a sample.
-
-    Args:
-        signals: On the CPU.
-        batch: The batch they belong to.
-        codecs: Codec by signal.
-
-    Returns:
-        Records in the batch's order: the base fields and those of each codec.
-    """
-    labels = np.split(signals.labels.numpy().astype("<u4"), np.cumsum(signals.row_counts)[:-1])
-    records: list[Record] = [
-        {
-            "image_hash": np.frombuffer(batch.image_hashes[index], dtype="u1").reshape(1, 16).copy(),
-            "labels": labels[index],
-            "tiles": tiles_to_array(batch.tiles[index]),
-        }
-        for index in range(len(batch))
-    ]
-    # Codes of rows depend on nothing but the row: a batch is encoded at once, then cut.
-    if signals.logits is not None:
-        _share_out(codecs["logits"], signals.logits, signals.row_counts, records)
-    if signals.visual_logits is not None:
-        _share_out(codecs["visual_logits"], signals.visual_logits, signals.visual_counts, records)
-    for name, cells in (
-        ("answer_attention", signals.answer_attention),
-        ("text_attention", signals.text_attention),
-    ):
-        if name in codecs:
-            attention = RowAttention.cat([RowAttention.from_cells(of_sample) for of_sample in cells])
-            _share_out(codecs[name], attention, [len(of_sample) for of_sample in cells], records)
-    for index, record in enumerate(records):
-        if "visual_map" in codecs:
-            record |= encode_map(codecs["visual_map"], signals.visual_map[index], batch.tiles[index])
-        if "visual_columns" in codecs:
-            record |= codecs["visual_columns"].encode(signals.visual_columns[index])
-        for name, states in signals.hidden.items():
-            record |= codecs[name].encode(states[index])
-    return records
-
-
-def _share_out(codec: Any, rows: Any, counts: Sequence[int], records: Sequence[Record]) -> None:
-    """Encode rows of a batch, and add to each record what belongs to its own."""
-    encoded: Record = codec.encode(rows)
-    ends = np.cumsum(counts)
-    for field_ in codec.fields():
-        bounds = ends
-        if field_.axis.endswith("entry"):  # several to a row
-            bounds = np.concatenate([[0], np.cumsum(encoded[f"{field_.axis}_count"], dtype=np.int64)])[ends]
-        for record, part in zip(records, np.split(encoded[field_.name], bounds[:-1]), strict=True):
-            record[field_.name] = part
-
-
-def encode_map(codec: VisualMapCodec, maps: Tensor, tiles: tuple[Tile, ...]) -> Record:
-    """Pool a visual map to the codec's cells and encode it.
-
-    Args:
-        codec: Of the cache.
-        maps: On the teacher's tokens, float32 ``[G, N, N]``.
-        tiles: Of these tokens.
-
-    Returns:
-        The codec's fields.
-    """
-    return codec.encode(codec.pool(maps, tiles), tiles=tiles)
-
-
-def to_cpu(signals: TeacherSignals, *, non_blocking: bool = False) -> TeacherSignals:
-    """Copy the reduced signals off the device.
-
-    Args:
-        signals: On any devices.
-        non_blocking: Only queue the copies, into page-locked memory; what `copies_done` returns says when they are made.
-    """
-
-    def copy(tensor: Tensor) -> Tensor:
-        return tensor.to("cpu", non_blocking=non_blocking)
-
-    def copy_logits(logits: SparseLogits | None) -> SparseLogits | None:
-        return None if logits is None else logits.to("cpu", non_blocking=non_blocking)
-
-    return TeacherSignals(
-        logits=copy_logits(signals.logits),
-        answer_attention=tuple(map(copy, signals.answer_attention)),
-        visual_map=tuple(map(copy, signals.visual_map)),
-        labels=copy(signals.labels),
-        row_counts=signals.row_counts,
-        text_attention=tuple(map(copy, signals.text_attention)),
-        hidden={name: tuple(map(copy, states)) for name, states in signals.hidden.items()},
-        visual_logits=copy_logits(signals.visual_logits),
-        visual_counts=signals.visual_counts,
-        visual_columns=tuple(map(copy, signals.visual_columns)),
-    )
-
-
-def copies_done(signals: TeacherSignals) -> tuple[torch.cuda.Event, ...]:
-    """Record behind all work that is queued for signals: one event for each GPU that they lie on.
-
-    Args:
-        signals: On the devices that they were computed on.
-    """
-    devices = {tensor.device for tensor in _tensors(signals) if tensor.is_cuda}
-    return tuple(torch.cuda.current_stream(device).record_event() for device in sorted(devices, key=str))
-
-
-def check_finite(signals: TeacherSignals) -> None:
-    """Refuse signals of logits or attention that are not finite.
-
-    Args:
-        signals: On the CPU, reduced unchecked.
-
-    Raises:
-        SampleError: If they are.
-    """
-    for logits in (signals.logits, signals.visual_logits):
-        # A row that is no distribution has a NaN in front; log-probabilities of -inf are none of the teacher's faults.
-        if logits is not None and bool(logits.log_probs[:, :1].isnan().any()):
-            raise SampleError("the logits are not finite; try dtype=bfloat16 or float32")
-    for attention in _attention(signals):
-        if not bool(attention.isfinite().all()):
-            raise SampleError("the attention is not finite; try dtype=float32")
-
-
-def _tensors(signals: TeacherSignals) -> Iterator[Tensor]:
-    for logits in (signals.logits, signals.visual_logits):
-        if logits is not None:
-            yield logits.log_probs
-    yield from _attention(signals)
-    for states in signals.hidden.values():
-        yield from states
-
-
-def _attention(signals: TeacherSignals) -> Iterator[Tensor]:
-    yield from signals.answer_attention
-    yield from signals.text_attention
-    yield from signals.visual_map
-    yield from signals.visual_columns

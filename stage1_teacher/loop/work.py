@@ -3,13 +3,15 @@
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from vlm_distill_cache.common.cache.manifest import Plan
-from vlm_distill_cache.common.codecs.hidden_states import HiddenCodec
 from vlm_distill_cache.data.sample import Dataset
 from vlm_distill_cache.data.text.collate import Batch
 from vlm_distill_cache.data.text.encoding import SampleEncoder
-from vlm_distill_cache.stage1_teacher.teacher.inputs import TeacherInputs, Wanted
-from vlm_distill_cache.stage1_teacher.teacher.teacher import Teacher, TeacherOutput
+from vlm_distill_cache.stage1_teacher.loop.signals import requests_of
+from vlm_distill_cache.stage1_teacher.teacher.inputs import TeacherInputs
+from vlm_distill_cache.stage1_teacher.teacher.teacher import Teacher
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,8 +19,6 @@ class Build:
     """Everything a build or a fidelity run works with.
 
     Attributes:
-        teacher: The loaded teacher.
-        dataset: The data.
         encoder: From a sample to the teacher's input.
         codecs: Codec by signal.
         groups: Teacher layers of each attention group.
@@ -34,24 +34,15 @@ class Build:
     plan: Plan
     workers: int
 
-    @property
-    def wanted(self) -> Wanted:
-        """What the codecs need of a forward pass."""
-        return Wanted(
-            groups=self.groups,
-            answer_rows="answer_attention" in self.codecs,
-            visual_rows="visual_map" in self.codecs,
-            columns="visual_columns" in self.codecs,
-            text="text_attention" in self.codecs,
-            hidden={name: codec.layers for name, codec in self.codecs.items() if isinstance(codec, HiddenCodec)},
-            visual_logits="visual_logits" in self.codecs,
-        )
+    def prepare(self, batch: Batch) -> TeacherInputs:
+        """Make on the CPU what the teacher needs of a batch for the codecs' signals."""
+        return self.teacher.prepare(batch, requests_of(batch, self.codecs, self.groups))
 
-    def run(self, batch: Batch, inputs: TeacherInputs | None = None) -> TeacherOutput:
-        """Run the teacher on one batch, capturing what the codecs need.
+    def run(self, batch: Batch, inputs: TeacherInputs | None = None) -> dict[str, Tensor]:
+        """Run the teacher on one batch, on the CPU; what it found by signal, see `Teacher.run`.
 
         Args:
             batch: On the CPU.
-            inputs: What the teacher's ``prepare`` made of it, if that was done ahead of time.
+            inputs: What `prepare` made of it, if that was done ahead of time.
         """
-        return self.teacher.run(batch, inputs=inputs or self.teacher.prepare(batch, self.wanted))
+        return self.teacher.run(inputs or self.prepare(batch))

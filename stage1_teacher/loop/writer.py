@@ -11,6 +11,7 @@ from vlm_distill_cache.common.cache.manifest import Plan, read_sidecar, sidecar_
 from vlm_distill_cache.common.cache.schema import Record
 from vlm_distill_cache.common.cache.shared_images import ImageSharer, SharedImages
 from vlm_distill_cache.common.cache.stores import finish_shard, open_writer
+from vlm_distill_cache.common.codecs import AnswersCodec
 from vlm_distill_cache.common.errors import CacheMismatchError, DataError
 from vlm_distill_cache.common.printing import one_line
 from vlm_distill_cache.data.text.collate import Batch, image_key
@@ -43,8 +44,6 @@ class FailureBudget:
     """How many unreadable samples a cache tolerates.
 
     Attributes:
-        total: Samples of the data set.
-        share: Largest tolerated share.
         failed: Failures so far, those of finished shards included.
         first: The first of them, ``(sample_id, reason)``, for the error.
     """
@@ -101,10 +100,7 @@ def run_ahead(
     """Results of a function in the order of its arguments, computed by a background thread.
 
     Args:
-        function: Called once for each item.
-        items: Taken as they are needed.
         count: Results that may be ready, or in the making, before they are asked for.
-        name: Of the thread.
         stop: Called at the end, whatever the reason, before a result that is still in the making is waited for.
     """
     with ThreadPoolExecutor(1, thread_name_prefix=name) as pool:
@@ -192,8 +188,8 @@ class Writer:
         try:
             sharer = ImageSharer(SharedImages(self._plan.all_fields))
             for sample_id, key in order:
-                if "answers" in self._codecs:
-                    records[sample_id] |= self._codecs["answers"].encode(answers[sample_id])
+                if AnswersCodec.signal in self._codecs:
+                    records[sample_id] |= self._codecs[AnswersCodec.signal].encode(answers[sample_id])
                 writer.append(sample_id, sharer.share(records[sample_id], key))
             finish_shard(writer, failed)
         finally:

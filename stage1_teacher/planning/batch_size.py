@@ -26,6 +26,7 @@ from vlm_distill_cache.common.errors import DataError, ModelError, SampleError
 from vlm_distill_cache.data.families.inputs import text_config
 from vlm_distill_cache.data.text.encoding import EncodedSample
 from vlm_distill_cache.stage1_teacher.loop.forward import run_shard
+from vlm_distill_cache.stage1_teacher.loop.signals import EXTRACTORS
 from vlm_distill_cache.stage1_teacher.loop.work import Build
 from vlm_distill_cache.stage1_teacher.loop.writer import EncodedShard
 
@@ -150,9 +151,12 @@ def _activation_bytes(work: Build) -> int:
     # All rows supervised: dense logits in the model's dtype, top-k of them; float32 copies are chunked.
     logits = length * int(text.vocab_size) * value
     visual = teacher.image_encoder.token_count
-    kept = len(work.groups) * visual * visual * 4 if work.wanted.visual_rows else 0
-    states = sum(len(layers) for layers in (work.wanted.hidden or {}).values()) * length * width * value
-    return max(layer, logits) + kept + states
+    held = (
+        EXTRACTORS[name].held_bytes(codec, length=length, visual=visual, width=value)
+        for name, codec in work.codecs.items()
+        if name in EXTRACTORS
+    )
+    return max(layer, logits) + sum(held)
 
 
 def free_memory(device: torch.device) -> int:

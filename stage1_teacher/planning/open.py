@@ -23,11 +23,7 @@ from vlm_distill_cache.stage1_teacher.teacher.teacher import Teacher
 
 
 def open_build(config: BuildConfig) -> Build:
-    """Open data and teacher as a configuration says, and plan the cache.
-
-    Raises:
-        DistillError: With the remedy, if teacher or data cannot be used.
-    """
+    """Open data and teacher as a configuration says, and plan the cache."""
     dataset = open_dataset(
         config.data,
         split=config.split,

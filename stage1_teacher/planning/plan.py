@@ -19,16 +19,13 @@ from vlm_distill_cache.data.sources.grouping import GroupedByImage
 from vlm_distill_cache.data.text.encoding import SampleEncoder
 from vlm_distill_cache.data.text.templates import get_template
 from vlm_distill_cache.stage1_teacher.config import BuildConfig
-from vlm_distill_cache.stage1_teacher.loop.signals import build_codecs
+from vlm_distill_cache.stage1_teacher.loop.signals import EXTRACTORS, Sizes, build_codecs
 from vlm_distill_cache.stage1_teacher.planning.cache_folder import stored_plan
 from vlm_distill_cache.stage1_teacher.teacher.teacher import Teacher
 
 
 def evaluation_of(training: Mapping[str, Any]) -> dict[str, Any] | None:
     """Turn the accuracy in ``training.json`` into scores as ``distill evaluate`` writes them.
-
-    Args:
-        training: Content of the file; empty for other checkpoints.
 
     Returns:
         ``{"scores": {name: {"value", "low", "high", "items"}}}`` with shares in [0, 1] and normal 95 % intervals
@@ -55,39 +52,34 @@ def _score(share: float, variance: float, items: int) -> dict[str, float]:
     return {**dict(zip(("value", "low", "high"), rounded, strict=True)), "items": items}
 
 
-ATTENTION_SIGNALS = ("answer_attention", "text_attention", "visual_columns", "visual_map")
-
-
 def refuse_signals(signals: Sequence[str], teacher: Teacher) -> None:
     """Refuse signals that the teacher's family cannot give.
-
-    Args:
-        signals: Names of the wanted ones.
-        teacher: A loaded teacher.
 
     Raises:
         ModelError: Naming the signals, the reason and what to ask for instead.
     """
     family, kind = teacher.family, teacher.config.model_type
-    others = [name for name in signals if name != "logits"]
+    others = [name for name in signals if not EXTRACTORS[name].any_family]
     if others and not family.is_listed:
         raise ModelError(
             f"teacher {teacher.directory}: model_type {kind!r} is not in the table of families (data/families/table.py), "
             f"which says where language model, visual tokens and projector are; so {', '.join(others)} cannot be had: "
             "cache its logits only (--signals logits), or add an entry to the table"
         )
-    attention = [name for name in signals if name in ATTENTION_SIGNALS]
+    attention = [name for name in signals if EXTRACTORS[name].attention]
     if attention and teacher.capture is None:
         raise ModelError(
             f"teacher {teacher.directory}: {', '.join(attention)} cannot be had: {teacher.no_attention}; cache its "
             "logits only (--signals logits)"
         )
-    if "visual_map" in signals and family.visual_rows != "causal":
+    causal = [name for name in signals if EXTRACTORS[name].causal]
+    if causal and family.visual_rows != "causal":
         sees = {"image": "their whole image", "prefix": "the whole prompt"}[family.visual_rows]
+        *most, last = (name for name, extractor in EXTRACTORS.items() if extractor.attention and not extractor.causal)
         raise ModelError(
             f"teacher {teacher.directory}: in model_type {kind!r} visual tokens see {sees}, and the codec of "
-            "visual_map keeps the lower triangle only; leave visual_map out (answer_attention, text_attention and "
-            "visual_columns are available)"
+            f"{', '.join(causal)} keeps the lower triangle only; leave {', '.join(causal)} out ({', '.join(most)} and {last} "
+            "are available)"
         )
 
 
@@ -95,9 +87,6 @@ def refuse_packing(dataset: Dataset, teacher: Teacher) -> None:
     """Refuse data that pack independent conversations where an image is seen differently in each.
 
     Only the first sample is looked at; `data.families.inputs` refuses later ones.
-
-    Raises:
-        ModelError: If they do.
     """
     packs = teacher.family.is_listed and teacher.family.visual_rows != "prefix"
     if packs or not len(dataset):
@@ -133,13 +122,8 @@ def teacher_directory(*, teacher: str, data: str, scratch: Path, cache: Path | N
     """Find the teacher's checkpoint directory; a built-in one is trained first if the data needs its own.
 
     Args:
-        teacher: A directory, or empty for the built-in teacher of a built-in data set.
-        data: The data set's spec.
         scratch: Where a teacher trained on the spot is kept.
         cache: The cache to build, for the error: it may have been begun with a teacher.
-
-    Returns:
-        The directory.
 
     Raises:
         ConfigError: If no teacher is given and the data set has none of its own.
@@ -175,13 +159,9 @@ def build_encoder(teacher: Teacher, *, template: str, max_length: int) -> Sample
     """Build the function from a sample to the teacher's input.
 
     Args:
-        teacher: A loaded teacher.
         template: Template name, or ``auto``: what the teacher's ``training.json`` names (built-in teachers
             do), else its family's.
         max_length: Longest sequence in tokens; 0: `automatic_length`.
-
-    Returns:
-        The encoder.
     """
     if template == "auto":
         template = teacher.training.get("template") or teacher.family.template
@@ -207,21 +187,11 @@ def automatic_length(teacher: Teacher) -> int:
 def codecs_for(config: BuildConfig, teacher: Teacher) -> dict[str, Any]:
     """Build the codecs a configuration asks for, fitted to the teacher's token grid."""
     grid = (config.grid, config.grid) if config.grid else teacher.image_encoder.attention_grid()
-    codecs = build_codecs(
-        signals=config.signals,
-        logits=config.logits,
-        temperatures=config.temperatures,
-        exact_attention=config.attention_dtype == "f4",
-        grid=grid,
-        groups=config.groups,
-        map_preset=config.map_preset,
-        map_grid=config.map_grid,
-        hidden_layers=_hidden_layers(config.hidden_layers, teacher.depth),
-        width=int(text_config(teacher.config).hidden_size),
-        exact_hidden=config.hidden_dtype == "f4",
-    )
+    layers = _hidden_layers(config.hidden_layers, teacher.depth)
+    width = int(text_config(teacher.config).hidden_size)
+    codecs: dict[str, Any] = dict(build_codecs(config, Sizes(grid=grid, layers=layers, width=width)))
     if config.answers == "generate":
-        codecs["answers"] = AnswersCodec(
+        codecs[AnswersCodec.signal] = AnswersCodec(
             max_new_tokens=config.max_new_tokens,
             temperature=config.answer_temperature,
             top_p=config.answer_top_p,

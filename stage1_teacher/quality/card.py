@@ -16,13 +16,7 @@ _SIZES = (
 
 
 def write_card(cache_dir: Path, plan: Plan, fidelity: dict[str, Any] | None) -> None:
-    """Write the card of a cache whose shards are all there.
-
-    Args:
-        cache_dir: The cache.
-        plan: Its plan.
-        fidelity: Figures of ``measure_fidelity``, or None if skipped.
-    """
+    """Write the card of a cache whose shards are all there."""
     totals = dict.fromkeys(("samples", "failed", "rows"), 0)
     field_bytes = dict.fromkeys((field.name for field in plan.all_fields), 0)
     for index in range(plan.shard_count):
@@ -42,7 +36,6 @@ def card_text(
     """Write the card's text: a function of its arguments alone, equal for both stores but for the store's line.
 
     Args:
-        plan: The cache's plan.
         fidelity: Figures of ``measure_fidelity``, or None if skipped.
         totals: ``samples``, ``failed`` and ``rows`` of all shards.
         field_bytes: Decoded bytes of all records by field.

@@ -7,7 +7,8 @@ itself, run twice, so that a reader can tell codec loss from hardware noise.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import singledispatch
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +18,35 @@ from torch.nn import functional as F
 
 from vlm_distill_cache.common.attention.boxes import Tile, content_mask, tile_boxes
 from vlm_distill_cache.common.cache.manifest import Plan
+from vlm_distill_cache.common.cache.schema import Record
 from vlm_distill_cache.common.cache.shared_images import SharedImages
 from vlm_distill_cache.common.cache.side_files import check_file
 from vlm_distill_cache.common.cache.sidecar import read_sidecar
 from vlm_distill_cache.common.cache.stores import open_reader
-from vlm_distill_cache.common.codecs.logits import SparseLogits
-from vlm_distill_cache.common.codecs.row_attention import RowAttention
-from vlm_distill_cache.common.codecs.teacher_map import TeacherMap, image_pairs
+from vlm_distill_cache.common.codecs import (
+    Codec,
+    HiddenCodec,
+    LogitCodec,
+    RowAttentionCodec,
+    TextAttentionCodec,
+    VisualColumnsCodec,
+    VisualLogitsCodec,
+    VisualMapCodec,
+)
+from vlm_distill_cache.common.codecs.live import (
+    RowAttention,
+    SparseLogits,
+    TeacherMap,
+    as_tensors,
+    image_pairs,
+    pool_map,
+)
 from vlm_distill_cache.common.errors import SampleError
 from vlm_distill_cache.data.sample import Sample, with_answers
 from vlm_distill_cache.data.text.collate import Batch, collate
 from vlm_distill_cache.stage1_teacher.loop.answers import ANSWERS
-from vlm_distill_cache.stage1_teacher.loop.signals import TeacherSignals, reduce_output, slice_logits, to_cpu
+from vlm_distill_cache.stage1_teacher.loop.signals import reduce_output, to_cpu
 from vlm_distill_cache.stage1_teacher.loop.work import Build
-from vlm_distill_cache.stage1_teacher.teacher.teacher import TeacherOutput
 
 MOST_PLACES = 5
 COMMON_SHARE = 0.5
@@ -43,8 +59,6 @@ class SinkCount:
 
     Attributes:
         columns: Columns of the tokens' grid, to name places by row and column; 0: by number.
-        pictures: How many were added.
-        sinks: How many tokens of them were sinks.
         mass: Sum over pictures of the share of received attention that went to sinks.
         often: In how many pictures each token was a sink, float64 ``[N]``; None before the first, and once layouts
             differ.
@@ -80,11 +94,7 @@ class SinkCount:
         self.often = found.double() if self.often is None else self.often + found
 
     def figures(self, signal: str) -> dict[str, float | str]:
-        """What the fidelity card says: sinks a picture, their share of the attention, and where they keep lying.
-
-        Args:
-            signal: Names the figures.
-        """
+        """What the fidelity card says: sinks a picture, their share of the attention, and where they keep lying."""
         if not self.pictures:
             return {}
         figures: dict[str, float | str] = {
@@ -117,9 +127,7 @@ def row_gradient_cosines(cached: RowAttention, live: Tensor, student: Tensor) ->
     """Cosine of the row-wise KL's gradient on the student's cells, cached against live.
 
     Args:
-        cached: Decoded rows.
         live: The teacher's cells, float32 `[A, G, C]`.
-        student: The stand-in's.
 
     Returns:
         float32 `[A]`; 0 for a row that does not look at the image.
@@ -177,7 +185,6 @@ def map_gradient_cosines(
     """Cosine of each loss's gradient with the one of the live map.
 
     Args:
-        cached: The decoded map, `[G, N, N]`.
         live: The teacher's, float32 `[G, N, N]`, on the same cells.
         content: Cells that carry image, bool `[N]`. None: all do.
         student: Maps of a student; None: the stand-in.
@@ -206,7 +213,6 @@ def measure_fidelity(work: Build, cache_dir: Path, *, samples: int) -> dict[str,
     """Compare the decoded cache with the live teacher on samples spread evenly over the data.
 
     Args:
-        work: What the cache was built with.
         cache_dir: The cache; all its shards must be there.
         samples: Size of the probe; 0 skips it.
 
@@ -241,19 +247,12 @@ def measure_fidelity(work: Build, cache_dir: Path, *, samples: int) -> dict[str,
         record = _read_record(cache_dir, work.plan, position, encoded.sample_id)
         if record is None:
             continue
-        first, second = _run(work, alone), first_sample(*_run(work, several))
-        _compare(totals, work.codecs, record, encoded.tiles, first, second)
+        rows = len(encoded.supervised_rows)
+        seen = Seen(record, encoded.tiles, _run(work, alone, rows), _run(work, several, rows), totals)
+        totals.samples += 1
+        for codec in work.codecs.values():
+            compare(codec, seen)
     return {"samples": totals.samples, **totals.means(), **totals.sink_figures()}
-
-
-def first_sample(output: TeacherOutput, signals: TeacherSignals) -> tuple[TeacherOutput, TeacherSignals]:
-    """What a batch of copies says of its first, as `_run` would of that alone."""
-    rows = output.row_counts[0]
-    kept = None if signals.logits is None else slice_logits(signals.logits, slice(0, rows))
-    return (
-        replace(output, logits=output.logits[:rows], labels=output.labels[:rows]),
-        replace(signals, logits=kept, labels=signals.labels[:rows]),
-    )
 
 
 def _as_cached(work: Build, cache_dir: Path, position: int) -> Sample:
@@ -301,9 +300,41 @@ class Totals:
         return {name: float(f"{value:.6g}") for name, value in sorted((figures | self._worst).items())}
 
 
-def _run(work: Build, batch: Batch) -> tuple[TeacherOutput, TeacherSignals]:
+@dataclass(frozen=True)
+class Found:
+    """What one pass says of the first sample of its batch.
+
+    Attributes:
+        dense: Logits of its rows by signal, ``[A, V]``; what else the teacher found is left on its device.
+        signals: As the cache's codecs would be given them.
+    """
+
+    dense: Mapping[str, Tensor]
+    signals: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One sample of the probe: its record, what the teacher says of it twice, and where figures go."""
+
+    record: Record
+    tiles: tuple[Tile, ...]
+    first: Found
+    second: Found
+    totals: Totals
+
+
+def _run(work: Build, batch: Batch, rows: int) -> Found:
     output = work.run(batch)
-    return output, to_cpu(reduce_output(output, batch, work.codecs))
+    return first_sample(output, to_cpu(reduce_output(output, batch, work.codecs)), rows)
+
+
+def first_sample(output: Mapping[str, Tensor], signals: Mapping[str, Any], rows: int) -> Found:
+    """What a batch of copies says of its first."""
+    own = {
+        name: live.rows(slice(0, rows)) if isinstance(live, SparseLogits) else live[0] for name, live in signals.items()
+    }
+    return Found({name: found[:rows] for name, found in output.items() if found.ndim == 2}, own)
 
 
 def _read_record(cache_dir: Path, plan: Plan, position: int, sample_id: str) -> Any:
@@ -319,92 +350,25 @@ def _read_record(cache_dir: Path, plan: Plan, position: int, sample_id: str) -> 
         reader.close()
 
 
-def _compare(
-    totals: Totals,
-    codecs: Mapping[str, Any],
-    record: Any,
-    tiles: tuple[Tile, ...],
-    first: tuple[TeacherOutput, TeacherSignals],
-    second: tuple[TeacherOutput, TeacherSignals],
-) -> None:
-    output, signals = first
-    again_output, again = second
-    totals.samples += 1
-    rows = len(output.labels)
-    if "logits" in codecs and rows:
-        _compare_logits(totals, codecs["logits"], record, output, again_output)
-    for name in ("answer_attention", "text_attention"):
-        if name in codecs and bool(getattr(signals, name)[0].any()):
-            live, cached = getattr(signals, name)[0], codecs[name].decode(record)
-            if name == "answer_attention":
-                cells = live.mean(dim=(0, 1))
-                sinks = totals.sinks.setdefault(name, SinkCount(columns=codecs[name].grid[1]))
-                sinks.add(cells, torch.ones_like(cells, dtype=torch.bool))
-            student = live.sqrt()
-            control = RowAttention.from_cells(getattr(again, name)[0])
-            looking = live.flatten(1).any(dim=1)  # a row that does not look has no gradient to compare
-            for prefix, found in (("", cached), ("control_", control)):
-                cosines = row_gradient_cosines(found, live, student)[looking]
-                totals.add_cosines(f"{prefix}{name}_gradient_cosine", cosines.tolist())
-    for name, states in signals.hidden.items():
-        _compare_hidden(totals, name, codecs[name].decode(record), states[0], again.hidden[name][0])
-    if output.visual_counts[0]:
-        _compare_maps(totals, codecs, record, tiles, (signals, again))
+@singledispatch
+def compare(codec: Codec, seen: Seen) -> None:
+    """Add the figures of one signal of one sample; those without any have no function below."""
 
 
-def _compare_hidden(totals: Totals, name: str, cached: Tensor, live: Tensor, again: Tensor) -> None:
-    """Relative L2 error of cached hidden states, and of a second run's."""
-    size = float(live.float().norm())
-    if size:
-        for prefix, found in (("", cached), ("control_", again)):
-            totals.add(f"{prefix}{name}_error", float((found.float() - live.float()).norm()) / size, 1)
+@compare.register
+def _(codec: VisualLogitsCodec, seen: Seen) -> None:
+    return
 
 
-def _compare_maps(
-    totals: Totals,
-    codecs: Mapping[str, Any],
-    record: Any,
-    tiles: tuple[Tile, ...],
-    runs: tuple[TeacherSignals, TeacherSignals],
-) -> None:
-    """Compare visual columns and maps; pictures that lie wholly in padding tokens have neither."""
-    if "visual_columns" in codecs:
-        columns, again = (run.visual_columns[0] for run in runs)
-        if bool(columns.any()):
-            side = tiles[0].cols if len(tiles) == 1 else 0
-            count = totals.sinks.setdefault("visual_columns", SinkCount(columns=side))
-            count.add(columns.mean(dim=0), content_mask(tile_boxes(tiles)))
-            cached = codecs["visual_columns"].decode(record)
-            similar = float(F.cosine_similarity(cached.flatten(), columns.flatten(), dim=0))
-            totals.add_cosines("visual_columns_cosine", [similar])
-            for name, found in (("", cached), ("control_", again)):
-                cosine = column_gradient_cosine(found, columns)
-                totals.add_cosines(f"{name}visual_columns_gradient_cosine", [cosine])
-    if "visual_map" in codecs:
-        codec = codecs["visual_map"]
-        content = content_mask(tile_boxes(codec.cells_of(tiles)))
-        live, live_again = (codec.pool(run.visual_map[0], tiles) for run in runs)
-        decoded = codec.teacher_map(record)
-        exact = TeacherMap.from_maps(live, token_mask=content)
-        pairs = image_pairs(live, content) & (live > 0)
-        if bool(pairs.any()):
-            removed = pairs & ~exact.kept
-            totals.add("visual_map_sink_pairs", float(removed.sum() / pairs.sum()), 1)
-            totals.add("visual_map_sink_mass", float((live * removed).sum() / (live * pairs).sum()), 1)
-        for name, found in (
-            ("", decoded),
-            ("control_", TeacherMap.from_maps(live_again, token_mask=content)),
-        ):
-            for loss, cosine in map_gradient_cosines(found, live, content).items():
-                kind = "" if loss == "sink_filtered" else "plain_"
-                totals.add_cosines(f"{name}visual_map_{kind}gradient_cosine", [cosine])
-
-
-def _compare_logits(totals: Totals, codec: Any, record: Any, output: TeacherOutput, again: TeacherOutput) -> None:
-    dense = F.log_softmax(output.logits.float().cpu(), dim=-1)  # [A, V], nats
-    dense_again = F.log_softmax(again.logits.float().cpu(), dim=-1)
-    sparse: SparseLogits = codec.decode(record)
-    rows = len(dense)
+@compare.register
+def _(codec: LogitCodec, seen: Seen) -> None:
+    dense, dense_again = (
+        F.log_softmax(found.dense[codec.signal].float().cpu(), dim=-1) for found in (seen.first, seen.second)
+    )  # [A, V], nats
+    rows, totals = len(dense), seen.totals
+    if not rows:
+        return
+    sparse = as_tensors(codec.decode(seen.record))
     noise = torch.randn(dense.shape, generator=torch.Generator().manual_seed(0))
     student = F.softmax(dense + noise, dim=-1)
     approximation = reconstruct(sparse, student.log())
@@ -412,12 +376,75 @@ def _compare_logits(totals: Totals, codec: Any, record: Any, output: TeacherOutp
     error = (student - approximation.exp() - exact_gradient).norm() / exact_gradient.norm().clamp_min(1e-12)
     control = (dense_again.exp() - dense.exp()).norm() / exact_gradient.norm().clamp_min(1e-12)
     kept = sparse.log_probs.exp().sum(-1)
-    totals.add("logits_gradient_error", float(error), rows)
-    totals.add("control_logits_gradient_error", float(control), rows)
-    totals.add("logits_kl", float((dense.exp() * (dense - approximation)).sum(-1).mean()), rows)
+    totals.add(f"{codec.signal}_gradient_error", float(error), rows)
+    totals.add(f"control_{codec.signal}_gradient_error", float(control), rows)
+    totals.add(f"{codec.signal}_kl", float((dense.exp() * (dense - approximation)).sum(-1).mean()), rows)
     totals.add("kept_mass", float(kept.clamp(max=1.0).mean()), rows)
     totals.add("entries_per_row", float(sparse.entry_mask.sum(-1).float().mean()), rows)
     totals.add("rows_at_cap", float((sparse.entry_mask.sum(-1) >= codec.max_k).float().mean()), rows)
+
+
+@compare.register
+def _(codec: RowAttentionCodec, seen: Seen) -> None:
+    name = codec.signal
+    live, again = seen.first.signals[name], seen.second.signals[name]
+    if not bool(live.any()):
+        return
+    if not isinstance(codec, TextAttentionCodec):
+        cells = live.mean(dim=(0, 1))
+        sinks = seen.totals.sinks.setdefault(name, SinkCount(columns=codec.grid[1]))
+        sinks.add(cells, torch.ones_like(cells, dtype=torch.bool))
+    student = live.sqrt()
+    looking = live.flatten(1).any(dim=1)  # a row that does not look has no gradient to compare
+    for prefix, found in (("", as_tensors(codec.decode(seen.record))), ("control_", RowAttention.from_cells(again))):
+        cosines = row_gradient_cosines(found, live, student)[looking]
+        seen.totals.add_cosines(f"{prefix}{name}_gradient_cosine", cosines.tolist())
+
+
+@compare.register
+def _(codec: HiddenCodec, seen: Seen) -> None:
+    live, again = (found.signals[codec.signal].float() for found in (seen.first, seen.second))
+    size = float(live.norm())
+    if size:
+        for prefix, found in (("", as_tensors(codec.decode(seen.record))), ("control_", again)):
+            seen.totals.add(f"{prefix}{codec.signal}_error", float((found - live).norm()) / size, 1)
+
+
+@compare.register
+def _(codec: VisualColumnsCodec, seen: Seen) -> None:
+    name, totals = codec.signal, seen.totals
+    columns, again = seen.first.signals[name], seen.second.signals[name]
+    if not bool(columns.any()):  # a picture that lies wholly in padding tokens
+        return
+    side = seen.tiles[0].cols if len(seen.tiles) == 1 else 0
+    count = totals.sinks.setdefault(name, SinkCount(columns=side))
+    count.add(columns.mean(dim=0), content_mask(tile_boxes(seen.tiles)))
+    cached = as_tensors(codec.decode(seen.record))
+    totals.add_cosines(f"{name}_cosine", [float(F.cosine_similarity(cached.flatten(), columns.flatten(), dim=0))])
+    for prefix, found in (("", cached), ("control_", again)):
+        totals.add_cosines(f"{prefix}{name}_gradient_cosine", [column_gradient_cosine(found, columns)])
+
+
+@compare.register
+def _(codec: VisualMapCodec, seen: Seen) -> None:
+    name, totals = codec.signal, seen.totals
+    if not seen.tiles:
+        return
+    content = content_mask(tile_boxes(codec.cells_of(seen.tiles)))
+    live, again = (pool_map(codec, found.signals[name], seen.tiles) for found in (seen.first, seen.second))
+    exact = TeacherMap.from_maps(live, token_mask=content)
+    pairs = image_pairs(live, content) & (live > 0)
+    if bool(pairs.any()):
+        removed = pairs & ~exact.kept
+        totals.add(f"{name}_sink_pairs", float(removed.sum() / pairs.sum()), 1)
+        totals.add(f"{name}_sink_mass", float((live * removed).sum() / (live * pairs).sum()), 1)
+    for prefix, found in (
+        ("", as_tensors(codec.decode(seen.record))),
+        ("control_", TeacherMap.from_maps(again, token_mask=content)),
+    ):
+        for loss, cosine in map_gradient_cosines(found, live, content).items():
+            kind = "" if loss == "sink_filtered" else "plain_"
+            totals.add_cosines(f"{prefix}{name}_{kind}gradient_cosine", [cosine])
 
 
 def reconstruct(sparse: SparseLogits, student_log_probs: Tensor) -> Tensor:

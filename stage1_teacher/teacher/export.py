@@ -36,7 +36,6 @@ def export_parts(teacher: Teacher, cache_dir: Path) -> list[str]:
     """Write the projector, a small vision tower and the processor into a cache.
 
     Args:
-        teacher: A loaded teacher.
         cache_dir: The cache; files that are there already are replaced atomically by equal ones.
 
     Returns:

@@ -3,7 +3,7 @@
 Reading a number off a GPU (a count, a largest id, the positions where a mask is True) waits for everything queued on
 it. All such numbers follow from the batch alone, so they are taken before it leaves the CPU.
 
-Dims: B batch, T longest sequence, A supervised rows, N visual tokens, both of all samples.
+Dims: B batch, T longest sequence, A rows of all samples whose logits are wanted.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,35 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlm_distill_cache.common.attention.boxes import content_mask, tile_boxes
 from vlm_distill_cache.common.attention.capture import AttentionRequest
 from vlm_distill_cache.common.attention.hidden import HiddenRequest
 from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
+from vlm_distill_cache.common.codecs.live import map_tensors
 from vlm_distill_cache.data.families.table import Family
-from vlm_distill_cache.data.text.collate import Batch, supervised_rows, text_rows, visual_keys
+from vlm_distill_cache.data.text.collate import Batch
 
-
-@dataclass(frozen=True, kw_only=True)
-class Wanted:
-    """What to keep of a forward pass beside the logits of supervised rows.
-
-    Attributes:
-        groups: Layers of each attention group.
-        answer_rows: Attention of supervised rows on visual tokens (``"answer"``).
-        visual_rows: Attention of visual tokens on visual tokens (``"visual"``).
-        columns: Its mean over the visual tokens that carry image (``"columns"``).
-        text: Attention of all text rows on visual tokens (``"text"``).
-        hidden: Layers of the hidden states of each signal: ``hidden`` at supervised rows, others at visual tokens.
-        visual_logits: The logits of visual tokens too; they are as many rows as the image has tokens.
-    """
-
-    groups: tuple[tuple[int, ...], ...]
-    answer_rows: bool
-    visual_rows: bool
-    columns: bool = False
-    text: bool = False
-    hidden: Mapping[str, tuple[int, ...]] | None = None
-    visual_logits: bool = False
+Request = AttentionRequest | HiddenRequest | Tensor
+"""Attention, hidden states, or the rows whose logits are wanted, bool ``[B, T]``."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -51,25 +31,17 @@ class TeacherInputs:
 
     Attributes:
         model_inputs: The model's keyword arguments, floating-point image inputs in the model's dtype.
-        rows: Rows whose logits are wanted, bool ``[B, T]``, always on the CPU.
-        labels: Targets of the supervised rows, int64 ``[A]``, always on the CPU.
-        row_counts: Supervised rows of each sample.
-        visual_counts: Visual tokens of each sample.
-        supervised: Which of the wanted rows are supervised, int64 ``[A]``; None: all.
-        visual: Which of them are visual tokens, int64 ``[N]``; None: not wanted.
+        rows: Rows whose logits are wanted, and all supervised ones, bool ``[B, T]``, always on the CPU.
+        places: By name: which of them a request is for, int64; None: all.
         attention: Rows and keys of the attention to record, by name.
-        hidden: Rows of the hidden states to record, by signal.
+        states: Rows of the hidden states to record, by name.
     """
 
     model_inputs: Mapping[str, Any]
     rows: Tensor
-    labels: Tensor
-    row_counts: tuple[int, ...]
-    visual_counts: tuple[int, ...]
-    supervised: Tensor | None
-    visual: Tensor | None
+    places: Mapping[str, Tensor | None]
     attention: Mapping[str, AttentionRequest]
-    hidden: Mapping[str, HiddenRequest]
+    states: Mapping[str, HiddenRequest]
 
     def pinned(self) -> "TeacherInputs":
         """The same in page-locked memory, from which copies to a GPU are asynchronous."""
@@ -89,79 +61,32 @@ class TeacherInputs:
 
         return replace(
             self,
-            model_inputs=_map_tensors(move, self.model_inputs),
-            supervised=_map_tensors(move, self.supervised),
-            visual=_map_tensors(move, self.visual),
+            model_inputs=map_tensors(self.model_inputs, move),
+            places=map_tensors(self.places, move),
             attention={name: _move_request(move_once, request) for name, request in self.attention.items()},
-            hidden={name: HiddenRequest(move(request.rows), request.layers) for name, request in self.hidden.items()},
+            states={name: HiddenRequest(move(request.rows), request.layers) for name, request in self.states.items()},
         )
 
 
 @torch.inference_mode()
-def prepare_inputs(batch: Batch, wanted: Wanted, *, family: Family, config: Any, dtype: torch.dtype) -> TeacherInputs:
-    """Compute all that the teacher needs of a batch, on the CPU.
-
-    Args:
-        batch: On the CPU.
-        wanted: What to keep of the pass.
-        family: Knows the model's arguments.
-        config: The model's.
-        dtype: The model's.
-    """
-    supervised, keys = batch.labels != IGNORE_INDEX, visual_keys(batch)  # [B, T], [B, N of the fullest]
-    answers = supervised_rows(batch)
-    attention: dict[str, AttentionRequest] = {}
-    if keys.shape[1]:
-        if wanted.answer_rows:
-            attention["answer"] = AttentionRequest(answers, keys, wanted.groups)
-        if wanted.text:
-            attention["text"] = AttentionRequest(text_rows(batch), keys, wanted.groups)
-        if wanted.visual_rows:
-            attention["visual"] = AttentionRequest(keys, keys, wanted.groups)
-        if wanted.columns:
-            attention["columns"] = AttentionRequest(keys, keys, wanted.groups, image_weights(batch, keys))
-    length = supervised.shape[1]
+def prepare_inputs(
+    batch: Batch, requests: Mapping[str, Request], *, family: Family, config: Any, dtype: torch.dtype
+) -> TeacherInputs:
+    """Compute all that the teacher needs of a batch, on the CPU."""
+    rows = batch.labels != IGNORE_INDEX  # [B, T]; whatever is wanted, the model is asked for some
+    masks = {name: request for name, request in requests.items() if isinstance(request, Tensor)}
+    for mask in masks.values():
+        rows = rows | mask
+    attention = {name: request for name, request in requests.items() if isinstance(request, AttentionRequest)}
     for request in attention.values():
-        request.check_fits(batch=len(batch), queries=length, keys=length)
-    rows = supervised | batch.visual_mask if wanted.visual_logits else supervised
+        request.check_fits(batch=len(batch), queries=rows.shape[1], keys=rows.shape[1])
     return TeacherInputs(
         model_inputs=family.model_inputs(config, batch, dtype=dtype),
         rows=rows,
-        labels=batch.labels[supervised],
-        row_counts=tuple(supervised.sum(1).tolist()),
-        visual_counts=tuple(batch.visual_mask.sum(1).tolist()),
-        supervised=supervised[rows].nonzero()[:, 0] if wanted.visual_logits else None,
-        visual=batch.visual_mask[rows].nonzero()[:, 0] if wanted.visual_logits else None,
+        places={n: None if torch.equal(mask, rows) else mask[rows].nonzero()[:, 0] for n, mask in masks.items()},
         attention=attention,
-        hidden={
-            name: HiddenRequest(answers if name == "hidden" else keys, layers)
-            for name, layers in (wanted.hidden or {}).items()
-        },
+        states={name: request for name, request in requests.items() if isinstance(request, HiddenRequest)},
     )
-
-
-def image_weights(batch: Batch, keys: Tensor) -> Tensor:
-    """What a visual token counts in the mean over those of its sample that carry image; padding does not.
-
-    Args:
-        batch: Whose tiles.
-        keys: Positions of the visual tokens, int64 ``[B, M]``, padding -1.
-
-    Returns:
-        float32 ``[B, M]``.
-    """
-    weights = torch.zeros(keys.shape)
-    for index, tiles in enumerate(batch.tiles):
-        if tiles:
-            content = content_mask(tile_boxes(tiles)).float()  # [N]
-            weights[index, keys[index] >= 0] = content / content.sum().clamp_min(1.0)
-    return weights
-
-
-def _map_tensors(move: Callable[[Tensor], Tensor], value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return move(value)
-    return {name: _map_tensors(move, part) for name, part in value.items()} if isinstance(value, Mapping) else value
 
 
 def _move_request(move: Callable[[Tensor], Tensor], request: AttentionRequest) -> AttentionRequest:

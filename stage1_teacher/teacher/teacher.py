@@ -7,7 +7,6 @@ columns, and the output projection runs on supervised rows only, so neither ``[B
 import logging
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,32 +24,9 @@ from vlm_distill_cache.data.families.table import Family, submodule
 from vlm_distill_cache.data.images.encoder import AnyImageEncoder
 from vlm_distill_cache.data.text.collate import Batch
 from vlm_distill_cache.data.text.processors import module_fingerprint, tokenizer_fingerprint, weights_fingerprint
-from vlm_distill_cache.stage1_teacher.teacher.inputs import TeacherInputs, Wanted, prepare_inputs
+from vlm_distill_cache.stage1_teacher.teacher.inputs import Request, TeacherInputs, prepare_inputs
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TeacherOutput:
-    """What one forward pass leaves behind.
-
-    Attributes:
-        logits: Rows of all supervised positions, sample after sample, ``[A, V]`` in the model's dtype.
-        labels: Their targets, int64 ``[A]``, on the CPU.
-        row_counts: Supervised rows of each sample.
-        attention: By request name: float32 ``[B, G, R, M]``, zero where rows or keys are padding; R is 1 for ``columns``.
-        visual_counts: Visual tokens of each sample.
-        hidden: By signal: hidden states ``[B, R, S, D]`` in the model's dtype, zero where rows are padding.
-        visual_logits: Rows of all visual tokens, sample after sample, ``[N, V]``; None if not wanted.
-    """
-
-    logits: Tensor
-    labels: Tensor
-    row_counts: tuple[int, ...]
-    attention: dict[str, Tensor]
-    visual_counts: tuple[int, ...]
-    hidden: Mapping[str, Tensor] = field(default_factory=dict)
-    visual_logits: Tensor | None = None
 
 
 class Teacher:
@@ -68,11 +44,9 @@ class Teacher:
         """Load a checkpoint directory of any family.
 
         Args:
-            directory: Model, tokenizer and image processor files.
             dtype: ``auto`` is float32 on CPU, bfloat16 on CUDA.
             device: ``auto`` is CUDA when there is one; unused with a device map.
             device_map: How the library spreads the model over devices (``auto``, ``balanced``, ...); empty: it does not.
-            quantisation: Of the language model's weights.
 
         Raises:
             ModelError: If the directory is missing or holds no usable model.
@@ -132,70 +106,32 @@ class Teacher:
         """Language-model layers of each group that a cache keeps."""
         return teacher_groups(self.depth, count, layers)  # type: ignore[arg-type]
 
-    def prepare(self, batch: Batch, wanted: Wanted) -> TeacherInputs:
+    def prepare(self, batch: Batch, requests: Mapping[str, Request]) -> TeacherInputs:
         """Make on the CPU what `run` needs of a batch, in page-locked memory if the teacher is on a GPU.
 
         Raises:
             ModelError: If a token id has no row in the embedding.
         """
         self.check_ids(batch.input_ids)
-        inputs = prepare_inputs(batch, wanted, family=self.family, config=self.config, dtype=getattr(torch, self.dtype))
+        dtype = getattr(torch, self.dtype)
+        inputs = prepare_inputs(batch, requests, family=self.family, config=self.config, dtype=dtype)
         return inputs.pinned() if self.device.type == "cuda" else inputs
 
     @torch.inference_mode()
-    def run(
-        self,
-        batch: Batch,
-        *,
-        groups: tuple[tuple[int, ...], ...] = (),
-        answer_rows: bool = False,
-        visual_rows: bool = False,
-        columns: bool = False,
-        text: bool = False,
-        hidden: Mapping[str, tuple[int, ...]] | None = None,
-        visual_logits: bool = False,
-        inputs: TeacherInputs | None = None,
-    ) -> TeacherOutput:
-        """Run one batch and keep supervised rows only; nothing here waits for a GPU, what the library does may.
-
-        Args:
-            batch: A collated batch, on the CPU.
-            groups: Layers of each attention group.
-            answer_rows: See `Wanted`, here and below.
-            visual_rows: Attention of visual tokens.
-            columns: Its mean over them.
-            text: Attention of all text rows.
-            hidden: Layers of hidden states by signal.
-            visual_logits: Logits of visual tokens too.
-            inputs: What `prepare` made of this batch, ahead of time; the other options are then its own.
+    def run(self, inputs: TeacherInputs) -> dict[str, Tensor]:
+        """Run one batch and keep what was requested; nothing here waits for a GPU, what the library does may.
 
         Returns:
-            Logits, labels, attention and hidden states of the batch.
+            By name, logits of the rows of all samples, ``[A, V]`` in the model's dtype; attention, float32 ``[B, G, R, M]``,
+            zero where rows or keys are padding, R being 1 for a sum of rows; or hidden states, ``[B, R, S, D]`` in the
+            model's dtype, zero where rows are padding.
         """
-        if inputs is None:
-            wanted = Wanted(
-                groups=groups,
-                answer_rows=answer_rows,
-                visual_rows=visual_rows,
-                columns=columns,
-                text=text,
-                hidden=hidden,
-                visual_logits=visual_logits,
-            )
-            inputs = self.prepare(batch, wanted)
         inputs = inputs.to(self.device)
-        with self._record(inputs.attention) as attention, self._record_hidden(inputs.hidden) as found:
-            logits = row_logits(self.model, inputs.model_inputs, inputs.rows)  # [A, V], or [A + N, V]
+        with self._record(inputs.attention) as attention, self._record_hidden(inputs.states) as states:
+            logits = row_logits(self.model, inputs.model_inputs, inputs.rows)  # [A, V]
             logits = logits.to(self.device, non_blocking=True)
-        return TeacherOutput(
-            logits=logits if inputs.supervised is None else logits[inputs.supervised],
-            labels=inputs.labels,
-            row_counts=inputs.row_counts,
-            attention=dict(attention),
-            visual_counts=inputs.visual_counts,
-            hidden=found,
-            visual_logits=None if inputs.visual is None else logits[inputs.visual],
-        )
+        of_rows = {name: logits if place is None else logits[place] for name, place in inputs.places.items()}
+        return {**of_rows, **attention, **states}
 
     def check_ids(self, input_ids: Tensor) -> None:
         """Refuse token ids that the embedding has no row for: an accelerator would stop without saying why.

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from vlm_distill_cache.common.attention.layers import DepthPart, GroupMatch, Matching, match_cached_groups
 from vlm_distill_cache.common.cache.plan import Plan
-from vlm_distill_cache.common.codecs.row_attention import RowAttention
-from vlm_distill_cache.common.codecs.teacher_map import TeacherMap
+from vlm_distill_cache.common.codecs.live import RowAttention, TeacherMap
 
 
 def match_groups(

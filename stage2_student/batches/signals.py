@@ -22,6 +22,7 @@ from vlm_distill_cache.common.attention.hidden import HiddenRequest
 from vlm_distill_cache.common.attention.layers import GroupMatch, Groups
 from vlm_distill_cache.common.cache.plan import Plan
 from vlm_distill_cache.common.cache.schema import IGNORE_INDEX, Record
+from vlm_distill_cache.common.codecs.live import as_tensors
 from vlm_distill_cache.common.errors import CacheMismatchError
 from vlm_distill_cache.data.text.collate import collate, supervised_rows, text_rows, visual_keys
 from vlm_distill_cache.data.text.encoding import EncodedSample
@@ -58,8 +59,8 @@ class Sides:
         return bool(self.student_tiles and self.teacher_tiles)
 
     def decode(self, signal: str) -> Any:
-        """A signal as its codec unpacks it."""
-        return self.codecs[signal].decode(self.record)
+        """A signal as its codec unpacks it, in tensors."""
+        return as_tensors(self.codecs[signal].decode(self.record))
 
     def check_tokens(self, signal: str, found: int, tiles: tuple[Tile, ...] | None = None) -> None:
         """Refuse a signal of another number of visual tokens than the record's tiles (or `tiles`) have."""

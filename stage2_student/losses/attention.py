@@ -20,8 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlm_distill_cache.common.codecs.row_attention import RowAttention
-from vlm_distill_cache.common.codecs.teacher_map import TeacherMap, image_pairs
+from vlm_distill_cache.common.codecs.live import RowAttention, TeacherMap, image_pairs
 from vlm_distill_cache.stage2_student.loss_weights import AnswerLossKind, LayerReduction, VisualMapKind
 
 _TINY = 1e-12

@@ -26,8 +26,7 @@ from vlm_distill_cache.common.attention.capture import AttentionRequest
 from vlm_distill_cache.common.attention.layers import GroupMatch, Groups
 from vlm_distill_cache.common.cache.plan import Plan
 from vlm_distill_cache.common.cache.schema import Record
-from vlm_distill_cache.common.codecs.row_attention import RowAttention
-from vlm_distill_cache.common.codecs.teacher_map import TeacherMap, image_pairs, incomplete_map
+from vlm_distill_cache.common.codecs.live import RowAttention, TeacherMap, image_pairs, incomplete_map
 from vlm_distill_cache.common.codecs.visual_map import VisualMapCodec
 from vlm_distill_cache.common.errors import CacheMismatchError
 from vlm_distill_cache.data.text.collate import text_row_count
@@ -347,7 +346,7 @@ def _rows_target(sides: Sides, signal: str) -> AttentionTarget:
 def _decoded_map(sides: Sides, signal: str) -> tuple[tuple[Tile, ...], TeacherMap]:
     """A map's cells, and the map of the wanted layer groups."""
     codec: VisualMapCodec = sides.codecs[signal]
-    cells, decoded = codec.cells_of(sides.teacher_tiles), codec.teacher_map(sides.record)
+    cells, decoded = codec.cells_of(sides.teacher_tiles), sides.decode(signal)
     sides.check_tokens(signal, decoded.values.shape[-1], cells)
     content = content_mask(tile_boxes(cells))
     return cells, regroup_map(decoded, sides.match, content=content, wanted_by=sides.where)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vlm_distill_cache.common.codecs.logits import SparseLogits
+from vlm_distill_cache.common.codecs.live import SparseLogits
 from vlm_distill_cache.stage2_student.loss_weights import LogitKind
 from vlm_distill_cache.stage2_student.losses.fused_chunks import ChunkSettings, all_chunks, buffer_bytes
 from vlm_distill_cache.stage2_student.losses.logits import TeacherRows, teacher_rows

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vlm_distill_cache.common.codecs.logits import SparseLogits
+from vlm_distill_cache.common.codecs.live import SparseLogits
 from vlm_distill_cache.stage2_student.loss_weights import LogitKind
 
 REVERSE_FLOOR_NATS = -30.0

@@ -22,7 +22,7 @@ from vlm_distill_cache.common.attention.capture import AttentionCapture, Attenti
 from vlm_distill_cache.common.attention.hidden import HiddenCapture, HiddenRequest
 from vlm_distill_cache.common.attention.layers import Groups
 from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
-from vlm_distill_cache.common.codecs.logits import SparseLogits
+from vlm_distill_cache.common.codecs.live import SparseLogits
 from vlm_distill_cache.stage2_student.batches.batch import TrainingBatch
 from vlm_distill_cache.stage2_student.batches.signals import LossTerm, Requests, Seen
 from vlm_distill_cache.stage2_student.loss_weights import LossWeights

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from vlm_distill_cache.common.attention.capture import AttentionCapture
 from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
-from vlm_distill_cache.common.codecs.logits import LogitCodec, SparseLogits
-from vlm_distill_cache.common.codecs.row_attention import RowAttention, RowAttentionCodec
+from vlm_distill_cache.common.codecs.live import RowAttention, SparseLogits
+from vlm_distill_cache.common.codecs.logits import LogitCodec
+from vlm_distill_cache.common.codecs.row_attention import RowAttentionCodec
 from vlm_distill_cache.common.terminal.progress import progress
 from vlm_distill_cache.data.families.models import row_logits
 from vlm_distill_cache.data.sample import CaptionPair, EvaluationSet, ImageSource, Question, Sample, Turn

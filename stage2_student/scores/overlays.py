@@ -21,6 +21,7 @@ from vlm_distill_cache.common.attention.capture import AttentionCapture, Attenti
 from vlm_distill_cache.common.attention.layers import GroupMatch, Groups
 from vlm_distill_cache.common.cache.reader import TeacherCache
 from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
+from vlm_distill_cache.common.codecs.live import as_tensors
 from vlm_distill_cache.common.codecs.row_attention import RowAttentionCodec
 from vlm_distill_cache.common.errors import SampleError
 from vlm_distill_cache.common.tools.picture import paint_heat
@@ -81,7 +82,7 @@ def collect_overlays(
             continue
         if not encoded.tiles:
             continue
-        teacher = regroup_rows(codec.decode(cache.read(sample_id)), match).cells.mean(dim=1)  # [A, C]
+        teacher = regroup_rows(as_tensors(codec.decode(cache.read(sample_id))), match).cells.mean(dim=1)  # [A, C]
         row = _most_concentrated(teacher, encoded.labels, encoder)
         if row is None:
             continue

@@ -32,11 +32,13 @@ from vlm_distill_cache.common.attention.boxes import (
 )
 from vlm_distill_cache.common.cache.schema import BASE_FIELDS, Record
 from vlm_distill_cache.common.cache.stores import finish_shard, open_writer
-from vlm_distill_cache.common.codecs.row_attention import RowAttention, RowAttentionCodec
+from vlm_distill_cache.common.codecs.live import RowAttention, as_tensors, pool_map
+from vlm_distill_cache.common.codecs.row_attention import RowAttentionCodec
 from vlm_distill_cache.common.codecs.visual_map import MapPreset, VisualColumnsCodec, VisualMapCodec
 from vlm_distill_cache.data.registry import open_dataset
 from vlm_distill_cache.data.text.collate import collate, supervised_rows, visual_keys
 from vlm_distill_cache.stage1_teacher.demo.teacher import builtin_teacher_directory
+from vlm_distill_cache.stage1_teacher.loop.signals import requests_of
 from vlm_distill_cache.stage1_teacher.planning.plan import build_encoder
 from vlm_distill_cache.stage1_teacher.quality.fidelity import (
     column_gradient_cosine,
@@ -101,7 +103,7 @@ def _measure(source: Source) -> dict[str, Any]:
     }
     if tokens in (576, 729):
         pooled = VisualMapCodec(groups=groups, preset="exact", grid=_pooled_side(source.tiles))
-        records = [pooled.encode(pooled.pool(maps, source.tiles), tiles=source.tiles) for maps in source.maps]
+        records = [pooled.encode(pool_map(pooled, maps, source.tiles), tiles=source.tiles) for maps in source.maps]
         cells = sum(tile.token_count for tile in pooled.cells_of(source.tiles))
         figures["visual_map"][f"exact, pooled to {cells} cells"] = {
             "kb_per_sample": _stored_kb(pooled, records, source.tiles)
@@ -122,7 +124,7 @@ def _map_figures(source: Source, preset: MapPreset) -> dict[str, Any]:
     records = [codec.encode(maps, tiles=source.tiles) for maps in source.maps]
     cosines: dict[str, list[float]] = {}
     for index, (record, maps) in enumerate(zip(records, source.maps, strict=True)):
-        decoded = codec.teacher_map(record | tiles)
+        decoded = as_tensors(codec.decode(record | tiles))
         for name, student in (("early", source.early[index]), ("late", _late(maps, seed=index))):
             for loss, cosine in map_gradient_cosines(decoded, maps, None, student=student).items():
                 cosines.setdefault(f"{loss}, {name} student", []).append(cosine)
@@ -148,7 +150,8 @@ def _column_figures(source: Source) -> dict[str, Any]:
     columns = [maps.mean(dim=1) for maps in source.maps]
     records = [codec.encode(column) for column in columns]
     cosines = [
-        column_gradient_cosine(codec.decode(record), column) for record, column in zip(records, columns, strict=True)
+        column_gradient_cosine(as_tensors(codec.decode(record)), column)
+        for record, column in zip(records, columns, strict=True)
     ]
     return {"kb_per_sample": _stored_kb(codec, records, source.tiles), **_summary({"cosine": cosines})}
 
@@ -162,7 +165,7 @@ def _answer_figures(source: Source) -> dict[str, Any]:
     for answer in source.answers:
         live = RowAttention.from_cells(pool_keys(answer, overlap))
         records.append(codec.encode(live))
-        cosines += row_gradient_cosines(codec.decode(records[-1]), live.cells, live.cells.sqrt()).tolist()
+        cosines += row_gradient_cosines(as_tensors(codec.decode(records[-1])), live.cells, live.cells.sqrt()).tolist()
         rows += len(live)
     stored = _stored_kb(codec, records, source.tiles)
     return {
@@ -235,9 +238,10 @@ def _builtin(samples: int, *, groups: int = 3) -> Source:
     for position in range(samples):
         encoded = encoder(dataset[position])
         batch = collate([encoded], teacher.pad_token_id)
-        output = teacher.run(batch, groups=teacher.groups(groups, "middle"), answer_rows=True, visual_rows=True)
+        wanted = requests_of(batch, dict.fromkeys(("answer_attention", "visual_map")), teacher.groups(groups, "middle"))
+        output = teacher.run(teacher.prepare(batch, wanted))
         tokens, rows = visual_keys(batch).shape[1], supervised_rows(batch).shape[1]
-        maps.append(output.attention["visual"][0, :, :tokens, :tokens].clone())
-        answers.append(output.attention["answer"][0, :, :rows, :tokens].transpose(0, 1).clone())
+        maps.append(output["visual_map"][0, :, :tokens, :tokens].clone())
+        answers.append(output["answer_attention"][0, :, :rows, :tokens].transpose(0, 1).clone())
         tiles = encoded.tiles
     return Source(maps, [one.flip(0) for one in maps], tiles, tuple(answers))

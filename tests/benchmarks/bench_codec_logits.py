@@ -28,7 +28,8 @@ from tests.benchmarks.bench_codec_formats import PEERS, PeerFormat
 from tests.benchmarks.bench_codec_teachers import TeacherRows
 from vlm_distill_cache.common.cache.schema import Field, Record
 from vlm_distill_cache.common.cache.stores import open_writer
-from vlm_distill_cache.common.codecs.logits import LogitCodec, SparseLogits
+from vlm_distill_cache.common.codecs.live import SparseLogits, as_tensors, select_entries
+from vlm_distill_cache.common.codecs.logits import LogitCodec
 from vlm_distill_cache.stage1_teacher.quality.fidelity import reconstruct
 
 CHUNK = 64  # rows whose dense distributions are held at once
@@ -87,7 +88,7 @@ def measure_rows(teacher: TeacherRows, presets: tuple[str, ...] = PRESETS) -> di
         entropy -= float((plain.exp() * plain).sum())
         for name, codec in codecs.items():
             ours[name].rows += len(labels)
-            ours[name].parts.append(codec.select(logits, labels))
+            ours[name].parts.append(select_entries(codec, logits, labels))
         for peer in PEERS:
             theirs[peer.name].rows += len(labels)
             if peer.packed is not None:
@@ -121,7 +122,7 @@ def _add_error(sums: Sums, case: Case, gradient: Tensor, exact: Tensor) -> None:
 
 
 def _add_preset(sums: Sums, codec: LogitCodec, case: Case, dense: Tensor, student: Tensor, exact: Tensor) -> None:
-    decoded = codec.decode(codec.encode(sums.parts[-1]))
+    decoded = as_tensors(codec.decode(codec.encode(sums.parts[-1])))
     log_probs, tail = decoded.at(case[1])
     at_temperature = replace(decoded, log_probs=log_probs, tail_log_mass=tail[:, None], temperatures=(1.0,))
     unrounded = sums.parts[-1].at(case[1])[0].exp()
@@ -222,7 +223,7 @@ def speed(codec: LogitCodec, sparse: SparseLogits, *, rounds: int = 15) -> tuple
         sparse.tail_log_mass[:rows], sparse.temperatures,
     )  # fmt: skip
     record = codec.encode(part)
-    calls: tuple[Callable[[], Any], ...] = (lambda: codec.encode(part), lambda: codec.decode(record))
+    calls: tuple[Callable[[], Any], ...] = (lambda: codec.encode(part), lambda: as_tensors(codec.decode(record)))
     seconds: list[list[float]] = [[], []]
     for _ in range(rounds):
         for kept, call in zip(seconds, calls, strict=True):

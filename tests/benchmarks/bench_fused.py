@@ -15,7 +15,8 @@ from torch import Tensor
 
 from tests.benchmarks.bench_measure import Spread, Values, paired_seconds, ratio
 from tests.stage2_student.live_bytes import LiveBytes
-from vlm_distill_cache.common.codecs.logits import LogitCodec, SparseLogits
+from vlm_distill_cache.common.codecs.live import SparseLogits, select_entries
+from vlm_distill_cache.common.codecs.logits import LogitCodec
 from vlm_distill_cache.stage2_student.losses import fused
 from vlm_distill_cache.stage2_student.losses.fused import CHUNK_BYTES, fused_losses
 from vlm_distill_cache.stage2_student.losses.logits import lm_loss, tail_bucket_loss
@@ -99,7 +100,7 @@ def make(case: Case, device: str = "cpu") -> Inputs:
         teacher = SparseLogits(ids, torch.empty(case.rows, 32, device=device), ids > 0, tail, (1.0, 2.0))
     else:
         codec = LogitCodec.from_preset("fixed:32")
-        parts = [codec.select(4 * torch.randn(len(part), case.vocabulary), part) for part in labels.split(64)]
+        parts = [select_entries(codec, 4 * torch.randn(len(part), case.vocabulary), part) for part in labels.split(64)]
         teacher = SparseLogits.cat(parts)
     return Inputs(hidden, weight.requires_grad_(case.trained), labels, teacher)
 

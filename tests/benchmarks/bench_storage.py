@@ -8,8 +8,9 @@ import zarr
 
 from tests.benchmarks.bench_measure import Spread, Values, paired_seconds, scaled
 from vlm_distill_cache.common.cache.manifest import SHARDS
+from vlm_distill_cache.common.codecs.live import RowAttention, as_tensors, select_entries
 from vlm_distill_cache.common.codecs.logits import LogitCodec
-from vlm_distill_cache.common.codecs.row_attention import RowAttention, RowAttentionCodec
+from vlm_distill_cache.common.codecs.row_attention import RowAttentionCodec
 from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.common.tools.convert import convert
 from vlm_distill_cache.stage1_teacher.config import BuildConfig
@@ -39,7 +40,7 @@ def bench_codecs(*, rounds: int = 51) -> Values:
     """Thousand rows a second on one core, records of 100 rows, synthetic 32k-vocabulary teacher."""
     torch.manual_seed(0)
     logits = LogitCodec.from_preset("default")
-    sparse = logits.select(torch.randn(100, 32_000) * 4, torch.randint(0, 32_000, (100,)))
+    sparse = select_entries(logits, torch.randn(100, 32_000) * 4, torch.randint(0, 32_000, (100,)))
     cells = torch.rand(100, 1, 144) ** 8
     rows = RowAttentionCodec(grid=(12, 12), groups=1)
     attention = RowAttention.from_cells(cells / cells.sum(-1, keepdim=True) * 0.4)
@@ -47,9 +48,9 @@ def bench_codecs(*, rounds: int = 51) -> Values:
     seconds = paired_seconds(
         {
             "logit encode": lambda: logits.encode(sparse),
-            "logit decode": lambda: logits.decode(encoded),
+            "logit decode": lambda: as_tensors(logits.decode(encoded)),
             "answer attention encode": lambda: rows.encode(attention),
-            "answer attention decode": lambda: rows.decode(encoded_rows),
+            "answer attention decode": lambda: as_tensors(rows.decode(encoded_rows)),
         },
         rounds=rounds,
     )

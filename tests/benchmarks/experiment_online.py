@@ -13,9 +13,9 @@ import vlm_distill_cache.stage2_student.train as train_module
 from vlm_distill_cache.common.attention.hidden import gather_rows
 from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
 from vlm_distill_cache.data.text.collate import Batch, collate, supervised_rows, visual_keys
-from vlm_distill_cache.stage1_teacher.loop.signals import build_codecs, encode_records, reduce_output
+from vlm_distill_cache.stage1_teacher.config import BuildConfig
+from vlm_distill_cache.stage1_teacher.loop.signals import Sizes, build_codecs, encode_records, reduce_output
 from vlm_distill_cache.stage1_teacher.loop.work import Build
-from vlm_distill_cache.stage1_teacher.teacher.teacher import TeacherOutput
 from vlm_distill_cache.stage2_student.batches.batch import TrainingBatch, TrainingSample
 from vlm_distill_cache.stage2_student.batches.dataset import CachedDataset
 from vlm_distill_cache.stage2_student.batches.signals import collate_samples, decode_signals
@@ -37,9 +37,9 @@ class OnlineDataset:
         """
         self._joined, self._work = joined, work
         self._codecs = build_codecs(
-            signals=SIGNALS, logits="exact", temperatures=(1.0, 2.0), exact_attention=True,
-            grid=work.codecs["answer_attention"].grid, groups=len(work.groups),
-        )  # fmt: skip
+            BuildConfig(signals=SIGNALS, logits="exact", attention_dtype="f4", groups=len(work.groups)),
+            Sizes(grid=work.codecs["answer_attention"].grid),
+        )
         self._terms = choose_terms(SIGNALS)
         self._language = work.teacher.model.model.language_model
         self._language.set_attn_implementation("eager")
@@ -67,7 +67,7 @@ class OnlineDataset:
 
 
 @torch.inference_mode()
-def run_eager(work: Build, batch: Batch) -> TeacherOutput:
+def run_eager(work: Build, batch: Batch) -> dict[str, torch.Tensor]:
     """One pass with every attention matrix, of which the wanted rows are then taken."""
     teacher = work.teacher
     inputs = dict(teacher.family.model_inputs(teacher.config, batch, dtype=torch.float32))
@@ -80,14 +80,10 @@ def run_eager(work: Build, batch: Batch) -> TeacherOutput:
     for group in work.groups:
         mean = torch.stack([output.attentions[layer].mean(dim=1) for layer in group]).mean(dim=0)  # [B, T, T]
         groups.append(gather_rows(gather_rows(mean, rows).transpose(1, 2), keys).transpose(1, 2))
-    supervised = batch.labels != IGNORE_INDEX
-    return TeacherOutput(
-        logits=output.logits[supervised],
-        labels=batch.labels[supervised],
-        row_counts=tuple(int(n) for n in supervised.sum(1)),
-        attention={"answer": torch.stack(groups, dim=1)},
-        visual_counts=tuple(int(n) for n in batch.visual_mask.sum(1)),
-    )
+    return {
+        "logits": output.logits[batch.labels != IGNORE_INDEX],
+        "answer_attention": torch.stack(groups, dim=1),
+    }
 
 
 def prepare_online(work: Build) -> Any:

@@ -10,6 +10,8 @@ from vlm_distill_cache.common.cache.manifest import Manifest, seal
 from vlm_distill_cache.common.cache.plan import Plan, write_plan
 from vlm_distill_cache.common.cache.schema import Field, Record
 from vlm_distill_cache.common.cache.stores import finish_shard, open_writer
+from vlm_distill_cache.common.codecs import LogitCodec, VisualMapCodec
+from vlm_distill_cache.common.codecs.quantise import GAP_TABLE
 
 FIELDS = {
     "logits": (
@@ -24,7 +26,10 @@ FIELDS = {
         Field(name="visual_map", dtype="u1", axis="pair", trailing=(2,)),
     ),
 }
-SIGNALS = {name: {"codec": name} for name in FIELDS}
+SIGNALS = {
+    "logits": LogitCodec(floor=0.001, min_k=1, max_k=64).to_dict(),
+    "visual_map": VisualMapCodec(groups=2).to_dict(),
+}
 FAILED = 3  # the position of the sample that cannot be read
 
 
@@ -51,6 +56,9 @@ def make_record(position: int) -> Record:
     rows = 0 if position == 1 else int(rng.integers(1, 9))
     labels = rng.integers(0, 100, rows).astype(np.uint32)
     counts = rng.integers(1, 6, rows).astype(np.uint8)
+    gaps = _gaps(rng, counts)
+    tail = 0.1 + 0.8 * rng.random(rows)  # mass of all other tokens
+    kept = np.array([np.exp(-GAP_TABLE[part]).sum() for part in np.split(gaps, np.cumsum(counts)[:-1])])[:rows]
     visual = 0 if position == 2 else int(rng.integers(1, 7))  # a text-only sample
     return {
         "image_hash": rng.integers(0, 256, (1, 16)).astype(np.uint8),
@@ -58,9 +66,9 @@ def make_record(position: int) -> Record:
         "tiles": np.array([[1, visual, 0, 0, 1, 1]], np.float32)[: min(visual, 1)],
         "entry_count": counts,
         "token_ids": _token_ids(labels, counts),
-        "log_gap": _gaps(rng, counts),
-        "top_logprob": -rng.random(rows).astype(np.float16),
-        "tail_logmass": -rng.random((rows, 2)).astype(np.float16),
+        "log_gap": gaps,
+        "top_logprob": np.log((1 - tail) / kept).astype(np.float16),
+        "tail_logmass": np.log(np.stack([tail, tail], axis=1)).astype(np.float16),
         "visual_columns": rng.random((visual, 2)).astype(np.float32),
         "visual_map": rng.integers(0, 256, (visual * (visual + 1) // 2, 2)).astype(np.uint8),
     }

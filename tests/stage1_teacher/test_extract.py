@@ -1,7 +1,6 @@
 import json
 import os
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +14,7 @@ from vlm_distill_cache.common.attention.boxes import Tile
 from vlm_distill_cache.common.cache.manifest import seal
 from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
 from vlm_distill_cache.common.codecs import codec_from_dict
+from vlm_distill_cache.common.codecs.live import as_tensors
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError, ConfigError, DataError
 from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.data.registry import open_dataset
@@ -23,8 +23,9 @@ from vlm_distill_cache.stage1_teacher.config import BuildConfig
 from vlm_distill_cache.stage1_teacher.extract import recompute_fidelity
 from vlm_distill_cache.stage1_teacher.loop import writer as pipeline
 from vlm_distill_cache.stage1_teacher.loop.encode_ahead import encode_shards
+from vlm_distill_cache.stage1_teacher.loop.signals import image_weights
+from vlm_distill_cache.stage1_teacher.loop.work import Build
 from vlm_distill_cache.stage1_teacher.planning.plan import build_encoder
-from vlm_distill_cache.stage1_teacher.teacher.inputs import image_weights
 from vlm_distill_cache.stage1_teacher.teacher.teacher import Teacher
 
 EXACT = {"logits": "exact", "attention_dtype": "f4"}
@@ -124,16 +125,16 @@ def test_records_equal_the_librarys_own_forward_pass(tmp_path: Path, build_cache
         np.testing.assert_array_equal(record["labels"], batch.labels[0][rows].numpy())
 
         dense = output.logits[0, rows].log_softmax(-1)
-        sparse = codecs["logits"].decode(record)
+        sparse = as_tensors(codecs["logits"].decode(record))
         assert sparse.entry_mask.all()  # the vocabulary is smaller than the exact preset's cap
         torch.testing.assert_close(sparse.log_probs, dense.gather(1, sparse.token_ids), atol=2e-5, rtol=1e-5)
         layers = cache.plan.teacher["groups"][0]
         mean = torch.stack([output.attentions[layer][0].mean(0) for layer in layers]).mean(0)  # [T, T]
-        cells = codecs["answer_attention"].decode(record).cells[:, 0]  # [A, C]
+        cells = as_tensors(codecs["answer_attention"].decode(record)).cells[:, 0]  # [A, C]
         torch.testing.assert_close(cells, mean[rows][:, visual], atol=1e-5, rtol=0)
-        maps = codecs["visual_map"].decode(record)[0]  # [N, N]
+        maps = as_tensors(codecs["visual_map"].decode(record)).values[0]  # [N, N]
         torch.testing.assert_close(maps, mean[visual][:, visual], atol=1e-5, rtol=0)
-        columns = codecs["visual_columns"].decode(record)[0]
+        columns = as_tensors(codecs["visual_columns"].decode(record))[0]
         torch.testing.assert_close(columns, mean[visual][:, visual].mean(0), atol=1e-5, rtol=0)
 
 
@@ -241,20 +242,19 @@ def test_reasons_that_quote_invalid_text_are_recorded(tmp_path: Path, build_cach
 
 @pytest.mark.parametrize("part", ["logits", "attention"])
 def test_a_sample_with_a_non_finite_output_is_a_recorded_failure(tmp_path: Path, build_cache, monkeypatch, part: str):
-    run = Teacher.run
+    run = Build.run
 
-    def poisoned(self, batch, **options):
-        output = replace(output := run(self, batch, **options), logits=output.logits.clone())
+    def poisoned(self, batch, inputs=None):
+        output = {name: found.clone() for name, found in run(self, batch, inputs).items()}
         for index, sample_id in enumerate(batch.sample_ids):
             if sample_id == "s2":
                 if part == "logits":
-                    output.logits[sum(output.row_counts[:index])] = float("nan")
+                    output["logits"][(batch.labels[:index] != IGNORE_INDEX).sum()] = float("nan")
                 else:
-                    output.attention["answer"] = output.attention["answer"].clone()
-                    output.attention["answer"][index, 0, 0, 0] = float("nan")
+                    output["answer_attention"][index, 0, 0, 0] = float("nan")
         return output
 
-    monkeypatch.setattr(Teacher, "run", poisoned)
+    monkeypatch.setattr(Build, "run", poisoned)
     path = write_llava_json(tmp_path / "data", 6)
     build_cache(tmp_path / "cache", data=str(path), limit=0, max_failed_share=0.2, fidelity_samples=0)
     cache = open_cache(tmp_path / "cache")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from vlm_distill_cache.common.codecs import SparseLogits
+from vlm_distill_cache.common.codecs.live import SparseLogits
 from vlm_distill_cache.stage2_student.losses.fused import fused_losses
 from vlm_distill_cache.stage2_student.losses.logits import lm_loss, tail_bucket_loss
 

@@ -5,7 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from vlm_distill_cache.common.codecs import LogitCodec, SparseLogits
+from vlm_distill_cache.common.codecs import LogitCodec
+from vlm_distill_cache.common.codecs.live import SparseLogits, select_entries
 from vlm_distill_cache.stage2_student.losses.logits import REVERSE_FLOOR_NATS
 
 KINDS = ("forward_kl", "reverse_kl", "jsd", "tvd")
@@ -13,7 +14,7 @@ KINDS = ("forward_kl", "reverse_kl", "jsd", "tvd")
 
 def select(logits: Tensor, *, max_k: int = 6, floor: float = 0.0) -> SparseLogits:
     codec = LogitCodec(floor=floor, min_k=1, max_k=max_k)
-    return codec.select(logits, torch.arange(len(logits)) % logits.shape[1])
+    return select_entries(codec, logits, torch.arange(len(logits)) % logits.shape[1])
 
 
 def kl(p: Tensor, q: Tensor) -> Tensor:

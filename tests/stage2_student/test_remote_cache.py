@@ -10,6 +10,7 @@ from click.testing import CliRunner
 from tiny_cache import DATA
 
 from vlm_distill_cache.common.codecs import LogitCodec
+from vlm_distill_cache.common.codecs.live import as_tensors
 from vlm_distill_cache.common.config import config_from_dict
 from vlm_distill_cache.common.errors import TransferError
 from vlm_distill_cache.common.opening import open_cache
@@ -188,7 +189,7 @@ def test_fewer_tokens_a_row_still_train(tiny_cache, tmp_path):
     pull_partial(tmp_path / "cache", tmp_path / "part", Selection(signals=("logits",), top_k=4))
     codec = LogitCodec.from_dict(open_cache(tmp_path / "part").plan.signals["logits"])
     cache = open_cache(tmp_path / "part")
-    decoded = codec.decode(cache.read(cache.sample_ids[0]))
+    decoded = as_tensors(codec.decode(cache.read(cache.sample_ids[0])))
     assert int(decoded.entry_mask.sum(-1).max()) == 4
     dft = {"steps": 1, "batch_size": 4, "losses": {"logits": 1.0}}
     result = train(make_config(tmp_path / "part", tmp_path / "run", dft=dft))

@@ -18,13 +18,8 @@ from vlm_distill_cache.common.attention.layers import teacher_groups
 from vlm_distill_cache.common.cache.manifest import Plan, seal, write_plan
 from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
 from vlm_distill_cache.common.cache.stores import finish_shard, open_writer
-from vlm_distill_cache.common.codecs import (
-    LogitCodec,
-    RowAttention,
-    RowAttentionCodec,
-    VisualColumnsCodec,
-    VisualMapCodec,
-)
+from vlm_distill_cache.common.codecs import LogitCodec, RowAttentionCodec, VisualColumnsCodec, VisualMapCodec
+from vlm_distill_cache.common.codecs.live import RowAttention, select_entries
 from vlm_distill_cache.common.codecs.row_attention import TextAttentionCodec
 from vlm_distill_cache.common.files.atomic import write_json_atomic
 from vlm_distill_cache.common.files.hashing import fingerprint
@@ -188,7 +183,7 @@ def build_tiny_cache(
                 "tiles": tiles_to_array(batch.tiles[0]),
             }
             if "logits" in codecs:
-                record |= codecs["logits"].encode(codecs["logits"].select(logits, labels))
+                record |= codecs["logits"].encode(select_entries(codecs["logits"], logits, labels))
             if "answer_attention" in codecs:
                 cells = (
                     pool_keys(answer, overlap) if answer.shape[2] else answer.new_zeros(*answer.shape[:2], grid * grid)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from vlm_distill_cache.common.codecs import codec_from_dict
+from vlm_distill_cache.common.codecs.live import as_tensors
 from vlm_distill_cache.common.files.hashing import checksum
 from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.common.tools.verify import verify
@@ -52,7 +53,7 @@ def test_records_and_identity_are_the_pinned_ones(cache, store):
 def test_decoded_signals_are_the_pinned_ones(cache):
     record = cache.read("b")
     assert record["labels"].tolist() == [16, 70, 74, 2]  # a blue circle </s>
-    decoded = {name: codec_from_dict(stored).decode(record) for name, stored in cache.plan.signals.items()}
+    decoded = {name: as_tensors(codec_from_dict(stored).decode(record)) for name, stored in cache.plan.signals.items()}
     assert decoded.keys() == {"logits", "answer_attention", "visual_columns", "visual_map"}
 
     logits = decoded["logits"]
@@ -69,8 +70,8 @@ def test_decoded_signals_are_the_pinned_ones(cache):
 
     assert decoded["visual_columns"].shape == (2, 36)
     close(decoded["visual_columns"][1, :3], [0.0480, 0.0404, 0.0659])
-    assert decoded["visual_map"].shape == (2, 36, 36)
-    close(decoded["visual_map"][1, 5, :7], [0.0429, 0.0355, 0.1175, 0.0457, 0.0756, 0.2837, 0.0])
+    assert decoded["visual_map"].values.shape == (2, 36, 36)
+    close(decoded["visual_map"].values[1, 5, :7], [0.0429, 0.0355, 0.1175, 0.0457, 0.0756, 0.2837, 0.0])
 
 
 def test_a_sample_without_a_picture_has_empty_visual_signals(cache):

@@ -13,7 +13,8 @@ import torch
 from vlm_distill_cache.common.cache.plan import Plan
 from vlm_distill_cache.common.cache.schema import BASE_FIELDS
 from vlm_distill_cache.common.cache.stores import finish_shard, open_writer
-from vlm_distill_cache.common.codecs import LogitCodec, RowAttention, RowAttentionCodec
+from vlm_distill_cache.common.codecs import LogitCodec, RowAttentionCodec
+from vlm_distill_cache.common.codecs.live import RowAttention, select_entries
 
 READER = """
 import io, json, math, sys, tarfile
@@ -99,7 +100,7 @@ def test_the_words_of_the_schema_are_enough_to_get_a_teachers_probabilities_back
             "labels": labels.numpy().astype(np.uint32),
             "tiles": np.array([[2, 3, 0, 0, 1, 1]], np.float32),
         }
-        kept = logits.encode(logits.select(dense[name], labels))
+        kept = logits.encode(select_entries(logits, dense[name], labels))
         writer.append(name, base | kept | attention.encode(RowAttention.from_cells(cells[name])))
     finish_shard(writer)
     assert set(base) == {field.name for field in BASE_FIELDS}
@@ -130,7 +131,7 @@ def test_a_tar_is_what_the_webdataset_package_expects(tmp_path):
         fields={"logits": codec.fields()}, fingerprints={},
     )  # fmt: skip
     labels = torch.tensor([4])
-    record = codec.encode(codec.select(torch.arange(9.0)[None], labels)) | {
+    record = codec.encode(select_entries(codec, torch.arange(9.0)[None], labels)) | {
         "image_hash": np.zeros((1, 16), np.uint8),
         "labels": labels.numpy().astype(np.uint32),
         "tiles": np.zeros((0, 6), np.float32),

@@ -10,13 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlm_distill_cache.common.cache.schema import check_record
-from vlm_distill_cache.common.codecs import (
-    RowAttention,
-    RowAttentionCodec,
-    VisualColumnsCodec,
-    VisualMapCodec,
-    codec_from_dict,
-)
+from vlm_distill_cache.common.codecs import RowAttentionCodec, VisualColumnsCodec, VisualMapCodec, codec_from_dict
+from vlm_distill_cache.common.codecs.live import RowAttention, as_tensors
 from vlm_distill_cache.common.codecs.quantise import decode_log8, encode_log8, log8_half_step, log8_table
 from vlm_distill_cache.common.codecs.row_attention import RANGE_NATS
 from vlm_distill_cache.common.codecs.visual_map import MAP_RANGE_NATS
@@ -50,7 +45,7 @@ def test_row_attention_round_trip_is_within_the_stated_bound(
     live = RowAttention.from_cells(random_cells(rows, groups, codec.cells, seed=seed, power=power))
     record = codec.encode(live)
     check_record(record, codec.fields())
-    cached = codec.decode(record)
+    cached = as_tensors(codec.decode(record))
     torch.testing.assert_close(cached.image_mass, live.image_mass, rtol=2**-11, atol=HALF_TINY)
     torch.testing.assert_close(cached.cells.sum(-1), cached.image_mass, rtol=1e-5, atol=1e-9)
     share = live.cells / live.image_mass[..., None]
@@ -66,7 +61,7 @@ def test_rows_without_image_stay_exactly_zero():
     cells = random_cells(5, 2, 9)
     cells[1], cells[3, 0] = 0, 0
     codec = RowAttentionCodec(grid=(3, 3), groups=2)
-    cached = codec.decode(codec.encode(RowAttention.from_cells(cells)))
+    cached = as_tensors(codec.decode(codec.encode(RowAttention.from_cells(cells))))
     assert torch.equal(cached.cells == 0, cells == 0)
     assert torch.equal(cached.image_mass == 0, cells.sum(-1) == 0)
 
@@ -74,7 +69,7 @@ def test_rows_without_image_stay_exactly_zero():
 def test_zero_cells_stay_zero_and_faint_ones_stay_visible():
     cells = torch.tensor([[[0.5, 0.0, 1e-30, 0.25]]])
     codec = RowAttentionCodec(grid=(2, 2), groups=1)
-    cached = codec.decode(codec.encode(RowAttention.from_cells(cells))).cells[0, 0]
+    cached = as_tensors(codec.decode(codec.encode(RowAttention.from_cells(cells)))).cells[0, 0]
     assert cached[1] == 0
     assert 0 < cached[2] < 1e-5
 
@@ -85,7 +80,7 @@ def test_exact_row_attention_is_bit_for_bit(rows: int):
     live = RowAttention.from_cells(random_cells(rows, 2, 6))
     record = codec.encode(live)
     check_record(record, codec.fields())
-    cached = codec.decode(record)
+    cached = as_tensors(codec.decode(record))
     assert torch.equal(cached.cells, live.cells)
     assert torch.equal(cached.image_mass, live.image_mass)
 
@@ -111,13 +106,13 @@ def test_shapes_of_another_codec_are_refused():
         codec.encode(RowAttention.from_cells(random_cells(2, 1, 9)))
     record = RowAttentionCodec(grid=(3, 3), groups=1).encode(RowAttention.from_cells(random_cells(2, 1, 9)))
     with pytest.raises(CacheFormatError, match=r"expected cells \(2, 1, 4\)"):
-        codec.decode(record)
+        as_tensors(codec.decode(record))
     with pytest.raises(ValueError, match=r"columns \[1, N\]"):
         VisualColumnsCodec(groups=1).encode(torch.zeros(2, 5))
     with pytest.raises(ValueError, match=r"maps \[1, N, N\]"):
         VisualMapCodec(groups=1).encode(torch.zeros(1, 4, 5))
     with pytest.raises(CacheFormatError, match=r"expected \(N, 2\)"):
-        VisualColumnsCodec(groups=2).decode({"visual_columns": np.zeros((5, 1), np.float16)})
+        as_tensors(VisualColumnsCodec(groups=2).decode({"visual_columns": np.zeros((5, 1), np.float16)}))
 
 
 @pytest.mark.parametrize("exact", [False, True])
@@ -127,7 +122,7 @@ def test_visual_columns_round_trip(exact: bool, tokens: int):
     codec = VisualColumnsCodec(groups=3, exact=exact)
     record = codec.encode(columns)
     check_record(record, codec.fields())
-    cached = codec.decode(record)
+    cached = as_tensors(codec.decode(record))
     assert cached.shape == columns.shape
     if exact:
         assert torch.equal(cached, columns)
@@ -142,8 +137,8 @@ def test_visual_map_round_trip_is_within_the_stated_bound(seed: int, groups: int
     coarse, exact = VisualMapCodec(groups=groups), VisualMapCodec(groups=groups, preset="f4")
     for codec in (coarse, exact):
         check_record(codec.encode(maps), codec.fields())
-    assert torch.equal(exact.decode(exact.encode(maps)), maps)
-    cached = coarse.decode(coarse.encode(maps))
+    assert torch.equal(as_tensors(exact.decode(exact.encode(maps))).values, maps)
+    cached = as_tensors(coarse.decode(coarse.encode(maps))).values
     assert torch.equal(cached == 0, maps == 0)
     factor, least = math.exp(log8_half_step(MAP_RANGE_NATS)), math.exp(-MAP_RANGE_NATS)
     in_range = maps >= least
@@ -172,7 +167,7 @@ def test_a_map_that_looks_ahead_or_is_no_probability_is_refused():
 
 def test_a_length_that_is_no_triangle_is_refused():
     with pytest.raises(CacheFormatError, match="cachectl verify"):
-        VisualMapCodec(groups=1).decode({"visual_map": np.zeros((5, 1), np.uint8)})
+        as_tensors(VisualMapCodec(groups=1).decode({"visual_map": np.zeros((5, 1), np.uint8)}))
 
 
 def test_log8_codes_decode_to_values_that_encode_to_them():

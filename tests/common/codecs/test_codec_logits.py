@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlm_distill_cache.common.cache.schema import check_record
-from vlm_distill_cache.common.codecs import LOGIT_PRESETS, LogitCodec, SparseLogits, codec_from_dict
+from vlm_distill_cache.common.codecs import LOGIT_PRESETS, LogitCodec, codec_from_dict
+from vlm_distill_cache.common.codecs.live import SparseLogits, as_tensors, select_entries
 from vlm_distill_cache.common.codecs.quantise import GAP_TABLE, MAX_GAP, encode_gaps, gap_error
 from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, SampleError, TemperatureNotCachedError
 
@@ -56,7 +57,7 @@ def test_kept_tokens_equal_a_row_by_row_reference(row: list[float], data: st.Dat
     probability = dense.double().softmax(1)
     if bool(((probability - floor).abs() < 1e-6 * floor).any()):
         return  # on the floor itself, float32 and float64 may differ
-    sparse = chosen.select(dense, torch.tensor([label]))
+    sparse = select_entries(chosen, dense, torch.tensor([label]))
     assert listed(sparse) == [chosen_by_hand(row, label, chosen)]
 
 
@@ -66,10 +67,10 @@ def test_any_vocabulary_round_trips_with_the_last_id_as_ground_truth(vocabulary:
     dense = random_logits(3, vocabulary, scale=4.0)
     labels = torch.tensor([vocabulary - 1, 0, vocabulary // 2])
     chosen = LogitCodec.from_preset(preset)
-    sparse = chosen.select(dense, labels)
+    sparse = select_entries(chosen, dense, labels)
     record = chosen.encode(sparse)
     check_record(record, chosen.fields())
-    decoded = chosen.decode(record)
+    decoded = as_tensors(chosen.decode(record))
     assert record["token_ids"].dtype == np.uint32
     assert torch.equal(decoded.token_ids, sparse.token_ids)
     assert all(int(label) in ids for label, ids in zip(labels, listed(decoded), strict=True))
@@ -80,7 +81,7 @@ def test_any_vocabulary_round_trips_with_the_last_id_as_ground_truth(vocabulary:
 def test_live_entries_and_tail_equal_the_dense_distribution(dtype: torch.dtype, temperature: float):
     dense = random_logits(17, 500).to(dtype)
     labels = torch.randint(0, 500, (17,), generator=torch.Generator().manual_seed(1))
-    sparse = codec(temperatures=(1.0, 2.0, 4.0)).select(dense, labels, chunk_rows=5)
+    sparse = select_entries(codec(temperatures=(1.0, 2.0, 4.0)), dense, labels, chunk_rows=5)
     log_probs, tail = sparse.at(temperature)
     reference = (dense.double() / temperature).log_softmax(1)
     rest = torch.ones_like(reference, dtype=torch.bool)
@@ -96,7 +97,7 @@ def test_selecting_in_chunks_changes_nothing_and_leaves_the_logits_alone():
     dense = random_logits(23, 300)
     before = dense.clone()
     labels = torch.arange(23)
-    whole, chunked = codec().select(dense, labels), codec().select(dense, labels, chunk_rows=4)
+    whole, chunked = select_entries(codec(), dense, labels), select_entries(codec(), dense, labels, chunk_rows=4)
     assert torch.equal(dense, before)
     assert torch.equal(whole.token_ids, chunked.token_ids)
     torch.testing.assert_close(whole.log_probs, chunked.log_probs)
@@ -112,10 +113,10 @@ def test_round_trip_is_within_the_stated_bound(seed: int, rows: int, scale: floa
     chosen = codec(min_k=1, max_k=2) if preset == "two" else LogitCodec.from_preset(preset)
     dense = random_logits(rows, 90, seed=seed, scale=scale)
     labels = torch.randint(0, 90, (rows,), generator=torch.Generator().manual_seed(seed))
-    live = chosen.select(dense, labels)
+    live = select_entries(chosen, dense, labels)
     record = chosen.encode(live)
     check_record(record, chosen.fields())
-    cached = chosen.decode(record)
+    cached = as_tensors(chosen.decode(record))
     assert torch.equal(cached.token_ids, live.token_ids)
     assert torch.equal(cached.entry_mask, live.entry_mask)
     assert cached.temperatures == live.temperatures
@@ -139,7 +140,7 @@ def test_round_trip_is_within_the_stated_bound(seed: int, rows: int, scale: floa
 
 def test_exact_keeps_every_token_of_a_small_vocabulary_and_no_tail():
     dense = random_logits(4, 60)
-    sparse = LogitCodec.from_preset("exact").select(dense, torch.arange(4))
+    sparse = select_entries(LogitCodec.from_preset("exact"), dense, torch.arange(4))
     assert sparse.entry_mask.sum(1).tolist() == [60] * 4
     assert sparse.tail_log_mass.tolist() == [[-INF, -INF]] * 4
     rebuilt = torch.zeros(4, 60).scatter(1, sparse.token_ids, sparse.log_probs)
@@ -150,7 +151,7 @@ def test_one_hot_row_lists_the_ground_truth_with_probability_zero():
     dense = torch.full((1, 50), -INF)
     dense[0, 7] = 3.0
     chosen = codec(min_k=4)
-    sparse = chosen.decode(chosen.encode(chosen.select(dense, torch.tensor([9]))))
+    sparse = as_tensors(chosen.decode(chosen.encode(select_entries(chosen, dense, torch.tensor([9])))))
     assert listed(sparse) == [[7, 9]]
     assert sparse.log_probs.tolist() == [[0.0, -INF]]
     assert sparse.tail_log_mass.tolist() == [[-INF, -INF]]
@@ -160,7 +161,7 @@ def test_one_hot_row_lists_the_ground_truth_with_probability_zero():
 
 def test_uniform_row_lists_the_lowest_ids_and_keeps_the_mass():
     chosen = codec(max_k=4)
-    sparse = chosen.decode(chosen.encode(chosen.select(torch.zeros(1, 4000), torch.tensor([999]))))
+    sparse = as_tensors(chosen.decode(chosen.encode(select_entries(chosen, torch.zeros(1, 4000), torch.tensor([999])))))
     assert listed(sparse) == [[0, 1, 999]]
     torch.testing.assert_close(sparse.tail_log_mass.exp(), torch.full((1, 2), 1 - 3 / 4000), atol=1e-5, rtol=0)
     torch.testing.assert_close(sparse.at(2.0)[0].exp(), torch.full((1, 3), 1 / 4000), atol=1e-6, rtol=0)
@@ -173,12 +174,12 @@ def test_ties_rank_by_lowest_id_even_across_the_cut(dtype: torch.dtype):
     labels = torch.zeros(40, dtype=torch.int64)
     chosen = codec(floor=0.0, max_k=60)
     expected = [chosen_by_hand(row.tolist(), 0, chosen) for row in dense.float()]
-    assert listed(chosen.select(dense, labels)) == expected
+    assert listed(select_entries(chosen, dense, labels)) == expected
 
 
 def test_ground_truth_takes_the_last_place_of_a_full_row_and_leaves_the_rest_in_the_tail():
     dense = torch.tensor([[5.0, 4.0, 3.0, 2.0, 1.0]])
-    sparse = codec(floor=0.0, max_k=3).select(dense, torch.tensor([4]))
+    sparse = select_entries(codec(floor=0.0, max_k=3), dense, torch.tensor([4]))
     assert listed(sparse) == [[0, 1, 4]]
     probability = dense.softmax(1)[0]
     torch.testing.assert_close(sparse.tail_log_mass[0, 0].exp(), probability[2] + probability[3])
@@ -196,59 +197,59 @@ def test_rows_that_are_no_distribution_are_refused_by_row(values: list[float], m
     dense = torch.zeros(5, 3)
     dense[3] = torch.tensor(values)
     with pytest.raises(SampleError, match=message):
-        codec().select(dense, torch.zeros(5, dtype=torch.int64), chunk_rows=2)
+        select_entries(codec(), dense, torch.zeros(5, dtype=torch.int64), chunk_rows=2)
 
 
 def test_a_label_outside_the_vocabulary_is_refused():
     with pytest.raises(SampleError, match="row 1 of 2: label 8 is not in the teacher's vocabulary of 8"):
-        codec().select(torch.zeros(2, 8), torch.tensor([0, 8]))
+        select_entries(codec(), torch.zeros(2, 8), torch.tensor([0, 8]))
 
 
 def test_shapes_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match=r"labels \[A\], got \[2, 8\] and \[3\]"):
-        codec().select(torch.zeros(2, 8), torch.zeros(3, dtype=torch.int64))
+        select_entries(codec(), torch.zeros(2, 8), torch.zeros(3, dtype=torch.int64))
 
 
 def test_a_temperature_that_is_not_cached_names_those_that_are():
-    sparse = codec().select(torch.zeros(1, 9), torch.tensor([0]))
+    sparse = select_entries(codec(), torch.zeros(1, 9), torch.tensor([0]))
     with pytest.raises(TemperatureNotCachedError, match=r"no tail mass at temperature 3.0: .* \[1.0, 2.0\]"):
         sparse.at(3.0)
 
 
 def test_cat_pads_to_the_widest_part_and_refuses_other_temperatures():
-    narrow = codec(max_k=2).select(random_logits(2, 40), torch.tensor([1, 2]))
-    wide = codec(floor=0.0, max_k=6).select(random_logits(3, 40, seed=1), torch.tensor([1, 2, 3]))
+    narrow = select_entries(codec(max_k=2), random_logits(2, 40), torch.tensor([1, 2]))
+    wide = select_entries(codec(floor=0.0, max_k=6), random_logits(3, 40, seed=1), torch.tensor([1, 2, 3]))
     joined = SparseLogits.cat([narrow, wide])
     assert len(joined) == 5
     assert listed(joined) == listed(narrow) + listed(wide)
     assert bool((joined.log_probs[~joined.entry_mask] == -INF).all())
-    other = codec(temperatures=(1.0,)).select(random_logits(2, 40), torch.tensor([1, 2]))
+    other = select_entries(codec(temperatures=(1.0,)), random_logits(2, 40), torch.tensor([1, 2]))
     with pytest.raises(ValueError, match="equal temperatures"):
         SparseLogits.cat([narrow, other])
 
 
 def test_no_rows_round_trip():
     chosen = LogitCodec.from_preset("default")
-    sparse = chosen.select(torch.zeros(0, 100), torch.zeros(0, dtype=torch.int64))
+    sparse = select_entries(chosen, torch.zeros(0, 100), torch.zeros(0, dtype=torch.int64))
     record = chosen.encode(sparse)
     check_record(record, chosen.fields())
-    assert len(chosen.decode(record)) == 0
-    assert len(SparseLogits.cat([sparse, chosen.decode(record)]).to("cpu")) == 0
+    assert len(as_tensors(chosen.decode(record))) == 0
+    assert len(SparseLogits.cat([sparse, as_tensors(chosen.decode(record))]).to("cpu")) == 0
 
 
 def test_a_record_whose_counts_do_not_fit_is_refused():
     chosen = LogitCodec.from_preset("lean")
-    record = chosen.encode(chosen.select(random_logits(3, 50), torch.arange(3)))
+    record = chosen.encode(select_entries(chosen, random_logits(3, 50), torch.arange(3)))
     with pytest.raises(CacheFormatError, match="cachectl verify"):
-        chosen.decode(record | {"log_gap": record["log_gap"][1:]})
+        as_tensors(chosen.decode(record | {"log_gap": record["log_gap"][1:]}))
     empty_row = record["entry_count"].copy()
     empty_row[:2] = [0, empty_row[:2].sum()]
     with pytest.raises(CacheFormatError, match="at least one each"):
-        chosen.decode(record | {"entry_count": empty_row})
+        as_tensors(chosen.decode(record | {"entry_count": empty_row}))
 
 
 def test_encoding_rows_of_another_codec_is_refused():
-    sparse = codec(max_k=6, floor=0.0).select(random_logits(2, 50), torch.arange(2))
+    sparse = select_entries(codec(max_k=6, floor=0.0), random_logits(2, 50), torch.arange(2))
     with pytest.raises(ValueError, match="codec has max_k 2"):
         codec(max_k=2).encode(sparse)
 

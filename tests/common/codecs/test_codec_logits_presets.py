@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlm_distill_cache.common.codecs import LOGIT_PRESETS, LogitCodec, codec_from_dict
-from vlm_distill_cache.common.codecs.description import preset_settings
+from vlm_distill_cache.common.codecs.live import as_tensors, select_entries
+from vlm_distill_cache.common.codecs.logits import preset_settings
 from vlm_distill_cache.common.codecs.quantise import GAP_TABLE, balance, gap_codes, gap_error, gap_steps
 from vlm_distill_cache.common.errors import CacheFormatError, ConfigError
 from vlm_distill_cache.stage1_teacher.config import BuildConfig
@@ -24,8 +25,8 @@ def random_logits(rows: int, vocabulary: int, *, seed: int = 0, scale: float = 3
 
 
 def round_trip(codec: LogitCodec, dense: torch.Tensor, labels: list[int]):
-    live = codec.select(dense, torch.tensor(labels))
-    return live, codec.decode(codec.encode(live))
+    live = select_entries(codec, dense, torch.tensor(labels))
+    return live, as_tensors(codec.decode(codec.encode(live)))
 
 
 rows_of_codes = st.lists(st.lists(st.integers(0, 255), min_size=1, max_size=9), max_size=6)
@@ -45,10 +46,10 @@ def test_steps_change_what_is_stored_and_nothing_that_is_decoded():
     dense, labels = random_logits(40, 3000), torch.randint(0, 3000, (40,))
     stepped = LogitCodec.from_preset("default")
     plain = LogitCodec(**LOGIT_PRESETS["default"] | {"gap_steps": False})
-    sparse = plain.select(dense, labels)
+    sparse = select_entries(plain, dense, labels)
     first, second = stepped.encode(sparse), plain.encode(sparse)
     assert {name for name in first if first[name].tobytes() != second[name].tobytes()} == {"log_gap"}
-    assert torch.equal(stepped.decode(first).log_probs, plain.decode(second).log_probs)
+    assert torch.equal(as_tensors(stepped.decode(first)).log_probs, as_tensors(plain.decode(second)).log_probs)
     assert first["log_gap"].mean() < second["log_gap"].mean() / 4  # small numbers are the point
 
 
@@ -78,8 +79,8 @@ def test_balanced_rows_sum_to_one_stay_in_order_and_within_half_a_step(seed: int
     dense = random_logits(6, 300, seed=seed, scale=scale)
     codec = LogitCodec.from_preset(preset)
     plain = LogitCodec(**preset_settings(preset) | {"balanced": False})
-    record = codec.encode(codec.select(dense, torch.arange(6)))
-    before, after = plain.decode(record), codec.decode(record)
+    record = codec.encode(select_entries(codec, dense, torch.arange(6)))
+    before, after = as_tensors(plain.decode(record)), as_tensors(codec.decode(record))
     mask = after.entry_mask
     top = after.log_probs[:, :1]
     assert torch.equal(before.log_probs[:, :1], top)
@@ -100,10 +101,11 @@ def test_balancing_brings_probabilities_nearer_to_the_teachers():
         dense = random_logits(400, 2000, scale=scale)
         codec = LogitCodec.from_preset("default")
         plain = LogitCodec(**LOGIT_PRESETS["default"] | {"balanced": False})
-        live = codec.select(dense, torch.arange(400))
+        live = select_entries(codec, dense, torch.arange(400))
         record = codec.encode(live)
         errors = [
-            float((decoder.decode(record).log_probs.exp() - live.log_probs.exp()).norm()) for decoder in (plain, codec)
+            float((as_tensors(decoder.decode(record)).log_probs.exp() - live.log_probs.exp()).norm())
+            for decoder in (plain, codec)
         ]
         assert errors[0] > gain * errors[1]
 
@@ -213,7 +215,7 @@ def test_a_row_of_nan_is_refused_and_one_of_low_precision_is_not(preset: str):
     assert torch.equal(live.token_ids, cached.token_ids)
     dense[1, 131_072] = math.nan
     with pytest.raises(ValueError, match=r"row 1: .* got 1 NaN and 0"):
-        codec.select(dense, torch.zeros(3, dtype=torch.int64))
+        select_entries(codec, dense, torch.zeros(3, dtype=torch.int64))
 
 
 @pytest.mark.parametrize("top", [-40.0, -45.0, -50.0, -90.0, -60000.0])
@@ -228,7 +230,7 @@ def test_a_damaged_top_next_to_no_mass_neither_overflows_nor_leaves_its_codes(to
 def test_large_logits_lose_no_digits_to_their_size(offset: float):
     dense = torch.full((1, 500), offset)
     codec = LogitCodec.from_preset("fixed:8", temperatures=(0.5, 1.0, 2.0))
-    decoded = codec.decode(codec.encode(codec.select(dense, torch.tensor([3]))))
+    decoded = as_tensors(codec.decode(codec.encode(select_entries(codec, dense, torch.tensor([3])))))
     for temperature in codec.temperatures:
         log_probs, tail = decoded.at(temperature)
         assert torch.allclose(log_probs.exp(), torch.tensor(1 / 500), rtol=4e-3)

@@ -22,7 +22,7 @@ from vlm_distill_cache.common.codecs.kept_columns import (
     pack_mask,
     unpack_mask,
 )
-from vlm_distill_cache.common.codecs.teacher_map import TeacherMap
+from vlm_distill_cache.common.codecs.live import TeacherMap, as_tensors
 from vlm_distill_cache.common.codecs.visual_map import RUNS
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError
 
@@ -68,7 +68,7 @@ def cached(codec: VisualMapCodec, maps: Tensor, tiles: tuple[Tile, ...] | None =
         tiles = square(codec.grid) if codec.grid and maps.shape[1] else tiles_of(maps.shape[1])
     record = codec.encode(maps, tiles=tiles)
     check_record(record, codec.fields())
-    return codec.teacher_map(record | {"tiles": tiles_to_array(tiles)})
+    return as_tensors(codec.decode(record | {"tiles": tiles_to_array(tiles)}))
 
 
 @settings(deadline=None, max_examples=120)
@@ -270,10 +270,10 @@ def test_damaged_arrays_are_refused_or_give_finite_maps(preset: str, grid: int, 
     record[name] = array
     if kind != "bytes":
         with pytest.raises(CacheFormatError, match="cachectl verify"):
-            codec.teacher_map(record)
+            as_tensors(codec.decode(record))
         return
     with suppress(CacheFormatError):
-        found = codec.teacher_map(record)
+        found = as_tensors(codec.decode(record))
         assert bool(found.values.isfinite().all())
         assert bool((found.values >= 0).all())
 
@@ -289,7 +289,7 @@ def test_a_map_of_other_tokens_than_the_tiles_is_refused(preset: str):
         codec.encode(maps_of(1, 9, seed=0))
     record = codec.encode(maps_of(1, 9, seed=0), tiles=square(3))
     with pytest.raises(CacheFormatError, match="its map has 9 cells, its tiles 16"):
-        codec.teacher_map(record | {"tiles": tiles_to_array(square(4))})
+        as_tensors(codec.decode(record | {"tiles": tiles_to_array(square(4))}))
 
 
 def test_queries_are_taken_nearest_first_and_other_tiles_last():

@@ -93,6 +93,7 @@ LOGITS = {
 }
 ROWS = {"codec": "answer_attention", "grid": [6, 6], "groups": 1, "exact": False}
 MAPS = {"codec": "visual_map", "groups": 1, "preset": "exact8"}
+COLUMNS = {"codec": "visual_columns", "groups": 2, "exact": True}
 
 
 @pytest.mark.parametrize(
@@ -162,7 +163,7 @@ def damaged_records():
 @pytest.mark.parametrize("reason", list(damaged_records()))
 def test_deep_verification_finds_values_that_no_codec_writes(reason, tmp_path):
     plan = make_plan("webdataset", samples=1, shard_size=1,
-                     signals={"logits": {"codec": "logits"}, "visual_map": {"codec": "visual_columns"}})  # fmt: skip
+                     signals={"logits": LOGITS, "visual_map": COLUMNS})  # fmt: skip
     record = make_record(4) | damaged_records()[reason]
     write_plan(tmp_path, plan)
     writer = open_writer(plan.store, tmp_path, 0, plan.all_fields)
@@ -272,13 +273,13 @@ def test_a_sound_cache_stands_every_check(tmp_path):
         ({"codec": ["logits"]}, "newer", r"codec .* is not known"),
         ({}, "newer", "codec None is not known"),
         (LOGITS | {"entangled": True}, "newer", "settings .*entangled.* are not known"),
-        (LOGITS | {"max_k": 10**400}, "plan", r"max_k is 1000.*\.\.\., which codec 'logits' never has"),
-        (LOGITS | {"floor": 1e308}, "plan", r"floor is 1e\+308, which"),
-        (LOGITS | {"temperatures": [1, 10**400]}, "plan", "temperatures is"),
+        (LOGITS | {"max_k": 10**400}, "plan", r"codec 'logits': .*max_k: .*got 1000.*\.\.\."),
+        (LOGITS | {"floor": 1e308}, "plan", r"floor: .*got 1e\+308"),
+        (LOGITS | {"temperatures": [1, 10**400]}, "plan", "temperatures: expected distinct"),
     ],
 )
 def test_deep_verification_says_so_where_it_cannot_know_a_codecs_values(settings, kind, words, tmp_path):
-    build_cache(tmp_path, make_plan(signals={"logits": settings, "visual_map": {"codec": "visual_columns"}}))
+    build_cache(tmp_path, make_plan(signals={"logits": settings, "visual_map": COLUMNS}))
     assert verify(tmp_path) == []  # every byte is as it was written
     [damage] = verify(tmp_path, deep=True)
     assert (damage.path, damage.kind) == ("plan.json", kind)

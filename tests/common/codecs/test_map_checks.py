@@ -8,6 +8,7 @@ from vlm_distill_cache.common.attention.boxes import tiles_from_array
 from vlm_distill_cache.common.cache.manifest import Plan
 from vlm_distill_cache.common.codecs import LogitCodec, VisualMapCodec
 from vlm_distill_cache.common.codecs.checks import value_damage
+from vlm_distill_cache.common.codecs.live import select_entries
 
 TILES = np.array([[3, 4, 0, 0, 1, 1]], np.float32)
 
@@ -21,7 +22,7 @@ def sound(preset):
     values = torch.rand(2, 12, 12, generator=generator).square().tril() / 12
     record = {
         "image_hash": np.ones((1, 16), np.uint8), "labels": labels.numpy().astype(np.uint32), "tiles": TILES,
-        **logits.encode(logits.select(dense, labels)), **maps.encode(values, tiles=tiles_from_array(TILES)),
+        **logits.encode(select_entries(logits, dense, labels)), **maps.encode(values, tiles=tiles_from_array(TILES)),
     }  # fmt: skip
     plan = Plan(
         store="zarr", sample_count=1, shard_size=1, fingerprints={},

@@ -91,7 +91,8 @@ def test_inspect_shows_a_record_with_token_numbers(cache):
         assert " x ".join(map(str, array.shape)) in output
     first_row = next(line for line in output.splitlines() if line.startswith("   0  ")).split()
     assert first_row[1] == str(record["labels"][0])
-    assert first_row[2:4] == [str(record["token_ids"][0]), f"{np.exp(float(record['top_logprob'][0])):.3f}"]
+    assert first_row[2] == f"{np.exp(float(record['tail_logmass'][0, 0])):.4f}"
+    assert first_row[3:5] == [str(record["token_ids"][0]), f"{np.exp(float(record['top_logprob'][0])):.3f}"]
     assert "no sample 'nobody'" in run("inspect", cache, "nobody", code=1)
 
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from vlm_distill_cache.common.cache.schema import BASE_FIELDS, check_record
 from vlm_distill_cache.common.codecs import LogitCodec, codec_from_dict
+from vlm_distill_cache.common.codecs.live import as_tensors, select_entries
 from vlm_distill_cache.common.codecs.quantise import gap_error
 from vlm_distill_cache.common.errors import CacheFormatError, ConfigError
 from vlm_distill_cache.common.tools.select import truncate_logits, truncated_codec
@@ -26,7 +27,7 @@ def encoded(codec: LogitCodec, dense: torch.Tensor, labels: torch.Tensor) -> dic
         "image_hash": np.zeros((1, 16), np.uint8),
         "labels": labels.numpy().astype(np.uint32),
         "tiles": np.zeros((0, 6), np.float32),
-        **codec.encode(codec.select(dense, labels)),
+        **codec.encode(select_entries(codec, dense, labels)),
     }
 
 
@@ -66,7 +67,7 @@ def check_tails(result, expected, codec, dense) -> None:
     tails, wanted = (r["tail_logmass"].astype(np.float64) for r in (result, expected))
     if not len(tails):
         return
-    live = codec.select(dense, torch.from_numpy(expected["labels"].astype(np.int64)))
+    live = select_entries(codec, dense, torch.from_numpy(expected["labels"].astype(np.int64)))
     gaps = (live.log_probs[:, :1] - live.log_probs).numpy()
     worst = gap_error(np.where(np.isfinite(gaps), gaps, 0.0)).max(axis=1, keepdims=True)  # [A, 1], nats
     if codec.exact:
@@ -85,7 +86,8 @@ def test_what_is_dropped_joins_the_tail_at_every_temperature():
     record = encoded(codec, dense, labels)
     small = codec_from_dict(truncated_codec(codec.to_dict(), 8))
     assert isinstance(small, LogitCodec)
-    large, nested = codec.decode(record), small.decode(truncate_logits(record, codec.to_dict(), 8))
+    truncated = truncate_logits(record, codec.to_dict(), 8)
+    large, nested = as_tensors(codec.decode(record)), as_tensors(small.decode(truncated))
     for temperature in TEMPERATURES:
         (before, tail), (after, grown) = large.at(temperature), nested.at(temperature)
         assert bool((grown > tail).all())

@@ -17,6 +17,7 @@ from vlm_distill_cache.common.cache.manifest import read_manifest
 from vlm_distill_cache.common.cache.plan import read_plan
 from vlm_distill_cache.common.cli import main
 from vlm_distill_cache.common.codecs import codec_from_dict
+from vlm_distill_cache.common.codecs.live import as_tensors
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError, ConfigError, TransferError
 from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.common.remotes import DirectoryRemote
@@ -125,8 +126,8 @@ def test_fewer_entries_are_the_first_ones_and_the_rest_joins_the_tail(store: str
     assert before.plan.signals["logits"]["max_k"] == 64
     assert after.plan.signals["logits"]["max_k"] == 4
     for name in before.sample_ids:
-        large = codec_from_dict(before.plan.signals["logits"]).decode(before.read(name))
-        small = codec_from_dict(after.plan.signals["logits"]).decode(after.read(name))
+        large = as_tensors(codec_from_dict(before.plan.signals["logits"]).decode(before.read(name)))
+        small = as_tensors(codec_from_dict(after.plan.signals["logits"]).decode(after.read(name)))
         assert small.token_ids.shape[1] == min(4, large.token_ids.shape[1])
         assert torch.equal(small.token_ids[:, :3], large.token_ids[:, :3])  # the fourth may be the ground truth
         assert bool((small.tail_log_mass > large.tail_log_mass).all())

@@ -12,6 +12,7 @@ from transformers import LlavaForConditionalGeneration
 from vlm_distill_cache.common.codecs import codec_from_dict
 from vlm_distill_cache.common.codecs.answers import AnswersCodec
 from vlm_distill_cache.common.codecs.checks import value_damage
+from vlm_distill_cache.common.codecs.live import as_tensors
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError, ConfigError
 from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.common.tools.select import Selection, pull_partial
@@ -100,7 +101,7 @@ def test_cached_rows_belong_to_the_written_answers_and_a_greedy_label_is_the_lik
         record = cache.read(name)
         words = teacher.tokenizer.decode(record["labels"].astype(np.int64), skip_special_tokens=True)
         assert words.split() == " ".join(answers).split()
-        decoded = logits.decode(record)
+        decoded = as_tensors(logits.decode(record))
         labels = torch.from_numpy(record["labels"].astype(np.int64))
         # Scoring and writing differ by rounding: a tie may fall either way.
         assert float((decoded.token_ids[:, 0] == labels).float().mean()) > 0.99

@@ -9,8 +9,8 @@ import torch
 
 import vlm_distill_cache.stage1_teacher.loop.forward as forward
 from vlm_distill_cache.common.cache.schema import IGNORE_INDEX, check_record
-from vlm_distill_cache.common.codecs.logits import LogitCodec, _top_by_lowest_id
-from vlm_distill_cache.common.codecs.row_attention import RowAttention
+from vlm_distill_cache.common.codecs.live import RowAttention, _top_by_lowest_id, select_entries
+from vlm_distill_cache.common.codecs.logits import LogitCodec
 from vlm_distill_cache.common.errors import ModelError, SampleError
 from vlm_distill_cache.data.families.models import row_logits
 from vlm_distill_cache.data.text.collate import collate, length_buckets
@@ -21,13 +21,11 @@ from vlm_distill_cache.stage1_teacher.loop.signals import (
     copies_done,
     encode_records,
     reduce_output,
-    slice_logits,
     to_cpu,
 )
 from vlm_distill_cache.stage1_teacher.loop.work import Build
 from vlm_distill_cache.stage1_teacher.loop.writer import EncodedShard, run_ahead
 from vlm_distill_cache.stage1_teacher.planning.open import open_build
-from vlm_distill_cache.stage1_teacher.teacher.inputs import prepare_inputs
 from vlm_distill_cache.stage1_teacher.teacher.teacher import Teacher
 
 COUNT = 10
@@ -86,17 +84,14 @@ def test_a_records_arrays_are_those_of_its_sample_alone(work: Build):
     assert len(records) == len(batch) == COUNT
     for index, record in enumerate(records):
         rows, visual = (
-            slice(sum(counts[:index]), sum(counts[: index + 1]))
-            for counts in (signals.row_counts, signals.visual_counts)
+            slice(int(mask[:index].sum()), int(mask[: index + 1].sum()))
+            for mask in (batch.labels != IGNORE_INDEX, batch.visual_mask)
         )
-        alone = {"labels": signals.labels[rows].numpy()}
-        alone |= work.codecs["logits"].encode(slice_logits(signals.logits, rows))
-        alone |= work.codecs["visual_logits"].encode(slice_logits(signals.visual_logits, visual))
-        for name, cells in (
-            ("answer_attention", signals.answer_attention),
-            ("text_attention", signals.text_attention),
-        ):
-            alone |= work.codecs[name].encode(RowAttention.from_cells(cells[index]))
+        alone = {"labels": batch.labels[batch.labels != IGNORE_INDEX][rows].numpy()}
+        alone |= work.codecs["logits"].encode(signals["logits"].rows(rows))
+        alone |= work.codecs["visual_logits"].encode(signals["visual_logits"].rows(visual))
+        for name in ("answer_attention", "text_attention"):
+            alone |= work.codecs[name].encode(RowAttention.from_cells(signals[name][index]))
         for name, array in alone.items():
             np.testing.assert_array_equal(record[name], array)
         # Where one picture's signals are stored once, the writer adds which record has them.
@@ -149,20 +144,21 @@ def test_batches_are_collated_on_another_thread_and_one_ahead_at_most(work: Buil
 def test_samples_that_fail_are_named_and_all_others_keep_their_order(
     work: Build, monkeypatch, bad: tuple[int, ...], what: str
 ):
-    run = Teacher.run
+    run = Build.run
     names = [work.dataset.sample_ids[index] for index in bad]
 
-    def poisoned(self, batch, **options):
-        output = replace(output := run(self, batch, **options), logits=output.logits.clone())
+    def poisoned(self, batch, inputs=None):
+        output = run(self, batch, inputs)
+        output["logits"] = output["logits"].clone()
         for index, sample_id in enumerate(batch.sample_ids):
             if sample_id in names:
-                row = output.logits[sum(output.row_counts[:index])]
+                row = output["logits"][(batch.labels[:index] != IGNORE_INDEX).sum()]
                 row.fill_(-torch.inf) if what == "nothing" else row[3:4].fill_(
                     torch.nan if what == "nan" else torch.inf
                 )
         return output
 
-    monkeypatch.setattr(Teacher, "run", poisoned)
+    monkeypatch.setattr(Build, "run", poisoned)
     shard = encoded(work)
     samples = list(shard.samples)
     order = [i for bucket in length_buckets([len(sample) for sample in samples], 3) for i in bucket]
@@ -211,11 +207,11 @@ def test_unchecked_rows_that_are_no_distribution_come_back_as_nan_and_others_unc
     logits = torch.randn(6, 50, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(6)
     codec = LogitCodec.from_preset("default")
-    expected = codec.select(logits, labels)
+    expected = select_entries(codec, logits, labels)
     logits[1, 7], logits[3, 9], logits[4] = torch.nan, torch.inf, -torch.inf
     with pytest.raises(SampleError, match="row 1"):
-        codec.select(logits, labels)
-    found = codec.select(logits, labels, checked=False)
+        select_entries(codec, logits, labels)
+    found = select_entries(codec, logits, labels, checked=False)
     assert found.log_probs[:, 0].isnan().tolist() == [False, True, False, True, True, False]
     width = expected.log_probs.shape[1]
     for row in (0, 2, 5):
@@ -236,15 +232,13 @@ def test_the_exact_pass_on_all_rows_finds_what_it_finds_on_tied_ones(count: int)
 
 def test_rows_marked_on_the_cpu_give_the_logits_of_a_whole_pass(work: Build):
     batch = collate(encoded(work).samples[:3], work.teacher.pad_token_id)
-    inputs = prepare_inputs(
-        batch, work.wanted, family=work.teacher.family, config=work.teacher.config, dtype=torch.float32
-    )
+    inputs = work.prepare(batch)
     with torch.inference_mode():
         whole = work.teacher.model(**inputs.model_inputs, use_cache=False).logits
         torch.testing.assert_close(row_logits(work.teacher.model, inputs.model_inputs, inputs.rows), whole[inputs.rows])
     output = work.run(batch)
-    torch.testing.assert_close(output.logits, whole[batch.labels != IGNORE_INDEX])
-    torch.testing.assert_close(output.visual_logits, whole[batch.visual_mask])
+    torch.testing.assert_close(output["logits"], whole[batch.labels != IGNORE_INDEX])
+    torch.testing.assert_close(output["visual_logits"], whole[batch.visual_mask])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -257,7 +251,7 @@ def test_nothing_around_the_librarys_own_pass_waits_for_a_gpu(tmp_path: Path, ti
     )  # fmt: skip
     shard = encoded(work)
     batch = collate(shard.samples, work.teacher.pad_token_id)
-    inputs = work.teacher.prepare(batch, work.wanted)
+    inputs = work.prepare(batch)
     output = work.run(batch, inputs)
     reduce_output(output, batch, work.codecs)  # fills what is cached by picture layout
     torch.cuda.set_sync_debug_mode("error")
@@ -271,7 +265,7 @@ def test_nothing_around_the_librarys_own_pass_waits_for_a_gpu(tmp_path: Path, ti
     for event in events:
         event.synchronize()
     expected = to_cpu(signals)
-    for ours, theirs in zip(copied.answer_attention, expected.answer_attention, strict=True):
+    for ours, theirs in zip(copied["answer_attention"], expected["answer_attention"], strict=True):
         assert ours.is_pinned()
         assert torch.equal(ours, theirs)
     assert len(list(run_shard(work, shard, 3))) == 4

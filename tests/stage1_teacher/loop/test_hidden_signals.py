@@ -13,6 +13,7 @@ from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
 from vlm_distill_cache.common.cache.stores import open_reader
 from vlm_distill_cache.common.codecs import codec_from_dict
 from vlm_distill_cache.common.codecs.checks import value_damage
+from vlm_distill_cache.common.codecs.live import as_tensors
 from vlm_distill_cache.common.errors import CacheFormatError, ConfigError
 from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.common.tools.verify import verify
@@ -56,7 +57,8 @@ def read_all(path: Path) -> dict[str, dict[str, object]]:
     cache = open_cache(path)
     codecs = {name: codec_from_dict(settings) for name, settings in cache.plan.signals.items()}
     return {
-        name: {signal: codec.decode(cache.read(name)) for signal, codec in codecs.items()} for name in cache.sample_ids
+        name: {signal: as_tensors(codec.decode(cache.read(name))) for signal, codec in codecs.items()}
+        for name in cache.sample_ids
     }
 
 
@@ -144,4 +146,4 @@ def test_verify_finds_visual_logits_that_no_codec_writes(build_cache, tmp_path: 
     short = record | {"visual_hidden": record["visual_hidden"][:-1]}
     assert any("visual_hidden has" in line for line in value_damage(short, cache.plan))
     with pytest.raises(CacheFormatError, match="cachectl verify"):
-        codec_from_dict(cache.plan.signals["hidden"]).decode({"hidden": record["hidden"][:, :1]})
+        as_tensors(codec_from_dict(cache.plan.signals["hidden"]).decode({"hidden": record["hidden"][:, :1]}))

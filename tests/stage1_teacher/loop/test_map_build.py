@@ -7,7 +7,7 @@ import torch
 
 from vlm_distill_cache.common.cache.manifest import read_manifest
 from vlm_distill_cache.common.codecs import VisualMapCodec, codec_from_dict
-from vlm_distill_cache.common.codecs.teacher_map import TeacherMap
+from vlm_distill_cache.common.codecs.live import TeacherMap, as_tensors
 from vlm_distill_cache.common.errors import ConfigError
 from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.stage1_teacher.config import BuildConfig
@@ -19,7 +19,7 @@ def teacher_maps(cache_dir: Path) -> dict[str, TeacherMap]:
     cache = open_cache(cache_dir)
     codec = codec_from_dict(cache.plan.signals["visual_map"])
     assert isinstance(codec, VisualMapCodec)
-    return {sample_id: codec.teacher_map(cache.read(sample_id)) for sample_id in cache.sample_ids}
+    return {sample_id: as_tensors(codec.decode(cache.read(sample_id))) for sample_id in cache.sample_ids}
 
 
 @pytest.mark.parametrize("map_grid", [0, 3])

@@ -17,6 +17,7 @@ from vlm_distill_cache.common.cache.shared_images import VISUAL_SOURCE
 from vlm_distill_cache.common.cache.sidecar import read_sidecar
 from vlm_distill_cache.common.cache.stores import finish_shard, open_writer
 from vlm_distill_cache.common.codecs import codec_from_dict
+from vlm_distill_cache.common.codecs.live import as_tensors
 from vlm_distill_cache.common.errors import CacheMismatchError
 from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.common.tools.verify import verify
@@ -117,9 +118,11 @@ def test_every_way_to_keep_a_map_is_shared_and_found_sound(tmp_path, build, pres
     assert len(held) == 2
     for name in cache.sample_ids:
         holder = next(other for other in held if other.split("-")[0] == name.split("-")[0])
-        ours, theirs = (codec.decode(cache.read(sample_id, [*names, "tiles"])) for sample_id in (name, holder))
-        assert torch.equal(ours, theirs)
-        assert bool(ours.any())
+        ours, theirs = (
+            as_tensors(codec.decode(cache.read(sample_id, [*names, "tiles"]))) for sample_id in (name, holder)
+        )
+        assert torch.equal(ours.values, theirs.values)
+        assert bool(ours.values.any())
     assert verify(cache.path, deep=True) == []
 
 

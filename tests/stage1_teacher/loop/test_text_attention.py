@@ -14,6 +14,7 @@ from vlm_distill_cache.common.attention.boxes import grid_tile, overlap_matrix, 
 from vlm_distill_cache.common.attention.capture import AttentionCapture
 from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
 from vlm_distill_cache.common.codecs import codec_from_dict
+from vlm_distill_cache.common.codecs.live import as_tensors
 from vlm_distill_cache.common.errors import CacheMismatchError
 from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.data.registry import open_dataset
@@ -101,14 +102,14 @@ def test_cached_rows_equal_eager_attention_of_every_text_row(tmp_path, build_cac
         boxes = tile_boxes(batch.tiles[0])
         if len(boxes):
             expected = pool_keys(expected, overlap_matrix(boxes, tile_boxes((grid_tile(6, 6),))))
-        cells = codec.decode(record).cells[:, 0]
+        cells = as_tensors(codec.decode(record)).cells[:, 0]
         assert cells.shape == expected.shape
         torch.testing.assert_close(cells, expected, atol=1e-5, rtol=0)
         # Answer rows are some of the text rows.
         if len(boxes):
             first = int(batch.visual_mask[0].nonzero()[-1]) + 1
             rows = (batch.labels[0] != IGNORE_INDEX).nonzero()[:, 0] - first
-            torch.testing.assert_close(answers.decode(record).cells[:, 0], cells[rows], atol=1e-6, rtol=0)
+            torch.testing.assert_close(as_tensors(answers.decode(record)).cells[:, 0], cells[rows], atol=1e-6, rtol=0)
 
 
 def test_eight_bits_keep_text_rows_as_well_as_answer_rows(tmp_path, build_cache):

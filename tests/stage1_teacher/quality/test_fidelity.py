@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from vlm_distill_cache.common.attention.boxes import Tile
-from vlm_distill_cache.common.codecs.row_attention import RowAttention, RowAttentionCodec
+from vlm_distill_cache.common.codecs.live import RowAttention
+from vlm_distill_cache.common.codecs.row_attention import RowAttentionCodec
 from vlm_distill_cache.common.codecs.visual_map import VisualColumnsCodec
-from vlm_distill_cache.stage1_teacher.loop.signals import TeacherSignals
-from vlm_distill_cache.stage1_teacher.quality.fidelity import Totals, _compare
-from vlm_distill_cache.stage1_teacher.teacher.teacher import TeacherOutput
+from vlm_distill_cache.stage1_teacher.quality import fidelity
+from vlm_distill_cache.stage1_teacher.quality.fidelity import Found, Seen, Totals
 
 CODECS = {
     "answer_attention": RowAttentionCodec(grid=(2, 2), groups=1, exact=True),
@@ -20,16 +20,12 @@ SEEN, PADDING = (Tile(2, 2, (0.0, 0.0, 1.0, 1.0)),), (Tile(2, 2, (0.0, -50.0, 1.
 def compare(totals: Totals, cells: torch.Tensor, tiles: tuple[Tile, ...]) -> None:
     """Compare a sample of three rows and four visual tokens with a cache that holds exactly it."""
     columns = torch.full((1, 4), 0.25 if tiles is SEEN else 0.0)
-    signals = TeacherSignals(
-        logits=None, answer_attention=(cells,), visual_map=(), visual_columns=(columns,), labels=torch.zeros(3),
-        row_counts=(3,),
-    )  # fmt: skip
-    output = TeacherOutput(
-        logits=torch.zeros(3, 5), labels=torch.zeros(3), row_counts=(3,), attention={}, visual_counts=(4,)
-    )
+    found = Found({}, {"answer_attention": cells, "visual_columns": columns})
     record = CODECS["answer_attention"].encode(RowAttention.from_cells(cells))
     record |= CODECS["visual_columns"].encode(columns)
-    _compare(totals, CODECS, record, tiles, (output, signals), (output, signals))
+    totals.samples += 1
+    for codec in CODECS.values():
+        fidelity.compare(codec, Seen(record, tiles, found, found, totals))
 
 
 def test_samples_without_attention_on_the_picture_do_not_count_as_errors():

@@ -6,6 +6,7 @@ import torch
 from vlm_distill_cache.common.attention.boxes import content_mask, tile_boxes, tiles_from_array
 from vlm_distill_cache.common.cli import main as cachectl
 from vlm_distill_cache.common.codecs import codec_from_dict
+from vlm_distill_cache.common.codecs.live import as_tensors
 from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.stage1_teacher.quality.fidelity import SinkCount
 
@@ -69,8 +70,8 @@ def test_a_cache_reports_its_sinks_in_manifest_card_and_inspect(build_cache, tmp
     for name in cache.sample_ids:
         record = cache.read(name)
         content = content_mask(tile_boxes(tiles_from_array(record["tiles"])))
-        count.add(columns.decode(record).mean(dim=0), content)
-        full = maps.teacher_map(record).values[0].double()
+        count.add(as_tensors(columns.decode(record)).mean(dim=0), content)
+        full = as_tensors(maps.decode(record)).values[0].double()
         pairs = full[full > 0]
         threshold = full.mean() + full.std()  # the causal zeros included
         shares.append(float((pairs > threshold).double().mean()))

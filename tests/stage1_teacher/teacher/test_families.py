@@ -16,6 +16,7 @@ from vlm_distill_cache.data.images.load import ImageArray
 from vlm_distill_cache.data.sample import Sample, Turn
 from vlm_distill_cache.data.text.collate import collate
 from vlm_distill_cache.data.text.generation import generate_answers
+from vlm_distill_cache.stage1_teacher.loop.signals import requests_of
 from vlm_distill_cache.stage1_teacher.planning.plan import build_encoder
 from vlm_distill_cache.stage1_teacher.teacher.teacher import Teacher
 
@@ -65,8 +66,7 @@ def test_logits_and_attention_of_a_padded_batch_are_the_librarys_one_by_one(
     family: str, folder: Path, teacher: Teacher, encoder
 ):
     samples = [encoder(conversation(0)), encoder(conversation(1)), encoder(conversation(2, image=False))]
-    batch = collate(samples, teacher.pad_token_id)
-    output = teacher.run(batch, groups=GROUPS, answer_rows=True, visual_rows=True, text=True)
+    output = run(teacher, samples)
     done = 0
     for number, sample in enumerate(samples):
         shown = None if number == 2 else picture(*SIZES[number])
@@ -74,15 +74,15 @@ def test_logits_and_attention_of_a_padded_batch_are_the_librarys_one_by_one(
         assert sample.input_ids.tolist() == inputs["input_ids"][0].tolist()
         assert np.flatnonzero(sample.labels != IGNORE_INDEX).tolist() == list(range(first, last))
         logits, attention = reference_output(folder, inputs)
-        rows = output.row_counts[number]
-        torch.testing.assert_close(output.logits[done : done + rows], logits[first:last], atol=2e-4, rtol=1e-4)
+        rows = len(sample.supervised_rows)
+        torch.testing.assert_close(output["logits"][done : done + rows], logits[first:last], atol=2e-4, rtol=1e-4)
         assert logits[first:last].std() > 0.1
         done += rows
         keys = np.flatnonzero(sample.visual_mask)
         for layer in range(LAYERS):
-            found = output.attention["answer"][number, layer, :rows, : len(keys)]
+            found = output["answer_attention"][number, layer, :rows, : len(keys)]
             torch.testing.assert_close(found, attention[layer][first:last][:, keys], atol=1e-5, rtol=1e-4)
-            found = output.attention["visual"][number, layer, : len(keys), : len(keys)]
+            found = output["visual_map"][number, layer, : len(keys), : len(keys)]
             torch.testing.assert_close(found, attention[layer][keys][:, keys], atol=1e-5, rtol=1e-4)
 
 
@@ -101,15 +101,16 @@ def test_generation_from_left_padded_prompts_begins_with_the_librarys_logits(
 def test_in_sixteen_bits_logits_are_those_of_the_librarys_own_sixteen_bits(family: str, folder: Path, encoder):
     samples = [encoder(conversation(0)), encoder(conversation(1))]
     half = Teacher(folder, dtype="bfloat16")
-    output = half.run(collate(samples, half.pad_token_id), groups=GROUPS, answer_rows=True, visual_rows=False)
-    assert output.logits.dtype == torch.bfloat16
+    output = run(half, samples)
+    assert output["logits"].dtype == torch.bfloat16
     done = 0
-    for number, rows in enumerate(output.row_counts):
+    for number, sample in enumerate(samples):
+        rows = len(sample.supervised_rows)
         inputs, first, last = reference_inputs(
             family, folder, picture(*SIZES[number]), QUESTIONS[number], ANSWERS[number]
         )
         logits, _ = reference_output(folder, inputs, dtype=torch.bfloat16)
-        found = output.logits[done : done + rows].float()
+        found = output["logits"][done : done + rows].float()
         torch.testing.assert_close(found, logits[first:last].float(), atol=0.06, rtol=0.02)
         done += rows
 
@@ -125,15 +126,18 @@ def test_packed_conversations_give_what_each_gives_alone(teacher: Teacher, encod
     alone = [encoder(Sample(sample_id=f"{number}", images=image, turns=(turn,))) for number, turn in enumerate(turns)]
     both = run(teacher, [encoder(packed), encoder(conversation(1))])
     apart = run(teacher, alone)
-    count = sum(apart.row_counts)
-    torch.testing.assert_close(both.logits[:count], apart.logits, atol=2e-4, rtol=1e-4)
-    start = 0
-    for number, rows in enumerate(apart.row_counts):
-        found = both.attention["answer"][0, :, start : start + rows, : both.visual_counts[0]]
-        expected = apart.attention["answer"][number, :, :rows, : apart.visual_counts[number]]
+    count = len(apart["logits"])
+    torch.testing.assert_close(both["logits"][:count], apart["logits"], atol=2e-4, rtol=1e-4)
+    start, tokens = 0, int(alone[0].visual_mask.sum())
+    for number, sample in enumerate(alone):
+        rows = len(sample.supervised_rows)
+        found = both["answer_attention"][0, :, start : start + rows, :tokens]
+        expected = apart["answer_attention"][number, :, :rows, :tokens]
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
         start += rows
 
 
 def run(teacher: Teacher, samples):
-    return teacher.run(collate(samples, teacher.pad_token_id), groups=GROUPS, answer_rows=True, visual_rows=False)
+    batch = collate(samples, teacher.pad_token_id)
+    wanted = dict.fromkeys(("logits", "answer_attention", "text_attention", "visual_map"))
+    return teacher.run(teacher.prepare(batch, requests_of(batch, wanted, GROUPS)))

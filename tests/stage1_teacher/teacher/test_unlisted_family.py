@@ -14,12 +14,14 @@ from tiny_families import save_tiny
 from vlm_distill_cache.common.attention.boxes import content_mask, tile_boxes, tiles_from_array
 from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
 from vlm_distill_cache.common.codecs import codec_from_dict
+from vlm_distill_cache.common.codecs.live import as_tensors
 from vlm_distill_cache.common.errors import ModelError
 from vlm_distill_cache.common.tools.verify import verify
 from vlm_distill_cache.data.families.inputs import library_inputs
 from vlm_distill_cache.data.families.models import row_logits
 from vlm_distill_cache.data.registry import open_dataset
 from vlm_distill_cache.data.text.collate import Batch, collate
+from vlm_distill_cache.stage1_teacher.loop.signals import requests_of
 from vlm_distill_cache.stage1_teacher.planning.plan import build_encoder
 from vlm_distill_cache.stage1_teacher.teacher.teacher import Teacher
 
@@ -42,7 +44,7 @@ def test_its_logits_are_cached_and_are_the_librarys(unlisted_teacher: Path, fami
     inputs = {"input_ids": batch.input_ids, **batch.image_inputs}
     logits, _ = reference_output(unlisted_teacher, inputs)
     expected = logits[sample.supervised_rows].log_softmax(dim=-1)
-    decoded = codec_from_dict(cache.plan.signals["logits"]).decode(record)
+    decoded = as_tensors(codec_from_dict(cache.plan.signals["logits"]).decode(record))
     found = torch.full_like(expected, -torch.inf).scatter(1, decoded.token_ids, decoded.log_probs)
     kept = torch.isfinite(found) & decoded.entry_mask.any()
     assert int(kept.sum()) > 100
@@ -56,7 +58,7 @@ def test_asking_for_attention_says_why_there_is_none(unlisted_teacher: Path, fam
     encoder = build_encoder(teacher, template="auto", max_length=512)
     batch = collate([encoder(open_dataset(str(family_data))[0])], teacher.pad_token_id)
     with pytest.raises(ModelError, match=r"attention cannot be captured .*'vipllava'.*--signals logits"):
-        teacher.run(batch, groups=((0,),), answer_rows=True, visual_rows=False)
+        teacher.run(teacher.prepare(batch, requests_of(batch, {"answer_attention": None}, ((0,),))))
 
 
 def test_its_pictures_are_what_the_librarys_processor_makes(unlisted_teacher: Path, family_data: Path):

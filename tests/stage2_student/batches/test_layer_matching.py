@@ -10,7 +10,7 @@ from tiny_cache import build_tiny_cache
 
 from vlm_distill_cache.common.attention.capture import AttentionCapture
 from vlm_distill_cache.common.attention.layers import GroupMatch
-from vlm_distill_cache.common.codecs.teacher_map import TeacherMap
+from vlm_distill_cache.common.codecs.live import TeacherMap
 from vlm_distill_cache.common.errors import CacheMismatchError
 from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.data.registry import open_dataset

@@ -17,9 +17,14 @@ from vlm_distill_cache.data.images.encoder import ImageEncoder
 from vlm_distill_cache.data.images.load import ImageArray
 from vlm_distill_cache.data.sample import Sample, Turn
 from vlm_distill_cache.data.text.collate import collate, text_rows, visual_keys
-from vlm_distill_cache.stage1_teacher.loop.signals import build_codecs, encode_records, reduce_output
-from vlm_distill_cache.stage1_teacher.teacher.inputs import image_weights
-from vlm_distill_cache.stage1_teacher.teacher.teacher import TeacherOutput
+from vlm_distill_cache.stage1_teacher.config import BuildConfig
+from vlm_distill_cache.stage1_teacher.loop.signals import (
+    Sizes,
+    build_codecs,
+    encode_records,
+    image_weights,
+    reduce_output,
+)
 from vlm_distill_cache.stage2_student.batches.batch import TrainingSample
 from vlm_distill_cache.stage2_student.batches.signals import collate_samples, decode_signals
 from vlm_distill_cache.stage2_student.losses.attention_terms import pool_map
@@ -88,21 +93,15 @@ class Scene:
         self.maps = make_maps(len(sizes), self.rows, seed=1, scale=0.1)
         for sample, row in blind_rows:
             self.maps["answer"][sample, :, row] = 0
-        output = TeacherOutput(
-            logits=self.logits,
-            labels=labels,
-            row_counts=(self.rows,) * len(sizes),
-            attention=self.maps | {"columns": sum_rows(self.maps, image_weights(batch, visual_keys(batch)))},
-            visual_counts=(TOKENS,) * len(sizes),
-        )
-        codecs = build_codecs(
-            signals=SIGNALS,
-            logits="exact",
-            temperatures=(1.0,),
-            exact_attention=True,
-            grid=grid,
-            groups=GROUPS,
-        )
+        output = {
+            "logits": self.logits,
+            "answer_attention": self.maps["answer"],
+            "text_attention": self.maps["text"],
+            "visual_map": self.maps["visual"],
+            "visual_columns": sum_rows(self.maps, image_weights(batch, visual_keys(batch))),
+        }
+        config = BuildConfig(signals=SIGNALS, logits="exact", temperatures=(1.0,), attention_dtype="f4", groups=GROUPS)
+        codecs = build_codecs(config, Sizes(grid=grid))
         records = encode_records(reduce_output(output, batch, codecs), batch, codecs)
         self.samples = [
             TrainingSample(encoded, decode_signals(record, codecs, TERMS, encoded.tiles, where="memory"))

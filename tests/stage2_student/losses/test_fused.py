@@ -12,7 +12,7 @@ from loss_checks import normal
 from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 
-from vlm_distill_cache.common.codecs import SparseLogits
+from vlm_distill_cache.common.codecs.live import SparseLogits
 from vlm_distill_cache.common.errors import TemperatureNotCachedError
 from vlm_distill_cache.stage2_student.losses.fused import fused_losses
 from vlm_distill_cache.stage2_student.losses.logits import lm_loss, tail_bucket_loss

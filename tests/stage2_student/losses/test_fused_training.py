@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from vlm_distill_cache.common.codecs import SparseLogits
+from vlm_distill_cache.common.codecs.live import SparseLogits
 from vlm_distill_cache.stage2_student.losses import fused
 from vlm_distill_cache.stage2_student.losses.fused import fused_losses
 from vlm_distill_cache.stage2_student.losses.logits import lm_loss, tail_bucket_loss

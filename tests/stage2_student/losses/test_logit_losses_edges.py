@@ -7,7 +7,7 @@ import torch
 from logit_references import KINDS, bucketed, select
 from loss_checks import assert_agree, normal, value_and_gradient
 
-from vlm_distill_cache.common.codecs import SparseLogits
+from vlm_distill_cache.common.codecs.live import SparseLogits
 from vlm_distill_cache.stage2_student.losses.logits import tail_bucket_loss
 
 INF = math.inf

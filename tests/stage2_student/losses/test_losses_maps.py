@@ -5,8 +5,7 @@ import torch
 from loss_checks import assert_agree, cosine, maps_of, value_and_gradient
 from torch import Tensor
 
-from vlm_distill_cache.common.codecs import RowAttention
-from vlm_distill_cache.common.codecs.teacher_map import TeacherMap
+from vlm_distill_cache.common.codecs.live import RowAttention, TeacherMap
 from vlm_distill_cache.common.errors import CacheMismatchError
 from vlm_distill_cache.stage2_student.losses.attention import (
     answer_attention_loss,

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from vlm_distill_cache.common.attention.boxes import Tile, pooled_tiles, tiles_to_array
 from vlm_distill_cache.common.codecs import VisualMapCodec
-from vlm_distill_cache.common.codecs.teacher_map import TeacherMap
+from vlm_distill_cache.common.codecs.live import TeacherMap
+from vlm_distill_cache.common.codecs.live import pool_map as pool_to_cells
 from vlm_distill_cache.common.errors import CacheMismatchError
 from vlm_distill_cache.stage2_student.batches.signals import decode_signals
 from vlm_distill_cache.stage2_student.loss_weights import LossWeights
@@ -34,7 +35,7 @@ def causal_maps(cells: int, *, seed: int) -> Tensor:
 
 def target_of(codec: VisualMapCodec, maps: Tensor, tiles, student_tiles) -> AttentionTarget:
     """What stage two makes of a record of these maps for a student."""
-    record = codec.encode(codec.pool(maps, tiles), tiles=tiles) | {"tiles": tiles_to_array(tiles)}
+    record = codec.encode(pool_to_cells(codec, maps, tiles), tiles=tiles) | {"tiles": tiles_to_array(tiles)}
     terms = {"visual_map": TERMS["visual_map"]}
     return decode_signals(record, {"visual_map": codec}, terms, student_tiles, where="cache, sample 'a'")["visual_map"]
 

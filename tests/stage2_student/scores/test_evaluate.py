@@ -12,8 +12,9 @@ from vlm_distill_cache.common.attention.boxes import tiles_to_array
 from vlm_distill_cache.common.attention.capture import AttentionCapture, AttentionRequest
 from vlm_distill_cache.common.attention.layers import student_groups
 from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
+from vlm_distill_cache.common.codecs.live import RowAttention, select_entries
 from vlm_distill_cache.common.codecs.logits import LogitCodec
-from vlm_distill_cache.common.codecs.row_attention import RowAttention, RowAttentionCodec
+from vlm_distill_cache.common.codecs.row_attention import RowAttentionCodec
 from vlm_distill_cache.common.models.mobilevlm import MobileVLMConfig, MobileVLMForConditionalGeneration
 from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.data.builtin import load_image_processor, load_tokenizer
@@ -256,7 +257,7 @@ def make_records(model, encoder, samples, *, layers="middle"):
             logits = model(**batch.model_inputs(), supervised=batch.labels != IGNORE_INDEX).logits
         cells = maps["answer"][0].transpose(0, 1)  # [A, G, 36]
         signals = {
-            **logit_codec.encode(logit_codec.select(logits, labels)),
+            **logit_codec.encode(select_entries(logit_codec, logits, labels)),
             **attention_codec.encode(RowAttention.from_cells(cells)),
         }
         records.append({"tiles": tiles_to_array(encoded.tiles), **signals})

@@ -167,7 +167,8 @@ def merge(sources: tuple[Path, ...], output: Path, store: str | None) -> None:
     Samples in several sources must be equal in all of them and are kept once. Caches that differ in a
     fingerprint are refused.
     """
-    from vlm_distill_cache.common.cache.manifest import CARD, format_ranges
+    from vlm_distill_cache.common.cache.manifest import format_ranges
+    from vlm_distill_cache.common.cache.side_files import CARD
     from vlm_distill_cache.common.tools.merge import merge as merge_caches
 
     with _progress("merge") as bar:

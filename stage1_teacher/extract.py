@@ -13,16 +13,9 @@ from typing import TYPE_CHECKING, Never
 
 import torch
 
-from vlm_distill_cache.common.cache.manifest import (
-    Manifest,
-    Plan,
-    missing_shards,
-    read_manifest,
-    read_plan,
-    refuse_changed_plan,
-    seal,
-    sidecar_path,
-)
+from vlm_distill_cache.common.cache.manifest import Manifest, read_manifest, seal
+from vlm_distill_cache.common.cache.plan import Plan, read_plan, refuse_changed_plan
+from vlm_distill_cache.common.cache.sidecar import missing_shards, sidecar_path
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError
 from vlm_distill_cache.common.terminal.progress import ProgressLines, progress
 from vlm_distill_cache.stage1_teacher.config import BuildConfig

@@ -1,6 +1,6 @@
 """The text a build ends with: what was done, what it cost, what to run next."""
 
-from vlm_distill_cache.common.cache.manifest import BASE, read_plan
+from vlm_distill_cache.common.cache.plan import BASE, read_plan
 from vlm_distill_cache.common.terminal.command_line import quoted
 from vlm_distill_cache.common.terminal.next_step import distill_command
 from vlm_distill_cache.stage1_teacher.config import BuildConfig

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlm_distill_cache.common.cache.documents import describe_differences
-from vlm_distill_cache.common.cache.manifest import read_plan
+from vlm_distill_cache.common.cache.plan import read_plan
 from vlm_distill_cache.common.config import config_from_dict, config_to_dict, save_config
 from vlm_distill_cache.common.errors import CacheFormatError, ConfigError
 from vlm_distill_cache.common.files.atomic import clean_stale, read_json, write_bytes_atomic, write_json_atomic

@@ -4,9 +4,8 @@ The toy: how strong a hidden state of each supervised row is (root mean square),
 match.
 """
 
-import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -15,15 +14,14 @@ import torch
 from torch import Tensor
 
 from vlm_distill_cache.common.attention.hidden import HiddenRequest, student_layers
-from vlm_distill_cache.common.cache.manifest import seal, write_plan
 from vlm_distill_cache.common.cache.schema import Field
-from vlm_distill_cache.common.cache.stores import finish_shard, open_writer
-from vlm_distill_cache.common.codecs import codec_from_dict, description, registry
+from vlm_distill_cache.common.codecs import codec_from_dict, registry
+from vlm_distill_cache.common.codecs.description import Codec
 from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.common.tools.verify import verify
 from vlm_distill_cache.data.text.collate import supervised_rows
 from vlm_distill_cache.stage1_teacher import config as stage_one
-from vlm_distill_cache.stage1_teacher.loop import signals as loop_signals
+from vlm_distill_cache.stage1_teacher.loop.signals import EXTRACTORS, Extractor
 from vlm_distill_cache.stage2_student.batches.signals import LossTerm, Seen, Sides, Value
 from vlm_distill_cache.stage2_student.config import PhaseConfig, TrainConfig
 from vlm_distill_cache.stage2_student.loss_weights import LossWeights
@@ -33,12 +31,10 @@ from vlm_distill_cache.stage2_student.train import train
 from vlm_distill_cache.stage2_student.training.preparation import prepare
 
 NAME = "strength"
-BOTH_STAGES = hasattr(loop_signals, "EXTRACTORS")
-"""Until stage one has its dict of extractors, the toy is written into a cache by hand."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class StrengthCodec(getattr(description, "Codec", object)):  # type: ignore[misc]
+class StrengthCodec(Codec):
     """What is kept of it: float32 ``[A]``."""
 
     layer: int
@@ -67,7 +63,7 @@ def strength(states: Tensor) -> Tensor:
     return states.float().square().mean(dim=-1).sqrt()
 
 
-class StrengthExtractor(getattr(loop_signals, "Extractor", object)):  # type: ignore[misc]
+class StrengthExtractor(Extractor):
     """How stage one gets it."""
 
     def codec(self, config, sizes):
@@ -125,40 +121,15 @@ def toy(monkeypatch):
     monkeypatch.setitem(registry.CODECS, NAME, StrengthCodec)
     monkeypatch.setitem(TERMS, NAME, StrengthTerm(reads=(NAME,), at_images=False))
     monkeypatch.setattr(stage_one, "SIGNALS", (*stage_one.SIGNALS, NAME))
-    if BOTH_STAGES:
-        monkeypatch.setitem(loop_signals.EXTRACTORS, NAME, StrengthExtractor())
+    monkeypatch.setitem(EXTRACTORS, NAME, StrengthExtractor())
 
 
 @pytest.fixture
 def cache(toy, tmp_path, build_cache):
     """A cache of logits, hidden states and the toy."""
-    hidden = {"hidden_layers": (2,), "hidden_dtype": "f4", "fidelity_samples": 0}
-    if BOTH_STAGES:
-        build_cache(tmp_path / "cache", signals=("logits", "hidden", NAME), **hidden)
-        return open_cache(tmp_path / "cache")
-    build_cache(tmp_path / "built", signals=("logits", "hidden"), **hidden)
-    return add_by_hand(open_cache(tmp_path / "built"), tmp_path / "cache")
-
-
-def add_by_hand(built, target):
-    codec = StrengthCodec(layer=2)
-    plan = replace(
-        built.plan,
-        signals={**built.plan.signals, NAME: codec.to_dict()},
-        fields={**built.plan.fields, NAME: codec.fields()},
-    )
-    described = shutil.ignore_patterns("shards", "plan.json", "manifest.json", "index*")
-    shutil.copytree(built.path, target, ignore=described)
-    write_plan(target, plan)
-    for index in range(plan.shard_count):
-        writer = open_writer(plan.store, target, index, plan.all_fields)
-        for sample_id in built.shard_sample_ids(index):
-            record = built.read(sample_id)
-            states = torch.from_numpy(np.asarray(record["hidden"])[:, 0])
-            writer.append(sample_id, {**record, **codec.encode(strength(states))})
-        finish_shard(writer)
-    seal(target)
-    return open_cache(target)
+    options = {"hidden_layers": (2,), "hidden_dtype": "f4", "fidelity_samples": 0}
+    build_cache(tmp_path / "cache", signals=("logits", "hidden", NAME), **options)
+    return open_cache(tmp_path / "cache")
 
 
 def training(cache, output, **weights: Any) -> TrainConfig:
@@ -175,8 +146,7 @@ def test_stage_one_keeps_the_signal_and_the_cache_describes_it(cache):
         record = cache.read(sample_id)
         states = torch.from_numpy(np.array(record["hidden"]))[:, 0]
         np.testing.assert_allclose(codec.decode(record), strength(states), rtol=1e-5)
-    if BOTH_STAGES:
-        assert verify(cache.path, deep=True) == []
+    assert verify(cache.path, deep=True) == []
 
 
 def test_stage_two_trains_with_its_loss_and_logs_it(cache, tmp_path):

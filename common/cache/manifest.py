@@ -1,7 +1,6 @@
 """``manifest.json``: what a finished cache holds, derived from its sidecars alone.
 
-It is never written while a shard is missing. The names of the other two kinds of description, the plan
-(``common.cache.plan``) and the sidecars (``common.cache.sidecar``), are here too: this is the module to import from.
+It is never written while a shard is missing.
 """
 
 from __future__ import annotations
@@ -22,9 +21,9 @@ from vlm_distill_cache.common.cache.documents import (
     write_document,
 )
 from vlm_distill_cache.common.cache.index import INDEX, build_index
-from vlm_distill_cache.common.cache.plan import BASE, PLAN, SHARDS, Plan, read_plan, refuse_changed_plan, write_plan
+from vlm_distill_cache.common.cache.plan import PLAN, SHARDS, Plan, read_plan
 from vlm_distill_cache.common.cache.schema import FORMAT_VERSION
-from vlm_distill_cache.common.cache.side_files import CARD, MANIFEST, check_digests, side_files, walk_files
+from vlm_distill_cache.common.cache.side_files import CARD, MANIFEST, check_digests, side_files
 from vlm_distill_cache.common.cache.sidecar import (
     MAX_FILE_BYTES,
     FileEntry,
@@ -32,38 +31,10 @@ from vlm_distill_cache.common.cache.sidecar import (
     missing_shards,
     read_files,
     read_sidecar,
-    sidecar_path,
-    write_sidecar,
 )
 from vlm_distill_cache.common.errors import CacheFormatError
 from vlm_distill_cache.common.files.atomic import clean_stale, write_bytes_atomic
 from vlm_distill_cache.common.files.hashing import fingerprint
-
-__all__ = [
-    "BASE",
-    "CARD",
-    "INDEX",
-    "MANIFEST",
-    "PLAN",
-    "SHARDS",
-    "FileEntry",
-    "Manifest",
-    "Plan",
-    "ShardSidecar",
-    "ShardSummary",
-    "missing_shards",
-    "read_manifest",
-    "read_plan",
-    "read_sidecar",
-    "refuse_changed_plan",
-    "refuse_other_plan",
-    "seal",
-    "side_files",
-    "sidecar_path",
-    "walk_files",
-    "write_plan",
-    "write_sidecar",
-]
 
 
 @dataclass(frozen=True, kw_only=True)

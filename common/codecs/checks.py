@@ -20,7 +20,7 @@ from vlm_distill_cache.common.printing import one_line
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from vlm_distill_cache.common.cache.manifest import Plan
+    from vlm_distill_cache.common.cache.plan import Plan
     from vlm_distill_cache.common.cache.schema import Record
     from vlm_distill_cache.common.codecs.description import Codec
 

@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from vlm_distill_cache.common.cache.documents import parse_document, safe_path
-from vlm_distill_cache.common.cache.manifest import MANIFEST, PLAN, SHARDS, Manifest
+from vlm_distill_cache.common.cache.manifest import Manifest
+from vlm_distill_cache.common.cache.plan import PLAN, SHARDS
+from vlm_distill_cache.common.cache.side_files import MANIFEST
 from vlm_distill_cache.common.cache.sidecar import FileEntry
 from vlm_distill_cache.common.errors import CacheFormatError, TransferError
 from vlm_distill_cache.common.files.atomic import TEMPORARY_PREFIX, HeldLock, publish_file

@@ -22,18 +22,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlm_distill_cache.common.cache.manifest import (
-    MANIFEST,
-    SHARDS,
-    Manifest,
-    ShardSummary,
-    read_manifest,
-    read_plan,
-    read_sidecar,
-    sidecar_path,
-)
-from vlm_distill_cache.common.cache.side_files import check_digests, check_sizes
-from vlm_distill_cache.common.cache.sidecar import check_sidecar
+from vlm_distill_cache.common.cache.manifest import Manifest, ShardSummary, read_manifest
+from vlm_distill_cache.common.cache.plan import SHARDS, read_plan
+from vlm_distill_cache.common.cache.side_files import MANIFEST, check_digests, check_sizes
+from vlm_distill_cache.common.cache.sidecar import check_sidecar, read_sidecar, sidecar_path
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError, ConfigError, TransferError
 from vlm_distill_cache.common.files.atomic import (
     clean_stale,

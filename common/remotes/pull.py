@@ -10,19 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vlm_distill_cache.common.cache.documents import parse_document
-from vlm_distill_cache.common.cache.manifest import (
-    CARD,
-    MANIFEST,
-    PLAN,
-    SHARDS,
-    Manifest,
-    read_plan,
-    read_sidecar,
-    refuse_other_plan,
-    sidecar_path,
-)
-from vlm_distill_cache.common.cache.side_files import MAX_CARD_BYTES
-from vlm_distill_cache.common.cache.sidecar import check_sidecar, sidecar_name
+from vlm_distill_cache.common.cache.manifest import Manifest, refuse_other_plan
+from vlm_distill_cache.common.cache.plan import PLAN, SHARDS, read_plan
+from vlm_distill_cache.common.cache.side_files import CARD, MANIFEST, MAX_CARD_BYTES
+from vlm_distill_cache.common.cache.sidecar import check_sidecar, read_sidecar, sidecar_name, sidecar_path
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError
 from vlm_distill_cache.common.files.atomic import TEMPORARY_PREFIX, clean_stale, try_lock, write_bytes_atomic
 from vlm_distill_cache.common.files.disk import name_full_disk, refuse_overlap

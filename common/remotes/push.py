@@ -13,20 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from vlm_distill_cache.common.cache.documents import parse_document
-from vlm_distill_cache.common.cache.manifest import (
-    CARD,
-    MANIFEST,
-    PLAN,
-    Manifest,
-    Plan,
-    read_manifest,
-    read_plan,
-    read_sidecar,
-    refuse_other_plan,
-    sidecar_path,
-)
-from vlm_distill_cache.common.cache.side_files import refuse_occupied
-from vlm_distill_cache.common.cache.sidecar import ShardSidecar, sidecar_name
+from vlm_distill_cache.common.cache.manifest import Manifest, read_manifest, refuse_other_plan
+from vlm_distill_cache.common.cache.plan import PLAN, Plan, read_plan
+from vlm_distill_cache.common.cache.side_files import CARD, MANIFEST, refuse_occupied
+from vlm_distill_cache.common.cache.sidecar import ShardSidecar, read_sidecar, sidecar_name, sidecar_path
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError
 from vlm_distill_cache.common.files.atomic import MAX_JSON_BYTES
 from vlm_distill_cache.common.files.disk import refuse_overlap

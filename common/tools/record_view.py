@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vlm_distill_cache.common.cache.manifest import BASE
+from vlm_distill_cache.common.cache.plan import BASE
 from vlm_distill_cache.common.codecs.logits import LogitCodec
 from vlm_distill_cache.common.errors import ConfigError
 from vlm_distill_cache.common.files.atomic import write_bytes_atomic

@@ -11,8 +11,9 @@ from typing import Any, TypeVar
 import torch
 
 from vlm_distill_cache.common.attention.capture import IMPLEMENTATION
-from vlm_distill_cache.common.cache.manifest import BASE, Plan, sidecar_path
+from vlm_distill_cache.common.cache.plan import BASE, Plan
 from vlm_distill_cache.common.cache.schema import BASE_FIELDS, IGNORE_INDEX, Field, Record
+from vlm_distill_cache.common.cache.sidecar import sidecar_path
 from vlm_distill_cache.common.cache.stores import finish_shard, open_reader, open_writer
 from vlm_distill_cache.common.errors import DataError
 from vlm_distill_cache.data.families.inputs import additive_mask, text_config

@@ -19,7 +19,7 @@ from multiprocessing.context import ForkProcess
 
 import torch
 
-from vlm_distill_cache.common.cache.manifest import Plan
+from vlm_distill_cache.common.cache.plan import Plan
 from vlm_distill_cache.common.errors import DistillError, ProcessFailedError, SampleError
 from vlm_distill_cache.common.terminal.command_line import end_with_parent
 from vlm_distill_cache.data.sample import Dataset

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vlm_distill_cache.common.cache.manifest import Plan
+from vlm_distill_cache.common.cache.plan import Plan
 from vlm_distill_cache.data.sample import Dataset
 from vlm_distill_cache.data.text.collate import Batch
 from vlm_distill_cache.data.text.encoding import SampleEncoder

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from vlm_distill_cache.common.cache.manifest import Plan, read_sidecar, sidecar_path
+from vlm_distill_cache.common.cache.plan import Plan
 from vlm_distill_cache.common.cache.schema import Record
 from vlm_distill_cache.common.cache.shared_images import ImageSharer, SharedImages
+from vlm_distill_cache.common.cache.sidecar import read_sidecar, sidecar_path
 from vlm_distill_cache.common.cache.stores import finish_shard, open_writer
 from vlm_distill_cache.common.codecs import AnswersCodec
 from vlm_distill_cache.common.errors import CacheMismatchError, DataError

@@ -5,8 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlm_distill_cache.common.cache.manifest import Plan
-from vlm_distill_cache.common.cache.plan import THREADS
+from vlm_distill_cache.common.cache.plan import THREADS, Plan
 from vlm_distill_cache.common.cache.schema import FORMAT_VERSION, Field
 from vlm_distill_cache.common.cache.shared_images import with_visual_source
 from vlm_distill_cache.common.codecs.answers import AnswersCodec

@@ -5,8 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vlm_distill_cache.common.cache.manifest import BASE, CARD, Plan, read_sidecar
-from vlm_distill_cache.common.cache.plan import card_store_line
+from vlm_distill_cache.common.cache.plan import BASE, Plan, card_store_line
+from vlm_distill_cache.common.cache.side_files import CARD
+from vlm_distill_cache.common.cache.sidecar import read_sidecar
 from vlm_distill_cache.common.files.atomic import write_bytes_atomic
 
 # The Hub's classes of size: below this many samples, this name.

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vlm_distill_cache.common.attention.boxes import Tile, content_mask, tile_boxes
-from vlm_distill_cache.common.cache.manifest import Plan
+from vlm_distill_cache.common.cache.plan import Plan
 from vlm_distill_cache.common.cache.schema import Record
 from vlm_distill_cache.common.cache.shared_images import SharedImages
 from vlm_distill_cache.common.cache.side_files import check_file

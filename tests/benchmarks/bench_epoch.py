@@ -14,16 +14,10 @@ import numpy as np
 
 from tests.benchmarks.bench_measure import Spread, Values, ratio
 from vlm_distill_cache.common.cache.documents import document_bytes
-from vlm_distill_cache.common.cache.manifest import (
-    SHARDS,
-    FileEntry,
-    Plan,
-    ShardSidecar,
-    seal,
-    sidecar_path,
-    write_plan,
-)
+from vlm_distill_cache.common.cache.manifest import seal
+from vlm_distill_cache.common.cache.plan import SHARDS, Plan, write_plan
 from vlm_distill_cache.common.cache.schema import Record
+from vlm_distill_cache.common.cache.sidecar import FileEntry, ShardSidecar, sidecar_path
 from vlm_distill_cache.common.cache.stores import finish_shard, open_writer
 from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.stage2_student.batches.dataset import join_cache

@@ -10,7 +10,7 @@ from unittest import mock
 from tests.benchmarks.bench_measure import Spread, Values, ratio
 from tests.benchmarks.bench_models import save_language_model, save_teacher
 from tests.benchmarks.bench_training import steady
-from vlm_distill_cache.common.cache.manifest import SHARDS
+from vlm_distill_cache.common.cache.plan import SHARDS
 from vlm_distill_cache.common.config import config_from_dict
 from vlm_distill_cache.stage1_teacher.config import BuildConfig
 from vlm_distill_cache.stage1_teacher.extract import extract_with_processes

@@ -13,15 +13,9 @@ import numpy as np
 
 from tests.benchmarks.bench_measure import Spread, Values, median_seconds, scaled
 from vlm_distill_cache.common.cache.documents import document_bytes
-from vlm_distill_cache.common.cache.manifest import (
-    SHARDS,
-    FileEntry,
-    Plan,
-    ShardSidecar,
-    seal,
-    sidecar_path,
-    write_plan,
-)
+from vlm_distill_cache.common.cache.manifest import seal
+from vlm_distill_cache.common.cache.plan import SHARDS, Plan, write_plan
+from vlm_distill_cache.common.cache.sidecar import FileEntry, ShardSidecar, sidecar_path
 from vlm_distill_cache.common.codecs.logits import LogitCodec
 from vlm_distill_cache.common.opening import open_cache
 

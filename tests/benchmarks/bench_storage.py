@@ -7,7 +7,7 @@ import torch
 import zarr
 
 from tests.benchmarks.bench_measure import Spread, Values, paired_seconds, scaled
-from vlm_distill_cache.common.cache.manifest import SHARDS
+from vlm_distill_cache.common.cache.plan import SHARDS
 from vlm_distill_cache.common.codecs.live import RowAttention, as_tensors, select_entries
 from vlm_distill_cache.common.codecs.logits import LogitCodec
 from vlm_distill_cache.common.codecs.row_attention import RowAttentionCodec

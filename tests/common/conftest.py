@@ -6,8 +6,8 @@ import pytest
 from cache_factory import build_cache, make_plan
 from servers import serve_s3
 
-from vlm_distill_cache.common.cache.manifest import CARD
 from vlm_distill_cache.common.cache.plan import card_store_line
+from vlm_distill_cache.common.cache.side_files import CARD
 from vlm_distill_cache.common.remotes import streams
 
 

@@ -15,7 +15,8 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 from vlm_distill_cache.common.attention.boxes import grid_tile, overlap_matrix, pool_keys, tile_boxes, tiles_to_array
 from vlm_distill_cache.common.attention.capture import AttentionCapture, AttentionRequest
 from vlm_distill_cache.common.attention.layers import teacher_groups
-from vlm_distill_cache.common.cache.manifest import Plan, seal, write_plan
+from vlm_distill_cache.common.cache.manifest import seal
+from vlm_distill_cache.common.cache.plan import Plan, write_plan
 from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
 from vlm_distill_cache.common.cache.stores import finish_shard, open_writer
 from vlm_distill_cache.common.codecs import LogitCodec, RowAttentionCodec, VisualColumnsCodec, VisualMapCodec

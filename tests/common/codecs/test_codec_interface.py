@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from vlm_distill_cache.common.attention.boxes import tiles_from_array
-from vlm_distill_cache.common.cache.manifest import Plan
+from vlm_distill_cache.common.cache.plan import Plan
 from vlm_distill_cache.common.cache.schema import check_record
 from vlm_distill_cache.common.codecs import (
     CODECS,

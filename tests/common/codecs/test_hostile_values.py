@@ -15,7 +15,9 @@ from numcodecs.zstd import Zstd
 from test_stores import write
 
 from vlm_distill_cache.common.cache.documents import document_bytes, read_document
-from vlm_distill_cache.common.cache.manifest import seal, sidecar_path, write_plan
+from vlm_distill_cache.common.cache.manifest import seal
+from vlm_distill_cache.common.cache.plan import write_plan
+from vlm_distill_cache.common.cache.sidecar import sidecar_path
 from vlm_distill_cache.common.cache.stores import finish_shard, open_writer
 from vlm_distill_cache.common.cache.stores.webdataset_store import decode_member
 from vlm_distill_cache.common.cli import main

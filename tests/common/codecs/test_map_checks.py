@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from vlm_distill_cache.common.attention.boxes import tiles_from_array
-from vlm_distill_cache.common.cache.manifest import Plan
+from vlm_distill_cache.common.cache.plan import Plan
 from vlm_distill_cache.common.codecs import LogitCodec, VisualMapCodec
 from vlm_distill_cache.common.codecs.checks import value_damage
 from vlm_distill_cache.common.codecs.live import select_entries

@@ -16,8 +16,9 @@ import vlm_distill_cache.common.remotes.directory
 import vlm_distill_cache.common.remotes.pull
 import vlm_distill_cache.common.remotes.push
 from vlm_distill_cache.common.cache.documents import document_bytes, parse_document
-from vlm_distill_cache.common.cache.manifest import MANIFEST, ShardSidecar, ShardSummary, read_manifest, seal
-from vlm_distill_cache.common.cache.sidecar import FileEntry
+from vlm_distill_cache.common.cache.manifest import ShardSummary, read_manifest, seal
+from vlm_distill_cache.common.cache.side_files import MANIFEST
+from vlm_distill_cache.common.cache.sidecar import FileEntry, ShardSidecar
 from vlm_distill_cache.common.cli import main
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError, ConfigError, TransferError
 from vlm_distill_cache.common.remotes import DirectoryRemote

@@ -9,7 +9,9 @@ from cache_factory import build_cache, make_plan, make_record, sample_id, tree
 
 import vlm_distill_cache.common.remotes.directory
 import vlm_distill_cache.common.remotes.push
-from vlm_distill_cache.common.cache.manifest import MANIFEST, PLAN, seal
+from vlm_distill_cache.common.cache.manifest import seal
+from vlm_distill_cache.common.cache.plan import PLAN
+from vlm_distill_cache.common.cache.side_files import MANIFEST
 from vlm_distill_cache.common.cache.stores import finish_shard, open_writer
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError, ConfigError, TransferError
 from vlm_distill_cache.common.remotes import DirectoryRemote

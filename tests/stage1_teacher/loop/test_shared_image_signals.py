@@ -12,7 +12,8 @@ from PIL import Image
 
 import vlm_distill_cache.stage1_teacher.loop.writer as pipeline
 import vlm_distill_cache.stage1_teacher.planning.plan
-from vlm_distill_cache.common.cache.manifest import seal, write_plan
+from vlm_distill_cache.common.cache.manifest import seal
+from vlm_distill_cache.common.cache.plan import write_plan
 from vlm_distill_cache.common.cache.shared_images import VISUAL_SOURCE
 from vlm_distill_cache.common.cache.sidecar import read_sidecar
 from vlm_distill_cache.common.cache.stores import finish_shard, open_writer

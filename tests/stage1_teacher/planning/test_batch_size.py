@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import vlm_distill_cache.stage1_teacher.planning.batch_size as batch_sizes
-from vlm_distill_cache.common.cache.manifest import read_plan
+from vlm_distill_cache.common.cache.plan import read_plan
 from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
 from vlm_distill_cache.common.errors import CacheMismatchError, ConfigError, ModelError
 from vlm_distill_cache.stage1_teacher.config import BuildConfig

@@ -15,7 +15,7 @@ import torch
 from click.testing import CliRunner
 from part_targets import fail_or_wait
 
-from vlm_distill_cache.common.cache.manifest import read_plan
+from vlm_distill_cache.common.cache.plan import read_plan
 from vlm_distill_cache.common.errors import CacheMismatchError, ConfigError, ProcessFailedError
 from vlm_distill_cache.stage1_teacher.cli import main
 from vlm_distill_cache.stage1_teacher.config import BuildConfig

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from vlm_distill_cache.common.cache.manifest import read_plan
+from vlm_distill_cache.common.cache.plan import read_plan
 from vlm_distill_cache.common.errors import ConfigError
 from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.stage1_teacher.config import BuildConfig

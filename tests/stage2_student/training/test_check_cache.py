@@ -8,7 +8,8 @@ import pytest
 from tiny_cache import DATA, build_tiny_cache
 
 from vlm_distill_cache.common.cache.documents import document_bytes, read_document
-from vlm_distill_cache.common.cache.manifest import read_plan, seal, write_plan
+from vlm_distill_cache.common.cache.manifest import seal
+from vlm_distill_cache.common.cache.plan import read_plan, write_plan
 from vlm_distill_cache.common.config import config_from_dict, config_to_dict
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError, ConfigError
 from vlm_distill_cache.common.opening import open_cache

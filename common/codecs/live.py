@@ -87,11 +87,6 @@ class SparseLogits(LogitRows[Tensor]):
         taken: Self = map_tensors(self, lambda tensor: tensor[chosen])
         return taken
 
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
-        """The same rows on another device."""
-        moved: Self = map_tensors(self, lambda tensor: tensor.to(device, non_blocking=non_blocking))
-        return moved
-
     @staticmethod
     def cat(parts: "list[SparseLogits]") -> "SparseLogits":
         """Rows of all parts in order, padded to the widest.
@@ -260,11 +255,6 @@ class RowAttention(AttentionRows[Tensor]):
         cells = cells.float()
         return cls(cells, cells.sum(dim=-1))
 
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
-        """The same rows on another device."""
-        moved: Self = map_tensors(self, lambda tensor: tensor.to(device, non_blocking=non_blocking))
-        return moved
-
     @staticmethod
     def cat(parts: "list[RowAttention]") -> "RowAttention":
         """Rows of all parts in order; torch refuses no parts, or unequal groups or cells."""
@@ -293,10 +283,6 @@ class TeacherMap(FilteredMaps[Tensor]):
         pairs = image_pairs(values, token_mask)
         # float64: a map of equal values, whose std is 0, must not be all sinks by a rounding of its mean.
         return cls(values, pairs & (values <= sink_threshold(values.double(), pairs)) & (values > 0))
-
-    def to(self, device: torch.device | str) -> "TeacherMap":
-        """The same maps on another device."""
-        return TeacherMap(self.values.to(device), self.kept.to(device), self.complete)
 
     def whole(self, wanted_by: str) -> Tensor:
         """All values, float32 `[..., N, N]`.

@@ -85,9 +85,9 @@ def test_exact_row_attention_is_bit_for_bit(rows: int):
     assert torch.equal(cached.image_mass, live.image_mass)
 
 
-def test_row_attention_joins_and_moves():
+def test_row_attention_joins():
     parts = [RowAttention.from_cells(random_cells(n, 1, 4, seed=n)) for n in (2, 3)]
-    joined = RowAttention.cat(parts).to("cpu")
+    joined = RowAttention.cat(parts)
     assert len(joined) == 5
     torch.testing.assert_close(joined.cells.sum(-1), joined.image_mass)
 

@@ -234,7 +234,7 @@ def test_no_rows_round_trip():
     record = chosen.encode(sparse)
     check_record(record, chosen.fields())
     assert len(as_tensors(chosen.decode(record))) == 0
-    assert len(SparseLogits.cat([sparse, as_tensors(chosen.decode(record))]).to("cpu")) == 0
+    assert len(SparseLogits.cat([sparse, as_tensors(chosen.decode(record))])) == 0
 
 
 def test_a_record_whose_counts_do_not_fit_is_refused():

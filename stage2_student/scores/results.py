@@ -14,18 +14,21 @@ HEADLINE = (
     ("questions", "questions, exact match, %", 100),
     ("teacher/top1", "top-1 agrees with teacher, %", 100),
 )
-# What follows; a name with a slash at its end stands for the kinds of a headline.
+# What follows; a name with a slash at its end stands for the kinds of a headline, one without any for a heading.
 DETAILS = (
-    ("likelihood/", "captions by likelihood, by kind", 100),
+    ("", "captions by likelihood, by kind", 100),
+    ("likelihood/", "  ", 100),
     ("likelihood_per_token", "captions by likelihood per token, %", 100),
-    ("letters/mean", "captions by letter, both orders, %", 100),
-    ("letters/right_first", "  right caption is (A), %", 100),
-    ("letters/right_second", "  right caption is (B), %", 100),
-    ("letters/both_right", "  right in both orders, %", 100),
-    ("letters/likelihood", "  by log p(A) against log p(B), %", 100),
-    ("letters/bias", "  share of A minus share of B, %", 100),
-    ("letters/unparsed", "  not a letter, %", 100),
-    ("questions/", "questions, by kind", 100),
+    ("", "captions by letter, %", 100),
+    ("letters/mean", "  both orders", 100),
+    ("letters/right_first", "  right caption is (A)", 100),
+    ("letters/right_second", "  right caption is (B)", 100),
+    ("letters/both_right", "  right in both orders", 100),
+    ("letters/likelihood", "  by log p(A) against log p(B)", 100),
+    ("letters/bias", "  share of A minus share of B", 100),
+    ("letters/unparsed", "  not a letter", 100),
+    ("", "questions, by kind", 100),
+    ("questions/", "  ", 100),
     ("teacher/kl", "KL(teacher || student), nats/row", 1),
     ("attention/cosine", "answer attention, cosine", 1),
     ("attention/kl", "answer attention, KL, nats/row", 1),
@@ -82,12 +85,18 @@ def table_rows(
         row(*entry)._replace(gain=_gain(reports, compared, entry[0])) for entry in HEADLINE if entry[0] in known
     ]
     details: list[Row] = []
+    titles: list[Row] = []  # the heading of the group, until one of its rows stands below it
     for name, heading, factor in DETAILS:
+        if not name:
+            titles = [Row(heading, factor)]
+            continue
         parts = sorted(part for part in known if part.startswith(name)) if name.endswith("/") else []
-        found = [row(part, "  " + part.removeprefix(name), factor) for part in parts]
+        found = [row(part, heading + part.removeprefix(name), factor) for part in parts]
         found += [row(name, heading, factor)] if name in known else []
         found = [entry for entry in found if any(map(_says_something, entry.scores))]
-        details += [Row(heading, factor), *found] if parts and found else found
+        if found and heading.startswith("  "):
+            details, titles = details + titles, []
+        details += found
     return headlines, details
 
 

@@ -371,6 +371,8 @@ def test_table_leads_with_what_matters_and_leaves_out_what_says_nothing():
     assert len(lines) == 8
     assert "letter" not in table
     assert "swap_obj" not in table
+    some = render_table({"sft": EvaluationReport(scores={"letters/mean": none, "letters/unparsed": half})})
+    assert [line.split("  ")[:2] for line in some.splitlines()[1:]] == [["captions by letter, %"], ["", "not a letter"]]
 
 
 def test_the_gain_is_paired_where_both_models_have_the_same_items():

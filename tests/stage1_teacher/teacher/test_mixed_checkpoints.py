@@ -129,12 +129,13 @@ def test_the_fidelity_control_carries_the_noise_of_batches(build_cache, tmp_path
     """Run alone twice it would be exact whatever a batch does to the sums."""
     sizes, run = [], fidelity._run
 
-    def counted(work, batch):
+    def counted(work, batch, rows):
         sizes.append(len(batch))
-        output, signals = run(work, batch)
+        found = run(work, batch, rows)
         if len(batch) > 1:  # as if sums came out otherwise in a batch
-            output = replace(output, logits=output.logits + 0.1 * torch.randn(output.logits.shape))
-        return output, signals
+            noisy = {name: logits + 0.1 * torch.randn(logits.shape) for name, logits in found.dense.items()}
+            found = replace(found, dense=noisy)
+        return found
 
     monkeypatch.setattr(fidelity, "_run", counted)
     found = build_cache(tmp_path / "cache", batch_size=3, fidelity_samples=2).manifest.fidelity

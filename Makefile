@@ -100,7 +100,7 @@ experiment-smollm: $(STAMP) ## The second experiment, with SmolLM2-135M inside (
 	$(BIN)/python -m tests.benchmarks.experiment_smollm
 
 test: $(STAMP) ## Run all fast CPU tests, print branch coverage
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --cov --cov-report=term --cov-fail-under=85
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations=20 --cov --cov-report=term --cov-fail-under=85
 
 checks: $(STAMP) ## Lint, format check, strict types
 	$(BIN)/ruff check .

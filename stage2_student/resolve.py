@@ -10,7 +10,7 @@ from vlm_distill_cache.common.cache.reader import TeacherCache
 from vlm_distill_cache.common.config import load_config, read_yaml
 from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.stage2_student.config import PHASE_NAMES, TrainConfig, choose_size
-from vlm_distill_cache.stage2_student.pruned_folder import kept_share, pruning_record, read_settings
+from vlm_distill_cache.stage2_student.pruned_folder import RECORD, kept_share, read_settings
 from vlm_distill_cache.stage2_student.students.presets import split_student_name
 
 PRESETS = Path(__file__).parent / "presets"
@@ -53,7 +53,7 @@ def open_caches(config: TrainConfig) -> dict[str, TeacherCache]:
 def phases_preset(student: str, teacher_width: int) -> str:
     """The preset of phases that a student is trained by: how it was made, and whether it is a demonstration."""
     tiny = _size_of(student, teacher_width) == "tiny"
-    if kept_share(student) is not None or pruning_record(student):
+    if kept_share(student) is not None or (Path(student) / RECORD).is_file():
         return "phases-pruned-tiny" if tiny else "phases-pruned"
     return "phases-tiny" if tiny else "phases-published"
 

@@ -2,12 +2,16 @@
 
 import ast
 import graphlib
+import re
 import subprocess
 import sys
+from collections import Counter
 from functools import cache
 from pathlib import Path
 
 import pytest
+
+from vlm_distill_cache.common.codecs import CODECS
 
 ROOT = Path(__file__).resolve().parent.parent
 ORDER = {  # inside a package, each level imports only what stands before it
@@ -136,3 +140,25 @@ def test_nothing_of_ours_is_unpickled():
 def test_command_lines_and_cache_tools_start_without_torch(module: str):
     code = f"import vlm_distill_cache.{module}, sys; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def names_of_signals(path: Path) -> set[str]:
+    """Signals named in a file: as a quoted word, as a loss's weight, as a key of a preset."""
+    if path.suffix == ".yaml":
+        return {name for name in CODECS if re.search(rf"^\s*{name}:", path.read_text(), re.MULTILINE)}
+    found: set[str] = set()
+    for node in ast.walk(parsed(path)):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found.add(node.value)
+        elif isinstance(node, ast.AnnAssign) and path.name == "loss_weights.py":
+            found.add(ast.unparse(node.target))
+    return found & CODECS.keys()
+
+
+def test_a_signals_name_stands_in_few_files():
+    # "hidden" is also a key of a projector's sizes, and those files know no signals
+    sizes = {"projectors.py", "published_configs.py", "vision_language.py", "table.py", "build.py"}
+    presets = [path for package in PACKAGES for path in (ROOT / package).rglob("*.yaml")]
+    places = Counter(name for path in [*FILES, *presets] if path.name not in sizes for name in names_of_signals(path))
+    assert places.keys() == CODECS.keys()
+    assert max(places.values()) <= 7, places

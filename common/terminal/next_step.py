@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
+from vlm_distill_cache.common.codecs import LogitCodec, RowAttentionCodec
 from vlm_distill_cache.common.terminal.command_line import quoted
 
 if TYPE_CHECKING:
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 
     from vlm_distill_cache.common.cache.plan import Plan
 
-DEFAULT_SIGNALS = ("logits", "answer_attention")
+DEFAULT_SIGNALS = (LogitCodec.signal, RowAttentionCodec.signal)
 """What stage one keeps, and all that students are trained on, where nobody says otherwise."""
 _DISTILLING = ("dpt", "dft")
 DEFAULT_SHAPES = "shapes:images=1500,seed=0"

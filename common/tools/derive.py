@@ -20,6 +20,7 @@ from vlm_distill_cache.common.cache.shared_images import ImageSharer, SharedImag
 from vlm_distill_cache.common.cache.side_files import CARD, MAX_CARD_BYTES, refuse_occupied
 from vlm_distill_cache.common.cache.sidecar import FileEntry, sidecar_path
 from vlm_distill_cache.common.cache.stores import finish_shard, open_writer
+from vlm_distill_cache.common.codecs import LogitCodec
 from vlm_distill_cache.common.errors import CacheMismatchError
 from vlm_distill_cache.common.files.atomic import write_bytes_atomic
 from vlm_distill_cache.common.files.disk import name_full_disk
@@ -206,6 +207,6 @@ def carry_fidelity(
     kept = {
         name: value
         for name, value in fidelity.items()
-        if not any(signal in name for signal in gone) and not ("logits" in gone and name in _LOGIT_FIGURES)
+        if not any(signal in name for signal in gone) and not (LogitCodec.signal in gone and name in _LOGIT_FIGURES)
     }
     return kept if kept.keys() - {"samples"} else None

@@ -24,6 +24,7 @@ from vlm_distill_cache.common.cache.shared_images import SharedImages
 from vlm_distill_cache.common.cache.side_files import refuse_occupied
 from vlm_distill_cache.common.cache.sidecar import FileEntry, ShardSidecar, check_sidecar, read_sidecar, sidecar_name
 from vlm_distill_cache.common.cache.stores import ShardReader, open_reader
+from vlm_distill_cache.common.codecs import LogitCodec
 from vlm_distill_cache.common.codecs.quantise import GAP_TABLE, gap_codes, gap_steps
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError, ConfigError
 from vlm_distill_cache.common.files.atomic import clean_stale, remove, temporary_for
@@ -43,24 +44,12 @@ def truncated_codec(stored_codec: Mapping[str, Any], k: int) -> dict[str, Any]:
     Args:
         k: Most entries of a row from now on, at least 2: the top token and the ground truth.
     """
-    try:
-        most, least = int(stored_codec["max_k"]), int(stored_codec["min_k"])
-        is_logits, exact = stored_codec["codec"] == "logits", stored_codec["exact"]
-        temperatures = [float(t) for t in stored_codec["temperatures"]]
-    except (LookupError, TypeError, ValueError) as error:
-        raise CacheFormatError(
-            f"logit codec {dict(stored_codec)!r}: expected whole numbers max_k and min_k, temperatures and exact; "
-            "the plan is damaged"
-        ) from error
-    if not is_logits:
-        raise CacheFormatError(f"top-k: expected the codec 'logits', got {stored_codec['codec']!r}")
-    if not all(t > 0 for t in temperatures) or not isinstance(exact, bool):
-        raise CacheFormatError(f"logit codec: temperatures {temperatures} or exact {exact!r}; the plan is damaged")
-    if isinstance(k, bool) or not isinstance(k, int) or not 2 <= k <= most:
+    codec = LogitCodec.from_dict(stored_codec)
+    if isinstance(k, bool) or not isinstance(k, int) or not 2 <= k <= codec.max_k:
         raise ConfigError(
-            f"top-k: expected a whole number from 2 to {most}, the most entries a row of this cache has, got {k!r}"
+            f"top-k: expected a whole number from 2 to {codec.max_k}, the most entries a row of this cache has, got {k!r}"
         )
-    return {**stored_codec, "max_k": k, "min_k": min(least, k)}
+    return {**stored_codec, "max_k": k, "min_k": min(codec.min_k, k)}
 
 
 def truncate_logits(record: Record, stored_codec: Mapping[str, Any], k: int) -> Record:
@@ -272,7 +261,7 @@ def _derive(source: _Source, target: Path, selection: Selection, *, on_shard: Ca
         how["before"] = source.plan.extra[DERIVED]
     plan = derive_plan(source.plan, sample_count=len(slots), how=how, signals=signals)
     fidelity = carry_fidelity(source.manifest.fidelity, source.plan, signals=signals)
-    stored = source.plan.signals.get("logits", {})
+    stored = source.plan.signals.get(LogitCodec.signal, {})
     # A plan from before images were shared gets a field that its source does not have.
     source.names = frozenset(f.name for f in plan.all_fields) & {f.name for f in source.plan.all_fields}
 
@@ -302,9 +291,9 @@ def _select_signals(plan: Plan, selection: Selection) -> dict[str, dict[str, Any
     kept = {*wanted, *({"answers"} & plan.signals.keys())}
     signals = {name: plan.signals[name] for name in sorted(kept)}
     if selection.top_k is not None:
-        if "logits" not in signals:
+        if LogitCodec.signal not in signals:
             raise ConfigError(f"--top-k {selection.top_k}: no logits are pulled; add them to --signals")
-        signals["logits"] = truncated_codec(signals["logits"], selection.top_k)
+        signals[LogitCodec.signal] = truncated_codec(signals[LogitCodec.signal], selection.top_k)
     return signals
 
 

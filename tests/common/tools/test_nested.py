@@ -126,12 +126,12 @@ def test_an_impossible_k_is_refused_with_the_range(k: object):
 
 def test_other_codecs_and_damaged_records_are_refused():
     codec = LogitCodec.from_preset("lean")
-    with pytest.raises(CacheFormatError, match="expected whole numbers max_k and min_k"):
+    with pytest.raises(CacheFormatError, match="expected codec 'logits', got 'answer_attention'"):
         truncated_codec({"codec": "answer_attention"}, 4)
     for change in ({"temperatures": [0.0]}, {"temperatures": 3}, {"exact": 1}, {"max_k": "many"}):
-        with pytest.raises(CacheFormatError, match="the plan is damaged"):
+        with pytest.raises(CacheFormatError, match="codec 'logits': stored settings are not valid"):
             truncate_logits({}, codec.to_dict() | change, 4)
-    with pytest.raises(CacheFormatError, match="expected the codec 'logits', got 'other'"):
+    with pytest.raises(CacheFormatError, match="expected codec 'logits', got 'other'"):
         truncated_codec(codec.to_dict() | {"codec": "other"}, 4)
     record = encoded(codec, random_logits(4, 90), torch.arange(4))
     for name in ("log_gap", "token_ids", "labels", "tail_logmass", "entry_count"):

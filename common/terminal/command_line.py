@@ -142,7 +142,7 @@ def start_logging(level: int = logging.INFO) -> None:
 
 def said_so_far() -> dict[str, str]:
     """The variable of the environment that keeps a process started from here from saying the same again."""
-    return {SAID: " ".join(sorted(_once.said))}
+    return {SAID: " ".join(sorted(_once.said)[:1000])}  # a variable may be 128 KiB long
 
 
 def quiet_libraries() -> None:

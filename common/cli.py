@@ -197,7 +197,7 @@ def push(cache: Path, destination: str, *, jobs: int, overwrite: bool) -> None:
 
     If stopped, run it again to continue. The destination never holds a partial cache that looks complete.
     """
-    from vlm_distill_cache.common.remotes.pull import push as push_cache
+    from vlm_distill_cache.common.remotes.push import push as push_cache
 
     with _byte_progress("push") as bar:
         _, moved = push_cache(cache, destination, jobs=jobs, overwrite=overwrite, on_progress=_follow(bar))

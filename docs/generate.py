@@ -17,7 +17,8 @@ from vlm_distill_cache.common.cli import main as cachectl
 from vlm_distill_cache.stage1_teacher.cli import main as teacher_cache
 from vlm_distill_cache.stage1_teacher.config import BuildConfig
 from vlm_distill_cache.stage2_student.cli import main as distill
-from vlm_distill_cache.stage2_student.config import EvaluationConfig, LoraConfig, LossWeights, PhaseConfig, TrainConfig
+from vlm_distill_cache.stage2_student.config import EvaluationConfig, LoraConfig, PhaseConfig, TrainConfig
+from vlm_distill_cache.stage2_student.loss_weights import LossWeights
 
 HERE = Path(__file__).resolve().parent
 PRESETS = HERE.parent / "stage2_student" / "presets"

@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from vlm_distill_cache.common.codecs import CODECS, AnswersCodec
+from vlm_distill_cache.common.codecs.answers import AnswersCodec
 from vlm_distill_cache.common.codecs.description import check_whole_number
 from vlm_distill_cache.common.codecs.logits import preset_settings
+from vlm_distill_cache.common.codecs.registry import CODECS
 from vlm_distill_cache.common.errors import ConfigError
 from vlm_distill_cache.common.terminal.next_step import DEFAULT_SIGNALS
 

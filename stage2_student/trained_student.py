@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from vlm_distill_cache.common.cache.reader import TeacherCache
-from vlm_distill_cache.common.codecs import LogitCodec, RowAttentionCodec
+from vlm_distill_cache.common.codecs.logits import LogitCodec
+from vlm_distill_cache.common.codecs.row_attention import RowAttentionCodec
 from vlm_distill_cache.common.errors import ConfigError, ModelError
 from vlm_distill_cache.common.files.atomic import new_directory, read_json
 from vlm_distill_cache.common.models.published import is_published

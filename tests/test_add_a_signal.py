@@ -15,8 +15,9 @@ from torch import Tensor
 
 from vlm_distill_cache.common.attention.hidden import HiddenRequest, student_layers
 from vlm_distill_cache.common.cache.schema import Field
-from vlm_distill_cache.common.codecs import codec_from_dict, registry
+from vlm_distill_cache.common.codecs import registry
 from vlm_distill_cache.common.codecs.description import Codec
+from vlm_distill_cache.common.codecs.registry import codec_from_dict
 from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.common.tools.verify import verify
 from vlm_distill_cache.data.text.collate import supervised_rows

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from vlm_distill_cache.common.codecs import CODECS
+from vlm_distill_cache.common.codecs.registry import CODECS
 
 ROOT = Path(__file__).resolve().parent.parent
 ORDER = {  # inside a package, each level imports only what stands before it

@@ -11,7 +11,7 @@ import pytest
 
 import vlm_distill_cache as vdc
 from vlm_distill_cache.common.cache.reader import TeacherCache
-from vlm_distill_cache.common.codecs import codec_from_dict
+from vlm_distill_cache.common.codecs.registry import codec_from_dict
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = {

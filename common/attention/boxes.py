@@ -11,33 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vlm_distill_cache.common.attention.tiles import (
-    FINEST_SIDE,
-    SLIVER,
-    Tile,
-    box_array,
-    carries_image,
-    grid_tile,
-    pooled_tiles,
-    tiles_from_array,
-    tiles_to_array,
-)
-
-__all__ = [
-    "FINEST_SIDE",
-    "Tile",
-    "area_pool",
-    "content_mask",
-    "grid_tile",
-    "overlap_matrix",
-    "pool_keys",
-    "pool_queries",
-    "pooled_tiles",
-    "show_twice",
-    "tile_boxes",
-    "tiles_from_array",
-    "tiles_to_array",
-]
+from vlm_distill_cache.common.attention.tiles import SLIVER, Tile, box_array, carries_image
 
 
 def show_twice(tiles: Sequence[Tile]) -> bool:

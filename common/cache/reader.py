@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from vlm_distill_cache.common.cache.plan import Plan
     from vlm_distill_cache.common.cache.schema import Field, Record
     from vlm_distill_cache.common.cache.sidecar import ShardSidecar
-    from vlm_distill_cache.common.cache.stores import ShardReader
+    from vlm_distill_cache.common.cache.stores.base import ShardReader
 
 
 class SampleIds(Sequence[str]):

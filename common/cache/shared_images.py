@@ -21,7 +21,7 @@ from collections.abc import Collection, Iterable, Mapping
 import numpy as np
 
 from vlm_distill_cache.common.cache.schema import MAP_AXES, Field, Record
-from vlm_distill_cache.common.cache.stores import ShardReader
+from vlm_distill_cache.common.cache.stores.base import ShardReader
 from vlm_distill_cache.common.errors import CacheFormatError
 from vlm_distill_cache.common.files.hashing import checksum
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, pad
 
-from vlm_distill_cache.common.attention.boxes import Tile, area_pool, pool_keys, pool_queries, tile_boxes
+from vlm_distill_cache.common.attention.boxes import area_pool, pool_keys, pool_queries, tile_boxes
+from vlm_distill_cache.common.attention.tiles import Tile
 from vlm_distill_cache.common.codecs.kept_columns import sink_threshold
 from vlm_distill_cache.common.codecs.logits import LogitCodec, LogitRows
 from vlm_distill_cache.common.codecs.row_attention import AttentionRows

@@ -17,7 +17,6 @@ from vlm_distill_cache.common.remotes.streams import Retries
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["DirectoryRemote", "Remote", "open_remote"]
 
 _KINDS: dict[str, Callable[[str, Retries], Remote]] = {
     "s3": S3Remote,

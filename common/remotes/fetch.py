@@ -31,7 +31,7 @@ from vlm_distill_cache.common.remotes.streams import stop_waiting_on, stoppable
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-    from vlm_distill_cache.common.remotes import Remote
+    from vlm_distill_cache.common.remotes.base import Remote
 
 _T = TypeVar("_T")
 JOBS = 8

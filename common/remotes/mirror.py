@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
     from vlm_distill_cache.common.cache.sidecar import FileEntry
     from vlm_distill_cache.common.files.atomic import HeldLock
-    from vlm_distill_cache.common.remotes import Remote
+    from vlm_distill_cache.common.remotes.base import Remote
 
 
 FOLDER_VARIABLE, LIMIT_VARIABLE = "VLM_DISTILL_CACHE_DIR", "VLM_DISTILL_CACHE_BYTES"

@@ -29,16 +29,14 @@ from vlm_distill_cache.common.remotes.fetch import (
     is_intact,
     read_remote_manifest,
 )
-from vlm_distill_cache.common.remotes.push import push
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from vlm_distill_cache.common.cache.plan import Plan
     from vlm_distill_cache.common.cache.sidecar import FileEntry
-    from vlm_distill_cache.common.remotes import Remote
+    from vlm_distill_cache.common.remotes.base import Remote
 
-__all__ = ["pull", "push"]
 
 MAX_SHARD_FILES = 10_000
 _MARKER = f"{TEMPORARY_PREFIX}{MANIFEST}-pull"  # the manifest of the cache that is being pulled

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from vlm_distill_cache.common.cache.sidecar import FileEntry
-    from vlm_distill_cache.common.remotes import Remote
+    from vlm_distill_cache.common.remotes.base import Remote
 
 _T = TypeVar("_T")
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from vlm_distill_cache.common.codecs import LogitCodec, RowAttentionCodec
+from vlm_distill_cache.common.codecs.logits import LogitCodec
+from vlm_distill_cache.common.codecs.row_attention import RowAttentionCodec
 from vlm_distill_cache.common.terminal.command_line import quoted
 
 if TYPE_CHECKING:

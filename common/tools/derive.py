@@ -20,12 +20,12 @@ from vlm_distill_cache.common.cache.shared_images import ImageSharer, SharedImag
 from vlm_distill_cache.common.cache.side_files import CARD, MAX_CARD_BYTES, refuse_occupied
 from vlm_distill_cache.common.cache.sidecar import FileEntry, sidecar_path
 from vlm_distill_cache.common.cache.stores import finish_shard, open_writer
-from vlm_distill_cache.common.codecs import LogitCodec
+from vlm_distill_cache.common.codecs.logits import LogitCodec
 from vlm_distill_cache.common.errors import CacheMismatchError
 from vlm_distill_cache.common.files.atomic import write_bytes_atomic
 from vlm_distill_cache.common.files.disk import name_full_disk
 from vlm_distill_cache.common.files.hashing import fingerprint
-from vlm_distill_cache.common.remotes import Remote
+from vlm_distill_cache.common.remotes.base import Remote
 from vlm_distill_cache.common.remotes.fetch import fetch_files
 from vlm_distill_cache.common.tools.derived_card import DERIVED, write_derived_card
 

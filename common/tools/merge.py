@@ -33,7 +33,8 @@ from vlm_distill_cache.common.files.disk import refuse_overlap
 from vlm_distill_cache.common.files.hashing import fingerprint
 from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.common.printing import one_line
-from vlm_distill_cache.common.remotes import Remote, open_remote
+from vlm_distill_cache.common.remotes import open_remote
+from vlm_distill_cache.common.remotes.base import Remote
 from vlm_distill_cache.common.remotes.fetch import fetch_files
 from vlm_distill_cache.common.tools.derive import (
     Slot,

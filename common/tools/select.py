@@ -23,14 +23,16 @@ from vlm_distill_cache.common.cache.schema import BASE_FIELDS, Record
 from vlm_distill_cache.common.cache.shared_images import SharedImages
 from vlm_distill_cache.common.cache.side_files import refuse_occupied
 from vlm_distill_cache.common.cache.sidecar import FileEntry, ShardSidecar, check_sidecar, read_sidecar, sidecar_name
-from vlm_distill_cache.common.cache.stores import ShardReader, open_reader
-from vlm_distill_cache.common.codecs import LogitCodec
+from vlm_distill_cache.common.cache.stores import open_reader
+from vlm_distill_cache.common.cache.stores.base import ShardReader
+from vlm_distill_cache.common.codecs.logits import LogitCodec
 from vlm_distill_cache.common.codecs.quantise import GAP_TABLE, gap_codes, gap_steps
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError, ConfigError
 from vlm_distill_cache.common.files.atomic import clean_stale, remove, temporary_for
 from vlm_distill_cache.common.files.disk import refuse_overlap
 from vlm_distill_cache.common.files.hashing import fingerprint
-from vlm_distill_cache.common.remotes import Remote, open_remote
+from vlm_distill_cache.common.remotes import open_remote
+from vlm_distill_cache.common.remotes.base import Remote
 from vlm_distill_cache.common.remotes.fetch import fetch_files, read_remote_manifest
 from vlm_distill_cache.common.tools.derive import Slot, carry_fidelity, derive_cache, derive_plan
 from vlm_distill_cache.common.tools.derived_card import DERIVED

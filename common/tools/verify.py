@@ -26,7 +26,8 @@ from vlm_distill_cache.common.cache.sidecar import (
     read_sidecar,
     sidecar_name,
 )
-from vlm_distill_cache.common.cache.stores import DAMAGE_ERRORS, ShardReader, open_reader
+from vlm_distill_cache.common.cache.stores import open_reader
+from vlm_distill_cache.common.cache.stores.base import DAMAGE_ERRORS, ShardReader
 from vlm_distill_cache.common.codecs.checks import codec_damage, value_damage
 from vlm_distill_cache.common.errors import CacheFormatError, NewerFormatError
 from vlm_distill_cache.common.files.atomic import TEMPORARY_PREFIX, try_lock

@@ -5,13 +5,11 @@ from typing import Any
 
 from vlm_distill_cache.common.errors import ModelError
 from vlm_distill_cache.data.images.encoder import AnyImageEncoder, ImageEncoder
-from vlm_distill_cache.data.images.layouts import (
-    AnyResolutionEncoder,
-    DynamicEncoder,
-    FramedEncoder,
-    SplitEncoder,
-    ThumbnailEncoder,
-)
+from vlm_distill_cache.data.images.layouts.any_resolution import AnyResolutionEncoder
+from vlm_distill_cache.data.images.layouts.dynamic import DynamicEncoder
+from vlm_distill_cache.data.images.layouts.framed import FramedEncoder
+from vlm_distill_cache.data.images.layouts.split import SplitEncoder
+from vlm_distill_cache.data.images.layouts.thumbnail import ThumbnailEncoder
 from vlm_distill_cache.data.images.library import LibraryImages
 
 

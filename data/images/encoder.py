@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal, Protocol, cast
 import numpy as np
 import PIL.Image
 
-from vlm_distill_cache.common.attention.boxes import FINEST_SIDE, Tile
+from vlm_distill_cache.common.attention.tiles import FINEST_SIDE, Tile
 from vlm_distill_cache.common.errors import ConfigError, SampleError
 from vlm_distill_cache.common.pixels import MAX_PIXELS
 

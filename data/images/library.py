@@ -13,7 +13,7 @@ import numpy as np
 import PIL.Image
 from transformers import AutoProcessor
 
-from vlm_distill_cache.common.attention.boxes import Tile
+from vlm_distill_cache.common.attention.tiles import Tile
 from vlm_distill_cache.common.errors import ModelError, SampleError
 from vlm_distill_cache.data.images.encoder import EncodedImage
 

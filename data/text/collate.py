@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlm_distill_cache.common.attention.boxes import Tile
+from vlm_distill_cache.common.attention.tiles import Tile
 from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
 from vlm_distill_cache.common.cache.shared_images import prefix_key
 from vlm_distill_cache.common.errors import ConfigError

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from vlm_distill_cache.common.attention.boxes import Tile
+from vlm_distill_cache.common.attention.tiles import Tile
 from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
 from vlm_distill_cache.common.errors import ConfigError, SampleError
 from vlm_distill_cache.common.pixels import HASH_BYTES, image_hash

@@ -14,31 +14,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlm_distill_cache.common.attention.boxes import (
-    Tile,
-    content_mask,
-    grid_tile,
-    overlap_matrix,
-    pool_keys,
-    tile_boxes,
-    tiles_to_array,
-)
+from vlm_distill_cache.common.attention.boxes import content_mask, overlap_matrix, pool_keys, tile_boxes
 from vlm_distill_cache.common.attention.capture import AttentionRequest
 from vlm_distill_cache.common.attention.hidden import HiddenRequest
+from vlm_distill_cache.common.attention.tiles import Tile, grid_tile, tiles_to_array
 from vlm_distill_cache.common.cache.schema import IGNORE_INDEX, Record
-from vlm_distill_cache.common.codecs import (
-    Codec,
-    HiddenCodec,
-    LogitCodec,
-    ProjectorOutputCodec,
-    RowAttentionCodec,
-    TextAttentionCodec,
-    VisualColumnsCodec,
-    VisualHiddenCodec,
-    VisualLogitsCodec,
-    VisualMapCodec,
-)
+from vlm_distill_cache.common.codecs.description import Codec
+from vlm_distill_cache.common.codecs.hidden_states import HiddenCodec, ProjectorOutputCodec, VisualHiddenCodec
 from vlm_distill_cache.common.codecs.live import RowAttention, SparseLogits, map_tensors, pool_map, select_entries
+from vlm_distill_cache.common.codecs.logits import LogitCodec, VisualLogitsCodec
+from vlm_distill_cache.common.codecs.row_attention import RowAttentionCodec, TextAttentionCodec
+from vlm_distill_cache.common.codecs.visual_map import VisualColumnsCodec, VisualMapCodec
 from vlm_distill_cache.common.errors import SampleError
 from vlm_distill_cache.data.text.collate import Batch, supervised_rows, text_rows, visual_keys
 from vlm_distill_cache.stage1_teacher.config import BuildConfig

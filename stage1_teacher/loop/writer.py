@@ -12,7 +12,7 @@ from vlm_distill_cache.common.cache.schema import Record
 from vlm_distill_cache.common.cache.shared_images import ImageSharer, SharedImages
 from vlm_distill_cache.common.cache.sidecar import read_sidecar, sidecar_path
 from vlm_distill_cache.common.cache.stores import finish_shard, open_writer
-from vlm_distill_cache.common.codecs import AnswersCodec
+from vlm_distill_cache.common.codecs.answers import AnswersCodec
 from vlm_distill_cache.common.errors import CacheMismatchError, DataError
 from vlm_distill_cache.common.printing import one_line
 from vlm_distill_cache.data.text.collate import Batch, image_key

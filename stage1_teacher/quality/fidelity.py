@@ -16,23 +16,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vlm_distill_cache.common.attention.boxes import Tile, content_mask, tile_boxes
+from vlm_distill_cache.common.attention.boxes import content_mask, tile_boxes
+from vlm_distill_cache.common.attention.tiles import Tile
 from vlm_distill_cache.common.cache.plan import Plan
 from vlm_distill_cache.common.cache.schema import Record
 from vlm_distill_cache.common.cache.shared_images import SharedImages
 from vlm_distill_cache.common.cache.side_files import check_file
 from vlm_distill_cache.common.cache.sidecar import read_sidecar
 from vlm_distill_cache.common.cache.stores import open_reader
-from vlm_distill_cache.common.codecs import (
-    Codec,
-    HiddenCodec,
-    LogitCodec,
-    RowAttentionCodec,
-    TextAttentionCodec,
-    VisualColumnsCodec,
-    VisualLogitsCodec,
-    VisualMapCodec,
-)
+from vlm_distill_cache.common.codecs.description import Codec
+from vlm_distill_cache.common.codecs.hidden_states import HiddenCodec
 from vlm_distill_cache.common.codecs.live import (
     RowAttention,
     SparseLogits,
@@ -41,6 +34,9 @@ from vlm_distill_cache.common.codecs.live import (
     image_pairs,
     pool_map,
 )
+from vlm_distill_cache.common.codecs.logits import LogitCodec, VisualLogitsCodec
+from vlm_distill_cache.common.codecs.row_attention import RowAttentionCodec, TextAttentionCodec
+from vlm_distill_cache.common.codecs.visual_map import VisualColumnsCodec, VisualMapCodec
 from vlm_distill_cache.common.errors import SampleError
 from vlm_distill_cache.data.sample import Sample, with_answers
 from vlm_distill_cache.data.text.collate import Batch, collate

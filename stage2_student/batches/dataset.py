@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from vlm_distill_cache.common.attention.layers import GroupMatch, Groups
 from vlm_distill_cache.common.cache.reader import TeacherCache
 from vlm_distill_cache.common.cache.schema import BASE_FIELDS, Record
-from vlm_distill_cache.common.codecs import AnswersCodec, codec_from_dict
+from vlm_distill_cache.common.codecs.answers import AnswersCodec
+from vlm_distill_cache.common.codecs.registry import codec_from_dict
 from vlm_distill_cache.common.errors import CacheMismatchError
 from vlm_distill_cache.data.sample import Dataset, Sample, with_answers
 from vlm_distill_cache.data.text.encoding import EncodedSample, SampleEncoder

@@ -11,17 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlm_distill_cache.common.attention.boxes import (
-    FINEST_SIDE,
-    Tile,
-    area_pool,
-    content_mask,
-    grid_tile,
-    overlap_matrix,
-    show_twice,
-    tile_boxes,
-    tiles_to_array,
-)
+from vlm_distill_cache.common.attention.boxes import area_pool, content_mask, overlap_matrix, show_twice, tile_boxes
+from vlm_distill_cache.common.attention.tiles import FINEST_SIDE, Tile, grid_tile, tiles_to_array
 
 PAIRS_KEPT = 64
 """Pairs of layouts whose pooling is kept; where layouts follow the picture's size one may take megabytes."""

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlm_distill_cache.common.attention.boxes import Tile, tiles_from_array
 from vlm_distill_cache.common.attention.capture import AttentionRequest
 from vlm_distill_cache.common.attention.hidden import HiddenRequest
 from vlm_distill_cache.common.attention.layers import GroupMatch, Groups
+from vlm_distill_cache.common.attention.tiles import Tile, tiles_from_array
 from vlm_distill_cache.common.cache.plan import Plan
 from vlm_distill_cache.common.cache.schema import IGNORE_INDEX, Record
 from vlm_distill_cache.common.codecs.live import as_tensors

@@ -13,17 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlm_distill_cache.common.attention.boxes import (
-    Tile,
-    content_mask,
-    grid_tile,
-    overlap_matrix,
-    pool_keys,
-    pool_queries,
-    tile_boxes,
-)
+from vlm_distill_cache.common.attention.boxes import content_mask, overlap_matrix, pool_keys, pool_queries, tile_boxes
 from vlm_distill_cache.common.attention.capture import AttentionRequest
 from vlm_distill_cache.common.attention.layers import GroupMatch, Groups
+from vlm_distill_cache.common.attention.tiles import Tile, grid_tile
 from vlm_distill_cache.common.cache.plan import Plan
 from vlm_distill_cache.common.cache.schema import Record
 from vlm_distill_cache.common.codecs.live import RowAttention, TeacherMap, image_pairs, incomplete_map

@@ -19,9 +19,9 @@ from vlm_distill_cache.common.attention.boxes import pool_queries
 from vlm_distill_cache.common.attention.hidden import HiddenRequest, student_layers
 from vlm_distill_cache.common.attention.layers import Groups
 from vlm_distill_cache.common.cache.plan import Plan
-from vlm_distill_cache.common.codecs import codec_from_dict
 from vlm_distill_cache.common.codecs.hidden_states import HiddenCodec
 from vlm_distill_cache.common.codecs.live import SparseLogits
+from vlm_distill_cache.common.codecs.registry import codec_from_dict
 from vlm_distill_cache.common.errors import CacheMismatchError
 from vlm_distill_cache.stage2_student.batches.batch import TrainingBatch
 from vlm_distill_cache.stage2_student.batches.grid import meet

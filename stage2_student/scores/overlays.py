@@ -8,17 +8,10 @@ import PIL.Image
 import torch
 from torch import Tensor
 
-from vlm_distill_cache.common.attention.boxes import (
-    FINEST_SIDE,
-    Tile,
-    grid_tile,
-    overlap_matrix,
-    pool_keys,
-    show_twice,
-    tile_boxes,
-)
+from vlm_distill_cache.common.attention.boxes import overlap_matrix, pool_keys, show_twice, tile_boxes
 from vlm_distill_cache.common.attention.capture import AttentionCapture, AttentionRequest
 from vlm_distill_cache.common.attention.layers import GroupMatch, Groups
+from vlm_distill_cache.common.attention.tiles import FINEST_SIDE, Tile, grid_tile
 from vlm_distill_cache.common.cache.reader import TeacherCache
 from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
 from vlm_distill_cache.common.codecs.live import as_tensors

@@ -12,7 +12,8 @@ from typing import Any
 from torch import nn
 
 from vlm_distill_cache.common.cache.reader import TeacherCache
-from vlm_distill_cache.common.codecs import LogitCodec, codec_from_dict
+from vlm_distill_cache.common.codecs.logits import LogitCodec
+from vlm_distill_cache.common.codecs.registry import codec_from_dict
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError, ModelError, SampleError
 from vlm_distill_cache.common.files.hashing import fingerprint
 from vlm_distill_cache.common.printing import one_line

@@ -22,14 +22,8 @@ from torch import Tensor
 
 from tests.benchmarks.smollm_teacher import TILE_SIDE, SmolLMTeacher
 from tests.benchmarks.synthetic_maps import synthetic_map
-from vlm_distill_cache.common.attention.boxes import (
-    Tile,
-    grid_tile,
-    overlap_matrix,
-    pool_keys,
-    tile_boxes,
-    tiles_to_array,
-)
+from vlm_distill_cache.common.attention.boxes import overlap_matrix, pool_keys, tile_boxes
+from vlm_distill_cache.common.attention.tiles import Tile, grid_tile, tiles_to_array
 from vlm_distill_cache.common.cache.schema import BASE_FIELDS, Record
 from vlm_distill_cache.common.cache.stores import finish_shard, open_writer
 from vlm_distill_cache.common.codecs.live import RowAttention, as_tensors, pool_map

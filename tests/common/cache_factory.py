@@ -10,8 +10,9 @@ from vlm_distill_cache.common.cache.manifest import Manifest, seal
 from vlm_distill_cache.common.cache.plan import Plan, write_plan
 from vlm_distill_cache.common.cache.schema import Field, Record
 from vlm_distill_cache.common.cache.stores import finish_shard, open_writer
-from vlm_distill_cache.common.codecs import LogitCodec, VisualMapCodec
+from vlm_distill_cache.common.codecs.logits import LogitCodec
 from vlm_distill_cache.common.codecs.quantise import GAP_TABLE
+from vlm_distill_cache.common.codecs.visual_map import VisualMapCodec
 
 FIELDS = {
     "logits": (

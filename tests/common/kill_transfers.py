@@ -11,7 +11,8 @@ from pathlib import Path
 from cache_factory import build_cache, make_plan
 from kill_everywhere import in_child, kill_everywhere
 
-from vlm_distill_cache.common.remotes.pull import pull, push
+from vlm_distill_cache.common.remotes.pull import pull
+from vlm_distill_cache.common.remotes.push import push
 
 
 def build(folder, **changes):

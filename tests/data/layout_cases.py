@@ -17,13 +17,11 @@ from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOn
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
 from vlm_distill_cache.data.images.encoder import ImageEncoder
-from vlm_distill_cache.data.images.layouts import (
-    AnyResolutionEncoder,
-    DynamicEncoder,
-    FramedEncoder,
-    SplitEncoder,
-    ThumbnailEncoder,
-)
+from vlm_distill_cache.data.images.layouts.any_resolution import AnyResolutionEncoder
+from vlm_distill_cache.data.images.layouts.dynamic import DynamicEncoder
+from vlm_distill_cache.data.images.layouts.framed import FramedEncoder
+from vlm_distill_cache.data.images.layouts.split import SplitEncoder
+from vlm_distill_cache.data.images.layouts.thumbnail import ThumbnailEncoder
 
 ROW_COL = [f"<row_{row}_col_{col}>" for row in range(1, 7) for col in range(1, 7)]
 NEXT_PINPOINTS = [[24, 48], [48, 24], [48, 48], [72, 24], [24, 72]]

@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 from transformers import LlavaForConditionalGeneration
 
-from vlm_distill_cache.common.attention.boxes import Tile
+from vlm_distill_cache.common.attention.tiles import Tile
 from vlm_distill_cache.common.cache.manifest import seal
 from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
-from vlm_distill_cache.common.codecs import codec_from_dict
 from vlm_distill_cache.common.codecs.live import as_tensors
+from vlm_distill_cache.common.codecs.registry import codec_from_dict
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError, ConfigError, DataError
 from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.data.registry import open_dataset

@@ -5,8 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from vlm_distill_cache.common.codecs import LogitCodec
 from vlm_distill_cache.common.codecs.live import SparseLogits, select_entries
+from vlm_distill_cache.common.codecs.logits import LogitCodec
 from vlm_distill_cache.stage2_student.losses.logits import REVERSE_FLOOR_NATS
 
 KINDS = ("forward_kl", "reverse_kl", "jsd", "tvd")

@@ -9,8 +9,8 @@ import pytest
 from click.testing import CliRunner
 from tiny_cache import DATA
 
-from vlm_distill_cache.common.codecs import LogitCodec
 from vlm_distill_cache.common.codecs.live import as_tensors
+from vlm_distill_cache.common.codecs.logits import LogitCodec
 from vlm_distill_cache.common.config import config_from_dict
 from vlm_distill_cache.common.errors import TransferError
 from vlm_distill_cache.common.opening import open_cache

@@ -12,16 +12,18 @@ import torch
 from safetensors.torch import save_file
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from vlm_distill_cache.common.attention.boxes import grid_tile, overlap_matrix, pool_keys, tile_boxes, tiles_to_array
+from vlm_distill_cache.common.attention.boxes import overlap_matrix, pool_keys, tile_boxes
 from vlm_distill_cache.common.attention.capture import AttentionCapture, AttentionRequest
 from vlm_distill_cache.common.attention.layers import teacher_groups
+from vlm_distill_cache.common.attention.tiles import grid_tile, tiles_to_array
 from vlm_distill_cache.common.cache.manifest import seal
 from vlm_distill_cache.common.cache.plan import Plan, write_plan
 from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
 from vlm_distill_cache.common.cache.stores import finish_shard, open_writer
-from vlm_distill_cache.common.codecs import LogitCodec, RowAttentionCodec, VisualColumnsCodec, VisualMapCodec
 from vlm_distill_cache.common.codecs.live import RowAttention, select_entries
-from vlm_distill_cache.common.codecs.row_attention import TextAttentionCodec
+from vlm_distill_cache.common.codecs.logits import LogitCodec
+from vlm_distill_cache.common.codecs.row_attention import RowAttentionCodec, TextAttentionCodec
+from vlm_distill_cache.common.codecs.visual_map import VisualColumnsCodec, VisualMapCodec
 from vlm_distill_cache.common.files.atomic import write_json_atomic
 from vlm_distill_cache.common.files.hashing import fingerprint
 from vlm_distill_cache.data.builtin import load_image_processor, load_tokenizer

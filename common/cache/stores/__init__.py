@@ -7,12 +7,10 @@ from pathlib import Path
 
 from vlm_distill_cache.common.cache.schema import Field
 from vlm_distill_cache.common.cache.sidecar import FileEntry, ShardSidecar, write_sidecar
-from vlm_distill_cache.common.cache.stores.base import DAMAGE_ERRORS, ShardReader, ShardWriter, prepare_shard
+from vlm_distill_cache.common.cache.stores.base import ShardReader, ShardWriter, prepare_shard
 from vlm_distill_cache.common.cache.stores.webdataset_store import WebDatasetReader, WebDatasetWriter
 from vlm_distill_cache.common.cache.stores.zarr_store import ZarrReader, ZarrWriter
 from vlm_distill_cache.common.errors import CacheFormatError
-
-__all__ = ["DAMAGE_ERRORS", "STORES", "ShardReader", "ShardWriter", "finish_shard", "open_reader", "open_writer"]
 
 STORES: dict[str, tuple[type[ShardWriter], type[ShardReader]]] = {
     "zarr": (ZarrWriter, ZarrReader),

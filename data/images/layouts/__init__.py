@@ -24,15 +24,6 @@ from vlm_distill_cache.data.images.layouts.framed import FramedEncoder
 from vlm_distill_cache.data.images.layouts.split import SplitEncoder
 from vlm_distill_cache.data.images.layouts.thumbnail import ThumbnailEncoder
 
-__all__ = [
-    "AnyResolutionEncoder",
-    "DynamicEncoder",
-    "FramedEncoder",
-    "SplitEncoder",
-    "ThumbnailEncoder",
-    "image_encoder_from_dict",
-]
-
 KINDS: dict[str, Any] = {
     layout.kind: layout for layout in (AnyResolutionEncoder, SplitEncoder, ThumbnailEncoder, DynamicEncoder)
 }

@@ -20,16 +20,10 @@ import numpy as np
 import PIL.Image
 from transformers.image_processing_utils import select_best_resolution
 
-from vlm_distill_cache.common.attention.boxes import Tile
+from vlm_distill_cache.common.attention.tiles import Tile
 from vlm_distill_cache.common.errors import ConfigError
 from vlm_distill_cache.data.images.encoder import EncodedImage
-from vlm_distill_cache.data.images.layouts.pixels import (
-    Layout,
-    check_processor,
-    covered_share,
-    tile_array,
-    whole,
-)
+from vlm_distill_cache.data.images.layouts.pixels import Layout, check_processor, covered_share, tile_array, whole
 
 BESIDE = (1.0, 0.0, 2.0, 1.0)
 """A region beyond the picture's right edge."""

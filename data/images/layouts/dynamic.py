@@ -10,7 +10,7 @@ from typing import ClassVar
 import numpy as np
 import PIL.Image
 
-from vlm_distill_cache.common.attention.boxes import grid_tile
+from vlm_distill_cache.common.attention.tiles import grid_tile
 from vlm_distill_cache.common.errors import ConfigError, SampleError
 from vlm_distill_cache.data.images.encoder import EncodedImage
 from vlm_distill_cache.data.images.layouts.pixels import Layout, check_processor

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from vlm_distill_cache.common.attention.boxes import FINEST_SIDE, Tile
+from vlm_distill_cache.common.attention.tiles import FINEST_SIDE, Tile
 from vlm_distill_cache.common.errors import ConfigError
 from vlm_distill_cache.data.images.encoder import PIXEL_KEYS, plain_setting
 

@@ -6,17 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlm_distill_cache.common.attention.boxes import (
-    Tile,
-    content_mask,
-    grid_tile,
-    overlap_matrix,
-    pool_keys,
-    pool_queries,
-    tile_boxes,
-    tiles_from_array,
-    tiles_to_array,
-)
+from vlm_distill_cache.common.attention.boxes import content_mask, overlap_matrix, pool_keys, pool_queries, tile_boxes
+from vlm_distill_cache.common.attention.tiles import Tile, grid_tile, tiles_from_array, tiles_to_array
 from vlm_distill_cache.common.errors import CacheFormatError, SampleError
 
 sides = st.integers(1, 9)

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from vlm_distill_cache.common.codecs import codec_from_dict
 from vlm_distill_cache.common.codecs.live import as_tensors
+from vlm_distill_cache.common.codecs.registry import codec_from_dict
 from vlm_distill_cache.common.files.hashing import checksum
 from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.common.tools.verify import verify

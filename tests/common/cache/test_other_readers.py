@@ -13,8 +13,9 @@ import torch
 from vlm_distill_cache.common.cache.plan import Plan
 from vlm_distill_cache.common.cache.schema import BASE_FIELDS
 from vlm_distill_cache.common.cache.stores import finish_shard, open_writer
-from vlm_distill_cache.common.codecs import LogitCodec, RowAttentionCodec
 from vlm_distill_cache.common.codecs.live import RowAttention, select_entries
+from vlm_distill_cache.common.codecs.logits import LogitCodec
+from vlm_distill_cache.common.codecs.row_attention import RowAttentionCodec
 
 READER = """
 import io, json, math, sys, tarfile

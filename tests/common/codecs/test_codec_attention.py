@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlm_distill_cache.common.cache.schema import check_record
-from vlm_distill_cache.common.codecs import RowAttentionCodec, VisualColumnsCodec, VisualMapCodec, codec_from_dict
 from vlm_distill_cache.common.codecs.live import RowAttention, as_tensors
 from vlm_distill_cache.common.codecs.quantise import decode_log8, encode_log8, log8_half_step, log8_table
-from vlm_distill_cache.common.codecs.row_attention import RANGE_NATS
-from vlm_distill_cache.common.codecs.visual_map import MAP_RANGE_NATS
+from vlm_distill_cache.common.codecs.registry import codec_from_dict
+from vlm_distill_cache.common.codecs.row_attention import RANGE_NATS, RowAttentionCodec
+from vlm_distill_cache.common.codecs.visual_map import MAP_RANGE_NATS, VisualColumnsCodec, VisualMapCodec
 from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, SampleError
 
 HALF_TINY = 2**-25  # half the spacing of float16 near zero

@@ -8,24 +8,18 @@ import numpy as np
 import pytest
 import torch
 
-from vlm_distill_cache.common.attention.boxes import tiles_from_array
+from vlm_distill_cache.common.attention.tiles import tiles_from_array
 from vlm_distill_cache.common.cache.plan import Plan
 from vlm_distill_cache.common.cache.schema import check_record
-from vlm_distill_cache.common.codecs import (
-    CODECS,
-    AnswersCodec,
-    Codec,
-    HiddenCodec,
-    LogitCodec,
-    ProjectorOutputCodec,
-    RowAttentionCodec,
-    VisualColumnsCodec,
-    VisualLogitsCodec,
-    VisualMapCodec,
-    codec_from_dict,
-)
+from vlm_distill_cache.common.codecs.answers import AnswersCodec
 from vlm_distill_cache.common.codecs.checks import codec_damage, value_damage
+from vlm_distill_cache.common.codecs.description import Codec
+from vlm_distill_cache.common.codecs.hidden_states import HiddenCodec, ProjectorOutputCodec
 from vlm_distill_cache.common.codecs.live import RowAttention, as_tensors, map_tensors, select_entries
+from vlm_distill_cache.common.codecs.logits import LogitCodec, VisualLogitsCodec
+from vlm_distill_cache.common.codecs.registry import CODECS, codec_from_dict
+from vlm_distill_cache.common.codecs.row_attention import RowAttentionCodec
+from vlm_distill_cache.common.codecs.visual_map import VisualColumnsCodec, VisualMapCodec
 from vlm_distill_cache.stage1_teacher.config import SIGNALS
 from vlm_distill_cache.stage1_teacher.loop.signals import EXTRACTORS, Extractor
 

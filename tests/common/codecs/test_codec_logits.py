@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlm_distill_cache.common.cache.schema import check_record
-from vlm_distill_cache.common.codecs import LOGIT_PRESETS, LogitCodec, codec_from_dict
 from vlm_distill_cache.common.codecs.live import SparseLogits, as_tensors, select_entries
+from vlm_distill_cache.common.codecs.logits import LOGIT_PRESETS, LogitCodec
 from vlm_distill_cache.common.codecs.quantise import GAP_TABLE, MAX_GAP, encode_gaps, gap_error
+from vlm_distill_cache.common.codecs.registry import codec_from_dict
 from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, SampleError, TemperatureNotCachedError
 
 INF = math.inf

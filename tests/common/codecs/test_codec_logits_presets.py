@@ -8,10 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlm_distill_cache.common.codecs import LOGIT_PRESETS, LogitCodec, codec_from_dict
 from vlm_distill_cache.common.codecs.live import as_tensors, select_entries
-from vlm_distill_cache.common.codecs.logits import preset_settings
+from vlm_distill_cache.common.codecs.logits import LOGIT_PRESETS, LogitCodec, preset_settings
 from vlm_distill_cache.common.codecs.quantise import GAP_TABLE, balance, gap_codes, gap_error, gap_steps
+from vlm_distill_cache.common.codecs.registry import codec_from_dict
 from vlm_distill_cache.common.errors import CacheFormatError, ConfigError
 from vlm_distill_cache.stage1_teacher.config import BuildConfig
 

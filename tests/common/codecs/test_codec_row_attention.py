@@ -8,19 +8,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlm_distill_cache.common.attention.boxes import (
-    Tile,
-    content_mask,
-    grid_tile,
-    overlap_matrix,
-    pool_keys,
-    tile_boxes,
-)
+from vlm_distill_cache.common.attention.boxes import content_mask, overlap_matrix, pool_keys, tile_boxes
+from vlm_distill_cache.common.attention.tiles import Tile, grid_tile
 from vlm_distill_cache.common.cache.schema import check_record
-from vlm_distill_cache.common.codecs import RowAttentionCodec, TextAttentionCodec, codec_from_dict
 from vlm_distill_cache.common.codecs.live import RowAttention, as_tensors
 from vlm_distill_cache.common.codecs.quantise import log8_half_step
-from vlm_distill_cache.common.codecs.row_attention import RANGE_NATS
+from vlm_distill_cache.common.codecs.registry import codec_from_dict
+from vlm_distill_cache.common.codecs.row_attention import RANGE_NATS, RowAttentionCodec, TextAttentionCodec
 from vlm_distill_cache.common.errors import CacheFormatError, SampleError
 
 CODECS = [RowAttentionCodec, TextAttentionCodec]

@@ -10,11 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vlm_distill_cache.common.attention.boxes import Tile, content_mask, tile_boxes, tiles_to_array
+from vlm_distill_cache.common.attention.boxes import content_mask, tile_boxes
+from vlm_distill_cache.common.attention.tiles import Tile, tiles_to_array
 from vlm_distill_cache.common.cache.schema import MAP_AXES, check_record
-from vlm_distill_cache.common.codecs import VisualMapCodec, codec_from_dict
 from vlm_distill_cache.common.codecs.kept_columns import (
     KEPT_LEVELS,
+    RUNS,
     SHORT_COLUMN,
     SINK_STEPS,
     growing_runs,
@@ -23,7 +24,8 @@ from vlm_distill_cache.common.codecs.kept_columns import (
     unpack_mask,
 )
 from vlm_distill_cache.common.codecs.live import TeacherMap, as_tensors
-from vlm_distill_cache.common.codecs.visual_map import RUNS
+from vlm_distill_cache.common.codecs.registry import codec_from_dict
+from vlm_distill_cache.common.codecs.visual_map import VisualMapCodec
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError
 
 FILTERED = ("exact", "blocks", "compact")

@@ -21,22 +21,13 @@ from vlm_distill_cache.common.cache.sidecar import sidecar_path
 from vlm_distill_cache.common.cache.stores import finish_shard, open_writer
 from vlm_distill_cache.common.cache.stores.webdataset_store import decode_member
 from vlm_distill_cache.common.cli import main
-from vlm_distill_cache.common.codecs import (
-    CODECS,
-    AnswersCodec,
-    HiddenCodec,
-    LogitCodec,
-    ProjectorOutputCodec,
-    RowAttentionCodec,
-    TextAttentionCodec,
-    VisualColumnsCodec,
-    VisualHiddenCodec,
-    VisualLogitsCodec,
-    VisualMapCodec,
-    codec_from_dict,
-)
+from vlm_distill_cache.common.codecs.answers import AnswersCodec
 from vlm_distill_cache.common.codecs.checks import codec_damage
-from vlm_distill_cache.common.codecs.visual_map import MapPreset
+from vlm_distill_cache.common.codecs.hidden_states import HiddenCodec, ProjectorOutputCodec, VisualHiddenCodec
+from vlm_distill_cache.common.codecs.logits import LogitCodec, VisualLogitsCodec
+from vlm_distill_cache.common.codecs.registry import CODECS, codec_from_dict
+from vlm_distill_cache.common.codecs.row_attention import RowAttentionCodec, TextAttentionCodec
+from vlm_distill_cache.common.codecs.visual_map import MapPreset, VisualColumnsCodec, VisualMapCodec
 from vlm_distill_cache.common.errors import CacheFormatError, ModelError
 from vlm_distill_cache.common.printing import one_line, printable
 from vlm_distill_cache.common.tools.verify import verify
@@ -239,7 +230,8 @@ def test_a_processor_with_code_of_its_own_is_refused_and_not_run(tmp_path):
 
 
 def test_a_vision_tower_from_a_cache_cannot_name_code_to_fetch(tmp_path):
-    from vlm_distill_cache.stage2_student.students.build import build_config, load_preset
+    from vlm_distill_cache.stage2_student.students.build import build_config
+    from vlm_distill_cache.stage2_student.students.presets import load_preset
 
     tower = load_preset("1.7b")["vision_tower"]
     hostile = {

@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from vlm_distill_cache.common.attention.boxes import tiles_from_array
+from vlm_distill_cache.common.attention.tiles import tiles_from_array
 from vlm_distill_cache.common.cache.plan import Plan
-from vlm_distill_cache.common.codecs import LogitCodec, VisualMapCodec
 from vlm_distill_cache.common.codecs.checks import value_damage
 from vlm_distill_cache.common.codecs.live import select_entries
+from vlm_distill_cache.common.codecs.logits import LogitCodec
+from vlm_distill_cache.common.codecs.visual_map import VisualMapCodec
 
 TILES = np.array([[3, 4, 0, 0, 1, 1]], np.float32)
 

@@ -23,10 +23,10 @@ from vlm_distill_cache.common.cache.reader import TeacherCache
 from vlm_distill_cache.common.cli import main
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError, ConfigError, TransferError
 from vlm_distill_cache.common.opening import open_cache
-from vlm_distill_cache.common.remotes import DirectoryRemote
 from vlm_distill_cache.common.remotes import mirror as mirror_module
+from vlm_distill_cache.common.remotes.directory import DirectoryRemote
 from vlm_distill_cache.common.remotes.mirror import Mirror, find_mirror, forget_mirrors, local_folder
-from vlm_distill_cache.common.remotes.pull import push
+from vlm_distill_cache.common.remotes.push import push
 
 SAMPLES = 24  # 6 shards of 4; one sample of shard 0 failed
 

@@ -11,7 +11,8 @@ from servers import FaultyServer, s3_environment, serve_nginx
 
 from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, TransferError
 from vlm_distill_cache.common.locations import is_url
-from vlm_distill_cache.common.remotes import DirectoryRemote, open_remote
+from vlm_distill_cache.common.remotes import open_remote
+from vlm_distill_cache.common.remotes.directory import DirectoryRemote
 
 SIZE = 12_345
 DATA = bytes(i * i % 251 for i in range(SIZE))

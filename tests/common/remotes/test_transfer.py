@@ -21,8 +21,9 @@ from vlm_distill_cache.common.cache.side_files import MANIFEST
 from vlm_distill_cache.common.cache.sidecar import FileEntry, ShardSidecar
 from vlm_distill_cache.common.cli import main
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError, ConfigError, TransferError
-from vlm_distill_cache.common.remotes import DirectoryRemote
-from vlm_distill_cache.common.remotes.pull import pull, push
+from vlm_distill_cache.common.remotes.directory import DirectoryRemote
+from vlm_distill_cache.common.remotes.pull import pull
+from vlm_distill_cache.common.remotes.push import push
 from vlm_distill_cache.common.tools.verify import verify
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # of the hub's library

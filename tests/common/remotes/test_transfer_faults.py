@@ -13,7 +13,8 @@ from vlm_distill_cache.common.cache.sidecar import FileEntry
 from vlm_distill_cache.common.errors import CacheFormatError, TransferError
 from vlm_distill_cache.common.remotes import http, open_remote, streams
 from vlm_distill_cache.common.remotes.fetch import fetch_files
-from vlm_distill_cache.common.remotes.pull import pull, push
+from vlm_distill_cache.common.remotes.pull import pull
+from vlm_distill_cache.common.remotes.push import push
 
 pytestmark = pytest.mark.usefixtures("waits")
 

@@ -12,7 +12,8 @@ from cache_factory import build_cache, make_plan, tree
 from servers import Fault, FaultyServer, s3_environment, serve_s3
 
 from vlm_distill_cache.common.errors import CacheFormatError
-from vlm_distill_cache.common.remotes.pull import pull, push
+from vlm_distill_cache.common.remotes.pull import pull
+from vlm_distill_cache.common.remotes.push import push
 from vlm_distill_cache.common.tools.verify import verify
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -14,8 +14,9 @@ from vlm_distill_cache.common.cache.plan import PLAN
 from vlm_distill_cache.common.cache.side_files import MANIFEST
 from vlm_distill_cache.common.cache.stores import finish_shard, open_writer
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError, ConfigError, TransferError
-from vlm_distill_cache.common.remotes import DirectoryRemote
-from vlm_distill_cache.common.remotes.pull import pull, push
+from vlm_distill_cache.common.remotes.directory import DirectoryRemote
+from vlm_distill_cache.common.remotes.pull import pull
+from vlm_distill_cache.common.remotes.push import push
 
 
 def make_cache(folder: Path, **changes: object) -> Path:

@@ -11,18 +11,11 @@ from vlm_distill_cache.common.cache.manifest import seal
 from vlm_distill_cache.common.cache.plan import write_plan
 from vlm_distill_cache.common.cache.stores import finish_shard, open_writer
 from vlm_distill_cache.common.cli import main
-from vlm_distill_cache.common.codecs import RowAttentionCodec
 from vlm_distill_cache.common.codecs.live import RowAttention
+from vlm_distill_cache.common.codecs.row_attention import RowAttentionCodec
 from vlm_distill_cache.common.errors import CacheFormatError
 from vlm_distill_cache.common.pixels import image_hash
-from vlm_distill_cache.common.tools.picture import (
-    ASCII,
-    BLOCKS,
-    WordMap,
-    draw_picture,
-    draw_text,
-    word_maps,
-)
+from vlm_distill_cache.common.tools.picture import ASCII, BLOCKS, WordMap, draw_picture, draw_text, word_maps
 from vlm_distill_cache.common.tools.record_view import TokenText
 
 GRID = (3, 4)

@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlm_distill_cache.common.cache.schema import BASE_FIELDS, check_record
-from vlm_distill_cache.common.codecs import LogitCodec, codec_from_dict
 from vlm_distill_cache.common.codecs.live import as_tensors, select_entries
+from vlm_distill_cache.common.codecs.logits import LogitCodec
 from vlm_distill_cache.common.codecs.quantise import gap_error
+from vlm_distill_cache.common.codecs.registry import codec_from_dict
 from vlm_distill_cache.common.errors import CacheFormatError, ConfigError
 from vlm_distill_cache.common.tools.select import truncate_logits, truncated_codec
 

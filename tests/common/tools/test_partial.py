@@ -16,11 +16,11 @@ from click.testing import CliRunner
 from vlm_distill_cache.common.cache.manifest import read_manifest
 from vlm_distill_cache.common.cache.plan import read_plan
 from vlm_distill_cache.common.cli import main
-from vlm_distill_cache.common.codecs import codec_from_dict
 from vlm_distill_cache.common.codecs.live import as_tensors
+from vlm_distill_cache.common.codecs.registry import codec_from_dict
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError, ConfigError, TransferError
 from vlm_distill_cache.common.opening import open_cache
-from vlm_distill_cache.common.remotes import DirectoryRemote
+from vlm_distill_cache.common.remotes.directory import DirectoryRemote
 from vlm_distill_cache.common.tools import select as partial_module
 from vlm_distill_cache.common.tools.derive import carry_fidelity
 from vlm_distill_cache.common.tools.select import Selection, parse_selection, pull_partial

@@ -6,7 +6,8 @@ import pytest
 import torch
 from layout_cases import CASES, token_colours
 
-from vlm_distill_cache.common.attention.boxes import content_mask, grid_tile, overlap_matrix, tile_boxes
+from vlm_distill_cache.common.attention.boxes import content_mask, overlap_matrix, tile_boxes
+from vlm_distill_cache.common.attention.tiles import grid_tile
 from vlm_distill_cache.stage2_student.batches.grid import meet, meet_cells
 
 CELLS = (3, 4)

@@ -14,14 +14,12 @@ from transformers.models.internvl.modeling_internvl import InternVLModel
 from vlm_distill_cache.common.attention.boxes import content_mask, tile_boxes
 from vlm_distill_cache.common.errors import ConfigError, SampleError
 from vlm_distill_cache.data.images.encoder import ImageEncoder
-from vlm_distill_cache.data.images.layouts import (
-    AnyResolutionEncoder,
-    DynamicEncoder,
-    FramedEncoder,
-    SplitEncoder,
-    ThumbnailEncoder,
-    image_encoder_from_dict,
-)
+from vlm_distill_cache.data.images.layouts import image_encoder_from_dict
+from vlm_distill_cache.data.images.layouts.any_resolution import AnyResolutionEncoder
+from vlm_distill_cache.data.images.layouts.dynamic import DynamicEncoder
+from vlm_distill_cache.data.images.layouts.framed import FramedEncoder
+from vlm_distill_cache.data.images.layouts.split import SplitEncoder
+from vlm_distill_cache.data.images.layouts.thumbnail import ThumbnailEncoder
 
 SIZES = [
     (1, 1),

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlm_distill_cache.common.attention.boxes import grid_tile
+from vlm_distill_cache.common.attention.tiles import grid_tile
 from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
 from vlm_distill_cache.common.errors import ConfigError
 from vlm_distill_cache.data.text.collate import collate, length_buckets, supervised_rows, visual_keys

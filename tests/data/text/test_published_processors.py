@@ -7,14 +7,12 @@ import PIL.Image
 import pytest
 
 from vlm_distill_cache.data.images.encoder import ImageEncoder
-from vlm_distill_cache.data.images.layouts import (
-    AnyResolutionEncoder,
-    DynamicEncoder,
-    FramedEncoder,
-    SplitEncoder,
-    ThumbnailEncoder,
-    image_encoder_from_dict,
-)
+from vlm_distill_cache.data.images.layouts import image_encoder_from_dict
+from vlm_distill_cache.data.images.layouts.any_resolution import AnyResolutionEncoder
+from vlm_distill_cache.data.images.layouts.dynamic import DynamicEncoder
+from vlm_distill_cache.data.images.layouts.framed import FramedEncoder
+from vlm_distill_cache.data.images.layouts.split import SplitEncoder
+from vlm_distill_cache.data.images.layouts.thumbnail import ThumbnailEncoder
 from vlm_distill_cache.data.text.processors import load_image_processor
 
 CLIP = {

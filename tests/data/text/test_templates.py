@@ -9,8 +9,9 @@ from transformers import PreTrainedTokenizerFast
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from vlm_distill_cache.common.errors import ConfigError, SampleError
+from vlm_distill_cache.data.images.encoder import ImageEncoder
 from vlm_distill_cache.data.sample import Sample, Turn
-from vlm_distill_cache.data.text.encoding import ImageEncoder, SampleEncoder
+from vlm_distill_cache.data.text.encoding import SampleEncoder
 from vlm_distill_cache.data.text.templates import TEMPLATES, PromptTemplate, get_template
 
 CHATML = (

@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import LlavaForConditionalGeneration
 
-from vlm_distill_cache.common.codecs import codec_from_dict
 from vlm_distill_cache.common.codecs.answers import AnswersCodec
 from vlm_distill_cache.common.codecs.checks import value_damage
 from vlm_distill_cache.common.codecs.live import as_tensors
+from vlm_distill_cache.common.codecs.registry import codec_from_dict
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError, ConfigError
 from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.common.tools.select import Selection, pull_partial

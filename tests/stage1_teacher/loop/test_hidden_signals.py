@@ -11,9 +11,9 @@ from transformers import LlavaForConditionalGeneration
 
 from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
 from vlm_distill_cache.common.cache.stores import open_reader
-from vlm_distill_cache.common.codecs import codec_from_dict
 from vlm_distill_cache.common.codecs.checks import value_damage
 from vlm_distill_cache.common.codecs.live import as_tensors
+from vlm_distill_cache.common.codecs.registry import codec_from_dict
 from vlm_distill_cache.common.errors import CacheFormatError, ConfigError
 from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.common.tools.verify import verify

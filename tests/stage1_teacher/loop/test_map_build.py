@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from vlm_distill_cache.common.cache.manifest import read_manifest
-from vlm_distill_cache.common.codecs import VisualMapCodec, codec_from_dict
 from vlm_distill_cache.common.codecs.live import TeacherMap, as_tensors
+from vlm_distill_cache.common.codecs.registry import codec_from_dict
+from vlm_distill_cache.common.codecs.visual_map import VisualMapCodec
 from vlm_distill_cache.common.errors import ConfigError
 from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.stage1_teacher.config import BuildConfig

@@ -17,8 +17,8 @@ from vlm_distill_cache.common.cache.plan import write_plan
 from vlm_distill_cache.common.cache.shared_images import VISUAL_SOURCE
 from vlm_distill_cache.common.cache.sidecar import read_sidecar
 from vlm_distill_cache.common.cache.stores import finish_shard, open_writer
-from vlm_distill_cache.common.codecs import codec_from_dict
 from vlm_distill_cache.common.codecs.live import as_tensors
+from vlm_distill_cache.common.codecs.registry import codec_from_dict
 from vlm_distill_cache.common.errors import CacheMismatchError
 from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.common.tools.verify import verify

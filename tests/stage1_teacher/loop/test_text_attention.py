@@ -10,11 +10,12 @@ import torch
 from PIL import Image
 from transformers import LlavaForConditionalGeneration
 
-from vlm_distill_cache.common.attention.boxes import grid_tile, overlap_matrix, pool_keys, tile_boxes
+from vlm_distill_cache.common.attention.boxes import overlap_matrix, pool_keys, tile_boxes
 from vlm_distill_cache.common.attention.capture import AttentionCapture
+from vlm_distill_cache.common.attention.tiles import grid_tile
 from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
-from vlm_distill_cache.common.codecs import codec_from_dict
 from vlm_distill_cache.common.codecs.live import as_tensors
+from vlm_distill_cache.common.codecs.registry import codec_from_dict
 from vlm_distill_cache.common.errors import CacheMismatchError
 from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.data.registry import open_dataset
@@ -22,7 +23,7 @@ from vlm_distill_cache.data.text.collate import collate
 from vlm_distill_cache.stage1_teacher.planning.plan import build_encoder
 from vlm_distill_cache.stage1_teacher.teacher.teacher import Teacher
 from vlm_distill_cache.stage2_student.batches.dataset import CachedDataset
-from vlm_distill_cache.stage2_student.config import LossWeights
+from vlm_distill_cache.stage2_student.loss_weights import LossWeights
 from vlm_distill_cache.stage2_student.losses.objective import Objective, Shares, step_shares, units_of
 from vlm_distill_cache.stage2_student.losses.terms import TERMS, choose_terms, signals_of
 from vlm_distill_cache.stage2_student.students.build import build_student

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vlm_distill_cache.common.attention.boxes import Tile
+from vlm_distill_cache.common.attention.tiles import Tile
 from vlm_distill_cache.common.codecs.live import RowAttention
 from vlm_distill_cache.common.codecs.row_attention import RowAttentionCodec
 from vlm_distill_cache.common.codecs.visual_map import VisualColumnsCodec

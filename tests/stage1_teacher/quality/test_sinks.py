@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from vlm_distill_cache.common.attention.boxes import content_mask, tile_boxes, tiles_from_array
+from vlm_distill_cache.common.attention.boxes import content_mask, tile_boxes
+from vlm_distill_cache.common.attention.tiles import tiles_from_array
 from vlm_distill_cache.common.cli import main as cachectl
-from vlm_distill_cache.common.codecs import codec_from_dict
 from vlm_distill_cache.common.codecs.live import as_tensors
+from vlm_distill_cache.common.codecs.registry import codec_from_dict
 from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.stage1_teacher.quality.fidelity import SinkCount
 

@@ -11,7 +11,7 @@ from vlm_distill_cache.common.cache.shared_images import VISUAL_SOURCE
 from vlm_distill_cache.common.errors import CacheMismatchError, ModelError
 from vlm_distill_cache.common.tools.verify import verify
 from vlm_distill_cache.data.families.inputs import text_config
-from vlm_distill_cache.data.images.layouts import AnyResolutionEncoder
+from vlm_distill_cache.data.images.layouts.any_resolution import AnyResolutionEncoder
 from vlm_distill_cache.data.text.processors import weights_fingerprint
 from vlm_distill_cache.stage1_teacher.cli import main
 from vlm_distill_cache.stage1_teacher.planning.plan import build_encoder

@@ -11,10 +11,11 @@ from family_caches import build
 from family_references import reference_output
 from tiny_families import save_tiny
 
-from vlm_distill_cache.common.attention.boxes import content_mask, tile_boxes, tiles_from_array
+from vlm_distill_cache.common.attention.boxes import content_mask, tile_boxes
+from vlm_distill_cache.common.attention.tiles import tiles_from_array
 from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
-from vlm_distill_cache.common.codecs import codec_from_dict
 from vlm_distill_cache.common.codecs.live import as_tensors
+from vlm_distill_cache.common.codecs.registry import codec_from_dict
 from vlm_distill_cache.common.errors import ModelError
 from vlm_distill_cache.common.tools.verify import verify
 from vlm_distill_cache.data.families.inputs import library_inputs

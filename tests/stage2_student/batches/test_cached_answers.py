@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from test_check_cache import make_config
 
-from vlm_distill_cache.common.codecs import codec_from_dict
+from vlm_distill_cache.common.codecs.registry import codec_from_dict
 from vlm_distill_cache.common.config import config_from_dict
 from vlm_distill_cache.common.errors import SampleError
 from vlm_distill_cache.common.opening import open_cache

@@ -5,15 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlm_distill_cache.common.attention.boxes import (
-    Tile,
-    area_pool,
-    content_mask,
-    grid_tile,
-    pooled_tiles,
-    show_twice,
-    tile_boxes,
-)
+from vlm_distill_cache.common.attention.boxes import area_pool, content_mask, show_twice, tile_boxes
+from vlm_distill_cache.common.attention.tiles import Tile, grid_tile, pooled_tiles
 from vlm_distill_cache.stage2_student.batches.grid import meet, meet_cells
 from vlm_distill_cache.stage2_student.scores.overlays import seen_once
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from vlm_distill_cache.common.attention.boxes import grid_tile, tiles_to_array
 from vlm_distill_cache.common.attention.hidden import HiddenCapture, HiddenRequest, gather_rows, student_layers
+from vlm_distill_cache.common.attention.tiles import grid_tile, tiles_to_array
 from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
 from vlm_distill_cache.common.codecs.hidden_states import VisualHiddenCodec
 from vlm_distill_cache.common.errors import CacheMismatchError, ModelError

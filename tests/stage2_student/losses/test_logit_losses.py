@@ -10,8 +10,8 @@ from logit_references import KINDS, bucketed, select
 from loss_checks import assert_agree, normal, value_and_gradient
 from torch import Tensor
 
-from vlm_distill_cache.common.codecs import LogitCodec
 from vlm_distill_cache.common.codecs.live import SparseLogits, as_tensors, select_entries
+from vlm_distill_cache.common.codecs.logits import LogitCodec
 from vlm_distill_cache.common.errors import TemperatureNotCachedError
 from vlm_distill_cache.stage2_student.losses.logits import (
     TeacherRows,

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from loss_checks import assert_agree, value_and_gradient
 from torch import Tensor
 
-from vlm_distill_cache.common.codecs import RowAttentionCodec
 from vlm_distill_cache.common.codecs.live import RowAttention, as_tensors
+from vlm_distill_cache.common.codecs.row_attention import RowAttentionCodec
 from vlm_distill_cache.stage2_student.losses.attention import answer_attention_loss
 
 KINDS = ("kl", "cosine", "relative", "kl_with_rest")

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from vlm_distill_cache.common.attention.boxes import Tile, pooled_tiles, tiles_to_array
-from vlm_distill_cache.common.codecs import VisualMapCodec
+from vlm_distill_cache.common.attention.tiles import Tile, pooled_tiles, tiles_to_array
 from vlm_distill_cache.common.codecs.live import TeacherMap
 from vlm_distill_cache.common.codecs.live import pool_map as pool_to_cells
+from vlm_distill_cache.common.codecs.visual_map import VisualMapCodec
 from vlm_distill_cache.common.errors import CacheMismatchError
 from vlm_distill_cache.stage2_student.batches.signals import decode_signals
 from vlm_distill_cache.stage2_student.loss_weights import LossWeights

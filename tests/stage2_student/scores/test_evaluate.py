@@ -8,9 +8,9 @@ import torch
 from tiny_cache import DATA
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from vlm_distill_cache.common.attention.boxes import tiles_to_array
 from vlm_distill_cache.common.attention.capture import AttentionCapture, AttentionRequest
 from vlm_distill_cache.common.attention.layers import student_groups
+from vlm_distill_cache.common.attention.tiles import tiles_to_array
 from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
 from vlm_distill_cache.common.codecs.live import RowAttention, select_entries
 from vlm_distill_cache.common.codecs.logits import LogitCodec
@@ -18,14 +18,16 @@ from vlm_distill_cache.common.codecs.row_attention import RowAttentionCodec
 from vlm_distill_cache.common.models.mobilevlm import MobileVLMConfig, MobileVLMForConditionalGeneration
 from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.data.builtin import load_image_processor, load_tokenizer
+from vlm_distill_cache.data.images.encoder import ImageEncoder
 from vlm_distill_cache.data.registry import open_dataset
 from vlm_distill_cache.data.sample import EvaluationSet, Sample, Turn
 from vlm_distill_cache.data.shapes.dataset import ShapesDataset, shapes_evaluation
 from vlm_distill_cache.data.text.collate import collate, supervised_rows, visual_keys
-from vlm_distill_cache.data.text.encoding import ImageEncoder, SampleEncoder, build_prompt
+from vlm_distill_cache.data.text.encoding import SampleEncoder, build_prompt
 from vlm_distill_cache.data.text.generation import generate_answers
 from vlm_distill_cache.data.text.templates import TEMPLATES
-from vlm_distill_cache.stage2_student.batches.dataset import CachedDataset, TrainingSample
+from vlm_distill_cache.stage2_student.batches.batch import TrainingSample
+from vlm_distill_cache.stage2_student.batches.dataset import CachedDataset
 from vlm_distill_cache.stage2_student.batches.signals import collate_samples, decode_signals
 from vlm_distill_cache.stage2_student.losses.terms import choose_terms
 from vlm_distill_cache.stage2_student.scores.evaluate import (

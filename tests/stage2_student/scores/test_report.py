@@ -5,7 +5,8 @@ import numpy as np
 import PIL.Image
 import torch
 
-from vlm_distill_cache.common.attention.boxes import Tile, grid_tile, tile_boxes
+from vlm_distill_cache.common.attention.boxes import tile_boxes
+from vlm_distill_cache.common.attention.tiles import Tile, grid_tile
 from vlm_distill_cache.stage2_student.scores.metrics import Score
 from vlm_distill_cache.stage2_student.scores.overlays import Overlay, draw_heat
 from vlm_distill_cache.stage2_student.scores.report import render_report

@@ -14,9 +14,10 @@ from tiny_families import byte_tokenizer, save_tiny
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
-from vlm_distill_cache.common.attention.boxes import tile_boxes, tiles_from_array
+from vlm_distill_cache.common.attention.boxes import tile_boxes
 from vlm_distill_cache.common.attention.capture import AttentionCapture
 from vlm_distill_cache.common.attention.layers import student_groups
+from vlm_distill_cache.common.attention.tiles import tiles_from_array
 from vlm_distill_cache.common.errors import CacheMismatchError, ConfigError
 from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.data.registry import open_dataset

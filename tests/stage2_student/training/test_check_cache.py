@@ -16,7 +16,8 @@ from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.data.builtin import build_tokenizer
 from vlm_distill_cache.data.registry import open_dataset
 from vlm_distill_cache.data.text.templates import get_template
-from vlm_distill_cache.stage2_student.config import LossWeights, TrainConfig
+from vlm_distill_cache.stage2_student.config import TrainConfig
+from vlm_distill_cache.stage2_student.loss_weights import LossWeights
 from vlm_distill_cache.stage2_student.losses.terms import choose_terms
 from vlm_distill_cache.stage2_student.students.build import load_student
 from vlm_distill_cache.stage2_student.training.checks import (

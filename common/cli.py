@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Never
 
@@ -22,9 +23,8 @@ from vlm_distill_cache.common.terminal.next_step import distill_command
 from vlm_distill_cache.common.terminal.progress import ProgressLines, progress
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from tqdm import tqdm
+
 
 _JOBS = click.option(
     "--jobs", default=8, show_default=True, type=click.IntRange(1, 64), help="How much to copy at a time."

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from vlm_distill_cache.common.cache.reader import OPEN_SHARDS, TeacherCache
+from vlm_distill_cache.common.cache.reader import OPEN_SHARDS, Codec, TeacherCache
 from vlm_distill_cache.common.locations import is_url
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from vlm_distill_cache.common.cache.reader import Codec
 
 
 def open_cache(location: Path | str, *, open_shards: int = OPEN_SHARDS) -> TeacherCache:

@@ -12,12 +12,14 @@ import os
 import sys
 import time
 import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vlm_distill_cache.common.cache.documents import describe_differences
 from vlm_distill_cache.common.cache.plan import read_plan
+from vlm_distill_cache.common.cache.reader import TeacherCache
 from vlm_distill_cache.common.config import config_from_dict, config_to_dict, save_config
 from vlm_distill_cache.common.errors import CacheFormatError, ConfigError
 from vlm_distill_cache.common.files.atomic import clean_stale, read_json, write_bytes_atomic, write_json_atomic
@@ -31,11 +33,6 @@ from vlm_distill_cache.stage2_student.pruned_folder import FOLDER, kept_share
 from vlm_distill_cache.stage2_student.resolve import open_caches, resolve_config
 from vlm_distill_cache.stage2_student.scores.results import EvaluationReport, render_table
 from vlm_distill_cache.stage2_student.training.output_folder import claim_output, holds_anything
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-
-    from vlm_distill_cache.common.cache.reader import TeacherCache
 
 STAMP, TABLE, REPORT, SCORES = "run.json", "table.txt", "report.html", "evaluation.json"
 BASELINE, DISTILLED, TEACHER = "sft", "distilled", "teacher"

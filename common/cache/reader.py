@@ -11,34 +11,25 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, overload
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, overload
 
 import numpy as np
+from numpy.typing import NDArray
 
-from vlm_distill_cache.common.cache.index import INDEX, SampleIndex, build_index
+from vlm_distill_cache.common.cache.index import INDEX, Place, SampleIndex, build_index
 from vlm_distill_cache.common.cache.manifest import Manifest, ShardSummary, read_manifest, refuse_other_plan
-from vlm_distill_cache.common.cache.plan import read_plan
+from vlm_distill_cache.common.cache.plan import Plan, read_plan
+from vlm_distill_cache.common.cache.schema import Field, Record
 from vlm_distill_cache.common.cache.shared_images import SharedImages
 from vlm_distill_cache.common.cache.side_files import check_digests, check_file, check_size, check_sizes
-from vlm_distill_cache.common.cache.sidecar import parse_sidecar, sidecar_path
+from vlm_distill_cache.common.cache.sidecar import ShardSidecar, parse_sidecar, sidecar_path
 from vlm_distill_cache.common.cache.stores import open_reader
+from vlm_distill_cache.common.cache.stores.base import ShardReader
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError, SampleNotCachedError
 from vlm_distill_cache.common.files.atomic import read_bounded
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable
-    from pathlib import Path
-
-    from numpy.typing import NDArray
-
-    from vlm_distill_cache.common.cache.index import Place
-    from vlm_distill_cache.common.cache.manifest import Manifest
-    from vlm_distill_cache.common.cache.plan import Plan
-    from vlm_distill_cache.common.cache.schema import Field, Record
-    from vlm_distill_cache.common.cache.sidecar import ShardSidecar
-    from vlm_distill_cache.common.cache.stores.base import ShardReader
 
 
 class SampleIds(Sequence[str]):

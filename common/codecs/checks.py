@@ -6,23 +6,18 @@ written them: a cache whose checksums were made anew after a change must still s
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from vlm_distill_cache.common.attention.tiles import tiles_from_array
-from vlm_distill_cache.common.cache.schema import BASE_FIELDS
+from vlm_distill_cache.common.cache.plan import Plan
+from vlm_distill_cache.common.cache.schema import BASE_FIELDS, Record
 from vlm_distill_cache.common.cache.shared_images import VISUAL_SOURCE
-from vlm_distill_cache.common.codecs.description import setting_names, shown
+from vlm_distill_cache.common.codecs.description import Codec, setting_names, shown
 from vlm_distill_cache.common.codecs.registry import CODECS, codec_from_dict
 from vlm_distill_cache.common.printing import one_line
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
-
-    from vlm_distill_cache.common.cache.plan import Plan
-    from vlm_distill_cache.common.cache.schema import Record
-    from vlm_distill_cache.common.codecs.description import Codec
 
 
 def codec_damage(signals: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[str]]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from vlm_distill_cache.common.errors import ConfigError
 from vlm_distill_cache.common.locations import is_url
@@ -13,10 +13,6 @@ from vlm_distill_cache.common.remotes.http import HttpRemote
 from vlm_distill_cache.common.remotes.hub import HubRemote
 from vlm_distill_cache.common.remotes.s3 import S3Remote
 from vlm_distill_cache.common.remotes.streams import Retries
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
 
 _KINDS: dict[str, Callable[[str, Retries], Remote]] = {
     "s3": S3Remote,

@@ -10,17 +10,12 @@ from __future__ import annotations
 import contextlib
 import time
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, NoReturn
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import BinaryIO, NoReturn
 
 from vlm_distill_cache.common.errors import CacheFormatError, TransferError
-from vlm_distill_cache.common.remotes.streams import PassingError, RangeRefusedError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
-    from pathlib import Path
-    from typing import BinaryIO
-
-    from vlm_distill_cache.common.remotes.streams import Body, Retries
+from vlm_distill_cache.common.remotes.streams import Body, PassingError, RangeRefusedError, Retries
 
 _BLOCK_BYTES = 256 << 10
 _SLOWEST = 1024  # bytes a second; below that a connection counts as stalled

@@ -5,17 +5,14 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 
 from vlm_distill_cache.common.errors import CacheFormatError
 from vlm_distill_cache.common.files.atomic import clean_stale, create_temporary, publish_file, write_bytes_atomic
 from vlm_distill_cache.common.files.disk import AGAIN, name_full_disk
 from vlm_distill_cache.common.remotes.base import Remote
 from vlm_distill_cache.common.remotes.streams import Body, Retries
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
-    from pathlib import Path
 
 _BLOCK_BYTES = 1 << 20
 _ONCE = Retries(

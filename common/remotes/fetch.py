@@ -11,12 +11,12 @@ import fcntl
 import os
 import shutil
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from vlm_distill_cache.common.cache.documents import parse_document, safe_path
 from vlm_distill_cache.common.cache.manifest import Manifest
@@ -26,12 +26,8 @@ from vlm_distill_cache.common.cache.sidecar import FileEntry
 from vlm_distill_cache.common.errors import CacheFormatError, TransferError
 from vlm_distill_cache.common.files.atomic import TEMPORARY_PREFIX, HeldLock, publish_file
 from vlm_distill_cache.common.files.disk import AGAIN, name_full_disk
+from vlm_distill_cache.common.remotes.base import Remote
 from vlm_distill_cache.common.remotes.streams import stop_waiting_on, stoppable
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
-
-    from vlm_distill_cache.common.remotes.base import Remote
 
 _T = TypeVar("_T")
 JOBS = 8

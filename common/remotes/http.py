@@ -14,20 +14,16 @@ import string
 import time
 import urllib.request
 from abc import abstractmethod
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from http.client import HTTPException
-from typing import TYPE_CHECKING, Any
+from http.client import HTTPException, HTTPMessage, HTTPResponse
+from typing import IO, Any
 from urllib.error import HTTPError, URLError
 from urllib.parse import quote, urlsplit
 
 from vlm_distill_cache.common.errors import ConfigError, TransferError
 from vlm_distill_cache.common.remotes.base import Remote
 from vlm_distill_cache.common.remotes.streams import Body, PassingError, RangeRefusedError, Retries
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-    from http.client import HTTPMessage, HTTPResponse
-    from typing import IO
 
 MAY_PASS = (408, 425, 429, 500, 502, 503, 504)
 CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")

@@ -8,18 +8,16 @@ a teacher's outputs to everybody is a decision that its licence has a say in.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 from urllib.parse import unquote
 
 from vlm_distill_cache.common.errors import ConfigError, TransferError
 from vlm_distill_cache.common.files.disk import AGAIN
 from vlm_distill_cache.common.remotes.http import MAY_PASS, WebRemote
 from vlm_distill_cache.common.remotes.streams import PassingError, Retries
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
-    from pathlib import Path
 
 _T = TypeVar("_T")
 _LOCATION = re.compile(r"hf://datasets/([\w.-]+/[\w.-]+?)(?:@([^/@]+))?(?:/(.+?))?/?")

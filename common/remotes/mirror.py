@@ -17,17 +17,19 @@ import errno
 import logging
 import os
 import threading
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vlm_distill_cache.common.cache.manifest import Manifest, ShardSummary, read_manifest
 from vlm_distill_cache.common.cache.plan import SHARDS, read_plan
 from vlm_distill_cache.common.cache.side_files import MANIFEST, check_digests, check_sizes
-from vlm_distill_cache.common.cache.sidecar import check_sidecar, read_sidecar, sidecar_path
+from vlm_distill_cache.common.cache.sidecar import FileEntry, check_sidecar, read_sidecar, sidecar_path
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError, ConfigError, TransferError
 from vlm_distill_cache.common.files.atomic import (
+    HeldLock,
     clean_stale,
     read_json,
     remove,
@@ -38,15 +40,8 @@ from vlm_distill_cache.common.files.atomic import (
 from vlm_distill_cache.common.files.hashing import checksum, file_checksum
 from vlm_distill_cache.common.locations import is_url, public_location
 from vlm_distill_cache.common.remotes import open_remote
+from vlm_distill_cache.common.remotes.base import Remote
 from vlm_distill_cache.common.remotes.fetch import descriptions, fetch_files, lock, locked, read_remote_manifest
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
-
-    from vlm_distill_cache.common.cache.sidecar import FileEntry
-    from vlm_distill_cache.common.files.atomic import HeldLock
-    from vlm_distill_cache.common.remotes.base import Remote
-
 
 FOLDER_VARIABLE, LIMIT_VARIABLE = "VLM_DISTILL_CACHE_DIR", "VLM_DISTILL_CACHE_BYTES"
 DEFAULT_LIMIT = 50_000_000_000

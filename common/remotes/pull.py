@@ -6,18 +6,19 @@ everything that it lists has been checked, and read first.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from vlm_distill_cache.common.cache.documents import parse_document
 from vlm_distill_cache.common.cache.manifest import Manifest, refuse_other_plan
-from vlm_distill_cache.common.cache.plan import PLAN, SHARDS, read_plan
+from vlm_distill_cache.common.cache.plan import PLAN, SHARDS, Plan, read_plan
 from vlm_distill_cache.common.cache.side_files import CARD, MANIFEST, MAX_CARD_BYTES
-from vlm_distill_cache.common.cache.sidecar import check_sidecar, read_sidecar, sidecar_name, sidecar_path
+from vlm_distill_cache.common.cache.sidecar import FileEntry, check_sidecar, read_sidecar, sidecar_name, sidecar_path
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError
 from vlm_distill_cache.common.files.atomic import TEMPORARY_PREFIX, clean_stale, try_lock, write_bytes_atomic
 from vlm_distill_cache.common.files.disk import name_full_disk, refuse_overlap
 from vlm_distill_cache.common.remotes import open_remote
+from vlm_distill_cache.common.remotes.base import Remote
 from vlm_distill_cache.common.remotes.fetch import (
     JOBS,
     Progress,
@@ -29,14 +30,6 @@ from vlm_distill_cache.common.remotes.fetch import (
     is_intact,
     read_remote_manifest,
 )
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-    from vlm_distill_cache.common.cache.plan import Plan
-    from vlm_distill_cache.common.cache.sidecar import FileEntry
-    from vlm_distill_cache.common.remotes.base import Remote
-
 
 MAX_SHARD_FILES = 10_000
 _MARKER = f"{TEMPORARY_PREFIX}{MANIFEST}-pull"  # the manifest of the cache that is being pulled

@@ -7,21 +7,23 @@ there are still ours. A push that was killed goes on with the shards whose sidec
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from vlm_distill_cache.common.cache.documents import parse_document
 from vlm_distill_cache.common.cache.manifest import Manifest, read_manifest, refuse_other_plan
 from vlm_distill_cache.common.cache.plan import PLAN, Plan, read_plan
 from vlm_distill_cache.common.cache.side_files import CARD, MANIFEST, refuse_occupied
-from vlm_distill_cache.common.cache.sidecar import ShardSidecar, read_sidecar, sidecar_name, sidecar_path
+from vlm_distill_cache.common.cache.sidecar import FileEntry, ShardSidecar, read_sidecar, sidecar_name, sidecar_path
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError
 from vlm_distill_cache.common.files.atomic import MAX_JSON_BYTES
 from vlm_distill_cache.common.files.disk import refuse_overlap
 from vlm_distill_cache.common.locations import is_url
 from vlm_distill_cache.common.remotes import open_remote
+from vlm_distill_cache.common.remotes.base import Remote
 from vlm_distill_cache.common.remotes.fetch import (
     JOBS,
     MAX_MANIFEST_BYTES,
@@ -33,12 +35,6 @@ from vlm_distill_cache.common.remotes.fetch import (
     read_remote_manifest,
 )
 from vlm_distill_cache.common.remotes.streams import stoppable
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from vlm_distill_cache.common.cache.sidecar import FileEntry
-    from vlm_distill_cache.common.remotes.base import Remote
 
 _T = TypeVar("_T")
 

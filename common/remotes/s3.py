@@ -8,8 +8,10 @@ and takes a conflict of two writers for a file that is there.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from vlm_distill_cache.common.errors import ConfigError, TransferError
 from vlm_distill_cache.common.files.disk import AGAIN
@@ -21,10 +23,6 @@ from vlm_distill_cache.common.remotes.streams import (
     RangeRefusedError,
     Retries,
 )
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
-    from pathlib import Path
 
 _ABSENT = ("404", "NoSuchKey", "NotFound")
 _NO_ACCESS = ("401", "403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken")

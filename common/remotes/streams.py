@@ -6,14 +6,12 @@ import logging
 import random
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 from vlm_distill_cache.common.errors import TransferError
 from vlm_distill_cache.common.files.disk import AGAIN
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 _T = TypeVar("_T")
 _LONGEST_WAIT, _LONGEST_TOLD_WAIT = 30.0, 120.0  # seconds: of our own accord, and when the server asks

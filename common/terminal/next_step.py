@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from collections.abc import Collection
+from pathlib import Path
 
+from vlm_distill_cache.common.cache.plan import Plan
 from vlm_distill_cache.common.codecs.logits import LogitCodec
 from vlm_distill_cache.common.codecs.row_attention import RowAttentionCodec
 from vlm_distill_cache.common.terminal.command_line import quoted
-
-if TYPE_CHECKING:
-    from collections.abc import Collection
-    from pathlib import Path
-
-    from vlm_distill_cache.common.cache.plan import Plan
 
 DEFAULT_SIGNALS = (LogitCodec.signal, RowAttentionCodec.signal)
 """What stage one keeps, and all that students are trained on, where nobody says otherwise."""

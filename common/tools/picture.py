@@ -8,22 +8,21 @@ Dims: A supervised rows, G layer groups, C grid cells (row-major from the top le
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vlm_distill_cache.common.cache.plan import Plan
+from vlm_distill_cache.common.cache.schema import Record
 from vlm_distill_cache.common.codecs.row_attention import RowAttentionCodec
 from vlm_distill_cache.common.errors import CacheMismatchError, ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from pathlib import Path
-
     from PIL.Image import Image
 
-    from vlm_distill_cache.common.cache.plan import Plan
-    from vlm_distill_cache.common.cache.schema import Record
 
 BLOCKS, ASCII = "\u00b7\u2591\u2592\u2593\u2588", ".-+*#"
 _EDGES = (0.08, 0.25, 0.5, 0.8)  # of the largest cell: where a darker shade begins

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from vlm_distill_cache.common.cache.plan import BASE
+from vlm_distill_cache.common.cache.reader import TeacherCache
+from vlm_distill_cache.common.cache.schema import Record
 from vlm_distill_cache.common.codecs.logits import LogitCodec
 from vlm_distill_cache.common.errors import ConfigError
 from vlm_distill_cache.common.files.atomic import write_bytes_atomic
@@ -16,13 +20,8 @@ from vlm_distill_cache.common.printing import one_line
 from vlm_distill_cache.common.tools.picture import ASCII, BLOCKS, draw_picture, draw_text, open_image, word_maps
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-    from pathlib import Path
-
     from PIL.Image import Image
 
-    from vlm_distill_cache.common.cache.reader import TeacherCache
-    from vlm_distill_cache.common.cache.schema import Record
 
 _MAX_ROWS = 40  # shown
 _MAX_WORDS = 28  # as text

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from vlm_distill_cache.common.attention.capture import AttentionCapture
 from vlm_distill_cache.common.cache.reader import TeacherCache
-from vlm_distill_cache.common.config import config_from_dict, config_to_dict, save_config
+from vlm_distill_cache.common.config import config_to_dict, save_config
 from vlm_distill_cache.common.errors import CacheMismatchError, ConfigError
 from vlm_distill_cache.common.files.atomic import clean_stale, new_directory, remove, write_json_atomic
 from vlm_distill_cache.common.locations import public_location
@@ -131,17 +131,6 @@ def train(
 
     log.close()
     return TrainResult(log=log.records, model=student, preparation=run, final=export(config, run, accelerator))
-
-
-def train_student(*, after_step: AfterStep | None = None, **options: Any) -> TrainResult:
-    """Train in this process with flat keyword arguments, as an experiment does for each arm and seed.
-
-    Of ``options``, a phase may be a dict of fields of `PhaseConfig`.
-
-    Raises:
-        ConfigError: If an option is unknown or has an unusable value.
-    """
-    return train(config_from_dict(TrainConfig, options, where="train_student"), after_step=after_step)
 
 
 def build_accelerator(config: TrainConfig, fingerprint: str) -> Accelerator:

@@ -110,11 +110,6 @@ class Field:
         """The little-endian numpy dtype."""
         return np.dtype("<" + self.dtype)
 
-    @property
-    def row_bytes(self) -> int:
-        """Decoded bytes of one step along the first axis."""
-        return math.prod(self.trailing) * self.numpy_dtype.itemsize
-
     def empty(self) -> np.ndarray:
         """Return an array of this field with first axis 0."""
         return np.zeros((0, *self.trailing), dtype=self.numpy_dtype)

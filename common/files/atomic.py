@@ -241,9 +241,9 @@ def json_bytes(value: Any) -> bytes:
     return (text + "\n").encode("utf-8")
 
 
-def write_json_atomic(path: Path, value: Any, *, create_only: bool = False) -> None:
+def write_json_atomic(path: Path, value: Any) -> None:
     """Write JSON with sorted keys, atomically; equal values give equal bytes."""
-    write_bytes_atomic(path, json_bytes(value), create_only=create_only)
+    write_bytes_atomic(path, json_bytes(value))
 
 
 def read_json(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> Any:

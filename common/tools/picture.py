@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 BLOCKS, ASCII = "\u00b7\u2591\u2592\u2593\u2588", ".-+*#"
 _EDGES = (0.08, 0.25, 0.5, 0.8)  # of the largest cell: where a darker shade begins
+_LINE_WIDTH = 100  # characters
 _MIN_WIDTH = 14  # characters of a map, for the word above it
 _MAX_TEXT_COLUMNS = 16  # of a grid drawn two characters a cell, which makes cells square
 
@@ -75,7 +76,7 @@ def word_maps(record: Record, plan: Plan, words: Sequence[tuple[str, Sequence[in
     return maps
 
 
-def draw_text(maps: Sequence[WordMap], *, width: int = 100, shades: str = BLOCKS) -> list[str]:
+def draw_text(maps: Sequence[WordMap], *, shades: str = BLOCKS) -> list[str]:
     """Draw maps side by side in characters.
 
     Args:
@@ -86,7 +87,7 @@ def draw_text(maps: Sequence[WordMap], *, width: int = 100, shades: str = BLOCKS
     rows, cols = maps[0].cells.shape
     across = 2 if cols <= _MAX_TEXT_COLUMNS else 1
     cell_width = max(cols * across, _MIN_WIDTH)
-    each_line = max(1, (width + 2) // (cell_width + 2))
+    each_line = max(1, (_LINE_WIDTH + 2) // (cell_width + 2))
     lines: list[str] = []
     for start in range(0, len(maps), each_line):
         group = maps[start : start + each_line]

@@ -1,10 +1,9 @@
-"""Where images come from: files, bytes in a table, ranges of a tar, arrays. `common.pixels` decodes them."""
+"""Where images come from: files, bytes in a table, ranges of a tar. `common.pixels` decodes them."""
 
 import stat
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import PIL.Image
 
 from vlm_distill_cache.common.errors import SampleError
@@ -80,18 +79,3 @@ class FileSlice:
         if len(data) != self.size:
             raise SampleError(f"{self.name} is cut off: expected {self.size} bytes, got {len(data)}")
         return data
-
-
-@dataclass(frozen=True, eq=False)
-class ImageArray:
-    """Pixels in memory, u1 ``[H, W, 3]``, already upright RGB."""
-
-    array: np.ndarray
-    name: str
-
-    def load(self) -> PIL.Image.Image:
-        """Wrap the pixels; `SampleError` if the array is of another kind."""
-        array = self.array
-        if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or array.size == 0:
-            raise SampleError(f"image {self.name}: expected u1 [H, W, 3], got {array.dtype} {list(array.shape)}")
-        return PIL.Image.fromarray(array)

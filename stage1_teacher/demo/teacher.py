@@ -93,13 +93,12 @@ def builtin_teacher_directory() -> Path:
     return Path(__file__).resolve().parent.parent / "builtin"
 
 
-def demo_teacher_for(data_spec: str, directory: Path, *, seed: int = 0) -> Path:
+def demo_teacher_for(data_spec: str, directory: Path) -> Path:
     """Return the built-in teacher for some data; train it first where none is shipped.
 
     Args:
         data_spec: As ``DATA=``.
         directory: Where a trained teacher is kept; used again if it is there.
-        seed: Of the training, if there is one.
 
     Raises:
         ConfigError: If there is no built-in teacher for such data; names the choices.
@@ -109,7 +108,7 @@ def demo_teacher_for(data_spec: str, directory: Path, *, seed: int = 0) -> Path:
         return builtin_teacher_directory()
     if not (directory / "training.json").is_file():
         logger.info("No teacher given and none shipped for %s: training one, kept in %s (minutes)", name, directory)
-        train_demo_teacher(data_spec, directory, seed=seed)
+        train_demo_teacher(data_spec, directory)
     return directory
 
 

@@ -33,6 +33,7 @@ from vlm_distill_cache.stage1_teacher.demo.model import WarmCosine
 logger = logging.getLogger(__name__)
 
 _NAMES = (COLORS, SHAPES, SIZES)
+_TOWER_BATCH, _PROJECTOR_BATCH = 64, 32  # pictures a step
 _EMPTY_WEIGHT = 0.15  # of a patch without an object: 33 of 36 patches are empty
 
 
@@ -95,21 +96,19 @@ def train_tower(
     *,
     seed: int,
     steps: int,
-    batch: int = 64,
-    rate: float = 4e-3,
 ) -> dict[str, float]:
-    """Train the tower, in place, on dense labels of freshly drawn scenes, ``batch`` pictures a step.
+    """Train the tower, in place, on dense labels of freshly drawn scenes, 64 pictures a step.
 
     Returns:
         Share of objects whose colour, shape and size are right on 512 unseen pictures.
     """
     sizes = [len(names) + 1 for names in _NAMES]
-    heads, optimizer = _tower_heads(model, sum(sizes) + 2 * GRID, seed=seed, rate=rate, steps=steps)
+    heads, optimizer = _tower_heads(model, sum(sizes) + 2 * GRID, seed=seed, rate=4e-3, steps=steps)
     cell = torch.arange(GRID * GRID)
     for step in range(steps):
-        pictures, labels = scene_batch("train", seed, step * batch, batch)
+        pictures, labels = scene_batch("train", seed, step * _TOWER_BATCH, _TOWER_BATCH)
         named = torch.from_numpy(labels)  # [B, N, 3]
-        placed = torch.stack([cell // GRID, cell % GRID], dim=-1).expand(batch, -1, -1)  # [B, N, 2]
+        placed = torch.stack([cell // GRID, cell % GRID], dim=-1).expand(_TOWER_BATCH, -1, -1)  # [B, N, 2]
         target = torch.cat([named, placed], dim=-1)
         scores = heads(tower_features(model, normalize(pictures))).split([*sizes, GRID, GRID], dim=-1)
         weight = (_EMPTY_WEIGHT + (named[..., 0] > 0)).flatten()
@@ -139,8 +138,6 @@ def align_projector(
     *,
     seed: int,
     steps: int,
-    batch: int = 32,
-    rate: float = 4e-3,
 ) -> float:
     """Train projector and word embeddings to name each patch: colour, shape, size, column and row.
 
@@ -152,14 +149,14 @@ def align_projector(
     """
     embeddings = model.get_input_embeddings()
     projector = model.model.multi_modal_projector
-    optimizer = WarmCosine(nn.ModuleDict({"embed": embeddings, "projector": projector}), rate=rate, steps=steps)
+    optimizer = WarmCosine(nn.ModuleDict({"embed": embeddings, "projector": projector}), rate=4e-3, steps=steps)
     word_ids = [torch.tensor(tokenizer.convert_tokens_to_ids(list(names))) for names in _NAMES]
     rows = torch.tensor(tokenizer.convert_tokens_to_ids([f"r{i + 1}" for i in range(GRID)]))
     columns = torch.tensor(tokenizer.convert_tokens_to_ids([f"c{i + 1}" for i in range(GRID)]))
     cell = torch.arange(GRID * GRID)
     value = 0.0
     for step in range(steps):
-        pictures, labels = scene_batch("train", seed, step * batch, batch)
+        pictures, labels = scene_batch("train", seed, step * _PROJECTOR_BATCH, _PROJECTOR_BATCH)
         target = torch.from_numpy(labels)
         with torch.no_grad():
             features = tower_features(model, normalize(pictures))
@@ -224,12 +221,10 @@ def train_tower_on_answers(
     *,
     seed: int,
     steps: int,
-    batch: int = 64,
-    rate: float = 3e-3,
 ) -> float:
     """Train the tower, in place, to tell the words of `WORD_GROUPS` from the mean of its patch features.
 
-    The data set's pictures are held in memory (62 KB each), and ``batch`` of them make a step.
+    The data set's pictures are held in memory (62 KB each), and 64 of them make a step.
 
     Returns:
         The last loss, nats a word.
@@ -239,10 +234,10 @@ def train_tower_on_answers(
     pictures = torch.from_numpy(np.concatenate([picture.inputs["pixel_values"] for picture in encoded]))
     sizes = [len(words) for words in WORD_GROUPS]
     generator = torch.Generator().manual_seed(seed)
-    heads, optimizer = _tower_heads(model, sum(sizes), seed=seed, rate=rate, steps=steps)
+    heads, optimizer = _tower_heads(model, sum(sizes), seed=seed, rate=3e-3, steps=steps)
     value = 0.0
     for step in range(steps):
-        chosen = torch.randint(len(dataset), (batch,), generator=generator)
+        chosen = torch.randint(len(dataset), (_TOWER_BATCH,), generator=generator)
         features = tower_features(model, shift_and_mirror(pictures[chosen], generator))  # [B, N, D]
         scores = heads(features.mean(1)).split(sizes, dim=-1)
         losses = [

@@ -1,6 +1,6 @@
 """Every loss on cached signals, by the name that options, logs and weights give it."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 from vlm_distill_cache.stage2_student.batches.signals import LossTerm
 from vlm_distill_cache.stage2_student.losses.attention_terms import AllRowsTerm, ColumnsTerm, MapTerm, RowTerm
@@ -25,8 +25,3 @@ def choose_terms(names: Iterable[str]) -> dict[str, LossTerm]:
     """The terms of some names, in the order of `TERMS`; ``lm``, which reads no cache, is passed over."""
     wanted = {*names}
     return {name: term for name, term in TERMS.items() if name in wanted}
-
-
-def signals_of(terms: Mapping[str, LossTerm]) -> tuple[str, ...]:
-    """The cache's signals that some terms read, without repetition."""
-    return tuple(dict.fromkeys(signal for term in terms.values() for signal in term.reads))

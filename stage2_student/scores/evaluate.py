@@ -104,14 +104,13 @@ def evaluate_model(
     cached: CachedDataset | None = None,
     letters: bool = True,
     batch_size: int = 64,
-    seed: int = 0,
     resamples: int = RESAMPLES,
 ) -> EvaluationReport:
     """Score one model.
 
     The encoder fits the model (tokenizer, image grid, template), which is put into evaluation mode and back as it
     was. ``cached`` are samples with the teacher's signals, to measure the agreement with it; ``letters`` also asks
-    the A/B question (two generations a pair). Seed and resamples are of the bootstrap.
+    the A/B question (two generations a pair). ``resamples`` are of the bootstrap.
 
     Raises:
         SampleError: If an item's image or text cannot be used; names the item.
@@ -124,13 +123,11 @@ def evaluate_model(
 
     def keep(name: str, values: np.ndarray, kinds: Sequence[str] = ()) -> None:
         grouped = group_by_kind(values, kinds or [""] * len(values))
-        scores[name] = bootstrap_kinds(grouped, seed=seed, resamples=resamples)
+        scores[name] = bootstrap_kinds(grouped, resamples=resamples)
         if name in PAIRED:
             by_item[name] = grouped
         if kinds:
-            scores.update(
-                {f"{name}/{kind}": bootstrap(part, seed=seed, resamples=resamples) for kind, part in grouped.items()}
-            )
+            scores.update({f"{name}/{kind}": bootstrap(part, resamples=resamples) for kind, part in grouped.items()})
 
     try:
         if items.pairs:

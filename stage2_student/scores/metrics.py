@@ -80,14 +80,12 @@ def bootstrap_kinds(
     )
 
 
-def paired_difference(
-    after: Mapping[str, Sequence[float]], before: Mapping[str, Sequence[float]], *, seed: int = 0
-) -> Score:
+def paired_difference(after: Mapping[str, Sequence[float]], before: Mapping[str, Sequence[float]]) -> Score:
     """What one model scores more than another on the same items, resampled in pairs.
 
     Both hold each item's score by kind, ``[I]`` each, in the same order.
     """
-    return bootstrap_kinds({kind: np.subtract(after[kind], before[kind]) for kind in after}, seed=seed)
+    return bootstrap_kinds({kind: np.subtract(after[kind], before[kind]) for kind in after})
 
 
 def difference(after: Score, before: Score) -> Score:

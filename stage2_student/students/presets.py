@@ -21,7 +21,6 @@ SIZES_OF: dict[str, tuple[str, ...]] = {
     "compodistill": ("tiny", "2b"),
 }
 STUDENTS = tuple(SIZES_OF)
-SIZES = ("tiny", "1.7b", "2b", "3b")
 LIBRARY_STUDENTS = ("qwen2.5-vl-3b", "smolvlm")
 # What is compared between a preset and a directory's config.json, where both say it.
 _NUMBERS = (

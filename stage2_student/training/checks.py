@@ -235,9 +235,9 @@ def probe_inputs(model: Any, dataset: CachedDataset, *, where: str) -> None:
         raise ModelError(f"{where}: {error}") from error
 
 
-def probe_samples(dataset: CachedDataset, *, count: int = PROBED_SAMPLES) -> None:
+def probe_samples(dataset: CachedDataset) -> None:
     """Load a few samples spread over the data: labels and pictures must be the ones the teacher saw."""
-    step = max(1, len(dataset) // count)
+    step = max(1, len(dataset) // PROBED_SAMPLES)
     for position in range(0, len(dataset), step):
         try:
             dataset.load(position)

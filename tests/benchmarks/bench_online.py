@@ -12,10 +12,10 @@ from tests.benchmarks.bench_measure import Spread, Values, ratio
 from tests.benchmarks.bench_models import SIZES, save_language_model, save_teacher
 from tests.benchmarks.bench_training import step_seconds
 from tests.benchmarks.experiment_online import train_online
+from tests.benchmarks.train_student import train_student
 from vlm_distill_cache.stage1_teacher.config import BuildConfig
 from vlm_distill_cache.stage1_teacher.extract import extract
 from vlm_distill_cache.stage1_teacher.planning.open import open_build
-from vlm_distill_cache.stage2_student.train import train_student
 
 STUDENTS = (1, 3, 10)
 BATCH = 16

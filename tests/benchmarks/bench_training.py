@@ -13,7 +13,8 @@ import torch
 
 from tests.benchmarks.bench_measure import Spread, Values
 from tests.benchmarks.bench_models import STUDENT_LAYERS, STUDENT_WIDTH, save_language_model
-from vlm_distill_cache.stage2_student.train import AfterStep, TrainResult, train_student
+from tests.benchmarks.train_student import train_student
+from vlm_distill_cache.stage2_student.train import AfterStep, TrainResult
 
 LOSSES: dict[str, dict[str, float]] = {
     "SFT": {"lm": 1.0},

@@ -80,7 +80,7 @@ def train_job(job: Job) -> tuple[Any, Path]:
     Returns:
         What `train` returns, and the output folder.
     """
-    from vlm_distill_cache.stage2_student.train import train_student
+    from tests.benchmarks.train_student import train_student
 
     arm = dict(ARMS[job.arm])
     output = ROOT / "runs" / f"{list(ARMS).index(job.arm)}-{job.tokens}-{job.steps}-{job.seed}"

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 import vlm_distill_cache.stage2_student.train as train_module
+from tests.benchmarks.train_student import train_student
 from vlm_distill_cache.common.attention.hidden import gather_rows
 from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
 from vlm_distill_cache.data.text.collate import Batch, collate, supervised_rows, visual_keys
@@ -103,6 +104,6 @@ def train_online(work: Build, **options: Any) -> Any:
     original = train_module.prepare
     train_module.prepare = prepare_online(work)
     try:
-        return train_module.train_student(num_workers=0, **options)
+        return train_student(num_workers=0, **options)
     finally:
         train_module.prepare = original

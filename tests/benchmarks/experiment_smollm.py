@@ -29,6 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlavaForConditiona
 
 from tests.benchmarks.experiment_tables import real_language_model_tables
 from tests.benchmarks.smollm_teacher import GGUF, join_models
+from tests.benchmarks.train_student import train_student
 from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
 from vlm_distill_cache.data.registry import open_dataset, open_evaluation
 from vlm_distill_cache.data.sample import Turn
@@ -41,7 +42,6 @@ from vlm_distill_cache.stage1_teacher.report import summary_text
 from vlm_distill_cache.stage1_teacher.teacher.teacher import Teacher
 from vlm_distill_cache.stage2_student.run import set_up_libraries
 from vlm_distill_cache.stage2_student.scores.evaluate import evaluate_model
-from vlm_distill_cache.stage2_student.train import train_student
 from vlm_distill_cache.stage2_student.training.steps import learning_rate
 
 ROOT = Path("build/experiment-smollm")

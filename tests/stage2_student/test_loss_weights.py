@@ -9,7 +9,7 @@ from train_runs import make_config
 from vlm_distill_cache.common.config import config_from_dict, config_to_dict
 from vlm_distill_cache.common.errors import CacheMismatchError, ConfigError
 from vlm_distill_cache.stage2_student.loss_weights import LossWeights
-from vlm_distill_cache.stage2_student.losses.terms import TERMS, choose_terms, signals_of
+from vlm_distill_cache.stage2_student.losses.terms import TERMS, choose_terms
 from vlm_distill_cache.stage2_student.train import train
 from vlm_distill_cache.stage2_student.training.preparation import prepare
 
@@ -33,8 +33,9 @@ def options(cache, output, losses):
 def test_a_loss_reads_its_own_signals_and_no_others():
     losses = LossWeights(logits=1.0, visual_map=0.5, all_attention=2.0)
     assert losses.distilled == ("logits", "visual_map", "all_attention")
-    assert signals_of(choose_terms(losses.distilled)) == ("logits", "visual_map", "text_attention")
-    assert signals_of(choose_terms(LossWeights().active())) == ()
+    read = [term.reads for term in choose_terms(losses.distilled).values()]
+    assert read == [("logits",), ("visual_map",), ("visual_map", "text_attention")]
+    assert choose_terms(LossWeights().active()) == {}
 
 
 def test_every_term_has_a_weight_and_every_weight_a_term():

@@ -9,7 +9,7 @@ from vlm_distill_cache.common.config import config_from_dict
 from vlm_distill_cache.common.errors import ConfigError
 from vlm_distill_cache.common.terminal.next_step import DEFAULT_SIGNALS
 from vlm_distill_cache.stage2_student.config import TrainConfig
-from vlm_distill_cache.stage2_student.losses.terms import choose_terms, signals_of
+from vlm_distill_cache.stage2_student.losses.terms import choose_terms
 from vlm_distill_cache.stage2_student.pruned_folder import RECORD, kept_share
 from vlm_distill_cache.stage2_student.resolve import PRESETS, phases_preset, resolve_config
 
@@ -42,7 +42,8 @@ def test_the_published_preset_is_the_published_recipe_number_by_number():
 @pytest.mark.parametrize("name", ["phases-published", "phases-tiny"])
 def test_the_proposed_next_command_knows_the_losses_of_the_presets(name: str):
     config = load(name)
-    read = {phase: set(signals_of(choose_terms(config.phase(phase).losses.distilled))) for phase in config.phases}
+    terms = {phase: choose_terms(config.phase(phase).losses.distilled) for phase in config.phases}
+    read = {phase: {signal for term in terms[phase].values() for signal in term.reads} for phase in terms}
     assert read["dpt"] | read["dft"] == set(DEFAULT_SIGNALS)
     assert read["sft"] == set()
 

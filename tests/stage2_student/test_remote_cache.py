@@ -16,7 +16,7 @@ from vlm_distill_cache.common.errors import TransferError
 from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.common.remotes import mirror as mirror_module
 from vlm_distill_cache.common.remotes import open_remote
-from vlm_distill_cache.common.remotes.mirror import forget_mirrors, local_folder
+from vlm_distill_cache.common.remotes.mirror import local_folder
 from vlm_distill_cache.common.tools.merge import merge
 from vlm_distill_cache.common.tools.select import Selection, pull_partial
 from vlm_distill_cache.stage2_student.cli import main
@@ -55,7 +55,7 @@ def server(tiny_cache, tmp_path, monkeypatch):
     monkeypatch.setenv("VLM_DISTILL_CACHE_DIR", str(tmp_path / "near"))
     # One try: these tests switch the server off for good.
     monkeypatch.setattr(mirror_module, "open_remote", lambda url: open_remote(url, attempts=1, timeout=5))
-    forget_mirrors()
+    mirror_module._pinned.clear()
     yield server
     server.stop()
 
@@ -143,7 +143,7 @@ def test_the_whole_run_works_from_an_address_and_then_offline(tiny_cache, server
     for sample_id in cache.sample_ids:
         cache.read(sample_id)
     server.stop()
-    forget_mirrors()  # as a new process
+    mirror_module._pinned.clear()  # as a new process
     assert not run(config()).fresh
     final = tmp_path / "run" / "distilled" / "final"
     result = CliRunner().invoke(main, ["evaluate", str(final), "--limit", "2"])

@@ -4,13 +4,13 @@ import errno
 
 import pytest
 import torch
+from image_array import ImageArray
 from tiny_cache import DATA
 from tiny_students import library_student
 from train_runs import make_config
 
 from vlm_distill_cache.common.errors import CacheMismatchError
 from vlm_distill_cache.common.files.hashing import file_checksum
-from vlm_distill_cache.data.images.load import ImageArray
 from vlm_distill_cache.data.registry import open_dataset
 from vlm_distill_cache.stage2_student.train import switch_dropout_off, train
 from vlm_distill_cache.stage2_student.training import checkpoint as checkpoint_module

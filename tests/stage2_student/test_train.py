@@ -8,14 +8,13 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from broken_runs import Copies
-from tiny_cache import DATA
 from train_runs import LOSSES, losses, make_config
 
 from vlm_distill_cache.common.errors import ConfigError, ModelError
 from vlm_distill_cache.data.text.processors import load_image_processor, load_tokenizer
 from vlm_distill_cache.stage2_student.config import TrainConfig, without_teacher
 from vlm_distill_cache.stage2_student.students.build import load_student
-from vlm_distill_cache.stage2_student.train import train, train_student
+from vlm_distill_cache.stage2_student.train import train
 from vlm_distill_cache.stage2_student.training.checkpoint import CHECKPOINTS
 from vlm_distill_cache.stage2_student.training.log import read_log
 
@@ -121,11 +120,8 @@ def test_threads_change_nothing_but_the_time(tiny_cache, tmp_path, uninterrupted
 
 
 def test_the_teacher_adapter_trains_its_post_projector_only(tiny_cache, tmp_path):
-    result = train_student(
-        student="mobilevlm-tiny", projector="taf", data=DATA, cache=str(tiny_cache[0]), output=str(tmp_path),
-        phases=["dpt"],
-        dpt={"steps": 1, "batch_size": 4, "trainable": "projector", "losses": {"logits": 1.0}},
-    )  # fmt: skip
+    phase = {"steps": 1, "batch_size": 4, "trainable": "projector", "losses": {"logits": 1.0}}
+    result = train(make_config(tiny_cache[0], tmp_path, projector="taf", phases=["dpt"], dpt=phase))
     trained = {name for name, p in result.model.named_parameters() if p.requires_grad}
     assert trained == {"model.mm_projector.post.weight", "model.mm_projector.post.bias"}
 
@@ -153,11 +149,6 @@ def test_another_configuration_does_not_resume_from_this_ones_checkpoints(tiny_c
     config = make_config(tiny_cache[0], uninterrupted.final.parent, seed=1)
     with pytest.raises(ConfigError, match=r"belongs to another run.*Use another --output"):
         train(config)
-
-
-def test_an_unknown_option_is_refused_by_name(tiny_cache, tmp_path):
-    with pytest.raises(ConfigError, match=r"unknown option stpes.*did you mean"):
-        train_student(cache=str(tiny_cache[0]), output=str(tmp_path), stpes=3)
 
 
 def test_two_processes_see_the_same_steps_as_one(in_two_processes, uninterrupted):

@@ -25,7 +25,7 @@ from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError
 from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.common.remotes import mirror as mirror_module
 from vlm_distill_cache.common.remotes.directory import DirectoryRemote
-from vlm_distill_cache.common.remotes.mirror import Mirror, find_mirror, forget_mirrors, local_folder
+from vlm_distill_cache.common.remotes.mirror import Mirror, find_mirror, local_folder
 from vlm_distill_cache.common.remotes.push import push
 
 SAMPLES = 24  # 6 shards of 4; one sample of shard 0 failed
@@ -70,7 +70,7 @@ def remote(built: Path, tmp_path: Path, monkeypatch) -> CountingRemote:
     monkeypatch.setattr(CountingRemote, "reachable", True)
     monkeypatch.setattr(mirror_module, "open_remote", lambda _: remote)
     monkeypatch.setenv("VLM_DISTILL_CACHE_DIR", str(tmp_path / "near"))
-    forget_mirrors()
+    mirror_module._pinned.clear()
     return remote
 
 
@@ -107,7 +107,7 @@ def test_records_are_the_folders_and_only_shards_that_are_read_come(remote: Coun
         assert_equal_records(cache.read(sample_id(position)), make_record(position))
     assert remote.shards == {2, 5}
     assert (cache.path / "processor" / "note.json").is_file()
-    forget_mirrors()  # as another process would
+    mirror_module._pinned.clear()  # as another process would
     again = open_mirror(remote.location, open_shards=2)
     assert_equal_records(again.read(sample_id(9)), make_record(9))
     assert max(remote.fetched.values()) == 1
@@ -231,13 +231,13 @@ def test_without_its_remote_a_complete_mirror_still_reads(remote: CountingRemote
     assert_equal_records(cache.read(first_of(1)), make_record(4))
     with pytest.raises(TransferError, match="no answer"):
         cache.read(first_of(5))
-    forget_mirrors()
+    mirror_module._pinned.clear()
     with pytest.raises(TransferError, match="no answer"):
         open_mirror(remote.location, open_shards=2)  # a shard is not here
     monkeypatch.setattr(CountingRemote, "reachable", True)
     open_mirror(remote.location, open_shards=2).read(first_of(5))
     monkeypatch.setattr(CountingRemote, "reachable", False)
-    forget_mirrors()
+    mirror_module._pinned.clear()
     again = open_mirror(remote.location, open_shards=2)
     assert_equal_records(again.read(first_of(5)), make_record(20))
     assert "which is used instead" in caplog.text

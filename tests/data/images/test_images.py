@@ -10,7 +10,7 @@ import pytest
 
 from vlm_distill_cache.common.errors import SampleError
 from vlm_distill_cache.common.pixels import decode_image, image_hash, to_rgb
-from vlm_distill_cache.data.images.load import FileSlice, ImageArray, ImageBytes, ImageFile
+from vlm_distill_cache.data.images.load import FileSlice, ImageBytes, ImageFile
 
 
 def encode(image, fmt="PNG", **options):
@@ -178,10 +178,9 @@ def test_all_sources_give_the_same_pixels(tmp_path):
         ImageFile(tmp_path / "a.png"),
         ImageBytes(data, "bytes"),
         FileSlice(path, 2, len(data), "slice"),
-        ImageArray(np.asarray(NOISE), "array"),
     ]
     assert len({image_hash(source.load()) for source in sources}) == 1
-    assert [source.name for source in sources][1:] == ["bytes", "slice", "array"]
+    assert [source.name for source in sources][1:] == ["bytes", "slice"]
 
 
 def test_slices_beyond_the_file_are_sample_errors(tmp_path):
@@ -191,11 +190,6 @@ def test_slices_beyond_the_file_are_sample_errors(tmp_path):
         FileSlice(path, 2, 9, "part").load()
     with pytest.raises(SampleError, match="part cannot be read"):
         FileSlice(tmp_path / "gone", 2, 9, "part").load()
-
-
-def test_arrays_of_another_kind_are_refused():
-    with pytest.raises(SampleError, match=r"image bad: expected u1 \[H, W, 3\], got float64 \[2, 2\]"):
-        ImageArray(np.zeros((2, 2)), "bad").load()
 
 
 def test_hash_sees_shape_and_pixels_but_not_compression():

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from image_array import ImageArray
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -15,7 +16,6 @@ from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
 from vlm_distill_cache.common.errors import ConfigError, SampleError
 from vlm_distill_cache.common.pixels import image_hash
 from vlm_distill_cache.data.images.encoder import ImageEncoder
-from vlm_distill_cache.data.images.load import ImageArray
 from vlm_distill_cache.data.sample import Sample, Turn
 from vlm_distill_cache.data.text.encoding import SampleEncoder, build_prompt
 from vlm_distill_cache.data.text.processors import tokenizer_fingerprint

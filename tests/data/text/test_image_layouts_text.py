@@ -8,12 +8,12 @@ import pytest
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from image_array import ImageArray
 from layout_cases import CASES, ROW_COL, byte_tokenizer, framed
 
 from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
 from vlm_distill_cache.common.errors import ConfigError, SampleError
 from vlm_distill_cache.data.images.encoder import ImageEncoder
-from vlm_distill_cache.data.images.load import ImageArray
 from vlm_distill_cache.data.sample import Sample, Turn
 from vlm_distill_cache.data.text.collate import collate
 from vlm_distill_cache.data.text.encoding import SampleEncoder, build_prompt

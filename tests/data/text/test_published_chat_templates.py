@@ -4,11 +4,11 @@ import json
 
 import numpy as np
 import pytest
+from image_array import ImageArray
 from layout_cases import CASES, ROW_COL, byte_tokenizer, framed
 
 from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
 from vlm_distill_cache.common.errors import ConfigError, ModelError
-from vlm_distill_cache.data.images.load import ImageArray
 from vlm_distill_cache.data.sample import Sample, Turn
 from vlm_distill_cache.data.text.encoding import SampleEncoder, build_prompt
 from vlm_distill_cache.data.text.processors import load_tokenizer

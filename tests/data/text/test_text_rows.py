@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from image_array import ImageArray
 
 from vlm_distill_cache.data.builtin import load_image_processor, load_tokenizer
 from vlm_distill_cache.data.images.encoder import ImageEncoder
-from vlm_distill_cache.data.images.load import ImageArray
 from vlm_distill_cache.data.sample import Sample, Turn
 from vlm_distill_cache.data.text.collate import collate, image_key, supervised_rows, text_row_count, text_rows
 from vlm_distill_cache.data.text.encoding import SampleEncoder

@@ -25,7 +25,7 @@ from vlm_distill_cache.stage1_teacher.teacher.teacher import Teacher
 from vlm_distill_cache.stage2_student.batches.dataset import CachedDataset
 from vlm_distill_cache.stage2_student.loss_weights import LossWeights
 from vlm_distill_cache.stage2_student.losses.objective import Objective, Shares, step_shares, units_of
-from vlm_distill_cache.stage2_student.losses.terms import TERMS, choose_terms, signals_of
+from vlm_distill_cache.stage2_student.losses.terms import TERMS, choose_terms
 from vlm_distill_cache.stage2_student.students.build import build_student
 from vlm_distill_cache.stage2_student.training.checks import check_signals
 
@@ -225,7 +225,7 @@ def test_training_steps_bring_the_loss_down(trained):
 
 def test_the_weight_asks_for_the_signal_and_a_cache_without_it_is_refused(trained, tmp_path, build_cache):
     losses = LossWeights(text_attention=0.5)
-    assert signals_of(choose_terms(losses.distilled)) == ("text_attention",)
+    assert [term.reads for term in choose_terms(losses.distilled).values()] == [("text_attention",)]
     build_cache(tmp_path / "cache", limit=2)
     with pytest.raises(CacheMismatchError, match=r"'text_attention' needs a signal that .* does not hold"):
         check_signals(open_cache(tmp_path / "cache"), losses, phase="dft")

@@ -6,13 +6,13 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from image_array import ImageArray
 from tiny_cache import DATA, build_tiny_cache, make_teacher
 
 from vlm_distill_cache.common.attention.layers import student_groups
 from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
 from vlm_distill_cache.common.errors import CacheMismatchError
 from vlm_distill_cache.common.opening import open_cache
-from vlm_distill_cache.data.images.load import ImageArray
 from vlm_distill_cache.data.registry import open_dataset
 from vlm_distill_cache.data.sample import Sample, Turn, fingerprint_samples
 from vlm_distill_cache.stage2_student.batches.dataset import CachedDataset, SampleMemory, join_cache

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from image_array import ImageArray
 from loss_checks import make_objective
 from tiny_cache import make_teacher
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -14,7 +15,6 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 
 from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
 from vlm_distill_cache.data.images.encoder import ImageEncoder
-from vlm_distill_cache.data.images.load import ImageArray
 from vlm_distill_cache.data.sample import Sample, Turn
 from vlm_distill_cache.data.text.collate import collate, text_rows, visual_keys
 from vlm_distill_cache.stage1_teacher.config import BuildConfig

@@ -1,12 +1,9 @@
 """Open a finished cache for reading, wherever it is: a folder or an address in, a ``TeacherCache`` out."""
 
-from __future__ import annotations
-
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from vlm_distill_cache.common.cache.reader import OPEN_SHARDS, Codec, TeacherCache
+from vlm_distill_cache.common.cache.reader import OPEN_SHARDS, TeacherCache
+from vlm_distill_cache.common.codecs.registry import codec_from_dict
 from vlm_distill_cache.common.locations import is_url
 
 
@@ -23,14 +20,8 @@ def open_cache(location: Path | str, *, open_shards: int = OPEN_SHARDS) -> Teach
         TransferError: If an address cannot be read.
     """
     if not is_url(location):
-        return TeacherCache(Path(location), open_shards=open_shards, codec_of=_codec_of)
+        return TeacherCache(Path(location), open_shards=open_shards, codec_of=codec_from_dict)
     from vlm_distill_cache.common.remotes.mirror import find_mirror  # only who reads from afar needs a client
 
     mirror = find_mirror(str(location))
-    return TeacherCache(mirror.folder, open_shards=open_shards, before_open=mirror.hold, codec_of=_codec_of)
-
-
-def _codec_of(stored: Mapping[str, Any]) -> Codec:
-    from vlm_distill_cache.common.codecs.registry import codec_from_dict  # imports torch: only who decodes needs it
-
-    return codec_from_dict(stored)
+    return TeacherCache(mirror.folder, open_shards=open_shards, before_open=mirror.hold, codec_of=codec_from_dict)

@@ -45,7 +45,7 @@ def pruning_record(student: str | Path) -> dict[str, Any]:
 
 
 def refuse_uncut(student: str, teacher: str | None) -> None:
-    """Refuse to train a student that is still a share of its teacher: several processes would cut it at once.
+    """Refuse to train ``pruned:KEEP`` before it is cut: several processes would cut it at once.
 
     Raises:
         ConfigError: Naming the commands that cut it.

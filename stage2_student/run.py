@@ -103,7 +103,7 @@ def train_and_score(
     processes: int,
     say: Callable[[str], None],
 ) -> None:
-    """Do what is left of a run whose folder is held."""
+    """Do what is left of a run; the caller holds its folder."""
     from vlm_distill_cache.stage2_student.scores.held_out import probe_items
     from vlm_distill_cache.stage2_student.training.checks import check_losses
     from vlm_distill_cache.stage2_student.training.preparation import failure_notes, prepare
@@ -289,7 +289,7 @@ def write_report(output: Path, config: TrainConfig, cache: TeacherCache) -> None
 
 
 def set_up_libraries() -> None:
-    """Leave a core for loading, and keep the libraries from what says nothing here."""
+    """Leave a core for loading, and silence library messages that mean nothing here."""
     quiet_libraries()
     leave_one_core()
     # Each process of several would say so once; a convolution's gradient is then copied, which changes no value.

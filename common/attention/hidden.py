@@ -1,4 +1,4 @@
-"""Record hidden states of chosen layers and positions, while the model runs as ever.
+"""Record hidden states of chosen layers and positions, while the model runs as usual.
 
 Hooks on the decoder's layers keep the wanted rows only, so ``output_hidden_states`` and its L + 1 whole copies are
 never needed. A teacher (no grad) and a student (with grad) use the same code.

@@ -106,7 +106,7 @@ _REMEDY = "run `cachectl verify` to see all damage, then build or copy that shar
 
 
 class OpenShard(NamedTuple):
-    """A shard being read; keep it until the read is done, it may be dropped from the open ones meanwhile."""
+    """A shard being read; keep a reference until the read is done, since it may be evicted meanwhile."""
 
     reader: ShardReader
     held: object  # whatever keeps its files where they are
@@ -338,7 +338,7 @@ class TeacherCache:
             yield sample_id, self.read(sample_id)
 
     def codec(self, signal: str) -> Codec:
-        """Return a signal's codec with the cache's settings; imports torch.
+        """Return a signal's codec with the cache's settings.
 
         Raises:
             CacheMismatchError: If the cache does not hold the signal.
@@ -475,7 +475,7 @@ class TeacherCache:
             raise self._misplaced(f"sample {sample_id!r} is not among the failed ones of shard {place.shard}")
         raise SampleNotCachedError(
             f"{self.path}: sample {sample_id!r} failed when the cache was built: "
-            f"{failed[place.position][1]}; skip it, or mend it and build the cache again"
+            f"{failed[place.position][1]}; skip it, or fix it and build the cache again"
         )
 
     def _misplaced(self, what: str) -> CacheFormatError:

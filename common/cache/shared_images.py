@@ -11,7 +11,7 @@ lengths, whose sums are formed in another order (a random Llama of width 512, al
 to 4e-7 in float32 and 3e-3 in bfloat16, the largest mass being 0.3). What all conversations about an image get is
 the *holder's* numbers, bit for bit: those of the first conversation in stored order.
 
-Caches without ``visual_source`` hold all arrays in every record, and are read as ever. No torch in here.
+Caches without ``visual_source`` hold all arrays in every record, and are still read. No torch in here.
 """
 
 from __future__ import annotations

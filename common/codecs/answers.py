@@ -68,7 +68,7 @@ class AnswersCodec(Codec):
         return tuple(answers)
 
     def damage(self, record: Record) -> Iterator[str]:
-        """Yield that the text is no answers."""
+        """Yield that the text is no list of answers."""
         try:
             answers = self.decode(record)
         except CacheFormatError as error:

@@ -1,4 +1,4 @@
-"""What every record of a sound cache fulfils, whoever wrote it: asked by ``verify``.
+"""What every record of a sound cache fulfils, whoever wrote it; ``verify`` asks for it.
 
 A checksum tells that bytes are the ones that were written. These checks tell that somebody's codec could have
 written them: a cache whose checksums were made anew after a change must still stand them.
@@ -21,7 +21,7 @@ from vlm_distill_cache.common.printing import one_line
 
 
 def codec_damage(signals: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[str]]:
-    """Say of which signals nobody here can check the values.
+    """Name the signals whose values cannot be checked here.
 
     Returns:
         Codecs and settings that this version does not know; and settings of codecs it knows that none can have.

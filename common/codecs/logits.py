@@ -264,7 +264,7 @@ class LogitCodec(Codec):
     def _mass_damage(
         self, codes: CodeArray, gaps: np.ndarray, starts: np.ndarray, top: np.ndarray, tail: np.ndarray
     ) -> Iterator[str]:
-        """Ask whether kept tokens and tail can have had a mass of one before they were rounded."""
+        """Check that kept tokens and tail can have summed to one before rounding."""
         others, weights = np.exp(tail), np.exp(-gaps)  # [A], [E]
         kept = np.exp(top) * np.add.reduceat(weights, starts)  # [A]
         least = most = kept

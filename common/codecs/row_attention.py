@@ -169,7 +169,7 @@ class TextAttentionCodec(RowAttentionCodec):
 
 
 def check_attention(values: np.ndarray, what: str) -> None:
-    """Refuse attention that is no mass.
+    """Refuse attention that is no probability mass.
 
     Raises:
         SampleError: If a value is negative, NaN or infinite.

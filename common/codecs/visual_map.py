@@ -112,7 +112,7 @@ class VisualColumnsCodec(Codec):
         return values.T.astype(np.float32, order="C")
 
     def damage(self, record: Record) -> Iterator[str]:
-        """Yield that masses are none."""
+        """Yield values that are no probability mass."""
         yield from _no_masses(self.signal, record[self.signal], MOST_MASS)
 
 

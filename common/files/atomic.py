@@ -73,10 +73,10 @@ def hold_folder(folder: Path, *, busy: str, alone: bool = True) -> Iterator[None
 
     Args:
         folder: Nothing is held if it is not there, or on file systems without ``flock``.
-        busy: What is said if another process holds it in the way.
+        busy: The error's text if another process is in the way.
 
     Raises:
-        ConfigError: With these words.
+        ConfigError: With this text.
     """
     try:
         lock = HeldLock(descriptor := os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
@@ -115,7 +115,7 @@ def create_temporary(final: Path, *, directory: bool = False) -> tuple[Path, Hel
 
 @contextlib.contextmanager
 def temporary_for(final: Path, *, directory: bool = False) -> Iterator[Path]:
-    """Give a locked temporary file or directory beside ``final``; what is left of it in the end is removed."""
+    """Give a locked temporary file or directory beside ``final``; what is left of it at the end is removed."""
     temporary, lock = create_temporary(final, directory=directory)
     try:
         yield temporary

@@ -24,7 +24,7 @@ _SLOWEST = 1024  # bytes a second; below that a connection counts as stalled
 class Remote(ABC):
     """A folder of files somewhere else. Names are relative POSIX paths; safe to use from several threads.
 
-    Every method retries what may pass by itself, and then raises ``TransferError`` with the address, what
+    Every method retries transient failures, and then raises ``TransferError`` with the address, what
     happened and what to do.
 
     Attributes:
@@ -41,7 +41,7 @@ class Remote(ABC):
         self._retries = retries
 
     def upload(self, files: Mapping[str, Path], *, on_bytes: Callable[[int], object] | None = None) -> None:
-        """Copy whole local files here, each visible only when whole, in an order in which the last comes last."""
+        """Copy local files here; each becomes visible only when complete, and the last one last."""
         self._refuse_to_write()
 
     def create(self, name: str, data: bytes) -> bool:
@@ -158,7 +158,7 @@ class Remote(ABC):
         return b"".join(self._blocks(body, most))
 
     def _blocks(self, body: Body, most: int) -> Iterator[bytes]:
-        """Yield at most so many bytes as they arrive; a trickle is left: each byte may come in time, the file never."""
+        """Yield at most ``most`` bytes as they arrive; give up on a trickle, which beats every timeout but never ends."""
         since, arrived = time.monotonic(), 0
         while most > 0 and (block := body.read(min(_BLOCK_BYTES, most))):
             most -= len(block)

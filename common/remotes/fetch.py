@@ -1,4 +1,4 @@
-"""Bringing files here from a remote: in parallel, resumable, and under their names only once both digests fit.
+"""Fetch files from a remote: in parallel, resumable, and renamed into place only once both digests match.
 
 A file that is arriving is ``.tmp-NAME-fetch`` beside its place, and locked. A run that was killed leaves it
 there, and the next one goes on at its end; two runs at once share the work and wait for each other.
@@ -103,7 +103,7 @@ def fetch_files(
     jobs: int = JOBS,
     progress: Progress | None = None,
 ) -> Transferred:
-    """Bring files here that are not here yet, each checked against its size and both digests.
+    """Fetch the files that are not here yet, and check each one's size and both digests.
 
     Args:
         remote: Where from.
@@ -124,7 +124,7 @@ def fetch_files(
 
 
 def in_parallel(tasks: Iterable[Callable[[], _T]], jobs: int) -> list[_T]:
-    """Run tasks on so many threads, taken one by one as these become free; the first error ends all and is raised.
+    """Run tasks on several threads, each as a thread becomes free; the first error stops all and is raised.
 
     Returns:
         What they returned, in any order.
@@ -165,7 +165,7 @@ def cache_bytes(manifest: Manifest) -> int:
 
 
 def check_room(place: Path, needed: int, remedy: str) -> None:
-    """Refuse to begin what cannot end: so many bytes more for a file or folder."""
+    """Refuse to begin what cannot be finished: a file or folder that needs more bytes than are free."""
     existing = next(folder for folder in (place.absolute(), *place.absolute().parents) if folder.exists())
     if needed > (free := shutil.disk_usage(existing).free):
         raise TransferError(f"{place}: needs {needed:,} bytes more, but there are {free:,} free; make room, {remedy}")

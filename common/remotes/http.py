@@ -71,7 +71,7 @@ class WebRemote(Remote):
 
     @contextmanager
     def _failures(self, where: str) -> Iterator[None]:
-        """Sort what the library raises into absent, passing and lasting."""
+        """Sort the library's errors into absent, transient and permanent."""
         try:
             yield
         except HTTPError as error:

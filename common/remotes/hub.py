@@ -115,7 +115,7 @@ class HubRemote(WebRemote):
         self._ask(commit)
 
     def _ask(self, action: Callable[[Any], _T]) -> _T:
-        """Ask the hub's interface, and sort what goes wrong into passing and lasting."""
+        """Call the hub's API, and sort its errors into transient and permanent."""
         from huggingface_hub import HfApi
         from huggingface_hub.errors import HfHubHTTPError, HTTPError
 

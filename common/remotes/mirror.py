@@ -81,7 +81,7 @@ class Mirror:
     def hold(self, shard: int) -> HeldLock:
         """Bring a shard here and keep it until what is returned is released or dropped.
 
-        Of several processes that want a shard, one fetches it and the others wait.
+        If several processes want a shard, one fetches it and the others wait.
 
         Raises:
             CacheMismatchError: If the remote holds another cache now.
@@ -102,7 +102,7 @@ class Mirror:
             # Between the two locks another process may have removed it again: then once more.
 
     def expect(self, shards: Iterable[int]) -> None:
-        """Fetch shards that are read soon, one after the other on a thread of its own, as long as they fit."""
+        """Fetch shards that will be read soon, one at a time on a background thread, as long as they fit."""
         self._follow_fork()
         wanted = frozenset(shards)
         with self._lock:
@@ -184,7 +184,7 @@ class Mirror:
             raise
 
     def _fits(self, shard: int) -> bool:
-        """Whether a shard would find room if all left that is neither in use nor expected."""
+        """Whether a shard fits once all that are neither in use nor expected are removed."""
         own, taken = self._state_path(shard), self.manifest.shards[shard].bytes
         expected = {self._state_path(other) for other in self._expected}
         for _, path, size in self._states():
@@ -198,7 +198,7 @@ class Mirror:
         return taken <= self._limit
 
     def _reserve(self, path: Path, size: int) -> None:
-        """Make room for a shard and write down that it is taken; what is in use stays, above the limit too."""
+        """Make room for a shard and reserve it; shards in use stay, even above the limit."""
         own = _bytes_in(path)
         with locked(self._root / "lock"):
             total = sum(held for _, _, held in self._states()) - own + size
@@ -232,7 +232,7 @@ def _bytes_in(path: Path) -> int:
 
 
 def _evict(path: Path) -> bool:
-    """Remove a shard, whose lock file this is, unless somebody reads or fetches it; its sidecar stays."""
+    """Remove the shard of this lock file unless it is being read or fetched; its sidecar stays."""
     free = try_lock(path)
     if free is None:
         return False

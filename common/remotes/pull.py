@@ -1,7 +1,7 @@
-"""Copying whole caches: ``pull`` brings one here, ``push`` takes one there; both may be killed and go on.
+"""Bring a whole cache here; if killed, it continues where it stopped.
 
-A place without ``manifest.json`` holds no cache yet. So it is written last in both directions, after
-everything that it lists has been checked, and read first.
+A place without ``manifest.json`` holds no cache yet. So it is written last, after everything that it lists has been
+checked, and read first; `push` does the same.
 """
 
 from __future__ import annotations

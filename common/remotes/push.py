@@ -1,4 +1,4 @@
-"""Taking a finished cache to another place, such that whoever looks there finds all of it or none.
+"""Copy a finished cache to another place, where readers find all of it or nothing.
 
 The order is the plan, which marks the place as taken; each shard's files and then its sidecar, so that a
 sidecar there means the shard is; the files beside the shards; and last the manifest, once plan and sidecars
@@ -182,7 +182,7 @@ class _Push:
         return Transferred(len(files) + 1, sum(entry.size for entry in self.manifest.files.values()))
 
     def send_card(self) -> Transferred:
-        """Send the card if it is not there as it is here; its bytes are not counted, for it is no part of the cache."""
+        """Send the card unless the same one is there; its bytes do not count, since it is no part of the cache."""
         path = self.cache_dir / CARD
         if not path.is_file():
             return Transferred()
@@ -226,7 +226,7 @@ class _Push:
         return path
 
     def _is_there(self, name: str) -> bool:
-        """Whether a small file is there as it is here."""
+        """Whether the remote has the same small file."""
         ours = (self.cache_dir / name).read_bytes()
         try:
             return self.remote.read(name, max_bytes=len(ours)) == ours

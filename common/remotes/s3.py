@@ -136,7 +136,7 @@ class S3Remote(Remote):
 
     @contextmanager
     def _failures(self, where: str) -> Iterator[None]:
-        """Sort what the library raises into absent, passing and lasting."""
+        """Sort the library's errors into absent, transient and permanent."""
         from boto3.exceptions import S3UploadFailedError
         from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
         from botocore.exceptions import ConnectionError as BotoConnectionError

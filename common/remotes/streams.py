@@ -1,4 +1,4 @@
-"""Failures that may pass: waiting and trying again, and giving up in the middle once nobody wants the work any more."""
+"""Transient failures: wait and retry, and give up halfway once the work is no longer wanted."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Retries:
             raise ValueError(f"attempts {self.attempts}, timeout {self.timeout}; expected 1 or more, above 0")
 
     def run(self, where: str, action: Callable[[], _T], position: Callable[[], int] | None = None) -> _T:
-        """Do something until it works, waiting longer after each failure.
+        """Retry an action until it succeeds, waiting longer after each failure.
 
         Args:
             where: The address, for the error.
@@ -88,19 +88,19 @@ class Retries:
 
 
 class StoppedError(Exception):
-    """Raised in a thread whose work is not wanted any more."""
+    """Raised in a thread whose work is no longer wanted."""
 
 
 _stop = threading.local()
 
 
 def stop_waiting_on(event: threading.Event) -> None:
-    """Let this thread give up as soon as ``event`` is set, in the middle of a wait too."""
+    """Let this thread give up as soon as ``event`` is set, even while it waits."""
     _stop.event = event
 
 
 def stoppable(report: Callable[[int], object]) -> Callable[[int], None]:
-    """Let a report, whichever thread makes it, raise ``StoppedError`` once this thread shall give up."""
+    """Make a progress callback raise ``StoppedError``, in whichever thread, once this thread should give up."""
     event: threading.Event | None = getattr(_stop, "event", None)
 
     def checked(size: int) -> None:
@@ -112,7 +112,7 @@ def stoppable(report: Callable[[int], object]) -> Callable[[int], None]:
 
 
 def wait(seconds: float) -> None:
-    """Sleep, or raise ``StoppedError`` once this thread shall give up; tests replace this."""
+    """Sleep, or raise ``StoppedError`` once this thread should give up; tests replace this."""
     event: threading.Event | None = getattr(_stop, "event", None)
     if event is None:
         time.sleep(seconds)

@@ -78,7 +78,7 @@ def run_command(command: Sequence[str], environment: Mapping[str, str]) -> int:
 
 
 def end_with_parent() -> None:
-    """End this process of multiprocessing when its parent is gone, however it went: an orphan keeps GPU and locks."""
+    """End this worker process when its parent dies, for whatever reason: an orphan would keep its GPU and locks."""
     threading.Thread(target=_end_with_parent, name="end-with-parent", daemon=True).start()
 
 
@@ -112,7 +112,7 @@ class CommandGroup(click.Group):
 
 
 class _Once(logging.Filter):
-    """Lets each text through once: the second student of a run meets what the first has met."""
+    """Lets each text through once: a run's second student would repeat what the first one logged."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -130,7 +130,7 @@ _once = _Once()
 
 
 def start_logging(level: int = logging.INFO) -> None:
-    """Show what this project logs, each text once, with the libraries' warnings; of HTTP and S3 clients only these."""
+    """Show this project's log, each message once, and the libraries' warnings; HTTP and S3 clients only warn."""
     if not logging.getLogger().handlers:
         handler = logging.StreamHandler()
         handler.addFilter(_once)
@@ -141,12 +141,12 @@ def start_logging(level: int = logging.INFO) -> None:
 
 
 def said_so_far() -> dict[str, str]:
-    """The variable of the environment that keeps a process started from here from saying the same again."""
+    """An environment variable that keeps child processes from repeating what was said here."""
     return {SAID: " ".join(sorted(_once.said)[:1000])}  # a variable may be 128 KiB long
 
 
 def quiet_libraries() -> None:
-    """Switch off the model library's progress bars, log its warnings as ours, and tqdm's complaint when stopped."""
+    """Switch off the model library's progress bars and tqdm's complaint when stopped; log the library's warnings as ours."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
@@ -174,7 +174,7 @@ OVERRIDES = click.option(
 
 
 def shared_options(*given: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """One decorator out of several, whose options stand in the help in this order."""
+    """Combine several decorators; the help lists their options in this order."""
 
     def add(command: Any) -> Any:
         for option in reversed(given):
@@ -185,7 +185,7 @@ def shared_options(*given: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 class CacheLocation(click.ParamType):
-    """A cache to read: a folder that exists, or an address; as text, which no path would keep as it is."""
+    """A cache to read: an existing folder, or an address, kept as text because a path would alter it."""
 
     name = "folder or address"
 
@@ -199,7 +199,7 @@ class CacheLocation(click.ParamType):
 
 
 class NewFolder(click.Path):
-    """A folder of this machine; an address, which a path would turn into a folder named ``s3:``, is refused."""
+    """A local folder; refuses addresses, which a path would turn into a folder named ``s3:``."""
 
     remedy = "give a folder of this machine (a cache can then be pushed there: `cachectl push`)"
 
@@ -216,7 +216,7 @@ class NewFolder(click.Path):
 
 
 class CacheFolder(NewFolder):
-    """A cache in a folder of this machine; of an address it is said how the cache comes here."""
+    """A cache in a local folder; for an address, the error says how to bring the cache here."""
 
     remedy = (
         "this command works on a folder of this machine. Bring the cache here first: "
@@ -228,7 +228,7 @@ class CacheFolder(NewFolder):
 
 
 def say(text: str, *, err: bool = False) -> None:
-    """Print what may hold names of unknown origin: control characters are spelt out, and all can be encoded."""
+    """Print text that may hold names of unknown origin: escapes control characters and what cannot be encoded."""
     encoding = (sys.stderr if err else sys.stdout).encoding or "ascii"
     click.echo(printable(text).encode(encoding, "backslashreplace").decode(encoding), err=err)
 

@@ -15,7 +15,7 @@ _UNCOUNTED = "{desc}: {n_fmt}%s, {elapsed} elapsed, {rate_fmt}"
 
 
 class ProgressLines:
-    """Takes the place of a bar where nobody watches, with the calls of ``tqdm`` that are used here."""
+    """Replaces the bar where nobody watches; has the methods of ``tqdm`` that are used here."""
 
     def __init__(self, *, desc: str, total: int | None, unit: str, initial: int, keep: bool, unit_scale: bool) -> None:
         self.n, self.initial, self.total = initial, initial, total
@@ -55,10 +55,10 @@ def progress(
     keep: bool = True,
     unit_scale: bool = False,
 ) -> tqdm[Never] | ProgressLines:
-    """Show how far some work is; to be entered with ``with``, and told of every piece by ``update(count)``.
+    """Show the progress of some work: a context manager whose ``update(count)`` reports each piece.
 
-    ``total`` is None where nobody knows it, ``initial`` what was done before. One of several processes shows for all
-    (``shown``). ``keep`` says whether the bar stays, or the end gets a line; ``unit_scale`` shortens numbers (12.3M).
+    ``total`` is None if unknown, ``initial`` what was done before. Of several processes one shows the progress of all
+    (``shown``). With ``keep`` the bar stays, or the end gets a line; ``unit_scale`` shortens numbers (12.3M).
     """
     told: dict[str, Any] = {"desc": desc, "total": total, "unit": unit, "initial": initial, "unit_scale": unit_scale}
     if shown and not sys.stderr.isatty():

@@ -1,6 +1,6 @@
 """Several caches into one: of several data sets by one teacher, or parts of one plan built on several machines.
 
-Nothing is averaged and nobody wins: two caches that say different things of one sample are refused.
+Nothing is averaged and no source wins: two caches that disagree about a sample are refused.
 """
 
 from __future__ import annotations
@@ -316,7 +316,7 @@ def _plan_slots(caches: Sequence[TeacherCache]) -> tuple[list[Slot], int]:
 
 
 def refuse_conflict(sample_id: str, first: TeacherCache, other: TeacherCache) -> None:
-    """Refuse two caches that say different things of one sample."""
+    """Refuse two caches that disagree about a sample."""
     field = differing_field(first.read(sample_id), other.read(sample_id))
     if field is not None:
         what = "another picture" if field == "image_hash" else f"other bytes in {field}"

@@ -1,4 +1,4 @@
-"""Taking out of a cache what is damaged, so that ``teacher-cache build`` makes exactly that anew.
+"""Remove what is damaged from a cache, so that ``teacher-cache build`` rebuilds exactly that.
 
 A shard exists if and only if its sidecar does, so a damaged shard's sidecar goes first: killed at any moment,
 what is left is a cache with fewer shards, and another call goes on. ``shards/NNNNN.*`` are the cache's own

@@ -1,6 +1,6 @@
-"""Trusting a cache that came from elsewhere: every byte, every count, and on demand every value.
+"""Check a cache that came from elsewhere: every byte, every count, and on demand every value.
 
-Only one shard is in memory at a time, and 24 bytes for each sample, by which a repeated id is noticed.
+Holds one shard in memory at a time, and 24 bytes a sample to notice repeated ids.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def verify(cache_dir: str | Path, *, deep: bool = False, on_shard: Callable[[], 
     """Check a cache: descriptions, counts, dtypes, offsets, and size and both digests of every file.
 
     Args:
-        deep: Decode every record too, and check that its values are some that its codecs write.
+        deep: Decode every record too, and check that its codecs can have written its values.
 
     Returns:
         One entry per damaged, missing or unexpected file; empty if all is well. Never raises for damage.
@@ -142,7 +142,7 @@ def verify(cache_dir: str | Path, *, deep: bool = False, on_shard: Callable[[], 
 
 
 def split_unfinished(damages: list[Damage]) -> tuple[list[Damage], list[Damage]]:
-    """Tell what is only not there yet from what is damaged: a cache that is not sealed may lack shards.
+    """Tell what is merely missing from what is damaged: a cache that is not sealed may lack shards.
 
     Returns:
         What an unfinished cache lacks, and the damages.
@@ -170,7 +170,7 @@ def _unreadable(path: str, kind: Kind, error: Exception) -> Damage:
 
 
 def _codec_damage(plan: Plan) -> list[Damage]:
-    """Say of which signals no value can be checked: codecs of a newer version, or settings that none can have."""
+    """Name the signals whose values cannot be checked: codecs of a newer version, or impossible settings."""
     newer, impossible = codec_damage(plan.signals)
     if newer:
         reason = f"from a newer version, values not checked: {'; '.join(newer)}"

@@ -127,9 +127,9 @@ def prefix_inputs(config: Any, batch: Batch, *, dtype: torch.dtype) -> dict[str,
 
 
 def library_inputs(config: Any, batch: Batch, *, dtype: torch.dtype) -> dict[str, Any]:
-    """Arguments of a model that nobody has described: what any has, and token types where its forward takes them.
+    """Arguments of a model that is not in the table: what any takes, and token types where its forward has them.
 
-    Positions are left to the model: counting tokens would override, in silence, whatever else it does.
+    Positions are left to the model: counting tokens would silently override whatever it does.
 
     Raises:
         ModelError: If samples are packed: how such a model would keep conversations apart is not known.

@@ -41,7 +41,7 @@ VisualRows = Literal["causal", "image", "prefix"]
 
 
 def no_projector(config: Any) -> dict[str, Any] | None:
-    """Of families whose projector stands in the way of TAF: it merges, pools or normalises tokens."""
+    """For families whose projector rules out TAF: it merges, pools or normalises tokens."""
     return None
 
 
@@ -57,7 +57,7 @@ class Family:
         projector: Attribute path of the projector; empty: unknown.
         image_encoder: From config, PIL image processor (the library's whole processor where the family is not
             listed) and tokenizer to the image encoder.
-        projector_config: From the config to what rebuilds the projector (see ``projector_export``); it gives None
+        projector_config: From the config to what rebuilds the projector (stage one exports it); it gives None
             where the projector is no two-layer MLP on a tower's patch tokens, so that TAF is impossible.
         visual_rows: What a visual token sees: only what precedes it, also its whole image, or the whole prompt.
         model_inputs: From config, batch and dtype to the keyword arguments of the model.

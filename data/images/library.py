@@ -1,4 +1,4 @@
-"""Pictures of a family that nobody has described: the model library's own processor prepares them.
+"""Pictures of a family that is not in the table: the model library's own processor prepares them.
 
 It says how many visual tokens a picture becomes and what is written around them, not where they look. Their boxes
 are therefore put outside the picture, which is what this project calls padding: no signal about the image can be

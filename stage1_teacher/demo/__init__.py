@@ -1,1 +1,1 @@
-"""The built-in teacher, trained from nothing; nobody with a teacher of their own needs it."""
+"""The built-in teacher, trained from scratch; if you have a teacher of your own, you do not need it."""

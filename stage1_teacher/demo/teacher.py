@@ -130,7 +130,7 @@ def train_demo_teacher(
     """Train a built-in teacher and write it, with its measured accuracy, in one step.
 
     Args:
-        data_spec: ``shapes`` (from nothing) or ``easy-vqa`` (from the shipped teacher), options allowed.
+        data_spec: ``shapes`` (from scratch) or ``easy-vqa`` (from the shipped teacher), options allowed.
         output: Directory to write; must not exist. It appears only when it is complete.
         seed: Of weights, pictures and order.
         recipe: Default: that of `RECIPES`.
@@ -153,7 +153,7 @@ def train_demo_teacher(
     started = time.monotonic()
     encoder = build_demo_encoder()
     if name == "shapes":
-        model, vision = _from_nothing(recipe, seed)
+        model, vision = _from_scratch(recipe, seed)
         count = recipe.language_steps // len(DRILLS) * recipe.images_per_step  # each drawn picture is seen once
         courses: list[Dataset] = [
             DrilledScenes(ShapesDataset("train", count, seed=seed + place * _OWN_PICTURES), drill)
@@ -212,7 +212,7 @@ def train_demo_teacher(
     return record
 
 
-def _from_nothing(recipe: DemoRecipe, seed: int) -> tuple[LlavaForConditionalGeneration, dict[str, float]]:
+def _from_scratch(recipe: DemoRecipe, seed: int) -> tuple[LlavaForConditionalGeneration, dict[str, float]]:
     """Phases 1 and 2 on drawn scenes; the tower comes back frozen."""
     tokenizer, processor = load_tokenizer(), load_image_processor()
     model = build_demo_model(

@@ -1,6 +1,6 @@
 """Reading, decoding and tokenising ahead of the teacher, in processes of their own.
 
-A thread would do for the work, but not for the teacher: whoever runs Python holds the interpreter's lock, and the
+A thread could do the work, but would slow the teacher down: it holds the interpreter's lock while it runs, and the
 thread that drives the teacher needs it back after each of its operations. Encoding in a thread was seen to cost the
 built-in teacher more time than encoding takes, and a GPU waits for its next kernel in the same way.
 
@@ -148,7 +148,7 @@ class _Processes:
         except (EOFError, OSError) as error:
             process.join()
             code = process.exitcode or 0
-            how = f"ended with exit code {code}; what it printed is above. Mend that, then run the same command again"
+            how = f"ended with exit code {code}; what it printed is above. Fix that, then run the same command again"
             if code < 0:
                 how = (
                     f"was killed by {signal.Signals(-code).name}. If nobody did that, memory ran out: use fewer of them, "
@@ -160,7 +160,7 @@ class _Processes:
         return made
 
     def kill(self) -> None:
-        """End them at once, those that hang too; they hold nothing that has to be put away."""
+        """Kill them at once, hanging ones too; they hold nothing that needs cleaning up."""
         for process, _ in self._running:
             process.kill()
 

@@ -40,7 +40,7 @@ class _Ready:
 
 @dataclass(frozen=True, kw_only=True)
 class _Queued:
-    """A batch that the teacher has been given, and what will be its signals on the CPU once the events have come."""
+    """A batch queued on the device, and its signals on the CPU, valid once the events are reached."""
 
     samples: Sequence[EncodedSample]
     batch: Batch
@@ -95,7 +95,7 @@ def _prepare(work: Build, samples: Sequence[EncodedSample]) -> _Ready:
 
 @torch.inference_mode()
 def _queue(work: Build, ready: _Ready) -> _Queued:
-    """Give a batch to the teacher, and let what is kept of its output be copied; waits for nothing."""
+    """Queue a batch, and the copies of what is kept of its output; waits for nothing."""
     samples, batch = ready.samples, ready.batch
     with _one_checkpoint(work, batch):
         output = work.run(batch, ready.inputs)

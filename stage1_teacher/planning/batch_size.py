@@ -1,4 +1,4 @@
-"""How many samples a forward pass takes where nobody has said: what fits the memory, and then as the plan says.
+"""The automatic batch size: as many samples a forward pass as fit in memory, kept in the plan.
 
 The batch size decides the last bits of what is cached, so it is found once, before the plan is written, and everybody
 who builds or resumes the cache takes it from there.

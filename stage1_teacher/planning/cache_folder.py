@@ -31,7 +31,7 @@ from vlm_distill_cache.common.files.disk import is_below, name_full_disk
 
 logger = logging.getLogger(__name__)
 
-# What `projector_export` writes.
+# What `stage1_teacher.teacher.export` writes.
 EXPORTED = ("projector.safetensors", "projector.json", "vision_tower.safetensors", "vision_tower.json", "processor")
 # All that a cache folder holds at its top level.
 OUR_NAMES = (PLAN, MANIFEST, INDEX, CARD, SHARDS, *EXPORTED)
@@ -89,7 +89,7 @@ def in_use(cache_dir: Path, *, alone: bool = False) -> AbstractContextManager[No
 
 
 def refuse_replaced(cache_dir: Path, plan: Plan) -> None:
-    """Stop a build whose folder was removed or begun anew: what it still writes would be of no cache, or of another."""
+    """Stop a build whose folder was removed or begun anew: what it still writes would belong to no cache, or to another."""
     if stored_plan(cache_dir) != plan:
         raise CacheMismatchError(
             f"{cache_dir / PLAN} was removed or replaced while this build ran; delete what is left of the folder "

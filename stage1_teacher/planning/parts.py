@@ -219,7 +219,7 @@ def _raise_failure(part: Part, process: SpawnProcess, connection: Connection) ->
             told = f"it was killed by {signal.Signals(-code).name}; if nobody did that, memory ran out"
     raise ProcessFailedError(
         f"the process of part {part} failed: {told}\n"
-        "The others were stopped; finished shards are kept. Mend that, then run the same command again "
+        "The others were stopped; finished shards are kept. Fix that, then run the same command again "
         "(another number of processes is fine)."
     )
 

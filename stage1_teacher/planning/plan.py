@@ -284,7 +284,7 @@ def make_plan(
 
 
 def given(**texts: str) -> dict[str, str]:
-    """Those of the descriptive texts that somebody gave."""
+    """The descriptive texts that were given."""
     return {name: text for name, text in texts.items() if text}
 
 

@@ -90,7 +90,7 @@ class SinkCount:
         self.often = found.double() if self.often is None else self.often + found
 
     def figures(self, signal: str) -> dict[str, float | str]:
-        """What the fidelity card says: sinks a picture, their share of the attention, and where they keep lying."""
+        """What the fidelity card says: sinks a picture, their share of the attention, and their usual places."""
         if not self.pictures:
             return {}
         figures: dict[str, float | str] = {

@@ -1,6 +1,6 @@
 """The order of training: a pure function of seed and epoch, read shard by shard.
 
-Opening a record at random in a shuffled million means a seek and a decompression each; reading shards in
+Reading a million records in random order costs a seek and a decompression each; reading shards in
 sequence trains on neighbours. The middle way: shuffle the shards, then shuffle the samples inside a window of
 consecutive shards, so that only ``window`` shards are open at a time. The whole state is **one number, the
 samples consumed**, so that a run resumes exactly, with another number of processes too.

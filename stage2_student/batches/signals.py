@@ -1,7 +1,7 @@
 """What a loss on cached signals is, and how records become what a student's batch is compared with.
 
 Teacher and student may cut the picture into different tokens. Both are pooled to **the coarser of the two**,
-by shared area: nobody is asked to tell apart what it, or the teacher, cannot see apart. All of this depends
+by shared area: a student need not tell apart what it, or the teacher, sees as one. All of this depends
 on the sample alone, so it runs on loading threads and the loop meets tensors of equal shape.
 
 Dims: B batch, T sequence, G layer groups, V vocabulary.

@@ -1,4 +1,4 @@
-"""The items a student is scored on: looked at before the first training step, and what their scores mean.
+"""The items a student is scored on: checked before the first training step, and what their scores mean.
 
 A user's file has no splits. Where no other data is named, students are scored on what they were trained on, and the
 scores carry a note that says so. A student may outlive its cache, which is None here then.

@@ -72,7 +72,7 @@ class Row(NamedTuple):
 def table_rows(
     reports: Mapping[str, EvaluationReport], compared: tuple[str, str] | None = None
 ) -> tuple[list[Row], list[Row]]:
-    """The lines that matter and the details; what no report has, and what is 0 in all, is left out of the latter.
+    """Headlines first, then details; details that no report has, or that are 0 in all, are left out.
 
     ``compared`` are the two models of which the headlines say what the second gains over the first.
     """
@@ -117,7 +117,7 @@ def _gain(reports: Mapping[str, EvaluationReport], compared: tuple[str, str] | N
 def format_score(score: Score | None, factor: int, *, sign: str = "") -> tuple[str, str]:
     """Value and interval as text, percent with one digit, else three; a dash and nothing where there is no score.
 
-    ``factor`` leads to the printed unit; ``sign="+"`` writes that of a positive value too.
+    ``factor`` converts to the printed unit; ``sign="+"`` shows a plus too.
     """
     if score is None:
         return "-", ""

@@ -1,4 +1,4 @@
-"""Students by name: which there are, in which sizes, and what their preset files say. Torch-free.
+"""Students by name: which there are, in which sizes, and what their preset files say. Imports no torch.
 
 Our own (`STUDENTS`) can be built here: ``mobilevlm``, ``mobilevlm-v1``, ``compodistill``, with a size behind a
 dash or by the teacher's. Those of the model library (`LIBRARY_STUDENTS`) are downloaded weights: a name checks that

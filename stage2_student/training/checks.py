@@ -167,7 +167,7 @@ def check_vision_tower(cache: TeacherCache, tower: nn.Module) -> None:
 def check_geometry(
     cache: TeacherCache, geometry: Mapping[str, Any], terms: Mapping[str, LossTerm], *, where: str
 ) -> None:
-    """Refuse to compare attention where nobody knows what part of the picture a visual token sees.
+    """Refuse to compare attention where it is not known which part of the picture a visual token sees.
 
     Boxes make any two geometries meet, whatever the processors; without boxes there is nothing to meet on.
 

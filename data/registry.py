@@ -80,9 +80,7 @@ def open_evaluation(
 
     Args:
         spec: As for `open_dataset`, like ``split`` and ``images``.
-        split: Of the data.
         limit: Most items (of each sort for ``shapes``); of a file at most `FILE_ITEMS` where none is given.
-        images: Of the data.
 
     Returns:
         The items; none, with a warning, if a file has no question with a short answer.

@@ -49,7 +49,6 @@ class BuildSummary:
     """What a run did.
 
     Attributes:
-        cache: The cache folder.
         built: Shards written by this run.
         samples: Samples this run put through the teacher.
         seconds: Wall-clock time of the main loop.

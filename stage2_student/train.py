@@ -83,6 +83,13 @@ def train(
 
     The caches are as from `open_caches`, which is called where there are none. ``after_step`` is called after every
     optimizer step with the position and the student, e.g. to evaluate.
+
+    Returns:
+        The student and its log; losses in ``log`` are float scalars, as ``docs/method.md`` defines them, ``lr`` and
+        ``step_s`` (seconds) beside them.
+
+    Raises:
+        DistillError: With the remedy, before the first step, if data, cache and student do not fit.
     """
     # All processes: everything that can be wrong is found here, before the first step.
     run = prepare(config, caches)

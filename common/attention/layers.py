@@ -69,7 +69,6 @@ def teacher_groups(depth: int, groups: int, layers: LayerChoice = "middle") -> G
     """Layer groups to cache from a teacher.
 
     Args:
-        depth: Number of layers.
         groups: G, how many groups; 1 is one group of all the chosen layers.
         layers: ``middle``; ``early`` and ``late``: as many layers at either end; ``all``; or explicit indices.
 
@@ -199,8 +198,6 @@ def match_layers(
     """Teacher groups and the student groups they meet.
 
     Args:
-        teacher_depth: Number of layers.
-        student_depth: Number of layers.
         groups: G, how many pairs; None: :func:`matched_count`.
         matching: ``group``: sliding windows of the teacher's chosen layers. ``simple``: the j-th chosen
             layer of the one with the j-th of the other. ``adaptive``: each student layer with the one

@@ -267,7 +267,6 @@ class TeacherCache:
         """Open it; ``open_cache`` does so for a folder or an address.
 
         Args:
-            path: The cache folder.
             open_shards: Shards kept open at a time.
             before_open: Called with a shard's number before its files are read, by whichever thread needs
                 them, and brings them here; what it returns is kept as long as the shard is open.
@@ -358,8 +357,9 @@ class TeacherCache:
     def decode(self, signal: str, record: Record) -> Any:
         """Rebuild a signal from a record of this cache.
 
-        ``logits`` become the log-probabilities, in nats, of each supervised row's kept tokens, ``answer_attention`` the
-        probability mass of each supervised row on each cell of a grid over the image; each codec's ``decode`` says more.
+        ``logits`` become ``log_probs``, float32 ``[A, K]`` in nats, of each supervised row's kept tokens (``token_ids``
+        ``[A, K]``); ``answer_attention`` becomes ``cells``, float32 ``[A, G, C]``: each row's probability mass on each cell
+        of a grid over the image, by layer group. Each codec's ``decode`` says more.
 
         Raises:
             CacheMismatchError: If the cache does not hold the signal.

@@ -211,7 +211,6 @@ class TeacherAdapter(nn.Module):
     P_t runs without a graph: nothing below it is ever trained, so its activations need not be kept.
 
     Args:
-        teacher: The teacher's projector.
         out_features: Width of the student's language model.
         grid: Rows and columns of patches.
         pool: Average-pool P_t's output 2x2 before P_s, for a student with a quarter of the tokens. The

@@ -34,7 +34,6 @@ class VisionLanguageConfig(PreTrainedConfig):
 
     Attributes:
         text_config: The language model's.
-        vision_config: The vision tower's.
         image_token_id: Id that stands for one visual token in ``input_ids``; may lie outside the vocabulary.
         projector_type: One of ``projectors.PROJECTOR_TYPES``.
         teacher_projector: For ``taf``: ``{"act", "in", "hidden", "out"}`` of the teacher's projector.

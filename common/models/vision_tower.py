@@ -61,7 +61,6 @@ class VisionTower(nn.Module):
     Only the layers below the wanted hidden state run (23 of 24 for -2), always without a graph.
 
     Args:
-        config: The tower's.
         feature_layer: Index into the tower's hidden states, as ``vision_feature_layer`` of LLaVA.
         select: ``patch`` drops the first token: CLIP's class token, or SigLIP's first patch; ``full`` keeps all.
 

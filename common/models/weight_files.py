@@ -58,7 +58,6 @@ def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], *
     """Refuse weights that are not exactly a model's own.
 
     Args:
-        found: Tensors by name.
         expected: The model's ``state_dict``, for names and shapes; may lie on the meta device.
         where: Whose they are, for the error.
         remedy: What to do about it.

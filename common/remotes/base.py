@@ -107,7 +107,6 @@ class Remote(ABC):
         What is there already is not fetched again and not checked: the caller compares digests at the end.
 
         Args:
-            name: Of the file.
             target: A local file, or nothing yet; longer than ``size`` means begin again.
             size: Bytes of the whole file.
             on_bytes: Called with the number of new bytes after each block.

@@ -106,7 +106,6 @@ def fetch_files(
     """Fetch the files that are not here yet, and check each one's size and both digests.
 
     Args:
-        remote: Where from.
         root: The folder to put them under; safe to use by several processes at once.
         files: Entries by name relative to ``root``; pairs are taken one by one, as they are needed.
         jobs: Files at a time.

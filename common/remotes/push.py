@@ -53,7 +53,6 @@ def push(
     it leaves, so no damage is spread.
 
     Args:
-        cache_dir: The cache.
         location: A folder or an address.
         jobs: Shards at a time.
         overwrite: Replace a finished cache that is there, or the unfinished push of another; also one of the same

@@ -64,7 +64,6 @@ class Retries:
         """Retry an action until it succeeds, waiting longer after each failure.
 
         Args:
-            where: The address, for the error.
             action: Raises ``PassingError`` for what may pass.
             position: Bytes on disk; a try after which it has grown well is not counted as a failure.
 

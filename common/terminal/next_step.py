@@ -23,7 +23,6 @@ def distill_command(plan: Plan, cache: str | Path, *, data: str | None = None, i
     """The ``make distill`` that fits a cache: with its data, and without losses whose signals it does not hold.
 
     Args:
-        plan: The cache's.
         cache: Its folder or address.
         data: What the data was opened by, where that is known; None: as far as the plan tells it. A cache holds no
             paths, so files stand as placeholders.

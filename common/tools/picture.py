@@ -55,7 +55,6 @@ def word_maps(record: Record, plan: Plan, words: Sequence[tuple[str, Sequence[in
 
     Args:
         record: With the fields of ``answer_attention``.
-        plan: Of the cache.
         words: Text and supervised rows of each word.
 
     Returns:

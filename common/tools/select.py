@@ -140,7 +140,10 @@ class Selection:
     """Which part of a cache; None takes all.
 
     Attributes:
-        count: The first so many records of these shards.
+        shards: By number, from 0.
+        count: Only the first so many records of these shards.
+        sample_ids: Only these records.
+        signals: By name; what every record holds comes along.
         top_k: Most tokens of a row to keep of the logits, the ground truth among them.
     """
 

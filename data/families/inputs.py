@@ -30,7 +30,6 @@ def plain_inputs(config: Any, batch: Batch, *, dtype: torch.dtype) -> dict[str, 
     """Arguments of a model whose mask and positions are those of any causal language model.
 
     Args:
-        config: The model's.
         batch: On the model's device.
         dtype: Of floating-point image inputs.
     """

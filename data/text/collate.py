@@ -24,7 +24,6 @@ class Batch:
     """What a model and its losses need of several samples.
 
     Attributes:
-        sample_ids: B ids.
         input_ids: int64 ``[B, T]``.
         labels: int64 ``[B, T]``, shifted: the target of each row, or `IGNORE_INDEX`.
         attention_mask: bool ``[B, T]``, True at tokens; or, if any sample is packed, bool
@@ -33,7 +32,6 @@ class Batch:
         visual_mask: bool ``[B, T]``.
         image_inputs: Of all images in order, by the model's argument name (``pixel_values`` float32
             ``[M, 3, H, W]``, ...); empty if no sample has one.
-        tiles: Tiles of each sample.
         image_hashes: 16 bytes each.
         lengths: Tokens of each sample without padding.
     """

@@ -93,7 +93,6 @@ class PromptTemplate:
         """Write a conversation of at least one turn as text.
 
         Args:
-            turns: The conversation.
             tokenizer: Gives the end-of-sequence token; the chat template is run by it.
             has_image: Put the image in front of the first question.
             image_token: How the image is written in the text.
@@ -243,7 +242,6 @@ def _answer_of(past: str, asked: str, prompt: str, full: str, answer: str) -> st
         asked: With the question.
         prompt: With the question and the request for an answer.
         full: With the question and the answer.
-        answer: Its text.
     """
     if not prompt.startswith(past):
         return None

@@ -49,7 +49,6 @@ class DrilledScenes(Dataset):
     on, adds three relation captions and four questions; both add a list.
 
     Args:
-        scenes: What is drilled.
         drill: One of `DRILLS`.
     """
 
@@ -88,13 +87,8 @@ def train_language(
     """Train all parameters that require a gradient on a data set's answers.
 
     Args:
-        model: Trained in place.
-        encoder: Of the samples.
         dataset: Passed over in a new order as often as the steps need.
-        steps: Of the optimizer.
         images_per_step: Pictures, with all their conversations.
-        rate: Peak learning rate.
-        seed: Of the order.
     """
     optimizer = WarmCosine(model, rate=rate, steps=steps, warmup=50, others_scale=OTHERS_SCALE)
     started = time.monotonic()

@@ -38,7 +38,6 @@ def build_demo_model(
 
     Args:
         tokenizer: Gives vocabulary and special tokens.
-        seed: Of the initial weights.
         width: Hidden size of both towers, a multiple of 16.
         vision_layers: Of the vision tower.
         layers: Of the language model.

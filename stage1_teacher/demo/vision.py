@@ -202,7 +202,6 @@ def shift_and_mirror(pixels: Tensor, generator: torch.Generator, reach: int = CE
     Args:
         pixels: float ``[B, 3, H, W]``, as what is returned.
         generator: Consumed.
-        reach: Pixels.
     """
     height, width = pixels.shape[-2:]
     padded = F.pad(pixels, (reach,) * 4, mode="replicate")

@@ -128,7 +128,6 @@ def estimate(config: BuildConfig, scenario: Scenario, *, samples: int) -> Estima
 
     Args:
         config: The options a build would get.
-        scenario: What to compare.
         samples: Size of the probe; no more than the data set has.
 
     Raises:

@@ -20,7 +20,6 @@ class Build:
 
     Attributes:
         encoder: From a sample to the teacher's input.
-        codecs: Codec by signal.
         groups: Teacher layers of each attention group.
         plan: What the cache will hold.
         workers: Processes that read and encode ahead of the teacher; 0: a thread.

@@ -123,13 +123,7 @@ class Writer:
     """Encodes and writes in a background thread; the main loop waits when it falls behind."""
 
     def __init__(self, cache_dir: Path, plan: Plan, codecs: Mapping[str, Any]) -> None:
-        """Prepare to write shards of ``plan``.
-
-        Args:
-            cache_dir: The cache folder.
-            plan: Its plan.
-            codecs: Codec by signal.
-        """
+        """Prepare to write shards of ``plan``."""
         self._cache_dir, self._plan, self._codecs = cache_dir, plan, codecs
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="write")
         self._pending: list[Future[None]] = []

@@ -27,7 +27,6 @@ class TrainingBatch:
         text_rows: Positions of all text rows behind the visual tokens, int64 ``[B, X]``, padding -1; on the CPU.
         keys: Positions of visual tokens, int64 ``[B, M]``, padding -1; on the CPU.
         has_image: Positions in the batch of samples with an image, int64 ``[I]``.
-        row_count: A.
     """
 
     inputs: Batch

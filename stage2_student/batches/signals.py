@@ -36,7 +36,6 @@ class Sides:
 
     Attributes:
         record: The sample's, or another's in the control experiment.
-        own: The sample's.
         student_tiles: The student's visual tokens; empty without an image.
         match: How the cached layer groups become those of the losses; None: they stay.
     """

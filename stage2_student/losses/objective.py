@@ -69,7 +69,6 @@ class Objective:
     """What to compute.
 
     Attributes:
-        losses: Weights and kinds.
         groups: Student layers of each layer group, as many as the batch's; empty without attention.
         fits: What terms know of the cache and the student, by name, from `LossTerm.fit`.
     """

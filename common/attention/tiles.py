@@ -19,7 +19,7 @@ SLIVER = 1e-5
 dropped, so that nested grids give weights of exactly 0 and 1."""
 
 FINEST_SIDE = 12
-"""Most rows or columns of a grid that attention is pooled to where nobody asks for one."""
+"""Most rows or columns of a grid that attention is pooled to unless a grid is asked for."""
 
 
 @dataclass(frozen=True)

@@ -126,7 +126,7 @@ def compodistill_config(stored: Mapping[str, Any], *, where: str) -> CompoDistil
 def compodistill_key(name: str, *, bridged: bool) -> str:
     """Our name of a released CompoDistill tensor; a name that is none of theirs stays, and is refused as left over.
 
-    ``bridged``: whether the model has a post-connector (the student).
+    ``bridged``: whether the model has a post-projector (the student).
     """
     first, second = ("teacher.linear_1", "teacher.linear_2") if bridged else ("0", "2")
     for theirs, ours in (

@@ -210,7 +210,7 @@ def _download_checked(
     for _ in range(2):  # the second time from its beginning: half of it may be from an older file
         if (have := arriving.stat().st_size) > entry.size:
             os.truncate(arriving, have := 0)
-        # A size is only what somebody says: nobody shall fill this disk with it.
+        # A declared size is not trusted: it must not fill this disk.
         check_room(arriving.with_name(Path(name).name), entry.size - have, f"then {AGAIN}")
         report(have)
         try:

@@ -76,7 +76,7 @@ def pull(
         if (found := _hash_of(marker)) not in (manifest.hash, None):
             raise _other_cache(target, found, remote, manifest) from None
         write_bytes_atomic(marker, raw)  # damaged, or only the fidelity card is newer
-    lock = try_lock(marker)  # so that nobody takes it for a leftover
+    lock = try_lock(marker)  # so that no process takes it for a leftover
     try:
         progress = Progress(total, on_progress)
         moved = fetch_files(remote, target, descriptions(manifest), jobs=jobs, progress=progress)

@@ -12,7 +12,7 @@ from vlm_distill_cache.common.codecs.row_attention import RowAttentionCodec
 from vlm_distill_cache.common.terminal.command_line import quoted
 
 DEFAULT_SIGNALS = (LogitCodec.signal, RowAttentionCodec.signal)
-"""What stage one keeps, and all that students are trained on, where nobody says otherwise."""
+"""What stage one keeps, and all that students are trained on, unless told otherwise."""
 _DISTILLING = ("dpt", "dft")
 DEFAULT_SHAPES = "shapes:images=1500,seed=0"
 """What a plan calls the data set that ``make`` takes where no other is named."""

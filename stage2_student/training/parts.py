@@ -141,7 +141,7 @@ class TrainedParts:
         ``seed`` it is); ``freeze`` is left out of it.
         """
         student = self._student
-        # Of a family that nobody described the projector's place is unknown, and only the whole can be trained.
+        # Of a family that is not in the table the projector's place is unknown, and only the whole can be trained.
         projector = student.trainable_parameters("dpt") if trainable != "all" or "projector" in freeze else []
         if trainable == "all":
             student.trainable_parameters("dft")

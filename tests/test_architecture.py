@@ -68,10 +68,6 @@ def imported_modules(path: Path) -> set[str]:
     return found
 
 
-def module_of(path: Path) -> str:
-    return next(name for name, other in MODULES.items() if other == path)
-
-
 def test_every_package_has_files_to_check():
     assert {path.relative_to(ROOT).parts[0] for path in FILES} == set(PACKAGES)
 

@@ -301,7 +301,7 @@ class TeacherMap(FilteredMaps[Tensor]):
         kept: Tensor = self.kept & (live <= sink_threshold(live, image_pairs(live, token_mask)))
         return kept
 
-    def mean_columns(self, student: Tensor, token_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def mean_columns(self, student: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """What each key receives, on average over the pairs that neither side's sink filter takes out.
 
         Args:

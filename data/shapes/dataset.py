@@ -114,7 +114,7 @@ class ShapesDataset(Dataset):
         return Sample(sample_id=image.name, images=(image,), turns=turns, independent_turns=True)
 
 
-def shapes_evaluation(split: str = "test", items: int = 300, seed: int = 0) -> EvaluationSet:
+def shapes_evaluation(split: str, items: int, seed: int = 0) -> EvaluationSet:
     """Draw an evaluation: ``items`` caption pairs and ``items`` questions of every kind.
 
     A scene gives at most one of each.

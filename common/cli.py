@@ -101,8 +101,8 @@ def verify(cache: Path, *, deep: bool) -> None:
         click.echo(f"Next: cachectl repair {quoted(cache)}{' --deep' if deep else ''} --dry-run")
         raise click.exceptions.Exit(1)
     plan = read_plan(cache)
-    values = ", every value one that its codec writes" if deep else ""
-    click.echo(f"ok: {cache}: {plan.shard_count} shards, every byte as its sidecar and manifest say{values}")
+    values = ", all values valid" if deep else ""
+    click.echo(f"ok: {cache}: {plan.shard_count} shards, all checksums match{values}")
     click.echo(f"Next: cachectl inspect {quoted(cache)}")
 
 

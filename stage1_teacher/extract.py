@@ -17,7 +17,7 @@ from vlm_distill_cache.common.cache.manifest import Manifest, read_manifest, sea
 from vlm_distill_cache.common.cache.plan import Plan, read_plan, refuse_changed_plan
 from vlm_distill_cache.common.cache.sidecar import missing_shards, sidecar_path
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError
-from vlm_distill_cache.common.terminal.progress import ProgressLines, progress
+from vlm_distill_cache.common.terminal.progress import ProgressLines, hide_library_bars, progress
 from vlm_distill_cache.stage1_teacher.config import BuildConfig
 from vlm_distill_cache.stage1_teacher.loop.answers import ANSWERS, answer_shard
 from vlm_distill_cache.stage1_teacher.loop.encode_ahead import encode_shards
@@ -176,6 +176,7 @@ def _extract_part(config: BuildConfig, part: Part) -> None:
 
 def begin(config: BuildConfig, *, overwrite: bool, several: bool) -> tuple[Path, Build]:
     """Open teacher and data, and write the plan or make sure that the one there says the same."""
+    hide_library_bars()
     cache_dir = Path(config.cache)
     refuse_unwritable(cache_dir)
     config = fix_batch_size(fix_threads(config, several=several, overwrite=overwrite), overwrite=overwrite)

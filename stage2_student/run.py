@@ -186,7 +186,8 @@ def train_arm(arm: TrainConfig, *, processes: int, caches: Mapping[str, TeacherC
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     ours = ["-m", "vlm_distill_cache.stage2_student.cli", "train", "--config", str(folder / "config.yaml")]
     command = [*launcher, *ours, "--cache", arm.cache, "--output", arm.output]
-    if run_command(command, {**os.environ, **said_so_far(), ARM: "1"}):
+    # One thread a process is what torch's launcher takes too, with a page of advice.
+    if run_command(command, {"OMP_NUM_THREADS": "1", **os.environ, **said_so_far(), ARM: "1"}):
         raise ConfigError(f"training of {folder} in {processes} processes failed; see the messages above")
 
 

@@ -23,6 +23,7 @@ from vlm_distill_cache.common.config import config_to_dict, save_config
 from vlm_distill_cache.common.errors import CacheMismatchError, ConfigError
 from vlm_distill_cache.common.files.atomic import clean_stale, new_directory, remove, write_json_atomic
 from vlm_distill_cache.common.locations import public_location
+from vlm_distill_cache.common.terminal.progress import hide_library_bars
 from vlm_distill_cache.stage2_student.config import TrainConfig, public_config
 from vlm_distill_cache.stage2_student.losses.objective import Losses, step_shares
 from vlm_distill_cache.stage2_student.students.model import StudentModel
@@ -91,6 +92,7 @@ def train(
     Raises:
         DistillError: With the remedy, before the first step, if data, cache and student do not fit.
     """
+    hide_library_bars()
     # All processes: everything that can be wrong is found here, before the first step.
     run = prepare(config, caches)
     accelerator = build_accelerator(config, run.fingerprint)

@@ -174,9 +174,9 @@ def refuse_changed_plan(old: Plan, new: Plan, *, where: str = "the cache") -> No
     if lines:
         kept, wanted = (", ".join(sorted(plan.signals)) for plan in (old, new))
         if kept != wanted:
-            lines.insert(0, f"  signals: {kept} in the cache, {wanted} in this run; hence:")
+            lines.insert(0, f"  signals: {kept} in the cache, {wanted} in this run, which also changes:")
         raise CacheMismatchError(
-            f"{where} was begun with other settings:\n" + "\n".join(lines) + "\n"
+            f"{where} was built with other settings:\n" + "\n".join(lines) + "\n"
             "Use the same options, another folder (CACHE=...), or start this one again: delete it, or add --overwrite "
             "to `teacher-cache build`."
         )

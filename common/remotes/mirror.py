@@ -282,6 +282,12 @@ def find_mirror(location: str) -> Mirror:
         return mirror
 
 
+def forget_mirrors() -> None:
+    """Let this process read manifests anew; for long-lived processes such as notebooks."""
+    with _pinning:
+        _pinned.clear()
+
+
 def mirror_settings() -> tuple[Path, int]:
     """Return folder and limit in bytes, as the environment says."""
     folder = os.environ.get(FOLDER_VARIABLE, "")

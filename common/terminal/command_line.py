@@ -152,6 +152,7 @@ def quiet_libraries() -> None:
     transformers_logging.disable_progress_bar()
     transformers_logging.disable_default_handler()
     transformers_logging.enable_propagation()
+    logging.getLogger("bitsandbytes.backends").setLevel(logging.ERROR)  # it proposes packages that nothing here needs
     # tqdm's own lock is a semaphore of the system, which Python reports as leaked when a process is stopped.
     tqdm.set_lock(threading.RLock())
 
@@ -194,7 +195,7 @@ class CacheLocation(click.ParamType):
         if is_url(value):
             return str(value)
         if not Path(value).is_dir():
-            self.fail(f"{value}: no such folder, and no address (s3://, hf://datasets/, https://)", param, ctx)
+            self.fail(f"{value}: neither a folder nor an address (s3://, hf://datasets/, https://)", param, ctx)
         return str(Path(value))
 
 

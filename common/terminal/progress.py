@@ -45,6 +45,14 @@ class ProgressLines:
             self._say()
 
 
+def hide_library_bars() -> None:
+    """Keep the model library's own bars out of files and pipes."""
+    from transformers.utils import logging as transformers_logging
+
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+
+
 def progress(
     desc: str,
     *,

@@ -110,7 +110,7 @@ def describe_record(cache: TeacherCache, sample_id: str, *, unicode: bool = True
     if maps := word_maps(record, cache.plan, words[:_MAX_WORDS]):
         lines += [
             "",
-            "where it looked while saying each word (the number: attention on the image at all)",
+            "attention per word (%: share of attention on the image)",
             "",
         ]
         lines += draw_text(maps, shades=BLOCKS if unicode else ASCII)

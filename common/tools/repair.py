@@ -123,7 +123,7 @@ def _plan_steps(cache_dir: Path, damages: list[Damage]) -> Iterator[Repair]:
     if manifest.is_dir():
         yield Repair(path=MANIFEST, action="keep", reason="a folder", remedy="move it elsewhere")
     elif (manifest.exists() or manifest.is_symlink()) and (rebuilt or "manifest" in by_kind):
-        reason = "lists what is not there any more" if rebuilt else by_kind["manifest"][0].reason
+        reason = "lists missing files" if rebuilt else by_kind["manifest"][0].reason
         yield Repair(path=MANIFEST, action="remove", reason=reason)
     elif "index" in by_kind and not rebuilt:
         yield Repair(path=INDEX, action="rewrite", reason=by_kind["index"][0].reason)

@@ -131,7 +131,7 @@ def _image_file(value: Any, root: Path) -> ImageFile:
     if ".." in path.parts:
         raise SampleError(f"image path {value!r} leaves the image folder; use a path below it or an absolute one")
     # Reasons of failure are kept in the cache: they name no folder of this machine.
-    hint = "relative image paths start from the data's own folder, or where images says; set images to change that"
+    hint = "image paths are relative to the data file; set images to another folder"
     return ImageFile(root / path, hint=hint, shown=value)
 
 

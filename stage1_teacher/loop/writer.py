@@ -81,7 +81,7 @@ class FailureBudget:
                 f"{self.failed} of {self.total} samples cannot be used, more than the tolerated "
                 f"{100 * self.share:.4g} %:\n"
                 + "\n".join([*reasons, *([f"  ... and {more} more"] if more else [])])
-                + f"\nFix the data, or go on without them: make teacher-cache CACHE_SET=max_failed_share={enough} with "
+                + f"\nFix the data, or skip these samples: make teacher-cache CACHE_SET=max_failed_share={enough} with "
                 f"the same options (teacher-cache build ... --set max_failed_share={enough}; a share from 0 to 1)"
             )
 

@@ -8,6 +8,7 @@ from typing import Any
 from vlm_distill_cache.common.cache.plan import THREADS, Plan
 from vlm_distill_cache.common.cache.schema import FORMAT_VERSION, Field
 from vlm_distill_cache.common.cache.shared_images import with_visual_source
+from vlm_distill_cache.common.cache.side_files import MANIFEST
 from vlm_distill_cache.common.codecs.answers import AnswersCodec
 from vlm_distill_cache.common.errors import ConfigError, ModelError, SampleError
 from vlm_distill_cache.common.files.hashing import fingerprint
@@ -137,6 +138,11 @@ def teacher_directory(*, teacher: str, data: str, scratch: Path, cache: Path | N
     name = data.partition(":")[0]
     if name not in ("shapes", "easy-vqa"):
         begun = None if cache is None else stored_plan(cache)
+        if begun is not None and (Path(cache or "") / MANIFEST).is_file():
+            raise ConfigError(
+                f"{cache}: the cache is complete; to compare it with options of stage one, give TEACHER=DIR (--teacher DIR) "
+                "with its teacher's directory too; to use it as it is, leave these options out"
+            )
         if begun is not None:
             raise ConfigError(
                 f"{cache}: an unfinished cache of the teacher {one_line(begun.teacher.get('name', 'unknown'))} is there, "

@@ -81,7 +81,7 @@ def scoring_notes(config: TrainConfig, cache: TeacherCache | None, *, scorable: 
     if not _is_training_data(config, data, cache):
         return []
     return [
-        f"Questions are scored on the training data itself ({data}), where memory passes for skill. "
+        f"Questions are scored on the training data itself ({data}), so these scores include memorisation. "
         f"Name held-out questions with {option}."
     ]
 

@@ -216,8 +216,8 @@ def build_student(
     load_frozen_parts(student, cache_dir, needs_tower=not own_tower)
     if own_tower and vision_tower is None:
         logger.warning(
-            "student %s-%s: %s holds no vision tower of its kind, so it looks through a small one of random weights, "
-            "good for a trial only; give a tower (--set vision_tower=DIR) for a real run",
+            "student %s-%s: %s holds no vision tower of its kind, so it uses a small, randomly initialised one, for "
+            "trials only; give a tower (--set vision_tower=DIR) for a real run",
             name,
             size,
             cache_dir,

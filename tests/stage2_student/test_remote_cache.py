@@ -160,7 +160,7 @@ def test_an_address_with_nothing_behind_it_is_one_line(server, tmp_path):
     assert server.url in result.output
     missing = CliRunner().invoke(main, ["train", "--cache", str(tmp_path / "no"), "--output", "x"])
     assert missing.exit_code == 2
-    assert "no such folder, and no address" in missing.output
+    assert "neither a folder nor an address" in missing.output
 
 
 def test_a_student_trains_on_a_part_with_logits_alone(tiny_cache, server, tmp_path):

@@ -235,7 +235,7 @@ def test_the_command_says_what_it_did_and_what_is_next(cache):
     assert "would remove: shards/00002.json: " in output
     assert f"Next: cachectl repair {cache}" in output
     output = run()
-    assert "remove: manifest.json: lists what is not there any more" in output
+    assert "remove: manifest.json: lists missing files" in output
     assert "teacher-cache build with the same options makes the missing shards (1)" in output
     assert f"ok: {cache}: nothing to repair; 1 of 3 shards are to be built" in run()
     (cache / "shards" / "bad\x1b]0;name").write_text("")

@@ -81,7 +81,7 @@ def test_a_mobilevlm_behind_a_siglip_teacher_gets_a_small_tower_of_its_own(tmp_p
     with caplog.at_level(logging.WARNING):
         student = make_student(cache, "mobilevlm")
     assert student.config.vision_config.model_type == "clip_vision_model"
-    assert "a small one of random weights, good for a trial only" in caplog.text
+    assert "a small, randomly initialised one, for trials only" in caplog.text
     again = make_student(cache, "mobilevlm")
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in student.state_dict().items())
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -46,6 +47,13 @@ def load_config(
     for override in overrides:
         _apply_override(values, override)
     return config_from_dict(cls, values, where=where)
+
+
+def take_paths(config: Any) -> None:
+    """Let a frozen configuration's texts be given as paths."""
+    for name, value in vars(config).items():
+        if isinstance(value, os.PathLike):
+            object.__setattr__(config, name, os.fspath(value))
 
 
 def read_yaml(path: Path | None, *, missing_ok: bool = False) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from vlm_distill_cache.common.codecs.answers import AnswersCodec
 from vlm_distill_cache.common.codecs.description import check_whole_number
 from vlm_distill_cache.common.codecs.logits import preset_settings
 from vlm_distill_cache.common.codecs.registry import CODECS
+from vlm_distill_cache.common.config import take_paths
 from vlm_distill_cache.common.errors import ConfigError
 from vlm_distill_cache.common.terminal.next_step import DEFAULT_SIGNALS
 
@@ -112,6 +113,7 @@ class BuildConfig:
 
     def __post_init__(self) -> None:
         """Refuse values no build could use, naming the field."""
+        take_paths(self)
         unknown = [name for name in self.signals if name not in SIGNALS]
         if unknown or not self.signals:
             raise ConfigError(f"signals: {unknown or 'none given'}; choose from {', '.join(SIGNALS)}")

@@ -32,7 +32,7 @@ from vlm_distill_cache.stage2_student.config import PHASE_NAMES, TrainConfig
 from vlm_distill_cache.stage2_student.pruned_folder import refuse_uncut
 from vlm_distill_cache.stage2_student.resolve import open_caches
 from vlm_distill_cache.stage2_student.scores.results import render_table
-from vlm_distill_cache.stage2_student.training.output_folder import claim_output, refuse_foreign_folder
+from vlm_distill_cache.stage2_student.training.output_folder import refuse_foreign_folder
 
 # Imports that pull torch in are inside the commands, so that --help, usage errors and "up to date" are instant.
 
@@ -102,21 +102,18 @@ def train(**options: Any) -> None:
     """Train one student through its phases, or resume it."""
     settings = _load(options)
 
-    from vlm_distill_cache.stage2_student.train import train as train_phases
     from vlm_distill_cache.stage2_student.training.log import summarise
     from vlm_distill_cache.stage2_student.training.preparation import failure_notes
 
     refuse_uncut(settings.student, settings.teacher)
     runs.set_up_libraries()
-    output = Path(settings.output)
-    refuse_foreign_folder(output)
+    refuse_foreign_folder(Path(settings.output))
     in_run = runs.ARM in os.environ
     caches = open_caches(settings)
     if _is_first_process() and not in_run:
         for note in failure_notes(caches):
             click.echo(note)
-    with claim_output(output, *(cache.path for cache in caches.values())):
-        result = train_phases(settings, caches=caches)
+    result = runs.train_alone(settings, caches=caches)
     if result.log:
         click.echo(summarise(result.log))
         click.echo(f"Student: {result.final}")
@@ -133,7 +130,9 @@ def run(*, nproc: int, **options: Any) -> None:
     settings = _load(options)
     with stopped_by_sigterm():
         summary = runs.run(settings, processes=nproc, say=click.echo)
-    click.echo(f"\n{summary.table}\n")
+    lines = summary.table.splitlines()
+    # What a new run's scores do not tell was said before it trained.
+    click.echo("\n".join(["", *(line for line in lines if not (summary.fresh and line.startswith("note: "))), ""]))
     if summary.fresh:
         click.echo(f"Done in {summary.seconds:.0f} s.")
     else:

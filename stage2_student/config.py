@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from vlm_distill_cache.common.config import config_to_dict
+from vlm_distill_cache.common.config import config_to_dict, take_paths
 from vlm_distill_cache.common.locations import public_location
 from vlm_distill_cache.stage2_student.loss_weights import LossWeights, require
 from vlm_distill_cache.stage2_student.pruned_folder import kept_share, pruning_record
@@ -71,6 +71,7 @@ class PhaseConfig:
     cache: str | None = None
 
     def __post_init__(self) -> None:
+        take_paths(self)
         both = self.steps is not None and self.epochs is not None
         require(not both, "steps and epochs", (self.steps, self.epochs), "one of the two, not both")
         _within(self, "steps", 0, MOST, "optimizer steps")
@@ -137,6 +138,7 @@ class EvaluationConfig:
     overlays: int = 6
 
     def __post_init__(self) -> None:
+        take_paths(self)
         _within(self, "limit", 1, None, "items")
         _within(self, "agreement_samples", 0)
         _within(self, "overlays", 0)
@@ -218,6 +220,7 @@ class TrainConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
+        take_paths(self)
         require(self.cache != "", "cache", self.cache, "a teacher cache's folder or address (--cache)")
         require(self.output != "", "output", self.output, "a folder to write to (--output)")
         require(len(set(self.phases)) == len(self.phases), "phases", self.phases, "without repetition")

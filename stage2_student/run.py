@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vlm_distill_cache.common.cache.documents import describe_differences
 from vlm_distill_cache.common.cache.plan import read_plan
@@ -29,10 +29,13 @@ from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.common.remotes.mirror import local_folder
 from vlm_distill_cache.common.terminal.command_line import leave_one_core, quiet_libraries, run_command, said_so_far
 from vlm_distill_cache.stage2_student.config import TrainConfig, describe, without_teacher
-from vlm_distill_cache.stage2_student.pruned_folder import FOLDER, kept_share
+from vlm_distill_cache.stage2_student.pruned_folder import FOLDER, kept_share, refuse_uncut
 from vlm_distill_cache.stage2_student.resolve import open_caches, resolve_config
 from vlm_distill_cache.stage2_student.scores.results import EvaluationReport, render_table
-from vlm_distill_cache.stage2_student.training.output_folder import claim_output, holds_anything
+from vlm_distill_cache.stage2_student.training.output_folder import claim_output, holds_anything, refuse_foreign_folder
+
+if TYPE_CHECKING:
+    from vlm_distill_cache.stage2_student.train import AfterStep, TrainResult
 
 STAMP, TABLE, REPORT, SCORES = "run.json", "table.txt", "report.html", "evaluation.json"
 BASELINE, DISTILLED, TEACHER = "sft", "distilled", "teacher"
@@ -114,6 +117,8 @@ def train_and_score(
         say(note)
     cache = caches[config.cache] if config.cache in caches else open_cache(config.cache)  # phases may all have others
     notes = probe_items(config, cache)
+    for note in notes:  # before hours go into training
+        say(f"note: {note}")
     state = {**stamp, "config": config_to_dict(config), "notes": notes}
     write_json_atomic(output / STAMP, {**state, "finished": None})
     trained = arms(with_pruned_student(config, caches, say=say))
@@ -189,6 +194,31 @@ def train_arm(arm: TrainConfig, *, processes: int, caches: Mapping[str, TeacherC
     # One thread a process is what torch's launcher takes too, with a page of advice.
     if run_command(command, {"OMP_NUM_THREADS": "1", **os.environ, **said_so_far(), ARM: "1"}):
         raise ConfigError(f"training of {folder} in {processes} processes failed; see the messages above")
+
+
+def train_alone(
+    config: TrainConfig, *, caches: Mapping[str, TeacherCache] | None = None, after_step: AfterStep | None = None
+) -> TrainResult:
+    """Train one student through its phases, or resume it; nobody else works in its folder meanwhile.
+
+    The caches are as from `open_caches`, which is called where there are none. ``after_step`` is called after every
+    optimizer step with the position and the student, e.g. to evaluate.
+
+    Returns:
+        The student and its log; losses in ``log`` are float scalars, as ``docs/method.md`` defines them, ``lr`` and
+        ``step_s`` (seconds) beside them.
+
+    Raises:
+        DistillError: With the remedy, before the first step, if data, cache, student and folder do not fit.
+    """
+    from vlm_distill_cache.stage2_student.train import train  # torch
+
+    refuse_uncut(config.student, config.teacher)
+    output = Path(config.output)
+    refuse_foreign_folder(output)
+    caches = caches or open_caches(config)
+    with claim_output(output, *(cache.path for cache in caches.values())):
+        return train(config, caches=caches, after_step=after_step)
 
 
 def describe_phases(config: TrainConfig) -> str:

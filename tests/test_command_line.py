@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -125,6 +126,17 @@ def test_what_clients_of_the_network_log_is_not_shown():
     for name in ("botocore.credentials", "httpx", "s3transfer"):
         assert not logging.getLogger(name).isEnabledFor(logging.INFO)
         assert logging.getLogger(name).isEnabledFor(logging.WARNING)
+
+
+def test_a_librarys_malformed_log_call_does_not_end_the_command():
+    code = (
+        "import logging\nfrom vlm_distill_cache.common.terminal.command_line import start_logging\nstart_logging()\n"
+        "logging.getLogger('lib').warning('text', FutureWarning)\nlogging.getLogger('lib').warning('said')\n"
+        "logging.getLogger('lib').warning('said')\nprint('went on')"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout == "went on\n"
+    assert ran.stderr.count("said\n") == 1
 
 
 @pytest.mark.parametrize("command", ["train", "run", "export"])

@@ -78,6 +78,8 @@ def test_a_cache_is_read_like_a_dictionary(cache):
 def test_an_unknown_sample_is_a_key_error_in_words(cache):
     with pytest.raises(KeyError) as caught:
         cache["other"]
+    with pytest.raises(KeyError):
+        cache[3]
     assert isinstance(caught.value, vdc.CacheMismatchError | vdc.SampleNotCachedError)
     assert str(caught.value).endswith("use the data set and split the cache was built from")
 
@@ -94,6 +96,27 @@ def test_signals_are_decoded_by_the_codec_that_wrote_them(cache):
         cache.decode("hidden", record)
     with pytest.raises(vdc.CacheMismatchError, match=r"opened without codecs; `open_cache`"):
         TeacherCache(cache.path).codec("logits")
+
+
+def test_places_may_be_paths(tmp_path):
+    assert vdc.BuildConfig(cache=tmp_path, data=tmp_path / "data.json").cache == str(tmp_path)
+    phase = vdc.PhaseConfig(images=tmp_path)
+    config = vdc.TrainConfig(cache=tmp_path, output=tmp_path / "run", dft=phase)
+    assert (config.cache, config.output, config.dft.images) == (str(tmp_path), str(tmp_path / "run"), str(tmp_path))
+
+
+def test_a_student_is_not_trained_into_the_cache(cache):
+    with pytest.raises(vdc.ConfigError, match="not the folder of one"):
+        vdc.train(vdc.TrainConfig(student="mobilevlm-tiny", cache=cache.path, output=cache.path))
+    assert vdc.verify(cache.path) == []
+
+
+def test_an_address_is_not_verified_and_a_selection_is_no_text(tmp_path):
+    with pytest.raises(vdc.ConfigError, match="pull the cache into a folder first"):
+        vdc.verify("s3://bucket/cache")
+    for wrong in ({"signals": "logits"}, {"shards": "0-1"}, {"shards": (-1,)}):
+        with pytest.raises(vdc.ConfigError, match="expected"):
+            vdc.Selection(**wrong)
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "docs" / "examples").glob("*.py")))

@@ -462,7 +462,7 @@ class TeacherCache:
         return self._indexed().find(sample_id)
 
     def _place(self, sample_id: str) -> tuple[int, int]:
-        place = self._find(sample_id)
+        place = self._find(sample_id) if isinstance(sample_id, str) else None
         if place is None:
             raise SampleNotCachedError(
                 f"{self.path}: no sample {sample_id!r} among its {len(self)}; "

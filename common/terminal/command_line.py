@@ -120,7 +120,10 @@ class _Once(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether this text is new; errors always are."""
-        text = checksum(record.getMessage().encode(errors="replace"))
+        try:
+            text = checksum(record.getMessage().encode(errors="replace"))
+        except Exception:  # noqa: BLE001 - a library's malformed call: the handler reports it, a filter must not raise
+            return True
         known = text in self.said
         self.said.add(text)
         return not known or record.levelno >= logging.ERROR

@@ -153,6 +153,13 @@ class Selection:
     signals: tuple[str, ...] | None = None
     top_k: int | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("shards", "sample_ids", "signals"):
+            if isinstance(getattr(self, name), str):
+                raise ConfigError(f"{name}: expected several, got the text {getattr(self, name)!r}")
+        if any(shard < 0 for shard in self.shards or ()):
+            raise ConfigError(f"shards: expected numbers from 0, got {self.shards}")
+
     def describe(self) -> dict[str, Any]:
         """The JSON of the selection; a list of ids is named by its length and fingerprint."""
         ids = self.sample_ids

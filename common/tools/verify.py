@@ -29,9 +29,10 @@ from vlm_distill_cache.common.cache.sidecar import (
 from vlm_distill_cache.common.cache.stores import open_reader
 from vlm_distill_cache.common.cache.stores.base import DAMAGE_ERRORS, ShardReader
 from vlm_distill_cache.common.codecs.checks import codec_damage, value_damage
-from vlm_distill_cache.common.errors import CacheFormatError, NewerFormatError
+from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, NewerFormatError
 from vlm_distill_cache.common.files.atomic import TEMPORARY_PREFIX, try_lock
 from vlm_distill_cache.common.files.hashing import stream_digests
+from vlm_distill_cache.common.locations import is_url
 from vlm_distill_cache.common.printing import one_line
 
 COPY_AGAIN = "copy it again from where the cache came from"
@@ -98,7 +99,12 @@ def verify(cache_dir: str | Path, *, deep: bool = False, on_shard: Callable[[], 
 
     Returns:
         One entry per damaged, missing or unexpected file; empty if all is well. Never raises for damage.
+
+    Raises:
+        ConfigError: For an address.
     """
+    if is_url(cache_dir):
+        raise ConfigError(f"{cache_dir}: an address; pull the cache into a folder first, which checks every file")
     cache_dir = Path(cache_dir)
     if (cache_dir / SHARDS).is_symlink():
         return [Damage(SHARDS, "plan", "a link; a cache holds plain files and folders only")]

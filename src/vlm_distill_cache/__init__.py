@@ -12,6 +12,7 @@ Importing this is instant: each name below imports what it needs, torch for buil
 
 from importlib import import_module
 from pathlib import Path
+from threading import RLock
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     from vlm_distill_cache.stage1_teacher.extract import extract as build
     from vlm_distill_cache.stage2_student.config import PhaseConfig, TrainConfig
     from vlm_distill_cache.stage2_student.loss_weights import LossWeights
-    from vlm_distill_cache.stage2_student.train import train
+    from vlm_distill_cache.stage2_student.run import train_alone as train
 
 __version__ = "0.1.0"
 
@@ -91,17 +92,19 @@ _HOMES = {
     "pull": "common.remotes.pull",
     "pull_partial": "common.tools.select",
     "push": "common.remotes.push",
-    "train": "stage2_student.train",
+    "train": "stage2_student.run",
     "verify": "common.tools.verify",
 }  # all others are errors
+_importing = RLock()  # the model library's own lazy names fail when several threads ask first
 
 
 def __getattr__(name: str) -> Any:
     """Fetch a name from its home on first use."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    home = import_module(f"{__name__}.{_HOMES.get(name, 'common.errors')}")
-    value = globals()[name] = getattr(home, "extract" if name == "build" else name)
+    with _importing:
+        home = import_module(f"{__name__}.{_HOMES.get(name, 'common.errors')}")
+        value = globals()[name] = getattr(home, {"build": "extract", "train": "train_alone"}.get(name, name))
     return value
 
 

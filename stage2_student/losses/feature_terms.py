@@ -19,7 +19,7 @@ from vlm_distill_cache.common.attention.boxes import pool_queries
 from vlm_distill_cache.common.attention.hidden import HiddenRequest, student_layers
 from vlm_distill_cache.common.attention.layers import Groups
 from vlm_distill_cache.common.cache.plan import Plan
-from vlm_distill_cache.common.codecs.hidden_states import HiddenCodec
+from vlm_distill_cache.common.codecs.hidden_states import HiddenCodec, VisualHiddenCodec
 from vlm_distill_cache.common.codecs.live import SparseLogits
 from vlm_distill_cache.common.codecs.registry import codec_from_dict
 from vlm_distill_cache.common.errors import CacheMismatchError
@@ -119,8 +119,8 @@ class VisualLogitTerm(RowsTerm):
             raise CacheMismatchError(
                 f"{sides.where}: {signal} need equal visual tokens; the teacher's are {teachers} (rows, columns of each "
                 f"tile), the student's {students}. Use a student with the teacher's visual tokens (projector=mlp), or "
-                f"set PHASE.losses.{signal}=0 (PHASE: dpt, dft or sft); hidden states of visual tokens with "
-                "hidden_kind=relation meet other tokens"
+                f"set PHASE.losses.{signal}=0 (PHASE: dpt, dft or sft); {VisualHiddenCodec.signal} with "
+                "hidden_kind=relation meets other tokens"
             )
         return RowsTarget(rows)
 

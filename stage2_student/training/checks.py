@@ -121,7 +121,8 @@ def check_signals(cache: TeacherCache, losses: LossWeights, *, phase: str, off: 
     for name, term in terms.items():
         lacking = [signal for signal in term.reads if signal not in held]
         if lacking:
-            build = ",".join(term.reads)
+            unserved = (term for term in terms.values() if not held.keys() >= set(term.reads))
+            build = ",".join(dict.fromkeys(signal for term in unserved for signal in term.reads))
             raise CacheMismatchError(
                 f"phase {phase}: loss {name!r} needs a signal that {cache.path} does not hold: {', '.join(lacking)}; "
                 f"it holds {', '.join(map(one_line, sorted(held)))}. Switch it off: "

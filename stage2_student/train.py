@@ -82,15 +82,8 @@ def train(
 ) -> TrainResult:
     """Train a student through its phases, from the newest checkpoint if there is one.
 
-    The caches are as from `open_caches`, which is called where there are none. ``after_step`` is called after every
-    optimizer step with the position and the student, e.g. to evaluate.
-
-    Returns:
-        The student and its log; losses in ``log`` are float scalars, as ``docs/method.md`` defines them, ``lr`` and
-        ``step_s`` (seconds) beside them.
-
-    Raises:
-        DistillError: With the remedy, before the first step, if data, cache and student do not fit.
+    Arguments, result and errors are those of `stage2_student.run.train_alone`, which keeps others out of the folder
+    meanwhile.
     """
     hide_library_bars()
     # All processes: everything that can be wrong is found here, before the first step.

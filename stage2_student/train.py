@@ -144,7 +144,13 @@ def build_accelerator(config: TrainConfig, fingerprint: str) -> Accelerator:
     """
     # Without saying so on a machine without an accelerator, launched processes would not find each other.
     cpu = config.device == "cpu" or not torch.accelerator.is_available()
-    accelerator = Accelerator(mixed_precision=config.precision, cpu=cpu)
+    try:
+        accelerator = Accelerator(mixed_precision=config.precision, cpu=cpu)
+    except ValueError as error:  # it is fixed once a process
+        raise ConfigError(
+            f"precision={config.precision}: something else in this process has chosen another precision or device "
+            f"({error}); train in a process of its own"
+        ) from error
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != launched:
         raise ConfigError(

@@ -32,6 +32,7 @@ def in_two_processes(tiny_cache, tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _fresh_accelerator():
-    """Accelerate keeps precision and device in a process-wide singleton."""
+    """Accelerate keeps precision and device in a process-wide singleton; a shared fixture may just have set it."""
+    AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)

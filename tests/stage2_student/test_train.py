@@ -136,6 +136,13 @@ def test_bf16_runs_and_starts_from_the_same_loss(tiny_cache, tmp_path):
     assert half["total"] == pytest.approx(train(full).log[0]["total"], rel=0.02)
 
 
+def test_another_precision_in_one_process_is_refused_in_words(tiny_cache, tmp_path):
+    config = make_config(tiny_cache[0], tmp_path / "run", phases=["dft"])
+    train(replace(config, dft=replace(config.dft, steps=1)))
+    with pytest.raises(ConfigError, match="precision=bf16: .* train in a process of its own"):
+        train(make_config(tiny_cache[0], tmp_path / "half", phases=["dft"], precision="bf16"))
+
+
 def test_the_baseline_is_the_same_run_without_the_teachers_losses(tiny_cache, tmp_path):
     config = make_config(tiny_cache[0], tmp_path / "run")
     baseline = without_teacher(config)

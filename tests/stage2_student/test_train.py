@@ -139,7 +139,7 @@ def test_bf16_runs_and_starts_from_the_same_loss(tiny_cache, tmp_path):
 def test_another_precision_in_one_process_is_refused_in_words(tiny_cache, tmp_path):
     config = make_config(tiny_cache[0], tmp_path / "run", phases=["dft"])
     train(replace(config, dft=replace(config.dft, steps=1)))
-    with pytest.raises(ConfigError, match="precision=bf16: .* train in a process of its own"):
+    with pytest.raises(ConfigError, match=r"precision=bf16: .* train in a process of its own"):
         train(make_config(tiny_cache[0], tmp_path / "half", phases=["dft"], precision="bf16"))
 
 

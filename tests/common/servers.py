@@ -166,9 +166,9 @@ class FaultyServer:
                 step = 1 if fault.trickle else max(stop, 1)
                 with contextlib.suppress(OSError):  # the client may leave early
                     for start in range(0, stop, step):
+                        server.count(self.path, len(body[start : start + step]))  # first: a client may be done at once
                         self.wfile.write(body[start : start + step])
                         self.wfile.flush()
-                        server.count(self.path, len(body[start : start + step]))
                         if fault.trickle and server.closing.wait(0.005):
                             return
                 if fault.stall is not None:

@@ -7,6 +7,7 @@ on the sample alone, so it runs on loading threads and the loop meets tensors of
 Dims: B batch, T sequence, G layer groups, V vocabulary.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -110,7 +111,7 @@ VisualRows = Literal["causal", "alike"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class LossTerm:
+class LossTerm(ABC):
     """All that stage two knows of one loss on cached signals; `losses.terms.TERMS` names them.
 
     Attributes:
@@ -136,7 +137,7 @@ class LossTerm:
     logits_at_images: ClassVar[bool] = False
     tempered: ClassVar[bool] = False
 
-    def check_cache(
+    def check_cache(  # noqa: B027 - most terms have nothing to refuse
         self, signals: Mapping[str, Any], losses: LossWeights, where: str, match: GroupMatch | None
     ) -> None:
         """Refuse a cache whose codecs cannot serve this loss; needs no student.
@@ -146,23 +147,23 @@ class LossTerm:
             match: How layers meet; None: not yet known.
         """
 
-    def fit(self, plan: Plan, losses: LossWeights, student: StudentSizes, where: str) -> Any:
+    def fit(self, plan: Plan, losses: LossWeights, student: StudentSizes, where: str) -> Any:  # noqa: B027
         """What the loss must know of its cache and its student, once a phase; the methods below get it back.
 
         Raises:
             CacheMismatchError: If the two cannot be compared.
         """
 
-    def check_record(self, record: Record, encoded: EncodedSample, *, where: str) -> None:
+    def check_record(self, record: Record, encoded: EncodedSample, *, where: str) -> None:  # noqa: B027
         """Refuse, with a CacheMismatchError, a record that was made from other words than the student reads."""
 
+    @abstractmethod
     def target(self, sides: Sides) -> Any:
         """The teacher's side of one sample, on the CPU."""
-        raise NotImplementedError
 
+    @abstractmethod
     def collate(self, targets: Sequence[Any], places: Sequence[int]) -> Any:
         """Join the teacher's sides of the samples that have one; `places`: where these are in the batch."""
-        raise NotImplementedError
 
     def count(self, target: Any) -> int:
         """How many rows or images of a batch the loss is a mean over."""
@@ -176,9 +177,9 @@ class LossTerm:
         """Names of what is logged beside the loss."""
         return ()
 
+    @abstractmethod
     def value(self, seen: Seen, target: Any, fit: Any) -> Value:
         """The loss, a float32 scalar with a graph, and its measures, without one: means over `count` rows or images."""
-        raise NotImplementedError
 
 
 def decode_signals(

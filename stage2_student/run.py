@@ -28,7 +28,7 @@ from vlm_distill_cache.common.locations import public_location
 from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.common.remotes.mirror import local_folder
 from vlm_distill_cache.common.terminal.command_line import leave_one_core, quiet_libraries, run_command, said_so_far
-from vlm_distill_cache.stage2_student.config import TrainConfig, describe, without_teacher
+from vlm_distill_cache.stage2_student.config import EvaluationConfig, TrainConfig, describe, without_teacher
 from vlm_distill_cache.stage2_student.pruned_folder import FOLDER, kept_share, refuse_uncut
 from vlm_distill_cache.stage2_student.resolve import open_caches, resolve_config
 from vlm_distill_cache.stage2_student.scores.results import EvaluationReport, render_table
@@ -133,7 +133,9 @@ def train_and_score(
         say(f"{name}: training {describe_phases(arm)}")
         train_arm(arm, processes=processes, caches=caches)
     scores = {name: evaluate_arm(output / name, config, cache, say=say) for name in trained}
-    if known := cache.plan.teacher.get("evaluation"):  # put there by whoever built the cache
+    same_test = (config.evaluation.data, config.evaluation.split) == (None, EvaluationConfig().split)
+    # Put there by whoever built the cache, of the test set of the cache's own data.
+    if (known := cache.plan.teacher.get("evaluation")) and same_test:
         scores[TEACHER] = EvaluationReport.from_dict(known)
     write_json_atomic(output / SCORES, {name: report.to_dict() for name, report in scores.items()})
     table = "\n".join([render_table(scores, COMPARED), *(f"note: {note}" for note in notes)])

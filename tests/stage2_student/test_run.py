@@ -17,6 +17,7 @@ from vlm_distill_cache.common.errors import CacheMismatchError, ConfigError
 from vlm_distill_cache.data.registry import open_dataset
 from vlm_distill_cache.stage2_student import run as run_module
 from vlm_distill_cache.stage2_student.cli import main
+from vlm_distill_cache.stage2_student.resolve import open_caches
 from vlm_distill_cache.stage2_student.run import load_run_config, run, set_up_libraries
 from vlm_distill_cache.stage2_student.training.output_folder import claim_output, refuse_foreign_folder
 from vlm_distill_cache.stage2_student.training.preparation import prepare
@@ -54,6 +55,21 @@ def test_a_run_leaves_two_students_a_table_and_a_page(finished):
     assert "captions by likelihood" in finished.table
     assert "<svg" in finished.report.read_text()
     assert set(json.loads((finished.output / "evaluation.json").read_text())) == {"sft", "distilled"}
+
+
+def test_the_teachers_scores_stand_only_beside_those_on_its_own_test_set(tiny_cache, copied, monkeypatch):
+    def told(config):
+        caches = open_caches(config)
+        for cache in caches.values():
+            score = {"value": 0.9, "low": 0.8, "high": 1.0, "items": 10}
+            cache.plan.teacher["evaluation"] = {"scores": {"likelihood": score}}
+        return caches
+
+    monkeypatch.setattr(run_module, "open_caches", told)
+    (copied / "report.html").unlink()
+    assert "teacher" in run(make_config(tiny_cache[0], copied)).table.splitlines()[0]
+    for other in ("evaluation.split=validation", "evaluation.data='shapes:images=4,seed=3'"):
+        assert "teacher" not in run(make_config(tiny_cache[0], copied, other)).table.splitlines()[0]
 
 
 @pytest.fixture

@@ -4,8 +4,8 @@
 |---|---|
 | ``shapes``, ``shapes:images=1500,seed=0`` | `data.shapes.dataset`, drawn in code |
 | ``easy-vqa`` | `data.sources.easy_vqa` |
-| ``FILE.json`` | `data.sources.llava` |
-| ``FILE.jsonl`` | `data.sources.messages` |
+| ``FILE.json``, ``FILE.jsonl``: a list | `data.sources.llava` |
+| ``FILE.json``, ``FILE.jsonl``: an entry a line | `data.sources.messages` |
 | a folder of ``datasets.save_to_disk``, or one holding exactly one such folder | `data.sources.hf` |
 | ``FILE.tar``, ``{000..099}.tar``, ``*.tar``, a folder of tars | `data.sources.webdataset` |
 
@@ -29,7 +29,7 @@ from vlm_distill_cache.data.sources.easy_vqa import EasyVqaDataset, easy_vqa_eva
 from vlm_distill_cache.data.sources.grouping import ChosenSamples
 from vlm_distill_cache.data.sources.hf import HuggingFaceDataset, is_saved_dataset
 from vlm_distill_cache.data.sources.llava import LlavaDataset
-from vlm_distill_cache.data.sources.messages import MessagesDataset
+from vlm_distill_cache.data.sources.messages import MessagesDataset, holds_lines
 from vlm_distill_cache.data.sources.webdataset import WebDataset
 
 logger = logging.getLogger(__name__)
@@ -127,9 +127,8 @@ def _answer_kind(answer: str) -> str:
 
 def _open_path(name: str, split: str, images: Path | None) -> Dataset:
     path = Path(name)
-    if path.suffix in (".json", ".jsonl") and path.is_file():
-        reader = LlavaDataset if path.suffix == ".json" else MessagesDataset
-        return reader(path, images=images)
+    if path.suffix.lower() in (".json", ".jsonl", ".ndjson") and path.is_file():
+        return (MessagesDataset if holds_lines(path) else LlavaDataset)(path, images=images)
     if path.is_dir():
         saved = [path] if is_saved_dataset(path) else sorted(p for p in path.iterdir() if is_saved_dataset(p))
         if len(saved) == 1:
@@ -139,7 +138,7 @@ def _open_path(name: str, split: str, images: Path | None) -> Dataset:
         if not any(path.glob("*.tar")):
             raise DataError(f"folder {path} holds no data set that can be read; expected {FORMS}")
         return WebDataset(name)
-    if name.endswith(".tar"):
+    if name.lower().endswith(".tar"):
         return WebDataset(name)
     state = "is of an unknown kind" if path.exists() else "does not exist"
     raise DataError(f"data {name!r} {state}; expected {FORMS}")

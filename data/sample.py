@@ -201,7 +201,7 @@ def number_repeats(ids: Sequence[str]) -> list[str]:
     return unique
 
 
-def resolve_ids(entries: Iterable[tuple[object, object]], *, where: str) -> list[str]:
+def resolve_ids(entries: Iterable[tuple[object, object]], *, where: str) -> tuple[list[str], dict[int, str]]:
     """Turn the ids found in a file into unique strings.
 
     Published LLaVA files repeat the image's id for each conversation about it: repeats are numbered, and said.
@@ -210,53 +210,52 @@ def resolve_ids(entries: Iterable[tuple[object, object]], *, where: str) -> list
         entries: ``(id or None, content)`` in file order; the content makes an id where there is none.
         where: File named in messages.
 
-    Raises:
-        DataError: An id is neither string nor integer, too long, or no text that can be written as UTF-8.
+    Returns:
+        The ids; and what is wrong with an id, by position: that sample has a derived one and cannot be used.
     """
     found: list[str] = []
+    odd: dict[int, str] = {}
     for position, (raw, content) in enumerate(entries):
-        if raw is None or raw == "":
-            found.append(derive_id(content))
-        elif isinstance(raw, bool) or not isinstance(raw, str | int):
-            raise DataError(
-                f"{where}: entry {position} has an id of type {type(raw).__name__} ({raw!r}); "
-                "ids must be strings or integers, or be left out"
+        if isinstance(raw, bool) or not isinstance(raw, str | int | None):
+            odd[position] = (
+                f"its id is of type {type(raw).__name__} ({str(raw)[:60]!r}); use a text or an integer, or none"
             )
-        else:
-            found.append(str(raw))
+        found.append(derive_id(content) if raw is None or raw == "" or position in odd else str(raw))
     unique = number_repeats(found)
     repeats = sum(before != after for before, after in zip(found, unique, strict=True))
     if repeats:
         logger.info("%s: %d repeated ids were numbered (the second 'x' becomes 'x#2')", where, repeats)
-    return _refuse_unusable(unique, where=where)
+    usable, unusable = usable_ids(unique)
+    return usable, odd | unusable
 
 
-def _refuse_unusable(ids: list[str], *, where: str) -> list[str]:
-    """Refuse ids that no store could keep, before the teacher runs."""
+def usable_ids(ids: Sequence[str]) -> tuple[list[str], dict[int, str]]:
+    """Replace ids that no store could keep; what is wrong with them, by position, as `resolve_ids` returns it."""
+    usable, odd = list(ids), {}
     for position, sample_id in enumerate(ids):
         try:
             size = len(sample_id.encode())
         except UnicodeEncodeError as error:
-            raise DataError(
-                f"{where}: the id of entry {position} holds a lone surrogate ({error}); use plain text"
-            ) from error
-        if size > MAX_ID_BYTES:
-            raise DataError(
-                f"{where}: the id of entry {position} ({sample_id[:40]!r}...) has {size} bytes, "
-                f"more than {MAX_ID_BYTES}; use a shorter one"
+            odd[position] = f"its id {sample_id[:60]!r} holds a lone surrogate ({error.reason}); use plain text"
+        else:
+            if size <= MAX_ID_BYTES:
+                continue
+            odd[position] = (
+                f"its id {sample_id[:60]!r}... has {size} bytes, more than {MAX_ID_BYTES}; use a shorter one"
             )
-    return ids
+        usable[position] = derive_id(sample_id)
+    return usable, odd
 
 
 def refuse_repeats(ids: list[str], *, where: str) -> list[str]:
-    """Return ``ids`` unchanged if no id occurs twice and all can be stored.
+    """Return ``ids`` unchanged if no id occurs twice.
 
     Raises:
-        DataError: Names up to five repeated ids and how to go on, or the entry whose id cannot be stored.
+        DataError: Names up to five repeated ids and how to go on.
     """
     repeated = [sample_id for sample_id, count in Counter(ids).items() if count > 1]
     if repeated:
-        shown = ", ".join(repr(sample_id) for sample_id in repeated[:5])
+        shown = ", ".join(repr(sample_id[:100]) for sample_id in repeated[:5])
         more = f" and {len(repeated) - 5} more" if len(repeated) > 5 else ""
         raise DataError(f"{where}: {len(repeated)} ids occur more than once: {shown}{more}; make the ids unique")
-    return _refuse_unusable(ids, where=where)
+    return ids

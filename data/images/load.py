@@ -68,14 +68,15 @@ class FileSlice:
         """Read the range and decode it to RGB; `SampleError` if it is no image."""
         return decode_image(self.read(), name=self.name)
 
-    def read(self) -> bytes:
-        """Return the ``size`` bytes; `SampleError` if the file cannot be read or ends too early."""
+    def read(self, *, most: int | None = None) -> bytes:
+        """Return the ``size`` bytes, or the first of them; `SampleError` if the file cannot be read or ends too early."""
+        size = self.size if most is None else min(self.size, most)
         try:
             with self.path.open("rb") as file:
                 file.seek(self.offset)
-                data = file.read(self.size)
+                data = file.read(size)
         except OSError as error:
             raise SampleError(f"{self.name} cannot be read: {reason_of(error)}") from error
-        if len(data) != self.size:
-            raise SampleError(f"{self.name} is cut off: expected {self.size} bytes, got {len(data)}")
+        if len(data) != size:
+            raise SampleError(f"{self.name} is cut off: expected {size} bytes, got {len(data)}")
         return data

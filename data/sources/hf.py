@@ -1,20 +1,18 @@
-"""Folders written by Hugging Face `datasets` (``save_to_disk``), read row by row.
+"""Folders written by Hugging Face `datasets` (``save_to_disk``), read row by row, and never written to.
 
-Columns, by name: ``image`` or ``images``; ``messages``, ``conversations``, ``question`` and ``answer``, or
-``caption``; ``id``. Pictures are taken as the stored bytes and decoded by `data.images.load`, so that every
-format is decoded alike.
+A row is an entry, as in a JSON file; its columns are named alike. Pictures are taken as the stored bytes and decoded
+by `data.images.load`, so that every format is decoded alike. Rows come straight from the Arrow file: telling the
+library to leave pictures encoded makes it write a second copy of lists of them beside the data.
 """
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlm_distill_cache.common.errors import DataError
-from vlm_distill_cache.data.images.load import ImageBytes
-from vlm_distill_cache.data.sample import ImageSource, Turn, resolve_ids
-from vlm_distill_cache.data.sources.grouping import key_of_paths
-from vlm_distill_cache.data.sources.llava import EntryDataset, find_images
-from vlm_distill_cache.data.sources.messages import parse_record
+from vlm_distill_cache.common.errors import DataError, SampleError
+from vlm_distill_cache.data.sample import resolve_ids
+from vlm_distill_cache.data.sources.entries import EntryDataset
+from vlm_distill_cache.data.sources.pictures import says_none
 
 _ID_COLUMNS = ("id", "sample_id", "question_id")
 _TEXT_COLUMNS = ("messages", "conversations", "question", "caption")
@@ -28,45 +26,56 @@ class HuggingFaceDataset(EntryDataset):
 
     def __init__(self, path: Path, *, split: str = "train", images: Path | None = None) -> None:
         self.name = path.name
-        self._path = path
-        self._images = images or path
+        self.image_root = images or path
         self._table = _load_table(path, split)
         columns = self._table.column_names
+        kinds = {column: _kinds_in(feature) for column, feature in self._table.features.items()}
+        self.picture_keys = frozenset(column for column in columns if "Image" in kinds[column])
+        self._videos = [column for column in columns if "Video" in kinds[column]]
         if not any(column in columns for column in _TEXT_COLUMNS):
             raise DataError(f"{path}: none of the columns {list(_TEXT_COLUMNS)} found; it has {columns}")
         named = [column for column in _ID_COLUMNS if column in columns]
         # Rows without an id are numbered: their content would have to be read in full to hash it.
-        rows = self._table[named[0]] if named else [f"row-{index:08d}" for index in range(len(self._table))]
-        self.sample_ids: Sequence[str] = resolve_ids(((row, index) for index, row in enumerate(rows)), where=str(path))
+        rows: Sequence[Any] = (
+            self._table.select_columns(named[:1])[:].column(0).to_pylist()
+            if named
+            else [f"row-{index:08d}" for index in range(len(self._table))]
+        )
+        self.sample_ids, self.odd_ids = resolve_ids(((row, index) for index, row in enumerate(rows)), where=str(path))
 
-    def read(self, index: int) -> tuple[Mapping[str, Any], tuple[Turn, ...], tuple[ImageSource, ...]]:
-        """The row at ``index``, its turns and its images."""
-        row = self._table[index]
-        turns, named = parse_record(row)
-        stored = row.get("image") if row.get("image") is not None else row.get("images")
-        return row, turns, self._find(stored, named, self.sample_ids[index])
+    def read(self, index: int) -> Mapping[str, Any]:
+        """The row at ``index``."""
+        try:
+            row: Mapping[str, Any] = self._table[index].to_pylist()[0]
+        except (
+            ValueError,
+            TypeError,
+            OverflowError,
+        ) as error:  # a time or number that Python cannot hold; text not UTF-8
+            raise SampleError(f"the row cannot be read: {error}") from error
+        return row
 
-    def image_keys(self) -> list[str | None]:
+    def refuse_text_only(self, entry: Mapping[str, Any]) -> None:
+        """As for every entry; a column of videos is one, whatever its name."""
+        for column in self._videos:
+            if not says_none(entry[column]):
+                raise SampleError(
+                    f"column {column!r} holds a video; only pictures are read: give frames of it as samples"
+                )
+        super().refuse_text_only(entry)
+
+    def image_keys(self) -> Sequence[str | None]:
         """Each row's image path, where a column of texts names it; None where pictures are stored."""
         for column in ("image", "images"):
-            feature = self._table.features.get(column)
-            if getattr(feature, "dtype", None) == "string":
-                return [key_of_paths(value) for value in self._table[column]]
+            if getattr(self._table.features.get(column), "dtype", None) == "string":
+                return super().image_keys()
         return [None] * len(self)
 
-    def _find(self, stored: Any, named: list[str], sample_id: str) -> tuple[ImageSource, ...]:
-        if stored is None:
-            return find_images(named, self._images)
-        found: list[ImageSource] = []
-        for item in stored if isinstance(stored, list) else [stored]:
-            if isinstance(item, Mapping):
-                if item.get("bytes"):
-                    found.append(ImageBytes(item["bytes"], f"{self._path.name}, row {sample_id!r}"))
-                else:
-                    found += find_images(item.get("path"), self._images)
-            else:
-                found += find_images(item, self._images)
-        return tuple(found)
+
+def _kinds_in(feature: Any) -> set[str]:
+    """Names of the types in a column, those in lists of it included; not those in texts' parts."""
+    inner = getattr(feature, "feature", None)
+    return {type(feature).__name__} | (_kinds_in(inner) if inner is not None and not isinstance(inner, dict) else set())
 
 
 def is_saved_dataset(path: Path) -> bool:
@@ -83,16 +92,10 @@ def _load_table(path: Path, split: str) -> Any:
         ) from error
     try:
         loaded = datasets.load_from_disk(str(path))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, KeyError, NotImplementedError) as error:  # Arrow's are among them
         raise DataError(f"{path} cannot be read as a folder of datasets.save_to_disk: {error}") from error
     if isinstance(loaded, datasets.DatasetDict):
         if split not in loaded:
             raise DataError(f"{path} has no split {split!r}; it has {sorted(loaded)}")
         loaded = loaded[split]
-    for column, feature in loaded.features.items():
-        plain = datasets.Image(decode=False)
-        if isinstance(feature, datasets.Image):
-            loaded = loaded.cast_column(column, plain)
-        elif isinstance(getattr(feature, "feature", None), datasets.Image):
-            loaded = loaded.cast_column(column, datasets.List(plain))
-    return loaded
+    return loaded.with_format("arrow")

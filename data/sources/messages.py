@@ -1,150 +1,105 @@
-"""Messages JSONL, as OpenAI and Hugging Face write chats: one ``{"messages", "images"}`` a line.
+"""One JSON entry a line, in any of the forms of `data.sources.conversations`; mostly OpenAI's and TRL's ``messages``.
 
-``content`` is a text, or a list of parts ``{"type": "text", "text"}`` and ``{"type": "image"}``. An image
-part may name its file itself (``"image"``, ``"path"`` or ``"url"``); otherwise ``images`` holds the paths.
-Only ids and line offsets stay in memory; a line is parsed when its sample is asked for.
+Only ids and line offsets stay in memory; a line is parsed when its sample is asked for. A file in UTF-16, or with a
+byte order mark, is held in memory as a whole.
 """
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from vlm_distill_cache.common.errors import DataError, SampleError
-from vlm_distill_cache.data.sample import ImageSource, Turn, resolve_ids
-from vlm_distill_cache.data.sources.grouping import key_of_paths
-from vlm_distill_cache.data.sources.llava import (
-    EntryDataset,
-    find_images,
-    image_folder,
-    pair_turns,
-    parse_conversations,
-)
-
-_INLINE_KEYS = ("image", "path", "url")
+from vlm_distill_cache.data.sample import resolve_ids
+from vlm_distill_cache.data.sources.conversations import FORMS, brief_keys, has_text
+from vlm_distill_cache.data.sources.entries import EntryDataset
+from vlm_distill_cache.data.sources.json_text import decode, is_plain, parse_bytes
+from vlm_distill_cache.data.sources.llava import id_and_content
+from vlm_distill_cache.data.sources.pictures import brief, image_folder
 
 
 class MessagesDataset(EntryDataset):
-    """A messages JSONL file, whose lines may also hold LLaVA conversations; ``images`` as for `LlavaDataset`."""
+    """A JSON lines file; ``images`` as for `LlavaDataset`. A line that is no JSON object is its sample's error."""
 
     def __init__(self, path: Path, *, images: Path | None = None) -> None:
         self.name = path.name
+        self.image_root = image_folder(images, path)
         self._path = path
-        self._images = image_folder(images, path)
+        self._held: bytes | None = None  # all of the file, as UTF-8
         self._offsets: list[int] = []
-        self.sample_ids: Sequence[str] = resolve_ids(self._scan(), where=str(path))
+        self._broken: dict[int, str] = {}  # by position: what is wrong with the line
+        self._has_text = False
+        self.sample_ids, self.odd_ids = resolve_ids(self._scan(), where=str(path))
         if not self._offsets:
             raise DataError(f"{path} holds no sample; expected one JSON object a line")
+        if not self._has_text:
+            first = self._broken.get(0) or f"the first has {brief_keys(self.read(0))}"
+            raise DataError(f"{path}: no line is an entry with {FORMS}; {first}")
 
-    def read(self, index: int) -> tuple[Mapping[str, Any], tuple[Turn, ...], tuple[ImageSource, ...]]:
-        """The entry at ``index``, its turns and its images; `DataError` if the file was changed meanwhile."""
+    def read(self, index: int) -> Mapping[str, Any]:
+        """The entry at ``index``; `DataError` if the file was changed meanwhile."""
+        if index in self._broken:
+            raise SampleError(self._broken[index])
         # Opened per sample: a shared handle would share its position between forked workers.
-        with self._path.open("rb") as file:
+        with self._open() as file:
             file.seek(self._offsets[index])
-            record = _parse_line(file.readline(), f"{self._path} has changed, sample {self.sample_ids[index]!r}")
-        turns, inline = parse_record(record)
-        return record, turns, find_images(_named_images(record, inline), self._images)
+            entry = parse_bytes(file.readline(), where=f"{self._path} has changed: sample {self.sample_ids[index]!r}")
+        if not isinstance(entry, dict):
+            raise DataError(f"{self._path} has changed: sample {self.sample_ids[index]!r} is no object any more")
+        return entry
 
-    def image_keys(self) -> list[str | None]:
-        """Each sample's image path as the file writes it; None without one. Reads the file once."""
-        keys = []
-        with self._path.open("rb") as file:
-            for offset in self._offsets:
-                file.seek(offset)
-                record = json.loads(file.readline())
-                try:
-                    _, inline = parse_record(record)
-                except SampleError:
-                    inline = []  # it will fail when it is asked for, wherever it stands
-                keys.append(key_of_paths(_named_images(record, inline)))
-        return keys
+    def _open(self) -> BinaryIO:
+        return self._path.open("rb") if self._held is None else BytesIO(self._held)
 
     def _scan(self) -> Iterator[tuple[object, object]]:
         """Note where each line begins and yield its id and, where there is none, its content."""
         try:
             with self._path.open("rb") as file:
+                if not is_plain(file.read(4)):
+                    file.seek(0)
+                    self._held = decode(file.read(), where=str(self._path)).encode()
+            with self._open() as file:
                 offset = 0
                 for number, line in enumerate(file, start=1):
                     if line.strip():
-                        record = _parse_line(line, f"{self._path}, line {number}")
                         self._offsets.append(offset)
-                        yield record.get("id"), record
+                        yield id_and_content(self._parse(line, number))
                     offset += len(line)
         except OSError as error:
-            raise DataError(f"{self._path} cannot be read: {error}") from error
+            raise DataError(f"{self._path} cannot be read: {error.strerror or error}") from error
+
+    def _parse(self, line: bytes, number: int) -> Any:
+        """An entry; of a line that is none, a text that makes its id."""
+        try:
+            entry = parse_bytes(line, where=f"{self._path.name}, line {number},")
+            if isinstance(entry, dict):
+                self._has_text = self._has_text or has_text(entry)
+                return entry
+            problem = f"{self._path.name}, line {number}, must be an object, got {brief(entry)}"
+        except DataError as error:
+            problem = str(error)
+        self._broken[len(self._offsets) - 1] = problem
+        return line.decode(errors="backslashreplace")
 
 
-def _named_images(record: Mapping[str, Any], inline: list[str]) -> Any:
-    """What a record says its images are: in its messages, or beside them."""
-    return inline or record.get("images") or record.get("image")
+def holds_lines(path: Path) -> bool:
+    """Whether a file holds one JSON object a line: as its content says, where its name says otherwise.
 
-
-def parse_record(record: Mapping[str, Any]) -> tuple[tuple[Turn, ...], list[str]]:
-    """Turns of one record in any of the forms users have, and the images its messages name.
-
-    The forms, by key: ``messages``, ``conversations`` (LLaVA), ``question`` and ``answer``, ``caption``.
-
-    Raises:
-        SampleError: None of them is there, or it cannot be understood.
+    A file called ``.jsonl`` does unless it begins with a list or with an object over several lines; another one does
+    if its first line is a whole object that is an entry.
     """
-    if record.get("messages") is not None:
-        return parse_messages(record["messages"])
-    if record.get("conversations") is not None:
-        return parse_conversations(record["conversations"]), []
-    if isinstance(record.get("question"), str) and isinstance(record.get("answer"), str):
-        return pair_turns([("user", record["question"]), ("assistant", record["answer"])]), []
-    if isinstance(record.get("caption"), str):
-        return pair_turns([("user", ""), ("assistant", record["caption"])]), []
-    raise SampleError(
-        f"expected 'messages', 'conversations', 'question' and 'answer' or 'caption', got {sorted(record)}"
-    )
-
-
-def parse_messages(messages: Any) -> tuple[tuple[Turn, ...], list[str]]:
-    """Turns of a list of ``{"role", "content"}``, alternating from user to assistant, and the images its parts name."""
-    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-        raise SampleError(f"'messages' must be a list of messages, got {type(messages).__name__}")
-    plain: list[tuple[str, str]] = []
-    named: list[str] = []
-    for position, message in enumerate(messages, start=1):
-        role = message.get("role") if isinstance(message, Mapping) else None
-        if role not in ("user", "assistant"):
-            raise SampleError(
-                f"message {position} has role {role!r}; only 'user' and 'assistant' are supported (a system "
-                "prompt belongs to the prompt template)"
-            )
-        text, images, count = _parse_content(message.get("content"), position)
-        if count and position > 1:
-            raise SampleError(f"message {position} holds an image; it must be in the first message")
-        named += images
-        plain.append((role, text))
-    return pair_turns(plain), named
-
-
-def _parse_content(content: Any, position: int) -> tuple[str, list[str], int]:
-    """Text, named images and number of image parts of one message."""
-    if isinstance(content, str):
-        return content, [], 0
-    if not isinstance(content, Sequence):
-        raise SampleError(f"message {position} has content of type {type(content).__name__}, expected text or parts")
-    texts, images, count = [], [], 0
-    for part in content:
-        kind = part.get("type") if isinstance(part, Mapping) else None
-        if kind == "text" and isinstance(part.get("text"), str):
-            texts.append(part["text"])
-        elif kind == "image":
-            count += 1
-            images += [part[key] for key in _INLINE_KEYS if isinstance(part.get(key), str)][:1]
-        else:
-            raise SampleError(f"message {position} holds a part of type {kind!r}; expected 'text' or 'image'")
-    return "\n".join(texts), images, count
-
-
-def _parse_line(line: bytes, where: str) -> dict[str, Any]:
     try:
-        record = json.loads(line)
-    except ValueError as error:  # JSONDecodeError, or bytes that are not UTF-8
-        raise DataError(f"{where} is not JSON: {error}; repair or remove the line") from error
-    if not isinstance(record, dict):
-        raise DataError(f"{where}: expected an object, got {type(record).__name__}; repair or remove the line")
-    return record
+        with path.open("rb") as file:
+            plain = is_plain(file.read(4))
+            file.seek(0)
+            lines = file if plain else iter(decode(file.read(), where=str(path)).encode().splitlines())
+            first = next((line.strip() for line in lines if line.strip()), b"")
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+    if path.suffix.lower() != ".json":
+        return not first.startswith(b"[") and first != b"{"
+    try:
+        entry = parse_bytes(first, where=str(path)) if first.startswith(b"{") else None
+    except DataError:
+        return False
+    return isinstance(entry, dict) and has_text(entry)

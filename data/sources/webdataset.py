@@ -1,35 +1,51 @@
-"""WebDataset tars of image + JSON, read in any order without unpacking.
+"""WebDataset tars of image + text, read in any order without unpacking.
 
-The library streams tars front to back; a teacher cache needs sample number 31,415 again after a
-resume. So the members' offsets are listed once (headers only: a 1 GB tar takes a fraction of a second)
-and each sample is two short reads. The library still expands brace patterns and splits keys, so that
-``{000..099}.tar`` and ``a/b.c.jpg`` mean what they mean everywhere else.
+The library streams tars front to back; a teacher cache needs sample number 31,415 again after a resume. So the
+members' offsets are listed once (headers only: a 1 GB tar takes a fraction of a second) and each sample is two short
+reads. The library still expands brace patterns, and its rule says what a sample is: the members whose names agree up
+to the first dot of the base name.
+
+Of a sample's members the last part of the extension says what they are, so that ``KEY.input.png`` with
+``KEY.output.txt`` and ``KEY.png`` with ``KEY.png.json`` are samples. Whatever else lies in an archive is said: a
+member that is no sample's, a sample without a text, or without a picture where others have one, is a sample that
+cannot be used, with its reason.
 """
 
 import glob
-import json
+import posixpath
+import re
 import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from vlm_distill_cache.common.errors import DataError, SampleError
-from vlm_distill_cache.data.images.load import FileSlice
-from vlm_distill_cache.data.sample import ImageSource, Turn, refuse_repeats
-from vlm_distill_cache.data.sources.llava import EntryDataset
-from vlm_distill_cache.data.sources.messages import parse_record
+from vlm_distill_cache.data.images.load import FileSlice, ImageBytes
+from vlm_distill_cache.data.images.recognise import VIDEO_EXTENSIONS, is_picture, picture_extensions
+from vlm_distill_cache.data.sample import ImageSource, refuse_repeats, usable_ids
+from vlm_distill_cache.data.sources.conversations import has_text, read_conversation
+from vlm_distill_cache.data.sources.entries import EntryDataset
+from vlm_distill_cache.data.sources.json_text import decode, parse
+from vlm_distill_cache.data.sources.pictures import brief, open_picture, refuse_unread, says_text_only
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
+_BLOCK = 512
+_KEY = re.compile(r"((?:.*/|)[^./][^./]*)\.([^/]*)", re.DOTALL)  # `webdataset.tariterators.base_plus_ext`
+_HIDDEN = re.compile(r"(.*/)?(\._[^/]*|\.DS_Store|__[^/]*__(/.*)?|__MACOSX/.*|Thumbs\.db|desktop\.ini)", re.DOTALL)
+_TEXTS = {"json": "json", "txt": "txt", "text": "txt", "caption": "txt"}
 
 
 @dataclass
 class _Member:
-    """Where the parts of one sample lie."""
+    """Where the parts of one sample lie; ``others``: members of unknown kinds; ``problem``: why it cannot be used."""
 
     key: str
     texts: dict[str, FileSlice] = field(default_factory=dict)
     images: list[FileSlice] = field(default_factory=list)
+    videos: list[FileSlice] = field(default_factory=list)
+    others: list[FileSlice] = field(default_factory=list)
+    problem: str = ""
 
 
 class WebDataset(EntryDataset):
@@ -37,17 +53,78 @@ class WebDataset(EntryDataset):
 
     def __init__(self, pattern: str) -> None:
         self.name = Path(pattern).name
+        self.image_root = Path(pattern).parent
         paths = find_tars(pattern)
         self._members = [member for path in paths for member in _index_tar(path)]
-        if not self._members:
-            raise DataError(f"{pattern}: no member KEY.json or KEY.txt in {len(paths)} tars; nothing to learn from")
-        self.sample_ids: Sequence[str] = refuse_repeats([member.key for member in self._members], where=pattern)
+        if not any(member.texts for member in self._members):
+            raise DataError(
+                f"{pattern}: no member KEY.json or KEY.txt in {len(paths)} tars; nothing to learn from"
+                + "".join(f"; {member.problem}" for member in self._members[:1] if member.problem)
+            )
+        ids = refuse_repeats([member.key for member in self._members], where=pattern)
+        self.sample_ids, self.odd_ids = usable_ids(ids)
 
-    def read(self, index: int) -> tuple[Mapping[str, Any], tuple[Turn, ...], tuple[ImageSource, ...]]:
-        """The entry at ``index``, its turns and its images."""
+    def read(self, index: int) -> Mapping[str, Any]:
+        """The entry at ``index``."""
         member = self._members[index]
-        record = _read_record(member)
-        return record, parse_record(record)[0], tuple(member.images)
+        if member.problem:
+            raise SampleError(member.problem)
+        if member.videos:
+            raise SampleError(
+                f"{member.videos[0].name} is a video; only pictures are read: give frames of it as samples"
+            )
+        if not member.texts:
+            there = [part.name for part in (*member.images, *member.others)]
+            raise SampleError(f"no member KEY.json or KEY.txt beside {', '.join(there[:3])}; nothing to learn from it")
+        return _read_entry(member)
+
+    def attached(self, index: int) -> Sequence[ImageSource]:
+        """The pictures among the sample's members; of members of unknown kinds, those that begin like one."""
+        member = self._members[index]
+        return member.images or [part for part in member.others if is_picture(part.read(most=32))]
+
+    def find(self, value: Any, index: int) -> ImageSource:
+        """Only pictures that stand in the entry itself: a file that it names is not in the archive."""
+        source = open_picture(value, self.image_root, where=f"of {self.name}, sample {self.sample_ids[index]!r}")
+        if isinstance(source, ImageBytes):
+            return source
+        raise SampleError(
+            f"it names the image {brief(value)}, which does not lie beside it as {self._members[index].key}.EXTENSION"
+        )
+
+    def refuse_text_only(self, entry: Mapping[str, Any]) -> None:
+        """Refuse a sample that speaks of a picture, and one without a picture among samples that have one.
+
+        Only its own data can say that a sample is text alone: by ``"image": null``, or by a question without the
+        marker that the questions about pictures have.
+        """
+        refuse_unread(entry)
+        asks = entry.get("caption") is None and self._marks_pictures
+        if self._pictured is not None and not says_text_only(entry) and not asks:
+            raise SampleError(
+                'it has no picture, though other samples of this data have one; write "image": null into its JSON if it is '
+                "text alone"
+            )
+
+    def image_keys(self) -> Sequence[str | None]:
+        """None: only the pictures tell."""
+        return [None] * len(self)
+
+    @cached_property
+    def _pictured(self) -> int | None:
+        """The first sample with a picture beside it."""
+        return next((index for index, member in enumerate(self._members) if member.images and member.texts), None)
+
+    @cached_property
+    def _marks_pictures(self) -> bool:
+        """Whether questions about pictures say so, in the first such sample that can be read."""
+        for member in self._members[self._pictured or 0 :]:
+            if member.images and member.texts and not member.problem:
+                try:
+                    return read_conversation(_read_entry(member)).expected > 0
+                except SampleError:
+                    continue
+        return False
 
 
 def find_tars(pattern: str) -> list[Path]:
@@ -65,46 +142,133 @@ def find_tars(pattern: str) -> list[Path]:
 
 
 def _index_tar(path: Path) -> list[_Member]:
-    from webdataset.tariterators import base_plus_ext
-
-    members: dict[str, _Member] = {}
+    """List an archive's samples, in the order of their first members."""
     try:
         with tarfile.open(path, "r:") as tar:
-            for info in tar:
-                key, extension = base_plus_ext(info.name)
-                if not info.isfile() or not key:
-                    continue
-                part = FileSlice(path, info.offset_data, info.size, f"{path.name}:{info.name}")
-                member = members.setdefault(key, _Member(key=key))
-                kind = extension.lower()
-                if kind in ("json", "txt"):
-                    member.texts[kind] = part
-                elif kind.rsplit(".", 1)[-1] in IMAGE_EXTENSIONS:
-                    member.images.append(part)
-    except (tarfile.TarError, OSError, EOFError) as error:
+            infos = list(tar)
+            _refuse_cut(path, tar.offset)
+    except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError) as error:
         raise DataError(
             f"{path} cannot be read as an uncompressed tar: {error}; unpack .tar.gz first, or download it again"
         ) from error
-    return [member for member in members.values() if member.texts]
+    slices = _slices(path, infos)
+    groups: dict[str, list[tuple[str, tarfile.TarInfo]]] = {}
+    members: list[_Member] = []
+    for info in infos:
+        if info.isdir() or _HIDDEN.fullmatch(info.name):
+            continue
+        if found := _KEY.fullmatch(info.name):
+            groups.setdefault(found[1], []).append((found[2], info))
+        else:
+            groups.setdefault(info.name, []).append(("", info))
+    for key, parts in groups.items():
+        members += _samples(key, parts, slices, path.name)
+    return members
 
 
-def _read_record(member: _Member) -> dict[str, Any]:
+def _refuse_cut(path: Path, end: int) -> None:
+    """Refuse an archive whose members end at byte ``end`` without the blocks of zeros that close one.
+
+    `tarfile` takes a header that is cut off or damaged for the end, and so does one behind which another archive
+    follows.
+    """
+    with path.open("rb") as file:
+        file.seek(end)
+        block = file.read(_BLOCK)
+        if block.strip(b"\0") or len(block) < _BLOCK:
+            raise DataError(
+                f"{path} is cut off or damaged at byte {end}: its end mark is missing; copy or download it again (one that "
+                "a program wrote may not have been closed)"
+            )
+        while block := file.read(1 << 20):
+            if block.strip(b"\0"):
+                raise DataError(
+                    f"{path} goes on behind its end mark at byte {end}: several archives in one file, or damage; keep them "
+                    "as files of their own (tar --concatenate joins two)"
+                )
+
+
+def _slices(path: Path, infos: Iterable[tarfile.TarInfo]) -> dict[int, FileSlice | str]:
+    """By a member's offset, where its bytes lie, links followed inside the archive; or why they cannot be read."""
+    files = {posixpath.normpath(info.name): info for info in infos}
+    found: dict[int, FileSlice | str] = {}
+    for info in infos:
+        target, seen = info, {info.name}
+        while target.islnk() or target.issym():
+            folder = "" if target.islnk() else posixpath.dirname(target.name)
+            name = posixpath.normpath(posixpath.join(folder, target.linkname))
+            if name not in files or name in seen:
+                break
+            seen.add(name)
+            target = files[name]
+        shown = f"{path.name}:{info.name}"
+        if target.isreg() and not target.issparse():
+            found[info.offset] = FileSlice(path, target.offset_data, target.size, shown)
+        elif target.islnk() or target.issym():
+            found[info.offset] = f"{shown} is a link to {target.linkname[:100]!r}, which is not in the archive"
+        else:
+            found[info.offset] = f"{shown} is no ordinary file; expected pictures and texts"
+    return found
+
+
+def _samples(
+    key: str, parts: Sequence[tuple[str, tarfile.TarInfo]], slices: Mapping[int, FileSlice | str], archive: str
+) -> list[_Member]:
+    """The sample of a key; or the samples that its members may have been meant as, none of which can be used."""
+    names = [info.name for _, info in parts]
+    if not parts[0][0]:
+        reason = f"{archive}:{key} belongs to no sample: its name has no extension or begins with a dot; expected KEY.EXTENSION"
+        return [_Member(key=key, problem=reason)]
+    member = _Member(key=key)
+    texts: dict[str, list[str]] = {}
+    for extension, info in parts:
+        part = slices[info.offset]
+        kind = extension.lower().rsplit(".", 1)[-1]
+        if isinstance(part, str):
+            member.problem = member.problem or part
+        elif kind in _TEXTS:
+            texts.setdefault(_TEXTS[kind], []).append(extension)
+            # A plain extension is the sample's own text where others stand beside it (KEY.json, KEY.meta.json).
+            if _TEXTS[kind] not in member.texts or "." not in extension:
+                member.texts[_TEXTS[kind]] = part
+        elif kind in VIDEO_EXTENSIONS:
+            member.videos.append(part)
+        elif kind in picture_extensions():
+            member.images.append(part)
+        else:
+            member.others.append(part)
+    if len(set(names)) < len(names):
+        member.problem = member.problem or f"{archive} holds {max(names, key=names.count)} twice"
+    unclear = [kinds for kinds in texts.values() if len(kinds) > 1 and all("." in kind for kind in kinds)]
+    if not unclear or member.problem:
+        return [member]
+    stems = {name: f"{key}.{extension.rpartition('.')[0]}" for (extension, _), name in zip(parts, names, strict=True)}
+    reason = (
+        f"{archive} holds {len(unclear[0])} texts of the key {key!r} ({', '.join(unclear[0][:3])}): WebDataset ends a key at "
+        "the first dot of a name; rename the members so that only the extension follows a dot"
+    )
+    return [_Member(key=stem, problem=reason) for stem in dict.fromkeys(stems.values())]
+
+
+def _read_entry(member: _Member) -> dict[str, Any]:
+    """What the texts of a sample say: the JSON, with the caption of the text beside it where it has none."""
+    caption = {"caption": _decode(member.texts["txt"])} if "txt" in member.texts else None
     if "json" not in member.texts:
-        return {"caption": _decode(member.texts["txt"])}
+        return caption or {}
     part = member.texts["json"]
     try:
-        record = json.loads(_decode(part))
-    except json.JSONDecodeError as error:
-        raise SampleError(f"{part.name} is not JSON: {error}") from error
+        record = parse(_decode(part), where=part.name)
+    except DataError as error:
+        raise SampleError(str(error)) from error
     if isinstance(record, list):  # some tars hold the bare conversation
-        return {"conversations": record}
+        record = {"conversations": record}
     if not isinstance(record, dict):
         raise SampleError(f"{part.name}: expected an object, got {type(record).__name__}")
-    return record
+    return record | caption if caption and not has_text(record) else record
 
 
 def _decode(part: FileSlice) -> str:
     try:
-        return part.read().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise SampleError(f"{part.name} is not UTF-8: {error}") from error
+        return decode(part.read(), where=part.name)
+    except DataError as error:
+        raise SampleError(str(error)) from error

@@ -171,3 +171,37 @@ def test_what_cannot_be_read_lists_what_can(tmp_path, name, message):
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=rf"{message}.*easy-vqa, FILE\.json \(LLaVA\)"):
         open_dataset(str(tmp_path / name))
+
+
+ENTRY = {"id": "x", "question": "What?", "answer": "A circle."}
+
+
+@pytest.mark.parametrize("name", ["data.json", "DATA.JSON", "data.jsonl", "data.ndjson"])
+def test_json_is_read_as_what_it_holds_whatever_its_name(tmp_path, name):
+    path = tmp_path / name
+    for content in (
+        json.dumps([ENTRY]),
+        json.dumps([ENTRY], indent=1),
+        json.dumps(ENTRY) + "\n" + json.dumps(ENTRY | {"id": "y"}),
+        "\n" + json.dumps(ENTRY),
+        "\ufeff" + json.dumps(ENTRY),
+        "\ufeff" + json.dumps([ENTRY]),
+    ):
+        path.write_text(content, encoding="utf-8")
+        assert open_dataset(str(path))[0].turns[0].answer == "A circle."
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (json.dumps(ENTRY, indent=1) * 2, "put each on a line of its own"),
+        (json.dumps({"data": [ENTRY]}), "its list 'data' holds them|no line is an entry"),
+        ("", "the file is empty|holds no sample"),
+        ("hello", "is not JSON"),
+    ],
+)
+@pytest.mark.parametrize("name", ["data.json", "data.jsonl"])
+def test_json_of_other_kinds_is_refused_with_its_own_remedy(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=message):
+        open_dataset(str(tmp_path / name))

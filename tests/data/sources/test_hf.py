@@ -12,6 +12,7 @@ from vlm_distill_cache.data.sample import Turn
 from vlm_distill_cache.data.sources.hf import HuggingFaceDataset, is_saved_dataset
 
 datasets = pytest.importorskip("datasets")
+pyarrow = pytest.importorskip("pyarrow")
 
 
 @pytest.fixture(autouse=True)
@@ -137,3 +138,75 @@ def test_missing_library_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(DataError, match=r"pip install 'vlm-distill-cache\[hf\]'"):
         HuggingFaceDataset(path)
+
+
+TEXT = {"question": ["What?"] * 2, "answer": ["A0", "A1"]}
+TEXT_TYPES = {key: datasets.Value("string") for key in TEXT}
+
+
+@pytest.mark.parametrize("key", ["image", "img", "jpg", "anything"])
+@pytest.mark.parametrize("several", [False, True])
+def test_a_column_of_pictures_is_known_by_its_type_whatever_its_name(tmp_path, key, several):
+    feature = datasets.List(datasets.Image()) if several else datasets.Image()
+    features = datasets.Features({**TEXT_TYPES, key: feature})
+    values = [[picture] for picture in pictures(2)] if several else pictures(2)
+    dataset = HuggingFaceDataset(save(tmp_path, {**TEXT, key: values}, features))
+    assert [dataset[index].images[0].load().size for index in range(2)] == [(4, 4), (4, 5)]
+
+
+def test_a_row_says_by_null_or_an_empty_list_that_it_has_no_picture(tmp_path):
+    features = datasets.Features({**TEXT_TYPES, "images": datasets.List(datasets.Image())})
+    dataset = HuggingFaceDataset(save(tmp_path, {**TEXT, "images": [pictures(1), []]}, features))
+    assert [len(dataset[index].images) for index in range(2)] == [1, 0]
+    features = datasets.Features({**TEXT_TYPES, "pic": datasets.Image()})
+    dataset = HuggingFaceDataset(save(tmp_path / "two", {**TEXT, "pic": [*pictures(1), None]}, features))
+    assert [len(dataset[index].images) for index in range(2)] == [1, 0]
+
+
+def test_pictures_that_are_damaged_or_given_as_plain_bytes_are_not_overlooked(tmp_path):
+    damaged = pyarrow.table({"question": ["What?"], "answer": ["A"], "x": [{"bytes": b"junk", "path": None}]})
+    features = datasets.Features({**TEXT_TYPES, "x": datasets.Image()})
+    path = tmp_path / "saved"
+    datasets.Dataset(damaged.replace_schema_metadata(None).cast(features.arrow_schema)).save_to_disk(str(path))
+    with pytest.raises(SampleError, match="cannot be decoded"):
+        HuggingFaceDataset(path)[0].images[0].load()
+    buffer = io.BytesIO()
+    pictures(1)[0].save(buffer, "PNG")
+    plain = HuggingFaceDataset(save(tmp_path / "plain", {**TEXT, "content": [buffer.getvalue()] * 2}))
+    assert plain[0].images[0].load().size == (4, 4)
+
+
+def test_a_column_of_videos_is_refused_row_by_row(tmp_path):
+    features = datasets.Features({**TEXT_TYPES, "clip": datasets.Value("binary")})
+    path = save(tmp_path, {**TEXT, "clip": [b"frames", None]}, features)
+    dataset = HuggingFaceDataset(path)
+    dataset._videos = ["clip"]  # the library's own type of a video needs torchcodec to be written
+    with pytest.raises(SampleError, match="column 'clip' holds a video"):
+        dataset[0]
+    assert dataset[1].images == ()
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_folder_is_never_written_to(tmp_path, several):
+    feature = datasets.List(datasets.Image()) if several else datasets.Image()
+    features = datasets.Features({**TEXT_TYPES, "image": feature})
+    path = save(tmp_path, {**TEXT, "image": [[p] for p in pictures(2)] if several else pictures(2)}, features)
+
+    def state():
+        return sorted((str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in [path, *path.rglob("*")])
+
+    before = state()
+    for file in (path, *path.rglob("*")):
+        file.chmod(0o555 if file.is_dir() else 0o444)
+    dataset = HuggingFaceDataset(path)
+    assert [len(dataset[index].images) for index in range(2)] == [1, 1]
+    assert len(dataset.fingerprint()) == 32
+    path.chmod(0o755)
+    assert state() == before
+
+
+def test_an_odd_id_is_that_rows_error(tmp_path):
+    dataset = HuggingFaceDataset(save(tmp_path, {**TEXT, "id": [1.5, None]}))
+    with pytest.raises(SampleError, match="its id is of type float"):
+        dataset[0]
+    assert dataset[1].turns[0].answer == "A1"

@@ -8,7 +8,8 @@ import pytest
 
 from vlm_distill_cache.common.errors import DataError, SampleError
 from vlm_distill_cache.data.sample import Turn, iterate_readable
-from vlm_distill_cache.data.sources.llava import LlavaDataset, parse_conversations
+from vlm_distill_cache.data.sources.conversations import read_conversation
+from vlm_distill_cache.data.sources.llava import LlavaDataset
 
 
 def human(value):
@@ -51,11 +52,13 @@ def test_reads_multi_turn_text_only_and_integer_ids(tmp_path):
 
 @pytest.mark.parametrize("question", ["<image>\nWhat?", "What?\n<image>", "<image> What?<image>", "What?"])
 def test_image_marker_anywhere_in_the_first_question_is_taken_out(question):
-    assert parse_conversations([human(question), gpt("A")]) == (Turn(question="What?", answer="A"),)
+    said = read_conversation({"conversations": [human(question), gpt("A")]})
+    assert said.turns == (Turn(question="What?", answer="A"),)
+    assert said.expected == ("<image>" in question)
 
 
 def test_image_marker_in_a_later_turn_is_left_for_the_encoder_to_refuse():
-    turns = parse_conversations([*PAIR, human("<image> and this?"), gpt("B")])
+    turns = read_conversation({"conversations": [*PAIR, human("<image> and this?"), gpt("B")]}).turns
     assert "<image>" in turns[1].question
 
 
@@ -66,10 +69,10 @@ def test_image_marker_in_a_later_turn_is_left_for_the_encoder_to_refuse():
         ([gpt("Hi"), human("Hi")], "message 1 is the assistant's, expected the user's"),
         ([human("Hi"), gpt(" ")], "message 2, an answer, is empty"),
         ([human("Hi"), human("Hi")], "message 2 is the user's, expected the assistant's"),
-        ([{"from": "system", "value": "Be kind"}, *PAIR], "from 'system'; only 'human' and 'gpt'"),
-        ([{"from": ["human"], "value": "Hi"}], "only 'human' and 'gpt'"),
-        ([{"from": "human"}], "must hold 'from' and a text 'value'"),
-        (["Hi"], "must hold 'from' and a text 'value'"),
+        ([{"from": "system", "value": "Be kind"}, *PAIR], "from 'system'; only 'user' and 'assistant'"),
+        ([{"from": ["human"], "value": "Hi"}], "only 'user' and 'assistant'"),
+        ([{"from": "human"}], "'message 1' must be a text or a number"),
+        (["Hi"], r"must hold 'role' and 'content' \(or 'from' and 'value'\)"),
         ([], "must be a list of messages"),
         (None, "must be a list of messages"),
     ],
@@ -110,10 +113,21 @@ def test_missing_ids_follow_the_content_not_the_place(tmp_path):
     assert twice[1] == f"{twice[0]}#2"
 
 
-@pytest.mark.parametrize("bad", [1.5, True, ["a"], {"a": 1}])
-def test_ids_of_other_types_are_refused(tmp_path, bad):
-    with pytest.raises(DataError, match="entry 0 has an id of type"):
-        LlavaDataset(write(tmp_path, [{"id": bad, "conversations": PAIR}]))
+@pytest.mark.parametrize("bad", [1.5, True, ["a"], {"a": 1}, "x" * 4097, "\ud83d"])
+def test_an_id_that_cannot_be_used_is_that_samples_error(tmp_path, bad):
+    dataset = LlavaDataset(write(tmp_path, [{"id": bad, "conversations": PAIR}, {"id": "good", "conversations": PAIR}]))
+    assert dataset.sample_ids[0].startswith("auto-")
+    with pytest.raises(SampleError, match=r"its id .*; use"):
+        dataset[0]
+    assert [sample.sample_id for sample in iterate_readable(dataset)] == ["good"]
+
+
+def test_an_id_that_is_too_long_once_it_is_numbered_is_replaced(tmp_path):
+    twice = [{"id": "x" * 4096, "conversations": PAIR}] * 2  # the second becomes x...x#2
+    dataset = LlavaDataset(write(tmp_path, twice))
+    assert dataset[0].sample_id == "x" * 4096
+    with pytest.raises(SampleError, match="4098 bytes, more than 4096"):
+        dataset[1]
 
 
 def test_images_are_found_from_the_given_folder(tmp_path):
@@ -146,7 +160,7 @@ def test_absolute_image_paths_are_used_as_they_are(tmp_path):
         ("../secret.png", "leaves the image folder"),
         ("a/../../secret.png", "leaves the image folder"),
         ("http://example.org/a.png", "nothing is downloaded"),
-        ({"path": "a.png"}, "must be given by its path"),
+        ({"width": 3}, "must be given by its path"),
         ([3], "must be given by its path"),
     ],
 )
@@ -174,12 +188,21 @@ def test_survives_pickling(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "cannot be read as JSON"),
+        ("{", "is not JSON: .*it ends in the middle"),
         ('{"id": 1}', "expected a list of samples"),
         ("[]", "expected a list of samples"),
-        ("[1]", "entry 0 must be an object"),
-        ('[{"messages": []}]', r"no entry has 'conversations'.*\.jsonl"),
-        ('{"id": 1}\n{"id": 2}', r"belongs in a file ending in \.jsonl"),
+        ("[1]", "no entry has 'messages'.*the first has int '1'"),
+        ('[{"messages": []}]', r"no entry has 'messages'.*the first has \['messages'\]"),
+        ('{"id": 1}\n{"id": 2}', "one value is expected, and more follow"),
+        ("", "the file is empty"),
+        ('[{"a": 1},]', r"remove the comma in front of this '\]'"),
+        ('[{"a": 1,}]', r"remove the comma in front of this '\}'"),
+        ("[{'a': 1}]", "double quotes"),
+        ('[{"a": "C:\\data"}]', "a backslash in a text is written twice"),
+        ('[{"a": "one\ntwo"}]', r"written \\n"),
+        ('[{"a": "one', "ends in the middle"),
+        ('{"info": 3, "data": [{"a": 1}]}', r"its list 'data' holds them.*jq \.data OLD"),
+        ("[" * 100_000, "nested too deeply"),
     ],
 )
 def test_files_that_are_not_llava_are_refused(tmp_path, content, message):
@@ -189,19 +212,29 @@ def test_files_that_are_not_llava_are_refused(tmp_path, content, message):
         LlavaDataset(path)
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_byte_order_marks_and_wide_encodings_are_read(tmp_path, encoding):
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps([{"id": "é", "conversations": PAIR}], ensure_ascii=False), encoding=encoding)
+    assert LlavaDataset(path)[0].sample_id == "é"
+
+
+def test_a_byte_that_is_no_utf8_is_shown_with_its_line_and_what_to_type(tmp_path):
+    path = tmp_path / "data.json"
+    path.write_bytes('[\n{"id": "caf\xe9"}]'.encode("latin-1"))
+    with pytest.raises(DataError, match=r"not UTF-8: byte 0xe9 in line 2; .*iconv -f latin1"):
+        LlavaDataset(path)
+
+
+def test_an_entry_that_is_no_object_is_that_samples_error(tmp_path):
+    dataset = LlavaDataset(write(tmp_path, [None, {"id": "good", "conversations": PAIR}, 3]))
+    for index in (0, 2):
+        with pytest.raises(SampleError, match=f"entry {index} must be an object"):
+            dataset[index]
+    assert [sample.sample_id for sample in iterate_readable(dataset)] == ["good"]
+
+
 def test_an_image_marker_without_an_image_is_that_samples_error(tmp_path):
     entries = [{"id": "lost", "conversations": [human("<image>\nWhat is it?"), gpt("A circle.")]}]
     with pytest.raises(SampleError, match="names no image"):
         LlavaDataset(write(tmp_path, entries))[0]
-
-
-def test_an_id_that_no_store_could_keep_is_refused(tmp_path):
-    with pytest.raises(DataError, match="4096"):
-        LlavaDataset(write(tmp_path, [{"id": "x" * 5000, "conversations": PAIR}]))
-    twice = [{"id": "x" * 4096, "conversations": PAIR}] * 2  # the second becomes x...x#2
-    with pytest.raises(DataError, match=r"entry 1 .* 4098 bytes"):
-        LlavaDataset(write(tmp_path, twice))
-    path = tmp_path / "surrogate.json"
-    path.write_text(json.dumps([{"id": "\ud83d", "conversations": PAIR}]))
-    with pytest.raises(DataError, match="lone surrogate"):
-        LlavaDataset(path)

@@ -7,8 +7,9 @@ import PIL.Image
 import pytest
 
 from vlm_distill_cache.common.errors import DataError, SampleError
-from vlm_distill_cache.data.sample import Turn
-from vlm_distill_cache.data.sources.messages import MessagesDataset, parse_record
+from vlm_distill_cache.data.sample import Turn, iterate_readable
+from vlm_distill_cache.data.sources.conversations import read_conversation
+from vlm_distill_cache.data.sources.messages import MessagesDataset
 
 EXPECTED = (Turn(question="What?", answer="A circle."),)
 
@@ -69,11 +70,12 @@ def test_text_only_and_lines_of_other_forms(tmp_path):
 @pytest.mark.parametrize(
     ("messages", "message"),
     [
-        ([{"role": "system", "content": "Be kind"}, user("a"), assistant("b")], "role 'system'"),
-        (["a"], "message 1 has role None"),
-        ([user(None), assistant("b")], "content of type NoneType"),
+        ([{"role": "system", "content": "Be kind"}, user("a"), assistant("b")], "from 'system'; only 'user'"),
+        (["a"], "message 1 must hold 'role' and 'content'"),
+        ([user(None), assistant("b")], "'message 1' must be a text or a number, got NoneType"),
         ([user([{"type": "audio"}]), assistant("b")], "a part of type 'audio'"),
-        ([user(["a"]), assistant("b")], "a part of type None"),
+        ([user(["a"]), assistant("b")], "a list of parts, got a list of other things"),
+        ([user([{"type": None}]), assistant("b")], "a part of type NoneType"),
         (
             [user("a"), assistant("b"), user([{"type": "image"}]), assistant("c")],
             "must be in the first message",
@@ -93,7 +95,7 @@ def test_odd_messages_are_that_samples_error(tmp_path, messages, message):
 
 def test_record_without_any_known_key_lists_what_it_has():
     with pytest.raises(SampleError, match=r"got \['id', 'text'\]"):
-        parse_record({"id": 1, "text": "a"})
+        read_conversation({"id": 1, "text": "a"})
 
 
 def test_blank_lines_and_unicode_do_not_shift_the_offsets(tmp_path):
@@ -108,9 +110,10 @@ def test_blank_lines_and_unicode_do_not_shift_the_offsets(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b'{"caption": "a"}\n{"caption"', "line 2 is not JSON"),
-        (b'{"caption": "\xff"}', "line 1 is not JSON"),
-        (b"[1]", "line 1: expected an object, got list"),
+        (b'{"caption"', "line 1, is not JSON.*ends in the middle"),
+        (b'{"caption": "\xff"}', "line 1, is not UTF-8"),
+        (b"[1]", "line 1, must be an object, got list"),
+        (b'{"text": "a"}', r"no line is an entry with .*; the first has \['text'\]"),
         (b"\n", "holds no sample"),
     ],
 )
@@ -119,6 +122,30 @@ def test_files_that_are_not_jsonl_are_refused(tmp_path, content, message):
     path.write_bytes(content)
     with pytest.raises(DataError, match=message):
         MessagesDataset(path)
+
+
+def test_a_line_that_is_no_object_is_that_samples_error(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(b'{"caption": "a"}\n{"caption": \n[1]\n{"caption": "\xff"}\n{"caption": "b"}\n{"capt')
+    dataset = MessagesDataset(path)
+    assert [sample.turns[0].answer for sample in iterate_readable(dataset)] == ["a", "b"]
+    for index, message in [
+        (1, "line 2, is not JSON"),
+        (2, "line 3, must be"),
+        (3, "line 4, is not UTF-8"),
+        (5, "line 6"),
+    ]:
+        with pytest.raises(SampleError, match=message):
+            dataset[index]
+    assert len(set(dataset.sample_ids)) == len(dataset) == 6
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_byte_order_marks_and_wide_encodings_are_read(tmp_path, encoding):
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"caption": "é"}\n\n{"caption": "ü"}\n', encoding=encoding, newline="\r\n")
+    dataset = pickle.loads(pickle.dumps(MessagesDataset(path)))  # noqa: S301 - our own bytes
+    assert [dataset[index].turns[0].answer for index in (1, 0)] == ["ü", "é"]
 
 
 def test_missing_file_is_a_data_error(tmp_path):
@@ -148,5 +175,5 @@ def test_a_file_that_was_changed_meanwhile_is_the_data_sets_error(tmp_path):
     path = write(tmp_path, *({"id": str(i), "messages": [user("What?"), assistant("A circle.")]} for i in range(3)))
     data = MessagesDataset(path)
     path.write_text('{"id": "x"}\n' * 40)
-    with pytest.raises(DataError, match=r"data\.jsonl has changed, sample '1'"):
+    with pytest.raises(DataError, match=r"data\.jsonl has changed: sample '1'"):
         data[1]

@@ -59,7 +59,7 @@ def test_every_form_of_text_is_read(tmp_path):
         ("readme", b"no key"),
     ]
     dataset = WebDataset(str(write_tar(tmp_path / "a.tar", members)))
-    assert list(dataset.sample_ids) == list("abcde")
+    assert list(dataset.sample_ids) == [*"abcdef", "readme"]
     assert [dataset[i].turns[0].answer for i in range(5)] == [
         "A circle.",
         "B",
@@ -126,7 +126,175 @@ def test_a_sample_that_asks_about_an_image_it_has_not_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(("key", "message"), [("k" * 4097, "4097 bytes"), ("k\udcff", "lone surrogate")])
-def test_keys_that_no_store_could_keep_are_refused(tmp_path, key, message):
-    path = write_tar(tmp_path / "a.tar", [(f"{key}.json", json.dumps(LLAVA).encode())])
-    with pytest.raises(DataError, match=f"the id of entry 0 .*{message}"):
-        WebDataset(str(path))
+def test_a_key_that_no_store_could_keep_is_that_samples_error(tmp_path, key, message):
+    dataset = WebDataset(str(write_tar(tmp_path / "a.tar", [(f"{key}.json", json.dumps(LLAVA).encode())])))
+    with pytest.raises(SampleError, match=message):
+        dataset[0]
+
+
+def readable(path):
+    """Ids of the samples that can be used with their number of pictures, and the reasons of all others by id."""
+    dataset, kept, failed = WebDataset(str(path)), {}, {}
+    for index, sample_id in enumerate(dataset.sample_ids):
+        try:
+            sample = dataset[index]
+            kept[sample_id] = len([image.load() for image in sample.images])
+        except SampleError as error:
+            failed[sample_id] = str(error)
+    return kept, failed
+
+
+def texts(*keys, extension="txt"):
+    return [(f"{key}.{extension}", f"this is {key}".encode()) for key in keys]
+
+
+def test_a_key_ends_at_the_first_dot_and_what_that_makes_unclear_is_said(tmp_path):
+    dotted = [
+        part
+        for number in (6, 7)
+        for part in [(f"scene.{number}.png", picture(number)), (f"scene.{number}.json", b'{"caption": "x"}')]
+    ]
+    kept, failed = readable(write_tar(tmp_path / "a.tar", [*entry("a", {"caption": "x"}), *dotted]))
+    assert kept == {"a": 1}
+    assert failed.keys() == {"scene.6", "scene.7"}
+    assert all("2 texts of the key 'scene'" in reason and "first dot" in reason for reason in failed.values())
+
+
+@pytest.mark.parametrize(
+    ("picture_name", "text_name"),
+    [("k.input.png", "k.output.txt"), ("k.png", "k.png.txt"), ("k.PNG", "k.Caption"), ("k.image.jpg", "k.text.txt")],
+)
+def test_extensions_of_two_parts_are_known_by_the_last(tmp_path, picture_name, text_name):
+    path = write_tar(tmp_path / "a.tar", [(picture_name, picture(0)), (text_name, b"A caption.")])
+    assert readable(path) == ({"k": 1}, {})
+    assert WebDataset(str(path))[0].turns[0].answer == "A caption."
+
+
+@pytest.mark.parametrize(
+    "metadata", [{"width": 64, "url": None}, {"caption": None}, {"caption": ""}, {"question": "?"}]
+)
+def test_json_without_a_text_does_not_hide_the_caption_beside_it(tmp_path, metadata):
+    members = [("k.png", picture(0)), ("k.json", json.dumps(metadata).encode()), ("k.txt", b"A caption.")]
+    path = write_tar(tmp_path / "a.tar", members)
+    if "question" in metadata:  # kept as it is; the caption answers no question
+        assert WebDataset(str(path))[0].turns[0].question == ""
+    assert WebDataset(str(path))[0].turns[0].answer == "A caption."
+
+
+def test_every_member_is_a_samples_or_said(tmp_path):
+    members = [
+        *entry("a", {"caption": "x"}),
+        ("b.png", picture(0)),  # no text
+        *texts("c"),  # no picture
+        ("d.txt", b"x"),
+        ("d.mp4", b"x"),  # a video
+        ("plain", b"x"),  # no extension
+        (".hidden.png", picture(0)),  # WebDataset sees no key
+        ("e.npy", b"x"),
+        *entry("f", {"caption": "x"}),
+        ("f.png", picture(1)),  # twice
+        ("g.txt", b"\xff"),
+        ("g.png", picture(0)),
+        ("._a.png", b"junk of a Mac"),
+        ("x/.DS_Store", b"junk"),
+        ("__MACOSX/a.png", b"junk"),
+    ]
+    kept, failed = readable(write_tar(tmp_path / "a.tar", members))
+    assert kept == {"a": 1}
+    for key, message in {
+        "b": "no member KEY.json or KEY.txt beside a.tar:b.png",
+        "c": "it has no picture, though other samples",
+        "d": "video",
+        "plain": "belongs to no sample",
+        ".hidden.png": "belongs to no sample",
+        "e": "no member KEY.json or KEY.txt",
+        "f": "holds f.png twice",
+        "g": "not UTF-8",
+    }.items():
+        assert message in failed.pop(key)
+    assert not failed
+
+
+def test_pictures_are_known_by_any_extension_of_pillow_and_else_by_what_they_hold(tmp_path):
+    extensions = ("PNG", "Jpg", "jfif", "jpe", "ppm", "img", "bin", "pic0")
+    names = [f"{number}.{extension}" for number, extension in enumerate(extensions)]
+    members = [part for name in names for part in [(name, picture(0)), *texts(name[0])]]
+    kept, failed = readable(write_tar(tmp_path / "a.tar", members))
+    assert (set(kept.values()), len(kept), failed) == ({1}, len(names), {})
+
+
+def link(name, target, kind):
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, target
+    return info
+
+
+def test_links_are_followed_inside_the_archive_and_nowhere_else(tmp_path):
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as tar:
+        for name, data in [("x/a.png", picture(7)), *[(f"x/{key}.txt", b"text") for key in "abcdefg"]]:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+        for info in (
+            link("x/b.png", "x/a.png", tarfile.LNKTYPE),
+            link("x/c.png", "a.png", tarfile.SYMTYPE),
+            link("x/d.png", "../x/b.png", tarfile.SYMTYPE),
+            link("x/e.png", "/etc/passwd", tarfile.SYMTYPE),
+            link("x/f.png", "g.png", tarfile.SYMTYPE),
+            link("x/g.png", "f.png", tarfile.SYMTYPE),
+        ):
+            tar.addfile(info)
+    kept, failed = readable(path)
+    assert kept == {f"x/{key}": 1 for key in "abcd"}
+    assert failed.keys() == {"x/e", "x/f", "x/g"}
+    assert all("is a link to" in reason and "not in the archive" in reason for reason in failed.values())
+    assert WebDataset(str(path))[3].images[0].load().getpixel((0, 0)) == (7, 7, 7)
+
+
+def test_an_archive_cut_off_at_any_place_is_refused_or_whole(tmp_path):
+    members = [part for key in "ab" for part in entry(key, {"caption": "x"})]
+    whole = write_tar(tmp_path / "whole.tar", members).read_bytes()
+    end = len(whole.rstrip(b"\0"))
+    end += -end % 512  # of the last member's last block
+    cut = tmp_path / "cut.tar"
+    for size in (*range(0, end, 64), end, end + 511):
+        cut.write_bytes(whole[:size])
+        with pytest.raises(DataError):
+            WebDataset(str(cut))
+    for size in range(end + 512, len(whole), 512):
+        cut.write_bytes(whole[:size])
+        assert readable(cut) == ({"a": 1, "b": 1}, {})
+
+
+def test_damaged_headers_and_what_follows_the_end_mark_are_refused(tmp_path):
+    whole = write_tar(tmp_path / "a.tar", [part for key in "ab" for part in entry(key, {"caption": "x"})]).read_bytes()
+    second = whole.index(b"b.png")
+    (tmp_path / "b.tar").write_bytes(whole[:second] + b"?" + whole[second + 1 :])
+    with pytest.raises(DataError, match=rf"cut off or damaged at byte {second}"):
+        WebDataset(str(tmp_path / "b.tar"))
+    (tmp_path / "c.tar").write_bytes(whole + whole)
+    with pytest.raises(DataError, match="several archives in one file"):
+        WebDataset(str(tmp_path / "c.tar"))
+
+
+def test_in_an_archive_of_pictures_only_data_that_say_so_are_text_alone(tmp_path):
+    plain = [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]
+    marked = write_tar(tmp_path / "a.tar", [*entry("a", LLAVA), ("b.json", json.dumps(plain).encode())])
+    assert readable(marked) == ({"a": 1, "b": 0}, {})  # questions about pictures have the marker here, this one has not
+    unmarked = [
+        *entry("a", {"conversations": plain}),
+        ("b.json", json.dumps(plain).encode()),
+        ("c.json", json.dumps({"conversations": plain, "image": None}).encode()),
+    ]
+    kept, failed = readable(write_tar(tmp_path / "b.tar", unmarked))
+    assert kept == {"a": 1, "c": 0}
+    assert "it has no picture" in failed["b"]
+    assert readable(write_tar(tmp_path / "c.tar", texts(*"ab"))) == ({"a": 0, "b": 0}, {})
+
+
+def test_a_picture_that_the_json_names_is_not_another_members(tmp_path):
+    members = [*texts("a"), ("b.json", json.dumps({"caption": "x", "image": "b/1.png"}).encode())]
+    kept, failed = readable(write_tar(tmp_path / "a.tar", members))
+    assert kept == {"a": 0}
+    assert "names the image str 'b/1.png', which does not lie beside it" in failed["b"]

@@ -13,7 +13,7 @@ import vlm_distill_cache.stage1_teacher.extract
 from vlm_distill_cache.common.errors import CacheMismatchError, ConfigError, DataError, SampleError
 from vlm_distill_cache.common.pixels import decode_image
 from vlm_distill_cache.data.images.load import ImageFile
-from vlm_distill_cache.data.sources.llava import find_images
+from vlm_distill_cache.data.sources.pictures import open_picture
 from vlm_distill_cache.stage1_teacher.cli import main
 from vlm_distill_cache.stage1_teacher.config import BuildConfig
 from vlm_distill_cache.stage1_teacher.loop.writer import FailureBudget
@@ -74,7 +74,7 @@ def test_reasons_of_failure_depend_neither_on_the_run_nor_on_the_folder(tmp_path
         (folder / "text.png").write_text("no picture")
         for name in ("text.png", "missing.png"):
             with pytest.raises(SampleError) as caught:
-                find_images(name, folder)[0].load()
+                open_picture(name, folder).load()
             reasons.append(str(caught.value))
     assert reasons[:2] == reasons[2:]
     assert not any(str(tmp_path) in reason for reason in reasons)

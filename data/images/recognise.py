@@ -1,0 +1,105 @@
+"""What looks like a picture or a video: by the name of a file, by its first bytes, by base64 of either.
+
+Readers ask this of what they were not told about, so that a picture under a name that they do not know is never
+taken for text. Which formats are pictures is for Pillow to say: what it opens is one.
+"""
+
+import base64
+import binascii
+import re
+import struct
+from collections.abc import Callable
+from functools import cache
+
+import PIL.Image
+
+_VIDEOS = "mp4 m4v webm mkv avi mov mpg mpeg mpe m2v wmv flv f4v 3gp 3g2 ogv m2ts vob"
+VIDEO_EXTENSIONS = frozenset(_VIDEOS.split())
+# Pictures by their names that Pillow may not open: one that cannot be decoded is better than one that is not seen.
+_MORE_PICTURES = "heic heif avif jxl svg raw dng cr2 cr3 nef arw orf rw2"
+# Formats that Pillow tells by their first bytes and that hold no picture for it to decode, or a video.
+_NO_PICTURES = frozenset({"BUFR", "GRIB", "HDF5", "MPEG"})
+_WEAK_MARKS = frozenset({"PCX", "PPM"})  # a text may begin like one
+_PPM = re.compile(rb"P[1-7fF][\s#]")
+_HEAD_BYTES = 16  # what Pillow shows its plugins
+_LEAST_BASE64 = 40  # characters; the smallest GIF has 43 bytes
+_NAME = re.compile(r"[^\n\r\t<>]{1,1024}")
+_BASE64 = re.compile(r"[A-Za-z0-9+/_\s-]+={0,2}\s*")
+
+
+@cache
+def picture_extensions() -> frozenset[str]:
+    """Extensions of picture files, lower case, without the dot: all that Pillow opens, and a few that it does not."""
+    opened = PIL.Image.registered_extensions().items()
+    known = {extension[1:] for extension, kind in opened if kind in PIL.Image.OPEN and kind not in _NO_PICTURES}
+    return frozenset(known - VIDEO_EXTENSIONS) | frozenset(_MORE_PICTURES.split())
+
+
+def extension_of(name: str) -> str:
+    """The part behind the last dot of a file's name or of an address, lower case; empty without one."""
+    if "://" in name:
+        name = name.split("?", 1)[0].split("#", 1)[0]
+    base = name.rstrip().replace("\\", "/").rsplit("/", 1)[-1]
+    return base.rpartition(".")[2].lower() if "." in base else ""
+
+
+def names_picture(text: str) -> bool:
+    """Whether a text is the name or address of a picture file, or holds a picture as base64."""
+    if text.startswith("data:image/"):
+        return True
+    if len(text) <= 1024 and extension_of(text) in picture_extensions() and _NAME.fullmatch(text.strip()):
+        return True
+    return base64_picture(text) is not None
+
+
+def names_video(text: str) -> bool:
+    """Whether a text is the name or address of a video file, or holds one as a ``data:`` address."""
+    if text.startswith("data:video/"):
+        return True
+    return len(text) <= 1024 and extension_of(text) in VIDEO_EXTENSIONS and bool(_NAME.fullmatch(text.strip()))
+
+
+def is_picture(data: bytes) -> bool:
+    """Whether bytes begin as a file does that Pillow opens; a format that has no mark of its own is none."""
+    head = bytes(data[:_HEAD_BYTES])
+    for accept in _marks():
+        try:
+            if accept(head) is True:
+                return True
+        except (SyntaxError, IndexError, TypeError, ValueError, struct.error):
+            continue  # Pillow asks its plugins in the same way
+    return bool(_PPM.match(head))
+
+
+def base64_picture(text: str) -> bytes | None:
+    """The bytes of a picture that a text holds as base64, with or without ``data:`` in front; None: it holds none."""
+    if text.startswith("data:"):
+        head, comma, text = text[:256].partition(",")[0], "," in text[:256], text.partition(",")[2]
+        if not comma or not head.endswith(";base64"):
+            return None
+        return _decode(text)
+    head = text[: 4 * _HEAD_BYTES]
+    plausible = len(text) >= _LEAST_BASE64 and is_picture(_decode(head) or b"") and _BASE64.fullmatch(text)
+    return _decode(text) if plausible else None
+
+
+def _decode(text: str) -> bytes | None:
+    """Decode base64 of either alphabet, with line feeds or without padding; None if it is none."""
+    plain = "".join(text.split()).rstrip("=").replace("-", "+").replace("_", "/")
+    if len(plain) % 4 == 1:
+        plain = plain[:-1]
+    try:
+        return base64.b64decode(plain + "=" * (-len(plain) % 4), validate=True)
+    except (binascii.Error, ValueError):
+        return None
+
+
+@cache
+def _marks() -> tuple[Callable[[bytes], bool | str], ...]:
+    """Pillow's own tests of a file's first bytes, for formats with a mark that no text begins with."""
+    PIL.Image.init()
+    return tuple(
+        accept
+        for kind, (_, accept) in PIL.Image.OPEN.items()
+        if accept is not None and kind not in _NO_PICTURES | _WEAK_MARKS
+    )

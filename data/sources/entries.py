@@ -1,0 +1,93 @@
+"""From an entry in any of the forms that users have to a sample; a reader only says where its parts lie."""
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vlm_distill_cache.common.errors import SampleError
+from vlm_distill_cache.common.files.hashing import fingerprint
+from vlm_distill_cache.data.sample import Dataset, ImageSource, Sample
+from vlm_distill_cache.data.sources.conversations import Conversation, read_conversation
+from vlm_distill_cache.data.sources.markers import IMAGE_MARKER
+from vlm_distill_cache.data.sources.pictures import distinct, named_pictures, open_picture, refuse_unread
+
+_LONGEST_KEY = 1024  # of a picture's name; a longer one is base64
+
+
+class EntryDataset(Dataset):
+    """Samples made of entries.
+
+    Attributes:
+        image_root: Where relative paths of pictures start.
+        picture_keys: Keys that hold pictures whatever they are called, as a table's types say.
+        odd_ids: What is wrong with a sample's id, by position, as `data.sample.resolve_ids` found it.
+    """
+
+    image_root: Path
+    picture_keys: frozenset[str] = frozenset()
+    odd_ids: Mapping[int, str]
+
+    @abstractmethod
+    def read(self, index: int) -> Mapping[str, Any]:
+        """The entry at ``index``; `SampleError` if it cannot be read."""
+
+    def attached(self, index: int) -> Sequence[ImageSource]:
+        """Pictures that lie beside the entry, not in it."""
+        return ()
+
+    def __getitem__(self, index: int) -> Sample:
+        sample_id = self.sample_ids[index]
+        try:
+            return self._sample(index, sample_id)
+        except SampleError as error:
+            raise SampleError(f"sample {sample_id!r}: {error}") from error
+
+    def image_keys(self) -> Sequence[str | None]:
+        """The path of each sample's one image, as the data write it; None where only the picture tells. Reads all."""
+        return [self._key(index) for index in range(len(self))]
+
+    def find(self, value: Any, index: int) -> ImageSource:
+        """Where a picture that the entry at ``index`` gives is to be read; `SampleError` if it cannot be."""
+        return open_picture(value, self.image_root, where=f"of {self.name}, sample {self.sample_ids[index]!r}")
+
+    def refuse_text_only(self, entry: Mapping[str, Any]) -> None:
+        """Called where no picture was found; `SampleError` if the entry, or all others, speak of one."""
+        refuse_unread(entry)
+
+    def _sample(self, index: int, sample_id: str) -> Sample:
+        if index in self.odd_ids:
+            raise SampleError(self.odd_ids[index])
+        entry = self.read(index)
+        said = read_conversation(entry)
+        return Sample(sample_id=sample_id, images=self._images(index, entry, said), turns=said.turns)
+
+    def _images(self, index: int, entry: Mapping[str, Any], said: Conversation) -> tuple[ImageSource, ...]:
+        given, beside = self._given(entry, said), self.attached(index)
+        # With a picture beside it, what an entry names is another name of that picture.
+        is_beside = bool(beside) and len(given) <= len(beside)
+        images = tuple(beside) if is_beside else tuple(self.find(value, index) for value in given)
+        if len(images) < said.expected:
+            names = "no image" if not images else f"{len(images)} image{'s' if len(images) > 1 else ''}"
+            speaks = f"has {IMAGE_MARKER}" if said.expected == 1 else f"speaks of {said.expected} images"
+            raise SampleError(f"the first question {speaks}, but the entry names {names}")
+        if not images:
+            self.refuse_text_only(entry)
+        return images
+
+    def _key(self, index: int) -> str | None:
+        try:
+            entry = self.read(index)
+            found = self._given(entry, read_conversation(entry))
+        except SampleError:
+            return None  # it will fail when it is asked for, wherever it stands
+        if len(found) != 1 or not isinstance(found[0], str):
+            return None
+        return found[0] if len(found[0]) <= _LONGEST_KEY else fingerprint(found[0])
+
+    def _given(self, entry: Mapping[str, Any], said: Conversation) -> list[Any]:
+        """The pictures that an entry gives, in its messages and beside them; the same in both places counts once."""
+        named = named_pictures(entry, self.picture_keys)
+        if not said.pictures or not named:
+            return said.pictures or named
+        return [value for values in distinct({"messages": said.pictures, "entry": named}).values() for value in values]

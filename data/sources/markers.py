@@ -1,0 +1,54 @@
+"""What stands for a picture inside a text: the markers of all families, and pictures named in the text itself."""
+
+import re
+
+from vlm_distill_cache.common.errors import SampleError
+
+IMAGE_MARKER = "<image>"
+
+_THING = r"(?:image|img|picture|photo)"
+_MARKERS = re.compile(
+    rf"""(?P<code>```.*?(?:```|\Z)|`[^`\n]*`)                              # of code, only the plain marker is one
+    |(?P<plain><image>)
+    |(?:Picture\ \d+:\ ?)?<img>\s*(?P<file>[^<>\s][^<>\n]*?)\s*</img>      # Qwen-VL
+    |!\[[^\]\n]*\]\(\s*<?(?P<markdown>[^\s()<>]+)>?(?:\s+"[^"\n]*")?\s*\)
+    |(?P<other></?\s*\|?(?:start_of_|end_of_|begin_of_)?{_THING}(?:[\ _-]?(?:here|placeholder|token|pad|soft_token|context))?
+      [\ _-]?(?P<number>\d{{0,4}})\s*/?\|?>|<\|vision_(?:start|end|pad)\|>|\[(?:img|image)\])
+    |(?P<video><\|?video(?:[\ _-]?(?:here|placeholder|token|pad))?[\ _-]?\d{{0,4}}\s*\|?>)
+    """,
+    re.VERBOSE | re.IGNORECASE | re.DOTALL,
+)
+
+
+def take_markers(question: str) -> tuple[str, list[str], int]:
+    """Take what stands for pictures out of a question.
+
+    Returns:
+        The question without it; the files that it names (``<img>FILE</img>``, Markdown); and how many pictures it
+        speaks of, where markers without a number are all of one picture.
+
+    Raises:
+        SampleError: It speaks of a video.
+    """
+    if not any(sign in question for sign in "<[!"):
+        return question, [], 0
+    files: list[str] = []
+    numbers: set[str] = set()
+    speaks = False
+
+    def take(match: re.Match[str]) -> str:
+        nonlocal speaks
+        if match["video"]:
+            raise SampleError(f"a question has {match['video']}, but only pictures are read; give frames as samples")
+        if match["code"] is not None:
+            speaks = speaks or IMAGE_MARKER in match["code"]
+            return match["code"].replace(IMAGE_MARKER, "")
+        speaks = True
+        if file := match["file"] or match["markdown"]:
+            files.append(file)
+        elif match["number"]:
+            numbers.add(match["number"])
+        return ""
+
+    text = _MARKERS.sub(take, question).strip()
+    return text, files, max(len(numbers), int(speaks))

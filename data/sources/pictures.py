@@ -1,0 +1,291 @@
+"""Which pictures an entry names, under whatever key, and that none of them is overlooked.
+
+An entry that names a picture and is kept without it would be learnt as text alone, in silence. So everything in an
+entry that looks like a picture or a video counts: a key, a file's name, an address, base64, stored bytes. One that is
+not read is the sample's error. An entry without any is text: none, or an empty one (``"image": null``), says so.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from vlm_distill_cache.common.errors import DataError, SampleError
+from vlm_distill_cache.data.images.load import ImageBytes, ImageFile
+from vlm_distill_cache.data.images.recognise import base64_picture, is_picture, names_picture, names_video
+from vlm_distill_cache.data.sample import ImageSource
+from vlm_distill_cache.data.sources.markers import take_markers
+
+# Whatever stands under these is the picture; names are compared in lower case with underscores.
+_PLAIN_KEYS = ("image", "images")
+_KNOWN = (
+    "image_path image_paths image_file image_files image_filename image_filenames image_url image_urls image_bytes "
+    "image_base64 image_b64 image_data img imgs img_path img_paths img_file img_url picture pictures pic pics photo "
+    "photos"
+)
+_KNOWN_KEYS = frozenset(_KNOWN.split())
+_VIDEO_KEYS = frozenset({"video", "videos", "video_path", "video_paths", "video_file", "video_url", "mp4", "webm"})
+_NUMBERED_KEY = re.compile(
+    r"(image|img|picture|pic|photo)_?(\d{1,3}|[ab])|(first|second|left|right)_(image|img|picture)"
+)
+# What the entry is called, and what is answered: no picture that is asked about is named there.
+_ANSWERS = (
+    "answer answers multiple_choice_answer caption captions response completion output id sample_id question_id key uid "
+    "uuid"
+)
+_ANSWER_KEYS = frozenset(_ANSWERS.split())
+# Texts, about which `data.sources.conversations` decides.
+_TEXTS = (
+    "messages conversations conversation question questions text texts query prompt instruction input content value"
+)
+_TEXT_KEYS = frozenset(_TEXTS.split()) | _ANSWER_KEYS
+_PICTURE_WORD = re.compile(
+    r"(images?|imgs?|pictures?|pics?|photos?|pixels?|screenshots?|thumbnails?|(?P<video>videos?))"
+    r"(\d*|paths?|files?|urls?|names?|ids?|bytes|data|base64|b64|lists?|uris?|srcs?|sources?|filenames?)"
+)
+_COUNTING = frozenset({"n", "num", "number", "count", "total", "has", "with"})
+_VALUE_KEYS = ("bytes", "path", "file_name", "filename", "image", "image_url", "url", "source", "base64", "data")
+_TYPES = frozenset({"image", "image_url", "input_image", "image_path", "video", "video_url", "input_video"})
+_LONGEST_PATH = 4096
+
+
+def named_pictures(entry: Mapping[str, Any], picture_keys: frozenset[str] = frozenset()) -> list[Any]:
+    """What an entry gives as its pictures, each as it stands there; for `open_picture`.
+
+    ``image`` and ``images`` come first, and pictures with a number; else a key that is known to hold a picture, else
+    any whose value looks like one. The same picture under two keys counts once, and an address is passed over where
+    a file is named.
+
+    Args:
+        picture_keys: Further keys that are known to hold a picture.
+
+    Raises:
+        SampleError: Keys that are not numbered name different pictures: which one is asked about cannot be told. Or
+            there is a video, whatever else there is.
+    """
+    plain: dict[str, list[Any]] = {}
+    known: dict[str, list[Any]] = {}
+    guessed: dict[str, list[Any]] = {}
+    for key, value in entry.items():
+        name = _normal(key)
+        if (name in _TEXT_KEYS and isinstance(value, str | list | tuple)) or says_none(value):
+            continue
+        if name in _VIDEO_KEYS:
+            _refuse(key, value, video=True)
+        if name in _PLAIN_KEYS or _NUMBERED_KEY.fullmatch(name):
+            plain[key] = _listed(value)
+        elif name in _KNOWN_KEYS or key in picture_keys:
+            known[key] = _listed(value)
+        elif all(map(_looks_like_picture, _listed(value))):
+            guessed[key] = _listed(value)
+    if plain:
+        return [item for values in distinct(plain).values() for item in values]
+    local = [{key: found[key] for key in found if not all(map(_is_address, found[key]))} for found in (known, guessed)]
+    for found in (*local, known, guessed):
+        different = distinct(found)
+        if len(different) > 1:
+            raise SampleError(
+                f"{' and '.join(map(repr, sorted(different)))} name different pictures; put the one that the sample is "
+                "about under 'image'"
+            )
+        for values in different.values():
+            return values
+    return []
+
+
+def distinct(found: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+    """Pictures by key, without the keys that name those of another one once more, in fewer words."""
+    kept: dict[str, list[Any]] = {}
+    for key, values in sorted(found.items(), key=lambda item: -_length(item[1])):
+        if not any(_same(values, others) for others in kept.values()):
+            kept[key] = values
+    return {key: found[key] for key in found if key in kept}
+
+
+def refuse_unread(entry: Mapping[str, Any]) -> None:
+    """Refuse an entry of which no picture was read, but which speaks of one, or of a video, anywhere but in its answers.
+
+    Raises:
+        SampleError: Says where.
+    """
+    waiting: list[tuple[str, Any, bool]] = [("", entry, False)]
+    while waiting:
+        place, value, is_text = waiting.pop()
+        if says_none(value):
+            continue
+        if isinstance(value, Mapping):
+            kind = value.get("type")
+            if isinstance(kind, str) and kind.lower() in _TYPES:
+                _refuse(f"{place}.type".lstrip("."), kind, video="video" in kind.lower())
+            answers = {"content", "value"} if _is_assistants(value) else _ANSWER_KEYS if not place else ()
+            for key, item in value.items():
+                name = _normal(key)
+                if name in answers:
+                    continue
+                inner = f"{place}.{key}".lstrip(".")
+                word = _picture_word(key)
+                if word and not says_none(item) and not _counts_none(key, item):
+                    _refuse(inner, item, video=word == "video")
+                waiting.append((inner, item, name in _TEXT_KEYS))
+        elif isinstance(value, list | tuple):
+            waiting += [(f"{place}[{position}]", item, is_text) for position, item in enumerate(value)]
+        elif isinstance(value, str):
+            # A text may end in a file's name; only one that is nothing else names the file.
+            if not is_text or not re.search(r"\s", value.strip()):
+                if names_video(value):
+                    _refuse(place, value, video=True)
+                if names_picture(value):
+                    _refuse(place, value, video=False)
+            if take_markers(value)[2]:
+                _refuse(place, value, video=False)
+        elif _looks_like_picture(value):
+            _refuse(place, value, video=False)
+
+
+def _is_assistants(message: Mapping[str, Any]) -> bool:
+    return any(str(message.get(key)).lower() in ("assistant", "gpt") for key in ("role", "from"))
+
+
+def _refuse(place: str, value: Any, *, video: bool) -> None:
+    if video:
+        raise SampleError(
+            f"{place!r} names a video ({brief(value)}); only pictures are read: give frames of it as samples"
+        )
+    raise SampleError(
+        f"{place!r} names a picture ({brief(value)}), but none could be read; name its file under 'image', or remove "
+        "the key if the sample is text alone"
+    )
+
+
+def says_text_only(entry: Mapping[str, Any]) -> bool:
+    """Whether an entry has a key for a picture and says that there is none."""
+    return any(_picture_word(key) and (says_none(value) or _counts_none(key, value)) for key, value in entry.items())
+
+
+def says_none(value: Any) -> bool:
+    """Whether a value says that there is no picture: null, false, or empty."""
+    if value is None or value is False:
+        return True
+    if isinstance(value, str):
+        return not value.strip()
+    if isinstance(value, Mapping):
+        return all(item is None for item in value.values())
+    return isinstance(value, list | tuple | bytes) and not value
+
+
+def open_picture(value: Any, root: Path, *, where: str = "in the data") -> ImageSource:
+    """Where the picture that an entry gives is to be read.
+
+    Args:
+        value: A path below ``root`` or an absolute one, ``file://``, base64 with or without ``data:``, bytes, or an
+            object that holds one of them.
+        where: What errors call a picture that stands in the data itself.
+
+    Raises:
+        SampleError: It is none of them, or would have to be downloaded.
+    """
+    if isinstance(value, Mapping):
+        for key in _VALUE_KEYS:
+            if not says_none(value.get(key)):
+                return open_picture(value[key], root, where=where)
+    if isinstance(value, bytes | bytearray):
+        return ImageBytes(bytes(value), where)
+    if not isinstance(value, str) or not value.strip():
+        raise SampleError(f"an image must be given by its path, as bytes or as base64, got {brief(value)}")
+    if (data := base64_picture(value)) is not None:
+        return ImageBytes(data, f"{where} (base64)")
+    if value.startswith("data:"):
+        raise SampleError(f"image {brief(value)} is no base64 picture")
+    if value.startswith("file:"):
+        return ImageFile(Path(unquote(urlsplit(value).path)), hint="the data names it by this file:// address")
+    if "://" in value:
+        raise SampleError(f"image {value[:60]!r} is not a file; nothing is downloaded, so store it beside the data")
+    if len(value) > _LONGEST_PATH:
+        raise SampleError(f"image {brief(value)} ({len(value)} characters) is neither a path nor base64 of a picture")
+    return _image_file(value, root)
+
+
+def _image_file(value: str, root: Path) -> ImageFile:
+    path = Path(value)
+    if path.is_absolute():
+        return ImageFile(path, hint="the data names it by this absolute path")
+    if ".." in path.parts:
+        raise SampleError(f"image path {value!r} leaves the image folder; use a path below it or an absolute one")
+    # Reasons of failure are kept in the cache: they name no folder of this machine.
+    hint = "image paths are relative to the data file; set images to another folder"
+    if "\\" in value and ".." not in value and _is_file(there := root / value.replace("\\", "/")):
+        path = there  # written on Windows
+    return ImageFile(root / path, hint=hint, shown=value)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long
+        return False
+
+
+def image_folder(images: Path | None, path: Path) -> Path:
+    """The folder relative image paths start from; `DataError` if ``images`` is given but is no folder."""
+    if images is not None and not images.is_dir():
+        raise DataError(
+            f"image folder {images} does not exist; set images to the folder the paths in {path} start from"
+        )
+    return path.parent if images is None else images
+
+
+def brief(value: Any) -> str:
+    """A value's type and how it begins, for errors."""
+    if isinstance(value, bytes | bytearray):
+        return f"{len(value)} bytes"
+    return f"{type(value).__name__} {str(value)[:60]!r}"
+
+
+def _normal(key: object) -> str:
+    """A key in lower case, its words separated by underscores."""
+    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", str(key))
+    return re.sub(r"[^a-z0-9]+", "_", words.lower()).strip("_")
+
+
+def _picture_word(key: object) -> str:
+    """Whether a key speaks of a ``picture`` or of a ``video``; empty if of neither."""
+    for word in _normal(key).split("_"):
+        if found := _PICTURE_WORD.fullmatch(word):
+            return "video" if found["video"] else "picture"
+    return ""
+
+
+def _counts_none(key: object, value: Any) -> bool:
+    """Whether a key counts pictures (``num_images``) and there are none."""
+    return bool(_COUNTING & set(_normal(key).split("_"))) and str(value).strip().lower() in ("0", "0.0", "false", "no")
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _looks_like_picture(value: Any) -> bool:
+    if isinstance(value, str):
+        return names_picture(value)
+    if isinstance(value, bytes | bytearray):
+        return is_picture(bytes(value))
+    if isinstance(value, Mapping) and {"bytes", "path"} <= value.keys():  # how `datasets` stores a picture, or a sound
+        return any(_looks_like_picture(value[key]) for key in ("bytes", "path"))
+    return False
+
+
+def _is_address(value: Any) -> bool:
+    return isinstance(value, str) and value.startswith(("http://", "https://"))
+
+
+def _same(values: Sequence[Any], others: Sequence[Any]) -> bool:
+    pairs: Iterable[tuple[Any, Any]] = zip(values, others, strict=False)
+    return len(values) == len(others) and all(
+        one == other or (isinstance(one, str) and isinstance(other, str) and f"/{other}".endswith(f"/{one}"))
+        for one, other in pairs
+    )
+
+
+def _length(values: Sequence[Any]) -> int:
+    return sum(len(value) for value in values if isinstance(value, str))

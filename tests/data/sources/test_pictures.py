@@ -1,0 +1,239 @@
+"""A picture that an entry names, in whatever way, is read or is that sample's error; never is the sample text alone."""
+
+import base64
+import io
+import json
+
+import PIL.Image
+import pytest
+
+from vlm_distill_cache.common.errors import SampleError
+from vlm_distill_cache.data.images.recognise import base64_picture, is_picture, names_picture, picture_extensions
+from vlm_distill_cache.data.sources.messages import MessagesDataset
+
+TURN = {"question": "What?", "answer": "A circle."}
+
+
+def encoded(fmt="PNG", size=(5, 7)):
+    buffer = io.BytesIO()
+    PIL.Image.new("RGB", size).save(buffer, fmt)
+    return buffer.getvalue()
+
+
+PNG = encoded()
+BASE64 = base64.b64encode(PNG).decode()
+
+
+@pytest.fixture
+def sample(tmp_path):
+    """Read one entry, which lies beside ``img/a.png`` (5 x 7) and ``img/b.png`` (6 x 6)."""
+    folder = tmp_path / "img"
+    folder.mkdir()
+    (folder / "a.png").write_bytes(PNG)
+    (folder / "b.png").write_bytes(encoded(size=(6, 6)))
+
+    def read(entry):
+        path = tmp_path / "data.jsonl"
+        path.write_text(json.dumps(entry))
+        return MessagesDataset(path)[0]
+
+    return read
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "img/a.png",
+        ["img/a.png"],
+        "img\\a.png",
+        {"path": "img/a.png"},
+        {"bytes": None, "path": "img/a.png"},
+        {"bytes": BASE64, "path": None},
+        {"file_name": "img/a.png", "width": 5},
+        {"url": "img/a.png"},
+        {"type": "base64", "media_type": "image/png", "data": BASE64},
+        BASE64,
+        BASE64.rstrip("="),
+        BASE64.replace("+", "-").replace("/", "_"),
+        "\n".join(BASE64[start : start + 76] for start in range(0, len(BASE64), 76)),
+        f"data:image/png;base64,{BASE64}",
+    ],
+)
+@pytest.mark.parametrize(
+    "key", ["image", "images", "image_path", "img", "Image", "imagePath", "picture", "photo", "image_1"]
+)
+def test_every_key_and_form_of_a_picture_is_read(sample, key, value):
+    assert [image.load().size for image in sample(TURN | {key: value}).images] == [(5, 7)]
+
+
+@pytest.mark.parametrize("key", ["file_name", "filename", "path", "rgb_image", "anything"])
+def test_a_picture_under_any_other_key_is_known_by_its_name(sample, key):
+    assert [image.load().size for image in sample(TURN | {key: "img/a.png"}).images] == [(5, 7)]
+
+
+def test_a_file_address_is_read_and_nothing_is_downloaded(sample, tmp_path):
+    assert sample(TURN | {"image": f"file://{tmp_path}/img/a.png"}).images[0].load().size == (5, 7)
+    for value in ("https://example.org/a.png", {"url": "https://example.org/a.png"}):
+        with pytest.raises(SampleError, match="nothing is downloaded"):
+            sample(TURN | {"image": value})
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        {"image": "img/a.png", "image_id": 3, "image_width": 5, "thumbnail": "img/b.png"},
+        {"image": "img/a.png", "images": ["img/a.png"], "image_path": "gone.png"},
+        {"image_path": "img/a.png", "file_name": "a.png", "image_url": "https://example.org/a.png"},
+        {"file_name": "img/a.png", "coco_url": "https://example.org/other.jpg"},
+        {"image": None, "images": [], "image_path": "img/a.png"},
+    ],
+)
+def test_other_names_of_the_same_picture_and_what_describes_it_do_not_count(sample, others):
+    assert [image.load().size for image in sample(TURN | others).images] == [(5, 7)]
+
+
+@pytest.mark.parametrize(
+    ("others", "message"),
+    [
+        ({"image_path": "img/a.png", "img": "img/b.png"}, "'image_path' and 'img' name different pictures"),
+        ({"before": "img/a.png", "after": "img/b.png"}, "'after' and 'before' name different pictures"),
+        ({"image_id": 17}, "'image_id' names a picture .*but none could be read"),
+        ({"n_images": 1}, "'n_images' names a picture"),
+        ({"meta": {"image": {"a": 1}}}, r"'meta\.image' names a picture"),
+        ({"meta": [{"x": "img/a.png"}]}, r"'meta\[0\]\.x' names a picture"),
+        ({"media": {"type": "image"}}, r"'media\.type' names a picture"),
+        ({"pixel_values": [[0.5]]}, "'pixel_values' names a picture"),
+        ({"image": 5}, "must be given by its path, as bytes or as base64, got int"),
+        ({"image": [None]}, "got NoneType"),
+        ({"image": float("nan")}, "got float 'nan'"),
+        ({"image": "../a.png"}, "leaves the image folder"),
+        ({"image": "data:image/png,abc"}, "is no base64 picture"),
+        ({"image": "x" * 5000}, r"'xxx.* \(5000 characters\) is neither a path nor base64"),
+        ({"video": "a.mp4"}, "'video' names a video .*only pictures are read"),
+        ({"image": "img/a.png", "video": "a.mp4"}, "'video' names a video"),
+        ({"source": "clips/a.webm"}, "'source' names a video"),
+        ({"question": "<video>\nWhat?"}, "a question has <video>"),
+        (
+            {"question": "<image_1> and <image_2>?", "image": "img/a.png"},
+            "speaks of 2 images, but the entry names 1 image",
+        ),
+    ],
+)
+def test_a_picture_or_video_that_is_not_read_is_an_error(sample, others, message):
+    with pytest.raises(SampleError, match=message):
+        sample(TURN | others)
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        {},
+        {"image": None},
+        {"image": "", "images": [], "image_path": {}},
+        {"image": False, "has_image": False, "num_images": 0, "image_count": "0"},
+        {"image": {"bytes": None, "path": None}, "video": None},
+        {"source": "ShareGPT", "category": "imagination", "url": "https://example.org/page"},
+        {"answer": "Write <img>a.png</img> or ![a](b.png) into picture.png."},
+        {"question": "What does `<img>a.png</img>` do?\n```html\n<video>\n![x](y.png)\n```"},
+    ],
+)
+def test_text_alone_stays_text_where_the_data_say_so(sample, others):
+    read = sample(TURN | others)
+    assert read.images == ()
+    assert read.turns[0].question == others.get("question", TURN["question"])
+
+
+@pytest.mark.parametrize(
+    "marker",
+    [
+        "<image>", "<IMAGE>", "<image><image>", "<ImageHere>", "<Img><ImageHere></Img>", "<image1>", "<image 1>", "<image_1>",
+        "<|image_1|>", "<|image|>", "<image_placeholder>", "<start_of_image>", "<|vision_start|><|image_pad|><|vision_end|>",
+        "<|begin_of_image|><|image|><|end_of_image|>", "[IMG]", "<img>", "<image/>", "<picture>", "<image_soft_token>",
+    ],
+)  # fmt: skip
+def test_every_familys_marker_stands_for_the_picture_and_is_taken_out(sample, marker):
+    for question in (f"{marker}\nWhat?", f"What?\n{marker}"):
+        read = sample({"question": question, "answer": "A circle.", "image": "img/a.png"})
+        assert (read.turns[0].question, len(read.images)) == ("What?", 1)
+        with pytest.raises(SampleError, match="the entry names no image"):
+            sample({"question": question, "answer": "A circle."})
+    later = {"messages": [*chat("Hi"), *chat(f"{marker} What?")], "image": "img/a.png"}
+    if set(marker.split("<image>")) == {""}:  # left for the encoder, which refuses it
+        assert marker in sample(later).turns[1].question
+        return
+    with pytest.raises(SampleError, match="message 3 speaks of an image; it must be in the first"):
+        sample(later)
+
+
+def chat(question):
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": "A circle."}]
+
+
+@pytest.mark.parametrize(
+    "question",
+    [
+        "<img>img/a.png</img>\nWhat?",
+        "Picture 1: <img>img/a.png</img>\nWhat?",
+        "![](img/a.png)\nWhat?",
+        '![a circle](img/a.png "title") What?',
+        f"![](data:image/png;base64,{BASE64}) What?",
+    ],
+)
+def test_a_picture_that_the_question_names_is_read(sample, question):
+    for entry in (TURN | {"question": question}, TURN | {"question": question, "image": "img/a.png"}):
+        read = sample(entry)
+        if "base64" in question and "image" in entry:
+            assert len(read.images) == 2  # for the encoder to refuse
+            continue
+        assert [image.load().size for image in read.images] == [(5, 7)]
+        assert read.turns[0].question == "What?"
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "image", "image": "img/a.png"},
+        {"type": "image", "path": "img/a.png"},
+        {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{BASE64}"}},
+        {"type": "image_url", "image_url": "img/a.png"},
+        {"type": "input_image", "image_url": f"data:image/png;base64,{BASE64}"},
+        {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": BASE64}},
+        {"type": "image", "base64": BASE64},
+        {"image": "img/a.png"},
+    ],
+)
+def test_parts_of_every_interface_are_read(sample, part):
+    content = [part, {"type": "text", "text": "What?"}]
+    messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "A circle."}]
+    read = sample({"messages": messages})
+    assert [image.load().size for image in read.images] == [(5, 7)]
+    assert read.turns[0].question == "What?"
+
+
+def test_a_picture_beside_a_messages_text_is_read(sample):
+    messages = [{"role": "user", "content": "What?", "images": ["img/a.png"]}, {"role": "assistant", "content": "A."}]
+    assert sample({"messages": messages}).images[0].load().size == (5, 7)
+    with pytest.raises(SampleError, match="message 2 holds an image; it must be in the first"):
+        sample({"messages": [messages[0], messages[1] | {"image": "img/b.png"}], "image": None})
+
+
+def test_what_pillow_opens_is_a_picture_by_its_first_bytes():
+    for fmt in ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "ICO", "JPEG2000"):
+        assert is_picture(encoded(fmt, (16, 16))), fmt
+    for data in (b"", b"P", b"P2P is a text", b"{}", b"plain text", b"\n\x05", bytes(16)):
+        assert not is_picture(data), data
+
+
+def test_base64_is_a_picture_only_if_it_holds_one():
+    assert base64_picture(BASE64) == base64_picture(f"data:image/png;base64,{BASE64}") == PNG
+    for text in ("a" * 400, base64.b64encode(b"plain text " * 20).decode(), "data:text/plain,hello", "", "data:"):
+        assert base64_picture(text) is None, text
+
+
+def test_names_of_pictures():
+    assert {"png", "jpg", "jfif", "jpe", "ppm", "tif", "webp", "heic", "tga"} <= picture_extensions()
+    assert not {"pdf", "mpg", "mp4", "txt", "json"} & picture_extensions()
+    for name in ("a.png", "a/b.c.JPEG", "https://example.org/a.webp?size=3", "C:\\a b\\c.gif"):
+        assert names_picture(name), name
+    for name in ("png", "a.txt", "", "a.png is a file", "one\ntwo.png", "x" * 2000 + ".png"):
+        assert not names_picture(name), name

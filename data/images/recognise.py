@@ -79,8 +79,9 @@ def base64_picture(text: str) -> bytes | None:
             return None
         return _decode(text)
     head = text[: 4 * _HEAD_BYTES]
-    plausible = len(text) >= _LEAST_BASE64 and is_picture(_decode(head) or b"") and _BASE64.fullmatch(text)
-    return _decode(text) if plausible else None
+    if len(text) < _LEAST_BASE64 or "." in head or not is_picture(_decode(head) or b"") or not _BASE64.fullmatch(text):
+        return None
+    return _decode(text)
 
 
 def _decode(text: str) -> bytes | None:

@@ -8,9 +8,9 @@ IMAGE_MARKER = "<image>"
 
 _THING = r"(?:image|img|picture|photo)"
 _MARKERS = re.compile(
-    rf"""(?P<code>```.*?(?:```|\Z)|`[^`\n]*`)                              # of code, only the plain marker is one
-    |(?P<plain><image>)
+    rf"""(?P<code>```.*?(?:```|\Z)|`[^`\n]*`)
     |(?:Picture\ \d+:\ ?)?<img>\s*(?P<file>[^<>\s][^<>\n]*?)\s*</img>      # Qwen-VL
+    |<image>(?P<tagged>[^<>\s]+)</image>
     |!\[[^\]\n]*\]\(\s*<?(?P<markdown>[^\s()<>]+)>?(?:\s+"[^"\n]*")?\s*\)
     |(?P<other></?\s*\|?(?:start_of_|end_of_|begin_of_)?{_THING}(?:[\ _-]?(?:here|placeholder|token|pad|soft_token|context))?
       [\ _-]?(?P<number>\d{{0,4}})\s*/?\|?>|<\|vision_(?:start|end|pad)\|>|\[(?:img|image)\])
@@ -25,26 +25,26 @@ def take_markers(question: str) -> tuple[str, list[str], int]:
 
     Returns:
         The question without it; the files that it names (``<img>FILE</img>``, Markdown); and how many pictures it
-        speaks of, where markers without a number are all of one picture.
+        speaks of, where markers without a number are all of one picture. In code only the plain marker is one.
 
     Raises:
         SampleError: It speaks of a video.
     """
-    if not any(sign in question for sign in "<[!"):
-        return question, [], 0
+    plain = question.replace(IMAGE_MARKER, "")
+    speaks = len(plain) < len(question)
+    if not any(sign in plain for sign in "<[!"):
+        return plain.strip(), [], int(speaks)
     files: list[str] = []
     numbers: set[str] = set()
-    speaks = False
 
     def take(match: re.Match[str]) -> str:
         nonlocal speaks
         if match["video"]:
             raise SampleError(f"a question has {match['video']}, but only pictures are read; give frames as samples")
         if match["code"] is not None:
-            speaks = speaks or IMAGE_MARKER in match["code"]
             return match["code"].replace(IMAGE_MARKER, "")
         speaks = True
-        if file := match["file"] or match["markdown"]:
+        if file := match["file"] or match["tagged"] or match["markdown"]:
             files.append(file)
         elif match["number"]:
             numbers.add(match["number"])

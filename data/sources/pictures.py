@@ -7,6 +7,7 @@ not read is the sample's error. An entry without any is text: none, or an empty 
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -96,6 +97,8 @@ def named_pictures(entry: Mapping[str, Any], picture_keys: frozenset[str] = froz
 
 def distinct(found: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
     """Pictures by key, without the keys that name those of another one once more, in fewer words."""
+    if len(found) <= 1:
+        return dict(found)
     kept: dict[str, list[Any]] = {}
     for key, values in sorted(found.items(), key=lambda item: -_length(item[1])):
         if not any(_same(values, others) for others in kept.values()):
@@ -242,12 +245,14 @@ def brief(value: Any) -> str:
     return f"{type(value).__name__} {str(value)[:60]!r}"
 
 
+@lru_cache(1024)  # a file has few keys, and each of them often
 def _normal(key: object) -> str:
     """A key in lower case, its words separated by underscores."""
     words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", str(key))
     return re.sub(r"[^a-z0-9]+", "_", words.lower()).strip("_")
 
 
+@lru_cache(1024)
 def _picture_word(key: object) -> str:
     """Whether a key speaks of a ``picture`` or of a ``video``; empty if of neither."""
     for word in _normal(key).split("_"):

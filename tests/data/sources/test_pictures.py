@@ -174,6 +174,7 @@ def chat(question):
     [
         "<img>img/a.png</img>\nWhat?",
         "Picture 1: <img>img/a.png</img>\nWhat?",
+        "<image>img/a.png</image>\nWhat?",
         "![](img/a.png)\nWhat?",
         '![a circle](img/a.png "title") What?',
         f"![](data:image/png;base64,{BASE64}) What?",

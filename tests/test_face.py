@@ -4,6 +4,7 @@ import ast
 import runpy
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -56,7 +57,7 @@ def test_editors_and_the_type_checker_see_the_names_that_there_are():
     seen = {alias.asname or alias.name: (n.module, alias.name) for n in block.body for alias in n.names}
     assert set(seen) == set(vdc.__all__)
     for name, (module, inner) in seen.items():
-        assert getattr(sys.modules[module], inner) is getattr(vdc, name)
+        assert getattr(import_module(module), inner) is getattr(vdc, name)
 
 
 def test_every_error_of_the_project_is_offered():

@@ -213,3 +213,12 @@ def test_all_rows_need_both_signals_and_single_values():
         cache = SimpleNamespace(plan=SimpleNamespace(signals=held), path="cache")
         with pytest.raises(CacheMismatchError, match=f"needs a signal that cache does not hold: {lacking}"):
             check_signals(cache, LossWeights(all_attention=1.0), phase="dft")  # type: ignore[arg-type]
+
+
+def test_all_that_a_cache_lacks_is_asked_for_at_once():
+    cache = SimpleNamespace(plan=SimpleNamespace(signals={"logits": {}}), path="cache")
+    losses = LossWeights(visual_columns=1.0, all_attention=1.0)
+    with pytest.raises(CacheMismatchError) as refused:
+        check_signals(cache, losses, phase="dft")  # type: ignore[arg-type]
+    build = str(refused.value).rpartition("--signals ")[2].split(",")
+    assert set(build) - {"...)"} == {"visual_columns", "visual_map", "text_attention"}

@@ -192,3 +192,20 @@ def test_the_mean_over_cells_is_one_weight_a_token():
         cells = torch.ones_like(content) if mask is None else mask
         expected = torch.stack([of_sample[:, rows].mean(dim=1) for of_sample, rows in zip(maps, cells, strict=True)])
         torch.testing.assert_close(found, expected)
+
+
+def test_sums_are_recorded_after_the_rows_that_they_are_taken_of():
+    scene = Scene("square", SIZES)
+    batch = collate_samples(scene.samples, TERMS, pad_token_id=0)
+    for names in (list(TERMS), list(reversed(TERMS))):
+        requests = requests_of({name: TERMS[name] for name in names}, batch, ((0,),) * GROUPS)
+        kinds = [
+            "sum"
+            if getattr(request, "row_weights", None) is not None
+            else "image"
+            if request.rows is batch.keys
+            else "text"
+            for request in requests.values()
+        ]
+        assert kinds == sorted(kinds, key=["text", "image", "sum"].index)
+        assert set(kinds) == {"text", "image", "sum"}

@@ -15,7 +15,7 @@ import glob
 import posixpath
 import re
 import tarfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -188,20 +188,14 @@ def _refuse_cut(path: Path, end: int) -> None:
                 )
 
 
-def _slices(path: Path, infos: Iterable[tarfile.TarInfo]) -> dict[int, FileSlice | str]:
+def _slices(path: Path, infos: Sequence[tarfile.TarInfo]) -> dict[int, FileSlice | str]:
     """By a member's offset, where its bytes lie, links followed inside the archive; or why they cannot be read."""
-    files = {posixpath.normpath(info.name): info for info in infos}
+    has_links = any(info.islnk() or info.issym() for info in infos)
+    files = {posixpath.normpath(info.name): info for info in infos} if has_links else {}
     found: dict[int, FileSlice | str] = {}
     for info in infos:
-        target, seen = info, {info.name}
-        while target.islnk() or target.issym():
-            folder = "" if target.islnk() else posixpath.dirname(target.name)
-            name = posixpath.normpath(posixpath.join(folder, target.linkname))
-            if name not in files or name in seen:
-                break
-            seen.add(name)
-            target = files[name]
         shown = f"{path.name}:{info.name}"
+        target = _target_of(info, files) if has_links else info
         if target.isreg() and not target.issparse():
             found[info.offset] = FileSlice(path, target.offset_data, target.size, shown)
         elif target.islnk() or target.issym():
@@ -209,6 +203,19 @@ def _slices(path: Path, infos: Iterable[tarfile.TarInfo]) -> dict[int, FileSlice
         else:
             found[info.offset] = f"{shown} is no ordinary file; expected pictures and texts"
     return found
+
+
+def _target_of(info: tarfile.TarInfo, files: Mapping[str, tarfile.TarInfo]) -> tarfile.TarInfo:
+    """The file that a member stands for; a link, if it leads out of the archive or in a circle."""
+    seen = {info.name}
+    while info.islnk() or info.issym():
+        folder = "" if info.islnk() else posixpath.dirname(info.name)
+        name = posixpath.normpath(posixpath.join(folder, info.linkname))
+        if name not in files or name in seen:
+            break
+        seen.add(name)
+        info = files[name]
+    return info
 
 
 def _samples(

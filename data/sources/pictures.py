@@ -188,10 +188,11 @@ def open_picture(value: Any, root: Path, *, where: str = "in the data") -> Image
     Raises:
         SampleError: It is none of them, or would have to be downloaded.
     """
-    if isinstance(value, Mapping):
-        for key in _VALUE_KEYS:
-            if not says_none(value.get(key)):
-                return open_picture(value[key], root, where=where)
+    while isinstance(value, Mapping):
+        filled = [value[key] for key in _VALUE_KEYS if not says_none(value.get(key))]
+        if not filled:
+            break
+        value = filled[0]
     if isinstance(value, bytes | bytearray):
         return ImageBytes(bytes(value), where)
     if not isinstance(value, str) or not value.strip():

@@ -47,7 +47,11 @@ def convert(
     def write_shard(index: int) -> None:
         # As stored: which of a shard's records hold an image's arrays stays as it is.
         records = ((sample_id, cache.read_stored(sample_id)) for sample_id in cache.shard_sample_ids(index))
-        write_records(target, plan, index, records, read_sidecar(source, index).failed)
+        sidecar = read_sidecar(source, index)
+        write_records(
+            target, plan, index, records, sidecar.failed,
+            unknown=sidecar.unknown, tells_pictures=sidecar.pictures is not None,
+        )  # fmt: skip
 
     files = [(open_remote(source), side_files_of(cache.manifest))]
     write_shards(target, plan, write_shard, side_files=files, card=card, on_shard=on_shard)

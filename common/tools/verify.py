@@ -312,12 +312,16 @@ def content_damage(cache_dir: Path, plan: Plan, sidecar: ShardSidecar, *, deep: 
 
 
 def _records_damage(reader: ShardReader, plan: Plan, sidecar: ShardSidecar) -> str | None:
-    rows, field_bytes = 0, dict.fromkeys(sidecar.field_bytes, 0)
+    rows, pictures, field_bytes = 0, 0, dict.fromkeys(sidecar.field_bytes, 0)
+    token = None if sidecar.unknown is None else sidecar.unknown.token
+    unknown = 0
     sources = SourceCheck(SharedImages(plan.all_fields))
     for position, sample_id in enumerate(sidecar.sample_ids):
         record = reader.read(position)
         check_record(record, plan.all_fields, f"sample {sample_id!r}")
         rows += len(record["labels"])
+        pictures += bool(record["image_hash"].any())
+        unknown += 0 if token is None else int((record["labels"] == token).sum())
         for name, array in record.items():
             field_bytes[name] += array.nbytes
         try:
@@ -328,4 +332,8 @@ def _records_damage(reader: ShardReader, plan: Plan, sidecar: ShardSidecar) -> s
             return f"sample {sample_id!r}: {wrong}"
     if rows != sidecar.rows or field_bytes != sidecar.field_bytes:
         return f"holds {rows} rows and {field_bytes} bytes; its sidecar says otherwise"
+    if sidecar.pictures not in (None, pictures):
+        return f"holds {pictures} records with a picture; its sidecar says {sidecar.pictures}"
+    if sidecar.unknown is not None and token is not None and sidecar.unknown.rows != unknown:
+        return f"holds {unknown} rows whose target is token {token}; its sidecar says {sidecar.unknown.rows}"
     return None

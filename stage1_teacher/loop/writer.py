@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from vlm_distill_cache.common.cache.counts import kept_reason
 from vlm_distill_cache.common.cache.plan import Plan
 from vlm_distill_cache.common.cache.schema import Record
 from vlm_distill_cache.common.cache.shared_images import ImageSharer, SharedImages
-from vlm_distill_cache.common.cache.sidecar import read_sidecar, sidecar_path
+from vlm_distill_cache.common.cache.sidecar import UnknownWords, read_sidecar, sidecar_path
 from vlm_distill_cache.common.cache.stores import finish_shard, open_writer
 from vlm_distill_cache.common.codecs.answers import AnswersCodec
 from vlm_distill_cache.common.errors import CacheMismatchError, DataError
@@ -36,8 +37,8 @@ class EncodedShard:
     answers: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def fail(self, sample_id: str, reason: str) -> None:
-        """Record a failure; a reason may quote names from the data that are no valid UTF-8."""
-        self.failed.append((sample_id, reason.encode(errors="backslashreplace").decode()))
+        """Record a failure; a reason may quote from the data whatever is there."""
+        self.failed.append((sample_id, kept_reason(reason)))
 
 
 @dataclass
@@ -145,10 +146,10 @@ class Writer:
         """Queue one batch for encoding."""
         self._submit(self._encode, batch, signals)
 
-    def finish(self, shard: EncodedShard) -> None:
-        """Queue the writing of a shard, after its batches."""
+    def finish(self, shard: EncodedShard, *, unknown: UnknownWords | None = None) -> None:
+        """Queue the writing of a shard, after its batches; `unknown`: its rows that teach an unknown word."""
         order = [(sample.sample_id, image_key(sample)) for sample in shard.samples]
-        self._submit(self._write, shard.index, order, tuple(shard.failed), dict(shard.answers))
+        self._submit(self._write, shard.index, order, tuple(shard.failed), dict(shard.answers), unknown)
 
     def wait(self) -> None:
         """Wait until everything queued is written."""
@@ -172,6 +173,7 @@ class Writer:
         order: list[tuple[str, str | None]],
         failed: tuple[tuple[str, str], ...],
         answers: Mapping[str, tuple[str, ...]],
+        unknown: UnknownWords | None,
     ) -> None:
         records, self._records = self._records, {}
         try:
@@ -186,6 +188,6 @@ class Writer:
                 if AnswersCodec.signal in self._codecs:
                     records[sample_id] |= self._codecs[AnswersCodec.signal].encode(answers[sample_id])
                 writer.append(sample_id, sharer.share(records[sample_id], key))
-            finish_shard(writer, failed)
+            finish_shard(writer, failed, unknown=unknown)
         finally:
             writer.abort()

@@ -52,6 +52,7 @@ class ShardWriter(ABC):
         sample_ids: In the order appended.
         rows: Supervised rows so far.
         field_bytes: Decoded bytes so far by field.
+        pictures: Records so far of samples with a picture.
     """
 
     suffix: str
@@ -59,7 +60,7 @@ class ShardWriter(ABC):
     def __init__(self, cache_dir: Path, index: int, fields: tuple[Field, ...]) -> None:
         self.cache_dir, self.index, self.fields = cache_dir, index, fields
         self.sample_ids: list[str] = []
-        self.rows = 0
+        self.rows = self.pictures = 0
         self.field_bytes = {f.name: 0 for f in fields}
         self._seen: set[str] = set()
         self._final = shard_path(cache_dir, index, self.suffix)
@@ -80,6 +81,7 @@ class ShardWriter(ABC):
         self._seen.add(sample_id)
         self.sample_ids.append(sample_id)
         self.rows += len(record["labels"])
+        self.pictures += bool(record["image_hash"].any())
         for name, array in record.items():
             self.field_bytes[name] += array.nbytes
         self._add(sample_id, record)

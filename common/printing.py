@@ -13,8 +13,8 @@ MAX_SHOWN = 300  # characters of one name or reason
 MAX_QUOTED = 80  # of what a reason quotes
 _MAX_LINE = 2000  # of a line of a message
 _CUT = "..."
-# What a message quotes: between quotation marks that are no apostrophes inside a word.
-_QUOTED = re.compile(r"""(?<!\w)(?:'(?:[^'\\\n]|\\.)*'|"(?:[^"\\\n]|\\.)*"|`[^`\n]*`)(?!\w)""")
+# What a message quotes: between quotation marks that are no apostrophes inside a word, nor an option's as in SET="...".
+_QUOTED = re.compile(r"""(?<![\w=])(?:'(?:[^'\\\n]|\\.)*'|"(?:[^"\\\n]|\\.)*"|`[^`\n]*`)(?!\w)""")
 _UNBROKEN = re.compile(r"\S+")
 
 

@@ -187,11 +187,11 @@ def begin(config: BuildConfig, *, overwrite: bool, several: bool) -> tuple[Path,
     refuse_unwritable(cache_dir)
     config = fix_batch_size(fix_threads(config, several=several, overwrite=overwrite), overwrite=overwrite)
     work = open_build(config)
+    if (overwrite or stored_plan(cache_dir) is None) and ANSWERS not in work.codecs:
+        words = UnknownToken.of(work.encoder)
+        budget = UnknownBudget(words=words, total=len(work.dataset), share=config.max_unknown_share)
+        budget.probe(work.dataset, work.encoder)
     with in_use(cache_dir, alone=overwrite):
-        if (overwrite or stored_plan(cache_dir) is None) and ANSWERS not in work.codecs:
-            words = UnknownToken.of(work.encoder)
-            budget = UnknownBudget(words=words, total=len(work.dataset), share=config.max_unknown_share)
-            budget.probe(work.dataset, work.encoder)
         try:
             plan = prepare_cache(cache_dir, work.plan, overwrite=overwrite)
         except CacheMismatchError:

@@ -62,11 +62,12 @@ def _sample_lines(cache: Path, plan: Plan, manifest: Manifest) -> list[str]:
     totals = manifest.totals
     pictures, unknown = totals.get("pictures"), totals.get("unknown_rows")
     lines = [f"  {picture_words(pictures, totals['samples'])}"]
-    of_images = [name for name, codec in plan.signals.items() if CODECS[codec["codec"]].of_image]
+    codecs = {name: CODECS.get(str(settings.get("codec"))) for name, settings in plan.signals.items()}
+    of_images = [name for name, codec in codecs.items() if codec is not None and codec.of_image]
     if pictures == 0 and of_images:
         lines.append(
-            f"  warning: no sample has a picture, so {', '.join(of_images)} hold nothing and no loss on them can be "
-            "trained; if there should be pictures, see how the data names them (docs/families.md)"
+            f"  warning: no sample has a picture, so there is nothing in {', '.join(of_images)} and no loss on it can "
+            "be trained; if there should be pictures, see how the data names them (docs/families.md)"
         )
     if words := unknown_words(unknown, totals["rows"]):
         lines.append(f"  {'' if unknown is None else 'warning: '}{words}")
@@ -93,4 +94,6 @@ def _part_text(summary: BuildSummary) -> str:
 def next_command(summary: BuildSummary, config: BuildConfig) -> str:
     """The command that uses the cache, with the data's place as it was given."""
     plan = read_plan(summary.cache)
-    return f"Next: {distill_command(plan, summary.cache, data=config.data, images=config.images)}"
+    pictures = None if summary.manifest is None else summary.manifest.totals.get("pictures")
+    command = distill_command(plan, summary.cache, pictures=pictures, data=config.data, images=config.images)
+    return f"Next: {command}"

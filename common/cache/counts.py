@@ -25,14 +25,14 @@ _OWN = re.compile(
 def picture_words(pictures: int | None, samples: int) -> str:
     """How many samples have a picture; None: a part of the cache does not say."""
     if pictures is None:
-        return "with a picture: not recorded (written by an older version)"
+        return "with a picture: not recorded, as in caches of older versions"
     return f"{pictures:,} of {samples:,} samples with a picture"
 
 
 def unknown_words(unknown: int | None, rows: int) -> str:
     """How many targets are words that the tokenizer lacks; None: a part of the cache does not say; empty if none is."""
     if unknown is None:
-        return "words that the tokenizer lacks: not recorded (written by an older version)"
+        return "words that the tokenizer lacks: not recorded, as in caches of older versions"
     share = 100 * unknown / max(1, rows)
     return f"{unknown:,} of {rows:,} targets ({share:.3g} %) are words that the tokenizer lacks" if unknown else ""
 
@@ -90,6 +90,13 @@ class FailureCounts:
         shown = [f"{count:>6} x  {reason} (e.g. {sample_id})" for count, reason, sample_id in self.rows(limit=limit)]
         return [*shown, *([f"          {more}"] if (more := self.more(limit=limit)) else [])]
 
+    def card_section(self) -> str:
+        """What a card says of the samples that could not be used; empty if there are none."""
+        rows = "".join(f"| {count} | {_code(why)} | {_code(name)} |\n" for count, why, name in self.rows())
+        more = f"\n{self.more()}\n" if self.more() else ""
+        table = f"| samples | reason | for example |\n|---|---|---|\n{rows}{more}"
+        return f"\n## Samples that could not be used\n\n{table}" if rows else ""
+
 
 @dataclass
 class SampleCounts:
@@ -116,6 +123,15 @@ class SampleCounts:
         self.unknown = _sum(self.unknown, None if sidecar.unknown is None else sidecar.unknown.rows)
         self.failures.add(sidecar.failed)
 
+    def card_lines(self) -> str:
+        """What a card lists of them."""
+        words = unknown_words(self.unknown, self.rows)
+        return (
+            f"- Size: {self.samples} records, {self.rows} supervised rows; {self.failures.total} samples could not be used\n"
+            f"- Pictures: {picture_words(self.pictures, self.samples)}\n"
+            + (f"- Unknown words: {words}\n" if words else "")
+        )
+
 
 def _sum(total: int | None, more: int | None) -> int | None:
     return None if total is None or more is None else total + more
@@ -129,6 +145,11 @@ def nothing_usable(failures: Iterable[tuple[str, str]], *, where: object, remedy
         + "\n".join(counts.lines())
         + f"\n{remedy}"
     )
+
+
+def _code(text: str) -> str:
+    """Text of unknown origin as code, which no reader of Markdown takes for links or pictures."""
+    return f"`{text.replace('`', chr(39)).replace('|', chr(92) + '|')}`"
 
 
 def _without_id(reason: str, sample_id: str) -> str:

@@ -13,6 +13,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+from vlm_distill_cache.common.cache.counts import nothing_usable
 from vlm_distill_cache.common.cache.documents import (
     check_int,
     check_object,
@@ -20,7 +21,6 @@ from vlm_distill_cache.common.cache.documents import (
     read_document,
     write_document,
 )
-from vlm_distill_cache.common.cache.counts import nothing_usable
 from vlm_distill_cache.common.cache.index import INDEX, build_index
 from vlm_distill_cache.common.cache.plan import PLAN, SHARDS, Plan, read_plan
 from vlm_distill_cache.common.cache.schema import FORMAT_VERSION

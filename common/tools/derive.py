@@ -12,14 +12,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vlm_distill_cache.common.cache.counts import nothing_usable
+from vlm_distill_cache.common.cache.counts import SampleCounts, nothing_usable
 from vlm_distill_cache.common.cache.index import INDEX
 from vlm_distill_cache.common.cache.manifest import Manifest, seal
 from vlm_distill_cache.common.cache.plan import PLAN, Plan, write_plan
 from vlm_distill_cache.common.cache.schema import Field, Record
 from vlm_distill_cache.common.cache.shared_images import ImageSharer, SharedImages, with_visual_source
 from vlm_distill_cache.common.cache.side_files import CARD, MAX_CARD_BYTES, refuse_occupied
-from vlm_distill_cache.common.cache.sidecar import FileEntry, ShardSidecar, UnknownWords, sidecar_path
+from vlm_distill_cache.common.cache.sidecar import FileEntry, ShardSidecar, UnknownWords, read_sidecar, sidecar_path
 from vlm_distill_cache.common.cache.stores import finish_shard, open_writer
 from vlm_distill_cache.common.codecs.logits import LogitCodec
 from vlm_distill_cache.common.errors import CacheMismatchError
@@ -201,9 +201,14 @@ def derive_cache(
         failed = [(slot.sample_id, slot.failed) for slot in chosen if slot.failed is not None]
         write_records(target, plan, index, _shared_anew(chosen, read, plan.all_fields), failed, unknown=unknown)
 
-    card = write_derived_card(plan, fidelity, [(manifest.hash, _read_card(remote)) for remote, manifest in sources])
     files = [(remote, side_files_of(manifest)) for remote, manifest in sources[:1]]
-    write_shards(target, plan, write_shard, side_files=files, card=card, on_shard=on_shard)
+    write_shards(target, plan, write_shard, side_files=files, card=None, on_shard=on_shard)
+    counts = SampleCounts()
+    for index in range(plan.shard_count):
+        counts.add(read_sidecar(target, index))
+    quoted = [(manifest.hash, _read_card(remote)) for remote, manifest in sources]
+    with name_full_disk(target):
+        write_bytes_atomic(target / CARD, write_derived_card(plan, fidelity, quoted, counts))
     return seal_derived(target, fidelity=fidelity)
 
 

@@ -186,7 +186,9 @@ def _next_lines(cache_dir: Path, place: str, plan: Plan, totals: _Totals, *, sea
         return [f"next            teacher-cache seal {quoted(place)}"]
     check = f"verify {quoted(place)}" if place == str(cache_dir) else f"pull {quoted(place)} FOLDER"
     return [
-        f"next            {distill_command(plan, place)}".replace(" SET=", f" \\\n{'':<16}SET="),
+        f"next            {distill_command(plan, place, pictures=totals.pictures)}".replace(
+            " SET=", f" \\\n{'':<16}SET="
+        ),
         f"                cachectl inspect {quoted(place)} {quoted(totals.first_id) if totals.first_id else 'SAMPLE_ID'}",
         f"                cachectl {check}",
     ]

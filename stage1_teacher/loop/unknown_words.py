@@ -125,7 +125,7 @@ class UnknownBudget:
                 continue  # is counted, with its reason, when its shard is built
             probed._add(1, len(sample.supervised_rows), self.words.count_rows(sample))
         if probed.unknown and probed.unknown / probed.rows > self.share:
-            raise probed._error(f"{probed.samples} samples, spread over the data,")
+            raise probed._error("all samples" if count == len(dataset) else f"{count} samples, spread over the data,")
 
     def _add(self, samples: int, rows: int, unknown: int) -> None:
         self.samples += samples

@@ -15,7 +15,7 @@ from vlm_distill_cache.common.cache.sidecar import UnknownWords, read_sidecar, s
 from vlm_distill_cache.common.cache.stores import finish_shard, open_writer
 from vlm_distill_cache.common.codecs.answers import AnswersCodec
 from vlm_distill_cache.common.errors import CacheMismatchError, DataError
-from vlm_distill_cache.common.printing import one_line
+from vlm_distill_cache.common.printing import brief
 from vlm_distill_cache.data.text.collate import Batch, image_key
 from vlm_distill_cache.data.text.encoding import EncodedSample
 from vlm_distill_cache.stage1_teacher.loop.signals import TeacherSignals, encode_records
@@ -74,16 +74,19 @@ class FailureBudget:
         # Divided, not multiplied: 0.29 * 100 is less than 29.
         if self.failed and self.failed / self.total > self.share:
             reasons = [
-                f"  {one_line(reason if repr(name) in reason else f'{name}: {reason}')}" for name, reason in self.first
+                f"  {brief(reason if repr(name) in reason else f'{name}: {reason}')}" for name, reason in self.first
             ]
             more = self.failed - len(self.first)
             enough = 0.1 if self.failed / self.total < 0.1 else 1
+            skip = (
+                f", or skip these samples: make teacher-cache CACHE_SET=max_failed_share={enough} with the same options "
+                f"(teacher-cache build ... --set max_failed_share={enough}; a share from 0 to 1)"
+            )
             raise DataError(
                 f"{self.failed} of {self.total} samples cannot be used, more than the tolerated "
                 f"{100 * self.share:.4g} %:\n"
                 + "\n".join([*reasons, *([f"  ... and {more} more"] if more else [])])
-                + f"\nFix the data, or skip these samples: make teacher-cache CACHE_SET=max_failed_share={enough} with "
-                f"the same options (teacher-cache build ... --set max_failed_share={enough}; a share from 0 to 1)"
+                + f"\nFix the data{skip if self.failed < self.total else ''}"
             )
 
     def _count(self, failures: Sequence[tuple[str, str]]) -> None:

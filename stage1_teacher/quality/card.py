@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vlm_distill_cache.common.cache.counts import FailureCounts, SampleCounts, picture_words, unknown_words
+from vlm_distill_cache.common.cache.counts import SampleCounts
 from vlm_distill_cache.common.cache.plan import BASE, Plan, card_store_line
 from vlm_distill_cache.common.cache.side_files import CARD
 from vlm_distill_cache.common.cache.sidecar import read_sidecar
@@ -63,10 +63,8 @@ What a vision-language teacher says and where it looks while saying it, for trai
 
 - Teacher: {plan.teacher.get("name")} (family `{plan.teacher.get("family")}`, {plan.teacher.get("dtype")})
 - Data: {plan.data.get("name")}, {plan.sample_count} samples; images and questions are **not** in here
-- Size: {counts.samples} records, {counts.rows} supervised rows; {counts.failures.total} samples could not be used
-- Pictures: {picture_words(counts.pictures, counts.samples)}
-{_unknown_line(counts)}{card_store_line(plan)}- Prompt template: `{plan.template.get("name")}`
-{_failures(counts.failures)}
+{counts.card_lines()}{card_store_line(plan)}- Prompt template: `{plan.template.get("name")}`
+{counts.failures.card_section()}
 ## Licence and provenance
 
 | of | licence |
@@ -106,24 +104,6 @@ Bytes are those of the decoded arrays; on disk they are packed.
 |---|---|
 {prints}
 """
-
-
-def _unknown_line(counts: SampleCounts) -> str:
-    words = unknown_words(counts.unknown, counts.rows)
-    return f"- Unknown words: {words}\n" if words else ""
-
-
-def _failures(failures: FailureCounts) -> str:
-    """A section on the samples that could not be used; empty if there are none."""
-    rows = "".join(f"| {count} | {_code(why)} | {_code(name)} |\n" for count, why, name in failures.rows())
-    more = f"\n{failures.more()}\n" if failures.more() else ""
-    table = f"| samples | reason | for example |\n|---|---|---|\n{rows}{more}"
-    return f"\n## Samples that could not be used\n\n{table}" if rows else ""
-
-
-def _code(text: str) -> str:
-    """Text of unknown origin as code, which no reader of Markdown takes for links or pictures."""
-    return f"`{text.replace('`', chr(39)).replace('|', chr(92) + '|')}`"
 
 
 def _front_matter(plan: Plan, name: str) -> str:

@@ -2,7 +2,7 @@
 
 A sample id, a reason or a teacher's name that came from elsewhere may hold escape sequences that move the cursor,
 rename the window or hide what was printed before, and may be as long as a picture. Nothing of that kind reaches a
-terminal. What is too long is cut in its middle: names stand at the front of a message, and what to do at its end.
+terminal. Messages that are too long are cut in the middle: whose they are stands in front, and what to do at the end.
 """
 
 from __future__ import annotations
@@ -19,11 +19,9 @@ _UNBROKEN = re.compile(r"\S+")
 
 
 def one_line(text: object, *, limit: int = MAX_SHOWN) -> str:
-    r"""Return a text in which everything that does not print is spelt out, ``\x1b``, on one line.
-
-    What is longer than ``limit`` characters is cut in its middle.
-    """
-    return _cut(printable(_cut(str(text), 4 * limit), keep=""), limit)
+    r"""Return a text in which everything that does not print is spelt out, ``\x1b``, on one line, cut at ``limit``."""
+    shown = printable(str(text)[: limit + 1], keep="")
+    return shown if len(shown) <= limit else f"{shown[: limit - len(_CUT)]}{_CUT}"
 
 
 def shorten_parts(text: str, *, limit: int = MAX_SHOWN) -> str:
@@ -33,9 +31,10 @@ def shorten_parts(text: str, *, limit: int = MAX_SHOWN) -> str:
     return text
 
 
-def brief(text: str) -> str:
-    """A message on one line of at most `MAX_SHOWN` characters; of what it quotes, beginning and end stay."""
-    return one_line(shorten_parts(text, limit=MAX_QUOTED) if len(text) > MAX_SHOWN else text)
+def brief(text: str, *, limit: int = MAX_SHOWN) -> str:
+    """A message on one line of at most ``limit`` characters; of what it quotes, and of itself, both ends stay."""
+    shown = shorten_parts(text, limit=MAX_QUOTED) if len(text) > limit else text
+    return _cut(printable(_cut(shown, limit), keep=""), limit)
 
 
 def message(text: str) -> str:

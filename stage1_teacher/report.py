@@ -73,7 +73,7 @@ def _sample_lines(cache: Path, plan: Plan, manifest: Manifest) -> list[str]:
         lines.append(f"  {'' if unknown is None else 'warning: '}{words}")
     if totals["failed"]:
         failed = (read_sidecar(cache, shard.index).failed for shard in manifest.shards if shard.failed)
-        lines += ["  failed, by reason:", *FailureCounts(chain.from_iterable(failed)).lines()]
+        lines += [f"  failed: {line}" for line in FailureCounts(chain.from_iterable(failed)).lines()]
     return lines
 
 

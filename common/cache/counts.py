@@ -87,8 +87,11 @@ class FailureCounts:
 
     def lines(self, *, limit: int = SHOWN_REASONS) -> list[str]:
         """A line for each reason, the commonest first, with an example; the last one says how many more there are."""
-        shown = [f"{count:>6} x  {reason} (e.g. {sample_id})" for count, reason, sample_id in self.rows(limit=limit)]
-        return [*shown, *([f"          {more}"] if (more := self.more(limit=limit)) else [])]
+        shown = [
+            f"{count} x, e.g. {sample_id}: {reason}" if count > 1 else f"{sample_id}: {reason}"
+            for count, reason, sample_id in self.rows(limit=limit)
+        ]
+        return [*shown, *([more] if (more := self.more(limit=limit)) else [])]
 
     def card_section(self) -> str:
         """What a card says of the samples that could not be used; empty if there are none."""
@@ -142,7 +145,7 @@ def nothing_usable(failures: Iterable[tuple[str, str]], *, where: object, remedy
     counts = FailureCounts(failures)
     return DataError(
         f"{where}: none of its {counts.total} samples could be used, so there is nothing to seal:\n"
-        + "\n".join(counts.lines())
+        + "\n".join(f"  {line}" for line in counts.lines())
         + f"\n{remedy}"
     )
 

@@ -7,9 +7,12 @@ sidecars, whoever asks and however many processes share it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from vlm_distill_cache.common.cache.documents import check_int, check_object, parse_document, safe_path, write_document
 from vlm_distill_cache.common.cache.plan import SHARDS, Plan
@@ -64,6 +67,10 @@ class UnknownWords:
 
     rows: int
     token: int | None = None
+
+    def plus(self, labels: NDArray[np.uint32]) -> UnknownWords:
+        """Count the rows of one more record, by its labels u4 ``[A]``; those of a token that is not known are none."""
+        return self if self.token is None else replace(self, rows=self.rows + int((labels == self.token).sum()))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON stored in sidecars."""

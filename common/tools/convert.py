@@ -48,9 +48,12 @@ def convert(
         # As stored: which of a shard's records hold an image's arrays stays as it is.
         records = ((sample_id, cache.read_stored(sample_id)) for sample_id in cache.shard_sample_ids(index))
         sidecar = read_sidecar(source, index)
+        unknown = sidecar.unknown
+        if unknown is not None and unknown.token is not None:
+            unknown = replace(unknown, rows=0)  # they are counted again
         write_records(
             target, plan, index, records, sidecar.failed,
-            unknown=sidecar.unknown, tells_pictures=sidecar.pictures is not None,
+            unknown=unknown, tells_pictures=sidecar.pictures is not None,
         )  # fmt: skip
 
     files = [(open_remote(source), side_files_of(cache.manifest))]

@@ -133,21 +133,19 @@ def write_records(
 ) -> None:
     """Write a shard of these records, by sample id, and of the samples that failed; one that is there stays.
 
-    ``unknown`` and ``tells_pictures`` are as of `finish_shard`; rows that teach an unknown word are counted anew where
-    its token is known.
+    Args:
+        unknown: How rows that teach an unknown word are counted, and with how many it begins; None: not.
+        tells_pictures: Whether records with a picture are counted.
     """
     if sidecar_path(target, index).exists():
         return
     writer = open_writer(plan.store, target, index, plan.all_fields)
     try:
-        rows = 0
+        writer.unknown = unknown
+        writer.pictures = 0 if tells_pictures else None
         for sample_id, record in records:
             writer.append(sample_id, record)
-            if unknown is not None and unknown.token is not None:
-                rows += int((record["labels"] == unknown.token).sum())
-        if unknown is not None and unknown.token is not None:
-            unknown = replace(unknown, rows=rows)
-        finish_shard(writer, failed, unknown=unknown, tells_pictures=tells_pictures)
+        finish_shard(writer, failed)
     finally:
         writer.abort()
 

@@ -86,7 +86,7 @@ def describe_cache(cache_dir: Path, *, location: str | None = None) -> str:
         *_wrapped("beside them", _side_words(manifest)),
         *_wrapped("fingerprints", prints or ["none"]),
     ]
-    lines += [f"failed    {line}" for line in totals.failures.lines()]
+    lines += [f"failed          {line}" for line in totals.failures.lines()]
     lines += _wrapped("fidelity", _fidelity_words(manifest))
     lines += ["", *_next_lines(cache_dir, place, plan, totals, sealed=sealed, missing=bool(missing))]
     return "\n".join(lines)

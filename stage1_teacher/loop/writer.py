@@ -191,6 +191,7 @@ class Writer:
                 if AnswersCodec.signal in self._codecs:
                     records[sample_id] |= self._codecs[AnswersCodec.signal].encode(answers[sample_id])
                 writer.append(sample_id, sharer.share(records[sample_id], key))
-            finish_shard(writer, failed, unknown=unknown)
+            writer.unknown = unknown
+            finish_shard(writer, failed)
         finally:
             writer.abort()

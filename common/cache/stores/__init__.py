@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from vlm_distill_cache.common.cache.schema import Field
-from vlm_distill_cache.common.cache.sidecar import FileEntry, ShardSidecar, UnknownWords, write_sidecar
+from vlm_distill_cache.common.cache.sidecar import FileEntry, ShardSidecar, write_sidecar
 from vlm_distill_cache.common.cache.stores.base import ShardReader, ShardWriter, prepare_shard
 from vlm_distill_cache.common.cache.stores.webdataset_store import WebDatasetReader, WebDatasetWriter
 from vlm_distill_cache.common.cache.stores.zarr_store import ZarrReader, ZarrWriter
@@ -36,19 +36,11 @@ def open_reader(store: str, cache_dir: Path, shard_index: int, fields: Sequence[
     return reader(cache_dir, shard_index, tuple(fields))
 
 
-def finish_shard(
-    writer: ShardWriter,
-    failed: Iterable[tuple[str, str]] = (),
-    *,
-    unknown: UnknownWords | None = None,
-    tells_pictures: bool = True,
-) -> ShardSidecar:
+def finish_shard(writer: ShardWriter, failed: Iterable[tuple[str, str]] = ()) -> ShardSidecar:
     """Publish a shard and then its sidecar: from now on the shard exists.
 
     Args:
         failed: ``(sample_id, reason)`` of each sample that could not be read.
-        unknown: Its rows that teach an unknown word; None: not counted.
-        tells_pictures: Whether the sidecar says how many records have a picture.
 
     Raises:
         CacheMismatchError: If another process published the same shard with other content.
@@ -62,8 +54,8 @@ def finish_shard(
             field_bytes=dict(writer.field_bytes),
             files=files,
             failed=tuple((name, reason) for name, reason in failed),
-            pictures=writer.pictures if tells_pictures else None,
-            unknown=unknown,
+            pictures=writer.pictures,
+            unknown=writer.unknown,
         )
         write_sidecar(writer.cache_dir, sidecar)
     finally:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Never
 import click
 
 from vlm_distill_cache.common.cache.plan import STORE_NAMES, read_plan
+from vlm_distill_cache.common.printing import one_line
 from vlm_distill_cache.common.terminal.command_line import (
     SETTINGS,
     CacheFolder,
@@ -24,6 +25,8 @@ from vlm_distill_cache.common.terminal.progress import ProgressLines, progress
 
 if TYPE_CHECKING:
     from tqdm import tqdm
+
+    from vlm_distill_cache.common.cache.manifest import Manifest
 
 
 _JOBS = click.option(
@@ -68,7 +71,8 @@ def inspect(cache: str, sample_id: str | None, picture: Path | None, image: Path
         say(f"Drew {picture}")
         return
     say(describe_record(opened, sample_id, unicode=can_print(BLOCKS)))
-    say(f"\nNext: cachectl inspect {quoted(cache)} {quoted(sample_id)} --picture OUT.png [--image FILE]")
+    shown = quoted(sample_id) if one_line(sample_id) == sample_id else "SAMPLE_ID"
+    say(f"\nNext: cachectl inspect {quoted(cache)} {shown} --picture OUT.png [--image FILE]")
 
 
 @main.command()
@@ -154,7 +158,7 @@ def convert(source: Path, target: Path, store: str) -> None:
         manifest = convert_cache(source, target, store, on_shard=bar.update)
     totals = manifest.totals
     click.echo(f"Converted {totals['samples']} samples into {target} ({store}, {totals['bytes']:,} bytes)")
-    click.echo(f"Next: cachectl verify {quoted(target)}, then {distill_command(read_plan(target), target)}")
+    click.echo(f"Next: cachectl verify {quoted(target)}, then {_distill(target, manifest)}")
 
 
 @main.command()
@@ -184,7 +188,7 @@ def merge(sources: tuple[Path, ...], output: Path, store: str | None) -> None:
             f"Next: teacher-cache fidelity --cache {quoted(output)} with the build's options: measures it, writes its card"
         )
         return
-    click.echo(f"Next: cachectl verify {quoted(output)}, then {distill_command(read_plan(output), output)}")
+    click.echo(f"Next: cachectl verify {quoted(output)}, then {_distill(output, merged.manifest)}")
 
 
 @main.command()
@@ -236,14 +240,18 @@ def pull(
         with _progress("pull") as shard_bar:
             part = pull_partial(source, cache, selection, jobs=jobs, on_shard=shard_bar.update)
         click.echo(f"Pulled {part.totals['samples']} samples of {source} to {cache} ({part.totals['bytes']:,} bytes)")
-        click.echo(f"Next: cachectl inspect {quoted(cache)}, then {distill_command(read_plan(cache), cache)}")
+        click.echo(f"Next: cachectl inspect {quoted(cache)}, then {_distill(cache, part)}")
         return
     from vlm_distill_cache.common.remotes.pull import pull as pull_cache
 
     with _byte_progress("pull") as bar:
-        _, moved = pull_cache(source, cache, jobs=jobs, on_progress=_follow(bar))
+        manifest, moved = pull_cache(source, cache, jobs=jobs, on_progress=_follow(bar))
     click.echo(f"Pulled {source} to {cache}: {moved}")
-    click.echo(f"Next: cachectl verify {quoted(cache)}, then {distill_command(read_plan(cache), cache)}")
+    click.echo(f"Next: cachectl verify {quoted(cache)}, then {_distill(cache, manifest)}")
+
+
+def _distill(cache: Path, manifest: Manifest) -> str:
+    return distill_command(read_plan(cache), cache, pictures=manifest.totals.get("pictures"))
 
 
 def _progress(title: str, total: int | None = None) -> tqdm[Never] | ProgressLines:

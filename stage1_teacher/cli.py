@@ -21,6 +21,7 @@ from vlm_distill_cache.common.terminal.command_line import (
     CommandGroup,
     quiet_libraries,
     quoted,
+    say,
     shared_options,
     start_logging,
     stopped_by_sigterm,
@@ -104,9 +105,9 @@ def build(*, nproc: int | None, part: str | None, overwrite: bool, **options: An
             summary = extract(settings, overwrite=overwrite, part=own)
         else:
             summary = extract_with_processes(settings, nproc, overwrite=overwrite, part=own)
-    click.echo(summary_text(summary))
+    say(summary_text(summary))
     if summary.manifest is not None:
-        click.echo(next_command(summary, settings))
+        say(next_command(summary, settings))
 
 
 @main.command()
@@ -217,7 +218,7 @@ def report(cache: Path) -> None:
     from vlm_distill_cache.stage1_teacher.report import summary_text
 
     refuse_missing_shards(cache)
-    click.echo(summary_text(BuildSummary(cache=cache, manifest=read_manifest(cache))))
+    say(summary_text(BuildSummary(cache=cache, manifest=read_manifest(cache))))
 
 
 @main.command("demo-teacher")

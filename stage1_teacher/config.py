@@ -60,6 +60,8 @@ class BuildConfig:
             empty: one device.
         quantisation: Quantisation of the teacher's language model by bitsandbytes; ``4bit`` is NF4.
         max_failed_share: Largest tolerated share of unreadable samples, in [0, 1].
+        max_unknown_share: Largest tolerated share of targets that are words the teacher's tokenizer lacks, in [0, 1]; they
+            are taught as its unknown token.
         fidelity_samples: Samples of the fidelity probe; 0 skips it.
         threads: CPU threads of the arithmetic; part of the plan, because the last bits depend on it. 0: as in an existing
             cache, else ``OMP_NUM_THREADS``, else all cores but one, or one for each of several processes.
@@ -103,6 +105,7 @@ class BuildConfig:
     device_map: str = ""
     quantisation: Literal["none", "8bit", "4bit"] = "none"
     max_failed_share: float = 0.01
+    max_unknown_share: float = 0.1
     fidelity_samples: int = 64
     threads: int = 0
     num_workers: int = -1
@@ -135,8 +138,9 @@ class BuildConfig:
             )
         if not self.cache:
             raise ConfigError("cache: expected a folder, got nothing")
-        if not 0.0 <= self.max_failed_share <= 1.0:
-            raise ConfigError(f"max_failed_share: expected a share in [0, 1], got {self.max_failed_share}")
+        for name in ("max_failed_share", "max_unknown_share"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ConfigError(f"{name}: expected a share in [0, 1], got {getattr(self, name)}")
         for name in ("license", "teacher_license", "data_license", "source"):
             if not getattr(self, name).isprintable():
                 raise ConfigError(f"{name}: expected one line of text, got {getattr(self, name)!r}")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Never
 
 import torch
 
-from vlm_distill_cache.common.cache.manifest import Manifest, read_manifest, seal
+from vlm_distill_cache.common.cache.manifest import Manifest, read_manifest, refuse_nothing_usable, seal
 from vlm_distill_cache.common.cache.plan import Plan, read_plan, refuse_changed_plan
 from vlm_distill_cache.common.cache.sidecar import missing_shards, sidecar_path
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError
@@ -22,6 +22,7 @@ from vlm_distill_cache.stage1_teacher.config import BuildConfig
 from vlm_distill_cache.stage1_teacher.loop.answers import ANSWERS, answer_shard
 from vlm_distill_cache.stage1_teacher.loop.encode_ahead import encode_shards
 from vlm_distill_cache.stage1_teacher.loop.forward import run_shard
+from vlm_distill_cache.stage1_teacher.loop.unknown_words import UnknownBudget, UnknownToken
 from vlm_distill_cache.stage1_teacher.loop.work import Build
 from vlm_distill_cache.stage1_teacher.loop.writer import EncodedShard, FailureBudget, Writer
 from vlm_distill_cache.stage1_teacher.planning.cache_folder import (
@@ -90,6 +91,7 @@ def extract(config: BuildConfig, *, overwrite: bool = False, part: Part = WHOLE,
         part = part.for_resume(missing_shards(cache_dir, plan))
         todo = part.share(missing_shards(cache_dir, plan))
         if not todo and seals and (manifest := intact_manifest(cache_dir)) is not None:
+            refuse_nothing_usable(cache_dir, plan)
             return BuildSummary(cache=cache_dir, manifest=manifest)
         known = export_parts(work.teacher, cache_dir) if seals else []
         if seals:
@@ -97,6 +99,8 @@ def extract(config: BuildConfig, *, overwrite: bool = False, part: Part = WHOLE,
 
         # The main loop: the next shards are encoded, and the last batches written, while the teacher runs.
         budget = FailureBudget.of_finished(cache_dir, plan, share=config.max_failed_share)
+        words = UnknownToken.of(work.encoder)
+        targets = UnknownBudget.of_finished(cache_dir, plan, words=words, share=config.max_unknown_share)
         started, samples, built = time.monotonic(), 0, 0
         with (
             Writer(cache_dir, plan, work.codecs) as writer,
@@ -107,17 +111,19 @@ def extract(config: BuildConfig, *, overwrite: bool = False, part: Part = WHOLE,
                 for shard in open_shards(work, plan, todo, batch_size=plan.batch_size):
                     if sidecar_path(cache_dir, shard.index).exists():
                         continue
+                    targets.spend(shard.samples, failed=len(shard.failed))
                     for batch, signals in run_shard(work, shard, plan.batch_size):
                         writer.add(batch, signals)
                         samples += len(batch)
                         bar.update(len(batch))
                     refuse_replaced(cache_dir, plan)
                     budget.spend(shard.failed)
-                    writer.finish(shard)
+                    writer.finish(shard, unknown=words.count(shard.samples))
                     bar.update(len(shard.failed))
                     built += 1
                 writer.wait()
         FailureBudget.of_finished(cache_dir, plan, share=config.max_failed_share).spend(())
+        UnknownBudget.of_finished(cache_dir, plan, words=words, share=config.max_unknown_share).refuse()
         seconds = time.monotonic() - started
 
         missing, manifest = tuple(missing_shards(cache_dir, plan)), None
@@ -181,6 +187,10 @@ def begin(config: BuildConfig, *, overwrite: bool, several: bool) -> tuple[Path,
     refuse_unwritable(cache_dir)
     config = fix_batch_size(fix_threads(config, several=several, overwrite=overwrite), overwrite=overwrite)
     work = open_build(config)
+    if (overwrite or stored_plan(cache_dir) is None) and ANSWERS not in work.codecs:
+        words = UnknownToken.of(work.encoder)
+        budget = UnknownBudget(words=words, total=len(work.dataset), share=config.max_unknown_share)
+        budget.probe(work.dataset, work.encoder)
     with in_use(cache_dir, alone=overwrite):
         try:
             plan = prepare_cache(cache_dir, work.plan, overwrite=overwrite)
@@ -199,6 +209,7 @@ def finish(work: Build, cache_dir: Path, *, samples: int, known: Collection[str]
     ``samples`` is the size of the fidelity probe, 0 for none; ``known`` are the cache's files outside ``shards/``;
     ``rewritten`` says whether projector, vision tower and processor were just written.
     """
+    refuse_nothing_usable(cache_dir, work.plan)
     fidelity = measure_fidelity(work, cache_dir, samples=samples)
     write_card(cache_dir, work.plan, fidelity)
     refuse_unlisted(cache_dir, known)

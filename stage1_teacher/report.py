@@ -1,6 +1,13 @@
 """The text a build ends with: what was done, what it cost, what to run next."""
 
-from vlm_distill_cache.common.cache.plan import BASE, read_plan
+from itertools import chain
+from pathlib import Path
+
+from vlm_distill_cache.common.cache.counts import FailureCounts, picture_words, unknown_words
+from vlm_distill_cache.common.cache.manifest import Manifest
+from vlm_distill_cache.common.cache.plan import BASE, Plan, read_plan
+from vlm_distill_cache.common.cache.sidecar import read_sidecar
+from vlm_distill_cache.common.codecs.registry import CODECS
 from vlm_distill_cache.common.terminal.command_line import quoted
 from vlm_distill_cache.common.terminal.next_step import distill_command
 from vlm_distill_cache.stage1_teacher.config import BuildConfig
@@ -27,6 +34,7 @@ def summary_text(summary: BuildSummary) -> str:
             f"Teacher cache is up to date: {totals['samples']} samples, {totals['rows']} supervised rows, "
             f"{totals['failed']} failed"
         )
+    lines += _sample_lines(summary.cache, plan, manifest)
     lines.append(f"  {'signal':<18}{'bytes/row':>12}{'bytes/sample':>14}")
     for signal, fields in plan.fields.items():
         size = sum(manifest.field_bytes.get(field.name, 0) for field in fields)
@@ -49,6 +57,26 @@ def summary_text(summary: BuildSummary) -> str:
     return "\n".join(lines)
 
 
+def _sample_lines(cache: Path, plan: Plan, manifest: Manifest) -> list[str]:
+    """What the samples were: with or without pictures, in words that the tokenizer knows or not, and why some failed."""
+    totals = manifest.totals
+    pictures, unknown = totals.get("pictures"), totals.get("unknown_rows")
+    lines = [f"  {picture_words(pictures, totals['samples'])}"]
+    codecs = {name: CODECS.get(str(settings.get("codec"))) for name, settings in plan.signals.items()}
+    of_images = [name for name, codec in codecs.items() if codec is not None and codec.of_image]
+    if pictures == 0 and of_images:
+        lines.append(
+            f"  warning: no sample has a picture, so there is nothing in {', '.join(of_images)} and no loss on it can "
+            "be trained; if there should be pictures, see how the data names them (docs/families.md)"
+        )
+    if words := unknown_words(unknown, totals["rows"]):
+        lines.append(f"  {'' if unknown is None else 'warning: '}{words}")
+    if totals["failed"]:
+        failed = (read_sidecar(cache, shard.index).failed for shard in manifest.shards if shard.failed)
+        lines += [f"  failed: {line}" for line in FailureCounts(chain.from_iterable(failed)).lines()]
+    return lines
+
+
 def _part_text(summary: BuildSummary) -> str:
     numbers = ", ".join(map(str, summary.missing[:10])) + (", ..." if len(summary.missing) > 10 else "")
     return (
@@ -66,4 +94,6 @@ def _part_text(summary: BuildSummary) -> str:
 def next_command(summary: BuildSummary, config: BuildConfig) -> str:
     """The command that uses the cache, with the data's place as it was given."""
     plan = read_plan(summary.cache)
-    return f"Next: {distill_command(plan, summary.cache, data=config.data, images=config.images)}"
+    pictures = None if summary.manifest is None else summary.manifest.totals.get("pictures")
+    command = distill_command(plan, summary.cache, pictures=pictures, data=config.data, images=config.images)
+    return f"Next: {command}"

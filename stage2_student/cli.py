@@ -103,7 +103,7 @@ def train(**options: Any) -> None:
     settings = _load(options)
 
     from vlm_distill_cache.stage2_student.training.log import summarise
-    from vlm_distill_cache.stage2_student.training.preparation import failure_notes
+    from vlm_distill_cache.stage2_student.training.preparation import cache_notes
 
     refuse_uncut(settings.student, settings.teacher)
     runs.set_up_libraries()
@@ -111,7 +111,7 @@ def train(**options: Any) -> None:
     in_run = runs.ARM in os.environ
     caches = open_caches(settings)
     if _is_first_process() and not in_run:
-        for note in failure_notes(caches):
+        for note in cache_notes(settings, caches):
             click.echo(note)
     result = runs.train_alone(settings, caches=caches)
     if result.log:

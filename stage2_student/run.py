@@ -109,11 +109,11 @@ def train_and_score(
     """Do what is left of a run; the caller holds its folder."""
     from vlm_distill_cache.stage2_student.scores.held_out import probe_items
     from vlm_distill_cache.stage2_student.training.checks import check_losses
-    from vlm_distill_cache.stage2_student.training.preparation import failure_notes, prepare
+    from vlm_distill_cache.stage2_student.training.preparation import cache_notes, prepare
 
     output = Path(config.output)
     check_losses(config, caches)  # else a misfit of the distilled student shows when the baseline is trained
-    for note in failure_notes(caches):
+    for note in cache_notes(config, caches):
         say(note)
     cache = caches[config.cache] if config.cache in caches else open_cache(config.cache)  # phases may all have others
     notes = probe_items(config, cache)

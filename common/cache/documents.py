@@ -10,6 +10,7 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
+from types import MappingProxyType
 from typing import Any
 
 from vlm_distill_cache.common.cache.schema import FORMAT_VERSION
@@ -89,12 +90,14 @@ def check_version(data: Any, where: str) -> dict[str, Any]:
     return data
 
 
-def check_object(data: Any, kinds: Mapping[str, type], where: str) -> dict[str, Any]:
-    """Return a JSON object with exactly these keys and kinds of value."""
-    if not isinstance(data, dict) or data.keys() != kinds.keys():
+def check_object(
+    data: Any, kinds: Mapping[str, type], where: str, *, optional: Mapping[str, type] = MappingProxyType({})
+) -> dict[str, Any]:
+    """Return a JSON object with exactly these keys and kinds of value, of ``optional`` ones those that are there."""
+    if not isinstance(data, dict) or data.keys() - optional.keys() != kinds.keys():
         found = sorted(map(str, data)) if isinstance(data, dict) else type(data).__name__
         raise CacheFormatError(f"{where}: expected an object with {sorted(kinds)}, found {found}")
-    for key, kind in kinds.items():
+    for key, kind in {**kinds, **{name: kind for name, kind in optional.items() if name in data}}.items():
         if not isinstance(data[key], kind) or (kind is int and isinstance(data[key], bool)):
             raise CacheFormatError(f"{where}: {key} is {data[key]!r}; expected {kind.__name__}")
     return data

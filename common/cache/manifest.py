@@ -13,6 +13,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+from vlm_distill_cache.common.cache.counts import nothing_usable
 from vlm_distill_cache.common.cache.documents import (
     check_int,
     check_object,
@@ -39,7 +40,12 @@ from vlm_distill_cache.common.files.hashing import fingerprint
 
 @dataclass(frozen=True, kw_only=True)
 class ShardSummary:
-    """One line of the manifest: a shard's counts, and the digests of its sidecar."""
+    """One line of the manifest: a shard's counts, and the digests of its sidecar.
+
+    Attributes:
+        pictures: Records with a picture; None where the sidecar does not say.
+        unknown_rows: Rows whose target is an unknown word; None where the sidecar does not say.
+    """
 
     index: int
     samples: int
@@ -47,16 +53,19 @@ class ShardSummary:
     failed: int
     bytes: int
     sidecar: FileEntry
+    pictures: int | None = None
+    unknown_rows: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON stored in the manifest."""
-        return {name: getattr(self, name) for name in self.__dataclass_fields__} | {"sidecar": self.sidecar.to_dict()}
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__} | {"sidecar": self.sidecar.to_dict()}
+        return {name: value for name, value in values.items() if value is not None}
 
     @classmethod
     def from_dict(cls, data: Any, where: str) -> ShardSummary:
         """Read what ``to_dict`` wrote."""
-        values = check_object(data, _SUMMARY_KINDS, where)
-        for name in _SUMMARY_COUNTS:
+        values = check_object(data, _SUMMARY_KINDS, where, optional=dict.fromkeys(_OPTIONAL_COUNTS, int))
+        for name in (*_SUMMARY_COUNTS, *(values.keys() & set(_OPTIONAL_COUNTS))):
             check_int(values[name], name, 0, MAX_FILE_BYTES, where)
         return cls(**(values | {"sidecar": FileEntry.from_dict(values["sidecar"], where)}))
 
@@ -70,10 +79,13 @@ class ShardSummary:
             failed=len(sidecar.failed),
             bytes=sidecar.stored_bytes,
             sidecar=FileEntry.of_bytes(document_bytes(sidecar.to_dict()) if data is None else data),
+            pictures=sidecar.pictures,
+            unknown_rows=None if sidecar.unknown is None else sidecar.unknown.rows,
         )
 
 
 _SUMMARY_COUNTS = ("index", "samples", "rows", "failed", "bytes")
+_OPTIONAL_COUNTS = ("pictures", "unknown_rows")
 _SUMMARY_KINDS: dict[str, type] = dict.fromkeys(_SUMMARY_COUNTS, int) | {"sidecar": dict}
 
 
@@ -96,8 +108,10 @@ class Manifest:
 
     @property
     def totals(self) -> dict[str, int]:
-        """Samples, rows, failed samples and stored bytes of all shards."""
-        return {name: sum(map(attrgetter(name), self.shards)) for name in ("samples", "rows", "failed", "bytes")}
+        """Samples, rows, failed samples and stored bytes of all shards; pictures and unknown rows if all say theirs."""
+        counts = {name: sum(map(attrgetter(name), self.shards)) for name in ("samples", "rows", "failed", "bytes")}
+        optional = {name: [getattr(shard, name) for shard in self.shards] for name in _OPTIONAL_COUNTS}
+        return counts | {name: sum(values) for name, values in optional.items() if None not in values}
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON of manifest.json."""
@@ -171,6 +185,23 @@ def refuse_other_plan(manifest: Manifest, plan: Plan, where: str) -> None:
         )
 
 
+def refuse_nothing_usable(cache_dir: Path, plan: Plan) -> None:
+    """Refuse a cache whose shards are all there and hold no record.
+
+    Raises:
+        DataError: With the reasons of the failures.
+    """
+    sidecars = (read_sidecar(cache_dir, shard) for shard in range(plan.shard_count))
+    if not any(sidecar.sample_ids for sidecar in sidecars):
+        failed = (failure for shard in range(plan.shard_count) for failure in read_sidecar(cache_dir, shard).failed)
+        raise nothing_usable(
+            failed,
+            where=cache_dir,
+            remedy="Fix the data or the options, then build the cache anew: teacher-cache build --overwrite with the "
+            "same options, or delete that folder first. Nothing was removed",
+        )
+
+
 def derive_manifest(cache_dir: Path, *, fidelity: dict[str, Any] | None = None) -> tuple[Manifest, bytearray]:
     """Derive manifest and index from the plan, the sidecars and the files beside them; writes nothing."""
     plan = read_plan(cache_dir)
@@ -179,6 +210,7 @@ def derive_manifest(cache_dir: Path, *, fidelity: dict[str, Any] | None = None) 
             f"{cache_dir}: {len(missing)} of {plan.shard_count} shards are missing: {format_ranges(missing)}; "
             "run `teacher-cache build` again with the same options to make exactly these"
         )
+    refuse_nothing_usable(cache_dir, plan)
     shards, field_bytes = [], Counter({f.name: 0 for f in plan.all_fields})
 
     def sidecars() -> Iterator[ShardSidecar]:
@@ -207,6 +239,7 @@ def seal(cache_dir: Path, *, fidelity: dict[str, Any] | None = None, rewritten: 
     Raises:
         CacheFormatError: If shards are missing (naming them), a sidecar does not fit the plan, sample ids
             repeat, or a file beside the shards changed since the cache was sealed.
+        DataError: If no shard holds a record.
     """
     if not rewritten and (cache_dir / MANIFEST).exists():
         sealed = read_manifest(cache_dir).files

@@ -30,6 +30,7 @@ from vlm_distill_cache.common.cache.stores import open_reader
 from vlm_distill_cache.common.cache.stores.base import ShardReader
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError, SampleNotCachedError
 from vlm_distill_cache.common.files.atomic import read_bounded
+from vlm_distill_cache.common.printing import brief
 
 
 class SampleIds(Sequence[str]):
@@ -475,7 +476,7 @@ class TeacherCache:
             raise self._misplaced(f"sample {sample_id!r} is not among the failed ones of shard {place.shard}")
         raise SampleNotCachedError(
             f"{self.path}: sample {sample_id!r} failed when the cache was built: "
-            f"{failed[place.position][1]}; skip it, or fix it and build the cache again"
+            f"{brief(failed[place.position][1])}; skip it, or fix it and build the cache again"
         )
 
     def _misplaced(self, what: str) -> CacheFormatError:

@@ -7,9 +7,12 @@ sidecars, whoever asks and however many processes share it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from vlm_distill_cache.common.cache.documents import check_int, check_object, parse_document, safe_path, write_document
 from vlm_distill_cache.common.cache.plan import SHARDS, Plan
@@ -19,6 +22,7 @@ from vlm_distill_cache.common.files.atomic import read_bounded
 from vlm_distill_cache.common.files.hashing import checksum, file_digests, sha256_hex
 
 MAX_FILE_BYTES = 1 << 40
+MAX_TOKEN = (1 << 32) - 1  # labels are u4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +57,35 @@ class FileEntry:
 
 
 @dataclass(frozen=True, kw_only=True)
+class UnknownWords:
+    """Supervised rows of a shard whose target is the tokenizer's unknown token: words that it does not know.
+
+    Attributes:
+        rows: How many.
+        token: Its id, by which records can be counted again; None: the tokenizer has none, or it also ends answers.
+    """
+
+    rows: int
+    token: int | None = None
+
+    def plus(self, labels: NDArray[np.uint32]) -> UnknownWords:
+        """Count the rows of one more record, by its labels u4 ``[A]``; those of a token that is not known are none."""
+        return self if self.token is None else replace(self, rows=self.rows + int((labels == self.token).sum()))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON stored in sidecars."""
+        return {"rows": self.rows, "token": self.token}
+
+    @classmethod
+    def from_dict(cls, data: Any, where: str) -> UnknownWords:
+        """Read what ``to_dict`` wrote."""
+        values = check_object(data, {"rows": int, "token": object}, f"{where}: unknown")
+        if values["token"] is not None:
+            check_int(values["token"], "unknown.token", 0, MAX_TOKEN, where)
+        return cls(rows=values["rows"], token=values["token"])
+
+
+@dataclass(frozen=True, kw_only=True)
 class ShardSidecar:
     """What a finished shard holds. ``shards/00000.json``, written last.
 
@@ -61,6 +94,8 @@ class ShardSidecar:
         rows: Supervised rows of all records.
         field_bytes: Decoded bytes by field; the same in both stores.
         failed: ``(sample_id, reason)`` of each sample that could not be read.
+        pictures: Records of samples with a picture; None: written before this was counted.
+        unknown: Rows that teach an unknown word; None: not counted.
     """
 
     index: int
@@ -69,6 +104,8 @@ class ShardSidecar:
     field_bytes: dict[str, int]
     files: dict[str, FileEntry]
     failed: tuple[tuple[str, str], ...] = ()
+    pictures: int | None = None
+    unknown: UnknownWords | None = None
     format_version: int = FORMAT_VERSION
 
     @property
@@ -78,6 +115,9 @@ class ShardSidecar:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON of the sidecar."""
+        counted: dict[str, Any] = {} if self.pictures is None else {"pictures": self.pictures}
+        if self.unknown is not None:
+            counted["unknown"] = self.unknown.to_dict()
         return {
             "format_version": self.format_version,
             "index": self.index,
@@ -87,6 +127,7 @@ class ShardSidecar:
             "field_bytes": self.field_bytes,
             "files": {name: entry.to_dict() for name, entry in self.files.items()},
             "failed": [{"sample_id": name, "reason": reason} for name, reason in self.failed],
+            **counted,
         }
 
     @classmethod
@@ -94,13 +135,18 @@ class ShardSidecar:
         """Read what ``to_dict`` wrote; paths that leave the cache are refused."""
         kinds: dict[str, Any] = dict.fromkeys(("format_version", "index", "samples", "rows"), int)
         kinds |= {"sample_ids": list, "field_bytes": dict, "files": dict, "failed": list}
-        values = check_object(data, kinds, where)
+        values = check_object(data, kinds, where, optional={"pictures": int, "unknown": dict})
         ids = values["sample_ids"]
         if values["samples"] != len(ids) or not all(isinstance(name, str) and name for name in ids):
             raise CacheFormatError(f"{where}: sample_ids do not fit samples={values['samples']}; damaged")
         for name, size in values["field_bytes"].items():
             check_int(size, f"field_bytes.{name}", 0, MAX_FILE_BYTES, where)
         check_int(values["rows"], "rows", 0, MAX_FILE_BYTES, where)
+        if "pictures" in values:
+            check_int(values["pictures"], "pictures", 0, len(ids), where)
+        unknown = UnknownWords.from_dict(values["unknown"], where) if "unknown" in values else None
+        if unknown is not None:
+            check_int(unknown.rows, "unknown.rows", 0, values["rows"], where)
         failed = [check_object(f, {"sample_id": str, "reason": str}, where) for f in values["failed"]]
         return cls(
             index=values["index"],
@@ -109,6 +155,8 @@ class ShardSidecar:
             field_bytes=values["field_bytes"],
             files=read_files(values["files"], where),
             failed=tuple((f["sample_id"], f["reason"]) for f in failed),
+            pictures=values.get("pictures"),
+            unknown=unknown,
             format_version=values["format_version"],
         )
 

@@ -32,6 +32,7 @@ class AnswersCodec(Codec):
     seed: int = 0
 
     signal: ClassVar[str] = "answers"
+    of_image: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_whole_number("max_new_tokens", self.max_new_tokens, 1)

@@ -24,11 +24,13 @@ class Codec(ABC):
 
     Attributes:
         signal: Its name in plans, options and losses.
+        of_image: Whether it says something of samples with a picture only.
         older: Settings that plans of older caches lack, and what they are there.
         infinite: Fields that may hold an infinity, and which: a mass of zero, a probability of zero.
     """
 
     signal: ClassVar[str]
+    of_image: ClassVar[bool] = True
     older: ClassVar[Mapping[str, Any]] = NOTHING
     infinite: ClassVar[Mapping[str, float]] = NOTHING
 

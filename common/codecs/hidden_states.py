@@ -33,6 +33,7 @@ class HiddenCodec(Codec):
     exact: bool = False
 
     signal: ClassVar[str] = "hidden"
+    of_image: ClassVar[bool] = False
     axis: ClassVar[str] = "row"
 
     def __post_init__(self) -> None:
@@ -85,6 +86,7 @@ class VisualHiddenCodec(HiddenCodec):
     """The same at visual tokens; stored once per image and prefix, like all that visual rows see."""
 
     signal: ClassVar[str] = "visual_hidden"
+    of_image: ClassVar[bool] = True
     axis: ClassVar[str] = "visual"
 
 

@@ -132,6 +132,7 @@ class LogitCodec(Codec):
     balanced: bool = False
 
     signal: ClassVar[str] = "logits"
+    of_image: ClassVar[bool] = False
     older: ClassVar[Mapping[str, Any]] = {"gap_steps": False, "balanced": False}
     infinite: ClassVar[Mapping[str, float]] = {"tail_logmass": -math.inf, "log_gap": math.inf}
 
@@ -309,6 +310,7 @@ class VisualLogitsCodec(LogitCodec):
     """
 
     signal: ClassVar[str] = "visual_logits"
+    of_image: ClassVar[bool] = True
     infinite: ClassVar[Mapping[str, float]] = {_VISUAL + name: value for name, value in LogitCodec.infinite.items()}
 
     def fields(self) -> tuple[Field, ...]:

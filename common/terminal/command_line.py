@@ -21,7 +21,7 @@ from tqdm import tqdm
 from vlm_distill_cache.common.errors import DistillError
 from vlm_distill_cache.common.files.hashing import checksum
 from vlm_distill_cache.common.locations import is_url
-from vlm_distill_cache.common.printing import printable
+from vlm_distill_cache.common.printing import message, printable
 
 logger = logging.getLogger(__name__)
 SAID = "VLM_DISTILL_SAID"  # of a process that another one of ours started: what that one has said
@@ -99,7 +99,7 @@ class CommandGroup(click.Group):
         try:
             return super().invoke(ctx)
         except DistillError as error:
-            say(f"error: {error}", err=True)
+            say(f"error: {message(str(error))}", err=True)
         except BrokenPipeError:
             sys.stderr.close()  # the reader of our output left; the interpreter must not complain about it
         except OSError as error:
@@ -129,6 +129,14 @@ class _Once(logging.Filter):
         return not known or record.levelno >= logging.ERROR
 
 
+class _Shown(logging.Formatter):
+    """Writes names of unknown origin so that they neither control the terminal nor fill it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The text to print."""
+        return message(super().format(record))
+
+
 _once = _Once()
 
 
@@ -137,7 +145,8 @@ def start_logging(level: int = logging.INFO) -> None:
     if not logging.getLogger().handlers:
         handler = logging.StreamHandler()
         handler.addFilter(_once)
-        logging.basicConfig(level=level, format="%(message)s", handlers=[handler])
+        handler.setFormatter(_Shown("%(message)s"))
+        logging.basicConfig(level=level, handlers=[handler])
         logging.captureWarnings(capture=True)
     for client in ("httpx", "botocore", "boto3", "s3transfer", "urllib3"):
         logging.getLogger(client).setLevel(logging.WARNING)

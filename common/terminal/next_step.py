@@ -19,11 +19,19 @@ DEFAULT_SHAPES = "shapes:images=1500,seed=0"
 _SHAPES = re.compile(r"shapes(:[a-z]+=\d+(,[a-z]+=\d+)*)?")
 
 
-def distill_command(plan: Plan, cache: str | Path, *, data: str | None = None, images: str | None = None) -> str:
-    """The ``make distill`` that fits a cache: with its data, and without losses whose signals it does not hold.
+def distill_command(
+    plan: Plan,
+    cache: str | Path,
+    *,
+    pictures: int | None = None,
+    data: str | None = None,
+    images: str | None = None,
+) -> str:
+    """The ``make distill`` that fits a cache: with its data, and without losses that its samples cannot teach.
 
     Args:
         cache: Its folder or address.
+        pictures: How many of its samples have a picture, where that is known: without any, no attention is learnt.
         data: What the data was opened by, where that is known; None: as far as the plan tells it. A cache holds no
             paths, so files stand as placeholders.
         images: Folder of its images; with ``data`` only.
@@ -32,7 +40,8 @@ def distill_command(plan: Plan, cache: str | Path, *, data: str | None = None, i
         words = _data_words(str(plan.data.get("name", "")))
     else:
         words = [f"DATA={quoted(data)}", *([f"IMAGES={quoted(images)}"] if images else [])]
-    missing = [signal for signal in DEFAULT_SIGNALS if signal not in plan.signals]
+    blind = (RowAttentionCodec.signal,) if pictures == 0 else ()
+    missing = [signal for signal in DEFAULT_SIGNALS if signal not in plan.signals or signal in blind]
     off = " ".join(f"{phase}.losses.{signal}=0" for signal in missing for phase in _DISTILLING)
     words += [f"CACHE={quoted(cache)}", *([f"SET={quoted(off)}"] if off else [])]
     return " ".join(["make distill STUDENT=mobilevlm", *words])

@@ -47,7 +47,14 @@ def convert(
     def write_shard(index: int) -> None:
         # As stored: which of a shard's records hold an image's arrays stays as it is.
         records = ((sample_id, cache.read_stored(sample_id)) for sample_id in cache.shard_sample_ids(index))
-        write_records(target, plan, index, records, read_sidecar(source, index).failed)
+        sidecar = read_sidecar(source, index)
+        unknown = sidecar.unknown
+        if unknown is not None and unknown.token is not None:
+            unknown = replace(unknown, rows=0)  # they are counted again
+        write_records(
+            target, plan, index, records, sidecar.failed,
+            unknown=unknown, tells_pictures=sidecar.pictures is not None,
+        )  # fmt: skip
 
     files = [(open_remote(source), side_files_of(cache.manifest))]
     write_shards(target, plan, write_shard, side_files=files, card=card, on_shard=on_shard)

@@ -12,13 +12,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from vlm_distill_cache.common.cache.counts import SampleCounts, nothing_usable
 from vlm_distill_cache.common.cache.index import INDEX
 from vlm_distill_cache.common.cache.manifest import Manifest, seal
 from vlm_distill_cache.common.cache.plan import PLAN, Plan, write_plan
 from vlm_distill_cache.common.cache.schema import Field, Record
 from vlm_distill_cache.common.cache.shared_images import ImageSharer, SharedImages, with_visual_source
 from vlm_distill_cache.common.cache.side_files import CARD, MAX_CARD_BYTES, refuse_occupied
-from vlm_distill_cache.common.cache.sidecar import FileEntry, sidecar_path
+from vlm_distill_cache.common.cache.sidecar import FileEntry, ShardSidecar, UnknownWords, read_sidecar, sidecar_path
 from vlm_distill_cache.common.cache.stores import finish_shard, open_writer
 from vlm_distill_cache.common.codecs.logits import LogitCodec
 from vlm_distill_cache.common.errors import CacheMismatchError
@@ -121,18 +122,43 @@ def seal_derived(target: Path, *, fidelity: dict[str, Any] | None) -> Manifest:
 
 
 def write_records(
-    target: Path, plan: Plan, index: int, records: Iterable[tuple[str, Record]], failed: Iterable[tuple[str, str]]
+    target: Path,
+    plan: Plan,
+    index: int,
+    records: Iterable[tuple[str, Record]],
+    failed: Iterable[tuple[str, str]],
+    *,
+    unknown: UnknownWords | None = None,
+    tells_pictures: bool = True,
 ) -> None:
-    """Write a shard of these records, by sample id, and of the samples that failed; one that is there stays."""
+    """Write a shard of these records, by sample id, and of the samples that failed; one that is there stays.
+
+    Args:
+        unknown: How rows that teach an unknown word are counted, and with how many it begins; None: not.
+        tells_pictures: Whether records with a picture are counted.
+    """
     if sidecar_path(target, index).exists():
         return
     writer = open_writer(plan.store, target, index, plan.all_fields)
     try:
+        writer.unknown = unknown
+        writer.pictures = 0 if tells_pictures else None
         for sample_id, record in records:
             writer.append(sample_id, record)
         finish_shard(writer, failed)
     finally:
         writer.abort()
+
+
+def recountable_unknown(sidecars: Iterable[ShardSidecar]) -> UnknownWords | None:
+    """How the rows of records from several shards are counted that teach an unknown word; None: they cannot be."""
+    found = [sidecar.unknown for sidecar in sidecars]
+    counted = {unknown.token for unknown in found if unknown is not None}
+    if None in found or len(counted) != 1:
+        return None
+    (token,) = counted
+    hidden = token is None and any(unknown.rows for unknown in found if unknown is not None)
+    return None if hidden else UnknownWords(rows=0, token=token)
 
 
 def derive_cache(
@@ -143,6 +169,7 @@ def derive_cache(
     *,
     sources: Sequence[tuple[Remote, Manifest]],
     fidelity: dict[str, Any] | None = None,
+    unknown: UnknownWords | None = None,
     on_shard: Callable[[], object] | None = None,
 ) -> Manifest:
     """Write a cache of chosen records of others; target, plan and on_shard as of `write_shards`.
@@ -152,19 +179,34 @@ def derive_cache(
         read: Gives a slot's record with its image's arrays in it; called in order, shard by shard.
         sources: Where they come from; their cards are quoted, and the first's files beside the shards taken over.
         fidelity: Figures that still hold; see `carry_fidelity`.
+        unknown: How rows that teach an unknown word are counted; see `recountable_unknown`.
+
+    Raises:
+        DataError: If all chosen samples failed.
     """
     if len(slots) != plan.sample_count:
         raise ValueError(f"{len(slots)} slots for a plan of {plan.sample_count} samples; expected as many")
+    if all(slot.failed is not None for slot in slots):
+        raise nothing_usable(
+            ((slot.sample_id, slot.failed or "") for slot in slots),
+            where=target,
+            remedy="Choose other samples, or build a cache from data that can be read (`teacher-cache build`)",
+        )
 
     def write_shard(index: int) -> None:
         positions = plan.shard_range(index)
         chosen = slots[positions.start : positions.stop]
         failed = [(slot.sample_id, slot.failed) for slot in chosen if slot.failed is not None]
-        write_records(target, plan, index, _shared_anew(chosen, read, plan.all_fields), failed)
+        write_records(target, plan, index, _shared_anew(chosen, read, plan.all_fields), failed, unknown=unknown)
 
-    card = write_derived_card(plan, fidelity, [(manifest.hash, _read_card(remote)) for remote, manifest in sources])
     files = [(remote, side_files_of(manifest)) for remote, manifest in sources[:1]]
-    write_shards(target, plan, write_shard, side_files=files, card=card, on_shard=on_shard)
+    write_shards(target, plan, write_shard, side_files=files, card=None, on_shard=on_shard)
+    counts = SampleCounts()
+    for index in range(plan.shard_count):
+        counts.add(read_sidecar(target, index))
+    quoted = [(manifest.hash, _read_card(remote)) for remote, manifest in sources]
+    with name_full_disk(target):
+        write_bytes_atomic(target / CARD, write_derived_card(plan, fidelity, quoted, counts))
     return seal_derived(target, fidelity=fidelity)
 
 

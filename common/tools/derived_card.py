@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from vlm_distill_cache.common.cache.counts import SampleCounts
 from vlm_distill_cache.common.cache.plan import Plan, card_store_line
 from vlm_distill_cache.common.printing import one_line, printable
 
@@ -34,11 +35,14 @@ def _word(name: str, value: Any) -> str:
     return f"{one_line(name, limit=40)}: {one_line(shown, limit=60)}"
 
 
-def write_derived_card(plan: Plan, fidelity: Mapping[str, Any] | None, sources: Sequence[tuple[str, str]]) -> bytes:
+def write_derived_card(
+    plan: Plan, fidelity: Mapping[str, Any] | None, sources: Sequence[tuple[str, str]], counts: SampleCounts
+) -> bytes:
     """Return the card of a derived cache.
 
     Args:
         sources: Manifest hash and card of each cache it was made from; the cards are quoted.
+        counts: Of its own shards.
     """
     name = one_line(f"{plan.teacher.get('name')} on {plan.data.get('name')}")
     how = plan.extra[DERIVED]
@@ -64,8 +68,7 @@ def write_derived_card(plan: Plan, fidelity: Mapping[str, Any] | None, sources: 
 **Not a cache as stage one built it**, but made from {len(sources)} by `cachectl`:
 
 {made}
-- samples: {plan.sample_count}, failed ones included
-{card_store_line(plan)}
+{counts.card_lines()}{card_store_line(plan)}{counts.failures.card_section()}
 ## Licence and provenance
 
 | of | licence |

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vlm_distill_cache.common.cache.counts import SampleCounts, picture_words, unknown_words
 from vlm_distill_cache.common.cache.manifest import Manifest, read_manifest
 from vlm_distill_cache.common.cache.plan import BASE, Plan, read_plan
 from vlm_distill_cache.common.cache.schema import BASE_FIELDS, Field
@@ -21,34 +22,25 @@ from vlm_distill_cache.common.terminal.command_line import quoted
 from vlm_distill_cache.common.terminal.next_step import distill_command
 from vlm_distill_cache.common.tools.derived_card import derivation_words
 
-_MAX_FAILED = 5  # shown
-_MAX_FILES = 6
+_MAX_FILES = 6  # shown
+_MAX_ID = 80  # characters of a sample id in a command
 _WIDTH = 110
 
 
 @dataclass(kw_only=True)
-class _Totals:
-    """Sums over the sidecars, read one after the other: a cache may have millions of samples."""
+class _Totals(SampleCounts):
+    """Sums over the sidecars; ``first_id`` is the first sample's that can be shown whole."""
 
-    shards: int = 0
-    samples: int = 0
-    rows: int = 0
     stored: int = 0
-    failed_count: int = 0
     first_id: str = ""
-    failed: list[tuple[str, str]] = field(default_factory=list)
     decoded_by_field: Counter[str] = field(default_factory=Counter)
     stored_by_field: Counter[str] = field(default_factory=Counter)
 
     def add(self, sidecar: ShardSidecar) -> None:
-        self.shards += 1
-        self.samples += len(sidecar.sample_ids)
-        self.rows += sidecar.rows
+        super().add(sidecar)
         self.stored += sidecar.stored_bytes
-        self.failed_count += len(sidecar.failed)
-        self.failed += sidecar.failed[: _MAX_FAILED - len(self.failed)]
-        if not self.first_id and sidecar.sample_ids:
-            self.first_id = sidecar.sample_ids[0]
+        if not self.first_id:
+            self.first_id = next((name for name in sidecar.sample_ids if one_line(name, limit=_MAX_ID) == name), "")
         self.decoded_by_field.update(sidecar.field_bytes)
         for path, entry in sidecar.files.items():
             name = path.split("/")[2].removesuffix("_offsets") if path.count("/") > 2 else ""
@@ -82,9 +74,11 @@ def describe_cache(cache_dir: Path, *, location: str | None = None) -> str:
         *(_wrapped("derived", derived) if (derived := derivation_words(plan)) else []),
         *_wrapped("licence", _licence_words(plan)),
         f"samples         {totals.samples:,} of {plan.sample_count:,} in {totals.shards} shards of "
-        f"{plan.shard_size:,}; {totals.failed_count} failed"
+        f"{plan.shard_size:,}; {totals.failures.total:,} failed"
         + (", of the missing shards nobody knows yet" if missing else ""),
         f"rows            {totals.rows:,} supervised, {totals.rows / max(1, totals.samples):.1f} a sample",
+        f"pictures        {picture_words(totals.pictures, totals.samples)}",
+        *([f"unknown words   {words}"] if (words := unknown_words(totals.unknown, totals.rows)) else []),
         "",
         *_size_lines(plan, totals),
         "",
@@ -92,9 +86,7 @@ def describe_cache(cache_dir: Path, *, location: str | None = None) -> str:
         *_wrapped("beside them", _side_words(manifest)),
         *_wrapped("fingerprints", prints or ["none"]),
     ]
-    lines += [f"failed          {one_line(name)}: {one_line(reason)}" for name, reason in totals.failed]
-    if totals.failed_count > len(totals.failed):
-        lines.append(f"failed          ... and {totals.failed_count - len(totals.failed)} more")
+    lines += [f"failed          {line}" for line in totals.failures.lines()]
     lines += _wrapped("fidelity", _fidelity_words(manifest))
     lines += ["", *_next_lines(cache_dir, place, plan, totals, sealed=sealed, missing=bool(missing))]
     return "\n".join(lines)
@@ -194,8 +186,10 @@ def _next_lines(cache_dir: Path, place: str, plan: Plan, totals: _Totals, *, sea
         return [f"next            teacher-cache seal {quoted(place)}"]
     check = f"verify {quoted(place)}" if place == str(cache_dir) else f"pull {quoted(place)} FOLDER"
     return [
-        f"next            {distill_command(plan, place)}".replace(" SET=", f" \\\n{'':<16}SET="),
-        f"                cachectl inspect {quoted(place)} {quoted(one_line(totals.first_id))}",
+        f"next            {distill_command(plan, place, pictures=totals.pictures)}".replace(
+            " SET=", f" \\\n{'':<16}SET="
+        ),
+        f"                cachectl inspect {quoted(place)} {quoted(totals.first_id) if totals.first_id else 'SAMPLE_ID'}",
         f"                cachectl {check}",
     ]
 

@@ -41,6 +41,7 @@ from vlm_distill_cache.common.tools.derive import (
     carry_fidelity,
     derive_cache,
     derive_plan,
+    recountable_unknown,
     seal_derived,
     side_files_of,
     write_shards,
@@ -189,6 +190,7 @@ def merge(
         CacheMismatchError: If sources differ in a fingerprint, a setting, a file beside the shards, or in what
             they say of one sample; or one is not finished and they are of different plans.
         CacheFormatError: If a source is damaged.
+        DataError: If no source holds a record.
     """
     if len(sources) < 2:
         raise ConfigError(f"{len(sources)} cache to merge; give two or more")
@@ -222,6 +224,9 @@ def merge(
         lambda slot: caches[slot.source].read(slot.sample_id),
         sources=[(open_remote(cache.path), cache.manifest) for cache in caches],
         fidelity=fidelity,
+        unknown=recountable_unknown(
+            read_sidecar(cache.path, shard) for cache in caches for shard in range(cache.plan.shard_count)
+        ),
         on_shard=on_shard,
     )
     return Merged(manifest=manifest, missing=(), samples=sum(s.failed is None for s in slots), repeated=repeated)

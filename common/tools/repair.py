@@ -20,7 +20,7 @@ from vlm_distill_cache.common.cache.side_files import MANIFEST, is_below_links
 from vlm_distill_cache.common.cache.sidecar import FileEntry, sidecar_name, sidecar_path
 from vlm_distill_cache.common.errors import CacheFormatError
 from vlm_distill_cache.common.files.atomic import fsync_directory, remove, try_lock, write_bytes_atomic
-from vlm_distill_cache.common.printing import one_line
+from vlm_distill_cache.common.printing import brief, one_line
 from vlm_distill_cache.common.tools.verify import Damage, verify
 
 _OTHER_PLAN = (
@@ -50,7 +50,7 @@ class Repair:
         return self.action == "remove" and self.path.startswith(f"{SHARDS}/") and self.path.endswith(".json")
 
     def __str__(self) -> str:
-        said = f"{self.action}: {one_line(self.path)}: {one_line(self.reason)}"
+        said = f"{self.action}: {one_line(self.path)}: {brief(self.reason)}"
         return f"{said}; {self.remedy}" if self.remedy else said
 
 

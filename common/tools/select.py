@@ -34,7 +34,7 @@ from vlm_distill_cache.common.files.hashing import fingerprint
 from vlm_distill_cache.common.remotes import open_remote
 from vlm_distill_cache.common.remotes.base import Remote
 from vlm_distill_cache.common.remotes.fetch import fetch_files, read_remote_manifest
-from vlm_distill_cache.common.tools.derive import Slot, carry_fidelity, derive_cache, derive_plan
+from vlm_distill_cache.common.tools.derive import Slot, carry_fidelity, derive_cache, derive_plan, recountable_unknown
 from vlm_distill_cache.common.tools.derived_card import DERIVED
 
 FloatArray = npt.NDArray[np.float64]
@@ -288,6 +288,7 @@ def _derive(source: _Source, target: Path, selection: Selection, *, on_shard: Ca
         read,
         sources=[(source.remote, source.manifest)],
         fidelity=fidelity,
+        unknown=recountable_unknown(source.chosen_sidecars.values()),
         on_shard=on_shard,
     )
 
@@ -357,6 +358,7 @@ class _Source:
 
     Attributes:
         names: Fields that are read; None: all.
+        chosen_sidecars: Those of the chosen shards, by shard.
     """
 
     def __init__(self, remote: Remote, folder: Path, jobs: int) -> None:
@@ -368,19 +370,19 @@ class _Source:
         refuse_other_plan(self.manifest, self.plan, remote.location)
         self.names: frozenset[str] | None = None
         self._images = SharedImages(self.plan.all_fields)
-        self._sidecars: dict[int, ShardSidecar] = {}
+        self.chosen_sidecars: dict[int, ShardSidecar] = {}
         self._open: tuple[int, ShardReader, dict[str, int]] | None = None
 
     def sidecars(self, shards: Sequence[int]) -> dict[int, ShardSidecar]:
         """Download sidecars, checked against the manifest."""
         self._fetch({sidecar_name(shard): self.manifest.shards[shard].sidecar for shard in shards})
-        self._sidecars = {shard: read_sidecar(self._folder, shard) for shard in shards}
-        for shard, sidecar in self._sidecars.items():
+        self.chosen_sidecars = {shard: read_sidecar(self._folder, shard) for shard in shards}
+        for shard, sidecar in self.chosen_sidecars.items():
             where = f"{self.remote.location}/{sidecar_name(shard)}"
             check_sidecar(sidecar, self.plan, where)
             if ShardSummary.of(sidecar) != self.manifest.shards[shard]:
                 raise CacheFormatError(f"{where}: says other things than the manifest; damaged")
-        return self._sidecars
+        return self.chosen_sidecars
 
     def shards_with(self, sample_ids: frozenset[str], shards: Sequence[int]) -> list[int]:
         """Those of the shards that hold any of the samples, as far as an index can tell without the sidecars."""
@@ -396,7 +398,7 @@ class _Source:
         """Read a record; a shard is downloaded when its first record is read, and removed with the next."""
         if self._open is None or self._open[0] != shard:
             self._close()
-            sidecar = self._sidecars[shard]
+            sidecar = self.chosen_sidecars[shard]
             self._fetch(needed_files(sidecar.files, self.names))
             reader = open_reader(self.plan.store, self._folder, shard, self.plan.all_fields)
             if reader.sample_ids != sidecar.sample_ids:

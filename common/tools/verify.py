@@ -21,6 +21,7 @@ from vlm_distill_cache.common.cache.side_files import CARD, MANIFEST, open_plain
 from vlm_distill_cache.common.cache.sidecar import (
     FileEntry,
     ShardSidecar,
+    UnknownWords,
     check_sidecar,
     missing_shards,
     read_sidecar,
@@ -33,7 +34,7 @@ from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, Newer
 from vlm_distill_cache.common.files.atomic import TEMPORARY_PREFIX, try_lock
 from vlm_distill_cache.common.files.hashing import stream_digests
 from vlm_distill_cache.common.locations import is_url
-from vlm_distill_cache.common.printing import one_line
+from vlm_distill_cache.common.printing import brief, one_line
 
 COPY_AGAIN = "copy it again from where the cache came from"
 _MAX_REASON = 600
@@ -88,7 +89,7 @@ class Damage:
         return int(found[1]) if found else None
 
     def __str__(self) -> str:
-        return f"{one_line(self.path)}: {one_line(self.reason, limit=_MAX_REASON)}; {self.remedy}"
+        return f"{one_line(self.path)}: {brief(self.reason, limit=_MAX_REASON)}; {self.remedy}"
 
 
 def verify(cache_dir: str | Path, *, deep: bool = False, on_shard: Callable[[], object] | None = None) -> list[Damage]:
@@ -312,12 +313,18 @@ def content_damage(cache_dir: Path, plan: Plan, sidecar: ShardSidecar, *, deep: 
 
 
 def _records_damage(reader: ShardReader, plan: Plan, sidecar: ShardSidecar) -> str | None:
-    rows, field_bytes = 0, dict.fromkeys(sidecar.field_bytes, 0)
+    rows, pictures, field_bytes = 0, 0, dict.fromkeys(sidecar.field_bytes, 0)
+    told = (
+        sidecar.unknown if sidecar.unknown is not None and sidecar.unknown.token is not None else UnknownWords(rows=0)
+    )
+    unknown = replace(told, rows=0)
     sources = SourceCheck(SharedImages(plan.all_fields))
     for position, sample_id in enumerate(sidecar.sample_ids):
         record = reader.read(position)
         check_record(record, plan.all_fields, f"sample {sample_id!r}")
         rows += len(record["labels"])
+        pictures += bool(record["image_hash"].any())
+        unknown = unknown.plus(record["labels"])
         for name, array in record.items():
             field_bytes[name] += array.nbytes
         try:
@@ -328,4 +335,8 @@ def _records_damage(reader: ShardReader, plan: Plan, sidecar: ShardSidecar) -> s
             return f"sample {sample_id!r}: {wrong}"
     if rows != sidecar.rows or field_bytes != sidecar.field_bytes:
         return f"holds {rows} rows and {field_bytes} bytes; its sidecar says otherwise"
+    if sidecar.pictures not in (None, pictures):
+        return f"holds {pictures} records with a picture; its sidecar says {sidecar.pictures}"
+    if unknown != told:
+        return f"holds {unknown.rows} rows whose target is token {told.token}; its sidecar says {told.rows}"
     return None

@@ -7,14 +7,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from vlm_distill_cache.common.cache.counts import kept_reason
 from vlm_distill_cache.common.cache.plan import Plan
 from vlm_distill_cache.common.cache.schema import Record
 from vlm_distill_cache.common.cache.shared_images import ImageSharer, SharedImages
-from vlm_distill_cache.common.cache.sidecar import read_sidecar, sidecar_path
+from vlm_distill_cache.common.cache.sidecar import UnknownWords, read_sidecar, sidecar_path
 from vlm_distill_cache.common.cache.stores import finish_shard, open_writer
 from vlm_distill_cache.common.codecs.answers import AnswersCodec
 from vlm_distill_cache.common.errors import CacheMismatchError, DataError
-from vlm_distill_cache.common.printing import one_line
+from vlm_distill_cache.common.printing import brief
 from vlm_distill_cache.data.text.collate import Batch, image_key
 from vlm_distill_cache.data.text.encoding import EncodedSample
 from vlm_distill_cache.stage1_teacher.loop.signals import TeacherSignals, encode_records
@@ -36,8 +37,8 @@ class EncodedShard:
     answers: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def fail(self, sample_id: str, reason: str) -> None:
-        """Record a failure; a reason may quote names from the data that are no valid UTF-8."""
-        self.failed.append((sample_id, reason.encode(errors="backslashreplace").decode()))
+        """Record a failure; a reason may quote from the data whatever is there."""
+        self.failed.append((sample_id, kept_reason(reason)))
 
 
 @dataclass
@@ -73,16 +74,19 @@ class FailureBudget:
         # Divided, not multiplied: 0.29 * 100 is less than 29.
         if self.failed and self.failed / self.total > self.share:
             reasons = [
-                f"  {one_line(reason if repr(name) in reason else f'{name}: {reason}')}" for name, reason in self.first
+                f"  {brief(reason if repr(name) in reason else f'{name}: {reason}')}" for name, reason in self.first
             ]
             more = self.failed - len(self.first)
             enough = 0.1 if self.failed / self.total < 0.1 else 1
+            skip = (
+                f", or skip these samples: make teacher-cache CACHE_SET=max_failed_share={enough} with the same options "
+                f"(teacher-cache build ... --set max_failed_share={enough}; a share from 0 to 1)"
+            )
             raise DataError(
                 f"{self.failed} of {self.total} samples cannot be used, more than the tolerated "
                 f"{100 * self.share:.4g} %:\n"
                 + "\n".join([*reasons, *([f"  ... and {more} more"] if more else [])])
-                + f"\nFix the data, or skip these samples: make teacher-cache CACHE_SET=max_failed_share={enough} with "
-                f"the same options (teacher-cache build ... --set max_failed_share={enough}; a share from 0 to 1)"
+                + f"\nFix the data{skip if self.failed < self.total else ''}"
             )
 
     def _count(self, failures: Sequence[tuple[str, str]]) -> None:
@@ -145,10 +149,10 @@ class Writer:
         """Queue one batch for encoding."""
         self._submit(self._encode, batch, signals)
 
-    def finish(self, shard: EncodedShard) -> None:
-        """Queue the writing of a shard, after its batches."""
+    def finish(self, shard: EncodedShard, *, unknown: UnknownWords | None = None) -> None:
+        """Queue the writing of a shard, after its batches; `unknown`: its rows that teach an unknown word."""
         order = [(sample.sample_id, image_key(sample)) for sample in shard.samples]
-        self._submit(self._write, shard.index, order, tuple(shard.failed), dict(shard.answers))
+        self._submit(self._write, shard.index, order, tuple(shard.failed), dict(shard.answers), unknown)
 
     def wait(self) -> None:
         """Wait until everything queued is written."""
@@ -172,6 +176,7 @@ class Writer:
         order: list[tuple[str, str | None]],
         failed: tuple[tuple[str, str], ...],
         answers: Mapping[str, tuple[str, ...]],
+        unknown: UnknownWords | None,
     ) -> None:
         records, self._records = self._records, {}
         try:
@@ -186,6 +191,7 @@ class Writer:
                 if AnswersCodec.signal in self._codecs:
                     records[sample_id] |= self._codecs[AnswersCodec.signal].encode(answers[sample_id])
                 writer.append(sample_id, sharer.share(records[sample_id], key))
+            writer.unknown = unknown
             finish_shard(writer, failed)
         finally:
             writer.abort()

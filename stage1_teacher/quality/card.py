@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from vlm_distill_cache.common.cache.counts import SampleCounts
 from vlm_distill_cache.common.cache.plan import BASE, Plan, card_store_line
 from vlm_distill_cache.common.cache.side_files import CARD
 from vlm_distill_cache.common.cache.sidecar import read_sidecar
@@ -18,30 +19,28 @@ _SIZES = (
 
 def write_card(cache_dir: Path, plan: Plan, fidelity: dict[str, Any] | None) -> None:
     """Write the card of a cache whose shards are all there."""
-    totals = dict.fromkeys(("samples", "failed", "rows"), 0)
+    counts = SampleCounts()
     field_bytes = dict.fromkeys((field.name for field in plan.all_fields), 0)
     for index in range(plan.shard_count):
         sidecar = read_sidecar(cache_dir, index)
-        totals["samples"] += len(sidecar.sample_ids)
-        totals["failed"] += len(sidecar.failed)
-        totals["rows"] += sidecar.rows
+        counts.add(sidecar)
         for name, size in sidecar.field_bytes.items():
             field_bytes[name] = field_bytes.get(name, 0) + size
-    text = card_text(plan, fidelity, totals=totals, field_bytes=field_bytes)
+    text = card_text(plan, fidelity, counts=counts, field_bytes=field_bytes)
     write_bytes_atomic(cache_dir / CARD, text.encode())
 
 
 def card_text(
-    plan: Plan, fidelity: dict[str, Any] | None, *, totals: Mapping[str, int], field_bytes: Mapping[str, int]
+    plan: Plan, fidelity: dict[str, Any] | None, *, counts: SampleCounts, field_bytes: Mapping[str, int]
 ) -> str:
     """Write the card's text: a function of its arguments alone, equal for both stores but for the store's line.
 
     Args:
         fidelity: Figures of ``measure_fidelity``, or None if skipped.
-        totals: ``samples``, ``failed`` and ``rows`` of all shards.
+        counts: Of all shards.
         field_bytes: Decoded bytes of all records by field.
     """
-    rows, samples = max(1, totals["rows"]), max(1, totals["samples"])
+    rows, samples = max(1, counts.rows), max(1, counts.samples)
     signals = ""
     for name, fields in [*sorted(plan.fields.items()), (BASE, ())]:
         known = {field.name for group in plan.fields.values() for field in group}
@@ -64,9 +63,8 @@ What a vision-language teacher says and where it looks while saying it, for trai
 
 - Teacher: {plan.teacher.get("name")} (family `{plan.teacher.get("family")}`, {plan.teacher.get("dtype")})
 - Data: {plan.data.get("name")}, {plan.sample_count} samples; images and questions are **not** in here
-- Size: {totals["samples"]} records, {totals["rows"]} supervised rows; {totals["failed"]} samples could not be used
-{card_store_line(plan)}- Prompt template: `{plan.template.get("name")}`
-
+{counts.card_lines()}{card_store_line(plan)}- Prompt template: `{plan.template.get("name")}`
+{counts.failures.card_section()}
 ## Licence and provenance
 
 | of | licence |

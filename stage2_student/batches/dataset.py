@@ -183,6 +183,18 @@ class CachedDataset:
     def __len__(self) -> int:
         return len(self.sample_ids)
 
+    def has_pictures(self) -> bool:
+        """Whether any sample has a picture; reads records only of shards that do not say."""
+        told = [self._cache.manifest.shards[shard] for shard, places in enumerate(self.shards) if len(places)]
+        if any(shard.pictures == shard.samples for shard in told):
+            return True
+        return any(
+            self._cache.read(self.sample_ids[place], ("image_hash",))["image_hash"].any()
+            for shard, places in enumerate(self.shards)
+            if self._cache.manifest.shards[shard].pictures != 0
+            for place in places.tolist()
+        )
+
     def student_groups(self, depth: int) -> Groups:
         """The layers of a student that meet the groups of its batches; ``depth``: how many layers it has."""
         return (self._match or match_groups(self._cache.plan, depth)).student

@@ -6,7 +6,8 @@ sample (``batches.dataset.check_join``).
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -108,6 +109,8 @@ def check_losses(config: TrainConfig, caches: Mapping[str, TeacherCache]) -> Non
     ]
     for name, losses, cache in phases:
         check_signals(cache, losses, phase=name, off=off)
+    # As far as the caches tell; which of their samples are trained on is known once the data is open.
+    check_pictures((name, losses, cache, partial(_may_have_pictures, cache)) for name, losses, cache in phases)
 
 
 def check_signals(cache: TeacherCache, losses: LossWeights, *, phase: str, off: Sequence[str] = ()) -> None:
@@ -138,6 +141,33 @@ def check_signals(cache: TeacherCache, losses: LossWeights, *, phase: str, off: 
                 f"({set_words([f'temperatures=[{losses.temperature}]'], variable='CACHE_SET')})"
             )
         term.check_cache(held, losses, f"phase {phase}, {cache.path}", None)
+
+
+def _may_have_pictures(cache: TeacherCache) -> bool:
+    return cache.manifest.totals.get("pictures") != 0
+
+
+def check_pictures(
+    phases: Iterable[tuple[str, LossWeights, TeacherCache, Callable[[], bool]]],
+) -> None:
+    """Refuse losses on visual tokens where no sample has a picture: they would have nothing to learn from.
+
+    Args:
+        phases: Name, losses and cache of each, and whether any of its samples has a picture.
+    """
+    blind: dict[str, str] = {}
+    places: list[str] = []
+    for name, losses, cache, has_pictures in phases:
+        looking = [loss for loss, term in choose_terms(losses.distilled).items() if term.at_images]
+        if looking and not has_pictures():
+            blind |= {f"{name}.losses.{loss}=0": loss for loss in looking}
+            places.append(str(cache.path))
+    if blind:
+        raise CacheMismatchError(
+            f"no sample that is trained on has a picture ({', '.join(dict.fromkeys(places))}), so nothing could be learnt "
+            f"by {', '.join(dict.fromkeys(blind.values()))}. Switch them off: {set_words(blind)}; or, if there should be "
+            "pictures, see how the data names them (docs/families.md) and build the cache again"
+        )
 
 
 def _temperatures(cache: TeacherCache, signal: str) -> tuple[float, ...]:

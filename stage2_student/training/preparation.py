@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from vlm_distill_cache.common.cache.counts import picture_words, unknown_words
 from vlm_distill_cache.common.cache.reader import TeacherCache
 from vlm_distill_cache.common.errors import ConfigError, DataError
 from vlm_distill_cache.common.files.hashing import fingerprint
@@ -39,6 +40,7 @@ from vlm_distill_cache.stage2_student.training.checks import (
     check_geometry,
     check_labels_fit,
     check_losses,
+    check_pictures,
     check_template,
     check_tokenizer,
     check_vision_tower,
@@ -48,6 +50,7 @@ from vlm_distill_cache.stage2_student.training.checks import (
     same_tokenizer,
 )
 
+FEW_PICTURES = 0.5  # of a cache's samples: fewer are worth a line
 BUILT_IN_DATA = ("shapes", "easy-vqa")
 _log = logging.getLogger(__name__)
 
@@ -154,13 +157,28 @@ def prepare(config: TrainConfig, caches: Mapping[str, TeacherCache] | None = Non
     )
 
 
-def failure_notes(caches: Mapping[str, TeacherCache]) -> list[str]:
-    """Say of each cache, by path, how many samples are not trained on because stage one could not read them."""
-    return [
-        f"{len(cache.failed)} samples that stage one could not read are left out ({cache.path})"
-        for cache in caches.values()
-        if cache.failed
-    ]
+def cache_notes(config: TrainConfig, caches: Mapping[str, TeacherCache]) -> list[str]:
+    """Say of each cache, by path, what of its samples is not learnt as somebody may believe.
+
+    These are samples that stage one could not read, losses on pictures that few samples have, and words that the
+    teacher's tokenizer lacks.
+    """
+    notes = []
+    for place, cache in caches.items():
+        totals = cache.manifest.totals
+        pictures, unknown = totals.get("pictures"), totals.get("unknown_rows")
+        if cache.failed:
+            notes.append(f"{len(cache.failed)} samples that stage one could not read are left out ({cache.path})")
+        phases = [config.phase(name) for name in config.phases if str(config.phase(name).cache) == place]
+        looking = dict.fromkeys(
+            loss for phase in phases for loss, term in choose_terms(phase.losses.distilled).items() if term.at_images
+        )
+        if looking and pictures is not None and pictures < FEW_PICTURES * totals["samples"]:
+            said = f"only {picture_words(pictures, totals['samples'])}"
+            notes.append(f"{said}: {', '.join(looking)} learn from these alone ({cache.path})")
+        if unknown:
+            notes.append(f"{unknown_words(unknown, totals['rows'])} ({cache.path})")
+    return notes
 
 
 def choose_template(config: TrainConfig, parts: StudentParts, cache: TeacherCache) -> PromptTemplate:
@@ -258,6 +276,11 @@ def _prepare_phases(
                 expect=find_mirror(str(phase.cache)).expect if is_url(str(phase.cache)) else None,
             )
         )
+    check_pictures(
+        (phase.name, phase.config.losses, caches[str(phase.config.cache)], phase.dataset.has_pictures)
+        for phase in phases
+        if phase.steps
+    )
     if not any(phase.steps for phase in phases):
         raise ConfigError(f"no phase of {', '.join(config.phases)} has a step; set steps or epochs")
     return tuple(phases)

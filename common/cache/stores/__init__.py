@@ -54,6 +54,8 @@ def finish_shard(writer: ShardWriter, failed: Iterable[tuple[str, str]] = ()) ->
             field_bytes=dict(writer.field_bytes),
             files=files,
             failed=tuple((name, reason) for name, reason in failed),
+            pictures=writer.pictures,
+            unknown=writer.unknown,
         )
         write_sidecar(writer.cache_dir, sidecar)
     finally:

@@ -14,7 +14,7 @@ from pathlib import Path
 from vlm_distill_cache.common.cache.plan import SHARDS
 from vlm_distill_cache.common.cache.schema import Field, Record, check_record
 from vlm_distill_cache.common.cache.side_files import walk_files
-from vlm_distill_cache.common.cache.sidecar import sidecar_path
+from vlm_distill_cache.common.cache.sidecar import UnknownWords, sidecar_path
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError
 from vlm_distill_cache.common.files.atomic import (
     HeldLock,
@@ -52,6 +52,8 @@ class ShardWriter(ABC):
         sample_ids: In the order appended.
         rows: Supervised rows so far.
         field_bytes: Decoded bytes so far by field.
+        pictures: Records so far of samples with a picture; None: not counted, and the sidecar does not say.
+        unknown: Rows so far that teach an unknown word, which whoever knows the tokenizer sets; None: not counted.
     """
 
     suffix: str
@@ -60,6 +62,8 @@ class ShardWriter(ABC):
         self.cache_dir, self.index, self.fields = cache_dir, index, fields
         self.sample_ids: list[str] = []
         self.rows = 0
+        self.pictures: int | None = 0
+        self.unknown: UnknownWords | None = None
         self.field_bytes = {f.name: 0 for f in fields}
         self._seen: set[str] = set()
         self._final = shard_path(cache_dir, index, self.suffix)
@@ -80,6 +84,10 @@ class ShardWriter(ABC):
         self._seen.add(sample_id)
         self.sample_ids.append(sample_id)
         self.rows += len(record["labels"])
+        if self.pictures is not None:
+            self.pictures += bool(record["image_hash"].any())
+        if self.unknown is not None:
+            self.unknown = self.unknown.plus(record["labels"])
         for name, array in record.items():
             self.field_bytes[name] += array.nbytes
         self._add(sample_id, record)

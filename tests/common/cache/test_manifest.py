@@ -93,6 +93,7 @@ def test_the_manifest_is_derived_from_the_sidecars(cache):
         "samples": 9,
         "rows": sum(s.rows for s in sidecars),
         "failed": 1,
+        "pictures": 9,
         "bytes": sum(path.stat().st_size for path in (cache / "shards").glob("*.tar")),
     }
     assert manifest.plan_hash == read_plan(cache).hash

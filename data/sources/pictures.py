@@ -218,8 +218,8 @@ def _image_file(value: str, root: Path) -> ImageFile:
         raise SampleError(f"image path {value!r} leaves the image folder; use a path below it or an absolute one")
     # Reasons of failure are kept in the cache: they name no folder of this machine.
     hint = "image paths are relative to the data file; set images to another folder"
-    if "\\" in value and ".." not in value and _is_file(there := root / value.replace("\\", "/")):
-        path = there  # written on Windows
+    if "\\" in value and ".." not in value and _is_file(root / value.replace("\\", "/")):
+        path = Path(value.replace("\\", "/"))  # written on Windows
     return ImageFile(root / path, hint=hint, shown=value)
 
 

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+from pathlib import Path
 
 import PIL.Image
 import pytest
@@ -69,6 +70,14 @@ def test_every_key_and_form_of_a_picture_is_read(sample, key, value):
 @pytest.mark.parametrize("key", ["file_name", "filename", "path", "rgb_image", "anything"])
 def test_a_picture_under_any_other_key_is_known_by_its_name(sample, key):
     assert [image.load().size for image in sample(TURN | {key: "img/a.png"}).images] == [(5, 7)]
+
+
+def test_paths_start_from_the_data_wherever_the_command_runs(sample, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sample(TURN | {"image": "img/a.png"})  # writes the file
+    for value in ("img/a.png", "img\\a.png"):
+        Path("data.jsonl").write_text(json.dumps(TURN | {"image": value}))
+        assert MessagesDataset(Path("data.jsonl"))[0].images[0].load().size == (5, 7)
 
 
 def test_a_file_address_is_read_and_nothing_is_downloaded(sample, tmp_path):

@@ -105,7 +105,7 @@ class BuildConfig:
     device_map: str = ""
     quantisation: Literal["none", "8bit", "4bit"] = "none"
     max_failed_share: float = 0.01
-    max_unknown_share: float = 0.1
+    max_unknown_share: float = 0.25
     fidelity_samples: int = 64
     threads: int = 0
     num_workers: int = -1

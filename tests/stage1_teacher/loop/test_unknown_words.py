@@ -102,7 +102,7 @@ def test_words_that_the_probe_did_not_see_are_refused_as_soon_as_they_are_certai
     monkeypatch.setattr(unknown_words, "PROBED_SAMPLES", 1)  # the first
     data = write_data(tmp_path, [KNOWN] * 4 + [UNKNOWN] * 4)
     with pytest.raises(DataError, match=r"8 of 36 targets .* of 8 of 8 samples"):
-        build_cache(tmp_path / "cache", data=data, shard_size=4)
+        build_cache(tmp_path / "cache", data=data, shard_size=4, max_unknown_share=0.1)
     assert sum(teacher_calls) == 4  # the shard of known words
     # Resumed, the finished shard counts too: with it, the share is 8 of 36.
     with pytest.raises(DataError, match="8 of 36 targets"):

@@ -104,10 +104,10 @@ def test_words_that_the_probe_did_not_see_are_refused_as_soon_as_they_are_certai
     with pytest.raises(DataError, match=r"8 of 36 targets .* of 8 of 8 samples"):
         build_cache(tmp_path / "cache", data=data, shard_size=4, max_unknown_share=0.1)
     assert sum(teacher_calls) == 4  # the shard of known words
-    # Resumed, the finished shard counts too: with it, the share is 8 of 36.
+    # Resumed, a finished shard counts too (it may have been in the writer's queue still): the share is 8 of 36.
     with pytest.raises(DataError, match="8 of 36 targets"):
         build_cache(tmp_path / "cache", data=data, shard_size=4, max_unknown_share=0.22)
-    assert build_cache(tmp_path / "cache", data=data, shard_size=4, max_unknown_share=0.23).built == 1
+    build_cache(tmp_path / "cache", data=data, shard_size=4, max_unknown_share=0.23)
     assert [read_sidecar(tmp_path / "cache", shard).unknown.rows for shard in range(2)] == [0, 8]
 
 

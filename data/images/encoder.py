@@ -65,6 +65,10 @@ class AnyImageEncoder(Protocol):
         """What a prompt template writes once for the picture; None: the image token."""
 
     @property
+    def writes_text(self) -> bool:
+        """Whether a picture's `EncodedImage.text` is given."""
+
+    @property
     def least_token_count(self) -> int:
         """No picture has fewer visual tokens."""
 
@@ -107,6 +111,7 @@ class ImageEncoder:
     drops_first: bool = False
 
     marker: ClassVar[str | None] = None
+    writes_text: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if min(self.grid) < 1 or self.token_count < 1:

@@ -7,7 +7,7 @@ made from them by mistake.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import PIL.Image
@@ -50,6 +50,8 @@ class LibraryImages:
 
     library: Any
     image_token_id: int
+
+    writes_text: ClassVar[bool] = True
 
     @property
     def processor(self) -> Any:

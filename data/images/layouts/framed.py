@@ -31,6 +31,7 @@ class FramedEncoder:
     marker: str | None = None
 
     kind: ClassVar[str] = "framed"
+    writes_text: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if getattr(self.processor, "do_pan_and_scan", None):

@@ -28,6 +28,7 @@ class Layout:
     kind: ClassVar[str]
     keys: ClassVar[tuple[str, ...]]
     marker: ClassVar[str | None] = None
+    writes_text: ClassVar[bool] = False
 
     def attention_grid(self) -> tuple[int, int]:
         """Rows and columns that stage one pools attention to: a picture's tokens form no one grid."""

@@ -41,6 +41,7 @@ class SplitEncoder(Layout):
 
     kind: ClassVar[str] = "split"
     keys: ClassVar[tuple[str, ...]] = ("max_image_size", "do_image_splitting")
+    writes_text: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_processor(self.processor, "max_image_size", "do_image_splitting")

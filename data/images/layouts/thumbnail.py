@@ -42,6 +42,7 @@ class ThumbnailEncoder(Layout):
 
     kind: ClassVar[str] = "thumbnail"
     keys: ClassVar[tuple[str, ...]] = ("min_patches", "max_patches")
+    writes_text: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_processor(self.processor, "min_patches", "max_patches")

@@ -9,6 +9,7 @@ CLIP). Attention maps of two models can only be compared if each token knows its
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from inspect import signature
 from typing import Any, ClassVar, Literal, Protocol, cast
 
 import numpy as np
@@ -178,7 +179,7 @@ class ImageEncoder:
         if min(self.grid) < 1 or self.token_count < 1:
             raise ConfigError(f"grid must hold at least 1 x 1 visual tokens, got {self.grid}")
         size, crop = self._size, self._crop_size
-        crops, resizes = bool(self._settings["do_center_crop"]), bool(self._settings["do_resize"])
+        crops, resizes = self._crops, bool(self._settings["do_resize"])
         exact = {"height", "width"} <= size.keys()
         known = exact or "shortest_edge" in size or {"max_height", "max_width"} <= size.keys()
         fits = {
@@ -195,6 +196,12 @@ class ImageEncoder:
                 f"{self.layout!r}; 'square' needs height and width, 'crop' a centre crop, 'pad' either; a size is "
                 "height and width, shortest_edge with or without longest_edge, or max_height and max_width"
             )
+        padded = plain_size(self.processor, getattr(self.processor, "pad_size", None), "pad_size")
+        pads = getattr(self.processor, "do_pad", None) and not hasattr(self.processor, "pad_to_square")
+        if pads and padded and padded != (crop if crops else size) and _takes(self.processor, "pad_size"):
+            raise unusable_settings(
+                self.processor, f"do_pad with pad_size={padded} would put a border around each picture"
+            )
         check_settings(self)
 
     @classmethod
@@ -209,7 +216,7 @@ class ImageEncoder:
         # Only LLaVA's processor means "to a square" by do_pad; others pad a batch to one size.
         if settings.get("do_pad") and hasattr(processor, "pad_to_square"):
             layout = "pad"
-        elif settings.get("do_center_crop"):
+        elif settings.get("do_center_crop") and _takes(processor, "do_center_crop"):
             size, crop = (plain_size(processor, settings.get(name), name) for name in ("size", "crop_size"))
             layout = "square" if size == crop and settings.get("do_resize") else "crop"
         return cls(processor=processor, layout=layout, grid=grid, patch_size=patch_size)
@@ -297,6 +304,10 @@ class ImageEncoder:
         return plain_size(self.processor, self._settings["crop_size"], "crop_size")
 
     @cached_property
+    def _crops(self) -> bool:
+        return bool(self._settings["do_center_crop"]) and _takes(self.processor, "do_center_crop")
+
+    @cached_property
     def _background(self) -> tuple[int, int, int]:
         # int(), not round(): LLaVA's expand2square truncates, and one grey level is visible in a hash.
         mean = self._settings["image_mean"] or 0.0
@@ -307,7 +318,7 @@ class ImageEncoder:
         """(width, height) of the padded picture, after resizing, and after cropping."""
         canvas = (max(width, height),) * 2 if self.layout == "pad" else (width, height)
         resized = self._resized(*canvas) if self._settings["do_resize"] else canvas
-        if not self._settings["do_center_crop"]:
+        if not self._crops:
             return canvas, resized, resized
         return canvas, resized, (self._crop_size["width"], self._crop_size["height"])
 
@@ -346,6 +357,11 @@ def _paste_on_square(image: PIL.Image.Image, side: int, background: tuple[int, i
     square = PIL.Image.new("RGB", (side, side), background)
     square.paste(image, ((side - image.size[0]) // 2, (side - image.size[1]) // 2))
     return square
+
+
+def _takes(processor: Any, name: str) -> bool:
+    """Whether a processor's class looks at a setting; some store those of others and leave them aside (Gemma 3)."""
+    return name in signature(processor._preprocess).parameters
 
 
 def plain_size(processor: Any, size: Any, name: str) -> dict[str, int]:

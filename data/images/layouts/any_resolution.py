@@ -71,7 +71,8 @@ class AnyResolutionEncoder(Layout):
         size, crop = self._tile_sizes
         if size.get("height", 0) != size.get("width", 0) or crop.get("height", 0) != crop.get("width", 0):
             raise unusable_settings(self.processor, "tiles must be squares")
-        resized = size.get("height") or min(size["shortest_edge"], size.get("longest_edge", size["shortest_edge"]))
+        short = size.get("shortest_edge", 0)
+        resized = size.get("height") or min(short, size.get("longest_edge", short))
         if resized != self.side:
             raise unusable_settings(
                 self.processor,

@@ -35,7 +35,9 @@ class DynamicEncoder(Layout):
             count_setting(self.processor, getattr(self.processor, name), name, most=MOST_SIDE)
         _ = self._pixels
         if self.processor.do_resize is not True:
-            raise ConfigError("a Qwen image processor must scale pictures to whole tokens: set do_resize to true")
+            raise ConfigError(
+                "preprocessor_config.json: a Qwen image processor must scale pictures to whole tokens: set do_resize to true"
+            )
         check_settings(self)
 
     @property

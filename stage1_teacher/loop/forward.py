@@ -5,6 +5,7 @@ the copies to the CPU, and only then looks at the results of the batch before it
 one batch late. On a CPU the same code runs, and nothing is ever pending.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from vlm_distill_cache.stage1_teacher.loop.signals import (
     TeacherSignals,
     check_finite,
     copies_done,
+    named,
     reduce_output,
     to_cpu,
 )
@@ -27,7 +29,7 @@ from vlm_distill_cache.stage1_teacher.loop.writer import EncodedShard, run_ahead
 from vlm_distill_cache.stage1_teacher.teacher.inputs import TeacherInputs
 
 BATCHES_AHEAD = 1
-SHOWN = 8  # samples that an error names
+_DEVICE = re.compile(r"CUDA|cuDNN|CUBLAS|NCCL|HIP")  # in errors that a GPU and its libraries raise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +105,7 @@ def run_shard(work: Build, shard: EncodedShard, batch_size: int) -> Iterator[tup
 
 def _prepare(work: Build, samples: Sequence[EncodedSample]) -> _Ready:
     try:
-        with _one_checkpoint(work, samples):
+        with one_checkpoint(work, samples):
             batch = collate(samples, work.teacher.pad_token_id)
             return _Ready(samples=samples, batch=batch, inputs=work.prepare(batch))
     except (ModelError, SampleError) as error:
@@ -117,7 +119,7 @@ def _queue(work: Build, ready: _Ready) -> _Queued:
     if batch is None:
         return _Queued(samples=samples, fault=ready.fault)
     try:
-        with _one_checkpoint(work, samples):
+        with one_checkpoint(work, samples):
             output = work.run(batch, ready.inputs)
         signals = reduce_output(output, batch, work.codecs, checked=False)
     except (ModelError, SampleError) as error:
@@ -162,7 +164,7 @@ def _run_alone(work: Build, sample: EncodedSample) -> tuple[Batch, TeacherSignal
     ready = _prepare(work, [sample])
     if ready.batch is None or ready.inputs is None:
         raise ready.fault or SampleError("it cannot be prepared")
-    with _one_checkpoint(work, [sample]):
+    with one_checkpoint(work, [sample]):
         output = work.run(ready.batch, ready.inputs)
     signals = to_cpu(reduce_output(output, ready.batch, work.codecs))
     check_finite(signals)
@@ -170,23 +172,23 @@ def _run_alone(work: Build, sample: EncodedSample) -> tuple[Batch, TeacherSignal
 
 
 @contextmanager
-def _one_checkpoint(work: Build, samples: Sequence[EncodedSample]) -> Iterator[None]:
+def one_checkpoint(work: Build, samples: Sequence[EncodedSample]) -> Iterator[None]:
     """Say what errors inside a model mean, and with which samples they came.
 
     Raises:
         ModelError: If the model cannot take what its own processor and tokenizer made: files of two checkpoints.
     """
-    names = named(samples)
+    names = named([sample.sample_id for sample in samples])
     try:
         yield
     except SampleError:
         raise
     except DistillError as error:
         raise ModelError(f"{names}: {error}") from error
-    except (torch.OutOfMemoryError, torch.AcceleratorError) as error:  # the device's, not the samples'
-        error.add_note(f"with {names}")
-        raise
     except (IndexError, ValueError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError) or _DEVICE.search(str(error)):
+            error.add_note(f"with {names}")  # it is no matter of the samples, and may befall all that come
+            raise
         raise ModelError(
             f"teacher {work.teacher.directory} cannot read {names}: {error}; model, tokenizer and "
             "preprocessor_config.json must be files of one checkpoint"
@@ -194,10 +196,3 @@ def _one_checkpoint(work: Build, samples: Sequence[EncodedSample]) -> Iterator[N
     except Exception as error:
         error.add_note(f"with {names}")
         raise
-
-
-def named(samples: Sequence[EncodedSample]) -> str:
-    """Which samples are worked on, for errors."""
-    shown = ", ".join(repr(sample.sample_id) for sample in samples[:SHOWN])
-    more = f" and {len(samples) - SHOWN} more of one batch" if len(samples) > SHOWN else ""
-    return f"sample{'s' * (len(samples) > 1)} {shown}{more}"

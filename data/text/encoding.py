@@ -27,7 +27,7 @@ import numpy as np
 
 from vlm_distill_cache.common.attention.tiles import Tile
 from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
-from vlm_distill_cache.common.errors import ConfigError, SampleError
+from vlm_distill_cache.common.errors import ConfigError, SampleError, TooLongError
 from vlm_distill_cache.common.pixels import HASH_BYTES, image_hash
 from vlm_distill_cache.data.images.encoder import AnyImageEncoder, EncodedImage, ImageEncoder
 from vlm_distill_cache.data.sample import ImageSource, Sample, Turn
@@ -221,7 +221,8 @@ class SampleEncoder:
         try:
             return self._encode(sample, prompt_only)
         except (SampleError, ConfigError) as error:  # other texts and pictures went through when the encoder was built
-            raise SampleError(f"sample {sample.sample_id!r}: {error}") from error
+            kind = type(error) if isinstance(error, SampleError) else SampleError
+            raise kind(f"sample {sample.sample_id!r}: {error}") from error
 
     @cached_property
     def image_token(self) -> str:
@@ -400,7 +401,7 @@ class SampleEncoder:
         fewer = ", limit the pixels of a picture in preprocessor_config.json" if varies else ""
         longest = shared + max(lengths)  # each packed conversation counts on from the shared prefix
         if self.positions is not None and longest > self.positions:
-            raise SampleError(
+            raise TooLongError(
                 f"a conversation of {longest} tokens ({visual_count} visual) is longer than the {self.positions} positions "
                 f"that the model knows (max_position_embeddings in its config.json); shorten the conversation{fewer}, or "
                 "leave the sample out"

@@ -17,6 +17,10 @@ class SampleError(DistillError, ValueError):
     """One sample cannot be read or encoded; stage one records it with this reason and goes on."""
 
 
+class TooLongError(SampleError):
+    """A conversation has more tokens than the model has positions."""
+
+
 class DataError(DistillError, ValueError):
     """A whole data set cannot be opened."""
 

@@ -17,6 +17,7 @@ import xxhash
 from vlm_distill_cache.common.errors import SampleError
 
 HASH_BYTES = 16
+_PNG = b"\x89PNG\r\n\x1a\n"
 MAX_PIXELS = 89_478_485  # Pillow's own limit for a likely decompression bomb: 256 MiB of RGB
 
 # What Pillow's decoders raise on damaged files, by experience; none of it may end a run.
@@ -53,14 +54,52 @@ def decode_image(data: bytes, *, name: str) -> PIL.Image.Image:
     if not data:
         raise SampleError(f"image {name} is empty (0 bytes)")
     try:
-        with PIL.Image.open(io.BytesIO(data)) as image:
-            _refuse_huge(image, name)  # before any pixel is decoded
-            image.load()
-            return to_rgb(PIL.ImageOps.exif_transpose(image))
+        try:
+            return _decode(data, name)
+        except ValueError as error:
+            if isinstance(error, SampleError) or not data.startswith(_PNG):
+                raise
+            return _decode(_without_texts(data), name)  # Pillow takes a long text for an attack
     except SampleError:
         raise
     except _DECODE_ERRORS as error:
         raise SampleError(f"image {name} cannot be decoded: {reason_of(error)}") from error
+
+
+def _decode(data: bytes, name: str) -> PIL.Image.Image:
+    with PIL.Image.open(io.BytesIO(data)) as image:
+        _refuse_huge(image, name)  # before any pixel is decoded
+        stored = image.tile[0][3] if image.format == "PNG" and image.tile else None
+        image.load()
+        _scale_transparency(image, stored)
+        return to_rgb(PIL.ImageOps.exif_transpose(image))
+
+
+def _without_texts(data: bytes) -> bytes:
+    """A PNG without its texts and colour profile, which say nothing of its pixels; those that may hold EXIF stay."""
+    kept, at = [data[: len(_PNG)]], len(_PNG)
+    while at + 8 <= len(data):
+        length, kind = struct.unpack(">I4s", data[at : at + 8])
+        chunk = data[at : at + 12 + length]
+        at += 12 + length
+        holds_exif = chunk[8:].startswith((b"XML:com.adobe.xmp", b"Raw profile type"))
+        if kind not in (b"tEXt", b"zTXt", b"iTXt", b"iCCP") or holds_exif:
+            kept.append(chunk)
+    return b"".join(kept)
+
+
+def _scale_transparency(image: PIL.Image.Image, stored: object) -> None:
+    """Bring the colour that a PNG names as transparent to the 8 bits that Pillow brings the pixels to.
+
+    Args:
+        image: Loaded; changed in place.
+        stored: How the file holds its pixels, in Pillow's words.
+    """
+    colour = image.info.get("transparency")
+    if stored in ("L;2", "L;4") and isinstance(colour, int):
+        image.info["transparency"] = colour * (85 if stored == "L;2" else 17)
+    elif stored == "RGB;16B" and isinstance(colour, tuple):
+        image.info["transparency"] = tuple(value >> 8 for value in colour)
 
 
 def _refuse_huge(image: PIL.Image.Image, name: str) -> None:
@@ -81,6 +120,9 @@ def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
         return image
     if image.mode.startswith("I"):  # I;16, I;16B, I: 16-bit PNG, TIFF and PGM
         wide = np.asarray(image).astype(np.int64).clip(0, 65535)
+        transparent = image.info.get("transparency")  # a grey that stands for nothing, which is shown as white
+        if isinstance(transparent, int):
+            wide[wide == transparent] = 65535
         return PIL.Image.fromarray(((wide + 128) // 257).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         values = np.nan_to_num(np.asarray(image, dtype=np.float32))

@@ -13,6 +13,7 @@ from vlm_distill_cache.common.codecs.row_attention import RowAttentionCodec
 from vlm_distill_cache.common.errors import ConfigError, ModelError
 from vlm_distill_cache.common.files.atomic import new_directory, read_json
 from vlm_distill_cache.common.models.published import is_published
+from vlm_distill_cache.data.families.inputs import known_positions
 from vlm_distill_cache.data.images.encoder import AnyImageEncoder
 from vlm_distill_cache.data.text.encoding import SampleEncoder
 from vlm_distill_cache.data.text.templates import PromptTemplate
@@ -84,6 +85,7 @@ def open_student(folder: Path) -> Student:
             image_processor,
             image_encoder=image_encoder,
             grid=getattr(model, "image_grid", None),
+            positions=known_positions(model.config),
         ),
         tokenizer=tokenizer,
         image_processor=image_processor,

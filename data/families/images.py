@@ -25,7 +25,7 @@ def published_images(config: Any, processor: Any, tokenizer: Any) -> AnyImageEnc
     Their checkpoints store a CLIP processor with a centre crop and make the square in their own code.
     """
     vision = config.vision_config
-    side = vision.image_size // vision.patch_size
+    side = _patches(config)
     pooled = config.projector_type.startswith("ldp")  # 2 x 2 patches to one token
     drops = vision.model_type.startswith("siglip") and config.vision_feature_select_strategy == "patch"
     return ImageEncoder(
@@ -41,65 +41,122 @@ def any_resolution_images(config: Any, processor: Any, tokenizer: Any) -> AnyIma
     """The whole picture, then its tiles with newline tokens (LLaVA-NeXT, LLaVA-OneVision).
 
     Raises:
-        ModelError: If the processor chooses tiles from another list of resolutions than the model.
+        ModelError: If the processor chooses tiles from another list of resolutions than the model, or cuts them of
+            another size than the tower's.
     """
     _refuse_uneven(config)
-    wanted = [list(pair) for pair in config.image_grid_pinpoints]
-    found = [list(pair) for pair in getattr(processor, "image_grid_pinpoints", None) or ()]
-    if wanted != found:
+    wanted, found = (getattr(part, "image_grid_pinpoints", None) for part in (config, processor))
+    if _resolutions(wanted) is None or _resolutions(wanted) != _resolutions(found):
         raise ModelError(
-            f"image_grid_pinpoints differ between config.json ({wanted}) and preprocessor_config.json ({found}); "
-            "the model would read the tiles in another arrangement: use files of one checkpoint"
+            f"image_grid_pinpoints differ between config.json ({wanted}) and preprocessor_config.json ({found}), or are no "
+            "lists of [height, width]; the model would read the tiles in another arrangement: use files of one checkpoint"
         )
     ratio = str(getattr(config, "vision_aspect_ratio", None) or "")
-    return AnyResolutionEncoder(
-        processor=processor,
-        patch_size=config.vision_config.patch_size,
-        most_tiles=int(ratio.removeprefix("anyres_max_")) if ratio.startswith("anyres_max_") else None,
+    most = ratio.removeprefix("anyres_max_") if ratio.startswith("anyres_max_") else None
+    if most is not None and not (most.isdecimal() and int(most)):
+        raise ModelError(f"config.json: vision_aspect_ratio is {ratio!r}, expected 'anyres_max_' and a number, like 9")
+    encoder = AnyResolutionEncoder(
+        processor=processor, patch_size=_patch_size(config), most_tiles=None if most is None else int(most)
     )
+    if encoder.side != _image_size(config):
+        raise ModelError(
+            f"preprocessor_config.json cuts tiles of {encoder.side} pixels (size, crop_size), the tower of config.json "
+            f"reads {_image_size(config)} (vision_config.image_size); use files of one checkpoint"
+        )
+    return encoder
 
 
 def qwen_images(config: Any, processor: Any, tokenizer: Any) -> AnyImageEncoder:
-    """The picture at its own size, one token for 2 x 2 patches (Qwen2-VL, 2.5, 3)."""
-    return DynamicEncoder(processor=processor)
+    """The picture at its own size, one token for 2 x 2 patches (Qwen2-VL, 2.5, 3).
+
+    Raises:
+        ModelError: If processor and tower cut pictures into other patches.
+    """
+    encoder = DynamicEncoder(processor=processor)
+    for ours, theirs in (
+        ("patch_size", "patch_size"),
+        ("temporal_patch_size", "temporal_patch_size"),
+        ("merge_size", "spatial_merge_size"),
+    ):
+        found, wanted = getattr(processor, ours), _side(config, f"vision_config.{theirs}")
+        if found != wanted:
+            raise ModelError(
+                f"preprocessor_config.json: {ours} is {found}, expected {wanted}, which vision_config.{theirs} of config.json "
+                "is; use files of one checkpoint"
+            )
+    return encoder
 
 
 def split_images(config: Any, processor: Any, tokenizer: Any) -> AnyImageEncoder:
-    """Tiles between tags, then the whole picture (Idefics 3, SmolVLM)."""
-    patch = config.vision_config.patch_size
-    side = int(dict(processor.max_image_size)["longest_edge"]) // patch // config.scale_factor
+    """Tiles between tags, then the whole picture (Idefics 3, SmolVLM).
+
+    Raises:
+        ModelError: If a tile's patches cannot be merged evenly.
+    """
+    patch, factor = _patch_size(config), _side(config, "scale_factor")
+    # Its checks come first: without a side there is no grid.
+    tile = SplitEncoder(processor=processor, grid=(1, 1), patch_size=patch).side
+    side, rest = divmod(tile // patch, factor)
+    if rest or not side:
+        raise ModelError(
+            f"preprocessor_config.json: tiles of {tile} pixels (longest_edge of max_image_size) have {tile // patch} patches "
+            f"of {patch} a side, which scale_factor={factor} of config.json does not divide; use files of one checkpoint"
+        )
     return SplitEncoder(
         processor=processor,
         grid=(side, side),
         patch_size=patch,
-        image_token=_token(tokenizer, config.image_token_id),
+        image_token=_token(tokenizer, config, "image_token_id"),
     )
 
 
 def internvl_images(config: Any, processor: Any, tokenizer: Any) -> AnyImageEncoder:
-    """Tiles, then a thumbnail, in one run between two tags (InternVL)."""
-    vision = config.vision_config
-    size, patch = (value if isinstance(value, int) else value[0] for value in (vision.image_size, vision.patch_size))
-    side = int(size // patch * config.downsample_ratio)
+    """Tiles, then a thumbnail, in one run between two tags (InternVL).
+
+    Raises:
+        ModelError: If a tile's patches cannot be merged evenly.
+    """
+    ratio = config.downsample_ratio
+    side = _patches(config) * ratio if isinstance(ratio, int | float) else 0
+    if side < 1 or side != int(side):
+        raise ModelError(
+            f"config.json: downsample_ratio={ratio!r} makes no whole number of visual tokens of {_patches(config)} patches a "
+            "side; use the config.json of the checkpoint"
+        )
     return ThumbnailEncoder(
-        processor=processor, grid=(side, side), image_token=_token(tokenizer, config.image_token_id)
+        processor=processor,
+        grid=(int(side), int(side)),
+        image_token=_token(tokenizer, config, "image_token_id"),
     )
 
 
 def fixed_images(config: Any, processor: Any, tokenizer: Any) -> AnyImageEncoder:
     """One square picture, all patches of a tower without a class token (PaliGemma)."""
-    vision = config.vision_config
-    side = vision.image_size // vision.patch_size
+    side = _patches(config)
     return ImageEncoder.from_processor(processor, (side, side), patch_size=_uneven_patch(config))
 
 
 def gemma3_images(config: Any, processor: Any, tokenizer: Any) -> AnyImageEncoder:
-    """One square picture, pooled to a fixed number of tokens, between tags (Gemma 3)."""
-    side = isqrt(config.mm_tokens_per_image)
-    begin, end = (_token(tokenizer, index) for index in (config.boi_token_index, config.eoi_token_index))
+    """One square picture, pooled to a fixed number of tokens, between tags (Gemma 3).
+
+    Raises:
+        ModelError: If the patches cannot be pooled to that number.
+    """
+    tokens, patches = _side(config, "mm_tokens_per_image"), _patches(config)
+    side = isqrt(tokens)
+    pool = patches // side
+    if side * side != tokens or not pool or patches // pool != side:
+        raise ModelError(
+            f"config.json: mm_tokens_per_image={tokens} is no square that {patches} x {patches} patches can be pooled to "
+            "(vision_config.image_size and patch_size); use the config.json of the checkpoint"
+        )
+    pixels = pool * _patch_size(config)  # per visual token
+    begin, end = (_token(tokenizer, config, name) for name in ("boi_token_index", "eoi_token_index"))
     return FramedEncoder(
-        fixed=ImageEncoder.from_processor(processor, (side, side)),
-        image_token=_token(tokenizer, config.image_token_id),
+        fixed=ImageEncoder.from_processor(
+            processor, (side, side), patch_size=pixels if _image_size(config) != side * pixels else None
+        ),
+        image_token=_token(tokenizer, config, "image_token_id"),
         before=f"\n\n{begin}",
         after=f"{end}\n\n",
         marker=begin,
@@ -123,20 +180,73 @@ def image_token_id(config: Any) -> int:
     )
 
 
+def _side(config: Any, name: str) -> int:
+    """A number of pixels, patches or tokens in a configuration, by its dotted name; of a pair of equal ones, one.
+
+    Raises:
+        ModelError: If it is missing, or no whole number of at least 1.
+    """
+    value = config
+    for part in name.split("."):
+        value = getattr(value, part, None)
+    pair = list(value) if isinstance(value, list | tuple) else [value]
+    if not pair or any(isinstance(v, bool) or not isinstance(v, int) or v < 1 or v != pair[0] for v in pair):
+        raise ModelError(
+            f"config.json: {name} is {value!r}, expected a whole number of at least 1 (or two equal ones); use the "
+            "config.json of the checkpoint"
+        )
+    return int(pair[0])
+
+
+def _image_size(config: Any) -> int:
+    return _side(config, "vision_config.image_size")
+
+
+def _patch_size(config: Any) -> int:
+    return _side(config, "vision_config.patch_size")
+
+
+def _patches(config: Any) -> int:
+    """Patches per side of the tower's picture; `ModelError` if there are none."""
+    patches = _image_size(config) // _patch_size(config)
+    if not patches:
+        raise ModelError(
+            f"config.json: vision_config.patch_size is {_patch_size(config)}, expected at most vision_config.image_size, "
+            f"{_image_size(config)}"
+        )
+    return patches
+
+
+def _resolutions(stored: Any) -> list[list[int]] | None:
+    """A list of heights and widths; None if it is none."""
+    try:
+        return [[int(height), int(width)] for height, width in stored] or None
+    except (TypeError, ValueError):
+        return None
+
+
 def _uneven_patch(config: Any) -> int | None:
     """Pixels per patch where patches do not fill the picture exactly (SigLIP 384 / 14); None: they do."""
-    vision = config.vision_config
-    return int(vision.patch_size) if vision.image_size % vision.patch_size else None
+    return _patch_size(config) if _image_size(config) % _patch_size(config) else None
 
 
-def _token(tokenizer: Any, index: int) -> str:
-    return str(tokenizer.convert_ids_to_tokens(int(index)))
+def _token(tokenizer: Any, config: Any, name: str) -> str:
+    """The text of a token that a configuration names by its id; `ModelError` if the tokenizer has none."""
+    index = getattr(config, name, None)
+    token = None
+    if isinstance(index, int) and 0 <= index < len(tokenizer):
+        token = tokenizer.convert_ids_to_tokens(index)
+    if token is None:
+        raise ModelError(
+            f"config.json: {name} is {index!r}, expected the id of one of the tokenizer's {len(tokenizer)} tokens; use "
+            "config.json and tokenizer of one checkpoint"
+        )
+    return str(token)
 
 
 def _refuse_uneven(config: Any) -> None:
     """Refuse a configuration whose visual tokens are no grid, because of the tower's class token."""
-    vision = config.vision_config
-    side = int(vision.image_size // vision.patch_size)
+    vision, side = config.vision_config, _patches(config)
     has_class_token = vision.model_type.startswith("clip")
     drops_first = config.vision_feature_select_strategy == "default"
     if has_class_token != drops_first:

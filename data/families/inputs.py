@@ -26,6 +26,32 @@ def text_config(config: Any) -> Any:
     return config.get_text_config()
 
 
+def known_positions(config: Any) -> int | None:
+    """How many tokens a conversation may have for a model: what its configuration says, and None if that is nothing.
+
+    ``max_position_embeddings`` of the language model; where rotary positions are scaled, the factor times the length that
+    the scaling begins with, if that is more: some configurations name the length after scaling, others the one before.
+
+    Raises:
+        ModelError: If the configuration names something that is no number.
+    """
+    text = text_config(config)
+    stated = getattr(text, "max_position_embeddings", None)
+    if stated is None:
+        return None
+    if isinstance(stated, bool) or not isinstance(stated, int) or stated < 1:
+        raise ModelError(
+            f"config.json: max_position_embeddings is {stated!r}, expected a whole number of at least 1; use the config.json "
+            "of the checkpoint"
+        )
+    # Where each kind of layer has scaling of its own (Gemma 3), what is stated is the length after it.
+    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    factor, begins = rope.get("factor"), rope.get("original_max_position_embeddings") or stated
+    if not isinstance(factor, int | float) or (rope.get("rope_type") or rope.get("type")) == "default":
+        return stated
+    return max(stated, int(factor * begins))
+
+
 def plain_inputs(config: Any, batch: Batch, *, dtype: torch.dtype) -> dict[str, Any]:
     """Arguments of a model whose mask and positions are those of any causal language model.
 

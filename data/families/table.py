@@ -78,6 +78,11 @@ class Family:
         """Whether all signals are available, not logits alone."""
         return bool(self.language_model)
 
+    @property
+    def packs(self) -> bool:
+        """Whether independent conversations can share a picture in one sequence (`data.families.inputs`)."""
+        return self.is_listed and self.visual_rows != "prefix"
+
     def generation_inputs(
         self,
         config: Any,

@@ -9,10 +9,13 @@ CLIP). Attention maps of two models can only be compared if each token knows its
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from inspect import signature
 from typing import Any, ClassVar, Literal, Protocol, cast
 
 import numpy as np
 import PIL.Image
+from transformers.image_transforms import get_size_with_aspect_ratio
+from transformers.image_utils import get_image_size_for_max_height_width
 
 from vlm_distill_cache.common.attention.tiles import FINEST_SIDE, Tile
 from vlm_distill_cache.common.errors import ConfigError, SampleError
@@ -35,6 +38,16 @@ PIXEL_KEYS = (
 )
 
 
+# What else decides how many visual tokens there are; for errors.
+SIZE_KEYS = (
+    "size", "crop_size", "max_image_size", "image_grid_pinpoints", "patch_size", "merge_size", "temporal_patch_size",
+    "min_patches", "max_patches", "do_resize", "do_center_crop", "do_pad", "do_rescale", "do_normalize", "image_mean",
+    "image_std", "resample",
+)  # fmt: skip
+PROBES = ((64, 64), (96, 40), (40, 96))
+"""Width and height of pictures that every image processor must be able to prepare."""
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class EncodedImage:
     """One picture as a model reads it.
@@ -53,6 +66,54 @@ class EncodedImage:
     text: str | None = None
 
 
+def prepare_picture(processor: Any, image: PIL.Image.Image, **options: Any) -> Any:
+    """Run a model library's image processor on one picture.
+
+    Raises:
+        SampleError: It refuses the picture, or memory does not suffice for it.
+    """
+    try:
+        return processor(image, **options)
+    except MemoryError as error:
+        raise SampleError(
+            f"a picture of {image.width} x {image.height} pixels needs more memory than there is; scale it down first"
+        ) from error
+    except Exception as error:  # of any class: it is the library's, and other pictures went through
+        raise SampleError(
+            f"{type(processor).__name__} refuses a picture of {image.width} x {image.height} pixels: "
+            f"{str(error) or type(error).__name__}"
+        ) from error
+
+
+def check_settings(encoder: "AnyImageEncoder") -> None:
+    """Prepare some plain pictures: an image processor that refuses those would refuse all.
+
+    Raises:
+        ConfigError: Naming its settings.
+    """
+    if getattr(encoder.processor, "do_pan_and_scan", None):
+        raise ConfigError(
+            "do_pan_and_scan is on: its crops depend on the picture and overlap it, which is not supported; "
+            "set do_pan_and_scan to false in preprocessor_config.json (the library's default)"
+        )
+    for width, height in PROBES:
+        noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+        try:
+            encoder(PIL.Image.fromarray(noise))
+        except (SampleError, ConfigError) as error:
+            raise unusable_settings(encoder.processor, str(error)) from error
+
+
+def unusable_settings(processor: Any, why: str) -> ConfigError:
+    """The error about an image processor's settings."""
+    stored = processor.to_dict()
+    shown = ", ".join(f"{name}={stored[name]}" for name in SIZE_KEYS[:9] if stored.get(name) is not None)
+    return ConfigError(
+        f"preprocessor_config.json (or processor_config.json): {type(processor).__name__} cannot be used with {shown}: "
+        f"{why}; correct the setting, or take that file of the same checkpoint"
+    )
+
+
 class AnyImageEncoder(Protocol):
     """What every family's image encoder can do; its dict names and rebuilds it (``data.families.table``)."""
 
@@ -63,6 +124,10 @@ class AnyImageEncoder(Protocol):
     @property
     def marker(self) -> str | None:
         """What a prompt template writes once for the picture; None: the image token."""
+
+    @property
+    def writes_text(self) -> bool:
+        """Whether a picture's `EncodedImage.text` is given."""
 
     @property
     def least_token_count(self) -> int:
@@ -97,7 +162,8 @@ class ImageEncoder:
             patch off as if it were a class token: 728 of 729).
 
     Raises:
-        ConfigError: The processor cannot give one fixed size in this layout, or the grid is empty.
+        ConfigError: The processor cannot give one fixed size in this layout, cuts extra crops out of elongated pictures
+            (pan and scan), or the grid is empty.
     """
 
     processor: Any
@@ -107,28 +173,36 @@ class ImageEncoder:
     drops_first: bool = False
 
     marker: ClassVar[str | None] = None
+    writes_text: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if min(self.grid) < 1 or self.token_count < 1:
             raise ConfigError(f"grid must hold at least 1 x 1 visual tokens, got {self.grid}")
-        size, settings = _plain(self._settings["size"]), self._settings
+        size, crop = self._size, self._crop_size
+        crops, resizes = self._crops, bool(self._settings["do_resize"])
         exact = {"height", "width"} <= size.keys()
-        edge = size.keys() == {"shortest_edge"}
-        crops = bool(settings["do_center_crop"])
-        same = exact and _plain(settings["crop_size"]) == size
+        known = exact or "shortest_edge" in size or {"max_height", "max_width"} <= size.keys()
         fits = {
-            "square": exact and (not crops or same),
-            "pad": exact or edge,
-            "crop": (exact or edge) and crops,
+            "square": resizes and exact and (not crops or crop == size),
+            "pad": crops or resizes,
+            "crop": crops,
         }
         if self.layout not in fits:
             raise ConfigError(f"layout must be one of {sorted(fits)}, got {self.layout!r}")
-        if not settings["do_resize"] or not fits[self.layout]:
+        if not fits[self.layout] or (resizes and not known) or (crops and not {"height", "width"} <= crop.keys()):
             raise ConfigError(
-                f"image processor {type(self.processor).__name__} with size={size}, do_resize="
-                f"{settings['do_resize']}, do_center_crop={crops} does not give a fixed size in layout "
-                f"{self.layout!r}; 'square' needs height and width, 'crop' a centre crop, 'pad' either size"
+                f"image processor {type(self.processor).__name__} with size={size}, do_resize={resizes}, do_center_crop="
+                f"{crops}, crop_size={crop} in preprocessor_config.json does not give a fixed size in layout "
+                f"{self.layout!r}; 'square' needs height and width, 'crop' a centre crop, 'pad' either; a size is "
+                "height and width, shortest_edge with or without longest_edge, or max_height and max_width"
             )
+        padded = plain_size(self.processor, getattr(self.processor, "pad_size", None), "pad_size")
+        pads = getattr(self.processor, "do_pad", None) and not hasattr(self.processor, "pad_to_square")
+        if pads and padded and padded != (crop if crops else size) and _takes(self.processor, "pad_size"):
+            raise unusable_settings(
+                self.processor, f"do_pad with pad_size={padded} would put a border around each picture"
+            )
+        check_settings(self)
 
     @classmethod
     def from_processor(cls, processor: Any, grid: tuple[int, int], *, patch_size: int | None = None) -> "ImageEncoder":
@@ -142,8 +216,9 @@ class ImageEncoder:
         # Only LLaVA's processor means "to a square" by do_pad; others pad a batch to one size.
         if settings.get("do_pad") and hasattr(processor, "pad_to_square"):
             layout = "pad"
-        elif settings.get("do_center_crop") and _plain(settings["size"]) != _plain(settings["crop_size"]):
-            layout = "crop"
+        elif settings.get("do_center_crop") and _takes(processor, "do_center_crop"):
+            size, crop = (plain_size(processor, settings.get(name), name) for name in ("size", "crop_size"))
+            layout = "square" if size == crop and settings.get("do_resize") else "crop"
         return cls(processor=processor, layout=layout, grid=grid, patch_size=patch_size)
 
     def with_grid(self, grid: tuple[int, int]) -> "ImageEncoder":
@@ -195,17 +270,17 @@ class ImageEncoder:
                 f"{max(canvas_w, resized_w)} x {max(canvas_h, resized_h)} in layout {self.layout!r}, "
                 f"more than the {MAX_PIXELS} pixels allowed; crop it first"
             )
-        region = self._region(image.size)
-        if (canvas_w, canvas_h) != image.size:
+        size = image.size
+        if (canvas_w, canvas_h) != size:
             image = _paste_on_square(image, canvas_w, self._background)
-        values = self.processor(image, do_pad=False)["pixel_values"][0]
+        values = prepare_picture(self.processor, image, do_pad=False)["pixel_values"][0]
         pixels = np.ascontiguousarray(values, dtype=np.float32)
         if pixels.shape != (3, out_h, out_w):
-            raise ConfigError(
+            raise SampleError(
                 f"image processor {type(self.processor).__name__} gave {pixels.shape}, expected "
                 f"(3, {out_h}, {out_w}) from its settings; layout {self.layout!r} does not describe it"
             )
-        return EncodedImage(inputs={"pixel_values": pixels[None]}, tiles=self._tiles(region))
+        return EncodedImage(inputs={"pixel_values": pixels[None]}, tiles=self._tiles(self._region(size)))
 
     def _tiles(self, region: tuple[float, float, float, float]) -> tuple[Tile, ...]:
         (rows, cols), (x0, y0, x1, y1) = self.grid, region
@@ -221,26 +296,47 @@ class ImageEncoder:
         return {key: stored.get(key) for key in PIXEL_KEYS}
 
     @cached_property
+    def _size(self) -> dict[str, int]:
+        return plain_size(self.processor, self._settings["size"], "size")
+
+    @cached_property
+    def _crop_size(self) -> dict[str, int]:
+        return plain_size(self.processor, self._settings["crop_size"], "crop_size")
+
+    @cached_property
+    def _crops(self) -> bool:
+        return bool(self._settings["do_center_crop"]) and _takes(self.processor, "do_center_crop")
+
+    @cached_property
     def _background(self) -> tuple[int, int, int]:
         # int(), not round(): LLaVA's expand2square truncates, and one grey level is visible in a hash.
-        mean = self._settings["image_mean"] or (0.0, 0.0, 0.0)
-        return cast("tuple[int, int, int]", tuple(int(channel * 255) for channel in mean))
+        mean = self._settings["image_mean"] or 0.0
+        channels = (mean,) * 3 if isinstance(mean, int | float) else mean
+        return cast("tuple[int, int, int]", tuple(int(channel * 255) for channel in channels))
 
     def _sizes(self, width: int, height: int) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
         """(width, height) of the padded picture, after resizing, and after cropping."""
         canvas = (max(width, height),) * 2 if self.layout == "pad" else (width, height)
-        size = _plain(self._settings["size"])
-        if "height" in size:
-            resized = (size["width"], size["height"])
-        else:
-            # Integer arithmetic of the model library: the long edge is truncated, not rounded.
-            edge, short, long = size["shortest_edge"], min(canvas), max(canvas)
-            scaled = int(edge * long / short)
-            resized = (edge, scaled) if canvas[0] <= canvas[1] else (scaled, edge)
-        if not self._settings["do_center_crop"]:
+        resized = self._resized(*canvas) if self._settings["do_resize"] else canvas
+        if not self._crops:
             return canvas, resized, resized
-        crop = _plain(self._settings["crop_size"])
-        return canvas, resized, (crop["width"], crop["height"])
+        return canvas, resized, (self._crop_size["width"], self._crop_size["height"])
+
+    def _resized(self, width: int, height: int) -> tuple[int, int]:
+        """(width, height) after resizing, in the order in which the model library looks at the sizes it knows."""
+        size = self._size
+        if "shortest_edge" in size and "longest_edge" in size:
+            found = get_size_with_aspect_ratio((height, width), size["shortest_edge"], size["longest_edge"])
+        elif "shortest_edge" in size:
+            # Integer arithmetic of the model library: the long edge is truncated, not rounded.
+            edge = size["shortest_edge"]
+            scaled = int(edge * max(width, height) / min(width, height))
+            found = (scaled, edge) if width <= height else (edge, scaled)
+        elif "max_height" in size:
+            found = get_image_size_for_max_height_width((height, width), size["max_height"], size["max_width"])
+        else:
+            found = (size["height"], size["width"])
+        return int(found[1]), int(found[0])
 
     def _region(self, size: tuple[int, int]) -> tuple[float, float, float, float]:
         """Part of the original picture that the visual tokens cover, in units of its sides."""
@@ -263,8 +359,31 @@ def _paste_on_square(image: PIL.Image.Image, side: int, background: tuple[int, i
     return square
 
 
+def _takes(processor: Any, name: str) -> bool:
+    """Whether a processor's class looks at a setting; some store those of others and leave them aside (Gemma 3)."""
+    return name in signature(processor._preprocess).parameters
+
+
+def plain_size(processor: Any, size: Any, name: str) -> dict[str, int]:
+    """A processor's size as a plain dict without its unset entries.
+
+    Raises:
+        ConfigError: If it is none, or an entry is no whole number of at least 1.
+    """
+    try:
+        return {key: whole_number(value) for key, value in dict(size or {}).items() if value is not None}
+    except (TypeError, ValueError) as error:
+        raise unusable_settings(processor, f"{name} is {size!r}, expected whole numbers of pixels by name") from error
+
+
+def whole_number(value: Any) -> int:
+    """A setting that counts something; `ValueError` if it is no whole number of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not float(value).is_integer() or value < 1:
+        raise ValueError(f"expected a whole number of at least 1, got {value!r}")
+    return int(value)
+
+
 def _plain(size: Any) -> dict[str, int]:
-    """A processor's size as a plain dict without its unset entries."""
     return {key: int(value) for key, value in dict(size or {}).items() if value is not None}
 
 

@@ -7,7 +7,7 @@ made from them by mistake.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import PIL.Image
@@ -15,7 +15,7 @@ from transformers import AutoProcessor
 
 from vlm_distill_cache.common.attention.tiles import Tile
 from vlm_distill_cache.common.errors import ModelError, SampleError
-from vlm_distill_cache.data.images.encoder import EncodedImage
+from vlm_distill_cache.data.images.encoder import EncodedImage, check_settings
 
 # Made for the text, not for the picture.
 _TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "position_ids", "labels")
@@ -50,6 +50,11 @@ class LibraryImages:
 
     library: Any
     image_token_id: int
+
+    writes_text: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_settings(self)
 
     @property
     def processor(self) -> Any:
@@ -91,8 +96,10 @@ class LibraryImages:
         placeholder = self.marker or token
         try:
             made = self.library(images=[image], text=[placeholder], return_tensors="np")
-        except (ValueError, TypeError, RuntimeError) as error:
-            raise SampleError(f"{type(self.library).__name__} refuses the picture: {error}") from error
+        except Exception as error:  # of any class: it is the library's
+            raise SampleError(
+                f"{type(self.library).__name__} refuses the picture: {str(error) or type(error).__name__}"
+            ) from error
         ids = np.asarray(made["input_ids"])[0]
         places = np.flatnonzero(ids == self.image_token_id)
         if not len(places):

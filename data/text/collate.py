@@ -157,6 +157,23 @@ def length_buckets(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
+def joinable(samples: Sequence[EncodedSample]) -> list[list[EncodedSample]]:
+    """Split samples into groups whose pictures can be joined, in order; those without one go with the first group.
+
+    Pictures of one of our image encoders always join. The library's own processors may make arrays of another shape, or
+    other arrays, of each picture.
+    """
+    groups: dict[object, list[EncodedSample]] = {}
+    key: object = None
+    for sample in samples:
+        if sample.image_inputs:
+            key = frozenset((name, array.shape[1:]) for name, array in sample.image_inputs.items())
+        if None in groups and key is not None:  # those in front had no picture
+            groups[key] = groups.pop(None)
+        groups.setdefault(key, []).append(sample)
+    return list(groups.values())
+
+
 def _padding_mask(lengths: list[int], longest: int) -> Tensor:
     return torch.arange(longest)[None, :] < torch.tensor(lengths)[:, None]
 

@@ -27,11 +27,12 @@ import numpy as np
 
 from vlm_distill_cache.common.attention.tiles import Tile
 from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
-from vlm_distill_cache.common.errors import ConfigError, SampleError
+from vlm_distill_cache.common.errors import ConfigError, SampleError, TooLongError
 from vlm_distill_cache.common.pixels import HASH_BYTES, image_hash
 from vlm_distill_cache.data.images.encoder import AnyImageEncoder, EncodedImage, ImageEncoder
 from vlm_distill_cache.data.sample import ImageSource, Sample, Turn
-from vlm_distill_cache.data.text.templates import IMAGE_MARKER, PromptTemplate, Rendered
+from vlm_distill_cache.data.text.chat import Rendered
+from vlm_distill_cache.data.text.templates import IMAGE_MARKER, PromptTemplate
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -60,6 +61,8 @@ def inside_spans(offsets: np.ndarray, spans: tuple[tuple[int, int], ...]) -> np.
 
 def shift_labels(tokens: Tokens) -> np.ndarray:
     """Labels of one conversation: row p gets token p + 1 if that is an answer's, i8 ``[T]``."""
+    if not len(tokens.ids):
+        raise SampleError("its text has no tokens; there is nothing to begin with")
     if tokens.is_answer[0]:
         raise SampleError("the answer begins with the first token, which no row predicts; add a question")
     labels = np.full(len(tokens.ids), IGNORE_INDEX, dtype=np.int64)
@@ -135,9 +138,13 @@ class SampleEncoder:
             that token and is tokenised whole, which gives the ids of the model library's own
             processor; otherwise the text is split around the image, as original LLaVA code does.
         max_length: Most tokens a sequence may have; longer ones are refused, never cut.
+        positions: Most tokens that a conversation may have for the model (`data.families.inputs.known_positions`);
+            longer ones are refused whatever ``max_length``. None: it does not say.
+        packs: Whether the model can read independent conversations behind one picture.
 
     Raises:
-        ConfigError: The tokenizer is not a fast one, or ``max_length`` is too small for an image.
+        ConfigError: The tokenizer is not a fast one, ``max_length`` is too small for an image, or the template can mark
+            no answers: what does not depend on a sample.
     """
 
     tokenizer: Any
@@ -145,6 +152,8 @@ class SampleEncoder:
     template: PromptTemplate
     image_token_id: int
     max_length: int
+    positions: int | None = None
+    packs: bool = True
 
     def __post_init__(self) -> None:
         if not getattr(self.tokenizer, "is_fast", False):
@@ -163,14 +172,29 @@ class SampleEncoder:
                 f"image_token_id={self.image_token_id} is the ordinary token {word!r} of the tokenizer; use "
                 "an added token, or an id outside its vocabulary"
             )
-        if self.image_encoder.marker is not None and not self._knows_image:
+        if self.image_encoder.writes_text and not self._knows_image:
+            marker = self.image_encoder.marker
+            what = "around visual tokens" if marker is None else f"that stands for {marker!r}"
             raise ConfigError(
-                f"image_token_id={self.image_token_id} is no added token of the tokenizer, so the text that stands for "
-                f"{self.image_encoder.marker!r} cannot be tokenised; use the tokenizer of the image encoder's checkpoint"
+                f"image_token_id={self.image_token_id} is no added token of the tokenizer, so the text {what} cannot be "
+                "tokenised; use the tokenizer of the image encoder's checkpoint"
             )
-        # Bad news early: two turns show whether this template and tokenizer can mark answers at all.
-        probe = (Turn(question="a", answer="b"),) * (1 if self.template.holds_one_turn else 2)
-        self.template.render(probe, self.tokenizer, has_image=True, image_token=self.image_token)
+        # Bad news early: whatever does not depend on a sample fails here, and what fails later is that sample's.
+        self._probe_template()
+        _ = self._leading_ids, self.end_token_ids
+
+    def _probe_template(self) -> None:
+        """Refuse a template that cannot mark the answers of two turns, or of one."""
+        reasons = []
+        for count in (1,) if self.template.holds_one_turn else (2, 1):
+            turns = (Turn(question="a", answer="b"),) * count
+            try:
+                self.template.render(turns, self.tokenizer, has_image=True, image_token=self.image_token)
+            except (ConfigError, SampleError) as error:
+                reasons.append(error)
+            else:
+                return
+        raise ConfigError(str(reasons[0])) from reasons[0]
 
     def with_grid(self, grid: tuple[int, int]) -> "SampleEncoder":
         """The same text and pixels with another number of visual tokens (a student's)."""
@@ -191,12 +215,14 @@ class SampleEncoder:
 
         Raises:
             SampleError: Names the sample: unreadable image, empty answer, special token in the text,
-                several images, or more than ``max_length`` tokens.
+                several images, more than ``max_length`` tokens or than the model has positions, or texts that template
+                or tokenizer cannot write.
         """
         try:
             return self._encode(sample, prompt_only)
-        except SampleError as error:
-            raise SampleError(f"sample {sample.sample_id!r}: {error}") from error
+        except (SampleError, ConfigError) as error:  # other texts and pictures went through when the encoder was built
+            kind = type(error) if isinstance(error, SampleError) else SampleError
+            raise kind(f"sample {sample.sample_id!r}: {error}") from error
 
     @cached_property
     def image_token(self) -> str:
@@ -208,12 +234,23 @@ class SampleEncoder:
     @cached_property
     def end_token_ids(self) -> list[int]:
         """Ids that end an answer: the last one of a trained answer, and the tokenizer's end-of-sequence token."""
-        probe = (Turn(question="a", answer="b"),)
-        rendered = self.template.render(probe, self.tokenizer, has_image=False)
-        ids = self._offsets([rendered.text])[0]
-        last = int(ids[0][inside_spans(ids[1], rendered.answer_spans)][-1])
+        rendered = self._plain
+        try:
+            ids = self._offsets([rendered.text])[0]
+            last = int(ids[0][inside_spans(ids[1], rendered.answer_spans)][-1])
+        except SampleError as error:
+            raise ConfigError(f"the tokenizer cannot write a plain conversation: {error}") from error
         eos = self.tokenizer.eos_token_id
         return sorted({last} if eos is None else {last, int(eos)})
+
+    @cached_property
+    def _plain(self) -> Rendered:
+        """A conversation of one turn, without a picture if the template can do without."""
+        probe = (Turn(question="a", answer="b"),)
+        try:
+            return self.template.render(probe, self.tokenizer, has_image=False)
+        except (ConfigError, SampleError):
+            return self.template.render(probe, self.tokenizer, has_image=True, image_token=self.image_token)
 
     @cached_property
     def _knows_image(self) -> bool:
@@ -228,11 +265,9 @@ class SampleEncoder:
         """
         if self.template.bos_after_image:
             return np.zeros(0, dtype=np.int64)
-        if self.template.chat_template:
-            probe = (Turn(question="a", answer="b"),)
-            text = self.template.render(probe, self.tokenizer, has_image=False).text
-            if self.tokenizer.bos_token and text.startswith(self.tokenizer.bos_token):
-                return np.zeros(0, dtype=np.int64)
+        writes_it = self.template.chat_template and self.tokenizer.bos_token
+        if writes_it and self._plain.text.startswith(self.tokenizer.bos_token):
+            return np.zeros(0, dtype=np.int64)
         bare = self.tokenizer("a", add_special_tokens=False)["input_ids"]
         full = self.tokenizer("a", add_special_tokens=True)["input_ids"]
         for start in range(len(full) - len(bare) + 1):
@@ -269,11 +304,6 @@ class SampleEncoder:
 
     def _open_out(self, rendered: Rendered, text: str) -> Rendered:
         """Replace the image marker by what the image encoder writes; answers lie behind it."""
-        if not self._knows_image:
-            raise ConfigError(
-                f"image_token_id={self.image_token_id} is no added token of the tokenizer, so the text around visual "
-                "tokens cannot be tokenised; use the tokenizer of the image encoder's checkpoint"
-            )
         longer = len(text) - len(self.image_token)
         return Rendered(
             text=rendered.text.replace(self.image_token, text, 1),
@@ -285,6 +315,11 @@ class SampleEncoder:
             raise SampleError(f"{len(sample.images)} images; one image per sample is supported")
         if not sample.turns:
             raise SampleError("no turns; a sample needs at least one answer")
+        if not self.packs and sample.independent_turns and len(sample.turns) > 1:
+            raise SampleError(
+                f"{len(sample.turns)} independent conversations about one picture, which this model cannot keep apart in "
+                "one sequence; give them as samples of their own (one turn each)"
+            )
         for index, turn in enumerate(sample.turns):
             if not turn.answer.strip():
                 raise SampleError(f"the answer of turn {index + 1} is empty; nothing could be learnt from it")
@@ -338,14 +373,19 @@ class SampleEncoder:
 
     def _offsets(self, texts: list[str]) -> list[tuple[np.ndarray, np.ndarray]]:
         """Ids i8 ``[T]`` and character ranges i8 ``[T, 2]`` of each text, without special tokens."""
-        encoded = self.tokenizer(
-            texts,
-            add_special_tokens=False,
-            return_offsets_mapping=True,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,  # what is too long is refused below, with its sample's name
-        )
+        try:
+            encoded = self.tokenizer(
+                texts,
+                add_special_tokens=False,
+                return_offsets_mapping=True,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+                verbose=False,  # what is too long is refused below, with its sample's name
+            )
+        except BaseException as error:  # a panic of the tokenizer's is no Exception
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            raise SampleError(f"the tokenizer cannot read its text: {str(error) or type(error).__name__}") from error
         return [
             (np.array(ids, dtype=np.int64), np.array(offsets, dtype=np.int64).reshape(-1, 2))
             for ids, offsets in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
@@ -357,9 +397,16 @@ class SampleEncoder:
         lengths = [len(piece) for piece in pieces]
         total = shared + sum(lengths)
         visual_count = sum(tile.token_count for tile in image.tiles)
+        varies = visual_count > self.image_encoder.least_token_count
+        fewer = ", limit the pixels of a picture in preprocessor_config.json" if varies else ""
+        longest = shared + max(lengths)  # each packed conversation counts on from the shared prefix
+        if self.positions is not None and longest > self.positions:
+            raise TooLongError(
+                f"a conversation of {longest} tokens ({visual_count} visual) is longer than the {self.positions} positions "
+                f"that the model knows (max_position_embeddings in its config.json); shorten the conversation{fewer}, or "
+                "leave the sample out"
+            )
         if total > self.max_length:
-            varies = visual_count > self.image_encoder.least_token_count
-            fewer = ", limit the pixels of a picture in preprocessor_config.json" if varies else ""
             raise SampleError(
                 f"{total} tokens ({visual_count} visual, {total - visual_count} of text) exceed "
                 f"max_length={self.max_length}; raise max_length{fewer} or leave the sample out (nothing is cut, "

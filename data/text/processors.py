@@ -158,4 +158,12 @@ def load_image_processor(folder: Path) -> Any:
             f"{folder}: image_processor_type is {name!r}, for which transformers {transformers.__version__} "
             "has no PIL class; expected for example 'CLIPImageProcessor' in preprocessor_config.json"
         )
-    return processor_class.from_pretrained(folder)
+    try:
+        return processor_class.from_pretrained(folder)
+    except Exception as error:  # of any class: the library checks each setting in its own way
+        sizes = {key: stored[key] for key in ("size", "crop_size", "max_image_size", "pad_size") if key in stored}
+        raise ModelError(
+            f"{folder}: {base} cannot be made of preprocessor_config.json (or processor_config.json): {error}; it has "
+            f"{sizes}, and a size is height and width, shortest_edge with or without longest_edge, or max_height and "
+            "max_width; correct it, or download the file again"
+        ) from error

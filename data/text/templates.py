@@ -11,6 +11,7 @@ from typing import Any
 
 from vlm_distill_cache.common.errors import ConfigError, SampleError
 from vlm_distill_cache.data.sample import Turn
+from vlm_distill_cache.data.text.chat import Rendered, render_chat
 
 IMAGE_MARKER = "<image>"
 
@@ -18,19 +19,6 @@ _VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rendered:
-    """A conversation as text.
-
-    Attributes:
-        text: Holds the image token once, in front of the first question, if there is an image.
-        answer_spans: Character ranges ``[start, end)`` of the answers, end-of-answer token included.
-    """
-
-    text: str
-    answer_spans: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,10 +87,12 @@ class PromptTemplate:
 
         Raises:
             SampleError: A template for one turn is given a conversation of several.
-            ConfigError: The tokenizer lacks what the template needs.
+            ConfigError: The tokenizer lacks what the template needs, or its chat template fails on this conversation or
+                writes it so that its answers cannot be located.
         """
         if self.chat_template:
-            return _render_chat(turns, tokenizer, self.chat_template, image_token if has_image else "")
+            others = f"choose one of the templates {list(TEMPLATES)}"
+            return render_chat(turns, tokenizer, self.chat_template, image_token if has_image else "", remedy=others)
         if self.holds_one_turn and len(turns) > 1:
             holds = "one caption" if self.drops_question else "one question and answer"
             raise SampleError(
@@ -173,100 +163,3 @@ def get_template(name: str, tokenizer: Any = None) -> PromptTemplate:
             f"set tokenizer.chat_template or choose one of {list(TEMPLATES)}"
         )
     return PromptTemplate(name="chat", chat_template=source)
-
-
-def _render_chat(turns: Sequence[Turn], tokenizer: Any, source: str, image_token: str) -> Rendered:
-    """Render turn by turn: what an answer adds to its prompt is the answer's span.
-
-    Where a template begins a stored answer with other white space than the prompt that asks for one
-    (LLaVA-OneVision), the prompt's is taken: it is what the model sees when it answers. Where it writes nothing
-    behind an answer (LLaVA-1.5, LLaVA-NeXT), the tokenizer's end-of-sequence token ends it, as in their training.
-
-    Templates that rewrite history (dropping earlier reasoning, numbering rounds) have no such spans;
-    they are refused rather than guessed at.
-    """
-    # Vision templates iterate over content parts, text-only ones concatenate strings.
-    takes_parts = "image" in source
-    messages: list[dict[str, Any]] = []
-    spans: list[tuple[int, int]] = []
-    text = past = ""  # ours, and as the template writes the same turns
-    for index, turn in enumerate(turns):
-        shows_image = bool(image_token) and index == 0
-        question = turn.question.strip()
-        content: Any = question if not shows_image or takes_parts else f"{image_token}\n{question}"
-        if takes_parts:
-            image_part: list[dict[str, str]] = [{"type": "image"}] if shows_image else []
-            content = [*image_part, {"type": "text", "text": question}]
-        answer: Any = turn.answer.strip()
-        reply = [{"type": "text", "text": answer}] if takes_parts else answer
-        messages.append({"role": "user", "content": content})
-        prompt = _apply_chat(tokenizer, source, messages, add_generation_prompt=True)
-        messages.append({"role": "assistant", "content": reply})
-        full = _apply_chat(tokenizer, source, messages, add_generation_prompt=False)
-        asked = (
-            prompt
-            if full.startswith(prompt)
-            else _apply_chat(tokenizer, source, messages[:-1], add_generation_prompt=False)
-        )
-        written = _answer_of(past, asked, prompt, full, answer)
-        if written is None:
-            raise ConfigError(
-                f"the tokenizer's chat template does not grow turn by turn (at turn {index + 1}: the prompt "
-                f"ends {prompt[-40:]!r}, the conversation {full[-80:]!r}), so answers cannot be located; "
-                f"choose one of the templates {list(TEMPLATES)}"
-            )
-        if written.rstrip().endswith(answer):
-            if tokenizer.eos_token is None:
-                raise ConfigError(
-                    "the tokenizer's chat template writes nothing behind an answer and the tokenizer has no "
-                    f"end-of-sequence token; set its eos_token or choose one of the templates {list(TEMPLATES)}"
-                )
-            written = written.rstrip() + tokenizer.eos_token
-        text += prompt[len(past) :]
-        # The line feed many templates put after the end-of-turn token is not generated.
-        spans.append((len(text), len(text) + len(written.rstrip())))
-        text, past = text + written, full
-    if image_token and text.count(image_token) != 1:
-        raise ConfigError(
-            f"the tokenizer's chat template writes {image_token!r} {text.count(image_token)} times for one "
-            f"image; expected once; choose one of the templates {list(TEMPLATES)}"
-        )
-    return Rendered(text=text, answer_spans=tuple(spans))
-
-
-def _answer_of(past: str, asked: str, prompt: str, full: str, answer: str) -> str | None:
-    """What stands behind a prompt when its answer is written; None if that cannot be told.
-
-    Args:
-        past: The earlier turns; all others go on from there.
-        asked: With the question.
-        prompt: With the question and the request for an answer.
-        full: With the question and the answer.
-    """
-    if not prompt.startswith(past):
-        return None
-    if full.startswith(prompt):
-        return full[len(prompt) :] if answer in full[len(prompt) :] else None
-    if not (prompt.startswith(asked) and full.startswith(asked)):
-        return None
-    before, found, after = full[len(asked) :].partition(answer)
-    return answer + after if found and before.split() == prompt[len(asked) :].split() else None
-
-
-def _apply_chat(tokenizer: Any, source: str, messages: list[dict[str, Any]], *, add_generation_prompt: bool) -> str:
-    from jinja2 import TemplateError
-
-    try:
-        return str(
-            tokenizer.apply_chat_template(
-                messages,
-                chat_template=source,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-            )
-        )
-    except TemplateError as error:
-        raise ConfigError(
-            f"the tokenizer's chat template fails on a plain conversation: {error}; "
-            f"choose one of the templates {list(TEMPLATES)}"
-        ) from error

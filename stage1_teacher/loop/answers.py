@@ -12,12 +12,13 @@ from typing import Any
 import torch
 
 from vlm_distill_cache.common.codecs.answers import AnswersCodec
-from vlm_distill_cache.common.errors import SampleError
+from vlm_distill_cache.common.errors import ModelError, SampleError
 from vlm_distill_cache.common.files.hashing import fingerprint
 from vlm_distill_cache.data.sample import Sample, Turn, with_answers
-from vlm_distill_cache.data.text.collate import length_buckets
+from vlm_distill_cache.data.text.collate import joinable, length_buckets
 from vlm_distill_cache.data.text.encoding import EncodedSample
 from vlm_distill_cache.data.text.generation import Generated, Sampling, generate_answers
+from vlm_distill_cache.stage1_teacher.loop.forward import one_checkpoint
 from vlm_distill_cache.stage1_teacher.loop.work import Build
 from vlm_distill_cache.stage1_teacher.loop.writer import EncodedShard
 
@@ -79,7 +80,12 @@ def answer_shard(work: Build, positions: Sequence[int], *, index: int, batch_siz
 def _answer_turn(
     work: Build, shard: EncodedShard, open_: dict[str, _Conversation], *, turn: int, batch_size: int
 ) -> None:
-    """Answer one turn of every conversation that has it; those that fail leave ``open_``."""
+    """Answer one turn of every conversation that has it; those that fail leave ``open_``.
+
+    Raises:
+        ModelError: If the teacher has read no sample at all.
+    """
+    codec: AnswersCodec = work.codecs[ANSWERS]
     prompts: list[EncodedSample] = []
     for sample_id, talk in list(open_.items()):
         try:
@@ -89,22 +95,56 @@ def _answer_turn(
         except SampleError as error:
             shard.fail(sample_id, str(error))
             del open_[sample_id]
-    codec: AnswersCodec = work.codecs[ANSWERS]
+    unread: list[tuple[str, ModelError]] = []
     for number, bucket in enumerate(length_buckets([len(prompt) for prompt in prompts], batch_size)):
-        chosen = [prompts[place] for place in bucket]
-        seed = _seed(codec.seed, shard.index, turn, number)
-        made = _generate(work, codec, chosen, seed)
-        for prompt, answer, finished, finite in zip(chosen, made.texts, made.finished, made.finite, strict=True):
-            if answer and finished and finite:
-                open_[prompt.sample_id].answers.append(answer)
-                continue
-            problem = (
-                "is empty" if finished else f"has no end within {codec.max_new_tokens} tokens; raise max_new_tokens"
-            )
-            if not finite:
-                problem = "has logits that are no finite numbers; try dtype=bfloat16 or float32"
-            shard.fail(prompt.sample_id, f"the teacher's answer to turn {turn + 1} {problem}")
-            del open_[prompt.sample_id]
+        for part, chosen in enumerate(joinable([prompts[place] for place in bucket])):
+            seed = _seed(codec.seed, shard.index, turn, number, *([part] if part else []))
+            for prompt, found in zip(chosen, _answers_of(work, codec, chosen, seed), strict=True):
+                if isinstance(found, ModelError):
+                    unread.append((prompt.sample_id, found))
+                elif found.problem:
+                    shard.fail(prompt.sample_id, f"the teacher's answer to turn {turn + 1} {found.problem}")
+                    del open_[prompt.sample_id]
+                else:
+                    open_[prompt.sample_id].answers.append(found.text)
+    for sample_id, fault in unread:
+        if not work.teacher.has_read:  # that is no matter of a sample
+            raise fault
+        shard.fail(sample_id, f"teacher: {fault}")
+        del open_[sample_id]
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """One answer, and what is wrong with it."""
+
+    text: str
+    problem: str = ""
+
+
+def _answers_of(
+    work: Build, codec: AnswersCodec, prompts: Sequence[EncodedSample], seed: int
+) -> list[_Answer | ModelError]:
+    """The answer to each prompt; where the teacher cannot read a batch, each has another try alone."""
+    try:
+        with one_checkpoint(work, prompts):
+            made = _generate(work, codec, prompts, seed)
+    except ModelError as error:
+        if len(prompts) == 1:
+            return [error]
+        return [found for prompt in prompts for found in _answers_of(work, codec, [prompt], seed)]
+    work.teacher.has_read = True
+    answers: list[_Answer | ModelError] = []
+    for answer, finished, finite in zip(made.texts, made.finished, made.finite, strict=True):
+        problem = ""
+        if not finite:
+            problem = "has logits that are no finite numbers; try dtype=bfloat16 or float32"
+        elif not finished:
+            problem = f"has no end within {codec.max_new_tokens} tokens; raise max_new_tokens"
+        elif not answer:
+            problem = "is empty"
+        answers.append(_Answer(answer, problem))
+    return answers
 
 
 @torch.inference_mode()

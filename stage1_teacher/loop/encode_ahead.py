@@ -8,6 +8,7 @@ Each process writes to a pipe of its own, which breaks when either side dies. A 
 DataLoader, Python's executors) waits for ever for the rest of what a killed process was writing.
 """
 
+import logging
 import multiprocessing
 import os
 import signal
@@ -25,6 +26,8 @@ from vlm_distill_cache.common.terminal.command_line import end_with_parent
 from vlm_distill_cache.data.sample import Dataset
 from vlm_distill_cache.data.text.encoding import EncodedSample, SampleEncoder
 from vlm_distill_cache.stage1_teacher.loop.writer import EncodedShard, run_ahead
+
+logger = logging.getLogger(__name__)
 
 SHARDS_AHEAD = 1
 CHUNK = 16  # samples that a process hands over at a time
@@ -46,6 +49,14 @@ class _Samples:
             return self.encoder(self.dataset[position])
         except (DistillError, OSError) as error:
             return error
+        except Exception as error:
+            error.add_note(f"while {self.named(position)} was read and encoded")
+            raise
+
+    def named(self, position: int) -> str:
+        """Which sample it is, for errors."""
+        ids = getattr(self.dataset, "sample_ids", None)
+        return f"entry {position} of the data" if ids is None else f"sample {ids[position]!r}"
 
 
 def count_workers(wanted: int, device: torch.device, samples: int) -> int:
@@ -102,6 +113,7 @@ def encode_shards(
             elif isinstance(made, SampleError):
                 shard.fail(dataset.sample_ids[position], str(made))
             else:
+                logger.error("%s could not be read, which is no matter of that sample alone:", samples.named(position))
                 raise made
         return shard
 

@@ -5,6 +5,7 @@ the copies to the CPU, and only then looks at the results of the batch before it
 one batch late. On a CPU the same code runs, and nothing is ever pending.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,12 +14,13 @@ from functools import partial
 import torch
 
 from vlm_distill_cache.common.errors import DistillError, ModelError, SampleError
-from vlm_distill_cache.data.text.collate import Batch, collate, length_buckets
+from vlm_distill_cache.data.text.collate import Batch, collate, joinable, length_buckets
 from vlm_distill_cache.data.text.encoding import EncodedSample
 from vlm_distill_cache.stage1_teacher.loop.signals import (
     TeacherSignals,
     check_finite,
     copies_done,
+    named,
     reduce_output,
     to_cpu,
 )
@@ -27,15 +29,17 @@ from vlm_distill_cache.stage1_teacher.loop.writer import EncodedShard, run_ahead
 from vlm_distill_cache.stage1_teacher.teacher.inputs import TeacherInputs
 
 BATCHES_AHEAD = 1
+_DEVICE = re.compile(r"CUDA|cuDNN|CUBLAS|NCCL|HIP")  # in errors that a GPU and its libraries raise
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Ready:
-    """A batch that the teacher can take at once."""
+    """A batch that the teacher can take at once; or what it could not be made for."""
 
     samples: Sequence[EncodedSample]
-    batch: Batch
-    inputs: TeacherInputs
+    batch: Batch | None = None
+    inputs: TeacherInputs | None = None
+    fault: ModelError | SampleError | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,29 +47,33 @@ class _Queued:
     """A batch queued on the device, and its signals on the CPU, valid once the events are reached."""
 
     samples: Sequence[EncodedSample]
-    batch: Batch
-    signals: TeacherSignals | None
+    batch: Batch | None = None
+    signals: TeacherSignals | None = None
     events: tuple[torch.cuda.Event, ...] = ()
+    fault: ModelError | SampleError | None = None
 
-    def finish(self) -> TeacherSignals:
+    def finish(self) -> tuple[Batch, TeacherSignals]:
         """Wait for the signals.
 
         Raises:
             SampleError: If a sample of the batch cannot be used.
+            ModelError: If the teacher cannot read the batch.
         """
-        if self.signals is None:
-            raise SampleError("a label that is not in the teacher's vocabulary")
+        if self.fault is not None:
+            raise self.fault
+        assert self.batch is not None
+        assert self.signals is not None
         for event in self.events:
             event.synchronize()
         check_finite(self.signals)
-        return self.signals
+        return self.batch, self.signals
 
 
 def run_shard(work: Build, shard: EncodedShard, batch_size: int) -> Iterator[tuple[Batch, TeacherSignals]]:
     """Run the teacher over one shard in length buckets; batches never cross a shard.
 
-    A sample on which the teacher's output is not finite is moved from the shard's samples to its failures:
-    its batch runs again, one sample at a time.
+    A sample that the teacher cannot read, or on which its output is not finite, is moved from the shard's samples to its
+    failures: its batch runs again, one sample at a time.
 
     Args:
         shard: Changed in place where a sample fails.
@@ -73,60 +81,90 @@ def run_shard(work: Build, shard: EncodedShard, batch_size: int) -> Iterator[tup
 
     Yields:
         Each batch with its reduced signals, on the CPU.
+
+    Raises:
+        ModelError: If the teacher has read no sample at all: that is no matter of a sample.
     """
     samples = list(shard.samples)
     buckets = length_buckets([len(sample) for sample in samples], batch_size)
-    chosen = ([samples[index] for index in bucket] for bucket in buckets)
+    chosen = (group for bucket in buckets for group in joinable([samples[index] for index in bucket]))
     before: _Queued | None = None
+    unread: list[tuple[EncodedSample, ModelError]] = []
     for ready in run_ahead(partial(_prepare, work), chosen, count=BATCHES_AHEAD, name="collate"):
         queued = _queue(work, ready)
         if before is not None:
-            yield from _finish(work, shard, before)
+            yield from _finish(work, shard, before, unread)
         before = queued
     if before is not None:
-        yield from _finish(work, shard, before)
+        yield from _finish(work, shard, before, unread)
+    for sample, fault in unread:
+        if not work.teacher.has_read:
+            raise fault
+        _fail(shard, sample, fault)
 
 
 def _prepare(work: Build, samples: Sequence[EncodedSample]) -> _Ready:
-    batch = collate(samples, work.teacher.pad_token_id)
-    with _one_checkpoint(work, batch):
-        return _Ready(samples=samples, batch=batch, inputs=work.prepare(batch))
+    try:
+        with one_checkpoint(work, samples):
+            batch = collate(samples, work.teacher.pad_token_id)
+            return _Ready(samples=samples, batch=batch, inputs=work.prepare(batch))
+    except (ModelError, SampleError) as error:
+        return _Ready(samples=samples, fault=error)
 
 
 @torch.inference_mode()
 def _queue(work: Build, ready: _Ready) -> _Queued:
     """Queue a batch, and the copies of what is kept of its output; waits for nothing."""
     samples, batch = ready.samples, ready.batch
-    with _one_checkpoint(work, batch):
-        output = work.run(batch, ready.inputs)
+    if batch is None:
+        return _Queued(samples=samples, fault=ready.fault)
     try:
+        with one_checkpoint(work, samples):
+            output = work.run(batch, ready.inputs)
         signals = reduce_output(output, batch, work.codecs, checked=False)
-    except SampleError:
-        return _Queued(samples=samples, batch=batch, signals=None)
+    except (ModelError, SampleError) as error:
+        return _Queued(samples=samples, fault=error)
     copied = to_cpu(signals, non_blocking=True)
     return _Queued(samples=samples, batch=batch, signals=copied, events=copies_done(signals))
 
 
-def _finish(work: Build, shard: EncodedShard, queued: _Queued) -> Iterator[tuple[Batch, TeacherSignals]]:
-    """Wait for a batch; where one of its samples cannot be used, each has another try alone."""
+def _finish(
+    work: Build, shard: EncodedShard, queued: _Queued, unread: list[tuple[EncodedSample, ModelError]]
+) -> Iterator[tuple[Batch, TeacherSignals]]:
+    """Wait for a batch; where one of its samples cannot be used, each has another try alone.
+
+    Those that the teacher cannot read are added to ``unread``.
+    """
     try:
-        signals = queued.finish()
-    except SampleError:
+        found = queued.finish()
+    except (ModelError, SampleError):
         for sample in queued.samples:
             try:
-                yield _run_alone(work, sample)
+                found = _run_alone(work, sample)
             except SampleError as error:
-                shard.samples.remove(sample)
-                shard.fail(sample.sample_id, f"teacher: {error}")
+                _fail(shard, sample, error)
+            except ModelError as error:
+                unread.append((sample, error))
+            else:
+                work.teacher.has_read = True
+                yield found
     else:
-        yield queued.batch, signals
+        work.teacher.has_read = True
+        yield found
+
+
+def _fail(shard: EncodedShard, sample: EncodedSample, error: SampleError | ModelError) -> None:
+    shard.samples.remove(sample)
+    shard.fail(sample.sample_id, f"teacher: {error}")
 
 
 @torch.inference_mode()
 def _run_alone(work: Build, sample: EncodedSample) -> tuple[Batch, TeacherSignals]:
     """Run one sample, and say what is wrong with it."""
     ready = _prepare(work, [sample])
-    with _one_checkpoint(work, ready.batch):
+    if ready.batch is None or ready.inputs is None:
+        raise ready.fault or SampleError("it cannot be prepared")
+    with one_checkpoint(work, [sample]):
         output = work.run(ready.batch, ready.inputs)
     signals = to_cpu(reduce_output(output, ready.batch, work.codecs))
     check_finite(signals)
@@ -134,18 +172,27 @@ def _run_alone(work: Build, sample: EncodedSample) -> tuple[Batch, TeacherSignal
 
 
 @contextmanager
-def _one_checkpoint(work: Build, batch: Batch) -> Iterator[None]:
-    """Say what errors inside a model mean.
+def one_checkpoint(work: Build, samples: Sequence[EncodedSample]) -> Iterator[None]:
+    """Say what errors inside a model mean, and with which samples they came.
 
     Raises:
         ModelError: If the model cannot take what its own processor and tokenizer made: files of two checkpoints.
     """
+    names = named([sample.sample_id for sample in samples])
     try:
         yield
-    except (DistillError, torch.OutOfMemoryError):
+    except SampleError:
         raise
+    except DistillError as error:
+        raise ModelError(f"{names}: {error}") from error
     except (IndexError, ValueError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError) or _DEVICE.search(str(error)):
+            error.add_note(f"with {names}")  # it is no matter of the samples, and may befall all that come
+            raise
         raise ModelError(
-            f"teacher {work.teacher.directory} cannot read sample {batch.sample_ids[0]!r}: {error}; model, tokenizer and "
+            f"teacher {work.teacher.directory} cannot read {names}: {error}; model, tokenizer and "
             "preprocessor_config.json must be files of one checkpoint"
         ) from error
+    except Exception as error:
+        error.add_note(f"with {names}")
+        raise

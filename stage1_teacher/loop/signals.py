@@ -30,6 +30,7 @@ from vlm_distill_cache.data.text.collate import Batch, supervised_rows, text_row
 from vlm_distill_cache.stage1_teacher.config import BuildConfig
 from vlm_distill_cache.stage1_teacher.teacher.inputs import Request
 
+SHOWN = 8  # samples that an error names
 Groups = tuple[tuple[int, ...], ...]
 Positions = Callable[[Batch], Tensor]
 """From a batch to positions of some of its tokens, int64 ``[B, R]``, padding -1."""
@@ -248,13 +249,18 @@ class _Hidden(Extractor):
 
     def reduce(self, found: Tensor | None, batch: Batch, codec: Any, *, checked: bool) -> tuple[Tensor, ...]:
         assert found is not None
-        return tuple(found[index, :count] for index, count in enumerate(_counts(self._rows, batch)))
+        kept = found if codec.exact else found.to(torch.float16)  # as the codec does it; what is too large is infinite
+        return tuple(kept[index, :count] for index, count in enumerate(_counts(self._rows, batch)))
 
     def encode(self, live: tuple[Tensor, ...], batch: Batch, codec: Any) -> Sequence[Record]:
         return [codec.encode(states.float()) for states in live]
 
     def check(self, live: tuple[Tensor, ...]) -> None:
-        pass  # encoding refuses states that it cannot hold
+        if not all(bool(of_sample.isfinite().all()) for of_sample in live):
+            raise SampleError(
+                f"{self._kind.signal}: hidden states that are not finite, or too large for float16; set hidden_dtype=f4, and "
+                "dtype=bfloat16 or float32 if the teacher runs in float16"
+            )
 
     def held_bytes(self, codec: Any, *, length: int, visual: int, width: int) -> int:
         return len(codec.layers) * length * int(codec.width) * width
@@ -337,7 +343,7 @@ def check_finite(signals: TeacherSignals) -> None:
 
 
 def encode_records(signals: TeacherSignals, batch: Batch, codecs: Mapping[str, Codec]) -> list[Record]:
-    """Encode a batch's signals into one record a sample.
+    """Encode a batch's signals into one record a sample; SampleError names the samples of a batch that cannot be.
 
     Args:
         codecs: Codec of each signal that records get.
@@ -355,9 +361,20 @@ def encode_records(signals: TeacherSignals, batch: Batch, codecs: Mapping[str, C
     ]
     for name, live in signals.items():
         if name in codecs:
-            for record, part in zip(records, EXTRACTORS[name].encode(live, batch, codecs[name]), strict=True):
+            try:
+                parts = EXTRACTORS[name].encode(live, batch, codecs[name])
+            except SampleError as error:
+                raise SampleError(f"{named(batch.sample_ids)}: {error}") from error
+            for record, part in zip(records, parts, strict=True):
                 record |= part
     return records
+
+
+def named(sample_ids: Sequence[str]) -> str:
+    """Which samples are worked on, for errors."""
+    shown = ", ".join(map(repr, sample_ids[:SHOWN]))
+    more = f" and {len(sample_ids) - SHOWN} more of one batch" if len(sample_ids) > SHOWN else ""
+    return f"sample{'s' * (len(sample_ids) > 1)} {shown}{more}"
 
 
 def _share_out(codec: Codec, rows: Any, counts: Sequence[int]) -> list[Record]:

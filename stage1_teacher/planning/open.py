@@ -1,5 +1,6 @@
 """Open data and teacher as a configuration says, and plan the cache."""
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from vlm_distill_cache.stage1_teacher.loop.work import Build
 from vlm_distill_cache.stage1_teacher.planning.batch_size import automatic_batch_size
 from vlm_distill_cache.stage1_teacher.planning.plan import (
     _fields_of,
+    beyond_positions,
     build_encoder,
     codecs_for,
     make_plan,
@@ -20,6 +22,8 @@ from vlm_distill_cache.stage1_teacher.planning.plan import (
     teacher_directory,
 )
 from vlm_distill_cache.stage1_teacher.teacher.teacher import Teacher
+
+logger = logging.getLogger(__name__)
 
 
 def open_build(config: BuildConfig) -> Build:
@@ -41,6 +45,8 @@ def open_build(config: BuildConfig) -> Build:
     )
     refuse_signals(config.signals, teacher)
     refuse_packing(dataset, teacher)
+    if warning := beyond_positions(teacher, config.max_length):
+        logger.warning("%s", warning)
     encoder = build_encoder(teacher, template=config.template, max_length=config.max_length)
     codecs = codecs_for(config, teacher)
     if any(VISUAL_SOURCE in group for group in _fields_of(codecs, teacher).values()):

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from vlm_distill_cache.common.codecs.answers import AnswersCodec
 from vlm_distill_cache.common.errors import ConfigError, ModelError, SampleError
 from vlm_distill_cache.common.files.hashing import fingerprint
 from vlm_distill_cache.common.printing import one_line
-from vlm_distill_cache.data.families.inputs import text_config
+from vlm_distill_cache.data.families.inputs import known_positions, text_config
 from vlm_distill_cache.data.sample import Dataset
 from vlm_distill_cache.data.sources.grouping import GroupedByImage
 from vlm_distill_cache.data.text.encoding import SampleEncoder
@@ -86,20 +87,20 @@ def refuse_signals(signals: Sequence[str], teacher: Teacher) -> None:
 def refuse_packing(dataset: Dataset, teacher: Teacher) -> None:
     """Refuse data that pack independent conversations where an image is seen differently in each.
 
-    Only the first sample is looked at; `data.families.inputs` refuses later ones.
+    A few samples are looked at; where only some pack, the encoder refuses those, which are recorded failures.
     """
-    packs = teacher.family.is_listed and teacher.family.visual_rows != "prefix"
-    if packs or not len(dataset):
+    if teacher.family.packs:
         return
-    try:
-        sample = dataset[0]
-    except SampleError:
-        return
-    if sample.independent_turns and len(sample.turns) > 1:
+    turns = []
+    for position in range(0, len(dataset), max(1, len(dataset) // LOOKED_AT)):
+        with suppress(SampleError):
+            sample = dataset[position]
+            turns.append(len(sample.turns) if sample.independent_turns else 1)
+    if turns and min(turns) > 1:
         why = "visual tokens see the question" if teacher.family.is_listed else "masks are not known"
         raise ModelError(
             f"teacher {teacher.directory}: in model_type {teacher.config.model_type!r} {why}, and data "
-            f"{dataset.name!r} hold {len(sample.turns)} independent questions about one picture in one sample; "
+            f"{dataset.name!r} hold {turns[0]} independent questions about one picture in one sample; "
             "give data with one question a sample (a LLaVA .json or messages .jsonl)"
         )
 
@@ -116,6 +117,7 @@ def missing_projector(teacher: Teacher) -> str | None:
 
 
 LEAST_LENGTH, TEXT_LENGTH = 2048, 1024  # tokens
+LOOKED_AT = 8  # samples
 
 
 def teacher_directory(*, teacher: str, data: str, scratch: Path, cache: Path | None = None) -> Path:
@@ -176,6 +178,19 @@ def build_encoder(teacher: Teacher, *, template: str, max_length: int) -> Sample
         template=get_template(template, teacher.tokenizer),
         image_token_id=teacher.image_token_id,
         max_length=max_length or automatic_length(teacher),
+        positions=known_positions(teacher.config),
+        packs=teacher.family.packs,
+    )
+
+
+def beyond_positions(teacher: Teacher, max_length: int) -> str | None:
+    """A warning about a longest sequence that is longer than any the teacher knows; None: it is not."""
+    positions = known_positions(teacher.config)
+    if positions is None or max_length <= positions:
+        return None
+    return (
+        f"max_length={max_length} is above the {positions} positions that teacher {teacher.directory} knows "
+        "(max_position_embeddings in its config.json): samples beyond those are recorded as failures"
     )
 
 

@@ -72,6 +72,7 @@ class Teacher:
         self.image_token_id = self.family.image_token_id(self.config)
         self.pad_token_id = int(self.tokenizer.pad_token_id or 0)
         self.training = _training_notes(directory)
+        self.has_read = False  # a sample; before that nobody knows whether its files belong together
         self.depth = int(text_config(self.config).num_hidden_layers)
         self.capture, self.no_attention = self._open_capture()
 

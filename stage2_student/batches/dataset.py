@@ -10,7 +10,7 @@ Dims: A supervised rows.
 
 import logging
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from vlm_distill_cache.common.cache.reader import TeacherCache
 from vlm_distill_cache.common.cache.schema import BASE_FIELDS, Record
 from vlm_distill_cache.common.codecs.answers import AnswersCodec
 from vlm_distill_cache.common.codecs.registry import codec_from_dict
-from vlm_distill_cache.common.errors import CacheMismatchError
+from vlm_distill_cache.common.errors import CacheMismatchError, SampleError, TooLongError
 from vlm_distill_cache.data.sample import Dataset, Sample, with_answers
 from vlm_distill_cache.data.text.encoding import EncodedSample, SampleEncoder
 from vlm_distill_cache.stage2_student.batches.batch import TrainingBatch, TrainingSample, arrays_of
@@ -30,6 +30,8 @@ from vlm_distill_cache.stage2_student.batches.layers import match_groups
 from vlm_distill_cache.stage2_student.batches.signals import LossTerm, collate_samples, decode_signals
 
 _log = logging.getLogger(__name__)
+
+AROUND_TURN = 256  # tokens that a template may write around the texts of a turn, amply
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +73,17 @@ def join_cache(cache: TeacherCache, dataset: Dataset, *, limit: int | None = Non
         sample_ids=[ids[place] for place in places.tolist()],
         places=places,
         shards=[np.arange(a, b, dtype=np.int64) for a, b in zip([0, *ends], ends, strict=False)],
+    )
+
+
+def leave_out(join: Join, positions: Collection[int]) -> Join:
+    """The same samples without those at some positions."""
+    kept = np.array([position not in positions for position in range(len(join.sample_ids))], dtype=bool)
+    renumbered = np.cumsum(kept) - 1
+    return Join(
+        sample_ids=[name for name, stays in zip(join.sample_ids, kept, strict=True) if stays],
+        places=join.places[kept],
+        shards=[renumbered[shard[kept[shard]]] for shard in join.shards],
     )
 
 
@@ -136,6 +149,7 @@ class CachedDataset:
     Attributes:
         shards: Positions in ``sample_ids`` of each shard, int64 ``[n_i]``.
         failed: How many samples stage one left out, with a reason each in the cache.
+        left_out: Reasons by id of those that have more tokens than the student has positions.
         entries_read: Cached logit entries decoded so far.
         entries_beyond: Those of them whose token has no row in the student; they count as tail.
     """
@@ -179,6 +193,21 @@ class CachedDataset:
         self.failed = len(cache.failed)
         join = join_cache(cache, dataset, limit=limit)
         self.sample_ids, self.shards, self._places = join.sample_ids, join.shards, join.places
+        long = self._beyond_positions()
+        self.left_out = {self.sample_ids[position]: reason for position, reason in long.items()}
+        if long:
+            _log.warning(
+                "%d of %d samples of %s are longer than the student's positions and are not trained on; the first: %s",
+                len(long), len(self.sample_ids), cache.path, next(iter(long.values())),
+            )  # fmt: skip
+            join = leave_out(join, long)
+            self.sample_ids, self.shards, self._places = join.sample_ids, join.shards, join.places
+            if not self.sample_ids:
+                raise CacheMismatchError(
+                    f"all samples of {cache.path} are longer than the {encoder.positions} positions that the student knows "
+                    "(max_position_embeddings in its config.json); choose a student that knows more, or build a cache of "
+                    "shorter conversations"
+                )
 
     def __len__(self) -> int:
         return len(self.sample_ids)
@@ -216,6 +245,31 @@ class CachedDataset:
             check_join(record, encoded, where=where, compare_labels=self._compare_labels)
             self._compared.add(position)
         return TrainingSample(encoded, targets)
+
+    def _beyond_positions(self) -> dict[int, str]:
+        """Which samples have more tokens than the student has positions, and the reason of each.
+
+        Only those are encoded whose texts could be so long: no token is shorter than a byte.
+        """
+        limit = self._encoder.positions
+        longest = int(self._cache.plan.extra.get("max_length", 0))  # of the teacher's, whose tokens these may be
+        if limit is None or (self._compare_labels and 0 < longest <= limit):
+            return {}
+        found: dict[int, str] = {}
+        visual = self._encoder.image_encoder.token_count
+        for position in range(len(self.sample_ids)):
+            try:
+                sample = self.sample(position)
+                texts = sum(
+                    len(f"{turn.question}{turn.answer}".encode(errors="replace")) + AROUND_TURN for turn in sample.turns
+                )
+                if texts + AROUND_TURN + len(sample.images) * visual > limit:
+                    self._encoder(sample)
+            except TooLongError as error:
+                found[position] = str(error)
+            except SampleError:
+                continue  # it is told where the sample is loaded
+        return found
 
     def sample(self, position: int) -> Sample:
         """The sample as the teacher saw it: with the answers it wrote itself, if the cache holds such."""

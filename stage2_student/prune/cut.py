@@ -22,7 +22,7 @@ from torch import Tensor
 from vlm_distill_cache.common.errors import ConfigError, ModelError
 from vlm_distill_cache.common.files.atomic import new_directory, write_json_atomic
 from vlm_distill_cache.common.terminal.progress import progress
-from vlm_distill_cache.data.families.inputs import text_config
+from vlm_distill_cache.data.families.inputs import known_positions, text_config
 from vlm_distill_cache.data.families.models import FamilyModel, open_family_model
 from vlm_distill_cache.data.families.table import submodule
 from vlm_distill_cache.data.sample import Sample
@@ -210,6 +210,8 @@ def teacher_encoder(teacher: Path, opened: FamilyModel, template: str | None) ->
         template=get_template(template or trained or opened.family.template, opened.tokenizer),
         image_token_id=opened.family.image_token_id(config),
         max_length=MAX_LENGTH,
+        positions=known_positions(config),
+        packs=opened.family.packs,
     )
 
 

@@ -69,12 +69,14 @@ def build_encoder(
     *,
     image_encoder: AnyImageEncoder | None = None,
     grid: tuple[int, int] | None = None,
+    positions: int | None = None,
 ) -> SampleEncoder:
     """The encoder of a student.
 
     Args:
         image_encoder: The student's, where its model makes it; None: the described one.
         grid: Rows and columns of the student's visual tokens, for descriptions of old without them.
+        positions: Tokens that the student knows, as `SampleEncoder.positions`.
     """
     if image_encoder is None and "geometry" in description:
         image_encoder = image_encoder_from_dict(description["geometry"], image_processor)
@@ -91,6 +93,7 @@ def build_encoder(
         template=PromptTemplate.from_dict(dict(description["template"])),
         image_token_id=description["image_token_id"],
         max_length=description["max_length"],
+        positions=positions,
     )
 
 

@@ -16,6 +16,7 @@ from vlm_distill_cache.common.errors import ConfigError, DataError
 from vlm_distill_cache.common.files.hashing import fingerprint
 from vlm_distill_cache.common.locations import is_url
 from vlm_distill_cache.common.remotes.mirror import find_mirror
+from vlm_distill_cache.data.families.inputs import known_positions
 from vlm_distill_cache.data.registry import open_dataset
 from vlm_distill_cache.data.sample import Dataset
 from vlm_distill_cache.data.text.encoding import SampleEncoder
@@ -142,6 +143,7 @@ def prepare(config: TrainConfig, caches: Mapping[str, TeacherCache] | None = Non
         template=choose_template(config, parts, first),
         image_token_id=parts.image_token_id,
         max_length=config.max_length or longest,
+        positions=known_positions(parts.model.config),
     )
     phases = _prepare_phases(config, caches, encoder, parts)
     hashes = {path: cache.manifest_hash for path, cache in caches.items()}

@@ -21,9 +21,23 @@ import PIL.Image
 from transformers.image_processing_utils import select_best_resolution
 
 from vlm_distill_cache.common.attention.tiles import Tile
-from vlm_distill_cache.common.errors import ConfigError
-from vlm_distill_cache.data.images.encoder import EncodedImage
-from vlm_distill_cache.data.images.layouts.pixels import Layout, check_processor, covered_share, tile_array, whole
+from vlm_distill_cache.common.errors import ConfigError, SampleError
+from vlm_distill_cache.data.images.encoder import (
+    EncodedImage,
+    check_settings,
+    plain_size,
+    prepare_picture,
+    unusable_settings,
+)
+from vlm_distill_cache.data.images.layouts.pixels import (
+    MOST_SIDE,
+    Layout,
+    check_processor,
+    count_setting,
+    covered_share,
+    tile_array,
+    whole,
+)
 
 BESIDE = (1.0, 0.0, 2.0, 1.0)
 """A region beyond the picture's right edge."""
@@ -54,18 +68,46 @@ class AnyResolutionEncoder(Layout):
         check_processor(self.processor, "image_grid_pinpoints", "size")
         if self.patch_size < 1 or self.side < self.patch_size:
             raise ConfigError(f"patch_size must be 1..{self.side} pixels (a tile's side), got {self.patch_size}")
+        size, crop = self._tile_sizes
+        if size.get("height", 0) != size.get("width", 0) or crop.get("height", 0) != crop.get("width", 0):
+            raise unusable_settings(self.processor, "tiles must be squares")
+        short = size.get("shortest_edge", 0)
+        resized = size.get("height") or min(short, size.get("longest_edge", short))
+        if resized != self.side:
+            raise unusable_settings(
+                self.processor,
+                f"tiles are cut at {self.side} pixels and scaled to {resized}, so that visual tokens would not lie side by "
+                "side; size and crop_size must agree",
+            )
+        pairs = self.processor.image_grid_pinpoints
+        if not isinstance(pairs, list | tuple) or not pairs or not all(map(_is_resolution, pairs)):
+            raise unusable_settings(
+                self.processor, f"image_grid_pinpoints is {pairs!r}, expected a list of [height, width] in pixels"
+            )
         wrong = [pair for pair in self.processor.image_grid_pinpoints if any(edge % self.side for edge in pair)]
         if wrong:
             raise ConfigError(
                 f"image_grid_pinpoints {wrong} are no multiples of a tile's side, {self.side} pixels; they must be "
                 "those of the checkpoint's config.json, with the size and crop_size of its preprocessor_config.json"
             )
+        check_settings(self)
 
     @property
     def side(self) -> int:
         """Pixels per side of a tile."""
-        size, crop = dict(self.processor.size), dict(getattr(self.processor, "crop_size", None) or {})
-        return int(crop.get("height") or size.get("height") or size["shortest_edge"])
+        size, crop = self._tile_sizes
+        return count_setting(
+            self.processor,
+            crop.get("height") or size.get("height") or size.get("shortest_edge"),
+            "shortest_edge (or height and width) of size",
+            most=MOST_SIDE,
+        )
+
+    @property
+    def _tile_sizes(self) -> tuple[dict[str, int], dict[str, int]]:
+        """What size and crop_size say."""
+        size, crop = (getattr(self.processor, name, None) for name in ("size", "crop_size"))
+        return plain_size(self.processor, size, "size"), plain_size(self.processor, crop, "crop_size")
 
     @property
     def base_grid(self) -> tuple[int, int]:
@@ -96,7 +138,7 @@ class AnyResolutionEncoder(Layout):
             ``pixel_values`` f4 ``[tiles, 3, H, W]``, ``image_sizes`` i8 ``[1, 2]`` (height, width), and one or two
             tiles: the small picture, and the joined grid with its newline column.
         """
-        output = self.processor(image)
+        output = prepare_picture(self.processor, image)
         pixels = tile_array(output["pixel_values"][0], side=self.side)
         sizes = np.array([[image.height, image.width]], dtype=np.int64)
         small = whole(self.base_grid, covered_share(self.side, self.patch_size))
@@ -132,6 +174,11 @@ class AnyResolutionEncoder(Layout):
         # The last column reaches the picture's edge at least: a newline must not see a strip of it.
         right = max(high[1], 1.0)
         rows, cols = self._shrunk(*kept)
+        if min(rows, cols) < 1:
+            raise SampleError(
+                f"an image of {width} x {height} pixels is so long that its model shrinks it to {rows} x {cols} visual "
+                "tokens; crop it first"
+            )
         newline = (right - low[1]) / cols
         return Tile(rows=rows, cols=cols + 1, region=(low[1], low[0], right + newline, high[0]))
 
@@ -141,6 +188,14 @@ class AnyResolutionEncoder(Layout):
             return rows, cols
         ratio = sqrt(rows * cols / (self.most_tiles * self.base_grid[0] ** 2))
         return (int(rows // ratio), int(cols // ratio)) if ratio > SHRINKS_ABOVE else (rows, cols)
+
+
+def _is_resolution(pair: object) -> bool:
+    return (
+        isinstance(pair, list | tuple)
+        and len(pair) == 2
+        and all(isinstance(edge, int) and not isinstance(edge, bool) and edge > 0 for edge in pair)
+    )
 
 
 def _fitted(height: int, width: int, best: tuple[int, int]) -> tuple[int, int]:

@@ -12,8 +12,8 @@ import PIL.Image
 
 from vlm_distill_cache.common.attention.tiles import grid_tile
 from vlm_distill_cache.common.errors import ConfigError, SampleError
-from vlm_distill_cache.data.images.encoder import EncodedImage
-from vlm_distill_cache.data.images.layouts.pixels import Layout, check_processor
+from vlm_distill_cache.data.images.encoder import EncodedImage, check_settings, plain_size, prepare_picture
+from vlm_distill_cache.data.images.layouts.pixels import MOST_SIDE, Layout, check_processor, count_setting
 
 MOST_ELONGATED = 200
 """Long over short side that the library's processor still takes."""
@@ -31,18 +31,24 @@ class DynamicEncoder(Layout):
 
     def __post_init__(self) -> None:
         check_processor(self.processor, *self.keys)
+        for name in self.keys:
+            count_setting(self.processor, getattr(self.processor, name), name, most=MOST_SIDE)
+        _ = self._pixels
         if self.processor.do_resize is not True:
-            raise ConfigError("a Qwen image processor must scale pictures to whole tokens: set do_resize to true")
+            raise ConfigError(
+                "preprocessor_config.json: a Qwen image processor must scale pictures to whole tokens: set do_resize to true"
+            )
+        check_settings(self)
 
     @property
     def least_token_count(self) -> int:
         """No picture has fewer visual tokens."""
-        return max(1, int(dict(self.processor.size)["shortest_edge"]) // self._token_pixels)
+        return max(1, min(self._pixels) // self._token_pixels)
 
     @property
     def token_count(self) -> int:
         """Most visual tokens of a picture."""
-        return max(1, int(dict(self.processor.size)["longest_edge"]) // self._token_pixels)
+        return max(1, max(self._pixels) // self._token_pixels)
 
     def __call__(self, image: PIL.Image.Image) -> EncodedImage:
         """Turn one RGB picture into model input.
@@ -60,12 +66,22 @@ class DynamicEncoder(Layout):
                 f"an image of {image.width} x {image.height} pixels is more than {MOST_ELONGATED} times as long as "
                 "it is wide, which this family's image processor refuses; crop it first"
             )
-        output = self.processor(image)
+        output = prepare_picture(self.processor, image)
         shape = np.asarray(output["image_grid_thw"], dtype=np.int64).reshape(1, 3)
         merge = int(self.processor.merge_size)
         tile = grid_tile(int(shape[0, 1]) // merge, int(shape[0, 2]) // merge)
         pixels = np.ascontiguousarray(output["pixel_values"], dtype=np.float32)
         return EncodedImage(inputs={"pixel_values": pixels, "image_grid_thw": shape}, tiles=(tile,))
+
+    @property
+    def _pixels(self) -> tuple[int, int]:
+        """Fewest and most pixels of a picture; of those that are above the most, fewer may be left than the fewest."""
+        size = plain_size(self.processor, self.processor.size, "size")
+        fewest = count_setting(self.processor, size.get("shortest_edge"), "shortest_edge of size (the fewest pixels)")
+        most = count_setting(
+            self.processor, size.get("longest_edge"), "longest_edge of size (the most pixels)", most=2**40
+        )
+        return fewest, most
 
     @property
     def _token_pixels(self) -> int:

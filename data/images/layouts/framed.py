@@ -5,7 +5,6 @@ from typing import Any, ClassVar
 
 import PIL.Image
 
-from vlm_distill_cache.common.errors import ConfigError
 from vlm_distill_cache.data.images.encoder import EncodedImage, ImageEncoder
 
 
@@ -20,8 +19,6 @@ class FramedEncoder:
         after: Text behind them (``<end_of_image>\n\n``).
         marker: What the chat template writes for the picture (``<start_of_image>``); None: the image token.
 
-    Raises:
-        ConfigError: The processor cuts extra crops out of elongated pictures (pan and scan).
     """
 
     fixed: ImageEncoder
@@ -31,13 +28,7 @@ class FramedEncoder:
     marker: str | None = None
 
     kind: ClassVar[str] = "framed"
-
-    def __post_init__(self) -> None:
-        if getattr(self.processor, "do_pan_and_scan", None):
-            raise ConfigError(
-                "do_pan_and_scan is on: its crops depend on the picture and overlap it, which is not supported; "
-                "set do_pan_and_scan to false in preprocessor_config.json (the library's default)"
-            )
+    writes_text: ClassVar[bool] = True
 
     @property
     def processor(self) -> Any:

@@ -7,8 +7,12 @@ from typing import Any, ClassVar
 import numpy as np
 
 from vlm_distill_cache.common.attention.tiles import FINEST_SIDE, Tile
-from vlm_distill_cache.common.errors import ConfigError
-from vlm_distill_cache.data.images.encoder import PIXEL_KEYS, plain_setting
+from vlm_distill_cache.common.errors import ConfigError, SampleError
+from vlm_distill_cache.common.pixels import MAX_PIXELS
+from vlm_distill_cache.data.images.encoder import PIXEL_KEYS, plain_setting, unusable_settings, whole_number
+
+MOST_SIDE = 8192
+"""Pixels per side of a tile, at most: its square is a likely picture."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +32,7 @@ class Layout:
     kind: ClassVar[str]
     keys: ClassVar[tuple[str, ...]]
     marker: ClassVar[str | None] = None
+    writes_text: ClassVar[bool] = False
 
     def attention_grid(self) -> tuple[int, int]:
         """Rows and columns that stage one pools attention to: a picture's tokens form no one grid."""
@@ -47,7 +52,7 @@ def pixel_settings(processor: Any, keys: Sequence[str]) -> dict[str, Any]:
 
 
 def check_processor(processor: Any, *needed: str) -> None:
-    """Refuse a processor of another class than the layout's: one that lacks some of its settings."""
+    """Refuse a processor of another class than the layout's: one that lacks some of its settings; raises ConfigError."""
     missing = [name for name in needed if getattr(processor, name, None) is None]
     if missing:
         raise ConfigError(
@@ -56,15 +61,30 @@ def check_processor(processor: Any, *needed: str) -> None:
         )
 
 
+def count_setting(processor: Any, value: Any, name: str, *, most: int = MAX_PIXELS) -> int:
+    """A setting that counts pixels, patches or tiles.
+
+    Raises:
+        ConfigError: If it is missing, or no whole number from 1 to ``most``.
+    """
+    try:
+        count = whole_number(value)
+    except ValueError as error:
+        raise unusable_settings(processor, f"{name}: {error}") from error
+    if count > most:
+        raise unusable_settings(processor, f"{name}: expected at most {most}, got {count}")
+    return count
+
+
 def tile_array(values: Any, *, side: int) -> np.ndarray:
     """Pixels of one picture's tiles, given as arrays ``[3, H, W]``, as one array float32 ``[tiles, 3, H, W]``.
 
     Raises:
-        ConfigError: If tiles are not of the height and width that the layout expects.
+        SampleError: If tiles are not of the height and width that the layout expects.
     """
     pixels = np.ascontiguousarray(values, dtype=np.float32)
     if pixels.shape[1:] != (3, side, side):
-        raise ConfigError(
+        raise SampleError(
             f"the image processor gave tiles of shape {list(pixels.shape[1:])}, expected [3, {side}, {side}] from "
             "its settings; size and crop_size (or max_image_size) must agree"
         )

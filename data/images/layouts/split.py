@@ -5,17 +5,22 @@ The picture is stretched to whole tiles, so there is no padding. Each tile is wr
 whole picture follows as ``<global-img>``.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from math import ceil
 from typing import ClassVar
 
 import numpy as np
 import PIL.Image
+from transformers.image_utils import SizeDict
 
 from vlm_distill_cache.common.errors import ConfigError, SampleError
-from vlm_distill_cache.data.images.encoder import EncodedImage
+from vlm_distill_cache.data.images.encoder import EncodedImage, check_settings, plain_size, prepare_picture
 from vlm_distill_cache.data.images.layouts.pixels import (
+    MOST_SIDE,
     Layout,
     check_processor,
+    count_setting,
     covered_share,
     tile_array,
     tiled,
@@ -41,6 +46,7 @@ class SplitEncoder(Layout):
 
     kind: ClassVar[str] = "split"
     keys: ClassVar[tuple[str, ...]] = ("max_image_size", "do_image_splitting")
+    writes_text: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_processor(self.processor, "max_image_size", "do_image_splitting")
@@ -49,11 +55,14 @@ class SplitEncoder(Layout):
                 f"a tile of {self.side} pixels needs at least 1 x 1 visual tokens and patches of 1..{self.side} "
                 f"pixels, got grid={self.grid}, patch_size={self.patch_size}"
             )
+        check_settings(self)
 
     @property
     def side(self) -> int:
         """Pixels per side of a tile."""
-        return int(dict(self.processor.max_image_size)["longest_edge"])
+        stored = self.processor.max_image_size
+        edge = dict(stored).get("longest_edge") if isinstance(stored, Mapping | SizeDict) else None
+        return count_setting(self.processor, edge, "longest_edge of max_image_size", most=MOST_SIDE)
 
     @property
     def least_token_count(self) -> int:
@@ -62,9 +71,17 @@ class SplitEncoder(Layout):
 
     @property
     def token_count(self) -> int:
-        """Most visual tokens of a picture: a square one's."""
-        tiles, _, _ = self.processor.get_number_of_image_patches(self.side, self.side)
-        return max(int(tiles), 1) * self.least_token_count
+        """Most visual tokens of a picture: a square one's, or of the one shape that all are scaled to."""
+        size = plain_size(self.processor, self.processor.size, "size")
+        if self.processor.do_resize and "longest_edge" in size:
+            tiles, _, _ = self.processor.get_number_of_image_patches(self.side, self.side)
+            return max(int(tiles), 1) * self.least_token_count
+        if not self.processor.do_image_splitting:
+            return self.least_token_count
+        # Of pictures that keep their size the library takes those of 4096 pixels for the largest there are.
+        shape = (size["height"], size["width"]) if self.processor.do_resize else (4096, 4096)
+        rows, cols = (ceil(edge / self.side) for edge in shape)
+        return (rows * cols + 1 if rows * cols > 1 else 1) * self.least_token_count
 
     def __call__(self, image: PIL.Image.Image) -> EncodedImage:
         """Turn one RGB picture into model input.
@@ -76,7 +93,7 @@ class SplitEncoder(Layout):
         Raises:
             SampleError: A tile's values are all exactly 0: the model takes it for padding and drops its tokens.
         """
-        output = self.processor(image, return_row_col_info=True)
+        output = prepare_picture(self.processor, image, return_row_col_info=True)
         pixels = tile_array(output["pixel_values"][0], side=self.side)
         if not np.any(pixels, axis=(1, 2, 3)).all():
             raise SampleError(

@@ -11,10 +11,12 @@ import PIL.Image
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
 
 from vlm_distill_cache.common.errors import ConfigError
-from vlm_distill_cache.data.images.encoder import EncodedImage
+from vlm_distill_cache.data.images.encoder import EncodedImage, check_settings, plain_size, prepare_picture
 from vlm_distill_cache.data.images.layouts.pixels import (
+    MOST_SIDE,
     Layout,
     check_processor,
+    count_setting,
     tile_array,
     tiled,
     whole,
@@ -42,19 +44,25 @@ class ThumbnailEncoder(Layout):
 
     kind: ClassVar[str] = "thumbnail"
     keys: ClassVar[tuple[str, ...]] = ("min_patches", "max_patches")
+    writes_text: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_processor(self.processor, "min_patches", "max_patches")
-        size = dict(self.processor.size)
+        size = plain_size(self.processor, self.processor.size, "size")
+        for name in ("min_patches", "max_patches"):
+            count_setting(self.processor, getattr(self.processor, name), name)
         if min(self.grid) < 1 or not size.get("height") or size["height"] != size.get("width"):
             raise ConfigError(
-                f"tiles must be squares of at least 1 x 1 visual tokens, got size={size}, grid={self.grid}"
+                f"tiles must be squares of at least 1 x 1 visual tokens, got size={size}, grid={self.grid}; "
+                "expected height and width of size in preprocessor_config.json to be one number"
             )
+        check_settings(self)
 
     @property
     def side(self) -> int:
         """Pixels per side of a tile."""
-        return int(dict(self.processor.size)["height"])
+        size = plain_size(self.processor, self.processor.size, "size")
+        return count_setting(self.processor, size.get("height"), "height of size", most=MOST_SIDE)
 
     @property
     def least_token_count(self) -> int:
@@ -73,7 +81,7 @@ class ThumbnailEncoder(Layout):
         Returns:
             ``pixel_values`` f4 ``[tiles, 3, H, W]``, a thumbnail last if there are several, and their tiles.
         """
-        output = self.processor(image, crop_to_patches=self.crops)
+        output = prepare_picture(self.processor, image, crop_to_patches=self.crops)
         pixels = tile_array(output["pixel_values"], side=self.side)
         cols, rows = self._arrangement(image)
         parts = tiled(rows, cols, self.grid)

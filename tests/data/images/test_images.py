@@ -1,6 +1,8 @@
 """Every kind of image file gives upright RGB, and every damaged one a `SampleError` that names it."""
 
 import io
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -214,3 +216,56 @@ def test_what_pillow_raises_on_damaged_exif_is_a_sample_error(monkeypatch, error
     monkeypatch.setattr(PIL.ImageOps, "exif_transpose", fail)
     with pytest.raises(SampleError, match="image x cannot be decoded: inside Pillow"):
         decode_image(encode(NOISE), name="x")
+
+
+def png(width, depth, colour, row, *chunks):
+    """One row of samples as the PNG specification stores them, with further chunks in front of the pixels."""
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", width, 1, depth, colour, 0, 0, 0)
+    return b"".join(
+        [
+            b"\x89PNG\r\n\x1a\n", chunk(b"IHDR", header), *(chunk(*pair) for pair in chunks),
+            chunk(b"IDAT", zlib.compress(b"\0" + row)), chunk(b"IEND", b""),
+        ]
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4, 8, 16])
+def test_the_grey_that_a_png_names_as_transparent_is_white_at_every_depth(depth):
+    top = 2**depth - 1
+    values = [0, 1, top // 2, top] * 2
+    bits = "".join(f"{value:0{depth}b}" for value in values)
+    row = int(bits, 2).to_bytes(len(bits) // 8, "big")
+    for named in sorted(set(values)):
+        found = pixels(png(8, depth, 0, row, (b"tRNS", struct.pack(">H", named))))[0, :, 0]
+        assert found.tolist() == [255 if value == named else (value * 255 + top // 2) // top for value in values]
+
+
+def test_the_colour_that_a_deep_png_names_as_transparent_is_white():
+    colours = [(256, 512, 768), (0, 65535, 0)]
+    row = struct.pack(">6H", *colours[0], *colours[1])
+    found = pixels(png(2, 16, 2, row, (b"tRNS", struct.pack(">3H", *colours[0]))))
+    assert found[0].tolist() == [[255, 255, 255], [0, 255, 0]]
+
+
+@pytest.mark.parametrize(
+    "chunk",
+    [
+        (b"zTXt", b"parameters\0\0" + zlib.compress(b"a" * 3_000_000)),
+        (b"iTXt", b"workflow\0\1\0\0\0" + zlib.compress(b"a" * 3_000_000)),
+        (b"iCCP", b"profile\0\0" + zlib.compress(b"a" * 3_000_000)),
+        (b"tEXt", b"parameters\0" + b"a" * (65 << 20)),
+    ],
+)
+def test_a_picture_with_a_long_text_is_the_picture_without_it(chunk):
+    row = bytes(range(12))
+    np.testing.assert_array_equal(pixels(png(4, 8, 2, row, chunk)), pixels(png(4, 8, 2, row)))
+
+
+def test_a_text_that_may_hold_the_orientation_is_not_left_out():
+    chunk = (b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + zlib.compress(b"a" * 3_000_000))
+    with pytest.raises(SampleError, match="x cannot be decoded: Decompressed data too large"):
+        pixels(png(4, 8, 2, bytes(12), chunk))

@@ -24,7 +24,7 @@ PARTS = (
     "{% if m['role'] == 'assistant' %}</s>{% else %} {% endif %}{% endfor %}"
     "{% if add_generation_prompt %}ASSISTANT: {% endif %}"
 )
-REWRITES = "{{ messages | length }}:" + CHATML
+SHOUTS = CHATML.replace("m['content']", "m['content'] | upper")
 TURNS = (Turn(question=" what is it? ", answer="a circle\n"), Turn(question="its colour?", answer="red"))
 
 
@@ -114,7 +114,7 @@ def test_chat_without_image_has_no_image_token():
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        (REWRITES, "does not grow turn by turn"),
+        (SHOUTS, "does not grow turn by turn"),
         (PARTS.replace("<image>\n", "<image><image>"), "writes '<image>' 2 times"),
         ("{{ raise_exception('only French') }}", "only French"),
     ],

@@ -1,0 +1,265 @@
+"""A checkpoint's own chat template: the conversation as it writes it, and where the answers stand in it.
+
+Most templates grow turn by turn, and what an answer adds to its prompt is the answer's span. Others write a conversation
+anew with each turn: they take the reasoning out of earlier answers (Qwen 3, DeepSeek-R1, GLM), number the rounds, or
+begin with a text that depends on all of it. Those are rendered once, whole, which is what the model will see, and a
+second time with marks behind questions and answers: where taking the marks out gives the first text back, they say
+where the answers end. Everything is checked, nothing guessed.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+from vlm_distill_cache.common.errors import ConfigError
+from vlm_distill_cache.data.sample import Turn
+
+_MARKS = range(0xF0000, 0xFFFFE)  # characters of private use, which no text needs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rendered:
+    """A conversation as text.
+
+    Attributes:
+        text: Holds the image token once, in front of the first question, if there is an image.
+        answer_spans: Character ranges ``[start, end)`` of the answers, end-of-answer token included.
+    """
+
+    text: str
+    answer_spans: tuple[tuple[int, int], ...]
+
+
+def render_chat(turns: Sequence[Turn], tokenizer: Any, source: str, image_token: str, *, remedy: str) -> Rendered:
+    """Write a conversation by a chat template, and locate its answers.
+
+    Where a template begins a stored answer with other white space than the prompt that asks for one
+    (LLaVA-OneVision), the prompt's is taken: it is what the model sees when it answers. Where it writes nothing
+    behind an answer (LLaVA-1.5, LLaVA-NeXT), the tokenizer's end-of-sequence token ends it, as in their training.
+    Where it takes a part of an earlier answer away, what is left is that answer.
+
+    Args:
+        source: Jinja.
+        image_token: Stands in front of the first question; empty: there is no image.
+        remedy: Ends the errors.
+
+    Raises:
+        ConfigError: The template fails on the conversation, or writes it so that its answers cannot be located.
+    """
+    chat = _Chat(tokenizer, source, image_token, remedy, _content_form(tokenizer, source, image_token))
+    try:
+        rendered = _grown(turns, chat)
+    except ConfigError:  # some parts of the conversation cannot be written by themselves
+        rendered = None
+    rendered = rendered or _whole(turns, chat)
+    if image_token and rendered.text.count(image_token) != 1:
+        raise ConfigError(
+            f"the tokenizer's chat template writes {image_token!r} {rendered.text.count(image_token)} times for one "
+            f"image; expected once; {remedy}"
+        )
+    return rendered
+
+
+@dataclass(frozen=True)
+class _Chat:
+    """A template with what it needs.
+
+    Attributes:
+        parts: Whether the contents of user and assistant are lists of parts, which vision templates iterate over; text-only
+            ones concatenate strings.
+    """
+
+    tokenizer: Any
+    source: str
+    image_token: str
+    remedy: str
+    parts: tuple[bool, bool]
+
+    def question(self, text: str, *, first: bool) -> dict[str, Any]:
+        shows_image = bool(self.image_token) and first
+        if not self.parts[0]:
+            return {"role": "user", "content": f"{self.image_token}\n{text}" if shows_image else text}
+        image: list[dict[str, str]] = [{"type": "image"}] if shows_image else []
+        return {"role": "user", "content": [*image, {"type": "text", "text": text}]}
+
+    def answer(self, text: str) -> dict[str, Any]:
+        return {"role": "assistant", "content": [{"type": "text", "text": text}] if self.parts[1] else text}
+
+    def messages(self, pairs: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
+        return list(
+            chain.from_iterable(
+                (self.question(question, first=index == 0), self.answer(answer))
+                for index, (question, answer) in enumerate(pairs)
+            )
+        )
+
+    def render(self, messages: list[dict[str, Any]], *, asks: bool = False) -> str:
+        """The text; with ``asks`` up to where the next answer is to begin."""
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    messages, chat_template=self.source, tokenize=False, add_generation_prompt=asks
+                )
+            )
+        except Exception as error:  # of any class: a template is a program that runs on the texts
+            what = str(error) or type(error).__name__
+            raise ConfigError(
+                f"the tokenizer's chat template fails on this conversation: {what}; {self.remedy}"
+            ) from error
+
+    def end_token(self) -> str:
+        """What ends an answer where the template writes nothing."""
+        if self.tokenizer.eos_token is None:
+            raise ConfigError(
+                "the tokenizer's chat template writes nothing behind an answer and the tokenizer has no "
+                f"end-of-sequence token; set its eos_token or {self.remedy}"
+            )
+        return str(self.tokenizer.eos_token)
+
+    def not_located(self, turn: int, why: str) -> ConfigError:
+        return ConfigError(
+            f"the tokenizer's chat template does not grow turn by turn, and the answer of turn {turn + 1} cannot be "
+            f"located in the whole conversation: {why}; {self.remedy}"
+        )
+
+
+def _content_form(tokenizer: Any, source: str, image_token: str) -> tuple[bool, bool]:
+    """In which form a template takes the contents of user and assistant, by a plain conversation."""
+    if "image" not in source:
+        return False, False
+    for parts in ((True, True), (True, False), (False, False)):
+        chat = _Chat(tokenizer, source, image_token, "", parts)
+        messages = chat.messages([("a", "b")])
+        try:
+            text = chat.render(messages)
+        except ConfigError:
+            continue
+        # A template that concatenates strings would write the list itself.
+        if not any(str(message["content"]) in text for message in messages if not isinstance(message["content"], str)):
+            return parts
+    return True, True
+
+
+def _grown(turns: Sequence[Turn], chat: _Chat) -> Rendered | None:
+    """Render turn by turn: what an answer adds to its prompt is the answer's span; None if it is not so."""
+    messages: list[dict[str, Any]] = []
+    spans: list[tuple[int, int]] = []
+    text = past = ""  # ours, and as the template writes the same turns
+    for index, turn in enumerate(turns):
+        answer = turn.answer.strip()
+        messages.append(chat.question(turn.question.strip(), first=index == 0))
+        prompt = chat.render(messages, asks=True)
+        messages.append(chat.answer(answer))
+        full = chat.render(messages)
+        asked = prompt if full.startswith(prompt) else chat.render(messages[:-1])
+        written = _answer_of(past, asked, prompt, full, answer)
+        if written is None:
+            return None
+        if written.rstrip().endswith(answer):
+            written = written.rstrip() + chat.end_token()
+        text += prompt[len(past) :]
+        # The line feed many templates put after the end-of-turn token is not generated.
+        spans.append((len(text), len(text) + len(written.rstrip())))
+        text, past = text + written, full
+    return Rendered(text=text, answer_spans=tuple(spans))
+
+
+def _answer_of(past: str, asked: str, prompt: str, full: str, answer: str) -> str | None:
+    """What stands behind a prompt when its answer is written; None if that cannot be told.
+
+    Args:
+        past: The earlier turns; all others go on from there.
+        asked: With the question.
+        prompt: With the question and the request for an answer.
+        full: With the question and the answer.
+    """
+    if not prompt.startswith(past):
+        return None
+    if full.startswith(prompt):
+        return full[len(prompt) :] if answer in full[len(prompt) :] else None
+    if not (prompt.startswith(asked) and full.startswith(asked)):
+        return None
+    before, found, after = full[len(asked) :].partition(answer)
+    return answer + after if found and before.split() == prompt[len(asked) :].split() else None
+
+
+def _whole(turns: Sequence[Turn], chat: _Chat) -> Rendered:
+    """Render the conversation once, and find its answers by a second text with marks in it."""
+    pairs = [(turn.question.strip(), turn.answer.strip()) for turn in turns]
+    free = _free_marks(chain.from_iterable(pairs))
+    marks = [(next(free), next(free)) for _ in pairs]  # behind each question, behind each answer
+    text = chat.render(chat.messages(pairs))
+    marked = chat.render(chat.messages([(q + m, a + n) for (q, a), (m, n) in zip(pairs, marks, strict=True)]))
+    places = _places(marked, [mark for pair in marks for mark in pair])
+    if places is None or _without(marked, marks) != text:
+        raise chat.not_located(0, "it changes with what stands at the end of a question or an answer")
+    # The same turns with nothing but a mark for an answer show what is written around it.
+    bare = chat.messages([(question + m, n) for (question, _), (m, n) in zip(pairs, marks, strict=True)])
+    around = chat.render(bare)
+    pieces: list[str] = []
+    spans: list[tuple[int, int]] = []
+    past = moved = 0
+    for turn, ((_, answer), (asked, answered)) in enumerate(zip(pairs, marks, strict=True)):
+        question_end, answer_end = places[2 * turn : 2 * turn + 2]
+        prompt = _behind(chat.render(bare[: 2 * turn + 1], asks=True), asked)
+        written = _behind(around, asked)
+        if prompt is None or written is None or answered not in written:
+            raise chat.not_located(turn, "it changes with what stands behind it")
+        header = _header(prompt, written.partition(answered)[0])
+        if header is None or not text.startswith(header, question_end):
+            raise chat.not_located(turn, f"the prompt for it ends {prompt[-40:]!r}, behind the question it writes "
+                                         f"{text[question_end : question_end + 80]!r}")  # fmt: skip
+        start = question_end + len(header)
+        # Its last character at least must be there: a template may take reasoning away, not the answer.
+        if not text[start:answer_end].rstrip().endswith(answer[-1:]):
+            raise chat.not_located(turn, f"nothing of it is written behind {text[:start][-40:]!r}")
+        closing = (_behind(chat.render(bare[: 2 * turn + 2]), answered) or "").rstrip()
+        end = ""
+        if not closing:
+            end = chat.end_token()
+            if text[answer_end:].lstrip().startswith(end):  # it is written between turns only
+                closing, end = text[answer_end : text.index(end, answer_end) + len(end)], ""
+        if not text.startswith(closing, answer_end):
+            raise chat.not_located(turn, f"behind it stands {text[answer_end : answer_end + 40]!r}, not {closing!r}")
+        stop = answer_end + len(closing)
+        spans.append((start + moved, stop + moved + len(end)))
+        pieces += [text[past:stop], end]
+        past, moved = stop, moved + len(end)
+    return Rendered(text="".join([*pieces, text[past:]]), answer_spans=tuple(spans))
+
+
+def _free_marks(texts: Iterator[str]) -> Iterator[str]:
+    """Characters that no text holds."""
+    taken = set(chain.from_iterable(texts))
+    return (mark for mark in map(chr, _MARKS) if mark not in taken)
+
+
+def _places(marked: str, marks: Sequence[str]) -> list[int] | None:
+    """Where marks stand in a text, counted without them; None if one is not there exactly once, or they are disordered."""
+    places = [marked.find(mark) for mark in marks]
+    if any(marked.count(mark) != 1 for mark in marks) or places != sorted(places):
+        return None
+    return [place - index for index, place in enumerate(places)]
+
+
+def _behind(text: str, mark: str) -> str | None:
+    """What stands behind a mark; None if it is not there."""
+    _, found, behind = text.partition(mark)
+    return behind if found else None
+
+
+def _without(marked: str, marks: Sequence[tuple[str, str]]) -> str:
+    return marked.translate(dict.fromkeys(map(ord, chain.from_iterable(marks))))
+
+
+def _header(prompt: str, written: str) -> str | None:
+    """What stands between a question and its answer, by the prompt's and the stored conversation's text.
+
+    Where the stored one goes on (an empty block of reasoning), the rest is a part of what is answered; where the prompt
+    does (it opens a block of reasoning), the stored one is what the model sees. None: they do not agree.
+    """
+    if written.startswith(prompt):
+        return prompt
+    opens_more = bool(written.strip()) and prompt.startswith(written.rstrip())
+    return written if opens_more or prompt.split() == written.split() else None

@@ -57,12 +57,12 @@ def test_failures_are_said_by_reason(tmp_path: Path, build_cache):
 def test_a_payload_in_place_of_a_path_never_becomes_the_reason(tmp_path: Path, build_cache):
     data = Path(write_data(tmp_path, [KNOWN] * 8))
     entries = json.loads(data.read_text())
-    entries[3]["image"] = "iVBORw0KGgoAAAANSUhEUg" * 3000
+    entries[3]["image"] = "img/" + "payload" * 500
     data.write_text(json.dumps(entries))
     build_cache(tmp_path / "cache", data=str(data), max_failed_share=0.5)
     [reason] = open_cache(tmp_path / "cache").failed.values()
     assert len(reason) <= 300
-    assert reason.startswith(("sample 's3': image iVBORw0KGgo", "image iVBORw0KGgo"))
+    assert reason.startswith("image img/payload")
     assert reason.endswith("set images to another folder")
 
 

@@ -48,8 +48,8 @@ class BuildConfig:
         groups: Number of layer groups whose attention is kept.
         layers: Layers whose attention is kept: the published middle ones, or all.
         template: Prompt template; ``auto`` is ``short`` for built-in teachers and the family's own for others.
-        max_length: Longest sequence in tokens; a longer sample is a recorded failure. 0: 2048, or more where a picture
-            alone may need them.
+        max_length: Longest sequence in tokens; a longer sample is a recorded failure, as is a conversation of more
+            tokens than the teacher's config.json knows positions. 0: 2048, or more where a picture alone may need them.
         batch_size: Samples per forward pass; part of the plan, because the last bits depend on it. 0: as in an existing cache, else
             what fits the memory (on a GPU found by running the teacher on its longest input, at most 16 on a CPU). For
             parts in separate folders give a number, so that they can be merged.

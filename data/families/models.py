@@ -22,6 +22,7 @@ from vlm_distill_cache.common.errors import ConfigError, ModelError
 from vlm_distill_cache.common.files.atomic import read_json
 from vlm_distill_cache.common.models.published import default_image_processor, is_published, load_published
 from vlm_distill_cache.data.families.table import Family, family_of, submodule
+from vlm_distill_cache.data.images.encoder import AnyImageEncoder
 from vlm_distill_cache.data.images.library import load_processor
 from vlm_distill_cache.data.text.processors import load_image_processor, load_tokenizer
 
@@ -99,6 +100,24 @@ def open_family_model(
             model.config.model_type,
         )
     return FamilyModel(model.eval(), family, tokenizer, processor)
+
+
+def open_image_encoder(opened: FamilyModel, directory: Path) -> AnyImageEncoder:
+    """How a model's pictures become visual tokens.
+
+    Raises:
+        ConfigError: If the settings of its image processor cannot be used.
+        ModelError: If its configuration does not say it.
+    """
+    try:
+        return opened.family.image_encoder(opened.model.config, opened.processor, opened.tokenizer)
+    except (ConfigError, ModelError) as error:
+        raise type(error)(f"{directory}: {error}") from error
+    except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError) as error:
+        raise ModelError(
+            f"{directory}: config.json and preprocessor_config.json do not say how pictures become visual tokens "
+            f"({error!r}); use both files of one checkpoint"
+        ) from error
 
 
 def refuse_offloaded(model: Any, family: Family, device_map: str) -> None:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         SampleError,
         SampleNotCachedError,
         TemperatureNotCachedError,
+        TooLongError,
         TransferError,
     )
     from vlm_distill_cache.common.opening import open_cache
@@ -65,6 +66,7 @@ __all__ = [
     "Selection",
     "TeacherCache",
     "TemperatureNotCachedError",
+    "TooLongError",
     "TrainConfig",
     "TransferError",
     "build",

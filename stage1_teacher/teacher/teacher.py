@@ -19,7 +19,13 @@ from vlm_distill_cache.common.attention.layers import teacher_groups
 from vlm_distill_cache.common.errors import ConfigError, ModelError
 from vlm_distill_cache.common.files.atomic import read_json
 from vlm_distill_cache.data.families.inputs import text_config
-from vlm_distill_cache.data.families.models import Quantisation, input_device, open_family_model, row_logits
+from vlm_distill_cache.data.families.models import (
+    Quantisation,
+    input_device,
+    open_family_model,
+    open_image_encoder,
+    row_logits,
+)
 from vlm_distill_cache.data.families.table import Family, submodule
 from vlm_distill_cache.data.images.encoder import AnyImageEncoder
 from vlm_distill_cache.data.text.collate import Batch
@@ -68,7 +74,7 @@ class Teacher:
         self.family: Family = opened.family
         self.tokenizer = opened.tokenizer
         self.config = self.model.config
-        self.image_encoder: AnyImageEncoder = self.family.image_encoder(self.config, opened.processor, self.tokenizer)
+        self.image_encoder: AnyImageEncoder = open_image_encoder(opened, directory)
         self.image_token_id = self.family.image_token_id(self.config)
         self.pad_token_id = int(self.tokenizer.pad_token_id or 0)
         self.training = _training_notes(directory)

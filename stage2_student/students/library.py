@@ -17,7 +17,12 @@ from torch import Tensor, nn
 from vlm_distill_cache.common.errors import ModelError
 from vlm_distill_cache.common.models.vision_language import PHASES, Phase
 from vlm_distill_cache.data.families.inputs import text_config
-from vlm_distill_cache.data.families.models import open_family_model, rows_instead, rows_only
+from vlm_distill_cache.data.families.models import (
+    open_family_model,
+    open_image_encoder,
+    rows_instead,
+    rows_only,
+)
 from vlm_distill_cache.data.families.table import Family, submodule
 from vlm_distill_cache.data.images.encoder import AnyImageEncoder
 from vlm_distill_cache.data.text.collate import Batch
@@ -160,10 +165,10 @@ class OpenedStudent:
 
 def open_library_student(folder: Path) -> OpenedStudent:
     """Open a checkpoint directory of any family as a student, in float32."""
-    model, family, tokenizer, processor = open_family_model(folder, dtype="float32")
+    opened = open_family_model(folder, dtype="float32")
     return OpenedStudent(
-        model=LibraryStudent(model, family),
-        tokenizer=tokenizer,
-        image_processor=processor,
-        image_encoder=family.image_encoder(model.config, processor, tokenizer),
+        model=LibraryStudent(opened.model, opened.family),
+        tokenizer=opened.tokenizer,
+        image_processor=opened.processor,
+        image_encoder=open_image_encoder(opened, folder),
     )

@@ -12,7 +12,7 @@ from image_array import ImageArray
 from tiny_families import LAYERS, TINY, save_tiny
 
 from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
-from vlm_distill_cache.common.errors import ModelError
+from vlm_distill_cache.common.errors import SampleError
 from vlm_distill_cache.data.sample import Sample, Turn
 from vlm_distill_cache.data.text.collate import collate
 from vlm_distill_cache.data.text.generation import generate_answers

@@ -218,3 +218,30 @@ def test_student_layers_are_chosen_as_the_caches_were(tiny_cache):
     chosen = dataclasses.replace(plan, teacher=plan.teacher | {"layer_choice": "all"})
     assert match_groups(plan, 6).student == open_joined(tiny_cache[0]).student_groups(6) == student_groups(6, 1)
     assert match_groups(chosen, 6).student == ((0, 1, 2, 3, 4, 5),)
+
+
+def test_samples_longer_than_the_students_positions_are_left_out_and_said(tiny_cache, caplog):
+    """Against the slow way: every sample encoded, and its longest conversation measured."""
+    whole, encoder = open_joined(tiny_cache[0]), make_teacher().encoder.with_grid((3, 3))
+    lengths = [int(whole.load(position).encoded.position_ids.max()) + 1 for position in range(len(whole))]
+    limit = sorted(lengths)[len(lengths) // 2]
+    kept = [name for name, length in zip(whole.sample_ids, lengths, strict=True) if length <= limit]
+    assert 0 < len(kept) < len(whole)
+    short = dataclasses.replace(encoder, positions=limit)
+    found = CachedDataset(
+        open_dataset(DATA), short, open_cache(tiny_cache[0]), terms=choose_terms(SIGNALS), pad_token_id=0
+    )
+    assert found.sample_ids == kept
+    assert sorted(found.left_out) == sorted(set(whole.sample_ids) - set(kept))
+    assert all(f"longer than the {limit} positions" in reason for reason in found.left_out.values())
+    assert f"{len(found.left_out)} of {len(whole)} samples" in caplog.text
+    names = [[found.sample_ids[place] for place in shard] for shard in found.shards]
+    assert names == [[whole.sample_ids[place] for place in shard if lengths[place] <= limit] for shard in whole.shards]
+    for position, name in enumerate(kept):
+        other = whole.load(whole.sample_ids.index(name)).encoded
+        assert found.load(position).encoded.image_hash == other.image_hash
+    with pytest.raises(CacheMismatchError, match=r"all samples .* longer than the 12 positions"):
+        CachedDataset(
+            open_dataset(DATA), dataclasses.replace(encoder, positions=12), open_cache(tiny_cache[0]),
+            terms=choose_terms(SIGNALS), pad_token_id=0,
+        )  # fmt: skip

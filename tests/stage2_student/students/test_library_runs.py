@@ -1,6 +1,8 @@
 """Whole runs of a library model as the student: trained, resumed from disk, scored, exported, shared vocabularies."""
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -184,3 +186,25 @@ def test_options_of_our_own_projectors_are_refused_for_a_library_student(tiny_ca
     with pytest.raises(ConfigError, match="neither a known student"):
         prepare(make_config(tiny_cache[0], student="nowhere"))
     assert config_from_dict(TrainConfig, {"cache": "c", "output": "o"}).student == "mobilevlm"
+
+
+def test_a_student_is_trained_on_what_it_has_positions_for(tiny_cache, tiny_llava, tmp_path, caplog):
+    folder = Path(shutil.copytree(tiny_llava, tmp_path / "student"))
+
+    def config(positions):
+        stored = json.loads((folder / "config.json").read_text())
+        stored["text_config"]["max_position_embeddings"] = positions
+        (folder / "config.json").write_text(json.dumps(stored))
+        return make_config(
+            tiny_cache[0], tmp_path / f"run-{positions}", student=str(folder), device="cpu",
+            dft={"steps": 2, "batch_size": 4, "losses": LOSSES},
+        )  # fmt: skip
+
+    dataset = prepare(config(4096)).phases[0].dataset
+    lengths = [int(dataset.load(position).encoded.position_ids.max()) + 1 for position in range(len(dataset))]
+    result = train(config(max(lengths) - 1))
+    left = result.preparation.phases[0].dataset.left_out
+    assert len(left) == lengths.count(max(lengths))
+    assert "are not trained on; the first: sample" in caplog.text
+    student = open_student(result.final)
+    assert student.encoder.positions == max(lengths) - 1

@@ -39,6 +39,7 @@ from vlm_distill_cache.stage2_student.scores.metrics import (
     bootstrap_kinds,
     exact_match,
     group_by_kind,
+    normalise_answer,
     parse_letter,
     preference,
     score_letters,
@@ -97,7 +98,7 @@ LETTER_PROMPT = (
     "Which caption best describes the image?\n(A) {a}\n (B) {b}\n"
     "Answer with the option's alphabet from the given choices directly."
 )
-ANSWER_TOKENS = 16  # generated for a short answer; more where the expected one is longer
+ANSWER_TOKENS = 16  # longest generated short answer, unless the expected one is longer
 LETTER_TOKENS = 4
 
 
@@ -228,12 +229,21 @@ def score_questions(
     model: Any, encoder: SampleEncoder, questions: Sequence[Question], *, batch_size: int
 ) -> np.ndarray:
     """Exact match of greedily generated answers, float ``[I]``."""
-    matches: list[bool] = []
-    for batch in _batches(questions, batch_size, "questions"):
-        prompts = [build_prompt(encoder, item.image, item.question) for item in batch]
-        made = _generate(model, encoder, prompts, _longest_answer(encoder, [item.answer for item in batch]))
-        matches += [exact_match(text, item.answer) for text, item in zip(made.texts, batch, strict=True)]
-    return np.array(matches, dtype=np.float64)
+    # Bytes of other scripts and emoji may be tokens of their own, and an answer that is cut never matches.
+    counts = [
+        len(encoder.tokenizer(normalise_answer(item.answer), add_special_tokens=False)["input_ids"])
+        for item in questions
+    ]
+    short = [place for place, count in enumerate(counts) if count <= ANSWER_TOKENS]
+    long = [place for place, count in enumerate(counts) if count > ANSWER_TOKENS]
+    matches = np.zeros(len(questions))
+    for places, limit in ((short, ANSWER_TOKENS), (long, max(counts) + 2)):  # a blank in front, the end behind
+        for batch in _batches(places, batch_size, "questions"):
+            prompts = [build_prompt(encoder, questions[place].image, questions[place].question) for place in batch]
+            made = _generate(model, encoder, prompts, limit)
+            for place, text in zip(batch, made.texts, strict=True):
+                matches[place] = exact_match(text, questions[place].answer)
+    return matches
 
 
 def score_agreement(model: Any, cached: CachedDataset, *, batch_size: int) -> dict[str, np.ndarray]:
@@ -321,13 +331,6 @@ def _generate(model: Any, encoder: SampleEncoder, prompts: Sequence[EncodedSampl
 def _sample(item_id: str, image: ImageSource, turns: tuple[Turn, ...]) -> Sample:
     """An item as the sample whose answers are scored."""
     return Sample(sample_id=item_id, images=(image,), turns=turns, independent_turns=True)
-
-
-def _longest_answer(encoder: SampleEncoder, expected: Sequence[str]) -> int:
-    """Tokens to generate: bytes of other scripts and emoji are tokens of their own, and a cut answer never matches."""
-    counts = [len(encoder.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in expected]
-    longest = max(counts)
-    return longest + 2 if longest > ANSWER_TOKENS else ANSWER_TOKENS  # a blank in front, the end behind
 
 
 def _letter_token(encoder: SampleEncoder, image: ImageSource, letter: str) -> int:

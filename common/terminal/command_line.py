@@ -22,6 +22,7 @@ from vlm_distill_cache.common.errors import DistillError
 from vlm_distill_cache.common.files.hashing import checksum
 from vlm_distill_cache.common.locations import is_url
 from vlm_distill_cache.common.printing import printable
+from vlm_distill_cache.common.terminal.launch import enter_launch
 
 logger = logging.getLogger(__name__)
 SAID = "VLM_DISTILL_SAID"  # of a process that another one of ours started: what that one has said
@@ -61,6 +62,20 @@ def leave_one_core() -> int:
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) - 1))
     return torch.get_num_threads()
+
+
+def join_launch(ctx: click.Context, *, several: Sequence[str]) -> None:
+    """Find out whether this process is one of several; of all but the ``several`` commands process 0 does the work.
+
+    The others are silent but for errors.
+    """
+    launch = enter_launch()
+    if launch.size == 1:
+        return
+    if launch.rank:
+        logging.getLogger().setLevel(logging.ERROR)
+        if ctx.invoked_subcommand not in several:
+            ctx.exit(0)
 
 
 def run_command(command: Sequence[str], environment: Mapping[str, str]) -> int:

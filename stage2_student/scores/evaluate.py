@@ -237,7 +237,10 @@ def score_questions(
     short = [place for place, count in enumerate(counts) if count <= ANSWER_TOKENS]
     long = [place for place, count in enumerate(counts) if count > ANSWER_TOKENS]
     matches = np.zeros(len(questions))
-    for places, limit in ((short, ANSWER_TOKENS), (long, max(counts) + 2)):  # a blank in front, the end behind
+    for places, limit in (
+        (short, ANSWER_TOKENS),
+        (long, max(counts, default=0) + 2),
+    ):  # a blank in front, the end behind
         for batch in _batches(places, batch_size, "questions"):
             prompts = [build_prompt(encoder, questions[place].image, questions[place].question) for place in batch]
             made = _generate(model, encoder, prompts, limit)

@@ -34,6 +34,7 @@ from vlm_distill_cache.stage1_teacher.planning.parts import (
 from vlm_distill_cache.stage1_teacher.planning.plan import teacher_directory
 from vlm_distill_cache.stage1_teacher.report import summary_text
 
+
 def tree(root: Path) -> dict[str, bytes]:
     return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
 

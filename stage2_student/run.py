@@ -41,6 +41,7 @@ STAMP, TABLE, REPORT, SCORES = "run.json", "table.txt", "report.html", "evaluati
 BASELINE, DISTILLED, TEACHER = "sft", "distilled", "teacher"
 COMPARED = (BASELINE, DISTILLED)
 ARM = "DISTILL_ARM"  # set in the processes of a run's student: what comes next is the run's to say
+LAUNCHER = "vlm_distill_cache.stage2_student.training.several"
 FINAL, PROVENANCE = "final", "distillation.json"
 _log = logging.getLogger(__name__)
 
@@ -190,7 +191,7 @@ def train_arm(arm: TrainConfig, *, processes: int, caches: Mapping[str, TeacherC
         return
     folder.mkdir(parents=True, exist_ok=True)
     save_config(arm, folder / "config.yaml")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    launcher = [sys.executable, "-m", LAUNCHER, "--standalone", f"--nproc_per_node={processes}"]
     ours = ["-m", "vlm_distill_cache.stage2_student.cli", "train", "--config", str(folder / "config.yaml")]
     command = [*launcher, *ours, "--cache", arm.cache, "--output", arm.output]
     # One thread a process is what torch's launcher takes too, with a page of advice.

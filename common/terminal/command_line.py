@@ -64,6 +64,16 @@ def leave_one_core() -> int:
     return torch.get_num_threads()
 
 
+@contextmanager
+def without_interrupts() -> Iterator[None]:
+    """Keep Ctrl-C for afterwards, and from the processes that are started inside the block."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def join_launch(ctx: click.Context, *, several: Sequence[str]) -> None:
     """Find out whether this process is one of several; of all but the ``several`` commands process 0 does the work.
 
@@ -83,7 +93,10 @@ def run_command(command: Sequence[str], environment: Mapping[str, str]) -> int:
 
     A launcher that is killed outright (`subprocess.run` does that) leaves its own processes behind.
     """
-    with subprocess.Popen(command, env=environment) as process:
+    # Ctrl-C reaches all processes of a terminal: this one ends the others, which would each end in their own way.
+    with without_interrupts():
+        process = subprocess.Popen(command, env=environment)
+    with process:
         try:
             return process.wait()
         finally:

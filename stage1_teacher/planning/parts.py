@@ -25,7 +25,12 @@ from typing import NoReturn
 
 from vlm_distill_cache.common.cache.plan import THREADS
 from vlm_distill_cache.common.errors import ConfigError, DistillError, ProcessFailedError
-from vlm_distill_cache.common.terminal.command_line import end_with_parent, leave_one_core, quiet_libraries
+from vlm_distill_cache.common.terminal.command_line import (
+    end_with_parent,
+    leave_one_core,
+    quiet_libraries,
+    without_interrupts,
+)
 from vlm_distill_cache.common.terminal.launch import Launch
 from vlm_distill_cache.stage1_teacher.config import BuildConfig
 from vlm_distill_cache.stage1_teacher.planning.cache_folder import explain_disk_errors, stored_plan
@@ -173,7 +178,9 @@ def run_parts(
             here, there = context.Pipe(duplex=False)
             own = replace(config, device=local_device(config.device, local))
             process = context.Process(target=_process, args=(target, own, part, there))
-            process.start()
+            # Ctrl-C is for this process, which ends the others: one that is just importing would show a traceback.
+            with without_interrupts():
+                process.start()
             there.close()
             processes.append((part, process, here))
         running = list(processes)
@@ -222,8 +229,6 @@ def _process(
     try:
         with explain_disk_errors(config.cache):
             target(config, part)
-    except KeyboardInterrupt:
-        os._exit(130)  # the terminal told the parent too; it does the talking
     except DistillError as error:
         connection.send(str(error))
     except OSError as error:

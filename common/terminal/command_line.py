@@ -77,7 +77,7 @@ def without_interrupts() -> Iterator[None]:
 def join_launch(ctx: click.Context, *, several: Sequence[str]) -> None:
     """Find out whether this process is one of several; of all but the ``several`` commands process 0 does the work.
 
-    The others are silent but for errors.
+    The others say no more than that, and errors.
     """
     launch = enter_launch()
     if launch.size == 1:
@@ -85,6 +85,8 @@ def join_launch(ctx: click.Context, *, several: Sequence[str]) -> None:
     if launch.rank:
         logging.getLogger().setLevel(logging.ERROR)
         if ctx.invoked_subcommand not in several:
+            names = ", ".join(launch.names)
+            say(f"process {launch.rank} of {launch.size} ({launch.launcher}: {names}): process 0 does this", err=True)
             ctx.exit(0)
 
 

@@ -200,7 +200,7 @@ def evaluate(
     student: Path, *, data: str | None, images: str | None, cache: str | None, limit: int | None, output: Path | None
 ) -> None:
     """Score a trained student: its `final` folder."""
-    from vlm_distill_cache.stage2_student.scores.held_out import EVALUATE_OPTION, scoring_notes
+    from vlm_distill_cache.stage2_student.scores.held_out import EVALUATE_OPTION, scoring_notes, unreadable_note
     from vlm_distill_cache.stage2_student.trained_student import evaluate_student, open_student
 
     runs.set_up_libraries()
@@ -220,6 +220,7 @@ def evaluate(
     report = evaluate_student(opened, settings, compared)
     scorable = bool({"likelihood", "questions"} & report.scores.keys())
     notes += scoring_notes(settings, compared, scorable=scorable, option=EVALUATE_OPTION)
+    notes += filter(None, [unreadable_note(report.unreadable)])
     click.echo(render_table({student.parent.name: report}))
     for note in notes:
         click.echo(f"note: {note}")

@@ -14,15 +14,15 @@ meant, and evaluation uses the file it is given. Hold data out by keeping it in 
 """
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
-from vlm_distill_cache.common.errors import DataError
+from vlm_distill_cache.common.errors import DataError, SampleError
 from vlm_distill_cache.data.sample import (
     Dataset,
     EvaluationSet,
     Question,
     Sample,
-    iterate_readable,
     questions_of,
 )
 from vlm_distill_cache.data.sources.easy_vqa import EasyVqaDataset, easy_vqa_evaluation
@@ -71,7 +71,12 @@ def open_dataset(spec: str, *, split: str = "train", images: Path | None = None,
 
 
 def open_evaluation(
-    spec: str, split: str = "test", limit: int | None = None, *, images: Path | None = None
+    spec: str,
+    split: str = "test",
+    limit: int | None = None,
+    *,
+    images: Path | None = None,
+    on_failed: Callable[[str, str], None] = lambda sample_id, reason: None,
 ) -> EvaluationSet:
     """Open the evaluation items of the data a user names.
 
@@ -81,6 +86,7 @@ def open_evaluation(
     Args:
         spec: As for `open_dataset`, like ``split`` and ``images``.
         limit: Most items (of each sort for ``shapes``); of a file at most `FILE_ITEMS` where none is given.
+        on_failed: Told the id of each sample that is passed over, and why.
 
     Returns:
         The items; none, with a warning, if a file has no question with a short answer.
@@ -95,8 +101,12 @@ def open_evaluation(
 
         return shapes_evaluation(split, limit or SHAPES_ITEMS, options.get("seed", 0))
     questions: list[Question] = []
-    for sample in iterate_readable(open_dataset(spec, split=split, images=images)):
-        questions += _short_questions(sample)
+    dataset = open_dataset(spec, split=split, images=images)
+    for index, sample_id in enumerate(dataset.sample_ids):
+        try:
+            questions += _short_questions(dataset[index])
+        except SampleError as error:
+            on_failed(sample_id, str(error))
         if len(questions) >= (limit or FILE_ITEMS):
             break
     if not questions:

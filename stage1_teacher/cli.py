@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from vlm_distill_cache.common.terminal.command_line import (
     OVERRIDES,
     SETTINGS,
     CommandGroup,
+    join_launch,
     quiet_libraries,
     quoted,
     say,
@@ -26,15 +26,18 @@ from vlm_distill_cache.common.terminal.command_line import (
     start_logging,
     stopped_by_sigterm,
 )
+from vlm_distill_cache.common.terminal.launch import enter_launch
 from vlm_distill_cache.stage1_teacher.config import SIGNALS, BuildConfig
 
 # Imports that pull torch in are inside the commands, so that --help and usage errors are instant.
 
 
 @click.group(cls=CommandGroup, context_settings=SETTINGS)
-def main() -> None:
+@click.pass_context
+def main(ctx: click.Context) -> None:
     """Stage one: run the teacher once over a data set and keep what students need."""
     start_logging()
+    join_launch(ctx, several=("build",))
 
 
 _build_options = shared_options(
@@ -75,7 +78,7 @@ def _settings(options: dict[str, Any]) -> BuildConfig:
     "--part",
     metavar="R/N",
     help="Build shards R of N (counted from 0), on any machine: all parts in one shared folder (the last one seals "
-    "it), or each in its own, joined by `cachectl merge`; default: as torchrun or srun say.",
+    "it), or each in its own, joined by `cachectl merge`; default: as torchrun, srun or mpirun say.",
 )
 @click.option("--overwrite", is_flag=True, help="Start again if the folder holds a cache with other options.")
 def build(*, nproc: int | None, part: str | None, overwrite: bool, **options: Any) -> None:
@@ -87,7 +90,7 @@ def build(*, nproc: int | None, part: str | None, overwrite: bool, **options: An
     from vlm_distill_cache.stage1_teacher.planning.parts import choose_part, local_device
     from vlm_distill_cache.stage1_teacher.report import next_command, summary_text
 
-    own, local = choose_part(part, os.environ)
+    own, local = choose_part(part, enter_launch())
     if overwrite and own.of > 1:
         raise click.UsageError(
             f"--overwrite with part {own}: the parts would delete each other's shards. Run "

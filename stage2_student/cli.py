@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import signal
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -22,11 +23,13 @@ from vlm_distill_cache.common.terminal.command_line import (
     CacheLocation,
     CommandGroup,
     NewFolder,
+    join_launch,
     quoted,
     shared_options,
     start_logging,
     stopped_by_sigterm,
 )
+from vlm_distill_cache.common.terminal.launch import enter_launch
 from vlm_distill_cache.stage2_student import run as runs
 from vlm_distill_cache.stage2_student.config import PHASE_NAMES, TrainConfig
 from vlm_distill_cache.stage2_student.pruned_folder import refuse_uncut
@@ -38,10 +41,12 @@ from vlm_distill_cache.stage2_student.training.output_folder import refuse_forei
 
 
 @click.group(cls=CommandGroup, context_settings=SETTINGS)
-def main() -> None:
+@click.pass_context
+def main(ctx: click.Context) -> None:
     """Stage two: train students from a teacher cache, without the teacher."""
-    start_logging(logging.INFO if _is_first_process() else logging.ERROR)
+    start_logging()
     threading.excepthook = _say_in_a_line
+    join_launch(ctx, several=("train", "run"))
 
 
 def _say_in_a_line(failed: threading.ExceptHookArgs) -> None:
@@ -50,11 +55,6 @@ def _say_in_a_line(failed: threading.ExceptHookArgs) -> None:
         logging.getLogger(__name__).warning("not written: %s", failed.exc_value)
     else:
         threading.__excepthook__(failed)
-
-
-def _is_first_process() -> bool:
-    """Whether this is the process that speaks, of those that torch's launcher started."""
-    return "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("RANK") == "0"
 
 
 _IMAGES = click.option("--images", help="Folder that relative image paths start from.")
@@ -107,10 +107,13 @@ def train(**options: Any) -> None:
 
     refuse_uncut(settings.student, settings.teacher)
     runs.set_up_libraries()
+    if enter_launch().size > 1:
+        # They wait for each other inside torch, where no handler of Python's runs.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     refuse_foreign_folder(Path(settings.output))
     in_run = runs.ARM in os.environ
     caches = open_caches(settings)
-    if _is_first_process() and not in_run:
+    if enter_launch().rank == 0 and not in_run:
         for note in cache_notes(settings, caches):
             click.echo(note)
     result = runs.train_alone(settings, caches=caches)
@@ -128,6 +131,12 @@ def train(**options: Any) -> None:
 def run(*, nproc: int, **options: Any) -> None:
     """Train `sft`, the baseline without a teacher, and the distilled student; score both, write the report."""
     settings = _load(options)
+    launch = enter_launch()
+    if launch.size > 1:
+        raise ConfigError(
+            f"{launch.launcher} started {launch.size} processes of `distill run`, which starts its own: run it once, with "
+            f"--nproc {launch.size}; or train by `distill train`, which {launch.launcher} may start"
+        )
     with stopped_by_sigterm():
         summary = runs.run(settings, processes=nproc, say=click.echo)
     lines = summary.table.splitlines()
@@ -191,7 +200,7 @@ def evaluate(
     student: Path, *, data: str | None, images: str | None, cache: str | None, limit: int | None, output: Path | None
 ) -> None:
     """Score a trained student: its `final` folder."""
-    from vlm_distill_cache.stage2_student.scores.held_out import EVALUATE_OPTION, scoring_notes
+    from vlm_distill_cache.stage2_student.scores.held_out import EVALUATE_OPTION, scoring_notes, unreadable_note
     from vlm_distill_cache.stage2_student.trained_student import evaluate_student, open_student
 
     runs.set_up_libraries()
@@ -211,6 +220,7 @@ def evaluate(
     report = evaluate_student(opened, settings, compared)
     scorable = bool({"likelihood", "questions"} & report.scores.keys())
     notes += scoring_notes(settings, compared, scorable=scorable, option=EVALUATE_OPTION)
+    notes += filter(None, [unreadable_note(report.unreadable)])
     click.echo(render_table({student.parent.name: report}))
     for note in notes:
         click.echo(f"note: {note}")

@@ -41,6 +41,7 @@ STAMP, TABLE, REPORT, SCORES = "run.json", "table.txt", "report.html", "evaluati
 BASELINE, DISTILLED, TEACHER = "sft", "distilled", "teacher"
 COMPARED = (BASELINE, DISTILLED)
 ARM = "DISTILL_ARM"  # set in the processes of a run's student: what comes next is the run's to say
+LAUNCHER = "vlm_distill_cache.stage2_student.training.several"
 FINAL, PROVENANCE = "final", "distillation.json"
 _log = logging.getLogger(__name__)
 
@@ -107,7 +108,7 @@ def train_and_score(
     say: Callable[[str], None],
 ) -> None:
     """Do what is left of a run; the caller holds its folder."""
-    from vlm_distill_cache.stage2_student.scores.held_out import probe_items
+    from vlm_distill_cache.stage2_student.scores.held_out import probe_items, unreadable_note
     from vlm_distill_cache.stage2_student.training.checks import check_losses
     from vlm_distill_cache.stage2_student.training.preparation import cache_notes, prepare
 
@@ -133,6 +134,11 @@ def train_and_score(
         say(f"{name}: training {describe_phases(arm)}")
         train_arm(arm, processes=processes, caches=caches)
     scores = {name: evaluate_arm(output / name, config, cache, say=say) for name in trained}
+    found = {note: None for report in scores.values() if (note := unreadable_note(report.unreadable))}
+    for note in (note for note in found if note not in notes):
+        say(f"note: {note}")
+    notes = list(dict.fromkeys([*notes, *found]))
+    state["notes"] = notes
     same_test = (config.evaluation.data, config.evaluation.split) == (None, EvaluationConfig().split)
     # Put there by whoever built the cache, of the test set of the cache's own data.
     if (known := cache.plan.teacher.get("evaluation")) and same_test:
@@ -140,6 +146,7 @@ def train_and_score(
     write_json_atomic(output / SCORES, {name: report.to_dict() for name, report in scores.items()})
     table = "\n".join([render_table(scores, COMPARED), *(f"note: {note}" for note in notes)])
     write_bytes_atomic(output / TABLE, table.encode())
+    write_json_atomic(output / STAMP, {**state, "finished": None})  # the report shows its notes
     write_report(output, config, cache)
     write_json_atomic(output / STAMP, {**state, "finished": fingerprint(stamp)})
 
@@ -190,7 +197,7 @@ def train_arm(arm: TrainConfig, *, processes: int, caches: Mapping[str, TeacherC
         return
     folder.mkdir(parents=True, exist_ok=True)
     save_config(arm, folder / "config.yaml")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    launcher = [sys.executable, "-m", LAUNCHER, "--standalone", f"--nproc_per_node={processes}"]
     ours = ["-m", "vlm_distill_cache.stage2_student.cli", "train", "--config", str(folder / "config.yaml")]
     command = [*launcher, *ours, "--cache", arm.cache, "--output", arm.output]
     # One thread a process is what torch's launcher takes too, with a page of advice.

@@ -5,7 +5,6 @@ loading threads and attention is recomputed for the wanted rows of the wanted la
 ``accelerate launch`` for several processes: a step then sees the same samples and has the same gradient.
 """
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from vlm_distill_cache.common.config import config_to_dict, save_config
 from vlm_distill_cache.common.errors import CacheMismatchError, ConfigError
 from vlm_distill_cache.common.files.atomic import clean_stale, new_directory, remove, write_json_atomic
 from vlm_distill_cache.common.locations import public_location
+from vlm_distill_cache.common.terminal.launch import READY_S, enter_launch, meet
 from vlm_distill_cache.common.terminal.progress import hide_library_bars
 from vlm_distill_cache.stage2_student.config import TrainConfig, public_config
 from vlm_distill_cache.stage2_student.losses.objective import Losses, step_shares
@@ -86,6 +86,7 @@ def train(
     meanwhile.
     """
     hide_library_bars()
+    meet(enter_launch())
     # All processes: everything that can be wrong is found here, before the first step.
     run = prepare(config, caches)
     accelerator = build_accelerator(config, run.fingerprint)
@@ -139,11 +140,13 @@ def build_accelerator(config: TrainConfig, fingerprint: str) -> Accelerator:
     """One accelerator for CPU, one device or many processes, as the launcher's environment says.
 
     Raises:
-        ConfigError: If launched processes work side by side without knowing of each other.
+        ConfigError: If launched processes do not come, or cannot reach each other.
         CacheMismatchError: If they do not run the same: a cache at an address may change while they start.
     """
     # Without saying so on a machine without an accelerator, launched processes would not find each other.
     cpu = config.device == "cpu" or not torch.accelerator.is_available()
+    launch = enter_launch()
+    meet(launch, limit_s=READY_S)
     try:
         accelerator = Accelerator(mixed_precision=config.precision, cpu=cpu)
     except ValueError as error:  # it is fixed once a process
@@ -151,10 +154,16 @@ def build_accelerator(config: TrainConfig, fingerprint: str) -> Accelerator:
             f"precision={config.precision}: something else in this process has chosen another precision or device "
             f"({error}); train in a process of its own"
         ) from error
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if accelerator.num_processes != launched:
+    except RuntimeError as error:
+        if launch.size == 1:
+            raise
         raise ConfigError(
-            f"{launched} processes were launched, but {accelerator.num_processes} found each other: they "
+            f"the {launch.size} processes that {launch.launcher} started cannot reach each other "
+            f"({str(error).partition(chr(10))[0]}); NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME choose the network"
+        ) from error
+    if accelerator.num_processes != launch.size:
+        raise ConfigError(
+            f"{launch.size} processes were launched, but {accelerator.num_processes} found each other: they "
             "would write over one another's files. Use `accelerate launch` or `torchrun`, one process per device"
         )
     if accelerator.num_processes > 1 and len(set(gather_object([fingerprint]))) > 1:

@@ -1,7 +1,7 @@
 """A trained student as it lies on disk: opened with its encoder, scored, exported; its cache may be gone."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -96,11 +96,12 @@ def open_student(folder: Path) -> Student:
 def evaluate_student(student: Student, config: TrainConfig, cache: TeacherCache | None) -> EvaluationReport:
     """Score a student on held-out items and, if its cache is at hand, against the cached teacher."""
     how = config.evaluation
-    items = open_items(config, student.encoder, cache)
+    opened = open_items(config, student.encoder, cache)
     cached = None
     if how.agreement_samples and cache is not None:
         cached = join_cached(student, config, cache, limit=how.agreement_samples)
-    return evaluate_model(student.model, student.encoder, items, cached=cached, letters=how.letters)
+    report = evaluate_model(student.model, student.encoder, opened.items, cached=cached, letters=how.letters)
+    return replace(report, unreadable=opened.unreadable)
 
 
 def comparable_signals(student: Student, cache: TeacherCache) -> list[str]:

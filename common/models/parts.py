@@ -13,24 +13,77 @@ from vlm_distill_cache.common.errors import CacheFormatError, ModelError
 from vlm_distill_cache.common.files.atomic import read_json
 from vlm_distill_cache.common.models.published_configs import KNOWN_TOWERS, drop_buffers, text_settings
 from vlm_distill_cache.common.models.vision_language import VisionLanguageModel
-from vlm_distill_cache.common.models.weight_files import check_tensors, read_weights
+from vlm_distill_cache.common.models.weight_files import GGUF, check_tensors, read_weights
+from vlm_distill_cache.common.printing import one_line
 
 _LANGUAGE_MODELS = {"llama": "llama", "mobilellama": "llama", "qwen2": "qwen2"}
+ADAPTER = "adapter_config.json"
 _FIRST = "embeddings.patch_embedding.weight"
 _OTHERS_PARTS = ("model.vision_tower.", "model.mm_projector.")
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """Read a checkpoint's ``config.json``; a ModelError if there is none, or it is damaged."""
+    """Read a checkpoint's ``config.json``.
+
+    Raises:
+        ModelError: If there is none, or it is damaged; says what is there instead.
+    """
+    path = directory / "config.json"
+    if not path.is_file():
+        raise ModelError(_without_config(directory))
     try:
-        stored = read_json((directory / "config.json").resolve())
-    except (FileNotFoundError, NotADirectoryError):
-        raise ModelError(
-            f"{directory}: no config.json; give a directory that save_pretrained wrote, or a downloaded checkpoint"
-        ) from None
+        stored = read_json(path.resolve())
     except CacheFormatError as error:
-        raise ModelError(f"{error}; download it again") from error
-    return stored if isinstance(stored, dict) else {}
+        raise ModelError(f"{error}; expected JSON in UTF-8 without a byte order mark: download it again") from error
+    if not isinstance(stored, dict):
+        found = type(stored).__name__
+        raise ModelError(
+            f"{directory} cannot be loaded: config.json holds {found}, expected an object of settings; download it again"
+        )
+    return stored
+
+
+def describe_adapter(directory: Path) -> str:
+    """What to do with a directory of low-rank adapters, whose whole model is not in it."""
+    try:
+        settings = read_json((directory / ADAPTER).resolve())
+    except (OSError, CacheFormatError):
+        settings = {}
+    base = settings.get("base_model_name_or_path") if isinstance(settings, dict) else None
+    base = one_line(base if isinstance(base, str) and base else "BASE", limit=200)
+    return (
+        f"{directory}: holds adapters ({ADAPTER}), which are no model without the one they were made for ({base}); merge "
+        "them into it and give the folder MERGED (peft: `pip install 'vlm-distill-cache[lora]'`):\n"
+        "  from peft import PeftModel\n"
+        "  from transformers import AutoModelForImageTextToText, AutoProcessor\n"
+        f"  base = AutoModelForImageTextToText.from_pretrained({base!r})\n"
+        f"  PeftModel.from_pretrained(base, {str(directory)!r}).merge_and_unload().save_pretrained('MERGED')\n"
+        f"  AutoProcessor.from_pretrained({base!r}).save_pretrained('MERGED')"
+    )
+
+
+def _without_config(directory: Path) -> str:
+    """What is there instead of a checkpoint with its ``config.json``."""
+    if not directory.exists():
+        return (
+            f"{directory}: there is no such folder, and names on the hub are not looked up; download the model "
+            f"(`hf download NAME --local-dir FOLDER`) and give the folder"
+        )
+    if directory.suffix == ".gguf" or (directory.is_dir() and any(directory.glob("*.gguf"))):
+        return f"{directory}: {GGUF}"
+    if not directory.is_dir():
+        return f"{directory}: no folder; give the folder that holds config.json, weights and tokenizer"
+    if (directory / ADAPTER).is_file():
+        return describe_adapter(directory)
+    inner = sorted({path.parent for pattern in ("*/", "*/*/") for path in directory.glob(f"{pattern}config.json")})
+    if inner:
+        shown = ", ".join(str(path) for path in inner[:3])
+        return f"{directory}: no config.json there; these folders inside it have one, give one of them: {shown}"
+    found = "no config.json there" + ("" if any(directory.iterdir()) else ": it is empty")
+    return (
+        f"{directory}: {found}; expected a checkpoint directory with model, tokenizer and image processor files: one that "
+        "save_pretrained wrote, or a downloaded one"
+    )
 
 
 def tower_settings(directory: Path) -> dict[str, Any]:

@@ -18,6 +18,11 @@ from vlm_distill_cache.common.errors import CacheFormatError, ModelError
 from vlm_distill_cache.common.files.atomic import read_json
 
 _WHOLE = ("model.safetensors", "pytorch_model.bin")
+_LFS = b"version https://git-lfs"
+GGUF = (
+    "a GGUF file is a language model for llama.cpp and cannot be used here; download the original repository of the model: "
+    "config.json, safetensors, tokenizer and preprocessor_config.json"
+)
 _LISTED = 5  # names of wrong tensors an error shows
 
 
@@ -28,14 +33,28 @@ def weight_files(directory: Path) -> list[Path]:
     """
     for name in _WHOLE:
         if (directory / name).is_file():
-            return [directory / name]
+            return _refuse_pointers([directory / name])
         index = directory / f"{name}.index.json"
         if index.is_file():
-            return _indexed_files(index)
+            return _refuse_pointers(_indexed_files(index))
+    if any(directory.glob("*.gguf")):
+        raise ModelError(f"{directory}: {GGUF}")
     raise ModelError(
         f"{directory}: no weights; expected {' or '.join(_WHOLE)}, or shards with their .index.json: download the "
         "whole repository of the model"
     )
+
+
+def _refuse_pointers(files: list[Path]) -> list[Path]:
+    """Refuse what a clone without Git LFS holds in place of weights."""
+    for path in files:
+        with path.open("rb") as file:
+            if file.read(len(_LFS)) == _LFS:
+                raise ModelError(
+                    f"{path}: a pointer of Git LFS, not the weights; run `git lfs pull` in that folder, or download the "
+                    "model again (`hf download`)"
+                )
+    return files
 
 
 def read_weights(directory: Path) -> dict[str, Tensor]:

@@ -22,6 +22,7 @@ from vlm_distill_cache.common.errors import DistillError
 from vlm_distill_cache.common.files.hashing import checksum
 from vlm_distill_cache.common.locations import is_url
 from vlm_distill_cache.common.printing import message, printable
+from vlm_distill_cache.common.terminal.launch import enter_launch
 
 logger = logging.getLogger(__name__)
 SAID = "VLM_DISTILL_SAID"  # of a process that another one of ours started: what that one has said
@@ -63,12 +64,41 @@ def leave_one_core() -> int:
     return torch.get_num_threads()
 
 
+@contextmanager
+def without_interrupts() -> Iterator[None]:
+    """Keep Ctrl-C for afterwards, and from the processes that are started inside the block."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def join_launch(ctx: click.Context, *, several: Sequence[str]) -> None:
+    """Find out whether this process is one of several; of all but the ``several`` commands process 0 does the work.
+
+    The others say no more than that, and errors.
+    """
+    launch = enter_launch()
+    if launch.size == 1:
+        return
+    if launch.rank:
+        logging.getLogger().setLevel(logging.ERROR)
+        if ctx.invoked_subcommand not in several:
+            names = ", ".join(launch.names)
+            say(f"process {launch.rank} of {launch.size} ({launch.launcher}: {names}): process 0 does this", err=True)
+            ctx.exit(0)
+
+
 def run_command(command: Sequence[str], environment: Mapping[str, str]) -> int:
     """Run a command to its end and return its exit code; SIGTERM or Ctrl-C to this process stops it too.
 
     A launcher that is killed outright (`subprocess.run` does that) leaves its own processes behind.
     """
-    with subprocess.Popen(command, env=environment) as process:
+    # Ctrl-C reaches all processes of a terminal: this one ends the others, which would each end in their own way.
+    with without_interrupts():
+        process = subprocess.Popen(command, env=environment)
+    with process:
         try:
             return process.wait()
         finally:

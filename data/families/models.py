@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from vlm_distill_cache.common.errors import ConfigError, ModelError
 from vlm_distill_cache.common.files.atomic import read_json
 from vlm_distill_cache.common.models.published import default_image_processor, is_published, load_published
+from vlm_distill_cache.common.printing import one_line
+from vlm_distill_cache.data.families.recognise import refuse_unusable
 from vlm_distill_cache.data.families.table import Family, family_of, submodule
 from vlm_distill_cache.data.images.encoder import AnyImageEncoder
 from vlm_distill_cache.data.images.library import load_processor
@@ -64,12 +66,9 @@ def open_family_model(
         ModelError: If the directory holds no usable model, or only part of its weights.
         ConfigError: If bitsandbytes or accelerate is missing for what is asked.
     """
-    if not (directory / "config.json").is_file():
-        raise ModelError(
-            f"{directory}: no config.json there; expected a checkpoint directory with model, tokenizer and image "
-            "processor files"
-        )
     published = is_published(directory)
+    if not published:
+        refuse_unusable(directory)
     _check_placement(directory, device_map=device_map, quantisation=quantisation, published=published)
     try:
         if published:
@@ -85,8 +84,13 @@ def open_family_model(
     except (ModelError, ConfigError, torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # of any class: a hostile or cut file fails wherever it is first looked at
+        if "weights_only" in str(error):  # the library proposes to load it all the same
+            raise ModelError(
+                f"{directory} cannot be loaded: its pytorch_model.bin is refused, because it is damaged or holds more than "
+                "tensors and could run code; download it again from the model's own authors, or use safetensors"
+            ) from error
         raise ModelError(
-            f"{directory} cannot be loaded: {error}; it needs config.json, weights, tokenizer and "
+            f"{directory} cannot be loaded: {one_line(error)}; it needs config.json, weights, tokenizer and "
             "preprocessor_config.json of one model"
         ) from error
     if device_map:
@@ -239,7 +243,7 @@ def _load_library_model(
     if lost:
         raise ModelError(
             f"{directory}: {len(lost)} weights are missing or of another shape ({', '.join(lost[:3])}), and would be "
-            "random; the directory is not a complete checkpoint of its config.json"
+            f"random; the directory is not a complete checkpoint of its config.json{_tie_hint(lost)}"
         )
     beyond = sorted(key for key in loading["unexpected_keys"] if _LAYER.search(str(key)))
     if beyond:
@@ -248,6 +252,12 @@ def _load_library_model(
             "the model would be left out; take config.json and weights of one checkpoint"
         )
     return model
+
+
+def _tie_hint(lost: list[str]) -> str:
+    if len(lost) != 1 or not lost[0].endswith("lm_head.weight"):
+        return ""
+    return "; if its output projection is the embedding, set tie_word_embeddings to true there, at the top"
 
 
 def _check_placement(directory: Path, *, device_map: str, quantisation: str, published: bool) -> None:

@@ -16,7 +16,7 @@ import multiprocessing
 import os
 import re
 import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
@@ -25,7 +25,13 @@ from typing import NoReturn
 
 from vlm_distill_cache.common.cache.plan import THREADS
 from vlm_distill_cache.common.errors import ConfigError, DistillError, ProcessFailedError
-from vlm_distill_cache.common.terminal.command_line import end_with_parent, leave_one_core, quiet_libraries
+from vlm_distill_cache.common.terminal.command_line import (
+    end_with_parent,
+    leave_one_core,
+    quiet_libraries,
+    without_interrupts,
+)
+from vlm_distill_cache.common.terminal.launch import Launch
 from vlm_distill_cache.stage1_teacher.config import BuildConfig
 from vlm_distill_cache.stage1_teacher.planning.cache_folder import explain_disk_errors, stored_plan
 
@@ -85,32 +91,18 @@ def parse_part(text: str) -> Part:
     return Part(rank=int(match[1]), of=int(match[2]))
 
 
-_LAUNCHERS = (  # name, a variable that it alone sets, rank, number, rank on this machine
-    ("torchrun", "TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE", "LOCAL_RANK"),
-    ("srun", "SLURM_STEP_ID", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
-)
-
-
-def choose_part(text: str | None, environment: Mapping[str, str]) -> tuple[Part, int]:
-    """Find out which part this process is: as ``--part`` says, else as a launcher says, else the whole.
-
-    A shell inside a Slurm allocation has ``SLURM_NTASKS`` and ``SLURM_PROCID`` too, and is no part of anything: only
-    variables that the launcher of several processes alone sets count.
+def choose_part(text: str | None, launch: Launch) -> tuple[Part, int]:
+    """Find out which part this process is: as ``--part`` says, else as its launcher says, else the whole.
 
     Returns:
         The part, and its rank among the processes of this machine.
     """
-    for launcher, mark, *names in _LAUNCHERS:
-        values = [environment.get(name, "") for name in names]
-        if mark not in environment or not all(value.isdecimal() for value in values):
-            continue
-        rank, of, local = map(int, values)
-        if text is not None:
-            return parse_part(text), local
-        if of > 1:
-            logger.info("part %d/%d, as %s says (%s, %s)", rank, of, launcher, names[0], names[1])
-            return Part(rank=rank, of=of), local
-    return (WHOLE if text is None else parse_part(text)), 0
+    if text is not None:
+        return parse_part(text), launch.local
+    if launch.size == 1:
+        return WHOLE, 0
+    logger.info("part %d/%d, as %s says (%s)", launch.rank, launch.size, launch.launcher, ", ".join(launch.names))
+    return Part(rank=launch.rank, of=launch.size), launch.local
 
 
 def local_device(device: str, local: int) -> str:
@@ -186,7 +178,9 @@ def run_parts(
             here, there = context.Pipe(duplex=False)
             own = replace(config, device=local_device(config.device, local))
             process = context.Process(target=_process, args=(target, own, part, there))
-            process.start()
+            # Ctrl-C is for this process, which ends the others: one that is just importing would show a traceback.
+            with without_interrupts():
+                process.start()
             there.close()
             processes.append((part, process, here))
         running = list(processes)
@@ -235,8 +229,6 @@ def _process(
     try:
         with explain_disk_errors(config.cache):
             target(config, part)
-    except KeyboardInterrupt:
-        os._exit(130)  # the terminal told the parent too; it does the talking
     except DistillError as error:
         connection.send(str(error))
     except OSError as error:

@@ -19,6 +19,7 @@ from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
 from vlm_distill_cache.common.codecs.live import RowAttention, SparseLogits
 from vlm_distill_cache.common.codecs.logits import LogitCodec
 from vlm_distill_cache.common.codecs.row_attention import RowAttentionCodec
+from vlm_distill_cache.common.errors import ModelError
 from vlm_distill_cache.common.terminal.progress import progress
 from vlm_distill_cache.data.families.models import row_logits
 from vlm_distill_cache.data.sample import CaptionPair, EvaluationSet, ImageSource, Question, Sample, Turn
@@ -38,6 +39,7 @@ from vlm_distill_cache.stage2_student.scores.metrics import (
     bootstrap_kinds,
     exact_match,
     group_by_kind,
+    normalise_answer,
     parse_letter,
     preference,
     score_letters,
@@ -72,12 +74,17 @@ def answer_log_probs(model: Any, samples: Sequence[EncodedSample], pad_id: int) 
 
     Returns:
         For each sample: nats, float64 ``[A_i]``; and the rows' segment ids, int64 ``[A_i]``.
+
+    Raises:
+        ModelError: If a logit is not a number.
     """
     batch = collate(samples, pad_id).to(device_of(model))
     supervised = batch.labels != IGNORE_INDEX  # [B, T]
     logits = supervised_logits(model, model_inputs_of(model, batch), supervised)
     chosen = logits.gather(1, batch.labels[supervised][:, None])[:, 0].float()
     log_probs = (chosen - logits.float().logsumexp(1)).double().cpu().numpy()  # [A]
+    if np.isnan(log_probs).any():  # it would count as the wrong caption's win
+        raise ModelError("the model's logits are not numbers (NaN), so nothing can be scored; train it again")
     counts = [len(sample.supervised_rows) for sample in samples]
     return [
         (part, sample.segment_ids[sample.supervised_rows])
@@ -91,7 +98,7 @@ LETTER_PROMPT = (
     "Which caption best describes the image?\n(A) {a}\n (B) {b}\n"
     "Answer with the option's alphabet from the given choices directly."
 )
-ANSWER_TOKENS = 16  # longest generated short answer
+ANSWER_TOKENS = 16  # longest generated short answer, unless the expected one is longer
 LETTER_TOKENS = 4
 
 
@@ -193,7 +200,7 @@ def ask_letters(
 
     Returns:
         Float ``[I]`` each: as ``score_letters``, and ``likelihood``: mean over the orders of whether the
-        right letter is the more likely one.
+        right letter is the more likely one; not where both letters begin with the same token.
 
     Source:
         SugarCrepe's two-option question as CompoDistill words it (docs/method.md, section 7).
@@ -210,21 +217,36 @@ def ask_letters(
         made = _generate(model, encoder, prompts, LETTER_TOKENS)
         given += [parse_letter(text) for text in made.texts]
         margins += (made.first_logits[:, token_a] - made.first_logits[:, token_b]).tolist()
+    letters = score_letters(list(zip(given[0::2], given[1::2], strict=True)))
+    if token_a == token_b:
+        return letters
     margin = np.array(margins)
     prefers = (preference(margin[0::2], np.zeros(len(pairs))) + preference(-margin[1::2], np.zeros(len(pairs)))) / 2
-    return {**score_letters(list(zip(given[0::2], given[1::2], strict=True))), "likelihood": prefers}
+    return {**letters, "likelihood": prefers}
 
 
 def score_questions(
     model: Any, encoder: SampleEncoder, questions: Sequence[Question], *, batch_size: int
 ) -> np.ndarray:
     """Exact match of greedily generated answers, float ``[I]``."""
-    matches: list[bool] = []
-    for batch in _batches(questions, batch_size, "questions"):
-        prompts = [build_prompt(encoder, item.image, item.question) for item in batch]
-        made = _generate(model, encoder, prompts, ANSWER_TOKENS)
-        matches += [exact_match(text, item.answer) for text, item in zip(made.texts, batch, strict=True)]
-    return np.array(matches, dtype=np.float64)
+    # Bytes of other scripts and emoji may be tokens of their own, and an answer that is cut never matches.
+    counts = [
+        len(encoder.tokenizer(normalise_answer(item.answer), add_special_tokens=False)["input_ids"])
+        for item in questions
+    ]
+    short = [place for place, count in enumerate(counts) if count <= ANSWER_TOKENS]
+    long = [place for place, count in enumerate(counts) if count > ANSWER_TOKENS]
+    matches = np.zeros(len(questions))
+    for places, limit in (
+        (short, ANSWER_TOKENS),
+        (long, max(counts, default=0) + 2),
+    ):  # a blank in front, the end behind
+        for batch in _batches(places, batch_size, "questions"):
+            prompts = [build_prompt(encoder, questions[place].image, questions[place].question) for place in batch]
+            made = _generate(model, encoder, prompts, limit)
+            for place, text in zip(batch, made.texts, strict=True):
+                matches[place] = exact_match(text, questions[place].answer)
+    return matches
 
 
 def score_agreement(model: Any, cached: CachedDataset, *, batch_size: int) -> dict[str, np.ndarray]:

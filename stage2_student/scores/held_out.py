@@ -5,11 +5,14 @@ scores carry a note that says so. A student may outlive its cache, which is None
 """
 
 import logging
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from vlm_distill_cache.common.cache.reader import TeacherCache
 from vlm_distill_cache.common.errors import ConfigError, SampleError
+from vlm_distill_cache.common.printing import one_line
 from vlm_distill_cache.data.registry import open_dataset, open_evaluation
 from vlm_distill_cache.data.sample import EvaluationSet, Question
 from vlm_distill_cache.data.text.encoding import SampleEncoder, build_prompt
@@ -19,28 +22,40 @@ from vlm_distill_cache.stage2_student.students.encoder import encoder_of_cache
 from vlm_distill_cache.stage2_student.training.preparation import BUILT_IN_DATA
 
 PROBED_QUESTIONS = 32
+MOST_UNREADABLE = (
+    0.5  # a larger share of items that cannot be read is refused: a wrong folder, more likely than bad files
+)
+SHOWN_REASONS = 3
+_PROMPT = "sample 'prompt': "  # how an error calls what is asked; the item's id says more
 RUN_OPTION, EVALUATE_OPTION = "EVAL_DATA=FILE or --set evaluation.data=FILE", "--data FILE"
 _log = logging.getLogger(__name__)
 
 
-def open_items(config: TrainConfig, encoder: SampleEncoder, cache: TeacherCache | None) -> EvaluationSet:
-    """Open the items that a configuration names, without those that cannot be used; logs how many these are.
+@dataclass(frozen=True, kw_only=True)
+class OpenedItems:
+    """The items that can be scored, and what ``EvaluationReport.unreadable`` says of the others."""
+
+    items: EvaluationSet
+    unreadable: Mapping[str, Any]
+
+    @property
+    def note(self) -> str:
+        """How many are not scored and why; empty if all are."""
+        return unreadable_note(self.unreadable)
+
+
+def open_items(config: TrainConfig, encoder: SampleEncoder, cache: TeacherCache | None) -> OpenedItems:
+    """Open the items that a configuration names, without those that cannot be read.
 
     Raises:
-        ConfigError: If no data is named, and the cache's is not built in.
+        ConfigError: If no data is named, and the cache's is not built in; or if more than ``MOST_UNREADABLE`` of the
+            items cannot be read, with the first reasons.
         DataError: If the data cannot be opened.
     """
-    items = _open(config, cache)
-    failed = frozenset(cache.failed if cache is not None and _is_own_data(config) else ())
-    kept = tuple(
-        item
-        for item in items.questions
-        if item.item_id.rpartition("-")[0] not in failed and _fault(item, encoder) is None
-    )
-    dropped = len(items.questions) - len(kept)
-    if dropped:
-        _log.warning("%d of %d questions cannot be read and are not scored", dropped, len(items.questions))
-    return replace(items, questions=kept)
+    opened = _open(config, encoder, cache)
+    if found := opened.unreadable:
+        _log.warning("%d of %d questions cannot be read and are not scored", found["items"], found["of"])
+    return opened
 
 
 def probe_items(config: TrainConfig, cache: TeacherCache) -> list[str]:
@@ -50,21 +65,23 @@ def probe_items(config: TrainConfig, cache: TeacherCache) -> list[str]:
         Sentences to show with the scores; none if all is well.
 
     Raises:
-        ConfigError: If no data is named and the cache's is not built in, or if nothing can be read of the
-            data that was named for this.
+        ConfigError: If no data is named and the cache's is not built in, or if too little can be read of the data that
+            was named for this.
         DataError: If the data cannot be opened.
     """
-    items = _open(config, cache)
     cache.check_side_files(["processor"])
     encoder = encoder_of_cache(cache.plan, cache.path / "processor", max_length=config.max_length)
+    if config.evaluation.data is not None:
+        opened = _open(config, encoder, cache)
+        scorable = bool(opened.items.pairs or opened.items.questions)
+        return [*scoring_notes(config, cache, scorable=scorable, option=RUN_OPTION), *filter(None, [opened.note])]
+    # The cache was built from this data: a look at some is enough.
+    items = open_evaluation(
+        _data_of(config, cache), config.evaluation.split, config.evaluation.limit, images=_images_of(config)
+    )
     step = max(1, len(items.questions) // PROBED_QUESTIONS)
-    faults = [_fault(item, encoder) for item in items.questions[::step]]
-    if faults and None not in faults and config.evaluation.data is not None:
-        raise ConfigError(
-            f"evaluation.data={config.evaluation.data}: none of {len(faults)} probed questions can be used; "
-            f"the first: {faults[0]}. Name its image folder with --set evaluation.images=FOLDER"
-        )
-    return scoring_notes(config, cache, scorable=bool(items.pairs) or None in faults, option=RUN_OPTION)
+    readable = any(_fault(item, encoder) is None for item in items.questions[::step])
+    return scoring_notes(config, cache, scorable=bool(items.pairs) or readable, option=RUN_OPTION)
 
 
 def scoring_notes(config: TrainConfig, cache: TeacherCache | None, *, scorable: bool, option: str) -> list[str]:
@@ -86,9 +103,48 @@ def scoring_notes(config: TrainConfig, cache: TeacherCache | None, *, scorable: 
     ]
 
 
-def _open(config: TrainConfig, cache: TeacherCache | None) -> EvaluationSet:
+def _open(config: TrainConfig, encoder: SampleEncoder | None, cache: TeacherCache | None) -> OpenedItems:
     how = config.evaluation
-    return open_evaluation(_data_of(config, cache), how.split, how.limit, images=_images_of(config))
+    data, images = _data_of(config, cache), _images_of(config)
+    known = cache.failed if cache is not None and _is_own_data(config) else {}
+    failed: dict[str, str] = {}  # by sample or item
+    items = open_evaluation(data, how.split, how.limit, images=images, on_failed=failed.__setitem__)
+    kept = []
+    for item in items.questions:
+        reason = known.get(item.item_id.rpartition("-")[0]) or _fault(item, encoder)
+        if reason is None:
+            kept.append(item)
+        else:
+            failed[item.item_id] = f"{item.item_id}: {reason.removeprefix(_PROMPT)}"
+    total = len(items.pairs) + len(kept) + len(failed)
+    # What stage one could not read was accepted there.
+    faults = [reason for name, reason in failed.items() if name.rpartition("-")[0] not in known and name not in known]
+    if len(faults) > MOST_UNREADABLE * total:
+        share = "none" if len(faults) == total else f"only {total - len(faults)}"
+        raise ConfigError(
+            f"{data}: {share} of {total} probed questions can be used, and scores of less than "
+            f"{1 - MOST_UNREADABLE:.0%} of them would mislead; {_first(faults)}. Name the image folder with --images "
+            "FOLDER (distill evaluate) or --set evaluation.images=FOLDER (distill run), or take out what cannot be read"
+        )
+    unreadable = {}
+    if failed:
+        shown = [one_line(reason) for reason in list(failed.values())[:SHOWN_REASONS]]
+        unreadable = {"items": len(failed), "of": total, "reasons": shown}
+    return OpenedItems(items=replace(items, questions=tuple(kept)), unreadable=unreadable)
+
+
+def unreadable_note(unreadable: Mapping[str, Any]) -> str:
+    """How many items are not scored and why, as a sentence; empty if all are."""
+    if not unreadable:
+        return ""
+    return (
+        f"{unreadable['items']} of {unreadable['of']} questions cannot be read and are not scored; "
+        f"{_first(unreadable['reasons'])}"
+    )
+
+
+def _first(reasons: Sequence[str]) -> str:
+    return f"the first: {'; '.join(one_line(reason) for reason in reasons[:SHOWN_REASONS])}"
 
 
 def _data_of(config: TrainConfig, cache: TeacherCache | None) -> str:

@@ -5,6 +5,7 @@ Dims: I items, S bootstrap resamples.
 
 import math
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -13,8 +14,15 @@ import numpy as np
 
 RESAMPLES = 2000
 LEVEL = 0.95
-_ARTICLES = re.compile(r"\b(?:a|an|the)\b")
-_PUNCTUATION = re.compile(r"[^\w\s'-]")
+_ARTICLES = ("a", "an", "the")
+# Punctuation in Unicode's sense that is part of an answer: C#, 50%, R&B, 5′ ...
+_TELLING = frozenset("#%&*@'′″‰‱")
+_EMPHASIS = re.compile(r"(?<!\w)(\*+)(?=\S)([^*]+)(?<=\S)\1(?!\w)")  # *red*, **red**
+# ... and where it stands so: .5 and 3.14, 12:30 and 1/2, !=
+_NUMERIC = re.compile(r"(?<![^\W\d])(?<!\.)\.(?=\d)|(?<!\S),(?=\d)|(?<=\d)[:/](?=\d)|!(?==)")
+_BRACKETED = re.compile(r"[(\[\"“](.+)[)\]\"”]\.?|(.*[^.])\.", re.DOTALL)
+_DRAWN = re.compile("[\ufe0e\ufe0f]")  # whether an emoji is drawn in colour
+_JOINERS = "\u200c\u200d"  # they tell words apart in some scripts, and join emoji
 # "A", "(A)", "A.", "A: a red circle"; a bare "A" followed by a word is an article ("A cat"), not an answer.
 _WHOLE = re.compile(r"^\s*\(?\s*([ABab])\s*\)?\s*[.:,]?\s*$")
 _LEADING = re.compile(r"^\s*(?:\(\s*([AB])\s*\)|([AB])\s*[).:,])")
@@ -128,9 +136,51 @@ def parse_letter(text: str) -> Letter | None:
 
 
 def normalise_answer(text: str) -> str:
-    """Lower case, without punctuation, articles and repeated blanks: ``"The red one."`` -> ``"red one"``."""
-    plain = _PUNCTUATION.sub(" ", text.lower())
-    return " ".join(_ARTICLES.sub(" ", plain).split())
+    """What two short answers are compared by: ``"The red one."`` -> ``"red one"``.
+
+    Without case, the punctuation of sentences and brackets, articles before a word, and repeated blanks. What says
+    something stays: symbols (``C#``, ``+``), signs and points of numbers (``-3``, ``.5``), emoji, the marks of all
+    scripts, and an ``a`` that is no article, as an option (``A``, ``(a)``) or in ``vitamin A``. A text without a letter
+    or digit stays as it is, so that ``?`` is not nothing.
+    """
+    text = unicodedata.normalize("NFC", unicodedata.normalize("NFD", _DRAWN.sub("", text)).casefold())
+    words = _without_articles([(word, _plain(word)) for word in _EMPHASIS.sub(r"\2", text).split()])
+    plain = " ".join(" ".join(words).split())
+    if any(map(str.isalnum, plain)):
+        return plain
+    raw = " ".join(text.split())
+    if plain and (found := _BRACKETED.fullmatch(raw)):  # (+) and +. are the symbol
+        return str(found[1] or found[2]).strip()
+    return raw
+
+
+def _plain(word: str) -> str:
+    """One word, lower case, with blanks in place of what says nothing."""
+    kept = {found.start() for found in _NUMERIC.finditer(word)}
+    shown = []
+    for place, letter in enumerate(word):
+        kind = unicodedata.category(letter)
+        between = word[place - 1 : place].isalpha() and word[place + 1 : place + 2].isalpha()
+        if kind == "Pd" or letter == "−":
+            shown.append("-")
+        elif letter == "’" and between:
+            shown.append("'")
+        elif place in kept or letter in _TELLING or letter in _JOINERS or kind == "Pc":
+            shown.append(letter)
+        else:
+            shown.append(" " if kind[0] in "PCZ" or letter in "`´" else letter)
+    return "".join(shown).strip(_JOINERS + " ")
+
+
+def _without_articles(words: Sequence[tuple[str, str]]) -> list[str]:
+    """The plain words without those that are articles: followed by a blank and a word that is not a single letter."""
+    left = []
+    for (raw, plain), (_, after) in zip(words, [*words, ("", "")][1:], strict=True):
+        followed = any(map(str.isalnum, after)) and not (plain == "a" and len(after) == 1 and after.isalpha())
+        if plain in _ARTICLES and raw.endswith(plain) and followed:
+            continue
+        left.append(plain)
+    return left
 
 
 def exact_match(predicted: str, expected: str) -> bool:

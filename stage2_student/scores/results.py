@@ -44,20 +44,25 @@ class EvaluationReport:
         scores: Shares in [0, 1], except ``teacher/kl``, ``attention/kl`` (nats a row), ``attention/cosine``
             and ``letters/bias`` ([-1, 1]). What was not asked for is absent.
         items: Of the names in ``PAIRED``, each item's score by kind, so that two models can be compared item by item.
+        unreadable: Of items that could not be read and are not scored: ``items`` (int), ``of`` (int, all there are) and
+            ``reasons`` (the first ones); empty if there are none.
     """
 
     scores: Mapping[str, Score] = field(default_factory=dict)
     items: Mapping[str, Mapping[str, Sequence[float]]] = field(default_factory=dict)
+    unreadable: Mapping[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON written beside a student."""
-        return {"scores": {name: score.to_dict() for name, score in self.scores.items()}, "items": self.items}
+        scores = {name: score.to_dict() for name, score in self.scores.items()}
+        left_out = {"unreadable": dict(self.unreadable)} if self.unreadable else {}
+        return {"scores": scores, "items": self.items, **left_out}
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> Self:
         """Inverse of ``to_dict``."""
         scores = {name: Score(**score) for name, score in stored["scores"].items()}
-        return cls(scores=scores, items=stored.get("items", {}))
+        return cls(scores=scores, items=stored.get("items", {}), unreadable=stored.get("unreadable", {}))
 
 
 class Row(NamedTuple):

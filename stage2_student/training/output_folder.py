@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +10,7 @@ from vlm_distill_cache.common.config import read_yaml
 from vlm_distill_cache.common.errors import ConfigError
 from vlm_distill_cache.common.files.atomic import TEMPORARY_PREFIX, clean_stale, hold_folder
 from vlm_distill_cache.common.files.disk import name_full_disk, refuse_overlap
+from vlm_distill_cache.common.terminal.launch import enter_launch
 from vlm_distill_cache.stage2_student.config import TrainConfig
 
 
@@ -27,7 +27,7 @@ def claim_output(output: Path, *caches: Path) -> Iterator[None]:
         NoRoomError: If there is no more room to write.
     """
     refuse_overlap(output, *caches)
-    if os.environ.get("RANK", "0") != "0":  # one process of several holds it for all
+    if enter_launch().rank != 0:  # one process of several holds it for all
         yield
         return
     with name_full_disk(output):

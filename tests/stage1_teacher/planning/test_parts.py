@@ -17,6 +17,7 @@ from part_targets import fail_or_wait
 
 from vlm_distill_cache.common.cache.plan import read_plan
 from vlm_distill_cache.common.errors import CacheMismatchError, ConfigError, ProcessFailedError
+from vlm_distill_cache.common.terminal.launch import ALONE, Launch
 from vlm_distill_cache.stage1_teacher.cli import main
 from vlm_distill_cache.stage1_teacher.config import BuildConfig
 from vlm_distill_cache.stage1_teacher.extract import _progress, extract, extract_with_processes
@@ -32,9 +33,6 @@ from vlm_distill_cache.stage1_teacher.planning.parts import (
 )
 from vlm_distill_cache.stage1_teacher.planning.plan import teacher_directory
 from vlm_distill_cache.stage1_teacher.report import summary_text
-
-SRUN = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "2", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "1"}
-TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
 
 
 def tree(root: Path) -> dict[str, bytes]:
@@ -84,21 +82,14 @@ def test_a_part_that_is_none_is_refused(text: str):
         parse_part(text)
 
 
-def test_a_launcher_is_believed_only_where_it_started_several_processes():
-    assert choose_part(None, TORCHRUN) == (Part(rank=3, of=8), 1)
-    assert choose_part(None, SRUN) == (Part(rank=2, of=4), 1)
-    assert choose_part("0/2", SRUN) == (Part(rank=0, of=2), 1)
-    shell_in_an_allocation = {"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_LOCALID": "0"}
-    left_over = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}
-    one_task = SRUN | {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}
-    for environment in ({}, shell_in_an_allocation, left_over, one_task, SRUN | {"SLURM_PROCID": ""}):
-        assert choose_part(None, environment)[0] == WHOLE
-
-
-def test_the_part_a_launcher_gives_is_said_in_the_log(caplog):
+def test_a_part_is_what_is_asked_for_else_what_the_launcher_says(caplog):
+    third = Launch(launcher="srun", rank=2, size=4, local=1, names=("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"))
     with caplog.at_level(logging.INFO):
-        choose_part(None, SRUN)
+        assert choose_part(None, third) == (Part(rank=2, of=4), 1)
     assert "part 2/4, as srun says (SLURM_PROCID, SLURM_STEP_NUM_TASKS)" in caplog.text
+    assert choose_part("0/2", third) == (Part(rank=0, of=2), 1)
+    assert choose_part(None, ALONE) == (WHOLE, 0)
+    assert choose_part("0/2", ALONE) == (Part(rank=0, of=2), 0)
 
 
 def test_each_process_gets_a_gpu_of_its_own(monkeypatch):

@@ -1,5 +1,6 @@
 """Evaluation: equal to slow references, the same for teacher and student, honest about constant answers."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,6 +16,7 @@ from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
 from vlm_distill_cache.common.codecs.live import RowAttention, select_entries
 from vlm_distill_cache.common.codecs.logits import LogitCodec
 from vlm_distill_cache.common.codecs.row_attention import RowAttentionCodec
+from vlm_distill_cache.common.errors import ModelError
 from vlm_distill_cache.common.models.mobilevlm import MobileVLMConfig, MobileVLMForConditionalGeneration
 from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.data.builtin import load_image_processor, load_tokenizer
@@ -30,6 +32,7 @@ from vlm_distill_cache.stage2_student.batches.batch import TrainingSample
 from vlm_distill_cache.stage2_student.batches.dataset import CachedDataset
 from vlm_distill_cache.stage2_student.batches.signals import collate_samples, decode_signals
 from vlm_distill_cache.stage2_student.losses.terms import choose_terms
+from vlm_distill_cache.stage2_student.scores import evaluate
 from vlm_distill_cache.stage2_student.scores.evaluate import (
     answer_log_probs,
     ask_letters,
@@ -171,6 +174,33 @@ class ConstantAnswer(torch.nn.Module):
         answer = torch.tensor([*self.ids, TOKENIZER.eos_token_id]).expand(len(input_ids), -1)
         logits_processor(input_ids, self.first_logits(len(input_ids)))
         return torch.cat([input_ids, answer], 1)
+
+
+def test_an_expected_answer_of_many_tokens_can_be_matched(items):
+    class Cut(ConstantAnswer):
+        def generate(self, input_ids, logits_processor, max_new_tokens, **kwargs):
+            made = super().generate(input_ids, logits_processor)
+            return made[:, : input_ids.shape[1] + max_new_tokens]
+
+    answer = " ".join(["red"] * 40)
+    asked = [SimpleNamespace(image=item.image, question=item.question, answer=answer) for item in items.questions[:2]]
+    assert score_questions(Cut(answer), make_encoder(), asked, batch_size=2).tolist() == [1, 1]
+
+
+@torch.no_grad()
+def test_a_model_whose_logits_are_no_numbers_is_refused_not_scored(items):
+    model = make_student()
+    model.lm_head.weight.fill_(float("nan"))
+    with pytest.raises(ModelError, match="NaN"):
+        score_pairs(model, make_encoder(), items.pairs[:2], batch_size=2)
+
+
+def test_the_likelihood_of_letters_that_begin_alike_is_not_measured(items):
+    encoder = make_encoder()
+    alike = replace(items.pairs[0], item_id="alike")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "_letter_token", lambda *_: 5)
+        assert "likelihood" not in ask_letters(ConstantAnswer("A"), encoder, [alike], batch_size=2)
 
 
 @pytest.mark.parametrize(("answer", "bias"), [("A", 1.0), ("(B)", -1.0)])

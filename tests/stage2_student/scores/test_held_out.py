@@ -91,6 +91,75 @@ def test_held_out_data_that_cannot_be_used_is_refused_before_training(
         run(config)
 
 
+def take_away(data, missing):
+    """Remove pictures; entries without an ending are of no known form."""
+    for number in missing:
+        (data.parent / f"{number}.png").unlink()
+    return data
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_cache, tmp_path_factory):
+    output = tmp_path_factory.mktemp("trained") / "run"
+    config = make_config(tiny_cache[0], output, DATA, "phases=[sft]")
+    run_module.train_arm(config, processes=1)
+    return output / "final"
+
+
+@pytest.mark.parametrize(
+    ("missing", "scored"), [((), 6), ((1,), 5), ((0, 2, 5), 3), (range(4), None), (range(6), None)]
+)
+def test_held_out_pictures_that_are_missing_are_counted_said_and_stored_or_refused(trained, tmp_path, missing, scored):
+    data = take_away(write_data(tmp_path, ["red", "blue", "green"] * 2), missing)
+    stored = tmp_path / "scores.json"
+    arguments = ["evaluate", str(trained), "--limit", "9", "--data", str(data), "--output", str(stored)]
+    result = CliRunner().invoke(main, arguments)
+    if scored is None:
+        few = "none" if len(missing) == 6 else f"only {6 - len(missing)}"
+        assert result.exit_code == 1
+        assert f"{few} of 6 probed questions can be used" in result.output
+        assert not stored.exists()
+    else:
+        assert result.exit_code == 0, result.output
+        found = json.loads(stored.read_text())
+        assert found["scores"]["questions"]["items"] == scored
+        assert found.get("unreadable", {"items": 0})["items"] == len(missing)
+        assert (f"note: {len(missing)} of 6 questions cannot be read and are not scored" in result.output) == bool(
+            missing
+        )
+    if missing:
+        assert f"the first: s{min(missing)}-0: image {min(missing)}.png cannot be read" in result.output
+
+
+def test_a_run_says_before_and_after_what_of_its_held_out_data_is_missing(tiny_cache, tmp_path):
+    held_out = take_away(write_data(tmp_path, ["red", "blue", "green"]), [1])
+    config = make_config(
+        tiny_cache[0], tmp_path / "run", DATA, "phases=[sft]", f"evaluation.data={held_out}", "evaluation.limit=9"
+    )
+    said = []
+    summary = run(config, say=said.append)
+    note = "note: 1 of 3 questions cannot be read and are not scored"
+    assert sum(line.startswith(note) for line in said) == 1
+    assert sum(line.startswith(note) for line in summary.table.splitlines()) == 1
+    assert note.removeprefix("note: ") in summary.report.read_text()
+    assert "1.png" in json.loads((tmp_path / "run" / "evaluation.json").read_text())["sft"]["unreadable"]["reasons"][0]
+    again = []
+    assert run(config, say=again.append).table == summary.table
+    assert again == []
+
+
+def test_reasons_are_shown_short_and_in_characters_that_print(trained, tmp_path):
+    data = write_data(tmp_path, ["red", "blue", "green"])
+    entries = json.loads(data.read_text())
+    entries[0]["image"] = "\x1b[2J" + "x" * 100_000
+    data.write_text(json.dumps(entries))
+    result = CliRunner().invoke(main, ["evaluate", str(trained), "--limit", "9", "--data", str(data)])
+    assert result.exit_code == 0, result.output
+    note = next(line for line in result.output.splitlines() if line.startswith("note: 1 of 3"))
+    assert len(note) < 500
+    assert "\x1b" not in note
+
+
 def test_other_held_out_data_needs_no_note(tiny_cache, tmp_path):
     held_out = write_data(tmp_path, ["red", "blue"])
     config = make_config(tiny_cache[0], tmp_path / "run", DATA)

@@ -1,7 +1,12 @@
 """Scoring functions: intervals that cover, letters read conservatively, what a constant answer scores."""
 
+import string
+import unicodedata
+
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from vlm_distill_cache.stage2_student.scores.metrics import (
     bootstrap,
@@ -93,16 +98,102 @@ def test_letters_are_read_only_where_one_is_clearly_meant(text, letter):
 
 @pytest.mark.parametrize(
     ("text", "plain"),
-    [("The red one.", "red one"), ("  Yes,\n", "yes"), ("t-shirt", "t-shirt"), ("c2 r4", "c2 r4"), ("a", "")],
+    [("The red one.", "red one"), ("  Yes,\n", "yes"), ("t-shirt", "t-shirt"), ("c2 r4", "c2 r4")],
 )
 def test_answers_are_normalised(text, plain):
     assert normalise_answer(text) == plain
 
 
-def test_exact_match_ignores_case_punctuation_and_articles_only():
-    assert exact_match("A Circle.", "circle")
-    assert not exact_match("circles", "circle")
-    assert not exact_match("red circle", "circle")
+SAME = (
+    {"circle", "A Circle.", "the circle", "(circle)", "**circle**", "“Circle”", "a  circle\n", "CIRCLE!", "`circle`"},
+    {"A", "a", "A.", "(A)", "a)", "[A]", "A:", " A ", "the A"},
+    {"B", "(b)", "B.", "b)"},
+    {"vitamin A", "Vitamin a."},
+    {"vitamin", "a vitamin", "the vitamin."},
+    {"A. red", "(A) red", "a) Red"},
+    {"red", "a red", "the red", "Red."},
+    {"the", "The."},
+    {"an", "An"},
+    {"?"},
+    {"!"},
+    {"..."},
+    {""},
+    {"C#", "c#"},
+    {"C++", "c++."},
+    {"C", "c"},
+    {"+", "(+)", "+."},
+    {"-"},
+    {"="},
+    {"!="},
+    {"5", "5.", "5!", "the 5"},
+    {".5", "(.5)"},
+    {"-3", "−3", "–3"},
+    {"3"},
+    {"0.5"},
+    {"1/2"},
+    {"1 2", "1, 2", "1,2"},
+    {"12:30"},
+    {"50%"},
+    {"50"},
+    {"A+", "a+"},
+    {"A-", "a-"},
+    {"👍"},
+    {"👎"},
+    {"❤", "❤\ufe0f"},
+    {":-)"},
+    {":-("},
+    {"कि"},
+    {"की"},
+    {"é", "e\u0301", "É"},
+    {"e"},
+    {"一只猫", "一只猫。"},
+    {"猫"},
+    {"U.S.A.", "u.s.a"},
+    {"U.S.", "u. s."},
+    {"A, B", "A B"},
+    {"don't", "don’t"},
+)
+
+
+def test_answers_match_within_what_means_the_same_and_never_beyond():
+    for one, first in enumerate(SAME):
+        for two, second in enumerate(SAME):
+            for predicted in first:
+                for expected in second:
+                    assert exact_match(predicted, expected) == (one == two), (predicted, expected)
+
+
+def letters_and_digits(text: str) -> str:
+    """What is left of a text without case, articles and all that is neither letter nor digit."""
+    plain = unicodedata.normalize("NFC", unicodedata.normalize("NFD", text).casefold())
+    words = ["".join(filter(str.isalnum, word)) for word in plain.split()]
+    return "".join(word for word in words if word not in ("a", "an", "the"))
+
+
+PIECES = "a A an the The red Red. B (B) 5 .5 -3 C# C++ + - ? ! ... 👍 कि é “ ” ( ) . 1/2 *"
+TEXTS = st.one_of(
+    st.text(max_size=8),
+    st.lists(
+        st.sampled_from(PIECES.split()),
+        max_size=4,
+    ).map(" ".join),
+)
+
+
+@given(TEXTS, TEXTS)
+def test_exact_match_is_an_equivalence_that_keeps_letters_and_digits_apart(one: str, two: str):
+    assert exact_match(one, one)
+    assert exact_match(one, two) == exact_match(two, one)
+    if exact_match(one, two):
+        assert letters_and_digits(one) == letters_and_digits(two)
+        assert any(map(str.isalnum, one)) == any(map(str.isalnum, two))
+
+
+@given(
+    st.text(alphabet=string.punctuation + "…。！？“”", min_size=1, max_size=5), st.text(alphabet="aAbthe5 ", max_size=6)
+)
+def test_punctuation_never_equals_words_or_nothing(marks: str, words: str):
+    assert not exact_match(marks, words)
 
 
 def test_a_constant_letter_scores_half_on_the_mean_and_nothing_on_both_orders():

@@ -1,0 +1,122 @@
+"""Both stages under what launchers leave behind, and in launches that are there: the same bytes, and an end."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+STAGES = {"one": "vlm_distill_cache.stage1_teacher.cli", "two": "vlm_distill_cache.stage2_student.cli"}
+LEFT = {
+    "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500",
+    "TORCHELASTIC_RESTART_COUNT": "0", "PET_NNODES": "2", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1", "PMI_SIZE": "two", "PMI_RANK": "1", "MV2_COMM_WORLD_SIZE": "4",
+    "MV2_COMM_WORLD_RANK": "3", "SLURM_JOB_ID": "5", "SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_LOCALID": "0",
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4", "ACCELERATE_USE_FSDP": "true", "ACCELERATE_USE_CPU": "maybe",
+    "CUDA_VISIBLE_DEVICES": "",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def command(tiny_llava: Path, tmp_path_factory):
+    """The arguments of a tiny build into a folder, and of a tiny training from the cache of an undisturbed one."""
+
+    def build(folder: Path) -> list[str]:
+        sets = ["template=short", "limit=10", "shard_size=4", "batch_size=3", "fidelity_samples=2", "threads=1"]
+        options = [part for option in sets for part in ("--set", option)]
+        return ["build", "--teacher", str(tiny_llava), "--data", "shapes", "--cache", str(folder), *options]
+
+    cache = tmp_path_factory.mktemp("undisturbed") / "cache"
+    done = start("one", build(cache), {}).communicate(timeout=200)
+    assert (cache / "manifest.json").is_file(), done
+
+    def train(folder: Path) -> list[str]:
+        sets = ["limit=10", "dft.steps=2", "dft.batch_size=4", "device=cpu"]
+        options = [part for option in sets for part in ("--set", option)]
+        files = ["--data", "shapes", "--cache", str(cache), "--output", str(folder)]
+        return ["train", "--student", "mobilevlm-tiny", "--phases", "dft", *files, *options]
+
+    return {"one": build, "two": train, "cache": cache}
+
+
+def start(stage: str, arguments: list[str], left: dict[str, str]) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", STAGES[stage], *arguments],
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | left,
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """What a stage makes: shards, or weights."""
+    kept = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.parent.name != "tensorboard"]
+    of = {"shards", "final"}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in kept
+        if of & set(path.parts) and path.suffix != ".json"
+    }
+
+
+@pytest.fixture(scope="module")
+def undisturbed(command, tmp_path_factory):
+    output = tmp_path_factory.mktemp("undisturbed") / "student"
+    process = start("two", command["two"](output), {})
+    assert process.wait(timeout=200) == 0, process.stdout.read()
+    process.stdout.close()
+    return {"one": content(command["cache"]), "two": content(output)}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_left_over_variables_change_one_line_and_no_byte(stage: str, command, undisturbed, tmp_path: Path):
+    said, _ = start(stage, command[stage](tmp_path / "made"), LEFT).communicate(timeout=200)
+    assert content(tmp_path / "made") == undisturbed[stage] != {}, said
+    assert said.count("runs alone: RANK, WORLD_SIZE") == 1
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_processes_that_srun_started_share_the_work(stage: str, command, undisturbed, tmp_path: Path):
+    step = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2"}
+    both = [
+        start(stage, command[stage](tmp_path / "made"), step | {"SLURM_PROCID": rank, "SLURM_LOCALID": rank})
+        for rank in "01"
+    ]
+    said = [process.communicate(timeout=300)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    made = content(tmp_path / "made")
+    assert made.keys() == undisturbed[stage].keys()
+    assert stage == "two" or made == undisturbed[stage]  # a sum of two gradients may differ in the last bit
+
+
+@pytest.mark.parametrize("how", ["timeout", signal.SIGINT, signal.SIGTERM])
+def test_who_waits_for_processes_that_nobody_started_ends(how, command, tmp_path: Path):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+    left = {"TORCHELASTIC_RUN_ID": "x", "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1"}
+    left |= {"MASTER_PORT": port, "VLM_DISTILL_LAUNCH_WAIT": "1" if how == "timeout" else "300"}
+    process = start("two", command["two"](tmp_path / "made"), left)
+    if how != "timeout":
+        time.sleep(8)
+        process.send_signal(how)
+        began = time.monotonic()
+    said, _ = process.communicate(timeout=100)
+    assert process.returncode != 0
+    assert "Traceback" not in said
+    if how == "timeout":
+        assert "`unset TORCHELASTIC_RUN_ID RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR MASTER_PORT`" in said
+    else:
+        assert time.monotonic() - began < 10
+
+
+def test_of_a_command_for_one_process_the_first_does_the_work(tmp_path: Path):
+    launched = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "0"}
+    for rank, code, told in (("0", 2, "does not exist"), ("1", 0, "process 1 of 2 (srun: SLURM_PROCID")):
+        process = start("two", ["report", str(tmp_path / "none")], launched | {"SLURM_PROCID": rank})
+        said, _ = process.communicate(timeout=100)
+        assert (process.returncode, told in said) == (code, True), said

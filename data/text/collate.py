@@ -158,7 +158,7 @@ def length_buckets(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
 
 
 def joinable(samples: Sequence[EncodedSample]) -> list[list[EncodedSample]]:
-    """Split samples into groups whose pictures can be joined, in order; those without one go with the first group.
+    """Split samples into groups whose pictures can be joined, in order; one without goes with the one in front of it.
 
     Pictures of one of our image encoders always join. The library's own processors may make arrays of another shape, or
     other arrays, of each picture.

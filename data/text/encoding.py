@@ -140,7 +140,6 @@ class SampleEncoder:
         max_length: Most tokens a sequence may have; longer ones are refused, never cut.
         positions: Most tokens that a conversation may have for the model (`data.families.inputs.known_positions`);
             longer ones are refused whatever ``max_length``. None: it does not say.
-        packs: Whether the model can read independent conversations behind one picture.
 
     Raises:
         ConfigError: The tokenizer is not a fast one, ``max_length`` is too small for an image, or the template can mark
@@ -153,7 +152,6 @@ class SampleEncoder:
     image_token_id: int
     max_length: int
     positions: int | None = None
-    packs: bool = True
 
     def __post_init__(self) -> None:
         if not getattr(self.tokenizer, "is_fast", False):
@@ -315,11 +313,6 @@ class SampleEncoder:
             raise SampleError(f"{len(sample.images)} images; one image per sample is supported")
         if not sample.turns:
             raise SampleError("no turns; a sample needs at least one answer")
-        if not self.packs and sample.independent_turns and len(sample.turns) > 1:
-            raise SampleError(
-                f"{len(sample.turns)} independent conversations about one picture, which this model cannot keep apart in "
-                "one sequence; give them as samples of their own (one turn each)"
-            )
         for index, turn in enumerate(sample.turns):
             if not turn.answer.strip():
                 raise SampleError(f"the answer of turn {index + 1} is empty; nothing could be learnt from it")

@@ -19,7 +19,7 @@ from vlm_distill_cache.data.text.collate import joinable, length_buckets
 from vlm_distill_cache.data.text.encoding import EncodedSample
 from vlm_distill_cache.data.text.generation import Generated, Sampling, generate_answers
 from vlm_distill_cache.stage1_teacher.loop.forward import one_checkpoint
-from vlm_distill_cache.stage1_teacher.loop.work import Build
+from vlm_distill_cache.stage1_teacher.loop.work import Build, told
 from vlm_distill_cache.stage1_teacher.loop.writer import EncodedShard
 
 ANSWERS = AnswersCodec.signal
@@ -60,7 +60,8 @@ def answer_shard(work: Build, positions: Sequence[int], *, index: int, batch_siz
     for position in positions:
         sample_id = work.dataset.sample_ids[position]
         try:
-            open_[sample_id] = _Conversation(work.dataset[position])
+            with told(f"sample {sample_id!r}"):
+                open_[sample_id] = _Conversation(work.dataset[position])
             order.append(sample_id)
         except SampleError as error:
             shard.fail(sample_id, str(error))

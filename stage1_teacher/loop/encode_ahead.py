@@ -8,7 +8,6 @@ Each process writes to a pipe of its own, which breaks when either side dies. A 
 DataLoader, Python's executors) waits for ever for the rest of what a killed process was writing.
 """
 
-import logging
 import multiprocessing
 import os
 import signal
@@ -25,9 +24,8 @@ from vlm_distill_cache.common.errors import DistillError, ProcessFailedError, Sa
 from vlm_distill_cache.common.terminal.command_line import end_with_parent
 from vlm_distill_cache.data.sample import Dataset
 from vlm_distill_cache.data.text.encoding import EncodedSample, SampleEncoder
+from vlm_distill_cache.stage1_teacher.loop.work import told
 from vlm_distill_cache.stage1_teacher.loop.writer import EncodedShard, run_ahead
-
-logger = logging.getLogger(__name__)
 
 SHARDS_AHEAD = 1
 CHUNK = 16  # samples that a process hands over at a time
@@ -50,7 +48,7 @@ class _Samples:
         except (DistillError, OSError) as error:
             return error
         except Exception as error:
-            error.add_note(f"while {self.named(position)} was read and encoded")
+            error.add_note(f"at {self.named(position)}")
             raise
 
     def named(self, position: int) -> str:
@@ -113,8 +111,8 @@ def encode_shards(
             elif isinstance(made, SampleError):
                 shard.fail(dataset.sample_ids[position], str(made))
             else:
-                logger.error("%s could not be read, which is no matter of that sample alone:", samples.named(position))
-                raise made
+                with told(samples.named(position)):
+                    raise made
         return shard
 
     def stop() -> None:

@@ -1,17 +1,38 @@
 """What a build works with: teacher, data, codecs and the plan."""
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from vlm_distill_cache.common.cache.plan import Plan
+from vlm_distill_cache.common.errors import DistillError, SampleError
 from vlm_distill_cache.data.sample import Dataset
 from vlm_distill_cache.data.text.collate import Batch
 from vlm_distill_cache.data.text.encoding import SampleEncoder
 from vlm_distill_cache.stage1_teacher.loop.signals import requests_of
 from vlm_distill_cache.stage1_teacher.teacher.inputs import TeacherInputs
 from vlm_distill_cache.stage1_teacher.teacher.teacher import Teacher
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def told(what: str) -> Iterator[None]:
+    """Say at what an error that is no matter of one sample alone ends the build; it passes as it is."""
+    try:
+        yield
+    except SampleError:
+        raise
+    except (DistillError, OSError):  # which the command prints as a line
+        logger.log(logging.ERROR, "the build ends at %s:", what)
+        raise
+    except Exception as error:
+        error.add_note(f"at {what}")
+        raise
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -87,7 +87,7 @@ def refuse_signals(signals: Sequence[str], teacher: Teacher) -> None:
 def refuse_packing(dataset: Dataset, teacher: Teacher) -> None:
     """Refuse data that pack independent conversations where an image is seen differently in each.
 
-    A few samples are looked at; where only some pack, the encoder refuses those, which are recorded failures.
+    A few samples are looked at; where only some pack, those are recorded failures.
     """
     if teacher.family.packs:
         return
@@ -179,7 +179,6 @@ def build_encoder(teacher: Teacher, *, template: str, max_length: int) -> Sample
         image_token_id=teacher.image_token_id,
         max_length=max_length or automatic_length(teacher),
         positions=known_positions(teacher.config),
-        packs=teacher.family.packs,
     )
 
 

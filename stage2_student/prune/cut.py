@@ -211,7 +211,6 @@ def teacher_encoder(teacher: Path, opened: FamilyModel, template: str | None) ->
         image_token_id=opened.family.image_token_id(config),
         max_length=MAX_LENGTH,
         positions=known_positions(config),
-        packs=opened.family.packs,
     )
 
 

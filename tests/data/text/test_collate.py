@@ -1,5 +1,8 @@
 """Batches hold every sample unchanged, and masks show each token exactly what it may see."""
 
+import dataclasses
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +12,14 @@ from hypothesis import strategies as st
 from vlm_distill_cache.common.attention.tiles import grid_tile
 from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
 from vlm_distill_cache.common.errors import ConfigError
-from vlm_distill_cache.data.text.collate import collate, length_buckets, supervised_rows, visual_keys
+from vlm_distill_cache.data.text.collate import (
+    collate,
+    join_image_inputs,
+    joinable,
+    length_buckets,
+    supervised_rows,
+    visual_keys,
+)
 from vlm_distill_cache.data.text.encoding import EncodedSample
 
 
@@ -142,3 +152,27 @@ def test_buckets_hold_every_index_once_and_neighbours_in_length(lengths, batch_s
 def test_buckets_of_no_size_are_refused():
     with pytest.raises(ConfigError, match="at least 1 sample, got 0"):
         length_buckets([1, 2], 0)
+
+
+def test_pictures_that_cannot_be_joined_come_in_groups_that_can():
+    """Against the slow way: every pair of a group collates, and no picture of one fits another's."""
+
+    def with_inputs(name, **shapes):
+        inputs = {key: np.zeros(shape, np.float32) for key, shape in shapes.items()}
+        return dataclasses.replace(make_encoded("x", 4, image=False), sample_id=name, image_inputs=inputs)
+
+    small, wide = {"pixel_values": (1, 3, 4, 4)}, {"pixel_values": (2, 3, 4, 8)}
+    more = {"pixel_values": (5, 3, 4, 4), "image_sizes": (1, 2)}
+    samples = [
+        with_inputs("t0"), with_inputs("a", **small), with_inputs("b", **wide), with_inputs("t1"),
+        with_inputs("c", **small | {"pixel_values": (7, 3, 4, 4)}), with_inputs("d", **more),
+    ]  # fmt: skip
+    groups = joinable(samples)
+    assert [[sample.sample_id for sample in group] for group in groups] == [["t0", "a", "c"], ["b", "t1"], ["d"]]
+    for group in groups:
+        join_image_inputs(group)
+    for group, other in itertools.combinations(groups, 2):
+        with pytest.raises(ConfigError):
+            join_image_inputs([*group, *other])
+    assert joinable([with_inputs("t"), with_inputs("u")])[0][1].sample_id == "u"
+    assert joinable([]) == []

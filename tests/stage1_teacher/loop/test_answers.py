@@ -14,7 +14,7 @@ from vlm_distill_cache.common.codecs.answers import AnswersCodec
 from vlm_distill_cache.common.codecs.checks import value_damage
 from vlm_distill_cache.common.codecs.live import as_tensors
 from vlm_distill_cache.common.codecs.registry import codec_from_dict
-from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError, ConfigError, DataError
+from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError, ConfigError, DataError, ModelError
 from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.common.tools.select import Selection, pull_partial
 from vlm_distill_cache.common.tools.verify import verify
@@ -239,3 +239,27 @@ def test_a_prompt_whose_logits_are_no_numbers_fails_alone(teacher: Teacher):
         handle.remove()
     assert made.finite == greedy_made.finite == (True, False)
     assert greedy_made.texts[0] == sound.texts[0]
+
+
+def test_a_prompt_that_the_teacher_cannot_read_fails_alone(tmp_path: Path, monkeypatch):
+    from vlm_distill_cache.stage1_teacher.loop import answers
+
+    healthy, bad = answers.generate_answers, open_dataset(DATA).sample_ids[2]
+
+    def picky(model, encoder, prompts, **options):
+        if bad in [prompt.sample_id for prompt in prompts]:
+            raise IndexError("a strange prompt")
+        return healthy(model, encoder, prompts, **options)
+
+    monkeypatch.setattr(answers, "generate_answers", picky)
+    build(tmp_path / "cache")
+    cache = open_cache(tmp_path / "cache")
+    assert f"cannot read sample {bad!r}: a strange prompt" in cache.failed[bad]
+    assert len(cache) > 0
+
+    def broken(*_, **__):
+        raise IndexError("strange weights")
+
+    monkeypatch.setattr(answers, "generate_answers", broken)
+    with pytest.raises(ModelError, match=r"cannot read sample .*: strange weights"):
+        build(tmp_path / "other")

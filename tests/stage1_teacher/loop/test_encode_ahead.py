@@ -180,3 +180,23 @@ def wait_for(condition):
     while not condition() and time.monotonic() < end:
         time.sleep(0.05)
     return condition()
+
+
+@pytest.mark.parametrize("processes", [0, 1])
+def test_what_ends_a_build_is_told_with_the_sample_it_came_with(processes: int, caplog, capfd):
+    class Data(list):
+        sample_ids = ("first", "second", "third")
+
+    def faulty(error):
+        def encoder(sample):
+            raise error
+
+        return encoder
+
+    with pytest.raises(DataError, match="the file has changed"):
+        next(encode_shards(Data(range(3)), faulty(DataError("the file has changed")), THREES, [0], workers=processes))
+    assert "the build ends at sample 'first'" in caplog.text
+    with pytest.raises((ProcessFailedError, ZeroDivisionError)) as caught:
+        next(encode_shards(Data(range(3)), faulty(ZeroDivisionError("x")), THREES, [0], workers=processes))
+    told = capfd.readouterr().err if processes else "".join(caught.value.__notes__)
+    assert "at sample 'first'" in told

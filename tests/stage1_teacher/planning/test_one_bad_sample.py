@@ -191,7 +191,7 @@ def test_a_packed_sample_among_others_fails_alone_where_a_family_cannot_pack(tmp
     monkeypatch.setattr(opening, "open_dataset", lambda *a, **k: WithPacked(open_dataset(*a, **k)))
     cache = build(teacher, data, tmp_path / "cache", signals=("logits",), max_failed_share=0.5)
     assert list(cache.failed) == ["s0"]
-    assert "2 independent conversations about one picture" in cache.failed["s0"]
+    assert "this family's visual tokens see the question" in cache.failed["s0"]
 
 
 @pytest.mark.parametrize("where", ["prepare", "run"])

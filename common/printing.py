@@ -6,7 +6,13 @@ move the cursor, rename the window or hide what was printed before. Nothing of t
 
 from __future__ import annotations
 
+import re
+
 MAX_SHOWN = 300  # characters of one name or reason
+SURROGATE = re.compile("[\ud800-\udfff]")  # a byte of a name that is not UTF-8
+CONTROL = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]"
+)  # moves the cursor or turns text round
 
 
 def one_line(text: object, *, limit: int = MAX_SHOWN) -> str:

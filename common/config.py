@@ -19,6 +19,7 @@ import yaml
 
 from vlm_distill_cache.common.errors import ConfigError
 from vlm_distill_cache.common.files.atomic import write_bytes_atomic
+from vlm_distill_cache.common.printing import CONTROL, SURROGATE, one_line
 
 ConfigT = TypeVar("ConfigT")
 
@@ -179,6 +180,11 @@ def _convert(hint: Any, value: Any, default: Any, path: str, where: str) -> Any:
 
 
 def _convert_scalar(hint: Any, value: Any, path: str, where: str) -> Any:
+    if isinstance(value, str) and (SURROGATE.search(value) or CONTROL.search(" ".join(value.split()))):
+        raise ConfigError(
+            f"{where}: {path} is {one_line(value)!r}, which is not UTF-8 or holds characters that do not print; give it another "
+            "name"
+        )
     if hint is Path and isinstance(value, str) and value:
         return Path(value)
     if hint is float and isinstance(value, int | float) and not isinstance(value, bool):

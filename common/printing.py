@@ -16,6 +16,10 @@ _CUT = "..."
 # What a message quotes: between quotation marks that are no apostrophes inside a word, nor an option's as in SET="...".
 _QUOTED = re.compile(r"""(?<![\w=])(?:'(?:[^'\\\n]|\\.)*'|"(?:[^"\\\n]|\\.)*"|`[^`\n]*`)(?!\w)""")
 _UNBROKEN = re.compile(r"\S+")
+SURROGATE = re.compile("[\ud800-\udfff]")  # a byte of a name that is not UTF-8
+CONTROL = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]"
+)  # moves the cursor or turns text round
 
 
 def one_line(text: object, *, limit: int = MAX_SHOWN) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import multiprocessing
 import os
@@ -21,7 +22,7 @@ from tqdm import tqdm
 from vlm_distill_cache.common.errors import DistillError
 from vlm_distill_cache.common.files.hashing import checksum
 from vlm_distill_cache.common.locations import is_url
-from vlm_distill_cache.common.printing import message, printable
+from vlm_distill_cache.common.printing import CONTROL, SURROGATE, message, one_line, printable
 from vlm_distill_cache.common.terminal.launch import enter_launch
 
 logger = logging.getLogger(__name__)
@@ -122,6 +123,22 @@ def _end_with_parent() -> None:
 class CommandGroup(click.Group):
     """Prints an expected error as one message without a traceback, and exits with 1 (click's usage errors with 2)."""
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Refuse names that could be neither stored nor shown, before anything is done with them."""
+        # Whatever is printed from here on, no character of it ends the command.
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
+        for place, argument in enumerate(args):
+            # A sample's id may be any text, and the values of these options may stand on several lines.
+            several_lines = args[place - 1] in ("--set", "--phases", "--signals")
+            is_id = args[0] == "inspect" and place > 1 and args[place - 1] not in ("--picture", "--image")
+            printed = "" if is_id else " ".join(argument.split()) if several_lines else argument
+            if reason := unusable_name(argument, printed=printed):
+                say(f"error: {one_line(argument)}: {reason}", err=True)
+                ctx.exit(2)
+        return super().parse_args(ctx, args)
+
     def invoke(self, ctx: click.Context) -> object:
         """Run the command."""
         # A forked loader would otherwise be warned about at every fork.
@@ -133,8 +150,12 @@ class CommandGroup(click.Group):
         except BrokenPipeError:
             sys.stderr.close()  # the reader of our output left; the interpreter must not complain about it
         except OSError as error:
-            place = f"{error.filename}: " if error.filename else ""
+            place = f"{one_line(os.fsdecode(error.filename))}: " if isinstance(error.filename, str | bytes) else ""
             say(f"error: {place}{error.strerror or error}", err=True)
+        except UnicodeEncodeError as error:
+            if not SURROGATE.search(str(error.object)):
+                raise
+            say(f"error: {one_line(error.object)}: {NOT_UTF8}", err=True)
         except KeyboardInterrupt:
             click.echo("stopped; run the same command again to continue", err=True)
             return ctx.exit(130)
@@ -200,8 +221,40 @@ def quiet_libraries() -> None:
 
 
 def quoted(place: str | Path) -> str:
-    """Write a path or an address as a shell reads it back, for the commands that we propose."""
-    return shlex.quote(str(place))
+    """Write a path or an address as a shell reads it back, for the commands that we propose; always on one line."""
+    text = str(place)
+    text = f"./{text}" if text.startswith("-") else text  # else it would be an option
+    if text.isprintable():
+        return shlex.quote(text)
+    # bash and zsh know this form
+    return "$'" + "".join(c if c.isprintable() and c not in "\\'" else _escaped(c) for c in text) + "'"
+
+
+def _escaped(character: str) -> str:
+    return "".join(f"\\x{byte:02x}" for byte in os.fsencode(character))
+
+
+NOT_UTF8 = (
+    "is not UTF-8, and caches and configurations keep names as UTF-8; rename it, or give a link to it with another name"
+)
+
+
+def unusable_name(argument: str, *, printed: str) -> str:
+    """Why an argument can be no name here; empty if it can.
+
+    Args:
+        argument: As the system gave it.
+        printed: What of it must be characters that print.
+    """
+    if SURROGATE.search(argument):
+        try:
+            os.fsencode(argument).decode("utf-8")
+        except UnicodeError:
+            return NOT_UTF8
+        return f"this locale ({sys.getfilesystemencoding()}) cannot read it; set LC_ALL=C.UTF-8 or PYTHONUTF8=1"
+    if CONTROL.search(printed):
+        return "holds characters that do not print, such as line feeds or escape sequences; give it another name"
+    return ""
 
 
 FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)

@@ -62,7 +62,7 @@ def test_a_payload_in_place_of_a_path_never_becomes_the_reason(tmp_path: Path, b
     build_cache(tmp_path / "cache", data=str(data), max_failed_share=0.5)
     [reason] = open_cache(tmp_path / "cache").failed.values()
     assert len(reason) <= 300
-    assert reason.startswith("image img/payload")
+    assert reason.removeprefix("sample 's3': ").startswith("image img/payload")
     assert reason.endswith("set images to another folder")
 
 

@@ -31,6 +31,7 @@ from vlm_distill_cache.stage1_teacher.config import BuildConfig
 from vlm_distill_cache.stage1_teacher.teacher.inputs import Request
 
 SHOWN = 8  # samples that an error names
+BEYOND_FLOAT16 = 65520.0  # rounded to infinity, from here on
 Groups = tuple[tuple[int, ...], ...]
 Positions = Callable[[Batch], Tensor]
 """From a batch to positions of some of its tokens, int64 ``[B, R]``, padding -1."""
@@ -249,7 +250,8 @@ class _Hidden(Extractor):
 
     def reduce(self, found: Tensor | None, batch: Batch, codec: Any, *, checked: bool) -> tuple[Tensor, ...]:
         assert found is not None
-        kept = found if codec.exact else found.to(torch.float16)  # as the codec does it; what is too large is infinite
+        # What the codec would make infinite is so at once, so that `check` finds it before anything is encoded.
+        kept = found if codec.exact else found.masked_fill(found.abs() >= BEYOND_FLOAT16, torch.inf)
         return tuple(kept[index, :count] for index, count in enumerate(_counts(self._rows, batch)))
 
     def encode(self, live: tuple[Tensor, ...], batch: Batch, codec: Any) -> Sequence[Record]:

@@ -155,7 +155,8 @@ class CommandGroup(click.Group):
         except UnicodeEncodeError as error:
             if not SURROGATE.search(str(error.object)):
                 raise
-            say(f"error: {one_line(error.object)}: {NOT_UTF8}", err=True)
+            around = error.object[max(0, error.start - 40) : error.end + 40]
+            say(f"error: ...{one_line(around)}...: {NOT_UTF8}", err=True)
         except KeyboardInterrupt:
             click.echo("stopped; run the same command again to continue", err=True)
             return ctx.exit(130)

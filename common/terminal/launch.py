@@ -190,7 +190,8 @@ def enter_launch() -> Launch:
     clean_environment(os.environ, launch)
     if left:
         logger.warning(
-            "runs alone: %s %s set, but no launcher of several processes is at work here; unset %s to be rid of this line",
+            "runs alone: %s %s set, but no launcher of several processes (torchrun, accelerate launch, mpirun, srun) is at "
+            "work here; unset %s to be rid of this line",
             ", ".join(left),
             "is" if len(left) == 1 else "are",
             "it" if len(left) == 1 else "them",

@@ -39,7 +39,6 @@ from vlm_distill_cache.stage2_student.scores.metrics import (
     bootstrap_kinds,
     exact_match,
     group_by_kind,
-    normalise_answer,
     parse_letter,
     preference,
     score_letters,
@@ -229,23 +228,19 @@ def score_questions(
     model: Any, encoder: SampleEncoder, questions: Sequence[Question], *, batch_size: int
 ) -> np.ndarray:
     """Exact match of greedily generated answers, float ``[I]``."""
-    # Bytes of other scripts and emoji may be tokens of their own, and an answer that is cut never matches.
-    counts = [
-        len(encoder.tokenizer(normalise_answer(item.answer), add_special_tokens=False)["input_ids"])
-        for item in questions
-    ]
-    short = [place for place, count in enumerate(counts) if count <= ANSWER_TOKENS]
-    long = [place for place, count in enumerate(counts) if count > ANSWER_TOKENS]
     matches = np.zeros(len(questions))
-    for places, limit in (
-        (short, ANSWER_TOKENS),
-        (long, max(counts, default=0) + 2),
-    ):  # a blank in front, the end behind
+
+    def ask(places: Sequence[int], limit: int) -> None:
         for batch in _batches(places, batch_size, "questions"):
             prompts = [build_prompt(encoder, questions[place].image, questions[place].question) for place in batch]
-            made = _generate(model, encoder, prompts, limit)
-            for place, text in zip(batch, made.texts, strict=True):
+            for place, text in zip(batch, _generate(model, encoder, prompts, limit).texts, strict=True):
                 matches[place] = exact_match(text, questions[place].answer)
+
+    ask(range(len(questions)), ANSWER_TOKENS)
+    # Bytes of other scripts and emoji may be tokens of their own, and an answer that is cut never matches.
+    counts = [len(encoder.tokenizer(item.answer, add_special_tokens=False)["input_ids"]) for item in questions]
+    long = [place for place, count in enumerate(counts) if count > ANSWER_TOKENS and not matches[place]]
+    ask(long, max(counts, default=0) + 2)  # a blank in front, the end behind
     return matches
 
 

@@ -12,9 +12,15 @@ _MARKERS = re.compile(
     |(?:Picture\ \d+:\ ?)?<img>\s*(?P<file>[^<>\s][^<>\n]*?)\s*</img>      # Qwen-VL
     |<image>(?P<tagged>[^<>\s]+)</image>
     |!\[[^\]\n]*\]\(\s*<?(?P<markdown>[^\s()<>]+)>?(?:\s+"[^"\n]*")?\s*\)
-    |(?P<other></?\s*\|?(?:start_of_|end_of_|begin_of_)?{_THING}(?:[\ _-]?(?:here|placeholder|token|pad|soft_token|context))?
-      [\ _-]?(?P<number>\d{{0,4}})\s*/?\|?>|<\|vision_(?:start|end|pad)\|>|\[(?:img|image)\])
-    |(?P<video><\|?video(?:[\ _-]?(?:here|placeholder|token|pad))?[\ _-]?\d{{0,4}}\s*\|?>)
+    |<{_THING}>\s*<image_?here>\s*</{_THING}>
+    |</?image>
+    |<\|?(?:start_of_|end_of_|begin_of_)?{_THING}
+      (?:[\ _-]?(?:here|placeholder|token|pad|soft_token|context)|[\ _-]?(?P<number>\d{{1,4}})|(?=\|)|(?<=of_image))
+      [\ _-]?\d{{0,4}}\|?>
+    |<\|vision_(?:start|end|pad)\|>
+    |(?<!\w)(?-i:\[IMG\]|\[IMAGE\])
+    |(?P<html></?(?:img|picture|photo)>|<{_THING}\s*/>)                     # a marker, or what a question is about
+    |(?P<video><\|?video(?:[\ _-]?(?:here|placeholder|token|pad))?[\ _-]?\d{{0,4}}\|?>)
     """,
     re.VERBOSE | re.IGNORECASE | re.DOTALL,
 )
@@ -25,7 +31,8 @@ def take_markers(question: str) -> tuple[str, list[str], int]:
 
     Returns:
         The question without it; the files that it names (``<img>FILE</img>``, Markdown); and how many pictures it
-        speaks of, where markers without a number are all of one picture. In code only the plain marker is one.
+        speaks of, where markers without a number are all of one picture. In code only the plain marker is one;
+        ``<img>`` inside a line speaks of a picture and stays.
 
     Raises:
         SampleError: It speaks of a video.
@@ -44,6 +51,8 @@ def take_markers(question: str) -> tuple[str, list[str], int]:
         if match["code"] is not None:
             return match["code"].replace(IMAGE_MARKER, "")
         speaks = True
+        if match["html"] and question[: match.start()].rpartition("\n")[2].strip():
+            return match[0]  # of HTML, inside a sentence
         if file := match["file"] or match["tagged"] or match["markdown"]:
             files.append(file)
         elif match["number"]:

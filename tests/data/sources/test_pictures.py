@@ -181,6 +181,22 @@ def chat(question):
 @pytest.mark.parametrize(
     "question",
     [
+        "Why does x[img] fail?",
+        "Is a<image_count right, or b>image?",
+        "What does <img> lack in this page?",
+        "What is wrong with <img src='a.png'> and <imgs>?",
+        "Is `<image1>` or `[IMG]` a marker?",
+        "What is left of the <images> tag, and of <picture >?",
+    ],
+)
+def test_texts_about_code_keep_what_looks_like_a_marker(sample, question):
+    read = sample({"question": f"<image>\n{question}", "answer": "A circle.", "image": "img/a.png"})
+    assert (read.turns[0].question, len(read.images)) == (question, 1)
+
+
+@pytest.mark.parametrize(
+    "question",
+    [
         "<img>img/a.png</img>\nWhat?",
         "Picture 1: <img>img/a.png</img>\nWhat?",
         "<image>img/a.png</image>\nWhat?",

@@ -22,9 +22,13 @@ _NO_PICTURES = frozenset({"BUFR", "GRIB", "HDF5", "MPEG"})
 _WEAK_MARKS = frozenset({"PCX", "PPM"})  # a text may begin like one
 _PPM = re.compile(rb"P[1-7fF][\s#]")
 _HEAD_BYTES = 16  # what Pillow shows its plugins
+_LONGEST_NAME = 4096
 _LEAST_BASE64 = 40  # characters; the smallest GIF has 43 bytes
-_NAME = re.compile(r"[^\n\r\t<>]{1,1024}")
-_BASE64 = re.compile(r"[A-Za-z0-9+/_\s-]+={0,2}\s*")
+_NAME = re.compile(r"[^\n\r\t<>]{1,4096}")
+_BASE64 = re.compile(r"[A-Za-z0-9+/_\s-]+={0,2}")
+# Pillow opens them, but as the end of a text they are mostly something else: a domain, a word, a document.
+_RARE = frozenset("ps eps im iim rgb rgba bw raw ras fit fits msp cur pxr ftc ftu icb vda vst".split())  # noqa: SIM905
+_MOST_WORDS = 3  # of a file's name without a folder; more are a sentence
 
 
 @cache
@@ -37,26 +41,34 @@ def picture_extensions() -> frozenset[str]:
 
 def extension_of(name: str) -> str:
     """The part behind the last dot of a file's name or of an address, lower case; empty without one."""
-    if "://" in name:
-        name = name.split("?", 1)[0].split("#", 1)[0]
-    base = name.rstrip().replace("\\", "/").rsplit("/", 1)[-1]
-    return base.rpartition(".")[2].lower() if "." in base else ""
+    name = name.strip()
+    if "://" in name or name.startswith("//"):
+        name = name.split("//", 1)[1].partition("/")[2]  # an address's host ends in no extension
+    base = re.split(r"[?#]", name, maxsplit=1)[0].replace("\\", "/").rsplit("/", 1)[-1]
+    return base.rpartition(".")[2].partition(":")[0].lower() if "." in base else ""
 
 
 def names_picture(text: str) -> bool:
     """Whether a text is the name or address of a picture file, or holds a picture as base64."""
-    if text.startswith("data:image/"):
+    if text[:16].lstrip().lower().startswith("data:image/"):
         return True
-    if len(text) <= 1024 and extension_of(text) in picture_extensions() and _NAME.fullmatch(text.strip()):
+    extension = extension_of(text) if len(text) <= _LONGEST_NAME else ""
+    if extension in picture_extensions() - _RARE and _is_name(text):
         return True
     return base64_picture(text) is not None
 
 
 def names_video(text: str) -> bool:
     """Whether a text is the name or address of a video file, or holds one as a ``data:`` address."""
-    if text.startswith("data:video/"):
+    if text[:16].lstrip().lower().startswith("data:video/"):
         return True
-    return len(text) <= 1024 and extension_of(text) in VIDEO_EXTENSIONS and bool(_NAME.fullmatch(text.strip()))
+    return len(text) <= _LONGEST_NAME and extension_of(text) in VIDEO_EXTENSIONS and _is_name(text)
+
+
+def _is_name(text: str) -> bool:
+    text = text.strip()
+    is_sentence = len(text.split()) > _MOST_WORDS and "/" not in text and "\\" not in text
+    return not is_sentence and bool(_NAME.fullmatch(text))
 
 
 def is_picture(data: bytes) -> bool:
@@ -73,15 +85,20 @@ def is_picture(data: bytes) -> bool:
 
 def base64_picture(text: str) -> bytes | None:
     """The bytes of a picture that a text holds as base64, with or without ``data:`` in front; None: it holds none."""
-    if text.startswith("data:"):
-        head, comma, text = text[:256].partition(",")[0], "," in text[:256], text.partition(",")[2]
-        if not comma or not head.endswith(";base64"):
-            return None
-        return _decode(text)
-    head = text[: 4 * _HEAD_BYTES]
-    if len(text) < _LEAST_BASE64 or "." in head or not is_picture(_decode(head) or b"") or not _BASE64.fullmatch(text):
+    text = text.strip()
+    head, comma, _ = text[:256].partition(",")
+    if comma and head.lower().endswith(";base64"):  # data:image/png;base64, or without its first word
+        text = text[len(head) + 1 :]
+        claimed = "image/" in head.lower()
+    elif head.lower().startswith("data:"):
         return None
-    return _decode(text)
+    else:
+        claimed = False
+    if not claimed:
+        start = text[: 4 * _HEAD_BYTES]
+        if len(text) < _LEAST_BASE64 or "." in start or not is_picture(_decode(start) or b""):
+            return None
+    return _decode(text) if claimed or _BASE64.fullmatch(text) else None
 
 
 def _decode(text: str) -> bytes | None:

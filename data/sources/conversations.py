@@ -21,7 +21,10 @@ FORMS = "'messages', 'conversations', 'question' and 'answer' (or 'answers'), or
 
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 _TEXTS = ("text", "input_text", "output_text")
-_PICTURES = ("image", "image_url", "input_image", "image_path", "image_file")
+_PICTURES = ("image", "image_url", "input_image", "image_path", "image_file", "img", "picture")
+# What tells how to speak or to learn, and would be lost: nothing here reads it.
+_CONTEXT = ("system", "system_prompt", "history", "tools")
+_MARKED = ("tool_calls", "function_call", "reasoning_content", "reasoning")
 _PART_KEYS = (*_PICTURES, "path", "url", "source", "base64", "data")
 _MESSAGE_KEYS = frozenset({"role", "from", "content", "value"})
 
@@ -54,17 +57,40 @@ def read_conversation(entry: Mapping[str, Any]) -> Conversation:
     Raises:
         SampleError: It has none of the forms, or cannot be understood.
     """
+    for key in _CONTEXT:
+        if not says_none(entry.get(key)):
+            hint = " (a system prompt belongs to the prompt template)" if key.startswith("system") else ""
+            raise SampleError(f"{key!r} is not read, and would be lost{hint}")
     for key in ("messages", "conversations"):
-        if entry.get(key) is not None:
+        if not says_none(entry.get(key)):
             return _read_messages(entry[key], key)
-    if isinstance(entry.get("question"), str) and (answer := _answer_of(entry)) is not None:
-        return _pair_turns([("user", entry["question"]), ("assistant", answer)], Conversation())
-    if entry.get("caption") is not None:
+    if not says_none(question := entry.get("question")):
+        answer = _answer_of(entry)
+        if isinstance(question, str) and answer is not None:
+            _refuse_lost_options(entry, question)
+            return _pair_turns([("user", question), ("assistant", answer)], Conversation())
+    elif entry.get("caption") is not None:
         return _pair_turns([("user", ""), ("assistant", as_text(entry["caption"], "caption"))], Conversation())
     for key in ("messages", "conversations"):
         if key in entry and "question" not in entry and "caption" not in entry:
             raise SampleError(f"{key!r} must be a list of messages, got {brief(entry[key])}")
     raise SampleError(f"expected {FORMS}, got {brief_keys(entry)}")
+
+
+def _refuse_lost_options(entry: Mapping[str, Any], question: str) -> None:
+    """Refuse an answer that chooses among options which are not in the question: it would mean nothing."""
+    for key in ("choices", "options", "candidates"):
+        options = entry.get(key)
+        texts = list(options.values()) if isinstance(options, Mapping) else options
+        if isinstance(texts, list | tuple) and any(str(text).strip() not in question for text in texts):
+            raise SampleError(
+                f"{key!r} holds what can be answered, but the question does not say it; write it into the question"
+            )
+    letters = [key for key in "ABCD" if isinstance(entry.get(key), str) and entry[key].strip() not in question]
+    if len(letters) > 1:
+        raise SampleError(
+            f"{letters} hold what can be answered, but the question does not say it; write it into the question"
+        )
 
 
 def brief_keys(entry: Mapping[str, Any]) -> str:
@@ -75,16 +101,16 @@ def brief_keys(entry: Mapping[str, Any]) -> str:
 
 def _answer_of(entry: Mapping[str, Any]) -> str | None:
     """The answer to a question: one, or what most of several people said, the first of equals."""
-    if (answer := entry.get("answer")) is not None:
-        return as_text(answer, "answer")
-    if (answer := entry.get("multiple_choice_answer")) is not None:  # VQAv2's own majority
-        return as_text(answer, "multiple_choice_answer")
+    for key in ("answer", "multiple_choice_answer"):  # the latter is VQAv2's own majority
+        if entry.get(key) is not None and not (says_none(entry[key]) and "answers" in entry):
+            return as_text(entry[key], key)
     answers = entry.get("answers")
     if answers is None:
         return None
     given = [item.get("answer") if isinstance(item, Mapping) else item for item in _sequence(answers, "answers")]
-    counted = Counter(as_text(answer, "answers") for answer in given)
-    return counted.most_common(1)[0][0]
+    texts = [text for answer in given if (text := as_text(answer, "answers").strip())]
+    counted = Counter(text.casefold() for text in texts)
+    return next((text for text in texts if text.casefold() == counted.most_common(1)[0][0]), "")
 
 
 def as_text(value: Any, key: str) -> str:
@@ -127,6 +153,10 @@ def _read_messages(messages: Any, key: str) -> Conversation:
                 f"message {position} is from {brief(role) if not isinstance(role, str) else repr(role[:60])}; only "
                 "'user' and 'assistant' ('human' and 'gpt') are supported (a system prompt belongs to the prompt template)"
             )
+        lost = [name for name in _MARKED if not says_none(message.get(name))]
+        lost += [name for name in ("loss", "train", "weight") if message.get(name) in (0, False) and name in message]
+        if lost and message.get(lost[0]) is not None:
+            raise SampleError(f"message {position} has {lost[0]!r}, which is not read, and would be lost")
         content = message.get("content") if message.get("content") is not None else message.get("value")
         text, pictures, count = _read_content(content, position)
         if len(message) > 2:
@@ -141,21 +171,27 @@ def _read_messages(messages: Any, key: str) -> Conversation:
 
 def _read_content(content: Any, position: int) -> tuple[str, list[Any], int]:
     """Text, given pictures and number of picture parts of one message."""
-    if isinstance(content, list | tuple) and not all(isinstance(part, Mapping) for part in content):
-        raise SampleError(f"message {position} must hold a text or a list of parts, got a list of other things")
     if not isinstance(content, list | tuple):
         return as_text(content, f"message {position}"), [], 0
     texts, pictures, count = [], [], 0
     for part in content:
-        kind = part.get("type")
-        if kind in _TEXTS or (kind is None and isinstance(part.get("text"), str)):
-            texts.append(as_text(part.get("text"), f"message {position}, a text part"))
+        if isinstance(part, str):
+            texts.append(part)
             continue
+        if not isinstance(part, Mapping):
+            raise SampleError(f"message {position} must hold a text or a list of parts, got a list of other things")
+        kind = part.get("type")
+        kind = kind.lower() if isinstance(kind, str) else kind
         given = [part[name] for name in _PART_KEYS if not says_none(part.get(name))]
-        if kind not in _PICTURES and not (kind is None and given):
+        has_text = part.get("text") is not None
+        if kind not in (*_TEXTS, *_PICTURES) and not (kind is None and (given or has_text)):
             raise SampleError(f"message {position} holds a part of type {brief_kind(kind)}; expected 'text' or 'image'")
-        count += 1
-        pictures += given[:1]
+        if has_text or kind in _TEXTS:
+            texts.append(as_text(part.get("text"), f"message {position}, a text part"))
+        if given or kind in _PICTURES:
+            found = list(given[0]) if given and isinstance(given[0], list | tuple) else given[:1]
+            count += max(1, len(found))
+            pictures += found
     return "\n".join(texts), pictures, count
 
 
@@ -192,7 +228,8 @@ def _pair_turns(messages: Sequence[tuple[str, str]], found: Conversation) -> Con
     found.pictures += files
     found.expected = max(found.expected, count)
     for turn, question in enumerate(questions[1:], start=1):
-        if take_markers(question.replace(IMAGE_MARKER, ""))[2]:
+        plain = question.replace(IMAGE_MARKER, "").strip()
+        if take_markers(plain)[0] != plain:
             raise SampleError(f"message {2 * turn + 1} speaks of an image; it must be in the first message")
     found.turns = tuple(
         Turn(question=question, answer=answer) for question, answer in zip(questions, answers, strict=True)

@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,15 @@ from vlm_distill_cache.common.errors import SampleError
 from vlm_distill_cache.common.files.hashing import fingerprint
 from vlm_distill_cache.data.sample import Dataset, ImageSource, Sample
 from vlm_distill_cache.data.sources.conversations import Conversation, read_conversation
-from vlm_distill_cache.data.sources.markers import IMAGE_MARKER
-from vlm_distill_cache.data.sources.pictures import distinct, named_pictures, open_picture, refuse_unread
+from vlm_distill_cache.data.sources.pictures import (
+    distinct,
+    named_pictures,
+    open_picture,
+    refuse_unread,
+    says_text_only,
+)
 
+PROBED = 256  # samples
 _LONGEST_KEY = 1024  # of a picture's name; a longer one is base64
 
 
@@ -20,11 +27,13 @@ class EntryDataset(Dataset):
 
     Attributes:
         image_root: Where relative paths of pictures start.
+        pictures_lie_beside: Whether pictures are files beside the entries, as in an archive.
         picture_keys: Keys that hold pictures whatever they are called, as a table's types say.
         odd_ids: What is wrong with a sample's id, by position, as `data.sample.resolve_ids` found it.
     """
 
     image_root: Path
+    pictures_lie_beside = False
     picture_keys: frozenset[str] = frozenset()
     odd_ids: Mapping[int, str]
 
@@ -51,9 +60,43 @@ class EntryDataset(Dataset):
         """Where a picture that the entry at ``index`` gives is to be read; `SampleError` if it cannot be."""
         return open_picture(value, self.image_root, where=f"of {self.name}, sample {self.sample_ids[index]!r}")
 
-    def refuse_text_only(self, entry: Mapping[str, Any]) -> None:
-        """Called where no picture was found; `SampleError` if the entry, or all others, speak of one."""
+    def refuse_text_only(self, index: int, entry: Mapping[str, Any]) -> None:
+        """Refuse a sample without a picture that speaks of one, or that all others of its kind have.
+
+        Of entries in one file, those without a picture are text where they ask something: that is how LLaVA mixes both.
+        A caption describes a picture. In an archive the picture lies beside the text, so that it can be missing; there,
+        only questions without the marker that all questions about pictures have are text. ``"image": null`` always is.
+        """
         refuse_unread(entry)
+        asks = entry.get("caption") is None and not (self.pictures_lie_beside and not self._marks_pictures)
+        if not asks and self._has_pictures and not says_text_only(entry):
+            raise SampleError(
+                'it has no picture, though other samples of this data have one; write "image": null into its entry if it is '
+                "text alone"
+            )
+
+    @cached_property
+    def _pictured(self) -> list[Conversation]:
+        """What some samples that have a picture say, of samples spread over the data."""
+        count = min(PROBED, len(self))
+        found = []
+        for index in sorted({place * len(self) // count for place in range(count)}):
+            try:
+                entry = self.read(index)
+                said = read_conversation(entry)
+                if self.attached(index) or (not self.pictures_lie_beside and self._given(entry, said)):
+                    found.append(said)
+            except SampleError:
+                continue
+        return found
+
+    @property
+    def _has_pictures(self) -> bool:
+        return bool(self._pictured)
+
+    @property
+    def _marks_pictures(self) -> bool:
+        return bool(self._pictured) and all(said.expected for said in self._pictured)
 
     def _sample(self, index: int, sample_id: str) -> Sample:
         if index in self.odd_ids:
@@ -63,16 +106,17 @@ class EntryDataset(Dataset):
         return Sample(sample_id=sample_id, images=self._images(index, entry, said), turns=said.turns)
 
     def _images(self, index: int, entry: Mapping[str, Any], said: Conversation) -> tuple[ImageSource, ...]:
-        given, beside = self._given(entry, said), self.attached(index)
+        beside = self.attached(index)
         # With a picture beside it, what an entry names is another name of that picture.
+        given = named_pictures(entry, plain_only=True) if beside else self._given(entry, said)
         is_beside = bool(beside) and len(given) <= len(beside)
         images = tuple(beside) if is_beside else tuple(self.find(value, index) for value in given)
         if len(images) < said.expected:
             names = "no image" if not images else f"{len(images)} image{'s' if len(images) > 1 else ''}"
-            speaks = f"has {IMAGE_MARKER}" if said.expected == 1 else f"speaks of {said.expected} images"
-            raise SampleError(f"the first question {speaks}, but the entry names {names}")
+            speaks = "an image" if said.expected == 1 else f"{said.expected} images"
+            raise SampleError(f"the first question speaks of {speaks}, but the entry names {names}")
         if not images:
-            self.refuse_text_only(entry)
+            self.refuse_text_only(index, entry)
         return images
 
     def _key(self, index: int) -> str | None:

@@ -5,6 +5,7 @@ by `data.images.load`, so that every format is decoded alike. Rows come straight
 library to leave pictures encoded makes it write a second copy of lists of them beside the data.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from vlm_distill_cache.data.sources.entries import EntryDataset
 from vlm_distill_cache.data.sources.pictures import says_none
 
 _ID_COLUMNS = ("id", "sample_id", "question_id")
+_UNREAD = {"Video", "Pdf", "Array3D", "Array4D"}  # types whose content shows something
 _TEXT_COLUMNS = ("messages", "conversations", "question", "caption")
 
 
@@ -31,7 +33,10 @@ class HuggingFaceDataset(EntryDataset):
         columns = self._table.column_names
         kinds = {column: _kinds_in(feature) for column, feature in self._table.features.items()}
         self.picture_keys = frozenset(column for column in columns if "Image" in kinds[column])
-        self._videos = [column for column in columns if "Video" in kinds[column]]
+        self._unread = {column: kind for column in columns for kind in _UNREAD & kinds[column]}
+        self._labels = {
+            column: feature for column, feature in self._table.features.items() if "ClassLabel" in kinds[column]
+        }
         if not any(column in columns for column in _TEXT_COLUMNS):
             raise DataError(f"{path}: none of the columns {list(_TEXT_COLUMNS)} found; it has {columns}")
         named = [column for column in _ID_COLUMNS if column in columns]
@@ -44,25 +49,25 @@ class HuggingFaceDataset(EntryDataset):
         self.sample_ids, self.odd_ids = resolve_ids(((row, index) for index, row in enumerate(rows)), where=str(path))
 
     def read(self, index: int) -> Mapping[str, Any]:
-        """The row at ``index``."""
+        """The row at ``index``, labels by their names."""
         try:
-            row: Mapping[str, Any] = self._table[index].to_pylist()[0]
+            row: dict[str, Any] = self._table[index].to_pylist()[0]
+            return row | {column: _names(row[column], feature) for column, feature in self._labels.items()}
         except (
             ValueError,
             TypeError,
             OverflowError,
         ) as error:  # a time or number that Python cannot hold; text not UTF-8
             raise SampleError(f"the row cannot be read: {error}") from error
-        return row
 
-    def refuse_text_only(self, entry: Mapping[str, Any]) -> None:
-        """As for every entry; a column of videos is one, whatever its name."""
-        for column in self._videos:
+    def refuse_text_only(self, index: int, entry: Mapping[str, Any]) -> None:
+        """As for every entry; a column of videos is one, whatever its name, and so on."""
+        for column, kind in self._unread.items():
             if not says_none(entry[column]):
                 raise SampleError(
-                    f"column {column!r} holds a video; only pictures are read: give frames of it as samples"
+                    f"column {column!r} holds a {kind}; only pictures are read, from columns of type Image"
                 )
-        super().refuse_text_only(entry)
+        super().refuse_text_only(index, entry)
 
     def image_keys(self) -> Sequence[str | None]:
         """Each row's image path, where a column of texts names it; None where pictures are stored."""
@@ -78,9 +83,18 @@ def _kinds_in(feature: Any) -> set[str]:
     return {type(feature).__name__} | (_kinds_in(inner) if inner is not None and not isinstance(inner, dict) else set())
 
 
+def _names(value: Any, feature: Any) -> Any:
+    """The name of a label, or the names in a list; a label that is missing stays None."""
+    if isinstance(value, list):
+        return [_names(item, feature.feature) for item in value]
+    return value if value is None or value < 0 else feature.int2str(value)
+
+
 def is_saved_dataset(path: Path) -> bool:
     """Whether ``save_to_disk`` wrote this folder."""
-    return (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file()
+    return (path / "dataset_dict.json").is_file() or (
+        (path / "dataset_info.json").is_file() and (path / "state.json").is_file()
+    )
 
 
 def _load_table(path: Path, split: str) -> Any:
@@ -91,11 +105,22 @@ def _load_table(path: Path, split: str) -> Any:
             f"{path} is a Hugging Face data set, which needs an extra: pip install 'vlm-distill-cache[hf]'"
         ) from error
     try:
+        if (path / "dataset_dict.json").is_file():
+            path = _folder_of(split, path)
         loaded = datasets.load_from_disk(str(path))
-    except (OSError, ValueError, TypeError, KeyError, NotImplementedError) as error:  # Arrow's are among them
-        raise DataError(f"{path} cannot be read as a folder of datasets.save_to_disk: {error}") from error
-    if isinstance(loaded, datasets.DatasetDict):
-        if split not in loaded:
-            raise DataError(f"{path} has no split {split!r}; it has {sorted(loaded)}")
-        loaded = loaded[split]
+    except DataError:
+        raise
+    except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, NotImplementedError) as error:
+        raise DataError(
+            f"{path} cannot be read as a folder of datasets.save_to_disk: {error} (if it holds no row, there is nothing to "
+            "learn)"
+        ) from error
     return loaded.with_format("arrow")
+
+
+def _folder_of(split: str, path: Path) -> Path:
+    """The folder of one split, which is opened alone: another one may be empty, which the library cannot open."""
+    splits = json.loads((path / "dataset_dict.json").read_bytes())["splits"]
+    if split not in splits:
+        raise DataError(f"{path} has no split {split!r}; it has {sorted(splits)}: name one, DATA={path / splits[0]}")
+    return path / split

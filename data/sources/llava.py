@@ -5,6 +5,7 @@ loader does (665k samples: about 1 GB of JSON). An odd entry is that sample's er
 recorded by the caller; only a file that is no such list fails as a whole.
 """
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -45,10 +46,19 @@ def _read_entries(path: Path) -> list[Any]:
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
     entries = parse_bytes(data, where=str(path))
-    if isinstance(entries, dict) and (lists := [key for key in entries if isinstance(entries[key], list)]):
+    if isinstance(entries, dict) and has_text(entries):
+        raise DataError(f"{path}: one entry over several lines; put it on one line: jq -c . OLD > NEW")
+    if isinstance(entries, dict):
+        lists = [
+            key for key, value in entries.items() if isinstance(value, list) and isinstance((value or [0])[0], dict)
+        ]
         raise DataError(
-            f"{path}: expected a list of samples, got an object; if its list {' or '.join(map(repr, lists[:5]))} holds "
-            f"them, put that alone into a file: jq .{lists[0]} OLD > NEW"
+            f"{path}: expected a list of samples, got an object with {brief_keys(entries)}"
+            + (
+                f"; if {lists[0]!r} holds them, put that alone into a file: jq '.[{json.dumps(lists[0])}]' OLD > NEW"
+                if lists
+                else ""
+            )
         )
     if not isinstance(entries, list) or not entries:
         raise DataError(f"{path}: expected a list of samples, got {brief(entries)}")

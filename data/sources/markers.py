@@ -6,33 +6,38 @@ from vlm_distill_cache.common.errors import SampleError
 
 IMAGE_MARKER = "<image>"
 
-_THING = r"(?:image|img|picture|photo)"
+_THING = r"(?:image|img|picture)"
 _MARKERS = re.compile(
-    rf"""(?P<code>```.*?(?:```|\Z)|`[^`\n]*`)
+    rf"""(?P<code>```.*?```|`[^`\n]*`)
     |(?:Picture\ \d+:\ ?)?<img>\s*(?P<file>[^<>\s][^<>\n]*?)\s*</img>      # Qwen-VL
-    |<image>(?P<tagged>[^<>\s]+)</image>
-    |!\[[^\]\n]*\]\(\s*<?(?P<markdown>[^\s()<>]+)>?(?:\s+"[^"\n]*")?\s*\)
-    |<{_THING}>\s*<image_?here>\s*</{_THING}>
-    |</?image>
-    |<\|?(?:start_of_|end_of_|begin_of_)?{_THING}
-      (?:[\ _-]?(?:here|placeholder|token|pad|soft_token|context)|[\ _-]?(?P<number>\d{{1,4}})|(?=\|)|(?<=of_image))
-      [\ _-]?\d{{0,4}}\|?>
-    |<\|vision_(?:start|end|pad)\|>
-    |(?<!\w)(?-i:\[IMG\]|\[IMAGE\])
-    |(?P<html></?(?:img|picture|photo)>|<{_THING}\s*/>)                     # a marker, or what a question is about
-    |(?P<video><\|?video(?:[\ _-]?(?:here|placeholder|token|pad))?[\ _-]?\d{{0,4}}\|?>)
-    """,
+    |<image>(?P<tagged>(?!\./<)[^<>\s]+)</image>
+    |\[img\](?P<bulletin>[^\[\]\s]+)\[/img\]
+    |!\[(?:[^\[\]\n]|\[[^\[\]\n]*\])*\](?:\((?P<markdown>[^()\n]*(?:\([^()\n]*\)[^()\n]*)*)\)|\[[^\[\]\n]*\])
+    |\(?<image>\./</image>\)?                                           # MiniCPM
+    |(?-i:</?image>)
+    |(?<!\w)(?:
+      </?{_THING}>\s*<{_THING}_?here>\s*</{_THING}>
+      |</?image>
+      |<\|?(?:start_of_|end_of_|begin_of_)?{_THING}
+        (?:[\ _-]?(?:here|placeholder|token|pad|soft_token|context|start|end|newline)
+          |[\ _-]?\#?(?P<number>\d{{1,4}})|(?=\|)|(?<=of_image))[\ _-]?\d{{0,4}}\|?>
+      |(?:<fake_token_around_image>|<im_(?:start|end|patch)>|<\|media_pad\|>|<\|vision_(?:start|end|pad)\|>)
+      |(?-i:\[IMG(?:_BREAK|_END)?\]|\[IMAGE\])
+      |(?P<html></?(?:img|picture)>|<{_THING}\s*/>|<img\b[^<>]*?\bsrc\s*=\s*["']?(?P<source>[^"'\s<>]+)[^<>]*>)
+      |(?P<video><\|?video(?:[\ _-]?(?:here|placeholder|token|pad))?[\ _-]?\d{{0,4}}\|?>|<video\s[^<>]*>|<vila/video>)
+    )""",
     re.VERBOSE | re.IGNORECASE | re.DOTALL,
 )
+_TITLED = re.compile(r"""(?:<(?P<angled>[^<>]*)>|(?P<plain>.*?))(?:\s+(?:"[^"]*"|'[^']*'|=\d*x\d*))?""", re.DOTALL)
 
 
 def take_markers(question: str) -> tuple[str, list[str], int]:
     """Take what stands for pictures out of a question.
 
     Returns:
-        The question without it; the files that it names (``<img>FILE</img>``, Markdown); and how many pictures it
-        speaks of, where markers without a number are all of one picture. In code only the plain marker is one;
-        ``<img>`` inside a line speaks of a picture and stays.
+        The question without it; the files that it names (``<img>FILE</img>``, Markdown, HTML); and how many pictures it
+        speaks of, where markers without a number are all of one picture. In code only the plain marker is one; HTML
+        inside a line speaks of a picture and stays.
 
     Raises:
         SampleError: It speaks of a video.
@@ -47,15 +52,19 @@ def take_markers(question: str) -> tuple[str, list[str], int]:
     def take(match: re.Match[str]) -> str:
         nonlocal speaks
         if match["video"]:
-            raise SampleError(f"a question has {match['video']}, but only pictures are read; give frames as samples")
+            raise SampleError(
+                f"a question has {match['video'][:60]!r}, but only pictures are read; give frames as samples"
+            )
         if match["code"] is not None:
             return match["code"].replace(IMAGE_MARKER, "")
         speaks = True
         if match["html"] and question[: match.start()].rpartition("\n")[2].strip():
-            return match[0]  # of HTML, inside a sentence
-        if file := match["file"] or match["tagged"] or match["markdown"]:
-            files.append(file)
-        elif match["number"]:
+            return match[0]  # inside a sentence
+        named = [match[name] for name in ("file", "tagged", "bulletin", "source") if match[name]]
+        if match["markdown"] and (found := _TITLED.fullmatch(match["markdown"].strip())):
+            named = [found["angled"] or found["plain"]]
+        files.extend(named)
+        if match["number"]:
             numbers.add(match["number"])
         return ""
 

@@ -14,7 +14,7 @@ from urllib.parse import unquote, urlsplit
 
 from vlm_distill_cache.common.errors import DataError, SampleError
 from vlm_distill_cache.data.images.load import ImageBytes, ImageFile
-from vlm_distill_cache.data.images.recognise import base64_picture, is_picture, names_picture, names_video
+from vlm_distill_cache.data.images.recognise import base64_picture, extension_of, is_picture, names_picture, names_video
 from vlm_distill_cache.data.sample import ImageSource
 from vlm_distill_cache.data.sources.markers import take_markers
 
@@ -26,14 +26,15 @@ _KNOWN = (
     "photos"
 )
 _KNOWN_KEYS = frozenset(_KNOWN.split())
+_FILE_KEYS = frozenset({"file_name", "filename", "file_names", "filenames"})  # of pictures, if of nothing else
 _VIDEO_KEYS = frozenset({"video", "videos", "video_path", "video_paths", "video_file", "video_url", "mp4", "webm"})
 _NUMBERED_KEY = re.compile(
     r"(image|img|picture|pic|photo)_?(\d{1,3}|[ab])|(first|second|left|right)_(image|img|picture)"
 )
 # What the entry is called, and what is answered: no picture that is asked about is named there.
 _ANSWERS = (
-    "answer answers multiple_choice_answer caption captions response completion output id sample_id question_id key uid "
-    "uuid"
+    "answer answers multiple_choice_answer caption captions response completion output chosen rejected id sample_id "
+    "question_id key uid uuid"
 )
 _ANSWER_KEYS = frozenset(_ANSWERS.split())
 # Texts, about which `data.sources.conversations` decides.
@@ -42,16 +43,20 @@ _TEXTS = (
 )
 _TEXT_KEYS = frozenset(_TEXTS.split()) | _ANSWER_KEYS
 _PICTURE_WORD = re.compile(
-    r"(images?|imgs?|pictures?|pics?|photos?|pixels?|screenshots?|thumbnails?|(?P<video>videos?))"
+    r"(images?|imgs?|pictures?|pics?|photos?|pixels?|screenshots?|thumbnails?|frames?|figures?|(?P<video>videos?|youtube))"
     r"(\d*|paths?|files?|urls?|names?|ids?|bytes|data|base64|b64|lists?|uris?|srcs?|sources?|filenames?)"
 )
-_COUNTING = frozenset({"n", "num", "number", "count", "total", "has", "with"})
+_COUNTING = frozenset("n num number count total has with is requires needs width height size tokens".split())  # noqa: SIM905
+_NONE_WORDS = frozenset({"no", "without"})
 _VALUE_KEYS = ("bytes", "path", "file_name", "filename", "image", "image_url", "url", "source", "base64", "data")
 _TYPES = frozenset({"image", "image_url", "input_image", "image_path", "video", "video_url", "input_video"})
+_ZEROS = ("0", "0.0", "false", "no", "none")
 _LONGEST_PATH = 4096
 
 
-def named_pictures(entry: Mapping[str, Any], picture_keys: frozenset[str] = frozenset()) -> list[Any]:
+def named_pictures(
+    entry: Mapping[str, Any], picture_keys: frozenset[str] = frozenset(), *, plain_only: bool = False
+) -> list[Any]:
     """What an entry gives as its pictures, each as it stands there; for `open_picture`.
 
     ``image`` and ``images`` come first, and pictures with a number; else a key that is known to hold a picture, else
@@ -60,6 +65,7 @@ def named_pictures(entry: Mapping[str, Any], picture_keys: frozenset[str] = froz
 
     Args:
         picture_keys: Further keys that are known to hold a picture.
+        plain_only: Look at those that come first alone.
 
     Raises:
         SampleError: Keys that are not numbered name different pictures: which one is asked about cannot be told. Or
@@ -70,20 +76,21 @@ def named_pictures(entry: Mapping[str, Any], picture_keys: frozenset[str] = froz
     guessed: dict[str, list[Any]] = {}
     for key, value in entry.items():
         name = _normal(key)
-        if (name in _TEXT_KEYS and isinstance(value, str | list | tuple)) or says_none(value):
+        is_text = name in _TEXT_KEYS and key not in picture_keys and isinstance(value, str | list | tuple)
+        if is_text or says_none(value):
             continue
-        if name in _VIDEO_KEYS:
+        if name in _VIDEO_KEYS and not plain_only:
             _refuse(key, value, video=True)
         if name in _PLAIN_KEYS or _NUMBERED_KEY.fullmatch(name):
             plain[key] = _listed(value)
-        elif name in _KNOWN_KEYS or key in picture_keys:
+        elif name in _KNOWN_KEYS or key in picture_keys or (name in _FILE_KEYS and _has_no_extension(value)):
             known[key] = _listed(value)
         elif all(map(_looks_like_picture, _listed(value))):
             guessed[key] = _listed(value)
-    if plain:
+    if plain or plain_only:
         return [item for values in distinct(plain).values() for item in values]
     local = [{key: found[key] for key in found if not all(map(_is_address, found[key]))} for found in (known, guessed)]
-    for found in (*local, known, guessed):
+    for found in (*local, known, guessed):  # files first, then addresses
         different = distinct(found)
         if len(different) > 1:
             raise SampleError(
@@ -134,12 +141,11 @@ def refuse_unread(entry: Mapping[str, Any]) -> None:
         elif isinstance(value, list | tuple):
             waiting += [(f"{place}[{position}]", item, is_text) for position, item in enumerate(value)]
         elif isinstance(value, str):
-            # A text may end in a file's name; only one that is nothing else names the file.
-            if not is_text or not re.search(r"\s", value.strip()):
-                if names_video(value):
-                    _refuse(place, value, video=True)
-                if names_picture(value):
-                    _refuse(place, value, video=False)
+            # A text may end in a file's name; only a line that is nothing else names the file.
+            lines = [line for line in value.split("\n") if len(line.split()) == 1] if is_text else [value]
+            for line in lines:
+                if names_video(line) or names_picture(line):
+                    _refuse(place, line, video=names_video(line))
             if take_markers(value)[2]:
                 _refuse(place, value, video=False)
         elif _looks_like_picture(value):
@@ -190,6 +196,7 @@ def open_picture(value: Any, root: Path, *, where: str = "in the data") -> Image
     """
     while isinstance(value, Mapping):
         filled = [value[key] for key in _VALUE_KEYS if not says_none(value.get(key))]
+        filled = filled or [item for item in value.values() if len(value) == 1 and isinstance(item, str)]
         if not filled:
             break
         value = filled[0]
@@ -264,7 +271,8 @@ def _picture_word(key: object) -> str:
 
 def _counts_none(key: object, value: Any) -> bool:
     """Whether a key counts pictures (``num_images``) and there are none."""
-    return bool(_COUNTING & set(_normal(key).split("_"))) and str(value).strip().lower() in ("0", "0.0", "false", "no")
+    words = set(_normal(key).split("_"))
+    return bool(words & _NONE_WORDS) or (bool(words & _COUNTING) and str(value).strip().lower() in _ZEROS)
 
 
 def _listed(value: Any) -> list[Any]:
@@ -279,6 +287,10 @@ def _looks_like_picture(value: Any) -> bool:
     if isinstance(value, Mapping) and {"bytes", "path"} <= value.keys():  # how `datasets` stores a picture, or a sound
         return any(_looks_like_picture(value[key]) for key in ("bytes", "path"))
     return False
+
+
+def _has_no_extension(value: Any) -> bool:
+    return all(isinstance(item, str) and not extension_of(item) for item in _listed(value))
 
 
 def _is_address(value: Any) -> bool:

@@ -12,12 +12,12 @@ cannot be used, with its reason.
 """
 
 import glob
+import logging
 import posixpath
 import re
 import tarfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +25,19 @@ from vlm_distill_cache.common.errors import DataError, SampleError
 from vlm_distill_cache.data.images.load import FileSlice, ImageBytes
 from vlm_distill_cache.data.images.recognise import VIDEO_EXTENSIONS, is_picture, picture_extensions
 from vlm_distill_cache.data.sample import ImageSource, refuse_repeats, usable_ids
-from vlm_distill_cache.data.sources.conversations import has_text, read_conversation
+from vlm_distill_cache.data.sources.conversations import has_text
 from vlm_distill_cache.data.sources.entries import EntryDataset
 from vlm_distill_cache.data.sources.json_text import decode, parse
-from vlm_distill_cache.data.sources.pictures import brief, open_picture, refuse_unread, says_text_only
+from vlm_distill_cache.data.sources.pictures import brief, open_picture
+
+logger = logging.getLogger(__name__)
 
 _BLOCK = 512
 _KEY = re.compile(r"((?:.*/|)[^./][^./]*)\.([^/]*)", re.DOTALL)  # `webdataset.tariterators.base_plus_ext`
-_HIDDEN = re.compile(r"(.*/)?(\._[^/]*|\.DS_Store|__[^/]*__(/.*)?|__MACOSX/.*|Thumbs\.db|desktop\.ini)", re.DOTALL)
+# What systems leave, and WebDataset's own metadata, which it passes over where a name begins so.
+_HIDDEN = re.compile(r"(.*/)?(\._[^/]*|\.DS_Store|Thumbs\.db|desktop\.ini)|__MACOSX/.*", re.DOTALL)
+_METADATA = re.compile(r"__[^/]*__(/.*)?", re.DOTALL)
+_LABELS = (b"V", b"D", b"M", b"N")  # of a volume, of a folder in an incremental archive
 _TEXTS = {"json": "json", "txt": "txt", "text": "txt", "caption": "txt"}
 
 
@@ -51,6 +56,8 @@ class _Member:
 class WebDataset(EntryDataset):
     """Samples of a tar, a folder of tars, a glob or a brace pattern; the id is the WebDataset key."""
 
+    pictures_lie_beside = True
+
     def __init__(self, pattern: str) -> None:
         self.name = Path(pattern).name
         self.image_root = Path(pattern).parent
@@ -59,7 +66,7 @@ class WebDataset(EntryDataset):
         if not any(member.texts for member in self._members):
             raise DataError(
                 f"{pattern}: no member KEY.json or KEY.txt in {len(paths)} tars; nothing to learn from"
-                + "".join(f"; {member.problem}" for member in self._members[:1] if member.problem)
+                + next((f"; {member.problem}" for member in self._members if member.problem), "")
             )
         ids = refuse_repeats([member.key for member in self._members], where=pattern)
         self.sample_ids, self.odd_ids = usable_ids(ids)
@@ -92,39 +99,19 @@ class WebDataset(EntryDataset):
             f"it names the image {brief(value)}, which does not lie beside it as {self._members[index].key}.EXTENSION"
         )
 
-    def refuse_text_only(self, entry: Mapping[str, Any]) -> None:
-        """Refuse a sample that speaks of a picture, and one without a picture among samples that have one.
-
-        Only its own data can say that a sample is text alone: by ``"image": null``, or by a question without the
-        marker that the questions about pictures have.
-        """
-        refuse_unread(entry)
-        asks = entry.get("caption") is None and self._marks_pictures
-        if self._pictured is not None and not says_text_only(entry) and not asks:
-            raise SampleError(
-                'it has no picture, though other samples of this data have one; write "image": null into its JSON if it is '
-                "text alone"
-            )
+    def refuse_text_only(self, index: int, entry: Mapping[str, Any]) -> None:
+        """Also refuse a sample with a member that is neither text nor a picture: what it shows would be lost."""
+        for part in self._members[index].others:
+            head = part.read(most=_BLOCK)
+            if b"\0" in head or not head.isascii():
+                raise SampleError(
+                    f"{part.name} is no picture that can be read, and there is no other; expected one, or text alone"
+                )
+        super().refuse_text_only(index, entry)
 
     def image_keys(self) -> Sequence[str | None]:
         """None: only the pictures tell."""
         return [None] * len(self)
-
-    @cached_property
-    def _pictured(self) -> int | None:
-        """The first sample with a picture beside it."""
-        return next((index for index, member in enumerate(self._members) if member.images and member.texts), None)
-
-    @cached_property
-    def _marks_pictures(self) -> bool:
-        """Whether questions about pictures say so, in the first such sample that can be read."""
-        for member in self._members[self._pictured or 0 :]:
-            if member.images and member.texts and not member.problem:
-                try:
-                    return read_conversation(_read_entry(member)).expected > 0
-                except SampleError:
-                    continue
-        return False
 
 
 def find_tars(pattern: str) -> list[Path]:
@@ -145,25 +132,34 @@ def _index_tar(path: Path) -> list[_Member]:
     """List an archive's samples, in the order of their first members."""
     try:
         with tarfile.open(path, "r:") as tar:
-            infos = list(tar)
-            _refuse_cut(path, tar.offset)
+            infos, end = list(tar), tar.offset
     except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError) as error:
-        raise DataError(
-            f"{path} cannot be read as an uncompressed tar: {error}; unpack .tar.gz first, or download it again"
-        ) from error
+        with path.open("rb") as file:
+            packed = file.read(6).startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd"))
+        remedy = "it is compressed: unpack .tar.gz first" if packed else "copy or download it again"
+        raise DataError(f"{path} cannot be read as an uncompressed tar: {error}; {remedy}") from error
+    _refuse_cut(path, end)
     slices = _slices(path, infos)
     groups: dict[str, list[tuple[str, tarfile.TarInfo]]] = {}
     members: list[_Member] = []
+    strays: list[_Member] = []
+    passed: list[str] = []
     for info in infos:
-        if info.isdir() or _HIDDEN.fullmatch(info.name):
+        if info.isdir() or info.type in _LABELS or _HIDDEN.fullmatch(info.name):
             continue
-        if found := _KEY.fullmatch(info.name):
+        if _METADATA.fullmatch(info.name):
+            passed.append(info.name)
+        elif found := _KEY.fullmatch(info.name):
             groups.setdefault(found[1], []).append((found[2], info))
         else:
-            groups.setdefault(info.name, []).append(("", info))
+            strays.append(_stray(path.name, info.name))
+    if passed:
+        logger.warning(
+            "%s: %d members are metadata to WebDataset and are not read, the first %s", path, len(passed), passed[0]
+        )
     for key, parts in groups.items():
         members += _samples(key, parts, slices, path.name)
-    return members
+    return members + strays
 
 
 def _refuse_cut(path: Path, end: int) -> None:
@@ -218,14 +214,18 @@ def _target_of(info: tarfile.TarInfo, files: Mapping[str, tarfile.TarInfo]) -> t
     return info
 
 
+def _stray(archive: str, name: str) -> _Member:
+    """What stands for a member that belongs to no sample."""
+    shown = f"{archive}:{name}"
+    reason = f"{shown} belongs to no sample: its name has no extension or begins with a dot; expected KEY.EXTENSION"
+    return _Member(key=shown, problem=reason)
+
+
 def _samples(
     key: str, parts: Sequence[tuple[str, tarfile.TarInfo]], slices: Mapping[int, FileSlice | str], archive: str
 ) -> list[_Member]:
     """The sample of a key; or the samples that its members may have been meant as, none of which can be used."""
     names = [info.name for _, info in parts]
-    if not parts[0][0]:
-        reason = f"{archive}:{key} belongs to no sample: its name has no extension or begins with a dot; expected KEY.EXTENSION"
-        return [_Member(key=key, problem=reason)]
     member = _Member(key=key)
     texts: dict[str, list[str]] = {}
     for extension, info in parts:
@@ -246,8 +246,14 @@ def _samples(
             member.others.append(part)
     if len(set(names)) < len(names):
         member.problem = member.problem or f"{archive} holds {max(names, key=names.count)} twice"
-    unclear = [kinds for kinds in texts.values() if len(kinds) > 1 and all("." in kind for kind in kinds)]
+    plain = {kind: sum("." not in extension for extension in found) for kind, found in texts.items()}
+    unclear = [found for kind, found in texts.items() if plain[kind] > 1 or (len(found) > 1 and not plain[kind])]
     if not unclear or member.problem:
+        return [member]
+    if not all("." in extension for extension in unclear[0]):
+        member.problem = (
+            f"{archive} holds several texts of the key {key!r}: {', '.join(unclear[0][:3])}; keep one of them"
+        )
         return [member]
     stems = {name: f"{key}.{extension.rpartition('.')[0]}" for (extension, _), name in zip(parts, names, strict=True)}
     reason = (

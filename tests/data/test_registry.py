@@ -194,8 +194,9 @@ def test_json_is_read_as_what_it_holds_whatever_its_name(tmp_path, name):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
+        (json.dumps(ENTRY, indent=1), "one entry over several lines"),
         (json.dumps(ENTRY, indent=1) * 2, "put each on a line of its own"),
-        (json.dumps({"data": [ENTRY]}), "its list 'data' holds them|no line is an entry"),
+        (json.dumps({"data": [ENTRY]}), "if 'data' holds them|no line is an entry"),
         ("", "the file is empty|holds no sample"),
         ("hello", "is not JSON"),
     ],

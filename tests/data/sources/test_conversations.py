@@ -5,6 +5,8 @@ import pytest
 from vlm_distill_cache.common.errors import SampleError
 from vlm_distill_cache.data.sources.conversations import has_text, read_conversation
 
+U, A = {"role": "user", "content": "What?"}, {"role": "assistant", "content": "A circle."}
+
 
 @pytest.mark.parametrize(
     ("entry", "answer"),
@@ -19,6 +21,10 @@ from vlm_distill_cache.data.sources.conversations import has_text, read_conversa
         ({"answers": [{"answer": "no"}], "multiple_choice_answer": "yes"}, "yes"),
         ({"answers": ["no"], "answer": "yes"}, "yes"),
         ({"answers": ["no"], "answer": None}, "no"),
+        ({"answers": ["no"], "answer": ""}, "no"),
+        ({"answers": ["Yes", "yes", "no", "no", "YES"]}, "Yes"),
+        ({"answers": ["", "", "a"]}, "a"),
+        ({"choices": ["What", "?"], "answer": "?"}, "?"),
     ],
 )
 def test_numbers_and_peoples_answers_are_read(entry, answer):
@@ -37,6 +43,16 @@ def test_numbers_and_peoples_answers_are_read(entry, answer):
         ({"question": "What?", "answers": "red"}, "'answers' must be a list"),
         ({"question": "What?", "answers": [None]}, "'answers' must be a text or a number, got NoneType"),
         ({"question": 3, "answer": "a"}, r"expected 'messages', .*got \['answer', 'question'\]"),
+        ({"question": "What?", "choices": ["cat", "dog"], "answer": 1}, "'choices' holds what can be answered"),
+        ({"question": "What?", "options": {"A": "cat"}, "answer": "A"}, "'options' holds what can be answered"),
+        ({"question": "What?", "A": "cat", "B": "dog", "answer": "A"}, r"\['A', 'B'\] hold what can be answered"),
+        ({"question": "What?", "caption": "a dog"}, "expected 'messages'"),
+        ({"question": {"a": 1}, "caption": "a dog"}, "expected 'messages'"),
+        ({"question": "What?", "answer": "x", "system": "Be kind"}, "'system' is not read.*prompt template"),
+        ({"question": "What?", "answer": "x", "history": [["a", "b"]]}, "'history' is not read"),
+        ({"messages": [U, A | {"loss": False}]}, "message 2 has 'loss', which is not read"),
+        ({"messages": [U, A | {"weight": 0}]}, "message 2 has 'weight', which is not read"),
+        ({"messages": [U, A | {"tool_calls": [{"name": "f"}]}]}, "message 2 has 'tool_calls', which is not read"),
         ({"caption": ["a", "b"]}, "'caption' is a list of 2, .*captions in entries of their own"),
         ({"conversations": None}, "'conversations' must be a list of messages, got NoneType"),
         (
@@ -55,6 +71,13 @@ def test_roles_and_keys_of_both_conventions_may_be_mixed():
     messages = [{"from": "Human", "value": "What?"}, {"role": "assistant", "content": 3, "from": None}]
     for key in ("messages", "conversations"):
         assert read_conversation({key: messages}).turns[0].answer == "3"
+
+
+def test_what_is_empty_or_says_nothing_new_is_no_loss():
+    assert read_conversation({"messages": [], "conversations": [U, A], "system": "", "tools": []}).turns
+    assert read_conversation(
+        {"messages": [U | {"name": "x"}, A | {"loss": True, "weight": 1, "tool_calls": None}]}
+    ).turns
 
 
 def test_an_entry_has_a_text_where_one_of_the_forms_is_filled():

@@ -176,12 +176,39 @@ def test_pictures_that_are_damaged_or_given_as_plain_bytes_are_not_overlooked(tm
     assert plain[0].images[0].load().size == (4, 4)
 
 
+def test_labels_are_read_by_their_names(tmp_path):
+    label = datasets.ClassLabel(names=["no", "yes"])
+    columns = {"question": ["What?"] * 2, "answer": [1, 0], "answers": [[1, 1, 0], [0]]}
+    features = {"question": datasets.Value("string"), "answer": label, "answers": datasets.List(label)}
+    for left_out in ("answers", "answer"):
+        kept = {key: feature for key, feature in features.items() if key != left_out}
+        saved = save(tmp_path / left_out, {key: columns[key] for key in kept}, datasets.Features(kept))
+        assert [HuggingFaceDataset(saved)[index].turns[0].answer for index in range(2)] == ["yes", "no"]
+
+
+def test_a_folder_without_rows_is_refused_and_an_empty_split_is_no_matter_to_another(tmp_path):
+    full = datasets.Dataset.from_dict(TEXT)
+    none = datasets.Dataset.from_dict({"question": [], "answer": []})
+    none.save_to_disk(str(tmp_path / "none"))
+    with pytest.raises(DataError, match=r"cannot be read as a folder .*nothing to learn"):
+        HuggingFaceDataset(tmp_path / "none")
+    datasets.DatasetDict({"train": full, "test": none}).save_to_disk(str(tmp_path / "both"))
+    assert len(HuggingFaceDataset(tmp_path / "both")) == 2
+    with pytest.raises(DataError, match="cannot be read as a folder"):
+        HuggingFaceDataset(tmp_path / "both", split="test")
+
+
+def test_another_librarys_dataset_info_is_no_saved_data_set(tmp_path):
+    (tmp_path / "dataset_info.json").write_text("{}")
+    assert not is_saved_dataset(tmp_path)
+
+
 def test_a_column_of_videos_is_refused_row_by_row(tmp_path):
     features = datasets.Features({**TEXT_TYPES, "clip": datasets.Value("binary")})
     path = save(tmp_path, {**TEXT, "clip": [b"frames", None]}, features)
     dataset = HuggingFaceDataset(path)
-    dataset._videos = ["clip"]  # the library's own type of a video needs torchcodec to be written
-    with pytest.raises(SampleError, match="column 'clip' holds a video"):
+    dataset._unread = {"clip": "Video"}  # the library's own type of a video needs torchcodec to be written
+    with pytest.raises(SampleError, match="column 'clip' holds a Video"):
         dataset[0]
     assert dataset[1].images == ()
 

@@ -1,5 +1,6 @@
 """LLaVA JSON: the published form is read as LLaVA reads it, and one odd entry is one odd sample."""
 
+import gzip
 import json
 import pickle
 
@@ -201,7 +202,14 @@ def test_survives_pickling(tmp_path):
         ('[{"a": "C:\\data"}]', "a backslash in a text is written twice"),
         ('[{"a": "one\ntwo"}]', r"written \\n"),
         ('[{"a": "one', "ends in the middle"),
-        ('{"info": 3, "data": [{"a": 1}]}', r"its list 'data' holds them.*jq \.data OLD"),
+        ('[{"a": True}]', "JSON writes true, false and null"),
+        ('[ // all\n{"a": 1}]', "JSON has no comments"),
+        ('{"info": [], "my data": [{"a": 1}]}', r"if 'my data' holds them.*jq '\.\[\"my data\"\]' OLD"),
+        ('{\n"caption": "x"\n}', "one entry over several lines"),
+        ("<!DOCTYPE html>", "a page of HTML"),
+        ("version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+        ('[{"a": ' + "9" * 5000 + "}]", "a number of thousands of digits"),
+        ('{"info": 3, "data": [{"a": 1}]}', r"if 'data' holds them.*jq '\.\[\"data\"\]' OLD"),
         ("[" * 100_000, "nested too deeply"),
     ],
 )
@@ -223,6 +231,13 @@ def test_a_byte_that_is_no_utf8_is_shown_with_its_line_and_what_to_type(tmp_path
     path = tmp_path / "data.json"
     path.write_bytes('[\n{"id": "caf\xe9"}]'.encode("latin-1"))
     with pytest.raises(DataError, match=r"not UTF-8: byte 0xe9 in line 2; .*iconv -f latin1"):
+        LlavaDataset(path)
+
+
+def test_a_compressed_file_is_told_what_it_is(tmp_path):
+    path = tmp_path / "data.json"
+    path.write_bytes(gzip.compress(b"[]"))
+    with pytest.raises(DataError, match="is compressed: unpack it first"):
         LlavaDataset(path)
 
 

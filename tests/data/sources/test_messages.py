@@ -74,7 +74,7 @@ def test_text_only_and_lines_of_other_forms(tmp_path):
         (["a"], "message 1 must hold 'role' and 'content'"),
         ([user(None), assistant("b")], "'message 1' must be a text or a number, got NoneType"),
         ([user([{"type": "audio"}]), assistant("b")], "a part of type 'audio'"),
-        ([user(["a"]), assistant("b")], "a list of parts, got a list of other things"),
+        ([user([3]), assistant("b")], "a list of parts, got a list of other things"),
         ([user([{"type": None}]), assistant("b")], "a part of type NoneType"),
         (
             [user("a"), assistant("b"), user([{"type": "image"}]), assistant("c")],

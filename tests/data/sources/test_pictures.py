@@ -3,6 +3,8 @@
 import base64
 import io
 import json
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import PIL.Image
@@ -31,6 +33,7 @@ def sample(tmp_path):
     folder = tmp_path / "img"
     folder.mkdir()
     (folder / "a.png").write_bytes(PNG)
+    (folder / "my (small) a.png").write_bytes(PNG)
     (folder / "b.png").write_bytes(encoded(size=(6, 6)))
 
     def read(entry):
@@ -121,7 +124,7 @@ def test_other_names_of_the_same_picture_and_what_describes_it_do_not_count(samp
         ({"video": "a.mp4"}, "'video' names a video .*only pictures are read"),
         ({"image": "img/a.png", "video": "a.mp4"}, "'video' names a video"),
         ({"source": "clips/a.webm"}, "'source' names a video"),
-        ({"question": "<video>\nWhat?"}, "a question has <video>"),
+        ({"question": "<video>\nWhat?"}, "a question has '<video>'"),
         (
             {"question": "<image_1> and <image_2>?", "image": "img/a.png"},
             "speaks of 2 images, but the entry names 1 image",
@@ -130,7 +133,7 @@ def test_other_names_of_the_same_picture_and_what_describes_it_do_not_count(samp
 )
 def test_a_picture_or_video_that_is_not_read_is_an_error(sample, others, message):
     with pytest.raises(SampleError, match=message):
-        sample(TURN | others)
+        [image.load() for image in sample(TURN | others).images]
 
 
 @pytest.mark.parametrize(
@@ -141,6 +144,13 @@ def test_a_picture_or_video_that_is_not_read_is_an_error(sample, others, message
         {"image": "", "images": [], "image_path": {}},
         {"image": False, "has_image": False, "num_images": 0, "image_count": "0"},
         {"image": {"bytes": None, "path": None}, "video": None},
+        {
+            "source": "https://wafa.ps",
+            "hint": "Save the file as photo.jpg",
+            "x": "data:text/plain;base64,aGVsbG8gd29ybGQ=",
+        },
+        {"no_image": True, "requires_image": "no", "is_image": 0, "image_width": 0, "image_tokens": 0},
+        {"rejected": "use <img>", "chosen": "a.png"},
         {"source": "ShareGPT", "category": "imagination", "url": "https://example.org/page"},
         {"answer": "Write <img>a.png</img> or ![a](b.png) into picture.png."},
         {"question": "What does `<img>a.png</img>` do?\n```html\n<video>\n![x](y.png)\n```"},
@@ -157,7 +167,10 @@ def test_text_alone_stays_text_where_the_data_say_so(sample, others):
     [
         "<image>", "<IMAGE>", "<image><image>", "<ImageHere>", "<Img><ImageHere></Img>", "<image1>", "<image 1>", "<image_1>",
         "<|image_1|>", "<|image|>", "<image_placeholder>", "<start_of_image>", "<|vision_start|><|image_pad|><|vision_end|>",
-        "<|begin_of_image|><|image|><|end_of_image|>", "[IMG]", "<img>", "<image/>", "<picture>", "<image_soft_token>",
+        "<|begin_of_image|><|image|><|end_of_image|>", "<im_start><image><im_end>", "<image_start><image><image_end>",
+        "<|image_start|><|image|><|image_end|>", "<fake_token_around_image><image><fake_token_around_image>",
+        "[IMG][IMG_BREAK][IMG_END]", "<image #1>", "(<image>./</image>)", "<|media_pad|>",
+        "[IMG]", "<img>", "<image/>", "<picture>", "<image_soft_token>",
     ],
 )  # fmt: skip
 def test_every_familys_marker_stands_for_the_picture_and_is_taken_out(sample, marker):
@@ -187,6 +200,8 @@ def chat(question):
         "What is wrong with <img src='a.png'> and <imgs>?",
         "Is `<image1>` or `[IMG]` a marker?",
         "What is left of the <images> tag, and of <picture >?",
+        "Is it List<Image> here, and where is <Image />?",
+        "$a<img_1>b$ and a[image] and <photo>1</photo>",
     ],
 )
 def test_texts_about_code_keep_what_looks_like_a_marker(sample, question):
@@ -201,12 +216,18 @@ def test_texts_about_code_keep_what_looks_like_a_marker(sample, question):
         "Picture 1: <img>img/a.png</img>\nWhat?",
         "<image>img/a.png</image>\nWhat?",
         "![](img/a.png)\nWhat?",
+        "![a [small] circle](<img/a.png>)\nWhat?",
+        "![](img/a.png =100x20)\nWhat?",
+        "![](img/my (small) a.png 'A circle')\nWhat?",
+        '<img class="x" src="img/a.png"/>\nWhat?',
+        "[img]img/a.png[/img]\nWhat?",
         '![a circle](img/a.png "title") What?',
         f"![](data:image/png;base64,{BASE64}) What?",
     ],
 )
 def test_a_picture_that_the_question_names_is_read(sample, question):
-    for entry in (TURN | {"question": question}, TURN | {"question": question, "image": "img/a.png"}):
+    same = "img/my (small) a.png" if "small) a" in question else "img/a.png"
+    for entry in (TURN | {"question": question}, TURN | {"question": question, "image": same}):
         read = sample(entry)
         if "base64" in question and "image" in entry:
             assert len(read.images) == 2  # for the encoder to refuse
@@ -225,6 +246,7 @@ def test_a_picture_that_the_question_names_is_read(sample, question):
         {"type": "input_image", "image_url": f"data:image/png;base64,{BASE64}"},
         {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": BASE64}},
         {"type": "image", "base64": BASE64},
+        {"type": "Image", "image": ["img/a.png"]},
         {"image": "img/a.png"},
     ],
 )
@@ -234,6 +256,38 @@ def test_parts_of_every_interface_are_read(sample, part):
     read = sample({"messages": messages})
     assert [image.load().size for image in read.images] == [(5, 7)]
     assert read.turns[0].question == "What?"
+
+
+def test_of_a_part_neither_text_nor_picture_is_lost(sample):
+    both = {"type": "image", "image": "img/a.png", "text": "What?"}
+    read = sample({"messages": [{"role": "user", "content": [both]}, {"role": "assistant", "content": ["A circle."]}]})
+    assert (read.turns[0].question, len(read.images)) == ("What?", 1)
+    for part in (
+        {"type": "text", "text": "q", "image": "img/b.png"},
+        {"type": "image", "image": ["img/a.png", "img/b.png"]},
+    ):
+        messages = [{"role": "user", "content": [part]}, {"role": "assistant", "content": "A."}]
+        assert len(sample({"messages": messages, "image": "img/a.png"}).images) >= 2  # for the encoder to refuse
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "![" * 20_000,
+        "[" * 40_000,
+        "<img src=" * 10_000,
+        "![a" + "[b" * 20_000,
+        "<img>" + "a" * 40_000,
+        " " * 20_000 + "!",
+    ],
+)
+def test_no_text_takes_long_to_look_through(sample, text):
+    """Of 40 KB; where a rule goes back over a text from each of its signs, seconds."""
+    for entry in ({"question": text, "answer": "x"}, TURN | {"x": text}):
+        started = time.process_time()
+        with suppress(SampleError):
+            sample(entry)
+        assert time.process_time() - started < 1
 
 
 def test_a_picture_beside_a_messages_text_is_read(sample):
@@ -261,5 +315,5 @@ def test_names_of_pictures():
     assert not {"pdf", "mpg", "mp4", "txt", "json"} & picture_extensions()
     for name in ("a.png", "a/b.c.JPEG", "https://example.org/a.webp?size=3", "C:\\a b\\c.gif"):
         assert names_picture(name), name
-    for name in ("png", "a.txt", "", "a.png is a file", "one\ntwo.png", "x" * 2000 + ".png"):
+    for name in ("png", "a.txt", "", "a.png is a file", "one\ntwo.png", "x" * 5000 + ".png"):
         assert not names_picture(name), name

@@ -54,12 +54,12 @@ def test_every_form_of_text_is_read(tmp_path):
         *entry("c", LLAVA["conversations"]),
         ("d.webp", picture(1, "WEBP")),
         ("d.txt", b"A caption.\n"),
-        ("e.json", b'{"question": "What?", "answer": "A circle."}'),
+        ("e.json", b'{"question": "What?", "answer": "A circle.", "image": null}'),
         ("f.png", picture(1)),
         ("readme", b"no key"),
     ]
     dataset = WebDataset(str(write_tar(tmp_path / "a.tar", members)))
-    assert list(dataset.sample_ids) == [*"abcdef", "readme"]
+    assert list(dataset.sample_ids) == [*"abcdef", "a.tar:readme"]
     assert [dataset[i].turns[0].answer for i in range(5)] == [
         "A circle.",
         "B",
@@ -170,15 +170,17 @@ def test_extensions_of_two_parts_are_known_by_the_last(tmp_path, picture_name, t
     assert WebDataset(str(path))[0].turns[0].answer == "A caption."
 
 
-@pytest.mark.parametrize(
-    "metadata", [{"width": 64, "url": None}, {"caption": None}, {"caption": ""}, {"question": "?"}]
-)
+@pytest.mark.parametrize("metadata", [{"width": 64, "url": None}, {"caption": None}, {"caption": ""}])
 def test_json_without_a_text_does_not_hide_the_caption_beside_it(tmp_path, metadata):
     members = [("k.png", picture(0)), ("k.json", json.dumps(metadata).encode()), ("k.txt", b"A caption.")]
     path = write_tar(tmp_path / "a.tar", members)
-    if "question" in metadata:  # kept as it is; the caption answers no question
-        assert WebDataset(str(path))[0].turns[0].question == ""
     assert WebDataset(str(path))[0].turns[0].answer == "A caption."
+
+
+def test_a_caption_is_no_answer_to_a_question_without_one(tmp_path):
+    members = [("k.png", picture(0)), ("k.json", b'{"question": "What?"}'), ("k.txt", b"A caption.")]
+    _, failed = readable(write_tar(tmp_path / "a.tar", members))
+    assert "expected 'messages'" in failed["k"]
 
 
 def test_every_member_is_a_samples_or_said(tmp_path):
@@ -205,8 +207,8 @@ def test_every_member_is_a_samples_or_said(tmp_path):
         "b": "no member KEY.json or KEY.txt beside a.tar:b.png",
         "c": "it has no picture, though other samples",
         "d": "video",
-        "plain": "belongs to no sample",
-        ".hidden.png": "belongs to no sample",
+        "a.tar:plain": "belongs to no sample",
+        "a.tar:.hidden.png": "belongs to no sample",
         "e": "no member KEY.json or KEY.txt",
         "f": "holds f.png twice",
         "g": "not UTF-8",
@@ -298,3 +300,59 @@ def test_a_picture_that_the_json_names_is_not_another_members(tmp_path):
     kept, failed = readable(write_tar(tmp_path / "a.tar", members))
     assert kept == {"a": 0}
     assert "names the image str 'b/1.png', which does not lie beside it" in failed["b"]
+
+
+def test_a_picture_that_all_others_have_is_missed_whatever_the_first_sample_says(tmp_path):
+    def asked(question):
+        return {"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": "x"}]}
+
+    members = [*entry("a", LLAVA), *entry("b", asked("What?")), ("c.json", json.dumps(asked("Why?")).encode())]
+    kept, failed = readable(write_tar(tmp_path / "a.tar", members))
+    assert kept == {"a": 1, "b": 1}
+    assert "it has no picture" in failed["c"]
+    members = [("a.bin", picture(0)), *texts("a"), *texts("b")]  # known by what it holds
+    kept, failed = readable(write_tar(tmp_path / "b.tar", members))
+    assert (kept, failed.keys()) == ({"a": 1}, {"b"})
+
+
+def test_a_member_that_is_neither_text_nor_picture_is_not_passed_over_where_there_is_no_picture(tmp_path):
+    members = [
+        ("a.npy", b"\x93NUMPY\x01\0"),
+        *texts("a"),
+        ("b.cls", b"3"),
+        *texts("b"),
+        ("c.png.gz", b"\x1f\x8b\x08\0"),
+        *texts("c"),
+    ]
+    kept, failed = readable(write_tar(tmp_path / "a.tar", members))
+    assert kept == {"b": 0}
+    assert all("is no picture that can be read" in reason for reason in failed.values())
+
+
+def test_several_texts_of_one_kind_are_not_chosen_among(tmp_path):
+    members = [("a.png", picture(0)), *texts("a"), *texts("a", extension="caption")]
+    _, failed = readable(write_tar(tmp_path / "a.tar", [*members, *entry("b", {"caption": "x"})]))
+    assert "several texts of the key 'a'" in failed["a"]
+
+
+def test_what_the_json_says_of_other_files_does_not_matter_where_the_picture_lies_beside_it(tmp_path):
+    record = {"caption": "x", "url": "https://example.org/1.jpg", "thumbnail": "t.png", "video": "x.mp4"}
+    assert readable(write_tar(tmp_path / "a.tar", entry("a", record))) == ({"a": 1}, {})
+    kept, failed = readable(write_tar(tmp_path / "b.tar", entry("a", {"caption": "x", "images": ["1.png", "2.png"]})))
+    assert not kept
+    assert "which does not lie beside it" in failed["a"]
+
+
+def test_a_member_without_an_extension_hides_no_sample_of_its_name(tmp_path):
+    members = [("a", b"x"), *entry("a", {"caption": "x"}), ("README", b"x")]
+    kept, failed = readable(write_tar(tmp_path / "a.tar", members))
+    assert kept == {"a": 1}
+    assert failed.keys() == {"a.tar:a", "a.tar:README"}
+    write_tar(tmp_path / "b.tar", [("README", b"x"), *entry("b", {"caption": "x"})])
+    assert len(WebDataset(str(tmp_path))) == 5  # each archive may hold its own
+
+
+def test_only_names_that_begin_as_metadata_are_passed_over_and_that_is_said(tmp_path, caplog):
+    members = [*entry("data/__train__/a", {"caption": "x"}), *entry("__train__/b", {"caption": "x"})]
+    assert readable(write_tar(tmp_path / "a.tar", members)) == ({"data/__train__/a": 1}, {})
+    assert "2 members are metadata to WebDataset and are not read, the first __train__/b.png" in caplog.text

@@ -38,7 +38,7 @@ SHAPES_IMAGES = 1500
 SHAPES_ITEMS = 300  # evaluation items where no limit is given
 FILE_ITEMS = 2000  # questions taken from a user's file where no limit is given
 SHORT_ANSWER_WORDS = 5
-FORMS = "shapes, easy-vqa, FILE.json (LLaVA), FILE.jsonl (messages), a folder of datasets.save_to_disk, or tars"
+FORMS = "shapes, easy-vqa, FILE.json, FILE.jsonl, a folder of datasets.save_to_disk, or uncompressed tars"
 
 
 def open_dataset(spec: str, *, split: str = "train", images: Path | None = None, limit: int | None = None) -> Dataset:
@@ -144,7 +144,7 @@ def _open_path(name: str, split: str, images: Path | None) -> Dataset:
         if len(saved) == 1:
             return HuggingFaceDataset(saved[0], split=split, images=images)
         if len(saved) > 1:
-            raise DataError(f"{path} holds several data sets, name one: {', '.join(p.name for p in saved)}")
+            raise DataError(f"{path} holds several data sets, name one: {', '.join(map(str, saved))}")
         if not any(path.glob("*.tar")):
             raise DataError(f"folder {path} holds no data set that can be read; expected {FORMS}")
         return WebDataset(name)

@@ -42,7 +42,7 @@ def main(ctx: click.Context) -> None:
 
 _build_options = shared_options(
     CONFIG,
-    click.option("--data", help="shapes, easy-vqa, or a path: LLaVA .json, messages .jsonl, datasets folder, tars."),
+    click.option("--data", help="shapes, easy-vqa, or a path: .json or .jsonl, datasets folder, tars."),
     click.option("--images", help="Image folder of a .json or .jsonl; default: the file's own folder."),
     click.option("--teacher", help="Checkpoint directory; default: the built-in teacher of built-in data."),
     click.option("--cache", help="Folder of the cache."),
@@ -80,7 +80,7 @@ def _settings(options: dict[str, Any]) -> BuildConfig:
     help="Build shards R of N (counted from 0), on any machine: all parts in one shared folder (the last one seals "
     "it), or each in its own, joined by `cachectl merge`; default: as torchrun, srun or mpirun say.",
 )
-@click.option("--overwrite", is_flag=True, help="Start again if the folder holds a cache with other options.")
+@click.option("--overwrite", is_flag=True, help="Start again, whatever cache the folder holds.")
 def build(*, nproc: int | None, part: str | None, overwrite: bool, **options: Any) -> None:
     """Build a cache or resume one; does nothing if it is complete."""
     settings = _settings(options)

@@ -21,7 +21,7 @@ class BuildConfig:
 
     Attributes:
         data: Data set: ``shapes``, ``easy-vqa`` or a path; docs/families.md lists the forms.
-        images: Image folder of a LLaVA JSON or messages JSONL; default: the file's own folder.
+        images: Folder that image paths start from; default: the folder of the data.
         split: Split of a built-in data set.
         limit: Use only the first samples; 0 means all.
         teacher: Checkpoint directory; empty means the built-in teacher of a built-in data set.

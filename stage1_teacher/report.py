@@ -34,6 +34,10 @@ def summary_text(summary: BuildSummary) -> str:
             f"Teacher cache is up to date: {totals['samples']} samples, {totals['rows']} supervised rows, "
             f"{totals['failed']} failed"
         )
+        if totals["failed"]:
+            lines.append(
+                "  failed samples are not tried again; `teacher-cache build --overwrite` builds all of it anew"
+            )
     lines += _sample_lines(summary.cache, plan, manifest)
     lines.append(f"  {'signal':<18}{'bytes/row':>12}{'bytes/sample':>14}")
     for signal, fields in plan.fields.items():

@@ -476,7 +476,7 @@ class TeacherCache:
             raise self._misplaced(f"sample {sample_id!r} is not among the failed ones of shard {place.shard}")
         raise SampleNotCachedError(
             f"{self.path}: sample {sample_id!r} failed when the cache was built: "
-            f"{brief(failed[place.position][1])}; skip it, or fix it and build the cache again"
+            f"{brief(failed[place.position][1])}; skip it, or fix it and build the cache again (teacher-cache build --overwrite)"
         )
 
     def _misplaced(self, what: str) -> CacheFormatError:

@@ -182,6 +182,8 @@ def _wrapped(title: str, words: list[str]) -> list[str]:
 def _next_lines(cache_dir: Path, place: str, plan: Plan, totals: _Totals, *, sealed: bool, missing: bool) -> list[str]:
     if missing:
         return ["next            teacher-cache build with the same options makes the missing shards"]
+    if not sealed and not totals.samples:
+        return ["next            teacher-cache build --overwrite, when its samples can be read: there is none to seal"]
     if not sealed:
         return [f"next            teacher-cache seal {quoted(place)}"]
     check = f"verify {quoted(place)}" if place == str(cache_dir) else f"pull {quoted(place)} FOLDER"

@@ -39,7 +39,7 @@ from vlm_distill_cache.common.printing import brief, one_line
 COPY_AGAIN = "copy it again from where the cache came from"
 _MAX_REASON = 600
 _SEAL = "run `teacher-cache seal`"
-_MAKE_ANEW = "run `cachectl repair`, then `teacher-cache build` again to"
+_MAKE_ANEW = "run `cachectl repair` (--deep, where only that found it), then `teacher-cache build` again to"
 _SHARD_NAME = re.compile(rf"{SHARDS}/(\d{{5}})\.")
 
 Kind = Literal[

@@ -71,6 +71,8 @@ def read_conversation(entry: Mapping[str, Any]) -> Conversation:
             return _pair_turns([("user", question), ("assistant", answer)], Conversation())
     elif entry.get("caption") is not None:
         return _pair_turns([("user", ""), ("assistant", as_text(entry["caption"], "caption"))], Conversation())
+    if entry.get("question") is not None and "answer" in entry:
+        raise SampleError(f"'question' must be a text and 'answer' not null, got {brief(entry['answer'])}")
     for key in ("messages", "conversations"):
         if key in entry and "question" not in entry and "caption" not in entry:
             raise SampleError(f"{key!r} must be a list of messages, got {brief(entry[key])}")

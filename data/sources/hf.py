@@ -6,6 +6,7 @@ library to leave pictures encoded makes it write a second copy of lists of them 
 """
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ from vlm_distill_cache.data.sample import resolve_ids
 from vlm_distill_cache.data.sources.entries import EntryDataset
 from vlm_distill_cache.data.sources.pictures import says_none
 
+logger = logging.getLogger(__name__)
+
+HELD_OUT = ("validation", "test")
 _ID_COLUMNS = ("id", "sample_id", "question_id")
 _UNREAD = {"Video", "Pdf", "Array3D", "Array4D"}  # types whose content shows something
 _TEXT_COLUMNS = ("messages", "conversations", "question", "caption")
@@ -121,6 +125,10 @@ def _load_table(path: Path, split: str) -> Any:
 def _folder_of(split: str, path: Path) -> Path:
     """The folder of one split, which is opened alone: another one may be empty, which the library cannot open."""
     splits = json.loads((path / "dataset_dict.json").read_bytes())["splits"]
+    if split in HELD_OUT and split not in splits and "train" in splits:
+        split = "train"  # as a file without splits is
+    if len(splits) > 1:
+        logger.info("%s: split %r is read, of %s", path, split, ", ".join(map(repr, splits)))
     if split not in splits:
         raise DataError(f"{path} has no split {split!r}; it has {sorted(splits)}: name one, DATA={path / splits[0]}")
     return path / split

@@ -61,7 +61,8 @@ def _read_entries(path: Path) -> list[Any]:
             )
         )
     if not isinstance(entries, list) or not entries:
-        raise DataError(f"{path}: expected a list of samples, got {brief(entries)}")
+        what = "an empty one" if entries == [] else brief(entries)
+        raise DataError(f"{path}: expected a list of samples, got {what}")
     if not any(isinstance(entry, dict) and has_text(entry) for entry in entries):
         first = entries[0]
         raise DataError(

@@ -224,7 +224,7 @@ def _image_file(value: str, root: Path) -> ImageFile:
     if ".." in path.parts:
         raise SampleError(f"image path {value!r} leaves the image folder; use a path below it or an absolute one")
     # Reasons of failure are kept in the cache: they name no folder of this machine.
-    hint = "image paths are relative to the data file; set images to another folder"
+    hint = "paths start from the folder of the data, or from images (IMAGES=FOLDER, --images FOLDER)"
     if "\\" in value and ".." not in value and _is_file(root / value.replace("\\", "/")):
         path = Path(value.replace("\\", "/"))  # written on Windows
     return ImageFile(root / path, hint=hint, shown=value)

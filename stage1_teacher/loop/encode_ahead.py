@@ -162,7 +162,7 @@ class _Processes:
             if code < 0:
                 how = (
                     f"was killed by {signal.Signals(-code).name}. If nobody did that, memory ran out: use fewer of them, "
-                    "make teacher-cache CACHE_SET=num_workers=1 (0: none) with otherwise the same options"
+                    "run the same command with num_workers=1 (0: none; make: in CACHE_SET, teacher-cache build: --set)"
                 )
             raise ProcessFailedError(
                 f"a process that reads and encodes the data {how}; finished shards are kept"

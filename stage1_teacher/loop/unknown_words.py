@@ -140,6 +140,6 @@ class UnknownBudget:
             f"teacher's tokenizer lacks; students would be taught its unknown token instead. Tolerated are "
             f"{100 * self.share:.4g} %; the tokenizer knows {self.words.known} tokens (the built-in one only the words "
             "of shapes and easy-vqa). Use a teacher whose tokenizer knows the words (TEACHER=DIR, --teacher DIR), "
-            f"change the answers, or go on as it is: make teacher-cache CACHE_SET=max_unknown_share={enough:g} with the "
-            f"same options (teacher-cache build ... --set max_unknown_share={enough:g}; a share from 0 to 1)"
+            f"change the answers, or go on as it is: run the same command with max_unknown_share={enough:g}, a share from 0 "
+            f'to 1 (make: in CACHE_SET="..."; teacher-cache build: --set max_unknown_share={enough:g})'
         )

@@ -79,8 +79,8 @@ class FailureBudget:
             more = self.failed - len(self.first)
             enough = 0.1 if self.failed / self.total < 0.1 else 1
             skip = (
-                f", or skip these samples: make teacher-cache CACHE_SET=max_failed_share={enough} with the same options "
-                f"(teacher-cache build ... --set max_failed_share={enough}; a share from 0 to 1)"
+                f", or skip these samples: run the same command with max_failed_share={enough}, a share from 0 to 1 "
+                f'(make: in CACHE_SET="..."; teacher-cache build: --set max_failed_share={enough})'
             )
             raise DataError(
                 f"{self.failed} of {self.total} samples cannot be used, more than the tolerated "

@@ -57,7 +57,7 @@ def test_folders_choose_their_reader(tmp_path):
     assert isinstance(open_dataset(str(tmp_path / "parent" / "one")), HuggingFaceDataset)
     assert isinstance(open_dataset(str(tmp_path / "parent")), HuggingFaceDataset)
     datasets.Dataset.from_dict({"caption": ["a"]}).save_to_disk(str(tmp_path / "parent" / "two"))
-    with pytest.raises(DataError, match="several data sets, name one: one, two"):
+    with pytest.raises(DataError, match=r"several data sets, name one: .*/one, .*/two"):
         open_dataset(str(tmp_path / "parent"))
 
 
@@ -169,7 +169,7 @@ def test_data_without_short_answers_has_no_items_and_says_so(tmp_path, caplog):
 def test_what_cannot_be_read_lists_what_can(tmp_path, name, message):
     (tmp_path / "notes.txt").touch()
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match=rf"{message}.*easy-vqa, FILE\.json \(LLaVA\)"):
+    with pytest.raises(DataError, match=rf"{message}.*easy-vqa, FILE\.json, FILE\.jsonl"):
         open_dataset(str(tmp_path / name))
 
 

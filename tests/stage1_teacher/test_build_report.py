@@ -63,7 +63,7 @@ def test_a_payload_in_place_of_a_path_never_becomes_the_reason(tmp_path: Path, b
     [reason] = open_cache(tmp_path / "cache").failed.values()
     assert len(reason) <= 300
     assert reason.removeprefix("sample 's3': ").startswith("image img/payload")
-    assert reason.endswith("set images to another folder")
+    assert reason.endswith("or from images (IMAGES=FOLDER, --images FOLDER)")
 
 
 @pytest.mark.parametrize("share", ["1", "0.5"])

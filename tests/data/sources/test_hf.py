@@ -110,8 +110,10 @@ def test_splits_are_taken_by_name(tmp_path):
     datasets.DatasetDict(parts).save_to_disk(str(tmp_path / "d"))
     assert is_saved_dataset(tmp_path / "d")
     assert HuggingFaceDataset(tmp_path / "d", split="test")[0].turns[0].answer == "test"
-    with pytest.raises(DataError, match=r"no split 'validation'; it has \['test', 'train'\]"):
-        HuggingFaceDataset(tmp_path / "d", split="validation")
+    with pytest.raises(DataError, match=r"no split 'extra'; it has \['test', 'train'\]: name one, DATA=.*/t"):
+        HuggingFaceDataset(tmp_path / "d", split="extra")
+    # A held-out split that is not there: the training data, as of a file, which has no splits at all.
+    assert HuggingFaceDataset(tmp_path / "d", split="validation")[0].turns[0].answer == "train"
 
 
 def test_unknown_columns_odd_rows_and_folders_are_refused(tmp_path):

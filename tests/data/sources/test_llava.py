@@ -137,7 +137,7 @@ def test_images_are_found_from_the_given_folder(tmp_path):
     PIL.Image.new("RGB", (3, 5)).save(folder / "a.png")
     path = write(tmp_path, [{"id": "x", "image": "train/a.png", "conversations": PAIR}])
     assert LlavaDataset(path, images=tmp_path / "coco")[0].images[0].load().size == (3, 5)
-    with pytest.raises(SampleError, match=r"image paths are relative to the data file; set images"):
+    with pytest.raises(SampleError, match=r"paths start from the folder of the data, or from images"):
         LlavaDataset(path)[0].images[0].load()
     with pytest.raises(DataError, match=r"image folder .* does not exist"):
         LlavaDataset(path, images=tmp_path / "gone")

@@ -101,8 +101,8 @@ def test_too_many_failures_are_told_with_the_first_reasons_and_what_goes_on_with
         *(rf"  s{i}: picture {i} is torn\x1b[2J" for i in range(5)),
         "  ... and 2 more",
     ]
-    assert "make teacher-cache CACHE_SET=max_failed_share=0.1 " in lines[7]
-    assert "--set max_failed_share=0.1;" in lines[7]
+    assert "run the same command with max_failed_share=0.1, a share from 0 to 1" in lines[7]
+    assert "--set max_failed_share=0.1)" in lines[7]
 
 
 @pytest.mark.parametrize(

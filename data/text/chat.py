@@ -7,8 +7,10 @@ second time with marks behind questions and answers: where taking the marks out 
 where the answers end. Everything is checked, nothing guessed.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 from typing import Any
 
@@ -117,6 +119,33 @@ class _Chat:
             )
         return str(self.tokenizer.eos_token)
 
+    def ending(self, closing: str) -> str:
+        """What of the text behind an answer the model writes itself: up to the first token that is no text.
+
+        The line feed that many templates put behind it is not generated, nor is what some put at the very end of a
+        conversation: the next answer's header (Llama 3's first template), a second end token (Phi 3).
+        """
+        return self.end_within(closing) or closing.rstrip()
+
+    def end_within(self, text: str) -> str:
+        """A text up to the first token that is no text; empty if there is none."""
+        found = self._tokens.search(text)
+        return text[: found.end()] if found else ""
+
+    def behind(self, written: str, answer: str) -> str:
+        """What stands behind an answer: behind its first place that a token which is no text follows, else its last."""
+        places = [found.end() for found in re.finditer(re.escape(answer), written)]
+        ended = [place for place in places if self._tokens.match(written[place:].lstrip())]
+        return written[(ended[:1] or places[-1:])[0] :]
+
+    @cached_property
+    def _tokens(self) -> re.Pattern[str]:
+        """Tokens such as ``<|im_end|>`` and ``</s>``; of those that are added for speed, as runs of blanks, none."""
+        added = self.tokenizer.added_tokens_decoder.values()
+        named = {str(token) for token in added if token.special or re.fullmatch(r"<\S+>|\[\S+\]", str(token))}
+        named -= {self.image_token, ""}
+        return re.compile("|".join(re.escape(name) for name in sorted(named, key=len, reverse=True)) or r"(?!)")
+
     def not_located(self, turn: int, why: str) -> ConfigError:
         return ConfigError(
             f"the tokenizer's chat template does not grow turn by turn, and the answer of turn {turn + 1} cannot be "
@@ -159,8 +188,8 @@ def _grown(turns: Sequence[Turn], chat: _Chat) -> Rendered | None:
         if written.rstrip().endswith(answer):
             written = written.rstrip() + chat.end_token()
         text += prompt[len(past) :]
-        # The line feed many templates put after the end-of-turn token is not generated.
-        spans.append((len(text), len(text) + len(written.rstrip())))
+        closing = chat.behind(written, answer)
+        spans.append((len(text), len(text) + len(written) - len(closing) + len(chat.ending(closing))))
         text, past = text + written, full
     return Rendered(text=text, answer_spans=tuple(spans))
 
@@ -214,12 +243,15 @@ def _whole(turns: Sequence[Turn], chat: _Chat) -> Rendered:
         # Its last character at least must be there: a template may take reasoning away, not the answer.
         if not text[start:answer_end].rstrip().endswith(answer[-1:]):
             raise chat.not_located(turn, f"nothing of it is written behind {text[:start][-40:]!r}")
-        closing = (_behind(chat.render(bare[: 2 * turn + 2]), answered) or "").rstrip()
+        closing = chat.ending(_behind(chat.render(bare[: 2 * turn + 2]), answered) or "")
         end = ""
         if not closing:
             end = chat.end_token()
             if text[answer_end:].lstrip().startswith(end):  # it is written between turns only
                 closing, end = text[answer_end : text.index(end, answer_end) + len(end)], ""
+        elif not text.startswith(closing, answer_end):  # the last answer ends otherwise than those before it (gpt-oss)
+            until = places[2 * turn + 2] if turn + 1 < len(pairs) else len(text)
+            closing = chat.end_within(text[answer_end:until]) or closing
         if not text.startswith(closing, answer_end):
             raise chat.not_located(turn, f"behind it stands {text[answer_end : answer_end + 40]!r}, not {closing!r}")
         stop = answer_end + len(closing)

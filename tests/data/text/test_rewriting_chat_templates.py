@@ -228,3 +228,60 @@ def test_a_template_that_concatenates_strings_gets_strings_also_if_it_knows_pict
     )
     found = bracketed(make_encoder(source), conversation(PAIRS["none"]))
     assert found == "user: what?\nassistant: [red<|end|>]\nuser: where?\nassistant: [left<|end|>]\n"
+
+
+# What stands at the very end of a conversation only: the next answer's header, a second end token, another end token.
+ENDINGS = {
+    "llama3": (
+        "{% for m in messages %}{{ '<|head|>' + m.role + '<|im_start|>\n\n' + m.content | trim + '<|im_end|>' }}{% endfor %}"
+        "{{ '<|head|>assistant<|im_start|>\n\n' }}",
+        "<|head|>user<|im_start|>\n\n{q}<|im_end|><|head|>assistant<|im_start|>\n\n[{a}<|im_end|>]",
+        "<|head|>assistant<|im_start|>\n\n",
+    ),
+    "phi3": (
+        "{% for m in messages %}{{ '<|head|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|head|>assistant\n' }}{% else %}{{ eos_token }}{% endif %}",
+        "<|head|>user\n{q}<|im_end|>\n<|head|>assistant\n[{a}<|im_end|>]\n",
+        "<|end|>",
+    ),
+    "no prompt": (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+        "{{ '<|im_start|>assistant\n' }}",
+        "<|im_start|>user\n{q}<|im_end|>\n<|im_start|>assistant\n[{a}<|im_end|>]\n",
+        "<|im_start|>assistant\n",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ENDINGS)
+@pytest.mark.parametrize("answers", [("red",), ("red", "left"), ("assistant", "user"), ("a", "assistant", "t")])
+def test_what_stands_at_the_end_of_a_conversation_only_is_no_part_of_an_answer(name, answers):
+    source, turn, ending = ENDINGS[name]
+    tokenizer = byte_tokenizer((*IM, "<|head|>", "<|end|>", "<s>", "<image>"), eos_token="<|end|>", pad_token="<|end|>")
+    tokenizer.chat_template = source
+    encoder = SampleEncoder(
+        tokenizer=tokenizer,
+        image_encoder=CASES["llava-next"],
+        template=get_template("chat", tokenizer),
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        max_length=4096,
+    )
+    pairs = [(f"what {number}?", answer) for number, answer in enumerate(answers)]
+    expected = "".join(turn.format(q=question, a=answer) for question, answer in pairs) + ending
+    assert bracketed(encoder, conversation(pairs)) == expected
+    assert tokenizer.convert_tokens_to_ids("<|im_end|>") in encoder.end_token_ids
+
+
+def test_the_last_answer_may_end_otherwise_than_those_before_it():
+    source = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}"
+        "{{ '<|end|>' if loop.last and not add_generation_prompt and m.role == 'assistant' else '<|im_end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    turn = "<|im_start|>user\n{q}<|im_end|><|im_start|>assistant\n[{a}{end}]"
+    pairs = [("what?", "red"), ("where?", "left"), ("why?", "so")]
+    expected = "".join(
+        turn.format(q=question, a=answer, end="<|end|>" if answer == "so" else "<|im_end|>")
+        for question, answer in pairs
+    )
+    assert bracketed(make_encoder(source), conversation(pairs)) == expected

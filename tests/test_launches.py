@@ -98,8 +98,12 @@ def test_processes_that_srun_started_share_the_work(stage: str, command, undistu
 def test_who_waits_for_processes_that_nobody_started_ends(how, command, tmp_path: Path):
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = str(server.getsockname()[1])
-    left = {"TORCHELASTIC_RUN_ID": "x", "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1"}
-    left |= {"MASTER_PORT": port, "VLM_DISTILL_LAUNCH_WAIT": "1" if how == "timeout" else "300"}
+    left = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "1"}
+    left |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "VLM_DISTILL_LAUNCH_WAIT": "1" if how == "timeout" else "300",
+    }
     process = start("two", command["two"](tmp_path / "made"), left)
     if how != "timeout":
         time.sleep(8)
@@ -109,7 +113,7 @@ def test_who_waits_for_processes_that_nobody_started_ends(how, command, tmp_path
     assert process.returncode != 0
     assert "Traceback" not in said
     if how == "timeout":
-        assert "`unset TORCHELASTIC_RUN_ID RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR MASTER_PORT`" in said
+        assert "`unset SLURM_STEP_ID SLURM_PROCID SLURM_STEP_NUM_TASKS SLURM_LOCALID`" in said
     else:
         assert time.monotonic() - began < 10
 

@@ -15,6 +15,7 @@ import logging
 import os
 import socket
 import stat
+import threading
 import time
 import zlib
 from collections.abc import Callable, Mapping, MutableMapping
@@ -32,6 +33,7 @@ WAIT_S = 90.0  # for processes that are started together; the variable above giv
 READY_S = 1800.0  # for processes that are reading models and data
 _SAY_S = 10.0  # a wait that is longer is told of
 _CONNECT_S = 5.0
+_GRACE_S = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,10 +60,34 @@ class Launch:
 
 
 ALONE = Launch()
+_AGENTS = frozenset(
+    {
+        "torchrun", "torch.distributed.run", "torch.distributed.launch", "accelerate", "accelerate-launch",
+        "accelerate.commands.launch", "accelerate.commands.accelerate_cli", "launch.py", "deepspeed", "torchx",
+        "vlm_distill_cache.stage2_student.training.several",
+    }
+)  # fmt: skip
+
+
+def _is_below(commands: frozenset[str]) -> bool:
+    """Whether one of these commands or modules started this process, directly or not; true where that cannot be seen."""
+    process = os.getppid()
+    try:
+        while process > 1:
+            folder = Path("/proc") / str(process)
+            words = folder.joinpath("cmdline").read_bytes().decode(errors="replace").split("\0")
+            if not commands.isdisjoint(word.rsplit("/", 1)[-1] for word in words[:8]):
+                return True
+            process = int(folder.joinpath("stat").read_text().rpartition(")")[2].split()[1])
+    except (OSError, ValueError, IndexError):
+        return True
+    return False
 
 
 def _agent_answers(environment: Mapping[str, str]) -> bool:
-    """Whether torchrun's agent, which holds the meeting place, is there: it began to listen before this process."""
+    """Whether torchrun's agent is there: it started this process, and where it holds the meeting place, it listens."""
+    if not _is_below(_AGENTS):
+        return False
     address = _address(environment)
     if address is None or environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return True
@@ -312,13 +338,27 @@ def _open_store(launch: Launch, deadline: float, limit: float) -> Any:
     holds = launch.rank == 0 and not launch.hosted
     failed = "" if holds else _wait_for_listener(host, port, deadline, limit)
     if not failed:
-        try:
-            return TCPStore(
-                host, port, launch.size, holds, timedelta(seconds=max(1.0, deadline - time.monotonic())),
-                wait_for_workers=False, multi_tenant=not launch.hosted,
-            )  # fmt: skip
-        except (RuntimeError, ValueError) as error:
-            failed = _first_line(error)
+        # In a thread: what listens there may be no meeting place, and then torch waits for ever.
+        opened: list[Any] = []
+
+        def open_store() -> None:
+            try:
+                left = timedelta(seconds=max(1.0, deadline - time.monotonic()))
+                opened.append(
+                    TCPStore(
+                        host, port, launch.size, holds, left, wait_for_workers=False, multi_tenant=not launch.hosted
+                    )
+                )
+            except (RuntimeError, ValueError) as error:
+                opened.append(_first_line(error))
+
+        thread = threading.Thread(target=open_store, daemon=True)
+        thread.start()
+        while thread.is_alive() and time.monotonic() < deadline + _GRACE_S:
+            thread.join(0.1)
+        if opened and not isinstance(opened[0], str):
+            return opened[0]
+        failed = opened[0] if opened else "what listens there does not answer as a meeting place"
     raise _nobody_came(
         launch, f"process {launch.rank} could not meet the others at {host}:{port} within {limit:.0f} s ({failed})"
     )

@@ -34,6 +34,11 @@ PLAIN = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.
 ALLOCATION = {"SLURM_JOB_ID": "5", "SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
 
 
+@pytest.fixture(autouse=True)
+def _below_torchrun(monkeypatch):
+    monkeypatch.setattr(launches, "_is_below", lambda commands: True)
+
+
 @pytest.mark.parametrize(
     ("environment", "expected"),
     [
@@ -75,6 +80,24 @@ def test_a_torchrun_whose_meeting_place_is_gone_is_not_there():
             hosted=True,
         )  # fmt: skip
     assert find_launch(told) == ALONE
+
+
+def test_a_torchrun_that_did_not_start_this_process_is_not_there(monkeypatch):
+    assert find_launch(TORCHRUN).launcher == "torchrun"
+    monkeypatch.undo()
+    assert find_launch(TORCHRUN) == ALONE  # of the processes above, none is torchrun
+
+
+def test_what_listens_but_is_no_meeting_place_ends_the_wait(monkeypatch):
+    monkeypatch.setattr(launches, "_stores", [])
+    monkeypatch.setenv(launches.WAIT, "2")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = ("127.0.0.1", server.getsockname()[1])
+        launch = Launch(launcher="torchrun", rank=1, size=2, names=("RANK", "WORLD_SIZE"), address=address)
+        began = time.monotonic()
+        with pytest.raises(ConfigError, match="could not meet the others at 127"):
+            meet(launch)
+    assert time.monotonic() - began < 20
 
 
 @pytest.mark.parametrize("left", [PLAIN, MPIRUN, MV2, HYDRA, {"RANK": "x"}, {"PMI_SIZE": "two"}, {"PET_NNODES": "2"}])

@@ -107,19 +107,38 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     parts = key.strip().split(".")
     if not equals or not all(parts):
         raise ConfigError(f"--set {override!r}: expected KEY=VALUE, for example optim.lr=1e-4")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {override!r}: the value is not YAML: {error}") from error
     node = values
     for part in parts[:-1]:
         child = node.get(part)
+        if isinstance(child, _Given):
+            child = node[part] = child.parsed()
         if child is None:
             child = node[part] = {}
         if not isinstance(child, dict):
             raise ConfigError(f"--set {override!r}: {part} is {child!r}, which has no options of its own")
         node = child
-    node[parts[-1]] = value
+    node[parts[-1]] = _Given(override, text)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Given:
+    """The value of an override: YAML, but for an option that is a text or a path, which is taken as it stands."""
+
+    override: str
+    text: str
+
+    def parsed(self) -> Any:
+        try:
+            return yaml.safe_load(self.text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set {self.override!r}: the value is not YAML: {error}") from error
+
+    def of(self, hint: Any) -> Any:
+        text = self.text.strip()
+        choices = set(typing.get_args(hint)) - {types.NoneType} if isinstance(hint, types.UnionType) else {hint}
+        if not choices <= {str, Path} or text in ("", "null", "~") or text[:1] + text[-1:] in ('""', "''"):
+            return self.parsed()
+        return text
 
 
 def _build(cls: Any, values: Any, base: Any, path: str, where: str) -> Any:
@@ -158,6 +177,8 @@ def _default(field: dataclasses.Field[Any]) -> Any:
 
 def _convert(hint: Any, value: Any, default: Any, path: str, where: str) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if isinstance(value, _Given):
+        value = value.of(hint)
     if hint is Any:
         return value
     if origin is Literal:

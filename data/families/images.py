@@ -247,6 +247,14 @@ def _token(tokenizer: Any, config: Any, name: str) -> str:
 def _refuse_uneven(config: Any) -> None:
     """Refuse a configuration whose visual tokens are no grid, because of the tower's class token."""
     vision, side = config.vision_config, _patches(config)
+    layers = config.vision_feature_layer
+    depth = int(vision.num_hidden_layers)
+    named = [layers] if isinstance(layers, int) else list(layers or ())
+    if not named or not all(isinstance(layer, int) and -depth - 1 <= layer <= depth for layer in named):
+        raise ModelError(
+            f"config.json: vision_feature_layer is {layers!r}, but the tower has {depth} layers (vision_config."
+            f"num_hidden_layers): expected one from 0 to {depth} or from -1 to {-depth - 1}, or a list of such"
+        )
     has_class_token = vision.model_type.startswith("clip")
     drops_first = config.vision_feature_select_strategy == "default"
     if has_class_token != drops_first:

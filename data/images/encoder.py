@@ -99,9 +99,11 @@ def check_settings(encoder: "AnyImageEncoder") -> None:
     for width, height in PROBES:
         noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
         try:
-            encoder(PIL.Image.fromarray(noise))
+            made = encoder(PIL.Image.fromarray(noise))
         except (SampleError, ConfigError) as error:
             raise unusable_settings(encoder.processor, str(error)) from error
+        if not all(np.isfinite(values).all() for values in made.inputs.values()):
+            raise unusable_settings(encoder.processor, "pixels become no numbers (is a value of image_std 0?)")
 
 
 def unusable_settings(processor: Any, why: str) -> ConfigError:
@@ -371,9 +373,12 @@ def plain_size(processor: Any, size: Any, name: str) -> dict[str, int]:
         ConfigError: If it is none, or an entry is no whole number of at least 1.
     """
     try:
-        return {key: whole_number(value) for key, value in dict(size or {}).items() if value is not None}
+        plain = {key: whole_number(value) for key, value in dict(size or {}).items() if value is not None}
     except (TypeError, ValueError) as error:
         raise unusable_settings(processor, f"{name} is {size!r}, expected whole numbers of pixels by name") from error
+    if plain.get("height", 0) * plain.get("width", 0) > MAX_PIXELS:
+        raise unusable_settings(processor, f"{name} is {plain}, more than the {MAX_PIXELS} pixels allowed")
+    return plain
 
 
 def whole_number(value: Any) -> int:

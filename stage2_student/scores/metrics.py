@@ -21,6 +21,14 @@ _EMPHASIS = re.compile(r"(?<!\w)(\*+)(?=\S)([^*]+)(?<=\S)\1(?!\w)")  # *red*, **
 # ... and where it stands so: .5 and 3.14, 12:30 and 1/2, !=
 _NUMERIC = re.compile(r"(?<![^\W\d])(?<!\.)\.(?=\d)|(?<!\S),(?=\d)|(?<=\d)[:/](?=\d)|!(?==)")
 _BRACKETED = re.compile(r"[(\[\"“](.+)[)\]\"”]\.?|(.*[^.])\.", re.DOTALL)
+_WIDE = {place: place - 0xFEE0 for place in range(0xFF01, 0xFF5F)}  # letters of a full width, as the others
+# What is written in several ways, as VQAv2's scorer has it where that loses nothing: 1,000; 10 %; $ 5; U.S.; 'red'.
+_VARIANTS = (
+    (re.compile(r"(?<=\d),(?=\d{3}(?!\d))"), ""),
+    (re.compile(r"(?<=\d)\s+(?=%)|(?<=[$€£¥])\s+(?=\d)|\u00ad"), ""),
+    (re.compile(r"\b[^\W\d_]\.(?:\s*[^\W\d_]\.)+"), lambda found: re.sub(r"[.\s]", "", found[0])),
+    (re.compile(r"\A\s*['‘]([^'‘’]+)['’]\.?\s*\Z"), r"\1"),
+)
 _DRAWN = re.compile("[\ufe0e\ufe0f]")  # whether an emoji is drawn in colour
 _JOINERS = "\u200c\u200d"  # they tell words apart in some scripts, and join emoji
 # "A", "(A)", "A.", "A: a red circle"; a bare "A" followed by a word is an article ("A cat"), not an answer.
@@ -144,6 +152,9 @@ def normalise_answer(text: str) -> str:
     or digit stays as it is, so that ``?`` is not nothing.
     """
     text = unicodedata.normalize("NFC", unicodedata.normalize("NFD", _DRAWN.sub("", text)).casefold())
+    text = text.translate(_WIDE)
+    for pattern, written in _VARIANTS:
+        text = pattern.sub(written, text)
     words = _without_articles([(word, _plain(word)) for word in _EMPHASIS.sub(r"\2", text).split()])
     plain = " ".join(" ".join(words).split())
     if any(map(str.isalnum, plain)):
@@ -162,7 +173,7 @@ def _plain(word: str) -> str:
         kind = unicodedata.category(letter)
         between = word[place - 1 : place].isalpha() and word[place + 1 : place + 2].isalpha()
         if kind == "Pd" or letter == "−":
-            shown.append("-")
+            shown.append(" " if between else "-")
         elif letter == "’" and between:
             shown.append("'")
         elif place in kept or letter in _TELLING or letter in _JOINERS or kind == "Pc":

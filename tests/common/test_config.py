@@ -108,3 +108,39 @@ def test_files_that_are_no_mapping_are_refused(tmp_path):
         load_config(Config, path)
     with pytest.raises(ConfigError, match="expected a config dataclass"):
         config_to_dict({"a": 1})
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Named:
+    name: str = ""
+    path: Path | None = None
+    count: int = 0
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "held #2.json",
+        "a=b, c: d.json",
+        "@a.json",
+        "[a.json",
+        "{a}.json",
+        "%s.json",
+        "true",
+        "123",
+        "1e3",
+        "- a",
+        "a: b",
+    ],
+)
+def test_a_text_or_path_that_is_set_is_taken_as_it_stands(text):
+    assert load_config(_Named, None, [f"name={text}"]).name == text
+    assert load_config(_Named, None, [f"path={text}"]).path == Path(text)
+
+
+def test_quotes_nothing_and_other_kinds_are_still_yaml():
+    assert load_config(_Named, None, ['name="a # b"']).name == "a # b"
+    assert load_config(_Named, None, ["path=null"]).path is None
+    assert load_config(_Named, None, ["count=3 # of them"]).count == 3
+    with pytest.raises(ConfigError, match="the value is not YAML"):
+        load_config(_Named, None, ["count=[1"])

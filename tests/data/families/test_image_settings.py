@@ -180,6 +180,9 @@ def test_settings_are_read_as_the_library_reads_them_or_refused_by_name(name, ch
         ("llava_next", {"size": {"shortest_edge": 32}}, "size and crop_size must agree"),
         ("llava", {"size": {"shortest_edge": 24}}, "does not give a fixed size in layout"),
         ("gemma3", {"do_pan_and_scan": True}, "set do_pan_and_scan to false"),
+        ("qwen2_vl", {"image_std": [0, 0, 0]}, "pixels become no numbers"),
+        ("llava", {"image_std": [0, 0, 0]}, "pixels become no numbers"),
+        ("smolvlm", {"size": {"height": 100_000, "width": 100_000}}, "more than the 89478485 pixels allowed"),
     ],
 )
 def test_what_cannot_be_read_is_named(name, changes, said, checkpoints, tmp_path):
@@ -208,6 +211,9 @@ CONFIGS = [
     ("llava", {"vision_config.image_size": None}, r"vision_config\.image_size is None"),
     ("llava", {"vision_config.patch_size": 0}, r"vision_config\.patch_size is 0"),
     ("llava", {"vision_config.patch_size": 25}, "expected at most vision_config.image_size"),
+    ("llava", {"vision_feature_layer": -20}, "vision_feature_layer is -20, but the tower has"),
+    ("llava", {"vision_feature_layer": [-1, 99]}, r"vision_feature_layer is \[-1, 99\]"),
+    ("llava_next", {"vision_feature_layer": None}, "vision_feature_layer is None"),
     ("llava_next", {"image_grid_pinpoints": None}, r"image_grid_pinpoints differ .*\(None\)"),
     ("llava_next", {"image_grid_pinpoints": [24, 48]}, "or are no lists of"),
     ("llava_next", {"vision_config.image_size": 48}, r"tiles of 24 pixels .*reads 48"),

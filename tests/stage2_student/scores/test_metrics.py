@@ -98,7 +98,7 @@ def test_letters_are_read_only_where_one_is_clearly_meant(text, letter):
 
 @pytest.mark.parametrize(
     ("text", "plain"),
-    [("The red one.", "red one"), ("  Yes,\n", "yes"), ("t-shirt", "t-shirt"), ("c2 r4", "c2 r4")],
+    [("The red one.", "red one"), ("  Yes,\n", "yes"), ("t-shirt", "t shirt"), ("c2 r4", "c2 r4")],
 )
 def test_answers_are_normalised(text, plain):
     assert normalise_answer(text) == plain
@@ -215,3 +215,34 @@ def test_letters_count_per_order_and_unread_answers_are_wrong():
     assert scores["both_right"].tolist() == [1, 0, 0, 0]
     assert scores["bias"].tolist() == [0, -1, -0.5, 0]
     assert scores["unparsed"].tolist() == [0, 0, 0.5, 1]
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("1,000", "1000"), ("$1,000,000", "$1000000"), ("10 %", "10%"), ("$ 5", "$5"), ("U.S.", "us"), ("p.m.", "pm"),
+        ("J.P. Morgan", "jp morgan"), ("ice-cream", "ice cream"), ("black-and-white", "black and white"), ("'red'", "red"),
+        ("‘red’.", "red"), ("１２", "12"), ("re\u00add", "red"),
+    ],
+)  # fmt: skip
+def test_what_is_written_in_several_ways_is_one_answer(one, other):
+    assert exact_match(one, other)
+    assert exact_match(other, one)
+    assert normalise_answer(normalise_answer(one)) == normalise_answer(one)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("1,5", "15"),
+        ("-3", "3"),
+        (".5", "5"),
+        ("3.5", "35"),
+        ("12,34", "1234"),
+        ("C-", "C"),
+        ("10-12", "10 12"),
+        ("A.", "B."),
+    ],
+)
+def test_what_only_looks_like_a_way_to_write_it_is_another_answer(one, other):
+    assert not exact_match(one, other)

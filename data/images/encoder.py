@@ -96,6 +96,10 @@ def check_settings(encoder: "AnyImageEncoder") -> None:
             "do_pan_and_scan is on: its crops depend on the picture and overlap it, which is not supported; "
             "set do_pan_and_scan to false in preprocessor_config.json (the library's default)"
         )
+    size = getattr(encoder.processor, "size", None)
+    sides = [getattr(size, key, None) for key in ("height", "width")]
+    if all(isinstance(side, int | float) for side in sides) and sides[0] * sides[1] > MAX_PIXELS:
+        raise unusable_settings(encoder.processor, f"more than the {MAX_PIXELS} pixels allowed")
     for width, height in PROBES:
         noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
         try:
@@ -373,12 +377,9 @@ def plain_size(processor: Any, size: Any, name: str) -> dict[str, int]:
         ConfigError: If it is none, or an entry is no whole number of at least 1.
     """
     try:
-        plain = {key: whole_number(value) for key, value in dict(size or {}).items() if value is not None}
+        return {key: whole_number(value) for key, value in dict(size or {}).items() if value is not None}
     except (TypeError, ValueError) as error:
         raise unusable_settings(processor, f"{name} is {size!r}, expected whole numbers of pixels by name") from error
-    if plain.get("height", 0) * plain.get("width", 0) > MAX_PIXELS:
-        raise unusable_settings(processor, f"{name} is {plain}, more than the {MAX_PIXELS} pixels allowed")
-    return plain
 
 
 def whole_number(value: Any) -> int:

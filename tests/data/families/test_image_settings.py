@@ -180,8 +180,8 @@ def test_settings_are_read_as_the_library_reads_them_or_refused_by_name(name, ch
         ("llava_next", {"size": {"shortest_edge": 32}}, "size and crop_size must agree"),
         ("llava", {"size": {"shortest_edge": 24}}, "does not give a fixed size in layout"),
         ("gemma3", {"do_pan_and_scan": True}, "set do_pan_and_scan to false"),
-        ("qwen2_vl", {"image_std": [0, 0, 0]}, "pixels become no numbers"),
-        ("llava", {"image_std": [0, 0, 0]}, "pixels become no numbers"),
+        ("qwen2_vl", {"image_std": [0, 0, 0]}, "pixels become no numbers|divide by zero"),
+        ("llava", {"image_std": [0, 0, 0]}, "pixels become no numbers|divide by zero"),
         ("smolvlm", {"size": {"height": 100_000, "width": 100_000}}, "more than the 89478485 pixels allowed"),
     ],
 )

@@ -97,8 +97,8 @@ def check_settings(encoder: "AnyImageEncoder") -> None:
             "set do_pan_and_scan to false in preprocessor_config.json (the library's default)"
         )
     size = getattr(encoder.processor, "size", None)
-    sides = [getattr(size, key, None) for key in ("height", "width")]
-    if all(isinstance(side, int | float) for side in sides) and sides[0] * sides[1] > MAX_PIXELS:
+    height, width = (getattr(size, key, None) for key in ("height", "width"))
+    if isinstance(height, int | float) and isinstance(width, int | float) and height * width > MAX_PIXELS:
         raise unusable_settings(encoder.processor, f"more than the {MAX_PIXELS} pixels allowed")
     for width, height in PROBES:
         noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)

@@ -15,6 +15,7 @@ from vlm_distill_cache.data.sources.pictures import (
     named_pictures,
     open_picture,
     refuse_unread,
+    says_none,
     says_text_only,
 )
 
@@ -68,7 +69,8 @@ class EntryDataset(Dataset):
         only questions without the marker that all questions about pictures have are text. ``"image": null`` always is.
         """
         refuse_unread(entry)
-        asks = entry.get("caption") is None and not (self.pictures_lie_beside and not self._marks_pictures)
+        describes = all(says_none(entry.get(key)) for key in ("messages", "conversations", "question"))
+        asks = not describes and not (self.pictures_lie_beside and not self._marks_pictures)
         if not asks and self._has_pictures and not says_text_only(entry):
             raise SampleError(
                 'it has no picture, though other samples of this data have one; write "image": null into its entry if it is '

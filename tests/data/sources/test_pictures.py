@@ -297,6 +297,22 @@ def test_a_picture_beside_a_messages_text_is_read(sample):
         sample({"messages": [messages[0], messages[1] | {"image": "img/b.png"}], "image": None})
 
 
+def test_a_caption_describes_a_picture_where_others_have_one_and_a_question_may_stand_alone(tmp_path):
+    (tmp_path / "a.png").write_bytes(PNG)
+    entries = [
+        {"caption": "x", "image": "a.png"},
+        {"caption": "lost"},
+        {"caption": "said", "image": None},
+        {"caption": "x", "question": "What?", "answer": "A circle."},
+    ]
+    path = tmp_path / "data.jsonl"
+    path.write_text("\n".join(map(json.dumps, entries)))
+    dataset = MessagesDataset(path)
+    assert [len(dataset[index].images) for index in (0, 2, 3)] == [1, 0, 0]
+    with pytest.raises(SampleError, match="it has no picture, though other samples"):
+        dataset[1]
+
+
 def test_what_pillow_opens_is_a_picture_by_its_first_bytes():
     for fmt in ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "ICO", "JPEG2000"):
         assert is_picture(encoded(fmt, (16, 16))), fmt

@@ -128,3 +128,14 @@ def test_examples_run_and_are_short(name: str, capsys: pytest.CaptureFixture[str
     shown = capsys.readouterr().out
     for part in EXAMPLES[name]:
         assert part in shown
+
+
+@pytest.mark.parametrize("command", ["teacher_cache", "distill", "cachectl"])
+def test_ctrl_c_during_the_imports_of_a_command_ends_it_without_a_traceback(command):
+    code = (
+        "import vlm_distill_cache.commands as commands\n"
+        "def interrupted(name): raise KeyboardInterrupt\n"
+        f"commands.import_module = interrupted\ncommands.{command}()\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (130, "stopped; run the same command again to continue\n")

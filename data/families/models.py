@@ -22,8 +22,8 @@ from vlm_distill_cache.common.errors import ConfigError, ModelError
 from vlm_distill_cache.common.files.atomic import read_json
 from vlm_distill_cache.common.models.published import default_image_processor, is_published, load_published
 from vlm_distill_cache.common.printing import one_line
-from vlm_distill_cache.data.families.recognise import refuse_unusable
 from vlm_distill_cache.data.families.table import Family, family_of, submodule
+from vlm_distill_cache.data.families.unusable import refuse_unusable
 from vlm_distill_cache.data.images.encoder import AnyImageEncoder
 from vlm_distill_cache.data.images.library import load_processor
 from vlm_distill_cache.data.text.processors import load_image_processor, load_tokenizer

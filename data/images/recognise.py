@@ -21,6 +21,7 @@ _MORE_PICTURES = "heic heif avif jxl svg raw dng cr2 cr3 nef arw orf rw2"
 _NO_PICTURES = frozenset({"BUFR", "GRIB", "HDF5", "MPEG"})
 _WEAK_MARKS = frozenset({"PCX", "PPM"})  # a text may begin like one
 _PPM = re.compile(rb"P[1-7fF][\s#]")
+_TEXT = re.compile(rb"[\t\n\r -~]*")
 _HEAD_BYTES = 16  # what Pillow shows its plugins
 _LONGEST_NAME = 4096
 _LEAST_BASE64 = 40  # characters; the smallest GIF has 43 bytes
@@ -74,6 +75,8 @@ def _is_name(text: str) -> bool:
 def is_picture(data: bytes) -> bool:
     """Whether bytes begin as a file does that Pillow opens; a format that has no mark of its own is none."""
     head = bytes(data[:_HEAD_BYTES])
+    if _TEXT.fullmatch(head):
+        return False  # a text; "BMW" begins as a BMP does, "#define" as an XBM
     for accept in _marks():
         try:
             if accept(head) is True:

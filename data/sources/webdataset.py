@@ -134,9 +134,7 @@ def _index_tar(path: Path) -> list[_Member]:
         with tarfile.open(path, "r:") as tar:
             infos, end = list(tar), tar.offset
     except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError) as error:
-        with path.open("rb") as file:
-            packed = file.read(6).startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd"))
-        remedy = "it is compressed: unpack .tar.gz first" if packed else "copy or download it again"
+        remedy = "it is compressed: unpack .tar.gz first" if _is_packed(path) else "copy or download it again"
         raise DataError(f"{path} cannot be read as an uncompressed tar: {error}; {remedy}") from error
     _refuse_cut(path, end)
     slices = _slices(path, infos)
@@ -160,6 +158,14 @@ def _index_tar(path: Path) -> list[_Member]:
     for key, parts in groups.items():
         members += _samples(key, parts, slices, path.name)
     return members + strays
+
+
+def _is_packed(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(6).startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd"))
+    except OSError:
+        return False
 
 
 def _refuse_cut(path: Path, end: int) -> None:

@@ -316,7 +316,18 @@ def test_a_caption_describes_a_picture_where_others_have_one_and_a_question_may_
 def test_what_pillow_opens_is_a_picture_by_its_first_bytes():
     for fmt in ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "ICO", "JPEG2000"):
         assert is_picture(encoded(fmt, (16, 16))), fmt
-    for data in (b"", b"P", b"P2P is a text", b"{}", b"plain text", b"\n\x05", bytes(16)):
+    for data in (
+        b"",
+        b"P",
+        b"P2P is a text",
+        b"BMW is a brand of cars",
+        b"#define X 3",
+        b"P2 is a place",
+        b"{}",
+        b"plain text",
+        b"\n\x05",
+        bytes(16),
+    ):
         assert not is_picture(data), data
 
 

@@ -45,7 +45,8 @@ class BuildConfig:
         hidden_layers: Layers of the signals ``hidden`` and ``visual_hidden``: 0 is the input of the first layer, negative numbers
             count from the last layer, whose states are normalised.
         hidden_dtype: ``f2``, or ``f4`` where float16 cannot hold the states.
-        groups: Number of layer groups whose attention is kept.
+        groups: Number of layer groups whose attention is kept; 0: the published 7, or as many as a teacher of fewer than 14
+            layers has middle layers.
         layers: Layers whose attention is kept: the published middle ones, or all.
         template: Prompt template; ``auto`` is ``short`` for built-in teachers and the family's own for others.
         max_length: Longest sequence in tokens; a longer sample is a recorded failure, as is a conversation of more
@@ -126,7 +127,7 @@ class BuildConfig:
         if any(not 0.01 <= temperature <= 1000 for temperature in self.temperatures):
             raise ConfigError(f"temperatures: expected numbers from 0.01 to 1000, got {self.temperatures}")
         for name, low, high in (
-            ("limit", 0, 2**40), ("grid", 0, 64), ("map_grid", 0, 64), ("groups", 1, 64), ("max_length", 0, 2**20),
+            ("limit", 0, 2**40), ("grid", 0, 64), ("map_grid", 0, 64), ("groups", 0, 64), ("max_length", 0, 2**20),
             ("batch_size", 0, 2**16), ("shard_size", 1, 2**20), ("fidelity_samples", 0, 2**20), ("threads", 0, 1024),
             ("num_workers", -1, 256),
         ):  # fmt: skip

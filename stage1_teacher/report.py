@@ -95,9 +95,11 @@ def _part_text(summary: BuildSummary) -> str:
     )
 
 
-def next_command(summary: BuildSummary, config: BuildConfig) -> str:
-    """The command that uses the cache, with the data's place as it was given."""
+def next_command(summary: BuildSummary, config: BuildConfig, *, recipe: str = "") -> str:
+    """The command that uses the cache, with the data's place as it was given, by the recipe it was built by."""
     plan = read_plan(summary.cache)
     pictures = None if summary.manifest is None else summary.manifest.totals.get("pictures")
-    command = distill_command(plan, summary.cache, pictures=pictures, data=config.data, images=config.images)
+    command = distill_command(
+        plan, summary.cache, pictures=pictures, data=config.data, images=config.images, recipe=recipe
+    )
     return f"Next: {command}"

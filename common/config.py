@@ -52,10 +52,10 @@ def load_options(
     cls: type[ConfigT], values: Mapping[str, Any], overrides: Iterable[str] = (), *, where: str = "options"
 ) -> ConfigT:
     """As ``load_config``, of nested plain values in place of a file."""
-    values = copy.deepcopy(dict(values))
+    merged = copy.deepcopy(dict(values))
     for override in overrides:
-        _apply_override(values, override)
-    return config_from_dict(cls, values, where=where)
+        _apply_override(merged, override)
+    return config_from_dict(cls, merged, where=where)
 
 
 def take_paths(config: Any) -> None:

@@ -104,8 +104,8 @@ def merge_options(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str
     merged = dict(under)
     for key, value in over.items():
         below = merged.get(key)
-        nested = isinstance(below, dict) and isinstance(value, dict)
-        merged[key] = merge_options(below, value) if nested else value
+        both = isinstance(below, dict) and isinstance(value, dict)
+        merged[key] = merge_options(below or {}, value) if both else value
     return merged
 
 

@@ -224,6 +224,15 @@ class CachedDataset:
             for place in places.tolist()
         )
 
+    def first_picture(self) -> int | None:
+        """The place of the first sample with a picture; None: there is none."""
+        for shard, places in enumerate(self.shards):
+            if self._cache.manifest.shards[shard].pictures != 0:
+                for place in places.tolist():
+                    if self._cache.read(self.sample_ids[place], ("image_hash",))["image_hash"].any():
+                        return int(place)
+        return None
+
     def student_groups(self, depth: int) -> Groups:
         """The layers of a student that meet the groups of its batches; ``depth``: how many layers it has."""
         return (self._match or match_groups(self._cache.plan, depth)).student

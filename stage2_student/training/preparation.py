@@ -36,6 +36,7 @@ from vlm_distill_cache.stage2_student.resolve import open_caches
 from vlm_distill_cache.stage2_student.students.encoder import describe_encoder, longest_sequence
 from vlm_distill_cache.stage2_student.students.model import StudentModel, vocabulary_rows
 from vlm_distill_cache.stage2_student.students.parts import StudentParts, open_parts
+from vlm_distill_cache.stage2_student.students.tower import check_tower_is_free, tower_parameters
 from vlm_distill_cache.stage2_student.training.checks import (
     check_data,
     check_geometry,
@@ -61,6 +62,7 @@ class PreparedPhase:
     """One phase, ready to run.
 
     Attributes:
+        tower: Names of the vision tower's parameters that are trained; none unless ``trainable`` is ``tower``.
         expect: Told which shards are read soon; None for a cache that is here.
     """
 
@@ -70,6 +72,7 @@ class PreparedPhase:
     dataset: CachedDataset
     shuffle: ShardShuffle
     objective: Objective
+    tower: tuple[str, ...] = ()
     expect: Callable[[Iterable[int]], None] | None = None
 
 
@@ -206,6 +209,22 @@ def count_beyond_vocabulary(phases: Iterable[PreparedPhase]) -> dict[str, int]:
     }
 
 
+def _trained_tower(parts: StudentParts, dataset: CachedDataset, phase: str) -> tuple[str, ...]:
+    """What of the vision tower a phase trains.
+
+    Raises:
+        ConfigError: If the tower must stay as it is, or no sample has a picture.
+    """
+    check_tower_is_free(parts.model, phase=phase, where=parts.where)
+    place = dataset.first_picture()
+    if place is None:
+        raise ConfigError(
+            f"phase {phase}: trainable=tower, but no sample that is trained on has a picture: nothing would reach the tower; "
+            f"set {phase}.trainable=all"
+        )
+    return tower_parameters(parts.model, dataset.batch((place,)).inputs)
+
+
 def _prepare_phases(
     config: TrainConfig, caches: Mapping[str, TeacherCache], encoder: SampleEncoder, parts: StudentParts
 ) -> tuple[PreparedPhase, ...]:
@@ -265,6 +284,7 @@ def _prepare_phases(
             )
         fits = {name: term.fit(cache.plan, losses, parts, where) for name, term in terms.items()}
         steps = phase.step_count(len(dataset))
+        tower = _trained_tower(parts, dataset, name) if steps and phase.trainable == "tower" else ()
         if steps == 0:
             _log.info("phase %s has no steps and is left out", name)
         phases.append(
@@ -274,6 +294,7 @@ def _prepare_phases(
                 steps=steps,
                 dataset=dataset,
                 shuffle=ShardShuffle(shards=dataset.shards, seed=config.seed, window=config.shuffle_window),
+                tower=tower,
                 objective=Objective(losses=losses, groups=() if match is None else match.student, fits=fits),
                 expect=find_mirror(str(phase.cache)).expect if is_url(str(phase.cache)) else None,
             )

@@ -150,29 +150,24 @@ def _folder_of_hub(name: HubName, what: str, check: Callable[[Path], object]) ->
     """The snapshot of a name: complete from the cache where the hub need not or cannot be asked, else downloaded."""
     from huggingface_hub import constants
 
-    cached = _cached(name)
-    whole = cached is not None and not _lacks(cached)
-    if constants.HF_HUB_OFFLINE or (whole and _COMMIT.fullmatch(name.revision)):
-        if cached is None or not whole:
-            part = (
-                "is not in the hub's cache" if cached is None else f"is in the hub's cache in part ({_lacks(cached)})"
-            )
+    cached, lacks = _cached(name)
+    if constants.HF_HUB_OFFLINE or (cached and _COMMIT.fullmatch(name.revision)):
+        if cached is None:
             raise ModelError(
-                f"{what} {name}: no such folder, and the model {part} ({constants.HF_HUB_CACHE}); the hub is switched off "
-                f"by HF_HUB_OFFLINE: unset it, or {_elsewhere(name)}"
+                f"{what} {name}: no such folder, and the hub's cache ({constants.HF_HUB_CACHE}) has not all of the model "
+                f"({lacks}); the hub is switched off by HF_HUB_OFFLINE: unset it, or {_elsewhere(name)}"
             )
         return _found(cached)
     try:
         with explained_hub_errors(name, what):
             commit = _ask(name, what)
     except DistillError as error:
-        if cached is None or not whole or isinstance(error, _RefusedError):
+        if cached is None or isinstance(error, _RefusedError):
             raise
         reason = str(error).split("; ")[0]
         logger.warning("%s: the copy in the hub's cache is used: %s", reason, snapshot_name(cached))
         return _found(cached)
-    there = _cached(HubName(name.repository, commit))
-    if there is None or _lacks(there):
+    if _cached(HubName(name.repository, commit))[0] is None:
         logger.info("%s: downloading %s@%s into %s", what, name.repository, commit, constants.HF_HUB_CACHE)
     with explained_hub_errors(name, what):
         return _found(_download(name, check))
@@ -230,14 +225,14 @@ def _lacks(snapshot: Path) -> str:
     return ", ".join(f"{shard} is missing" for shard in shards if not (snapshot / str(shard)).is_file())
 
 
-def _cached(name: HubName) -> Path | None:
-    """The snapshot that the hub's cache holds, without a request; None if it has none, or only a part of its files."""
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
+def _cached(name: HubName) -> tuple[Path | None, str]:
+    """The snapshot that the hub's cache holds, found without a request; or None, and what of it is missing there."""
     try:
-        return _with_weights(name, local_files_only=True)
-    except (LocalEntryNotFoundError, OSError):
-        return None
+        snapshot = _with_weights(name, local_files_only=True)
+    except OSError as error:  # the library's LocalEntryNotFoundError, or one of its kind that names a folder
+        return None, "some files are missing" if getattr(error, "snapshot_path", None) else "nothing of it is there"
+    lacks = _lacks(snapshot)
+    return (None, lacks) if lacks else (snapshot, "")
 
 
 def _download(name: HubName, check: Callable[[Path], object]) -> Path:

@@ -13,6 +13,7 @@ from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
+import pytest
 from servers import Answer, Fault, FaultyServer
 
 TOKEN = "hf_for_tests"
@@ -173,7 +174,11 @@ class ModelHub(FaultyServer):
         if path not in files:
             return 404, head | {"X-Error-Code": "EntryNotFound"}, b"{}"
         if name in self.gated and not known:
-            return 401, head | {"X-Error-Code": "GatedRepo", "X-Error-Message": f"Access to {name} is restricted."}, b"{}"
+            return (
+                401,
+                head | {"X-Error-Code": "GatedRepo", "X-Error-Message": f"Access to {name} is restricted."},
+                b"{}",
+            )
         data = files[path]
         head |= {"ETag": f'"{_oid(data)}"', "X-Linked-Size": str(len(data)), "Accept-Ranges": "bytes"}
         wanted = handler.headers.get("Range")
@@ -196,6 +201,16 @@ class ModelHub(FaultyServer):
             | ({"lfs": {"oid": _oid(data), "size": len(data), "pointerSize": 134}} if len(data) >= LARGE else {})
             for path, data in files.items()
         ]
+
+
+def use_models(monkeypatch: pytest.MonkeyPatch, url: str, cache: Path) -> None:
+    """Let the client library of this process talk to a hub, and keep its cache in a folder."""
+    for name, value in {
+        "ENDPOINT": url, "HUGGINGFACE_CO_URL_TEMPLATE": url + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_OFFLINE": False, "HF_HUB_CACHE": str(cache),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
 
 
 def _files_of(folder: Path) -> dict[str, bytes]:

@@ -113,8 +113,10 @@ def model_folder(given: str | Path, *, what: str, check: Callable[[Path], object
     path = Path(given)
     if path.is_dir():
         return _local_folder(path, what)
+    if path.exists():  # a file: who reads it says best what it is, and what to give instead
+        return HubFolder(path, path.name, "")
     name = hub_name(given)
-    if name is None or path.exists():
+    if name is None:
         raise ModelError(_no_folder(given, what))
     return _folder_of_hub(name, what, check)
 
@@ -381,8 +383,8 @@ def _explain(error: Exception, name: HubName, what: str, kind: str) -> DistillEr
     if status is not None and status < 500:
         return TransferError(f"{what} {name}: the hub ({constants.ENDPOINT}) refuses: {reason}; {AGAIN}")
     return TransferError(
-        f"{what} {name}: the hub ({constants.ENDPOINT}) cannot be reached, or broke off ({reason}); {AGAIN}; without a "
-        f"network give a folder, or {_elsewhere(name)}"
+        f"{what} {name}: no such folder, and the hub ({constants.ENDPOINT}) cannot be reached, or broke off ({reason}); "
+        f"{AGAIN}; without a network give a folder, or {_elsewhere(name)}"
     )
 
 
@@ -396,8 +398,6 @@ def _elsewhere(name: HubName) -> str:
 
 def _no_folder(given: str, what: str) -> str:
     """Both readings of a name that is neither a folder nor a repository's name."""
-    if Path(given).exists():
-        return f"{what} {given}: is a file; give the folder that holds config.json, weights and tokenizer"
     if web := _WEB.fullmatch(given):
         revision = web[2] or web[3]
         return f"{what} {given}: an address; type {web[1]}{f'@{revision}' if revision else ''}"

@@ -8,6 +8,7 @@ from vlm_distill_cache.common.cache.manifest import Manifest
 from vlm_distill_cache.common.cache.plan import BASE, Plan, read_plan
 from vlm_distill_cache.common.cache.sidecar import read_sidecar
 from vlm_distill_cache.common.codecs.registry import CODECS
+from vlm_distill_cache.common.printing import one_line
 from vlm_distill_cache.common.terminal.command_line import quoted
 from vlm_distill_cache.common.terminal.next_step import distill_command
 from vlm_distill_cache.stage1_teacher.config import BuildConfig
@@ -38,6 +39,8 @@ def summary_text(summary: BuildSummary) -> str:
             lines.append(
                 "  failed samples are not tried again; `teacher-cache build --overwrite` builds all of it anew"
             )
+    if revision := plan.teacher.get("revision"):
+        lines.append(f"  teacher {one_line(plan.teacher.get('name'))}@{one_line(revision)}")
     lines += _sample_lines(summary.cache, plan, manifest)
     lines.append(f"  {'signal':<18}{'bytes/row':>12}{'bytes/sample':>14}")
     for signal, fields in plan.fields.items():

@@ -19,8 +19,10 @@ Dims: T tokens of the sequence, N visual tokens, A supervised rows.
 
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -32,6 +34,7 @@ from vlm_distill_cache.common.pixels import HASH_BYTES, image_hash
 from vlm_distill_cache.data.images.encoder import AnyImageEncoder, EncodedImage, ImageEncoder
 from vlm_distill_cache.data.sample import ImageSource, Sample, Turn
 from vlm_distill_cache.data.text.chat import Rendered
+from vlm_distill_cache.data.text.special_tokens import check_end_token, find_special_tokens, pattern_of, read_texts
 from vlm_distill_cache.data.text.templates import IMAGE_MARKER, PromptTemplate
 
 
@@ -181,6 +184,23 @@ class SampleEncoder:
         self._probe_template()
         _ = self._leading_ids, self.end_token_ids
 
+    @cached_property
+    def _reader(self) -> Any:
+        """The tokenizer, which finds every special token that the template writes."""
+        turns = (Turn(question="a", answer="b"),) * (1 if self.template.holds_one_turn else 3)
+        texts = []
+        for has_image, count in product((True, False), range(1, len(turns) + 1)):
+            # A template that cannot write one of these says so below, or with the sample that needs it.
+            with suppress(ConfigError, SampleError):
+                text = self.template.render(
+                    turns[:count], self.tokenizer, has_image=has_image, image_token=self.image_token
+                ).text
+                texts += [text] if self._knows_image else text.split(IMAGE_MARKER)
+        try:
+            return find_special_tokens(self.tokenizer, texts)
+        except SampleError as error:
+            raise ConfigError(f"the tokenizer cannot write a plain conversation: {error}") from error
+
     def _probe_template(self) -> None:
         """Refuse a template that cannot mark the answers of two turns, or of one."""
         reasons = []
@@ -234,11 +254,18 @@ class SampleEncoder:
         """Ids that end an answer: the last one of a trained answer, and the tokenizer's end-of-sequence token."""
         rendered = self._plain
         try:
-            ids = self._offsets([rendered.text])[0]
-            last = int(ids[0][inside_spans(ids[1], rendered.answer_spans)][-1])
+            ids, offsets = read_texts(self._reader, [rendered.text])[0]
+            last = int(ids[inside_spans(offsets, rendered.answer_spans)][-1])
         except SampleError as error:
             raise ConfigError(f"the tokenizer cannot write a plain conversation: {error}") from error
+        check_end_token(ids, offsets, rendered.text, rendered.answer_spans[-1], self.tokenizer)
         eos = self.tokenizer.eos_token_id
+        if last != eos and not self.template.chat_template and self.template.answer_end is None:
+            raise ConfigError(
+                f"prompt template {self.template.name!r} ends an answer with {self.tokenizer.eos_token!r} (id {eos}), which the "
+                f"tokenizer reads so that its last token is {self.tokenizer.convert_ids_to_tokens(last)!r} (id {last}); make "
+                "it an added token in tokenizer.json"
+            )
         return sorted({last} if eos is None else {last, int(eos)})
 
     @cached_property
@@ -278,7 +305,7 @@ class SampleEncoder:
         """Strings that would turn into special tokens inside a user's text."""
         added = self.tokenizer.added_tokens_decoder.values()
         words = {IMAGE_MARKER, self.image_token, *(str(token) for token in added if token.special)}
-        return re.compile("|".join(re.escape(word) for word in sorted(words, key=len, reverse=True)))
+        return pattern_of(words)
 
     def _encode(self, sample: Sample, prompt_only: bool) -> EncodedSample:
         self._check(sample)
@@ -341,7 +368,7 @@ class SampleEncoder:
         """Tokenise all conversations of a sample in one call, then open the image token out."""
         texts = [conversation.text for conversation in rendered]
         if visual_count and not self._knows_image:
-            pieces = self._offsets([piece for text in texts for piece in text.split(IMAGE_MARKER)])
+            pieces = read_texts(self._reader, [piece for text in texts for piece in text.split(IMAGE_MARKER)])
             ids_and_offsets = []
             for text, before, after in zip(texts, pieces[0::2], pieces[1::2], strict=True):
                 at = text.index(IMAGE_MARKER)
@@ -349,7 +376,7 @@ class SampleEncoder:
                 offsets = np.concatenate([before[1], marker, after[1] + at + len(IMAGE_MARKER)])
                 ids_and_offsets.append((np.concatenate([before[0], [self.image_token_id], after[0]]), offsets))
         else:
-            ids_and_offsets = self._offsets(texts)
+            ids_and_offsets = read_texts(self._reader, texts)
         leading = len(self._leading_ids)
         tokens = []
         for (ids, offsets), conversation in zip(ids_and_offsets, rendered, strict=True):
@@ -363,26 +390,6 @@ class SampleEncoder:
                 is_answer = np.concatenate([np.zeros(leading, dtype=bool), is_answer])
             tokens.append(Tokens(ids=ids, is_answer=is_answer))
         return tokens
-
-    def _offsets(self, texts: list[str]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Ids i8 ``[T]`` and character ranges i8 ``[T, 2]`` of each text, without special tokens."""
-        try:
-            encoded = self.tokenizer(
-                texts,
-                add_special_tokens=False,
-                return_offsets_mapping=True,
-                return_attention_mask=False,
-                return_token_type_ids=False,
-                verbose=False,  # what is too long is refused below, with its sample's name
-            )
-        except BaseException as error:  # a panic of the tokenizer's is no Exception
-            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-                raise
-            raise SampleError(f"the tokenizer cannot read its text: {str(error) or type(error).__name__}") from error
-        return [
-            (np.array(ids, dtype=np.int64), np.array(offsets, dtype=np.int64).reshape(-1, 2))
-            for ids, offsets in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
-        ]
 
     def _assemble(self, sample_id: str, tokens: list[Tokens], image: EncodedImage, digest: bytes) -> EncodedSample:
         shared = shared_length(tokens) if len(tokens) > 1 else 0

@@ -23,7 +23,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -36,6 +36,8 @@ from vlm_distill_cache.data.sample import ImageSource, Sample, Turn
 from vlm_distill_cache.data.text.chat import Rendered
 from vlm_distill_cache.data.text.special_tokens import check_end_token, find_special_tokens, pattern_of, read_texts
 from vlm_distill_cache.data.text.templates import IMAGE_MARKER, PromptTemplate
+
+LongSamples = Literal["refuse", "truncate"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -128,6 +130,27 @@ class EncodedSample:
         """Positions with a label, i8 ``[A]``, ascending."""
         return np.flatnonzero(self.labels != IGNORE_INDEX)
 
+    def cut_after(self, rows: int) -> "EncodedSample":
+        """The beginning of the sequence: it ends with the target of its ``rows``-th supervised row.
+
+        What was behind, a question whose answer is not reached included, is left out. Of packed conversations the last
+        may lose their ends, or all.
+
+        Args:
+            rows: At least 1; a sequence with no more supervised rows loses what follows its last answer.
+        """
+        end = int(self.supervised_rows[:rows][-1]) + 2
+        labels = self.labels[:end].copy()
+        labels[-1] = IGNORE_INDEX  # its target is cut off
+        return replace(
+            self,
+            labels=labels,
+            input_ids=self.input_ids[:end],
+            visual_mask=self.visual_mask[:end],
+            position_ids=self.position_ids[:end],
+            segment_ids=self.segment_ids[:end],
+        )
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SampleEncoder:
@@ -140,9 +163,13 @@ class SampleEncoder:
         image_token_id: Id at visual positions. If it is an added token of the tokenizer, the text holds
             that token and is tokenised whole, which gives the ids of the model library's own
             processor; otherwise the text is split around the image, as original LLaVA code does.
-        max_length: Most tokens a sequence may have; longer ones are refused, never cut.
+        max_length: Most tokens a sequence may have.
         positions: Most tokens that a conversation may have for the model (`data.families.inputs.known_positions`);
             longer ones are refused whatever ``max_length``. None: it does not say.
+        long_samples: Longer ones are refused, or cut at the end, as LLaVA's training code does: ``truncate``. A
+            sequence then ends with the last target that fits (`EncodedSample.cut_after`), whether it was long or not, so
+            that a student with another number of visual tokens can be cut to the same targets. Refused is what has no
+            target left; so are prompts, and packed conversations of which one is longer than ``positions``.
 
     Raises:
         ConfigError: The tokenizer is not a fast one, ``max_length`` is too small for an image, or the template can mark
@@ -155,6 +182,7 @@ class SampleEncoder:
     image_token_id: int
     max_length: int
     positions: int | None = None
+    long_samples: LongSamples = "refuse"
 
     def __post_init__(self) -> None:
         if not getattr(self.tokenizer, "is_fast", False):
@@ -223,13 +251,15 @@ class SampleEncoder:
             )
         return replace(self, image_encoder=self.image_encoder.with_grid(grid))
 
-    def __call__(self, sample: Sample, *, prompt_only: bool = False) -> EncodedSample:
+    def __call__(self, sample: Sample, *, prompt_only: bool = False, rows: int | None = None) -> EncodedSample:
         """Encode one sample.
 
         Args:
             sample: With one image at most.
             prompt_only: Stop where the last answer (of independent turns: the first) would begin; there are no
                 labels then.
+            rows: How many supervised rows are kept, at least 1; what is then too long is refused. None: all, or with
+                ``long_samples="truncate"`` as many as fit.
 
         Raises:
             SampleError: Names the sample: unreadable image, empty answer, special token in the text,
@@ -237,7 +267,7 @@ class SampleEncoder:
                 or tokenizer cannot write.
         """
         try:
-            return self._encode(sample, prompt_only)
+            return self._encode(sample, prompt_only, rows)
         except (SampleError, ConfigError) as error:  # other texts and pictures went through when the encoder was built
             kind = type(error) if isinstance(error, SampleError) else SampleError
             raise kind(f"sample {sample.sample_id!r}: {error}") from error
@@ -307,7 +337,7 @@ class SampleEncoder:
         words = {IMAGE_MARKER, self.image_token, *(str(token) for token in added if token.special)}
         return pattern_of(words)
 
-    def _encode(self, sample: Sample, prompt_only: bool) -> EncodedSample:
+    def _encode(self, sample: Sample, prompt_only: bool, rows: int | None) -> EncodedSample:
         self._check(sample)
         image, digest = self._encode_image(sample.images)
         packed = sample.independent_turns and len(sample.turns) > 1
@@ -325,7 +355,10 @@ class SampleEncoder:
             rendered = [self._open_out(conversation, image.text) for conversation in rendered]
             visual_count = 1 if visual_count else 0  # the text holds each visual token already
         tokens = self._tokenize(rendered, visual_count)
-        return self._assemble(sample.sample_id, tokens, image, digest)
+        if prompt_only or (rows is None and self.long_samples == "refuse"):
+            self._refuse_long(tokens, image)
+            return self._assemble(sample.sample_id, tokens, image, digest)
+        return self._cut(self._assemble(sample.sample_id, tokens, image, digest), rows, packed=packed)
 
     def _open_out(self, rendered: Rendered, text: str) -> Rendered:
         """Replace the image marker by what the image encoder writes; answers lie behind it."""
@@ -391,15 +424,27 @@ class SampleEncoder:
             tokens.append(Tokens(ids=ids, is_answer=is_answer))
         return tokens
 
-    def _assemble(self, sample_id: str, tokens: list[Tokens], image: EncodedImage, digest: bytes) -> EncodedSample:
+    def _cut(self, whole: EncodedSample, rows: int | None, *, packed: bool) -> EncodedSample:
+        """A sequence that ends with its last target, of as many as fit or as are asked for."""
+        supervised = whole.supervised_rows
+        if rows is None:
+            fits = self.max_length if packed or self.positions is None else min(self.max_length, self.positions)
+            rows = int((supervised + 2 <= fits).sum())
+        cut = whole.cut_after(rows) if rows and len(supervised) else whole
+        visual_count = int(cut.visual_mask.sum())
+        self._refuse_lengths(len(cut), int(cut.position_ids.max()) + 1, visual_count)
+        return cut
+
+    def _refuse_long(self, tokens: list[Tokens], image: EncodedImage) -> None:
         shared = shared_length(tokens) if len(tokens) > 1 else 0
-        pieces = [conversation.ids[shared:] for conversation in tokens]
-        lengths = [len(piece) for piece in pieces]
-        total = shared + sum(lengths)
+        lengths = [len(conversation.ids) - shared for conversation in tokens]
         visual_count = sum(tile.token_count for tile in image.tiles)
+        # Each packed conversation counts on from the shared prefix.
+        self._refuse_lengths(shared + sum(lengths), shared + max(lengths), visual_count)
+
+    def _refuse_lengths(self, total: int, longest: int, visual_count: int) -> None:
         varies = visual_count > self.image_encoder.least_token_count
         fewer = ", limit the pixels of a picture in preprocessor_config.json" if varies else ""
-        longest = shared + max(lengths)  # each packed conversation counts on from the shared prefix
         if self.positions is not None and longest > self.positions:
             raise TooLongError(
                 f"a conversation of {longest} tokens ({visual_count} visual) is longer than the {self.positions} positions "
@@ -407,11 +452,21 @@ class SampleEncoder:
                 "leave the sample out"
             )
         if total > self.max_length:
+            why = (
+                "nothing is cut, because the cut could fall inside an answer"
+                if self.long_samples == "refuse"
+                else "what is cut off is behind an answer's first token, and none begins before the limit"
+            )
             raise SampleError(
                 f"{total} tokens ({visual_count} visual, {total - visual_count} of text) exceed "
-                f"max_length={self.max_length}; raise max_length{fewer} or leave the sample out (nothing is cut, "
-                "because the cut could fall inside an answer)"
+                f"max_length={self.max_length}; raise max_length{fewer} or leave the sample out ({why})"
             )
+
+    def _assemble(self, sample_id: str, tokens: list[Tokens], image: EncodedImage, digest: bytes) -> EncodedSample:
+        shared = shared_length(tokens) if len(tokens) > 1 else 0
+        pieces = [conversation.ids[shared:] for conversation in tokens]
+        lengths = [len(piece) for piece in pieces]
+        visual_count = sum(tile.token_count for tile in image.tiles)
         labels = [shift_labels(conversation) for conversation in tokens]
         input_ids = np.concatenate([tokens[0].ids[:shared], *pieces])
         visual_mask = input_ids == self.image_token_id

@@ -47,7 +47,9 @@ def open_build(config: BuildConfig) -> Build:
     refuse_packing(dataset, teacher)
     if warning := beyond_positions(teacher, config.max_length):
         logger.warning("%s", warning)
-    encoder = build_encoder(teacher, template=config.template, max_length=config.max_length)
+    encoder = build_encoder(
+        teacher, template=config.template, max_length=config.max_length, long_samples=config.long_samples
+    )
     codecs = codecs_for(config, teacher)
     if any(VISUAL_SOURCE in group for group in _fields_of(codecs, teacher).values()):
         dataset = group_by_image(dataset)

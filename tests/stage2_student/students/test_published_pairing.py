@@ -16,10 +16,12 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
+from vlm_distill_cache.common.errors import CacheMismatchError
 from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.data.text.processors import load_tokenizer
 from vlm_distill_cache.stage1_teacher.config import BuildConfig
 from vlm_distill_cache.stage1_teacher.extract import extract
+from vlm_distill_cache.stage1_teacher.report import summary_text
 from vlm_distill_cache.stage2_student.resolve import resolve_config
 from vlm_distill_cache.stage2_student.train import train
 from vlm_distill_cache.stage2_student.trained_student import open_student
@@ -85,20 +87,24 @@ def cache(places, tmp_path_factory):
     return folder
 
 
-def test_the_student_learns_logits_and_attention_from_the_teacher(places, cache, tmp_path):
-    opened = open_cache(str(cache))
-    assert (len(opened), len(opened.failed)) == (len(ANSWERS), 0)
+def run(places, cache, output, *options):
     config = resolve_config(
         None,
         [
             f"student={places / 'student'}", f"cache={cache}", f"data={places / 'data.json'}", f"images={places}",
-            f"output={tmp_path / 'run'}", "phases=[dft]", "dft.steps=2", "dft.batch_size=2", "dft.losses.logits=1",
-            "dft.losses.answer_attention=1", "device=cpu",
+            f"output={output}", "phases=[dft]", "dft.steps=2", "dft.batch_size=2", "dft.losses.logits=1",
+            "dft.losses.answer_attention=1", "device=cpu", *options,
         ],
         teacher_width=32,
     )  # fmt: skip
     train(config)
-    log = read_log(tmp_path / "run")
+    return read_log(output)
+
+
+def test_the_student_learns_logits_and_attention_from_the_teacher(places, cache, tmp_path):
+    opened = open_cache(cache)
+    assert (len(opened), len(opened.failed)) == (len(ANSWERS), 0)
+    log = run(places, cache, tmp_path / "run")
     assert [record["step"] for record in log] == [1, 2]
     assert all(record["logits"] > 0 and record["answer_attention"] > 0 for record in log)
     assert open_student(tmp_path / "run" / "final").tokenizer("in  it")["input_ids"] == [
@@ -112,3 +118,24 @@ def test_both_read_an_answer_as_sentencepiece_does(places):
         expected = own(places / "student").encode(text)
         assert teacher(text, add_special_tokens=False)["input_ids"] == expected
         assert student(text, add_special_tokens=False)["input_ids"] == expected
+
+
+def test_long_samples_are_cut_at_the_same_word_for_teacher_and_student(places, cache, tmp_path):
+    whole = open_cache(cache)
+    assert "long_samples" not in whole.plan.extra
+    settings = {"shard_size": 4, "batch_size": 2, "fidelity_samples": 2, "max_failed_share": 0.5}
+    data = {"data": str(places / "data.json"), "images": str(places), "teacher": str(places / "teacher")}
+    folder = tmp_path / "cut"
+    # 36 visual tokens, and text up to somewhere in the second answer of most.
+    summary = extract(BuildConfig(cache=str(folder), max_length=145, long_samples="truncate", **data, **settings))
+    opened = open_cache(folder)
+    assert opened.plan.extra["long_samples"] == "truncate"
+    assert "samples of more than 145 tokens were cut at their end" in summary_text(summary)
+    assert "samples of more than 145 tokens were cut at their end" in (folder / "README.md").read_text()
+    rows = {name: (len(opened.read(name)["labels"]), len(whole.read(name)["labels"])) for name in opened.sample_ids}
+    assert any(cut < all_ for cut, all_ in rows.values()), rows
+    for name, (cut, _) in rows.items():
+        assert opened.read(name)["labels"].tolist() == whole.read(name)["labels"][:cut].tolist()
+    assert all(record["logits"] > 0 for record in run(places, folder, tmp_path / "run"))
+    with pytest.raises(CacheMismatchError, match="leave max_length unset, or raise it"):
+        run(places, folder, tmp_path / "short", "max_length=60")

@@ -225,7 +225,7 @@ class SampleEncoder:
                 ).text
                 texts += [text] if self._knows_image else text.split(IMAGE_MARKER)
         try:
-            return find_special_tokens(self.tokenizer, texts)
+            return find_special_tokens(self.tokenizer, texts, self.template.chat_template)
         except SampleError as error:
             raise ConfigError(f"the tokenizer cannot write a plain conversation: {error}") from error
 

@@ -59,16 +59,19 @@ def read_texts(tokenizer: Any, texts: Sequence[str]) -> list[tuple[np.ndarray, n
     ]
 
 
-def find_special_tokens(tokenizer: Any, texts: Sequence[str]) -> Any:
+def find_special_tokens(tokenizer: Any, texts: Sequence[str], source: str = "") -> Any:
     """A tokenizer that reads each special token of some texts as its id: the given one if it does.
 
     Args:
         texts: Conversations as a template writes them.
+        source: The template's; it may name more tokens, which it writes in other conversations.
 
     Raises:
         ConfigError: A token of the texts is not found whatever is done.
     """
-    lost = _lost(tokenizer, tokenizer, texts, blanks=True)
+    names = [str(token) for token in tokenizer.added_tokens_decoder.values() if is_no_text(token)]
+    others = [f"a{name}b" for name in names if name in source and not any(name in text for text in texts)]
+    lost = _lost(tokenizer, tokenizer, [*texts, *others], blanks=True)
     if not lost:
         return tokenizer
     described = json.loads(tokenizer.backend_tokenizer.to_str())

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from vlm_distill_cache.common.errors import ConfigError
 from vlm_distill_cache.data.text.processors import load_tokenizer
+from vlm_distill_cache.data.text.special_tokens import read_texts
 from vlm_distill_cache.data.text.templates import PromptTemplate
 
 TURNS = (("what  is it?", "a red  square."), ("in  it", "4"), ("is it?", "b!"))
@@ -108,3 +109,15 @@ def test_an_end_that_is_text_by_intent_stays_text(folder):
         tokenizer_with(folder, normalized=False), PromptTemplate(name="own", answer_end="\n###"), image=False
     )
     assert (encoded.labels == 2).sum() == 0
+
+
+def test_a_tag_that_only_other_conversations_have_is_found_too(folder):
+    """System turns, tools: the template names their tags, and plain conversations do not show them."""
+    chat = CHAT.replace(
+        "{% for m in messages %}", "{% for m in messages %}{% if m.role == 'system' %}<|system|>{% endif %}"
+    )
+    tokenizer = tokenizer_with(folder, normalized=True, tags=(*TAGS, "<|system|>"), chat=chat)
+    encoder, _ = encode(tokenizer, "chat")
+    tag = tokenizer.convert_tokens_to_ids("<|system|>")
+    assert tag not in tokenizer("a<|system|>b")["input_ids"]
+    assert tag in read_texts(encoder._reader, ["a<|system|>b"])[0][0]

@@ -1,6 +1,8 @@
 """LLaVA-1.5 teaches the published MobileVLM: one sentencepiece model, as tokenizer.json there, as tokenizer.model here."""
 
 import json
+import shutil
+import sys
 
 import numpy as np
 import published_factory
@@ -16,7 +18,7 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
-from vlm_distill_cache.common.errors import CacheMismatchError
+from vlm_distill_cache.common.errors import CacheMismatchError, ModelError
 from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.data.text.processors import load_tokenizer
 from vlm_distill_cache.stage1_teacher.config import BuildConfig
@@ -139,3 +141,17 @@ def test_long_samples_are_cut_at_the_same_word_for_teacher_and_student(places, c
     assert all(record["logits"] > 0 for record in run(places, folder, tmp_path / "run"))
     with pytest.raises(CacheMismatchError, match="leave max_length unset, or raise it"):
         run(places, folder, tmp_path / "short", "max_length=60")
+
+
+def test_a_missing_package_is_noticed_before_weights_are_read(places, cache, tmp_path, monkeypatch):
+    """The student's folder holds no weights here, so whoever reads them first would say so."""
+    bare = tmp_path / "bare"
+    shutil.copytree(places / "student", bare)
+    (bare / "pytorch_model.bin").write_bytes(b"not looked at")
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    told = r"tokenizer\.model, which needs sentencepiece .*`make setup`"
+    with pytest.raises(ModelError, match=told):
+        run(places, cache, tmp_path / "run", f"student={bare}")
+    data = {"data": str(places / "data.json"), "images": str(places)}
+    with pytest.raises(ModelError, match=told):
+        extract(BuildConfig(cache=str(tmp_path / "c"), teacher=str(bare), **data))

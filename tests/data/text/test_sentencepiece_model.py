@@ -1,8 +1,10 @@
 """A tokenizer that is a ``tokenizer.model`` only gives the ids of the sentencepiece package, one by one."""
 
+import itertools
 import json
 import pickle
 import re
+import shutil
 import sys
 
 import pytest
@@ -10,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sentencepiece import sentencepiece_model_pb2
 from sentencepiece_factory import KINDS, own, write_converted, write_model, write_settings
+from test_encoding import make_encoder, make_sample
 
 from vlm_distill_cache.common.errors import ModelError
 from vlm_distill_cache.data.text.processors import load_tokenizer, tokenizer_fingerprint
@@ -264,3 +267,22 @@ def test_a_model_without_the_package_says_what_to_install(tmp_path, monkeypatch)
         ModelError, match=r"needs sentencepiece and protobuf .*`make setup` or `pip install sentencepiece"
     ):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("image", [True, False])
+@pytest.mark.parametrize("legacy", [True, False])
+def test_answers_are_found_in_a_conversation(folder, tmp_path, image, legacy):
+    """Also where the normaliser changes the number of characters: what is supervised is the answers' own tokens."""
+    shutil.copy(folder / "tokenizer.model", tmp_path)
+    write_settings(tmp_path, legacy=legacy)
+    tokenizer, sp = load_tokenizer(tmp_path), own(tmp_path)
+    turns = [("ｶﾞｶﾞ what  is it?", "a red square"), ("is  it\n\n３?", "three, four  five"), ("ﬁ ①", "return  b")]
+    encoded = make_encoder(tokenizer, "vicuna_v1", image_token_id=len(sp))(make_sample(*turns, image=image))
+    labels = encoded.labels[encoded.supervised_rows].tolist()
+    answers = [list(group) for key, group in itertools.groupby(labels, lambda token: token == 2) if not key]
+    assert labels.count(2) == len(turns)
+    # A token that holds the colon and the blank behind it straddles the beginning, and belongs to the answer.
+    assert [sp.decode(ids).strip(": ") for ids in answers] == [
+        sp.decode(sp.encode(answer)).strip() for _, answer in turns
+    ]
+    assert encoded.visual_mask.sum() == (6 if image else 0)

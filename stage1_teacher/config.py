@@ -53,6 +53,8 @@ class BuildConfig:
         template: Prompt template; ``auto`` is ``short`` for built-in teachers and the family's own for others.
         max_length: Longest sequence in tokens; a longer sample is a recorded failure, as is a conversation of more
             tokens than the teacher's config.json knows positions. 0: 2048, or more where a picture alone may need them.
+        long_samples: ``truncate`` cuts what is longer at its end, as LLaVA's training code does, and students are cut at the same
+            token. Failures are then those in which no answer begins before the limit, and prompts too long to be answered.
         batch_size: Samples per forward pass; part of the plan, because the last bits depend on it. 0: as in an existing cache, else
             what fits the memory (on a GPU found by running the teacher on its longest input, at most 16 on a CPU). For
             parts in separate folders give a number, so that they can be merged.
@@ -101,6 +103,7 @@ class BuildConfig:
     layers: Literal["middle", "all"] = "middle"
     template: str = "auto"
     max_length: int = 0
+    long_samples: Literal["refuse", "truncate"] = "refuse"
     batch_size: int = 0
     shard_size: int = 256
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

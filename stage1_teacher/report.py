@@ -5,7 +5,7 @@ from pathlib import Path
 
 from vlm_distill_cache.common.cache.counts import FailureCounts, picture_words, unknown_words
 from vlm_distill_cache.common.cache.manifest import Manifest
-from vlm_distill_cache.common.cache.plan import BASE, Plan, read_plan
+from vlm_distill_cache.common.cache.plan import BASE, Plan, cut_words, read_plan
 from vlm_distill_cache.common.cache.sidecar import read_sidecar
 from vlm_distill_cache.common.codecs.registry import CODECS
 from vlm_distill_cache.common.printing import one_line
@@ -78,6 +78,8 @@ def _sample_lines(cache: Path, plan: Plan, manifest: Manifest) -> list[str]:
         )
     if words := unknown_words(unknown, totals["rows"]):
         lines.append(f"  {'' if unknown is None else 'warning: '}{words}")
+    if cut := cut_words(plan):
+        lines.append(f"  {cut}")
     if totals["failed"]:
         failed = (read_sidecar(cache, shard.index).failed for shard in manifest.shards if shard.failed)
         lines += [f"  failed: {line}" for line in FailureCounts(chain.from_iterable(failed)).lines()]

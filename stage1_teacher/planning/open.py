@@ -49,7 +49,9 @@ def open_build(config: BuildConfig) -> Build:
     if warning := beyond_positions(teacher, config.max_length):
         logger.warning("%s", warning)
     config = replace(config, groups=config.groups or published_count(teacher.depth))
-    encoder = build_encoder(teacher, template=config.template, max_length=config.max_length)
+    encoder = build_encoder(
+        teacher, template=config.template, max_length=config.max_length, long_samples=config.long_samples
+    )
     codecs = codecs_for(config, teacher)
     if any(VISUAL_SOURCE in group for group in _fields_of(codecs, teacher).values()):
         dataset = group_by_image(dataset)

@@ -26,6 +26,7 @@ from vlm_distill_cache.stage2_student.batches.dataset import (
     SampleMemory,
     merged_fingerprints,
     splits_and_limits,
+    was_cut,
 )
 from vlm_distill_cache.stage2_student.batches.layers import match_groups
 from vlm_distill_cache.stage2_student.batches.sampler import ShardShuffle
@@ -225,6 +226,22 @@ def _trained_tower(parts: StudentParts, dataset: CachedDataset, phase: str) -> t
     return tower_parameters(parts.model, dataset.batch((place,)).inputs)
 
 
+def _reading(
+    encoder: SampleEncoder, template: PromptTemplate, cache: TeacherCache, *, compares: bool, limited: bool
+) -> SampleEncoder:
+    """A student's encoder for the samples of one cache.
+
+    Args:
+        compares: Whether it reads the teacher's own tokens, so that it is cut where the teacher was.
+        limited: Whether the run itself says how long a sequence may be.
+    """
+    if not was_cut(cache):
+        return replace(encoder, template=template)
+    # The teacher's text to its limit, and the student's own number of visual tokens.
+    more = encoder.image_encoder.token_count if compares and not limited else 0
+    return replace(encoder, template=template, long_samples="truncate", max_length=encoder.max_length + more)
+
+
 def _prepare_phases(
     config: TrainConfig, caches: Mapping[str, TeacherCache], encoder: SampleEncoder, parts: StudentParts
 ) -> tuple[PreparedPhase, ...]:
@@ -256,9 +273,12 @@ def _prepare_phases(
         # Phases of the same data share what is kept in memory; those with the same signals, their join.
         join = (*source, tuple(terms), match)
         if join not in joined:
+            compares = same_tokenizer(cache, parts.tokenizer) and template == PromptTemplate.from_dict(
+                cache.plan.template
+            )
             joined[join] = CachedDataset(
                 opened[source],
-                replace(encoder, template=template),
+                _reading(encoder, template, cache, compares=compares, limited=config.max_length is not None),
                 cache,
                 terms=terms,
                 pad_token_id=encoder.tokenizer.pad_token_id or 0,
@@ -266,8 +286,7 @@ def _prepare_phases(
                 memory=memories.setdefault(source, SampleMemory(round(config.memory_gib * 2**30))),
                 shuffle_teacher_images=config.shuffle_teacher_images,
                 match=match,
-                compare_labels=same_tokenizer(cache, parts.tokenizer)
-                and template == PromptTemplate.from_dict(cache.plan.template),
+                compare_labels=compares,
                 vocabulary=vocabulary_rows(parts.model),
             )
             probe_samples(joined[join])

@@ -152,6 +152,10 @@ def _are_rows(value: Any) -> bool:
     """Whether a value is a list of messages or rounds, as far as its first one tells, also as a dict of lists."""
     if isinstance(value, Mapping):
         return {*_ROUND, *_MESSAGE_KEYS} & value.keys() != set() and _is_dict_of_lists(value)
+    return _is_list_of_rows(value)
+
+
+def _is_list_of_rows(value: Any) -> bool:
     return isinstance(value, list | tuple) and bool(value) and isinstance(value[0], Mapping)
 
 
@@ -250,8 +254,8 @@ def _asked_messages(entry: Mapping[str, Any], form: str) -> list[Any]:
     question, answer = entry[form], entry[name]
     if name == "completion" and entry.get("label") is False:
         raise SampleError("'label' says that the completion is a bad one: it must not be learnt")
-    asked = _opened(question) if _are_rows(question) else [{"role": "user", "content": question}]
-    if not _are_rows(question):
+    asked = _opened(question) if _is_list_of_rows(question) else [{"role": "user", "content": question}]
+    if not _is_list_of_rows(question):
         if not isinstance(question, str) or answer is None:
             odd = answer if isinstance(question, str) else question
             raise SampleError(f"{form!r} must be a text and {name!r} not null, got {brief(odd)}")
@@ -260,7 +264,7 @@ def _asked_messages(entry: Mapping[str, Any], form: str) -> list[Any]:
         _refuse_lost_options(entry, question)
     history = _opened(_history(entry["history"])) if not says_none(entry.get("history")) else []
     answered = [answer] if isinstance(answer, Mapping) and _role(answer) else answer
-    if name == "answers" or not _are_rows(answered):
+    if name == "answers" or not _is_list_of_rows(answered):
         text = _most_said(answer) if name == "answers" else as_text(answer, name)
         if form not in _PLAIN and names_picture(text):
             raise SampleError(f"{name!r} names a picture ({text[:60]!r}); expected the words that are to be learnt")
@@ -269,7 +273,8 @@ def _asked_messages(entry: Mapping[str, Any], form: str) -> list[Any]:
     if _role(answered[0]) == "assistant":
         return [*history, *asked, *answered]
     # The prompt is in there once more.
-    repeats = answered[: len(asked)] == asked if _are_rows(question) else question in str(answered[0].get("content"))
+    first = next((str(message.get("content")) for message in answered if _role(message) == "user"), "")
+    repeats = answered[: len(asked)] == asked if _is_list_of_rows(question) else question.strip() in first
     if history or not repeats:
         raise SampleError(f"{name!r} is a conversation of its own, which does not begin with {form!r}")
     return answered

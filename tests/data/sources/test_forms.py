@@ -1,0 +1,262 @@
+"""Every published form of an entry is read as the conversation that it means; nothing is lost in silence."""
+
+import copy
+import itertools
+import json
+import logging
+
+import PIL.Image
+import pytest
+import xxhash
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from vlm_distill_cache.common.errors import DataError, SampleError
+from vlm_distill_cache.data.sample import Turn, fingerprint_samples
+from vlm_distill_cache.data.sources.conversations import are_columns, is_entry, read_conversation, unread_forms
+from vlm_distill_cache.data.sources.llava import LlavaDataset
+from vlm_distill_cache.data.sources.messages import MessagesDataset
+
+Q, A = "what color is the square ?", "the square is red ."
+ONE = ("", ((Q, A),))
+TWO = ("", ((Q, A), ("where ?", "left")))
+KIND = ("be kind .", ((Q, A),))
+RATINGS = {
+    "relevance_ratings": [4], "relevance_min": 4, "visual_dependency_ratings": [5], "visual_dependency_min": 5,
+    "image_correspondence_ratings": [3], "image_correspondence_min": 3, "formatting_ratings": [4], "formatting_min": 4,
+}  # fmt: skip
+U, B = {"role": "user", "content": Q}, {"role": "assistant", "content": A}
+PICTURED = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": Q}]}
+WORSE = {"role": "assistant", "content": "blue"}
+
+# As the data cards and the tools' own documentation show them; each entry has the one picture a.png.
+PUBLISHED = {
+    "the_cauldron": (ONE, {"images": ["a.png"], "texts": [{"user": Q, "assistant": A, "source": "VQAv2"}]}),
+    "the_cauldron, rounds": (TWO, {"images": ["a.png"], "texts": [{"user": Q, "assistant": A}, {"user": "where ?", "assistant": "left"}]}),
+    "finevision": (ONE, {"images": ["a.png"], "texts": [{"user": Q, "assistant": A}], "source": "lrv_chart", **RATINGS}),
+    "texts as a dict of lists": (TWO, {"images": ["a.png"], "texts": {"user": [Q, "where ?"], "assistant": [A, "left"], "source": ["x", "y"]}}),
+    "sharegpt4v": (ONE, {"id": "000000000009", "image": "a.png", "conversations": [{"from": "human", "value": f"{Q}\n<image>"}, {"from": "gpt", "value": A}]}),
+    "sharegpt, llama-factory": (KIND, {"images": ["a.png"], "conversations": [{"from": "human", "value": f"<image>{Q}"}, {"from": "gpt", "value": A}], "system": "be kind .", "tools": ""}),
+    "sharegpt, system in front": (KIND, {"image": "a.png", "conversations": [{"from": "system", "value": "be kind ."}, {"from": "human", "value": f"<image>{Q}"}, {"from": "chatgpt", "value": A}]}),
+    "sharegpt, dict of lists": (ONE, {"image": "a.png", "conversations": {"from": ["human", "gpt"], "value": [f"<image>\n{Q}", A]}}),
+    "sharegpt, better answer beside": (ONE, {"images": ["a.png"], "conversations": [{"from": "human", "value": f"<image>{Q}"}], "chosen": {"from": "gpt", "value": A}, "rejected": {"from": "gpt", "value": "blue"}}),
+    "sharegpt as json": (ONE, {"image": "a.png", "conversations": json.dumps([{"from": "human", "value": Q}, {"from": "gpt", "value": A}])}),
+    "llava, the model begins": (ONE, {"image": "a.png", "conversations": [{"from": "gpt", "value": "hello"}, {"from": "human", "value": f"<image>\n{Q}"}, {"from": "gpt", "value": A}]}),
+    "ms-swift messages": (KIND, {"messages": [{"role": "system", "content": "be kind ."}, {"role": "user", "content": f"<image>{Q}"}, B], "images": ["a.png"]}),
+    "ms-swift, bytes and path": (ONE, {"messages": [{"role": "user", "content": f"<image>{Q}"}, B], "images": [{"bytes": None, "path": "a.png"}]}),
+    "ms-swift, preferences": (ONE, {"messages": [U, B], "rejected_response": "blue", "images": ["a.png"]}),
+    "ms-swift sharegpt": (("be kind .", TWO[1]), {"system": "be kind .", "conversation": [{"human": Q, "assistant": A}, {"human": "where ?", "assistant": "left"}], "images": ["a.png"]}),
+    "ms-swift query": (ONE, {"query": f"<image>{Q}", "response": A, "images": ["a.png"]}),
+    "ms-swift history": (("be kind .", TWO[1]), {"system": "be kind .", "query": "where ?", "response": "left", "history": [[Q, A]], "images": ["a.png"]}),
+    "trl messages": (ONE, {"messages": [PICTURED, {"role": "assistant", "content": [{"type": "text", "text": A}]}], "images": ["a.png"]}),
+    "trl prompt": (ONE, {"prompt": Q, "completion": f" {A}", "image": "a.png"}),
+    "trl prompt, messages": (ONE, {"prompt": [PICTURED], "completion": [{"role": "assistant", "content": A}], "images": ["a.png"]}),
+    "trl prompt, a system prompt": (KIND, {"prompt": [{"role": "system", "content": "be kind ."}, U], "completion": [B], "images": ["a.png"]}),
+    "trl prompt, longer": (TWO, {"prompt": [U, B, {"role": "user", "content": "where ?"}], "completion": [{"role": "assistant", "content": "left"}], "images": ["a.png"]}),
+    "trl preferences": (ONE, {"prompt": Q, "chosen": A, "rejected": "blue", "image": "a.png"}),
+    "trl preferences, messages": (ONE, {"prompt": [PICTURED], "chosen": [B], "rejected": [WORSE], "images": ["a.png"]}),
+    "trl preferences, prompt inside": (ONE, {"chosen": [PICTURED, B], "rejected": [PICTURED, WORSE], "images": ["a.png"]}),
+    "ultrafeedback": (ONE, {"prompt": Q, "chosen": [U, B], "rejected": [U, WORSE], "image": "a.png"}),
+    "rlaif-v": (ONE, {"question": Q, "chosen": A, "rejected": "blue", "image": "a.png", "ds_name": "x"}),
+    "alpaca": (("", ((f"color ?\n{Q}", A),)), {"instruction": "color ?", "input": Q, "output": A, "image": "a.png"}),
+    "alpaca, llama-factory": (("be kind .", TWO[1]), {"instruction": "where ?", "input": "", "output": "left", "system": "be kind .", "history": [[f"<image>{Q}", A]], "images": ["a.png"]}),
+    "alpaca, preferences": (ONE, {"instruction": Q, "input": "", "chosen": A, "rejected": "blue", "images": ["a.png"]}),
+    "dolly": (("", ((f"color ?\n{Q}", A),)), {"instruction": "color ?", "context": Q, "response": A, "image": "a.png"}),
+    "problem": (ONE, {"problem": Q, "solution": A, "answer": "red", "image": "a.png"}),
+    "input and output": (ONE, {"input": Q, "output": A, "image": "a.png"}),
+    "imagefolder": (("", (("", A),)), {"file_name": "a.png", "text": A}),
+    "vqa": (ONE, {"question": Q, "answers": {"answer": [A, "red", A], "answer_id": [1, 2, 3]}, "image": "a.png"}),
+    "nested dict of lists": (ONE, {"messages": {"role": ["user", "assistant"], "content": [{"type": ["image", "text"], "text": [None, Q]}, {"type": ["text"], "text": [A]}]}, "images": ["a.png"]}),
+}  # fmt: skip
+
+
+def said(entry):
+    found = read_conversation(entry)
+    return found.system, tuple((turn.question, turn.answer) for turn in found.turns)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_form_is_the_conversation_that_it_means(tmp_path, name):
+    (system, pairs), entry = PUBLISHED[name]
+    PIL.Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    (tmp_path / "list.json").write_text(json.dumps([entry]))
+    (tmp_path / "lines.jsonl").write_text(json.dumps(entry))
+    kept = copy.deepcopy(entry)
+    for dataset in (LlavaDataset(tmp_path / "list.json"), MessagesDataset(tmp_path / "lines.jsonl")):
+        sample = dataset[0]
+        assert sample.turns == tuple(Turn(question=question, answer=answer) for question, answer in pairs)
+        assert sample.system == system
+        assert [image.load().size for image in sample.images] == [(4, 4)]
+        assert not sample.independent_turns
+        assert dataset.image_keys() == ["a.png"] or isinstance(entry.get("images", [""])[0], dict)
+    assert read_conversation(entry)
+    assert entry == kept  # reading changes nothing
+    assert are_columns(list(entry), pictures=False)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_without_its_picture_a_form_that_speaks_of_one_is_refused(tmp_path, name):
+    _, entry = PUBLISHED[name]
+    entry = {key: value for key, value in entry.items() if key not in ("image", "images", "file_name")} | {"id": "x"}
+    (tmp_path / "a.json").write_text(json.dumps([entry, {"caption": "fine"}]))
+    dataset = LlavaDataset(tmp_path / "a.json")
+    speaks = any(sign in json.dumps(entry) for sign in ("<image>", '"image"')) or "text" in entry
+    try:
+        sample = dataset[0]
+    except SampleError:
+        assert speaks
+    else:
+        assert not speaks
+        assert sample.images == ()
+
+
+def test_a_text_only_row_of_finevision_is_text():
+    for rating in (None, 0, 5, [5]):
+        entry = {"images": [], "texts": [{"user": Q, "assistant": "look at a.png"}], "image_correspondence_min": rating}
+        assert said(entry) == ("", ((Q, "look at a.png"),))
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"images": [], "texts": [{"user": Q, "assistant": "a.png"}], **RATINGS},
+        {"conversation": [{"human": Q, "assistant": "![](a.png)"}]},
+        {"query": Q, "response": "![](a.png)", "history": [["so ?", "a.png"]]},
+        {"prompt": [U], "completion": [{"role": "assistant", "content": "a.png"}]},
+        {"messages": [U, {"role": "model", "content": "a.png"}]},
+    ],
+)
+def test_what_answers_speak_of_is_no_picture_that_is_missing(tmp_path, entry):
+    (tmp_path / "a.json").write_text(json.dumps([entry]))
+    assert LlavaDataset(tmp_path / "a.json")[0].images == ()
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"texts": {"user": [Q], "assistant": [A, A]}}, "'texts' is a dict of lists of different lengths: .*'assistant': 2"),
+        ({"conversations": {"from": ["human"], "value": []}}, "lists of different lengths"),
+        ({"texts": [{"user": Q, "assistant": None}]}, "'message 2' must be a text"),
+        ({"texts": [{"user": Q}]}, "1 messages; expected pairs"),
+        ({"texts": [{"user": Q, "assistant": A}, {"user": "<img>a.png</img>", "assistant": A}]}, "message 3 speaks of an image"),
+        ({"conversations": "[{'from': 'human'}]"}, "'conversations' is a text that is no JSON"),
+        ({"query": Q, "response": ""}, r"expected 'messages'.*got \['query', 'response'\]"),
+        ({"query": ["a"], "response": A}, "'query' must be a text"),
+        ({"query": Q, "response": A, "history": "x"}, "'history' must be a list of pairs"),
+        ({"query": Q, "response": A, "history": [["a"]]}, "'history' must hold pairs"),
+        ({"query": Q, "response": A, "history": [["a", None]]}, "'message 2' must be a text"),
+        ({"prompt": "draw a cat", "output": "cat.png"}, "'output' names a picture"),
+        ({"prompt": Q, "completion": A, "label": False}, "'label' says that the completion is a bad one"),
+        ({"messages": [U, B], "kto_tag": False}, "'kto_tag' says"),
+        ({"prompt": "another", "chosen": [U, B]}, "'chosen' is a conversation of its own"),
+        ({"prompt": [WORSE], "chosen": [U, B]}, "'chosen' is a conversation of its own"),
+        ({"chosen": "a text", "rejected": "b"}, "expected 'messages'"),
+        ({"prompt": "only asked"}, "expected 'messages'"),
+        ({"texts": ["a", "b"]}, "expected 'messages'"),
+        ({"messages": [U, B], "audios": ["a.wav"]}, "'audios' is not read"),
+        ({"messages": [{"role": "user", "content": "where is <bbox> ?"}, B], "objects": {"bbox": [[1, 2, 3, 4]]}}, "'objects' holds"),
+        ({"conversations": [{"from": "human", "value": Q}, {"from": "function_call", "value": "{}"}]}, "with tools are not read"),
+        ({"messages": [U, B, {"role": "tool", "content": "3"}]}, "message 3 is from 'tool': conversations with tools"),
+        ({"messages": [{"role": "system", "content": "a"}, {"role": "system", "content": "b"}, U, B]}, "message 2 is a system prompt"),
+        ({"messages": [{"role": "system", "content": "a"}, U, B], "system": "b"}, "two system prompts, 'a' and 'b'"),
+        ({"system": "a", "system_prompt": "b", "messages": [U, B]}, "two system prompts"),
+        ({"system": {"a": 1}, "messages": [U, B]}, "'system' must be a text"),
+        ({"system": "see <image>", "messages": [U, B]}, "the system prompt speaks of an image"),
+        ({"messages": [{"role": "system", "content": [{"type": "image"}]}, U, B]}, "message 1 holds an image"),
+        ({"messages": [{"role": "assistant", "content": "<image>"}, U, B]}, "message 1 speaks of an image"),
+        ({"messages": [{"role": "assistant", "content": [{"type": "image"}]}, U, B]}, "message 1 holds an image"),
+        ({"messages": [B, B, U, B]}, "message 2 is the assistant's, expected the user's"),
+        ({"messages": [B, U]}, "message 1 is the assistant's"),
+    ],
+)  # fmt: skip
+def test_what_would_be_lost_or_means_nothing_is_refused(entry, message):
+    with pytest.raises(SampleError, match=message):
+        read_conversation(entry)
+
+
+def test_a_system_prompt_may_stand_twice_and_an_empty_one_is_none():
+    system = {"role": "developer", "content": [{"type": "text", "text": " be kind . "}]}
+    assert said({"messages": [system, U, B], "system": "be kind .", "system_prompt": None}) == KIND
+    assert said({"messages": [{"role": "system", "content": ""}, U, B], "system": " "}) == ONE
+
+
+def test_a_text_is_a_caption_beside_a_picture_and_nowhere_else(tmp_path):
+    PIL.Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    (tmp_path / "a.jsonl").write_text(
+        '{"file_name": "a.png", "text": "a"}\n{"text": "b"}\n{"image": null, "text": "c"}'
+    )
+    dataset = MessagesDataset(tmp_path / "a.jsonl")
+    assert len(dataset[0].images) == 1
+    for index in (1, 2):
+        with pytest.raises(SampleError, match="would be the caption of a picture, and it has none"):
+            dataset[index]
+    (tmp_path / "b.jsonl").write_text('{"text": "a"}\n{"text": "b"}')
+    with pytest.raises(DataError, match="no line is an entry"):
+        MessagesDataset(tmp_path / "b.jsonl")
+    assert not are_columns(["text", "label"], pictures=False)
+    assert are_columns(["text", "x"], pictures=True)
+    assert are_columns(["text", "image"], pictures=False)
+    assert not are_columns(["prompt", "image"], pictures=True)
+
+
+def test_of_several_forms_the_first_is_read_and_the_others_are_named(tmp_path, caplog):
+    entry = {"messages": [U, B], "question": "q", "answer": "a", "text": "t", "chosen": [U, B], "prompt": "p"}
+    assert unread_forms(entry) == ["question", "prompt", "text"]
+    assert said({"caption": "c", "query": "q", "response": "r"})[1] == (("", "c"),)
+    assert unread_forms({"instruction": "a", "input": "b", "output": "c"}) == []
+    (tmp_path / "a.json").write_text(json.dumps([{"messages": 3}, entry]))
+    caplog.set_level(logging.INFO)
+    LlavaDataset(tmp_path / "a.json")
+    assert "a.json: 'messages' is read, not 'question' or 'prompt' or 'text'" in caplog.text
+
+
+def test_the_fingerprint_is_as_ever_without_a_system_prompt_and_another_with_one(tmp_path):
+    def of(entry):
+        (tmp_path / "a.json").write_text(json.dumps([{"id": "x", "image": None} | entry]))
+        return fingerprint_samples(LlavaDataset(tmp_path / "a.json"))
+
+    plain = of({"question": "What?", "answer": "A circle."})
+    line = b'["x",0,false,["What?","A circle."]]\n'  # as it was hashed before there were system prompts
+    assert plain == xxhash.xxh3_128(line).hexdigest()
+    assert of({"query": "What?", "response": "A circle."}) == plain
+    system = of({"query": "What?", "response": "A circle.", "system": "Be kind."})
+    assert len({plain, system, of({"question": "What?", "answer": "A circle.", "system": "Be brief."})}) == 3
+
+
+# The slow reference: one conversation written in every form that can hold it.
+WORDS = st.text("ab .?\n", min_size=1, max_size=6).filter(str.strip)
+
+
+def writings(system, pairs):
+    """The entries that say one conversation."""
+    for role, text, user, model in (("role", "content", "user", "assistant"), ("from", "value", "human", "gpt")):
+        flat = [{role: name, text: said} for pair in pairs for name, said in zip((user, model), pair, strict=True)]
+        front = [{role: "system", text: system}] if system else []
+        for key in ("messages", "conversations", "conversation", "chosen"):
+            yield {key: front + flat}
+            yield {key: flat, "system": system}
+            rows = front + flat
+            if key != "chosen":
+                yield {key: {role: [row[role] for row in rows], text: [row[text] for row in rows]}}
+        yield {"prompt": front + flat[:-1], "completion": flat[-1:]}
+        yield {"prompt": front + flat[:-1], "chosen": flat[-1], "rejected": flat[-1]}
+    for user, model in itertools.product(("user", "human", "question"), ("assistant", "gpt", "answer")):
+        rounds = [{user: question, model: answer, "source": "x"} for question, answer in pairs]
+        for key in ("texts", "conversation", "conversations"):
+            yield {key: rounds, "system_prompt": system}
+            yield {key: {name: [row[name] for row in rounds] for name in rounds[0]}, "system": system}
+    question, answer = pairs[-1]
+    for asks, tells in itertools.product(
+        ("question", "query", "prompt", "instruction", "problem", "input"),
+        ("answer", "response", "completion", "output"),
+    ):
+        yield {asks: question, tells: answer, "history": [list(pair) for pair in pairs[:-1]], "system": system}
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(system=st.just("") | WORDS, pairs=st.lists(st.tuples(WORDS, WORDS), min_size=1, max_size=3))
+def test_one_conversation_in_every_form(system, pairs):
+    expected = system.strip(), tuple((question.strip(), answer.strip()) for question, answer in pairs)
+    for entry in writings(system, pairs):
+        assert said(entry) == expected, entry
+        assert is_entry(entry), entry

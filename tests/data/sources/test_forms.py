@@ -10,64 +10,13 @@ import pytest
 import xxhash
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from published_forms import KIND, ONE, PUBLISHED, RATINGS, WORSE, A, B, Q, U, user
 
 from vlm_distill_cache.common.errors import DataError, SampleError
 from vlm_distill_cache.data.sample import Turn, fingerprint_samples
 from vlm_distill_cache.data.sources.conversations import are_columns, is_entry, read_conversation, unread_forms
 from vlm_distill_cache.data.sources.llava import LlavaDataset
 from vlm_distill_cache.data.sources.messages import MessagesDataset
-
-Q, A = "what color is the square ?", "the square is red ."
-ONE = ("", ((Q, A),))
-TWO = ("", ((Q, A), ("where ?", "left")))
-KIND = ("be kind .", ((Q, A),))
-RATINGS = {
-    "relevance_ratings": [4], "relevance_min": 4, "visual_dependency_ratings": [5], "visual_dependency_min": 5,
-    "image_correspondence_ratings": [3], "image_correspondence_min": 3, "formatting_ratings": [4], "formatting_min": 4,
-}  # fmt: skip
-U, B = {"role": "user", "content": Q}, {"role": "assistant", "content": A}
-PICTURED = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": Q}]}
-WORSE = {"role": "assistant", "content": "blue"}
-
-# As the data cards and the tools' own documentation show them; each entry has the one picture a.png.
-PUBLISHED = {
-    "the_cauldron": (ONE, {"images": ["a.png"], "texts": [{"user": Q, "assistant": A, "source": "VQAv2"}]}),
-    "the_cauldron, rounds": (TWO, {"images": ["a.png"], "texts": [{"user": Q, "assistant": A}, {"user": "where ?", "assistant": "left"}]}),
-    "finevision": (ONE, {"images": ["a.png"], "texts": [{"user": Q, "assistant": A}], "source": "lrv_chart", **RATINGS}),
-    "texts as a dict of lists": (TWO, {"images": ["a.png"], "texts": {"user": [Q, "where ?"], "assistant": [A, "left"], "source": ["x", "y"]}}),
-    "sharegpt4v": (ONE, {"id": "000000000009", "image": "a.png", "conversations": [{"from": "human", "value": f"{Q}\n<image>"}, {"from": "gpt", "value": A}]}),
-    "sharegpt, llama-factory": (KIND, {"images": ["a.png"], "conversations": [{"from": "human", "value": f"<image>{Q}"}, {"from": "gpt", "value": A}], "system": "be kind .", "tools": ""}),
-    "sharegpt, system in front": (KIND, {"image": "a.png", "conversations": [{"from": "system", "value": "be kind ."}, {"from": "human", "value": f"<image>{Q}"}, {"from": "chatgpt", "value": A}]}),
-    "sharegpt, dict of lists": (ONE, {"image": "a.png", "conversations": {"from": ["human", "gpt"], "value": [f"<image>\n{Q}", A]}}),
-    "sharegpt, better answer beside": (ONE, {"images": ["a.png"], "conversations": [{"from": "human", "value": f"<image>{Q}"}], "chosen": {"from": "gpt", "value": A}, "rejected": {"from": "gpt", "value": "blue"}}),
-    "sharegpt as json": (ONE, {"image": "a.png", "conversations": json.dumps([{"from": "human", "value": Q}, {"from": "gpt", "value": A}])}),
-    "llava, the model begins": (ONE, {"image": "a.png", "conversations": [{"from": "gpt", "value": "hello"}, {"from": "human", "value": f"<image>\n{Q}"}, {"from": "gpt", "value": A}]}),
-    "ms-swift messages": (KIND, {"messages": [{"role": "system", "content": "be kind ."}, {"role": "user", "content": f"<image>{Q}"}, B], "images": ["a.png"]}),
-    "ms-swift, bytes and path": (ONE, {"messages": [{"role": "user", "content": f"<image>{Q}"}, B], "images": [{"bytes": None, "path": "a.png"}]}),
-    "ms-swift, preferences": (ONE, {"messages": [U, B], "rejected_response": "blue", "images": ["a.png"]}),
-    "ms-swift sharegpt": (("be kind .", TWO[1]), {"system": "be kind .", "conversation": [{"human": Q, "assistant": A}, {"human": "where ?", "assistant": "left"}], "images": ["a.png"]}),
-    "ms-swift query": (ONE, {"query": f"<image>{Q}", "response": A, "images": ["a.png"]}),
-    "ms-swift history": (("be kind .", TWO[1]), {"system": "be kind .", "query": "where ?", "response": "left", "history": [[Q, A]], "images": ["a.png"]}),
-    "trl messages": (ONE, {"messages": [PICTURED, {"role": "assistant", "content": [{"type": "text", "text": A}]}], "images": ["a.png"]}),
-    "trl prompt": (ONE, {"prompt": Q, "completion": f" {A}", "image": "a.png"}),
-    "trl prompt, messages": (ONE, {"prompt": [PICTURED], "completion": [{"role": "assistant", "content": A}], "images": ["a.png"]}),
-    "trl prompt, a system prompt": (KIND, {"prompt": [{"role": "system", "content": "be kind ."}, U], "completion": [B], "images": ["a.png"]}),
-    "trl prompt, longer": (TWO, {"prompt": [U, B, {"role": "user", "content": "where ?"}], "completion": [{"role": "assistant", "content": "left"}], "images": ["a.png"]}),
-    "trl preferences": (ONE, {"prompt": Q, "chosen": A, "rejected": "blue", "image": "a.png"}),
-    "trl preferences, messages": (ONE, {"prompt": [PICTURED], "chosen": [B], "rejected": [WORSE], "images": ["a.png"]}),
-    "trl preferences, prompt inside": (ONE, {"chosen": [PICTURED, B], "rejected": [PICTURED, WORSE], "images": ["a.png"]}),
-    "ultrafeedback": (ONE, {"prompt": Q, "chosen": [U, B], "rejected": [U, WORSE], "image": "a.png"}),
-    "rlaif-v": (ONE, {"question": Q, "chosen": A, "rejected": "blue", "image": "a.png", "ds_name": "x"}),
-    "alpaca": (("", ((f"color ?\n{Q}", A),)), {"instruction": "color ?", "input": Q, "output": A, "image": "a.png"}),
-    "alpaca, llama-factory": (("be kind .", TWO[1]), {"instruction": "where ?", "input": "", "output": "left", "system": "be kind .", "history": [[f"<image>{Q}", A]], "images": ["a.png"]}),
-    "alpaca, preferences": (ONE, {"instruction": Q, "input": "", "chosen": A, "rejected": "blue", "images": ["a.png"]}),
-    "dolly": (("", ((f"color ?\n{Q}", A),)), {"instruction": "color ?", "context": Q, "response": A, "image": "a.png"}),
-    "problem": (ONE, {"problem": Q, "solution": A, "answer": "red", "image": "a.png"}),
-    "input and output": (ONE, {"input": Q, "output": A, "image": "a.png"}),
-    "imagefolder": (("", (("", A),)), {"file_name": "a.png", "text": A}),
-    "vqa": (ONE, {"question": Q, "answers": {"answer": [A, "red", A], "answer_id": [1, 2, 3]}, "image": "a.png"}),
-    "nested dict of lists": (ONE, {"messages": {"role": ["user", "assistant"], "content": [{"type": ["image", "text"], "text": [None, Q]}, {"type": ["text"], "text": [A]}]}, "images": ["a.png"]}),
-}  # fmt: skip
 
 
 def said(entry):
@@ -134,11 +83,17 @@ def test_what_answers_speak_of_is_no_picture_that_is_missing(tmp_path, entry):
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ({"texts": {"user": [Q], "assistant": [A, A]}}, "'texts' is a dict of lists of different lengths: .*'assistant': 2"),
+        (
+            {"texts": {"user": [Q], "assistant": [A, A]}},
+            "'texts' is a dict of lists of different lengths: .*'assistant': 2",
+        ),
         ({"conversations": {"from": ["human"], "value": []}}, "lists of different lengths"),
         ({"texts": [{"user": Q, "assistant": None}]}, "'message 2' must be a text"),
         ({"texts": [{"user": Q}]}, "1 messages; expected pairs"),
-        ({"texts": [{"user": Q, "assistant": A}, {"user": "<img>a.png</img>", "assistant": A}]}, "message 3 speaks of an image"),
+        (
+            {"texts": [{"user": Q, "assistant": A}, {"user": "<img>a.png</img>", "assistant": A}]},
+            "message 3 speaks of an image",
+        ),
         ({"conversations": "[{'from': 'human'}]"}, "'conversations' is a text that is no JSON"),
         ({"query": Q, "response": ""}, r"expected 'messages'.*got \['query', 'response'\]"),
         ({"query": ["a"], "response": A}, "'query' must be a text"),
@@ -154,10 +109,16 @@ def test_what_answers_speak_of_is_no_picture_that_is_missing(tmp_path, entry):
         ({"prompt": "only asked"}, "expected 'messages'"),
         ({"texts": ["a", "b"]}, "expected 'messages'"),
         ({"messages": [U, B], "audios": ["a.wav"]}, "'audios' is not read"),
-        ({"messages": [{"role": "user", "content": "where is <bbox> ?"}, B], "objects": {"bbox": [[1, 2, 3, 4]]}}, "'objects' holds"),
-        ({"conversations": [{"from": "human", "value": Q}, {"from": "function_call", "value": "{}"}]}, "with tools are not read"),
+        ({"messages": [user("where is <bbox> ?"), B], "objects": {"bbox": [[1, 2, 3, 4]]}}, "'objects' holds"),
+        (
+            {"conversations": [{"from": "human", "value": Q}, {"from": "function_call", "value": "{}"}]},
+            "with tools are not read",
+        ),
         ({"messages": [U, B, {"role": "tool", "content": "3"}]}, "message 3 is from 'tool': conversations with tools"),
-        ({"messages": [{"role": "system", "content": "a"}, {"role": "system", "content": "b"}, U, B]}, "message 2 is a system prompt"),
+        (
+            {"messages": [{"role": "system", "content": "a"}, {"role": "system", "content": "b"}, U, B]},
+            "message 2 is a system prompt",
+        ),
         ({"messages": [{"role": "system", "content": "a"}, U, B], "system": "b"}, "two system prompts, 'a' and 'b'"),
         ({"system": "a", "system_prompt": "b", "messages": [U, B]}, "two system prompts"),
         ({"system": {"a": 1}, "messages": [U, B]}, "'system' must be a text"),
@@ -168,15 +129,15 @@ def test_what_answers_speak_of_is_no_picture_that_is_missing(tmp_path, entry):
         ({"messages": [B, B, U, B]}, "message 2 is the assistant's, expected the user's"),
         ({"messages": [B, U]}, "message 1 is the assistant's"),
     ],
-)  # fmt: skip
+)
 def test_what_would_be_lost_or_means_nothing_is_refused(entry, message):
     with pytest.raises(SampleError, match=message):
         read_conversation(entry)
 
 
 def test_a_system_prompt_may_stand_twice_and_an_empty_one_is_none():
-    system = {"role": "developer", "content": [{"type": "text", "text": " be kind . "}]}
-    assert said({"messages": [system, U, B], "system": "be kind .", "system_prompt": None}) == KIND
+    system = {"role": "developer", "content": [{"type": "text", "text": " answer directly . "}]}
+    assert said({"messages": [system, U, B], "system": "answer directly .", "system_prompt": None}) == KIND
     assert said({"messages": [{"role": "system", "content": ""}, U, B], "system": " "}) == ONE
 
 
@@ -229,8 +190,8 @@ WORDS = st.text("ab .?\n", min_size=1, max_size=6).filter(str.strip)
 
 def writings(system, pairs):
     """The entries that say one conversation."""
-    for role, text, user, model in (("role", "content", "user", "assistant"), ("from", "value", "human", "gpt")):
-        flat = [{role: name, text: said} for pair in pairs for name, said in zip((user, model), pair, strict=True)]
+    for role, text, asker, model in (("role", "content", "user", "assistant"), ("from", "value", "human", "gpt")):
+        flat = [{role: name, text: said} for pair in pairs for name, said in zip((asker, model), pair, strict=True)]
         front = [{role: "system", text: system}] if system else []
         for key in ("messages", "conversations", "conversation", "chosen"):
             yield {key: front + flat}
@@ -240,8 +201,8 @@ def writings(system, pairs):
                 yield {key: {role: [row[role] for row in rows], text: [row[text] for row in rows]}}
         yield {"prompt": front + flat[:-1], "completion": flat[-1:]}
         yield {"prompt": front + flat[:-1], "chosen": flat[-1], "rejected": flat[-1]}
-    for user, model in itertools.product(("user", "human", "question"), ("assistant", "gpt", "answer")):
-        rounds = [{user: question, model: answer, "source": "x"} for question, answer in pairs]
+    for asker, model in itertools.product(("user", "human", "question"), ("assistant", "gpt", "answer")):
+        rounds = [{asker: question, model: answer, "source": "x"} for question, answer in pairs]
         for key in ("texts", "conversation", "conversations"):
             yield {key: rounds, "system_prompt": system}
             yield {key: {name: [row[name] for row in rounds] for name in rounds[0]}, "system": system}

@@ -14,6 +14,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 
@@ -69,9 +70,9 @@ _ROUND = {
 _TEXTS = ("text", "input_text", "output_text")
 _PICTURES = ("image", "image_url", "input_image", "image_path", "image_file", "img", "picture")
 # What would be lost: nothing here reads it.
-_LOST = ("tools", "audio", "audios")
 _MARKED = ("tool_calls", "function_call", "reasoning_content", "reasoning")
-_GROUNDED = ("<bbox>", "<ref-object>")
+# ms-swift's and LLaMA-Factory's signs for what stands under a key.
+_STAND_FOR = {"<bbox>": ("objects",), "<ref-object>": ("objects",), "<audio>": ("audio", "audios")}
 _PART_KEYS = (*_PICTURES, "path", "url", "source", "base64", "data")
 _MESSAGE_KEYS = frozenset({"role", "from", "content", "value"})
 
@@ -162,19 +163,16 @@ def _is_list_of_rows(value: Any) -> bool:
 def with_rows(entry: Mapping[str, Any]) -> Mapping[str, Any]:
     """An entry whose lists of messages are lists: `datasets` keeps some as dicts of lists, and some tables as JSON.
 
-    Raises:
-        SampleError: The lists of a dict differ in length.
+    What is no such list, or has lists of different lengths, stays as it is.
     """
     made: dict[str, Any] = {}
     for key in _ROWS:
         value = entry.get(key)
-        if isinstance(value, str) and key in _PLAIN and value.lstrip().startswith(("[", "{")):
-            try:
+        with suppress(ValueError, RecursionError, SampleError):
+            if isinstance(value, str) and key in _PLAIN and value.lstrip().startswith(("[", "{")):
                 made[key] = value = json.loads(value)
-            except (ValueError, RecursionError) as error:
-                raise SampleError(f"{key!r} is a text that is no JSON: {error}") from error
-        if _is_dict_of_lists(value):
-            made[key] = _rows(value, key)
+            if _is_dict_of_lists(value):
+                made[key] = _rows(value, key)
     return {**entry, **made} if made else entry
 
 
@@ -202,13 +200,17 @@ def read_conversation(entry: Mapping[str, Any]) -> Conversation:
         SampleError: It has none of the forms, or cannot be understood.
     """
     entry = with_rows(entry)
-    for key in _LOST:
-        if not says_none(entry.get(key)):
-            raise SampleError(f"{key!r} is not read, and would be lost")
+    if not says_none(entry.get("tools")):
+        raise SampleError("'tools' is not read, and would be lost")
     if entry.get("kto_tag") is False:
         raise SampleError("'kto_tag' says that the answer is a bad one: it must not be learnt")
     found = Conversation(form=_form_of(entry))
     kind = _FORMS[found.form][0]
+    if kind != _ASKS and not says_none(entry.get("history")):
+        raise SampleError(f"'history' beside {found.form!r} is not read, and would be lost")
+    for key in (found.form, _answer_key(entry, found.form), "history"):
+        if key in _ROWS and _is_dict_of_lists(entry.get(key)):
+            _rows(entry[key], key)  # their lengths differ
     if kind == _TELLS:
         plain = [(1, "user", ""), (2, "assistant", as_text(entry[found.form], found.form))]
     else:
@@ -218,8 +220,10 @@ def read_conversation(entry: Mapping[str, Any]) -> Conversation:
         if not says_none(entry.get(key)):
             _take_system(as_text(entry[key], key), found)
     _pair_turns(plain, found)
-    if not says_none(entry.get("objects")) and any(sign in text for _, _, text in plain for sign in _GROUNDED):
-        raise SampleError(f"{' and '.join(_GROUNDED)} stand for what 'objects' holds, which is not read; write it out")
+    for sign, keys in _STAND_FOR.items():
+        for key in keys:
+            if not says_none(entry.get(key)) and any(sign in text for _, _, text in plain):
+                raise SampleError(f"{sign} stands for what {key!r} holds, which is not read, and would be lost")
     return found
 
 
@@ -239,8 +243,6 @@ def _listed_messages(entry: Mapping[str, Any], form: str) -> list[Any]:
     """The messages of a list, and the better answer beside one that ends with a question."""
     if not isinstance(entry[form], list | tuple) or not entry[form]:
         raise SampleError(f"{form!r} must be a list of messages, got {brief(entry[form])}")
-    if not says_none(entry.get("history")):
-        raise SampleError(f"'history' beside {form!r} is not read, and would be lost")
     messages = _opened(entry[form])
     chosen = entry.get("chosen")
     if form != "chosen" and isinstance(chosen, Mapping | list | tuple) and _role(messages[-1]) == "user":

@@ -33,16 +33,17 @@ _NUMBERED_KEY = re.compile(
 )
 # What the entry is called, and what is answered: no picture that is asked about is named there.
 _ANSWERS = (
-    "answer answers multiple_choice_answer caption captions response rejected_response completion output solution chosen "
-    "rejected id sample_id question_id key uid uuid"
+    "answer answers multiple_choice_answer caption captions response completion output chosen rejected id sample_id "
+    "question_id key uid uuid"
 )
 _ANSWER_KEYS = frozenset(_ANSWERS.split())
 # Texts, about which `data.sources.conversations` decides.
 _TEXTS = (
-    "messages conversations conversation question questions text texts query prompt instruction problem input content "
-    "value history system system_prompt"
+    "messages conversations conversation question questions text texts query prompt instruction input content value"
 )
 _TEXT_KEYS = frozenset(_TEXTS.split()) | _ANSWER_KEYS
+# Texts too, unless they are nothing but a picture's file.
+_MOSTLY_TEXT = frozenset({"problem", "solution", "rejected_response", "history", "system", "system_prompt"})
 # Who speaks, by the name of a role; and, in a round, by the key.
 USER_NAMES = ("user", "human")
 MODEL_NAMES = ("assistant", "gpt", "chatgpt", "model", "bot", "bard", "bing")
@@ -84,6 +85,7 @@ def named_pictures(
     for key, value in entry.items():
         name = _normal(key)
         is_text = name in _TEXT_KEYS and key not in picture_keys and isinstance(value, str | list | tuple)
+        is_text = is_text or (name in _MOSTLY_TEXT and isinstance(value, str) and len(value.split()) > 1)
         if is_text or says_none(value):
             continue
         if name in _VIDEO_KEYS and not plain_only:
@@ -138,13 +140,14 @@ def refuse_unread(entry: Mapping[str, Any]) -> None:
             answers = _answers_in(value, is_text=is_text) if place else _ANSWER_KEYS
             for key, item in value.items():
                 name = _normal(key)
-                if name in answers:
+                if name in answers or (not place and name in ("solution", "rejected_response")):
                     continue
                 inner = f"{place}.{key}".lstrip(".")
                 word = _picture_word(key)
                 if word and not says_none(item) and not _counts_none(key, item) and not _rates(key, item):
                     _refuse(inner, item, video=word == "video")
-                waiting.append((inner, item, name in _TEXT_KEYS or (is_text and name in USER_NAMES)))
+                says = name in _TEXT_KEYS or name in _MOSTLY_TEXT or (is_text and name in USER_NAMES)
+                waiting.append((inner, item, says))
         elif isinstance(value, list | tuple):
             if _HISTORY_PAIR.fullmatch(place):
                 value = value[:1]  # its question

@@ -51,6 +51,7 @@ def test_numbers_and_peoples_answers_are_read(entry, answer):
         ({"question": {"a": 1}, "caption": "a dog"}, "expected 'messages'"),
         ({"question": "What?", "answer": "x", "tools": [{"name": "f"}]}, "'tools' is not read"),
         ({"messages": [U, A], "history": [["a", "b"]]}, "'history' beside 'messages' is not read"),
+        ({"caption": "x", "history": [["a", "b"]]}, "'history' beside 'caption' is not read"),
         ({"messages": [U, A | {"loss": False}]}, "message 2 has 'loss', which is not read"),
         ({"messages": [U, A | {"weight": 0}]}, "message 2 has 'weight', which is not read"),
         ({"messages": [U, A | {"tool_calls": [{"name": "f"}]}]}, "message 2 has 'tool_calls', which is not read"),

@@ -94,7 +94,7 @@ def test_what_answers_speak_of_is_no_picture_that_is_missing(tmp_path, entry):
             {"texts": [{"user": Q, "assistant": A}, {"user": "<img>a.png</img>", "assistant": A}]},
             "message 3 speaks of an image",
         ),
-        ({"conversations": "[{'from': 'human'}]"}, "'conversations' is a text that is no JSON"),
+        ({"conversations": "[{'from': 'human'}]"}, "'conversations' must be a list of messages, got str"),
         ({"query": Q, "response": ""}, r"expected 'messages'.*got \['query', 'response'\]"),
         ({"query": ["a"], "response": A}, "'query' must be a text"),
         ({"query": Q, "response": A, "history": "x"}, "'history' must be a list of pairs"),
@@ -108,8 +108,11 @@ def test_what_answers_speak_of_is_no_picture_that_is_missing(tmp_path, entry):
         ({"chosen": "a text", "rejected": "b"}, "expected 'messages'"),
         ({"prompt": "only asked"}, "expected 'messages'"),
         ({"texts": ["a", "b"]}, "expected 'messages'"),
-        ({"messages": [U, B], "audios": ["a.wav"]}, "'audios' is not read"),
-        ({"messages": [user("where is <bbox> ?"), B], "objects": {"bbox": [[1, 2, 3, 4]]}}, "'objects' holds"),
+        ({"messages": [user("<audio> what ?"), B], "audios": ["a.wav"]}, "<audio> stands for what 'audios' holds"),
+        (
+            {"messages": [user("where is <bbox> ?"), B], "objects": {"bbox": [[1, 2, 3, 4]]}},
+            "<bbox> stands for what 'objects' holds",
+        ),
         (
             {"conversations": [{"from": "human", "value": Q}, {"from": "function_call", "value": "{}"}]},
             "with tools are not read",

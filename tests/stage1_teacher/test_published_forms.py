@@ -129,3 +129,12 @@ def test_answers_that_the_teacher_writes_answer_the_system_prompt_too(tmp_path, 
             assert codec.decode(cache.read(name))[0] == alone.texts[0]
             compared += 1
     assert compared > 2
+
+
+def test_a_pictures_signals_are_shared_only_under_one_system_prompt(tmp_path, asking, chatting):
+    """What visual tokens see in front of the picture differs: its columns are each sample's own."""
+    cache = build(
+        tmp_path / "cache", asking, teacher=str(chatting), dtype="float32", signals=("logits", "visual_columns")
+    )
+    holders = [int(cache.read(name)["visual_source"][0]) for name in cache.sample_ids]
+    assert holders == [0, 1, 2]

@@ -36,7 +36,8 @@ def gpt(text):
 
 U, B = user(Q), assistant(A)
 PICTURED = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": Q}]}
-WORSE = {"role": "assistant", "content": "blue"}
+WORSE = assistant("blue")
+GOOD_PARTS, BAD_PARTS = (assistant([{"type": "text", "text": text}]) for text in (A, "blue"))
 
 # As the data cards and the tools' own documentation show them; each entry has the one picture a.png.
 PUBLISHED = {
@@ -122,7 +123,7 @@ PUBLISHED = {
     "trl preferences, messages": (ONE, {"prompt": [PICTURED], "chosen": [B], "rejected": [WORSE], "images": ["a.png"]}),
     "trl preferences, prompt inside": (
         ONE,
-        {"chosen": [PICTURED, B], "rejected": [PICTURED, WORSE], "images": ["a.png"]},
+        {"chosen": [PICTURED, GOOD_PARTS], "rejected": [PICTURED, BAD_PARTS], "images": ["a.png"]},
     ),
     "ultrafeedback": (ONE, {"prompt": Q, "chosen": [U, B], "rejected": [U, WORSE], "image": "a.png"}),
     "rlaif-v": (ONE, {"question": Q, "chosen": A, "rejected": "blue", "image": "a.png", "ds_name": "x"}),

@@ -4,6 +4,7 @@ import copy
 import itertools
 import json
 import logging
+import tarfile
 
 import PIL.Image
 import pytest
@@ -15,8 +16,10 @@ from published_forms import KIND, ONE, PUBLISHED, RATINGS, WORSE, A, B, Q, U, us
 from vlm_distill_cache.common.errors import DataError, SampleError
 from vlm_distill_cache.data.sample import Turn, fingerprint_samples
 from vlm_distill_cache.data.sources.conversations import are_columns, is_entry, read_conversation, unread_forms
+from vlm_distill_cache.data.sources.hf import HuggingFaceDataset
 from vlm_distill_cache.data.sources.llava import LlavaDataset
 from vlm_distill_cache.data.sources.messages import MessagesDataset
+from vlm_distill_cache.data.sources.webdataset import WebDataset
 
 
 def said(entry):
@@ -41,6 +44,26 @@ def test_a_published_form_is_the_conversation_that_it_means(tmp_path, name):
     assert read_conversation(entry)
     assert entry == kept  # reading changes nothing
     assert are_columns(list(entry), pictures=False)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_row_of_a_table_and_the_json_of_a_tar_are_read_alike(tmp_path, name):
+    datasets = pytest.importorskip("datasets")
+    datasets.disable_progress_bars()
+    (system, pairs), entry = PUBLISHED[name]
+    PIL.Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    datasets.Dataset.from_list([entry]).save_to_disk(str(tmp_path / "saved"))
+    without = {key: value for key, value in entry.items() if key not in ("image", "images", "file_name")}
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        (tmp_path / "k.json").write_text(json.dumps(without))
+        tar.add(tmp_path / "k.json", "k.json")
+        tar.add(tmp_path / "a.png", "k.png")
+    table = HuggingFaceDataset(tmp_path / "saved", images=tmp_path)
+    for dataset in (table, WebDataset(str(tmp_path / "a.tar"))):
+        sample = dataset[0]
+        assert tuple((turn.question, turn.answer) for turn in sample.turns) == pairs
+        assert sample.system == system
+        assert [image.load().size for image in sample.images] == [(4, 4)]
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -107,14 +107,15 @@ def forms_in(entry: Mapping[str, Any]) -> list[str]:
     Where a text is null or empty there is no form, and a new kind of key is one only where all of it is there: a
     ``prompt`` without an answer is some other data's, and so is a list of ``texts`` that are no rounds.
     """
-    found = [key for key, (kind, _) in _FORMS.items() if not says_none(entry.get(key)) and _is_form(entry, key, kind)]
-    parts = {*_JOINED.get(found[0], ()), _answer_key(entry, found[0])} if found else set()
-    return [key for key in found if key not in parts]
+    return [key for key, (kind, _) in _FORMS.items() if not says_none(entry.get(key)) and _is_form(entry, key, kind)]
 
 
-def unread_forms(entry: Mapping[str, Any]) -> list[str]:
-    """Those of an entry's forms that are not read, since it has another one."""
-    return [key for key in forms_in(entry)[1:] if key != "chosen"]
+def unread_forms(entry: Mapping[str, Any], form: str) -> list[str]:
+    """What an entry says, or asks, under the key of another form than the one that is read."""
+    parts = {form, "chosen", _answer_key(entry, form), *_JOINED.get(form, ())}
+    forms = forms_in(entry)
+    asked = [key for key, (kind, _) in _FORMS.items() if kind == _ASKS and not says_none(entry.get(key))]
+    return [key for key in _FORMS if key in (*forms, *asked) and key not in parts]
 
 
 def has_text(entry: Mapping[str, Any]) -> bool:
@@ -394,6 +395,8 @@ def _read_messages(messages: Sequence[Any], found: Conversation) -> list[tuple[i
         if lost and message.get(lost[0]) is not None:
             raise SampleError(f"message {position} has {lost[0]!r}, which is not read, and would be lost")
         content = message.get("content") if message.get("content") is not None else message.get("value")
+        if role == "system" and content is None:
+            content = ""
         text, pictures, count = _read_content(content, position)
         if len(message) > 2:
             pictures += named_pictures({key: message[key] for key in message if key not in _MESSAGE_KEYS})

@@ -92,7 +92,7 @@ class EntryDataset(Dataset):
                 said = read_conversation(entry)
             except SampleError:
                 continue
-            if others := unread_forms(entry):
+            if others := unread_forms(entry, said.form):
                 logger.info("%s: %r is read, not %s", self.name, said.form, " or ".join(map(repr, others)))
             return
 

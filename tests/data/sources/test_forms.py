@@ -165,6 +165,7 @@ def test_a_system_prompt_may_stand_twice_and_an_empty_one_is_none():
     system = {"role": "developer", "content": [{"type": "text", "text": " answer directly . "}]}
     assert said({"messages": [system, U, B], "system": "answer directly .", "system_prompt": None}) == KIND
     assert said({"messages": [{"role": "system", "content": ""}, U, B], "system": " "}) == ONE
+    assert said({"messages": [{"role": "system", "content": None}, U, B]}) == ONE
 
 
 def test_a_text_is_a_caption_beside_a_picture_and_nowhere_else(tmp_path):
@@ -188,9 +189,11 @@ def test_a_text_is_a_caption_beside_a_picture_and_nowhere_else(tmp_path):
 
 def test_of_several_forms_the_first_is_read_and_the_others_are_named(tmp_path, caplog):
     entry = {"messages": [U, B], "question": "q", "answer": "a", "text": "t", "chosen": [U, B], "prompt": "p"}
-    assert unread_forms(entry) == ["question", "prompt", "text"]
+    assert unread_forms(entry, "messages") == ["question", "prompt", "text"]
+    assert unread_forms({"image": "a.png", "prompt": "draw a cat", "text": "a cat"}, "text") == ["prompt"]
     assert said({"caption": "c", "query": "q", "response": "r"})[1] == (("", "c"),)
-    assert unread_forms({"instruction": "a", "input": "b", "output": "c"}) == []
+    assert unread_forms({"instruction": "a", "input": "b", "output": "c"}, "instruction") == []
+    assert all(unread_forms(entry, read_conversation(entry).form) == [] for _, entry in PUBLISHED.values())
     (tmp_path / "a.json").write_text(json.dumps([{"messages": 3}, entry]))
     caplog.set_level(logging.INFO)
     LlavaDataset(tmp_path / "a.json")

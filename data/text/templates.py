@@ -100,8 +100,7 @@ class PromptTemplate:
         if system and not self.system:
             raise SampleError(
                 f"prompt template {self.name!r} has no place for a system prompt, got {system[:60]!r}; take it out of the "
-                f"data, or use another template ({', '.join(name for name in TEMPLATES if TEMPLATES[name].system)}, or "
-                "chat where the tokenizer has one)"
+                "data, or use another template (template=vicuna_v1, or template=chat where the tokenizer has one)"
             )
         if self.holds_one_turn and len(turns) > 1:
             holds = "one caption" if self.drops_question else "one question and answer"

@@ -167,7 +167,8 @@ def test_in_vicuna_it_takes_the_place_of_llavas_own():
 @pytest.mark.parametrize("name", [name for name in TEMPLATES if not TEMPLATES[name].system])
 def test_a_literal_template_without_a_place_for_it_says_which_have_one(name):
     with pytest.raises(
-        SampleError, match=rf"sample 's': .*{name}' has no place for a system prompt.*\(vicuna_v1, or chat"
+        SampleError,
+        match=rf"sample 's': .*{name}' has no place for a system prompt.*\(template=vicuna_v1, or template=chat",
     ):
         encoder_of(name, literal=True)(sample(TURNS[:1]))
 

@@ -344,7 +344,9 @@ class SampleEncoder:
         conversations = [(turn,) for turn in sample.turns] if packed else [sample.turns]
         has_image = bool(sample.images)
         rendered = [
-            self.template.render(turns, self.tokenizer, has_image=has_image, image_token=self.image_token)
+            self.template.render(
+                turns, self.tokenizer, has_image=has_image, image_token=self.image_token, system=sample.system
+            )
             for turns in conversations
         ]
         if prompt_only:
@@ -373,18 +375,22 @@ class SampleEncoder:
             raise SampleError(f"{len(sample.images)} images; one image per sample is supported")
         if not sample.turns:
             raise SampleError("no turns; a sample needs at least one answer")
+        self._check_text("the system prompt", sample.system)
         for index, turn in enumerate(sample.turns):
             if not turn.answer.strip():
                 raise SampleError(f"the answer of turn {index + 1} is empty; nothing could be learnt from it")
+            self._check_text(f"turn {index + 1}", turn.question, turn.answer)
+
+    def _check_text(self, where: str, *texts: str) -> None:
+        for text in texts:
             try:
-                (turn.question + turn.answer).encode()
+                text.encode()
             except UnicodeEncodeError as error:
-                raise SampleError(f"turn {index + 1} holds a lone surrogate: {error}") from error
-            found = self._reserved.search(turn.question) or self._reserved.search(turn.answer)
-            if found:
+                raise SampleError(f"{where} holds a lone surrogate: {error}") from error
+            if found := self._reserved.search(text):
                 raise SampleError(
-                    f"turn {index + 1} contains {found.group()!r}, which the tokenizer would read as a "
-                    "special token; remove it from the text (an image belongs in front of the first question)"
+                    f"{where} contains {found.group()!r}, which the tokenizer would read as a special token; remove it from "
+                    "the text (an image belongs in front of the first question)"
                 )
 
     def _encode_image(self, images: tuple[ImageSource, ...]) -> tuple[EncodedImage, bytes]:
@@ -493,14 +499,16 @@ class SampleEncoder:
         )
 
 
-def build_prompt(encoder: SampleEncoder, image: ImageSource | None, question: str) -> EncodedSample:
+def build_prompt(encoder: SampleEncoder, image: ImageSource | None, question: str, system: str = "") -> EncodedSample:
     """Encode a question up to where the answer would begin, for generation.
 
-    The tokens, without labels, are those in front of a trained answer; an empty question asks for a caption.
+    The tokens, without labels, are those in front of a trained answer; an empty question asks for a caption, an empty
+    ``system`` leaves the template its own system prompt.
     """
     sample = Sample(
         sample_id="prompt",
         images=() if image is None else (image,),
         turns=(Turn(question=question, answer="x"),),
+        system=system,
     )
     return encoder(sample, prompt_only=True)

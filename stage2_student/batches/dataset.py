@@ -281,6 +281,7 @@ class CachedDataset:
                 texts = sum(
                     len(f"{turn.question}{turn.answer}".encode(errors="replace")) + AROUND_TURN for turn in sample.turns
                 )
+                texts += len(sample.system.encode(errors="replace"))
                 if texts + AROUND_TURN + len(sample.images) * visual > limit:
                     self._encode(sample)
             except TooLongError as error:

@@ -1,0 +1,266 @@
+"""The forms in which servers write log-probabilities: vLLM's, SGLang's and OpenAI's; each as a `Served`."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from vlm_distill_cache.common.errors import SampleError
+from vlm_distill_cache.stage1_teacher.imports.served import (
+    Distribution,
+    Served,
+    add_entry,
+    as_id,
+    as_ids,
+    as_list,
+    as_number,
+    as_object,
+    shown,
+)
+from vlm_distill_cache.stage1_teacher.imports.words import TokenWords
+
+FORMS = ("vllm", "sglang", "openai")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reader:
+    """Reads the body of a response.
+
+    Attributes:
+        form: One of `FORMS`, or ``auto``: by what the body holds.
+        words: For tokens that are written as texts.
+    """
+
+    form: str
+    words: TokenWords
+
+    def read(self, body: Mapping[str, Any]) -> Served:
+        """What a response says of its sample.
+
+        Raises:
+            SampleError: It is no response with log-probabilities, or none of the form; says what it lacks.
+        """
+        if error := body.get("error"):
+            raise SampleError(f"the server answered with an error: {shown(error)}")
+        form = self.form if self.form != "auto" else _form_of(body)
+        if form == "vllm":
+            return self._vllm(body)
+        if form == "sglang":
+            return _sglang(body)
+        if form == "openai":
+            found = self._openai(_choice(body), body)
+            if found is not None:
+                return found
+        of = "" if self.form == "auto" else f" of the form {self.form}"
+        names = ", ".join(map(shown, list(body)[:8]))
+        raise SampleError(
+            f"the response holds no log-probabilities{of} (it has {names}); expected prompt_logprobs (vLLM), "
+            "meta_info.input_token_logprobs (SGLang) or choices[0].logprobs (OpenAI): ask the server for them"
+        )
+
+    def _vllm(self, body: Mapping[str, Any]) -> Served:
+        """``prompt_logprobs``, at the top or in the first choice, and what was generated behind it."""
+        choice = _choice(body)
+        entries = _first(body, choice, "prompt_logprobs")
+        ids = _first(body, choice, "prompt_token_ids")
+        if entries is None:
+            raise SampleError("the response has no prompt_logprobs; ask vLLM for them (prompt_logprobs=K)")
+        places = _positions(entries)
+        tokens: list[int | None]
+        if ids is not None and len(as_list(ids, "prompt_token_ids")) == len(places):
+            tokens = as_ids(ids, "prompt_token_ids")
+        else:  # vLLM writes each token itself first
+            tokens = [None if not entry else as_id(next(iter(entry)), "prompt_logprobs") for entry in places]
+
+        def distribution(place: int) -> Distribution | None:
+            return _by_id(places[place], f"prompt_logprobs[{place}]")
+
+        return Served(tokens=tokens, distribution=distribution, more=lambda: self._generated(body, choice))
+
+    def _generated(self, body: Mapping[str, Any], choice: Mapping[str, Any]) -> Served:
+        """What vLLM generated: ``outputs[0]`` of an offline dump, or the log-probabilities of a choice."""
+        outputs = body.get("outputs")
+        if isinstance(outputs, list) and outputs:
+            output = as_object(outputs[0], "outputs[0]")
+            if output.get("logprobs") is not None:
+                places = _positions(output["logprobs"])
+                tokens = as_ids(output.get("token_ids"), "outputs[0].token_ids")
+                if len(tokens) != len(places):
+                    raise SampleError(f"outputs[0] has {len(tokens)} token_ids and {len(places)} logprobs")
+                return Served(tokens=tokens, distribution=lambda j: _by_id(places[j], f"outputs[0].logprobs[{j}]"))
+        found = self._openai(choice, {})
+        return Served(tokens=[], distribution=lambda place: None) if found is None else found
+
+    def _openai(self, choice: Mapping[str, Any], body: Mapping[str, Any]) -> Served | None:
+        """``logprobs`` of a choice: ``content`` of chats, or lists of tokens (completions; with ``echo`` the prompt too)."""
+        logprobs = choice.get("logprobs")
+        if not isinstance(logprobs, dict):
+            return None
+        if isinstance(logprobs.get("content"), list):
+            content = [as_object(item, f"logprobs.content[{j}]") for j, item in enumerate(logprobs["content"])]
+            own = [(item.get("token"), item.get("bytes"), item.get("logprob")) for item in content]
+
+            def others(j: int) -> list[tuple[Any, Any, Any]]:
+                tops = as_list(content[j].get("top_logprobs") or [], f"logprobs.content[{j}].top_logprobs")
+                found = [as_object(top, f"logprobs.content[{j}].top_logprobs") for top in tops]
+                return [(top.get("token"), top.get("bytes"), top.get("logprob")) for top in found]
+
+        elif isinstance(logprobs.get("tokens"), list):
+            values = as_list(logprobs.get("token_logprobs"), "logprobs.token_logprobs")
+            tops = as_list(logprobs.get("top_logprobs") or [None] * len(values), "logprobs.top_logprobs")
+            if not len(values) == len(tops) == len(logprobs["tokens"]):
+                raise SampleError("logprobs.tokens, token_logprobs and top_logprobs differ in length")
+            own = [(token, None, value) for token, value in zip(logprobs["tokens"], values, strict=True)]
+
+            def others(j: int) -> list[tuple[Any, Any, Any]]:
+                top = as_object(tops[j] or {}, f"logprobs.top_logprobs[{j}]")
+                return [(token, None, value) for token, value in top.items()]
+
+        else:
+            return None
+        ids = choice.get("token_ids")
+        stated = as_ids(ids, "token_ids") if isinstance(ids, list) and len(ids) == len(own) else None
+        tokens = stated or [
+            self.words.id_of(text, data, f"logprobs, token {j}") for j, (text, data, _) in enumerate(own)
+        ]
+
+        def distribution(place: int) -> Distribution | None:
+            if own[place][2] is None:
+                return None
+            what = f"logprobs, token {place}"
+            first = tokens[place]
+            assert first is not None
+            found = {first: as_number(own[place][2], what)}
+            for text, data, value in others(place):
+                same = stated is not None and (text, data) == own[place][:2]
+                add_entry(found, first if same else self.words.id_of(text, data, what), as_number(value, what), what)
+            return found
+
+        echoed = bool(own) and own[0][2] is None  # of the first token of a prompt there is none
+        if echoed:
+            return Served(tokens=tokens, distribution=distribution)
+        prompt = _first(body, choice, "prompt_token_ids")
+        answer = Served(tokens=tokens, distribution=distribution, whole=False)
+        if prompt is None:
+            return answer
+        return Served(
+            tokens=as_ids(prompt, "prompt_token_ids"), distribution=lambda place: None, more=lambda: answer
+        ).joined()
+
+
+def body_of(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The body of the response in a row: of a batch file it is in ``response.body``.
+
+    Raises:
+        SampleError: The row says that the request failed.
+    """
+    if row.get("error"):
+        raise SampleError(f"the server answered with an error: {shown(row['error'])}")
+    response = row.get("response")
+    if not isinstance(response, dict):
+        return row
+    status = response.get("status_code")
+    if isinstance(status, int) and status >= 400:
+        raise SampleError(f"the server answered with status {status}: {shown(response.get('body'))}")
+    body = response.get("body")
+    return body if isinstance(body, dict) else response
+
+
+def _form_of(body: Mapping[str, Any]) -> str:
+    choice = _choice(body)
+    if _first(body, choice, "prompt_logprobs") is not None:
+        return "vllm"
+    meta = body.get("meta_info")
+    if isinstance(meta, dict) and (meta.get("input_token_logprobs") or meta.get("output_token_logprobs")):
+        return "sglang"
+    return "openai" if choice.get("logprobs") else ""
+
+
+def _choice(body: Mapping[str, Any]) -> Mapping[str, Any]:
+    choices = body.get("choices")
+    return choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
+
+
+def _first(body: Mapping[str, Any], choice: Mapping[str, Any], name: str) -> Any:
+    return body.get(name) if body.get(name) is not None else choice.get(name)
+
+
+def _positions(entries: Any) -> list[dict[Any, Any] | None]:
+    """One table a position, whether each is an object, pairs of keys and values, or all lie flat (``FlatLogprobs``)."""
+    if isinstance(entries, dict) and "start_indices" in entries:
+        flat = {
+            name: as_list(entries.get(name), name) for name in ("start_indices", "end_indices", "token_ids", "logprobs")
+        }
+        bounds = list(zip(flat["start_indices"], flat["end_indices"], strict=False))
+        pairs = list(zip(flat["token_ids"], flat["logprobs"], strict=False))
+        return [dict(pairs[as_id(start, "start_indices") : as_id(end, "end_indices")]) or None for start, end in bounds]
+    found: list[dict[Any, Any] | None] = []
+    for place, entry in enumerate(as_list(entries, "prompt_logprobs")):
+        if entry is None or isinstance(entry, dict):
+            found.append({key: value for key, value in entry.items() if value is not None} if entry else None)
+        else:
+            pairs = as_list(entry, f"prompt_logprobs[{place}]")
+            if not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs):
+                raise SampleError(f"prompt_logprobs[{place}] is {shown(entry)}, expected an object by token id")
+            found.append({as_id(key, "prompt_logprobs"): value for key, value in pairs} or None)
+    return found
+
+
+def _by_id(entry: Mapping[Any, Any] | None, what: str) -> Distribution | None:
+    """``{id: {"logprob": x, ...}}`` or ``{id: x}``."""
+    if not entry:
+        return None
+    found: dict[int, float] = {}
+    for key, value in entry.items():
+        number = value.get("logprob") if isinstance(value, dict) else value
+        add_entry(found, as_id(key, what), as_number(number, f"{what}[{key}]"), what)
+    return found
+
+
+def _sglang(body: Mapping[str, Any]) -> Served:
+    """``meta_info``: ``input_token_logprobs`` of the prompt's tokens, ``output_token_logprobs`` of those generated."""
+    meta = as_object(body.get("meta_info"), "meta_info")
+    ours = meta.get("input_token_logprobs")
+    if not ours:
+        return _listed(meta, "output", whole=False)
+    total = meta.get("prompt_tokens")
+    if isinstance(total, int) and not isinstance(total, bool) and total > len(as_list(ours, "input_token_logprobs")):
+        raise SampleError(
+            f"the response tells {len(ours)} of the prompt's {total} tokens, so the others cannot be compared; ask SGLang for all "
+            "of them (logprob_start_len=0)"
+        )
+    prompt = _listed(meta, "input", whole=True)
+    return Served(
+        tokens=prompt.tokens,
+        distribution=prompt.distribution,
+        stand_ins=frozenset({0}),  # what it writes for the numbers that stand for a picture
+        more=lambda: _listed(meta, "output", whole=False),
+    )
+
+
+def _listed(meta: Mapping[str, Any], side: str, *, whole: bool) -> Served:
+    """``[log-probability, id, text]`` of each token, and a list of such for the likeliest ones in its place."""
+    listed = as_list(meta.get(f"{side}_token_logprobs") or [], f"{side}_token_logprobs")
+    own = [_triple(item, f"{side}_token_logprobs[{place}]") for place, item in enumerate(listed)]
+    tops = as_list(meta.get(f"{side}_top_logprobs") or [None] * len(own), f"{side}_top_logprobs")
+    if len(tops) != len(own):
+        raise SampleError(
+            f"{side}_token_logprobs has {len(own)} tokens, {side}_top_logprobs {len(tops)}; expected as many"
+        )
+
+    def distribution(place: int) -> Distribution | None:
+        what = f"{side}_top_logprobs[{place}]"
+        value, token = own[place]
+        found = {} if value is None else {token: as_number(value, what)}
+        for item in as_list(tops[place] or [], what):
+            number, other = _triple(item, what)
+            add_entry(found, other, as_number(number, what), what)
+        return found or None
+
+    return Served(tokens=[token for _, token in own], distribution=distribution, whole=whole)
+
+
+def _triple(item: Any, what: str) -> tuple[Any, int]:
+    parts = as_list(item, what)
+    if len(parts) < 2:
+        raise SampleError(f"{what} is {shown(item)}, expected [logprob, token id, text]")
+    return parts[0], as_id(parts[1], what)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from vlm_distill_cache.common.cache.counts import FailureCounts, picture_words, unknown_words
 from vlm_distill_cache.common.cache.manifest import Manifest
-from vlm_distill_cache.common.cache.plan import BASE, Plan, read_plan
+from vlm_distill_cache.common.cache.plan import BASE, Plan, built_with, read_plan
 from vlm_distill_cache.common.cache.sidecar import read_sidecar
 from vlm_distill_cache.common.codecs.registry import CODECS
 from vlm_distill_cache.common.terminal.command_line import quoted
@@ -36,7 +36,7 @@ def summary_text(summary: BuildSummary) -> str:
         )
         if totals["failed"]:
             lines.append(
-                "  failed samples are not tried again; `teacher-cache build --overwrite` builds all of it anew"
+                f"  failed samples are not tried again; `{built_with(plan)} --overwrite` builds all of it anew"
             )
     lines += _sample_lines(summary.cache, plan, manifest)
     lines.append(f"  {'signal':<18}{'bytes/row':>12}{'bytes/sample':>14}")

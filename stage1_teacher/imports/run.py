@@ -1,5 +1,6 @@
 """Write a cache from log-probabilities that a served teacher gave. ``import_logprobs()`` is the main loop."""
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -43,6 +44,7 @@ from vlm_distill_cache.stage1_teacher.quality.card import write_card
 from vlm_distill_cache.stage1_teacher.teacher.export import export_processor
 from vlm_distill_cache.stage1_teacher.teacher.teacher import Teacher
 
+logger = logging.getLogger(__name__)
 SERVED = "it was served, and its weights were not at hand"
 
 
@@ -68,20 +70,46 @@ class _WithRows:
         return self._dataset.fingerprint()
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class _Finder:
-    """From a sample in our tokens to the log-probabilities of its answers' tokens."""
+    """From a sample in our tokens to the log-probabilities of its answers' tokens.
+
+    Attributes:
+        unseen: Samples of whose prompt the response says nothing.
+        bare: Samples of whose rows the response tells the target's log-probability alone.
+    """
 
     rows: ServedRows
     reader: Reader
     aligner: Aligner
     codec: LogitCodec
+    unseen: int = 0
+    bare: int = 0
 
     def signals(self, sample: EncodedSample) -> dict[str, Any]:
         """What the writer takes of one sample; `SampleError` if its response cannot be used."""
-        found = self.aligner.distributions(sample, self.reader.read(self.rows.read(sample.sample_id)))
+        served = self.reader.read(self.rows.read(sample.sample_id))
+        found = self.aligner.distributions(sample, served)
         labels = [int(sample.labels[row]) for row in sample.supervised_rows]
-        return {self.codec.signal: sparse_rows(self.codec, found, labels, vocabulary=self.aligner.vocabulary)}
+        live = sparse_rows(self.codec, found, labels, vocabulary=self.aligner.vocabulary)
+        self.unseen += not served.whole
+        self.bare += live.token_ids.shape[1] == 1
+        return {self.codec.signal: live}
+
+    def report(self) -> None:
+        """Log what could not be checked, or says little."""
+        if self.unseen:
+            logger.warning(
+                "of %d samples the response holds the answer alone: that the server read the same prompt and picture could not be "
+                "checked",
+                self.unseen,
+            )
+        if self.bare:
+            logger.warning(
+                "of %d samples the response tells how likely each answer token is and nothing of other tokens, which teaches "
+                "little; ask the server for the likeliest tokens too (vLLM: prompt_logprobs=K, SGLang: top_logprobs_num=K)",
+                self.bare,
+            )
 
 
 def import_logprobs(
@@ -160,6 +188,7 @@ def import_logprobs(
                     samples += len(shard.samples)
                     bar.update(len(shard.samples) + len(shard.failed))
                 writer.wait()
+            finder.report()
             seconds = time.monotonic() - started
             FailureBudget.of_finished(cache_dir, plan, share=config.max_failed_share).spend(())
             manifest = _finish(cache_dir, plan, known)

@@ -21,7 +21,8 @@ GROUPS = {
 }
 SURFACE = {
     "cachectl convert": "--store SOURCE TARGET",
-    "cachectl import-logprobs": "--cache --data --format --images --limit --overwrite --set --store --teacher --teacher-name FILES",
+    "cachectl import-logprobs": "--cache --data --format --images --limit "
+    "--missing-target --overwrite --set --store --teacher --teacher-name FILES",
     "cachectl inspect": "--image --picture CACHE SAMPLE_ID",
     "cachectl pull": "--jobs --samples --shards --signals --top-k CACHE SOURCE",
     "cachectl push": "--jobs --overwrite CACHE DESTINATION",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
@@ -19,7 +19,7 @@ from vlm_distill_cache.common.terminal.command_line import (
 )
 from vlm_distill_cache.stage1_teacher.config import BuildConfig
 
-FORMATS = ("auto", "vllm", "sglang", "openai")
+FORMATS = ("auto", "vllm", "sglang", "openai", "distillkit", "nemo")
 KEPT = "fixed:255"
 """What is kept where no other preset is given: all that a response holds, as far as a row may hold it."""
 
@@ -34,6 +34,13 @@ KEPT = "fixed:255"
     "--format", "form", type=click.Choice(FORMATS), default="auto", show_default=True, help="Form of the rows."
 )
 @click.option("--teacher-name", default="", help="Name of the teacher; default: what the responses call the model.")
+@click.option(
+    "--missing-target",
+    type=click.Choice(["refuse", "middle"]),
+    default="refuse",
+    show_default=True,
+    help="Of an answer token that is not among those listed: refuse its sample, or give it half of what it can have at most.",
+)
 @click.option("--store", type=click.Choice(STORE_NAMES), help="Shard format.")
 @click.option("--limit", type=click.IntRange(min=1), help="Use only the first samples of the data.")
 @click.option("--overwrite", is_flag=True, help="Start again, whatever cache the folder holds.")
@@ -43,6 +50,7 @@ def import_logprobs(
     *,
     form: str,
     teacher_name: str,
+    missing_target: Literal["refuse", "middle"],
     overwrite: bool,
     overrides: tuple[str, ...],
     **options: Any,
@@ -50,8 +58,9 @@ def import_logprobs(
     """Write a cache of logits from log-probabilities that a server computed.
 
     FILE is JSON lines or parquet, a row a sample with the sample's id (custom_id, sample_id, id, request_id), or a folder of
-    such: responses of vLLM (prompt_logprobs), SGLang (input_token_logprobs) or the OpenAI form, batch output files too. Their
-    tokens are compared with what the data's samples are in the teacher's tokens; samples that differ are recorded failures.
+    such: responses of vLLM (prompt_logprobs), SGLang (input_token_logprobs) or the OpenAI form, batch output files too; or rows
+    of DistillKit and NeMo-Aligner, found by their tokens where they have no id. Tokens are compared with what the data's samples
+    are in the teacher's tokens; samples that differ are recorded failures.
     Options are those of `teacher-cache build` (--set).
     """
     from vlm_distill_cache.stage1_teacher.imports.run import import_logprobs as run_import
@@ -64,6 +73,8 @@ def import_logprobs(
     start_logging()
     quiet_libraries()
     with explain_disk_errors(settings.cache), stopped_by_sigterm():
-        summary = run_import(settings, files, form=form, name=teacher_name, overwrite=overwrite)
+        summary = run_import(
+            settings, files, form=form, name=teacher_name, missing_target=missing_target, overwrite=overwrite
+        )
     say(summary_text(summary))
     say(next_command(summary, settings))

@@ -8,6 +8,7 @@ Dims: A supervised rows, K most entries of a row.
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import torch
@@ -19,11 +20,17 @@ from vlm_distill_cache.stage1_teacher.imports.served import Distribution
 
 NOTHING = -9999.0
 """What vLLM writes for minus infinity, which JSON does not have; no log-probability of a token is as low."""
+MissingTarget = Literal["refuse", "middle"]
 TOO_MUCH = 0.02  # a row's probabilities may exceed 1 by this: what rounding them to bfloat16 can do
 
 
 def sparse_rows(
-    codec: LogitCodec, rows: Sequence[Distribution], labels: Sequence[int], *, vocabulary: int
+    codec: LogitCodec,
+    rows: Sequence[Distribution],
+    labels: Sequence[int],
+    *,
+    vocabulary: int,
+    missing_target: MissingTarget = "refuse",
 ) -> SparseLogits:
     """Keep of each row what a codec keeps, as `common.codecs.live.select_entries` does of dense logits.
 
@@ -32,8 +39,10 @@ def sparse_rows(
     Args:
         codec: With temperature 1 alone.
         rows: Log-probabilities in nats of each supervised row's tokens, at temperature 1 and without penalties.
-        labels: The target token of each row, which must be among the row's tokens.
+        labels: The target token of each row, which should be among the row's tokens.
         vocabulary: Ids are below it.
+        missing_target: What becomes of a row whose target is not among its tokens: it is refused, or (``middle``) the target gets
+            half of what it can have at most, which is the least likely token's probability, or what is left of 1.
 
     Returns:
         Rows on the CPU: ids int64 ``[A, K]``, log-probabilities float32 ``[A, K]``, mask bool ``[A, K]``, tail float32
@@ -45,6 +54,8 @@ def sparse_rows(
     kept = []
     for number, (row, label) in enumerate(zip(rows, labels, strict=True)):
         try:
+            if missing_target == "middle" and label not in row:
+                row = _with_target(row, label)
             kept.append(_keep(codec, row, label, vocabulary))
         except SampleError as error:
             raise SampleError(f"answer token {number + 1} of {len(labels)} (id {label}): {error}") from error
@@ -76,7 +87,8 @@ def _keep(codec: LogitCodec, row: Distribution, label: int, vocabulary: int) -> 
     if label not in row:
         raise SampleError(
             f"its own log-probability is not among the {len(row)} that are given, so it is not known how likely the teacher "
-            "finds it; have the server write it too (vLLM: prompt_logprobs, SGLang: return_logprob)"
+            "finds it; have the server write it too (vLLM: prompt_logprobs, SGLang: return_logprob), or let it have half of "
+            "what it can have at most (--missing-target middle)"
         )
     order = np.lexsort((ids, -values))  # equal ones by id, as a build ranks them
     ids, values = ids[order], values[order]
@@ -102,6 +114,14 @@ def _keep(codec: LogitCodec, row: Distribution, label: int, vocabulary: int) -> 
     dropped = np.exp(np.delete(values, chosen)).sum()
     others = missing + float(dropped)
     return ids[chosen], values[chosen], math.log(min(others, 1.0)) if others > 0 else -math.inf
+
+
+def _with_target(row: Distribution, label: int) -> Distribution:
+    """A row with its target, of which only is known that it is no likelier than the others."""
+    values = [value for value in row.values() if NOTHING < value < math.inf]
+    left = -math.expm1(_log_sum(np.array(values))) if values else 0.0
+    most = min(math.exp(min(values)), left) if values else 0.0
+    return {**row, label: math.log(most / 2) if most > 0 else -math.inf}
 
 
 def _are_ids(row: Distribution, vocabulary: int) -> bool:

@@ -1,10 +1,14 @@
-"""The forms in which servers write log-probabilities: vLLM's, SGLang's and OpenAI's; each as a `Served`."""
+"""The forms in which log-probabilities are written, each read as a `Served`.
+
+Those of vLLM, SGLang and other servers of the OpenAI form; and the caches of DistillKit and NeMo-Aligner.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from vlm_distill_cache.common.errors import SampleError
+from vlm_distill_cache.stage1_teacher.imports.distillkit import is_distillkit, read_distillkit
 from vlm_distill_cache.stage1_teacher.imports.served import (
     Distribution,
     Served,
@@ -18,7 +22,7 @@ from vlm_distill_cache.stage1_teacher.imports.served import (
 )
 from vlm_distill_cache.stage1_teacher.imports.words import TokenWords
 
-FORMS = ("vllm", "sglang", "openai")
+FORMS = ("vllm", "sglang", "openai", "distillkit", "nemo")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,10 +50,16 @@ class Reader:
             return self._vllm(body)
         if form == "sglang":
             return _sglang(body)
+        if form == "distillkit":
+            return read_distillkit(body)
+        if form == "nemo":
+            return _nemo(body)
         if form == "openai":
             found = self._openai(_choice(body), body)
             if found is not None:
                 return found
+        if why := why_not(body):
+            raise SampleError(why)
         of = "" if self.form == "auto" else f" of the form {self.form}"
         names = ", ".join(map(shown, list(body)[:8]))
         raise SampleError(
@@ -165,7 +175,77 @@ def body_of(row: Mapping[str, Any]) -> Mapping[str, Any]:
     return body if isinstance(body, dict) else response
 
 
+def tokens_of(row: Mapping[str, Any]) -> list[int | None] | None:
+    """The tokens of a row whose form has no ids of samples; None if it is of another form."""
+    try:
+        if is_distillkit(row):
+            return as_ids(row["input_ids"], "input_ids")
+        return list(_nemo(row).tokens) if _is_nemo(row) else None
+    except SampleError:
+        return None
+
+
+def why_not(row: Mapping[str, Any]) -> str:
+    """Why rows of a tool whose format is known cannot be used; empty for others."""
+    if "target_logprobs" in row and "target_token_ids" in row:
+        return (
+            "this is a data set that axolotl prepared: its probabilities may be scaled to sum to 1 over the likeliest tokens, "
+            "which loses the mass of all others, and its versions differ in which token a row is about; import the responses "
+            "of the teacher's server instead (vLLM: prompt_logprobs, SGLang: input_token_logprobs)"
+        )
+    if any(name == "logprobs" or name.endswith("_logprobs") for name, value in row.items() if isinstance(value, list)):
+        return (
+            "its log-probabilities come without the ids of the tokens that they are about (axolotl's input has none), so they "
+            "cannot be compared with the sample; import whole responses of the teacher's server, with prompt_token_ids and "
+            "prompt_logprobs"
+        )
+    if "top_k_logits" in row and "top_k_indices" in row:
+        return (
+            "these are logits of the likeliest tokens (MaxText) without the sum over all others, so no probability can be had of "
+            "them; write log-probabilities, or the log-sum-exp of all logits too (log_sum_exp_logits)"
+        )
+    return ""
+
+
+def _is_nemo(body: Mapping[str, Any]) -> bool:
+    return all(name in body for name in ("tokens", "labels", "topk_logits", "topk_token_ids", "log_sum_exp_logits"))
+
+
+def _nemo(body: Mapping[str, Any]) -> Served:
+    """NeMo-Aligner's ``compute_topk_logits.py``: row j of the logits follows ``tokens[j]`` and is about ``labels[j]``."""
+    tokens, labels = (as_ids(body.get(name), name) for name in ("tokens", "labels"))
+    logits, ids, sums = (
+        as_list(body.get(name), name) for name in ("topk_logits", "topk_token_ids", "log_sum_exp_logits")
+    )
+    if not len(tokens) == len(labels) == len(logits) == len(ids) == len(sums):
+        raise SampleError("tokens, labels, topk_logits, topk_token_ids and log_sum_exp_logits differ in length")
+    ends = next((place for place, label in enumerate(labels[:-1]) if label != tokens[place + 1]), len(tokens))
+    if len(set(tokens[ends + 1 :])) > 1:  # behind the last token only padding follows
+        raise SampleError(
+            "labels are not the tokens shifted by one, so it is not known which token a row of topk_logits is about"
+        )
+
+    def distribution(place: int) -> Distribution | None:
+        if not place:
+            return None
+        what = f"topk_logits[{place - 1}]"
+        values, words = as_list(logits[place - 1], what), as_list(ids[place - 1], f"topk_token_ids[{place - 1}]")
+        total = sums[place - 1][0] if isinstance(sums[place - 1], list) and sums[place - 1] else sums[place - 1]
+        if len(values) != len(words):
+            raise SampleError(f"{what} has {len(values)} logits for {len(words)} tokens")
+        found: dict[int, float] = {}
+        for word, value in zip(words, values, strict=True):
+            add_entry(found, as_id(word, what), as_number(value, what) - as_number(total, what), what)
+        return found
+
+    return Served(tokens=[*tokens[:1], *labels], distribution=distribution)
+
+
 def _form_of(body: Mapping[str, Any]) -> str:
+    if is_distillkit(body):
+        return "distillkit"
+    if _is_nemo(body):
+        return "nemo"
     choice = _choice(body)
     if _first(body, choice, "prompt_logprobs") is not None:
         return "vllm"
@@ -177,6 +257,8 @@ def _form_of(body: Mapping[str, Any]) -> str:
 
 def _choice(body: Mapping[str, Any]) -> Mapping[str, Any]:
     choices = body.get("choices")
+    if isinstance(choices, list) and len(choices) > 1:
+        raise SampleError(f"the response holds {len(choices)} choices; send one prompt a request, with n=1")
     return choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
 
 

@@ -6,7 +6,7 @@ Files are gone through once. What stays in memory is where each sample's rows li
 import json
 import logging
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,10 +14,12 @@ from typing import Any, BinaryIO, Self
 
 import xxhash
 
+from vlm_distill_cache.common.config import read_yaml
 from vlm_distill_cache.common.errors import ConfigError, DataError, SampleError
 from vlm_distill_cache.common.printing import one_line
 from vlm_distill_cache.data.sources.json_text import decode, is_plain
-from vlm_distill_cache.stage1_teacher.imports.forms import body_of
+from vlm_distill_cache.stage1_teacher.imports.distillkit import COMPRESSION, CONFIG_FILE, PACKED
+from vlm_distill_cache.stage1_teacher.imports.forms import body_of, tokens_of, why_not
 from vlm_distill_cache.stage1_teacher.imports.served import shown
 
 logger = logging.getLogger(__name__)
@@ -28,6 +30,7 @@ LINES, PARQUET = (".jsonl", ".ndjson", ".json"), ".parquet"
 _NAMED = 3  # rows that a message shows
 _BATCH = 16  # rows of a parquet file at a time
 Row = Mapping[str, Any]
+Join = Callable[[Sequence[int | None]], list[str]]
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ class ServedRows:
         digest: Of the files' contents.
         broken: Rows that could not be read, with the reason.
         strangers: Rows of no sample of the data: how many, and some of their ids.
+        join: From the tokens of a row that has no sample's id to the samples that it is of.
     """
 
     files: Sequence[Path]
@@ -59,19 +63,22 @@ class ServedRows:
     broken: list[str] = field(default_factory=list)
     strangers: list[str] = field(default_factory=list)
     rows: int = 0
+    join: Join | None = None
+    _why: str = ""
+    _settings: dict[Path, Any] = field(default_factory=dict)
     _open: dict[int, Any] = field(default_factory=dict)
     _stack: ExitStack = field(default_factory=ExitStack)
     _group: tuple[int, int, Any] | None = None
 
     @classmethod
-    def of(cls, given: Sequence[Path], ids: Collection[str]) -> Self:
+    def of(cls, given: Sequence[Path], ids: Collection[str], *, join: Join | None = None) -> Self:
         """Look through files, or folders of such, for the rows of some samples.
 
         Raises:
             DataError: A file cannot be read, or no row is of these samples.
             ConfigError: What reads parquet files is not installed.
         """
-        found = cls(files=_expand(given))
+        found = cls(files=_expand(given), join=join)
         wanted, digest = frozenset(ids), xxhash.xxh3_128()
         for number, path in enumerate(found.files):
             for place, row in _scan(path, number, digest, found.broken):
@@ -96,7 +103,7 @@ class ServedRows:
         problem: SampleError | None = None
         for place in self.places.get(sample_id, ()):
             try:
-                body = body_of(self._row(place))
+                body = body_of(self._with_settings(place, self._row(place)))
             except SampleError as error:
                 problem = error
             else:
@@ -127,7 +134,13 @@ class ServedRows:
         self.rows += 1
         names = list(_ids_of(row))
         sample_id = next((name for name in names if name in wanted), None)
+        tokens = tokens_of(row) if sample_id is None and self.join is not None else None
+        if tokens is not None and self.join is not None and (owners := self.join(tokens)):
+            for owner in owners:
+                self.places.setdefault(owner, []).append(place)
+            return
         if sample_id is None:
+            self._why = self._why or why_not(row)
             self.strangers.append(names[0] if names else f"{self._named(place)} (no id)")
             return
         self.places.setdefault(sample_id, []).append(place)
@@ -143,10 +156,13 @@ class ServedRows:
             raise DataError(
                 f"{self.files[0]}: no row can be read{why}; expected a JSON object a line, or a parquet file"
             )
+        if self._why:
+            raise DataError(f"{self.files[0]}: {self._why}")
+        theirs, ours = (", ".join(map(shown, names)) for names in (self.strangers[:_NAMED], list(ids)[:_NAMED]))
         raise DataError(
-            f"{self.files[0]}: none of the {self.rows} rows is of a sample of the data: rows are of "
-            f"{', '.join(map(shown, self.strangers[:_NAMED]))}, samples are {', '.join(map(shown, list(ids)[:_NAMED]))}; each row "
-            f"needs its sample's id as {', '.join(ID_NAMES[:-1])} or {ID_NAMES[-1]}"
+            f"{self.files[0]}: none of the {self.rows} rows is of a sample of the data: rows are of {theirs}, samples are "
+            f"{ours}; each row needs its sample's id as {', '.join(ID_NAMES[:-1])} or {ID_NAMES[-1]} (rows of DistillKit and "
+            "NeMo-Aligner: the tokens of a sample without a picture)"
         )
 
     def _named(self, place: Place) -> str:
@@ -167,6 +183,15 @@ class ServedRows:
         if not isinstance(row, dict):
             raise SampleError(f"{self._named(place)} changed while it was read")
         return row
+
+    def _with_settings(self, place: Place, row: Row) -> Row:
+        """A row with the settings that lie beside its file, if it is packed."""
+        if not any(name in row for name in PACKED):
+            return row
+        path = self.files[place.file].parent / CONFIG_FILE
+        if path not in self._settings:
+            self._settings[path] = read_yaml(path) if path.is_file() else None
+        return {**row, COMPRESSION: self._settings[path]}
 
     def _parquet_row(self, place: Place) -> Row:
         if place.file not in self._open:
@@ -205,6 +230,12 @@ def _scan(path: Path, file: int, digest: Any, broken: list[str]) -> Iterator[tup
     if path.suffix.lower() == PARQUET:
         yield from _scan_parquet(path, file, digest)
         return
+    if path.suffix.lower() == ".array_record":
+        raise DataError(
+            f"{path}: records of MaxText are pickles, which can run code and are not read here, and hold logits of the likeliest "
+            "tokens without the sum over all; write JSON lines of tokens, labels, topk_token_ids, topk_logits and "
+            "log_sum_exp_logits, one sequence each"
+        )
     with path.open("rb") as handle:
         _refuse_other(path, handle)
         number = 0

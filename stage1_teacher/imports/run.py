@@ -22,8 +22,9 @@ from vlm_distill_cache.data.text.encoding import EncodedSample
 from vlm_distill_cache.stage1_teacher.config import BuildConfig
 from vlm_distill_cache.stage1_teacher.extract import BuildSummary
 from vlm_distill_cache.stage1_teacher.imports.align import Aligner
-from vlm_distill_cache.stage1_teacher.imports.distributions import sparse_rows
+from vlm_distill_cache.stage1_teacher.imports.distributions import MissingTarget, sparse_rows
 from vlm_distill_cache.stage1_teacher.imports.forms import Reader
+from vlm_distill_cache.stage1_teacher.imports.join import TokenJoin
 from vlm_distill_cache.stage1_teacher.imports.rows import ServedRows, missing_reason
 from vlm_distill_cache.stage1_teacher.imports.teacher import ServedTeacher
 from vlm_distill_cache.stage1_teacher.imports.words import TokenWords
@@ -76,6 +77,7 @@ class _Finder:
 
     Attributes:
         unseen: Samples of whose prompt the response says nothing.
+        half: Rows whose target's probability is not told.
         bare: Samples of whose rows the response tells the target's log-probability alone.
     """
 
@@ -83,6 +85,8 @@ class _Finder:
     reader: Reader
     aligner: Aligner
     codec: LogitCodec
+    missing_target: MissingTarget
+    half: int = 0
     unseen: int = 0
     bare: int = 0
 
@@ -91,13 +95,20 @@ class _Finder:
         served = self.reader.read(self.rows.read(sample.sample_id))
         found = self.aligner.distributions(sample, served)
         labels = [int(sample.labels[row]) for row in sample.supervised_rows]
-        live = sparse_rows(self.codec, found, labels, vocabulary=self.aligner.vocabulary)
+        live = sparse_rows(
+            self.codec, found, labels, vocabulary=self.aligner.vocabulary, missing_target=self.missing_target
+        )
+        self.half += sum(label not in row for row, label in zip(found, labels, strict=True))
         self.unseen += not served.whole
         self.bare += live.token_ids.shape[1] == 1
         return {self.codec.signal: live}
 
     def report(self) -> None:
         """Log what could not be checked, or says little."""
+        if self.half:
+            logger.warning(
+                "of %d answer tokens the probability is not told: they have half of what is possible", self.half
+            )
         if self.unseen:
             logger.warning(
                 "of %d samples the response holds the answer alone: that the server read the same prompt and picture could not be "
@@ -113,7 +124,13 @@ class _Finder:
 
 
 def import_logprobs(
-    config: BuildConfig, files: Sequence[Path], *, form: str = "auto", name: str = "", overwrite: bool = False
+    config: BuildConfig,
+    files: Sequence[Path],
+    *,
+    form: str = "auto",
+    name: str = "",
+    missing_target: MissingTarget = "refuse",
+    overwrite: bool = False,
 ) -> BuildSummary:
     """Write a sealed cache of logits from the log-probabilities in some files.
 
@@ -122,6 +139,7 @@ def import_logprobs(
         files: JSON lines or parquet, or folders of such.
         form: See `imports.forms.FORMS`; ``auto`` tells it by each row.
         name: Of the teacher; empty: what the responses call the model, or else the folder's name.
+        missing_target: See `imports.distributions.sparse_rows`.
         overwrite: Start again in a folder that holds a cache with other options.
 
     Returns:
@@ -136,14 +154,16 @@ def import_logprobs(
     refuse_unwritable(cache_dir)
     images = Path(config.images) if config.images else None
     dataset = open_dataset(config.data, split=config.split, images=images, limit=config.limit or None)
-    with ServedRows.of(files, dataset.sample_ids) as rows:
+    teacher = ServedTeacher(Path(config.teacher), name=name)
+    described = cast("Teacher", teacher)  # planning reads no more of it than a served one has
+    encoder = build_encoder(described, template=config.template, max_length=config.max_length)
+    codecs = codecs_for(config, described)
+    join = TokenJoin(dataset, encoder)
+    with ServedRows.of(files, dataset.sample_ids, join=join.samples_of) as rows:
         rows.report()
-        teacher = ServedTeacher(Path(config.teacher), name=name or _model_name(rows))
-        described = cast("Teacher", teacher)  # planning reads no more of it than a served one has
-        encoder = build_encoder(described, template=config.template, max_length=config.max_length)
-        codecs = codecs_for(config, described)
+        teacher.name = name or _model_name(rows) or teacher.name
         plan = make_plan(config, dataset=dataset, teacher=described, encoder=encoder, codecs=codecs)
-        plan = _as_served(plan, teacher, rows)
+        plan = _as_served(plan, teacher, rows, missing_target)
         finder = _Finder(
             rows=rows,
             reader=Reader(form=form, words=TokenWords(teacher.tokenizer)),
@@ -151,6 +171,7 @@ def import_logprobs(
                 tokenizer=teacher.tokenizer, image_token_id=teacher.image_token_id, vocabulary=teacher.vocabulary
             ),
             codec=codecs[LogitCodec.signal],
+            missing_target=missing_target,
         )
         with in_use(cache_dir, alone=overwrite):
             plan = prepare_cache(cache_dir, plan, overwrite=overwrite)
@@ -235,7 +256,8 @@ def _model_name(rows: ServedRows) -> str:
     return next(iter(rows.models), "")
 
 
-def _as_served(plan: Plan, teacher: ServedTeacher, rows: ServedRows) -> Plan:
+def _as_served(plan: Plan, teacher: ServedTeacher, rows: ServedRows, missing_target: MissingTarget) -> Plan:
     """Say in a plan that its teacher was served, and what the cache is made of."""
     described = plan.teacher | {"name": teacher.name, "served": True, "no_projector": SERVED}
-    return replace(plan, teacher=described, data=plan.data | {"responses": rows.digest})
+    made_of = {"responses": rows.digest, **({} if missing_target == "refuse" else {"missing_target": missing_target})}
+    return replace(plan, teacher=described, data=plan.data | made_of)

@@ -323,6 +323,15 @@ def test_every_family_is_described_without_its_weights(name: str, tmp_path: Path
     assert served.vocabulary == text_config(teacher.config).vocab_size
 
 
+def test_a_family_that_is_not_listed_is_imported_too(unlisted_teacher: Path, family_data: Path, tmp_path: Path):
+    server = FakeServer(unlisted_teacher, family_data)
+    asked = write_lines(tmp_path / "dump.jsonl", [FORMS["vllm"](server, sample) for sample in server.samples])
+    teacher = without_weights(unlisted_teacher, tmp_path / "teacher")
+    result = run(asked, family_data, teacher, tmp_path / "cache")
+    assert result.exit_code == 0, result.output
+    assert not list(verify(tmp_path / "cache", deep=True))
+
+
 @pytest.mark.parametrize("missing", ["config.json", "tokenizer.json", "preprocessor_config.json"])
 def test_a_teacher_that_lacks_a_file_is_told(missing: str, dump, llava, family_data, tmp_path: Path):
     teacher = without_weights(llava, tmp_path / "teacher")

@@ -93,7 +93,10 @@ def as_number(value: Any, what: str) -> float:
 
 def add_entry(found: dict[int, float], token: int, log_prob: float, what: str) -> None:
     """Add a token to a distribution; `SampleError` if it is there with another log-probability."""
-    there = found.setdefault(token, log_prob)
+    if token not in found:
+        found[token] = log_prob
+        return
+    there = found[token]
     if there != log_prob and not abs(there - log_prob) <= SAME:
         raise SampleError(f"{what}: token {token} has two log-probabilities, {there:.6g} and {log_prob:.6g}")
 

@@ -22,7 +22,7 @@ class Aligner:
     Attributes:
         tokenizer: The teacher's, to name tokens in errors.
         image_token_id: Id at visual positions.
-        vocabulary: Ids from here on are no tokens: some servers mark a picture's positions with such numbers.
+        vocabulary: Ids from here on are no tokens, nor are those below 0: some programs mark a picture's positions so.
     """
 
     tokenizer: Any
@@ -50,8 +50,8 @@ class Aligner:
             if distribution is None:
                 raise SampleError(
                     f"there are no log-probabilities of token {target}, {self._named(int(sample.input_ids[target]))}, which "
-                    "belongs to an answer; have the server write those of the whole prompt (vLLM: prompt_logprobs=K, SGLang: "
-                    "logprob_start_len=0)"
+                    "belongs to an answer; have the server write those of the whole prompt (vLLM: prompt_logprobs=K, and no prefix "
+                    "caching; SGLang: logprob_start_len=0)"
                 )
             found.append(distribution)
         return found
@@ -86,7 +86,7 @@ class Aligner:
 
     def _stands_in(self, served: Served, token: int | None) -> bool:
         return token is not None and (
-            token == self.image_token_id or token >= self.vocabulary or token in served.stand_ins
+            token == self.image_token_id or not 0 <= token < self.vocabulary or token in served.stand_ins
         )
 
     def _answer(self, sample: EncodedSample, served: Served, targets: Sequence[int]) -> list[int]:

@@ -33,7 +33,21 @@ Row = Mapping[str, Any]
 Join = Callable[[Sequence[int | None]], list[str]]
 
 
-@dataclass(frozen=True)
+@dataclass
+class Noted:
+    """How often something was met, and the first few of it."""
+
+    count: int = 0
+    first: list[str] = field(default_factory=list)
+
+    def add(self, text: str) -> None:
+        """Count one more."""
+        self.count += 1
+        if len(self.first) < _NAMED:
+            self.first.append(text)
+
+
+@dataclass(frozen=True, slots=True)
 class Place:
     """Where a row lies: byte and number of a line, or number of a row in a parquet file."""
 
@@ -51,8 +65,8 @@ class ServedRows:
         places: Of each sample's rows; several where a request was repeated.
         models: What rows call the model, and how often.
         digest: Of the files' contents.
-        broken: Rows that could not be read, with the reason.
-        strangers: Rows of no sample of the data: how many, and some of their ids.
+        broken: Rows that could not be read, with the reasons.
+        strangers: Rows of no sample of the data, with their ids.
         join: From the tokens of a row that has no sample's id to the samples that it is of.
     """
 
@@ -60,8 +74,8 @@ class ServedRows:
     places: dict[str, list[Place]] = field(default_factory=dict)
     models: Counter[str] = field(default_factory=Counter)
     digest: str = ""
-    broken: list[str] = field(default_factory=list)
-    strangers: list[str] = field(default_factory=list)
+    broken: Noted = field(default_factory=Noted)
+    strangers: Noted = field(default_factory=Noted)
     rows: int = 0
     join: Join | None = None
     _why: str = ""
@@ -118,16 +132,15 @@ class ServedRows:
 
     def report(self) -> None:
         """Log what of the files is not used."""
-        if self.broken:
+        if self.broken.count:
             logger.warning(
                 "%d rows cannot be read, so their samples count as missing: %s",
-                len(self.broken),
-                "; ".join(self.broken[:_NAMED]),
-            )
-        if self.strangers:
+                self.broken.count, "; ".join(self.broken.first),
+            )  # fmt: skip
+        if self.strangers.count:
             logger.warning(
                 "%d rows are of no sample of the data, for example of %s",
-                len(self.strangers), ", ".join(map(shown, self.strangers[:_NAMED])),
+                self.strangers.count, ", ".join(map(shown, self.strangers.first)),
             )  # fmt: skip
 
     def _add(self, place: Place, row: Row, wanted: Collection[str]) -> None:
@@ -141,7 +154,7 @@ class ServedRows:
             return
         if sample_id is None:
             self._why = self._why or why_not(row)
-            self.strangers.append(names[0] if names else f"{self._named(place)} (no id)")
+            self.strangers.add(names[0] if names else f"{self._named(place)} (no id)")
             return
         self.places.setdefault(sample_id, []).append(place)
         model = _model_of(row)
@@ -152,13 +165,13 @@ class ServedRows:
         if self.places:
             return
         if not self.rows:
-            why = f": {self.broken[0]}" if self.broken else ""
+            why = f": {self.broken.first[0]}" if self.broken.count else ""
             raise DataError(
                 f"{self.files[0]}: no row can be read{why}; expected a JSON object a line, or a parquet file"
             )
         if self._why:
             raise DataError(f"{self.files[0]}: {self._why}")
-        theirs, ours = (", ".join(map(shown, names)) for names in (self.strangers[:_NAMED], list(ids)[:_NAMED]))
+        theirs, ours = (", ".join(map(shown, names)) for names in (self.strangers.first, list(ids)[:_NAMED]))
         raise DataError(
             f"{self.files[0]}: none of the {self.rows} rows is of a sample of the data: rows are of {theirs}, samples are "
             f"{ours}; each row needs its sample's id as {', '.join(ID_NAMES[:-1])} or {ID_NAMES[-1]} (rows of DistillKit and "
@@ -225,7 +238,7 @@ def _expand(given: Sequence[Path]) -> list[Path]:
     return files
 
 
-def _scan(path: Path, file: int, digest: Any, broken: list[str]) -> Iterator[tuple[Place, Row]]:
+def _scan(path: Path, file: int, digest: Any, broken: Noted) -> Iterator[tuple[Place, Row]]:
     """Go through the rows of a file; those that cannot be read are added to ``broken``."""
     if path.suffix.lower() == PARQUET:
         yield from _scan_parquet(path, file, digest)
@@ -255,16 +268,16 @@ def _scan(path: Path, file: int, digest: Any, broken: list[str]) -> Iterator[tup
             try:
                 row = json.loads(line)
             except RecursionError:
-                broken.append(f"{path.name}:{number} is nested too deeply")
+                broken.add(f"{path.name}:{number} is nested too deeply")
                 continue
             except ValueError as error:
                 cut = "" if line.endswith(b"\n") else " (the file ends in the middle of it)"
-                broken.append(f"{path.name}:{number} is no JSON{cut}: {one_line(error, limit=100)}")
+                broken.add(f"{path.name}:{number} is no JSON{cut}: {one_line(error, limit=100)}")
                 continue
             if isinstance(row, dict):
                 yield Place(file, start, number), row
             else:
-                broken.append(f"{path.name}:{number} is {shown(row)}, expected an object")
+                broken.add(f"{path.name}:{number} is {shown(row)}, expected an object")
 
 
 def _refuse_other(path: Path, handle: BinaryIO) -> None:

@@ -40,7 +40,7 @@ from vlm_distill_cache.stage1_teacher.planning.cache_folder import (
     refuse_unlisted,
     refuse_unwritable,
 )
-from vlm_distill_cache.stage1_teacher.planning.plan import build_encoder, codecs_for, make_plan
+from vlm_distill_cache.stage1_teacher.planning.plan import build_encoder, codecs_for, make_plan, teacher_directory
 from vlm_distill_cache.stage1_teacher.quality.card import write_card
 from vlm_distill_cache.stage1_teacher.teacher.export import export_processor
 from vlm_distill_cache.stage1_teacher.teacher.teacher import Teacher
@@ -154,7 +154,8 @@ def import_logprobs(
     refuse_unwritable(cache_dir)
     images = Path(config.images) if config.images else None
     dataset = open_dataset(config.data, split=config.split, images=images, limit=config.limit or None)
-    teacher = ServedTeacher(Path(config.teacher), name=name)
+    directory = teacher_directory(teacher=config.teacher, data=config.data, scratch=cache_dir.parent, cache=cache_dir)
+    teacher = ServedTeacher(directory, name=name)
     described = cast("Teacher", teacher)  # planning reads no more of it than a served one has
     encoder = build_encoder(described, template=config.template, max_length=config.max_length)
     codecs = codecs_for(config, described)

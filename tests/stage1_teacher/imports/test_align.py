@@ -67,6 +67,7 @@ def test_a_picture_stands_for_a_picture_however_many_tokens_it_has(count: int):
     # SGLang's numbers for a picture's positions lie beyond the vocabulary, and it writes some of them as 0.
     beyond = [len(TOKENIZER) + 1_000_000] * count
     assert places(sample, served([1, 10, *beyond, 11, 12, 13])) == [3 + count, 4 + count]
+    assert places(sample, served([1, 10, *[-200] * count, 11, 12, 13])) == [3 + count, 4 + count]
     zeros = served([1, 10, *[0] * count, 11, 12, 13], stand_ins=frozenset({0}))
     assert places(sample, zeros) == [3 + count, 4 + count]
 
@@ -100,7 +101,7 @@ def test_an_unknown_token_agrees_with_any():
         ([1, 10], r"ends after 2 tokens, where more should follow"),
         ([1, IMAGE, 10, 11, 2], r"differs at its token 1: the picture, our token 1 is 10 .*another picture, or none"),
         ([], "ends after 0 tokens"),
-        ([1, -3, 11, 2], r"differs at its token 1: -3, our"),
+        ([1, -3, 11, 2], r"differs at its token 1: the picture, our"),
     ],
 )
 def test_the_first_difference_is_told(tokens: list[int], said: str):

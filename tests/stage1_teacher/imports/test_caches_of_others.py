@@ -1,5 +1,6 @@
 """Rows as other projects' writers pack them, written here anew from what their formats say."""
 
+import itertools
 import json
 import math
 import random
@@ -41,7 +42,7 @@ def bits_of(values: list[int], width: int) -> list[int]:
 
 def pack(log_probs: list[float], *, exact: int, kind: str, bins: list[tuple[str, int, int]], delta: bool) -> list[int]:
     """A row by the newer codec without a polynomial: exact values, then bins of rounded ones with a scale each."""
-    values = [log_probs[0], *(b - a for a, b in zip(log_probs, log_probs[1:], strict=False))] if delta else log_probs
+    values = [log_probs[0], *(b - a for a, b in itertools.pairwise(log_probs))] if delta else log_probs
     data = b"".join(number(value, kind) for value in values[:exact])
     place = exact
     for scale_kind, width, count in bins:

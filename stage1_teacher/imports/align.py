@@ -80,7 +80,11 @@ class Aligner:
     def _stand_ins(self, served: Served, start: int) -> int:
         """How many tokens of a picture a response has from one of its places on."""
         end = start
-        while end < len(served.tokens) and self._stands_in(served, served.tokens[end]):
+        while end < len(served.tokens):
+            token = served.tokens[end]
+            unknown = token is None and end == 0  # of the first token there is no distribution that would name it
+            if not unknown and not self._stands_in(served, token):
+                break
             end += 1
         return end - start
 

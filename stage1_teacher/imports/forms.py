@@ -3,6 +3,7 @@
 Those of vLLM, SGLang and other servers of the OpenAI form; and the caches of DistillKit and NeMo-Aligner.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -157,22 +158,37 @@ class Reader:
         ).joined()
 
 
+_INSIDE = ("response", "body", "result", "output", "completion")
+_FOUND = ("prompt_logprobs", "choices", "meta_info", "outputs", "input_ids", "tokens")
+
+
 def body_of(row: Mapping[str, Any]) -> Mapping[str, Any]:
     """The body of the response in a row: of a batch file it is in ``response.body``.
 
     Raises:
         SampleError: The row says that the request failed.
     """
-    if row.get("error"):
-        raise SampleError(f"the server answered with an error: {shown(row['error'])}")
-    response = row.get("response")
-    if not isinstance(response, dict):
-        return row
-    status = response.get("status_code")
-    if isinstance(status, int) and status >= 400:
-        raise SampleError(f"the server answered with status {status}: {shown(response.get('body'))}")
-    body = response.get("body")
-    return body if isinstance(body, dict) else response
+    for _ in _INSIDE:
+        if row.get("error"):
+            raise SampleError(f"the server answered with an error: {shown(row['error'])}")
+        status = row.get("status_code")
+        if isinstance(status, int) and status >= 400:
+            raise SampleError(f"the server answered with status {status}: {shown(row.get('body'))}")
+        inner = next((part for part in map(opened, map(row.get, _INSIDE)) if isinstance(part, dict)), None)
+        if inner is None or any(name in row for name in _FOUND):
+            break
+        row = inner
+    return row
+
+
+def opened(value: Any) -> Any:
+    """A value, or what it holds where it is a text of JSON."""
+    if isinstance(value, str) and value[:1] in ("{", "["):
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+    return value
 
 
 def tokens_of(row: Mapping[str, Any]) -> list[int | None] | None:
@@ -272,19 +288,29 @@ def _positions(entries: Any) -> list[dict[Any, Any] | None]:
         flat = {
             name: as_list(entries.get(name), name) for name in ("start_indices", "end_indices", "token_ids", "logprobs")
         }
-        bounds = list(zip(flat["start_indices"], flat["end_indices"], strict=False))
-        pairs = list(zip(flat["token_ids"], flat["logprobs"], strict=False))
-        return [dict(pairs[as_id(start, "start_indices") : as_id(end, "end_indices")]) or None for start, end in bounds]
-    found: list[dict[Any, Any] | None] = []
-    for place, entry in enumerate(as_list(entries, "prompt_logprobs")):
-        if entry is None or isinstance(entry, dict):
-            found.append({key: value for key, value in entry.items() if value is not None} if entry else None)
+        ids = as_ids(flat["token_ids"], "token_ids")
+        spans = [
+            slice(as_id(start, "start_indices"), as_id(end, "end_indices"))
+            for start, end in zip(flat["start_indices"], flat["end_indices"], strict=False)
+        ]
+        return [dict(zip(ids[span], flat["logprobs"][span], strict=False)) or None for span in spans]
+    return [
+        _position(entry, f"prompt_logprobs[{place}]") for place, entry in enumerate(as_list(entries, "prompt_logprobs"))
+    ]
+
+
+def _position(entry: Any, what: str) -> dict[Any, Any] | None:
+    if entry is None or isinstance(entry, dict):
+        return {key: value for key, value in entry.items() if value is not None} if entry else None
+    found: dict[Any, Any] = {}
+    for item in as_list(entry, what):
+        if isinstance(item, dict) and {"token_id", "logprob"} <= item.keys():
+            found[as_id(item["token_id"], what)] = item["logprob"]
+        elif isinstance(item, list | tuple) and len(item) == 2:
+            found[as_id(item[0], what)] = item[1]
         else:
-            pairs = as_list(entry, f"prompt_logprobs[{place}]")
-            if not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs):
-                raise SampleError(f"prompt_logprobs[{place}] is {shown(entry)}, expected an object by token id")
-            found.append({as_id(key, "prompt_logprobs"): value for key, value in pairs} or None)
-    return found
+            raise SampleError(f"{what} holds {shown(item)}, expected log-probabilities by token id")
+    return found or None
 
 
 def _by_id(entry: Mapping[Any, Any] | None, what: str) -> Distribution | None:

@@ -5,6 +5,7 @@ Files are gone through once. What stays in memory is where each sample's rows li
 
 import json
 import logging
+from codecs import BOM_UTF8
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -16,17 +17,20 @@ import xxhash
 
 from vlm_distill_cache.common.config import read_yaml
 from vlm_distill_cache.common.errors import ConfigError, DataError, SampleError
+from vlm_distill_cache.common.files.hashing import fingerprint
 from vlm_distill_cache.common.printing import one_line
 from vlm_distill_cache.data.sources.json_text import decode, is_plain
 from vlm_distill_cache.stage1_teacher.imports.distillkit import COMPRESSION, CONFIG_FILE, PACKED
-from vlm_distill_cache.stage1_teacher.imports.forms import body_of, tokens_of, why_not
+from vlm_distill_cache.stage1_teacher.imports.forms import body_of, opened, tokens_of, why_not
 from vlm_distill_cache.stage1_teacher.imports.served import shown
 
 logger = logging.getLogger(__name__)
 
 ID_NAMES = ("custom_id", "sample_id", "id", "request_id", "rid")
 LONGEST_ROW = 1 << 28  # bytes of one row
-LINES, PARQUET = (".jsonl", ".ndjson", ".json"), ".parquet"
+PARQUET = ".parquet"
+KINDS = (".jsonl", ".ndjson", PARQUET)
+"""Files that are taken out of a folder; a file that is named may be called anything."""
 _NAMED = 3  # rows that a message shows
 _BATCH = 16  # rows of a parquet file at a time
 Row = Mapping[str, Any]
@@ -64,7 +68,7 @@ class ServedRows:
         files: In the order given.
         places: Of each sample's rows; several where a request was repeated.
         models: What rows call the model, and how often.
-        digest: Of the files' contents.
+        digest: Of the files' contents, in whatever order they were given.
         broken: Rows that could not be read, with the reasons.
         strangers: Rows of no sample of the data, with their ids.
         join: From the tokens of a row that has no sample's id to the samples that it is of.
@@ -93,11 +97,13 @@ class ServedRows:
             ConfigError: What reads parquet files is not installed.
         """
         found = cls(files=_expand(given), join=join)
-        wanted, digest = frozenset(ids), xxhash.xxh3_128()
+        wanted, digests = frozenset(ids), []
         for number, path in enumerate(found.files):
+            digest = xxhash.xxh3_128()
             for place, row in _scan(path, number, digest, found.broken):
                 found._add(place, row, wanted)
-        found.digest = digest.hexdigest()
+            digests.append(digest.hexdigest())
+        found.digest = fingerprint(sorted(digests))
         found._refuse_nothing(ids)
         return found
 
@@ -227,7 +233,7 @@ def _expand(given: Sequence[Path]) -> list[Path]:
     files: list[Path] = []
     for path in given:
         if path.is_dir():
-            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in (*LINES, PARQUET))
+            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in KINDS)
             if not inside:
                 raise DataError(f"{path}: no .jsonl and no .parquet file is in this folder")
             files += inside
@@ -283,11 +289,13 @@ def _scan(path: Path, file: int, digest: Any, broken: Noted) -> Iterator[tuple[P
 def _refuse_other(path: Path, handle: BinaryIO) -> None:
     """Refuse a file that is no text of JSON lines."""
     head = handle.read(64)
-    handle.seek(0)
+    begins = len(BOM_UTF8) if head.startswith(BOM_UTF8) else 0
+    handle.seek(begins)
+    head = head[begins:]
     if not is_plain(head) or head[:1] not in (b"", b"{", b" ", b"\t", b"\r", b"\n"):
         if not head.startswith(b"["):
             decode(head, where=str(path))  # says what else it is
-            raise DataError(f"{path}: expected a JSON object a line, in UTF-8 without a byte order mark")
+            raise DataError(f"{path}: expected a JSON object a line, in UTF-8")
         raise DataError(f"{path} is one JSON list; write an object a line (jq -c '.[]' OLD > NEW.jsonl)")
 
 
@@ -335,16 +343,7 @@ def _sound(path: Path) -> Iterator[None]:
 
 def _opened(row: Row) -> Row:
     """A row of a table, of which cells may be JSON texts."""
-    return {name: _value(cell) for name, cell in row.items()}
-
-
-def _value(cell: Any) -> Any:
-    if isinstance(cell, str) and cell[:1] in ("{", "["):
-        try:
-            return json.loads(cell)
-        except (ValueError, RecursionError):
-            return cell
-    return cell
+    return {name: opened(cell) for name, cell in row.items()}
 
 
 def _ids_of(row: Row) -> Iterator[str]:

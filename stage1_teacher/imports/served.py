@@ -6,6 +6,7 @@ For the six tokens ``<s> USER: hi ASSISTANT: yes </s>`` the supervised rows are 
 and 5 of what a server writes.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from vlm_distill_cache.common.printing import one_line
 
 Distribution = Mapping[int, float]
 """Log-probability in nats by token id; the token that stands there is among them where its own is known."""
+_NUMBER = re.compile(r"[+-]?(?:\d{1,20}(?:\.\d{0,30})?(?:[eE][+-]?\d{1,4})?|inf|Infinity|nan|NaN)", re.ASCII)
 SAME = 1e-3  # nats; how far a token's log-probability may differ between two places that tell it
 
 
@@ -82,7 +84,9 @@ def as_ids(value: Any, what: str) -> list[int | None]:
 
 
 def as_number(value: Any, what: str) -> float:
-    """A number of a response; what it may be is the matter of whoever uses it."""
+    """A number of a response, or its text; what it may be is the matter of whoever uses it."""
+    if isinstance(value, str) and _NUMBER.fullmatch(value):
+        return float(value)
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise SampleError(f"{what} is {shown(value)}, expected a number")
     try:

@@ -136,6 +136,13 @@ def test_generated_tokens_go_on_where_the_prompt_ends():
     assert places(sample, response) == [100, 101, 102]
 
 
+def test_a_picture_in_front_begins_with_a_token_that_nothing_names():
+    sample = sample_of([IMAGE, IMAGE, IMAGE, 10, 11, 2], [4, 5])
+    assert places(sample, served([None, IMAGE, IMAGE, 10, 11, 2])) == [4, 5]
+    with pytest.raises(SampleError, match="an unknown token"):
+        places(sample_of([1, IMAGE, IMAGE, 11, 2], [3, 4]), served([1, None, None, 11, 2]))
+
+
 def test_packed_questions_are_refused():
     sample = replace(sample_of([1, 10, 11, 2], [2, 3]), segment_ids=np.array([0, 1, 1, 2]))
     with pytest.raises(SampleError, match="independent questions about one picture"):

@@ -3,12 +3,16 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_align import aligner, sample_of
+from test_distributions import ALL
 from tiny_families import byte_tokenizer
 
 from vlm_distill_cache.common.errors import SampleError
+from vlm_distill_cache.stage1_teacher.imports.distributions import sparse_rows
 from vlm_distill_cache.stage1_teacher.imports.forms import FORMS, Reader, body_of
 from vlm_distill_cache.stage1_teacher.imports.words import TokenWords
 
@@ -50,6 +54,11 @@ WHOLE = {
     "chat": {**CHOICE, "choices": [{"logprobs": None}]},
     "offline dump": {"request_id": "0", **CHOICE, "outputs": [{"token_ids": [5], "logprobs": None}]},
     "numbers alone": {"prompt_token_ids": IDS, "prompt_logprobs": NUMBERS},
+    "objects of a table": {
+        "prompt_token_ids": IDS,
+        "prompt_logprobs": [None, *[[{"token_id": int(k), **v} for k, v in e.items()] for e in ENTRIES[1:]]],
+    },
+    "numbers as texts": {"prompt_token_ids": IDS, "prompt_logprobs": [None, *[{t: str(-0.5 * t), 40: "-1"} for t in IDS[1:]]]},
     "pairs of a table": {"prompt_token_ids": IDS, "prompt_logprobs": [None, *[list(e.items()) for e in ENTRIES[1:]]]},
     "a table's missing keys": {"prompt_token_ids": IDS, "prompt_logprobs": [None, *[{**e, "77": None} for e in ENTRIES[1:]]]},
     "flat": {
@@ -235,5 +244,8 @@ def test_a_response_with_anything_in_any_place_is_read_or_told(name: str, value,
         served = read(body, form).joined()
         for place in range(len(served.tokens)):
             served.distribution(place)
+        rows = aligner().distributions(sample_of(IDS, [2, 3]), served)
+        live = sparse_rows(ALL, rows, IDS[2:], vocabulary=len(TOKENIZER), missing_target="middle")
+        assert not any(ALL.damage({**ALL.encode(live), "labels": np.array(IDS[2:], np.uint32)}))
     except SampleError:
         pass

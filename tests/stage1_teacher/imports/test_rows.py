@@ -59,6 +59,26 @@ def test_what_of_a_file_is_not_used_is_told(tmp_path: Path, caplog):
         read(path, "b")
 
 
+def test_responses_inside_and_texts_of_json(tmp_path: Path):
+    text = json.dumps(BODY)
+    rows = [
+        {"id": "a", "result": BODY}, {"id": "b", "response": text}, {"id": "c", "response": {"body": text}},
+        {"id": "d", "output": {"response": BODY}}, {"id": "e", "output": "its text", **BODY},
+    ]  # fmt: skip
+    path = tmp_path / "d.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + write_lines(path, rows).read_bytes())
+    assert read(path, *"abcd") == [BODY] * 4
+    assert read(path, "e")[0]["prompt_logprobs"] == BODY["prompt_logprobs"]
+
+
+def test_the_order_of_files_does_not_matter(tmp_path: Path):
+    one, two = (write_lines(tmp_path / f"{name}.jsonl", [row(name)]) for name in "ab")
+    found = [ServedRows.of(files, ["a", "b"]).digest for files in ([one, two], [two, one], [tmp_path])]
+    assert len(set(found)) == 1
+    write_lines(two, [row("b", more=1)])
+    assert ServedRows.of([one, two], ["a", "b"]).digest != found[0]
+
+
 def test_repeated_requests(tmp_path: Path):
     failed = {"custom_id": "a", "response": None, "error": {"message": "busy"}}
     path = write_lines(
@@ -102,8 +122,7 @@ def test_parquet_rows_are_those_of_the_lines(tmp_path: Path):
     ("name", "data", "said"),
     [
         ("a.jsonl", gzip.compress(b"{}"), "is compressed: unpack it first"),
-        ("a.jsonl", b"\xef\xbb\xbf{}\n", "UTF-8 without a byte order mark"),
-        ("a.jsonl", "{}".encode("utf-16"), "UTF-8 without a byte order mark"),
+        ("a.jsonl", "{}".encode("utf-16"), "a JSON object a line, in UTF-8"),
         ("a.json", json.dumps([row("a")]).encode(), r"one JSON list; write an object a line \(jq -c '.\[\]'"),
         ("a.json", json.dumps(row("a"), indent=1).encode(), "no row can be read: a.json:1 is no JSON"),
         ("a.jsonl", b"", "no row can be read"),

@@ -109,6 +109,21 @@ def load_published(
     return _fill(MobileVLMForConditionalGeneration, config, tensors, dtype=dtype, where=where)
 
 
+def published_config(directory: Path) -> VisionLanguageConfig:
+    """The configuration of what `load_published` reads, without its weights; raises as that does."""
+    stored = read_config(directory)
+    kind, where = _kind(stored), str(directory)
+    if kind == "own":
+        config: VisionLanguageConfig = _CLASSES[stored["model_type"]].config_class.from_pretrained(
+            directory, local_files_only=True
+        )
+        return config
+    if kind == "compodistill":
+        return compodistill_config(stored, where=where)
+    tower = _tower_settings(directory, stored, _tower_folder(directory, stored, None))
+    return mobilevlm_config(stored, tower, where=where)
+
+
 def convert_published(directory: Path, target: Path, *, vision_tower: Path | None = None) -> Path:
     """Write a published checkpoint in our own layout, once: safetensors, tokenizer and image processor; return ``target``.
 

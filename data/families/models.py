@@ -80,7 +80,7 @@ def open_family_model(
             model = _load_library_model(
                 directory, family, dtype=dtype, device_map=device_map, quantisation=quantisation
             )
-        processor = _load_processor(directory, family, model.config)
+        processor = load_processor_of(directory, family, model.config)
     except (ModelError, ConfigError, torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # of any class: a hostile or cut file fails wherever it is first looked at
@@ -209,7 +209,8 @@ def input_device(model: Any) -> torch.device:
     return device
 
 
-def _load_processor(directory: Path, family: Family, config: Any) -> Any:
+def load_processor_of(directory: Path, family: Family, config: Any) -> Any:
+    """The PIL image processor of a checkpoint; of a family that is not listed, the library's whole processor."""
     if not family.is_listed:
         return load_processor(directory)
     stored = any((directory / name).is_file() for name in ("preprocessor_config.json", "processor_config.json"))

@@ -82,10 +82,10 @@ class HubParquet:
 
     def errors(self) -> tuple[type[Exception], ...]:
         """What reading it may raise, the client's errors included."""
-        import httpx
         import pyarrow as pa
+        from huggingface_hub.errors import HTTPError
 
-        return (pa.ArrowException, OSError, ValueError, RuntimeError, httpx.HTTPError)
+        return (pa.ArrowException, OSError, ValueError, RuntimeError, HTTPError)
 
 
 class ParquetTable:

@@ -278,6 +278,8 @@ def describe(config: TrainConfig, cache_hashes: Mapping[str, str]) -> dict[str, 
     Returns:
         JSON; caches are named by their hash, so that a moved cache is the same cache.
     """
+    from vlm_distill_cache.data.sources.mixture import mixture_weights  # numpy: not before there is something to do
+
     described = config_to_dict(config)
     for name in ("output", "evaluation", *SPEED_OPTIONS):
         del described[name]
@@ -287,6 +289,8 @@ def describe(config: TrainConfig, cache_hashes: Mapping[str, str]) -> dict[str, 
         described["student"] = pruned
     for name in PHASE_NAMES:
         described[name]["cache"] = cache_hashes.get(described[name]["cache"])
+        if weights := mixture_weights(config.phase(name).data):
+            described[name]["weights"] = weights
     return described
 
 

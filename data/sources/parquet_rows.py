@@ -36,17 +36,22 @@ TEXTS = ""  # the kind of all columns that are not pictures
 
 
 class ParquetSource(Protocol):
-    """A parquet file, here or elsewhere; picklable.
+    """A parquet file, here or elsewhere; picklable."""
 
-    Attributes:
-        shown: What errors call it.
-        remedy: What to do if it cannot be read.
-        remote: Whether reading it may fail although the file is sound: no sample is to blame then.
-    """
+    @property
+    def shown(self) -> str:
+        """What errors call it."""
+        ...
 
-    shown: str
-    remedy: str
-    remote: bool
+    @property
+    def remedy(self) -> str:
+        """What to do if it cannot be read."""
+        ...
+
+    @property
+    def remote(self) -> bool:
+        """Whether reading it may fail although the file is sound: no sample is to blame then."""
+        ...
 
     def open(self, metadata: "pq.FileMetaData | None") -> "pq.ParquetFile":
         """Open it; with the footer that was read before, that is not read again."""
@@ -250,7 +255,7 @@ class ParquetRows:
             values = self._block(number, TEXTS, block).column(column)
             if _is_list(values.type):
                 lengths = pc.list_value_length(values)
-                missing += lengths.null_count + pc.sum(pc.equal(lengths, 0)).as_py() if len(lengths) else 0
+                missing += lengths.null_count + (pc.sum(pc.equal(lengths, 0)).as_py() or 0)
                 values = pc.list_flatten(values)
             missing += values.null_count
         return missing

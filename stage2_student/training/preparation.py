@@ -264,7 +264,10 @@ def _prepare_phases(
                 vocabulary_rows(parts.model),
             )
         fits = {name: term.fit(cache.plan, losses, parts, where) for name, term in terms.items()}
-        steps = phase.step_count(len(dataset))
+        shuffle = ShardShuffle(
+            shards=dataset.shards, seed=config.seed, window=config.shuffle_window, repeats=dataset.repeats(config.seed)
+        )
+        steps = phase.step_count(shuffle.length)
         if steps == 0:
             _log.info("phase %s has no steps and is left out", name)
         phases.append(
@@ -273,7 +276,7 @@ def _prepare_phases(
                 config=phase,
                 steps=steps,
                 dataset=dataset,
-                shuffle=ShardShuffle(shards=dataset.shards, seed=config.seed, window=config.shuffle_window),
+                shuffle=shuffle,
                 objective=Objective(losses=losses, groups=() if match is None else match.student, fits=fits),
                 expect=find_mirror(str(phase.cache)).expect if is_url(str(phase.cache)) else None,
             )

@@ -1,0 +1,246 @@
+"""Data sets of the Hugging Face Hub by their names: ``ORG/NAME[@REVISION]``, one configuration and one split of it.
+
+A revision is resolved to its commit, once, and everything is read from that. Files are downloaded into the hub's own
+cache (``HF_HOME``), those of the wanted split alone; offline they are read from there. A set of parquet files can be
+streamed: then ranges of its files are read as samples are asked for.
+"""
+
+import logging
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from glob import escape
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from vlm_distill_cache.common.errors import DataError, ModelError, TransferError
+from vlm_distill_cache.common.hub import HubName, explained_hub_errors, snapshot_name
+from vlm_distill_cache.data.images.recognise import picture_extensions
+from vlm_distill_cache.data.sample import Dataset
+from vlm_distill_cache.data.sources.csv_rows import SUFFIXES, CsvDataset
+from vlm_distill_cache.data.sources.folders import DataFiles, choose_files, metadata_files
+from vlm_distill_cache.data.sources.grouping import JoinedSamples
+from vlm_distill_cache.data.sources.hf import ArrowDataset, HuggingFaceDataset, is_saved_dataset
+from vlm_distill_cache.data.sources.image_folder import ImageFolderDataset
+from vlm_distill_cache.data.sources.llava import LlavaDataset
+from vlm_distill_cache.data.sources.messages import MessagesDataset, holds_lines
+from vlm_distill_cache.data.sources.parquet import HubParquet, LocalParquet, ParquetDataset
+from vlm_distill_cache.data.sources.pictures import image_folder
+from vlm_distill_cache.data.sources.webdataset import WebDataset
+
+logger = logging.getLogger(__name__)
+_SAVED = ("dataset_dict.json", "state.json")  # what `save_to_disk` leaves
+_LISTED = 300  # files that are asked for one by one; more by their folders
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """What is meant of a data set with several parts.
+
+    Attributes:
+        config: One of the data sets that a repository holds; None: the only one.
+        split: Which split; a held-out one that is not there means ``train`` unless ``strict``.
+        strict: The split was named with the data set.
+        images: Folder that relative image paths start from; None: the data set's own.
+    """
+
+    config: str | None = None
+    split: str = "train"
+    strict: bool = False
+    images: Path | None = None
+
+
+def open_folder(folder: Path, choice: Choice) -> Dataset:
+    """Open a folder as the hub lays data sets out: parquet files, an image folder, tars, JSON, CSV.
+
+    Raises:
+        DataError: It holds none, or another part than was asked for.
+    """
+    folder = _snapshot_of(folder)
+    if is_saved_dataset(folder):
+        return _with_origin(HuggingFaceDataset(folder, split=choice.split, images=choice.images), _origin(folder, ""))
+    files = choose_files(folder, config=choice.config, split=choice.split, strict=choice.strict, where=str(folder))
+    name = snapshot_name(folder)
+    called = _called(folder.name if name is None else name.repository, files)
+    return _with_origin(open_files(folder, files, name=called, images=choice.images), _origin(folder, files.config))
+
+
+def open_name(name: HubName, choice: Choice, *, streaming: bool = False) -> Dataset:
+    """Open a data set of the hub.
+
+    Raises:
+        DataError: There is no such data set or part of one, or it is of a kind that is not read.
+        TransferError: The hub cannot be reached, and the cache does not hold it.
+    """
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        if streaming:
+            raise DataError(f"{name}: streaming=true reads from the hub, which HF_HUB_OFFLINE=1 switches off; unset it")
+        return open_folder(_cached(name), choice)
+    try:
+        with _asking(name):
+            from huggingface_hub import HfApi
+
+            wait = constants.HF_HUB_ETAG_TIMEOUT
+            info = HfApi().dataset_info(name.repository, revision=name.revision or None, timeout=wait)
+    except TransferError as error:
+        try:
+            folder = _cached(name)
+        except DataError:
+            raise error from None
+        if streaming:
+            raise
+        logger.warning("%s; the copy in the hub's cache is used: %s", error, snapshot_name(folder))
+        return open_folder(folder, choice)
+    commit, listed = str(info.sha), [entry.rfilename for entry in info.siblings or ()]
+    pinned = HubName(name.repository, commit)
+    if any(PurePosixPath(path).name in _SAVED for path in listed) and not streaming:
+        return open_folder(_download(pinned, None), choice)
+    files = _choose(name, pinned, listed, choice)
+    if not streaming:
+        folder = _download(pinned, _wanted(files, listed))
+        called = _called(name.repository, files)
+        return _with_origin(open_files(folder, files, name=called, images=choice.images), _origin(folder, files.config))
+    if files.kind != "parquet":
+        raise DataError(
+            f"{name} holds files of the kind {files.kind!r}; only parquet files are streamed: leave out streaming=true, or "
+            f"try the hub's own copy, DATA={name.repository}@refs/convert/parquet"
+        )
+    dataset = ParquetDataset(
+        [HubParquet(name.repository, commit, path) for path in files.paths],
+        name=_called(name.repository, files), where=str(name), image_root=choice.images,
+    )  # fmt: skip
+    return _with_origin(dataset, _described(pinned, files.config))
+
+
+def open_files(folder: Path, files: DataFiles, *, name: str, images: Path | None) -> Dataset:
+    """Open the files of a split with the reader of their kind."""
+    paths = [folder / path for path in files.paths]
+    root = folder if images is None else image_folder(images, paths[0])
+    where = str(folder)
+    if files.kind == "parquet":
+        return ParquetDataset([LocalParquet(path) for path in paths], name=name, where=where, image_root=root)
+    if files.kind == "imagefolder":
+        return ImageFolderDataset(folder, metadata_files(files, where=where), name=name, others=files.others)
+    if files.kind == "arrow":
+        return ArrowDataset(paths, name=name, image_root=root)
+    if files.kind == "webdataset":
+        dataset: Dataset = WebDataset(str(folder / "*.tar"), paths=paths)
+    else:
+        parts = [open_file(path, images=images) for path in paths]
+        dataset = parts[0] if len(parts) == 1 else JoinedSamples(parts, name=name)
+    dataset.name = name
+    return dataset
+
+
+def open_file(path: Path, *, images: Path | None) -> Dataset:
+    """Open a JSON, JSON lines, CSV or TSV file."""
+    if path.suffix.lower() in SUFFIXES:
+        return CsvDataset(path, images=images)
+    return (MessagesDataset if holds_lines(path) else LlavaDataset)(path, images=images)
+
+
+def _choose(name: HubName, pinned: HubName, listed: Sequence[str], choice: Choice) -> DataFiles:
+    """Which files are wanted, before any but README.md is downloaded."""
+    script = f"{name.repository.partition('/')[2]}.py"
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / name.repository.partition("/")[2]
+        for path in listed:
+            # Names that would leave the folder are none that a hub gives.
+            if ".." in PurePosixPath(path).parts or path.startswith("/"):
+                raise DataError(f"{name}: the hub lists a file {path!r}, which is no path in a repository")
+            place = folder / path
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.touch()
+        for path in {"README.md", script} & set(listed):
+            with _asking(pinned):
+                from huggingface_hub import hf_hub_download
+
+                stored = hf_hub_download(name.repository, path, repo_type="dataset", revision=pinned.revision)
+            (folder / path).write_bytes(Path(stored).read_bytes())
+        return choose_files(folder, config=choice.config, split=choice.split, strict=choice.strict, where=str(name))
+
+
+def _wanted(files: DataFiles, listed: Sequence[str]) -> list[str]:
+    """What to download: the files of a split, and pictures that texts may name."""
+    wanted = list(files.paths)
+    if files.kind in ("json", "csv"):
+        pictures = picture_extensions()
+        wanted += [path for path in listed if path.rpartition(".")[2].lower() in pictures]
+    if len(wanted) <= _LISTED:
+        return [escape(path) for path in wanted]
+    places = {(str(PurePosixPath(path).parent), PurePosixPath(path).suffix) for path in wanted}
+    return sorted(f"{'' if folder == '.' else f'{escape(folder)}/'}*{suffix}" for folder, suffix in places)
+
+
+def _download(name: HubName, wanted: Sequence[str] | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    with _asking(name):
+        allowed = None if wanted is None else [*wanted, "README.md"]
+        return Path(
+            snapshot_download(name.repository, repo_type="dataset", revision=name.revision, allow_patterns=allowed)
+        )
+
+
+def _cached(name: HubName) -> Path:
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(
+                name.repository, repo_type="dataset", revision=name.revision or None, local_files_only=True
+            )
+        )
+    except (LocalEntryNotFoundError, OSError) as error:
+        raise DataError(
+            f"{name}: no such file or folder, and the data set is not in the hub's cache ({constants.HF_HUB_CACHE}); the hub "
+            f"is switched off by HF_HUB_OFFLINE=1: unset it, or run `hf download {name.repository} --repo-type dataset` on a "
+            "machine with a network and set HF_HOME to what it wrote"
+        ) from error
+
+
+@contextmanager
+def _asking(name: HubName) -> Iterator[None]:
+    """Errors of the client library as errors of the data set."""
+    try:
+        with explained_hub_errors(name, "data", kind="dataset"):
+            yield
+    except ModelError as error:
+        raise DataError(str(error).replace("there is no such folder", "there is no such file or folder")) from error
+
+
+def _snapshot_of(folder: Path) -> Path:
+    """The snapshot that a folder of the hub's cache stands for; any other folder itself."""
+    if not (folder.name.startswith("datasets--") and (folder / "snapshots").is_dir()):
+        return folder
+    snapshots = sorted(entry for entry in (folder / "snapshots").iterdir() if entry.is_dir())
+    main = folder / "refs" / "main"
+    commit = main.read_text(encoding="utf-8").strip() if main.is_file() else ""
+    chosen = [entry for entry in snapshots if entry.name == commit] or snapshots
+    if len(chosen) != 1:
+        listed = ", ".join(map(str, snapshots[:5])) or "none"
+        raise DataError(f"{folder} holds several snapshots and no main branch: {listed}; give one of them")
+    return chosen[0]
+
+
+def _called(repository: str, files: DataFiles) -> str:
+    return f"{repository}:{files.config}" if files.config else repository
+
+
+def _described(name: HubName, config: str) -> dict[str, Any]:
+    """What a plan records of a data set of the hub."""
+    return {"repository": name.repository, "revision": name.revision, **({"config": config} if config else {})}
+
+
+def _origin(folder: Path, config: str) -> dict[str, Any]:
+    name = snapshot_name(folder)
+    return {} if name is None else _described(name, config)
+
+
+def _with_origin(dataset: Dataset, origin: Mapping[str, Any]) -> Dataset:
+    dataset.origin = origin
+    return dataset

@@ -70,19 +70,23 @@ def choose_files(folder: Path, *, config: str | None, split: str, strict: bool =
     return DataFiles(kind=kind, config=config, split=chosen, paths=tuple(paths), others=frozenset(others - set(paths)))
 
 
-def metadata_files(files: DataFiles, *, where: str) -> list[str]:
-    """The metadata files of an image folder.
+def metadata_files(folder: Path, files: DataFiles) -> list[str]:
+    """The metadata files of an image folder: the split's own, else those above its pictures, which speak of all splits.
 
     Raises:
         DataError: There is none, so that nothing is said about its pictures.
     """
     found = [path for path in files.paths if PurePosixPath(path).name in METADATA]
     if not found:
+        above = {str(place) for path in files.paths for place in PurePosixPath(path).parents}
+        named = {str(PurePosixPath(place) / name) for place in above for name in METADATA}
+        found = sorted(path for path in named if (folder / path).is_file())
+    if not found:
         classes = sorted({PurePosixPath(path).parent.name for path in files.paths} - {""})
-        named = f" Folders' names ({', '.join(classes[:3])}) are classes, not text." if classes else ""
+        hint = f" Folders' names ({', '.join(classes[:3])}) are classes, not text." if classes else ""
         raise DataError(
-            f"{where} holds {len(files.paths)} pictures and no text about them: expected {', '.join(METADATA)} beside them "
-            f"with file_name and what is said.{named}"
+            f"{folder} holds {len(files.paths)} pictures and no text about them: expected {', '.join(METADATA)} beside them "
+            f"with file_name and what is said.{hint}"
         )
     return found
 

@@ -22,7 +22,7 @@ from vlm_distill_cache.data.sources.csv_rows import SUFFIXES, CsvDataset
 from vlm_distill_cache.data.sources.folders import DataFiles, choose_files, metadata_files
 from vlm_distill_cache.data.sources.grouping import JoinedSamples
 from vlm_distill_cache.data.sources.hf import ArrowDataset, HuggingFaceDataset, is_saved_dataset
-from vlm_distill_cache.data.sources.image_folder import ImageFolderDataset
+from vlm_distill_cache.data.sources.image_folder import METADATA, ImageFolderDataset
 from vlm_distill_cache.data.sources.llava import LlavaDataset
 from vlm_distill_cache.data.sources.messages import MessagesDataset, holds_lines
 from vlm_distill_cache.data.sources.parquet import HubParquet, LocalParquet, ParquetDataset
@@ -123,7 +123,7 @@ def open_files(folder: Path, files: DataFiles, *, name: str, images: Path | None
     if files.kind == "parquet":
         return ParquetDataset([LocalParquet(path) for path in paths], name=name, where=where, image_root=root)
     if files.kind == "imagefolder":
-        return ImageFolderDataset(folder, metadata_files(files, where=where), name=name, others=files.others)
+        return ImageFolderDataset(folder, metadata_files(folder, files), name=name, others=files.others)
     if files.kind == "arrow":
         return ArrowDataset(paths, name=name, image_root=root)
     if files.kind == "webdataset":
@@ -169,6 +169,8 @@ def _wanted(files: DataFiles, listed: Sequence[str]) -> list[str]:
     if files.kind in ("json", "csv"):
         pictures = picture_extensions()
         wanted += [path for path in listed if path.rpartition(".")[2].lower() in pictures]
+    if files.kind == "imagefolder":
+        wanted += [path for path in listed if PurePosixPath(path).name in METADATA]
     if len(wanted) <= _LISTED:
         return [escape(path) for path in wanted]
     places = {(str(PurePosixPath(path).parent), PurePosixPath(path).suffix) for path in wanted}

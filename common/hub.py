@@ -14,7 +14,7 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,9 +33,8 @@ _WEB = re.compile(
     r"(?:https?://[^/]+/|hf://)(?:models/)?([\w.-]+/[\w.-]+?)(?:/(?:tree|blob)/([^/]+).*|@([^/]+))?/?", re.ASCII
 )
 # Of the files at a repository's top: what a model is read from here. Code is never fetched.
-_FILES = (
-    "*.json", "*.jinja", "*.txt", "*.model", "*.safetensors", "mm_projector.bin", "non_lora_trainables.bin",
-)  # fmt: skip
+_SETTINGS = ("*.json", "*.jinja", "*.txt", "*.model")
+_TENSORS = ("*.safetensors", "mm_projector.bin", "non_lora_trainables.bin")
 _PICKLED = ("pytorch_model*.bin", "adapter_model.bin")  # only where there are no safetensors
 _IGNORED = ("*/*", "consolidated*", "*.onnx*", "*.gguf")
 _CONFIGS = ("config.json", "adapter_config.json")
@@ -93,7 +92,7 @@ def public_name(given: str) -> str:
     return given if name is None else str(name)
 
 
-def model_folder(given: str | Path, *, what: str) -> HubFolder:
+def model_folder(given: str | Path, *, what: str, check: Callable[[Path], object] = lambda folder: None) -> HubFolder:
     """Find the model that somebody names: a folder, a hub's name, or a link folder of a hub's cache.
 
     A folder comes first. A name is asked of the hub, unless that is switched off, and what is not in the hub's cache yet
@@ -102,6 +101,7 @@ def model_folder(given: str | Path, *, what: str) -> HubFolder:
     Args:
         given: A folder; ``org/name[@revision]``; ``.../models--org--name`` with or without ``/snapshots/COMMIT``.
         what: Whose place it is, for errors: ``teacher``, ``student_weights``.
+        check: Refuses a model by its settings; called before the weights are downloaded.
 
     Raises:
         ModelError: If there is neither such a folder nor such a name, or no model in it.
@@ -114,7 +114,7 @@ def model_folder(given: str | Path, *, what: str) -> HubFolder:
     name = hub_name(given)
     if name is None or path.exists():
         raise ModelError(_no_folder(given, what))
-    return _folder_of_hub(name, what)
+    return _folder_of_hub(name, what, check)
 
 
 def _local_folder(path: Path, what: str) -> HubFolder:
@@ -146,37 +146,31 @@ def _chosen_snapshot(holder: Path, what: str) -> Path:
     return chosen[0]
 
 
-def _folder_of_hub(name: HubName, what: str) -> HubFolder:
+def _folder_of_hub(name: HubName, what: str, check: Callable[[Path], object]) -> HubFolder:
     """The snapshot of a name: complete from the cache where the hub need not or cannot be asked, else downloaded."""
     from huggingface_hub import constants
 
-    cached = _cached(name)
-    whole = cached is not None and not _lacks(cached)
-    if constants.HF_HUB_OFFLINE or (whole and _COMMIT.fullmatch(name.revision)):
-        if cached is None or not whole:
-            part = (
-                "is not in the hub's cache" if cached is None else f"is in the hub's cache in part ({_lacks(cached)})"
-            )
+    cached, lacks = _cached(name)
+    if constants.HF_HUB_OFFLINE or (cached and _COMMIT.fullmatch(name.revision)):
+        if cached is None:
             raise ModelError(
-                f"{what} {name}: no such folder, and the model {part} ({constants.HF_HUB_CACHE}); the hub is switched off "
-                f"by HF_HUB_OFFLINE: unset it, or run `hf download {name.repository}"
-                f"{f' --revision {name.revision}' if name.revision else ''}` on a machine with a network and set HF_HOME to "
-                "what it wrote"
+                f"{what} {name}: no such folder, and the hub's cache ({constants.HF_HUB_CACHE}) has not all of the model "
+                f"({lacks}); the hub is switched off by HF_HUB_OFFLINE: unset it, or {_elsewhere(name)}"
             )
         return _found(cached)
     try:
         with explained_hub_errors(name, what):
             commit = _ask(name, what)
     except DistillError as error:
-        if cached is None or not whole or isinstance(error, _RefusedError):
+        if cached is None or isinstance(error, _RefusedError):
             raise
-        logger.warning("%s; the copy in the hub's cache is used: %s", error, snapshot_name(cached))
+        reason = str(error).split("; ")[0]
+        logger.warning("%s: the copy in the hub's cache is used: %s", reason, snapshot_name(cached))
         return _found(cached)
-    there = _cached(HubName(name.repository, commit))
-    if there is None or _lacks(there):
+    if _cached(HubName(name.repository, commit))[0] is None:
         logger.info("%s: downloading %s@%s into %s", what, name.repository, commit, constants.HF_HUB_CACHE)
     with explained_hub_errors(name, what):
-        return _found(_download(name))
+        return _found(_download(name, check))
 
 
 def _found(snapshot: Path) -> HubFolder:
@@ -231,33 +225,39 @@ def _lacks(snapshot: Path) -> str:
     return ", ".join(f"{shard} is missing" for shard in shards if not (snapshot / str(shard)).is_file())
 
 
-def _cached(name: HubName) -> Path | None:
-    """The snapshot that the hub's cache holds, without a request; None if it has none, or only a part of its files."""
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
+def _cached(name: HubName) -> tuple[Path | None, str]:
+    """The snapshot that the hub's cache holds, found without a request; or None, and what of it is missing there."""
     try:
-        return _snapshot(name, local_files_only=True)
-    except (LocalEntryNotFoundError, OSError):
-        return None
+        snapshot = _with_weights(name, local_files_only=True)
+    except OSError as error:  # the library's LocalEntryNotFoundError, or one of its kind that names a folder
+        return None, "some files are missing" if getattr(error, "snapshot_path", None) else "nothing of it is there"
+    lacks = _lacks(snapshot)
+    return (None, lacks) if lacks else (snapshot, "")
 
 
-def _download(name: HubName) -> Path:
+def _download(name: HubName, check: Callable[[Path], object]) -> Path:
     """Download what of a repository is not there yet; ends at once when the process is told to stop."""
     from huggingface_hub import constants
 
     with _ending_at_once() as stopped, name_full_disk(Path(constants.HF_HUB_CACHE)):
-        return _snapshot(name, tqdm_class=_bars(stopped))
+        bars = _bars(stopped)
+        folder = _snapshot(name, _SETTINGS, tqdm_class=bars)
+        check(folder)
+        return _with_weights(HubName(name.repository, folder.name), tqdm_class=bars)
 
 
-def _snapshot(name: HubName, **how: Any) -> Path:
+def _with_weights(name: HubName, **how: Any) -> Path:
+    folder = _snapshot(name, (*_SETTINGS, *_TENSORS), **how)
+    if any(folder.glob("*.safetensors")):
+        return folder
+    return _snapshot(HubName(name.repository, folder.name), (*_SETTINGS, *_TENSORS, *_PICKLED), **how)
+
+
+def _snapshot(name: HubName, kinds: Sequence[str], **how: Any) -> Path:
     from huggingface_hub import snapshot_download
 
-    how |= {"ignore_patterns": list(_IGNORED)}
-    folder = snapshot_download(name.repository, revision=name.revision or None, allow_patterns=list(_FILES), **how)
-    if not any(Path(folder).glob("*.safetensors")):
-        kinds = [*_FILES, *_PICKLED]
-        folder = snapshot_download(name.repository, revision=Path(folder).name, allow_patterns=kinds, **how)
-    return Path(folder)
+    revision, chosen = name.revision or None, {"allow_patterns": list(kinds), "ignore_patterns": list(_IGNORED)}
+    return Path(snapshot_download(name.repository, revision=revision, **chosen, **how))
 
 
 @contextmanager
@@ -369,9 +369,16 @@ def _explain(error: Exception, name: HubName, what: str, kind: str) -> DistillEr
     if status is not None and status < 500:
         return TransferError(f"{what} {name}: the hub ({constants.ENDPOINT}) refuses: {reason}; {AGAIN}")
     return TransferError(
-        f"{what} {name}: there is no such folder, and the hub ({constants.ENDPOINT}) cannot be reached or broke off "
-        f"({reason}); {AGAIN}; without a network run `hf download {name.repository}` elsewhere and set HF_HOME to what it "
-        "wrote, or give a folder"
+        f"{what} {name}: the hub ({constants.ENDPOINT}) cannot be reached, or broke off ({reason}); {AGAIN}; without a "
+        f"network give a folder, or {_elsewhere(name)}"
+    )
+
+
+def _elsewhere(name: HubName) -> str:
+    revision = f" --revision {name.revision}" if name.revision else ""
+    return (
+        f"run `hf download {name.repository}{revision}` on a machine with a network, copy its ~/.cache/huggingface here and "
+        "set HF_HOME to the copy"
     )
 
 

@@ -44,7 +44,10 @@ _build_options = shared_options(
     CONFIG,
     click.option("--data", help="shapes, easy-vqa, or a path: .json or .jsonl, datasets folder, tars."),
     click.option("--images", help="Image folder of a .json or .jsonl; default: the file's own folder."),
-    click.option("--teacher", help="Checkpoint directory; default: the built-in teacher of built-in data."),
+    click.option(
+        "--teacher",
+        help="A folder or a name on the hub (org/name[@revision]); default: the built-in teacher of built-in data.",
+    ),
     click.option("--cache", help="Folder of the cache."),
     click.option("--store", type=click.Choice(STORE_NAMES), help="Shard format."),
     click.option(

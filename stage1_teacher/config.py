@@ -24,7 +24,8 @@ class BuildConfig:
         images: Folder that image paths start from; default: the folder of the data.
         split: Split of a built-in data set.
         limit: Use only the first samples; 0 means all.
-        teacher: Checkpoint directory; empty means the built-in teacher of a built-in data set.
+        teacher: A folder, or a name on the hub (``org/name[@revision]``), which is downloaded; empty means the built-in
+            teacher of a built-in data set.
         cache: The cache folder to write.
         store: Shard format.
         signals: What to keep; docs/cache-format.md says what each signal holds.

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from vlm_distill_cache.common.config import config_to_dict, take_paths
+from vlm_distill_cache.common.hub import public_name
 from vlm_distill_cache.common.locations import public_location
 from vlm_distill_cache.stage2_student.loss_weights import LossWeights, require
 from vlm_distill_cache.stage2_student.pruned_folder import kept_share, pruning_record
@@ -17,6 +18,7 @@ PHASE_NAMES: tuple[PhaseName, ...] = ("dpt", "dft", "sft")
 # published pairing is teacher MobileVLM_V2-7B (4096) -> student V2-1.7B.
 AUTO_SIZES = ((512, "tiny"), (4096, "1.7b"))
 LARGEST = "3b"
+MODELS = ("student", "student_weights", "teacher", "vision_tower", "language_model")
 # Options that change when a run ends and what it prints, not what it learns.
 MOST, MOST_SAMPLES = 2**40, 2**20  # larger ones are slips of the finger
 SPEED_OPTIONS = (
@@ -149,11 +151,12 @@ class TrainConfig:
     """A training run.
 
     Attributes:
-        student: A name (``mobilevlm``, ``mobilevlm-v1-tiny``, ``smolvlm``, ...) or a directory; docs/families.md lists them.
-        student_weights: Directory of the weights of a student given by name.
-        teacher: Checkpoint directory that a student ``pruned:KEEP`` is cut out of; other students need none.
-        vision_tower: Directory of the student's vision tower; none: the cache's, or the student's own.
-        language_model: Directory of a language model to start from; none: random weights.
+        student: A name (``mobilevlm``, ``mobilevlm-v1-tiny``, ``smolvlm``, ...), a folder, or a name on the hub
+            (``org/name[@revision]``); docs/families.md lists them.
+        student_weights: The weights of a student given by its short name: a folder or a name on the hub.
+        teacher: What a student ``pruned:KEEP`` is cut out of, a folder or a name on the hub; other students need none.
+        vision_tower: The student's vision tower, a folder or a name on the hub; none: the cache's, or the student's own.
+        language_model: A language model to start from, a folder or a name on the hub; none: random weights.
         projector: Projector type: ``ldpnet``, ``ldpnetv2``, ``mlp`` or ``taf``; none: the student's own.
         pool_teacher_tokens: With projector ``taf``: pool the teacher's tokens 2x2 before the post-projector.
         template: Prompt template; none: the cache's, the only one that fits its labels.
@@ -263,24 +266,32 @@ def without_teacher(config: TrainConfig) -> TrainConfig:
 
 
 def public_config(config: TrainConfig) -> TrainConfig:
-    """A run's configuration as it may be published with its student: addresses of caches without signatures."""
+    """A run's configuration as it may be published with its student.
+
+    Addresses of caches have no signatures, and models of the hub are named by repository and commit.
+    """
     public = {
         name: replace(getattr(config, name), cache=public_location(cache))
         for name in PHASE_NAMES
         if (cache := getattr(config, name).cache) is not None
     }
-    return replace(config, cache=public_location(config.cache), **public)
+    return replace(config, cache=public_location(config.cache), **_public_models(config), **public)
+
+
+def _public_models(config: TrainConfig) -> dict[str, Any]:
+    return {name: public_name(given) for name in MODELS if (given := getattr(config, name)) is not None}
 
 
 def describe(config: TrainConfig, cache_hashes: Mapping[str, str]) -> dict[str, Any]:
     """What a run is: everything that changes its result; folders, threads and log settings do not.
 
     Returns:
-        JSON; caches are named by their hash, so that a moved cache is the same cache.
+        JSON; caches are named by their hash, models of the hub by repository and commit, so that a moved cache is
+        the same cache.
     """
     from vlm_distill_cache.data.sources.mixture import mixture_weights  # numpy: not before there is something to do
 
-    described = config_to_dict(config)
+    described = config_to_dict(config) | _public_models(config)
     for name in ("output", "evaluation", *SPEED_OPTIONS):
         del described[name]
     described["cache"] = cache_hashes.get(config.cache)

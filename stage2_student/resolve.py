@@ -3,15 +3,17 @@
 import contextlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from vlm_distill_cache.common.cache.reader import TeacherCache
 from vlm_distill_cache.common.config import load_config, read_yaml
+from vlm_distill_cache.common.hub import hub_name, model_folder
 from vlm_distill_cache.common.opening import open_cache
-from vlm_distill_cache.stage2_student.config import PHASE_NAMES, TrainConfig, choose_size
+from vlm_distill_cache.stage2_student.config import MODELS, PHASE_NAMES, TrainConfig, choose_size
 from vlm_distill_cache.stage2_student.pruned_folder import RECORD, kept_share, read_settings
-from vlm_distill_cache.stage2_student.students.presets import split_student_name
+from vlm_distill_cache.stage2_student.students.presets import LIBRARY_STUDENTS, STUDENTS, split_student_name
 
 PRESETS = Path(__file__).parent / "presets"
 QUOTES = "'\" "
@@ -27,7 +29,8 @@ def resolve_config(path: Path | None, overrides: Sequence[str], *, teacher_width
     """
     given = [*_flatten(read_yaml(path)), *overrides]
     student = next((item.partition("=")[2] for item in reversed(given) if item.startswith("student=")), "")
-    preset = PRESETS / f"{phases_preset(student.strip(QUOTES), teacher_width)}.yaml"
+    student = _student_folder(student.strip(QUOTES))
+    preset = PRESETS / f"{phases_preset(student, teacher_width)}.yaml"
     for phase in PHASE_NAMES:
         # A preset says steps or epochs; whoever gives the other one means it instead.
         for one, other in (("steps", "epochs"), ("epochs", "steps")):
@@ -35,7 +38,36 @@ def resolve_config(path: Path | None, overrides: Sequence[str], *, teacher_width
             if f"{phase}.{one}" in keys and f"{phase}.{other}" not in keys:
                 given.append(f"{phase}.{other}=null")
     where = f"options ({path}, command line)" if path else "options"
-    return load_config(TrainConfig, preset, given, where=where)
+    return with_folders(load_config(TrainConfig, preset, given, where=where))
+
+
+def with_folders(config: TrainConfig) -> TrainConfig:
+    """The same run with its models as folders: names on the hub are looked up, and downloaded where they are not there.
+
+    Raises:
+        ModelError: If there is no such model.
+        TransferError: If one could not be downloaded.
+    """
+    others = [name for name in MODELS if name not in ("student", "teacher") and getattr(config, name) is not None]
+    if kept_share(config.student) is not None:
+        others.append("teacher")
+    found: dict[str, Any] = {name: _folder(getattr(config, name), name) for name in others}
+    return replace(config, student=_student_folder(config.student), **found)
+
+
+def _student_folder(student: str) -> str:
+    """A student's folder, where it is neither given by a short name nor cut out of its teacher."""
+    by_name = split_student_name(student)[0] in (*STUDENTS, *LIBRARY_STUDENTS) or kept_share(student) is not None
+    return (
+        student
+        if by_name or (hub_name(student) is None and not Path(student).is_dir())
+        else _folder(student, "student")
+    )
+
+
+def _folder(given: str, what: str) -> str:
+    found = model_folder(given, what=what)
+    return str(found.path) if found.revision else given
 
 
 def open_caches(config: TrainConfig) -> dict[str, TeacherCache]:

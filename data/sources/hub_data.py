@@ -73,46 +73,25 @@ def open_name(name: HubName, choice: Choice, *, streaming: bool = False) -> Data
         DataError: There is no such data set or part of one, or it is of a kind that is not read.
         TransferError: The hub cannot be reached, and the cache does not hold it.
     """
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE:
-        if streaming:
-            raise DataError(f"{name}: streaming=true reads from the hub, which HF_HUB_OFFLINE=1 switches off; unset it")
-        return open_folder(_cached(name), choice)
-    try:
-        with _asking(name):
-            from huggingface_hub import HfApi
-
-            wait = constants.HF_HUB_ETAG_TIMEOUT
-            info = HfApi().dataset_info(name.repository, revision=name.revision or None, timeout=wait)
-    except TransferError as error:
-        try:
-            folder = _cached(name)
-        except DataError:
-            raise error from None
-        if streaming:
-            raise
-        logger.warning("%s; the copy in the hub's cache is used: %s", error, snapshot_name(folder))
-        return open_folder(folder, choice)
-    commit, listed = str(info.sha), [entry.rfilename for entry in info.siblings or ()]
+    commit, listed, here = _listing(name, streaming=streaming)
     pinned = HubName(name.repository, commit)
-    if any(PurePosixPath(path).name in _SAVED for path in listed) and not streaming:
-        return open_folder(_download(pinned, None), choice)
-    files = _choose(name, pinned, listed, choice)
+    origin = {"repository": name.repository, "revision": commit}
+    if not streaming and any(PurePosixPath(path).name in _SAVED for path in listed):
+        return _with_origin(_open_saved(_files_of(pinned, None, here=here), choice), origin)
+    files = _choose(name, pinned, listed, choice, here=here)
+    called = _called(name.repository, files)
+    origin |= {"config": files.config} if files.config else {}
     if not streaming:
-        folder = _download(pinned, _wanted(files, listed))
-        called = _called(name.repository, files)
-        return _with_origin(open_files(folder, files, name=called, images=choice.images), _origin(folder, files.config))
+        folder = _files_of(pinned, _wanted(files, listed), here=here)
+        return _with_origin(open_files(folder, files, name=called, images=choice.images), origin)
     if files.kind != "parquet":
         raise DataError(
             f"{name} holds files of the kind {files.kind!r}; only parquet files are streamed: leave out streaming=true, or "
             f"try the hub's own copy, DATA={name.repository}@refs/convert/parquet"
         )
-    dataset = ParquetDataset(
-        [HubParquet(name.repository, commit, path) for path in files.paths],
-        name=_called(name.repository, files), where=str(name), image_root=choice.images,
-    )  # fmt: skip
-    return _with_origin(dataset, _described(pinned, files.config))
+    sources = [HubParquet(name.repository, commit, path) for path in files.paths]
+    dataset = ParquetDataset(sources, name=called, where=str(name), image_root=choice.images)
+    return _with_origin(dataset, origin)
 
 
 def open_files(folder: Path, files: DataFiles, *, name: str, images: Path | None) -> Dataset:
@@ -142,9 +121,72 @@ def open_file(path: Path, *, images: Path | None) -> Dataset:
     return (MessagesDataset if holds_lines(path) else LlavaDataset)(path, images=images)
 
 
-def _choose(name: HubName, pinned: HubName, listed: Sequence[str], choice: Choice) -> DataFiles:
+def _open_saved(folder: Path, choice: Choice) -> Dataset:
+    if choice.config is not None:
+        raise DataError(f"{folder} is one data set of datasets.save_to_disk; leave out name=")
+    return HuggingFaceDataset(folder, split=choice.split, images=choice.images)
+
+
+def _listing(name: HubName, *, streaming: bool) -> tuple[str, list[str], bool]:
+    """The commit that a name stands for, its files, and whether only what is in the hub's cache can be had."""
+    from huggingface_hub import HfApi, constants
+
+    if constants.HF_HUB_OFFLINE:
+        if streaming:
+            raise DataError(f"{name}: streaming=true reads from the hub, which HF_HUB_OFFLINE switches off; unset it")
+        return *_cached_listing(name), True
+    try:
+        with _asking(name):
+            wait = constants.HF_HUB_ETAG_TIMEOUT
+            info = HfApi().dataset_info(name.repository, revision=name.revision or None, timeout=wait)
+            return str(info.sha), [entry.rfilename for entry in info.siblings or ()], False
+    except TransferError as error:
+        try:
+            commit, listed = _cached_listing(name)
+        except DataError:
+            raise error from None
+        if streaming:
+            raise
+        logger.warning("%s; the copy in the hub's cache is used: %s@%s", error, name.repository, commit)
+        return commit, listed, True
+
+
+def _cached_listing(name: HubName) -> tuple[str, list[str]]:
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = Path(
+            snapshot_download(
+                name.repository,
+                repo_type="dataset",
+                revision=name.revision or None,
+                local_files_only=True,
+                allow_patterns="README.md",
+            )
+        )
+    except (LocalEntryNotFoundError, OSError) as error:
+        raise DataError(
+            f"{name}: no such file or folder, and the data set is not in the hub's cache ({constants.HF_HUB_CACHE}); the hub "
+            f"is switched off by HF_HUB_OFFLINE: unset it, or run `hf download {name.repository} --repo-type dataset` on a "
+            "machine with a network and set HF_HOME to what it wrote"
+        ) from error
+    return folder.name, _cached_tree(name.repository, folder)
+
+
+def _cached_tree(repository: str, folder: Path) -> list[str]:
+    """All files of a commit, as the library noted them when it downloaded some; of an older one, those that are here."""
+    try:
+        from huggingface_hub import get_cached_repo_tree
+        from huggingface_hub.errors import CachedRepoTreeNotFoundError
+
+        return [entry.path for entry in get_cached_repo_tree(repository, repo_type="dataset", revision=folder.name)]
+    except (ImportError, CachedRepoTreeNotFoundError):
+        return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+
+
+def _choose(name: HubName, pinned: HubName, listed: Sequence[str], choice: Choice, *, here: bool) -> DataFiles:
     """Which files are wanted, before any but README.md is downloaded."""
-    script = f"{name.repository.partition('/')[2]}.py"
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / name.repository.partition("/")[2]
         for path in listed:
@@ -154,12 +196,9 @@ def _choose(name: HubName, pinned: HubName, listed: Sequence[str], choice: Choic
             place = folder / path
             place.parent.mkdir(parents=True, exist_ok=True)
             place.touch()
-        for path in {"README.md", script} & set(listed):
-            with _asking(pinned):
-                from huggingface_hub import hf_hub_download
-
-                stored = hf_hub_download(name.repository, path, repo_type="dataset", revision=pinned.revision)
-            (folder / path).write_bytes(Path(stored).read_bytes())
+        if "README.md" in listed:
+            stored = _files_of(pinned, ["README.md"], here=here) / "README.md"
+            (folder / "README.md").write_bytes(stored.read_bytes())
         return choose_files(folder, config=choice.config, split=choice.split, strict=choice.strict, where=str(name))
 
 
@@ -177,32 +216,22 @@ def _wanted(files: DataFiles, listed: Sequence[str]) -> list[str]:
     return sorted(f"{'' if folder == '.' else f'{escape(folder)}/'}*{suffix}" for folder, suffix in places)
 
 
-def _download(name: HubName, wanted: Sequence[str] | None) -> Path:
+def _files_of(name: HubName, wanted: Sequence[str] | None, *, here: bool) -> Path:
+    """The snapshot with the wanted files of a commit, or with all; what is not there yet is downloaded unless ``here``."""
     from huggingface_hub import snapshot_download
-
-    with _asking(name):
-        allowed = None if wanted is None else [*wanted, "README.md"]
-        return Path(
-            snapshot_download(name.repository, repo_type="dataset", revision=name.revision, allow_patterns=allowed)
-        )
-
-
-def _cached(name: HubName) -> Path:
-    from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    try:
-        return Path(
-            snapshot_download(
-                name.repository, repo_type="dataset", revision=name.revision or None, local_files_only=True
-            )
-        )
-    except (LocalEntryNotFoundError, OSError) as error:
-        raise DataError(
-            f"{name}: no such file or folder, and the data set is not in the hub's cache ({constants.HF_HUB_CACHE}); the hub "
-            f"is switched off by HF_HUB_OFFLINE=1: unset it, or run `hf download {name.repository} --repo-type dataset` on a "
-            "machine with a network and set HF_HOME to what it wrote"
-        ) from error
+    what = {"repo_type": "dataset", "revision": name.revision, "allow_patterns": wanted}
+    if here:
+        try:
+            return Path(snapshot_download(name.repository, **what, local_files_only=True))
+        except LocalEntryNotFoundError as error:
+            raise DataError(
+                f"{name}: only a part of it is in the hub's cache, and the hub is switched off or cannot be reached: "
+                f"{str(error).partition(' Re-run')[0]} Run the same command with a network once"
+            ) from error
+    with _asking(name):
+        return Path(snapshot_download(name.repository, **what))
 
 
 @contextmanager
@@ -233,14 +262,12 @@ def _called(repository: str, files: DataFiles) -> str:
     return f"{repository}:{files.config}" if files.config else repository
 
 
-def _described(name: HubName, config: str) -> dict[str, Any]:
-    """What a plan records of a data set of the hub."""
-    return {"repository": name.repository, "revision": name.revision, **({"config": config} if config else {})}
-
-
 def _origin(folder: Path, config: str) -> dict[str, Any]:
+    """What a plan records of a folder of the hub's cache; nothing of another one."""
     name = snapshot_name(folder)
-    return {} if name is None else _described(name, config)
+    if name is None:
+        return {}
+    return {"repository": name.repository, "revision": name.revision, **({"config": config} if config else {})}
 
 
 def _with_origin(dataset: Dataset, origin: Mapping[str, Any]) -> Dataset:

@@ -55,13 +55,14 @@ def card_text(
     )
     prints = "\n".join(f"| {name} | `{value}` |" for name, value in sorted(plan.fingerprints.items()))
     name = f"{plan.teacher.get('name')} on {plan.data.get('name')}"
+    revision = f"revision `{plan.teacher['revision']}`, " if plan.teacher.get("revision") else ""
     return f"""---
 {_front_matter(plan, name)}---
 # Teacher cache: {name}
 
 What a vision-language teacher says and where it looks while saying it, for training students without it.
 
-- Teacher: {plan.teacher.get("name")} (family `{plan.teacher.get("family")}`, {plan.teacher.get("dtype")})
+- Teacher: {plan.teacher.get("name")} ({revision}family `{plan.teacher.get("family")}`, {plan.teacher.get("dtype")})
 - Data: {plan.data.get("name")}, {plan.sample_count} samples; images and questions are **not** in here
 {counts.card_lines()}{card_store_line(plan)}- Prompt template: `{plan.template.get("name")}`
 {counts.failures.card_section()}

@@ -131,7 +131,9 @@ def test_places_without_a_checkpoint_are_told_where_one_is(copied: Path, tmp_pat
     (tmp_path / "empty").mkdir()
     assert "no config.json there: it is empty" in refusal(tmp_path / "empty")
     assert "no folder; give the folder that holds config.json" in refusal(copied / "config.json")
-    assert "names on the hub are not looked up; download the model" in refusal(Path("llava-hf/llava-1.5-7b-hf"))
+    assert "there is no such folder; give one that is there, or a name on the hub" in refusal(
+        Path("llava-hf/llava-1.5-7b-hf")
+    )
 
 
 @pytest.mark.parametrize("top", [True, False, None])

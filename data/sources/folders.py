@@ -9,10 +9,14 @@ import re
 import tempfile
 import zipfile
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 from typing import Any
+
+import yaml
 
 from vlm_distill_cache.common.errors import DataError
 from vlm_distill_cache.common.printing import one_line
@@ -20,6 +24,14 @@ from vlm_distill_cache.data.sources.hf import choose_split
 from vlm_distill_cache.data.sources.image_folder import METADATA
 from vlm_distill_cache.data.sources.table import NEEDED
 
+_LIBRARY = (
+    OSError,
+    ValueError,
+    TypeError,
+    KeyError,
+    AttributeError,
+    RuntimeError,
+)  # what `datasets` raises of a folder
 KINDS = ("parquet", "json", "csv", "arrow", "webdataset", "imagefolder")
 _CONVERTED = re.compile(r"(?:([^/]+)/)?([^/]+)/\d{4}\.parquet")  # what the hub makes of other formats
 _OF = re.compile(r"(.*?)(\d{5})-of-(\d{5})(.*)")
@@ -115,10 +127,8 @@ def _choose_config(where: str, config: str | None, configs: Sequence[str]) -> st
 
 
 def _resolved(folder: Path, config: str | None, where: str) -> tuple[str, str, dict[str, list[str]]]:
-    try:
-        import datasets  # an extra
-    except ImportError as error:
-        raise DataError(f"{where} needs an extra: {NEEDED}") from error
+    if find_spec("datasets") is None:
+        raise DataError(f"{where} needs an extra: {NEEDED}")
     # It says so of every README without settings.
     logging.getLogger("huggingface_hub.repocard").setLevel(logging.ERROR)
     root = folder.resolve()
@@ -126,25 +136,63 @@ def _resolved(folder: Path, config: str | None, where: str) -> tuple[str, str, d
         raise DataError(_scripted(where, script.name))
     try:
         builder = _builder(root, config)
-    except (
-        datasets.exceptions.DatasetsError,
-        OSError,
-        ValueError,
-        TypeError,
-        KeyError,
-        AttributeError,
-        RuntimeError,
-    ) as error:
-        raise DataError(_no_files(folder, config, where, error)) from error
     except zipfile.BadZipFile as error:
         raise DataError(f"{where} holds .zip archives, which are not read: unpack them into the folder") from error
+    except _LIBRARY as error:
+        try:
+            with _without_missing(root) as root:
+                builder = _builder(root, config)
+        except _LIBRARY:
+            raise DataError(_no_files(folder, config, where, error)) from error
     kind = type(builder).__module__.rpartition(".")[2]
     if kind not in KINDS:
         raise DataError(f"{where} holds files of the kind {kind!r}, which is not read; expected {', '.join(KINDS)}")
     files = builder.config.data_files or {}
     splits = {str(split): [Path(path).relative_to(root).as_posix() for path in paths] for split, paths in files.items()}
     name = builder.config.name
-    return kind, "" if name == "default" or name.startswith("default-") else name, splits
+    return kind, config or ("" if name.startswith("default") else name), splits
+
+
+@contextmanager
+def _without_missing(root: Path) -> Iterator[Path]:
+    """A folder of the same names whose README.md tells of those files alone that are there; the folder itself if it does.
+
+    Whoever downloads a part of a repository has its whole README.md.
+    """
+    from huggingface_hub import metadata_load
+
+    readme = root / "README.md"
+    try:
+        card = metadata_load(readme) if readme.is_file() else None
+        configs = [(config, *_present(root, config)) for config in (card or {}).get("configs") or []]
+    except (ValueError, TypeError, AttributeError, OSError, yaml.YAMLError):
+        configs = []
+    if not any(missing for _, _, missing in configs):
+        yield root
+        return
+    kept = [config | {"data_files": files} for config, files, _ in configs if files]
+    with tempfile.TemporaryDirectory() as scratch:
+        copy = Path(scratch).resolve() / root.name
+        for path in root.rglob("*"):
+            if path.is_file():
+                place = copy / path.relative_to(root)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                place.touch()
+        text = yaml.safe_dump({"configs": kept}) if kept else ""
+        (copy / "README.md").write_text(f"---\n{text}---\n", encoding="utf-8")
+        yield copy
+
+
+def _present(root: Path, config: Mapping[str, Any]) -> tuple[Any, bool]:
+    """The files of a configuration in README.md that are there, and whether others are not."""
+    files = config.get("data_files", [])
+    entries = files if isinstance(files, list) else [files]
+    found = []
+    for entry in entries:
+        paths = entry["path"] if isinstance(entry, Mapping) else entry
+        if any(any(root.glob(path)) for path in (paths if isinstance(paths, list) else [paths])):
+            found.append(entry)
+    return found, len(found) < len(entries)
 
 
 def _builder(root: Path, config: str | None) -> Any:
@@ -153,8 +201,8 @@ def _builder(root: Path, config: str | None) -> Any:
     with tempfile.TemporaryDirectory() as scratch:  # it makes a folder for what it would convert
         try:
             return datasets.load_dataset_builder(str(root), config, cache_dir=scratch)
-        except ValueError:
-            if config is None or not (root / config).is_dir():
+        except ValueError as error:
+            if config is None or not (root / config).is_dir() or "Available: [" not in str(error):
                 raise
             return datasets.load_dataset_builder(str(root), data_dir=config, cache_dir=scratch)  # a folder of a subset
 

@@ -10,12 +10,13 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from glob import escape
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from vlm_distill_cache.common.errors import DataError, ModelError, TransferError
-from vlm_distill_cache.common.hub import HubName, explained_hub_errors, snapshot_name
+from vlm_distill_cache.common.hub import HubName, downloading, explained_hub_errors, snapshot_name
 from vlm_distill_cache.data.images.recognise import picture_extensions
 from vlm_distill_cache.data.sample import Dataset
 from vlm_distill_cache.data.sources.csv_rows import SUFFIXES, CsvDataset
@@ -74,15 +75,14 @@ def open_name(name: HubName, choice: Choice, *, streaming: bool = False) -> Data
         TransferError: The hub cannot be reached, and the cache does not hold it.
     """
     commit, listed, here = _listing(name, streaming=streaming)
-    pinned = HubName(name.repository, commit)
     origin = {"repository": name.repository, "revision": commit}
     if not streaming and any(PurePosixPath(path).name in _SAVED for path in listed):
-        return _with_origin(_open_saved(_files_of(pinned, None, here=here), choice), origin)
-    files = _choose(name, pinned, listed, choice, here=here)
+        return _with_origin(_open_saved(_files_of(name, commit, None, here=here), choice), origin)
+    files = _choose(name, commit, listed, choice, here=here)
     called = _called(name.repository, files)
     origin |= {"config": files.config} if files.config else {}
     if not streaming:
-        folder = _files_of(pinned, _wanted(files, listed), here=here)
+        folder = _files_of(name, commit, _wanted(files, listed), here=here)
         return _with_origin(open_files(folder, files, name=called, images=choice.images), origin)
     if files.kind != "parquet":
         raise DataError(
@@ -185,7 +185,7 @@ def _cached_tree(repository: str, folder: Path) -> list[str]:
         return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
 
 
-def _choose(name: HubName, pinned: HubName, listed: Sequence[str], choice: Choice, *, here: bool) -> DataFiles:
+def _choose(name: HubName, commit: str, listed: Sequence[str], choice: Choice, *, here: bool) -> DataFiles:
     """Which files are wanted, before any but README.md is downloaded."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / name.repository.partition("/")[2]
@@ -197,7 +197,7 @@ def _choose(name: HubName, pinned: HubName, listed: Sequence[str], choice: Choic
             place.parent.mkdir(parents=True, exist_ok=True)
             place.touch()
         if "README.md" in listed:
-            stored = _files_of(pinned, ["README.md"], here=here) / "README.md"
+            stored = _files_of(name, commit, ["README.md"], here=here) / "README.md"
             (folder / "README.md").write_bytes(stored.read_bytes())
         return choose_files(folder, config=choice.config, split=choice.split, strict=choice.strict, where=str(name))
 
@@ -216,22 +216,23 @@ def _wanted(files: DataFiles, listed: Sequence[str]) -> list[str]:
     return sorted(f"{'' if folder == '.' else f'{escape(folder)}/'}*{suffix}" for folder, suffix in places)
 
 
-def _files_of(name: HubName, wanted: Sequence[str] | None, *, here: bool) -> Path:
+def _files_of(name: HubName, commit: str, wanted: Sequence[str] | None, *, here: bool) -> Path:
     """The snapshot with the wanted files of a commit, or with all; what is not there yet is downloaded unless ``here``."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    what = {"repo_type": "dataset", "revision": name.revision, "allow_patterns": wanted}
+    fetch = partial(snapshot_download, name.repository, repo_type="dataset", allow_patterns=wanted)
     if here:
         try:
-            return Path(snapshot_download(name.repository, **what, local_files_only=True))
+            return Path(fetch(revision=commit, local_files_only=True))
         except LocalEntryNotFoundError as error:
             raise DataError(
                 f"{name}: only a part of it is in the hub's cache, and the hub is switched off or cannot be reached: "
                 f"{str(error).partition(' Re-run')[0]} Run the same command with a network once"
             ) from error
-    with _asking(name):
-        return Path(snapshot_download(name.repository, **what))
+    with _asking(name), downloading() as bars:
+        folder = Path(fetch(revision=name.revision or None, tqdm_class=bars))  # by its name: the cache notes it
+        return folder if folder.name == commit else Path(fetch(revision=commit, tqdm_class=bars))
 
 
 @contextmanager
@@ -240,8 +241,10 @@ def _asking(name: HubName) -> Iterator[None]:
     try:
         with explained_hub_errors(name, "data", kind="dataset"):
             yield
-    except ModelError as error:
-        raise DataError(str(error).replace("there is no such folder", "there is no such file or folder")) from error
+    except (ModelError, TransferError) as error:
+        said = str(error).replace("there is no such folder", "there is no such file or folder")
+        said = said.replace(f"hf download {name.repository}", f"hf download {name.repository} --repo-type dataset")
+        raise (DataError if isinstance(error, ModelError) else TransferError)(said) from error
 
 
 def _snapshot_of(folder: Path) -> Path:

@@ -70,6 +70,8 @@ class TableDataset(EntryDataset):
         try:
             row = self._table.row(index)
             return row | {column: _names(row[column], feature) for column, feature in self._labels.items()}
+        except DataError:
+            raise
         except (
             ValueError,
             TypeError,

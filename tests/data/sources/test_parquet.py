@@ -290,6 +290,21 @@ def test_readme_says_which_files_belong_together(tmp_path):
         open_dataset(str(tmp_path))
 
 
+def test_a_part_of_a_repository_with_its_whole_readme_is_read(tmp_path):
+    (tmp_path / "README.md").write_text(README)
+    write(tmp_path / "charts" / "one.parquet", rows("x"))
+    assert answers(open_dataset(f"{tmp_path}:name=charts")) == ["ax"]
+    assert answers(open_dataset(f"{tmp_path}:name=charts", split="test")) == ["ax"]
+    with pytest.raises(DataError, match="no split 'held'; it has train"):
+        open_dataset(f"{tmp_path}:name=charts,split=held")
+
+
+def test_a_folder_of_a_subset_is_named_without_a_readme(tmp_path):
+    for subset in ("ai2d", "chartqa"):
+        write(tmp_path / subset / "train-00000-of-00001.parquet", rows(subset))
+    assert answers(open_dataset(f"{tmp_path}:name=ai2d")) == ["aai2d"]
+
+
 def test_patterns_are_expanded_in_order(tmp_path):
     for number in range(3):
         write(tmp_path / f"x{number}.parquet", rows(number))

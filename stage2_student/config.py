@@ -289,7 +289,7 @@ def describe(config: TrainConfig, cache_hashes: Mapping[str, str]) -> dict[str, 
         JSON; caches are named by their hash, models of the hub by repository and commit, so that a moved cache is
         the same cache.
     """
-    from vlm_distill_cache.data.sources.mixture import mixture_weights  # numpy: not before there is something to do
+    from vlm_distill_cache.data.sources.mixture import mixture_weights, own_caches  # numpy: not before there is work
 
     described = config_to_dict(config) | _public_models(config)
     for name in ("output", "evaluation", *SPEED_OPTIONS):
@@ -300,8 +300,11 @@ def describe(config: TrainConfig, cache_hashes: Mapping[str, str]) -> dict[str, 
         described["student"] = pruned
     for name in PHASE_NAMES:
         described[name]["cache"] = cache_hashes.get(described[name]["cache"])
-        if weights := mixture_weights(config.phase(name).data):
+        phase = config.phase(name)
+        if weights := mixture_weights(phase.data):
             described[name]["weights"] = weights
+        if name in config.phases and (places := own_caches(phase.data, str(phase.cache))):
+            described[name]["caches"] = [cache_hashes.get(place) for place in places]
     return described
 
 

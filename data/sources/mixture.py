@@ -70,7 +70,7 @@ class MixtureDataset(JoinedSamples):
             [dataset.name.removesuffix(f"[:{part.limit}]") for part, dataset in zip(parts, datasets, strict=True)]
         )
         sizes = [len(dataset) for dataset in datasets]
-        super().__init__(datasets, name=name, sample_ids=_unique_ids(datasets, names), order=_dealt(sizes))
+        super().__init__(datasets, name=name, sample_ids=_unique_ids(datasets, names), order=deal(sizes))
         self._weights = tuple(part.weight for part in parts)
         self.origin = {
             "mixture": [
@@ -124,6 +124,9 @@ def read_mixture(path: Path) -> list[Part]:
     if not isinstance(entries, list) or not entries:
         raise DataError(f"{path} {'is empty' if not entries else 'is no list'}; a mixture is a list: {example}")
     parts = [_part(entry, f"{path}, entry {number}", path.parent) for number, entry in enumerate(entries, start=1)]
+    caches = [part.cache for part in parts if part.cache is not None]
+    if len(set(caches)) < len(caches):
+        raise DataError(f"{path}: two entries have one cache, {max(caches, key=caches.count)}; each needs its own")
     if len({part.cache is None for part in parts}) > 1:
         lacking = next(number for number, part in enumerate(parts, start=1) if part.cache is None)
         raise DataError(
@@ -143,6 +146,43 @@ def mixture_weights(data: str | None) -> list[float] | None:
         return None
     weights = [part.weight for part in read_mixture(Path(data))]
     return None if set(weights) == {1.0} else weights
+
+
+def entry_of_cache(data: str, cache: str) -> Part | None:
+    """The entry of a mixture whose cache that is; None if ``data`` is no mixture, or one cache holds all of it.
+
+    Raises:
+        DataError: The mixture's entries have caches, and this is none of them.
+    """
+    places = own_caches(data, cache)
+    if places is None:
+        return None
+    return read_mixture(Path(data))[places.index(cache)]
+
+
+def own_caches(data: str | None, cache: str) -> list[str] | None:
+    """Where each entry's cache is, ``cache`` as it is written; None if ``data`` is no mixture or has one cache for all.
+
+    Raises:
+        DataError: ``cache`` is none of them: all are read together, and it is the one that speaks for them.
+    """
+    if data is None or not is_mixture(data):
+        return None
+    places = [part.cache for part in read_mixture(Path(data)) if part.cache is not None]
+    if not places:
+        return None
+    same = [place for place in places if place == cache or ("://" not in place and _real(place) == _real(cache))]
+    if not same:
+        raise DataError(
+            f"{data} gives each of its entries a cache, and {cache} is none of them. To build them, run "
+            f"`make teacher-cache DATA={data} CACHE=...` (teacher-cache build --data --cache) with each in turn; to train from "
+            f"all of them, name one: CACHE={', CACHE='.join(places)}"
+        )
+    return [cache if place == same[0] else place for place in places]
+
+
+def _real(place: str) -> Path:
+    return Path(place).resolve()
 
 
 def _part(entry: Any, where: str, folder: Path) -> Part:
@@ -226,7 +266,7 @@ def _unique_ids(datasets: Sequence[Dataset], names: Sequence[str]) -> list[str]:
     )
 
 
-def _dealt(sizes: Sequence[int]) -> np.ndarray:
+def deal(sizes: Sequence[int]) -> np.ndarray:
     """Positions in the concatenation such that each part is spread evenly over the whole, int64 ``[n]``."""
     keys = np.concatenate([(np.arange(size) + 0.5) / size for size in sizes])
     owners = np.repeat(np.arange(len(sizes)), sizes)

@@ -308,7 +308,10 @@ class CachedDataset:
 
     def batch(self, positions: Iterable[int]) -> TrainingBatch:
         """Load and collate a micro-batch; ``positions`` are places in ``sample_ids``."""
-        samples = [self.load(int(position)) for position in positions]
+        return self.collate([self.load(int(position)) for position in positions])
+
+    def collate(self, samples: Sequence[TrainingSample]) -> TrainingBatch:
+        """Join samples to a micro-batch."""
         return collate_samples(samples, self._terms, pad_token_id=self._pad_token_id)
 
 

@@ -5,10 +5,14 @@ All bad news comes from here, before the first step of the first phase.
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from vlm_distill_cache.common.cache.counts import picture_words, unknown_words
 from vlm_distill_cache.common.cache.reader import TeacherCache
@@ -16,9 +20,11 @@ from vlm_distill_cache.common.errors import ConfigError, DataError
 from vlm_distill_cache.common.files.hashing import fingerprint
 from vlm_distill_cache.common.locations import is_url
 from vlm_distill_cache.common.remotes.mirror import find_mirror
+from vlm_distill_cache.common.tools.merge import refuse_different
 from vlm_distill_cache.data.families.inputs import known_positions
 from vlm_distill_cache.data.registry import open_dataset
 from vlm_distill_cache.data.sample import Dataset
+from vlm_distill_cache.data.sources.mixture import deal, is_mixture, own_caches, read_mixture
 from vlm_distill_cache.data.text.encoding import SampleEncoder
 from vlm_distill_cache.data.text.templates import PromptTemplate, get_template
 from vlm_distill_cache.stage2_student.batches.dataset import (
@@ -29,6 +35,7 @@ from vlm_distill_cache.stage2_student.batches.dataset import (
 )
 from vlm_distill_cache.stage2_student.batches.layers import match_groups
 from vlm_distill_cache.stage2_student.batches.sampler import ShardShuffle
+from vlm_distill_cache.stage2_student.batches.united import UnitedDataset
 from vlm_distill_cache.stage2_student.config import PhaseConfig, PhaseName, TrainConfig, describe
 from vlm_distill_cache.stage2_student.losses.objective import Objective
 from vlm_distill_cache.stage2_student.losses.terms import choose_terms
@@ -67,7 +74,7 @@ class PreparedPhase:
     name: PhaseName
     config: PhaseConfig
     steps: int
-    dataset: CachedDataset
+    dataset: CachedDataset | UnitedDataset
     shuffle: ShardShuffle
     objective: Objective
     expect: Callable[[Iterable[int]], None] | None = None
@@ -107,6 +114,8 @@ def open_cached_data(cache: TeacherCache, *, data: str | None, images: str | Non
             "pass --data (and --images)"
         )
     folder = None if images is None else Path(images)
+    if data is not None and is_mixture(data):
+        return _open_mixture_for(cache, data, folder)
     *choices, (split, limit) = splits_and_limits(cache)
     for other_split, other_limit in choices:  # merged of parts of one data set, or of several
         with contextlib.suppress(DataError):  # a split of another of them
@@ -114,6 +123,81 @@ def open_cached_data(cache: TeacherCache, *, data: str | None, images: str | Non
             if dataset.fingerprint() in merged_fingerprints(cache):
                 return dataset
     return open_dataset(spec, split=split, images=folder, limit=limit)
+
+
+def _open_mixture_for(cache: TeacherCache, data: str, folder: Path | None) -> Dataset:
+    """What of a mixture a cache was built from: all of it, or one of its entries where each has a cache."""
+    entries = read_mixture(Path(data))
+    split, limit = splits_and_limits(cache)[-1]
+    if entries[0].cache is not None:
+        for entry in entries:
+            dataset = open_dataset(
+                entry.data, split=entry.split or split, images=entry.images or folder, limit=entry.limit or limit
+            )
+            if dataset.fingerprint() == cache.plan.fingerprints.get("data"):
+                return dataset
+    return open_dataset(data, split=split, images=folder, limit=limit)
+
+
+class _Part(NamedTuple):
+    """Data with its cache: one of several in a mixture whose entries have caches of their own, or all of it."""
+
+    place: str
+    cache: TeacherCache
+    dataset: Dataset
+    weight: float = 1.0
+
+
+def _open_parts(phase: PhaseConfig, caches: Mapping[str, TeacherCache]) -> list[_Part]:
+    """The data of a phase with the caches that they are read from.
+
+    Raises:
+        CacheMismatchError: If the caches differ in teacher, template, geometry or signals, or are of other data.
+    """
+    place = str(phase.cache)
+    places = own_caches(phase.data, place)
+    if places is None:
+        dataset = open_cached_data(caches[place], data=phase.data, images=phase.images)
+        check_data(caches[place], dataset)
+        return [_Part(place, caches[place], dataset)]
+    parts = []
+    for at, entry in zip(places, read_mixture(Path(str(phase.data))), strict=True):
+        if at != place:
+            refuse_different(caches[place], caches[at], "read together")
+        split, limit = splits_and_limits(caches[at])[-1]
+        folder = entry.images or (None if phase.images is None else Path(phase.images))
+        dataset = open_dataset(entry.data, split=entry.split or split, images=folder, limit=entry.limit or limit)
+        check_data(caches[at], dataset)
+        parts.append(_Part(at, caches[at], dataset, entry.weight))
+    return parts
+
+
+def _shares(sizes: Sequence[int], config: TrainConfig) -> list[int | None]:
+    """How many samples of each part a run uses at most: of several, as many as the mixture's beginning holds."""
+    limit = config.sample_limit(sum(sizes))
+    if len(sizes) == 1 or limit is None:
+        return [limit] * len(sizes)
+    owners = np.repeat(np.arange(len(sizes)), sizes)[deal(sizes)[:limit]]
+    return [int(count) for count in np.bincount(owners, minlength=len(sizes))]
+
+
+def _expecting(parts: Sequence[_Part]) -> Callable[[Iterable[int]], None] | None:
+    """What is told which shards are read soon, counted over all caches; None if all are here."""
+    mirrors = [find_mirror(part.place) if is_url(part.place) else None for part in parts]
+    if not any(mirrors):
+        return None
+    ends = list(accumulate(part.cache.plan.shard_count for part in parts))
+
+    def expect(shards: Iterable[int]) -> None:
+        of_place: list[list[int]] = [[] for _ in parts]
+        for shard in shards:
+            number = bisect_right(ends, shard)
+            of_place[number].append(shard - (ends[number - 1] if number else 0))
+        for mirror, found in zip(mirrors, of_place, strict=True):
+            if mirror is not None:
+                mirror.expect(found)
+
+    return expect
 
 
 def prepare(config: TrainConfig, caches: Mapping[str, TeacherCache] | None = None) -> Preparation:
@@ -209,8 +293,8 @@ def count_beyond_vocabulary(phases: Iterable[PreparedPhase]) -> dict[str, int]:
 def _prepare_phases(
     config: TrainConfig, caches: Mapping[str, TeacherCache], encoder: SampleEncoder, parts: StudentParts
 ) -> tuple[PreparedPhase, ...]:
-    opened: dict[tuple[object, ...], Dataset] = {}
-    joined: dict[tuple[object, ...], CachedDataset] = {}
+    opened: dict[tuple[object, ...], list[_Part]] = {}
+    joined: dict[tuple[object, ...], CachedDataset | UnitedDataset] = {}
     memories: dict[tuple[object, ...], SampleMemory] = {}
     phases = []
     for name in config.phases:
@@ -232,25 +316,32 @@ def _prepare_phases(
             term.check_cache(cache.plan.signals, losses, where, match)
         source = (phase.cache, phase.data, phase.images)
         if source not in opened:
-            opened[source] = open_cached_data(cache, data=phase.data, images=phase.images)
-            check_data(cache, opened[source])
+            opened[source] = _open_parts(phase, caches)
         # Phases of the same data share what is kept in memory; those with the same signals, their join.
         join = (*source, tuple(terms), match)
         if join not in joined:
-            joined[join] = CachedDataset(
-                opened[source],
-                replace(encoder, template=template),
-                cache,
-                terms=terms,
-                pad_token_id=encoder.tokenizer.pad_token_id or 0,
-                limit=config.sample_limit(len(opened[source])),
-                memory=memories.setdefault(source, SampleMemory(round(config.memory_gib * 2**30))),
-                shuffle_teacher_images=config.shuffle_teacher_images,
-                match=match,
-                compare_labels=same_tokenizer(cache, parts.tokenizer)
-                and template == PromptTemplate.from_dict(cache.plan.template),
-                vocabulary=vocabulary_rows(parts.model),
-            )
+            limits = _shares([len(part.dataset) for part in opened[source]], config)
+            taken = [(part, limit) for part, limit in zip(opened[source], limits, strict=True) if limit != 0]
+            memory = round(config.memory_gib * 2**30 / len(taken))
+            datasets = [
+                CachedDataset(
+                    part.dataset,
+                    replace(encoder, template=template),
+                    part.cache,
+                    terms=terms,
+                    pad_token_id=encoder.tokenizer.pad_token_id or 0,
+                    limit=limit,
+                    memory=memories.setdefault((*source, part.place), SampleMemory(memory)),
+                    shuffle_teacher_images=config.shuffle_teacher_images,
+                    match=match,
+                    compare_labels=same_tokenizer(cache, parts.tokenizer)
+                    and template == PromptTemplate.from_dict(cache.plan.template),
+                    vocabulary=vocabulary_rows(parts.model),
+                )
+                for part, limit in taken
+            ]
+            several = len(datasets) > 1
+            joined[join] = UnitedDataset(datasets, [part.weight for part, _ in taken]) if several else datasets[0]
             probe_samples(joined[join])
             probe_inputs(parts.model, joined[join], where=parts.where)
         dataset = joined[join]
@@ -278,7 +369,7 @@ def _prepare_phases(
                 dataset=dataset,
                 shuffle=shuffle,
                 objective=Objective(losses=losses, groups=() if match is None else match.student, fits=fits),
-                expect=find_mirror(str(phase.cache)).expect if is_url(str(phase.cache)) else None,
+                expect=_expecting(opened[source]),
             )
         )
     check_pictures(

@@ -13,7 +13,7 @@ from vlm_distill_cache.common.errors import DataError
 from vlm_distill_cache.data.registry import open_dataset, open_evaluation
 from vlm_distill_cache.data.sample import Weighting
 from vlm_distill_cache.data.sources.grouping import group_by_image
-from vlm_distill_cache.data.sources.mixture import _dealt, mixture_weights, read_mixture
+from vlm_distill_cache.data.sources.mixture import deal, mixture_weights, read_mixture
 
 
 def write(folder, name, ids, *, image=None):
@@ -59,7 +59,7 @@ def test_only_ids_that_parts_share_are_prefixed_and_always_alike(tmp_path):
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=4))
 @settings(max_examples=60, deadline=None)
 def test_every_stretch_holds_the_parts_by_their_sizes(sizes):
-    order = _dealt(sizes)
+    order = deal(sizes)
     assert sorted(order.tolist()) == list(range(sum(sizes)))
     owners = np.repeat(np.arange(len(sizes)), sizes)[order]
     for length in range(1, len(order) + 1):

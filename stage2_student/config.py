@@ -160,11 +160,13 @@ class TrainConfig:
         projector: Projector type: ``ldpnet``, ``ldpnetv2``, ``mlp`` or ``taf``; none: the student's own.
         pool_teacher_tokens: With projector ``taf``: pool the teacher's tokens 2x2 before the post-projector.
         template: Prompt template; none: the cache's, the only one that fits its labels.
-        data: Data set, as for stage one; none: what the cache was built from.
+        data: Data set, as for stage one; none: what the cache was built from. A mixture's weights say how often its samples
+            are seen in an epoch.
         images: Folder that relative image paths start from.
         limit: Use only the first samples; none: all.
         data_share: Use only this share of each phase's samples, the first ones, in (0, 1].
-        cache: Teacher cache: a folder, or an address (``s3://``, ``hf://datasets/``, ``https://``).
+        cache: Teacher cache: a folder, or an address (``s3://``, ``hf://datasets/``, ``https://``). Of a mixture whose entries
+            have a cache each, any of these; all are read.
         output: Folder for everything the run writes.
         phases: Phases to run, in this order.
         dpt: Distilled pre-training.

@@ -116,6 +116,7 @@ def open_cached_data(cache: TeacherCache, *, data: str | None, images: str | Non
     folder = None if images is None else Path(images)
     if data is not None and is_mixture(data):
         return _open_mixture_for(cache, data, folder)
+    spec = _as_it_was(spec, described)
     *choices, (split, limit) = splits_and_limits(cache)
     for other_split, other_limit in choices:  # merged of parts of one data set, or of several
         with contextlib.suppress(DataError):  # a split of another of them
@@ -123,6 +124,15 @@ def open_cached_data(cache: TeacherCache, *, data: str | None, images: str | Non
             if dataset.fingerprint() in merged_fingerprints(cache):
                 return dataset
     return open_dataset(spec, split=split, images=folder, limit=limit)
+
+
+def _as_it_was(spec: str, described: Mapping[str, Any]) -> str:
+    """A data set of the hub at the commit that the cache was built from, where no other is named."""
+    repository, revision = described.get("repository"), described.get("revision")
+    name, _, options = spec.partition(":")
+    if not revision or name != repository or Path(name).exists():
+        return spec
+    return f"{name}@{revision}{f':{options}' if options else ''}"
 
 
 def _open_mixture_for(cache: TeacherCache, data: str, folder: Path | None) -> Dataset:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import multiprocessing
 import pickle
 
 import huggingface_hub.constants
@@ -119,6 +120,34 @@ def test_streaming_reads_ranges_and_gives_the_same_data(hub):
     assert list(whole.sample_ids) == list(streamed.sample_ids)
     assert whole.name == streamed.name
     assert whole.origin == streamed.origin
+
+
+def _answer(dataset, index, queue):
+    queue.put((dataset[index].turns[0].answer, dataset[index].images[0].load().size))
+
+
+def test_a_forked_process_streams_too(hub):
+    hub.publish("org/name", {"x.parquet": parquet("a", "b", "c", group=1)})
+    streamed = open_dataset("org/name:streaming=true")
+    assert streamed[0].images[0].load().size == (32, 32)
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    process = context.Process(target=_answer, args=(streamed, 2, queue))
+    process.start()
+    assert queue.get(timeout=60) == ("c", (34, 34))
+    process.join()
+
+
+def test_stage_two_takes_the_commit_of_the_cache(hub):
+    from vlm_distill_cache.stage2_student.training.preparation import _as_it_was
+
+    first = hub.publish("org/name", {"x.parquet": parquet("old")})
+    described = open_dataset("org/name").origin
+    hub.publish("org/name", {"x.parquet": parquet("new")})
+    assert answers(open_dataset(_as_it_was("org/name", described))) == ["old"]
+    assert _as_it_was("org/name:split=train", described) == f"org/name@{first}:split=train"
+    for spec in ("org/name@main", "org/other", "x.json"):
+        assert _as_it_was(spec, described) == spec
 
 
 def test_a_hub_that_breaks_off_is_no_fault_of_a_sample(hub, monkeypatch):

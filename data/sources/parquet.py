@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+BUFFER = 8 * 2**20  # bytes of one request where a row group is not read as a whole
 _PICTURES = ("image", "images")
 _POINTER = b"version https://git-lfs"
 
@@ -36,7 +37,7 @@ class LocalParquet:
         """Its path."""
         return str(self.path)
 
-    def open(self, metadata: "pq.FileMetaData | None") -> "pq.ParquetFile":
+    def open(self, metadata: "pq.FileMetaData | None", *, whole: bool) -> "pq.ParquetFile":
         """Map it into memory."""
         import pyarrow.parquet as pq
 
@@ -72,13 +73,13 @@ class HubParquet:
         """Its address."""
         return f"hf://datasets/{self.repository}@{self.revision}/{self.path}"
 
-    def open(self, metadata: "pq.FileMetaData | None") -> "pq.ParquetFile":
-        """Open it; ranges of one read are asked for together."""
+    def open(self, metadata: "pq.FileMetaData | None", *, whole: bool) -> "pq.ParquetFile":
+        """Open it; of whole row groups all ranges are asked for together, of others a few MB at a time."""
         import pyarrow.parquet as pq
         from huggingface_hub import HfFileSystem
 
         file = HfFileSystem().open(self.shown, "rb", cache_type="none")
-        return pq.ParquetFile(file, metadata=metadata, pre_buffer=True)
+        return pq.ParquetFile(file, metadata=metadata, pre_buffer=whole, buffer_size=0 if whole else BUFFER)
 
     def errors(self) -> tuple[type[Exception], ...]:
         """What reading it may raise, the client's errors included."""

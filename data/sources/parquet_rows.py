@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 KEPT_BYTES = 512 * 2**20  # of decoded blocks, in each process; the block read last is kept whatever its size
 BLOCK_BYTES = 128 * 2**20  # a row group with more of one kind is read in blocks of about this size
 OPEN_FILES = 8
+CURSORS = 4  # row groups that are read in blocks at a time
 FOOTER_THREADS = 8
 TEXTS = ""  # the kind of all columns that are not pictures
 
@@ -53,8 +54,8 @@ class ParquetSource(Protocol):
         """Whether reading it may fail although the file is sound: no sample is to blame then."""
         ...
 
-    def open(self, metadata: "pq.FileMetaData | None") -> "pq.ParquetFile":
-        """Open it; with the footer that was read before, that is not read again."""
+    def open(self, metadata: "pq.FileMetaData | None", *, whole: bool) -> "pq.ParquetFile":
+        """Open it, to read ``whole`` row groups or parts of them; with the footer read before, that is not read again."""
         ...
 
     def errors(self) -> tuple[type[Exception], ...]:
@@ -108,8 +109,8 @@ class _Own:
     files: "OrderedDict[int, pq.ParquetFile]" = field(default_factory=OrderedDict)
     blocks: "OrderedDict[tuple[int, str, int], pa.Table]" = field(default_factory=OrderedDict)
     size: int = 0  # of the blocks, bytes
-    # The row group and kind that is read in blocks, the next block, and the blocks.
-    cursor: tuple[int, str, int, Iterator["pa.Table"]] | None = None
+    # Of a row group and a kind that are read in blocks: the next block, and the blocks.
+    cursors: "OrderedDict[tuple[int, str], tuple[int, Iterator[pa.Table]]]" = field(default_factory=OrderedDict)
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,8 @@ class ParquetRows:
             for schema, leaves in zip(schemas, self._leaves, strict=True)
         ]
         self._whole: dict[tuple[int, str], bool] = {}  # by row group and column: whether all its pictures have bytes
-        self._groups = [group for number in range(len(self._sources)) for group in self._groups_of(number)]
+        self._of_file = [list(self._groups_of(number)) for number in range(len(self._sources))]
+        self._groups = [group for groups in self._of_file for group in groups]
         self._ends = list(accumulate(group.rows for group in self._groups))
         if not self._ends or not self._ends[-1]:
             raise DataError(f"{self._sources[0].shown}: no row in {len(self._sources)} parquet files; nothing to learn")
@@ -284,19 +286,21 @@ class ParquetRows:
             columns = [path for name in self.columns for path in pictures.get(name, (name,))]
         if size >= group.rows:
             return file.read_row_group(group.number, columns=columns)
-        cursor = own.cursor
-        if cursor is None or cursor[:2] != (number, kind) or cursor[2] > block:
-            cursor = (number, kind, 0, _blocks(file, group.number, columns, size))
-        own.cursor = None  # if it fails on the way
-        for _ in range(cursor[2], block):
-            next(cursor[3])
-        table = next(cursor[3])
-        own.cursor = (number, kind, block + 1, cursor[3])
+        following, blocks = own.cursors.pop((number, kind), (block + 1, None))
+        if blocks is None or following > block:
+            following, blocks = 0, _blocks(file, group.number, columns, size)
+        for _ in range(following, block):
+            next(blocks)
+        table = next(blocks)
+        own.cursors[number, kind] = block + 1, blocks
+        while len(own.cursors) > CURSORS:
+            own.cursors.popitem(last=False)
         return table
 
     def _open(self, own: _Own, number: int) -> "pq.ParquetFile":
         if number not in own.files:
-            own.files[number] = self._sources[number].open(self._metadata[number])
+            whole = all(rows >= group.rows for group in self._of_file[number] for rows in group.block_rows.values())
+            own.files[number] = self._sources[number].open(self._metadata[number], whole=whole)
             while len(own.files) > OPEN_FILES:
                 own.files.popitem(last=False)
         own.files.move_to_end(number)
@@ -315,7 +319,7 @@ class ParquetRows:
 def _footers(sources: Sequence[ParquetSource]) -> "tuple[list[pq.FileMetaData], list[pa.Schema]]":
     def footer(source: ParquetSource) -> "tuple[pq.FileMetaData, pa.Schema]":
         with _reading(source, "footer", fatal=True):
-            file = source.open(None)
+            file = source.open(None, whole=True)
             return file.metadata, file.schema_arrow
 
     if len(sources) == 1:

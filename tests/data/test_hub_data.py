@@ -14,6 +14,8 @@ from servers import Fault
 
 from vlm_distill_cache.common.errors import DataError, TransferError
 from vlm_distill_cache.data.registry import open_dataset
+from vlm_distill_cache.data.sources import parquet as parquet_module
+from vlm_distill_cache.data.sources import parquet_rows
 
 datasets = pytest.importorskip("datasets")
 pa = pytest.importorskip("pyarrow")
@@ -36,12 +38,12 @@ def png(size: int) -> bytes:
     return buffer.getvalue()
 
 
-def parquet(*texts: str, group: int = 2) -> bytes:
+def parquet(*texts: str, group: int = 2, **how) -> bytes:
     buffer = io.BytesIO()
     pictures = [{"bytes": png(32 + i), "path": None} for i in range(len(texts))]
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     table = {"image": pa.array(pictures, kind), "question": [f"{t}?" for t in texts], "answer": list(texts)}
-    pq.write_table(pa.table(table), buffer, row_group_size=group)
+    pq.write_table(pa.table(table), buffer, row_group_size=group, **how)
     return buffer.getvalue()
 
 
@@ -122,6 +124,21 @@ def test_streaming_reads_ranges_and_gives_the_same_data(hub):
     assert whole.origin == streamed.origin
 
 
+def test_a_large_row_group_is_not_streamed_as_a_whole(hub, monkeypatch):
+    texts = [f"t{i}" for i in range(60)]
+    content = parquet(*texts, group=60, data_page_size=10_000, use_dictionary=False, write_batch_size=2)
+    hub.publish("org/name", {"x.parquet": content})
+    monkeypatch.setattr(parquet_rows, "BLOCK_BYTES", 30_000)
+    monkeypatch.setattr(parquet_module, "BUFFER", 10_000)
+    streamed = open_dataset("org/name:streaming=true")
+    before = sum(hub.sent.values())
+    assert streamed[1].images[0].load().size == (33, 33)
+    assert sum(hub.sent.values()) - before < len(content) / 3
+    for place in (50, 2, 59, 58):
+        assert streamed[place].images[0].load().size == (32 + place,) * 2
+        assert streamed[place].turns[0].answer == texts[place]
+
+
 def _answer(dataset, index, queue):
     queue.put((dataset[index].turns[0].answer, dataset[index].images[0].load().size))
 
@@ -188,7 +205,9 @@ def test_a_hub_that_cannot_be_reached_leaves_what_is_there(hub, monkeypatch, cap
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     assert open_dataset("org/name").fingerprint() == online.fingerprint()
     assert "the copy in the hub's cache is used: org/name@" in caplog.text
-    with pytest.raises(TransferError, match="cannot be reached"):
+    with pytest.raises(
+        TransferError, match=r"no such file or folder, and the hub .* cannot be reached.*--repo-type dataset"
+    ):
         open_dataset("org/gone")
 
 

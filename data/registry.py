@@ -21,10 +21,12 @@ given. Hold data out by keeping it in another file.
 
 import logging
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 from vlm_distill_cache.common.errors import DataError, SampleError
-from vlm_distill_cache.common.hub import hub_name
+from vlm_distill_cache.common.hub import HubName, hub_name
 from vlm_distill_cache.data.sample import (
     Dataset,
     EvaluationSet,
@@ -46,6 +48,7 @@ from vlm_distill_cache.data.sources.webdataset import WebDataset
 
 logger = logging.getLogger(__name__)
 
+NO_COMMITS: Mapping[str, str] = MappingProxyType({})
 SHAPES_IMAGES = 1500
 SHAPES_ITEMS = 300  # evaluation items where no limit is given
 FILE_ITEMS = 2000  # questions taken from a user's file where no limit is given
@@ -58,7 +61,14 @@ _OPTIONS = {"shapes": ("images", "seed"), "easy-vqa": ()}
 _OF_FOLDERS = ("name", "split", "streaming")
 
 
-def open_dataset(spec: str, *, split: str = "train", images: Path | None = None, limit: int | None = None) -> Dataset:
+def open_dataset(
+    spec: str,
+    *,
+    split: str = "train",
+    images: Path | None = None,
+    limit: int | None = None,
+    commits: Mapping[str, str] = NO_COMMITS,
+) -> Dataset:
     """Open the data a user names.
 
     Args:
@@ -66,6 +76,7 @@ def open_dataset(spec: str, *, split: str = "train", images: Path | None = None,
         split: ``train``, ``validation`` or ``test``; only named data sets and folders have splits.
         images: Folder that relative image paths start from; None: the folder of the file.
         limit: Take the first samples only.
+        commits: By repository of the hub: which commit to read where no revision is named.
 
     Raises:
         DataError: Nothing can be read under that name; the message lists what can.
@@ -81,7 +92,7 @@ def open_dataset(spec: str, *, split: str = "train", images: Path | None = None,
     elif name == "easy-vqa":
         dataset = EasyVqaDataset(split)
     else:
-        dataset = _open_path(name, options, split, images)
+        dataset = _open_path(name, options, split, images, commits)
     if limit is None or limit >= len(dataset):
         return dataset
     return ChosenSamples(dataset, range(limit), name=f"{dataset.name}[:{limit}]")
@@ -152,11 +163,13 @@ def _answer_kind(answer: str) -> str:
     return "number" if word.isdigit() else "other"
 
 
-def _open_path(name: str, options: Mapping[str, str], split: str, images: Path | None) -> Dataset:
+def _open_path(
+    name: str, options: Mapping[str, str], split: str, images: Path | None, commits: Mapping[str, str]
+) -> Dataset:
     path, kind = Path(name), Path(name).suffix.lower()
     if kind in MIXTURES and path.is_file():
         _refuse_options(name, options)
-        return open_mixture(path, split=split, images=images, open_part=open_dataset)
+        return open_mixture(path, split=split, images=images, open_part=partial(open_dataset, commits=commits))
     if kind in (".json", ".jsonl", ".ndjson", *SUFFIXES) and path.is_file():
         _refuse_options(name, options)
         return open_file(path, images=images)
@@ -176,6 +189,7 @@ def _open_path(name: str, options: Mapping[str, str], split: str, images: Path |
         root = image_folder(images, paths[0])
         return ParquetDataset([LocalParquet(p) for p in paths], name=path.name, where=name, image_root=root)
     if not path.exists() and kind not in FILE_ENDINGS and (hub := hub_name(name)) is not None:
+        hub = HubName(hub.repository, hub.revision or commits.get(hub.repository, ""))
         return open_name(hub, choice, streaming=_flag(options, "streaming"))
     state = "is of an unknown kind" if path.exists() else "does not exist"
     raise DataError(f"data {name!r} {state}; expected {FORMS}")

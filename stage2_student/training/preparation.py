@@ -24,7 +24,7 @@ from vlm_distill_cache.common.tools.merge import refuse_different
 from vlm_distill_cache.data.families.inputs import known_positions
 from vlm_distill_cache.data.registry import open_dataset
 from vlm_distill_cache.data.sample import Dataset
-from vlm_distill_cache.data.sources.mixture import deal, is_mixture, own_caches, read_mixture
+from vlm_distill_cache.data.sources.mixture import Part, deal, is_mixture, own_caches, read_mixture
 from vlm_distill_cache.data.text.encoding import SampleEncoder
 from vlm_distill_cache.data.text.templates import PromptTemplate, get_template
 from vlm_distill_cache.stage2_student.batches.dataset import (
@@ -114,39 +114,51 @@ def open_cached_data(cache: TeacherCache, *, data: str | None, images: str | Non
             "pass --data (and --images)"
         )
     folder = None if images is None else Path(images)
+    commits = _commits_of(cache)
     if data is not None and is_mixture(data):
         return _open_mixture_for(cache, data, folder)
-    spec = _as_it_was(spec, described)
     *choices, (split, limit) = splits_and_limits(cache)
     for other_split, other_limit in choices:  # merged of parts of one data set, or of several
         with contextlib.suppress(DataError):  # a split of another of them
-            dataset = open_dataset(spec, split=other_split, images=folder, limit=other_limit)
+            dataset = open_dataset(spec, split=other_split, images=folder, limit=other_limit, commits=commits)
             if dataset.fingerprint() in merged_fingerprints(cache):
                 return dataset
-    return open_dataset(spec, split=split, images=folder, limit=limit)
+    return open_dataset(spec, split=split, images=folder, limit=limit, commits=commits)
 
 
-def _as_it_was(spec: str, described: Mapping[str, Any]) -> str:
-    """A data set of the hub at the commit that the cache was built from, where no other is named."""
-    repository, revision = described.get("repository"), described.get("revision")
-    name, _, options = spec.partition(":")
-    if not revision or name != repository or Path(name).exists():
-        return spec
-    return f"{name}@{revision}{f':{options}' if options else ''}"
+def _commits_of(cache: TeacherCache) -> dict[str, str]:
+    """The commits of the hub's data sets that a cache was built from: they are read again, whatever came since."""
+    described = cache.plan.data
+    found = [described]
+    for name in ("mixture", "parts"):
+        listed = described.get(name)
+        found += [part for part in listed if isinstance(part, dict)] if isinstance(listed, list) else []
+    return {
+        str(part["repository"]): str(part["revision"]) for part in found if {"repository", "revision"} <= part.keys()
+    }
 
 
 def _open_mixture_for(cache: TeacherCache, data: str, folder: Path | None) -> Dataset:
     """What of a mixture a cache was built from: all of it, or one of its entries where each has a cache."""
     entries = read_mixture(Path(data))
-    split, limit = splits_and_limits(cache)[-1]
     if entries[0].cache is not None:
         for entry in entries:
-            dataset = open_dataset(
-                entry.data, split=entry.split or split, images=entry.images or folder, limit=entry.limit or limit
-            )
+            dataset = _open_entry(entry, cache, folder)
             if dataset.fingerprint() == cache.plan.fingerprints.get("data"):
                 return dataset
-    return open_dataset(data, split=split, images=folder, limit=limit)
+    split, limit = splits_and_limits(cache)[-1]
+    return open_dataset(data, split=split, images=folder, limit=limit, commits=_commits_of(cache))
+
+
+def _open_entry(entry: Part, cache: TeacherCache, folder: Path | None) -> Dataset:
+    split, limit = splits_and_limits(cache)[-1]
+    return open_dataset(
+        entry.data,
+        split=entry.split or split,
+        images=entry.images or folder,
+        limit=entry.limit or limit,
+        commits=_commits_of(cache),
+    )
 
 
 class _Part(NamedTuple):
@@ -174,9 +186,7 @@ def _open_parts(phase: PhaseConfig, caches: Mapping[str, TeacherCache]) -> list[
     for at, entry in zip(places, read_mixture(Path(str(phase.data))), strict=True):
         if at != place:
             refuse_different(caches[place], caches[at], "read together")
-        split, limit = splits_and_limits(caches[at])[-1]
-        folder = entry.images or (None if phase.images is None else Path(phase.images))
-        dataset = open_dataset(entry.data, split=entry.split or split, images=folder, limit=entry.limit or limit)
+        dataset = _open_entry(entry, caches[at], None if phase.images is None else Path(phase.images))
         check_data(caches[at], dataset)
         parts.append(_Part(at, caches[at], dataset, entry.weight))
     return parts

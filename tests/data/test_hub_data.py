@@ -4,6 +4,7 @@ import io
 import json
 import multiprocessing
 import pickle
+from types import SimpleNamespace
 
 import huggingface_hub.constants
 import PIL.Image
@@ -155,16 +156,33 @@ def test_a_forked_process_streams_too(hub):
     process.join()
 
 
-def test_stage_two_takes_the_commit_of_the_cache(hub):
-    from vlm_distill_cache.stage2_student.training.preparation import _as_it_was
-
+def test_a_commit_is_read_again_where_no_revision_is_named(hub, tmp_path):
     first = hub.publish("org/name", {"x.parquet": parquet("old")})
-    described = open_dataset("org/name").origin
-    hub.publish("org/name", {"x.parquet": parquet("new")})
-    assert answers(open_dataset(_as_it_was("org/name", described))) == ["old"]
-    assert _as_it_was("org/name:split=train", described) == f"org/name@{first}:split=train"
-    for spec in ("org/name@main", "org/other", "x.json"):
-        assert _as_it_was(spec, described) == spec
+    second = hub.publish("org/name", {"x.parquet": parquet("new")})
+    commits = {"org/name": first}
+    assert answers(open_dataset("org/name", commits=commits)) == ["old"]
+    assert answers(open_dataset("org/name:split=train", commits=commits)) == ["old"]
+    assert answers(open_dataset("org/name@main", commits=commits)) == ["new"]
+    (tmp_path / "mixture.yaml").write_text("- org/name\n")
+    mixture = open_dataset(str(tmp_path / "mixture.yaml"), commits=commits)
+    assert answers(mixture) == ["old"]
+    part = {"name": "org/name", "samples": 1, "repository": "org/name", "revision": first}
+    assert mixture.origin == {"mixture": [part]}
+    assert open_dataset("org/name").origin["revision"] == second
+
+
+def test_a_cache_tells_the_commits_of_its_data():
+    from vlm_distill_cache.stage2_student.training.preparation import _commits_of
+
+    def commits(**data):
+        return _commits_of(SimpleNamespace(plan=SimpleNamespace(data=data)))
+
+    one, other = ({"repository": f"org/{name}", "revision": name * 40} for name in "ab")
+    expected = {"org/a": "a" * 40, "org/b": "b" * 40}
+    assert commits(**one) == {"org/a": "a" * 40}
+    assert commits(mixture=[one, {"name": "x.json"}, other]) == expected
+    assert commits(parts=[one, other]) == expected
+    assert commits(name="shapes") == {}
 
 
 def test_a_hub_that_breaks_off_is_no_fault_of_a_sample(hub, monkeypatch):

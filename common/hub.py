@@ -14,6 +14,7 @@ import re
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,7 @@ from vlm_distill_cache.common.printing import one_line
 
 logger = logging.getLogger(__name__)
 _NAME = re.compile(r"(?P<repository>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>[^\s@]+))?", re.ASCII)
+_EVERY_S = 30.0  # between lines of progress
 _LONGEST = 96  # characters of each part
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _WEB = re.compile(
@@ -111,8 +113,10 @@ def model_folder(given: str | Path, *, what: str, check: Callable[[Path], object
     path = Path(given)
     if path.is_dir():
         return _local_folder(path, what)
+    if path.exists():  # a file: who reads it says best what it is, and what to give instead
+        return HubFolder(path, path.name, "")
     name = hub_name(given)
-    if name is None or path.exists():
+    if name is None:
         raise ModelError(_no_folder(given, what))
     return _folder_of_hub(name, what, check)
 
@@ -304,17 +308,27 @@ class _StoppedError(Exception):
 
 
 def _bars(stopped: threading.Event) -> type[tqdm[Any]]:
-    """Progress bars of a download, on a terminal alone and of the first of several processes; each piece passes here."""
+    """Progress of a download, of which each piece passes here: bars on a terminal, else a line every 30 s.
+
+    Of several processes the first one alone shows it: the others log errors only.
+    """
     hidden = not sys.stderr.isatty() or not logger.isEnabledFor(logging.INFO)
+    said = [time.monotonic()]
 
     class Bar(tqdm):
         def __init__(self, *args: Any, **options: Any) -> None:
             options.pop("name", None)
+            self.done, self.counts_bytes = options.get("initial") or 0, options.get("unit") == "B"
             super().__init__(*args, **options | {"disable": hidden, "leave": False})
 
         def update(self, n: float | None = 1) -> bool | None:
             if stopped.is_set():
                 raise _StoppedError
+            self.done += n or 0
+            if hidden and self.counts_bytes and time.monotonic() - said[0] >= _EVERY_S:
+                said[0] = time.monotonic()
+                done, total = (tqdm.format_sizeof(size, "B") for size in (self.done, self.total or 0))
+                logger.info("downloading: %s of %s", done, total)
             return super().update(n)
 
     Bar.set_lock(threading.RLock())
@@ -382,8 +396,8 @@ def _explain(error: Exception, name: HubName, what: str, kind: str) -> DistillEr
     if status is not None and status < 500:
         return TransferError(f"{what} {name}: the hub ({constants.ENDPOINT}) refuses: {reason}; {AGAIN}")
     return TransferError(
-        f"{what} {name}: the hub ({constants.ENDPOINT}) cannot be reached, or broke off ({reason}); {AGAIN}; without a "
-        f"network give a folder, or {_elsewhere(name)}"
+        f"{what} {name}: no such folder, and the hub ({constants.ENDPOINT}) cannot be reached, or broke off ({reason}); "
+        f"{AGAIN}; without a network give a folder, or {_elsewhere(name)}"
     )
 
 
@@ -397,8 +411,6 @@ def _elsewhere(name: HubName) -> str:
 
 def _no_folder(given: str, what: str) -> str:
     """Both readings of a name that is neither a folder nor a repository's name."""
-    if Path(given).exists():
-        return f"{what} {given}: is a file; give the folder that holds config.json, weights and tokenizer"
     if web := _WEB.fullmatch(given):
         revision = web[2] or web[3]
         return f"{what} {given}: an address; type {web[1]}{f'@{revision}' if revision else ''}"

@@ -11,11 +11,12 @@ from typing import Any
 
 import click
 
-from vlm_distill_cache.common.config import config_from_dict
+from vlm_distill_cache.common.config import config_from_dict, read_yaml
 from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, TransferError
 from vlm_distill_cache.common.files.atomic import write_json_atomic
 from vlm_distill_cache.common.hub import model_folder
 from vlm_distill_cache.common.opening import open_cache
+from vlm_distill_cache.common.recipes import recipe_summary, split_recipe
 from vlm_distill_cache.common.terminal.command_line import (
     CONFIG,
     FOLDER,
@@ -81,8 +82,8 @@ _training_options = shared_options(
 )
 
 
-def _load(options: dict[str, Any]) -> TrainConfig:
-    """The configuration that the options shared by several commands give."""
+def _load(options: dict[str, Any]) -> tuple[TrainConfig, str]:
+    """The configuration that the options shared by several commands give, and what of it is a recipe's."""
     config, overrides, cache, phases, seed = (
         options.pop(name) for name in ("config", "overrides", "cache", "phases", "seed")
     )
@@ -94,14 +95,16 @@ def _load(options: dict[str, Any]) -> TrainConfig:
         if unknown := [name for name in names if name not in PHASE_NAMES]:
             raise ConfigError(f"phases: {unknown[0]!r} is none of {', '.join(PHASE_NAMES)}")
         given.append(f"phases=[{', '.join(names)}]")
-    return runs.load_run_config(config, [*given, *overrides], cache=cache)
+    settings = runs.load_run_config(config, [*given, *overrides], cache=cache)
+    recipe, _, _ = split_recipe(read_yaml(config), overrides)
+    return settings, "" if recipe is None else recipe_summary(recipe, "stage_two", settings)
 
 
 @main.command()
 @_training_options
 def train(**options: Any) -> None:
     """Train one student through its phases, or resume it."""
-    settings = _load(options)
+    settings, of_recipe = _load(options)
 
     from vlm_distill_cache.stage2_student.training.log import summarise
     from vlm_distill_cache.stage2_student.training.preparation import cache_notes
@@ -120,6 +123,8 @@ def train(**options: Any) -> None:
     result = runs.train_alone(settings, caches=caches)
     if result.log:
         click.echo(summarise(result.log))
+        if of_recipe:
+            click.echo(of_recipe)
         click.echo(f"Student: {result.final}")
         if not in_run:
             click.echo(f"Next: distill evaluate {quoted(result.final)} --cache {quoted(settings.cache)}")
@@ -131,7 +136,7 @@ def train(**options: Any) -> None:
 @click.option("--teacher", help="The teacher that a student pruned:KEEP is cut out of: a folder or a name on the hub.")
 def run(*, nproc: int, **options: Any) -> None:
     """Train `sft`, the baseline without a teacher, and the distilled student; score both, write the report."""
-    settings = _load(options)
+    settings, of_recipe = _load(options)
     launch = enter_launch()
     if launch.size > 1:
         raise ConfigError(
@@ -147,6 +152,8 @@ def run(*, nproc: int, **options: Any) -> None:
         click.echo(f"Done in {summary.seconds:.0f} s.")
     else:
         click.echo(f"Everything in {summary.output} is up to date.")
+    if of_recipe:
+        click.echo(of_recipe)
     click.echo(f"Report: {summary.report}")
     click.echo(f"Next: distill export {quoted(summary.output / 'distilled' / 'final')} --output FOLDER")
 

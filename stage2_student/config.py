@@ -13,6 +13,8 @@ from vlm_distill_cache.stage2_student.pruned_folder import kept_share, pruning_r
 
 PhaseName = Literal["dpt", "dft", "sft"]
 Schedule = Literal["cosine", "constant"]
+RateName = Literal["lr", "projector_lr", "tower_lr"]
+RATES: tuple[RateName, ...] = ("lr", "projector_lr", "tower_lr")
 PHASE_NAMES: tuple[PhaseName, ...] = ("dpt", "dft", "sft")
 # A student should be clearly smaller than its teacher: widths up to each bound get the size beside it. The
 # published pairing is teacher MobileVLM_V2-7B (4096) -> student V2-1.7B.
@@ -44,11 +46,14 @@ class PhaseConfig:
         batch_size: Samples per optimizer step, over all processes and micro-batches.
         micro_batch_size: Most samples in one forward pass of one process; none: no limit.
         lr: Peak learning rate.
+        projector_lr: That of the projector side; none: ``lr``. LLaVA-1.5 takes 2e-5 beside 2e-4 for its adapters.
+        tower_lr: That of the vision tower where ``trainable=tower``; none: ``lr``.
         warmup: Share of the steps during which the learning rate rises, in [0, 1).
         schedule: Learning rate after the warm-up.
         weight_decay: Weight decay of matrices; vectors have none.
-        trainable: ``projector`` (the student's projector side), ``all`` (the language model too), or ``lora``
-            (the projector side, and low-rank adapters in the language model). The vision tower is always frozen.
+        trainable: ``projector`` (the student's projector side), ``all`` (the language model too), ``lora`` (the projector
+            side, and low-rank adapters in the language model), or ``tower`` (``all`` and the vision tower, which is frozen
+            otherwise; not with the teacher's projector, ``taf``).
         freeze: Parts named by ``trainable`` that are not trained after all: ``projector``, ``embeddings`` (of tokens),
             ``lm_head`` (the output projection; where it is tied to the embedding, freezing one freezes both).
         losses: Weights and kinds of the losses.
@@ -62,10 +67,12 @@ class PhaseConfig:
     batch_size: int = 16
     micro_batch_size: int | None = None
     lr: float = 2e-3
+    projector_lr: float | None = None
+    tower_lr: float | None = None
     warmup: float = 0.03
     schedule: Schedule = "cosine"
     weight_decay: float = 0.0
-    trainable: Literal["projector", "all", "lora"] = "all"
+    trainable: Literal["projector", "all", "lora", "tower"] = "all"
     freeze: tuple[Literal["projector", "embeddings", "lm_head"], ...] = ()
     losses: LossWeights = field(default_factory=LossWeights)
     data: str | None = None
@@ -80,12 +87,24 @@ class PhaseConfig:
         _within(self, "epochs", 0, MOST, "passes")
         _within(self, "batch_size", 1, MOST_SAMPLES, "samples")
         _within(self, "micro_batch_size", 1, None, "samples")
-        require(0 < self.lr < math.inf, "lr", self.lr, "a finite number above 0")
+        for name, rate in self.rates.items():
+            require(0 < rate < math.inf, name, rate, "a finite number above 0")
         require(0 <= self.warmup < 1, "warmup", self.warmup, "a share of the steps in [0, 1)")
         require(0 <= self.weight_decay < math.inf, "weight_decay", self.weight_decay, "0 or more, finite")
         nothing = self.trainable == "projector" and "projector" in self.freeze
         need = "without projector where trainable is projector: nothing would be trained"
         require(not nothing, "freeze", self.freeze, need)
+        frozen = self.projector_lr is not None and "projector" in self.freeze
+        require(not frozen, "projector_lr", self.projector_lr, "unset where freeze names the projector")
+        no_tower = self.tower_lr is not None and self.trainable != "tower"
+        require(
+            not no_tower, "tower_lr", self.tower_lr, "unset where trainable is not tower: the vision tower is frozen"
+        )
+
+    @property
+    def rates(self) -> dict[RateName, float]:
+        """Peak learning rates by name: ``lr``, and those of parts that have their own."""
+        return {name: rate for name in RATES if (rate := getattr(self, name)) is not None}
 
     def step_count(self, samples: int) -> int:
         """Optimizer steps of this phase over ``samples`` samples."""
@@ -301,12 +320,15 @@ def describe(config: TrainConfig, cache_hashes: Mapping[str, str]) -> dict[str, 
         # Cut out of its teacher on the way: what it is, not where the run has put it.
         described["student"] = pruned
     for name in PHASE_NAMES:
-        described[name]["cache"] = cache_hashes.get(described[name]["cache"])
-        phase = config.phase(name)
-        if weights := mixture_weights(phase.data):
-            described[name]["weights"] = weights
-        if name in config.phases and (places := own_caches(phase.data, str(phase.cache))):
-            described[name]["caches"] = [cache_hashes.get(place) for place in places]
+        phase, given = described[name], config.phase(name)
+        phase["cache"] = cache_hashes.get(phase["cache"])
+        for rate in RATES[1:]:
+            if phase[rate] is None:
+                del phase[rate]  # as runs had it before parts could have rates of their own
+        if weights := mixture_weights(given.data):
+            phase["weights"] = weights
+        if name in config.phases and (places := own_caches(given.data, str(given.cache))):
+            phase["caches"] = [cache_hashes.get(place) for place in places]
     return described
 
 

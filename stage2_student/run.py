@@ -173,11 +173,11 @@ def with_pruned_student(
         return config
     folder = Path(config.output) / FOLDER
     if folder.is_dir():
-        say(f"{config.student}: cut out of {config.teacher} already")
+        say(f"{config.student}: cut out of {public_name(config.teacher or '')} already")
     else:
         from vlm_distill_cache.stage2_student.prune.for_run import prune_for_cache  # torch
 
-        say(f"{config.student}: cutting it out of {config.teacher}")
+        say(f"{config.student}: cutting it out of {public_name(config.teacher or '')}")
         say(prune_for_cache(config, caches[str(config.phase(config.phases[0]).cache)], folder, keep=keep))
     return replace(config, student=str(folder))
 

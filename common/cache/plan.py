@@ -26,6 +26,7 @@ STORE_NAMES = ("zarr", "webdataset")
 MAX_SHARDS = 5_000  # two names each in shards/: stays below 10,000 entries a folder
 MAX_SHARD_SAMPLES = 1_000_000
 DESCRIPTIVE = ("name", "revision", "license", "cache_license", "source")  # in `teacher` and `data`: for people only
+LONG_SAMPLES = "long_samples"  # in `extra`: "truncate" where long samples were cut; absent where they were refused
 THREADS = "threads"  # in `extra`: CPU threads of the arithmetic, on which the last bits depend
 BASE = "base"  # the name under which BASE_FIELDS are reported beside the signals
 _OBJECTS = ("signals", "fingerprints", "template", "teacher", "data", "geometry", "extra")
@@ -134,6 +135,13 @@ class Plan:
     def hash(self) -> str:
         """Fingerprint of the whole plan."""
         return fingerprint(self.to_dict())
+
+
+def cut_words(plan: Plan) -> str:
+    """What became of samples that were too long, where they were not refused; else nothing."""
+    if plan.extra.get(LONG_SAMPLES) != "truncate":
+        return ""
+    return f"samples of more than {plan.extra.get('max_length')} tokens were cut at their end"
 
 
 def write_plan(cache_dir: Path, plan: Plan) -> None:

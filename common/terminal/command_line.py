@@ -266,7 +266,8 @@ OVERRIDES = click.option(
     "overrides",
     multiple=True,
     metavar="KEY=VALUE",
-    help="Any option of the YAML file; repeatable. Misspelt options suggest the closest match.",
+    help="Any option of the YAML file, or recipe=NAME: a publication's options, under yours; repeatable. Misspelt options "
+    "suggest the closest match.",
 )
 
 

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 from vlm_distill_cache.common.errors import DataError, SampleError
 from vlm_distill_cache.data.sample import resolve_ids
-from vlm_distill_cache.data.sources.conversations import FORMS, has_text
+from vlm_distill_cache.data.sources.conversations import FORMS, are_columns
 from vlm_distill_cache.data.sources.entries import EntryDataset
 from vlm_distill_cache.data.sources.json_text import decode, is_plain
 from vlm_distill_cache.data.sources.pictures import image_folder
@@ -35,13 +35,14 @@ class CsvDataset(EntryDataset):
         self.image_root = image_folder(images, path)
         self._rows = CsvRows(path)
         header = self._rows.header
-        if not has_text(dict.fromkeys(header, "?")):
+        if not are_columns(header, pictures=False):
             raise DataError(f"{path}: its header has none of {FORMS}; it has {header[:12]}")
         named = next((header.index(name) for name in _IDS if name in header), None)
         ids = self._rows.scan(named)
         self.sample_ids, self.odd_ids = resolve_ids(ids, where=str(path))
         if not self.sample_ids:
             raise DataError(f"{path} holds no row under its header; nothing to learn from")
+        self.tell_unread()
 
     def read(self, index: int) -> Mapping[str, Any]:
         """The entry at ``index``."""

@@ -242,8 +242,7 @@ def _asking(name: HubName) -> Iterator[None]:
         with explained_hub_errors(name, "data", kind="dataset"):
             yield
     except (ModelError, TransferError) as error:
-        said = str(error).replace("there is no such folder", "there is no such file or folder")
-        said = said.replace(f"data {name}: the hub", f"data {name}: there is no such file or folder, and the hub")
+        said = str(error).replace("no such folder", "no such file or folder")
         said = said.replace(f"hf download {name.repository}", f"hf download {name.repository} --repo-type dataset")
         raise (DataError if isinstance(error, ModelError) else TransferError)(said) from error
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from vlm_distill_cache.common.errors import DataError, SampleError
 from vlm_distill_cache.data.sample import resolve_ids
-from vlm_distill_cache.data.sources.conversations import FORMS, brief_keys, has_text
+from vlm_distill_cache.data.sources.conversations import FORMS, brief_keys, is_entry
 from vlm_distill_cache.data.sources.csv_rows import CsvRows
 from vlm_distill_cache.data.sources.entries import EntryDataset
 from vlm_distill_cache.data.sources.json_text import decode, parse
@@ -50,11 +50,12 @@ class ImageFolderDataset(EntryDataset):
         if not pictures:
             raise DataError(f"{where}: no row has {_ONE!r} or {_SEVERAL!r}, which name its pictures")
         first = self._entries[0]
-        if not any(isinstance(entry, dict) and has_text(entry) for entry in self._entries):
+        if not any(isinstance(entry, dict) and is_entry(entry) for entry in self._entries):
             said = brief_keys(first) if isinstance(first, dict) else brief(first)
             raise DataError(f"{where}: no row has {FORMS}, or 'text' for a caption; the first has {said}")
         ids = ((entry.get("id") if isinstance(entry, dict) else None, entry) for entry in self._entries)
         self.sample_ids, self.odd_ids = resolve_ids(ids, where=where)
+        self.tell_unread()
 
     def read(self, index: int) -> Mapping[str, Any]:
         """The entry at ``index``."""
@@ -105,7 +106,7 @@ def _entry(row: Any, folder: str) -> tuple[Any, dict[str, list[str]]]:
         paths = [_joined(folder, item) if isinstance(item, str) else item for item in values]
         entry[name] = paths if several else paths[0]
         named[name] = [path for path in paths if isinstance(path, str)]
-    if isinstance(entry.get("text"), str) and not has_text(entry):
+    if isinstance(entry.get("text"), str) and not is_entry(entry):
         entry["caption"] = entry.pop("text")
     return entry, named
 

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from vlm_distill_cache.common.errors import DataError, SampleError
 from vlm_distill_cache.data.sample import resolve_ids
-from vlm_distill_cache.data.sources.conversations import FORMS, has_text
+from vlm_distill_cache.data.sources.conversations import FORMS, are_columns
 from vlm_distill_cache.data.sources.entries import EntryDataset
 from vlm_distill_cache.data.sources.pictures import says_none
 
@@ -55,15 +55,15 @@ class TableDataset(EntryDataset):
         self.picture_keys = frozenset(column for column in columns if "Image" in kinds[column])
         self._unread = {column: kind for column in columns for kind in _UNREAD & kinds[column]}
         self._labels = {column: table.features[column] for column in columns if "ClassLabel" in kinds[column]}
-        # A question without an answer is each row's error, which says so.
-        if not (has_text(dict.fromkeys(columns, "?")) or "question" in columns):
-            raise DataError(f"{where}: none of the columns of {FORMS} found; it has {columns}")
+        if not are_columns(columns, pictures=bool(self.picture_keys)):
+            raise DataError(f"{where}: expected columns {FORMS}; it has {columns}")
         named = next((column for column in _ID_COLUMNS if column in columns), None)
         # Rows without an id are numbered: their content would have to be read in full to hash it.
         rows: Sequence[Any] = (
             [f"row-{index:08d}" for index in range(len(table))] if named is None else table.column(named)
         )
         self.sample_ids, self.odd_ids = resolve_ids(((row, index) for index, row in enumerate(rows)), where=where)
+        self.tell_unread()
 
     def read(self, index: int) -> Mapping[str, Any]:
         """The row at ``index``, labels by their names."""

@@ -6,7 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from vlm_distill_cache.common.cache.plan import THREADS, Plan
+from vlm_distill_cache.common.cache.plan import LONG_SAMPLES, THREADS, Plan
 from vlm_distill_cache.common.cache.schema import FORMAT_VERSION, Field
 from vlm_distill_cache.common.cache.shared_images import with_visual_source
 from vlm_distill_cache.common.cache.side_files import MANIFEST
@@ -20,7 +20,7 @@ from vlm_distill_cache.data.families.inputs import known_positions, text_config
 from vlm_distill_cache.data.families.unusable import refuse_config
 from vlm_distill_cache.data.sample import Dataset
 from vlm_distill_cache.data.sources.grouping import GroupedByImage
-from vlm_distill_cache.data.text.encoding import SampleEncoder
+from vlm_distill_cache.data.text.encoding import LongSamples, SampleEncoder
 from vlm_distill_cache.data.text.templates import get_template
 from vlm_distill_cache.stage1_teacher.config import BuildConfig
 from vlm_distill_cache.stage1_teacher.loop.signals import EXTRACTORS, Sizes, build_codecs
@@ -174,13 +174,16 @@ def teacher_directory(*, teacher: str, data: str, scratch: Path, cache: Path | N
     return demo_teacher_for(name, scratch)
 
 
-def build_encoder(teacher: Teacher, *, template: str, max_length: int) -> SampleEncoder:
+def build_encoder(
+    teacher: Teacher, *, template: str, max_length: int, long_samples: LongSamples = "refuse"
+) -> SampleEncoder:
     """Build the function from a sample to the teacher's input.
 
     Args:
         template: Template name, or ``auto``: what the teacher's ``training.json`` names (built-in teachers
             do), else its family's.
         max_length: Longest sequence in tokens; 0: `automatic_length`.
+        long_samples: What becomes of longer ones.
     """
     if template == "auto":
         template = teacher.training.get("template") or teacher.family.template
@@ -191,6 +194,7 @@ def build_encoder(teacher: Teacher, *, template: str, max_length: int) -> Sample
         image_token_id=teacher.image_token_id,
         max_length=max_length or automatic_length(teacher),
         positions=known_positions(teacher.config),
+        long_samples=long_samples,
     )
 
 
@@ -311,6 +315,7 @@ def make_plan(
         geometry=geometry,
         extra={
             "max_length": encoder.max_length,
+            **({} if encoder.long_samples == "refuse" else {LONG_SAMPLES: encoder.long_samples}),
             **({THREADS: config.threads} if config.threads else {}),
             **({"order": dataset.describe()} if isinstance(dataset, GroupedByImage) else {}),
         },

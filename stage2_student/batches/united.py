@@ -48,6 +48,13 @@ class UnitedDataset:
         """Whether any sample has a picture."""
         return any(part.has_pictures() for part in self._parts)
 
+    def first_picture(self) -> int | None:
+        """The position of the first sample with a picture; None if there is none."""
+        for part, start in zip(self._parts, self._starts, strict=False):
+            if (place := part.first_picture()) is not None:
+                return place + start
+        return None
+
     def student_groups(self, depth: int) -> Groups:
         """The layers of a student that meet the groups of its batches."""
         return self._parts[0].student_groups(depth)

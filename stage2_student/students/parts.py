@@ -119,7 +119,8 @@ def _library_parts(config: TrainConfig, folder: Path) -> StudentParts:
     if config.projector is not None or config.pool_teacher_tokens:
         raise ConfigError(
             f"projector={config.projector}, pool_teacher_tokens={config.pool_teacher_tokens}: student {folder} "
-            "is a model of the library with a projector of its own; leave both unset, or use student=mobilevlm"
+            "is a model of the library with a projector of its own; leave both unset (projector=null with a recipe), or use "
+            "student=mobilevlm"
         )
     opened = open_library_student(folder)
     model = opened.model

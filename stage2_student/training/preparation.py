@@ -32,6 +32,7 @@ from vlm_distill_cache.stage2_student.batches.dataset import (
     SampleMemory,
     merged_fingerprints,
     splits_and_limits,
+    was_cut,
 )
 from vlm_distill_cache.stage2_student.batches.layers import match_groups
 from vlm_distill_cache.stage2_student.batches.sampler import ShardShuffle
@@ -43,6 +44,7 @@ from vlm_distill_cache.stage2_student.resolve import open_caches
 from vlm_distill_cache.stage2_student.students.encoder import describe_encoder, longest_sequence
 from vlm_distill_cache.stage2_student.students.model import StudentModel, vocabulary_rows
 from vlm_distill_cache.stage2_student.students.parts import StudentParts, open_parts
+from vlm_distill_cache.stage2_student.students.tower import check_tower_is_free, tower_parameters
 from vlm_distill_cache.stage2_student.training.checks import (
     check_data,
     check_geometry,
@@ -68,6 +70,7 @@ class PreparedPhase:
     """One phase, ready to run.
 
     Attributes:
+        tower: Names of the vision tower's parameters that are trained; none unless ``trainable`` is ``tower``.
         expect: Told which shards are read soon; None for a cache that is here.
     """
 
@@ -77,6 +80,7 @@ class PreparedPhase:
     dataset: CachedDataset | UnitedDataset
     shuffle: ShardShuffle
     objective: Objective
+    tower: tuple[str, ...] = ()
     expect: Callable[[Iterable[int]], None] | None = None
 
 
@@ -310,6 +314,38 @@ def count_beyond_vocabulary(phases: Iterable[PreparedPhase]) -> dict[str, int]:
     }
 
 
+def _trained_tower(parts: StudentParts, dataset: CachedDataset | UnitedDataset, phase: str) -> tuple[str, ...]:
+    """What of the vision tower a phase trains.
+
+    Raises:
+        ConfigError: If the tower must stay as it is, or no sample has a picture.
+    """
+    check_tower_is_free(parts.model, phase=phase, where=parts.where)
+    place = dataset.first_picture()
+    if place is None:
+        raise ConfigError(
+            f"phase {phase}: trainable=tower, but no sample that is trained on has a picture: nothing would reach the tower; "
+            f"set {phase}.trainable=all"
+        )
+    return tower_parameters(parts.model, dataset.batch((place,)).inputs)
+
+
+def _reading(
+    encoder: SampleEncoder, template: PromptTemplate, cache: TeacherCache, *, compares: bool, limited: bool
+) -> SampleEncoder:
+    """A student's encoder for the samples of one cache.
+
+    Args:
+        compares: Whether it reads the teacher's own tokens, so that it is cut where the teacher was.
+        limited: Whether the run itself says how long a sequence may be.
+    """
+    if not was_cut(cache):
+        return replace(encoder, template=template)
+    # The teacher's text to its limit, and the student's own number of visual tokens.
+    more = encoder.image_encoder.token_count if compares and not limited else 0
+    return replace(encoder, template=template, long_samples="truncate", max_length=encoder.max_length + more)
+
+
 def _prepare_phases(
     config: TrainConfig, caches: Mapping[str, TeacherCache], encoder: SampleEncoder, parts: StudentParts
 ) -> tuple[PreparedPhase, ...]:
@@ -340,13 +376,16 @@ def _prepare_phases(
         # Phases of the same data share what is kept in memory; those with the same signals, their join.
         join = (*source, tuple(terms), match)
         if join not in joined:
+            compares = same_tokenizer(cache, parts.tokenizer) and template == PromptTemplate.from_dict(
+                cache.plan.template
+            )
             limits = _shares([len(part.dataset) for part in opened[source]], config)
             taken = [(part, limit) for part, limit in zip(opened[source], limits, strict=True) if limit != 0]
             memory = round(config.memory_gib * 2**30 / len(taken))
             datasets = [
                 CachedDataset(
                     part.dataset,
-                    replace(encoder, template=template),
+                    _reading(encoder, template, part.cache, compares=compares, limited=config.max_length is not None),
                     part.cache,
                     terms=terms,
                     pad_token_id=encoder.tokenizer.pad_token_id or 0,
@@ -354,8 +393,7 @@ def _prepare_phases(
                     memory=memories.setdefault((*source, part.place), SampleMemory(memory)),
                     shuffle_teacher_images=config.shuffle_teacher_images,
                     match=match,
-                    compare_labels=same_tokenizer(cache, parts.tokenizer)
-                    and template == PromptTemplate.from_dict(cache.plan.template),
+                    compare_labels=compares,
                     vocabulary=vocabulary_rows(parts.model),
                 )
                 for part, limit in taken
@@ -379,6 +417,7 @@ def _prepare_phases(
             shards=dataset.shards, seed=config.seed, window=config.shuffle_window, repeats=dataset.repeats(config.seed)
         )
         steps = phase.step_count(shuffle.length)
+        tower = _trained_tower(parts, dataset, name) if steps and phase.trainable == "tower" else ()
         if steps == 0:
             _log.info("phase %s has no steps and is left out", name)
         phases.append(
@@ -388,6 +427,7 @@ def _prepare_phases(
                 steps=steps,
                 dataset=dataset,
                 shuffle=shuffle,
+                tower=tower,
                 objective=Objective(losses=losses, groups=() if match is None else match.student, fits=fits),
                 expect=_expecting(opened[source]),
             )

@@ -1,6 +1,7 @@
 """Models by their names on the hub: the real client library talks to a hub of ours, online, offline and cut off."""
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -309,7 +310,7 @@ def test_a_hub_that_does_not_answer_is_given_up(hub: ModelHub, monkeypatch):
 def test_what_is_no_answer_of_a_hub_is_told_in_a_line(hub: ModelHub, fault: Fault):
     hub.publish("org/name", SAFE)
     hub.always = fault
-    with pytest.raises(TransferError, match=r"teacher org/name: the hub \(http") as error:
+    with pytest.raises(TransferError, match=r"teacher org/name: .*the hub \(http") as error:
         model_folder("org/name", what="teacher")
     assert "\n" not in str(error.value)
 
@@ -362,6 +363,15 @@ def test_settings_are_judged_before_the_weights_travel(hub: ModelHub):
     with pytest.raises(ModelError, match=r"^llava$"):
         model_folder("org/name", what="teacher", check=refuse)
     assert not [path for _, path, _ in hub.requests if path.endswith(".safetensors")]
+
+
+def test_where_nobody_watches_a_long_download_says_how_far_it_is(hub: ModelHub, monkeypatch, caplog):
+    hub.publish("org/name", SMALL | {"model.safetensors": b"w" * 2_000_000})
+    monkeypatch.setattr("vlm_distill_cache.common.hub._EVERY_S", 0)
+    caplog.set_level(logging.INFO)
+    model_folder("org/name", what="teacher")
+    assert "teacher: downloading org/name@" in caplog.text
+    assert "downloading: 2.00MB of 2.00MB" in caplog.text
 
 
 def test_of_several_processes_one_downloads(hub: ModelHub, tmp_path):

@@ -56,7 +56,8 @@ def test_a_cache_is_the_same_whichever_way_its_teacher_was_named(
     }
     assert f"{NAME} (revision `{commit}`, family" in (by_name / "README.md").read_text()
     assert f"{NAME}, revision {commit}, family llava" in describe_cache(by_name)
-    # Begun by one way, finished by the other.
+    # Begun by one way, finished by the other; what is there already is not fetched again.
+    hub.requests.clear()
     for cache, teacher in ((by_folder, NAME), (by_name, str(tiny_llava))):
         lost = next((cache / "shards").glob("*00000.json"))
         (cache / "manifest.json").unlink()
@@ -64,6 +65,11 @@ def test_a_cache_is_the_same_whichever_way_its_teacher_was_named(
         caplog.clear()
         assert build_cache(cache, limit=4, teacher=teacher).built == 1
         assert "not recorded" not in caplog.text
+    asked = {path for _, path, _ in hub.requests}
+    assert {path for path in asked if NAME in path} == {f"/api/models/{NAME}", f"/api/models/{NAME}/revision/main"}
+    assert not [
+        path for path in asked if NAME not in path and "agent" not in path
+    ]  # nor anything else by the libraries
     assert contents(by_folder).keys() == first.keys()
     assert contents(by_folder)["plan.json"] == first["plan.json"]
 
@@ -145,3 +151,4 @@ def test_the_command_line_tells_nothing_of_requests(hub: ModelHub, tiny_llava, t
     assert "HTTP" not in ran.stdout + ran.stderr
     assert ran.stderr.count(f"teacher: downloading {NAME}@") == 1
     assert "\r" not in ran.stderr
+    assert f"  teacher {NAME}@" in ran.stdout

@@ -172,7 +172,7 @@ def test_a_checkpoint_without_its_tower_says_what_to_download(tmp_path):
     changed = json.loads((folder / "config.json").read_text())
     changed |= {"mm_vision_tower": "openai/clip-vit-large-patch14-336", "mm_hidden_size": 1024}
     (folder / "config.json").write_text(json.dumps(changed))
-    with pytest.raises(ModelError, match=r"hold no vision tower.*download openai/clip-vit-large-patch14-336"):
+    with pytest.raises(ModelError, match=r"hold no vision tower.*--vision-tower openai/clip-vit-large-patch14-336"):
         load_published(folder)
 
 

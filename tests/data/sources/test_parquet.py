@@ -369,7 +369,7 @@ def test_no_row_and_missing_files_are_refused(tmp_path):
 
 
 def test_columns_without_text_are_refused(tmp_path):
-    with pytest.raises(DataError, match=r"none of the columns .* it has \['image', 'label'\]"):
+    with pytest.raises(DataError, match=r"expected columns .* it has \['image', 'label'\]"):
         open_dataset(str(write(tmp_path / "x.parquet", {"image": [png(1)], "label": [1]})))
 
 

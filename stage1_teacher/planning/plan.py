@@ -309,6 +309,7 @@ def make_plan(
             "name": dataset.name,
             "split": config.split,
             "limit": config.limit,
+            **dataset.origin,
             **given(license=config.data_license, cache_license=config.license, source=config.source),
         },
         geometry=geometry,

@@ -49,26 +49,17 @@ logger = logging.getLogger(__name__)
 SERVED = "it was served, and its weights were not at hand"
 
 
-class _WithRows:
+class _WithRows(Dataset):
     """A data set whose samples without a row fail before their pictures are opened."""
 
     def __init__(self, dataset: Dataset, rows: ServedRows) -> None:
         self.name, self.sample_ids = dataset.name, dataset.sample_ids
         self._dataset, self._rows = dataset, rows
 
-    def __len__(self) -> int:
-        return len(self._dataset)
-
     def __getitem__(self, index: int) -> Sample:
         if self.sample_ids[index] not in self._rows.places:
             raise SampleError(missing_reason())
         return self._dataset[index]
-
-    def image_keys(self) -> Sequence[str | None]:
-        return self._dataset.image_keys()
-
-    def fingerprint(self) -> str:
-        return self._dataset.fingerprint()
 
 
 @dataclass(kw_only=True)

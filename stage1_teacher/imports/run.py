@@ -148,7 +148,9 @@ def import_logprobs(
     directory = teacher_directory(teacher=config.teacher, data=config.data, scratch=cache_dir.parent, cache=cache_dir)
     teacher = ServedTeacher(directory, name=name)
     described = cast("Teacher", teacher)  # planning reads no more of it than a served one has
-    encoder = build_encoder(described, template=config.template, max_length=config.max_length)
+    encoder = build_encoder(
+        described, template=config.template, max_length=config.max_length, long_samples=config.long_samples
+    )
     codecs = codecs_for(config, described)
     join = TokenJoin(dataset, encoder)
     with ServedRows.of(files, dataset.sample_ids, join=join.samples_of) as rows:

@@ -258,8 +258,8 @@ def export(student: Path, output: Path, dtype: str) -> None:
 @click.option("--output", required=True, type=NewFolder(), help="Folder to write.")
 @click.option("--vision-tower", type=FOLDER, help="CLIP's folder, where the checkpoint does not hold its tower.")
 def import_checkpoint(checkpoint: Path, output: Path, vision_tower: Path | None) -> None:
-    """Write a published MobileVLM or CompoDistill as a student or teacher of ours: one folder, safetensors."""
-    from vlm_distill_cache.common.models.published import convert_published
+    """Write a published MobileVLM, CompoDistill or LLaVA-1.5 as a student or teacher of ours: one folder, safetensors."""
+    from vlm_distill_cache.common.models.convert import convert_published
 
     runs.set_up_libraries()
     convert_published(checkpoint, output, vision_tower=vision_tower)

@@ -32,6 +32,7 @@ _MARKS = ("mm_vision_tower", "mm_projector_type", "mm_hidden_size")
 _PROJECTOR_FILE, _TRAINED_FILE = "mm_projector.bin", "non_lora_trainables.bin"
 _PROJECTOR = "model.mm_projector."
 _DEPTHS = re.compile(r"mlp([1-9]\d?)x_gelu")
+_CLASSES = {"llava_mistral": "LlavaMistralForCausalLM", "llava_qwen": "LlavaQwenForCausalLM"}
 _CONVERTED = {  # by class: the same models in the library's layout
     "LlavaLlamaForCausalLM": "llava-hf/llava-v1.6-vicuna-7b-hf",
     "LlavaMistralForCausalLM": "llava-hf/llava-v1.6-mistral-7b-hf",
@@ -89,10 +90,10 @@ def refuse_other_llavas(stored: Mapping[str, Any], *, where: Path) -> None:
         ModelError: What it is, and what to take instead.
     """
     kind, made = stored.get("model_type"), stored.get("architectures")
-    name = str(made[0]) if isinstance(made, list) and made else "LlavaLlamaForCausalLM"
+    name = str(made[0]) if isinstance(made, list) and made else _CLASSES.get(str(kind), "LlavaLlamaForCausalLM")
     remedy = (
-        f"take the same model as converted by llava-hf (for example {_CONVERTED.get(name, 'llava-hf/llava-1.5-7b-hf')}), or "
-        "convert it with a script of transformers' repository (convert_llava_*_weights_to_hf.py in src/transformers/models)"
+        f"take the same model as converted by llava-hf (for example {_CONVERTED.get(name, 'llava-hf/llava-1.5-7b-hf')}), if "
+        "there is one"
     )
     what = f"{where}: a checkpoint in the original LLaVA layout (model_type {one_line(repr(kind), limit=60)})"
     if kind not in ("llava", "llava_llama") or name != "LlavaLlamaForCausalLM":

@@ -10,6 +10,7 @@ tensor at a time, so that a model in another precision never lies beside the who
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError  # the name of an error, nothing is unpickled
 from typing import Any
@@ -163,9 +164,7 @@ def _open_safetensors(path: Path) -> Weights:
         with safe_open(path, framework="pt") as file:
             # Mapped, not read: of each tensor only its description is looked at.
             found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return {
-                name: _stored(value, lambda name=name: _of_safetensors(path, name)) for name, value in found.items()
-            }
+            return {name: _stored(value, partial(_of_safetensors, path, name)) for name, value in found.items()}
     except (SafetensorError, OSError, ValueError) as error:
         raise ModelError(f"{path}: damaged or truncated safetensors file ({error}); download it again") from error
 
@@ -180,7 +179,11 @@ def _open_pickle(path: Path) -> Weights:
     found = _read_pickle(path)
     if not zipfile.is_zipfile(path):  # the format of old cannot be mapped: all of it has been read
         return dict(found)
-    return {name: _stored(value, lambda name=name: _read_pickle(path)[name]) for name, value in found.items()}
+    return {name: _stored(value, partial(_of_pickle, path, name)) for name, value in found.items()}
+
+
+def _of_pickle(path: Path, name: str) -> Tensor:
+    return _read_pickle(path)[name]
 
 
 def _stored(value: Tensor, read: Callable[[], Tensor]) -> StoredTensor:

@@ -15,7 +15,7 @@ from vlm_distill_cache.common.models.original_llava import (
     original_image_processor,
 )
 from vlm_distill_cache.common.models.parts import read_config
-from vlm_distill_cache.common.models.published import default_image_processor, is_published, open_published
+from vlm_distill_cache.common.models.published import default_image_processor, open_published
 from vlm_distill_cache.common.models.weight_files import weight_files
 
 SOURCE = "converted_from.json"
@@ -42,7 +42,7 @@ def convert_published(directory: Path, target: Path, *, vision_tower: Path | Non
     Raises:
         ModelError: If ``target`` holds anything else, or the original cannot be loaded.
     """
-    original = is_original_llava(directory) and not is_published(directory)
+    original = is_original_llava(directory)
     checkpoint = (open_original_llava if original else open_published)(directory, vision_tower=vision_tower)
     files = {"config.json": directory / "config.json"}
     files |= checkpoint.files or {path.name: path for path in weight_files(directory)}

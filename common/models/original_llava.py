@@ -22,6 +22,7 @@ from vlm_distill_cache.common.models.adapters import adapter_base, adapter_files
 from vlm_distill_cache.common.models.checkpoint import Checkpoint
 from vlm_distill_cache.common.models.llava import llava_class
 from vlm_distill_cache.common.models.parts import ADAPTER, read_config
+from vlm_distill_cache.common.models.published import is_published
 from vlm_distill_cache.common.models.published_configs import TOWER_PREFIX, drop_buffers, text_settings
 from vlm_distill_cache.common.models.towers import find_tower, holds_tower
 from vlm_distill_cache.common.models.vision_tower import tower_config
@@ -31,6 +32,10 @@ from vlm_distill_cache.common.printing import one_line
 _MARKS = ("mm_vision_tower", "mm_projector_type", "mm_hidden_size")
 _PROJECTOR_FILE, _TRAINED_FILE = "mm_projector.bin", "non_lora_trainables.bin"
 _PROJECTOR = "model.mm_projector."
+_PIXELS = (  # what decides pixels in the processor of a tower
+    "size", "crop_size", "resample", "image_mean", "image_std", "rescale_factor", "do_resize", "do_center_crop",
+    "do_rescale", "do_normalize",
+)  # fmt: skip
 _DEPTHS = re.compile(r"mlp([1-9]\d?)x_gelu")
 _CLASSES = {"llava_mistral": "LlavaMistralForCausalLM", "llava_qwen": "LlavaQwenForCausalLM"}
 _CONVERTED = {  # by class: the same models in the library's layout
@@ -43,7 +48,8 @@ _CONVERTED = {  # by class: the same models in the library's layout
 def is_original_llava(directory: Path) -> bool:
     """Whether a directory is in the original layout of LLaVA, to be read here or refused; by its ``config.json`` alone."""
     stored = read_config(directory)
-    return any(key in stored for key in _MARKS) and not isinstance(stored.get("vision_config"), dict)
+    marked = any(key in stored for key in _MARKS) and not isinstance(stored.get("vision_config"), dict)
+    return marked and not is_published(directory)
 
 
 def open_original_llava(directory: Path, *, vision_tower: Path | None = None) -> Checkpoint:
@@ -77,10 +83,8 @@ def open_original_llava(directory: Path, *, vision_tower: Path | None = None) ->
 def original_image_processor(stored: Mapping[str, Any], tower_processor: Any) -> Any:
     """The processor that treats pictures as the original code does, of its tower's: padded to a square, or cropped."""
     settings = tower_processor.to_dict()
-    kept = ("size", "crop_size", "resample", "image_mean", "image_std", "rescale_factor")
-    return LlavaImageProcessorPil(
-        **{name: settings[name] for name in kept}, do_pad=stored.get("image_aspect_ratio") == "pad"
-    )
+    same = {name: settings[name] for name in _PIXELS if settings.get(name) is not None}
+    return LlavaImageProcessorPil(**same, do_pad=stored.get("image_aspect_ratio") == "pad")
 
 
 def refuse_other_llavas(stored: Mapping[str, Any], *, where: Path) -> None:

@@ -147,7 +147,7 @@ class _Found(NamedTuple):
 
 def _look_through(directory: Path, vision_tower: Path | None) -> _Found:
     """What a directory holds, and whether it is all there."""
-    original = is_original_llava(directory) and not is_published(directory)
+    original = is_original_llava(directory)
     if original or is_published(directory):
         opening = open_original_llava if original else open_published
         checkpoint = opening(directory, vision_tower=vision_tower)

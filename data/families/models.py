@@ -318,6 +318,9 @@ def _load_library_model(directory: Path, model_class: Any, **options: Any) -> An
             f"{directory}: the weights hold layers that config.json does not name ({', '.join(beyond[:3])}), so a part of "
             "the model would be left out; take config.json and weights of one checkpoint"
         )
+    left = sorted(str(key) for key in loading["unexpected_keys"])
+    if left and options.get("device_map") == "meta":  # said once
+        logger.info("%s: %d weights are of no part of this model and stay unused: %s", directory, len(left), left[:3])
     return model
 
 

@@ -1,5 +1,6 @@
 """An original LLaVA from end to end: as a teacher, imported, and as a student."""
 
+import json
 import shutil
 
 import pytest
@@ -123,3 +124,25 @@ def test_a_librarys_weights_are_checked_by_name_and_shape_on_no_device(tiny_llav
     with pytest.raises(ModelError, match="1 weights are missing"):
         open_family_model(folder)
     assert asked == ["meta"]
+
+
+def test_a_projector_alone_reads_with_the_tokenizer_of_its_language_model_and_is_imported_whole(original, tmp_path):
+    """The folder of a pre-training: what it does not hold comes from the base that it names."""
+    folder, alone, base = original[0], tmp_path / "alone", tmp_path / "base"
+    shutil.copytree(folder, alone, ignore=shutil.ignore_patterns("tokenizer*", "pytorch_model*"))
+    shutil.copytree(folder / "clip", alone / "clip", dirs_exist_ok=True)
+    shutil.copytree(folder, base, ignore=shutil.ignore_patterns("clip"))
+    weights = torch.load(base / "pytorch_model.bin")
+    torch.save(
+        {name: weights.pop(name) for name in list(weights) if "mm_projector" in name}, alone / "mm_projector.bin"
+    )
+    torch.save(weights, base / "pytorch_model.bin")
+    stored = json.loads((alone / "config.json").read_text())
+    (alone / "config.json").write_text(json.dumps(stored | {"_name_or_path": "../base"}))
+    result = CliRunner().invoke(main, ["import", str(alone), "--output", str(tmp_path / "own")])
+    assert result.exit_code == 0, result.output
+    whole, read, imported = (open_family_model(path) for path in (folder, alone, tmp_path / "own"))
+    for other in (read, imported):
+        assert other.tokenizer.get_vocab() == whole.tokenizer.get_vocab()
+        for name, value in whole.model.state_dict().items():
+            assert torch.equal(other.model.state_dict()[name], value)

@@ -1,21 +1,16 @@
 """A teacher that ran elsewhere: what its folder tells without weights."""
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-from transformers import AutoConfig
-
 from vlm_distill_cache.common.attention.layers import teacher_groups
-from vlm_distill_cache.common.errors import ModelError
+from vlm_distill_cache.common.errors import ConfigError, ModelError
 from vlm_distill_cache.common.files.hashing import fingerprint
 from vlm_distill_cache.common.models.parts import read_config
-from vlm_distill_cache.common.models.published import is_published, published_config
 from vlm_distill_cache.common.printing import one_line
 from vlm_distill_cache.data.families.inputs import text_config
-from vlm_distill_cache.data.families.models import FamilyModel, load_processor_of, open_image_encoder
-from vlm_distill_cache.data.families.table import family_of
-from vlm_distill_cache.data.text.processors import load_tokenizer, tokenizer_fingerprint
+from vlm_distill_cache.data.families.models import open_family_settings
+from vlm_distill_cache.data.text.processors import tokenizer_fingerprint
 
 _SAID_OTHERWISE = ("_name_or_path", "transformers_version", "torch_dtype", "dtype")
 
@@ -37,25 +32,16 @@ class ServedTeacher:
             ModelError: The folder lacks one of the three, or they cannot be used.
         """
         self.directory, self.name = directory, name or directory.resolve().name
-        stored = read_config(directory)
         try:
-            if is_published(directory):
-                self.config: Any = published_config(directory)
-                self.family = family_of(self.config.model_type)
-            else:
-                self.family = family_of(str(stored.get("model_type")))
-                self.config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-            self.tokenizer = load_tokenizer(directory)
-            processor = load_processor_of(directory, self.family, self.config)
-        except ModelError:
+            settings = open_family_settings(directory)
+        except (ModelError, ConfigError):
             raise
         except Exception as error:  # of any class: the library checks each setting in its own way
             raise ModelError(
                 f"{directory} cannot be read: {one_line(error)}; it needs config.json, tokenizer and preprocessor_config.json "
                 "of the model that was served (no weights)"
             ) from error
-        parts = FamilyModel(SimpleNamespace(config=self.config), self.family, self.tokenizer, processor)
-        self.image_encoder = open_image_encoder(parts, directory)
+        self.config, self.family, self.tokenizer, _, self.image_encoder = settings
         self.image_token_id = self.family.image_token_id(self.config)
         self.pad_token_id = int(self.tokenizer.pad_token_id or 0)
         self.training: dict[str, Any] = {}

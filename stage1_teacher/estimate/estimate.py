@@ -202,6 +202,7 @@ def estimate_text(estimate: Estimate) -> str:
         f"{1 / probe.loop:.1f} samples/s (alone, a sample: read {probe.encode * 1e3:.2f} ms, "
         f"teacher {probe.teacher * 1e3:.2f} ms, write {probe.write * 1e3:.2f} ms)"
     )
+    lines.append(f"Memory at its peak: {_memory(probe)}")
     lines.append(f"Training, each student {scenario.epochs:g} times over the data:")
     lines.append(f"  {'students':<10}{'teacher beside the student':>28}{'cache, stage one included':>28}{'ratio':>8}")
     for students in scenario.students:
@@ -216,6 +217,11 @@ def estimate_text(estimate: Estimate) -> str:
     )
     lines += ["Assumed:", *(f"  - {line}" for line in assumptions(estimate))]
     return "\n".join(lines)
+
+
+def _memory(probe: Probe) -> str:
+    device = "" if probe.device_memory is None else f"{_bytes(probe.device_memory)} on the device, "
+    return f"{device}{_bytes(probe.host_memory)} in the process that runs the teacher, weights mapped from their files included"
 
 
 def parse_students(text: str) -> tuple[int, ...]:

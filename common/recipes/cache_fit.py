@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vlm_distill_cache.common.attention.layers import Groups, holds_every_layer, published_count, teacher_groups
+from vlm_distill_cache.common.attention.tiles import FINEST_SIDE, pooled_grid
 from vlm_distill_cache.common.cache.plan import LONG_SAMPLES, Plan
 from vlm_distill_cache.common.recipes import Recipe, show_option
 
@@ -38,7 +39,7 @@ def cache_differences(recipe: Recipe, plan: Plan) -> list[Difference]:
     if attention:
         found += _other_layers(wanted, plan, tuple(attention))
     for signal, settings in attention.items():
-        found += _other_map(wanted, signal, settings) if "preset" in settings else []
+        found += _other_map(wanted, signal, settings) if "preset" in settings else _coarser_rows(plan, signal, settings)
     now: dict[str, Any] = {
         "max_length": plan.extra.get("max_length"),
         LONG_SAMPLES: plan.extra.get(LONG_SAMPLES, "refuse"),
@@ -85,6 +86,15 @@ def _other_map(wanted: Any, signal: str, settings: Any) -> list[Difference]:
     if grid != wanted["map_grid"]:
         found.append(Difference(text=_instead(wanted, {"map_grid": grid}), signals=(signal,)))
     return found
+
+
+def _coarser_rows(plan: Plan, signal: str, settings: Any) -> list[Difference]:
+    """Rows of the text on fewer cells than stage one takes unless it is told otherwise; of column means there are none."""
+    own = plan.geometry.get("grid") or (FINEST_SIDE, FINEST_SIDE)
+    grid, usual = settings.get("grid"), [*pooled_grid(*own)]
+    if grid is None or (grid[0] >= usual[0] and grid[1] >= usual[1]):
+        return []
+    return [Difference(text=_instead({"grid": usual}, {"grid": grid}), signals=(signal,))]
 
 
 def _instead(wanted: Any, now: dict[str, Any]) -> str:

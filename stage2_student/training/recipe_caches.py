@@ -47,7 +47,7 @@ def refuse_other_caches(config: TrainConfig, recipe: Recipe, given: Collection[s
         raise CacheMismatchError(
             f"phase {name}: {public_location(place)} is no cache of recipe {recipe.name}, whose {', '.join(wrong)} would be "
             f"another loss with it: {differences_text(why)}. Build a cache by the recipe, in another folder "
-            f"({set_words([by_name], variable='CACHE_SET')}, of teacher-cache build); or, to train with this one all the "
+            f"(CACHE_SET={by_name} with make, teacher-cache build --set {by_name}); or, to train with this one all the "
             f"same, say so by giving the loss ({set_words([by_name, *themselves])})"
         )
 

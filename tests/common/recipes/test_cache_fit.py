@@ -20,7 +20,7 @@ def plan_of(groups: Any = SEVEN, choice: str = "middle", **changed: Any) -> Plan
     signals: dict[str, dict[str, Any]] = {
         "logits": {"codec": "logits", "temperatures": [1.0]},
         "visual_map": {"codec": "visual_map", "groups": len(groups), "preset": "exact"},
-        "text_attention": {"codec": "text_attention", "groups": len(groups), "grid": [4, 4], "exact": False},
+        "text_attention": {"codec": "text_attention", "groups": len(groups), "grid": [6, 6], "exact": False},
     }
     extra = {"max_length": 1536, "long_samples": "truncate"}
     for key, value in changed.items():
@@ -33,6 +33,7 @@ def plan_of(groups: Any = SEVEN, choice: str = "middle", **changed: Any) -> Plan
         signals=signals,
         fields=dict.fromkeys(signals, ()),
         teacher={"layers": 24, "groups": [list(group) for group in groups], "layer_choice": choice},
+        geometry={"grid": [6, 6]},
         extra=extra,
     )
 
@@ -64,6 +65,13 @@ def test_what_makes_another_loss_names_the_signals_of_attention(plan: Plan, text
     (found,) = cache_differences(RELEASED, plan)
     assert found.text == text
     assert found.signals == ("visual_map",)
+
+
+def test_text_rows_may_be_finer_than_usual_and_not_coarser():
+    (found,) = cache_differences(PAPER, plan_of(max_length=2048, text_attention__grid=[2, 2]))
+    assert (found.text, found.signals) == ("grid=[2,2] (the recipe: grid=[6,6])", ("text_attention",))
+    assert cache_differences(PAPER, plan_of(max_length=2048, text_attention__grid=[24, 24])) == []
+    assert cache_differences(RELEASED, plan_of(text_attention__grid=[2, 2])) == []
 
 
 def test_signals_that_are_missing_are_named_and_nothing_is_asked_of_them():

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from vlm_distill_cache.common.errors import SampleError
+from vlm_distill_cache.stage1_teacher.imports.misplaced import refuse_dummy
 from vlm_distill_cache.stage1_teacher.imports.served import (
     Distribution,
     Served,
@@ -49,7 +50,7 @@ def read_distillkit(body: Mapping[str, Any]) -> Served:
     """What a row says of its sequence; raises SampleError."""
     tokens = as_ids(body.get("input_ids"), "input_ids")
     if "top_values" in body:
-        columns = [as_list(body.get(name), name) for name in ("token_ids", "top_values")]
+        names: tuple[str, ...] = ("token_ids", "top_values")
         unpack = _plain
     else:
         if not isinstance(body.get(COMPRESSION), dict):
@@ -58,9 +59,9 @@ def read_distillkit(body: Mapping[str, Any]) -> Served:
                 "k, exact_k, ...)"
             )
         names = ("bytepacked_indices", PACKED[0]) if PACKED[0] in body else (PACKED[1], "exact_values", "coeffs")
-        columns = [as_list(body.get(name), name) for name in names]
         codec = _Packed(body[COMPRESSION]) if PACKED[0] in body else _Older(body[COMPRESSION])
         unpack = codec.unpack
+    columns = [as_list(body.get(name), name) for name in names]
     rows = {len(column) for column in columns}
     if rows not in ({len(tokens)}, {len(tokens) - 1}):
         raise SampleError(
@@ -77,6 +78,8 @@ def read_distillkit(body: Mapping[str, Any]) -> Served:
             add_entry(found, token, value, what)
         return found
 
+    if len(tokens) > 2 and tokens[0] != tokens[1]:
+        refuse_dummy(distribution(1) or {}, distribution(2) or {}, names[-1])
     return Served(tokens=tokens, distribution=distribution)
 
 
@@ -117,11 +120,10 @@ class _Packed:
         if not terms:
             return None
         count = self.k - self.exact
-        if len(terms) > _MOST or any(
-            isinstance(term, bool) or not (isinstance(term, int) or term in _SPECIAL) for term in terms
-        ):
+        if len(terms) > _MOST_TERMS or not all(map(_is_term, terms)):
             raise SampleError(
-                f"{CONFIG_FILE}: polynomial_terms is {shown(terms)}, expected whole numbers, sqrt and exp"
+                f"{CONFIG_FILE}: polynomial_terms is {shown(terms)}, expected at most {_MOST_TERMS} of: whole numbers up to "
+                f"{_MOST_TERMS}, sqrt, exp"
             )
         if settings.get("normalize_t", False):
             ranks = torch.linspace(0, 1, steps=count, dtype=self.term_dtype)
@@ -150,7 +152,7 @@ class _Packed:
             rest[: len(joined)] = joined
         if self.terms is not None and factors is not None:
             rest = (self.terms * factors).sum(dim=-1) + rest
-        values = torch.cat([exact, rest.to(out)])
+        values = torch.cat([exact, rest])  # in the finer of their types, as DistillKit has them
         if self.delta:
             values = values.float().cumsum(0).to(out)
         return ids, values.double().tolist()

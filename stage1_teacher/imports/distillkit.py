@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from vlm_distill_cache.common.errors import SampleError
-from vlm_distill_cache.stage1_teacher.imports.misplaced import refuse_dummy
 from vlm_distill_cache.stage1_teacher.imports.served import (
     Distribution,
     Served,
@@ -50,7 +49,7 @@ def read_distillkit(body: Mapping[str, Any]) -> Served:
     """What a row says of its sequence; raises SampleError."""
     tokens = as_ids(body.get("input_ids"), "input_ids")
     if "top_values" in body:
-        names: tuple[str, ...] = ("token_ids", "top_values")
+        columns = [as_list(body.get(name), name) for name in ("token_ids", "top_values")]
         unpack = _plain
     else:
         if not isinstance(body.get(COMPRESSION), dict):
@@ -59,9 +58,9 @@ def read_distillkit(body: Mapping[str, Any]) -> Served:
                 "k, exact_k, ...)"
             )
         names = ("bytepacked_indices", PACKED[0]) if PACKED[0] in body else (PACKED[1], "exact_values", "coeffs")
+        columns = [as_list(body.get(name), name) for name in names]
         codec = _Packed(body[COMPRESSION]) if PACKED[0] in body else _Older(body[COMPRESSION])
         unpack = codec.unpack
-    columns = [as_list(body.get(name), name) for name in names]
     rows = {len(column) for column in columns}
     if rows not in ({len(tokens)}, {len(tokens) - 1}):
         raise SampleError(
@@ -78,8 +77,6 @@ def read_distillkit(body: Mapping[str, Any]) -> Served:
             add_entry(found, token, value, what)
         return found
 
-    if len(tokens) > 2 and tokens[0] != tokens[1]:
-        refuse_dummy(distribution(1) or {}, distribution(2) or {}, names[-1])
     return Served(tokens=tokens, distribution=distribution)
 
 

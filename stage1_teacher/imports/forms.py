@@ -46,17 +46,18 @@ class Reader:
         Raises:
             SampleError: It is no response with log-probabilities, or none of the form; says what it lacks.
         """
-        if error := body.get("error"):
+        if error := body.get("error") or (body.get("object") == "error" and body.get("message")):
             raise SampleError(f"the server answered with an error: {shown(error)}")
         form = self.form if self.form != "auto" else _form_of(body)
         if form == "vllm":
             return self._vllm(body)
         if form == "sglang":
             return _sglang(body)
-        if form == "distillkit":
-            return read_distillkit(body)
-        if form == "nemo":
-            return _nemo(body)
+        if form in ("distillkit", "nemo"):
+            served = read_distillkit(body) if form == "distillkit" else _nemo(body)
+            if len(served.tokens) > 2 and served.tokens[0] != served.tokens[1]:
+                refuse_dummy(served.distribution(1) or {}, served.distribution(2) or {}, form)
+            return served
         if form == "openai":
             found = self._openai(_choice(body), body)
             if found is not None:
@@ -267,8 +268,6 @@ def _nemo(body: Mapping[str, Any]) -> Served:
             add_entry(found, as_id(word, what), as_number(value, what) - as_number(total, what), what)
         return found
 
-    if len(labels) > 1 and tokens[0] != labels[0]:
-        refuse_dummy(distribution(1) or {}, distribution(2) or {}, "topk_logits")
     return Served(tokens=[*tokens[:1], *labels], distribution=distribution)
 
 

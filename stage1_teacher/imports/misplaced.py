@@ -76,13 +76,13 @@ def refuse_shifted(has_row: Sequence[bool], what: str) -> None:
         )
 
 
-def refuse_dummy(first: Distribution, second: Distribution, what: str) -> None:
+def refuse_dummy(first: Distribution, second: Distribution, form: str) -> None:
     """Refuse a sequence whose first row only fills a place: where a form says that row j is about token j + 1, all are real.
 
     Args:
         first: Row 0, in nats.
         second: Row 1, which is about another token behind other tokens.
-        what: Names the rows.
+        form: Of the rows.
 
     Raises:
         SampleError: Row 1 is a distribution, and row 0 none or the same one.
@@ -90,8 +90,8 @@ def refuse_dummy(first: Distribution, second: Distribution, what: str) -> None:
     real = [len(row) > 1 and 0 < _mass(row) <= _MASS for row in (first, second)]
     if real[1] and (not real[0] or first == second):
         raise SampleError(
-            f"row 0 of {what} {'repeats row 1' if real[0] else 'is no distribution, row 1 is one'}, so its rows stand one place "
-            "too late; row j must be about token j + 1, row 0 about the second token"
+            f"row 0 (form {form}) {'repeats row 1' if real[0] else 'is no distribution, row 1 is one'}, so its rows stand one "
+            "place too late; row j must be about token j + 1, row 0 about the second token"
         )
 
 

@@ -327,3 +327,25 @@ def test_what_a_format_does_not_say_is_named(
     result = run(write_lines(tmp_path / name, [row]), texts, teacher, tmp_path / "cache")
     assert result.exit_code == 1
     assert said in " ".join(result.output.split())
+
+
+def test_samples_that_are_packed_behind_others_are_told(server, texts: Path, teacher: Path, tmp_path: Path):
+    first, second = server.samples[:2]
+    rows = []
+    for parts in ([first, second], *([sample] for sample in server.samples[2:])):
+        tops = [top(row, 5) for sample in parts for row in server.log_probs(sample)]
+        rows.append({
+            "input_ids": [token for sample in parts for token in sample.input_ids.tolist()],
+            "token_ids": [ids for ids, _ in tops], "top_values": [values for _, values in tops],
+        })  # fmt: skip
+    result = run(
+        write_lines(tmp_path / "rows.jsonl", rows), texts, teacher, tmp_path / "cache", "--missing-target", "middle"
+    )
+    assert result.exit_code == 1
+    assert (
+        "t1: no row of the files has its id or begins with its tokens; of a row in which several samples"
+        in result.output
+    )
+    assert "Fix the responses, or what they are compared with" in result.output
+    assert "max_failed_share=0.5" in result.output
+    assert "CACHE_SET" not in result.output

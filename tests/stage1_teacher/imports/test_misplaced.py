@@ -189,7 +189,7 @@ def test_a_first_row_that_only_fills_a_place_is_told(form, first: str):
     body = form(ids, late_filled(rows_of(ids, 19, learnt=0.0)), 20)
     if first == "empty":
         body["top_values" if form is distillkit else "topk_logits"][0] = [-1e9] * 20
-    with pytest.raises(SampleError, match=r"row 0 of top\w+ (repeats row 1|is no distribution)"):
+    with pytest.raises(SampleError, match=r"row 0 .*(repeats row 1|is no distribution)"):
         read(body, ids)
 
 

@@ -145,6 +145,7 @@ def test_batch_files_hold_the_body_inside():
         ({"choices": []}, "holds no log-probabilities"),
         ({"choices": [{"message": {"content": "hi"}, "logprobs": None}]}, r"it has 'choices'"),
         ({"object": "error", "error": {"message": "no"}}, "answered with an error"),
+        ({"object": "error", "message": "too long", "code": 400}, "answered with an error: 'too long'"),
         ({"choices": [{}, {}]}, "holds 2 choices; send one prompt a request, with n=1"),
         ({**WHOLE["nemo"], "labels": [9, 9, 9, 9]}, "labels are not the tokens shifted by one"),
         ({**WHOLE["nemo"], "labels": [9]}, "differ in length"),

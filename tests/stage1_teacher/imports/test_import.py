@@ -165,6 +165,46 @@ def test_no_other_temperature_is_known(dump, llava, family_data, tmp_path: Path)
 @pytest.mark.parametrize(
     ("setting", "said"),
     [
+        ("dft.losses.temperature=2.0", "or {anew} --set temperatures=[2.0]"),
+        (
+            "dft.losses.answer_attention=1",
+            "or {anew} --signals answer_attention,...",
+        ),
+        ("dft.losses.hidden=1", "or {anew} --signals answer_attention,hidden,..."),
+        ("data={other}", "or build a cache for this data (cachectl import-logprobs --data ...)"),
+    ],
+)
+def test_training_advises_nothing_that_a_served_teachers_cache_cannot_have(
+    setting: str, said: str, dump, llava, family_data, tmp_path: Path
+):
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(json.loads(family_data.read_text())[:3]))
+    cache = tmp_path / "cache"
+    assert run(dump, family_data, llava, cache).exit_code == 0
+    base = [
+        "student=mobilevlm",
+        f"data={family_data}",
+        f"output={tmp_path / 'run'}",
+        "device=cpu",
+        "phases=[dft]",
+        "dft.steps=1",
+    ]
+    off = [] if "answer_attention" in said or "hidden" in said else ["dft.losses.answer_attention=0"]
+    with pytest.raises(CacheMismatchError) as refused:
+        run_student(load_run_config(None, [*base, *off, setting.format(other=other)], cache=cache))
+    anew = (
+        "build a cache from the teacher's weights (this one was imported from a server's log-probabilities, which hold no more): "
+        "teacher-cache build --teacher DIR"
+    )
+    assert said.format(anew=anew) in " ".join(str(refused.value).split())
+    with pytest.raises(CacheMismatchError) as lacking:
+        open_cache(cache).codec("hidden")
+    assert f"or {anew} --signals logits,hidden" in str(lacking.value)
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
         ("signals=[logits, answer_attention]", "signals: logits, answer_attention cannot be had of a served teacher"),
         ("answers=generate", "a served teacher cannot be asked"),
         ("template=nonsense", "nonsense"),

@@ -126,7 +126,8 @@ def _refuse_missing_mass(others: np.ndarray, missing: float, *, unlisted: int) -
     likely = others[others > -np.inf]
     if not len(likely):
         return  # the target alone is told
-    most = unlisted * math.exp(likely.min())
+    # Not the very least one: where a row was packed as a polynomial in the rank, its end is the roughest.
+    most = unlisted * math.exp(np.sort(likely)[len(likely) // 4])
     if missing > _COARSE * most + TOO_MUCH:
         raise SampleError(
             f"its probabilities sum to {1 - missing:.4f}, and the {unlisted} tokens that are not listed can have "

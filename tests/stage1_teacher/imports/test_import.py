@@ -390,3 +390,32 @@ def test_the_help_needs_no_torch():
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "import-logprobs" in shown
+
+
+@pytest.mark.parametrize("name", ["llava_original", "mobilevlm_v1", "mobilevlm_v2", "compodistill"])
+def test_teachers_whose_picture_has_an_id_of_its_own_are_imported(name: str, family_data: Path, tmp_path: Path):
+    """The picture's id lies beyond their rows; servers write it as it is, once, or as the -200 of the original code."""
+    server = FakeServer(save_tiny(name, tmp_path / "weights"), family_data)
+    teacher, image = without_weights(tmp_path / "weights", tmp_path / "teacher"), server.teacher.image_token_id
+    samples = server.samples[:4]
+    for form in ("each", "once", "original", "sglang"):
+        rows = []
+        for sample in samples:
+            row = FORMS["sglang" if form == "sglang" else "vllm-top"](server, sample)
+            if form == "once":
+                ids = row["prompt_token_ids"]
+                kept = [place for place, token in enumerate(ids) if token != image or ids[place - 1] != image]
+                row |= {key: [row[key][place] for place in kept] for key in ("prompt_token_ids", "prompt_logprobs")}
+            elif form == "original":
+                row["prompt_token_ids"] = [-200 if token == image else token for token in row["prompt_token_ids"]]
+            rows.append(row)
+        asked = write_lines(tmp_path / f"{form}.jsonl", rows)
+        result = run(asked, family_data, teacher, tmp_path / form, "--limit", "4", "--set", f"logits=fixed:{K}")
+        assert result.exit_code == 0, result.output
+        cache = open_cache(tmp_path / form)
+        for sample in samples:
+            found = cache.decode("logits", cache[sample.sample_id])
+            exact = server.log_probs(sample)[sample.supervised_rows].exp().numpy()
+            listed = np.take_along_axis(exact, found.token_ids, axis=1)
+            np.testing.assert_allclose(np.exp(found.log_probs), listed, atol=2e-3, err_msg=form)
+            np.testing.assert_allclose(np.exp(found.tail_log_mass[:, 0]), 1 - listed.sum(1), atol=2e-3, err_msg=form)

@@ -35,7 +35,7 @@ KINDS = (".jsonl", ".ndjson", PARQUET)
 """Files that are taken out of a folder; a file that is named may be called anything."""
 _BESIDE = (CONFIG_FILE, "README.md", "dataset_infos.json")
 """Files of a folder that hold no rows."""
-_PYTHON = (".pt", ".pth", ".pkl", ".pickle", ".npz", ".npy")
+_PYTHON = (".pt", ".bin", ".pth", ".pkl", ".pickle", ".npz", ".npy")
 _PICKLED = tuple(bytes([0x80, protocol]) for protocol in range(2, 6))
 _NAMED = 3  # rows that a message shows
 _BATCH = 16  # rows of a parquet file at a time

@@ -204,6 +204,21 @@ def built_with(plan: Plan) -> str:
     return "cachectl import-logprobs" if plan.teacher.get("served") else "teacher-cache build"
 
 
+def with_more(plan: Plan, remedy: str, *, options: str = "") -> str:
+    """What gives a cache that holds more: of a teacher that was served its responses tell nothing else, only its weights do.
+
+    Args:
+        remedy: For a cache that `teacher-cache build` made.
+        options: Of ``teacher-cache build``, that another cache needs.
+    """
+    if not plan.teacher.get("served"):
+        return remedy
+    return (
+        "build a cache from the teacher's weights (this one was imported from a server's log-probabilities, which hold no more): "
+        f"teacher-cache build --teacher DIR{f' {options}' if options else ''}"
+    )
+
+
 def card_store_line(plan: Plan) -> str:
     """Return the line of a cache's card that depends on the store; a converted cache gets a new one."""
     return f"- Store: {plan.store}, format version {plan.format_version}\n"

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from vlm_distill_cache.common.cache.index import INDEX, Place, SampleIndex, build_index
 from vlm_distill_cache.common.cache.manifest import Manifest, ShardSummary, read_manifest, refuse_other_plan
-from vlm_distill_cache.common.cache.plan import Plan, read_plan
+from vlm_distill_cache.common.cache.plan import Plan, read_plan, with_more
 from vlm_distill_cache.common.cache.schema import Field, Record
 from vlm_distill_cache.common.cache.shared_images import SharedImages
 from vlm_distill_cache.common.cache.side_files import check_digests, check_file, check_size, check_sizes
@@ -345,9 +345,10 @@ class TeacherCache:
             CacheFormatError: If its settings are damaged, or from a newer version.
         """
         if signal not in self.plan.signals:
+            more = f"--signals {','.join((*self.signals, signal))}"
             raise CacheMismatchError(
                 f"{self.path}: no signal {signal!r}; the cache holds {', '.join(self.signals)}: take one of these, or "
-                f"build a cache with --signals {','.join((*self.signals, signal))}"
+                + with_more(self.plan, f"build a cache with {more}", options=more)
             )
         if self._codec_of is None:
             raise CacheMismatchError(f"{self.path}: opened without codecs; `open_cache` opens it with them")

@@ -72,8 +72,8 @@ class SparseLogits(LogitRows[Tensor]):
         if temperature not in self.temperatures:
             raise TemperatureNotCachedError(
                 f"no tail mass at temperature {temperature}: the teacher's signals hold temperatures "
-                f"{list(self.temperatures)}; use one of these, or rebuild the cache with "
-                f"{temperature} among the temperatures of its logit codec"
+                f"{list(self.temperatures)}; use one of these, or a cache built from the teacher's weights with {temperature} "
+                "among its temperatures"
             )
         tail = self.tail_log_mass[:, self.temperatures.index(temperature)]  # [A]
         if temperature == 1.0:

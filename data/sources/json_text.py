@@ -10,6 +10,8 @@ _MARKS = (codecs.BOM_UTF8, codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE, codecs.BOM_
 _OTHERS = {  # by how a file begins: what it is, and what to do
     b"\x1f\x8b": "is compressed: unpack it first (gunzip)",
     b"\x28\xb5\x2f\xfd": "is compressed: unpack it first (zstd -d)",
+    b"BZh": "is compressed: unpack it first (bunzip2)",
+    b"\xfd7zXZ": "is compressed: unpack it first (unxz)",
     b"PK\x03\x04": "is a zip archive: unpack it first",
     b"PAR1": "is a parquet file: give its name the ending .parquet",
     b"version https://git-lfs": "is a pointer of Git LFS: fetch the file itself (git lfs pull)",

@@ -117,11 +117,10 @@ class _Packed:
         if not terms:
             return None
         count = self.k - self.exact
-        if len(terms) > _MOST or any(
-            isinstance(term, bool) or not (isinstance(term, int) or term in _SPECIAL) for term in terms
-        ):
+        if len(terms) > _MOST_TERMS or not all(map(_is_term, terms)):
             raise SampleError(
-                f"{CONFIG_FILE}: polynomial_terms is {shown(terms)}, expected whole numbers, sqrt and exp"
+                f"{CONFIG_FILE}: polynomial_terms is {shown(terms)}, expected at most {_MOST_TERMS} of: whole numbers up to "
+                f"{_MOST_TERMS}, sqrt, exp"
             )
         if settings.get("normalize_t", False):
             ranks = torch.linspace(0, 1, steps=count, dtype=self.term_dtype)
@@ -150,7 +149,7 @@ class _Packed:
             rest[: len(joined)] = joined
         if self.terms is not None and factors is not None:
             rest = (self.terms * factors).sum(dim=-1) + rest
-        values = torch.cat([exact, rest.to(out)])
+        values = torch.cat([exact, rest])  # in the finer of their types, as DistillKit has them
         if self.delta:
             values = values.float().cumsum(0).to(out)
         return ids, values.double().tolist()

@@ -16,12 +16,11 @@ import torch
 from vlm_distill_cache.common.codecs.live import SparseLogits
 from vlm_distill_cache.common.codecs.logits import LogitCodec
 from vlm_distill_cache.common.errors import SampleError
-from vlm_distill_cache.stage1_teacher.imports.served import Distribution
+from vlm_distill_cache.stage1_teacher.imports.served import NOTHING, Distribution
 
-NOTHING = -9999.0
-"""What vLLM writes for minus infinity, which JSON does not have; no log-probability of a token is as low."""
 MissingTarget = Literal["refuse", "middle"]
 TOO_MUCH = 0.02  # a row's probabilities may exceed 1 by this: what rounding them to bfloat16 can do
+_COARSE = 4.0  # a packed row's least probability may be too low by this factor
 
 
 def sparse_rows(
@@ -84,6 +83,11 @@ def _keep(codec: LogitCodec, row: Distribution, label: int, vocabulary: int) -> 
         wrong = values[np.isnan(values) | (values > math.log1p(TOO_MUCH))][0]
         raise SampleError(f"a log-probability is {wrong:g}; expected a number of at most 0")
     values = np.where(values <= NOTHING, -np.inf, values)
+    if len(values) > 1 and values.max() >= -1e-9 and (values > -np.inf).sum() == 1:
+        raise SampleError(
+            "one token has all of the probability and the others have none: the server's temperature was 0 (or what it allowed was "
+            "restricted), which hides what the teacher knows; ask it again with temperature 1 (of a prompt that is scored, too)"
+        )
     if label not in row:
         raise SampleError(
             f"its own log-probability is not among the {len(row)} that are given, so it is not known how likely the teacher "
@@ -101,6 +105,7 @@ def _keep(codec: LogitCodec, row: Distribution, label: int, vocabulary: int) -> 
             "distribution (logits, or tokens counted twice?)"
         )
     values, missing = (values - total, 0.0) if total > 0 else (values, -math.expm1(total))
+    _refuse_missing_mass(values[ids != label], missing, unlisted=vocabulary - len(ids))
 
     finite = int((values > -math.inf).sum())
     likely = int((values >= (math.log(codec.floor) if codec.floor else -math.inf)).sum())
@@ -114,6 +119,21 @@ def _keep(codec: LogitCodec, row: Distribution, label: int, vocabulary: int) -> 
     dropped = np.exp(np.delete(values, chosen)).sum()
     others = missing + float(dropped)
     return ids[chosen], values[chosen], math.log(min(others, 1.0)) if others > 0 else -math.inf
+
+
+def _refuse_missing_mass(others: np.ndarray, missing: float, *, unlisted: int) -> None:
+    """Refuse a row that lacks more of 1 than unlisted tokens can have, each being less likely than the listed ones."""
+    likely = others[others > -np.inf]
+    if not len(likely):
+        return  # the target alone is told
+    # Not the very least one: where a row was packed as a polynomial in the rank, its end is the roughest.
+    most = unlisted * math.exp(np.sort(likely)[len(likely) // 4])
+    if missing > _COARSE * most + TOO_MUCH:
+        raise SampleError(
+            f"its probabilities sum to {1 - missing:.4f}, and the {unlisted} tokens that are not listed can have "
+            f"{min(most, 1.0):.4f} at most: these are no natural logarithms of one distribution (of base 2 or 10, or with likely "
+            "tokens left out?); write natural logarithms of the likeliest tokens"
+        )
 
 
 def _with_target(row: Distribution, label: int) -> Distribution:

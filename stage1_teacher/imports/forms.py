@@ -4,13 +4,15 @@ Those of vLLM, SGLang and other servers of the OpenAI form; and the caches of Di
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from vlm_distill_cache.common.errors import SampleError
 from vlm_distill_cache.stage1_teacher.imports.distillkit import is_distillkit, read_distillkit
+from vlm_distill_cache.stage1_teacher.imports.misplaced import refuse_dummy, refuse_other_tops, refuse_shifted
 from vlm_distill_cache.stage1_teacher.imports.served import (
+    NOTHING,
     Distribution,
     Served,
     add_entry,
@@ -44,17 +46,18 @@ class Reader:
         Raises:
             SampleError: It is no response with log-probabilities, or none of the form; says what it lacks.
         """
-        if error := body.get("error"):
+        if error := body.get("error") or (body.get("object") == "error" and body.get("message")):
             raise SampleError(f"the server answered with an error: {shown(error)}")
         form = self.form if self.form != "auto" else _form_of(body)
         if form == "vllm":
             return self._vllm(body)
         if form == "sglang":
             return _sglang(body)
-        if form == "distillkit":
-            return read_distillkit(body)
-        if form == "nemo":
-            return _nemo(body)
+        if form in ("distillkit", "nemo"):
+            served = read_distillkit(body) if form == "distillkit" else _nemo(body)
+            if len(served.tokens) > 2 and served.tokens[0] != served.tokens[1]:
+                refuse_dummy(served.distribution(1) or {}, served.distribution(2) or {}, form)
+            return served
         if form == "openai":
             found = self._openai(_choice(body), body)
             if found is not None:
@@ -73,31 +76,36 @@ class Reader:
         choice = _choice(body)
         entries = _first(body, choice, "prompt_logprobs")
         ids = _first(body, choice, "prompt_token_ids")
-        if entries is None:
+        if not entries and _generated_rows(body) is None:
             raise SampleError("the response has no prompt_logprobs; ask vLLM for them (prompt_logprobs=K)")
+        if not entries:
+            return _behind(ids, self._generated(body, choice))
         places = _positions(entries)
+        refuse_shifted([bool(entry) for entry in places], "prompt_logprobs")
         tokens: list[int | None]
         if ids is not None and len(as_list(ids, "prompt_token_ids")) == len(places):
             tokens = as_ids(ids, "prompt_token_ids")
+            _refuse_first_keys_of_others(places, tokens)
         else:  # vLLM writes each token itself first
             tokens = [None if not entry else as_id(next(iter(entry)), "prompt_logprobs") for entry in places]
 
         def distribution(place: int) -> Distribution | None:
-            return _by_id(places[place], f"prompt_logprobs[{place}]")
+            return _with_own(places[place], tokens[place], f"prompt_logprobs[{place}]")
 
         return Served(tokens=tokens, distribution=distribution, more=lambda: self._generated(body, choice))
 
     def _generated(self, body: Mapping[str, Any], choice: Mapping[str, Any]) -> Served:
         """What vLLM generated: ``outputs[0]`` of an offline dump, or the log-probabilities of a choice."""
-        outputs = body.get("outputs")
-        if isinstance(outputs, list) and outputs:
-            output = as_object(outputs[0], "outputs[0]")
-            if output.get("logprobs") is not None:
-                places = _positions(output["logprobs"])
-                tokens = as_ids(output.get("token_ids"), "outputs[0].token_ids")
-                if len(tokens) != len(places):
-                    raise SampleError(f"outputs[0] has {len(tokens)} token_ids and {len(places)} logprobs")
-                return Served(tokens=tokens, distribution=lambda j: _by_id(places[j], f"outputs[0].logprobs[{j}]"))
+        if (output := _generated_rows(body)) is not None:
+            places = _positions(output["logprobs"])
+            tokens = as_ids(output.get("token_ids"), "outputs[0].token_ids")
+            if len(tokens) != len(places):
+                raise SampleError(f"outputs[0] has {len(tokens)} token_ids and {len(places)} logprobs")
+
+            def distribution(place: int) -> Distribution | None:
+                return _with_own(places[place], tokens[place], f"outputs[0].logprobs[{place}]")
+
+            return Served(tokens=tokens, distribution=distribution, whole=False)
         found = self._openai(choice, {})
         return Served(tokens=[], distribution=lambda place: None) if found is None else found
 
@@ -140,24 +148,29 @@ class Reader:
             what = f"logprobs, token {place}"
             first = tokens[place]
             assert first is not None
-            found = {first: as_number(own[place][2], what)}
+            found: dict[int, float] = {}
             for text, data, value in others(place):
                 same = stated is not None and (text, data) == own[place][:2]
                 add_entry(found, first if same else self.words.id_of(text, data, what), as_number(value, what), what)
+            value = as_number(own[place][2], what)
+            if min(value, found.get(first, value)) <= NOTHING:  # says that it is not among the likeliest
+                found.pop(first, None)
+                return found
+            refuse_other_tops(value, first, found, what)
+            add_entry(found, first, value, what)
             return found
 
         echoed = bool(own) and own[0][2] is None  # of the first token of a prompt there is none
         if echoed:
+            refuse_shifted([value is not None for _, _, value in own], "logprobs.token_logprobs")
+            refuse_shifted([bool(others(place)) for place in range(min(len(own), 3))], "logprobs.top_logprobs")
             return Served(tokens=tokens, distribution=distribution)
-        prompt = _first(body, choice, "prompt_token_ids")
         answer = Served(tokens=tokens, distribution=distribution, whole=False)
-        if prompt is None:
-            return answer
-        return Served(
-            tokens=as_ids(prompt, "prompt_token_ids"), distribution=lambda place: None, more=lambda: answer
-        ).joined()
+        return _behind(_first(body, choice, "prompt_token_ids"), answer)
 
 
+_LOOKED_AT = 64  # of a prompt's entries, the last ones
+_READ = {"prompt_logprobs", "outputs", "input_ids", "tokens"}  # of rows whose log-probabilities come with ids
 _INSIDE = ("response", "body", "result", "output", "completion")
 _FOUND = ("prompt_logprobs", "choices", "meta_info", "outputs", "input_ids", "tokens")
 
@@ -209,7 +222,8 @@ def why_not(row: Mapping[str, Any]) -> str:
             "which loses the mass of all others, and its versions differ in which token a row is about; import the responses "
             "of the teacher's server instead (vLLM: prompt_logprobs, SGLang: input_token_logprobs)"
         )
-    if any(name == "logprobs" or name.endswith("_logprobs") for name, value in row.items() if isinstance(value, list)):
+    listed = [name for name, value in row.items() if isinstance(value, list)]
+    if not _READ.intersection(row) and any(name == "logprobs" or name.endswith("_logprobs") for name in listed):
         return (
             "its log-probabilities come without the ids of the tokens that they are about (axolotl's input has none), so they "
             "cannot be compared with the sample; import whole responses of the teacher's server, with prompt_token_ids and "
@@ -263,7 +277,7 @@ def _form_of(body: Mapping[str, Any]) -> str:
     if _is_nemo(body):
         return "nemo"
     choice = _choice(body)
-    if _first(body, choice, "prompt_logprobs") is not None:
+    if _first(body, choice, "prompt_logprobs") or _generated_rows(body) is not None:
         return "vllm"
     meta = body.get("meta_info")
     if isinstance(meta, dict) and (meta.get("input_token_logprobs") or meta.get("output_token_logprobs")):
@@ -278,6 +292,69 @@ def _choice(body: Mapping[str, Any]) -> Mapping[str, Any]:
     return choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
 
 
+def _behind(prompt: Any, answer: Served) -> Served:
+    """An answer behind a prompt of which only the ids are known, or nothing at all."""
+    if prompt is None:
+        return answer
+    tokens = as_ids(prompt, "prompt_token_ids")
+    return Served(tokens=tokens, distribution=lambda place: None, more=lambda: answer).joined()
+
+
+def _generated_rows(body: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The one output of an offline dump, if it has log-probabilities."""
+    outputs = body.get("outputs")
+    if not isinstance(outputs, list) or not outputs:
+        return None
+    if len(outputs) > 1:
+        raise SampleError(f"the response holds {len(outputs)} outputs; ask for one of each prompt (n=1)")
+    output = as_object(outputs[0], "outputs[0]")
+    return output if output.get("logprobs") else None
+
+
+def _refuse_first_keys_of_others(places: Sequence[Mapping[Any, Any] | None], tokens: Sequence[int | None]) -> None:
+    """Refuse entries that begin with the token beside their own: vLLM writes each token itself first, however unlikely it is.
+
+    Raises:
+        SampleError: Most entries whose first token is not their likeliest begin with the one before, or behind.
+    """
+    firsts = [
+        (place, first)
+        for place, entry in list(enumerate(places))[-_LOOKED_AT:]
+        if entry and len(entry) > 1 and (first := _unlikely_first(entry, f"prompt_logprobs[{place}]")) is not None
+    ]
+    for side, step in (("before", -1), ("behind", 1)):
+        count = sum(
+            0 <= place + step < len(tokens) and first == tokens[place + step] != tokens[place]
+            for place, first in firsts
+        )
+        if 2 * count > len(firsts):
+            raise SampleError(
+                f"{count} entries of prompt_logprobs begin with the token {side} their own (the first at {firsts[0][0]}), so they "
+                "are off by one; row j must be the distribution that token j was drawn from, and row 0 null"
+            )
+
+
+def _unlikely_first(entry: Mapping[Any, Any], what: str) -> int | None:
+    """The first token of an entry, unless it is the likeliest or a number cannot be read."""
+    try:
+        found = _by_id(entry, what) or {}
+    except SampleError:
+        return None
+    first, value = next(iter(found.items()))
+    return first if value < max(found.values()) else None
+
+
+def _with_own(entry: Mapping[Any, Any] | None, token: int | None, what: str) -> Distribution | None:
+    """An entry of vLLM's, which always holds the token that stands there."""
+    found = _by_id(entry, what)
+    if found and token is not None and token not in found:
+        raise SampleError(
+            f"{what} does not hold its own token, {token}, which vLLM always writes: the entries are off by one, or some were "
+            "taken out; give the dump as vLLM wrote it"
+        )
+    return found
+
+
 def _first(body: Mapping[str, Any], choice: Mapping[str, Any], name: str) -> Any:
     return body.get(name) if body.get(name) is not None else choice.get(name)
 
@@ -285,15 +362,17 @@ def _first(body: Mapping[str, Any], choice: Mapping[str, Any], name: str) -> Any
 def _positions(entries: Any) -> list[dict[Any, Any] | None]:
     """One table a position, whether each is an object, pairs of keys and values, or all lie flat (``FlatLogprobs``)."""
     if isinstance(entries, dict) and "start_indices" in entries:
-        flat = {
-            name: as_list(entries.get(name), name) for name in ("start_indices", "end_indices", "token_ids", "logprobs")
-        }
-        ids = as_ids(flat["token_ids"], "token_ids")
-        spans = [
-            slice(as_id(start, "start_indices"), as_id(end, "end_indices"))
-            for start, end in zip(flat["start_indices"], flat["end_indices"], strict=False)
-        ]
-        return [dict(zip(ids[span], flat["logprobs"][span], strict=False)) or None for span in spans]
+        starts, ends, ids = (as_ids(entries.get(name), name) for name in ("start_indices", "end_indices", "token_ids"))
+        values = as_list(entries.get("logprobs"), "logprobs")
+        if len(starts) != len(ends) or len(ids) != len(values):
+            raise SampleError(
+                f"its flat log-probabilities have {len(starts)} start_indices and {len(ends)} end_indices, {len(ids)} token_ids "
+                f"and {len(values)} logprobs; expected as many"
+            )
+        spans = [slice(start, end) for start, end in zip(starts, ends, strict=True)]
+        if any(not 0 <= span.start <= span.stop <= len(ids) for span in spans):
+            raise SampleError(f"start_indices and end_indices point out of the {len(ids)} token_ids")
+        return [dict(zip(ids[span], values[span], strict=True)) or None for span in spans]
     return [
         _position(entry, f"prompt_logprobs[{place}]") for place, entry in enumerate(as_list(entries, "prompt_logprobs"))
     ]
@@ -355,14 +434,22 @@ def _listed(meta: Mapping[str, Any], side: str, *, whole: bool) -> Served:
             f"{side}_token_logprobs has {len(own)} tokens, {side}_top_logprobs {len(tops)}; expected as many"
         )
 
+    if whole:
+        refuse_shifted([value is not None for value, _ in own], f"{side}_token_logprobs")
+        refuse_shifted([bool(top) for top in tops], f"{side}_top_logprobs")
+
     def distribution(place: int) -> Distribution | None:
         what = f"{side}_top_logprobs[{place}]"
         value, token = own[place]
-        found = {} if value is None else {token: as_number(value, what)}
+        if value is None:
+            return None
+        found: dict[int, float] = {}
         for item in as_list(tops[place] or [], what):
             number, other = _triple(item, what)
             add_entry(found, other, as_number(number, what), what)
-        return found or None
+        refuse_other_tops(as_number(value, what), token, found, what)
+        add_entry(found, token, as_number(value, what), what)
+        return found
 
     return Served(tokens=[token for _, token in own], distribution=distribution, whole=whole)
 

@@ -26,11 +26,17 @@ from vlm_distill_cache.stage1_teacher.imports.served import shown
 
 logger = logging.getLogger(__name__)
 
-ID_NAMES = ("custom_id", "sample_id", "id", "request_id", "rid")
+COUNTED = ("request_id", "rid")
+"""Ids that a server may have given itself; vLLM numbers the requests of a program from 0 on."""
+ID_NAMES = ("custom_id", "sample_id", "id", *COUNTED)
 LONGEST_ROW = 1 << 28  # bytes of one row
 PARQUET = ".parquet"
 KINDS = (".jsonl", ".ndjson", PARQUET)
 """Files that are taken out of a folder; a file that is named may be called anything."""
+_BESIDE = (CONFIG_FILE, "README.md", "dataset_infos.json")
+"""Files of a folder that hold no rows."""
+_PYTHON = (".pt", ".bin", ".pth", ".pkl", ".pickle", ".npz", ".npy")
+_PICKLED = tuple(bytes([0x80, protocol]) for protocol in range(2, 6))
 _NAMED = 3  # rows that a message shows
 _BATCH = 16  # rows of a parquet file at a time
 Row = Mapping[str, Any]
@@ -71,7 +77,10 @@ class ServedRows:
         digest: Of the files' contents, in whatever order they were given.
         broken: Rows that could not be read, with the reasons.
         strangers: Rows of no sample of the data, with their ids.
+        ignored: Files and folders inside a given folder that are not read.
+        counted: Rows that are a sample's by a number alone that the server may have given itself; those of no sample.
         join: From the tokens of a row that has no sample's id to the samples that it is of.
+        joined: Whether a row was found so.
     """
 
     files: Sequence[Path]
@@ -80,8 +89,11 @@ class ServedRows:
     digest: str = ""
     broken: Noted = field(default_factory=Noted)
     strangers: Noted = field(default_factory=Noted)
+    ignored: Noted = field(default_factory=Noted)
+    counted: tuple[Noted, Noted] = field(default_factory=lambda: (Noted(), Noted()))
     rows: int = 0
     join: Join | None = None
+    joined: bool = False
     _why: str = ""
     _settings: dict[Path, Any] = field(default_factory=dict)
     _open: dict[int, Any] = field(default_factory=dict)
@@ -96,7 +108,8 @@ class ServedRows:
             DataError: A file cannot be read, or no row is of these samples.
             ConfigError: What reads parquet files is not installed.
         """
-        found = cls(files=_expand(given), join=join)
+        ignored = Noted()
+        found = cls(files=_expand(given, ignored), ignored=ignored, join=join)
         wanted, digests = frozenset(ids), []
         for number, path in enumerate(found.files):
             digest = xxhash.xxh3_128()
@@ -105,6 +118,7 @@ class ServedRows:
             digests.append(digest.hexdigest())
         found.digest = fingerprint(sorted(digests))
         found._refuse_nothing(ids)
+        found._refuse_counted()
         return found
 
     def __enter__(self) -> Self:
@@ -127,6 +141,7 @@ class ServedRows:
             except SampleError as error:
                 problem = error
             else:
+                body = _opened(body)
                 if body not in bodies:
                     bodies.append(body)
         if len(bodies) > 1:
@@ -134,7 +149,7 @@ class ServedRows:
             raise SampleError(f"two responses that differ have its id: {at}; keep one of them")
         if bodies:
             return bodies[0]
-        raise problem or SampleError(missing_reason())
+        raise problem or SampleError(self.missing())
 
     def report(self) -> None:
         """Log what of the files is not used."""
@@ -142,6 +157,17 @@ class ServedRows:
             logger.warning(
                 "%d rows cannot be read, so their samples count as missing: %s",
                 self.broken.count, "; ".join(self.broken.first),
+            )  # fmt: skip
+        if self.ignored.count:
+            logger.warning(
+                "%d files of the folder are not read: %s; only %s are", self.ignored.count, ", ".join(self.ignored.first),
+                ", ".join(KINDS),
+            )  # fmt: skip
+        if self.counted[0].count:
+            logger.warning(
+                "%d rows are joined with samples by %s alone, a number that vLLM gives itself: see that the samples were sent in "
+                "this order, or write each sample's id into its row as sample_id",
+                self.counted[0].count, COUNTED[0],
             )  # fmt: skip
         if self.strangers.count:
             logger.warning(
@@ -151,17 +177,22 @@ class ServedRows:
 
     def _add(self, place: Place, row: Row, wanted: Collection[str]) -> None:
         self.rows += 1
-        names = list(_ids_of(row))
-        sample_id = next((name for name in names if name in wanted), None)
+        names = _ids_of(row)
+        sample_id, key = next(((name, key) for name, key in names if name in wanted), (None, ""))
         tokens = tokens_of(row) if sample_id is None and self.join is not None else None
         if tokens is not None and self.join is not None and (owners := self.join(tokens)):
+            self.joined = True
             for owner in owners:
                 self.places.setdefault(owner, []).append(place)
             return
         if sample_id is None:
             self._why = self._why or why_not(row)
-            self.strangers.add(names[0] if names else f"{self._named(place)} (no id)")
+            self.strangers.add(names[0][0] if names else f"{self._named(place)} (no id)")
+            if names and all(key in COUNTED and name.isdecimal() for name, key in names):
+                self.counted[1].add(f"{self._named(place)} has {names[0][0]}")
             return
+        if key in COUNTED and sample_id.isdecimal():
+            self.counted[0].add(sample_id)
         self.places.setdefault(sample_id, []).append(place)
         model = _model_of(row)
         if model:
@@ -184,6 +215,25 @@ class ServedRows:
             "NeMo-Aligner: the tokens of a sample without a picture)"
         )
 
+    def _refuse_counted(self) -> None:
+        """Refuse numbers as ids where some are of no sample: they need not be the data's."""
+        known, others = self.counted
+        if known.count and others.count:
+            raise DataError(
+                f"{known.count} rows are of samples by {COUNTED[0]} alone, a number that vLLM gives itself in the order of the "
+                f"requests, and {others.count} are of none ({'; '.join(others.first)}), so the numbers may not be the data's ids; "
+                "write each sample's id into its row as sample_id"
+            )
+
+    def missing(self) -> str:
+        """Why a sample without a row cannot be used."""
+        if not self.joined:
+            return missing_reason()
+        return (
+            f"{missing_reason()} or begins with its tokens; of a row in which several samples are packed the first is found: give "
+            "the rows as they were before packing"
+        )
+
     def _named(self, place: Place) -> str:
         return f"{self.files[place.file].name}:{place.number}"
 
@@ -201,7 +251,7 @@ class ServedRows:
             raise SampleError(f"{self._named(place)} changed while it was read: {one_line(error)}") from error
         if not isinstance(row, dict):
             raise SampleError(f"{self._named(place)} changed while it was read")
-        return row
+        return _opened(row)
 
     def _with_settings(self, place: Place, row: Row) -> Row:
         """A row with the settings that lie beside its file, if it is packed."""
@@ -229,14 +279,22 @@ def missing_reason() -> str:
     return "no row of the files has its id"
 
 
-def _expand(given: Sequence[Path]) -> list[Path]:
+def _expand(given: Sequence[Path], ignored: Noted) -> list[Path]:
     files: list[Path] = []
     for path in given:
         if path.is_dir():
-            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in KINDS)
-            if not inside:
-                raise DataError(f"{path}: no .jsonl and no .parquet file is in this folder")
-            files += inside
+            inside = sorted(p for p in path.iterdir() if p.name not in _BESIDE and not p.name.startswith("."))
+            found = [p for p in inside if p.suffix.lower() in KINDS and not p.is_dir()]
+            others = [f"{p.name}/" if p.is_dir() else p.name for p in inside if p not in found]
+            if not found:
+                there = f", but {', '.join(others[:_NAMED])}" if others else ""
+                raise DataError(
+                    f"{path}: no .jsonl and no .parquet file is in this folder{there}; name the files themselves, unpack those "
+                    "that are packed, and write others as JSON lines or parquet"
+                )
+            for name in others:
+                ignored.add(str(path / name))
+            files += found
         else:
             files.append(path)
     if len(set(files)) != len(files):
@@ -281,7 +339,7 @@ def _scan(path: Path, file: int, digest: Any, broken: Noted) -> Iterator[tuple[P
                 broken.add(f"{path.name}:{number} is no JSON{cut}: {one_line(error, limit=100)}")
                 continue
             if isinstance(row, dict):
-                yield Place(file, start, number), row
+                yield Place(file, start, number), _opened(row)
             else:
                 broken.add(f"{path.name}:{number} is {shown(row)}, expected an object")
 
@@ -294,6 +352,13 @@ def _refuse_other(path: Path, handle: BinaryIO) -> None:
     head = head[begins:]
     if not is_plain(head) or head[:1] not in (b"", b"{", b" ", b"\t", b"\r", b"\n"):
         if not head.startswith(b"["):
+            if path.suffix.lower() in _PYTHON or head.startswith(_PICKLED):
+                raise DataError(
+                    f"{path} holds Python's or NumPy's objects (pickle, torch.save, numpy.savez), which can run code and are not "
+                    "read here; write a JSON object a line, or parquet"
+                )
+            if head.startswith((b"ARROW1", b"\xff\xff\xff\xff")):
+                raise DataError(f"{path} is an Arrow file: write it as parquet (datasets: Dataset.to_parquet)")
             decode(head, where=str(path))  # says what else it is
             raise DataError(f"{path}: expected a JSON object a line, in UTF-8")
         raise DataError(f"{path} is one JSON list; write an object a line (jq -c '.[]' OLD > NEW.jsonl)")
@@ -342,12 +407,19 @@ def _sound(path: Path) -> Iterator[None]:
 
 
 def _opened(row: Row) -> Row:
-    """A row of a table, of which cells may be JSON texts."""
+    """A row of which cells may be JSON texts."""
     return {name: opened(cell) for name, cell in row.items()}
 
 
-def _ids_of(row: Row) -> Iterator[str]:
-    """What may be the sample's id in a row, the likeliest first."""
+def _ids_of(row: Row) -> list[tuple[str, str]]:
+    """What may be the sample's id in a row, and its key, the likeliest first; not a server's number beside an id that was given."""
+    found = list(_all_ids(row))
+    if any(key not in COUNTED and (key != "id" or name.isdecimal()) for name, key in found):
+        return [(name, key) for name, key in found if key not in COUNTED or not name.isdecimal()]
+    return found
+
+
+def _all_ids(row: Row) -> Iterator[tuple[str, str]]:
     inside = [
         row,
         *(part for part in (row.get("response"), row.get("metadata"), row.get("meta_info")) if isinstance(part, dict)),
@@ -358,7 +430,7 @@ def _ids_of(row: Row) -> Iterator[str]:
             if isinstance(value, float) and value.is_integer():  # what a table makes of numbers beside nothing
                 value = int(value)
             if isinstance(value, str) or (isinstance(value, int) and not isinstance(value, bool)):
-                yield str(value)
+                yield str(value), name
 
 
 def _model_of(row: Row) -> str:

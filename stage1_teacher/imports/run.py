@@ -25,7 +25,8 @@ from vlm_distill_cache.stage1_teacher.imports.align import Aligner
 from vlm_distill_cache.stage1_teacher.imports.distributions import MissingTarget, sparse_rows
 from vlm_distill_cache.stage1_teacher.imports.forms import Reader
 from vlm_distill_cache.stage1_teacher.imports.join import TokenJoin
-from vlm_distill_cache.stage1_teacher.imports.rows import ServedRows, missing_reason
+from vlm_distill_cache.stage1_teacher.imports.misplaced import refuse_misplaced
+from vlm_distill_cache.stage1_teacher.imports.rows import ServedRows
 from vlm_distill_cache.stage1_teacher.imports.teacher import ServedTeacher
 from vlm_distill_cache.stage1_teacher.imports.words import TokenWords
 from vlm_distill_cache.stage1_teacher.loop.encode_ahead import count_workers, encode_shards
@@ -58,7 +59,7 @@ class _WithRows(Dataset):
 
     def __getitem__(self, index: int) -> Sample:
         if self.sample_ids[index] not in self._rows.places:
-            raise SampleError(missing_reason())
+            raise SampleError(self._rows.missing())
         return self._dataset[index]
 
 
@@ -86,6 +87,7 @@ class _Finder:
         served = self.reader.read(self.rows.read(sample.sample_id))
         found = self.aligner.distributions(sample, served)
         labels = [int(sample.labels[row]) for row in sample.supervised_rows]
+        refuse_misplaced(found, labels, sample.supervised_rows.tolist())
         live = sparse_rows(
             self.codec, found, labels, vocabulary=self.aligner.vocabulary, missing_target=self.missing_target
         )

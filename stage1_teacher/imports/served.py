@@ -16,6 +16,10 @@ from vlm_distill_cache.common.printing import one_line
 
 Distribution = Mapping[int, float]
 """Log-probability in nats by token id; the token that stands there is among them where its own is known."""
+NOTHING = -9999.0
+"""What servers write for minus infinity, which JSON does not have; no log-probability of a token is as low.
+
+vLLM writes it where it knows of minus infinity, OpenAI where a token is not among the likeliest."""
 _NUMBER = re.compile(r"[+-]?(?:\d{1,20}(?:\.\d{0,30})?(?:[eE][+-]?\d{1,4})?|inf|Infinity|nan|NaN)", re.ASCII)
 SAME = 1e-3  # nats; how far a token's log-probability may differ between two places that tell it
 
@@ -72,6 +76,8 @@ def as_object(value: Any, what: str) -> dict[str, Any]:
 def as_id(value: Any, what: str) -> int:
     """A token id: a whole number, or one in a text as keys of JSON are; `SampleError` if it is none."""
     if isinstance(value, str) and value.isascii() and value.isdecimal() and len(value) < 12:
+        return int(value)
+    if isinstance(value, float) and value.is_integer():  # what a table makes of numbers beside nothing
         return int(value)
     if isinstance(value, bool) or not isinstance(value, int):
         raise SampleError(f"{what} is {shown(value)}, expected a token id, a whole number of at least 0")

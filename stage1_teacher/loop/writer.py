@@ -46,19 +46,21 @@ class FailureBudget:
     """How many unreadable samples a cache tolerates.
 
     Attributes:
+        served: The samples are compared with the responses of a served teacher.
         failed: Failures so far, those of finished shards included.
         first: The first of them, ``(sample_id, reason)``, for the error.
     """
 
     total: int
     share: float
+    served: bool = False
     failed: int = 0
     first: list[tuple[str, str]] = field(default_factory=list)
 
     @classmethod
     def of_finished(cls, cache_dir: Path, plan: Plan, *, share: float) -> "FailureBudget":
         """Start from the failures that the finished shards record: a resumed run tolerates no more."""
-        budget = cls(total=plan.sample_count, share=share)
+        budget = cls(total=plan.sample_count, share=share, served=bool(plan.teacher.get("served")))
         for index in range(plan.shard_count):
             if sidecar_path(cache_dir, index).is_file():
                 budget._count(read_sidecar(cache_dir, index).failed)
@@ -77,16 +79,18 @@ class FailureBudget:
                 f"  {brief(reason if repr(name) in reason else f'{name}: {reason}')}" for name, reason in self.first
             ]
             more = self.failed - len(self.first)
-            enough = 0.1 if self.failed / self.total < 0.1 else 1
-            skip = (
-                f", or skip these samples: run the same command with max_failed_share={enough}, a share from 0 to 1 "
-                f'(make: in CACHE_SET="..."; teacher-cache build: --set max_failed_share={enough})'
-            )
+            enough = next((some for some in (0.1, 0.2, 0.5) if self.failed / self.total < some), 1)
+            mend = "Fix the data"
+            how = f'make: in CACHE_SET="..."; teacher-cache build: --set max_failed_share={enough}'
+            if self.served:
+                mend = "Fix the responses, or what they are compared with (--teacher, --data, --set template=...)"
+                how = f"--set max_failed_share={enough}"
+            skip = f", or skip these samples: run the same command with max_failed_share={enough}, a share from 0 to 1 ({how})"
             raise DataError(
                 f"{self.failed} of {self.total} samples cannot be used, more than the tolerated "
                 f"{100 * self.share:.4g} %:\n"
                 + "\n".join([*reasons, *([f"  ... and {more} more"] if more else [])])
-                + f"\nFix the data{skip if self.failed < self.total else ''}"
+                + f"\n{mend}{skip if self.failed < self.total else ''}"
             )
 
     def _count(self, failures: Sequence[tuple[str, str]]) -> None:

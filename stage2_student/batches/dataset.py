@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlm_distill_cache.common.attention.layers import GroupMatch, Groups
-from vlm_distill_cache.common.cache.plan import LONG_SAMPLES
+from vlm_distill_cache.common.cache.plan import LONG_SAMPLES, built_with
 from vlm_distill_cache.common.cache.reader import TeacherCache
 from vlm_distill_cache.common.cache.schema import BASE_FIELDS, Record
 from vlm_distill_cache.common.codecs.answers import AnswersCodec
@@ -67,7 +67,7 @@ def join_cache(cache: TeacherCache, dataset: Dataset, *, limit: int | None = Non
             raise CacheMismatchError(
                 f"{len(absent)} of the {len(places)} samples in {cache.path} are not in the data set {dataset.name} "
                 f"({len(dataset)} samples); the first is {cache.sample_ids[int(absent[0])]!r}. Train with the data the "
-                "cache was built from, or build a cache for this data (teacher-cache build --data ...)"
+                f"cache was built from, or build a cache for this data ({built_with(cache.plan)} --data ...)"
             )
     ends = np.searchsorted(kept, np.cumsum([shard.samples for shard in cache.manifest.shards])).tolist()
     places = places[kept]

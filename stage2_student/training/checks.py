@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from vlm_distill_cache.common.cache.plan import built_with, with_more
 from vlm_distill_cache.common.cache.reader import TeacherCache
 from vlm_distill_cache.common.codecs.logits import LogitCodec
 from vlm_distill_cache.common.codecs.registry import codec_from_dict
@@ -57,7 +58,11 @@ def check_tokenizer(cache: TeacherCache, tokenizer: Any, terms: Mapping[str, Los
             f"keep only what is of the picture alone ({', '.join(possible)}) and set the weights of "
             f"{', '.join(wanted)} to 0"
             if possible
-            else f"build a cache with {' or '.join(others)}, which are of the picture alone"
+            else with_more(
+                cache.plan,
+                f"build a cache with {' or '.join(others)}, which are of the picture alone",
+                options=f"--signals {next(iter(others))}",
+            )
         )
         raise CacheMismatchError(
             f"tokenizer of {where}: fingerprint {found}, the teacher of {cache.path} used {expected}; "
@@ -95,7 +100,7 @@ def check_data(cache: TeacherCache, dataset: Dataset) -> None:
     raise CacheMismatchError(
         f"data set {dataset.name} ({len(dataset)} samples, fingerprint {found}) is not the one {cache.path} was built "
         f"from ({cache.plan.data}, fingerprint {' or '.join(merged) or expected}): {what}. Give the cache's "
-        "data (DATA=, IMAGES=, or --data, --images), or build a cache for this data (teacher-cache build --data ...)"
+        f"data (DATA=, IMAGES=, or --data, --images), or build a cache for this data ({built_with(cache.plan)} --data ...)"
     )
 
 
@@ -130,16 +135,25 @@ def check_signals(cache: TeacherCache, losses: LossWeights, *, phase: str, off: 
             raise CacheMismatchError(
                 f"phase {phase}: loss {name!r} needs a signal that {cache.path} does not hold: {', '.join(lacking)}; "
                 f"it holds {', '.join(map(one_line, sorted(held)))}. Switch it off: "
-                f"{set_words(off or [f'{phase}.losses.{name}=0'])}, or build a cache with this signal "
-                f"(SIGNALS={build},..., teacher-cache build --signals {build},...)"
+                f"{set_words(off or [f'{phase}.losses.{name}=0'])}, or "
+                + with_more(
+                    cache.plan,
+                    f"build a cache with this signal (SIGNALS={build},..., teacher-cache build --signals {build},...)",
+                    options=f"--signals {build},...",
+                )
             )
     for term in terms.values():
+        wanted = f"temperatures=[{losses.temperature}]"
         if term.tempered and losses.temperature not in (cached := _temperatures(cache, term.reads[0])):
             raise CacheMismatchError(
                 f"phase {phase}: losses.temperature is {losses.temperature}, {cache.path} holds tail masses at "
                 f"{', '.join(map(str, cached))} only. Use one of these "
-                f"({set_words([f'{phase}.losses.temperature={cached[0]}'])}), or build a cache with this temperature "
-                f"({set_words([f'temperatures=[{losses.temperature}]'], variable='CACHE_SET')})"
+                f"({set_words([f'{phase}.losses.temperature={cached[0]}'])}), or "
+                + with_more(
+                    cache.plan,
+                    f"build a cache with this temperature ({set_words([wanted], variable='CACHE_SET')})",
+                    options=f"--set {wanted}",
+                )
             )
         term.check_cache(held, losses, f"phase {phase}, {cache.path}", None)
 

@@ -37,7 +37,8 @@ class FakeServer:
         found: list[list[tuple[int, float]] | None] = [None]
         for token, row in zip(ids[1:], log_probs, strict=False):
             values, places = row.topk(k)
-            found.append([(token, float(row[token])), *zip(places.tolist(), values.tolist(), strict=True)])
+            own = float(row[token]) if token < len(row) else -50.0  # a picture's id may be no token
+            found.append([(token, own), *zip(places.tolist(), values.tolist(), strict=True)])
         return found
 
     def vllm(self, sample: EncodedSample, k: int = 8) -> dict[str, Any]:

@@ -109,6 +109,40 @@ def test_a_polynomial_in_the_rank_is_added(normalise: bool):
     np.testing.assert_allclose(list(read_distillkit(body).distribution(1).values()), expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize("delta", [True, False])
+def test_a_polynomial_is_as_fine_as_its_factors_beside_coarse_exact_values(delta: bool):
+    """Only the exact values are rounded to bfloat16, which has 8 bits; the others are sums of float32 numbers."""
+    settings = {
+        "d": 300, "k": 6, "exact_k": 2, "exact_dtype": "bfloat16", "term_dtype": "float32", "polynomial_terms": [0, 1],
+        "delta_encoding": delta, "residual_bins": [{"scale_dtype": "float32", "element_bits": 8, "num_elements": 2}],
+    }  # fmt: skip
+    data = number(-0.5, "bf") + number(-1.0, "bf") + struct.pack("<ff", -3.001, -0.013) + struct.pack("<f", 0.125)
+    body = {
+        "input_ids": [1, 2], "compression_config": settings, "compressed_logprobs": [[*data, 128 + 1, 128 - 2]],
+        "bytepacked_indices": [bits_of([5, 6, 7, 8, 9, 10], 9)],
+    }  # fmt: skip
+    expected = [-0.5, -1.0, *(-3.001 - 0.013 * t + r for t, r in zip(range(4), (0.125, -0.25, 0, 0), strict=True))]
+    if delta:
+        expected = list(itertools.accumulate(expected))
+    # With deltas DistillKit rounds the sums to the type of the exact values.
+    np.testing.assert_allclose(
+        list(read_distillkit(body).distribution(1).values()), expected, rtol=1e-2 if delta else 1e-6
+    )
+
+
+@pytest.mark.parametrize("term", [[1], {}, "cos", True, 1.5, None, 10**12, -65])
+def test_terms_of_a_polynomial_that_are_none_are_told(term):
+    settings = {"d": 300, "k": 4, "exact_k": 2, "polynomial_terms": [0, term]}
+    body = {
+        "input_ids": [1, 2], "compression_config": settings, "compressed_logprobs": [[0] * 16],
+        "bytepacked_indices": [[0] * 5],
+    }  # fmt: skip
+    with pytest.raises(
+        SampleError, match=r"compression_config.yaml: polynomial_terms is .*whole numbers up to 64, sqrt"
+    ):
+        read_distillkit(body)
+
+
 @pytest.mark.parametrize("inverse", [True, False])
 def test_rows_of_the_older_codec(inverse: bool):
     settings = {
@@ -293,3 +327,25 @@ def test_what_a_format_does_not_say_is_named(
     result = run(write_lines(tmp_path / name, [row]), texts, teacher, tmp_path / "cache")
     assert result.exit_code == 1
     assert said in " ".join(result.output.split())
+
+
+def test_samples_that_are_packed_behind_others_are_told(server, texts: Path, teacher: Path, tmp_path: Path):
+    first, second = server.samples[:2]
+    rows = []
+    for parts in ([first, second], *([sample] for sample in server.samples[2:])):
+        tops = [top(row, 5) for sample in parts for row in server.log_probs(sample)]
+        rows.append({
+            "input_ids": [token for sample in parts for token in sample.input_ids.tolist()],
+            "token_ids": [ids for ids, _ in tops], "top_values": [values for _, values in tops],
+        })  # fmt: skip
+    result = run(
+        write_lines(tmp_path / "rows.jsonl", rows), texts, teacher, tmp_path / "cache", "--missing-target", "middle"
+    )
+    assert result.exit_code == 1
+    assert (
+        "t1: no row of the files has its id or begins with its tokens; of a row in which several samples"
+        in result.output
+    )
+    assert "Fix the responses, or what they are compared with" in result.output
+    assert "max_failed_share=0.5" in result.output
+    assert "CACHE_SET" not in result.output

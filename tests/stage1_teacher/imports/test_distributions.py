@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from vlm_distill_cache.common.codecs.live import select_entries
@@ -68,6 +68,29 @@ def test_a_target_that_the_teacher_rules_out_is_kept_and_nothing_else_of_that_ki
     assert math.exp(found.tail_log_mass[0, 0]) == pytest.approx(0.5)
 
 
+@given(seed=st.integers(0, 2**32 - 1), scale=st.floats(0.3, 8), base=st.sampled_from([2, 10]))
+@settings(max_examples=60, deadline=None)
+def test_logarithms_of_another_base_are_refused_where_all_tokens_are_listed(seed: int, scale: float, base: int):
+    rng = np.random.default_rng(seed)
+    log_probs = torch.from_numpy(rng.normal(0, scale, V)).log_softmax(-1).numpy()
+    label = int(rng.integers(0, V))
+    row = told(log_probs, label, V)
+    sparse_rows(ALL, [row], [label], vocabulary=V)
+    other = {token: value / math.log(base) for token, value in row.items()}
+    assume(abs(sum(map(math.exp, other.values())) - 1) > 0.03)
+    with pytest.raises(SampleError, match=r"its probabilities sum to|a log-probability is"):
+        sparse_rows(ALL, [other], [label], vocabulary=V)
+
+
+def test_tokens_that_are_left_out_though_they_are_likely_are_refused():
+    log_probs = torch.from_numpy(np.random.default_rng(0).normal(0, 3, V)).log_softmax(-1).numpy()
+    order = np.argsort(-log_probs).tolist()
+    label = order[-1]
+    sparse_rows(ALL, [{token: float(log_probs[token]) for token in [*order[:20], label]}], [label], vocabulary=V)
+    with pytest.raises(SampleError, match=r"that are not listed can have .* likely tokens left out"):
+        sparse_rows(ALL, [{token: float(log_probs[token]) for token in order[20:]}], [label], vocabulary=V)
+
+
 def test_sums_a_little_above_one_are_scaled():
     found = sparse_rows(ALL, [{3: math.log(0.7), 4: math.log(0.305)}], [3], vocabulary=V)
     assert found.log_probs.exp().sum().item() == pytest.approx(1, abs=1e-6)
@@ -86,6 +109,9 @@ def test_sums_a_little_above_one_are_scaled():
         ({3: -1.0, -1: -2.0}, "token id -1 is not in"),
         ({3: -1.0, 2**80: -2.0}, "is not in the teacher's vocabulary"),
         ({3: -9999.0}, "all log-probabilities are minus infinity"),
+        ({3: 0.0, 4: -3.4e38, 5: -3.4e38}, "temperature was 0.*ask it again with temperature 1"),
+        ({3: -3.4e38, 4: 0.0}, "temperature was 0"),
+        ({3: -2.0, 4: -9.0}, r"sum to 0.1355, and the 38 tokens that are not listed can have 0.0047 at most.*natural"),
         ({}, "no log-probabilities are given"),
     ],
 )

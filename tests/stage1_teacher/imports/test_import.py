@@ -165,6 +165,46 @@ def test_no_other_temperature_is_known(dump, llava, family_data, tmp_path: Path)
 @pytest.mark.parametrize(
     ("setting", "said"),
     [
+        ("dft.losses.temperature=2.0", "or {anew} --set temperatures=[2.0]"),
+        (
+            "dft.losses.answer_attention=1",
+            "or {anew} --signals answer_attention,...",
+        ),
+        ("dft.losses.hidden=1", "or {anew} --signals answer_attention,hidden,..."),
+        ("data={other}", "or build a cache for this data (cachectl import-logprobs --data ...)"),
+    ],
+)
+def test_training_advises_nothing_that_a_served_teachers_cache_cannot_have(
+    setting: str, said: str, dump, llava, family_data, tmp_path: Path
+):
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(json.loads(family_data.read_text())[:3]))
+    cache = tmp_path / "cache"
+    assert run(dump, family_data, llava, cache).exit_code == 0
+    base = [
+        "student=mobilevlm",
+        f"data={family_data}",
+        f"output={tmp_path / 'run'}",
+        "device=cpu",
+        "phases=[dft]",
+        "dft.steps=1",
+    ]
+    off = [] if "answer_attention" in said or "hidden" in said else ["dft.losses.answer_attention=0"]
+    with pytest.raises(CacheMismatchError) as refused:
+        run_student(load_run_config(None, [*base, *off, setting.format(other=other)], cache=cache))
+    anew = (
+        "build a cache from the teacher's weights (this one was imported from a server's log-probabilities, which hold no more): "
+        "teacher-cache build --teacher DIR"
+    )
+    assert said.format(anew=anew) in " ".join(str(refused.value).split())
+    with pytest.raises(CacheMismatchError) as lacking:
+        open_cache(cache).codec("hidden")
+    assert f"or {anew} --signals logits,hidden" in str(lacking.value)
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
         ("signals=[logits, answer_attention]", "signals: logits, answer_attention cannot be had of a served teacher"),
         ("answers=generate", "a served teacher cannot be asked"),
         ("template=nonsense", "nonsense"),
@@ -350,3 +390,32 @@ def test_the_help_needs_no_torch():
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "import-logprobs" in shown
+
+
+@pytest.mark.parametrize("name", ["llava_original", "mobilevlm_v1", "mobilevlm_v2", "compodistill"])
+def test_teachers_whose_picture_has_an_id_of_its_own_are_imported(name: str, family_data: Path, tmp_path: Path):
+    """The picture's id lies beyond their rows; servers write it as it is, once, or as the -200 of the original code."""
+    server = FakeServer(save_tiny(name, tmp_path / "weights"), family_data)
+    teacher, image = without_weights(tmp_path / "weights", tmp_path / "teacher"), server.teacher.image_token_id
+    samples = server.samples[:4]
+    for form in ("each", "once", "original", "sglang"):
+        rows = []
+        for sample in samples:
+            row = FORMS["sglang" if form == "sglang" else "vllm-top"](server, sample)
+            if form == "once":
+                ids = row["prompt_token_ids"]
+                kept = [place for place, token in enumerate(ids) if token != image or ids[place - 1] != image]
+                row |= {key: [row[key][place] for place in kept] for key in ("prompt_token_ids", "prompt_logprobs")}
+            elif form == "original":
+                row["prompt_token_ids"] = [-200 if token == image else token for token in row["prompt_token_ids"]]
+            rows.append(row)
+        asked = write_lines(tmp_path / f"{form}.jsonl", rows)
+        result = run(asked, family_data, teacher, tmp_path / form, "--limit", "4", "--set", f"logits=fixed:{K}")
+        assert result.exit_code == 0, result.output
+        cache = open_cache(tmp_path / form)
+        for sample in samples:
+            found = cache.decode("logits", cache[sample.sample_id])
+            exact = server.log_probs(sample)[sample.supervised_rows].exp().numpy()
+            listed = np.take_along_axis(exact, found.token_ids, axis=1)
+            np.testing.assert_allclose(np.exp(found.log_probs), listed, atol=2e-3, err_msg=form)
+            np.testing.assert_allclose(np.exp(found.tail_log_mass[:, 0]), 1 - listed.sum(1), atol=2e-3, err_msg=form)

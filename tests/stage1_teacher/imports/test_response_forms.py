@@ -145,6 +145,7 @@ def test_batch_files_hold_the_body_inside():
         ({"choices": []}, "holds no log-probabilities"),
         ({"choices": [{"message": {"content": "hi"}, "logprobs": None}]}, r"it has 'choices'"),
         ({"object": "error", "error": {"message": "no"}}, "answered with an error"),
+        ({"object": "error", "message": "too long", "code": 400}, "answered with an error: 'too long'"),
         ({"choices": [{}, {}]}, "holds 2 choices; send one prompt a request, with n=1"),
         ({**WHOLE["nemo"], "labels": [9, 9, 9, 9]}, "labels are not the tokens shifted by one"),
         ({**WHOLE["nemo"], "labels": [9]}, "differ in length"),
@@ -177,8 +178,57 @@ def test_what_is_no_log_probability_is_told(value):
 
 def test_two_log_probabilities_of_one_token_are_refused():
     body = {"meta_info": {"input_token_logprobs": OWN, "input_top_logprobs": [None, [[-0.1, 10, None]], [], []]}}
-    with pytest.raises(SampleError, match=r"token 10 has two log-probabilities, -5 and -0.1"):
+    with pytest.raises(SampleError, match=r"token 10 has two log-probabilities, -0.1 and -5"):
         read(body).distribution(1)
+
+
+def openai_token(own: float, listed: dict[int, float]) -> dict:
+    tops = [{"token": written(token), "logprob": value} for token, value in listed.items()]
+    return {"choices": [{"logprobs": {"content": [{"token": written(10), "logprob": own, "top_logprobs": tops}]}}]}
+
+
+def test_openai_s_lowest_number_says_that_a_token_is_not_among_the_likeliest():
+    assert read(openai_token(-9999.0, {11: -0.5, 12: -1.5})).distribution(0) == {11: -0.5, 12: -1.5}
+    assert read(openai_token(-9999.0, {11: -0.5, 10: -9999.0})).distribution(0) == {11: -0.5}
+    assert read(openai_token(-7.0, {11: -0.5})).distribution(0) == {11: -0.5, 10: -7.0}
+
+
+def test_an_offline_dump_of_generated_tokens_alone():
+    rows = [{"13": {"logprob": -6.5}, "40": {"logprob": -1.0}}]
+    output = {"index": 0, "token_ids": [13], "logprobs": rows}
+    for prompt in (None, []):
+        body = {"prompt_token_ids": IDS, "prompt_logprobs": prompt, "outputs": [output]}
+        served = read(body)
+        assert served.whole
+        assert list(served.tokens) == [*IDS, 13]
+        assert [served.distribution(place) for place in range(5)] == [None] * 4 + [{13: -6.5, 40: -1.0}]
+    alone = read({"outputs": [output]})
+    assert not alone.whole
+    assert list(alone.tokens) == [13]
+    with pytest.raises(SampleError, match=r"outputs\[0\].logprobs\[0\] does not hold its own token, 14"):
+        read({"outputs": [{**output, "token_ids": [14]}]}).distribution(0)
+    for more in ({}, CHOICE):
+        with pytest.raises(SampleError, match=r"holds 2 outputs; ask for one of each prompt \(n=1\)"):
+            read({**more, "outputs": [output, output]}).joined()
+
+
+@pytest.mark.parametrize("name", ["logprobs", "end_indices", "token_ids"])
+def test_flat_log_probabilities_that_are_cut_are_told(name: str):
+    body = copy.deepcopy(WHOLE["flat"])
+    del body["prompt_logprobs"][name][-1]
+    with pytest.raises(SampleError, match=r"its flat log-probabilities have 4 start_indices .*expected as many"):
+        read(body)
+    body = copy.deepcopy(WHOLE["flat"])
+    body["prompt_logprobs"]["end_indices"][-1] = 9
+    with pytest.raises(SampleError, match="point out of the 6 token_ids"):
+        read(body)
+
+
+def test_ids_that_a_table_made_floats():
+    served = read({**CHOICE, "prompt_token_ids": [float(token) for token in IDS]})
+    assert list(served.tokens) == IDS
+    with pytest.raises(SampleError, match=r"prompt_token_ids\[1\] is 10.5, expected a token id"):
+        read({**CHOICE, "prompt_token_ids": [1.0, 10.5, 11.0, 12.0]})
 
 
 PACKED = {

@@ -1,7 +1,9 @@
 """Rows of large and broken files are found by sample id, one at a time."""
 
+import bz2
 import gzip
 import json
+import lzma
 import tracemalloc
 from pathlib import Path
 
@@ -127,7 +129,14 @@ def test_parquet_rows_are_those_of_the_lines(tmp_path: Path):
         ("a.json", json.dumps(row("a"), indent=1).encode(), "no row can be read: a.json:1 is no JSON"),
         ("a.jsonl", b"", "no row can be read"),
         ("a.jsonl", b"PAR1....", "is a parquet file"),
-        ("a.jsonl", b"\x80\x02}q\x00.", "expected|is not"),
+        ("a.jsonl", b"\x80\x02}q\x00.", "can run code and are not read here"),
+        ("a.pt", b"PK\x03\x04...", "can run code and are not read here"),
+        ("a.npz", b"PK\x03\x04...", "can run code and are not read here"),
+        ("a.zip", b"PK\x03\x04...", "is a zip archive: unpack it first"),
+        ("a.jsonl", bz2.compress(b"{}"), r"is compressed: unpack it first \(bunzip2\)"),
+        ("a.jsonl", lzma.compress(b"{}"), r"is compressed: unpack it first \(unxz\)"),
+        ("a.arrow", b"ARROW1\0\0...", r"is an Arrow file: write it as parquet"),
+        ("a.arrow", b"\xff\xff\xff\xff\x10\x01", r"is an Arrow file: write it as parquet"),
         ("a.jsonl", b'{"id": "z"}\n{"x": 1}\n', r"none of the 2 rows .*: rows are of 'z', 'a.jsonl:2 \(no id\)', samples are 'a'"),
     ],
 )  # fmt: skip
@@ -137,9 +146,68 @@ def test_files_of_another_kind_are_told(name: str, data: bytes, said: str, tmp_p
         read(tmp_path / name, "a")
 
 
-def test_folders_and_files_given_twice(tmp_path: Path):
-    with pytest.raises(DataError, match=r"no .jsonl and no .parquet"):
+def test_what_of_a_folder_is_not_read_is_named(tmp_path: Path, caplog):
+    (tmp_path / "part").mkdir()
+    for name in ("b.jsonl.gz", "c.json", "README.md", "compression_config.yaml", ".hidden"):
+        (tmp_path / name).write_bytes(b"{}")
+    with pytest.raises(
+        DataError, match=r"no .parquet file is in this folder, but b.jsonl.gz, c.json, part/; name the files"
+    ):
         read(tmp_path, "a")
+    write_lines(tmp_path / "d.jsonl", [row("a")])
+    with ServedRows.of([tmp_path], ["a"]) as rows:
+        rows.report()
+    assert f"3 files of the folder are not read: {tmp_path / 'b.jsonl.gz'}, {tmp_path / 'c.json'}" in caplog.text
+
+
+def test_numbers_that_the_server_gave_are_no_ids_of_samples_where_some_are_of_none(tmp_path: Path, caplog):
+    path = write_lines(tmp_path / "d.jsonl", [{"request_id": str(number), **BODY} for number in range(4)])
+    with pytest.raises(
+        DataError, match=r"3 rows are of samples by request_id .* 1 are of none \(d.jsonl:1 has 0\).*sample_id"
+    ):
+        read(path, "1", "2", "3", "4")
+    with ServedRows.of([path], list("0123")) as rows:
+        rows.report()
+    assert "4 rows are joined with samples by request_id alone" in caplog.text
+    caplog.clear()
+    # An id that nobody counts is the sample's.
+    with ServedRows.of(
+        [write_lines(path, [{"request_id": f"s{number}", **BODY} for number in range(4)])], ["s1"]
+    ) as rows:
+        rows.report()
+    assert "alone" not in caplog.text
+
+
+@pytest.mark.parametrize("key", ["custom_id", "sample_id", "id"])
+def test_a_servers_number_beside_another_id_is_none(key: str, tmp_path: Path, caplog):
+    lines = [{"request_id": str(number), key: str(number + 1), **BODY} for number in range(4)]
+    with ServedRows.of([write_lines(tmp_path / "d.jsonl", lines)], ["1", "2"]) as rows:
+        assert [rows.read(name)[key] for name in "12"] == ["1", "2"]
+        rows.report()
+    assert rows.strangers.first == ["3", "4"]
+    assert "alone" not in caplog.text
+
+
+def test_cells_of_json_lines_may_be_texts_of_json_too(tmp_path: Path):
+    text = json.dumps(BODY["prompt_logprobs"])
+    rows = [
+        {"id": "a", "prompt_logprobs": text}, {"id": "b", "response": {"body": {"prompt_logprobs": text}}},
+        {"id": "c", "response": json.dumps({"prompt_logprobs": text})}, {"id": "d", "text": "{not json"},
+    ]  # fmt: skip
+    path = write_lines(tmp_path / "d.jsonl", rows)
+    assert [body["prompt_logprobs"] for body in read(path, *"abc")] == [BODY["prompt_logprobs"]] * 3
+    assert read(path, "d")[0]["text"] == "{not json"
+
+
+def test_rows_whose_ids_are_of_no_sample_are_not_said_to_lack_tokens(tmp_path: Path):
+    path = write_lines(tmp_path / "d.jsonl", [{"request_id": "x", "prompt_token_ids": [1, 5], **BODY}])
+    with pytest.raises(
+        DataError, match=r"none of the 1 rows is of a sample of the data: rows are of 'x', samples are 'a'"
+    ):
+        read(path, "a")
+
+
+def test_folders_and_files_given_twice(tmp_path: Path):
     path = write_lines(tmp_path / "d.jsonl", [row("a")])
     with pytest.raises(DataError, match="given twice"):
         ServedRows.of([path, tmp_path], ["a"])

@@ -20,8 +20,7 @@ given. Hold data out by keeping it in another file.
 """
 
 import logging
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
@@ -67,7 +66,7 @@ def open_dataset(
     split: str = "train",
     images: Path | None = None,
     limit: int | None = None,
-    commits: Mapping[str, str] = NO_COMMITS,
+    commits: Mapping[str, str] | Sequence[Mapping[str, str]] = NO_COMMITS,
 ) -> Dataset:
     """Open the data a user names.
 
@@ -76,7 +75,8 @@ def open_dataset(
         split: ``train``, ``validation`` or ``test``; only named data sets and folders have splits.
         images: Folder that relative image paths start from; None: the folder of the file.
         limit: Take the first samples only.
-        commits: By repository of the hub: which commit to read where no revision is named.
+        commits: By repository of the hub: which commit to read where no revision is named; of a mixture, one such
+            mapping for all of its entries, or one for each.
 
     Raises:
         DataError: Nothing can be read under that name; the message lists what can.
@@ -164,12 +164,18 @@ def _answer_kind(answer: str) -> str:
 
 
 def _open_path(
-    name: str, options: Mapping[str, str], split: str, images: Path | None, commits: Mapping[str, str]
+    name: str,
+    options: Mapping[str, str],
+    split: str,
+    images: Path | None,
+    commits: Mapping[str, str] | Sequence[Mapping[str, str]],
 ) -> Dataset:
     path, kind = Path(name), Path(name).suffix.lower()
     if kind in MIXTURES and path.is_file():
         _refuse_options(name, options)
-        return open_mixture(path, split=split, images=images, open_part=partial(open_dataset, commits=commits))
+        return open_mixture(path, split=split, images=images, open_part=open_dataset, commits=commits)
+    if not isinstance(commits, Mapping):
+        commits = {repository: commit for each in commits for repository, commit in each.items()}
     if kind in (".json", ".jsonl", ".ndjson", *SUFFIXES) and path.is_file():
         _refuse_options(name, options)
         return open_file(path, images=images)

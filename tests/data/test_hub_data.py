@@ -171,6 +171,22 @@ def test_a_commit_is_read_again_where_no_revision_is_named(hub, tmp_path):
     assert open_dataset("org/name").origin["revision"] == second
 
 
+@pytest.mark.parametrize("entries", [("org/name", "org/name@v1"), ("org/name@v1", "org/name")])
+def test_two_commits_of_one_repository_are_read_again_each_in_its_entry(hub, tmp_path, entries):
+    from vlm_distill_cache.stage2_student.training.preparation import _commits_of
+
+    hub.publish("org/name", {"x.parquet": parquet("old")}, ref="v1")
+    hub.publish("org/name", {"x.parquet": parquet("new")})
+    (tmp_path / "mixture.yaml").write_text("".join(f"- {entry}\n" for entry in entries))
+    built = open_dataset(str(tmp_path / "mixture.yaml"))
+    hub.publish("org/name", {"x.parquet": parquet("newer")})
+    plan = SimpleNamespace(data={"name": built.name, **built.origin})
+    again = open_dataset(str(tmp_path / "mixture.yaml"), commits=_commits_of(SimpleNamespace(plan=plan)))
+    assert again.fingerprint() == built.fingerprint()
+    assert again.origin == built.origin
+    assert answers(again) == [{"org/name": "new", "org/name@v1": "old"}[entry] for entry in entries]
+
+
 def test_a_cache_tells_the_commits_of_its_data():
     from vlm_distill_cache.stage2_student.training.preparation import _commits_of
 
@@ -180,8 +196,8 @@ def test_a_cache_tells_the_commits_of_its_data():
     one, other = ({"repository": f"org/{name}", "revision": name * 40} for name in "ab")
     expected = {"org/a": "a" * 40, "org/b": "b" * 40}
     assert commits(**one) == {"org/a": "a" * 40}
-    assert commits(mixture=[one, {"name": "x.json"}, other]) == expected
-    assert commits(parts=[one, other]) == expected
+    assert commits(mixture=[one, {"name": "x.json"}, other]) == [{"org/a": "a" * 40}, {}, {"org/b": "b" * 40}]
+    assert commits(parts=[one, other]) == commits(parts=[{"mixture": [one]}, other]) == expected
     assert commits(name="shapes") == {}
 
 

@@ -34,11 +34,11 @@ def parse_yaml(text: str) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    def compose_mapping_node(self, anchor: str | None) -> MappingNode | None:
+    def compose_mapping_node(self, anchor: Any) -> MappingNode:
         """Each mapping as it is written, before what ``<<`` takes in is put among its keys."""
-        node: MappingNode | None = super().compose_mapping_node(anchor)
+        node = super().compose_mapping_node(anchor)
         seen: dict[tuple[str, str], Node] = {}
-        for key, _ in node.value if node is not None else ():
+        for key, _ in node.value:
             if not isinstance(key, ScalarNode):
                 continue
             first = seen.setdefault((key.tag, key.value), key)

@@ -21,7 +21,7 @@ from vlm_distill_cache.common.hub import hub_name
 from vlm_distill_cache.common.printing import one_line
 from vlm_distill_cache.data.sample import Dataset, Weighting, number_repeats
 from vlm_distill_cache.data.sources.grouping import JoinedSamples
-from vlm_distill_cache.data.sources.patterns import FILE_ENDINGS
+from vlm_distill_cache.data.sources.patterns import FILE_ENDINGS, file_of_repository
 
 MIXTURES = (".yaml", ".yml")
 NAMED = ("shapes", "easy-vqa")  # data sets that are no files
@@ -265,7 +265,9 @@ def _place(data: str, folder: Path) -> str:
     base = _base(data)
     if base in NAMED or Path(base).is_absolute():
         return data
-    if not (folder / base).exists() and hub_name(base) is not None and not base.lower().endswith(FILE_ENDINGS):
+    if not (folder / base).exists() and not base.lower().endswith(FILE_ENDINGS) and hub_name(base) is not None:
+        return data
+    if not (folder / base).exists() and file_of_repository(base, folder) is not None:
         return data
     return str(folder / data)
 

@@ -57,12 +57,14 @@ FILE_ITEMS = 2000  # questions taken from a user's file where no limit is given
 SHORT_ANSWER_WORDS = 5
 FORMS = (
     "shapes, easy-vqa, FILE.json, FILE.jsonl, FILE.csv, FILE.parquet, a folder of parquet files, of pictures with metadata or "
-    "of datasets.save_to_disk, uncompressed tars, a data set of the hub (ORG/NAME), or a mixture (FILE.yaml)"
+    "of datasets.save_to_disk, uncompressed tars, a data set of the hub (ORG/NAME) or a file in one (ORG/NAME/FILE), or a "
+    "mixture (FILE.yaml)"
 )
 _SLICED = re.compile(r":(?:[^/]*,)?split=[^,/\[+]*(\[[^\]/]*\]|\+[^,/]*)")
 _WEB = re.compile(
     r"(?:https?://[^/]+/|hf://)?datasets/(?P<name>[\w.-]+/[\w.-]+)"
-    r"(?:/(?:tree|blob|resolve|raw|viewer)/(?P<tree>[^/]+)(?:/(?P<file>.+?))?|@(?P<at>[^/]+)(?:/(?P<inner>.+?))?|/(?P<rest>.+?))?/?",
+    r"(?:/(?:tree|blob|resolve|raw|viewer)/(?P<tree>[^/]+)(?:/(?P<file>.+?))?"
+    r"|@(?P<at>[^/]+)(?:/(?P<inner>.+?))?|/(?P<rest>.+?))?/?",
     re.ASCII,
 )
 _OPTIONS = {"shapes": ("images", "seed"), "easy-vqa": ()}

@@ -132,7 +132,7 @@ def test_splits_are_taken_by_name(tmp_path):
 )
 def test_a_held_out_split_of_another_name_comes_before_the_training_data(tmp_path, caplog, splits, asked, read):
     caplog.set_level("INFO")
-    parts = {name: datasets.Dataset.from_dict({"caption": [name]}) for name in splits.split()}
+    parts = {name: datasets.Dataset.from_dict({"question": ["q"], "answer": [name]}) for name in splits.split()}
     datasets.DatasetDict(parts).save_to_disk(str(tmp_path / "d"))
     assert open_dataset(str(tmp_path / "d"), split=asked)[0].turns[0].answer == read
     assert f"split {read!r} is read" in caplog.text
@@ -143,7 +143,10 @@ def test_a_held_out_split_of_another_name_comes_before_the_training_data(tmp_pat
 
 
 def test_a_held_out_split_is_not_named_to_learn_from(tmp_path):
-    parts = {name: datasets.Dataset.from_dict({"caption": [name]}) for name in ("test", "validation", "more")}
+    parts = {
+        name: datasets.Dataset.from_dict({"question": ["q"], "answer": [name]})
+        for name in ("test", "validation", "more")
+    }
     datasets.DatasetDict(parts).save_to_disk(str(tmp_path / "d"))
     with pytest.raises(DataError, match=r"no split 'train'; it has more, test, validation: name one, DATA=.*/d/more"):
         open_dataset(str(tmp_path / "d"))

@@ -20,6 +20,7 @@ import yaml
 
 from vlm_distill_cache.common.errors import ConfigError
 from vlm_distill_cache.common.files.atomic import write_bytes_atomic
+from vlm_distill_cache.common.files.yaml_text import YamlError, parse_yaml
 from vlm_distill_cache.common.printing import CONTROL, SURROGATE, one_line
 
 ConfigT = TypeVar("ConfigT")
@@ -74,8 +75,8 @@ def read_yaml(path: Path | None, *, missing_ok: bool = False) -> dict[str, Any]:
     if path is None or (missing_ok and not path.exists()):
         return {}
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        loaded = parse_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, YamlError) as error:
         raise ConfigError(f"{path}: cannot be read as YAML: {error}") from error
     if loaded is not None and not isinstance(loaded, dict):
         raise ConfigError(f"{path}: expected a mapping of options, got {type(loaded).__name__}")
@@ -137,8 +138,8 @@ class _Given:
 
     def parsed(self) -> Any:
         try:
-            return yaml.safe_load(self.text)
-        except yaml.YAMLError as error:
+            return parse_yaml(self.text)
+        except YamlError as error:
             raise ConfigError(f"--set {self.override!r}: the value is not YAML: {error}") from error
 
     def of(self, hint: Any) -> Any:
@@ -158,7 +159,7 @@ def _build(cls: Any, values: Any, base: Any, path: str, where: str) -> Any:
     for key in values:
         if key not in fields:
             near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.0)
-            hint = f"; did you mean {path}{near[0]}?" if near else ""
+            hint = f"; did you mean {path}{near[0]}?" if near else "."
             raise ConfigError(f"{where}: unknown option {path}{key}{hint} Known: {', '.join(fields)}")
     arguments: dict[str, Any] = {}
     for name, field in fields.items():

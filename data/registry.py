@@ -12,6 +12,7 @@
 | ``FILE.csv``, ``FILE.tsv`` | `data.sources.csv_rows` |
 | a folder as the hub lays data sets out: parquet, metadata beside pictures, tars, JSON | `data.sources.hub_data` |
 | ``ORG/NAME``, ``ORG/NAME@REVISION:name=CONFIG,split=SPLIT,streaming=true`` | `data.sources.hub_data` |
+| ``ORG/NAME[@REVISION]/FILE``, also a pattern; a pattern of JSON or CSV files | the reader of such files |
 | ``FILE.yaml``: a list of data sets | `data.sources.mixture` |
 
 A path comes before a name of the hub. A user's files have no splits (but a folder may, and then takes ``name=`` and
@@ -20,8 +21,8 @@ given. Hold data out by keeping it in another file.
 """
 
 import logging
-from collections.abc import Callable, Mapping
-from functools import partial
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
@@ -36,18 +37,19 @@ from vlm_distill_cache.data.sample import (
 )
 from vlm_distill_cache.data.sources.csv_rows import SUFFIXES
 from vlm_distill_cache.data.sources.easy_vqa import EasyVqaDataset, easy_vqa_evaluation
-from vlm_distill_cache.data.sources.grouping import ChosenSamples
+from vlm_distill_cache.data.sources.grouping import ChosenSamples, JoinedSamples
 from vlm_distill_cache.data.sources.hf import HuggingFaceDataset, is_saved_dataset
 from vlm_distill_cache.data.sources.hub_data import Choice, open_file, open_folder, open_name
 from vlm_distill_cache.data.sources.image_folder import METADATA
 from vlm_distill_cache.data.sources.mixture import MIXTURES, open_mixture
 from vlm_distill_cache.data.sources.parquet import LocalParquet, ParquetDataset
-from vlm_distill_cache.data.sources.patterns import FILE_ENDINGS, find_files
+from vlm_distill_cache.data.sources.patterns import FILE_ENDINGS, file_of_repository, find_files, is_pattern
 from vlm_distill_cache.data.sources.pictures import image_folder
 from vlm_distill_cache.data.sources.webdataset import WebDataset
 
 logger = logging.getLogger(__name__)
 
+TEXTS = (".json", ".jsonl", ".ndjson", *SUFFIXES)
 NO_COMMITS: Mapping[str, str] = MappingProxyType({})
 SHAPES_IMAGES = 1500
 SHAPES_ITEMS = 300  # evaluation items where no limit is given
@@ -55,7 +57,15 @@ FILE_ITEMS = 2000  # questions taken from a user's file where no limit is given
 SHORT_ANSWER_WORDS = 5
 FORMS = (
     "shapes, easy-vqa, FILE.json, FILE.jsonl, FILE.csv, FILE.parquet, a folder of parquet files, of pictures with metadata or "
-    "of datasets.save_to_disk, uncompressed tars, a data set of the hub (ORG/NAME), or a mixture (FILE.yaml)"
+    "of datasets.save_to_disk, uncompressed tars, a data set of the hub (ORG/NAME) or a file in one (ORG/NAME/FILE), or a "
+    "mixture (FILE.yaml)"
+)
+_SLICED = re.compile(r":(?:[^/]*,)?split=[^,/\[+]*(\[[^\]/]*\]|\+[^,/]*)")
+_WEB = re.compile(
+    r"(?:https?://[^/]+/|hf://)?datasets/(?P<name>[\w.-]+/[\w.-]+)"
+    r"(?:/(?:tree|blob|resolve|raw|viewer)/(?P<tree>[^/]+)(?:/(?P<file>.+?))?"
+    r"|@(?P<at>[^/]+)(?:/(?P<inner>.+?))?|/(?P<rest>.+?))?/?",
+    re.ASCII,
 )
 _OPTIONS = {"shapes": ("images", "seed"), "easy-vqa": ()}
 _OF_FOLDERS = ("name", "split", "streaming")
@@ -67,7 +77,7 @@ def open_dataset(
     split: str = "train",
     images: Path | None = None,
     limit: int | None = None,
-    commits: Mapping[str, str] = NO_COMMITS,
+    commits: Mapping[str, str] | Sequence[Mapping[str, str]] = NO_COMMITS,
 ) -> Dataset:
     """Open the data a user names.
 
@@ -76,7 +86,8 @@ def open_dataset(
         split: ``train``, ``validation`` or ``test``; only named data sets and folders have splits.
         images: Folder that relative image paths start from; None: the folder of the file.
         limit: Take the first samples only.
-        commits: By repository of the hub: which commit to read where no revision is named.
+        commits: By repository of the hub: which commit to read where no revision is named; of a mixture, one such
+            mapping for all of its entries, or one for each.
 
     Raises:
         DataError: Nothing can be read under that name; the message lists what can.
@@ -164,15 +175,25 @@ def _answer_kind(answer: str) -> str:
 
 
 def _open_path(
-    name: str, options: Mapping[str, str], split: str, images: Path | None, commits: Mapping[str, str]
+    name: str,
+    options: Mapping[str, str],
+    split: str,
+    images: Path | None,
+    commits: Mapping[str, str] | Sequence[Mapping[str, str]],
 ) -> Dataset:
     path, kind = Path(name), Path(name).suffix.lower()
     if kind in MIXTURES and path.is_file():
         _refuse_options(name, options)
-        return open_mixture(path, split=split, images=images, open_part=partial(open_dataset, commits=commits))
-    if kind in (".json", ".jsonl", ".ndjson", *SUFFIXES) and path.is_file():
+        return open_mixture(path, split=split, images=images, open_part=open_dataset, commits=commits)
+    if not isinstance(commits, Mapping):
+        commits = {repository: commit for each in commits for repository, commit in each.items()}
+    if kind in TEXTS and path.is_file():
         _refuse_options(name, options)
         return open_file(path, images=images)
+    if not path.exists() and (web := _WEB.fullmatch(name)):
+        revision, inner = web["tree"] or web["at"], web["file"] or web["inner"] or web["rest"]
+        typed = f"{web['name']}{f'@{revision}' if revision else ''}{f'/{inner}' if inner else ''}"
+        raise DataError(f"data {name!r} is an address; type DATA={typed}")
     choice = Choice(
         config=options.get("name"), split=options.get("split", split), strict="split" in options, images=images
     )
@@ -180,19 +201,38 @@ def _open_path(
         if "streaming" in options:
             raise DataError(f"{name} is a folder here: there is nothing to stream, leave out streaming=")
         return _open_folder(path, choice, options)
-    if kind == ".tar":
+    if kind == ".tar" and (path.exists() or _in_repository(name) is None):
         _refuse_options(name, options)
         return WebDataset(name)
-    if kind == ".parquet":
+    if kind == ".parquet" and (path.exists() or _in_repository(name) is None):
         _refuse_options(name, options)
         paths = find_files(name, kind)
         root = image_folder(images, paths[0])
         return ParquetDataset([LocalParquet(p) for p in paths], name=path.name, where=name, image_root=root)
-    if not path.exists() and kind not in FILE_ENDINGS and (hub := hub_name(name)) is not None:
+    if not path.exists() and (found := _in_repository(name)) is not None:
+        hub, file = found
+        if file is not None and (more := [key for key in ("name", "split") if key in options]):
+            raise DataError(
+                f"{name} is a file of a repository: it has no {' and no '.join(more)}; leave out {more[0]}="
+            )
         hub = HubName(hub.repository, hub.revision or commits.get(hub.repository, ""))
-        return open_name(hub, choice, streaming=_flag(options, "streaming"))
+        return open_name(hub, choice, file=file, streaming=_flag(options, "streaming"))
+    if kind in TEXTS and is_pattern(name):
+        _refuse_options(name, options)
+        parts = [open_file(p, images=images) for p in find_files(name, kind)]
+        return parts[0] if len(parts) == 1 else JoinedSamples(parts, name=path.name)
     state = "is of an unknown kind" if path.exists() else "does not exist"
+    if re.match(r"\w+://", name):
+        state = "is an address, and nothing is downloaded from there: download it"
     raise DataError(f"data {name!r} {state}; expected {FORMS}")
+
+
+def _in_repository(name: str) -> tuple[HubName, str | None] | None:
+    """A repository of the hub, and a file in it or none; None for what can be neither."""
+    if found := file_of_repository(name, Path()):
+        return found
+    hub = None if name.lower().endswith(FILE_ENDINGS) else hub_name(name)
+    return None if hub is None else (hub, None)
 
 
 def _open_folder(path: Path, choice: Choice, options: Mapping[str, str]) -> Dataset:
@@ -200,14 +240,12 @@ def _open_folder(path: Path, choice: Choice, options: Mapping[str, str]) -> Data
     if len(saved) == 1:
         if "name" in options:
             raise DataError(f"{path} is one data set of datasets.save_to_disk; leave out name=")
-        return HuggingFaceDataset(saved[0], split=choice.split, images=choice.images)
+        return HuggingFaceDataset(saved[0], split=choice.split, strict=choice.strict, images=choice.images)
     if len(saved) > 1:
         raise DataError(f"{path} holds several data sets, name one: {', '.join(map(str, saved))}")
     if any(path.glob("*.tar")) and not options:
         return WebDataset(str(path))
-    texts = sorted(
-        p for p in path.iterdir() if p.suffix.lower() in (".json", ".jsonl", ".ndjson", *SUFFIXES, *MIXTURES)
-    )
+    texts = sorted(p for p in path.iterdir() if p.suffix.lower() in (*TEXTS, *MIXTURES))
     tables = any(path.rglob("*.parquet")) or any(any(path.rglob(name)) for name in METADATA)
     if not tables and not (path / "README.md").is_file():
         # What `datasets` would make of it is every file at once; here whoever has a file beside pictures names it.
@@ -220,6 +258,11 @@ def _open_folder(path: Path, choice: Choice, options: Mapping[str, str]) -> Data
 
 def _split_spec(spec: str) -> tuple[str, dict[str, str]]:
     """Split ``name:key=value,key=value``; a colon without a ``=`` behind it belongs to the path."""
+    if (found := _SLICED.search(spec)) and not Path(spec).exists():
+        raise DataError(
+            f"data {spec!r}: a split is read as a whole, {found[1]} is not read; its first samples are taken by a limit "
+            "(CACHE_SET=limit=N, --set limit=N, or limit: N in a mixture), several splits as entries of a mixture (.yaml)"
+        )
     name, colon, rest = spec.rpartition(":")
     if not colon or "=" not in rest or "/" in rest or Path(spec).exists():
         return spec, {}

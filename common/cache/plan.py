@@ -6,6 +6,7 @@ number can resume it. It holds no time, no host and no absolute path: the same i
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -109,7 +110,9 @@ class Plan:
         """Return the JSON without what is for people only: names differ between machines, fingerprints decide."""
         described = self.to_dict()
         for part in ("teacher", "data"):
-            described[part] = {name: value for name, value in described[part].items() if name not in DESCRIPTIVE}
+            described[part] = _undescribed(described[part])
+        if isinstance(entries := described["data"].get("mixture"), list):
+            described["data"]["mixture"] = [_undescribed(part) for part in entries if isinstance(part, dict)]
         return described
 
     @classmethod
@@ -191,12 +194,38 @@ def refuse_changed_plan(old: Plan, new: Plan, *, where: str = "the cache") -> No
         )
 
 
+def _undescribed(part: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in part.items() if name not in DESCRIPTIVE}
+
+
 def _moved(old: Plan, new: Plan) -> list[str]:
-    """A line where a model on the hub is another one since a cache was begun."""
+    """A line for each thing on the hub that is another one since a cache was begun: what goes on with the old one."""
+    lines = []
     (name, was), (_, now) = ((plan.teacher.get("name"), plan.teacher.get("revision")) for plan in (old, new))
-    if not was or was == now or old.fingerprints.get("teacher") == new.fingerprints.get("teacher"):
-        return []
-    return [f"  the teacher was {name}@{was}: TEACHER={name}@{was} (--teacher) goes on with that one"]
+    if was and was != now and old.fingerprints.get("teacher") != new.fingerprints.get("teacher"):
+        lines.append(f"  the teacher was {name}@{was}: TEACHER={name}@{was} (--teacher) goes on with that one")
+    if old.fingerprints.get("data") == new.fingerprints.get("data"):
+        return lines
+    if kept := _left(old.data, new.data):
+        lines.append(f"  the data were {kept}: DATA={kept} (--data) goes on with them")
+    for number, (before, after) in enumerate(zip(_entries(old), _entries(new), strict=False), start=1):
+        if kept := _left(before, after):
+            lines.append(f"  entry {number} of the mixture was {kept}: write `data: {kept}` there to go on with it")
+    return lines
+
+
+def _left(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """What to type for data of a repository that has moved on since; empty if it has not."""
+    name, was = old.get("repository"), old.get("revision")
+    if not name or not was or name != new.get("repository") or was == new.get("revision"):
+        return ""
+    file, config = old.get("file"), old.get("config")
+    return f"{name}@{was}{f'/{file}' if file else ''}{f':name={config}' if config else ''}"
+
+
+def _entries(plan: Plan) -> list[Mapping[str, Any]]:
+    listed = plan.data.get("mixture")
+    return [entry if isinstance(entry, dict) else {} for entry in listed] if isinstance(listed, list) else []
 
 
 def built_with(plan: Plan) -> str:

@@ -7,10 +7,11 @@ pandas writes it, is that list or object where a key is known to hold such.
 import ast
 import csv
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NoReturn
 
 from vlm_distill_cache.common.errors import DataError, SampleError
 from vlm_distill_cache.data.sample import resolve_ids
@@ -21,6 +22,7 @@ from vlm_distill_cache.data.sources.pictures import image_folder
 
 SUFFIXES = (".csv", ".tsv")
 _LONGEST_CELL = 2**31 - 1  # bytes; a picture in base64 is beyond the csv module's own limit
+_FILE = re.compile(r"\.[A-Za-z]\w{2,4}$")
 _IDS = ("id", "sample_id", "question_id", "index")
 _LISTS = frozenset(
     "messages conversations conversation texts images image answers prompt completion choices options file_names".split()  # noqa: SIM905
@@ -73,8 +75,11 @@ class CsvRows:
             raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
         tabs = path.suffix.lower() == ".tsv" or ("\t" in first and "," not in first)
         self._delimiter = "\t" if tabs else ";" if ";" in first and "," not in first else ","
-        rows = self._parsed(0)
-        self.header = [name.strip() for name in next(rows, (0, []))[1]]
+        self.header: list[str] = []
+        _, header, fault = next(self._parsed(0), (0, [], ""))
+        if fault:
+            raise DataError(f"{path}, its header: {fault}")
+        self.header = [name.strip() for name in header]
         if repeated := sorted({name for name in self.header if self.header.count(name) > 1 and name}):
             raise DataError(f"{path}: its header has {', '.join(repeated[:3])} twice; rename one")
 
@@ -82,7 +87,7 @@ class CsvRows:
         """Note where each row begins, and yield its id (the cell at ``named``) and its content."""
         rows = self._parsed(0)
         begins = next(rows)[0]
-        for ends, cells in rows:
+        for ends, cells, _ in rows:
             if cells:  # else an empty line
                 self._offsets.append(begins)
                 yield (cells[named] if named is not None and named < len(cells) else None), cells
@@ -93,7 +98,9 @@ class CsvRows:
 
     def read(self, index: int) -> dict[str, Any]:
         """The row at ``index`` by the header's names, empty cells as None."""
-        _, cells = next(self._parsed(self._offsets[index]))
+        _, cells, fault = next(self._parsed(self._offsets[index]))
+        if fault:
+            raise SampleError(fault)
         if len(cells) != len(self.header):
             raise SampleError(
                 f"the row has {len(cells)} cells, its header {len(self.header)}; quote cells that hold "
@@ -101,22 +108,46 @@ class CsvRows:
             )
         return {name: _value(name, cell) for name, cell in zip(self.header, cells, strict=True) if name}
 
-    def _parsed(self, offset: int) -> Iterator[tuple[int, Sequence[str]]]:
-        """Rows from a place on, each with where the next one begins."""
+    def _parsed(self, offset: int) -> Iterator[tuple[int, Sequence[str], str]]:
+        """Rows from a place on, each with where the next one begins and what is wrong with it, if anything.
+
+        Raises:
+            DataError: The file cannot be read, or a quote is opened in one line and not closed: where the rows after it
+                begin cannot be told.
+        """
         # Opened per call: a shared handle would share its position between forked workers.
         try:
             with self._open() as file:
                 file.seek(offset)
-                place = offset
+                place = begins = offset
+                row: list[str] = []  # its lines
 
                 def lines() -> Iterator[str]:
                     nonlocal place
                     for line in file:
                         place += len(line)
-                        yield line.decode()
+                        row.append(line.decode())
+                        yield row[-1]
 
-                for cells in csv.reader(lines(), delimiter=self._delimiter, strict=False):
-                    yield place, cells
+                reader = csv.reader(lines(), delimiter=self._delimiter, strict=True)
+                while True:
+                    begins = place
+                    row.clear()
+                    fault = ""
+                    try:
+                        cells: Sequence[str] = next(reader)
+                    except StopIteration:
+                        return
+                    except csv.Error as error:
+                        more = "expected after" in str(error)  # behind a closing quote
+                        if "end of data" in str(error) or (more and len(row) > 1):
+                            self._refuse_open_quote(begins)
+                        if not more:
+                            raise
+                        cells, fault = self._after_quotes(row[0])
+                    if len(row) > 1 and self._are_rows(row):
+                        self._refuse_open_quote(begins)
+                    yield place, cells, fault
         except OSError as error:
             raise DataError(f"{self._path} cannot be read: {error.strerror or error}") from error
         except UnicodeDecodeError as error:
@@ -129,6 +160,37 @@ class CsvRows:
                 f"{self._path} cannot be read as CSV near byte {place}: {error}; save it with quoted cells, "
                 "or as JSON lines"
             ) from error
+
+    def _after_quotes(self, line: str) -> tuple[Sequence[str], str]:
+        """The cells of a line with more than a delimiter behind a closing quote, and what is wrong; blanks are not."""
+        delimiter, fault = self._delimiter, ""
+        try:
+            next(csv.reader([re.sub(rf'" +(?=[{delimiter}\r\n]|$)', '"', line)], delimiter=delimiter, strict=True))
+        except csv.Error as error:
+            fault = f"{error} in its row: a cell that holds quotes is quoted, and each quote in it written twice"
+        return next(csv.reader([line], delimiter=delimiter)), fault
+
+    def _are_rows(self, lines: Sequence[str]) -> bool:
+        """Whether each line looks like a row: then a quote in the first was taken to open a cell, which another closes.
+
+        All have the delimiters of a row; commas, which sentences have, too, count where all name a file in one column.
+        """
+        count = len(self.header)
+        cells = [line.rstrip("\r\n").split(self._delimiter) for line in lines]
+        if count < 2 or any(len(line) != count for line in cells):
+            return False
+        return self._delimiter == "\t" or any(all(map(_FILE.search, column)) for column in zip(*cells, strict=True))
+
+    def _refuse_open_quote(self, offset: int) -> NoReturn:
+        with self._open() as file:
+            line = file.read(offset).count(b"\n") + 1
+        raise DataError(
+            f"{self._path}, line {line}: a quote that opens a cell is not closed in that row, so that the rows after it "
+            "cannot be told apart; write a quote within a cell twice and quote the cell. If quotes are plain characters in "
+            f"this file, convert it: python -c \"import csv, pandas; pandas.read_csv('{self._path.name}', "
+            f"sep={self._delimiter!r}, quoting=csv.QUOTE_NONE, dtype=str).to_csv('new{self._path.suffix}', "
+            f'sep={self._delimiter!r}, index=False)"'
+        )
 
     def _open(self) -> BinaryIO:
         return self._path.open("rb") if self._held is None else BytesIO(self._held)

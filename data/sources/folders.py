@@ -9,7 +9,7 @@ import re
 import tempfile
 import zipfile
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -20,9 +20,12 @@ import yaml
 
 from vlm_distill_cache.common.errors import DataError
 from vlm_distill_cache.common.printing import one_line
-from vlm_distill_cache.data.sources.hf import choose_split
+from vlm_distill_cache.data.sources.hf import SPLIT_WORDS, choose_split, no_such_split
 from vlm_distill_cache.data.sources.image_folder import METADATA
+from vlm_distill_cache.data.sources.patterns import KIND_OF_ENDING, UNFINISHED, are_parts, refuse_gaps
 from vlm_distill_cache.data.sources.table import NEEDED
+
+logger = logging.getLogger(__name__)
 
 _LIBRARY = (
     OSError,
@@ -33,8 +36,8 @@ _LIBRARY = (
     RuntimeError,
 )  # what `datasets` raises of a folder
 KINDS = ("parquet", "json", "csv", "arrow", "webdataset", "imagefolder")
+_DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "croissant.json")
 _CONVERTED = re.compile(r"(?:([^/]+)/)?([^/]+)/\d{4}\.parquet")  # what the hub makes of other formats
-_OF = re.compile(r"(.*?)(\d{5})-of-(\d{5})(.*)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,28 +59,37 @@ class DataFiles:
     others: frozenset[str]
 
 
-def choose_files(folder: Path, *, config: str | None, split: str, strict: bool = False, where: str) -> DataFiles:
+def choose_files(
+    folder: Path, *, config: str | None, split: str, strict: bool = False, where: str, remedy: str = UNFINISHED
+) -> DataFiles:
     """Find the files of a configuration and a split in a folder.
 
     Args:
         config: Its name; None: the only or the default one.
         split: A held-out split that is not there means ``train``, as of a file, unless ``strict``.
         where: What errors call the folder, as it is typed after ``DATA=``.
+        remedy: What to do where files of a numbered set are missing.
 
     Raises:
-        DataError: There is no such configuration or split, no data, data of a kind that is not read, or a part of
-            it is missing.
+        DataError: There is no such configuration or split, no data, data of a kind that is not read, a part of it is
+            missing, or nothing says that several files of texts are one data set.
     """
     converted = _converted(folder, config, where)
     kind, config, splits = converted or _resolved(folder, config, where)
     chosen = split if strict else choose_split(split, list(splits), where=where)
+    listed = converted is not None or _lists_files(folder)
+    unread = [] if listed or config else _unread(folder, splits)
     if chosen not in splits:
-        raise DataError(
-            f"{where} has no split {split!r}; it has {', '.join(sorted(splits))}: name one, DATA={where}"
-            f":{f'name={config},' if config else ''}split={next(iter(splits))}"
-        )
+        said, named = no_such_split(split, list(splits), where)
+        file = f", or a file that is of none of them, DATA={where}/{unread[0]}" if unread else ""
+        raise DataError(f"{said}, DATA={where}:{f'name={config},' if config else ''}split={named}{file}")
     paths = sorted(splits[chosen])
-    _refuse_gaps(paths, where)
+    refuse_gaps(paths, where, remedy=remedy)
+    if len(paths) > 1 and not listed and not _belong_together(paths, chosen):
+        _tell_several(paths, kind, where)
+    if unread:
+        also = ", ".join(unread[:5]) + (", ..." if len(unread) > 5 else "")
+        logger.warning("%s: %s is read; passed over: %s (name a file, DATA=%s/%s)", where, kind, also, where, unread[0])
     others = {path for name, files in splits.items() if name != chosen for path in files}
     return DataFiles(kind=kind, config=config, split=chosen, paths=tuple(paths), others=frozenset(others - set(paths)))
 
@@ -100,6 +112,53 @@ def metadata_files(folder: Path, files: DataFiles) -> list[str]:
             f"{folder} holds {len(files.paths)} pictures and no text about them: expected {', '.join(METADATA)} beside them "
             f"with file_name and what is said.{hint}"
         )
+    return found
+
+
+def _lists_files(folder: Path) -> bool:
+    """Whether README.md says which files belong together."""
+    from huggingface_hub import metadata_load
+
+    readme = folder / "README.md"
+    try:
+        card = metadata_load(readme) if readme.is_file() else None
+        return any(config.get("data_files") for config in (card or {}).get("configs") or [])
+    except (ValueError, TypeError, AttributeError, OSError, yaml.YAMLError):
+        return False
+
+
+def _belong_together(paths: Sequence[str], split: str) -> bool:
+    """Whether the names of some files say that they are one split."""
+    words = "|".join(map(re.escape, SPLIT_WORDS.get(split, (split,))))
+    named = re.compile(rf"(^|[^a-z])({words})([^a-z]|$)")
+    return are_parts(paths) or all(named.search(path.lower()) for path in paths)
+
+
+def _tell_several(paths: Sequence[str], kind: str, where: str) -> None:
+    """Refuse several files of texts that may be as many data sets; say of others that they are read as one.
+
+    Published repositories hold a set and smaller ones made of it: together, samples would be there twice.
+    """
+    names = ", ".join(paths[:8]) + (", ..." if len(paths) > 8 else "")
+    if kind in ("json", "csv"):
+        raise DataError(
+            f"{where} holds {len(paths)} files, and nothing says that they are one data set: {names}; name one, "
+            f"DATA={where}/{paths[0]}, several by a pattern, or list them in a mixture (.yaml)"
+        )
+    if kind == "parquet":
+        logger.info("%s: %d files are read as one data set: %s", where, len(paths), names)
+
+
+def _unread(folder: Path, splits: Mapping[str, Sequence[str]]) -> list[str]:
+    """Files of data that no split has."""
+    read = {path for paths in splits.values() for path in paths}
+    found = []
+    for path in sorted(folder.rglob("*")):
+        inner = path.relative_to(folder)
+        hidden = any(part.startswith((".", "__")) for part in inner.parts)
+        described = path.name in METADATA or path.name.lower() in _DESCRIPTIONS
+        if path.suffix.lower() in KIND_OF_ENDING and not hidden and not described and path.is_file():
+            found += [inner.as_posix()] if inner.as_posix() not in read else []
     return found
 
 
@@ -224,18 +283,3 @@ def _no_files(folder: Path, config: str | None, where: str, error: Exception) ->
             return f"{where} holds no data set {config!r}: it is one, without a name, and has no folder of that name"
         return _choose_config(where, config, configs)
     return f"{where} holds no data set that can be read: {said}"
-
-
-def _refuse_gaps(paths: Iterable[str], where: str) -> None:
-    """Refuse ``x-00000-of-00003`` without all of its kind: half a download is no data set."""
-    sets: dict[tuple[str, int, str], set[int]] = defaultdict(set)
-    for path in paths:
-        if found := _OF.fullmatch(path):
-            sets[found[1], int(found[3]), re.sub(r"-[0-9a-f]{16}", "", found[4])].add(int(found[2]))
-    for (begin, count, end), numbers in sets.items():
-        missing = sorted(set(range(count)) - numbers)
-        if missing and count <= 99999:
-            raise DataError(
-                f"{where}: {len(missing)} of {count} files are missing, the first is {begin}{missing[0]:05d}-of-{count:05d}"
-                f"{end}; finish the download, or name the files that are meant"
-            )

@@ -6,6 +6,7 @@ lists of them beside the data.
 
 import json
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,11 @@ from vlm_distill_cache.data.sources.table import NEEDED, TableDataset
 
 logger = logging.getLogger(__name__)
 
-HELD_OUT = ("validation", "test")
+SPLIT_WORDS = {  # as `datasets` names splits by files
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "dev", "val"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
 
 
 class ArrowTable:
@@ -49,10 +54,10 @@ class HuggingFaceDataset(TableDataset):
     Relative image paths start from ``images``, or from the folder itself.
     """
 
-    def __init__(self, path: Path, *, split: str = "train", images: Path | None = None) -> None:
-        super().__init__(
-            ArrowTable(_load_folder(path, split)), name=path.name, where=str(path), image_root=images or path
-        )
+    def __init__(self, path: Path, *, split: str = "train", strict: bool = False, images: Path | None = None) -> None:
+        """Open; a held-out split that is not there is another one (`choose_split`) unless ``strict``."""
+        loaded = _load_folder(path, split, strict=strict)
+        super().__init__(ArrowTable(loaded), name=path.name, where=str(path), image_root=images or path)
 
 
 class ArrowDataset(TableDataset):
@@ -78,26 +83,47 @@ def is_saved_dataset(path: Path) -> bool:
 
 
 def choose_split(split: str, splits: Sequence[str], *, where: str) -> str:
-    """The split that is read: the one asked for; a held-out one that is not there means the training data, as of a file.
+    """The split that is read: the one asked for, if it is there.
 
-    Raises:
-        DataError: There is no such split.
+    For a held-out one that is not there it is one of its other names, for a test also the validation data, so that
+    nobody is asked what was learnt; else the training data, as of a file, which has no splits.
     """
-    if split in HELD_OUT and split not in splits and "train" in splits:
-        split = "train"  # as a file without splits is
+    asked = split
+    if split in ("validation", "test") and split not in splits:
+        words = SPLIT_WORDS[split] + (SPLIT_WORDS["validation"] if split == "test" else ())
+        found = [name for word in words for name in splits if _first_word(name) == word]
+        split = next(iter(found), "train" if "train" in splits else split)
     if len(splits) > 1 and split in splits:
-        logger.info("%s: split %r is read, of %s", where, split, ", ".join(map(repr, splits)))
+        instead = f" instead of {asked!r}, which is not there" if split != asked else ""
+        logger.info("%s: split %r is read%s, of %s", where, split, instead, ", ".join(map(repr, splits)))
     return split
 
 
-def _load_folder(path: Path, split: str) -> Any:
+def no_such_split(split: str, splits: Sequence[str], where: str) -> tuple[str, str]:
+    """What to say where a split is not there, up to what to type; and which one to name there, no held-out one first."""
+    held_out = {*SPLIT_WORDS["validation"], *SPLIT_WORDS["test"]}
+    tests = SPLIT_WORDS["test"]
+    ordered = sorted(splits, key=lambda name: (_first_word(name) in held_out, _first_word(name) in tests))
+    remedy = "name one"
+    if split not in held_out and _first_word(ordered[0]) in held_out:
+        remedy = "all are held out; to learn from one all the same, name it"
+    return f"{where} has no split {split!r}; it has {', '.join(sorted(splits))}: {remedy}", ordered[0]
+
+
+def _first_word(split: str) -> str:
+    return re.split(r"[^a-z]+", split.lower().lstrip("_-."))[0]
+
+
+def _load_folder(path: Path, split: str, *, strict: bool) -> Any:
     try:
         import datasets  # an extra, slow to import
     except ImportError as error:
         raise DataError(f"{path} is a Hugging Face data set, which needs an extra: {NEEDED}") from error
     try:
         if (path / "dataset_dict.json").is_file():
-            path = _folder_of(split, path)
+            path = _folder_of(split, path, strict=strict)
+        elif strict:
+            _refuse_other_split(split, path)
         loaded = datasets.load_from_disk(str(path))
     except DataError:
         raise
@@ -109,10 +135,19 @@ def _load_folder(path: Path, split: str) -> Any:
     return loaded
 
 
-def _folder_of(split: str, path: Path) -> Path:
+def _refuse_other_split(split: str, path: Path) -> None:
+    stated = json.loads((path / "state.json").read_bytes()).get("_split")
+    if split not in ((stated,) if stated else (path.name, "train")):
+        raise DataError(f"{path} is one data set, without a split {split!r}; leave out split=")
+
+
+def _folder_of(split: str, path: Path, *, strict: bool) -> Path:
     """The folder of one split, which is opened alone: another one may be empty, which the library cannot open."""
     splits = json.loads((path / "dataset_dict.json").read_bytes())["splits"]
-    split = choose_split(split, splits, where=str(path))
+    split = split if strict else choose_split(split, splits, where=str(path))
+    if not splits:
+        raise DataError(f"{path} has no split, so that there is nothing to learn")
     if split not in splits:
-        raise DataError(f"{path} has no split {split!r}; it has {sorted(splits)}: name one, DATA={path / splits[0]}")
+        said, named = no_such_split(split, splits, str(path))
+        raise DataError(f"{said}, DATA={path / named}")
     return path / split

@@ -6,17 +6,19 @@ streamed: then ranges of its files are read as samples are asked for.
 """
 
 import logging
+import posixpath
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from glob import escape
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from vlm_distill_cache.common.errors import DataError, ModelError, TransferError
+from vlm_distill_cache.common.errors import DataError, ModelError, SampleError, TransferError
 from vlm_distill_cache.common.hub import HubName, downloading, explained_hub_errors, snapshot_name
+from vlm_distill_cache.data.images.load import ImageFile
 from vlm_distill_cache.data.images.recognise import picture_extensions
 from vlm_distill_cache.data.sample import Dataset
 from vlm_distill_cache.data.sources.csv_rows import SUFFIXES, CsvDataset
@@ -27,11 +29,15 @@ from vlm_distill_cache.data.sources.image_folder import METADATA, ImageFolderDat
 from vlm_distill_cache.data.sources.llava import LlavaDataset
 from vlm_distill_cache.data.sources.messages import MessagesDataset, holds_lines
 from vlm_distill_cache.data.sources.parquet import HubParquet, LocalParquet, ParquetDataset
+from vlm_distill_cache.data.sources.patterns import KIND_OF_ENDING, is_pattern, matching, refuse_gaps
 from vlm_distill_cache.data.sources.pictures import image_folder
 from vlm_distill_cache.data.sources.webdataset import WebDataset
 
 logger = logging.getLogger(__name__)
 _SAVED = ("dataset_dict.json", "state.json")  # what `save_to_disk` leaves
+_ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".7z", ".rar", ".gz", ".zst")
+_PROBED = 8  # samples
+_LACKING = "the repository {name} itself lacks them: name those that are there one by one, or tell its owner"
 _LISTED = 300  # files that are asked for one by one; more by their folders
 
 
@@ -60,15 +66,18 @@ def open_folder(folder: Path, choice: Choice) -> Dataset:
     """
     folder = _snapshot_of(folder)
     if is_saved_dataset(folder):
-        return _with_origin(HuggingFaceDataset(folder, split=choice.split, images=choice.images), _origin(folder, ""))
+        return _with_origin(
+            HuggingFaceDataset(folder, split=choice.split, strict=choice.strict, images=choice.images),
+            _origin(folder, ""),
+        )
     files = choose_files(folder, config=choice.config, split=choice.split, strict=choice.strict, where=str(folder))
     name = snapshot_name(folder)
     called = _called(folder.name if name is None else name.repository, files)
     return _with_origin(open_files(folder, files, name=called, images=choice.images), _origin(folder, files.config))
 
 
-def open_name(name: HubName, choice: Choice, *, streaming: bool = False) -> Dataset:
-    """Open a data set of the hub.
+def open_name(name: HubName, choice: Choice, *, file: str | None = None, streaming: bool = False) -> Dataset:
+    """Open a data set of the hub; of its files those that ``file`` names, a path in the repository or a pattern.
 
     Raises:
         DataError: There is no such data set or part of one, or it is of a kind that is not read.
@@ -76,14 +85,18 @@ def open_name(name: HubName, choice: Choice, *, streaming: bool = False) -> Data
     """
     commit, listed, here = _listing(name, streaming=streaming)
     origin = {"repository": name.repository, "revision": commit}
-    if not streaming and any(PurePosixPath(path).name in _SAVED for path in listed):
+    if file is None and not streaming and any(PurePosixPath(path).name in _SAVED for path in listed):
         return _with_origin(_open_saved(_files_of(name, commit, None, here=here), choice), origin)
-    files = _choose(name, commit, listed, choice, here=here)
-    called = _called(name.repository, files)
+    files = _choose(name, commit, listed, choice, here=here) if file is None else _named(name, file, listed)
+    called = _called(name.repository, files) if file is None else f"{name.repository}/{file}"
     origin |= {"config": files.config} if files.config else {}
+    origin |= {} if file is None else {"file": file}
     if not streaming:
         folder = _files_of(name, commit, _wanted(files, listed), here=here)
-        return _with_origin(open_files(folder, files, name=called, images=choice.images), origin)
+        dataset: Dataset = open_files(folder, files, name=called, images=choice.images)
+        if choice.images is None:
+            _refuse_pictures_left(name, dataset, files, listed)
+        return _with_origin(dataset, origin)
     if files.kind != "parquet":
         raise DataError(
             f"{name} holds files of the kind {files.kind!r}; only parquet files are streamed: leave out streaming=true, or "
@@ -102,7 +115,9 @@ def open_files(folder: Path, files: DataFiles, *, name: str, images: Path | None
     if files.kind == "parquet":
         return ParquetDataset([LocalParquet(path) for path in paths], name=name, where=where, image_root=root)
     if files.kind == "imagefolder":
-        return ImageFolderDataset(folder, metadata_files(folder, files), name=name, others=files.others)
+        folded = ImageFolderDataset(folder, metadata_files(folder, files), name=name, others=files.others)
+        _tell_unnamed(folded, files)
+        return folded
     if files.kind == "arrow":
         return ArrowDataset(paths, name=name, image_root=root)
     if files.kind == "webdataset":
@@ -112,6 +127,21 @@ def open_files(folder: Path, files: DataFiles, *, name: str, images: Path | None
         dataset = parts[0] if len(parts) == 1 else JoinedSamples(parts, name=name)
     dataset.name = name
     return dataset
+
+
+def _tell_unnamed(dataset: ImageFolderDataset, files: DataFiles) -> None:
+    """Say how many pictures of an image folder no row of its metadata is about."""
+    named: set[str] = set()
+    for index in range(len(dataset)):
+        with suppress(SampleError):
+            entry = dataset.read(index)
+            values = [entry.get(key) for key in dataset.picture_keys]
+            listed = [item for value in values for item in (value if isinstance(value, list) else [value])]
+            named |= {posixpath.normpath(item) for item in listed if isinstance(item, str)}
+    left = sorted(path for path in files.paths if PurePosixPath(path).name not in METADATA and path not in named)
+    if left:
+        logger.warning("%s: %d pictures are left out: no row of the metadata names them, as %s", dataset.name,
+                       len(left), left[0])  # fmt: skip
 
 
 def open_file(path: Path, *, images: Path | None) -> Dataset:
@@ -124,7 +154,7 @@ def open_file(path: Path, *, images: Path | None) -> Dataset:
 def _open_saved(folder: Path, choice: Choice) -> Dataset:
     if choice.config is not None:
         raise DataError(f"{folder} is one data set of datasets.save_to_disk; leave out name=")
-    return HuggingFaceDataset(folder, split=choice.split, images=choice.images)
+    return HuggingFaceDataset(folder, split=choice.split, strict=choice.strict, images=choice.images)
 
 
 def _listing(name: HubName, *, streaming: bool) -> tuple[str, list[str], bool]:
@@ -199,7 +229,56 @@ def _choose(name: HubName, commit: str, listed: Sequence[str], choice: Choice, *
         if "README.md" in listed:
             stored = _files_of(name, commit, ["README.md"], here=here) / "README.md"
             (folder / "README.md").write_bytes(stored.read_bytes())
-        return choose_files(folder, config=choice.config, split=choice.split, strict=choice.strict, where=str(name))
+        return choose_files(
+            folder,
+            config=choice.config,
+            split=choice.split,
+            strict=choice.strict,
+            where=str(name),
+            remedy=_LACKING.format(name=name),
+        )
+
+
+def _named(name: HubName, file: str, listed: Sequence[str]) -> DataFiles:
+    """The files that a path or a pattern means."""
+    paths = matching(file, listed)
+    if not paths:
+        others = [path for path in listed if PurePosixPath(path).suffix.lower() in KIND_OF_ENDING]
+        has = ", ".join(others[:20]) + (", ..." if len(others) > 20 else "") if others else "no file of data"
+        raise DataError(f"{name} has no file {file!r}; it has {has}")
+    if is_pattern(file):
+        refuse_gaps(paths, str(name), remedy=_LACKING.format(name=name))
+    kind = KIND_OF_ENDING[PurePosixPath(file).suffix.lower()]
+    return DataFiles(kind=kind, config="", split="train", paths=tuple(paths), others=frozenset())
+
+
+def _refuse_pictures_left(name: HubName, dataset: Dataset, files: DataFiles, listed: Sequence[str]) -> None:
+    """Refuse data whose pictures are in archives, or files beside a table: they are not downloaded here.
+
+    Raises:
+        DataError: Of some samples spread over the data each picture is a file that is not there.
+    """
+    others = [path for path in listed if path not in files.paths]
+    archives = [path for path in others if path.lower().endswith(_ARCHIVES)]
+    tables = files.kind in ("parquet", "arrow")
+    # Beside texts they are downloaded (`_wanted`): many tables have their pictures in them, and some more beside them.
+    pictures = [p for p in others if tables and p.rpartition(".")[2].lower() in picture_extensions()]
+    if files.kind not in ("json", "csv", "parquet", "arrow") or not (archives or pictures):
+        return
+    found: list[ImageFile] = []
+    for index in sorted({place * len(dataset) // _PROBED for place in range(_PROBED)}):
+        with suppress(SampleError):
+            found += [image for image in dataset[index].images if isinstance(image, ImageFile)]
+    if not found or any(image.path.is_file() for image in found):
+        return
+    lies, unpack = (archives[0], "unpack the archives there, ") if archives else (pictures[0], "")
+    place = f"/{files.paths[0]}" if len(files.paths) == 1 else f":name={files.config}" if files.config else ""
+    revision = f" --revision {name.revision}" if name.revision else ""
+    raise DataError(
+        f"{name} names its pictures as files ({found[0].name}), which are not downloaded with it; the repository holds "
+        f"{lies}: run `hf download {name.repository}{revision} --repo-type dataset --local-dir FOLDER`, {unpack}and give "
+        f"DATA=FOLDER{place} and, as IMAGES= (--images), the folder that their paths start from"
+    )
 
 
 def _wanted(files: DataFiles, listed: Sequence[str]) -> list[str]:

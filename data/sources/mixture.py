@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from vlm_distill_cache.common.errors import DataError
+from vlm_distill_cache.common.files.yaml_text import YamlError, parse_yaml
 from vlm_distill_cache.common.hub import hub_name
 from vlm_distill_cache.common.printing import one_line
 from vlm_distill_cache.data.sample import Dataset, Weighting, number_repeats
 from vlm_distill_cache.data.sources.grouping import JoinedSamples
-from vlm_distill_cache.data.sources.patterns import FILE_ENDINGS
+from vlm_distill_cache.data.sources.patterns import FILE_ENDINGS, file_of_repository
 
 MIXTURES = (".yaml", ".yml")
 NAMED = ("shapes", "easy-vqa")  # data sets that are no files
@@ -58,6 +58,10 @@ class Part:
     split: str | None = None
     cache: str | None = None
 
+    def limit_within(self, limit: int | None) -> int | None:
+        """How many samples are taken of it where ``limit`` holds for each entry: the smaller of both; None: all."""
+        return min((number for number in (self.limit, limit) if number), default=None)
+
 
 class MixtureDataset(JoinedSamples):
     """The samples of all parts, each once.
@@ -84,18 +88,32 @@ class MixtureDataset(JoinedSamples):
         return None if set(self._weights) == {1.0} else Weighting(self.parts, self._weights)
 
 
-def open_mixture(path: Path, *, split: str, images: Path | None, open_part: Callable[..., Dataset]) -> MixtureDataset:
-    """Open the parts of a mixture with ``open_part``, which is `data.registry.open_dataset`.
+def open_mixture(
+    path: Path,
+    *,
+    split: str,
+    images: Path | None,
+    open_part: Callable[..., Dataset],
+    commits: Mapping[str, str] | Sequence[Mapping[str, str]],
+) -> MixtureDataset:
+    """Open the parts of a mixture with ``open_part``, which is `data.registry.open_dataset`; ``commits`` as there.
 
     Raises:
         DataError: The file is no mixture, or a part cannot be opened; says which.
     """
     parts = read_mixture(path)
+    of_each = [commits] * len(parts) if isinstance(commits, Mapping) else [*commits, *[{}] * len(parts)]
     datasets = []
-    for number, part in enumerate(parts, start=1):
+    for number, (part, known) in enumerate(zip(parts, of_each, strict=False), start=1):
         try:
             datasets.append(
-                open_part(part.data, split=part.split or split, images=part.images or images, limit=part.limit)
+                open_part(
+                    part.data,
+                    split=part.split or split,
+                    images=part.images or images,
+                    limit=part.limit,
+                    commits=known,
+                )
             )
         except DataError as error:
             raise DataError(f"{path}, entry {number}: {error}") from error
@@ -109,10 +127,10 @@ def read_mixture(path: Path) -> list[Part]:
         DataError: It is not YAML, no list, or an entry is wrong; says which and how.
     """
     try:
-        entries = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+        entries = parse_yaml(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (YamlError, UnicodeDecodeError) as error:
         raise DataError(f"{path} is not YAML: {one_line(str(error))[:300]}") from error
     example = "- data: FILE.json\n  images: FOLDER\n  weight: 2".replace("\n", " / ")
     if isinstance(entries, Mapping):
@@ -190,11 +208,12 @@ def _part(entry: Any, where: str, folder: Path) -> Part:
         entry = {"data": entry}
     if not isinstance(entry, Mapping):
         raise DataError(f"{where} must hold data and its options, got {type(entry).__name__} {str(entry)[:60]!r}")
+    entry = {key: _number(value) if key == "weight" else value for key, value in entry.items()}
     for key, value in entry.items():
         kinds = _KEYS.get(key)
         if kinds is None:
             close = difflib.get_close_matches(str(key), _KEYS, n=1)
-            meant = f"; did you mean {close[0]!r}?" if close else ""
+            meant = f"; did you mean {close[0]!r}?" if close else "."
             raise DataError(f"{where} has no option {str(key)!r}{meant} It has {', '.join(_KEYS)}")
         if (isinstance(value, bool) and bool not in kinds) or not isinstance(value, kinds) or value == "":
             wanted = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}[kinds[-1]]
@@ -211,6 +230,8 @@ def _part(entry: Any, where: str, folder: Path) -> Part:
         raise DataError(f"{where}: {entry['data']} is a mixture itself; list its entries here")
     split = entry.get("split")
     if _base(data) in NAMED:
+        if unread := [key for key in ("images", "name", "streaming") if key in entry]:
+            raise DataError(f"{where}: {_base(data)} has no option {', '.join(unread)}; take {unread[0]} out")
         if split is not None and split not in _SPLITS:
             raise DataError(f"{where}: split must be {', '.join(_SPLITS)}, got {split!r}")
     else:
@@ -231,12 +252,22 @@ def _part(entry: Any, where: str, folder: Path) -> Part:
     )
 
 
+def _number(value: Any) -> Any:
+    """A number that YAML 1.1 takes for a text, such as 1e3; anything else as it is."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
 def _place(data: str, folder: Path) -> str:
     """What a part names, its path from the mixture's folder; a name of the hub where there is no such path."""
     base = _base(data)
     if base in NAMED or Path(base).is_absolute():
         return data
-    if not (folder / base).exists() and hub_name(base) is not None and not base.lower().endswith(FILE_ENDINGS):
+    if not (folder / base).exists() and not base.lower().endswith(FILE_ENDINGS) and hub_name(base) is not None:
+        return data
+    if not (folder / base).exists() and file_of_repository(base, folder) is not None:
         return data
     return str(folder / data)
 

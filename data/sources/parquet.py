@@ -97,7 +97,7 @@ class ParquetTable:
             import pyarrow.types as types
         except ImportError as error:
             raise DataError(f"{sources[0].shown} is a parquet file, which needs an extra: {NEEDED}") from error
-        self.rows = ParquetRows(sources, pictures=picture_columns)
+        self.rows = ParquetRows(sources, pictures=picture_columns, labels=label_names)
         self.columns: Sequence[str] = self.rows.columns
         self.features: Mapping[str, Any] = _features_of(self.rows.schema)
         self.texts = frozenset(
@@ -155,6 +155,12 @@ def picture_columns(schema: "pa.Schema") -> frozenset[str]:
     features = _features_of(schema)
     typed = [name for name, feature in features.items() if type(_innermost(feature)).__name__ == "Image"]
     return frozenset([*typed, *_PICTURES])
+
+
+def label_names(schema: "pa.Schema") -> dict[str, tuple[str, ...]]:
+    """Columns of numbers that stand for names, with these."""
+    kinds = {name: _innermost(feature) for name, feature in _features_of(schema).items()}
+    return {name: tuple(kind.names or ()) for name, kind in kinds.items() if type(kind).__name__ == "ClassLabel"}
 
 
 def _innermost(feature: Any) -> Any:

@@ -131,16 +131,27 @@ class ParquetRows:
         schema: Of the first file, pictures and types as stored there.
     """
 
-    def __init__(self, sources: Sequence[ParquetSource], *, pictures: Callable[["pa.Schema"], Collection[str]]) -> None:
-        """Read the footers; ``pictures`` says which columns hold pictures, whose bytes may be left unread.
+    def __init__(
+        self,
+        sources: Sequence[ParquetSource],
+        *,
+        pictures: Callable[["pa.Schema"], Collection[str]],
+        labels: Callable[["pa.Schema"], Mapping[str, Sequence[str]]],
+    ) -> None:
+        """Read the footers.
+
+        Args:
+            pictures: Says which columns hold pictures, whose bytes may be left unread.
+            labels: Says which columns of numbers stand for names, and for which.
 
         Raises:
-            DataError: A file cannot be read, has other columns than the first, or none has a row.
+            DataError: A file cannot be read, has other columns or labels than the first, or none has a row.
         """
         self._sources = list(sources)
         self._metadata, schemas = _footers(self._sources)
         self.schema = schemas[0]
         _refuse_unlike(self._sources, schemas)
+        _refuse_other_labels(self._sources, schemas, labels)
         self.columns: list[str] = list(self.schema.names)
         self._leaves = [_leaves_of(metadata, self.columns) for metadata in self._metadata]
         self._pictures = [
@@ -335,6 +346,8 @@ def _reading(source: ParquetSource, what: str, *, fatal: bool = False) -> Iterat
     """Say in one line what cannot be read: of the data as a whole if ``fatal``, else of the sample."""
     try:
         yield
+    except (DataError, SampleError):
+        raise
     except source.errors() as error:
         kind = DataError if fatal or source.remote or isinstance(error, FileNotFoundError) else SampleError
         said = str(error).strip().partition("\n")[0] or type(error).__name__
@@ -359,20 +372,56 @@ def _refuse_unlike(sources: Sequence[ParquetSource], schemas: "Sequence[pa.Schem
             raise DataError(f"{where}: it {' and '.join(parts)}; {remedy}")
         for name in first.names:
             one, other = first.field(name).type, schema.field(name).type
-            if _sort_of(one) != _sort_of(other) and "null" not in (str(one), str(other)):
+            if not _alike(one, other):
                 raise DataError(f"{where}: {name!r} is {other}, expected {one}; {remedy}")
 
 
-def _sort_of(kind: "pa.DataType") -> str:
-    """What a column holds, however wide."""
+def _refuse_other_labels(
+    sources: Sequence[ParquetSource],
+    schemas: "Sequence[pa.Schema]",
+    labels: Callable[["pa.Schema"], Mapping[str, Sequence[str]]],
+) -> None:
+    """Refuse files in which the numbers of a column stand for other names than in the first: 0 would be read as its 0."""
+    first = labels(schemas[0])
+    for source, schema in zip(sources, schemas, strict=True):
+        if schema.metadata == schemas[0].metadata:
+            continue
+        found = labels(schema)
+        for name in sorted(first.keys() | found.keys()):
+            one, other = (f"labels {list(held[name])[:8]}" if name in held else "no labels" for held in (first, found))
+            if first.get(name) != found.get(name):
+                raise DataError(
+                    f"{source.shown} has {other} for column {name!r}, {sources[0].shown} has {one}: the same number means "
+                    "two things; name the files one by one, or list them in a mixture (.yaml)"
+                )
+
+
+def _alike(one: "pa.DataType", other: "pa.DataType") -> bool:
+    """Whether two columns hold the same, however wide; null is of any type, a field that is missing likewise."""
     import pyarrow.types as types
 
-    if types.is_dictionary(kind):
-        return _sort_of(kind.value_type)
-    for name in ("integer", "floating", "list"):
+    if types.is_null(one) or types.is_null(other):
+        return True
+    if types.is_dictionary(one) or types.is_dictionary(other):
+        plain = [kind.value_type if types.is_dictionary(kind) else kind for kind in (one, other)]
+        return _alike(*plain)
+    if _is_list(one) and _is_list(other):
+        return _alike(one.value_type, other.value_type)
+    if types.is_struct(one) and types.is_struct(other):
+        fields = [{kind.field(i).name: kind.field(i).type for i in range(kind.num_fields)} for kind in (one, other)]
+        shared = fields[0].keys() & fields[1].keys()
+        return len(shared) == min(map(len, fields)) and all(_alike(fields[0][name], fields[1][name]) for name in shared)
+    return _sort_of(one) == _sort_of(other)
+
+
+def _sort_of(kind: "pa.DataType") -> str:
+    """What a column of single values holds, however wide."""
+    import pyarrow.types as types
+
+    for name in ("integer", "floating"):
         if getattr(types, f"is_{name}")(kind):
             return name
-    return str(kind).replace("large_", "")
+    return str(kind).replace("large_", "").removesuffix("_view")
 
 
 def _is_list(kind: "pa.DataType") -> bool:

@@ -80,6 +80,6 @@ def _for_entry(config: BuildConfig) -> BuildConfig:
         config,
         data=entry.data,
         images=str(entry.images or config.images),
-        limit=entry.limit or config.limit,
+        limit=entry.limit_within(config.limit) or 0,
         split=entry.split or config.split,
     )

@@ -130,16 +130,28 @@ def open_cached_data(cache: TeacherCache, *, data: str | None, images: str | Non
     return open_dataset(spec, split=split, images=folder, limit=limit, commits=commits)
 
 
-def _commits_of(cache: TeacherCache) -> dict[str, str]:
-    """The commits of the hub's data sets that a cache was built from: they are read again, whatever came since."""
+def _commits_of(cache: TeacherCache) -> dict[str, str] | list[dict[str, str]]:
+    """The commits of the hub's data sets that a cache was built from: they are read again, whatever came since.
+
+    Of a mixture, those of each of its entries: two may be of one repository.
+    """
     described = cache.plan.data
-    found = [described]
-    for name in ("mixture", "parts"):
-        listed = described.get(name)
-        found += [part for part in listed if isinstance(part, dict)] if isinstance(listed, list) else []
-    return {
-        str(part["repository"]): str(part["revision"]) for part in found if {"repository", "revision"} <= part.keys()
-    }
+    if entries := _listed(described.get("mixture")):
+        return [_commit_of(entry) for entry in entries]
+    found: dict[str, str] = {}
+    for part in (described, *_listed(described.get("parts"))):
+        for entry in (part, *_listed(part.get("mixture"))):
+            found |= _commit_of(entry)
+    return found
+
+
+def _commit_of(described: Mapping[str, object]) -> dict[str, str]:
+    held = {"repository", "revision"} <= described.keys()
+    return {str(described["repository"]): str(described["revision"])} if held else {}
+
+
+def _listed(value: object) -> list[dict[str, object]]:
+    return [part if isinstance(part, dict) else {} for part in value] if isinstance(value, list) else []
 
 
 def _open_mixture_for(cache: TeacherCache, data: str, folder: Path | None) -> Dataset:
@@ -160,7 +172,7 @@ def _open_entry(entry: Part, cache: TeacherCache, folder: Path | None) -> Datase
         entry.data,
         split=entry.split or split,
         images=entry.images or folder,
-        limit=entry.limit or limit,
+        limit=entry.limit_within(limit),
         commits=_commits_of(cache),
     )
 

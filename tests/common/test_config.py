@@ -85,6 +85,7 @@ def test_saved_configs_load_equal(tmp_path):
         (["steps.a=1", "steps=1", "steps.a=1"], "steps is 1, which has no options"),
         (["steps"], "expected KEY=VALUE"),
         (["steps=[1"], "the value is not YAML"),
+        (["weights={kd: 1, kd: 2}"], "the value is not YAML: line 1, column 9: 'kd' stands twice"),
     ],
 )
 def test_errors_name_the_option_and_what_was_expected(overrides, message):
@@ -99,6 +100,9 @@ def test_files_that_are_no_mapping_are_refused(tmp_path):
         load(path=path)
     path.write_text("a: [")
     with pytest.raises(ConfigError, match="cannot be read as YAML"):
+        load(path=path)
+    path.write_text("steps: 5\noptim: {lr: 1}\nsteps: 7\n")
+    with pytest.raises(ConfigError, match=r"c\.yaml: cannot be read as YAML: line 3, column 1: 'steps' stands twice"):
         load(path=path)
     with pytest.raises(ConfigError, match="cannot be read"):
         load(path=tmp_path / "missing.yaml")

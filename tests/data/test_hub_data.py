@@ -171,6 +171,22 @@ def test_a_commit_is_read_again_where_no_revision_is_named(hub, tmp_path):
     assert open_dataset("org/name").origin["revision"] == second
 
 
+@pytest.mark.parametrize("entries", [("org/name", "org/name@v1"), ("org/name@v1", "org/name")])
+def test_two_commits_of_one_repository_are_read_again_each_in_its_entry(hub, tmp_path, entries):
+    from vlm_distill_cache.stage2_student.training.preparation import _commits_of
+
+    hub.publish("org/name", {"x.parquet": parquet("old")}, ref="v1")
+    hub.publish("org/name", {"x.parquet": parquet("new")})
+    (tmp_path / "mixture.yaml").write_text("".join(f"- {entry}\n" for entry in entries))
+    built = open_dataset(str(tmp_path / "mixture.yaml"))
+    hub.publish("org/name", {"x.parquet": parquet("newer")})
+    plan = SimpleNamespace(data={"name": built.name, **built.origin})
+    again = open_dataset(str(tmp_path / "mixture.yaml"), commits=_commits_of(SimpleNamespace(plan=plan)))
+    assert again.fingerprint() == built.fingerprint()
+    assert again.origin == built.origin
+    assert answers(again) == [{"org/name": "new", "org/name@v1": "old"}[entry] for entry in entries]
+
+
 def test_a_cache_tells_the_commits_of_its_data():
     from vlm_distill_cache.stage2_student.training.preparation import _commits_of
 
@@ -180,8 +196,8 @@ def test_a_cache_tells_the_commits_of_its_data():
     one, other = ({"repository": f"org/{name}", "revision": name * 40} for name in "ab")
     expected = {"org/a": "a" * 40, "org/b": "b" * 40}
     assert commits(**one) == {"org/a": "a" * 40}
-    assert commits(mixture=[one, {"name": "x.json"}, other]) == expected
-    assert commits(parts=[one, other]) == expected
+    assert commits(mixture=[one, {"name": "x.json"}, other]) == [{"org/a": "a" * 40}, {}, {"org/b": "b" * 40}]
+    assert commits(parts=[one, other]) == commits(parts=[{"mixture": [one]}, other]) == expected
     assert commits(name="shapes") == {}
 
 
@@ -318,4 +334,138 @@ def test_a_local_folder_comes_before_a_name(hub, tmp_path, monkeypatch):
     (tmp_path / "org" / "name" / "x.parquet").write_bytes(parquet("here"))
     monkeypatch.chdir(tmp_path)
     assert answers(open_dataset("org/name")) == ["here"]
+    assert not hub.requests
+
+
+PUBLISHED = {
+    "README.md": b"---\nlicense: cc-by-4.0\n---\n",
+    "llava_instruct_150k.json": json.dumps(chat("a", "b", "c")).encode(),
+    "llava_instruct_80k.json": json.dumps(chat("a")).encode(),
+    "more/detail_23k.json": json.dumps(chat("b")).encode(),
+    "images/a.png": png(9),
+}
+
+
+def test_several_files_that_nothing_joins_are_refused_and_one_can_be_named(hub, tmp_path, monkeypatch):
+    commit = hub.publish("org/name", PUBLISHED)
+    clone = tmp_path / "clone"
+    for path, content in PUBLISHED.items():
+        (clone / path).parent.mkdir(parents=True, exist_ok=True)
+        (clone / path).write_bytes(content)
+    for where in ("org/name", str(clone)):
+        message = (
+            rf"{where} holds 3 files, and nothing says that they are one data set: llava_instruct_150k\.json, "
+            rf"llava_instruct_80k\.json, more/detail_23k\.json; name one, DATA={where}/llava_instruct_150k\.json"
+        )
+        with pytest.raises(DataError, match=message):
+            open_dataset(where)
+        assert answers(open_dataset(f"{where}/llava_instruct_150k.json")) == ["a", "b", "c"]
+        assert answers(open_dataset(f"{where}/more/*.json")) == ["b"]
+        both = open_dataset(f"{where}/llava_instruct_{{80k,150k}}.json")
+        assert list(both.sample_ids) == ["a", "a#2", "b", "c"]
+        (tmp_path / "mixture.yaml").write_text(f"- data: {where}/llava_instruct_80k.json\n  images: clone\n")
+        assert answers(open_dataset(str(tmp_path / "mixture.yaml"))) == ["a"]
+    named = open_dataset("org/name@main/llava_instruct_80k.json")
+    assert named.name == "org/name/llava_instruct_80k.json"
+    assert named.origin == {"repository": "org/name", "revision": commit, "file": "llava_instruct_80k.json"}
+    assert named.fingerprint() == open_dataset(f"{clone}/llava_instruct_80k.json").fingerprint()
+    with pytest.raises(DataError, match=r"org/name has no file 'llava\.json'; it has llava_instruct_150k\.json, "):
+        open_dataset("org/name/llava.json")
+    with pytest.raises(DataError, match="is a file of a repository: it has no split; leave out split="):
+        open_dataset("org/name/llava_instruct_80k.json:split=test")
+    requests = len(hub.requests)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=r"'clone/more/gone\.json' does not exist"):
+        open_dataset("clone/more/gone.json")
+    assert len(hub.requests) == requests
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"x_train.json": ["a"], "y_train.json": ["b"]},
+        {"train/x.jsonl": ["a"], "train/y.jsonl": ["b"]},
+        {"part-00.json": ["a"], "part-01.json": ["b"]},
+        {
+            "README.md": b"---\nconfigs:\n- config_name: c\n  data_files: '*.json'\n---\n",
+            "x.json": ["a"],
+            "y.json": ["b"],
+        },
+    ],
+)
+def test_files_whose_names_or_readme_say_so_are_one_split(hub, files):
+    hub.publish("org/name", {path: c if isinstance(c, bytes) else lines(*c) for path, c in files.items()})
+    assert answers(open_dataset("org/name")) == ["a", "b"]
+
+
+def test_a_parquet_file_of_a_repository_is_streamed_too(hub):
+    hub.publish("org/name", {"a.parquet": parquet("a", "b"), "b.parquet": parquet("c"), "c.json": lines("x")})
+    assert answers(open_dataset("org/name/a.parquet:streaming=true")) == ["a", "b"]
+    assert answers(open_dataset("org/name/?.parquet")) == ["a", "b", "c"]
+    assert fetched(hub) >= {"a.parquet", "b.parquet"}
+    assert "c.json" not in fetched(hub)
+    assert answers(open_dataset("org/name/c.json")) == ["x"]
+
+
+def test_what_is_passed_over_is_said(hub, caplog):
+    hub.publish("org/name", {"a.parquet": parquet("a"), "b.parquet": parquet("b"), "extra.jsonl": lines("x")})
+    assert answers(open_dataset("org/name")) == ["a", "b"]
+    assert "org/name: parquet is read; passed over: extra.jsonl (name a file, DATA=org/name/extra.jsonl)" in caplog.text
+    rows = [{"file_name": "a.png", "text": "A."}, {"file_names": ["b.png"], "text": "B."}]
+    metadata = "\n".join(map(json.dumps, rows)).encode()
+    pictures = {f"train/{name}.png": png(8) for name in "abcd"}
+    hub.publish("org/birds", {"train/metadata.jsonl": metadata, **pictures})
+    assert answers(open_dataset("org/birds")) == ["A.", "B."]
+    assert "org/birds: 2 pictures are left out: no row of the metadata names them, as train/c.png" in caplog.text
+
+
+def test_a_gap_on_the_hub_is_not_for_the_reader_to_fill(hub):
+    hub.publish("org/gap", {f"data/train-0000{i}-of-00003.parquet": parquet("a") for i in (0, 2)})
+    for spec in ("org/gap", "org/gap/data/*.parquet"):
+        with pytest.raises(
+            DataError, match=r"first is data/train-00001-of-00003\.parquet; the repository org/gap itself"
+        ):
+            open_dataset(spec)
+    assert answers(open_dataset("org/gap/data/train-00002-of-00003.parquet")) == ["a"]
+
+
+def test_pictures_that_are_not_downloaded_are_told_with_what_to_run(hub, tmp_path):
+    hub.publish("org/zipped", {"train.jsonl": lines("a", "b"), "images.zip": b"PK"})
+    buffer = io.BytesIO()
+    pq.write_table(pa.table({"image": ["images/a.png"], "question": ["q"], "answer": ["a"]}), buffer)
+    hub.publish("org/named", {"train.parquet": buffer.getvalue(), "images/a.png": png(9)})
+    for name, held, file, unpack in (
+        ("org/zipped", "images.zip", "train.jsonl", "unpack the archives there, "),
+        ("org/named", "images/a.png", "train.parquet", ""),
+    ):
+        message = (
+            rf"{name} names its pictures as files \(images/a.png\), which are not downloaded.*holds {held}: run `hf download "
+            rf"{name} --repo-type dataset --local-dir FOLDER`, {unpack}and give DATA=FOLDER/{file} and, as IMAGES="
+        )
+        with pytest.raises(DataError, match=message):
+            open_dataset(name)
+        (tmp_path / "images").mkdir(exist_ok=True)
+        (tmp_path / "images" / "a.png").write_bytes(png(11))
+        assert open_dataset(name, images=tmp_path)[0].images[0].load().size == (11, 11)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("https://huggingface.co/datasets/org/name", "is an address; type DATA=org/name$"),
+        ("https://huggingface.co/datasets/org/name/tree/v1/", "is an address; type DATA=org/name@v1$"),
+        ("https://huggingface.co/datasets/org/name/blob/main/a/b.json", "type DATA=org/name@main/a/b.json$"),
+        ("https://huggingface.co/datasets/org/name/resolve/main/b.parquet", "type DATA=org/name@main/b.parquet$"),
+        ("hf://datasets/org/name@v1/a.json", "type DATA=org/name@v1/a.json$"),
+        ("hf://datasets/org/name", "type DATA=org/name$"),
+        ("datasets/org/name", "type DATA=org/name$"),
+        ("https://example.org/x.json", "is an address, and nothing is downloaded from there: download it"),
+        ("org/name:split=train[:2]", r"a split is read as a whole, \[:2\] is not read.*limit=N"),
+        ("org/name:name=x,split=train[:10%]", r"a split is read as a whole, \[:10%\] is not read"),
+        ("org/name:split=train+test", r"\+test is not read.*several splits as entries of a mixture"),
+    ],
+)
+def test_addresses_and_slices_are_told_what_to_type(hub, spec, message):
+    with pytest.raises(DataError, match=message):
+        open_dataset(spec)
     assert not hub.requests

@@ -2,6 +2,8 @@
 
 import io
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import PIL.Image
@@ -173,3 +175,21 @@ def test_caches_that_do_not_mean_the_same_are_refused_by_name(caches, data, tmp_
     build_cache(data / "caches" / "other", data=spec, limit=0, logits="lean", fidelity_samples=0)
     with pytest.raises(CacheMismatchError, match=r"caches/a and .*caches/other cannot be read together"):
         prepare(config(spec, data / "caches" / "a", tmp_path / "o"))
+
+
+@pytest.mark.parametrize(("own", "asked", "taken"), [(3, 2, 2), (2, 3, 2), (3, 0, 3), (None, 3, 3)])
+def test_the_smaller_of_both_limits_holds_for_an_entrys_own_cache(data, own, asked, taken):
+    from vlm_distill_cache.stage1_teacher.config import BuildConfig
+    from vlm_distill_cache.stage1_teacher.planning import open as opening
+
+    limit = "" if own is None else f", limit: {own}"
+    spec = mixture(data, EACH.replace("cache: caches/a", f"cache: caches/less{limit}"), "less.yaml")
+    cache = data / "caches" / "less"
+    config = opening._for_entry(BuildConfig(data=spec, cache=str(cache), limit=asked))
+    dataset = open_dataset(config.data, images=Path(config.images), limit=config.limit or None)
+    assert len(dataset) == taken
+    plan = SimpleNamespace(
+        data={"name": dataset.name, "split": config.split, "limit": config.limit},
+        fingerprints={"data": dataset.fingerprint()},
+    )
+    assert len(open_cached_data(SimpleNamespace(plan=plan), data=spec, images=None)) == taken

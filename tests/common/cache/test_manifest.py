@@ -1,6 +1,7 @@
 """Plan, sidecars and manifest: fixed partition, derived summary, nothing that leaves the folder."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 
@@ -84,6 +85,31 @@ def test_writing_the_same_plan_again_is_fine_and_another_names_each_difference(t
     assert "--overwrite" in message
     assert "sample_count" not in message
     refuse_changed_plan(plan, make_plan())
+
+
+def test_data_of_the_hub_that_moved_on_are_named_as_they_were():
+    def plan(number, data):
+        fingerprints = {"teacher": "a" * 32, "data": str(number) * 32}
+        return make_plan(fingerprints=fingerprints, data={"split": "train", "limit": 0, **data})
+
+    def of(commit, **more):
+        return {"name": f"name {commit}", "repository": "org/name", "revision": commit * 40, **more}
+
+    for more, behind in (({}, ""), ({"config": "one"}, ":name=one"), ({"file": "a.json"}, "/a.json")):
+        kept = re.escape(f"DATA=org/name@{'b' * 40}{behind} (--data) goes on")
+        with pytest.raises(CacheMismatchError, match=kept):
+            refuse_changed_plan(plan(1, of("b", **more)), plan(2, of("c", **more)))
+        refuse_changed_plan(plan(1, of("b", **more)), plan(1, of("c", **more)))  # moved on with the same samples
+        with pytest.raises(CacheMismatchError) as caught:
+            refuse_changed_plan(plan(1, of("b", **more)), plan(2, of("b", **more)))
+        assert "goes on" not in str(caught.value)
+    entries = [{"name": "x.json", "samples": 3}, of("b", samples=2), of("d", samples=2)]
+    moved = [*entries[:1], of("c", samples=4), entries[2]]
+    with pytest.raises(CacheMismatchError, match=f"entry 2 of the mixture was org/name@{'b' * 40}: write") as caught:
+        refuse_changed_plan(plan(1, {"mixture": entries}), plan(2, {"mixture": moved}))
+    assert str(caught.value).count("of the mixture was") == 1
+    moved[1] |= {"samples": 2}
+    refuse_changed_plan(plan(1, {"mixture": entries}), plan(1, {"mixture": moved}))
 
 
 def test_the_manifest_is_derived_from_the_sidecars(cache):

@@ -89,3 +89,60 @@ def test_what_is_no_table_of_entries_is_refused(tmp_path, content, message):
     (tmp_path / "x.csv").write_bytes(content)
     with pytest.raises(DataError, match=message):
         open_dataset(str(tmp_path / "x.csv"))
+
+
+PLAIN = st.text(st.characters(categories=["Ll"], include_characters=" "), min_size=1, max_size=5)
+
+
+@given(
+    st.lists(st.tuples(PLAIN, PLAIN, PLAIN), min_size=1, max_size=6),
+    st.sampled_from([("x.csv", ","), ("x.csv", ";"), ("x.tsv", "\t")]),
+    st.data(),
+)
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_quote_that_opens_a_cell_and_is_not_closed_swallows_no_row(tmp_path, rows, kind, data):
+    name, delimiter = kind
+    opened = data.draw(st.sets(st.integers(0, len(rows) - 1), min_size=1))
+    column = data.draw(st.integers(0, 2))
+    lines = ["first" + delimiter + "second" + delimiter + "third"]
+    for number, row in enumerate(rows):
+        cells = list(row)
+        cells[column] = ('"' if number in opened else "") + cells[column]
+        lines.append(delimiter.join(cells))
+    (tmp_path / name).write_text("\n".join(lines) + "\n")
+    with pytest.raises(DataError, match=rf"{name}, line {min(opened) + 2}: a quote that opens a cell is not closed"):
+        list(CsvRows(tmp_path / name).scan(None))
+
+
+@pytest.mark.parametrize(("name", "delimiter"), [("x.csv", ","), ("x.tsv", "\t")])
+def test_a_quote_closed_by_that_of_another_row_is_noticed(tmp_path, name, delimiter):
+    lines = ["image", "question", "answer"], ["0.png", '"What is it', "x"], ["1.png", 'of 5"', "y"], ["2.png", "q", "z"]
+    (tmp_path / name).write_text("".join(delimiter.join(cells) + "\n" for cells in lines))
+    with pytest.raises(DataError, match=rf"{name}, line 2: a quote that opens a cell"):
+        open_dataset(str(tmp_path / name))
+    rows = [["", f"Is it\n1{delimiter}2{delimiter}3\nor 4{delimiter}5?", "x"], ["", "of\ntwo lines, or three?", "y"]]
+    rows += [["", "q", "a\nb, c, d."]] if delimiter == "," else []
+    with (tmp_path / f"sound{name}").open("w", newline="") as file:
+        csv.writer(file, delimiter=delimiter).writerows([lines[0], *rows])
+    read = open_dataset(str(tmp_path / f"sound{name}"))
+    assert [(s.turns[0].question, s.turns[0].answer) for s in read] == [tuple(row[1:]) for row in rows]
+
+
+@pytest.mark.parametrize("name", ["x.csv", "x.tsv"])
+def test_text_behind_a_closing_quote_is_that_rows_error_alone(tmp_path, name):
+    rows = ["question,answer", '"Big" dog?,x', '"Wide" ,y', 'Is 5" wide?,"z"', '"He said ""hi""?",w']
+    lines = [row.replace(",", "," if name == "x.csv" else "\t") for row in rows]
+    (tmp_path / name).write_text("\r\n".join(lines))
+    dataset = open_dataset(str(tmp_path / name))
+    with pytest.raises(SampleError, match="expected after '\"' in its row: a cell that holds quotes is quoted"):
+        dataset[0]
+    read = [(s.turns[0].question, s.turns[0].answer) for s in (dataset[1], dataset[2], dataset[3])]
+    assert read == [("Wide", "y"), ('Is 5" wide?', "z"), ('He said "hi"?', "w")]
+
+
+def test_an_open_quote_in_the_metadata_of_a_folder_is_refused_too(tmp_path):
+    for number in range(3):
+        (tmp_path / f"{number}.png").write_bytes(picture())
+    (tmp_path / "metadata.csv").write_text('file_name,text\n0.png,a\n1.png,"b\n2.png,c\n')
+    with pytest.raises(DataError, match=r"metadata\.csv, line 3: a quote that opens a cell is not closed"):
+        open_dataset(str(tmp_path))

@@ -8,6 +8,7 @@ import PIL.Image
 import pytest
 
 from vlm_distill_cache.common.errors import DataError, SampleError
+from vlm_distill_cache.data.registry import open_dataset
 from vlm_distill_cache.data.sample import Turn
 from vlm_distill_cache.data.sources.hf import HuggingFaceDataset, is_saved_dataset
 
@@ -110,10 +111,54 @@ def test_splits_are_taken_by_name(tmp_path):
     datasets.DatasetDict(parts).save_to_disk(str(tmp_path / "d"))
     assert is_saved_dataset(tmp_path / "d")
     assert HuggingFaceDataset(tmp_path / "d", split="test")[0].turns[0].answer == "test"
-    with pytest.raises(DataError, match=r"no split 'extra'; it has \['test', 'train'\]: name one, DATA=.*/t"):
+    with pytest.raises(DataError, match=r"no split 'extra'; it has test, train: name one, DATA=.*/train"):
         HuggingFaceDataset(tmp_path / "d", split="extra")
     # A held-out split that is not there: the training data, as of a file, which has no splits at all.
     assert HuggingFaceDataset(tmp_path / "d", split="validation")[0].turns[0].answer == "train"
+
+
+@pytest.mark.parametrize(
+    ("splits", "asked", "read"),
+    [
+        ("train validation", "test", "validation"),
+        ("train val", "test", "val"),
+        ("train val", "validation", "val"),
+        ("train dev-small test_easy test_hard", "test", "test_easy"),
+        ("train eval", "test", "eval"),
+        ("train test", "validation", "train"),
+        ("train extra", "test", "train"),
+        ("train validation", "train", "train"),
+    ],
+)
+def test_a_held_out_split_of_another_name_comes_before_the_training_data(tmp_path, caplog, splits, asked, read):
+    caplog.set_level("INFO")
+    parts = {name: datasets.Dataset.from_dict({"question": ["q"], "answer": [name]}) for name in splits.split()}
+    datasets.DatasetDict(parts).save_to_disk(str(tmp_path / "d"))
+    assert open_dataset(str(tmp_path / "d"), split=asked)[0].turns[0].answer == read
+    assert f"split {read!r} is read" in caplog.text
+    assert ("instead of" in caplog.text) is (asked != read)
+    if asked != read:  # named with the data, it is meant
+        with pytest.raises(DataError, match=f"has no split '{asked}'; it has .*: name one, DATA=.*/d/train"):
+            open_dataset(f"{tmp_path / 'd'}:split={asked}")
+
+
+def test_a_held_out_split_is_not_named_to_learn_from(tmp_path):
+    parts = {
+        name: datasets.Dataset.from_dict({"question": ["q"], "answer": [name]})
+        for name in ("test", "validation", "more")
+    }
+    datasets.DatasetDict(parts).save_to_disk(str(tmp_path / "d"))
+    with pytest.raises(DataError, match=r"no split 'train'; it has more, test, validation: name one, DATA=.*/d/more"):
+        open_dataset(str(tmp_path / "d"))
+    del parts["more"]
+    datasets.DatasetDict(parts).save_to_disk(str(tmp_path / "e"))
+    with pytest.raises(
+        DataError, match=r"all are held out; to learn from one all the same, name it, DATA=.*/e/validat"
+    ):
+        open_dataset(str(tmp_path / "e"))
+    assert open_dataset(f"{tmp_path / 'e'}:split=validation")[0].turns[0].answer == "validation"
+    with pytest.raises(DataError, match="is one data set, without a split 'test'; leave out split="):
+        open_dataset(f"{tmp_path / 'e' / 'validation'}:split=test")
 
 
 def test_unknown_columns_odd_rows_and_folders_are_refused(tmp_path):

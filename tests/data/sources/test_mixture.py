@@ -13,7 +13,7 @@ from vlm_distill_cache.common.errors import DataError
 from vlm_distill_cache.data.registry import open_dataset, open_evaluation
 from vlm_distill_cache.data.sample import Weighting
 from vlm_distill_cache.data.sources.grouping import group_by_image
-from vlm_distill_cache.data.sources.mixture import deal, mixture_weights, read_mixture
+from vlm_distill_cache.data.sources.mixture import Part, deal, mixture_weights, read_mixture
 
 
 def write(folder, name, ids, *, image=None):
@@ -157,6 +157,7 @@ def test_names_and_places_of_parts(tmp_path):
         ("- {data: a.json, weight: -1}", "weight must be above 0, got -1"),
         ("- {data: a.json, weight: .nan}", "weight must be above 0, got nan"),
         ("- {data: a.json, weight: .inf}", "weight must be above 0, got inf"),
+        ("- {data: a.json, weight: '-1e3'}", "weight must be above 0, got -1000.0"),
         ("- {data: a.json, weight: twice}", "weight must be a number, got 'twice'"),
         ("- {data: a.json, weight: true}", "weight must be a number, got True"),
         ("- {data: a.json, limit: 0}", "limit must be at least 1"),
@@ -165,7 +166,15 @@ def test_names_and_places_of_parts(tmp_path):
         ("- a.json\n- other.yaml", "entry 2: other.yaml is a mixture itself"),
         ("- [a.json]", "entry 1 must hold data and its options, got list"),
         ("- {data: a.json, split: test}", r"a\.json has no option split"),
-        ("- data: a.json\n images: b", "is not YAML"),
+        ("- data: a.json\n images: b", r"is not YAML: line 2, column 2: [^\\]*$"),
+        (
+            "- data: a.json\n  weight: 2\n  data: b.json",
+            "is not YAML: line 3, column 3: 'data' stands twice, first in line 1",
+        ),
+        ("- {data: a.json, path: x}", "entry 1 has no option 'path'. It has data, images"),
+        ("- {data: shapes, name: x}", "entry 1: shapes has no option name; take name out"),
+        ("- {data: 'shapes:images=3', images: img}", "entry 1: shapes has no option images"),
+        ("- {data: easy-vqa, streaming: true}", "entry 1: easy-vqa has no option streaming"),
     ],
 )
 def test_what_is_no_mixture_is_refused(tmp_path, text, message):
@@ -174,3 +183,17 @@ def test_what_is_no_mixture_is_refused(tmp_path, text, message):
         open_dataset(mixture(tmp_path, text))
     assert "mixture.yaml" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("written", "weight"), [("1e3", 1000), ("1.5e-1", 0.15), ("2", 2), ("'2'", 2), ("0.5", 0.5)])
+def test_a_weight_is_a_number_however_it_is_written(tmp_path, written, weight):
+    write(tmp_path, "a.json", ["x"])
+    assert [
+        part.weight for part in read_mixture(tmp_path / mixture(tmp_path, f"- {{data: a.json, weight: {written}}}"))
+    ] == [weight]
+
+
+@given(st.none() | st.integers(1, 9), st.none() | st.integers(0, 9))
+def test_the_smaller_limit_holds(own, given):
+    limits = [limit for limit in (own, given) if limit]
+    assert Part(data="x", limit=own).limit_within(given) == (min(limits) if limits else None)

@@ -13,7 +13,7 @@ from vlm_distill_cache.common.errors import DataError, SampleError
 from vlm_distill_cache.data.registry import open_dataset
 from vlm_distill_cache.data.sample import Turn
 from vlm_distill_cache.data.sources import parquet_rows
-from vlm_distill_cache.data.sources.parquet import LocalParquet, ParquetDataset, picture_columns
+from vlm_distill_cache.data.sources.parquet import LocalParquet, ParquetDataset, label_names, picture_columns
 from vlm_distill_cache.data.sources.parquet_rows import ParquetRows, StoredPicture
 
 datasets = pytest.importorskip("datasets")
@@ -56,7 +56,7 @@ def reference(value):
 
 
 def rows_of(path):
-    return ParquetRows([LocalParquet(path)], pictures=picture_columns)
+    return ParquetRows([LocalParquet(path)], pictures=picture_columns, labels=label_names)
 
 
 one = st.none() | st.integers(0, 9)
@@ -328,6 +328,7 @@ def test_what_is_no_parquet_file_is_refused_in_one_line(tmp_path):
         with pytest.raises(DataError, match=message) as caught:
             open_dataset(str(tmp_path / "x.parquet"))
         assert "\n" not in str(caught.value)
+        assert str(caught.value).count("download") <= 1 or "git lfs" in str(caught.value)
         assert "x.parquet" in str(caught.value)
 
 
@@ -357,6 +358,76 @@ def test_files_of_other_columns_or_types_are_refused_by_name(tmp_path):
     # A width, or a column in which nothing stands, makes no other data.
     write(tmp_path / "b.parquet", {"answer": [None], "question": ["q"]})
     assert len(open_dataset(str(tmp_path))) == 2
+
+
+FIELDS = [("bytes", pa.binary()), ("path", pa.string())]
+MESSAGE = [("role", pa.string()), ("content", pa.string()), ("name", pa.string())]
+
+
+def narrowed(draw, fields, always):
+    """A struct of some of the fields, in any order, of which some have no type as nothing stands in them."""
+    kept = [field for field in fields if field[0] in always or draw(st.booleans())]
+    ordered = draw(st.permutations(kept))
+    return pa.struct([(n, kind if n in always or draw(st.booleans()) else pa.null()) for n, kind in ordered])
+
+
+@given(st.data(), st.integers(1, 3))
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_files_written_apart_differ_in_what_stands_in_none_of_a_ones_rows(tmp_path, data, group):
+    files = []
+    for number in range(3):
+        picture = narrowed(data.draw, FIELDS, {"bytes"})
+        message = narrowed(data.draw, MESSAGE, {"role", "content"})
+        talk = [{"role": "user", "content": f"q{number}"}, {"role": "assistant", "content": f"a{number}"}]
+        kinds = {"image": pa.null() if data.draw(st.booleans()) else picture, "messages": pa.list_(message)}
+        images = [None if pa.types.is_null(kinds["image"]) else {"bytes": png(number)}] * 2
+        path = tmp_path / f"{number}.parquet"
+        files.append(write(path, {"image": images, "messages": [talk] * 2}, types=kinds.items(), group=group))
+    rows = ParquetRows(list(map(LocalParquet, files)), pictures=picture_columns, labels=label_names)
+    for index in reversed(range(6)):
+        alone = rows_of(files[index // 2]).row(index % 2)
+        assert plain(rows.row(index)["messages"]) == alone["messages"]
+        assert plain(rows.row(index)["image"]) == reference(plain(alone["image"]))
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (pa.list_(pa.struct(MESSAGE)), pa.list_(pa.struct([("from", pa.string()), ("value", pa.string())]))),
+        (pa.struct(FIELDS), pa.struct([("bytes", pa.string())])),
+        (pa.list_(pa.string()), pa.list_(pa.list_(pa.string()))),
+        (pa.list_(pa.string()), pa.string()),
+        (pa.string(), pa.int64()),
+        (pa.dictionary(pa.int8(), pa.string()), pa.int8()),
+    ],
+)
+def test_other_types_within_a_column_are_refused(tmp_path, one, other):
+    for name, kind in (("a", one), ("b", other)):
+        write(tmp_path / f"{name}.parquet", rows(1) | {"more": [None]}, types=[("more", kind)])
+    with pytest.raises(DataError, match=r"b\.parquet has other columns than .*a\.parquet: 'more' is .*, expected"):
+        open_dataset(str(tmp_path))
+
+
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("names", [("dog", "cat"), ("cat", "dog", "cow"), None])
+def test_a_label_that_means_something_else_in_another_file_is_refused(tmp_path, names, several):
+    def labelled(number, names):
+        described = datasets.Features({"question": datasets.Value("string")})
+        kind = datasets.Value("int64") if names is None else datasets.ClassLabel(names=list(names))
+        described["answers" if several else "answer"] = [kind] if several else kind
+        answer = {"answers": [[0]]} if several else {"answer": [0]}
+        place = tmp_path / f"train-0000{number}-of-00003.parquet"
+        return write(place, {"question": [f"q{number}"], **answer}, features=described)
+
+    for number in range(2):
+        labelled(number, ("cat", "dog"))
+    third = labelled(2, ("cat", "dog"))
+    assert answers(open_dataset(str(tmp_path))) == ["cat"] * 3
+    labelled(2, names)
+    with pytest.raises(
+        DataError, match=rf"{third.name} has .*labels.* for column 'answers?', .*00000-of-00003.parquet has"
+    ):
+        open_dataset(str(tmp_path))
 
 
 def test_no_row_and_missing_files_are_refused(tmp_path):

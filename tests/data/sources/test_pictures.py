@@ -146,7 +146,7 @@ def test_a_picture_or_video_that_is_not_read_is_an_error(sample, others, message
         {"image": {"bytes": None, "path": None}, "video": None},
         {
             "source": "https://wafa.ps",
-            "hint": "Save the file as photo.jpg",
+            "note": "Save the file as photo.jpg",
             "x": "data:text/plain;base64,aGVsbG8gd29ybGQ=",
         },
         {"no_image": True, "requires_image": "no", "is_image": 0, "image_width": 0, "image_tokens": 0},
@@ -297,20 +297,25 @@ def test_a_picture_beside_a_messages_text_is_read(sample):
         sample({"messages": [messages[0], messages[1] | {"image": "img/b.png"}], "image": None})
 
 
-def test_a_caption_describes_a_picture_where_others_have_one_and_a_question_may_stand_alone(tmp_path):
+def test_a_caption_describes_a_picture_and_a_question_may_stand_alone(tmp_path):
     (tmp_path / "a.png").write_bytes(PNG)
     entries = [
         {"caption": "x", "image": "a.png"},
         {"caption": "lost"},
-        {"caption": "said", "image": None},
+        {"caption": "lost", "image": None},
         {"caption": "x", "question": "What?", "answer": "A circle."},
     ]
     path = tmp_path / "data.jsonl"
     path.write_text("\n".join(map(json.dumps, entries)))
     dataset = MessagesDataset(path)
-    assert [len(dataset[index].images) for index in (0, 2, 3)] == [1, 0, 0]
-    with pytest.raises(SampleError, match="it has no picture, though other samples"):
-        dataset[1]
+    assert [len(dataset[index].images) for index in (0, 3)] == [1, 0]
+    for index in (1, 2):
+        with pytest.raises(SampleError, match="would be the caption of a picture, and it has none"):
+            dataset[index]
+    path.write_text("\n".join(map(json.dumps, entries[1:3])))  # nor is it text where no sample has a picture
+    for index in (0, 1):
+        with pytest.raises(SampleError, match="would be the caption"):
+            MessagesDataset(path)[index]
 
 
 def test_what_pillow_opens_is_a_picture_by_its_first_bytes():

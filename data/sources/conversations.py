@@ -257,7 +257,7 @@ def _with_further(entry: Mapping[str, Any], form: str) -> str:
         is_input = form == "instruction" and key in ("input", "context")
         if says_none(value) or (isinstance(value, int | float) and not is_input):  # a passage's number
             continue
-        texts = value if isinstance(value, list | tuple) and not is_input else [value]
+        texts = value if isinstance(value, list | tuple) else [value]
         text = "\n".join(as_text(item, key) for item in texts)
         if is_input or text.strip() not in entry[form]:
             question = f"{text}\n{question}" if key == _HINT else f"{question}\n{text}"

@@ -76,6 +76,7 @@ _DESCRIBING = (
 _SAME = frozenset(_DESCRIBING.split())
 _OTHER = frozenset("mask masks depth depthmap segmentation heatmap sketch overlay".split())  # noqa: SIM905
 _RATING = frozenset("rating ratings score scores min max mean correspondence similarity quality".split())  # noqa: SIM905
+_NUMBERS = re.compile(r"(?:[\d\s\[\].,+-]|null|None|nan)*")  # as a table of texts holds them
 _VALUE_KEYS = ("bytes", "path", "file_name", "filename", "image", "image_url", "url", "source", "base64", "data")
 _TYPES = frozenset({"image", "image_url", "input_image", "image_path", "video", "video_url", "input_video"})
 _ZEROS = ("0", "0.0", "false", "no", "none")
@@ -390,7 +391,8 @@ def _counts_none(key: object, value: Any) -> bool:
 def _rates(key: object, value: Any) -> bool:
     """Whether a key rates pictures by numbers (FineVision's ``image_correspondence_ratings``)."""
     return bool(_RATING & set(normal_key(key).split("_"))) and all(
-        item is None or isinstance(item, int | float) for item in _listed(value)
+        item is None or isinstance(item, int | float) or (isinstance(item, str) and _NUMBERS.fullmatch(item))
+        for item in _listed(value)
     )
 
 

@@ -145,6 +145,24 @@ def test_a_line_that_is_no_object_is_that_samples_error(tmp_path):
     assert len(set(dataset.sample_ids)) == len(dataset) == 6
 
 
+@pytest.mark.parametrize("nuls", [1, 2, 3, 4, 5, 4096])
+@pytest.mark.parametrize("more", [b"", b'{"question": "q", "answer": "lost"}'])
+def test_nul_bytes_as_a_crash_leaves_them_are_called_so(tmp_path, nuls, more):
+    good = b'{"question": "q", "answer": "a"}'
+    for lines in ([good, b"\0" * nuls + more, good], [good, good, more + b"\0" * nuls]):
+        path = tmp_path / "data.jsonl"
+        path.write_bytes(b"\n".join(lines))
+        dataset = MessagesDataset(path)
+        assert [sample.turns[0].answer for sample in iterate_readable(dataset)] == ["a", "a"]
+        (index,) = (index for index in (1, 2) if b"\0" in lines[index])
+        with pytest.raises(SampleError, match=f"line {index + 1}, is not JSON: .*NUL bytes stand there"):
+            dataset[index]
+    if nuls >= 4:
+        path.write_bytes(b"\0" * nuls + b"\n" + good)
+        with pytest.raises(SampleError, match="line 1, is not JSON: .*NUL bytes stand there"):
+            MessagesDataset(path)[0]
+
+
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
 def test_byte_order_marks_and_wide_encodings_are_read(tmp_path, encoding):
     path = tmp_path / "data.jsonl"

@@ -159,7 +159,7 @@ def test_nul_bytes_as_a_crash_leaves_them_are_called_so(tmp_path, nuls, more):
             dataset[index]
     if nuls >= 4:
         path.write_bytes(b"\0" * nuls + b"\n" + good)
-        with pytest.raises(SampleError, match="line 1, is not JSON: .*NUL bytes stand there"):
+        with pytest.raises(SampleError, match=r"line 1, is not JSON: .*NUL bytes stand there"):
             MessagesDataset(path)[0]
 
 

@@ -34,13 +34,23 @@ def test_one_conversation_as_texts_in_every_form(system, pairs):
             assert is_entry(texts)
 
 
+def without_picture(entry):
+    return {key: value for key, value in entry.items() if key not in ("image", "images", "file_name")}
+
+
+# Those that mean something without their picture.
+TEXTS = [
+    name
+    for name, (_, entry) in PUBLISHED.items()
+    if "text" not in entry and not any(sign in json.dumps(without_picture(entry)) for sign in ("<image>", '"image"'))
+]
+
+
 @pytest.mark.parametrize("write", [json.dumps, repr])
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", TEXTS)
 def test_a_published_form_in_the_cells_of_a_table(tmp_path, name, write):
     conversation, entry = PUBLISHED[name]
-    cells = {key: value for key, value in entry.items() if key not in ("image", "images", "file_name")}
-    if "<image>" in json.dumps(entry) or '"image"' in json.dumps(list(cells.values())) or "text" in entry:
-        pytest.skip("it means nothing without its picture")
+    cells = without_picture(entry)
     with (tmp_path / "a.csv").open("w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(cells)

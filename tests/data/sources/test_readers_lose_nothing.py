@@ -23,7 +23,7 @@ _buffer = io.BytesIO()
 PIL.Image.new("RGB", (3, 3)).save(_buffer, "PNG")
 PNG = _buffer.getvalue()
 BASE64 = base64.b64encode(PNG).decode()
-GOOD = {"id": "good", "caption": "fine"}
+GOOD = {"id": "good", "question": "how", "answer": "fine"}
 
 # The readers' own vocabulary: entries in every form, and the names and values that may stand in one another's place.
 ENTRIES = [
@@ -173,9 +173,10 @@ def is_lossy(entry, sample):
     # A context of a list of messages is not one of its question's.
     asked = "question" in entry and not {"messages", "conversations"} & entry.keys() and "caption" not in entry
     said = [entry[key] for key in JOINED if key in entry and (asked or key in ("System", "system"))]
+    said = [text.strip() for text in said if isinstance(text, str) and "<" not in text]  # markers are taken out
     return (
         len(files) > max(1, len(sample.images))
-        or any(isinstance(text, str) and text.strip() and text.strip() not in texts for text in said)
+        or any(text not in texts for text in said)
         or entry.get("label") is False
         or entry.get("kto_tag") is False
         or any(entry.get("audio") == value for value in ("a.png", "plain", "user", 3))

@@ -31,7 +31,7 @@ def once(monkeypatch):
 
 def of(scenario: Scenario = Scenario(), **changes) -> Estimate:  # noqa: B008 - frozen
     return Estimate(
-        name="t on d", store="zarr", sample_count=3600, shard_count=15, fidelity_samples=0,
+        name="t on d", store="zarr", sample_count=3600, shard_count=15, fidelity_samples=0, control_copies=4,
         probe=replace(PROBE, **changes), scenario=scenario,
     )  # fmt: skip
 
@@ -45,6 +45,13 @@ def test_hours_are_the_plain_sums():
     assert online == pytest.approx(3 * 2 * (0.5 + step))
     assert offline == pytest.approx(0.22 - 0.21 + 0.21 + 3 * 2 * step)
     assert figures.cache_bytes == 3100 * 3600 + 15 * 1000 + 5000
+
+
+def test_the_card_runs_each_of_its_samples_alone_and_once_among_copies():
+    figures = replace(of(), fidelity_samples=10)
+    assert 3600 * (figures.stage_one_hours - of().stage_one_hours) == pytest.approx(
+        10 * ((1 + 4) * PROBE.teacher + PROBE.encode)
+    )
 
 
 def test_the_memory_is_said_and_that_of_a_device_too():

@@ -1,4 +1,4 @@
-"""What looks like a picture or a video: by the name of a file, by its first bytes, by base64 of either.
+"""What looks like a picture, a video or a sound: by the name of a file, by its first bytes, by base64 of either.
 
 Readers ask this of what they were not told about, so that a picture under a name that they do not know is never
 taken for text. Which formats are pictures is for Pillow to say: what it opens is one.
@@ -15,6 +15,7 @@ import PIL.Image
 
 _VIDEOS = "mp4 m4v webm mkv avi mov mpg mpeg mpe m2v wmv flv f4v 3gp 3g2 ogv m2ts vob"
 VIDEO_EXTENSIONS = frozenset(_VIDEOS.split())
+_SOUNDS = frozenset("wav mp3 flac ogg oga opus m4a aac wma aiff".split())  # noqa: SIM905
 # Pictures by their names that Pillow may not open: one that cannot be decoded is better than one that is not seen.
 _MORE_PICTURES = "heic heif avif jxl svg raw dng cr2 cr3 nef arw orf rw2"
 # Formats that Pillow tells by their first bytes and that hold no picture for it to decode, or a video.
@@ -64,6 +65,13 @@ def names_video(text: str) -> bool:
     if text[:16].lstrip().lower().startswith("data:video/"):
         return True
     return len(text) <= _LONGEST_NAME and extension_of(text) in VIDEO_EXTENSIONS and _is_name(text)
+
+
+def names_sound(text: str) -> bool:
+    """Whether a text is the name or address of a sound file, or holds one as a ``data:`` address."""
+    if text[:16].lstrip().lower().startswith("data:audio/"):
+        return True
+    return len(text) <= _LONGEST_NAME and extension_of(text) in _SOUNDS and _is_name(text)
 
 
 def _is_name(text: str) -> bool:

@@ -10,13 +10,11 @@ What is answered worse (``rejected``, ``rejected_response``) is not learnt. A le
 answers nothing, is passed over, as LLaVA does.
 """
 
-import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, TypeGuard
+from typing import Any
 
 from vlm_distill_cache.common.errors import SampleError
 from vlm_distill_cache.data.images.recognise import names_picture
@@ -24,12 +22,27 @@ from vlm_distill_cache.data.sample import Turn
 from vlm_distill_cache.data.sources.markers import IMAGE_MARKER, take_markers
 from vlm_distill_cache.data.sources.pictures import (
     MODEL_NAMES,
+    SYSTEM_KEYS,
     USER_NAMES,
     brief,
     named_pictures,
+    normal_key,
     says_none,
     speak_of_pictures,
 )
+from vlm_distill_cache.data.sources.rows import (
+    LISTS,
+    MESSAGE_KEYS,
+    ROUND,
+    are_rows,
+    is_dict_of_lists,
+    is_list_of_rows,
+    parts_of,
+    refuse_unread_rows,
+    rows_of,
+    with_rows,
+)
+from vlm_distill_cache.data.sources.unlearnt import flags_of, refuse_bad_answer, refuse_unlearnt
 
 FORMS = "'messages', 'conversations', 'question' and 'answer', 'caption' or another form that docs/families.md lists"
 
@@ -52,9 +65,10 @@ _FORMS: Mapping[str, tuple[str, tuple[str, ...]]] = {
 }
 _ANSWERS = tuple(dict.fromkeys(name for _, names in _FORMS.values() for name in names))
 _PLAIN = ("messages", "conversations", "question", "caption")  # taken for what they are, right or wrong
-_JOINED = {"instruction": ("input", "context")}  # a question's further text
-_ROWS = ("messages", "conversations", "conversation", "texts", "prompt", "completion", "chosen", "history", "answers")
-_SYSTEM = ("system", "system_prompt")
+# A question's further text: what it asks about stands behind it, as in Dolly; a hint in front, as for ScienceQA.
+_PASSAGES = ("context", "contexts", "passage", "passages", "paragraph", "paragraphs", "article")
+_JOINED = {"instruction": ("input", *_PASSAGES)}
+_HINT = "hint"
 
 _ROLES = {
     **dict.fromkeys(USER_NAMES, "user"),
@@ -62,19 +76,11 @@ _ROLES = {
     **dict.fromkeys(("system", "developer"), "system"),
 }
 _TOOLS = ("tool", "tool_call", "tool_calls", "tool_response", "function", "function_call", "observation", "ipython")
-_ROUND = {
-    "system": "system",
-    **dict.fromkeys((*USER_NAMES, "question", "query"), "user"),
-    **dict.fromkeys((*MODEL_NAMES, "answer", "response"), "assistant"),
-}
 _TEXTS = ("text", "input_text", "output_text")
 _PICTURES = ("image", "image_url", "input_image", "image_path", "image_file", "img", "picture")
-# What would be lost: nothing here reads it.
-_MARKED = ("tool_calls", "function_call", "reasoning_content", "reasoning")
 # ms-swift's and LLaMA-Factory's signs for what stands under a key.
 _STAND_FOR = {"<bbox>": ("objects",), "<ref-object>": ("objects",), "<audio>": ("audio", "audios")}
 _PART_KEYS = (*_PICTURES, "path", "url", "source", "base64", "data")
-_MESSAGE_KEYS = frozenset({"role", "from", "content", "value"})
 
 
 @dataclass
@@ -112,7 +118,7 @@ def forms_in(entry: Mapping[str, Any]) -> list[str]:
 
 def unread_forms(entry: Mapping[str, Any], form: str) -> list[str]:
     """What an entry says, or asks, under the key of another form than the one that is read."""
-    parts = {form, "chosen", _answer_key(entry, form), *_JOINED.get(form, ())}
+    parts = {form, "chosen", _answer_key(entry, form), *_joined_keys(form)}
     forms = forms_in(entry)
     asked = [key for key, (kind, _) in _FORMS.items() if kind == _ASKS and not says_none(entry.get(key))]
     return [key for key in _FORMS if key in (*forms, *asked) and key not in parts]
@@ -125,6 +131,7 @@ def has_text(entry: Mapping[str, Any]) -> bool:
 
 def is_entry(entry: Mapping[str, Any]) -> bool:
     """Whether an entry has one of the forms; a ``text`` only beside something that is called a picture."""
+    entry = with_rows(entry)
     forms = forms_in(entry)
     return forms not in ([], ["text"]) or (
         bool(forms) and speak_of_pictures(key for key in entry if not says_none(entry[key]))
@@ -147,51 +154,7 @@ def _is_form(entry: Mapping[str, Any], key: str, kind: str) -> bool:
         return any(name in entry for name in _ANSWERS)
     if kind == _ASKS:
         return any(not says_none(entry.get(name)) for name in _ANSWERS)
-    return kind == _TELLS or key in _PLAIN or _are_rows(entry[key])
-
-
-def _are_rows(value: Any) -> bool:
-    """Whether a value is a list of messages or rounds, as far as its first one tells, also as a dict of lists."""
-    if isinstance(value, Mapping):
-        return {*_ROUND, *_MESSAGE_KEYS} & value.keys() != set() and _is_dict_of_lists(value)
-    return _is_list_of_rows(value)
-
-
-def _is_list_of_rows(value: Any) -> bool:
-    return isinstance(value, list | tuple) and bool(value) and isinstance(value[0], Mapping)
-
-
-def with_rows(entry: Mapping[str, Any]) -> Mapping[str, Any]:
-    """An entry whose lists of messages are lists: `datasets` keeps some as dicts of lists, and some tables as JSON.
-
-    What is no such list, or has lists of different lengths, stays as it is.
-    """
-    made: dict[str, Any] = {}
-    for key in _ROWS:
-        value = entry.get(key)
-        with suppress(ValueError, RecursionError, SampleError):
-            if isinstance(value, str) and key in _PLAIN and value.lstrip().startswith(("[", "{")):
-                made[key] = value = json.loads(value)
-            if _is_dict_of_lists(value):
-                made[key] = _rows(value, key)
-    return {**entry, **made} if made else entry
-
-
-def _is_dict_of_lists(value: Any) -> TypeGuard[Mapping[str, Any]]:
-    if not isinstance(value, Mapping):
-        return False
-    filled = [item for item in value.values() if item is not None]
-    return bool(filled) and all(isinstance(item, list | tuple) for item in filled)
-
-
-def _rows(value: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
-    filled = {name: items for name, items in value.items() if items is not None}
-    lengths = {name: len(items) for name, items in filled.items()}
-    if len(set(lengths.values())) > 1:
-        raise SampleError(
-            f"{where!r} is a dict of lists of different lengths: {lengths}; expected one item of each a row"
-        )
-    return [dict(zip(filled, row, strict=True)) for row in zip(*filled.values(), strict=True)]
+    return kind == _TELLS or key in _PLAIN or are_rows(entry[key])
 
 
 def read_conversation(entry: Mapping[str, Any]) -> Conversation:
@@ -203,23 +166,22 @@ def read_conversation(entry: Mapping[str, Any]) -> Conversation:
     entry = with_rows(entry)
     if not says_none(entry.get("tools")):
         raise SampleError("'tools' is not read, and would be lost")
-    if entry.get("kto_tag") is False:
-        raise SampleError("'kto_tag' says that the answer is a bad one: it must not be learnt")
     found = Conversation(form=_form_of(entry))
     kind = _FORMS[found.form][0]
+    refuse_bad_answer(entry, _answer_key(entry, found.form))
     if kind != _ASKS and not says_none(entry.get("history")):
         raise SampleError(f"'history' beside {found.form!r} is not read, and would be lost")
     for key in (found.form, _answer_key(entry, found.form), "history"):
-        if key in _ROWS and _is_dict_of_lists(entry.get(key)):
-            _rows(entry[key], key)  # their lengths differ
+        if key in LISTS and is_dict_of_lists(entry.get(key)):
+            rows_of(entry[key], key)  # their lengths differ
     if kind == _TELLS:
         plain = [(1, "user", ""), (2, "assistant", as_text(entry[found.form], found.form))]
     else:
         messages = _listed_messages(entry, found.form) if kind == _LIST else _asked_messages(entry, found.form)
         plain = _read_messages(messages, found)
-    for key in _SYSTEM:
-        if not says_none(entry.get(key)):
-            _take_system(as_text(entry[key], key), found)
+    for key, value in entry.items():
+        if normal_key(key) in SYSTEM_KEYS and not says_none(value):
+            _take_system(as_text(value, key), found)
     _pair_turns(plain, found)
     for sign, keys in _STAND_FOR.items():
         for key in keys:
@@ -255,20 +217,19 @@ def _asked_messages(entry: Mapping[str, Any], form: str) -> list[Any]:
     """A question with its answer as messages, behind those of its history."""
     name = _answer_key(entry, form)
     question, answer = entry[form], entry[name]
-    if name == "completion" and entry.get("label") is False:
-        raise SampleError("'label' says that the completion is a bad one: it must not be learnt")
-    asked = _opened(question) if _is_list_of_rows(question) else [{"role": "user", "content": question}]
-    if not _is_list_of_rows(question):
+    asked = _opened(question) if is_list_of_rows(question) else [{"role": "user", "content": question}]
+    if not is_list_of_rows(question):
         if not isinstance(question, str) or answer is None:
             odd = answer if isinstance(question, str) else question
             raise SampleError(f"{form!r} must be a text and {name!r} not null, got {brief(odd)}")
-        further = [as_text(entry[key], key) for key in _JOINED.get(form, ()) if not says_none(entry.get(key))]
-        asked[0]["content"] = question = "\n".join([question, *further])
+        refuse_unread_rows(question, form)
+        asked[0]["content"] = question = _with_further(entry, form)
         _refuse_lost_options(entry, question)
     history = _opened(_history(entry["history"])) if not says_none(entry.get("history")) else []
     answered = [answer] if isinstance(answer, Mapping) and _role(answer) else answer
-    if name == "answers" or not _is_list_of_rows(answered):
+    if name == "answers" or not is_list_of_rows(answered):
         text = _most_said(answer) if name == "answers" else as_text(answer, name)
+        refuse_unread_rows(text, name)
         if form not in _PLAIN and names_picture(text):
             raise SampleError(f"{name!r} names a picture ({text[:60]!r}); expected the words that are to be learnt")
         return [*history, *asked, {"role": "assistant", "content": text}]
@@ -277,10 +238,30 @@ def _asked_messages(entry: Mapping[str, Any], form: str) -> list[Any]:
         return [*history, *asked, *answered]
     # The prompt is in there once more.
     first = next((str(message.get("content")) for message in answered if _role(message) == "user"), "")
-    repeats = answered[: len(asked)] == asked if _is_list_of_rows(question) else question.strip() in first
+    repeats = answered[: len(asked)] == asked if is_list_of_rows(question) else question.strip() in first
     if history or not repeats:
         raise SampleError(f"{name!r} is a conversation of its own, which does not begin with {form!r}")
     return answered
+
+
+def _joined_keys(form: str) -> tuple[str, ...]:
+    """Where the further text of a question stands."""
+    return _JOINED.get(form, _PASSAGES) if _FORMS[form][0] == _ASKS else ()
+
+
+def _with_further(entry: Mapping[str, Any], form: str) -> str:
+    """A question with the text that it asks about and its hint, unless it holds these already."""
+    question: str = entry[form]
+    for key in (*_joined_keys(form), _HINT):
+        value = entry.get(key)
+        is_input = form == "instruction" and key in ("input", "context")
+        if says_none(value) or (isinstance(value, int | float) and not is_input):  # a passage's number
+            continue
+        texts = value if isinstance(value, list | tuple) else [value]
+        text = "\n".join(as_text(item, key) for item in texts)
+        if is_input or text.strip() not in entry[form]:
+            question = f"{text}\n{question}" if key == _HINT else f"{question}\n{text}"
+    return question
 
 
 def _history(history: Any) -> list[Any]:
@@ -302,16 +283,17 @@ def _opened(rows: Iterable[Any]) -> list[Any]:
     """Messages, each round opened to its own."""
     messages: list[Any] = []
     for row in rows:
-        said = [key for key in _ROUND if key in row] if isinstance(row, Mapping) and _role(row) is None else []
-        if not said or not _MESSAGE_KEYS.isdisjoint(key for key in row if row[key] is not None):
+        said = [key for key in ROUND if key in row] if isinstance(row, Mapping) and _role(row) is None else []
+        if not said or not MESSAGE_KEYS.isdisjoint(key for key in row if row[key] is not None):
             messages.append(row)
             continue
         beside = {key: value for key, value in row.items() if key not in said and key != "source"}
         for role in ("system", "user", "assistant"):
-            texts = [row[key] for key in said if _ROUND[key] == role]
+            texts = [row[key] for key in said if ROUND[key] == role]
             text = next((text for text in texts if text is not None), None)
             if texts and not (role == "system" and says_none(text)):
-                messages.append({"role": role, "content": text} | (beside if role == "user" else {}))
+                more = beside if role == "user" else dict(flags_of(beside)) if role == "assistant" else {}
+                messages.append({"role": role, "content": text} | more)
     return messages
 
 
@@ -355,6 +337,7 @@ def _answer_key(entry: Mapping[str, Any], form: str) -> str:
 
 def _most_said(answers: Any) -> str:
     """Of several people's answers what most of them said, the first of equals."""
+    answers = [answers] if isinstance(answers, Mapping) and isinstance(answers.get("text"), str) else answers
     if not isinstance(answers, list | tuple) or not answers:
         raise SampleError(f"'answers' must be a list that is not empty, got {brief(answers)}")
     given = [item.get("answer", item.get("text")) if isinstance(item, Mapping) else item for item in answers]
@@ -390,16 +373,15 @@ def _read_messages(messages: Sequence[Any], found: Conversation) -> list[tuple[i
                 f"message {position} must hold 'role' and 'content' (or 'from' and 'value'), got {brief(message)}"
             )
         role = _known_role(message, position)
-        lost = [name for name in _MARKED if not says_none(message.get(name))]
-        lost += [name for name in ("loss", "train", "weight") if message.get(name) in (0, False) and name in message]
-        if lost and message.get(lost[0]) is not None:
-            raise SampleError(f"message {position} has {lost[0]!r}, which is not read, and would be lost")
+        # What the model says first answers nothing, and is passed over.
+        answers = role == "assistant" and any(earlier == "user" for _, earlier, _ in plain)
+        refuse_unlearnt(message, position, answers=answers)
         content = message.get("content") if message.get("content") is not None else message.get("value")
         if role == "system" and content is None:
             content = ""
         text, pictures, count = _read_content(content, position)
         if len(message) > 2:
-            pictures += named_pictures({key: message[key] for key in message if key not in _MESSAGE_KEYS})
+            pictures += named_pictures({key: message[key] for key in message if key not in MESSAGE_KEYS})
         if role == "system" and position > 1:
             raise SampleError(f"message {position} is a system prompt; it must be the first message")
         if (count or pictures) and (role != "user" or any(earlier == "user" for _, earlier, _ in plain)):
@@ -438,8 +420,10 @@ def _take_system(text: str, found: Conversation) -> None:
 
 def _read_content(content: Any, position: int) -> tuple[str, list[Any], int]:
     """Text, given pictures and number of picture parts of one message."""
-    if _is_dict_of_lists(content):
-        content = _rows(content, f"message {position}")
+    if is_dict_of_lists(content):
+        content = rows_of(content, f"message {position}")
+    if isinstance(content, str):
+        content = parts_of(content) or content
     if not isinstance(content, list | tuple):
         return as_text(content, f"message {position}"), [], 0
     texts, pictures, count = [], [], 0

@@ -10,7 +10,7 @@ from typing import Any
 from vlm_distill_cache.common.errors import SampleError
 from vlm_distill_cache.common.files.hashing import fingerprint
 from vlm_distill_cache.data.sample import Dataset, ImageSource, Sample
-from vlm_distill_cache.data.sources.conversations import Conversation, read_conversation, unread_forms, with_rows
+from vlm_distill_cache.data.sources.conversations import Conversation, read_conversation, unread_forms
 from vlm_distill_cache.data.sources.pictures import (
     distinct,
     named_pictures,
@@ -18,6 +18,7 @@ from vlm_distill_cache.data.sources.pictures import (
     refuse_unread,
     says_text_only,
 )
+from vlm_distill_cache.data.sources.rows import with_rows
 
 logger = logging.getLogger(__name__)
 
@@ -64,21 +65,21 @@ class EntryDataset(Dataset):
         return open_picture(value, self.image_root, where=f"of {self.name}, sample {self.sample_ids[index]!r}")
 
     def refuse_text_only(self, index: int, entry: Mapping[str, Any]) -> None:
-        """Refuse a sample without a picture that speaks of one, or that all others of its kind have.
+        """Refuse a sample without a picture that speaks of one, describes one, or that all others of its kind have.
 
         Of entries in one file, those without a picture are text where they ask something: that is how LLaVA mixes both.
-        A caption describes a picture. In an archive the picture lies beside the text, so that it can be missing; there,
-        only questions without the marker that all questions about pictures have are text. ``"image": null`` always is.
+        A caption describes a picture, whether or not it says that it has none. In an archive the picture lies beside the
+        text, so that it can be missing; there, only questions without the marker that all questions about pictures have
+        are text, and those that say so (``"image": null``).
         """
         refuse_unread(entry)
         said = read_conversation(entry)
-        if said.form == "text":
+        if said.describes:
             raise SampleError(
-                "its 'text' would be the caption of a picture, and it has none; give a text by itself as 'messages', or as "
-                "'question' and 'answer'"
+                f"its {said.form!r} would be the caption of a picture, and it has none; give a text by itself as "
+                "'messages', or as 'question' and 'answer'"
             )
-        asks = not said.describes and not (self.pictures_lie_beside and not self._marks_pictures)
-        if not asks and self._has_pictures and not says_text_only(entry):
+        if self.pictures_lie_beside and not self._marks_pictures and self._has_pictures and not says_text_only(entry):
             raise SampleError(
                 'it has no picture, though other samples of this data have one; write "image": null into its entry if it is '
                 "text alone"

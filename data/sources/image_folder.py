@@ -2,11 +2,11 @@
 
 ``metadata.jsonl``, ``metadata.csv`` or ``metadata.parquet`` names pictures beside itself or below: ``file_name`` is one,
 ``file_names`` are several, ``NAME_file_name`` is the picture ``NAME``. What else it says is the entry; ``text`` is a
-caption where there is nothing else, as for `datasets`.
+caption where there is nothing else, as for `datasets`. A row that cannot be read is its sample's error.
 """
 
 import posixpath
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +60,17 @@ class ImageFolderDataset(EntryDataset):
     def read(self, index: int) -> Mapping[str, Any]:
         """The entry at ``index``."""
         entry = self._entries[index]
+        if isinstance(entry, _Reason):
+            raise SampleError(entry)
         if not isinstance(entry, dict):
             raise SampleError(f"a row must be an object, got {brief(entry)}")
         return entry
+
+
+class _Reason(str):
+    """Why a row cannot be read, in its place."""
+
+    __slots__ = ()
 
 
 def _read_rows(path: Path) -> list[Any]:
@@ -70,7 +78,7 @@ def _read_rows(path: Path) -> list[Any]:
     if path.suffix == ".csv":
         rows = CsvRows(path)
         list(rows.scan(None))
-        return [_row_or_reason(rows, index) for index in range(len(rows))]
+        return [_or_reason(rows.read, index) for index in range(len(rows))]
     if path.suffix == ".parquet":
         table = ParquetTable([LocalParquet(path)])
         return [table.row(index) for index in range(len(table))]
@@ -79,14 +87,15 @@ def _read_rows(path: Path) -> list[Any]:
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
     lines = enumerate(text.removeprefix("\ufeff").split("\n"), start=1)
-    return [parse(line, where=f"{path}, line {number},") for number, line in lines if line.strip()]
+    return [_or_reason(parse, line, where=f"{path.name}, line {number},") for number, line in lines if line.strip()]
 
 
-def _row_or_reason(rows: CsvRows, index: int) -> Any:
+def _or_reason(read: Callable[..., Any], *given: object, **named: object) -> Any:
+    """A row, or why it cannot be read."""
     try:
-        return rows.read(index)
-    except SampleError as error:
-        return str(error)
+        return read(*given, **named)
+    except (SampleError, DataError) as error:
+        return _Reason(error)
 
 
 def _entry(row: Any, folder: str) -> tuple[Any, dict[str, list[str]]]:
@@ -103,10 +112,11 @@ def _entry(row: Any, folder: str) -> tuple[Any, dict[str, list[str]]]:
         several = key.endswith(_SEVERAL)
         name = stem.removesuffix("_") or ("images" if several else "image")
         values = value if several and isinstance(value, list) else [value]
-        paths = [_joined(folder, item) if isinstance(item, str) else item for item in values]
+        paths = [_joined(folder, item) if isinstance(item, str) and item.strip() else item for item in values]
         entry[name] = paths if several else paths[0]
-        named[name] = [path for path in paths if isinstance(path, str)]
-    if isinstance(entry.get("text"), str) and not is_entry(entry):
+        named[name] = [path for path in paths if isinstance(path, str) and path.strip()]
+    # Without a picture it stays what it is, and is refused.
+    if isinstance(entry.get("text"), str) and not is_entry(entry) and any(named.values()):
         entry["caption"] = entry.pop("text")
     return entry, named
 

@@ -22,18 +22,21 @@ _PYTHON = ("True", "False", "None")
 
 def is_plain(head: bytes) -> bool:
     """Whether a file that begins so is UTF-8 without a byte order mark, so that its lines can be found as bytes."""
-    return not head.startswith(_MARKS) and json.detect_encoding(head) == "utf-8"
+    return not head.startswith(_MARKS) and _encoding_of(head) == "utf-8"
 
 
-def decode(data: bytes, *, where: str) -> str:
+def decode(data: bytes, *, where: str, encoding: str = "") -> str:
     """Decode the bytes of a JSON file: UTF-8, UTF-16 or UTF-32, with or without a byte order mark.
+
+    Args:
+        encoding: What they are written in, if that is known.
 
     Raises:
         DataError: They are none of these; says which byte, in which line, and what to do.
     """
     if other := next((what for mark, what in _OTHERS.items() if data.startswith(mark)), None):
         raise DataError(f"{where} {other}")
-    encoding = json.detect_encoding(data)
+    encoding = encoding or _encoding_of(data)
     try:
         return data.decode(encoding)
     except UnicodeDecodeError as error:
@@ -43,6 +46,11 @@ def decode(data: bytes, *, where: str) -> str:
             f"{where} is not {encoding.upper()}: byte 0x{data[error.start]:02x}{at}; convert it from the encoding that it is "
             "in (latin1, gb18030, ...): iconv -f latin1 -t utf-8 OLD > NEW"
         ) from error
+
+
+def _encoding_of(data: bytes) -> str:
+    """What JSON is written in, by its NUL bytes; nothing but NULs is what a crash leaves, and no encoding."""
+    return json.detect_encoding(data) if data[:4].strip(b"\0") else "utf-8"
 
 
 def parse(text: str, *, where: str) -> Any:
@@ -65,10 +73,17 @@ def parse_bytes(data: bytes, *, where: str) -> Any:
     return parse(decode(data, where=where), where=where)
 
 
+def parse_line(data: bytes, *, where: str) -> Any:
+    """Parse a line of a file that is UTF-8; `DataError` as for a whole one."""
+    return parse(decode(data, where=where, encoding="utf-8"), where=where)
+
+
 def _remedy(error: json.JSONDecodeError, text: str) -> str:
     before, here = text[: error.pos].rstrip(), text[error.pos : error.pos + 1]
     if not text.strip():
         return "the file is empty"
+    if here == "\0":
+        return "NUL bytes stand there, as a crash or a full disk leaves them: copy or download it again"
     if error.msg == "Extra data":
         return (
             "one value is expected, and more follow: one JSON object a line is read too, so put each on a line of its own "

@@ -13,7 +13,7 @@ from vlm_distill_cache.common.errors import DataError, SampleError
 from vlm_distill_cache.data.sample import resolve_ids
 from vlm_distill_cache.data.sources.conversations import FORMS, brief_keys, is_entry
 from vlm_distill_cache.data.sources.entries import EntryDataset
-from vlm_distill_cache.data.sources.json_text import decode, is_plain, parse_bytes
+from vlm_distill_cache.data.sources.json_text import decode, is_plain, parse_line
 from vlm_distill_cache.data.sources.llava import id_and_content
 from vlm_distill_cache.data.sources.pictures import brief, image_folder
 
@@ -44,7 +44,7 @@ class MessagesDataset(EntryDataset):
         # Opened per sample: a shared handle would share its position between forked workers.
         with self._open() as file:
             file.seek(self._offsets[index])
-            entry = parse_bytes(file.readline(), where=f"{self._path} has changed: sample {self.sample_ids[index]!r}")
+            entry = parse_line(file.readline(), where=f"{self._path} has changed: sample {self.sample_ids[index]!r}")
         if not isinstance(entry, dict):
             raise DataError(f"{self._path} has changed: sample {self.sample_ids[index]!r} is no object any more")
         return entry
@@ -72,7 +72,7 @@ class MessagesDataset(EntryDataset):
     def _parse(self, line: bytes, number: int) -> Any:
         """An entry; of a line that is none, a text that makes its id."""
         try:
-            entry = parse_bytes(line, where=f"{self._path.name}, line {number},")
+            entry = parse_line(line, where=f"{self._path.name}, line {number},")
             if isinstance(entry, dict):
                 self._has_text = self._has_text or is_entry(entry)
                 return entry
@@ -100,7 +100,7 @@ def holds_lines(path: Path) -> bool:
     if path.suffix.lower() != ".json":
         return not first.startswith(b"[") and first != b"{"
     try:
-        entry = parse_bytes(first, where=str(path)) if first.startswith(b"{") else None
+        entry = parse_line(first, where=str(path)) if first.startswith(b"{") else None
     except DataError:
         return False
     return isinstance(entry, dict) and is_entry(entry)

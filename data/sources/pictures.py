@@ -9,12 +9,19 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 from urllib.parse import unquote, urlsplit
 
 from vlm_distill_cache.common.errors import DataError, SampleError
 from vlm_distill_cache.data.images.load import ImageBytes, ImageFile
-from vlm_distill_cache.data.images.recognise import base64_picture, extension_of, is_picture, names_picture, names_video
+from vlm_distill_cache.data.images.recognise import (
+    base64_picture,
+    extension_of,
+    is_picture,
+    names_picture,
+    names_sound,
+    names_video,
+)
 from vlm_distill_cache.data.sample import ImageSource
 from vlm_distill_cache.data.sources.markers import take_markers
 
@@ -27,7 +34,12 @@ _KNOWN = (
 )
 _KNOWN_KEYS = frozenset(_KNOWN.split())
 _FILE_KEYS = frozenset({"file_name", "filename", "file_names", "filenames"})  # of pictures, if of nothing else
+# Those of them that may name the same picture in another place, or hold it once more, whatever they say.
+_PLACES = ("path", "paths", "file", "files", "filename", "filenames", "url", "urls", "bytes", "base64", "b64", "data")
 _VIDEO_KEYS = frozenset({"video", "videos", "video_path", "video_paths", "video_file", "video_url", "mp4", "webm"})
+_SOUND_KEYS = frozenset(
+    "audio audios audio_path audio_paths audio_file audio_files audio_url audio_urls audio_bytes wav mp3 flac".split()  # noqa: SIM905
+)
 _NUMBERED_KEY = re.compile(
     r"(image|img|picture|pic|photo)_?(\d{1,3}|[ab])|(first|second|left|right)_(image|img|picture)"
 )
@@ -43,7 +55,8 @@ _TEXTS = (
 )
 _TEXT_KEYS = frozenset(_TEXTS.split()) | _ANSWER_KEYS
 # Texts too, unless they are nothing but a picture's file.
-_MOSTLY_TEXT = frozenset({"problem", "solution", "rejected_response", "history", "system", "system_prompt"})
+SYSTEM_KEYS = frozenset({"system", "system_prompt", "system_message", "system_instruction", "system_instructions"})
+_MOSTLY_TEXT = SYSTEM_KEYS | {"problem", "solution", "rejected_response", "history"}
 # Who speaks, by the name of a role; and, in a round, by the key.
 USER_NAMES = ("user", "human")
 MODEL_NAMES = ("assistant", "gpt", "chatgpt", "model", "bot", "bard", "bing")
@@ -55,11 +68,26 @@ _PICTURE_WORD = re.compile(
 )
 _COUNTING = frozenset("n num number count total has with is requires needs width height size tokens".split())  # noqa: SIM905
 _NONE_WORDS = frozenset({"no", "without"})
+# A key with one of these describes a picture, or holds it in another size; with one of the others it holds another one.
+_DESCRIBING = (
+    "name names id ids key keys hash md5 sha sha1 sha256 url urls uri uris link links page src thumbnail thumbnails thumb "
+    "thumbs preview previews icon icons decoded encoded resized"
+)
+_SAME = frozenset(_DESCRIBING.split())
+_OTHER = frozenset("mask masks depth depthmap segmentation heatmap sketch overlay".split())  # noqa: SIM905
 _RATING = frozenset("rating ratings score scores min max mean correspondence similarity quality".split())  # noqa: SIM905
+_NUMBERS = re.compile(r"(?:[\d\s\[\].,+-]|null|None|nan)*")  # as a table of texts holds them
 _VALUE_KEYS = ("bytes", "path", "file_name", "filename", "image", "image_url", "url", "source", "base64", "data")
 _TYPES = frozenset({"image", "image_url", "input_image", "image_path", "video", "video_url", "input_video"})
 _ZEROS = ("0", "0.0", "false", "no", "none")
 _LONGEST_PATH = 4096
+
+
+@runtime_checkable
+class _Stored(Protocol):
+    """A picture whose bytes are read when they are needed, as those of a table."""
+
+    def read(self) -> bytes: ...
 
 
 def named_pictures(
@@ -77,27 +105,32 @@ def named_pictures(
 
     Raises:
         SampleError: Keys that are not numbered name different pictures: which one is asked about cannot be told. Or
-            there is a video, whatever else there is.
+            there is a video or a sound, whatever else there is.
     """
     plain: dict[str, list[Any]] = {}
     known: dict[str, list[Any]] = {}
     guessed: dict[str, list[Any]] = {}
     for key, value in entry.items():
-        name = _normal(key)
+        name = normal_key(key)
         is_text = name in _TEXT_KEYS and key not in picture_keys and isinstance(value, str | list | tuple)
         is_text = is_text or (name in _MOSTLY_TEXT and isinstance(value, str) and len(value.split()) > 1)
         if is_text or says_none(value):
             continue
         if name in _VIDEO_KEYS and not plain_only:
-            _refuse(key, value, video=True)
+            _refuse(key, value, "video")
+        if name in _SOUND_KEYS and not plain_only:
+            _refuse(key, value, "sound")
         if name in _PLAIN_KEYS or _NUMBERED_KEY.fullmatch(name):
             plain[key] = _listed(value)
         elif name in _KNOWN_KEYS or key in picture_keys or (name in _FILE_KEYS and _has_no_extension(value)):
             known[key] = _listed(value)
         elif all(map(_looks_like_picture, _listed(value))):
             guessed[key] = _listed(value)
-    if plain or plain_only:
-        return [item for values in distinct(plain).values() for item in values]
+    if plain_only:
+        return _all_of(plain)
+    if plain:
+        _refuse_further(plain, {**known, **guessed}, picture_keys)
+        return _all_of(plain)
     local = [{key: found[key] for key in found if not all(map(_is_address, found[key]))} for found in (known, guessed)]
     for found in (*local, known, guessed):  # files first, then addresses
         different = distinct(found)
@@ -107,8 +140,67 @@ def named_pictures(
                 "about under 'image'"
             )
         for values in different.values():
+            _refuse_further(found, guessed, picture_keys)
             return values
     return []
+
+
+def _all_of(found: Mapping[str, list[Any]]) -> list[Any]:
+    return [item for values in distinct(found).values() for item in values]
+
+
+def _refuse_further(
+    found: Mapping[str, list[Any]], others: Mapping[str, list[Any]], picture_keys: Collection[str]
+) -> None:
+    """Refuse a picture beside those that were found which is not one of them: without it the sample means something else.
+
+    Other names of one picture, addresses and thumbnails are passed over.
+    """
+    for key, values in others.items():
+        if key in found or _names_the_same(key):
+            continue
+        pictures = [_content(value) for given in found.values() for value in given]
+        further = [item for value in values if (item := _content(value)) is not None and not _is_address(item)]
+        further = [item for item in further if not any(_are_same(item, picture) for picture in pictures)]
+        if further and _is_another(key, further, pictures, typed=key in picture_keys):
+            raise SampleError(
+                f"{key!r} holds another picture ({brief(further[0])}) beside {next(iter(found))!r}, and a sample has one; "
+                f"remove {key!r} if the sample is not about it"
+            )
+
+
+def _names_the_same(key: str) -> bool:
+    """Whether a key, by its name, holds the picture of another key once more, or says something about it."""
+    name = normal_key(key)
+    words = name.split("_")
+    ends = {match[3] for word in words if (match := _PICTURE_WORD.fullmatch(word))}
+    is_place = name in _FILE_KEYS or (name in _KNOWN_KEYS and words[-1] in _PLACES)
+    return is_place or not _SAME.isdisjoint({*words, *ends})
+
+
+def _is_another(key: str, further: Sequence[Any], pictures: Sequence[Any], *, typed: bool) -> bool:
+    """Whether pictures that are not those that were found are further ones, by what they are and by their key."""
+    name = normal_key(key)
+    if name in _KNOWN_KEYS:  # a file and stored bytes may be the same
+        return any(isinstance(item, str) == isinstance(picture, str) for item in further for picture in pictures)
+    is_stored = not all(isinstance(item, str) for item in further)
+    return is_stored or typed or bool(_picture_word(key)) or not _OTHER.isdisjoint(name.split("_"))
+
+
+def _content(value: Any) -> Any:
+    """A picture's file, or its bytes; None if it says that there is none."""
+    while isinstance(value, Mapping):
+        value = next((value[key] for key in _VALUE_KEYS if not says_none(value.get(key))), None)
+    if isinstance(value, str):
+        data = base64_picture(value)
+        return value.strip().replace("\\", "/").removeprefix("./") if data is None else data
+    if isinstance(value, bytes | bytearray):
+        return bytes(value)
+    return value.read() if isinstance(value, _Stored) else value
+
+
+def _are_same(one: Any, other: Any) -> bool:
+    return _same([one], [other]) or _same([other], [one])
 
 
 def distinct(found: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
@@ -136,16 +228,16 @@ def refuse_unread(entry: Mapping[str, Any]) -> None:
         if isinstance(value, Mapping):
             kind = value.get("type")
             if isinstance(kind, str) and kind.lower() in _TYPES:
-                _refuse(f"{place}.type".lstrip("."), kind, video="video" in kind.lower())
+                _refuse(f"{place}.type".lstrip("."), kind, "video" if "video" in kind.lower() else "picture")
             answers = _answers_in(value, is_text=is_text) if place else _ANSWER_KEYS
             for key, item in value.items():
-                name = _normal(key)
+                name = normal_key(key)
                 if name in answers or (not place and name in ("solution", "rejected_response")):
                     continue
                 inner = f"{place}.{key}".lstrip(".")
                 word = _picture_word(key)
                 if word and not says_none(item) and not _counts_none(key, item) and not _rates(key, item):
-                    _refuse(inner, item, video=word == "video")
+                    _refuse(inner, item, word)
                 says = name in _TEXT_KEYS or name in _MOSTLY_TEXT or (is_text and name in USER_NAMES)
                 waiting.append((inner, item, says))
         elif isinstance(value, list | tuple):
@@ -156,12 +248,13 @@ def refuse_unread(entry: Mapping[str, Any]) -> None:
             # A text may end in a file's name; only a line that is nothing else names the file.
             lines = [line for line in value.split("\n") if len(line.split()) == 1] if is_text else [value]
             for line in lines:
-                if names_video(line) or names_picture(line):
-                    _refuse(place, line, video=names_video(line))
+                for kind, names in (("video", names_video), ("sound", names_sound), ("picture", names_picture)):
+                    if names(line):
+                        _refuse(place, line, kind)
             if take_markers(value)[2]:
-                _refuse(place, value, video=False)
+                _refuse(place, value, "picture")
         elif _looks_like_picture(value):
-            _refuse(place, value, video=False)
+            _refuse(place, value, "picture")
 
 
 def _answers_in(message: Mapping[str, Any], *, is_text: bool) -> Collection[str]:
@@ -172,20 +265,19 @@ def _answers_in(message: Mapping[str, Any], *, is_text: bool) -> Collection[str]
     return {"content", "value"} if any(role in MODEL_NAMES for role in roles) else ()
 
 
-def _refuse(place: str, value: Any, *, video: bool) -> None:
-    if video:
+def _refuse(place: str, value: Any, kind: str) -> None:
+    if kind == "picture":
         raise SampleError(
-            f"{place!r} names a video ({brief(value)}); only pictures are read: give frames of it as samples"
+            f"{place!r} names a picture ({brief(value)}), but none could be read; name its file under 'image', or remove "
+            "the key if the sample is text alone"
         )
-    raise SampleError(
-        f"{place!r} names a picture ({brief(value)}), but none could be read; name its file under 'image', or remove "
-        "the key if the sample is text alone"
-    )
+    instead = "give frames of it as samples" if kind == "video" else "remove the key if the sample is not about it"
+    raise SampleError(f"{place!r} names a {kind} ({brief(value)}); only pictures are read: {instead}")
 
 
 def speak_of_pictures(keys: Iterable[object]) -> bool:
     """Whether one of some keys is called like a picture or a file."""
-    return any(_picture_word(key) == "picture" or _normal(key) in _FILE_KEYS for key in keys)
+    return any(_picture_word(key) == "picture" or normal_key(key) in _FILE_KEYS for key in keys)
 
 
 def says_text_only(entry: Mapping[str, Any]) -> bool:
@@ -275,7 +367,7 @@ def brief(value: Any) -> str:
 
 
 @lru_cache(1024)  # a file has few keys, and each of them often
-def _normal(key: object) -> str:
+def normal_key(key: object) -> str:
     """A key in lower case, its words separated by underscores."""
     words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", str(key))
     return re.sub(r"[^a-z0-9]+", "_", words.lower()).strip("_")
@@ -284,7 +376,7 @@ def _normal(key: object) -> str:
 @lru_cache(1024)
 def _picture_word(key: object) -> str:
     """Whether a key speaks of a ``picture`` or of a ``video``; empty if of neither."""
-    for word in _normal(key).split("_"):
+    for word in normal_key(key).split("_"):
         if found := _PICTURE_WORD.fullmatch(word):
             return "video" if found["video"] else "picture"
     return ""
@@ -292,14 +384,15 @@ def _picture_word(key: object) -> str:
 
 def _counts_none(key: object, value: Any) -> bool:
     """Whether a key counts pictures (``num_images``) and there are none."""
-    words = set(_normal(key).split("_"))
+    words = set(normal_key(key).split("_"))
     return bool(words & _NONE_WORDS) or (bool(words & _COUNTING) and str(value).strip().lower() in _ZEROS)
 
 
 def _rates(key: object, value: Any) -> bool:
     """Whether a key rates pictures by numbers (FineVision's ``image_correspondence_ratings``)."""
-    return bool(_RATING & set(_normal(key).split("_"))) and all(
-        item is None or isinstance(item, int | float) for item in _listed(value)
+    return bool(_RATING & set(normal_key(key).split("_"))) and all(
+        item is None or isinstance(item, int | float) or (isinstance(item, str) and _NUMBERS.fullmatch(item))
+        for item in _listed(value)
     )
 
 

@@ -299,7 +299,7 @@ def test_json_with_pictures_image_folders_tars_and_saved_tables(hub, tmp_path):
     assert [(s.turns[0].answer, s.images[0].load().size) for s in open_dataset("org/tars")] == [("A dog.", (8, 8))]
 
     datasets.disable_progress_bars()
-    datasets.DatasetDict({"train": datasets.Dataset.from_dict({"caption": ["saved"]})}).save_to_disk(
+    datasets.DatasetDict({"train": datasets.Dataset.from_dict({"question": ["q"], "answer": ["saved"]})}).save_to_disk(
         str(tmp_path / "s")
     )
     hub.publish("org/saved", tmp_path / "s")

@@ -41,7 +41,6 @@ CONVERSATIONS = [[{"from": "human", "value": "What?"}, {"from": "gpt", "value": 
         ({"messages": MESSAGES}, "What?"),
         ({"conversations": CONVERSATIONS}, "What?"),
         ({"question": ["What?"] * 2, "answer": ["A0", "A1"]}, "What?"),
-        ({"caption": ["A0", "A1"]}, ""),
     ],
 )
 def test_text_columns(tmp_path, columns, question):
@@ -107,7 +106,7 @@ def test_exif_orientation_is_applied(tmp_path):
 
 
 def test_splits_are_taken_by_name(tmp_path):
-    parts = {name: datasets.Dataset.from_dict({"caption": [name]}) for name in ("train", "test")}
+    parts = {name: datasets.Dataset.from_dict({"question": ["q"], "answer": [name]}) for name in ("train", "test")}
     datasets.DatasetDict(parts).save_to_disk(str(tmp_path / "d"))
     assert is_saved_dataset(tmp_path / "d")
     assert HuggingFaceDataset(tmp_path / "d", split="test")[0].turns[0].answer == "test"

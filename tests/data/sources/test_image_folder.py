@@ -6,7 +6,7 @@ import json
 import PIL.Image
 import pytest
 
-from vlm_distill_cache.common.errors import DataError
+from vlm_distill_cache.common.errors import DataError, SampleError
 from vlm_distill_cache.data.registry import open_dataset
 
 pytest.importorskip("datasets")
@@ -51,6 +51,39 @@ def test_text_is_a_caption(tmp_path):
     draw(tmp_path, "a.png")
     write(tmp_path, "jsonl", [{"file_name": "a.png", "text": "A bird."}])
     assert said(open_dataset(str(tmp_path))) == [("", "A bird.", (4, 4))]
+
+
+@pytest.mark.parametrize("form", ["jsonl", "csv", "parquet"])
+def test_a_caption_needs_its_picture_and_a_question_may_stand_alone(tmp_path, form):
+    draw(tmp_path, "sub/a.png")
+    for nothing in (None, ""):
+        for folder in (tmp_path, tmp_path / "sub"):
+            rows = [{"file_name": f"{'sub/' if folder == tmp_path else ''}a.png"}, {"file_name": nothing}]
+            for said_as in ({"text": "A bird."}, {"caption": "A bird."}, {"question": "Why?", "answer": "So."}):
+                write(folder, form, [row | said_as for row in rows])
+                dataset = open_dataset(str(folder))
+                assert len(dataset[0].images) == 1
+                if "question" in said_as:
+                    assert dataset[1].images == ()
+                    continue
+                with pytest.raises(SampleError, match="would be the caption of a picture, and it has none"):
+                    dataset[1]
+            (folder / f"metadata.{form}").unlink()
+
+
+def test_a_broken_row_is_its_samples_error(tmp_path):
+    draw(tmp_path, "a.png")
+    good = json.dumps({"file_name": "a.png", "text": "A bird."})
+    for broken, reason in (("{broken", "is not JSON"), ("[1]", "a row must be an object"), ("\0\0\0\0", "NUL bytes")):
+        (tmp_path / "metadata.jsonl").write_text(f"{good}\n{broken}\n{good}\n")
+        dataset = open_dataset(str(tmp_path))
+        assert [dataset[index].turns[0].answer for index in (0, 2)] == ["A bird.", "A bird."]
+        with pytest.raises(SampleError, match=reason):
+            dataset[1]
+    (tmp_path / "metadata.jsonl").unlink()
+    (tmp_path / "metadata.csv").write_text("file_name,text\na.png,A bird.\na.png\n")
+    with pytest.raises(SampleError, match="the row has 1 cells, its header 2; quote cells"):
+        open_dataset(str(tmp_path))[1]
 
 
 @pytest.mark.parametrize("form", ["jsonl", "csv"])

@@ -89,7 +89,7 @@ def test_text_only_and_lines_of_other_forms(tmp_path):
     ],
 )
 def test_odd_messages_are_that_samples_error(tmp_path, messages, message):
-    path = write(tmp_path, {"id": "odd", "messages": messages}, {"id": "good", "caption": "A circle."})
+    path = write(tmp_path, {"id": "odd", "messages": messages}, {"id": "good", "question": "q", "answer": "A circle."})
     dataset = MessagesDataset(path)
     with pytest.raises(SampleError, match=f"sample 'odd': .*{message}"):
         dataset[0]
@@ -103,7 +103,7 @@ def test_record_without_any_known_key_lists_what_it_has():
 
 def test_blank_lines_and_unicode_do_not_shift_the_offsets(tmp_path):
     path = tmp_path / "data.jsonl"
-    lines = [json.dumps({"id": i, "caption": "é" * i + "x"}, ensure_ascii=False) for i in range(5)]
+    lines = [json.dumps({"id": i, "question": "q", "answer": "é" * i + "x"}, ensure_ascii=False) for i in range(5)]
     path.write_text("\n\n".join(lines) + "\n  \n", encoding="utf-8", newline="\r\n")
     dataset = pickle.loads(pickle.dumps(MessagesDataset(path)))  # noqa: S301 - our own bytes
     assert [dataset[i].turns[0].answer for i in (4, 0, 2)] == ["ééééx", "x", "ééx"]
@@ -129,7 +129,9 @@ def test_files_that_are_not_jsonl_are_refused(tmp_path, content, message):
 
 def test_a_line_that_is_no_object_is_that_samples_error(tmp_path):
     path = tmp_path / "data.jsonl"
-    path.write_bytes(b'{"caption": "a"}\n{"caption": \n[1]\n{"caption": "\xff"}\n{"caption": "b"}\n{"capt')
+    path.write_bytes(
+        b'{"question": "q", "answer": "a"}\n{"answer": \n[1]\n{"a": "\xff"}\n{"question": "q", "answer": "b"}\n{"an'
+    )
     dataset = MessagesDataset(path)
     assert [sample.turns[0].answer for sample in iterate_readable(dataset)] == ["a", "b"]
     for index, message in [
@@ -143,10 +145,30 @@ def test_a_line_that_is_no_object_is_that_samples_error(tmp_path):
     assert len(set(dataset.sample_ids)) == len(dataset) == 6
 
 
+@pytest.mark.parametrize("nuls", [1, 2, 3, 4, 5, 4096])
+@pytest.mark.parametrize("more", [b"", b'{"question": "q", "answer": "lost"}'])
+def test_nul_bytes_as_a_crash_leaves_them_are_called_so(tmp_path, nuls, more):
+    good = b'{"question": "q", "answer": "a"}'
+    for lines in ([good, b"\0" * nuls + more, good], [good, good, more + b"\0" * nuls]):
+        path = tmp_path / "data.jsonl"
+        path.write_bytes(b"\n".join(lines))
+        dataset = MessagesDataset(path)
+        assert [sample.turns[0].answer for sample in iterate_readable(dataset)] == ["a", "a"]
+        (index,) = (index for index in (1, 2) if b"\0" in lines[index])
+        with pytest.raises(SampleError, match=f"line {index + 1}, is not JSON: .*NUL bytes stand there"):
+            dataset[index]
+    if nuls >= 4:
+        path.write_bytes(b"\0" * nuls + b"\n" + good)
+        with pytest.raises(SampleError, match=r"line 1, is not JSON: .*NUL bytes stand there"):
+            MessagesDataset(path)[0]
+
+
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
 def test_byte_order_marks_and_wide_encodings_are_read(tmp_path, encoding):
     path = tmp_path / "data.jsonl"
-    path.write_text('{"caption": "é"}\n\n{"caption": "ü"}\n', encoding=encoding, newline="\r\n")
+    path.write_text(
+        '{"question": "q", "answer": "é"}\n\n{"question": "q", "answer": "ü"}\n', encoding=encoding, newline="\r\n"
+    )
     dataset = pickle.loads(pickle.dumps(MessagesDataset(path)))  # noqa: S301 - our own bytes
     assert [dataset[index].turns[0].answer for index in (1, 0)] == ["ü", "é"]
 

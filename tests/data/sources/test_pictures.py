@@ -146,7 +146,7 @@ def test_a_picture_or_video_that_is_not_read_is_an_error(sample, others, message
         {"image": {"bytes": None, "path": None}, "video": None},
         {
             "source": "https://wafa.ps",
-            "hint": "Save the file as photo.jpg",
+            "note": "Save the file as photo.jpg",
             "x": "data:text/plain;base64,aGVsbG8gd29ybGQ=",
         },
         {"no_image": True, "requires_image": "no", "is_image": 0, "image_width": 0, "image_tokens": 0},
@@ -297,20 +297,78 @@ def test_a_picture_beside_a_messages_text_is_read(sample):
         sample({"messages": [messages[0], messages[1] | {"image": "img/b.png"}], "image": None})
 
 
-def test_a_caption_describes_a_picture_where_others_have_one_and_a_question_may_stand_alone(tmp_path):
+B64 = base64.b64encode(encoded(size=(6, 6))).decode()
+
+
+@pytest.mark.parametrize(
+    "first", [{"image": "img/a.png"}, {"images": ["img/a.png"]}, {"image": BASE64}, {"img": "img/a.png"}]
+)
+@pytest.mark.parametrize(
+    "key",
+    [
+        "reference_image", "depth_image", "edited_image", "image_after", "targetImage", "mask", "depth_map_image", "sketch",
+        "second_photo", "screenshot", "style_image_path", "image_mask", "frame", "original_image",
+    ],
+)  # fmt: skip
+def test_another_picture_beside_the_first_is_not_lost(sample, first, key):
+    for value in ("img/b.png", ["img/b.png"], B64, {"bytes": B64, "path": None}, f"data:image/png;base64,{B64}"):
+        with pytest.raises(SampleError, match=rf"'{key}' holds another picture .* beside .* and a sample has one"):
+            sample(TURN | first | {key: value})
+    for value in (None, "", [], "none", 3, "https://example.org/b.png", next(iter(first.values()))):
+        assert [image.load().size for image in sample(TURN | first | {key: value}).images] == [(5, 7)]
+
+
+def test_stored_pictures_are_other_ones_under_any_key_and_files_where_the_key_says_so(sample):
+    for key in ("anything", "img"):
+        with pytest.raises(SampleError, match="holds another picture"):
+            sample(TURN | {"image": BASE64, key: B64})
+        assert len(sample(TURN | {"image": BASE64, key: f"data:image/png;base64,{BASE64}"}).images) == 1
+    with pytest.raises(SampleError, match="'img' holds another picture"):
+        sample(TURN | {"image": "img/a.png", "img": "img/b.png"})
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        {"source": "coco/17.png", "before": "img/b.png"},
+        {"image_name": "b.png", "image_id": "17.png", "imgname": "b.png", "image_hash": "b.png", "image_key": "b.png"},
+        {"image_path": "img/b.png", "image_file": "b.png", "file_name": "b.png", "image_url": "b.png"},
+        {"thumbnail": B64, "image_thumb": B64, "preview_image": "img/b.png"},
+        {"image_bytes": B64, "image_base64": B64},
+        {"decoded_image": B64, "resized_image": B64},
+        {"flickr_url": "https://example.org/b.png", "depth_image": "https://example.org/b.png"},
+        {
+            "full_image": "./img/a.png",
+            "big_image": "a.png",
+            "raw_image": "data/img/a.png",
+            "windows_image": "img\\a.png",
+        },
+        {"image_correspondence_ratings": [3], "image_count": 1, "n_images": 1, "mask": [[0, 1]], "depth": 3},
+    ],
+)
+def test_other_names_and_sizes_of_the_picture_are_no_further_ones(sample, others):
+    assert [image.load().size for image in sample(TURN | {"image": "img/a.png"} | others).images] == [(5, 7)]
+
+
+def test_a_caption_describes_a_picture_and_a_question_may_stand_alone(tmp_path):
     (tmp_path / "a.png").write_bytes(PNG)
     entries = [
         {"caption": "x", "image": "a.png"},
         {"caption": "lost"},
-        {"caption": "said", "image": None},
+        {"caption": "lost", "image": None},
         {"caption": "x", "question": "What?", "answer": "A circle."},
     ]
     path = tmp_path / "data.jsonl"
     path.write_text("\n".join(map(json.dumps, entries)))
     dataset = MessagesDataset(path)
-    assert [len(dataset[index].images) for index in (0, 2, 3)] == [1, 0, 0]
-    with pytest.raises(SampleError, match="it has no picture, though other samples"):
-        dataset[1]
+    assert [len(dataset[index].images) for index in (0, 3)] == [1, 0]
+    for index in (1, 2):
+        with pytest.raises(SampleError, match="would be the caption of a picture, and it has none"):
+            dataset[index]
+    path.write_text("\n".join(map(json.dumps, entries[1:3])))  # nor is it text where no sample has a picture
+    for index in (0, 1):
+        with pytest.raises(SampleError, match="would be the caption"):
+            MessagesDataset(path)[index]
 
 
 def test_what_pillow_opens_is_a_picture_by_its_first_bytes():

@@ -23,7 +23,7 @@ _buffer = io.BytesIO()
 PIL.Image.new("RGB", (3, 3)).save(_buffer, "PNG")
 PNG = _buffer.getvalue()
 BASE64 = base64.b64encode(PNG).decode()
-GOOD = {"id": "good", "caption": "fine"}
+GOOD = {"id": "good", "question": "how", "answer": "fine"}
 
 # The readers' own vocabulary: entries in every form, and the names and values that may stand in one another's place.
 ENTRIES = [
@@ -63,11 +63,22 @@ ENTRIES = [
     },
     {"instruction": "why", "input": "so", "output": "x"},
     {"file_name": "a.png", "text": "x"},
+    {"image": "a.png", "mask": None, "question": "what", "context": "so", "answer": "x", "label": True},
+    {"prompt": "why", "completion": "x", "label": 1, "hint": ""},
+    {
+        "System": "be kind",
+        "conversations": [{"from": "human", "value": "why", "weight": 0}, {"from": "gpt", "value": "x", "weight": 1}],
+    },
+    {
+        "messages": json.dumps([{"role": "user", "content": "why"}, {"role": "assistant", "content": "x"}]),
+        "audio": None,
+    },
 ]
 NAMES = [
     "image", "images", "image_path", "img", "file_name", "video", "anything", "meta", "id", "question", "answer", "answers",
     "caption", "messages", "conversations", "role", "from", "content", "value", "type", "text", "url", "bytes", "path",
     "texts", "user", "assistant", "query", "response", "history", "system", "prompt", "completion", "input", "output",
+    "mask", "reference_image", "context", "hint", "label", "kto_tag", "weight", "thinking", "System", "audio",
 ]  # fmt: skip
 VALUES = [
     None, "", " ", 0, 3, -1.5, math.nan, True, False, [], {}, [None], "a.png", ["a.png"], "gone.png", ["a.png", "a.png"],
@@ -145,6 +156,37 @@ def speaks_of_a_picture(entry):
     return bool(SPEAKS.search(json.dumps(left, default=str)))
 
 
+PICTURED = ("image", "images", "img", "mask", "reference_image")
+JOINED = ("context", "hint", "System", "system")
+
+
+def is_lossy(entry, sample):
+    """Whether something of an entry is not in its sample: the slow reference of what may not be lost."""
+    if not isinstance(entry, dict):
+        return True
+    named = [entry[key] for key in PICTURED if key in entry]
+    files = {name for value in named for name in (value if isinstance(value, list) else [value]) if is_file(name)}
+    turns = [text for turn in sample.turns for text in (turn.question, turn.answer)]
+    texts = " ".join([*turns, sample.system])
+    if not sample.images and sample.turns[0].question == "" and len(turns) == 2 and "caption" in entry:
+        return True
+    # A context of a list of messages is not one of its question's.
+    asked = "question" in entry and not {"messages", "conversations"} & entry.keys() and "caption" not in entry
+    said = [entry[key] for key in JOINED if key in entry and (asked or key in ("System", "system"))]
+    said = [text.strip() for text in said if isinstance(text, str) and "<" not in text]  # markers are taken out
+    return (
+        len(files) > max(1, len(sample.images))
+        or any(text not in texts for text in said)
+        or entry.get("label") is False
+        or entry.get("kto_tag") is False
+        or any(entry.get("audio") == value for value in ("a.png", "plain", "user", 3))
+    )
+
+
+def is_file(name):
+    return isinstance(name, str) and name.endswith(".png") and "://" not in name
+
+
 def check(dataset, entries, *, beside=()):
     """One sample or one reason for each entry, in order; none that speaks of a picture is kept without one."""
     assert len(dataset) == len(dataset.sample_ids) == len(entries)
@@ -156,6 +198,7 @@ def check(dataset, entries, *, beside=()):
             continue
         assert sample.turns
         assert all(turn.answer.strip() for turn in sample.turns)
+        assert not is_lossy(entry, sample), (entry, sample)
         if not sample.images:
             assert not speaks_of_a_picture(entry), (entry, sample)
     assert len(dataset.fingerprint()) == 32

@@ -148,6 +148,10 @@ def texts(*keys, extension="txt"):
     return [(f"{key}.{extension}", f"this is {key}".encode()) for key in keys]
 
 
+def asked(key):
+    return f"{key}.json", b'{"question": "Why?", "answer": "So."}'
+
+
 def test_a_key_ends_at_the_first_dot_and_what_that_makes_unclear_is_said(tmp_path):
     dotted = [
         part
@@ -205,7 +209,7 @@ def test_every_member_is_a_samples_or_said(tmp_path):
     assert kept == {"a": 1}
     for key, message in {
         "b": "no member KEY.json or KEY.txt beside a.tar:b.png",
-        "c": "it has no picture, though other samples",
+        "c": "would be the caption of a picture, and it has none",
         "d": "video",
         "a.tar:plain": "belongs to no sample",
         "a.tar:.hidden.png": "belongs to no sample",
@@ -292,11 +296,13 @@ def test_in_an_archive_of_pictures_only_data_that_say_so_are_text_alone(tmp_path
     kept, failed = readable(write_tar(tmp_path / "b.tar", unmarked))
     assert kept == {"a": 1, "c": 0}
     assert "it has no picture" in failed["b"]
-    assert readable(write_tar(tmp_path / "c.tar", texts(*"ab"))) == ({"a": 0, "b": 0}, {})
+    kept, failed = readable(write_tar(tmp_path / "c.tar", texts(*"ab")))
+    assert not kept
+    assert all("would be the caption of a picture" in reason for reason in failed.values())
 
 
 def test_a_picture_that_the_json_names_is_not_another_members(tmp_path):
-    members = [*texts("a"), ("b.json", json.dumps({"caption": "x", "image": "b/1.png"}).encode())]
+    members = [asked("a"), ("b.json", json.dumps({"caption": "x", "image": "b/1.png"}).encode())]
     kept, failed = readable(write_tar(tmp_path / "a.tar", members))
     assert kept == {"a": 0}
     assert "names the image str 'b/1.png', which does not lie beside it" in failed["b"]
@@ -318,11 +324,11 @@ def test_a_picture_that_all_others_have_is_missed_whatever_the_first_sample_says
 def test_a_member_that_is_neither_text_nor_picture_is_not_passed_over_where_there_is_no_picture(tmp_path):
     members = [
         ("a.npy", b"\x93NUMPY\x01\0"),
-        *texts("a"),
+        asked("a"),
         ("b.cls", b"3"),
-        *texts("b"),
+        asked("b"),
         ("c.png.gz", b"\x1f\x8b\x08\0"),
-        *texts("c"),
+        asked("c"),
     ]
     kept, failed = readable(write_tar(tmp_path / "a.tar", members))
     assert kept == {"b": 0}

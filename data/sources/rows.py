@@ -1,0 +1,132 @@
+"""Lists of messages and rounds, in whatever way a file writes them: as dicts of lists, or as texts of JSON or Python."""
+
+import ast
+import json
+import re
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any, TypeGuard
+
+from vlm_distill_cache.common.errors import SampleError
+from vlm_distill_cache.data.sources.pictures import MODEL_NAMES, USER_NAMES
+
+MESSAGE_KEYS = frozenset({"role", "from", "content", "value"})
+# Whose a key of a round is.
+ROUND = {
+    "system": "system",
+    **dict.fromkeys((*USER_NAMES, "question", "query"), "user"),
+    **dict.fromkeys((*MODEL_NAMES, "answer", "response"), "assistant"),
+}
+
+_ALWAYS_LISTS = ("messages", "conversations", "history", "answers")
+_ROUNDS = ("conversation", "texts")
+# Mostly texts; a list only where it can be nothing but messages.
+_TEXTS = "prompt completion chosen question query instruction input problem answer response output solution"
+_MESSAGES = tuple(_TEXTS.split())
+LISTS = (*_ALWAYS_LISTS, *_ROUNDS, "prompt", "completion", "chosen")
+_WHOSE, _SAID = r"""["'](?:role|from)["']\s*:""", r"""["'](?:content|value)["']\s*:"""
+_BEGINS_AS_MESSAGES = re.compile(rf"\s*\[\s*\{{\s*(?:{_WHOSE}|{_SAID})")
+
+
+def with_rows(entry: Mapping[str, Any]) -> Mapping[str, Any]:
+    """An entry whose lists of messages are lists: `datasets` keeps some as dicts of lists, and tables as texts.
+
+    A text is a list of messages where the whole of it is one, as JSON or as Python prints it. What is no such list, or
+    has lists of different lengths, stays as it is.
+    """
+    made: dict[str, Any] = {}
+    for key in (*_ALWAYS_LISTS, *_ROUNDS, *_MESSAGES):
+        value = entry.get(key)
+        if isinstance(value, str) and (found := _listed(value, key)) is not None:
+            made[key] = value = found
+        with suppress(SampleError):
+            if key in LISTS and is_dict_of_lists(value):
+                made[key] = rows_of(value, key)
+    return {**entry, **made} if made else entry
+
+
+def is_dict_of_lists(value: Any) -> TypeGuard[Mapping[str, Any]]:
+    """Whether a value holds one list for each key, or nothing."""
+    if not isinstance(value, Mapping):
+        return False
+    filled = [item for item in value.values() if item is not None]
+    return bool(filled) and all(isinstance(item, list | tuple) for item in filled)
+
+
+def rows_of(value: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
+    """The rows of a dict of lists; `SampleError` if these have different lengths."""
+    filled = {name: items for name, items in value.items() if items is not None}
+    lengths = {name: len(items) for name, items in filled.items()}
+    if len(set(lengths.values())) > 1:
+        raise SampleError(
+            f"{where!r} is a dict of lists of different lengths: {lengths}; expected one item of each a row"
+        )
+    return [dict(zip(filled, row, strict=True)) for row in zip(*filled.values(), strict=True)]
+
+
+def are_rows(value: Any) -> bool:
+    """Whether a value is a list of messages or rounds, as far as its first one tells, also as a dict of lists."""
+    if isinstance(value, Mapping):
+        return {*ROUND, *MESSAGE_KEYS} & value.keys() != set() and is_dict_of_lists(value)
+    return is_list_of_rows(value)
+
+
+def is_list_of_rows(value: Any) -> bool:
+    """Whether a value is a list that begins with an object."""
+    return isinstance(value, list | tuple) and bool(value) and isinstance(value[0], Mapping)
+
+
+def refuse_unread_rows(text: str, key: str) -> None:
+    """Refuse a text that begins as a list of messages does and is none: it would be learnt as it stands.
+
+    Raises:
+        SampleError: Says so.
+    """
+    if (begins := _BEGINS_AS_MESSAGES.match(text)) and all(re.search(sign, text) for sign in (_WHOSE, _SAID)):
+        raise SampleError(
+            f"{key!r} begins as a list of messages does ({text[: begins.end()][:60]!r}), but is neither JSON nor a list as "
+            "Python prints it; write it with json.dumps, or as a list"
+        )
+
+
+def parts_of(text: str) -> list[Any] | None:
+    """The parts of a message whose content is a list of them, written as a text; None if the text is a plain one."""
+    if "type" not in text or (found := _parsed(text)) is None or not is_list_of_rows(found):
+        return None
+    typed = all(isinstance(part, Mapping) and isinstance(part.get("type"), str) for part in found)
+    return list(found) if typed and any({"text", "image", "image_url"} & part.keys() for part in found) else None
+
+
+def _listed(text: str, key: str) -> Any:
+    """What a text in a list's place holds; None if it is a text."""
+    mostly_text = key in _MESSAGES
+    if mostly_text and not ("role" in text or "from" in text):
+        return None
+    found = _parsed(text)
+    if key in _ALWAYS_LISTS:
+        return found
+    rows = [found] if isinstance(found, Mapping) and mostly_text else found
+    if not is_list_of_rows(rows):
+        return rows if key in _ROUNDS and are_rows(rows) else None
+    known = [
+        row for row in rows if isinstance(row, Mapping) and (_is_message(row) or (not mostly_text and _is_round(row)))
+    ]
+    return rows if len(known) == len(rows) else None
+
+
+def _is_message(row: Mapping[str, Any]) -> bool:
+    return bool({"role", "from"} & row.keys()) and bool({"content", "value"} & row.keys())
+
+
+def _is_round(row: Mapping[str, Any]) -> bool:
+    return bool(ROUND.keys() & row.keys())
+
+
+def _parsed(text: str) -> Any:
+    """A list or an object that the whole of a text is, as JSON or as Python prints it; None if it is neither."""
+    if not text.lstrip().startswith(("[", "{")):
+        return None
+    for parse in (json.loads, ast.literal_eval):
+        with suppress(ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
+            return parse(text)
+    return None

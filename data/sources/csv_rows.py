@@ -25,7 +25,7 @@ _LONGEST_CELL = 2**31 - 1  # bytes; a picture in base64 is beyond the csv module
 _FILE = re.compile(r"\.[A-Za-z]\w{2,4}$")
 _IDS = ("id", "sample_id", "question_id", "index")
 _LISTS = frozenset(
-    "messages conversations conversation texts images image answers prompt completion choices options file_names".split()  # noqa: SIM905
+    "messages conversations conversation texts images image answers choices options file_names".split()  # noqa: SIM905
 )
 
 

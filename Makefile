@@ -29,7 +29,9 @@ DATA_NAME := $(subst :,-,$(basename $(notdir $(patsubst %/,%,$(DATA)))))
 PRUNED  := $(filter pruned:%,$(STUDENT))
 COMMA   := ,
 CACHE   ?= build/cache/$(DATA_NAME)-$(STORE)$(if $(PRUNED),-hidden)
-OUTPUT  ?= build/runs/$(subst :,-,$(notdir $(patsubst %/,%,$(STUDENT))))-$(notdir $(patsubst %/,%,$(CACHE)))
+# A revision on the hub may have slashes: org/name@refs/pr/3.
+PINNED  := $(if $(filter /% .%,$(STUDENT)),,$(findstring @,$(STUDENT)))
+OUTPUT  ?= build/runs/$(subst :,-,$(if $(PINNED),$(subst /,-,$(STUDENT)),$(notdir $(patsubst %/,%,$(STUDENT)))))-$(notdir $(patsubst %/,%,$(CACHE)))
 
 # Which options of stage one somebody gave.
 GIVEN := $(strip $(foreach name,SIGNALS CACHE_CONFIG CACHE_SET,$(if $(filter-out file,$(origin $(name))),$(if $(strip $($(name))),$(name)))))

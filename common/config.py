@@ -6,6 +6,7 @@ arguments. The type hints of the dataclass are the schema: there is no second de
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import os
@@ -42,12 +43,19 @@ def load_config(
         ConfigError: For an unreadable file, an unknown key (naming the nearest known one), a value of the
             wrong type (naming its field), a missing required field, or whatever ``cls`` itself refuses.
     """
-    values = read_yaml(yaml_path)
     if where is None:
         where = "options" if yaml_path is None else str(yaml_path)
+    return load_options(cls, read_yaml(yaml_path), overrides, where=where)
+
+
+def load_options(
+    cls: type[ConfigT], values: Mapping[str, Any], overrides: Iterable[str] = (), *, where: str = "options"
+) -> ConfigT:
+    """As ``load_config``, of nested plain values in place of a file."""
+    merged = copy.deepcopy(dict(values))
     for override in overrides:
-        _apply_override(values, override)
-    return config_from_dict(cls, values, where=where)
+        _apply_override(merged, override)
+    return config_from_dict(cls, merged, where=where)
 
 
 def take_paths(config: Any) -> None:

@@ -55,12 +55,14 @@ class Sample:
         independent_turns: The turns are separate conversations about the same image. They are
             packed behind one shared image prefix with a block-diagonal mask, so that none can
             read another's answer.
+        system: The system prompt, the same for each conversation; empty: the prompt template's own, or none.
     """
 
     sample_id: str
     images: tuple[ImageSource, ...]
     turns: tuple[Turn, ...]
     independent_turns: bool = False
+    system: str = ""
 
 
 def with_answers(sample: Sample, answers: Sequence[str]) -> Sample:
@@ -101,7 +103,7 @@ class Dataset(Protocol):
         return [None] * len(self)
 
     def fingerprint(self) -> str:
-        """Hash of ids and turns; images are hashed one by one when they are encoded."""
+        """Hash of ids, turns and system prompts; images are hashed one by one when they are encoded."""
         return fingerprint_samples(self)
 
 
@@ -118,13 +120,14 @@ class CaptionPair:
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """A short-answer item scored by exact match; ``kind`` groups the report's rows."""
+    """A short-answer item scored by exact match; ``kind`` groups the report's rows, ``system`` is as a sample's."""
 
     item_id: str
     image: ImageSource
     question: str
     answer: str
     kind: str
+    system: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +147,7 @@ def questions_of(sample: Sample, kind: Callable[[str], str]) -> list[Question]:
             question=turn.question,
             answer=turn.answer,
             kind=kind(turn.answer),
+            system=sample.system,
         )
         for number, turn in enumerate(sample.turns)
     ]
@@ -160,7 +164,7 @@ def iterate_readable(dataset: Dataset) -> Iterator[Sample]:
 
 
 def fingerprint_samples(dataset: Dataset) -> str:
-    """Hash ids and turns of every sample, in order; a sample that cannot be read counts by its id.
+    """Hash ids, turns and system prompts of every sample, in order; a sample that cannot be read counts by its id.
 
     Streams, so that a large data set needs no second copy in memory. The image is left out on
     purpose: moving an image folder must not invalidate a cache, and a changed picture is caught
@@ -176,6 +180,7 @@ def fingerprint_samples(dataset: Dataset) -> str:
         else:
             entry += [len(sample.images), sample.independent_turns]
             entry += [[turn.question, turn.answer] for turn in sample.turns]
+            entry += [{"system": sample.system}] if sample.system else []
         digest.update(json.dumps(entry, ensure_ascii=True, separators=(",", ":")).encode() + b"\n")
     return digest.hexdigest()
 

@@ -11,7 +11,8 @@ from typing import Any
 import click
 
 from vlm_distill_cache.common.cache.plan import STORE_NAMES
-from vlm_distill_cache.common.config import load_config
+from vlm_distill_cache.common.config import load_options, read_yaml
+from vlm_distill_cache.common.recipes import Recipe, merge_options, recipe_summary, split_recipe
 from vlm_distill_cache.common.terminal.command_line import (
     CONFIG,
     FOLDER,
@@ -44,7 +45,10 @@ _build_options = shared_options(
     CONFIG,
     click.option("--data", help="shapes, easy-vqa, or a path: .json or .jsonl, datasets folder, tars."),
     click.option("--images", help="Image folder of a .json or .jsonl; default: the file's own folder."),
-    click.option("--teacher", help="Checkpoint directory; default: the built-in teacher of built-in data."),
+    click.option(
+        "--teacher",
+        help="A folder or a name on the hub (org/name[@revision]); default: the built-in teacher of built-in data.",
+    ),
     click.option("--cache", help="Folder of the cache."),
     click.option("--store", type=click.Choice(STORE_NAMES), help="Shard format."),
     click.option(
@@ -58,13 +62,17 @@ _build_options = shared_options(
 )
 
 
-def _settings(options: dict[str, Any]) -> BuildConfig:
-    """The configuration that the options shared by several commands give."""
+def _settings(options: dict[str, Any]) -> tuple[BuildConfig, Recipe | None]:
+    """The configuration that the options shared by several commands give, and the recipe it began with."""
     config, overrides, signals = (options.pop(name) for name in ("config", "overrides", "signals"))
     given = [f"{name}={json.dumps(value)}" for name, value in options.items() if value is not None]
     if signals is not None:
         given.append(f"signals=[{signals}]")
-    return load_config(BuildConfig, config, [*overrides, *given])
+    recipe, values, overrides = split_recipe(read_yaml(config), overrides)
+    if recipe is not None:
+        values = merge_options(recipe.stage_one, values)
+    where = "options" if config is None else str(config)
+    return load_options(BuildConfig, values, [*overrides, *given], where=where), recipe
 
 
 @main.command()
@@ -83,7 +91,7 @@ def _settings(options: dict[str, Any]) -> BuildConfig:
 @click.option("--overwrite", is_flag=True, help="Start again, whatever cache the folder holds.")
 def build(*, nproc: int | None, part: str | None, overwrite: bool, **options: Any) -> None:
     """Build a cache or resume one; does nothing if it is complete."""
-    settings = _settings(options)
+    settings, recipe = _settings(options)
 
     from vlm_distill_cache.stage1_teacher.extract import extract, extract_with_processes
     from vlm_distill_cache.stage1_teacher.planning.cache_folder import explain_disk_errors
@@ -109,8 +117,10 @@ def build(*, nproc: int | None, part: str | None, overwrite: bool, **options: An
         else:
             summary = extract_with_processes(settings, nproc, overwrite=overwrite, part=own)
     say(summary_text(summary))
+    if recipe is not None:
+        say(recipe_summary(recipe, "stage_one", settings))
     if summary.manifest is not None:
-        say(next_command(summary, settings))
+        say(next_command(summary, settings, recipe="" if recipe is None else recipe.name))
 
 
 @main.command()
@@ -118,7 +128,7 @@ def build(*, nproc: int | None, part: str | None, overwrite: bool, **options: An
 @click.option("--samples", type=click.IntRange(min=1), default=64, show_default=True, help="Size of the probe.")
 def fidelity(*, samples: int, **options: Any) -> None:
     """Compare a finished cache with its live teacher again; takes the options it was built with."""
-    settings = _settings(options)
+    settings, _ = _settings(options)
 
     from vlm_distill_cache.stage1_teacher.extract import recompute_fidelity
     from vlm_distill_cache.stage1_teacher.planning.cache_folder import explain_disk_errors
@@ -173,7 +183,7 @@ def estimate(
     **options: Any,
 ) -> None:
     """Predict bytes, hours and cost from a measured probe, before anything is built; takes the options of `build`."""
-    settings = _settings(options)
+    settings, _ = _settings(options)
 
     from vlm_distill_cache.common.files.atomic import write_json_atomic
     from vlm_distill_cache.stage1_teacher.estimate.estimate import Scenario, estimate_text, parse_students

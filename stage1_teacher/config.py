@@ -24,7 +24,8 @@ class BuildConfig:
         images: Folder that image paths start from; default: the folder of the data.
         split: Split of a built-in data set.
         limit: Use only the first samples; 0 means all.
-        teacher: Checkpoint directory; empty means the built-in teacher of a built-in data set.
+        teacher: A folder, or a name on the hub (``org/name[@revision]``), which is downloaded; empty means the built-in
+            teacher of a built-in data set.
         cache: The cache folder to write.
         store: Shard format.
         signals: What to keep; docs/cache-format.md says what each signal holds.
@@ -32,8 +33,9 @@ class BuildConfig:
         temperatures: Temperatures at which the tail mass is exact, dimensionless.
         attention_dtype: ``u1`` (8-bit codes) or ``f4`` (exact) for attention signals.
         grid: Side of the grid that answer and text attention are pooled to; 0 means the teacher's own grid, at most 12.
-        map_preset: What is kept of ``visual_map`` with ``attention_dtype=u1``: ``exact`` and ``exact8`` serve every loss,
-            ``blocks`` and ``compact`` the sink-filtered one; see docs/cache-format.md.
+        map_preset: What is kept of ``visual_map`` with ``attention_dtype=u1``: ``exact`` serves every loss, ``blocks`` and
+            ``compact`` the sink-filtered one; ``exact8``, of older caches, has a sink mask that is not exact: the sink-filtered
+            loss's gradient is then off by a cosine of down to 0.9. See docs/cache-format.md.
         map_grid: Side of the grid that a tile's visual tokens are pooled to for ``visual_map``. Give the students' own grid,
             for which the map is then exact; 0 keeps the teacher's tokens.
         answers: ``data`` scores the data set's answers. With ``generate`` the teacher writes the answers turn by turn, signals
@@ -45,11 +47,14 @@ class BuildConfig:
         hidden_layers: Layers of the signals ``hidden`` and ``visual_hidden``: 0 is the input of the first layer, negative numbers
             count from the last layer, whose states are normalised.
         hidden_dtype: ``f2``, or ``f4`` where float16 cannot hold the states.
-        groups: Number of layer groups whose attention is kept.
+        groups: Number of layer groups whose attention is kept; 0: the published 7, or as many as a teacher of fewer than 14
+            layers has middle layers.
         layers: Layers whose attention is kept: the published middle ones, or all.
         template: Prompt template; ``auto`` is ``short`` for built-in teachers and the family's own for others.
         max_length: Longest sequence in tokens; a longer sample is a recorded failure, as is a conversation of more
             tokens than the teacher's config.json knows positions. 0: 2048, or more where a picture alone may need them.
+        long_samples: ``truncate`` cuts what is longer at its end, as LLaVA's training code does, and students are cut at the same
+            token. Failures are then those in which no answer begins before the limit, and prompts too long to be answered.
         batch_size: Samples per forward pass; part of the plan, because the last bits depend on it. 0: as in an existing cache, else
             what fits the memory (on a GPU found by running the teacher on its longest input, at most 16 on a CPU). For
             parts in separate folders give a number, so that they can be merged.
@@ -98,6 +103,7 @@ class BuildConfig:
     layers: Literal["middle", "all"] = "middle"
     template: str = "auto"
     max_length: int = 0
+    long_samples: Literal["refuse", "truncate"] = "refuse"
     batch_size: int = 0
     shard_size: int = 256
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -126,7 +132,7 @@ class BuildConfig:
         if any(not 0.01 <= temperature <= 1000 for temperature in self.temperatures):
             raise ConfigError(f"temperatures: expected numbers from 0.01 to 1000, got {self.temperatures}")
         for name, low, high in (
-            ("limit", 0, 2**40), ("grid", 0, 64), ("map_grid", 0, 64), ("groups", 1, 64), ("max_length", 0, 2**20),
+            ("limit", 0, 2**40), ("grid", 0, 64), ("map_grid", 0, 64), ("groups", 0, 64), ("max_length", 0, 2**20),
             ("batch_size", 0, 2**16), ("shard_size", 1, 2**20), ("fidelity_samples", 0, 2**20), ("threads", 0, 1024),
             ("num_workers", -1, 256),
         ):  # fmt: skip

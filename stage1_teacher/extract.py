@@ -153,6 +153,8 @@ def extract_with_processes(
     cache_dir, work = begin(config, overwrite=overwrite, several=True)
     plan = work.plan
     before = missing_shards(cache_dir, plan)
+    if config.teacher:  # a name on the hub is asked for once
+        config = replace(config, teacher=str(work.teacher.directory))
     del work  # the others need the memory of the GPU
     gc.collect()
     torch.cuda.empty_cache()

@@ -5,9 +5,10 @@ from pathlib import Path
 
 from vlm_distill_cache.common.cache.counts import FailureCounts, picture_words, unknown_words
 from vlm_distill_cache.common.cache.manifest import Manifest
-from vlm_distill_cache.common.cache.plan import BASE, Plan, read_plan
+from vlm_distill_cache.common.cache.plan import BASE, Plan, cut_words, read_plan
 from vlm_distill_cache.common.cache.sidecar import read_sidecar
 from vlm_distill_cache.common.codecs.registry import CODECS
+from vlm_distill_cache.common.printing import one_line
 from vlm_distill_cache.common.terminal.command_line import quoted
 from vlm_distill_cache.common.terminal.next_step import distill_command
 from vlm_distill_cache.stage1_teacher.config import BuildConfig
@@ -38,6 +39,8 @@ def summary_text(summary: BuildSummary) -> str:
             lines.append(
                 "  failed samples are not tried again; `teacher-cache build --overwrite` builds all of it anew"
             )
+    if revision := plan.teacher.get("revision"):
+        lines.append(f"  teacher {one_line(plan.teacher.get('name'))}@{one_line(revision)}")
     lines += _sample_lines(summary.cache, plan, manifest)
     lines.append(f"  {'signal':<18}{'bytes/row':>12}{'bytes/sample':>14}")
     for signal, fields in plan.fields.items():
@@ -75,6 +78,8 @@ def _sample_lines(cache: Path, plan: Plan, manifest: Manifest) -> list[str]:
         )
     if words := unknown_words(unknown, totals["rows"]):
         lines.append(f"  {'' if unknown is None else 'warning: '}{words}")
+    if cut := cut_words(plan):
+        lines.append(f"  {cut}")
     if totals["failed"]:
         failed = (read_sidecar(cache, shard.index).failed for shard in manifest.shards if shard.failed)
         lines += [f"  failed: {line}" for line in FailureCounts(chain.from_iterable(failed)).lines()]
@@ -95,9 +100,11 @@ def _part_text(summary: BuildSummary) -> str:
     )
 
 
-def next_command(summary: BuildSummary, config: BuildConfig) -> str:
-    """The command that uses the cache, with the data's place as it was given."""
+def next_command(summary: BuildSummary, config: BuildConfig, *, recipe: str = "") -> str:
+    """The command that uses the cache, with the data's place as it was given, by the recipe it was built by."""
     plan = read_plan(summary.cache)
     pictures = None if summary.manifest is None else summary.manifest.totals.get("pictures")
-    command = distill_command(plan, summary.cache, pictures=pictures, data=config.data, images=config.images)
+    command = distill_command(
+        plan, summary.cache, pictures=pictures, data=config.data, images=config.images, recipe=recipe
+    )
     return f"Next: {command}"

@@ -11,10 +11,12 @@ from typing import Any
 
 import click
 
-from vlm_distill_cache.common.config import config_from_dict
+from vlm_distill_cache.common.config import config_from_dict, read_yaml
 from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, TransferError
 from vlm_distill_cache.common.files.atomic import write_json_atomic
+from vlm_distill_cache.common.hub import model_folder
 from vlm_distill_cache.common.opening import open_cache
+from vlm_distill_cache.common.recipes import recipe_summary, split_recipe
 from vlm_distill_cache.common.terminal.command_line import (
     CONFIG,
     FOLDER,
@@ -62,7 +64,7 @@ _training_options = shared_options(
     click.option(
         "--student",
         help="A name (mobilevlm: trained from scratch; its size follows the teacher, or add a suffix: mobilevlm-1.7b), a "
-        "folder, or pruned:KEEP (run only).",
+        "folder or a name on the hub (org/name[@revision]), or pruned:KEEP (run only).",
     ),
     click.option("--data", help="The data the cache was built from; may be left out if it is built in."),
     _IMAGES,
@@ -80,8 +82,8 @@ _training_options = shared_options(
 )
 
 
-def _load(options: dict[str, Any]) -> TrainConfig:
-    """The configuration that the options shared by several commands give."""
+def _load(options: dict[str, Any]) -> tuple[TrainConfig, str]:
+    """The configuration that the options shared by several commands give, and what of it is a recipe's."""
     config, overrides, cache, phases, seed = (
         options.pop(name) for name in ("config", "overrides", "cache", "phases", "seed")
     )
@@ -93,14 +95,16 @@ def _load(options: dict[str, Any]) -> TrainConfig:
         if unknown := [name for name in names if name not in PHASE_NAMES]:
             raise ConfigError(f"phases: {unknown[0]!r} is none of {', '.join(PHASE_NAMES)}")
         given.append(f"phases=[{', '.join(names)}]")
-    return runs.load_run_config(config, [*given, *overrides], cache=cache)
+    settings = runs.load_run_config(config, [*given, *overrides], cache=cache)
+    recipe, _, _ = split_recipe(read_yaml(config), overrides)
+    return settings, "" if recipe is None else recipe_summary(recipe, "stage_two", settings)
 
 
 @main.command()
 @_training_options
 def train(**options: Any) -> None:
     """Train one student through its phases, or resume it."""
-    settings = _load(options)
+    settings, of_recipe = _load(options)
 
     from vlm_distill_cache.stage2_student.training.log import summarise
     from vlm_distill_cache.stage2_student.training.preparation import cache_notes
@@ -119,6 +123,8 @@ def train(**options: Any) -> None:
     result = runs.train_alone(settings, caches=caches)
     if result.log:
         click.echo(summarise(result.log))
+        if of_recipe:
+            click.echo(of_recipe)
         click.echo(f"Student: {result.final}")
         if not in_run:
             click.echo(f"Next: distill evaluate {quoted(result.final)} --cache {quoted(settings.cache)}")
@@ -127,10 +133,10 @@ def train(**options: Any) -> None:
 @main.command()
 @_training_options
 @click.option("--nproc", type=click.IntRange(min=1), default=1, show_default=True, help="Training processes.")
-@click.option("--teacher", help="Folder of the teacher that a student pruned:KEEP is cut out of.")
+@click.option("--teacher", help="The teacher that a student pruned:KEEP is cut out of: a folder or a name on the hub.")
 def run(*, nproc: int, **options: Any) -> None:
     """Train `sft`, the baseline without a teacher, and the distilled student; score both, write the report."""
-    settings = _load(options)
+    settings, of_recipe = _load(options)
     launch = enter_launch()
     if launch.size > 1:
         raise ConfigError(
@@ -146,12 +152,14 @@ def run(*, nproc: int, **options: Any) -> None:
         click.echo(f"Done in {summary.seconds:.0f} s.")
     else:
         click.echo(f"Everything in {summary.output} is up to date.")
+    if of_recipe:
+        click.echo(of_recipe)
     click.echo(f"Report: {summary.report}")
     click.echo(f"Next: distill export {quoted(summary.output / 'distilled' / 'final')} --output FOLDER")
 
 
 @main.command()
-@click.option("--teacher", required=True, type=FOLDER, help="Checkpoint folder to cut the student out of.")
+@click.option("--teacher", required=True, help="What to cut the student out of: a folder or a name on the hub.")
 @click.option(
     "--keep", required=True, type=click.FloatRange(0, 1, min_open=True), help="Share of heads and channels to keep."
 )
@@ -161,7 +169,7 @@ def run(*, nproc: int, **options: Any) -> None:
 @click.option("--samples", type=click.IntRange(min=1), default=256, show_default=True, help="Samples to measure on.")
 @click.option("--template", help="Prompt template; default: the teacher's.")
 def prune(
-    teacher: Path, keep: float, data: str, images: Path | None, output: Path, samples: int, template: str | None
+    teacher: str, keep: float, data: str, images: Path | None, output: Path, samples: int, template: str | None
 ) -> None:
     """Cut a narrower student out of a teacher, to be trained with its hidden states."""
     from vlm_distill_cache.data.registry import open_dataset
@@ -171,7 +179,7 @@ def prune(
     runs.set_up_libraries()
     dataset = open_dataset(data, images=images, limit=samples)
     widths = prune_directory(
-        teacher,
+        model_folder(teacher, what="--teacher").path,
         output,
         keep=keep,
         samples=iterate_readable(dataset),
@@ -186,7 +194,7 @@ def prune(
 
 
 @main.command()
-@click.argument("student", type=FOLDER)
+@click.argument("student")
 @click.option("--data", help="Data set of the held-out items; default: the one it was trained on.")
 @_IMAGES
 @click.option(
@@ -197,15 +205,16 @@ def prune(
 @click.option("--limit", type=click.IntRange(min=1), help="Score at most so many items.")
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="JSON file to write.")
 def evaluate(
-    student: Path, *, data: str | None, images: str | None, cache: str | None, limit: int | None, output: Path | None
+    student: str, *, data: str | None, images: str | None, cache: str | None, limit: int | None, output: Path | None
 ) -> None:
-    """Score a trained student: its `final` folder."""
+    """Score a trained student: its `final` folder, or that of a name on the hub."""
     from vlm_distill_cache.stage2_student.scores.held_out import EVALUATE_OPTION, scoring_notes, unreadable_note
     from vlm_distill_cache.stage2_student.trained_student import evaluate_student, open_student
 
     runs.set_up_libraries()
-    opened = open_student(student)
-    settings = config_from_dict(TrainConfig, opened.provenance["config"], where=str(student))
+    folder = model_folder(student, what="student")
+    opened = open_student(folder.path)
+    settings = config_from_dict(TrainConfig, opened.provenance["config"], where=student)
     how = settings.evaluation
     how = replace(how, data=data or how.data, images=images or how.images, limit=limit or how.limit)
     settings = replace(settings, cache=cache or settings.cache, evaluation=how)
@@ -221,7 +230,7 @@ def evaluate(
     scorable = bool({"likelihood", "questions"} & report.scores.keys())
     notes += scoring_notes(settings, compared, scorable=scorable, option=EVALUATE_OPTION)
     notes += filter(None, [unreadable_note(report.unreadable)])
-    click.echo(render_table({student.parent.name: report}))
+    click.echo(render_table({folder.name if folder.revision else folder.path.parent.name: report}))
     for note in notes:
         click.echo(f"note: {note}")
     if output is not None:
@@ -241,28 +250,34 @@ def report(output: Path) -> None:
 
 
 @main.command()
-@click.argument("student", type=FOLDER)
+@click.argument("student")
 @click.option("--output", required=True, type=NewFolder(), help="New folder.")
 @click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), default="float16", show_default=True)
-def export(student: Path, output: Path, dtype: str) -> None:
+def export(student: str, output: Path, dtype: str) -> None:
     """Save a trained student in another precision, ready for `from_pretrained`."""
     from vlm_distill_cache.stage2_student.trained_student import export_student
 
     runs.set_up_libraries()
-    export_student(student, output, dtype=dtype)
+    export_student(model_folder(student, what="student").path, output, dtype=dtype)
     click.echo(f"Exported to {output} ({dtype}); load it with from_pretrained of the class that its config.json names")
 
 
 @main.command(name="import")
-@click.argument("checkpoint", type=FOLDER)
+@click.argument("checkpoint")
 @click.option("--output", required=True, type=NewFolder(), help="Folder to write.")
-@click.option("--vision-tower", type=FOLDER, help="CLIP's folder, where the checkpoint does not hold its tower.")
-def import_checkpoint(checkpoint: Path, output: Path, vision_tower: Path | None) -> None:
-    """Write a published MobileVLM or CompoDistill as a student or teacher of ours: one folder, safetensors."""
+@click.option(
+    "--vision-tower", help="CLIP, where the checkpoint does not hold its tower: a folder or a name on the hub."
+)
+def import_checkpoint(checkpoint: str, output: Path, vision_tower: str | None) -> None:
+    """Write a published MobileVLM or CompoDistill as a student or teacher of ours: one folder, safetensors.
+
+    CHECKPOINT is a folder or a name on the hub (org/name[@revision]).
+    """
     from vlm_distill_cache.common.models.published import convert_published
 
     runs.set_up_libraries()
-    convert_published(checkpoint, output, vision_tower=vision_tower)
+    tower = None if vision_tower is None else model_folder(vision_tower, what="--vision-tower").path
+    convert_published(model_folder(checkpoint, what="checkpoint").path, output, vision_tower=tower)
     click.echo(
         f"Imported into {output}. Next: make distill STUDENT={quoted(output)}, or make teacher-cache "
         f"TEACHER={quoted(output)}"

@@ -6,17 +6,21 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from vlm_distill_cache.common.config import config_to_dict, take_paths
+from vlm_distill_cache.common.hub import public_name
 from vlm_distill_cache.common.locations import public_location
 from vlm_distill_cache.stage2_student.loss_weights import LossWeights, require
 from vlm_distill_cache.stage2_student.pruned_folder import kept_share, pruning_record
 
 PhaseName = Literal["dpt", "dft", "sft"]
 Schedule = Literal["cosine", "constant"]
+RateName = Literal["lr", "projector_lr", "tower_lr"]
+RATES: tuple[RateName, ...] = ("lr", "projector_lr", "tower_lr")
 PHASE_NAMES: tuple[PhaseName, ...] = ("dpt", "dft", "sft")
 # A student should be clearly smaller than its teacher: widths up to each bound get the size beside it. The
 # published pairing is teacher MobileVLM_V2-7B (4096) -> student V2-1.7B.
 AUTO_SIZES = ((512, "tiny"), (4096, "1.7b"))
 LARGEST = "3b"
+MODELS = ("student", "student_weights", "teacher", "vision_tower", "language_model")
 # Options that change when a run ends and what it prints, not what it learns.
 MOST, MOST_SAMPLES = 2**40, 2**20  # larger ones are slips of the finger
 SPEED_OPTIONS = (
@@ -42,11 +46,14 @@ class PhaseConfig:
         batch_size: Samples per optimizer step, over all processes and micro-batches.
         micro_batch_size: Most samples in one forward pass of one process; none: no limit.
         lr: Peak learning rate.
+        projector_lr: That of the projector side; none: ``lr``. LLaVA-1.5 takes 2e-5 beside 2e-4 for its adapters.
+        tower_lr: That of the vision tower where ``trainable=tower``; none: ``lr``.
         warmup: Share of the steps during which the learning rate rises, in [0, 1).
         schedule: Learning rate after the warm-up.
         weight_decay: Weight decay of matrices; vectors have none.
-        trainable: ``projector`` (the student's projector side), ``all`` (the language model too), or ``lora``
-            (the projector side, and low-rank adapters in the language model). The vision tower is always frozen.
+        trainable: ``projector`` (the student's projector side), ``all`` (the language model too), ``lora`` (the projector
+            side, and low-rank adapters in the language model), or ``tower`` (``all`` and the vision tower, which is frozen
+            otherwise; not with the teacher's projector, ``taf``).
         freeze: Parts named by ``trainable`` that are not trained after all: ``projector``, ``embeddings`` (of tokens),
             ``lm_head`` (the output projection; where it is tied to the embedding, freezing one freezes both).
         losses: Weights and kinds of the losses.
@@ -60,10 +67,12 @@ class PhaseConfig:
     batch_size: int = 16
     micro_batch_size: int | None = None
     lr: float = 2e-3
+    projector_lr: float | None = None
+    tower_lr: float | None = None
     warmup: float = 0.03
     schedule: Schedule = "cosine"
     weight_decay: float = 0.0
-    trainable: Literal["projector", "all", "lora"] = "all"
+    trainable: Literal["projector", "all", "lora", "tower"] = "all"
     freeze: tuple[Literal["projector", "embeddings", "lm_head"], ...] = ()
     losses: LossWeights = field(default_factory=LossWeights)
     data: str | None = None
@@ -78,12 +87,24 @@ class PhaseConfig:
         _within(self, "epochs", 0, MOST, "passes")
         _within(self, "batch_size", 1, MOST_SAMPLES, "samples")
         _within(self, "micro_batch_size", 1, None, "samples")
-        require(0 < self.lr < math.inf, "lr", self.lr, "a finite number above 0")
+        for name, rate in self.rates.items():
+            require(0 < rate < math.inf, name, rate, "a finite number above 0")
         require(0 <= self.warmup < 1, "warmup", self.warmup, "a share of the steps in [0, 1)")
         require(0 <= self.weight_decay < math.inf, "weight_decay", self.weight_decay, "0 or more, finite")
         nothing = self.trainable == "projector" and "projector" in self.freeze
         need = "without projector where trainable is projector: nothing would be trained"
         require(not nothing, "freeze", self.freeze, need)
+        frozen = self.projector_lr is not None and "projector" in self.freeze
+        require(not frozen, "projector_lr", self.projector_lr, "unset where freeze names the projector")
+        no_tower = self.tower_lr is not None and self.trainable != "tower"
+        require(
+            not no_tower, "tower_lr", self.tower_lr, "unset where trainable is not tower: the vision tower is frozen"
+        )
+
+    @property
+    def rates(self) -> dict[RateName, float]:
+        """Peak learning rates by name: ``lr``, and those of parts that have their own."""
+        return {name: rate for name in RATES if (rate := getattr(self, name)) is not None}
 
     def step_count(self, samples: int) -> int:
         """Optimizer steps of this phase over ``samples`` samples."""
@@ -149,11 +170,12 @@ class TrainConfig:
     """A training run.
 
     Attributes:
-        student: A name (``mobilevlm``, ``mobilevlm-v1-tiny``, ``smolvlm``, ...) or a directory; docs/families.md lists them.
-        student_weights: Directory of the weights of a student given by name.
-        teacher: Checkpoint directory that a student ``pruned:KEEP`` is cut out of; other students need none.
-        vision_tower: Directory of the student's vision tower; none: the cache's, or the student's own.
-        language_model: Directory of a language model to start from; none: random weights.
+        student: A name (``mobilevlm``, ``mobilevlm-v1-tiny``, ``smolvlm``, ...), a folder, or a name on the hub
+            (``org/name[@revision]``); docs/families.md lists them.
+        student_weights: The weights of a student given by its short name: a folder or a name on the hub.
+        teacher: What a student ``pruned:KEEP`` is cut out of, a folder or a name on the hub; other students need none.
+        vision_tower: The student's vision tower, a folder or a name on the hub; none: the cache's, or the student's own.
+        language_model: A language model to start from, a folder or a name on the hub; none: random weights.
         projector: Projector type: ``ldpnet``, ``ldpnetv2``, ``mlp`` or ``taf``; none: the student's own.
         pool_teacher_tokens: With projector ``taf``: pool the teacher's tokens 2x2 before the post-projector.
         template: Prompt template; none: the cache's, the only one that fits its labels.
@@ -263,22 +285,30 @@ def without_teacher(config: TrainConfig) -> TrainConfig:
 
 
 def public_config(config: TrainConfig) -> TrainConfig:
-    """A run's configuration as it may be published with its student: addresses of caches without signatures."""
+    """A run's configuration as it may be published with its student.
+
+    Addresses of caches have no signatures, and models of the hub are named by repository and commit.
+    """
     public = {
         name: replace(getattr(config, name), cache=public_location(cache))
         for name in PHASE_NAMES
         if (cache := getattr(config, name).cache) is not None
     }
-    return replace(config, cache=public_location(config.cache), **public)
+    return replace(config, cache=public_location(config.cache), **_public_models(config), **public)
+
+
+def _public_models(config: TrainConfig) -> dict[str, Any]:
+    return {name: public_name(given) for name in MODELS if (given := getattr(config, name)) is not None}
 
 
 def describe(config: TrainConfig, cache_hashes: Mapping[str, str]) -> dict[str, Any]:
     """What a run is: everything that changes its result; folders, threads and log settings do not.
 
     Returns:
-        JSON; caches are named by their hash, so that a moved cache is the same cache.
+        JSON; caches are named by their hash, models of the hub by repository and commit, so that a moved cache is
+        the same cache.
     """
-    described = config_to_dict(config)
+    described = config_to_dict(config) | _public_models(config)
     for name in ("output", "evaluation", *SPEED_OPTIONS):
         del described[name]
     described["cache"] = cache_hashes.get(config.cache)
@@ -286,7 +316,11 @@ def describe(config: TrainConfig, cache_hashes: Mapping[str, str]) -> dict[str, 
         # Cut out of its teacher on the way: what it is, not where the run has put it.
         described["student"] = pruned
     for name in PHASE_NAMES:
-        described[name]["cache"] = cache_hashes.get(described[name]["cache"])
+        phase = described[name]
+        phase["cache"] = cache_hashes.get(phase["cache"])
+        for rate in RATES[1:]:
+            if phase[rate] is None:
+                del phase[rate]  # as runs had it before parts could have rates of their own
     return described
 
 

@@ -1,41 +1,71 @@
-"""From a preset of phases, a user's YAML and the command line to what a run is, and its caches. Imports no torch."""
+"""From a preset of phases, a recipe, a user's YAML and the command line to what a run is, and its caches. Imports no torch."""
 
 import contextlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from vlm_distill_cache.common.cache.reader import TeacherCache
 from vlm_distill_cache.common.config import load_config, read_yaml
+from vlm_distill_cache.common.hub import hub_name, model_folder
 from vlm_distill_cache.common.opening import open_cache
-from vlm_distill_cache.stage2_student.config import PHASE_NAMES, TrainConfig, choose_size
+from vlm_distill_cache.common.recipes import split_recipe
+from vlm_distill_cache.stage2_student.config import MODELS, PHASE_NAMES, TrainConfig, choose_size
 from vlm_distill_cache.stage2_student.pruned_folder import RECORD, kept_share, read_settings
-from vlm_distill_cache.stage2_student.students.presets import split_student_name
+from vlm_distill_cache.stage2_student.students.presets import LIBRARY_STUDENTS, STUDENTS, split_student_name
 
 PRESETS = Path(__file__).parent / "presets"
 QUOTES = "'\" "
 
 
 def resolve_config(path: Path | None, overrides: Sequence[str], *, teacher_width: int) -> TrainConfig:
-    """A preset, then a user's YAML, then ``a.b=c`` overrides.
+    """A preset, then a recipe if one is named, then a user's YAML, then ``a.b=c`` overrides.
 
     ``teacher_width`` is of the cached teacher's language model; it picks the preset for student size ``auto``.
 
     Raises:
         ConfigError: For an unknown or unusable option.
     """
-    given = [*_flatten(read_yaml(path)), *overrides]
+    recipe, values, overrides = split_recipe(read_yaml(path), overrides)
+    given = [*_flatten(values), *overrides]
     student = next((item.partition("=")[2] for item in reversed(given) if item.startswith("student=")), "")
-    preset = PRESETS / f"{phases_preset(student.strip(QUOTES), teacher_width)}.yaml"
-    for phase in PHASE_NAMES:
-        # A preset says steps or epochs; whoever gives the other one means it instead.
-        for one, other in (("steps", "epochs"), ("epochs", "steps")):
-            keys = {item.partition("=")[0] for item in given}
-            if f"{phase}.{one}" in keys and f"{phase}.{other}" not in keys:
-                given.append(f"{phase}.{other}=null")
+    student = _student_folder(student.strip(QUOTES))
+    preset = PRESETS / f"{phases_preset(student, teacher_width)}.yaml"
+    of_recipe = [] if recipe is None else _flatten(recipe.stage_two, whole=("losses",))
     where = f"options ({path}, command line)" if path else "options"
-    return load_config(TrainConfig, preset, given, where=where)
+    options = [*_one_length(of_recipe), *_one_length(given)]
+    return with_folders(load_config(TrainConfig, preset, options, where=where))
+
+
+def with_folders(config: TrainConfig) -> TrainConfig:
+    """The same run with its models as folders: names on the hub are looked up, and downloaded where they are not there.
+
+    Raises:
+        ModelError: If there is no such model.
+        TransferError: If one could not be downloaded.
+    """
+    others = [name for name in MODELS if name not in ("student", "teacher") and getattr(config, name) is not None]
+    if kept_share(config.student) is not None:
+        others.append("teacher")
+    found: dict[str, Any] = {name: _folder(getattr(config, name), name) for name in others}
+    return replace(config, student=_student_folder(config.student), **found)
+
+
+def _student_folder(student: str) -> str:
+    """A student's folder, where it is neither given by a short name nor cut out of its teacher."""
+    by_name = split_student_name(student)[0] in (*STUDENTS, *LIBRARY_STUDENTS) or kept_share(student) is not None
+    return (
+        student
+        if by_name or (hub_name(student) is None and not Path(student).is_dir())
+        else _folder(student, "student")
+    )
+
+
+def _folder(given: str, what: str) -> str:
+    found = model_folder(given, what=what)
+    return str(found.path) if found.revision else given
 
 
 def open_caches(config: TrainConfig) -> dict[str, TeacherCache]:
@@ -67,12 +97,20 @@ def _size_of(student: str, teacher_width: int) -> str:
     return choose_size(teacher_width) if size == "auto" else size
 
 
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Nested options as ``a.b=c``."""
+def _one_length(given: list[str]) -> list[str]:
+    """Options, and none in place of the steps or epochs below them: whoever gives one of the two means it instead."""
+    keys = {item.partition("=")[0] for item in given}
+    pairs = [(f"{phase}.steps", f"{phase}.epochs") for phase in PHASE_NAMES]
+    others = [(one, other) for pair in pairs for one, other in (pair, pair[::-1])]
+    return given + [f"{other}=null" for one, other in others if one in keys and other not in keys]
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "", whole: Collection[str] = ()) -> list[str]:
+    """Nested options as ``a.b=c``; those of ``whole`` replace all that is below them."""
     flat: list[str] = []
     for key, value in values.items():
-        if isinstance(value, dict) and value:
-            flat += _flatten(value, f"{prefix}{key}.")
+        if isinstance(value, dict) and value and key not in whole:
+            flat += _flatten(value, f"{prefix}{key}.", whole)
         else:
             flat.append(f"{prefix}{key}={json.dumps(value)}")
     return flat

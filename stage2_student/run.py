@@ -24,13 +24,14 @@ from vlm_distill_cache.common.config import config_from_dict, config_to_dict, sa
 from vlm_distill_cache.common.errors import CacheFormatError, ConfigError
 from vlm_distill_cache.common.files.atomic import clean_stale, read_json, write_bytes_atomic, write_json_atomic
 from vlm_distill_cache.common.files.hashing import fingerprint
+from vlm_distill_cache.common.hub import public_name
 from vlm_distill_cache.common.locations import public_location
 from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.common.remotes.mirror import local_folder
 from vlm_distill_cache.common.terminal.command_line import leave_one_core, quiet_libraries, run_command, said_so_far
 from vlm_distill_cache.stage2_student.config import EvaluationConfig, TrainConfig, describe, without_teacher
 from vlm_distill_cache.stage2_student.pruned_folder import FOLDER, kept_share, refuse_uncut
-from vlm_distill_cache.stage2_student.resolve import open_caches, resolve_config
+from vlm_distill_cache.stage2_student.resolve import open_caches, resolve_config, with_folders
 from vlm_distill_cache.stage2_student.scores.results import EvaluationReport, render_table
 from vlm_distill_cache.stage2_student.training.output_folder import claim_output, holds_anything, refuse_foreign_folder
 
@@ -77,6 +78,7 @@ def run(config: TrainConfig, *, processes: int = 1, say: Callable[[str], None] =
         CacheMismatchError: If the cache fits neither data nor student.
     """
     began = time.monotonic()
+    config = with_folders(config)
     output = Path(config.output)
     caches = open_caches(config)
     hashes = {place: cache.manifest_hash for place, cache in caches.items()}
@@ -171,11 +173,11 @@ def with_pruned_student(
         return config
     folder = Path(config.output) / FOLDER
     if folder.is_dir():
-        say(f"{config.student}: cut out of {config.teacher} already")
+        say(f"{config.student}: cut out of {public_name(config.teacher or '')} already")
     else:
         from vlm_distill_cache.stage2_student.prune.for_run import prune_for_cache  # torch
 
-        say(f"{config.student}: cutting it out of {config.teacher}")
+        say(f"{config.student}: cutting it out of {public_name(config.teacher or '')}")
         say(prune_for_cache(config, caches[str(config.phase(config.phases[0]).cache)], folder, keep=keep))
     return replace(config, student=str(folder))
 
@@ -223,6 +225,7 @@ def train_alone(
     from vlm_distill_cache.stage2_student.train import train  # torch
 
     refuse_uncut(config.student, config.teacher)
+    config = with_folders(config)
     output = Path(config.output)
     refuse_foreign_folder(output)
     caches = caches or open_caches(config)
@@ -300,10 +303,11 @@ def write_report(output: Path, config: TrainConfig, cache: TeacherCache) -> None
     stored = read_json(output / SCORES)
     curves = {name: read_log(output / name) for name in COMPARED}
     logged = [record for record in curves[DISTILLED] if "samples_per_s" in record]
-    plan = cache.plan
+    plan, student = cache.plan, public_name(config.student)
+    at = f"@{plan.teacher['revision']}" if plan.teacher.get("revision") else ""
     facts = {
-        "student": config.student,
-        "teacher": f"{plan.teacher.get('name')} (not loaded: its signals come from the cache)",
+        "student": student,
+        "teacher": f"{plan.teacher.get('name')}{at} (not loaded: its signals come from the cache)",
         "cache": f"{public_location(config.cache)} ({', '.join(sorted(plan.signals))})",
         "data": str(plan.data.get("name")),
         "phases": describe_phases(config),
@@ -318,7 +322,7 @@ def write_report(output: Path, config: TrainConfig, cache: TeacherCache) -> None
         )
     render_report(
         output / REPORT,
-        title=f"{config.student}: distilled from a teacher cache",
+        title=f"{student}: distilled from a teacher cache",
         facts=facts,
         curves=curves,
         evaluations={name: EvaluationReport.from_dict(stored[name]) for name in (*COMPARED, TEACHER) if name in stored},

@@ -50,8 +50,8 @@ from vlm_distill_cache.stage2_student.training.steps import (
     clip_gradients,
     gradient_sync,
     load_steps,
-    scheduled_rate,
-    set_learning_rate,
+    scheduled_rates,
+    set_learning_rates,
     step_totals,
     sum_terms,
 )
@@ -116,14 +116,14 @@ def train(
                     # The shares of all processes add up to one, and DDP divides by their number.
                     accelerator.backward(terms[-1].total * accelerator.num_processes)
             clip_gradients(accelerator, parameters, config.clip, terms, where=(phase.name, position.step + 1))
-            rate = scheduled_rate(phase, position.step)
-            set_learning_rate(optimizer, rate)
+            rates = scheduled_rates(phase, position.step)
+            set_learning_rates(optimizer, rates)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
             # Once a step: count, log; now and then: checkpoint.
             position = position.advance(phase.config.batch_size)
-            log.add(sum_terms(terms), step=position.total_steps, phase=phase.name, lr=rate, **timing())
+            log.add(sum_terms(terms), step=position.total_steps, phase=phase.name, **rates, **timing())
             if position.step % config.checkpoint_every == 0 or position.step == phase.steps:
                 log.flush()
                 save(config, run.fingerprint, position, accelerator, parts, optimizer)
@@ -199,7 +199,7 @@ def prepare_parts(
 ) -> tuple[TrainedParts, dict[str, Any] | None]:
     """The student's parts, as the phases before the checkpoint's left them, and what the checkpoint holds."""
     if config.gradient_checkpointing:
-        checkpoint_layers(student)
+        checkpoint_layers(student, tower=any(config.phase(name).trainable == "tower" for name in config.phases))
     switch_dropout_off(student)
     parts = TrainedParts(student, **vars(config.lora))
     saved = None if resume is None else read_checkpoint(resume)
@@ -213,12 +213,14 @@ def begin_phase(
 ) -> tuple[list[nn.Parameter], Optimizer]:
     """What a phase trains and its optimizer, afresh or as a checkpoint of this phase left them."""
     config = phase.config
-    parameters = parts.begin(trainable=config.trainable, freeze=config.freeze, seed=seed)
-    optimizer = build_optimizer(parameters, peak=config.lr, weight_decay=config.weight_decay)
+    by_rate = parts.begin(
+        trainable=config.trainable, freeze=config.freeze, seed=seed, tower=phase.tower, apart=config.rates
+    )
+    optimizer = build_optimizer(by_rate, config.rates, weight_decay=config.weight_decay)
     if saved is not None:
         parts.load(saved["student"])
         restore_training(saved, optimizer)
-    return parameters, optimizer
+    return [parameter for parameters in by_rate.values() for parameter in parameters], optimizer
 
 
 def end_phase(accelerator: Accelerator, model: nn.Module, parts: TrainedParts) -> None:

@@ -61,7 +61,7 @@ def open_student(folder: Path) -> Student:
         ModelError: If the folder is no trained student of ours.
     """
     try:
-        provenance = read_json(folder / PROVENANCE)
+        provenance = read_json((folder / PROVENANCE).resolve())
     except FileNotFoundError:
         raise ModelError(
             f"{folder}: no {PROVENANCE}; give the `final` folder of a finished training (distill train, distill run)"

@@ -77,6 +77,12 @@ def tiny_llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_llava(tmp_path_factory.mktemp("teachers") / "tiny-llava")
 
 
+@pytest.fixture(scope="session")
+def deep_llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of 24 layers, the least that the published table of layers has."""
+    return save_tiny_llava(tmp_path_factory.mktemp("teachers") / "deep-llava", layers=24)
+
+
 @pytest.fixture
 def build_cache(tiny_llava: Path):
     """Build a cache of a few `shapes` samples with the tiny teacher; keyword arguments are BuildConfig fields."""

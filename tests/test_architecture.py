@@ -16,7 +16,8 @@ from vlm_distill_cache.common.codecs.registry import CODECS
 ROOT = Path(__file__).resolve().parent.parent
 ORDER = {  # inside a package, each level imports only what stands before it
     "common": (
-        "errors printing locations", "files pixels attention", "cache models config", "codecs", "terminal remotes",
+        "errors printing locations", "files pixels attention", "hub", "cache models config", "codecs recipes",
+        "terminal remotes",
         "opening", "tools", "cli",
     ),
     "data": ("sample", "images", "text", "sources shapes families", "builtin", "registry"),

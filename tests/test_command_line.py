@@ -121,9 +121,34 @@ def test_any_option_reaches_both_stages_through_make(tmp_path: Path):
     assert "<--set><a=1>" in arguments("distill", "CACHE=done", "CACHE_SET=a=1")
 
 
+@pytest.mark.parametrize(
+    ("student", "folder"),
+    [
+        ("mobilevlm", "mobilevlm"), ("pruned:0.5", "pruned-0.5"), ("/models/mine/", "mine"), ("/of@me/mine", "mine"),
+        ("mtgv/MobileVLM_V2-1.7B", "MobileVLM_V2-1.7B"), ("org/name@v1", "org-name@v1"),
+        ("org/name@refs/pr/3", "org-name@refs-pr-3"),
+    ],
+)  # fmt: skip
+def test_a_runs_folder_is_named_after_its_student(tmp_path: Path, student: str, folder: str):
+    (tmp_path / "print.mk").write_text('shown: ; @echo "$(OUTPUT)"\n')
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    command = [
+        "make",
+        "-f",
+        str(ROOT / "Makefile"),
+        "-f",
+        str(tmp_path / "print.mk"),
+        "shown",
+        f"STUDENT={student}",
+        "CACHE=c",
+    ]
+    shown = subprocess.run(command, cwd=tmp_path, env=plain, capture_output=True, text=True, check=True).stdout
+    assert shown.splitlines()[-1] == f"build/runs/{folder}-c"
+
+
 def test_what_clients_of_the_network_log_is_not_shown():
     start_logging()
-    for name in ("botocore.credentials", "httpx", "s3transfer"):
+    for name in ("botocore.credentials", "httpx", "httpx2", "s3transfer"):
         assert not logging.getLogger(name).isEnabledFor(logging.INFO)
         assert logging.getLogger(name).isEnabledFor(logging.WARNING)
 

@@ -65,6 +65,15 @@ def middle_layers(depth: int, k: int = PUBLISHED_COUNT) -> tuple[int, ...]:
     return tuple(range(first, first + k))
 
 
+def published_count(depth: int) -> int:
+    """How many layers of a teacher are aligned where nobody says: the published 7.
+
+    Of a teacher of fewer than 14 layers these would be more than its middle, and more than a small student has: there as
+    many as there are middle layers (6 layers: 3).
+    """
+    return PUBLISHED_COUNT if depth >= 2 * PUBLISHED_COUNT else len(middle_span(depth))
+
+
 def teacher_groups(depth: int, groups: int, layers: LayerChoice = "middle") -> Groups:
     """Layer groups to cache from a teacher.
 

@@ -25,7 +25,8 @@ PLAN, SHARDS = "plan.json", "shards"
 STORE_NAMES = ("zarr", "webdataset")
 MAX_SHARDS = 5_000  # two names each in shards/: stays below 10,000 entries a folder
 MAX_SHARD_SAMPLES = 1_000_000
-DESCRIPTIVE = ("name", "license", "cache_license", "source")  # in `teacher` and `data`: for people only
+DESCRIPTIVE = ("name", "revision", "license", "cache_license", "source")  # in `teacher` and `data`: for people only
+LONG_SAMPLES = "long_samples"  # in `extra`: "truncate" where long samples were cut; absent where they were refused
 THREADS = "threads"  # in `extra`: CPU threads of the arithmetic, on which the last bits depend
 BASE = "base"  # the name under which BASE_FIELDS are reported beside the signals
 _OBJECTS = ("signals", "fingerprints", "template", "teacher", "data", "geometry", "extra")
@@ -136,6 +137,13 @@ class Plan:
         return fingerprint(self.to_dict())
 
 
+def cut_words(plan: Plan) -> str:
+    """What became of samples that were too long, where they were not refused; else nothing."""
+    if plan.extra.get(LONG_SAMPLES) != "truncate":
+        return ""
+    return f"samples of more than {plan.extra.get('max_length')} tokens were cut at their end"
+
+
 def write_plan(cache_dir: Path, plan: Plan) -> None:
     """Write plan.json, or accept the equal one that is there.
 
@@ -175,11 +183,20 @@ def refuse_changed_plan(old: Plan, new: Plan, *, where: str = "the cache") -> No
         kept, wanted = (", ".join(sorted(plan.signals)) for plan in (old, new))
         if kept != wanted:
             lines.insert(0, f"  signals: {kept} in the cache, {wanted} in this run, which also changes:")
+        lines += _moved(old, new)
         raise CacheMismatchError(
             f"{where} was built with other settings:\n" + "\n".join(lines) + "\n"
             "Use the same options, another folder (CACHE=...), or start this one again: delete it, or add --overwrite "
             "to `teacher-cache build`."
         )
+
+
+def _moved(old: Plan, new: Plan) -> list[str]:
+    """A line where a model on the hub is another one since a cache was begun."""
+    (name, was), (_, now) = ((plan.teacher.get("name"), plan.teacher.get("revision")) for plan in (old, new))
+    if not was or was == now or old.fingerprints.get("teacher") == new.fingerprints.get("teacher"):
+        return []
+    return [f"  the teacher was {name}@{was}: TEACHER={name}@{was} (--teacher) goes on with that one"]
 
 
 def card_store_line(plan: Plan) -> str:

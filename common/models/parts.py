@@ -66,8 +66,7 @@ def _without_config(directory: Path) -> str:
     """What is there instead of a checkpoint with its ``config.json``."""
     if not directory.exists():
         return (
-            f"{directory}: there is no such folder, and names on the hub are not looked up; download the model "
-            f"(`hf download NAME --local-dir FOLDER`) and give the folder"
+            f"{directory}: there is no such folder; give one that is there, or a name on the hub (org/name[@revision])"
         )
     if directory.suffix == ".gguf" or (directory.is_dir() and any(directory.glob("*.gguf"))):
         return f"{directory}: {GGUF}"

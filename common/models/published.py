@@ -34,7 +34,7 @@ from vlm_distill_cache.common.models.vision_language import VisionLanguageConfig
 from vlm_distill_cache.common.models.weight_files import check_tensors, read_weights, weight_files
 
 SOURCE = "converted_from.json"
-_HOW = "(a student: --set vision_tower=DIR; anything else: `distill import` with --vision-tower DIR)"
+_HOW = "(a student: SET=vision_tower={name}, --set; anything else: `distill import` with --vision-tower {name})"
 _COPIED = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "preprocessor_config.json", "processor_config.json",
@@ -205,7 +205,7 @@ def _tower_settings(directory: Path, stored: Mapping[str, Any], folder: Path | N
     if name not in KNOWN_TOWERS:
         raise ModelError(
             f"{directory}: its vision tower {name!r} is not one that is known by name ({', '.join(KNOWN_TOWERS)}) and no "
-            f"folder; download {name} and give its directory {_HOW}"
+            f"folder; give it by its name on the hub or as a folder {_HOW.format(name=name)}"
         )
     return KNOWN_TOWERS[name]
 
@@ -215,7 +215,7 @@ def _separate_tower(directory: Path, stored: Mapping[str, Any], folder: Path | N
     if folder is None:
         name = stored.get("mm_vision_tower")
         raise ModelError(
-            f"{directory}: its weights hold no vision tower, config.json names {name!r}; download {name} and give its "
-            f"directory {_HOW}"
+            f"{directory}: its weights hold no vision tower, config.json names {name!r}; give it by its name on the "
+            f"hub or as a folder {_HOW.format(name=name)}"
         )
     return {TOWER_PREFIX + name: value for name, value in tower_weights(folder).items()}

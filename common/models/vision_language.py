@@ -288,8 +288,8 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
     def trainable_parameters(self, phase: Phase) -> list[nn.Parameter]:
         """Mark what a phase trains, freeze the rest, and return what is trained.
 
-        ``dpt`` trains the projector side, ``dft`` and ``sft`` the language model too. The vision tower and a
-        teacher's projector are never trained.
+        ``dpt`` trains the projector side, ``dft`` and ``sft`` the language model too. Neither trains the vision tower
+        (``VisionTower.used_parameters`` are what can be trained of it) or a teacher's projector.
         """
         if phase not in PHASES:
             raise ModelError(f"phase: got {phase!r}; choose one of {', '.join(PHASES)}")

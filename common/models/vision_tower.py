@@ -1,4 +1,4 @@
-"""Frozen vision towers: pixels to patch features of one hidden state.
+"""Vision towers: pixels to patch features of one hidden state.
 
 CLIP puts a class token in front of its patches, SigLIP does not; both checkpoints' select strategy ``patch``
 drops the first token whatever it is, so SigLIP loses its first patch (27 x 27 - 1 = 728 tokens in CompoDistill).
@@ -56,9 +56,10 @@ class _TowerHolder(nn.Module):
 
 
 class VisionTower(nn.Module):
-    """A CLIP or SigLIP tower that is never trained.
+    """A CLIP or SigLIP tower.
 
-    Only the layers below the wanted hidden state run (23 of 24 for -2), always without a graph.
+    Only the layers below the wanted hidden state run (23 of 24 for -2), without a graph unless one of their parameters
+    requires a gradient.
 
     Args:
         feature_layer: Index into the tower's hidden states, as ``vision_feature_layer`` of LLaVA.
@@ -87,13 +88,21 @@ class VisionTower(nn.Module):
         self.dropped_tokens = int(self.drops_first and not has_class_token)
         self.vision_tower = _TowerHolder(config)
 
-    @torch.no_grad()
+    def used_parameters(self) -> list[nn.Parameter]:
+        """Those that the features depend on: none of the layers above the wanted hidden state, and of no head."""
+        tower = self.vision_tower.vision_model
+        before = [tower.pre_layrnorm] if hasattr(tower, "pre_layrnorm") else []
+        parts = (tower.embeddings, *before, *tower.encoder.layers[: self.layers_used])
+        return [parameter for part in parts for parameter in part.parameters()]
+
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Encode float pixels ``[M, 3, height, width]`` to float features ``[M, N - dropped, D_v]``."""
         tower = self.vision_tower.vision_model
-        hidden: Tensor = tower.embeddings(pixel_values)
-        if hasattr(tower, "pre_layrnorm"):
-            hidden = tower.pre_layrnorm(hidden)
-        for layer in tower.encoder.layers[: self.layers_used]:
-            hidden = layer(hidden, None)
-        return hidden[:, 1:] if self.drops_first else hidden
+        is_trained = any(parameter.requires_grad for parameter in self.used_parameters())
+        with torch.set_grad_enabled(is_trained and torch.is_grad_enabled()):
+            hidden: Tensor = tower.embeddings(pixel_values)
+            if hasattr(tower, "pre_layrnorm"):
+                hidden = tower.pre_layrnorm(hidden)
+            for layer in tower.encoder.layers[: self.layers_used]:
+                hidden = layer(hidden, None)
+            return hidden[:, 1:] if self.drops_first else hidden

@@ -200,7 +200,7 @@ def start_logging(level: int = logging.INFO) -> None:
         handler.setFormatter(_Shown("%(message)s"))
         logging.basicConfig(level=level, handlers=[handler])
         logging.captureWarnings(capture=True)
-    for client in ("httpx", "botocore", "boto3", "s3transfer", "urllib3"):
+    for client in ("httpx", "httpx2", "botocore", "boto3", "s3transfer", "urllib3"):
         logging.getLogger(client).setLevel(logging.WARNING)
 
 
@@ -266,7 +266,8 @@ OVERRIDES = click.option(
     "overrides",
     multiple=True,
     metavar="KEY=VALUE",
-    help="Any option of the YAML file; repeatable. Misspelt options suggest the closest match.",
+    help="Any option of the YAML file, or recipe=NAME: a publication's options, under yours; repeatable. Misspelt options "
+    "suggest the closest match.",
 )
 
 

@@ -26,6 +26,7 @@ def distill_command(
     pictures: int | None = None,
     data: str | None = None,
     images: str | None = None,
+    recipe: str = "",
 ) -> str:
     """The ``make distill`` that fits a cache: with its data, and without losses that its samples cannot teach.
 
@@ -35,6 +36,7 @@ def distill_command(
         data: What the data was opened by, where that is known; None: as far as the plan tells it. A cache holds no
             paths, so files stand as placeholders.
         images: Folder of its images; with ``data`` only.
+        recipe: The recipe that the cache was built by, where it is known: its losses are those of the cache's signals.
     """
     if data is None:
         words = _data_words(str(plan.data.get("name", "")))
@@ -42,8 +44,11 @@ def distill_command(
         words = [f"DATA={quoted(data)}", *([f"IMAGES={quoted(images)}"] if images else [])]
     blind = (RowAttentionCodec.signal,) if pictures == 0 else ()
     missing = [signal for signal in DEFAULT_SIGNALS if signal not in plan.signals or signal in blind]
-    off = " ".join(f"{phase}.losses.{signal}=0" for signal in missing for phase in _DISTILLING)
-    words += [f"CACHE={quoted(cache)}", *([f"SET={quoted(off)}"] if off else [])]
+    options = [f"{phase}.losses.{signal}=0" for signal in missing for phase in _DISTILLING]
+    if recipe and pictures != 0:
+        no_projector = ["projector=null"] if plan.teacher.get("no_projector") else []
+        options = [f"recipe={recipe}", *no_projector]
+    words += [f"CACHE={quoted(cache)}", *([f"SET={quoted(' '.join(options))}"] if options else [])]
     return " ".join(["make distill STUDENT=mobilevlm", *words])
 
 

@@ -69,8 +69,8 @@ def describe_cache(cache_dir: Path, *, location: str | None = None) -> str:
     state = "sealed" if sealed else f"not sealed, {len(missing)} of {plan.shard_count} shards missing"
     lines = [
         f"teacher cache   {place}: {plan.store}, format version {plan.format_version}, {state}",
-        f"teacher         {_words(plan.teacher, ('name', 'family', 'dtype', 'layers', 'vocabulary'))}",
-        f"data            {_words(plan.data, ('name', 'spec', 'split', 'limit'))}",
+        f"teacher         {_words(plan.teacher, ('name', 'revision', 'family', 'dtype', 'layers', 'vocabulary'))}",
+        f"data            {_words(plan.data, ('name', 'revision', 'spec', 'split', 'limit'))}",
         *(_wrapped("derived", derived) if (derived := derivation_words(plan)) else []),
         *_wrapped("licence", _licence_words(plan)),
         f"samples         {totals.samples:,} of {plan.sample_count:,} in {totals.shards} shards of "

@@ -71,6 +71,7 @@ def open_family_model(
         refuse_unusable(directory)
     _check_placement(directory, device_map=device_map, quantisation=quantisation, published=published)
     try:
+        tokenizer = load_tokenizer(directory)  # what is wrong with it is said before gigabytes are read
         if published:
             model: Any = load_published(directory, dtype=getattr(torch, dtype))
             family = family_of(model.config.model_type)
@@ -79,7 +80,6 @@ def open_family_model(
             model = _load_library_model(
                 directory, family, dtype=dtype, device_map=device_map, quantisation=quantisation
             )
-        tokenizer = load_tokenizer(directory)
         processor = _load_processor(directory, family, model.config)
     except (ModelError, ConfigError, torch.OutOfMemoryError, MemoryError):
         raise

@@ -38,12 +38,17 @@ def refuse_unusable(directory: Path) -> None:
     Raises:
         ModelError: Saying what it is instead, and what to do.
     """
+    refuse_config(directory)
+    weight_files(directory)
+
+
+def refuse_config(directory: Path) -> None:
+    """As `refuse_unusable`, for a directory whose weights are not there yet."""
     stored = read_config(directory)
     if (directory / ADAPTER).is_file():
         raise ModelError(describe_adapter(directory))
     if reason := _why_not(stored, directory):
         raise ModelError(f"{directory} cannot be loaded: {reason}")
-    weight_files(directory)
 
 
 def _why_not(stored: Mapping[str, Any], directory: Path) -> str:
@@ -91,7 +96,7 @@ def _no_pictures(kind: str, directory: Path) -> str:
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not kind.endswith("_text"):
         return (
             f"model_type {_shown(kind)} writes no text about pictures; {_known()}. A CLIP or SigLIP can be a student's tower "
-            "(--set vision_tower=DIR with student mobilevlm or compodistill)"
+            f"(--set vision_tower={directory} with student mobilevlm or compodistill)"
         )
     part = {"llama": "mobilevlm", "qwen2": "compodistill"}.get(kind)
     use = f". It can be the language model of a student: --set language_model={directory} with student {part}"

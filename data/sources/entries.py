@@ -1,5 +1,6 @@
 """From an entry in any of the forms that users have to a sample; a reader only says where its parts lie."""
 
+import logging
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -9,15 +10,16 @@ from typing import Any
 from vlm_distill_cache.common.errors import SampleError
 from vlm_distill_cache.common.files.hashing import fingerprint
 from vlm_distill_cache.data.sample import Dataset, ImageSource, Sample
-from vlm_distill_cache.data.sources.conversations import Conversation, read_conversation
+from vlm_distill_cache.data.sources.conversations import Conversation, read_conversation, unread_forms, with_rows
 from vlm_distill_cache.data.sources.pictures import (
     distinct,
     named_pictures,
     open_picture,
     refuse_unread,
-    says_none,
     says_text_only,
 )
+
+logger = logging.getLogger(__name__)
 
 PROBED = 256  # samples
 _LONGEST_KEY = 1024  # of a picture's name; a longer one is base64
@@ -69,13 +71,30 @@ class EntryDataset(Dataset):
         only questions without the marker that all questions about pictures have are text. ``"image": null`` always is.
         """
         refuse_unread(entry)
-        describes = all(says_none(entry.get(key)) for key in ("messages", "conversations", "question"))
-        asks = not describes and not (self.pictures_lie_beside and not self._marks_pictures)
+        said = read_conversation(entry)
+        if said.form == "text":
+            raise SampleError(
+                "its 'text' would be the caption of a picture, and it has none; give a text by itself as 'messages', or as "
+                "'question' and 'answer'"
+            )
+        asks = not said.describes and not (self.pictures_lie_beside and not self._marks_pictures)
         if not asks and self._has_pictures and not says_text_only(entry):
             raise SampleError(
                 'it has no picture, though other samples of this data have one; write "image": null into its entry if it is '
                 "text alone"
             )
+
+    def tell_unread(self) -> None:
+        """Say so where the first entry that can be read has several forms, of which the first alone is read."""
+        for index in range(min(PROBED, len(self))):
+            try:
+                entry = with_rows(self.read(index))
+                said = read_conversation(entry)
+            except SampleError:
+                continue
+            if others := unread_forms(entry, said.form):
+                logger.info("%s: %r is read, not %s", self.name, said.form, " or ".join(map(repr, others)))
+            return
 
     @cached_property
     def _pictured(self) -> list[Conversation]:
@@ -84,7 +103,7 @@ class EntryDataset(Dataset):
         found = []
         for index in sorted({place * len(self) // count for place in range(count)}):
             try:
-                entry = self.read(index)
+                entry = with_rows(self.read(index))
                 said = read_conversation(entry)
                 if self.attached(index) or (not self.pictures_lie_beside and self._given(entry, said)):
                     found.append(said)
@@ -103,9 +122,10 @@ class EntryDataset(Dataset):
     def _sample(self, index: int, sample_id: str) -> Sample:
         if index in self.odd_ids:
             raise SampleError(self.odd_ids[index])
-        entry = self.read(index)
+        entry = with_rows(self.read(index))
         said = read_conversation(entry)
-        return Sample(sample_id=sample_id, images=self._images(index, entry, said), turns=said.turns)
+        images = self._images(index, entry, said)
+        return Sample(sample_id=sample_id, images=images, turns=said.turns, system=said.system)
 
     def _images(self, index: int, entry: Mapping[str, Any], said: Conversation) -> tuple[ImageSource, ...]:
         beside = self.attached(index)
@@ -123,7 +143,7 @@ class EntryDataset(Dataset):
 
     def _key(self, index: int) -> str | None:
         try:
-            entry = self.read(index)
+            entry = with_rows(self.read(index))
             found = self._given(entry, read_conversation(entry))
         except SampleError:
             return None  # it will fail when it is asked for, wherever it stands

@@ -13,6 +13,7 @@ from typing import Any
 
 from vlm_distill_cache.common.errors import DataError, SampleError
 from vlm_distill_cache.data.sample import resolve_ids
+from vlm_distill_cache.data.sources.conversations import FORMS, are_columns
 from vlm_distill_cache.data.sources.entries import EntryDataset
 from vlm_distill_cache.data.sources.pictures import says_none
 
@@ -21,7 +22,6 @@ logger = logging.getLogger(__name__)
 HELD_OUT = ("validation", "test")
 _ID_COLUMNS = ("id", "sample_id", "question_id")
 _UNREAD = {"Video", "Pdf", "Array3D", "Array4D"}  # types whose content shows something
-_TEXT_COLUMNS = ("messages", "conversations", "question", "caption")
 
 
 class HuggingFaceDataset(EntryDataset):
@@ -41,8 +41,8 @@ class HuggingFaceDataset(EntryDataset):
         self._labels = {
             column: feature for column, feature in self._table.features.items() if "ClassLabel" in kinds[column]
         }
-        if not any(column in columns for column in _TEXT_COLUMNS):
-            raise DataError(f"{path}: none of the columns {list(_TEXT_COLUMNS)} found; it has {columns}")
+        if not are_columns(columns, pictures=bool(self.picture_keys)):
+            raise DataError(f"{path}: expected columns {FORMS}; it has {columns}")
         named = [column for column in _ID_COLUMNS if column in columns]
         # Rows without an id are numbered: their content would have to be read in full to hash it.
         rows: Sequence[Any] = (
@@ -51,6 +51,7 @@ class HuggingFaceDataset(EntryDataset):
             else [f"row-{index:08d}" for index in range(len(self._table))]
         )
         self.sample_ids, self.odd_ids = resolve_ids(((row, index) for index, row in enumerate(rows)), where=str(path))
+        self.tell_unread()
 
     def read(self, index: int) -> Mapping[str, Any]:
         """The row at ``index``, labels by their names."""

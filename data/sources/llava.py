@@ -12,7 +12,7 @@ from typing import Any
 
 from vlm_distill_cache.common.errors import DataError, SampleError
 from vlm_distill_cache.data.sample import resolve_ids
-from vlm_distill_cache.data.sources.conversations import FORMS, brief_keys, has_text
+from vlm_distill_cache.data.sources.conversations import FORMS, brief_keys, is_entry
 from vlm_distill_cache.data.sources.entries import EntryDataset
 from vlm_distill_cache.data.sources.json_text import parse_bytes
 from vlm_distill_cache.data.sources.pictures import brief, image_folder
@@ -26,6 +26,7 @@ class LlavaDataset(EntryDataset):
         self.image_root = image_folder(images, path)
         self._entries = _read_entries(path)
         self.sample_ids, self.odd_ids = resolve_ids(map(id_and_content, self._entries), where=str(path))
+        self.tell_unread()
 
     def read(self, index: int) -> Mapping[str, Any]:
         """The entry at ``index``."""
@@ -46,7 +47,7 @@ def _read_entries(path: Path) -> list[Any]:
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
     entries = parse_bytes(data, where=str(path))
-    if isinstance(entries, dict) and has_text(entries):
+    if isinstance(entries, dict) and is_entry(entries):
         raise DataError(f"{path}: one entry over several lines; put it on one line: jq -c . OLD > NEW")
     if isinstance(entries, dict):
         lists = [
@@ -63,7 +64,7 @@ def _read_entries(path: Path) -> list[Any]:
     if not isinstance(entries, list) or not entries:
         what = "an empty one" if entries == [] else brief(entries)
         raise DataError(f"{path}: expected a list of samples, got {what}")
-    if not any(isinstance(entry, dict) and has_text(entry) for entry in entries):
+    if not any(isinstance(entry, dict) and is_entry(entry) for entry in entries):
         first = entries[0]
         raise DataError(
             f"{path}: no entry has {FORMS}; the first has "

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 
 from vlm_distill_cache.common.errors import DataError, SampleError
 from vlm_distill_cache.data.sample import resolve_ids
-from vlm_distill_cache.data.sources.conversations import FORMS, brief_keys, has_text
+from vlm_distill_cache.data.sources.conversations import FORMS, brief_keys, is_entry
 from vlm_distill_cache.data.sources.entries import EntryDataset
 from vlm_distill_cache.data.sources.json_text import decode, is_plain, parse_bytes
 from vlm_distill_cache.data.sources.llava import id_and_content
@@ -35,6 +35,7 @@ class MessagesDataset(EntryDataset):
         if not self._has_text:
             first = self._broken.get(0) or f"the first has {brief_keys(self.read(0))}"
             raise DataError(f"{path}: no line is an entry with {FORMS}; {first}")
+        self.tell_unread()
 
     def read(self, index: int) -> Mapping[str, Any]:
         """The entry at ``index``; `DataError` if the file was changed meanwhile."""
@@ -73,7 +74,7 @@ class MessagesDataset(EntryDataset):
         try:
             entry = parse_bytes(line, where=f"{self._path.name}, line {number},")
             if isinstance(entry, dict):
-                self._has_text = self._has_text or has_text(entry)
+                self._has_text = self._has_text or is_entry(entry)
                 return entry
             problem = f"{self._path.name}, line {number}, must be an object, got {brief(entry)}"
         except DataError as error:
@@ -102,4 +103,4 @@ def holds_lines(path: Path) -> bool:
         entry = parse_bytes(first, where=str(path)) if first.startswith(b"{") else None
     except DataError:
         return False
-    return isinstance(entry, dict) and has_text(entry)
+    return isinstance(entry, dict) and is_entry(entry)

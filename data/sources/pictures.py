@@ -6,7 +6,7 @@ not read is the sample's error. An entry without any is text: none, or an empty 
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -42,12 +42,20 @@ _TEXTS = (
     "messages conversations conversation question questions text texts query prompt instruction input content value"
 )
 _TEXT_KEYS = frozenset(_TEXTS.split()) | _ANSWER_KEYS
+# Texts too, unless they are nothing but a picture's file.
+_MOSTLY_TEXT = frozenset({"problem", "solution", "rejected_response", "history", "system", "system_prompt"})
+# Who speaks, by the name of a role; and, in a round, by the key.
+USER_NAMES = ("user", "human")
+MODEL_NAMES = ("assistant", "gpt", "chatgpt", "model", "bot", "bard", "bing")
+_ROUND_ANSWERS = frozenset({*MODEL_NAMES, "answer", "response"})
+_HISTORY_PAIR = re.compile(r"history\[\d+\]")
 _PICTURE_WORD = re.compile(
     r"(images?|imgs?|pictures?|pics?|photos?|pixels?|screenshots?|thumbnails?|frames?|figures?|(?P<video>videos?|youtube))"
     r"(\d*|paths?|files?|urls?|names?|ids?|bytes|data|base64|b64|lists?|uris?|srcs?|sources?|filenames?)"
 )
 _COUNTING = frozenset("n num number count total has with is requires needs width height size tokens".split())  # noqa: SIM905
 _NONE_WORDS = frozenset({"no", "without"})
+_RATING = frozenset("rating ratings score scores min max mean correspondence similarity quality".split())  # noqa: SIM905
 _VALUE_KEYS = ("bytes", "path", "file_name", "filename", "image", "image_url", "url", "source", "base64", "data")
 _TYPES = frozenset({"image", "image_url", "input_image", "image_path", "video", "video_url", "input_video"})
 _ZEROS = ("0", "0.0", "false", "no", "none")
@@ -77,6 +85,7 @@ def named_pictures(
     for key, value in entry.items():
         name = _normal(key)
         is_text = name in _TEXT_KEYS and key not in picture_keys and isinstance(value, str | list | tuple)
+        is_text = is_text or (name in _MOSTLY_TEXT and isinstance(value, str) and len(value.split()) > 1)
         if is_text or says_none(value):
             continue
         if name in _VIDEO_KEYS and not plain_only:
@@ -128,17 +137,20 @@ def refuse_unread(entry: Mapping[str, Any]) -> None:
             kind = value.get("type")
             if isinstance(kind, str) and kind.lower() in _TYPES:
                 _refuse(f"{place}.type".lstrip("."), kind, video="video" in kind.lower())
-            answers = {"content", "value"} if _is_assistants(value) else _ANSWER_KEYS if not place else ()
+            answers = _answers_in(value, is_text=is_text) if place else _ANSWER_KEYS
             for key, item in value.items():
                 name = _normal(key)
-                if name in answers:
+                if name in answers or (not place and name in ("solution", "rejected_response")):
                     continue
                 inner = f"{place}.{key}".lstrip(".")
                 word = _picture_word(key)
-                if word and not says_none(item) and not _counts_none(key, item):
+                if word and not says_none(item) and not _counts_none(key, item) and not _rates(key, item):
                     _refuse(inner, item, video=word == "video")
-                waiting.append((inner, item, name in _TEXT_KEYS))
+                says = name in _TEXT_KEYS or name in _MOSTLY_TEXT or (is_text and name in USER_NAMES)
+                waiting.append((inner, item, says))
         elif isinstance(value, list | tuple):
+            if _HISTORY_PAIR.fullmatch(place):
+                value = value[:1]  # its question
             waiting += [(f"{place}[{position}]", item, is_text) for position, item in enumerate(value)]
         elif isinstance(value, str):
             # A text may end in a file's name; only a line that is nothing else names the file.
@@ -152,8 +164,12 @@ def refuse_unread(entry: Mapping[str, Any]) -> None:
             _refuse(place, value, video=False)
 
 
-def _is_assistants(message: Mapping[str, Any]) -> bool:
-    return any(str(message.get(key)).lower() in ("assistant", "gpt") for key in ("role", "from"))
+def _answers_in(message: Mapping[str, Any], *, is_text: bool) -> Collection[str]:
+    """The keys of a message, or of a round, under which an answer stands."""
+    roles = [str(message[key]).lower() for key in ("role", "from") if message.get(key) is not None]
+    if not roles and is_text:
+        return _ROUND_ANSWERS
+    return {"content", "value"} if any(role in MODEL_NAMES for role in roles) else ()
 
 
 def _refuse(place: str, value: Any, *, video: bool) -> None:
@@ -165,6 +181,11 @@ def _refuse(place: str, value: Any, *, video: bool) -> None:
         f"{place!r} names a picture ({brief(value)}), but none could be read; name its file under 'image', or remove "
         "the key if the sample is text alone"
     )
+
+
+def speak_of_pictures(keys: Iterable[object]) -> bool:
+    """Whether one of some keys is called like a picture or a file."""
+    return any(_picture_word(key) == "picture" or _normal(key) in _FILE_KEYS for key in keys)
 
 
 def says_text_only(entry: Mapping[str, Any]) -> bool:
@@ -273,6 +294,13 @@ def _counts_none(key: object, value: Any) -> bool:
     """Whether a key counts pictures (``num_images``) and there are none."""
     words = set(_normal(key).split("_"))
     return bool(words & _NONE_WORDS) or (bool(words & _COUNTING) and str(value).strip().lower() in _ZEROS)
+
+
+def _rates(key: object, value: Any) -> bool:
+    """Whether a key rates pictures by numbers (FineVision's ``image_correspondence_ratings``)."""
+    return bool(_RATING & set(_normal(key).split("_"))) and all(
+        item is None or isinstance(item, int | float) for item in _listed(value)
+    )
 
 
 def _listed(value: Any) -> list[Any]:

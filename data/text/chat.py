@@ -9,12 +9,12 @@ where the answers end. Everything is checked, nothing guessed.
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
 from typing import Any
 
-from vlm_distill_cache.common.errors import ConfigError
+from vlm_distill_cache.common.errors import ConfigError, SampleError
 from vlm_distill_cache.data.sample import Turn
 
 _MARKS = range(0xF0000, 0xFFFFE)  # characters of private use, which no text needs
@@ -33,7 +33,9 @@ class Rendered:
     answer_spans: tuple[tuple[int, int], ...]
 
 
-def render_chat(turns: Sequence[Turn], tokenizer: Any, source: str, image_token: str, *, remedy: str) -> Rendered:
+def render_chat(
+    turns: Sequence[Turn], tokenizer: Any, source: str, image_token: str, *, remedy: str, system: str = ""
+) -> Rendered:
     """Write a conversation by a chat template, and locate its answers.
 
     Where a template begins a stored answer with other white space than the prompt that asks for one
@@ -45,11 +47,15 @@ def render_chat(turns: Sequence[Turn], tokenizer: Any, source: str, image_token:
         source: Jinja.
         image_token: Stands in front of the first question; empty: there is no image.
         remedy: Ends the errors.
+        system: The system prompt; empty: what the template writes without one.
 
     Raises:
+        SampleError: The template fails on a system prompt, or leaves it out.
         ConfigError: The template fails on the conversation, or writes it so that its answers cannot be located.
     """
     chat = _Chat(tokenizer, source, image_token, remedy, _content_form(tokenizer, source, image_token))
+    if system:
+        chat = _with_system(chat, system.strip(), len(turns))
     try:
         rendered = _grown(turns, chat)
     except ConfigError:  # some parts of the conversation cannot be written by themselves
@@ -70,6 +76,7 @@ class _Chat:
     Attributes:
         parts: Whether the contents of user and assistant are lists of parts, which vision templates iterate over; text-only
             ones concatenate strings.
+        opening: The system prompt's message, if there is one.
     """
 
     tokenizer: Any
@@ -77,6 +84,7 @@ class _Chat:
     image_token: str
     remedy: str
     parts: tuple[bool, bool]
+    opening: tuple[dict[str, Any], ...] = ()
 
     def question(self, text: str, *, first: bool) -> dict[str, Any]:
         shows_image = bool(self.image_token) and first
@@ -88,13 +96,17 @@ class _Chat:
     def answer(self, text: str) -> dict[str, Any]:
         return {"role": "assistant", "content": [{"type": "text", "text": text}] if self.parts[1] else text}
 
+    def opened(self, system: str, *, as_parts: bool) -> "_Chat":
+        """The same with a system prompt."""
+        content: Any = [{"type": "text", "text": system}] if as_parts else system
+        return replace(self, opening=({"role": "system", "content": content},))
+
     def messages(self, pairs: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
-        return list(
-            chain.from_iterable(
-                (self.question(question, first=index == 0), self.answer(answer))
-                for index, (question, answer) in enumerate(pairs)
-            )
+        turns = (
+            (self.question(question, first=index == 0), self.answer(answer))
+            for index, (question, answer) in enumerate(pairs)
         )
+        return [*self.opening, *chain.from_iterable(turns)]
 
     def render(self, messages: list[dict[str, Any]], *, asks: bool = False) -> str:
         """The text; with ``asks`` up to where the next answer is to begin."""
@@ -170,9 +182,30 @@ def _content_form(tokenizer: Any, source: str, image_token: str) -> tuple[bool, 
     return True, True
 
 
+def _with_system(chat: _Chat, system: str, turns: int) -> _Chat:
+    """Put a system prompt in front, in the form of content in which the template writes it, begin and end."""
+    free = _free_marks(iter([system]))
+    marked = f"{next(free)}{system}{next(free)}"
+    reason = "it leaves it out, or fails on it"
+    for as_parts in (True, False) if chat.parts[0] else (False, True):
+        probe = chat.opened(marked, as_parts=as_parts)
+        try:
+            text = probe.render(probe.messages([("a", "b")] * turns))
+        except ConfigError as error:
+            if type(error.__cause__).__name__ == "TemplateError":  # what the template itself says
+                reason = f"it says: {error.__cause__}"
+            continue
+        if marked[0] in text and marked[-1] in text:
+            return chat.opened(system, as_parts=as_parts)
+    raise SampleError(
+        f"the tokenizer's chat template takes no system prompt ({reason}), got {system[:60]!r}; take it out of the data, or "
+        "put it into the first question"
+    )
+
+
 def _grown(turns: Sequence[Turn], chat: _Chat) -> Rendered | None:
     """Render turn by turn: what an answer adds to its prompt is the answer's span; None if it is not so."""
-    messages: list[dict[str, Any]] = []
+    messages: list[dict[str, Any]] = [*chat.opening]
     spans: list[tuple[int, int]] = []
     text = past = ""  # ours, and as the template writes the same turns
     for index, turn in enumerate(turns):
@@ -226,12 +259,13 @@ def _whole(turns: Sequence[Turn], chat: _Chat) -> Rendered:
     # The same turns with nothing but a mark for an answer show what is written around it.
     bare = chat.messages([(question + m, n) for (question, _), (m, n) in zip(pairs, marks, strict=True)])
     around = chat.render(bare)
+    lead = len(chat.opening)
     pieces: list[str] = []
     spans: list[tuple[int, int]] = []
     past = moved = 0
     for turn, ((_, answer), (asked, answered)) in enumerate(zip(pairs, marks, strict=True)):
         question_end, answer_end = places[2 * turn : 2 * turn + 2]
-        prompt = _behind(chat.render(bare[: 2 * turn + 1], asks=True), asked)
+        prompt = _behind(chat.render(bare[: lead + 2 * turn + 1], asks=True), asked)
         written = _behind(around, asked)
         if prompt is None or written is None or answered not in written:
             raise chat.not_located(turn, "it changes with what stands behind it")
@@ -243,7 +277,7 @@ def _whole(turns: Sequence[Turn], chat: _Chat) -> Rendered:
         # Its last character at least must be there: a template may take reasoning away, not the answer.
         if not text[start:answer_end].rstrip().endswith(answer[-1:]):
             raise chat.not_located(turn, f"nothing of it is written behind {text[:start][-40:]!r}")
-        closing = chat.ending(_behind(chat.render(bare[: 2 * turn + 2]), answered) or "")
+        closing = chat.ending(_behind(chat.render(bare[: lead + 2 * turn + 2]), answered) or "")
         end = ""
         if not closing:
             end = chat.end_token()

@@ -19,9 +19,11 @@ Dims: T tokens of the sequence, N visual tokens, A supervised rows.
 
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from itertools import product
+from typing import Any, Literal
 
 import numpy as np
 
@@ -32,7 +34,10 @@ from vlm_distill_cache.common.pixels import HASH_BYTES, image_hash
 from vlm_distill_cache.data.images.encoder import AnyImageEncoder, EncodedImage, ImageEncoder
 from vlm_distill_cache.data.sample import ImageSource, Sample, Turn
 from vlm_distill_cache.data.text.chat import Rendered
+from vlm_distill_cache.data.text.special_tokens import check_end_token, find_special_tokens, pattern_of, read_texts
 from vlm_distill_cache.data.text.templates import IMAGE_MARKER, PromptTemplate
+
+LongSamples = Literal["refuse", "truncate"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -125,6 +130,27 @@ class EncodedSample:
         """Positions with a label, i8 ``[A]``, ascending."""
         return np.flatnonzero(self.labels != IGNORE_INDEX)
 
+    def cut_after(self, rows: int) -> "EncodedSample":
+        """The beginning of the sequence: it ends with the target of its ``rows``-th supervised row.
+
+        What was behind, a question whose answer is not reached included, is left out. Of packed conversations the last
+        may lose their ends, or all.
+
+        Args:
+            rows: At least 1; a sequence with no more supervised rows loses what follows its last answer.
+        """
+        end = int(self.supervised_rows[:rows][-1]) + 2
+        labels = self.labels[:end].copy()
+        labels[-1] = IGNORE_INDEX  # its target is cut off
+        return replace(
+            self,
+            labels=labels,
+            input_ids=self.input_ids[:end],
+            visual_mask=self.visual_mask[:end],
+            position_ids=self.position_ids[:end],
+            segment_ids=self.segment_ids[:end],
+        )
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SampleEncoder:
@@ -137,9 +163,13 @@ class SampleEncoder:
         image_token_id: Id at visual positions. If it is an added token of the tokenizer, the text holds
             that token and is tokenised whole, which gives the ids of the model library's own
             processor; otherwise the text is split around the image, as original LLaVA code does.
-        max_length: Most tokens a sequence may have; longer ones are refused, never cut.
+        max_length: Most tokens a sequence may have.
         positions: Most tokens that a conversation may have for the model (`data.families.inputs.known_positions`);
             longer ones are refused whatever ``max_length``. None: it does not say.
+        long_samples: Longer ones are refused, or cut at the end, as LLaVA's training code does: ``truncate``. A
+            sequence then ends with the last target that fits (`EncodedSample.cut_after`), whether it was long or not, so
+            that a student with another number of visual tokens can be cut to the same targets. Refused is what has no
+            target left; so are prompts, and packed conversations of which one is longer than ``positions``.
 
     Raises:
         ConfigError: The tokenizer is not a fast one, ``max_length`` is too small for an image, or the template can mark
@@ -152,6 +182,7 @@ class SampleEncoder:
     image_token_id: int
     max_length: int
     positions: int | None = None
+    long_samples: LongSamples = "refuse"
 
     def __post_init__(self) -> None:
         if not getattr(self.tokenizer, "is_fast", False):
@@ -181,6 +212,23 @@ class SampleEncoder:
         self._probe_template()
         _ = self._leading_ids, self.end_token_ids
 
+    @cached_property
+    def _reader(self) -> Any:
+        """The tokenizer, which finds every special token that the template writes."""
+        turns = (Turn(question="a", answer="b"),) * (1 if self.template.holds_one_turn else 3)
+        texts = []
+        for has_image, count in product((True, False), range(1, len(turns) + 1)):
+            # A template that cannot write one of these says so below, or with the sample that needs it.
+            with suppress(ConfigError, SampleError):
+                text = self.template.render(
+                    turns[:count], self.tokenizer, has_image=has_image, image_token=self.image_token
+                ).text
+                texts += [text] if self._knows_image else text.split(IMAGE_MARKER)
+        try:
+            return find_special_tokens(self.tokenizer, texts, self.template.chat_template)
+        except SampleError as error:
+            raise ConfigError(f"the tokenizer cannot write a plain conversation: {error}") from error
+
     def _probe_template(self) -> None:
         """Refuse a template that cannot mark the answers of two turns, or of one."""
         reasons = []
@@ -203,13 +251,15 @@ class SampleEncoder:
             )
         return replace(self, image_encoder=self.image_encoder.with_grid(grid))
 
-    def __call__(self, sample: Sample, *, prompt_only: bool = False) -> EncodedSample:
+    def __call__(self, sample: Sample, *, prompt_only: bool = False, rows: int | None = None) -> EncodedSample:
         """Encode one sample.
 
         Args:
             sample: With one image at most.
             prompt_only: Stop where the last answer (of independent turns: the first) would begin; there are no
                 labels then.
+            rows: How many supervised rows are kept, at least 1; what is then too long is refused. None: all, or with
+                ``long_samples="truncate"`` as many as fit.
 
         Raises:
             SampleError: Names the sample: unreadable image, empty answer, special token in the text,
@@ -217,7 +267,7 @@ class SampleEncoder:
                 or tokenizer cannot write.
         """
         try:
-            return self._encode(sample, prompt_only)
+            return self._encode(sample, prompt_only, rows)
         except (SampleError, ConfigError) as error:  # other texts and pictures went through when the encoder was built
             kind = type(error) if isinstance(error, SampleError) else SampleError
             raise kind(f"sample {sample.sample_id!r}: {error}") from error
@@ -234,11 +284,18 @@ class SampleEncoder:
         """Ids that end an answer: the last one of a trained answer, and the tokenizer's end-of-sequence token."""
         rendered = self._plain
         try:
-            ids = self._offsets([rendered.text])[0]
-            last = int(ids[0][inside_spans(ids[1], rendered.answer_spans)][-1])
+            ids, offsets = read_texts(self._reader, [rendered.text])[0]
+            last = int(ids[inside_spans(offsets, rendered.answer_spans)][-1])
         except SampleError as error:
             raise ConfigError(f"the tokenizer cannot write a plain conversation: {error}") from error
+        check_end_token(ids, offsets, rendered.text, rendered.answer_spans[-1], self.tokenizer)
         eos = self.tokenizer.eos_token_id
+        if last != eos and not self.template.chat_template and self.template.answer_end is None:
+            raise ConfigError(
+                f"prompt template {self.template.name!r} ends an answer with {self.tokenizer.eos_token!r} (id {eos}), which the "
+                f"tokenizer reads so that its last token is {self.tokenizer.convert_ids_to_tokens(last)!r} (id {last}); make "
+                "it an added token in tokenizer.json"
+            )
         return sorted({last} if eos is None else {last, int(eos)})
 
     @cached_property
@@ -278,16 +335,18 @@ class SampleEncoder:
         """Strings that would turn into special tokens inside a user's text."""
         added = self.tokenizer.added_tokens_decoder.values()
         words = {IMAGE_MARKER, self.image_token, *(str(token) for token in added if token.special)}
-        return re.compile("|".join(re.escape(word) for word in sorted(words, key=len, reverse=True)))
+        return pattern_of(words)
 
-    def _encode(self, sample: Sample, prompt_only: bool) -> EncodedSample:
+    def _encode(self, sample: Sample, prompt_only: bool, rows: int | None) -> EncodedSample:
         self._check(sample)
         image, digest = self._encode_image(sample.images)
         packed = sample.independent_turns and len(sample.turns) > 1
         conversations = [(turn,) for turn in sample.turns] if packed else [sample.turns]
         has_image = bool(sample.images)
         rendered = [
-            self.template.render(turns, self.tokenizer, has_image=has_image, image_token=self.image_token)
+            self.template.render(
+                turns, self.tokenizer, has_image=has_image, image_token=self.image_token, system=sample.system
+            )
             for turns in conversations
         ]
         if prompt_only:
@@ -298,7 +357,10 @@ class SampleEncoder:
             rendered = [self._open_out(conversation, image.text) for conversation in rendered]
             visual_count = 1 if visual_count else 0  # the text holds each visual token already
         tokens = self._tokenize(rendered, visual_count)
-        return self._assemble(sample.sample_id, tokens, image, digest)
+        if prompt_only or (rows is None and self.long_samples == "refuse"):
+            self._refuse_long(tokens, image)
+            return self._assemble(sample.sample_id, tokens, image, digest)
+        return self._cut(self._assemble(sample.sample_id, tokens, image, digest), rows, packed=packed)
 
     def _open_out(self, rendered: Rendered, text: str) -> Rendered:
         """Replace the image marker by what the image encoder writes; answers lie behind it."""
@@ -313,18 +375,22 @@ class SampleEncoder:
             raise SampleError(f"{len(sample.images)} images; one image per sample is supported")
         if not sample.turns:
             raise SampleError("no turns; a sample needs at least one answer")
+        self._check_text("the system prompt", sample.system)
         for index, turn in enumerate(sample.turns):
             if not turn.answer.strip():
                 raise SampleError(f"the answer of turn {index + 1} is empty; nothing could be learnt from it")
+            self._check_text(f"turn {index + 1}", turn.question, turn.answer)
+
+    def _check_text(self, where: str, *texts: str) -> None:
+        for text in texts:
             try:
-                (turn.question + turn.answer).encode()
+                text.encode()
             except UnicodeEncodeError as error:
-                raise SampleError(f"turn {index + 1} holds a lone surrogate: {error}") from error
-            found = self._reserved.search(turn.question) or self._reserved.search(turn.answer)
-            if found:
+                raise SampleError(f"{where} holds a lone surrogate: {error}") from error
+            if found := self._reserved.search(text):
                 raise SampleError(
-                    f"turn {index + 1} contains {found.group()!r}, which the tokenizer would read as a "
-                    "special token; remove it from the text (an image belongs in front of the first question)"
+                    f"{where} contains {found.group()!r}, which the tokenizer would read as a special token; remove it from "
+                    "the text (an image belongs in front of the first question)"
                 )
 
     def _encode_image(self, images: tuple[ImageSource, ...]) -> tuple[EncodedImage, bytes]:
@@ -341,7 +407,7 @@ class SampleEncoder:
         """Tokenise all conversations of a sample in one call, then open the image token out."""
         texts = [conversation.text for conversation in rendered]
         if visual_count and not self._knows_image:
-            pieces = self._offsets([piece for text in texts for piece in text.split(IMAGE_MARKER)])
+            pieces = read_texts(self._reader, [piece for text in texts for piece in text.split(IMAGE_MARKER)])
             ids_and_offsets = []
             for text, before, after in zip(texts, pieces[0::2], pieces[1::2], strict=True):
                 at = text.index(IMAGE_MARKER)
@@ -349,7 +415,7 @@ class SampleEncoder:
                 offsets = np.concatenate([before[1], marker, after[1] + at + len(IMAGE_MARKER)])
                 ids_and_offsets.append((np.concatenate([before[0], [self.image_token_id], after[0]]), offsets))
         else:
-            ids_and_offsets = self._offsets(texts)
+            ids_and_offsets = read_texts(self._reader, texts)
         leading = len(self._leading_ids)
         tokens = []
         for (ids, offsets), conversation in zip(ids_and_offsets, rendered, strict=True):
@@ -364,35 +430,27 @@ class SampleEncoder:
             tokens.append(Tokens(ids=ids, is_answer=is_answer))
         return tokens
 
-    def _offsets(self, texts: list[str]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Ids i8 ``[T]`` and character ranges i8 ``[T, 2]`` of each text, without special tokens."""
-        try:
-            encoded = self.tokenizer(
-                texts,
-                add_special_tokens=False,
-                return_offsets_mapping=True,
-                return_attention_mask=False,
-                return_token_type_ids=False,
-                verbose=False,  # what is too long is refused below, with its sample's name
-            )
-        except BaseException as error:  # a panic of the tokenizer's is no Exception
-            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-                raise
-            raise SampleError(f"the tokenizer cannot read its text: {str(error) or type(error).__name__}") from error
-        return [
-            (np.array(ids, dtype=np.int64), np.array(offsets, dtype=np.int64).reshape(-1, 2))
-            for ids, offsets in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
-        ]
+    def _cut(self, whole: EncodedSample, rows: int | None, *, packed: bool) -> EncodedSample:
+        """A sequence that ends with its last target, of as many as fit or as are asked for."""
+        supervised = whole.supervised_rows
+        if rows is None:
+            fits = self.max_length if packed or self.positions is None else min(self.max_length, self.positions)
+            rows = int((supervised + 2 <= fits).sum())
+        cut = whole.cut_after(rows) if rows and len(supervised) else whole
+        visual_count = int(cut.visual_mask.sum())
+        self._refuse_lengths(len(cut), int(cut.position_ids.max()) + 1, visual_count)
+        return cut
 
-    def _assemble(self, sample_id: str, tokens: list[Tokens], image: EncodedImage, digest: bytes) -> EncodedSample:
+    def _refuse_long(self, tokens: list[Tokens], image: EncodedImage) -> None:
         shared = shared_length(tokens) if len(tokens) > 1 else 0
-        pieces = [conversation.ids[shared:] for conversation in tokens]
-        lengths = [len(piece) for piece in pieces]
-        total = shared + sum(lengths)
+        lengths = [len(conversation.ids) - shared for conversation in tokens]
         visual_count = sum(tile.token_count for tile in image.tiles)
+        # Each packed conversation counts on from the shared prefix.
+        self._refuse_lengths(shared + sum(lengths), shared + max(lengths), visual_count)
+
+    def _refuse_lengths(self, total: int, longest: int, visual_count: int) -> None:
         varies = visual_count > self.image_encoder.least_token_count
         fewer = ", limit the pixels of a picture in preprocessor_config.json" if varies else ""
-        longest = shared + max(lengths)  # each packed conversation counts on from the shared prefix
         if self.positions is not None and longest > self.positions:
             raise TooLongError(
                 f"a conversation of {longest} tokens ({visual_count} visual) is longer than the {self.positions} positions "
@@ -400,11 +458,21 @@ class SampleEncoder:
                 "leave the sample out"
             )
         if total > self.max_length:
+            why = (
+                "nothing is cut, because the cut could fall inside an answer"
+                if self.long_samples == "refuse"
+                else "what is cut off is behind an answer's first token, and none begins before the limit"
+            )
             raise SampleError(
                 f"{total} tokens ({visual_count} visual, {total - visual_count} of text) exceed "
-                f"max_length={self.max_length}; raise max_length{fewer} or leave the sample out (nothing is cut, "
-                "because the cut could fall inside an answer)"
+                f"max_length={self.max_length}; raise max_length{fewer} or leave the sample out ({why})"
             )
+
+    def _assemble(self, sample_id: str, tokens: list[Tokens], image: EncodedImage, digest: bytes) -> EncodedSample:
+        shared = shared_length(tokens) if len(tokens) > 1 else 0
+        pieces = [conversation.ids[shared:] for conversation in tokens]
+        lengths = [len(piece) for piece in pieces]
+        visual_count = sum(tile.token_count for tile in image.tiles)
         labels = [shift_labels(conversation) for conversation in tokens]
         input_ids = np.concatenate([tokens[0].ids[:shared], *pieces])
         visual_mask = input_ids == self.image_token_id
@@ -431,14 +499,16 @@ class SampleEncoder:
         )
 
 
-def build_prompt(encoder: SampleEncoder, image: ImageSource | None, question: str) -> EncodedSample:
+def build_prompt(encoder: SampleEncoder, image: ImageSource | None, question: str, system: str = "") -> EncodedSample:
     """Encode a question up to where the answer would begin, for generation.
 
-    The tokens, without labels, are those in front of a trained answer; an empty question asks for a caption.
+    The tokens, without labels, are those in front of a trained answer; an empty question asks for a caption, an empty
+    ``system`` leaves the template its own system prompt.
     """
     sample = Sample(
         sample_id="prompt",
         images=() if image is None else (image,),
         turns=(Turn(question=question, answer="x"),),
+        system=system,
     )
     return encoder(sample, prompt_only=True)

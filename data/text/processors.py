@@ -7,7 +7,6 @@ asked for it, because some versions of it cannot even be imported without torchv
 
 import json
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from transformers import AutoTokenizer, ImageProcessingMixin
 
 from vlm_distill_cache.common.errors import ModelError
 from vlm_distill_cache.common.files.hashing import file_checksum, fingerprint
+from vlm_distill_cache.data.text.sentencepiece_model import is_model_only, load_sentencepiece_tokenizer
 
 
 def module_fingerprint(module: nn.Module) -> str:
@@ -102,14 +102,14 @@ def load_tokenizer(folder: Path) -> Any:
         ModelError: If there is none, or it cannot be read.
     """
     try:
-        # The library takes a path that is no folder for a model's name and would ask the hub for it.
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        if is_model_only(folder):
+            tokenizer = load_sentencepiece_tokenizer(folder)
+        else:
+            # The library takes a path that is no folder for a model's name and would ask the hub for it.
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except ModelError:
+        raise
     except Exception as error:  # tokenizers raises the bare class for a file that it cannot read
-        if (Path(folder) / "tokenizer.model").is_file() and find_spec("sentencepiece") is None:
-            raise ModelError(
-                f"{folder}: its tokenizer is a tokenizer.model, which needs sentencepiece; run `pip install "
-                "'vlm-distill-cache[mobilevlm]'`"
-            ) from error
         raise ModelError(
             f"{folder}: no usable tokenizer ({error}); expected tokenizer.json and tokenizer_config.json "
             "as the tokenizer's save_pretrained writes them"

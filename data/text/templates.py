@@ -27,7 +27,7 @@ class PromptTemplate:
 
     Attributes:
         name: Key in `TEMPLATES`, or ``chat``.
-        system: Text in front of the first turn.
+        system: Text in front of the first turn; a sample's own system prompt takes its place.
         before_question: Text in front of each question (and of the image).
         after_image: Text between image and first question.
         before_answer: Text between question and the blank before the answer.
@@ -77,6 +77,7 @@ class PromptTemplate:
         *,
         has_image: bool,
         image_token: str = IMAGE_MARKER,
+        system: str = "",
     ) -> Rendered:
         """Write a conversation of at least one turn as text.
 
@@ -84,15 +85,23 @@ class PromptTemplate:
             tokenizer: Gives the end-of-sequence token; the chat template is run by it.
             has_image: Put the image in front of the first question.
             image_token: How the image is written in the text.
+            system: The conversation's own system prompt; empty: the template's, if it has one.
 
         Raises:
-            SampleError: A template for one turn is given a conversation of several.
+            SampleError: A template for one turn is given a conversation of several, or one without a place for a system
+                prompt is given one.
             ConfigError: The tokenizer lacks what the template needs, or its chat template fails on this conversation or
                 writes it so that its answers cannot be located.
         """
         if self.chat_template:
             others = f"choose one of the templates {list(TEMPLATES)}"
-            return render_chat(turns, tokenizer, self.chat_template, image_token if has_image else "", remedy=others)
+            token = image_token if has_image else ""
+            return render_chat(turns, tokenizer, self.chat_template, token, system=system, remedy=others)
+        if system and not self.system:
+            raise SampleError(
+                f"prompt template {self.name!r} has no place for a system prompt, got {system[:60]!r}; take it out of the "
+                "data, or use another template (template=vicuna_v1, or template=chat where the tokenizer has one)"
+            )
         if self.holds_one_turn and len(turns) > 1:
             holds = "one caption" if self.drops_question else "one question and answer"
             raise SampleError(
@@ -106,7 +115,8 @@ class PromptTemplate:
                 "but the tokenizer has none; set its eos_token"
             )
         bos = (tokenizer.bos_token or "") if self.bos_after_image else ""
-        text, spans = self.system if has_image else bos + self.system, []
+        opening = f"{system.strip()} " if system else self.system  # as LLaVA puts it in place of its own
+        text, spans = opening if has_image else bos + opening, []
         for index, turn in enumerate(turns):
             text += self.before_question
             if index == 0 and has_image:

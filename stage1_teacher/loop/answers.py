@@ -5,7 +5,7 @@ like every other byte of a shard, do not depend on who builds it or what was bui
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -39,11 +39,7 @@ class _Conversation:
         asked = self.sample.turns[len(self.answers)].question
         earlier = () if self.sample.independent_turns else self.sample.turns[: len(self.answers)]
         turns = [Turn(question=turn.question, answer=a) for turn, a in zip(earlier, self.answers, strict=False)]
-        return Sample(
-            sample_id=self.sample.sample_id,
-            images=self.sample.images,
-            turns=(*turns, Turn(question=asked, answer="x")),
-        )
+        return replace(self.sample, turns=(*turns, Turn(question=asked, answer="x")), independent_turns=False)
 
 
 def answer_shard(work: Build, positions: Sequence[int], *, index: int, batch_size: int) -> EncodedShard:

@@ -207,7 +207,8 @@ def _mention_descriptions(stored: Plan, plan: Plan) -> None:
     for part in ("teacher", "data"):
         old, new = getattr(stored, part), getattr(plan, part)
         for key in DESCRIPTIVE[1:]:
-            if key in new and new[key] != old.get(key):
+            # A folder has no revision: the weights are compared, whichever way they are named.
+            if key in new and new[key] != old.get(key) and (key in old or key != "revision"):
                 logger.warning(
                     "the cache was begun with %s.%s = %r and keeps that; %r is not recorded (--overwrite begins again)",
                     part, key, old.get(key, ""), new[key],

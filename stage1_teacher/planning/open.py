@@ -4,6 +4,7 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
+from vlm_distill_cache.common.attention.layers import published_count
 from vlm_distill_cache.common.cache.shared_images import VISUAL_SOURCE
 from vlm_distill_cache.data.registry import open_dataset
 from vlm_distill_cache.data.sources.grouping import group_by_image
@@ -47,7 +48,10 @@ def open_build(config: BuildConfig) -> Build:
     refuse_packing(dataset, teacher)
     if warning := beyond_positions(teacher, config.max_length):
         logger.warning("%s", warning)
-    encoder = build_encoder(teacher, template=config.template, max_length=config.max_length)
+    config = replace(config, groups=config.groups or published_count(teacher.depth))
+    encoder = build_encoder(
+        teacher, template=config.template, max_length=config.max_length, long_samples=config.long_samples
+    )
     codecs = codecs_for(config, teacher)
     if any(VISUAL_SOURCE in group for group in _fields_of(codecs, teacher).values()):
         dataset = group_by_image(dataset)

@@ -6,18 +6,21 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from vlm_distill_cache.common.cache.plan import THREADS, Plan
+from vlm_distill_cache.common.cache.plan import LONG_SAMPLES, THREADS, Plan
 from vlm_distill_cache.common.cache.schema import FORMAT_VERSION, Field
 from vlm_distill_cache.common.cache.shared_images import with_visual_source
 from vlm_distill_cache.common.cache.side_files import MANIFEST
 from vlm_distill_cache.common.codecs.answers import AnswersCodec
 from vlm_distill_cache.common.errors import ConfigError, ModelError, SampleError
 from vlm_distill_cache.common.files.hashing import fingerprint
+from vlm_distill_cache.common.hub import model_folder
+from vlm_distill_cache.common.models.published import is_published
 from vlm_distill_cache.common.printing import one_line
 from vlm_distill_cache.data.families.inputs import known_positions, text_config
+from vlm_distill_cache.data.families.unusable import refuse_config
 from vlm_distill_cache.data.sample import Dataset
 from vlm_distill_cache.data.sources.grouping import GroupedByImage
-from vlm_distill_cache.data.text.encoding import SampleEncoder
+from vlm_distill_cache.data.text.encoding import LongSamples, SampleEncoder
 from vlm_distill_cache.data.text.templates import get_template
 from vlm_distill_cache.stage1_teacher.config import BuildConfig
 from vlm_distill_cache.stage1_teacher.loop.signals import EXTRACTORS, Sizes, build_codecs
@@ -120,18 +123,26 @@ LEAST_LENGTH, TEXT_LENGTH = 2048, 1024  # tokens
 LOOKED_AT = 8  # samples
 
 
+def _refuse_config(directory: Path) -> None:
+    if not is_published(directory):
+        refuse_config(directory)
+
+
 def teacher_directory(*, teacher: str, data: str, scratch: Path, cache: Path | None = None) -> Path:
     """Find the teacher's checkpoint directory; a built-in one is trained first if the data needs its own.
 
     Args:
+        teacher: A folder or a name on the hub, which is downloaded; empty: the built-in one.
         scratch: Where a teacher trained on the spot is kept.
         cache: The cache to build, for the error: it may have been begun with a teacher.
 
     Raises:
         ConfigError: If no teacher is given and the data set has none of its own.
+        ModelError: If there is no such teacher.
+        TransferError: If it could not be downloaded.
     """
     if teacher:
-        return Path(teacher)
+        return model_folder(teacher, what="teacher", check=_refuse_config).path
     from vlm_distill_cache.stage1_teacher.demo.teacher import (
         builtin_teacher_directory,
         demo_teacher_for,  # training code, needed for built-in data only
@@ -142,33 +153,37 @@ def teacher_directory(*, teacher: str, data: str, scratch: Path, cache: Path | N
         begun = None if cache is None else stored_plan(cache)
         if begun is not None and (Path(cache or "") / MANIFEST).is_file():
             raise ConfigError(
-                f"{cache}: the cache is complete; to compare it with options of stage one, give TEACHER=DIR (--teacher DIR) "
-                "with its teacher's directory too; to use it as it is, leave these options out"
+                f"{cache}: the cache is complete; to compare it with options of stage one, give its TEACHER=... (--teacher) "
+                "too, a folder or a name on the hub; to use it as it is, leave these options out"
             )
         if begun is not None:
+            name, revision = one_line(begun.teacher.get("name", "unknown")), begun.teacher.get("revision")
+            given = f"{name}@{one_line(revision)}" if revision else "FOLDER"
             raise ConfigError(
-                f"{cache}: an unfinished cache of the teacher {one_line(begun.teacher.get('name', 'unknown'))} is there, "
-                "and no teacher is given: TEACHER=DIR (--teacher DIR) with that teacher's directory continues it; "
-                "another CACHE= begins a new one"
+                f"{cache}: an unfinished cache of the teacher {name} is there, and no teacher is given: TEACHER={given} "
+                f"(--teacher {given}) with that teacher continues it; another CACHE= begins a new one"
             )
         shipped = builtin_teacher_directory()
         if shipped.is_relative_to(Path.cwd()):
             shipped = shipped.relative_to(Path.cwd())
         raise ConfigError(
-            f"no teacher given for data {data!r}: set TEACHER=DIR (--teacher DIR) to a "
-            "vision-language checkpoint directory, or use DATA=shapes or DATA=easy-vqa, "
+            f"no teacher given for data {data!r}: set TEACHER=... (--teacher) to a vision-language "
+            "model, a folder or a name on the hub (llava-hf/llava-1.5-7b-hf), or use DATA=shapes or DATA=easy-vqa, "
             f"which have built-in teachers (TEACHER={shipped} is the one that knows shapes)"
         )
     return demo_teacher_for(name, scratch)
 
 
-def build_encoder(teacher: Teacher, *, template: str, max_length: int) -> SampleEncoder:
+def build_encoder(
+    teacher: Teacher, *, template: str, max_length: int, long_samples: LongSamples = "refuse"
+) -> SampleEncoder:
     """Build the function from a sample to the teacher's input.
 
     Args:
         template: Template name, or ``auto``: what the teacher's ``training.json`` names (built-in teachers
             do), else its family's.
         max_length: Longest sequence in tokens; 0: `automatic_length`.
+        long_samples: What becomes of longer ones.
     """
     if template == "auto":
         template = teacher.training.get("template") or teacher.family.template
@@ -179,6 +194,7 @@ def build_encoder(teacher: Teacher, *, template: str, max_length: int) -> Sample
         image_token_id=teacher.image_token_id,
         max_length=max_length or automatic_length(teacher),
         positions=known_positions(teacher.config),
+        long_samples=long_samples,
     )
 
 
@@ -254,6 +270,7 @@ def make_plan(
     signals = {name: codec.to_dict() for name, codec in codecs.items()}
     text = text_config(teacher.config)
     no_projector = missing_projector(teacher)
+    folder = model_folder(teacher.directory, what="teacher")
     return Plan(
         format_version=FORMAT_VERSION,
         store=config.store,
@@ -271,7 +288,7 @@ def make_plan(
         },
         template=template,
         teacher={
-            "name": f"built-in ({trained_on})" if trained_on else teacher.directory.resolve().name,
+            "name": f"built-in ({trained_on})" if trained_on else folder.name,
             "family": str(teacher.config.model_type),
             "dtype": teacher.dtype,
             "layers": teacher.depth,
@@ -286,7 +303,7 @@ def make_plan(
                 quantisation="" if teacher.quantisation == "none" else teacher.quantisation,
                 no_projector=no_projector or "",
             ),
-            **given(license=config.teacher_license),
+            **given(license=config.teacher_license, revision=folder.revision),
         },
         data={
             "name": dataset.name,
@@ -297,6 +314,7 @@ def make_plan(
         geometry=geometry,
         extra={
             "max_length": encoder.max_length,
+            **({} if encoder.long_samples == "refuse" else {LONG_SAMPLES: encoder.long_samples}),
             **({THREADS: config.threads} if config.threads else {}),
             **({"order": dataset.describe()} if isinstance(dataset, GroupedByImage) else {}),
         },

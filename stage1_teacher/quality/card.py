@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_distill_cache.common.cache.counts import SampleCounts
-from vlm_distill_cache.common.cache.plan import BASE, Plan, card_store_line
+from vlm_distill_cache.common.cache.plan import BASE, Plan, card_store_line, cut_words
 from vlm_distill_cache.common.cache.side_files import CARD
 from vlm_distill_cache.common.cache.sidecar import read_sidecar
 from vlm_distill_cache.common.files.atomic import write_bytes_atomic
@@ -55,15 +55,16 @@ def card_text(
     )
     prints = "\n".join(f"| {name} | `{value}` |" for name, value in sorted(plan.fingerprints.items()))
     name = f"{plan.teacher.get('name')} on {plan.data.get('name')}"
+    revision = f"revision `{plan.teacher['revision']}`, " if plan.teacher.get("revision") else ""
     return f"""---
 {_front_matter(plan, name)}---
 # Teacher cache: {name}
 
 What a vision-language teacher says and where it looks while saying it, for training students without it.
 
-- Teacher: {plan.teacher.get("name")} (family `{plan.teacher.get("family")}`, {plan.teacher.get("dtype")})
+- Teacher: {plan.teacher.get("name")} ({revision}family `{plan.teacher.get("family")}`, {plan.teacher.get("dtype")})
 - Data: {plan.data.get("name")}, {plan.sample_count} samples; images and questions are **not** in here
-{counts.card_lines()}{card_store_line(plan)}- Prompt template: `{plan.template.get("name")}`
+{counts.card_lines()}{_cut_line(plan)}{card_store_line(plan)}- Prompt template: `{plan.template.get("name")}`
 {counts.failures.card_section()}
 ## Licence and provenance
 
@@ -104,6 +105,11 @@ Bytes are those of the decoded arrays; on disk they are packed.
 |---|---|
 {prints}
 """
+
+
+def _cut_line(plan: Plan) -> str:
+    cut = cut_words(plan)
+    return f"- Long samples: {cut}\n" if cut else ""
 
 
 def _front_matter(plan: Plan, name: str) -> str:

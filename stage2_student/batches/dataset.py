@@ -9,6 +9,7 @@ Dims: A supervised rows.
 """
 
 import logging
+import math
 import threading
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlm_distill_cache.common.attention.layers import GroupMatch, Groups
+from vlm_distill_cache.common.cache.plan import LONG_SAMPLES
 from vlm_distill_cache.common.cache.reader import TeacherCache
 from vlm_distill_cache.common.cache.schema import BASE_FIELDS, Record
 from vlm_distill_cache.common.codecs.answers import AnswersCodec
@@ -224,6 +226,15 @@ class CachedDataset:
             for place in places.tolist()
         )
 
+    def first_picture(self) -> int | None:
+        """The place of the first sample with a picture; None: there is none."""
+        for shard, places in enumerate(self.shards):
+            if self._cache.manifest.shards[shard].pictures != 0:
+                for place in places.tolist():
+                    if self._cache.read(self.sample_ids[place], ("image_hash",))["image_hash"].any():
+                        return int(place)
+        return None
+
     def student_groups(self, depth: int) -> Groups:
         """The layers of a student that meet the groups of its batches; ``depth``: how many layers it has."""
         return (self._match or match_groups(self._cache.plan, depth)).student
@@ -231,9 +242,7 @@ class CachedDataset:
     def load(self, position: int) -> TrainingSample:
         """Encode and decode one sample."""
         sample_id = self.sample_ids[position]
-        encoded: EncodedSample = self._memory.fetch(
-            (sample_id, "encoded"), lambda: self._encoder(self.sample(position))
-        )
+        encoded: EncodedSample = self._memory.fetch((sample_id, "encoded"), lambda: self._encode(self.sample(position)))
         targets: dict[str, Any] = {}
         if self._terms:
             key = (sample_id, *self._terms, self._match, self._shuffle_teacher_images)
@@ -246,6 +255,10 @@ class CachedDataset:
             self._compared.add(position)
         return TrainingSample(encoded, targets)
 
+    def _encode(self, sample: Sample) -> EncodedSample:
+        """The student's sequence, cut where the teacher's was, if both have the same tokens."""
+        return encode_as_cached(self._encoder, self._cache, sample) if self._compare_labels else self._encoder(sample)
+
     def _beyond_positions(self) -> dict[int, str]:
         """Which samples have more tokens than the student has positions, and the reason of each.
 
@@ -253,18 +266,24 @@ class CachedDataset:
         """
         limit = self._encoder.positions
         longest = int(self._cache.plan.extra.get("max_length", 0))  # of the teacher's, whose tokens these may be
+        visual = self._encoder.image_encoder.token_count
+        if longest and was_cut(
+            self._cache
+        ):  # such a sequence has the greatest length, and may have more visual tokens here
+            geometry = self._cache.plan.geometry
+            longest += max(0, visual - math.prod(geometry.get("grid") or [0]) + bool(geometry.get("drops_first")))
         if limit is None or (self._compare_labels and 0 < longest <= limit):
             return {}
         found: dict[int, str] = {}
-        visual = self._encoder.image_encoder.token_count
         for position in range(len(self.sample_ids)):
             try:
                 sample = self.sample(position)
                 texts = sum(
                     len(f"{turn.question}{turn.answer}".encode(errors="replace")) + AROUND_TURN for turn in sample.turns
                 )
+                texts += len(sample.system.encode(errors="replace"))
                 if texts + AROUND_TURN + len(sample.images) * visual > limit:
-                    self._encoder(sample)
+                    self._encode(sample)
             except TooLongError as error:
                 found[position] = str(error)
             except SampleError:
@@ -305,6 +324,22 @@ class CachedDataset:
         """Load and collate a micro-batch; ``positions`` are places in ``sample_ids``."""
         samples = [self.load(int(position)) for position in positions]
         return collate_samples(samples, self._terms, pad_token_id=self._pad_token_id)
+
+
+def was_cut(cache: TeacherCache) -> bool:
+    """Whether the teacher of a cache read only the beginning of samples that were too long."""
+    return cache.plan.extra.get(LONG_SAMPLES) == "truncate"
+
+
+def encode_as_cached(encoder: SampleEncoder, cache: TeacherCache, sample: Sample) -> EncodedSample:
+    """Encode a sample for a student as far as the teacher of a cache, with the same tokens, read it.
+
+    Raises:
+        SampleError: As the encoder does.
+    """
+    if not was_cut(cache):
+        return encoder(sample)
+    return encoder(sample, rows=len(cache.read(sample.sample_id, ("labels",))["labels"]))
 
 
 def answered_sample(cache: TeacherCache, sample: Sample) -> Sample:

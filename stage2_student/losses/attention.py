@@ -122,7 +122,8 @@ def sink_filtered_cosine_loss(
         Scalar float32, dimensionless: mean over samples with visual tokens.
 
     Source:
-        CompoDistill's released code (arXiv:2510.12184); mean and unbiased std include the causal zeros.
+        CompoDistill's released code (arXiv:2510.12184); mean and unbiased std include the causal zeros. Its window, positions
+        31 to 759, holds 728 visual tokens and one text token behind them, which is left out here.
     """
     _check_equal("sink_filtered_cosine_loss", student, teacher.values)
     columns, wanted = teacher.mean_columns(student.float(), token_mask)  # [B, G, N]

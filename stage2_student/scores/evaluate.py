@@ -232,7 +232,8 @@ def score_questions(
 
     def ask(places: Sequence[int], limit: int) -> None:
         for batch in _batches(places, batch_size, "questions"):
-            prompts = [build_prompt(encoder, questions[place].image, questions[place].question) for place in batch]
+            asked = [questions[place] for place in batch]
+            prompts = [build_prompt(encoder, item.image, item.question, item.system) for item in asked]
             for place, text in zip(batch, _generate(model, encoder, prompts, limit).texts, strict=True):
                 matches[place] = exact_match(text, questions[place].answer)
 

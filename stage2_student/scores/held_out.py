@@ -190,7 +190,7 @@ def _fault(item: Question, encoder: SampleEncoder | None) -> str | None:
     """Why a question cannot be asked; None if it can. Without an encoder only the picture is looked at."""
     try:
         if encoder is not None:
-            build_prompt(encoder, item.image, item.question)
+            build_prompt(encoder, item.image, item.question, item.system)
         elif item.image is not None:
             item.image.load()
     except SampleError as error:

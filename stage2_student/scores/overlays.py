@@ -22,7 +22,7 @@ from vlm_distill_cache.data.sample import Dataset, Sample
 from vlm_distill_cache.data.text.collate import Batch, collate, supervised_rows, visual_keys
 from vlm_distill_cache.data.text.encoding import SampleEncoder
 from vlm_distill_cache.data.text.generation import device_of, pad_token_id
-from vlm_distill_cache.stage2_student.batches.dataset import answered_sample
+from vlm_distill_cache.stage2_student.batches.dataset import answered_sample, encode_as_cached
 from vlm_distill_cache.stage2_student.batches.layers import regroup_rows
 from vlm_distill_cache.stage2_student.scores.evaluate import language_model_of
 from vlm_distill_cache.stage2_student.students.model import model_inputs_of
@@ -70,7 +70,7 @@ def collect_overlays(
             continue
         try:
             sample = answered_sample(cache, dataset[position])
-            encoded = encoder(sample)
+            encoded = encode_as_cached(encoder, cache, sample)
         except SampleError:
             continue
         if not encoded.tiles:

@@ -124,6 +124,8 @@ def _load_strictly(module: nn.Module, path: Path) -> None:
 
 logger = logging.getLogger(__name__)
 
+# The towers of the published students, on the hub.
+_TOWERS = {"clip": "openai/clip-vit-large-patch14-336", "siglip": "google/siglip-so400m-patch14-384"}
 # By the kind of vision tower in a preset: configuration, model, and the language model's configuration.
 _FAMILIES: dict[str, tuple[Any, Any, Any]] = {
     "clip_vision_model": (MobileVLMConfig, MobileVLMForConditionalGeneration, LlamaConfig),
@@ -188,9 +190,8 @@ def build_student(
         kind = preset["vision_tower"]["model_type"].partition("_")[0]
         raise ConfigError(
             f"student {name}-{size}: {cache_dir} holds no {kind} vision tower, and a random one of this size is of no "
-            f"use; download the {kind} tower named in stage2_student/presets/{name}-{size}.yaml and give its directory "
-            "(--set vision_tower=DIR; the teacher's own directory will do, if that is its tower), or give a directory of "
-            "weights as the student"
+            f"use; give a tower by its name on the hub (SET=vision_tower={_TOWERS[kind]}) or as a folder (the teacher's will "
+            "do, if that is its tower), or give weights as the student (STUDENT=mtgv/MobileVLM_V2-1.7B, for one, or a folder)"
         )
     config = build_config(
         preset,
@@ -217,10 +218,11 @@ def build_student(
     if own_tower and vision_tower is None:
         logger.warning(
             "student %s-%s: %s holds no vision tower of its kind, so it uses a small, randomly initialised one, for "
-            "trials only; give a tower (--set vision_tower=DIR) for a real run",
+            "trials only; give a tower (--set vision_tower=%s, or a folder) for a real run",
             name,
             size,
             cache_dir,
+            _TOWERS[preset["vision_tower"]["model_type"].partition("_")[0]],
         )
     student.trainable_parameters("dft")
     return student

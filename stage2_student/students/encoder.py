@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vlm_distill_cache.common.cache.plan import Plan
+from vlm_distill_cache.common.cache.plan import LONG_SAMPLES, Plan
 from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, ModelError
 from vlm_distill_cache.data.images.encoder import AnyImageEncoder, ImageEncoder
 from vlm_distill_cache.data.images.layouts import image_encoder_from_dict
@@ -108,6 +108,7 @@ def encoder_of_cache(plan: Plan, folder: Path, *, max_length: int | None) -> Sam
         template=PromptTemplate.from_dict(plan.template),
         image_token_id=int(plan.teacher["image_token_id"]),
         max_length=max_length or longest_sequence(plan),
+        long_samples="truncate" if plan.extra.get(LONG_SAMPLES) == "truncate" else "refuse",
     )
 
 

@@ -119,7 +119,8 @@ def _library_parts(config: TrainConfig, folder: Path) -> StudentParts:
     if config.projector is not None or config.pool_teacher_tokens:
         raise ConfigError(
             f"projector={config.projector}, pool_teacher_tokens={config.pool_teacher_tokens}: student {folder} "
-            "is a model of the library with a projector of its own; leave both unset, or use student=mobilevlm"
+            "is a model of the library with a projector of its own; leave both unset (projector=null with a recipe), or use "
+            "student=mobilevlm"
         )
     opened = open_library_student(folder)
     model = opened.model
@@ -172,7 +173,7 @@ def _mobilevlm_images(
         return cached_processor, encoder
     processor = load_image_processor(folder)
     if (folder / PROVENANCE).exists():
-        described = read_json(folder / PROVENANCE)["encoder"]
+        described = read_json((folder / PROVENANCE).resolve())["encoder"]
         encoder = build_encoder(described, tokenizer, processor, grid=model.image_grid).image_encoder
         return processor, encoder
     same = _as_the_cache(cache, processor, model.image_grid)
@@ -198,7 +199,7 @@ def _trained_template(folder: Path) -> PromptTemplate | None:
     """The template that a student of ours was trained with."""
     if not (folder / PROVENANCE).exists():
         return None
-    return PromptTemplate.from_dict(read_json(folder / PROVENANCE)["encoder"]["template"])
+    return PromptTemplate.from_dict(read_json((folder / PROVENANCE).resolve())["encoder"]["template"])
 
 
 def _default_template(model: LibraryStudent, tokenizer: Any) -> PromptTemplate | None:

@@ -66,8 +66,8 @@ def student_folder(student: str, weights: str | None) -> Path | None:
     if name in LIBRARY_STUDENTS and weights is None:
         preset = _read_preset(name)
         raise ConfigError(
-            f"student {name} is {preset['model_class']} of the model library and needs weights: download "
-            f"{preset['download']} and give its directory (--set student_weights=DIR, or STUDENT=DIR)"
+            f"student {name} is {preset['model_class']} of the model library and needs weights: give their name on the hub "
+            f"(SET=student_weights={preset['download']}, or STUDENT={preset['download']}), or a folder instead"
         )
     if name in LIBRARY_STUDENTS or name in STUDENTS:
         if weights is not None:
@@ -81,7 +81,10 @@ def student_folder(student: str, weights: str | None) -> Path | None:
             f"student_weights={weights}: goes with a student's name ({describe_students()}), not with student={student}"
         )
     if not Path(student).is_dir():
-        raise ConfigError(f"student: {student!r} is neither a known student ({describe_students()}) nor a directory")
+        raise ConfigError(
+            f"student: {student!r} is neither a known student ({describe_students()}) nor a directory, nor a "
+            "name on the hub (org/name[@revision], such as mtgv/MobileVLM_V2-1.7B)"
+        )
     return Path(student)
 
 
@@ -91,20 +94,26 @@ def _check_weights(student: str, folder: Path, presets: list[dict[str, Any]]) ->
         stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"student_weights={folder}: no readable config.json ({error}); give the directory of {student}'s weights"
+            f"student_weights={folder}: no readable config.json ({error}); give {_weights(presets[-1])}"
         ) from error
     kinds = sorted({kind for preset in presets for kind in preset["model_types"]})
     if stored.get("model_type") not in kinds:
         raise ConfigError(
             f"student_weights={folder}: model_type is {stored.get('model_type')!r}, {student} is {' or '.join(kinds)}; "
-            f"give the directory of {presets[-1]['download']}, or STUDENT={folder}"
+            f"give {_weights(presets[-1])}, or STUDENT={folder}"
         )
     differences = [_differences(stored, preset) for preset in presets]
     if all(differences):
         raise ConfigError(
-            f"student_weights={folder}: is no {student}: {'; '.join(differences[-1])}; give the directory of "
-            f"{presets[-1]['download']}, or STUDENT={folder}"
+            f"student_weights={folder}: is no {student}: {'; '.join(differences[-1])}; give "
+            f"{_weights(presets[-1])}, or STUDENT={folder}"
         )
+
+
+def _weights(preset: Mapping[str, Any]) -> str:
+    """What to give as weights: a name on the hub where they are published there, or a folder."""
+    published = str(preset["download"])
+    return f"SET=student_weights={published} or a folder of it" if "/" in published else f"a folder of {published}"
 
 
 def _differences(stored: Mapping[str, Any], preset: Mapping[str, Any]) -> list[str]:

@@ -278,6 +278,11 @@ def probe_samples(dataset: CachedDataset) -> None:
                     f"sample {dataset.sample_ids[position]!r} is in the cache but too long for this run: {error}. The "
                     "teacher read it with a larger max_length: leave max_length unset, or raise it"
                 ) from error
+            if "system prompt" in str(error):
+                raise CacheMismatchError(
+                    f"{error}. The teacher's template wrote it and the student's cannot: choose one that can (--set "
+                    "template=...), or a student with the teacher's tokenizer, which takes the cache's template"
+                ) from error
             raise CacheMismatchError(
                 f"sample {dataset.sample_ids[position]!r} was readable when the cache was built and is not now: "
                 f"{error}. Restore the file, check --images, or build the cache again"

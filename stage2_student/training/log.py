@@ -17,7 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 from vlm_distill_cache.common.files.atomic import write_bytes_atomic
 
 LOG = "log.jsonl"
-NOT_LOSSES = ("step", "phase", "lr", "step_s", "samples_per_s", "data_wait")
+NOT_LOSSES = ("step", "phase", "lr", "projector_lr", "tower_lr", "step_s", "samples_per_s", "data_wait")
 
 
 def read_log(output: Path) -> list[dict[str, Any]]:

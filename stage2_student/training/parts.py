@@ -6,7 +6,7 @@ Every phase of adapters begins with new ones and ends by merging them, as the re
 its phases; the merged ones stay in the checkpoint, and are merged again, in order, when the run resumes.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -16,6 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from vlm_distill_cache.common.attention.capture import checkpoint_recorded
 from vlm_distill_cache.common.errors import ConfigError, ModelError
 from vlm_distill_cache.common.files.hashing import checksum, fingerprint
+from vlm_distill_cache.stage2_student.config import RATES, RateName
 
 ADAPTER = "default"
 _MARK = ".lora_"
@@ -33,12 +34,16 @@ def decoder_layers(student: Any) -> nn.ModuleList:
     return layers
 
 
-def checkpoint_layers(student: Any) -> None:
+def checkpoint_layers(student: Any, *, tower: bool = False) -> None:
     """Let the decoder layers forget their activations in training and compute them again in the backward pass.
 
-    Recorded attention is forgotten and computed again with them. The vision tower keeps none anyway.
+    Recorded attention is forgotten and computed again with them. So do the layers of the vision tower if the ``tower`` is
+    trained; else it keeps none anyway.
     """
-    for layer in decoder_layers(student):
+    layers = list(decoder_layers(student))
+    if tower:
+        layers += [m for m in student.modules() if isinstance(m, GradientCheckpointingLayer) and m not in layers]
+    for layer in layers:
         if not isinstance(layer, GradientCheckpointingLayer):
             raise ModelError(
                 f"{type(layer).__name__} is no layer that the model library can checkpoint; set gradient_checkpointing "
@@ -119,7 +124,7 @@ def load_adapters(student: Any, values: Mapping[str, Tensor]) -> None:
         own[name].copy_(value)
 
 
-Trainable = Literal["projector", "all", "lora"]
+Trainable = Literal["projector", "all", "lora", "tower"]
 Part = Literal["projector", "embeddings", "lm_head"]
 
 
@@ -134,19 +139,38 @@ class TrainedParts:
         # Taken before anything is trained: what a resumed run must find again.
         self._hashes = {name: hash_tensor(value) for name, value in student.named_parameters()}
 
-    def begin(self, *, trainable: Trainable, freeze: Sequence[Part] = (), seed: int = 0) -> list[nn.Parameter]:
-        """Mark what a phase trains, freeze the rest, and return what is trained.
+    def begin(
+        self,
+        *,
+        trainable: Trainable,
+        freeze: Sequence[Part] = (),
+        seed: int = 0,
+        tower: Collection[str] = (),
+        apart: Collection[RateName] = RATES[:1],
+    ) -> dict[RateName, list[nn.Parameter]]:
+        """Mark what a phase trains, and freeze the rest.
 
-        ``trainable`` is the projector side, all but the vision tower, or the projector side and new adapters (whose
-        ``seed`` it is); ``freeze`` is left out of it.
+        Args:
+            trainable: The projector side, all but the vision tower, the projector side and new adapters (whose ``seed`` it
+                is), or all and the parameters of the vision tower that are named by ``tower``.
+            freeze: Left out of it.
+            apart: The learning rates that there are.
+
+        Returns:
+            What is trained, by the name of its learning rate.
         """
         student = self._student
         # Of a family that is not in the table the projector's place is unknown, and only the whole can be trained.
-        projector = student.trainable_parameters("dpt") if trainable != "all" or "projector" in freeze else []
-        if trainable == "all":
+        wanted = trainable in ("projector", "lora") or "projector" in freeze or "projector_lr" in apart
+        projector = student.trainable_parameters("dpt") if wanted else []
+        if trainable in ("all", "tower"):
             student.trainable_parameters("dft")
         elif trainable == "lora":
             self._add_adapters(seed)
+        tower = set(tower)
+        if trainable == "tower":
+            for name, parameter in student.named_parameters():
+                parameter.requires_grad_(parameter.requires_grad or name in tower)
         parts = {
             "projector": lambda: projector,
             "embeddings": lambda: student.get_input_embeddings().parameters(),
@@ -161,7 +185,13 @@ class TrainedParts:
                 f"trainable: {trainable} without {', '.join(freeze)} leaves nothing to train; shorten `freeze`"
             )
         self._changed |= {plain_name(name) for name in trained if _MARK not in name}
-        return list(trained.values())
+        # A projector inside the tower is the projector.
+        rates = dict.fromkeys(map(id, trained.values()), "lr")
+        if "tower_lr" in apart:
+            rates |= {id(value): "tower_lr" for name, value in trained.items() if name in tower}
+        if "projector_lr" in apart:
+            rates |= {id(value): "projector_lr" for value in projector}
+        return {rate: [value for value in trained.values() if rates[id(value)] == rate] for rate in apart}
 
     def finish(self) -> None:
         """End a phase: merge its adapters, if it had any, into the layers they belong to."""

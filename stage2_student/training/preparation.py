@@ -26,6 +26,7 @@ from vlm_distill_cache.stage2_student.batches.dataset import (
     SampleMemory,
     merged_fingerprints,
     splits_and_limits,
+    was_cut,
 )
 from vlm_distill_cache.stage2_student.batches.layers import match_groups
 from vlm_distill_cache.stage2_student.batches.sampler import ShardShuffle
@@ -36,6 +37,7 @@ from vlm_distill_cache.stage2_student.resolve import open_caches
 from vlm_distill_cache.stage2_student.students.encoder import describe_encoder, longest_sequence
 from vlm_distill_cache.stage2_student.students.model import StudentModel, vocabulary_rows
 from vlm_distill_cache.stage2_student.students.parts import StudentParts, open_parts
+from vlm_distill_cache.stage2_student.students.tower import check_tower_is_free, tower_parameters
 from vlm_distill_cache.stage2_student.training.checks import (
     check_data,
     check_geometry,
@@ -61,6 +63,7 @@ class PreparedPhase:
     """One phase, ready to run.
 
     Attributes:
+        tower: Names of the vision tower's parameters that are trained; none unless ``trainable`` is ``tower``.
         expect: Told which shards are read soon; None for a cache that is here.
     """
 
@@ -70,6 +73,7 @@ class PreparedPhase:
     dataset: CachedDataset
     shuffle: ShardShuffle
     objective: Objective
+    tower: tuple[str, ...] = ()
     expect: Callable[[Iterable[int]], None] | None = None
 
 
@@ -206,6 +210,38 @@ def count_beyond_vocabulary(phases: Iterable[PreparedPhase]) -> dict[str, int]:
     }
 
 
+def _trained_tower(parts: StudentParts, dataset: CachedDataset, phase: str) -> tuple[str, ...]:
+    """What of the vision tower a phase trains.
+
+    Raises:
+        ConfigError: If the tower must stay as it is, or no sample has a picture.
+    """
+    check_tower_is_free(parts.model, phase=phase, where=parts.where)
+    place = dataset.first_picture()
+    if place is None:
+        raise ConfigError(
+            f"phase {phase}: trainable=tower, but no sample that is trained on has a picture: nothing would reach the tower; "
+            f"set {phase}.trainable=all"
+        )
+    return tower_parameters(parts.model, dataset.batch((place,)).inputs)
+
+
+def _reading(
+    encoder: SampleEncoder, template: PromptTemplate, cache: TeacherCache, *, compares: bool, limited: bool
+) -> SampleEncoder:
+    """A student's encoder for the samples of one cache.
+
+    Args:
+        compares: Whether it reads the teacher's own tokens, so that it is cut where the teacher was.
+        limited: Whether the run itself says how long a sequence may be.
+    """
+    if not was_cut(cache):
+        return replace(encoder, template=template)
+    # The teacher's text to its limit, and the student's own number of visual tokens.
+    more = encoder.image_encoder.token_count if compares and not limited else 0
+    return replace(encoder, template=template, long_samples="truncate", max_length=encoder.max_length + more)
+
+
 def _prepare_phases(
     config: TrainConfig, caches: Mapping[str, TeacherCache], encoder: SampleEncoder, parts: StudentParts
 ) -> tuple[PreparedPhase, ...]:
@@ -237,9 +273,12 @@ def _prepare_phases(
         # Phases of the same data share what is kept in memory; those with the same signals, their join.
         join = (*source, tuple(terms), match)
         if join not in joined:
+            compares = same_tokenizer(cache, parts.tokenizer) and template == PromptTemplate.from_dict(
+                cache.plan.template
+            )
             joined[join] = CachedDataset(
                 opened[source],
-                replace(encoder, template=template),
+                _reading(encoder, template, cache, compares=compares, limited=config.max_length is not None),
                 cache,
                 terms=terms,
                 pad_token_id=encoder.tokenizer.pad_token_id or 0,
@@ -247,8 +286,7 @@ def _prepare_phases(
                 memory=memories.setdefault(source, SampleMemory(round(config.memory_gib * 2**30))),
                 shuffle_teacher_images=config.shuffle_teacher_images,
                 match=match,
-                compare_labels=same_tokenizer(cache, parts.tokenizer)
-                and template == PromptTemplate.from_dict(cache.plan.template),
+                compare_labels=compares,
                 vocabulary=vocabulary_rows(parts.model),
             )
             probe_samples(joined[join])
@@ -265,6 +303,7 @@ def _prepare_phases(
             )
         fits = {name: term.fit(cache.plan, losses, parts, where) for name, term in terms.items()}
         steps = phase.step_count(len(dataset))
+        tower = _trained_tower(parts, dataset, name) if steps and phase.trainable == "tower" else ()
         if steps == 0:
             _log.info("phase %s has no steps and is left out", name)
         phases.append(
@@ -274,6 +313,7 @@ def _prepare_phases(
                 steps=steps,
                 dataset=dataset,
                 shuffle=ShardShuffle(shards=dataset.shards, seed=config.seed, window=config.shuffle_window),
+                tower=tower,
                 objective=Objective(losses=losses, groups=() if match is None else match.student, fits=fits),
                 expect=find_mirror(str(phase.cache)).expect if is_url(str(phase.cache)) else None,
             )

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
@@ -17,7 +17,7 @@ from vlm_distill_cache.common.terminal.progress import progress
 from vlm_distill_cache.stage2_student.batches.batch import TrainingBatch
 from vlm_distill_cache.stage2_student.batches.prefetch import Prefetcher
 from vlm_distill_cache.stage2_student.batches.sampler import micro_batch_count, split_step
-from vlm_distill_cache.stage2_student.config import Schedule
+from vlm_distill_cache.stage2_student.config import RateName, Schedule
 from vlm_distill_cache.stage2_student.losses.objective import Losses, units_of
 from vlm_distill_cache.stage2_student.training.preparation import PreparedPhase
 
@@ -47,25 +47,36 @@ def learning_rate(step: int, *, steps: int, peak: float, warmup: float, schedule
     return peak * 0.5 * (1.0 + math.cos(math.pi * done))
 
 
-def set_learning_rate(optimizer: Optimizer, value: float) -> None:
-    """Give every parameter group the same learning rate."""
+def set_learning_rates(optimizer: Optimizer, rates: Mapping[RateName, float]) -> None:
+    """Give every parameter group its learning rate: that of the name under ``rate`` in the group, else ``lr``."""
     for group in optimizer.param_groups:
-        group["lr"] = value
+        group["lr"] = rates[group.get("rate", "lr")]
 
 
-def build_optimizer(parameters: list[nn.Parameter], *, peak: float, weight_decay: float) -> AdamW:
+def build_optimizer(
+    parameters: Mapping[RateName, list[nn.Parameter]], peaks: Mapping[RateName, float], *, weight_decay: float
+) -> AdamW:
     """AdamW with one fused update; biases and norms are not decayed.
 
-    ``peak`` is the learning rate before the schedule; ``weight_decay`` is per step and unit of learning rate.
+    Args:
+        parameters: By the name of their learning rate.
+        peaks: Learning rates before the schedule.
+        weight_decay: Per step and unit of learning rate.
 
     Source:
         LLaVA-1.5 and CompoDistill: AdamW, betas (0.9, 0.999), weight decay 0.
     """
-    matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
-    vectors = [parameter for parameter in parameters if parameter.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    groups: list[dict[str, Any]] = []
+    for rate, members in parameters.items():
+        own = {} if rate == "lr" else {"lr": peaks[rate], "rate": rate}
+        matrices = [parameter for parameter in members if parameter.ndim >= 2]
+        vectors = [parameter for parameter in members if parameter.ndim < 2]
+        groups += [
+            {"params": matrices, "weight_decay": weight_decay, **own},
+            {"params": vectors, "weight_decay": 0.0, **own},
+        ]
     # A phase may train matrices only; AdamW accepts an empty group but a frozen state dict would then differ.
-    return AdamW([group for group in groups if group["params"]], lr=peak, betas=(0.9, 0.999), fused=True)
+    return AdamW([group for group in groups if group["params"]], lr=peaks["lr"], betas=(0.9, 0.999), fused=True)
 
 
 def load_steps(
@@ -165,7 +176,10 @@ def sum_terms(terms: list[Losses]) -> dict[str, Tensor]:
     return {name: torch.stack([values[name].detach() for values in named]).sum() for name in named[0]}
 
 
-def scheduled_rate(phase: PreparedPhase, step: int) -> float:
-    """The learning rate of a step of a phase."""
+def scheduled_rates(phase: PreparedPhase, step: int) -> dict[RateName, float]:
+    """The learning rates of a step of a phase, by name: ``lr`` and those of parts that have their own."""
     config = phase.config
-    return learning_rate(step, steps=phase.steps, peak=config.lr, warmup=config.warmup, schedule=config.schedule)
+    return {
+        name: learning_rate(step, steps=phase.steps, peak=peak, warmup=config.warmup, schedule=config.schedule)
+        for name, peak in config.rates.items()
+    }

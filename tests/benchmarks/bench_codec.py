@@ -3,7 +3,8 @@
 Ours and the peers' formats see the same rows, so that size and gradient error compare. Our targets stand beside
 the measured values; what is not met is printed as such, with the reason where it is known. The result is stored
 beside this file with the machine and the versions. About 8 minutes on two cores. A part can be run alone:
-``python -m tests.benchmarks.bench_codec --only logits`` (or ``attention``).
+``python -m tests.benchmarks.bench_codec --only logits`` (or ``attention``, or ``peers``: the other projects' formats anew,
+beside the stored figures of ours).
 """
 
 import argparse
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 
 from tests.benchmarks.bench_codec_formats import PEERS
-from tests.benchmarks.bench_codec_logits import measure_rows
+from tests.benchmarks.bench_codec_logits import PRESETS, measure_rows
 from tests.benchmarks.bench_codec_teachers import SmolLM, TeacherRows, synthetic_rows
 
 STORED = Path(__file__).parent / "results" / "bench_codec.json"
@@ -34,7 +35,8 @@ COLUMNS = {
     "kept_tokens": "tokens", "bytes": "B/row zarr", "bytes_webdataset": "B/row tar", "kept_mass": "kept mass",
     "kl": "KL, nats", "gradient_error": "grad. error T=1", "rounding_error": "of it rounding",
     "gradient_error_t2": "T=2", "gradient_error_flatter": "flatter student, T=1", "gradient_error_flatter_t2": "T=2",
-    "rows_at_cap": "at the cap", "encode_rows_per_s": "encode rows/s", "decode_rows_per_s": "decode rows/s",
+    "kept_error": "kept, nats off", "nan_rows": "rows NaN", "rows_at_cap": "at the cap",
+    "encode_rows_per_s": "encode rows/s", "decode_rows_per_s": "decode rows/s",
 }  # fmt: skip
 # targets: bytes a row and gradient error, on synthetic teachers
 LIMITS = {"lean": (25, 0.006), "default": (45, 0.005), "wide": (60, 0.005)}
@@ -144,6 +146,18 @@ def logit_figures() -> dict[str, dict[str, Any]]:
     return figures
 
 
+def peer_figures(stored: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The stored figures of all teachers with those of the peers' formats measured anew; ours stay."""
+    figures: dict[str, dict[str, Any]] = {}
+    for teacher in teachers():
+        before, found = stored[teacher.name], measure_rows(teacher, ())
+        ours = {name: before[name] for name in PRESETS}
+        figures[teacher.name] = ours | found
+        show(teacher.name, figures[teacher.name])
+        sys.stdout.flush()
+    return figures
+
+
 def judge(figures: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Print and return the comparison with our targets and with the peers."""
     print("\n| target | measured | limit | |\n|---|---|---|---|")
@@ -158,18 +172,19 @@ def judge(figures: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return {"ratios": compared, "limits": limits}
 
 
-def store(started: float, changes: dict[str, Any]) -> None:
-    """Write the result, keeping what an earlier run of the other part left."""
+def store(started: float, changes: dict[str, Any], *, of_ours: bool = True) -> None:
+    """Write the result, keeping what an earlier run of another part left; machine and versions are those of our figures."""
     body = json.loads(STORED.read_text()) if STORED.is_file() else {}
     figures = body.get("figures", {}) | changes.pop("figures", {})
+    machine = {
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "seconds": time.monotonic() - started,
+    }
+    versions = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
     body |= {
-        "machine": {
-            "processor": platform.processor() or platform.machine(),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "seconds": time.monotonic() - started,
-        },
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        **({"machine": machine, "versions": versions} if of_ours else {}),
         "sources": {peer.name: peer.source for peer in PEERS},
         "figures": figures,
         **changes,
@@ -178,12 +193,15 @@ def store(started: float, changes: dict[str, Any]) -> None:
 
 
 def main(parts: list[str]) -> None:
-    """Measure, print and store: all, or only the parts named: `logits`, `attention`."""
+    """Measure, print and store: all, or only the parts named: `logits`, `attention`, `peers`."""
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
     started = time.monotonic()
     if not parts or "logits" in parts:
         figures = logit_figures()
         store(started, {"figures": {"logits": figures}, **judge(figures)})
+    elif "peers" in parts:
+        figures = peer_figures(json.loads(STORED.read_text())["figures"]["logits"])
+        store(started, {"figures": {"logits": figures}, **judge(figures)}, of_ours=False)
     if (not parts or "attention" in parts) and (attention := attention_figures()):
         print("\n" + json.dumps(_rounded(attention), indent=1))
         store(started, {"figures": {"attention": attention}})
@@ -191,5 +209,7 @@ def main(parts: list[str]) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", action="append", choices=["logits", "attention"], help="A part; again for more.")
+    parser.add_argument(
+        "--only", action="append", choices=["logits", "attention", "peers"], help="A part; again for more."
+    )
     main(parser.parse_args().only or [])

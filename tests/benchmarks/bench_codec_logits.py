@@ -53,6 +53,8 @@ class Sums:
     rounding: Counter[Case] = field(default_factory=Counter)
     kl: float = 0.0
     kept_mass: float = 0.0
+    kept_error: float = 0.0
+    nan_rows: Counter[Case] = field(default_factory=Counter)
     parts: list[SparseLogits] = field(default_factory=list)
 
     def gradient_errors(self, temperatures: tuple[float, ...] = TEMPERATURES) -> dict[str, float]:
@@ -73,7 +75,9 @@ def measure_rows(teacher: TeacherRows, presets: tuple[str, ...] = PRESETS) -> di
 
     Returns:
         Figures by preset or format. Bytes are stored bytes a row; `kl` is in nats a row, `kept_mass` and
-        `rows_at_cap` are shares, gradient errors relative L2. None where a format has no such figure.
+        `rows_at_cap` are shares, gradient errors relative L2. Of peers also `kept_error`, by how many nats the kept
+        log-probabilities err on average, and `nan_rows`, the share of rows whose loss is NaN; gradient errors are over rows
+        whose gradient is finite. None where a format has no such figure.
     """
     codecs = {name: LogitCodec.from_preset(name) for name in presets}
     ours = {name: Sums() for name in presets}
@@ -93,6 +97,9 @@ def measure_rows(teacher: TeacherRows, presets: tuple[str, ...] = PRESETS) -> di
             theirs[peer.name].rows += len(labels)
             if peer.packed is not None:
                 packed[peer.name] += len(peer.packed(plain))
+            if peer.decode is not None:
+                values, ids = peer.decode(plain)
+                theirs[peer.name].kept_error += float((values - plain.gather(1, ids)).abs().mean(1).sum())
         for case in product(STUDENTS, TEMPERATURES):
             share, deviation = STUDENTS[case[0]]
             dense = (logits / case[1]).log_softmax(1)  # [A, V], nats
@@ -101,6 +108,8 @@ def measure_rows(teacher: TeacherRows, presets: tuple[str, ...] = PRESETS) -> di
             if case[1] == 1.0:
                 for peer in PEERS:
                     _add_error(theirs[peer.name], case, peer.gradient(dense, student), exact)
+                    if peer.decode is not None and peer.is_nan is not None:
+                        theirs[peer.name].nan_rows[case] += int(peer.is_nan(*peer.decode(dense), student).sum())
             for name, codec in codecs.items():
                 _add_preset(ours[name], codec, case, dense, student, exact)
     figures = {name: _preset_figures(teacher, codecs[name], sums) for name, sums in ours.items()}
@@ -117,8 +126,9 @@ def measure_rows(teacher: TeacherRows, presets: tuple[str, ...] = PRESETS) -> di
 
 
 def _add_error(sums: Sums, case: Case, gradient: Tensor, exact: Tensor) -> None:
-    sums.exact[case] += float(exact.square().sum())
-    sums.error[case] += float((gradient - exact).square().sum())
+    finite = gradient.isfinite().all(1)  # NaN on a row says nothing of the others
+    sums.exact[case] += float(exact[finite].square().sum())
+    sums.error[case] += float((gradient - exact)[finite].square().sum())
 
 
 def _add_preset(sums: Sums, codec: LogitCodec, case: Case, dense: Tensor, student: Tensor, exact: Tensor) -> None:
@@ -160,7 +170,14 @@ def _peer_figures(teacher: TeacherRows, peer: PeerFormat, sums: Sums, packed: in
             "gradient_error": None,
             "gradient_error_flatter": None,
         }  # it cannot hold this vocabulary
-    return {"bytes": packed / sums.rows if packed else size, **sums.gradient_errors((1.0,))}
+    figures = {"bytes": packed / sums.rows if packed else size, **sums.gradient_errors((1.0,))}
+    if peer.decode is not None:
+        figures["kept_error"] = sums.kept_error / sums.rows
+    if peer.is_nan is not None:
+        figures |= {
+            _figure("nan_rows", (student, 1.0)): sums.nan_rows[student, 1.0] / sums.rows for student in STUDENTS
+        }
+    return figures
 
 
 def stored_bytes(teacher: TeacherRows, codec: LogitCodec, sparse: SparseLogits) -> dict[str, float]:

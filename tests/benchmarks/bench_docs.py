@@ -16,8 +16,10 @@ CODEC_DISTRIBUTIONS = (
     "SmolLM2-135M, prose",
 )
 CODEC_FORMATS = {  # of the stored results, as the page calls them
-    **{name: f"`{name}`" for name in ("lean", "default", "wide", "full")},
-    "DistillKit recommended, uniform tail": "DistillKit, uniform tail",
+    **{name: f"`{name}`" for name in ("lean", "default", "wide", "full", "fixed:128")},
+    "DistillKit recommended, symmetric_uniform": "DistillKit, `symmetric_uniform`",
+    "DistillKit recommended with normalize_t, symmetric_uniform": "the same with `normalize_t`",
+    "DistillKit recommended with normalize_t, zero": "DistillKit with `normalize_t`, `zero`",
     "Megatron-style top 32, ghost token": "Megatron-style top 32",
     "float16 + int32 top 64, renormalised": "float16 + int32 top 64, renormalised",
 }

@@ -13,6 +13,7 @@ from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
+import pytest
 from servers import Answer, Fault, FaultyServer
 
 TOKEN = "hf_for_tests"
@@ -123,3 +124,102 @@ class HubServer(FaultyServer):
         oid = f"{len(self.commits):040x}"
         organisation, name, _ = folder.parts[-3:]
         return {"commitOid": oid, "commitUrl": f"{self.url}/datasets/{organisation}/{name}/commit/{oid}"}
+
+
+class ModelHub(FaultyServer):
+    """A hub that serves models: repositories of commits, with branches and tags, gated ones for a token alone.
+
+    Files of `LARGE` bytes or more are named by their sha256, as those that travel outside of git.
+
+    Attributes:
+        gated: Repositories whose files are given to a known token only; what is in them everybody may know.
+        private: Repositories that do not exist for those without a token.
+    """
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.gated: set[str] = set()
+        self.private: set[str] = set()
+        self._commits: dict[str, dict[str, dict[str, bytes]]] = {}
+        self._refs: dict[str, dict[str, str]] = {}
+
+    def publish(self, name: str, source: Path | dict[str, bytes], *, ref: str = "main") -> str:
+        """Commit all files of a folder, move a branch or tag there, and return the commit."""
+        files = source if isinstance(source, dict) else _files_of(source)
+        digest = hashlib.sha1(usedforsecurity=False)
+        for path, data in sorted(files.items()):
+            digest.update(f"{path} {_git_oid(data)}\n".encode())
+        commit = digest.hexdigest()
+        self._commits.setdefault(name, {})[commit] = files
+        self._refs.setdefault(name, {})[ref] = commit
+        return commit
+
+    def answer(self, handler: BaseHTTPRequestHandler, fault: Fault) -> Answer:
+        parts = [unquote(part) for part in urlsplit(handler.path).path.split("/") if part]
+        of_interface = parts[:2] == ["api", "models"]
+        name, rest = ("/".join(parts[2:4]), parts[4:]) if of_interface else ("/".join(parts[:2]), parts[2:])
+        known = handler.headers.get("Authorization") == f"Bearer {TOKEN}"
+        if name not in self._commits or (name in self.private and not known):
+            # As the hub: who is not logged in learns no more than that.
+            return (404, {"X-Error-Code": "RepoNotFound"}, b"{}") if known else _NO_ACCESS
+        commit = self._commit_of(name, rest[1]) if len(rest) > 1 else self._refs[name]["main"]
+        if commit is None:
+            return 404, {"X-Error-Code": "RevisionNotFound", "X-Error-Message": "Invalid rev id"}, b"{}"
+        files = self._commits[name][commit]
+        if of_interface:
+            found = self._tree(files) if rest[:1] == ["tree"] else self._info(name, commit)
+            return 200, {"Content-Type": "application/json"}, json.dumps(found).encode()
+        path = "/".join(rest[2:])
+        head = {"X-Repo-Commit": commit}
+        if path not in files:
+            return 404, head | {"X-Error-Code": "EntryNotFound"}, b"{}"
+        if name in self.gated and not known:
+            return (
+                401,
+                head | {"X-Error-Code": "GatedRepo", "X-Error-Message": f"Access to {name} is restricted."},
+                b"{}",
+            )
+        data = files[path]
+        head |= {"ETag": f'"{_oid(data)}"', "X-Linked-Size": str(len(data)), "Accept-Ranges": "bytes"}
+        wanted = handler.headers.get("Range")
+        if wanted is None or handler.command == "HEAD":
+            return 200, head, data
+        start = int(wanted.removeprefix("bytes=").partition("-")[0])
+        return 206, head | {"Content-Range": f"bytes {start}-{len(data) - 1}/{len(data)}"}, data[start:]
+
+    def _commit_of(self, name: str, revision: str) -> str | None:
+        return self._refs[name].get(revision) or (revision if revision in self._commits[name] else None)
+
+    def _info(self, name: str, commit: str) -> dict[str, object]:
+        siblings = [{"rfilename": path} for path in self._commits[name][commit]]
+        return {"id": name, "modelId": name, "sha": commit, "private": name in self.private, "gated": name in self.gated,
+                "siblings": siblings, "tags": [], "downloads": 0, "likes": 0}  # fmt: skip
+
+    def _tree(self, files: dict[str, bytes]) -> list[dict[str, object]]:
+        return [
+            {"type": "file", "path": path, "size": len(data), "oid": _git_oid(data)}
+            | ({"lfs": {"oid": _oid(data), "size": len(data), "pointerSize": 134}} if len(data) >= LARGE else {})
+            for path, data in files.items()
+        ]
+
+
+def use_models(monkeypatch: pytest.MonkeyPatch, url: str, cache: Path) -> None:
+    """Let the client library of this process talk to a hub, and keep its cache in a folder."""
+    for name, value in {
+        "ENDPOINT": url, "HUGGINGFACE_CO_URL_TEMPLATE": url + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_OFFLINE": False, "HF_HUB_CACHE": str(cache),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+
+
+def _files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def _git_oid(data: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
+
+
+def _oid(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest() if len(data) >= LARGE else _git_oid(data)

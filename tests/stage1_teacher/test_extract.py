@@ -185,7 +185,7 @@ def test_text_only_samples_have_logits_and_no_attention(tmp_path: Path, build_ca
 
 def test_data_without_a_teacher_names_the_choices(tmp_path: Path, build_cache):
     path = write_llava_json(tmp_path / "data", 2)
-    with pytest.raises(ConfigError, match=r"TEACHER=DIR.*DATA=shapes or DATA=easy-vqa"):
+    with pytest.raises(ConfigError, match=r"TEACHER=.*llava-hf/llava-1.5-7b-hf.*DATA=shapes or DATA=easy-vqa"):
         build_cache(tmp_path / "cache", data=str(path), teacher="", limit=0)
 
 

@@ -117,7 +117,7 @@ def test_splits_are_taken_by_name(tmp_path):
 
 
 def test_unknown_columns_odd_rows_and_folders_are_refused(tmp_path):
-    with pytest.raises(DataError, match=r"none of the columns .* it has \['text'\]"):
+    with pytest.raises(DataError, match=r"expected columns .* it has \['text'\]"):
         HuggingFaceDataset(save(tmp_path, {"text": ["a"]}))
     with pytest.raises(DataError, match="cannot be read as a folder"):
         HuggingFaceDataset(tmp_path / "gone")

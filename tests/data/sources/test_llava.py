@@ -70,7 +70,11 @@ def test_image_marker_in_a_later_turn_is_left_for_the_encoder_to_refuse():
         ([gpt("Hi"), human("Hi")], "message 1 is the assistant's, expected the user's"),
         ([human("Hi"), gpt(" ")], "message 2, an answer, is empty"),
         ([human("Hi"), human("Hi")], "message 2 is the user's, expected the assistant's"),
-        ([{"from": "system", "value": "Be kind"}, *PAIR], "from 'system'; only 'user' and 'assistant'"),
+        ([*PAIR, {"from": "system", "value": "Be kind"}], "message 3 is a system prompt; it must be the first"),
+        (
+            [human("Hi"), {"from": "observation", "value": "3"}, gpt("A")],
+            "from 'observation': conversations with tools",
+        ),
         ([{"from": ["human"], "value": "Hi"}], "only 'user' and 'assistant'"),
         ([{"from": "human"}], "'message 1' must be a text or a number"),
         (["Hi"], r"must hold 'role' and 'content' \(or 'from' and 'value'\)"),

@@ -70,7 +70,10 @@ def test_text_only_and_lines_of_other_forms(tmp_path):
 @pytest.mark.parametrize(
     ("messages", "message"),
     [
-        ([{"role": "system", "content": "Be kind"}, user("a"), assistant("b")], "from 'system'; only 'user'"),
+        (
+            [user("a"), {"role": "system", "content": "Be kind"}, assistant("b")],
+            "message 2 is a system prompt; it must",
+        ),
         (["a"], "message 1 must hold 'role' and 'content'"),
         ([user(None), assistant("b")], "'message 1' must be a text or a number, got NoneType"),
         ([user([{"type": "audio"}]), assistant("b")], "a part of type 'audio'"),
@@ -78,7 +81,7 @@ def test_text_only_and_lines_of_other_forms(tmp_path):
         ([user([{"type": None}]), assistant("b")], "a part of type NoneType"),
         (
             [user("a"), assistant("b"), user([{"type": "image"}]), assistant("c")],
-            "must be in the first message",
+            "must be in the first question",
         ),
         ([user("a")], "expected pairs"),
         ([], "must be a list"),
@@ -94,8 +97,8 @@ def test_odd_messages_are_that_samples_error(tmp_path, messages, message):
 
 
 def test_record_without_any_known_key_lists_what_it_has():
-    with pytest.raises(SampleError, match=r"got \['id', 'text'\]"):
-        read_conversation({"id": 1, "text": "a"})
+    with pytest.raises(SampleError, match=r"got \['id', 'words'\]"):
+        read_conversation({"id": 1, "words": "a"})
 
 
 def test_blank_lines_and_unicode_do_not_shift_the_offsets(tmp_path):

@@ -46,15 +46,34 @@ ENTRIES = [
     {"question": "what ![](a.png)", "answer": 3},
     {"question": "why", "answer": "x", "note": "n"},
     {"image": None, "caption": "x"},
+    {"images": ["a.png"], "texts": [{"user": "what", "assistant": "x", "source": "s"}], "image_min": 3},
+    {"image": "a.png", "conversations": {"from": ["human", "gpt"], "value": ["what", "x"]}, "system": "be kind"},
+    {
+        "messages": [
+            {"role": "system", "content": "be kind"},
+            {"role": "user", "content": "why"},
+            {"role": "assistant", "content": "x"},
+        ]
+    },
+    {"images": ["a.png"], "query": "what", "response": "x", "history": [["why", "y"]], "system": "be kind"},
+    {
+        "image": "a.png",
+        "prompt": [{"role": "user", "content": "what"}],
+        "completion": [{"role": "assistant", "content": "x"}],
+    },
+    {"instruction": "why", "input": "so", "output": "x"},
+    {"file_name": "a.png", "text": "x"},
 ]
 NAMES = [
     "image", "images", "image_path", "img", "file_name", "video", "anything", "meta", "id", "question", "answer", "answers",
     "caption", "messages", "conversations", "role", "from", "content", "value", "type", "text", "url", "bytes", "path",
+    "texts", "user", "assistant", "query", "response", "history", "system", "prompt", "completion", "input", "output",
 ]  # fmt: skip
 VALUES = [
     None, "", " ", 0, 3, -1.5, math.nan, True, False, [], {}, [None], "a.png", ["a.png"], "gone.png", ["a.png", "a.png"],
     {"path": "a.png"}, {"bytes": BASE64}, BASE64, "data:image/png;base64," + BASE64, "https://example.org/a.png", "b.mp4",
-    "<image>", "<image> what", "<img>a.png</img> what", "<video> what", "plain", "user", "assistant", "human", "gpt",
+    "<image>", "<image> what", [["why", "x"]], "system", {"from": ["human", "gpt"], "value": ["why", "x"]},
+    [{"user": "why", "assistant": "x"}], "<img>a.png</img> what", "<video> what", "plain", "user", "assistant", "human", "gpt",
     "image", "text", "\ud83d", "x" * 5000, [["a.png"]], {"image": "a.png"}, {"type": "image"}, {"x": {"y": "a.png"}},
 ]  # fmt: skip
 
@@ -99,7 +118,7 @@ def entries(draw, values=VALUES):
     return entry
 
 
-TEXTS = {"answer", "answers", "caption", "multiple_choice_answer"}
+TEXTS = {"answer", "answers", "caption", "multiple_choice_answer", "response", "completion", "output", "assistant"}
 SPEAKS = re.compile(r"image|img|picture|\.png|video|\.mp4|data:|iVBOR", re.IGNORECASE)
 
 
@@ -110,6 +129,7 @@ def pruned(value):
             return None
         # The word alone is a text like any other, but for the type of a part.
         kept = {key: item for key, item in value.items() if key not in TEXTS and (item != "image" or key == "type")}
+        kept = {key: item for key, item in kept.items() if key != "image_min" or not isinstance(item, int | float)}
         kept = {key: pruned(item) for key, item in kept.items()}
         kept = {key: item for key, item in kept.items() if item is not None}
         return kept or None

@@ -91,7 +91,7 @@ def test_damaged_samples_are_their_own_errors(tmp_path):
     ]
     dataset = WebDataset(str(write_tar(tmp_path / "a.tar", members)))
     for index, message in enumerate(
-        ("is not JSON", "expected an object, got int", "is not UTF-8", "expected 'messages'")
+        ("is not JSON", "expected an object, got int", "is not UTF-8", "caption of a picture, and it has none")
     ):
         with pytest.raises(SampleError, match=f"sample '{'abcd'[index]}': .*{message}"):
             dataset[index]

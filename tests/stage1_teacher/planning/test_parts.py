@@ -164,7 +164,7 @@ def test_a_parts_progress_counts_its_own_samples():
 
 def test_an_unfinished_cache_of_own_data_says_that_its_teacher_continues_it(tmp_path: Path, config, tiny_llava):
     extract(config(tmp_path / "cache"), part=Part(rank=0, of=2))
-    with pytest.raises(ConfigError, match=f"unfinished cache of the teacher {tiny_llava.name} .* TEACHER=DIR"):
+    with pytest.raises(ConfigError, match=f"unfinished cache of the teacher {tiny_llava.name} .* TEACHER=FOLDER"):
         teacher_directory(teacher="", data="my.json", scratch=tmp_path, cache=tmp_path / "cache")
     with pytest.raises(ConfigError, match="no teacher given"):
         teacher_directory(teacher="", data="my.json", scratch=tmp_path, cache=tmp_path / "other")

@@ -1,7 +1,6 @@
 """Evaluation: equal to slow references, the same for teacher and student, honest about constant answers."""
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -150,11 +149,22 @@ def test_questions_are_right_exactly_when_the_generated_answer_is_the_expected_o
     prompts = [build_prompt(encoder, item.image, item.question) for item in asked]
     texts = generate_answers(model, encoder, prompts, max_new_tokens=16).texts
     given = [
-        SimpleNamespace(image=item.image, question=item.question, answer=text.upper() + "." * (index % 2))
+        replace(item, answer=text.upper() + "." * (index % 2))
         for index, (item, text) in enumerate(zip(asked, texts, strict=True))
     ]
-    given[2].answer += " circle"
+    given[2] = replace(given[2], answer=given[2].answer + " circle")
     assert score_questions(model, encoder, given, batch_size=4).tolist() == [1, 1, 0, 1, 1, 1]
+
+
+def test_questions_are_asked_with_their_samples_system_prompt(items):
+    model, encoder, system = make_student(), make_encoder(template="vicuna_v1"), "answer directly ."
+    asked = [replace(item, system=system) for item in items.questions[:6]]
+    prompts = [build_prompt(encoder, item.image, item.question, system) for item in asked]
+    texts = generate_answers(model, encoder, prompts, max_new_tokens=16).texts
+    given = [replace(item, answer=text) for item, text in zip(asked, texts, strict=True)]
+    assert score_questions(model, encoder, given, batch_size=6).tolist() == [1] * 6
+    plain = [build_prompt(encoder, item.image, item.question) for item in asked]
+    assert all(len(one) != len(other) for one, other in zip(prompts, plain, strict=True))
 
 
 class ConstantAnswer(torch.nn.Module):
@@ -183,7 +193,7 @@ def test_an_expected_answer_of_many_tokens_can_be_matched(items):
             return made[:, : input_ids.shape[1] + max_new_tokens]
 
     answer = " ".join(["red"] * 40)
-    asked = [SimpleNamespace(image=item.image, question=item.question, answer=answer) for item in items.questions[:2]]
+    asked = [replace(item, answer=answer) for item in items.questions[:2]]
     assert score_questions(Cut(answer), make_encoder(), asked, batch_size=2).tolist() == [1, 1]
 
 

@@ -7,10 +7,9 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
-from vlm_distill_cache.common.errors import CacheMismatchError, ModelError
+from vlm_distill_cache.common.errors import CacheMismatchError
 from vlm_distill_cache.common.models.published import load_published
 from vlm_distill_cache.data import builtin
-from vlm_distill_cache.data.text.processors import load_tokenizer
 from vlm_distill_cache.stage1_teacher.config import BuildConfig
 from vlm_distill_cache.stage1_teacher.extract import extract
 from vlm_distill_cache.stage2_student.cli import main
@@ -161,33 +160,3 @@ def test_importing_something_else_says_what_is_expected(tmp_path):
     assert result.exit_code == 1
     assert "no config.json" in result.output
     assert not (tmp_path / "own").exists()
-
-
-def test_a_tokenizer_that_is_a_sentencepiece_model_only_gives_the_published_ids(tmp_path):
-    sentencepiece = pytest.importorskip("sentencepiece")
-    text = "A chat between a curious user and an assistant. USER: what is this? ASSISTANT: a red square\n"
-    (tmp_path / "corpus.txt").write_text(text * 20)
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(tmp_path / "corpus.txt"), model_prefix=str(tmp_path / "tokenizer"), vocab_size=330, model_type="bpe",
-        byte_fallback=True, pad_id=-1, normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2,
-    )  # fmt: skip
-    # As mtgv/MobileVLM* has it.
-    settings = {
-        "tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "legacy": False, "bos_token": "<s>",
-        "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>",
-    }  # fmt: skip
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    own = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
-    tokenizer = load_tokenizer(tmp_path)
-    for line in ("USER: what is this? ASSISTANT: a red square", "naïve  café\nline"):
-        assert tokenizer(line)["input_ids"] == [1, *own.encode(line)]
-    assert (len(tokenizer), tokenizer.eos_token_id) == (330, 2)
-
-
-def test_a_sentencepiece_model_without_the_package_says_what_to_install(tmp_path, monkeypatch):
-    (tmp_path / "tokenizer.model").write_bytes(b"x")
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    monkeypatch.setattr("vlm_distill_cache.data.text.processors.find_spec", lambda name: None)
-    with pytest.raises(ModelError, match=r"needs sentencepiece; run `pip install 'vlm-distill-cache\[mobilevlm\]'`"):
-        load_tokenizer(tmp_path)

@@ -134,7 +134,7 @@ def test_a_students_budget_follows_its_size_not_the_letters_behind_a_dash(studen
 
 @pytest.mark.parametrize("name", LIBRARY_STUDENTS)
 def test_a_student_of_the_library_says_which_weights_to_download(name):
-    with pytest.raises(ConfigError, match=rf"student {name} is \w+ of the model library.*student_weights=DIR"):
+    with pytest.raises(ConfigError, match=rf"student {name} is \w+ of the model library.*student_weights=\w+/"):
         student_folder(name, None)
     assert name in describe_students()
 

@@ -27,7 +27,7 @@ from vlm_distill_cache.stage2_student.training.steps import build_optimizer
 def make_run(seed=0):
     torch.manual_seed(seed)
     model = nn.Linear(4, 3)
-    optimizer = build_optimizer(list(model.parameters()), peak=0.1, weight_decay=0.0)
+    optimizer = build_optimizer({"lr": list(model.parameters())}, {"lr": 0.1}, weight_decay=0.0)
     return model, optimizer
 
 

@@ -266,7 +266,7 @@ def test_a_base_that_changed_under_a_checkpoint_is_refused():
 def test_a_phase_trains_the_parts_it_names(kind, trainable, freeze, trained):
     student, _ = STUDENTS[kind]()
     parts = TrainedParts(student, rank=2, alpha=4.0, dropout=0.0)
-    parameters = parts.begin(trainable=trainable, freeze=freeze)
+    parameters = parts.begin(trainable=trainable, freeze=freeze)["lr"]
     names = [name for name, value in student.named_parameters() if value.requires_grad]
     assert len(parameters) == len(names)
     assert not any("vision" in name for name in names)

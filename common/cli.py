@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Never
 
 import click
 
-from vlm_distill_cache.common.cache.plan import STORE_NAMES, read_plan
+from vlm_distill_cache.common.cache.plan import STORE_NAMES, built_with, read_plan
 from vlm_distill_cache.common.printing import one_line
 from vlm_distill_cache.common.terminal.command_line import (
     SETTINGS,
@@ -94,7 +94,7 @@ def verify(cache: Path, *, deep: bool) -> None:
         what = f"{len(missing)} shards are missing ({format_ranges(missing)})" if missing else "it is not sealed"
         click.echo(f"error: {cache}: not finished: {what}; what is there is sound", err=True)
         click.echo(
-            "Next: teacher-cache build with the same options makes the missing shards and seals the cache; of parts "
+            f"Next: {built_with(read_plan(cache))} with the same options makes the missing shards and seals the cache; of parts "
             "built in folders of their own: cachectl merge"
             if missing
             else f"Next: teacher-cache seal {quoted(cache)}"
@@ -137,9 +137,10 @@ def repair(cache: Path, *, deep: bool, dry_run: bool) -> None:
     if dry_run and kept < len(steps):
         click.echo(f"Next: cachectl repair {quoted(cache)}{' --deep' if deep else ''}")
     elif any(step.action == "remove" for step in steps):
-        missing = len(missing_shards(cache, read_plan(cache)))
+        plan = read_plan(cache)
+        missing = len(missing_shards(cache, plan))
         click.echo(
-            f"Next: teacher-cache build with the same options makes the missing shards ({missing}) and seals the cache"
+            f"Next: {built_with(plan)} with the same options makes the missing shards ({missing}) and seals the cache"
         )
     if kept:
         click.echo(f"error: {cache}: {kept} problems need your attention", err=True)

@@ -290,6 +290,19 @@ def _ending_at_once() -> Iterator[threading.Event]:
             signal.signal(number, before[number])
 
 
+@contextmanager
+def downloading() -> Iterator[type[tqdm[Any]]]:
+    """Progress bars for the client library's downloads, which end at once when the process is told to stop.
+
+    Raises:
+        DistillError: If the disk of the hub's cache is full.
+    """
+    from huggingface_hub import constants
+
+    with _ending_at_once() as stopped, name_full_disk(Path(constants.HF_HUB_CACHE)):
+        yield _bars(stopped)
+
+
 class _StoppedError(Exception):
     """Ends a thread that downloads."""
 

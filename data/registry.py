@@ -8,16 +8,25 @@
 | ``FILE.json``, ``FILE.jsonl``: an entry a line | `data.sources.messages` |
 | a folder of ``datasets.save_to_disk``, or one holding exactly one such folder | `data.sources.hf` |
 | ``FILE.tar``, ``{000..099}.tar``, ``*.tar``, a folder of tars | `data.sources.webdataset` |
+| ``FILE.parquet``, ``{000..099}.parquet``, ``*.parquet`` | `data.sources.parquet` |
+| ``FILE.csv``, ``FILE.tsv`` | `data.sources.csv_rows` |
+| a folder as the hub lays data sets out: parquet, metadata beside pictures, tars, JSON | `data.sources.hub_data` |
+| ``ORG/NAME``, ``ORG/NAME@REVISION:name=CONFIG,split=SPLIT,streaming=true`` | `data.sources.hub_data` |
+| ``FILE.yaml``: a list of data sets | `data.sources.mixture` |
 
-A user's files have no splits (but a `datasets` folder may): whatever split is asked for, all of the file is
-meant, and evaluation uses the file it is given. Hold data out by keeping it in another file.
+A path comes before a name of the hub. A user's files have no splits (but a folder may, and then takes ``name=`` and
+``split=`` like a name): whatever split is asked for, all of the file is meant, and evaluation uses the file it is
+given. Hold data out by keeping it in another file.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 from vlm_distill_cache.common.errors import DataError, SampleError
+from vlm_distill_cache.common.hub import HubName, hub_name
 from vlm_distill_cache.data.sample import (
     Dataset,
     EvaluationSet,
@@ -25,30 +34,49 @@ from vlm_distill_cache.data.sample import (
     Sample,
     questions_of,
 )
+from vlm_distill_cache.data.sources.csv_rows import SUFFIXES
 from vlm_distill_cache.data.sources.easy_vqa import EasyVqaDataset, easy_vqa_evaluation
 from vlm_distill_cache.data.sources.grouping import ChosenSamples
 from vlm_distill_cache.data.sources.hf import HuggingFaceDataset, is_saved_dataset
-from vlm_distill_cache.data.sources.llava import LlavaDataset
-from vlm_distill_cache.data.sources.messages import MessagesDataset, holds_lines
+from vlm_distill_cache.data.sources.hub_data import Choice, open_file, open_folder, open_name
+from vlm_distill_cache.data.sources.image_folder import METADATA
+from vlm_distill_cache.data.sources.mixture import MIXTURES, open_mixture
+from vlm_distill_cache.data.sources.parquet import LocalParquet, ParquetDataset
+from vlm_distill_cache.data.sources.patterns import FILE_ENDINGS, find_files
+from vlm_distill_cache.data.sources.pictures import image_folder
 from vlm_distill_cache.data.sources.webdataset import WebDataset
 
 logger = logging.getLogger(__name__)
 
+NO_COMMITS: Mapping[str, str] = MappingProxyType({})
 SHAPES_IMAGES = 1500
 SHAPES_ITEMS = 300  # evaluation items where no limit is given
 FILE_ITEMS = 2000  # questions taken from a user's file where no limit is given
 SHORT_ANSWER_WORDS = 5
-FORMS = "shapes, easy-vqa, FILE.json, FILE.jsonl, a folder of datasets.save_to_disk, or uncompressed tars"
+FORMS = (
+    "shapes, easy-vqa, FILE.json, FILE.jsonl, FILE.csv, FILE.parquet, a folder of parquet files, of pictures with metadata or "
+    "of datasets.save_to_disk, uncompressed tars, a data set of the hub (ORG/NAME), or a mixture (FILE.yaml)"
+)
+_OPTIONS = {"shapes": ("images", "seed"), "easy-vqa": ()}
+_OF_FOLDERS = ("name", "split", "streaming")
 
 
-def open_dataset(spec: str, *, split: str = "train", images: Path | None = None, limit: int | None = None) -> Dataset:
+def open_dataset(
+    spec: str,
+    *,
+    split: str = "train",
+    images: Path | None = None,
+    limit: int | None = None,
+    commits: Mapping[str, str] = NO_COMMITS,
+) -> Dataset:
     """Open the data a user names.
 
     Args:
         spec: See the module's table.
-        split: ``train``, ``validation`` or ``test``; only named data sets and `datasets` folders have splits.
+        split: ``train``, ``validation`` or ``test``; only named data sets and folders have splits.
         images: Folder that relative image paths start from; None: the folder of the file.
         limit: Take the first samples only.
+        commits: By repository of the hub: which commit to read where no revision is named.
 
     Raises:
         DataError: Nothing can be read under that name; the message lists what can.
@@ -60,11 +88,11 @@ def open_dataset(spec: str, *, split: str = "train", images: Path | None = None,
     if name == "shapes":
         from vlm_distill_cache.data.shapes.dataset import ShapesDataset  # drawing code, only needed here
 
-        dataset = ShapesDataset(split, options.get("images", SHAPES_IMAGES), options.get("seed", 0))
+        dataset = ShapesDataset(split, _number(options, "images", SHAPES_IMAGES), _number(options, "seed", 0))
     elif name == "easy-vqa":
         dataset = EasyVqaDataset(split)
     else:
-        dataset = _open_path(name, split, images)
+        dataset = _open_path(name, options, split, images, commits)
     if limit is None or limit >= len(dataset):
         return dataset
     return ChosenSamples(dataset, range(limit), name=f"{dataset.name}[:{limit}]")
@@ -99,7 +127,7 @@ def open_evaluation(
     if name == "shapes":
         from vlm_distill_cache.data.shapes.dataset import shapes_evaluation  # drawing code, only needed here
 
-        return shapes_evaluation(split, limit or SHAPES_ITEMS, options.get("seed", 0))
+        return shapes_evaluation(split, limit or SHAPES_ITEMS, _number(options, "seed", 0))
     questions: list[Question] = []
     dataset = open_dataset(spec, split=split, images=images)
     for index, sample_id in enumerate(dataset.sample_ids):
@@ -135,35 +163,94 @@ def _answer_kind(answer: str) -> str:
     return "number" if word.isdigit() else "other"
 
 
-def _open_path(name: str, split: str, images: Path | None) -> Dataset:
-    path = Path(name)
-    if path.suffix.lower() in (".json", ".jsonl", ".ndjson") and path.is_file():
-        return (MessagesDataset if holds_lines(path) else LlavaDataset)(path, images=images)
+def _open_path(
+    name: str, options: Mapping[str, str], split: str, images: Path | None, commits: Mapping[str, str]
+) -> Dataset:
+    path, kind = Path(name), Path(name).suffix.lower()
+    if kind in MIXTURES and path.is_file():
+        _refuse_options(name, options)
+        return open_mixture(path, split=split, images=images, open_part=partial(open_dataset, commits=commits))
+    if kind in (".json", ".jsonl", ".ndjson", *SUFFIXES) and path.is_file():
+        _refuse_options(name, options)
+        return open_file(path, images=images)
+    choice = Choice(
+        config=options.get("name"), split=options.get("split", split), strict="split" in options, images=images
+    )
     if path.is_dir():
-        saved = [path] if is_saved_dataset(path) else sorted(p for p in path.iterdir() if is_saved_dataset(p))
-        if len(saved) == 1:
-            return HuggingFaceDataset(saved[0], split=split, images=images)
-        if len(saved) > 1:
-            raise DataError(f"{path} holds several data sets, name one: {', '.join(map(str, saved))}")
-        if not any(path.glob("*.tar")):
-            raise DataError(f"folder {path} holds no data set that can be read; expected {FORMS}")
+        if "streaming" in options:
+            raise DataError(f"{name} is a folder here: there is nothing to stream, leave out streaming=")
+        return _open_folder(path, choice, options)
+    if kind == ".tar":
+        _refuse_options(name, options)
         return WebDataset(name)
-    if name.lower().endswith(".tar"):
-        return WebDataset(name)
+    if kind == ".parquet":
+        _refuse_options(name, options)
+        paths = find_files(name, kind)
+        root = image_folder(images, paths[0])
+        return ParquetDataset([LocalParquet(p) for p in paths], name=path.name, where=name, image_root=root)
+    if not path.exists() and kind not in FILE_ENDINGS and (hub := hub_name(name)) is not None:
+        hub = HubName(hub.repository, hub.revision or commits.get(hub.repository, ""))
+        return open_name(hub, choice, streaming=_flag(options, "streaming"))
     state = "is of an unknown kind" if path.exists() else "does not exist"
     raise DataError(f"data {name!r} {state}; expected {FORMS}")
 
 
-def _split_spec(spec: str) -> tuple[str, dict[str, int]]:
+def _open_folder(path: Path, choice: Choice, options: Mapping[str, str]) -> Dataset:
+    saved = [path] if is_saved_dataset(path) else sorted(p for p in path.iterdir() if is_saved_dataset(p))
+    if len(saved) == 1:
+        if "name" in options:
+            raise DataError(f"{path} is one data set of datasets.save_to_disk; leave out name=")
+        return HuggingFaceDataset(saved[0], split=choice.split, images=choice.images)
+    if len(saved) > 1:
+        raise DataError(f"{path} holds several data sets, name one: {', '.join(map(str, saved))}")
+    if any(path.glob("*.tar")) and not options:
+        return WebDataset(str(path))
+    texts = sorted(
+        p for p in path.iterdir() if p.suffix.lower() in (".json", ".jsonl", ".ndjson", *SUFFIXES, *MIXTURES)
+    )
+    tables = any(path.rglob("*.parquet")) or any(any(path.rglob(name)) for name in METADATA)
+    if not tables and not (path / "README.md").is_file():
+        # What `datasets` would make of it is every file at once; here whoever has a file beside pictures names it.
+        if texts:
+            raise DataError(f"{path} is a folder; name the file in it that is meant: {', '.join(map(str, texts[:5]))}")
+        if not any(p.is_file() for p in path.rglob("*")):
+            raise DataError(f"folder {path} holds no data set that can be read; expected {FORMS}")
+    return open_folder(path, choice)
+
+
+def _split_spec(spec: str) -> tuple[str, dict[str, str]]:
     """Split ``name:key=value,key=value``; a colon without a ``=`` behind it belongs to the path."""
     name, colon, rest = spec.rpartition(":")
     if not colon or "=" not in rest or "/" in rest or Path(spec).exists():
         return spec, {}
     options = {key.strip(): value.strip() for key, _, value in (pair.partition("=") for pair in rest.split(","))}
-    allowed = ("images", "seed") if name == "shapes" else ()
+    allowed = _OPTIONS.get(name, _OF_FOLDERS)
     if unknown := sorted(set(options) - set(allowed)):
         raise DataError(f"{name} has no option {', '.join(unknown)}; it has {', '.join(allowed) or 'none'}")
-    for key, value in options.items():
-        if not value.isdecimal():
-            raise DataError(f"option {key} must be a whole number of at least 0, got {value!r}")
-    return name, {key: int(value) for key, value in options.items()}
+    if empty := sorted(key for key, value in options.items() if not value):
+        raise DataError(f"{name}: option {', '.join(empty)} has no value; write {empty[0]}=VALUE")
+    if name == "shapes":
+        for key in options:
+            _number(options, key, 0)
+    return name, options
+
+
+def _refuse_options(name: str, options: Mapping[str, str]) -> None:
+    if options:
+        raise DataError(f"{name} has no option {', '.join(sorted(options))}; folders and names of the hub have")
+
+
+def _number(options: Mapping[str, str], key: str, otherwise: int) -> int:
+    value = options.get(key)
+    if value is None:
+        return otherwise
+    if not value.isdecimal():
+        raise DataError(f"option {key} must be a whole number of at least 0, got {value!r}")
+    return int(value)
+
+
+def _flag(options: Mapping[str, str], key: str) -> bool:
+    value = options.get(key, "false").lower()
+    if value not in ("true", "false"):
+        raise DataError(f"option {key} must be true or false, got {options[key]!r}")
+    return value == "true"

@@ -7,13 +7,16 @@ until they are encoded: a list of 665k samples costs text, not pixels.
 
 import json
 import logging
+import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import PIL.Image
 import xxhash
+from numpy.typing import NDArray
 
 from vlm_distill_cache.common.errors import DataError, SampleError
 
@@ -86,10 +89,12 @@ class Dataset(Protocol):
     Attributes:
         name: What reports call this data set.
         sample_ids: Unique ids in order; known without opening an image.
+        origin: What a cache's plan records of where the data came from, JSON; empty for files of this machine.
     """
 
     name: str
     sample_ids: Sequence[str]
+    origin: Mapping[str, Any] = {}
 
     def __len__(self) -> int:
         return len(self.sample_ids)
@@ -102,9 +107,42 @@ class Dataset(Protocol):
         """A name of each sample's image, told without opening it; None without one, or where only the picture tells."""
         return [None] * len(self)
 
+    def weighting(self) -> "Weighting | None":
+        """How often stage two sees each sample in an epoch; None: once."""
+        return None
+
     def fingerprint(self) -> str:
         """Hash of ids, turns and system prompts; images are hashed one by one when they are encoded."""
         return fingerprint_samples(self)
+
+
+@dataclass(frozen=True, eq=False)
+class Weighting:
+    """How often samples are seen in an epoch: as often as their part of a mixture says.
+
+    Attributes:
+        parts: Which part each sample belongs to, int64 ``[n]``.
+        weights: Of each part, above 0; of a fraction a fixed part of the samples is seen once more.
+    """
+
+    parts: NDArray[np.int64]
+    weights: Sequence[float]
+
+    def of(self, positions: NDArray[np.int64]) -> "Weighting":
+        """The same for the samples at some positions."""
+        return Weighting(self.parts[positions], self.weights)
+
+    def repeats(self, seed: int) -> NDArray[np.int64]:
+        """How often each sample is seen in every epoch, int64 ``[n]``; a part that has samples is never left out."""
+        found = np.zeros(len(self.parts), dtype=np.int64)
+        for part, weight in enumerate(self.weights):
+            places = np.flatnonzero(self.parts == part)
+            whole = math.floor(weight)
+            more = round((weight - whole) * len(places))
+            chosen = np.random.default_rng([seed, part]).permutation(places)[: max(more, whole == 0)]
+            found[places] = whole
+            found[chosen] += 1
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,10 +13,8 @@ from pathlib import Path
 
 import click
 
-from vlm_distill_cache.common.cli import main as cachectl
-from vlm_distill_cache.stage1_teacher.cli import main as teacher_cache
+from vlm_distill_cache.commands import group_of
 from vlm_distill_cache.stage1_teacher.config import BuildConfig
-from vlm_distill_cache.stage2_student.cli import main as distill
 from vlm_distill_cache.stage2_student.config import EvaluationConfig, LoraConfig, PhaseConfig, TrainConfig
 from vlm_distill_cache.stage2_student.loss_weights import LossWeights
 
@@ -38,7 +36,11 @@ CONFIGS: tuple[tuple[type, str, str], ...] = (  # dataclass, how its options are
     (LoraConfig, "lora.", "Adapters of the phases that set `trainable=lora`, for example `lora.rank=64`."),
     (EvaluationConfig, "evaluation.", "How students are scored, for example `evaluation.limit=200`."),
 )
-PROGRAMS = {"teacher-cache": teacher_cache, "distill": distill, "cachectl": cachectl}
+PROGRAMS = {
+    "teacher-cache": group_of("stage1_teacher"),
+    "distill": group_of("stage2_student"),
+    "cachectl": group_of("common"),
+}
 
 
 def meanings(cls: type) -> dict[str, str]:

@@ -43,7 +43,10 @@ def main(ctx: click.Context) -> None:
 
 _build_options = shared_options(
     CONFIG,
-    click.option("--data", help="shapes, easy-vqa, or a path: .json or .jsonl, datasets folder, tars."),
+    click.option(
+        "--data",
+        help="shapes, easy-vqa, a path (JSON, CSV, parquet, a folder, tars), a data set of the hub, or a mixture (.yaml).",
+    ),
     click.option("--images", help="Image folder of a .json or .jsonl; default: the file's own folder."),
     click.option(
         "--teacher",

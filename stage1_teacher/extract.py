@@ -229,6 +229,10 @@ def recompute_fidelity(config: BuildConfig, *, samples: int) -> Manifest:
     cache_dir = Path(config.cache)
     refuse_unwritable(cache_dir, sealed_too=True)
     refuse_missing_shards(cache_dir)
+    if read_plan(cache_dir).teacher.get("served"):
+        raise CacheMismatchError(
+            f"{cache_dir} was made of a served teacher's log-probabilities: there is no live teacher to compare it with"
+        )
     work = open_build(fix_batch_size(fix_threads(config, several=False)))
     stored = read_plan(cache_dir)
     refuse_changed_plan(stored, work.plan, where=str(cache_dir))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from vlm_distill_cache.common.cache.counts import FailureCounts, picture_words, unknown_words
 from vlm_distill_cache.common.cache.manifest import Manifest
-from vlm_distill_cache.common.cache.plan import BASE, Plan, cut_words, read_plan
+from vlm_distill_cache.common.cache.plan import BASE, Plan, built_with, cut_words, read_plan
 from vlm_distill_cache.common.cache.sidecar import read_sidecar
 from vlm_distill_cache.common.codecs.registry import CODECS
 from vlm_distill_cache.common.printing import one_line
@@ -37,7 +37,7 @@ def summary_text(summary: BuildSummary) -> str:
         )
         if totals["failed"]:
             lines.append(
-                "  failed samples are not tried again; `teacher-cache build --overwrite` builds all of it anew"
+                f"  failed samples are not tried again; `{built_with(plan)} --overwrite` builds all of it anew"
             )
     if revision := plan.teacher.get("revision"):
         lines.append(f"  teacher {one_line(plan.teacher.get('name'))}@{one_line(revision)}")

@@ -269,11 +269,11 @@ def export(student: str, output: Path, dtype: str) -> None:
     "--vision-tower", help="CLIP, where the checkpoint does not hold its tower: a folder or a name on the hub."
 )
 def import_checkpoint(checkpoint: str, output: Path, vision_tower: str | None) -> None:
-    """Write a published MobileVLM or CompoDistill as a student or teacher of ours: one folder, safetensors.
+    """Write a published MobileVLM, CompoDistill or LLaVA-1.5 as a student or teacher of ours: one folder, safetensors.
 
     CHECKPOINT is a folder or a name on the hub (org/name[@revision]).
     """
-    from vlm_distill_cache.common.models.published import convert_published
+    from vlm_distill_cache.common.models.convert import convert_published
 
     runs.set_up_libraries()
     tower = None if vision_tower is None else model_folder(vision_tower, what="--vision-tower").path

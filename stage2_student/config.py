@@ -179,11 +179,13 @@ class TrainConfig:
         projector: Projector type: ``ldpnet``, ``ldpnetv2``, ``mlp`` or ``taf``; none: the student's own.
         pool_teacher_tokens: With projector ``taf``: pool the teacher's tokens 2x2 before the post-projector.
         template: Prompt template; none: the cache's, the only one that fits its labels.
-        data: Data set, as for stage one; none: what the cache was built from.
+        data: Data set, as for stage one; none: what the cache was built from. A mixture's weights say how often its samples
+            are seen in an epoch.
         images: Folder that relative image paths start from.
         limit: Use only the first samples; none: all.
         data_share: Use only this share of each phase's samples, the first ones, in (0, 1].
-        cache: Teacher cache: a folder, or an address (``s3://``, ``hf://datasets/``, ``https://``).
+        cache: Teacher cache: a folder, or an address (``s3://``, ``hf://datasets/``, ``https://``). Of a mixture whose entries
+            have a cache each, any of these; all are read.
         output: Folder for everything the run writes.
         phases: Phases to run, in this order.
         dpt: Distilled pre-training.
@@ -308,6 +310,8 @@ def describe(config: TrainConfig, cache_hashes: Mapping[str, str]) -> dict[str, 
         JSON; caches are named by their hash, models of the hub by repository and commit, so that a moved cache is
         the same cache.
     """
+    from vlm_distill_cache.data.sources.mixture import mixture_weights, own_caches  # numpy: not before there is work
+
     described = config_to_dict(config) | _public_models(config)
     for name in ("output", "evaluation", *SPEED_OPTIONS):
         del described[name]
@@ -316,11 +320,15 @@ def describe(config: TrainConfig, cache_hashes: Mapping[str, str]) -> dict[str, 
         # Cut out of its teacher on the way: what it is, not where the run has put it.
         described["student"] = pruned
     for name in PHASE_NAMES:
-        phase = described[name]
+        phase, given = described[name], config.phase(name)
         phase["cache"] = cache_hashes.get(phase["cache"])
         for rate in RATES[1:]:
             if phase[rate] is None:
                 del phase[rate]  # as runs had it before parts could have rates of their own
+        if weights := mixture_weights(given.data):
+            phase["weights"] = weights
+        if name in config.phases and (places := own_caches(given.data, str(given.cache))):
+            phase["caches"] = [cache_hashes.get(place) for place in places]
     return described
 
 

@@ -12,6 +12,7 @@ from vlm_distill_cache.common.config import load_config, read_yaml
 from vlm_distill_cache.common.hub import hub_name, model_folder
 from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.common.recipes import split_recipe
+from vlm_distill_cache.data.sources.mixture import own_caches
 from vlm_distill_cache.stage2_student.config import MODELS, PHASE_NAMES, TrainConfig, choose_size
 from vlm_distill_cache.stage2_student.pruned_folder import RECORD, kept_share, read_settings
 from vlm_distill_cache.stage2_student.students.presets import LIBRARY_STUDENTS, STUDENTS, split_student_name
@@ -69,13 +70,16 @@ def _folder(given: str, what: str) -> str:
 
 
 def open_caches(config: TrainConfig) -> dict[str, TeacherCache]:
-    """Open each cache that the phases of a run read, by the folder or address that the configuration names.
+    """Open each cache that the phases of a run read, by the folder or address that configuration or mixture names.
 
     Raises:
         CacheFormatError: If one is not sealed, damaged or no cache.
         TransferError: If an address cannot be read.
     """
-    places = dict.fromkeys(str(config.phase(name).cache) for name in config.phases)
+    phases = [config.phase(name) for name in config.phases]
+    places = dict.fromkeys(
+        place for phase in phases for place in own_caches(phase.data, str(phase.cache)) or [str(phase.cache)]
+    )
     # Twice the window: a step may begin the next window while loading threads still read the last.
     return {place: open_cache(place, open_shards=2 * config.shuffle_window) for place in places}
 

@@ -338,6 +338,7 @@ def set_up_libraries() -> None:
     leave_one_core()
     # Each process of several would say so once; a convolution's gradient is then copied, which changes no value.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # peft asks for it
 
 
 def read_run_config(output: Path) -> TrainConfig:

@@ -22,7 +22,7 @@ ORDER = {  # inside a package, each level imports only what stands before it
     ),
     "data": ("sample", "images", "text", "sources shapes families", "builtin", "registry"),
     "stage1_teacher": (
-        "config teacher demo builtin", "loop", "planning", "quality", "extract", "estimate report", "cli",
+        "config teacher demo builtin", "loop", "planning", "quality", "extract", "estimate report", "imports", "cli",
     ),
     "stage2_student": (
         "loss_weights pruned_folder presets", "config", "students batches", "losses resolve", "training",
@@ -131,7 +131,7 @@ def test_nothing_of_ours_is_unpickled():
     [
         "common.cli", "common.tools.verify", "common.tools.convert", "common.remotes.pull", "common.cache.manifest",
         "common.cache.reader", "common.config", "common.codecs", "common.codecs.checks", "common.attention.layers",
-        "stage1_teacher.cli", "stage2_student.cli",
+        "stage1_teacher.cli", "stage1_teacher.imports.cli", "stage2_student.cli",
     ],
 )  # fmt: skip
 def test_command_lines_and_cache_tools_start_without_torch(module: str):

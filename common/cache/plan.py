@@ -187,7 +187,7 @@ def refuse_changed_plan(old: Plan, new: Plan, *, where: str = "the cache") -> No
         raise CacheMismatchError(
             f"{where} was built with other settings:\n" + "\n".join(lines) + "\n"
             "Use the same options, another folder (CACHE=...), or start this one again: delete it, or add --overwrite "
-            "to `teacher-cache build`."
+            f"to `{built_with(new)}`."
         )
 
 
@@ -197,6 +197,11 @@ def _moved(old: Plan, new: Plan) -> list[str]:
     if not was or was == now or old.fingerprints.get("teacher") == new.fingerprints.get("teacher"):
         return []
     return [f"  the teacher was {name}@{was}: TEACHER={name}@{was} (--teacher) goes on with that one"]
+
+
+def built_with(plan: Plan) -> str:
+    """The command that writes a cache, or what is missing of it."""
+    return "cachectl import-logprobs" if plan.teacher.get("served") else "teacher-cache build"
 
 
 def card_store_line(plan: Plan) -> str:

@@ -7,13 +7,11 @@ misshapen tensor is an error.
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from vlm_distill_cache.common.errors import CacheFormatError, ModelError
 from vlm_distill_cache.common.files.atomic import read_json
 from vlm_distill_cache.common.models.published_configs import KNOWN_TOWERS, drop_buffers, text_settings
 from vlm_distill_cache.common.models.vision_language import VisionLanguageModel
-from vlm_distill_cache.common.models.weight_files import GGUF, check_tensors, read_weights
+from vlm_distill_cache.common.models.weight_files import GGUF, Weights, check_tensors, copy_weights, read_weights
 from vlm_distill_cache.common.printing import one_line
 
 _LANGUAGE_MODELS = {"llama": "llama", "mobilellama": "llama", "qwen2": "qwen2"}
@@ -97,7 +95,7 @@ def tower_settings(directory: Path) -> dict[str, Any]:
     return {"model_type": f"{kind}_vision_model", **inner}
 
 
-def tower_weights(directory: Path) -> dict[str, Tensor]:
+def tower_weights(directory: Path) -> Weights:
     """A vision tower's tensors under the library's own names, without those of whatever lies beside it."""
     found = drop_buffers(read_weights(directory))
     # A tower alone may have a prefix or none; in CLIP, SigLIP, LLaVA, MobileVLM and CompoDistill each has its own.
@@ -116,7 +114,7 @@ def fill_vision_tower(student: VisionLanguageModel, directory: Path) -> None:
     tensors, encoder = tower_weights(directory), student.vision_encoder
     remedy = "give a complete checkpoint of the tower"
     check_tensors(tensors, encoder.state_dict(), where=f"vision_tower {directory}", remedy=remedy)
-    encoder.load_state_dict(tensors)
+    copy_weights(tensors, encoder.state_dict())
 
 
 def language_model_settings(directory: Path, *, expected: str) -> dict[str, Any]:
@@ -140,4 +138,4 @@ def fill_language_model(student: VisionLanguageModel, directory: Path) -> None:
     own = {name: value for name, value in student.state_dict().items() if not name.startswith(_OTHERS_PARTS)}
     remedy = "give a complete checkpoint of a language model"
     check_tensors(tensors, own, where=f"language_model {directory}", remedy=remedy)
-    student.load_state_dict(tensors, strict=False)  # strict for its part: checked above
+    copy_weights(tensors, own)

@@ -20,13 +20,15 @@ COMPODISTILL_TYPE = "compodistill"
 OWN_TYPES = (MobileVLMConfig.model_type, CompoDistillConfig.model_type)
 TOWER_PREFIX = "model.vision_tower.vision_tower.vision_model."
 
+_CLIP_LARGE = {
+    "model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
+    "num_attention_heads": 16, "patch_size": 14, "projection_dim": 768,
+}  # fmt: skip
 # The towers that the published checkpoints name instead of describing (their cards; CLIP: arXiv:2103.00020).
 KNOWN_TOWERS: dict[str, dict[str, Any]] = {
-    "openai/clip-vit-large-patch14-336": {
-        "model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
-        "num_attention_heads": 16, "image_size": 336, "patch_size": 14, "projection_dim": 768,
-    },
-}  # fmt: skip
+    "openai/clip-vit-large-patch14-336": {**_CLIP_LARGE, "image_size": 336},
+    "openai/clip-vit-large-patch14": {**_CLIP_LARGE, "image_size": 224},
+}
 
 _PROJECTORS = ("ldpnet", "ldpnetv2")
 _TEXT_SETTINGS = (

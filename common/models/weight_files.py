@@ -2,16 +2,21 @@
 
 Safetensors or pickled ``.bin``, one file or shards with an index. Pickles are read with ``weights_only``: a file
 that holds anything but tensors and plain containers is refused before any of it runs.
+
+Names, kinds and shapes are known as soon as a file is opened, and what is wrong with them is told then; values are read one
+tensor at a time, so that a model in another precision never lies beside the whole of its file in memory.
 """
 
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError  # the name of an error, nothing is unpickled
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vlm_distill_cache.common.errors import CacheFormatError, ModelError
@@ -45,6 +50,11 @@ def weight_files(directory: Path) -> list[Path]:
     )
 
 
+def has_weights(directory: Path) -> bool:
+    """Whether a directory holds a whole model's weights, or an index of them."""
+    return any((directory / f"{name}{end}").is_file() for name in _WHOLE for end in ("", ".index.json"))
+
+
 def _refuse_pointers(files: list[Path]) -> list[Path]:
     """Refuse what a clone without Git LFS holds in place of weights."""
     for path in files:
@@ -57,15 +67,39 @@ def _refuse_pointers(files: list[Path]) -> list[Path]:
     return files
 
 
-def read_weights(directory: Path) -> dict[str, Tensor]:
-    """Read all weights of a checkpoint directory on the CPU, in the precision they are stored in.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StoredTensor:
+    """A tensor that is read when it is wanted: ``stored[...]`` gives it, as a tensor gives itself.
+
+    The model library reads slices of its own files in this way, so a model can be made of such tensors.
+    """
+
+    shape: torch.Size
+    dtype: torch.dtype
+    read: Callable[[], Tensor]
+
+    def __getitem__(self, index: Any) -> Tensor:
+        """Read it on the CPU, in the precision it is stored in."""
+        return self.read()[index]
+
+
+Weights = dict[str, Tensor | StoredTensor]
+
+
+def read_weights(directory: Path) -> Weights:
+    """Open all weights of a checkpoint directory: names, shapes and kinds now, values when they are wanted.
 
     Raises:
         ModelError: If a file is missing, damaged, or holds anything but named tensors.
     """
-    tensors: dict[str, Tensor] = {}
-    for path in weight_files(directory):
-        part = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    return open_files(weight_files(directory))
+
+
+def open_files(paths: list[Path]) -> Weights:
+    """Open the tensors of some files, as `read_weights` those of a directory."""
+    tensors: Weights = {}
+    for path in _refuse_pointers(paths):
+        part = _open_safetensors(path) if path.suffix == ".safetensors" else _open_pickle(path)
         repeated = sorted(tensors.keys() & part.keys())
         if repeated:
             raise ModelError(f"{path}: {repeated[:_LISTED]} are in another shard too; download the weights again")
@@ -73,7 +107,16 @@ def read_weights(directory: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, where: str, remedy: str) -> None:
+def copy_weights(found: Mapping[str, Tensor | StoredTensor], into: Mapping[str, Tensor]) -> None:
+    """Copy tensors by name into those of a module's ``state_dict``, one at a time; names and shapes are checked already."""
+    with torch.no_grad():
+        for name, value in found.items():
+            into[name].copy_(value[...])
+
+
+def check_tensors(
+    found: Mapping[str, Tensor | StoredTensor], expected: Mapping[str, Tensor], *, where: str, remedy: str
+) -> None:
     """Refuse weights that are not exactly a model's own.
 
     Args:
@@ -116,17 +159,40 @@ def _indexed_files(index: Path) -> list[Path]:
     return [index.parent / name for name in names]
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
+def _open_safetensors(path: Path) -> Weights:
     try:
-        tensors: dict[str, Tensor] = load_file(path)
+        with safe_open(path, framework="pt") as file:
+            # Mapped, not read: of each tensor only its description is looked at.
+            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return {name: _stored(value, partial(_of_safetensors, path, name)) for name, value in found.items()}
     except (SafetensorError, OSError, ValueError) as error:
         raise ModelError(f"{path}: damaged or truncated safetensors file ({error}); download it again") from error
-    return tensors
+
+
+def _of_safetensors(path: Path, name: str) -> Tensor:
+    with safe_open(path, framework="pt") as file:
+        value: Tensor = file.get_tensor(name)
+    return value
+
+
+def _open_pickle(path: Path) -> Weights:
+    found = _read_pickle(path)
+    if not zipfile.is_zipfile(path):  # the format of old cannot be mapped: all of it has been read
+        return dict(found)
+    return {name: _stored(value, partial(_of_pickle, path, name)) for name, value in found.items()}
+
+
+def _of_pickle(path: Path, name: str) -> Tensor:
+    return _read_pickle(path)[name]
+
+
+def _stored(value: Tensor, read: Callable[[], Tensor]) -> StoredTensor:
+    return StoredTensor(shape=value.shape, dtype=value.dtype, read=read)
 
 
 def _read_pickle(path: Path) -> dict[str, Tensor]:
     try:
-        # Mapped where the format allows it: the file is then read once, while tensors are copied.
+        # Mapped where the format allows it: of a tensor's values only those that are used are read then.
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except UnpicklingError as error:
         raise ModelError(

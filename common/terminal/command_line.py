@@ -209,6 +209,27 @@ def said_so_far() -> dict[str, str]:
     return {SAID: " ".join(sorted(_once.said)[:1000])}  # a variable may be 128 KiB long
 
 
+# By logger of the model library: warnings about its own inner workings, of which a user can do nothing with any.
+_MEANINGLESS = {
+    # Its tokenizers read config.json as one of no model at all; ids outside of the vocabulary stop nothing here.
+    "transformers.configuration_utils": (
+        "You are using a model of type",
+        "Model config: ",
+        "`torch_dtype` is deprecated",
+    ),
+    # A table of missing weights, which are an error of ours, and of left-over ones, which get a line of ours.
+    "transformers.modeling_utils": ("LOAD REPORT", "`torch_dtype` is deprecated"),
+    # Samples that are too long are recorded with their length and the remedy.
+    "transformers.tokenization_utils_base": ("Token indices sequence length is longer",),
+    # Settings of sampling in a checkpoint's generation_config.json, while answers are generated as our options say.
+    "transformers.generation.configuration_utils": ("The following generation flags are not valid",),
+}
+
+
+def _means_something(record: logging.LogRecord) -> bool:
+    return not any(part in record.getMessage() for part in _MEANINGLESS[record.name])
+
+
 def quiet_libraries() -> None:
     """Switch off the model library's progress bars and tqdm's complaint when stopped; log the library's warnings as ours."""
     from transformers.utils import logging as transformers_logging
@@ -216,6 +237,8 @@ def quiet_libraries() -> None:
     transformers_logging.disable_progress_bar()
     transformers_logging.disable_default_handler()
     transformers_logging.enable_propagation()
+    for name in _MEANINGLESS:
+        logging.getLogger(name).addFilter(_means_something)
     logging.getLogger("bitsandbytes.backends").setLevel(logging.ERROR)  # it proposes packages that nothing here needs
     # tqdm's own lock is a semaphore of the system, which Python reports as leaked when a process is stopped.
     tqdm.set_lock(threading.RLock())

@@ -13,7 +13,7 @@ from typing import Any
 
 from vlm_distill_cache.common.cache.counts import SampleCounts, picture_words, unknown_words
 from vlm_distill_cache.common.cache.manifest import Manifest, read_manifest
-from vlm_distill_cache.common.cache.plan import BASE, Plan, read_plan
+from vlm_distill_cache.common.cache.plan import BASE, Plan, built_with, read_plan
 from vlm_distill_cache.common.cache.schema import BASE_FIELDS, Field
 from vlm_distill_cache.common.cache.side_files import MANIFEST
 from vlm_distill_cache.common.cache.sidecar import ShardSidecar, missing_shards, read_sidecar
@@ -181,9 +181,9 @@ def _wrapped(title: str, words: list[str]) -> list[str]:
 
 def _next_lines(cache_dir: Path, place: str, plan: Plan, totals: _Totals, *, sealed: bool, missing: bool) -> list[str]:
     if missing:
-        return ["next            teacher-cache build with the same options makes the missing shards"]
+        return [f"next            {built_with(plan)} with the same options makes the missing shards"]
     if not sealed and not totals.samples:
-        return ["next            teacher-cache build --overwrite, when its samples can be read: there is none to seal"]
+        return [f"next            {built_with(plan)} --overwrite, when its samples can be read: there is none to seal"]
     if not sealed:
         return [f"next            teacher-cache seal {quoted(place)}"]
     check = f"verify {quoted(place)}" if place == str(cache_dir) else f"pull {quoted(place)} FOLDER"

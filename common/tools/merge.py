@@ -253,8 +253,8 @@ def _refuse_unlike_parts(sources: Sequence[Path], plans: Sequence[Plan]) -> None
     )
 
 
-def refuse_different(first: TeacherCache, other: TeacherCache) -> None:
-    """Refuse to merge caches that do not mean the same."""
+def refuse_different(first: TeacherCache, other: TeacherCache, what: str = "merged") -> None:
+    """Refuse to merge caches, or to do something else with both, that do not mean the same."""
     one, two = _meaning(first.plan), _meaning(other.plan)
     lines = []
     if unlike := first.plan.signals.keys() ^ other.plan.signals.keys():
@@ -274,8 +274,8 @@ def refuse_different(first: TeacherCache, other: TeacherCache) -> None:
     ]
     if lines:
         raise CacheMismatchError(
-            f"{first.path} and {other.path} cannot be merged, they differ:\n" + "\n".join(lines) + "\n"
-            "Merge caches of one teacher, template, geometry and codec; build one of them again with the "
+            f"{first.path} and {other.path} cannot be {what}, they differ:\n" + "\n".join(lines) + "\n"
+            "Take caches of one teacher, template, geometry and codec; build one of them again with the "
             "other's options, or, of a part that was pulled, pull it again with the other's --signals and --top-k"
         )
 

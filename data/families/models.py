@@ -9,9 +9,11 @@ Dims: B batch, T sequence, A wanted rows, V vocabulary.
 import importlib.util
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -19,8 +21,21 @@ import transformers
 from torch import Tensor, nn
 
 from vlm_distill_cache.common.errors import ConfigError, ModelError
-from vlm_distill_cache.common.files.atomic import read_json
-from vlm_distill_cache.common.models.published import default_image_processor, is_published, load_published
+from vlm_distill_cache.common.models.checkpoint import Checkpoint
+from vlm_distill_cache.common.models.llava import llava_class, take_image_tokens
+from vlm_distill_cache.common.models.original_llava import (
+    is_original_llava,
+    open_original_llava,
+    original_config,
+    original_image_processor,
+)
+from vlm_distill_cache.common.models.parts import read_config
+from vlm_distill_cache.common.models.published import (
+    default_image_processor,
+    is_published,
+    open_published,
+    published_config,
+)
 from vlm_distill_cache.common.printing import one_line
 from vlm_distill_cache.data.families.table import Family, family_of, submodule
 from vlm_distill_cache.data.families.unusable import refuse_unusable
@@ -35,15 +50,22 @@ Quantisation = Literal["none", "8bit", "4bit"]
 
 
 class FamilyModel(NamedTuple):
-    """A model in evaluation mode, its entry in the table, the library's fast tokenizer, and the PIL image processor.
+    """A model in evaluation mode, and what it reads with.
 
-    Of a family that is not listed, ``processor`` is the library's whole processor.
+    Attributes:
+        family: Its entry in the table.
+        tokenizer: The library's fast one.
+        processor: The PIL image processor; of a family that is not listed, the library's whole processor.
+        image_encoder: How its pictures become visual tokens.
+        weight_files: By name, where weights lie that a directory does not hold as a saved model does.
     """
 
     model: Any
     family: Family
     tokenizer: Any
     processor: Any
+    image_encoder: AnyImageEncoder
+    weight_files: Mapping[str, Path] = MappingProxyType({})
 
 
 def open_family_model(
@@ -52,8 +74,12 @@ def open_family_model(
     dtype: str = "float32",
     device_map: str = "",
     quantisation: Quantisation = "none",
+    vision_tower: Path | None = None,
 ) -> FamilyModel:
-    """Load a checkpoint directory: a library model of any family, MobileVLM or CompoDistill as published.
+    """Load a checkpoint directory: a library model of any family; MobileVLM, CompoDistill or LLaVA as published.
+
+    All else is looked through before a value of the weights is read: configuration, names and shapes of all tensors,
+    tokenizer and image processor.
 
     Args:
         directory: Model, tokenizer and image processor files.
@@ -61,26 +87,29 @@ def open_family_model(
         device_map: As the library takes it (``auto``, ``balanced``, ``cuda:1``); empty: on the CPU, for the caller to
             move.
         quantisation: Of the language model's weights, by bitsandbytes; tower and projector keep ``dtype``.
+        vision_tower: Directory of the CLIP tower, for a published MobileVLM or LLaVA; it replaces one that is there.
 
     Raises:
         ModelError: If the directory holds no usable model, or only part of its weights.
-        ConfigError: If bitsandbytes or accelerate is missing for what is asked.
+        ConfigError: If bitsandbytes or accelerate is missing for what is asked, or settings of its image processor cannot be
+            used.
     """
-    published = is_published(directory)
-    if not published:
-        refuse_unusable(directory)
-    _check_placement(directory, device_map=device_map, quantisation=quantisation, published=published)
     try:
-        tokenizer = load_tokenizer(directory)  # what is wrong with it is said before gigabytes are read
-        if published:
-            model: Any = load_published(directory, dtype=getattr(torch, dtype))
-            family = family_of(model.config.model_type)
-        else:
-            family = family_of(str(read_json((directory / "config.json").resolve()).get("model_type")))
-            model = _load_library_model(
-                directory, family, dtype=dtype, device_map=device_map, quantisation=quantisation
-            )
-        processor = _load_processor(directory, family, model.config)
+        found = _look_through(directory, vision_tower)
+        _check_placement(directory, device_map=device_map, quantisation=quantisation, published=found.is_published)
+        settings = _read_settings(
+            directory,
+            found.family,
+            found.config,
+            tokenizer_folder=found.tokenizer_folder,
+            processor_folders=found.published.processor_folders if found.original and found.published else [directory],
+            names_processor=found.published is not None,
+            original=found.original,
+        )
+        placement = _placement(found.family, dtype=dtype, device_map=device_map, quantisation=quantisation)
+        model = found.load(dtype=getattr(torch, dtype), **placement)
+        if model.config.model_type == "llava":
+            take_image_tokens(model)
     except (ModelError, ConfigError, torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # of any class: a hostile or cut file fails wherever it is first looked at
@@ -94,8 +123,8 @@ def open_family_model(
             "preprocessor_config.json of one model"
         ) from error
     if device_map:
-        refuse_offloaded(model, family, device_map)
-    if not family.is_listed:
+        refuse_offloaded(model, found.family, device_map)
+    if not found.family.is_listed:
         logger.warning(
             "%s: model_type %r is not in the table of families (data/families/table.py), so only its logits can be "
             "cached: attention needs to know where its language model and its visual tokens are, and the teacher "
@@ -103,18 +132,126 @@ def open_family_model(
             directory,
             model.config.model_type,
         )
-    return FamilyModel(model.eval(), family, tokenizer, processor)
+    _, family, tokenizer, processor, image_encoder = settings
+    return FamilyModel(model.eval(), family, tokenizer, processor, image_encoder, found.weight_files)
 
 
-def open_image_encoder(opened: FamilyModel, directory: Path) -> AnyImageEncoder:
-    """How a model's pictures become visual tokens.
+class FamilySettings(NamedTuple):
+    """What a checkpoint directory says without its weights; as of `FamilyModel`."""
+
+    config: Any
+    family: Family
+    tokenizer: Any
+    processor: Any
+    image_encoder: AnyImageEncoder
+
+
+def open_family_settings(directory: Path) -> FamilySettings:
+    """Read all of a checkpoint directory but its weights, which need not be there.
 
     Raises:
-        ConfigError: If the settings of its image processor cannot be used.
-        ModelError: If its configuration does not say it.
+        ModelError: If configuration, tokenizer or image processor cannot be used.
+        ConfigError: As of `open_family_model`.
     """
+    original = is_original_llava(directory)
+    names_processor = original or is_published(directory)
+    if names_processor:
+        config = original_config(directory) if original else published_config(directory)
+    else:
+        config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    return _read_settings(
+        directory,
+        family_of(str(config.model_type)),
+        config,
+        tokenizer_folder=directory,
+        processor_folders=[directory],
+        names_processor=names_processor,
+        original=original,
+    )
+
+
+def _read_settings(
+    directory: Path,
+    family: Family,
+    config: Any,
+    *,
+    tokenizer_folder: Path,
+    processor_folders: Sequence[Path],
+    names_processor: bool,
+    original: bool,
+) -> FamilySettings:
+    """Tokenizer and image processor.
+
+    Args:
+        names_processor: Whether the checkpoint may name the tower whose processor it uses, and hold none (MobileVLM, LLaVA).
+        original: Whether it is LLaVA's own layout.
+    """
+    tokenizer = load_tokenizer(tokenizer_folder)
+    if original and config.image_token_index < len(tokenizer):
+        config.image_token_index = len(tokenizer)  # a place holder, which no token of a text may have
+    if not family.is_listed:
+        processor = load_processor(directory)
+    else:
+        names = ("preprocessor_config.json", "processor_config.json")
+        folder = next((one for one in processor_folders if any((one / name).is_file() for name in names)), None)
+        if folder is None and names_processor:
+            processor = default_image_processor(config)
+        else:
+            processor = load_image_processor(folder or directory)
+        if original:
+            processor = original_image_processor(read_config(directory), processor)
+    image_encoder = _open_image_encoder(family, config, processor, tokenizer, directory)
+    return FamilySettings(config, family, tokenizer, processor, image_encoder)
+
+
+class _Found(NamedTuple):
+    """A directory that was looked through; ``load`` reads its weights."""
+
+    family: Family
+    config: Any
+    load: Callable[..., Any]
+    tokenizer_folder: Path
+    published: Checkpoint | None = None
+    original: bool = False
+
+    @property
+    def is_published(self) -> bool:
+        """Whether one of our own classes is the model's, which places no weights."""
+        return self.published is not None and not self.original
+
+    @property
+    def weight_files(self) -> Mapping[str, Path]:
+        return self.published.files if self.published is not None else {}
+
+
+def _look_through(directory: Path, vision_tower: Path | None) -> _Found:
+    """What a directory holds, and whether it is all there."""
+    original = is_original_llava(directory)
+    if original or is_published(directory):
+        opening = open_original_llava if original else open_published
+        checkpoint = opening(directory, vision_tower=vision_tower)
+        family, folder = family_of(checkpoint.config.model_type), checkpoint.tokenizer_folder
+        return _Found(family, checkpoint.config, checkpoint.load, folder, checkpoint, original)
+    if vision_tower is not None:
+        raise ConfigError(
+            f"vision_tower={vision_tower}: {directory} holds its own vision tower; leave vision_tower out, it is for "
+            "published MobileVLM and LLaVA checkpoints and for students that are built"
+        )
+    refuse_unusable(directory)
+    stored = read_config(directory)
+    family, depth = family_of(str(stored.get("model_type"))), stored.get("projector_depth")
+    model_class = getattr(transformers, family.model_class) if depth is None else llava_class(depth)
+    # On no device: names, shapes and kinds are compared, no memory is taken.
+    shell = _load_library_model(directory, model_class, device_map="meta")
+    load = partial(_load_library_model, directory, model_class)
+    return _Found(family, shell.config, load, directory)
+
+
+def _open_image_encoder(
+    family: Family, config: Any, processor: Any, tokenizer: Any, directory: Path
+) -> AnyImageEncoder:
     try:
-        return opened.family.image_encoder(opened.model.config, opened.processor, opened.tokenizer)
+        return family.image_encoder(config, processor, tokenizer)
     except (ConfigError, ModelError) as error:
         raise type(error)(f"{directory}: {error}") from error
     except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError) as error:
@@ -209,18 +346,9 @@ def input_device(model: Any) -> torch.device:
     return device
 
 
-def _load_processor(directory: Path, family: Family, config: Any) -> Any:
-    if not family.is_listed:
-        return load_processor(directory)
-    stored = any((directory / name).is_file() for name in ("preprocessor_config.json", "processor_config.json"))
-    # MobileVLM's checkpoints name the tower whose processor they use, and hold none.
-    return load_image_processor(directory) if stored or family.model_class else default_image_processor(config)
-
-
-def _load_library_model(
-    directory: Path, family: Family, *, dtype: str, device_map: str, quantisation: Quantisation
-) -> Any:
-    options: dict[str, Any] = {"dtype": getattr(torch, dtype)}
+def _placement(family: Family, *, dtype: str, device_map: str, quantisation: Quantisation) -> dict[str, Any]:
+    """The library's options for weights that are placed or quantised as they are read."""
+    options: dict[str, Any] = {}
     if quantisation != "none":
         # One line for every layer of every pass: that inputs are rounded to float16 is what 8 bits are.
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
@@ -235,7 +363,10 @@ def _load_library_model(
         )
     if device_map or quantisation != "none":
         options["device_map"] = device_map or ("cuda:0" if torch.cuda.is_available() else "cpu")
-    model_class = getattr(transformers, family.model_class)
+    return options
+
+
+def _load_library_model(directory: Path, model_class: Any, **options: Any) -> Any:
     model, loading = model_class.from_pretrained(
         directory, local_files_only=True, trust_remote_code=False, output_loading_info=True, **options
     )
@@ -251,6 +382,9 @@ def _load_library_model(
             f"{directory}: the weights hold layers that config.json does not name ({', '.join(beyond[:3])}), so a part of "
             "the model would be left out; take config.json and weights of one checkpoint"
         )
+    left = sorted(str(key) for key in loading["unexpected_keys"])
+    if left and options.get("device_map") == "meta":  # said once
+        logger.info("%s: %d weights are of no part of this model and stay unused: %s", directory, len(left), left[:3])
     return model
 
 

@@ -127,7 +127,9 @@ def _projector_config(config: Any, *, act: str, bias: bool) -> dict[str, Any]:
 
 
 def _mlp_config(config: Any) -> dict[str, Any] | None:
-    """Of the LLaVA family."""
+    """Of the LLaVA family; of its original checkpoints, some have more layers or fewer."""
+    if getattr(config, "projector_depth", 2) != 2:
+        return None
     bias = getattr(config, "multimodal_projector_bias", True)
     return _projector_config(config, act=config.projector_hidden_act, bias=bias)
 

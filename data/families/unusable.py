@@ -21,11 +21,9 @@ from vlm_distill_cache.common.models.weight_files import weight_files
 from vlm_distill_cache.common.printing import one_line
 from vlm_distill_cache.data.families.table import FAMILIES
 
-_ORIGINAL_LLAVA = ("mm_vision_tower", "mm_projector_type", "mm_hidden_size")
 _CONVERTED = {  # checkpoints with code of their own that their authors also give in the library's layout
     "internvl_chat": "OpenGVLab/InternVL3-8B-hf",
     "internvl": "OpenGVLab/InternVL3-8B-hf",
-    "llava": "llava-hf/llava-1.5-7b-hf",
 }
 
 
@@ -33,7 +31,7 @@ def refuse_unusable(directory: Path) -> None:
     """Refuse a directory of which the library can make no vision-language model.
 
     Args:
-        directory: Holds no checkpoint in an authors' own layout that `common.models.published` reads.
+        directory: Holds no checkpoint in an authors' own layout (`common.models.published`, ``original_llava``).
 
     Raises:
         ModelError: Saying what it is instead, and what to do.
@@ -56,13 +54,6 @@ def _why_not(stored: Mapping[str, Any], directory: Path) -> str:
     kind = stored.get("model_type")
     if kind is not None and not isinstance(kind, str):
         return f"model_type in config.json is {_shown(kind)}, expected a name; {_known()}"
-    if any(key in stored for key in _ORIGINAL_LLAVA) and not isinstance(stored.get("vision_config"), dict):
-        return (
-            f"a checkpoint in the original LLaVA layout (model_type {_shown(kind)}, mm_* keys in config.json), which the "
-            "model library cannot read; take the same model as converted by llava-hf (for example "
-            f"{_CONVERTED['llava']}), or convert it with convert_llava_weights_to_hf.py of transformers' repository "
-            "(src/transformers/models/llava)"
-        )
     if kind is None:
         return f"config.json names no model_type, so nobody knows what model this is; {_known()}"
     if kind not in CONFIG_MAPPING_NAMES and kind not in FAMILIES:

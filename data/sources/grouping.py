@@ -7,10 +7,14 @@ Students join a cache by sample id, so the order is the cache's own affair.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from vlm_distill_cache.common.files.hashing import fingerprint
-from vlm_distill_cache.data.sample import Dataset, Sample
+from vlm_distill_cache.data.sample import Dataset, Sample, Weighting, number_repeats
 
 
 class ChosenSamples(Dataset):
@@ -18,6 +22,7 @@ class ChosenSamples(Dataset):
 
     def __init__(self, dataset: Dataset, positions: Sequence[int], *, name: str) -> None:
         self.name = name
+        self.origin = dataset.origin
         self._dataset, self._positions = dataset, positions
         ids = dataset.sample_ids
         self.sample_ids: Sequence[str] = [ids[position] for position in positions]
@@ -29,6 +34,56 @@ class ChosenSamples(Dataset):
         """Names of these samples' images."""
         keys = self._dataset.image_keys()
         return [keys[position] for position in self._positions]
+
+    def weighting(self) -> Weighting | None:
+        """How often these samples are seen."""
+        weighting = self._dataset.weighting()
+        return None if weighting is None else weighting.of(np.asarray(self._positions, dtype=np.int64))
+
+
+class JoinedSamples(Dataset):
+    """Several data sets as one, in any order of their samples.
+
+    Attributes:
+        parts: Which data set each sample comes from, int64 ``[n]``.
+    """
+
+    def __init__(
+        self,
+        datasets: Sequence[Dataset],
+        *,
+        name: str,
+        sample_ids: Sequence[str] | None = None,
+        order: NDArray[np.int64] | None = None,
+    ) -> None:
+        """Join; no sample is read.
+
+        Args:
+            sample_ids: Of all samples, one data set after another; None: their own, repeats numbered.
+            order: Positions in this sequence; None: as they stand.
+        """
+        self.name = name
+        self._datasets = list(datasets)
+        sizes = [len(dataset) for dataset in self._datasets]
+        owners = np.repeat(np.arange(len(sizes)), sizes)
+        places = np.concatenate([np.arange(size) for size in sizes])
+        ids = number_repeats([i for d in self._datasets for i in d.sample_ids]) if sample_ids is None else sample_ids
+        order = np.arange(len(owners)) if order is None else order
+        self.parts: NDArray[np.int64] = owners[order]
+        self._places: NDArray[np.int64] = places[order]
+        self.sample_ids: Sequence[str] = [ids[position] for position in order.tolist()]
+
+    def __getitem__(self, index: int) -> Sample:
+        part, place = int(self.parts[index]), int(self._places[index])
+        return replace(self._datasets[part][place], sample_id=self.sample_ids[index])
+
+    def image_keys(self) -> Sequence[str | None]:
+        """Names of the samples' images, each with the number of its data set: two may call theirs alike."""
+        keys = [dataset.image_keys() for dataset in self._datasets]
+        found = [
+            (part, keys[part][place]) for part, place in zip(self.parts.tolist(), self._places.tolist(), strict=True)
+        ]
+        return [None if key is None else f"{part}:{key}" for part, key in found]
 
 
 class GroupedByImage(ChosenSamples):

@@ -11,7 +11,7 @@ _OTHERS = {  # by how a file begins: what it is, and what to do
     b"\x1f\x8b": "is compressed: unpack it first (gunzip)",
     b"\x28\xb5\x2f\xfd": "is compressed: unpack it first (zstd -d)",
     b"PK\x03\x04": "is a zip archive: unpack it first",
-    b"PAR1": "is a parquet file: save it as JSON lines or with datasets.save_to_disk",
+    b"PAR1": "is a parquet file: give its name the ending .parquet",
     b"version https://git-lfs": "is a pointer of Git LFS: fetch the file itself (git lfs pull)",
     b"<": "is a page of HTML or XML, not JSON: download the file itself",
 }

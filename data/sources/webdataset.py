@@ -11,7 +11,6 @@ member that is no sample's, a sample without a text, or without a picture where 
 cannot be used, with its reason.
 """
 
-import glob
 import logging
 import posixpath
 import re
@@ -28,6 +27,7 @@ from vlm_distill_cache.data.sample import ImageSource, refuse_repeats, usable_id
 from vlm_distill_cache.data.sources.conversations import has_text
 from vlm_distill_cache.data.sources.entries import EntryDataset
 from vlm_distill_cache.data.sources.json_text import decode, parse
+from vlm_distill_cache.data.sources.patterns import find_files
 from vlm_distill_cache.data.sources.pictures import brief, open_picture
 
 logger = logging.getLogger(__name__)
@@ -54,14 +54,17 @@ class _Member:
 
 
 class WebDataset(EntryDataset):
-    """Samples of a tar, a folder of tars, a glob or a brace pattern; the id is the WebDataset key."""
+    """Samples of a tar, a folder of tars, a glob or a brace pattern; the id is the WebDataset key.
+
+    ``paths`` are the tars where they are known already; ``pattern`` is what they are called then.
+    """
 
     pictures_lie_beside = True
 
-    def __init__(self, pattern: str) -> None:
+    def __init__(self, pattern: str, *, paths: Sequence[Path] = ()) -> None:
         self.name = Path(pattern).name
         self.image_root = Path(pattern).parent
-        paths = find_tars(pattern)
+        paths = paths or find_files(pattern, ".tar")
         self._members = [member for path in paths for member in _index_tar(path)]
         if not any(member.texts for member in self._members):
             raise DataError(
@@ -112,20 +115,6 @@ class WebDataset(EntryDataset):
     def image_keys(self) -> Sequence[str | None]:
         """None: only the pictures tell."""
         return [None] * len(self)
-
-
-def find_tars(pattern: str) -> list[Path]:
-    """Expand a folder, glob or brace pattern to tars, sorted within each part."""
-    from webdataset.shardlists import expand_urls  # imports a whole loader, only needed here
-
-    folder = Path(pattern)
-    paths = sorted(folder.glob("*.tar")) if folder.is_dir() else []
-    for part in [] if folder.is_dir() else expand_urls(pattern):
-        paths += [Path(match) for match in sorted(glob.glob(part))] or [Path(part)]  # noqa: PTH207 - absolute too
-    missing = [str(path) for path in paths if not path.is_file()]
-    if missing or not paths:
-        raise DataError(f"no tar at {', '.join(missing[:3]) or pattern}; give a tar, a folder of tars or a pattern")
-    return paths
 
 
 def _index_tar(path: Path) -> list[_Member]:

@@ -6,8 +6,10 @@ asked for it, because some versions of it cannot even be imported without torchv
 """
 
 import json
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -37,22 +39,31 @@ def module_fingerprint(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def weights_fingerprint(directory: Path, dtype: str, *, device_map: str = "", quantisation: str = "none") -> str:
+def weights_fingerprint(
+    directory: Path,
+    dtype: str,
+    *,
+    device_map: str = "",
+    quantisation: str = "none",
+    others: Mapping[str, Path] = MappingProxyType({}),
+) -> str:
     """Fingerprint a checkpoint directory: its weight files, its config and how it runs.
 
-    How the model is spread over devices decides the last bits of its sums.
+    How the model is spread over devices decides the last bits of its sums. ``others``: files of weights by name, where
+    the directory names them or has them under names of its own.
 
     Raises:
         ModelError: If there are no weight files.
     """
     files = sorted([*directory.glob("*.safetensors"), *directory.glob("pytorch_model*.bin")])
-    if not files:
+    if not files and not others:
         raise ModelError(
             f"{directory} holds no *.safetensors or pytorch_model*.bin; point at a directory that save_pretrained wrote"
         )
     config = json.loads((directory / "config.json").read_text())
     for key in ("_name_or_path", "transformers_version", "torch_dtype", "dtype"):
         config.pop(key, None)
+    elsewhere = {name: file_checksum(path) for name, path in others.items() if path not in files}
     how = {"device_map": device_map, "quantisation": quantisation}
     return fingerprint(
         {
@@ -61,6 +72,7 @@ def weights_fingerprint(directory: Path, dtype: str, *, device_map: str = "", qu
             "dtype": dtype,
             # Left out where they have their defaults: the fingerprints of older caches stay what they are.
             **{name: value for name, value in how.items() if value not in ("", "none")},
+            **({"others": elsewhere} if elsewhere else {}),
         }
     )
 

@@ -2,7 +2,12 @@
 
 import os
 import sys
+from copy import copy
 from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import click
 
 
 def teacher_cache() -> None:
@@ -20,9 +25,20 @@ def cachectl() -> None:
     _run("common")
 
 
+def group_of(package: str) -> "click.Group":
+    """The commands of a package; those that read and write caches have some of stage one's beside them."""
+    main: click.Group = import_module(f"vlm_distill_cache.{package}.cli").main
+    if package != "common":
+        return main
+    added = [import_module("vlm_distill_cache.stage1_teacher.imports.cli").import_logprobs]
+    group = copy(main)
+    group.commands = {**main.commands, **{command.name: command for command in added}}
+    return group
+
+
 def _run(package: str) -> None:
     try:
-        command = import_module(f"vlm_distill_cache.{package}.cli").main
+        command = group_of(package)
     except KeyboardInterrupt:
         sys.stderr.write("stopped; run the same command again to continue\n")
         sys.stderr.flush()

@@ -15,6 +15,7 @@ from vlm_distill_cache.stage1_teacher.config import BuildConfig
 from vlm_distill_cache.stage1_teacher.estimate.probe import Probe, measure_probe
 from vlm_distill_cache.stage1_teacher.planning.open import open_build
 from vlm_distill_cache.stage1_teacher.planning.parts import fix_threads
+from vlm_distill_cache.stage1_teacher.quality.fidelity import CONTROL_BATCH
 
 STEP_FORWARDS = 3.0  # a training step costs about three forward passes: one forward, two for the gradients
 MAX_STUDENTS = 1_000_000
@@ -42,13 +43,19 @@ class Scenario:
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """A probe carried over to a whole data set; a build ends with a fidelity probe of ``fidelity_samples``."""
+    """A probe carried over to a whole data set.
+
+    Attributes:
+        fidelity_samples: Of the fidelity card, with which a build ends.
+        control_copies: Of each of them in the card's control.
+    """
 
     name: str
     store: str
     sample_count: int
     shard_count: int
     fidelity_samples: int
+    control_copies: int
     probe: Probe
     scenario: Scenario
 
@@ -61,7 +68,8 @@ class Estimate:
     @property
     def stage_one_hours(self) -> float:
         """Hours to build the cache on this machine: loading, the main loop, the fidelity probe."""
-        checks = min(self.fidelity_samples, self.sample_count) * (2 * self.probe.teacher + self.probe.encode)
+        passes = self.control_copies + 1  # each sample of the card alone, and once more among copies of itself
+        checks = min(self.fidelity_samples, self.sample_count) * (passes * self.probe.teacher + self.probe.encode)
         return (self.probe.load + self.probe.loop * self.sample_count + checks) / 3600
 
     @property
@@ -136,12 +144,14 @@ def estimate(config: BuildConfig, scenario: Scenario, *, samples: int) -> Estima
     started = time.perf_counter()
     work = open_build(fix_threads(config, several=False, overwrite=True))
     load = time.perf_counter() - started
+    copies = min(work.plan.batch_size, CONTROL_BATCH)
     return Estimate(
         name=f"{work.plan.teacher.get('name')} on {work.plan.data.get('name')}",
         store=config.store,
         sample_count=work.plan.sample_count,
         shard_count=work.plan.shard_count,
         fidelity_samples=config.fidelity_samples,
+        control_copies=copies,
         probe=measure_probe(work, samples=samples, load=load),
         scenario=scenario,
     )
@@ -202,6 +212,7 @@ def estimate_text(estimate: Estimate) -> str:
         f"{1 / probe.loop:.1f} samples/s (alone, a sample: read {probe.encode * 1e3:.2f} ms, "
         f"teacher {probe.teacher * 1e3:.2f} ms, write {probe.write * 1e3:.2f} ms)"
     )
+    lines.append(f"Memory at its peak: {_memory(probe)}")
     lines.append(f"Training, each student {scenario.epochs:g} times over the data:")
     lines.append(f"  {'students':<10}{'teacher beside the student':>28}{'cache, stage one included':>28}{'ratio':>8}")
     for students in scenario.students:
@@ -216,6 +227,11 @@ def estimate_text(estimate: Estimate) -> str:
     )
     lines += ["Assumed:", *(f"  - {line}" for line in assumptions(estimate))]
     return "\n".join(lines)
+
+
+def _memory(probe: Probe) -> str:
+    device = "" if probe.device_memory is None else f"{_bytes(probe.device_memory)} on the device, "
+    return f"{device}{_bytes(probe.host_memory)} in the process that runs the teacher, weights mapped from their files included"
 
 
 def parse_students(text: str) -> tuple[int, ...]:

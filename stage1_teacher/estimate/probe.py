@@ -1,6 +1,8 @@
 """What an estimate is made from: one shard of a few samples, built by the code of a real build, timed and weighed."""
 
 import os
+import resource
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -66,6 +68,9 @@ class Probe:
         loop: All of it as the main loop does it, reading and writing beside the teacher.
         shard_write: Seconds that each shard costs whatever is in it.
         load: Seconds to load the teacher and open the data.
+        host_memory: Most resident memory of this process until stage one's pass was done, bytes; weights that are mapped
+            from their files count.
+        device_memory: Most memory of the device until then, bytes; None on a CPU.
     """
 
     samples: int
@@ -89,6 +94,8 @@ class Probe:
     device: str
     threads: int
     cores: int
+    host_memory: int
+    device_memory: int | None
 
     def to_dict(self) -> dict[str, Any]:
         """The measurements as JSON."""
@@ -130,6 +137,7 @@ def measure_probe(work: Build, *, samples: int, load: float) -> Probe:
     count = len(shard.samples)
     if not count:
         raise DataError(f"no sample of the probe can be used; the last one: {shard.failed[-1][1]}")
+    host_memory, device_memory = peak_memory(work.teacher.device)  # what follows is not stage one's
     batches = [batch for batch, _ in passes]
     _, plain = timed(lambda: _run_plain(work, batches))
     eager, eager_batch = _time_eager(work, shard.samples)
@@ -180,7 +188,16 @@ def measure_probe(work: Build, *, samples: int, load: float) -> Probe:
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         threads=torch.get_num_threads(),
         cores=len(os.sched_getaffinity(0)),
+        host_memory=host_memory,
+        device_memory=device_memory,
     )
+
+
+def peak_memory(device: torch.device) -> tuple[int, int | None]:
+    """Most resident memory of this process so far, and most memory of a device, bytes; None on a CPU."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return host, torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
 def probe_positions(total: int, samples: int) -> list[int]:

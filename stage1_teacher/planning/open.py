@@ -8,6 +8,7 @@ from vlm_distill_cache.common.attention.layers import published_count
 from vlm_distill_cache.common.cache.shared_images import VISUAL_SOURCE
 from vlm_distill_cache.data.registry import open_dataset
 from vlm_distill_cache.data.sources.grouping import group_by_image
+from vlm_distill_cache.data.sources.mixture import entry_of_cache
 from vlm_distill_cache.stage1_teacher.config import BuildConfig
 from vlm_distill_cache.stage1_teacher.loop.encode_ahead import count_workers
 from vlm_distill_cache.stage1_teacher.loop.work import Build
@@ -29,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 def open_build(config: BuildConfig) -> Build:
     """Open data and teacher as a configuration says, and plan the cache."""
+    config = _for_entry(config)
     dataset = open_dataset(
         config.data,
         split=config.split,
@@ -67,3 +69,17 @@ def open_build(config: BuildConfig) -> Build:
     if config.batch_size:
         return work
     return replace(work, plan=replace(work.plan, batch_size=automatic_batch_size(work)))
+
+
+def _for_entry(config: BuildConfig) -> BuildConfig:
+    """The options for that entry of a mixture whose cache is built, where each has its own; else those that are given."""
+    entry = entry_of_cache(config.data, config.cache)
+    if entry is None:
+        return config
+    return replace(
+        config,
+        data=entry.data,
+        images=str(entry.images or config.images),
+        limit=entry.limit or config.limit,
+        split=entry.split or config.split,
+    )

@@ -14,6 +14,8 @@ from vlm_distill_cache.common.codecs.answers import AnswersCodec
 from vlm_distill_cache.common.errors import ConfigError, ModelError, SampleError
 from vlm_distill_cache.common.files.hashing import fingerprint
 from vlm_distill_cache.common.hub import model_folder
+from vlm_distill_cache.common.models.original_llava import is_original_llava, refuse_other_llavas
+from vlm_distill_cache.common.models.parts import read_config
 from vlm_distill_cache.common.models.published import is_published
 from vlm_distill_cache.common.printing import one_line
 from vlm_distill_cache.data.families.inputs import known_positions, text_config
@@ -124,7 +126,9 @@ LOOKED_AT = 8  # samples
 
 
 def _refuse_config(directory: Path) -> None:
-    if not is_published(directory):
+    if is_original_llava(directory):
+        refuse_other_llavas(read_config(directory), where=directory)
+    elif not is_published(directory):
         refuse_config(directory)
 
 
@@ -309,6 +313,7 @@ def make_plan(
             "name": dataset.name,
             "split": config.split,
             "limit": config.limit,
+            **dataset.origin,
             **given(license=config.data_license, cache_license=config.license, source=config.source),
         },
         geometry=geometry,

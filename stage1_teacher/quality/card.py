@@ -51,6 +51,8 @@ def card_text(
     figures = (
         "\n".join(f"| {name} | {value} |" for name, value in fidelity.items())
         if fidelity
+        else "| not measured | the teacher was served |"
+        if plan.teacher.get("served")
         else "| not measured | run `teacher-cache fidelity` |"
     )
     prints = "\n".join(f"| {name} | `{value}` |" for name, value in sorted(plan.fingerprints.items()))

@@ -23,7 +23,6 @@ from vlm_distill_cache.data.families.models import (
     Quantisation,
     input_device,
     open_family_model,
-    open_image_encoder,
     row_logits,
 )
 from vlm_distill_cache.data.families.table import Family, submodule
@@ -72,9 +71,10 @@ class Teacher:
         self.model: Any = (opened.model if placed else opened.model.to(wanted)).requires_grad_(requires_grad=False)
         self.device = input_device(self.model)
         self.family: Family = opened.family
+        self._weight_files = opened.weight_files
         self.tokenizer = opened.tokenizer
         self.config = self.model.config
-        self.image_encoder: AnyImageEncoder = open_image_encoder(opened, directory)
+        self.image_encoder: AnyImageEncoder = opened.image_encoder
         self.image_token_id = self.family.image_token_id(self.config)
         self.pad_token_id = int(self.tokenizer.pad_token_id or 0)
         self.training = _training_notes(directory)
@@ -101,7 +101,11 @@ class Teacher:
         """Hashes of what this teacher is: weights, dtype and placement; tokenizer; vision tower where it is known."""
         hashes = {
             "teacher": weights_fingerprint(
-                self.directory, self.dtype, device_map=self.device_map, quantisation=self.quantisation
+                self.directory,
+                self.dtype,
+                device_map=self.device_map,
+                quantisation=self.quantisation,
+                others=self._weight_files,
             ),
             "tokenizer": tokenizer_fingerprint(self.tokenizer),
         }

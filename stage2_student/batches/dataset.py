@@ -214,6 +214,11 @@ class CachedDataset:
     def __len__(self) -> int:
         return len(self.sample_ids)
 
+    def repeats(self, seed: int) -> NDArray[np.int64] | None:
+        """How often each sample is seen in an epoch, int64 by position, as a mixture's weights say; None: once."""
+        weighting = self._dataset.weighting()
+        return None if weighting is None else weighting.of(self._places).repeats(seed)
+
     def has_pictures(self) -> bool:
         """Whether any sample has a picture; reads records only of shards that do not say."""
         told = [self._cache.manifest.shards[shard] for shard, places in enumerate(self.shards) if len(places)]
@@ -322,7 +327,10 @@ class CachedDataset:
 
     def batch(self, positions: Iterable[int]) -> TrainingBatch:
         """Load and collate a micro-batch; ``positions`` are places in ``sample_ids``."""
-        samples = [self.load(int(position)) for position in positions]
+        return self.collate([self.load(int(position)) for position in positions])
+
+    def collate(self, samples: Sequence[TrainingSample]) -> TrainingBatch:
+        """Join samples to a micro-batch."""
         return collate_samples(samples, self._terms, pad_token_id=self._pad_token_id)
 
 

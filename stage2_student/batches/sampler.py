@@ -18,19 +18,24 @@ from vlm_distill_cache.common.errors import ConfigError
 Indices = NDArray[np.int64]
 
 
-def epoch_order(shards: Sequence[Indices], *, seed: int, epoch: int, window: int) -> Indices:
+def epoch_order(shards: Sequence[Indices], *, seed: int, epoch: int, window: int, number: int = 0) -> Indices:
     """Shuffle shards, then the samples inside each window of ``window`` shards.
 
     Args:
         window: Shards whose samples are mixed, at least 1; a reader needs that many shards open.
+        number: Of the pass, where an epoch has several.
 
     Returns:
         Every index exactly once, int64 ``[sum n_i]``; the same for the same arguments on every process.
     """
-    generator = np.random.default_rng([seed, epoch])
+    generator = _generator(seed, epoch, number)
     windows = _shard_windows(shards, generator, window)
     mixed = [generator.permutation(np.concatenate([shards[i] for i in chosen])) for chosen in windows]
     return np.concatenate([np.zeros(0, dtype=np.int64), *mixed])
+
+
+def _generator(seed: int, epoch: int, number: int) -> np.random.Generator:
+    return np.random.default_rng([seed, epoch, number] if number else [seed, epoch])
 
 
 def _shard_windows(shards: Sequence[Indices], generator: np.random.Generator, window: int) -> list[Indices]:
@@ -46,15 +51,19 @@ class ShardShuffle:
 
     Attributes:
         shards: Sample indices of each shard, int64 ``[n_i]``; empty shards are allowed, not all of them.
+        repeats: How often each sample is seen in an epoch, int64 by its index; None: once. An epoch then has as many
+            passes over the shards as the most frequent sample, and a sample's repeats are spread over these.
+        length: Samples of an epoch, with their repeats.
     """
 
     shards: Sequence[Indices]
     seed: int
     window: int = 8
+    repeats: Indices | None = None
     length: int = field(init=False)
 
     def __post_init__(self) -> None:
-        length = sum(len(shard) for shard in self.shards)
+        length = sum(len(shard) if self.repeats is None else int(self.repeats[shard].sum()) for shard in self.shards)
         if length == 0:
             raise ConfigError("no sample to train on: every shard of the cache is empty or failed in stage one")
         if self.window < 1:
@@ -65,12 +74,35 @@ class ShardShuffle:
         object.__setattr__(self, "_windows", lru_cache(maxsize=2)(self._shard_windows))
 
     def _shuffled(self, epoch: int) -> Indices:
-        return epoch_order(self.shards, seed=self.seed, epoch=epoch, window=self.window)
+        return np.concatenate(
+            [
+                epoch_order(shards, seed=self.seed, epoch=epoch, window=self.window, number=number)
+                for number, shards in enumerate(self._passes(epoch))
+            ]
+        )
+
+    def _passes(self, epoch: int) -> list[Sequence[Indices]]:
+        """The shards of each pass over them in an epoch."""
+        if self.repeats is None:
+            return [self.shards]
+        most = int(self.repeats.max())
+        # Repeat j of c falls into pass floor((j + u) * most / c), u random: never two into one, each pass alike.
+        unit = 1 << 20
+        offsets = np.random.default_rng([self.seed, epoch, unit]).integers(unit, size=len(self.repeats))
+        seen = np.zeros((most, len(self.repeats)), dtype=bool)
+        for repeat in range(most):
+            places = np.flatnonzero(self.repeats > repeat)
+            seen[(repeat * unit + offsets[places]) * most // (self.repeats[places] * unit), places] = True
+        return [[shard[row[shard]] for shard in self.shards] for row in seen]
 
     def _shard_windows(self, epoch: int) -> tuple[list[Indices], Indices]:
         """An epoch's windows of shards, and how many samples are consumed at the end of each."""
-        windows = _shard_windows(self.shards, np.random.default_rng([self.seed, epoch]), self.window)
-        sizes = [sum(len(self.shards[shard]) for shard in chosen) for chosen in windows]
+        windows: list[Indices] = []
+        sizes: list[int] = []
+        for number, shards in enumerate(self._passes(epoch)):
+            found = _shard_windows(shards, _generator(self.seed, epoch, number), self.window)
+            windows += found
+            sizes += [sum(len(shards[shard]) for shard in chosen) for chosen in found]
         return windows, np.cumsum(sizes, dtype=np.int64)
 
     def upcoming(self, consumed: int, until: int) -> list[int]:

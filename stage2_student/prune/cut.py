@@ -23,7 +23,7 @@ from vlm_distill_cache.common.errors import ConfigError, ModelError
 from vlm_distill_cache.common.files.atomic import new_directory, write_json_atomic
 from vlm_distill_cache.common.terminal.progress import progress
 from vlm_distill_cache.data.families.inputs import known_positions, text_config
-from vlm_distill_cache.data.families.models import FamilyModel, open_family_model, open_image_encoder
+from vlm_distill_cache.data.families.models import FamilyModel, open_family_model
 from vlm_distill_cache.data.families.table import submodule
 from vlm_distill_cache.data.sample import Sample
 from vlm_distill_cache.data.text.collate import collate
@@ -206,7 +206,7 @@ def teacher_encoder(teacher: Path, opened: FamilyModel, template: str | None) ->
     config = opened.model.config
     return SampleEncoder(
         tokenizer=opened.tokenizer,
-        image_encoder=open_image_encoder(opened, teacher),
+        image_encoder=opened.image_encoder,
         template=get_template(template or trained or opened.family.template, opened.tokenizer),
         image_token_id=opened.family.image_token_id(config),
         max_length=MAX_LENGTH,

@@ -15,6 +15,7 @@ from vlm_distill_cache.common.errors import ConfigError, SampleError
 from vlm_distill_cache.common.printing import one_line
 from vlm_distill_cache.data.registry import open_dataset, open_evaluation
 from vlm_distill_cache.data.sample import EvaluationSet, Question
+from vlm_distill_cache.data.sources.mixture import is_mixture
 from vlm_distill_cache.data.text.encoding import SampleEncoder, build_prompt
 from vlm_distill_cache.stage2_student.batches.dataset import merged_fingerprints, splits_and_limits
 from vlm_distill_cache.stage2_student.config import TrainConfig
@@ -176,7 +177,7 @@ def _is_training_data(config: TrainConfig, data: str, cache: TeacherCache | None
     """Whether the samples scored on are those of the cache; a saved `datasets` folder may have splits."""
     if data.partition(":")[0] in BUILT_IN_DATA:
         return False
-    if cache is None:
+    if cache is None or (is_mixture(data) and _is_own_data(config)):  # whose caches may be several
         return _is_own_data(config)
     cached = {cache.plan.fingerprints.get("data"), *merged_fingerprints(cache)}
     split, images = config.evaluation.split, _images_of(config)

@@ -19,7 +19,6 @@ from vlm_distill_cache.common.models.vision_language import PHASES, Phase
 from vlm_distill_cache.data.families.inputs import text_config
 from vlm_distill_cache.data.families.models import (
     open_family_model,
-    open_image_encoder,
     rows_instead,
     rows_only,
 )
@@ -163,12 +162,12 @@ class OpenedStudent:
     image_encoder: AnyImageEncoder
 
 
-def open_library_student(folder: Path) -> OpenedStudent:
-    """Open a checkpoint directory of any family as a student, in float32."""
-    opened = open_family_model(folder, dtype="float32")
+def open_library_student(folder: Path, *, vision_tower: Path | None = None) -> OpenedStudent:
+    """Open a checkpoint directory of any family as a student, in float32; ``vision_tower`` is `open_family_model`'s."""
+    opened = open_family_model(folder, dtype="float32", vision_tower=vision_tower)
     return OpenedStudent(
         model=LibraryStudent(opened.model, opened.family),
         tokenizer=opened.tokenizer,
         image_processor=opened.processor,
-        image_encoder=open_image_encoder(opened, folder),
+        image_encoder=opened.image_encoder,
     )

@@ -122,13 +122,18 @@ def _library_parts(config: TrainConfig, folder: Path) -> StudentParts:
             "is a model of the library with a projector of its own; leave both unset (projector=null with a recipe), or use "
             "student=mobilevlm"
         )
-    opened = open_library_student(folder)
+    if config.language_model is not None:
+        raise ConfigError(f"language_model={config.language_model}: student {folder} has a language model of its own")
+    tower = None if config.vision_tower is None else Path(config.vision_tower)
+    opened = open_library_student(folder, vision_tower=tower)
     model = opened.model
     rows = int(model.get_input_embeddings().weight.shape[0])
-    if max(model.image_token_id + 1, opened.tokenizer.vocab_size) > rows:
+    # An image token that is no token (LLaVA's original layout) is a place holder beyond the embedding.
+    last = max(opened.tokenizer.vocab_size - 1, *({model.image_token_id} & {*opened.tokenizer.added_tokens_decoder}), 0)
+    if last >= rows:
         raise ModelError(
-            f"student {folder}: its embedding has {rows} rows, its tokenizer gives ids up to "
-            f"{max(model.image_token_id, opened.tokenizer.vocab_size - 1)}; the folder mixes two models"
+            f"student {folder}: its embedding has {rows} rows, its tokenizer gives ids up to {last}; the folder mixes two "
+            "models"
         )
     model.trainable_parameters("dft")
     return StudentParts(

@@ -25,6 +25,7 @@ from vlm_distill_cache.data.text.processors import module_fingerprint, tokenizer
 from vlm_distill_cache.data.text.templates import PromptTemplate
 from vlm_distill_cache.stage2_student.batches.dataset import CachedDataset, merged_fingerprints, missing_samples
 from vlm_distill_cache.stage2_student.batches.signals import LossTerm
+from vlm_distill_cache.stage2_student.batches.united import UnitedDataset
 from vlm_distill_cache.stage2_student.config import TrainConfig
 from vlm_distill_cache.stage2_student.loss_weights import LossWeights
 from vlm_distill_cache.stage2_student.losses.terms import TERMS, choose_terms
@@ -258,7 +259,7 @@ def check_labels_fit(cache: TeacherCache, rows: int, tokenizer: Any, *, where: s
         )
 
 
-def probe_inputs(model: Any, dataset: CachedDataset, *, where: str) -> None:
+def probe_inputs(model: Any, dataset: CachedDataset | UnitedDataset, *, where: str) -> None:
     """Make the student's arguments of one small batch: what its family cannot take is refused before training."""
     try:
         model_inputs_of(model, dataset.batch(range(min(2, len(dataset)))).inputs)
@@ -266,7 +267,7 @@ def probe_inputs(model: Any, dataset: CachedDataset, *, where: str) -> None:
         raise ModelError(f"{where}: {error}") from error
 
 
-def probe_samples(dataset: CachedDataset) -> None:
+def probe_samples(dataset: CachedDataset | UnitedDataset) -> None:
     """Load a few samples spread over the data: labels and pictures must be the ones the teacher saw."""
     step = max(1, len(dataset) // PROBED_SAMPLES)
     for position in range(0, len(dataset), step):

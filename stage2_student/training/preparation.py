@@ -5,10 +5,14 @@ All bad news comes from here, before the first step of the first phase.
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from vlm_distill_cache.common.cache.counts import picture_words, unknown_words
 from vlm_distill_cache.common.cache.reader import TeacherCache
@@ -16,9 +20,11 @@ from vlm_distill_cache.common.errors import ConfigError, DataError
 from vlm_distill_cache.common.files.hashing import fingerprint
 from vlm_distill_cache.common.locations import is_url
 from vlm_distill_cache.common.remotes.mirror import find_mirror
+from vlm_distill_cache.common.tools.merge import refuse_different
 from vlm_distill_cache.data.families.inputs import known_positions
 from vlm_distill_cache.data.registry import open_dataset
 from vlm_distill_cache.data.sample import Dataset
+from vlm_distill_cache.data.sources.mixture import Part, deal, is_mixture, own_caches, read_mixture
 from vlm_distill_cache.data.text.encoding import SampleEncoder
 from vlm_distill_cache.data.text.templates import PromptTemplate, get_template
 from vlm_distill_cache.stage2_student.batches.dataset import (
@@ -30,6 +36,7 @@ from vlm_distill_cache.stage2_student.batches.dataset import (
 )
 from vlm_distill_cache.stage2_student.batches.layers import match_groups
 from vlm_distill_cache.stage2_student.batches.sampler import ShardShuffle
+from vlm_distill_cache.stage2_student.batches.united import UnitedDataset
 from vlm_distill_cache.stage2_student.config import PhaseConfig, PhaseName, TrainConfig, describe
 from vlm_distill_cache.stage2_student.losses.objective import Objective
 from vlm_distill_cache.stage2_student.losses.terms import choose_terms
@@ -70,7 +77,7 @@ class PreparedPhase:
     name: PhaseName
     config: PhaseConfig
     steps: int
-    dataset: CachedDataset
+    dataset: CachedDataset | UnitedDataset
     shuffle: ShardShuffle
     objective: Objective
     tower: tuple[str, ...] = ()
@@ -111,13 +118,110 @@ def open_cached_data(cache: TeacherCache, *, data: str | None, images: str | Non
             "pass --data (and --images)"
         )
     folder = None if images is None else Path(images)
+    commits = _commits_of(cache)
+    if data is not None and is_mixture(data):
+        return _open_mixture_for(cache, data, folder)
     *choices, (split, limit) = splits_and_limits(cache)
     for other_split, other_limit in choices:  # merged of parts of one data set, or of several
         with contextlib.suppress(DataError):  # a split of another of them
-            dataset = open_dataset(spec, split=other_split, images=folder, limit=other_limit)
+            dataset = open_dataset(spec, split=other_split, images=folder, limit=other_limit, commits=commits)
             if dataset.fingerprint() in merged_fingerprints(cache):
                 return dataset
-    return open_dataset(spec, split=split, images=folder, limit=limit)
+    return open_dataset(spec, split=split, images=folder, limit=limit, commits=commits)
+
+
+def _commits_of(cache: TeacherCache) -> dict[str, str]:
+    """The commits of the hub's data sets that a cache was built from: they are read again, whatever came since."""
+    described = cache.plan.data
+    found = [described]
+    for name in ("mixture", "parts"):
+        listed = described.get(name)
+        found += [part for part in listed if isinstance(part, dict)] if isinstance(listed, list) else []
+    return {
+        str(part["repository"]): str(part["revision"]) for part in found if {"repository", "revision"} <= part.keys()
+    }
+
+
+def _open_mixture_for(cache: TeacherCache, data: str, folder: Path | None) -> Dataset:
+    """What of a mixture a cache was built from: all of it, or one of its entries where each has a cache."""
+    entries = read_mixture(Path(data))
+    if entries[0].cache is not None:
+        for entry in entries:
+            dataset = _open_entry(entry, cache, folder)
+            if dataset.fingerprint() == cache.plan.fingerprints.get("data"):
+                return dataset
+    split, limit = splits_and_limits(cache)[-1]
+    return open_dataset(data, split=split, images=folder, limit=limit, commits=_commits_of(cache))
+
+
+def _open_entry(entry: Part, cache: TeacherCache, folder: Path | None) -> Dataset:
+    split, limit = splits_and_limits(cache)[-1]
+    return open_dataset(
+        entry.data,
+        split=entry.split or split,
+        images=entry.images or folder,
+        limit=entry.limit or limit,
+        commits=_commits_of(cache),
+    )
+
+
+class _Part(NamedTuple):
+    """Data with its cache: one of several in a mixture whose entries have caches of their own, or all of it."""
+
+    place: str
+    cache: TeacherCache
+    dataset: Dataset
+    weight: float = 1.0
+
+
+def _open_parts(phase: PhaseConfig, caches: Mapping[str, TeacherCache]) -> list[_Part]:
+    """The data of a phase with the caches that they are read from.
+
+    Raises:
+        CacheMismatchError: If the caches differ in teacher, template, geometry or signals, or are of other data.
+    """
+    place = str(phase.cache)
+    places = own_caches(phase.data, place)
+    if places is None:
+        dataset = open_cached_data(caches[place], data=phase.data, images=phase.images)
+        check_data(caches[place], dataset)
+        return [_Part(place, caches[place], dataset)]
+    parts = []
+    for at, entry in zip(places, read_mixture(Path(str(phase.data))), strict=True):
+        if at != place:
+            refuse_different(caches[place], caches[at], "read together")
+        dataset = _open_entry(entry, caches[at], None if phase.images is None else Path(phase.images))
+        check_data(caches[at], dataset)
+        parts.append(_Part(at, caches[at], dataset, entry.weight))
+    return parts
+
+
+def _shares(sizes: Sequence[int], config: TrainConfig) -> list[int | None]:
+    """How many samples of each part a run uses at most: of several, as many as the mixture's beginning holds."""
+    limit = config.sample_limit(sum(sizes))
+    if len(sizes) == 1 or limit is None:
+        return [limit] * len(sizes)
+    owners = np.repeat(np.arange(len(sizes)), sizes)[deal(sizes)[:limit]]
+    return [int(count) for count in np.bincount(owners, minlength=len(sizes))]
+
+
+def _expecting(parts: Sequence[_Part]) -> Callable[[Iterable[int]], None] | None:
+    """What is told which shards are read soon, counted over all caches; None if all are here."""
+    mirrors = [find_mirror(part.place) if is_url(part.place) else None for part in parts]
+    if not any(mirrors):
+        return None
+    ends = list(accumulate(part.cache.plan.shard_count for part in parts))
+
+    def expect(shards: Iterable[int]) -> None:
+        of_place: list[list[int]] = [[] for _ in parts]
+        for shard in shards:
+            number = bisect_right(ends, shard)
+            of_place[number].append(shard - (ends[number - 1] if number else 0))
+        for mirror, found in zip(mirrors, of_place, strict=True):
+            if mirror is not None:
+                mirror.expect(found)
+
+    return expect
 
 
 def prepare(config: TrainConfig, caches: Mapping[str, TeacherCache] | None = None) -> Preparation:
@@ -210,7 +314,7 @@ def count_beyond_vocabulary(phases: Iterable[PreparedPhase]) -> dict[str, int]:
     }
 
 
-def _trained_tower(parts: StudentParts, dataset: CachedDataset, phase: str) -> tuple[str, ...]:
+def _trained_tower(parts: StudentParts, dataset: CachedDataset | UnitedDataset, phase: str) -> tuple[str, ...]:
     """What of the vision tower a phase trains.
 
     Raises:
@@ -245,8 +349,8 @@ def _reading(
 def _prepare_phases(
     config: TrainConfig, caches: Mapping[str, TeacherCache], encoder: SampleEncoder, parts: StudentParts
 ) -> tuple[PreparedPhase, ...]:
-    opened: dict[tuple[object, ...], Dataset] = {}
-    joined: dict[tuple[object, ...], CachedDataset] = {}
+    opened: dict[tuple[object, ...], list[_Part]] = {}
+    joined: dict[tuple[object, ...], CachedDataset | UnitedDataset] = {}
     memories: dict[tuple[object, ...], SampleMemory] = {}
     phases = []
     for name in config.phases:
@@ -268,27 +372,34 @@ def _prepare_phases(
             term.check_cache(cache.plan.signals, losses, where, match)
         source = (phase.cache, phase.data, phase.images)
         if source not in opened:
-            opened[source] = open_cached_data(cache, data=phase.data, images=phase.images)
-            check_data(cache, opened[source])
+            opened[source] = _open_parts(phase, caches)
         # Phases of the same data share what is kept in memory; those with the same signals, their join.
         join = (*source, tuple(terms), match)
         if join not in joined:
             compares = same_tokenizer(cache, parts.tokenizer) and template == PromptTemplate.from_dict(
                 cache.plan.template
             )
-            joined[join] = CachedDataset(
-                opened[source],
-                _reading(encoder, template, cache, compares=compares, limited=config.max_length is not None),
-                cache,
-                terms=terms,
-                pad_token_id=encoder.tokenizer.pad_token_id or 0,
-                limit=config.sample_limit(len(opened[source])),
-                memory=memories.setdefault(source, SampleMemory(round(config.memory_gib * 2**30))),
-                shuffle_teacher_images=config.shuffle_teacher_images,
-                match=match,
-                compare_labels=compares,
-                vocabulary=vocabulary_rows(parts.model),
-            )
+            limits = _shares([len(part.dataset) for part in opened[source]], config)
+            taken = [(part, limit) for part, limit in zip(opened[source], limits, strict=True) if limit != 0]
+            memory = round(config.memory_gib * 2**30 / len(taken))
+            datasets = [
+                CachedDataset(
+                    part.dataset,
+                    _reading(encoder, template, part.cache, compares=compares, limited=config.max_length is not None),
+                    part.cache,
+                    terms=terms,
+                    pad_token_id=encoder.tokenizer.pad_token_id or 0,
+                    limit=limit,
+                    memory=memories.setdefault((*source, part.place), SampleMemory(memory)),
+                    shuffle_teacher_images=config.shuffle_teacher_images,
+                    match=match,
+                    compare_labels=compares,
+                    vocabulary=vocabulary_rows(parts.model),
+                )
+                for part, limit in taken
+            ]
+            several = len(datasets) > 1
+            joined[join] = UnitedDataset(datasets, [part.weight for part, _ in taken]) if several else datasets[0]
             probe_samples(joined[join])
             probe_inputs(parts.model, joined[join], where=parts.where)
         dataset = joined[join]
@@ -302,7 +413,10 @@ def _prepare_phases(
                 vocabulary_rows(parts.model),
             )
         fits = {name: term.fit(cache.plan, losses, parts, where) for name, term in terms.items()}
-        steps = phase.step_count(len(dataset))
+        shuffle = ShardShuffle(
+            shards=dataset.shards, seed=config.seed, window=config.shuffle_window, repeats=dataset.repeats(config.seed)
+        )
+        steps = phase.step_count(shuffle.length)
         tower = _trained_tower(parts, dataset, name) if steps and phase.trainable == "tower" else ()
         if steps == 0:
             _log.info("phase %s has no steps and is left out", name)
@@ -312,10 +426,10 @@ def _prepare_phases(
                 config=phase,
                 steps=steps,
                 dataset=dataset,
-                shuffle=ShardShuffle(shards=dataset.shards, seed=config.seed, window=config.shuffle_window),
+                shuffle=shuffle,
                 tower=tower,
                 objective=Objective(losses=losses, groups=() if match is None else match.student, fits=fits),
-                expect=find_mirror(str(phase.cache)).expect if is_url(str(phase.cache)) else None,
+                expect=_expecting(opened[source]),
             )
         )
     check_pictures(

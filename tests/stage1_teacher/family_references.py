@@ -1,5 +1,7 @@
 """What the model library itself makes of one picture, question and answer: its processor, its eager forward pass."""
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +9,7 @@ import PIL.Image
 import torch
 import transformers as hf
 
+from vlm_distill_cache.common.models.original_llava import is_original_llava
 from vlm_distill_cache.common.models.published import is_published, load_published
 from vlm_distill_cache.data.text.processors import load_image_processor, load_tokenizer
 
@@ -94,7 +97,7 @@ def published_inputs(
 ) -> tuple[dict[str, Any], int, int]:
     """The same by hand for checkpoints whose own code the library does not have: padded or squashed, Vicuna's words."""
     tokenizer, options = load_tokenizer(folder), {"size": {"height": 24, "width": 24}}
-    leading = [1] if name.startswith("mobilevlm") else []
+    leading = [1] if name.startswith(("mobilevlm", "llava")) else []
     shown = "" if picture is None else "\n"
     texts = (f"{VICUNA}USER: ", f"{shown}{question} ASSISTANT:", f" {answer}</s>")
     before, middle, said = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts)
@@ -102,7 +105,7 @@ def published_inputs(
     ids = leading + before + visual + middle + said
     inputs: dict[str, Any] = {"input_ids": torch.tensor([ids])}
     if picture is not None:
-        if leading:  # MobileVLM pads with the mean colour to a square
+        if leading:  # MobileVLM and LLaVA pad with the mean colour to a square
             side = max(picture.size)
             padded = PIL.Image.new("RGB", (side, side), (122, 116, 104))
             padded.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
@@ -122,8 +125,39 @@ def reference_output(
     if is_published(folder):
         model: Any = load_published(folder, dtype=dtype)
         model.language_model.set_attn_implementation("eager")
+    elif is_original_llava(folder):
+        model = original_llava(folder, dtype)
     else:
         loader = hf.AutoModelForImageTextToText
         model = loader.from_pretrained(folder, attn_implementation="eager", dtype=dtype).eval()
     output = model(**inputs, use_cache=False, output_attentions=True)
-    return output.logits[0], tuple(layer[0].mean(dim=0) for layer in output.attentions)
+    logits = output.logits[0]
+    if is_original_llava(folder):
+        logits = logits[:, :-1]  # the row that the image token has here
+    return logits, tuple(layer[0].mean(dim=0) for layer in output.attentions)
+
+
+def original_llava(folder: Path, dtype: torch.dtype) -> Any:
+    """The library's class with an original checkpoint's weights, and one more row, of zeros, for the image token."""
+    stored, vision = (json.loads((path / "config.json").read_text()) for path in (folder, folder / "clip"))
+    mm = {name for name in stored if name.startswith("mm_")} | {"model_type", "architectures", "image_aspect_ratio"}
+    text = {name: value for name, value in stored.items() if name not in mm}
+    vocabulary = text["vocab_size"]
+    config = hf.LlavaConfig(
+        text_config=hf.LlamaConfig(**text | {"vocab_size": vocabulary + 1}),
+        vision_config=hf.CLIPVisionConfig(**vision),
+        image_token_index=vocabulary,
+    )
+    state = {}
+    for name, value in torch.load(folder / "pytorch_model.bin").items():
+        if value.shape[0] == vocabulary and value.ndim == 2:
+            value = torch.cat([value, torch.zeros(1, value.shape[1])])
+        name = re.sub(r"^model\.(?!mm_)", "model.language_model.", name)
+        name = name.replace("mm_projector.0", "multi_modal_projector.linear_1")
+        state[name.replace("mm_projector.2", "multi_modal_projector.linear_2")] = value
+    for name, value in torch.load(folder / "clip" / "pytorch_model.bin").items():
+        state[name.replace("vision_model.", "model.vision_tower.")] = value
+    model = hf.LlavaForConditionalGeneration(config)
+    model.load_state_dict(state)
+    model.set_attn_implementation("eager")
+    return model.to(dtype).eval()

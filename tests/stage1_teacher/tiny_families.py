@@ -88,6 +88,16 @@ def _llava(folder: Path) -> tuple[Any, Any, Any]:
     return hf.LlavaForConditionalGeneration(config), tokenizer, _clip()
 
 
+def _llava_original(folder: Path) -> tuple[Any, Any, Any]:
+    tokenizer = byte_tokenizer(bos=True)
+    config = hf.LlavaConfig(
+        vision_config=hf.CLIPVisionConfig(**{**VISION, "num_hidden_layers": 3}, projection_dim=32),
+        text_config=hf.LlamaConfig(**TEXT, vocab_size=len(tokenizer)),
+        image_token_index=len(tokenizer), image_seq_length=9,
+    )  # fmt: skip
+    return hf.LlavaForConditionalGeneration(config), tokenizer, None
+
+
 def _llava_next(folder: Path) -> tuple[Any, Any, Any]:
     tokenizer = byte_tokenizer("<image>", chat=NEXT_CHAT, bos=True)
     config = hf.LlavaNextConfig(
@@ -306,6 +316,34 @@ def save_mobilevlm(model: Any, folder: Path) -> None:
     torch.save(model.state_dict(), folder / "pytorch_model.bin")
 
 
+def save_original_llava(model: Any, folder: Path) -> None:
+    """As ``liuhaotian/llava-v1.5-7b``: a .bin without the tower, which lies in a folder that config.json names."""
+    text, config = model.config.text_config.to_dict(), model.config
+    stored = {key: text[key] for key in ("vocab_size", "rms_norm_eps", *TEXT)} | {
+        "model_type": "llava", "architectures": ["LlavaLlamaForCausalLM"], "mm_projector_type": "mlp2x_gelu",
+        "mm_hidden_size": 32, "mm_vision_select_layer": -2, "mm_vision_select_feature": "patch", "mm_vision_tower": "clip",
+        "mm_use_im_start_end": False, "image_aspect_ratio": "pad",
+    }  # fmt: skip
+    names = {
+        "model.language_model.": "model.",
+        "model.multi_modal_projector.linear_1.": "model.mm_projector.0.",
+        "model.multi_modal_projector.linear_2.": "model.mm_projector.2.",
+        "lm_head.": "lm_head.",
+    }
+    tensors, tower = {}, {}
+    for name, value in model.state_dict().items():
+        if name.startswith("model.vision_tower."):
+            tower[name.replace("model.vision_tower.", "vision_model.")] = value
+        else:
+            theirs = next(prefix for prefix in names if name.startswith(prefix))
+            tensors[names[theirs] + name.removeprefix(theirs)] = value
+    (folder / "clip").mkdir()
+    (folder / "config.json").write_text(json.dumps(stored))
+    (folder / "clip" / "config.json").write_text(config.vision_config.to_json_string())
+    torch.save(tower, folder / "clip" / "pytorch_model.bin")
+    torch.save(tensors, folder / "pytorch_model.bin")
+
+
 def save_compodistill(model: Any, folder: Path) -> None:
     """As the released teacher: text and vision configurations, and names of its own."""
     names = {
@@ -328,6 +366,7 @@ def save_compodistill(model: Any, folder: Path) -> None:
 
 
 PUBLISHED = {
+    "llava_original": save_original_llava,
     "mobilevlm_v1": save_mobilevlm,
     "mobilevlm_v2": save_mobilevlm,
     "compodistill": save_compodistill,
@@ -335,6 +374,7 @@ PUBLISHED = {
 
 TINY: dict[str, Callable[[Path], tuple[Any, Any, Any]]] = {
     "llava": _llava,
+    "llava_original": _llava_original,
     "llava_next": _llava_next,
     "llava_onevision": _llava_onevision,
     "qwen2_vl": _qwen2_vl,

@@ -20,9 +20,9 @@ from transformers import AutoModelForImageTextToText, LlamaConfig, LlamaForCausa
 
 from vlm_distill_cache.common.attention.capture import AttentionCapture, AttentionRequest
 from vlm_distill_cache.common.errors import ModelError
+from vlm_distill_cache.common.models.convert import convert_published
 from vlm_distill_cache.common.models.mobilevlm import MobileVLMForConditionalGeneration
 from vlm_distill_cache.common.models.published import (
-    convert_published,
     default_image_processor,
     is_published,
     load_published,
@@ -190,7 +190,7 @@ def test_a_converted_folder_is_written_once_and_loads_as_the_original(tmp_path):
         path.chmod(0o555 if path.is_dir() else 0o444)
     (tmp_path / "m").chmod(0o555)
     target = tmp_path / "converted"
-    loaded = load_published(tmp_path / "m", converted=target)
+    loaded = load_published(convert_published(tmp_path / "m", target))
     assert all(torch.equal(loaded.state_dict()[name], value) for name, value in original.state_dict().items())
     files = {path.name: path.stat().st_mtime_ns for path in target.iterdir()}
     assert {
@@ -207,7 +207,8 @@ def test_a_converted_folder_is_written_once_and_loads_as_the_original(tmp_path):
 
 
 def test_a_folder_converted_from_other_files_is_not_taken(tmp_path):
-    load_mobilevlm(tmp_path / "m", converted=tmp_path / "c")
+    load_mobilevlm(tmp_path / "m")
+    convert_published(tmp_path / "m", tmp_path / "c")
     torch.save(mobilevlm_tensors() | {"model.norm.weight": torch.zeros(32)}, tmp_path / "m" / "pytorch_model.bin")
     with pytest.raises(ModelError, match=r"was not converted from .* as it is now; delete it"):
         convert_published(tmp_path / "m", tmp_path / "c")

@@ -18,7 +18,8 @@ from published_factory import (
 from safetensors.torch import save_file
 
 from vlm_distill_cache.common.errors import ModelError
-from vlm_distill_cache.common.models.published import convert_published, load_published
+from vlm_distill_cache.common.models.convert import convert_published
+from vlm_distill_cache.common.models.published import load_published
 from vlm_distill_cache.common.models.weight_files import read_weights
 
 
@@ -137,7 +138,7 @@ def test_a_zip_with_a_broken_member_is_called_damaged(tmp_path):
 
 def test_weights_in_the_format_before_zip_archives_load_too(tmp_path):
     torch.save({"a": torch.arange(3)}, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=False)
-    assert read_weights(tmp_path)["a"].tolist() == [0, 1, 2]
+    assert read_weights(tmp_path)["a"][...].tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaModel
+from transformers import LlamaConfig, LlamaModel, LlavaForConditionalGeneration
 
 from vlm_distill_cache.common.errors import ConfigError, ModelError
 from vlm_distill_cache.data.families.models import (
@@ -85,15 +85,16 @@ def test_quantisation_says_what_is_missing(tiny_llava: Path, monkeypatch):
 def test_only_the_language_model_is_quantised(tiny_llava: Path, monkeypatch):
     given = {}
 
-    class Recorder:
-        @staticmethod
-        def from_pretrained(directory, **options):
-            given.update(options)
-            raise ValueError("enough seen")
+    def record(model_class, directory, **options):
+        if "quantization_config" not in options:
+            return loads(directory, **options)
+        given.update(options)
+        raise ValueError("enough seen")
 
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("transformers.LlavaForConditionalGeneration", Recorder)
+    loads = LlavaForConditionalGeneration.from_pretrained
+    monkeypatch.setattr(LlavaForConditionalGeneration, "from_pretrained", classmethod(record))
     with pytest.raises(ModelError, match="enough seen"):
         open_family_model(tiny_llava, quantisation="4bit", dtype="bfloat16")
     quantisation = given["quantization_config"]
@@ -105,7 +106,7 @@ def test_only_the_language_model_is_quantised(tiny_llava: Path, monkeypatch):
 
 
 def test_a_placement_that_leaves_the_tower_without_weights_is_refused(tiny_llava: Path):
-    model, family, _, _ = open_family_model(tiny_llava, device_map="cpu")
+    model, family, *_ = open_family_model(tiny_llava, device_map="cpu")
     model.model.vision_tower.to("meta")
     with pytest.raises(ConfigError, match=r"device_map='auto' leaves no room.*vision tower; use quantisation"):
         refuse_offloaded(model, family, "auto")

@@ -19,7 +19,7 @@ PROBE = Probe(
     samples=32, failed=0, rows=100.0, tokens=700.0, signals={"logits": Size(decoded=4000.0, stored=3000.0)},
     stored=3100.0, shard_bytes=1000, side_bytes=5000, encode=0.01, teacher=0.2, plain=0.18, eager=0.5,
     eager_batch=4, write=0.02, loop=0.21, shard_write=0.5, load=36.0, teacher_parameters=7_000_000_000,
-    device="CPU", threads=1, cores=4,
+    device="CPU", threads=1, cores=4, host_memory=15_900_000_000, device_memory=None,
 )  # fmt: skip
 
 
@@ -31,7 +31,7 @@ def once(monkeypatch):
 
 def of(scenario: Scenario = Scenario(), **changes) -> Estimate:  # noqa: B008 - frozen
     return Estimate(
-        name="t on d", store="zarr", sample_count=3600, shard_count=15, fidelity_samples=0,
+        name="t on d", store="zarr", sample_count=3600, shard_count=15, fidelity_samples=0, control_copies=4,
         probe=replace(PROBE, **changes), scenario=scenario,
     )  # fmt: skip
 
@@ -45,6 +45,18 @@ def test_hours_are_the_plain_sums():
     assert online == pytest.approx(3 * 2 * (0.5 + step))
     assert offline == pytest.approx(0.22 - 0.21 + 0.21 + 3 * 2 * step)
     assert figures.cache_bytes == 3100 * 3600 + 15 * 1000 + 5000
+
+
+def test_the_card_runs_each_of_its_samples_alone_and_once_among_copies():
+    figures = replace(of(), fidelity_samples=10)
+    assert 3600 * (figures.stage_one_hours - of().stage_one_hours) == pytest.approx(
+        10 * ((1 + 4) * PROBE.teacher + PROBE.encode)
+    )
+
+
+def test_the_memory_is_said_and_that_of_a_device_too():
+    assert "Memory at its peak: 15.9 GB in the process" in estimate_text(of())
+    assert "peak: 14.2 GB on the device, 15.9 GB in" in estimate_text(of(device_memory=14_200_000_000))
 
 
 def test_a_measured_student_step_and_a_price_are_used():
@@ -125,6 +137,9 @@ def test_predicted_bytes_are_those_of_a_real_build(tmp_path: Path, build_cache, 
         assert 0 < figures.probe.signals[name].stored < 1.2 * figures.probe.signals[name].decoded
     assert figures.probe.eager is not None
     assert figures.probe.eager_batch == 3
+    weights = sum(path.stat().st_size for path in tiny_llava.glob("*.safetensors"))
+    assert figures.probe.host_memory > weights
+    assert figures.probe.device_memory is None
 
 
 def test_eager_attention_is_left_out_where_it_does_not_fit_and_the_teacher_is_as_before(

@@ -31,7 +31,7 @@ def test_a_cache_of_every_family_is_built_and_found_sound(family_cache, name: st
     assert not cache.read("text")["answer_image_mass"].any()
     assert cache.plan.fingerprints["vision_tower"]
     has_projector = (cache.path / "projector.safetensors").is_file()
-    assert has_projector == (name in ("llava", "llava_next", "llava_onevision", "compodistill"))
+    assert has_projector == (name in ("llava", "llava_original", "llava_next", "llava_onevision", "compodistill"))
     assert has_projector == ("no_projector" not in cache.plan.teacher)
     # Two questions about one picture: its own signals are kept once unless visual tokens see the question.
     assert (VISUAL_SOURCE in cache.plan.all_fields) == (not sees_ahead)

@@ -114,3 +114,56 @@ def test_what_is_upcoming_is_what_the_next_window_reads(window):
         expected = set(read[later[0] : later[1]].tolist()) if len(later) > 1 else set()
         assert set(shuffle.upcoming(consumed, until)) == expected, consumed
     assert shuffle.upcoming(0, int(starts[1])) == []
+
+
+repeated = st.lists(st.lists(st.integers(0, 4), max_size=6), min_size=1, max_size=6).filter(lambda s: any(map(any, s)))
+
+
+@given(repeated, st.integers(0, 3), st.integers(1, 4))
+@settings(max_examples=60, deadline=None)
+def test_every_epoch_visits_each_sample_as_often_as_asked(repeats, epoch, window):
+    shards = make_shards(*map(len, repeats))
+    counts = np.array([count for shard in repeats for count in shard])
+    shuffle = ShardShuffle(shards=shards, seed=2, window=window, repeats=counts)
+    assert shuffle.length == counts.sum()
+    order = shuffle.take(epoch * shuffle.length, shuffle.length)
+    assert np.array_equal(np.bincount(order, minlength=len(counts)), counts)
+    # Each pass over the shards has no sample twice; a sample seen as often as there are passes is in each of them.
+    passes = shuffle._passes(epoch)
+    assert len(passes) == counts.max()
+    for shards_of_pass in passes:
+        seen = np.concatenate(shards_of_pass)
+        assert len(set(seen.tolist())) == len(seen)
+        assert set(np.flatnonzero(counts == counts.max())) <= set(seen.tolist())
+
+
+def test_repeats_are_spread_over_the_epoch():
+    counts = np.array([1] * 200 + [4] * 50)
+    shuffle = ShardShuffle(shards=make_shards(100, 100, 50), seed=0, window=3, repeats=counts)
+    for quarter in np.split(shuffle.take(0, shuffle.length), 4):
+        assert 30 <= (quarter < 200).sum() <= 70
+        assert 40 <= (quarter >= 200).sum() <= 60
+
+
+def test_each_sample_once_is_the_order_without_repeats():
+    shards = make_shards(5, 3, 4)
+    plain = ShardShuffle(shards=shards, seed=7, window=2)
+    once = ShardShuffle(shards=shards, seed=7, window=2, repeats=np.ones(12, dtype=np.int64))
+    assert np.array_equal(plain.take(3, 40), once.take(3, 40))
+
+
+@pytest.mark.parametrize("window", [1, 2, 9])
+def test_what_is_upcoming_is_what_the_next_window_reads_with_repeats(window):
+    sizes = [3, 2, 4, 5]
+    shards = make_shards(*sizes)
+    owner = np.repeat(np.arange(len(sizes)), sizes)
+    counts = np.array([(3 * i) % 4 for i in range(14)])
+    shuffle = ShardShuffle(shards=shards, seed=5, window=window, repeats=counts)
+    until = 2 * shuffle.length
+    read, starts = owner[shuffle.take(0, until)], [0]
+    for epoch in range(2):
+        starts += [epoch * shuffle.length + end for end in shuffle._shard_windows(epoch)[1].tolist()]
+    for consumed in range(until):
+        later = [start for start in starts if start > consumed]
+        expected = set(read[later[0] : later[1]].tolist()) if len(later) > 1 else set()
+        assert set(shuffle.upcoming(consumed, until)) == expected, consumed

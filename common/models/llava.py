@@ -1,0 +1,44 @@
+"""What LLaVA's original checkpoints have and the library's class does not: ``<image>`` without a token, other projectors."""
+
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import LlavaForConditionalGeneration
+
+
+class LlavaOfAnyDepth(LlavaForConditionalGeneration):
+    """The library's class with another projector than two linear layers: one (LLaVA-1), or more.
+
+    Args:
+        config: The library's; its ``projector_depth`` is the number of linear layers, with a GELU between any two.
+    """
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        width = config.text_config.hidden_size
+        layers: list[nn.Module] = [nn.Linear(config.vision_config.hidden_size, width)]
+        for _ in range(config.projector_depth - 1):
+            layers += [nn.GELU(), nn.Linear(width, width)]
+        self.model.multi_modal_projector = nn.Sequential(*layers)
+
+
+def llava_class(projector_depth: int | None) -> type[Any]:
+    """The class of a LLaVA by what its configuration says of the projector; None is the library's two layers."""
+    return LlavaForConditionalGeneration if projector_depth in (None, 2) else LlavaOfAnyDepth
+
+
+def take_image_tokens(model: Any) -> None:
+    """Let a model take image tokens that its embedding has no row for, as in the original layout.
+
+    There ``<image>`` is no token: the text is cut where it stands, and what is put there is embedded already. Here its place
+    is marked by an id beyond the vocabulary, for which row 0 is looked up before the picture takes its place.
+    """
+    embedding = model.get_input_embeddings()
+    if model.config.image_token_id >= embedding.num_embeddings:
+        embedding.register_forward_pre_hook(partial(_look_up_row_0, model.config))
+
+
+def _look_up_row_0(config: Any, embedding: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    ids, *rest = inputs
+    return (ids.masked_fill(ids == config.image_token_id, 0), *rest)

@@ -1,0 +1,146 @@
+"""CSV and TSV files: a header, then an entry a row; cells may be long, quoted and of several lines.
+
+Only ids and offsets stay in memory. An empty cell says nothing. A cell that holds a list or an object, as JSON or as
+pandas writes it, is that list or object where a key is known to hold such.
+"""
+
+import ast
+import csv
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from vlm_distill_cache.common.errors import DataError, SampleError
+from vlm_distill_cache.data.sample import resolve_ids
+from vlm_distill_cache.data.sources.conversations import FORMS, are_columns
+from vlm_distill_cache.data.sources.entries import EntryDataset
+from vlm_distill_cache.data.sources.json_text import decode, is_plain
+from vlm_distill_cache.data.sources.pictures import image_folder
+
+SUFFIXES = (".csv", ".tsv")
+_LONGEST_CELL = 2**31 - 1  # bytes; a picture in base64 is beyond the csv module's own limit
+_IDS = ("id", "sample_id", "question_id", "index")
+_LISTS = frozenset(
+    "messages conversations conversation texts images image answers prompt completion choices options file_names".split()  # noqa: SIM905
+)
+
+
+class CsvDataset(EntryDataset):
+    """A CSV or TSV file; ``images`` as for JSON. A row of another length than the header is its sample's error."""
+
+    def __init__(self, path: Path, *, images: Path | None = None) -> None:
+        self.name = path.name
+        self.image_root = image_folder(images, path)
+        self._rows = CsvRows(path)
+        header = self._rows.header
+        if not are_columns(header, pictures=False):
+            raise DataError(f"{path}: its header has none of {FORMS}; it has {header[:12]}")
+        named = next((header.index(name) for name in _IDS if name in header), None)
+        ids = self._rows.scan(named)
+        self.sample_ids, self.odd_ids = resolve_ids(ids, where=str(path))
+        if not self.sample_ids:
+            raise DataError(f"{path} holds no row under its header; nothing to learn from")
+        self.tell_unread()
+
+    def read(self, index: int) -> Mapping[str, Any]:
+        """The entry at ``index``."""
+        return self._rows.read(index)
+
+
+class CsvRows:
+    """The rows of a file with a header, by their offsets.
+
+    Attributes:
+        header: Names of the columns.
+    """
+
+    def __init__(self, path: Path) -> None:
+        csv.field_size_limit(_LONGEST_CELL)
+        self._path = path
+        self._held: bytes | None = None  # all of the file as UTF-8, if it is written otherwise
+        self._offsets: list[int] = []
+        try:
+            with path.open("rb") as file:
+                head = file.read(4)
+                if head and not is_plain(head):
+                    file.seek(0)
+                    self._held = decode(file.read(), where=str(path)).removeprefix("\ufeff").encode()
+            with self._open() as file:
+                first = file.readline().decode(errors="replace")
+        except OSError as error:
+            raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+        tabs = path.suffix.lower() == ".tsv" or ("\t" in first and "," not in first)
+        self._delimiter = "\t" if tabs else ";" if ";" in first and "," not in first else ","
+        rows = self._parsed(0)
+        self.header = [name.strip() for name in next(rows, (0, []))[1]]
+        if repeated := sorted({name for name in self.header if self.header.count(name) > 1 and name}):
+            raise DataError(f"{path}: its header has {', '.join(repeated[:3])} twice; rename one")
+
+    def scan(self, named: int | None) -> Iterator[tuple[object, object]]:
+        """Note where each row begins, and yield its id (the cell at ``named``) and its content."""
+        rows = self._parsed(0)
+        begins = next(rows)[0]
+        for ends, cells in rows:
+            if cells:  # else an empty line
+                self._offsets.append(begins)
+                yield (cells[named] if named is not None and named < len(cells) else None), cells
+            begins = ends
+
+    def __len__(self) -> int:
+        return len(self._offsets)
+
+    def read(self, index: int) -> dict[str, Any]:
+        """The row at ``index`` by the header's names, empty cells as None."""
+        _, cells = next(self._parsed(self._offsets[index]))
+        if len(cells) != len(self.header):
+            raise SampleError(
+                f"the row has {len(cells)} cells, its header {len(self.header)}; quote cells that hold "
+                f"{self._delimiter!r}, quotes or line ends"
+            )
+        return {name: _value(name, cell) for name, cell in zip(self.header, cells, strict=True) if name}
+
+    def _parsed(self, offset: int) -> Iterator[tuple[int, Sequence[str]]]:
+        """Rows from a place on, each with where the next one begins."""
+        # Opened per call: a shared handle would share its position between forked workers.
+        try:
+            with self._open() as file:
+                file.seek(offset)
+                place = offset
+
+                def lines() -> Iterator[str]:
+                    nonlocal place
+                    for line in file:
+                        place += len(line)
+                        yield line.decode()
+
+                for cells in csv.reader(lines(), delimiter=self._delimiter, strict=False):
+                    yield place, cells
+        except OSError as error:
+            raise DataError(f"{self._path} cannot be read: {error.strerror or error}") from error
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"{self._path} is not UTF-8, near byte {place}; convert it from the encoding that it is in (latin1, gb18030, "
+                "...): iconv -f latin1 -t utf-8 OLD > NEW"
+            ) from error
+        except csv.Error as error:
+            raise DataError(
+                f"{self._path} cannot be read as CSV near byte {place}: {error}; save it with quoted cells, "
+                "or as JSON lines"
+            ) from error
+
+    def _open(self) -> BinaryIO:
+        return self._path.open("rb") if self._held is None else BytesIO(self._held)
+
+
+def _value(name: str, cell: str) -> Any:
+    if not cell.strip():
+        return None
+    if name in _LISTS and cell.lstrip()[:1] in ("[", "{"):
+        for parse in (json.loads, ast.literal_eval):
+            try:
+                return parse(cell)
+            except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
+                continue
+    return cell

@@ -1,0 +1,278 @@
+"""Data sets of the Hugging Face Hub by their names: ``ORG/NAME[@REVISION]``, one configuration and one split of it.
+
+A revision is resolved to its commit, once, and everything is read from that. Files are downloaded into the hub's own
+cache (``HF_HOME``), those of the wanted split alone; offline they are read from there. A set of parquet files can be
+streamed: then ranges of its files are read as samples are asked for.
+"""
+
+import logging
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from glob import escape
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from vlm_distill_cache.common.errors import DataError, ModelError, TransferError
+from vlm_distill_cache.common.hub import HubName, downloading, explained_hub_errors, snapshot_name
+from vlm_distill_cache.data.images.recognise import picture_extensions
+from vlm_distill_cache.data.sample import Dataset
+from vlm_distill_cache.data.sources.csv_rows import SUFFIXES, CsvDataset
+from vlm_distill_cache.data.sources.folders import DataFiles, choose_files, metadata_files
+from vlm_distill_cache.data.sources.grouping import JoinedSamples
+from vlm_distill_cache.data.sources.hf import ArrowDataset, HuggingFaceDataset, is_saved_dataset
+from vlm_distill_cache.data.sources.image_folder import METADATA, ImageFolderDataset
+from vlm_distill_cache.data.sources.llava import LlavaDataset
+from vlm_distill_cache.data.sources.messages import MessagesDataset, holds_lines
+from vlm_distill_cache.data.sources.parquet import HubParquet, LocalParquet, ParquetDataset
+from vlm_distill_cache.data.sources.pictures import image_folder
+from vlm_distill_cache.data.sources.webdataset import WebDataset
+
+logger = logging.getLogger(__name__)
+_SAVED = ("dataset_dict.json", "state.json")  # what `save_to_disk` leaves
+_LISTED = 300  # files that are asked for one by one; more by their folders
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """What is meant of a data set with several parts.
+
+    Attributes:
+        config: One of the data sets that a repository holds; None: the only one.
+        split: Which split; a held-out one that is not there means ``train`` unless ``strict``.
+        strict: The split was named with the data set.
+        images: Folder that relative image paths start from; None: the data set's own.
+    """
+
+    config: str | None = None
+    split: str = "train"
+    strict: bool = False
+    images: Path | None = None
+
+
+def open_folder(folder: Path, choice: Choice) -> Dataset:
+    """Open a folder as the hub lays data sets out: parquet files, an image folder, tars, JSON, CSV.
+
+    Raises:
+        DataError: It holds none, or another part than was asked for.
+    """
+    folder = _snapshot_of(folder)
+    if is_saved_dataset(folder):
+        return _with_origin(HuggingFaceDataset(folder, split=choice.split, images=choice.images), _origin(folder, ""))
+    files = choose_files(folder, config=choice.config, split=choice.split, strict=choice.strict, where=str(folder))
+    name = snapshot_name(folder)
+    called = _called(folder.name if name is None else name.repository, files)
+    return _with_origin(open_files(folder, files, name=called, images=choice.images), _origin(folder, files.config))
+
+
+def open_name(name: HubName, choice: Choice, *, streaming: bool = False) -> Dataset:
+    """Open a data set of the hub.
+
+    Raises:
+        DataError: There is no such data set or part of one, or it is of a kind that is not read.
+        TransferError: The hub cannot be reached, and the cache does not hold it.
+    """
+    commit, listed, here = _listing(name, streaming=streaming)
+    origin = {"repository": name.repository, "revision": commit}
+    if not streaming and any(PurePosixPath(path).name in _SAVED for path in listed):
+        return _with_origin(_open_saved(_files_of(name, commit, None, here=here), choice), origin)
+    files = _choose(name, commit, listed, choice, here=here)
+    called = _called(name.repository, files)
+    origin |= {"config": files.config} if files.config else {}
+    if not streaming:
+        folder = _files_of(name, commit, _wanted(files, listed), here=here)
+        return _with_origin(open_files(folder, files, name=called, images=choice.images), origin)
+    if files.kind != "parquet":
+        raise DataError(
+            f"{name} holds files of the kind {files.kind!r}; only parquet files are streamed: leave out streaming=true, or "
+            f"try the hub's own copy, DATA={name.repository}@refs/convert/parquet"
+        )
+    sources = [HubParquet(name.repository, commit, path) for path in files.paths]
+    dataset = ParquetDataset(sources, name=called, where=str(name), image_root=choice.images)
+    return _with_origin(dataset, origin)
+
+
+def open_files(folder: Path, files: DataFiles, *, name: str, images: Path | None) -> Dataset:
+    """Open the files of a split with the reader of their kind."""
+    paths = [folder / path for path in files.paths]
+    root = folder if images is None else image_folder(images, paths[0])
+    where = str(folder)
+    if files.kind == "parquet":
+        return ParquetDataset([LocalParquet(path) for path in paths], name=name, where=where, image_root=root)
+    if files.kind == "imagefolder":
+        return ImageFolderDataset(folder, metadata_files(folder, files), name=name, others=files.others)
+    if files.kind == "arrow":
+        return ArrowDataset(paths, name=name, image_root=root)
+    if files.kind == "webdataset":
+        dataset: Dataset = WebDataset(str(folder / "*.tar"), paths=paths)
+    else:
+        parts = [open_file(path, images=images) for path in paths]
+        dataset = parts[0] if len(parts) == 1 else JoinedSamples(parts, name=name)
+    dataset.name = name
+    return dataset
+
+
+def open_file(path: Path, *, images: Path | None) -> Dataset:
+    """Open a JSON, JSON lines, CSV or TSV file."""
+    if path.suffix.lower() in SUFFIXES:
+        return CsvDataset(path, images=images)
+    return (MessagesDataset if holds_lines(path) else LlavaDataset)(path, images=images)
+
+
+def _open_saved(folder: Path, choice: Choice) -> Dataset:
+    if choice.config is not None:
+        raise DataError(f"{folder} is one data set of datasets.save_to_disk; leave out name=")
+    return HuggingFaceDataset(folder, split=choice.split, images=choice.images)
+
+
+def _listing(name: HubName, *, streaming: bool) -> tuple[str, list[str], bool]:
+    """The commit that a name stands for, its files, and whether only what is in the hub's cache can be had."""
+    from huggingface_hub import HfApi, constants
+
+    if constants.HF_HUB_OFFLINE:
+        if streaming:
+            raise DataError(f"{name}: streaming=true reads from the hub, which HF_HUB_OFFLINE switches off; unset it")
+        return *_cached_listing(name), True
+    try:
+        with _asking(name):
+            wait = constants.HF_HUB_ETAG_TIMEOUT
+            info = HfApi().dataset_info(name.repository, revision=name.revision or None, timeout=wait)
+            return str(info.sha), [entry.rfilename for entry in info.siblings or ()], False
+    except TransferError as error:
+        try:
+            commit, listed = _cached_listing(name)
+        except DataError:
+            raise error from None
+        if streaming:
+            raise
+        logger.warning("%s; the copy in the hub's cache is used: %s@%s", error, name.repository, commit)
+        return commit, listed, True
+
+
+def _cached_listing(name: HubName) -> tuple[str, list[str]]:
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = Path(
+            snapshot_download(
+                name.repository,
+                repo_type="dataset",
+                revision=name.revision or None,
+                local_files_only=True,
+                allow_patterns="README.md",
+            )
+        )
+    except (LocalEntryNotFoundError, OSError) as error:
+        raise DataError(
+            f"{name}: no such file or folder, and the data set is not in the hub's cache ({constants.HF_HUB_CACHE}); the hub "
+            f"is switched off by HF_HUB_OFFLINE: unset it, or run `hf download {name.repository} --repo-type dataset` on a "
+            "machine with a network and set HF_HOME to what it wrote"
+        ) from error
+    return folder.name, _cached_tree(name.repository, folder)
+
+
+def _cached_tree(repository: str, folder: Path) -> list[str]:
+    """All files of a commit, as the library noted them when it downloaded some; of an older one, those that are here."""
+    try:
+        from huggingface_hub import get_cached_repo_tree
+        from huggingface_hub.errors import CachedRepoTreeNotFoundError
+
+        return [entry.path for entry in get_cached_repo_tree(repository, repo_type="dataset", revision=folder.name)]
+    except (ImportError, CachedRepoTreeNotFoundError):
+        return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+
+
+def _choose(name: HubName, commit: str, listed: Sequence[str], choice: Choice, *, here: bool) -> DataFiles:
+    """Which files are wanted, before any but README.md is downloaded."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / name.repository.partition("/")[2]
+        for path in listed:
+            # Names that would leave the folder are none that a hub gives.
+            if ".." in PurePosixPath(path).parts or path.startswith("/"):
+                raise DataError(f"{name}: the hub lists a file {path!r}, which is no path in a repository")
+            place = folder / path
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.touch()
+        if "README.md" in listed:
+            stored = _files_of(name, commit, ["README.md"], here=here) / "README.md"
+            (folder / "README.md").write_bytes(stored.read_bytes())
+        return choose_files(folder, config=choice.config, split=choice.split, strict=choice.strict, where=str(name))
+
+
+def _wanted(files: DataFiles, listed: Sequence[str]) -> list[str]:
+    """What to download: the files of a split, and pictures that texts may name."""
+    wanted = list(files.paths)
+    if files.kind in ("json", "csv"):
+        pictures = picture_extensions()
+        wanted += [path for path in listed if path.rpartition(".")[2].lower() in pictures]
+    if files.kind == "imagefolder":
+        wanted += [path for path in listed if PurePosixPath(path).name in METADATA]
+    if len(wanted) <= _LISTED:
+        return [escape(path) for path in wanted]
+    places = {(str(PurePosixPath(path).parent), PurePosixPath(path).suffix) for path in wanted}
+    return sorted(f"{'' if folder == '.' else f'{escape(folder)}/'}*{suffix}" for folder, suffix in places)
+
+
+def _files_of(name: HubName, commit: str, wanted: Sequence[str] | None, *, here: bool) -> Path:
+    """The snapshot with the wanted files of a commit, or with all; what is not there yet is downloaded unless ``here``."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    fetch = partial(snapshot_download, name.repository, repo_type="dataset", allow_patterns=wanted)
+    if here:
+        try:
+            return Path(fetch(revision=commit, local_files_only=True))
+        except LocalEntryNotFoundError as error:
+            raise DataError(
+                f"{name}: only a part of it is in the hub's cache, and the hub is switched off or cannot be reached: "
+                f"{str(error).partition(' Re-run')[0]} Run the same command with a network once"
+            ) from error
+    with _asking(name), downloading() as bars:
+        folder = Path(fetch(revision=name.revision or None, tqdm_class=bars))  # by its name: the cache notes it
+        return folder if folder.name == commit else Path(fetch(revision=commit, tqdm_class=bars))
+
+
+@contextmanager
+def _asking(name: HubName) -> Iterator[None]:
+    """Errors of the client library as errors of the data set."""
+    try:
+        with explained_hub_errors(name, "data", kind="dataset"):
+            yield
+    except (ModelError, TransferError) as error:
+        said = str(error).replace("no such folder", "no such file or folder")
+        said = said.replace(f"hf download {name.repository}", f"hf download {name.repository} --repo-type dataset")
+        raise (DataError if isinstance(error, ModelError) else TransferError)(said) from error
+
+
+def _snapshot_of(folder: Path) -> Path:
+    """The snapshot that a folder of the hub's cache stands for; any other folder itself."""
+    if not (folder.name.startswith("datasets--") and (folder / "snapshots").is_dir()):
+        return folder
+    snapshots = sorted(entry for entry in (folder / "snapshots").iterdir() if entry.is_dir())
+    main = folder / "refs" / "main"
+    commit = main.read_text(encoding="utf-8").strip() if main.is_file() else ""
+    chosen = [entry for entry in snapshots if entry.name == commit] or snapshots
+    if len(chosen) != 1:
+        listed = ", ".join(map(str, snapshots[:5])) or "none"
+        raise DataError(f"{folder} holds several snapshots and no main branch: {listed}; give one of them")
+    return chosen[0]
+
+
+def _called(repository: str, files: DataFiles) -> str:
+    return f"{repository}:{files.config}" if files.config else repository
+
+
+def _origin(folder: Path, config: str) -> dict[str, Any]:
+    """What a plan records of a folder of the hub's cache; nothing of another one."""
+    name = snapshot_name(folder)
+    if name is None:
+        return {}
+    return {"repository": name.repository, "revision": name.revision, **({"config": config} if config else {})}
+
+
+def _with_origin(dataset: Dataset, origin: Mapping[str, Any]) -> Dataset:
+    dataset.origin = origin
+    return dataset

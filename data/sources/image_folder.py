@@ -1,0 +1,116 @@
+"""Hugging Face's image folders: pictures, and a metadata file that says something about each.
+
+``metadata.jsonl``, ``metadata.csv`` or ``metadata.parquet`` names pictures beside itself or below: ``file_name`` is one,
+``file_names`` are several, ``NAME_file_name`` is the picture ``NAME``. What else it says is the entry; ``text`` is a
+caption where there is nothing else, as for `datasets`.
+"""
+
+import posixpath
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vlm_distill_cache.common.errors import DataError, SampleError
+from vlm_distill_cache.data.sample import resolve_ids
+from vlm_distill_cache.data.sources.conversations import FORMS, brief_keys, is_entry
+from vlm_distill_cache.data.sources.csv_rows import CsvRows
+from vlm_distill_cache.data.sources.entries import EntryDataset
+from vlm_distill_cache.data.sources.json_text import decode, parse
+from vlm_distill_cache.data.sources.parquet import LocalParquet, ParquetTable
+from vlm_distill_cache.data.sources.pictures import brief
+
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+_ONE, _SEVERAL = "file_name", "file_names"
+
+
+class ImageFolderDataset(EntryDataset):
+    """The entries of a folder's metadata files, whose paths start from the folder of their file.
+
+    Args:
+        folder: Where ``paths`` start.
+        paths: Metadata files, relative to ``folder``.
+        others: Pictures of other splits, relative to ``folder``; rows about them are left out.
+    """
+
+    def __init__(self, folder: Path, paths: Sequence[str], *, name: str, others: Collection[str] = ()) -> None:
+        self.name = name
+        self.image_root = folder
+        pictures: set[str] = set()
+        self._entries: list[Any] = []
+        for path in paths:
+            for row in _read_rows(folder / path):
+                entry, named = _entry(row, posixpath.dirname(path))
+                pictures |= named.keys()
+                if not any(value in others for values in named.values() for value in values):
+                    self._entries.append(entry)
+        self.picture_keys = frozenset(pictures)
+        where = str(folder / paths[0])
+        if not self._entries:
+            raise DataError(f"{where} holds no row of this split; nothing to learn from")
+        if not pictures:
+            raise DataError(f"{where}: no row has {_ONE!r} or {_SEVERAL!r}, which name its pictures")
+        first = self._entries[0]
+        if not any(isinstance(entry, dict) and is_entry(entry) for entry in self._entries):
+            said = brief_keys(first) if isinstance(first, dict) else brief(first)
+            raise DataError(f"{where}: no row has {FORMS}, or 'text' for a caption; the first has {said}")
+        ids = ((entry.get("id") if isinstance(entry, dict) else None, entry) for entry in self._entries)
+        self.sample_ids, self.odd_ids = resolve_ids(ids, where=where)
+        self.tell_unread()
+
+    def read(self, index: int) -> Mapping[str, Any]:
+        """The entry at ``index``."""
+        entry = self._entries[index]
+        if not isinstance(entry, dict):
+            raise SampleError(f"a row must be an object, got {brief(entry)}")
+        return entry
+
+
+def _read_rows(path: Path) -> list[Any]:
+    """All rows of a metadata file."""
+    if path.suffix == ".csv":
+        rows = CsvRows(path)
+        list(rows.scan(None))
+        return [_row_or_reason(rows, index) for index in range(len(rows))]
+    if path.suffix == ".parquet":
+        table = ParquetTable([LocalParquet(path)])
+        return [table.row(index) for index in range(len(table))]
+    try:
+        text = decode(path.read_bytes(), where=str(path))
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+    lines = enumerate(text.removeprefix("\ufeff").split("\n"), start=1)
+    return [parse(line, where=f"{path}, line {number},") for number, line in lines if line.strip()]
+
+
+def _row_or_reason(rows: CsvRows, index: int) -> Any:
+    try:
+        return rows.read(index)
+    except SampleError as error:
+        return str(error)
+
+
+def _entry(row: Any, folder: str) -> tuple[Any, dict[str, list[str]]]:
+    """An entry with its pictures under keys of pictures, and their paths by key."""
+    if not isinstance(row, dict):
+        return row, {}
+    entry: dict[str, Any] = {}
+    named: dict[str, list[str]] = {}
+    for key, value in row.items():
+        stem, one, _ = key.rpartition(_ONE)
+        if not (one and key in (_ONE, _SEVERAL)) and not key.endswith((f"_{_ONE}", f"_{_SEVERAL}")):
+            entry.setdefault(key, value)
+            continue
+        several = key.endswith(_SEVERAL)
+        name = stem.removesuffix("_") or ("images" if several else "image")
+        values = value if several and isinstance(value, list) else [value]
+        paths = [_joined(folder, item) if isinstance(item, str) else item for item in values]
+        entry[name] = paths if several else paths[0]
+        named[name] = [path for path in paths if isinstance(path, str)]
+    if isinstance(entry.get("text"), str) and not is_entry(entry):
+        entry["caption"] = entry.pop("text")
+    return entry, named
+
+
+def _joined(folder: str, path: str) -> str:
+    path = path.replace("\\", "/")
+    return path if not folder or path.startswith("/") else posixpath.join(folder, path)

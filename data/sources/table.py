@@ -1,0 +1,108 @@
+"""Tables: every row is an entry, as in a JSON file; its columns are named alike.
+
+Pictures are taken as the stored bytes and decoded by `data.images.load`, so that every format is decoded alike. What
+`datasets` says of a column's type counts where the data tell it: pictures under any name, labels by their names.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from vlm_distill_cache.common.errors import DataError, SampleError
+from vlm_distill_cache.data.sample import resolve_ids
+from vlm_distill_cache.data.sources.conversations import FORMS, are_columns
+from vlm_distill_cache.data.sources.entries import EntryDataset
+from vlm_distill_cache.data.sources.pictures import says_none
+
+NEEDED = "pip install 'vlm-distill-cache[hf]'"
+_ID_COLUMNS = ("id", "sample_id", "question_id")
+_UNREAD = {"Video", "Pdf", "Array3D", "Array4D"}  # types whose content shows something
+
+
+class Table(Protocol):
+    """Rows that can be read in any order, picklable.
+
+    Attributes:
+        columns: Names of the columns.
+        features: Types of columns as `datasets` describes them; None or no entry where nothing is said.
+        texts: Columns of texts.
+    """
+
+    columns: Sequence[str]
+    features: Mapping[str, Any]
+    texts: frozenset[str]
+
+    def __len__(self) -> int: ...
+
+    def row(self, index: int) -> dict[str, Any]:
+        """One row, as Python values."""
+        ...
+
+    def column(self, name: str) -> list[Any]:
+        """All values of a column."""
+        ...
+
+
+class TableDataset(EntryDataset):
+    """The rows of a table; relative image paths start from ``image_root``."""
+
+    def __init__(self, table: Table, *, name: str, where: str, image_root: Path) -> None:
+        self.name = name
+        self.image_root = image_root
+        self._table = table
+        columns = list(table.columns)
+        kinds = {column: _kinds_in(table.features.get(column)) for column in columns}
+        self.picture_keys = frozenset(column for column in columns if "Image" in kinds[column])
+        self._unread = {column: kind for column in columns for kind in _UNREAD & kinds[column]}
+        self._labels = {column: table.features[column] for column in columns if "ClassLabel" in kinds[column]}
+        if not are_columns(columns, pictures=bool(self.picture_keys)):
+            raise DataError(f"{where}: expected columns {FORMS}; it has {columns}")
+        named = next((column for column in _ID_COLUMNS if column in columns), None)
+        # Rows without an id are numbered: their content would have to be read in full to hash it.
+        rows: Sequence[Any] = (
+            [f"row-{index:08d}" for index in range(len(table))] if named is None else table.column(named)
+        )
+        self.sample_ids, self.odd_ids = resolve_ids(((row, index) for index, row in enumerate(rows)), where=where)
+        self.tell_unread()
+
+    def read(self, index: int) -> Mapping[str, Any]:
+        """The row at ``index``, labels by their names."""
+        try:
+            row = self._table.row(index)
+            return row | {column: _names(row[column], feature) for column, feature in self._labels.items()}
+        except DataError:
+            raise
+        except (
+            ValueError,
+            TypeError,
+            OverflowError,
+        ) as error:  # a time or number that Python cannot hold; text not UTF-8
+            raise SampleError(f"the row cannot be read: {error}") from error
+
+    def refuse_text_only(self, index: int, entry: Mapping[str, Any]) -> None:
+        """As for every entry; a column of videos is one, whatever its name, and so on."""
+        for column, kind in self._unread.items():
+            if not says_none(entry[column]):
+                raise SampleError(
+                    f"column {column!r} holds a {kind}; only pictures are read, from columns of type Image"
+                )
+        super().refuse_text_only(index, entry)
+
+    def image_keys(self) -> Sequence[str | None]:
+        """Each row's image path, where a column of texts names it; None where pictures are stored."""
+        if {"image", "images"} & self._table.texts:
+            return super().image_keys()
+        return [None] * len(self)
+
+
+def _kinds_in(feature: Any) -> set[str]:
+    """Names of the types in a column, those in lists of it included; not those in texts' parts."""
+    inner = getattr(feature, "feature", None)
+    return {type(feature).__name__} | (_kinds_in(inner) if inner is not None and not isinstance(inner, dict) else set())
+
+
+def _names(value: Any, feature: Any) -> Any:
+    """The name of a label, or the names in a list; a label that is missing stays None."""
+    if isinstance(value, list):
+        return [_names(item, feature.feature) for item in value]
+    return value if not isinstance(value, int) or value < 0 else feature.int2str(value)

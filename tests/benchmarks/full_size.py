@@ -27,12 +27,14 @@ import torch
 import transformers
 
 from tests.benchmarks.full_size_models import WRITERS
+from vlm_distill_cache.common.files.hashing import file_checksum, fingerprint
 
 ROOT = Path("build/full-size")
 STORED = Path(__file__).parent / "results" / "full_size.json"
 PAGE = Path("docs/results.md")
 BEGIN, END = "<!-- full-size -->\n", "<!-- /full-size -->\n"
 SAMPLES, STEPS = 4, 2
+PROBED = 2  # samples of the estimate, which carries them over to all, and of the fidelity card: 1
 STUDENTS = {  # by the teacher whose cache they learn from
     "LLaVA-1.5-7B": "MobileVLM-V2-1.7B",
     "Qwen2.5-VL-3B": "Qwen2.5-VL-3B",
@@ -117,10 +119,11 @@ def write_data(folder: Path) -> Path:
 
 def run_teacher(name: str, model: Path, data: Path, cache: Path) -> dict[str, Any]:
     """Estimate, then build; both load the teacher anew."""
-    options = ["--teacher", str(model), "--data", str(data), "--cache", str(cache), "--set", "dtype=bfloat16"]
+    options = ["--teacher", str(model), "--data", str(data), "--cache", str(cache)]
+    options += ["--set", "dtype=bfloat16", "--set", "fidelity_samples=1"]
     said = ROOT / f"{name}-estimate.json"
     estimated = measured(
-        ["teacher-cache", "estimate", *options, "--samples", str(SAMPLES), "--json", str(said)],
+        ["teacher-cache", "estimate", *options, "--samples", str(PROBED), "--json", str(said)],
         ROOT / f"{name}-estimate.log",
     )
     built = measured(["teacher-cache", "build", *options], ROOT / f"{name}-build.log")
@@ -133,6 +136,7 @@ def run_teacher(name: str, model: Path, data: Path, cache: Path) -> dict[str, An
         "estimate": asdict(estimated),
         "estimated_seconds": told["stage_one_hours"] * 3600,
         "estimated_bytes": told["cache_bytes"],
+        "estimated_memory": told["probe"]["host_memory"],
         "cache_bytes": size_of(cache),
         "tokens_a_sample": told["probe"]["tokens"],
         "rows": manifest["totals"]["rows"],
@@ -172,23 +176,32 @@ def table(results: Mapping[str, Any]) -> str:
     """The page's table: a row a run."""
     machine = results["machine"]
     lines = [
-        f"| {machine['processor']}, {machine['cores']} cores, torch {machine['torch']} | weights, GB | peak memory, GB | "
-        "seconds | estimated | cache, kB | estimated |",
-        "|---|---|---|---|---|---|---|",
+        f"| {machine['processor']}, {machine['cores']} cores, torch {machine['torch']} | weights, GB | peak memory, GB | estimated "
+        "| seconds | estimated | cache, kB | estimated |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name, run in results["teachers"].items():
         lines.append(
-            f"| teacher {name}, {SAMPLES} samples, bfloat16 | {run['model_bytes'] / 1e9:.1f} | {run['build']['peak'] / 1e9:.1f} | "
-            f"{run['build']['seconds']:.0f} | {run['estimated_seconds']:.0f} | {run['cache_bytes'] / 1e3:,.0f} | "
-            f"{run['estimated_bytes'] / 1e3:,.0f} |"
+            f"| teacher {name}, {SAMPLES} samples, bfloat16 | {_gigabytes(run['model_bytes'])} | {_memory(run['build'])} | "
+            f"{_gigabytes(run['estimated_memory'])} | {run['build']['seconds']:.0f} | {run['estimated_seconds']:.0f} | "
+            f"{run['cache_bytes'] / 1e3:,.0f} | {run['estimated_bytes'] / 1e3:,.0f} |"
         )
     for teacher, run in results["students"].items():
         lines.append(
-            f"| student {STUDENTS[teacher]}, from {teacher}, {STEPS} LoRA steps, float32 | "
-            f"{results['teachers'][STUDENTS[teacher]]['model_bytes'] / 1e9:.1f} | {run['train']['peak'] / 1e9:.1f} | "
+            f"| student {STUDENTS[teacher]} from {teacher}'s cache, {STEPS} steps with adapters, float32 weights | "
+            f"{_gigabytes(results['teachers'][STUDENTS[teacher]]['model_bytes'])} | {_memory(run['train'])} | | "
             f"{run['train']['seconds']:.0f} | | | |"
         )
     return "\n".join(lines) + "\n"
+
+
+def _gigabytes(count: float) -> str:
+    return f"{count / 1e9:.1f}"
+
+
+def _memory(run: Mapping[str, Any]) -> str:
+    """Resident memory, and the private part of it."""
+    return f"{_gigabytes(run['resident'])} ({_gigabytes(run['peak'])} private)"
 
 
 def rewrite_page(results: Mapping[str, Any]) -> None:
@@ -209,7 +222,10 @@ def main() -> None:
     ROOT.mkdir(parents=True, exist_ok=True)
     data = write_data(ROOT / "data")
     done = ROOT / "done.json"
-    results: dict[str, Any] = json.loads(done.read_text()) if done.is_file() else {"teachers": {}, "students": {}}
+    made_by = {"torch": torch.__version__, "transformers": transformers.__version__, "code": code_of_now()}
+    results: dict[str, Any] = json.loads(done.read_text()) if done.is_file() else {}
+    if results.get("made_by") != made_by:  # of other code
+        results = {"made_by": made_by, "teachers": {}, "students": {}}
     for name in options.only:
         cache = ROOT / f"{name}-cache"
         if name not in results["teachers"]:
@@ -230,13 +246,19 @@ def main() -> None:
         if not options.keep and STUDENTS.get(name) == name:
             shutil.rmtree(ROOT / name, ignore_errors=True)
     if set(results["teachers"]) == set(TEACHERS):
-        results["machine"] = {
-            "processor": platform.processor() or platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        }  # fmt: skip
+        name = platform.processor() or platform.machine()
+        results["machine"] = {"processor": name, "cores": os.cpu_count(), **made_by}
         STORED.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         rewrite_page(results)
     print(f"stored in {STORED}" if "machine" in results else f"kept in {done}; run the other parts too")
+
+
+def code_of_now() -> str:
+    """Fingerprint of the code that is measured."""
+    files = sorted(
+        path for name in ("common", "data", "stage1_teacher", "stage2_student") for path in Path(name).rglob("*.py")
+    )
+    return fingerprint({str(path): file_checksum(path) for path in files})
 
 
 def written(name: str) -> Path:

@@ -50,7 +50,7 @@ export TOKENIZERS_PARALLELISM := false
 # Recipes are not echoed: what is shown is what the tools print. `make -n` still shows them.
 .SILENT:
 
-.PHONY: help setup teacher-cache distill evaluate report demo demo-teacher experiment experiment-smollm test checks format docs bench bench-compare bench-codec clean
+.PHONY: help setup teacher-cache distill evaluate report demo demo-teacher experiment experiment-smollm test checks format docs bench bench-compare bench-codec full-size clean
 
 help: ## Show this list
 	grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 26
@@ -126,6 +126,9 @@ bench-compare: $(STAMP) ## Measure again and compare with the stored results
 bench-codec: $(STAMP) ## Bytes and fidelity of every codec preset, on synthetic and real distributions
 	$(INSTALL_SMOLLM)
 	$(BIN)/python -m tests.benchmarks.bench_codec
+
+full-size: $(STAMP) ## Published models at full size with random weights, on the CPU (about an hour; 24 GiB, 45 GB of disk)
+	$(BIN)/python -m tests.benchmarks.full_size
 
 clean: ## Delete caches, runs and the virtual environment
 	rm -rf build .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -12,6 +12,7 @@ or not stated) each part between special tokens is a text of its own, which a bl
 the beginning of the whole text gets one.
 """
 
+import copy
 import json
 import re
 from collections import Counter
@@ -155,6 +156,12 @@ class SentencePieceTokenizer(_FromObject):
         tokens: list[str] = self.convert_ids_to_tokens(self(text, pair, add_special_tokens)["input_ids"])
         return tokens
 
+    def with_backend(self, backend: Tokenizer) -> "SentencePieceTokenizer":
+        """The same pieces between the added tokens of another backend."""
+        other = copy.copy(self)
+        other._tokenizer = backend
+        return other
+
     def _save_pretrained(
         self,
         save_directory: Any,
@@ -258,7 +265,7 @@ class _Pieces:
 
     def _pattern(self, added: tuple[tuple[int, AddedToken], ...]) -> tuple[re.Pattern[str], dict[str, int]]:
         """The expression of some added tokens, longer ones first, and the id of each group's name."""
-        key = tuple((index, token.content) for index, token in added)
+        key = tuple((index, _expression(token)) for index, token in added)
         if key not in self._patterns:
             longest = sorted(added, key=lambda pair: len(pair[1].content), reverse=True)
             words = [f"(?P<t{index}>{_expression(token)})" for index, token in longest]

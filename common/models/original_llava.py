@@ -21,7 +21,7 @@ from vlm_distill_cache.common.hub import model_folder
 from vlm_distill_cache.common.models.adapters import adapter_base, adapter_files, merge_adapters
 from vlm_distill_cache.common.models.checkpoint import Checkpoint
 from vlm_distill_cache.common.models.llava import llava_class
-from vlm_distill_cache.common.models.parts import ADAPTER, read_config
+from vlm_distill_cache.common.models.parts import ADAPTER, has_tokenizer, read_config
 from vlm_distill_cache.common.models.published import is_published
 from vlm_distill_cache.common.models.published_configs import TOWER_PREFIX, drop_buffers, text_settings
 from vlm_distill_cache.common.models.towers import find_tower, holds_tower
@@ -192,8 +192,7 @@ def _collect(directory: Path, stored: Mapping[str, Any]) -> tuple[dict[str, Path
     else:
         base = directory
         files, weights = _whole(directory, "model")
-    has_tokenizer = any((directory / name).is_file() for name in ("tokenizer.model", "tokenizer.json"))
-    return files, weights, directory if has_tokenizer else base
+    return files, weights, directory if has_tokenizer(directory) else base
 
 
 def _whole(directory: Path, role: str) -> tuple[dict[str, Path], Weights]:

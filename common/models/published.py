@@ -40,6 +40,11 @@ def is_published(directory: Path) -> bool:
     return _kind(read_config(directory)) is not None
 
 
+def is_own(directory: Path) -> bool:
+    """Whether one of our classes saved a directory, rather than its model's authors."""
+    return _kind(read_config(directory)) == "own"
+
+
 def load_published(
     directory: Path, *, dtype: torch.dtype | None = None, vision_tower: Path | None = None
 ) -> VisionLanguageModel:

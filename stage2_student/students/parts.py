@@ -10,8 +10,9 @@ from vlm_distill_cache.common.cache.plan import Plan
 from vlm_distill_cache.common.cache.reader import TeacherCache
 from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, ModelError
 from vlm_distill_cache.common.files.atomic import read_json
+from vlm_distill_cache.common.models.parts import describe_lost_tokenizer, has_tokenizer
 from vlm_distill_cache.common.models.projectors import TeacherAdapter
-from vlm_distill_cache.common.models.published import is_published
+from vlm_distill_cache.common.models.published import is_own, is_published
 from vlm_distill_cache.common.models.vision_language import VisionLanguageModel
 from vlm_distill_cache.common.printing import one_line
 from vlm_distill_cache.data.families.table import FAMILIES
@@ -80,7 +81,10 @@ def open_parts(config: TrainConfig, cache: TeacherCache) -> StudentParts:
         return _library_parts(config, given)
     name, folder = (name, Path(name)) if given is None else (str(given), given)
     cached_tokenizer, cached_processor = load_processors(cache.path / "processor")
-    own_tokenizer = any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model"))
+    own_tokenizer = has_tokenizer(folder)
+    # What we save has the cache's, and may lie without it; of a published model nobody knows that it is the same.
+    if given is not None and not own_tokenizer and not is_own(given):
+        raise ModelError(describe_lost_tokenizer(given))
     tokenizer = load_tokenizer(folder) if own_tokenizer else cached_tokenizer
     vision_tower = None if config.vision_tower is None else Path(config.vision_tower)
     model = build_student(

@@ -108,8 +108,9 @@ def options_page() -> str:
         "A recipe is the options of both stages that a publication trains with: `CACHE_SET=recipe=NAME` and `SET=recipe=NAME`",
         "(make), `--set recipe=NAME`, or `recipe: NAME` in a YAML file. Its options stand above a preset's and under yours, and",
         "the losses of a phase are all of its losses. The summary of a command says what was set; a cache's plan and a run's",
-        "configuration hold the options themselves. Give the stages the same recipe, so that the cache holds the signals that the",
-        "losses read.",
+        "configuration hold the options themselves. Give the stages the same recipe: stage two refuses a cache from which a loss",
+        "of the recipe would be another one (other signals, layers or groups, coarser cells), unless that loss is given by hand",
+        "(`SET=\"recipe=NAME dft.losses.visual_map=1\"`); what else a cache was built with otherwise stands in the summary.",
     ]  # fmt: skip
     for path in sorted(RECIPES.glob("*.yaml")):
         lines += ["", f"### {path.stem}", "", "```yaml", path.read_text().rstrip(), "```"]

@@ -10,9 +10,10 @@ from typing import Any
 
 import click
 
-from vlm_distill_cache.common.cache.plan import STORE_NAMES
+from vlm_distill_cache.common.cache.plan import STORE_NAMES, read_plan
 from vlm_distill_cache.common.config import load_options, read_yaml
 from vlm_distill_cache.common.recipes import Recipe, merge_options, recipe_summary, split_recipe
+from vlm_distill_cache.common.recipes.cache_fit import cache_differences, differences_text
 from vlm_distill_cache.common.terminal.command_line import (
     CONFIG,
     FOLDER,
@@ -120,10 +121,16 @@ def build(*, nproc: int | None, part: str | None, overwrite: bool, **options: An
         else:
             summary = extract_with_processes(settings, nproc, overwrite=overwrite, part=own)
     say(summary_text(summary))
+    proposed = ""
     if recipe is not None:
         say(recipe_summary(recipe, "stage_one", settings))
+        others = [found for found in cache_differences(recipe, read_plan(summary.cache)) if found.signals]
+        if others:
+            say(f"  so this is no cache for SET=recipe={recipe.name} (stage two): {differences_text(others)}")
+        else:
+            proposed = recipe.name
     if summary.manifest is not None:
-        say(next_command(summary, settings, recipe="" if recipe is None else recipe.name))
+        say(next_command(summary, settings, recipe=proposed))
 
 
 @main.command()

@@ -36,7 +36,8 @@ class BuildConfig:
         grid: Side of the grid that answer and text attention are pooled to; 0 means the teacher's own grid, at most 12.
         map_preset: What is kept of ``visual_map`` with ``attention_dtype=u1``: ``exact`` serves every loss, ``blocks`` and
             ``compact`` the sink-filtered one; ``exact8``, of older caches, has a sink mask that is not exact: the sink-filtered
-            loss's gradient is then off by a cosine of down to 0.9. See docs/cache-format.md.
+            loss's gradient then has a cosine of 0.9 with the exact one at worst, 0.69 with few visual tokens. See
+            docs/cache-format.md.
         map_grid: Side of the grid that a tile's visual tokens are pooled to for ``visual_map``. Give the students' own grid,
             for which the map is then exact; 0 keeps the teacher's tokens.
         answers: ``data`` scores the data set's answers. With ``generate`` the teacher writes the answers turn by turn, signals

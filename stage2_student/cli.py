@@ -38,6 +38,7 @@ from vlm_distill_cache.stage2_student.pruned_folder import refuse_uncut
 from vlm_distill_cache.stage2_student.resolve import open_caches
 from vlm_distill_cache.stage2_student.scores.results import render_table
 from vlm_distill_cache.stage2_student.training.output_folder import refuse_foreign_folder
+from vlm_distill_cache.stage2_student.training.recipe_caches import cache_lines
 
 # Imports that pull torch in are inside the commands, so that --help, usage errors and "up to date" are instant.
 
@@ -97,7 +98,9 @@ def _load(options: dict[str, Any]) -> tuple[TrainConfig, str]:
         given.append(f"phases=[{', '.join(names)}]")
     settings = runs.load_run_config(config, [*given, *overrides], cache=cache)
     recipe, _, _ = split_recipe(read_yaml(config), overrides)
-    return settings, "" if recipe is None else recipe_summary(recipe, "stage_two", settings)
+    if recipe is None:
+        return settings, ""
+    return settings, "\n".join([recipe_summary(recipe, "stage_two", settings), *cache_lines(settings, recipe)])
 
 
 @main.command()

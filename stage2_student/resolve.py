@@ -11,7 +11,7 @@ from vlm_distill_cache.common.cache.reader import TeacherCache
 from vlm_distill_cache.common.config import load_config, read_yaml
 from vlm_distill_cache.common.hub import hub_name, model_folder
 from vlm_distill_cache.common.opening import open_cache
-from vlm_distill_cache.common.recipes import split_recipe
+from vlm_distill_cache.common.recipes import Recipe, split_recipe
 from vlm_distill_cache.data.sources.mixture import own_caches
 from vlm_distill_cache.stage2_student.config import MODELS, PHASE_NAMES, TrainConfig, choose_size
 from vlm_distill_cache.stage2_student.pruned_folder import RECORD, kept_share, read_settings
@@ -29,8 +29,7 @@ def resolve_config(path: Path | None, overrides: Sequence[str], *, teacher_width
     Raises:
         ConfigError: For an unknown or unusable option.
     """
-    recipe, values, overrides = split_recipe(read_yaml(path), overrides)
-    given = [*_flatten(values), *overrides]
+    recipe, given = given_options(path, overrides)
     student = next((item.partition("=")[2] for item in reversed(given) if item.startswith("student=")), "")
     student = _student_folder(student.strip(QUOTES))
     preset = PRESETS / f"{phases_preset(student, teacher_width)}.yaml"
@@ -38,6 +37,16 @@ def resolve_config(path: Path | None, overrides: Sequence[str], *, teacher_width
     where = f"options ({path}, command line)" if path else "options"
     options = [*_one_length(of_recipe), *_one_length(given)]
     return with_folders(load_config(TrainConfig, preset, options, where=where))
+
+
+def given_options(path: Path | None, overrides: Sequence[str]) -> tuple[Recipe | None, list[str]]:
+    """The recipe that is named, and all other options of a user's YAML and the overrides, as ``a.b=c``.
+
+    Raises:
+        ConfigError: If there is no such file or recipe.
+    """
+    recipe, values, overrides = split_recipe(read_yaml(path), overrides)
+    return recipe, [*_flatten(values), *overrides]
 
 
 def with_folders(config: TrainConfig) -> TrainConfig:

@@ -31,9 +31,10 @@ from vlm_distill_cache.common.remotes.mirror import local_folder
 from vlm_distill_cache.common.terminal.command_line import leave_one_core, quiet_libraries, run_command, said_so_far
 from vlm_distill_cache.stage2_student.config import EvaluationConfig, TrainConfig, describe, without_teacher
 from vlm_distill_cache.stage2_student.pruned_folder import FOLDER, kept_share, refuse_uncut
-from vlm_distill_cache.stage2_student.resolve import open_caches, resolve_config, with_folders
+from vlm_distill_cache.stage2_student.resolve import given_options, open_caches, resolve_config, with_folders
 from vlm_distill_cache.stage2_student.scores.results import EvaluationReport, render_table
 from vlm_distill_cache.stage2_student.training.output_folder import claim_output, holds_anything, refuse_foreign_folder
+from vlm_distill_cache.stage2_student.training.recipe_caches import refuse_other_caches
 
 if TYPE_CHECKING:
     from vlm_distill_cache.stage2_student.train import AfterStep, TrainResult
@@ -59,9 +60,18 @@ class RunSummary:
 
 
 def load_run_config(path: Path | None, overrides: Sequence[str], *, cache: str | Path) -> TrainConfig:
-    """Resolve a run's configuration: preset by the cache's teacher, then YAML, then overrides."""
+    """Resolve a run's configuration: preset by the cache's teacher, then a recipe, then YAML, then overrides.
+
+    Raises:
+        ConfigError: For an unknown or unusable option.
+        CacheMismatchError: If a loss of the recipe would be another one with the cache.
+    """
     width = int(read_plan(local_folder(cache)).teacher.get("hidden_size", 1 << 20))
-    return resolve_config(path, [*overrides, f"cache={json.dumps(str(cache))}"], teacher_width=width)
+    config = resolve_config(path, [*overrides, f"cache={json.dumps(str(cache))}"], teacher_width=width)
+    recipe, given = given_options(path, overrides)
+    if recipe is not None:
+        refuse_other_caches(config, recipe, given)
+    return config
 
 
 def run(config: TrainConfig, *, processes: int = 1, say: Callable[[str], None] = _log.info) -> RunSummary:

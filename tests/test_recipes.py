@@ -1,5 +1,6 @@
 """Named recipes through both stages: the layers, groups, signals and losses of the publication, number by number."""
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from vlm_distill_cache.common.attention.capture import AttentionCapture, Attenti
 from vlm_distill_cache.common.attention.layers import student_groups, teacher_groups
 from vlm_distill_cache.common.cache.plan import read_plan
 from vlm_distill_cache.common.config import read_yaml
-from vlm_distill_cache.common.errors import ConfigError
+from vlm_distill_cache.common.errors import CacheMismatchError, ConfigError
 from vlm_distill_cache.common.recipes import merge_options, read_recipe, recipe_names, split_recipe
 from vlm_distill_cache.stage1_teacher.cli import main as teacher_cache
 from vlm_distill_cache.stage1_teacher.config import BuildConfig
@@ -24,9 +25,11 @@ from vlm_distill_cache.stage2_student.cli import main as distill
 from vlm_distill_cache.stage2_student.config import PHASE_NAMES, TrainConfig
 from vlm_distill_cache.stage2_student.losses.objective import Shares
 from vlm_distill_cache.stage2_student.resolve import resolve_config
+from vlm_distill_cache.stage2_student.run import load_run_config
 from vlm_distill_cache.stage2_student.students import build
 from vlm_distill_cache.stage2_student.students.model import model_inputs_of
 from vlm_distill_cache.stage2_student.training.preparation import prepare
+from vlm_distill_cache.stage2_student.training.recipe_caches import cache_lines
 
 DATA = "shapes:images=4,seed=3"
 RELEASED, PAPER = "compodistill-released", "compodistill-paper"
@@ -200,6 +203,21 @@ def paper_loss(student: np.ndarray, teacher: np.ndarray) -> float:
 @pytest.mark.usefixtures("deep_student")
 def test_the_attention_loss_of_a_recipe_is_its_formula_on_seven_groups(built: Any, deep_llava: Path, tmp_path: Path):
     recipe, cache, _ = built
+    # The map's 8-bit codes keep the mask and the means of its columns; the paper's loss sees every code.
+    check_formula(recipe, cache, deep_llava, tmp_path, rel={RELEASED: 2e-3, PAPER: 0.02}[recipe])
+
+
+@pytest.mark.usefixtures("deep_student")
+def test_a_cache_of_single_layers_serves_a_recipe_with_its_formula(deep_llava: Path, tmp_path: Path):
+    cache = tmp_path / "cache"
+    said = build_otherwise(cache, deep_llava, f"recipe={RELEASED}", "groups=24", "layers=all", "attention_dtype=f4")
+    assert f"SET=recipe={RELEASED}" in said
+    check_formula(RELEASED, cache, deep_llava, tmp_path, rel=1e-4)
+    assert "groups=24 layers=all" in "".join(cache_lines(over(cache, RELEASED), read_recipe(RELEASED)))
+
+
+def check_formula(recipe: str, cache: Path, deep_llava: Path, tmp_path: Path, *, rel: float) -> None:
+    """Compare the loss of a recipe over a cache with its formula."""
     config = resolved(
         f"recipe={recipe}", f"cache={cache}", f"data={DATA}", f"output={tmp_path / 'o'}", "student=mobilevlm-tiny"
     )  # fmt: skip
@@ -240,5 +258,93 @@ def test_the_attention_loss_of_a_recipe_is_its_formula_on_seven_groups(built: An
         own = maps["all"][index].double().numpy()[both]
         values.append({RELEASED: released_loss, PAPER: paper_loss}[recipe](own, theirs))
     loss = {RELEASED: "visual_map", PAPER: "all_attention"}[recipe]
-    # The map's 8-bit codes keep the mask and the means of its columns; the paper's loss sees every code.
-    assert float(found.terms[loss]) == pytest.approx(float(np.mean(values)), rel={RELEASED: 2e-3, PAPER: 0.02}[recipe])
+    assert float(found.terms[loss]) == pytest.approx(float(np.mean(values)), rel=rel)
+
+
+# Caches that are not the recipe's.
+
+
+def build_otherwise(cache: Path, teacher: Path, *options: str) -> str:
+    """Build a cache of 4 samples; what stage one said."""
+    options = (*options, "template=short", "fidelity_samples=0", "device=cpu")
+    return call(teacher_cache, "build", "--data", DATA, "--teacher", teacher, "--cache", cache, options=options)
+
+
+def over(cache: Path, recipe: str, *options: str) -> TrainConfig:
+    given = ("output=o", f"data={DATA}", "student=mobilevlm-tiny", f"recipe={recipe}", *options)
+    return load_run_config(None, given, cache=cache)
+
+
+@pytest.fixture(scope="module")
+def one_group(deep_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache with the recipe's signals, of which nobody said more: one mean over the middle layers."""
+    cache = tmp_path_factory.mktemp("cache") / "one-group"
+    build_otherwise(cache, deep_llava, "signals=[logits,visual_map,text_attention]")
+    return cache
+
+
+@pytest.mark.parametrize(("recipe", "loss"), [(RELEASED, "visual_map"), (PAPER, "all_attention")])
+def test_a_recipe_over_other_layer_groups_is_refused_and_both_remedies_work(
+    recipe: str, loss: str, one_group: Path, built: Any, tmp_path: Path
+):
+    arguments = ["train", "--student", "mobilevlm-tiny", "--data", DATA, "--cache", str(one_group), "--output"]
+    result = CliRunner().invoke(distill, [*arguments, str(tmp_path / "run"), "--set", f"recipe={recipe}"])
+    assert result.exit_code == 1
+    assert f"phase dft: {one_group} is no cache of recipe {recipe}, whose {loss} would be another loss" in result.output
+    assert "groups=1 layers=middle (the recipe: groups=7 layers=middle)" in result.output
+    assert f"CACHE_SET=recipe={recipe} " in result.output
+    assert not (tmp_path / "run").exists()
+    by_hand = re.search(r' SET="(.*?)"', " ".join(result.output.split()).replace("(SET", " SET"))
+    assert by_hand is not None
+    config = over(one_group, recipe, *by_hand[1].split())
+    assert config.dft.losses.active() == {"lm": 1.0, "logits": 1.0, loss: 1.0}
+    assert "groups=1" in "".join(cache_lines(config, read_recipe(recipe)))
+    if built[0] == recipe:
+        assert cache_lines(over(built[1], recipe), read_recipe(recipe)) == []
+
+
+def test_a_recipe_is_refused_by_phase_and_by_the_phases_own_cache(one_group: Path, built: Any):
+    recipe, cache, _ = built
+    assert over(one_group, recipe, "phases=[dpt]").phases == ("dpt",)
+    assert over(one_group, recipe, f"dft.cache={cache}").dft.cache == str(cache)
+    with pytest.raises(CacheMismatchError, match=re.escape(f"phase dft: {one_group} is no cache")):
+        over(cache, recipe, f"dft.cache={one_group}")
+    # A setting of the loss that is not its weight leaves it the recipe's.
+    with pytest.raises(CacheMismatchError, match="groups=1"):
+        over(one_group, recipe, "dft.losses.attention_reduction=mean")
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        (("signals=[logits]",), "no visual_map"),
+        (("groups=3",), "groups=3 layers=middle (the recipe: groups=7 layers=middle)"),
+        (("attention_dtype=u1", "map_preset=exact8"), "map_preset=exact8"),
+    ],
+)
+def test_stage_one_proposes_the_recipe_for_its_own_cache_only(
+    options: tuple[str, ...], why: str, deep_llava: Path, tmp_path: Path
+):
+    said = build_otherwise(tmp_path / "cache", deep_llava, f"recipe={RELEASED}", *options)
+    told, _, following = said.partition("Next: make distill")
+    assert following
+    assert f"so this is no cache for SET=recipe={RELEASED}" in told
+    assert why in told
+    assert "recipe" not in following
+    with pytest.raises(CacheMismatchError, match=re.escape(why)):
+        over(tmp_path / "cache", RELEASED)
+
+
+def test_another_longest_sequence_is_said_in_the_summary_and_leaves_the_cache_the_recipes(
+    deep_llava: Path, tmp_path: Path
+):
+    said = build_otherwise(tmp_path / "cache", deep_llava, f"recipe={RELEASED}", "max_length=512")
+    assert f"SET=recipe={RELEASED}" in said
+    lines = cache_lines(over(tmp_path / "cache", RELEASED), read_recipe(RELEASED))
+    assert lines == [f"  the cache {tmp_path / 'cache'}: max_length=512 (the recipe: max_length=1536)"]
+
+
+def test_a_student_of_fewer_layers_than_groups_is_refused_with_what_to_build(built: Any):
+    recipe, cache, _ = built
+    with pytest.raises(CacheMismatchError, match=r"7 layer groups, .* has 3 layers.* CACHE_SET.*groups=3"):
+        prepare(over(cache, recipe))

@@ -142,6 +142,11 @@ class GroupMatch:
         return all(max(row) == 1.0 for row in self.weights)
 
 
+def holds_every_layer(cached: Groups, depth: int) -> bool:
+    """Whether a cache holds each layer of a teacher of several by itself, so that any mean over layers can be made."""
+    return len(cached) == depth > 1 and all(len(group) == 1 for group in cached)
+
+
 def match_cached_groups(
     *,
     teacher_depth: int,
@@ -169,12 +174,19 @@ def match_cached_groups(
         where: Which cache, for the error.
 
     Raises:
-        ConfigError: If the student has too few layers.
-        CacheMismatchError: If the wanted groups cannot be made of the cached ones.
+        ConfigError: If the student has too few layers of those chosen.
+        CacheMismatchError: If the wanted groups cannot be made of the cached ones, or are more than the student's layers.
     """
-    every_layer = len(cached) == teacher_depth > 1 and all(len(group) == 1 for group in cached)
+    every_layer = holds_every_layer(cached, teacher_depth)
     as_cached = layers is None or layers == layer_choice
     if matching == "group" and as_cached and not every_layer:
+        if len(cached) > student_depth:
+            raise CacheMismatchError(
+                f"{where}: it holds the teacher's attention in {len(cached)} layer groups, and the student's language model "
+                f"has {student_depth} layers. Use a student of at least {len(cached)} layers, or build a cache of fewer "
+                f"groups, in another folder (beside its other options CACHE_SET=groups={student_depth} with make, --set "
+                f"groups={student_depth} of teacher-cache build)"
+            )
         return GroupMatch(_identity(len(cached)), student_groups(student_depth, len(cached), layer_choice), cached)
     choice = layers if layers is not None else "middle" if every_layer else layer_choice
     teacher, student = match_layers(

@@ -22,6 +22,15 @@ FINEST_SIDE = 12
 """Most rows or columns of a grid that attention is pooled to unless a grid is asked for."""
 
 
+def pooled_grid(rows: int, cols: int) -> tuple[int, int]:
+    """A model's own grid of visual tokens, halved until no side exceeds 12 (an area pool stays exact), else 12 x 12."""
+    while max(rows, cols) > FINEST_SIDE:
+        if rows % 2 or cols % 2:
+            return FINEST_SIDE, FINEST_SIDE
+        rows, cols = rows // 2, cols // 2
+    return rows, cols
+
+
 @dataclass(frozen=True)
 class Tile:
     """One rectangle of visual tokens, laid row-major over a region of the original image.

@@ -127,16 +127,17 @@ def _compare(wanted: Mapping[str, Any], final: Mapping[str, Any], prefix: str = 
             kept += inner[0]
             instead += inner[1]
         elif found == value:
-            kept.append(f"{prefix}{key}={_shown(value)}")
+            kept.append(f"{prefix}{key}={show_option(value)}")
         else:
             other = {"epochs": "steps"}.get(key, key) if found is None else key
-            instead.append(f"{prefix}{other}={_shown(final[other])}")
+            instead.append(f"{prefix}{other}={show_option(final[other])}")
     return kept, instead
 
 
-def _shown(value: Any) -> str:
+def show_option(value: Any) -> str:
+    """A value as it is given on a command line."""
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return f"[{','.join(map(_shown, value))}]"
+        return f"[{','.join(map(show_option, value))}]"
     if isinstance(value, bool) or value is None:
         return {True: "true", False: "false", None: "null"}[value]
     return one_line(str(value))

@@ -17,7 +17,7 @@ import PIL.Image
 from transformers.image_transforms import get_size_with_aspect_ratio
 from transformers.image_utils import get_image_size_for_max_height_width
 
-from vlm_distill_cache.common.attention.tiles import FINEST_SIDE, Tile
+from vlm_distill_cache.common.attention.tiles import Tile, pooled_grid
 from vlm_distill_cache.common.errors import ConfigError, SampleError
 from vlm_distill_cache.common.pixels import MAX_PIXELS
 
@@ -242,13 +242,8 @@ class ImageEncoder:
         return self.token_count
 
     def attention_grid(self) -> tuple[int, int]:
-        """The encoder's own grid, halved until no side exceeds 12 (an area pool stays exact)."""
-        rows, cols = self.grid
-        while max(rows, cols) > FINEST_SIDE:
-            if rows % 2 or cols % 2:
-                return FINEST_SIDE, FINEST_SIDE
-            rows, cols = rows // 2, cols // 2
-        return rows, cols
+        """What `pooled_grid` makes of the encoder's own grid."""
+        return pooled_grid(*self.grid)
 
     def to_dict(self) -> dict[str, Any]:
         """What decides pixels and boxes, as plain JSON for a fingerprint."""

@@ -12,6 +12,7 @@ from train_runs import make_config
 from vlm_distill_cache.common.errors import CacheMismatchError
 from vlm_distill_cache.common.files.hashing import file_checksum
 from vlm_distill_cache.data.registry import open_dataset
+from vlm_distill_cache.data.sample import Dataset
 from vlm_distill_cache.stage2_student.train import switch_dropout_off, train
 from vlm_distill_cache.stage2_student.training import checkpoint as checkpoint_module
 from vlm_distill_cache.stage2_student.training.checkpoint import Position, write_checkpoint
@@ -57,7 +58,7 @@ def test_each_step_and_process_draws_its_own_numbers():
 
 
 def test_a_baseline_without_signals_is_refused_other_pictures_too(tiny_cache, tmp_path, monkeypatch):
-    class Changed:
+    class Changed(Dataset):
         def __init__(self, dataset):
             self.dataset = dataset
             self.name, self.sample_ids = dataset.name, dataset.sample_ids

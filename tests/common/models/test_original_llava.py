@@ -300,10 +300,10 @@ def test_a_tower_by_name_is_looked_for_by_that_name(tmp_path, monkeypatch):
 
 def test_a_tower_that_cannot_be_had_says_what_to_type(tmp_path):
     folder = write_llava(tmp_path / "m", mm_vision_tower="openai/clip-vit-large-patch14-336", mm_hidden_size=1024)
-    with pytest.raises(ModelError, match=r"hold no vision tower.*download openai/clip-vit.*--vision-tower DIR"):
+    with pytest.raises(ModelError, match=r"hold no vision tower.*give openai/clip-vit.*--vision-tower openai/clip"):
         open_original_llava(folder)
     folder = write_llava(tmp_path / "n", mm_vision_tower="/home/someone/clip")
-    with pytest.raises(ModelError, match=r"'/home/someone/clip', and there is no such folder; download"):
+    with pytest.raises(ModelError, match=r"'/home/someone/clip', and there is no such folder; give"):
         open_original_llava(folder)
 
 

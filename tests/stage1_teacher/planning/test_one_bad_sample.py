@@ -164,13 +164,13 @@ def test_positions_that_are_no_number_are_refused_by_name():
 def test_a_packed_sample_among_others_fails_alone_where_a_family_cannot_pack(tmp_path: Path, monkeypatch):
     from dataclasses import replace
 
-    from vlm_distill_cache.data.sample import Turn
+    from vlm_distill_cache.data.sample import Dataset, Turn
     from vlm_distill_cache.stage1_teacher.planning import open as opening
 
     teacher, data = save_tiny("paligemma", tmp_path / "teacher"), write_data(tmp_path / "data")
     open_dataset = opening.open_dataset
 
-    class WithPacked:
+    class WithPacked(Dataset):
         def __init__(self, rest):
             self.rest, self.name, self.sample_ids = rest, rest.name, rest.sample_ids
 

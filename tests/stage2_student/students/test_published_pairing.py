@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from vlm_distill_cache.common.errors import CacheMismatchError, ModelError
+from vlm_distill_cache.common.models.checkpoint import Checkpoint
 from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.data.text.processors import load_tokenizer
 from vlm_distill_cache.stage1_teacher.config import BuildConfig
@@ -144,10 +145,9 @@ def test_long_samples_are_cut_at_the_same_word_for_teacher_and_student(places, c
 
 
 def test_a_missing_package_is_noticed_before_weights_are_read(places, cache, tmp_path, monkeypatch):
-    """The student's folder holds no weights here, so whoever reads them first would say so."""
     bare = tmp_path / "bare"
     shutil.copytree(places / "student", bare)
-    (bare / "pytorch_model.bin").write_bytes(b"not looked at")
+    monkeypatch.setattr(Checkpoint, "load", lambda *args, **options: pytest.fail("weights were read"))
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
     told = r"tokenizer\.model, which needs sentencepiece .*`make setup`"
     with pytest.raises(ModelError, match=told):

@@ -20,7 +20,7 @@ from transformers import (
 from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, ModelError
 from vlm_distill_cache.common.models.compodistill import CompoDistillForConditionalGeneration
 from vlm_distill_cache.common.models.projectors import TeacherProjector
-from vlm_distill_cache.stage2_student.students.build import build_student, own_image_encoder
+from vlm_distill_cache.stage2_student.students.build import find_student, own_image_encoder
 
 TOWER = {
     "hidden_size": 16,
@@ -59,7 +59,7 @@ def write_cache(folder, kind=None, strategy="patch"):
 
 def make_student(cache, name, **changes):
     ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    return build_student(name, cache_dir=cache, vocab_size=50, image_token_id=60, **ids, **changes)
+    return find_student(name, cache_dir=cache, vocab_size=50, image_token_id=60, **ids, **changes).load()
 
 
 @pytest.mark.parametrize(("strategy", "dropped"), [("patch", 1), ("full", 0), ("default", 1)])

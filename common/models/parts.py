@@ -100,8 +100,8 @@ def _without_config(directory: Path) -> str:
 def tower_settings(directory: Path) -> dict[str, Any]:
     """The configuration of a vision tower: alone, inside a whole CLIP or SigLIP, or inside a vision-language model."""
     stored = read_config(directory)
-    if stored.get("mm_vision_tower") in KNOWN_TOWERS:
-        return KNOWN_TOWERS[stored["mm_vision_tower"]]
+    if (named := str(stored.get("mm_vision_tower"))) in KNOWN_TOWERS:
+        return KNOWN_TOWERS[named]
     inner = stored.get("vision_config")
     if not isinstance(inner, dict):
         return stored

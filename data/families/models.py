@@ -9,8 +9,8 @@ Dims: B batch, T sequence, A wanted rows, V vocabulary.
 import importlib.util
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from vlm_distill_cache.common.errors import ConfigError, ModelError
 from vlm_distill_cache.common.models.checkpoint import Checkpoint
+from vlm_distill_cache.common.models.explained import explained_errors
 from vlm_distill_cache.common.models.llava import llava_class, take_image_tokens
 from vlm_distill_cache.common.models.original_llava import (
     is_original_llava,
@@ -36,7 +37,6 @@ from vlm_distill_cache.common.models.published import (
     open_published,
     published_config,
 )
-from vlm_distill_cache.common.printing import one_line
 from vlm_distill_cache.data.families.table import Family, family_of, submodule
 from vlm_distill_cache.data.families.unusable import refuse_unusable
 from vlm_distill_cache.data.images.encoder import AnyImageEncoder
@@ -111,7 +111,7 @@ def find_family_model(
         ConfigError: If bitsandbytes or accelerate is missing for what is asked, or settings of its image processor cannot be
             used.
     """
-    with _explained(directory):
+    with explained_errors(directory):
         found = _look_through(directory, vision_tower)
         _check_placement(directory, device_map=device_map, quantisation=quantisation, published=found.is_published)
         settings = _read_settings(
@@ -127,7 +127,7 @@ def find_family_model(
     _, family, tokenizer, processor, image_encoder = settings
 
     def load() -> Any:
-        with _explained(directory):
+        with explained_errors(directory):
             model = found.load(dtype=getattr(torch, dtype), **placement)
             if model.config.model_type == "llava":
                 take_image_tokens(model)
@@ -144,25 +144,6 @@ def find_family_model(
         return model.eval()
 
     return FamilyModel(found.shell, family, tokenizer, processor, image_encoder, found.weight_files), load
-
-
-@contextmanager
-def _explained(directory: Path) -> Iterator[None]:
-    """Turn what the library raises of a checkpoint's files into an error that names them."""
-    try:
-        yield
-    except (ModelError, ConfigError, torch.OutOfMemoryError, MemoryError):
-        raise
-    except Exception as error:  # of any class: a hostile or cut file fails wherever it is first looked at
-        if "weights_only" in str(error):  # the library proposes to load it all the same
-            raise ModelError(
-                f"{directory} cannot be loaded: its pytorch_model.bin is refused, because it is damaged or holds more than "
-                "tensors and could run code; download it again from the model's own authors, or use safetensors"
-            ) from error
-        raise ModelError(
-            f"{directory} cannot be loaded: {one_line(error)}; it needs config.json, weights, tokenizer and "
-            "preprocessor_config.json of one model"
-        ) from error
 
 
 class FamilySettings(NamedTuple):
@@ -187,7 +168,8 @@ def open_family_settings(directory: Path) -> FamilySettings:
     if names_processor:
         config = original_config(directory) if original else published_config(directory)
     else:
-        config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        with explained_errors(directory):
+            config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     return _read_settings(
         directory,
         family_of(str(config.model_type)),
@@ -397,9 +379,16 @@ def _placement(family: Family, *, dtype: str, device_map: str, quantisation: Qua
 
 def _load_library_model(directory: Path, model_class: Any, **options: Any) -> Any:
     model, loading = model_class.from_pretrained(
-        directory, local_files_only=True, trust_remote_code=False, output_loading_info=True, **options
+        directory,
+        local_files_only=True,
+        trust_remote_code=False,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are refused here, by their names
+        **options,
     )
-    lost = sorted(loading["missing_keys"]) + sorted(str(key) for key in loading["mismatched_keys"])
+    lost = sorted(loading["missing_keys"]) + [
+        f"{name} {list(found)} instead of {list(own)}" for name, found, own in sorted(loading["mismatched_keys"])
+    ]
     if lost:
         raise ModelError(
             f"{directory}: {len(lost)} weights are missing or of another shape ({', '.join(lost[:3])}), and would be "

@@ -19,6 +19,7 @@ from transformers import LlamaConfig, Qwen2Config
 from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, ModelError
 from vlm_distill_cache.common.files.atomic import read_json
 from vlm_distill_cache.common.models.compodistill import CompoDistillConfig, CompoDistillForConditionalGeneration
+from vlm_distill_cache.common.models.explained import explained_errors
 from vlm_distill_cache.common.models.mobilevlm import MobileVLMConfig, MobileVLMForConditionalGeneration
 from vlm_distill_cache.common.models.parts import (
     fill_language_model,
@@ -241,7 +242,9 @@ def find_student(
         student.trainable_parameters("dft")
         return student
 
-    return FoundStudent(_shell(model_class, config, vocab_size), make)
+    with explained_errors(language_model or cache_dir):
+        shell = _shell(model_class, config, vocab_size)
+    return FoundStudent(shell, make)
 
 
 def build_config(
@@ -294,8 +297,10 @@ def build_config(
     teacher, feature_layer, select = None, -2, "patch" if kind == "clip_vision_model" else "full"
     if projector_type == "taf":
         teacher, feature_layer, select = teacher_projector(cache_dir, vision)
+    with explained_errors(language_model or cache_dir):
+        text_config = text_class(**settings)
     config: VisionLanguageConfig = config_class(
-        text_config=text_class(**settings),
+        text_config=text_config,
         vision_config=vision,
         image_token_id=image_token_id,
         projector_type=projector_type,

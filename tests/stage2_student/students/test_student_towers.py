@@ -196,6 +196,28 @@ def test_any_token_of_the_tokenizers_pads_a_student_whose_language_model_had_few
     torch.testing.assert_close(student(input_ids=ids, attention_mask=mask).logits[:1, :3], alone)
 
 
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"num_attention_heads": 0}, r"num_attention_heads in config\.json is 0, expected 1 or more"),
+        ({"rope_parameters": None, "rope_scaling": {"rope_type": "odd"}}, r"rope_scaling\.rope_type .* is 'odd'"),
+    ],
+)
+def test_a_language_model_whose_configuration_cannot_be_is_told_by_its_setting(tmp_path, changes, told):
+    text = {
+        "vocab_size": 40,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+    }
+    LlamaForCausalLM(LlamaConfig(**text)).save_pretrained(tmp_path / "language")
+    path = tmp_path / "language" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(ModelError, match=rf"language cannot be loaded: {told}"):
+        make_student(write_cache(tmp_path / "c"), "mobilevlm", size="tiny", language_model=tmp_path / "language")
+
+
 def test_a_part_of_another_kind_is_refused(tmp_path):
     make_tower("siglip").save_pretrained(tmp_path / "siglip")
     Qwen2ForCausalLM(

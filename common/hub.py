@@ -171,10 +171,9 @@ def _folder_of_hub(name: HubName, what: str, check: Callable[[Path], object]) ->
         reason = str(error).split("; ")[0]
         logger.warning("%s: the copy in the hub's cache is used: %s", reason, snapshot_name(cached))
         return _found(cached)
-    if _cached(HubName(name.repository, commit))[0] is None:
-        logger.info("%s: downloading %s@%s into %s", what, name.repository, commit, constants.HF_HUB_CACHE)
+    there = _cached(HubName(name.repository, commit))[0] is not None
     with explained_hub_errors(name, what):
-        return _found(_download(name, check))
+        return _found(_download(name, check, what="" if there else what))
 
 
 def _found(snapshot: Path) -> HubFolder:
@@ -239,14 +238,19 @@ def _cached(name: HubName) -> tuple[Path | None, str]:
     return (None, lacks) if lacks else (snapshot, "")
 
 
-def _download(name: HubName, check: Callable[[Path], object]) -> Path:
-    """Download what of a repository is not there yet; ends at once when the process is told to stop."""
+def _download(name: HubName, check: Callable[[Path], object], *, what: str) -> Path:
+    """Download what of a repository is not there yet; ends at once when the process is told to stop.
+
+    ``what``, if it is given, is said to be downloaded, once the hub has let us in and the settings do.
+    """
     from huggingface_hub import constants
 
     with _ending_at_once() as stopped, name_full_disk(Path(constants.HF_HUB_CACHE)):
         bars = _bars(stopped)
         folder = _snapshot(name, _SETTINGS, tqdm_class=bars)
         check(folder)
+        if what:
+            logger.info("%s: downloading %s@%s into %s", what, name.repository, folder.name, constants.HF_HUB_CACHE)
         return _with_weights(HubName(name.repository, folder.name), tqdm_class=bars)
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +38,18 @@ class Checkpoint:
     files: Mapping[str, Path] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        with torch.device("meta"):
-            expected = self.model_class(self.config).state_dict()
+        expected = self.shell.state_dict()
         tied = sorted(name for name in expected.keys() - self.weights.keys() if name.endswith("lm_head.weight"))
         embedding = next((name for name in self.weights if name.endswith("embed_tokens.weight")), None)
         if self.config.tie_word_embeddings and tied and embedding is not None:
             self.weights[tied[0]] = self.weights[embedding]
         check_tensors(self.weights, expected, where=str(self.where), remedy=_REMEDY)
+
+    @cached_property
+    def shell(self) -> Any:
+        """The model on no device: names, shapes and kinds."""
+        with torch.device("meta"):
+            return self.model_class(self.config)
 
     @property
     def processor_folders(self) -> list[Path]:

@@ -14,7 +14,7 @@ from vlm_distill_cache.common.models.original_llava import (
     open_original_llava,
     original_image_processor,
 )
-from vlm_distill_cache.common.models.parts import read_config
+from vlm_distill_cache.common.models.parts import describe_lost_tokenizer, has_tokenizer, read_config
 from vlm_distill_cache.common.models.published import default_image_processor, open_published
 from vlm_distill_cache.common.models.weight_files import weight_files
 
@@ -40,7 +40,7 @@ def convert_published(directory: Path, target: Path, *, vision_tower: Path | Non
         ``target``, with safetensors, tokenizer and image processor.
 
     Raises:
-        ModelError: If ``target`` holds anything else, or the original cannot be loaded.
+        ModelError: If ``target`` holds anything else, or the original cannot be loaded or has no tokenizer.
     """
     original = is_original_llava(directory)
     checkpoint = (open_original_llava if original else open_published)(directory, vision_tower=vision_tower)
@@ -57,6 +57,8 @@ def convert_published(directory: Path, target: Path, *, vision_tower: Path | Non
                 f"{target}: was not converted from {directory} as it is now; delete it or give another folder"
             )
         return target
+    if not has_tokenizer(checkpoint.tokenizer_folder):
+        raise ModelError(describe_lost_tokenizer(checkpoint.tokenizer_folder))
     with new_directory(target) as temporary:
         checkpoint.load().save_pretrained(temporary, max_shard_size=_SHARD)
         for name in _TOKENIZER:

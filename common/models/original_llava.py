@@ -20,8 +20,9 @@ from vlm_distill_cache.common.errors import ConfigError, ModelError
 from vlm_distill_cache.common.hub import model_folder
 from vlm_distill_cache.common.models.adapters import adapter_base, adapter_files, merge_adapters
 from vlm_distill_cache.common.models.checkpoint import Checkpoint
+from vlm_distill_cache.common.models.explained import explained_errors
 from vlm_distill_cache.common.models.llava import llava_class
-from vlm_distill_cache.common.models.parts import ADAPTER, read_config
+from vlm_distill_cache.common.models.parts import ADAPTER, has_tokenizer, read_config
 from vlm_distill_cache.common.models.published import is_published
 from vlm_distill_cache.common.models.published_configs import TOWER_PREFIX, drop_buffers, text_settings
 from vlm_distill_cache.common.models.towers import find_tower, holds_tower
@@ -38,8 +39,10 @@ _PIXELS = (  # what decides pixels in the processor of a tower
 )  # fmt: skip
 _DEPTHS = re.compile(r"mlp([1-9]\d?)x_gelu")
 _CLASSES = {"llava_mistral": "LlavaMistralForCausalLM", "llava_qwen": "LlavaQwenForCausalLM"}
+_LLAMA = "LlavaLlamaForCausalLM"
 _CONVERTED = {  # by class: the same models in the library's layout
-    "LlavaLlamaForCausalLM": "llava-hf/llava-v1.6-vicuna-7b-hf",
+    _LLAMA: "llava-hf/llava-1.5-7b-hf",
+    "tiles": "llava-hf/llava-v1.6-vicuna-7b-hf",  # of the same class
     "LlavaMistralForCausalLM": "llava-hf/llava-v1.6-mistral-7b-hf",
     "LlavaQwenForCausalLM": "llava-hf/llava-onevision-qwen2-7b-ov-hf",
 }
@@ -62,6 +65,11 @@ def open_original_llava(directory: Path, *, vision_tower: Path | None = None) ->
     Raises:
         ModelError: If it is another LLaVA than these, a part of it cannot be had, or its tensors are not exactly the model's.
     """
+    with explained_errors(directory):
+        return _open(directory, vision_tower)
+
+
+def _open(directory: Path, vision_tower: Path | None) -> Checkpoint:
     stored = read_config(directory)
     refuse_other_llavas(stored, where=directory)
     files, weights, tokenizer_folder = _collect(directory, stored)
@@ -82,9 +90,10 @@ def open_original_llava(directory: Path, *, vision_tower: Path | None = None) ->
 
 def original_config(directory: Path) -> Any:
     """The library's configuration of what `open_original_llava` opens, whose weights need not be there; errors are its own."""
-    stored = read_config(directory)
-    refuse_other_llavas(stored, where=directory)
-    return _llava_config(stored, find_tower(directory, stored, given=None, inside=True).settings, where=directory)
+    with explained_errors(directory):
+        stored = read_config(directory)
+        refuse_other_llavas(stored, where=directory)
+        return _llava_config(stored, find_tower(directory, stored, given=None, inside=True).settings, where=directory)
 
 
 def original_image_processor(stored: Mapping[str, Any], tower_processor: Any) -> Any:
@@ -101,19 +110,18 @@ def refuse_other_llavas(stored: Mapping[str, Any], *, where: Path) -> None:
         ModelError: What it is, and what to take instead.
     """
     kind, made = stored.get("model_type"), stored.get("architectures")
-    name = str(made[0]) if isinstance(made, list) and made else _CLASSES.get(str(kind), "LlavaLlamaForCausalLM")
-    remedy = (
-        f"take the same model as converted by llava-hf (for example {_CONVERTED.get(name, 'llava-hf/llava-1.5-7b-hf')}), if "
-        "there is one"
-    )
+    name = str(made[0]) if isinstance(made, list) and made else _CLASSES.get(str(kind), _LLAMA)
+    ratio = stored.get("image_aspect_ratio")
+    tiles = str(ratio).startswith("anyres") or str(stored.get("mm_patch_merge_type") or "flat") != "flat"
+    example = _CONVERTED["tiles" if tiles and name == _LLAMA else name if name in _CONVERTED else _LLAMA]
+    remedy = f"take the same model as converted by llava-hf (for example {example}), if there is one"
     what = f"{where}: a checkpoint in the original LLaVA layout (model_type {one_line(repr(kind), limit=60)})"
-    if kind not in ("llava", "llava_llama") or name != "LlavaLlamaForCausalLM":
+    if kind not in ("llava", "llava_llama") or name != _LLAMA:
         raise ModelError(
             f"{what} of class {one_line(name, limit=60)}; of this layout, only LLaVA-1 and 1.5 with a Llama are read "
-            f"(LlavaLlamaForCausalLM): {remedy}"
+            f"({_LLAMA}): {remedy}"
         )
-    ratio = stored.get("image_aspect_ratio")
-    if str(ratio).startswith("anyres") or str(stored.get("mm_patch_merge_type") or "flat") != "flat":
+    if tiles:
         raise ModelError(
             f"{what} that cuts pictures into tiles (LLaVA-1.6, image_aspect_ratio {one_line(repr(ratio), limit=60)}), which "
             f"is not read in this layout; {remedy}"
@@ -192,8 +200,7 @@ def _collect(directory: Path, stored: Mapping[str, Any]) -> tuple[dict[str, Path
     else:
         base = directory
         files, weights = _whole(directory, "model")
-    has_tokenizer = any((directory / name).is_file() for name in ("tokenizer.model", "tokenizer.json"))
-    return files, weights, directory if has_tokenizer else base
+    return files, weights, directory if has_tokenizer(directory) else base
 
 
 def _whole(directory: Path, role: str) -> tuple[dict[str, Path], Weights]:

@@ -41,6 +41,20 @@ def read_config(directory: Path) -> dict[str, Any]:
     return stored
 
 
+def has_tokenizer(directory: Path) -> bool:
+    """Whether a tokenizer's own file lies in a directory; settings beside it (``tokenizer_config.json``) make none."""
+    return any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
+
+
+def describe_lost_tokenizer(directory: Path) -> str:
+    """What to do with a checkpoint's directory in which there is no tokenizer."""
+    return (
+        f"{directory}: no usable tokenizer: expected tokenizer.json, tokenizer.model, or vocab.json with merges.txt, and none "
+        "is there; download the checkpoint again, with all its files, or copy its tokenizer's files there "
+        "(tokenizer_config.json and special_tokens_map.json, too)"
+    )
+
+
 def describe_adapter(directory: Path) -> str:
     """What to do with a directory of low-rank adapters, whose whole model is not in it."""
     try:
@@ -86,8 +100,8 @@ def _without_config(directory: Path) -> str:
 def tower_settings(directory: Path) -> dict[str, Any]:
     """The configuration of a vision tower: alone, inside a whole CLIP or SigLIP, or inside a vision-language model."""
     stored = read_config(directory)
-    if stored.get("mm_vision_tower") in KNOWN_TOWERS:
-        return KNOWN_TOWERS[stored["mm_vision_tower"]]
+    if (named := str(stored.get("mm_vision_tower"))) in KNOWN_TOWERS:
+        return KNOWN_TOWERS[named]
     inner = stored.get("vision_config")
     if not isinstance(inner, dict):
         return stored

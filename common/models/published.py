@@ -14,6 +14,7 @@ from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
 from vlm_distill_cache.common.errors import ModelError
 from vlm_distill_cache.common.models.checkpoint import Checkpoint
 from vlm_distill_cache.common.models.compodistill import CompoDistillForConditionalGeneration
+from vlm_distill_cache.common.models.explained import explained_errors
 from vlm_distill_cache.common.models.mobilevlm import MobileVLMForConditionalGeneration
 from vlm_distill_cache.common.models.parts import read_config
 from vlm_distill_cache.common.models.published_configs import (
@@ -40,6 +41,11 @@ def is_published(directory: Path) -> bool:
     return _kind(read_config(directory)) is not None
 
 
+def is_own(directory: Path) -> bool:
+    """Whether one of our classes saved a directory, rather than its model's authors."""
+    return _kind(read_config(directory)) == "own"
+
+
 def load_published(
     directory: Path, *, dtype: torch.dtype | None = None, vision_tower: Path | None = None
 ) -> VisionLanguageModel:
@@ -63,6 +69,11 @@ def load_published(
 
 def open_published(directory: Path, *, vision_tower: Path | None = None) -> Checkpoint:
     """Look through what `load_published` loads, without reading a value; arguments and errors are its own."""
+    with explained_errors(directory):
+        return _open_published(directory, vision_tower)
+
+
+def _open_published(directory: Path, vision_tower: Path | None) -> Checkpoint:
     stored = read_config(directory)
     kind = _kind(stored)
     if kind is None:
@@ -92,6 +103,11 @@ def open_published(directory: Path, *, vision_tower: Path | None = None) -> Chec
 
 def published_config(directory: Path) -> VisionLanguageConfig:
     """The configuration of what `load_published` loads, whose weights need not be there; errors are its own."""
+    with explained_errors(directory):
+        return _published_config(directory)
+
+
+def _published_config(directory: Path) -> VisionLanguageConfig:
     stored = read_config(directory)
     kind, where = _kind(stored), str(directory)
     if kind == "own":

@@ -10,8 +10,9 @@ from vlm_distill_cache.common.hub import model_folder
 from vlm_distill_cache.common.models.parts import tower_settings, tower_weights
 from vlm_distill_cache.common.models.published_configs import KNOWN_TOWERS, TOWER_PREFIX
 from vlm_distill_cache.common.models.weight_files import Weights
+from vlm_distill_cache.common.printing import one_line
 
-_HOW = "(a student: SET=vision_tower={name}, --set; anything else: `distill import` with --vision-tower {name})"
+_LONGEST = 1000  # characters of a tower's name or folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +57,14 @@ def find_tower(directory: Path, stored: Mapping[str, Any], *, given: Path | None
         if not (given / "config.json").is_file():
             raise ModelError(f"vision_tower {given}: no config.json; give a directory with a CLIP model")
         return Tower(settings=tower_settings(given), folder=given, inside=False)
-    named = str(stored.get("mm_vision_tower") or stored.get("vision_tower") or "")
-    folder = next((path for path in (directory / named, Path(named)) if (path / "config.json").is_file()), None)
+    key = "vision_tower" if not stored.get("mm_vision_tower") and stored.get("vision_tower") else "mm_vision_tower"
+    named = stored.get(key) or ""
+    if not isinstance(named, str) or not named.isprintable() or len(named) > _LONGEST:
+        raise ModelError(
+            f"{directory}: {key} in config.json is {one_line(repr(named), limit=60)}, expected a CLIP model's name on the hub "
+            f"or its folder; {_remedy('')}"
+        )
+    folder = next((path for path in (directory / named, Path(named)) if _is_model(path)), None)
     if not named or folder == directory:
         folder = None
     if inside and (folder is not None or named in KNOWN_TOWERS):
@@ -73,8 +80,7 @@ def _on_the_hub(directory: Path, named: str, *, inside: bool) -> Path:
         if inside
         else f"{directory}: its weights hold no vision tower, config.json names {named!r}"
     )
-    model = named or "the CLIP model that it was trained with"
-    remedy = f"give {model} by its name on the hub or as a folder {_HOW.format(name=named or 'DIR')}"
+    remedy = _remedy(named)
     # A name on the hub is org/name: any other is a folder of whoever trained the model.
     if named.count("/") != 1 or named.startswith(("/", ".")):
         raise ModelError(f"{lack}, and there is no such folder; {remedy}")
@@ -82,3 +88,18 @@ def _on_the_hub(directory: Path, named: str, *, inside: bool) -> Path:
         return model_folder(named, what=f"{directory}: the vision tower").path
     except (ConfigError, ModelError) as error:
         raise ModelError(f"{lack}; {remedy}. It was looked for: {error}") from error
+
+
+def _remedy(named: str) -> str:
+    model, name = named or "the CLIP model that it was trained with", named or "DIR"
+    return (
+        f"give {model} by its name on the hub or as a folder (a student: SET=vision_tower={name}, --set; anything else: "
+        f"`distill import` with --vision-tower {name})"
+    )
+
+
+def _is_model(folder: Path) -> bool:
+    try:
+        return (folder / "config.json").is_file()
+    except OSError:  # a name longer than any file's
+        return False

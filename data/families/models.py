@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from vlm_distill_cache.common.errors import ConfigError, ModelError
 from vlm_distill_cache.common.models.checkpoint import Checkpoint
+from vlm_distill_cache.common.models.explained import explained_errors
 from vlm_distill_cache.common.models.llava import llava_class, take_image_tokens
 from vlm_distill_cache.common.models.original_llava import (
     is_original_llava,
@@ -36,7 +37,6 @@ from vlm_distill_cache.common.models.published import (
     open_published,
     published_config,
 )
-from vlm_distill_cache.common.printing import one_line
 from vlm_distill_cache.data.families.table import Family, family_of, submodule
 from vlm_distill_cache.data.families.unusable import refuse_unusable
 from vlm_distill_cache.data.images.encoder import AnyImageEncoder
@@ -76,10 +76,24 @@ def open_family_model(
     quantisation: Quantisation = "none",
     vision_tower: Path | None = None,
 ) -> FamilyModel:
-    """Load a checkpoint directory: a library model of any family; MobileVLM, CompoDistill or LLaVA as published.
+    """Load a checkpoint directory; arguments and errors are those of `find_family_model`."""
+    opened, load = find_family_model(
+        directory, dtype=dtype, device_map=device_map, quantisation=quantisation, vision_tower=vision_tower
+    )
+    return opened._replace(model=load())
 
-    All else is looked through before a value of the weights is read: configuration, names and shapes of all tensors,
-    tokenizer and image processor.
+
+def find_family_model(
+    directory: Path,
+    *,
+    dtype: str = "float32",
+    device_map: str = "",
+    quantisation: Quantisation = "none",
+    vision_tower: Path | None = None,
+) -> tuple[FamilyModel, Callable[[], Any]]:
+    """Look through a checkpoint directory: a library model of any family; MobileVLM, CompoDistill or LLaVA as published.
+
+    No value of the weights is read: configuration, names and shapes of all tensors, tokenizer and image processor are.
 
     Args:
         directory: Model, tokenizer and image processor files.
@@ -89,51 +103,47 @@ def open_family_model(
         quantisation: Of the language model's weights, by bitsandbytes; tower and projector keep ``dtype``.
         vision_tower: Directory of the CLIP tower, for a published MobileVLM or LLaVA; it replaces one that is there.
 
+    Returns:
+        What is there, its model on no device (meta: names, shapes and kinds), and what loads the model.
+
     Raises:
-        ModelError: If the directory holds no usable model, or only part of its weights.
+        ModelError: If the directory holds no usable model, or only part of its weights; some of it when it is loaded.
         ConfigError: If bitsandbytes or accelerate is missing for what is asked, or settings of its image processor cannot be
             used.
     """
-    try:
+    with explained_errors(directory):
         found = _look_through(directory, vision_tower)
         _check_placement(directory, device_map=device_map, quantisation=quantisation, published=found.is_published)
         settings = _read_settings(
             directory,
             found.family,
-            found.config,
+            found.shell.config,
             tokenizer_folder=found.tokenizer_folder,
             processor_folders=found.published.processor_folders if found.original and found.published else [directory],
             names_processor=found.published is not None,
             original=found.original,
         )
         placement = _placement(found.family, dtype=dtype, device_map=device_map, quantisation=quantisation)
-        model = found.load(dtype=getattr(torch, dtype), **placement)
-        if model.config.model_type == "llava":
-            take_image_tokens(model)
-    except (ModelError, ConfigError, torch.OutOfMemoryError, MemoryError):
-        raise
-    except Exception as error:  # of any class: a hostile or cut file fails wherever it is first looked at
-        if "weights_only" in str(error):  # the library proposes to load it all the same
-            raise ModelError(
-                f"{directory} cannot be loaded: its pytorch_model.bin is refused, because it is damaged or holds more than "
-                "tensors and could run code; download it again from the model's own authors, or use safetensors"
-            ) from error
-        raise ModelError(
-            f"{directory} cannot be loaded: {one_line(error)}; it needs config.json, weights, tokenizer and "
-            "preprocessor_config.json of one model"
-        ) from error
-    if device_map:
-        refuse_offloaded(model, found.family, device_map)
-    if not found.family.is_listed:
-        logger.warning(
-            "%s: model_type %r is not in the table of families (data/families/table.py), so only its logits can be "
-            "cached: attention needs to know where its language model and its visual tokens are, and the teacher "
-            "adapter needs its projector",
-            directory,
-            model.config.model_type,
-        )
     _, family, tokenizer, processor, image_encoder = settings
-    return FamilyModel(model.eval(), family, tokenizer, processor, image_encoder, found.weight_files)
+
+    def load() -> Any:
+        with explained_errors(directory):
+            model = found.load(dtype=getattr(torch, dtype), **placement)
+            if model.config.model_type == "llava":
+                take_image_tokens(model)
+        if device_map:
+            refuse_offloaded(model, family, device_map)
+        if not family.is_listed:
+            logger.warning(
+                "%s: model_type %r is not in the table of families (data/families/table.py), so only its logits can be "
+                "cached: attention needs to know where its language model and its visual tokens are, and the teacher "
+                "adapter needs its projector",
+                directory,
+                model.config.model_type,
+            )
+        return model.eval()
+
+    return FamilyModel(found.shell, family, tokenizer, processor, image_encoder, found.weight_files), load
 
 
 class FamilySettings(NamedTuple):
@@ -158,7 +168,8 @@ def open_family_settings(directory: Path) -> FamilySettings:
     if names_processor:
         config = original_config(directory) if original else published_config(directory)
     else:
-        config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        with explained_errors(directory):
+            config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     return _read_settings(
         directory,
         family_of(str(config.model_type)),
@@ -205,10 +216,10 @@ def _read_settings(
 
 
 class _Found(NamedTuple):
-    """A directory that was looked through; ``load`` reads its weights."""
+    """A directory that was looked through; ``shell`` is its model on no device, and ``load`` reads its weights."""
 
     family: Family
-    config: Any
+    shell: Any
     load: Callable[..., Any]
     tokenizer_folder: Path
     published: Checkpoint | None = None
@@ -231,7 +242,7 @@ def _look_through(directory: Path, vision_tower: Path | None) -> _Found:
         opening = open_original_llava if original else open_published
         checkpoint = opening(directory, vision_tower=vision_tower)
         family, folder = family_of(checkpoint.config.model_type), checkpoint.tokenizer_folder
-        return _Found(family, checkpoint.config, checkpoint.load, folder, checkpoint, original)
+        return _Found(family, checkpoint.shell, checkpoint.load, folder, checkpoint, original)
     if vision_tower is not None:
         raise ConfigError(
             f"vision_tower={vision_tower}: {directory} holds its own vision tower; leave vision_tower out, it is for "
@@ -244,7 +255,7 @@ def _look_through(directory: Path, vision_tower: Path | None) -> _Found:
     # On no device: names, shapes and kinds are compared, no memory is taken.
     shell = _load_library_model(directory, model_class, device_map="meta")
     load = partial(_load_library_model, directory, model_class)
-    return _Found(family, shell.config, load, directory)
+    return _Found(family, shell, load, directory)
 
 
 def _open_image_encoder(
@@ -368,9 +379,16 @@ def _placement(family: Family, *, dtype: str, device_map: str, quantisation: Qua
 
 def _load_library_model(directory: Path, model_class: Any, **options: Any) -> Any:
     model, loading = model_class.from_pretrained(
-        directory, local_files_only=True, trust_remote_code=False, output_loading_info=True, **options
+        directory,
+        local_files_only=True,
+        trust_remote_code=False,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are refused here, by their names
+        **options,
     )
-    lost = sorted(loading["missing_keys"]) + sorted(str(key) for key in loading["mismatched_keys"])
+    lost = sorted(loading["missing_keys"]) + [
+        f"{name} {list(found)} instead of {list(own)}" for name, found, own in sorted(loading["mismatched_keys"])
+    ]
     if lost:
         raise ModelError(
             f"{directory}: {len(lost)} weights are missing or of another shape ({', '.join(lost[:3])}), and would be "

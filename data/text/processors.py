@@ -20,6 +20,8 @@ from transformers import AutoTokenizer, ImageProcessingMixin
 
 from vlm_distill_cache.common.errors import ModelError
 from vlm_distill_cache.common.files.hashing import file_checksum, fingerprint
+from vlm_distill_cache.common.models.parts import describe_lost_tokenizer, has_tokenizer
+from vlm_distill_cache.common.printing import one_line
 from vlm_distill_cache.data.text.sentencepiece_model import is_model_only, load_sentencepiece_tokenizer
 
 
@@ -122,9 +124,11 @@ def load_tokenizer(folder: Path) -> Any:
     except ModelError:
         raise
     except Exception as error:  # tokenizers raises the bare class for a file that it cannot read
+        if not has_tokenizer(Path(folder)):
+            raise ModelError(describe_lost_tokenizer(folder)) from error
         raise ModelError(
-            f"{folder}: no usable tokenizer ({error}); expected tokenizer.json and tokenizer_config.json "
-            "as the tokenizer's save_pretrained writes them"
+            f"{folder}: no usable tokenizer ({one_line(error)}); expected tokenizer.json and tokenizer_config.json, "
+            "as the tokenizer's save_pretrained writes them, or tokenizer.model"
         ) from error
     stored = Path(folder) / "chat_template.json"
     if stored.is_file() and not (Path(folder) / "chat_template.jinja").is_file():

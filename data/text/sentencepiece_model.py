@@ -12,6 +12,7 @@ or not stated) each part between special tokens is a text of its own, which a bl
 the beginning of the whole text gets one.
 """
 
+import copy
 import json
 import re
 from collections import Counter
@@ -155,6 +156,12 @@ class SentencePieceTokenizer(_FromObject):
         tokens: list[str] = self.convert_ids_to_tokens(self(text, pair, add_special_tokens)["input_ids"])
         return tokens
 
+    def with_backend(self, backend: Tokenizer) -> "SentencePieceTokenizer":
+        """The same pieces between the added tokens of another backend."""
+        other = copy.copy(self)
+        other._tokenizer = backend
+        return other
+
     def _save_pretrained(
         self,
         save_directory: Any,
@@ -162,10 +169,32 @@ class SentencePieceTokenizer(_FromObject):
         legacy_format: bool | None = None,
         filename_prefix: str | None = None,
     ) -> tuple[str, ...]:
-        """Write ``tokenizer.model``: a tokenizer.json cannot say what this tokenizer does."""
-        path = Path(save_directory) / (f"{filename_prefix}-{MODEL_FILE}" if filename_prefix else MODEL_FILE)
+        """Write ``tokenizer.model``: a tokenizer.json cannot say what this tokenizer does.
+
+        The library leaves added tokens and what stands around a text out of tokenizer_config.json, as it has them in the
+        tokenizer.json of others. They are written where the rest does not give them again.
+        """
+        folder = Path(save_directory)
+        path = folder / (f"{filename_prefix}-{MODEL_FILE}" if filename_prefix else MODEL_FILE)
         path.write_bytes(self.pieces.model)
+        if filename_prefix or load_sentencepiece_tokenizer(folder)._stated() != self._stated():
+            config = folder / Path(file_names[0]).name
+            config.write_text(
+                json.dumps(_read_object(config) | self._stated(), indent=2, sort_keys=True, ensure_ascii=False) + "\n",
+                encoding="utf-8",
+            )
         return (*file_names, str(path))
+
+    def _stated(self) -> dict[str, Any]:
+        """What of this tokenizer stands beside its model, as tokenizer_config.json says it."""
+        return {
+            "added_tokens_decoder": {
+                str(index): token.__getstate__() for index, token in self.added_tokens_decoder.items()
+            },
+            "add_bos_token": bool(self.add_bos_token),
+            "add_eos_token": bool(self.add_eos_token),
+            **{name: self.special_tokens_map.get(name) for name in _NAMED},
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,7 +265,7 @@ class _Pieces:
 
     def _pattern(self, added: tuple[tuple[int, AddedToken], ...]) -> tuple[re.Pattern[str], dict[str, int]]:
         """The expression of some added tokens, longer ones first, and the id of each group's name."""
-        key = tuple((index, token.content) for index, token in added)
+        key = tuple((index, _expression(token)) for index, token in added)
         if key not in self._patterns:
             longest = sorted(added, key=lambda pair: len(pair[1].content), reverse=True)
             words = [f"(?P<t{index}>{_expression(token)})" for index, token in longest]

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from vlm_distill_cache.common.errors import ConfigError, SampleError
+from vlm_distill_cache.data.text.sentencepiece_model import SentencePieceTokenizer
 
 _TAG = re.compile(r"<\S+>|\[\S+\]")
 _CLOSING_TAG = re.compile(r"(<[^<>\s]+>|\[[^\[\]\s]+\])\s*$")
@@ -78,7 +79,11 @@ def find_special_tokens(tokenizer: Any, texts: Sequence[str], source: str = "") 
     for token in described["added_tokens"]:
         if token["content"] in lost:
             token.update(normalized=False, single_word=False)
-    mended = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(described)))
+    backend = Tokenizer.from_str(json.dumps(described))
+    if isinstance(tokenizer, SentencePieceTokenizer):  # its backend reads no text
+        mended = tokenizer.with_backend(backend)
+    else:
+        mended = PreTrainedTokenizerFast(tokenizer_object=backend)
     still = _lost(tokenizer, mended, texts, blanks=False)
     if still:
         raise ConfigError(

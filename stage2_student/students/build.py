@@ -5,10 +5,11 @@ teacher directory is needed. Where the cache has no tower of the student's kind,
 own; larger ones need a directory of weights, and the error names which.
 """
 
+import copy
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file
@@ -18,6 +19,7 @@ from transformers import LlamaConfig, Qwen2Config
 from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, ModelError
 from vlm_distill_cache.common.files.atomic import read_json
 from vlm_distill_cache.common.models.compodistill import CompoDistillConfig, CompoDistillForConditionalGeneration
+from vlm_distill_cache.common.models.explained import explained_errors
 from vlm_distill_cache.common.models.mobilevlm import MobileVLMConfig, MobileVLMForConditionalGeneration
 from vlm_distill_cache.common.models.parts import (
     fill_language_model,
@@ -26,7 +28,7 @@ from vlm_distill_cache.common.models.parts import (
     tower_settings,
 )
 from vlm_distill_cache.common.models.projectors import PROJECTOR_TYPES, TeacherAdapter
-from vlm_distill_cache.common.models.published import default_image_processor, load_published
+from vlm_distill_cache.common.models.published import default_image_processor, load_published, open_published
 from vlm_distill_cache.common.models.vision_language import VisionLanguageConfig, VisionLanguageModel
 from vlm_distill_cache.common.models.vision_tower import TowerConfig, tower_config
 from vlm_distill_cache.data.families.images import published_images
@@ -133,7 +135,19 @@ _FAMILIES: dict[str, tuple[Any, Any, Any]] = {
 }
 
 
-def build_student(
+class FoundStudent(NamedTuple):
+    """A student of ours that was looked through; no weight of it is made or read yet.
+
+    Attributes:
+        shell: The student on no device (meta), with the vocabulary that it will have.
+        load: Makes it or reads it: in float32 on the CPU, all but the vision tower and a teacher's projector trainable.
+    """
+
+    shell: VisionLanguageModel
+    load: Callable[[], VisionLanguageModel]
+
+
+def find_student(
     name: str,
     *,
     cache_dir: Path,
@@ -148,8 +162,8 @@ def build_student(
     vision_tower: Path | None = None,
     language_model: Path | None = None,
     seed: int = 0,
-) -> VisionLanguageModel:
-    """Make a student with random weights behind a vision tower, or load one from a directory.
+) -> FoundStudent:
+    """Find what makes a student with random weights behind a vision tower, or loads one from a directory.
 
     Args:
         name: One of `STUDENTS`, or a directory: one of ours, or a published MobileVLM or CompoDistill.
@@ -157,13 +171,10 @@ def build_student(
         projector_type: One of ``PROJECTOR_TYPES``; None is the preset's, or the directory's own.
         pool_teacher_tokens: For ``taf``: 2x2 pooling before the post-projector.
 
-    Returns:
-        The student in float32 on the CPU, all but the vision tower and a teacher's projector trainable.
-
     Raises:
         ConfigError: If the name, size or projector type is unknown, or the student needs a directory of weights.
-        ModelError: If a directory's weights are incomplete, or its projector is not the one asked for.
-        CacheFormatError: If the cache lacks a part that this student needs.
+        ModelError: If a directory's tensors are not the model's, or its projector is not the one asked for.
+        CacheFormatError: If the cache lacks a part that this student needs; of a file of weights when it is loaded.
     """
     if projector_type is not None and projector_type not in PROJECTOR_TYPES:
         raise ConfigError(f"projector_type: got {projector_type!r}; choose one of {', '.join(PROJECTOR_TYPES)}")
@@ -171,7 +182,7 @@ def build_student(
         student_folder(name, None)  # refuses what is no directory
         if language_model is not None:
             raise ConfigError(f"language_model={language_model}: student {name} has a language model of its own")
-        return _open_directory(
+        return _find_directory(
             Path(name),
             projector_type=projector_type,
             vision_tower=vision_tower,
@@ -204,28 +215,36 @@ def build_student(
         vision_tower=vision_tower,
         language_model=language_model,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        student: VisionLanguageModel = _FAMILIES[config.vision_config.model_type][1](config)
-        if preset["initializer"] == "fan_in":
-            initialize_by_fan_in(student)
-        if language_model is not None:
-            fill_language_model(student, language_model)
-            _grow_vocabulary(student, vocab_size)
-    if vision_tower is not None:
-        fill_vision_tower(student, vision_tower)
-    load_frozen_parts(student, cache_dir, needs_tower=not own_tower)
-    if own_tower and vision_tower is None:
-        logger.warning(
-            "student %s-%s: %s holds no vision tower of its kind, so it uses a small, randomly initialised one, for "
-            "trials only; give a tower (--set vision_tower=%s, or a folder) for a real run",
-            name,
-            size,
-            cache_dir,
-            _TOWERS[preset["vision_tower"]["model_type"].partition("_")[0]],
-        )
-    student.trainable_parameters("dft")
-    return student
+    model_class = _FAMILIES[config.vision_config.model_type][1]
+
+    def make() -> VisionLanguageModel:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            student: VisionLanguageModel = model_class(config)
+            if preset["initializer"] == "fan_in":
+                initialize_by_fan_in(student)
+            if language_model is not None:
+                fill_language_model(student, language_model)
+                _grow_vocabulary(student, vocab_size)
+                student.config.text_config.pad_token_id = pad_token_id
+        if vision_tower is not None:
+            fill_vision_tower(student, vision_tower)
+        load_frozen_parts(student, cache_dir, needs_tower=not own_tower)
+        if own_tower and vision_tower is None:
+            logger.warning(
+                "student %s-%s: %s holds no vision tower of its kind, so it uses a small, randomly initialised one, for "
+                "trials only; give a tower (--set vision_tower=%s, or a folder) for a real run",
+                name,
+                size,
+                cache_dir,
+                _TOWERS[preset["vision_tower"]["model_type"].partition("_")[0]],
+            )
+        student.trainable_parameters("dft")
+        return student
+
+    with explained_errors(language_model or cache_dir):
+        shell = _shell(model_class, config, vocab_size)
+    return FoundStudent(shell, make)
 
 
 def build_config(
@@ -273,11 +292,15 @@ def build_config(
     else:
         settings["vocab_size"] = max(vocab_size, settings.get("vocab_size", 0))
     settings |= {f"{kind}_token_id": value for kind, value in special_token_ids.items()}
+    if (settings.get("pad_token_id") or 0) >= settings["vocab_size"]:
+        settings["pad_token_id"] = None  # behind the rows of a language model that is to grow
     teacher, feature_layer, select = None, -2, "patch" if kind == "clip_vision_model" else "full"
     if projector_type == "taf":
         teacher, feature_layer, select = teacher_projector(cache_dir, vision)
+    with explained_errors(language_model or cache_dir):
+        text_config = text_class(**settings)
     config: VisionLanguageConfig = config_class(
-        text_config=text_class(**settings),
+        text_config=text_config,
         vision_config=vision,
         image_token_id=image_token_id,
         projector_type=projector_type,
@@ -340,29 +363,43 @@ def _side(settings: Mapping[str, Any]) -> set[float]:
     return set((size or {}).values())
 
 
-def _open_directory(
+def _find_directory(
     folder: Path, *, projector_type: str | None, vision_tower: Path | None, vocab_size: int, image_token_id: int | None
-) -> VisionLanguageModel:
-    student = load_student(folder, vision_tower=vision_tower)
-    own = student.config.projector_type
+) -> FoundStudent:
+    checkpoint = open_published(folder, vision_tower=vision_tower)
+    config = checkpoint.config
+    own = config.projector_type
     if projector_type is not None and projector_type != own:
         raise ModelError(
             f"student {folder}: its projector is {own!r}, asked for {projector_type!r}; leave projector_type "
             "unset, or start from a student with that projector"
         )
-    rows = student.config.text_config.vocab_size
-    if student.config.image_token_id == rows:
+    rows = config.text_config.vocab_size
+    if config.image_token_id == rows:
         # Published models have no such token: theirs is a place holder beyond the vocabulary, whatever its number.
-        chosen = max(rows, vocab_size) if image_token_id is None else image_token_id
-        student.config.image_token_id = student.model.image_token_id = chosen
-    if image_token_id is not None and student.config.image_token_id != image_token_id:
+        config.image_token_id = max(rows, vocab_size) if image_token_id is None else image_token_id
+    if image_token_id is not None and config.image_token_id != image_token_id:
         raise ModelError(
-            f"student {folder}: image_token_id is {student.config.image_token_id}, the cache's tokenizer has "
+            f"student {folder}: image_token_id is {config.image_token_id}, the cache's tokenizer has "
             f"{image_token_id}; the student was trained with another tokenizer"
         )
-    _grow_vocabulary(student, vocab_size)
-    student.trainable_parameters("dft")
-    return student
+
+    def load() -> VisionLanguageModel:
+        student: VisionLanguageModel = checkpoint.load(dtype=torch.float32)
+        _grow_vocabulary(student, vocab_size)
+        student.trainable_parameters("dft")
+        return student
+
+    return FoundStudent(_shell(checkpoint.model_class, config, vocab_size), load)
+
+
+def _shell(model_class: Any, config: VisionLanguageConfig, vocab_size: int) -> VisionLanguageModel:
+    """A student on no device, with as many rows as its tokenizer has tokens, or more."""
+    config = copy.deepcopy(config)
+    config.text_config.vocab_size = max(config.text_config.vocab_size, vocab_size)
+    with torch.device("meta"):
+        shell: VisionLanguageModel = model_class(config)
+    return shell
 
 
 def _grow_vocabulary(student: VisionLanguageModel, vocab_size: int) -> None:

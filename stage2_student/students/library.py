@@ -7,7 +7,7 @@ Dims: B batch, T sequence, A supervised rows, V vocabulary.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from vlm_distill_cache.common.errors import ModelError
 from vlm_distill_cache.common.models.vision_language import PHASES, Phase
 from vlm_distill_cache.data.families.inputs import text_config
 from vlm_distill_cache.data.families.models import (
-    open_family_model,
+    find_family_model,
     rows_instead,
     rows_only,
 )
@@ -162,12 +162,25 @@ class OpenedStudent:
     image_encoder: AnyImageEncoder
 
 
-def open_library_student(folder: Path, *, vision_tower: Path | None = None) -> OpenedStudent:
-    """Open a checkpoint directory of any family as a student, in float32; ``vision_tower`` is `open_family_model`'s."""
-    opened = open_family_model(folder, dtype="float32", vision_tower=vision_tower)
-    return OpenedStudent(
+def open_library_student(folder: Path) -> OpenedStudent:
+    """Open a checkpoint directory of any family as a student, in float32."""
+    found, load = find_library_student(folder)
+    return replace(found, model=load())
+
+
+def find_library_student(
+    folder: Path, *, vision_tower: Path | None = None
+) -> tuple[OpenedStudent, Callable[[], LibraryStudent]]:
+    """Look through a checkpoint directory of any family; ``vision_tower`` is `find_family_model`'s.
+
+    Returns:
+        The student, its model on no device (meta), and what loads the model in float32.
+    """
+    opened, load = find_family_model(folder, dtype="float32", vision_tower=vision_tower)
+    found = OpenedStudent(
         model=LibraryStudent(opened.model, opened.family),
         tokenizer=opened.tokenizer,
         image_processor=opened.processor,
         image_encoder=opened.image_encoder,
     )
+    return found, lambda: LibraryStudent(load(), opened.family)

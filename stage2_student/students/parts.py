@@ -1,5 +1,6 @@
 """A run's student with what it reads: made from a cache's parts, or opened from a directory of any family."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ from vlm_distill_cache.common.cache.plan import Plan
 from vlm_distill_cache.common.cache.reader import TeacherCache
 from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, ModelError
 from vlm_distill_cache.common.files.atomic import read_json
+from vlm_distill_cache.common.models.parts import describe_lost_tokenizer, has_tokenizer
 from vlm_distill_cache.common.models.projectors import TeacherAdapter
-from vlm_distill_cache.common.models.published import is_published
+from vlm_distill_cache.common.models.published import is_own, is_published
 from vlm_distill_cache.common.models.vision_language import VisionLanguageModel
 from vlm_distill_cache.common.printing import one_line
 from vlm_distill_cache.data.families.table import FAMILIES
@@ -20,9 +22,9 @@ from vlm_distill_cache.data.images.layouts import image_encoder_from_dict
 from vlm_distill_cache.data.text.processors import load_image_processor, load_tokenizer
 from vlm_distill_cache.data.text.templates import PromptTemplate, get_template
 from vlm_distill_cache.stage2_student.config import TrainConfig
-from vlm_distill_cache.stage2_student.students.build import build_student, own_image_encoder
+from vlm_distill_cache.stage2_student.students.build import find_student, own_image_encoder
 from vlm_distill_cache.stage2_student.students.encoder import build_encoder, cache_image_encoder, load_processors
-from vlm_distill_cache.stage2_student.students.library import LibraryStudent, open_library_student
+from vlm_distill_cache.stage2_student.students.library import LibraryStudent, find_library_student
 from vlm_distill_cache.stage2_student.students.model import StudentModel
 from vlm_distill_cache.stage2_student.students.presets import split_student_name, student_folder
 
@@ -34,27 +36,20 @@ class StudentParts:
     """A student and what it reads with.
 
     Attributes:
-        model: On the CPU, float32.
+        model: On no device (meta): what it is made of, and none of its values.
+        load: Makes it or reads it: on the CPU, in float32.
         template: Its own prompt template, where the cache's is of another tokenizer; None: the cache's fits any.
         where: Whose tokenizer and pictures these are, for errors.
     """
 
     model: StudentModel
+    load: Callable[[], StudentModel]
     tokenizer: Any
     image_processor: Any
     image_encoder: AnyImageEncoder
     image_token_id: int
     template: PromptTemplate | None
     where: str
-
-    @property
-    def teacher_tower(self) -> nn.Module | None:
-        """The vision tower of a student with the teacher's projector (TAF), which must be the teacher's; else None."""
-        model = self.model
-        if isinstance(model, VisionLanguageModel) and isinstance(model.model.mm_projector, TeacherAdapter):
-            tower: nn.Module = model.vision_encoder
-            return tower
-        return None
 
     @property
     def depth(self) -> int:
@@ -72,18 +67,29 @@ class StudentParts:
         return self.model.family.visual_rows if isinstance(self.model, LibraryStudent) else "causal"
 
 
+def teacher_tower(model: StudentModel) -> nn.Module | None:
+    """The vision tower of a student with the teacher's projector (TAF), which must be the teacher's; else None."""
+    if isinstance(model, VisionLanguageModel) and isinstance(model.model.mm_projector, TeacherAdapter):
+        tower: nn.Module = model.vision_encoder
+        return tower
+    return None
+
+
 def open_parts(config: TrainConfig, cache: TeacherCache) -> StudentParts:
-    """Make or open the student that a run names."""
+    """Find the student that a run names, and open what it reads with."""
     name, size = split_student_name(config.student)
     given = student_folder(config.student, config.student_weights)
     if given is not None and not is_published(given):
         return _library_parts(config, given)
     name, folder = (name, Path(name)) if given is None else (str(given), given)
     cached_tokenizer, cached_processor = load_processors(cache.path / "processor")
-    own_tokenizer = any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model"))
+    own_tokenizer = has_tokenizer(folder)
+    # What we save has the cache's, and may lie without it; of a published model nobody knows that it is the same.
+    if given is not None and not own_tokenizer and not is_own(given):
+        raise ModelError(describe_lost_tokenizer(given))
     tokenizer = load_tokenizer(folder) if own_tokenizer else cached_tokenizer
     vision_tower = None if config.vision_tower is None else Path(config.vision_tower)
-    model = build_student(
+    model, load = find_student(
         name,
         cache_dir=cache.path,
         vocab_size=len(tokenizer),
@@ -106,6 +112,7 @@ def open_parts(config: TrainConfig, cache: TeacherCache) -> StudentParts:
         image_encoder = replace(image_encoder, drops_first=bool(model.dropped_tokens))
     return StudentParts(
         model=model,
+        load=load,
         tokenizer=tokenizer,
         image_processor=image_processor,
         image_encoder=image_encoder,
@@ -125,7 +132,7 @@ def _library_parts(config: TrainConfig, folder: Path) -> StudentParts:
     if config.language_model is not None:
         raise ConfigError(f"language_model={config.language_model}: student {folder} has a language model of its own")
     tower = None if config.vision_tower is None else Path(config.vision_tower)
-    opened = open_library_student(folder, vision_tower=tower)
+    opened, load = find_library_student(folder, vision_tower=tower)
     model = opened.model
     rows = int(model.get_input_embeddings().weight.shape[0])
     # An image token that is no token (LLaVA's original layout) is a place holder beyond the embedding.
@@ -135,9 +142,15 @@ def _library_parts(config: TrainConfig, folder: Path) -> StudentParts:
             f"student {folder}: its embedding has {rows} rows, its tokenizer gives ids up to {last}; the folder mixes two "
             "models"
         )
-    model.trainable_parameters("dft")
+
+    def load_trainable() -> StudentModel:
+        student = load()
+        student.trainable_parameters("dft")
+        return student
+
     return StudentParts(
         model=model,
+        load=load_trainable,
         tokenizer=opened.tokenizer,
         image_processor=opened.image_processor,
         image_encoder=opened.image_encoder,

@@ -43,7 +43,7 @@ from vlm_distill_cache.stage2_student.losses.terms import choose_terms
 from vlm_distill_cache.stage2_student.resolve import open_caches
 from vlm_distill_cache.stage2_student.students.encoder import describe_encoder, longest_sequence
 from vlm_distill_cache.stage2_student.students.model import StudentModel, vocabulary_rows
-from vlm_distill_cache.stage2_student.students.parts import StudentParts, open_parts
+from vlm_distill_cache.stage2_student.students.parts import StudentParts, open_parts, teacher_tower
 from vlm_distill_cache.stage2_student.students.tower import check_tower_is_free, tower_parameters
 from vlm_distill_cache.stage2_student.training.checks import (
     check_data,
@@ -237,7 +237,7 @@ def _expecting(parts: Sequence[_Part]) -> Callable[[Iterable[int]], None] | None
 
 
 def prepare(config: TrainConfig, caches: Mapping[str, TeacherCache] | None = None) -> Preparation:
-    """Open data, build the student, and refuse what does not fit.
+    """Open data, find the student, refuse what does not fit, and only then load the student's weights.
 
     ``caches`` are as from `open_caches`, which is called where there are none.
 
@@ -253,8 +253,6 @@ def prepare(config: TrainConfig, caches: Mapping[str, TeacherCache] | None = Non
     for cache in caches.values():
         cache.check_shard_files()
         check_labels_fit(cache, vocabulary_rows(parts.model), parts.tokenizer, where=parts.where)
-        if parts.teacher_tower is not None:
-            check_vision_tower(cache, parts.teacher_tower)
     # What a cache could hold, its student can read.
     longest = max(longest_sequence(cache.plan) for cache in caches.values())
     encoder = SampleEncoder(
@@ -266,14 +264,19 @@ def prepare(config: TrainConfig, caches: Mapping[str, TeacherCache] | None = Non
         positions=known_positions(parts.model.config),
     )
     phases = _prepare_phases(config, caches, encoder, parts)
+    student = parts.load()
+    tower = teacher_tower(student)
+    if tower is not None:
+        for cache in caches.values():
+            check_vision_tower(cache, tower)
     hashes = {path: cache.manifest_hash for path, cache in caches.items()}
     return Preparation(
-        student=parts.model,
+        student=student,
         tokenizer=parts.tokenizer,
         image_processor=parts.image_processor,
         encoder=encoder,
         encoder_description=describe_encoder(encoder),
-        phases=phases,
+        phases=tuple(_with_tower(phase, student) for phase in phases),
         fingerprint=fingerprint(describe(config, hashes)),
         cache_hashes=hashes,
     )
@@ -326,20 +329,23 @@ def count_beyond_vocabulary(phases: Iterable[PreparedPhase]) -> dict[str, int]:
     }
 
 
-def _trained_tower(parts: StudentParts, dataset: CachedDataset | UnitedDataset, phase: str) -> tuple[str, ...]:
-    """What of the vision tower a phase trains.
-
-    Raises:
-        ConfigError: If the tower must stay as it is, or no sample has a picture.
-    """
+def _check_trained_tower(parts: StudentParts, dataset: CachedDataset | UnitedDataset, phase: str) -> None:
+    """Raise a ConfigError if a phase trains a tower that must stay as it is, or no sample has a picture."""
     check_tower_is_free(parts.model, phase=phase, where=parts.where)
-    place = dataset.first_picture()
-    if place is None:
+    if dataset.first_picture() is None:
         raise ConfigError(
             f"phase {phase}: trainable=tower, but no sample that is trained on has a picture: nothing would reach the tower; "
             f"set {phase}.trainable=all"
         )
-    return tower_parameters(parts.model, dataset.batch((place,)).inputs)
+
+
+def _with_tower(phase: PreparedPhase, student: StudentModel) -> PreparedPhase:
+    """A phase with what of the vision tower it trains."""
+    if not (phase.steps and phase.config.trainable == "tower"):
+        return phase
+    place = phase.dataset.first_picture()
+    assert place is not None
+    return replace(phase, tower=tower_parameters(student, phase.dataset.batch((place,)).inputs))
 
 
 def _reading(
@@ -429,7 +435,8 @@ def _prepare_phases(
             shards=dataset.shards, seed=config.seed, window=config.shuffle_window, repeats=dataset.repeats(config.seed)
         )
         steps = phase.step_count(shuffle.length)
-        tower = _trained_tower(parts, dataset, name) if steps and phase.trainable == "tower" else ()
+        if steps and phase.trainable == "tower":
+            _check_trained_tower(parts, dataset, name)
         if steps == 0:
             _log.info("phase %s has no steps and is left out", name)
         phases.append(
@@ -439,7 +446,6 @@ def _prepare_phases(
                 steps=steps,
                 dataset=dataset,
                 shuffle=shuffle,
-                tower=tower,
                 objective=Objective(losses=losses, groups=() if match is None else match.student, fits=fits),
                 expect=_expecting(opened[source]),
             )

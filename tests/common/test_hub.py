@@ -185,7 +185,10 @@ def test_links_without_their_blobs_are_told_of(hub: ModelHub, tmp_path):
         ("org/bare", r"holds no config.json"),
     ],
 )  # fmt: skip
-def test_a_name_that_cannot_be_had_says_what_to_type(hub: ModelHub, tmp_path, monkeypatch, given: str, says: str):
+def test_a_name_that_cannot_be_had_says_what_to_type(
+    hub: ModelHub, tmp_path, monkeypatch, caplog, given: str, says: str
+):
+    caplog.set_level(logging.INFO)
     monkeypatch.chdir(tmp_path)
     for name in ("org/name", "org/private", "org/gated"):
         hub.publish(name, SAFE)
@@ -198,6 +201,7 @@ def test_a_name_that_cannot_be_had_says_what_to_type(hub: ModelHub, tmp_path, mo
         model_folder(given, what="teacher")
     assert str(error.value).startswith(f"teacher {given}: ")
     assert "\n" not in str(error.value)
+    assert "downloading" not in caplog.text
     assert not [path for method, path, _ in hub.requests if method == "GET" and "/resolve/" in path]
 
 

@@ -26,7 +26,7 @@ from vlm_distill_cache.common.errors import ModelError
 from vlm_distill_cache.common.hub import HubFolder
 from vlm_distill_cache.common.models import towers
 from vlm_distill_cache.common.models.llava import take_image_tokens
-from vlm_distill_cache.common.models.original_llava import is_original_llava, open_original_llava
+from vlm_distill_cache.common.models.original_llava import is_original_llava, open_original_llava, original_config
 
 IDS = torch.tensor([[1, 5] + [VOCABULARY] * 36 + [9, 30, 2]])
 
@@ -251,6 +251,7 @@ def test_two_projectors_that_differ_are_refused(tmp_path):
             "mm_projector_type in config.json is 'resampler', expected linear or mlp2x",
         ),
         ({"mm_projector_type": "mlp0x_gelu"}, "mm_projector_type"),
+        ({"mm_projector_type": 3}, "mm_projector_type in config.json is 3, .*for example llava-hf/llava-1.5-7b-hf"),
         ({"mm_use_im_start_end": True}, "mm_use_im_start_end in config.json is True, expected False"),
         ({"mm_vision_select_feature": "cls_patch"}, "mm_vision_select_feature"),
         ({"mm_vision_select_layer": -9}, "mm_vision_select_layer in config.json is -9, the tower has 3 layers"),
@@ -305,6 +306,23 @@ def test_a_tower_that_cannot_be_had_says_what_to_type(tmp_path):
     folder = write_llava(tmp_path / "n", mm_vision_tower="/home/someone/clip")
     with pytest.raises(ModelError, match=r"'/home/someone/clip', and there is no such folder; give"):
         open_original_llava(folder)
+
+
+@pytest.mark.parametrize("named", [["a"], {"a": "b"}, 3, True, "a\0b", "a\nb", "a" * 5000, "a/" * 600])
+def test_a_tower_whose_name_is_none_is_told_by_its_setting(tmp_path, named):
+    for name, folder in (("mm_vision_tower", "m"), ("vision_tower", "n")):
+        folder = write_llava(tmp_path / folder, **{"mm_vision_tower": None, name: named})
+        with pytest.raises(ModelError, match=rf" {name} in config\.json is .*--vision-tower DIR") as told:
+            open_original_llava(folder)
+        assert len(str(told.value)) < 600
+        with pytest.raises(ModelError, match=f" {name} in config.json is "):
+            original_config(folder)
+
+
+@pytest.mark.parametrize("named", ["a" * 300, "x/" + "b" * 300])
+def test_a_tower_whose_name_is_longer_than_any_files_is_looked_for_in_vain(tmp_path, named):
+    with pytest.raises(ModelError, match=r"weights hold no vision tower, config.json names"):
+        open_original_llava(write_llava(tmp_path / "m", mm_vision_tower=named))
 
 
 def test_files_that_hold_no_weights_are_told(tmp_path):

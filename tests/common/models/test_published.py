@@ -34,6 +34,8 @@ TYPES = {1: "ldpnet", 2: "ldpnetv2"}
 
 def load_mobilevlm(folder, version=2, **options):
     tensors = mobilevlm_tensors(version)
+    folder.mkdir(exist_ok=True)
+    (folder / "tokenizer.model").write_bytes(b"copied as it is")
     return load_published(write_mobilevlm(folder, tensors, mm_projector_type=TYPES[version]), **options), tensors
 
 
@@ -204,6 +206,19 @@ def test_a_converted_folder_is_written_once_and_loads_as_the_original(tmp_path):
     auto = AutoModelForImageTextToText.from_pretrained(target)
     assert torch.equal(auto.lm_head.weight, original.lm_head.weight)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["converted", "m"]
+
+
+def test_a_checkpoint_without_its_tokenizer_is_not_converted(tmp_path):
+    load_mobilevlm(tmp_path / "m")
+    (tmp_path / "m" / "tokenizer.model").unlink()
+    (tmp_path / "m" / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(
+        ModelError, match=r"m: no usable tokenizer: expected tokenizer\.json, tokenizer\.model.*copy its"
+    ):
+        convert_published(tmp_path / "m", tmp_path / "c")
+    assert not (tmp_path / "c").exists()
+    (tmp_path / "m" / "vocab.json").write_text("{}")
+    convert_published(tmp_path / "m", tmp_path / "c")
 
 
 def test_a_folder_converted_from_other_files_is_not_taken(tmp_path):

@@ -210,6 +210,26 @@ def test_a_compodistill_configuration_that_nobody_released_is_refused(tmp_path, 
         load_published(write_compodistill(tmp_path, compodistill_tensors(), **changes))
 
 
+@pytest.mark.parametrize("name", ["num_attention_heads", "hidden_size"])
+def test_a_number_that_cannot_be_is_named_whoever_opens_the_folder(tmp_path, name):
+    folders = [
+        write_mobilevlm(tmp_path / "m", mobilevlm_tensors(), **{name: 0}),
+        write_compodistill(
+            tmp_path / "c", compodistill_tensors(), text_config={**COMPODISTILL_CONFIG["text_config"], name: 0}
+        ),
+    ]
+    load_published(write_mobilevlm(tmp_path / "own", mobilevlm_tensors())).save_pretrained(tmp_path / "saved")
+    config = json.loads((tmp_path / "saved" / "config.json").read_text())
+    config["text_config"][name] = 0
+    (tmp_path / "saved" / "config.json").write_text(json.dumps(config))
+    for folder in (*folders, tmp_path / "saved"):
+        for use in (load_published, lambda folder: convert_published(folder, tmp_path / "x")):
+            with pytest.raises(
+                ModelError, match=rf"{folder} cannot be loaded: .*{name} in config\.json is 0, expected"
+            ):
+                use(folder)
+
+
 def test_a_configuration_cannot_name_code_to_fetch_or_run(tmp_path):
     hostile = {"_attn_implementation": "evil/kernels", "attn_implementation": "evil/kernels"}
     changes = {

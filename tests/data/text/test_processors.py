@@ -65,8 +65,10 @@ def test_a_folder_without_the_files_or_with_damaged_ones_says_what_is_expected(t
     for folder in (tmp_path, tmp_path / "absent"):
         with pytest.raises(ModelError, match=r"expected preprocessor_config\.json"):
             load_image_processor(folder)
-        with pytest.raises(ModelError, match=r"expected tokenizer\.json"):
+        with pytest.raises(ModelError, match=r"expected tokenizer\.json, tokenizer\.model, or vocab\.json") as told:
             load_tokenizer(folder)
+        assert "\n" not in str(told.value)
+        assert "tiktoken" not in str(told.value)
     (tmp_path / "preprocessor_config.json").write_text("{")
     with pytest.raises(ModelError, match=r"expected preprocessor_config\.json"):
         load_image_processor(tmp_path)

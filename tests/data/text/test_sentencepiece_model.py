@@ -114,6 +114,68 @@ def test_a_stored_tokenizer_reads_as_before_in_another_folder_and_process(folder
             assert again(text)["input_ids"] == tokenizer(text)["input_ids"], repr(text)
 
 
+@st.composite
+def settings_beside(draw, size):
+    """Files beside a model of some pieces, as checkpoints have them, by name."""
+    flag = st.booleans()
+    described = {"lstrip": flag, "rstrip": flag, "single_word": flag, "special": flag, "normalized": flag}
+    behind = draw(st.permutations(["<image>", "<pad>", "<|im_end|>"]))[: draw(st.integers(0, 3))]
+    added = {word: size + n for n, word in enumerate(behind)}
+    renamed = {"<|end|>": 2} if draw(flag) else {}
+    ends = st.sampled_from([*(renamed or ["</s>"]), *added])
+    tokenizer = {
+        "tokenizer_class": "LlamaTokenizer", "unk_token": "<unk>", "eos_token": draw(ends),
+        **draw(st.fixed_dictionaries({}, optional={
+            "add_bos_token": flag, "add_eos_token": flag, "legacy": flag, "add_prefix_space": flag,
+            "bos_token": st.sampled_from([None, "<s>"]), "pad_token": st.sampled_from([None, "<unk>", *added]),
+        })),
+    }  # fmt: skip
+    if added and draw(flag):
+        name = draw(st.sampled_from(["extra_special_tokens", "additional_special_tokens"]))
+        tokenizer[name] = draw(st.lists(st.sampled_from([*added]), unique=True))
+    stated = {**added, **renamed, **({} if renamed or draw(flag) else {"</s>": 2})}
+    if draw(flag) or renamed or not added:
+        decoder = {
+            str(index): {"content": word, **draw(st.fixed_dictionaries(described))} for word, index in stated.items()
+        }
+        return {"tokenizer_config.json": {**tokenizer, "added_tokens_decoder": decoder}}
+    named = {name: tokenizer.pop(name) for name in ("eos_token", "pad_token") if tokenizer.get(name)}
+    flags = {name: {"content": word, **draw(st.fixed_dictionaries(described))} for name, word in named.items()}
+    return {"tokenizer_config.json": tokenizer, "added_tokens.json": added, "special_tokens_map.json": flags}
+
+
+def test_a_stored_tokenizer_has_the_settings_that_it_was_made_with(folder, tmp_path_factory):
+    names = [f"{name}_token_id" for name in ("bos", "eos", "unk", "pad")]
+
+    @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(settings_beside(len(own(folder))))
+    def holds(beside):
+        first, second, third = (tmp_path_factory.mktemp("stored") for _ in range(3))
+        shutil.copy(folder / "tokenizer.model", first)
+        for name, content in beside.items():
+            (first / name).write_text(json.dumps(content))
+        tokenizer = load_tokenizer(first)
+        tokenizer.save_pretrained(second)
+        load_tokenizer(second).save_pretrained(third)
+        for place in (second, third):
+            again = load_tokenizer(place)
+            assert [getattr(again, name) for name in names] == [getattr(tokenizer, name) for name in names]
+            assert again.added_tokens_decoder.keys() == tokenizer.added_tokens_decoder.keys()
+            assert again.get_vocab() == tokenizer.get_vocab()
+            assert tokenizer_fingerprint(again) == tokenizer_fingerprint(tokenizer)
+            for text in (*HARD, "a<image> b </s> <pad>c<|im_end|> <|end|>\n<s>d", "a</s>b", "<image><pad>"):
+                assert again(text)["input_ids"] == tokenizer(text)["input_ids"], repr(text)
+
+    holds()
+
+
+def test_what_is_stored_is_no_more_than_the_library_writes_where_that_says_all(tmp_path):
+    write_model(tmp_path, "unigram")
+    load_tokenizer(tmp_path).save_pretrained(tmp_path / "stored")
+    stored = json.loads((tmp_path / "stored" / "tokenizer_config.json").read_text())
+    assert not {"added_tokens_decoder", "add_bos_token", "add_eos_token"} & stored.keys()
+
+
 def test_text_of_ids_is_the_text(folder):
     tokenizer = load_tokenizer(folder)
     text = "a red square, what is it"

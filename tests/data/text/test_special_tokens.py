@@ -1,10 +1,11 @@
 """What a template writes for the model, and not as text, becomes one id whatever the tokenizer's files say of it."""
 
+import itertools
 import json
 
 import numpy as np
 import pytest
-from sentencepiece_factory import own, write_converted, write_model
+from sentencepiece_factory import own, write_converted, write_model, write_settings
 from test_encoding import TOKENIZERS, make_encoder, make_sample
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
@@ -121,3 +122,28 @@ def test_a_tag_that_only_other_conversations_have_is_found_too(folder):
     tag = tokenizer.convert_tokens_to_ids("<|system|>")
     assert tag not in tokenizer("a<|system|>b")["input_ids"]
     assert tag in read_texts(encoder._reader, ["a<|system|>b"])[0][0]
+
+
+@pytest.mark.parametrize("kind", ["llama", "bpe", "bpe-symbols", "unigram", "unigram-bytes"])
+@pytest.mark.parametrize("image", [True, False])
+def test_whatever_the_files_say_of_a_token_the_text_around_it_is_read_by_the_sentencepiece_package(
+    tmp_path, kind, image
+):
+    write_model(tmp_path, kind)
+    size = len(own(tmp_path))
+
+    def read(**flags):
+        described = {"special": True, **flags}
+        decoder = {"2": {"content": "</s>", **described}, str(size): {"content": "<image>", **described}}
+        write_settings(tmp_path, added_tokens_decoder=decoder)
+        return encode(load_tokenizer(tmp_path), "vicuna_v1", image=image)[1]
+
+    expected = read()
+    found = [token for token in expected.input_ids.tolist() if token < size]
+    parts = [own(tmp_path).encode(part) for turn in TURNS for part in turn]
+    assert all(part[-1] in found for part in parts)
+    assert found.count(own(tmp_path).unk_id()) < len(found) // 2
+    for single_word, normalized, special in itertools.product([True, False], repeat=3):
+        other = read(single_word=single_word, normalized=normalized, special=special)
+        assert np.array_equal(other.input_ids, expected.input_ids)
+        assert np.array_equal(other.labels, expected.labels)

@@ -26,7 +26,7 @@ from vlm_distill_cache.stage2_student.batches.dataset import CachedDataset
 from vlm_distill_cache.stage2_student.loss_weights import LossWeights
 from vlm_distill_cache.stage2_student.losses.objective import Objective, Shares, step_shares, units_of
 from vlm_distill_cache.stage2_student.losses.terms import TERMS, choose_terms
-from vlm_distill_cache.stage2_student.students.build import build_student
+from vlm_distill_cache.stage2_student.students.build import find_student
 from vlm_distill_cache.stage2_student.training.checks import check_signals
 
 SIGNALS = ("answer_attention", "text_attention")
@@ -139,14 +139,14 @@ def trained(tiny_llava, tmp_path_factory, teacher, encoder, data):
     )
     torch.manual_seed(0)
     tokenizer = encoder.tokenizer
-    student = build_student(
+    student = find_student(
         "mobilevlm",
         cache_dir=path,
         vocab_size=len(tokenizer),
         image_token_id=encoder.image_token_id,
         pad_token_id=tokenizer.pad_token_id,
         size="tiny",
-    )
+    ).load()
     return joined, student.train()
 
 

@@ -16,7 +16,7 @@ from vlm_distill_cache.data.sample import Sample, Turn
 from vlm_distill_cache.data.text.collate import collate
 from vlm_distill_cache.stage2_student.losses.logits import tail_bucket_loss
 from vlm_distill_cache.stage2_student.losses.objective import Shares, step_shares, units_of
-from vlm_distill_cache.stage2_student.students.build import build_student
+from vlm_distill_cache.stage2_student.students.build import find_student
 
 POSITIONS = (4, 9)
 GROUPS = ((1,),)  # middle of the tiny student's three layers
@@ -24,14 +24,14 @@ GROUPS = ((1,),)  # middle of the tiny student's three layers
 
 def make_student(path, encoder):
     tokenizer = encoder.tokenizer
-    student = build_student(
+    student = find_student(
         "mobilevlm",
         cache_dir=path,
         vocab_size=len(tokenizer),
         image_token_id=encoder.image_token_id,
         pad_token_id=tokenizer.pad_token_id,
         size="tiny",
-    )
+    ).load()
     return student.train()
 
 

@@ -14,7 +14,7 @@ from vlm_distill_cache.data.builtin import load_image_processor, load_tokenizer
 from vlm_distill_cache.data.text.collate import collate
 from vlm_distill_cache.stage2_student.losses.objective import Shares
 from vlm_distill_cache.stage2_student.run import load_run_config, run
-from vlm_distill_cache.stage2_student.students.build import build_student
+from vlm_distill_cache.stage2_student.students.build import find_student
 from vlm_distill_cache.stage2_student.students.model import model_inputs_of
 from vlm_distill_cache.stage2_student.training.preparation import prepare
 
@@ -54,9 +54,9 @@ def save_student(kind, extra, tiny_llava, cache, folder):
     if kind == "llava":
         return save_padded(tiny_llava, extra, folder)
     image_token_id = load_tokenizer().convert_tokens_to_ids("<image>")
-    student = build_student(
+    student = find_student(
         "mobilevlm", cache_dir=cache, vocab_size=WORDS + extra, size="tiny", image_token_id=image_token_id
-    )
+    ).load()
     student.save_pretrained(folder)
     return folder
 

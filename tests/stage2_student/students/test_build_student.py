@@ -11,7 +11,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, ModelError
 from vlm_distill_cache.common.models.projectors import TeacherProjector
 from vlm_distill_cache.stage2_student.config import choose_size
-from vlm_distill_cache.stage2_student.students.build import build_config, build_student, load_student
+from vlm_distill_cache.stage2_student.students.build import build_config, find_student, load_student
 from vlm_distill_cache.stage2_student.students.presets import load_preset
 
 TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -53,7 +53,7 @@ def write_projector_config(folder, **changes):
 
 
 def make_student(cache, name="mobilevlm", **changes):
-    return build_student(name, cache_dir=cache, vocab_size=50, image_token_id=4, **TOKENS, **changes)
+    return find_student(name, cache_dir=cache, vocab_size=50, image_token_id=4, **TOKENS, **changes).load()
 
 
 def test_tiny_student_takes_tower_and_vocabulary_from_the_cache(cache):
@@ -172,7 +172,7 @@ def test_a_directory_saved_in_half_precision_loads_in_single(cache, tmp_path):
 
 def test_a_directory_with_a_smaller_vocabulary_grows_to_the_tokenizer(cache, tmp_path):
     make_student(cache, size="tiny").save_pretrained(tmp_path / "saved")
-    grown = build_student(str(tmp_path / "saved"), cache_dir=cache, vocab_size=53, image_token_id=4, **TOKENS)
+    grown = find_student(str(tmp_path / "saved"), cache_dir=cache, vocab_size=53, image_token_id=4, **TOKENS).load()
     assert grown.lm_head.weight.shape == grown.model.embed_tokens.weight.shape == (53, 64)
     assert grown.config.text_config.vocab_size == 53
 
@@ -230,7 +230,7 @@ def test_a_directory_that_contradicts_the_request_is_refused(cache, tmp_path):
     with pytest.raises(ModelError, match="its projector is 'mlp', asked for 'taf'"):
         make_student(cache, name=str(folder), projector_type="taf")
     with pytest.raises(ModelError, match="image_token_id is 4"):
-        build_student(str(folder), cache_dir=cache, vocab_size=50, image_token_id=9, **TOKENS)
+        find_student(str(folder), cache_dir=cache, vocab_size=50, image_token_id=9, **TOKENS).load()
 
 
 @pytest.mark.parametrize("name", ["mobilevlm-v1", "mobilevlm"])

@@ -1,13 +1,14 @@
 """Published checkpoints from end to end: imported, as a teacher, and as a student with the teacher's projector."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
-from vlm_distill_cache.common.errors import CacheMismatchError
+from vlm_distill_cache.common.errors import CacheMismatchError, ModelError
 from vlm_distill_cache.common.models.published import load_published
 from vlm_distill_cache.data import builtin
 from vlm_distill_cache.stage1_teacher.config import BuildConfig
@@ -141,6 +142,25 @@ def test_the_teachers_own_directory_serves_as_the_tower(cache, teacher, tmp_path
     prefix = "vision_tower._vision_tower.vision_model."
     state = student.vision_encoder.state_dict()
     assert all(torch.equal(value, released[prefix + name]) for name, value in state.items())
+
+
+@pytest.mark.parametrize("lost", [["tokenizer.json"], ["tokenizer.json", "tokenizer_config.json"]])
+def test_a_published_folder_without_its_tokenizer_is_no_student_and_one_that_we_saved_has_the_caches(
+    cache, teacher, tmp_path, lost
+):
+    shutil.copytree(teacher, tmp_path / "published")
+    for name in lost:
+        (tmp_path / "published" / name).unlink()
+    with pytest.raises(ModelError, match=r"published: no usable tokenizer: .*download the checkpoint again"):
+        run(cache, tmp_path / "run", str(tmp_path / "published"))
+    result = CliRunner().invoke(main, ["import", str(tmp_path / "published"), "--output", str(tmp_path / "own")])
+    assert result.exit_code == 1
+    assert "no usable tokenizer" in result.output
+    load_published(teacher).save_pretrained(tmp_path / "saved")
+    assert (
+        run(cache, tmp_path / "run", str(tmp_path / "saved")).tokenizer.get_vocab()
+        == builtin.load_tokenizer().get_vocab()
+    )
 
 
 def test_an_imported_checkpoint_is_one_folder_that_loads_as_the_original(teacher, tmp_path):

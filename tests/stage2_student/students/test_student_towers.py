@@ -20,7 +20,7 @@ from transformers import (
 from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, ModelError
 from vlm_distill_cache.common.models.compodistill import CompoDistillForConditionalGeneration
 from vlm_distill_cache.common.models.projectors import TeacherProjector
-from vlm_distill_cache.stage2_student.students.build import build_student, own_image_encoder
+from vlm_distill_cache.stage2_student.students.build import find_student, load_student, own_image_encoder
 
 TOWER = {
     "hidden_size": 16,
@@ -59,7 +59,7 @@ def write_cache(folder, kind=None, strategy="patch"):
 
 def make_student(cache, name, **changes):
     ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    return build_student(name, cache_dir=cache, vocab_size=50, image_token_id=60, **ids, **changes)
+    return find_student(name, cache_dir=cache, vocab_size=50, image_token_id=60, **ids, **changes).load()
 
 
 @pytest.mark.parametrize(("strategy", "dropped"), [("patch", 1), ("full", 0), ("default", 1)])
@@ -158,6 +158,64 @@ def test_a_student_from_parts_has_exactly_their_weights(tmp_path, name, kind, mo
     pixels, visual = torch.randn(1, 3, 24, 24), student.image_grid[0] * student.image_grid[1]
     ids = torch.tensor([[1] + [60] * visual + [5]])
     assert student(input_ids=ids, pixel_values=pixels).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("pad", [None, 0, 39, 40, 49])
+@pytest.mark.parametrize(
+    ("name", "kind", "model_class", "text_class"),
+    [
+        ("mobilevlm", "clip", LlamaForCausalLM, LlamaConfig),
+        ("compodistill", "siglip", Qwen2ForCausalLM, Qwen2Config),
+    ],
+)
+def test_any_token_of_the_tokenizers_pads_a_student_whose_language_model_had_fewer_rows(
+    tmp_path, name, kind, model_class, text_class, pad
+):
+    text = text_class(
+        vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=4,
+    )  # fmt: skip
+    model_class(text).save_pretrained(tmp_path / "language")
+    found = find_student(
+        name, cache_dir=write_cache(tmp_path / "c", kind), vocab_size=50, image_token_id=48, bos_token_id=1, eos_token_id=2,
+        pad_token_id=pad, size="tiny", projector_type="mlp", language_model=tmp_path / "language",
+    )  # fmt: skip
+    student = found.load()
+    assert {key: value.shape for key, value in found.shell.state_dict().items()} == {
+        key: value.shape for key, value in student.state_dict().items()
+    }
+    assert student.config.text_config.pad_token_id == pad
+    student.save_pretrained(tmp_path / "saved")
+    again = load_student(tmp_path / "saved")
+    assert again.config.text_config.pad_token_id == pad
+    assert all(torch.equal(again.state_dict()[key], value) for key, value in student.state_dict().items())
+    ids = torch.tensor([[1, 5, 6, pad or 0], [1, 7, 8, 9]])
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])
+    assert torch.equal(*(one(input_ids=ids, attention_mask=mask).logits for one in (student.eval(), again)))
+    alone = student(input_ids=ids[:1, :3]).logits
+    torch.testing.assert_close(student(input_ids=ids, attention_mask=mask).logits[:1, :3], alone)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"num_attention_heads": 0}, r"num_attention_heads in config\.json is 0, expected 1 or more"),
+        ({"rope_parameters": None, "rope_scaling": {"rope_type": "odd"}}, r"rope_scaling\.rope_type .* is 'odd'"),
+    ],
+)
+def test_a_language_model_whose_configuration_cannot_be_is_told_by_its_setting(tmp_path, changes, told):
+    text = {
+        "vocab_size": 40,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+    }
+    LlamaForCausalLM(LlamaConfig(**text)).save_pretrained(tmp_path / "language")
+    path = tmp_path / "language" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(ModelError, match=rf"language cannot be loaded: {told}"):
+        make_student(write_cache(tmp_path / "c"), "mobilevlm", size="tiny", language_model=tmp_path / "language")
 
 
 def test_a_part_of_another_kind_is_refused(tmp_path):

@@ -48,7 +48,7 @@ _build_options = shared_options(
         "--data",
         help="shapes, easy-vqa, a path (JSON, CSV, parquet, a folder, tars), a data set of the hub, or a mixture (.yaml).",
     ),
-    click.option("--images", help="Image folder of a .json or .jsonl; default: the file's own folder."),
+    click.option("--images", help="Folder that image paths start from; default: the data's own folder."),
     click.option(
         "--teacher",
         help="A folder or a name on the hub (org/name[@revision]); default: the built-in teacher of built-in data.",

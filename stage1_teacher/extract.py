@@ -26,6 +26,7 @@ from vlm_distill_cache.stage1_teacher.loop.unknown_words import UnknownBudget, U
 from vlm_distill_cache.stage1_teacher.loop.work import Build
 from vlm_distill_cache.stage1_teacher.loop.writer import EncodedShard, FailureBudget, Writer
 from vlm_distill_cache.stage1_teacher.planning.cache_folder import (
+    begun_otherwise,
     drop_damaged_manifest,
     in_use,
     intact_manifest,
@@ -193,6 +194,7 @@ def begin(config: BuildConfig, *, overwrite: bool, several: bool) -> tuple[Path,
         words = UnknownToken.of(work.encoder)
         budget = UnknownBudget(words=words, total=len(work.dataset), share=config.max_unknown_share)
         budget.probe(work.dataset, work.encoder)
+    overwrite = overwrite or begun_otherwise(cache_dir, work.plan)
     with in_use(cache_dir, alone=overwrite):
         try:
             plan = prepare_cache(cache_dir, work.plan, overwrite=overwrite)

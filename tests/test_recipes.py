@@ -16,6 +16,7 @@ from transformers import LlavaForConditionalGeneration
 from vlm_distill_cache.common.attention.capture import AttentionCapture, AttentionRequest
 from vlm_distill_cache.common.attention.layers import student_groups, teacher_groups
 from vlm_distill_cache.common.cache.plan import read_plan
+from vlm_distill_cache.common.cli import main as cachectl
 from vlm_distill_cache.common.config import read_yaml
 from vlm_distill_cache.common.errors import CacheMismatchError, ConfigError
 from vlm_distill_cache.common.recipes import merge_options, read_recipe, recipe_names, split_recipe
@@ -333,6 +334,11 @@ def test_stage_one_proposes_the_recipe_for_its_own_cache_only(
     assert "recipe" not in following
     with pytest.raises(CacheMismatchError, match=re.escape(why)):
         over(tmp_path / "cache", RELEASED)
+
+
+def test_inspect_proposes_the_recipe_of_a_cache_that_is_one(built: Any):
+    recipe, cache, _ = built
+    assert f"SET=recipe={recipe}" in CliRunner().invoke(cachectl, ["inspect", str(cache)]).output
 
 
 def test_another_longest_sequence_is_said_in_the_summary_and_leaves_the_cache_the_recipes(

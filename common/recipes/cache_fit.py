@@ -7,7 +7,7 @@ from typing import Any
 from vlm_distill_cache.common.attention.layers import Groups, holds_every_layer, published_count, teacher_groups
 from vlm_distill_cache.common.attention.tiles import FINEST_SIDE, pooled_grid
 from vlm_distill_cache.common.cache.plan import LONG_SAMPLES, Plan
-from vlm_distill_cache.common.recipes import Recipe, show_option
+from vlm_distill_cache.common.recipes import Recipe, read_recipe, recipe_names, show_option
 
 COMPARED = (
     "signals", "groups", "layers", "map_preset", "map_grid", "attention_dtype", "temperatures", "max_length", LONG_SAMPLES,
@@ -26,6 +26,15 @@ class Difference:
 
     text: str
     signals: tuple[str, ...] = ()
+
+
+def recipe_of(plan: Plan) -> str:
+    """The recipe whose stage one builds just such a cache, with these signals and no others; empty: none."""
+    for name in recipe_names():
+        recipe = read_recipe(name)
+        if {*recipe.stage_one["signals"]} == {*plan.signals} and not cache_differences(recipe, plan):
+            return name
+    return ""
 
 
 def cache_differences(recipe: Recipe, plan: Plan) -> list[Difference]:

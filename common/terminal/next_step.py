@@ -9,6 +9,7 @@ from pathlib import Path
 from vlm_distill_cache.common.cache.plan import Plan
 from vlm_distill_cache.common.codecs.logits import LogitCodec
 from vlm_distill_cache.common.codecs.row_attention import RowAttentionCodec
+from vlm_distill_cache.common.recipes.cache_fit import recipe_of
 from vlm_distill_cache.common.terminal.command_line import quoted
 
 DEFAULT_SIGNALS = (LogitCodec.signal, RowAttentionCodec.signal)
@@ -36,8 +37,10 @@ def distill_command(
         data: What the data was opened by, where that is known; None: as far as the plan tells it. A cache holds no
             paths, so files stand as placeholders.
         images: Folder of its images; with ``data`` only.
-        recipe: The recipe that the cache was built by, where it is known: its losses are those of the cache's signals.
+        recipe: The recipe that the cache was built by; empty: the one that the plan fits, if any. Its losses are those of
+            the cache's signals.
     """
+    recipe = recipe or recipe_of(plan)
     if data is None:
         words = _data_words(str(plan.data.get("name", "")))
     else:

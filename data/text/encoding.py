@@ -448,6 +448,11 @@ class SampleEncoder:
         # Each packed conversation counts on from the shared prefix.
         self._refuse_lengths(shared + sum(lengths), shared + max(lengths), visual_count)
 
+    @property
+    def _truncate(self) -> str:
+        """The option of stage one that cuts long samples, where it is not given."""
+        return ", or cut it at its end (long_samples=truncate, of stage one)" if self.long_samples == "refuse" else ""
+
     def _refuse_lengths(self, total: int, longest: int, visual_count: int) -> None:
         varies = visual_count > self.image_encoder.least_token_count
         fewer = ", limit the pixels of a picture in preprocessor_config.json" if varies else ""
@@ -455,17 +460,17 @@ class SampleEncoder:
             raise TooLongError(
                 f"a conversation of {longest} tokens ({visual_count} visual) is longer than the {self.positions} positions "
                 f"that the model knows (max_position_embeddings in its config.json); shorten the conversation{fewer}, or "
-                "leave the sample out"
+                f"leave the sample out{self._truncate}"
             )
         if total > self.max_length:
             why = (
-                "nothing is cut, because the cut could fall inside an answer"
+                ""
                 if self.long_samples == "refuse"
-                else "what is cut off is behind an answer's first token, and none begins before the limit"
+                else " (no answer begins before the limit, behind which all is cut off)"
             )
             raise SampleError(
                 f"{total} tokens ({visual_count} visual, {total - visual_count} of text) exceed "
-                f"max_length={self.max_length}; raise max_length{fewer} or leave the sample out ({why})"
+                f"max_length={self.max_length}; raise max_length{fewer} or leave the sample out{self._truncate}{why}"
             )
 
     def _assemble(self, sample_id: str, tokens: list[Tokens], image: EncodedImage, digest: bytes) -> EncodedSample:

@@ -126,7 +126,7 @@ class Aligner:
         found = "the picture" if self._stands_in(served, theirs[j]) else self._named(theirs[j])
         hint = ""
         if ours[i] == self.image_token_id or found == "the picture":
-            hint = "; the server was given another picture, or none"
+            hint = "; the server was given another picture, or none, or the prompt of another template"
         return SampleError(
             f"the server's prompt differs at its token {j}: {found}, our token {i} is {expected}{hint}; the prompt must be "
             f"what this project writes of the sample (--set template=...), token by token"

@@ -27,7 +27,7 @@ KEPT = "fixed:255"
 @click.command("import-logprobs")
 @click.argument("files", metavar="FILE...", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
 @click.option("--data", required=True, help="The data set that was sent to the server, as for `teacher-cache build`.")
-@click.option("--images", help="Image folder of a .json or .jsonl; default: the file's own folder.")
+@click.option("--images", help="Folder that image paths start from; default: the data's own folder.")
 @click.option("--teacher", required=True, help="Folder with config.json, tokenizer and image processor; no weights.")
 @click.option("--cache", required=True, help="Folder of the cache.")
 @click.option(

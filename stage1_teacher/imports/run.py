@@ -33,6 +33,7 @@ from vlm_distill_cache.stage1_teacher.loop.encode_ahead import count_workers, en
 from vlm_distill_cache.stage1_teacher.loop.unknown_words import UnknownBudget, UnknownToken
 from vlm_distill_cache.stage1_teacher.loop.writer import FailureBudget, Writer
 from vlm_distill_cache.stage1_teacher.planning.cache_folder import (
+    begun_otherwise,
     drop_damaged_manifest,
     in_use,
     intact_manifest,
@@ -78,6 +79,7 @@ class _Finder:
     aligner: Aligner
     codec: LogitCodec
     missing_target: MissingTarget
+    template: str
     half: int = 0
     unseen: int = 0
     bare: int = 0
@@ -104,9 +106,10 @@ class _Finder:
             )
         if self.unseen:
             logger.warning(
-                "of %d samples the response holds the answer alone: that the server read the same prompt and picture could not be "
-                "checked",
+                "of %d samples the response holds the answer alone: that the server read the same picture, and the prompt of "
+                "template %s, could not be checked",
                 self.unseen,
+                self.template,
             )
         if self.bare:
             logger.warning(
@@ -168,7 +171,9 @@ def import_logprobs(
             ),
             codec=codecs[LogitCodec.signal],
             missing_target=missing_target,
+            template=encoder.template.name,
         )
+        overwrite = overwrite or begun_otherwise(cache_dir, plan)
         with in_use(cache_dir, alone=overwrite):
             plan = prepare_cache(cache_dir, plan, overwrite=overwrite)
         with in_use(cache_dir):

@@ -5,6 +5,7 @@ from typing import Any
 
 from vlm_distill_cache.common.attention.layers import teacher_groups
 from vlm_distill_cache.common.errors import ConfigError, ModelError
+from vlm_distill_cache.common.files.atomic import read_json
 from vlm_distill_cache.common.files.hashing import fingerprint
 from vlm_distill_cache.common.models.parts import read_config
 from vlm_distill_cache.common.printing import one_line
@@ -44,7 +45,10 @@ class ServedTeacher:
         self.config, self.family, self.tokenizer, _, self.image_encoder = settings
         self.image_token_id = self.family.image_token_id(self.config)
         self.pad_token_id = int(self.tokenizer.pad_token_id or 0)
+        written = directory / "training.json"  # a built-in teacher's: its prompt
         self.training: dict[str, Any] = {}
+        if written.is_file() and (template := read_json(written).get("template")):
+            self.training["template"] = template
         text = text_config(self.config)
         self.depth, self.vocabulary = int(text.num_hidden_layers), int(text.vocab_size)
 

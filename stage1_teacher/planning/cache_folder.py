@@ -151,6 +151,24 @@ def prepare_cache(cache_dir: Path, plan: Plan, *, overwrite: bool) -> Plan:
     return read_plan(cache_dir)  # as a resumed run will read it, so that both write the same bytes
 
 
+def begun_otherwise(cache_dir: Path, plan: Plan) -> bool:
+    """Whether a folder holds no more than the plan of a build with other settings, of which no shard was finished.
+
+    Such a build failed, most likely on what is now given otherwise; there is nothing to keep.
+    """
+    stored = stored_plan(cache_dir)
+    if stored is None or (cache_dir / MANIFEST).exists():
+        return False
+    if any(path.is_file() and not is_leftover(path) for path in (cache_dir / SHARDS).rglob("*")):
+        return False
+    try:
+        refuse_changed_plan(stored, plan, where=str(cache_dir))
+    except CacheMismatchError:
+        logger.info("%s was begun with other settings, and no shard was finished: it is begun anew", cache_dir)
+        return True
+    return False
+
+
 def refuse_unlisted(cache_dir: Path, known: Collection[str]) -> None:
     """Refuse to seal a folder that holds more than the cache: a manifest vouches for every file it lists.
 

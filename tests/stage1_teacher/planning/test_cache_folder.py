@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 import vlm_distill_cache.stage1_teacher.planning.cache_folder
-from vlm_distill_cache.common.errors import CacheFormatError, ConfigError
+from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError, ConfigError, DataError
 from vlm_distill_cache.stage1_teacher.cli import main
 from vlm_distill_cache.stage1_teacher.config import BuildConfig
 from vlm_distill_cache.stage1_teacher.extract import recompute_fidelity
@@ -31,6 +31,18 @@ def cache(tmp_path: Path, build_cache) -> Path:
 
 def rebuild(build_cache, cache: Path):
     return build_cache(cache, store="webdataset")
+
+
+def test_a_build_that_finished_no_shard_gives_way_to_other_settings(tmp_path: Path, build_cache):
+    cache = tmp_path / "cache"
+    with pytest.raises(DataError, match="max_length=40"):
+        build_cache(cache, max_length=40)
+    assert (cache / "plan.json").is_file()
+    assert build_cache(cache, max_length=512).manifest.totals["samples"] == 10
+    # One that finished a shard does not.
+    (cache / "manifest.json").unlink()
+    with pytest.raises(CacheMismatchError, match="max_length"):
+        build_cache(cache, max_length=511)
 
 
 @pytest.mark.parametrize("name", ["thesis.tex", ".git/config", "processor/notes.txt"])

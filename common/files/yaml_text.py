@@ -19,7 +19,11 @@ def parse_yaml(text: str) -> Any:
         YamlError: It is not YAML, or a key stands twice.
     """
     try:
-        return yaml.load(text, _Loader)  # derived from the safe loader
+        loader = _Loader(text)
+        try:
+            return loader.get_single_data()
+        finally:
+            loader.dispose()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""

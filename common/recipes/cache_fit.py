@@ -1,5 +1,6 @@
 """Whether a cache is the one that stage one builds by a recipe: what its plan holds, against the recipe's options."""
 
+import contextlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 from vlm_distill_cache.common.attention.layers import Groups, holds_every_layer, published_count, teacher_groups
 from vlm_distill_cache.common.attention.tiles import FINEST_SIDE, pooled_grid
 from vlm_distill_cache.common.cache.plan import LONG_SAMPLES, Plan
+from vlm_distill_cache.common.errors import ConfigError
 from vlm_distill_cache.common.recipes import Recipe, read_recipe, recipe_names, show_option
 
 COMPARED = (
@@ -32,8 +34,9 @@ def recipe_of(plan: Plan) -> str:
     """The recipe whose stage one builds just such a cache, with these signals and no others; empty: none."""
     for name in recipe_names():
         recipe = read_recipe(name)
-        if {*recipe.stage_one["signals"]} == {*plan.signals} and not cache_differences(recipe, plan):
-            return name
+        with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError, ConfigError):  # a plan from elsewhere
+            if {*recipe.stage_one["signals"]} == {*plan.signals} and not cache_differences(recipe, plan):
+                return name
     return ""
 
 

@@ -1,12 +1,11 @@
 """A dump whose rows are about other tokens is refused in every form, and honest dumps never are."""
 
 import itertools
-import math
 from collections.abc import Callable
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_align import TOKENIZER, aligner, sample_of
 from test_distributions import ALL
@@ -200,7 +199,7 @@ def test_the_same_numbers_at_every_token_are_refused():
     refuse_misplaced(rows[:1], [10], [4])
 
 
-@given(seed=st.integers(0, 2**32 - 1), k=st.integers(1, 20), scale=st.floats(0.1, 4), pull=st.floats(0, 2.5))
+@given(seed=st.integers(0, 2**32 - 1), k=st.integers(1, 20), scale=st.floats(0.1, 1), pull=st.floats(0, 1.8))
 @settings(max_examples=100, deadline=None)
 def test_a_teacher_that_has_learnt_nothing_but_to_repeat_is_not_refused(seed: int, k: int, scale: float, pull: float):
     """A model of random weights whose output table is its input table prefers the token that it has just read."""
@@ -212,8 +211,4 @@ def test_a_teacher_that_has_learnt_nothing_but_to_repeat_is_not_refused(seed: in
         logits[before] += pull
         row = logits - np.log(np.exp(logits).sum())
         rows.append(dict(told(row, token, k)))
-    gain = np.mean(
-        [later.get(token, -math.inf) - row[token] for row, later, token in zip(rows, rows[1:], ids[1:], strict=False)]
-    )
-    assume(gain < 2.5)
     refuse_misplaced(rows, ids[1:], list(range(1, 30)))

@@ -38,7 +38,7 @@ class CacheOfIds:
     def __init__(self, shards, parts=None):
         self.sample_ids = [name for shard in shards for name in shard]
         self.manifest = SimpleNamespace(shards=[SimpleNamespace(samples=len(shard)) for shard in shards])
-        self.plan = SimpleNamespace(data={} if parts is None else {"parts": parts})
+        self.plan = SimpleNamespace(teacher={}, data={} if parts is None else {"parts": parts})
 
     def __len__(self):
         return len(self.sample_ids)

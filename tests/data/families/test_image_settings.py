@@ -2,6 +2,7 @@
 
 import copy
 import json
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -98,6 +99,7 @@ def checkpoints(tmp_path_factory):
     return {name: save_tiny(name, tmp_path_factory.mktemp("tiny") / name) for name in TINY}
 
 
+@cache
 def parts_of(folder: Path):
     """Configuration, family and tokenizer of a checkpoint; its weights are not needed."""
     if is_original_llava(folder):

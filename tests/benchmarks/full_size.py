@@ -245,7 +245,7 @@ def main() -> None:
             shutil.rmtree(output)
         if not options.keep and STUDENTS.get(name) == name:
             shutil.rmtree(ROOT / name, ignore_errors=True)
-    if set(results["teachers"]) == set(TEACHERS):
+    if set(results["teachers"]) == set(TEACHERS) and set(results["students"]) == set(STUDENTS):
         name = platform.processor() or platform.machine()
         results["machine"] = {"processor": name, "cores": os.cpu_count(), **made_by}
         STORED.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

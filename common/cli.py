@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Never
@@ -19,6 +20,7 @@ from vlm_distill_cache.common.terminal.command_line import (
     can_print,
     quoted,
     say,
+    start_logging,
 )
 from vlm_distill_cache.common.terminal.next_step import distill_command
 from vlm_distill_cache.common.terminal.progress import ProgressLines, progress
@@ -38,6 +40,7 @@ _CACHE = CacheFolder()
 @click.group(cls=CommandGroup, context_settings=SETTINGS)
 def main() -> None:
     """Look into a teacher cache, verify it, repair it, convert it, copy it."""
+    start_logging(logging.WARNING)
 
 
 @main.command()
@@ -92,8 +95,8 @@ def verify(cache: Path, *, deep: bool) -> None:
 
         missing = [damage.shard for damage in unfinished if damage.shard is not None]
         what = f"{len(missing)} shards are missing ({format_ranges(missing)})" if missing else "it is not sealed"
-        click.echo(f"error: {cache}: not finished: {what}; what is there is sound", err=True)
-        click.echo(
+        say(f"error: {cache}: not finished: {what}; what is there is sound", err=True)
+        say(
             f"Next: {built_with(read_plan(cache))} with the same options makes the missing shards and seals the cache; of parts "
             "built in folders of their own: cachectl merge"
             if missing
@@ -101,13 +104,13 @@ def verify(cache: Path, *, deep: bool) -> None:
         )
         raise click.exceptions.Exit(1)
     if damages:
-        click.echo(f"error: {cache}: {len(damages)} damaged files", err=True)
-        click.echo(f"Next: cachectl repair {quoted(cache)}{' --deep' if deep else ''} --dry-run")
+        say(f"error: {cache}: {len(damages)} damaged files", err=True)
+        say(f"Next: cachectl repair {quoted(cache)}{' --deep' if deep else ''} --dry-run")
         raise click.exceptions.Exit(1)
     plan = read_plan(cache)
     values = ", all values valid" if deep else ""
-    click.echo(f"ok: {cache}: {plan.shard_count} shards, all checksums match{values}")
-    click.echo(f"Next: cachectl inspect {quoted(cache)}")
+    say(f"ok: {cache}: {plan.shard_count} shards, all checksums match{values}")
+    say(f"Next: cachectl inspect {quoted(cache)}")
 
 
 @main.command()
@@ -131,19 +134,17 @@ def repair(cache: Path, *, deep: bool, dry_run: bool) -> None:
         plan = read_plan(cache)
         missing = len(missing_shards(cache, plan))
         more = f"; {missing} of {plan.shard_count} shards are to be built" if missing else ""
-        click.echo(f"ok: {cache}: nothing to repair{more}")
+        say(f"ok: {cache}: nothing to repair{more}")
         return
     kept = sum(step.action == "keep" for step in steps)
     if dry_run and kept < len(steps):
-        click.echo(f"Next: cachectl repair {quoted(cache)}{' --deep' if deep else ''}")
+        say(f"Next: cachectl repair {quoted(cache)}{' --deep' if deep else ''}")
     elif any(step.action == "remove" for step in steps):
         plan = read_plan(cache)
         missing = len(missing_shards(cache, plan))
-        click.echo(
-            f"Next: {built_with(plan)} with the same options makes the missing shards ({missing}) and seals the cache"
-        )
+        say(f"Next: {built_with(plan)} with the same options makes the missing shards ({missing}) and seals the cache")
     if kept:
-        click.echo(f"error: {cache}: {kept} problems need your attention", err=True)
+        say(f"error: {cache}: {kept} problems need your attention", err=True)
         raise click.exceptions.Exit(1)
 
 
@@ -158,8 +159,8 @@ def convert(source: Path, target: Path, store: str) -> None:
     with _progress("convert", total=read_plan(source).shard_count) as bar:
         manifest = convert_cache(source, target, store, on_shard=bar.update)
     totals = manifest.totals
-    click.echo(f"Converted {totals['samples']} samples into {target} ({store}, {totals['bytes']:,} bytes)")
-    click.echo(f"Next: cachectl verify {quoted(target)}, then {_distill(target, manifest)}")
+    say(f"Converted {totals['samples']} samples into {target} ({store}, {totals['bytes']:,} bytes)")
+    say(f"Next: cachectl verify {quoted(target)}, then {_distill(target, manifest)}")
 
 
 @main.command()
@@ -179,17 +180,17 @@ def merge(sources: tuple[Path, ...], output: Path, store: str | None) -> None:
     with _progress("merge") as bar:
         merged = merge_caches(sources, output, store=store, on_shard=bar.update)
     repeated = f", {merged.repeated} of them in several sources" if merged.repeated else ""
-    click.echo(f"Merged {merged.samples} samples into {output}{repeated}")
+    say(f"Merged {merged.samples} samples into {output}{repeated}")
     if merged.manifest is None:
-        click.echo(f"Not sealed: {len(merged.missing)} shards are missing: {format_ranges(merged.missing)}")
-        click.echo(f"Next: cachectl merge {quoted(output)} MORE_PARTS --output ANOTHER_FOLDER, or teacher-cache build")
+        say(f"Not sealed: {len(merged.missing)} shards are missing: {format_ranges(merged.missing)}")
+        say(f"Next: cachectl merge {quoted(output)} MORE_PARTS --output ANOTHER_FOLDER, or teacher-cache build")
         return
     if not (output / CARD).is_file():
-        click.echo(
+        say(
             f"Next: teacher-cache fidelity --cache {quoted(output)} with the build's options: measures it, writes its card"
         )
         return
-    click.echo(f"Next: cachectl verify {quoted(output)}, then {_distill(output, merged.manifest)}")
+    say(f"Next: cachectl verify {quoted(output)}, then {_distill(output, merged.manifest)}")
 
 
 @main.command()
@@ -206,8 +207,8 @@ def push(cache: Path, destination: str, *, jobs: int, overwrite: bool) -> None:
 
     with _byte_progress("push") as bar:
         _, moved = push_cache(cache, destination, jobs=jobs, overwrite=overwrite, on_progress=_follow(bar))
-    click.echo(f"Pushed {cache} to {destination}: {moved}")
-    click.echo(f"Next, elsewhere: cachectl pull {quoted(destination)} {quoted(cache.name)}")
+    say(f"Pushed {cache} to {destination}: {moved}")
+    say(f"Next, elsewhere: cachectl pull {quoted(destination)} {quoted(cache.name)}")
 
 
 @main.command()
@@ -240,15 +241,15 @@ def pull(
         selection = parse_selection(shards=shards, samples=samples, signals=signals, top_k=top_k)
         with _progress("pull") as shard_bar:
             part = pull_partial(source, cache, selection, jobs=jobs, on_shard=shard_bar.update)
-        click.echo(f"Pulled {part.totals['samples']} samples of {source} to {cache} ({part.totals['bytes']:,} bytes)")
-        click.echo(f"Next: cachectl inspect {quoted(cache)}, then {_distill(cache, part)}")
+        say(f"Pulled {part.totals['samples']} samples of {source} to {cache} ({part.totals['bytes']:,} bytes)")
+        say(f"Next: cachectl inspect {quoted(cache)}, then {_distill(cache, part)}")
         return
     from vlm_distill_cache.common.remotes.pull import pull as pull_cache
 
     with _byte_progress("pull") as bar:
         manifest, moved = pull_cache(source, cache, jobs=jobs, on_progress=_follow(bar))
-    click.echo(f"Pulled {source} to {cache}: {moved}")
-    click.echo(f"Next: cachectl verify {quoted(cache)}, then {_distill(cache, manifest)}")
+    say(f"Pulled {source} to {cache}: {moved}")
+    say(f"Next: cachectl verify {quoted(cache)}, then {_distill(cache, manifest)}")
 
 
 def _distill(cache: Path, manifest: Manifest) -> str:

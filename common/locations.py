@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from vlm_distill_cache.common.printing import hide_secrets
+
 _SCHEMES = ("s3", "hf", "http", "https")
 
 
@@ -13,5 +15,5 @@ def is_url(location: str | Path) -> bool:
 
 
 def public_location(location: str) -> str:
-    """Return a location as it may be shown and published: a web address without its query, which may be a signature."""
-    return location.split("?")[0] if location.startswith(("http://", "https://")) else location
+    """Return a location as it may be shown, kept and published: an address without its query, which may be a signature."""
+    return hide_secrets(location).partition("?")[0] if is_url(location) else location

@@ -3,6 +3,7 @@
 A sample id, a reason or a teacher's name that came from elsewhere may hold escape sequences that move the cursor,
 rename the window or hide what was printed before, and may be as long as a picture. Nothing of that kind reaches a
 terminal. Messages that are too long are cut in the middle: whose they are stands in front, and what to do at the end.
+Nor do passwords, tokens and the signatures of addresses reach it, wherever a message got them from.
 """
 
 from __future__ import annotations
@@ -22,9 +23,24 @@ CONTROL = re.compile(
 )  # moves the cursor or turns text round
 
 
+# KEY:SECRET@ before a host or bucket (a port is no password; the secret may have slashes), and what follows a "?".
+_USER = re.compile(r"""\b(https?|s3|hf)://(?:[^\s'"<>/@:]*:(?!\d{1,5}(?:/|$))[^\s'"<>@]*|[^\s'"<>/@:]*)@""", re.I)
+_QUERY = re.compile(r"""\b((?:https?|s3|hf)://[^\s?'"<>]*)\?[^\s'"<>]+""", re.I)
+_TOKEN = re.compile(
+    r"""\b(?:(hf_)[A-Za-z0-9]{20,}|(x-(?:amz|goog)-(?:signature|credential|security-token)=)[^\s'"<>&]+)""", re.I
+)
+
+
+def hide_secrets(text: str) -> str:
+    """Leave out what lets its reader in: passwords and queries of addresses, which may be signatures, and tokens."""
+    if "://" in text:
+        text = _QUERY.sub(r"\1?...", _USER.sub(r"\1://", text))
+    return _TOKEN.sub(r"\1\2...", text)
+
+
 def one_line(text: object, *, limit: int = MAX_SHOWN) -> str:
     r"""Return a text in which everything that does not print is spelt out, ``\x1b``, on one line, cut at ``limit``."""
-    shown = printable(str(text)[: limit + 1], keep="")
+    shown = printable(hide_secrets(str(text))[: limit + 1], keep="")
     return shown if len(shown) <= limit else f"{shown[: limit - len(_CUT)]}{_CUT}"
 
 
@@ -37,13 +53,28 @@ def shorten_parts(text: str, *, limit: int = MAX_SHOWN) -> str:
 
 def brief(text: str, *, limit: int = MAX_SHOWN) -> str:
     """A message on one line of at most ``limit`` characters; of what it quotes, and of itself, both ends stay."""
+    text = hide_secrets(text)
     shown = shorten_parts(text, limit=MAX_QUOTED) if len(text) > limit else text
     return _cut(printable(_cut(shown, limit), keep=""), limit)
 
 
 def message(text: str) -> str:
     """An error or a warning as it is shown: its lines stay, names inside are cut to `MAX_SHOWN` characters."""
-    return "\n".join(_cut(printable(shorten_parts(line)), _MAX_LINE) for line in text.split("\n"))
+    return "\n".join(_cut(printable(shorten_parts(line)), _MAX_LINE) for line in hide_secrets(text).split("\n"))
+
+
+# What may begin a link, a picture, HTML, an entity, code, emphasis, a cell or a formula; inside a word "_" begins nothing.
+_MARKUP = re.compile(r"[\\`*\[\]<>|&~$]|(?<![^\W_])_|_(?![^\W_])")
+
+
+def markdown(text: object) -> str:
+    """Text of unknown origin inside a line or a cell of Markdown: it reads as it is, and means nothing."""
+    return _MARKUP.sub(r"\\\g<0>", one_line(text))
+
+
+def markdown_code(text: object, *, limit: int = MAX_SHOWN) -> str:
+    """Text of unknown origin as code in a line or a cell of Markdown; backquotes become apostrophes."""
+    return f"`{one_line(text, limit=limit).replace('`', chr(39)).replace('|', chr(92) + '|')}`"
 
 
 def printable(text: str, *, keep: str = "\n") -> str:

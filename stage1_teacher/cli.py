@@ -147,7 +147,7 @@ def fidelity(*, samples: int, **options: Any) -> None:
     with explain_disk_errors(settings.cache):
         measured = recompute_fidelity(settings, samples=samples).fidelity or {}
     for name, value in measured.items():
-        click.echo(f"  {name:<44}{value:>14}")
+        say(f"  {name:<44}{value:>14}")
 
 
 class _Finite(click.FloatRange):
@@ -210,7 +210,7 @@ def estimate(
         students=counts, epochs=epochs, student_parameters=student_parameters, student_step=student_step, price=price
     )
     figures = measure(settings, scenario, samples=samples)
-    click.echo(estimate_text(figures))
+    say(estimate_text(figures))
     if json_file is not None:
         write_json_atomic(json_file, figures.to_dict())
 
@@ -229,7 +229,7 @@ def seal(cache: Path) -> None:
     with explain_disk_errors(cache):
         refuse_unlisted(cache, sealed_names(cache))
         manifest = seal_cache(cache)
-    click.echo(f"Sealed {cache}: {manifest.totals['samples']} samples in {len(manifest.shards)} shards")
+    say(f"Sealed {cache}: {manifest.totals['samples']} samples in {len(manifest.shards)} shards")
 
 
 @main.command()
@@ -254,10 +254,8 @@ def demo_teacher(data: str, output: Path, seed: int) -> None:
 
     quiet_libraries()
     train_demo_teacher(data, output, seed=seed)
-    click.echo(f"Teacher written to {output}")
-    click.echo(
-        f"Next: make teacher-cache TEACHER={quoted(output)} DATA={data} CACHE={quoted(f'build/cache/{output.name}')}"
-    )
+    say(f"Teacher written to {output}")
+    say(f"Next: make teacher-cache TEACHER={quoted(output)} DATA={data} CACHE={quoted(f'build/cache/{output.name}')}")
 
 
 if __name__ == "__main__":

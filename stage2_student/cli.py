@@ -27,7 +27,9 @@ from vlm_distill_cache.common.terminal.command_line import (
     NewFolder,
     join_launch,
     quoted,
+    say,
     shared_options,
+    show_failure,
     start_logging,
     stopped_by_sigterm,
 )
@@ -57,7 +59,7 @@ def _say_in_a_line(failed: threading.ExceptHookArgs) -> None:
     if issubclass(failed.exc_type, OSError):
         logging.getLogger(__name__).warning("not written: %s", failed.exc_value)
     else:
-        threading.__excepthook__(failed)
+        show_failure(failed.exc_type, failed.exc_value, failed.exc_traceback)
 
 
 _IMAGES = click.option("--images", help="Folder that relative image paths start from.")
@@ -122,15 +124,15 @@ def train(**options: Any) -> None:
     caches = open_caches(settings)
     if enter_launch().rank == 0 and not in_run:
         for note in cache_notes(settings, caches):
-            click.echo(note)
+            say(note)
     result = runs.train_alone(settings, caches=caches)
     if result.log:
-        click.echo(summarise(result.log))
+        say(summarise(result.log))
         if of_recipe:
-            click.echo(of_recipe)
-        click.echo(f"Student: {result.final}")
+            say(of_recipe)
+        say(f"Student: {result.final}")
         if not in_run:
-            click.echo(f"Next: distill evaluate {quoted(result.final)} --cache {quoted(settings.cache)}")
+            say(f"Next: distill evaluate {quoted(result.final)} --cache {quoted(settings.cache)}")
 
 
 @main.command()
@@ -147,18 +149,18 @@ def run(*, nproc: int, **options: Any) -> None:
             f"--nproc {launch.size}; or train by `distill train`, which {launch.launcher} may start"
         )
     with stopped_by_sigterm():
-        summary = runs.run(settings, processes=nproc, say=click.echo)
+        summary = runs.run(settings, processes=nproc, say=say)
     lines = summary.table.splitlines()
     # What a new run's scores do not tell was said before it trained.
-    click.echo("\n".join(["", *(line for line in lines if not (summary.fresh and line.startswith("note: "))), ""]))
+    say("\n".join(["", *(line for line in lines if not (summary.fresh and line.startswith("note: "))), ""]))
     if summary.fresh:
-        click.echo(f"Done in {summary.seconds:.0f} s.")
+        say(f"Done in {summary.seconds:.0f} s.")
     else:
-        click.echo(f"Everything in {summary.output} is up to date.")
+        say(f"Everything in {summary.output} is up to date.")
     if of_recipe:
-        click.echo(of_recipe)
-    click.echo(f"Report: {summary.report}")
-    click.echo(f"Next: distill export {quoted(summary.output / 'distilled' / 'final')} --output FOLDER")
+        say(of_recipe)
+    say(f"Report: {summary.report}")
+    say(f"Next: distill export {quoted(summary.output / 'distilled' / 'final')} --output FOLDER")
 
 
 @main.command()
@@ -189,11 +191,11 @@ def prune(
         template=template,
         described={"data": dataset.fingerprint()},
     )
-    click.echo(
+    say(
         f"{output}: {widths.heads} heads ({widths.key_value_heads} of keys and values) and {widths.channels} "
         "channels a layer"
     )
-    click.echo(f"Next: distill run --student {quoted(output)} --cache CACHE --output FOLDER")
+    say(f"Next: distill run --student {quoted(output)} --cache CACHE --output FOLDER")
 
 
 @main.command()
@@ -233,13 +235,13 @@ def evaluate(
     scorable = bool({"likelihood", "questions"} & report.scores.keys())
     notes += scoring_notes(settings, compared, scorable=scorable, option=EVALUATE_OPTION)
     notes += filter(None, [unreadable_note(report.unreadable)])
-    click.echo(render_table({folder.name if folder.revision else folder.path.parent.name: report}))
+    say(render_table({folder.name if folder.revision else folder.path.parent.name: report}))
     for note in notes:
-        click.echo(f"note: {note}")
+        say(f"note: {note}")
     if output is not None:
         write_json_atomic(output, report.to_dict())
-        click.echo(f"Scores: {output}")
-    click.echo(f"Next: distill export {quoted(student)} --output FOLDER")
+        say(f"Scores: {output}")
+    say(f"Next: distill export {quoted(student)} --output FOLDER")
 
 
 @main.command()
@@ -249,7 +251,7 @@ def report(output: Path) -> None:
     config = runs.read_run_config(output)
     runs.set_up_libraries()
     runs.write_report(output, config, open_cache(config.cache))
-    click.echo(f"Report: {output / runs.REPORT}")
+    say(f"Report: {output / runs.REPORT}")
 
 
 @main.command()
@@ -262,7 +264,7 @@ def export(student: str, output: Path, dtype: str) -> None:
 
     runs.set_up_libraries()
     export_student(model_folder(student, what="student").path, output, dtype=dtype)
-    click.echo(f"Exported to {output} ({dtype}); load it with from_pretrained of the class that its config.json names")
+    say(f"Exported to {output} ({dtype}); load it with from_pretrained of the class that its config.json names")
 
 
 @main.command(name="import")
@@ -281,7 +283,7 @@ def import_checkpoint(checkpoint: str, output: Path, vision_tower: str | None) -
     runs.set_up_libraries()
     tower = None if vision_tower is None else model_folder(vision_tower, what="--vision-tower").path
     convert_published(model_folder(checkpoint, what="checkpoint").path, output, vision_tower=tower)
-    click.echo(
+    say(
         f"Imported into {output}. Next: make distill STUDENT={quoted(output)}, or make teacher-cache "
         f"TEACHER={quoted(output)}"
     )

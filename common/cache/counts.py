@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from vlm_distill_cache.common.cache.sidecar import ShardSidecar
 from vlm_distill_cache.common.errors import DataError
-from vlm_distill_cache.common.printing import brief, one_line
+from vlm_distill_cache.common.printing import brief, markdown_code, one_line
 
 SHOWN_REASONS = 10
 _MAX_GROUPS = 1000  # that are told apart
@@ -95,7 +95,9 @@ class FailureCounts:
 
     def card_section(self) -> str:
         """What a card says of the samples that could not be used; empty if there are none."""
-        rows = "".join(f"| {count} | {_code(why)} | {_code(name)} |\n" for count, why, name in self.rows())
+        rows = "".join(
+            f"| {count} | {markdown_code(why)} | {markdown_code(name)} |\n" for count, why, name in self.rows()
+        )
         more = f"\n{self.more()}\n" if self.more() else ""
         table = f"| samples | reason | for example |\n|---|---|---|\n{rows}{more}"
         return f"\n## Samples that could not be used\n\n{table}" if rows else ""
@@ -148,11 +150,6 @@ def nothing_usable(failures: Iterable[tuple[str, str]], *, where: object, remedy
         + "\n".join(f"  {line}" for line in counts.lines())
         + f"\n{remedy}"
     )
-
-
-def _code(text: str) -> str:
-    """Text of unknown origin as code, which no reader of Markdown takes for links or pictures."""
-    return f"`{text.replace('`', chr(39)).replace('|', chr(92) + '|')}`"
 
 
 def _without_id(reason: str, sample_id: str) -> str:

@@ -11,9 +11,11 @@ import signal
 import subprocess
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import TracebackType
 from typing import Any, NoReturn
 
 import click
@@ -22,7 +24,7 @@ from tqdm import tqdm
 from vlm_distill_cache.common.errors import DistillError
 from vlm_distill_cache.common.files.hashing import checksum
 from vlm_distill_cache.common.locations import is_url
-from vlm_distill_cache.common.printing import CONTROL, SURROGATE, message, one_line, printable
+from vlm_distill_cache.common.printing import CONTROL, SURROGATE, hide_secrets, message, one_line, printable
 from vlm_distill_cache.common.terminal.launch import enter_launch
 
 logger = logging.getLogger(__name__)
@@ -145,6 +147,9 @@ class CommandGroup(click.Group):
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         try:
             return super().invoke(ctx)
+        except click.ClickException as error:
+            error.message = message(error.message)  # click prints it
+            raise
         except DistillError as error:
             say(f"error: {message(str(error))}", err=True)
         except BrokenPipeError:
@@ -158,7 +163,7 @@ class CommandGroup(click.Group):
             around = error.object[max(0, error.start - 40) : error.end + 40]
             say(f"error: ...{one_line(around)}...: {NOT_UTF8}", err=True)
         except KeyboardInterrupt:
-            click.echo("stopped; run the same command again to continue", err=True)
+            say("stopped; run the same command again to continue", err=True)
             return ctx.exit(130)
         return ctx.exit(1)
 
@@ -192,16 +197,31 @@ class _Shown(logging.Formatter):
 _once = _Once()
 
 
-def start_logging(level: int = logging.INFO) -> None:
-    """Show this project's log, each message once, and the libraries' warnings; HTTP and S3 clients only warn."""
-    if not logging.getLogger().handlers:
+def start_logging(level: int = logging.INFO, *, prefix: str = "") -> None:
+    """Show this project's log, each message once, and the libraries' warnings; HTTP and S3 clients only warn.
+
+    ``prefix`` stands before each line: of a process that is one of several.
+    """
+    # A handler without a formatter, as huggingface_hub brings its own, escapes too.
+    logging._defaultFormatter = _Shown("%(message)s")  # type: ignore[attr-defined]
+    root = logging.getLogger()
+    if not root.handlers:
         handler = logging.StreamHandler()
         handler.addFilter(_once)
-        handler.setFormatter(_Shown("%(message)s"))
-        logging.basicConfig(level=level, handlers=[handler])
+        handler.setFormatter(_Shown(f"{prefix}%(message)s"))
+        root.addHandler(handler)
+        root.setLevel(level)
         logging.captureWarnings(capture=True)
+        sys.excepthook = show_failure
+    elif level < root.level and any(isinstance(handler.formatter, _Shown) for handler in root.handlers):
+        root.setLevel(level)  # a command that says more than its group
     for client in ("httpx", "httpx2", "botocore", "boto3", "s3transfer", "urllib3"):
         logging.getLogger(client).setLevel(logging.WARNING)
+
+
+def show_failure(kind: type[BaseException], error: BaseException | None, trace: TracebackType | None) -> None:
+    """Show an error that nobody expected; what it quotes does not control the terminal either."""
+    say("".join(traceback.format_exception(kind, error, trace)).rstrip("\n"), err=True)
 
 
 def said_so_far() -> dict[str, str]:
@@ -349,9 +369,12 @@ class CacheFolder(NewFolder):
 
 
 def say(text: str, *, err: bool = False) -> None:
-    """Print text that may hold names of unknown origin: escapes control characters and what cannot be encoded."""
+    """Print text that may hold names of unknown origin; nothing else here prints.
+
+    Control characters and what cannot be encoded are escaped; secrets of addresses are left out.
+    """
     encoding = (sys.stderr if err else sys.stdout).encoding or "ascii"
-    click.echo(printable(text).encode(encoding, "backslashreplace").decode(encoding), err=err)
+    click.echo(printable(hide_secrets(text)).encode(encoding, "backslashreplace").decode(encoding), err=err)
 
 
 def can_print(text: str) -> bool:

@@ -6,8 +6,10 @@ import sys
 import time
 from typing import Any, Never
 
-import click
 from tqdm import tqdm
+
+from vlm_distill_cache.common.printing import one_line
+from vlm_distill_cache.common.terminal.command_line import say
 
 EVERY_S = 30.0
 _COUNTED = "{desc}: {n_fmt}/{total_fmt}%s, {percentage:.0f} %%, {elapsed} elapsed, {remaining} left, {rate_fmt}"
@@ -35,7 +37,7 @@ class ProgressLines:
             self.n, self.total or 0, self._said - self._began, prefix=self._desc, unit=f" {self._unit}",
             unit_scale=self._unit_scale, initial=self.initial, bar_format=line,
         )  # fmt: skip
-        click.echo(text.replace("  ", " "), err=True)
+        say(text.replace("  ", " "), err=True)
 
     def __enter__(self) -> ProgressLines:
         return self
@@ -68,7 +70,13 @@ def progress(
     ``total`` is None if unknown, ``initial`` what was done before. Of several processes one shows the progress of all
     (``shown``). With ``keep`` the bar stays, or the end gets a line; ``unit_scale`` shortens numbers (12.3M).
     """
-    told: dict[str, Any] = {"desc": desc, "total": total, "unit": unit, "initial": initial, "unit_scale": unit_scale}
+    told: dict[str, Any] = {
+        "desc": one_line(desc),
+        "total": total,
+        "unit": unit,
+        "initial": initial,
+        "unit_scale": unit_scale,
+    }
     if shown and not sys.stderr.isatty():
         return ProgressLines(**told, keep=keep)
     return tqdm(**told, leave=keep, disable=not shown, smoothing=0.05, mininterval=0.5)

@@ -8,9 +8,10 @@ from typing import Any
 
 from vlm_distill_cache.common.cache.counts import SampleCounts
 from vlm_distill_cache.common.cache.plan import Plan, card_store_line
-from vlm_distill_cache.common.printing import one_line, printable
+from vlm_distill_cache.common.printing import hide_secrets, markdown, markdown_code, one_line, printable
 
 DERIVED = "derived"
+_MAX_CODEC = 4000  # characters of a codec's settings
 
 
 def derivation_words(plan: Plan) -> list[str]:
@@ -46,12 +47,17 @@ def write_derived_card(
     """
     name = one_line(f"{plan.teacher.get('name')} on {plan.data.get('name')}")
     how = plan.extra[DERIVED]
-    made = "\n".join(f"- {key}: `{_cell(value)}`" for key, value in sorted(how.items()) if key != "sources")
-    signals = _rows((f"`{signal}`", f"`{_cell(codec)}`") for signal, codec in sorted(plan.signals.items()))
-    figures = _rows((_cell(figure), _cell(value)) for figure, value in sorted((fidelity or {}).items()))
-    prints = _rows((_cell(of), f"`{_cell(value)}`") for of, value in sorted(plan.fingerprints.items()))
+    made = "\n".join(
+        f"- {markdown(key)}: {markdown_code(value)}" for key, value in sorted(how.items()) if key != "sources"
+    )
+    signals = _rows(
+        (markdown_code(signal), markdown_code(codec, limit=_MAX_CODEC))
+        for signal, codec in sorted(plan.signals.items())
+    )
+    figures = _rows((markdown(figure), markdown(value)) for figure, value in sorted((fidelity or {}).items()))
+    prints = _rows((markdown(of), markdown_code(value)) for of, value in sorted(plan.fingerprints.items()))
     licences = _rows(
-        (of, _cell(described.get(key) or "not stated"))
+        (of, markdown(described.get(key) or "not stated"))
         for of, described, key in (
             ("the caches", plan.data, "cache_license"),
             ("the teacher", plan.teacher, "license"),
@@ -59,11 +65,11 @@ def write_derived_card(
         )
     )
     quoted = "\n".join(
-        f"\n### Manifest `{manifest_hash}`\n\n{_quote(card) or '> (no card)'}" for manifest_hash, card in sources
+        f"\n### Manifest `{manifest_hash}`\n\n{_quote(card) or '    (no card)'}" for manifest_hash, card in sources
     )
     return f"""---
 {_front_matter(plan, name)}---
-# Derived teacher cache: {name}
+# Derived teacher cache: {markdown(name)}
 
 **Not a cache as stage one built it**, but made from {len(sources)} by `cachectl`:
 
@@ -110,7 +116,7 @@ def _front_matter(plan: Plan, name: str) -> str:
     licence = str(plan.data.get("cache_license") or "unknown")
     entries = {
         "pretty_name": f"Derived teacher cache: {name}",
-        "license": "other" if " + " in licence else licence,  # the Hub knows one, or none
+        "license": "other" if " + " in licence else one_line(licence),  # the Hub knows one, or none
         "tags": ["knowledge-distillation", "vision-language", "teacher-cache"],
         "viewer": False,
     }
@@ -121,9 +127,6 @@ def _rows(cells: Any) -> str:
     return "\n".join(f"| {left} | {right} |" for left, right in cells)
 
 
-def _cell(value: Any) -> str:
-    return one_line(value).replace("|", "\\|").replace("`", "'")
-
-
 def _quote(card: str) -> str:
-    return "\n".join(f"> {printable(line)}".rstrip() for line in card.splitlines())
+    """Somebody's card as indented code, which nothing inside it can end: it links to nothing and loads no picture."""
+    return "\n".join(f"    {printable(hide_secrets(line))}".rstrip() for line in card.splitlines())

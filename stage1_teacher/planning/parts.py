@@ -29,6 +29,7 @@ from vlm_distill_cache.common.terminal.command_line import (
     end_with_parent,
     leave_one_core,
     quiet_libraries,
+    start_logging,
     without_interrupts,
 )
 from vlm_distill_cache.common.terminal.launch import Launch
@@ -223,8 +224,7 @@ def _process(
 ) -> None:
     """Run one part in this process, and tell the parent what went wrong."""
     end_with_parent()
-    logging.basicConfig(level=logging.ERROR, format=f"part {part}: %(message)s")  # the parent gives the warnings
-    logging.captureWarnings(capture=True)
+    start_logging(logging.ERROR, prefix=f"part {part}: ")  # the parent gives the warnings
     quiet_libraries()
     try:
         with explain_disk_errors(config.cache):

@@ -10,7 +10,9 @@ from vlm_distill_cache.common.cache.plan import BASE, Plan, card_store_line, cut
 from vlm_distill_cache.common.cache.side_files import CARD
 from vlm_distill_cache.common.cache.sidecar import read_sidecar
 from vlm_distill_cache.common.files.atomic import write_bytes_atomic
+from vlm_distill_cache.common.printing import markdown, markdown_code, one_line
 
+_MAX_CODEC = 4000  # characters of a codec's settings
 # The Hub's classes of size: below this many samples, this name.
 _SIZES = (
     (10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M"),
@@ -46,27 +48,34 @@ def card_text(
         known = {field.name for group in plan.fields.values() for field in group}
         names = {field.name for field in fields} if fields else field_bytes.keys() - known
         size = sum(field_bytes[field] for field in names)
-        codec = f"`{plan.signals[name]}`" if fields else "sample id, image hash, labels, visual tiles"
-        signals += f"| `{name}` | {size / rows:.1f} | {size / samples:.0f} | {codec} |\n"
+        codec = (
+            markdown_code(plan.signals[name], limit=_MAX_CODEC)
+            if fields
+            else "sample id, image hash, labels, visual tiles"
+        )
+        signals += f"| {markdown_code(name)} | {size / rows:.1f} | {size / samples:.0f} | {codec} |\n"
     figures = (
-        "\n".join(f"| {name} | {value} |" for name, value in fidelity.items())
+        "\n".join(f"| {markdown(name)} | {markdown(value)} |" for name, value in fidelity.items())
         if fidelity
         else "| not measured | the teacher was served |"
         if plan.teacher.get("served")
         else "| not measured | run `teacher-cache fidelity` |"
     )
-    prints = "\n".join(f"| {name} | `{value}` |" for name, value in sorted(plan.fingerprints.items()))
-    name = f"{plan.teacher.get('name')} on {plan.data.get('name')}"
-    revision = f"revision `{plan.teacher['revision']}`, " if plan.teacher.get("revision") else ""
+    prints = "\n".join(
+        f"| {markdown(name)} | {markdown_code(value)} |" for name, value in sorted(plan.fingerprints.items())
+    )
+    name = one_line(f"{plan.teacher.get('name')} on {plan.data.get('name')}")
+    revision = f"revision {markdown_code(plan.teacher['revision'])}, " if plan.teacher.get("revision") else ""
+    of = {key: markdown(plan.teacher.get(key)) for key in ("name", "dtype")}
     return f"""---
 {_front_matter(plan, name)}---
-# Teacher cache: {name}
+# Teacher cache: {markdown(name)}
 
 What a vision-language teacher says and where it looks while saying it, for training students without it.
 
-- Teacher: {plan.teacher.get("name")} ({revision}family `{plan.teacher.get("family")}`, {plan.teacher.get("dtype")})
-- Data: {plan.data.get("name")}, {plan.sample_count} samples; images and questions are **not** in here
-{counts.card_lines()}{_cut_line(plan)}{card_store_line(plan)}- Prompt template: `{plan.template.get("name")}`
+- Teacher: {of["name"]} ({revision}family {markdown_code(plan.teacher.get("family"))}, {of["dtype"]})
+- Data: {markdown(plan.data.get("name"))}, {plan.sample_count} samples; images and questions are **not** in here
+{counts.card_lines()}{_cut_line(plan)}{card_store_line(plan)}- Prompt template: {markdown_code(plan.template.get("name"))}
 {counts.failures.card_section()}
 ## Licence and provenance
 
@@ -111,7 +120,7 @@ Bytes are those of the decoded arrays; on disk they are packed.
 
 def _cut_line(plan: Plan) -> str:
     cut = cut_words(plan)
-    return f"- Long samples: {cut}\n" if cut else ""
+    return f"- Long samples: {markdown(cut)}\n" if cut else ""
 
 
 def _front_matter(plan: Plan, name: str) -> str:
@@ -119,7 +128,7 @@ def _front_matter(plan: Plan, name: str) -> str:
     size = next((word for limit, word in _SIZES if plan.sample_count < limit), "n>10M")
     entries = {
         "pretty_name": f"Teacher cache: {name}",
-        "license": plan.data.get("cache_license") or "unknown",
+        "license": one_line(plan.data.get("cache_license") or "unknown"),
         "tags": ["knowledge-distillation", "vision-language", "teacher-cache"],
         "task_categories": ["image-text-to-text"],
         "size_categories": [size],
@@ -129,4 +138,4 @@ def _front_matter(plan: Plan, name: str) -> str:
 
 
 def _cell(text: Any) -> str:
-    return str(text).replace("|", "\\|") if text else "not stated"
+    return markdown(text) if text else "not stated"

@@ -14,6 +14,7 @@ from typing import Any
 import PIL.Image
 
 from vlm_distill_cache.common.files.atomic import write_bytes_atomic
+from vlm_distill_cache.common.printing import hide_secrets, printable
 from vlm_distill_cache.stage2_student.loss_weights import LossWeights
 from vlm_distill_cache.stage2_student.scores.overlays import Overlay
 from vlm_distill_cache.stage2_student.scores.results import EvaluationReport, format_score, table_rows
@@ -85,7 +86,7 @@ def render_report(
 
 
 def _text(value: object) -> str:
-    return html.escape(str(value))
+    return html.escape(printable(hide_secrets(str(value))))
 
 
 def _loss_series(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, dict[str, list[tuple[float, float]]]]:

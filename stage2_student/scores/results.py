@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Self
 
+from vlm_distill_cache.common.printing import one_line
 from vlm_distill_cache.stage2_student.scores.metrics import Score, difference, paired_difference
 
 # Name in the report, heading, factor to the printed unit. Those of the first are kept item by item.
@@ -96,7 +97,8 @@ def table_rows(
             titles = [Row(heading, factor)]
             continue
         parts = sorted(part for part in known if part.startswith(name)) if name.endswith("/") else []
-        found = [row(part, heading + part.removeprefix(name), factor) for part in parts]
+        # A kind may be named by a cache: of its teacher, or of its data.
+        found = [row(part, heading + one_line(part.removeprefix(name), limit=40), factor) for part in parts]
         found += [row(name, heading, factor)] if name in known else []
         found = [entry for entry in found if any(map(_says_something, entry.scores))]
         if found and heading.startswith("  "):
@@ -136,7 +138,7 @@ def render_table(reports: Mapping[str, EvaluationReport], compared: tuple[str, s
     """Lay reports out side by side as text, one column a model: value and 95 % interval."""
     headlines, details = table_rows(reports, compared)
     gains = any(row.gain for row in headlines)
-    lines = [["", *reports, *(["gain"] if gains else [])]]
+    lines = [["", *map(one_line, reports), *(["gain"] if gains else [])]]
     for row in [*headlines, *([Row("", 1)] if headlines and details else []), *details]:
         cells = [" ".join(format_score(score, row.factor)).rstrip() for score in row.scores]
         cells += [" ".join(format_score(row.gain, row.factor, sign="+"))] if row.gain else []

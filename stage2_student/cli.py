@@ -25,6 +25,7 @@ from vlm_distill_cache.common.terminal.command_line import (
     CacheLocation,
     CommandGroup,
     NewFolder,
+    end_with_parent,
     join_launch,
     quoted,
     say,
@@ -33,7 +34,7 @@ from vlm_distill_cache.common.terminal.command_line import (
     start_logging,
     stopped_by_sigterm,
 )
-from vlm_distill_cache.common.terminal.launch import enter_launch
+from vlm_distill_cache.common.terminal.launch import enter_launch, explain_lost_processes
 from vlm_distill_cache.stage2_student import run as runs
 from vlm_distill_cache.stage2_student.config import PHASE_NAMES, TrainConfig
 from vlm_distill_cache.stage2_student.pruned_folder import refuse_uncut
@@ -121,11 +122,14 @@ def train(**options: Any) -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     refuse_foreign_folder(Path(settings.output))
     in_run = runs.ARM in os.environ
+    if in_run or enter_launch().launcher == "torchrun":
+        end_with_parent()
     caches = open_caches(settings)
     if enter_launch().rank == 0 and not in_run:
         for note in cache_notes(settings, caches):
             say(note)
-    result = runs.train_alone(settings, caches=caches)
+    with explain_lost_processes(Path(settings.output)):
+        result = runs.train_alone(settings, caches=caches)
     if result.log:
         say(summarise(result.log))
         if of_recipe:

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,6 +29,8 @@ from vlm_distill_cache.common.printing import CONTROL, SURROGATE, hide_secrets, 
 from vlm_distill_cache.common.terminal.launch import enter_launch
 
 logger = logging.getLogger(__name__)
+PARENT = "VLM_DISTILL_PARENT"  # the process that another one of ours was started by
+_WATCH_S = 0.5
 SAID = "VLM_DISTILL_SAID"  # of a process that another one of ours started: what that one has said
 
 
@@ -94,13 +97,14 @@ def join_launch(ctx: click.Context, *, several: Sequence[str]) -> None:
 
 
 def run_command(command: Sequence[str], environment: Mapping[str, str]) -> int:
-    """Run a command to its end and return its exit code; SIGTERM or Ctrl-C to this process stops it too.
+    """Run a command of ours to its end and return its exit code; SIGTERM or Ctrl-C to this process stops it too.
 
-    A launcher that is killed outright (`subprocess.run` does that) leaves its own processes behind.
+    Neither is a launcher killed outright, which would leave its own processes behind (`subprocess.run` does that), nor
+    does one outlive this process, if it calls `end_with_parent`.
     """
     # Ctrl-C reaches all processes of a terminal: this one ends the others, which would each end in their own way.
     with without_interrupts():
-        process = subprocess.Popen(command, env=environment)
+        process = subprocess.Popen(command, env={**environment, PARENT: str(os.getpid())})
     with process:
         try:
             return process.wait()
@@ -112,14 +116,20 @@ def run_command(command: Sequence[str], environment: Mapping[str, str]) -> int:
 
 def end_with_parent() -> None:
     """End this worker process when its parent dies, for whatever reason: an orphan would keep its GPU and locks."""
-    threading.Thread(target=_end_with_parent, name="end-with-parent", daemon=True).start()
+    # Of one that `run_command` started, or a launcher: the parent may be dead before this one looks.
+    expected = os.environ.get(PARENT, "")
+    parent = int(expected) if expected.isdecimal() else os.getppid()
+    threading.Thread(target=_end_with, args=(parent,), name="end-with-parent", daemon=True).start()
 
 
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
+def _end_with(parent: int) -> None:
+    worker_of = multiprocessing.parent_process()
+    if worker_of is not None:
+        worker_of.join()
         os._exit(1)
+    while os.getppid() == parent:  # orphans are adopted
+        time.sleep(_WATCH_S)
+    os._exit(1)
 
 
 class CommandGroup(click.Group):
@@ -148,8 +158,10 @@ class CommandGroup(click.Group):
         try:
             return super().invoke(ctx)
         except click.ClickException as error:
-            error.message = message(error.message)  # click prints it
-            raise
+            shown = io.StringIO()
+            error.show(shown)
+            say(message(shown.getvalue().rstrip("\n")), err=True)
+            return ctx.exit(error.exit_code)
         except DistillError as error:
             say(f"error: {message(str(error))}", err=True)
         except BrokenPipeError:

@@ -8,25 +8,29 @@ once, before any library looks; what is left in the environment then is true.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import itertools
 import logging
 import os
+import re
 import socket
 import stat
 import threading
 import time
 import zlib
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from vlm_distill_cache.common.errors import ConfigError
+from vlm_distill_cache.common.errors import ConfigError, ProcessFailedError
 
 logger = logging.getLogger(__name__)
+# What gloo and NCCL say of a process that is gone.
+_LOST = re.compile(r"\bgloo\b|\bNCCL\b|Connection (?:closed|reset) by peer")
 
 WAIT = "VLM_DISTILL_LAUNCH_WAIT"
 WAIT_S = 90.0  # for processes that are started together; the variable above gives slow clusters more
@@ -314,6 +318,25 @@ def meet(launch: Launch, *, limit_s: float | None = None) -> None:
             here = int(_stores[0].add(key, 0))
     except RuntimeError as error:  # torch's errors of a connection
         raise _nobody_came(launch, f"the other processes are gone ({_first_line(error)})") from error
+
+
+@contextlib.contextmanager
+def explain_lost_processes(output: Path) -> Iterator[None]:
+    """Say in a line that another process of a launch is gone, where torch would fail in whatever it was doing together.
+
+    Raises:
+        ProcessFailedError: Naming this process and the folder that a repeated command goes on in.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        launch = enter_launch()
+        if launch.size == 1 or not (type(error).__module__ == "torch.distributed" or _LOST.search(str(error))):
+            raise
+        raise ProcessFailedError(
+            f"process {launch.rank} of {launch.size} lost the others: what the first one to fail said stands beside this "
+            f"line, or in the log of {launch.launcher}; {output} keeps the checkpoints, and the same command goes on from there"
+        ) from error
 
 
 def _wait_s() -> float:

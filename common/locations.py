@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from vlm_distill_cache.common.printing import hide_secrets
 
+_SECRETS = "VLM_DISTILL_ADDRESSES"  # of a process that another one of ours started: public addresses to whole ones
 _SCHEMES = ("s3", "hf", "http", "https")
 
 
@@ -17,3 +21,14 @@ def is_url(location: str | Path) -> bool:
 def public_location(location: str) -> str:
     """Return a location as it may be shown, kept and published: an address without its query, which may be a signature."""
     return hide_secrets(location).partition("?")[0] if is_url(location) else location
+
+
+def secret_locations(locations: Iterable[str]) -> dict[str, str]:
+    """An environment variable that tells child processes what addresses have that is neither written nor shown."""
+    whole = {public_location(place): place for place in locations}
+    return {_SECRETS: json.dumps({public: place for public, place in whole.items() if public != place})}
+
+
+def whole_location(location: str) -> str:
+    """An address with the query that the process which started this one was given; most have none."""
+    return str(json.loads(os.environ.get(_SECRETS, "{}")).get(location, location))

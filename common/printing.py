@@ -24,7 +24,7 @@ CONTROL = re.compile(
 
 
 # KEY:SECRET@ before a host or bucket (a port is no password; the secret may have slashes), and what follows a "?".
-_USER = re.compile(r"""\b(https?|s3|hf)://(?:[^\s'"<>/@:]*:(?!\d{1,5}(?:/|$))[^\s'"<>@]*|[^\s'"<>/@:]*)@""", re.I)
+_USER = re.compile(r"""\b(https?|s3|hf)://(?:[^\s'"<>/@:]*:(?!\d{1,5}(?:[/?#]|$))[^\s'"<>@]*|[^\s'"<>/@:]*)@""", re.I)
 _QUERY = re.compile(r"""\b((?:https?|s3|hf)://[^\s?'"<>]*)\?[^\s'"<>]+""", re.I)
 _TOKEN = re.compile(
     r"""\b(?:(hf_)[A-Za-z0-9]{20,}|(x-(?:amz|goog)-(?:signature|credential|security-token)=)[^\s'"<>&]+)""", re.I

@@ -254,7 +254,12 @@ def report(output: Path) -> None:
     """Write the HTML report of a run's folder again."""
     config = runs.read_run_config(output)
     runs.set_up_libraries()
-    runs.write_report(output, config, open_cache(config.cache))
+    try:
+        cache = open_cache(config.cache)
+    except TransferError as error:
+        again = f"delete {runs.REPORT} there and run `distill run` as before"
+        raise TransferError(f"{error}. Addresses are kept without signatures: if it had one, {again}") from error
+    runs.write_report(output, config, cache)
     say(f"Report: {output / runs.REPORT}")
 
 

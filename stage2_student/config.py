@@ -286,17 +286,19 @@ def without_teacher(config: TrainConfig) -> TrainConfig:
     return replace(config, **plain, projector=projector, pool_teacher_tokens=False, shuffle_teacher_images=False)
 
 
-def public_config(config: TrainConfig) -> TrainConfig:
-    """A run's configuration as it may be published with its student.
-
-    Addresses of caches have no signatures, and models of the hub are named by repository and commit.
-    """
+def without_secrets(config: TrainConfig) -> TrainConfig:
+    """A run's configuration as it may be written down: addresses of caches have no signatures."""
     public = {
         name: replace(getattr(config, name), cache=public_location(cache))
         for name in PHASE_NAMES
         if (cache := getattr(config, name).cache) is not None
     }
-    return replace(config, cache=public_location(config.cache), **_public_models(config), **public)
+    return replace(config, cache=public_location(config.cache), **public)
+
+
+def public_config(config: TrainConfig) -> TrainConfig:
+    """A run's configuration as it may be published with its student: models of the hub by repository and commit too."""
+    return replace(without_secrets(config), **_public_models(config))
 
 
 def _public_models(config: TrainConfig) -> dict[str, Any]:

@@ -25,11 +25,17 @@ from vlm_distill_cache.common.errors import CacheFormatError, ConfigError
 from vlm_distill_cache.common.files.atomic import clean_stale, read_json, write_bytes_atomic, write_json_atomic
 from vlm_distill_cache.common.files.hashing import fingerprint
 from vlm_distill_cache.common.hub import public_name
-from vlm_distill_cache.common.locations import public_location
+from vlm_distill_cache.common.locations import public_location, secret_locations
 from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.common.remotes.mirror import local_folder
 from vlm_distill_cache.common.terminal.command_line import leave_one_core, quiet_libraries, run_command, said_so_far
-from vlm_distill_cache.stage2_student.config import EvaluationConfig, TrainConfig, describe, without_teacher
+from vlm_distill_cache.stage2_student.config import (
+    EvaluationConfig,
+    TrainConfig,
+    describe,
+    without_secrets,
+    without_teacher,
+)
 from vlm_distill_cache.stage2_student.pruned_folder import FOLDER, kept_share, refuse_uncut
 from vlm_distill_cache.stage2_student.resolve import given_options, open_caches, resolve_config, with_folders
 from vlm_distill_cache.stage2_student.scores.results import EvaluationReport, render_table
@@ -132,7 +138,7 @@ def train_and_score(
     notes = probe_items(config, cache)
     for note in notes:  # before hours go into training
         say(f"note: {note}")
-    state = {**stamp, "config": config_to_dict(config), "notes": notes}
+    state = {**stamp, "config": config_to_dict(without_secrets(config)), "notes": notes}
     write_json_atomic(output / STAMP, {**state, "finished": None})
     trained = arms(with_pruned_student(config, caches, say=say))
     finals = {name: output / name / FINAL for name in trained}
@@ -208,12 +214,22 @@ def train_arm(arm: TrainConfig, *, processes: int, caches: Mapping[str, TeacherC
             train(arm, caches=caches)
         return
     folder.mkdir(parents=True, exist_ok=True)
-    save_config(arm, folder / "config.yaml")
+    public = without_secrets(arm)
+    save_config(public, folder / "config.yaml")
     launcher = [sys.executable, "-m", LAUNCHER, "--standalone", f"--nproc_per_node={processes}"]
     ours = ["-m", "vlm_distill_cache.stage2_student.cli", "train", "--config", str(folder / "config.yaml")]
-    command = [*launcher, *ours, "--cache", arm.cache, "--output", arm.output]
+    command = [*launcher, *ours, "--cache", public.cache, "--output", arm.output]
     # One thread a process is what torch's launcher takes too, with a page of advice.
-    if run_command(command, {"OMP_NUM_THREADS": "1", **os.environ, **said_so_far(), ARM: "1"}):
+    if run_command(
+        command,
+        {
+            "OMP_NUM_THREADS": "1",
+            **os.environ,
+            **said_so_far(),
+            **secret_locations([arm.cache, *(caches or {})]),
+            ARM: "1",
+        },
+    ):
         raise ConfigError(f"training of {folder} in {processes} processes failed; see the messages above")
 
 

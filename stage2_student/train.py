@@ -24,7 +24,7 @@ from vlm_distill_cache.common.files.atomic import clean_stale, new_directory, re
 from vlm_distill_cache.common.locations import public_location
 from vlm_distill_cache.common.terminal.launch import READY_S, enter_launch, meet
 from vlm_distill_cache.common.terminal.progress import hide_library_bars
-from vlm_distill_cache.stage2_student.config import TrainConfig, public_config
+from vlm_distill_cache.stage2_student.config import TrainConfig, public_config, without_secrets
 from vlm_distill_cache.stage2_student.losses.objective import Losses, step_shares
 from vlm_distill_cache.stage2_student.students.model import StudentModel
 from vlm_distill_cache.stage2_student.students.parts import PROVENANCE
@@ -179,7 +179,7 @@ def start_log(config: TrainConfig, accelerator: Accelerator, position: Position)
     output = Path(config.output)
     if accelerator.is_main_process:
         output.mkdir(parents=True, exist_ok=True)
-        save_config(config, output / "config.yaml")
+        save_config(without_secrets(config), output / "config.yaml")
     accelerator.wait_for_everyone()
     return TrainingLog(output, accelerator, resume_step=position.total_steps, flush_every=config.log_every)
 

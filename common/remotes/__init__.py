@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from vlm_distill_cache.common.errors import ConfigError
-from vlm_distill_cache.common.locations import is_url
+from vlm_distill_cache.common.locations import is_url, public_location
 from vlm_distill_cache.common.remotes.base import Remote
 from vlm_distill_cache.common.remotes.directory import DirectoryRemote
 from vlm_distill_cache.common.remotes.http import HttpRemote
@@ -35,6 +35,11 @@ def open_remote(location: str | Path, *, attempts: int = 5, timeout: float = 30.
     """
     text = str(location)
     if is_url(location):
+        if not text.startswith("http") and (public := public_location(text)) != text:
+            raise ConfigError(
+                f"{public}: expected an address alone; keys in it end up in logs. S3 takes them from AWS_ACCESS_KEY_ID and "
+                "AWS_SECRET_ACCESS_KEY or a profile (AWS_PROFILE), the hub from HF_TOKEN"
+            )
         return _KINDS[text.partition("://")[0]](text, Retries(attempts=attempts, timeout=timeout))
     if "://" in text:
         raise ConfigError(

@@ -38,7 +38,7 @@ from vlm_distill_cache.common.files.atomic import (
     write_json_atomic,
 )
 from vlm_distill_cache.common.files.hashing import checksum, file_checksum
-from vlm_distill_cache.common.locations import is_url, public_location
+from vlm_distill_cache.common.locations import is_url, public_location, whole_location
 from vlm_distill_cache.common.remotes import open_remote
 from vlm_distill_cache.common.remotes.base import Remote
 from vlm_distill_cache.common.remotes.fetch import descriptions, fetch_files, lock, locked, read_remote_manifest
@@ -266,6 +266,7 @@ def find_mirror(location: str) -> Mirror:
         ConfigError: If a variable of the environment is no size, or names a folder that cannot be written.
     """
     root, limit = mirror_settings()
+    location = whole_location(location)
     with _pinning:
         mirror = _pinned.get((location, str(root)))
         if mirror is None:
@@ -299,7 +300,7 @@ def mirror_settings() -> tuple[Path, int]:
 
 
 def _make_mirror(location: str, root: Path, limit: int) -> Mirror:
-    note = root / _LOCATIONS / f"{checksum(location.encode())}.json"
+    note = root / _LOCATIONS / f"{checksum(public_location(location).encode())}.json"  # signatures change
     try:
         manifest, raw = read_remote_manifest(open_remote(location))
     except TransferError as error:

@@ -1,6 +1,7 @@
 """Training straight from an address: the same student as from the folder, and clear words when it goes away."""
 
 import json
+import os
 import threading
 from functools import cache, partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -13,12 +14,14 @@ from vlm_distill_cache.common.codecs.live import as_tensors
 from vlm_distill_cache.common.codecs.logits import LogitCodec
 from vlm_distill_cache.common.config import config_from_dict
 from vlm_distill_cache.common.errors import TransferError
+from vlm_distill_cache.common.locations import whole_location
 from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.common.remotes import mirror as mirror_module
 from vlm_distill_cache.common.remotes import open_remote
 from vlm_distill_cache.common.remotes.mirror import local_folder
 from vlm_distill_cache.common.tools.merge import merge
 from vlm_distill_cache.common.tools.select import Selection, pull_partial
+from vlm_distill_cache.stage2_student import run as run_module
 from vlm_distill_cache.stage2_student.cli import main
 from vlm_distill_cache.stage2_student.config import TrainConfig
 from vlm_distill_cache.stage2_student.run import load_run_config, run
@@ -133,22 +136,36 @@ def test_the_whole_run_works_from_an_address_and_then_offline(tiny_cache, server
         "evaluation.overlays=1", "device=cpu",
     ]  # fmt: skip
 
-    def config():
+    def config(signature="secret"):
         given = ["student=mobilevlm", f"data='{DATA}'", f"output={tmp_path / 'run'}", *overrides]
-        return load_run_config(None, given, cache=server.url)
+        return load_run_config(None, given, cache=f"{server.url}?X-Amz-Signature={signature}")
 
     first = run(config())
     assert server.url in first.report.read_text()
+    kept = {path for path in (tmp_path / "run").rglob("*") if path.is_file() and b"secret" in path.read_bytes()}
+    assert not kept
     cache = open_cache(server.url)
     for sample_id in cache.sample_ids:
         cache.read(sample_id)
     server.stop()
     mirror_module._pinned.clear()  # as a new process
-    assert not run(config()).fresh
+    assert not run(config("of_another_day_secret")).fresh  # the same address, signed anew
     final = tmp_path / "run" / "distilled" / "final"
     result = CliRunner().invoke(main, ["evaluate", str(final), "--limit", "2"])
     assert result.exit_code == 0, result.output
     assert "Not compared" not in result.output
+
+
+def test_training_processes_get_the_whole_address_and_nobody_sees_it(tmp_path, monkeypatch):
+    started, place = [], "https://host/cache?X-Amz-Signature=secret"
+    monkeypatch.setattr(run_module, "run_command", lambda command, environment: started.append((command, environment)))
+    run_module.train_arm(make_config(place, tmp_path), processes=2)
+    [(command, environment)] = started
+    assert "https://host/cache" in command
+    assert "secret" not in " ".join(command) + (tmp_path / "config.yaml").read_text()
+    assert whole_location("https://host/cache") == "https://host/cache"
+    monkeypatch.setattr(os, "environ", environment)
+    assert whole_location("https://host/cache") == place
 
 
 def test_an_address_with_nothing_behind_it_is_one_line(server, tmp_path):

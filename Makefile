@@ -23,6 +23,9 @@ KNOWN   := PYTHON VENV STUDENT DATA STORE TEACHER IMAGES CONFIG PHASES NPROC SIG
 UNKNOWN := $(filter-out $(KNOWN),$(foreach name,$(.VARIABLES),$(if $(findstring command line,$(origin $(name))),$(name))))
 $(if $(strip $(UNKNOWN)),$(error there is no variable $(strip $(UNKNOWN)); those that can be set: $(KNOWN)))
 
+# Values are taken as they are: make would take "$$b" in a path for a variable of its own.
+$(foreach name,$(filter-out VENV,$(KNOWN)),$(if $(filter command environment,$(firstword $(origin $(name)))),$(eval override $(name) := $$(value $(name)))))
+
 # One folder per data set and store, and per student and cache; of a path or an address its last part is enough.
 DATA_NAME := $(subst :,-,$(basename $(notdir $(patsubst %/,%,$(DATA)))))
 # A student cut out of its teacher learns from hidden states, which a cache holds only if asked to.
@@ -55,8 +58,8 @@ export TOKENIZERS_PARALLELISM := false
 help: ## Show this list
 	grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 26
 	echo
-	echo "  Variables: STUDENT=$(STUDENT) DATA=$(DATA) STORE=$(STORE) TEACHER=$(TEACHER) IMAGES=$(IMAGES) CACHE=$(CACHE)"
-	echo "             OUTPUT=$(OUTPUT) PHASES=\"dpt dft sft\" CONFIG=student.yaml NPROC=$(NPROC)"
+	echo "  Variables: STUDENT=$$STUDENT DATA=$$DATA STORE=$$STORE TEACHER=$$TEACHER IMAGES=$$IMAGES CACHE=$$CACHE"
+	echo "             OUTPUT=$$OUTPUT PHASES=\"dpt dft sft\" CONFIG=student.yaml NPROC=$$NPROC"
 	echo "             SIGNALS=logits,answer_attention CACHE_CONFIG=cache.yaml EVAL_DATA=heldout.json PYTHON=python3"
 	echo "             SET=\"dft.lr=1e-3 dft.losses.answer_attention=0\" (any options of distill)"
 	echo "             CACHE_SET=\"max_failed_share=0.1\" (any options of teacher-cache)"
@@ -72,17 +75,17 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 # Values reach the shell through its environment, so that blanks and quotes in a path are safe.
-export STUDENT DATA STORE TEACHER IMAGES CONFIG PHASES CACHE OUTPUT SIGNALS CACHE_CONFIG EVAL_DATA SET CACHE_SET
+export STUDENT DATA STORE TEACHER IMAGES CONFIG PHASES CACHE OUTPUT SIGNALS CACHE_CONFIG EVAL_DATA SET CACHE_SET NPROC DATA_NAME
 
 teacher-cache: $(STAMP) ## Stage one: run the teacher once, write the cache
-	$(BIN)/teacher-cache build --data "$$DATA" --cache "$$CACHE" --store $(STORE) $(if $(IMAGES),--images "$$IMAGES") $(if $(TEACHER),--teacher "$$TEACHER") $(if $(SIGNALS),--signals "$$SIGNALS") $(if $(CACHE_CONFIG),--config "$$CACHE_CONFIG") $(if $(strip $(CACHE_SET)),$$(printf -- '--set %s ' $$CACHE_SET)) $(if $(filter-out 1,$(NPROC)),--nproc $(NPROC))
+	$(BIN)/teacher-cache build --data "$$DATA" --cache "$$CACHE" --store "$$STORE" $(if $(IMAGES),--images "$$IMAGES") $(if $(TEACHER),--teacher "$$TEACHER") $(if $(SIGNALS),--signals "$$SIGNALS") $(if $(CACHE_CONFIG),--config "$$CACHE_CONFIG") $(if $(strip $(CACHE_SET)),$$(printf -- '--set %s ' $$CACHE_SET)) $(if $(filter-out 1,$(NPROC)),--nproc "$$NPROC")
 
 # exec: make tells its own processes alone to stop, and a shell between would leave the teacher running.
 # A sealed cache is used as it is, teacher or no teacher; naming a TEACHER, or options of stage one, checks that it is theirs.
 # CACHE may be an address (s3://, hf://datasets/, https://): its shards are fetched as they are read.
 distill: $(STAMP) ## Stage two: train a student from the cache (built first if missing), evaluate, report
 	if [ -n "$$TEACHER" ] || { [[ "$$CACHE" != *://* ]] && { [ -n "$(GIVEN)" ] || [ ! -f "$$CACHE/manifest.json" ]; }; }; then exec $(MAKE) --no-print-directory teacher-cache; fi
-	$(BIN)/distill run --student "$$STUDENT" --data "$$DATA" --cache "$$CACHE" --output "$$OUTPUT" $(if $(PRUNED),--teacher "$${TEACHER:-stage1_teacher/builtin}") $(if $(IMAGES),--images "$$IMAGES") $(if $(CONFIG),--config "$$CONFIG") $(if $(PHASES),--phases "$$PHASES") $(if $(EVAL_DATA),--set "evaluation.data=$$EVAL_DATA") $(if $(strip $(SET)),$$(printf -- '--set %s ' $$SET)) $(if $(filter-out 1,$(NPROC)),--nproc $(NPROC))
+	$(BIN)/distill run --student "$$STUDENT" --data "$$DATA" --cache "$$CACHE" --output "$$OUTPUT" $(if $(PRUNED),--teacher "$${TEACHER:-stage1_teacher/builtin}") $(if $(IMAGES),--images "$$IMAGES") $(if $(CONFIG),--config "$$CONFIG") $(if $(PHASES),--phases "$$PHASES") $(if $(EVAL_DATA),--set "evaluation.data=$$EVAL_DATA") $(if $(strip $(SET)),$$(printf -- '--set %s ' $$SET)) $(if $(filter-out 1,$(NPROC)),--nproc "$$NPROC")
 
 evaluate: $(STAMP) ## Score the distilled student of OUTPUT again, on EVAL_DATA if given
 	$(BIN)/distill evaluate "$$OUTPUT/distilled/final" $(if $(EVAL_DATA),--data "$$EVAL_DATA") $(if $(IMAGES),--images "$$IMAGES")
@@ -93,7 +96,7 @@ report: $(STAMP) ## Write the HTML report of OUTPUT again
 demo: distill ## Both stages with the built-in teacher and data, on the CPU
 
 demo-teacher: $(STAMP) ## Train a built-in teacher from scratch (minutes): DATA=shapes|easy-vqa
-	$(BIN)/teacher-cache demo-teacher --data '$(DATA)' --output build/demo-teacher-$(DATA_NAME)
+	$(BIN)/teacher-cache demo-teacher --data "$$DATA" --output "build/demo-teacher-$$DATA_NAME"
 
 experiment: $(STAMP) ## Ablation table: arms x seeds on built-in data (about four hours on 2 cores)
 	$(BIN)/python -m tests.benchmarks.experiment

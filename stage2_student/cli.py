@@ -220,6 +220,8 @@ def evaluate(
     from vlm_distill_cache.stage2_student.scores.held_out import EVALUATE_OPTION, scoring_notes, unreadable_note
     from vlm_distill_cache.stage2_student.trained_student import evaluate_student, open_student
 
+    if output is not None and not output.parent.is_dir():
+        raise click.BadParameter(f"{output}: there is no folder {output.parent}")  # before hours of scoring
     runs.set_up_libraries()
     folder = model_folder(student, what="student")
     opened = open_student(folder.path)

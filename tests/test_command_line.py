@@ -103,8 +103,10 @@ def test_any_option_reaches_both_stages_through_make(tmp_path: Path):
 
     plain = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}  # no make around it
 
-    def arguments(*words: str) -> str:
-        ran = subprocess.run(["make", *words], cwd=tmp_path, env=plain, capture_output=True, text=True, check=True)
+    def arguments(*words: str, environment: dict[str, str] = plain) -> str:
+        ran = subprocess.run(
+            ["make", *words], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+        )
         return ran.stdout
 
     given = 'SET=phases=[dft] dft.losses.logits=0 data="x"'
@@ -121,6 +123,21 @@ def test_any_option_reaches_both_stages_through_make(tmp_path: Path):
     assert "<build>" not in arguments("distill", "CACHE=done", "STUDENT=pruned:0.5")
     assert "<--signals><logits>" in arguments("distill", "CACHE=done", "SIGNALS=logits")
     assert "<--set><a=1>" in arguments("distill", "CACHE=done", "CACHE_SET=a=1")
+    # A path is what somebody typed, whatever make, the shell or a make below this one would read in it.
+    path = r"""a$b $(c) ${d} $$e 'f' "g" \h #i `j` %k ~l;m&n"""
+    for given, environment in (
+        ([f"CACHE={path}", f"OUTPUT={path}"], plain),
+        ([], plain | {"CACHE": path, "OUTPUT": path}),
+    ):
+        shown = arguments("distill", *given, environment=environment)
+        assert f"<build><--data><shapes><--cache><{path}>" in arguments(
+            "teacher-cache", *given, environment=environment
+        )
+        assert f"<--cache><{path}>" in shown  # by a make of its own, the cache is built first
+        assert f"<--output><{path}>" in arguments(
+            "distill", "CACHE=s3://b/c", *given[1:], environment=environment | {"CACHE": "x"}
+        )
+    assert "<--cache><build/cache/a$b-zarr>" in arguments("teacher-cache", "DATA=x/a$b.json")
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_distill_cache.common.errors import CacheFormatError, ConfigError
+from vlm_distill_cache.common.files.disk import name_written
 
 TEMPORARY_PREFIX = ".tmp-"
 MAX_JSON_BYTES = 256 << 20
@@ -103,10 +104,11 @@ def create_temporary(final: Path, *, directory: bool = False) -> tuple[Path, Hel
     while True:
         name = f"{TEMPORARY_PREFIX}{final.name}-{os.getpid()}-{secrets.token_hex(4)}"
         path = final.with_name(name)
-        if directory:
-            path.mkdir()
-        else:
-            path.touch(exist_ok=False)
+        with name_written(final, path):
+            if directory:
+                path.mkdir()
+            else:
+                path.touch(exist_ok=False)
         lock = try_lock(path)
         # A cleaner that came between creation and lock took it for a leftover: try again.
         if lock is not None or path.exists():
@@ -115,10 +117,15 @@ def create_temporary(final: Path, *, directory: bool = False) -> tuple[Path, Hel
 
 @contextlib.contextmanager
 def temporary_for(final: Path, *, directory: bool = False) -> Iterator[Path]:
-    """Give a locked temporary file or directory beside ``final``; what is left of it at the end is removed."""
+    """Give a locked temporary file or directory beside ``final``; what is left of it at the end is removed.
+
+    Raises:
+        OSError: If it cannot be made or written; names ``final``, and, of a full disk, what to do (`NoRoomError`).
+    """
     temporary, lock = create_temporary(final, directory=directory)
     try:
-        yield temporary
+        with name_written(final, temporary):
+            yield temporary
     finally:
         with contextlib.suppress(OSError):
             remove(temporary)

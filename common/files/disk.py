@@ -5,14 +5,28 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from vlm_distill_cache.common.errors import ConfigError, NoRoomError
+from vlm_distill_cache.common.errors import ConfigError, DistillError, NoRoomError
 from vlm_distill_cache.common.locations import is_url
 
 AGAIN = "run the same command again: it goes on where it stopped"
 _NO_ROOM = {errno.ENOSPC: "make room", errno.EDQUOT: "make room or raise the quota", errno.EFBIG: "raise `ulimit -f`"}
+_REMEDIES = {code: f"{remedy}, then run the same command again" for code, remedy in _NO_ROOM.items()} | {
+    errno.EROFS: "give a place that can be written",
+    errno.EACCES: "change its owner or mode (chown, chmod), or give another place",
+    errno.EPERM: "change its owner or mode (chown, chmod), or give another place",
+    errno.ENAMETOOLONG: "give a shorter name",
+    errno.ENOENT: "make its folder first, or correct the name",
+    errno.ENOTDIR: "a part of it is a file; give another name",
+    errno.EISDIR: "it is a folder; give the name of a file",
+    errno.EIO: "check the disk",
+    errno.EMFILE: "raise `ulimit -n`",
+}
+# How the writers of weights and tokenizers, which are not Python's, speak of the system's errors.
+_FOREIGN = re.compile(r"\(os error (\d+)\)|\bOs \{ code: (\d+)")
 
 
 @contextlib.contextmanager
@@ -23,15 +37,42 @@ def name_full_disk(place: Path) -> Iterator[None]:
         place: The file or folder that is written; an error that names a file elsewhere is told of that one.
 
     Raises:
-        NoRoomError: Instead of an ``OSError`` of a full disk, quota or file.
+        NoRoomError: Instead of the system's or a library's error of a full disk, quota or file.
     """
     try:
         yield
-    except OSError as error:
-        if error.errno not in _NO_ROOM:
+    except Exception as error:
+        code = error.errno if isinstance(error, OSError) else _foreign_code(error)
+        if code not in _NO_ROOM:
             raise
-        where = place if is_below(error.filename, place.parent) else error.filename
-        raise NoRoomError(f"{where}: {error.strerror}; {_NO_ROOM[error.errno]}, then {AGAIN}") from error
+        named = getattr(error, "filename", None)
+        where = place if is_below(named, place.parent) else named
+        raise NoRoomError(f"{where}: {os.strerror(code)}; {_REMEDIES[code]}") from error
+
+
+def _foreign_code(error: Exception) -> int | None:
+    found = None if isinstance(error, DistillError) else _FOREIGN.search(str(error))
+    return int(found[1] or found[2]) if found else None
+
+
+@contextlib.contextmanager
+def name_written(final: Path, temporary: Path) -> Iterator[None]:
+    """As `name_full_disk`, for what is written under another name first, which tells nobody anything."""
+    try:
+        with name_full_disk(final):
+            yield
+    except OSError as error:
+        named = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else Path()
+        if not named.is_relative_to(temporary):
+            raise
+        raise OSError(error.errno, error.strerror, str(final / named.relative_to(temporary))) from error
+
+
+def disk_remedy(error: OSError) -> str:
+    """What to do about an error of the system, to stand behind it; empty where that is not known or said already."""
+    if error.errno is None or error.strerror != os.strerror(error.errno) or error.errno not in _REMEDIES:
+        return ""
+    return f"; {_REMEDIES[error.errno]}"
 
 
 def is_below(filename: object, folder: Path) -> bool:

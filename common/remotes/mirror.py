@@ -37,6 +37,7 @@ from vlm_distill_cache.common.files.atomic import (
     write_bytes_atomic,
     write_json_atomic,
 )
+from vlm_distill_cache.common.files.disk import name_full_disk
 from vlm_distill_cache.common.files.hashing import checksum, file_checksum
 from vlm_distill_cache.common.locations import is_url, public_location, whole_location
 from vlm_distill_cache.common.remotes import open_remote
@@ -207,7 +208,8 @@ class Mirror:
                     break
                 if other != path and _evict(other):
                     total -= held
-            path.write_bytes(str(size).encode())
+            with name_full_disk(path):
+                path.write_bytes(str(size).encode())
         if total > self._limit and not self._told:
             self._told = True
             remedy = f"so many shards are in use at a time. Raise {LIMIT_VARIABLE}, or lower shuffle_window"

@@ -23,6 +23,7 @@ import click
 from tqdm import tqdm
 
 from vlm_distill_cache.common.errors import DistillError
+from vlm_distill_cache.common.files.disk import disk_remedy
 from vlm_distill_cache.common.files.hashing import checksum
 from vlm_distill_cache.common.locations import is_url
 from vlm_distill_cache.common.printing import CONTROL, SURROGATE, hide_secrets, message, one_line, printable
@@ -168,7 +169,7 @@ class CommandGroup(click.Group):
             sys.stderr.close()  # the reader of our output left; the interpreter must not complain about it
         except OSError as error:
             place = f"{one_line(os.fsdecode(error.filename))}: " if isinstance(error.filename, str | bytes) else ""
-            say(f"error: {place}{error.strerror or error}", err=True)
+            say(f"error: {place}{message(error.strerror or str(error))}{disk_remedy(error)}", err=True)
         except UnicodeEncodeError as error:
             if not SURROGATE.search(str(error.object)):
                 raise

@@ -25,9 +25,9 @@ CONTROL = re.compile(
 
 # KEY:SECRET@ before a host or bucket (a port is no password; the secret may have slashes), and what follows a "?".
 _USER = re.compile(r"""\b(https?|s3|hf)://(?:[^\s'"<>/@:]*:(?!\d{1,5}(?:[/?#]|$))[^\s'"<>@]*|[^\s'"<>/@:]*)@""", re.I)
-_QUERY = re.compile(r"""\b((?:https?|s3|hf)://[^\s?'"<>]*)\?[^\s'"<>]+""", re.I)
+_QUERY = re.compile(r"""\b((?:https?|s3|hf)://[^\s?'"<>]*)\?[^\s'"<>]*[^\s'"<>.,;:!)\]]""", re.I)
 _TOKEN = re.compile(
-    r"""\b(?:(hf_)[A-Za-z0-9]{20,}|(x-(?:amz|goog)-(?:signature|credential|security-token)=)[^\s'"<>&]+)""", re.I
+    r"""\b(?:(hf_)[A-Za-z0-9]{20,}|(x-(?:amz|goog)-(?:signature|credential|security-token)=)[^\s'"<>&,;)]+)""", re.I
 )
 
 
@@ -67,9 +67,9 @@ def message(text: str) -> str:
 _MARKUP = re.compile(r"[\\`*\[\]<>|&~$]|(?<![^\W_])_|_(?![^\W_])")
 
 
-def markdown(text: object) -> str:
+def markdown(text: object, *, limit: int = MAX_SHOWN) -> str:
     """Text of unknown origin inside a line or a cell of Markdown: it reads as it is, and means nothing."""
-    return _MARKUP.sub(r"\\\g<0>", one_line(text))
+    return _MARKUP.sub(r"\\\g<0>", one_line(text, limit=limit))
 
 
 def markdown_code(text: object, *, limit: int = MAX_SHOWN) -> str:

@@ -8,10 +8,10 @@ from typing import Any
 
 from vlm_distill_cache.common.cache.counts import SampleCounts
 from vlm_distill_cache.common.cache.plan import Plan, card_store_line
-from vlm_distill_cache.common.printing import hide_secrets, markdown, markdown_code, one_line, printable
+from vlm_distill_cache.common.printing import markdown, markdown_code, one_line
 
 DERIVED = "derived"
-_MAX_CODEC = 4000  # characters of a codec's settings
+_MAX_CODEC = _MAX_QUOTED = 4000  # characters of a codec's settings, and of a line of a quoted card
 
 
 def derivation_words(plan: Plan) -> list[str]:
@@ -65,7 +65,7 @@ def write_derived_card(
         )
     )
     quoted = "\n".join(
-        f"\n### Manifest `{manifest_hash}`\n\n{_quote(card) or '    (no card)'}" for manifest_hash, card in sources
+        f"\n### Manifest `{manifest_hash}`\n\n{_quote(card) or '> (no card)'}" for manifest_hash, card in sources
     )
     return f"""---
 {_front_matter(plan, name)}---
@@ -128,5 +128,5 @@ def _rows(cells: Any) -> str:
 
 
 def _quote(card: str) -> str:
-    """Somebody's card as indented code, which nothing inside it can end: it links to nothing and loads no picture."""
-    return "\n".join(f"    {printable(hide_secrets(line))}".rstrip() for line in card.splitlines())
+    """Somebody's card, as it was written: quoted, it links to nothing and loads no picture."""
+    return "\n".join(f"> {markdown(line, limit=_MAX_QUOTED)}".rstrip() for line in card.splitlines())

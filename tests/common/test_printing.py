@@ -9,8 +9,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vlm_distill_cache.common.errors import DataError
-from vlm_distill_cache.common.printing import MAX_SHOWN, brief, message, one_line, shorten_parts
-from vlm_distill_cache.common.terminal.command_line import CommandGroup, _Shown
+from vlm_distill_cache.common.locations import public_location
+from vlm_distill_cache.common.printing import (
+    MAX_SHOWN,
+    brief,
+    hide_secrets,
+    markdown,
+    markdown_code,
+    message,
+    one_line,
+    shorten_parts,
+)
+from vlm_distill_cache.common.terminal.command_line import CommandGroup, _Shown, say, show_failure
 
 PAYLOAD = "iVBORw0KGgo/AAA+" * 4000
 LONG_ID = "i" * 4096
@@ -79,3 +89,61 @@ def test_a_warning_on_screen_is_short_too():
     assert shown.startswith("the folder holds iVBOR")
     assert len(shown) < 400
     assert shown.isprintable()
+
+
+@pytest.mark.parametrize(
+    ("secret", "shown"),
+    [
+        ("https://host:8443/a/b?X-Amz-Signature=SECRET&y=SECRET", "https://host:8443/a/b?..."),
+        ("http://me:SECRET@host/a", "http://host/a"),
+        ("https://SECRET@host/a?SECRET", "https://host/a?..."),
+        ("s3://AKIASECRET:SEC/RET+SECRET@bucket/a", "s3://bucket/a"),
+        ("hf_SECRETSECRETSECRETSECRET", "hf_..."),
+        ("X-Amz-Credential=SECRET", "X-Amz-Credential=..."),
+    ],
+)
+def test_secrets_of_addresses_are_shown_nowhere(secret: str, shown: str, capsys):
+    for form in ("{}", "error: '{}' is wrong; mend it", 'see {}, then ("{}") again'):
+        for show in (one_line, brief, message, hide_secrets):
+            assert show(form.replace("{}", secret)) == form.replace("{}", shown)
+        say(form.replace("{}", secret))
+        show_failure(ValueError, ValueError(secret), None)
+    assert "SECRET" not in "".join(capsys.readouterr())
+    assert "SECRET" not in public_location(secret) or "://" not in secret
+
+
+@pytest.mark.parametrize(
+    "harmless",
+    [
+        "hf://datasets/org/name@refs/pr/3", "s3://bucket/a@b", "https://host:8000/a@b:c", "org/name@main", "a?b=c",
+        "hf_hub_download of hf_transfer", "/home/me/x@y:z@w", "http://127.0.0.1:80",
+    ],
+)  # fmt: skip
+def test_what_is_no_secret_stays(harmless: str):
+    assert hide_secrets(harmless) == harmless == public_location(harmless)
+
+
+def test_errors_of_options_are_escaped_too():
+    @click.group(cls=CommandGroup)
+    def group() -> None: ...
+
+    @group.command()
+    def inspect() -> None: ...
+
+    result = CliRunner().invoke(group, ["inspect", "a", "\x07\u202e https://host/a?SECRET"])
+    assert result.exit_code == 2
+    assert "Error: Got unexpected extra arguments (a \\x07\\u202e https://host/a?...)" in result.output
+
+
+@given(st.text(alphabet="[]()!<>*_`|&~$\\{}#+-=:/.\"' \n\x1bab1;hrefsclt@", max_size=60))
+def test_nothing_in_a_card_means_anything_to_a_reader_of_markdown(text: str):
+    parser = pytest.importorskip("markdown_it").MarkdownIt("commonmark").enable(["table", "strikethrough"])
+    tokens = parser.parse(
+        f"| a | b |\n|---|---|\n| {markdown(text)} | {markdown_code(f'x{text}')} |\n\nsaid: {markdown(text)}\n"
+    )
+    *_, first, second, line = [token.children for token in tokens if token.type == "inline"]
+    for children in (first, line):
+        assert {child.type for child in children} <= {"text"}
+    assert "".join(child.content for child in first).strip() == one_line(text).strip()
+    assert [child.type for child in second] == ["code_inline"]
+    assert second[0].content.strip() == one_line(f"x{text}").replace("`", "'").strip()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from vlm_distill_cache.common.errors import ConfigError
+from vlm_distill_cache.common.errors import ConfigError, ProcessFailedError
 from vlm_distill_cache.common.terminal import launch as launches
 from vlm_distill_cache.common.terminal.launch import (
     ALONE,
@@ -193,3 +193,16 @@ def test_who_waits_in_vain_says_so_and_what_to_unset(rank: int, monkeypatch):
     monkeypatch.setenv(launches.WAIT, "soon")
     with pytest.raises(ConfigError, match=r"'soon': expected seconds"):
         meet(waiting)
+
+
+@pytest.mark.parametrize(
+    "text", ["[third_party/gloo/pair.cc] Connection closed by peer", "NCCL error: remote process exited"]
+)
+def test_a_process_that_lost_the_others_says_so_in_a_line(text: str, monkeypatch, tmp_path):
+    for size, said in ((2, ProcessFailedError), (1, RuntimeError)):
+        monkeypatch.setattr(launches, "enter_launch", lambda size=size: Launch(launcher="torchrun", size=size))
+        with pytest.raises(RuntimeError) as caught, launches.explain_lost_processes(tmp_path):
+            raise RuntimeError(text)
+        assert type(caught.value) is said
+        with pytest.raises(RuntimeError, match="shapes differ"), launches.explain_lost_processes(tmp_path):
+            raise RuntimeError("shapes differ")

@@ -1,6 +1,8 @@
 import os
 import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -43,3 +45,33 @@ def test_a_command_ends_with_the_process_that_waits_for_it(tmp_path: Path, monke
 def test_a_commands_exit_code_and_environment():
     code = "import os; raise SystemExit(int(os.environ['CODE']))"
     assert run_command([sys.executable, "-c", code], {"CODE": "7"}) == 7
+
+
+def test_what_a_command_started_ends_with_it_even_if_it_is_killed(tmp_path: Path):
+    """A launcher, and what that one starts in its turn."""
+    head = "import os, sys, time; from vlm_distill_cache.common.terminal.command_line import end_with_parent, run_command\n"
+    head += "def begin(): end_with_parent(); print(os.getpid(), file=open(os.environ['PIDS'], 'a'))\n"
+    head += "def start(code): run_command([sys.executable, '-c', code], os.environ)\n"
+    leaf = head + "begin(); time.sleep(60)"
+    starts = head + f"begin(); start({leaf!r})"
+    top = head + f"start({starts!r})"
+    pids = tmp_path / "pids"
+    process = subprocess.Popen([sys.executable, "-c", top], env=os.environ | {"PIDS": str(pids)})
+    deadline = time.monotonic() + 60
+    while not pids.exists() or pids.read_text().count("\n") < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    left = [int(pid) for pid in pids.read_text().split()]
+    while left and time.monotonic() < deadline:
+        left = [pid for pid in left if _runs(pid)]
+        time.sleep(0.05)
+    assert left == []
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return ") Z " not in Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False

@@ -69,3 +69,16 @@ def test_sizes_are_those_of_the_records_and_equal_for_both_stores(tmp_path: Path
 def test_a_licence_of_several_lines_is_refused():
     with pytest.raises(ConfigError, match="license: expected one line"):
         BuildConfig(license="mit\nviewer: true")
+
+
+def test_whatever_an_author_states_is_text_in_the_card(tmp_path: Path, build_cache):
+    said = "[a](http://e) ![b](http://e/c.png) <img src=http://e> `d` | *f* &lt; $g$"
+    build_cache(tmp_path / "cache", license=said, teacher_license=said, data_license=said, source=said)
+    card = (tmp_path / "cache" / "README.md").read_text()
+    assert front_matter(card)["license"] == said
+    parser = pytest.importorskip("markdown_it").MarkdownIt("commonmark").enable("table")
+    tokens = parser.parse(card.split("---\n", 2)[2])
+    inline = [token for token in tokens if token.type == "inline"]
+    kinds = {token.type for token in tokens} | {child.type for token in inline for child in token.children}
+    assert not {kind for kind in kinds if kind.startswith(("link", "image", "html", "em_"))}
+    assert sum("".join(child.content for child in token.children) == said for token in inline) == 3  # whole cells

@@ -434,3 +434,12 @@ def test_the_gain_is_paired_where_both_models_have_the_same_items():
     assert lines[0].split() == ["sft", "distilled", "teacher", "gain"]
     assert "+50.0 [+" in lines[1]
     assert all(row.gain is None for row in table_rows(reports)[0])
+
+
+def test_names_of_a_caches_author_do_not_control_the_terminal():
+    score = Score(value=0.5, low=0.4, high=0.6, items=4)
+    name = "\x1b]0;owned\x07\u202e\n| [x](http://e)"
+    report = EvaluationReport(scores={f"likelihood/{name}": score, f"questions/{name}": score})
+    lines = render_table({"teacher": report}).splitlines()
+    assert len(lines) == 5  # heads, two headings, two kinds
+    assert all(line.isprintable() for line in lines)

@@ -23,9 +23,10 @@ CONTROL = re.compile(
 )  # moves the cursor or turns text round
 
 
-# KEY:SECRET@ before a host or bucket (a port is no password; the secret may have slashes), and what follows a "?".
-_USER = re.compile(r"""\b(https?|s3|hf)://(?:[^\s'"<>/@:]*:(?!\d{1,5}(?:[/?#]|$))[^\s'"<>@]*|[^\s'"<>/@:]*)@""", re.I)
-_QUERY = re.compile(r"""\b((?:https?|s3|hf)://[^\s?'"<>]*)\?[^\s'"<>]*[^\s'"<>.,;:!)\]]""", re.I)
+_WORD = re.compile(r"""[^\s'"<>]+""")
+_ADDRESS = re.compile(r"\b(?:https?|s3|hf)://", re.I)
+# KEY:SECRET@ before a host or bucket: a port is no password, and a secret may have slashes.
+_USER = re.compile(r"\b(https?|s3|hf)://(?:[^/@:]*:(?!\d{1,5}(?:[/?#]|$))[^@]*|[^/@:]*)@", re.I)
 _TOKEN = re.compile(
     r"""\b(?:(hf_)[A-Za-z0-9]{20,}|(x-(?:amz|goog)-(?:signature|credential|security-token)=)[^\s'"<>&,;)]+)""", re.I
 )
@@ -34,8 +35,19 @@ _TOKEN = re.compile(
 def hide_secrets(text: str) -> str:
     """Leave out what lets its reader in: passwords and queries of addresses, which may be signatures, and tokens."""
     if "://" in text:
-        text = _QUERY.sub(r"\1?...", _USER.sub(r"\1://", text))
+        text = _WORD.sub(lambda found: _public(found[0]), text)
     return _TOKEN.sub(r"\1\2...", text)
+
+
+def _public(word: str) -> str:
+    if "://" not in word:
+        return word
+    users, at, rest = word.rpartition("@")  # up to the last one: no search ends in vain after reading on to the end
+    word = _USER.sub(r"\1://", users + at) + rest
+    address = _ADDRESS.search(word)
+    mark = -1 if address is None else word.find("?", address.end())
+    query = word[mark + 1 :].rstrip(".,;:!)]")
+    return f"{word[:mark]}?...{word[mark + 1 + len(query) :]}" if mark >= 0 and query else word
 
 
 def one_line(text: object, *, limit: int = MAX_SHOWN) -> str:

@@ -1,6 +1,7 @@
 """Text of unknown origin is shown short and harmless, and says whose it is and what to do."""
 
 import logging
+import time
 
 import click
 import pytest
@@ -121,6 +122,19 @@ def test_secrets_of_addresses_are_shown_nowhere(secret: str, shown: str, capsys)
 )  # fmt: skip
 def test_what_is_no_secret_stays(harmless: str):
     assert hide_secrets(harmless) == harmless == public_location(harmless)
+
+
+def test_no_text_makes_whoever_shows_it_wait():
+    began = time.monotonic()
+    for text in (
+        "http://" * 50_000,
+        "@" + "http://" * 50_000,
+        "http://?." * 50_000,
+        "s3://a:" * 50_000 + "@",
+        "hf_" * 100_000,
+    ):
+        message(text)
+    assert time.monotonic() - began < 5
 
 
 def test_errors_of_options_are_escaped_too():

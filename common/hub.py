@@ -323,7 +323,8 @@ def _bars(stopped: threading.Event) -> type[tqdm[Any]]:
         def __init__(self, *args: Any, **options: Any) -> None:
             options.pop("name", None)
             self.done, self.counts_bytes = options.get("initial") or 0, options.get("unit") == "B"
-            super().__init__(*args, **options | {"disable": hidden, "leave": False})
+            desc = one_line(options.get("desc") or "")  # may be a name of somebody's file
+            super().__init__(*args, **options | {"desc": desc, "disable": hidden, "leave": False})
 
         def update(self, n: float | None = 1) -> bool | None:
             if stopped.is_set():

@@ -16,7 +16,7 @@ from vlm_distill_cache.common.codecs.registry import CODECS
 ROOT = Path(__file__).resolve().parent.parent
 ORDER = {  # inside a package, each level imports only what stands before it
     "common": (
-        "errors printing locations", "files pixels attention", "hub", "cache models config", "codecs recipes",
+        "errors printing", "locations", "files pixels attention", "hub", "cache models config", "codecs recipes",
         "terminal remotes",
         "opening", "tools", "cli",
     ),

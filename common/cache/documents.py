@@ -23,6 +23,7 @@ from vlm_distill_cache.common.files.atomic import (
     write_bytes_atomic,
 )
 from vlm_distill_cache.common.files.hashing import fingerprint, fingerprint_parsed
+from vlm_distill_cache.common.printing import one_line
 
 
 def document_bytes(body: Mapping[str, Any]) -> bytes:
@@ -130,7 +131,7 @@ def describe_differences(before: Any, now: Any, *, there: str, here: str) -> lis
     """List where two JSON values differ, a line each: the dotted key, and what ``there`` and ``here`` have."""
     old, new = _flatten(before), _flatten(now)
     return [
-        f"  {key}: {there} has {old.get(key, 'nothing')!r}, {here} has {new.get(key, 'nothing')!r}"
+        f"  {one_line(key)}: {there} has {old.get(key, 'nothing')!r}, {here} has {new.get(key, 'nothing')!r}"
         for key in sorted(old.keys() | new.keys())
         if (key in old) != (key in new) or old.get(key) != new.get(key)
     ]

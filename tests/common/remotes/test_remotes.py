@@ -229,3 +229,13 @@ def test_a_library_that_is_missing_or_a_hub_that_is_off_is_named(monkeypatch):
 def test_paths_are_no_addresses():
     assert all(is_url(text) for text in ("s3://b/x", "hf://datasets/a/b", "http://h/x", "https://h"))
     assert not any(is_url(text) for text in ("/s3/x", "s3", "http:/x", "c:/x", Path("s3://b")))
+
+
+@pytest.mark.parametrize(
+    "address", ["s3://KEY:HID/DEN@bucket/a", "s3://HIDDEN@bucket/a", "hf://me:HIDDEN@datasets/o/n"]
+)
+def test_keys_in_an_address_are_refused_and_not_repeated(address: str):
+    with pytest.raises(ConfigError, match=r"expected an address alone.*AWS_ACCESS_KEY_ID.*HF_TOKEN") as caught:
+        open_remote(address)
+    assert "KEY:" not in str(caught.value)
+    assert "HIDDEN" not in str(caught.value)

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,11 +20,11 @@ from typing import Any, NoReturn
 import click
 from tqdm import tqdm
 
-from vlm_distill_cache.common.errors import DistillError
+from vlm_distill_cache.common.errors import DistillError, LaunchError
 from vlm_distill_cache.common.files.hashing import checksum
 from vlm_distill_cache.common.locations import is_url
 from vlm_distill_cache.common.printing import CONTROL, SURROGATE, message, one_line, printable
-from vlm_distill_cache.common.terminal.launch import enter_launch
+from vlm_distill_cache.common.terminal.launch import SAY_S, enter_launch
 
 logger = logging.getLogger(__name__)
 SAID = "VLM_DISTILL_SAID"  # of a process that another one of ours started: what that one has said
@@ -146,6 +147,9 @@ class CommandGroup(click.Group):
         try:
             return super().invoke(ctx)
         except DistillError as error:
+            if isinstance(error, LaunchError) and enter_launch().rank:
+                time.sleep(SAY_S)  # a launcher ends all with the first that ends: process 0 is to say it
+                return ctx.exit(1)
             say(f"error: {message(str(error))}", err=True)
         except BrokenPipeError:
             sys.stderr.close()  # the reader of our output left; the interpreter must not complain about it

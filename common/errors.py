@@ -13,6 +13,10 @@ class ConfigError(DistillError, ValueError):
     """A configuration value or command-line option that cannot be used."""
 
 
+class LaunchError(ConfigError):
+    """What a launcher asks of all its processes cannot be done; all of them find this, and process 0 says it."""
+
+
 class SampleError(DistillError, ValueError):
     """One sample cannot be read or encoded; stage one records it with this reason and goes on."""
 

@@ -29,6 +29,7 @@ from vlm_distill_cache.common.terminal.command_line import (
     stopped_by_sigterm,
 )
 from vlm_distill_cache.common.terminal.launch import enter_launch
+from vlm_distill_cache.common.terminal.sharding import refuse_sharding
 from vlm_distill_cache.stage1_teacher.config import SIGNALS, BuildConfig
 
 # Imports that pull torch in are inside the commands, so that --help and usage errors are instant.
@@ -95,6 +96,7 @@ def _settings(options: dict[str, Any]) -> tuple[BuildConfig, Recipe | None]:
 @click.option("--overwrite", is_flag=True, help="Start again, whatever cache the folder holds.")
 def build(*, nproc: int | None, part: str | None, overwrite: bool, **options: Any) -> None:
     """Build a cache or resume one; does nothing if it is complete."""
+    refuse_sharding(enter_launch().sharding, model="teacher")
     settings, recipe = _settings(options)
 
     from vlm_distill_cache.stage1_teacher.extract import extract, extract_with_processes

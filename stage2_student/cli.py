@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from vlm_distill_cache.common.config import config_from_dict, read_yaml
-from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, TransferError
+from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, LaunchError, TransferError
 from vlm_distill_cache.common.files.atomic import write_json_atomic
 from vlm_distill_cache.common.hub import model_folder
 from vlm_distill_cache.common.opening import open_cache
@@ -35,6 +35,7 @@ from vlm_distill_cache.common.terminal.command_line import (
     stopped_by_sigterm,
 )
 from vlm_distill_cache.common.terminal.launch import enter_launch, explain_lost_processes
+from vlm_distill_cache.common.terminal.sharding import refuse_sharding
 from vlm_distill_cache.stage2_student import run as runs
 from vlm_distill_cache.stage2_student.config import PHASE_NAMES, TrainConfig
 from vlm_distill_cache.stage2_student.pruned_folder import refuse_uncut
@@ -110,6 +111,7 @@ def _load(options: dict[str, Any]) -> tuple[TrainConfig, str]:
 @_training_options
 def train(**options: Any) -> None:
     """Train one student through its phases, or resume it."""
+    refuse_sharding(enter_launch().sharding, model="student")
     settings, of_recipe = _load(options)
 
     from vlm_distill_cache.stage2_student.training.log import summarise
@@ -145,10 +147,11 @@ def train(**options: Any) -> None:
 @click.option("--teacher", help="The teacher that a student pruned:KEEP is cut out of: a folder or a name on the hub.")
 def run(*, nproc: int, **options: Any) -> None:
     """Train `sft`, the baseline without a teacher, and the distilled student; score both, write the report."""
-    settings, of_recipe = _load(options)
     launch = enter_launch()
+    refuse_sharding(launch.sharding, model="student")
+    settings, of_recipe = _load(options)
     if launch.size > 1:
-        raise ConfigError(
+        raise LaunchError(
             f"{launch.launcher} started {launch.size} processes of `distill run`, which starts its own: run it once, with "
             f"--nproc {launch.size}; or train by `distill train`, which {launch.launcher} may start"
         )

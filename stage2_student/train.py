@@ -5,6 +5,7 @@ loading threads and attention is recomputed for the wanted rows of the wanted la
 ``accelerate launch`` for several processes: a step then sees the same samples and has the same gradient.
 """
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,8 +23,9 @@ from vlm_distill_cache.common.config import config_to_dict, save_config
 from vlm_distill_cache.common.errors import CacheMismatchError, ConfigError
 from vlm_distill_cache.common.files.atomic import clean_stale, new_directory, remove, write_json_atomic
 from vlm_distill_cache.common.locations import public_location
-from vlm_distill_cache.common.terminal.launch import READY_S, enter_launch, meet
+from vlm_distill_cache.common.terminal.launch import READY_S, clean_environment, enter_launch, meet
 from vlm_distill_cache.common.terminal.progress import hide_library_bars
+from vlm_distill_cache.common.terminal.sharding import refuse_sharding
 from vlm_distill_cache.stage2_student.config import TrainConfig, public_config, without_secrets
 from vlm_distill_cache.stage2_student.losses.objective import Losses, step_shares
 from vlm_distill_cache.stage2_student.students.model import StudentModel
@@ -86,6 +88,7 @@ def train(
     meanwhile.
     """
     hide_library_bars()
+    refuse_sharding(enter_launch().sharding, model="student")
     meet(enter_launch())
     # All processes: everything that can be wrong is found here, before the first step.
     run = prepare(config, caches)
@@ -147,6 +150,7 @@ def build_accelerator(config: TrainConfig, fingerprint: str) -> Accelerator:
     cpu = config.device == "cpu" or not torch.accelerator.is_available()
     launch = enter_launch()
     meet(launch, limit_s=READY_S)
+    clean_environment(os.environ, launch)  # a Python caller may have set something since
     try:
         accelerator = Accelerator(mixed_precision=config.precision, cpu=cpu)
     except ValueError as error:  # it is fixed once a process

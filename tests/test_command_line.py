@@ -48,7 +48,8 @@ SURFACE = {
 TARGETS = {
     "help", "setup", "teacher-cache", "distill", "evaluate", "report", "demo", "demo-teacher", "experiment",
     "experiment-smollm",
-    "test", "checks", "format", "docs", "bench", "bench-compare", "bench-codec", "full-size", "clean",
+    "test", "checks", "format", "docs", "bench", "bench-compare", "bench-codec", "full-size",
+    "lock", "sbom", "audit", "clean",
 }  # fmt: skip
 
 

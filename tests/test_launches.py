@@ -17,7 +17,7 @@ LEFT = {
     "TORCHELASTIC_RESTART_COUNT": "0", "PET_NNODES": "2", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1",
     "OMPI_COMM_WORLD_LOCAL_RANK": "1", "PMI_SIZE": "two", "PMI_RANK": "1", "MV2_COMM_WORLD_SIZE": "4",
     "MV2_COMM_WORLD_RANK": "3", "SLURM_JOB_ID": "5", "SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_LOCALID": "0",
-    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4", "ACCELERATE_USE_FSDP": "true", "ACCELERATE_USE_CPU": "maybe",
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4", "FSDP_VERSION": "2", "ACCELERATE_USE_CPU": "maybe",
     "CUDA_VISIBLE_DEVICES": "",
 }  # fmt: skip
 
@@ -124,3 +124,29 @@ def test_of_a_command_for_one_process_the_first_does_the_work(tmp_path: Path):
         process = start("two", ["report", str(tmp_path / "none")], launched | {"SLURM_PROCID": rank})
         said, _ = process.communicate(timeout=100)
         assert (process.returncode, told in said) == (code, True), said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["flags", "configuration"])
+def test_a_launch_that_would_shard_ends_with_one_message(how: str, command, tmp_path: Path):
+    """`accelerate launch` itself, asked by its flags or by its default configuration file."""
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2"]
+    if how == "flags":
+        launch += ["--use_fsdp", "--fsdp_version", "2", "--fsdp_auto_wrap_policy", "NO_WRAP"]
+    else:
+        settings = tmp_path / "accelerate" / "default_config.yaml"
+        settings.parent.mkdir()
+        settings.write_text(
+            "{compute_environment: LOCAL_MACHINE, distributed_type: FSDP, num_machines: 1, machine_rank: 0, use_cpu: false,\n"
+            "mixed_precision: 'no', fsdp_config: {fsdp_version: 2, fsdp_auto_wrap_policy: NO_WRAP}}\n"
+        )
+    for stage in STAGES:
+        ran = subprocess.run(
+            [*launch, "-m", STAGES[stage], *command[stage](tmp_path / "made")],
+            env=os.environ | {"HF_HOME": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""},
+            cwd=ROOT, capture_output=True, text=True, timeout=200, check=False,
+        )  # fmt: skip
+        assert ran.returncode == 1
+        assert ran.stderr.count("error: not supported: FSDP (ACCELERATE_USE_FSDP=true)") == 1, ran.stderr
+        assert str(tmp_path / "accelerate" / "default_config.yaml") in ran.stderr
+        assert not (tmp_path / "made").exists()

@@ -22,12 +22,12 @@ from typing import Any, NoReturn
 import click
 from tqdm import tqdm
 
-from vlm_distill_cache.common.errors import DistillError
+from vlm_distill_cache.common.errors import DistillError, LaunchError
 from vlm_distill_cache.common.files.disk import disk_remedy
 from vlm_distill_cache.common.files.hashing import checksum
 from vlm_distill_cache.common.locations import is_url
 from vlm_distill_cache.common.printing import CONTROL, SURROGATE, hide_secrets, message, one_line, printable
-from vlm_distill_cache.common.terminal.launch import enter_launch
+from vlm_distill_cache.common.terminal.launch import SAY_S, enter_launch
 
 logger = logging.getLogger(__name__)
 PARENT = "VLM_DISTILL_PARENT"  # the process that another one of ours was started by
@@ -164,6 +164,9 @@ class CommandGroup(click.Group):
             say(message(shown.getvalue().rstrip("\n")), err=True)
             return ctx.exit(error.exit_code)
         except DistillError as error:
+            if isinstance(error, LaunchError) and enter_launch().rank:
+                time.sleep(SAY_S)  # a launcher ends all with the first that ends: process 0 is to say it
+                return ctx.exit(1)
             say(f"error: {message(str(error))}", err=True)
         except BrokenPipeError:
             sys.stderr.close()  # the reader of our output left; the interpreter must not complain about it

@@ -21,12 +21,14 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from vlm_distill_cache.common.errors import ConfigError, ProcessFailedError
+from vlm_distill_cache.common.printing import one_line
+from vlm_distill_cache.common.terminal.sharding import OFF, find_sharding
 
 logger = logging.getLogger(__name__)
 # What gloo and NCCL say of a process that is gone.
@@ -35,9 +37,10 @@ _LOST = re.compile(r"\bgloo\b|\bNCCL\b|Connection (?:closed|reset) by peer")
 WAIT = "VLM_DISTILL_LAUNCH_WAIT"
 WAIT_S = 90.0  # for processes that are started together; the variable above gives slow clusters more
 READY_S = 1800.0  # for processes that are reading models and data
-_SAY_S = 10.0  # a wait that is longer is told of
+SAY_S = 10.0  # a wait that is longer is told of
 _CONNECT_S = 5.0
 _GRACE_S = 2.0
+_MOST = 1 << 20  # more processes than any launch has
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +55,7 @@ class Launch:
         names: The variables that say rank and size.
         address: Host and port where they meet; None where the launcher does not tell.
         hosted: The launcher holds the meeting place; else process 0 does.
+        sharding: What the environment held to divide a model by, as from `find_sharding`.
     """
 
     launcher: str = ""
@@ -61,6 +65,7 @@ class Launch:
     names: tuple[str, ...] = ()
     address: tuple[str, int] | None = None
     hosted: bool = False
+    sharding: Mapping[str, str] = field(default_factory=dict, compare=False)
 
 
 ALONE = Launch()
@@ -175,12 +180,13 @@ _READ = (
     *_TORCH, "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_NAME", "ROLE_WORLD_SIZE", "NODE_RANK",
     "FORK_LAUNCHED",
 )  # fmt: skip
+_OPTIONS = ("ACCELERATE_", "FSDP_", "MEGATRON_LM_", "PARALLELISM_CONFIG_")
 _READ_PREFIXES = (
-    "TORCHELASTIC_", "PET_", "OMPI_COMM_WORLD_", "PMI_", "MPI_LOCAL", "MV2_COMM_WORLD_", "ACCELERATE_", "FSDP_",
-    "MEGATRON_LM_", "PARALLELISM_CONFIG_",
+    "TORCHELASTIC_", "PET_", "OMPI_COMM_WORLD_", "PMI_", "MPI_LOCAL", "MV2_COMM_WORLD_", *_OPTIONS,
 )  # fmt: skip
 _KEPT_OF_TORCHRUN = ("GROUP_", "ROLE_", "TORCHELASTIC_")
-_OFF = ("", "0", "1", "no", "none", "false", "default")
+_OURS = {"ACCELERATE_MIXED_PRECISION": "precision", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "micro_batch_size",
+         "ACCELERATE_GRADIENT_CLIPPING": "clip", "ACCELERATE_TORCH_DEVICE": "device"}  # fmt: skip
 _CPU = "ACCELERATE_USE_CPU"
 
 
@@ -217,11 +223,12 @@ def enter_launch() -> Launch:
     launch = find_launch(os.environ)
     left = [] if launch.size > 1 else told_of_several(os.environ)
     options = ignored_options(os.environ)
+    launch = replace(launch, sharding=find_sharding(os.environ))
     clean_environment(os.environ, launch)
     if left:
         logger.warning(
             "runs alone: %s %s set, but no launcher of several processes (torchrun, accelerate launch, mpirun, srun) is at "
-            "work here; unset %s to be rid of this line",
+            "work here, or not all of what it sets is left; unset %s to be rid of this line",
             ", ".join(left),
             "is" if len(left) == 1 else "are",
             "it" if len(left) == 1 else "them",
@@ -239,11 +246,17 @@ def told_of_several(environment: Mapping[str, str]) -> list[str]:
 
 
 def ignored_options(environment: Mapping[str, str]) -> list[str]:
-    """The options of ``accelerate launch`` that are on: here a command's own options say what is done."""
+    """The options of ``accelerate launch`` that are on, with values: a command's own options say what is done.
+
+    Those that are refused, `find_sharding` finds.
+    """
     return sorted(
-        name
+        f"{name}={one_line(value)}" + (f" (here: {_OURS[name]})" if name in _OURS else "")
         for name, value in environment.items()
-        if name.startswith("ACCELERATE_") and name != _CPU and value.strip().lower() not in _OFF
+        if name.startswith(_OPTIONS)
+        and name != _CPU
+        and value.strip().lower() not in OFF
+        and not find_sharding({name: value})
     )
 
 
@@ -296,7 +309,7 @@ def meet(launch: Launch, *, limit_s: float | None = None) -> None:
         limit_s: Most seconds to wait; None: ``WAIT_S``, or what the environment says.
 
     Raises:
-        ConfigError: If they do not come, or cannot meet; names the variables that spoke of them.
+        ConfigError: If they do not come, cannot meet, or were told different things; names the variables that spoke of them.
     """
     if launch.size == 1:
         return
@@ -306,16 +319,23 @@ def meet(launch: Launch, *, limit_s: float | None = None) -> None:
         _stores.append(_open_store(launch, deadline, limit))
     key = f"vlm-distill/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{next(_meetings)}"
     try:
-        here = int(_stores[0].add(key, 1))
-        told = time.monotonic() + _SAY_S
-        while here < launch.size:
+        if int(_stores[0].add(f"{key}/{launch.rank}", 1)) > 1:
+            raise _told_apart(launch, f"another one is process {launch.rank}, too")
+        added = 1 + launch.size * _MOST  # one number counts those that came, and sums how many each was told of
+        told = time.monotonic() + SAY_S
+        while True:
+            sizes, here = divmod(int(_stores[0].add(key, added)), _MOST)
+            if sizes != here * launch.size:
+                raise _told_apart(launch, "others were told of another number")
+            if here >= launch.size:
+                return
             if time.monotonic() >= deadline:
                 raise _nobody_came(launch, f"{here} of {launch.size} processes came within {limit:.0f} s")
             if time.monotonic() >= told:
                 told = float("inf")
                 logger.warning("waiting for %d of %d processes, %.0f s at most", launch.size - here, launch.size, limit)
+            added = 0
             time.sleep(0.1)
-            here = int(_stores[0].add(key, 0))
     except RuntimeError as error:  # torch's errors of a connection
         raise _nobody_came(launch, f"the other processes are gone ({_first_line(error)})") from error
 
@@ -389,7 +409,7 @@ def _open_store(launch: Launch, deadline: float, limit: float) -> Any:
 
 def _wait_for_listener(host: str, port: int, deadline: float, limit: float) -> str:
     """Wait until somebody listens; the reason if nobody does. torch's own client cannot be interrupted while it tries."""
-    told = time.monotonic() + _SAY_S
+    told = time.monotonic() + SAY_S
     while True:
         try:
             socket.create_connection((host, port), timeout=_CONNECT_S).close()
@@ -409,6 +429,14 @@ def _nobody_came(launch: Launch, what: str) -> ConfigError:
     return ConfigError(
         f"{what}; {launch.launcher} ({', '.join(launch.names)}) says that this is process {launch.rank} of {launch.size}. "
         f"Start all of them within that time ({WAIT}=SECONDS gives them more), or, if nothing was launched, {_unset(launch)}"
+    )
+
+
+def _told_apart(launch: Launch, what: str) -> ConfigError:
+    rank, size = (f"{name}={value}" for name, value in zip(launch.names, (launch.rank, launch.size), strict=True))
+    return ConfigError(
+        f"the processes that met were told different things: this one of {rank} and {size}, but {what}. Let {launch.launcher} "
+        f"set these variables, which all scripts between must leave as they are; or, if nothing was launched, {_unset(launch)}"
     )
 
 

@@ -136,7 +136,9 @@ def test_processes_on_several_machines_must_be_told_where_they_meet():
 
 
 def test_what_was_left_is_told_of_in_one_line(monkeypatch, caplog):
-    for name, value in (MPIRUN | PLAIN | {"ACCELERATE_USE_FSDP": "true", "ACCELERATE_DYNAMO_BACKEND": "NO"}).items():
+    for name, value in (
+        MPIRUN | PLAIN | {"ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_DYNAMO_BACKEND": "NO"}
+    ).items():
         monkeypatch.setenv(name, value)
     enter_launch.cache_clear()
     try:
@@ -146,7 +148,7 @@ def test_what_was_left_is_told_of_in_one_line(monkeypatch, caplog):
         enter_launch.cache_clear()
     alone, unused = (record.getMessage() for record in caplog.records)
     assert "runs alone: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT, OMPI_COMM_WORLD_SIZE are set" in alone
-    assert unused.endswith("ACCELERATE_USE_FSDP")
+    assert unused.endswith("ACCELERATE_MIXED_PRECISION=bf16 (here: precision)")
     assert not {*MPIRUN, *PLAIN} & os.environ.keys()
 
 
@@ -175,6 +177,30 @@ def test_processes_meet_as_often_as_they_like(tmp_path: Path):
         subprocess.Popen([sys.executable, "-c", code, str(rank), port], stdout=subprocess.PIPE) for rank in range(3)
     ]
     assert [process.communicate()[0].split() for process in started] == [[b"0", b"1", b"2"]] * 3
+
+
+@pytest.mark.parametrize(
+    ("others", "said"),
+    [
+        ([(0, 3)], "RANK=1 and WORLD_SIZE=2, but others were told of another number"),
+        ([(1, 2)], "another one is process 1, too"),
+    ],
+)
+def test_processes_that_were_told_different_things_say_so_at_once(others, said: str, monkeypatch):
+    """Beside the others' adding to the store, as `meet` does; with a store of this process."""
+    counts: dict[str, int] = {}
+
+    class Store:
+        def add(self, key: str, number: int) -> int:
+            counts[key] = counts.get(key, 0) + number
+            return counts[key]
+
+    monkeypatch.setattr(launches, "_stores", [Store()])
+    for rank, size in [*others, (1, 2)]:
+        monkeypatch.setattr(launches, "_meetings", iter([0]))
+        launch = Launch(launcher="torchrun", rank=rank, size=size, names=("RANK", "WORLD_SIZE"))
+        with pytest.raises(ConfigError, match=said if (rank, size) == (1, 2) and counts else "within 0 s"):
+            meet(launch, limit_s=0)
 
 
 @pytest.mark.parametrize("rank", [0, 1])

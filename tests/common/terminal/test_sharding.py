@@ -1,0 +1,111 @@
+"""Whatever would divide a model is refused, whoever asks and however; what asks for nothing is not."""
+
+import os
+import re
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+from click.testing import CliRunner
+
+from vlm_distill_cache.common.errors import LaunchError
+from vlm_distill_cache.common.terminal import command_line, sharding
+from vlm_distill_cache.common.terminal.launch import enter_launch
+from vlm_distill_cache.common.terminal.sharding import find_sharding, refuse_sharding
+
+# As `accelerate launch` sets them, by its flags.
+ASKED = {
+    "ACCELERATE_USE_FSDP=true": "FSDP",
+    "ACCELERATE_USE_FSDP=1": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED=True": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM=true": "Megatron-LM",
+    "PARALLELISM_CONFIG_DP_SHARD_SIZE=2": "FSDP",
+    "PARALLELISM_CONFIG_DP_SHARD_SIZE=-1": "FSDP",
+    "PARALLELISM_CONFIG_TP_SIZE=2": "tensor parallelism",
+    "PARALLELISM_CONFIG_CP_SIZE=2": "context parallelism",
+    "PARALLELISM_CONFIG_SP_SIZE=4": "sequence parallelism",
+    "ACCELERATE_MIXED_PRECISION=fp8": "fp8",
+}
+HARMLESS = {
+    "ACCELERATE_USE_FSDP": "false", "ACCELERATE_USE_DEEPSPEED": "", "ACCELERATE_MIXED_PRECISION": "bf16",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_TP_SIZE": "1", "PARALLELISM_CONFIG_CP_BACKEND": "torch",
+    "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "8", "ACCELERATE_DYNAMO_BACKEND": "INDUCTOR", "FSDP_VERSION": "2",
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _no_accelerator(monkeypatch):
+    monkeypatch.setitem(
+        sys.modules, "accelerate.state", SimpleNamespace(AcceleratorState=SimpleNamespace(_shared_state={}))
+    )
+    enter_launch.cache_clear()
+    with mock.patch.dict(os.environ):
+        yield
+    enter_launch.cache_clear()
+
+
+@pytest.mark.parametrize("asked", ASKED)
+def test_variables_that_ask_for_it_are_found_among_those_that_do_not(asked: str):
+    name, _, value = asked.partition("=")
+    assert find_sharding(HARMLESS) == {}
+    assert find_sharding(HARMLESS | {name: value}) == {asked: ASKED[asked]}
+
+
+@pytest.mark.parametrize("command", [("distill", "train"), ("distill", "run"), ("teacher-cache", "build")])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_every_command_that_runs_a_model_refuses_and_one_process_says_it(command, rank: int, tmp_path, monkeypatch):
+    from vlm_distill_cache.stage1_teacher import cli as one
+    from vlm_distill_cache.stage2_student import cli as two
+
+    waited: list[float] = []
+    monkeypatch.setattr(command_line.time, "sleep", waited.append)
+    for asked in ("ACCELERATE_USE_FSDP=true", "PARALLELISM_CONFIG_TP_SIZE=2"):
+        monkeypatch.setenv(*asked.split("=", 1))
+    for name, value in (("ID", "0"), ("NUM_TASKS", "2")):
+        monkeypatch.setenv(f"SLURM_STEP_{name}", value)
+    monkeypatch.setenv("SLURM_PROCID", str(rank))
+    monkeypatch.setenv("SLURM_LOCALID", str(rank))
+    program, verb = command
+    made = str(tmp_path / "made")
+    options = ["--cache", str(Path(__file__).parent), "--output", made] if program == "distill" else ["--cache", made]
+    ran = CliRunner().invoke((two if program == "distill" else one).main, [verb, "--data", "shapes", *options])
+    assert ran.exit_code == 1
+    assert not any(tmp_path.iterdir())
+    if rank:
+        assert (ran.output, waited) == ("", [command_line.SAY_S])
+    else:
+        assert (
+            "not supported: FSDP (ACCELERATE_USE_FSDP=true), tensor parallelism (PARALLELISM_CONFIG_TP_SIZE=2)"
+            in ran.output
+        )
+        assert "`unset ACCELERATE_USE_FSDP PARALLELISM_CONFIG_TP_SIZE`" in ran.output
+        assert "--nproc N" in ran.output
+        assert not waited
+
+
+@pytest.mark.parametrize(
+    ("state", "said"),
+    [
+        ({"distributed_type": SimpleNamespace(name="FSDP")}, "FSDP (distributed_type=FSDP)"),
+        ({"parallelism_config": SimpleNamespace(tp_size=2, cp_size=1)}, "tensor parallelism (parallelism_config.tp_size=2)"),
+        ({"_mixed_precision": "fp8"}, "fp8 (mixed_precision=fp8). An Accelerator of this Python process"),
+        ({"dynamo_plugin": SimpleNamespace(backend=SimpleNamespace(name="INDUCTOR"))}, "torch.compile (dynamo_plugin"),
+    ],
+)  # fmt: skip
+def test_an_accelerator_of_the_same_process_that_shards_is_refused(state, said: str, monkeypatch):
+    monkeypatch.setattr(sys.modules["accelerate.state"].AcceleratorState, "_shared_state", state)
+    with pytest.raises(LaunchError, match=re.escape(said)):
+        refuse_sharding({}, model="student")
+    refuse_sharding({}, model="teacher")  # stage one has no accelerator
+
+
+def test_a_variable_set_after_the_launch_was_joined_is_seen(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    enter_launch()
+    assert enter_launch().sharding == {"ACCELERATE_USE_DEEPSPEED=true": "DeepSpeed"}  # and taken out
+    refuse_sharding({}, model="student")
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(LaunchError, match=r"DeepSpeed .*`unset ACCELERATE_USE_DEEPSPEED`"):
+        sharding.refuse_sharding({}, model="student")

@@ -124,7 +124,7 @@ def train(**options: Any) -> None:
         for note in cache_notes(settings, caches):
             click.echo(note)
     result = runs.train_alone(settings, caches=caches)
-    if result.log:
+    if enter_launch().rank == 0:
         click.echo(summarise(result.log))
         if of_recipe:
             click.echo(of_recipe)
@@ -246,9 +246,7 @@ def evaluate(
 @click.argument("output", type=FOLDER)
 def report(output: Path) -> None:
     """Write the HTML report of a run's folder again."""
-    config = runs.read_run_config(output)
-    runs.set_up_libraries()
-    runs.write_report(output, config, open_cache(config.cache))
+    runs.write_report_again(output)
     click.echo(f"Report: {output / runs.REPORT}")
 
 

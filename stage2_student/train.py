@@ -91,6 +91,7 @@ def train(
     lengths = [(phase.steps, phase.config.batch_size) for phase in run.phases]
     checkpoint, saved = find_resume_point(output, run.fingerprint, lengths) or (None, None)
     position = Position() if checkpoint is None else checkpoint.position
+    refuse_apart(position, accelerator)
     if accelerator.is_main_process:  # if killed before it did
         drop_old_checkpoints(output, keep=config.keep_checkpoints, newest=checkpoint)
     log = start_log(config, accelerator, run, position)
@@ -174,6 +175,15 @@ def build_accelerator(config: TrainConfig, fingerprint: str) -> Accelerator:
             "start the run again"
         )
     return accelerator
+
+
+def refuse_apart(position: Position, accelerator: Accelerator) -> None:
+    """Raise a ConfigError if the processes of a run would go on from different checkpoints."""
+    if accelerator.num_processes > 1 and len(set(gather_object([position]))) > 1:
+        raise ConfigError(
+            "the processes of this run do not all read its newest checkpoint: a disk that they share failed one of them, or "
+            "their machines share none; start the run again, with an --output that all can read"
+        )
 
 
 def start_log(config: TrainConfig, accelerator: Accelerator, run: Preparation, position: Position) -> TrainingLog:

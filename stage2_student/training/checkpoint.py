@@ -11,12 +11,12 @@ the tensors say the same. A checkpoint of which anything is damaged is named in 
 
 import logging
 import os
-import pickle
 import random
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -33,7 +33,7 @@ CHECKPOINTS = "checkpoints"
 STATE = "state.json"
 TENSORS = "tensors.pt"
 _UNSIGNED = ("fingerprint", "position", "tensor_bytes", "tensor_checksum")  # a state of older versions
-_UNREADABLE = (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError, pickle.UnpicklingError)
+_UNREADABLE = (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError, UnpicklingError)
 _log = logging.getLogger(__name__)
 
 

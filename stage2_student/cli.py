@@ -132,7 +132,7 @@ def train(**options: Any) -> None:
             say(note)
     with explain_lost_processes(Path(settings.output)):
         result = runs.train_alone(settings, caches=caches)
-    if result.log:
+    if enter_launch().rank == 0:
         say(summarise(result.log))
         if of_recipe:
             say(of_recipe)
@@ -257,14 +257,7 @@ def evaluate(
 @click.argument("output", type=FOLDER)
 def report(output: Path) -> None:
     """Write the HTML report of a run's folder again."""
-    config = runs.read_run_config(output)
-    runs.set_up_libraries()
-    try:
-        cache = open_cache(config.cache)
-    except TransferError as error:
-        again = f"delete {runs.REPORT} there and run `distill run` as before"
-        raise TransferError(f"{error}. Addresses are kept without signatures: if it had one, {again}") from error
-    runs.write_report(output, config, cache)
+    runs.write_report_again(output)
     say(f"Report: {output / runs.REPORT}")
 
 

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from vlm_distill_cache.common.errors import ConfigError
+from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, ModelError
+from vlm_distill_cache.common.files.signed import CHECKSUM, find_damage, read_signed
 
 PREFIX = "pruned:"
 RECORD = "pruning.json"
@@ -40,8 +41,35 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def pruning_record(student: str | Path) -> dict[str, Any]:
-    """What a pruned student's folder says of itself; empty for other students."""
-    return read_settings(Path(student) / RECORD)
+    """What a pruned student's folder says of how it was cut; empty for other students."""
+    found = read_settings(Path(student) / RECORD)
+    return {key: value for key, value in found.items() if key not in (CHECKSUM, "files")}
+
+
+def pruned_damage(folder: Path) -> list[str]:
+    """Say what of a pruned student's files is lost or changed since it was cut, a text each."""
+    path = folder / RECORD
+    told = read_settings(path)
+    if "heads" in told and not told.keys() & {CHECKSUM, "files"}:
+        return []  # of an older version, which kept no digests
+    try:
+        return find_damage(folder, read_signed(path).get("files"))
+    except FileNotFoundError:
+        return [f"{path}: missing"]
+    except CacheFormatError as error:
+        return [str(error)]
+
+
+def refuse_damaged(folder: Path) -> None:
+    """Refuse a pruned student that is not as it was cut; other folders pass.
+
+    Raises:
+        ModelError: Naming the first file and the remedy.
+    """
+    if (folder / RECORD).exists() and (damage := pruned_damage(folder)):
+        raise ModelError(
+            f"{damage[0]}; cut the student again (`distill prune` into another folder; `distill run` does it by itself)"
+        )
 
 
 def refuse_uncut(student: str, teacher: str | None) -> None:

@@ -1,11 +1,13 @@
 """`distill run`: baseline and distilled student, their scores, one report; done once, resumed if killed.
 
 The first thing is to see whether there is anything to do. That path imports no torch: a second call answers
-in well under two seconds. ``OUTPUT/run.json`` says what the folder belongs to and whether it is finished.
+in well under two seconds. ``OUTPUT/run.json`` says what the folder belongs to, whether it is finished, and what the run
+left, by digests: what is lost or damaged since is made again from what is there.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -21,9 +23,10 @@ from vlm_distill_cache.common.cache.documents import describe_differences
 from vlm_distill_cache.common.cache.plan import read_plan
 from vlm_distill_cache.common.cache.reader import TeacherCache
 from vlm_distill_cache.common.config import config_from_dict, config_to_dict, save_config
-from vlm_distill_cache.common.errors import CacheFormatError, ConfigError
-from vlm_distill_cache.common.files.atomic import clean_stale, read_json, write_bytes_atomic, write_json_atomic
+from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, TransferError
+from vlm_distill_cache.common.files.atomic import clean_stale, remove, write_bytes_atomic
 from vlm_distill_cache.common.files.hashing import fingerprint
+from vlm_distill_cache.common.files.signed import find_damage, list_files, read_signed, write_signed
 from vlm_distill_cache.common.hub import public_name
 from vlm_distill_cache.common.locations import public_location, secret_locations
 from vlm_distill_cache.common.opening import open_cache
@@ -36,7 +39,8 @@ from vlm_distill_cache.stage2_student.config import (
     without_secrets,
     without_teacher,
 )
-from vlm_distill_cache.stage2_student.pruned_folder import FOLDER, kept_share, refuse_uncut
+from vlm_distill_cache.stage2_student.final_folder import FINAL, PROVENANCE, look_at_final, read_provenance
+from vlm_distill_cache.stage2_student.pruned_folder import FOLDER, kept_share, pruned_damage, refuse_uncut
 from vlm_distill_cache.stage2_student.resolve import given_options, open_caches, resolve_config, with_folders
 from vlm_distill_cache.stage2_student.scores.results import EvaluationReport, render_table
 from vlm_distill_cache.stage2_student.training.output_folder import claim_output, holds_anything, refuse_foreign_folder
@@ -50,7 +54,9 @@ BASELINE, DISTILLED, TEACHER = "sft", "distilled", "teacher"
 COMPARED = (BASELINE, DISTILLED)
 ARM = "DISTILL_ARM"  # set in the processes of a run's student: what comes next is the run's to say
 LAUNCHER = "vlm_distill_cache.stage2_student.training.several"
-FINAL, PROVENANCE = "final", "distillation.json"
+# What a run leaves beside its students' own files, which their PROVENANCE lists.
+LEFT = (TABLE, REPORT, SCORES, *(f"{name}/{part}" for name in COMPARED for part in (SCORES, f"{FINAL}/{PROVENANCE}")))
+_UNSIGNED = ("run", "evaluation", "config", "notes", "finished")  # a STAMP of older versions
 _log = logging.getLogger(__name__)
 
 
@@ -101,13 +107,17 @@ def run(config: TrainConfig, *, processes: int = 1, say: Callable[[str], None] =
     stamp = {"run": describe(config, hashes), "evaluation": config_to_dict(config)["evaluation"]}
     previous = read_stamp(output)
     refuse_other_run(output, previous, stamp)
-    fresh = previous.get("finished") != fingerprint(stamp) or not (output / REPORT).is_file()
+    finished = previous.get("finished") == fingerprint(stamp) and "left" in previous
+    lost = find_lost(output, previous["left"]) if finished else []
+    if lost:
+        say(f"of this finished run something is lost or damaged and is made again: {'; '.join(lost)}")
+    fresh = bool(lost) or not finished
     if fresh:
         set_up_libraries()
         with claim_output(output, *(cache.path for cache in caches.values())):
             for name in COMPARED:
                 clean_stale(output / name)  # of a process killed while it scored
-            train_and_score(config, caches, stamp, processes=processes, say=say)
+            train_and_score(config, caches, stamp, hashes, processes=processes, say=say)
     return RunSummary(
         output=output,
         table=(output / TABLE).read_text(),
@@ -121,11 +131,16 @@ def train_and_score(
     config: TrainConfig,
     caches: Mapping[str, TeacherCache],
     stamp: Mapping[str, Any],
+    hashes: Mapping[str, str],
     *,
     processes: int,
     say: Callable[[str], None],
 ) -> None:
-    """Do what is left of a run; the caller holds its folder."""
+    """Do what is left of a run; the caller holds its folder.
+
+    Raises:
+        ConfigError: If a student there is of another run.
+    """
     from vlm_distill_cache.stage2_student.scores.held_out import probe_items, unreadable_note
     from vlm_distill_cache.stage2_student.training.checks import check_losses
     from vlm_distill_cache.stage2_student.training.preparation import cache_notes, prepare
@@ -138,18 +153,25 @@ def train_and_score(
     notes = probe_items(config, cache)
     for note in notes:  # before hours go into training
         say(f"note: {note}")
-    state = {**stamp, "config": config_to_dict(without_secrets(config)), "notes": notes}
-    write_json_atomic(output / STAMP, {**state, "finished": None})
+    state = {
+        **stamp,
+        "config": config_to_dict(without_secrets(config)),
+        "notes": notes,
+        "left": {},
+        "finished": None,
+    }
+    write_signed(output / STAMP, state)
     trained = arms(with_pruned_student(config, caches, say=say))
-    finals = {name: output / name / FINAL for name in trained}
-    if not any((final / PROVENANCE).is_file() for final in finals.values()):
+    done = [name for name, arm in trained.items() if is_trained(arm, fingerprint(describe(arm, hashes)), say=say)]
+    if not done:
         # What only the distilled student shows to be wrong, before hours go into the baseline.
         prepare(trained[DISTILLED], caches)
     for name, arm in trained.items():
-        if (finals[name] / PROVENANCE).is_file():
+        if name in done:
             say(f"{name}: trained already")
             continue
-        say(f"{name}: training {describe_phases(arm)}")
+        resumed = ", from its last checkpoint" if any(output.glob(f"{name}/checkpoints/step-*")) else ""
+        say(f"{name}: training {describe_phases(arm)}{resumed}")
         train_arm(arm, processes=processes, caches=caches)
     scores = {name: evaluate_arm(output / name, config, cache, say=say) for name in trained}
     found = {note: None for report in scores.values() if (note := unreadable_note(report.unreadable))}
@@ -161,12 +183,42 @@ def train_and_score(
     # Put there by whoever built the cache, of the test set of the cache's own data.
     if (known := cache.plan.teacher.get("evaluation")) and same_test:
         scores[TEACHER] = EvaluationReport.from_dict(known)
-    write_json_atomic(output / SCORES, {name: report.to_dict() for name, report in scores.items()})
+    write_signed(output / SCORES, {name: report.to_dict() for name, report in scores.items()})
     table = "\n".join([render_table(scores, COMPARED), *(f"note: {note}" for note in notes)])
     write_bytes_atomic(output / TABLE, table.encode())
-    write_json_atomic(output / STAMP, {**state, "finished": None})  # the report shows its notes
+    write_signed(output / STAMP, state)  # the report shows its notes
     write_report(output, config, cache)
-    write_json_atomic(output / STAMP, {**state, "finished": fingerprint(stamp)})
+    write_signed(output / STAMP, {**state, "left": list_files(output, LEFT), "finished": fingerprint(stamp)})
+
+
+def find_lost(output: Path, left: Mapping[str, Any]) -> list[str]:
+    """What of the files that a run left is no longer there, or not as it was, a text each; reads all of them."""
+    lost = find_damage(output, left)
+    for name in COMPARED:
+        with contextlib.suppress(FileNotFoundError):  # it is among those that the run left
+            lost += look_at_final(output / name / FINAL)[1]
+    return lost
+
+
+def is_trained(arm: TrainConfig, identity: str, *, say: Callable[[str], None]) -> bool:
+    """Whether a student is there and whole; what is damaged is said.
+
+    Raises:
+        ConfigError: If it is another one than ``identity``, the fingerprint of what it is to be.
+    """
+    folder = Path(arm.output) / FINAL
+    try:
+        found, damage = look_at_final(folder)
+    except FileNotFoundError:
+        return False
+    if found and found["fingerprint"] != identity:
+        raise ConfigError(
+            f"{folder} belongs to another run: fingerprint {found['fingerprint']} there, {identity} now (configuration, "
+            "cache or data differ). Use the same options, another --output (OUTPUT=...), or delete that folder"
+        )
+    if damage:
+        say(f"{folder.parent.name}: made again: {damage[0]}")
+    return not damage
 
 
 def arms(config: TrainConfig) -> dict[str, TrainConfig]:
@@ -188,6 +240,9 @@ def with_pruned_student(
     if keep is None:
         return config
     folder = Path(config.output) / FOLDER
+    if folder.is_dir() and (damage := pruned_damage(folder)):
+        say(f"{config.student}: cut again: {damage[0]}")
+        remove(folder)
     if folder.is_dir():
         say(f"{config.student}: cut out of {public_name(config.teacher or '')} already")
     else:
@@ -270,18 +325,24 @@ def describe_phases(config: TrainConfig) -> str:
 
 
 def read_stamp(output: Path) -> dict[str, Any]:
-    """What a folder belongs to; empty for a new one."""
+    """What a folder belongs to; empty for a new one, and where that is lost but the students can still say it.
+
+    Raises:
+        ConfigError: If it is not the folder of a run, or nothing there can tell.
+    """
+    path = output / STAMP
     try:
-        stamp = read_json(output / STAMP)
+        return read_signed(path, unsigned=_UNSIGNED)
     except FileNotFoundError:
-        if holds_anything(output):
-            raise ConfigError(
-                f"{output} is not empty and holds no {STAMP}: it is not the folder of a run; give another --output"
-            ) from None
-        return {}
+        problem = f"{output} is not empty and holds no {STAMP}: it is not the folder of a run; give another --output"
+        if not holds_anything(output):
+            return {}
     except CacheFormatError as error:
-        raise ConfigError(f"{error}; give another --output, or delete {output} to begin again") from error
-    return stamp if isinstance(stamp, dict) else {}
+        problem = f"{error}; give another --output, or delete {output} to begin again"
+    if not any((output / name / "config.yaml").is_file() for name in COMPARED):
+        raise ConfigError(problem)
+    _log.warning("%s is lost or damaged and is written again", path)
+    return {}
 
 
 def refuse_other_run(output: Path, previous: Mapping[str, Any], stamp: Mapping[str, Any]) -> None:
@@ -307,28 +368,39 @@ def evaluate_arm(
     """Score one student of a run, or read its scores if they are of this student and these items."""
     from vlm_distill_cache.stage2_student.trained_student import evaluate_student, open_student
 
-    trained = read_json(folder / FINAL / PROVENANCE)["fingerprint"]
-    what = fingerprint({"student": trained, "evaluation": config_to_dict(config)["evaluation"]})
+    trained = read_provenance(folder / FINAL)
+    student = [trained["fingerprint"], trained.get("files")]
+    what = fingerprint({"student": student, "evaluation": config_to_dict(config)["evaluation"]})
     path = folder / SCORES
-    if path.is_file():
-        stored = read_json(path)
+    with contextlib.suppress(FileNotFoundError, CacheFormatError):  # scored again
+        stored = read_signed(path)
         if stored.get("of") == what:
             return EvaluationReport.from_dict(stored)
     say(f"{folder.name}: scoring")
     report = evaluate_student(open_student(folder / FINAL), config, cache)
-    write_json_atomic(path, {"of": what, **report.to_dict()})
+    write_signed(path, {"of": what, **report.to_dict()})
     return report
 
 
 def write_report(output: Path, config: TrainConfig, cache: TeacherCache) -> None:
-    """Write the HTML page of a run: logs, scores and attention pictures."""
+    """Write the HTML page of a run: logs, scores and attention pictures.
+
+    Raises:
+        ConfigError: If the scores are lost or damaged.
+        ModelError: If the distilled student is.
+    """
     from vlm_distill_cache.stage2_student.scores.report import render_report
     from vlm_distill_cache.stage2_student.trained_student import draw_overlays, open_student
     from vlm_distill_cache.stage2_student.training.log import read_log
 
-    stored = read_json(output / SCORES)
+    try:
+        stored = read_signed(output / SCORES)
+    except (FileNotFoundError, CacheFormatError) as error:
+        raise ConfigError(
+            f"{output / SCORES} is missing or damaged ({error}); run the same `distill run` command again: it scores again"
+        ) from error
+    distilled = open_student(output / DISTILLED / FINAL)
     curves = {name: read_log(output / name) for name in COMPARED}
-    logged = [record for record in curves[DISTILLED] if "samples_per_s" in record]
     plan, student = cache.plan, public_name(config.student)
     at = f"@{plan.teacher['revision']}" if plan.teacher.get("revision") else ""
     facts = {
@@ -337,10 +409,10 @@ def write_report(output: Path, config: TrainConfig, cache: TeacherCache) -> None
         "cache": f"{public_location(config.cache)} ({', '.join(sorted(plan.signals))})",
         "data": str(plan.data.get("name")),
         "phases": describe_phases(config),
-        "training": f"{len(logged)} steps in {sum(record['step_s'] for record in logged):.0f} s",
+        "training": f"{len(curves[DISTILLED])} steps in {sum(record['step_s'] for record in curves[DISTILLED]):.0f} s",
         "seed": str(config.seed),
     }
-    counted = read_json(output / DISTILLED / FINAL / PROVENANCE).get("vocabulary", {})
+    counted = distilled.provenance["vocabulary"]
     if counted.get("entries_beyond"):
         facts["vocabulary"] = (
             f"{counted['entries_beyond']} of {counted['entries_read']} cached logit entries read are tokens beyond "
@@ -353,7 +425,7 @@ def write_report(output: Path, config: TrainConfig, cache: TeacherCache) -> None
         curves=curves,
         evaluations={name: EvaluationReport.from_dict(stored[name]) for name in (*COMPARED, TEACHER) if name in stored},
         compared=COMPARED,
-        overlays=draw_overlays(open_student(output / DISTILLED / FINAL), config, cache),
+        overlays=draw_overlays(distilled, config, cache),
         notes=read_stamp(output).get("notes", []),
     )
 
@@ -367,9 +439,25 @@ def set_up_libraries() -> None:
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # peft asks for it
 
 
-def read_run_config(output: Path) -> TrainConfig:
-    """The configuration of a run's folder."""
+def write_report_again(output: Path) -> None:
+    """Write the page of a run's folder, by the configuration that it holds.
+
+    Raises:
+        ConfigError: If it holds none.
+    """
     stamp = read_stamp(output)
     if "config" not in stamp:
-        raise ConfigError(f"{output}: no run there ({STAMP}); give the folder that `distill run` wrote")
-    return config_from_dict(TrainConfig, stamp["config"], where=str(output / STAMP))
+        raise ConfigError(
+            f"{output}: no run there ({STAMP}); give the folder that `distill run` wrote, or run the same command again, "
+            f"which writes a lost {STAMP} anew"
+        )
+    config = config_from_dict(TrainConfig, stamp["config"], where=str(output / STAMP))
+    set_up_libraries()
+    try:
+        cache = open_cache(config.cache)
+    except TransferError as error:
+        again = f"delete {REPORT} there and run `distill run` as before"
+        raise TransferError(f"{error}. Addresses are kept without signatures: if it had one, {again}") from error
+    write_report(output, config, cache)
+    if stamp.get("left"):
+        write_signed(output / STAMP, {**stamp, "left": {**stamp["left"], **list_files(output, [REPORT])}})

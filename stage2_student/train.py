@@ -21,21 +21,20 @@ from vlm_distill_cache.common.attention.capture import AttentionCapture
 from vlm_distill_cache.common.cache.reader import TeacherCache
 from vlm_distill_cache.common.config import config_to_dict, save_config
 from vlm_distill_cache.common.errors import CacheMismatchError, ConfigError
-from vlm_distill_cache.common.files.atomic import clean_stale, new_directory, remove, write_json_atomic
+from vlm_distill_cache.common.files.atomic import clean_stale, new_directory, remove
+from vlm_distill_cache.common.files.signed import list_files, write_signed
 from vlm_distill_cache.common.locations import public_location
 from vlm_distill_cache.common.terminal.launch import READY_S, clean_environment, enter_launch, meet
 from vlm_distill_cache.common.terminal.progress import hide_library_bars
 from vlm_distill_cache.common.terminal.sharding import refuse_sharding
 from vlm_distill_cache.stage2_student.config import TrainConfig, public_config, without_secrets
+from vlm_distill_cache.stage2_student.final_folder import FINAL, PROVENANCE
 from vlm_distill_cache.stage2_student.losses.objective import Losses, step_shares
-from vlm_distill_cache.stage2_student.students.model import StudentModel
-from vlm_distill_cache.stage2_student.students.parts import PROVENANCE
+from vlm_distill_cache.stage2_student.students.model import StudentModel, vocabulary_rows
 from vlm_distill_cache.stage2_student.training.checkpoint import (
-    Checkpoint,
     Position,
     drop_old_checkpoints,
     find_resume_point,
-    read_checkpoint,
     restore_training,
     write_checkpoint,
 )
@@ -44,7 +43,6 @@ from vlm_distill_cache.stage2_student.training.parts import TrainedParts, checkp
 from vlm_distill_cache.stage2_student.training.preparation import (
     Preparation,
     PreparedPhase,
-    count_beyond_vocabulary,
     prepare,
 )
 from vlm_distill_cache.stage2_student.training.steps import (
@@ -59,7 +57,6 @@ from vlm_distill_cache.stage2_student.training.steps import (
 )
 
 AfterStep = Callable[[Position, StudentModel], None]
-FINAL = "final"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,13 +90,16 @@ def train(
     # All processes: everything that can be wrong is found here, before the first step.
     run = prepare(config, caches)
     accelerator = build_accelerator(config, run.fingerprint)
-    resume = find_resume_point(Path(config.output), run.fingerprint)
-    position = Position() if resume is None else resume.position
-    if accelerator.is_main_process:
-        drop_old_checkpoints(Path(config.output), keep=config.keep_checkpoints)  # if killed before it did
-    log = start_log(config, accelerator, position)
+    output, vocabulary = Path(config.output), vocabulary_rows(run.student)
+    lengths = [(phase.steps, phase.config.batch_size) for phase in run.phases]
+    checkpoint, saved = find_resume_point(output, run.fingerprint, lengths) or (None, None)
+    position = Position() if checkpoint is None else checkpoint.position
+    refuse_apart(position, accelerator)
+    if accelerator.is_main_process:  # if killed before it did
+        drop_old_checkpoints(output, keep=config.keep_checkpoints, newest=checkpoint)
+    log = start_log(config, accelerator, run, position)
     student = run.student.to(accelerator.device)
-    parts, saved = prepare_parts(config, student, resume)
+    parts = prepare_parts(config, student, saved)
 
     for index, phase in enumerate(run.phases[position.phase :], position.phase):
         # Once a phase: what is trained, and an optimizer that starts afresh or where the checkpoint left it.
@@ -112,7 +112,8 @@ def train(
         for micro_batches, timing in load_steps(phase, accelerator, position.step, config.num_workers):
             # Once a step: forward and backward over this process's part of the step's samples.
             terms: list[Losses] = []
-            shares = step_shares(micro_batches, step_totals(micro_batches, accelerator))
+            totals, entries = step_totals(micro_batches, accelerator, vocabulary=vocabulary)
+            shares = step_shares(micro_batches, totals)
             for batch, share in zip(micro_batches, shares, strict=True):
                 with gradient_sync(accelerator, model, last=len(terms) + 1 == len(micro_batches)):
                     terms.append(phase.objective(model, capture, batch.to(accelerator.device), share))
@@ -125,10 +126,10 @@ def train(
             optimizer.zero_grad(set_to_none=True)
 
             # Once a step: count, log; now and then: checkpoint.
-            position = position.advance(phase.config.batch_size)
+            position = position.advance(phase.config.batch_size, entries)
             log.add(sum_terms(terms), step=position.total_steps, phase=phase.name, **rates, **timing())
             if position.step % config.checkpoint_every == 0 or position.step == phase.steps:
-                log.flush()
+                log.flush(durably=True)
                 save(config, run.fingerprint, position, accelerator, parts, optimizer)
             if after_step is not None:
                 after_step(position, student)
@@ -136,7 +137,9 @@ def train(
         position = replace(position, phase=index + 1, step=0, samples=0)
 
     log.close()
-    return TrainResult(log=log.records, model=student, preparation=run, final=export(config, run, accelerator))
+    return TrainResult(
+        log=log.records, model=student, preparation=run, final=export(config, run, position, accelerator)
+    )
 
 
 def build_accelerator(config: TrainConfig, fingerprint: str) -> Accelerator:
@@ -178,14 +181,26 @@ def build_accelerator(config: TrainConfig, fingerprint: str) -> Accelerator:
     return accelerator
 
 
-def start_log(config: TrainConfig, accelerator: Accelerator, position: Position) -> TrainingLog:
+def refuse_apart(position: Position, accelerator: Accelerator) -> None:
+    """Raise a ConfigError if the processes of a run would go on from different checkpoints."""
+    if accelerator.num_processes > 1 and len(set(gather_object([position]))) > 1:
+        raise ConfigError(
+            "the processes of this run do not all read its newest checkpoint: a disk that they share failed one of them, or "
+            "their machines share none; start the run again, with an --output that all can read"
+        )
+
+
+def start_log(config: TrainConfig, accelerator: Accelerator, run: Preparation, position: Position) -> TrainingLog:
     """Make the output folder, write the configuration beside the output, open the log."""
     output = Path(config.output)
     if accelerator.is_main_process:
         output.mkdir(parents=True, exist_ok=True)
         save_config(without_secrets(config), output / "config.yaml")
     accelerator.wait_for_everyone()
-    return TrainingLog(output, accelerator, resume_step=position.total_steps, flush_every=config.log_every)
+    done = [(phase.name, phase.steps) for phase in run.phases[: position.phase]]
+    if position.step:
+        done.append((run.phases[position.phase].name, position.step))
+    return TrainingLog(output, accelerator, done=done, flush_every=config.log_every)
 
 
 def switch_dropout_off(student: StudentModel) -> None:
@@ -198,18 +213,15 @@ def switch_dropout_off(student: StudentModel) -> None:
                 setattr(module, name, 0.0)
 
 
-def prepare_parts(
-    config: TrainConfig, student: StudentModel, resume: Checkpoint | None
-) -> tuple[TrainedParts, dict[str, Any] | None]:
-    """The student's parts, as the phases before the checkpoint's left them, and what the checkpoint holds."""
+def prepare_parts(config: TrainConfig, student: StudentModel, saved: Mapping[str, Any] | None) -> TrainedParts:
+    """The student's parts, as the phases before the checkpoint's left them."""
     if config.gradient_checkpointing:
         checkpoint_layers(student, tower=any(config.phase(name).trainable == "tower" for name in config.phases))
     switch_dropout_off(student)
     parts = TrainedParts(student, **vars(config.lora))
-    saved = None if resume is None else read_checkpoint(resume)
     if saved is not None:
         parts.replay(saved["student"])
-    return parts, saved
+    return parts
 
 
 def begin_phase(
@@ -255,8 +267,11 @@ def save(
     accelerator.wait_for_everyone()
 
 
-def export(config: TrainConfig, run: Preparation, accelerator: Accelerator) -> Path:
-    """Save student, tokenizer and image processor where `from_pretrained` finds all three, atomically."""
+def export(config: TrainConfig, run: Preparation, end: Position, accelerator: Accelerator) -> Path:
+    """Save student, tokenizer and image processor where `from_pretrained` finds all three, atomically.
+
+    Beside them lies what the student is: how it was trained, and the digests of all files.
+    """
     final = Path(config.output) / FINAL
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
@@ -266,12 +281,12 @@ def export(config: TrainConfig, run: Preparation, accelerator: Accelerator) -> P
             "caches": {public_location(place): found for place, found in run.cache_hashes.items()},
             "config": config_to_dict(public_config(config)),
             "encoder": dict(run.encoder_description),
-            "vocabulary": count_beyond_vocabulary(run.phases),
+            "vocabulary": {"entries_read": end.entries_read, "entries_beyond": end.entries_beyond},
         }
         with new_directory(final) as temporary:
             for part in (run.student, run.tokenizer, run.image_processor):
                 part.save_pretrained(temporary)
-            write_json_atomic(temporary / PROVENANCE, provenance)
+            write_signed(temporary / PROVENANCE, {**provenance, "files": list_files(temporary)})
             remove(final)
     accelerator.wait_for_everyone()
     return final

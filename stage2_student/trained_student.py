@@ -10,8 +10,8 @@ import torch
 from vlm_distill_cache.common.cache.reader import TeacherCache
 from vlm_distill_cache.common.codecs.logits import LogitCodec
 from vlm_distill_cache.common.codecs.row_attention import RowAttentionCodec
-from vlm_distill_cache.common.errors import ConfigError, ModelError
-from vlm_distill_cache.common.files.atomic import new_directory, read_json
+from vlm_distill_cache.common.errors import ConfigError
+from vlm_distill_cache.common.files.atomic import new_directory
 from vlm_distill_cache.common.models.published import is_published
 from vlm_distill_cache.data.families.inputs import known_positions
 from vlm_distill_cache.data.images.encoder import AnyImageEncoder
@@ -20,6 +20,7 @@ from vlm_distill_cache.data.text.templates import PromptTemplate
 from vlm_distill_cache.stage2_student.batches.dataset import CachedDataset
 from vlm_distill_cache.stage2_student.batches.layers import match_groups
 from vlm_distill_cache.stage2_student.config import TrainConfig
+from vlm_distill_cache.stage2_student.final_folder import read_final
 from vlm_distill_cache.stage2_student.losses.terms import TERMS, choose_terms
 from vlm_distill_cache.stage2_student.scores.evaluate import evaluate_model
 from vlm_distill_cache.stage2_student.scores.held_out import open_items
@@ -29,7 +30,6 @@ from vlm_distill_cache.stage2_student.students.build import load_student
 from vlm_distill_cache.stage2_student.students.encoder import build_encoder, knows_boxes, load_processors
 from vlm_distill_cache.stage2_student.students.library import LibraryStudent, open_library_student
 from vlm_distill_cache.stage2_student.students.model import StudentModel, vocabulary_rows
-from vlm_distill_cache.stage2_student.students.parts import PROVENANCE
 from vlm_distill_cache.stage2_student.training.checks import same_tokenizer
 from vlm_distill_cache.stage2_student.training.preparation import open_cached_data
 
@@ -58,14 +58,9 @@ def open_student(folder: Path) -> Student:
     """Open what `train()` saved in ``OUTPUT/final``.
 
     Raises:
-        ModelError: If the folder is no trained student of ours.
+        ModelError: If the folder is no trained student of ours, or is damaged.
     """
-    try:
-        provenance = read_json((folder / PROVENANCE).resolve())
-    except FileNotFoundError:
-        raise ModelError(
-            f"{folder}: no {PROVENANCE}; give the `final` folder of a finished training (distill train, distill run)"
-        ) from None
+    provenance = read_final(folder)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     image_encoder: AnyImageEncoder | None = None
     model: Any

@@ -7,6 +7,7 @@ by whoever reads it, before any other file says so.
 
 from __future__ import annotations
 
+import contextlib
 import unicodedata
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
@@ -15,20 +16,9 @@ from typing import Any
 
 from vlm_distill_cache.common.cache.schema import FORMAT_VERSION
 from vlm_distill_cache.common.errors import CacheFormatError, NewerFormatError
-from vlm_distill_cache.common.files.atomic import (
-    TEMPORARY_PREFIX,
-    json_bytes,
-    parse_json,
-    read_bounded,
-    write_bytes_atomic,
-)
-from vlm_distill_cache.common.files.hashing import fingerprint, fingerprint_parsed
+from vlm_distill_cache.common.files.atomic import TEMPORARY_PREFIX, parse_json, read_bounded, write_bytes_atomic
+from vlm_distill_cache.common.files.signed import checked_body, document_bytes
 from vlm_distill_cache.common.printing import one_line
-
-
-def document_bytes(body: Mapping[str, Any]) -> bytes:
-    """Return the file of a document: its body plus the checksum, as canonical JSON."""
-    return json_bytes({**body, "checksum": fingerprint(dict(body))})
 
 
 def write_document(path: Path, body: Mapping[str, Any], *, create_only: bool = False) -> None:
@@ -55,27 +45,14 @@ def parse_document(data: bytes, where: str) -> dict[str, Any]:
     """Check version and checksum of a document in memory, and return its body."""
     parsed = parse_json(data, where)
     try:
-        body = dict(check_version(parsed, where))
-    except NewerFormatError as error:
+        return checked_body(check_version(parsed, where), where)
+    except NewerFormatError as newer:
+        error: CacheFormatError = newer
         # One flipped bit makes a 1 a 3: the checksum still is that of the version it was written in.
-        if _fits({**parsed, "format_version": FORMAT_VERSION}, where):
-            raise CacheFormatError(f"{where}: damaged: format_version was changed after it was written") from error
-        raise
-    if not _fits(body, where):
-        stated = body.pop("checksum", None)
-        found = fingerprint_parsed(body)
-        raise CacheFormatError(f"{where}: damaged, or edited by hand: states checksum {stated}, has {found}")
-    del body["checksum"]
-    return body
-
-
-def _fits(document: Mapping[str, Any], where: str) -> bool:
-    """Whether a document has the checksum that it states."""
-    try:
-        found = fingerprint_parsed({key: value for key, value in document.items() if key != "checksum"})
-    except (ValueError, RecursionError) as error:
-        raise CacheFormatError(f"{where}: damaged: {error}") from error
-    return document.get("checksum") == found
+        with contextlib.suppress(CacheFormatError):
+            checked_body({**parsed, "format_version": FORMAT_VERSION}, where)
+            error = CacheFormatError(f"{where}: damaged: format_version was changed after it was written")
+        raise error from None
 
 
 def check_version(data: Any, where: str) -> dict[str, Any]:

@@ -17,7 +17,6 @@ from vlm_distill_cache.common.cache.counts import nothing_usable
 from vlm_distill_cache.common.cache.documents import (
     check_int,
     check_object,
-    document_bytes,
     read_document,
     write_document,
 )
@@ -36,6 +35,7 @@ from vlm_distill_cache.common.cache.sidecar import (
 from vlm_distill_cache.common.errors import CacheFormatError
 from vlm_distill_cache.common.files.atomic import clean_stale, write_bytes_atomic
 from vlm_distill_cache.common.files.hashing import fingerprint
+from vlm_distill_cache.common.files.signed import document_bytes
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -202,10 +202,18 @@ def publish_file(temporary: Path, final: Path, *, create_only: bool = False) -> 
 
 @contextlib.contextmanager
 def new_directory(final: Path) -> Iterator[Path]:
-    """Fill a directory that appears under its final name whole, or, after an error, not at all."""
+    """Fill a directory that appears under its final name whole, or, after an error, not at all.
+
+    Its files may be written by libraries: they are flushed to the disk here, and readable by whom the directory is.
+    """
     final.parent.mkdir(parents=True, exist_ok=True)
     with temporary_for(final, directory=True) as temporary:
         yield temporary
+        readable = temporary.stat().st_mode & 0o666  # as the umask made it; safetensors writes for the owner alone
+        for path in filter(Path.is_file, temporary.rglob("*")):
+            path.chmod(path.stat().st_mode | readable)
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
         publish_directory(temporary, final)
 
 

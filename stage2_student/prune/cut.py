@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from vlm_distill_cache.common.errors import ConfigError, ModelError
-from vlm_distill_cache.common.files.atomic import new_directory, write_json_atomic
+from vlm_distill_cache.common.files.atomic import new_directory
+from vlm_distill_cache.common.files.signed import list_files, write_signed
 from vlm_distill_cache.common.terminal.progress import progress
 from vlm_distill_cache.data.families.inputs import known_positions, text_config
 from vlm_distill_cache.data.families.models import FamilyModel, open_family_model
@@ -89,8 +90,9 @@ def prune_directory(
             "have": vars(have),
             "want": vars(want),
             "heads": [part.heads.tolist() for part in parts],
+            "files": list_files(temporary),
         }
-        write_json_atomic(temporary / RECORD, record)
+        write_signed(temporary / RECORD, record)
     return want
 
 

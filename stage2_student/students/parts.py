@@ -10,7 +10,6 @@ from torch import nn
 from vlm_distill_cache.common.cache.plan import Plan
 from vlm_distill_cache.common.cache.reader import TeacherCache
 from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, ModelError
-from vlm_distill_cache.common.files.atomic import read_json
 from vlm_distill_cache.common.models.parts import describe_lost_tokenizer, has_tokenizer
 from vlm_distill_cache.common.models.projectors import TeacherAdapter
 from vlm_distill_cache.common.models.published import is_own, is_published
@@ -22,13 +21,13 @@ from vlm_distill_cache.data.images.layouts import image_encoder_from_dict
 from vlm_distill_cache.data.text.processors import load_image_processor, load_tokenizer
 from vlm_distill_cache.data.text.templates import PromptTemplate, get_template
 from vlm_distill_cache.stage2_student.config import TrainConfig
+from vlm_distill_cache.stage2_student.final_folder import PROVENANCE, read_final, read_provenance
+from vlm_distill_cache.stage2_student.pruned_folder import refuse_damaged
 from vlm_distill_cache.stage2_student.students.build import find_student, own_image_encoder
 from vlm_distill_cache.stage2_student.students.encoder import build_encoder, cache_image_encoder, load_processors
 from vlm_distill_cache.stage2_student.students.library import LibraryStudent, find_library_student
 from vlm_distill_cache.stage2_student.students.model import StudentModel
 from vlm_distill_cache.stage2_student.students.presets import split_student_name, student_folder
-
-PROVENANCE = "distillation.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +78,10 @@ def open_parts(config: TrainConfig, cache: TeacherCache) -> StudentParts:
     """Find the student that a run names, and open what it reads with."""
     name, size = split_student_name(config.student)
     given = student_folder(config.student, config.student_weights)
+    if given is not None:
+        refuse_damaged(given)
+        if (given / PROVENANCE).exists():
+            read_final(given)
     if given is not None and not is_published(given):
         return _library_parts(config, given)
     name, folder = (name, Path(name)) if given is None else (str(given), given)
@@ -191,7 +194,7 @@ def _mobilevlm_images(
         return cached_processor, encoder
     processor = load_image_processor(folder)
     if (folder / PROVENANCE).exists():
-        described = read_json((folder / PROVENANCE).resolve())["encoder"]
+        described = read_provenance(folder)["encoder"]
         encoder = build_encoder(described, tokenizer, processor, grid=model.image_grid).image_encoder
         return processor, encoder
     same = _as_the_cache(cache, processor, model.image_grid)
@@ -217,7 +220,7 @@ def _trained_template(folder: Path) -> PromptTemplate | None:
     """The template that a student of ours was trained with."""
     if not (folder / PROVENANCE).exists():
         return None
-    return PromptTemplate.from_dict(read_json((folder / PROVENANCE).resolve())["encoder"]["template"])
+    return PromptTemplate.from_dict(read_provenance(folder)["encoder"]["template"])
 
 
 def _default_template(model: LibraryStudent, tokenizer: Any) -> PromptTemplate | None:

@@ -4,16 +4,19 @@
 folder is written under a temporary name, flushed and renamed, so that a killed run leaves either a complete
 checkpoint or one that is not looked at. The learning rate and the order of samples are pure functions of the
 position: a phase, a step and a count of samples are all the state there is.
+
+A position is believed if the state's own checksum fits, if the run has such a position, and if the folder's name and
+the tensors say the same. A checkpoint of which anything is damaged is named in the log, and the one before is taken.
 """
 
-import json
 import logging
 import os
 import random
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -21,13 +24,16 @@ import torch
 from torch.optim import Optimizer
 
 from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, NoRoomError
-from vlm_distill_cache.common.files.atomic import clean_stale, json_bytes, new_directory, remove, write_durably
+from vlm_distill_cache.common.files.atomic import clean_stale, new_directory, remove, write_durably
 from vlm_distill_cache.common.files.disk import AGAIN
 from vlm_distill_cache.common.files.hashing import file_checksum
+from vlm_distill_cache.common.files.signed import document_bytes, list_files, read_signed
 
 CHECKPOINTS = "checkpoints"
 STATE = "state.json"
 TENSORS = "tensors.pt"
+_UNSIGNED = ("fingerprint", "position", "tensor_bytes", "tensor_checksum")  # a state of older versions
+_UNREADABLE = (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError, UnpicklingError)
 _log = logging.getLogger(__name__)
 
 
@@ -41,6 +47,8 @@ class Position:
         samples: Samples consumed in that phase, over all processes.
         total_steps: Optimizer steps finished in the run.
         total_samples: Samples consumed in the run.
+        entries_read: Entries of cached logits that the run has learnt from, each time that it did.
+        entries_beyond: Those of them whose token has no row in the student.
     """
 
     phase: int = 0
@@ -48,15 +56,32 @@ class Position:
     samples: int = 0
     total_steps: int = 0
     total_samples: int = 0
+    entries_read: int = 0
+    entries_beyond: int = 0
 
-    def advance(self, samples: int) -> "Position":
-        """The position one optimizer step of ``samples`` samples later."""
+    def advance(self, samples: int, entries: tuple[int, int] = (0, 0)) -> "Position":
+        """The position one optimizer step later, of so many samples, and entries read and beyond the vocabulary."""
         return replace(
             self,
             step=self.step + 1,
             samples=self.samples + samples,
             total_steps=self.total_steps + 1,
             total_samples=self.total_samples + samples,
+            entries_read=self.entries_read + entries[0],
+            entries_beyond=self.entries_beyond + entries[1],
+        )
+
+    def is_of(self, phases: Sequence[tuple[int, int]]) -> bool:
+        """Whether a run of phases, each of (steps, batch size), stands here after some step."""
+        if not all(type(value) is int and value >= 0 for value in asdict(self).values()) or self.phase >= len(phases):
+            return False
+        before, (steps, size) = phases[: self.phase], phases[self.phase]
+        return (
+            1 <= self.step <= steps
+            and self.samples == self.step * size
+            and self.total_steps == self.step + sum(steps for steps, _ in before)
+            and self.total_samples == self.samples + sum(steps * size for steps, size in before)
+            and self.entries_beyond <= self.entries_read
         )
 
 
@@ -100,9 +125,10 @@ def write_checkpoint(
     compared when it is resumed.
     """
     folder = output / CHECKPOINTS
-    final = folder / f"step-{position.total_steps:08d}"
+    final = folder / _name(position.total_steps)
     clean_stale(folder)  # from a run that was killed while writing
-    tensors = {"student": dict(student), "optimizer": optimizer.state_dict(), "random": _random_state()}
+    said = {"fingerprint": fingerprint, "position": asdict(position)}
+    tensors = {"student": dict(student), "optimizer": optimizer.state_dict(), "random": _random_state(), **said}
     with new_directory(final) as temporary:
         with (temporary / TENSORS).open("xb") as file:
             try:
@@ -114,85 +140,110 @@ def write_checkpoint(
                 ) from error
             file.flush()
             os.fsync(file.fileno())
-        state = {
-            "fingerprint": fingerprint,
-            "position": asdict(position),
-            "tensor_bytes": (temporary / TENSORS).stat().st_size,
-            "tensor_checksum": file_checksum(temporary / TENSORS),
-        }
-        write_durably(temporary / STATE, json_bytes(state))
+        state = document_bytes({**said, "files": list_files(temporary, [TENSORS])})
+        write_durably(temporary / STATE, state)
         remove(final)  # the same position, from an earlier attempt that was found unusable
+    for later in folder.glob("step-*"):  # so were these
+        if later.name > final.name:
+            shutil.rmtree(later)
     drop_old_checkpoints(output, keep=keep)
     return final
 
 
-def drop_old_checkpoints(output: Path, *, keep: int) -> None:
-    """Remove all before the newest complete ones, those too that a killed run had begun to remove."""
-    kept = list_checkpoints(output)[-keep:]
+def drop_old_checkpoints(output: Path, *, keep: int, newest: Checkpoint | None = None) -> None:
+    """Remove all before the newest complete ones, those too that a killed run had begun to remove.
+
+    ``newest`` is the one that the run goes on from, if there are damaged ones behind it.
+    """
+    kept = [found for found in list_checkpoints(output) if newest is None or found.path <= newest.path][-keep:]
     for path in (output / CHECKPOINTS).glob("step-*"):
         if kept and path.name < kept[0].path.name:
             shutil.rmtree(path)
 
 
 def list_checkpoints(output: Path) -> list[Checkpoint]:
-    """All complete checkpoints of a run, oldest first; a damaged one is named in the log and left out."""
+    """All complete checkpoints of a run, oldest first; a damaged one is named in the log and left out.
+
+    Whether the tensors are those that were written only `read_checkpoint` says.
+
+    Raises:
+        ConfigError: If one is from before a state had a checksum.
+    """
     found: list[Checkpoint] = []
     for path in sorted((output / CHECKPOINTS).glob("step-*")):
         try:
-            state = json.loads((path / STATE).read_text())
-            complete = (path / TENSORS).stat().st_size == state["tensor_bytes"]
-            checkpoint = Checkpoint(
-                path=path,
-                position=Position(**state["position"]),
-                fingerprint=state["fingerprint"],
-                checksum=state["tensor_checksum"],
-            )
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            found.append(_read_state(path))
+        except ConfigError:
+            raise
+        except _UNREADABLE as error:
             _log.warning("ignoring incomplete checkpoint %s: %s", path, error)
-            continue
-        if complete:
-            found.append(checkpoint)
-        else:
-            _log.warning("ignoring incomplete checkpoint %s: %s has another size", path, TENSORS)
     return found
 
 
-def find_resume_point(output: Path, fingerprint: str) -> Checkpoint | None:
-    """The newest complete checkpoint of a run, None for a fresh start.
+def _read_state(path: Path) -> Checkpoint:
+    state = read_signed(path / STATE, unsigned=_UNSIGNED)
+    if "tensor_bytes" in state:
+        raise ConfigError(
+            f"{path}: written by an older version of this program, and nothing guards its position; delete "
+            f"{path.parent} to begin again, or finish this run with that version"
+        )
+    position, (expected, checksum) = Position(**state["position"]), state["files"][TENSORS]
+    if (size := (path / TENSORS).stat().st_size) != expected:
+        raise CacheFormatError(f"{TENSORS} has {size} bytes, expected {expected}")
+    if path.name != _name(position.total_steps):
+        raise CacheFormatError(f"{STATE} is of step {position.total_steps}")
+    return Checkpoint(path=path, position=position, fingerprint=state["fingerprint"], checksum=checksum)
+
+
+def _name(total_steps: int) -> str:
+    return f"step-{total_steps:08d}"
+
+
+def find_resume_point(
+    output: Path, fingerprint: str, phases: Sequence[tuple[int, int]]
+) -> tuple[Checkpoint, dict[str, Any]] | None:
+    """The newest sound checkpoint of a run and what it holds; None for a fresh start.
+
+    ``phases`` are the steps and the batch size of each.
 
     Raises:
         ConfigError: If the checkpoints belong to another configuration, cache or data set.
     """
-    checkpoints = list_checkpoints(output)
-    if not checkpoints:
-        return None
-    newest = checkpoints[-1]
-    if newest.fingerprint != fingerprint:
-        raise ConfigError(
-            f"{newest.path} belongs to another run: fingerprint {newest.fingerprint} there, {fingerprint} now "
-            f"(configuration, cache or data differ; compare {output / 'config.yaml'}). Use another --output, or delete "
-            "that folder to begin again"
-        )
-    return newest
+    for checkpoint in reversed(list_checkpoints(output)):
+        if checkpoint.fingerprint != fingerprint:
+            raise ConfigError(
+                f"{checkpoint.path} belongs to another run: fingerprint {checkpoint.fingerprint} there, {fingerprint} now "
+                f"(configuration, cache or data differ; compare {output / 'config.yaml'}). Use another --output, or "
+                "delete that folder to begin again"
+            )
+        if not checkpoint.position.is_of(phases):
+            _log.warning("ignoring damaged checkpoint %s: the run has no %s", checkpoint.path, checkpoint.position)
+            continue
+        try:
+            return checkpoint, read_checkpoint(checkpoint)
+        except CacheFormatError as error:
+            _log.warning("ignoring damaged checkpoint %s: %s", checkpoint.path, error)
+    if any((output / CHECKPOINTS).glob("step-*")):
+        _log.warning("no sound checkpoint is left in %s: the training begins again", output / CHECKPOINTS)
+    return None
 
 
 def read_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     """Read ``student``, ``optimizer`` and ``random``; nothing but tensors and plain values is unpickled.
 
     Raises:
-        CacheFormatError: If the file is damaged, or from before checkpoints held trained parts only.
+        CacheFormatError: If the file is damaged, or of another position or run than the state.
     """
     path = checkpoint.path / TENSORS
-    if file_checksum(path) != checkpoint.checksum:
-        raise CacheFormatError(
-            f"{path}: the checksum is not the one in {STATE}, the file is damaged; delete {checkpoint.path}, the run "
-            "then resumes from the checkpoint before"
-        )
-    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    if "student" not in state:
-        raise CacheFormatError(
-            f"{path}: written by an older version of this program; delete {checkpoint.path.parent} to begin again"
-        )
+    try:
+        whole = file_checksum(path) == checkpoint.checksum
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True) if whole else {}
+    except _UNREADABLE as error:
+        raise CacheFormatError(f"{path}: cannot be read: {error}") from error
+    if not whole:
+        raise CacheFormatError(f"{path}: the checksum is not the one in {STATE}, the file is damaged")
+    if (state.get("fingerprint"), state.get("position")) != (checkpoint.fingerprint, asdict(checkpoint.position)):
+        raise CacheFormatError(f"{path}: of another position or run than {STATE}")
     return state
 
 

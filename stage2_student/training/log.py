@@ -1,10 +1,13 @@
 """One JSON object an optimizer step, and the same curves for TensorBoard.
 
 Losses stay tensors until ``flush``: reading a number from an accelerator at every step would make the host
-wait for it. On resume, lines after the checkpoint are cut away, so that no step appears twice.
+wait for it. On resume, lines after the checkpoint are cut away, so that no step appears twice. What is logged is
+shown and never decides what is trained: lines that cannot be read are left out, and their number is said.
 """
 
 import json
+import logging
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,19 +17,63 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from vlm_distill_cache.common.files.atomic import write_bytes_atomic
+from vlm_distill_cache.common.errors import CacheFormatError
+from vlm_distill_cache.common.files.atomic import parse_json, write_bytes_atomic
+from vlm_distill_cache.stage2_student.config import PHASE_NAMES
 
 LOG = "log.jsonl"
-NOT_LOSSES = ("step", "phase", "lr", "projector_lr", "tower_lr", "step_s", "samples_per_s", "data_wait")
+TIMES = ("step_s", "samples_per_s", "data_wait")
+NOT_LOSSES = ("step", "phase", "lr", "projector_lr", "tower_lr", *TIMES)
+_MOST = 1e300  # larger numbers are none of ours, and need not be floats
+_log = logging.getLogger(__name__)
 
 
-def read_log(output: Path) -> list[dict[str, Any]]:
-    """The logged steps of a run, in order; an unfinished last line of a killed run is left out."""
+def read_log(output: Path, phases: Sequence[tuple[str, int]] = ()) -> list[dict[str, Any]]:
+    """The logged steps of a run, in order; what cannot be read is left out, and said in a line.
+
+    ``phases`` are name and steps of each, as far as the run has come: a step of another phase is none of it, and steps
+    that are not there are said as well. The unfinished last line of a killed run is nothing to mention.
+    """
     path = output / LOG
-    if not path.exists():
-        return []
-    lines = path.read_bytes().split(b"\n")
-    return [json.loads(line) for line in lines[:-1] if line]
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        lines = []
+    except OSError as error:
+        _log.warning("%s cannot be read: %s", path, error.strerror)
+        lines = []
+    names = [name for name, steps in phases for _ in range(steps)]
+    found: dict[int, dict[str, Any]] = {}
+    damaged = 0
+    for number, line in enumerate(filter(None, lines), 1):
+        record = _parse_record(line, f"{path}, line {number}")
+        if record is not None and (not phases or names[record["step"] - 1 : record["step"]] in ([], [record["phase"]])):
+            found[record["step"]] = record
+        elif line is not lines[-1]:
+            damaged += 1
+    lost = len(names) - len(found.keys() & set(range(1, len(names) + 1)))
+    if damaged or lost:
+        missing = f", and {lost} of {len(names)} steps are missing" if lost else ""
+        _log.warning("%s: %d lines are damaged and left out%s; this changes no student", path, damaged, missing)
+    return [found[step] for step in sorted(found)]
+
+
+def _parse_record(line: bytes, where: str) -> dict[str, Any] | None:
+    """A line of the log; None if it is not one that `TrainingLog` writes."""
+    try:
+        record = parse_json(line, where)
+    except CacheFormatError:
+        return None
+    sound = (
+        isinstance(record, dict)
+        and record.keys() >= {"step", "phase", "total", *TIMES}
+        and record["phase"] in PHASE_NAMES
+        and all(key.isidentifier() for key in record)
+        and all(type(value) in (int, float) and abs(value) < _MOST for key, value in record.items() if key != "phase")
+        and type(record["step"]) is int
+        and record["step"] > 0
+    )
+    return record if sound else None
 
 
 def summarise(log: Sequence[Mapping[str, Any]]) -> str:
@@ -34,7 +81,7 @@ def summarise(log: Sequence[Mapping[str, Any]]) -> str:
     lines = []
     for phase in dict.fromkeys(str(record["phase"]) for record in log):
         records = [record for record in log if record["phase"] == phase]
-        seconds = sum(record["step_s"] for record in records)
+        seconds = max(sum(record["step_s"] for record in records), 1e-9)
         samples = sum(record["samples_per_s"] * record["step_s"] for record in records)
         waited = sum(record["data_wait"] * record["step_s"] for record in records)
         last = {k: v for k, v in records[-1].items() if k not in NOT_LOSSES}
@@ -53,18 +100,22 @@ class TrainingLog:
         records: Every step of the run so far, those before a resume included (main process only).
     """
 
-    def __init__(self, output: Path, accelerator: Accelerator, *, resume_step: int, flush_every: int = 1) -> None:
-        """Open the log, keeping the steps up to ``resume_step``.
+    def __init__(
+        self, output: Path, accelerator: Accelerator, *, done: Sequence[tuple[str, int]], flush_every: int = 1
+    ) -> None:
+        """Open the log, keeping the steps of the phases, by name and steps, that are ``done``.
 
-        ``resume_step`` is 0 for a fresh start; ``flush_every`` is in steps.
+        ``done`` is empty for a fresh start; ``flush_every`` is in steps.
         """
+        resume_step = sum(steps for _, steps in done)
         self._accelerator = accelerator
         self._flush_every = flush_every
         self._pending: list[tuple[dict[str, Any], dict[str, Tensor]]] = []
         self.records: list[dict[str, Any]] = []
         self._writer: SummaryWriter | None = None
         if accelerator.is_main_process:
-            self.records = [record for record in read_log(output) if record["step"] <= resume_step]
+            if resume_step:
+                self.records = [record for record in read_log(output, done) if record["step"] <= resume_step]
             text = "".join(json.dumps(record) + "\n" for record in self.records)
             write_bytes_atomic(output / LOG, text.encode())
             self._path = output / LOG
@@ -80,10 +131,15 @@ class TrainingLog:
         if len(self._pending) >= self._flush_every:
             self.flush()
 
-    def flush(self) -> None:
-        """Write the remembered steps; every process must call it at the same steps."""
-        if not self._pending:
-            return
+    def flush(self, *, durably: bool = False) -> None:
+        """Write the remembered steps, and the log so far to the disk; every process must call it at the same steps."""
+        if self._pending:
+            self._write()
+        if durably and self._writer is not None:
+            with self._path.open("rb") as file:
+                os.fsync(file.fileno())
+
+    def _write(self) -> None:
         stacked = torch.stack([torch.stack(list(losses.values())).float() for _, losses in self._pending])
         numbers = self._accelerator.reduce(stacked, reduction="sum").tolist()
         if self._accelerator.is_main_process and self._writer is not None:

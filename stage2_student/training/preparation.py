@@ -320,15 +320,6 @@ def choose_template(config: TrainConfig, parts: StudentParts, cache: TeacherCach
     return parts.template
 
 
-def count_beyond_vocabulary(phases: Iterable[PreparedPhase]) -> dict[str, int]:
-    """How many cached logit entries were read, and how many of their tokens have no row in the student."""
-    joins = {id(phase.dataset): phase.dataset for phase in phases}.values()
-    return {
-        "entries_read": sum(join.entries_read for join in joins),
-        "entries_beyond": sum(join.entries_beyond for join in joins),
-    }
-
-
 def _check_trained_tower(parts: StudentParts, dataset: CachedDataset | UnitedDataset, phase: str) -> None:
     """Raise a ConfigError if a phase trains a tower that must stay as it is, or no sample has a picture."""
     check_tower_is_free(parts.model, phase=phase, where=parts.where)

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
+from vlm_distill_cache.common.codecs.logits import LogitCodec
 from vlm_distill_cache.common.errors import ModelError
 from vlm_distill_cache.common.files.hashing import fingerprint
 from vlm_distill_cache.common.terminal.progress import progress
@@ -132,13 +133,28 @@ def step_seed(*parts: object) -> int:
     return int(fingerprint([str(part) for part in parts])[:15], 16)
 
 
-def step_totals(micro_batches: list[TrainingBatch], accelerator: Accelerator) -> list[float]:
-    """What each loss of a whole step is a mean over (`units_of` it), over all processes."""
-    local = torch.tensor([units_of(batch) for batch in micro_batches], dtype=torch.float64).sum(dim=0)
-    if accelerator.num_processes == 1:
-        return local.tolist()
-    summed: Tensor = accelerator.reduce(local.to(accelerator.device), reduction="sum")
-    return summed.tolist()
+def step_totals(
+    micro_batches: list[TrainingBatch], accelerator: Accelerator, *, vocabulary: int
+) -> tuple[list[float], tuple[int, int]]:
+    """Sums of a whole step, over all processes.
+
+    Returns:
+        What each loss is a mean over (`units_of` it); and how many entries of cached logits are read, and how many of
+        their tokens have no row in the student's ``vocabulary``.
+    """
+    counts = [[*units_of(batch), *_count_entries(batch, vocabulary)] for batch in micro_batches]
+    local = torch.tensor(counts, dtype=torch.float64).sum(dim=0)
+    if accelerator.num_processes > 1:
+        local = accelerator.reduce(local.to(accelerator.device), reduction="sum")
+    *units, read, beyond = local.tolist()
+    return units, (int(read), int(beyond))
+
+
+def _count_entries(batch: TrainingBatch, vocabulary: int) -> tuple[int, int]:
+    logits = batch.targets.get(LogitCodec.signal)
+    if logits is None:
+        return 0, 0
+    return int(logits.entry_mask.sum()), int((logits.entry_mask & (logits.token_ids >= vocabulary)).sum())
 
 
 def gradient_sync(accelerator: Accelerator, model: nn.Module, *, last: bool) -> AbstractContextManager[Any]:

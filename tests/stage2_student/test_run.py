@@ -7,18 +7,31 @@ import shutil
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 
 import pytest
 from click.testing import CliRunner
 from tiny_cache import DATA, build_tiny_cache
 
 from vlm_distill_cache.common.cache.reader import TeacherCache
-from vlm_distill_cache.common.errors import CacheMismatchError, ConfigError
+from vlm_distill_cache.common.errors import CacheMismatchError, ConfigError, ModelError
+from vlm_distill_cache.common.files.signed import list_files
 from vlm_distill_cache.data.registry import open_dataset
 from vlm_distill_cache.stage2_student import run as run_module
 from vlm_distill_cache.stage2_student.cli import main
+from vlm_distill_cache.stage2_student.final_folder import read_final
 from vlm_distill_cache.stage2_student.resolve import open_caches
-from vlm_distill_cache.stage2_student.run import load_run_config, run, set_up_libraries
+from vlm_distill_cache.stage2_student.run import (
+    LEFT,
+    SCORES,
+    TABLE,
+    find_lost,
+    load_run_config,
+    read_stamp,
+    run,
+    set_up_libraries,
+    write_report_again,
+)
 from vlm_distill_cache.stage2_student.training.output_folder import claim_output, refuse_foreign_folder
 from vlm_distill_cache.stage2_student.training.preparation import prepare
 
@@ -54,7 +67,7 @@ def test_a_run_leaves_two_students_a_table_and_a_page(finished):
     assert "distilled" in finished.table.splitlines()[0]
     assert "captions by likelihood" in finished.table
     assert "<svg" in finished.report.read_text()
-    assert set(json.loads((finished.output / "evaluation.json").read_text())) == {"sft", "distilled"}
+    assert set(json.loads((finished.output / "evaluation.json").read_text())) == {"sft", "distilled", "checksum"}
 
 
 def test_the_teachers_scores_stand_only_beside_those_on_its_own_test_set(tiny_cache, copied, monkeypatch):
@@ -70,6 +83,89 @@ def test_the_teachers_scores_stand_only_beside_those_on_its_own_test_set(tiny_ca
     assert "teacher" in run(make_config(tiny_cache[0], copied)).table.splitlines()[0]
     for other in ("evaluation.split=validation", "evaluation.data='shapes:images=4,seed=3'"):
         assert "teacher" not in run(make_config(tiny_cache[0], copied, other)).table.splitlines()[0]
+
+
+def whole(folder):
+    """The digests of the students, the scores and the table."""
+    return list_files(folder, [name for name in LEFT if name.endswith((TABLE, SCORES))]) | {
+        name: read_final(folder / name)["files"] for name in ("sft/final", "distilled/final")
+    }
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+DAMAGES = {
+    "flipped": flip,
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:-7]),
+    "empty": lambda path: path.write_bytes(b""),
+    "null": lambda path: path.write_bytes(b"null"),
+    "list": lambda path: path.write_bytes(b"[1]"),
+    "lost": lambda path: path.unlink(),
+}
+
+
+def test_no_damage_to_what_a_run_left_is_vouched_for_scored_or_exported(tiny_cache, copied, tmp_path):
+    final = copied / "distilled" / "final"
+    config = make_config(tiny_cache[0], copied)
+    stamp = read_stamp(copied)
+    of_final = [path for path in final.iterdir() if path.is_file()]
+    for path in [*(copied / name for name in LEFT), *of_final]:
+        sound = path.read_bytes()
+        for name, damage in DAMAGES.items():
+            damage(path)
+            assert str(path) in find_lost(copied, stamp["left"])[0], (path, name)
+            if path in of_final:
+                for command in (["evaluate"], ["export", "--output", str(tmp_path / "x")]):
+                    refused = CliRunner().invoke(main, [command[0], str(final), *command[1:]])
+                    assert refused.exit_code == 1, (path, name)
+                    assert "error: " in refused.output
+                    assert path.name == "distillation.json" or "run the command that trained" in refused.output
+                if (path.name, name) != ("distillation.json", "lost"):  # then it is anybody's model
+                    with pytest.raises(ModelError):
+                        prepare(replace(config, student=str(final)))
+            if path.name == "evaluation.json" and path.parent == copied:
+                with pytest.raises(ConfigError, match=r"evaluation.json .*run the same `distill run` command again"):
+                    write_report_again(copied)
+            path.write_bytes(sound)
+    (final / "README.md").write_text("extra files are fine")
+    assert not run(config).fresh
+
+
+def test_what_is_lost_or_damaged_is_made_again_and_is_the_same(tiny_cache, copied, caplog):
+    before = whole(copied)
+    shutil.rmtree(copied / "distilled" / "final")
+    flip(sorted((copied / "distilled" / "checkpoints").iterdir())[-1] / "tensors.pt")
+    flip(copied / "sft" / "final" / "model.safetensors")
+    (copied / "sft" / "log.jsonl").write_bytes(b"\0" * 4096)
+    (copied / "table.txt").unlink()
+    (copied / "sft" / "evaluation.json").write_bytes(b"[]")
+    said = []
+    assert run(make_config(tiny_cache[0], copied), say=said.append).fresh
+    assert whole(copied) == before
+    for words in ("made again: ", "sft: made again: ", "distilled: training ", ", from its last checkpoint", "scoring"):
+        assert any(words in line for line in said), words
+    assert "ignoring damaged checkpoint" in caplog.text
+    assert "log.jsonl: 0 lines are damaged and left out, and 4 of 4 steps are missing" in caplog.text
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in (copied / "sft" / "final").iterdir():
+        assert path.stat().st_mode & 0o777 == 0o666 & ~umask, path
+
+
+@pytest.mark.parametrize("damage", ["flipped", "null", "lost"])
+def test_a_damaged_stamp_is_written_again_if_the_students_are_this_runs(tiny_cache, copied, damage):
+    DAMAGES[damage](copied / "run.json")
+    with pytest.raises(ConfigError, match=r"belongs to another run.*another --output"):
+        run(make_config(tiny_cache[0], copied, "dft.lr=0.01"))
+    DAMAGES[damage](copied / "run.json")
+    before = whole(copied)
+    assert run(make_config(tiny_cache[0], copied)).fresh
+    assert whole(copied) == before
+    assert not run(make_config(tiny_cache[0], copied)).fresh
 
 
 @pytest.fixture

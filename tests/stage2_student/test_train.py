@@ -13,6 +13,7 @@ from train_runs import LOSSES, losses, make_config
 from vlm_distill_cache.common.errors import ConfigError, ModelError
 from vlm_distill_cache.data.text.processors import load_image_processor, load_tokenizer
 from vlm_distill_cache.stage2_student.config import TrainConfig, without_teacher
+from vlm_distill_cache.stage2_student.final_folder import read_final
 from vlm_distill_cache.stage2_student.students.build import load_student
 from vlm_distill_cache.stage2_student.train import train
 from vlm_distill_cache.stage2_student.training.checkpoint import CHECKPOINTS
@@ -53,6 +54,9 @@ def test_a_killed_run_ends_bit_for_bit_like_an_uninterrupted_one(
     resumed = train(make_config(tiny_cache[0], tmp_path / "run"))
     assert losses(resumed.log) == losses(uninterrupted.log)
     assert losses(read_log(tmp_path / "run")) == losses(uninterrupted.log)
+    counted = [read_final(result.final)["vocabulary"] for result in (resumed, uninterrupted)]
+    assert counted[0] == counted[1]
+    assert counted[0]["entries_read"] > 0
     expected = uninterrupted.model.state_dict()
     for name, value in resumed.model.state_dict().items():
         assert torch.equal(value, expected[name]), name

@@ -186,7 +186,7 @@ def test_the_record_says_what_was_kept_and_the_folder_is_whole_or_absent(tmp_pat
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "write_json_atomic", fail)
+        patch.setattr(module, "write_signed", fail)
         with pytest.raises(OSError, match="disk full"):
             prune_directory(tmp_path / "llava", tmp_path / "student", **options)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["llava"]

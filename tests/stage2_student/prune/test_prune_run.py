@@ -10,13 +10,16 @@ from tiny_cache import DATA
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from vlm_distill_cache.common.errors import ConfigError, ModelError
+from vlm_distill_cache.common.files.signed import list_files
 from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.data.families.models import open_family_model
 from vlm_distill_cache.stage2_student.cli import main
 from vlm_distill_cache.stage2_student.config import describe
 from vlm_distill_cache.stage2_student.prune import for_run as prune_for_run
 from vlm_distill_cache.stage2_student.prune.for_run import prune_for_cache
-from vlm_distill_cache.stage2_student.run import load_run_config, run
+from vlm_distill_cache.stage2_student.pruned_folder import refuse_damaged
+from vlm_distill_cache.stage2_student.resolve import open_caches
+from vlm_distill_cache.stage2_student.run import load_run_config, run, with_pruned_student
 
 FAST = [
     "dft.steps=2", "dft.batch_size=4", "dft.losses.hidden=0", "dft.losses.logits=1.0", "evaluation.limit=2",
@@ -68,6 +71,25 @@ def test_a_pruned_students_run_is_known_by_what_was_cut_not_by_where_it_lies(tin
         described.append(describe(replace(config, student=str(tmp_path / name)), {}))
     assert described[0] == described[1]
     assert described[0]["student"]["keep"] == 0.5
+
+
+def test_a_damaged_pruned_student_is_refused_and_a_run_cuts_it_again(tiny_cache, tmp_path, teacher):
+    config, folder, said = make_config(tiny_cache[0], tmp_path / "run", teacher), tmp_path / "run" / "student", []
+    caches = open_caches(config)
+    with_pruned_student(config, caches, say=said.append)
+    sound = list_files(folder)
+    for path in folder.iterdir():
+        content = path.read_bytes()
+        path.write_bytes(content[:-3])
+        with pytest.raises(ModelError, match="cut the student again"):
+            refuse_damaged(folder)
+        path.write_bytes(content)
+    refuse_damaged(folder)
+    (folder / "model.safetensors").write_bytes(b"")
+    said.clear()
+    with_pruned_student(config, caches, say=said.append)
+    assert said[0].startswith("pruned:0.5: cut again: ")
+    assert list_files(folder) == sound
 
 
 def test_another_teacher_than_the_caches_is_refused(tiny_cache, tmp_path, teacher):

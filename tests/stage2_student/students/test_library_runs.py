@@ -145,9 +145,10 @@ def test_tokens_beyond_the_students_rows_are_tail_and_are_counted_and_reported(
     )  # fmt: skip
     result = train(config)
     cache, expected = open_cache(tmp_path / "cache"), np.zeros(2, dtype=np.int64)
-    for sample_id in cache.sample_ids:
-        ids = np.asarray(cache.read(sample_id)["token_ids"])
-        expected += (len(ids), int((ids >= rows).sum()))
+    for phase in result.preparation.phases:
+        for place in phase.shuffle.take(0, phase.steps * phase.config.batch_size) if phase.name != "sft" else ():
+            ids = np.asarray(cache.read(phase.dataset.sample_ids[place])["token_ids"])
+            expected += (len(ids), int((ids >= rows).sum()))
     assert expected[1] > 0
     counted = json.loads((result.final / "distillation.json").read_text())["vocabulary"]
     assert (counted["entries_read"], counted["entries_beyond"]) == tuple(expected)

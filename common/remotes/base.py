@@ -11,6 +11,7 @@ import contextlib
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import BinaryIO, NoReturn
 
@@ -31,10 +32,12 @@ class Remote(ABC):
         location: The address, for people; secrets in it are left out.
         upload_files: How many files one call to ``upload`` should hold at least: many where each call is a commit.
         upload_jobs: How many calls to ``upload`` may run at once.
+        commits: Each write holds only if nobody has written since the one before: nothing needs to be looked at later.
     """
 
     upload_files = 1
     upload_jobs = 8
+    commits = False
 
     def __init__(self, location: str, retries: Retries) -> None:
         self.location = location
@@ -52,6 +55,15 @@ class Remote(ABC):
         """Remove files in this order; absent ones are fine."""
         self._refuse_to_write()
 
+    def hold(self) -> AbstractContextManager[Callable[[], object]]:
+        """Keep other pushes off while this one writes; gives a check that raises once another has taken over.
+
+        Raises:
+            ConfigError: If another process is writing into this folder.
+            CacheMismatchError: If another push is writing to this address.
+        """
+        return contextlib.nullcontext(lambda: None)
+
     def _refuse_to_write(self) -> NoReturn:
         raise TransferError(
             f"{self.location}: pull only; to write, use a folder, s3://BUCKET/PREFIX or hf://datasets/ORG/NAME"
@@ -65,8 +77,8 @@ class Remote(ABC):
         """The address of a file, for errors."""
         return f"{self.location}/{name}"
 
-    def read(self, name: str, *, max_bytes: int) -> bytes:
-        """Return a small file whole.
+    def read(self, name: str, *, max_bytes: int, expected: bool = False) -> bytes:
+        """Return a small file whole; one that is ``expected`` and absent is asked for again before that is believed.
 
         Raises:
             FileNotFoundError: If it is absent.
@@ -83,7 +95,7 @@ class Remote(ABC):
                     raise PassingError(f"ended after {len(data)} of {body.total} bytes")
                 return data
 
-        return self._retries.run(where, attempt)
+        return self._retries.run(where, attempt, expected=expected)
 
     def size(self, name: str) -> int | None:
         """Return the bytes of a file, or None if it is absent."""
@@ -112,7 +124,7 @@ class Remote(ABC):
             on_bytes: Called with the number of new bytes after each block.
 
         Raises:
-            FileNotFoundError: If the file is absent.
+            FileNotFoundError: If the file is absent, also when asked again.
         """
         where = self._where(name)
 
@@ -131,7 +143,7 @@ class Remote(ABC):
                 with contextlib.closing(body):
                     self._append(body, file, have, size, on_bytes)
 
-        self._retries.run(where, attempt, lambda: target.stat().st_size if target.exists() else 0)
+        self._retries.run(where, attempt, lambda: target.stat().st_size if target.exists() else 0, expected=True)
 
     def _append(
         self, body: Body, file: BinaryIO, have: int, size: int, on_bytes: Callable[[int], object] | None

@@ -81,7 +81,7 @@ def read_remote_manifest(remote: Remote) -> tuple[Manifest, bytes]:
     """
     where = f"{remote.location}/{MANIFEST}"
     try:
-        raw = remote.read(MANIFEST, max_bytes=MAX_MANIFEST_BYTES)
+        raw = remote.read(MANIFEST, max_bytes=MAX_MANIFEST_BYTES, expected=True)
     except FileNotFoundError:
         if remote.size(PLAN) is not None:
             raise CacheFormatError(
@@ -217,8 +217,9 @@ def _download_checked(
             remote.download(name, arriving, size=entry.size, on_bytes=count)
         except FileNotFoundError as error:
             raise TransferError(
-                f"{remote.location}/{name}: missing, although the cache's description lists it; push the cache "
-                "again, with --overwrite"
+                f"{remote.location}/{name}: missing, although the cache's description lists it, also when asked again; "
+                f"if it was pushed just now, {AGAIN}; else whoever has the cache can mend what is there: "
+                f"`cachectl push CACHE {remote.location} --overwrite`"
             ) from error
         with arriving.open("rb") as file:
             os.fsync(file.fileno())

@@ -28,6 +28,12 @@ class LimitedResponse(HTTPResponse):
         self._arriving = _Arriving(self.fp.detach(), sock)
         self.fp = io.BufferedReader(self._arriving)
 
+    def begin(self) -> None:
+        """Read the head; a length that is none, or does not count, is not passed on."""
+        super().begin()
+        if self.length is None:
+            del self.headers["Content-Length"]
+
     def allow(self, size: int) -> None:
         """Let the next read bring so many bytes; the clock begins anew."""
         self._arriving.allow(size)

@@ -32,16 +32,23 @@ class Remote(ABC):
         location: The address, for people; secrets in it are left out.
         upload_files: How many files one call to ``upload`` should hold at least: many where each call is a commit.
         upload_jobs: How many calls to ``upload`` may run at once.
+        keeps_conditions: False once a store has said that it cannot write on a condition.
         commits: Each write holds only if nobody has written since the one before: nothing needs to be looked at later.
     """
 
     upload_files = 1
     upload_jobs = 8
+    keeps_conditions = True
     commits = False
 
     def __init__(self, location: str, retries: Retries) -> None:
         self.location = location
         self._retries = retries
+
+    @property
+    def attempts(self) -> int:
+        """How often a request is tried."""
+        return self._retries.attempts
 
     def upload(self, files: Mapping[str, Path], *, on_bytes: Callable[[int], object] | None = None) -> None:
         """Copy local files here; each becomes visible only when complete, and the last one last."""
@@ -49,6 +56,10 @@ class Remote(ABC):
 
     def create(self, name: str, data: bytes) -> bool:
         """Write a small new file, or return False, without a change, if there is a file of that name already."""
+        self._refuse_to_write()
+
+    def exchange(self, name: str, old: bytes, new: bytes) -> bool:
+        """Write a small file over one with the old bytes; False, without a change, if it holds neither old nor new."""
         self._refuse_to_write()
 
     def delete(self, names: Iterable[str]) -> None:

@@ -37,11 +37,7 @@ _PIECE = 32 << 10  # bytes; a read returns when all of them are there, and a slo
 
 
 class S3Remote(Remote):
-    """A prefix in a bucket, ``s3://BUCKET/PREFIX``.
-
-    Attributes:
-        keeps_conditions: False once the store has said that it cannot write on a condition.
-    """
+    """A prefix in a bucket, ``s3://BUCKET/PREFIX``."""
 
     def __init__(self, location: str, retries: Retries) -> None:
         bucket, _, prefix = location.removeprefix("s3://").partition("/")
@@ -54,7 +50,6 @@ class S3Remote(Remote):
         super().__init__(location.rstrip("/"), retries)
         self._bucket = bucket
         self._prefix = f"{prefix.rstrip('/')}/" if prefix.strip("/") else ""
-        self.keeps_conditions = True
         self._clients: dict[tuple[int, int], Any] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -118,7 +113,7 @@ class S3Remote(Remote):
         return self._put_if(name, data, lambda: self.size(name) is None, IfNoneMatch="*")
 
     def exchange(self, name: str, old: bytes, new: bytes) -> bool:
-        """Write a small file over one with these bytes, or return False; also if it holds the new ones already."""
+        """Write a small file over one with the old bytes, or return False; see ``Remote``."""
         with contextlib.suppress(FileNotFoundError, CacheFormatError):
             found = self._call(name, "head_object")
             if (now := self.read(name, max_bytes=len(old) + len(new))) == new:

@@ -31,6 +31,8 @@ _ONCE = Retries(
 class DirectoryRemote(Remote):
     """A folder that this machine sees; created by the first write."""
 
+    keeps_conditions = False
+
     def __init__(self, root: Path) -> None:
         super().__init__(str(root), _ONCE)
         self.root = root

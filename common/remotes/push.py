@@ -211,7 +211,8 @@ class _Push:
         """Write the manifest last, and take it back if what it names is not what is there."""
         self.refuse_lost()
         path = self.cache_dir / MANIFEST
-        if isinstance(there, Manifest) and not self.overwrite:  # a newer fidelity card
+        newer = isinstance(there, Manifest) and not self.overwrite  # only its fidelity card is
+        if newer or not self.remote.keeps_conditions:
             self.remote.upload({MANIFEST: path})
         elif not self.remote.create(MANIFEST, path.read_bytes()):
             self.refuse_overwritten(MANIFEST)

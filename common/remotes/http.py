@@ -25,7 +25,7 @@ from urllib.parse import quote, urljoin, urlsplit
 from vlm_distill_cache.common.errors import ConfigError, TransferError
 from vlm_distill_cache.common.remotes.answers import LimitedResponse
 from vlm_distill_cache.common.remotes.base import Remote
-from vlm_distill_cache.common.remotes.streams import Body, PassingError, RangeRefusedError, Retries
+from vlm_distill_cache.common.remotes.streams import Body, PassingError, RangeRefusedError, Retries, without_secrets
 
 MAY_PASS = (408, 425, 429, 500, 502, 503, 504)
 CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18}|\*)")
@@ -120,7 +120,7 @@ class HttpRemote(WebRemote):
             known = False
         if not known or " " in location or parts.fragment or not location.isprintable():
             raise ConfigError(
-                f"{location}: not an address; expected http(s)://HOST/FOLDER, with blanks as %20, # as %23 and "
+                f"{without_secrets(location)}: not an address; expected http(s)://HOST/FOLDER, with blanks as %20, # as %23 and "
                 "the host's name in ASCII"
             )
         if parts.username or parts.password:

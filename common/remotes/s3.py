@@ -27,6 +27,7 @@ from vlm_distill_cache.common.remotes.streams import (
     RangeRefusedError,
     Retries,
     said,
+    without_secrets,
 )
 
 _ABSENT = ("404", "NoSuchKey", "NotFound")
@@ -41,8 +42,12 @@ class S3Remote(Remote):
 
     def __init__(self, location: str, retries: Retries) -> None:
         bucket, _, prefix = location.removeprefix("s3://").partition("/")
+        if ":" in bucket or "@" in bucket:
+            raise ConfigError(
+                "s3://...: expected s3://BUCKET/PREFIX, without keys; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+            )
         if not bucket or "?" in location or "//" in f"/{prefix}":
-            raise ConfigError(f"{location}: expected s3://BUCKET/PREFIX")
+            raise ConfigError(f"{without_secrets(location)}: expected s3://BUCKET/PREFIX")
         try:
             import boto3  # noqa: F401
         except ImportError as error:

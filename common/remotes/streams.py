@@ -32,9 +32,14 @@ class PassingError(Exception):
         self.retry_after = retry_after
 
 
+def without_secrets(text: str) -> str:
+    """Return a text without the passwords and signatures of addresses in it."""
+    return _SECRET.sub("", text)
+
+
 def said(error: BaseException) -> str:
-    """Return what another library's error says, without passwords and signatures in its addresses."""
-    return _SECRET.sub("", str(error)) or type(error).__name__
+    """Return what another library's error says, without secrets."""
+    return without_secrets(str(error)) or type(error).__name__
 
 
 class RangeRefusedError(PassingError):

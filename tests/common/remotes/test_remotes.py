@@ -218,7 +218,8 @@ class TestHttpRemote(ReadContract):
 
 @pytest.mark.parametrize("location", [
     "s3://", "s3://bucket//x", "hf://datasets/only", "hf://models/a/b", "hf://datasets/a/b/../c", "https://", "http://a:b/c",
-    "https://user:secret@host/x", "http://host/a b", "http://host/a#b", "http://h\u00f6st/a", "ftp://host/x", "file:///x",
+    "https://user:secret@host/x", "s3://key:secret@bucket/x", "s3://bucket/x?k=secret", "ftp://me:secret@host/x",
+    "http://me:secret@h st/?k=secret", "http://host/a b", "http://host/a#b", "http://h\u00f6st/a", "ftp://host/x", "file:///x",
 ])  # fmt: skip
 def test_an_address_that_cannot_be_meant_is_refused_before_anything_is_sent(location, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)

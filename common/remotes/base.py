@@ -11,6 +11,7 @@ import contextlib
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import BinaryIO, NoReturn
 
@@ -31,14 +32,24 @@ class Remote(ABC):
         location: The address, for people; secrets in it are left out.
         upload_files: How many files one call to ``upload`` should hold at least: many where each call is a commit.
         upload_jobs: How many calls to ``upload`` may run at once.
+        keeps_conditions: Whether a file can be written on the condition that no other has come before; False where a
+            lock keeps others off, and once a store has said that it cannot.
+        commits: Each write holds only if nobody has written since the one before: nothing needs to be looked at later.
     """
 
     upload_files = 1
     upload_jobs = 8
+    keeps_conditions = True
+    commits = False
 
     def __init__(self, location: str, retries: Retries) -> None:
         self.location = location
         self._retries = retries
+
+    @property
+    def attempts(self) -> int:
+        """How often a request is tried."""
+        return self._retries.attempts
 
     def upload(self, files: Mapping[str, Path], *, on_bytes: Callable[[int], object] | None = None) -> None:
         """Copy local files here; each becomes visible only when complete, and the last one last."""
@@ -48,9 +59,22 @@ class Remote(ABC):
         """Write a small new file, or return False, without a change, if there is a file of that name already."""
         self._refuse_to_write()
 
+    def exchange(self, name: str, old: bytes, new: bytes) -> bool:
+        """Write a small file over one with the old bytes; False, without a change, if it holds neither old nor new."""
+        self._refuse_to_write()
+
     def delete(self, names: Iterable[str]) -> None:
         """Remove files in this order; absent ones are fine."""
         self._refuse_to_write()
+
+    def hold(self) -> AbstractContextManager[Callable[[], object]]:
+        """Keep other pushes off while this one writes; gives a check that raises once another has taken over.
+
+        Raises:
+            ConfigError: If another process is writing into this folder.
+            CacheMismatchError: If another push is writing to this address.
+        """
+        return contextlib.nullcontext(lambda: None)
 
     def _refuse_to_write(self) -> NoReturn:
         raise TransferError(
@@ -65,8 +89,8 @@ class Remote(ABC):
         """The address of a file, for errors."""
         return f"{self.location}/{name}"
 
-    def read(self, name: str, *, max_bytes: int) -> bytes:
-        """Return a small file whole.
+    def read(self, name: str, *, max_bytes: int, expected: bool = False) -> bytes:
+        """Return a small file whole; one that is ``expected`` and absent is asked for again before that is believed.
 
         Raises:
             FileNotFoundError: If it is absent.
@@ -83,7 +107,7 @@ class Remote(ABC):
                     raise PassingError(f"ended after {len(data)} of {body.total} bytes")
                 return data
 
-        return self._retries.run(where, attempt)
+        return self._retries.run(where, attempt, expected=expected)
 
     def size(self, name: str) -> int | None:
         """Return the bytes of a file, or None if it is absent."""
@@ -112,7 +136,7 @@ class Remote(ABC):
             on_bytes: Called with the number of new bytes after each block.
 
         Raises:
-            FileNotFoundError: If the file is absent.
+            FileNotFoundError: If the file is absent, also when asked again.
         """
         where = self._where(name)
 
@@ -131,7 +155,7 @@ class Remote(ABC):
                 with contextlib.closing(body):
                     self._append(body, file, have, size, on_bytes)
 
-        self._retries.run(where, attempt, lambda: target.stat().st_size if target.exists() else 0)
+        self._retries.run(where, attempt, lambda: target.stat().st_size if target.exists() else 0, expected=True)
 
     def _append(
         self, body: Body, file: BinaryIO, have: int, size: int, on_bytes: Callable[[int], object] | None

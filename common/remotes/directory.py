@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from vlm_distill_cache.common.errors import CacheFormatError
-from vlm_distill_cache.common.files.atomic import clean_stale, create_temporary, publish_file, write_bytes_atomic
+from vlm_distill_cache.common.files.atomic import (
+    clean_stale,
+    create_temporary,
+    hold_folder,
+    publish_file,
+    write_bytes_atomic,
+)
 from vlm_distill_cache.common.files.disk import AGAIN, name_full_disk
 from vlm_distill_cache.common.remotes.base import Remote
 from vlm_distill_cache.common.remotes.streams import Body, Retries
@@ -25,6 +31,8 @@ _ONCE = Retries(
 class DirectoryRemote(Remote):
     """A folder that this machine sees; created by the first write."""
 
+    keeps_conditions = False
+
     def __init__(self, root: Path) -> None:
         super().__init__(str(root), _ONCE)
         self.root = root
@@ -37,6 +45,15 @@ class DirectoryRemote(Remote):
         file = path.open("rb")
         file.seek(start)
         return Body(start, os.fstat(file.fileno()).st_size, file.read, file.close)
+
+    @contextmanager
+    def hold(self) -> Iterator[Callable[[], object]]:
+        """Keep other pushes and builds off; see ``Remote``. The lock goes with the process, however that ends."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        with hold_folder(
+            self.root, busy="another process is writing there; wait until it has ended, or push elsewhere"
+        ):
+            yield lambda: None
 
     def upload(self, files: Mapping[str, Path], *, on_bytes: Callable[[int], object] | None = None) -> None:
         """Copy files here, one after the other, each atomically; see ``Remote``."""
@@ -78,6 +95,6 @@ class DirectoryRemote(Remote):
         for name in names:
             path = self.root / name
             path.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # not empty, or gone already
+            with suppress(OSError):  # not empty, or gone already
                 while (path := path.parent) != self.root and path.parent != self.root:
                     path.rmdir()

@@ -23,15 +23,16 @@ from vlm_distill_cache.common.cache.manifest import Manifest
 from vlm_distill_cache.common.cache.plan import PLAN, SHARDS
 from vlm_distill_cache.common.cache.side_files import MANIFEST
 from vlm_distill_cache.common.cache.sidecar import FileEntry
-from vlm_distill_cache.common.errors import CacheFormatError, TransferError
+from vlm_distill_cache.common.errors import CacheFormatError, NewerFormatError, TransferError
 from vlm_distill_cache.common.files.atomic import TEMPORARY_PREFIX, HeldLock, publish_file
 from vlm_distill_cache.common.files.disk import AGAIN, name_full_disk
 from vlm_distill_cache.common.remotes.base import Remote
-from vlm_distill_cache.common.remotes.streams import stop_waiting_on, stoppable
+from vlm_distill_cache.common.remotes.streams import stop_waiting_on, stoppable, wait
 
 _T = TypeVar("_T")
 JOBS = 8
 MAX_MANIFEST_BYTES = 64 << 20
+_MANIFEST_TRIES = 3
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,18 @@ def read_remote_manifest(remote: Remote) -> tuple[Manifest, bytes]:
     """
     where = f"{remote.location}/{MANIFEST}"
     try:
-        raw = remote.read(MANIFEST, max_bytes=MAX_MANIFEST_BYTES)
+        for left in reversed(range(min(remote.attempts, _MANIFEST_TRIES))):
+            raw = remote.read(MANIFEST, max_bytes=MAX_MANIFEST_BYTES, expected=True)
+            try:
+                manifest = Manifest.from_dict(parse_document(raw, where), where)
+            except NewerFormatError:
+                raise
+            except CacheFormatError:
+                if not left:
+                    raise
+                wait(1.0)  # what came may be cut or a proxy's page, and nothing tells that it is
+            else:
+                break
     except FileNotFoundError:
         if remote.size(PLAN) is not None:
             raise CacheFormatError(
@@ -89,7 +101,6 @@ def read_remote_manifest(remote: Remote) -> tuple[Manifest, bytes]:
                 "where the cache is, or `teacher-cache build` if it is being built there"
             ) from None
         raise CacheFormatError(f"{remote.location}: no teacher cache (no {MANIFEST}); check the address") from None
-    manifest = Manifest.from_dict(parse_document(raw, where), where)
     if PLAN not in manifest.files:
         raise CacheFormatError(f"{where}: does not list {PLAN}; damaged, push the cache again")
     return manifest, raw
@@ -217,8 +228,9 @@ def _download_checked(
             remote.download(name, arriving, size=entry.size, on_bytes=count)
         except FileNotFoundError as error:
             raise TransferError(
-                f"{remote.location}/{name}: missing, although the cache's description lists it; push the cache "
-                "again, with --overwrite"
+                f"{remote.location}/{name}: missing, although the cache's description lists it, also when asked again; "
+                f"if it was pushed just now, {AGAIN}; else whoever has the cache can mend what is there: "
+                f"`cachectl push CACHE {remote.location} --overwrite`"
             ) from error
         with arriving.open("rb") as file:
             os.fsync(file.fileno())

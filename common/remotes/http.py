@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import email.utils
 import functools
+import http.client
 import re
 import ssl
 import string
@@ -16,17 +17,21 @@ import urllib.request
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from http.client import HTTPException, HTTPMessage, HTTPResponse
-from typing import IO, Any
+from http.client import HTTPException, HTTPMessage
+from typing import Any
 from urllib.error import HTTPError, URLError
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, urljoin, urlsplit
 
 from vlm_distill_cache.common.errors import ConfigError, TransferError
+from vlm_distill_cache.common.remotes.answers import LimitedResponse
 from vlm_distill_cache.common.remotes.base import Remote
-from vlm_distill_cache.common.remotes.streams import Body, PassingError, RangeRefusedError, Retries
+from vlm_distill_cache.common.remotes.streams import Body, PassingError, RangeRefusedError, Retries, without_secrets
 
 MAY_PASS = (408, 425, 429, 500, 502, 503, 504)
-CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
+CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18}|\*)")
+_HOST = re.compile(r"[\w.:-]+", re.ASCII)
+_LENGTH = re.compile(r"[0-9]{1,18}")
+_MOST_REDIRECTS = 10
 
 
 class WebRemote(Remote):
@@ -46,14 +51,15 @@ class WebRemote(Remote):
         return {}
 
     def _open(self, name: str, start: int = 0, stop: int | None = None) -> Body:
-        where, request = self._where(name), urllib.request.Request(self._url(name))
+        where = self._where(name)
+        request = _Request(self._url(name), until=time.monotonic() + self._retries.timeout)
         for header, value in self._headers().items():
             request.add_unredirected_header(header, value)
         if start or stop is not None:
             request.add_header("Range", f"bytes={start}-{stop - 1 if stop is not None else ''}")
         with self._failures(where):
             try:
-                response: HTTPResponse = _opener().open(request, timeout=self._retries.timeout)
+                response: LimitedResponse = _opener().open(request, timeout=self._retries.timeout)
             except HTTPError as error:
                 if error.code != 416 or (error.headers.get("Content-Range") or "").strip() != "bytes */0":
                     raise
@@ -61,11 +67,12 @@ class WebRemote(Remote):
 
         def read(limit: int) -> bytes:
             with self._failures(where):
+                response.allow(limit)
                 return response.read1(limit)  # unlike read(), does not wait until all of it is there
 
         with ExitStack() as unless_handed_on:
             unless_handed_on.callback(response.close)
-            start, total = _position(where, response, start)
+            start, total = _position(response, start)
             unless_handed_on.pop_all()
         return Body(start, total, read, response.close)
 
@@ -77,20 +84,20 @@ class WebRemote(Remote):
         except HTTPError as error:
             with error:
                 raise self._failure(where, error) from error
-        except (OSError, HTTPException) as error:
+        except (OSError, HTTPException, ValueError) as error:
             cause = error.reason if isinstance(error, URLError) else error
             if isinstance(cause, ssl.SSLCertVerificationError):
                 raise TransferError(
                     f"{where}: the server's certificate is not trusted: {cause.verify_message}; if it is "
                     "your own server, name its authority in SSL_CERT_FILE"
                 ) from error
-            said = "no answer in time" if isinstance(cause, TimeoutError) else getattr(cause, "strerror", None)
-            raise PassingError(said or str(cause) or type(cause).__name__) from error
-        except ValueError as error:  # the library's word for a redirect that it cannot read
-            raise TransferError(f"{where}: redirected to what is no address ({error})") from error
+            raise PassingError(_words(cause)) from error
+        except _RedirectError as error:
+            raise TransferError(f"{where}: {error}; check the address, or ask whoever runs the server") from error
 
     def _failure(self, where: str, error: HTTPError) -> Exception:
-        said = f"answered {error.code} {error.reason}"
+        phrase = http.client.responses.get(error.code, "")  # ours: the server's own words may be anything
+        said = f"answered {error.code} {phrase}".rstrip()
         if error.code in (404, 410):
             return FileNotFoundError(2, "no such file", where)
         if error.code == 416:
@@ -113,7 +120,7 @@ class HttpRemote(WebRemote):
             known = False
         if not known or " " in location or parts.fragment or not location.isprintable():
             raise ConfigError(
-                f"{location}: not an address; expected http(s)://HOST/FOLDER, with blanks as %20, # as %23 and "
+                f"{without_secrets(location)}: not an address; expected http(s)://HOST/FOLDER, with blanks as %20, # as %23 and "
                 "the host's name in ASCII"
             )
         if parts.username or parts.password:
@@ -130,20 +137,33 @@ class HttpRemote(WebRemote):
         return self._where(name) + self._query
 
 
-def _position(where: str, response: HTTPResponse, start: int) -> tuple[int, int | None]:
+def _position(response: LimitedResponse, start: int) -> tuple[int, int | None]:
     """Return where in the file a response begins, and the bytes of the file if it says so."""
     if (encoding := response.headers.get("Content-Encoding", "identity")) != "identity":
-        raise TransferError(f"{where}: sent as {encoding}, unasked; serve the files of a cache as they are")
+        raise PassingError(f"sent as {encoding[:40]}, unasked: a server of caches sends files as they are")
     if response.status == 206:
         found = CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", "").strip())
         if found is None or int(found[1]) != start:
-            said = response.headers.get("Content-Range")
-            raise PassingError(f"asked for bytes from {start}, the answer says {said!r}")
+            found_range = response.headers.get("Content-Range", "")[:80]
+            raise PassingError(f"asked for bytes from {start}, the answer says {found_range!r}")
         return start, None if found[3] == "*" else int(found[3])
     if response.status != 200:
-        raise PassingError(f"answered {response.status} {response.reason}")
-    length = response.headers.get("Content-Length", "")
-    return 0, int(length) if length.isdecimal() else None
+        raise PassingError(f"answered {response.status}, which is no file")
+    length = response.headers.get("Content-Length", "").strip()
+    return 0, int(length) if _LENGTH.fullmatch(length) else None
+
+
+def _words(cause: object) -> str:
+    """What failed, in words of our own: those of the libraries may quote an address, and whatever a server says."""
+    if isinstance(cause, TimeoutError):
+        return "no answer in time"
+    if isinstance(cause, ValueError):
+        return "the host's name cannot be looked up"
+    if isinstance(cause, HTTPException):
+        return f"the answer broke off, or is no HTTP ({type(cause).__name__})"
+    if isinstance(cause, ConnectionError) and cause.args and isinstance(cause.args[0], str):
+        return cause.args[0]
+    return str(getattr(cause, "strerror", None) or type(cause).__name__)
 
 
 def retry_after(text: str) -> float | None:
@@ -152,31 +172,94 @@ def retry_after(text: str) -> float | None:
         return float(text)
     try:
         return email.utils.parsedate_to_datetime(text).timestamp() - time.time()
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, LookupError, OverflowError):
         return None
 
 
 @functools.cache
 def _opener() -> urllib.request.OpenerDirector:
-    secure = urllib.request.HTTPSHandler(context=ssl.create_default_context())  # once: reading all certificates is slow
-    opener = urllib.request.build_opener(secure, _Redirects)
+    opener = urllib.request.OpenerDirector()
+    for handler in (
+        urllib.request.ProxyHandler(),
+        _Connections(),
+        _Redirects(),
+        urllib.request.HTTPErrorProcessor(),
+        urllib.request.HTTPDefaultErrorHandler(),
+    ):
+        opener.add_handler(handler)
     opener.addheaders = [("User-Agent", "cachectl")]
     return opener
 
 
-class _Redirects(urllib.request.HTTPRedirectHandler):
+class _Request(urllib.request.Request):
+    """A request that knows when its answer must be there, and how often it has been sent elsewhere."""
+
+    def __init__(self, url: str, *, until: float, hops: int = 0) -> None:
+        super().__init__(url)
+        self.until, self.hops = until, hops
+
+
+class _Plain(http.client.HTTPConnection):
+    response_class = LimitedResponse
+
+
+class _Secure(http.client.HTTPSConnection):
+    response_class = LimitedResponse
+
+
+class _Connections(urllib.request.AbstractHTTPHandler):
+    def __init__(self) -> None:
+        super().__init__()
+        self._trusted = ssl.create_default_context()  # once: reading all certificates is slow
+
+    def http_open(self, request: urllib.request.Request) -> Any:
+        return self.do_open(_Plain, request)
+
+    def https_open(self, request: urllib.request.Request) -> Any:
+        return self.do_open(_Secure, request, context=self._trusted)
+
+    http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
+
+
+class _RedirectError(Exception):
+    """A redirect that is not followed."""
+
+
+class _Redirects(urllib.request.BaseHandler):
     """Follows redirects, at most ten; keeps secrets on their host and never leaves https, or http for anything else."""
 
-    def redirect_request(
-        self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str
-    ) -> Any:
-        """Return the next request."""
-        old, new = urlsplit(req.full_url), urlsplit(newurl)
-        if new.scheme not in (old.scheme, "https"):
-            raise HTTPError(req.full_url, code, f"redirect from {old.scheme} to {new.scheme}", headers, fp)
-        request = super().redirect_request(req, fp, code, msg, headers, newurl)
-        if request is not None and (old.scheme, old.netloc) == (new.scheme, new.netloc):
-            for name, value in req.unredirected_hdrs.items():
+    def http_error_302(self, request: _Request, answer: Any, code: int, reason: str, headers: HTTPMessage) -> Any:
+        location = headers.get("Location")
+        if location is None:
+            return None
+        answer.close()
+        if request.hops >= _MOST_REDIRECTS:
+            raise _RedirectError(f"redirected more than {_MOST_REDIRECTS} times")
+        old, url = urlsplit(request.full_url), _redirect(request.full_url, location)
+        again = _Request(url, until=request.until, hops=request.hops + 1)
+        for name in request.headers.keys() & {"Range"}:
+            again.add_header(name, request.headers[name])
+        if (old.scheme, old.netloc) == urlsplit(url)[:2]:
+            for name, value in request.unredirected_hdrs.items():
                 if name != "Host":
-                    request.add_unredirected_header(name, value)
-        return request
+                    again.add_unredirected_header(name, value)
+        left = request.until - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        return self.parent.open(again, timeout=left)
+
+    http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
+
+
+def _redirect(old: str, location: str) -> str:
+    """Return where a redirect leads to, or refuse it."""
+    try:
+        new = urlsplit(urljoin(old, quote(location, encoding="iso-8859-1", safe=string.punctuation)))
+        whole = new.port != 0 and _HOST.fullmatch(new.hostname or "") and new.geturl().isprintable()
+    except ValueError:
+        raise _RedirectError("redirected to what is no address") from None
+    if new.scheme not in ((scheme := urlsplit(old).scheme), "https"):
+        raise _RedirectError(f"redirect from {scheme} to {new.scheme[:20]}, which is not followed")
+    if not whole or new.username is not None or new.password is not None:
+        raise _RedirectError("redirected to what is no address")
+    return new.geturl()

@@ -8,16 +8,18 @@ a teacher's outputs to everybody is a decision that its licence has a say in.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
+from json import JSONDecodeError
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import unquote
 
-from vlm_distill_cache.common.errors import ConfigError, TransferError
+from vlm_distill_cache.common.errors import CacheMismatchError, ConfigError, TransferError
 from vlm_distill_cache.common.files.disk import AGAIN
-from vlm_distill_cache.common.remotes.http import MAY_PASS, WebRemote
-from vlm_distill_cache.common.remotes.streams import PassingError, Retries
+from vlm_distill_cache.common.remotes.http import MAY_PASS, WebRemote, retry_after
+from vlm_distill_cache.common.remotes.streams import PassingError, Retries, said
 
 _T = TypeVar("_T")
 _LOCATION = re.compile(r"hf://datasets/([\w.-]+/[\w.-]+?)(?:@([^/@]+))?(?:/(.+?))?/?")
@@ -32,6 +34,7 @@ class HubRemote(WebRemote):
 
     upload_files = 500
     upload_jobs = 1
+    commits = True
     no_access = "it does not exist, or you have no access: log in with `hf auth login` or set HF_TOKEN"
 
     def __init__(self, location: str, retries: Retries) -> None:
@@ -46,6 +49,8 @@ class HubRemote(WebRemote):
         self._repository, self._revision = found[1], unquote(found[2] or constants.DEFAULT_REVISION)
         self._prefix = f"{found[3]}/" if found[3] else ""
         self._created = False
+        self._holding = False
+        self._parent: str | None = None  # our last commit
 
     def _url(self, name: str) -> str:
         from huggingface_hub import hf_hub_url
@@ -56,6 +61,15 @@ class HubRemote(WebRemote):
         from huggingface_hub.utils import build_hf_headers
 
         return dict(build_hf_headers(library_name="vlm-distill-cache"))
+
+    @contextmanager
+    def hold(self) -> Iterator[Callable[[], object]]:
+        """Let each commit but the first follow upon ours alone; see ``Remote``."""
+        self._holding, self._parent = True, None
+        try:
+            yield lambda: None
+        finally:
+            self._holding = False
 
     def upload(self, files: Mapping[str, Path], *, on_bytes: Callable[[int], object] | None = None) -> None:
         """Copy files here in one commit, which is visible whole or not at all; see ``Remote``."""
@@ -68,7 +82,7 @@ class HubRemote(WebRemote):
         self._create_repository()
         if self.size(name) is not None:
             return False
-        self._commit({name: data}, "Begin a teacher cache")
+        self._commit({name: data}, "Add a part of a teacher cache")
         return True
 
     def delete(self, names: Iterable[str]) -> None:
@@ -108,9 +122,15 @@ class HubRemote(WebRemote):
                 else CommitOperationAdd(self._prefix + name, source)
                 for name, source in files.items()
             ]
-            api.create_commit(
-                self._repository, operations, commit_message=message, repo_type="dataset", revision=self._revision
+            made = api.create_commit(
+                self._repository,
+                operations,
+                commit_message=message,
+                repo_type="dataset",
+                revision=self._revision,
+                parent_commit=self._parent if self._holding else None,
             )
+            self._parent = str(made.oid)
 
         self._ask(commit)
 
@@ -124,15 +144,23 @@ class HubRemote(WebRemote):
                 return action(HfApi())
             except HfHubHTTPError as error:
                 status = error.response.status_code
+                if status == 412 and self._holding and self._parent is not None:
+                    raise CacheMismatchError(
+                        f"{self.location}: was changed by another push meanwhile (or the hub's answer to a commit of "
+                        f"this one was lost); see that no other push is at work there, then {AGAIN}"
+                    ) from error
                 if status in (*MAY_PASS, 409, 412):  # the last two: somebody else committed at the same time
-                    raise PassingError(str(error)) from error
+                    asked = retry_after(error.response.headers.get("Retry-After", ""))
+                    raise PassingError(said(error), retry_after=asked) from error
                 remedy = f"{self.no_access}, with the right to write" if status in (401, 403, 404) else AGAIN
-                raise TransferError(f"{self.location}: {error}; {remedy}") from error
+                raise TransferError(f"{self.location}: {said(error)}; {remedy}") from error
             except (HTTPError, ConnectionError, TimeoutError) as error:
-                raise PassingError(str(error) or type(error).__name__) from error
+                raise PassingError(said(error)) from error
+            except (JSONDecodeError, LookupError, TypeError) as error:  # the library expects whole answers
+                raise PassingError(f"an answer that makes no sense ({type(error).__name__})") from error
             except (RuntimeError, ValueError) as error:
                 # The library's words for a large file that did not go, and for a card it cannot read.
-                cause = f" ({error.__cause__})" if error.__cause__ is not None else ""
-                raise TransferError(f"{self.location}: {error}{cause}; {AGAIN}") from error
+                cause = f" ({said(error.__cause__)})" if error.__cause__ is not None else ""
+                raise TransferError(f"{self.location}: {said(error)}{cause}; {AGAIN}") from error
 
         return self._retries.run(self.location, attempt)

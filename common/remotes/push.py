@@ -2,11 +2,13 @@
 
 The order is the plan, which marks the place as taken; each shard's files and then its sidecar, so that a
 sidecar there means the shard is; the files beside the shards; and last the manifest, once plan and sidecars
-there are still ours. A push that was killed goes on with the shards whose sidecars are not there yet.
+there are still ours. What it names is then looked for, and it is taken back if something is amiss. A push that was
+killed goes on with the shards whose sidecars are not there yet. One push at a time: others are refused.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +20,7 @@ from vlm_distill_cache.common.cache.manifest import Manifest, read_manifest, ref
 from vlm_distill_cache.common.cache.plan import PLAN, Plan, read_plan
 from vlm_distill_cache.common.cache.side_files import CARD, MANIFEST, refuse_occupied
 from vlm_distill_cache.common.cache.sidecar import FileEntry, ShardSidecar, read_sidecar, sidecar_name, sidecar_path
-from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError
+from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError, TransferError
 from vlm_distill_cache.common.files.atomic import MAX_JSON_BYTES
 from vlm_distill_cache.common.files.disk import refuse_overlap
 from vlm_distill_cache.common.locations import is_url
@@ -61,8 +63,8 @@ def push(
 
     Raises:
         CacheFormatError: If the cache is not finished, or damaged.
-        CacheMismatchError: If the place holds, or is receiving, another cache.
-        ConfigError: If it is a folder of other things, or lies in the cache.
+        CacheMismatchError: If the place holds, or is receiving, another cache, or another push is writing there.
+        ConfigError: If it is a folder of other things, lies in the cache, or another process is writing there.
         TransferError: If something cannot be copied.
     """
     cache_dir = Path(cache_dir)
@@ -73,23 +75,23 @@ def push(
     refuse_overlap(cache_dir, location)
     manifest, counts = _read_whole(cache_dir)
     progress = Progress(cache_bytes(manifest), on_progress)
-    there = _remote_manifest(remote)
-    run = _Push(remote, cache_dir, manifest, counts, jobs, overwrite, progress)
-    if there == manifest and not overwrite:  # the fidelity card included
-        progress.add(cache_bytes(manifest))
-        present = Transferred(present=len(manifest.files) + sum(counts) + 1)  # and the manifest
-        return manifest, present + run.send_card()
-    moved = Transferred()
-    if overwrite or not isinstance(there, Manifest) or there.hash != manifest.hash:
-        run.make_room(there)
-        begun = not run.claim()
-        moved += run.send_shards(begun=begun)
-        moved += run.send_side_files()
-        # It is not complete if another push wrote here meanwhile.
-        names = [PLAN, *map(sidecar_name, range(len(counts)))]
-        in_parallel([partial(run.refuse_overwritten, name) for name in names], jobs)
-    moved += run.send_card()
-    remote.upload({MANIFEST: cache_dir / MANIFEST})
+    there = None if overwrite else _remote_manifest(remote)
+    with contextlib.nullcontext(lambda: None) if there == manifest else remote.hold() as check:
+        run = _Push(remote, cache_dir, manifest, counts, jobs, overwrite, progress, check)
+        if there == manifest:  # the fidelity card included
+            progress.add(cache_bytes(manifest))
+            present = Transferred(present=len(manifest.files) + sum(counts) + 1)  # and the manifest
+            return manifest, present + run.send_card()
+        there, moved = _remote_manifest(remote), Transferred()  # once more: nobody else changes it now
+        if overwrite or not isinstance(there, Manifest) or there.hash != manifest.hash:
+            run.make_room(there)
+            begun = not run.claim()
+            moved += run.send_shards(begun=begun)
+            moved += run.send_side_files()
+            # It is not complete if another push wrote here meanwhile.
+            in_parallel([partial(run.refuse_overwritten, name) for name in (PLAN, *run.sidecars())], jobs)
+        moved += run.send_card()
+        run.publish(there)
     return manifest, moved + Transferred(files=1)
 
 
@@ -128,7 +130,12 @@ def _remote_manifest(remote: Remote) -> Manifest | str | None:
 
 @dataclass(frozen=True)
 class _Push:
-    """One push and its steps; ``counts``: how many files each shard has, with its sidecar."""
+    """One push and its steps.
+
+    Attributes:
+        counts: How many files each shard has, with its sidecar.
+        refuse_lost: Raises once another push has taken over.
+    """
 
     remote: Remote
     cache_dir: Path
@@ -137,6 +144,7 @@ class _Push:
     jobs: int
     overwrite: bool
     progress: Progress
+    refuse_lost: Callable[[], object]
 
     def make_room(self, there: Manifest | str | None) -> None:
         """Refuse to touch what is there, or, to overwrite it, make it an incomplete cache first."""
@@ -195,6 +203,39 @@ class _Push:
         if not self._is_there(name):
             raise self._taken(f"was changed by another push meanwhile ({name})")
 
+    def sidecars(self) -> list[str]:
+        """The names of all sidecars."""
+        return [sidecar_name(shard) for shard in range(len(self.counts))]
+
+    def publish(self, there: Manifest | str | None) -> None:
+        """Write the manifest last, and take it back if what it names is not what is there."""
+        self.refuse_lost()
+        path = self.cache_dir / MANIFEST
+        newer = isinstance(there, Manifest) and not self.overwrite  # only its fidelity card is
+        if newer or not self.remote.keeps_conditions:
+            self.remote.upload({MANIFEST: path})
+        elif not self.remote.create(MANIFEST, path.read_bytes()):
+            self.refuse_overwritten(MANIFEST)
+        if self.remote.commits:
+            return
+        checks = [partial(self._refuse_size, name, entry.size) for name, entry in self.manifest.files.items()]
+        for shard, name in enumerate(self.sidecars()):
+            checks.append(partial(self.refuse_overwritten, name))
+            sizes = read_sidecar(self.cache_dir, shard).files
+            checks += [partial(self._refuse_size, file, entry.size) for file, entry in sizes.items()]
+        try:
+            in_parallel([*checks, partial(self.refuse_overwritten, MANIFEST)], self.jobs)
+            self.refuse_lost()
+        except (CacheMismatchError, TransferError):
+            with contextlib.suppress(TransferError):
+                if self._is_there(MANIFEST):
+                    self.remote.delete([MANIFEST])
+            raise
+
+    def _refuse_size(self, name: str, size: int) -> None:
+        if self.remote.size(name) != size:
+            raise self._taken(f"was changed by another push meanwhile ({name})")
+
     def _send_batch(self, begun: bool, shards: list[int]) -> Transferred:
         files: dict[str, Path] = {}
         present = size = 0
@@ -214,6 +255,7 @@ class _Push:
             size += shard_bytes
         if files:
             # Who was overwritten meanwhile must not go on writing into what the other one has checked.
+            self.refuse_lost()
             self.refuse_overwritten(PLAN)
             self.remote.upload(files, on_bytes=stoppable(self.progress.add))
         return Transferred(len(files), size, present)

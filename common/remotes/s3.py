@@ -7,27 +7,34 @@ and takes a conflict of two writers for a file that is there.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
-from vlm_distill_cache.common.errors import ConfigError, TransferError
-from vlm_distill_cache.common.files.disk import AGAIN
+from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, TransferError
+from vlm_distill_cache.common.remotes.answers import LimitedResponse, limit_answers
 from vlm_distill_cache.common.remotes.base import Remote
 from vlm_distill_cache.common.remotes.http import CONTENT_RANGE, retry_after
+from vlm_distill_cache.common.remotes.lease import lease
 from vlm_distill_cache.common.remotes.streams import (
     Body,
     PassingError,
     RangeRefusedError,
     Retries,
+    said,
+    without_secrets,
 )
 
 _ABSENT = ("404", "NoSuchKey", "NotFound")
 _NO_ACCESS = ("401", "403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken")
 _MAY_PASS = ("SlowDown", "RequestTimeout", "ConditionalRequestConflict")
 _CONNECTIONS = 32
+_PIECE = 32 << 10  # bytes; a read returns when all of them are there, and a slow link must bring them in time
 
 
 class S3Remote(Remote):
@@ -35,8 +42,12 @@ class S3Remote(Remote):
 
     def __init__(self, location: str, retries: Retries) -> None:
         bucket, _, prefix = location.removeprefix("s3://").partition("/")
+        if ":" in bucket or "@" in bucket:
+            raise ConfigError(
+                "s3://...: expected s3://BUCKET/PREFIX, without keys; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+            )
         if not bucket or "?" in location or "//" in f"/{prefix}":
-            raise ConfigError(f"{location}: expected s3://BUCKET/PREFIX")
+            raise ConfigError(f"{without_secrets(location)}: expected s3://BUCKET/PREFIX")
         try:
             import boto3  # noqa: F401
         except ImportError as error:
@@ -50,18 +61,15 @@ class S3Remote(Remote):
         return self.__dict__ | {"_clients": {}}
 
     def _open(self, name: str, start: int = 0, stop: int | None = None) -> Body:
-        from botocore.exceptions import BotoCoreError
-        from urllib3.exceptions import HTTPError
-
         response = self._once(name, "get_object", **({"Range": f"bytes={start}-"} if start else {}))
         stream = response["Body"]
+        limited = getattr(stream._raw_stream, "_original_response", None)
 
         def read(limit: int) -> bytes:
-            try:
-                # Small pieces, for this call returns when all of one is there: a trickle must be noticed.
-                return bytes(stream.read(min(limit, 64 << 10)))
-            except (BotoCoreError, HTTPError, OSError) as error:
-                raise PassingError(str(error) or type(error).__name__) from error
+            with self._failures(self._where(name)):
+                if isinstance(limited, LimitedResponse):
+                    limited.allow(_PIECE)
+                return bytes(stream.read(min(limit, _PIECE)))
 
         if (found := CONTENT_RANGE.fullmatch(response.get("ContentRange", ""))) is None:
             return Body(0, response.get("ContentLength"), read, stream.close)
@@ -69,8 +77,13 @@ class S3Remote(Remote):
 
     def size(self, name: str) -> int | None:
         """Return the bytes of a file, or None; see ``Remote``."""
+
+        def attempt() -> int:
+            with self._failures(self._where(name)):
+                return int(self._once(name, "head_object")["ContentLength"])
+
         try:
-            return int(self._call(name, "head_object")["ContentLength"])
+            return self._retries.run(self._where(name), attempt)
         except FileNotFoundError:
             return None
 
@@ -80,31 +93,59 @@ class S3Remote(Remote):
 
         # Four parts at once: other shards are being uploaded beside this one.
         settings = TransferConfig(multipart_chunksize=16 << 20, max_concurrency=4)
-        client = self._client(self._retries.attempts)  # which tries a part again, not the whole file
+        client = self._client(2)  # which tries a part once more, before all of the file is sent again
         for name, source in files.items():
-            where = self._where(name)
-            try:
+            where, counted = self._where(name), _Counter(on_bytes)
+
+            def attempt(
+                name: str = name, source: Path = source, where: str = where, counted: _Counter = counted
+            ) -> None:
+                counted.begin()
                 with self._failures(where):
                     client.upload_file(
-                        str(source), self._bucket, self._prefix + name, Callback=on_bytes, Config=settings
+                        str(source), self._bucket, self._prefix + name, Callback=counted.add, Config=settings
                     )
-            except (PassingError, FileNotFoundError) as error:
-                raise TransferError(f"{where}: {error}; {AGAIN}") from error
+
+            try:
+                self._retries.run(where, attempt)
+            except FileNotFoundError as error:
+                raise TransferError(
+                    f"{where}: {error.strerror}; check the bucket, and that {source} is there"
+                ) from error
 
     def create(self, name: str, data: bytes) -> bool:
         """Write a small new file, or return False; see ``Remote``."""
+        return self._put_if(name, data, lambda: self.size(name) is None, IfNoneMatch="*")
+
+    def exchange(self, name: str, old: bytes, new: bytes) -> bool:
+        """Write a small file over one with the old bytes, or return False; see ``Remote``."""
+        with contextlib.suppress(FileNotFoundError, CacheFormatError):
+            found = self._call(name, "head_object")
+            if (now := self.read(name, max_bytes=len(old) + len(new))) == new:
+                return True  # of an earlier try, whose answer was lost
+            if now == old and self._put_if(name, new, lambda: True, IfMatch=found.get("ETag", "*")):
+                return True
+            return self.read(name, max_bytes=len(new)) == new
+        return False
+
+    def _put_if(self, name: str, data: bytes, may: Callable[[], bool], **condition: str) -> bool:
+        """Write a file on a condition; a store without conditions is looked at, which is all that is left."""
         try:
-            self._call(name, "put_object", Body=data, IfNoneMatch="*")
+            self._call(name, "put_object", Body=data, **condition)
         except FileExistsError:
             return False
         except TransferError as error:
             if _code(error.__cause__) not in ("501", "NotImplemented"):
                 raise
-            # A store without conditional writes: what is left is to look first.
-            if self.size(name) is not None:
+            self.keeps_conditions = False
+            if not may():
                 return False
             self._call(name, "put_object", Body=data)
         return True
+
+    def hold(self) -> AbstractContextManager[Callable[[], object]]:
+        """Keep other pushes off; see ``Remote``."""
+        return lease(self)
 
     def delete(self, names: Iterable[str]) -> None:
         """Remove files; see ``Remote``."""
@@ -125,37 +166,58 @@ class S3Remote(Remote):
                 retries={"mode": "standard", "total_max_attempts": attempts},
             )
             self._clients[key] = boto3.session.Session().client("s3", config=settings)
+            limit_answers(self._clients[key])
         return self._clients[key]
 
     def _call(self, name: str, operation: str, **arguments: Any) -> Any:
         return self._retries.run(self._where(name), lambda: self._once(name, operation, **arguments))
 
     def _once(self, name: str, operation: str, **arguments: Any) -> Any:
-        with self._failures(self._where(name)):
-            return getattr(self._client(), operation)(Bucket=self._bucket, Key=self._prefix + name, **arguments)
+        where = self._where(name)
+        try:
+            with self._failures(where):
+                return getattr(self._client(), operation)(Bucket=self._bucket, Key=self._prefix + name, **arguments)
+        except FileNotFoundError as error:
+            if operation in ("get_object", "head_object"):
+                raise
+            raise TransferError(f"{where}: not found, though it was to be written; check bucket and address") from error
 
     @contextmanager
     def _failures(self, where: str) -> Iterator[None]:
         """Sort the library's errors into absent, transient and permanent."""
         from boto3.exceptions import S3UploadFailedError
-        from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
+        from botocore.exceptions import (
+            BotoCoreError,
+            ChecksumError,
+            ClientError,
+            FlexibleChecksumError,
+            HTTPClientError,
+            IncompleteReadError,
+        )
         from botocore.exceptions import ConnectionError as BotoConnectionError
+        from botocore.parsers import ResponseParserError
+        from urllib3.exceptions import HTTPError
 
+        broken = (BotoConnectionError, HTTPClientError, IncompleteReadError, ChecksumError, FlexibleChecksumError)
         try:
             yield
         except (ClientError, S3UploadFailedError) as error:
             refused = error if isinstance(error, ClientError) else error.__context__  # who raises the latter
             raise self._failure(where, refused) from refused
-        except (BotoConnectionError, HTTPClientError) as error:
-            raise PassingError(str(error)) from error
+        except (*broken, ResponseParserError, HTTPError, HTTPException, LookupError, ValueError) as error:
+            raise PassingError(said(error)) from error  # the last two: of an answer that makes no sense
         except BotoCoreError as error:  # no credentials, no region, a profile that does not exist
             raise TransferError(
-                f"{where}: {error}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+                f"{where}: {said(error)}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
             ) from error
+        except OSError as error:
+            if error.filename is not None or isinstance(error, TransferError):  # of a file here
+                raise
+            raise PassingError(said(error)) from error
 
     def _failure(self, where: str, error: Any) -> Exception:
-        code, said = _code(error), error.response.get("ResponseMetadata", {})
-        status = said.get("HTTPStatusCode", 0)
+        code, answer, words = _code(error), error.response.get("ResponseMetadata", {}), said(error)
+        status = answer.get("HTTPStatusCode", 0)
         if code == "NoSuchBucket":
             return TransferError(f"{where}: there is no bucket {self._bucket!r}; create it, or check the name")
         if code in _ABSENT:
@@ -163,15 +225,31 @@ class S3Remote(Remote):
         if code in ("412", "PreconditionFailed"):
             return FileExistsError(17, "already there", where)
         if code == "InvalidRange" or status == 416:
-            return RangeRefusedError(str(error))
+            return RangeRefusedError(words)
         if (status >= 500 and status != 501) or status in (408, 429) or code in _MAY_PASS:
-            return PassingError(str(error), retry_after=retry_after(said.get("HTTPHeaders", {}).get("retry-after", "")))
+            return PassingError(words, retry_after=retry_after(answer.get("HTTPHeaders", {}).get("retry-after", "")))
         if code in _NO_ACCESS or status in (401, 403):
             return TransferError(
-                f"{where}: {error}; check the credentials and the bucket's policy (a bucket that may not be "
+                f"{where}: {words}; check the credentials and the bucket's policy (a bucket that may not be "
                 "listed says this of absent files too)"
             )
-        return TransferError(f"{where}: {error}")
+        return TransferError(f"{where}: {words}; check the address, and AWS_ENDPOINT_URL if it is set")
+
+
+class _Counter:
+    """Tells of a file's bytes as they go, and takes back those of a try that failed."""
+
+    def __init__(self, tell: Callable[[int], object] | None) -> None:
+        self._tell, self._counted, self._lock = tell, 0, threading.Lock()
+
+    def begin(self) -> None:
+        self.add(-self._counted)
+
+    def add(self, size: int) -> None:
+        with self._lock:  # the parts of a file go on threads of their own
+            self._counted += size
+        if self._tell is not None and size:
+            self._tell(size)
 
 
 def _code(error: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -15,6 +16,9 @@ from vlm_distill_cache.common.files.disk import AGAIN
 
 _T = TypeVar("_T")
 _LONGEST_WAIT, _LONGEST_TOLD_WAIT = 30.0, 120.0  # seconds: of our own accord, and when the server asks
+_NONSENSE_WAIT = 3600.0  # seconds; whoever asks for more than that means nothing by it
+_ABSENT_TRIES = 4  # a file that was pushed just now may be absent for some seconds
+_SECRET = re.compile(r"(?<=://)[^\s/@'\"]*@|(?<=[\w/])\?[^\s'\"?]*=[^\s'\"]*")  # name and password; a query
 _PROGRESS_BYTES = 1 << 20  # a try that brought this much was no failure: a large file may need many tries
 
 logger = logging.getLogger(__name__)
@@ -26,6 +30,16 @@ class PassingError(Exception):
     def __init__(self, reason: str, *, retry_after: float | None = None) -> None:
         super().__init__(reason)
         self.retry_after = retry_after
+
+
+def without_secrets(text: str) -> str:
+    """Return a text without the passwords and signatures of addresses in it."""
+    return _SECRET.sub("", text)
+
+
+def said(error: BaseException) -> str:
+    """Return what another library's error says, without secrets."""
+    return without_secrets(str(error)) or type(error).__name__
 
 
 class RangeRefusedError(PassingError):
@@ -60,15 +74,24 @@ class Retries:
         if self.attempts < 1 or self.timeout <= 0:
             raise ValueError(f"attempts {self.attempts}, timeout {self.timeout}; expected 1 or more, above 0")
 
-    def run(self, where: str, action: Callable[[], _T], position: Callable[[], int] | None = None) -> _T:
+    def run(
+        self,
+        where: str,
+        action: Callable[[], _T],
+        position: Callable[[], int] | None = None,
+        *,
+        expected: bool = False,
+    ) -> _T:
         """Retry an action until it succeeds, waiting longer after each failure.
 
         Args:
             action: Raises ``PassingError`` for what may pass.
             position: Bytes on disk; a try after which it has grown well is not counted as a failure.
+            expected: There must be such a file: that it is absent may pass, too, and is believed after some tries.
 
         Raises:
             TransferError: After all attempts.
+            FileNotFoundError: If the file is absent.
         """
         failures, mark = 0, position() if position is not None else 0
         while True:
@@ -79,10 +102,15 @@ class Retries:
                     failures, mark = 0, position()
                 failures += 1
                 if failures >= self.attempts:
-                    said = f"failed {failures} times, lastly: {error}" if failures > 1 else str(error)
-                    raise TransferError(f"{where}: {said}; {self.remedy}") from error
-                seconds = waiting_time(failures, error.retry_after)
-                logger.warning("%s: %s; next try in %.1f s", where, error, seconds)
+                    what = f"failed {failures} times, lastly: {error}" if failures > 1 else str(error)
+                    raise TransferError(f"{where}: {what}; {self.remedy}") from error
+                seconds, what = waiting_time(failures, error.retry_after), str(error)
+            except FileNotFoundError:
+                failures += 1
+                if not expected or failures >= min(self.attempts, _ABSENT_TRIES):
+                    raise
+                seconds, what = waiting_time(failures, None), "not there yet"
+            logger.warning("%s: %s; next try in %.1f s", where, what, seconds)
             wait(seconds)
 
 
@@ -121,6 +149,6 @@ def wait(seconds: float) -> None:
 
 def waiting_time(failures: int, retry_after: float | None) -> float:
     """Return seconds to wait: doubling from half a second, with jitter; or as the server asks, within reason."""
-    if retry_after is not None:
+    if retry_after is not None and retry_after <= _NONSENSE_WAIT:
         return min(max(retry_after, 0.0), _LONGEST_TOLD_WAIT)
     return min(_LONGEST_WAIT, 0.5 * 2.0 ** (failures - 1)) * random.uniform(0.5, 1.0)

@@ -95,18 +95,25 @@ class HubServer(FaultyServer):
         else:
             assert parts[-2] == "commit", parts
             found = self._commit(self.root / parts[2] / parts[3] / parts[-1], body)
+            if found is None:
+                return 412, {}, b'{"error": "A commit has happened since. Please refresh and try again."}'
         return 200, {"Content-Type": "application/json"}, json.dumps(found).encode()
 
     def _place(self, entry: dict[str, object]) -> dict[str, object]:
         actions = {"upload": {"href": f"{self.url}/large/{entry['oid']}"}}
         return entry | ({"actions": actions} if entry["oid"] not in self._large else {})
 
-    def _commit(self, folder: Path, body: bytes) -> dict[str, object]:
+    def _head(self) -> str:
+        return f"{len(self.commits):040x}"
+
+    def _commit(self, folder: Path, body: bytes) -> dict[str, object] | None:
         names = []
         for line in body.splitlines():
             item = json.loads(line)
             key, value = item["key"], item["value"]
             if key == "header":
+                if value.get("parentCommit", self._head()) != self._head():
+                    return None
                 continue
             names.append(value["path"])
             path = folder / value["path"]
@@ -121,7 +128,7 @@ class HubServer(FaultyServer):
                 assert key == "deletedFile"
                 path.unlink()
         self.commits.append(names)
-        oid = f"{len(self.commits):040x}"
+        oid = self._head()
         organisation, name, _ = folder.parts[-3:]
         return {"commitOid": oid, "commitUrl": f"{self.url}/datasets/{organisation}/{name}/commit/{oid}"}
 

@@ -35,10 +35,77 @@ class Fault:
     stall: int | None = None  # send so many bytes, then nothing, until the client leaves
     trickle: bool = False  # a byte every few milliseconds, for as long as the client listens
     whole: bool = False  # do not understand ranges
+    unconditional: bool = False  # nor conditions
     chunked: bool = False  # do not say how long the body is
     extra: bytes = b""  # send this after the body
     flip: bool = False  # change a bit in the middle
     hang: bool = False  # do not even answer, and do nothing
+    raw: bytes | None = None  # send this instead of an answer
+    cut_head: int | None = None  # close the connection after so many bytes of the headers
+    drip_head: bool = False  # a byte of the headers every 50 ms
+    endless: bytes = b""  # after the answer, this again and again until the client leaves
+    old: bool = False  # HTTP/1.0: the body has no length, and ends with the connection
+
+
+def _error(code: str) -> bytes:
+    return f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>Please wait</Message></Error>".encode()
+
+
+_OK = b"HTTP/1.1 200 OK\r\n"
+# Every kind of fault that may pass, for tests that try them all.
+FAULTS = {
+    "busy": Fault(status=503),
+    "slow down": Fault(status=503, body=_error("SlowDown"), headers={"Retry-After": "1"}),
+    "internal": Fault(status=500, body=_error("InternalError")),
+    "wait for ever": Fault(status=429, headers={"Retry-After": "9" * 5000}),
+    "wait till then": Fault(status=429, headers={"Retry-After": "Mon, 99 Foo 99999 99:99:99 -9999"}),
+    "not there yet": Fault(status=404, body=_error("NoSuchKey")),
+    "error cut": Fault(status=500, body=_error("InternalError"), cut=30),
+    "error cut inside the XML": Fault(status=500, body=_error("InternalError")[:40]),
+    "absence cut": Fault(status=404, body=_error("NoSuchKey"), cut=30),
+    "error of the proxy's": Fault(status=502, body=b"<html><p>bad gateway"),
+    "endless error": Fault(status=500, endless=b"x" * 65536, headers={"Content-Length": "9" * 15}),
+    "endless chunked error": Fault(status=500, endless=b"10000\r\n" + b"x" * 65536 + b"\r\n",
+                                   headers={"Transfer-Encoding": "chunked"}, chunked=True),
+    "nothing": Fault(raw=b""),
+    "no HTTP": Fault(raw=b"SSH-2.0-OpenSSH_9.6\r\n"),
+    "status cut": Fault(cut_head=7),
+    "headers cut": Fault(cut_head=60),
+    "headers drip": Fault(drip_head=True),
+    "endless headers": Fault(raw=_OK, endless=b"X-Pad: " + b"x" * 900 + b"\r\n"),
+    "endless line": Fault(raw=_OK + b"X-Pad: ", endless=b"x" * 65536),
+    "endless interim answers": Fault(raw=b"", endless=b"HTTP/1.1 100 Continue\r\n\r\n" * 1000),
+    "no answer": Fault(hang=True),
+    "cut before the body": Fault(cut=0),
+    "cut": Fault(cut=1000),
+    "cut without a length": Fault(old=True, cut=1000),
+    "stalled": Fault(stall=1000),
+    "trickle": Fault(trickle=True),
+    "longer than it is": Fault(extra=b"x" * 5000),
+    "length too long": Fault(headers={"Content-Length": "99999999"}),
+    "length too short": Fault(headers={"Content-Length": "10"}),
+    "length of 5,000 digits": Fault(headers={"Content-Length": "9" * 5000}),
+    "length that is none": Fault(headers={"Content-Length": "-7 bytes"}),
+    "chunks cut": Fault(raw=_OK + b"Transfer-Encoding: chunked\r\n\r\n5\r\nab"),
+    "chunks that are none": Fault(raw=_OK + b"Transfer-Encoding: chunked\r\n\r\nzz\r\nab"),
+    "endless chunk line": Fault(raw=_OK + b"Transfer-Encoding: chunked\r\n\r\n", endless=b"0" * 65536),
+    "endless trailers": Fault(raw=_OK + b"Transfer-Encoding: chunked\r\n\r\n0\r\n", endless=b"X: y\r\n" * 9999),
+    "endless body": Fault(raw=_OK + b"\r\n", endless=b"x" * 65536),
+    "flipped": Fault(flip=True),
+    "another page": Fault(raw=_OK + b"Content-Length: 13\r\n\r\n<html></html>"),
+    "part of what was not asked for": Fault(status=206, body=b"x", headers={"Content-Range": "bytes 7-7/9"}),
+    "range of 5,000 digits": Fault(status=206, body=b"x", headers={"Content-Range": f"bytes 0-0/{'9' * 5000}"}),
+    "nothing at all": Fault(status=204),
+}  # fmt: skip
+# And those that are refused at once.
+REDIRECTS = {
+    location: Fault(status=302, headers={"Location": location})
+    for location in (
+        "ftp://127.0.0.1/f", "ftp:", "file:///etc/passwd", "gopher://127.0.0.1/", "data:text/plain,x", "http://[half",
+        "javascript:x", "http://127.0.0.1:99999/", "http://127.0.0.1:x/", "http://user:secret@127.0.0.1/", "https:", "//",
+        "http://%01/", "http://a b/", "/file.bin", "", "?", "http:file.bin", "\x85\xff",
+    )
+}  # fmt: skip
 
 
 class FaultyServer:
@@ -109,7 +176,8 @@ class FaultyServer:
         return 206, {"Content-Range": f"bytes {start}-{stop - 1}/{len(data)}"}, data[start:stop]
 
     def _pass_on(self, handler: BaseHTTPRequestHandler, fault: Fault) -> Answer:
-        headers = {k: v for k, v in handler.headers.items() if not (fault.whole and k == "Range")}
+        unknown = ("Range",) * fault.whole + ("If-Match", "If-None-Match") * fault.unconditional
+        headers = {k: v for k, v in handler.headers.items() if k not in unknown}
         body = handler.rfile.read(int(handler.headers.get("Content-Length", 0)))
         connection = http.client.HTTPConnection(urlsplit(self.upstream).netloc, timeout=10)
         with contextlib.closing(connection):
@@ -148,29 +216,43 @@ class FaultyServer:
                     body = body[:middle] + bytes([body[middle] ^ 1]) + body[middle + 1 :]
                 headers |= fault.headers
                 body += fault.extra
+                if fault.raw is not None:
+                    headers, body = {}, fault.raw
+                self.protocol_version = "HTTP/1.0" if fault.old else "HTTP/1.1"
                 self.send_response(status)
-                if not fault.chunked and "Content-Length" not in headers:
+                if not (fault.chunked or fault.old) and "Content-Length" not in headers:
                     headers["Content-Length"] = str(len(body))
                 for name, value in headers.items():
                     self.send_header(name, value)
                 self.send_header("Connection", "close")
-                self.end_headers()
+                head = b"".join(self._headers_buffer) + b"\r\n"
+                self._headers_buffer = []
                 self.close_connection = True
-                if self.command != "HEAD":
-                    self.send_body(body, fault)
+                with contextlib.suppress(OSError):  # the client may leave early
+                    if fault.raw is None:
+                        self.send_head(head[: fault.cut_head], 1 if fault.drip_head else len(head))
+                    if fault.cut_head is None and self.command != "HEAD":
+                        self.send_body(body, fault)
+                    while fault.endless and not server.closing.is_set():
+                        self.wfile.write(fault.endless)
+
+            def send_head(self, head: bytes, step: int) -> None:
+                for start in range(0, len(head), step):
+                    self.wfile.write(head[start : start + step])
+                    if step == 1 and server.closing.wait(0.05):
+                        return
 
             do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = handle_one  # noqa: N815
 
             def send_body(self, body: bytes, fault: Fault) -> None:
                 stop = min(n for n in (fault.cut, fault.stall, len(body)) if n is not None)
                 step = 1 if fault.trickle else max(stop, 1)
-                with contextlib.suppress(OSError):  # the client may leave early
-                    for start in range(0, stop, step):
-                        server.count(self.path, len(body[start : start + step]))  # first: a client may be done at once
-                        self.wfile.write(body[start : start + step])
-                        self.wfile.flush()
-                        if fault.trickle and server.closing.wait(0.005):
-                            return
+                for start in range(0, stop, step):
+                    server.count(self.path, len(body[start : start + step]))  # first: a client may be done at once
+                    self.wfile.write(body[start : start + step])
+                    self.wfile.flush()
+                    if fault.trickle and server.closing.wait(0.005):
+                        return
                 if fault.stall is not None:
                     self.connection.settimeout(10)
                     with contextlib.suppress(OSError):

@@ -42,9 +42,9 @@ class CountingRemote(DirectoryRemote):
         self.fetched[name] += 1
         super().download(name, target, size=size, on_bytes=on_bytes)
 
-    def read(self, name, *, max_bytes):
+    def read(self, name, **options):
         self._check()
-        return super().read(name, max_bytes=max_bytes)
+        return super().read(name, **options)
 
     def _check(self):
         if not CountingRemote.reachable:

@@ -7,9 +7,9 @@ from types import MappingProxyType
 import huggingface_hub.constants
 import pytest
 from hub_server import TOKEN, HubServer
-from servers import FaultyServer, s3_environment, serve_nginx
+from servers import Fault, FaultyServer, s3_environment, serve_nginx
 
-from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, TransferError
+from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError, ConfigError, TransferError
 from vlm_distill_cache.common.locations import is_url
 from vlm_distill_cache.common.remotes import open_remote
 from vlm_distill_cache.common.remotes.directory import DirectoryRemote
@@ -166,6 +166,24 @@ class TestHubRemote(WriteContract):
     def test_an_upload_is_one_commit(self, hub, place):
         assert [len(names) for names in hub.commits] == [1, len(self.FILES)]
 
+    def test_whoever_holds_it_notices_the_commit_of_another(self, hub, place, remote, tmp_path):
+        (tmp_path / "new").write_bytes(b"new")
+        with remote.hold():
+            remote.upload({"one": tmp_path / "new"})
+            remote.upload({"two": tmp_path / "new"})
+            assert open_remote(place).create("theirs", b"1")
+            with pytest.raises(CacheMismatchError, match="changed by another push meanwhile"):
+                remote.upload({"three": tmp_path / "new"})
+        remote.upload({"three": tmp_path / "new"})
+
+    def test_an_answer_that_makes_no_sense_is_asked_for_again(self, hub, remote, tmp_path):
+        (tmp_path / "new").write_bytes(b"new")
+        hub.concerns = lambda method, path: method == "POST"
+        hub.faults = [Fault(status=200, body=body) for body in (b"", b"{", b"[]", b"{}")]
+        remote.upload({"new": tmp_path / "new"})
+        assert hub.faults == []
+        assert remote.read("new", max_bytes=9) == b"new"
+
     def test_the_token_stays_with_the_hub_when_it_sends_us_elsewhere(self, hub, remote):
         with FaultyServer(hub.root) as elsewhere:
             hub.redirect = elsewhere.url
@@ -200,7 +218,8 @@ class TestHttpRemote(ReadContract):
 
 @pytest.mark.parametrize("location", [
     "s3://", "s3://bucket//x", "hf://datasets/only", "hf://models/a/b", "hf://datasets/a/b/../c", "https://", "http://a:b/c",
-    "https://user:secret@host/x", "http://host/a b", "http://host/a#b", "http://h\u00f6st/a", "ftp://host/x", "file:///x",
+    "https://user:secret@host/x", "s3://key:secret@bucket/x", "s3://bucket/x?k=secret", "ftp://me:secret@host/x",
+    "http://me:secret@h st/?k=secret", "http://host/a b", "http://host/a#b", "http://h\u00f6st/a", "ftp://host/x", "file:///x",
 ])  # fmt: skip
 def test_an_address_that_cannot_be_meant_is_refused_before_anything_is_sent(location, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)

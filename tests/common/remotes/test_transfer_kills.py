@@ -12,6 +12,7 @@ from cache_factory import build_cache, make_plan, tree
 from servers import Fault, FaultyServer, s3_environment, serve_s3
 
 from vlm_distill_cache.common.errors import CacheFormatError
+from vlm_distill_cache.common.remotes import lease
 from vlm_distill_cache.common.remotes.pull import pull
 from vlm_distill_cache.common.remotes.push import push
 from vlm_distill_cache.common.tools.verify import verify
@@ -110,6 +111,7 @@ def test_a_killed_push_leaves_no_cache_and_the_next_one_completes_it(cache, tmp_
             **environment,
         )
         server.always = Fault()
+        monkeypatch.setattr(lease, "_STALE", 0.2)
         for variable, value in environment.items():
             monkeypatch.setenv(variable, value)
         with pytest.raises(CacheFormatError, match=r"no teacher cache|not complete"):

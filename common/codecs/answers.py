@@ -4,6 +4,7 @@ Logits and attention of such a cache belong to these answers. A student's sample
 """
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -13,6 +14,10 @@ import numpy as np
 from vlm_distill_cache.common.cache.schema import Field, Record
 from vlm_distill_cache.common.codecs.description import Codec, check_whole_number, is_number, shown
 from vlm_distill_cache.common.errors import CacheFormatError, ConfigError
+
+MOST_TOKENS = 1 << 20
+_TOKEN_BYTES = 1024  # of a token's text, amply: those of byte-pair vocabularies take at most some 250
+_SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, as JSON can spell it: no text holds one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +40,7 @@ class AnswersCodec(Codec):
     of_image: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_whole_number("max_new_tokens", self.max_new_tokens, 1)
+        check_whole_number("max_new_tokens", self.max_new_tokens, 1, MOST_TOKENS)
         check_whole_number("seed", self.seed, 0)
         if not is_number(self.temperature) or (self.temperature != 0 and not 0.001 <= self.temperature <= 1000):
             raise ConfigError(
@@ -65,6 +70,12 @@ class AnswersCodec(Codec):
             raise CacheFormatError(
                 f"answer_text: expected a list of texts, got {str(answers)[:80]!r}; the cache is damaged: "
                 "run `cachectl verify`"
+            )
+        longest = max((len(answer) for answer in answers), default=0)
+        if longest > self.max_new_tokens * _TOKEN_BYTES or any(_SURROGATE.search(answer) for answer in answers):
+            raise CacheFormatError(
+                f"answer_text: expected texts in UTF-8 of at most {self.max_new_tokens} tokens, got "
+                f"{ascii(answers)[:80]} ({longest} characters the longest); the cache is damaged: run `cachectl verify`"
             )
         return tuple(answers)
 

@@ -42,7 +42,7 @@ import numpy.typing as npt
 
 from vlm_distill_cache.common.attention.tiles import Tile, box_array, carries_image, pooled_tiles, tiles_from_array
 from vlm_distill_cache.common.cache.schema import MAX_TRAILING_ELEMENTS, Field, Record
-from vlm_distill_cache.common.codecs.description import Codec, check_flag, check_whole_number
+from vlm_distill_cache.common.codecs.description import Codec, check_flag, check_whole_number, out_of_range
 from vlm_distill_cache.common.codecs.kept_columns import (
     KEPT_LEVELS,
     RUNS,
@@ -113,16 +113,23 @@ class VisualColumnsCodec(Codec):
                 f"visual columns of a record: expected (N, {self.groups}), got {values.shape}; "
                 "the cache is damaged: run `cachectl verify`"
             )
+        self.refuse_impossible(record)
         return values.T.astype(np.float32, order="C")
 
-    def damage(self, record: Record) -> Iterator[str]:
+    def ranges(self, record: Record) -> Iterator[str]:
         """Yield values that are no probability mass."""
-        yield from _no_masses(self.signal, record[self.signal], MOST_MASS)
+        yield from out_of_range(self.signal, record[self.signal], 0, MOST_MASS, said="0 to 1")
+
+    def damage(self, record: Record) -> Iterator[str]:
+        """Yield values that are no probability mass, and groups whose keys have more than all of it together."""
+        yield from super().damage(record)
+        yield from _too_much(self.signal, record[self.signal].sum(axis=0, dtype=np.float64), MOST_MASS)
 
 
-def _no_masses(name: str, values: np.ndarray, most: float) -> Iterator[str]:
-    if values.size and values.dtype.kind == "f" and not 0 <= values.min() <= values.max() <= most:
-        yield f"{name} is {values.min()} to {values.max()}; expected 0 to {math.floor(most)}"
+def _too_much(name: str, masses: np.ndarray, most: float) -> Iterator[str]:
+    """Yield that the sum of a distribution's masses is above one; NaN is not this check's."""
+    if masses.size and masses.max() > most:
+        yield f"{name} has {masses.max():.4g} of the mass in one row; expected at most 1"
 
 
 @dataclass(frozen=True)
@@ -140,6 +147,8 @@ class FilteredMaps(Generic[ArrayT]):
     kept: ArrayT
     complete: bool = True
 
+
+_MOST_LOG8 = 1.05  # `exact8`: each value of a row may have been rounded up by 3.2 %, or to e^-16
 
 MapPreset = Literal["exact", "blocks", "compact", "exact8", "f4"]
 
@@ -273,6 +282,7 @@ class VisualMapCodec(Codec):
         Returns:
             Values and mask; the mask is exact but for `exact8`.
         """
+        self.refuse_impossible(record)
         if not self.complete:
             return self._decode_columns(record)
         codes = record[self.signal]
@@ -323,11 +333,26 @@ class VisualMapCodec(Codec):
         values = np.where(kept, ratios, stored.astype(np.float32)) * scale
         return FilteredMaps(np.ascontiguousarray(values), np.ascontiguousarray(kept), complete=False)
 
-    def damage(self, record: Record) -> Iterator[str]:
-        """Yield masses that are none, and means, masks and codes that contradict each other."""
+    def ranges(self, record: Record) -> Iterator[str]:
+        """Yield masses that are none."""
         for field in self.fields():
-            # A threshold is a mean and a standard deviation.
-            yield from _no_masses(field.name, record[field.name], 2.0 if field.name == "map_scale" else MOST_MASS)
+            if field.dtype != "u1":
+                # A threshold is a mean and a standard deviation.
+                most, said = (2.0, "0 to 2") if field.name == "map_scale" else (MOST_MASS, "0 to 1")
+                yield from out_of_range(field.name, record[field.name], 0, most, said=said)
+
+    def damage(self, record: Record) -> Iterator[str]:
+        """Yield masses that are none, rows of more than one, and means, masks and codes that contradict each other."""
+        yield from super().damage(record)
+        if self.preset in ("f4", "exact8") and len(codes := record[self.signal]):
+            pairs, most = (
+                (codes, MOST_MASS) if self.preset == "f4" else (decode_log8(codes, MAP_RANGE_NATS), _MOST_LOG8)
+            )
+            cells = math.isqrt(len(codes)) if self.grid else (math.isqrt(8 * len(codes) + 1) - 1) // 2
+            counts = np.full(cells, cells) if self.grid else np.arange(1, cells + 1)
+            if counts.sum() == len(codes):  # else `tiles` differ, which is said already
+                rows = np.add.reduceat(pairs, np.cumsum(counts) - counts, dtype=np.float64)  # [query, G]
+                yield from _too_much(self.signal, rows, most)
         if not len(record.get("map_means", ())):
             return
         cells = len(record["map_means"])
@@ -336,8 +361,10 @@ class VisualMapCodec(Codec):
             kept = (codes > 0) & (codes <= KEPT_LEVELS)
             column = np.arange(self.groups) * cells + self._pairs(cells)[1][:, None]  # [pairs, G]
             counts = np.bincount(column[kept], minlength=cells * self.groups)
-            yield from means_damage(record, counts, codes[kept], column[kept], KEPT_LEVELS)
             sinks, scale, largest = codes > KEPT_LEVELS, record["map_scale"][0], record["map_largest"][0]
+            yield from means_damage(
+                record, counts, codes[kept], column[kept], KEPT_LEVELS, above=np.count_nonzero(sinks, axis=0)
+            )
             if (largest[sinks.any(axis=0)] < scale[sinks.any(axis=0)] * (1 - 1e-6)).any():
                 yield f"{self.signal} has sinks, but map_largest is below map_scale"
             if (largest[codes.any(axis=0)] == 0).any():

@@ -15,7 +15,6 @@ from vlm_distill_cache.common.config import config_from_dict, read_yaml
 from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, TransferError
 from vlm_distill_cache.common.files.atomic import write_json_atomic
 from vlm_distill_cache.common.hub import model_folder
-from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.common.recipes import recipe_summary, split_recipe
 from vlm_distill_cache.common.terminal.command_line import (
     CONFIG,
@@ -32,6 +31,7 @@ from vlm_distill_cache.common.terminal.command_line import (
     stopped_by_sigterm,
 )
 from vlm_distill_cache.common.terminal.launch import enter_launch
+from vlm_distill_cache.common.tools.trust import open_trusted
 from vlm_distill_cache.stage2_student import run as runs
 from vlm_distill_cache.stage2_student.config import PHASE_NAMES, TrainConfig
 from vlm_distill_cache.stage2_student.pruned_folder import refuse_uncut
@@ -223,7 +223,7 @@ def evaluate(
     settings = replace(settings, cache=cache or settings.cache, evaluation=how)
     notes, compared = [], None
     try:
-        compared = open_cache(settings.cache)
+        compared = open_trusted(settings.cache, verify=settings.verify)
     except (CacheFormatError, TransferError) as error:
         if cache is not None:
             raise
@@ -248,7 +248,7 @@ def report(output: Path) -> None:
     """Write the HTML report of a run's folder again."""
     config = runs.read_run_config(output)
     runs.set_up_libraries()
-    runs.write_report(output, config, open_cache(config.cache))
+    runs.write_report(output, config, open_trusted(config.cache, verify=config.verify))
     click.echo(f"Report: {output / runs.REPORT}")
 
 

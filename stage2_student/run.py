@@ -26,9 +26,9 @@ from vlm_distill_cache.common.files.atomic import clean_stale, read_json, write_
 from vlm_distill_cache.common.files.hashing import fingerprint
 from vlm_distill_cache.common.hub import public_name
 from vlm_distill_cache.common.locations import public_location
-from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.common.remotes.mirror import local_folder
 from vlm_distill_cache.common.terminal.command_line import leave_one_core, quiet_libraries, run_command, said_so_far
+from vlm_distill_cache.common.tools.trust import open_trusted
 from vlm_distill_cache.stage2_student.config import EvaluationConfig, TrainConfig, describe, without_teacher
 from vlm_distill_cache.stage2_student.pruned_folder import FOLDER, kept_share, refuse_uncut
 from vlm_distill_cache.stage2_student.resolve import given_options, open_caches, resolve_config, with_folders
@@ -128,7 +128,7 @@ def train_and_score(
     check_losses(config, caches)  # else a misfit of the distilled student shows when the baseline is trained
     for note in cache_notes(config, caches):
         say(note)
-    cache = caches[config.cache] if config.cache in caches else open_cache(config.cache)  # phases may all have others
+    cache = caches.get(config.cache) or open_trusted(config.cache, verify=config.verify)  # phases may all have others
     notes = probe_items(config, cache)
     for note in notes:  # before hours go into training
         say(f"note: {note}")

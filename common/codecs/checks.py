@@ -30,7 +30,7 @@ def codec_damage(signals: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], l
     newer: list[str] = []
     impossible: list[str] = []
     for signal, settings in sorted(signals.items()):
-        codec, name = settings.get("codec"), one_line(signal)
+        codec, name = settings.get("codec"), f"signals.{one_line(signal)}"
         known = CODECS.get(codec) if isinstance(codec, str) else None
         if known is None:
             newer.append(f"{name}: codec {shown(codec)} is not known")

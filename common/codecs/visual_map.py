@@ -148,7 +148,8 @@ class FilteredMaps(Generic[ArrayT]):
     complete: bool = True
 
 
-_MOST_LOG8 = 1.05  # `exact8`: each value of a row may have been rounded up by 3.2 %, or to e^-16
+# What a row of masses may sum to once they are coded: rounding is 3.2 % of a value or e^-16, and less than half a step.
+_MOST_OF_ROW = {"f4": MOST_MASS, "exact8": 1.05, "exact": 1.15}
 
 MapPreset = Literal["exact", "blocks", "compact", "exact8", "f4"]
 
@@ -344,15 +345,14 @@ class VisualMapCodec(Codec):
     def damage(self, record: Record) -> Iterator[str]:
         """Yield masses that are none, rows of more than one, and means, masks and codes that contradict each other."""
         yield from super().damage(record)
-        if self.preset in ("f4", "exact8") and len(codes := record[self.signal]):
-            pairs, most = (
-                (codes, MOST_MASS) if self.preset == "f4" else (decode_log8(codes, MAP_RANGE_NATS), _MOST_LOG8)
-            )
+        if self.complete and len(codes := record[self.signal]):
             cells = math.isqrt(len(codes)) if self.grid else (math.isqrt(8 * len(codes) + 1) - 1) // 2
             counts = np.full(cells, cells) if self.grid else np.arange(1, cells + 1)
-            if counts.sum() == len(codes):  # else `tiles` differ, which is said already
-                rows = np.add.reduceat(pairs, np.cumsum(counts) - counts, dtype=np.float64)  # [query, G]
-                yield from _too_much(self.signal, rows, most)
+            if counts.sum() == len(codes):  # else decoding says that these are no pairs of so many cells
+                rows = np.add.reduceat(
+                    self._pair_values(record), np.cumsum(counts) - counts, dtype=np.float64
+                )  # [query, G]
+                yield from _too_much(self.signal, rows, _MOST_OF_ROW[self.preset])
         if not len(record.get("map_means", ())):
             return
         cells = len(record["map_means"])
@@ -379,6 +379,18 @@ class VisualMapCodec(Codec):
             yield f"map_codes is {codes.min()} to {codes.max()}; expected 1 to {coding.levels}"
         else:
             yield from means_damage(record, runs.counts, codes[runs.run], runs.column, coding.levels)
+
+    def _pair_values(self, record: Record) -> np.ndarray:
+        """About what each pair of a complete map stands for, float `[P, G]`: kept ones before they are fitted to their column."""
+        codes = record[self.signal]
+        if self.preset != "exact":
+            return codes if self.preset == "f4" else decode_log8(codes, MAP_RANGE_NATS)
+        every = np.arange(256, dtype=np.uint8)[:, None]
+        roots = decode_roots(np.where(every <= KEPT_LEVELS, every, 0), KEPT_LEVELS)
+        table = roots * record["map_scale"] + decode_sinks(
+            every, record["map_scale"], record["map_largest"]
+        )  # [256, G]
+        return np.take_along_axis(table, codes.astype(np.intp), axis=0)
 
     def _cells_of(self, record: Record) -> tuple[Tile, ...]:
         """The tiles of a record's cells; none if it does not say."""

@@ -16,7 +16,7 @@ from vlm_distill_cache.common.codecs.description import Codec, check_whole_numbe
 from vlm_distill_cache.common.errors import CacheFormatError, ConfigError
 
 MOST_TOKENS = 1 << 20
-_TOKEN_BYTES = 1024  # of a token's text, amply: those of byte-pair vocabularies take at most some 250
+_TOKEN_CHARACTERS = 1024  # amply: those of byte-pair vocabularies take at most some 250
 _SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, as JSON can spell it: no text holds one
 
 
@@ -71,11 +71,10 @@ class AnswersCodec(Codec):
                 f"answer_text: expected a list of texts, got {str(answers)[:80]!r}; the cache is damaged: "
                 "run `cachectl verify`"
             )
-        longest = max((len(answer) for answer in answers), default=0)
-        if longest > self.max_new_tokens * _TOKEN_BYTES or any(_SURROGATE.search(answer) for answer in answers):
+        if any(_SURROGATE.search(answer) for answer in answers):
             raise CacheFormatError(
-                f"answer_text: expected texts in UTF-8 of at most {self.max_new_tokens} tokens, got "
-                f"{ascii(answers)[:80]} ({longest} characters the longest); the cache is damaged: run `cachectl verify`"
+                f"answer_text: expected texts of whole characters, got {ascii(answers)[:80]}; the cache is damaged: run "
+                "`cachectl verify`"
             )
         return tuple(answers)
 
@@ -88,3 +87,5 @@ class AnswersCodec(Codec):
             return
         if not answers or not all(answer.strip() for answer in answers):
             yield f"answer_text holds {[*answers]!r:.80}; expected an answer for each turn"
+        if (longest := max(map(len, answers), default=0)) > self.max_new_tokens * _TOKEN_CHARACTERS:
+            yield f"answer_text has {longest} characters in one answer; expected at most {self.max_new_tokens} tokens"

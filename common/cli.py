@@ -219,6 +219,7 @@ def push(cache: Path, destination: str, *, jobs: int, overwrite: bool) -> None:
 @click.option("--samples", metavar="N|FILE", help="Only the first N records, or the ids in a file, one a line.")
 @click.option("--signals", metavar="A,B", help="Only these signals.")
 @click.option("--top-k", type=click.IntRange(min=2), help="At most so many tokens a row of the logits.")
+@click.option("--no-verify", is_flag=True, help="Do not look through the records for what no teacher can have said.")
 def pull(
     source: str,
     cache: Path,
@@ -228,19 +229,25 @@ def pull(
     samples: str | None,
     signals: str | None,
     top_k: int | None,
+    no_verify: bool,
 ) -> None:
     """Copy a cache here, byte for byte, from a folder, s3://, hf://datasets/... or http(s)://.
 
-    Every file is checked against its size and both digests. If stopped, run it again to continue; run on a finished
-    copy, it replaces what is lost or damaged there. --shards, --samples, --signals and --top-k download only what is
-    needed and create a smaller cache that records its source.
+    Every file is checked against its size and both digests, and every record is looked through for what no teacher can
+    have said. If stopped, run it again to continue; run on a finished copy, it replaces what is lost or damaged there.
+    --shards, --samples, --signals and --top-k download only what is needed and create a smaller cache that records its
+    source.
     """
+    from vlm_distill_cache.common.tools.trust import demand_sound
+
     if (shards, samples, signals, top_k) != (None,) * 4:
         from vlm_distill_cache.common.tools.select import parse_selection, pull_partial
 
         selection = parse_selection(shards=shards, samples=samples, signals=signals, top_k=top_k)
         with _progress("pull") as shard_bar:
             part = pull_partial(source, cache, selection, jobs=jobs, on_shard=shard_bar.update)
+        if not no_verify:
+            demand_sound(cache, read_plan(cache), part)
         say(f"Pulled {part.totals['samples']} samples of {source} to {cache} ({part.totals['bytes']:,} bytes)")
         say(f"Next: cachectl inspect {quoted(cache)}, then {_distill(cache, part)}")
         return
@@ -248,6 +255,8 @@ def pull(
 
     with _byte_progress("pull") as bar:
         manifest, moved = pull_cache(source, cache, jobs=jobs, on_progress=_follow(bar))
+    if not no_verify:
+        demand_sound(cache, read_plan(cache), manifest)
     say(f"Pulled {source} to {cache}: {moved}")
     say(f"Next: cachectl verify {quoted(cache)}, then {_distill(cache, manifest)}")
 

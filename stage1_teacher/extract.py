@@ -18,6 +18,7 @@ from vlm_distill_cache.common.cache.plan import Plan, read_plan, refuse_changed_
 from vlm_distill_cache.common.cache.sidecar import missing_shards, sidecar_path
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError
 from vlm_distill_cache.common.terminal.progress import ProgressLines, hide_library_bars, progress
+from vlm_distill_cache.common.tools.trust import trust_built
 from vlm_distill_cache.stage1_teacher.config import BuildConfig
 from vlm_distill_cache.stage1_teacher.loop.answers import ANSWERS, answer_shard
 from vlm_distill_cache.stage1_teacher.loop.encode_ahead import encode_shards
@@ -102,7 +103,7 @@ def extract(config: BuildConfig, *, overwrite: bool = False, part: Part = WHOLE,
         budget = FailureBudget.of_finished(cache_dir, plan, share=config.max_failed_share)
         words = UnknownToken.of(work.encoder)
         targets = UnknownBudget.of_finished(cache_dir, plan, words=words, share=config.max_unknown_share)
-        started, samples, built = time.monotonic(), 0, 0
+        started, samples, built = time.monotonic(), 0, list[int]()
         with (
             Writer(cache_dir, plan, work.codecs) as writer,
             _progress(plan, part, todo, shown=seals and bool(todo)) as bar,
@@ -121,8 +122,9 @@ def extract(config: BuildConfig, *, overwrite: bool = False, part: Part = WHOLE,
                     budget.spend(shard.failed)
                     writer.finish(shard, unknown=words.count(shard.samples))
                     bar.update(len(shard.failed))
-                    built += 1
+                    built.append(shard.index)
                 writer.wait()
+        trust_built(cache_dir, plan, built)
         FailureBudget.of_finished(cache_dir, plan, share=config.max_failed_share).spend(())
         UnknownBudget.of_finished(cache_dir, plan, words=words, share=config.max_unknown_share).refuse()
         seconds = time.monotonic() - started
@@ -131,7 +133,7 @@ def extract(config: BuildConfig, *, overwrite: bool = False, part: Part = WHOLE,
         if seals and not missing:
             manifest = finish(work, cache_dir, samples=config.fidelity_samples, known=known, rewritten=True)
         return BuildSummary(
-            cache=cache_dir, built=built, samples=samples, seconds=seconds, manifest=manifest, part=part, missing=missing
+            cache=cache_dir, built=len(built), samples=samples, seconds=seconds, manifest=manifest, part=part, missing=missing
         )  # fmt: skip
 
 

@@ -15,7 +15,6 @@ from vlm_distill_cache.common.config import config_from_dict, read_yaml
 from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, LaunchError, TransferError
 from vlm_distill_cache.common.files.atomic import write_json_atomic
 from vlm_distill_cache.common.hub import model_folder
-from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.common.recipes import recipe_summary, split_recipe
 from vlm_distill_cache.common.terminal.command_line import (
     CONFIG,
@@ -36,6 +35,7 @@ from vlm_distill_cache.common.terminal.command_line import (
 )
 from vlm_distill_cache.common.terminal.launch import enter_launch, explain_lost_processes
 from vlm_distill_cache.common.terminal.sharding import refuse_sharding
+from vlm_distill_cache.common.tools.trust import open_trusted
 from vlm_distill_cache.stage2_student import run as runs
 from vlm_distill_cache.stage2_student.config import PHASE_NAMES, TrainConfig
 from vlm_distill_cache.stage2_student.pruned_folder import refuse_uncut
@@ -234,7 +234,7 @@ def evaluate(
     settings = replace(settings, cache=cache or settings.cache, evaluation=how)
     notes, compared = [], None
     try:
-        compared = open_cache(settings.cache)
+        compared = open_trusted(settings.cache, verify=settings.verify)
     except (CacheFormatError, TransferError) as error:
         if cache is not None:
             raise

@@ -25,7 +25,7 @@ MODELS = ("student", "student_weights", "teacher", "vision_tower", "language_mod
 MOST, MOST_SAMPLES = 2**40, 2**20  # larger ones are slips of the finger
 SPEED_OPTIONS = (
     "device", "num_workers", "memory_gib", "checkpoint_every", "keep_checkpoints", "log_every",
-    "gradient_checkpointing",
+    "gradient_checkpointing", "verify",
 )  # fmt: skip
 
 
@@ -205,6 +205,8 @@ class TrainConfig:
         keep_checkpoints: Number of checkpoints to keep.
         log_every: Steps between writes of the log, which has a line per step.
         max_length: Longest sequence of a sample, tokens; none: the cache's.
+        verify: Before the first use of a cache on this machine, look through all of its records for what no teacher can have
+            said: token ids beyond the vocabulary, masses above one, numbers that are none.
         shuffle_teacher_images: Control experiment: take attention signals from another image.
         evaluation: How ``distill run`` and ``distill evaluate`` score the student.
     """
@@ -240,6 +242,7 @@ class TrainConfig:
     keep_checkpoints: int = 2
     log_every: int = 10
     max_length: int | None = None
+    verify: bool = True
     shuffle_teacher_images: bool = False
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 

@@ -10,8 +10,8 @@ from typing import Any
 from vlm_distill_cache.common.cache.reader import TeacherCache
 from vlm_distill_cache.common.config import load_config, read_yaml
 from vlm_distill_cache.common.hub import hub_name, model_folder
-from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.common.recipes import Recipe, split_recipe
+from vlm_distill_cache.common.tools.trust import open_trusted
 from vlm_distill_cache.data.sources.mixture import own_caches
 from vlm_distill_cache.stage2_student.config import MODELS, PHASE_NAMES, TrainConfig, choose_size
 from vlm_distill_cache.stage2_student.pruned_folder import RECORD, kept_share, read_settings
@@ -82,7 +82,7 @@ def open_caches(config: TrainConfig) -> dict[str, TeacherCache]:
     """Open each cache that the phases of a run read, by the folder or address that configuration or mixture names.
 
     Raises:
-        CacheFormatError: If one is not sealed, damaged or no cache.
+        CacheFormatError: If one is not sealed, damaged or no cache, or holds what no teacher says.
         TransferError: If an address cannot be read.
     """
     phases = [config.phase(name) for name in config.phases]
@@ -90,7 +90,7 @@ def open_caches(config: TrainConfig) -> dict[str, TeacherCache]:
         place for phase in phases for place in own_caches(phase.data, str(phase.cache)) or [str(phase.cache)]
     )
     # Twice the window: a step may begin the next window while loading threads still read the last.
-    return {place: open_cache(place, open_shards=2 * config.shuffle_window) for place in places}
+    return {place: open_trusted(place, open_shards=2 * config.shuffle_window, verify=config.verify) for place in places}
 
 
 def phases_preset(student: str, teacher_width: int) -> str:

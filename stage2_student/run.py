@@ -29,9 +29,9 @@ from vlm_distill_cache.common.files.hashing import fingerprint
 from vlm_distill_cache.common.files.signed import find_damage, list_files, read_signed, write_signed
 from vlm_distill_cache.common.hub import public_name
 from vlm_distill_cache.common.locations import public_location, secret_locations
-from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.common.remotes.mirror import local_folder
 from vlm_distill_cache.common.terminal.command_line import leave_one_core, quiet_libraries, run_command, said_so_far
+from vlm_distill_cache.common.tools.trust import open_trusted
 from vlm_distill_cache.stage2_student.config import (
     EvaluationConfig,
     TrainConfig,
@@ -149,7 +149,7 @@ def train_and_score(
     check_losses(config, caches)  # else a misfit of the distilled student shows when the baseline is trained
     for note in cache_notes(config, caches):
         say(note)
-    cache = caches[config.cache] if config.cache in caches else open_cache(config.cache)  # phases may all have others
+    cache = caches.get(config.cache) or open_trusted(config.cache, verify=config.verify)  # phases may all have others
     notes = probe_items(config, cache)
     for note in notes:  # before hours go into training
         say(f"note: {note}")
@@ -454,7 +454,7 @@ def write_report_again(output: Path) -> None:
     config = config_from_dict(TrainConfig, stamp["config"], where=str(output / STAMP))
     set_up_libraries()
     try:
-        cache = open_cache(config.cache)
+        cache = open_trusted(config.cache, verify=config.verify)
     except TransferError as error:
         again = f"delete {REPORT} there and run `distill run` as before"
         raise TransferError(f"{error}. Addresses are kept without signatures: if it had one, {again}") from error

@@ -30,6 +30,12 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def _notes_of_their_own(tmp_path_factory: pytest.TempPathFactory):
+    """What is noted of caches stays among the tests, and with the processes that they start."""
+    os.environ["VLM_DISTILL_VERIFIED_DIR"] = str(tmp_path_factory.mktemp("verified"))
+
+
+@pytest.fixture(scope="session", autouse=True)
 def _no_waiting_for_the_disk():
     """Files are not flushed: tests kill processes, and what these wrote stays with the kernel; no machine crashes."""
     flush, os.fsync = os.fsync, lambda descriptor: None

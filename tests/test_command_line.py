@@ -24,7 +24,7 @@ SURFACE = {
     "cachectl import-logprobs": "--cache --data --format --images --limit "
     "--missing-target --overwrite --set --store --teacher --teacher-name FILES",
     "cachectl inspect": "--image --picture CACHE SAMPLE_ID",
-    "cachectl pull": "--jobs --samples --shards --signals --top-k CACHE SOURCE",
+    "cachectl pull": "--jobs --no-verify --samples --shards --signals --top-k CACHE SOURCE",
     "cachectl push": "--jobs --overwrite CACHE DESTINATION",
     "cachectl merge": "--output --store SOURCES",
     "cachectl repair": "--deep --dry-run CACHE",

@@ -18,6 +18,11 @@ SLIVER = 1e-5
 """Box corners are float32: two grids that should share an edge miss it by up to about 1e-6 of a token. Such slivers are
 dropped, so that nested grids give weights of exactly 0 and 1."""
 
+MOST_VISUAL_TOKENS = 1 << 16
+"""Of one picture: no known model has more than a quarter of it, and boxes are made of each."""
+FARTHEST = float(1 << 17)
+"""How far padding may reach, in sides of the picture: amply for the most oblong one that a decoder opens."""
+
 FINEST_SIDE = 12
 """Most rows or columns of a grid that attention is pooled to unless a grid is asked for."""
 
@@ -92,7 +97,8 @@ def tiles_from_array(array: np.ndarray) -> tuple[Tile, ...]:
         array: float32 ``[n, 6]``; ``n`` is 0 for a text-only sample.
 
     Raises:
-        CacheFormatError: If the array has another shape or names impossible tiles.
+        CacheFormatError: If the array has another shape or names impossible tiles: no whole numbers of tokens, more than
+            ``MOST_VISUAL_TOKENS`` of them, or regions without area or farther away than ``FARTHEST``.
     """
     if array.ndim != 2 or array.shape[1] != 6:
         raise CacheFormatError(
@@ -100,12 +106,21 @@ def tiles_from_array(array: np.ndarray) -> tuple[Tile, ...]:
             f"{list(array.shape)}; run `cachectl verify` on the cache"
         )
     tiles = []
+    sizes = array[:, :2].astype(np.float64)
+    # NaN is none of these.
+    if not ((sizes >= 1) & (sizes <= MOST_VISUAL_TOKENS) & (sizes == np.rint(sizes))).all() or (
+        sizes.prod(axis=1).sum() > MOST_VISUAL_TOKENS
+    ):
+        raise CacheFormatError(
+            f"field `tiles` holds tiles of {sizes[:4].tolist()} rows and columns of tokens; expected whole numbers of at "
+            f"least 1, and at most {MOST_VISUAL_TOKENS} tokens in all; run `cachectl verify --deep` on the cache"
+        )
+    if not (np.abs(array[:, 2:]) <= FARTHEST).all():
+        raise CacheFormatError(
+            f"field `tiles` holds the regions {array[:4, 2:].tolist()}; expected corners at most {FARTHEST:.0f} sides of the "
+            "picture away from it; run `cachectl verify --deep` on the cache"
+        )
     for rows, cols, *region in array.tolist():
-        if rows != int(rows) or cols != int(cols):
-            raise CacheFormatError(
-                f"field `tiles` holds a tile of {rows} x {cols} tokens, expected whole numbers; "
-                "run `cachectl verify` on the cache"
-            )
         try:
             tiles.append(Tile(rows=int(rows), cols=int(cols), region=(region[0], region[1], region[2], region[3])))
         except SampleError as error:

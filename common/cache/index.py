@@ -258,11 +258,17 @@ def index_bytes(cache_dir: Path, plan: Plan) -> bytearray:
 
 
 def index_damage(cache_dir: Path, expected: bytearray) -> str | None:
-    """Return what is wrong with the index in a folder, whatever the manifest says of it; or None."""
+    """Return what is wrong with the index in a folder, whatever the manifest says of it; or None.
+
+    Raises:
+        CacheFormatError: If the system does not let it be read.
+    """
     try:
         found = read_bounded(cache_dir / INDEX, max_bytes=len(expected))
     except FileNotFoundError:
         return "missing"
     except CacheFormatError as error:
+        if isinstance(error.__cause__, OSError):
+            raise
         return str(error)
     return None if found == expected else "does not list the samples that the sidecars list"

@@ -4,6 +4,7 @@ Logits and attention of such a cache belong to these answers. A student's sample
 """
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -13,6 +14,10 @@ import numpy as np
 from vlm_distill_cache.common.cache.schema import Field, Record
 from vlm_distill_cache.common.codecs.description import Codec, check_whole_number, is_number, shown
 from vlm_distill_cache.common.errors import CacheFormatError, ConfigError
+
+MOST_TOKENS = 1 << 20
+_TOKEN_CHARACTERS = 1024  # amply: those of byte-pair vocabularies take at most some 250
+_SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, as JSON can spell it: no text holds one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +40,7 @@ class AnswersCodec(Codec):
     of_image: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_whole_number("max_new_tokens", self.max_new_tokens, 1)
+        check_whole_number("max_new_tokens", self.max_new_tokens, 1, MOST_TOKENS)
         check_whole_number("seed", self.seed, 0)
         if not is_number(self.temperature) or (self.temperature != 0 and not 0.001 <= self.temperature <= 1000):
             raise ConfigError(
@@ -66,6 +71,11 @@ class AnswersCodec(Codec):
                 f"answer_text: expected a list of texts, got {str(answers)[:80]!r}; the cache is damaged: "
                 "run `cachectl verify`"
             )
+        if any(_SURROGATE.search(answer) for answer in answers):
+            raise CacheFormatError(
+                f"answer_text: expected texts of whole characters, got {ascii(answers)[:80]}; the cache is damaged: run "
+                "`cachectl verify`"
+            )
         return tuple(answers)
 
     def damage(self, record: Record) -> Iterator[str]:
@@ -77,3 +87,5 @@ class AnswersCodec(Codec):
             return
         if not answers or not all(answer.strip() for answer in answers):
             yield f"answer_text holds {[*answers]!r:.80}; expected an answer for each turn"
+        if (longest := max(map(len, answers), default=0)) > self.max_new_tokens * _TOKEN_CHARACTERS:
+            yield f"answer_text has {longest} characters in one answer; expected at most {self.max_new_tokens} tokens"

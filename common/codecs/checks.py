@@ -17,6 +17,7 @@ from vlm_distill_cache.common.cache.schema import BASE_FIELDS, Record
 from vlm_distill_cache.common.cache.shared_images import VISUAL_SOURCE
 from vlm_distill_cache.common.codecs.description import Codec, setting_names, shown
 from vlm_distill_cache.common.codecs.registry import CODECS, codec_from_dict
+from vlm_distill_cache.common.errors import CacheFormatError
 from vlm_distill_cache.common.printing import one_line
 
 
@@ -29,7 +30,7 @@ def codec_damage(signals: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], l
     newer: list[str] = []
     impossible: list[str] = []
     for signal, settings in sorted(signals.items()):
-        codec, name = settings.get("codec"), one_line(signal)
+        codec, name = settings.get("codec"), f"signals.{one_line(signal)}"
         known = CODECS.get(codec) if isinstance(codec, str) else None
         if known is None:
             newer.append(f"{name}: codec {shown(codec)} is not known")
@@ -60,7 +61,7 @@ def value_damage(record: Record, plan: Plan) -> Iterator[str]:
         tokens = record.get(field.name) if field.dtype == "u4" else None  # such are token ids
         if tokens is not None and isinstance(vocabulary, int) and (tokens >= vocabulary).any():
             yield f"{field.name} has {tokens.max()}, the vocabulary has {vocabulary}"
-    strange += (wrong := list(_tiles_damage(record)) or list(_token_count_damage(record, codecs)))
+    strange += (wrong := list(_tiles_damage(record, plan)) or list(_token_count_damage(record, codecs)))
     yield from wrong
     if not strange:  # codecs build on dtypes and on the number of tokens
         for codec in codecs:
@@ -81,16 +82,16 @@ def _field_damage(record: Record, codecs: Sequence[Codec]) -> Iterator[str]:
                 )
 
 
-def _tiles_damage(record: Record) -> Iterator[str]:
-    tiles = record["tiles"]
-    sizes, boxes = tiles[:, :2], tiles[:, 2:]
-    if not np.isfinite(tiles).all():
-        yield "tiles have numbers that are not finite"
-    elif (sizes < 1).any() or (sizes != np.rint(sizes)).any():
-        yield f"tiles have {sizes.min()} rows or columns; expected whole numbers of at least 1"
-    if (boxes[:, :2] >= boxes[:, 2:]).any():
-        yield "tiles cover an empty or reversed region"
-    if len(tiles) and not record["image_hash"].any():
+def _tiles_damage(record: Record, plan: Plan) -> Iterator[str]:
+    try:
+        tokens = sum(tile.token_count for tile in tiles_from_array(record["tiles"]))
+    except CacheFormatError as error:
+        yield str(error)
+        return
+    longest = plan.extra.get("max_length")
+    if isinstance(longest, int) and 0 < longest < tokens:
+        yield f"tiles have {tokens} visual tokens; the teacher's sequences had at most {longest} in all"
+    if len(record["tiles"]) and not record["image_hash"].any():
         yield "image_hash is zero, which says that there is no image, but there are tiles of one"
 
 

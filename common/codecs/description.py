@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, ClassVar, Self
 
+import numpy as np
+
 from vlm_distill_cache.common.attention.tiles import Tile
 from vlm_distill_cache.common.cache.schema import Field, Record
 from vlm_distill_cache.common.errors import CacheFormatError, ConfigError
@@ -55,9 +57,22 @@ class Codec(ABC):
             CacheFormatError: If its arrays do not fit each other.
         """
 
+    def ranges(self, record: Record) -> Iterator[str]:
+        """Yield numbers that no teacher has, as far as a look at single ones tells; `decode` refuses them."""
+        yield from ()
+
     def damage(self, record: Record) -> Iterator[str]:
         """Yield what `encode` never writes, of a record whose arrays are of this codec's dtypes and shapes."""
-        yield from ()
+        yield from self.ranges(record)
+
+    def refuse_impossible(self, record: Record) -> None:
+        """Refuse what `ranges` finds: the last line in front of a training step, verified or not.
+
+        Raises:
+            CacheFormatError: Naming the field, what it holds and what it could hold.
+        """
+        for line in self.ranges(record):
+            raise CacheFormatError(f"{line}; no teacher says so, the cache is damaged: run `cachectl verify --deep`")
 
     def to_dict(self) -> dict[str, Any]:
         """The exact JSON stored in a cache's plan: the signal under `codec`, then the settings."""
@@ -117,6 +132,12 @@ class Codec(ABC):
 def setting_names(codec: type[Codec]) -> list[str]:
     """Names of a codec's settings, in the order in which a plan stores them."""
     return [field.name for field in dataclasses.fields(codec)]  # type: ignore[arg-type]
+
+
+def out_of_range(name: str, values: np.ndarray, low: float, high: float, *, said: str = "") -> Iterator[str]:
+    """Yield that some numbers are NaN or lie outside of a range; ``said``: the range without its tolerance."""
+    if values.size and not low <= values.min() <= values.max() <= high:
+        yield f"{name} is {values.min()} to {values.max()}; expected {said or f'{low:g} to {high:g}'}"
 
 
 def check_whole_number(name: str, value: object, low: int, high: int | None = None) -> None:

@@ -5,6 +5,7 @@ Heavy (2 bytes times width, layers and rows: 8 KB a row and layer at width 4096)
 Dims: R supervised rows or visual tokens, S layers, D width.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,9 +13,12 @@ import numpy as np
 import numpy.typing as npt
 
 from vlm_distill_cache.common.cache.schema import MAX_TRAILING_ELEMENTS, Field, Record
-from vlm_distill_cache.common.codecs.description import Codec, check_flag, check_whole_number
+from vlm_distill_cache.common.codecs.description import Codec, check_flag, check_whole_number, out_of_range
 from vlm_distill_cache.common.codecs.quantise import FloatArray
 from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, SampleError
+
+MOST_STATE = 1e9
+"""No hidden state is beyond: known models' largest are below 1e6, and the sum of squares of larger ones overflows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +82,12 @@ class HiddenCodec(Codec):
                 f"{self.signal} of a record: expected (R, {len(self.layers)}, {self.width}), got {values.shape}; "
                 "the cache is damaged: run `cachectl verify`"
             )
+        self.refuse_impossible(record)
         return values.astype(np.float32, order="C")
+
+    def ranges(self, record: Record) -> Iterator[str]:
+        """Yield states that are not finite, or so large that their squares are not."""
+        yield from out_of_range(self.signal, record[self.signal].astype(np.float32), -MOST_STATE, MOST_STATE)
 
 
 @dataclass(frozen=True, kw_only=True)

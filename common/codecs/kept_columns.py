@@ -297,14 +297,25 @@ def _pairs(cells: int, *, causal: bool) -> tuple[np.ndarray, np.ndarray]:
 
 
 def means_damage(
-    record: Record, counts: np.ndarray, codes: np.ndarray, column: np.ndarray, levels: int
+    record: Record,
+    counts: np.ndarray,
+    codes: np.ndarray,
+    column: np.ndarray,
+    levels: int,
+    *,
+    above: np.ndarray | int = 0,
 ) -> Iterator[str]:
-    """Compare column means with what the codes of their kept pairs can stand for.
+    """Compare column means with what the codes of their kept pairs can stand for, and all of them with a mass of one a row.
 
     Args:
         counts: Kept pairs of each column, ``[G * N]``.
+        above: Pairs above the threshold of each group, as far as they are known, ``[G]``.
     """
     means = record["map_means"].astype(np.float64).T.reshape(-1)
+    cells = len(record["map_means"])
+    mass = record["map_scale"][0] * ((means * counts).reshape(-1, cells).sum(axis=1) + above)  # [G]
+    if (mass > cells * (1 + 5 * _MEAN_ERROR)).any():
+        yield f"map_means and map_scale have a mass of {mass.max():.4g} in {cells} rows; a row has at most 1"
     if (record["map_scale"][0][counts.reshape(-1, len(record["map_means"])).any(axis=1)] == 0).any():
         yield "map_scale is 0 where the map has pairs below it"
     if ((means > 0) != (counts > 0)).any():

@@ -25,7 +25,14 @@ from typing import Any, ClassVar, Generic, Self
 import numpy as np
 
 from vlm_distill_cache.common.cache.schema import Field, Record
-from vlm_distill_cache.common.codecs.description import Codec, check_flag, check_whole_number, is_number, shown
+from vlm_distill_cache.common.codecs.description import (
+    Codec,
+    check_flag,
+    check_whole_number,
+    is_number,
+    out_of_range,
+    shown,
+)
 from vlm_distill_cache.common.codecs.quantise import (
     GAP_REACH,
     GAP_TABLE,
@@ -52,6 +59,7 @@ LOGIT_PRESETS: dict[str, dict[str, Any]] = {
 _FIXED = re.compile(r"fixed:([0-9]{1,4})")
 
 _ROUNDING = 2e-3  # of a float16 near 1, twice over
+_LEAST_TOP = -math.log(2**32) - 0.1  # ids are 32 bits, and the likeliest of n tokens has at least one n-th of the mass
 _MASS_ERROR = 1e-3  # kept mass and tail may miss 1 by this beyond the rounding of gaps and of float16
 
 
@@ -212,6 +220,7 @@ class LogitCodec(Codec):
                 f"{entries} ids, {len(record['log_gap'])} gaps, {len(record['top_logprob'])} tops and tails "
                 f"{tails.shape}; the cache is damaged: run `cachectl verify`"
             )
+        self.refuse_impossible(record)
         width = int(counts.max(initial=0))
         codes = self._codes(record, counts)
         where = _entry_positions(counts, width)
@@ -232,8 +241,15 @@ class LogitCodec(Codec):
             self.temperatures,
         )
 
+    def ranges(self, record: Record) -> Iterator[str]:
+        """Yield log-probabilities above 0, and top tokens less likely than each of all ids that there are."""
+        top, tail = record["top_logprob"], record["tail_logmass"]
+        yield from out_of_range("top_logprob", top, _LEAST_TOP, _ROUNDING, said="log-probabilities of at most 0")
+        yield from out_of_range("tail_logmass", tail, -math.inf, _ROUNDING, said="log-probabilities of at most 0")
+
     def damage(self, record: Record) -> Iterator[str]:
         """Yield entries out of order, a missing ground truth, and masses that cannot have been one."""
+        yield from super().damage(record)
         counts = record["entry_count"].astype(np.int64)  # [A]
         if not len(counts):
             return
@@ -247,15 +263,13 @@ class LogitCodec(Codec):
         falling = (gaps[1:] < gaps[:-1]) & (rows[1:] == rows[:-1])
         if (gaps[starts] != 0).any() or falling.any():
             yield "log_gap is not 0 at the top token or falls with the rank; entries are stored by rank"
-        pairs = np.unique(np.stack([rows, ids.astype(np.int64)]), axis=1)  # [2, distinct]
-        if pairs.shape[1] != len(ids):
+        pairs = np.sort((rows << 32) + ids)  # int64: a row's number before its ids, which are below 2^32
+        if (pairs[1:] == pairs[:-1]).any():
             yield "token_ids of a row repeat"
         truth = ids == record["labels"][rows]
         if not np.bincount(rows[truth], minlength=len(counts)).all():
             yield "token_ids lack the ground truth of a row, which the codec always keeps"
         top, tail = record["top_logprob"].astype(np.float64), record["tail_logmass"].astype(np.float64)
-        if top.max() > _ROUNDING or tail.max(initial=-1.0) > _ROUNDING:
-            yield f"log-probabilities reach {max(top.max(), tail.max(initial=-1.0))}; at most 0 is possible"
         yield from self._mass_damage(codes, gaps, starts, top, tail[:, self.temperatures.index(1.0)])
         # A tail of no mass at all has none at any temperature, but for what a low one makes too small to write.
         empty = np.isinf(tail[:, np.argsort(self.temperatures)])  # [A, T]
@@ -326,6 +340,10 @@ class VisualLogitsCodec(LogitCodec):
     def decode(self, record: Record) -> LogitRows[np.ndarray]:
         """Unpack rows ``[N]``; see ``LogitCodec.decode``."""
         return super().decode(self._plain(record))
+
+    def ranges(self, record: Record) -> Iterator[str]:
+        """As ``LogitCodec.ranges``."""
+        return super().ranges(record if "top_logprob" in record else self._plain(record))
 
     def damage(self, record: Record) -> Iterator[str]:
         """As ``LogitCodec.damage``; the likeliest token of a visual row stands for its ground truth."""

@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Generic
 import numpy as np
 
 from vlm_distill_cache.common.cache.schema import MAX_TRAILING_ELEMENTS, Field, Record
-from vlm_distill_cache.common.codecs.description import Codec, check_flag, check_whole_number
+from vlm_distill_cache.common.codecs.description import Codec, check_flag, check_whole_number, out_of_range
 from vlm_distill_cache.common.codecs.quantise import LOG_LEVELS, ArrayT, decode_log8, encode_log8
 from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, SampleError
 
@@ -126,6 +126,7 @@ class RowAttentionCodec(Codec):
                 f"{self._words} of a record: expected cells {expected} and masses {expected[:2]}, got "
                 f"{codes.shape} and {mass.shape}; the cache is damaged: run `cachectl verify`"
             )
+        self.refuse_impossible(record)
         if self.exact:
             return AttentionRows(codes.copy(), mass.copy())
         relative = decode_log8(codes, RANGE_NATS)  # [A, G, C]
@@ -135,17 +136,21 @@ class RowAttentionCodec(Codec):
         image_mass = np.where(total > 0, image_mass, np.float32(0))
         return AttentionRows(relative * scale[..., None], image_mass)
 
+    def ranges(self, record: Record) -> Iterator[str]:
+        """Yield masses that are none."""
+        for name in (self.mass_field, *((self.signal,) if self.exact else ())):
+            yield from out_of_range(name, record[name], 0, MOST_MASS, said="0 to 1")
+
     def damage(self, record: Record) -> Iterator[str]:
         """Yield masses that are none, and rows that are not scaled to their largest cell or do not sum to their mass."""
+        yield from super().damage(record)
         cells, mass = record[self.signal], record[self.mass_field].astype(np.float64)  # [A, G, C], [A, G]
-        if mass.size and not 0 <= mass.min() <= mass.max() <= MOST_MASS:
-            yield f"{self.mass_field} is {mass.min()} to {mass.max()}; expected 0 to 1"
         if not cells.size:
             return
+        if not len(record["tiles"]) and (mass.any() or cells.any()):
+            yield f"{self.signal} lies on an image, of which the record has no tiles"
         if not self.exact and not np.isin(cells.max(axis=2), (0, LOG_LEVELS + 1)).all():
             yield f"{self.signal} has a row whose largest code is neither 0 nor {LOG_LEVELS + 1}"
-        if self.exact and (cells.min() < 0 or cells.max() > MOST_MASS):
-            yield f"{self.signal} is {cells.min()} to {cells.max()}; expected 0 to 1"
         if self.exact and (np.abs(cells.sum(axis=2, dtype=np.float64) - mass) > MOST_MASS - 1).any():
             yield f"{self.mass_field} is not the sum of the cells of {self.signal}"
 

@@ -42,7 +42,7 @@ import numpy.typing as npt
 
 from vlm_distill_cache.common.attention.tiles import Tile, box_array, carries_image, pooled_tiles, tiles_from_array
 from vlm_distill_cache.common.cache.schema import MAX_TRAILING_ELEMENTS, Field, Record
-from vlm_distill_cache.common.codecs.description import Codec, check_flag, check_whole_number
+from vlm_distill_cache.common.codecs.description import Codec, check_flag, check_whole_number, out_of_range
 from vlm_distill_cache.common.codecs.kept_columns import (
     KEPT_LEVELS,
     RUNS,
@@ -113,16 +113,23 @@ class VisualColumnsCodec(Codec):
                 f"visual columns of a record: expected (N, {self.groups}), got {values.shape}; "
                 "the cache is damaged: run `cachectl verify`"
             )
+        self.refuse_impossible(record)
         return values.T.astype(np.float32, order="C")
 
-    def damage(self, record: Record) -> Iterator[str]:
+    def ranges(self, record: Record) -> Iterator[str]:
         """Yield values that are no probability mass."""
-        yield from _no_masses(self.signal, record[self.signal], MOST_MASS)
+        yield from out_of_range(self.signal, record[self.signal], 0, MOST_MASS, said="0 to 1")
+
+    def damage(self, record: Record) -> Iterator[str]:
+        """Yield values that are no probability mass, and groups whose keys have more than all of it together."""
+        yield from super().damage(record)
+        yield from _too_much(self.signal, record[self.signal].sum(axis=0, dtype=np.float64), MOST_MASS)
 
 
-def _no_masses(name: str, values: np.ndarray, most: float) -> Iterator[str]:
-    if values.size and values.dtype.kind == "f" and not 0 <= values.min() <= values.max() <= most:
-        yield f"{name} is {values.min()} to {values.max()}; expected 0 to {math.floor(most)}"
+def _too_much(name: str, masses: np.ndarray, most: float) -> Iterator[str]:
+    """Yield that the sum of a distribution's masses is above one; NaN is not this check's."""
+    if masses.size and masses.max() > most:
+        yield f"{name} has {masses.max():.4g} of the mass in one row; expected at most 1"
 
 
 @dataclass(frozen=True)
@@ -140,6 +147,9 @@ class FilteredMaps(Generic[ArrayT]):
     kept: ArrayT
     complete: bool = True
 
+
+# What a row of masses may sum to once they are coded: rounding is 3.2 % of a value or e^-16, and less than half a step.
+_MOST_OF_ROW = {"f4": MOST_MASS, "exact8": 1.05, "exact": 1.15}
 
 MapPreset = Literal["exact", "blocks", "compact", "exact8", "f4"]
 
@@ -273,6 +283,7 @@ class VisualMapCodec(Codec):
         Returns:
             Values and mask; the mask is exact but for `exact8`.
         """
+        self.refuse_impossible(record)
         if not self.complete:
             return self._decode_columns(record)
         codes = record[self.signal]
@@ -323,11 +334,25 @@ class VisualMapCodec(Codec):
         values = np.where(kept, ratios, stored.astype(np.float32)) * scale
         return FilteredMaps(np.ascontiguousarray(values), np.ascontiguousarray(kept), complete=False)
 
-    def damage(self, record: Record) -> Iterator[str]:
-        """Yield masses that are none, and means, masks and codes that contradict each other."""
+    def ranges(self, record: Record) -> Iterator[str]:
+        """Yield masses that are none."""
         for field in self.fields():
-            # A threshold is a mean and a standard deviation.
-            yield from _no_masses(field.name, record[field.name], 2.0 if field.name == "map_scale" else MOST_MASS)
+            if field.dtype != "u1":
+                # A threshold is a mean and a standard deviation.
+                most, said = (2.0, "0 to 2") if field.name == "map_scale" else (MOST_MASS, "0 to 1")
+                yield from out_of_range(field.name, record[field.name], 0, most, said=said)
+
+    def damage(self, record: Record) -> Iterator[str]:
+        """Yield masses that are none, rows of more than one, and means, masks and codes that contradict each other."""
+        yield from super().damage(record)
+        if self.complete and len(codes := record[self.signal]):
+            cells = math.isqrt(len(codes)) if self.grid else (math.isqrt(8 * len(codes) + 1) - 1) // 2
+            counts = np.full(cells, cells) if self.grid else np.arange(1, cells + 1)
+            if counts.sum() == len(codes):  # else decoding says that these are no pairs of so many cells
+                rows = np.add.reduceat(
+                    self._pair_values(record), np.cumsum(counts) - counts, dtype=np.float64
+                )  # [query, G]
+                yield from _too_much(self.signal, rows, _MOST_OF_ROW[self.preset])
         if not len(record.get("map_means", ())):
             return
         cells = len(record["map_means"])
@@ -336,8 +361,10 @@ class VisualMapCodec(Codec):
             kept = (codes > 0) & (codes <= KEPT_LEVELS)
             column = np.arange(self.groups) * cells + self._pairs(cells)[1][:, None]  # [pairs, G]
             counts = np.bincount(column[kept], minlength=cells * self.groups)
-            yield from means_damage(record, counts, codes[kept], column[kept], KEPT_LEVELS)
             sinks, scale, largest = codes > KEPT_LEVELS, record["map_scale"][0], record["map_largest"][0]
+            yield from means_damage(
+                record, counts, codes[kept], column[kept], KEPT_LEVELS, above=np.count_nonzero(sinks, axis=0)
+            )
             if (largest[sinks.any(axis=0)] < scale[sinks.any(axis=0)] * (1 - 1e-6)).any():
                 yield f"{self.signal} has sinks, but map_largest is below map_scale"
             if (largest[codes.any(axis=0)] == 0).any():
@@ -352,6 +379,18 @@ class VisualMapCodec(Codec):
             yield f"map_codes is {codes.min()} to {codes.max()}; expected 1 to {coding.levels}"
         else:
             yield from means_damage(record, runs.counts, codes[runs.run], runs.column, coding.levels)
+
+    def _pair_values(self, record: Record) -> np.ndarray:
+        """About what each pair of a complete map stands for, float `[P, G]`: kept ones before they are fitted to their column."""
+        codes = record[self.signal]
+        if self.preset != "exact":
+            return codes if self.preset == "f4" else decode_log8(codes, MAP_RANGE_NATS)
+        every = np.arange(256, dtype=np.uint8)[:, None]
+        roots = decode_roots(np.where(every <= KEPT_LEVELS, every, 0), KEPT_LEVELS)
+        table = roots * record["map_scale"] + decode_sinks(
+            every, record["map_scale"], record["map_largest"]
+        )  # [256, G]
+        return np.take_along_axis(table, codes.astype(np.intp), axis=0)
 
     def _cells_of(self, record: Record) -> tuple[Tile, ...]:
         """The tiles of a record's cells; none if it does not say."""

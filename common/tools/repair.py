@@ -2,12 +2,12 @@
 
 A shard exists if and only if its sidecar does, so a damaged shard's sidecar goes first: killed at any moment,
 what is left is a cache with fewer shards, and another call goes on. ``shards/NNNNN.*`` are the cache's own
-names: all that lies there goes with the shard. Files on no list are somebody else's, and stay.
+names: all that lies there goes with the shard. Files on no list are somebody else's, and stay; so does what the system does
+not let us read, which may be sound.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,8 +75,10 @@ def repair(
 def _plan_steps(cache_dir: Path, damages: list[Damage]) -> Iterator[Repair]:
     """Yield the steps in the order in which a kill between any two of them does no harm."""
     by_kind: dict[str, list[Damage]] = {}
+    unreadable = [damage for damage in damages if damage.unreadable]
     for damage in damages:
-        by_kind.setdefault(damage.kind, []).append(damage)
+        if not damage.unreadable or damage.kind == "plan":
+            by_kind.setdefault(damage.kind, []).append(damage)
     if "newer" in by_kind:  # what looks damaged may be what this version does not know
         yield from (_keep(damage, "nothing of this cache is removed") for damage in by_kind["newer"])
         return
@@ -88,12 +90,12 @@ def _plan_steps(cache_dir: Path, damages: list[Damage]) -> Iterator[Repair]:
         yield Repair(path=PLAN, action="keep", reason=reason, remedy=_OTHER_PLAN)
         return
 
+    # Nothing is known of what cannot be read, so it stays, a shard with all its files.
+    yield from (_keep(damage) for damage in unreadable)
+    spared = {damage.shard for damage in unreadable}
     dropped: dict[int, list[str]] = {}
     for damage in by_kind.get("shard", []):
-        path = cache_dir / damage.path
-        if path.is_file() and not os.access(path, os.R_OK):
-            yield _keep(damage, "it may be sound: make it readable first")
-        else:
+        if damage.shard not in spared:
             dropped.setdefault(damage.shard or 0, []).append(f"{damage.path}: {damage.reason}")
     for shard, reasons in sorted(dropped.items()):
         more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
@@ -122,6 +124,8 @@ def _plan_steps(cache_dir: Path, damages: list[Damage]) -> Iterator[Repair]:
     manifest = cache_dir / MANIFEST
     if manifest.is_dir():
         yield Repair(path=MANIFEST, action="keep", reason="a folder", remedy="move it elsewhere")
+    elif any(damage.path == MANIFEST for damage in unreadable):
+        pass  # it was named above
     elif (manifest.exists() or manifest.is_symlink()) and (rebuilt or "manifest" in by_kind):
         reason = "lists missing files" if rebuilt else by_kind["manifest"][0].reason
         yield Repair(path=MANIFEST, action="remove", reason=reason)

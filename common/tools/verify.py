@@ -5,12 +5,15 @@ Holds one shard in memory at a time, and 24 bytes a sample to notice repeated id
 
 from __future__ import annotations
 
+import errno
 import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
+
+import numpy as np
 
 from vlm_distill_cache.common.cache.index import INDEX, IndexBuilder, index_damage
 from vlm_distill_cache.common.cache.manifest import Manifest, ShardSummary, read_manifest
@@ -37,6 +40,8 @@ from vlm_distill_cache.common.locations import is_url
 from vlm_distill_cache.common.printing import brief, one_line
 
 COPY_AGAIN = "copy it again from where the cache came from"
+_READ_IT = "it may be sound: make it readable first (mode and owner, of the folders above too, and the disk), then verify again"
+_WRONG_THING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENXIO, errno.EINVAL, errno.ENAMETOOLONG)
 _MAX_REASON = 600
 _SEAL = "run `teacher-cache seal`"
 _MAKE_ANEW = "run `cachectl repair` (--deep, where only that found it), then `teacher-cache build` again to"
@@ -70,17 +75,19 @@ class Damage:
             manifest, or one that was not written yet; a shard; a shard that was never made; the index; a file beside
             the shards; samples with equal ids; what a killed run left; a file on no list.
         own_remedy: What to do about it, if not what its kind says.
+        unreadable: Whether the system did not let it be read, so that nothing is known of its content.
     """
 
     path: str
     kind: Kind
     reason: str
     own_remedy: str = ""
+    unreadable: bool = False
 
     @property
     def remedy(self) -> str:
         """What to do about it."""
-        return self.own_remedy or _REMEDIES[self.kind]
+        return _READ_IT if self.unreadable else self.own_remedy or _REMEDIES[self.kind]
 
     @property
     def shard(self) -> int | None:
@@ -112,15 +119,15 @@ def verify(cache_dir: str | Path, *, deep: bool = False, on_shard: Callable[[], 
     try:
         plan = read_plan(cache_dir)
     except (CacheFormatError, OSError) as error:
-        return [_unreadable(PLAN, "plan", error)]
-    damages: list[Damage] = _codec_damage(plan) if deep else []
+        return [_failed(PLAN, "plan", error)]
+    damages: list[Damage] = verify_codecs(plan) if deep else []
     deep = deep and not damages  # what its codec may write is not known
     manifest: Manifest | None = None
     try:
         manifest = read_manifest(cache_dir)
     except (CacheFormatError, OSError) as error:
         absent = not (cache_dir / MANIFEST).exists() and not (cache_dir / MANIFEST).is_symlink()
-        damages.append(_unsealed(cache_dir, plan) if absent else _unreadable(MANIFEST, "manifest", error))
+        damages.append(_unsealed(cache_dir, plan) if absent else _failed(MANIFEST, "manifest", error))
     known = {MANIFEST, CARD, PLAN}
     if manifest is not None:
         damages += _check_manifest(cache_dir, plan, manifest)
@@ -129,7 +136,7 @@ def verify(cache_dir: str | Path, *, deep: bool = False, on_shard: Callable[[], 
     builder, field_bytes = IndexBuilder(), Counter({field.name: 0 for field in plan.all_fields})
     for index in range(plan.shard_count):
         known.add(sidecar_name(index))
-        found, sidecar = _verify_shard(cache_dir, index, plan, manifest, deep=deep)
+        found, sidecar = verify_shard(cache_dir, index, plan, manifest, deep=deep)
         damages += found
         if sidecar is not None:
             known |= sidecar.files.keys()
@@ -166,17 +173,30 @@ def split_unfinished(damages: list[Damage]) -> tuple[list[Damage], list[Damage]]
 
 
 def _unsealed(cache_dir: Path, plan: Plan) -> Damage:
-    missing = len(missing_shards(cache_dir, plan))
+    try:
+        missing = len(missing_shards(cache_dir, plan))
+    except OSError as error:
+        return _failed(MANIFEST, "unsealed", error)
     build = f"run `teacher-cache build` again, which seals it once all are there, or {COPY_AGAIN}" if missing else ""
     reason = f"not written: the cache is not sealed, {missing} of {plan.shard_count} shards are missing"
     return Damage(MANIFEST, "unsealed", reason, build)
 
 
-def _unreadable(path: str, kind: Kind, error: Exception) -> Damage:
-    return Damage(path, "newer" if isinstance(error, NewerFormatError) else kind, str(error))
+def _failed(path: str, kind: Kind, error: Exception, reason: str = "") -> Damage:
+    """What an error that reading a file raised says of it."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__
+    number = None if cause is None else cause.errno  # libraries raise OSErrors of their own for damaged bytes, without
+    return Damage(
+        path,
+        "newer" if isinstance(error, NewerFormatError) else kind,
+        reason or str(error),
+        unreadable=number is not None and number not in _WRONG_THING,
+    )
 
 
-def _codec_damage(plan: Plan) -> list[Damage]:
+def verify_codecs(plan: Plan) -> list[Damage]:
     """Name the signals whose values cannot be checked: codecs of a newer version, or impossible settings."""
     newer, impossible = codec_damage(plan.signals)
     if newer:
@@ -194,14 +214,15 @@ def _check_manifest(cache_dir: Path, plan: Plan, manifest: Manifest) -> list[Dam
         reason = f"lists {len(manifest.shards)} shards, but the plan has {plan.shard_count}"
         damages.append(Damage(MANIFEST, "manifest", reason))
     for name, entry in manifest.files.items():
-        if (wrong := file_damage(cache_dir, name, entry)) is not None:
-            damages.append(Damage(name, "index" if name == INDEX else "side file", wrong))
+        if (wrong := file_damage(cache_dir, name, entry, "index" if name == INDEX else "side file")) is not None:
+            damages.append(wrong)
     return damages
 
 
-def _verify_shard(
+def verify_shard(
     cache_dir: Path, index: int, plan: Plan, manifest: Manifest | None, *, deep: bool
 ) -> tuple[list[Damage], ShardSidecar | None]:
+    """Check one shard as ``verify`` does, and give its sidecar if that can be read."""
     name = sidecar_name(index)
     try:
         sidecar = read_sidecar(cache_dir, index)
@@ -209,36 +230,37 @@ def _verify_shard(
     except FileNotFoundError:
         return [Damage(name, "missing", "missing: the shard does not exist")], None
     except (CacheFormatError, OSError) as error:
-        return [_unreadable(name, "shard", error)], None
+        return [_failed(name, "shard", error)], None
     damages = []
     listed = manifest.shards[index] if manifest is not None and index < len(manifest.shards) else None
     if listed is not None and listed != ShardSummary.of(sidecar):
         damages.append(Damage(name, "manifest", f"is not the sidecar that {MANIFEST} lists"))
     broken = [
-        Damage(file, "shard", wrong)
+        wrong
         for file, entry in sidecar.files.items()
-        if (wrong := file_damage(cache_dir, file, entry)) is not None
+        if (wrong := file_damage(cache_dir, file, entry, "shard")) is not None
     ]
     if not broken and (wrong := content_damage(cache_dir, plan, sidecar, deep=deep)) is not None:
-        broken = [Damage(name, "shard", wrong)]
+        broken = [wrong]
     return damages + broken, sidecar
 
 
-def file_damage(root: Path, name: str, entry: FileEntry) -> str | None:
+def file_damage(root: Path, name: str, entry: FileEntry, kind: Kind) -> Damage | None:
     """Return what is wrong with a file of a cache, or None; no link is followed."""
     try:
         with open_plain(root, name) as file:
             fast, safe, size = stream_digests(file)
     except FileNotFoundError:
-        return "missing"
+        return Damage(name, kind, "missing")
     except OSError as error:
-        return f"cannot be read: {error.strerror or error}"
+        return _failed(name, kind, error, f"cannot be read: {error.strerror or error}")
     if size != entry.size:
-        return f"{size} bytes; expected {entry.size}"
+        return Damage(name, kind, f"{size} bytes; expected {entry.size}")
     if fast != entry.xxh3_128:
-        return f"checksum {fast}; expected {entry.xxh3_128}"
+        return Damage(name, kind, f"checksum {fast}; expected {entry.xxh3_128}")
     if safe != entry.sha256:
-        return f"sha256 {safe}; expected {entry.sha256}, although the fast checksum agrees: tampered with"
+        reason = f"sha256 {safe}; expected {entry.sha256}, although the fast checksum agrees: tampered with"
+        return Damage(name, kind, reason)
     return None
 
 
@@ -251,7 +273,10 @@ def _index_damage(cache_dir: Path, builder: IndexBuilder, shard_count: int) -> l
         names = [name for name, _ in sidecar.failed] if second.failed else sidecar.sample_ids
         reason = f"sample {names[second.position]!r} is in shard {first.shard} too"
         return [Damage(sidecar_name(second.shard), "data", reason)]
-    wrong = index_damage(cache_dir, expected) if (cache_dir / INDEX).exists() else None
+    try:
+        wrong = index_damage(cache_dir, expected) if (cache_dir / INDEX).exists() else None
+    except (CacheFormatError, OSError) as error:
+        return [_failed(INDEX, "index", error)]
     return [] if wrong is None else [Damage(INDEX, "index", wrong)]
 
 
@@ -262,20 +287,20 @@ def _unexpected(cache_dir: Path, known: set[str], unlisted: list[str]) -> list[D
     while folders:
         folder = folders.pop()
         try:
-            paths = sorted(folder.iterdir())
+            entries = {path: path.is_dir() for path in sorted(folder.iterdir())}
         except OSError as error:
             name = folder.relative_to(cache_dir).as_posix()
-            damages.append(Damage(name, "stranger", f"cannot be read: {error}", COPY_AGAIN))
+            damages.append(_failed(name, "stranger", error, f"cannot be read: {error.strerror or error}"))
             continue
-        for path in paths:
+        for path, is_folder in entries.items():
             name = path.relative_to(cache_dir).as_posix()
             if path.name.startswith(TEMPORARY_PREFIX):
                 if (lock := try_lock(path)) is not None:  # not being written right now
                     lock.release()
                     damages.append(Damage(name, "leftover", "left behind by a killed run"))
-            elif path.is_symlink() or not (path.is_dir() or path.is_file()):
+            elif path.is_symlink() or not (is_folder or path.is_file()):
                 damages.append(Damage(name, "stranger", "a link or device", "replace it by a plain file or folder"))
-            elif path.is_dir():
+            elif is_folder:
                 folders.append(path)
             elif name not in known and not any(name.startswith(start) for start in unlisted):
                 damages.append(Damage(name, "stranger", "belongs to no shard and no list"))
@@ -289,27 +314,29 @@ def _one_each(damages: list[Damage]) -> list[Damage]:
         first = by_path.setdefault(damage.path, damage)
         if first is not damage and damage.kind != "stranger":  # a link in a file's place is known already
             reason = f"{first.reason}; {damage.reason}"
-            by_path[damage.path] = replace(first, reason=reason)
+            by_path[damage.path] = replace(first, reason=reason, unreadable=first.unreadable or damage.unreadable)
     return list(by_path.values())
 
 
-def content_damage(cache_dir: Path, plan: Plan, sidecar: ShardSidecar, *, deep: bool) -> str | None:
+def content_damage(cache_dir: Path, plan: Plan, sidecar: ShardSidecar, *, deep: bool) -> Damage | None:
     """Return what is wrong inside a shard whose files are as its sidecar says, or None.
 
     Args:
         deep: Decode all records; else only ids, dtypes, shapes and offsets.
     """
+    name = sidecar_name(sidecar.index)
     try:
         reader = open_reader(plan.store, cache_dir, sidecar.index, plan.all_fields)
         try:
             if reader.sample_ids != sidecar.sample_ids:
-                return "holds other samples than its sidecar lists"
+                return Damage(name, "shard", "holds other samples than its sidecar lists")
             reader.check()
-            return _records_damage(reader, plan, sidecar) if deep else None
+            wrong = _records_damage(reader, plan, sidecar) if deep else None
         finally:
             reader.close()
     except (CacheFormatError, *DAMAGE_ERRORS) as error:
-        return str(error)
+        return _failed(name, "shard", error)
+    return None if wrong is None else Damage(name, "shard", wrong)
 
 
 def _records_damage(reader: ShardReader, plan: Plan, sidecar: ShardSidecar) -> str | None:
@@ -328,7 +355,8 @@ def _records_damage(reader: ShardReader, plan: Plan, sidecar: ShardSidecar) -> s
         for name, array in record.items():
             field_bytes[name] += array.nbytes
         try:
-            wrong = next(value_damage(record, plan), None) or sources.damage(position, record)
+            with np.errstate(all="ignore"):  # whatever hostile numbers make of a check's own arithmetic
+                wrong = next(value_damage(record, plan), None) or sources.damage(position, record)
         except CacheFormatError as error:
             wrong = str(error)
         if wrong is not None:

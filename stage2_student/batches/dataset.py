@@ -24,7 +24,7 @@ from vlm_distill_cache.common.cache.reader import TeacherCache
 from vlm_distill_cache.common.cache.schema import BASE_FIELDS, Record
 from vlm_distill_cache.common.codecs.answers import AnswersCodec
 from vlm_distill_cache.common.codecs.registry import codec_from_dict
-from vlm_distill_cache.common.errors import CacheMismatchError, SampleError, TooLongError
+from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError, SampleError, TooLongError
 from vlm_distill_cache.data.sample import Dataset, Sample, with_answers
 from vlm_distill_cache.data.text.encoding import EncodedSample, SampleEncoder
 from vlm_distill_cache.stage2_student.batches.batch import TrainingBatch, TrainingSample, arrays_of
@@ -33,6 +33,7 @@ from vlm_distill_cache.stage2_student.batches.signals import LossTerm, collate_s
 
 _log = logging.getLogger(__name__)
 
+MOST_PADDING = 65_536  # rows that a vocabulary may have beyond twice a student's of the same tokenizer, amply
 AROUND_TURN = 256  # tokens that a template may write around the texts of a turn, amply
 
 
@@ -306,6 +307,8 @@ class CachedDataset:
         check_join(record, encoded, where=where, compare_labels=self._compare_labels)
         for term in self._terms.values():
             term.check_record(record, encoded, where=where)
+        if self._vocabulary is not None:
+            refuse_strange_tokens(record, self._vocabulary, where=where)
         if self._vocabulary is not None and "token_ids" in record:
             beyond = int((np.asarray(record["token_ids"]) >= self._vocabulary).sum())
             with self._counting:
@@ -383,6 +386,20 @@ def check_join(record: Record, encoded: EncodedSample, *, where: str, compare_la
             f"{where}: the picture's hash was {then.hex()} when the teacher saw it and is {now.hex()} now: the image "
             "file changed, or another one has its name. Restore it, or build the cache again"
         )
+
+
+def refuse_strange_tokens(record: Record, rows: int, *, where: str) -> None:
+    """Refuse token ids of no vocabulary that a student with so many output rows could share.
+
+    The plan says how large the teacher's is, and may lie or be silent; padding makes two of one tokenizer differ.
+    """
+    for name in ("token_ids", "visual_token_ids"):
+        largest = int(record[name].max(initial=0)) if name in record else 0
+        if largest >= 2 * rows + MOST_PADDING:
+            raise CacheFormatError(
+                f"{where}: {name} has {largest}, a student of the same tokenizer has {rows} output rows; no teacher says "
+                "so, the cache is damaged: copy it again from where it came from, or build it again"
+            )
 
 
 def _short(labels: np.ndarray) -> str:

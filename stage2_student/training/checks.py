@@ -24,7 +24,12 @@ from vlm_distill_cache.data.families.table import FAMILIES
 from vlm_distill_cache.data.sample import Dataset
 from vlm_distill_cache.data.text.processors import module_fingerprint, tokenizer_fingerprint
 from vlm_distill_cache.data.text.templates import PromptTemplate
-from vlm_distill_cache.stage2_student.batches.dataset import CachedDataset, merged_fingerprints, missing_samples
+from vlm_distill_cache.stage2_student.batches.dataset import (
+    MOST_PADDING,
+    CachedDataset,
+    merged_fingerprints,
+    missing_samples,
+)
 from vlm_distill_cache.stage2_student.batches.signals import LossTerm
 from vlm_distill_cache.stage2_student.batches.united import UnitedDataset
 from vlm_distill_cache.stage2_student.config import TrainConfig
@@ -270,6 +275,12 @@ def check_labels_fit(cache: TeacherCache, rows: int, tokenizer: Any, *, where: s
             f"{where}: the student has {rows} output rows, the tokenizer {tokenizer.vocab_size} words, so answers in "
             f"{cache.path} may hold tokens that the student cannot say. Give a student directory whose weights "
             "and tokenizer belong together"
+        )
+    told = cache.plan.teacher.get("vocabulary")
+    if same_tokenizer(cache, tokenizer) and isinstance(told, int) and told > 2 * rows + MOST_PADDING:
+        raise CacheMismatchError(
+            f"{cache.path}: its teacher is said to have a vocabulary of {told}, {where} with the same tokenizer has {rows} "
+            "output rows; the plan is damaged: copy the cache again from where it came from, or build it again"
         )
 
 

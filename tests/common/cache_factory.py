@@ -70,8 +70,8 @@ def make_record(position: int) -> Record:
         "log_gap": gaps,
         "top_logprob": np.log((1 - tail) / kept).astype(np.float16),
         "tail_logmass": np.log(np.stack([tail, tail], axis=1)).astype(np.float16),
-        "visual_columns": rng.random((visual, 2)).astype(np.float32),
-        "visual_map": rng.integers(0, 256, (visual * (visual + 1) // 2, 2)).astype(np.uint8),
+        "visual_columns": (rng.random((visual, 2)) / max(visual, 1)).astype(np.float32),
+        "visual_map": rng.integers(0, 221, (visual * (visual + 1) // 2, 2)).astype(np.uint8),  # at most 1/6 each
     }
 
 

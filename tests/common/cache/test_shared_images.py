@@ -193,9 +193,9 @@ def test_a_wrong_source_is_refused_by_readers_and_found_by_verify(tmp_path, stor
         open_cache(tmp_path).read(f"s{where}", ["visual_columns"])
     found = content_damage(tmp_path, plan, read_sidecar(tmp_path, 0), deep=True)
     assert found is not None
-    assert f"'s{where}'" in found
+    assert f"'s{where}'" in found.reason
     if where:  # a holder that names a later record still has its own arrays, which is what a checker meets first
-        assert message in found
+        assert message in found.reason
 
 
 def test_missing_arrays_are_refused_by_readers_and_found_by_verify(tmp_path, store):
@@ -208,7 +208,7 @@ def test_missing_arrays_are_refused_by_readers_and_found_by_verify(tmp_path, sto
         open_cache(tmp_path).read("s2")
     found = content_damage(tmp_path, plan, read_sidecar(tmp_path, 0), deep=True)
     assert found is not None
-    assert "has an image but no arrays of it" in found
+    assert "has an image but no arrays of it" in found.reason
 
 
 def test_a_follower_with_arrays_of_its_own_is_found(tmp_path, store):

@@ -146,9 +146,9 @@ def damaged_records():
         "token_ids of a row repeat": {"token_ids": np.repeat(record["labels"], record["entry_count"])},
         "lack the ground truth": {"labels": strangers},
         "top_logprob holds inf": {"top_logprob": infinite},
-        "at most 0 is possible": {"top_logprob": positive},
+        "expected log-probabilities of at most 0": {"top_logprob": positive},
         "expected whole numbers": {"tiles": tiles},
-        "empty or reversed region": {"tiles": reversed_tiles},
+        "with x0 < x1 and y0 < y1": {"tiles": reversed_tiles},
         "visual_columns is": {"visual_columns": record["visual_columns"] + 1},
     }
 

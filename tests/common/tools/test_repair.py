@@ -1,8 +1,11 @@
 """Repair drops what is damaged and nothing else; what is built again is byte for byte what was there."""
 
+import errno
+import io
 import os
 import random
 import shutil
+from pathlib import Path
 
 import pytest
 from cache_factory import build_cache as build_whole
@@ -10,6 +13,7 @@ from cache_factory import build_shard, make_plan, tree
 from click.testing import CliRunner
 
 from vlm_distill_cache.common.cache.documents import document_bytes, read_document
+from vlm_distill_cache.common.cache.index import INDEX
 from vlm_distill_cache.common.cache.manifest import seal
 from vlm_distill_cache.common.cache.plan import read_plan
 from vlm_distill_cache.common.cache.schema import FORMAT_VERSION
@@ -197,13 +201,35 @@ def test_without_its_plan_nothing_is_removed(cache, tmp_path):
     assert tree(cache) == before | {"plan.json": (tmp_path / "other" / "plan.json").read_bytes()}
 
 
-def test_unreadable_files_are_not_taken_for_damaged_ones(cache, monkeypatch):
-    name = next(iter(read_document(sidecar_path(cache, 0))["files"]))
-    (cache / name).write_bytes(b"")
-    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may read everything
-    kept = [s for s in repair(cache) if s.action == "keep"]
-    assert [s.path for s in kept] == [name]
-    assert "make it readable first" in str(kept[0])
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO])
+@pytest.mark.parametrize("part", ["plan.json", MANIFEST, INDEX, "note.json", "processor", "00001.json", "00001"])
+def test_what_cannot_be_read_stays_and_is_named(cache, part, number, monkeypatch):
+    part = next(path.name for path in (cache / "shards").glob("00001.[tz]*")) if part == "00001" else part
+    sidecar_path(cache, 2).write_bytes(b"{}")  # this one is damaged, whatever happens to others
+    before = tree(cache)
+
+    def refusing(real):  # root may read everything
+        def opened(path, *args, **options):
+            if not isinstance(path, int) and part in Path(path).parts:
+                raise OSError(number, os.strerror(number), str(path))
+            return real(path, *args, **options)
+
+        return opened
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", refusing(os.open))
+        patch.setattr(io, "open", refusing(io.open))
+        steps = [*repair(cache, dry_run=True)]
+        assert repair(cache) == steps
+    kept = {step.path: step for step in steps if step.action == "keep"}
+    named = [name for name in kept if part in Path(name).parts]
+    assert named
+    for name in named:
+        assert os.strerror(number) in str(kept[name])
+        assert "make it readable first" in str(kept[name])
+    gone = before.keys() - tree(cache).keys()
+    assert not any(part in Path(name).parts or "/00001." in name for name in gone)
+    assert ("shards/00002.json" in gone) == (part != "plan.json")
 
 
 def test_a_shard_that_is_being_written_is_left_to_its_writer(cache):

@@ -309,10 +309,14 @@ def test_the_longest_sequence_is_the_caches_unless_it_is_given(tiny_cache, tmp_p
         ("geometry", {}, "geometry has no 'processor'"),
         ("geometry", {"processor": None}, "geometry has no 'processor'"),
         ("teacher", {}, "teacher has no whole 'image_token_id'"),
-        ("signals", {"logits": {}}, r"signals\.logits: codec None: expected one of"),
-        ("signals", {"logits": {"codec": "quantum"}}, r"signals\.logits: codec 'quantum'.*newer version"),
+        ("signals", {"logits": {}}, r"newer version.*signals\.logits: codec None"),
+        ("signals", {"logits": {"codec": "quantum"}}, r"newer version.*signals\.logits: codec 'quantum'"),
         ("signals", {"logits": {"codec": "logits", "floor": 0.0, "min_k": 2, "max_k": 2}}, "temperatures"),
-        ("signals", {"logits": {"codec": "visual_columns", "groups": 1, "exact": False}}, "holds no logits"),
+        (
+            "signals",
+            {"logits": {"codec": "visual_columns", "groups": 1, "exact": False}},
+            "missing, which codec 'visual_columns' writes",
+        ),
     ],
 )
 def test_a_plan_that_lacks_what_a_student_needs_is_refused_naming_it(tmp_path, part, value, words):

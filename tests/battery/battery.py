@@ -23,11 +23,15 @@ import torch
 import tqdm
 
 from tests.battery.battery_cases import Case, Outcome, counts, failures, run_all
+from tests.battery.battery_damages import damages
+from tests.battery.battery_hostile import hostile
 from tests.battery.battery_kills import kills
 from tests.battery.battery_material import Material, make_material
 from tests.battery.battery_page import STORED, describe, store, table
+from tests.battery.battery_transfers import transfers
 
-KINDS: dict[str, Callable[[Material], list[Case]]] = {"kills": kills}
+KINDS: dict[str, Callable[[Material], list[Case]]] = {"kills": kills, "damages": damages, "hostile": hostile, "transfers": transfers}
+WAITING = {"transfers": 4}  # times as many at once: they wait more than they work
 _AT_LEAST = 2  # of a kind, however small the share
 
 
@@ -48,7 +52,7 @@ def run_battery(kinds: list[str], *, seed: str, share: float, jobs: int, only: l
     for kind in kinds:
         cases = KINDS[kind](made)
         numbers = chosen(cases, share, only)
-        for outcome in run_all([cases[n] for n in numbers], seed=seed, jobs=jobs, scratch=scratch, numbers=numbers):
+        for outcome in run_all([cases[n] for n in numbers], seed=seed, jobs=jobs * WAITING.get(kind, 1), scratch=scratch, numbers=numbers):
             outcomes.append(outcome)
             if outcome.how == "failed":
                 again = f"--only {kind} --seed {seed} --case {outcome.number}"

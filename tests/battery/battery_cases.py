@@ -20,7 +20,9 @@ from tests.battery.battery_process import GIB, Said, adopt_orphans, end_all
 Work = Callable[[Path, random.Random], str]
 """Takes an empty folder and random numbers of its own; returns how it survived, or raises `Failed`."""
 SAME, REFUSED = "same", "refused"
+ROOT = Path(__file__).parents[2]
 _BACKTRACE = re.compile(r"^Traceback \(most recent call last\)|^Exception ignored in|^Fatal Python error", re.M)
+_LIBRARY = re.compile(r"[\w./-]*/((?:site-packages|python3\.\d+)/)")
 _BUSY_S = 0.02
 
 
@@ -114,6 +116,9 @@ def _outcome(number: int, case: Case, folder: Path, seconds: float) -> Outcome:
         how, message = json.loads((folder / "verdict.json").read_text())
     except (OSError, ValueError):
         how, message = "failed", "the case's own process died"
+    for path, name in ((folder, "CASE"), (folder.parent, "SCRATCH"), (ROOT, ".")):
+        message = message.replace(str(path), name)  # what is stored says nothing of this machine
+    message = _LIBRARY.sub(r"\1", message)
     if how != "failed":
         shutil.rmtree(folder, ignore_errors=True)
     return Outcome(kind=case.kind, number=number, name=case.name, how=how, message=message, seconds=round(seconds, 1))

@@ -63,8 +63,8 @@ def left_by_training(output: Path) -> dict[str, object]:
         if last == "log.jsonl":
             found[name] = log_of(content)
         elif last == "distillation.json":
-            described = json.loads(content)
-            found[name] = [described.get(key) for key in ("fingerprint", "caches", "encoder")]
+            described = json_of(content)
+            found[name] = {key: described[key] for key in ("fingerprint", "caches", "encoder") if key in described}
         elif "checkpoints" in name or last in _NOT_COMPARED:
             found[name] = None
         else:
@@ -72,9 +72,18 @@ def left_by_training(output: Path) -> dict[str, object]:
     return found
 
 
+def json_of(content: bytes) -> dict[str, object]:
+    """The object that a file or line holds; nothing if it holds none."""
+    try:
+        found = json.loads(content)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def log_of(content: bytes) -> list[dict[str, object]]:
     """The lines of a log, without times."""
-    lines = [json.loads(line) for line in content.splitlines()]
+    lines = [json_of(line) for line in content.splitlines()]
     return [{key: line[key] for key in line if key not in _TIMES} for line in lines]
 
 

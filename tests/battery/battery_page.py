@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tests.battery.battery_cases import ROOT
 from tests.benchmarks.bench_results import describe_machine
 
-ROOT = Path(__file__).parents[2]
 STORED = ROOT / "tests" / "benchmarks" / "results" / "battery.json"
 PAGE = ROOT / "docs" / "reliability.md"
 BEGIN, END = "<!-- battery -->\n", "<!-- /battery -->\n"

@@ -28,9 +28,12 @@ from tests.battery.battery_hostile import hostile
 from tests.battery.battery_kills import kills
 from tests.battery.battery_material import Material, make_material
 from tests.battery.battery_page import STORED, describe, store, table
+from tests.battery.battery_surroundings import soak, surroundings
 from tests.battery.battery_transfers import transfers
 
-KINDS: dict[str, Callable[[Material], list[Case]]] = {"kills": kills, "damages": damages, "hostile": hostile, "transfers": transfers}
+KINDS: dict[str, Callable[[Material], list[Case]]] = {
+    "kills": kills, "damages": damages, "hostile": hostile, "transfers": transfers, "surroundings": surroundings, "soak": soak,
+}  # fmt: skip
 WAITING = {"transfers": 4}  # times as many at once: they wait more than they work
 _AT_LEAST = 2  # of a kind, however small the share
 
@@ -43,7 +46,9 @@ def chosen(cases: list[Case], share: float, only: list[int]) -> list[int]:
     return [int(place * len(cases) / count) for place in range(count)]
 
 
-def run_battery(kinds: list[str], *, seed: str, share: float, jobs: int, only: list[int], scratch: Path) -> list[Outcome]:
+def run_battery(
+    kinds: list[str], *, seed: str, share: float, jobs: int, only: list[int], scratch: Path
+) -> list[Outcome]:
     """Run kinds of cases, one kind after the other; says how far it is on one line, and what failed on lines of their own."""
     began = time.monotonic()
     made = make_material(scratch / "material")
@@ -52,7 +57,9 @@ def run_battery(kinds: list[str], *, seed: str, share: float, jobs: int, only: l
     for kind in kinds:
         cases = KINDS[kind](made)
         numbers = chosen(cases, share, only)
-        for outcome in run_all([cases[n] for n in numbers], seed=seed, jobs=jobs * WAITING.get(kind, 1), scratch=scratch, numbers=numbers):
+        for outcome in run_all(
+            [cases[n] for n in numbers], seed=seed, jobs=jobs * WAITING.get(kind, 1), scratch=scratch, numbers=numbers
+        ):
             outcomes.append(outcome)
             if outcome.how == "failed":
                 again = f"--only {kind} --seed {seed} --case {outcome.number}"
@@ -60,7 +67,9 @@ def run_battery(kinds: list[str], *, seed: str, share: float, jobs: int, only: l
             failed = sum(o.how == "failed" for o in outcomes)
             done = sum(o.kind == kind for o in outcomes)
             print(
-                f"\r{kind} {done}/{len(numbers)}; {failed} failed; {time.monotonic() - began:.0f} s ", end="", flush=True
+                f"\r{kind} {done}/{len(numbers)}; {failed} failed; {time.monotonic() - began:.0f} s ",
+                end="",
+                flush=True,
             )
         print(flush=True)
     return outcomes
@@ -69,7 +78,9 @@ def run_battery(kinds: list[str], *, seed: str, share: float, jobs: int, only: l
 def main() -> int:
     """Run, print the table, store a whole run."""
     parser = argparse.ArgumentParser(
-        prog="python -m tests.battery.battery", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m tests.battery.battery",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--only", nargs="+", choices=KINDS, metavar="KIND", help=", ".join(KINDS))
     parser.add_argument("--case", nargs="+", type=int, default=[], metavar="N", help="only these cases of each kind")
@@ -83,7 +94,12 @@ def main() -> int:
     began = time.monotonic()
     try:
         outcomes = run_battery(
-            given.only or list(KINDS), seed=given.seed, share=given.share, jobs=given.jobs, only=given.case, scratch=scratch
+            given.only or list(KINDS),
+            seed=given.seed,
+            share=given.share,
+            jobs=given.jobs,
+            only=given.case,
+            scratch=scratch,
         )
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

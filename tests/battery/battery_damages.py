@@ -103,7 +103,11 @@ def damaged_run(made: Material, start: Path, pick: Pick, folder: Path, rng: rand
     if final.is_dir() and name.startswith("distilled/final/"):
         how = damaged_final(made, final, f"{name}, {done}", folder, rng)
     elif start == made.finished and name in ("run.json", "evaluation.json", "distilled/log.jsonl"):
-        how = REFUSED if refused(run(["distill", "report", str(output)], folder / "report.txt"), what=f"report, {done}") else SAME
+        how = (
+            REFUSED
+            if refused(run(["distill", "report", str(output)], folder / "report.txt"), what=f"report, {done}")
+            else SAME
+        )
     said = run(train("run", made.caches["zarr"], output), folder / "run.txt", limit_s=_LIMIT_S)
     if refused(said, what=f"run, {name}, {done}"):
         if name.endswith(_REPAIRED):
@@ -146,11 +150,19 @@ def damages(made: Material) -> list[Case]:
     for store in ("zarr", "webdataset"):
         for kind, pick in _CACHE_KINDS.items():
             work = partial(damaged_cache, made, store, pick)
-            cases += [Case(kind="damages", name=f"{kind} of a cache, {store}", work=work)] * (30 if kind == "shards" else 12)
+            cases += [Case(kind="damages", name=f"{kind} of a cache, {store}", work=work)] * (
+                30 if kind == "shards" else 12
+            )
     for kind, pick in _RUN_KINDS.items():
         work = partial(damaged_run, made, made.finished, pick)
         cases += [Case(kind="damages", name=f"{kind} of a finished run", work=work)] * 18
-    for kind, count in (("state.json", 40), ("tensors.pt", 30), ("run.json", 10), ("log.jsonl", 15), ("distillation.json", 6)):
+    for kind, count in (
+        ("state.json", 40),
+        ("tensors.pt", 30),
+        ("run.json", 10),
+        ("log.jsonl", 15),
+        ("distillation.json", 6),
+    ):
         work = partial(damaged_run, made, made.stopped, _RUN_KINDS[kind])
         cases += [Case(kind="damages", name=f"{kind} of a stopped run", work=work)] * count
     return cases

@@ -194,21 +194,26 @@ HEADERS: dict[str, Callable[[bytes], bytes]] = {
     "no tensors": lambda data: with_header(data, lambda header: header.clear()),
     "names of 1 MB": lambda data: with_header(data, lambda header: header.update({"a" * 2**20: {}})),
     "a list": lambda data: struct.pack("<Q", 2) + b"[]" + data,
-    "only NaN": lambda data: data[: 8 + struct.unpack("<Q", data[:8])[0]]
-    + b"\xff" * (len(data) - 8 - struct.unpack("<Q", data[:8])[0]),
+    "only NaN": lambda data: (
+        data[: 8 + struct.unpack("<Q", data[:8])[0]] + b"\xff" * (len(data) - 8 - struct.unpack("<Q", data[:8])[0])
+    ),
     "cut": lambda data: data[: len(data) // 2],
     "no bytes": lambda data: b"",
     "a pickle": lambda data: b"\x80\x04cos\nsystem\n(S'touch /tmp/owned'\ntR.",
 }
 
 
-def hostile_header(made: Material, name: str, write: Callable[[bytes], bytes], folder: Path, _rng: random.Random) -> str:
+def hostile_header(
+    made: Material, name: str, write: Callable[[bytes], bytes], folder: Path, _rng: random.Random
+) -> str:
     """A safetensors file whose header lies."""
     shutil.copytree(made.caches["rich"], folder / "cache")
     path = folder / "cache" / name
     path.write_bytes(write(path.read_bytes()))
     sign_all(folder / "cache")
-    return look_at(folder / "cache", folder, student="compodistill-tiny" if name.startswith("projector") else "mobilevlm-tiny")
+    return look_at(
+        folder / "cache", folder, student="compodistill-tiny" if name.startswith("projector") else "mobilevlm-tiny"
+    )
 
 
 _BIG = 10**10

@@ -41,7 +41,9 @@ def disturb(
     target = folder / "target"
     for _ in range(rng.choice((1, 1, 2))):
         number, moment = rng.choice(_SIGNALS), rng.uniform(_FIRST_S, max(2 * _FIRST_S, 0.95 * seconds))
-        said = start(command(target), folder / "stopped.txt", forked=forked).finish(_LIMIT_S, after=moment, number=number)
+        said = start(command(target), folder / "stopped.txt", forked=forked).finish(
+            _LIMIT_S, after=moment, number=number
+        )
         what = f"{signal.Signals(number).name} after {moment:.2f} s"
         refuse_unclean(said, what=what)
         if said.code not in (0, 1, 128 + number, -number):
@@ -102,12 +104,16 @@ def kills(made: Material) -> list[Case]:
         add(
             3,
             f"cachectl {verb}",
-            command=partial(lambda verb, name, target: ["cachectl", verb, str(made.caches[name]), str(target)], verb, name),
+            command=partial(
+                lambda verb, name, target: ["cachectl", verb, str(made.caches[name]), str(target)], verb, name
+            ),
             look=tree,
             expected=expected[name],
             seconds=0.5,
         )
-    cases += [Case(kind="kills", name="distill run --nproc 2", work=partial(launcher, made), limit_s=600) for _ in range(3)]
+    cases += [
+        Case(kind="kills", name="distill run --nproc 2", work=partial(launcher, made), limit_s=600) for _ in range(3)
+    ]
     return cases
 
 

@@ -151,9 +151,13 @@ def make_material(folder: Path) -> Material:
 
     listed = folder / "modules.txt"
     for name, how in CACHES.items():
-        done(f"build {name}", run(build(made.caches[name], **how), logs / "build", before=lambda: _list_modules(listed)))
+        done(
+            f"build {name}", run(build(made.caches[name], **how), logs / "build", before=lambda: _list_modules(listed))
+        )
         warm(listed)
-    done("run", run(train("run", made.caches["zarr"], made.finished), logs / "run", before=lambda: _list_modules(listed)))
+    done(
+        "run", run(train("run", made.caches["zarr"], made.finished), logs / "run", before=lambda: _list_modules(listed))
+    )
     warm(listed)
     for name, cache in made.caches.items():
         done(f"train {name}", run(train("train", cache, made.trained[name]), logs / "train"))
@@ -161,7 +165,9 @@ def make_material(folder: Path) -> Material:
     done("build zarr", run(build(folder / "again-zarr", **CACHES["zarr"]), logs / "build"))
     done("run", run(train("run", made.caches["zarr"], folder / "again-run"), logs / "run"))
     refuse_differences(tree(folder / "again-zarr"), tree(made.caches["zarr"]), "an undisturbed build, repeated")
-    refuse_differences(left_by_training(folder / "again-run"), left_by_training(made.finished), "an undisturbed run, repeated")
+    refuse_differences(
+        left_by_training(folder / "again-run"), left_by_training(made.finished), "an undisturbed run, repeated"
+    )
     stop(made.finished, made.stopped)
     return made
 

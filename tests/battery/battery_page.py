@@ -35,7 +35,8 @@ def describe(*, seed: str, seconds: float) -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "seed": seed,
         "minutes": round(seconds / 60, 1),
-        "machine": describe_machine() | {"system": f"{platform.system()} {platform.release()}", "cores": os.cpu_count()},
+        "machine": describe_machine()
+        | {"system": f"{platform.system()} {platform.release()}", "cores": os.cpu_count()},
     }
 
 
@@ -58,11 +59,15 @@ def table(results: Mapping[str, Any]) -> str:
         "|---|---|---|---|---|",
     ]
     for kind, row in results["counts"].items():
-        lines.append(f"| {TITLES[kind]} (`{kind}`) | {row['tried']} | {row['refused']} | {row['same']} | {row['failed']} |")
+        lines.append(
+            f"| {TITLES[kind]} (`{kind}`) | {row['tried']} | {row['refused']} | {row['same']} | {row['failed']} |"
+        )
     for failure in results["failures"]:
         first = " ".join(str(failure["message"]).split())[:200]
         lines.append("")
-        lines.append(f"Failed: {failure['kind']} {failure['number']}, {failure['name']}: `{first.replace('`', chr(39))}`")
+        lines.append(
+            f"Failed: {failure['kind']} {failure['number']}, {failure['name']}: `{first.replace('`', chr(39))}`"
+        )
     return "\n".join(lines) + "\n"
 
 

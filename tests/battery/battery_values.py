@@ -73,7 +73,9 @@ CHANGES: tuple[tuple[str, str, Change], ...] = (
 )  # fmt: skip
 
 
-def rewrite_records(source: Path, target: Path, field: str, change: Change, rng: random.Random, everywhere: bool) -> None:
+def rewrite_records(
+    source: Path, target: Path, field: str, change: Change, rng: random.Random, everywhere: bool
+) -> None:
     """Write a cache again with the project's own writer, one array of one record, or of all, changed."""
     import shutil
 
@@ -84,7 +86,9 @@ def rewrite_records(source: Path, target: Path, field: str, change: Change, rng:
 
     cache = open_cache(source)
     shutil.copytree(source, target, ignore=shutil.ignore_patterns("shards", "manifest.json", "index.bin"))
-    stored = [(shard, name) for shard in range(cache.plan.shard_count) for name in read_sidecar(source, shard).sample_ids]
+    stored = [
+        (shard, name) for shard in range(cache.plan.shard_count) for name in read_sidecar(source, shard).sample_ids
+    ]
     chosen = set(stored) if everywhere else {rng.choice(stored)}
     hit = False
     for shard in range(cache.plan.shard_count):
@@ -103,7 +107,9 @@ def rewrite_records(source: Path, target: Path, field: str, change: Change, rng:
     seal(target)
 
 
-def hostile_value(made: Material, field: str, change: Change, everywhere: bool, folder: Path, rng: random.Random) -> str:
+def hostile_value(
+    made: Material, field: str, change: Change, everywhere: bool, folder: Path, rng: random.Random
+) -> str:
     """`verify --deep` and `pull` must refuse it; training must refuse it or not have read it."""
     cache = folder / "cache"
     craft(lambda: rewrite_records(made.caches["rich"], cache, field, change, rng, everywhere), folder / "craft.txt")
@@ -149,7 +155,13 @@ def _png(width: int, height: int, *extra: tuple[bytes, bytes]) -> bytes:
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     pixels = zlib.compress(bytes(min(3 * width * height + height, 1 << 24)))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + b"".join(chunk(*e) for e in extra) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + b"".join(chunk(*e) for e in extra)
+        + chunk(b"IDAT", pixels)
+        + chunk(b"IEND", b"")
+    )
 
 
 _GIF = (
@@ -166,7 +178,10 @@ _LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
 SOUND_PNG = _png(72, 72)
 DATA_FILES: dict[str, tuple[str, str | bytes]] = {
     "JSON, deep": ("data.json", "[" * 200_000 + "]" * 200_000),
-    "JSON, deep in an entry": ("data.json", _entries(extra=0).replace('"extra": 0', f'"extra": {"[" * 99_999}{"]" * 99_999}')),
+    "JSON, deep in an entry": (
+        "data.json",
+        _entries(extra=0).replace('"extra": 0', f'"extra": {"[" * 99_999}{"]" * 99_999}'),
+    ),
     "JSON lines, deep": ("data.jsonl", '{"a":' * 100_000 + "1" + "}" * 100_000 + "\n"),
     "an integer of 5,000 digits": ("data.json", _entries(extra=0).replace('"extra": 0', f'"extra": {"7" * 5000}')),
     "an id of 5,000 digits": ("data.json", _entries(id=0).replace('"id": 0', f'"id": {"7" * 5000}')),
@@ -177,13 +192,19 @@ DATA_FILES: dict[str, tuple[str, str | bytes]] = {
     "an id with escapes": ("data.json", _entries(id="\x1b]0;owned\x07\x1b[2K\r")),
     "a question of 40 MB": (
         "data.json",
-        _entries(conversations=[{"from": "human", "value": "<image>" + "w " * 20_000_000}, {"from": "gpt", "value": "red"}]),
+        _entries(
+            conversations=[{"from": "human", "value": "<image>" + "w " * 20_000_000}, {"from": "gpt", "value": "red"}]
+        ),
     ),
     "a system prompt of 40 MB": (
         "data.json",
-        _entries(conversations=[
-            {"from": "system", "value": "w " * 20_000_000}, {"from": "human", "value": "<image>"}, {"from": "gpt", "value": "red"}
-        ]),
+        _entries(
+            conversations=[
+                {"from": "system", "value": "w " * 20_000_000},
+                {"from": "human", "value": "<image>"},
+                {"from": "gpt", "value": "red"},
+            ]
+        ),
     ),
     "an image beside the folder": ("data.json", _entries(image="../../../../etc/passwd")),
     "an image that is a list": ("data.json", _entries(image=[["a.png"]] * 100_000)),
@@ -226,7 +247,11 @@ def hostile_data(made: Material, name: str, content: str | bytes, folder: Path, 
     if name:
         (place / name).write_bytes(content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content)
     data = str(place / (name if name and name != "a.png" else "data.json")) if name else str(content)
-    command = [*build(folder / "cache", store="webdataset", signals="logits", data=data), "--set", "max_failed_share=0.9"]
+    command = [
+        *build(folder / "cache", store="webdataset", signals="logits", data=data),
+        "--set",
+        "max_failed_share=0.9",
+    ]
     if name:
         command += ["--teacher", str(Path("stage1_teacher/builtin").resolve())]
     said = run(command, folder / "build.txt", limit_s=25, memory=GIB)

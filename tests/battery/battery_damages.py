@@ -46,28 +46,31 @@ Pick = Callable[[str], bool]
 def damage(path: Path, rng: random.Random, others: list[Path]) -> str:
     """Change a file; returns what was done to it. Never leaves the same bytes."""
     data = path.read_bytes()
-    ways = ["flip"] * 5 + ["cut", "cut", "delete", "empty", "zero page", "longer", "swap", "repeat a page"]
-    while True:
-        way, place = rng.choice(ways), rng.randrange(max(1, len(data)))
+    new: bytes | None = data
+    while new == data:
+        way = rng.choice(["flip"] * 5 + ["cut", "cut", "lost", "empty", "zero page", "longer", "swap", "repeated page"])
+        place, bit = rng.randrange(max(1, len(data))), rng.randrange(8)
         page = place - place % _PAGE
-        bit = rng.randrange(8)
-        other = rng.choice(others) if others else path
-        new = {
-            "flip": lambda: data[:place] + bytes([data[place] ^ 1 << bit]) + data[place + 1 :] if data else b"\0",
-            "cut": lambda: data[:place],
-            "empty": lambda: b"",
-            "zero page": lambda: data[:page] + bytes(len(data[page : page + _PAGE])) + data[page + _PAGE :],
-            "longer": lambda: data + rng.randbytes(rng.randrange(1, 50)),
-            "swap": lambda: other.read_bytes(),
-            "repeat a page": lambda: data[:page] + data[:_PAGE] + data[page + _PAGE :],
-        }.get(way, lambda: None)()
-        if new == data:
-            continue
-        path.unlink()  # a new inode: mappings of the old file stay as they are
-        if new is not None:
-            path.write_bytes(new)
-        where = f"bit {bit} of byte {place}" if way == "flip" else f"{way} at {place}" if way == "cut" else way
-        return f"{path.name}: {where} of {len(data)}"
+        if way == "flip" and data:
+            new = data[:place] + bytes([data[place] ^ 1 << bit]) + data[place + 1 :]
+        elif way == "cut":
+            new = data[:place]
+        elif way == "lost":
+            new = None
+        elif way == "empty":
+            new = b""
+        elif way == "zero page":
+            new = data[:page] + bytes(len(data[page : page + _PAGE])) + data[page + _PAGE :]
+        elif way == "longer":
+            new = data + rng.randbytes(rng.randrange(1, 50))
+        elif way == "swap" and others:
+            new = rng.choice(others).read_bytes()
+        elif way == "repeated page":
+            new = data[:page] + data[:_PAGE] + data[page + _PAGE :]
+    path.unlink()  # a new inode: mappings of the old file stay as they are
+    if new is not None:
+        path.write_bytes(new)
+    return f"bit {bit} of byte {place} of {len(data)}" if way == "flip" else f"{way} at {place} of {len(data)}"
 
 
 def choose(root: Path, pick: Pick, rng: random.Random) -> tuple[str, list[Path]]:

@@ -220,15 +220,15 @@ _BIG = 10**10
 TEMPLATES = {
     "nested loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}"
     "{% endfor %}{% endfor %}{{ messages }}",
-    "a long text": "{{ 'A' * %d }}" % _BIG,
+    "a long text": f"{{{{ 'A' * {_BIG} }}}}",
     "a wide format": "{{ '%" + str(_BIG) + "d' % 1 }}",
-    "centre": "{{ 'x'|center(%d) }}" % _BIG,
+    "centre": f"{{{{ 'x'|center({_BIG}) }}}}",
     "doubling": "{% set ns = namespace(t='aaaaaaaa') %}{% for i in range(64) %}{% set ns.t = ns.t ~ ns.t %}{% endfor %}{{ ns.t }}",
     "recursion": "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(60) }}",
     "endless recursion": "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
     "a power": "{{ 9 ** 9 ** 9 }}",
     "a shift": "{{ 2 ** 4000000000 }}",
-    "lists": "{{ [0] * %d }}" % _BIG,
+    "lists": f"{{{{ [0] * {_BIG} }}}}",
     "tojson": "{{ ([messages] * 10000000) | tojson }}",
     "deep brackets": "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
     "deep ifs": "{% if 1 %}" * 3000 + "x" + "{% endif %}" * 3000,
@@ -241,7 +241,7 @@ TEMPLATES = {
     "imports": "{% import 'os' as os %}{{ os.environ }}",
     "divides": "{{ 1 / 0 }}",
     "nothing": "{% for m in messages %}{% endfor %}",
-    "sorted": "{{ range(99999) | list | permutations if permutations is defined else (range(99999) | map('string') | join) * 99999 }}",
+    "joined": "{{ (range(99999) | map('string') | join) * 99999 }}",
     "indent": "{{ ('a\n' * 99999) | indent(99999) }}",
     "regular": "{{ ('a' * 40000) | wordwrap(1) | urlize }}{% for i in range(99999) %}{{ ('a ' * 40000) | title }}{% endfor %}",
     "on one answer": "{% for m in messages %}{{ m.role }}{% if 'red' in m.content|string or loop.index > 1 %}{{ 'A' * "
@@ -259,7 +259,7 @@ def hostile_template(made: Material, source: str, folder: Path, _rng: random.Ran
     plan.pop("checksum")
     write_signed(folder / "cache" / "plan.json", plan)
     sign_all(folder / "cache", plan_hash=fingerprint_of(plan))
-    owned = Path("/tmp/owned")  # noqa: S108 - what the templates would write
+    owned = Path("/tmp/owned")  # what the templates would write
     owned.unlink(missing_ok=True)
     how = look_at(folder / "cache", folder)
     if owned.exists():

@@ -8,7 +8,6 @@ import os
 import platform
 import subprocess
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from tests.battery.battery_cases import ROOT

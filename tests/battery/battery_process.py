@@ -7,6 +7,7 @@ processes left behind are the system's.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import resource
@@ -60,13 +61,11 @@ class Running:
 
     def send(self, number: int) -> None:
         """Send a signal to it alone, Ctrl-C and a closed terminal to all its processes."""
-        try:
+        with contextlib.suppress(ProcessLookupError):
             if number in (signal.SIGINT, signal.SIGHUP):
                 os.killpg(self.process, number)
             else:
                 os.kill(self.process, number)
-        except ProcessLookupError:
-            pass
 
     def finish(self, limit_s: float, *, after: float | None = None, number: int = signal.SIGKILL) -> Said:
         """Wait for its end, and for that of its processes.
@@ -245,7 +244,5 @@ def _line_of(process: int) -> str:
 def end_all(others: frozenset[int] = frozenset()) -> None:
     """Kill what this process started or adopted, and what those did, except the processes that were there before."""
     for process in [p for child in children(os.getpid()) if child not in others for p in (child, *_descendants(child))]:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.kill(process, signal.SIGKILL)
-        except ProcessLookupError:
-            pass

@@ -288,12 +288,12 @@ def surroundings(made: Material) -> list[Case]:
              "processor/tokenizer.json", "projector.json")  # fmt: skip
     work: list[tuple[str, Callable[..., str]]] = []
     for name in files:
-        for verb in ("verify", "repair", "train", "build"):
-            work.append((f"unreadable {name}: {verb}", partial(unreadable, made, name, verb)))
+        verbs = ("verify", "repair", "train", "build")
+        work += [(f"unreadable {name}: {verb}", partial(unreadable, made, name, verb)) for verb in verbs]
     work += [(f"jumping clock: {verb}", partial(clock, made, verb)) for verb in ("build", "run") for _ in range(3)]
     for place in NAMES:
-        for text in (NASTY, *SCRIPTS[:2]):
-            work.append((f"{'.'.join(place)} = {text[:20]!r}", partial(named, made, place, text)))
+        texts = (NASTY, *SCRIPTS[:2])
+        work += [(f"{'.'.join(place)} = {text[:20]!r}", partial(named, made, place, text)) for text in texts]
     work += [(f"teacher.name = {text[:20]!r}", partial(named, made, ("teacher", "name"), text)) for text in SCRIPTS[2:]]
     work += [("a storm of signals", partial(storm, made))] * 2
     work += [

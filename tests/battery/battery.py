@@ -85,7 +85,8 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=KINDS, metavar="KIND", help=", ".join(KINDS))
     parser.add_argument("--case", nargs="+", type=int, default=[], metavar="N", help="only these cases of each kind")
     parser.add_argument("--seed", default="1", help="other random moments, places and values")
-    parser.add_argument("--share", type=float, default=1.0, help="of the cases of each kind; less than 1 is not stored")
+    parser.add_argument("--share", type=float, default=1.0, help="of the cases of each kind")
+    parser.add_argument("--store", action="store_true", help="store and show it although it is a share")
     parser.add_argument("--jobs", type=int, default=2, help="cases at the same time")
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -103,10 +104,10 @@ def main() -> int:
         )
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    results = describe(seed=given.seed, seconds=time.monotonic() - began)
+    results = describe(seed=given.seed, share=given.share, seconds=time.monotonic() - began)
     results |= {"counts": counts(outcomes), "failures": failures(outcomes)}
     print(table(results), end="")
-    if given.only is None and given.share == 1 and not given.case:
+    if given.only is None and not given.case and (given.share == 1 or given.store):
         store(results)
         print(f"stored in {STORED}")
     return int(bool(results["failures"]))

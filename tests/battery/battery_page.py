@@ -26,13 +26,14 @@ TITLES = {
 }
 
 
-def describe(*, seed: str, seconds: float) -> dict[str, Any]:
+def describe(*, seed: str, share: float, seconds: float) -> dict[str, Any]:
     """When, of which code and on what machine."""
     return {
         "commit": _git("rev-parse", "HEAD") or "unknown",
         "changed": bool(_git("status", "--porcelain")),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "seed": seed,
+        "share": share,
         "minutes": round(seconds / 60, 1),
         "machine": describe_machine()
         | {"system": f"{platform.system()} {platform.release()}", "cores": os.cpu_count()},
@@ -49,9 +50,10 @@ def _git(*words: str) -> str:
 def table(results: Mapping[str, Any]) -> str:
     """The table and, above it, what it is of."""
     machine = results["machine"]
+    share = "" if results["share"] == 1 else f"only a share of {results['share']:g} of the cases; "
     changed = ", with changes that were not committed" if results["changed"] else ""
     lines = [
-        f"Commit `{results['commit'][:12]}`{changed}; {results['date']}, seed {results['seed']}, {results['minutes']:g} minutes "
+        f"Commit `{results['commit'][:12]}`{changed}; {share}{results['date']}, seed {results['seed']}, {results['minutes']:g} minutes "
         f"on {machine['cores']} cores ({machine['processor']}, Python {machine['python']}, torch {machine['torch']}).",
         "",
         "| what goes wrong | tried | refused in words | same result | failed |",

@@ -51,6 +51,7 @@ def run_battery(
 ) -> list[Outcome]:
     """Run kinds of cases, one kind after the other; says how far it is on one line, and what failed on lines of their own."""
     began = time.monotonic()
+    os.environ["XDG_CACHE_HOME"] = str(scratch / "home")  # nothing is remembered beyond this run
     made = make_material(scratch / "material")
     gc.freeze()  # what is loaded needs no collecting in the forks
     outcomes: list[Outcome] = []

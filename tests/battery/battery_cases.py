@@ -60,7 +60,7 @@ class Outcome:
 
 def refuse_unclean(said: Said, *, limit_s: float | None = None, memory: int | None = None, what: str = "") -> None:
     """Fail on a traceback, a hang, processes left behind, an exit code of nobody's, or too much time or memory."""
-    tail = said.text[-1500:]
+    tail = said.text[-800:]
     if said.hung:
         raise Failed(f"{what} hung; killed after {said.seconds:.0f} s: {tail}")
     if _BACKTRACE.search(said.text):
@@ -77,7 +77,7 @@ def refused(said: Said, *, what: str = "", **limits: float | int | None) -> bool
     """Whether a command refused in words, False if it did its work; fails on anything else."""
     refuse_unclean(said, what=what, **limits)  # type: ignore[arg-type]
     if said.code not in (0, 1, 2):
-        raise Failed(f"{what} ended with exit code {said.code}: {said.text[-1500:]}")
+        raise Failed(f"{what} ended with exit code {said.code}: {said.text[-800:]}")
     if said.code and not said.text.strip():
         raise Failed(f"{what} refused without a word (exit code {said.code})")
     return said.code != 0
@@ -133,7 +133,7 @@ def _judge(case: Case, folder: Path, rng: random.Random) -> None:
     except Failed as failure:
         how, message = "failed", str(failure)
     except BaseException:  # noqa: BLE001 - a case that cannot be judged did not survive
-        how, message = "failed", f"the case itself: {traceback.format_exc()[-1500:]}"
+        how, message = "failed", f"the case itself: {traceback.format_exc()[-800:]}"
     if not (folder / "verdict.json").exists():
         (folder / "verdict.json").write_text(json.dumps([how, message]))
     end_all()

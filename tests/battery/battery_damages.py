@@ -114,7 +114,7 @@ def damaged_run(made: Material, start: Path, pick: Pick, folder: Path, rng: rand
     said = run(train("run", made.caches["zarr"], output), folder / "run.txt", limit_s=_LIMIT_S)
     if refused(said, what=f"run, {name}, {done}"):
         if name.endswith(_REPAIRED):
-            raise Failed(f"run was stopped by {name}, {done}: {said.text[-1500:]}")
+            raise Failed(f"run was stopped by {name}, {done}: {said.text[-800:]}")
         return REFUSED
     refuse_differences(left_by_run(output), left_by_run(made.finished), f"run, {name}, {done}")
     return how
@@ -128,7 +128,7 @@ def damaged_final(made: Material, final: Path, what: str, folder: Path, rng: ran
         said = run(["distill", verb, str(student), "--output", str(place)], folder / f"{verb}.txt", limit_s=_LIMIT_S)
         if refused(said, what=f"{verb}, {what}"):
             if student == whole:
-                raise Failed(f"{verb} of a whole student: {said.text[-1500:]}")
+                raise Failed(f"{verb} of a whole student: {said.text[-800:]}")
             return REFUSED
     if verb == "export":
         found, expected = tree(folder / "found"), tree(folder / "expected")

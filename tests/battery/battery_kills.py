@@ -47,11 +47,11 @@ def disturb(
         what = f"{signal.Signals(number).name} after {moment:.2f} s"
         refuse_unclean(said, what=what)
         if said.code not in (0, 1, 128 + number, -number):
-            raise Failed(f"{what}: exit code {said.code}: {said.text[-1500:]}")
+            raise Failed(f"{what}: exit code {said.code}: {said.text[-800:]}")
     said = run(command(target), folder / "again.txt", limit_s=_LIMIT_S, forked=forked)
     refuse_unclean(said, what=f"{what}, then again")
     if said.code:
-        raise Failed(f"{what}, then again: exit code {said.code}: {said.text[-1500:]}")
+        raise Failed(f"{what}, then again: exit code {said.code}: {said.text[-800:]}")
     refuse_differences(look(target), expected, f"{what}, then again")
     return SAME
 
@@ -129,7 +129,7 @@ def launcher(made: Material, folder: Path, rng: random.Random) -> str:
         said = run(command, folder / "again.txt", limit_s=300, forked=False)
         refuse_unclean(said, what=f"{what}, then again")
         if said.code:
-            raise Failed(f"{what}, then again: exit code {said.code}: {said.text[-1500:]}")
+            raise Failed(f"{what}, then again: exit code {said.code}: {said.text[-800:]}")
     refuse_differences(left_by_training(folder / "target"), left_by_training(folder / "whole"), what)
     shutil.rmtree(folder / "whole")
     return SAME

@@ -205,4 +205,4 @@ def craft(function, log: Path) -> None:
     """
     said = call(function, log)
     if said.code:
-        raise Failed(f"could not be made: {said.text[-1500:]}")
+        raise Failed(f"could not be made: {said.text[-800:]}")

@@ -53,7 +53,8 @@ def table(results: Mapping[str, Any]) -> str:
     share = "" if results["share"] == 1 else f"only a share of {results['share']:g} of the cases; "
     changed = ", with changes that were not committed" if results["changed"] else ""
     lines = [
-        f"Commit `{results['commit'][:12]}`{changed}; {share}{results['date']}, seed {results['seed']}, {results['minutes']:g} minutes "
+        f"Commit `{results['commit'][:12]}`{changed}; {share}{results['date']}, seed {results['seed']}, "
+        f"{results['minutes']:g} minutes "
         f"on {machine['cores']} cores ({machine['processor']}, Python {machine['python']}, torch {machine['torch']}).",
         "",
         "| what goes wrong | tried | refused in words | same result | failed |",

@@ -51,7 +51,8 @@ def run_battery(
 ) -> list[Outcome]:
     """Run kinds of cases, one kind after the other; says how far it is on one line, and what failed on lines of their own."""
     began = time.monotonic()
-    os.environ["XDG_CACHE_HOME"] = str(scratch / "home")  # nothing is remembered beyond this run
+    for name in ("HOME", "XDG_CACHE_HOME", "VLM_DISTILL_CACHE_DIR"):  # nothing is remembered beyond this run
+        os.environ[name] = str(scratch / "home")
     made = make_material(scratch / "material")
     gc.freeze()  # what is loaded needs no collecting in the forks
     outcomes: list[Outcome] = []

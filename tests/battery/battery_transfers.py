@@ -185,7 +185,7 @@ def http_train(made: Material, name: str, folder: Path, rng: random.Random) -> s
     faults, always = some_faults(name, rng)
     folder.mkdir(parents=True)
     server = partial(http, made.folder / "caches", faults, always, rng.choice((1.0, 0.3)), rng.randrange(10**6))
-    mirror = {"XDG_CACHE_HOME": str(folder / "mirror"), "HOME": str(folder)}
+    mirror = {"VLM_DISTILL_CACHE_DIR": str(folder / "mirror")}
     with serving(server, folder) as url:
         said = run(
             train("train", f"{url}/webdataset", folder / "output"),

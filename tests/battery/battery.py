@@ -11,6 +11,7 @@ import argparse
 import gc
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -28,7 +29,8 @@ from tests.battery.battery_hostile import hostile
 from tests.battery.battery_kills import kills
 from tests.battery.battery_material import Material, make_material
 from tests.battery.battery_page import STORED, describe, store, table
-from tests.battery.battery_surroundings import soak, surroundings
+from tests.battery.battery_process import end_all
+from tests.battery.battery_surroundings import soak, surroundings, unmount_all
 from tests.battery.battery_transfers import transfers
 
 KINDS: dict[str, Callable[[Material], list[Case]]] = {
@@ -93,6 +95,7 @@ def main() -> int:
     given = parser.parse_args()
     torch.set_num_threads(1)
     tqdm.tqdm.monitor_interval = 0  # no thread of ours may live through a fork
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     scratch = Path(tempfile.mkdtemp(prefix="battery-"))
     began = time.monotonic()
     try:
@@ -105,6 +108,8 @@ def main() -> int:
             scratch=scratch,
         )
     finally:
+        end_all()
+        unmount_all(scratch)
         shutil.rmtree(scratch, ignore_errors=True)
     results = describe(seed=given.seed, share=given.share, seconds=time.monotonic() - began)
     results |= {"counts": counts(outcomes), "failures": failures(outcomes)}

@@ -126,7 +126,8 @@ def _outcome(number: int, case: Case, folder: Path, seconds: float) -> Outcome:
 
 def _judge(case: Case, folder: Path, rng: random.Random) -> None:
     """Run a case and write its verdict; does not return."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
     adopt_orphans()
     try:
         how, message = case.work(folder / "work", rng), ""

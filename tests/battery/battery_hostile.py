@@ -17,7 +17,7 @@ import xxhash
 from safetensors.numpy import load_file
 
 from tests.battery.battery_cases import REFUSED, SAME, Case, Failed, refused
-from tests.battery.battery_material import Material, left_by_training, refuse_differences, train, tree
+from tests.battery.battery_material import Material, refuse_differences, train, tree, weights_of
 from tests.battery.battery_process import GIB, run
 
 LIMITS: dict[str, Any] = {"limit_s": 20.0, "memory": GIB}
@@ -131,9 +131,7 @@ def hostile_leaf(made: Material, name: str, path: tuple, new: Any, folder: Path,
     change(folder / "cache", name, path, new)
     if "evaluation" in path:
         return look_at(folder / "cache", folder, verb="run")
-    # Only CompoDistill takes the teacher's projector.
-    student = {"student": "compodistill-tiny"} if name.startswith("projector") else {}
-    return look_at(folder / "cache", folder, **student)
+    return look_at(folder / "cache", folder, **with_projector(name))
 
 
 def documents(made: Material) -> Iterator[Case]:
@@ -211,9 +209,12 @@ def hostile_header(
     path = folder / "cache" / name
     path.write_bytes(write(path.read_bytes()))
     sign_all(folder / "cache")
-    return look_at(
-        folder / "cache", folder, student="compodistill-tiny" if name.startswith("projector") else "mobilevlm-tiny"
-    )
+    return look_at(folder / "cache", folder, **with_projector(name))
+
+
+def with_projector(name: str) -> dict[str, str]:
+    """Options with which a student reads a file of the projector, which others do not."""
+    return {"projector": "taf"} if name.startswith("projector") else {}
 
 
 _BIG = 10**10
@@ -284,7 +285,10 @@ def untouched(made: Material, folder: Path, _rng: random.Random) -> str:
         raise Failed("signing a sound cache anew changes it")
     if look_at(folder / "cache", folder) != SAME:
         raise Failed(f"a sound cache is refused: {(folder / 'train.txt').read_text()[-800:]}")
-    refuse_differences(left_by_training(folder / "output"), left_by_training(made.trained["rich"]), "a sound cache")
+    refuse_differences(weights_of(folder / "output"), weights_of(made.trained["rich"]), "a sound cache")
+    shutil.rmtree(folder / "output")
+    if look_at(folder / "cache", folder, projector="taf") != SAME:
+        raise Failed(f"a sound cache is refused: {(folder / 'train.txt').read_text()[-800:]}")
     return SAME
 
 

@@ -167,7 +167,7 @@ def unreadable(made: Material, name: str, verb: str, folder: Path, _rng: random.
     if not refused(said, what=verb):
         if verb == "train":
             return SAME  # it does not need it
-        if verb == "build":  # what it writes anew it need not read
+        if verb in ("build", "repair"):  # what it can write anew it need not read
             path.chmod(0o600)
             refuse_differences(tree(cache), tree(made.caches["webdataset"]), verb)
             return SAME

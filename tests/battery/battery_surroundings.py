@@ -211,7 +211,7 @@ def name_it(cache: Path, place: tuple[str, ...], text: str) -> None:
     for key in place[:-1]:
         inner = inner[key]
     if place[-1] == "*":
-        inner[text] = next(iter(inner.values()))
+        inner[f"likelihood/{text}"] = next(iter(inner.values()))  # the kinds of a score are shown by name
     else:
         inner[place[-1]] = text
     write_signed(cache / "plan.json", plan)

@@ -14,7 +14,6 @@ from vlm_distill_cache.common.cache.schema import FIELD
 from vlm_distill_cache.common.files.rules import (
     ANYTHING,
     FLAG,
-    NULL,
     OBJECT,
     also,
     either,
@@ -37,7 +36,8 @@ MAX_PLAN_BYTES = 16 << 20
 MAX_SETTINGS_BYTES = 1 << 20  # of projector.json, vision_tower.json, preprocessor_config.json
 MAX_LAYERS = 512  # of a language model or a tower; the deepest published ones have 126
 MAX_WIDTH = 1 << 18
-MAX_SIDE = 1 << 14  # pixels of a tower's pictures; patches of its grid
+MAX_SIDE = 1 << 14  # pixels of a tower's pictures
+MAX_GRID = 256  # visual tokens of a tile's side
 
 _WORDS = text(1 << 16)  # names, licences and sources, of merged caches joined
 _NAME = text(1000)
@@ -125,7 +125,25 @@ _MIXTURE = {"mixture": items(record({}, _ONE_SOURCE, free=True), most=100_000)}
 _PART = record({}, {**_ONE_SOURCE, **_MIXTURE}, free=True)
 _DATA = record({}, {**_ONE_SOURCE, **_MIXTURE, "parts": items(_PART, least=1, most=100_000)}, free=True)
 
-_GRID = items(whole(1, MAX_SIDE), least=2, most=2)
+_GRID = items(whole(1, MAX_GRID), least=2, most=2)
+_PIXELS = maybe(number(0, 1 << 40))
+_SIZE = maybe(entries(_PIXELS, most=8))
+_SIZES = ("size", "crop_size", "max_image_size", "pad_size")
+_PROCESSOR_SETTINGS = {
+    **dict.fromkeys(_SIZES, either(_SIZE, whole(1, 1 << 40), items(whole(1, 1 << 40), most=2))),
+    **dict.fromkeys(("image_mean", "image_std"), maybe(_FLOATS)),
+    "rescale_factor": maybe(number(0, 1e6)),
+    "resample": maybe(whole(0, 5)),
+    **dict.fromkeys(
+        ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_pad", "do_convert_rgb"), maybe(FLAG)
+    ),
+    **dict.fromkeys(("image_processor_type", "feature_extractor_type"), maybe(_NAME)),
+    **dict.fromkeys(("patch_size", "merge_size", "temporal_patch_size"), maybe(either(whole(1, MAX_SIDE), OBJECT))),
+    **dict.fromkeys(("min_patches", "max_patches"), maybe(whole(0, 1 << 16))),
+    "image_grid_pinpoints": maybe(items(items(number(1, 1 << 20), least=2, most=2), most=1000)),
+}
+IMAGE_PROCESSOR = record({}, _PROCESSOR_SETTINGS, free=True)
+PROCESSOR = record({}, {"image_processor": IMAGE_PROCESSOR}, free=True)
 _GEOMETRY = record(
     {},
     {
@@ -136,7 +154,7 @@ _GEOMETRY = record(
         "most_tiles": maybe(whole(1, MAX_SIDE)),
         "drops_first": FLAG,
         "crops": FLAG,
-        "processor": OBJECT,
+        "processor": maybe(record({}, {**_PROCESSOR_SETTINGS, **dict.fromkeys(_SIZES, _SIZE)}, free=True)),
     },
     free=True,
 )
@@ -157,7 +175,18 @@ _EXTRA = record(
     free=True,
 )
 
-_CODEC = record({}, {"codec": _NAME}, free=True)  # `codecs.registry` checks the settings of those that it knows
+# Settings that are read without their codec; `codecs.registry` checks all of those that it knows.
+_CODEC = record(
+    {},
+    {
+        "codec": _NAME,
+        "preset": _NAME,
+        "groups": whole(0, MAX_LAYERS),
+        "grid": either(whole(0, MAX_GRID), items(whole(0, MAX_GRID), least=2, most=2)),
+        "temperatures": items(number(0, 1e6), most=100),
+    },
+    free=True,
+)
 
 PLAN = record(
     {
@@ -261,24 +290,3 @@ VISION_TOWER = also(
     "patches no larger than the picture, and heads that divide hidden_size",
     _fits_itself,
 )
-
-_PIXELS = maybe(number(0, 1 << 40))
-_SIZE = either(NULL, whole(1, 1 << 40), entries(_PIXELS, most=8), items(whole(1, 1 << 40), most=2))
-IMAGE_PROCESSOR = record(
-    {},
-    {
-        **dict.fromkeys(("size", "crop_size", "max_image_size", "pad_size"), _SIZE),
-        **dict.fromkeys(("image_mean", "image_std"), maybe(_FLOATS)),
-        "rescale_factor": maybe(number(0, 1e6)),
-        "resample": maybe(whole(0, 5)),
-        **dict.fromkeys(
-            ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_pad", "do_convert_rgb"), maybe(FLAG)
-        ),
-        **dict.fromkeys(("image_processor_type", "feature_extractor_type"), maybe(_NAME)),
-        **dict.fromkeys(("patch_size", "merge_size", "temporal_patch_size"), maybe(either(whole(1, MAX_SIDE), OBJECT))),
-        **dict.fromkeys(("min_patches", "max_patches"), maybe(whole(0, 1 << 16))),
-        "image_grid_pinpoints": maybe(items(items(whole(1, 1 << 20), least=2, most=2), most=1000)),
-    },
-    free=True,
-)
-PROCESSOR = record({}, {"image_processor": IMAGE_PROCESSOR}, free=True)

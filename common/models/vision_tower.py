@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
+from transformers.activations import ACT2FN
 
 from vlm_distill_cache.common.errors import ModelError
 
@@ -43,6 +44,8 @@ def tower_config(stored: dict[str, Any], *, where: str) -> TowerConfig:
             f"{where}: its vision tower is a {name!r}, expected one of {', '.join(TOWERS)}; give the student a "
             "directory of weights with a tower of its own"
         )
+    if (act := stored.get("hidden_act")) is not None and act not in ACT2FN:
+        raise ModelError(f"{where}: hidden_act of its vision tower is {act!r}; transformers knows {sorted(ACT2FN)}")
     config: TowerConfig = TOWERS[name][0](**{key: stored[key] for key in _SETTINGS if key in stored})
     return config
 

@@ -110,7 +110,7 @@ _TEACHER = also(
         },
         free=True,
     ),
-    "groups of layers that the teacher has",
+    "no layer in `groups` that is not below `layers`",
     _are_of_the_depth,
 )
 

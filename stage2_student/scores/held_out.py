@@ -159,7 +159,7 @@ def _data_of(config: TrainConfig, cache: TeacherCache | None) -> str:
         raise ConfigError(
             f"no data to score on is named, and the cache {config.cache}, which would tell, cannot be opened; {remedy}"
         )
-    spec = built_in_data(cache.plan)
+    spec = built_in_data(cache)
     if spec is None:
         raise ConfigError(
             f"no data to score on: {config.cache} was built from {shown(cache.plan.data.get('name'))}; {remedy}"

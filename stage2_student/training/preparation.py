@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vlm_distill_cache.common.cache.counts import picture_words, unknown_words
-from vlm_distill_cache.common.cache.plan import Plan
 from vlm_distill_cache.common.cache.reader import TeacherCache
 from vlm_distill_cache.common.errors import ConfigError, DataError
 from vlm_distill_cache.common.files.hashing import fingerprint
@@ -65,7 +64,8 @@ from vlm_distill_cache.stage2_student.training.checks import (
 
 FEW_PICTURES = 0.5  # of a cache's samples: fewer are worth a line
 BUILT_IN_DATA = ("shapes", "easy-vqa")
-MOST_DRAWN = 1_000_000  # pictures: a list of their names takes a second and 100 MB
+MOST_NAMED = 1_000_000  # drawn pictures: a list of their names takes a second and 100 MB
+MOST_DRAWN = 20_000  # whatever a cache holds: their texts take 10 s
 _BUILT_IN = re.compile(
     r"(?P<spec>easy-vqa|shapes(?::images=(?P<images>[0-9]{1,18})(?:,seed=[0-9]{1,18})?)?)(?:[\[/].*)?", re.ASCII
 )
@@ -110,14 +110,18 @@ class Preparation:
     cache_hashes: Mapping[str, str]
 
 
-def built_in_data(plan: Plan) -> str | None:
-    """The built-in data set that a cache names, as ``data.registry`` takes it; None: another one, or one beyond all bounds.
+def built_in_data(cache: TeacherCache) -> str | None:
+    """The built-in data set that a cache names, as ``data.registry`` takes it; None: another one, or one far too large.
 
-    Nothing else is opened, drawn or fetched because a cache says so.
+    Nothing else is opened, drawn or fetched because a cache says so: comparing its data draws every picture's text.
     """
     # The stored name also says split and limit: "shapes:images=1500,seed=0[:64]", "easy-vqa/train".
-    found = _BUILT_IN.fullmatch(plan.data.get("name") or "")
-    return found["spec"] if found and int(found["images"] or 0) <= MOST_DRAWN else None
+    found = _BUILT_IN.fullmatch(cache.plan.data.get("name") or "")
+    if found is None:
+        return None
+    images = int(found["images"] or 0)
+    drawn = sum(min(images, limit or images) for _, limit in splits_and_limits(cache))
+    return found["spec"] if images <= MOST_NAMED and drawn <= max(2 * len(cache), MOST_DRAWN) else None
 
 
 def open_cached_data(cache: TeacherCache, *, data: str | None, images: str | None) -> Dataset:
@@ -126,11 +130,11 @@ def open_cached_data(cache: TeacherCache, *, data: str | None, images: str | Non
     Args:
         data: As in ``data.registry``; None: the built-in data set that the cache names.
     """
-    spec = data or built_in_data(cache.plan)
+    spec = data or built_in_data(cache)
     if spec is None:
         raise ConfigError(
-            f"no data given, and {cache.path} was built from {shown(cache.plan.data.get('name'))}, which is no built-in data "
-            f"set of at most {MOST_DRAWN:,} pictures, and whose place a cache does not hold; pass --data (and --images)"
+            f"no data given, and {cache.path} was built from {shown(cache.plan.data.get('name'))}, no built-in data set of "
+            f"about its size, and whose place a cache does not hold; pass --data (and --images)"
         )
     folder = None if images is None else Path(images)
     commits = _commits_of(cache)

@@ -15,6 +15,7 @@ from vlm_distill_cache.common.files.rules import (
     ANYTHING,
     FLAG,
     OBJECT,
+    Rule,
     also,
     either,
     entries,
@@ -179,11 +180,10 @@ _EXTRA = record(
 _CODEC = record(
     {},
     {
-        "codec": _NAME,
         "preset": _NAME,
         "groups": whole(0, MAX_LAYERS),
         "grid": either(whole(0, MAX_GRID), items(whole(0, MAX_GRID), least=2, most=2)),
-        "temperatures": items(number(0, 1e6), most=100),
+        "temperatures": items(Rule("a number", lambda value: type(value) in (int, float)), most=100),
     },
     free=True,
 )

@@ -117,9 +117,10 @@ _TEACHER = also(
 
 _ONE_SOURCE = {
     **_DESCRIBED,
-    **dict.fromkeys(("split", "repository", "config", "file"), _NAME),
-    "limit": whole(0, MAX_SAMPLES),
-    "samples": whole(0, MAX_SAMPLES),
+    **dict.fromkeys(
+        ("split", "repository", "config", "file"), maybe(_NAME)
+    ),  # null in caches merged of plans without them
+    **dict.fromkeys(("limit", "samples"), maybe(whole(0, MAX_SAMPLES))),
     "fingerprint": maybe(_NAME),
 }
 _MIXTURE = {"mixture": items(record({}, _ONE_SOURCE, free=True), most=100_000)}

@@ -6,12 +6,13 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from vlm_distill_cache.common.cache.documents import check_object
 from vlm_distill_cache.common.errors import CacheFormatError, ModelError
+from vlm_distill_cache.common.files.rules import OBJECT, check, record, text
 from vlm_distill_cache.common.files.signed import find_damage, read_signed
 
 FINAL, PROVENANCE = "final", "distillation.json"
-_KINDS = {"fingerprint": str, "caches": dict, "config": dict, "encoder": dict, "vocabulary": dict}
+_UNSIGNED = {"fingerprint": text(100), **dict.fromkeys(("caches", "config", "encoder", "vocabulary"), OBJECT)}
+_RULE = record(_UNSIGNED, {"files": OBJECT})
 _log = logging.getLogger(__name__)
 
 
@@ -63,5 +64,6 @@ def read_provenance(folder: Path) -> dict[str, Any]:
         CacheFormatError: If what it says is damaged.
     """
     path = folder / PROVENANCE
-    found = read_signed(path.resolve(), unsigned=_KINDS.keys())  # in the hub's cache it is a link
-    return check_object(found, _KINDS, str(path), optional={"files": dict})
+    found = read_signed(path.resolve(), unsigned=_UNSIGNED.keys())  # in the hub's cache it is a link
+    check(found, _RULE, str(path), remedy="train again, or copy the folder again")
+    return found

@@ -272,7 +272,13 @@ def _parts_of(wanted: frozenset[int], cached: Groups) -> frozenset[int] | None:
     """Indices of disjoint cached groups that hold exactly the wanted layers; None if there are none."""
     if not wanted:
         return frozenset()
-    first = min(wanted)
+    layers = dict.fromkeys(layer for group in cached for layer in group)
+    order = {layer: place for place, layer in enumerate(layers)}
+    if not wanted <= order.keys():
+        return None
+    # Groups are windows over the layers in this order: one alone can hold the first of the wanted ones, and no others
+    # before it, so there is nothing to search.
+    first = min(wanted, key=order.__getitem__)
     for index, group in sorted(enumerate(cached), key=lambda item: -len(item[1])):
         if first in group and wanted.issuperset(group):
             rest = _parts_of(wanted - frozenset(group), cached)

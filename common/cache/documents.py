@@ -11,12 +11,17 @@ import contextlib
 import unicodedata
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
-from types import MappingProxyType
 from typing import Any
 
 from vlm_distill_cache.common.cache.schema import FORMAT_VERSION
 from vlm_distill_cache.common.errors import CacheFormatError, NewerFormatError
-from vlm_distill_cache.common.files.atomic import TEMPORARY_PREFIX, parse_json, read_bounded, write_bytes_atomic
+from vlm_distill_cache.common.files.atomic import (
+    MAX_JSON_BYTES,
+    TEMPORARY_PREFIX,
+    parse_json,
+    read_bounded,
+    write_bytes_atomic,
+)
 from vlm_distill_cache.common.files.signed import checked_body, document_bytes
 from vlm_distill_cache.common.printing import one_line
 
@@ -30,7 +35,7 @@ def write_document(path: Path, body: Mapping[str, Any], *, create_only: bool = F
     write_bytes_atomic(path, document_bytes(body), create_only=create_only)
 
 
-def read_document(path: Path) -> dict[str, Any]:
+def read_document(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """Read a document, check version and checksum, and return its body.
 
     Raises:
@@ -38,7 +43,7 @@ def read_document(path: Path) -> dict[str, Any]:
         CacheFormatError: If it is no document or damaged.
         NewerFormatError: If it is from a newer format version.
     """
-    return parse_document(read_bounded(path), str(path))
+    return parse_document(read_bounded(path, max_bytes=max_bytes), str(path))
 
 
 def parse_document(data: bytes, where: str) -> dict[str, Any]:
@@ -66,25 +71,6 @@ def check_version(data: Any, where: str) -> dict[str, Any]:
             "update this software"
         )
     return data
-
-
-def check_object(
-    data: Any, kinds: Mapping[str, type], where: str, *, optional: Mapping[str, type] = MappingProxyType({})
-) -> dict[str, Any]:
-    """Return a JSON object with exactly these keys and kinds of value, of ``optional`` ones those that are there."""
-    if not isinstance(data, dict) or data.keys() - optional.keys() != kinds.keys():
-        found = sorted(map(str, data)) if isinstance(data, dict) else type(data).__name__
-        raise CacheFormatError(f"{where}: expected an object with {sorted(kinds)}, found {found}")
-    for key, kind in {**kinds, **{name: kind for name, kind in optional.items() if name in data}}.items():
-        if not isinstance(data[key], kind) or (kind is int and isinstance(data[key], bool)):
-            raise CacheFormatError(f"{where}: {key} is {data[key]!r}; expected {kind.__name__}")
-    return data
-
-
-def check_int(value: Any, name: str, low: int, high: int, where: str) -> None:
-    """Refuse a value that is not a whole number in ``[low, high]``."""
-    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise CacheFormatError(f"{where}: {name} is {value!r}; expected a whole number from {low} to {high}")
 
 
 def safe_path(name: Any, where: str) -> str:

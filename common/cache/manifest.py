@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from vlm_distill_cache.common.cache.counts import nothing_usable
+from vlm_distill_cache.common.cache.document_rules import MANIFEST as MANIFEST_RULE
 from vlm_distill_cache.common.cache.documents import (
-    check_int,
-    check_object,
     read_document,
     write_document,
 )
@@ -25,7 +24,6 @@ from vlm_distill_cache.common.cache.plan import PLAN, SHARDS, Plan, read_plan
 from vlm_distill_cache.common.cache.schema import FORMAT_VERSION
 from vlm_distill_cache.common.cache.side_files import CARD, MANIFEST, check_digests, side_files
 from vlm_distill_cache.common.cache.sidecar import (
-    MAX_FILE_BYTES,
     FileEntry,
     ShardSidecar,
     missing_shards,
@@ -35,6 +33,7 @@ from vlm_distill_cache.common.cache.sidecar import (
 from vlm_distill_cache.common.errors import CacheFormatError
 from vlm_distill_cache.common.files.atomic import clean_stale, write_bytes_atomic
 from vlm_distill_cache.common.files.hashing import fingerprint
+from vlm_distill_cache.common.files.rules import check
 from vlm_distill_cache.common.files.signed import document_bytes
 
 
@@ -62,12 +61,9 @@ class ShardSummary:
         return {name: value for name, value in values.items() if value is not None}
 
     @classmethod
-    def from_dict(cls, data: Any, where: str) -> ShardSummary:
-        """Read what ``to_dict`` wrote."""
-        values = check_object(data, _SUMMARY_KINDS, where, optional=dict.fromkeys(_OPTIONAL_COUNTS, int))
-        for name in (*_SUMMARY_COUNTS, *(values.keys() & set(_OPTIONAL_COUNTS))):
-            check_int(values[name], name, 0, MAX_FILE_BYTES, where)
-        return cls(**(values | {"sidecar": FileEntry.from_dict(values["sidecar"], where)}))
+    def from_dict(cls, data: dict[str, Any]) -> ShardSummary:
+        """Read what ``to_dict`` wrote, as it stands in a manifest that fits its schema."""
+        return cls(**(data | {"sidecar": FileEntry.from_dict(data["sidecar"])}))
 
     @classmethod
     def of(cls, sidecar: ShardSidecar, data: builtins.bytes | None = None) -> ShardSummary:
@@ -84,9 +80,7 @@ class ShardSummary:
         )
 
 
-_SUMMARY_COUNTS = ("index", "samples", "rows", "failed", "bytes")
 _OPTIONAL_COUNTS = ("pictures", "unknown_rows")
-_SUMMARY_KINDS: dict[str, type] = dict.fromkeys(_SUMMARY_COUNTS, int) | {"sidecar": dict}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,21 +122,13 @@ class Manifest:
     @classmethod
     def from_dict(cls, data: Any, where: str) -> Manifest:
         """Read what ``to_dict`` wrote."""
-        values = dict(data) if isinstance(data, dict) else {}
-        fidelity = values.pop("fidelity", None)
-        kinds: dict[str, Any] = {"format_version": int, "plan_hash": str, "totals": dict}
-        kinds |= {"field_bytes": dict, "shards": list, "files": dict}
-        check_object(values, kinds, where)
-        if fidelity is not None and not isinstance(fidelity, dict):
-            raise CacheFormatError(f"{where}: fidelity is {fidelity!r}; expected an object or null")
-        for name, size in values["field_bytes"].items():
-            check_int(size, f"field_bytes.{name}", 0, MAX_FILE_BYTES, where)
+        values = check(data, MANIFEST_RULE, where)
         manifest = cls(
             plan_hash=values["plan_hash"],
-            shards=tuple(ShardSummary.from_dict(shard, where) for shard in values["shards"]),
+            shards=tuple(ShardSummary.from_dict(shard) for shard in values["shards"]),
             field_bytes=values["field_bytes"],
             files=read_files(values["files"], where),
-            fidelity=fidelity,
+            fidelity=values.get("fidelity"),
             format_version=values["format_version"],
         )
         for name in manifest.files:

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vlm_distill_cache.common.cache.document_rules import MAX_PLAN_BYTES, MAX_SHARDS
+from vlm_distill_cache.common.cache.document_rules import PLAN as PLAN_RULE
 from vlm_distill_cache.common.cache.documents import (
-    check_int,
-    check_object,
     describe_differences,
     read_document,
     write_document,
@@ -21,11 +21,10 @@ from vlm_distill_cache.common.cache.documents import (
 from vlm_distill_cache.common.cache.schema import BASE_FIELDS, FORMAT_VERSION, Field, check_fields
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError
 from vlm_distill_cache.common.files.hashing import fingerprint
+from vlm_distill_cache.common.files.rules import AGAIN, check
 
 PLAN, SHARDS = "plan.json", "shards"
 STORE_NAMES = ("zarr", "webdataset")
-MAX_SHARDS = 5_000  # two names each in shards/: stays below 10,000 entries a folder
-MAX_SHARD_SAMPLES = 1_000_000
 DESCRIPTIVE = ("name", "revision", "license", "cache_license", "source")  # in `teacher` and `data`: for people only
 LONG_SAMPLES = "long_samples"  # in `extra`: "truncate" where long samples were cut; absent where they were refused
 THREADS = "threads"  # in `extra`: CPU threads of the arithmetic, on which the last bits depend
@@ -48,7 +47,7 @@ class Plan:
         extra: Anything else that must not change on resume.
 
     Raises:
-        CacheFormatError: If a value is out of its range or ``signals`` and ``fields`` differ in keys.
+        CacheFormatError: If a value breaks the schema of a plan or ``signals`` and ``fields`` differ in keys.
     """
 
     store: str
@@ -70,9 +69,7 @@ class Plan:
             raise CacheFormatError(f"plan: store {self.store!r}; expected one of {', '.join(STORE_NAMES)}")
         for name in _OBJECTS:  # JSON has no tuples: a plan must equal itself after a round trip
             object.__setattr__(self, name, _plain(getattr(self, name)))
-        check_int(self.sample_count, "sample_count", 1, MAX_SHARDS * MAX_SHARD_SAMPLES, "plan")
-        check_int(self.shard_size, "shard_size", 1, MAX_SHARD_SAMPLES, "plan")
-        check_int(self.batch_size, "batch_size", 1, 1 << 20, "plan")
+        check(self.to_dict(), PLAN_RULE, "plan", remedy="change the option that it comes from")
         if self.shard_count > MAX_SHARDS:
             raise CacheFormatError(
                 f"plan: {self.sample_count} samples in shards of {self.shard_size} make {self.shard_count} "
@@ -118,21 +115,24 @@ class Plan:
     @classmethod
     def from_dict(cls, data: Any, where: str = PLAN) -> Plan:
         """Read what ``to_dict`` wrote."""
-        kinds: dict[str, Any] = dict.fromkeys(cls.__dataclass_fields__, dict)
-        kinds |= {"store": str, "sample_count": int, "shard_size": int, "batch_size": int}
-        kinds["format_version"] = int
-        values = check_object(data, kinds, where)
-        for name, value in values["fingerprints"].items():
-            if not isinstance(value, str):
-                raise CacheFormatError(f"{where}: fingerprint {name!r} is {value!r}; expected text")
-        for signal, group in values["fields"].items():
-            if not isinstance(group, list) or not isinstance(values["signals"].get(signal), dict):
-                raise CacheFormatError(f"{where}: fields of signal {signal!r} do not fit; damaged")
+        values = check(data, PLAN_RULE, where)
         try:
             fields = {k: tuple(Field.from_dict(f) for f in group) for k, group in values["fields"].items()}
             return cls(**(values | {"fields": fields}))
         except CacheFormatError as error:
             raise CacheFormatError(f"{where}: {error}") from error
+
+    def stated(self, name: str, where: Path | str = "the cache") -> Any:
+        """What a plan must say for some use of its cache: ``teacher.layers``, for one.
+
+        Raises:
+            CacheFormatError: If it does not.
+        """
+        part, _, key = name.partition(".")
+        value = getattr(self, part).get(key)
+        if value is None:
+            raise CacheFormatError(f"{where}: {PLAN}: {name} is missing, and is needed here; {AGAIN}")
+        return value
 
     @property
     def hash(self) -> str:
@@ -169,7 +169,7 @@ def read_plan(cache_dir: Path) -> Plan:
     """
     path = cache_dir / PLAN
     try:
-        return Plan.from_dict(read_document(path), str(path))
+        return Plan.from_dict(read_document(path, max_bytes=MAX_PLAN_BYTES), str(path))
     except FileNotFoundError:
         raise CacheFormatError(
             f"{cache_dir}: not a teacher cache (no {PLAN}); build one with `teacher-cache build` "

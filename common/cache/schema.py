@@ -53,6 +53,7 @@ from typing import Any
 import numpy as np
 
 from vlm_distill_cache.common.errors import CacheFormatError
+from vlm_distill_cache.common.files.rules import check, items, one_of, record, text, whole
 
 FORMAT_VERSION = 1
 IGNORE_INDEX = -100
@@ -121,10 +122,19 @@ class Field:
     @classmethod
     def from_dict(cls, data: Any) -> Field:
         """Read what ``to_dict`` wrote."""
-        expected = {"name", "dtype", "axis", "trailing"}
-        if not isinstance(data, dict) or set(data) != expected or not isinstance(data["trailing"], list):
-            raise CacheFormatError(f"field {data!r}: expected an object with exactly {sorted(expected)}")
-        return cls(name=data["name"], dtype=data["dtype"], axis=data["axis"], trailing=tuple(data["trailing"]))
+        check(data, FIELD, "field")
+        return cls(**data | {"trailing": tuple(data["trailing"])})
+
+
+FIELD = record(
+    {
+        "name": text(64, least=1),
+        "dtype": one_of(*DTYPES),
+        "axis": one_of(*AXES),
+        "trailing": items(whole(1, MAX_TRAILING_ELEMENTS), most=8),
+    }
+)
+"""What a plan says of a field."""
 
 
 BASE_FIELDS = (

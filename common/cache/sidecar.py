@@ -14,15 +14,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vlm_distill_cache.common.cache.documents import check_int, check_object, parse_document, safe_path, write_document
+from vlm_distill_cache.common.cache.document_rules import SIDECAR
+from vlm_distill_cache.common.cache.documents import parse_document, safe_path, write_document
 from vlm_distill_cache.common.cache.plan import SHARDS, Plan
 from vlm_distill_cache.common.cache.schema import FORMAT_VERSION
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError
 from vlm_distill_cache.common.files.atomic import read_bounded
 from vlm_distill_cache.common.files.hashing import checksum, file_digests, sha256_hex
-
-MAX_FILE_BYTES = 1 << 40
-MAX_TOKEN = (1 << 32) - 1  # labels are u4
+from vlm_distill_cache.common.files.rules import check, record, whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,11 +37,9 @@ class FileEntry:
         return {"bytes": self.size, "xxh3_128": self.xxh3_128, "sha256": self.sha256}
 
     @classmethod
-    def from_dict(cls, data: Any, where: str) -> FileEntry:
-        """Read what ``to_dict`` wrote."""
-        values = check_object(data, {"bytes": int, "xxh3_128": str, "sha256": str}, where)
-        check_int(values["bytes"], "bytes", 0, MAX_FILE_BYTES, where)
-        return cls(size=values["bytes"], xxh3_128=values["xxh3_128"], sha256=values["sha256"])
+    def from_dict(cls, data: Mapping[str, Any]) -> FileEntry:
+        """Read what ``to_dict`` wrote, which fits ``document_rules.FILE_ENTRY``."""
+        return cls(size=data["bytes"], xxh3_128=data["xxh3_128"], sha256=data["sha256"])
 
     @classmethod
     def of(cls, path: Path) -> FileEntry:
@@ -75,14 +72,6 @@ class UnknownWords:
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON stored in sidecars."""
         return {"rows": self.rows, "token": self.token}
-
-    @classmethod
-    def from_dict(cls, data: Any, where: str) -> UnknownWords:
-        """Read what ``to_dict`` wrote."""
-        values = check_object(data, {"rows": int, "token": object}, f"{where}: unknown")
-        if values["token"] is not None:
-            check_int(values["token"], "unknown.token", 0, MAX_TOKEN, where)
-        return cls(rows=values["rows"], token=values["token"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,28 +122,23 @@ class ShardSidecar:
     @classmethod
     def from_dict(cls, data: Any, where: str) -> ShardSidecar:
         """Read what ``to_dict`` wrote; paths that leave the cache are refused."""
-        kinds: dict[str, Any] = dict.fromkeys(("format_version", "index", "samples", "rows"), int)
-        kinds |= {"sample_ids": list, "field_bytes": dict, "files": dict, "failed": list}
-        values = check_object(data, kinds, where, optional={"pictures": int, "unknown": dict})
+        values = check(data, SIDECAR, where)
         ids = values["sample_ids"]
-        if values["samples"] != len(ids) or not all(isinstance(name, str) and name for name in ids):
-            raise CacheFormatError(f"{where}: sample_ids do not fit samples={values['samples']}; damaged")
-        for name, size in values["field_bytes"].items():
-            check_int(size, f"field_bytes.{name}", 0, MAX_FILE_BYTES, where)
-        check_int(values["rows"], "rows", 0, MAX_FILE_BYTES, where)
-        if "pictures" in values:
-            check_int(values["pictures"], "pictures", 0, len(ids), where)
-        unknown = UnknownWords.from_dict(values["unknown"], where) if "unknown" in values else None
-        if unknown is not None:
-            check_int(unknown.rows, "unknown.rows", 0, values["rows"], where)
-        failed = [check_object(f, {"sample_id": str, "reason": str}, where) for f in values["failed"]]
+        unknown = UnknownWords(**values["unknown"]) if "unknown" in values else None
+        counts = {
+            "samples": (values["samples"], len(ids), len(ids)),
+            "pictures": (values.get("pictures", 0), 0, len(ids)),
+            "unknown.rows": (0 if unknown is None else unknown.rows, 0, values["rows"]),
+        }
+        for name, (found, least, most) in counts.items():
+            check({name: found}, record({name: whole(least, most)}), where)
         return cls(
             index=values["index"],
             sample_ids=tuple(ids),
             rows=values["rows"],
             field_bytes=values["field_bytes"],
             files=read_files(values["files"], where),
-            failed=tuple((f["sample_id"], f["reason"]) for f in failed),
+            failed=tuple((f["sample_id"], f["reason"]) for f in values["failed"]),
             pictures=values.get("pictures"),
             unknown=unknown,
             format_version=values["format_version"],
@@ -213,7 +197,7 @@ def missing_shards(cache_dir: Path, plan: Plan) -> list[int]:
 
 def read_files(data: Mapping[str, Any], where: str) -> dict[str, FileEntry]:
     """Read a table of files whose paths stay inside the cache."""
-    return {safe_path(name, where): FileEntry.from_dict(e, f"{where}: {name}") for name, e in data.items()}
+    return {safe_path(name, where): FileEntry.from_dict(entry) for name, entry in data.items()}
 
 
 def check_sidecar(sidecar: ShardSidecar, plan: Plan, where: str) -> None:

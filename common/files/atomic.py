@@ -304,7 +304,9 @@ def parse_json(data: bytes, where: str) -> Any:
     try:
         value = json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
-        raise CacheFormatError(f"{where}: not valid JSON ({error}); the file is damaged") from error
+        # Of a longer whole number Python says how to lift its limit, which is there for a reason.
+        why = "a whole number of thousands of digits" if "set_int_max_str_digits" in str(error) else error
+        raise CacheFormatError(f"{where}: not valid JSON ({why}); the file is damaged") from error
     if _is_deeper(value, MAX_JSON_DEPTH):
         raise CacheFormatError(
             f"{where}: nested deeper than {MAX_JSON_DEPTH} levels; no file of a cache is: copy it again from where "

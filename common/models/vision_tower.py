@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
+from transformers.activations import ACT2FN
 
 from vlm_distill_cache.common.errors import ModelError
+from vlm_distill_cache.common.printing import one_line
 
 TowerConfig = Any  # CLIPVisionConfig or SiglipVisionConfig: the library has no types
 
@@ -43,7 +45,14 @@ def tower_config(stored: dict[str, Any], *, where: str) -> TowerConfig:
             f"{where}: its vision tower is a {name!r}, expected one of {', '.join(TOWERS)}; give the student a "
             "directory of weights with a tower of its own"
         )
-    config: TowerConfig = TOWERS[name][0](**{key: stored[key] for key in _SETTINGS if key in stored})
+    if (act := stored.get("hidden_act")) is not None and act not in ACT2FN:
+        raise ModelError(f"{where}: hidden_act of its vision tower is {act!r}; transformers knows {sorted(ACT2FN)}")
+    try:
+        config: TowerConfig = TOWERS[name][0](**{key: stored[key] for key in _SETTINGS if key in stored})
+    except Exception as error:  # of any class: the library checks each setting in its own way
+        raise ModelError(
+            f"{where}: its vision tower cannot be made: {one_line(error)}; take the configuration of the same checkpoint"
+        ) from error
     return config
 
 

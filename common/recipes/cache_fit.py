@@ -77,8 +77,8 @@ def differences_text(differences: Iterable[Difference]) -> str:
 
 
 def _other_layers(wanted: Any, plan: Plan, signals: tuple[str, ...]) -> list[Difference]:
-    depth, choice = int(plan.teacher["layers"]), wanted["layers"]
-    cached: Groups = tuple(tuple(group) for group in plan.teacher["groups"])
+    depth, choice = plan.stated("teacher.layers"), wanted["layers"]
+    cached: Groups = tuple(tuple(group) for group in plan.stated("teacher.groups"))
     count = wanted["groups"] or published_count(depth)
     if cached == teacher_groups(depth, count, choice):
         return []

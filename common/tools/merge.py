@@ -10,10 +10,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from vlm_distill_cache.common.cache.document_rules import MAX_SHARDS
 from vlm_distill_cache.common.cache.documents import describe_differences
 from vlm_distill_cache.common.cache.index import INDEX
 from vlm_distill_cache.common.cache.manifest import Manifest, read_manifest
-from vlm_distill_cache.common.cache.plan import DESCRIPTIVE, MAX_SHARDS, PLAN, THREADS, Plan, read_plan
+from vlm_distill_cache.common.cache.plan import DESCRIPTIVE, PLAN, THREADS, Plan, read_plan
 from vlm_distill_cache.common.cache.reader import TeacherCache
 from vlm_distill_cache.common.cache.schema import Field, Record
 from vlm_distill_cache.common.cache.shared_images import VISUAL_SOURCE, SharedImages

@@ -96,10 +96,11 @@ def check_settings(encoder: "AnyImageEncoder") -> None:
             "do_pan_and_scan is on: its crops depend on the picture and overlap it, which is not supported; "
             "set do_pan_and_scan to false in preprocessor_config.json (the library's default)"
         )
-    size = getattr(encoder.processor, "size", None)
-    height, width = (getattr(size, key, None) for key in ("height", "width"))
-    if isinstance(height, int | float) and isinstance(width, int | float) and height * width > MAX_PIXELS:
-        raise unusable_settings(encoder.processor, f"more than the {MAX_PIXELS} pixels allowed")
+    for name in ("size", "crop_size", "pad_size"):
+        size = getattr(encoder.processor, name, None)
+        height, width = (getattr(size, key, None) for key in ("height", "width"))
+        if isinstance(height, int | float) and isinstance(width, int | float) and height * width > MAX_PIXELS:
+            raise unusable_settings(encoder.processor, f"{name} is more than the {MAX_PIXELS} pixels allowed")
     for width, height in PROBES:
         noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
         try:

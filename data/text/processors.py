@@ -18,8 +18,16 @@ import xxhash
 from torch import nn
 from transformers import AutoTokenizer, ImageProcessingMixin
 
+from vlm_distill_cache.common.cache.document_rules import (
+    IMAGE_PROCESSOR,
+    MAX_PLAN_BYTES,
+    MAX_SETTINGS_BYTES,
+    PROCESSOR,
+)
 from vlm_distill_cache.common.errors import ModelError
+from vlm_distill_cache.common.files.atomic import read_json
 from vlm_distill_cache.common.files.hashing import file_checksum, fingerprint
+from vlm_distill_cache.common.files.rules import OBJECT, check
 from vlm_distill_cache.common.models.parts import describe_lost_tokenizer, has_tokenizer
 from vlm_distill_cache.common.printing import one_line
 from vlm_distill_cache.data.text.sentencepiece_model import is_model_only, load_sentencepiece_tokenizer
@@ -116,6 +124,9 @@ def load_tokenizer(folder: Path) -> Any:
         ModelError: If there is none, or it cannot be read.
     """
     try:
+        for file in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
+            if (path := Path(folder) / file).is_file():
+                check(read_json(path.resolve(), max_bytes=MAX_PLAN_BYTES), OBJECT, file, remedy="correct it")
         if is_model_only(folder):
             tokenizer = load_sentencepiece_tokenizer(folder)
         else:
@@ -156,6 +167,9 @@ def load_image_processor(folder: Path) -> Any:
         ModelError: If there is none, it cannot be read, or the library has no PIL class for it.
     """
     try:
+        for file, rule in (("preprocessor_config.json", IMAGE_PROCESSOR), ("processor_config.json", PROCESSOR)):
+            if (path := Path(folder) / file).is_file():
+                check(read_json(path.resolve(), max_bytes=MAX_SETTINGS_BYTES), rule, file, remedy="correct it")
         stored, _ = ImageProcessingMixin.get_image_processor_dict(folder, local_files_only=True)
     except (OSError, ValueError) as error:
         raise ModelError(

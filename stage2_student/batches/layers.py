@@ -24,11 +24,10 @@ def match_groups(
     Args:
         layers: Which part of the depth; None: the cache's own choice.
     """
-    teacher = plan.teacher
-    choice: Any = teacher.get("layer_choice", "middle")
+    choice: Any = plan.teacher.get("layer_choice", "middle")
     return match_cached_groups(
-        teacher_depth=int(teacher["layers"]),
-        cached=tuple(tuple(group) for group in teacher["groups"]),
+        teacher_depth=plan.stated("teacher.layers", where),
+        cached=tuple(tuple(group) for group in plan.stated("teacher.groups", where)),
         layer_choice=tuple(choice) if isinstance(choice, list) else choice,
         student_depth=depth,
         matching=matching,

@@ -151,7 +151,9 @@ class HiddenTerm(RowsTerm):
                 f"hidden_kind={losses.hidden_kind} needs equal widths. Set PHASE.losses.hidden_kind=relation "
                 "(PHASE: dpt, dft or sft), or use a student of the teacher's width (a pruned one keeps it)"
             )
-        return student_layers(codec.layers, teacher_depth=int(plan.teacher["layers"]), student_depth=student.depth)
+        return student_layers(
+            codec.layers, teacher_depth=plan.stated("teacher.layers", where), student_depth=student.depth
+        )
 
     def target(self, sides: Sides) -> RowsTarget:
         """The teacher's states, those of visual tokens on the common cells that carry image."""

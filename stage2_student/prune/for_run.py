@@ -27,7 +27,7 @@ def prune_for_cache(
         ModelError: If the directory does not hold the cache's teacher.
     """
     teacher = Path(config.teacher or "")
-    found, cached = tokenizer_fingerprint(load_tokenizer(teacher)), cache.plan.fingerprints["tokenizer"]
+    found, cached = tokenizer_fingerprint(load_tokenizer(teacher)), cache.plan.fingerprints.get("tokenizer")
     width = cache.plan.teacher.get("hidden_size")
     own = text_config(AutoConfig.from_pretrained(teacher, local_files_only=True)).hidden_size
     if found != cached or width not in (None, own):

@@ -12,6 +12,7 @@ from typing import Any
 
 from vlm_distill_cache.common.cache.reader import TeacherCache
 from vlm_distill_cache.common.errors import ConfigError, SampleError
+from vlm_distill_cache.common.files.rules import shown
 from vlm_distill_cache.common.printing import one_line
 from vlm_distill_cache.data.registry import open_dataset, open_evaluation
 from vlm_distill_cache.data.sample import EvaluationSet, Question
@@ -20,7 +21,7 @@ from vlm_distill_cache.data.text.encoding import SampleEncoder, build_prompt
 from vlm_distill_cache.stage2_student.batches.dataset import merged_fingerprints, splits_and_limits
 from vlm_distill_cache.stage2_student.config import TrainConfig
 from vlm_distill_cache.stage2_student.students.encoder import encoder_of_cache
-from vlm_distill_cache.stage2_student.training.preparation import BUILT_IN_DATA
+from vlm_distill_cache.stage2_student.training.preparation import BUILT_IN_DATA, built_in_data
 
 PROBED_QUESTIONS = 32
 MOST_UNREADABLE = (
@@ -158,9 +159,11 @@ def _data_of(config: TrainConfig, cache: TeacherCache | None) -> str:
         raise ConfigError(
             f"no data to score on is named, and the cache {config.cache}, which would tell, cannot be opened; {remedy}"
         )
-    spec = str(cache.plan.data.get("name", "")).partition("[")[0].partition("/")[0]
-    if spec.partition(":")[0] not in BUILT_IN_DATA:
-        raise ConfigError(f"no data to score on: {config.cache} was built from {spec!r}; {remedy}")
+    spec = built_in_data(cache)
+    if spec is None:
+        raise ConfigError(
+            f"no data to score on: {config.cache} was built from {shown(cache.plan.data.get('name'))}; {remedy}"
+        )
     return spec
 
 

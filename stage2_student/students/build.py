@@ -7,17 +7,21 @@ own; larger ones need a directory of weights, and the error names which.
 
 import copy
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from safetensors.torch import load_file
 from torch import nn
 from transformers import LlamaConfig, Qwen2Config
 
+from vlm_distill_cache.common.cache.document_rules import MAX_SETTINGS_BYTES, PROJECTOR, VISION_TOWER
+from vlm_distill_cache.common.cache.plan import read_plan
 from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, ModelError
 from vlm_distill_cache.common.files.atomic import read_json
+from vlm_distill_cache.common.files.rules import AGAIN, check
+from vlm_distill_cache.common.files.tensor_table import read_tensor_table
 from vlm_distill_cache.common.models.compodistill import CompoDistillConfig, CompoDistillForConditionalGeneration
 from vlm_distill_cache.common.models.explained import explained_errors
 from vlm_distill_cache.common.models.mobilevlm import MobileVLMConfig, MobileVLMForConditionalGeneration
@@ -37,6 +41,8 @@ from vlm_distill_cache.data.text.processors import load_image_processor
 from vlm_distill_cache.stage2_student.config import choose_size
 from vlm_distill_cache.stage2_student.students.presets import STUDENTS, fit_size, load_preset, student_folder
 
+_Stored = TypeVar("_Stored")
+
 
 def has_tower(cache_dir: Path, kind: str) -> bool:
     """Whether a cache carries a vision tower of this ``model_type``; one without a name is CLIP's."""
@@ -48,28 +54,61 @@ def has_tower(cache_dir: Path, kind: str) -> bool:
 
 def load_frozen_parts(student: VisionLanguageModel, cache_dir: Path, *, needs_tower: bool) -> None:
     """Copy the cache's vision tower and, for TAF, its teacher's projector into a student, strictly."""
+    for module, path in _frozen_parts(student, cache_dir, needs_tower=needs_tower):
+        tensors = _own_names(load_file(path))
+        if damaged := [name for name, value in tensors.items() if not torch.isfinite(value).all()]:
+            raise CacheFormatError(f"{path}: {damaged[0]} holds numbers that are not finite; {AGAIN}")
+        module.load_state_dict(tensors)
+
+
+def check_frozen_parts(shell: VisionLanguageModel, cache_dir: Path, *, needs_tower: bool) -> None:
+    """Compare what a cache's files of weights hold with what its configurations say, before anything of that size is made.
+
+    Raises:
+        CacheFormatError: If a file is missing, or its tensors are not exactly the module's.
+    """
+    for module, path in _frozen_parts(shell, cache_dir, needs_tower=needs_tower):
+        if not path.exists():
+            raise CacheFormatError(f"{path}: not found, but this student needs it; build the cache again")
+        found = _own_names(read_tensor_table(path))
+        expected = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+        if wrong := sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name)):
+            raise CacheFormatError(
+                f"{path}: tensors {wrong[:5]} are missing, left over or of another shape than the cache's own "
+                f"configuration says: {wrong[0]} is {found.get(wrong[0])}, expected {expected.get(wrong[0])}; the cache is "
+                "damaged or incomplete: build it again"
+            )
+
+
+def _frozen_parts(
+    student: VisionLanguageModel, cache_dir: Path, *, needs_tower: bool
+) -> Iterator[tuple[nn.Module, Path]]:
     if needs_tower:
-        _load_strictly(student.vision_encoder, cache_dir / "vision_tower.safetensors")
+        yield student.vision_encoder, cache_dir / "vision_tower.safetensors"
     if isinstance(student.model.mm_projector, TeacherAdapter):
-        _load_strictly(student.model.mm_projector.teacher, cache_dir / "projector.safetensors")
+        yield student.model.mm_projector.teacher, cache_dir / "projector.safetensors"
+
+
+def _own_names(stored: Mapping[str, _Stored]) -> dict[str, _Stored]:
+    named = {name.removeprefix("vision_model."): value for name, value in stored.items()}
+    return {name: value for name, value in named.items() if not name.endswith("position_ids")}
 
 
 def teacher_width(cache_dir: Path) -> int:
     """Width of the teacher's language model: its projector's output, or what the plan says."""
     if (cache_dir / "projector.json").exists() or not (cache_dir / "plan.json").exists():
         return int(read_cache_json(cache_dir, "projector.json")["out"])
-    width = read_json(cache_dir / "plan.json").get("teacher", {}).get("hidden_size")
-    if not isinstance(width, int):
+    width = read_plan(cache_dir).teacher.get("hidden_size")
+    if width is None:
         raise ConfigError(f"student size: {cache_dir} does not say how wide its teacher is; name a size")
-    return width
+    return int(width)
 
 
 def refuse_without_projector(cache_dir: Path) -> None:
     """Say why a cache holds no projector, where its plan knows."""
-    plan = cache_dir / "plan.json"
-    if (cache_dir / "projector.json").exists() or not plan.exists():
+    if (cache_dir / "projector.json").exists() or not (cache_dir / "plan.json").exists():
         return
-    reason = read_json(plan).get("teacher", {}).get("no_projector")
+    reason = read_plan(cache_dir).teacher.get("no_projector")
     if reason:
         raise ModelError(
             f"projector 'taf': {cache_dir} holds no teacher's projector, because {reason}; use another projector (--set "
@@ -95,33 +134,16 @@ def teacher_projector(cache_dir: Path, vision: TowerConfig) -> tuple[dict[str, A
 
 
 def read_cache_json(cache_dir: Path, name: str) -> dict[str, Any]:
-    """Read one of the cache's small JSON files, or say what it is needed for."""
+    """Read ``projector.json`` or ``vision_tower.json`` of a cache, or say what it is needed for."""
     path = cache_dir / name
     if not path.exists():
         raise CacheFormatError(
             f"{path}: not found, but this student needs it; build the cache with the teacher's vision tower "
             "and projector exported, or give a directory of weights as the student"
         )
-    content: dict[str, Any] = read_json(path)
+    rule = PROJECTOR if name == "projector.json" else VISION_TOWER
+    content: dict[str, Any] = check(read_json(path, max_bytes=MAX_SETTINGS_BYTES), rule, str(path))
     return content
-
-
-def _load_strictly(module: nn.Module, path: Path) -> None:
-    """Copy a file's tensors into a module; every name and shape must match."""
-    if not path.exists():
-        raise CacheFormatError(f"{path}: not found, but this student needs it; build the cache again")
-    tensors = {key.removeprefix("vision_model."): value for key, value in load_file(path).items()}
-    tensors = {key: value for key, value in tensors.items() if not key.endswith("position_ids")}
-    expected = module.state_dict()
-    wrong = sorted(set(expected) ^ set(tensors)) or sorted(
-        key for key, value in tensors.items() if value.shape != expected[key].shape
-    )
-    if wrong:
-        raise CacheFormatError(
-            f"{path}: tensors {wrong[:5]} are missing, left over or of another shape than the cache's own "
-            "configuration says; the cache is damaged or incomplete: build it again"
-        )
-    module.load_state_dict(tensors)
 
 
 logger = logging.getLogger(__name__)
@@ -244,6 +266,7 @@ def find_student(
 
     with explained_errors(language_model or cache_dir):
         shell = _shell(model_class, config, vocab_size)
+    check_frozen_parts(shell, cache_dir, needs_tower=not own_tower)
     return FoundStudent(shell, make)
 
 

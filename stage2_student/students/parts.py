@@ -7,14 +7,13 @@ from typing import Any
 
 from torch import nn
 
-from vlm_distill_cache.common.cache.plan import Plan
 from vlm_distill_cache.common.cache.reader import TeacherCache
 from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, ModelError
+from vlm_distill_cache.common.files.rules import AGAIN, shown
 from vlm_distill_cache.common.models.parts import describe_lost_tokenizer, has_tokenizer
 from vlm_distill_cache.common.models.projectors import TeacherAdapter
 from vlm_distill_cache.common.models.published import is_own, is_published
 from vlm_distill_cache.common.models.vision_language import VisionLanguageModel
-from vlm_distill_cache.common.printing import one_line
 from vlm_distill_cache.data.families.table import FAMILIES
 from vlm_distill_cache.data.images.encoder import AnyImageEncoder, ImageEncoder
 from vlm_distill_cache.data.images.layouts import image_encoder_from_dict
@@ -96,7 +95,7 @@ def open_parts(config: TrainConfig, cache: TeacherCache) -> StudentParts:
         name,
         cache_dir=cache.path,
         vocab_size=len(tokenizer),
-        image_token_id=None if own_tokenizer else _cached_image_token(cache.plan, tokenizer),
+        image_token_id=None if own_tokenizer else _cached_image_token(cache, tokenizer),
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -163,21 +162,20 @@ def _library_parts(config: TrainConfig, folder: Path) -> StudentParts:
     )
 
 
-def _cached_image_token(plan: Plan, tokenizer: Any) -> int:
+def _cached_image_token(cache: TeacherCache, tokenizer: Any) -> int:
     """The token that a cache's prompt template writes for a picture, once; of most families the image token itself.
 
     Gemma 3's template writes ``<start_of_image>``, which its own processor opens out to tags and image tokens.
     """
-    marker = plan.geometry.get("marker")
-    if marker:
-        return int(tokenizer.convert_tokens_to_ids(marker))
-    token = plan.teacher.get("image_token_id")
-    if not isinstance(token, int):
+    marker = cache.plan.geometry.get("marker")
+    token = (
+        tokenizer.convert_tokens_to_ids(marker) if marker else cache.plan.stated("teacher.image_token_id", cache.path)
+    )
+    if token is None or (marker and token == tokenizer.unk_token_id):
         raise CacheFormatError(
-            f"the cache's plan: teacher has no whole 'image_token_id' ({one_line(repr(token), limit=40)}); the plan is "
-            "incomplete: copy the cache again from where it came from, or build it again (`teacher-cache build`)"
+            f"{cache.path}: plan.json: geometry.marker is {shown(marker)}, expected a token of processor/; {AGAIN}"
         )
-    return token
+    return int(token)
 
 
 def _mobilevlm_images(

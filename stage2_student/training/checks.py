@@ -14,10 +14,12 @@ from torch import nn
 
 from vlm_distill_cache.common.cache.plan import built_with, with_more
 from vlm_distill_cache.common.cache.reader import TeacherCache
+from vlm_distill_cache.common.codecs.description import Codec
 from vlm_distill_cache.common.codecs.logits import LogitCodec
 from vlm_distill_cache.common.codecs.registry import codec_from_dict
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError, ModelError, SampleError
 from vlm_distill_cache.common.files.hashing import fingerprint
+from vlm_distill_cache.common.files.rules import AGAIN
 from vlm_distill_cache.common.printing import one_line
 from vlm_distill_cache.common.terminal.next_step import set_words
 from vlm_distill_cache.data.families.table import FAMILIES
@@ -147,9 +149,13 @@ def check_signals(cache: TeacherCache, losses: LossWeights, *, phase: str, off: 
                     options=f"--signals {build},...",
                 )
             )
+    if "answers" in held:
+        read_codec(cache, "answers")  # the samples' own, whatever the losses
     for term in terms.values():
+        codecs = [read_codec(cache, signal) for signal in term.reads]
+        cached = [value for codec in codecs if isinstance(codec, LogitCodec) for value in codec.temperatures]
         wanted = f"temperatures=[{losses.temperature}]"
-        if term.tempered and losses.temperature not in (cached := _temperatures(cache, term.reads[0])):
+        if term.tempered and losses.temperature not in cached:
             raise CacheMismatchError(
                 f"phase {phase}: losses.temperature is {losses.temperature}, {cache.path} holds tail masses at "
                 f"{', '.join(map(str, cached))} only. Use one of these "
@@ -190,18 +196,24 @@ def check_pictures(
         )
 
 
-def _temperatures(cache: TeacherCache, signal: str) -> tuple[float, ...]:
-    """At which the tail masses of cached logits are known."""
+def read_codec(cache: TeacherCache, signal: str) -> Codec:
+    """The codec of a signal that a loss reads.
+
+    Raises:
+        CacheFormatError: If no codec has the plan's settings, or the plan's arrays are not its codec's.
+    """
     try:
         codec = codec_from_dict(cache.plan.signals[signal])
     except CacheFormatError as error:
         raise CacheFormatError(f"{cache.path}: plan: signals.{signal}: {error}") from error
-    if not isinstance(codec, LogitCodec):
+    lacking = [field.name for field in codec.fields() if field not in cache.plan.fields[signal]]
+    if codec.signal != signal or lacking:
         raise CacheFormatError(
-            f"{cache.path}: plan: signals.{signal} names the codec {codec.signal!r}, which holds no logits; the plan is "
-            "damaged: copy the cache again from where it came from, or build it again (`teacher-cache build`)"
+            f"{cache.path}: plan: signals.{signal} names the codec {codec.signal!r}, which holds no {signal}"
+            + (f" without the array {lacking[0]}, which is not in fields.{signal} as it writes it" if lacking else "")
+            + f"; the plan is damaged: {AGAIN}"
         )
-    return codec.temperatures
+    return codec
 
 
 def check_vision_tower(cache: TeacherCache, tower: nn.Module) -> None:

@@ -5,6 +5,7 @@ All bad news comes from here, before the first step of the first phase.
 
 import contextlib
 import logging
+import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from vlm_distill_cache.common.cache.counts import picture_words, unknown_words
 from vlm_distill_cache.common.cache.reader import TeacherCache
 from vlm_distill_cache.common.errors import ConfigError, DataError
 from vlm_distill_cache.common.files.hashing import fingerprint
+from vlm_distill_cache.common.files.rules import shown
 from vlm_distill_cache.common.locations import is_url
 from vlm_distill_cache.common.remotes.mirror import find_mirror
 from vlm_distill_cache.common.tools.merge import refuse_different
@@ -62,6 +64,11 @@ from vlm_distill_cache.stage2_student.training.checks import (
 
 FEW_PICTURES = 0.5  # of a cache's samples: fewer are worth a line
 BUILT_IN_DATA = ("shapes", "easy-vqa")
+MOST_NAMED = 1_000_000  # drawn pictures: a list of their names takes a second and 100 MB
+MOST_DRAWN = 20_000  # whatever a cache holds: their texts take 10 s
+_BUILT_IN = re.compile(
+    r"(?P<spec>easy-vqa|shapes(?::images=(?P<images>[0-9]{1,18})(?:,seed=[0-9]{1,18})?)?)(?:[\[/].*)?", re.ASCII
+)
 _log = logging.getLogger(__name__)
 
 
@@ -103,19 +110,31 @@ class Preparation:
     cache_hashes: Mapping[str, str]
 
 
+def built_in_data(cache: TeacherCache) -> str | None:
+    """The built-in data set that a cache names, as ``data.registry`` takes it; None: another one, or one far too large.
+
+    Nothing else is opened, drawn or fetched because a cache says so: comparing its data draws every picture's text.
+    """
+    # The stored name also says split and limit: "shapes:images=1500,seed=0[:64]", "easy-vqa/train".
+    found = _BUILT_IN.fullmatch(cache.plan.data.get("name") or "")
+    if found is None:
+        return None
+    images = int(found["images"] or 0)
+    drawn = sum(min(images, limit or images) for _, limit in splits_and_limits(cache))
+    return found["spec"] if images <= MOST_NAMED and drawn <= max(2 * len(cache), MOST_DRAWN) else None
+
+
 def open_cached_data(cache: TeacherCache, *, data: str | None, images: str | None) -> Dataset:
     """Open the data a cache was built from; `check_data` makes sure that it is that.
 
     Args:
         data: As in ``data.registry``; None: the built-in data set that the cache names.
     """
-    described = cache.plan.data
-    # The stored name also says split and limit: "shapes:images=1500,seed=0[:64]", "easy-vqa/train".
-    spec = data or str(described.get("name", "")).partition("[")[0].partition("/")[0]
-    if data is None and spec.partition(":")[0] not in BUILT_IN_DATA:
+    spec = data or built_in_data(cache)
+    if spec is None:
         raise ConfigError(
-            f"no data given, and {cache.path} was built from {spec!r}, whose place a cache does not hold; "
-            "pass --data (and --images)"
+            f"no data given, and {cache.path} was built from {shown(cache.plan.data.get('name'))}, no built-in data set of "
+            f"about its size, and whose place a cache does not hold; pass --data (and --images)"
         )
     folder = None if images is None else Path(images)
     commits = _commits_of(cache)

@@ -21,7 +21,7 @@ from numcodecs.zstd import Zstd
 from safetensors import SafetensorError
 from safetensors import numpy as safetensors_numpy
 
-from vlm_distill_cache.common.cache.plan import MAX_SHARD_SAMPLES
+from vlm_distill_cache.common.cache.document_rules import MAX_SHARD_SAMPLES
 from vlm_distill_cache.common.cache.schema import Field, Record, check_record
 from vlm_distill_cache.common.cache.stores.base import (
     DAMAGE_ERRORS,

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from vlm_distill_cache.common.cache.plan import MAX_SHARD_SAMPLES
+from vlm_distill_cache.common.cache.document_rules import MAX_SHARD_SAMPLES
 from vlm_distill_cache.common.cache.schema import Field
 from vlm_distill_cache.common.cache.stores.base import frame_content_bytes
 from vlm_distill_cache.common.errors import CacheFormatError

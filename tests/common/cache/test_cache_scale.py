@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from cache_factory import FAILED, assert_equal_records, build_cache, make_plan, make_record, sample_id
 
+from vlm_distill_cache.common.cache.document_rules import MAX_SHARDS
 from vlm_distill_cache.common.cache.documents import document_bytes, read_document
 from vlm_distill_cache.common.cache.index import INDEX
 from vlm_distill_cache.common.cache.manifest import seal
-from vlm_distill_cache.common.cache.plan import MAX_SHARDS, SHARDS, write_plan
+from vlm_distill_cache.common.cache.plan import SHARDS, write_plan
 from vlm_distill_cache.common.cache.reader import TeacherCache
 from vlm_distill_cache.common.cache.side_files import MANIFEST
 from vlm_distill_cache.common.cache.stores import finish_shard, open_writer

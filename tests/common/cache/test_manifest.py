@@ -231,10 +231,10 @@ def test_sidecars_must_fit_the_plan_and_their_name(cache):
         "the plan has 4": lambda body: body["failed"].pop(),
         "which is not a file of shard 0": lambda body: body["files"].update({"plan.json": entry}),
         "fields": lambda body: body["field_bytes"].pop("labels"),
-        "sample_ids do not fit": lambda body: body["sample_ids"].pop(),
+        "samples is 3; expected 2;": lambda body: body["sample_ids"].pop(),
         "says it is shard 2": lambda body: body.update(index=2),
         "rows is": lambda body: body.update(rows=-1),
-        "expected an object": lambda body: body["failed"].append({"sample_id": "x"}),
+        r"failed\[\d\].reason is missing; expected text": lambda body: body["failed"].append({"sample_id": "x"}),
     }
     original = sidecar_path(cache, 0).read_bytes()
     for message, change in changes.items():

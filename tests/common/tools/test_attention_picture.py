@@ -95,10 +95,13 @@ def test_without_image_or_signal_there_is_nothing_to_draw():
 
 def test_a_grid_that_is_not_that_of_the_arrays_is_refused():
     codec = RowAttentionCodec(grid=GRID, groups=2)
+
+    def plan_with(grid):
+        return make_plan(signals={codec.signal: codec.to_dict() | {"grid": grid}}, fields={codec.signal: ()})
+
     for grid in ([4, 4], [1 << 40, 1 << 40], "3x4", [12]):
-        plan = make_plan(signals={codec.signal: codec.to_dict() | {"grid": grid}}, fields={codec.signal: ()})
-        with pytest.raises(CacheFormatError, match=r"expected cells|stored settings are not valid"):
-            word_maps(record_of(codec), plan, [("x", [0])])
+        with pytest.raises(CacheFormatError, match=r"expected cells|signals\.answer_attention\.grid is .*; expected"):
+            word_maps(record_of(codec), plan_with(grid), [("x", [0])])
 
 
 @pytest.mark.parametrize("side", [1, 3, 6, 12, 24, 48])

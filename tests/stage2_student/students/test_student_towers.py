@@ -5,6 +5,7 @@ import logging
 
 import pytest
 import torch
+from cache_factory import make_plan
 from safetensors.torch import save_file
 from transformers import (
     CLIPVisionConfig,
@@ -17,6 +18,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
+from vlm_distill_cache.common.cache.documents import write_document
 from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, ModelError
 from vlm_distill_cache.common.models.compodistill import CompoDistillForConditionalGeneration
 from vlm_distill_cache.common.models.projectors import TeacherProjector
@@ -53,7 +55,7 @@ def write_cache(folder, kind=None, strategy="patch"):
         save_file(projector.state_dict(), folder / "projector.safetensors")
         stored = {"act": "gelu", "bias": True, "in": 16, "hidden": 20, "out": 20, "vision_feature_layer": -2}
         (folder / "projector.json").write_text(json.dumps(stored | {"vision_feature_select_strategy": strategy}))
-    (folder / "plan.json").write_text(json.dumps({"teacher": {"hidden_size": 20}}))
+    write_document(folder / "plan.json", make_plan(teacher={"hidden_size": 20}).to_dict())
     return folder
 
 
@@ -115,7 +117,7 @@ def test_taf_from_a_teacher_without_an_mlp_projector_repeats_the_plans_reason(tm
         "hidden_size": 20,
         "no_projector": "the projector of model_type 'qwen2_vl' is no two-layer MLP",
     }
-    (cache / "plan.json").write_text(json.dumps({"teacher": teacher}))
+    write_document(cache / "plan.json", make_plan(teacher=teacher).to_dict())
     with pytest.raises(ModelError, match="because the projector of model_type 'qwen2_vl' is no two-layer MLP"):
         make_student(cache, "mobilevlm", projector_type="taf")
 

@@ -217,7 +217,8 @@ def _trained_template(folder: Path) -> PromptTemplate | None:
     """The template that a student of ours was trained with."""
     if not (folder / PROVENANCE).exists():
         return None
-    return PromptTemplate.from_dict(read_json((folder / PROVENANCE).resolve())["encoder"]["template"])
+    stored = read_json((folder / PROVENANCE).resolve())["encoder"]["template"]
+    return PromptTemplate.from_dict(stored, origin=str(folder))
 
 
 def _default_template(model: LibraryStudent, tokenizer: Any) -> PromptTemplate | None:

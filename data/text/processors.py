@@ -139,7 +139,7 @@ def load_tokenizer(folder: Path) -> Any:
 def _chat_template(path: Path) -> str:
     try:
         template = json.loads(path.read_text(encoding="utf-8"))["chat_template"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ModelError(f'{path}: expected {{"chat_template": "..."}}, got {error!r}; download it again') from error
     return str(template)
 
@@ -157,7 +157,7 @@ def load_image_processor(folder: Path) -> Any:
     """
     try:
         stored, _ = ImageProcessingMixin.get_image_processor_dict(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(
             f"{folder}: no usable image processor ({error}); expected preprocessor_config.json, or "
             "processor_config.json with an image_processor inside, as save_pretrained writes them"

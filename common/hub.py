@@ -223,7 +223,7 @@ def _lacks(snapshot: Path) -> str:
     index = snapshot / ("model.safetensors.index.json" if tensors else "pytorch_model.bin.index.json")
     try:
         shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return ""  # no index; what reads the weights says what is wrong with a damaged one
     return ", ".join(f"{shard} is missing" for shard in shards if not (snapshot / str(shard)).is_file())
 

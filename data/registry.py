@@ -28,6 +28,7 @@ from types import MappingProxyType
 
 from vlm_distill_cache.common.errors import DataError, SampleError
 from vlm_distill_cache.common.hub import HubName, hub_name
+from vlm_distill_cache.common.printing import brief
 from vlm_distill_cache.data.sample import (
     Dataset,
     EvaluationSet,
@@ -94,7 +95,10 @@ def open_dataset(
     """
     if limit is not None and limit < 1:
         raise DataError(f"limit must be at least 1 sample, got {limit}")
-    name, options = _split_spec(spec)
+    try:
+        name, options = _split_spec(spec)
+    except OSError as error:  # a name longer than any file's
+        raise DataError(f"data {brief(spec)!r} is no name: {error.strerror}; expected {FORMS}") from error
     dataset: Dataset
     if name == "shapes":
         from vlm_distill_cache.data.shapes.dataset import ShapesDataset  # drawing code, only needed here
@@ -287,8 +291,8 @@ def _number(options: Mapping[str, str], key: str, otherwise: int) -> int:
     value = options.get(key)
     if value is None:
         return otherwise
-    if not value.isdecimal():
-        raise DataError(f"option {key} must be a whole number of at least 0, got {value!r}")
+    if not value.isdecimal() or len(value) > 18:
+        raise DataError(f"option {key} must be a whole number from 0 to 10**18, got {brief(value, limit=60)!r}")
     return int(value)
 
 

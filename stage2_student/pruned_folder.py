@@ -35,7 +35,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     """A JSON file of a checkpoint directory, where the files may be links; empty if it is not there or unreadable."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 

@@ -1,9 +1,14 @@
 """YAML as people write it: every key once, faults in one line."""
 
+from itertools import chain
 from typing import Any
 
 import yaml
-from yaml.nodes import MappingNode, Node, ScalarNode
+from yaml.nodes import CollectionNode, MappingNode, Node, ScalarNode
+
+MAX_CHARACTERS = 1_000_000
+MAX_VALUES = 100_000  # of a document, each alias counted as what it stands for
+MAX_DIGITS = 100  # of a number: what has more is a text that lacks its quotes, or takes minutes to convert
 
 
 class YamlError(ValueError):
@@ -16,8 +21,10 @@ def parse_yaml(text: str) -> Any:
     YAML's readers keep the last of them: a forgotten dash would drop an entry of a list, in silence.
 
     Raises:
-        YamlError: It is not YAML, or a key stands twice.
+        YamlError: It is not YAML, a key stands twice, or it has more text or values than any configuration.
     """
+    if len(text) > MAX_CHARACTERS:
+        raise YamlError(f"it has {len(text)} characters, more than the {MAX_CHARACTERS} that are read")
     try:
         loader = _Loader(text)
         try:
@@ -38,6 +45,37 @@ def parse_yaml(text: str) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
+    def get_single_node(self) -> Node | None:
+        """The document, if it is no small text that stands for a large one (aliases of aliases)."""
+        node = super().get_single_node()
+        if node is not None:
+            self._count(node, {})
+        return node
+
+    def _count(self, node: Node, known: dict[int, float]) -> float:
+        """How many values a node stands for; one that contains itself is infinite."""
+        if id(node) not in known:
+            known[id(node)] = float("inf")
+            inner = node.value if isinstance(node, CollectionNode) else ()
+            nodes = chain.from_iterable(inner) if isinstance(node, MappingNode) else inner
+            known[id(node)] = 1 + sum(self._count(child, known) for child in nodes)
+        if known[id(node)] > MAX_VALUES:
+            raise yaml.MarkedYAMLError(
+                problem=f"more than {MAX_VALUES} values, each alias (*name) counted as what it stands for; write them out",
+                problem_mark=node.start_mark,
+            )
+        return known[id(node)]
+
+    def construct_scalar(self, node: ScalarNode | MappingNode) -> Any:
+        """A value's text; a number's is bounded."""
+        number = node.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+        if number and len(node.value) > MAX_DIGITS:
+            raise yaml.MarkedYAMLError(
+                problem=f"a number of {len(node.value)} characters, expected at most {MAX_DIGITS}; put texts in quotes",
+                problem_mark=node.start_mark,
+            )
+        return super().construct_scalar(node)
+
     def compose_mapping_node(self, anchor: Any) -> MappingNode:
         """Each mapping as it is written, before what ``<<`` takes in is put among its keys."""
         node = super().compose_mapping_node(anchor)

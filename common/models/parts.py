@@ -12,12 +12,15 @@ from vlm_distill_cache.common.files.atomic import read_json
 from vlm_distill_cache.common.models.published_configs import KNOWN_TOWERS, drop_buffers, text_settings
 from vlm_distill_cache.common.models.vision_language import VisionLanguageModel
 from vlm_distill_cache.common.models.weight_files import GGUF, Weights, check_tensors, copy_weights, read_weights
-from vlm_distill_cache.common.printing import one_line
+from vlm_distill_cache.common.printing import brief, one_line
 
 _LANGUAGE_MODELS = {"llama": "llama", "mobilellama": "llama", "qwen2": "qwen2"}
 ADAPTER = "adapter_config.json"
 _FIRST = "embeddings.patch_embedding.weight"
 _OTHERS_PARTS = ("model.vision_tower.", "model.mm_projector.")
+
+
+MAX_LAYERS = 2000  # published models have up to 130
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -38,6 +41,17 @@ def read_config(directory: Path) -> dict[str, Any]:
         raise ModelError(
             f"{directory} cannot be loaded: config.json holds {found}, expected an object of settings; download it again"
         )
+    for name, section in [
+        ("", stored),
+        *((f"{key}.", value) for key, value in stored.items() if isinstance(value, dict)),
+    ]:
+        for key in ("num_hidden_layers", "num_layers", "n_layer", "depth"):
+            if (
+                isinstance(count := section.get(key), int) and count > MAX_LAYERS
+            ):  # each is built before weights are compared
+                raise ModelError(
+                    f"{path}: {name}{key} is {brief(repr(count), limit=80)}, expected at most {MAX_LAYERS}; download it again"
+                )
     return stored
 
 

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from vlm_distill_cache.common.config import config_to_dict, read_yaml
 from vlm_distill_cache.common.errors import ConfigError
+from vlm_distill_cache.common.files.yaml_text import YamlError, parse_yaml
 from vlm_distill_cache.common.printing import one_line
 
 Stage = Literal["stage_one", "stage_two"]
@@ -111,8 +110,8 @@ def merge_options(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str
 
 def _parsed(text: str) -> Any:
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
+        return parse_yaml(text)
+    except YamlError:
         return text  # no name of a recipe, which the error then shows
 
 

@@ -24,6 +24,7 @@ from vlm_distill_cache.data.shapes.text import (
     relation_caption,
 )
 
+MAX_IMAGES = 2_000_000
 TURNS = 8  # independent conversations a picture
 _SCENE, _PIXELS, _TEXT, _EVALUATION = 0, 1, 2, 3  # purposes of a picture's generators
 _ASKED = ("attribute", "attribute", "relation", "relation", "side", "count", "size", "yes_no")
@@ -160,3 +161,7 @@ def _check(split: str, count: int, seed: int) -> None:
         raise DataError(f"shapes has no split {split!r}; choose one of {', '.join(SPLITS)}")
     if count < 0 or seed < 0:
         raise DataError(f"shapes: images and seed must not be negative, got images={count}, seed={seed}")
+    if count > MAX_IMAGES:
+        raise DataError(
+            f"shapes: images={count}, expected at most {MAX_IMAGES}, whose ids fit into memory; ask for fewer"
+        )

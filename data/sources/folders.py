@@ -123,7 +123,7 @@ def _lists_files(folder: Path) -> bool:
     try:
         card = metadata_load(readme) if readme.is_file() else None
         return any(config.get("data_files") for config in (card or {}).get("configs") or [])
-    except (ValueError, TypeError, AttributeError, OSError, yaml.YAMLError):
+    except (ValueError, TypeError, AttributeError, OSError, RecursionError, yaml.YAMLError):
         return False
 
 
@@ -224,7 +224,7 @@ def _without_missing(root: Path) -> Iterator[Path]:
     try:
         card = metadata_load(readme) if readme.is_file() else None
         configs = [(config, *_present(root, config)) for config in (card or {}).get("configs") or []]
-    except (ValueError, TypeError, AttributeError, OSError, yaml.YAMLError):
+    except (ValueError, TypeError, AttributeError, OSError, RecursionError, yaml.YAMLError):
         configs = []
     if not any(missing for _, _, missing in configs):
         yield root

@@ -127,7 +127,7 @@ def _load_folder(path: Path, split: str, *, strict: bool) -> Any:
         loaded = datasets.load_from_disk(str(path))
     except DataError:
         raise
-    except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, NotImplementedError) as error:
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, NotImplementedError, RecursionError) as error:
         raise DataError(
             f"{path} cannot be read as a folder of datasets.save_to_disk: {error} (if it holds no row, there is nothing to "
             "learn)"

@@ -179,5 +179,5 @@ def _features_of(schema: "pa.Schema") -> dict[str, Any]:
 
         described = json.loads(stored)["info"]["features"]
         return {name: feature for name, feature in Features.from_dict(described).items() if name in schema.names}
-    except (ImportError, ValueError, TypeError, KeyError, AttributeError):
+    except (ImportError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return {}

@@ -7,15 +7,19 @@ second time with marks behind questions and answers: where taking the marks out 
 where the answers end. Everything is checked, nothing guessed.
 """
 
+import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import chain
 from typing import Any
 
 from vlm_distill_cache.common.errors import ConfigError, SampleError
 from vlm_distill_cache.data.sample import Turn
+from vlm_distill_cache.data.text.template_process import TemplateFailedError, TemplateSaysError, render_template
+
+MAX_WORK = 200_000_000  # turns times characters: a conversation is rendered up to each of its turns
 
 _MARKS = range(0xF0000, 0xFFFFE)  # characters of private use, which no text needs
 
@@ -50,10 +54,19 @@ def render_chat(
         system: The system prompt; empty: what the template writes without one.
 
     Raises:
-        SampleError: The template fails on a system prompt, or leaves it out.
+        SampleError: The template fails on a system prompt, or leaves it out; or there are too many turns.
         ConfigError: The template fails on the conversation, or writes it so that its answers cannot be located.
+        TemplateLimitError: The template takes more time or memory than any needs.
     """
-    chat = _Chat(tokenizer, source, image_token, remedy, _content_form(tokenizer, source, image_token))
+    length = len(system) + sum(len(turn.question) + len(turn.answer) for turn in turns)
+    if len(turns) * length > MAX_WORK:
+        raise SampleError(
+            f"{len(turns)} turns with {length} characters are too many for a chat template, which writes them once a turn; "
+            "split the conversation, or leave the sample out"
+        )
+    variables = json.dumps(tokenizer.special_tokens_map, default=str)
+    parts = _content_form(source, variables, image_token)
+    chat = _Chat(tokenizer, source, variables, image_token, remedy, parts)
     if system:
         chat = _with_system(chat, system.strip(), len(turns))
     try:
@@ -74,6 +87,7 @@ class _Chat:
     """A template with what it needs.
 
     Attributes:
+        variables: What the template sees beside the messages: the tokenizer's special tokens by name, as JSON.
         parts: Whether the contents of user and assistant are lists of parts, which vision templates iterate over; text-only
             ones concatenate strings.
         opening: The system prompt's message, if there is one.
@@ -81,6 +95,7 @@ class _Chat:
 
     tokenizer: Any
     source: str
+    variables: str
     image_token: str
     remedy: str
     parts: tuple[bool, bool]
@@ -110,16 +125,15 @@ class _Chat:
 
     def render(self, messages: list[dict[str, Any]], *, asks: bool = False) -> str:
         """The text; with ``asks`` up to where the next answer is to begin."""
+        return next(self.beginnings(messages, [(len(messages), asks)]))
+
+    def beginnings(self, messages: list[dict[str, Any]], wanted: list[tuple[int, bool]]) -> Iterator[str]:
+        """The texts of the first so many messages, as `render` writes them."""
         try:
-            return str(
-                self.tokenizer.apply_chat_template(
-                    messages, chat_template=self.source, tokenize=False, add_generation_prompt=asks
-                )
-            )
-        except Exception as error:  # of any class: a template is a program that runs on the texts
-            what = str(error) or type(error).__name__
+            yield from render_template(self.source, self.variables, messages, wanted)
+        except TemplateFailedError as error:
             raise ConfigError(
-                f"the tokenizer's chat template fails on this conversation: {what}; {self.remedy}"
+                f"the tokenizer's chat template fails on this conversation: {error}; {self.remedy}"
             ) from error
 
     def end_token(self) -> str:
@@ -165,12 +179,13 @@ class _Chat:
         )
 
 
-def _content_form(tokenizer: Any, source: str, image_token: str) -> tuple[bool, bool]:
+@lru_cache(maxsize=8)
+def _content_form(source: str, variables: str, image_token: str) -> tuple[bool, bool]:
     """In which form a template takes the contents of user and assistant, by a plain conversation."""
     if "image" not in source:
         return False, False
     for parts in ((True, True), (True, False), (False, False)):
-        chat = _Chat(tokenizer, source, image_token, "", parts)
+        chat = _Chat(None, source, variables, image_token, "", parts)
         messages = chat.messages([("a", "b")])
         try:
             text = chat.render(messages)
@@ -192,7 +207,7 @@ def _with_system(chat: _Chat, system: str, turns: int) -> _Chat:
         try:
             text = probe.render(probe.messages([("a", "b")] * turns))
         except ConfigError as error:
-            if type(error.__cause__).__name__ == "TemplateError":  # what the template itself says
+            if isinstance(error.__cause__, TemplateSaysError):
                 reason = f"it says: {error.__cause__}"
             continue
         if marked[0] in text and marked[-1] in text:
@@ -205,16 +220,15 @@ def _with_system(chat: _Chat, system: str, turns: int) -> _Chat:
 
 def _grown(turns: Sequence[Turn], chat: _Chat) -> Rendered | None:
     """Render turn by turn: what an answer adds to its prompt is the answer's span; None if it is not so."""
-    messages: list[dict[str, Any]] = [*chat.opening]
+    messages = chat.messages([(turn.question.strip(), turn.answer.strip()) for turn in turns])
+    lead = len(chat.opening)
+    ends = range(lead + 1, len(messages), 2)
+    texts = chat.beginnings(messages, [pair for end in ends for pair in ((end, True), (end + 1, False))])
     spans: list[tuple[int, int]] = []
     text = past = ""  # ours, and as the template writes the same turns
-    for index, turn in enumerate(turns):
-        answer = turn.answer.strip()
-        messages.append(chat.question(turn.question.strip(), first=index == 0))
-        prompt = chat.render(messages, asks=True)
-        messages.append(chat.answer(answer))
-        full = chat.render(messages)
-        asked = prompt if full.startswith(prompt) else chat.render(messages[:-1])
+    for end, prompt, full in zip(ends, texts, texts, strict=True):
+        answer = turns[(end - lead) // 2].answer.strip()
+        asked = prompt if full.startswith(prompt) else chat.render(messages[:end])
         written = _answer_of(past, asked, prompt, full, answer)
         if written is None:
             return None

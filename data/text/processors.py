@@ -150,7 +150,7 @@ def load_tokenizer(folder: Path) -> Any:
 def _chat_template(path: Path) -> str:
     try:
         template = json.loads(path.read_text(encoding="utf-8"))["chat_template"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ModelError(f'{path}: expected {{"chat_template": "..."}}, got {error!r}; download it again') from error
     return str(template)
 
@@ -171,7 +171,7 @@ def load_image_processor(folder: Path) -> Any:
             if (path := Path(folder) / file).is_file():
                 check(read_json(path.resolve(), max_bytes=MAX_SETTINGS_BYTES), rule, file, remedy="correct it")
         stored, _ = ImageProcessingMixin.get_image_processor_dict(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(
             f"{folder}: no usable image processor ({error}); expected preprocessor_config.json, or "
             "processor_config.json with an image_processor inside, as save_pretrained writes them"

@@ -398,7 +398,7 @@ def _read_object(path: Path) -> dict[str, Any]:
     """A JSON object; empty if there is no such file."""
     try:
         found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path}: no readable JSON ({error}); {_AGAIN}") from error
     if not isinstance(found, dict):
         raise ModelError(f"{path}: expected a JSON object, got {type(found).__name__}; {_AGAIN}")

@@ -6,14 +6,18 @@ and a prompt for generation ends before it: training and generation then agree o
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from vlm_distill_cache.common.errors import ConfigError, SampleError
+from vlm_distill_cache.common.printing import brief
 from vlm_distill_cache.data.sample import Turn
 from vlm_distill_cache.data.text.chat import Rendered, render_chat
+from vlm_distill_cache.data.text.template_process import MAX_SOURCE, TemplateLimitError
 
 IMAGE_MARKER = "<image>"
+
+_OTHERS = "take another template (template=vicuna_v1), or a cache or checkpoint with a sound one"
 
 _VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -37,6 +41,10 @@ class PromptTemplate:
         bos_after_image: The tokenizer's beginning-of-sequence token stands behind the image, or in front of a text
             without one, and a text holds one turn (PaliGemma: all in front of the answer is one prefix).
         chat_template: Jinja source; if not empty it makes the text and the fields above are unused.
+        origin: Whose it is, for errors; no part of what is stored and compared.
+
+    Raises:
+        ConfigError: A field is of another type, or a text has more than `MAX_SOURCE` characters.
     """
 
     name: str
@@ -49,6 +57,25 @@ class PromptTemplate:
     drops_question: bool = False
     chat_template: str = ""
     bos_after_image: bool = False
+    origin: str = field(default="", compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        for known in fields(self):
+            value = getattr(self, known.name)
+            kind = bool if isinstance(known.default, bool) else str
+            if not isinstance(value, kind) and not (known.name == "answer_end" and value is None):
+                found, expected = type(value).__name__, kind.__name__
+                raise ConfigError(f"{self._where}: its {known.name} is a {found}, expected {expected}; {_OTHERS}")
+            if isinstance(value, str) and len(value) > MAX_SOURCE:
+                raise ConfigError(
+                    f"{self._where}: its {known.name} has {len(value)} characters, expected at most {MAX_SOURCE}; {_OTHERS}"
+                )
+
+    @property
+    def _where(self) -> str:
+        return f"the prompt template {brief(str(self.name), limit=40)!r}" + (
+            f" of {self.origin}" if self.origin else ""
+        )
 
     @property
     def holds_one_turn(self) -> bool:
@@ -58,17 +85,20 @@ class PromptTemplate:
     def to_dict(self) -> dict[str, Any]:
         """The exact JSON stored in a cache's plan."""
         stored = asdict(self)
+        del stored["origin"]
         if not self.bos_after_image:
             del stored["bos_after_image"]  # as plans had it before the setting
         return stored
 
     @classmethod
-    def from_dict(cls, stored: dict[str, Any]) -> "PromptTemplate":
-        """Inverse of `to_dict`; `ConfigError` if fields are unknown or missing."""
+    def from_dict(cls, stored: dict[str, Any], *, origin: str = "a cache's plan") -> "PromptTemplate":
+        """Inverse of `to_dict`; `ConfigError` if fields are unknown, missing or of another type."""
         try:
-            return cls(**stored)
+            return cls(**{**stored, "origin": origin})
         except TypeError as error:
-            raise ConfigError(f"stored prompt template cannot be read: {error}; got {stored}") from error
+            raise ConfigError(
+                f"the prompt template of {origin} cannot be read: {error}; got {brief(str(stored))}; {_OTHERS}"
+            ) from error
 
     def render(
         self,
@@ -92,11 +122,15 @@ class PromptTemplate:
                 prompt is given one.
             ConfigError: The tokenizer lacks what the template needs, or its chat template fails on this conversation or
                 writes it so that its answers cannot be located.
+            TemplateLimitError: Its chat template takes more time or memory than any needs.
         """
         if self.chat_template:
             others = f"choose one of the templates {list(TEMPLATES)}"
             token = image_token if has_image else ""
-            return render_chat(turns, tokenizer, self.chat_template, token, system=system, remedy=others)
+            try:
+                return render_chat(turns, tokenizer, self.chat_template, token, system=system, remedy=others)
+            except TemplateLimitError as error:
+                raise TemplateLimitError(f"{self._where} {error}; {_OTHERS}") from error
         if system and not self.system:
             raise SampleError(
                 f"prompt template {self.name!r} has no place for a system prompt, got {system[:60]!r}; take it out of the "
@@ -172,4 +206,5 @@ def get_template(name: str, tokenizer: Any = None) -> PromptTemplate:
             f"prompt template 'chat' needs a tokenizer with one chat template, got {type(source).__name__}; "
             f"set tokenizer.chat_template or choose one of {list(TEMPLATES)}"
         )
-    return PromptTemplate(name="chat", chat_template=source)
+    origin = str(getattr(tokenizer, "name_or_path", "")) or "the tokenizer"
+    return PromptTemplate(name="chat", chat_template=source, origin=origin)

@@ -105,7 +105,7 @@ def encoder_of_cache(plan: Plan, folder: Path, *, max_length: int | None) -> Sam
     return SampleEncoder(
         tokenizer=tokenizer,
         image_encoder=cache_image_encoder(plan.geometry, image_processor, where=str(folder)),
-        template=PromptTemplate.from_dict(plan.template),
+        template=PromptTemplate.from_dict(plan.template, origin=str(folder)),
         image_token_id=plan.stated("teacher.image_token_id", folder.parent),
         max_length=max_length or longest_sequence(plan),
         long_samples="truncate" if plan.extra.get(LONG_SAMPLES) == "truncate" else "refuse",

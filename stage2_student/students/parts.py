@@ -218,7 +218,7 @@ def _trained_template(folder: Path) -> PromptTemplate | None:
     """The template that a student of ours was trained with."""
     if not (folder / PROVENANCE).exists():
         return None
-    return PromptTemplate.from_dict(read_provenance(folder)["encoder"]["template"])
+    return PromptTemplate.from_dict(read_provenance(folder)["encoder"]["template"], origin=str(folder))
 
 
 def _default_template(model: LibraryStudent, tokenizer: Any) -> PromptTemplate | None:

@@ -91,8 +91,8 @@ def student_folder(student: str, weights: str | None) -> Path | None:
 def _check_weights(student: str, folder: Path, presets: list[dict[str, Any]]) -> None:
     """Refuse a directory of another model than a name promises."""
     try:
-        stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        stored = dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ConfigError(
             f"student_weights={folder}: no readable config.json ({error}); give {_weights(presets[-1])}"
         ) from error

@@ -80,7 +80,7 @@ def check_tokenizer(cache: TeacherCache, tokenizer: Any, terms: Mapping[str, Los
 
 def check_template(cache: TeacherCache, template: PromptTemplate, terms: Mapping[str, LossTerm]) -> None:
     """Refuse another prompt than the teacher saw, where a loss compares token with token."""
-    cached = PromptTemplate.from_dict(cache.plan.template)
+    cached = PromptTemplate.from_dict(cache.plan.template, origin=str(cache.path))
     if of_tokens(terms) and template != cached:
         raise CacheMismatchError(
             f"prompt template {template.name!r} ({fingerprint(template.to_dict())}) is not the one the "

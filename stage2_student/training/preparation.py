@@ -330,7 +330,7 @@ def choose_template(config: TrainConfig, parts: StudentParts, cache: TeacherCach
     if config.template is not None:
         return get_template(config.template, parts.tokenizer)
     if same_tokenizer(cache, parts.tokenizer):
-        return PromptTemplate.from_dict(cache.plan.template)
+        return PromptTemplate.from_dict(cache.plan.template, origin=str(cache.path))
     if parts.template is None:
         raise ConfigError(
             f"{parts.where} has another tokenizer than {cache.path} and no prompt template of its own; name one "

@@ -166,3 +166,11 @@ def test_weights_of_an_older_kind_are_read_and_never_run(copied: Path):
     (copied / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch ran'\ntR.")
     assert "could run code" in refusal(copied)
     assert not Path("ran").exists()
+
+
+def test_more_layers_than_any_model_has_are_refused_before_they_are_built(copied: Path):
+    for section in ("text_config", "vision_config"):
+        before = json.loads((copied / "config.json").read_text())[section]
+        change(copied, **{section: before | {"num_hidden_layers": 10**9}})
+        assert f"{section}.num_hidden_layers is 1000000000, expected at most 2000" in refusal(copied)
+        change(copied, **{section: before})

@@ -54,5 +54,5 @@ def test_a_full_disk_is_named_with_the_remedy(tmp_path: Path, tiny_llava: Path, 
         main, ["build", "--teacher", str(tiny_llava), "--cache", str(cache), "--limit", "2", "--store", store]
     )
     assert result.exit_code == 1
-    assert f"error: {cache}: No space left on device" in result.output
+    assert f"error: {cache / 'plan.json'}: No space left on device" in result.output
     assert "make room, then run the same command again" in result.output

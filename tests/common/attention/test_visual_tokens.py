@@ -160,7 +160,7 @@ def test_impossible_tiles_are_refused():
     [
         (np.zeros((2, 5), np.float32), r"\[2, 5\]"),
         (np.array([[1.5, 2, 0, 0, 1, 1]], np.float32), "whole numbers"),
-        (np.array([[0, 2, 0, 0, 1, 1]], np.float32), "at least 1x1"),
+        (np.array([[0, 2, 0, 0, 1, 1]], np.float32), "whole numbers of at least 1"),
     ],
 )
 def test_damaged_tiles_in_a_cache_are_refused_with_the_remedy(array, message):

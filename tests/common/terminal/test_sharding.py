@@ -1,5 +1,6 @@
 """Whatever would divide a model is refused, whoever asks and however; what asks for nothing is not."""
 
+import logging
 import os
 import re
 import sys
@@ -41,8 +42,10 @@ def _no_accelerator(monkeypatch):
         sys.modules, "accelerate.state", SimpleNamespace(AcceleratorState=SimpleNamespace(_shared_state={}))
     )
     enter_launch.cache_clear()
+    level = logging.getLogger().level  # all processes but the first log errors alone
     with mock.patch.dict(os.environ):
         yield
+    logging.getLogger().setLevel(level)
     enter_launch.cache_clear()
 
 

@@ -309,8 +309,8 @@ def test_the_longest_sequence_is_the_caches_unless_it_is_given(tiny_cache, tmp_p
         ("geometry", {}, "geometry has no 'processor'"),
         ("geometry", {"processor": None}, "geometry has no 'processor'"),
         ("teacher", {}, "teacher.image_token_id is missing"),
-        ("signals", {"logits": {}}, r"signals\.logits: codec None: expected one of"),
-        ("signals", {"logits": {"codec": "quantum"}}, r"signals\.logits: codec 'quantum'.*newer version"),
+        ("signals", {"logits": {}}, r"newer version.*signals\.logits: codec None is not known"),
+        ("signals", {"logits": {"codec": "quantum"}}, r"newer version.*signals\.logits: codec 'quantum' is not known"),
         ("signals", {"logits": {"codec": "logits", "floor": 0.0, "min_k": 2, "max_k": 2}}, "temperatures"),
         (
             "signals",

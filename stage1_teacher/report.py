@@ -42,7 +42,7 @@ def summary_text(summary: BuildSummary) -> str:
     if revision := plan.teacher.get("revision"):
         lines.append(f"  teacher {one_line(plan.teacher.get('name'))}@{one_line(revision)}")
     lines += _sample_lines(summary.cache, plan, manifest)
-    lines.append(f"  {'signal':<18}{'bytes/row':>12}{'bytes/sample':>14}")
+    lines.append(f"  {'signal':<18}{'bytes/row':>12}{'bytes/sample':>14}  (before compression)")
     for signal, fields in plan.fields.items():
         size = sum(manifest.field_bytes.get(field.name, 0) for field in fields)
         lines.append(f"  {signal:<18}{size / rows:>12.1f}{size / samples:>14.1f}")
@@ -52,7 +52,7 @@ def summary_text(summary: BuildSummary) -> str:
     )  # fmt: skip
     lines.append(f"  {BASE:<18}{base / rows:>12.1f}{base / samples:>14.1f}")
     stored = totals["bytes"]
-    lines.append(f"  {'all, compressed':<18}{stored / rows:>12.1f}{stored / samples:>14.1f}")
+    lines.append(f"  {'shards on disk':<18}{stored / rows:>12.1f}{stored / samples:>14.1f}")
     if manifest.fidelity:
         kept, error = manifest.fidelity.get("kept_mass"), manifest.fidelity.get("logits_gradient_error")
         cosine = manifest.fidelity.get("answer_attention_gradient_cosine")

@@ -110,7 +110,7 @@ def run(config: TrainConfig, *, processes: int = 1, say: Callable[[str], None] =
     finished = previous.get("finished") == fingerprint(stamp) and "left" in previous
     lost = find_lost(output, previous["left"]) if finished else []
     if lost:
-        say(f"of this finished run something is lost or damaged and is made again: {'; '.join(lost)}")
+        say(f"parts of this finished run are lost or damaged and are made again: {'; '.join(lost)}")
     fresh = bool(lost) or not finished
     if fresh:
         set_up_libraries()

@@ -75,9 +75,9 @@ def damage(path: Path, rng: random.Random, others: list[Path]) -> str:
 
 def choose(root: Path, pick: Pick, rng: random.Random) -> tuple[str, list[Path]]:
     """A file of a kind, and the others that it could be taken for."""
-    names = sorted(name for name in tree(root) if pick(name) and not name.endswith("/"))
-    name = rng.choice(names)
-    alike = [root / other for other in tree(root) if other != name and Path(other).suffix == Path(name).suffix]
+    files = sorted(name for name in tree(root) if not name.endswith("/"))
+    name = rng.choice([file for file in files if pick(file)])
+    alike = [root / other for other in files if other != name and Path(other).suffix == Path(name).suffix]
     return name, alike
 
 

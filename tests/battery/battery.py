@@ -70,11 +70,12 @@ def run_battery(
                 print(f"\rFAILED {outcome.name} ({again}, {outcome.seconds} s): {outcome.message}", flush=True)
             failed = sum(o.how == "failed" for o in outcomes)
             done = sum(o.kind == kind for o in outcomes)
-            print(
-                f"\r{kind} {done}/{len(numbers)}; {failed} failed; {time.monotonic() - began:.0f} s ",
-                end="",
-                flush=True,
-            )
+            if sys.stdout.isatty() or done == len(numbers):
+                print(
+                    f"\r{kind} {done}/{len(numbers)}; {failed} failed; {time.monotonic() - began:.0f} s ",
+                    end="",
+                    flush=True,
+                )
         print(flush=True)
     return outcomes
 

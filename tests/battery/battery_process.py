@@ -154,6 +154,8 @@ def _become(
         os.fsync = lambda descriptor: None  # no machine crashes here, only processes die
         if before is not None:
             before()
+        for name, number in (("stdout", 1), ("stderr", 2)):  # what these are is not what they were before the fork
+            setattr(sys, name, os.fdopen(number, "w", closefd=False))
         if command:
             limit_memory(memory)
             sys.argv = list(command)

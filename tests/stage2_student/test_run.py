@@ -128,7 +128,7 @@ def test_no_damage_to_what_a_run_left_is_vouched_for_scored_or_exported(tiny_cac
                     with pytest.raises(ModelError):
                         prepare(replace(config, student=str(final)))
             if path.name == "evaluation.json" and path.parent == copied:
-                with pytest.raises(ConfigError, match=r"evaluation.json .*run the same `distill run` command again"):
+                with pytest.raises(ConfigError, match=r"evaluation.json.*run the same `distill run` command again"):
                     write_report_again(copied)
             path.write_bytes(sound)
     (final / "README.md").write_text("extra files are fine")

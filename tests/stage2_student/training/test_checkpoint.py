@@ -43,9 +43,12 @@ def write(output, model, optimizer, total_steps, *, keep=2, fingerprint="run"):
     position = Position()
     for _ in range(total_steps):
         position = position.advance(8)
-    return write_checkpoint(
-        output, position, student=model.state_dict(), optimizer=optimizer, fingerprint=fingerprint, keep=keep
-    )
+    if not optimizer.state:
+        step(model, optimizer)
+    for averages in optimizer.state.values():
+        averages["step"].fill_(total_steps)
+    student = {"values": model.state_dict(), "merged": [], "frozen": "hash"}
+    return write_checkpoint(output, position, student=student, optimizer=optimizer, fingerprint=fingerprint, keep=keep)
 
 
 def resume_point(output, fingerprint="run"):
@@ -62,7 +65,7 @@ def test_a_restored_run_continues_bit_for_bit_random_numbers_included(tmp_path):
     other, other_optimizer = make_run(seed=9)
     checkpoint, state = resume_point(tmp_path)
     assert checkpoint.position == Position(step=3, total_steps=3, samples=24, total_samples=24)
-    other.load_state_dict(state["student"])
+    other.load_state_dict(state["student"]["values"])
     restore_training(state, other_optimizer)
     assert [step(other, other_optimizer) for _ in range(4)] == expected
     for left, right in zip(model.parameters(), other.parameters(), strict=True):

@@ -75,18 +75,22 @@ def read_yaml(path: Path | None, *, missing_ok: bool = False) -> dict[str, Any]:
     if path is None or (missing_ok and not os.path.lexists(path)):
         return {}
     try:
-        if missing_ok and not path.is_file():  # one of ours; a user may name a pipe
-            raise YamlError("it is no file; move it away")
-        with path.open("rb") as file:
-            content = file.read(MAX_BYTES + 1)
-        if len(content) > MAX_BYTES:
-            raise YamlError(f"it has more than {MAX_BYTES} bytes")
-        loaded = parse_yaml(content.decode("utf-8").replace("\r\n", "\n"))
+        loaded = parse_yaml(_bounded_text(path, plain=missing_ok))
     except (OSError, UnicodeDecodeError, YamlError) as error:
         raise ConfigError(f"{path}: cannot be read as YAML: {error}") from error
     if loaded is not None and not isinstance(loaded, dict):
         raise ConfigError(f"{path}: expected a mapping of options, got {type(loaded).__name__}")
     return loaded or {}
+
+
+def _bounded_text(path: Path, *, plain: bool) -> str:
+    if plain and not path.is_file():  # one of ours; a user may name a pipe
+        raise YamlError("it is no file; move it away")
+    with path.open("rb") as file:
+        content = file.read(MAX_BYTES + 1)
+    if len(content) > MAX_BYTES:
+        raise YamlError(f"it has more than {MAX_BYTES} bytes")
+    return content.decode("utf-8")
 
 
 def config_from_dict(cls: type[ConfigT], values: Mapping[str, Any], *, where: str = "") -> ConfigT:

@@ -92,9 +92,9 @@ def train(
     run = prepare(config, caches)
     accelerator = build_accelerator(config, run.fingerprint)
     output, vocabulary = Path(config.output), vocabulary_rows(run.student)
-    refuse_other_student(output / FINAL, run.fingerprint)
     lengths = [(phase.steps, phase.config.batch_size) for phase in run.phases]
     checkpoint, saved = find_resume_point(output, run.fingerprint, lengths) or (None, None)
+    refuse_other_student(output / FINAL, run.fingerprint)
     position = Position() if checkpoint is None else checkpoint.position
     refuse_apart(position, accelerator)
     if accelerator.is_main_process:  # if killed before it did

@@ -19,7 +19,11 @@ _ENCODER = {"template": TEMPLATE, "image_token_id": whole(-MAX_TOKEN, MAX_TOKEN)
 _UNSIGNED = {
     "fingerprint": text(100),
     **dict.fromkeys(("caches", "config"), OBJECT),
-    "encoder": record(_ENCODER, {"geometry": GEOMETRY}, free=True),
+    "encoder": also(
+        record(_ENCODER, {"geometry": GEOMETRY, "layout": text(100)}, free=True),
+        "a geometry, or the layout of older versions",
+        lambda encoder: bool({"geometry", "layout"} & encoder.keys()),
+    ),
     "vocabulary": record({}, {"entries_read": _COUNT, "entries_beyond": _COUNT}),
 }
 _FILES = also(

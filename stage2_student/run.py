@@ -356,7 +356,7 @@ def describe_phases(config: TrainConfig) -> str:
     parts = []
     for name in config.phases:
         phase = config.phase(name)
-        length = f"{phase.steps} steps" if phase.steps is not None else f"{phase.epochs:g} epochs"
+        length = f"{phase.steps} steps" if phase.steps is not None else f"{phase.epochs or 0.0:g} epochs"
         parts.append(f"{name} {length} ({' + '.join(phase.losses.active())})")
     return ", ".join(parts)
 

@@ -103,10 +103,10 @@ def test_whatever_signed_documents_of_a_run_say_is_refused_in_words_or_harmless(
     for path, tried in ((final, open_final), (run_json, report), (copied / "evaluation.json", report)):
         sound = path.read_bytes()
         body = {name: item for name, item in json.loads(sound).items() if name != "checksum"}
-        places = [place for place in leaves(body) if place[0] not in ("files", "left", "run", "config")]
+        places = [place for place in leaves(body) if place[0] not in ("files", "left", "run")]
         places = [place for place in places if path == final or len(place) < 4]
         for number, (place, value) in enumerate(itertools.product([*places, ("files",)], [*ODD, ...])):
-            if number % (7 if path == final else 19):
+            if number % (17 if path == final else 41):
                 continue
             lie = json.loads(json.dumps(body))
             inner = functools.reduce(lambda inner, name: inner[name], place[:-1], lie)
@@ -123,7 +123,7 @@ def test_whatever_signed_documents_of_a_run_say_is_refused_in_words_or_harmless(
             except DistillError:
                 refused += 1
         path.write_bytes(sound)
-    assert refused > 50
+    assert refused > 15
 
 
 def test_a_student_without_its_digests_or_with_files_more_is_refused_and_nothing_is_removed(copied, caplog):

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from click.testing import CliRunner
@@ -14,6 +15,7 @@ from finished_runs import make_config, whole
 from vlm_distill_cache.common.config import config_to_dict
 from vlm_distill_cache.common.errors import ConfigError, DistillError, ModelError
 from vlm_distill_cache.common.files.signed import list_files, write_signed
+from vlm_distill_cache.stage2_student import final_folder
 from vlm_distill_cache.stage2_student import run as run_module
 from vlm_distill_cache.stage2_student.cli import main
 from vlm_distill_cache.stage2_student.final_folder import read_final
@@ -104,9 +106,10 @@ def test_whatever_signed_documents_of_a_run_say_is_refused_in_words_or_harmless(
         sound = path.read_bytes()
         body = {name: item for name, item in json.loads(sound).items() if name != "checksum"}
         places = [place for place in leaves(body) if place[0] not in ("files", "left", "run")]
+        places = [place for place in places if path == run_json or place[0] != "config"]
         places = [place for place in places if path == final or len(place) < 4]
         for number, (place, value) in enumerate(itertools.product([*places, ("files",)], [*ODD, ...])):
-            if number % (17 if path == final else 41):
+            if number % (17 if path == final else 97):
                 continue
             lie = json.loads(json.dumps(body))
             inner = functools.reduce(lambda inner, name: inner[name], place[:-1], lie)
@@ -126,7 +129,7 @@ def test_whatever_signed_documents_of_a_run_say_is_refused_in_words_or_harmless(
     assert refused > 15
 
 
-def test_a_student_without_its_digests_or_with_files_more_is_refused_and_nothing_is_removed(copied, caplog):
+def test_a_student_without_its_digests_or_with_files_more_is_refused_and_nothing_is_removed(copied):
     final = copied / "distilled" / "final"
     body = json.loads((final / "distillation.json").read_text())
     old = {name: item for name, item in body.items() if name not in ("checksum", "files")}
@@ -135,8 +138,9 @@ def test_a_student_without_its_digests_or_with_files_more_is_refused_and_nothing
         with pytest.raises(ModelError, match=r"distillation.json"):
             read_final(final)
     (final / "distillation.json").write_text(json.dumps(old))  # as the first version wrote it
-    assert read_final(final) == old
-    assert "train it again, with another --output, for a student that is checked" in caplog.text
+    with mock.patch.object(final_folder, "_log") as log:
+        assert read_final(final) == old
+    assert "train it again, with another --output, for a student that is checked" in log.warning.call_args[0][0]
     (final / "distillation.json").write_text(json.dumps(body))
     names = (
         "special_tokens_map.json",

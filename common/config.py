@@ -20,8 +20,8 @@ import yaml
 
 from vlm_distill_cache.common.errors import ConfigError
 from vlm_distill_cache.common.files.atomic import write_bytes_atomic
-from vlm_distill_cache.common.files.yaml_text import YamlError, parse_yaml
-from vlm_distill_cache.common.printing import CONTROL, SURROGATE, one_line
+from vlm_distill_cache.common.files.yaml_text import MAX_BYTES, YamlError, parse_yaml
+from vlm_distill_cache.common.printing import CONTROL, SURROGATE, brief, one_line
 
 ConfigT = TypeVar("ConfigT")
 
@@ -67,20 +67,30 @@ def take_paths(config: Any) -> None:
 
 
 def read_yaml(path: Path | None, *, missing_ok: bool = False) -> dict[str, Any]:
-    """Read a YAML mapping of options; empty without a path.
+    """Read a YAML mapping of options, at most `MAX_BYTES` (a pipe's too); empty without a path.
 
     Raises:
         ConfigError: If it cannot be read, or is no mapping.
     """
-    if path is None or (missing_ok and not path.exists()):
+    if path is None or (missing_ok and not os.path.lexists(path)):
         return {}
     try:
-        loaded = parse_yaml(path.read_text(encoding="utf-8"))
+        loaded = parse_yaml(_bounded_text(path, plain=missing_ok))
     except (OSError, UnicodeDecodeError, YamlError) as error:
         raise ConfigError(f"{path}: cannot be read as YAML: {error}") from error
     if loaded is not None and not isinstance(loaded, dict):
         raise ConfigError(f"{path}: expected a mapping of options, got {type(loaded).__name__}")
     return loaded or {}
+
+
+def _bounded_text(path: Path, *, plain: bool) -> str:
+    if plain and not path.is_file():  # one of ours; a user may name a pipe
+        raise YamlError("it is no file; move it away")
+    with path.open("rb") as file:
+        content = file.read(MAX_BYTES + 1)
+    if len(content) > MAX_BYTES:
+        raise YamlError(f"it has more than {MAX_BYTES} bytes")
+    return content.decode("utf-8")
 
 
 def config_from_dict(cls: type[ConfigT], values: Mapping[str, Any], *, where: str = "") -> ConfigT:
@@ -153,7 +163,8 @@ class _Given:
 def _build(cls: Any, values: Any, base: Any, path: str, where: str) -> Any:
     """Build one (nested) dataclass; fields not given come from ``base`` if there is one, else defaults."""
     if not isinstance(values, dict):
-        raise ConfigError(f"{where}: {path or cls.__name__} is {values!r}; expected a mapping of options")
+        name = path.rstrip(".") or cls.__name__
+        raise ConfigError(f"{where}: {name} is {brief(repr(values))}; expected a mapping of options")
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
     for key in values:
@@ -175,7 +186,7 @@ def _build(cls: Any, values: Any, base: Any, path: str, where: str) -> Any:
     except ConfigError as error:
         raise ConfigError(f"{where}: {path}{error}" if path else f"{where}: {error}") from error
     except (ValueError, TypeError) as error:
-        raise ConfigError(f"{where}: {path or cls.__name__}: {error}") from error
+        raise ConfigError(f"{where}: {path.rstrip('.') or cls.__name__}: {error}") from error
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:

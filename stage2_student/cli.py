@@ -12,9 +12,9 @@ from typing import Any
 import click
 
 from vlm_distill_cache.common.config import config_from_dict, read_yaml
-from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, LaunchError, TransferError
+from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, LaunchError, ModelError, TransferError
 from vlm_distill_cache.common.files.atomic import write_json_atomic
-from vlm_distill_cache.common.hub import model_folder
+from vlm_distill_cache.common.hub import HubFolder, model_folder
 from vlm_distill_cache.common.recipes import recipe_summary, split_recipe
 from vlm_distill_cache.common.terminal.command_line import (
     CONFIG,
@@ -205,6 +205,17 @@ def prune(
     say(f"Next: distill run --student {quoted(output)} --cache CACHE --output FOLDER")
 
 
+def _trained_folder(student: str) -> HubFolder:
+    """The folder of a trained student; of one that is lost, its run is named."""
+    path = Path(student)
+    if not path.is_dir() and any((path.parent / name).exists() for name in ("config.yaml", "checkpoints")):
+        raise ModelError(
+            f"{student} is not there, but {path.parent} holds its training: run the command that trained it again, which makes "
+            "the folder anew from what is left"
+        )
+    return model_folder(student, what="student")
+
+
 @main.command()
 @click.argument("student")
 @click.option("--data", help="Data set of the held-out items; default: the one it was trained on.")
@@ -226,7 +237,7 @@ def evaluate(
     if output is not None and not output.parent.is_dir():
         raise click.BadParameter(f"{output}: there is no folder {output.parent}")  # before hours of scoring
     runs.set_up_libraries()
-    folder = model_folder(student, what="student")
+    folder = _trained_folder(student)
     opened = open_student(folder.path)
     settings = config_from_dict(TrainConfig, opened.provenance["config"], where=student)
     how = settings.evaluation
@@ -270,7 +281,7 @@ def export(student: str, output: Path, dtype: str) -> None:
     from vlm_distill_cache.stage2_student.trained_student import export_student
 
     runs.set_up_libraries()
-    export_student(model_folder(student, what="student").path, output, dtype=dtype)
+    export_student(_trained_folder(student).path, output, dtype=dtype)
     say(f"Exported to {output} ({dtype}); load it with from_pretrained of the class that its config.json names")
 
 

@@ -131,9 +131,9 @@ class LoraConfig:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        require(self.rank >= 1, "lora.rank", self.rank, "1 or more")
-        require(0 < self.alpha < math.inf, "lora.alpha", self.alpha, "above 0")
-        require(0 <= self.dropout < 1, "lora.dropout", self.dropout, "a share in [0, 1)")
+        require(self.rank >= 1, "rank", self.rank, "1 or more")
+        require(0 < self.alpha < math.inf, "alpha", self.alpha, "above 0")
+        require(0 <= self.dropout < 1, "dropout", self.dropout, "a share in [0, 1)")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,26 +3,51 @@
 from __future__ import annotations
 
 import logging
+import os
+import re
 from pathlib import Path
 from typing import Any
 
-from vlm_distill_cache.common.errors import CacheFormatError, ModelError
-from vlm_distill_cache.common.files.rules import OBJECT, check, record, text
+from vlm_distill_cache.common.cache.document_rules import GEOMETRY, MAX_TOKEN, TEMPLATE
+from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, ModelError
+from vlm_distill_cache.common.files.rules import ANYTHING, OBJECT, also, check, entries, record, text, whole
 from vlm_distill_cache.common.files.signed import find_damage, read_signed
 
 FINAL, PROVENANCE = "final", "distillation.json"
-_UNSIGNED = {"fingerprint": text(100), **dict.fromkeys(("caches", "config", "encoder", "vocabulary"), OBJECT)}
-_RULE = record(_UNSIGNED, {"files": OBJECT})
+_COUNT = whole(0, 1 << 60)
+_ENCODER = {"template": TEMPLATE, "image_token_id": whole(-MAX_TOKEN, MAX_TOKEN), "max_length": whole(1, 1 << 24)}
+_UNSIGNED = {
+    "fingerprint": text(100),
+    **dict.fromkeys(("caches", "config"), OBJECT),
+    "encoder": also(
+        record(_ENCODER, {"geometry": GEOMETRY, "layout": text(100)}, free=True),
+        "a geometry, or the layout of older versions",
+        lambda encoder: bool({"geometry", "layout"} & encoder.keys()),
+    ),
+    "vocabulary": record({}, {"entries_read": _COUNT, "entries_beyond": _COUNT}),
+}
+_FILES = also(
+    entries(ANYTHING, most=100_000),
+    "a list that names config.json and the weights",
+    lambda files: "config.json" in files and any(name.endswith(".safetensors") for name in files),
+)
+_RULE = record(_UNSIGNED, {"files": _FILES})
+# What the libraries read of a model's folder if it is there.
+_IS_READ = re.compile(
+    r".*(?:config|token|vocab|template|processor|index)[^/]*\.json|(?:.*/)?(?:merges|vocab)\.txt"
+    r"|.*\.(?:safetensors|bin|pt|pth|h5|msgpack|gguf|model|jinja|py)"
+)
 _log = logging.getLogger(__name__)
 
 
 def read_final(folder: Path) -> dict[str, Any]:
     """What a trained student says of itself, after a look at every byte of the files that it lists.
 
-    Files that it does not list (a card, say) are not looked at.
+    Other files may lie beside them (a card, say), unless libraries would read them.
 
     Raises:
         ModelError: If the folder is no trained student of ours, or is damaged.
+        ConfigError: If the system does not let it be read.
     """
     try:
         found, damage = look_at_final(folder)
@@ -43,6 +68,8 @@ def look_at_final(folder: Path) -> tuple[dict[str, Any], list[str]]:
 
     Raises:
         FileNotFoundError: If it does not say what it is.
+        ModelError: If there is a file more that libraries would read; it is somebody's, so nothing removes it.
+        ConfigError: If the system does not let it be read.
     """
     try:
         found = read_provenance(folder)
@@ -50,10 +77,39 @@ def look_at_final(folder: Path) -> tuple[dict[str, Any], list[str]]:
         return {}, [str(error)]
     if "files" not in found:
         _log.warning(
-            "%s: written by an older version, without digests: whether its files are whole is not known", folder
+            "%s: written by an older version, without digests: whether its files are whole is not known; train it again, "
+            "with another --output, for a student that is checked",
+            folder,
         )
         return found, []
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if name not in found["files"] and name != PROVENANCE and _IS_READ.fullmatch(name):
+            raise ModelError(
+                f"{path}: none of the files that {PROVENANCE} lists, and whoever loads the student would read it; move it away"
+            )
     return found, find_damage(folder, found["files"])
+
+
+def refuse_other_student(folder: Path, identity: str) -> list[str] | None:
+    """Refuse to train over another student than ``identity``, the fingerprint of what is to be trained.
+
+    Returns:
+        What is damaged of the student that is there, a text each; None if there is none.
+
+    Raises:
+        ConfigError: If it is another one.
+    """
+    try:
+        found, damage = look_at_final(folder)
+    except FileNotFoundError:
+        return None
+    if found and found["fingerprint"] != identity:
+        raise ConfigError(
+            f"{folder} belongs to another run: fingerprint {found['fingerprint']} there, {identity} now (configuration, "
+            "cache or data differ). Use the same options, another --output (OUTPUT=...), or delete that folder"
+        )
+    return damage
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:
@@ -62,8 +118,10 @@ def read_provenance(folder: Path) -> dict[str, Any]:
     Raises:
         FileNotFoundError: If it does not say what it is.
         CacheFormatError: If what it says is damaged.
+        ConfigError: If the system does not let it be read.
     """
     path = folder / PROVENANCE
-    found = read_signed(path.resolve(), unsigned=_UNSIGNED.keys())  # in the hub's cache it is a link
+    # In the hub's cache it is a link.
+    found = read_signed(Path(os.path.realpath(path)), unsigned=_UNSIGNED.keys())
     check(found, _RULE, str(path), remedy="train again, or copy the folder again")
     return found

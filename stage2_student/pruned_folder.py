@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import json
+import os
 from pathlib import Path
 from typing import Any
 
+from vlm_distill_cache.common.cache.document_rules import MAX_SETTINGS_BYTES
 from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, ModelError
+from vlm_distill_cache.common.files.atomic import read_json
 from vlm_distill_cache.common.files.signed import CHECKSUM, find_damage, read_signed
 
 PREFIX = "pruned:"
@@ -34,8 +36,8 @@ def kept_share(student: str) -> float | None:
 def read_settings(path: Path) -> dict[str, Any]:
     """A JSON file of a checkpoint directory, where the files may be links; empty if it is not there or unreadable."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        found = read_json(Path(os.path.realpath(path)), max_bytes=MAX_SETTINGS_BYTES)
+    except (OSError, CacheFormatError):
         return {}
     return found if isinstance(found, dict) else {}
 

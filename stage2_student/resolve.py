@@ -9,6 +9,8 @@ from typing import Any
 
 from vlm_distill_cache.common.cache.reader import TeacherCache
 from vlm_distill_cache.common.config import load_config, read_yaml
+from vlm_distill_cache.common.errors import ConfigError
+from vlm_distill_cache.common.files.rules import shown
 from vlm_distill_cache.common.hub import hub_name, model_folder
 from vlm_distill_cache.common.recipes import Recipe, split_recipe
 from vlm_distill_cache.common.tools.trust import open_trusted
@@ -119,11 +121,21 @@ def _one_length(given: list[str]) -> list[str]:
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "", whole: Collection[str] = ()) -> list[str]:
-    """Nested options as ``a.b=c``; those of ``whole`` replace all that is below them."""
+    """Nested options as ``a.b=c``; those of ``whole`` replace all that is below them.
+
+    Raises:
+        ConfigError: For a value that only YAML has, such as a date.
+    """
     flat: list[str] = []
     for key, value in values.items():
         if isinstance(value, dict) and value and key not in whole:
             flat += _flatten(value, f"{prefix}{key}.", whole)
         else:
-            flat.append(f"{prefix}{key}={json.dumps(value)}")
+            try:
+                flat.append(f"{prefix}{key}={json.dumps(value)}")
+            except TypeError as error:
+                raise ConfigError(
+                    f"option {prefix}{key} is {shown(value)}; expected texts, numbers, true, false, lists or mappings; put "
+                    "texts in quotes"
+                ) from error
     return flat

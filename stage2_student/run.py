@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vlm_distill_cache.common.cache.document_rules import EVALUATION
 from vlm_distill_cache.common.cache.documents import describe_differences
 from vlm_distill_cache.common.cache.plan import read_plan
 from vlm_distill_cache.common.cache.reader import TeacherCache
@@ -26,6 +27,7 @@ from vlm_distill_cache.common.config import config_from_dict, config_to_dict, sa
 from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, TransferError
 from vlm_distill_cache.common.files.atomic import clean_stale, remove, write_bytes_atomic
 from vlm_distill_cache.common.files.hashing import fingerprint
+from vlm_distill_cache.common.files.rules import OBJECT, check, entries, items, maybe, record, text
 from vlm_distill_cache.common.files.signed import find_damage, list_files, read_signed, write_signed
 from vlm_distill_cache.common.hub import public_name
 from vlm_distill_cache.common.locations import public_location, secret_locations
@@ -39,8 +41,20 @@ from vlm_distill_cache.stage2_student.config import (
     without_secrets,
     without_teacher,
 )
-from vlm_distill_cache.stage2_student.final_folder import FINAL, PROVENANCE, look_at_final, read_provenance
-from vlm_distill_cache.stage2_student.pruned_folder import FOLDER, kept_share, pruned_damage, refuse_uncut
+from vlm_distill_cache.stage2_student.final_folder import (
+    FINAL,
+    PROVENANCE,
+    look_at_final,
+    read_provenance,
+    refuse_other_student,
+)
+from vlm_distill_cache.stage2_student.pruned_folder import (
+    FOLDER,
+    kept_share,
+    pruned_damage,
+    pruning_record,
+    refuse_uncut,
+)
 from vlm_distill_cache.stage2_student.resolve import given_options, open_caches, resolve_config, with_folders
 from vlm_distill_cache.stage2_student.scores.results import EvaluationReport, render_table
 from vlm_distill_cache.stage2_student.training.output_folder import claim_output, holds_anything, refuse_foreign_folder
@@ -57,6 +71,14 @@ LAUNCHER = "vlm_distill_cache.stage2_student.training.several"
 # What a run leaves beside its students' own files, which their PROVENANCE lists.
 LEFT = (TABLE, REPORT, SCORES, *(f"{name}/{part}" for name in COMPARED for part in (SCORES, f"{FINAL}/{PROVENANCE}")))
 _UNSIGNED = ("run", "evaluation", "config", "notes", "finished")  # a STAMP of older versions
+_RULE = record(
+    {
+        **dict.fromkeys(("run", "evaluation", "config"), OBJECT),
+        "notes": items(text(1 << 20), most=1000),
+        "finished": maybe(text(100)),
+    },
+    {"left": OBJECT},
+)
 _log = logging.getLogger(__name__)
 
 
@@ -104,11 +126,14 @@ def run(config: TrainConfig, *, processes: int = 1, say: Callable[[str], None] =
     output = Path(config.output)
     caches = open_caches(config)
     hashes = {place: cache.manifest_hash for place, cache in caches.items()}
-    stamp = {"run": describe(config, hashes), "evaluation": config_to_dict(config)["evaluation"]}
+    cache = caches.get(config.cache) or open_trusted(config.cache, verify=config.verify)  # phases may all have others
+    stamp = {"run": describe(config, hashes), "evaluation": describe_scoring(config, cache, hashes)}
     previous = read_stamp(output)
     refuse_other_run(output, previous, stamp)
     finished = previous.get("finished") == fingerprint(stamp) and "left" in previous
     lost = find_lost(output, previous["left"]) if finished else []
+    if finished and kept_share(config.student) is not None:
+        lost += pruned_damage(output / FOLDER)
     if lost:
         say(f"parts of this finished run are lost or damaged and are made again: {'; '.join(lost)}")
     fresh = bool(lost) or not finished
@@ -117,7 +142,7 @@ def run(config: TrainConfig, *, processes: int = 1, say: Callable[[str], None] =
         with claim_output(output, *(cache.path for cache in caches.values())):
             for name in COMPARED:
                 clean_stale(output / name)  # of a process killed while it scored
-            train_and_score(config, caches, stamp, hashes, processes=processes, say=say)
+            train_and_score(config, caches, cache, stamp, hashes, processes=processes, say=say)
     return RunSummary(
         output=output,
         table=(output / TABLE).read_text(),
@@ -130,13 +155,14 @@ def run(config: TrainConfig, *, processes: int = 1, say: Callable[[str], None] =
 def train_and_score(
     config: TrainConfig,
     caches: Mapping[str, TeacherCache],
+    cache: TeacherCache,
     stamp: Mapping[str, Any],
     hashes: Mapping[str, str],
     *,
     processes: int,
     say: Callable[[str], None],
 ) -> None:
-    """Do what is left of a run; the caller holds its folder.
+    """Do what is left of a run, scored against ``cache``; the caller holds its folder.
 
     Raises:
         ConfigError: If a student there is of another run.
@@ -149,7 +175,6 @@ def train_and_score(
     check_losses(config, caches)  # else a misfit of the distilled student shows when the baseline is trained
     for note in cache_notes(config, caches):
         say(note)
-    cache = caches.get(config.cache) or open_trusted(config.cache, verify=config.verify)  # phases may all have others
     notes = probe_items(config, cache)
     for note in notes:  # before hours go into training
         say(f"note: {note}")
@@ -173,7 +198,7 @@ def train_and_score(
         resumed = ", from its last checkpoint" if any(output.glob(f"{name}/checkpoints/step-*")) else ""
         say(f"{name}: training {describe_phases(arm)}{resumed}")
         train_arm(arm, processes=processes, caches=caches)
-    scores = {name: evaluate_arm(output / name, config, cache, say=say) for name in trained}
+    scores = {name: evaluate_arm(output / name, config, cache, stamp["evaluation"], say=say) for name in trained}
     found = {note: None for report in scores.values() if (note := unreadable_note(report.unreadable))}
     for note in (note for note in found if note not in notes):
         say(f"note: {note}")
@@ -191,6 +216,26 @@ def train_and_score(
     write_signed(output / STAMP, {**state, "left": list_files(output, LEFT), "finished": fingerprint(stamp)})
 
 
+def describe_scoring(config: TrainConfig, cache: TeacherCache, hashes: Mapping[str, str]) -> dict[str, Any]:
+    """What changes the scores of a trained student: the options, and what of the files they name is not the student's.
+
+    Raises:
+        DataError: If the held-out items cannot be opened.
+    """
+    how: dict[str, Any] = config_to_dict(config)["evaluation"]
+    if config.cache not in hashes:
+        how["cache"] = cache.manifest_hash
+    data = config.evaluation.data
+    place = Path((data or "").partition(":")[0])
+    if data and (place.exists() or (("*" in data or "{" in data) and place.parent.is_dir())):  # files, which may change
+        from vlm_distill_cache.data.registry import open_dataset  # numpy: only where it is needed
+
+        images = config.evaluation.images or config.images
+        opened = open_dataset(data, split=config.evaluation.split, images=None if images is None else Path(images))
+        how["items"] = opened.fingerprint()
+    return how
+
+
 def find_lost(output: Path, left: Mapping[str, Any]) -> list[str]:
     """What of the files that a run left is no longer there, or not as it was, a text each; reads all of them."""
     lost = find_damage(output, left)
@@ -206,19 +251,11 @@ def is_trained(arm: TrainConfig, identity: str, *, say: Callable[[str], None]) -
     Raises:
         ConfigError: If it is another one than ``identity``, the fingerprint of what it is to be.
     """
-    folder = Path(arm.output) / FINAL
-    try:
-        found, damage = look_at_final(folder)
-    except FileNotFoundError:
-        return False
-    if found and found["fingerprint"] != identity:
-        raise ConfigError(
-            f"{folder} belongs to another run: fingerprint {found['fingerprint']} there, {identity} now (configuration, "
-            "cache or data differ). Use the same options, another --output (OUTPUT=...), or delete that folder"
-        )
+    folder = Path(arm.output)
+    damage = refuse_other_student(folder / FINAL, identity)
     if damage:
-        say(f"{folder.parent.name}: made again: {damage[0]}")
-    return not damage
+        say(f"{folder.name}: made again: {damage[0]}")
+    return damage == []
 
 
 def arms(config: TrainConfig) -> dict[str, TrainConfig]:
@@ -240,7 +277,7 @@ def with_pruned_student(
     if keep is None:
         return config
     folder = Path(config.output) / FOLDER
-    if folder.is_dir() and (damage := pruned_damage(folder)):
+    if os.path.lexists(folder) and (damage := pruned_damage(folder)):
         say(f"{config.student}: cut again: {damage[0]}")
         remove(folder)
     if folder.is_dir():
@@ -319,7 +356,7 @@ def describe_phases(config: TrainConfig) -> str:
     parts = []
     for name in config.phases:
         phase = config.phase(name)
-        length = f"{phase.steps} steps" if phase.steps is not None else f"{phase.epochs:g} epochs"
+        length = f"{phase.steps} steps" if phase.steps is not None else f"{phase.epochs or 0.0:g} epochs"
         parts.append(f"{name} {length} ({' + '.join(phase.losses.active())})")
     return ", ".join(parts)
 
@@ -332,13 +369,16 @@ def read_stamp(output: Path) -> dict[str, Any]:
     """
     path = output / STAMP
     try:
-        return read_signed(path, unsigned=_UNSIGNED)
+        found = read_signed(path, unsigned=_UNSIGNED)
+        check(found, _RULE, str(path), remedy="it is damaged")
     except FileNotFoundError:
         problem = f"{output} is not empty and holds no {STAMP}: it is not the folder of a run; give another --output"
         if not holds_anything(output):
             return {}
     except CacheFormatError as error:
         problem = f"{error}; give another --output, or delete {output} to begin again"
+    else:
+        return found
     if not any((output / name / "config.yaml").is_file() for name in COMPARED):
         raise ConfigError(problem)
     _log.warning("%s is lost or damaged and is written again", path)
@@ -363,19 +403,19 @@ def refuse_other_run(output: Path, previous: Mapping[str, Any], stamp: Mapping[s
 
 
 def evaluate_arm(
-    folder: Path, config: TrainConfig, cache: TeacherCache, *, say: Callable[[str], None]
+    folder: Path, config: TrainConfig, cache: TeacherCache, how: Mapping[str, Any], *, say: Callable[[str], None]
 ) -> EvaluationReport:
-    """Score one student of a run, or read its scores if they are of this student and these items."""
+    """Score one student of a run, or read its scores if they are of this student and scored in this way."""
     from vlm_distill_cache.stage2_student.trained_student import evaluate_student, open_student
 
     trained = read_provenance(folder / FINAL)
     student = [trained["fingerprint"], trained.get("files")]
-    what = fingerprint({"student": student, "evaluation": config_to_dict(config)["evaluation"]})
+    what = fingerprint({"student": student, "evaluation": how})
     path = folder / SCORES
     with contextlib.suppress(FileNotFoundError, CacheFormatError):  # scored again
         stored = read_signed(path)
         if stored.get("of") == what:
-            return EvaluationReport.from_dict(stored)
+            return EvaluationReport.from_dict(check(stored, EVALUATION, str(path)))
     say(f"{folder.name}: scoring")
     report = evaluate_student(open_student(folder / FINAL), config, cache)
     write_signed(path, {"of": what, **report.to_dict()})
@@ -394,7 +434,7 @@ def write_report(output: Path, config: TrainConfig, cache: TeacherCache) -> None
     from vlm_distill_cache.stage2_student.training.log import read_log
 
     try:
-        stored = read_signed(output / SCORES)
+        stored = check(read_signed(output / SCORES), entries(EVALUATION, most=10), str(output / SCORES))
     except (FileNotFoundError, CacheFormatError) as error:
         raise ConfigError(
             f"{output / SCORES} is missing or damaged ({error}); run the same `distill run` command again: it scores again"
@@ -439,6 +479,25 @@ def set_up_libraries() -> None:
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # peft asks for it
 
 
+def refuse_other_page(output: Path, config: TrainConfig, stamp: Mapping[str, Any]) -> None:
+    """Refuse a page of anything but what a run's stamp says that it left.
+
+    Raises:
+        ConfigError: If students or scores are not the run's, or not there.
+    """
+    of_page = {name: entry for name, entry in stamp.get("left", {}).items() if name not in (TABLE, REPORT)}
+    problem = (
+        next(iter(find_damage(output, of_page)), "") if of_page or "left" not in stamp else "the run is not finished"
+    )
+    with contextlib.suppress(FileNotFoundError, CacheFormatError):  # whoever opens the student says so
+        found = read_provenance(output / DISTILLED / FINAL)["fingerprint"]
+        cut = {} if kept_share(config.student) is None else {"student": pruning_record(output / FOLDER)}
+        if not problem and found != (expected := fingerprint({**stamp["run"], **cut})):
+            problem = f"{output / DISTILLED / FINAL} is another student: fingerprint {found}, expected {expected}"
+    if problem:
+        raise ConfigError(f"{output}: no page can be written: {problem}; run the same `distill run` command again")
+
+
 def write_report_again(output: Path) -> None:
     """Write the page of a run's folder, by the configuration that it holds.
 
@@ -452,6 +511,7 @@ def write_report_again(output: Path) -> None:
             f"which writes a lost {STAMP} anew"
         )
     config = config_from_dict(TrainConfig, stamp["config"], where=str(output / STAMP))
+    refuse_other_page(output, config, stamp)
     set_up_libraries()
     try:
         cache = open_trusted(config.cache, verify=config.verify)

@@ -28,7 +28,7 @@ from vlm_distill_cache.common.terminal.launch import READY_S, clean_environment,
 from vlm_distill_cache.common.terminal.progress import hide_library_bars
 from vlm_distill_cache.common.terminal.sharding import refuse_sharding
 from vlm_distill_cache.stage2_student.config import TrainConfig, public_config, without_secrets
-from vlm_distill_cache.stage2_student.final_folder import FINAL, PROVENANCE
+from vlm_distill_cache.stage2_student.final_folder import FINAL, PROVENANCE, refuse_other_student
 from vlm_distill_cache.stage2_student.losses.objective import Losses, step_shares
 from vlm_distill_cache.stage2_student.students.model import StudentModel, vocabulary_rows
 from vlm_distill_cache.stage2_student.training.checkpoint import (
@@ -86,6 +86,7 @@ def train(
     """
     hide_library_bars()
     refuse_sharding(enter_launch().sharding, model="student")
+    refuse_callers_modes()
     meet(enter_launch())
     # All processes: everything that can be wrong is found here, before the first step.
     run = prepare(config, caches)
@@ -93,6 +94,7 @@ def train(
     output, vocabulary = Path(config.output), vocabulary_rows(run.student)
     lengths = [(phase.steps, phase.config.batch_size) for phase in run.phases]
     checkpoint, saved = find_resume_point(output, run.fingerprint, lengths) or (None, None)
+    refuse_other_student(output / FINAL, run.fingerprint)
     position = Position() if checkpoint is None else checkpoint.position
     refuse_apart(position, accelerator)
     if accelerator.is_main_process:  # if killed before it did
@@ -122,6 +124,7 @@ def train(
             clip_gradients(accelerator, parameters, config.clip, terms, where=(phase.name, position.step + 1))
             rates = scheduled_rates(phase, position.step)
             set_learning_rates(optimizer, rates)
+            accelerator.sync_gradients = True  # shared with a caller's accelerators, and False would skip the step
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
@@ -140,6 +143,25 @@ def train(
     return TrainResult(
         log=log.records, model=student, preparation=run, final=export(config, run, position, accelerator)
     )
+
+
+def refuse_callers_modes() -> None:
+    """Refuse modes of torch that a Python caller has switched on: another student would be trained, or none.
+
+    Raises:
+        ConfigError: Naming the mode and how to leave it.
+    """
+    modes = {
+        "torch.set_grad_enabled(False), no_grad or inference_mode": not torch.is_grad_enabled(),
+        "torch.autocast": any(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda", "mps", "xpu")),
+        f"torch.set_default_dtype({torch.get_default_dtype()})": torch.get_default_dtype() != torch.float32,
+        f"torch.set_default_device({torch.get_default_device()})": torch.get_default_device().type != "cpu",
+    }
+    if found := [name for name, on in modes.items() if on]:
+        raise ConfigError(
+            f"this Python process has switched on {', '.join(found)}, which would change how students are trained; call "
+            "train() outside of it, and choose by the options precision and device"
+        )
 
 
 def build_accelerator(config: TrainConfig, fingerprint: str) -> Accelerator:
@@ -168,6 +190,7 @@ def build_accelerator(config: TrainConfig, fingerprint: str) -> Accelerator:
             f"the {launch.size} processes that {launch.launcher} started cannot reach each other "
             f"({str(error).partition(chr(10))[0]}); NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME choose the network"
         ) from error
+    accelerator.gradient_accumulation_steps = 1  # shared with a caller's accelerators, and divides each loss
     if accelerator.num_processes != launch.size:
         raise ConfigError(
             f"{launch.size} processes were launched, but {accelerator.num_processes} found each other: they "

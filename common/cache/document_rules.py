@@ -47,7 +47,7 @@ _COUNT = whole(0, MAX_FILE_BYTES)
 _FLOATS = either(number(-1e6, 1e6), items(number(-1e6, 1e6), most=16))
 
 _TEMPLATE_TEXT = text(1 << 16)
-_TEMPLATE = record(
+TEMPLATE = record(
     {},
     {
         "name": _NAME,
@@ -61,7 +61,7 @@ _TEMPLATE = record(
 )
 
 _SCORE = record({"value": number(-1e9, 1e9), "low": number(-1e9, 1e9), "high": number(-1e9, 1e9), "items": _COUNT})
-_EVALUATION = record(
+EVALUATION = record(
     {"scores": entries(_SCORE, most=1000)},
     {
         "items": entries(entries(items(number(-1e9, 1e9), most=1 << 20), most=1000), most=1000),
@@ -105,7 +105,7 @@ _TEACHER = also(
             "image_token_id": whole(0, MAX_TOKEN),
             "groups": _GROUPS,
             "layer_choice": either(one_of("early", "middle", "late", "all"), items(_LAYER, least=1, most=MAX_LAYERS)),
-            "evaluation": _EVALUATION,
+            "evaluation": EVALUATION,
             "served": FLAG,
             "no_projector": _WORDS,
         },
@@ -146,7 +146,7 @@ _PROCESSOR_SETTINGS = {
 }
 IMAGE_PROCESSOR = record({}, _PROCESSOR_SETTINGS, free=True)
 PROCESSOR = record({}, {"image_processor": IMAGE_PROCESSOR}, free=True)
-_GEOMETRY = record(
+GEOMETRY = record(
     {},
     {
         **dict.fromkeys(("kind", "class", "layout", "image_token", "before", "after"), _NAME),
@@ -199,10 +199,10 @@ PLAN = record(
         "signals": entries(_CODEC, most=100),
         "fields": entries(items(FIELD, most=100), most=100),
         "fingerprints": entries(text(200), most=100),
-        "template": _TEMPLATE,
+        "template": TEMPLATE,
         "teacher": _TEACHER,
         "data": _DATA,
-        "geometry": _GEOMETRY,
+        "geometry": GEOMETRY,
         "extra": _EXTRA,
     }
 )

@@ -27,6 +27,8 @@ TEMPORARY_PREFIX = ".tmp-"
 MAX_JSON_BYTES = 256 << 20
 MAX_JSON_ITEMS = 8_000_000  # a sidecar of a million samples has less than half of that
 MAX_JSON_DEPTH = 100  # far below Python's recursion limit, which whoever walks or prints a value would meet
+# What the system says of a name at which no such thing can be: it is lost, and not merely out of reach.
+_NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENXIO, errno.EINVAL, errno.ENAMETOOLONG)
 
 
 class HeldLock:
@@ -250,6 +252,15 @@ def write_bytes_atomic(path: Path, data: bytes | bytearray, *, create_only: bool
                 raise
 
 
+def is_out_of_reach(error: BaseException) -> bool:
+    """Whether an error tells that the system did not let something be read (mode, owner, disk), which may be sound."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__
+    # Libraries raise OSErrors of their own for damaged bytes, without a number.
+    return cause is not None and cause.errno is not None and cause.errno not in _NOT_THERE
+
+
 def json_bytes(value: Any) -> bytes:
     """Return the bytes that ``write_json_atomic`` writes: sorted keys, indented, one final newline."""
     text = json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False)
@@ -278,9 +289,9 @@ def read_bounded(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> bytes:
         FileNotFoundError: If it is not there.
         CacheFormatError: If it is no regular file, cannot be read, or is too large.
     """
-    if path.is_symlink() or (path.exists() and not path.is_file()):
-        raise CacheFormatError(f"{path}: not a regular file; a cache holds plain files only")
     try:
+        if path.is_symlink() or (path.exists() and not path.is_file()):
+            raise CacheFormatError(f"{path}: not a regular file; expected a plain file, no link, folder or device")
         with path.open("rb") as file:
             data = file.read(max_bytes + 1)
     except FileNotFoundError:

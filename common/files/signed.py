@@ -10,8 +10,8 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from vlm_distill_cache.common.errors import CacheFormatError
-from vlm_distill_cache.common.files.atomic import json_bytes, read_json, write_bytes_atomic
+from vlm_distill_cache.common.errors import CacheFormatError, ConfigError
+from vlm_distill_cache.common.files.atomic import is_out_of_reach, json_bytes, read_json, write_bytes_atomic
 from vlm_distill_cache.common.files.hashing import file_checksum, fingerprint, fingerprint_parsed
 
 CHECKSUM = "checksum"
@@ -35,12 +35,38 @@ def read_signed(path: Path, *, unsigned: Collection[str] = ()) -> dict[str, Any]
 
     Raises:
         FileNotFoundError: If it is not there.
-        CacheFormatError: If it cannot be read, is no object, or is not what was written.
+        CacheFormatError: If it is no file, no object, or not what was written.
+        ConfigError: If the system does not let it be read, so that nothing is known of it.
     """
-    found = read_json(path)
+    try:
+        found = read_json(path)
+    except (OSError, CacheFormatError) as error:
+        refuse_out_of_reach(path, error)
+        raise
     if not isinstance(found, dict):
         raise CacheFormatError(f"{path}: damaged: holds {type(found).__name__}, expected an object")
-    return found if unsigned and found.keys() == set(unsigned) else checked_body(found, str(path))
+    if unsigned and found.keys() == set(unsigned):
+        return found
+    body = checked_body(found, str(path))
+    if unsigned and body.keys() == set(unsigned):
+        raise CacheFormatError(
+            f"{path}: damaged, or edited by hand: has a checksum, and lacks what is written with one"
+        )
+    return body
+
+
+def refuse_out_of_reach(path: Path, error: Exception) -> None:
+    """Tell what cannot be read at the moment from what is lost or damaged: it may be sound, and must stay.
+
+    Raises:
+        ConfigError: If the error is of that kind.
+    """
+    if is_out_of_reach(error):
+        cause = error if isinstance(error, OSError) else error.__cause__
+        raise ConfigError(
+            f"{path}: cannot be read: {getattr(cause, 'strerror', None) or error}; nothing was changed. Make it readable "
+            "(its mode or owner, or those of its folder; the disk), then run the same command again"
+        ) from error
 
 
 def checked_body(document: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -67,17 +93,25 @@ def list_files(folder: Path, names: Iterable[str] | None = None) -> dict[str, li
 
 
 def find_damage(folder: Path, listed: Any) -> list[str]:
-    """Say what of the files that `list_files` listed is lost or changed, a text each; other files may be there."""
+    """Say what of the files that `list_files` listed is lost or changed, a text each; other files may be there.
+
+    Raises:
+        ConfigError: If the system does not let one be read.
+    """
     if not isinstance(listed, dict):
         return [f"{folder}: damaged: no list of files"]
     damage = []
     for name, entry in listed.items():
         path = folder / name
         try:
+            path.stat()  # is_file() would take one out of reach for none
             if not path.is_file():
                 damage.append(f"{path}: missing")
             elif (found := [path.stat().st_size, file_checksum(path)]) != entry:
                 damage.append(f"{path}: damaged or changed: has {found}, expected {entry} (bytes, xxh3_128)")
+        except FileNotFoundError:
+            damage.append(f"{path}: missing")
         except (OSError, ValueError) as error:  # a name with NUL is a ValueError
+            refuse_out_of_reach(path, error)
             damage.append(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}")
     return damage

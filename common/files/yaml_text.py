@@ -7,6 +7,7 @@ import yaml
 from yaml.nodes import CollectionNode, MappingNode, Node, ScalarNode
 
 MAX_CHARACTERS = 1_000_000
+MAX_BYTES = 4 * MAX_CHARACTERS  # of so many in UTF-8
 MAX_VALUES = 100_000  # of a document, each alias counted as what it stands for
 MAX_DIGITS = 100  # of a number: what has more is a text that lacks its quotes, or takes minutes to convert
 

@@ -14,7 +14,18 @@ from typing import Any
 from vlm_distill_cache.common.errors import LaunchError
 from vlm_distill_cache.common.printing import one_line
 
-OFF = ("", "0", "1", "no", "none", "false", "default")  # values of accelerate's options that ask for nothing
+OFF = (
+    "",
+    "0",
+    "1",
+    "n",
+    "no",
+    "off",
+    "f",
+    "false",
+    "none",
+    "default",
+)  # values of accelerate's options that ask for nothing
 _KINDS = {"FSDP": "FSDP", "DEEPSPEED": "DeepSpeed", "MEGATRON_LM": "Megatron-LM"}
 _SIZES = {
     "dp_shard_size": "FSDP",

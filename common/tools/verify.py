@@ -5,7 +5,6 @@ Holds one shard in memory at a time, and 24 bytes a sample to notice repeated id
 
 from __future__ import annotations
 
-import errno
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -34,14 +33,13 @@ from vlm_distill_cache.common.cache.stores import open_reader
 from vlm_distill_cache.common.cache.stores.base import DAMAGE_ERRORS, ShardReader
 from vlm_distill_cache.common.codecs.checks import codec_damage, value_damage
 from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, NewerFormatError
-from vlm_distill_cache.common.files.atomic import TEMPORARY_PREFIX, try_lock
+from vlm_distill_cache.common.files.atomic import TEMPORARY_PREFIX, is_out_of_reach, try_lock
 from vlm_distill_cache.common.files.hashing import stream_digests
 from vlm_distill_cache.common.locations import is_url
 from vlm_distill_cache.common.printing import brief, one_line
 
 COPY_AGAIN = "copy it again from where the cache came from"
 _READ_IT = "it may be sound: make it readable first (mode and owner, of the folders above too, and the disk), then verify again"
-_WRONG_THING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENXIO, errno.EINVAL, errno.ENAMETOOLONG)
 _MAX_REASON = 600
 _SEAL = "run `teacher-cache seal`"
 _MAKE_ANEW = "run `cachectl repair` (--deep, where only that found it), then `teacher-cache build` again to"
@@ -184,15 +182,11 @@ def _unsealed(cache_dir: Path, plan: Plan) -> Damage:
 
 def _failed(path: str, kind: Kind, error: Exception, reason: str = "") -> Damage:
     """What an error that reading a file raised says of it."""
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, OSError):
-        cause = cause.__cause__
-    number = None if cause is None else cause.errno  # libraries raise OSErrors of their own for damaged bytes, without
     return Damage(
         path,
         "newer" if isinstance(error, NewerFormatError) else kind,
         reason or str(error),
-        unreadable=number is not None and number not in _WRONG_THING,
+        unreadable=is_out_of_reach(error),
     )
 
 

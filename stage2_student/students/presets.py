@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from vlm_distill_cache.common.errors import ConfigError
+from vlm_distill_cache.common.files.rules import shown
 
 SIZES_OF: dict[str, tuple[str, ...]] = {
     "mobilevlm": ("tiny", "1.7b", "3b"),
@@ -78,11 +79,11 @@ def student_folder(student: str, weights: str | None) -> Path | None:
         return None if weights is None else Path(weights)
     if weights is not None:
         raise ConfigError(
-            f"student_weights={weights}: goes with a student's name ({describe_students()}), not with student={student}"
+            f"student_weights={weights}: goes with a student's name ({describe_students()}), not with student={shown(student)}"
         )
     if not Path(student).is_dir():
         raise ConfigError(
-            f"student: {student!r} is neither a known student ({describe_students()}) nor a directory, nor a "
+            f"student: {shown(student)} is neither a known student ({describe_students()}) nor a directory, nor a "
             "name on the hub (org/name[@revision], such as mtgv/MobileVLM_V2-1.7B)"
         )
     return Path(student)

@@ -7,12 +7,13 @@ position: a phase, a step and a count of samples are all the state there is.
 
 A position is believed if the state's own checksum fits, if the run has such a position, and if the folder's name and
 the tensors say the same. A checkpoint of which anything is damaged is named in the log, and the one before is taken.
+What cannot be read at the moment stops the run instead: it may be sound. Folders of other names are not ours.
 """
 
 import logging
 import os
 import random
-import shutil
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -27,13 +28,30 @@ from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, NoRoo
 from vlm_distill_cache.common.files.atomic import clean_stale, new_directory, remove, write_durably
 from vlm_distill_cache.common.files.disk import AGAIN
 from vlm_distill_cache.common.files.hashing import file_checksum
-from vlm_distill_cache.common.files.signed import document_bytes, list_files, read_signed
+from vlm_distill_cache.common.files.rules import ANYTHING, OBJECT, Rule, check, entries, items, record, text
+from vlm_distill_cache.common.files.signed import document_bytes, list_files, read_signed, refuse_out_of_reach
 
 CHECKPOINTS = "checkpoints"
 STATE = "state.json"
 TENSORS = "tensors.pt"
 _UNSIGNED = ("fingerprint", "position", "tensor_bytes", "tensor_checksum")  # a state of older versions
-_UNREADABLE = (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError, UnpicklingError)
+# What readers of damaged bytes, and users of damaged values, raise.
+_MISFITS = (
+    OSError, RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError, AssertionError,
+    EOFError, UnpicklingError,
+)  # fmt: skip
+_NAME = re.compile(r"step-(\d{8,})")
+_TENSOR = Rule("a tensor", lambda value: isinstance(value, torch.Tensor))
+_VALUES = entries(_TENSOR, most=1 << 20)
+_RULE = record(
+    {
+        "student": record({"values": _VALUES, "merged": items(_VALUES, most=100), "frozen": text(100)}),
+        "optimizer": record({"state": OBJECT, "param_groups": items(OBJECT, least=1, most=100)}),
+        "random": record({"torch": _TENSOR, "cuda": items(_TENSOR, most=1000), "numpy": ANYTHING, "python": ANYTHING}),
+        "fingerprint": text(100),
+        "position": OBJECT,
+    }
+)
 _log = logging.getLogger(__name__)
 
 
@@ -111,6 +129,8 @@ def _restore_random_state(state: dict[str, Any]) -> None:
     if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])
     kind, keys, position, has_gauss, gauss = state["numpy"]
+    if not 0 <= position <= len(keys):  # numpy would read on behind them
+        raise ValueError(f"numpy's generator stands at {position} of {len(keys)}")
     np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, gauss))  # noqa: NPY002
     version, internal, gauss_next = state["python"]
     random.setstate((version, tuple(internal), gauss_next))
@@ -143,9 +163,9 @@ def write_checkpoint(
         state = document_bytes({**said, "files": list_files(temporary, [TENSORS])})
         write_durably(temporary / STATE, state)
         remove(final)  # the same position, from an earlier attempt that was found unusable
-    for later in folder.glob("step-*"):  # so were these
+    for later in step_folders(output):  # so were these
         if later.name > final.name:
-            shutil.rmtree(later)
+            remove(later)
     drop_old_checkpoints(output, keep=keep)
     return final
 
@@ -156,9 +176,25 @@ def drop_old_checkpoints(output: Path, *, keep: int, newest: Checkpoint | None =
     ``newest`` is the one that the run goes on from, if there are damaged ones behind it.
     """
     kept = [found for found in list_checkpoints(output) if newest is None or found.path <= newest.path][-keep:]
-    for path in (output / CHECKPOINTS).glob("step-*"):
+    for path in step_folders(output):
         if kept and path.name < kept[0].path.name:
-            shutil.rmtree(path)
+            remove(path)
+
+
+def step_folders(output: Path) -> list[Path]:
+    """The checkpoints of a run by their names, oldest first, whole or not; what has another name is somebody else's.
+
+    Raises:
+        ConfigError: If their folder cannot be looked into, or is none.
+    """
+    folder = output / CHECKPOINTS
+    try:
+        return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name))
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        refuse_out_of_reach(folder, error)
+        raise ConfigError(f"{folder}: {error.strerror}; expected a folder: move away what is there") from error
 
 
 def list_checkpoints(output: Path) -> list[Checkpoint]:
@@ -167,15 +203,16 @@ def list_checkpoints(output: Path) -> list[Checkpoint]:
     Whether the tensors are those that were written only `read_checkpoint` says.
 
     Raises:
-        ConfigError: If one is from before a state had a checksum.
+        ConfigError: If one is from before a state had a checksum, or cannot be read at the moment.
     """
     found: list[Checkpoint] = []
-    for path in sorted((output / CHECKPOINTS).glob("step-*")):
+    for path in step_folders(output):
         try:
             found.append(_read_state(path))
         except ConfigError:
             raise
-        except _UNREADABLE as error:
+        except _MISFITS as error:
+            refuse_out_of_reach(path, error)
             _log.warning("ignoring incomplete checkpoint %s: %s", path, error)
     return found
 
@@ -223,7 +260,7 @@ def find_resume_point(
             return checkpoint, read_checkpoint(checkpoint)
         except CacheFormatError as error:
             _log.warning("ignoring damaged checkpoint %s: %s", checkpoint.path, error)
-    if any((output / CHECKPOINTS).glob("step-*")):
+    if step_folders(output):
         _log.warning("no sound checkpoint is left in %s: the training begins again", output / CHECKPOINTS)
     return None
 
@@ -238,16 +275,49 @@ def read_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     try:
         whole = file_checksum(path) == checkpoint.checksum
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True) if whole else {}
-    except _UNREADABLE as error:
+    except _MISFITS as error:
+        refuse_out_of_reach(path, error)
         raise CacheFormatError(f"{path}: cannot be read: {error}") from error
     if not whole:
         raise CacheFormatError(f"{path}: the checksum is not the one in {STATE}, the file is damaged")
-    if (state.get("fingerprint"), state.get("position")) != (checkpoint.fingerprint, asdict(checkpoint.position)):
+    check(state, _RULE, str(path), remedy="it is left out")
+    if (state["fingerprint"], state["position"]) != (checkpoint.fingerprint, asdict(checkpoint.position)):
         raise CacheFormatError(f"{path}: of another position or run than {STATE}")
+    before = _random_state()
+    try:
+        taken = max(int(of_one["step"]) for of_one in state["optimizer"]["state"].values())
+        _restore_random_state(state["random"])
+    except _MISFITS as error:
+        raise CacheFormatError(f"{path}: optimizer or random numbers are not as they were written: {error}") from error
+    finally:
+        _restore_random_state(before)
+    if taken != checkpoint.position.step:
+        raise CacheFormatError(f"{path}: the optimizer has taken {taken} steps, not {checkpoint.position.step}")
     return state
 
 
 def restore_training(state: Mapping[str, Any], optimizer: Optimizer) -> None:
-    """Bring back optimizer and random numbers."""
-    optimizer.load_state_dict(state["optimizer"])
+    """Bring back the optimizer's averages and the random numbers; its settings are the run's.
+
+    Raises:
+        ConfigError: If the averages are of other parameters.
+    """
+    saved, own = state["optimizer"], optimizer.state_dict()["param_groups"]
+    members = [group["params"] for group in own]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    try:
+        fits = [group["params"] for group in saved["param_groups"]] == members and all(
+            value.shape in ((), parameters[number].shape)
+            for number, averages in saved["state"].items()
+            for value in averages.values()
+        )
+        if fits:
+            optimizer.load_state_dict({"state": saved["state"], "param_groups": own})
+    except _MISFITS:
+        fits = False
+    if not fits:
+        raise ConfigError(
+            f"the newest checkpoint's optimizer is not of the {len(parameters)} parameters that this phase trains: it is "
+            f"damaged. Delete its folder in {CHECKPOINTS} to go on from the one before"
+        )
     _restore_random_state(state["random"])

@@ -18,12 +18,14 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from vlm_distill_cache.common.errors import CacheFormatError
-from vlm_distill_cache.common.files.atomic import parse_json, write_bytes_atomic
+from vlm_distill_cache.common.files.atomic import parse_json, read_bounded, write_bytes_atomic
+from vlm_distill_cache.common.files.signed import refuse_out_of_reach
 from vlm_distill_cache.stage2_student.config import PHASE_NAMES
 
 LOG = "log.jsonl"
 TIMES = ("step_s", "samples_per_s", "data_wait")
 NOT_LOSSES = ("step", "phase", "lr", "projector_lr", "tower_lr", *TIMES)
+_MOST_BYTES = 1 << 30
 _MOST = 1e300  # larger numbers are none of ours, and need not be floats
 _log = logging.getLogger(__name__)
 
@@ -33,14 +35,18 @@ def read_log(output: Path, phases: Sequence[tuple[str, int]] = ()) -> list[dict[
 
     ``phases`` are name and steps of each, as far as the run has come: a step of another phase is none of it, and steps
     that are not there are said as well. The unfinished last line of a killed run is nothing to mention.
+
+    Raises:
+        ConfigError: If the system does not let it be read: a resumed run would write it anew.
     """
     path = output / LOG
     try:
-        lines = path.read_bytes().split(b"\n")
+        lines = read_bounded(Path(os.path.realpath(path)), max_bytes=_MOST_BYTES).split(b"\n")
     except FileNotFoundError:
         lines = []
-    except OSError as error:
-        _log.warning("%s cannot be read: %s", path, error.strerror)
+    except CacheFormatError as error:
+        refuse_out_of_reach(path, error)
+        _log.warning("the log is left out: %s", error)
         lines = []
     names = [name for name, steps in phases for _ in range(steps)]
     found: dict[int, dict[str, Any]] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,8 @@ from vlm_distill_cache.common.files.atomic import TEMPORARY_PREFIX, clean_stale,
 from vlm_distill_cache.common.files.disk import name_full_disk, refuse_overlap
 from vlm_distill_cache.common.terminal.launch import enter_launch
 from vlm_distill_cache.stage2_student.config import TrainConfig
+
+_FILES = ("config.yaml", "log.jsonl", "run.json", "table.txt", "report.html", "evaluation.json")
 
 
 @contextmanager
@@ -34,7 +37,21 @@ def claim_output(output: Path, *caches: Path) -> Iterator[None]:
         output.mkdir(parents=True, exist_ok=True)
         with hold_folder(output, busy="another process works there; wait for it, or give another --output"):
             clean_stale(output)
+            refuse_misplaced(output)
             yield
+
+
+def refuse_misplaced(output: Path) -> None:
+    """Refuse files where a training's folders go, and the other way round, before the first step.
+
+    Raises:
+        ConfigError: Naming the first one.
+    """
+    kinds = {**dict.fromkeys(("checkpoints", "tensorboard", "sft", "distilled"), True), **dict.fromkeys(_FILES, False)}
+    for name, is_folder in kinds.items():
+        path = output / name
+        if os.path.lexists(path) and not (path.is_dir() if is_folder else path.is_file() or path.is_symlink()):
+            raise ConfigError(f"{path}: expected a {'folder' if is_folder else 'file'}; move away what is there")
 
 
 def holds_anything(folder: Path) -> bool:

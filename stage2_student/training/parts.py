@@ -238,9 +238,10 @@ class TrainedParts:
         own = dict(self._student.named_parameters())
         values = state["values"]
         here = self.state()["values"].keys()
-        if here != values.keys():
+        other = here ^ values.keys() or {name for name in here if own[name].shape != values[name].shape}
+        if other:
             raise ConfigError(
-                f"the checkpoint holds other parts than this phase trains: {sorted(here ^ values.keys())[:5]}; use "
+                f"the checkpoint holds other parts than this phase trains: {sorted(other)[:5]}; use "
                 "another --output, or delete the folder to begin again"
             )
         for name, value in values.items():

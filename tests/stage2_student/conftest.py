@@ -1,5 +1,6 @@
 """Fixtures shared by the tests of stage two."""
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -8,7 +9,10 @@ import pytest
 import train_runs
 from accelerate.state import AcceleratorState
 from broken_runs import train_in_two_processes
+from finished_runs import make_config
 from tiny_cache import build_tiny_cache
+
+from vlm_distill_cache.stage2_student.run import run
 
 # Tiny checkpoints of every family, which the tests of stage one make.
 sys.path.append(str(Path(__file__).parents[1] / "stage1_teacher"))
@@ -36,3 +40,17 @@ def _fresh_accelerator():
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="session")
+def finished(tiny_cache, tmp_path_factory):
+    """A finished run; tests that change something use `copied`."""
+    output = tmp_path_factory.mktemp("runs") / "run"
+    return run(make_config(tiny_cache[0], output))
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """A copy of a finished run."""
+    shutil.copytree(finished.output, tmp_path / "run")
+    return tmp_path / "run"

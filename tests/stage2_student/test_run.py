@@ -11,20 +11,17 @@ from dataclasses import replace
 
 import pytest
 from click.testing import CliRunner
+from finished_runs import FAST, make_config, whole
 from tiny_cache import DATA, build_tiny_cache
 
 from vlm_distill_cache.common.cache.reader import TeacherCache
 from vlm_distill_cache.common.errors import CacheMismatchError, ConfigError, ModelError
-from vlm_distill_cache.common.files.signed import list_files
 from vlm_distill_cache.data.registry import open_dataset
 from vlm_distill_cache.stage2_student import run as run_module
 from vlm_distill_cache.stage2_student.cli import main
-from vlm_distill_cache.stage2_student.final_folder import read_final
 from vlm_distill_cache.stage2_student.resolve import open_caches
 from vlm_distill_cache.stage2_student.run import (
     LEFT,
-    SCORES,
-    TABLE,
     find_lost,
     load_run_config,
     read_stamp,
@@ -34,28 +31,6 @@ from vlm_distill_cache.stage2_student.run import (
 )
 from vlm_distill_cache.stage2_student.training.output_folder import claim_output, refuse_foreign_folder
 from vlm_distill_cache.stage2_student.training.preparation import prepare
-
-FAST = [
-    "dpt.steps=1", "dft.steps=2", "sft.steps=1", "dpt.batch_size=4", "dft.batch_size=4", "sft.batch_size=4",
-    "evaluation.limit=2", "evaluation.letters=false", "evaluation.agreement_samples=4",
-    "evaluation.overlays=1", "device=cpu",
-]  # fmt: skip
-
-
-def make_config(cache, output, *more):
-    return load_run_config(None, ["student=mobilevlm", f"data='{DATA}'", f"output={output}", *FAST, *more], cache=cache)
-
-
-@pytest.fixture(scope="module")
-def finished(tiny_cache, tmp_path_factory):
-    output = tmp_path_factory.mktemp("runs") / "run"
-    return run(make_config(tiny_cache[0], output))
-
-
-@pytest.fixture
-def copied(finished, tmp_path):
-    shutil.copytree(finished.output, tmp_path / "run")
-    return tmp_path / "run"
 
 
 def test_a_run_leaves_two_students_a_table_and_a_page(finished):
@@ -83,13 +58,6 @@ def test_the_teachers_scores_stand_only_beside_those_on_its_own_test_set(tiny_ca
     assert "teacher" in run(make_config(tiny_cache[0], copied)).table.splitlines()[0]
     for other in ("evaluation.split=validation", "evaluation.data='shapes:images=4,seed=3'"):
         assert "teacher" not in run(make_config(tiny_cache[0], copied, other)).table.splitlines()[0]
-
-
-def whole(folder):
-    """The digests of the students, the scores and the table."""
-    return list_files(folder, [name for name in LEFT if name.endswith((TABLE, SCORES))]) | {
-        name: read_final(folder / name)["files"] for name in ("sft/final", "distilled/final")
-    }
 
 
 def flip(path):
@@ -128,7 +96,7 @@ def test_no_damage_to_what_a_run_left_is_vouched_for_scored_or_exported(tiny_cac
                     with pytest.raises(ModelError):
                         prepare(replace(config, student=str(final)))
             if path.name == "evaluation.json" and path.parent == copied:
-                with pytest.raises(ConfigError, match=r"evaluation.json .*run the same `distill run` command again"):
+                with pytest.raises(ConfigError, match=r"evaluation.json.*run the same `distill run` command again"):
                     write_report_again(copied)
             path.write_bytes(sound)
     (final / "README.md").write_text("extra files are fine")

@@ -40,7 +40,9 @@ def image_encoder_from_dict(geometry: Mapping[str, Any], processor: Any) -> AnyI
         ConfigError: The kind is unknown, fields are missing, or the processor's settings are others.
     """
     encoder = _rebuild(dict(geometry), processor)
-    wanted, got = geometry["processor"], encoder.to_dict()["processor"]
+    wanted, got = geometry.get("processor"), encoder.to_dict()["processor"]
+    if not isinstance(wanted, Mapping):
+        raise ConfigError("the stored geometry does not say how its image processor was set; train or build it again")
     different = sorted(key for key in wanted if wanted[key] != got.get(key))
     if different:
         key = different[0]

@@ -1,7 +1,11 @@
 """Checkpoints are whole or absent, and bring back every bit of a run's state."""
 
+import errno
+import io
 import json
 import logging
+import os
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -9,7 +13,7 @@ import torch
 from torch import nn
 
 from vlm_distill_cache.common.errors import ConfigError
-from vlm_distill_cache.common.files.signed import read_signed, write_signed
+from vlm_distill_cache.common.files.signed import list_files, read_signed, write_signed
 from vlm_distill_cache.stage2_student.training.checkpoint import (
     CHECKPOINTS,
     STATE,
@@ -43,9 +47,12 @@ def write(output, model, optimizer, total_steps, *, keep=2, fingerprint="run"):
     position = Position()
     for _ in range(total_steps):
         position = position.advance(8)
-    return write_checkpoint(
-        output, position, student=model.state_dict(), optimizer=optimizer, fingerprint=fingerprint, keep=keep
-    )
+    if not optimizer.state:
+        step(model, optimizer)
+    for averages in optimizer.state.values():
+        averages["step"].fill_(total_steps)
+    student = {"values": model.state_dict(), "merged": [], "frozen": "hash"}
+    return write_checkpoint(output, position, student=student, optimizer=optimizer, fingerprint=fingerprint, keep=keep)
 
 
 def resume_point(output, fingerprint="run"):
@@ -62,7 +69,7 @@ def test_a_restored_run_continues_bit_for_bit_random_numbers_included(tmp_path):
     other, other_optimizer = make_run(seed=9)
     checkpoint, state = resume_point(tmp_path)
     assert checkpoint.position == Position(step=3, total_steps=3, samples=24, total_samples=24)
-    other.load_state_dict(state["student"])
+    other.load_state_dict(state["student"]["values"])
     restore_training(state, other_optimizer)
     assert [step(other, other_optimizer) for _ in range(4)] == expected
     for left, right in zip(model.parameters(), other.parameters(), strict=True):
@@ -177,6 +184,98 @@ def test_a_position_that_somebody_signed_must_be_one_of_the_run_of_the_folder_an
     write_signed(folder / STATE, state)
     folder.rename(folder.with_name("step-00000003"))
     assert resume_point(tmp_path)[0].position.total_steps == 1
+
+
+def sign(folder, tensors):
+    """Write tensors, and the state that vouches for them."""
+    torch.save(tensors, folder / TENSORS)
+    state = read_signed(folder / STATE)
+    write_signed(folder / STATE, {**state, "files": list_files(folder, [TENSORS])})
+
+
+def test_tensors_that_somebody_signed_are_used_only_if_they_are_what_a_training_writes(tmp_path, caplog):
+    model, optimizer = make_run()
+    write(tmp_path, model, optimizer, 1)
+    folder = write(tmp_path, model, optimizer, 2)
+    whole = torch.load(folder / TENSORS, weights_only=True)
+    odd = (None, 7, "x", [], [1], {}, {"x": 1}, torch.ones(3), (1, 2))
+    places = [(name,) for name in whole if name != "fingerprint"]
+    places += [("student", name) for name in whole["student"]] + [("optimizer", name) for name in whole["optimizer"]]
+    places += [("random", name) for name in ("torch", "numpy", "python")] + [("optimizer", "state", 0)]
+    lies = [*odd]
+    for *path, last in places:
+        for value in (*odd, ...):
+            lie = {name: dict(part) if isinstance(part, dict) else part for name, part in whole.items()}
+            inner = lie
+            for name in path:
+                inner[name] = dict(inner[name])
+                inner = inner[name]
+            if value is ...:
+                del inner[last]
+            else:
+                inner[last] = value
+            # Which values and parameters there must be only the student knows, and says so when it loads them.
+            known = (("values", {}), ("frozen", "x"), ("merged", []), (0, ...))
+            if not any(last == name and type(value) is type(other) and value == other for name, other in known):
+                lies.append(lie)
+    lies.append({**whole, "random": {**whole["random"], "numpy": (*whole["random"]["numpy"][:2], 10**6, 0, 0.0)}})
+    for lie in lies:
+        sign(folder, lie)
+        assert resume_point(tmp_path)[0].position.total_steps == 1, lie
+    later = {"step": 3, "samples": 24, "total_steps": 3, "total_samples": 24}
+    sign(folder, {**whole, "position": {**whole["position"], **later}})
+    write_signed(folder / STATE, {**read_signed(folder / STATE), "position": {**whole["position"], **later}})
+    folder.rename(folder.with_name("step-00000003"))
+    assert resume_point(tmp_path)[0].position.total_steps == 1
+    assert "the optimizer has taken 2 steps, not 3" in caplog.text
+
+
+def test_averages_of_other_parameters_are_refused_and_settings_are_the_runs(tmp_path):
+    model, optimizer = make_run()
+    write(tmp_path, model, optimizer, 2)
+    _, state = resume_point(tmp_path)
+    groups = [{**group, "betas": (0.0, 0.0), "eps": "much"} for group in state["optimizer"]["param_groups"]]
+    restore_training({**state, "optimizer": {**state["optimizer"], "param_groups": groups}}, optimizer)
+    assert optimizer.param_groups[0]["betas"] == (0.9, 0.999)
+    other = nn.Linear(5, 3)
+    optimizer = build_optimizer({"lr": list(other.parameters())}, {"lr": 0.1}, weight_decay=0.0)
+    with pytest.raises(ConfigError, match=r"Delete its folder in checkpoints to go on from the one before"):
+        restore_training(state, optimizer)
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EIO])
+def test_what_cannot_be_read_at_the_moment_stops_the_run_and_stays(tmp_path, monkeypatch, code):
+    model, optimizer = make_run()
+    write(tmp_path, model, optimizer, 1)
+    folder = write(tmp_path, model, optimizer, 2)
+    for hidden in (tmp_path / CHECKPOINTS, folder / STATE, folder / TENSORS):
+        with monkeypatch.context() as patch:
+            for module, name, real in ((io, "open", io.open), (os, "listdir", os.listdir)):
+
+                def refuse(path, *more, real=real, hidden=hidden, **options):
+                    if str(path) == str(hidden):
+                        raise OSError(code, os.strerror(code), str(path))
+                    return real(path, *more, **options)
+
+                patch.setattr(module, name, refuse)
+            with pytest.raises(ConfigError, match=rf"{os.strerror(code)}; nothing was changed. Make it readable"):
+                resume_point(tmp_path)
+    assert resume_point(tmp_path)[0].position.total_steps == 2
+
+
+def test_what_has_another_name_is_not_looked_at_and_stays_and_links_and_files_are_only_unlinked(tmp_path):
+    model, optimizer = make_run()
+    folder = write(tmp_path, model, optimizer, 2, keep=1)
+    names = ("step-00000001.best", "step-00000001-notes", "step-1", "notes", "step-0000000a", "step-99999999.tmp")
+    for name in names:
+        shutil.copytree(folder, folder.with_name(name))
+    shutil.copytree(folder, tmp_path / "elsewhere")
+    folder.with_name("step-00000001").write_text("a file")
+    folder.with_name("step-00000009").symlink_to(tmp_path / "elsewhere")
+    assert resume_point(tmp_path)[0].path == folder
+    write(tmp_path, model, optimizer, 3, keep=1)
+    assert {path.name for path in folder.parent.iterdir()} == {*names, "step-00000003"}
+    assert {path.name for path in (tmp_path / "elsewhere").iterdir()} == {STATE, TENSORS}
 
 
 def test_a_run_has_the_positions_that_its_steps_lead_to_and_no_others():

@@ -11,6 +11,7 @@ depend on how many processes there are or how much memory each has.
 Torch is imported where it is used, so that a command that is refused, or a process that fails, does so at once.
 """
 
+import importlib
 import logging
 import multiprocessing
 import os
@@ -165,7 +166,7 @@ def run_parts(
     """Run ``target`` in one fresh process for each part, and wait for all of them.
 
     Args:
-        target: Importable function of the options and a part.
+        target: Function of a module, of the options and a part.
         config: The options; each process gets a GPU of its own where there are several.
         on_wait: Called about once a second.
 
@@ -178,7 +179,9 @@ def run_parts(
         for local, part in enumerate(parts):
             here, there = context.Pipe(duplex=False)
             own = replace(config, device=local_device(config.device, local))
-            process = context.Process(target=_process, args=(target, own, part, there))
+            # By name: its module imports torch, seconds in which the parent may be killed.
+            named = (target.__module__, target.__name__)
+            process = context.Process(target=_process, args=(*named, own, part, there))
             # Ctrl-C is for this process, which ends the others: one that is just importing would show a traceback.
             with without_interrupts():
                 process.start()
@@ -219,16 +222,14 @@ def _raise_failure(part: Part, process: SpawnProcess, connection: Connection) ->
     )
 
 
-def _process(
-    target: Callable[[BuildConfig, Part], None], config: BuildConfig, part: Part, connection: Connection
-) -> None:
+def _process(module: str, target: str, config: BuildConfig, part: Part, connection: Connection) -> None:
     """Run one part in this process, and tell the parent what went wrong."""
     end_with_parent()
     start_logging(logging.ERROR, prefix=f"part {part}: ")  # the parent gives the warnings
     quiet_libraries()
     try:
         with explain_disk_errors(config.cache):
-            target(config, part)
+            getattr(importlib.import_module(module), target)(config, part)
     except DistillError as error:
         connection.send(str(error))
     except OSError as error:

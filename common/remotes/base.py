@@ -20,6 +20,7 @@ from vlm_distill_cache.common.remotes.streams import Body, PassingError, RangeRe
 
 _BLOCK_BYTES = 256 << 10
 _SLOWEST = 1024  # bytes a second; below that a connection counts as stalled
+_LONGEST_READ = 600.0  # seconds that a small file may take, however it comes
 
 
 class Remote(ABC):
@@ -100,7 +101,7 @@ class Remote(ABC):
 
         def attempt() -> bytes:
             with contextlib.closing(self._open(name)) as body:
-                if (body.total or 0) > max_bytes or len(data := self._take(body, max_bytes + 1)) > max_bytes:
+                if (body.total or 0) > max_bytes or len(data := self._take(where, body, max_bytes + 1)) > max_bytes:
                     found = f"{body.total} bytes, " if body.total is not None else ""
                     raise CacheFormatError(f"{where}: {found}larger than {max_bytes} bytes; not a file of this cache")
                 if body.total not in (None, len(data)):
@@ -174,11 +175,18 @@ class Remote(ABC):
                 on_bytes(len(new))
         if have < size:
             raise PassingError(f"ended after {have} of {size} bytes")
-        if body.total is None and self._take(body, 1):
+        if body.total is None and self._take(self.location, body, 1):
             raise PassingError(f"more bytes than the {size} expected")
 
-    def _take(self, body: Body, most: int) -> bytes:
-        return b"".join(self._blocks(body, most))
+    def _take(self, where: str, body: Body, most: int) -> bytes:
+        taken, since = bytearray(), time.monotonic()  # no list: a block may be a byte
+        for block in self._blocks(body, most):
+            taken += block
+            if time.monotonic() - since > _LONGEST_READ:
+                raise TransferError(
+                    f"{where}: only {len(taken)} bytes arrived in {_LONGEST_READ:.0f} s; check the network and the server"
+                )
+        return bytes(taken)
 
     def _blocks(self, body: Body, most: int) -> Iterator[bytes]:
         """Yield at most ``most`` bytes as they arrive; give up on a trickle, which beats every timeout but never ends."""

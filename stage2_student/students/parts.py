@@ -173,7 +173,7 @@ def _cached_image_token(cache: TeacherCache, tokenizer: Any) -> int:
     )
     if token is None or (marker and token == tokenizer.unk_token_id):
         raise CacheFormatError(
-            f"{cache.path}: plan.json: geometry.marker is {shown(marker)}, expected a token of processor/; {AGAIN}"
+            f"{cache.place}: plan.json: geometry.marker is {shown(marker)}, expected a token of processor/; {AGAIN}"
         )
     return int(token)
 

@@ -110,21 +110,21 @@ class Remote(ABC):
 
         return self._retries.run(where, attempt, expected=expected)
 
-    def size(self, name: str) -> int | None:
-        """Return the bytes of a file, or None if it is absent."""
+    def size(self, name: str, *, expected: bool = False) -> int | None:
+        """Return the bytes of a file, or None if it is absent; ``expected`` as for ``read``."""
         where = self._where(name)
 
-        def attempt() -> int | None:
-            try:
-                body = self._open(name, stop=1)  # and no HEAD: signed addresses allow GET only
-            except FileNotFoundError:
-                return None
+        def attempt() -> int:
+            body = self._open(name, stop=1)  # and no HEAD: signed addresses allow GET only
             body.close()
             if body.total is None:
                 raise TransferError(f"{where}: the server does not say how large the file is; use another server")
             return body.total
 
-        return self._retries.run(where, attempt)
+        try:
+            return self._retries.run(where, attempt, expected=expected)
+        except FileNotFoundError:
+            return None
 
     def download(self, name: str, target: Path, *, size: int, on_bytes: Callable[[int], object] | None = None) -> None:
         """Append to ``target`` what is still missing of a file, until ``target`` has ``size`` bytes.

@@ -78,7 +78,7 @@ class S3Remote(Remote):
             return Body(0, response.get("ContentLength"), read, stream.close)
         return Body(int(found[1]), None if found[3] == "*" else int(found[3]), read, stream.close)
 
-    def size(self, name: str) -> int | None:
+    def size(self, name: str, *, expected: bool = False) -> int | None:
         """Return the bytes of a file, or None; see ``Remote``."""
 
         def attempt() -> int:
@@ -86,7 +86,7 @@ class S3Remote(Remote):
                 return int(self._once(name, "head_object")["ContentLength"])
 
         try:
-            return self._retries.run(self._where(name), attempt)
+            return self._retries.run(self._where(name), attempt, expected=expected)
         except FileNotFoundError:
             return None
 

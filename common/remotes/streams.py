@@ -17,6 +17,7 @@ from vlm_distill_cache.common.printing import brief
 _T = TypeVar("_T")
 _LONGEST_WAIT, _LONGEST_TOLD_WAIT = 30.0, 120.0  # seconds: of our own accord, and when the server asks
 _NONSENSE_WAIT = 3600.0  # seconds; whoever asks for more than that means nothing by it
+_ABSENT = "not there yet"
 _ABSENT_TRIES = 4  # a file that was pushed just now may be absent for some seconds
 _PROGRESS_BYTES = 1 << 20  # a try that brought this much was no failure: a large file may need many tries
 
@@ -103,8 +104,9 @@ class Retries:
                 failures += 1
                 if not expected or failures >= min(self.attempts, _ABSENT_TRIES):
                     raise
-                seconds, what = waiting_time(failures, None), "not there yet"
-            logger.warning("%s: %s; next try in %.1f s", where, what, seconds)
+                seconds, what = waiting_time(failures, None), _ABSENT
+            if what != _ABSENT or failures == 1:  # a wrong address is told of once
+                logger.warning("%s: %s; next try in %.1f s", where, what, seconds)
             wait(seconds)
 
 

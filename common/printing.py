@@ -28,7 +28,7 @@ CONTROL = re.compile(
 _WORD = re.compile(r"\S+")
 # Before a host or bucket, whatever the scheme: NAME@ or KEY:SECRET@. A port is no password, and a secret may have slashes.
 _USER = re.compile(r":(//+(?:[^/@:]*:(?!\d{1,5}(?:[/?#]|$))[^@]*|[^/@:]*)|/[^/@:]+:[^@]*)@(?:[^/@]*@)*")
-_CLOSING = ".,;:!)]}>'\"`"  # at the end of a query these belong to the sentence
+_CLOSING = ".,;:!)]}"  # at the end of a query these belong to the sentence, and quotation marks that open before it
 _TOKEN = re.compile(
     r"""\b(?:(hf_)[A-Za-z0-9]{20,}|(x-(?:amz|goog)-(?:signature|credential|security-token)=)['"]?[^\s'"<>&,;)]+)""",
     re.I,
@@ -48,7 +48,7 @@ def _public(word: str) -> str:
     word = _USER.sub(lambda found: "://" if found[1].startswith("//") else ":/", users + at) + rest
     address = word.find(":/")
     mark = word.find("?", address + 1)
-    query = word[mark + 1 :].rstrip(_CLOSING)
+    query = word[mark + 1 :].rstrip(_CLOSING + "".join(set("'\"`") & set(word[: max(address, 0)])))
     if mark < 0 or not query or (address < 0 and "=" not in query):
         return word
     return f"{word[:mark]}?...{word[mark + 1 + len(query) :]}"

@@ -25,7 +25,7 @@ CONTROL = re.compile(
 )  # moves the cursor or turns text round
 
 
-_WORD = re.compile(r"\S+")
+_WORD = re.compile(r"(?<!\S)\S*(?::/|\?)\S*")  # one that may be, or be a part of, an address
 # Before a host or bucket, whatever the scheme: NAME@ or KEY:SECRET@. A port is no password, and a secret may have slashes.
 _USER = re.compile(r":(//+(?:[^/@:]*:(?!\d{1,5}(?:[/?#]|$))[^@]*|[^/@:]*)|/[^/@:]+:[^@]*)@(?:[^/@]*@)*")
 _CLOSING = ".,;:!)]}"  # at the end of a query these belong to the sentence, and quotation marks that open before it
@@ -48,7 +48,8 @@ def _public(word: str) -> str:
     word = _USER.sub(lambda found: "://" if found[1].startswith("//") else ":/", users + at) + rest
     address = word.find(":/")
     mark = word.find("?", address + 1)
-    query = word[mark + 1 :].rstrip(_CLOSING + "".join(set("'\"`") & set(word[: max(address, 0)])))
+    opened = set("'\"`") & set(word[:address]) if address >= 0 else "'\"`"  # before an address in two words, perhaps
+    query = word[mark + 1 :].rstrip(_CLOSING + "".join(opened))
     if mark < 0 or not query or (address < 0 and "=" not in query):
         return word
     return f"{word[:mark]}?...{word[mark + 1 + len(query) :]}"

@@ -13,7 +13,7 @@ from servers import REDIRECTS, Fault, FaultyServer, own_certificate, s3_environm
 import vlm_distill_cache.common.remotes.pull
 from vlm_distill_cache.common.cache.sidecar import FileEntry
 from vlm_distill_cache.common.errors import CacheFormatError, TransferError
-from vlm_distill_cache.common.remotes import http, open_remote, streams
+from vlm_distill_cache.common.remotes import base, http, open_remote, streams
 from vlm_distill_cache.common.remotes.fetch import fetch_files
 from vlm_distill_cache.common.remotes.pull import pull
 from vlm_distill_cache.common.remotes.push import push
@@ -127,6 +127,23 @@ def test_every_fault_passes_if_it_may_and_else_ends_in_words_in_time(faulty, tmp
         assert "secret" not in words, name
         assert len(words) < 1000, name
         assert time.monotonic() - began < 2 * 0.4 + 1, name  # a head and a body
+
+
+def test_news_before_an_answer_and_any_case_of_its_headers_are_no_faults(faulty, tmp_path):
+    server, open_here = faulty
+    remote = open_here(attempts=1)
+    whole = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Encoding: Identity\r\n\r\nok"
+    server.always = Fault(raw=b"HTTP/1.1 102 P\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: a\r\n\r\n" + whole)
+    assert remote.read("file.bin", max_bytes=9) == b"ok"
+
+
+def test_a_small_file_may_take_so_long_and_costs_no_more_than_its_bytes(server, monkeypatch):
+    remote = open_remote(server.url)
+    endless = streams.Body(0, None, lambda _: b"x", lambda: None)
+    monkeypatch.setattr(remote, "_open", lambda *_, **__: endless)
+    monkeypatch.setattr(base, "_LONGEST_READ", 0.3)
+    with pytest.raises(TransferError, match=r"manifest.json: only \d+ bytes arrived in 0 s; check the network"):
+        remote.read("manifest.json", max_bytes=64 << 20)
 
 
 @pytest.mark.parametrize(("fault", "words"), [

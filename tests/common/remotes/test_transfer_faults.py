@@ -1,5 +1,6 @@
 """Servers that fail: whatever may pass is tried again from where it stopped, and the rest is a clear error."""
 
+import errno
 import functools
 import threading
 import time
@@ -14,6 +15,7 @@ import vlm_distill_cache.common.remotes.pull
 from vlm_distill_cache.common.cache.sidecar import FileEntry
 from vlm_distill_cache.common.errors import CacheFormatError, TransferError
 from vlm_distill_cache.common.remotes import base, http, open_remote, streams
+from vlm_distill_cache.common.remotes import fetch as fetch_module
 from vlm_distill_cache.common.remotes.fetch import fetch_files
 from vlm_distill_cache.common.remotes.pull import pull
 from vlm_distill_cache.common.remotes.push import push
@@ -282,6 +284,23 @@ def test_a_manifest_that_came_in_part_is_read_again(served_cache, tmp_path):
     served_cache.faults = [Fault(old=True, cut=300), KNOWN["another page"]]
     pull(f"{served_cache.url}/cache", tmp_path / "here", jobs=1)
     assert tree(tmp_path / "here") == tree(tmp_path / "root" / "cache")
+
+
+def test_a_card_that_is_not_there_for_a_moment_is_asked_for_again(served_cache, tmp_path):
+    served_cache.concerns = lambda method, path: path.endswith("README.md")
+    served_cache.faults = [KNOWN["not there yet"]]
+    pull(f"{served_cache.url}/cache", tmp_path / "here", jobs=1)
+    assert tree(tmp_path / "here") == tree(tmp_path / "root" / "cache")
+
+
+def test_a_file_that_cannot_be_opened_here_is_called_by_its_final_name(served_cache, tmp_path, monkeypatch):
+    def refuse(path, **_):
+        raise OSError(errno.EMFILE, "Too many open files", str(path))
+
+    monkeypatch.setattr(fetch_module, "lock", refuse)
+    with pytest.raises(OSError, match="Too many open files") as caught:
+        pull(f"{served_cache.url}/cache", tmp_path / "here", jobs=1)
+    assert caught.value.filename in map(str, (tmp_path / "here" / name for name in tree(tmp_path / "root" / "cache")))
 
 
 def test_an_address_shows_neither_password_nor_signature():

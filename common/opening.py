@@ -4,7 +4,7 @@ from pathlib import Path
 
 from vlm_distill_cache.common.cache.reader import OPEN_SHARDS, TeacherCache
 from vlm_distill_cache.common.codecs.registry import codec_from_dict
-from vlm_distill_cache.common.locations import is_url
+from vlm_distill_cache.common.locations import is_url, public_location
 
 
 def open_cache(location: Path | str, *, open_shards: int = OPEN_SHARDS) -> TeacherCache:
@@ -24,4 +24,10 @@ def open_cache(location: Path | str, *, open_shards: int = OPEN_SHARDS) -> Teach
     from vlm_distill_cache.common.remotes.mirror import find_mirror  # only who reads from afar needs a client
 
     mirror = find_mirror(str(location))
-    return TeacherCache(mirror.folder, open_shards=open_shards, before_open=mirror.hold, codec_of=codec_from_dict)
+    return TeacherCache(
+        mirror.folder,
+        place=public_location(str(location)),
+        open_shards=open_shards,
+        before_open=mirror.hold,
+        codec_of=codec_from_dict,
+    )

@@ -13,9 +13,11 @@ import re
 MAX_SHOWN = 300  # characters of one name or reason
 MAX_QUOTED = 80  # of what a reason quotes
 _MAX_LINE = 2000  # of a line of a message
+_MAX_READ = 20_000  # of a text that is looked through for what it quotes
 _CUT = "..."
 # What a message quotes: between quotation marks that are no apostrophes inside a word, nor an option's as in SET="...".
-_QUOTED = re.compile(r"""(?<![\w=])(?:'(?:[^'\\\n]|\\.)*'|"(?:[^"\\\n]|\\.)*"|`[^`\n]*`)(?!\w)""")
+# None opens behind a backslash: each search ends at the next mark of its kind that may open one, so that all are linear.
+_QUOTED = re.compile(r"""(?<![\w=\\])(?:'(?:[^'\\\n]|\\.)*+'|"(?:[^"\\\n]|\\.)*+"|`[^`\n]*+`)(?!\w)""")
 _UNBROKEN = re.compile(r"\S+")
 SURROGATE = re.compile("[\ud800-\udfff]")  # a byte of a name that is not UTF-8
 CONTROL = re.compile(
@@ -23,31 +25,34 @@ CONTROL = re.compile(
 )  # moves the cursor or turns text round
 
 
-_WORD = re.compile(r"""[^\s'"<>]+""")
-_ADDRESS = re.compile(r"\b(?:https?|s3|hf)://", re.I)
-# KEY:SECRET@ before a host or bucket: a port is no password, and a secret may have slashes.
-_USER = re.compile(r"\b(https?|s3|hf)://(?:[^/@:]*:(?!\d{1,5}(?:[/?#]|$))[^@]*|[^/@:]*)@", re.I)
+_WORD = re.compile(r"(?<!\S)\S*(?::/|\?)\S*")  # one that may be, or be a part of, an address
+# Before a host or bucket, whatever the scheme: NAME@ or KEY:SECRET@. A port is no password, and a secret may have slashes.
+_USER = re.compile(r":(//+(?:[^/@:]*:(?!\d{1,5}(?:[/?#]|$))[^@]*|[^/@:]*)|/[^/@:]+:[^@]*)@(?:[^/@]*@)*")
+_CLOSING = ".,;:!)]}"  # at the end of a query these belong to the sentence, and quotation marks that open before it
 _TOKEN = re.compile(
-    r"""\b(?:(hf_)[A-Za-z0-9]{20,}|(x-(?:amz|goog)-(?:signature|credential|security-token)=)[^\s'"<>&,;)]+)""", re.I
+    r"""\b(?:(hf_)[A-Za-z0-9]{20,}|(x-(?:amz|goog)-(?:signature|credential|security-token)=)['"]?[^\s'"<>&,;)]+)""",
+    re.I,
 )
 
 
 def hide_secrets(text: str) -> str:
     """Leave out what lets its reader in: passwords and queries of addresses, which may be signatures, and tokens."""
-    if "://" in text:
+    if ":/" in text:
         text = _WORD.sub(lambda found: _public(found[0]), text)
     return _TOKEN.sub(r"\1\2...", text)
 
 
 def _public(word: str) -> str:
-    if "://" not in word:
-        return word
+    """A word of a text that holds an address, as it may be shown; the address may be in two words."""
     users, at, rest = word.rpartition("@")  # up to the last one: no search ends in vain after reading on to the end
-    word = _USER.sub(r"\1://", users + at) + rest
-    address = _ADDRESS.search(word)
-    mark = -1 if address is None else word.find("?", address.end())
-    query = word[mark + 1 :].rstrip(".,;:!)]")
-    return f"{word[:mark]}?...{word[mark + 1 + len(query) :]}" if mark >= 0 and query else word
+    word = _USER.sub(lambda found: "://" if found[1].startswith("//") else ":/", users + at) + rest
+    address = word.find(":/")
+    mark = word.find("?", address + 1)
+    opened = set("'\"`") & set(word[:address]) if address >= 0 else "'\"`"  # before an address in two words, perhaps
+    query = word[mark + 1 :].rstrip(_CLOSING + "".join(opened))
+    if mark < 0 or not query or (address < 0 and "=" not in query):
+        return word
+    return f"{word[:mark]}?...{word[mark + 1 + len(query) :]}"
 
 
 def one_line(text: object, *, limit: int = MAX_SHOWN) -> str:
@@ -58,6 +63,9 @@ def one_line(text: object, *, limit: int = MAX_SHOWN) -> str:
 
 def shorten_parts(text: str, *, limit: int = MAX_SHOWN) -> str:
     """Cut each long name, path or quotation inside a message to ``limit`` characters, so that its own words stay."""
+    if len(text) <= limit:
+        return text
+    text = _cut(text, max(limit, _MAX_READ))
     for part in (_QUOTED, _UNBROKEN):
         text = part.sub(lambda found: _cut(found[0], limit), text)
     return text

@@ -128,6 +128,8 @@ def train(**options: Any) -> None:
         end_with_parent()
     caches = open_caches(settings)
     if enter_launch().rank == 0 and not in_run:
+        if (processes := enter_launch().size) > 1:
+            say(f"Trains with {processes} processes, started by {enter_launch().launcher}")
         for note in cache_notes(settings, caches):
             say(note)
     with explain_lost_processes(Path(settings.output)):

@@ -249,11 +249,13 @@ class TeacherCache:
 
     Attributes:
         path: The folder; of a cache that was opened by its address, its local mirror.
+        place: What it was opened by, the folder or the address without secrets: for messages.
         plan: What it was planned to hold: teacher, data, and each signal's codec.
         manifest: What it holds: counts, bytes, digests, and its fidelity to the teacher.
     """
 
     path: Path
+    place: str
     plan: Plan
     manifest: Manifest
 
@@ -261,6 +263,7 @@ class TeacherCache:
         self,
         path: Path,
         *,
+        place: str = "",
         open_shards: int = OPEN_SHARDS,
         before_open: Callable[[int], object] | None = None,
         codec_of: Callable[[Mapping[str, Any]], Codec] | None = None,
@@ -268,6 +271,7 @@ class TeacherCache:
         """Open it; ``open_cache`` does so for a folder or an address.
 
         Args:
+            place: What messages call it; empty: the folder.
             open_shards: Shards kept open at a time.
             before_open: Called with a shard's number before its files are read, by whichever thread needs
                 them, and brings them here; what it returns is kept as long as the shard is open.
@@ -278,7 +282,7 @@ class TeacherCache:
         """
         if open_shards < 1:
             raise ValueError(f"open_shards is {open_shards}; expected 1 or more")
-        self.path = path
+        self.path, self.place = path, place or str(path)
         self.plan = read_plan(path)
         self.manifest = read_manifest(path)
         refuse_other_plan(self.manifest, self.plan, str(path))
@@ -347,11 +351,11 @@ class TeacherCache:
         if signal not in self.plan.signals:
             more = f"--signals {','.join((*self.signals, signal))}"
             raise CacheMismatchError(
-                f"{self.path}: no signal {signal!r}; the cache holds {', '.join(self.signals)}: take one of these, or "
+                f"{self.place}: no signal {signal!r}; the cache holds {', '.join(self.signals)}: take one of these, or "
                 + with_more(self.plan, f"build a cache with {more}", options=more)
             )
         if self._codec_of is None:
-            raise CacheMismatchError(f"{self.path}: opened without codecs; `open_cache` opens it with them")
+            raise CacheMismatchError(f"{self.place}: opened without codecs; `open_cache` opens it with them")
         if signal not in self._codecs:
             self._codecs[signal] = self._codec_of(self.plan.signals[signal])
         return self._codecs[signal]
@@ -415,7 +419,7 @@ class TeacherCache:
             CacheFormatError: If its shard is missing or damaged.
         """
         opened, position = self._locate(sample_id)
-        return self._images.read(opened.reader, position, names, where=f"sample {sample_id!r} of {self.path}")
+        return self._images.read(opened.reader, position, names, where=f"sample {sample_id!r} of {self.place}")
 
     def read_stored(self, sample_id: str) -> Record:
         """Return a record as stored: arrays another one of its image holds are empty. Raises as ``read``."""
@@ -467,7 +471,7 @@ class TeacherCache:
         place = self._find(sample_id) if isinstance(sample_id, str) else None
         if place is None:
             raise SampleNotCachedError(
-                f"{self.path}: no sample {sample_id!r} among its {len(self)}; "
+                f"{self.place}: no sample {sample_id!r} among its {len(self)}; "
                 "use the data set and split the cache was built from"
             )
         if not place.failed:
@@ -476,7 +480,7 @@ class TeacherCache:
         if place.position >= len(failed) or failed[place.position][0] != sample_id:
             raise self._misplaced(f"sample {sample_id!r} is not among the failed ones of shard {place.shard}")
         raise SampleNotCachedError(
-            f"{self.path}: sample {sample_id!r} failed when the cache was built: "
+            f"{self.place}: sample {sample_id!r} failed when the cache was built: "
             f"{brief(failed[place.position][1])}; skip it, or fix it and build the cache again (teacher-cache build --overwrite)"
         )
 

@@ -12,7 +12,7 @@ from vlm_distill_cache.common.remotes.directory import DirectoryRemote
 from vlm_distill_cache.common.remotes.http import HttpRemote
 from vlm_distill_cache.common.remotes.hub import HubRemote
 from vlm_distill_cache.common.remotes.s3 import S3Remote
-from vlm_distill_cache.common.remotes.streams import Retries, without_secrets
+from vlm_distill_cache.common.remotes.streams import Retries
 
 _KINDS: dict[str, Callable[[str, Retries], Remote]] = {
     "s3": S3Remote,
@@ -43,7 +43,7 @@ def open_remote(location: str | Path, *, attempts: int = 5, timeout: float = 30.
         return _KINDS[text.partition("://")[0]](text, Retries(attempts=attempts, timeout=timeout))
     if "://" in text:
         raise ConfigError(
-            f"{without_secrets(text)}: unknown kind of address; use a folder, s3://BUCKET/PREFIX, "
+            f"{public_location(text)}: unknown kind of address; use a folder, s3://BUCKET/PREFIX, "
             "hf://datasets/ORG/NAME or, to pull, https://..."
         )
     return DirectoryRemote(Path(location))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import socket
 import time
-from http.client import HTTPResponse
+from http.client import CONTINUE, HTTPResponse
 from typing import Any
 
 SLACK = 1 << 20  # bytes beside those that were asked for: headers, the text of an error, the framing of chunks
@@ -27,6 +27,11 @@ class LimitedResponse(HTTPResponse):
         super().__init__(sock, *args, **kwargs)
         self._arriving = _Arriving(self.fp.detach(), sock)
         self.fp = io.BufferedReader(self._arriving)
+
+    def _read_status(self) -> tuple[str, int, str]:
+        """Read a first line; ``http.client`` goes on behind a 100 alone, and other news (103) precede an answer, too."""
+        version, status, reason = super()._read_status()  # type: ignore[misc]
+        return version, CONTINUE if status in range(102, 200) else status, reason
 
     def begin(self) -> None:
         """Read the head; a length that is none, or does not count, is not passed on."""

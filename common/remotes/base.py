@@ -20,6 +20,7 @@ from vlm_distill_cache.common.remotes.streams import Body, PassingError, RangeRe
 
 _BLOCK_BYTES = 256 << 10
 _SLOWEST = 1024  # bytes a second; below that a connection counts as stalled
+_LONGEST_READ = 600.0  # seconds that a small file may take, however it comes
 
 
 class Remote(ABC):
@@ -100,7 +101,7 @@ class Remote(ABC):
 
         def attempt() -> bytes:
             with contextlib.closing(self._open(name)) as body:
-                if (body.total or 0) > max_bytes or len(data := self._take(body, max_bytes + 1)) > max_bytes:
+                if (body.total or 0) > max_bytes or len(data := self._take(where, body, max_bytes + 1)) > max_bytes:
                     found = f"{body.total} bytes, " if body.total is not None else ""
                     raise CacheFormatError(f"{where}: {found}larger than {max_bytes} bytes; not a file of this cache")
                 if body.total not in (None, len(data)):
@@ -109,21 +110,21 @@ class Remote(ABC):
 
         return self._retries.run(where, attempt, expected=expected)
 
-    def size(self, name: str) -> int | None:
-        """Return the bytes of a file, or None if it is absent."""
+    def size(self, name: str, *, expected: bool = False) -> int | None:
+        """Return the bytes of a file, or None if it is absent; ``expected`` as for ``read``."""
         where = self._where(name)
 
-        def attempt() -> int | None:
-            try:
-                body = self._open(name, stop=1)  # and no HEAD: signed addresses allow GET only
-            except FileNotFoundError:
-                return None
+        def attempt() -> int:
+            body = self._open(name, stop=1)  # and no HEAD: signed addresses allow GET only
             body.close()
             if body.total is None:
                 raise TransferError(f"{where}: the server does not say how large the file is; use another server")
             return body.total
 
-        return self._retries.run(where, attempt)
+        try:
+            return self._retries.run(where, attempt, expected=expected)
+        except FileNotFoundError:
+            return None
 
     def download(self, name: str, target: Path, *, size: int, on_bytes: Callable[[int], object] | None = None) -> None:
         """Append to ``target`` what is still missing of a file, until ``target`` has ``size`` bytes.
@@ -174,11 +175,18 @@ class Remote(ABC):
                 on_bytes(len(new))
         if have < size:
             raise PassingError(f"ended after {have} of {size} bytes")
-        if body.total is None and self._take(body, 1):
+        if body.total is None and self._take(self.location, body, 1):
             raise PassingError(f"more bytes than the {size} expected")
 
-    def _take(self, body: Body, most: int) -> bytes:
-        return b"".join(self._blocks(body, most))
+    def _take(self, where: str, body: Body, most: int) -> bytes:
+        taken, since = bytearray(), time.monotonic()  # no list: a block may be a byte
+        for block in self._blocks(body, most):
+            taken += block
+            if time.monotonic() - since > _LONGEST_READ:
+                raise TransferError(
+                    f"{where}: only {len(taken)} bytes arrived in {_LONGEST_READ:.0f} s; check the network and the server"
+                )
+        return bytes(taken)
 
     def _blocks(self, body: Body, most: int) -> Iterator[bytes]:
         """Yield at most ``most`` bytes as they arrive; give up on a trickle, which beats every timeout but never ends."""

@@ -25,7 +25,7 @@ from vlm_distill_cache.common.cache.side_files import MANIFEST
 from vlm_distill_cache.common.cache.sidecar import FileEntry
 from vlm_distill_cache.common.errors import CacheFormatError, NewerFormatError, TransferError
 from vlm_distill_cache.common.files.atomic import TEMPORARY_PREFIX, HeldLock, publish_file
-from vlm_distill_cache.common.files.disk import AGAIN, name_full_disk
+from vlm_distill_cache.common.files.disk import AGAIN, name_written
 from vlm_distill_cache.common.remotes.base import Remote
 from vlm_distill_cache.common.remotes.streams import stop_waiting_on, stoppable, wait
 
@@ -193,10 +193,10 @@ def is_intact(path: Path, entry: FileEntry) -> bool:
 
 def _fetch(remote: Remote, root: Path, name: str, entry: FileEntry, report: Callable[[int], object]) -> Transferred:
     final, report = root / name, stoppable(report)
-    with name_full_disk(final):
+    arriving = final.with_name(f"{TEMPORARY_PREFIX}{final.name}-fetch")
+    with name_written(final, arriving):
         if not is_intact(final, entry):
             final.parent.mkdir(parents=True, exist_ok=True)
-            arriving = final.with_name(f"{TEMPORARY_PREFIX}{final.name}-fetch")
             with locked(arriving):
                 if not is_intact(final, entry):  # else another process brought it while we waited for the lock
                     moved = _download_checked(remote, name, arriving, entry, report)

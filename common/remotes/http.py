@@ -23,9 +23,10 @@ from urllib.error import HTTPError, URLError
 from urllib.parse import quote, urljoin, urlsplit
 
 from vlm_distill_cache.common.errors import ConfigError, TransferError
+from vlm_distill_cache.common.locations import public_location
 from vlm_distill_cache.common.remotes.answers import LimitedResponse
 from vlm_distill_cache.common.remotes.base import Remote
-from vlm_distill_cache.common.remotes.streams import Body, PassingError, RangeRefusedError, Retries, without_secrets
+from vlm_distill_cache.common.remotes.streams import Body, PassingError, RangeRefusedError, Retries
 
 MAY_PASS = (408, 425, 429, 500, 502, 503, 504)
 CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18}|\*)")
@@ -120,7 +121,7 @@ class HttpRemote(WebRemote):
             known = False
         if not known or " " in location or parts.fragment or not location.isprintable():
             raise ConfigError(
-                f"{without_secrets(location)}: not an address; expected http(s)://HOST/FOLDER, with blanks as %20, # as %23 and "
+                f"{public_location(location)}: not an address; expected http(s)://HOST/FOLDER, with blanks as %20, # as %23 and "
                 "the host's name in ASCII"
             )
         if parts.username or parts.password:
@@ -139,7 +140,7 @@ class HttpRemote(WebRemote):
 
 def _position(response: LimitedResponse, start: int) -> tuple[int, int | None]:
     """Return where in the file a response begins, and the bytes of the file if it says so."""
-    if (encoding := response.headers.get("Content-Encoding", "identity")) != "identity":
+    if (encoding := response.headers.get("Content-Encoding", "").strip()).lower() not in ("", "identity"):
         raise PassingError(f"sent as {encoding[:40]}, unasked: a server of caches sends files as they are")
     if response.status == 206:
         found = CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", "").strip())

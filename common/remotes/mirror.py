@@ -309,7 +309,8 @@ def _make_mirror(location: str, root: Path, limit: int) -> Mirror:
         known = _known_mirror(note, location, root, limit)
         if known is None:
             raise
-        _log.warning("%s; all of the cache is in %s, which is used instead", error, known.folder)
+        said = str(error).partition("; ")[0]  # without the remedy
+        _log.warning("%s; all of the cache is in %s, which is used instead", said, known.folder)
         return known
     mirror = Mirror(location, manifest, root, limit)
     mirror.folder.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,7 @@ from vlm_distill_cache.common.cache.side_files import CARD, MANIFEST, MAX_CARD_B
 from vlm_distill_cache.common.cache.sidecar import FileEntry, check_sidecar, read_sidecar, sidecar_name, sidecar_path
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError
 from vlm_distill_cache.common.files.atomic import TEMPORARY_PREFIX, clean_stale, try_lock, write_bytes_atomic
-from vlm_distill_cache.common.files.disk import name_full_disk, refuse_overlap
+from vlm_distill_cache.common.files.disk import name_written, refuse_overlap
 from vlm_distill_cache.common.remotes import open_remote
 from vlm_distill_cache.common.remotes.base import Remote
 from vlm_distill_cache.common.remotes.fetch import (
@@ -70,7 +70,7 @@ def pull(
     target.mkdir(parents=True, exist_ok=True)
     marker = target / _MARKER
     try:
-        with name_full_disk(target):
+        with name_written(target / MANIFEST, marker):
             write_bytes_atomic(marker, raw, create_only=True)
     except FileExistsError:
         if (found := _hash_of(marker)) not in (manifest.hash, None):
@@ -159,7 +159,7 @@ def _shard_files(target: Path, plan: Plan) -> Iterator[tuple[str, FileEntry]]:
 def _pull_card(remote: Remote, target: Path) -> Transferred:
     """Bring the card, which is for people: no digest covers it, and its bytes are not counted."""
     try:
-        card = remote.read(CARD, max_bytes=MAX_CARD_BYTES)
+        card = remote.read(CARD, max_bytes=MAX_CARD_BYTES, expected=True)
     except FileNotFoundError:
         return Transferred()
     if (target / CARD).is_file() and (target / CARD).read_bytes() == card:

@@ -233,7 +233,7 @@ class _Push:
             raise
 
     def _refuse_size(self, name: str, size: int) -> None:
-        if self.remote.size(name) != size:
+        if self.remote.size(name, expected=True) != size:
             raise self._taken(f"was changed by another push meanwhile ({name})")
 
     def _send_batch(self, begun: bool, shards: list[int]) -> Transferred:

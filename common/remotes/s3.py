@@ -8,6 +8,7 @@ and takes a conflict of two writers for a file that is there.
 from __future__ import annotations
 
 import contextlib
+import http.client
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -16,7 +17,9 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
-from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, TransferError
+from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, DistillError, TransferError
+from vlm_distill_cache.common.locations import public_location
+from vlm_distill_cache.common.printing import brief
 from vlm_distill_cache.common.remotes.answers import LimitedResponse, limit_answers
 from vlm_distill_cache.common.remotes.base import Remote
 from vlm_distill_cache.common.remotes.http import CONTENT_RANGE, retry_after
@@ -26,8 +29,8 @@ from vlm_distill_cache.common.remotes.streams import (
     PassingError,
     RangeRefusedError,
     Retries,
+    StoppedError,
     said,
-    without_secrets,
 )
 
 _ABSENT = ("404", "NoSuchKey", "NotFound")
@@ -47,7 +50,7 @@ class S3Remote(Remote):
                 "s3://...: expected s3://BUCKET/PREFIX, without keys; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
             )
         if not bucket or "?" in location or "//" in f"/{prefix}":
-            raise ConfigError(f"{without_secrets(location)}: expected s3://BUCKET/PREFIX")
+            raise ConfigError(f"{public_location(location)}: expected s3://BUCKET/PREFIX")
         try:
             import boto3  # noqa: F401
         except ImportError as error:
@@ -75,7 +78,7 @@ class S3Remote(Remote):
             return Body(0, response.get("ContentLength"), read, stream.close)
         return Body(int(found[1]), None if found[3] == "*" else int(found[3]), read, stream.close)
 
-    def size(self, name: str) -> int | None:
+    def size(self, name: str, *, expected: bool = False) -> int | None:
         """Return the bytes of a file, or None; see ``Remote``."""
 
         def attempt() -> int:
@@ -83,7 +86,7 @@ class S3Remote(Remote):
                 return int(self._once(name, "head_object")["ContentLength"])
 
         try:
-            return self._retries.run(self._where(name), attempt)
+            return self._retries.run(self._where(name), attempt, expected=expected)
         except FileNotFoundError:
             return None
 
@@ -184,7 +187,7 @@ class S3Remote(Remote):
 
     @contextmanager
     def _failures(self, where: str) -> Iterator[None]:
-        """Sort the library's errors into absent, transient and permanent."""
+        """Sort the library's errors into absent, transient and permanent; what it never meant to raise may pass."""
         from boto3.exceptions import S3UploadFailedError
         from botocore.exceptions import (
             BotoCoreError,
@@ -195,29 +198,35 @@ class S3Remote(Remote):
             IncompleteReadError,
         )
         from botocore.exceptions import ConnectionError as BotoConnectionError
-        from botocore.parsers import ResponseParserError
         from urllib3.exceptions import HTTPError
 
         broken = (BotoConnectionError, HTTPClientError, IncompleteReadError, ChecksumError, FlexibleChecksumError)
         try:
             yield
-        except (ClientError, S3UploadFailedError) as error:
-            refused = error if isinstance(error, ClientError) else error.__context__  # who raises the latter
-            raise self._failure(where, refused) from refused
-        except (*broken, ResponseParserError, HTTPError, HTTPException, LookupError, ValueError) as error:
-            raise PassingError(said(error)) from error  # the last two: of an answer that makes no sense
+        except (DistillError, PassingError, StoppedError):
+            raise
+        except (*broken, HTTPError, HTTPException) as error:
+            raise PassingError(said(error)) from error
         except BotoCoreError as error:  # no credentials, no region, a profile that does not exist
             raise TransferError(
                 f"{where}: {said(error)}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
             ) from error
         except OSError as error:
-            if error.filename is not None or isinstance(error, TransferError):  # of a file here
+            if error.filename is not None:  # of a file here
                 raise
             raise PassingError(said(error)) from error
+        except Exception as error:  # of any class: its parsers fail wherever an answer makes no sense
+            refused = error.__context__ if isinstance(error, S3UploadFailedError) else error  # who raises the former
+            if isinstance(refused, ClientError):
+                raise self._failure(where, refused) from refused
+            raise PassingError(f"an answer that makes no sense ({type(refused).__name__})") from error
 
     def _failure(self, where: str, error: Any) -> Exception:
-        code, answer, words = _code(error), error.response.get("ResponseMetadata", {}), said(error)
+        code, answer = _code(error), error.response.get("ResponseMetadata", {})
         status = answer.get("HTTPStatusCode", 0)
+        told = brief(" ".join(f"{'' if code == str(status) else code} {_told(error, 'Message')}".split()))
+        phrase = http.client.responses.get(status, "")
+        words = f"answered {status} {phrase}".rstrip() + (f" ({told})" if told not in ("", phrase) else "")
         if code == "NoSuchBucket":
             return TransferError(f"{where}: there is no bucket {self._bucket!r}; create it, or check the name")
         if code in _ABSENT:
@@ -253,4 +262,11 @@ class _Counter:
 
 
 def _code(error: Any) -> str:
-    return str(getattr(error, "response", {}).get("Error", {}).get("Code", ""))
+    return _told(error, "Code")
+
+
+def _told(error: Any, what: str) -> str:
+    """What a store says of an error; nothing, where that is no text."""
+    said_of_it = getattr(error, "response", {}).get("Error")
+    told = said_of_it.get(what) if isinstance(said_of_it, dict) else None
+    return told if isinstance(told, str) else ""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import random
-import re
 import threading
 import time
 from collections.abc import Callable
@@ -13,12 +12,13 @@ from typing import NamedTuple, TypeVar
 
 from vlm_distill_cache.common.errors import TransferError
 from vlm_distill_cache.common.files.disk import AGAIN
+from vlm_distill_cache.common.printing import brief
 
 _T = TypeVar("_T")
 _LONGEST_WAIT, _LONGEST_TOLD_WAIT = 30.0, 120.0  # seconds: of our own accord, and when the server asks
 _NONSENSE_WAIT = 3600.0  # seconds; whoever asks for more than that means nothing by it
+_ABSENT = "not there yet"
 _ABSENT_TRIES = 4  # a file that was pushed just now may be absent for some seconds
-_SECRET = re.compile(r"(?<=://)[^\s/@'\"]*@|(?<=[\w/])\?[^\s'\"?]*=[^\s'\"]*")  # name and password; a query
 _PROGRESS_BYTES = 1 << 20  # a try that brought this much was no failure: a large file may need many tries
 
 logger = logging.getLogger(__name__)
@@ -32,14 +32,9 @@ class PassingError(Exception):
         self.retry_after = retry_after
 
 
-def without_secrets(text: str) -> str:
-    """Return a text without the passwords and signatures of addresses in it."""
-    return _SECRET.sub("", text)
-
-
 def said(error: BaseException) -> str:
-    """Return what another library's error says, without secrets."""
-    return without_secrets(str(error)) or type(error).__name__
+    """Return what another library's error says: one short line, without secrets."""
+    return brief(" ".join(str(error).split())) or type(error).__name__
 
 
 class RangeRefusedError(PassingError):
@@ -109,8 +104,9 @@ class Retries:
                 failures += 1
                 if not expected or failures >= min(self.attempts, _ABSENT_TRIES):
                     raise
-                seconds, what = waiting_time(failures, None), "not there yet"
-            logger.warning("%s: %s; next try in %.1f s", where, what, seconds)
+                seconds, what = waiting_time(failures, None), _ABSENT
+            if what != _ABSENT or failures == 1:  # a wrong address is told of once
+                logger.warning("%s: %s; next try in %.1f s", where, what, seconds)
             wait(seconds)
 
 

@@ -173,6 +173,7 @@ _LAUNCHERS = (
         job=("SLURM_JOB_ID", "SLURM_STEP_ID"),
     ),
 )  # fmt: skip
+_ACCELERATE = frozenset(name for name in _AGENTS if name.startswith("accelerate"))
 _TORCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _SIZES = (*(launcher.size for launcher in _LAUNCHERS[1:]), "SLURM_NTASKS")
 # What torch and accelerate read. ACCELERATE_ and the like are options of accelerate: ours stand in our configuration.
@@ -222,10 +223,19 @@ def enter_launch() -> Launch:
     """
     launch = find_launch(os.environ)
     left = [] if launch.size > 1 else told_of_several(os.environ)
-    options = ignored_options(os.environ)
+    options, options_set = ignored_options(os.environ), {*os.environ}
     launch = replace(launch, sharding=find_sharding(os.environ))
     clean_environment(os.environ, launch)
-    if left:
+    if (
+        {*left} == {"MASTER_ADDR", "MASTER_PORT"}
+        and "ACCELERATE_MIXED_PRECISION" in options_set
+        and _is_below(_ACCELERATE)
+    ):
+        logger.warning(
+            "runs alone: `accelerate launch` starts a single process on a CPU, whatever --num_processes says, but through mpirun; "
+            "`torchrun --nproc-per-node N --no-python distill train ...` and `distill run --nproc N ...` start several"
+        )
+    elif left:
         logger.warning(
             "runs alone: %s %s set, but no launcher of several processes (torchrun, accelerate launch, mpirun, srun) is at "
             "work here, or not all of what it sets is left; unset %s to be rid of this line",

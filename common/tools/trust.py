@@ -27,7 +27,7 @@ from vlm_distill_cache.common.codecs.registry import codec_from_dict
 from vlm_distill_cache.common.errors import CacheFormatError, NewerFormatError
 from vlm_distill_cache.common.files.atomic import HeldLock
 from vlm_distill_cache.common.files.signed import document_bytes
-from vlm_distill_cache.common.locations import is_url
+from vlm_distill_cache.common.locations import is_url, public_location
 from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.common.remotes.fetch import lock
 from vlm_distill_cache.common.remotes.mirror import Mirror, find_mirror
@@ -59,8 +59,10 @@ def open_trusted(location: Path | str, *, open_shards: int = OPEN_SHARDS, verify
         return open_cache(location, open_shards=open_shards)
     if is_url(location):
         mirror = find_mirror(str(location))
-        arriving = _Arriving(mirror, read_plan(mirror.folder))
-        return TeacherCache(mirror.folder, open_shards=open_shards, before_open=arriving, codec_of=codec_from_dict)
+        arriving, place = _Arriving(mirror, read_plan(mirror.folder)), public_location(mirror.location)
+        return TeacherCache(
+            mirror.folder, place=place, open_shards=open_shards, before_open=arriving, codec_of=codec_from_dict
+        )
     cache = open_cache(location, open_shards=open_shards)
     demand_sound(cache.path, cache.plan, cache.manifest)
     return cache
@@ -75,21 +77,30 @@ class _Arriving:
 
     def __call__(self, shard: int) -> HeldLock:
         held = self.mirror.hold(shard)
-        demand_sound(self.mirror.folder, self.plan, self.mirror.manifest, [shard])
+        demand_sound(
+            self.mirror.folder,
+            self.plan,
+            self.mirror.manifest,
+            [shard],
+            named=public_location(self.mirror.location),
+        )
         return held
 
 
-def demand_sound(cache_dir: Path, plan: Plan, manifest: Manifest, shards: Iterable[int] | None = None) -> None:
+def demand_sound(
+    cache_dir: Path, plan: Plan, manifest: Manifest, shards: Iterable[int] | None = None, *, named: str = ""
+) -> None:
     """Look through the records of shards that are not noted as sound yet, and note them.
 
     Args:
         shards: None for all.
+        named: What to call the cache; empty: its folder.
 
     Raises:
         CacheFormatError: With the first shard's damages.
         NewerFormatError: If a signal is of a newer version.
     """
-    place = _place(plan)
+    place, named = _place(plan), named or str(cache_dir)
     wanted = {
         index: manifest.shards[index].sidecar.sha256
         for index in (range(plan.shard_count) if shards is None else shards)
@@ -98,13 +109,13 @@ def demand_sound(cache_dir: Path, plan: Plan, manifest: Manifest, shards: Iterab
     todo = {index: digest for index, digest in wanted.items() if digest not in known}
     if not todo:
         return
-    _refuse(cache_dir, verify_codecs(plan))
+    _refuse(named, verify_codecs(plan))
     began, records = time.monotonic(), sum(manifest.shards[index].samples for index in todo)
     with progress("look through", total=records, unit="record", shown=shards is None, keep=False) as bar:
         for index, digest in todo.items():
             with _alone(place.with_name(f"{place.name}-{index}")):
                 if digest not in _known(place):  # else another process was faster
-                    _refuse(cache_dir, verify_shard(cache_dir, index, plan, manifest, deep=True)[0])
+                    _refuse(named, verify_shard(cache_dir, index, plan, manifest, deep=True)[0])
                     _note(place, [digest])
             bar.update(manifest.shards[index].samples)
     if shards is None and (took := time.monotonic() - began) > _SAID_S:
@@ -116,11 +127,11 @@ def trust_built(cache_dir: Path, plan: Plan, shards: Iterable[int]) -> None:
     _note(_place(plan), [FileEntry.of(sidecar_path(cache_dir, index)).sha256 for index in shards])
 
 
-def _refuse(cache_dir: Path, damages: list[Damage]) -> None:
+def _refuse(named: str, damages: list[Damage]) -> None:
     if damages:
         kind = NewerFormatError if damages[0].kind == "newer" else CacheFormatError
         more = f" (and {len(damages) - 1} more)" if len(damages) > 1 else ""
-        raise kind(f"{cache_dir}: {damages[0]}{more}; `cachectl verify --deep` names all that is wrong with it")
+        raise kind(f"{named}: {damages[0]}{more}; `cachectl verify --deep` names all that is wrong with it")
 
 
 def _place(plan: Plan) -> Path:

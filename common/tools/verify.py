@@ -38,7 +38,7 @@ from vlm_distill_cache.common.files.hashing import stream_digests
 from vlm_distill_cache.common.locations import is_url
 from vlm_distill_cache.common.printing import brief, one_line
 
-COPY_AGAIN = "copy it again from where the cache came from"
+COPY_AGAIN = "copy it again from where the cache came from (the same `cachectl pull` replaces what is damaged)"
 _READ_IT = "it may be sound: make it readable first (mode and owner, of the folders above too, and the disk), then verify again"
 _MAX_REASON = 600
 _SEAL = "run `teacher-cache seal`"
@@ -54,7 +54,7 @@ _REMEDIES: dict[Kind, str] = {
     "manifest": f"{_SEAL}, or {COPY_AGAIN}",
     "unsealed": f"{_SEAL}, or {COPY_AGAIN}",
     "shard": f"{_MAKE_ANEW} make this shard anew, or {COPY_AGAIN}",
-    "missing": "run `teacher-cache build` again to make this shard",
+    "missing": f"run `teacher-cache build` again to make this shard, or {COPY_AGAIN}",
     "index": f"run `cachectl repair` or `teacher-cache seal` to write it anew, or {COPY_AGAIN}",
     "side file": f"{_MAKE_ANEW} write it anew, or {COPY_AGAIN}",
     "data": "give the data set's samples unique ids and build the cache again",

@@ -62,11 +62,11 @@ def join_cache(cache: TeacherCache, dataset: Dataset, *, limit: int | None = Non
     kept = np.flatnonzero(places >= 0)[:limit]
     if len(kept) < len(places):
         if merged and len(kept):
-            _log.info("%d of the %d samples of %s are of this data set", len(kept), len(cache), cache.path)
+            _log.info("%d of the %d samples of %s are of this data set", len(kept), len(cache), cache.place)
         else:
             absent = np.flatnonzero(places < 0)
             raise CacheMismatchError(
-                f"{len(absent)} of the {len(places)} samples in {cache.path} are not in the data set {dataset.name} "
+                f"{len(absent)} of the {len(places)} samples in {cache.place} are not in the data set {dataset.name} "
                 f"({len(dataset)} samples); the first is {cache.sample_ids[int(absent[0])]!r}. Train with the data the "
                 f"cache was built from, or build a cache for this data ({built_with(cache.plan)} --data ...)"
             )
@@ -201,13 +201,13 @@ class CachedDataset:
         if long:
             _log.warning(
                 "%d of %d samples of %s are longer than the student's positions and are not trained on; the first: %s",
-                len(long), len(self.sample_ids), cache.path, next(iter(long.values())),
+                len(long), len(self.sample_ids), cache.place, next(iter(long.values())),
             )  # fmt: skip
             join = leave_out(join, long)
             self.sample_ids, self.shards, self._places = join.sample_ids, join.shards, join.places
             if not self.sample_ids:
                 raise CacheMismatchError(
-                    f"all samples of {cache.path} are longer than the {encoder.positions} positions that the student knows "
+                    f"all samples of {cache.place} are longer than the {encoder.positions} positions that the student knows "
                     "(max_position_embeddings in its config.json); choose a student that knows more, or build a cache of "
                     "shorter conversations"
                 )
@@ -256,7 +256,7 @@ class CachedDataset:
         elif position not in self._compared:
             # Without a teacher's signals too: a baseline on other pictures would be compared as if on the same.
             record = self._cache.read(sample_id, self._fields)
-            where = f"sample {sample_id!r} of {self._cache.path}"
+            where = f"sample {sample_id!r} of {self._cache.place}"
             check_join(record, encoded, where=where, compare_labels=self._compare_labels)
             self._compared.add(position)
         return TrainingSample(encoded, targets)
@@ -303,7 +303,7 @@ class CachedDataset:
     def _decode(self, position: int, encoded: EncodedSample) -> dict[str, Any]:
         sample_id = self.sample_ids[position]
         record = self._cache.read(sample_id, self._fields)
-        where = f"sample {sample_id!r} of {self._cache.path}"
+        where = f"sample {sample_id!r} of {self._cache.place}"
         check_join(record, encoded, where=where, compare_labels=self._compare_labels)
         for term in self._terms.values():
             term.check_record(record, encoded, where=where)

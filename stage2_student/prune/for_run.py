@@ -32,7 +32,7 @@ def prune_for_cache(
     own = text_config(AutoConfig.from_pretrained(teacher, local_files_only=True)).hidden_size
     if found != cached or width not in (None, own):
         raise ModelError(
-            f"--teacher {teacher}: tokenizer {found}, width {own}; the cache {cache.path} was built with tokenizer "
+            f"--teacher {teacher}: tokenizer {found}, width {own}; the cache {cache.place} was built with tokenizer "
             f"{cached}, width {width}: give the directory of the cache's own teacher"
         )
     phase = config.phase(config.phases[0])

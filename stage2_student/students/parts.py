@@ -106,7 +106,7 @@ def open_parts(config: TrainConfig, cache: TeacherCache) -> StudentParts:
         language_model=None if config.language_model is None else Path(config.language_model),
         seed=config.seed,
     )
-    where = f"student {folder}" if own_tokenizer else f"{cache.path / 'processor'}"
+    where = f"student {folder}" if own_tokenizer else f"{cache.place}/processor"
     image_processor, image_encoder = _mobilevlm_images(
         model, folder, cache, tokenizer, cached_processor, vision_tower=vision_tower
     )
@@ -169,11 +169,11 @@ def _cached_image_token(cache: TeacherCache, tokenizer: Any) -> int:
     """
     marker = cache.plan.geometry.get("marker")
     token = (
-        tokenizer.convert_tokens_to_ids(marker) if marker else cache.plan.stated("teacher.image_token_id", cache.path)
+        tokenizer.convert_tokens_to_ids(marker) if marker else cache.plan.stated("teacher.image_token_id", cache.place)
     )
     if token is None or (marker and token == tokenizer.unk_token_id):
         raise CacheFormatError(
-            f"{cache.path}: plan.json: geometry.marker is {shown(marker)}, expected a token of processor/; {AGAIN}"
+            f"{cache.place}: plan.json: geometry.marker is {shown(marker)}, expected a token of processor/; {AGAIN}"
         )
     return int(token)
 

@@ -72,7 +72,7 @@ def check_tokenizer(cache: TeacherCache, tokenizer: Any, terms: Mapping[str, Los
             )
         )
         raise CacheMismatchError(
-            f"tokenizer of {where}: fingerprint {found}, the teacher of {cache.path} used {expected}; "
+            f"tokenizer of {where}: fingerprint {found}, the teacher of {cache.place} used {expected}; "
             f"{', '.join(wanted)} cannot be distilled across tokenizers. Use a student with the teacher's "
             f"tokenizer, or a cache of a teacher that has the student's, or {remedy}"
         )
@@ -80,11 +80,11 @@ def check_tokenizer(cache: TeacherCache, tokenizer: Any, terms: Mapping[str, Los
 
 def check_template(cache: TeacherCache, template: PromptTemplate, terms: Mapping[str, LossTerm]) -> None:
     """Refuse another prompt than the teacher saw, where a loss compares token with token."""
-    cached = PromptTemplate.from_dict(cache.plan.template, origin=str(cache.path))
+    cached = PromptTemplate.from_dict(cache.plan.template, origin=cache.place)
     if of_tokens(terms) and template != cached:
         raise CacheMismatchError(
             f"prompt template {template.name!r} ({fingerprint(template.to_dict())}) is not the one the "
-            f"teacher of {cache.path} saw: {cached.name!r} ({fingerprint(cached.to_dict())}). Leave `template` unset "
+            f"teacher of {cache.place} saw: {cached.name!r} ({fingerprint(cached.to_dict())}). Leave `template` unset "
             "to use the cache's, or build the cache with this template"
         )
 
@@ -105,7 +105,7 @@ def check_data(cache: TeacherCache, dataset: Dataset) -> None:
         else "all sample ids are there, but some question or answer changed, samples were added, or their order is another"
     )
     raise CacheMismatchError(
-        f"data set {dataset.name} ({len(dataset)} samples, fingerprint {found}) is not the one {cache.path} was built "
+        f"data set {dataset.name} ({len(dataset)} samples, fingerprint {found}) is not the one {cache.place} was built "
         f"from ({cache.plan.data}, fingerprint {' or '.join(merged) or expected}): {what}. Give the cache's "
         f"data (DATA=, IMAGES=, or --data, --images), or build a cache for this data ({built_with(cache.plan)} --data ...)"
     )
@@ -140,7 +140,7 @@ def check_signals(cache: TeacherCache, losses: LossWeights, *, phase: str, off: 
             unserved = (term for term in terms.values() if not held.keys() >= set(term.reads))
             build = ",".join(dict.fromkeys(signal for term in unserved for signal in term.reads))
             raise CacheMismatchError(
-                f"phase {phase}: loss {name!r} needs a signal that {cache.path} does not hold: {', '.join(lacking)}; "
+                f"phase {phase}: loss {name!r} needs a signal that {cache.place} does not hold: {', '.join(lacking)}; "
                 f"it holds {', '.join(map(one_line, sorted(held)))}. Switch it off: "
                 f"{set_words(off or [f'{phase}.losses.{name}=0'])}, or "
                 + with_more(
@@ -157,7 +157,7 @@ def check_signals(cache: TeacherCache, losses: LossWeights, *, phase: str, off: 
         wanted = f"temperatures=[{losses.temperature}]"
         if term.tempered and losses.temperature not in cached:
             raise CacheMismatchError(
-                f"phase {phase}: losses.temperature is {losses.temperature}, {cache.path} holds tail masses at "
+                f"phase {phase}: losses.temperature is {losses.temperature}, {cache.place} holds tail masses at "
                 f"{', '.join(map(str, cached))} only. Use one of these "
                 f"({set_words([f'{phase}.losses.temperature={cached[0]}'])}), or "
                 + with_more(
@@ -166,7 +166,7 @@ def check_signals(cache: TeacherCache, losses: LossWeights, *, phase: str, off: 
                     options=f"--set {wanted}",
                 )
             )
-        term.check_cache(held, losses, f"phase {phase}, {cache.path}", None)
+        term.check_cache(held, losses, f"phase {phase}, {cache.place}", None)
 
 
 def _may_have_pictures(cache: TeacherCache) -> bool:
@@ -187,7 +187,7 @@ def check_pictures(
         looking = [loss for loss, term in choose_terms(losses.distilled).items() if term.at_images]
         if looking and not has_pictures():
             blind |= {f"{name}.losses.{loss}=0": loss for loss in looking}
-            places.append(str(cache.path))
+            places.append(cache.place)
     if blind:
         raise CacheMismatchError(
             f"no sample that is trained on has a picture ({', '.join(dict.fromkeys(places))}), so nothing could be learnt "
@@ -205,11 +205,11 @@ def read_codec(cache: TeacherCache, signal: str) -> Codec:
     try:
         codec = codec_from_dict(cache.plan.signals[signal])
     except CacheFormatError as error:
-        raise CacheFormatError(f"{cache.path}: plan: signals.{signal}: {error}") from error
+        raise CacheFormatError(f"{cache.place}: plan: signals.{signal}: {error}") from error
     lacking = [field.name for field in codec.fields() if field not in cache.plan.fields[signal]]
     if codec.signal != signal or lacking:
         raise CacheFormatError(
-            f"{cache.path}: plan: signals.{signal} names the codec {codec.signal!r}, which holds no {signal}"
+            f"{cache.place}: plan: signals.{signal} names the codec {codec.signal!r}, which holds no {signal}"
             + (f" without the array {lacking[0]}, which is not in fields.{signal} as it writes it" if lacking else "")
             + f"; the plan is damaged: {AGAIN}"
         )
@@ -222,7 +222,7 @@ def check_vision_tower(cache: TeacherCache, tower: nn.Module) -> None:
     if expected != found:
         raise CacheMismatchError(
             f"projector 'taf' feeds the student's vision tower (fingerprint {found}) to the teacher's projector, which "
-            f"was trained on another tower (fingerprint {expected} in {cache.path}). Use a student with the "
+            f"was trained on another tower (fingerprint {expected} in {cache.place}). Use a student with the "
             "teacher's tower, or another projector (--set projector=ldpnetv2)"
         )
 
@@ -238,7 +238,7 @@ def check_geometry(
         geometry: The student's, as ``to_dict`` of its image encoder says it.
     """
     of_places = [name for name, term in terms.items() if term.needs_boxes]
-    for side, described in ((where, geometry), (f"the teacher of {cache.path}", cache.plan.geometry)):
+    for side, described in ((where, geometry), (f"the teacher of {cache.place}", cache.plan.geometry)):
         if of_places and not knows_boxes(described):
             raise CacheMismatchError(
                 f"{', '.join(of_places)} cannot be compared: which part of the picture each visual token of "
@@ -273,7 +273,7 @@ def check_visual_rows(cache: TeacherCache, visual_rows: str, terms: Mapping[str,
         _log.warning(
             "%s: visual tokens of %s see %s, those of the teacher of %s %s; a part of the difference "
             "between the two is no matter of where they look",
-            ", ".join(alike), where, sees[visual_rows], cache.path, sees[teachers],
+            ", ".join(alike), where, sees[visual_rows], cache.place, sees[teachers],
         )  # fmt: skip
 
 
@@ -285,13 +285,13 @@ def check_labels_fit(cache: TeacherCache, rows: int, tokenizer: Any, *, where: s
     if tokenizer.vocab_size > rows:
         raise CacheMismatchError(
             f"{where}: the student has {rows} output rows, the tokenizer {tokenizer.vocab_size} words, so answers in "
-            f"{cache.path} may hold tokens that the student cannot say. Give a student directory whose weights "
+            f"{cache.place} may hold tokens that the student cannot say. Give a student directory whose weights "
             "and tokenizer belong together"
         )
     told = cache.plan.teacher.get("vocabulary")
     if same_tokenizer(cache, tokenizer) and isinstance(told, int) and told > 2 * rows + MOST_PADDING:
         raise CacheMismatchError(
-            f"{cache.path}: its teacher is said to have a vocabulary of {told}, {where} with the same tokenizer has {rows} "
+            f"{cache.place}: its teacher is said to have a vocabulary of {told}, {where} with the same tokenizer has {rows} "
             "output rows; the plan is damaged: copy the cache again from where it came from, or build it again"
         )
 

@@ -133,7 +133,7 @@ def open_cached_data(cache: TeacherCache, *, data: str | None, images: str | Non
     spec = data or built_in_data(cache)
     if spec is None:
         raise ConfigError(
-            f"no data given, and {cache.path} was built from {shown(cache.plan.data.get('name'))}, no built-in data set of "
+            f"no data given, and {cache.place} was built from {shown(cache.plan.data.get('name'))}, no built-in data set of "
             f"about its size, and whose place a cache does not hold; pass --data (and --images)"
         )
     folder = None if images is None else Path(images)
@@ -312,16 +312,16 @@ def cache_notes(config: TrainConfig, caches: Mapping[str, TeacherCache]) -> list
         totals = cache.manifest.totals
         pictures, unknown = totals.get("pictures"), totals.get("unknown_rows")
         if cache.failed:
-            notes.append(f"{len(cache.failed)} samples that stage one could not read are left out ({cache.path})")
+            notes.append(f"{len(cache.failed)} samples that stage one could not read are left out ({cache.place})")
         phases = [config.phase(name) for name in config.phases if str(config.phase(name).cache) == place]
         looking = dict.fromkeys(
             loss for phase in phases for loss, term in choose_terms(phase.losses.distilled).items() if term.at_images
         )
         if looking and pictures is not None and pictures < FEW_PICTURES * totals["samples"]:
             said = f"only {picture_words(pictures, totals['samples'])}"
-            notes.append(f"{said}: {', '.join(looking)} learn from these alone ({cache.path})")
+            notes.append(f"{said}: {', '.join(looking)} learn from these alone ({cache.place})")
         if unknown:
-            notes.append(f"{unknown_words(unknown, totals['rows'])} ({cache.path})")
+            notes.append(f"{unknown_words(unknown, totals['rows'])} ({cache.place})")
     return notes
 
 
@@ -330,10 +330,10 @@ def choose_template(config: TrainConfig, parts: StudentParts, cache: TeacherCach
     if config.template is not None:
         return get_template(config.template, parts.tokenizer)
     if same_tokenizer(cache, parts.tokenizer):
-        return PromptTemplate.from_dict(cache.plan.template, origin=str(cache.path))
+        return PromptTemplate.from_dict(cache.plan.template, origin=cache.place)
     if parts.template is None:
         raise ConfigError(
-            f"{parts.where} has another tokenizer than {cache.path} and no prompt template of its own; name one "
+            f"{parts.where} has another tokenizer than {cache.place} and no prompt template of its own; name one "
             "(--set template=...)"
         )
     return parts.template
@@ -384,7 +384,7 @@ def _prepare_phases(
     for name in config.phases:
         phase = config.phase(name)
         cache = caches[str(phase.cache)]
-        losses, where = phase.losses, f"phase {name}, {cache.path}"
+        losses, where = phase.losses, f"phase {name}, {cache.place}"
         terms = choose_terms(losses.distilled)
         template = choose_template(config, parts, cache)
         check_tokenizer(cache, parts.tokenizer, terms, where=parts.where)

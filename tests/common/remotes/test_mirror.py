@@ -48,7 +48,7 @@ class CountingRemote(DirectoryRemote):
 
     def _check(self):
         if not CountingRemote.reachable:
-            raise TransferError(f"{self.location}: no answer")
+            raise TransferError(f"{self.location}: no answer; try again")
 
     @property
     def shards(self) -> set[int]:
@@ -240,7 +240,7 @@ def test_without_its_remote_a_complete_mirror_still_reads(remote: CountingRemote
     mirror_module._pinned.clear()
     again = open_mirror(remote.location, open_shards=2)
     assert_equal_records(again.read(first_of(5)), make_record(20))
-    assert "which is used instead" in caplog.text
+    assert ": no answer; all of the cache is in " in caplog.text  # and no remedy: nothing is to be done
 
 
 def test_damage_in_the_mirror_is_mended_and_damage_at_the_source_refused(remote: CountingRemote, caplog):

@@ -4,6 +4,7 @@ import pytest
 from servers import Fault, FaultyServer, s3_environment
 
 from vlm_distill_cache.common.errors import TransferError
+from vlm_distill_cache.common.printing import message
 from vlm_distill_cache.common.remotes import open_remote
 
 pytestmark = pytest.mark.usefixtures("waits")
@@ -34,6 +35,21 @@ def test_two_that_create_at_once_are_tried_again_until_one_has(server):
     server.faults = [Fault(status=409, body=error("ConditionalRequestConflict"))] * 2
     assert open_remote("s3://caches/conflict").create("new", b"1")
     assert server.faults == []
+
+
+@pytest.mark.parametrize(("body", "words"), [
+    (b"", "answered 400 Bad Request; check"),
+    (b"<html><p>no", "answered 400 Bad Request; check"),
+    (b"<Error><Code><a/></Code></Error>", "makes no sense"),
+    (error("Odd").replace(b"</Code>", b"</Code><Message>a\n\nerror: b</Message>"), r"Request \(Odd a error: b\); check"),
+    (error("Odd").replace(b"Odd", b"'a\\" * 300_000), "; check the address"),
+], ids=["empty", "page", "no text", "lines", "long"])  # fmt: skip
+def test_what_a_store_says_is_one_short_line_of_ours(server, body, words):
+    server.always = Fault(status=400, body=body)
+    with pytest.raises(TransferError, match=words) as caught:
+        open_remote("s3://caches/odd", attempts=1).read("file.bin", max_bytes=9)
+    assert len(str(caught.value).splitlines()) == 1
+    assert len(message(str(caught.value))) < 600
 
 
 @pytest.mark.parametrize(("code", "words"), [

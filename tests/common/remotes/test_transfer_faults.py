@@ -1,5 +1,6 @@
 """Servers that fail: whatever may pass is tried again from where it stopped, and the rest is a clear error."""
 
+import errno
 import functools
 import threading
 import time
@@ -13,7 +14,8 @@ from servers import REDIRECTS, Fault, FaultyServer, own_certificate, s3_environm
 import vlm_distill_cache.common.remotes.pull
 from vlm_distill_cache.common.cache.sidecar import FileEntry
 from vlm_distill_cache.common.errors import CacheFormatError, TransferError
-from vlm_distill_cache.common.remotes import http, open_remote, streams
+from vlm_distill_cache.common.remotes import base, http, open_remote, streams
+from vlm_distill_cache.common.remotes import fetch as fetch_module
 from vlm_distill_cache.common.remotes.fetch import fetch_files
 from vlm_distill_cache.common.remotes.pull import pull
 from vlm_distill_cache.common.remotes.push import push
@@ -127,6 +129,23 @@ def test_every_fault_passes_if_it_may_and_else_ends_in_words_in_time(faulty, tmp
         assert "secret" not in words, name
         assert len(words) < 1000, name
         assert time.monotonic() - began < 2 * 0.4 + 1, name  # a head and a body
+
+
+def test_news_before_an_answer_and_any_case_of_its_headers_are_no_faults(faulty, tmp_path):
+    server, open_here = faulty
+    remote = open_here(attempts=1)
+    whole = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Encoding: Identity\r\n\r\nok"
+    server.always = Fault(raw=b"HTTP/1.1 102 P\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: a\r\n\r\n" + whole)
+    assert remote.read("file.bin", max_bytes=9) == b"ok"
+
+
+def test_a_small_file_may_take_so_long_and_costs_no_more_than_its_bytes(server, monkeypatch):
+    remote = open_remote(server.url)
+    endless = streams.Body(0, None, lambda _: b"x", lambda: None)
+    monkeypatch.setattr(remote, "_open", lambda *_, **__: endless)
+    monkeypatch.setattr(base, "_LONGEST_READ", 0.3)
+    with pytest.raises(TransferError, match=r"manifest.json: only \d+ bytes arrived in 0 s; check the network"):
+        remote.read("manifest.json", max_bytes=64 << 20)
 
 
 @pytest.mark.parametrize(("fault", "words"), [
@@ -267,9 +286,26 @@ def test_a_manifest_that_came_in_part_is_read_again(served_cache, tmp_path):
     assert tree(tmp_path / "here") == tree(tmp_path / "root" / "cache")
 
 
+def test_a_card_that_is_not_there_for_a_moment_is_asked_for_again(served_cache, tmp_path):
+    served_cache.concerns = lambda method, path: path.endswith("README.md")
+    served_cache.faults = [KNOWN["not there yet"]]
+    pull(f"{served_cache.url}/cache", tmp_path / "here", jobs=1)
+    assert tree(tmp_path / "here") == tree(tmp_path / "root" / "cache")
+
+
+def test_a_file_that_cannot_be_opened_here_is_called_by_its_final_name(served_cache, tmp_path, monkeypatch):
+    def refuse(path, **_):
+        raise OSError(errno.EMFILE, "Too many open files", str(path))
+
+    monkeypatch.setattr(fetch_module, "lock", refuse)
+    with pytest.raises(OSError, match="Too many open files") as caught:
+        pull(f"{served_cache.url}/cache", tmp_path / "here", jobs=1)
+    assert caught.value.filename in map(str, (tmp_path / "here" / name for name in tree(tmp_path / "root" / "cache")))
+
+
 def test_an_address_shows_neither_password_nor_signature():
     error = ValueError("no answer from 'https://me:word@host/a?X-Sig=abc&b=c', or http://h/b?k=v; is it up? yes=no")
-    assert streams.said(error) == "no answer from 'https://host/a', or http://h/b is it up? yes=no"
+    assert streams.said(error) == ("no answer from 'https://host/a?...', or http://h/b?...; is it up? yes=no")
 
 
 @pytest.mark.parametrize("every", [1, 2, 3])

@@ -152,6 +152,20 @@ def test_what_was_left_is_told_of_in_one_line(monkeypatch, caplog):
     assert not {*MPIRUN, *PLAIN} & os.environ.keys()
 
 
+def test_what_accelerate_sets_beside_its_single_process_is_no_leftover(monkeypatch, caplog):
+    monkeypatch.setattr(launches, "_is_below", lambda commands: "accelerate" in commands)
+    for name, value in {"MASTER_ADDR": "h", "MASTER_PORT": "1", "ACCELERATE_MIXED_PRECISION": "no"}.items():
+        monkeypatch.setenv(name, value)
+    enter_launch.cache_clear()
+    try:
+        assert enter_launch() == ALONE
+    finally:
+        enter_launch.cache_clear()
+    (told,) = (record.getMessage() for record in caplog.records)
+    assert "single process on a CPU" in told
+    assert "unset" not in told
+
+
 @pytest.mark.parametrize("quiet", [{}, {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, TORCHRUN | {"WORLD_SIZE": "1"}])
 def test_nothing_is_said_where_nothing_speaks_of_several(quiet):
     assert told_of_several(quiet) == []

@@ -20,7 +20,7 @@ from vlm_distill_cache.common.cli import main
 from vlm_distill_cache.common.codecs.checks import value_damage
 from vlm_distill_cache.common.codecs.hidden_states import HiddenCodec
 from vlm_distill_cache.common.codecs.registry import CODECS
-from vlm_distill_cache.common.errors import CacheFormatError, NewerFormatError
+from vlm_distill_cache.common.errors import CacheFormatError, NewerFormatError, SampleNotCachedError
 from vlm_distill_cache.common.remotes.pull import pull
 from vlm_distill_cache.common.tools import trust
 from vlm_distill_cache.common.tools.trust import open_trusted
@@ -126,8 +126,15 @@ def test_shards_of_an_address_are_looked_through_as_they_arrive(hostile, looked_
     assert (looked_at, remote.shards) == ([], set())
     cache.read(sample_id(9))
     cache.read(sample_id(0))
-    with pytest.raises(CacheFormatError, match="top_logprob"):
-        cache.read(sample_id(5))
+    for wrong, words in (
+        (sample_id(5), "top_logprob"),
+        ("nobody", "no sample 'nobody'"),
+    ):  # and no folder of this machine
+        with pytest.raises(CacheFormatError if wrong == sample_id(5) else SampleNotCachedError) as caught:
+            cache.read(wrong)
+        assert str(caught.value).startswith("https://example.org/a cache: ")
+        assert words in str(caught.value)
+        assert str(hostile.parent) not in str(caught.value)
     mirror_module._pinned.clear()
     open_trusted("https://example.org/a cache").read(sample_id(9))
     assert looked_at == [2, 0, HOSTILE]

@@ -17,13 +17,13 @@ Dims: A supervised rows, K most entries of a row, E entries of all rows.
 
 import math
 import re
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Generic, Self
 
 import numpy as np
 
+from vlm_distill_cache.common.cache.document_rules import TEMPERATURES
 from vlm_distill_cache.common.cache.schema import Field, Record
 from vlm_distill_cache.common.codecs.description import (
     Codec,
@@ -125,7 +125,7 @@ class LogitCodec(Codec):
         floor: Probability (temperature 1) below which tokens are dropped, in [0, 1).
         min_k: Entries kept whatever their probability, at least 1.
         max_k: Most entries of a row, 2 to 255; a ground truth of lower rank replaces the last one.
-        temperatures: Positive, distinct; 1 is among them.
+        temperatures: From 0.01 to 1000, distinct; 1 is among them.
         exact: Store float32 instead of 8-bit gaps and float16.
         gap_steps: `log_gap` holds, of each entry but a row's first, the step of its 8-bit code from the entry
             before it, modulo 256: fewer bytes once compressed, the same values. Caches without the setting
@@ -158,9 +158,14 @@ class LogitCodec(Codec):
         if not is_number(self.floor) or not 0 <= self.floor < 1:
             raise ConfigError(f"floor: expected a probability in [0, 1), got {shown(self.floor)}")
         found = self.temperatures
-        valid = isinstance(found, tuple) and all(is_number(t) and 0 < t <= sys.float_info.max for t in found)
+        valid = isinstance(found, tuple) and all(
+            is_number(t) and TEMPERATURES[0] <= t <= TEMPERATURES[1] for t in found
+        )
         if not valid or len(set(found)) != len(found) or 1.0 not in found:
-            raise ConfigError(f"temperatures: expected distinct positive numbers with 1 among them, got {shown(found)}")
+            raise ConfigError(
+                f"temperatures: expected distinct numbers from {TEMPERATURES[0]} to {TEMPERATURES[1]} with 1 among them, got "
+                f"{shown(found)}"
+            )
         object.__setattr__(self, "floor", float(self.floor))
         object.__setattr__(self, "temperatures", tuple(float(t) for t in found))
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from vlm_distill_cache.common.cache.document_rules import TEMPERATURES
 from vlm_distill_cache.common.codecs.answers import AnswersCodec
 from vlm_distill_cache.common.codecs.description import check_whole_number
 from vlm_distill_cache.common.codecs.logits import preset_settings
@@ -131,8 +132,9 @@ class BuildConfig:
         if len(set(self.signals)) != len(self.signals):
             raise ConfigError(f"signals: {self.signals} names one twice")
         preset_settings(self.logits)
-        if any(not 0.01 <= temperature <= 1000 for temperature in self.temperatures):
-            raise ConfigError(f"temperatures: expected numbers from 0.01 to 1000, got {self.temperatures}")
+        least, most = TEMPERATURES
+        if any(not least <= temperature <= most for temperature in self.temperatures):
+            raise ConfigError(f"temperatures: expected numbers from {least} to {most}, got {self.temperatures}")
         for name, low, high in (
             ("limit", 0, 2**40), ("grid", 0, 64), ("map_grid", 0, 64), ("groups", 0, 64), ("max_length", 0, 2**20),
             ("batch_size", 0, 2**16), ("shard_size", 1, 2**20), ("fidelity_samples", 0, 2**20), ("threads", 0, 1024),

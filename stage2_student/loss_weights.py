@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from vlm_distill_cache.common.attention.layers import DepthPart, Matching
+from vlm_distill_cache.common.cache.document_rules import TEMPERATURES
 from vlm_distill_cache.common.errors import ConfigError
 
 LogitKind = Literal["forward_kl", "reverse_kl", "jsd", "tvd"]
@@ -74,7 +75,10 @@ class LossWeights:
         for name, value in self.active(everything=True).items():
             require(0 <= value < math.inf, name, value, "a finite weight of 0 or more")
         require(bool(self.active()), "weights", self.active(everything=True), "at least one above 0")
-        require(0 < self.temperature < math.inf, "temperature", self.temperature, "above 0 and finite (dimensionless)")
+        least, most = TEMPERATURES
+        require(
+            least <= self.temperature <= most, "temperature", self.temperature, f"{least} to {most} (dimensionless)"
+        )
 
     @classmethod
     def names(cls) -> tuple[str, ...]:

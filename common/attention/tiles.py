@@ -98,7 +98,7 @@ def tiles_from_array(array: np.ndarray) -> tuple[Tile, ...]:
 
     Raises:
         CacheFormatError: If the array has another shape or names impossible tiles: no whole numbers of tokens, more than
-            ``MOST_VISUAL_TOKENS`` of them, or regions without area or farther away than ``FARTHEST``.
+            ``MOST_VISUAL_TOKENS`` of them, regions without area or farther away than ``FARTHEST``, or none on the picture.
     """
     if array.ndim != 2 or array.shape[1] != 6:
         raise CacheFormatError(
@@ -125,7 +125,25 @@ def tiles_from_array(array: np.ndarray) -> tuple[Tile, ...]:
             tiles.append(Tile(rows=int(rows), cols=int(cols), region=(region[0], region[1], region[2], region[3])))
         except SampleError as error:
             raise CacheFormatError(f"field `tiles` is damaged: {error}; run `cachectl verify` on the cache") from error
+    if tiles and not _show_the_picture(tiles):
+        raise CacheFormatError(
+            f"field `tiles` holds the regions {array[:4, 2:].tolist()}; expected tokens on the picture, and sides of at least "
+            f"1/{FARTHEST:.0f} of its; run `cachectl verify --deep` on the cache"
+        )
     return tuple(tiles)
+
+
+def _show_the_picture(tiles: Sequence[Tile]) -> bool:
+    """Whether some token meets the picture with at least half its width or height, and no region is next to nothing.
+
+    The most oblong pictures are padded so far that no token lies in them by half: there one side does.
+    """
+    regions = np.array([tile.region for tile in tiles])
+    boxes = box_array(tiles).astype(np.float64)
+    inside = np.clip(boxes, 0.0, 1.0)
+    sides, shown = boxes[:, 2:] - boxes[:, :2], inside[:, 2:] - inside[:, :2]  # [N, 2]
+    met = (shown > 0).all(axis=1) & (shown >= sides * (0.5 - SLIVER)).any(axis=1)
+    return bool(met.any() and (regions[:, 2:] - regions[:, :2] >= 1 / FARTHEST).all())
 
 
 def box_array(tiles: Sequence[Tile]) -> np.ndarray:

@@ -8,6 +8,7 @@ they stay, and nothing here reads them. Sizes are compared with what is really t
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from vlm_distill_cache.common.cache.schema import FIELD
@@ -38,6 +39,7 @@ MAX_SETTINGS_BYTES = 1 << 20  # of projector.json, vision_tower.json, preprocess
 MAX_LAYERS = 512  # of a language model or a tower; the deepest published ones have 126
 MAX_WIDTH = 1 << 18
 MAX_SIDE = 1 << 14  # pixels of a tower's pictures
+TEMPERATURES = (0.01, 1000)  # least and most at which distributions are compared; float32 overflows not far below
 MAX_GRID = 256  # visual tokens of a tile's side
 
 _WORDS = text(1 << 16)  # names, licences and sources, of merged caches joined
@@ -79,8 +81,9 @@ def _are_windows(groups: list[list[int]]) -> bool:
 
 
 def _are_of_the_depth(teacher: dict[str, Any]) -> bool:
-    depth, groups = teacher.get("layers", MAX_LAYERS), teacher.get("groups", [])
-    return all(layer < depth for group in groups for layer in group)
+    depth, groups, choice = teacher.get("layers", MAX_LAYERS), teacher.get("groups", []), teacher.get("layer_choice")
+    chosen = choice if isinstance(choice, list) else []
+    return all(layer < depth for group in (*groups, chosen) for layer in group)
 
 
 _LAYER = whole(0, MAX_LAYERS - 1)
@@ -111,7 +114,7 @@ _TEACHER = also(
         },
         free=True,
     ),
-    "no layer in `groups` that is not below `layers`",
+    "no layer in `groups` or `layer_choice` that is not below `layers`",
     _are_of_the_depth,
 )
 
@@ -184,12 +187,12 @@ _CODEC = record(
         "preset": _NAME,
         "groups": whole(0, MAX_LAYERS),
         "grid": either(whole(0, MAX_GRID), items(whole(0, MAX_GRID), least=2, most=2)),
-        "temperatures": items(Rule("a number", lambda value: type(value) in (int, float)), most=100),
+        "temperatures": items(number(*TEMPERATURES), most=100),
     },
     free=True,
 )
 
-PLAN = record(
+_PLAN = record(
     {
         "format_version": whole(1, 1 << 16),
         "store": _NAME,
@@ -206,6 +209,25 @@ PLAN = record(
         "extra": _EXTRA,
     }
 )
+
+
+def _plan_parts(plan: dict[str, Any]) -> Iterator[tuple[str, Any, Rule]]:
+    """The parts of a plan, and those of its signals' settings that its teacher decides."""
+    yield from _PLAN.parts(plan)
+    teacher = plan["teacher"]
+    depth, width, groups = (teacher.get(name) for name in ("layers", "hidden_size", "groups"))
+    for signal, settings in plan["signals"].items():
+        if settings.get("codec") in ("hidden", "visual_hidden", "projector_output"):
+            if depth is not None and "layers" in settings:
+                yield f".signals.{signal}.layers", settings["layers"], items(whole(0, depth), least=1, most=depth + 1)
+            if width is not None and "width" in settings:
+                yield f".signals.{signal}.width", settings["width"], whole(width, width)
+        count = settings.get("groups")
+        if groups is not None and type(count) is int:
+            yield ".teacher.groups", groups, items(ANYTHING, least=count, most=count)
+
+
+PLAN = Rule(_PLAN.expected, _PLAN.fits, _plan_parts)
 
 FILE_ENTRY = record(
     {

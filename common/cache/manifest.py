@@ -33,7 +33,7 @@ from vlm_distill_cache.common.cache.sidecar import (
 from vlm_distill_cache.common.errors import CacheFormatError
 from vlm_distill_cache.common.files.atomic import clean_stale, write_bytes_atomic
 from vlm_distill_cache.common.files.hashing import fingerprint
-from vlm_distill_cache.common.files.rules import check
+from vlm_distill_cache.common.files.rules import AGAIN, check
 from vlm_distill_cache.common.files.signed import document_bytes
 
 
@@ -164,7 +164,12 @@ def read_manifest(cache_dir: Path) -> Manifest:
 
 def refuse_other_plan(manifest: Manifest, plan: Plan, where: str) -> None:
     """Refuse a manifest that was made for another plan than the one beside it."""
-    if manifest.plan_hash != plan.hash or len(manifest.shards) != plan.shard_count:
+    if manifest.plan_hash == plan.hash and len(manifest.shards) != plan.shard_count:
+        raise CacheFormatError(
+            f"{where}: {MANIFEST} lists {len(manifest.shards)} shards; expected {plan.shard_count}, for {plan.sample_count} "
+            f"samples in shards of {plan.shard_size} ({PLAN}); {AGAIN}"
+        )
+    if manifest.plan_hash != plan.hash:
         raise CacheFormatError(
             f"{where}: {MANIFEST} belongs to another {PLAN} (plan {plan.hash}, manifest made for "
             f"{manifest.plan_hash}); run `cachectl verify` on it, then `teacher-cache seal`, or copy the cache again"

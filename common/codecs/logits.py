@@ -17,13 +17,13 @@ Dims: A supervised rows, K most entries of a row, E entries of all rows.
 
 import math
 import re
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Generic, Self
 
 import numpy as np
 
+from vlm_distill_cache.common.cache.document_rules import TEMPERATURES
 from vlm_distill_cache.common.cache.schema import Field, Record
 from vlm_distill_cache.common.codecs.description import (
     Codec,
@@ -36,6 +36,7 @@ from vlm_distill_cache.common.codecs.description import (
 from vlm_distill_cache.common.codecs.quantise import (
     GAP_REACH,
     GAP_TABLE,
+    ZERO_CODE,
     ArrayT,
     CodeArray,
     balance,
@@ -60,6 +61,8 @@ _FIXED = re.compile(r"fixed:([0-9]{1,4})")
 
 _ROUNDING = 2e-3  # of a float16 near 1, twice over
 _LEAST_TOP = -math.log(2**32) - 0.1  # ids are 32 bits, and the likeliest of n tokens has at least one n-th of the mass
+_REACH = GAP_REACH.astype(np.float64)
+_REACH[0, ZERO_CODE - 1] = math.inf  # larger gaps share the code of the largest
 _MASS_ERROR = 1e-3  # kept mass and tail may miss 1 by this beyond the rounding of gaps and of float16
 
 
@@ -122,7 +125,7 @@ class LogitCodec(Codec):
         floor: Probability (temperature 1) below which tokens are dropped, in [0, 1).
         min_k: Entries kept whatever their probability, at least 1.
         max_k: Most entries of a row, 2 to 255; a ground truth of lower rank replaces the last one.
-        temperatures: Positive, distinct; 1 is among them.
+        temperatures: From 0.01 to 1000, distinct; 1 is among them.
         exact: Store float32 instead of 8-bit gaps and float16.
         gap_steps: `log_gap` holds, of each entry but a row's first, the step of its 8-bit code from the entry
             before it, modulo 256: fewer bytes once compressed, the same values. Caches without the setting
@@ -155,9 +158,14 @@ class LogitCodec(Codec):
         if not is_number(self.floor) or not 0 <= self.floor < 1:
             raise ConfigError(f"floor: expected a probability in [0, 1), got {shown(self.floor)}")
         found = self.temperatures
-        valid = isinstance(found, tuple) and all(is_number(t) and 0 < t <= sys.float_info.max for t in found)
+        valid = isinstance(found, tuple) and all(
+            is_number(t) and TEMPERATURES[0] <= t <= TEMPERATURES[1] for t in found
+        )
         if not valid or len(set(found)) != len(found) or 1.0 not in found:
-            raise ConfigError(f"temperatures: expected distinct positive numbers with 1 among them, got {shown(found)}")
+            raise ConfigError(
+                f"temperatures: expected distinct numbers from {TEMPERATURES[0]} to {TEMPERATURES[1]} with 1 among them, got "
+                f"{shown(found)}"
+            )
         object.__setattr__(self, "floor", float(self.floor))
         object.__setattr__(self, "temperatures", tuple(float(t) for t in found))
 
@@ -242,13 +250,32 @@ class LogitCodec(Codec):
         )
 
     def ranges(self, record: Record) -> Iterator[str]:
-        """Yield log-probabilities above 0, and top tokens less likely than each of all ids that there are."""
+        """Yield log-probabilities above 0, entries out of order or twice in a row, and masses that cannot have been one."""
         top, tail = record["top_logprob"], record["tail_logmass"]
         yield from out_of_range("top_logprob", top, _LEAST_TOP, _ROUNDING, said="log-probabilities of at most 0")
         yield from out_of_range("tail_logmass", tail, -math.inf, _ROUNDING, said="log-probabilities of at most 0")
+        counts = record["entry_count"].astype(np.int64)  # [A]
+        if not len(counts) or counts.min() < 1:  # no rows, or rows that `damage` and `decode` refuse
+            return
+        codes, starts = self._codes(record, counts), np.cumsum(counts) - counts  # [E], [A]
+        gaps = codes if self.exact else GAP_TABLE[codes]
+        rises = gaps[1:] >= gaps[:-1]  # not of NaN
+        rises[starts[1:] - 1] = True
+        if not (gaps[starts] == 0).all() or not rises.all():
+            yield "log_gap is not 0 at the top token or falls with the rank; entries are stored by rank"
+            return
+        rows = np.repeat(np.arange(len(counts)) << 32, counts)
+        pairs = np.sort(rows + record["token_ids"])  # int64: a row's number before its ids, which are below 2^32
+        if (pairs[1:] == pairs[:-1]).any():
+            yield "token_ids of a row repeat"
+        yield from self._mass_damage(codes, gaps.astype(np.float64), counts, starts, record)
+        # A tail of no mass at all has none at any temperature, but for what a low one makes too small to write.
+        empty = np.isinf(tail[:, np.argsort(self.temperatures)])  # [A, T]
+        if (empty[:, 1:] & ~empty[:, :-1]).any():
+            yield "tail_logmass is infinite at a temperature, but finite at a lower one"
 
     def damage(self, record: Record) -> Iterator[str]:
-        """Yield entries out of order, a missing ground truth, and masses that cannot have been one."""
+        """Yield what `ranges` does, other numbers of entries than the codec keeps, and a missing ground truth."""
         yield from super().damage(record)
         counts = record["entry_count"].astype(np.int64)  # [A]
         if not len(counts):
@@ -256,45 +283,55 @@ class LogitCodec(Codec):
         if counts.min() < 1 or counts.max() > self.max_k:
             yield f"entry_count is {counts.min()} to {counts.max()}; the codec keeps 1 to {self.max_k}"
             return
-        starts = np.cumsum(counts) - counts  # [A]
         rows = np.repeat(np.arange(len(counts)), counts)  # [E]
-        codes, ids = self._codes(record, counts), record["token_ids"]
-        gaps = (codes if self.exact else GAP_TABLE[codes]).astype(np.float64)
-        falling = (gaps[1:] < gaps[:-1]) & (rows[1:] == rows[:-1])
-        if (gaps[starts] != 0).any() or falling.any():
-            yield "log_gap is not 0 at the top token or falls with the rank; entries are stored by rank"
-        pairs = np.sort((rows << 32) + ids)  # int64: a row's number before its ids, which are below 2^32
-        if (pairs[1:] == pairs[:-1]).any():
-            yield "token_ids of a row repeat"
-        truth = ids == record["labels"][rows]
+        truth = record["token_ids"] == record["labels"][rows]
         if not np.bincount(rows[truth], minlength=len(counts)).all():
             yield "token_ids lack the ground truth of a row, which the codec always keeps"
-        top, tail = record["top_logprob"].astype(np.float64), record["tail_logmass"].astype(np.float64)
-        yield from self._mass_damage(codes, gaps, starts, top, tail[:, self.temperatures.index(1.0)])
-        # A tail of no mass at all has none at any temperature, but for what a low one makes too small to write.
-        empty = np.isinf(tail[:, np.argsort(self.temperatures)])  # [A, T]
-        if (empty[:, 1:] & ~empty[:, :-1]).any():
-            yield "tail_logmass is infinite at a temperature, but finite at a lower one"
 
     def _mass_damage(
-        self, codes: CodeArray, gaps: np.ndarray, starts: np.ndarray, top: np.ndarray, tail: np.ndarray
+        self, codes: CodeArray, gaps: np.ndarray, counts: np.ndarray, starts: np.ndarray, record: Record
     ) -> Iterator[str]:
-        """Check that kept tokens and tail can have summed to one before rounding."""
-        others, weights = np.exp(tail), np.exp(-gaps)  # [A], [E]
-        kept = np.exp(top) * np.add.reduceat(weights, starts)  # [A]
-        least = most = kept
+        """Check that kept tokens and tail can have summed to one before rounding, and the tail at each temperature with it."""
+        top, tails = record["top_logprob"].astype(np.float64), record["tail_logmass"].astype(np.float64)
+        above = below = np.zeros(1)
+        if not self.exact:
+            above, below = _REACH[:, codes]  # [E]
+            above[starts] = below[starts] = 0
+        fewest, most = -gaps - above, below - gaps  # [E], of the logarithms, relative to the top
+        tail = np.minimum(tails[:, self.temperatures.index(1.0)], 0)  # [A]
+        others = np.exp(tail)
+        least, largest = (np.exp(top) * np.add.reduceat(np.exp(logs), starts) for logs in (fewest, most))
         allowed = np.full(len(top), _MASS_ERROR)
         if not self.exact:
-            above, below = GAP_REACH[:, codes].astype(np.float64)  # [E]
-            above[starts] = below[starts] = 0
-            least = np.exp(top) * np.add.reduceat(weights * np.exp(-above), starts)
-            most = np.exp(top) * np.add.reduceat(weights * np.exp(below), starts)
-            finite_tail = np.where(np.isfinite(tail), tail, 0)
-            allowed += 2.0**-10 * (kept * np.abs(top) + others * np.abs(finite_tail))
-        off = np.maximum(least + others - 1, 1 - most - others)
+            allowed += 2.0**-10 * (largest * np.abs(top) + others * np.abs(np.where(others > 0, tail, 0)))
+        off = np.maximum(least + others - 1, 1 - largest - others)
         if (off > allowed).any():
-            worst = (kept + others)[(off - allowed).argmax()]
+            worst = (largest + others)[(off - allowed).argmax()]
             yield f"kept tokens and tail have a mass of {worst:.4f} together; expected 1"
+            return
+        some = np.isfinite(tail)  # [A]
+        tail = np.where(some, tail, 0)
+        # No token of the tail is likelier than the last entry but one: the last may be a ground truth of any rank.
+        cap = np.minimum(top + most[starts + np.maximum(counts - 2, 0)], tail)
+        tiniest = float(np.finfo(record["tail_logmass"].dtype).min)
+        for column, temperature in enumerate(self.temperatures):
+            if temperature == 1.0 or not some.any():
+                continue
+            power = 1 / temperature
+            # Spread over all ids that there are, or in as few tokens as can be.
+            ends = (1 - power) * math.log(2**32) + power * tail, tail + (power - 1) * cap
+            kept = [power * top + np.log(np.add.reduceat(np.exp(power * logs), starts)) for logs in (fewest, most)]
+            found = np.clip(tails[:, column], tiniest, -(2.0**-24))
+            odds = found - np.log(-np.expm1(found))
+            room = 0.02 + 2.0**-10 * (max(power, 1) * (np.abs(top) + np.abs(tail) + np.abs(cap)) + np.abs(found))
+            low, high = np.minimum(*ends) - kept[1] - room, np.maximum(*ends) - kept[0] + room
+            if (wrong := some & ~((low <= odds) & (odds <= high))).any():
+                row = int(wrong.argmax())
+                ends_of_row = [-math.log1p(math.exp(min(-end[row], 700.0))) for end in (low, high)]
+                yield (
+                    f"tail_logmass is {tails[row, column]:.4g} at temperature {temperature:g}; the row at temperature 1 says "
+                    f"{ends_of_row[0]:.4g} to {ends_of_row[1]:.4g}"
+                )
 
     def _codes(self, record: Record, counts: np.ndarray) -> np.ndarray:
         """The 8-bit code of each entry's gap, or with `exact` the gap itself, `[E]`."""

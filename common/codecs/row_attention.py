@@ -137,22 +137,26 @@ class RowAttentionCodec(Codec):
         return AttentionRows(relative * scale[..., None], image_mass)
 
     def ranges(self, record: Record) -> Iterator[str]:
-        """Yield masses that are none."""
+        """Yield masses that are none, and rows that do not sum to their mass."""
         for name in (self.mass_field, *((self.signal,) if self.exact else ())):
             yield from out_of_range(name, record[name], 0, MOST_MASS, said="0 to 1")
+        cells, mass = record[self.signal], record[self.mass_field]  # [A, G, C], [A, G]
+        if self.exact and (np.abs(cells.sum(axis=2, dtype=np.float64) - mass) > MOST_MASS - 1).any():
+            yield f"{self.mass_field} is not the sum of the cells of {self.signal}"
+        # Eight bits are scaled to the mass when they are decoded.
+        if not self.exact and ((mass > 0) & ~cells.any(axis=2)).any():
+            yield f"{self.mass_field} is above 0 where all cells of {self.signal} are 0"
 
     def damage(self, record: Record) -> Iterator[str]:
-        """Yield masses that are none, and rows that are not scaled to their largest cell or do not sum to their mass."""
+        """Yield what `ranges` does, rows that are not scaled to their largest cell, and attention to no image."""
         yield from super().damage(record)
-        cells, mass = record[self.signal], record[self.mass_field].astype(np.float64)  # [A, G, C], [A, G]
+        cells = record[self.signal]
         if not cells.size:
             return
-        if not len(record["tiles"]) and (mass.any() or cells.any()):
+        if not len(record["tiles"]) and (record[self.mass_field].any() or cells.any()):
             yield f"{self.signal} lies on an image, of which the record has no tiles"
         if not self.exact and not np.isin(cells.max(axis=2), (0, LOG_LEVELS + 1)).all():
             yield f"{self.signal} has a row whose largest code is neither 0 nor {LOG_LEVELS + 1}"
-        if self.exact and (np.abs(cells.sum(axis=2, dtype=np.float64) - mass) > MOST_MASS - 1).any():
-            yield f"{self.mass_field} is not the sum of the cells of {self.signal}"
 
     @property
     def _words(self) -> str:

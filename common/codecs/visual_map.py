@@ -117,12 +117,8 @@ class VisualColumnsCodec(Codec):
         return values.T.astype(np.float32, order="C")
 
     def ranges(self, record: Record) -> Iterator[str]:
-        """Yield values that are no probability mass."""
-        yield from out_of_range(self.signal, record[self.signal], 0, MOST_MASS, said="0 to 1")
-
-    def damage(self, record: Record) -> Iterator[str]:
         """Yield values that are no probability mass, and groups whose keys have more than all of it together."""
-        yield from super().damage(record)
+        yield from out_of_range(self.signal, record[self.signal], 0, MOST_MASS, said="0 to 1")
         yield from _too_much(self.signal, record[self.signal].sum(axis=0, dtype=np.float64), MOST_MASS)
 
 
@@ -130,6 +126,11 @@ def _too_much(name: str, masses: np.ndarray, most: float) -> Iterator[str]:
     """Yield that the sum of a distribution's masses is above one; NaN is not this check's."""
     if masses.size and masses.max() > most:
         yield f"{name} has {masses.max():.4g} of the mass in one row; expected at most 1"
+
+
+def _refuse_masses(masses: np.ndarray, most: float) -> None:
+    for line in _too_much("visual map", masses, most):
+        raise CacheFormatError(f"{line}; no teacher says so, the cache is damaged: run `cachectl verify --deep`")
 
 
 @dataclass(frozen=True)
@@ -150,6 +151,8 @@ class FilteredMaps(Generic[ArrayT]):
 
 # What a row of masses may sum to once they are coded: rounding is 3.2 % of a value or e^-16, and less than half a step.
 _MOST_OF_ROW = {"f4": MOST_MASS, "exact8": 1.05, "exact": 1.15}
+_MOST_OF_MEANS = 1.01  # of a row, on average: float16 means of columns
+_MOST_OF_FITTED_ROW = 1.5  # `exact` once its columns are fitted to their means, which moves mass between rows
 
 MapPreset = Literal["exact", "blocks", "compact", "exact8", "f4"]
 
@@ -282,6 +285,9 @@ class VisualMapCodec(Codec):
 
         Returns:
             Values and mask; the mask is exact but for `exact8`.
+
+        Raises:
+            CacheFormatError: If its arrays do not fit each other, or have more mass than the rows of a map.
         """
         self.refuse_impossible(record)
         if not self.complete:
@@ -301,6 +307,7 @@ class VisualMapCodec(Codec):
             values[:, *where] = (codes if self.preset == "f4" else decode_log8(codes, MAP_RANGE_NATS)).T
             # Without tiles, or tiles of other tokens, all cells count; who joins both checks their number.
             content = carries_image(box_array(self._cells_of(record)))
+            _refuse_masses(values.sum(axis=2), _MOST_OF_ROW[self.preset])
             return FilteredMaps(values, _filter(values, content if len(content) == cells else None)[0])
         dense = np.zeros(values.shape, np.uint8)
         dense[:, *where] = codes.T
@@ -310,7 +317,9 @@ class VisualMapCodec(Codec):
         ratios = decode_roots(np.where(kept, dense, 0), KEPT_LEVELS)
         factor = fit_columns(means, ratios.sum(axis=1), kept.sum(axis=1))  # [G, key]
         values = np.where(kept, ratios * factor[:, None] * scale, decode_sinks(dense, scale, largest))
-        return FilteredMaps(values.astype(np.float32), kept)
+        values = values.astype(np.float32)
+        _refuse_masses(values.sum(axis=2), _MOST_OF_FITTED_ROW)
+        return FilteredMaps(values, kept)
 
     def _decode_columns(self, record: Record) -> FilteredMaps[np.ndarray]:
         means = self._means(record, len(record["map_means"]))
@@ -330,6 +339,10 @@ class VisualMapCodec(Codec):
         stored = np.zeros((cells, cells), dtype=bool)
         stored[self._pairs(cells)] = True
         kept, ratios = kept.transpose(0, 2, 1), ratios.transpose(0, 2, 1)
+        counts = np.count_nonzero(kept, axis=1)  # [G, key]
+        _refuse_masses(
+            scale[:, 0, 0] * (means.T * counts).sum(axis=1, dtype=np.float64) / max(cells, 1), _MOST_OF_MEANS
+        )
         # A pair without mask is a sink or zero: its value enters no loss, but a map of sinks is no empty map.
         values = np.where(kept, ratios, stored.astype(np.float32)) * scale
         return FilteredMaps(np.ascontiguousarray(values), np.ascontiguousarray(kept), complete=False)

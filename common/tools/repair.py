@@ -101,7 +101,7 @@ def _plan_steps(cache_dir: Path, damages: list[Damage]) -> Iterator[Repair]:
         more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
         yield Repair(path=sidecar_name(shard), action="remove", reason=reasons[0] + more)
     for damage in by_kind.get("missing", []):
-        for path in _shard_files(cache_dir, damage.shard or 0):
+        for path in () if damage.shard in spared else _shard_files(cache_dir, damage.shard or 0):
             if (lock := try_lock(path)) is not None:  # else its writer is about to publish the sidecar
                 lock.release()
                 yield Repair(

@@ -35,7 +35,7 @@ from vlm_distill_cache.common.terminal.progress import progress
 from vlm_distill_cache.common.tools.verify import Damage, verify_codecs, verify_shard
 
 FOLDER_VARIABLE = "VLM_DISTILL_VERIFIED_DIR"
-_RULES = b"1"  # to be raised when more is found than before: earlier notes are worth nothing then
+_RULES = b"2"  # to be raised when more is found than before: earlier notes are worth nothing then
 _SAID_S = 2.0  # what took less is not worth a line
 _noted: set[tuple[Path, str]] = set()  # by this process, whether or not the folder can be written
 _log = logging.getLogger(__name__)

@@ -6,6 +6,7 @@ Holds one shard in memory at a time, and 24 bytes a sample to notice repeated id
 from __future__ import annotations
 
 import re
+import stat
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -288,7 +289,12 @@ def _unexpected(cache_dir: Path, known: set[str], unlisted: list[str]) -> list[D
             continue
         for path, is_folder in entries.items():
             name = path.relative_to(cache_dir).as_posix()
-            if path.name.startswith(TEMPORARY_PREFIX):
+            leftover = path.name.startswith(TEMPORARY_PREFIX)
+            unopened = name not in known and (leftover or not is_folder)
+            if unopened and (refusal := _refusal(path)) is not None:
+                kind: Kind = "leftover" if leftover else "stranger"
+                damages.append(_failed(name, kind, refusal, f"cannot be read: {refusal.strerror or refusal}"))
+            elif leftover:
                 if (lock := try_lock(path)) is not None:  # not being written right now
                     lock.release()
                     damages.append(Damage(name, "leftover", "left behind by a killed run"))
@@ -299,6 +305,20 @@ def _unexpected(cache_dir: Path, known: set[str], unlisted: list[str]) -> list[D
             elif name not in known and not any(name.startswith(start) for start in unlisted):
                 damages.append(Damage(name, "stranger", "belongs to no shard and no list"))
     return damages
+
+
+def _refusal(path: Path) -> OSError | None:
+    """Why the system does not let a file, or one in a folder, be read; follows no link and opens no pipe."""
+    try:
+        mode = path.lstat().st_mode
+        if stat.S_ISDIR(mode):
+            return next(filter(None, map(_refusal, path.iterdir())), None)
+        if stat.S_ISREG(mode):
+            with path.open("rb") as file:
+                file.read(1)
+    except OSError as error:
+        return None if error.errno in _WRONG_THING else error
+    return None
 
 
 def _one_each(damages: list[Damage]) -> list[Damage]:

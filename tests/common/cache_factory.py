@@ -59,7 +59,12 @@ def make_record(position: int) -> Record:
     counts = rng.integers(1, 6, rows).astype(np.uint8)
     gaps = _gaps(rng, counts)
     tail = 0.1 + 0.8 * rng.random(rows)  # mass of all other tokens
-    kept = np.array([np.exp(-GAP_TABLE[part]).sum() for part in np.split(gaps, np.cumsum(counts)[:-1])])[:rows]
+    kept, roots = (
+        np.array([np.exp(-GAP_TABLE[part] / t).sum() for part in np.split(gaps, np.cumsum(counts)[:-1])])[:rows]
+        for t in (1, 2)
+    )
+    warm = np.sqrt(tail * 2**32)  # at temperature 2, if the tail is of all ids that there are
+    warm /= warm + roots * np.sqrt((1 - tail) / kept)
     visual = 0 if position == 2 else int(rng.integers(1, 7))  # a text-only sample
     return {
         "image_hash": rng.integers(0, 256, (1, 16)).astype(np.uint8),
@@ -69,7 +74,7 @@ def make_record(position: int) -> Record:
         "token_ids": _token_ids(labels, counts),
         "log_gap": gaps,
         "top_logprob": np.log((1 - tail) / kept).astype(np.float16),
-        "tail_logmass": np.log(np.stack([tail, tail], axis=1)).astype(np.float16),
+        "tail_logmass": np.log(np.stack([tail, warm], axis=1)).astype(np.float16),
         "visual_columns": (rng.random((visual, 2)) / max(visual, 1)).astype(np.float32),
         "visual_map": rng.integers(0, 221, (visual * (visual + 1) // 2, 2)).astype(np.uint8),  # at most 1/6 each
     }

@@ -286,7 +286,7 @@ def test_a_damaged_dictionary_is_refused(changes: dict[str, object], message: st
         ({"exact": 1}, "exact: expected true or false"),
         ({"temperatures": (2.0,)}, "with 1 among them"),
         ({"temperatures": (1.0, 1.0)}, "distinct"),
-        ({"temperatures": (1.0, -2.0)}, "positive"),
+        ({"temperatures": (1.0, -2.0)}, "from 0.01 to 1000"),
     ],
 )
 def test_a_codec_can_only_be_built_valid(changes: dict[str, object], message: str):

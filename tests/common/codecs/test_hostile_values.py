@@ -274,7 +274,7 @@ def test_a_sound_cache_stands_every_check(tmp_path):
         (LOGITS | {"entangled": True}, "newer", "settings .*entangled.* are not known"),
         (LOGITS | {"max_k": 10**400}, "plan", r"codec 'logits': .*max_k: .*got 1000.*\.\.\."),
         (LOGITS | {"floor": 1e308}, "plan", r"floor: .*got 1e\+308"),
-        (LOGITS | {"temperatures": [1, 10**400]}, "plan", "temperatures: expected distinct"),
+        (LOGITS | {"temperatures": [1, 1]}, "plan", "temperatures: expected distinct"),
     ],
 )
 def test_deep_verification_says_so_where_it_cannot_know_a_codecs_values(settings, kind, words, tmp_path):

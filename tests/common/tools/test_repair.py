@@ -232,6 +232,38 @@ def test_what_cannot_be_read_stays_and_is_named(cache, part, number, monkeypatch
     assert ("shards/00002.json" in gone) == (part != "plan.json")
 
 
+@pytest.mark.parametrize("fault", ["no sidecar", "sidecar", "manifest", "leftover", "leftover folder"])
+def test_what_nobody_lists_is_not_removed_unread(cache, fault, monkeypatch):
+    closed = next(path for path in sorted((cache / "shards").rglob("*")) if "00001.json" not in str(path) and
+                  path.is_file() and "00001." in str(path))  # fmt: skip
+    if fault == "no sidecar":
+        sidecar_path(cache, 1).unlink()
+    elif fault == "sidecar":
+        sidecar_path(cache, 1).write_bytes(b"{}")
+    elif fault == "manifest":
+        (cache / MANIFEST).write_bytes(b"{}")
+        closed = cache / SIDE_FILE
+    else:
+        closed = cache / "shards" / ".tmp-x" / "inner" / "part" if "folder" in fault else cache / ".tmp-x"
+        closed.parent.mkdir(parents=True, exist_ok=True)
+        closed.write_bytes(b"half")
+    before = tree(cache)
+
+    def opened(path, *args, **options):  # root may read everything
+        if not isinstance(path, int) and Path(path).name == closed.name and closed.samefile(path):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return real(path, *args, **options)
+
+    real = io.open
+    with monkeypatch.context() as patch:
+        patch.setattr(io, "open", opened)
+        steps = repair(cache)
+    assert before.keys() - tree(cache).keys() <= {MANIFEST}
+    kept = next(step for step in steps if closed.is_relative_to(cache / step.path))
+    assert (kept.action, "make it readable first" in str(kept)) == ("keep", True)
+    assert [step for step in repair(cache) if step.action != "keep"] or fault == "manifest"  # readable: as ever
+
+
 def test_a_shard_that_is_being_written_is_left_to_its_writer(cache):
     from vlm_distill_cache.common.cache.stores import open_writer
 

@@ -8,7 +8,9 @@ from yaml.nodes import CollectionNode, MappingNode, Node, ScalarNode
 
 MAX_CHARACTERS = 1_000_000
 MAX_VALUES = 100_000  # of a document, each alias counted as what it stands for
-_CORE = frozenset(f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str", "seq", "map", "merge"))
+_CORE = frozenset(
+    f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str", "seq", "map", "merge")
+)
 MAX_DIGITS = 100  # of a number: what has more is a text that lacks its quotes, or takes minutes to convert
 
 

@@ -75,5 +75,6 @@ def _try(path: Path) -> None:
     else:
         why = f"it cannot be read or fails on {_TEXTS}: {one_line(tried.stdout.decode(errors='replace'), limit=300)}"
     raise ModelError(
-        f"{path}: {why}; look at its normalizer and pre_tokenizer, download it again, or take another checkpoint or cache"
+        f"{path}: no usable tokenizer: {why}; expected tokenizer.json as the tokenizer's save_pretrained writes it: look at its "
+        "normalizer and pre_tokenizer, download it again, or take another checkpoint or cache"
     )

@@ -9,6 +9,9 @@ from yaml.nodes import CollectionNode, MappingNode, Node, ScalarNode
 MAX_CHARACTERS = 1_000_000
 MAX_BYTES = 4 * MAX_CHARACTERS  # of so many in UTF-8
 MAX_VALUES = 100_000  # of a document, each alias counted as what it stands for
+_CORE = frozenset(
+    f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str", "seq", "map", "merge")
+)
 MAX_DIGITS = 100  # of a number: what has more is a text that lacks its quotes, or takes minutes to convert
 
 
@@ -17,12 +20,13 @@ class YamlError(ValueError):
 
 
 def parse_yaml(text: str) -> Any:
-    """Parse a YAML text as `yaml.safe_load` does, but refuse a mapping that has a key twice.
+    """Parse a YAML text as `yaml.safe_load` does, but refuse a mapping that has a key twice, and what JSON has not.
 
     YAML's readers keep the last of them: a forgotten dash would drop an entry of a list, in silence.
 
     Raises:
-        YamlError: It is not YAML, a key stands twice, or it has more text or values than any configuration.
+        YamlError: It is not YAML, a key stands twice, a value is a date, a set, bytes or an object, or it has more text or
+            values than any configuration.
     """
     if len(text) > MAX_CHARACTERS:
         raise YamlError(f"it has {len(text)} characters, more than the {MAX_CHARACTERS} that are read")
@@ -41,7 +45,7 @@ def parse_yaml(text: str) -> Any:
         raise YamlError(" ".join(str(error).split())) from error
     except RecursionError as error:
         raise YamlError("it is nested too deeply") from error
-    except (ValueError, OverflowError) as error:  # 2024-13-45 looks like a date
+    except (ValueError, ArithmeticError, LookupError, TypeError, AttributeError) as error:  # !!bool maybe
         raise YamlError(f"a value in it cannot be read ({error}); put texts in quotes") from error
 
 
@@ -54,8 +58,15 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def _count(self, node: Node, known: dict[int, float]) -> float:
-        """How many values a node stands for; one that contains itself is infinite."""
+        """How many values a node stands for, each of a kind that JSON has; one that contains itself is infinite."""
         if id(node) not in known:
+            if node.tag not in _CORE:
+                kind = node.tag.removeprefix("tag:yaml.org,2002:")
+                raise yaml.MarkedYAMLError(
+                    problem=f"a value of the kind {kind[:80]!r}, expected a text, number, list, mapping, true, false or null; "
+                    "put texts in quotes",
+                    problem_mark=node.start_mark,
+                )
             known[id(node)] = float("inf")
             inner = node.value if isinstance(node, CollectionNode) else ()
             nodes = chain.from_iterable(inner) if isinstance(node, MappingNode) else inner

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
-import os
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from vlm_distill_cache.common.cache.sidecar import FileEntry, sidecar_path
 from vlm_distill_cache.common.codecs.registry import codec_from_dict
 from vlm_distill_cache.common.errors import CacheFormatError, NewerFormatError
 from vlm_distill_cache.common.files.atomic import HeldLock
+from vlm_distill_cache.common.files.notes import add_notes, notes_file, read_notes
 from vlm_distill_cache.common.files.signed import document_bytes
 from vlm_distill_cache.common.locations import is_url, public_location
 from vlm_distill_cache.common.opening import open_cache
@@ -34,7 +34,6 @@ from vlm_distill_cache.common.remotes.mirror import Mirror, find_mirror
 from vlm_distill_cache.common.terminal.progress import progress
 from vlm_distill_cache.common.tools.verify import Damage, verify_codecs, verify_shard
 
-FOLDER_VARIABLE = "VLM_DISTILL_VERIFIED_DIR"
 _RULES = b"2"  # to be raised when more is found than before: earlier notes are worth nothing then
 _SAID_S = 2.0  # what took less is not worth a line
 _noted: set[tuple[Path, str]] = set()  # by this process, whether or not the folder can be written
@@ -136,32 +135,16 @@ def _refuse(named: str, damages: list[Damage]) -> None:
 
 def _place(plan: Plan) -> Path:
     """The file with the notes of a plan's shards."""
-    if given := os.environ.get(FOLDER_VARIABLE):
-        folder = Path(given)
-    else:  # expanduser leaves the ~ where a user has no home, as in some containers
-        caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111 - Path's raises then
-        folder = Path(caches) / "vlm-distill-cache" / "verified"
-    return folder.absolute() / hashlib.sha256(_RULES + document_bytes(plan.to_dict())).hexdigest()
+    return notes_file(hashlib.sha256(_RULES + document_bytes(plan.to_dict())).hexdigest())
 
 
 def _known(place: Path) -> set[str]:
-    known = {digest for where, digest in _noted if where == place}
-    with contextlib.suppress(OSError):
-        known.update(place.read_text(errors="replace").split())
-    return known
+    return {digest for where, digest in _noted if where == place} | read_notes(place)
 
 
 def _note(place: Path, digests: list[str]) -> None:
     _noted.update((place, digest) for digest in digests)
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with place.open("a") as file:  # appended in one piece; a note that was cut fits no shard
-            file.write("".join(f"{digest}\n" for digest in digests))
-    except OSError as error:
-        _log.warning(
-            "%s cannot be written (%s): caches are looked through again each time; set %s to a folder that you may write",
-            place.parent, error.strerror or error, FOLDER_VARIABLE,
-        )  # fmt: skip
+    add_notes(place, digests)
 
 
 @contextlib.contextmanager

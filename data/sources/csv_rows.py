@@ -19,6 +19,7 @@ from vlm_distill_cache.data.sources.conversations import FORMS, are_columns
 from vlm_distill_cache.data.sources.entries import EntryDataset
 from vlm_distill_cache.data.sources.json_text import decode, is_plain
 from vlm_distill_cache.data.sources.pictures import image_folder
+from vlm_distill_cache.data.sources.rows import repeated_columns
 
 SUFFIXES = (".csv", ".tsv")
 _LONGEST_CELL = 2**31 - 1  # bytes; a picture in base64 is beyond the csv module's own limit
@@ -80,8 +81,8 @@ class CsvRows:
         if fault:
             raise DataError(f"{path}, its header: {fault}")
         self.header = [name.strip() for name in header]
-        if repeated := sorted({name for name in self.header if self.header.count(name) > 1 and name}):
-            raise DataError(f"{path}: its header has {', '.join(repeated[:3])} twice; rename one")
+        if repeated := repeated_columns([name for name in self.header if name], str(path)):
+            raise DataError(f"{path}: its header has {repeated} twice; rename one")
 
     def scan(self, named: int | None) -> Iterator[tuple[object, object]]:
         """Note where each row begins, and yield its id (the cell at ``named``) and its content."""

@@ -37,13 +37,15 @@ class LocalParquet:
         """Its path."""
         return str(self.path)
 
-    def open(self, metadata: "pq.FileMetaData | None", *, whole: bool) -> "pq.ParquetFile":
+    def open(
+        self, metadata: "pq.FileMetaData | None", *, whole: bool, repeating: Sequence[str] = ()
+    ) -> "pq.ParquetFile":
         """Map it into memory."""
         import pyarrow.parquet as pq
 
         if metadata is None:
             refuse_pointer(self.path)
-        return pq.ParquetFile(self.path, metadata=metadata, memory_map=True)
+        return pq.ParquetFile(self.path, metadata=metadata, memory_map=True, read_dictionary=list(repeating))
 
     def errors(self) -> tuple[type[Exception], ...]:
         """What reading it may raise."""
@@ -73,13 +75,21 @@ class HubParquet:
         """Its address."""
         return f"hf://datasets/{self.repository}@{self.revision}/{self.path}"
 
-    def open(self, metadata: "pq.FileMetaData | None", *, whole: bool) -> "pq.ParquetFile":
+    def open(
+        self, metadata: "pq.FileMetaData | None", *, whole: bool, repeating: Sequence[str] = ()
+    ) -> "pq.ParquetFile":
         """Open it; of whole row groups all ranges are asked for together, of others a few MB at a time."""
         import pyarrow.parquet as pq
         from huggingface_hub import HfFileSystem
 
         file = HfFileSystem().open(self.shown, "rb", cache_type="none")
-        return pq.ParquetFile(file, metadata=metadata, pre_buffer=whole, buffer_size=0 if whole else BUFFER)
+        return pq.ParquetFile(
+            file,
+            metadata=metadata,
+            pre_buffer=whole,
+            buffer_size=0 if whole else BUFFER,
+            read_dictionary=list(repeating),
+        )
 
     def errors(self) -> tuple[type[Exception], ...]:
         """What reading it may raise, the client's errors included."""

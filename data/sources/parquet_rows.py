@@ -23,6 +23,7 @@ import PIL.Image
 
 from vlm_distill_cache.common.errors import DataError, SampleError
 from vlm_distill_cache.common.pixels import decode_image
+from vlm_distill_cache.data.sources.rows import repeated_columns
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -54,8 +55,14 @@ class ParquetSource(Protocol):
         """Whether reading it may fail although the file is sound: no sample is to blame then."""
         ...
 
-    def open(self, metadata: "pq.FileMetaData | None", *, whole: bool) -> "pq.ParquetFile":
-        """Open it, to read ``whole`` row groups or parts of them; with the footer read before, that is not read again."""
+    def open(
+        self, metadata: "pq.FileMetaData | None", *, whole: bool, repeating: Sequence[str] = ()
+    ) -> "pq.ParquetFile":
+        """Open it, to read ``whole`` row groups or parts of them; with the footer read before, that is not read again.
+
+        Args:
+            repeating: Paths of what is to be read as `_repeating` says.
+        """
         ...
 
     def errors(self) -> tuple[type[Exception], ...]:
@@ -203,7 +210,10 @@ class ParquetRows:
         found: list[Any] = []
         for number, source in enumerate(self._sources):
             with self._held() as own, _reading(source, f"column {name!r}", fatal=True):
-                found += self._open(own, number).read(columns=[name]).column(0).to_pylist()
+                for chunk in self._open(own, number).read(columns=[name]).column(0).chunks:
+                    values = getattr(chunk, "dictionary", chunk).to_pylist()
+                    places = chunk.indices.to_pylist() if hasattr(chunk, "indices") else range(len(values))
+                    found += [None if place is None else values[place] for place in places]
         return found
 
     def _groups_of(self, number: int) -> Iterator[_Group]:
@@ -311,7 +321,9 @@ class ParquetRows:
     def _open(self, own: _Own, number: int) -> "pq.ParquetFile":
         if number not in own.files:
             whole = all(rows >= group.rows for group in self._of_file[number] for rows in group.block_rows.values())
-            own.files[number] = self._sources[number].open(self._metadata[number], whole=whole)
+            own.files[number] = self._sources[number].open(
+                self._metadata[number], whole=whole, repeating=_repeating(self._metadata[number])
+            )
             while len(own.files) > OPEN_FILES:
                 own.files.popitem(last=False)
         own.files.move_to_end(number)
@@ -362,8 +374,8 @@ def _refuse_unlike(sources: Sequence[ParquetSource], schemas: "Sequence[pa.Schem
         remedy = (
             "files of several data sets are data of their own: name them one by one, or list them in a mixture (.yaml)"
         )
-        if repeated := sorted({name for name in schema.names if schema.names.count(name) > 1}):
-            raise DataError(f"{source.shown} has several columns called {', '.join(repeated[:3])}; rename them")
+        if repeated := repeated_columns(schema.names, source.shown):
+            raise DataError(f"{source.shown} has several columns called {repeated}; rename them")
         lacking, more = set(first.names) - set(schema.names), set(schema.names) - set(first.names)
         if lacking or more:
             parts = [
@@ -430,12 +442,35 @@ def _is_list(kind: "pa.DataType") -> bool:
     return bool(types.is_list(kind) or types.is_large_list(kind))
 
 
+def _repeating(metadata: "pq.FileMetaData") -> list[str]:
+    """Paths of texts and bytes that the file may hold once for many rows, which then take many times their size.
+
+    They are read as their different values and a number a row: a file of 2 kB may stand for gigabytes. What takes much
+    space in the file is read in blocks instead.
+    """
+    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    found: list[str] = []
+    for number in range(metadata.num_columns):
+        column = metadata.schema.column(number)
+        if column.physical_type == "BYTE_ARRAY" and column.logical_type.type in ("STRING", "NONE", "JSON"):
+            chunks = [group.column(number) for group in groups]
+            small = [
+                chunk
+                for chunk in chunks
+                if chunk.has_dictionary_page and chunk.total_uncompressed_size <= BLOCK_BYTES / 4
+            ]
+            if any(chunk.num_values * chunk.total_uncompressed_size > KEPT_BYTES for chunk in small):
+                found.append(column.path)
+    return found
+
+
 def _leaves_of(metadata: "pq.FileMetaData", names: Sequence[str]) -> dict[str, dict[str, int]]:
     """Of each column the paths of what is stored of it, each with its number."""
     found: dict[str, dict[str, int]] = {name: {} for name in names}
     for number in range(metadata.num_columns):
         path = metadata.schema.column(number).path
-        name = max((name for name in names if path == name or path.startswith(f"{name}.")), key=len, default=None)
+        parts = path.split(".")
+        name = next((held for n in range(len(parts), 0, -1) if (held := ".".join(parts[:n])) in found), None)
         if name is not None:
             found[name][path] = number
     return found

@@ -3,13 +3,15 @@
 import ast
 import json
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any, TypeGuard
 
-from vlm_distill_cache.common.errors import SampleError
+from vlm_distill_cache.common.errors import DataError, SampleError
 from vlm_distill_cache.data.sources.pictures import MODEL_NAMES, USER_NAMES
 
+MAX_COLUMNS = 10_000
 MESSAGE_KEYS = frozenset({"role", "from", "content", "value"})
 # Whose a key of a round is.
 ROUND = {
@@ -26,6 +28,19 @@ _MESSAGES = tuple(_TEXTS.split())
 LISTS = (*_ALWAYS_LISTS, *_ROUNDS, "prompt", "completion", "chosen")
 _WHOSE, _SAID = r"""["'](?:role|from)["']\s*:""", r"""["'](?:content|value)["']\s*:"""
 _BEGINS_AS_MESSAGES = re.compile(rf"\s*\[\s*\{{\s*(?:{_WHOSE}|{_SAID})")
+
+
+def repeated_columns(names: Sequence[str], where: str) -> str:
+    """The first names that stand more than once among a table's columns, in words; empty if none does.
+
+    Raises:
+        DataError: There are more than `MAX_COLUMNS`.
+    """
+    if len(names) > MAX_COLUMNS:
+        raise DataError(
+            f"{where} has {len(names)} columns, expected at most {MAX_COLUMNS}; take out those that no form of entry has"
+        )
+    return ", ".join(sorted(name for name, count in Counter(names).items() if count > 1)[:3])
 
 
 def with_rows(entry: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -18,7 +18,7 @@ Dims: T tokens of the sequence, N visual tokens, A supervised rows.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -38,6 +38,11 @@ from vlm_distill_cache.data.text.special_tokens import check_end_token, find_spe
 from vlm_distill_cache.data.text.templates import IMAGE_MARKER, PromptTemplate
 
 MAX_TEXT = 2_000_000  # characters of a sample: a tokenizer takes some 170 bytes and 3 microseconds for each
+TOKEN_TEXT, MAX_TOKEN_TEXT = (
+    64,
+    1024,
+)  # characters: what a token may stand for at least, whatever the vocabulary, and at most
+MAX_TURNS = 10_000  # that are cut, not refused; a template's time grows faster than their number
 LongSamples = Literal["refuse", "truncate"]
 
 
@@ -339,9 +344,10 @@ class SampleEncoder:
         return pattern_of(words)
 
     def _encode(self, sample: Sample, prompt_only: bool, rows: int | None) -> EncodedSample:
-        self._check(sample)
-        image, digest = self._encode_image(sample.images)
         packed = sample.independent_turns and len(sample.turns) > 1
+        self._check(sample)
+        self._refuse_far_too_long(sample.turns[:1] if packed and prompt_only else sample.turns, prompt_only, rows)
+        image, digest = self._encode_image(sample.images)
         conversations = [(turn,) for turn in sample.turns] if packed else [sample.turns]
         has_image = bool(sample.images)
         rendered = [
@@ -387,6 +393,30 @@ class SampleEncoder:
             if not turn.answer.strip():
                 raise SampleError(f"the answer of turn {index + 1} is empty; nothing could be learnt from it")
             self._check_text(f"turn {index + 1}", turn.question, turn.answer)
+
+    @cached_property
+    def _token_text(self) -> int:
+        """How many characters a token stands for at most; more only for blanks that the tokenizer drops."""
+        longest = max(map(len, self.tokenizer.get_vocab()), default=0)
+        return min(max(longest, TOKEN_TEXT), MAX_TOKEN_TEXT)
+
+    def _refuse_far_too_long(self, turns: Sequence[Turn], prompt_only: bool, rows: int | None) -> None:
+        """Refuse what certainly has more tokens than fit, before time and memory are taken to count them."""
+        cuts = not prompt_only and (rows is not None or self.long_samples == "truncate")
+        most = max(self.max_length, MAX_TURNS) if cuts else self.max_length
+        asked = 0 if self.template.drops_question else sum(len(turn.question) for turn in turns)
+        length = asked + (0 if prompt_only else sum(len(turn.answer) for turn in turns))
+        if len(turns) > most:
+            found, least = f"it has {len(turns)} turns", len(turns)
+        elif not cuts and length > most * TOKEN_TEXT and length > most * self._token_text:
+            found, least = f"its texts have {length} characters", length // self._token_text
+        else:
+            return
+        kind = SampleError if self.positions is None or least <= self.positions else TooLongError
+        raise kind(
+            f"{found}, which are more than max_length={self.max_length} tokens can hold; raise max_length, shorten the sample, "
+            f"or leave it out{self._truncate}"
+        )
 
     def _check_text(self, where: str, *texts: str) -> None:
         for text in texts:

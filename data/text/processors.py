@@ -31,6 +31,8 @@ from vlm_distill_cache.common.files.rules import OBJECT, check
 from vlm_distill_cache.common.models.parts import describe_lost_tokenizer, has_tokenizer
 from vlm_distill_cache.common.printing import one_line
 from vlm_distill_cache.data.text.sentencepiece_model import is_model_only, load_sentencepiece_tokenizer
+from vlm_distill_cache.data.text.tokenizer_program import PROBE
+from vlm_distill_cache.data.text.tokenizer_trial import is_failure, try_tokenizers
 
 
 def module_fingerprint(module: nn.Module) -> str:
@@ -87,9 +89,6 @@ def weights_fingerprint(
     )
 
 
-_PROBE = "USER: What's in  it?\n(A) 3 RED px\tna\u00efve e\u0301t\u00e9 \u4e2d\u6587 \U0001f642 x_1 ASSISTANT: no"
-
-
 def tokenizer_fingerprint(tokenizer: Any) -> str:
     """Hash what a tokenizer does to text, not how it is stored or how many rows a model has.
 
@@ -97,16 +96,22 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     uses, and no answer contains either), the end token, and the ids of a text that brings out blanks, case,
     digits, accents, scripts and unknown characters. Files of one tokenizer written by different
     versions of the library describe the same steps in different words, so those are not compared.
+
+    Raises:
+        ModelError: If it fails on that text.
     """
     added = set(tokenizer.get_added_vocab())
     vocabulary = {token: index for token, index in tokenizer.get_vocab().items() if token not in added}
-    return fingerprint(
-        {
-            "vocabulary": vocabulary,
-            "eos_token_id": tokenizer.eos_token_id,
-            "probe": tokenizer(_PROBE)["input_ids"],
-        }
-    )
+    try:
+        probe = tokenizer(PROBE)["input_ids"]
+    except BaseException as error:
+        if not is_failure(error):
+            raise
+        raise ModelError(
+            f"{tokenizer.name_or_path or 'the tokenizer'}: it fails on a plain text ({one_line(error)}); download it again, "
+            "or take another checkpoint or cache"
+        ) from error
+    return fingerprint({"vocabulary": vocabulary, "eos_token_id": tokenizer.eos_token_id, "probe": probe})
 
 
 BEHIND_TORCHVISION = {"Idefics3ImageProcessor": "idefics3", "SmolVLMImageProcessor": "smolvlm"}
@@ -127,6 +132,7 @@ def load_tokenizer(folder: Path) -> Any:
         for file in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
             if (path := Path(folder) / file).is_file():
                 check(read_json(path.resolve(), max_bytes=MAX_PLAN_BYTES), OBJECT, file, remedy="correct it")
+        try_tokenizers(Path(folder))
         if is_model_only(folder):
             tokenizer = load_sentencepiece_tokenizer(folder)
         else:
@@ -134,7 +140,9 @@ def load_tokenizer(folder: Path) -> Any:
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except ModelError:
         raise
-    except Exception as error:  # tokenizers raises the bare class for a file that it cannot read
+    except BaseException as error:  # tokenizers raises the bare Exception for a file that it cannot read, or panics
+        if not is_failure(error):
+            raise
         if not has_tokenizer(Path(folder)):
             raise ModelError(describe_lost_tokenizer(folder)) from error
         raise ModelError(

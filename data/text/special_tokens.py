@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from vlm_distill_cache.common.errors import ConfigError, SampleError
 from vlm_distill_cache.data.text.sentencepiece_model import SentencePieceTokenizer
+from vlm_distill_cache.data.text.tokenizer_trial import is_failure
 
 _TAG = re.compile(r"<\S+>|\[\S+\]")
 _CLOSING_TAG = re.compile(r"(<[^<>\s]+>|\[[^\[\]\s]+\])\s*$")
@@ -50,8 +51,8 @@ def read_texts(tokenizer: Any, texts: Sequence[str]) -> list[tuple[np.ndarray, n
             return_token_type_ids=False,
             verbose=False,  # what is too long is refused by the encoder, with its sample's name
         )
-    except BaseException as error:  # a panic of the tokenizer's is no Exception
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+    except BaseException as error:
+        if not is_failure(error):
             raise
         raise SampleError(f"the tokenizer cannot read its text: {str(error) or type(error).__name__}") from error
     return [

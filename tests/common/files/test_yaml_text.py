@@ -1,5 +1,7 @@
 """YAML is what the library reads of it, but for keys that stand twice, of which it would drop the first."""
 
+import json
+
 import pytest
 import yaml
 from hypothesis import given, settings
@@ -45,9 +47,9 @@ def test_what_is_merged_in_may_be_overruled():
         ("a: [1", "line 1, column 6: .*expected"),
         ("\ta: 1", r"line 1, column 1: .*'\\t'"),
         ("a: \x01", "special characters are not allowed"),
-        ("a: 2024-13-45", r"a value in it cannot be read .*put texts in quotes"),
+        ("a: 2024-13-45", r"line 1, column 4: a value of the kind 'timestamp'.*put texts in quotes"),
         ("{a: 1}\n---\n{b: 1}", "line 2, column 1: expected a single document"),
-        ("!!python/object/apply:os.system ['true']", "could not determine a constructor"),
+        ("!!python/object/apply:os.system ['true']", "a value of the kind 'python/object/apply"),
         ("[" * 5000, "nested too deeply"),
         ("? [a, b]\n: 1\n? {c: d}\n: 2\n", "unhashable"),
     ],
@@ -56,3 +58,21 @@ def test_faults_are_one_line(text, message):
     with pytest.raises(YamlError, match=message) as caught:
         parse_yaml(text)
     assert "\n" not in str(caught.value)
+
+
+KINDS = ["null", "bool", "int", "float", "str", "seq", "map", "merge", "value", "timestamp", "binary", "set", "omap", "pairs",
+         "python/none", "python/name:os.system", "python/tuple", "x"]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "value", ["", "''", "maybe", "x", "0x", "0b", "1:", ".", "-", "[a]", "{a: b}", "2020-01-01", "="]
+)
+@pytest.mark.parametrize("kind", [*(f"!!{kind} " for kind in KINDS), "!own ", "! ", ""])
+def test_any_tag_on_any_value_gives_what_json_has_or_one_line(kind, value):
+    for text in (f"a: {kind}{value}\n", f"? {kind}{value}\n: b\n"):
+        said = ""
+        try:
+            json.dumps(parse_yaml(text))
+        except YamlError as error:
+            said = str(error)
+        assert "\n" not in said

@@ -449,3 +449,18 @@ def test_without_the_extra_it_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "pyarrow.types", None)
     with pytest.raises(DataError, match=r"needs an extra: pip install 'vlm-distill-cache\[hf\]'"):
         ParquetDataset([LocalParquet(path)], name="x", where="x", image_root=tmp_path)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_values_that_a_file_holds_once_are_held_once(tmp_path, monkeypatch, nested):
+    monkeypatch.setattr(parquet_rows, "KEPT_BYTES", 1_000_000)
+    texts = ["q" * 10_000 + str(i % 3) for i in range(2000)]
+    columns = {"image": [png(0)] * 2000, "caption": [[text] for text in texts] if nested else texts}
+    rows = parquet_rows.ParquetRows(
+        [LocalParquet(write(tmp_path / "x.parquet", columns, group=2000))],
+        pictures=lambda schema: (),
+        labels=lambda schema: {},
+    )
+    assert [rows.row(index)["caption"] for index in (0, 1999, 7)] == [columns["caption"][i] for i in (0, 1999, 7)]
+    assert rows._own.size < 200_000
+    assert nested or rows.column("caption") == texts

@@ -1,6 +1,8 @@
 """Samples longer than ``max_length``: refused, or cut as LLaVA's training code cuts them, at the same word for every student."""
 
+from contextlib import suppress
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
@@ -9,7 +11,9 @@ from test_encoding import PICTURE, TOKENIZERS, make_encoder, make_sample, square
 from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
 from vlm_distill_cache.common.errors import SampleError, TooLongError
 from vlm_distill_cache.data.images.encoder import ImageEncoder
+from vlm_distill_cache.data.text import encoding
 from vlm_distill_cache.data.text.encoding import SampleEncoder, build_prompt
+from vlm_distill_cache.data.text.special_tokens import read_texts
 from vlm_distill_cache.data.text.templates import get_template
 
 TURNS = [("what color is it?", "red"), ("where is the blue square?", "c2 r4 is it left"), ("yes, no", "a chat between")]
@@ -132,3 +136,24 @@ def test_refusing_is_what_happens_unless_asked_otherwise():
         template=get_template("short"), image_token_id=4, max_length=2048,
     )  # fmt: skip
     assert plain.long_samples == "refuse"
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize("cuts", [False, True])
+@pytest.mark.parametrize("independent", [False, True])
+def test_what_is_far_too_long_is_refused_before_it_is_read_and_only_that(name, cuts, independent, monkeypatch):
+    for limit, value in {"MAX_TURNS": 30, "TOKEN_TEXT": 4, "MAX_TOKEN_TEXT": 8}.items():
+        monkeypatch.setattr(encoding, limit, value)
+    encoder = encoder_of(name, "short")
+    encoder = replace(encoder, max_length=100, long_samples="truncate" if cuts else "refuse")
+    _ = encoder(make_sample(("a", "b")))
+    for text, count in product((1, 5, 50, 1_000), (1, 8, 101)):
+        sample = make_sample(*[("w" * text, "x" * text)] * count, independent=independent)
+        read = []
+        with monkeypatch.context() as patched:
+            patched.setattr(encoding, "read_texts", lambda *given, read=read: read.append(given) or read_texts(*given))
+            with suppress(SampleError):
+                encoder(sample)
+        far = count > 100 or (not cuts and 2 * text * count > 100 * encoding.MAX_TOKEN_TEXT)
+        within = count <= 100 and (cuts or 2 * text * count <= 100 * encoding.TOKEN_TEXT)
+        assert (not read) if far else (read or not within)

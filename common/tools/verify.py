@@ -317,7 +317,7 @@ def _refusal(path: Path) -> OSError | None:
             with path.open("rb") as file:
                 file.read(1)
     except OSError as error:
-        return None if error.errno in _WRONG_THING else error
+        return error if is_out_of_reach(error) else None
     return None
 
 

@@ -73,6 +73,10 @@ class Tile:
         return self.rows * self.cols
 
 
+NOWHERE = (1.0, 0.0, 2.0, 1.0)
+"""The region of tokens that show nobody knows what: beside the picture."""
+
+
 def grid_tile(rows: int, cols: int) -> Tile:
     """A grid of cells over the whole original image, without padding."""
     return Tile(rows=rows, cols=cols, region=(0.0, 0.0, 1.0, 1.0))
@@ -98,7 +102,8 @@ def tiles_from_array(array: np.ndarray) -> tuple[Tile, ...]:
 
     Raises:
         CacheFormatError: If the array has another shape or names impossible tiles: no whole numbers of tokens, more than
-            ``MOST_VISUAL_TOKENS`` of them, regions without area or farther away than ``FARTHEST``, or none on the picture.
+            ``MOST_VISUAL_TOKENS`` of them, regions without area or farther away than ``FARTHEST``, or none on the picture
+            though not all are ``NOWHERE``.
     """
     if array.ndim != 2 or array.shape[1] != 6:
         raise CacheFormatError(
@@ -125,7 +130,7 @@ def tiles_from_array(array: np.ndarray) -> tuple[Tile, ...]:
             tiles.append(Tile(rows=int(rows), cols=int(cols), region=(region[0], region[1], region[2], region[3])))
         except SampleError as error:
             raise CacheFormatError(f"field `tiles` is damaged: {error}; run `cachectl verify` on the cache") from error
-    if tiles and not _show_the_picture(tiles):
+    if any(tile.region != NOWHERE for tile in tiles) and not _show_the_picture(tiles):
         raise CacheFormatError(
             f"field `tiles` holds the regions {array[:4, 2:].tolist()}; expected tokens on the picture, and sides of at least "
             f"1/{FARTHEST:.0f} of its; run `cachectl verify --deep` on the cache"

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from vlm_distill_cache.common.attention.tiles import tiles_from_array
+from vlm_distill_cache.common.attention.tiles import NOWHERE, tiles_from_array
 from vlm_distill_cache.common.cache.plan import Plan
 from vlm_distill_cache.common.cache.schema import BASE_FIELDS, Record
 from vlm_distill_cache.common.cache.shared_images import VISUAL_SOURCE
@@ -61,7 +61,7 @@ def value_damage(record: Record, plan: Plan) -> Iterator[str]:
         tokens = record.get(field.name) if field.dtype == "u4" else None  # such are token ids
         if tokens is not None and isinstance(vocabulary, int) and (tokens >= vocabulary).any():
             yield f"{field.name} has {tokens.max()}, the vocabulary has {vocabulary}"
-    strange += (wrong := list(_tiles_damage(record, plan)) or list(_token_count_damage(record, codecs)))
+    strange += (wrong := list(_tiles_damage(record, plan, codecs)) or list(_token_count_damage(record, codecs)))
     yield from wrong
     if not strange:  # codecs build on dtypes and on the number of tokens
         for codec in codecs:
@@ -82,12 +82,16 @@ def _field_damage(record: Record, codecs: Sequence[Codec]) -> Iterator[str]:
                 )
 
 
-def _tiles_damage(record: Record, plan: Plan) -> Iterator[str]:
+def _tiles_damage(record: Record, plan: Plan, codecs: Sequence[Codec]) -> Iterator[str]:
     try:
-        tokens = sum(tile.token_count for tile in tiles_from_array(record["tiles"]))
+        tiles = tiles_from_array(record["tiles"])
     except CacheFormatError as error:
         yield str(error)
         return
+    tokens = sum(tile.token_count for tile in tiles)
+    if tiles and all(tile.region == NOWHERE for tile in tiles):
+        # Of a model that nobody described: its tokens have no place, so nothing can say how it looks at them.
+        yield from (f"tiles are nowhere, but there is {codec.signal!r}" for codec in codecs if codec.of_image)
     longest = plan.extra.get("max_length")
     if isinstance(longest, int) and 0 < longest < tokens:
         yield f"tiles have {tokens} visual tokens; the teacher's sequences had at most {longest} in all"

@@ -13,13 +13,12 @@ import numpy as np
 import PIL.Image
 from transformers import AutoProcessor
 
-from vlm_distill_cache.common.attention.tiles import Tile
+from vlm_distill_cache.common.attention.tiles import NOWHERE, Tile
 from vlm_distill_cache.common.errors import ModelError, SampleError
 from vlm_distill_cache.data.images.encoder import EncodedImage, check_settings
 
 # Made for the text, not for the picture.
 _TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "position_ids", "labels")
-NOWHERE = (1.0, 0.0, 2.0, 1.0)
 
 
 def load_processor(folder: Path) -> Any:

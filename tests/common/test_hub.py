@@ -404,7 +404,7 @@ def test_ctrl_c_ends_a_download_quietly(hub: ModelHub, tmp_path):
         process.send_signal(signal.SIGINT)
         hub.closing.set()  # a piece of the file ends here, at which the download looks up
         complained = process.communicate(timeout=30)[1]
-    assert process.returncode == 130
+    assert process.returncode == 130, complained
     assert "Traceback" not in complained
     assert "stopped; run the same command again" in complained
     assert not list(cache.rglob("*.incomplete"))

@@ -210,13 +210,13 @@ def test_all_rows_need_both_signals_and_single_values():
         TERMS["all_attention"].check_cache(both, LossWeights(all_attention=1.0), "phase dft", None)
     for lacking in both:
         held = {name: codec for name, codec in both.items() if name != lacking}
-        cache = SimpleNamespace(plan=SimpleNamespace(teacher={}, signals=held), path="cache")
+        cache = SimpleNamespace(plan=SimpleNamespace(teacher={}, signals=held), path="cache", place="cache")
         with pytest.raises(CacheMismatchError, match=f"needs a signal that cache does not hold: {lacking}"):
             check_signals(cache, LossWeights(all_attention=1.0), phase="dft")  # type: ignore[arg-type]
 
 
 def test_all_that_a_cache_lacks_is_asked_for_at_once():
-    cache = SimpleNamespace(plan=SimpleNamespace(teacher={}, signals={"logits": {}}), path="cache")
+    cache = SimpleNamespace(plan=SimpleNamespace(teacher={}, signals={"logits": {}}), path="cache", place="cache")
     losses = LossWeights(visual_columns=1.0, all_attention=1.0)
     with pytest.raises(CacheMismatchError) as refused:
         check_signals(cache, losses, phase="dft")  # type: ignore[arg-type]

@@ -37,7 +37,7 @@ class CacheOfIds:
 
     def __init__(self, shards, parts=None):
         self.sample_ids = [name for shard in shards for name in shard]
-        self.place = "cache"
+        self.place = "folder"
         self.manifest = SimpleNamespace(shards=[SimpleNamespace(samples=len(shard)) for shard in shards])
         self.plan = SimpleNamespace(teacher={}, data={} if parts is None else {"parts": parts})
 

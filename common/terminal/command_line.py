@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import io
 import logging
 import multiprocessing
@@ -181,7 +182,15 @@ class CommandGroup(click.Group):
         except KeyboardInterrupt:
             say("stopped; run the same command again to continue", err=True)
             return ctx.exit(130)
+        finally:
+            atexit.unregister(_ignore_interrupts)
+            atexit.register(_ignore_interrupts)  # the last that is registered is the first that is called
         return ctx.exit(1)
+
+
+def _ignore_interrupts() -> None:
+    """Ctrl-C finds nothing left to stop when all is done: the libraries' own last steps would end in tracebacks."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class _Once(logging.Filter):

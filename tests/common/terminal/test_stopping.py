@@ -75,3 +75,18 @@ def _runs(pid: int) -> bool:
         return ") Z " not in Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return False
+
+
+def test_ctrl_c_after_the_last_word_shows_nothing():
+    """What libraries clean up when the interpreter ends has nothing to continue."""
+    code = (
+        "import atexit, signal, click\n"
+        "atexit.register(signal.raise_signal, signal.SIGINT)\n"
+        "from vlm_distill_cache.common.terminal.command_line import CommandGroup, say\n"
+        "@click.group(cls=CommandGroup)\n"
+        "def main(): pass\n"
+        "main.command('done')(lambda: say('done'))\n"
+        "main(['done'])"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (ended.stdout, ended.stderr) == ("done\n", "")

@@ -293,7 +293,8 @@ def read_bounded(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> bytes:
         if path.is_symlink() or (path.exists() and not path.is_file()):
             raise CacheFormatError(f"{path}: not a regular file; expected a plain file, no link, folder or device")
         with path.open("rb") as file:
-            data = file.read(max_bytes + 1)
+            # So many bytes are asked for as there are: all that is asked for is allocated first.
+            data = file.read(min(os.fstat(file.fileno()).st_size, max_bytes) + 1)
     except FileNotFoundError:
         raise
     except OSError as error:

@@ -110,6 +110,8 @@ def s3(faults: list[Fault], always: Fault, share: float, seed: int, place: Path)
 def _fail(server: FaultyServer, faults: list[Fault], always: Fault, share: float, seed: int) -> None:
     rng = random.Random(seed)
     server.faults, server.always = faults, always
+    if always.hang or always.trickle or always.drip_head or always.stall is not None:
+        share = 1.0  # 30 s each: now and then, they would hold a transfer for as long as it has files
     server.concerns = lambda method, path: rng.random() < share
 
 

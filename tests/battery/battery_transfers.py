@@ -17,7 +17,7 @@ from tests.battery.battery_process import GIB, run, start
 from tests.common import servers
 from tests.common.servers import Fault, FaultyServer, s3_environment, serve_s3
 
-DEADLINE_S = 200.0  # five tries of 30 s, and the waits between them
+DEADLINE_S = 300.0  # five tries of 30 s and the waits between them, after small files that arrive in time, slowly
 _CARD = "README.md"
 _AWAY = (
     "ftp://127.0.0.1/x",

@@ -1,6 +1,8 @@
 """What a run believes: its own students, signed documents of the right form, and nobody's modes, names or files."""
 
+import errno
 import functools
+import io
 import itertools
 import json
 import os
@@ -22,6 +24,22 @@ from vlm_distill_cache.stage2_student.final_folder import read_final
 from vlm_distill_cache.stage2_student.resolve import open_caches
 from vlm_distill_cache.stage2_student.run import load_run_config, read_stamp, run, write_report_again
 from vlm_distill_cache.stage2_student.trained_student import open_student
+
+
+def test_a_student_that_cannot_be_read_at_the_moment_is_neither_damaged_nor_made_again(finished, tmp_path):
+    output = tmp_path / "run"
+    shutil.copytree(finished.output, output)
+    before = whole(output)
+    weights, real = output / "distilled" / "final" / "model.safetensors", io.open
+
+    def refuse(path, *more, **options):
+        if str(path) == str(weights):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return real(path, *more, **options)
+
+    with mock.patch("io.open", refuse), pytest.raises(ConfigError, match=r"nothing was changed. Make it readable"):
+        read_final(weights.parent)
+    assert whole(output) == before
 
 
 def test_a_callers_accelerator_changes_nothing_and_its_modes_of_torch_are_refused(tiny_cache, finished, tmp_path):

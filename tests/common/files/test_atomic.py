@@ -1,6 +1,7 @@
 """Files are whole or absent, and leftovers of killed runs are told from files being written."""
 
 import os
+import tracemalloc
 
 import pytest
 
@@ -12,6 +13,7 @@ from vlm_distill_cache.common.files.atomic import (
     new_directory,
     publish_directory,
     publish_file,
+    read_bounded,
     read_json,
     remove,
     try_lock,
@@ -139,3 +141,15 @@ def test_a_new_directory_appears_whole_or_not_at_all(tmp_path):
     with pytest.raises(FileExistsError), new_directory(tmp_path / "deep" / "made"):
         pass
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["made"]
+
+
+def test_a_small_file_costs_its_size_and_not_its_bound(tmp_path):
+    (tmp_path / "small").write_bytes(b"x" * 1000)
+    tracemalloc.start()
+    try:
+        data = read_bounded(tmp_path / "small", max_bytes=1 << 28)
+        most = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert data == b"x" * 1000
+    assert most < 1 << 20

@@ -13,6 +13,7 @@ from test_codec_interface import LABELS, TILES, sound
 from test_mirror import CountingRemote
 
 import vlm_distill_cache.common.remotes.mirror as mirror_module
+from vlm_distill_cache.common.attention.tiles import NOWHERE
 from vlm_distill_cache.common.cache.manifest import seal
 from vlm_distill_cache.common.cache.plan import Plan, read_plan, write_plan
 from vlm_distill_cache.common.cache.stores import finish_shard, open_writer
@@ -206,3 +207,14 @@ def test_tiles_of_no_picture_are_damage_whatever_signals_there_are(tiles):
     plan = Plan(store="zarr", sample_count=1, shard_size=1, fingerprints={}, signals={"it": codec.to_dict()},
                 fields={"it": codec.fields()}, extra={"max_length": 64})  # fmt: skip
     assert any("tiles" in line for line in value_damage(record, plan))
+
+
+def test_tokens_that_nobody_placed_are_possible_only_where_nothing_looks_at_them():
+    nowhere = {"image_hash": np.ones((1, 16), np.uint8), "labels": LABELS.numpy().astype("<u4"),
+               "tiles": np.array([[1, 36, *NOWHERE]], np.float32)}  # fmt: skip
+    for name, codec_type in CODECS.items():
+        codec, encoded = sound(codec_type)
+        plan = Plan(store="zarr", sample_count=1, shard_size=1, fingerprints={}, signals={"it": codec.to_dict()},
+                    fields={"it": codec.fields()}, extra={"max_length": 64})  # fmt: skip
+        found = [line for line in value_damage(encoded | nowhere, plan) if "nowhere" in line]
+        assert bool(found) == codec_type.of_image, name

@@ -278,10 +278,10 @@ def test_a_folder_of_something_else_is_refused(tiny_cache, tmp_path):
 def test_presets_follow_the_teachers_width_and_users_override_them(tiny_cache, tmp_path):
     tiny = make_config(tiny_cache[0], tmp_path)
     assert tiny.dft.steps == 2
-    assert tiny.precision == "no"
+    assert tiny.dtype == "float32"
     published = load_run_config(None, ["student=mobilevlm-1.7b", f"output={tmp_path}"], cache=tiny_cache[0])
     assert (published.dpt.batch_size, published.dft.batch_size, published.sft.batch_size) == (256, 128, 192)
-    assert published.precision == "bf16"
+    assert published.dtype == "bfloat16"
     assert published.dft.epochs == 1.0
     by_steps = load_run_config(
         None, ["student=mobilevlm-1.7b", f"output={tmp_path}", "dft.steps=7"], cache=tiny_cache[0]
@@ -398,11 +398,11 @@ def test_a_training_does_not_spread_into_a_folder_of_other_things(tiny_cache, tm
 
 
 def test_a_student_folder_is_trained_by_its_width_not_by_a_dash_in_its_name(tiny_cache, tmp_path):
-    for name, width, precision in (("my-small", 64, "no"), ("large", 2048, "bf16")):
+    for name, width, dtype in (("my-small", 64, "float32"), ("large", 2048, "bfloat16")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps({"text_config": {"hidden_size": width}}))
         given = [f"student={json.dumps(str(tmp_path / name))}", "output=o"]
-        assert load_run_config(None, given, cache=tiny_cache[0]).precision == precision
+        assert load_run_config(None, given, cache=tiny_cache[0]).dtype == dtype
 
 
 def test_odd_characters_in_the_caches_path_are_kept(tiny_cache, tmp_path):

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 SAYS_NOTHING = object()
 """In the place of a value: what somebody gave is how things are anyway."""
 
-_NEAR = 0.75  # of difflib: two letters of eight apart
+NEAR = 0.75  # of difflib: two letters of eight apart
 _SCALARS: dict[Any, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 
@@ -80,7 +80,9 @@ def load_options(
     merged = copy.deepcopy(canonical_values(cls, values, where=where))
     for override in canonical_overrides(cls, overrides):
         _apply_override(merged, override)
-    return config_from_dict(cls, merged, where=where)
+    config = config_from_dict(cls, merged, where=where)
+    logger.debug("options: %s", json.dumps(config_to_dict(config), default=str))
+    return config
 
 
 def words_of(cls: type) -> Mapping[str, Word]:
@@ -165,8 +167,8 @@ def _renamed(cls: type, items: Iterable[tuple[str, Any]], where: str) -> list[tu
             continue
         if (before := spelt.setdefault(options, key)) != key:
             raise ConfigError(f"{where}: {before} and {key} are the same option, {options[-1]}; give one of them")
-        if note or len(options) > 1:
-            logger.info("%s is taken as %s%s", key, " and ".join(options), note and f": {note}")
+        if options != (key,) and (note or len(options) > 1):
+            logger.info("%s is taken as %s%s", key, ", ".join(options), note and f": {note}")
         (wide if len(options) > 1 else narrow).extend((option, value) for option in options)
     return wide + narrow
 
@@ -190,9 +192,12 @@ def _meaning(cls: type, key: str, value: Any, where: str, path: str = "") -> tup
             return word.options, ours, word.note if word.options else ""
     if word.others:
         return word.options, value, word.note
-    known_values = [json.dumps(known) for known, ours in (word.values or {}).items() if word.options]
-    expected = f"expected {', '.join(known_values)}; " if known_values else ""
-    raise ConfigError(f"{where}: {path}{head}={brief(str(plain))} cannot be taken: {expected}{word.note}")
+    switch = all(isinstance(known, bool) for known in word.values or {})
+    allowed = ["true", "false"] if switch else [str(ours) for ours in (word.values or {}).values()]
+    expected = f"expected {' or '.join(dict.fromkeys(allowed))}; " if word.options else ""
+    raise ConfigError(
+        f"{where}: {path}{head}={brief(str(plain))} cannot be taken: {expected}{word.note}".removesuffix("; ")
+    )
 
 
 def _refuse_unknown(root: type, cls: type, values: Mapping[Any, Any], path: str, where: str) -> None:
@@ -215,11 +220,15 @@ def _meant(root: type, cls: type, key: str, path: str) -> str:
     if elsewhere:
         of = " or ".join(name.rpartition(".")[0] for name in elsewhere)
         return f"; {key} belongs to {of}: write {elsewhere[len(elsewhere) // 2]}."
-    ours = {field.name: f"{path}{field.name}" for field in dataclasses.fields(cls)}
-    theirs = {word: f"{path}{meant.options[-1]}" for word, meant in words_of(cls).items() if len(meant.options) == 1}
-    for names in (theirs | ours, {name.rpartition(".")[2]: name for name in option_names(root)}):
-        if near := difflib.get_close_matches(key, names, n=1, cutoff=_NEAR):
-            return f"; did you mean {names[near[0]]}?"
+    ours = {field.name: f"; did you mean {path}{field.name}?" for field in dataclasses.fields(cls)}
+    theirs = {
+        word: f"; did you mean {path}{word}?" if meant.options else f"; did you mean {word}? But {meant.note}."
+        for word, meant in words_of(cls).items()
+    }
+    anywhere = {name.rpartition(".")[2]: f"; did you mean {name}?" for name in option_names(root)}
+    for names in (theirs | ours, anywhere):
+        if near := difflib.get_close_matches(key, names, n=1, cutoff=NEAR):
+            return names[near[0]]
     return "."
 
 

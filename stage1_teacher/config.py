@@ -29,7 +29,10 @@ _STAGE_TWO = (
     "student student_weights vision_tower language_model projector pool_teacher_tokens data_share phases dpt dft sft "
     "lora gradient_checkpointing seed clip memory_gib shuffle_window checkpoint_every keep_checkpoints log_every "
     "report_to verify shuffle_teacher_images evaluation steps epochs lr projector_lr tower_lr warmup schedule "
-    "weight_decay trainable freeze losses learning_rate num_train_epochs max_steps"
+    "weight_decay trainable freeze losses learning_rate num_train_epochs max_steps "
+    "mm_projector_lr mm_vision_tower_lr warmup_ratio warmup_steps lr_scheduler_type gradient_accumulation_steps max_grad_norm "
+    "save_steps save_total_limit logging_steps lora_r lora_alpha lora_dropout lora_enable lora_target_modules use_peft optim "
+    "fsdp deepspeed resume_from_checkpoint overwrite_output_dir"
 )
 
 
@@ -118,19 +121,17 @@ class BuildConfig:
         "dataloader_num_workers": Word(options=("num_workers",)),
         "dtype": Word(options=("dtype",), values=_DTYPES, others=True),
         **dict.fromkeys(
-            ("precision", "torch_dtype"), Word(options=("dtype",), values={**_DTYPES, False: "float32"}, others=True)
+            ("precision", "mixed_precision", "torch_dtype"),
+            Word(options=("dtype",), values={**_DTYPES, False: "float32"}, others=True),
         ),
-        "bf16": Word(options=("dtype",), values={True: "bfloat16", False: SAYS_NOTHING}, note="true or false"),
-        "fp16": Word(options=("dtype",), values={True: "float16", False: SAYS_NOTHING}, note="true or false"),
-        "use_cpu": Word(options=("device",), values={True: "cpu", False: "auto"}, note="true or false"),
+        "bf16": Word(options=("dtype",), values={True: "bfloat16", False: SAYS_NOTHING}),
+        "fp16": Word(options=("dtype",), values={True: "float16", False: SAYS_NOTHING}),
+        "use_cpu": Word(options=("device",), values={True: "cpu", False: "auto"}),
         **dict.fromkeys(
             ("quantization", "quantisation", "quantise", "quantize"),
             Word(options=("quantisation",), values={None: "none", "int8": "8bit", "nf4": "4bit"}, others=True),
         ),
-        **{
-            name: Word(options=("quantisation",), values=values, note="true or false")
-            for name, values in _QUANTISED.items()
-        },
+        **{name: Word(options=("quantisation",), values=values) for name, values in _QUANTISED.items()},
         "temperature": Word(
             note="write temperatures=[1,2] for those at which the tail mass is exact, or answer_temperature=1 for sampled answers"
         ),

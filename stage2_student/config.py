@@ -205,13 +205,12 @@ def _each(option: str) -> tuple[str, ...]:
 
 
 _OF_PHASES = [name for name in PhaseConfig.__dataclass_fields__ if name not in ("losses", "data", "images", "cache")]
-_BOOLEAN = "true or false"
 _DTYPES = {"no": "float32", "fp32": "float32", "bf16": "bfloat16"} | {name: name for name in _PRECISIONS}
 _STAGE_ONE = (
-    "split store signals logits temperatures attention_dtype grid map_preset map_grid answers max_new_tokens "
+    "split store signals temperatures attention_dtype grid map_preset map_grid answers max_new_tokens "
     "answer_temperature answer_top_p answer_seed hidden_layers hidden_dtype groups layers long_samples shard_size "
     "device_map quantisation quantization max_failed_share max_unknown_share fidelity_samples threads license "
-    "teacher_license data_license source"
+    "teacher_license data_license source dataset_split top_k temperature quantise quantize per_device_eval_batch_size"
 )
 _LENGTH = Word(options=("max_length",), note="a longer sample is left out, not cut")
 
@@ -285,12 +284,12 @@ class TrainConfig:
             ("precision", "mixed_precision"),
             Word(options=("dtype",), values={**_DTYPES, False: "float32"}, note="students are trained in these"),
         ),
-        "bf16": Word(options=("dtype",), values={True: "bfloat16", False: "float32"}, note=_BOOLEAN),
+        "bf16": Word(options=("dtype",), values={True: "bfloat16", False: "float32"}),
         "fp16": Word(
             values={False: SAYS_NOTHING}, note="students are trained in float32 or bfloat16. Write dtype=bfloat16"
         ),
         "torch_dtype": Word(note="weights are trained in float32. Write dtype=bfloat16 for mixed precision"),
-        "use_cpu": Word(options=("device",), values={True: "cpu", False: "auto"}, note=_BOOLEAN),
+        "use_cpu": Word(options=("device",), values={True: "cpu", False: "auto"}),
         "max_grad_norm": Word(options=("clip",)),
         "save_steps": Word(options=("checkpoint_every",)),
         "save_total_limit": Word(options=("keep_checkpoints",)),

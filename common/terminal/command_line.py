@@ -211,7 +211,9 @@ class CommandGroup(Described, click.Group):
         """Run the command."""
         # A forked loader would otherwise be warned about at every fork.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        began = time.monotonic()
         try:
+            logger.debug("%s: process %d", version_text(str(ctx.info_name)), os.getpid())
             return self._invoke(ctx)
         except SystemExit as error:
             if error.code:
@@ -223,6 +225,7 @@ class CommandGroup(Described, click.Group):
             answer(error=message(f"{type(error).__name__}: {error}"))
             raise
         finally:
+            logger.debug("%s: %.1f s", ctx.info_name, time.monotonic() - began)
             if (document := end_document()) is not None:
                 _write(document, err=False)
 
@@ -477,9 +480,10 @@ def say(text: str, *, err: bool = False) -> None:
     """Print text that may hold names of unknown origin; nothing else here prints.
 
     Control characters and what cannot be encoded are escaped; secrets of addresses are left out. Where standard output is
-    for a document, all goes to standard error.
+    for a document, all goes to standard error, or nowhere with --quiet: the document is the result.
     """
-    _write(printable(hide_secrets(text)), err=err or has_document())
+    if err or not (has_document() and is_quiet()):
+        _write(printable(hide_secrets(text)), err=err or has_document())
 
 
 def _write(text: str, *, err: bool) -> None:

@@ -6,6 +6,7 @@ What is chosen stands in the environment: processes that this one starts choose 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 import logging
 import math
@@ -20,7 +21,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from vlm_distill_cache import __version__
-from vlm_distill_cache.common.config import option_names, words_of
+from vlm_distill_cache.common.config import NEAR, option_names, words_of
 from vlm_distill_cache.common.printing import hide_secrets
 from vlm_distill_cache.common.recipes import recipe_names
 from vlm_distill_cache.common.terminal.launch import enter_launch
@@ -203,9 +204,14 @@ class Overrides(click.Option):
 
     def is_switch(self, name: str) -> bool:
         """Whether a flag of this name may stand alone, for true."""
-        word = words_of(self.settings).get(name)
-        switch = word is not None and bool({True, False} & {k for k in word.values or {} if isinstance(k, bool)})
-        return switch or option_names(self.settings).get(name) is bool
+        word, hint = words_of(self.settings).get(name), option_names(self.settings).get(name)
+        known = () if word is None else [value for value in word.values or () if value is not None]
+        return hint is bool or (bool(known) and all(isinstance(value, bool) for value in known))
+
+    def near(self, name: str) -> list[str]:
+        """Flags of options and words that are spelt like this one."""
+        known = difflib.get_close_matches(name, {**option_names(self.settings), **words_of(self.settings)}, cutoff=NEAR)
+        return [f"--{word.replace('_', '-')}" for word in known]
 
 
 def overrides(settings: type) -> Callable[[Any], Any]:
@@ -273,9 +279,11 @@ class Command(Described):
             name = flag.removeprefix("--").replace("-", "_")
             if argument == "--":
                 return [*read, argument, *left]
-            if not flag.startswith("-") or flag in known or not settings.takes(name):
+            if not flag.startswith("--") or flag in known or not settings.takes(name):
                 read.append(argument)
                 option = known.get(flag)
+                if option is None and flag.startswith("--") and (near := settings.near(name)):
+                    raise click.NoSuchOption(flag, possibilities=near, ctx=ctx)
                 if isinstance(option, click.Option) and not equals and not option.is_flag and left:
                     read.append(left.pop(0))
                 continue

@@ -189,7 +189,7 @@ def _meaning(cls: type, key: str, value: Any, where: str, path: str = "") -> tup
         plain = plain[0]
     for known, ours in (word.values or {}).items():
         if plain == known and type(plain) is type(known):
-            return word.options, ours, word.note if word.options else ""
+            return word.options, ours, ""
     if word.others:
         return word.options, value, word.note
     switch = all(isinstance(known, bool) for known in word.values or {})

@@ -17,7 +17,7 @@ SIGNALS = tuple(name for name, codec in CODECS.items() if codec is not AnswersCo
 """What a cache can keep; answers that the teacher writes are kept where ``answers`` says so."""
 
 
-_DTYPES = {"no": "float32", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+_DTYPES = {"no": "float32", False: "float32", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 _LENGTH = Word(
     options=("max_length",), note="a longer sample is a recorded failure, unless long_samples=truncate cuts it"
 )
@@ -122,7 +122,7 @@ class BuildConfig:
         "dtype": Word(options=("dtype",), values=_DTYPES, others=True),
         **dict.fromkeys(
             ("precision", "mixed_precision", "torch_dtype"),
-            Word(options=("dtype",), values={**_DTYPES, False: "float32"}, others=True),
+            Word(options=("dtype",), values=_DTYPES, others=True),
         ),
         "bf16": Word(options=("dtype",), values={True: "bfloat16", False: SAYS_NOTHING}),
         "fp16": Word(options=("dtype",), values={True: "float16", False: SAYS_NOTHING}),

@@ -1,8 +1,9 @@
 """What a training run is: phases, losses, budgets. Only the command line, `train()` and `run` see these."""
 
 import math
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Literal
 
 from vlm_distill_cache.common.config import SAYS_NOTHING, Word, config_to_dict, take_paths
@@ -204,8 +205,10 @@ def _each(option: str) -> tuple[str, ...]:
     return tuple(f"{phase}.{option}" for phase in PHASE_NAMES)
 
 
-_OF_PHASES = [name for name in PhaseConfig.__dataclass_fields__ if name not in ("losses", "data", "images", "cache")]
-_DTYPES = {"no": "float32", "fp32": "float32", "bf16": "bfloat16"} | {name: name for name in _PRECISIONS}
+_OF_PHASES = [part.name for part in fields(PhaseConfig) if part.name not in ("losses", "data", "images", "cache")]
+_DTYPES = {"no": "float32", False: "float32", "fp32": "float32", "bf16": "bfloat16"} | {
+    name: name for name in _PRECISIONS
+}
 _STAGE_ONE = (
     "split store signals temperatures attention_dtype grid map_preset map_grid answers max_new_tokens "
     "answer_temperature answer_top_p answer_seed hidden_layers hidden_dtype groups layers long_samples shard_size "
@@ -246,7 +249,7 @@ class TrainConfig:
             same result.
         seed: Seed of the student's fresh weights and of the order of samples.
         dtype: ``float32``, or ``bfloat16`` for mixed precision: the arithmetic; weights stay in float32.
-        device: ``auto`` (an accelerator if there is one) or ``cpu``.
+        device: ``auto`` (an accelerator if there is one), ``cpu``, ``cuda`` or ``cuda:N``.
         clip: Gradients are clipped to this norm.
         num_workers: Loading threads; 0 loads on the training thread.
         memory_gib: Memory for encoded samples, GiB; for small data sets.
@@ -282,7 +285,7 @@ class TrainConfig:
         "dtype": Word(options=("dtype",), values=_DTYPES, others=True),
         **dict.fromkeys(
             ("precision", "mixed_precision"),
-            Word(options=("dtype",), values={**_DTYPES, False: "float32"}, note="students are trained in these"),
+            Word(options=("dtype",), values=_DTYPES, note="students are trained in these"),
         ),
         "bf16": Word(options=("dtype",), values={True: "bfloat16", False: "float32"}),
         "fp16": Word(
@@ -360,7 +363,7 @@ class TrainConfig:
     gradient_checkpointing: bool = False
     seed: int = 0
     dtype: Literal["float32", "bfloat16"] = "float32"
-    device: Literal["auto", "cpu"] = "auto"
+    device: str = "auto"
     clip: float = 1.0
     num_workers: int = 1
     memory_gib: float = 1.0
@@ -383,6 +386,8 @@ class TrainConfig:
         require(bool(self.phases), "phases", self.phases, "at least one of dpt, dft, sft")
         require(0 <= self.seed < 2**63, "seed", self.seed, "0 to 2^63 - 1")
         require(0 < self.clip < math.inf, "clip", self.clip, "a finite gradient norm above 0")
+        device = re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", self.device)
+        require(device is not None, "device", self.device, "auto, cpu, cuda or cuda:N")
         for name in ("shuffle_window", "checkpoint_every", "keep_checkpoints", "log_every"):
             _within(self, name, 1)
         _within(self, "num_workers", 0, None, "threads")

@@ -176,6 +176,7 @@ def build_accelerator(config: TrainConfig, fingerprint: str) -> Accelerator:
     cpu = config.device == "cpu" or not torch.accelerator.is_available()
     launch = enter_launch()
     meet(launch, limit_s=READY_S)
+    choose_gpu(config.device, processes=launch.size)
     clean_environment(os.environ, launch)  # a Python caller may have set something since
     try:
         accelerator = Accelerator(mixed_precision="bf16" if config.dtype == "bfloat16" else "no", cpu=cpu)
@@ -203,6 +204,25 @@ def build_accelerator(config: TrainConfig, fingerprint: str) -> Accelerator:
             "start the run again"
         )
     return accelerator
+
+
+def choose_gpu(device: str, *, processes: int) -> None:
+    """Make a GPU that the options name the one of this process.
+
+    Raises:
+        ConfigError: If there is no such device here, or one is named for several processes.
+    """
+    kind, _, index = device.partition(":")
+    if kind != "cuda":
+        return
+    if int(index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device={device!r}: {torch.cuda.device_count()} CUDA devices are here; choose auto, cpu or one of them"
+        )
+    if index and processes > 1:
+        raise ConfigError(f"device={device!r}: each of {processes} processes has a GPU of its own; write device=cuda")
+    if index:
+        torch.cuda.set_device(int(index))
 
 
 def refuse_apart(position: Position, accelerator: Accelerator) -> None:

@@ -228,6 +228,7 @@ class CommandGroup(Described, click.Group):
             logger.debug("%s: %.1f s", ctx.info_name, time.monotonic() - began)
             if (document := end_document()) is not None:
                 _write(document, err=False)
+            forget_choices()
 
     def _invoke(self, ctx: click.Context) -> object:
         try:

@@ -418,3 +418,14 @@ def test_a_mistyped_option_is_named_not_the_preset(tiny_cache, tmp_path):
     (tmp_path / "mine.yaml").write_text("sed: 3\n")
     with pytest.raises(ConfigError, match=r"mine.yaml.*unknown option sed; did you mean seed"):
         load_run_config(tmp_path / "mine.yaml", ["output=o"], cache=tiny_cache[0])
+
+
+def test_a_runs_own_file_is_all_that_repeats_it(finished, tiny_cache):
+    config = load_run_config(finished.output / "config.yaml", [])
+    assert (config.cache, config.output) == (str(tiny_cache[0]), str(finished.output))
+    assert not run(config).fresh
+    for arm in ("sft", "distilled"):
+        assert load_run_config(finished.output / arm / "config.yaml", []).output == str(finished.output / arm)
+    # A run's folder is not that of one training, though it holds a configuration.
+    with pytest.raises(ConfigError, match="folder of a run; go on with it by `distill run`"):
+        refuse_foreign_folder(finished.output)

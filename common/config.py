@@ -123,11 +123,12 @@ def canonical_overrides(cls: type, overrides: Iterable[str]) -> list[str]:
     """Overrides ``a.b=c`` in our own words, what holds for several phases first; errors as of ``canonical_values``."""
     items: list[tuple[str, Any]] = []
     for override in overrides:
-        key, equals, text = (part.strip() for part in override.partition("="))
-        given, hint = _Given(override, text), option_names(cls).get(key)
-        value = given.parsed() if equals and dataclasses.is_dataclass(hint) else given
-        inner = _leaves(typing.cast("type", hint), value, f"{key}.") if isinstance(value, dict) else []
-        items += inner or [(key, given)]
+        key, equals, text = override.partition("=")
+        given, hint = _Given(override, text.strip()), option_names(cls).get(key.strip())
+        if equals and dataclasses.is_dataclass(hint) and isinstance(whole := given.parsed(), dict):
+            inner = canonical_values(typing.cast("type", hint), whole, where="--set")  # takes the place of all below it
+            given = _Given(override, json.dumps(inner, default=str))
+        items.append((key.strip(), given))
     return [
         (f"{key}={value.text}" if "=" in value.override else value.override)
         if isinstance(value, _Given)

@@ -97,6 +97,7 @@ def test_what_holds_for_all_phases_stands_under_what_a_phase_says_in_the_same_pl
         return [getattr(config, name).lr for name in PHASE_NAMES]
 
     assert rates() == [0.25, 0.5, 0.25]
+    assert rates("dft={learning_rate: 3}") == [0.25, 3.0, 0.25]
     assert rates("sft.lr=2", "lr=1") == [1.0, 1.0, 2.0]
 
 
@@ -144,7 +145,7 @@ def test_what_is_far_from_all_options_is_not_taken_for_one(stage):
     ("stage", "one", "other"),
     [
         (TrainConfig, "lr=1", "learning_rate=1"), (TrainConfig, "dft.lr=1", "dft.learning_rate=1"),
-        (TrainConfig, "dft.lr=1", "dft={learning_rate: 1}"), (TrainConfig, "bf16=true", "dtype=float32"),
+        (TrainConfig, "bf16=true", "dtype=float32"),
         (TrainConfig, "precision=bf16", "dtype=bfloat16"), (TrainConfig, "lora_r=1", "lora.r=1"),
         (BuildConfig, "output_dir=x", "cache=y"), (BuildConfig, "quantization=4bit", "load_in_4bit=true"),
     ],

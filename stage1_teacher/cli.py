@@ -118,6 +118,7 @@ def build(*, nproc: int | None, part: str | None, overwrite: bool, **options: An
     from vlm_distill_cache.stage1_teacher.report import next_command, summary_text, summary_values
 
     own, local = choose_part(part, enter_launch())
+    asked = settings
     if overwrite and own.of > 1:
         raise click.UsageError(
             f"--overwrite with part {own}: the parts would delete each other's shards. Run "
@@ -135,7 +136,7 @@ def build(*, nproc: int | None, part: str | None, overwrite: bool, **options: An
             summary = extract(settings, overwrite=overwrite, part=own)
         else:
             summary = extract_with_processes(settings, nproc, overwrite=overwrite, part=own)
-    replay = save_replay(settings, settings.cache, command="teacher-cache build --config")
+    replay = save_replay(asked, asked.cache, command="teacher-cache build --config")
     answer(**summary_values(summary), options=replay)
     say(summary_text(summary))
     if replay is not None:

@@ -233,7 +233,7 @@ def _trained_folder(student: str) -> HubFolder:
 
 
 @main.command()
-@click.argument("student")
+@click.argument("student", shell_complete=complete_folder)
 @click.option("--data", help="Data set of the held-out items; default: the one it was trained on.")
 @_IMAGES
 @click.option(
@@ -293,7 +293,7 @@ def report(output: Path) -> None:
 
 
 @main.command()
-@click.argument("student")
+@click.argument("student", shell_complete=complete_folder)
 @click.option("--output", required=True, type=NewFolder(), help="New folder.")
 @click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), default="float16", show_default=True)
 @JSON
@@ -308,7 +308,7 @@ def export(student: str, output: Path, dtype: str) -> None:
 
 
 @main.command(name="import")
-@click.argument("checkpoint")
+@click.argument("checkpoint", shell_complete=complete_folder)
 @click.option("--output", required=True, type=NewFolder(), help="Folder to write.")
 @click.option(
     "--vision-tower", help="CLIP, where the checkpoint does not hold its tower: a folder or a name on the hub."

@@ -197,10 +197,13 @@ class CommandGroup(Described, click.Group):
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")
+        command = next((place for place, argument in enumerate(args) if not argument.startswith("-")), 0)
         for place, argument in enumerate(args):
             # A sample's id may be any text, and the values of these options may stand on several lines.
             several_lines = args[place - 1] in ("--set", "--phases", "--signals")
-            is_id = args[0] == "inspect" and place > 1 and args[place - 1] not in ("--picture", "--image")
+            is_id = (
+                args[command] == "inspect" and place > command + 1 and args[place - 1] not in ("--picture", "--image")
+            )
             printed = "" if is_id else " ".join(argument.split()) if several_lines else argument
             if reason := unusable_name(argument, printed=printed):
                 say(f"error: {one_line(argument)}: {reason}", err=True)

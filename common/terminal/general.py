@@ -161,8 +161,10 @@ def end_document() -> str | None:
         os.dup2(_chosen.stdout, 1)
         os.close(_chosen.stdout)
         _chosen.stdout = None
+    if document is None or enter_launch().rank:  # of several processes one answers
+        return None
     # ASCII, so that no text in it controls a terminal.
-    return None if document is None else json.dumps(document, indent=2, allow_nan=False).replace("\x7f", "\\u007f")
+    return json.dumps(document, indent=2, allow_nan=False).replace("\x7f", "\\u007f")
 
 
 def _plain(value: Any) -> Any:

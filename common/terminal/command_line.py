@@ -216,7 +216,8 @@ class CommandGroup(Described, click.Group):
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         began = time.monotonic()
         try:
-            logger.debug("%s: process %d", version_text(str(ctx.info_name)), os.getpid())
+            if logger.isEnabledFor(logging.DEBUG):  # looking versions up takes time
+                logger.debug("%s: process %d", version_text(str(ctx.info_name)), os.getpid())
             return self._invoke(ctx)
         except SystemExit as error:
             if error.code:

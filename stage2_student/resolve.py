@@ -35,7 +35,7 @@ def resolve_config(path: Path | None, overrides: Sequence[str], *, teacher_width
     preset = PRESETS / f"{phases_preset(student, teacher_width)}.yaml"
     of_recipe = [] if recipe is None else _flatten(recipe.stage_two, whole=("losses",))
     where = f"options ({path}, command line)" if path else "options"
-    options = [*_one_length(of_recipe), *_one_length(given)]
+    options = [*_one_length(of_recipe), *given]
     return with_folders(load_config(TrainConfig, preset, options, where=where))
 
 
@@ -47,7 +47,7 @@ def given_options(path: Path | None, overrides: Sequence[str]) -> tuple[Recipe |
     """
     recipe, values, overrides = split_recipe(read_yaml(path), overrides)
     values = canonical_values(TrainConfig, values, where=str(path))
-    return recipe, [*_flatten(values), *canonical_overrides(TrainConfig, overrides)]
+    return recipe, [*_one_length(_flatten(values)), *_one_length(canonical_overrides(TrainConfig, overrides))]
 
 
 def with_folders(config: TrainConfig) -> TrainConfig:

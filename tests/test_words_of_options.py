@@ -216,6 +216,15 @@ def test_configurations_of_older_versions_are_read_and_ours_are_stored():
     assert "precision" not in config_to_dict(config)
 
 
+def test_steps_over_a_file_with_epochs_mean_steps(tmp_path, cache):
+    file = tmp_path / "mine.yaml"
+    file.write_text("dft: {steps: null, epochs: 0.5}\n")
+    given = [f"output={tmp_path / 'o'}"]
+    for more, found in (([], (None, 0.5)), (["dft.steps=3"], (3, None)), (["max_steps=4"], (4, None))):
+        dft = load_run_config(file, [*given, *more], cache=cache).dft
+        assert (dft.steps, dft.epochs) == found
+
+
 def test_cache_and_output_are_asked_for_only_where_nothing_names_them(tmp_path, cache):
     with pytest.raises(ConfigError, match=r"cache: none is given; add --cache FOLDER, or cache: FOLDER"):
         load_run_config(None, [f"output={tmp_path}"])

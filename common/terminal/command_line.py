@@ -216,8 +216,6 @@ class CommandGroup(Described, click.Group):
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         began = time.monotonic()
         try:
-            if logger.isEnabledFor(logging.DEBUG):  # looking versions up takes time
-                logger.debug("%s: process %d", version_text(str(ctx.info_name)), os.getpid())
             return self._invoke(ctx)
         except SystemExit as error:
             if error.code:
@@ -229,7 +227,8 @@ class CommandGroup(Described, click.Group):
             answer(error=message(f"{type(error).__name__}: {error}"))
             raise
         finally:
-            logger.debug("%s: %.1f s", ctx.info_name, time.monotonic() - began)
+            if logger.isEnabledFor(logging.DEBUG):  # looking versions up takes time
+                logger.debug("%s: %.1f s", version_text(str(ctx.info_name)), time.monotonic() - began)
             if (document := end_document()) is not None:
                 _write(document, err=False)
             forget_choices()

@@ -178,6 +178,8 @@ def _meaning(cls: type, key: str, value: Any, where: str, path: str = "") -> tup
     """The options that a word stands for, its value for them, and what is to be said about it."""
     head, dot, rest = key.partition(".")
     word, inner = words_of(cls).get(head), typing.get_type_hints(cls).get(head)
+    if dot and word is not None and word.options and not dataclasses.is_dataclass(inner):
+        raise ConfigError(f"{where}: {path}{key}: {head} has no options of its own; write {path}{head}=VALUE")
     if word is None or (dot and word.options):
         if not (dot and dataclasses.is_dataclass(inner)):
             return (key,), value, ""

@@ -105,7 +105,7 @@ def extract(config: BuildConfig, *, overwrite: bool = False, part: Part = WHOLE,
         targets = UnknownBudget.of_finished(cache_dir, plan, words=words, share=config.max_unknown_share)
         started, samples, built = time.monotonic(), 0, list[int]()
         with (
-            Writer(cache_dir, plan, work.codecs) as writer,
+            Writer(cache_dir, plan, work.codecs, work.kept) as writer,
             _progress(plan, part, todo, shown=seals and bool(todo)) as bar,
         ):
             # Another process may build the same cache: what it finished is skipped, what it left is done here.

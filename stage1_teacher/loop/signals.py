@@ -59,11 +59,13 @@ class Extractor(ABC):
     """How stage one gets one signal out of a teacher.
 
     Attributes:
+        options: Fields of `BuildConfig` that its codec depends on.
         any_family: Whether it can be had of families that are not in the table.
         attention: Whether it needs the teacher's attention.
         causal: Whether visual tokens may only see what precedes them.
     """
 
+    options: ClassVar[tuple[str, ...]] = ()
     any_family: ClassVar[bool] = False
     attention: ClassVar[bool] = False
     causal: ClassVar[bool] = False
@@ -110,6 +112,7 @@ class Extractor(ABC):
 class _Logits(Extractor):
     """The likely tokens of supervised rows: ``SparseLogits`` of all samples."""
 
+    options = ("logits", "temperatures")
     any_family = True
     kind: type[LogitCodec] = LogitCodec
 
@@ -156,6 +159,7 @@ class _VisualLogits(_Logits):
 class _Attention(Extractor):
     """A signal of attention: a tensor of each sample."""
 
+    options = ("attention_dtype", "groups", "layers")
     attention = True
 
     def check(self, live: tuple[Tensor, ...]) -> None:
@@ -165,6 +169,8 @@ class _Attention(Extractor):
 
 class _RowAttention(_Attention):
     """Where some rows look, pooled to a grid: cells ``[R, G, C]``; zero without an image."""
+
+    options = (*_Attention.options, "grid")
 
     def __init__(self, kind: type[RowAttentionCodec], rows: Positions) -> None:
         self._kind, self._rows = kind, rows
@@ -192,6 +198,7 @@ class _RowAttention(_Attention):
 class _VisualMap(_Attention):
     """Attention of visual tokens on visual tokens: ``[G, N, N]``."""
 
+    options = (*_Attention.options, "map_preset", "map_grid")
     causal = True
 
     def codec(self, config: BuildConfig, sizes: Sizes) -> Codec:
@@ -237,6 +244,8 @@ class _VisualColumns(_Attention):
 
 class _Hidden(Extractor):
     """Hidden states of some rows: ``[R, S, D]`` of each sample, in the model's dtype."""
+
+    options = ("hidden_layers", "hidden_dtype")
 
     def __init__(self, kind: type[HiddenCodec], rows: Positions) -> None:
         self._kind, self._rows = kind, rows

@@ -19,6 +19,7 @@ from vlm_distill_cache.common.terminal.command_line import (
     FOLDER,
     OVERRIDES,
     SETTINGS,
+    CacheFolder,
     CommandGroup,
     join_launch,
     quiet_libraries,
@@ -43,7 +44,7 @@ def main(ctx: click.Context) -> None:
     join_launch(ctx, several=("build",))
 
 
-_build_options = shared_options(
+_inputs = shared_options(
     CONFIG,
     click.option(
         "--data",
@@ -54,7 +55,8 @@ _build_options = shared_options(
         "--teacher",
         help="A folder or a name on the hub (org/name[@revision]); default: the built-in teacher of built-in data.",
     ),
-    click.option("--cache", help="Folder of the cache."),
+)
+_settings_options = shared_options(
     click.option("--store", type=click.Choice(STORE_NAMES), help="Shard format."),
     click.option(
         "--answers",
@@ -65,6 +67,7 @@ _build_options = shared_options(
     click.option("--limit", type=click.IntRange(min=1), help="Use only the first samples."),
     OVERRIDES,
 )
+_build_options = shared_options(_inputs, click.option("--cache", help="Folder of the cache."), _settings_options)
 
 
 def _settings(options: dict[str, Any]) -> tuple[BuildConfig, Recipe | None]:
@@ -133,6 +136,38 @@ def build(*, nproc: int | None, part: str | None, overwrite: bool, **options: An
             proposed = recipe.name
     if summary.manifest is not None:
         say(next_command(summary, settings, recipe=proposed))
+
+
+@main.command()
+@click.argument("cache", type=CacheFolder())
+@_inputs
+@_settings_options
+@click.option(
+    "--nproc",
+    type=click.IntRange(min=1, max=256),
+    help="Processes on this machine, each on a GPU of its own where there are several.",
+)
+def extend(*, cache: Path, nproc: int | None, **options: Any) -> None:
+    """Add signals, finer settings, new or formerly failed samples to a finished cache.
+
+    Takes the options of `build`: data and teacher as they were, and what is wanted beside what is there. Signals are added;
+    of other options, the cache's own stay where none are given. The teacher runs for what is missing alone, and the cache is
+    as it was until the new one is finished.
+    """
+    config, overrides, _ = (options[name] for name in ("config", "overrides", "signals"))
+    recipe, values, overrides = split_recipe(read_yaml(config), overrides)
+    given = {*values, *(recipe.stage_one if recipe else ()), *(text.partition("=")[0].strip() for text in overrides)}
+    given |= {name for name, value in options.items() if value is not None} - {"config", "overrides", "cache"}
+    settings, _ = _settings(options)
+
+    from vlm_distill_cache.stage1_teacher.extend import extend as extend_cache
+    from vlm_distill_cache.stage1_teacher.planning.cache_folder import explain_disk_errors
+    from vlm_distill_cache.stage1_teacher.report import extension_text
+
+    quiet_libraries()
+    with explain_disk_errors(cache), stopped_by_sigterm():
+        extension = extend_cache(replace(settings, cache=str(cache)), given=given, processes=nproc)
+    say(extension_text(extension))
 
 
 @main.command()

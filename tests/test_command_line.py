@@ -41,6 +41,7 @@ SURFACE = {
     "teacher-cache demo-teacher": "--data --output --seed",
     "teacher-cache estimate": "--answers --cache --config --data --epochs --images --json --limit --price --samples --set "
     "--signals --store --student-parameters --student-step --students --teacher",
+    "teacher-cache extend": "--answers --config --data --images --limit --nproc --set --signals --store --teacher CACHE",
     "teacher-cache fidelity": "--answers --cache --config --data --images --limit --samples --set --signals --store --teacher",
     "teacher-cache report": "CACHE",
     "teacher-cache seal": "CACHE",

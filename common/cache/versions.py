@@ -33,10 +33,8 @@ def identity(folder: Path) -> Identity | None:
     return found.st_dev, found.st_ino
 
 
-def moved_to(cache_dir: Path, manifest: Manifest, opened: Identity | None) -> Path | None:
-    """Where a cache lies that was opened in this folder; None: there still, or nowhere that is known."""
-    if opened is None or identity(cache_dir) == opened:
-        return None
+def moved_to(cache_dir: Path, manifest: Manifest, opened: Identity) -> Path | None:
+    """Where a cache lies that was opened in this folder, and is not there any more; None: nowhere that is known."""
     place = cache_dir.resolve()
     folders = (version_folder(place, kind, manifest) for kind in (EXTENDING, BEFORE))
     return next((folder for folder in folders if identity(folder) == opened), None)

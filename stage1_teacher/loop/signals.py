@@ -159,7 +159,7 @@ class _VisualLogits(_Logits):
 class _Attention(Extractor):
     """A signal of attention: a tensor of each sample."""
 
-    options = ("attention_dtype", "groups", "layers")
+    options: ClassVar[tuple[str, ...]] = ("attention_dtype", "groups", "layers")
     attention = True
 
     def check(self, live: tuple[Tensor, ...]) -> None:

@@ -129,7 +129,9 @@ def extend_plan(work: Build, config: ExtendConfig) -> Build:
             f"{', '.join(name for name in _ANSWER_OPTIONS if name in config.given)} out, or build another cache"
         )
     kept = old.signals.keys() - missing
-    codecs = {name: codec if name in missing else codec_from_dict(old.signals[name]) for name, codec in work.codecs.items()}
+    codecs = {
+        name: codec if name in missing else codec_from_dict(old.signals[name]) for name, codec in work.codecs.items()
+    }
     signals = {name: old.signals[name] if name in kept else codec.to_dict() for name, codec in codecs.items()}
     fields = {name: old.fields[name] if name in kept else codec.fields() for name, codec in codecs.items()}
     bare = {name: tuple(field for field in group if field != VISUAL_SOURCE) for name, group in fields.items()}

@@ -14,7 +14,8 @@ from pathlib import Path
 from vlm_distill_cache.common.cache.manifest import read_manifest
 from vlm_distill_cache.common.cache.versions import BEFORE, EXTENDING, MARK, version_folder
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError, ConfigError
-from vlm_distill_cache.common.files.atomic import exchange_folders, hold_folder, remove
+from vlm_distill_cache.common.files.atomic import TEMPORARY_PREFIX, clean_stale, exchange_folders, hold_folder, remove
+from vlm_distill_cache.common.remotes.fetch import check_room
 from vlm_distill_cache.common.terminal.command_line import quoted
 from vlm_distill_cache.stage1_teacher.config import BuildConfig
 from vlm_distill_cache.stage1_teacher.extract import BuildSummary, extract, extract_with_processes
@@ -58,10 +59,12 @@ def extend(config: BuildConfig, *, given: Collection[str], processes: int | None
     busy = "another command builds, extends or copies this cache; wait for its end, then run the same command again"
     with hold_folder(base, busy=busy):
         manifest, plan = read_manifest(base), plan_of(base)
-        _name_exchanged(base)
+        _clean(base)
         refuse_unwritable(base.parent, sealed_too=True)
         options = with_options_of(config, Path(config.cache), plan, given=given)
         new = version_folder(base, EXTENDING, manifest)
+        there = sum(path.stat().st_size for path in new.rglob("*") if path.is_file())
+        check_room(new, manifest.totals["bytes"] - there, "then run the same command again")
         options = replace(options, cache=str(new))
         try:
             summary = extract(options) if processes is None else extract_with_processes(options, processes)
@@ -69,7 +72,7 @@ def extend(config: BuildConfig, *, given: Collection[str], processes: int | None
             return Extension(cache=base)
         made = read_manifest(new)
         if made.hash == manifest.hash:  # all that failed failed again
-            remove(new)
+            _discard(new)
             return Extension(cache=base, summary=replace(summary, cache=base))
         with hold_folder(new, busy=busy):
             before = _take_place(base, new)
@@ -98,12 +101,12 @@ def _take_place(base: Path, new: Path) -> Path:
             f"in {new}; when nobody reads the old one, run: mv {quoted(base)} {aside} && mv {quoted(new)} {quoted(base)}"
         ) from error
     new.rename(before)
-    _each_version(base, BEFORE, lambda folder: None if folder == before else remove(folder))
+    _each_version(base, BEFORE, lambda folder: None if folder == before else _discard(folder))
     return before
 
 
-def _name_exchanged(base: Path) -> None:
-    """Give what a cache was before its name, where a run was killed just after the exchange."""
+def _clean(base: Path) -> None:
+    """Finish what a killed run left: give what the cache was before its name, and remove what was being removed."""
 
     def name(folder: Path) -> None:
         with contextlib.suppress(CacheFormatError):  # unfinished
@@ -112,6 +115,14 @@ def _name_exchanged(base: Path) -> None:
                 folder.rename(version_folder(base, BEFORE, found))
 
     _each_version(base, EXTENDING, name)
+    clean_stale(base.parent, f"{base.name}{MARK}")
+
+
+def _discard(folder: Path) -> None:
+    """Remove a folder that nobody is to find half of."""
+    aside = folder.with_name(f"{TEMPORARY_PREFIX}{folder.name}")
+    folder.rename(aside)
+    remove(aside)
 
 
 def _each_version(base: Path, kind: str, do: Callable[[Path], object]) -> None:

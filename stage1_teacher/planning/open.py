@@ -50,7 +50,8 @@ def open_build(config: BuildConfig) -> Build:
     )
     refuse_signals(config.signals, teacher)
     refuse_packing(dataset, teacher)
-    if warning := beyond_positions(teacher, config.max_length):
+    stays = isinstance(config, ExtendConfig) and "max_length" not in config.given
+    if not stays and (warning := beyond_positions(teacher, config.max_length)):
         logger.warning("%s", warning)
     config = replace(config, groups=config.groups or published_count(teacher.depth))
     encoder = build_encoder(

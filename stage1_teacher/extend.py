@@ -61,7 +61,7 @@ def extend(config: BuildConfig, *, given: Collection[str], processes: int | None
         manifest, plan = read_manifest(base), plan_of(base)
         _clean(base)
         refuse_unwritable(base.parent, sealed_too=True)
-        options = with_options_of(config, Path(config.cache), plan, given=given)
+        options = with_options_of(config, Path(config.cache), plan, manifest, given=given)
         new = version_folder(base, EXTENDING, manifest)
         there = sum(path.stat().st_size for path in new.rglob("*") if path.is_file())
         check_room(new, manifest.totals["bytes"] - there, "then run the same command again")

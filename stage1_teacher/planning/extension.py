@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_distill_cache.common.cache.documents import describe_differences
+from vlm_distill_cache.common.cache.manifest import Manifest
 from vlm_distill_cache.common.cache.plan import DESCRIPTIVE, LONG_SAMPLES, THREADS, Plan, read_plan
 from vlm_distill_cache.common.cache.reader import TeacherCache
 from vlm_distill_cache.common.cache.schema import BASE_FIELDS
@@ -50,13 +51,12 @@ class ExtendConfig(BuildConfig):
     given: tuple[str, ...] = ()
 
 
-def with_options_of(config: BuildConfig, base: Path, plan: Plan, *, given: Collection[str]) -> ExtendConfig:
-    """The options that a cache was built with, under those that are given; its signals and the new ones.
-
-    Raises:
-        ConfigError: If a given option would change what records are of.
-    """
+def with_options_of(
+    config: BuildConfig, base: Path, plan: Plan, manifest: Manifest, *, given: Collection[str]
+) -> ExtendConfig:
+    """The options that a cache was built with, under those that are given; its signals and the new ones."""
     teacher, data, generated = plan.teacher, plan.data, plan.signals.get(AnswersCodec.signal)
+    totals = manifest.totals
     there: dict[str, Any] = {
         "store": plan.store, "shard_size": plan.shard_size, "batch_size": plan.batch_size,
         "threads": plan.extra.get(THREADS), "max_length": plan.extra.get("max_length"),
@@ -66,6 +66,9 @@ def with_options_of(config: BuildConfig, base: Path, plan: Plan, *, given: Colle
         "groups": len(teacher.get("groups") or ()) or None,
         "split": data.get("split") or None, "limit": None if DERIVED in plan.extra else data.get("limit"),
         "answers": None if generated is None else "generate",
+        # What was tolerated is no part of a plan: as much as there is.
+        "max_failed_share": max(config.max_failed_share, totals["failed"] / plan.sample_count),
+        "max_unknown_share": max(config.max_unknown_share, totals.get("unknown_rows", 0) / max(1, totals["rows"])),
     }  # fmt: skip
     for name in SIGNALS:  # a new signal gets what others like it have
         there = _options_of(plan.signals.get(name, {})) | there
@@ -232,9 +235,10 @@ def _refuse_begun(folder: Path, plan: Plan) -> None:
     begun = stored_plan(folder)
     if begun is None or len(missing_shards(folder, begun)) == begun.shard_count:
         return
-    if lines := describe_differences(
-        begun.without_descriptions(), plan.without_descriptions(), there="that one", here="this run"
-    ):
+    one, two = begun.without_descriptions(), plan.without_descriptions()
+    if one != two:
+        del one["fields"], two["fields"]  # which follow from the signals
+        lines = describe_differences(one, two, there="that one", here="this run")
         raise CacheMismatchError(
             f"{folder}: an extension with other options was begun there:\n" + "\n".join(lines) + "\n"
             "Give those options again to finish it, or delete that folder to begin anew"

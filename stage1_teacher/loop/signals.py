@@ -65,7 +65,7 @@ class Extractor(ABC):
         causal: Whether visual tokens may only see what precedes them.
     """
 
-    options: ClassVar[tuple[str, ...]] = ()
+    options: tuple[str, ...] = ()
     any_family: ClassVar[bool] = False
     attention: ClassVar[bool] = False
     causal: ClassVar[bool] = False
@@ -159,7 +159,7 @@ class _VisualLogits(_Logits):
 class _Attention(Extractor):
     """A signal of attention: a tensor of each sample."""
 
-    options: ClassVar[tuple[str, ...]] = ("attention_dtype", "groups", "layers")
+    options: tuple[str, ...] = ("attention_dtype", "groups", "layers")
     attention = True
 
     def check(self, live: tuple[Tensor, ...]) -> None:
@@ -245,13 +245,13 @@ class _VisualColumns(_Attention):
 class _Hidden(Extractor):
     """Hidden states of some rows: ``[R, S, D]`` of each sample, in the model's dtype."""
 
-    options = ("hidden_layers", "hidden_dtype")
-
     def __init__(self, kind: type[HiddenCodec], rows: Positions) -> None:
         self._kind, self._rows = kind, rows
+        self._chosen = kind is not ProjectorOutputCodec  # which has one layer
+        self.options = (*(("hidden_layers",) if self._chosen else ()), "hidden_dtype")
 
     def codec(self, config: BuildConfig, sizes: Sizes) -> Codec:
-        layers = {} if self._kind is ProjectorOutputCodec else {"layers": sizes.layers}  # of which it has one
+        layers = {"layers": sizes.layers} if self._chosen else {}
         return self._kind(width=sizes.width, exact=config.hidden_dtype == "f4", **layers)
 
     def request(self, batch: Batch, at: Finder, codec: Any, groups: Groups) -> Request | None:

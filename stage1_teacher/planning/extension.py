@@ -5,7 +5,7 @@ Records are joined by sample id, so that new samples may stand anywhere in the d
 part stands for no whole data set: it keeps its samples and their order.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,18 @@ from vlm_distill_cache.stage1_teacher.loop.signals import EXTRACTORS
 from vlm_distill_cache.stage1_teacher.loop.work import Build
 from vlm_distill_cache.stage1_teacher.planning.cache_folder import stored_plan
 
-_ANSWER_OPTIONS = ("answers", "max_new_tokens", "answer_temperature", "answer_top_p", "answer_seed")
+# What a codec's settings say of an option; None: what no option gives.
+_SHOWN: dict[str, Callable[[Mapping[str, Any]], Any]] = {
+    "temperatures": lambda codec: tuple(codec["temperatures"]),
+    "grid": lambda codec: codec["grid"][0] if len(set(codec["grid"])) == 1 else None,
+    "attention_dtype": lambda codec: "f4" if codec.get("exact", codec.get("preset") == "f4") else "u1",
+    "map_preset": lambda codec: None if codec["preset"] == "f4" else codec["preset"],
+    "map_grid": lambda codec: codec.get("grid", 0),
+    "hidden_layers": lambda codec: tuple(codec["layers"]),
+    "hidden_dtype": lambda codec: "f4" if codec["exact"] else "f2",
+}
+_ANSWERS = AnswersCodec.signal  # an option, too
+_ANSWER_OPTIONS = ("max_new_tokens", "answer_temperature", "answer_top_p", "answer_seed")
 
 
 class NothingToAddError(DistillError):
@@ -55,7 +66,7 @@ def with_options_of(
     config: BuildConfig, base: Path, plan: Plan, manifest: Manifest, *, given: Collection[str]
 ) -> ExtendConfig:
     """The options that a cache was built with, under those that are given; its signals and the new ones."""
-    teacher, data, generated = plan.teacher, plan.data, plan.signals.get(AnswersCodec.signal)
+    teacher, data, generated = plan.teacher, plan.data, plan.signals.get(_ANSWERS)
     totals = manifest.totals
     there: dict[str, Any] = {
         "store": plan.store, "shard_size": plan.shard_size, "batch_size": plan.batch_size,
@@ -65,7 +76,7 @@ def with_options_of(
         "device_map": teacher.get("device_map"), "layers": teacher.get("layer_choice"),
         "groups": len(teacher.get("groups") or ()) or None,
         "split": data.get("split") or None, "limit": None if DERIVED in plan.extra else data.get("limit"),
-        "answers": None if generated is None else "generate",
+        _ANSWERS: None if generated is None else "generate",
         # What was tolerated is no part of a plan: as much as there is.
         "max_failed_share": max(config.max_failed_share, totals["failed"] / plan.sample_count),
         "max_unknown_share": max(config.max_unknown_share, totals.get("unknown_rows", 0) / max(1, totals["rows"])),
@@ -73,7 +84,7 @@ def with_options_of(
     for name in SIGNALS:  # a new signal gets what others like it have
         there = _options_of(plan.signals.get(name, {})) | there
     if generated is not None:
-        names = dict(zip(("max_new_tokens", "temperature", "top_p", "seed"), _ANSWER_OPTIONS[1:], strict=True))
+        names = dict(zip(("max_new_tokens", "temperature", "top_p", "seed"), _ANSWER_OPTIONS, strict=True))
         there |= {option: generated.get(name) for name, option in names.items()}
     asked = config.signals if "signals" in given else ()
     there = {name: value for name, value in there.items() if value is not None and name not in given}
@@ -84,25 +95,9 @@ def with_options_of(
 
 def _options_of(codec: Mapping[str, Any]) -> dict[str, Any]:
     """The options of a build that a codec's settings show."""
-    kind, found = str(codec.get("codec")), dict[str, Any]()
-    if "temperatures" in codec:
-        found["temperatures"] = tuple(codec["temperatures"])
-    if kind in ("answer_attention", "text_attention") and codec["grid"][0] == codec["grid"][1]:
-        found["grid"] = codec["grid"][0]
-    if kind in ("hidden", "visual_hidden"):
-        found["hidden_layers"] = tuple(codec["layers"])
-    if kind == "visual_map":
-        found["map_grid"] = codec.get("grid", 0)
-        found |= {"attention_dtype": "f4"} if codec["preset"] == "f4" else {"map_preset": codec["preset"]}
-    if "exact" in codec and "logits" not in kind:
-        option = "attention_dtype" if EXTRACTORS[kind].attention else "hidden_dtype"
-        found[option] = "f4" if codec["exact"] else option_default(option)
-    return found
-
-
-def option_default(name: str) -> Any:
-    """An option's default."""
-    return BuildConfig.__dataclass_fields__[name].default
+    extractor = EXTRACTORS.get(str(codec.get("codec")))
+    options = () if extractor is None else extractor.options
+    return {option: _SHOWN[option](codec) for option in options if option in _SHOWN}
 
 
 def extend_plan(work: Build, config: ExtendConfig) -> Build:
@@ -126,10 +121,10 @@ def extend_plan(work: Build, config: ExtendConfig) -> Build:
         if name not in old.signals
         or (_governs(name, config.given) and codec.to_dict() != codec_from_dict(old.signals[name]).to_dict())
     }
-    if AnswersCodec.signal in missing or (AnswersCodec.signal in old.signals.keys() - work.codecs.keys()):
+    if _ANSWERS in missing or (_ANSWERS in old.signals.keys() - work.codecs.keys()):
         raise ConfigError(
             f"{config.base}: the answers of a cache stay as they are, data's or the teacher's: leave "
-            f"{', '.join(name for name in _ANSWER_OPTIONS if name in config.given)} out, or build another cache"
+            f"{', '.join(name for name in (_ANSWERS, *_ANSWER_OPTIONS) if name in config.given)} out, or build another cache"
         )
     kept = old.signals.keys() - missing
     codecs = {
@@ -168,7 +163,7 @@ def extend_plan(work: Build, config: ExtendConfig) -> Build:
 
 def _governs(signal: str, given: Collection[str]) -> bool:
     """Whether one of the given options is one of a signal's codec."""
-    options = EXTRACTORS[signal].options if signal in EXTRACTORS else _ANSWER_OPTIONS
+    options = EXTRACTORS[signal].options if signal in EXTRACTORS else (_ANSWERS, *_ANSWER_OPTIONS)
     return any(name in given for name in options)
 
 

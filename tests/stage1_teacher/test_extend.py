@@ -278,5 +278,4 @@ def test_a_signals_options_are_those_that_its_codec_depends_on():
         changed = codecs(replace(plain, **{option: value}))
         depends = {name for name, codec in codecs(plain).items() if codec != changed[name]}
         listed = {name for name in SIGNALS if option in EXTRACTORS[name].options}
-        assert depends <= listed, option
-        assert listed - depends <= {"projector_output"}, option  # it has no layers of its own
+        assert depends == listed, option

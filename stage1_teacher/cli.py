@@ -162,12 +162,14 @@ def extend(*, cache: Path, nproc: int | None, **options: Any) -> None:
 
     from vlm_distill_cache.stage1_teacher.extend import extend as extend_cache
     from vlm_distill_cache.stage1_teacher.planning.cache_folder import explain_disk_errors
-    from vlm_distill_cache.stage1_teacher.report import extension_text
+    from vlm_distill_cache.stage1_teacher.report import extension_text, next_command
 
     quiet_libraries()
     with explain_disk_errors(cache), stopped_by_sigterm():
         extension = extend_cache(replace(settings, cache=str(cache)), given=given, processes=nproc)
     say(extension_text(extension))
+    if extension.summary is not None and extension.before is not None:
+        say(next_command(extension.summary, settings))
 
 
 @main.command()

@@ -55,13 +55,14 @@ def extend(config: BuildConfig, *, given: Collection[str], processes: int | None
         DistillError: With the remedy, if records cannot stay or the new cache cannot be made; the cache is as it was.
         OSError: If the folder beside it cannot be written.
     """
-    base = Path(config.cache).resolve()  # its neighbours are those of the folder that a link leads to
+    cache = Path(config.cache)
+    base = cache.resolve()  # its neighbours are those of the folder that a link leads to
     busy = "another command builds, extends or copies this cache; wait for its end, then run the same command again"
     with hold_folder(base, busy=busy):
-        manifest, plan = read_manifest(base), plan_of(base)
+        plan, manifest = plan_of(cache), read_manifest(cache)
         _clean(base)
         refuse_unwritable(base.parent, sealed_too=True)
-        options = with_options_of(config, Path(config.cache), plan, manifest, given=given)
+        options = with_options_of(config, cache, plan, manifest, given=given)
         new = version_folder(base, EXTENDING, manifest)
         there = sum(path.stat().st_size for path in new.rglob("*") if path.is_file())
         check_room(new, manifest.totals["bytes"] - there, "then run the same command again")
@@ -69,17 +70,17 @@ def extend(config: BuildConfig, *, given: Collection[str], processes: int | None
         try:
             summary = extract(options) if processes is None else extract_with_processes(options, processes)
         except NothingToAddError:
-            return Extension(cache=base)
+            return Extension(cache=cache)
         made = read_manifest(new)
         if made.hash == manifest.hash:  # all that failed failed again
             _discard(new)
-            return Extension(cache=base, summary=replace(summary, cache=base))
+            return Extension(cache=cache, summary=replace(summary, cache=cache))
         with hold_folder(new, busy=busy):
             before = _take_place(base, new)
     signals = {name: settings for name, settings in plan_of(base).signals.items() if settings != plan.signals.get(name)}
     return Extension(
-        cache=base,
-        summary=replace(summary, cache=base),
+        cache=cache,
+        summary=replace(summary, cache=cache),
         before=before,
         signals=tuple(sorted(signals)),
         samples=made.totals["samples"] - manifest.totals["samples"],

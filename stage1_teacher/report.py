@@ -4,8 +4,8 @@ from itertools import chain
 from pathlib import Path
 
 from vlm_distill_cache.common.cache.counts import FailureCounts, picture_words, unknown_words
-from vlm_distill_cache.common.cache.manifest import Manifest
-from vlm_distill_cache.common.cache.plan import BASE, Plan, cut_words, read_plan, with_more
+from vlm_distill_cache.common.cache.manifest import Manifest, read_manifest
+from vlm_distill_cache.common.cache.plan import BASE, Plan, built_with, cut_words, read_plan
 from vlm_distill_cache.common.cache.sidecar import read_sidecar
 from vlm_distill_cache.common.codecs.registry import CODECS
 from vlm_distill_cache.common.printing import one_line
@@ -38,10 +38,10 @@ def summary_text(summary: BuildSummary) -> str:
         )
         if totals["failed"]:
             lines.append(
-                "  failed samples are not tried again by a build; "
-                + with_more(
-                    plan, "once they are mended, `teacher-cache extend` on the cache does so, with the same options"
-                )
+                f"  failed samples are not tried again; `{built_with(plan)} --overwrite` builds all of it anew"
+                if plan.teacher.get("served")
+                else "  failed samples are not tried again by a build: mend them, then run `teacher-cache extend "
+                f"{quoted(summary.cache)}` with the same data and teacher"
             )
     if revision := plan.teacher.get("revision"):
         lines.append(f"  teacher {one_line(plan.teacher.get('name'))}@{one_line(revision)}")
@@ -73,7 +73,9 @@ def extension_text(extension: Extension) -> str:
     if extension.summary is None:
         return f"Nothing to add: {extension.cache} holds all of that, and no sample of it failed"
     if extension.before is None:
-        return f"{summary_text(extension.summary)}\nNothing was added: what had failed failed again"
+        plan, manifest = read_plan(extension.cache), read_manifest(extension.cache)
+        lines = _sample_lines(extension.cache, plan, manifest)
+        return "\n".join([f"Nothing was added to {extension.cache}: what had failed failed again", *lines])
     what = [f"{extension.samples} samples"] if extension.samples else []
     what += [f"signals {', '.join(extension.signals)}"] if extension.signals else []
     return (

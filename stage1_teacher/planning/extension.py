@@ -19,6 +19,7 @@ from vlm_distill_cache.common.cache.shared_images import VISUAL_SOURCE, with_vis
 from vlm_distill_cache.common.cache.sidecar import missing_shards, read_sidecar
 from vlm_distill_cache.common.codecs.answers import AnswersCodec
 from vlm_distill_cache.common.codecs.registry import codec_from_dict
+from vlm_distill_cache.common.config import config_from_dict, config_to_dict
 from vlm_distill_cache.common.errors import CacheMismatchError, ConfigError, DistillError
 from vlm_distill_cache.common.files.hashing import fingerprint
 from vlm_distill_cache.common.tools.derived_card import DERIVED
@@ -65,7 +66,11 @@ class ExtendConfig(BuildConfig):
 def with_options_of(
     config: BuildConfig, base: Path, plan: Plan, manifest: Manifest, *, given: Collection[str]
 ) -> ExtendConfig:
-    """The options that a cache was built with, under those that are given; its signals and the new ones."""
+    """The options that a cache was built with, under those that are given; its signals and the new ones.
+
+    Raises:
+        DistillError: If its plan says what no build has.
+    """
     teacher, data, generated = plan.teacher, plan.data, plan.signals.get(_ANSWERS)
     totals = manifest.totals
     there: dict[str, Any] = {
@@ -82,22 +87,21 @@ def with_options_of(
         "max_unknown_share": max(config.max_unknown_share, totals.get("unknown_rows", 0) / max(1, totals["rows"])),
     }  # fmt: skip
     for name in SIGNALS:  # a new signal gets what others like it have
-        there = _options_of(plan.signals.get(name, {})) | there
+        if name in plan.signals:
+            there = _options_of(name, codec_from_dict(plan.signals[name]).to_dict()) | there
     if generated is not None:
         names = dict(zip(("max_new_tokens", "temperature", "top_p", "seed"), _ANSWER_OPTIONS, strict=True))
         there |= {option: generated.get(name) for name, option in names.items()}
     asked = config.signals if "signals" in given else ()
     there = {name: value for name, value in there.items() if value is not None and name not in given}
     there["signals"] = tuple(dict.fromkeys([*(name for name in plan.signals if name in SIGNALS), *asked]))
-    fields = {name: getattr(config, name) for name in BuildConfig.__dataclass_fields__}
-    return ExtendConfig(**(fields | there), base=str(base), given=tuple(sorted(given)))
+    there |= {"base": str(base), "given": sorted(given)}
+    return config_from_dict(ExtendConfig, config_to_dict(config) | there, where=f"the plan of {base}")
 
 
-def _options_of(codec: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a build that a codec's settings show."""
-    extractor = EXTRACTORS.get(str(codec.get("codec")))
-    options = () if extractor is None else extractor.options
-    return {option: _SHOWN[option](codec) for option in options if option in _SHOWN}
+def _options_of(signal: str, codec: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a build that the settings of a signal's codec show."""
+    return {option: _SHOWN[option](codec) for option in EXTRACTORS[signal].options if option in _SHOWN}
 
 
 def extend_plan(work: Build, config: ExtendConfig) -> Build:

@@ -304,7 +304,7 @@ class TeacherCache:
         self._checked: set[str] = set()
         self._index: SampleIndex | None = None
         if INDEX in self.manifest.files:
-            self._index = self._steady(lambda _: self._open_index())
+            self._index = self.steady(lambda _: self._open_index())
 
     def _read_documents(self) -> None:
         try:
@@ -315,8 +315,12 @@ class TeacherCache:
             if identity(self.path) == self._opened:
                 raise
 
-    def _steady(self, read: Callable[[OpenShards], _T]) -> _T:
-        """Read files of the cache; again, where it lies now, if another one took its place meanwhile."""
+    def steady(self, read: Callable[[OpenShards], _T]) -> _T:
+        """Read files of the cache; again, where it lies now, if another one took its place meanwhile.
+
+        Args:
+            read: Given the cache's shards, whose ``path`` is the folder to read in.
+        """
         while True:
             shards = self._shards
             try:
@@ -340,7 +344,7 @@ class TeacherCache:
         return True
 
     def _sidecar(self, shard: int) -> ShardSidecar:
-        return self._steady(lambda shards: shards.sidecar(shard))
+        return self.steady(lambda shards: shards.sidecar(shard))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_index": None}  # a copy maps the index itself
@@ -468,7 +472,7 @@ class TeacherCache:
             opened, position = self._locate(shards, sample_id)
             return self._images.read(opened.reader, position, names, where=f"sample {sample_id!r} of {self.place}")
 
-        return self._steady(read)
+        return self.steady(read)
 
     def read_stored(self, sample_id: str) -> Record:
         """Return a record as stored: arrays another one of its image holds are empty. Raises as ``read``."""
@@ -477,7 +481,7 @@ class TeacherCache:
             opened, position = self._locate(shards, sample_id)
             return opened.reader.read(position)
 
-        return self._steady(read)
+        return self.steady(read)
 
     def check_side_files(self, names: Collection[str] | None = None) -> None:
         """Check the digests of files beside the shards, each once; call before something in them is used.
@@ -494,7 +498,7 @@ class TeacherCache:
             if name not in self._checked
             and (names is None or any(name == part or name.startswith(f"{part}/") for part in names))
         }
-        self._steady(lambda shards: check_digests(shards.path, wanted))
+        self.steady(lambda shards: check_digests(shards.path, wanted))
         self._checked |= wanted.keys()
 
     def check_shard_files(self) -> None:
@@ -503,7 +507,7 @@ class TeacherCache:
         A cache whose shards are fetched as they are needed is checked then.
         """
         if not self._fetches:
-            self._steady(lambda shards: shards.check_sizes())
+            self.steady(lambda shards: shards.check_sizes())
 
     def close(self) -> None:
         """Close all shards; they are opened again when needed."""
@@ -543,7 +547,7 @@ class TeacherCache:
     def _indexed(self) -> SampleIndex:
         index = self._index
         if index is None:  # two threads may both open it; no harm is done
-            index = self._index = self._steady(lambda _: self._open_index())
+            index = self._index = self.steady(lambda _: self._open_index())
         return index
 
     def _open_index(self) -> SampleIndex:

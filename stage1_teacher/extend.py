@@ -101,7 +101,7 @@ def _take_place(base: Path, new: Path) -> Path:
             f"{base}: its disk cannot exchange two folders in one step ({error.strerror}). The new cache is finished and lies "
             f"in {new}; when nobody reads the old one, run: mv {quoted(base)} {aside} && mv {quoted(new)} {quoted(base)}"
         ) from error
-    new.rename(before)
+    _rename(new, before)
     _each_version(base, BEFORE, lambda folder: None if folder == before else _discard(folder))
     return before
 
@@ -113,10 +113,16 @@ def _clean(base: Path) -> None:
         with contextlib.suppress(CacheFormatError):  # unfinished
             found = read_manifest(folder)
             if version_folder(base, EXTENDING, found) == folder:
-                folder.rename(version_folder(base, BEFORE, found))
+                _rename(folder, version_folder(base, BEFORE, found))
 
     _each_version(base, EXTENDING, name)
     clean_stale(base.parent, f"{base.name}{MARK}")
+
+
+def _rename(folder: Path, before: Path) -> None:
+    if before.exists():  # of somebody who took that version back
+        _discard(before)
+    folder.rename(before)
 
 
 def _discard(folder: Path) -> None:

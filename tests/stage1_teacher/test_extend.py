@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -223,8 +224,11 @@ def test_a_disk_that_cannot_exchange_folders_gets_words_and_loses_nothing(
     monkeypatch.setattr(extending, "exchange_folders", exchange)
     with pytest.raises(CacheMismatchError, match=r"other options was begun there:(?s:.*)signals.hidden"):
         more(cache, **data, signals=("visual_columns",))
+    (new,) = tmp_path.glob("cache.extending-*")
+    shutil.copytree(cache, str(new).replace("extending", "before"))  # as of somebody who took a version back
     found = more(cache, **data, signals=("hidden",))
     assert found.summary is not None
+    assert tree(cache) != before == tree(found.before)
     assert (found.summary.built, found.signals) == (0, ("hidden",))
 
 

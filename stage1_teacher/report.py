@@ -2,6 +2,7 @@
 
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from vlm_distill_cache.common.cache.counts import FailureCounts, picture_words, unknown_words
 from vlm_distill_cache.common.cache.manifest import Manifest, read_manifest
@@ -83,6 +84,27 @@ def extension_text(extension: Extension) -> str:
         f"The cache as it was is kept for those who read it, until it is extended again: {extension.before}\n"
         f"  when nobody does: rm -r {quoted(extension.before)}"
     )
+
+
+def extension_values(extension: Extension) -> dict[str, Any]:
+    """What became of a cache that was to be extended, for programs."""
+    values = {} if extension.summary is None else summary_values(extension.summary)
+    added = {"signals": extension.signals, "samples": extension.samples}
+    return {**values, "cache": extension.cache, "added": added, "before": extension.before}
+
+
+def summary_values(summary: BuildSummary) -> dict[str, Any]:
+    """What a build did and what its cache holds, for programs."""
+    manifest = summary.manifest
+    held = None if manifest is None else {"totals": manifest.totals, "fidelity": manifest.fidelity}
+    return {
+        "cache": summary.cache,
+        "sealed": manifest is not None,
+        "manifest": None if manifest is None else manifest.hash,
+        "built": {"shards": summary.built, "samples": summary.samples, "seconds": summary.seconds},
+        "missing": summary.missing,
+        **(held or {}),
+    }
 
 
 def _sample_lines(cache: Path, plan: Plan, manifest: Manifest) -> list[str]:

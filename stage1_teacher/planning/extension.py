@@ -42,6 +42,7 @@ _SHOWN: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "hidden_layers": lambda codec: tuple(codec["layers"]),
     "hidden_dtype": lambda codec: "f4" if codec["exact"] else "f2",
 }
+_AUTOMATIC = {"batch_size": 0, "threads": 0, "max_length": 0, "template": "auto", "dtype": "auto"}  # as in the cache
 _ANSWERS = AnswersCodec.signal  # an option, too
 _ANSWER_OPTIONS = ("max_new_tokens", "answer_temperature", "answer_top_p", "answer_seed")
 
@@ -71,6 +72,7 @@ def with_options_of(
     Raises:
         DistillError: If its plan says what no build has.
     """
+    given = {name for name in given if getattr(config, name, None) != _AUTOMATIC.get(name)}
     teacher, data, generated = plan.teacher, plan.data, plan.signals.get(_ANSWERS)
     totals = manifest.totals
     there: dict[str, Any] = {

@@ -14,6 +14,7 @@ from PIL import Image
 
 from vlm_distill_cache.common.cache.plan import read_plan, write_plan
 from vlm_distill_cache.common.cache.reader import TeacherCache
+from vlm_distill_cache.common.config import save_config
 from vlm_distill_cache.common.errors import CacheMismatchError, ConfigError, DistillError, SampleNotCachedError
 from vlm_distill_cache.common.files.atomic import hold_folder
 from vlm_distill_cache.common.opening import open_cache
@@ -257,7 +258,12 @@ def test_commands_on_one_cache_exclude_each_other_and_the_command_line_says_what
     added = CliRunner().invoke(main, [*command, "--signals", "hidden"]).output
     assert "Added: 2 samples; signals hidden" in added
     assert f"rm -r {cache}.before-" in added
-    assert "Nothing to add" in CliRunner().invoke(main, command).output
+    # The file of all options that a build leaves is one to extend with; words of other programs are options that are given.
+    save_config(settings(cache, **data, signals=("logits",), batch_size=0), tmp_path / "all.yaml")
+    replayed = ["extend", str(cache), "--config", str(tmp_path / "all.yaml")]
+    assert "Nothing to add" in CliRunner().invoke(main, replayed).output
+    refused = CliRunner().invoke(main, [*replayed, "--signals", "visual_columns", "--set", "precision=bfloat16"]).output
+    assert "teacher.dtype: the cache has 'float32', this run has 'bfloat16'" in refused
 
     served = replace(read_plan(cache), teacher={**read_plan(cache).teacher, "served": True})
     write_plan(tmp_path / "served", served)

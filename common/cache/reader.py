@@ -538,7 +538,10 @@ class TeacherCache:
             raise self._misplaced(f"sample {sample_id!r} is not among the failed ones of shard {place.shard}")
         raise SampleNotCachedError(
             f"{self.place}: sample {sample_id!r} failed when the cache was built: "
-            f"{brief(failed[place.position][1])}; skip it, or mend it and run `teacher-cache extend` on the cache with its options"
+            f"{brief(failed[place.position][1])}; skip it, or "
+            + with_more(
+                self.plan, "mend it and run `teacher-cache extend` on the cache, with the same data and teacher"
+            )
         )
 
     def _misplaced(self, what: str) -> CacheFormatError:

@@ -11,13 +11,14 @@ from typing import Any
 import click
 
 from vlm_distill_cache.common.cache.plan import STORE_NAMES, read_plan
-from vlm_distill_cache.common.config import canonical_values, load_options, read_yaml, save_replay
+from vlm_distill_cache.common.config import canonical_overrides, canonical_values, load_options, read_yaml, save_replay
 from vlm_distill_cache.common.recipes import Recipe, merge_options, recipe_summary, split_recipe
 from vlm_distill_cache.common.recipes.cache_fit import cache_differences, differences_text
 from vlm_distill_cache.common.terminal.command_line import (
     CONFIG,
     FOLDER,
     SETTINGS,
+    CacheFolder,
     CommandGroup,
     join_launch,
     quiet_libraries,
@@ -44,7 +45,7 @@ def main(ctx: click.Context) -> None:
     join_launch(ctx, several=("build",))
 
 
-_build_options = shared_options(
+_inputs = shared_options(
     CONFIG,
     click.option(
         "--data",
@@ -61,7 +62,8 @@ _build_options = shared_options(
         shell_complete=complete_folder,
         help="A folder or a name on the hub (org/name[@revision]); default: the built-in teacher of built-in data.",
     ),
-    click.option("--cache", shell_complete=complete_folder, help="Folder of the cache."),
+)
+_settings_options = shared_options(
     click.option("--store", type=click.Choice(STORE_NAMES), help="Shard format."),
     click.option(
         "--answers",
@@ -75,6 +77,9 @@ _build_options = shared_options(
     ),
     click.option("--limit", type=click.IntRange(min=1), help="Use only the first samples."),
     overrides(BuildConfig),
+)
+_build_options = shared_options(
+    _inputs, click.option("--cache", shell_complete=complete_folder, help="Folder of the cache."), _settings_options
 )
 
 
@@ -90,6 +95,15 @@ def _settings(options: dict[str, Any]) -> tuple[BuildConfig, Recipe | None]:
     if recipe is not None:
         values = merge_options(recipe.stage_one, values)
     return load_options(BuildConfig, values, [*settings, *given], where=where), recipe
+
+
+def _given(options: dict[str, Any]) -> set[str]:
+    """Names of the options that were given, whatever the words, before `_settings` takes them."""
+    recipe, values, settings = split_recipe(read_yaml(options["config"]), options["overrides"])
+    named = {text.partition("=")[0].strip() for text in canonical_overrides(BuildConfig, settings)}
+    named |= {name for name, value in options.items() if value is not None}
+    named |= canonical_values(BuildConfig, values, where="options").keys()
+    return (named | (recipe.stage_one.keys() if recipe else set())) & BuildConfig.__dataclass_fields__.keys()
 
 
 @main.command()
@@ -151,6 +165,39 @@ def build(*, nproc: int | None, part: str | None, overwrite: bool, **options: An
             proposed = recipe.name
     if summary.manifest is not None:
         tell(next_command(summary, settings, recipe=proposed))
+
+
+@main.command()
+@click.argument("cache", type=CacheFolder())
+@_inputs
+@_settings_options
+@click.option(
+    "--nproc",
+    type=click.IntRange(min=1, max=256),
+    help="Processes on this machine, each on a GPU of its own where there are several.",
+)
+@JSON
+def extend(*, cache: Path, nproc: int | None, **options: Any) -> None:
+    """Add signals, finer settings, new or formerly failed samples to a finished cache.
+
+    Takes the options of `build`: data and teacher as they were, and what is wanted beside what is there. Signals are added;
+    of other options, the cache's own stay where none are given. The teacher runs for what is missing alone, and the cache is
+    as it was until the new one is finished.
+    """
+    given = _given(options)
+    settings, _ = _settings(options)
+
+    from vlm_distill_cache.stage1_teacher.extend import extend as extend_cache
+    from vlm_distill_cache.stage1_teacher.planning.cache_folder import explain_disk_errors
+    from vlm_distill_cache.stage1_teacher.report import extension_text, extension_values, next_command
+
+    quiet_libraries()
+    with explain_disk_errors(cache), stopped_by_sigterm():
+        extension = extend_cache(replace(settings, cache=str(cache)), given=given, processes=nproc)
+    answer(**extension_values(extension))
+    say(extension_text(extension))
+    if extension.summary is not None and extension.before is not None:
+        tell(next_command(extension.summary, settings))
 
 
 @main.command()

@@ -59,11 +59,13 @@ class Extractor(ABC):
     """How stage one gets one signal out of a teacher.
 
     Attributes:
+        options: Fields of `BuildConfig` that its codec depends on.
         any_family: Whether it can be had of families that are not in the table.
         attention: Whether it needs the teacher's attention.
         causal: Whether visual tokens may only see what precedes them.
     """
 
+    options: tuple[str, ...] = ()
     any_family: ClassVar[bool] = False
     attention: ClassVar[bool] = False
     causal: ClassVar[bool] = False
@@ -110,6 +112,7 @@ class Extractor(ABC):
 class _Logits(Extractor):
     """The likely tokens of supervised rows: ``SparseLogits`` of all samples."""
 
+    options = ("logits", "temperatures")
     any_family = True
     kind: type[LogitCodec] = LogitCodec
 
@@ -156,6 +159,7 @@ class _VisualLogits(_Logits):
 class _Attention(Extractor):
     """A signal of attention: a tensor of each sample."""
 
+    options: tuple[str, ...] = ("attention_dtype", "groups", "layers")
     attention = True
 
     def check(self, live: tuple[Tensor, ...]) -> None:
@@ -165,6 +169,8 @@ class _Attention(Extractor):
 
 class _RowAttention(_Attention):
     """Where some rows look, pooled to a grid: cells ``[R, G, C]``; zero without an image."""
+
+    options = (*_Attention.options, "grid")
 
     def __init__(self, kind: type[RowAttentionCodec], rows: Positions) -> None:
         self._kind, self._rows = kind, rows
@@ -192,6 +198,7 @@ class _RowAttention(_Attention):
 class _VisualMap(_Attention):
     """Attention of visual tokens on visual tokens: ``[G, N, N]``."""
 
+    options = (*_Attention.options, "map_preset", "map_grid")
     causal = True
 
     def codec(self, config: BuildConfig, sizes: Sizes) -> Codec:
@@ -240,9 +247,11 @@ class _Hidden(Extractor):
 
     def __init__(self, kind: type[HiddenCodec], rows: Positions) -> None:
         self._kind, self._rows = kind, rows
+        self._chosen = kind is not ProjectorOutputCodec  # which has one layer
+        self.options = (*(("hidden_layers",) if self._chosen else ()), "hidden_dtype")
 
     def codec(self, config: BuildConfig, sizes: Sizes) -> Codec:
-        layers = {} if self._kind is ProjectorOutputCodec else {"layers": sizes.layers}  # of which it has one
+        layers = {"layers": sizes.layers} if self._chosen else {}
         return self._kind(width=sizes.width, exact=config.hidden_dtype == "f4", **layers)
 
     def request(self, batch: Batch, at: Finder, codec: Any, groups: Groups) -> Request | None:

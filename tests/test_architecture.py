@@ -22,7 +22,7 @@ ORDER = {  # inside a package, each level imports only what stands before it
     ),
     "data": ("sample", "images", "text", "sources shapes families", "builtin", "registry"),
     "stage1_teacher": (
-        "config teacher demo builtin", "loop", "planning", "quality", "extract", "estimate report", "imports", "cli",
+        "config teacher demo builtin", "loop", "planning", "quality", "extract live", "estimate report", "imports", "cli",
     ),
     "stage2_student": (
         "loss_weights pruned_folder final_folder presets", "config", "students batches", "losses resolve", "training",

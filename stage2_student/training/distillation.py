@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset, Sampler
 
-from vlm_distill_cache.common.attention.capture import AttentionCapture
+from vlm_distill_cache.common.attention.capture import AttentionCapture, checkpoint_recorded
 from vlm_distill_cache.common.cache.reader import TeacherCache
 from vlm_distill_cache.common.errors import ConfigError, DistillError, ModelError, SampleNotCachedError
 from vlm_distill_cache.data.families.table import family_of
@@ -138,7 +138,7 @@ class DistillationDataset(Dataset[TrainingSample]):
     def sampler(self, *, seed: int = 0, window: int = 8) -> "ShardSampler":
         """An order that shuffles shards, and samples inside each ``window`` of them, as `train()` reads: fast from disks."""
         return ShardSampler(
-            ShardShuffle(self._joined.shards, seed=seed, window=window, repeats=self._joined.repeats(seed))
+            ShardShuffle(shards=self._joined.shards, seed=seed, window=window, repeats=self._joined.repeats(seed))
         )
 
     def _place(self, which: int | str) -> int:
@@ -217,6 +217,10 @@ class DistillationLoss:
         student = LibraryStudent(base, family_of(base.config.model_type), through=run)
         if self._objective.groups and self._captured[0] is not base:
             self._captured = (base, AttentionCapture(student.language_model))
+        if student.family.is_listed:
+            for module in student.language_model.modules():
+                if getattr(module, "gradient_checkpointing", False):
+                    module._gradient_checkpointing_func = checkpoint_recorded  # the library's would record nothing
         with torch.autocast(device, enabled=False):
             return self._objective(student, self._captured[1], batch, share or Shares())
 

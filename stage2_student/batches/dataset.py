@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlm_distill_cache.common.attention.layers import GroupMatch, Groups
-from vlm_distill_cache.common.cache.plan import LONG_SAMPLES, built_with
+from vlm_distill_cache.common.cache.plan import LONG_SAMPLES, Plan, built_with
 from vlm_distill_cache.common.cache.reader import TeacherCache
 from vlm_distill_cache.common.cache.schema import BASE_FIELDS, Record
 from vlm_distill_cache.common.codecs.answers import AnswersCodec
@@ -273,6 +273,8 @@ class CachedDataset:
 
     def live(self, positions: Sequence[int], teacher: LiveTeacher) -> list[TrainingSample]:
         """Encode samples, the teacher's side being what a live teacher says of them now; reads no signal of the cache."""
+        if (plan := getattr(teacher, "plan", None)) is not None:
+            _refuse_other_teacher(plan, self._cache, self._codecs)
         made = []
         for position, record in zip(positions, teacher([self.sample(place) for place in positions]), strict=True):
             encoded, where = self._encoded(position), f"the live teacher on sample {self.sample_ids[position]!r}"
@@ -401,6 +403,22 @@ def answered_sample(cache: TeacherCache, sample: Sample) -> Sample:
     codec = AnswersCodec.from_dict(stored)
     record = cache.read(sample.sample_id, frozenset(entry.name for entry in codec.fields()))
     return with_answers(sample, codec.decode(record))
+
+
+def _refuse_other_teacher(plan: Plan, cache: TeacherCache, signals: Iterable[str]) -> None:
+    """Refuse a live teacher whose signals are laid out in another way than a cache's, or that reads another prompt."""
+    sides = [{"template": of.template, "groups": of.teacher.get("groups")} for of in (plan, cache.plan)]
+    for name in signals:
+        for side, of in zip(sides, (plan, cache.plan), strict=True):
+            stored = of.signals.get(name) or cache.plan.signals[name]  # one that is lacking is refused by its name
+            side |= {f"{name}.{key}": stored.get(key) for key in ("grid", "layers", "width", "temperatures")}
+    now, then = sides
+    for name, found in now.items():
+        if found != then[name]:
+            raise CacheMismatchError(
+                f"the live teacher has {name} {found}, that of {cache.place} {then[name]}; make it with the options that the "
+                "cache was built with (BuildConfig)"
+            )
 
 
 def check_join(record: Record, encoded: EncodedSample, *, where: str, compare_labels: bool = True) -> None:

@@ -135,6 +135,15 @@ class DistillationDataset(Dataset[TrainingSample]):
         """
         return self._joined.collate(self._joined.live([self._place(sample) for sample in samples], teacher))
 
+    def save_student(self, folder: str | Path, model: Any = None) -> None:
+        """Write a trained model, and the tokenizer and image processor that it reads with, where `from_pretrained` finds them.
+
+        Args:
+            model: Without wrappers; None: the data set's student.
+        """
+        for part in (self.student if model is None else model, self.tokenizer, self.image_processor):
+            part.save_pretrained(folder)
+
     def sampler(self, *, seed: int = 0, window: int = 8) -> "ShardSampler":
         """An order that shuffles shards, and samples inside each ``window`` of them, as `train()` reads: fast from disks."""
         return ShardSampler(

@@ -60,7 +60,7 @@ class DistillationTrainerMixin:
             )
         self.distillation = DistillationLoss(datasets[0])
         self._sums: dict[bool, dict[str, Any]] = {True: defaultdict(float), False: defaultdict(float)}
-        self._steps = 0
+        self._steps, self._image_processor = 0, datasets[0].image_processor
         self._sampler = datasets[0].sampler(seed=0 if args is None else args.data_seed or args.seed)
         if any(base.__module__.startswith("trl.") for base in type(self).__mro__):
             rows = {id(dataset): _rows(number, len(dataset)) for number, dataset in enumerate(datasets)}
@@ -127,6 +127,10 @@ class DistillationTrainerMixin:
                 weights = self.distillation.weights
                 logs[key] = sum(weight * terms.get(name, 0.0) for name, weight in weights.items())
         super().log(logs, *args, **options)  # type: ignore[misc]
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)  # type: ignore[misc]
+        self._image_processor.save_pretrained(output_dir or self.args.output_dir)  # type: ignore[attr-defined]
 
     def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
         """As the trainer counts them, from the tokens of a batch."""

@@ -172,6 +172,13 @@ def model_parts(model: Any, processor: Any) -> StudentParts:
         except (ConfigError, ModelError) as error:
             raise type(error)(str(error).replace(str(folder), where)) from error
     student = LibraryStudent(model, settings.family)
+    added = settings.tokenizer.get_added_vocab()
+    told = getattr(processor, "image_token_id", None) or added.get("<image>")
+    if told is not None and student.image_token_id not in (told, *added.values()):
+        raise ModelError(
+            f"{where}: its configuration has image token {student.image_token_id}, its processor {told}: they are of two "
+            "checkpoints; take both from one"
+        )
     opened = OpenedStudent(
         model=student,
         tokenizer=settings.tokenizer,

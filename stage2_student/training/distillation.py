@@ -43,6 +43,7 @@ class DistillationDataset(Dataset[TrainingSample]):
         tokenizer: The student's.
         image_processor: The student's.
         losses: The weights; only signals that one of them reads are decoded.
+        cache: As it was given.
         sample_ids: In the cache's order.
     """
 
@@ -74,6 +75,7 @@ class DistillationDataset(Dataset[TrainingSample]):
             DistillError: With the remedy, if they do not fit each other.
         """
         self.losses = LossWeights(lm=1.0, logits=1.0) if losses is None else losses
+        self.cache = cache
         is_model = isinstance(student, nn.Module)
         if is_model != (processor is not None):
             raise ConfigError(

@@ -12,7 +12,13 @@ from vlm_distill_cache.data.sample import Sample
 from vlm_distill_cache.data.text.collate import collate, joinable
 from vlm_distill_cache.stage1_teacher.config import BuildConfig
 from vlm_distill_cache.stage1_teacher.loop.forward import one_checkpoint
-from vlm_distill_cache.stage1_teacher.loop.signals import EXTRACTORS, check_finite, encode_records, reduce_output, to_cpu
+from vlm_distill_cache.stage1_teacher.loop.signals import (
+    EXTRACTORS,
+    check_finite,
+    encode_records,
+    reduce_output,
+    to_cpu,
+)
 from vlm_distill_cache.stage1_teacher.planning.open import open_build
 
 

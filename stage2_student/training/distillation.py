@@ -29,6 +29,8 @@ from vlm_distill_cache.stage2_student.students.library import LibraryStudent
 from vlm_distill_cache.stage2_student.students.parts import model_parts
 from vlm_distill_cache.stage2_student.training.preparation import prepare
 
+_OPTIONS = ("template", "max_length", "limit", "data_share", "memory_gib", "verify", "shuffle_teacher_images")
+_STUDENT_OPTIONS = ("student_weights", "vision_tower", "language_model", "projector", "pool_teacher_tokens", "seed")
 _SHARDED = ("FullyShardedDataParallel", "FSDP", "DeepSpeedEngine", "DataParallel")
 
 
@@ -68,8 +70,10 @@ class DistillationDataset(Dataset[TrainingSample]):
             processor: Of a model: what `AutoProcessor.from_pretrained` gives, or tokenizer and image processor.
             data: What the cache was built from, as for stage one; None: the built-in data set that it names.
             images: Folder that relative image paths start from.
-            options: Of `TrainConfig`: ``template``, ``max_length``, ``limit``, ``projector``, ``vision_tower``, ... Samples
-                are kept in memory only if ``memory_gib`` says so; each worker process keeps its own.
+            options: Of `TrainConfig`: ``template``, ``max_length``, ``limit``, ``data_share``, ``memory_gib`` (0 unless given;
+                each worker process keeps its own), ``verify`` and ``shuffle_teacher_images``; of a student that is not
+                given as a model, ``student_weights``, ``vision_tower``, ``language_model``, ``projector``,
+                ``pool_teacher_tokens`` and ``seed``, too.
 
         Raises:
             DistillError: With the remedy, if they do not fit each other.
@@ -82,16 +86,15 @@ class DistillationDataset(Dataset[TrainingSample]):
                 f"student is {type(student).__name__}, processor {type(processor).__name__}: a model needs the processor "
                 "that it reads with (processor=AutoProcessor.from_pretrained(...)); a folder or a name brings its own"
             )
+        known = _OPTIONS if is_model else (*_OPTIONS, *_STUDENT_OPTIONS)
+        if unknown := [name for name in options if name not in known]:
+            of = " of a model that is given" if is_model else ""
+            raise ConfigError(f"DistillationDataset has no option {unknown[0]}{of}; options are {', '.join(known)}")
         phase = PhaseConfig(steps=1, losses=self.losses)
         place = cache.place if isinstance(cache, TeacherCache) else str(cache)
         named = {"student": "given" if is_model else str(student), "data": data, "images": images, "cache": place}
         with _python_words():
-            try:
-                config = TrainConfig(
-                    **{"memory_gib": 0.0, **named, **options, "output": "unused", "phases": ("dft",), "dft": phase}
-                )
-            except TypeError as error:
-                raise ConfigError(f"DistillationDataset: {error}; options are those of TrainConfig") from error
+            config = TrainConfig(**{"memory_gib": 0.0, **named, **options}, output="unused", phases=("dft",), dft=phase)
             parts = model_parts(student, processor) if is_model else None
             prepared = prepare(config if is_model else with_folders(config), parts=parts)
         model: Any = prepared.student

@@ -17,7 +17,9 @@ BATCH, SHARE = "distillation", "share"
 
 
 class DistillationTrainerMixin:
-    """Stands before a trainer among the bases of a class, and gives it loss, collator, shuffle and log::
+    """Stands before a trainer among the bases of a class, and gives it loss, collator, shuffle and log.
+
+    As here::
 
         class DistillationTrainer(vdc.DistillationTrainerMixin, transformers.Trainer):
             pass
@@ -73,7 +75,8 @@ class DistillationTrainerMixin:
             args.remove_unused_columns = False
         others.setdefault("data_collator", _Collator(datasets))
         others.setdefault("processing_class", datasets[0].tokenizer)
-        super().__init__(
+        trainer: Any = super()
+        trainer.__init__(
             model=datasets[0].student if model is None else model,
             args=args,
             train_dataset=train_dataset,
@@ -102,7 +105,7 @@ class DistillationTrainerMixin:
         losses = self.distillation(model, batch, share)
         training = share is not None
         counts = dict(zip(("lm", *TERMS), units_of(batch), strict=True))
-        for name, value in (losses.terms | losses.measures if training else losses.terms).items():
+        for name, value in ({**losses.terms, **losses.measures} if training else losses.terms).items():
             # Shares add up to a step's means; of an evaluation each is weighted by what it is a mean over.
             sums, count = self._sums[training], 1 if training else counts[name]
             sums[name] = sums[name] + value.detach().float() * count

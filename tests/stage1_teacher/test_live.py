@@ -55,7 +55,12 @@ def test_live_signals_are_of_the_types_of_cached_ones_and_near_them(build_cache,
     )
     teacher = vdc.LiveTeacher(
         vdc.BuildConfig(
-            teacher=tiny_llava, template="short", limit=10, cache=tmp_path / "cache", signals=signals, hidden_layers=(0, 2, -1)
+            teacher=tiny_llava,
+            template="short",
+            limit=10,
+            cache=tmp_path / "cache",
+            signals=signals,
+            hidden_layers=(0, 2, -1),
         )
     )
     live = dataset.live_batch(dataset.sample_ids[:6], teacher)

@@ -84,7 +84,7 @@ def test_a_step_of_unequal_micro_batches_is_the_step_of_one_big_batch_and_the_lo
 def test_a_wrong_data_set_is_refused(dataset, tiny_cache, student, tmp_path):
     arguments = transformers.TrainingArguments(**options(tmp_path / "run"))
     for wrong in ({"train_dataset": [1, 2]}, {"train_dataset": dataset, "eval_dataset": [1]}, {}):
-        with pytest.raises(vdc.ConfigError, match="expected vlm_distill_cache.DistillationDataset"):
+        with pytest.raises(vdc.ConfigError, match=r"expected vlm_distill_cache\.DistillationDataset"):
             Trainer(args=arguments, **wrong)
     other = vdc.DistillationDataset(tiny_cache[0], student, vdc.LossWeights(logits=2.0), data=DATA)
     with pytest.raises(vdc.ConfigError, match="have other losses"):
@@ -103,7 +103,9 @@ def test_trl_takes_the_same_step_in_adapters(dataset, tmp_path):
     with torch.no_grad():
         expected = named(vdc.DistillationLoss(dataset)(dataset.student, dataset.collate([dataset[p] for p in order])))
     arguments = trl.SFTConfig(
-        **options(tmp_path / "run", per_device_train_batch_size=2, gradient_accumulation_steps=3, max_steps=2, bf16=False),
+        **options(
+            tmp_path / "run", per_device_train_batch_size=2, gradient_accumulation_steps=3, max_steps=2, bf16=False
+        ),
         dataset_kwargs={"skip_prepare_dataset": True},
     )
     adapters = LoraConfig(r=2, target_modules=["q_proj", "down_proj"])
@@ -111,6 +113,8 @@ def test_trl_takes_the_same_step_in_adapters(dataset, tmp_path):
     trainer.train()
     for name, value in expected.items():
         assert trainer.state.log_history[0]["loss" if name == "total" else name] == pytest.approx(value, rel=1e-4), name
-    changed = [name for name, value in trainer.model.named_parameters() if value.requires_grad and value.abs().sum() > 0]
+    changed = [
+        name for name, value in trainer.model.named_parameters() if value.requires_grad and value.abs().sum() > 0
+    ]
     assert any("lora_B" in name for name in changed)
     assert trainer.evaluate()["eval_logits"] > 0

@@ -10,7 +10,7 @@ import vlm_distill_cache as vdc
 from vlm_distill_cache.data.families.models import open_family_model
 
 WEIGHTS = {"logits": 1.0, "answer_attention": 1.0, "visual_columns": 1.0}
-SHOWN = ("qwen2_5_vl", "smolvlm", "gemma3", "paligemma")  # positions, tiles and masks of their own
+SHOWN = ("qwen2_5_vl", "smolvlm", "paligemma")  # positions, tiles and masks of their own
 
 
 def tensors_of(value):

@@ -7,6 +7,7 @@ Dims: B batch, T sequence, A supervised rows.
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch.utils.data import Dataset, Sampler
 
 from vlm_distill_cache.common.attention.capture import AttentionCapture, checkpoint_recorded
 from vlm_distill_cache.common.cache.reader import TeacherCache
-from vlm_distill_cache.common.errors import ConfigError, DistillError, ModelError, SampleNotCachedError
+from vlm_distill_cache.common.errors import ConfigError, DataError, DistillError, ModelError, SampleNotCachedError
 from vlm_distill_cache.data.families.table import family_of
 from vlm_distill_cache.stage2_student.batches.batch import TrainingBatch, TrainingSample
 from vlm_distill_cache.stage2_student.batches.dataset import LiveTeacher
@@ -31,7 +32,16 @@ from vlm_distill_cache.stage2_student.training.preparation import prepare
 
 _OPTIONS = ("template", "max_length", "limit", "data_share", "memory_gib", "verify", "shuffle_teacher_images")
 _STUDENT_OPTIONS = ("student_weights", "vision_tower", "language_model", "projector", "pool_teacher_tokens", "seed")
-_SHARDED = ("FullyShardedDataParallel", "FSDP", "DeepSpeedEngine", "DataParallel")
+_WHOLE = (
+    "no process holds it as a whole, as these losses need; start one process per device (`accelerate launch`) with DDP, and "
+    "train adapters (peft) or use activation checkpointing if memory is short"
+)
+_UNUSABLE = {
+    "FullyShardedDataParallel": _WHOLE,
+    "DeepSpeedEngine": _WHOLE,
+    "DataParallel": _WHOLE,
+    "OptimizedModule": "what is recorded of a forward pass is lost in compiled code; give the model without torch.compile",
+}
 
 
 class DistillationDataset(Dataset[TrainingSample]):
@@ -102,7 +112,6 @@ class DistillationDataset(Dataset[TrainingSample]):
         self.tokenizer, self.image_processor = prepared.tokenizer, prepared.image_processor
         self.objective = prepared.phases[0].objective
         self._joined = prepared.phases[0].dataset
-        self._places = {sample_id: place for place, sample_id in enumerate(self._joined.sample_ids)}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "student": None}  # worker processes need no model
@@ -155,14 +164,26 @@ class DistillationDataset(Dataset[TrainingSample]):
             ShardShuffle(shards=self._joined.shards, seed=seed, window=window, repeats=self._joined.repeats(seed))
         )
 
+    @cached_property
+    def _places(self) -> dict[str, list[int]]:
+        found: dict[str, list[int]] = {}
+        for place, sample_id in enumerate(self._joined.sample_ids):
+            found.setdefault(sample_id, []).append(place)
+        return found
+
     def _place(self, which: int | str) -> int:
         if isinstance(which, str):
-            if which not in self._places:
+            places = self._places.get(which, [])
+            if len(places) > 1:
+                raise DataError(
+                    f"{len(places)} samples of the mixture have the id {which!r}, at the positions {places[:5]}; give a position"
+                )
+            if not places:
                 raise SampleNotCachedError(
                     f"no sample {which!r} among the {len(self)} that cache and data share; the first is "
                     f"{self.sample_ids[0]!r}. Stage one may have failed on it: `cachectl inspect` lists such samples"
                 )
-            return self._places[which]
+            return places[0]
         if not -len(self) <= which < len(self):
             raise IndexError(f"no sample {which}; there are {len(self)}")
         return int(which) % len(self)
@@ -189,10 +210,10 @@ class ShardSampler(Sampler[int]):
 class DistillationLoss:
     """The losses of a `DistillationDataset` as one function of a model and a batch.
 
-    The model is the data set's student or any of its kind, and may be wrapped: by DDP, accelerate, peft, `torch.compile`'s
-    object. It runs once, in the autocast that the caller is in; losses are computed in float32. Attention and hidden states
-    are recorded by the way, and the logits of supervised rows become losses chunk by chunk where the output projection is a
-    plain linear layer. The language model's attention runs on SDPA from the first call on, if a loss compares attention.
+    The model is the data set's student or any of its kind, and may be wrapped by DDP, accelerate or peft. It runs once, in the
+    autocast that the caller is in; losses are computed in float32. Attention and hidden states are recorded by the way, and the
+    logits of supervised rows become losses chunk by chunk where the output projection is a plain linear layer. If a loss
+    compares attention, the language model's attention runs on SDPA from the first call on.
 
     Attributes:
         weights: Of each term, those above 0.
@@ -261,15 +282,11 @@ class DistillationLoss:
         """The model inside all wrappers."""
         base = model
         while True:
-            if type(base).__name__ in _SHARDED:
-                raise ModelError(
-                    f"the model is wrapped by {type(base).__name__}, in which one process does not hold it as a whole, as these "
-                    "losses need; start one process per device (`accelerate launch`) with DDP, and train adapters (peft) "
-                    "or use gradient checkpointing if memory is short"
-                )
+            if why := _UNUSABLE.get(type(base).__name__):
+                raise ModelError(f"the model is wrapped by {type(base).__name__}: {why}")
             if hasattr(base, "get_base_model"):
                 base = base.get_base_model()
-            elif (inner := getattr(base, "module", getattr(base, "_orig_mod", None))) is not None:
+            elif (inner := getattr(base, "module", None)) is not None:
                 base = inner
             else:
                 break

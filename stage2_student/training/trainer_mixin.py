@@ -28,8 +28,9 @@ class DistillationTrainerMixin:
 
     Data sets are each a `DistillationDataset`; the model is the training set's student unless one is given, such as that
     student in a peft wrapper. Gradient accumulation and processes do not change the gradient of a step. Each term is logged
-    under its own name, as ``eval_`` and its name in an evaluation, where all are means over the whole data set. For trainers
-    of TRL, which take their own data sets only, data sets are handed over as rows of positions.
+    under its own name, as ``eval_`` and its name in an evaluation, where all are means over the whole data set (of several
+    processes with the samples that accelerate fills last batches up with). For trainers of TRL, which take their own data sets
+    only, data sets are handed over as rows of positions.
     """
 
     loss_is_scaled_for_ga = True

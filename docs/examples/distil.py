@@ -78,7 +78,7 @@ for name in before:
 # %% [markdown]
 # ## Keep it
 #
-# Model, tokenizer and image processor go where `from_pretrained` finds them.
+# Model and processor go where `from_pretrained` finds them, with or without this project.
 
 # %%
 dataset.save_student(folder / "student")

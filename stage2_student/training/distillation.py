@@ -5,7 +5,7 @@ What `train()` checks before its first step is checked here when the data set is
 Dims: B batch, T sequence, A supervised rows.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -18,11 +18,13 @@ from torch.utils.data import Dataset, Sampler
 from vlm_distill_cache.common.attention.capture import AttentionCapture, checkpoint_recorded
 from vlm_distill_cache.common.cache.reader import TeacherCache
 from vlm_distill_cache.common.errors import ConfigError, DataError, DistillError, ModelError, SampleNotCachedError
+from vlm_distill_cache.common.models.vision_language import VisionLanguageModel
 from vlm_distill_cache.data.families.table import family_of
 from vlm_distill_cache.stage2_student.batches.batch import TrainingBatch, TrainingSample
 from vlm_distill_cache.stage2_student.batches.dataset import LiveTeacher
 from vlm_distill_cache.stage2_student.batches.sampler import ShardShuffle
 from vlm_distill_cache.stage2_student.config import PhaseConfig, TrainConfig
+from vlm_distill_cache.stage2_student.exports.folder import save_student_folder
 from vlm_distill_cache.stage2_student.loss_weights import LossWeights
 from vlm_distill_cache.stage2_student.losses.objective import Losses, Shares, step_shares, units_of
 from vlm_distill_cache.stage2_student.resolve import with_folders
@@ -108,10 +110,10 @@ class DistillationDataset(Dataset[TrainingSample]):
             parts = model_parts(student, processor) if is_model else None
             prepared = prepare(config if is_model else with_folders(config), parts=parts)
         model: Any = prepared.student
+        self._joined, self._encoder, self._source = prepared.phases[0].dataset, prepared.encoder, prepared.source
         self.student: Any = model.model if isinstance(model, LibraryStudent) else model
         self.tokenizer, self.image_processor = prepared.tokenizer, prepared.image_processor
         self.objective = prepared.phases[0].objective
-        self._joined = prepared.phases[0].dataset
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "student": None}  # worker processes need no model
@@ -150,13 +152,21 @@ class DistillationDataset(Dataset[TrainingSample]):
         return self._joined.collate(self._joined.live([self._place(sample) for sample in samples], teacher))
 
     def save_student(self, folder: str | Path, model: Any = None) -> None:
-        """Write a trained model, and the tokenizer and image processor that it reads with, where `from_pretrained` finds them.
+        """Write a trained model, and all that it reads with, where the model library finds them without this project, too.
 
         Args:
+            folder: Made if it is not there.
             model: Without wrappers; None: the data set's student.
         """
-        for part in (self.student if model is None else model, self.tokenizer, self.image_processor):
-            part.save_pretrained(folder)
+        target, inner = Path(folder), self.student if model is None else model
+        target.mkdir(parents=True, exist_ok=True)
+        save_student_folder(
+            target,
+            model=inner if isinstance(inner, VisionLanguageModel) else _as_student(inner),
+            encoder=self._encoder,
+            image_processor=self.image_processor,
+            source=self._source,
+        )
 
     def sampler(self, *, seed: int = 0, window: int = 8) -> "ShardSampler":
         """An order that shuffles shards, and samples inside each ``window`` of them, as `train()` reads: fast from disks."""
@@ -249,7 +259,7 @@ class DistillationLoss:
             with autocast:
                 return model(**inputs)
 
-        student = LibraryStudent(base, family_of(base.config.model_type), through=run)
+        student = _as_student(base, through=run)
         if self._objective.groups and self._captured[0] is not base:
             self._captured = (base, AttentionCapture(student.language_model))
         if student.family.is_listed:
@@ -299,6 +309,10 @@ class DistillationLoss:
                 f"{(self._kind, self._vocabulary)}. Make another DistillationDataset with this model as the student"
             )
         return base
+
+
+def _as_student(model: Any, *, through: Callable[..., Any] | None = None) -> LibraryStudent:
+    return LibraryStudent(model, family_of(str(model.config.model_type)), through=through)
 
 
 @contextmanager

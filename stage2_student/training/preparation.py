@@ -274,6 +274,7 @@ def prepare(
     first = caches[str(config.phase(config.phases[0]).cache)]
     for cache in caches.values():
         cache.check_side_files()  # projector, vision tower and processor are read next
+    source = None if parts else student_folder(config.student, config.student_weights)
     parts = parts or open_parts(config, first)
     for cache in caches.values():
         cache.check_shard_files()
@@ -304,7 +305,7 @@ def prepare(
         phases=tuple(_with_tower(phase, student) for phase in phases),
         fingerprint=fingerprint(describe(config, hashes)),
         cache_hashes=hashes,
-        source=student_folder(config.student, config.student_weights),
+        source=source,
     )
 
 

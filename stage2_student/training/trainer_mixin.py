@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -63,7 +64,7 @@ class DistillationTrainerMixin:
             )
         self.distillation = DistillationLoss(datasets[0])
         self._sums: dict[bool, dict[str, Any]] = {True: defaultdict(float), False: defaultdict(float)}
-        self._steps, self._image_processor = 0, datasets[0].image_processor
+        self._steps, self._data = 0, datasets[0]
         self._sampler = datasets[0].sampler(seed=0 if args is None else args.data_seed or args.seed)
         if any(base.__module__.startswith("trl.") for base in type(self).__mro__):
             rows = {id(dataset): _rows(number, len(dataset)) for number, dataset in enumerate(datasets)}
@@ -133,8 +134,14 @@ class DistillationTrainerMixin:
         super().log(logs, *args, **options)  # type: ignore[misc]
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        super()._save(output_dir, state_dict)  # type: ignore[misc]
-        self._image_processor.save_pretrained(output_dir or self.args.output_dir)  # type: ignore[attr-defined]
+        """As the trainer; a model without adapters with all that it reads with."""
+        trainer: Any = self
+        folder, model = Path(output_dir or trainer.args.output_dir), trainer.accelerator.unwrap_model(trainer.model)
+        if hasattr(model, "get_base_model"):
+            super()._save(output_dir, state_dict)  # type: ignore[misc]
+        else:
+            self._data.save_student(folder, model)
+            torch.save(trainer.args, folder / "training_args.bin")
 
     def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
         """As the trainer counts them, from the tokens of a batch."""

@@ -11,14 +11,16 @@ from torch import nn
 from vlm_distill_cache.common.cache.reader import TeacherCache
 from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, ModelError
 from vlm_distill_cache.common.files.rules import AGAIN, shown
+from vlm_distill_cache.common.hub import model_folder
 from vlm_distill_cache.common.models.parts import describe_lost_tokenizer, has_tokenizer
 from vlm_distill_cache.common.models.projectors import TeacherAdapter
 from vlm_distill_cache.common.models.published import is_own, is_published
 from vlm_distill_cache.common.models.vision_language import VisionLanguageModel
 from vlm_distill_cache.data.families.models import open_family_settings
-from vlm_distill_cache.data.families.table import FAMILIES
+from vlm_distill_cache.data.families.table import FAMILIES, family_of
 from vlm_distill_cache.data.images.encoder import AnyImageEncoder, ImageEncoder
 from vlm_distill_cache.data.images.layouts import image_encoder_from_dict
+from vlm_distill_cache.data.images.library import load_processor
 from vlm_distill_cache.data.text.processors import load_image_processor, load_tokenizer
 from vlm_distill_cache.data.text.templates import PromptTemplate, get_template
 from vlm_distill_cache.stage2_student.config import TrainConfig
@@ -151,12 +153,17 @@ def model_parts(model: Any, processor: Any) -> StudentParts:
 
     Args:
         model: Of the model library, or of ours, without wrappers; it is neither changed nor copied.
-        processor: What it reads with: the library's processor, or tokenizer and image processor.
+        processor: What it reads with: a checkpoint's folder or name on the hub, the library's processor, or tokenizer and
+            image processor.
 
     Raises:
         ModelError: If the two do not fit each other, or cannot be used.
     """
     where = f"student {type(model).__name__}"
+    if isinstance(processor, str | Path):
+        source = model_folder(str(processor), what="processor").path
+        listed = family_of(str(model.config.model_type)).is_listed
+        processor = (load_tokenizer(source), load_image_processor(source)) if listed else load_processor(source)
     with TemporaryDirectory() as made:
         folder = Path(made)
         model.config.save_pretrained(folder)
@@ -166,8 +173,8 @@ def model_parts(model: Any, processor: Any) -> StudentParts:
             settings = open_family_settings(folder)
         except AttributeError as error:
             raise ModelError(
-                f"{where}: its processor is {type(processor).__name__}, expected the library's processor "
-                "(AutoProcessor.from_pretrained), or tokenizer and image processor as a tuple"
+                f"{where}: its processor is {type(processor).__name__}, expected its checkpoint's folder or name on the hub, "
+                "the library's processor (AutoProcessor.from_pretrained), or tokenizer and image processor as a tuple"
             ) from error
         except (ConfigError, ModelError) as error:
             raise type(error)(str(error).replace(str(folder), where)) from error

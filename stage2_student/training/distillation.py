@@ -79,7 +79,8 @@ class DistillationDataset(Dataset[TrainingSample]):
             student: A folder, a name on the hub or one of ours, or a model of the model library with its ``processor``.
                 If peft or other wrappers are to be around a model, give the model that is inside.
             losses: None: the cross-entropy and the divergence from the cached logits.
-            processor: Of a model: what `AutoProcessor.from_pretrained` gives, or tokenizer and image processor.
+            processor: Of a model: its checkpoint's folder or name on the hub, what `AutoProcessor.from_pretrained` gives, or
+                tokenizer and image processor.
             data: What the cache was built from, as for stage one; None: the built-in data set that it names.
             images: Folder that relative image paths start from.
             options: Of `TrainConfig`: ``template``, ``max_length``, ``limit``, ``data_share``, ``memory_gib`` (0 unless given;
@@ -96,7 +97,7 @@ class DistillationDataset(Dataset[TrainingSample]):
         if is_model != (processor is not None):
             raise ConfigError(
                 f"student is {type(student).__name__}, processor {type(processor).__name__}: a model needs the processor "
-                "that it reads with (processor=AutoProcessor.from_pretrained(...)); a folder or a name brings its own"
+                "that it reads with (processor=DIR of its checkpoint, for one); a folder or a name brings its own"
             )
         known = _OPTIONS if is_model else (*_OPTIONS, *_STUDENT_OPTIONS)
         if unknown := [name for name in options if name not in known]:

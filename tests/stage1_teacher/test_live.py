@@ -4,7 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from family_caches import build
 from tiny_families import TINY
+from transformers import AutoModelForImageTextToText
 
 import vlm_distill_cache as vdc
 from vlm_distill_cache.data.families.models import open_family_model
@@ -45,6 +47,20 @@ def test_a_model_that_is_given_meets_itself_cached_and_live(name, family_cache, 
         assert abs(cached.terms[term].item()) < 3e-3, term
         assert abs(live.terms[term].item()) < 1e-5, term
     live.total.backward()  # through what was made without gradients
+
+
+def test_of_a_family_that_is_not_listed_logits_are_learnt(unlisted_teacher, family_data, tmp_path):
+    cache = build(unlisted_teacher, family_data, tmp_path / "cache", signals=("logits",), fidelity_samples=0)
+    model = AutoModelForImageTextToText.from_pretrained(unlisted_teacher)
+    dataset = vdc.DistillationDataset(
+        cache, model, vdc.LossWeights(logits=1.0), data=family_data, processor=unlisted_teacher
+    )
+    config = vdc.BuildConfig(teacher=unlisted_teacher, data=family_data, cache=cache.path, signals=("logits",))
+    live = dataset.live_batch(range(len(dataset)), vdc.LiveTeacher(config))
+    for batch in (live, dataset.collate([dataset[place] for place in range(len(dataset))])):
+        losses = vdc.DistillationLoss(dataset)(model, batch)
+        assert abs(losses.terms["logits"].item()) < 1e-4
+        losses.total.backward()
 
 
 def test_live_signals_are_of_the_types_of_cached_ones_and_near_them(build_cache, tiny_llava, tmp_path):

@@ -10,7 +10,7 @@ from tiny_cache import make_teacher
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from train_runs import make_config
-from transformers import LlavaForConditionalGeneration
+from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 import vlm_distill_cache as vdc
 from vlm_distill_cache.data import builtin
@@ -79,9 +79,16 @@ def test_loss_and_gradient_are_those_of_a_run(student, tiny_cache, folder, tmp_p
     assert_same(gradients(dataset.student, found.total), ours, atol=1e-7, rtol=1e-5)
 
 
-def test_a_model_that_the_caller_has_loaded_is_used_as_it_is(dataset, tiny_cache, folder):
+@pytest.mark.parametrize("given_as", ["folder", "parts", "processor"])
+def test_a_model_that_the_caller_has_loaded_is_used_as_it_is(given_as, dataset, tiny_cache, folder):
     model = LlavaForConditionalGeneration.from_pretrained(folder)
-    given = make(tiny_cache[0], model, processor=(dataset.tokenizer, dataset.image_processor))
+    whole = {"patch_size": 12, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    processors = {
+        "folder": folder,
+        "parts": (dataset.tokenizer, dataset.image_processor),
+        "processor": LlavaProcessor(dataset.image_processor, dataset.tokenizer, **whole),
+    }
+    given = make(tiny_cache[0], model, processor=processors[given_as])
     assert given.student is model
     assert all(parameter.requires_grad for parameter in model.parameters())  # what is trained is the caller's choice
     (batch,), (expected) = batches_of(given, 5), batches_of(dataset, 5)
@@ -196,7 +203,7 @@ def test_what_does_not_fit_is_refused_in_words(dataset, tiny_cache, folder, tmp_
     refused = [
         ({"student": model}, "a model needs the processor"),
         ({"student": folder, "processor": processor}, "a folder or a name brings its own"),
-        ({"student": model, "processor": "llava"}, "expected the library's processor"),
+        ({"student": model, "processor": 7}, "expected its checkpoint's folder"),
         ({"student": other, "processor": processor}, "configuration has image token 26., its processor .*of two checkpoints"),
         ({"student": tmp_path / "llava"}, r"(?s)tokenizer of student .*llava: fingerprint .* cannot be distilled"),
         ({"student": folder, "losses": vdc.LossWeights(hidden=1.0)}, r"does not hold: hidden.*losses=LossWeights\(NAME=VALUE\)"),

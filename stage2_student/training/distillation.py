@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import Dataset, Sampler
+from transformers import PreTrainedModel
 
 from vlm_distill_cache.common.attention.capture import AttentionCapture, checkpoint_recorded
 from vlm_distill_cache.common.cache.reader import TeacherCache
@@ -77,7 +78,6 @@ class DistillationDataset(Dataset[TrainingSample]):
         Args:
             cache: A folder or address, or an open cache.
             student: A folder, a name on the hub or one of ours, or a model of the model library with its ``processor``.
-                If peft or other wrappers are to be around a model, give the model that is inside.
             losses: None: the cross-entropy and the divergence from the cached logits.
             processor: Of a model: its checkpoint's folder or name on the hub, what `AutoProcessor.from_pretrained` gives, or
                 tokenizer and image processor.
@@ -93,6 +93,10 @@ class DistillationDataset(Dataset[TrainingSample]):
         """
         self.losses = LossWeights(lm=1.0, logits=1.0) if losses is None else losses
         self.cache = cache
+        if not isinstance(self.losses, LossWeights):
+            raise ConfigError(
+                f"losses is {type(losses).__name__}; expected LossWeights, as LossWeights(lm=1.0, logits=1.0)"
+            )
         is_model = isinstance(student, nn.Module)
         if is_model != (processor is not None):
             raise ConfigError(
@@ -108,7 +112,7 @@ class DistillationDataset(Dataset[TrainingSample]):
         named = {"student": "given" if is_model else str(student), "data": data, "images": images, "cache": place}
         with _python_words():
             config = TrainConfig(**{"memory_gib": 0.0, **named, **options}, output="unused", phases=("dft",), dft=phase)
-            parts = model_parts(student, processor) if is_model else None
+            parts = model_parts(unwrapped(student), processor) if is_model else None
             prepared = prepare(config if is_model else with_folders(config), parts=parts)
         model: Any = prepared.student
         self._joined, self._encoder, self._source = prepared.phases[0].dataset, prepared.encoder, prepared.source
@@ -290,26 +294,31 @@ class DistillationLoss:
         return [share.times(scale) for share in step_shares(list(batches), units.tolist())]
 
     def _base(self, model: Any) -> Any:
-        """The model inside all wrappers."""
-        base = model
-        while True:
-            if why := _UNUSABLE.get(type(base).__name__):
-                raise ModelError(f"the model is wrapped by {type(base).__name__}: {why}")
-            if hasattr(base, "get_base_model"):
-                base = base.get_base_model()
-            elif (inner := getattr(base, "module", None)) is not None:
-                base = inner
-            else:
-                break
-        base = base.model if isinstance(base, LibraryStudent) else base
-        config = getattr(base, "config", None)
-        found = (getattr(config, "model_type", None), config and config.get_text_config().vocab_size)
+        base = unwrapped(model)
+        found = (base.config.model_type, base.config.get_text_config().vocab_size)
         if found != (self._kind, self._vocabulary):
             raise ModelError(
                 f"the model is a {type(base).__name__} (model_type, vocabulary: {found}); the data set was made for "
                 f"{(self._kind, self._vocabulary)}. Make another DistillationDataset with this model as the student"
             )
         return base
+
+
+def unwrapped(model: Any) -> Any:
+    """The model of the model library inside whatever is around it; a ModelError if there is none, or no whole one."""
+    while not isinstance(model, PreTrainedModel):
+        if why := _UNUSABLE.get(type(model).__name__):
+            raise ModelError(f"the model is wrapped by {type(model).__name__}: {why}")
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else getattr(model, "module", None)
+        if inner is None:
+            raise ModelError(
+                f"the model is a {type(model).__name__}; expected a PreTrainedModel of the model library, or one in DDP, "
+                "accelerate or peft"
+            )
+        model = inner
+    if type(model).__name__.startswith("FSDP"):  # `fully_shard` names its classes so
+        raise ModelError(f"the model is a {type(model).__name__}: {_WHOLE}")
+    return model
 
 
 def _as_student(model: Any, *, through: Callable[..., Any] | None = None) -> LibraryStudent:

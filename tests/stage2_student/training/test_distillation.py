@@ -203,6 +203,8 @@ def test_what_does_not_fit_is_refused_in_words(dataset, tiny_cache, folder, tmp_
     refused = [
         ({"student": model}, "a model needs the processor"),
         ({"student": folder, "processor": processor}, "a folder or a name brings its own"),
+        ({"student": torch.nn.Linear(1, 1), "processor": folder}, "the model is a Linear; expected a PreTrainedModel"),
+        ({"student": folder, "losses": {"logits": 1.0}}, "losses is dict; expected LossWeights"),
         ({"student": model, "processor": 7}, "expected its checkpoint's folder"),
         ({"student": other, "processor": processor}, "configuration has image token 26., its processor .*of two checkpoints"),
         ({"student": tmp_path / "llava"}, r"(?s)tokenizer of student .*llava: fingerprint .* cannot be distilled"),

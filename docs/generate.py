@@ -1,4 +1,4 @@
-"""Write docs/options.md and docs/commands.md from the code: ``make docs``.
+"""Write docs/options.md and docs/commands.md from the code, and the notebook from its script: ``make docs``.
 
 Options come from the configuration dataclasses, their meaning from the ``Attributes:`` of each docstring; command
 pages are what ``--help`` prints, at a fixed width. ``tests/test_docs.py`` fails when a committed page is stale.
@@ -197,7 +197,21 @@ def commands_page() -> str:
     return "\n".join(lines) + "\n"
 
 
-PAGES = {"options.md": options_page, "commands.md": commands_page}
+def notebook_page() -> str:
+    """The notebook of a script in the percent format, without outputs, as Jupyter writes it."""
+    import jupytext
+
+    notebook = jupytext.read(HERE / NOTEBOOK.replace(".ipynb", ".py"), fmt="py:percent")
+    for number, cell in enumerate(notebook.cells):
+        cell["id"] = f"cell-{number}"  # instead of a random one
+    names = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    notebook.metadata = {"kernelspec": names, "language_info": {"name": "python"}}
+    text: str = jupytext.writes(notebook, fmt="ipynb")
+    return text.rstrip() + "\n"
+
+
+NOTEBOOK = "examples/distil.ipynb"
+PAGES = {"options.md": options_page, "commands.md": commands_page, NOTEBOOK: notebook_page}
 
 
 def main() -> None:

@@ -20,6 +20,7 @@ from vlm_distill_cache.data.text.templates import PromptTemplate
 from vlm_distill_cache.stage2_student.batches.dataset import CachedDataset
 from vlm_distill_cache.stage2_student.batches.layers import match_groups
 from vlm_distill_cache.stage2_student.config import TrainConfig
+from vlm_distill_cache.stage2_student.exports.folder import save_student_folder
 from vlm_distill_cache.stage2_student.final_folder import read_final
 from vlm_distill_cache.stage2_student.losses.terms import TERMS, choose_terms
 from vlm_distill_cache.stage2_student.scores.evaluate import evaluate_model
@@ -160,5 +161,10 @@ def export_student(folder: Path, target: Path, *, dtype: str) -> None:
         raise ConfigError(f"{target} exists; give a new folder to export to")
     student = open_student(folder)
     with new_directory(target) as temporary:
-        for part in (student.model.to(DTYPES[dtype]), student.tokenizer, student.image_processor):
-            part.save_pretrained(temporary)
+        save_student_folder(
+            temporary,
+            model=student.model.to(DTYPES[dtype]),
+            encoder=student.encoder,
+            image_processor=student.image_processor,
+            source=folder,
+        )

@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import numpy as np
@@ -21,7 +22,15 @@ from vlm_distill_cache.common.attention.tiles import Tile, grid_tile, tiles_to_a
 from vlm_distill_cache.common.cache.schema import IGNORE_INDEX, Record
 from vlm_distill_cache.common.codecs.description import Codec
 from vlm_distill_cache.common.codecs.hidden_states import HiddenCodec, ProjectorOutputCodec, VisualHiddenCodec
-from vlm_distill_cache.common.codecs.live import RowAttention, SparseLogits, map_tensors, pool_map, select_entries
+from vlm_distill_cache.common.codecs.live import (
+    RowAttention,
+    SparseLogits,
+    TeacherMap,
+    as_tensors,
+    map_tensors,
+    pool_map,
+    select_entries,
+)
 from vlm_distill_cache.common.codecs.logits import LogitCodec, VisualLogitsCodec
 from vlm_distill_cache.common.codecs.row_attention import RowAttentionCodec, TextAttentionCodec
 from vlm_distill_cache.common.codecs.visual_map import VisualColumnsCodec, VisualMapCodec
@@ -95,6 +104,13 @@ class Extractor(ABC):
     def encode(self, live: Any, batch: Batch, codec: Any) -> Sequence[Record]:
         """The part of each sample's record, from what `reduce` kept, on the CPU."""
 
+    def decoded(self, live: Any, batch: Batch, codec: Any) -> Sequence[Any]:
+        """Each sample's signal as losses take it, in tensors: of the type that its record decodes to.
+
+        Here by way of the codec; an extractor that knows better gives what no codec has touched.
+        """
+        return [as_tensors(codec.decode(record)) for record in self.encode(live, batch, codec)]
+
     @abstractmethod
     def check(self, live: Any) -> None:
         """Refuse what is not finite, reduced unchecked and now on the CPU; raises SampleError."""
@@ -136,6 +152,10 @@ class _Logits(Extractor):
 
     def encode(self, live: SparseLogits, batch: Batch, codec: Any) -> Sequence[Record]:
         return _share_out(codec, live, self.mask(batch).sum(dim=1).tolist())
+
+    def decoded(self, live: SparseLogits, batch: Batch, codec: Any) -> Sequence[Any]:
+        ends = self.mask(batch).sum(dim=1).cumsum(dim=0).tolist()
+        return [live.rows(slice(start, end)) for start, end in pairwise([0, *ends])]
 
     def check(self, live: SparseLogits) -> None:
         # A row that is no distribution has a NaN in front; log-probabilities of -inf are none of the teacher's faults.
@@ -194,6 +214,9 @@ class _RowAttention(_Attention):
         rows = RowAttention.cat([RowAttention.from_cells(cells) for cells in live])
         return _share_out(codec, rows, [len(cells) for cells in live])
 
+    def decoded(self, live: tuple[Tensor, ...], batch: Batch, codec: Any) -> Sequence[Any]:
+        return [RowAttention.from_cells(cells) for cells in live]
+
 
 class _VisualMap(_Attention):
     """Attention of visual tokens on visual tokens: ``[G, N, N]``."""
@@ -218,6 +241,13 @@ class _VisualMap(_Attention):
         pairs = zip(live, batch.tiles, strict=True)
         return [codec.encode(pool_map(codec, maps, tiles), tiles=tiles) for maps, tiles in pairs]
 
+    def decoded(self, live: tuple[Tensor, ...], batch: Batch, codec: Any) -> Sequence[Any]:
+        found = []
+        for maps, tiles in zip(live, batch.tiles, strict=True):
+            content = content_mask(tile_boxes(codec.cells_of(tiles))) if tiles else None
+            found.append(TeacherMap.from_maps(pool_map(codec, maps, tiles), token_mask=content))
+        return found
+
     def held_bytes(self, codec: Any, *, length: int, visual: int, width: int) -> int:
         return int(codec.groups) * visual * visual * 4
 
@@ -240,6 +270,9 @@ class _VisualColumns(_Attention):
 
     def encode(self, live: tuple[Tensor, ...], batch: Batch, codec: Any) -> Sequence[Record]:
         return [codec.encode(columns) for columns in live]
+
+    def decoded(self, live: tuple[Tensor, ...], batch: Batch, codec: Any) -> Sequence[Any]:
+        return [columns.float() for columns in live]
 
 
 class _Hidden(Extractor):
@@ -265,6 +298,9 @@ class _Hidden(Extractor):
 
     def encode(self, live: tuple[Tensor, ...], batch: Batch, codec: Any) -> Sequence[Record]:
         return [codec.encode(states.float()) for states in live]
+
+    def decoded(self, live: tuple[Tensor, ...], batch: Batch, codec: Any) -> Sequence[Any]:
+        return [states.float() for states in live]
 
     def check(self, live: tuple[Tensor, ...]) -> None:
         if not all(bool(of_sample.isfinite().all()) for of_sample in live):

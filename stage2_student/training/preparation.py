@@ -46,6 +46,7 @@ from vlm_distill_cache.stage2_student.resolve import open_caches
 from vlm_distill_cache.stage2_student.students.encoder import describe_encoder, longest_sequence
 from vlm_distill_cache.stage2_student.students.model import StudentModel, vocabulary_rows
 from vlm_distill_cache.stage2_student.students.parts import StudentParts, open_parts, teacher_tower
+from vlm_distill_cache.stage2_student.students.presets import student_folder
 from vlm_distill_cache.stage2_student.students.tower import check_tower_is_free, tower_parameters
 from vlm_distill_cache.stage2_student.training.checks import (
     check_data,
@@ -98,6 +99,7 @@ class Preparation:
     Attributes:
         fingerprint: What the run is: its configuration (without folders and speed settings) and its caches.
         cache_hashes: Manifest hash of each cache, by path.
+        source: The student's own folder, whose processor files it keeps; None: it is made from its preset.
     """
 
     student: StudentModel
@@ -108,6 +110,7 @@ class Preparation:
     phases: tuple[PreparedPhase, ...]
     fingerprint: str
     cache_hashes: Mapping[str, str]
+    source: Path | None = None
 
 
 def built_in_data(cache: TeacherCache) -> str | None:
@@ -255,10 +258,13 @@ def _expecting(parts: Sequence[_Part]) -> Callable[[Iterable[int]], None] | None
     return expect
 
 
-def prepare(config: TrainConfig, caches: Mapping[str, TeacherCache] | None = None) -> Preparation:
+def prepare(
+    config: TrainConfig, caches: Mapping[str, TeacherCache] | None = None, *, parts: StudentParts | None = None
+) -> Preparation:
     """Open data, find the student, refuse what does not fit, and only then load the student's weights.
 
-    ``caches`` are as from `open_caches`, which is called where there are none.
+    ``caches`` are as from `open_caches`, which is called where there are none; ``parts`` are a student's that the
+    configuration does not name.
 
     Raises:
         CacheMismatchError: If a cache does not fit the data, the tokenizer or the student.
@@ -268,7 +274,8 @@ def prepare(config: TrainConfig, caches: Mapping[str, TeacherCache] | None = Non
     first = caches[str(config.phase(config.phases[0]).cache)]
     for cache in caches.values():
         cache.check_side_files()  # projector, vision tower and processor are read next
-    parts = open_parts(config, first)
+    source = None if parts else student_folder(config.student, config.student_weights)
+    parts = parts or open_parts(config, first)
     for cache in caches.values():
         cache.check_shard_files()
         check_labels_fit(cache, vocabulary_rows(parts.model), parts.tokenizer, where=parts.where)
@@ -298,6 +305,7 @@ def prepare(config: TrainConfig, caches: Mapping[str, TeacherCache] | None = Non
         phases=tuple(_with_tower(phase, student) for phase in phases),
         fingerprint=fingerprint(describe(config, hashes)),
         cache_hashes=hashes,
+        source=source,
     )
 
 

@@ -1,0 +1,1 @@
+"""What a trained student leaves for others: its folder."""

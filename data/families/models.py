@@ -123,12 +123,12 @@ def find_family_model(
             names_processor=found.published is not None,
             original=found.original,
         )
-        placement = _placement(found.family, dtype=dtype, device_map=device_map, quantisation=quantisation)
+        options = placement(found.family, dtype=dtype, device_map=device_map, quantisation=quantisation)
     _, family, tokenizer, processor, image_encoder = settings
 
     def load() -> Any:
         with explained_errors(directory):
-            model = found.load(dtype=getattr(torch, dtype), **placement)
+            model = found.load(dtype=getattr(torch, dtype), **options)
             if model.config.model_type == "llava":
                 take_image_tokens(model)
         if device_map:
@@ -357,10 +357,19 @@ def input_device(model: Any) -> torch.device:
     return device
 
 
-def _placement(family: Family, *, dtype: str, device_map: str, quantisation: Quantisation) -> dict[str, Any]:
-    """The library's options for weights that are placed or quantised as they are read."""
+def placement(family: Family, *, dtype: str, device_map: str, quantisation: Quantisation) -> dict[str, Any]:
+    """The library's options for weights that are placed or quantised as they are read.
+
+    Raises:
+        ConfigError: If bitsandbytes is missing.
+    """
     options: dict[str, Any] = {}
     if quantisation != "none":
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise ConfigError(
+                f"quantisation={quantisation}: bitsandbytes is not installed; run `pip install "
+                "'vlm-distill-cache[quantised]'`, or set quantisation=none (of an export: leave --quantise out)"
+            )
         # One line for every layer of every pass: that inputs are rounded to float16 is what 8 bits are.
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         # A quantised tower could not be compared with a student's, nor could the projector be handed on.
@@ -417,9 +426,4 @@ def _check_placement(directory: Path, *, device_map: str, quantisation: str, pub
         raise ConfigError(
             f"{directory} is a checkpoint in its authors' own layout, for which device_map and quantisation are not "
             "available; choose a device instead (device=cuda:0)"
-        )
-    if quantisation != "none" and importlib.util.find_spec("bitsandbytes") is None:
-        raise ConfigError(
-            f"quantisation={quantisation}: bitsandbytes is not installed; run `pip install "
-            "'vlm-distill-cache[quantised]'`, or set quantisation=none"
         )

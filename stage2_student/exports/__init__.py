@@ -1,0 +1,1 @@
+"""Trained students in the layouts of other programs."""

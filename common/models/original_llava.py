@@ -24,9 +24,8 @@ from vlm_distill_cache.common.models.explained import explained_errors
 from vlm_distill_cache.common.models.llava import llava_class
 from vlm_distill_cache.common.models.parts import ADAPTER, has_tokenizer, read_config
 from vlm_distill_cache.common.models.published import is_published
-from vlm_distill_cache.common.models.published_configs import TOWER_PREFIX, drop_buffers, text_settings
+from vlm_distill_cache.common.models.published_configs import TOWER_PREFIX, drop_buffers, text_settings, tower_config
 from vlm_distill_cache.common.models.towers import find_tower, holds_tower
-from vlm_distill_cache.common.models.vision_tower import tower_config
 from vlm_distill_cache.common.models.weight_files import Weights, has_weights, open_files, weight_files
 from vlm_distill_cache.common.printing import one_line
 

@@ -1,1 +1,1 @@
-"""Trained students in the layouts of other programs."""
+"""What a trained student leaves for others: its folder, and other layouts of it."""

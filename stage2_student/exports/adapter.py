@@ -1,5 +1,6 @@
 """The adapters of a student alone, as peft saves them, for the model that its training started from."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,9 @@ from torch import Tensor
 
 from vlm_distill_cache.common.config import config_from_dict
 from vlm_distill_cache.common.errors import ConfigError, ModelError
+from vlm_distill_cache.common.files.atomic import write_json_atomic
 from vlm_distill_cache.common.hub import snapshot_name
+from vlm_distill_cache.common.models.parts import ADAPTER
 from vlm_distill_cache.common.models.published import is_published
 from vlm_distill_cache.data.families.table import family_of
 from vlm_distill_cache.stage2_student.config import TrainConfig
@@ -71,6 +74,11 @@ def write_adapter(target: Path, source: Source) -> Source:
         model.get_parameter(name).data = value
     model.save_pretrained(target, save_embedding_layers=False)
     (target / "README.md").unlink(missing_ok=True)  # peft's, which says nothing
+    said = json.loads((target / ADAPTER).read_text(encoding="utf-8"))
+    # The order of a set, and a class that is imported from this project.
+    write_json_atomic(
+        target / ADAPTER, {**said, "target_modules": sorted(said["target_modules"]), "auto_mapping": None}
+    )
     source.encoder.tokenizer.save_pretrained(target)
     source.image_processor.save_pretrained(target)
     return source

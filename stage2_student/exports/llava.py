@@ -16,7 +16,6 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaImageProcessorPil,
-    LlavaProcessor,
 )
 
 from vlm_distill_cache.common.models.original_llava import original_image_processor
@@ -75,7 +74,9 @@ def as_llava(source: Source, *, layout: str = "llava-hf") -> Source:
             raise refuse(source, layout, f"{why}, and llava-hf has two linear layers between a tower and a decoder")
         return source
     if own.dropped_tokens:
-        raise refuse(source, layout, "it leaves out the first patch of its tower, which has no class token to leave out")
+        raise refuse(
+            source, layout, "it leaves out the first patch of its tower, which has no class token to leave out"
+        )
     projector, act = _two_layers(source, own, layout)
     state = {f"model.multi_modal_projector.{name}": value for name, value in projector.items()}
     for name, value in own.state_dict().items():
@@ -98,20 +99,6 @@ def as_llava(source: Source, *, layout: str = "llava-hf") -> Source:
     encoder, processor = _square_pictures(source)
     student = LibraryStudent(model.eval(), family_of("llava"))
     return replace(source, model=student, encoder=encoder, image_processor=processor)
-
-
-def llava_processor(source: Source) -> LlavaProcessor:
-    """The library's processor of a LLaVA whose image token is one of its tokenizer."""
-    config, tokenizer = source.core.config, source.encoder.tokenizer
-    return LlavaProcessor(
-        image_processor=source.image_processor,
-        tokenizer=tokenizer,
-        patch_size=config.vision_config.patch_size,
-        vision_feature_select_strategy=config.vision_feature_select_strategy,
-        chat_template=tokenizer.chat_template,
-        image_token=tokenizer.convert_ids_to_tokens(source.encoder.image_token_id),
-        num_additional_image_tokens=int(config.vision_config.model_type == "clip_vision_model"),
-    )
 
 
 def _square_pictures(source: Source) -> tuple[Any, Any]:

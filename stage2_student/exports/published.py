@@ -3,7 +3,9 @@
 `common.models.published` and ``original_llava`` read what is written here.
 """
 
+import json
 import logging
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPImageProcessorPil
 
-from vlm_distill_cache.common.files.atomic import write_json_atomic
+from vlm_distill_cache.common.files.atomic import write_bytes_atomic, write_json_atomic
 from vlm_distill_cache.common.models.llava import LlavaOfAnyDepth
 from vlm_distill_cache.common.models.original_llava import original_name
 from vlm_distill_cache.common.models.published_configs import TOWER_PREFIX, released_key, text_settings
@@ -46,7 +48,7 @@ def write_published(target: Path, source: Source) -> Source:
         written = _write_mobilevlm(target, source, own)
     else:
         written = _write_compodistill(target, source, own)
-    written.encoder.tokenizer.save_pretrained(target)
+    _write_tokenizer(target, written)
     written.image_processor.save_pretrained(target)
     # In these layouts a picture is no token: its place is an id behind those of all tokens.
     rows = written.core.get_input_embeddings().num_embeddings
@@ -180,6 +182,28 @@ def _write_tower(target: Path, source: Source, vision: Any, tensors: Mapping[str
     if source.square == "crop":
         size = stored["size"]
     CLIPImageProcessorPil(**kept, size=size, crop_size=whole, do_center_crop=crops).save_pretrained(folder)
+
+
+def _write_tokenizer(target: Path, source: Source) -> None:
+    """The tokenizer's files in the words of the library's fourth version, which the authors' code runs with."""
+    source.encoder.tokenizer.save_pretrained(target)
+    model = source.folder / "tokenizer.model"
+    settings = json.loads((target / "tokenizer_config.json").read_text(encoding="utf-8"))
+    for name in ("backend", "is_local", "local_files_only"):
+        settings.pop(name, None)
+    if isinstance(extra := settings.get("extra_special_tokens"), list):
+        settings["additional_special_tokens"] = extra
+        del settings["extra_special_tokens"]
+    if model.is_file():
+        shutil.copyfile(model, target / model.name)
+    else:  # or the class of a family, which reads that file
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    write_json_atomic(target / "tokenizer_config.json", settings)
+    steps = json.loads((target / "tokenizer.json").read_text(encoding="utf-8"))
+    merges = steps["model"].get("merges")
+    if merges and not any(isinstance(pair, str) or " " in "".join(pair) for pair in merges):
+        steps["model"]["merges"] = [" ".join(pair) for pair in merges]
+        write_bytes_atomic(target / "tokenizer.json", json.dumps(steps, ensure_ascii=False).encode())
 
 
 def _settings(source: Source, text: Any, *, tied: bool, whole: bool = True) -> dict[str, Any]:

@@ -1,12 +1,9 @@
 """Every layout of an export computes what the student computes, or is refused in words; what it says travels along."""
 
-import json
 from dataclasses import replace
 
 import pytest
 import torch
-from click.testing import CliRunner
-from safetensors.torch import load_file
 from tiny_cache import make_teacher
 from transformers import (
     AutoModelForImageTextToText,
@@ -20,26 +17,20 @@ from transformers import (
 )
 
 from vlm_distill_cache.common.config import config_to_dict
-from vlm_distill_cache.common.errors import ConfigError, ModelError
+from vlm_distill_cache.common.errors import ModelError
 from vlm_distill_cache.common.files.signed import list_files, write_signed
 from vlm_distill_cache.common.models.compodistill import CompoDistillConfig, CompoDistillForConditionalGeneration
 from vlm_distill_cache.common.models.llava import LlavaOfAnyDepth
 from vlm_distill_cache.common.models.mobilevlm import MobileVLMConfig, MobileVLMForConditionalGeneration
-from vlm_distill_cache.common.models.original_llava import is_original_llava
 from vlm_distill_cache.data.builtin import load_image_processor, load_tokenizer
-from vlm_distill_cache.data.families.models import open_family_model
-from vlm_distill_cache.data.families.table import family_of
 from vlm_distill_cache.data.images.encoder import ImageEncoder
 from vlm_distill_cache.data.registry import open_dataset
 from vlm_distill_cache.data.text.collate import collate
 from vlm_distill_cache.data.text.encoding import SampleEncoder
 from vlm_distill_cache.data.text.templates import get_template
-from vlm_distill_cache.stage2_student.cli import main
 from vlm_distill_cache.stage2_student.config import TrainConfig
-from vlm_distill_cache.stage2_student.exports.layouts import LAYOUTS
-from vlm_distill_cache.stage2_student.final_folder import PROVENANCE, read_final
+from vlm_distill_cache.stage2_student.final_folder import PROVENANCE
 from vlm_distill_cache.stage2_student.students.encoder import describe_encoder
-from vlm_distill_cache.stage2_student.students.library import LibraryStudent
 from vlm_distill_cache.stage2_student.students.model import model_inputs_of
 from vlm_distill_cache.stage2_student.trained_student import export_student, open_student
 
@@ -138,9 +129,7 @@ def save_final(folder, make, *, beyond=False, layout="square"):
     if own:
         model.model.image_token_id = model.config.image_token_id
     grid = model.image_grid if own else (6, 6)
-    images = ImageEncoder(
-        processor=processor, layout=layout, grid=grid, drops_first=bool(own and model.dropped_tokens)
-    )
+    images = ImageEncoder(processor=processor, layout=layout, grid=grid, drops_first=bool(own and model.dropped_tokens))
     encoder = SampleEncoder(
         tokenizer=tokenizer,
         image_encoder=images,

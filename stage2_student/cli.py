@@ -298,7 +298,7 @@ def export(student: str, output: Path, layout: str, dtype: str | None, quantise:
     runs.set_up_libraries()
     written = export_student(_trained_folder(student).path, output, layout=layout, dtype=dtype, quantise=quantise)
     say(f"Exported to {output}: layout {layout}, {written}{f', {quantise}' if quantise else ''}")
-    if layout != "adapter" and quantise is None:
+    if layout != "adapter":
         say(f"Next: distill evaluate {quoted(output)}")
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoModelForImageTextToText
 
 from vlm_distill_cache.common.cache.reader import TeacherCache
 from vlm_distill_cache.common.codecs.logits import LogitCodec
@@ -81,7 +82,7 @@ def open_student(folder: Path, *, device: str | None = None) -> Student:
     image_encoder: AnyImageEncoder | None = None
     model: Any
     if is_published(folder):
-        model = load_student(folder)
+        model = _load_quantised(folder) if _quantised(provenance) else load_student(folder)
         tokenizer, image_processor = load_processors(folder)
     else:
         opened = open_library_student(folder)
@@ -101,6 +102,17 @@ def open_student(folder: Path, *, device: str | None = None) -> Student:
         tokenizer=tokenizer,
         image_processor=image_processor,
         provenance=provenance,
+    )
+
+
+def _quantised(provenance: Mapping[str, Any]) -> bool:
+    return bool(provenance.get("export", {}).get("quantise"))
+
+
+def _load_quantised(folder: Path) -> Any:
+    """An export of one of our classes, whose digests were compared: names and shapes of packed weights cannot be."""
+    return AutoModelForImageTextToText.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=False, dtype=torch.float32
     )
 
 
@@ -188,6 +200,10 @@ def export_student(
     if target.exists() or target.is_symlink():
         raise ConfigError(f"{target} exists; give a new folder to export to")
     student = open_student(folder, device="cpu")
+    if _quantised(student.provenance):
+        raise ModelError(
+            f"{folder}: its weights are quantised, and nothing brings the others back; export what it was made of"
+        )
     dtype = dtype or _stored_dtype(folder)
     source = Source(
         folder=folder,

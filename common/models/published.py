@@ -80,6 +80,11 @@ def open_published(directory: Path, *, vision_tower: Path | None = None) -> Chec
 def _open_published(directory: Path, vision_tower: Path | None) -> Checkpoint:
     stored = read_config(directory)
     kind = _kind(stored)
+    if "quantization_config" in stored:
+        raise ModelError(
+            f"{directory}: its weights are quantised (quantization_config in config.json), which is read of the library's own "
+            "models alone; give the student that it was made from. Others load it by from_pretrained"
+        )
     if kind is None:
         raise ModelError(
             f"{directory}: model_type is {stored.get('model_type')!r}, expected one of "

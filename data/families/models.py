@@ -253,7 +253,12 @@ def _look_through(directory: Path, vision_tower: Path | None) -> _Found:
     family, depth = family_of(str(stored.get("model_type"))), stored.get("projector_depth")
     model_class = getattr(transformers, family.model_class) if depth is None else llava_class(depth)
     # On no device: names, shapes and kinds are compared, no memory is taken.
-    shell = _load_library_model(directory, model_class, device_map="meta")
+    if "quantization_config" in stored:  # of packed weights that can only be done when they are loaded
+        config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        with torch.device("meta"):
+            shell = model_class._from_config(config)
+    else:
+        shell = _load_library_model(directory, model_class, device_map="meta")
     load = partial(_load_library_model, directory, model_class)
     return _Found(family, shell, load, directory)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vlm_distill_cache.common.errors import ModelError
 from vlm_distill_cache.common.models.vision_language import VisionLanguageModel
@@ -17,6 +17,7 @@ from vlm_distill_cache.stage2_student.students.library import LibraryStudent
 from vlm_distill_cache.stage2_student.students.model import StudentModel
 
 Quantise = Literal["8bit", "4bit"]
+_BLOCK = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +108,13 @@ def exported_model(source: Source) -> Any:
         return core.to(source.dtype)
     dtype = str(source.dtype).removeprefix("torch.")
     options = placement(family_of(core.config.model_type), dtype=dtype, device_map="cpu", quantisation=source.quantise)
+    kept = tuple(options["quantization_config"].llm_int8_skip_modules)
+    for name, module in core.named_modules() if source.quantise == "4bit" else ():
+        if type(module) is nn.Linear and not name.startswith(kept) and module.in_features % _BLOCK:
+            raise ModelError(
+                f"{where}: {name} reads {module.in_features} values, and 4-bit weights are packed in blocks of {_BLOCK}, which "
+                "some processors compute with whole blocks alone; take --quantise 8bit, or leave it out"
+            )
     state = cast(core.state_dict(), source.dtype, where=where)
     model = type(core).from_pretrained(None, config=core.config, state_dict=state, dtype=source.dtype, **options)
     model.generation_config = core.generation_config

@@ -1,9 +1,11 @@
 """Every layout of an export computes what the student computes, or is refused in words; what it says travels along."""
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_cache import make_teacher
 from transformers import (
     AutoModelForImageTextToText,
@@ -17,7 +19,7 @@ from transformers import (
 )
 
 from vlm_distill_cache.common.config import config_to_dict
-from vlm_distill_cache.common.errors import ModelError
+from vlm_distill_cache.common.errors import ConfigError, ModelError
 from vlm_distill_cache.common.files.signed import list_files, write_signed
 from vlm_distill_cache.common.models.compodistill import CompoDistillConfig, CompoDistillForConditionalGeneration
 from vlm_distill_cache.common.models.llava import LlavaOfAnyDepth
@@ -28,9 +30,13 @@ from vlm_distill_cache.data.registry import open_dataset
 from vlm_distill_cache.data.text.collate import collate
 from vlm_distill_cache.data.text.encoding import SampleEncoder
 from vlm_distill_cache.data.text.templates import get_template
+from vlm_distill_cache.stage2_student.cli import main
 from vlm_distill_cache.stage2_student.config import TrainConfig
-from vlm_distill_cache.stage2_student.final_folder import PROVENANCE
+from vlm_distill_cache.stage2_student.exports.layouts import LAYOUTS
+from vlm_distill_cache.stage2_student.exports.source import exported_model
+from vlm_distill_cache.stage2_student.final_folder import PROVENANCE, read_final
 from vlm_distill_cache.stage2_student.students.encoder import describe_encoder
+from vlm_distill_cache.stage2_student.students.library import LibraryStudent
 from vlm_distill_cache.stage2_student.students.model import model_inputs_of
 from vlm_distill_cache.stage2_student.trained_student import export_student, open_student
 
@@ -200,3 +206,122 @@ def check_library(folder, expected, ours):
     torch.testing.assert_close(found[rows, : expected.shape[1]], expected[rows], atol=2e-5, rtol=1e-4)
     said = model.generate(**inputs, max_new_tokens=4, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     assert said.max() < expected.shape[1]  # rows that were added are never said
+
+
+def test_the_dtype_is_the_students_own_and_what_does_not_fit_is_refused_by_name(tmp_path):
+    folder = save_final(tmp_path / "final", lambda: clip_llama(projector_type="ldpnetv2"))
+    for layout in ("auto", "published"):
+        for dtype in ("float16", "bfloat16"):
+            target = tmp_path / f"{layout}-{dtype}"
+            export_student(folder, target, layout=layout, dtype=dtype)
+            stored = json.loads((target / "config.json").read_text())
+            assert dtype in (stored.get("dtype"), stored.get("torch_dtype"))
+            kinds = {value.dtype for value in load_file(target / "model.safetensors").values()}
+            assert kinds == {getattr(torch, dtype)}
+        assert export_student(tmp_path / f"{layout}-float16", tmp_path / f"{layout}-again") == "float16"
+        assert {value.dtype for value in load_file(tmp_path / f"{layout}-again" / "model.safetensors").values()} == {
+            torch.float16
+        }
+    model = clip_llama(projector_type="ldpnetv2")
+    with torch.no_grad():
+        model.model.norm.weight[3] = -7e4
+    large = save_final(tmp_path / "large", lambda: model)
+    for layout, quantise in (("auto", None), ("auto", "8bit"), ("published", None)):
+        with pytest.raises(
+            ModelError, match=r"large: model.norm.weight holds 70000, and float16 ends at 65504.*bfloat16"
+        ):
+            export_student(large, tmp_path / "no", layout=layout, dtype="float16", quantise=quantise)
+    export_student(large, tmp_path / "yes", dtype="bfloat16")
+    written = open_student(tmp_path / "yes").model.model.norm.weight[3]
+    assert written == torch.tensor(-7e4).bfloat16()
+
+
+def test_what_a_student_says_of_itself_travels_through_exports_of_exports(tmp_path):
+    folder = save_final(tmp_path / "final", *STUDENTS["mlp with a place holder"][:1], **BEYOND)
+    said = read_final(folder)
+    export_student(folder, tmp_path / "one", layout="published")
+    export_student(tmp_path / "one", tmp_path / "two", layout="llava-hf", dtype="bfloat16")
+    one, two = (read_final(tmp_path / name) for name in ("one", "two"))
+    for found in (one, two):
+        assert all(found[key] == said[key] for key in ("fingerprint", "caches", "config", "vocabulary"))
+        assert found["encoder"]["template"] == said["encoder"]["template"]
+    origin = {"files": said["files"], "export": None}
+    assert one["export"] == {"layout": "published", "dtype": "float32", "quantise": None, "made_from": origin}
+    assert two["export"]["made_from"] == {"files": one["files"], "export": one["export"]}
+    assert {path.relative_to(tmp_path / "one").as_posix() for path in (tmp_path / "one").rglob("*") if path.is_file()} == {
+        *one["files"], PROVENANCE,
+    }  # fmt: skip
+    with pytest.raises(ConfigError, match="exists; give a new folder"):
+        export_student(folder, tmp_path / "one")
+    for path in (tmp_path / "two").rglob("*.safetensors"):
+        content = bytearray(path.read_bytes())
+        content[-5] ^= 1
+        path.write_bytes(content)
+    with pytest.raises(ModelError, match=r"two.*damaged or changed.*export the student again"):
+        export_student(tmp_path / "two", tmp_path / "three")
+    with pytest.raises(ModelError, match=r"final: its adapters|random weights"):
+        export_student(folder, tmp_path / "three", layout="adapter")
+    assert not (tmp_path / "three").exists()
+
+
+def test_an_interrupted_export_leaves_nothing(tmp_path, monkeypatch):
+    folder = save_final(tmp_path / "final", lambda: clip_llama(projector_type="ldpnetv2"))
+
+    class KilledError(BaseException):
+        pass
+
+    def kill(*_, **__):
+        raise KilledError
+
+    monkeypatch.setattr("vlm_distill_cache.stage2_student.trained_student.write_signed", kill)
+    for layout in ("auto", "published"):
+        with pytest.raises(KilledError):
+            export_student(folder, tmp_path / "out", layout=layout)
+    assert [path.name for path in tmp_path.iterdir()] == ["final"]
+
+
+@pytest.mark.parametrize("quantise", ["8bit", "4bit"])
+@pytest.mark.parametrize("name", ["mobilevlm v2", "mlp"])
+def test_a_quantised_student_loads_back_and_computes_the_same(name, quantise, tmp_path, monkeypatch):
+    pytest.importorskip("bitsandbytes")
+    folder = save_final(tmp_path / "final", STUDENTS[name][0], **STUDENTS[name][1])
+    kept = []
+    monkeypatch.setattr(
+        "vlm_distill_cache.stage2_student.exports.layouts.exported_model",
+        lambda source: kept.append(exported_model(source)) or kept[0],
+    )
+    export_student(folder, tmp_path / "out", quantise=quantise)
+    stored = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert stored[f"load_in_{quantise}"]
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
+    core = model.model.language_model if name == "mlp" else model.model
+    assert core.layers[0].mlp.up_proj.weight.dtype in (torch.int8, torch.uint8)
+    student = open_student(tmp_path / "out", device="cpu")
+    wrapped, saved = (one if name != "mlp" else LibraryStudent(one, student.model.family) for one in (model, kept[0]))
+    found = [logits(one, student.encoder)[0] for one in (saved, wrapped, student.model)]
+    torch.testing.assert_close(found[1], found[0])
+    torch.testing.assert_close(found[2], found[0])
+    expected, rows = logits(*(getattr(open_student(folder), part) for part in ("model", "encoder")))
+    error = (found[0][rows, : expected.shape[1]] - expected[rows]).square().mean() / expected[rows].square().mean()
+    assert 0 < error < 0.5
+    with pytest.raises(ModelError, match="its weights are quantised"):
+        export_student(tmp_path / "out", tmp_path / "more")
+
+
+def test_what_cannot_be_quantised_is_refused_in_words(tmp_path, monkeypatch):
+    folder = save_final(tmp_path / "final", llava)  # 32 wide
+    with pytest.raises(ModelError, match=r"q_proj reads 32 values.*blocks of 64.*8bit"):
+        export_student(folder, tmp_path / "out", quantise="4bit")
+    with pytest.raises(ModelError, match=r"layout published: its authors' code quantises what it loads"):
+        export_student(folder, tmp_path / "out", layout="published", quantise="8bit")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(
+        ConfigError, match=r"bitsandbytes is not installed; run `pip install 'vlm-distill-cache\[quantised"
+    ):
+        export_student(folder, tmp_path / "out", quantise="8bit")
+    assert [path.name for path in tmp_path.iterdir()] == ["final"]
+
+
+def test_each_layout_can_be_asked_for(tmp_path):
+    layout = next(option for option in main.commands["export"].params if option.name == "layout")
+    assert list(layout.type.choices) == list(LAYOUTS)

@@ -1,6 +1,7 @@
 """Run by a Python that has the model library and not this project: loads saved students, asks them, tells what it got.
 
-``elsewhere.py FOLDER``: FOLDER/cases.json names students, what they are asked and a picture; FOLDER/told.json is written.
+``elsewhere.py FOLDER``: FOLDER/cases.json names students, what they are asked and a picture, which is RGB, too;
+FOLDER/told.json is written.
 """
 
 import json
@@ -13,8 +14,9 @@ from typing import Any
 warnings.simplefilter("ignore")
 
 
-def tell(folder: Path, picture: str, questions: list[dict[str, Any]], *, own: bool) -> dict[str, Any]:
+def tell(folder: Path, cases: dict[str, Any], questions: list[dict[str, Any]], *, own: bool) -> dict[str, Any]:
     """Prompt ids, logits behind them, and answers: by hand and through the pipeline."""
+    import PIL.Image
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, pipeline
 
@@ -25,7 +27,9 @@ def tell(folder: Path, picture: str, questions: list[dict[str, Any]], *, own: bo
     processor = AutoProcessor.from_pretrained(folder, **options)
     chats, told = [], {"ids": [], "logits": [], "answers": [], "piped": [], "batched": [], "plain": [], "sum": []}
     for question in questions:
-        part = [{"type": "image", "path": picture}] if question["shows"] else []
+        # A path, or what was opened: with torchvision the library would open paths by it.
+        shown = {"path": cases["picture"]} if own else {"image": PIL.Image.open(cases["rgb"])}
+        part = [{"type": "image", **shown}] if question["shows"] else []
         chats.append([{"role": "user", "content": [*part, {"type": "text", "text": question["text"]}]}])
     ask = pipeline("image-text-to-text", model=model, processor=processor)
     how: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False}
@@ -48,7 +52,7 @@ def tell(folder: Path, picture: str, questions: list[dict[str, Any]], *, own: bo
             for one in ask(text=chats, return_full_text=False, generate_kwargs=how, batch_size=2)
         ]
         texts = processor.apply_chat_template(chats, add_generation_prompt=True)
-        shown = [picture for question in questions if question["shows"]]
+        shown = [cases["picture"] for question in questions if question["shows"]]
         batch = processor(images=shown, text=texts, return_tensors="pt")
         made = model.generate(**batch, **how)[:, batch["input_ids"].shape[1] :]
         told["batched"] += [one.strip() for one in processor.batch_decode(made, skip_special_tokens=True)]
@@ -56,7 +60,7 @@ def tell(folder: Path, picture: str, questions: list[dict[str, Any]], *, own: bo
             one["generated_text"].strip()
             for text, question in zip(texts, questions, strict=True)
             if question["shows"]
-            for one in ask(images=picture, text=text, return_full_text=False, generate_kwargs=how)
+            for one in ask(images=cases["rgb"], text=text, return_full_text=False, generate_kwargs=how)
         ]
     return told
 
@@ -65,8 +69,5 @@ if __name__ == "__main__":
     home = Path(sys.argv[1])
     assert find_spec("vlm_distill_cache") is None, "this Python has the project"
     cases = json.loads((home / "cases.json").read_text())
-    told = {
-        name: tell(home / name, cases["picture"], cases["questions"], own=own)
-        for name, own in cases["students"].items()
-    }
+    told = {name: tell(home / name, cases, cases["questions"], own=own) for name, own in cases["students"].items()}
     (home / "told.json").write_text(json.dumps(told))

@@ -20,6 +20,7 @@ from vlm_distill_cache.common.files.signed import list_files, write_signed
 from vlm_distill_cache.common.models.published import is_published
 from vlm_distill_cache.common.models.weight_files import read_weights
 from vlm_distill_cache.data.families.inputs import known_positions
+from vlm_distill_cache.data.families.models import unify_dtype
 from vlm_distill_cache.data.images.encoder import AnyImageEncoder
 from vlm_distill_cache.data.text.encoding import SampleEncoder
 from vlm_distill_cache.data.text.templates import PromptTemplate
@@ -111,9 +112,9 @@ def _quantised(provenance: Mapping[str, Any]) -> bool:
 
 def _load_quantised(folder: Path) -> Any:
     """An export of one of our classes, whose digests were compared: names and shapes of packed weights cannot be."""
-    return AutoModelForImageTextToText.from_pretrained(
-        folder, local_files_only=True, trust_remote_code=False, dtype=torch.float32
-    )
+    model = AutoModelForImageTextToText.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    unify_dtype(model, torch.float32)
+    return model
 
 
 def evaluate_student(student: Student, config: TrainConfig, cache: TeacherCache | None) -> EvaluationReport:

@@ -131,6 +131,8 @@ def find_family_model(
             model = found.load(dtype=getattr(torch, dtype), **options)
             if model.config.model_type == "llava":
                 take_image_tokens(model)
+            if "quantization_config" in read_config(directory):
+                unify_dtype(model, getattr(torch, dtype))
         if device_map:
             refuse_offloaded(model, family, device_map)
         if not family.is_listed:
@@ -275,6 +277,13 @@ def _open_image_encoder(
             f"{directory}: config.json and preprocessor_config.json do not say how pictures become visual tokens "
             f"({error!r}); use both files of one checkpoint"
         ) from error
+
+
+def unify_dtype(model: nn.Module, dtype: torch.dtype) -> None:
+    """Bring all that is not quantised to one precision: of quantised checkpoints the library leaves some as they are stored."""
+    for value in (*model.parameters(), *model.buffers()):
+        if value.dtype in (torch.float16, torch.bfloat16, torch.float32):
+            value.data = value.data.to(dtype)
 
 
 def refuse_offloaded(model: Any, family: Family, device_map: str) -> None:

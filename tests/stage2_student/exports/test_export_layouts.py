@@ -280,8 +280,8 @@ def test_an_interrupted_export_leaves_nothing(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["final"]
 
 
-@pytest.mark.parametrize("quantise", ["8bit", "4bit"])
 @pytest.mark.parametrize("name", ["mobilevlm v2", "mlp"])
+@pytest.mark.parametrize("quantise", ["8bit", "4bit"])
 def test_a_quantised_student_loads_back_and_computes_the_same(name, quantise, tmp_path, monkeypatch):
     pytest.importorskip("bitsandbytes")
     folder = save_final(tmp_path / "final", STUDENTS[name][0], **STUDENTS[name][1])
@@ -306,6 +306,9 @@ def test_a_quantised_student_loads_back_and_computes_the_same(name, quantise, tm
     assert 0 < error < 0.5
     with pytest.raises(ModelError, match="its weights are quantised"):
         export_student(tmp_path / "out", tmp_path / "more")
+    export_student(folder, tmp_path / "half", quantise=quantise, dtype="bfloat16")
+    half = open_student(tmp_path / "half", device="cpu")  # in float32, but for what is quantised
+    assert (logits(half.model, half.encoder)[0] - found[0]).abs().mean() < 0.1 * found[0].std()
 
 
 def test_what_cannot_be_quantised_is_refused_in_words(tmp_path, monkeypatch):

@@ -181,6 +181,11 @@ def _write_tower(target: Path, source: Source, vision: Any, tensors: Mapping[str
     size, crops = (whole, False) if source.square == "square" else ({"shortest_edge": side}, True)
     if source.square == "crop":
         size = stored["size"]
+    _log.info(
+        "The authors' code opens mm_vision_tower of config.json from the folder that it runs in: run it in the exported folder, "
+        "or write the full path of %s there, in a copy",
+        TOWER,
+    )
     CLIPImageProcessorPil(**kept, size=size, crop_size=whole, do_center_crop=crops).save_pretrained(folder)
 
 

@@ -23,6 +23,7 @@ from vlm_distill_cache.common.files.rules import (
     whole,
 )
 from vlm_distill_cache.common.files.signed import find_damage, read_signed
+from vlm_distill_cache.common.hub import snapshot_name
 
 FINAL, PROVENANCE = "final", "distillation.json"
 _COUNT = whole(0, 1 << 60)
@@ -117,7 +118,10 @@ def look_at_final(folder: Path) -> tuple[dict[str, Any], list[str]]:
             raise ModelError(
                 f"{path}: none of the files that {PROVENANCE} lists, and whoever loads the student would read it; move it away"
             )
-    return found, find_damage(folder, found["files"])
+    listed = found["files"]
+    if snapshot_name(folder):  # from the hub, code is never fetched; nothing here reads it
+        listed = {name: entry for name, entry in listed.items() if not name.endswith(".py") or (folder / name).exists()}
+    return found, find_damage(folder, listed)
 
 
 def refuse_other_student(folder: Path, identity: str) -> list[str] | None:

@@ -24,6 +24,7 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from vlm_distill_cache.common.errors import CacheFormatError
 from vlm_distill_cache.common.files.atomic import parse_json, read_bounded
 from vlm_distill_cache.common.files.rules import OBJECT, check
+from vlm_distill_cache.common.models.llava import LlavaOfAnyDepth
 from vlm_distill_cache.common.models.processing import VisionLanguageProcessor
 from vlm_distill_cache.common.models.vision_language import VisionLanguageModel
 from vlm_distill_cache.common.printing import one_line
@@ -41,7 +42,6 @@ _KEPT = {
 }
 _OURS = re.compile(r"^from vlm_distill_cache\.((?:\w+\.)*(\w+)) import", re.MULTILINE)
 _AUTO_MODELS = ("AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToText")
-_PROCESSOR = f"{VisionLanguageProcessor.__module__.rpartition('.')[2]}.{VisionLanguageProcessor.__name__}"
 _log = logging.getLogger(__name__)
 
 
@@ -62,14 +62,15 @@ def save_student_folder(
     encoder.tokenizer.save_pretrained(target)
     image_processor.save_pretrained(target)
     _mend_tokenizer(target, encoder)
-    if isinstance(model, VisionLanguageModel):
-        _write_own(target, model, encoder)
+    ours = _our_classes(inner, encoder)
+    if ours:
+        _write_own(target, ours, encoder)
     else:
         if source is not None:
             keep_files(source, target)
         _write_library(target, inner.config, encoder)
     _end_as_trained(target, encoder)
-    _compare_prompts(target, encoder, own=isinstance(model, VisionLanguageModel))
+    _compare_prompts(target, encoder, own=bool(ours))
 
 
 def keep_files(source: Path, target: Path) -> None:
@@ -96,24 +97,27 @@ def keep_files(source: Path, target: Path) -> None:
         copy.write_bytes(data)
 
 
-def _write_own(target: Path, model: VisionLanguageModel, encoder: SampleEncoder) -> None:
+def _our_classes(model: Any, encoder: SampleEncoder) -> dict[str, type[Any]]:
+    """What of a model the library does not have, by the name of its class that is to find it."""
+    if isinstance(model, VisionLanguageModel):
+        return {"AutoConfig": type(model.config), **dict.fromkeys(_AUTO_MODELS, type(model))}
+    has_token = encoder.image_token_id in encoder.tokenizer.added_tokens_decoder
+    if model.config.model_type == "llava" and (isinstance(model, LlavaOfAnyDepth) or not has_token):
+        return dict.fromkeys(_AUTO_MODELS, LlavaOfAnyDepth)
+    return {}
+
+
+def _write_own(target: Path, ours: Mapping[str, type[Any]], encoder: SampleEncoder) -> None:
     """Code, and who reads pictures and texts with it."""
-    classes = (type(model), type(model.config), VisionLanguageProcessor)
-    for name, source in code_of({one.__module__ for one in classes}).items():
+    ours = {**ours, "AutoProcessor": VisionLanguageProcessor}
+    for name, source in code_of({one.__module__ for one in ours.values()}).items():
         (target / f"{name}.py").write_text(source, encoding="utf-8")
-    home = type(model).__module__.rpartition(".")[2]
-    _update(
-        target / "config.json",
-        auto_map={
-            "AutoConfig": f"{home}.{type(model.config).__name__}",
-            **dict.fromkeys(_AUTO_MODELS, f"{home}.{type(model).__name__}"),
-            "AutoProcessor": _PROCESSOR,
-        },
-    )
+    auto_map = {auto: f"{one.__module__.rpartition('.')[2]}.{one.__name__}" for auto, one in ours.items()}
+    _update(target / "config.json", auto_map=auto_map)
     (target / "processor_config.json").write_bytes(
         _json(
             {
-                "auto_map": {"AutoProcessor": _PROCESSOR},
+                "auto_map": {"AutoProcessor": auto_map["AutoProcessor"]},
                 "processor_class": VisionLanguageProcessor.__name__,
                 "layout": encoder.image_encoder.to_dict()["layout"],
                 "image_token": encoder.image_token,

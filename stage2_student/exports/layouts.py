@@ -3,6 +3,8 @@
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from transformers import LlavaForConditionalGeneration
+
 from vlm_distill_cache.common.models.projectors import MlpProjector
 from vlm_distill_cache.stage2_student.exports.adapter import write_adapter
 from vlm_distill_cache.stage2_student.exports.folder import save_student_folder
@@ -17,12 +19,16 @@ def write_auto(target: Path, source: Source) -> Source:
     own = source.own
     if own is not None and isinstance(own.model.mm_projector, MlpProjector) and not own.dropped_tokens:
         return write_llava(target, source)
-    return _save(target, with_image_token(source) if source.is_llava else source, files=source.folder)
+    plain = type(source.core) is LlavaForConditionalGeneration
+    return write_llava(target, source) if plain else _save(target, source, files=source.folder)
 
 
 def write_llava(target: Path, source: Source) -> Source:
     """Write the library's LlavaForConditionalGeneration with its processor."""
-    return _save(target, with_image_token(as_llava(source)), files=source.folder if source.is_llava else None)
+    plain = with_image_token(as_llava(source))
+    # What its folder holds of a processor is of code of ours, where its image token was none or its class is ours.
+    kept = source.own is None and source.encoder.image_token_id in source.encoder.tokenizer.added_tokens_decoder
+    return _save(target, plain, files=source.folder if kept else None)
 
 
 def _save(target: Path, source: Source, *, files: Path | None) -> Source:

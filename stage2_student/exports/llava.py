@@ -6,7 +6,6 @@ token; and ``<image>`` is a token of its own.
 
 import copy
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,10 +35,11 @@ _PROJECTOR = "model.mm_projector."
 
 
 def with_image_token(source: Source) -> Source:
-    """A LLaVA whose image token is one of its tokenizer, with a row of the embedding.
+    """A LLaVA as the library reads it: its image token is one of its tokenizer, with a row of the embedding.
 
     Rows that are added are zeros, and no text that it generates holds their tokens.
     """
+    source = _square_pictures(source)
     core, tokenizer = source.core, source.encoder.tokenizer
     rows, index = core.get_input_embeddings().num_embeddings, source.encoder.image_token_id
     if index >= rows or index not in tokenizer.added_tokens_decoder:
@@ -56,6 +56,7 @@ def with_image_token(source: Source) -> Source:
                 layer.weight[rows:] = 0
         core.generation_config.suppress_tokens = list(range(rows, len(tokenizer)))
     core.config.image_token_id = index
+    vars(core.config).pop("auto_map", None)  # of code that took other tokens
     encoder = replace(source.encoder, tokenizer=tokenizer, image_token_id=index)
     return replace(source, encoder=encoder)
 
@@ -95,21 +96,20 @@ def as_llava(source: Source, *, layout: str = "llava-hf") -> Source:
     )
     model = LlavaForConditionalGeneration.from_pretrained(None, config=config, state_dict=state, dtype=torch.float32)
     model.generation_config = GenerationConfig.from_dict(own.generation_config.to_dict())
-    encoder, processor = _square_pictures(source)
-    student = LibraryStudent(model.eval(), family_of("llava"))
-    return replace(source, model=student, encoder=encoder, image_processor=processor)
+    return replace(source, model=LibraryStudent(model.eval(), family_of("llava")))
 
 
-def _square_pictures(source: Source) -> tuple[Any, Any]:
-    """The encoder and an image processor that makes squares itself, as LLaVA's does."""
+def _square_pictures(source: Source) -> Source:
+    """The same student with an image processor that makes squares itself, as LLaVA's does."""
     processor, images = source.image_processor, source.encoder.image_encoder
     pads = bool(getattr(processor, "do_pad", False)) and hasattr(processor, "pad_to_square")
     if not isinstance(images, ImageEncoder) or (images.layout == "pad") == pads:
-        return source.encoder, processor
+        return source
     made = original_image_processor({"image_aspect_ratio": images.layout}, processor)
     if not processor.to_dict().get("do_center_crop"):
         made = LlavaImageProcessorPil(**{**made.to_dict(), "do_center_crop": False, "crop_size": None})
-    return replace(source.encoder, image_encoder=replace(images, processor=made)), made
+    encoder = replace(source.encoder, image_encoder=replace(images, processor=made))
+    return replace(source, encoder=encoder, image_processor=made)
 
 
 def _two_layers(source: Source, own: VisionLanguageModel, layout: str) -> tuple[dict[str, Tensor], str]:

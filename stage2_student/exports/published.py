@@ -82,7 +82,7 @@ def _write_mobilevlm(target: Path, source: Source, own: VisionLanguageModel) -> 
 
 
 def _write_llava(target: Path, source: Source) -> Source:
-    """In the layout of LLaVA-1.5: a Llama behind a CLIP tower, and linear layers between."""
+    """In the layout of LLaVA-1.5: a Llama behind a CLIP tower, and linear layers between; its code pads pictures itself."""
     student = source
     if type(source.core) is not LlavaOfAnyDepth:
         student = as_llava(source, layout=LAYOUT)

@@ -25,6 +25,7 @@ from vlm_distill_cache.common.models.compodistill import CompoDistillConfig, Com
 from vlm_distill_cache.common.models.llava import LlavaOfAnyDepth
 from vlm_distill_cache.common.models.mobilevlm import MobileVLMConfig, MobileVLMForConditionalGeneration
 from vlm_distill_cache.data.builtin import load_image_processor, load_tokenizer
+from vlm_distill_cache.data.families.table import family_of
 from vlm_distill_cache.data.images.encoder import ImageEncoder
 from vlm_distill_cache.data.registry import open_dataset
 from vlm_distill_cache.data.text.collate import collate
@@ -32,6 +33,7 @@ from vlm_distill_cache.data.text.encoding import SampleEncoder
 from vlm_distill_cache.data.text.templates import get_template
 from vlm_distill_cache.stage2_student.cli import main
 from vlm_distill_cache.stage2_student.config import TrainConfig
+from vlm_distill_cache.stage2_student.exports.folder import save_student_folder
 from vlm_distill_cache.stage2_student.exports.layouts import LAYOUTS
 from vlm_distill_cache.stage2_student.exports.source import exported_model
 from vlm_distill_cache.stage2_student.final_folder import PROVENANCE, read_final
@@ -104,6 +106,7 @@ STUDENTS = {
         lambda: siglip_qwen(projector_type="ldpnetv2", vision_feature_select_strategy="full"), {}, "",
     ),
     "llava": (llava, {}, "published llava-hf"),
+    "llava with a place holder": (llava, BEYOND, "published llava-hf"),
     "llava of one layer": (lambda: llava(projector_depth=1), {}, "published"),
     "llava of three layers": (lambda: llava(projector_depth=3), {}, "published"),
 }  # fmt: skip
@@ -113,6 +116,14 @@ STUDENTS = {
 def _trusted_tokenizers(monkeypatch):
     """Files of ours need no trial in a process of its own, which takes a second."""
     monkeypatch.setattr("vlm_distill_cache.data.text.processors.try_tokenizers", lambda folder: None)
+
+
+def as_trained(folder, model, encoder):
+    """As training saves it: with code of ours where the library's class does not read what the encoder gives."""
+    student = model if hasattr(model.model, "mm_projector") else LibraryStudent(model, family_of("llava"))
+    save_student_folder(
+        folder, model=student, encoder=encoder, image_processor=encoder.image_encoder.processor, source=None
+    )
 
 
 def save_final(folder, make, *, beyond=False, layout="square"):
@@ -144,8 +155,7 @@ def save_final(folder, make, *, beyond=False, layout="square"):
         max_length=512,
     )
     folder.mkdir(parents=True)
-    for part in (model, tokenizer, processor):
-        part.save_pretrained(folder)
+    as_trained(folder, model, encoder)
     said = {
         "fingerprint": "0" * 32,
         "caches": {"c": "1" * 32},

@@ -45,6 +45,7 @@ _COUNTED = ("patch_size", "num_additional_image_tokens", "num_image_tokens", "im
 _PROCESSOR = record({}, dict.fromkeys(_COUNTED, maybe(whole(0, 1 << 13))), free=True)  # so often a word is written
 _OURS = re.compile(r"^from vlm_distill_cache\.((?:\w+\.)*(\w+)) import", re.MULTILINE)
 _AUTO_MODELS = ("AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToText")
+_QUESTION = "What is it?  Na\u00efve \u732b, 1234!"  # brings out blanks, accents, digits
 _log = logging.getLogger(__name__)
 
 
@@ -230,14 +231,14 @@ def _end_as_trained(target: Path, encoder: SampleEncoder) -> None:
 
 def _compare_prompts(target: Path, encoder: SampleEncoder, *, own: bool) -> None:
     """Say so if the folder's processor reads a question otherwise than the student was trained to."""
-    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}]
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": _QUESTION}]}]
     try:
         if own:
             processor = VisionLanguageProcessor.from_pretrained(target, local_files_only=True)
         else:
             processor = AutoProcessor.from_pretrained(target, local_files_only=True, trust_remote_code=False)
         picture = _Picture()
-        asked = build_prompt(encoder, picture, "What is it?").input_ids.tolist()
+        asked = build_prompt(encoder, picture, _QUESTION).input_ids.tolist()
         # In a process of its own: a checkpoint's template may be anybody's.
         variables = json.dumps(processor.tokenizer.special_tokens_map, default=str)
         text = next(

@@ -269,3 +269,15 @@ def _library_name(name: str, depth: int | None) -> str:
         if name.startswith(f"model.{part}"):
             return "model.language_model." + name.removeprefix("model.")
     return name
+
+
+def original_name(name: str, depth: int) -> str:
+    """The inverse of `_library_name`: of a projector of ``depth`` linear layers, by the names of our class or the library's."""
+    part, _, rest = name.removeprefix("model.").partition(".")
+    if part == "multi_modal_projector":
+        layer, _, value = rest.partition(".")
+        layer = {"linear_1": "0", "linear_2": "2"}.get(layer, layer)
+        return _PROJECTOR + (value if depth == 1 else f"{layer}.{value}")
+    if part == "vision_tower":
+        return TOWER_PREFIX + rest
+    return f"model.{rest}" if part == "language_model" else name

@@ -9,7 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, CLIPImageProcessorPil, SiglipImageProcessorPil
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    CLIPImageProcessorPil,
+    SiglipImageProcessorPil,
+)
 
 from vlm_distill_cache.common.errors import ModelError
 from vlm_distill_cache.common.models.checkpoint import Checkpoint
@@ -17,6 +23,7 @@ from vlm_distill_cache.common.models.compodistill import CompoDistillForConditio
 from vlm_distill_cache.common.models.explained import explained_errors
 from vlm_distill_cache.common.models.mobilevlm import MobileVLMForConditionalGeneration
 from vlm_distill_cache.common.models.parts import read_config
+from vlm_distill_cache.common.models.processing import VisionLanguageProcessor
 from vlm_distill_cache.common.models.published_configs import (
     COMPODISTILL_TYPE,
     MOBILEVLM_TYPES,
@@ -38,6 +45,7 @@ _CLASSES: dict[str, type[VisionLanguageModel]] = {
 for _class in _CLASSES.values():
     AutoConfig.register(_class.config_class.model_type, _class.config_class, exist_ok=True)
     AutoModelForImageTextToText.register(_class.config_class, _class, exist_ok=True)
+    AutoProcessor.register(_class.config_class, VisionLanguageProcessor, exist_ok=True)
 
 
 def is_published(directory: Path) -> bool:
@@ -80,6 +88,11 @@ def open_published(directory: Path, *, vision_tower: Path | None = None) -> Chec
 def _open_published(directory: Path, vision_tower: Path | None) -> Checkpoint:
     stored = read_config(directory)
     kind = _kind(stored)
+    if "quantization_config" in stored:
+        raise ModelError(
+            f"{directory}: its weights are quantised (quantization_config in config.json), which is read of the library's own "
+            "models alone; give the student that it was made from. Others load it by from_pretrained"
+        )
     if kind is None:
         raise ModelError(
             f"{directory}: model_type is {stored.get('model_type')!r}, expected one of "

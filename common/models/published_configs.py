@@ -162,18 +162,31 @@ def compodistill_key(name: str, *, bridged: bool) -> str:
 
     ``bridged``: whether the model has a post-projector (the student).
     """
+    return _renamed(name, _released_names(bridged))
+
+
+def released_key(name: str, *, bridged: bool) -> str:
+    """The inverse of `compodistill_key`, for all tensors of our class."""
+    return _renamed(
+        name, sorted(((ours, theirs) for theirs, ours in _released_names(bridged)), key=lambda x: -len(x[0]))
+    )
+
+
+def _released_names(bridged: bool) -> list[tuple[str, str]]:
     first, second = ("teacher.linear_1", "teacher.linear_2") if bridged else ("0", "2")
-    for theirs, ours in (
+    return [
         ("language_model.model.", "model."),
         ("language_model.lm_head.", "lm_head."),
         ("vision_tower._vision_tower.vision_model.", TOWER_PREFIX),
         ("connector._connector.0.", f"model.mm_projector.{first}."),
         ("connector._connector.2.", f"model.mm_projector.{second}."),
         ("connector.post_connector.", "model.mm_projector.post."),
-    ):
-        if name.startswith(theirs):
-            return ours + name.removeprefix(theirs)
-    return name
+    ]
+
+
+def _renamed(name: str, prefixes: list[tuple[str, str]]) -> str:
+    found, instead = next(((one, other) for one, other in prefixes if name.startswith(one)), ("", ""))
+    return instead + name.removeprefix(found)
 
 
 def _aspect_ratio(value: object, where: str) -> str:

@@ -23,7 +23,7 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
 from vlm_distill_cache.common.errors import CacheFormatError
 from vlm_distill_cache.common.files.atomic import parse_json, read_bounded
-from vlm_distill_cache.common.files.rules import OBJECT, check
+from vlm_distill_cache.common.files.rules import OBJECT, check, maybe, record, whole
 from vlm_distill_cache.common.models.llava import LlavaOfAnyDepth
 from vlm_distill_cache.common.models.processing import VisionLanguageProcessor
 from vlm_distill_cache.common.models.vision_language import VisionLanguageModel
@@ -31,6 +31,7 @@ from vlm_distill_cache.common.printing import one_line
 from vlm_distill_cache.data.text.encoding import SampleEncoder, build_prompt
 from vlm_distill_cache.data.text.generation import pad_token_id
 from vlm_distill_cache.data.text.jinja_template import chat_template_of
+from vlm_distill_cache.data.text.template_process import render_template
 from vlm_distill_cache.stage2_student.students.model import StudentModel
 
 # Of a checkpoint's files those that saving model, tokenizer and image processor may not write again, and how many bytes
@@ -40,8 +41,11 @@ _KEPT = {
     **dict.fromkeys(("generation_config.json", "special_tokens_map.json", "added_tokens.json"), 1 << 24),
     **dict.fromkeys(("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model"), 1 << 26),
 }
+_COUNTED = ("patch_size", "num_additional_image_tokens", "num_image_tokens", "image_seq_len", "image_seq_length")
+_PROCESSOR = record({}, dict.fromkeys(_COUNTED, maybe(whole(0, 1 << 13))), free=True)  # so often a word is written
 _OURS = re.compile(r"^from vlm_distill_cache\.((?:\w+\.)*(\w+)) import", re.MULTILINE)
 _AUTO_MODELS = ("AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToText")
+_QUESTION = "What is it?  Na\u00efve \u732b, 1234!"  # brings out blanks, accents, digits
 _log = logging.getLogger(__name__)
 
 
@@ -88,7 +92,8 @@ def keep_files(source: Path, target: Path) -> None:
         try:
             data = read_bounded(Path(os.path.realpath(path)), max_bytes=most)
             if name.endswith(".json"):
-                stored = check(parse_json(data, str(path)), OBJECT, str(path), remedy="download it again")
+                rule = _PROCESSOR if name == "processor_config.json" else OBJECT
+                stored = check(parse_json(data, str(path)), rule, str(path), remedy="download it again")
                 if stored.pop("auto_map", None) is not None:
                     data = _json(stored)
         except CacheFormatError as error:
@@ -215,6 +220,7 @@ def _end_as_trained(target: Path, encoder: SampleEncoder) -> None:
     """Generation ends where trained answers end, too."""
     path = target / "generation_config.json"
     stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    stored.pop("_from_model_config", None)  # some versions would then take the model's alone
     found = stored.get("eos_token_id")
     ids = sorted({*(found if isinstance(found, list) else [] if found is None else [found]), *encoder.end_token_ids})
     stored["eos_token_id"] = ids[0] if len(ids) == 1 else ids
@@ -225,15 +231,19 @@ def _end_as_trained(target: Path, encoder: SampleEncoder) -> None:
 
 def _compare_prompts(target: Path, encoder: SampleEncoder, *, own: bool) -> None:
     """Say so if the folder's processor reads a question otherwise than the student was trained to."""
-    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}]
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": _QUESTION}]}]
     try:
         if own:
             processor = VisionLanguageProcessor.from_pretrained(target, local_files_only=True)
         else:
             processor = AutoProcessor.from_pretrained(target, local_files_only=True, trust_remote_code=False)
         picture = _Picture()
-        asked = build_prompt(encoder, picture, "What is it?").input_ids.tolist()
-        text = processor.apply_chat_template(messages, add_generation_prompt=True)
+        asked = build_prompt(encoder, picture, _QUESTION).input_ids.tolist()
+        # In a process of its own: a checkpoint's template may be anybody's.
+        variables = json.dumps(processor.tokenizer.special_tokens_map, default=str)
+        text = next(
+            render_template((target / "chat_template.jinja").read_text("utf-8"), variables, messages, [(1, True)])
+        )
         bos = processor.tokenizer.bos_token
         adds = {"add_special_tokens": False} if bos and text.startswith(bos) else {}
         read = np.asarray(processor(images=[picture.load()], text=[text], **adds)["input_ids"]).ravel().tolist()

@@ -1,6 +1,7 @@
 """A prompt template as jinja, read by our processor: the ids and pixels that `SampleEncoder` gives for the prompt."""
 
 import io
+from dataclasses import replace
 
 import numpy as np
 import PIL.Image
@@ -117,6 +118,9 @@ def test_the_processor_reads_what_the_encoder_reads(which, turns, system, shows,
     assert ("pixel_values" in found) == shows
     if shows:
         np.testing.assert_array_equal(found["pixel_values"], expected.image_inputs["pixel_values"])
+    if template.chat_template == TEXTS_ONLY:  # read again as a checkpoint's own
+        again = replace(encoder, template=PromptTemplate(name="chat", chat_template=processor.chat_template))
+        assert again(sample).input_ids.tolist() == encoder(sample).input_ids.tolist()
     if not template.chat_template:  # with its answers, too
         rendered = template.render(
             sample.turns, encoder.tokenizer, has_image=shows, image_token=encoder.image_token, system=sample.system

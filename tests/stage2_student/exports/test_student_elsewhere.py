@@ -18,6 +18,7 @@ from tiny_families import TEXT, VISION, byte_tokenizer, make_lively, save_tiny
 
 from vlm_distill_cache.common.models.compodistill import CompoDistillConfig, CompoDistillForConditionalGeneration
 from vlm_distill_cache.common.models.mobilevlm import MobileVLMConfig, MobileVLMForConditionalGeneration
+from vlm_distill_cache.common.models.processing import VisionLanguageProcessor
 from vlm_distill_cache.common.models.published import default_image_processor, is_published
 from vlm_distill_cache.data.families.models import open_family_model
 from vlm_distill_cache.data.images.encoder import ImageEncoder
@@ -199,3 +200,4 @@ def test_we_never_run_the_code_beside_a_students_weights(saved, tmp_path):
     student = load_student(tmp_path)
     assert type(student) is MobileVLMForConditionalGeneration
     assert type(hf.AutoModelForImageTextToText.from_pretrained(tmp_path)) is MobileVLMForConditionalGeneration
+    assert type(hf.AutoProcessor.from_pretrained(tmp_path)) is VisionLanguageProcessor

@@ -101,6 +101,18 @@ def test_another_template_than_the_checkpoints_is_the_one_that_is_written_and_en
     assert encoder.tokenizer.convert_tokens_to_ids("\u010a") in ends  # the line feed behind a caption
 
 
+@pytest.mark.parametrize(
+    "settings", [{"patch_size": 1e-9}, {"num_additional_image_tokens": 10**12}, {"patch_size": True}]
+)
+def test_counts_that_no_model_has_are_not_kept(tmp_path, caplog, settings):
+    (tmp_path / "target").mkdir()
+    (tmp_path / "processor_config.json").write_text(json.dumps({"processor_class": "LlavaProcessor", **settings}))
+    keep_files(tmp_path, tmp_path / "target")
+    assert not list((tmp_path / "target").iterdir())
+    assert f"{next(iter(settings))}" in caplog.text
+    assert "left out" in caplog.text
+
+
 def test_a_processor_that_reads_otherwise_is_told_in_a_line(tmp_path, caplog):
     source = save_tiny("llava", tmp_path / "source")
     (source / "processor_config.json").write_text('{"processor_class": "LlavaProcessor", "patch_size": 4}')

@@ -28,6 +28,7 @@ from vlm_distill_cache.common.terminal.launch import READY_S, clean_environment,
 from vlm_distill_cache.common.terminal.progress import hide_library_bars
 from vlm_distill_cache.common.terminal.sharding import refuse_sharding
 from vlm_distill_cache.stage2_student.config import TrainConfig, public_config, without_secrets
+from vlm_distill_cache.stage2_student.exports.folder import save_student_folder
 from vlm_distill_cache.stage2_student.final_folder import FINAL, PROVENANCE, refuse_other_student
 from vlm_distill_cache.stage2_student.losses.objective import Losses, step_shares
 from vlm_distill_cache.stage2_student.students.model import StudentModel, vocabulary_rows
@@ -291,7 +292,7 @@ def save(
 
 
 def export(config: TrainConfig, run: Preparation, end: Position, accelerator: Accelerator) -> Path:
-    """Save student, tokenizer and image processor where `from_pretrained` finds all three, atomically.
+    """Save student, tokenizer and processor where `from_pretrained` finds all three, atomically.
 
     Beside them lies what the student is: how it was trained, and the digests of all files.
     """
@@ -307,8 +308,13 @@ def export(config: TrainConfig, run: Preparation, end: Position, accelerator: Ac
             "vocabulary": {"entries_read": end.entries_read, "entries_beyond": end.entries_beyond},
         }
         with new_directory(final) as temporary:
-            for part in (run.student, run.tokenizer, run.image_processor):
-                part.save_pretrained(temporary)
+            save_student_folder(
+                temporary,
+                model=run.student,
+                encoder=run.encoder,
+                image_processor=run.image_processor,
+                source=run.source,
+            )
             write_signed(temporary / PROVENANCE, {**provenance, "files": list_files(temporary)})
             remove(final)
     accelerator.wait_for_everyone()

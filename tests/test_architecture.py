@@ -25,7 +25,8 @@ ORDER = {  # inside a package, each level imports only what stands before it
         "config teacher demo builtin", "loop", "planning", "quality", "extract", "estimate report", "imports", "cli",
     ),
     "stage2_student": (
-        "loss_weights pruned_folder final_folder presets", "config", "students batches", "losses resolve", "training",
+        "loss_weights pruned_folder final_folder presets", "config", "students batches", "exports losses resolve",
+        "training",
         "train scores prune", "trained_student", "run", "cli",
     ),
 }  # fmt: skip

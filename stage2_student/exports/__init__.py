@@ -1,1 +1,1 @@
-"""What a trained student is saved as."""
+"""What a trained student leaves for others: its folder, and other layouts of it."""

@@ -62,12 +62,15 @@ class Pieces:
     layers: int
 
 
-def write_gguf(folder: Path, *, model: Any, tokenizer: Any, image_processor: Any, dtype: str) -> tuple[Path, Path]:
+def write_gguf(
+    folder: Path, *, model: Any, tokenizer: Any, image_processor: Any, template: str, dtype: str
+) -> tuple[Path, Path]:
     """Write both files of a student into a folder.
 
     Args:
         model: A `StudentModel`.
-        tokenizer: The library's, with the student's chat template.
+        tokenizer: The library's.
+        template: The student's chat template.
         dtype: One of `TYPES`: of matrices; vectors are float32, and a convolution's weights float16, which llama.cpp needs.
 
     Returns:
@@ -87,7 +90,7 @@ def write_gguf(folder: Path, *, model: Any, tokenizer: Any, image_processor: Any
     vocabulary = _read_vocabulary(tokenizer, rows=int(pieces.text.vocab_size), gguf=gguf)
     name = TYPES[dtype].lower()
     files = folder / MODEL.format(name), folder / PROJECTOR.format(name)
-    _write_model(files[0], pieces, vocabulary, tokenizer, kind=TYPES[dtype], gguf=gguf)
+    _write_model(files[0], pieces, vocabulary, tokenizer, template=template, kind=TYPES[dtype], gguf=gguf)
     _write_projector(files[1], pieces, image_processor, kind=TYPES[dtype], gguf=gguf)
     return files
 
@@ -190,7 +193,9 @@ def _check_configs(text: Any, vision: Any) -> None:
         )
 
 
-def _write_model(path: Path, pieces: Pieces, vocabulary: "Vocabulary", tokenizer: Any, *, kind: str, gguf: Any) -> None:
+def _write_model(
+    path: Path, pieces: Pieces, vocabulary: "Vocabulary", tokenizer: Any, *, template: str, kind: str, gguf: Any
+) -> None:
     text = pieces.text
     architecture = _ARCHITECTURES[text.model_type]
     writer = gguf.GGUFWriter(path, architecture.lower())
@@ -220,8 +225,7 @@ def _write_model(path: Path, pieces: Pieces, vocabulary: "Vocabulary", tokenizer
     ids = tokenizer("a")["input_ids"]
     writer.add_add_bos_token(tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id])
     writer.add_add_eos_token(tokenizer.eos_token_id is not None and ids[-1:] == [tokenizer.eos_token_id])
-    if isinstance(tokenizer.chat_template, str):
-        writer.add_chat_template(tokenizer.chat_template)
+    writer.add_chat_template(template)
     names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, architecture), int(text.num_hidden_layers))
     for name, value in pieces.decoder.items():
         known = name if name.startswith("lm_head") else f"model.{name}"

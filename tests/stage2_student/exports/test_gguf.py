@@ -102,7 +102,9 @@ def llava(**options):
 
 def write(folder, model, tokenizer, dtype="float32"):
     folder.mkdir(exist_ok=True)
-    files = write_gguf(folder, model=model, tokenizer=tokenizer, image_processor=CLIPImageProcessorPil(), dtype=dtype)
+    files = write_gguf(
+        folder, model=model, tokenizer=tokenizer, image_processor=CLIPImageProcessorPil(), template="", dtype=dtype
+    )
     return [gguf.GGUFReader(file) for file in files]
 
 

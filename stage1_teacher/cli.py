@@ -16,6 +16,7 @@ from vlm_distill_cache.common.recipes import Recipe, merge_options, recipe_summa
 from vlm_distill_cache.common.recipes.cache_fit import cache_differences, differences_text
 from vlm_distill_cache.common.terminal.command_line import (
     CONFIG,
+    FILE,
     FOLDER,
     OVERRIDES,
     SETTINGS,
@@ -29,6 +30,7 @@ from vlm_distill_cache.common.terminal.command_line import (
     stopped_by_sigterm,
 )
 from vlm_distill_cache.common.terminal.launch import enter_launch
+from vlm_distill_cache.common.terminal.outlook import DRY_RUN
 from vlm_distill_cache.common.terminal.sharding import refuse_sharding
 from vlm_distill_cache.stage1_teacher.config import SIGNALS, BuildConfig
 
@@ -94,8 +96,29 @@ def _settings(options: dict[str, Any]) -> tuple[BuildConfig, Recipe | None]:
     "it), or each in its own, joined by `cachectl merge`; default: as torchrun, srun or mpirun say.",
 )
 @click.option("--overwrite", is_flag=True, help="Start again, whatever cache the folder holds.")
-def build(*, nproc: int | None, part: str | None, overwrite: bool, **options: Any) -> None:
+@DRY_RUN
+@click.option(
+    "--sketch",
+    type=click.Path(path_type=Path),
+    help="With --dry-run: write what the cache will say of itself, without shards, to this new folder; `distill run --dry-run "
+    "--sketch` then checks a student against it.",
+)
+@click.option(
+    "--estimate", type=FILE, help="With --dry-run: what `teacher-cache estimate --json` wrote, for bytes and hours."
+)
+def build(
+    *,
+    nproc: int | None,
+    part: str | None,
+    overwrite: bool,
+    dry_run: bool,
+    sketch: Path | None,
+    estimate: Path | None,
+    **options: Any,
+) -> None:
     """Build a cache or resume one; does nothing if it is complete."""
+    if not dry_run and (sketch or estimate) is not None:
+        raise click.UsageError("--sketch and --estimate go with --dry-run")
     refuse_sharding(enter_launch().sharding, model="teacher")
     settings, recipe = _settings(options)
 
@@ -116,6 +139,13 @@ def build(*, nproc: int | None, part: str | None, overwrite: bool, **options: An
             "same devices. Leave one of the two out."
         )
     quiet_libraries()
+    if dry_run:
+        from vlm_distill_cache.stage1_teacher.planning.preview import preview_build
+
+        preview_build(
+            settings, overwrite=overwrite, part=own, processes=nproc or 1, sketch=sketch, estimate=estimate
+        ).show()
+        return
     with explain_disk_errors(settings.cache), stopped_by_sigterm():
         if nproc is None:
             settings = replace(settings, device=local_device(settings.device, local))

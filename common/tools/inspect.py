@@ -17,7 +17,7 @@ from vlm_distill_cache.common.cache.plan import BASE, Plan, built_with, read_pla
 from vlm_distill_cache.common.cache.schema import BASE_FIELDS, Field
 from vlm_distill_cache.common.cache.side_files import MANIFEST
 from vlm_distill_cache.common.cache.sidecar import ShardSidecar, missing_shards, read_sidecar
-from vlm_distill_cache.common.printing import one_line
+from vlm_distill_cache.common.printing import one_line, size_words
 from vlm_distill_cache.common.terminal.command_line import quoted
 from vlm_distill_cache.common.terminal.next_step import distill_command
 from vlm_distill_cache.common.tools.derived_card import derivation_words
@@ -101,7 +101,7 @@ def _size_lines(plan: Plan, totals: _Totals) -> list[str]:
         kept = sum(totals.stored_by_field[f.name] for f in fields) if plan.store == "zarr" else None
         lines.append(_size_line(one_line(signal, limit=17), size, kept, totals))
     lines.append(_size_line("total", sum(totals.decoded_by_field.values()), totals.stored, totals))
-    lines.append(f"{'':<18}{_human(totals.stored)} stored, ids and descriptions of the shards included")
+    lines.append(f"{'':<18}{size_words(totals.stored)} stored, ids and descriptions of the shards included")
     return lines
 
 
@@ -148,7 +148,7 @@ def _side_words(manifest: Manifest | None) -> list[str]:
         top = name.split("/")[0] + ("/" if "/" in name else "")
         sizes[top] = sizes.get(top, 0) + entry.size
     shown = sorted(sizes.items(), key=lambda item: -item[1])
-    words = [f"{one_line(name, limit=40)} {_human(size)}" for name, size in shown[:_MAX_FILES]]
+    words = [f"{one_line(name, limit=40)} {size_words(size)}" for name, size in shown[:_MAX_FILES]]
     return words + ([f"{len(shown) - _MAX_FILES} more"] if len(shown) > _MAX_FILES else [])
 
 
@@ -194,11 +194,3 @@ def _next_lines(cache_dir: Path, place: str, plan: Plan, totals: _Totals, *, sea
         f"                cachectl inspect {quoted(place)} {quoted(totals.first_id) if totals.first_id else 'SAMPLE_ID'}",
         f"                cachectl {check}",
     ]
-
-
-def _human(size: float) -> str:
-    for unit in ("B", "KB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:,.0f} {unit}" if unit == "B" else f"{size:,.1f} {unit}"
-        size /= 1000
-    return f"{size:,.1f} TB"

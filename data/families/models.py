@@ -146,6 +146,23 @@ def find_family_model(
     return FamilyModel(found.shell, family, tokenizer, processor, image_encoder, found.weight_files), load
 
 
+def describe_family_model(directory: Path) -> FamilyModel:
+    """What `find_family_model` finds, of a directory whose weights need not be there; its model is on no device (meta).
+
+    Raises:
+        ModelError: As of `find_family_model`; also of an own layout of its authors without its weights.
+    """
+    if any(directory.glob("*.safetensors")) or any(directory.glob("*.bin")):
+        return find_family_model(directory)[0]
+    if is_published(directory) and not is_original_llava(directory):
+        raise ModelError(f"{directory}: what it holds is not known before its weights are here")
+    settings = open_family_settings(directory)
+    config, family, tokenizer, processor, image_encoder = settings
+    with explained_errors(directory), torch.device("meta"):
+        shell = getattr(transformers, family.model_class)._from_config(config)
+    return FamilyModel(shell, family, tokenizer, processor, image_encoder)
+
+
 class FamilySettings(NamedTuple):
     """What a checkpoint directory says without its weights; as of `FamilyModel`."""
 

@@ -118,6 +118,30 @@ def prepare_cache(cache_dir: Path, plan: Plan, *, overwrite: bool) -> Plan:
         ConfigError: If the folder holds something that is not a cache, or not only a cache.
         CacheMismatchError: If a cache with other options is there and ``overwrite`` is not set.
     """
+    entries, strangers = check_cache_folder(cache_dir, overwrite=overwrite)
+    if overwrite:
+        # The plan goes last: until then a killed run leaves what is still known as a cache.
+        for entry in sorted(entries, key=lambda entry: entry.name == PLAN):
+            remove(entry)
+    elif (cache_dir / PLAN).is_file():
+        stored = read_plan(cache_dir)
+        if THREADS not in stored.extra:  # begun before plans recorded it
+            plan = replace(plan, extra={key: value for key, value in plan.extra.items() if key != THREADS})
+        # Compared without writing: a complete cache may lie on a read-only disk.
+        refuse_changed_plan(stored, plan, where=str(cache_dir))
+        _check_beside(cache_dir, stored, strangers)
+        _mention_descriptions(stored, plan)
+        return stored
+    write_plan(cache_dir, plan)
+    return read_plan(cache_dir)  # as a resumed run will read it, so that both write the same bytes
+
+
+def check_cache_folder(cache_dir: Path, *, overwrite: bool) -> tuple[list[Path], list[str]]:
+    """What a cache's folder holds, and the names in it that are no part of a cache.
+
+    Raises:
+        ConfigError: If it holds something that is not a cache, or, to be overwritten, not only a cache.
+    """
     if cache_dir.exists() and not cache_dir.is_dir():
         raise ConfigError(f"{cache_dir} is a file; give a folder for the cache (CACHE=...)")
     entries = sorted(cache_dir.iterdir()) if cache_dir.is_dir() else []
@@ -134,21 +158,7 @@ def prepare_cache(cache_dir: Path, plan: Plan, *, overwrite: bool) -> Plan:
             f"{cache_dir} holds {', '.join(strangers[:5])} beside the cache, which --overwrite does not delete; "
             "move that away, or give a new folder (CACHE=...)"
         )
-    if overwrite:
-        # The plan goes last: until then a killed run leaves what is still known as a cache.
-        for entry in sorted(entries, key=lambda entry: entry.name == PLAN):
-            remove(entry)
-    elif (cache_dir / PLAN).is_file():
-        stored = read_plan(cache_dir)
-        if THREADS not in stored.extra:  # begun before plans recorded it
-            plan = replace(plan, extra={key: value for key, value in plan.extra.items() if key != THREADS})
-        # Compared without writing: a complete cache may lie on a read-only disk.
-        refuse_changed_plan(stored, plan, where=str(cache_dir))
-        _check_beside(cache_dir, stored, strangers)
-        _mention_descriptions(stored, plan)
-        return stored
-    write_plan(cache_dir, plan)
-    return read_plan(cache_dir)  # as a resumed run will read it, so that both write the same bytes
+    return entries, strangers
 
 
 def begun_otherwise(cache_dir: Path, plan: Plan) -> bool:

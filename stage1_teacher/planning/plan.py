@@ -1,5 +1,6 @@
 """What ``extract()`` fixes before the first forward pass: teacher directory, encoder, codecs, ``plan.json``."""
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -28,6 +29,8 @@ from vlm_distill_cache.stage1_teacher.config import BuildConfig
 from vlm_distill_cache.stage1_teacher.loop.signals import EXTRACTORS, Sizes, build_codecs
 from vlm_distill_cache.stage1_teacher.planning.cache_folder import stored_plan
 from vlm_distill_cache.stage1_teacher.teacher.teacher import Teacher
+
+logger = logging.getLogger(__name__)
 
 
 def evaluation_of(training: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -132,13 +135,16 @@ def _refuse_config(directory: Path) -> None:
         refuse_config(directory)
 
 
-def teacher_directory(*, teacher: str, data: str, scratch: Path, cache: Path | None = None) -> Path:
+def teacher_directory(
+    *, teacher: str, data: str, scratch: Path, cache: Path | None = None, trains: bool = True
+) -> Path:
     """Find the teacher's checkpoint directory; a built-in one is trained first if the data needs its own.
 
     Args:
         teacher: A folder or a name on the hub, which is downloaded; empty: the built-in one.
         scratch: Where a teacher trained on the spot is kept.
         cache: The cache to build, for the error: it may have been begun with a teacher.
+        trains: False: in place of a built-in one that is not trained yet, give one of its kind.
 
     Raises:
         ConfigError: If no teacher is given and the data set has none of its own.
@@ -175,6 +181,9 @@ def teacher_directory(*, teacher: str, data: str, scratch: Path, cache: Path | N
             "model, a folder or a name on the hub (llava-hf/llava-1.5-7b-hf), or use DATA=shapes or DATA=easy-vqa, "
             f"which have built-in teachers (TEACHER={shipped} is the one that knows shapes)"
         )
+    if name != "shapes" and not trains and not (scratch / "training.json").is_file():
+        logger.info("the built-in teacher of %s is trained first, which takes minutes", name)
+        return builtin_teacher_directory()
     return demo_teacher_for(name, scratch)
 
 

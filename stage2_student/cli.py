@@ -84,6 +84,9 @@ _training_options = shared_options(
     click.option("--seed", type=click.IntRange(min=0), help="Seed of fresh weights and of the order of samples."),
     CONFIG,
     OVERRIDES,
+    click.option(
+        "--extend", is_flag=True, help="Go on from the end of a finished training, to more steps of its last phase."
+    ),
 )
 
 
@@ -109,7 +112,7 @@ def _load(options: dict[str, Any]) -> tuple[TrainConfig, str]:
 
 @main.command()
 @_training_options
-def train(**options: Any) -> None:
+def train(*, extend: bool, **options: Any) -> None:
     """Train one student through its phases, or resume it."""
     refuse_sharding(enter_launch().sharding, model="student")
     settings, of_recipe = _load(options)
@@ -133,7 +136,7 @@ def train(**options: Any) -> None:
         for note in cache_notes(settings, caches):
             say(note)
     with explain_lost_processes(Path(settings.output)):
-        result = runs.train_alone(settings, caches=caches)
+        result = runs.train_alone(settings, caches=caches, extends=extend)
     if enter_launch().rank == 0:
         say(summarise(result.log))
         if of_recipe:
@@ -147,7 +150,7 @@ def train(**options: Any) -> None:
 @_training_options
 @click.option("--nproc", type=click.IntRange(min=1), default=1, show_default=True, help="Training processes.")
 @click.option("--teacher", help="The teacher that a student pruned:KEEP is cut out of: a folder or a name on the hub.")
-def run(*, nproc: int, **options: Any) -> None:
+def run(*, nproc: int, extend: bool, **options: Any) -> None:
     """Train `sft`, the baseline without a teacher, and the distilled student; score both, write the report."""
     launch = enter_launch()
     refuse_sharding(launch.sharding, model="student")
@@ -158,7 +161,7 @@ def run(*, nproc: int, **options: Any) -> None:
             f"--nproc {launch.size}; or train by `distill train`, which {launch.launcher} may start"
         )
     with stopped_by_sigterm():
-        summary = runs.run(settings, processes=nproc, say=say)
+        summary = runs.run(settings, processes=nproc, extends=extend, say=say)
     lines = summary.table.splitlines()
     # What a new run's scores do not tell was said before it trained.
     say("\n".join(["", *(line for line in lines if not (summary.fresh and line.startswith("note: "))), ""]))

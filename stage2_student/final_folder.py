@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -91,8 +92,14 @@ def look_at_final(folder: Path) -> tuple[dict[str, Any], list[str]]:
     return found, find_damage(folder, found["files"])
 
 
-def refuse_other_student(folder: Path, identity: str) -> list[str] | None:
+def refuse_other_student(
+    folder: Path, identity: str, *, earlier: str | None = None, why: Callable[[], str] = str
+) -> list[str] | None:
     """Refuse to train over another student than ``identity``, the fingerprint of what is to be trained.
+
+    Args:
+        earlier: Of a shorter training that is gone on with.
+        why: Gives in what the two differ, for the error.
 
     Returns:
         What is damaged of the student that is there, a text each; None if there is none.
@@ -104,10 +111,10 @@ def refuse_other_student(folder: Path, identity: str) -> list[str] | None:
         found, damage = look_at_final(folder)
     except FileNotFoundError:
         return None
-    if found and found["fingerprint"] != identity:
+    if found and found["fingerprint"] not in (identity, earlier):
         raise ConfigError(
             f"{folder} belongs to another run: fingerprint {found['fingerprint']} there, {identity} now (configuration, "
-            "cache or data differ). Use the same options, another --output (OUTPUT=...), or delete that folder"
+            f"cache or data differ{why()}). Use the same options, another --output (OUTPUT=...), or delete that folder"
         )
     return damage
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -80,8 +80,13 @@ def _folder(given: str, what: str) -> str:
     return str(found.path) if found.revision else given
 
 
-def open_caches(config: TrainConfig) -> dict[str, TeacherCache]:
+def open_caches(
+    config: TrainConfig, *, opening: Callable[[str], TeacherCache] | None = None
+) -> dict[str, TeacherCache]:
     """Open each cache that the phases of a run read, by the folder or address that configuration or mixture names.
+
+    Args:
+        opening: How; None: to be trained on.
 
     Raises:
         CacheFormatError: If one is not sealed, damaged or no cache, or holds what no teacher says.
@@ -91,6 +96,8 @@ def open_caches(config: TrainConfig) -> dict[str, TeacherCache]:
     places = dict.fromkeys(
         place for phase in phases for place in own_caches(phase.data, str(phase.cache)) or [str(phase.cache)]
     )
+    if opening is not None:
+        return {place: opening(place) for place in places}
     # Twice the window: a step may begin the next window while loading threads still read the last.
     return {place: open_trusted(place, open_shards=2 * config.shuffle_window, verify=config.verify) for place in places}
 

@@ -16,6 +16,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +58,7 @@ from vlm_distill_cache.stage2_student.pruned_folder import (
 )
 from vlm_distill_cache.stage2_student.resolve import given_options, open_caches, resolve_config, with_folders
 from vlm_distill_cache.stage2_student.scores.results import EvaluationReport, render_table
+from vlm_distill_cache.stage2_student.training.extension import differing_options, earlier_training, is_longer
 from vlm_distill_cache.stage2_student.training.output_folder import claim_output, holds_anything, refuse_foreign_folder
 from vlm_distill_cache.stage2_student.training.recipe_caches import refuse_other_caches
 
@@ -108,14 +110,17 @@ def load_run_config(path: Path | None, overrides: Sequence[str], *, cache: str |
     return config
 
 
-def run(config: TrainConfig, *, processes: int = 1, say: Callable[[str], None] = _log.info) -> RunSummary:
+def run(
+    config: TrainConfig, *, processes: int = 1, extends: bool = False, say: Callable[[str], None] = _log.info
+) -> RunSummary:
     """Train the SFT baseline and the distilled student, score both, write the report.
 
     Whatever is finished is not done again: a complete run, a trained student, a training's checkpoints, a
     score. Each cache is opened once.
 
     The configuration is of the distilled student; its ``output`` gets a folder for each student. Several training
-    processes are started with torch's launcher. ``say`` is told what happens.
+    processes are started with torch's launcher. With ``extends`` a finished run goes on to more steps of its last phase.
+    ``say`` is told what happens.
 
     Raises:
         ConfigError: If the folder belongs to another run, naming what differs.
@@ -129,7 +134,7 @@ def run(config: TrainConfig, *, processes: int = 1, say: Callable[[str], None] =
     cache = caches.get(config.cache) or open_trusted(config.cache, verify=config.verify)  # phases may all have others
     stamp = {"run": describe(config, hashes), "evaluation": describe_scoring(config, cache, hashes)}
     previous = read_stamp(output)
-    refuse_other_run(output, previous, stamp)
+    refuse_other_run(output, previous, stamp, extends=extends)
     finished = previous.get("finished") == fingerprint(stamp) and "left" in previous
     lost = find_lost(output, previous["left"]) if finished else []
     if finished and kept_share(config.student) is not None:
@@ -142,7 +147,7 @@ def run(config: TrainConfig, *, processes: int = 1, say: Callable[[str], None] =
         with claim_output(output, *(cache.path for cache in caches.values())):
             for name in COMPARED:
                 clean_stale(output / name)  # of a process killed while it scored
-            train_and_score(config, caches, cache, stamp, hashes, processes=processes, say=say)
+            train_and_score(config, caches, cache, stamp, hashes, processes=processes, extends=extends, say=say)
     return RunSummary(
         output=output,
         table=(output / TABLE).read_text(),
@@ -160,6 +165,7 @@ def train_and_score(
     hashes: Mapping[str, str],
     *,
     processes: int,
+    extends: bool,
     say: Callable[[str], None],
 ) -> None:
     """Do what is left of a run, scored against ``cache``; the caller holds its folder.
@@ -173,6 +179,11 @@ def train_and_score(
 
     output = Path(config.output)
     check_losses(config, caches)  # else a misfit of the distilled student shows when the baseline is trained
+    if extends:  # before the folder is another run's
+        from vlm_distill_cache.stage2_student.train import resume_point
+
+        for arm in arms(with_pruned_student(config, caches, say=say)).values():
+            resume_point(arm, prepare(arm, caches), extends=True)
     for note in cache_notes(config, caches):
         say(note)
     notes = probe_items(config, cache)
@@ -187,7 +198,7 @@ def train_and_score(
     }
     write_signed(output / STAMP, state)
     trained = arms(with_pruned_student(config, caches, say=say))
-    done = [name for name, arm in trained.items() if is_trained(arm, fingerprint(describe(arm, hashes)), say=say)]
+    done = [name for name, arm in trained.items() if is_trained(arm, hashes, extends=extends, say=say)]
     if not done:
         # What only the distilled student shows to be wrong, before hours go into the baseline.
         prepare(trained[DISTILLED], caches)
@@ -197,7 +208,7 @@ def train_and_score(
             continue
         resumed = ", from its last checkpoint" if any(output.glob(f"{name}/checkpoints/step-*")) else ""
         say(f"{name}: training {describe_phases(arm)}{resumed}")
-        train_arm(arm, processes=processes, caches=caches)
+        train_arm(arm, processes=processes, extends=extends, caches=caches)
     scores = {name: evaluate_arm(output / name, config, cache, stamp["evaluation"], say=say) for name in trained}
     found = {note: None for report in scores.values() if (note := unreadable_note(report.unreadable))}
     for note in (note for note in found if note not in notes):
@@ -245,14 +256,17 @@ def find_lost(output: Path, left: Mapping[str, Any]) -> list[str]:
     return lost
 
 
-def is_trained(arm: TrainConfig, identity: str, *, say: Callable[[str], None]) -> bool:
+def is_trained(arm: TrainConfig, hashes: Mapping[str, str], *, extends: bool, say: Callable[[str], None]) -> bool:
     """Whether a student is there and whole; what is damaged is said.
 
     Raises:
-        ConfigError: If it is another one than ``identity``, the fingerprint of what it is to be.
+        ConfigError: If it is another one than it is to be, or not one that it extends.
     """
     folder = Path(arm.output)
-    damage = refuse_other_student(folder / FINAL, identity)
+    if extends and earlier_training(folder, arm, hashes) is not None:
+        return False
+    identity, why = fingerprint(describe(arm, hashes)), partial(differing_options, folder, arm, hashes)
+    damage = refuse_other_student(folder / FINAL, identity, why=why)
     if damage:
         say(f"{folder.name}: made again: {damage[0]}")
     return damage == []
@@ -290,7 +304,9 @@ def with_pruned_student(
     return replace(config, student=str(folder))
 
 
-def train_arm(arm: TrainConfig, *, processes: int, caches: Mapping[str, TeacherCache] | None = None) -> None:
+def train_arm(
+    arm: TrainConfig, *, processes: int, extends: bool = False, caches: Mapping[str, TeacherCache] | None = None
+) -> None:
     """Train one student here, or in processes of their own, which open the caches themselves.
 
     Either way no other process may train in its folder meanwhile.
@@ -303,14 +319,14 @@ def train_arm(arm: TrainConfig, *, processes: int, caches: Mapping[str, TeacherC
         from vlm_distill_cache.stage2_student.train import train  # torch: only when there is something to train
 
         with claim_output(folder):
-            train(arm, caches=caches)
+            train(arm, caches=caches, extends=extends)
         return
     folder.mkdir(parents=True, exist_ok=True)
     public = without_secrets(arm)
     save_config(public, folder / "config.yaml")
     launcher = [sys.executable, "-m", LAUNCHER, "--standalone", f"--nproc_per_node={processes}"]
     ours = ["-m", "vlm_distill_cache.stage2_student.cli", "train", "--config", str(folder / "config.yaml")]
-    command = [*launcher, *ours, "--cache", public.cache, "--output", arm.output]
+    command = [*launcher, *ours, "--cache", public.cache, "--output", arm.output, *(["--extend"] if extends else [])]
     # One thread a process is what torch's launcher takes too, with a page of advice.
     if run_command(
         command,
@@ -326,12 +342,17 @@ def train_arm(arm: TrainConfig, *, processes: int, caches: Mapping[str, TeacherC
 
 
 def train_alone(
-    config: TrainConfig, *, caches: Mapping[str, TeacherCache] | None = None, after_step: AfterStep | None = None
+    config: TrainConfig,
+    *,
+    caches: Mapping[str, TeacherCache] | None = None,
+    after_step: AfterStep | None = None,
+    extends: bool = False,
 ) -> TrainResult:
     """Train one student through its phases, or resume it; nobody else works in its folder meanwhile.
 
     The caches are as from `open_caches`, which is called where there are none. ``after_step`` is called after every
-    optimizer step with the position and the student, e.g. to evaluate.
+    optimizer step with the position and the student, e.g. to evaluate. With ``extends`` a finished training goes on to more
+    steps of its last phase.
 
     Returns:
         The student and its log; losses in ``log`` are float scalars, as ``docs/method.md`` defines them, ``lr`` and
@@ -348,7 +369,7 @@ def train_alone(
     refuse_foreign_folder(output)
     caches = caches or open_caches(config)
     with claim_output(output, *(cache.path for cache in caches.values())):
-        return train(config, caches=caches, after_step=after_step)
+        return train(config, caches=caches, after_step=after_step, extends=extends)
 
 
 def describe_phases(config: TrainConfig) -> str:
@@ -385,8 +406,12 @@ def read_stamp(output: Path) -> dict[str, Any]:
     return {}
 
 
-def refuse_other_run(output: Path, previous: Mapping[str, Any], stamp: Mapping[str, Any]) -> None:
+def refuse_other_run(
+    output: Path, previous: Mapping[str, Any], stamp: Mapping[str, Any], *, extends: bool = False
+) -> None:
     """Refuse to mix two runs in one folder; another way of scoring is fine, students are scored again then.
+
+    With ``extends`` more steps of the last phase are fine, too.
 
     Raises:
         ConfigError: Naming each differing option with both values, and the remedy.
@@ -395,10 +420,12 @@ def refuse_other_run(output: Path, previous: Mapping[str, Any], stamp: Mapping[s
     if not previous or not any(path.exists() for path in (*made, output / FOLDER)):  # FOLDER: a student cut out
         return
     lines = describe_differences(previous.get("run", {}), stamp["run"], there="the folder", here="this run")
-    if lines:
+    longer = bool(lines and previous.get("finished")) and is_longer(previous["run"], stamp["run"])
+    if lines and not (longer and extends):
         raise ConfigError(
             f"{output} belongs to a run with other options:\n" + "\n".join(lines) + "\n"
             "Use the same options, another --output (OUTPUT=...), or delete that folder to begin again"
+            + ("; to train its students longer, add --extend, which goes on from their end" if longer else "")
         )
 
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from vlm_distill_cache.common.attention.layers import GroupMatch
 from vlm_distill_cache.common.cache.counts import picture_words, unknown_words
 from vlm_distill_cache.common.cache.reader import TeacherCache
 from vlm_distill_cache.common.errors import ConfigError, DataError
@@ -38,6 +39,7 @@ from vlm_distill_cache.stage2_student.batches.dataset import (
 )
 from vlm_distill_cache.stage2_student.batches.layers import match_groups
 from vlm_distill_cache.stage2_student.batches.sampler import ShardShuffle
+from vlm_distill_cache.stage2_student.batches.signals import LossTerm
 from vlm_distill_cache.stage2_student.batches.united import UnitedDataset
 from vlm_distill_cache.stage2_student.config import PhaseConfig, PhaseName, TrainConfig, describe
 from vlm_distill_cache.stage2_student.losses.objective import Objective
@@ -264,6 +266,36 @@ def prepare(config: TrainConfig, caches: Mapping[str, TeacherCache] | None = Non
         CacheMismatchError: If a cache does not fit the data, the tokenizer or the student.
     """
     caches = caches or open_caches(config)
+    found = find_all(config, caches)
+    encoder, parts, phases = found.encoder, found.parts, found.phases
+    student = parts.load()
+    tower = teacher_tower(student)
+    if tower is not None:
+        for cache in caches.values():
+            check_vision_tower(cache, tower)
+    hashes = {path: cache.manifest_hash for path, cache in caches.items()}
+    return Preparation(
+        student=student,
+        tokenizer=parts.tokenizer,
+        image_processor=parts.image_processor,
+        encoder=encoder,
+        encoder_description=describe_encoder(encoder),
+        phases=tuple(_with_tower(phase, student) for phase in phases),
+        fingerprint=fingerprint(describe(config, hashes)),
+        cache_hashes=hashes,
+    )
+
+
+class Found(NamedTuple):
+    """All of a run but its student's weights."""
+
+    parts: StudentParts
+    encoder: SampleEncoder
+    phases: tuple[PreparedPhase, ...]
+
+
+def find_all(config: TrainConfig, caches: Mapping[str, TeacherCache]) -> Found:
+    """Find student and data, and look at some samples; errors are those of `prepare`."""
     check_losses(config, caches)
     first = caches[str(config.phase(config.phases[0]).cache)]
     for cache in caches.values():
@@ -282,23 +314,7 @@ def prepare(config: TrainConfig, caches: Mapping[str, TeacherCache] | None = Non
         max_length=config.max_length or longest,
         positions=known_positions(parts.model.config),
     )
-    phases = _prepare_phases(config, caches, encoder, parts)
-    student = parts.load()
-    tower = teacher_tower(student)
-    if tower is not None:
-        for cache in caches.values():
-            check_vision_tower(cache, tower)
-    hashes = {path: cache.manifest_hash for path, cache in caches.items()}
-    return Preparation(
-        student=student,
-        tokenizer=parts.tokenizer,
-        image_processor=parts.image_processor,
-        encoder=encoder,
-        encoder_description=describe_encoder(encoder),
-        phases=tuple(_with_tower(phase, student) for phase in phases),
-        fingerprint=fingerprint(describe(config, hashes)),
-        cache_hashes=hashes,
-    )
+    return Found(parts, encoder, _prepare_phases(config, caches, encoder, parts))
 
 
 def cache_notes(config: TrainConfig, caches: Mapping[str, TeacherCache]) -> list[str]:
@@ -337,6 +353,34 @@ def choose_template(config: TrainConfig, parts: StudentParts, cache: TeacherCach
             "(--set template=...)"
         )
     return parts.template
+
+
+def check_phase(
+    config: TrainConfig, name: PhaseName, cache: TeacherCache, parts: StudentParts
+) -> tuple[dict[str, LossTerm], PromptTemplate, GroupMatch | None]:
+    """Whether a student can learn a phase's losses from a cache, as far as their descriptions tell.
+
+    Returns:
+        The losses' terms, the student's prompt, and how layers meet; None: no loss compares layers.
+
+    Raises:
+        CacheMismatchError: If it cannot.
+    """
+    losses, where = config.phase(name).losses, f"phase {name}, {cache.place}"
+    terms = choose_terms(losses.distilled)
+    template = choose_template(config, parts, cache)
+    check_tokenizer(cache, parts.tokenizer, terms, where=parts.where)
+    check_template(cache, template, terms)
+    check_geometry(cache, parts.image_encoder.to_dict(), terms, where=parts.where)
+    check_visual_rows(cache, parts.visual_rows, terms, where=parts.where)
+    match = None
+    if any(term.attends for term in terms.values()):
+        match = match_groups(
+            cache.plan, parts.depth, matching=losses.matching, layers=losses.attention_layers, where=where
+        )
+    for term in terms.values():
+        term.check_cache(cache.plan.signals, losses, where, match)
+    return terms, template, match
 
 
 def _check_trained_tower(parts: StudentParts, dataset: CachedDataset | UnitedDataset, phase: str) -> None:
@@ -385,19 +429,7 @@ def _prepare_phases(
         phase = config.phase(name)
         cache = caches[str(phase.cache)]
         losses, where = phase.losses, f"phase {name}, {cache.place}"
-        terms = choose_terms(losses.distilled)
-        template = choose_template(config, parts, cache)
-        check_tokenizer(cache, parts.tokenizer, terms, where=parts.where)
-        check_template(cache, template, terms)
-        check_geometry(cache, encoder.image_encoder.to_dict(), terms, where=parts.where)
-        check_visual_rows(cache, parts.visual_rows, terms, where=parts.where)
-        match = None
-        if any(term.attends for term in terms.values()):
-            match = match_groups(
-                cache.plan, parts.depth, matching=losses.matching, layers=losses.attention_layers, where=where
-            )
-        for term in terms.values():
-            term.check_cache(cache.plan.signals, losses, where, match)
+        terms, template, match = check_phase(config, name, cache, parts)
         source = (phase.cache, phase.data, phase.images)
         if source not in opened:
             opened[source] = _open_parts(phase, caches)

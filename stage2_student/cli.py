@@ -5,7 +5,9 @@ import logging
 import os
 import signal
 import threading
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,7 @@ from vlm_distill_cache.common.terminal.command_line import (
     stopped_by_sigterm,
 )
 from vlm_distill_cache.common.terminal.launch import enter_launch, explain_lost_processes
+from vlm_distill_cache.common.terminal.outlook import DRY_RUN
 from vlm_distill_cache.common.terminal.sharding import refuse_sharding
 from vlm_distill_cache.common.tools.trust import open_trusted
 from vlm_distill_cache.stage2_student import run as runs
@@ -76,7 +79,6 @@ _training_options = shared_options(
     click.option(
         "--cache",
         required=True,
-        type=CacheLocation(),
         help="Teacher cache: a folder, s3://..., hf://datasets/... or https://...",
     ),
     click.option("--output", required=True, type=NewFolder(), help="Folder to write to."),
@@ -87,11 +89,17 @@ _training_options = shared_options(
     click.option(
         "--extend", is_flag=True, help="Go on from the end of a finished training, to more steps of its last phase."
     ),
+    DRY_RUN,
+    click.option(
+        "--sketch",
+        type=FOLDER,
+        help="With --dry-run: what `teacher-cache build --dry-run --sketch` wrote, in place of a cache that is not built yet.",
+    ),
 )
 
 
-def _load(options: dict[str, Any]) -> tuple[TrainConfig, str]:
-    """The configuration that the options shared by several commands give, and what of it is a recipe's."""
+def _given(options: dict[str, Any]) -> tuple[Path | None, list[str], str]:
+    """The YAML file, all other options as ``a.b=c``, and the cache."""
     config, overrides, cache, phases, seed = (
         options.pop(name) for name in ("config", "overrides", "cache", "phases", "seed")
     )
@@ -103,18 +111,48 @@ def _load(options: dict[str, Any]) -> tuple[TrainConfig, str]:
         if unknown := [name for name in names if name not in PHASE_NAMES]:
             raise ConfigError(f"phases: {unknown[0]!r} is none of {', '.join(PHASE_NAMES)}")
         given.append(f"phases=[{', '.join(names)}]")
-    settings = runs.load_run_config(config, [*given, *overrides], cache=cache)
-    recipe, _, _ = split_recipe(read_yaml(config), overrides)
+    return config, [*given, *overrides], cache
+
+
+def _load(options: dict[str, Any]) -> tuple[TrainConfig, str]:
+    """The configuration that the options shared by several commands give, and what of it is a recipe's."""
+    config, given, cache = _given(options)
+    CacheLocation().convert(cache, None, None)
+    settings = runs.load_run_config(config, given, cache=cache)
+    recipe, _, _ = split_recipe(read_yaml(config), given)
     if recipe is None:
         return settings, ""
     return settings, "\n".join([recipe_summary(recipe, "stage_two", settings), *cache_lines(settings, recipe)])
 
 
+def _preview(
+    options: dict[str, Any], look_at_folder: Any, *, sketch: Path | None, trainings: Sequence[str], processes: int
+) -> None:
+    """What ``--dry-run`` does instead."""
+    from vlm_distill_cache.stage2_student.training.preview import preview
+
+    config, given, cache = _given(options)
+    runs.set_up_libraries()
+    preview(
+        lambda left: runs.load_run_config(config, left, cache=sketch or cache),
+        given,
+        cache=cache,
+        sketch=sketch,
+        look_at_folder=look_at_folder,
+        trainings=trainings,
+        processes=processes,
+    ).show()
+
+
 @main.command()
 @_training_options
-def train(*, extend: bool, **options: Any) -> None:
+def train(*, extend: bool, dry_run: bool, sketch: Path | None, **options: Any) -> None:
     """Train one student through its phases, or resume it."""
     refuse_sharding(enter_launch().sharding, model="student")
+    if dry_run:
+        looking = partial(runs.look_at_training, extends=extend)
+        _preview(options, looking, sketch=sketch, trainings=("",), processes=enter_launch().size)
+        return
     settings, of_recipe = _load(options)
 
     from vlm_distill_cache.stage2_student.training.log import summarise
@@ -150,10 +188,14 @@ def train(*, extend: bool, **options: Any) -> None:
 @_training_options
 @click.option("--nproc", type=click.IntRange(min=1), default=1, show_default=True, help="Training processes.")
 @click.option("--teacher", help="The teacher that a student pruned:KEEP is cut out of: a folder or a name on the hub.")
-def run(*, nproc: int, extend: bool, **options: Any) -> None:
+def run(*, nproc: int, extend: bool, dry_run: bool, sketch: Path | None, **options: Any) -> None:
     """Train `sft`, the baseline without a teacher, and the distilled student; score both, write the report."""
     launch = enter_launch()
     refuse_sharding(launch.sharding, model="student")
+    if dry_run:
+        looking = partial(runs.look_at_run, extends=extend)
+        _preview(options, looking, sketch=sketch, trainings=runs.COMPARED, processes=nproc)
+        return
     settings, of_recipe = _load(options)
     if launch.size > 1:
         raise LaunchError(

@@ -34,6 +34,7 @@ from vlm_distill_cache.common.hub import public_name
 from vlm_distill_cache.common.locations import public_location, secret_locations
 from vlm_distill_cache.common.remotes.mirror import local_folder
 from vlm_distill_cache.common.terminal.command_line import leave_one_core, quiet_libraries, run_command, said_so_far
+from vlm_distill_cache.common.terminal.outlook import Outlook
 from vlm_distill_cache.common.tools.trust import open_trusted
 from vlm_distill_cache.stage2_student.config import (
     EvaluationConfig,
@@ -427,6 +428,41 @@ def refuse_other_run(
             "Use the same options, another --output (OUTPUT=...), or delete that folder to begin again"
             + ("; to train its students longer, add --extend, which goes on from their end" if longer else "")
         )
+
+
+def look_at_run(outlook: Outlook, config: TrainConfig, caches: Mapping[str, TeacherCache], *, extends: bool) -> None:
+    """For a dry run: whether the folder is this run's, and the held-out items can be scored."""
+    from vlm_distill_cache.stage2_student.scores.held_out import probe_items
+
+    output = Path(config.output)
+    with outlook.checking():
+        previous = read_stamp(output)
+        # Of a cache that is not there yet nobody knows the hash.
+        there = previous.get("run", {}).get("cache") or ""
+        hashes = {place: cache.manifest_hash or there for place, cache in caches.items()}
+        stamp = {"run": describe(config, hashes)}
+        refuse_other_run(output, previous, stamp, extends=extends)
+        if previous.get("finished") and previous["run"] == stamp["run"]:
+            outlook.lines.append("  it is finished: what is there is checked, and nothing trained again")
+    with outlook.checking():
+        cache = caches.get(config.cache)
+        outlook.lines += [f"  note: {note}" for note in probe_items(config, cache)] if cache is not None else []
+
+
+def look_at_training(
+    outlook: Outlook, config: TrainConfig, caches: Mapping[str, TeacherCache], *, extends: bool
+) -> None:
+    """For a dry run: whether the folder is this training's."""
+    output, hashes = Path(config.output), {place: cache.manifest_hash for place, cache in caches.items()}
+    with outlook.checking():
+        refuse_uncut(config.student, config.teacher)
+    with outlook.checking():
+        refuse_foreign_folder(output)
+        if extends and all(hashes.values()):
+            earlier_training(output, config, hashes)
+        elif all(hashes.values()) and (output / FINAL).is_dir():
+            identity, why = fingerprint(describe(config, hashes)), partial(differing_options, output, config, hashes)
+            refuse_other_student(output / FINAL, identity, why=why)
 
 
 def evaluate_arm(

@@ -6,6 +6,7 @@ with all that the cache will say of itself, and of its records nothing.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,17 +14,24 @@ from typing import Any
 from vlm_distill_cache.common.cache.plan import Plan, read_plan
 from vlm_distill_cache.common.cache.reader import TeacherCache
 from vlm_distill_cache.common.errors import CacheMismatchError, DistillError
+from vlm_distill_cache.common.files.disk import refuse_overlap
+from vlm_distill_cache.common.hub import public_name
+from vlm_distill_cache.common.locations import is_url
 from vlm_distill_cache.common.opening import open_cache
-from vlm_distill_cache.common.terminal.outlook import Outlook
+from vlm_distill_cache.common.remotes.mirror import local_folder
+from vlm_distill_cache.common.terminal.outlook import Outlook, download_lines, looking_only
 from vlm_distill_cache.data.sources.mixture import own_caches
 from vlm_distill_cache.stage2_student.batches.dataset import merged_fingerprints
 from vlm_distill_cache.stage2_student.config import PhaseConfig, TrainConfig
 from vlm_distill_cache.stage2_student.losses.terms import choose_terms
 from vlm_distill_cache.stage2_student.pruned_folder import kept_share
+from vlm_distill_cache.stage2_student.resolve import open_caches
 from vlm_distill_cache.stage2_student.students.model import vocabulary_rows
 from vlm_distill_cache.stage2_student.students.parts import StudentParts, open_parts
 from vlm_distill_cache.stage2_student.students.tower import check_tower_is_free
 from vlm_distill_cache.stage2_student.training.checks import check_labels_fit, check_losses, refuse_other_teacher
+from vlm_distill_cache.stage2_student.training.log import read_log
+from vlm_distill_cache.stage2_student.training.output_folder import refuse_misplaced
 from vlm_distill_cache.stage2_student.training.preparation import (
     cache_notes,
     check_phase,
@@ -52,8 +60,83 @@ class PlannedCache:
         """There is nothing to compare with yet."""
 
 
+LookAtFolder = Callable[[Outlook, TrainConfig, Mapping[str, TeacherCache]], None]
+
+
+def preview(
+    resolve: Callable[[Sequence[str]], TrainConfig],
+    given: Sequence[str],
+    *,
+    cache: str,
+    sketch: Path | None,
+    look_at_folder: LookAtFolder,
+    trainings: Sequence[str],
+    processes: int,
+) -> Outlook:
+    """Look at everything that a run needs.
+
+    Args:
+        resolve: From options to a configuration.
+        given: The options, as ``a.b=c``.
+        cache: The cache, as it was named.
+        sketch: What stands for a cache that is not there yet; ``resolve`` takes it for the cache.
+        look_at_folder: Looks at what is particular to the output folder of such a run.
+        trainings: The folders below the output that students are trained in; ``""``: the output itself.
+    """
+    outlook = Outlook()
+    with looking_only() as missing:
+        with outlook.checking():
+            read_plan(local_folder(sketch or cache))
+        if outlook.problems:
+            return outlook
+        config, left = resolve_each(outlook, resolve, given)
+        if config is None:
+            return outlook
+        caches: dict[str, TeacherCache] = {}
+        with outlook.checking():
+            caches = open_caches(config, opening=partial(open_or_plan, sketch=sketch, named=cache))
+        output = Path(config.output)
+        outlook.lines += [
+            f"{'distill run' if len(trainings) > 1 else 'distill train'} would train {public_name(config.student)} into {output}",
+            *(f"  cache: {_cache_line(found)}" for found in caches.values()),
+            f"  phases: {', '.join(config.phases)}; processes: {processes}",
+        ]
+        outlook.needs_writing(output)
+        with outlook.checking():
+            refuse_overlap(output, *(found.path for found in caches.values()), *([] if is_url(cache) else [cache]))
+        with outlook.checking():
+            refuse_misplaced(output)
+        if caches:
+            look_at_folder(outlook, config, caches)
+            parts = look_at_student(outlook, config, caches, known=not any(one.startswith("student=") for one in left))
+            if parts is not None:
+                outlook.needs_room(output, len(trainings) * bytes_to_write(config, parts), "students and checkpoints")
+        outlook.lines += [*_hours_lines(config, [output / name for name in trainings]), *download_lines(missing)]
+    if sketch is not None:  # which is in nobody's way but ours
+        outlook.problems = [text.replace(str(sketch), cache) for text in outlook.problems]
+    return outlook
+
+
+def _cache_line(cache: TeacherCache) -> str:
+    planned = "" if isinstance(cache, TeacherCache) else ", not built yet"
+    return f"{cache.place}, {len(cache)} samples, {', '.join(sorted(cache.plan.signals))}{planned}"
+
+
+def _hours_lines(config: TrainConfig, folders: Sequence[Path]) -> list[str]:
+    """How long it takes, by the steps that were logged there before."""
+    logs = [read_log(folder) for folder in folders]
+    seconds = [record["step_s"] for log in logs for record in log]
+    counts = [config.phase(name).steps for name in config.phases]
+    if not seconds or None in counts:
+        return ["  hours: not known before a step is measured"]
+    left = max(0, len(folders) * sum(count or 0 for count in counts) - len(seconds))
+    return [
+        f"  hours: about {left * sum(seconds) / len(seconds) / 3600:.2g} for {left} steps, as fast as those logged there"
+    ]
+
+
 def resolve_each(
-    outlook: Outlook, resolve: Callable[[list[str]], TrainConfig], given: Sequence[str]
+    outlook: Outlook, resolve: Callable[[Sequence[str]], TrainConfig], given: Sequence[str]
 ) -> tuple[TrainConfig | None, list[str]]:
     """A configuration from the options that can be used; each one that cannot is a problem.
 
@@ -72,7 +155,7 @@ def resolve_each(
         left.append(guilty)
 
 
-def _fails(resolve: Callable[[list[str]], TrainConfig], given: Sequence[str], without: str) -> str:
+def _fails(resolve: Callable[[Sequence[str]], TrainConfig], given: Sequence[str], without: str) -> str:
     """What is wrong with options but one; empty: nothing."""
     try:
         resolve([option for option in given if option != without])
@@ -89,8 +172,10 @@ def open_or_plan(place: str, *, sketch: Path | None, named: str) -> TeacherCache
     return planned  # type: ignore[no-any-return]
 
 
-def look_at_student(outlook: Outlook, config: TrainConfig, caches: Mapping[str, TeacherCache]) -> StudentParts | None:
-    """Check student, data and losses against the caches; None: the student is not known."""
+def look_at_student(
+    outlook: Outlook, config: TrainConfig, caches: Mapping[str, TeacherCache], *, known: bool
+) -> StudentParts | None:
+    """Check student, data and losses against the caches; None: the student is not ``known``, or cut on the way."""
     check_losses(config, caches, each=outlook.checking)
     for phase in {
         (phase.cache, phase.data, phase.images): phase for phase in map(config.phase, config.phases)
@@ -99,6 +184,8 @@ def look_at_student(outlook: Outlook, config: TrainConfig, caches: Mapping[str, 
             _check_data(phase, caches)
     if any(config.phase(name).trainable == "lora" for name in config.phases):
         outlook.needs_package("peft", extra="lora", why="trainable=lora")
+    if not known:
+        return None
     first = caches[str(config.phase(config.phases[0]).cache)]
     if kept_share(config.student) is not None:
         with outlook.checking():

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from vlm_distill_cache.common.cache.plan import STORE_NAMES, read_plan
-from vlm_distill_cache.common.config import load_options, read_yaml
+from vlm_distill_cache.common.config import load_options, read_stage
 from vlm_distill_cache.common.recipes import Recipe, merge_options, recipe_summary, split_recipe
 from vlm_distill_cache.common.recipes.cache_fit import cache_differences, differences_text
 from vlm_distill_cache.common.terminal.command_line import (
@@ -75,7 +75,7 @@ def _settings(options: dict[str, Any]) -> tuple[BuildConfig, Recipe | None]:
     given = [f"{name}={json.dumps(value)}" for name, value in options.items() if value is not None]
     if signals is not None:
         given.append(f"signals=[{signals}]")
-    recipe, values, overrides = split_recipe(read_yaml(config), overrides)
+    recipe, values, overrides = split_recipe(read_stage(config, "teacher_cache"), overrides)
     if recipe is not None:
         values = merge_options(recipe.stage_one, values)
     where = "options" if config is None else str(config)

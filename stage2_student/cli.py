@@ -5,7 +5,7 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,11 +13,12 @@ from typing import Any
 
 import click
 
-from vlm_distill_cache.common.config import config_from_dict, read_yaml
+from vlm_distill_cache.common.config import config_from_dict, has_section, read_stage
 from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, LaunchError, ModelError, TransferError
 from vlm_distill_cache.common.files.atomic import write_json_atomic
 from vlm_distill_cache.common.hub import HubFolder, model_folder
 from vlm_distill_cache.common.recipes import recipe_summary, split_recipe
+from vlm_distill_cache.common.terminal.both_stages import build_first
 from vlm_distill_cache.common.terminal.command_line import (
     CONFIG,
     FOLDER,
@@ -36,7 +37,7 @@ from vlm_distill_cache.common.terminal.command_line import (
     stopped_by_sigterm,
 )
 from vlm_distill_cache.common.terminal.launch import enter_launch, explain_lost_processes
-from vlm_distill_cache.common.terminal.outlook import DRY_RUN
+from vlm_distill_cache.common.terminal.outlook import DRY_RUN, Outlook
 from vlm_distill_cache.common.terminal.sharding import refuse_sharding
 from vlm_distill_cache.common.tools.trust import open_trusted
 from vlm_distill_cache.stage2_student import run as runs
@@ -78,10 +79,9 @@ _training_options = shared_options(
     _IMAGES,
     click.option(
         "--cache",
-        required=True,
-        help="Teacher cache: a folder, s3://..., hf://datasets/... or https://...",
+        help="Teacher cache: a folder, s3://..., hf://datasets/... or https://... Needed, here or in the YAML file.",
     ),
-    click.option("--output", required=True, type=NewFolder(), help="Folder to write to."),
+    click.option("--output", type=NewFolder(), help="Folder to write to. Needed, here or in the YAML file."),
     click.option("--phases", help='Phases to run, in order: "dpt dft sft".'),
     click.option("--seed", type=click.IntRange(min=0), help="Seed of fresh weights and of the order of samples."),
     CONFIG,
@@ -111,7 +111,10 @@ def _given(options: dict[str, Any]) -> tuple[Path | None, list[str], str]:
         if unknown := [name for name in names if name not in PHASE_NAMES]:
             raise ConfigError(f"phases: {unknown[0]!r} is none of {', '.join(PHASE_NAMES)}")
         given.append(f"phases=[{', '.join(names)}]")
-    return config, [*given, *overrides], cache
+    cache = cache or read_stage(config, "distill").get("cache")
+    if cache is None:
+        raise click.UsageError("Missing option '--cache': it stands neither here nor in the YAML file.")
+    return config, [*given, *overrides], str(cache)
 
 
 def _load(options: dict[str, Any]) -> tuple[TrainConfig, str]:
@@ -119,29 +122,35 @@ def _load(options: dict[str, Any]) -> tuple[TrainConfig, str]:
     config, given, cache = _given(options)
     CacheLocation().convert(cache, None, None)
     settings = runs.load_run_config(config, given, cache=cache)
-    recipe, _, _ = split_recipe(read_yaml(config), given)
+    recipe, _, _ = split_recipe(read_stage(config, "distill"), given)
     if recipe is None:
         return settings, ""
     return settings, "\n".join([recipe_summary(recipe, "stage_two", settings), *cache_lines(settings, recipe)])
 
 
 def _preview(
-    options: dict[str, Any], look_at_folder: Any, *, sketch: Path | None, trainings: Sequence[str], processes: int
-) -> None:
-    """What ``--dry-run`` does instead."""
+    options: Mapping[str, Any], look_at_folder: Any, sketch: Path | None, *, trainings: Sequence[str], processes: int
+) -> Outlook:
+    """What ``--dry-run`` says."""
     from vlm_distill_cache.stage2_student.training.preview import preview
 
-    config, given, cache = _given(options)
+    config, given, cache = _given(dict(options))
     runs.set_up_libraries()
-    preview(
-        lambda left: runs.load_run_config(config, left, cache=sketch or cache),
+    return preview(
+        config,
         given,
         cache=cache,
         sketch=sketch,
+        resolve=runs.load_run_config,
         look_at_folder=look_at_folder,
         trainings=trainings,
         processes=processes,
-    ).show()
+    )
+
+
+def _refuse_sketch(sketch: Path | None) -> None:
+    if sketch is not None:
+        raise click.UsageError("--sketch goes with --dry-run: a student is trained from a cache")
 
 
 @main.command()
@@ -151,8 +160,9 @@ def train(*, extend: bool, dry_run: bool, sketch: Path | None, **options: Any) -
     refuse_sharding(enter_launch().sharding, model="student")
     if dry_run:
         looking = partial(runs.look_at_training, extends=extend)
-        _preview(options, looking, sketch=sketch, trainings=("",), processes=enter_launch().size)
+        _preview(options, looking, sketch, trainings=("",), processes=enter_launch().size).show()
         return
+    _refuse_sketch(sketch)
     settings, of_recipe = _load(options)
 
     from vlm_distill_cache.stage2_student.training.log import summarise
@@ -192,10 +202,18 @@ def run(*, nproc: int, extend: bool, dry_run: bool, sketch: Path | None, **optio
     """Train `sft`, the baseline without a teacher, and the distilled student; score both, write the report."""
     launch = enter_launch()
     refuse_sharding(launch.sharding, model="student")
+    looking = partial(runs.look_at_run, extends=extend)
+    look = partial(_preview, options, looking, trainings=runs.COMPARED, processes=nproc)
+    if sketch is None and has_section(options["config"], "teacher_cache"):
+        both, _, cache = _given(dict(options))
+        given = [f"--{name}={options[name]}" for name in ("data", "images") if options[name] is not None]
+        with stopped_by_sigterm():
+            build_first(["--config", str(both), *given], cache, look, dry_run=dry_run)
+    elif dry_run:
+        look(sketch).show()
     if dry_run:
-        looking = partial(runs.look_at_run, extends=extend)
-        _preview(options, looking, sketch=sketch, trainings=runs.COMPARED, processes=nproc)
         return
+    _refuse_sketch(sketch)
     settings, of_recipe = _load(options)
     if launch.size > 1:
         raise LaunchError(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_distill_cache.common.cache.reader import TeacherCache
-from vlm_distill_cache.common.config import load_config, read_yaml
+from vlm_distill_cache.common.config import load_config, read_stage
 from vlm_distill_cache.common.errors import ConfigError
 from vlm_distill_cache.common.files.rules import shown
 from vlm_distill_cache.common.hub import hub_name, model_folder
@@ -47,7 +47,7 @@ def given_options(path: Path | None, overrides: Sequence[str]) -> tuple[Recipe |
     Raises:
         ConfigError: If there is no such file or recipe.
     """
-    recipe, values, overrides = split_recipe(read_yaml(path), overrides)
+    recipe, values, overrides = split_recipe(read_stage(path, "distill"), overrides)
     return recipe, [*_flatten(values), *overrides]
 
 

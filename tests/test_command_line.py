@@ -20,13 +20,13 @@ GROUPS = {
     "cachectl": "common",
 }
 SURFACE = {
-    "cachectl convert": "--store SOURCE TARGET",
+    "cachectl convert": "--dry-run --store SOURCE TARGET",
     "cachectl import-logprobs": "--cache --data --format --images --limit "
     "--missing-target --overwrite --set --store --teacher --teacher-name FILES",
-    "cachectl inspect": "--image --picture CACHE SAMPLE_ID",
-    "cachectl pull": "--jobs --no-verify --samples --shards --signals --top-k CACHE SOURCE",
-    "cachectl push": "--jobs --overwrite CACHE DESTINATION",
-    "cachectl merge": "--output --store SOURCES",
+    "cachectl inspect": "--failed --image --picture CACHE SAMPLE_ID",
+    "cachectl pull": "--dry-run --jobs --no-verify --samples --shards --signals --top-k CACHE SOURCE",
+    "cachectl push": "--dry-run --jobs --overwrite CACHE DESTINATION",
+    "cachectl merge": "--dry-run --output --store SOURCES",
     "cachectl repair": "--deep --dry-run CACHE",
     "cachectl verify": "--deep CACHE",
     "distill evaluate": "--cache --data --images --limit --output STUDENT",
@@ -34,10 +34,11 @@ SURFACE = {
     "distill import": "--output --vision-tower CHECKPOINT",
     "distill report": "OUTPUT",
     "distill prune": "--data --images --keep --output --samples --teacher --template",
-    "distill run": "--cache --config --data --images --nproc --output --phases --seed --set --student --teacher",
-    "distill train": "--cache --config --data --images --output --phases --seed --set --student",
-    "teacher-cache build": "--answers --cache --config --data --images --limit --nproc --overwrite --part --set --signals --store "
+    "distill run": "--cache --config --data --dry-run --extend --images --nproc --output --phases --seed --set --sketch --student "
     "--teacher",
+    "distill train": "--cache --config --data --dry-run --extend --images --output --phases --seed --set --sketch --student",
+    "teacher-cache build": "--answers --cache --config --data --dry-run --estimate --images --limit --nproc --overwrite --part --set "
+    "--signals --sketch --store --teacher",
     "teacher-cache demo-teacher": "--data --output --seed",
     "teacher-cache estimate": "--answers --cache --config --data --epochs --images --json --limit --price --samples --set "
     "--signals --store --student-parameters --student-step --students --teacher",
@@ -126,6 +127,14 @@ def test_any_option_reaches_both_stages_through_make(tmp_path: Path):
     assert "<build>" not in arguments("distill", "CACHE=done", "STUDENT=pruned:0.5")
     assert "<--signals><logits>" in arguments("distill", "CACHE=done", "SIGNALS=logits")
     assert "<--set><a=1>" in arguments("distill", "CACHE=done", "CACHE_SET=a=1")
+    # A file of both stages takes what somebody gave, and no default of make; options of stage one belong into it.
+    (tmp_path / "both.yaml").write_text("teacher_cache: {}\ndistill: {}\n")
+    assert arguments("distill", "CONFIG=both.yaml") == "<run><--config><both.yaml>"
+    shown = arguments("distill", "CONFIG=both.yaml", "STUDENT=s", "OUTPUT=a b", "SET=seed=1")
+    assert shown == "<run><--config><both.yaml><--student><s><--output><a b><--set><seed=1>"
+    both = ["make", "distill", "CONFIG=both.yaml", "SIGNALS=logits"]
+    refused = subprocess.run(both, cwd=tmp_path, env=plain, capture_output=True, text=True, check=False)
+    assert "holds stage one, too: write its options there, instead of SIGNALS" in refused.stderr
     # A path is what somebody typed, whatever make, the shell or a make below this one would read in it.
     path = r"""a$b $(c) ${d} $$e 'f' "g" \h #i `j` %k ~l;m&n"""
     for given, environment in (

@@ -20,14 +20,16 @@ from vlm_distill_cache.common.locations import is_url
 from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.common.remotes.mirror import local_folder
 from vlm_distill_cache.common.terminal.outlook import Outlook, download_lines, looking_only
+from vlm_distill_cache.data.registry import open_evaluation
 from vlm_distill_cache.data.sources.mixture import own_caches
 from vlm_distill_cache.stage2_student.batches.dataset import merged_fingerprints
 from vlm_distill_cache.stage2_student.config import PhaseConfig, TrainConfig
 from vlm_distill_cache.stage2_student.losses.terms import choose_terms
 from vlm_distill_cache.stage2_student.pruned_folder import kept_share
-from vlm_distill_cache.stage2_student.resolve import open_caches
+from vlm_distill_cache.stage2_student.resolve import open_caches, resolve_config
 from vlm_distill_cache.stage2_student.students.model import vocabulary_rows
 from vlm_distill_cache.stage2_student.students.parts import StudentParts, open_parts
+from vlm_distill_cache.stage2_student.students.presets import student_folder
 from vlm_distill_cache.stage2_student.students.tower import check_tower_is_free
 from vlm_distill_cache.stage2_student.training.checks import check_labels_fit, check_losses, refuse_other_teacher
 from vlm_distill_cache.stage2_student.training.log import read_log
@@ -39,6 +41,7 @@ from vlm_distill_cache.stage2_student.training.preparation import (
     open_cached_data,
 )
 
+UNKNOWN_WIDTH = 1 << 20  # of a teacher that is not known
 _FLOAT, _OPTIMIZER = 4, 12  # bytes of a parameter: saved; in a checkpoint with both averages of its optimizer
 
 
@@ -64,11 +67,12 @@ LookAtFolder = Callable[[Outlook, TrainConfig, Mapping[str, TeacherCache]], None
 
 
 def preview(
-    resolve: Callable[[Sequence[str]], TrainConfig],
+    path: Path | None,
     given: Sequence[str],
     *,
     cache: str,
     sketch: Path | None,
+    resolve: Callable[..., TrainConfig],
     look_at_folder: LookAtFolder,
     trainings: Sequence[str],
     processes: int,
@@ -76,10 +80,11 @@ def preview(
     """Look at everything that a run needs.
 
     Args:
-        resolve: From options to a configuration.
-        given: The options, as ``a.b=c``.
+        path: YAML file of options.
+        given: The other options, as ``a.b=c``.
         cache: The cache, as it was named.
-        sketch: What stands for a cache that is not there yet; ``resolve`` takes it for the cache.
+        sketch: What stands for a cache that is not there yet; if it is empty, stage one has said why.
+        resolve: From both kinds of options and the cache to a configuration.
         look_at_folder: Looks at what is particular to the output folder of such a run.
         trainings: The folders below the output that students are trained in; ``""``: the output itself.
     """
@@ -88,8 +93,11 @@ def preview(
         with outlook.checking():
             read_plan(local_folder(sketch or cache))
         if outlook.problems:
+            if sketch is not None and not any(sketch.iterdir()):
+                outlook.problems.clear()
+            _look_without_cache(outlook, path, [*given, f"cache={cache}"])
             return outlook
-        config, left = resolve_each(outlook, resolve, given)
+        config, left = resolve_each(outlook, lambda some: resolve(path, some, cache=sketch or cache), given)
         if config is None:
             return outlook
         caches: dict[str, TeacherCache] = {}
@@ -115,6 +123,22 @@ def preview(
     if sketch is not None:  # which is in nobody's way but ours
         outlook.problems = [text.replace(str(sketch), cache) for text in outlook.problems]
     return outlook
+
+
+def _look_without_cache(outlook: Outlook, path: Path | None, given: Sequence[str]) -> None:
+    """What can be said where nothing is known of the cache: options, the student's name, the held-out data, the folder."""
+    config, left = resolve_each(outlook, lambda some: resolve_config(path, some, teacher_width=UNKNOWN_WIDTH), given)
+    if config is None:
+        return
+    if kept_share(config.student) is None and not any(one.startswith("student=") for one in left):
+        with outlook.checking():
+            student_folder(config.student, config.student_weights)
+    how = config.evaluation
+    if how.data is not None:
+        images = how.images or config.images
+        with outlook.checking():
+            open_evaluation(how.data, how.split, how.limit, images=None if images is None else Path(images))
+    outlook.needs_writing(Path(config.output))
 
 
 def _cache_line(cache: TeacherCache) -> str:

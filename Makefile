@@ -95,6 +95,7 @@ STAGE_TWO = --student "$$STUDENT" --data "$$DATA" --cache "$$CACHE" --output "$$
 WHOLE = --config "$$CONFIG" $(call GAVE,STUDENT,--student) $(call GAVE,DATA,--data) $(call GAVE,CACHE,--cache) $(call GAVE,OUTPUT,--output) $(call GAVE,IMAGES,--images) $(ALL_ELSE)
 ALL_ELSE = $(if $(PHASES),--phases "$$PHASES") $(if $(EVAL_DATA),--set "evaluation.data=$$EVAL_DATA") $(if $(strip $(SET)),$$(printf -- '--set %s ' $$SET)) $(if $(filter-out 1,$(NPROC)),--nproc "$$NPROC")
 GAVE = $(if $(filter-out file,$(origin $(1))),$(2) "$$$(1)")
+NO_OPTIONS = echo "CONFIG=$$CONFIG holds stage one, too: write its options there, instead of $(GIVEN) $(if $(TEACHER),TEACHER)" >&2; exit 2;
 HAS_BOTH = { [ -n "$$CONFIG" ] && grep -qsE '^(teacher_cache|distill) *:' "$$CONFIG"; }
 
 teacher-cache: $(STAMP) ## Stage one: run the teacher once, write the cache
@@ -105,7 +106,7 @@ teacher-cache: $(STAMP) ## Stage one: run the teacher once, write the cache
 # A sealed cache is used as it is, teacher or no teacher; naming a TEACHER, or options of stage one, checks that it is theirs.
 # CACHE may be an address (s3://, hf://datasets/, https://): its shards are fetched as they are read.
 distill: $(STAMP) ## Stage two: train a student from the cache (built first if missing), evaluate, report
-	if $(HAS_BOTH); then $(if $(strip $(GIVEN) $(TEACHER)),echo "CONFIG=$$CONFIG holds stage one, too: write its options there, instead of $(GIVEN)$(if $(TEACHER), TEACHER)" >&2; exit 2;) exec $(BIN)/distill run $(WHOLE); fi
+	if $(HAS_BOTH); then $(if $(strip $(GIVEN) $(TEACHER)),$(NO_OPTIONS)) exec $(BIN)/distill run $(WHOLE); fi
 	if ! $(HAS_BOTH) && [[ "$$CACHE" != *://* ]] && [ ! -f "$$CACHE/manifest.json" ]; then sketch=$$(mktemp -d); trap 'rm -rf "$$sketch"' EXIT; found=0; $(BIN)/teacher-cache build $(STAGE_ONE) --dry-run --sketch "$$sketch" > /dev/null || found=$$?; $(BIN)/distill run $(STAGE_TWO) --dry-run --sketch "$$sketch" > /dev/null || found=$$?; exit $$found; fi
 	if ! $(HAS_BOTH) && { [ -n "$$TEACHER" ] || { [[ "$$CACHE" != *://* ]] && { [ -n "$(GIVEN)" ] || [ ! -f "$$CACHE/manifest.json" ]; }; }; }; then exec $(MAKE) --no-print-directory teacher-cache; fi
 	if ! $(HAS_BOTH); then exec $(BIN)/distill run $(STAGE_TWO); fi

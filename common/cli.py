@@ -54,14 +54,21 @@ def main() -> None:
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="The sample's image, to draw over.",
 )
-def inspect(cache: str, sample_id: str | None, picture: Path | None, image: Path | None) -> None:
+@click.option("--failed", is_flag=True, help="List the samples that could not be used, with the reasons, one a line.")
+def inspect(cache: str, sample_id: str | None, picture: Path | None, image: Path | None, *, failed: bool) -> None:
     """Show what a cache holds; or of one sample the answer, the teacher's likeliest tokens and where it looked."""
+    if failed and sample_id is not None:
+        raise click.UsageError("--failed lists all samples that failed; leave SAMPLE_ID out")
     if (picture is not None and sample_id is None) or (image is not None and picture is None):
         raise click.UsageError("--picture needs a SAMPLE_ID, and --image needs --picture")
     if sample_id is None:
         from vlm_distill_cache.common.remotes.mirror import local_folder
-        from vlm_distill_cache.common.tools.inspect import describe_cache
+        from vlm_distill_cache.common.tools.inspect import describe_cache, failed_lines
 
+        if failed:
+            for line in failed_lines(local_folder(cache)):
+                say(line)
+            return
         say(describe_cache(local_folder(cache), location=cache))  # of an address: where its descriptions are
         return
     from vlm_distill_cache.common.opening import open_cache

@@ -12,6 +12,7 @@ import click
 
 from vlm_distill_cache.common.cache.plan import STORE_NAMES, read_plan
 from vlm_distill_cache.common.config import load_options, read_stage
+from vlm_distill_cache.common.locations import by_make
 from vlm_distill_cache.common.recipes import Recipe, merge_options, recipe_summary, split_recipe
 from vlm_distill_cache.common.recipes.cache_fit import cache_differences, differences_text
 from vlm_distill_cache.common.terminal.command_line import (
@@ -158,7 +159,9 @@ def build(
         say(recipe_summary(recipe, "stage_one", settings))
         others = [found for found in cache_differences(recipe, read_plan(summary.cache)) if found.signals]
         if others:
-            say(f"  so this is no cache for SET=recipe={recipe.name} (stage two): {differences_text(others)}")
+            say(
+                f"  so this is no cache for {by_make('SET=', '--set ')}recipe={recipe.name} (stage two): {differences_text(others)}"
+            )
         else:
             proposed = recipe.name
     if summary.manifest is not None:
@@ -287,7 +290,12 @@ def demo_teacher(data: str, output: Path, seed: int) -> None:
     quiet_libraries()
     train_demo_teacher(data, output, seed=seed)
     say(f"Teacher written to {output}")
-    say(f"Next: make teacher-cache TEACHER={quoted(output)} DATA={data} CACHE={quoted(f'build/cache/{output.name}')}")
+    place, cache = quoted(output), quoted(f"build/cache/{output.name}")
+    command = by_make(
+        f"make teacher-cache TEACHER={place} DATA={data} CACHE={cache}",
+        f"teacher-cache build --teacher {place} --data {data} --cache {cache}",
+    )
+    say(f"Next: {command}")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from vlm_distill_cache.common.config import config_from_dict, has_section, read_
 from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, LaunchError, ModelError, TransferError
 from vlm_distill_cache.common.files.atomic import write_json_atomic
 from vlm_distill_cache.common.hub import HubFolder, model_folder
+from vlm_distill_cache.common.locations import by_make
 from vlm_distill_cache.common.recipes import recipe_summary, split_recipe
 from vlm_distill_cache.common.terminal.both_stages import build_first
 from vlm_distill_cache.common.terminal.command_line import (
@@ -367,8 +368,8 @@ def import_checkpoint(checkpoint: str, output: Path, vision_tower: str | None) -
     tower = None if vision_tower is None else model_folder(vision_tower, what="--vision-tower").path
     convert_published(model_folder(checkpoint, what="checkpoint").path, output, vision_tower=tower)
     say(
-        f"Imported into {output}. Next: make distill STUDENT={quoted(output)}, or make teacher-cache "
-        f"TEACHER={quoted(output)}"
+        f"Imported into {output}. Next: {by_make('make distill STUDENT=', 'distill run --student ')}{quoted(output)}, or "
+        f"{by_make('make teacher-cache TEACHER=', 'teacher-cache build --teacher ')}{quoted(output)}"
     )
 
 

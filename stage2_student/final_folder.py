@@ -13,6 +13,7 @@ from vlm_distill_cache.common.cache.document_rules import GEOMETRY, MAX_TOKEN, T
 from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, ModelError
 from vlm_distill_cache.common.files.rules import ANYTHING, OBJECT, also, check, entries, record, text, whole
 from vlm_distill_cache.common.files.signed import find_damage, read_signed
+from vlm_distill_cache.common.locations import by_make
 
 FINAL, PROVENANCE = "final", "distillation.json"
 _COUNT = whole(0, 1 << 60)
@@ -114,7 +115,7 @@ def refuse_other_student(
     if found and found["fingerprint"] not in (identity, earlier):
         raise ConfigError(
             f"{folder} belongs to another run: fingerprint {found['fingerprint']} there, {identity} now (configuration, "
-            f"cache or data differ{why()}). Use the same options, another --output (OUTPUT=...), or delete that folder"
+            f"cache or data differ{why()}). Use the same options, another --output{by_make(' (OUTPUT=...)')}, or delete that folder"
         )
     return damage
 

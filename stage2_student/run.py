@@ -31,7 +31,7 @@ from vlm_distill_cache.common.files.hashing import fingerprint
 from vlm_distill_cache.common.files.rules import OBJECT, check, entries, items, maybe, record, text
 from vlm_distill_cache.common.files.signed import find_damage, list_files, read_signed, write_signed
 from vlm_distill_cache.common.hub import public_name
-from vlm_distill_cache.common.locations import public_location, secret_locations
+from vlm_distill_cache.common.locations import by_make, public_location, secret_locations
 from vlm_distill_cache.common.remotes.mirror import local_folder
 from vlm_distill_cache.common.terminal.command_line import leave_one_core, quiet_libraries, run_command, said_so_far
 from vlm_distill_cache.common.terminal.outlook import Outlook
@@ -425,7 +425,7 @@ def refuse_other_run(
     if lines and not (longer and extends):
         raise ConfigError(
             f"{output} belongs to a run with other options:\n" + "\n".join(lines) + "\n"
-            "Use the same options, another --output (OUTPUT=...), or delete that folder to begin again"
+            f"Use the same options, another --output{by_make(' (OUTPUT=...)')}, or delete that folder to begin again"
             + ("; to train its students longer, add --extend, which goes on from their end" if longer else "")
         )
 

@@ -37,8 +37,8 @@ SURFACE = {
     "distill run": "--cache --config --data --dry-run --extend --images --nproc --output --phases --seed --set --sketch --student "
     "--teacher",
     "distill train": "--cache --config --data --dry-run --extend --images --output --phases --seed --set --sketch --student",
-    "teacher-cache build": "--answers --cache --config --data --dry-run --estimate --images --limit --nproc --overwrite --part --set "
-    "--signals --sketch --store --teacher",
+    "teacher-cache build": "--answers --cache --config --data --dry-run --estimate --images --limit --nproc --overwrite --part "
+    "--set --signals --sketch --store --teacher",
     "teacher-cache demo-teacher": "--data --output --seed",
     "teacher-cache estimate": "--answers --cache --config --data --epochs --images --json --limit --price --samples --set "
     "--signals --store --student-parameters --student-step --students --teacher",

@@ -30,16 +30,9 @@ class Outlook:
     lines: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
-    @contextmanager
-    def checking(self) -> Iterator[None]:
+    def checking(self) -> _Checking:
         """Note an expected error of the block as a problem, and go on behind it."""
-        try:
-            yield
-        except DistillError as error:
-            self.problem(str(error))
-        except OSError as error:
-            place = f"{one_line(os.fsdecode(error.filename))}: " if isinstance(error.filename, str | bytes) else ""
-            self.problem(f"{place}{error.strerror or error}{disk_remedy(error)}")
+        return _Checking(self)
 
     def problem(self, text: str) -> None:
         """Note a problem once, however many checks meet it."""
@@ -84,6 +77,26 @@ class Outlook:
             say(f"It would not start: {count} problem{'s' * (count > 1)} above. Nothing was written.", err=True)
             raise click.exceptions.Exit(1)
         say("It would start; nothing was written.")
+
+
+class _Checking:
+    """The block of `Outlook.checking`."""
+
+    def __init__(self, outlook: Outlook) -> None:
+        self._outlook = outlook
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
+        if isinstance(error, DistillError):
+            self._outlook.problem(str(error))
+        elif isinstance(error, OSError):
+            place = f"{one_line(os.fsdecode(error.filename))}: " if isinstance(error.filename, str | bytes) else ""
+            self._outlook.problem(f"{place}{error.strerror or error}{disk_remedy(error)}")
+        else:
+            return False
+        return True
 
 
 @contextmanager

@@ -7,6 +7,7 @@ are printed (``common.printing``).
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,28 +18,33 @@ from vlm_distill_cache.common.cache.plan import BASE, Plan, built_with, read_pla
 from vlm_distill_cache.common.cache.schema import BASE_FIELDS, Field
 from vlm_distill_cache.common.cache.side_files import MANIFEST
 from vlm_distill_cache.common.cache.sidecar import ShardSidecar, missing_shards, read_sidecar
-from vlm_distill_cache.common.printing import one_line, size_words
+from vlm_distill_cache.common.printing import brief, one_line, size_words
+from vlm_distill_cache.common.recipes.fidelity import poor_fidelity
 from vlm_distill_cache.common.terminal.command_line import quoted
 from vlm_distill_cache.common.terminal.next_step import distill_command
 from vlm_distill_cache.common.tools.derived_card import derivation_words
 
 _MAX_FILES = 6  # shown
 _MAX_ID = 80  # characters of a sample id in a command
+_SHOWN_IDS = 5  # of samples that failed
 _WIDTH = 110
 
 
 @dataclass(kw_only=True)
 class _Totals(SampleCounts):
-    """Sums over the sidecars; ``first_id`` is the first sample's that can be shown whole."""
+    """Sums over the sidecars; ``first_id`` is the first sample's that can be shown whole, ``failed_ids`` the first few's."""
 
     stored: int = 0
     first_id: str = ""
+    failed_ids: list[str] = field(default_factory=list)
     decoded_by_field: Counter[str] = field(default_factory=Counter)
     stored_by_field: Counter[str] = field(default_factory=Counter)
 
     def add(self, sidecar: ShardSidecar) -> None:
         super().add(sidecar)
         self.stored += sidecar.stored_bytes
+        room = max(0, _SHOWN_IDS - len(self.failed_ids))
+        self.failed_ids += [one_line(name, limit=_MAX_ID) for name, _ in sidecar.failed[:room]]
         if not self.first_id:
             self.first_id = next((name for name in sidecar.sample_ids if one_line(name, limit=_MAX_ID) == name), "")
         self.decoded_by_field.update(sidecar.field_bytes)
@@ -87,9 +93,26 @@ def describe_cache(cache_dir: Path, *, location: str | None = None) -> str:
         *_wrapped("fingerprints", prints or ["none"]),
     ]
     lines += [f"failed          {line}" for line in totals.failures.lines()]
+    if totals.failures.total:
+        more = ", ..." if totals.failures.total > len(totals.failed_ids) else ""
+        lines.append(
+            f"{'':<16}ids: {', '.join(totals.failed_ids)}{more}; all: cachectl inspect {quoted(place)} --failed"
+        )
     lines += _wrapped("fidelity", _fidelity_words(manifest))
+    lines += [
+        f"{'':<16}{sentence}" for sentence in poor_fidelity(plan, None if manifest is None else manifest.fidelity)
+    ]
     lines += ["", *_next_lines(cache_dir, place, plan, totals, sealed=sealed, missing=bool(missing))]
     return "\n".join(lines)
+
+
+def failed_lines(cache_dir: Path) -> Iterator[str]:
+    """A line for each sample that could not be used: its id and the reason."""
+    plan = read_plan(cache_dir)
+    missing = set(missing_shards(cache_dir, plan))
+    for index in range(plan.shard_count):
+        for name, reason in () if index in missing else read_sidecar(cache_dir, index).failed:
+            yield f"{one_line(name)}: {brief(reason)}"
 
 
 def _size_lines(plan: Plan, totals: _Totals) -> list[str]:

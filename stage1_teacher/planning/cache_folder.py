@@ -28,6 +28,7 @@ from vlm_distill_cache.common.cache.sidecar import missing_shards
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError, ConfigError
 from vlm_distill_cache.common.files.atomic import clean_stale, hold_folder, read_json, remove
 from vlm_distill_cache.common.files.disk import is_below, name_full_disk
+from vlm_distill_cache.common.locations import by_make
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ EXPORTED = ("projector.safetensors", "projector.json", "vision_tower.safetensors
 OUR_NAMES = (PLAN, MANIFEST, INDEX, CARD, SHARDS, *EXPORTED)
 
 _REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM)
-_WRITABLE = "make it writable, or give another folder (CACHE=...); nothing was lost"
+_WRITABLE = "make it writable, or give another folder for the cache; nothing was lost"
 
 
 @contextmanager
@@ -143,7 +144,7 @@ def check_cache_folder(cache_dir: Path, *, overwrite: bool) -> tuple[list[Path],
         ConfigError: If it holds something that is not a cache, or, to be overwritten, not only a cache.
     """
     if cache_dir.exists() and not cache_dir.is_dir():
-        raise ConfigError(f"{cache_dir} is a file; give a folder for the cache (CACHE=...)")
+        raise ConfigError(f"{cache_dir} is a file; give a folder for the cache ({by_make('CACHE=...', '--cache')})")
     entries = sorted(cache_dir.iterdir()) if cache_dir.is_dir() else []
     kept = [entry.name for entry in entries if not is_leftover(entry)]
     is_cache = any(_is_our_document(cache_dir / name) for name in (PLAN, MANIFEST))
@@ -151,12 +152,12 @@ def check_cache_folder(cache_dir: Path, *, overwrite: bool) -> tuple[list[Path],
     if kept and not is_cache:
         raise ConfigError(
             f"{cache_dir} is not a teacher cache: it holds {', '.join((strangers or kept)[:5])}; "
-            "give an empty or new folder (CACHE=...)"
+            f"give an empty or new folder ({by_make('CACHE=...', '--cache')})"
         )
     if overwrite and strangers:
         raise ConfigError(
             f"{cache_dir} holds {', '.join(strangers[:5])} beside the cache, which --overwrite does not delete; "
-            "move that away, or give a new folder (CACHE=...)"
+            f"move that away, or give a new folder ({by_make('CACHE=...', '--cache')})"
         )
     return entries, strangers
 

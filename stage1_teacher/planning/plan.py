@@ -15,6 +15,7 @@ from vlm_distill_cache.common.codecs.answers import AnswersCodec
 from vlm_distill_cache.common.errors import ConfigError, ModelError, SampleError
 from vlm_distill_cache.common.files.hashing import fingerprint
 from vlm_distill_cache.common.hub import model_folder
+from vlm_distill_cache.common.locations import by_make
 from vlm_distill_cache.common.models.original_llava import is_original_llava, refuse_other_llavas
 from vlm_distill_cache.common.models.parts import read_config
 from vlm_distill_cache.common.models.published import is_published
@@ -163,23 +164,26 @@ def teacher_directory(
         begun = None if cache is None else stored_plan(cache)
         if begun is not None and (Path(cache or "") / MANIFEST).is_file():
             raise ConfigError(
-                f"{cache}: the cache is complete; to compare it with options of stage one, give its TEACHER=... (--teacher) "
+                f"{cache}: the cache is complete; to compare it with options of stage one, give its "
+                f"{by_make('TEACHER=... (--teacher)', '--teacher')} "
                 "too, a folder or a name on the hub; to use it as it is, leave these options out"
             )
         if begun is not None:
             name, revision = one_line(begun.teacher.get("name", "unknown")), begun.teacher.get("revision")
             given = f"{name}@{one_line(revision)}" if revision else "FOLDER"
             raise ConfigError(
-                f"{cache}: an unfinished cache of the teacher {name} is there, and no teacher is given: TEACHER={given} "
-                f"(--teacher {given}) with that teacher continues it; another CACHE= begins a new one"
+                f"{cache}: an unfinished cache of the teacher {name} is there, and no teacher is given: "
+                f"{by_make(f'TEACHER={given} (--teacher {given})', f'--teacher {given}')} with that teacher continues it; another "
+                f"{by_make('CACHE=', '--cache')} begins a new one"
             )
         shipped = builtin_teacher_directory()
         if shipped.is_relative_to(Path.cwd()):
             shipped = shipped.relative_to(Path.cwd())
         raise ConfigError(
-            f"no teacher given for data {data!r}: set TEACHER=... (--teacher) to a vision-language "
-            "model, a folder or a name on the hub (llava-hf/llava-1.5-7b-hf), or use DATA=shapes or DATA=easy-vqa, "
-            f"which have built-in teachers (TEACHER={shipped} is the one that knows shapes)"
+            f"no teacher given for data {data!r}: set {by_make('TEACHER=... (--teacher)', '--teacher')} to a vision-language "
+            "model, a folder or a name on the hub (llava-hf/llava-1.5-7b-hf), or use "
+            f"{by_make('DATA=shapes or DATA=easy-vqa', '--data shapes or --data easy-vqa')}, "
+            f"which have built-in teachers ({by_make('TEACHER=', '--teacher ')}{shipped} is the one that knows shapes)"
         )
     if name != "shapes" and not trains and not (scratch / "training.json").is_file():
         logger.info("the built-in teacher of %s is trained first, which takes minutes", name)

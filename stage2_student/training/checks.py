@@ -23,6 +23,7 @@ from vlm_distill_cache.common.codecs.registry import codec_from_dict
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError, ModelError, SampleError
 from vlm_distill_cache.common.files.hashing import fingerprint
 from vlm_distill_cache.common.files.rules import AGAIN
+from vlm_distill_cache.common.locations import by_make
 from vlm_distill_cache.common.printing import one_line
 from vlm_distill_cache.common.terminal.next_step import set_words
 from vlm_distill_cache.data.families.inputs import text_config
@@ -111,7 +112,9 @@ def check_data(cache: TeacherCache, dataset: Dataset) -> None:
     raise CacheMismatchError(
         f"data set {dataset.name} ({len(dataset)} samples, fingerprint {found}) is not the one {cache.place} was built "
         f"from ({cache.plan.data}, fingerprint {' or '.join(merged) or expected}): {what}. Give the cache's "
-        f"data (DATA=, IMAGES=, or --data, --images), or build a cache for this data ({built_with(cache.plan)} --data ...)"
+        "data ("
+        f"{by_make('DATA=, IMAGES=, or ')}"
+        f"--data, --images), or build a cache for this data ({built_with(cache.plan)} --data ...)"
     )
 
 
@@ -160,7 +163,8 @@ def check_signals(cache: TeacherCache, losses: LossWeights, *, phase: str, off: 
                 f"{set_words(off or [f'{phase}.losses.{name}=0'])}, or "
                 + with_more(
                     cache.plan,
-                    f"build a cache with this signal (SIGNALS={build},..., teacher-cache build --signals {build},...)",
+                    "build a cache with this signal ("
+                    f"{by_make(f'SIGNALS={build},..., ')}teacher-cache build --signals {build},...)",
                     options=f"--signals {build},...",
                 )
             )

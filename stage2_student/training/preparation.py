@@ -22,6 +22,7 @@ from vlm_distill_cache.common.errors import ConfigError, DataError
 from vlm_distill_cache.common.files.hashing import fingerprint
 from vlm_distill_cache.common.files.rules import shown
 from vlm_distill_cache.common.locations import is_url
+from vlm_distill_cache.common.recipes.fidelity import poor_fidelity
 from vlm_distill_cache.common.remotes.mirror import find_mirror
 from vlm_distill_cache.common.tools.merge import refuse_different
 from vlm_distill_cache.data.families.inputs import known_positions
@@ -321,7 +322,7 @@ def cache_notes(config: TrainConfig, caches: Mapping[str, TeacherCache]) -> list
     """Say of each cache, by path, what of its samples is not learnt as somebody may believe.
 
     These are samples that stage one could not read, losses on pictures that few samples have, and words that the
-    teacher's tokenizer lacks.
+    teacher's tokenizer lacks; and signals that lost much against the teacher's.
     """
     notes = []
     for place, cache in caches.items():
@@ -336,6 +337,7 @@ def cache_notes(config: TrainConfig, caches: Mapping[str, TeacherCache]) -> list
         if looking and pictures is not None and pictures < FEW_PICTURES * totals["samples"]:
             said = f"only {picture_words(pictures, totals['samples'])}"
             notes.append(f"{said}: {', '.join(looking)} learn from these alone ({cache.place})")
+        notes += [f"{sentence} ({cache.place})" for sentence in poor_fidelity(cache.plan, cache.manifest.fidelity)]
         if unknown:
             notes.append(f"{unknown_words(unknown, totals['rows'])} ({cache.place})")
     return notes

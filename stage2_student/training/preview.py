@@ -259,7 +259,7 @@ def _check_data(phase: PhaseConfig, caches: Mapping[str, TeacherCache]) -> None:
 def bytes_to_write(config: TrainConfig, parts: StudentParts) -> int:
     """Bytes of one training's folder: the student and as many checkpoints as are there at a time."""
     model: Any = parts.model
-    whole = sum(parameter.numel() for parameter in model.parameters())
+    whole: int = sum(parameter.numel() for parameter in model.parameters())
     full = any(config.phase(name).trainable in ("all", "tower") for name in config.phases)
-    trained = sum(parameter.numel() for parameter in model.trainable_parameters("dft" if full else "dpt"))
+    trained: int = sum(parameter.numel() for parameter in model.trainable_parameters("dft" if full else "dpt"))
     return whole * _FLOAT + (config.keep_checkpoints + 1) * trained * _OPTIMIZER

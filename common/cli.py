@@ -12,6 +12,7 @@ import click
 from vlm_distill_cache.common.cache.plan import STORE_NAMES, built_with, read_plan
 from vlm_distill_cache.common.printing import one_line
 from vlm_distill_cache.common.terminal.command_line import (
+    DRY_RUN,
     SETTINGS,
     CacheFolder,
     CacheLocation,
@@ -159,8 +160,14 @@ def repair(cache: Path, *, deep: bool, dry_run: bool) -> None:
 @click.argument("source", type=_CACHE)
 @click.argument("target", type=NewFolder())
 @click.option("--store", type=click.Choice(STORE_NAMES), required=True, help="Shard format of the new cache.")
-def convert(source: Path, target: Path, store: str) -> None:
+@DRY_RUN
+def convert(source: Path, target: Path, store: str, *, dry_run: bool) -> None:
     """Write the same cache in the other store; converting back gives the same bytes."""
+    if dry_run:
+        from vlm_distill_cache.common.tools.previews import preview_convert
+
+        preview_convert(source, target, store=store).show()
+        return
     from vlm_distill_cache.common.tools.convert import convert as convert_cache
 
     with _progress("convert", total=read_plan(source).shard_count) as bar:
@@ -174,12 +181,18 @@ def convert(source: Path, target: Path, store: str) -> None:
 @click.argument("sources", metavar="SOURCE...", nargs=-1, required=True, type=_CACHE)
 @click.option("--output", required=True, type=NewFolder(), help="Folder of the new cache.")
 @click.option("--store", type=click.Choice(STORE_NAMES), help="Shard format; default: the first source's.")
-def merge(sources: tuple[Path, ...], output: Path, store: str | None) -> None:
+@DRY_RUN
+def merge(sources: tuple[Path, ...], output: Path, store: str | None, *, dry_run: bool) -> None:
     """Merge caches of one teacher and codec, or the parts of one plan built on several machines.
 
     Samples in several sources must be equal in all of them and are kept once. Caches that differ in a
     fingerprint are refused.
     """
+    if dry_run:
+        from vlm_distill_cache.common.tools.previews import preview_merge
+
+        preview_merge(sources, output, store=store).show()
+        return
     from vlm_distill_cache.common.cache.manifest import format_ranges
     from vlm_distill_cache.common.cache.side_files import CARD
     from vlm_distill_cache.common.tools.merge import merge as merge_caches
@@ -205,11 +218,17 @@ def merge(sources: tuple[Path, ...], output: Path, store: str | None) -> None:
 @click.argument("destination")
 @_JOBS
 @click.option("--overwrite", is_flag=True, help="Replace another cache that is there.")
-def push(cache: Path, destination: str, *, jobs: int, overwrite: bool) -> None:
+@DRY_RUN
+def push(cache: Path, destination: str, *, jobs: int, overwrite: bool, dry_run: bool) -> None:
     """Copy a finished cache to a folder, s3://BUCKET/PREFIX or hf://datasets/ORG/NAME[@REVISION][/FOLDER].
 
     If stopped, run it again to continue. The destination never holds a partial cache that looks complete.
     """
+    if dry_run:
+        from vlm_distill_cache.common.tools.previews import preview_push
+
+        preview_push(cache, destination, jobs=jobs, overwrite=overwrite).show()
+        return
     from vlm_distill_cache.common.remotes.push import push as push_cache
 
     with _byte_progress("push") as bar:
@@ -227,6 +246,7 @@ def push(cache: Path, destination: str, *, jobs: int, overwrite: bool) -> None:
 @click.option("--signals", metavar="A,B", help="Only these signals.")
 @click.option("--top-k", type=click.IntRange(min=2), help="At most so many tokens a row of the logits.")
 @click.option("--no-verify", is_flag=True, help="Do not look through the records for what no teacher can have said.")
+@DRY_RUN
 def pull(
     source: str,
     cache: Path,
@@ -237,6 +257,7 @@ def pull(
     signals: str | None,
     top_k: int | None,
     no_verify: bool,
+    dry_run: bool,
 ) -> None:
     """Copy a cache here, byte for byte, from a folder, s3://, hf://datasets/... or http(s)://.
 
@@ -245,18 +266,24 @@ def pull(
     --shards, --samples, --signals and --top-k download only what is needed and create a smaller cache that records its
     source.
     """
+    part = (shards, samples, signals, top_k) != (None,) * 4
+    if dry_run:
+        from vlm_distill_cache.common.tools.previews import preview_pull
+
+        preview_pull(source, cache, part=part).show()
+        return
     from vlm_distill_cache.common.tools.trust import demand_sound
 
-    if (shards, samples, signals, top_k) != (None,) * 4:
+    if part:
         from vlm_distill_cache.common.tools.select import parse_selection, pull_partial
 
         selection = parse_selection(shards=shards, samples=samples, signals=signals, top_k=top_k)
         with _progress("pull") as shard_bar:
-            part = pull_partial(source, cache, selection, jobs=jobs, on_shard=shard_bar.update)
+            smaller = pull_partial(source, cache, selection, jobs=jobs, on_shard=shard_bar.update)
         if not no_verify:
-            demand_sound(cache, read_plan(cache), part)
-        say(f"Pulled {part.totals['samples']} samples of {source} to {cache} ({part.totals['bytes']:,} bytes)")
-        say(f"Next: cachectl inspect {quoted(cache)}, then {_distill(cache, part)}")
+            demand_sound(cache, read_plan(cache), smaller)
+        say(f"Pulled {smaller.totals['samples']} samples of {source} to {cache} ({smaller.totals['bytes']:,} bytes)")
+        say(f"Next: cachectl inspect {quoted(cache)}, then {_distill(cache, smaller)}")
         return
     from vlm_distill_cache.common.remotes.pull import pull as pull_cache
 

@@ -17,6 +17,7 @@ from vlm_distill_cache.common.recipes import Recipe, merge_options, recipe_summa
 from vlm_distill_cache.common.recipes.cache_fit import cache_differences, differences_text
 from vlm_distill_cache.common.terminal.command_line import (
     CONFIG,
+    DRY_RUN,
     FILE,
     FOLDER,
     OVERRIDES,
@@ -31,7 +32,6 @@ from vlm_distill_cache.common.terminal.command_line import (
     stopped_by_sigterm,
 )
 from vlm_distill_cache.common.terminal.launch import enter_launch
-from vlm_distill_cache.common.terminal.outlook import DRY_RUN
 from vlm_distill_cache.common.terminal.sharding import refuse_sharding
 from vlm_distill_cache.stage1_teacher.config import SIGNALS, BuildConfig
 

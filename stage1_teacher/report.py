@@ -9,9 +9,9 @@ from vlm_distill_cache.common.cache.plan import BASE, Plan, built_with, cut_word
 from vlm_distill_cache.common.cache.sidecar import read_sidecar
 from vlm_distill_cache.common.codecs.registry import CODECS
 from vlm_distill_cache.common.printing import one_line
-from vlm_distill_cache.common.recipes.fidelity import poor_fidelity
 from vlm_distill_cache.common.terminal.command_line import quoted
 from vlm_distill_cache.common.terminal.next_step import distill_command
+from vlm_distill_cache.common.tools.fidelity_words import poor_fidelity
 from vlm_distill_cache.stage1_teacher.config import BuildConfig
 from vlm_distill_cache.stage1_teacher.extract import BuildSummary
 

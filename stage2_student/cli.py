@@ -19,9 +19,9 @@ from vlm_distill_cache.common.files.atomic import write_json_atomic
 from vlm_distill_cache.common.hub import HubFolder, model_folder
 from vlm_distill_cache.common.locations import by_make
 from vlm_distill_cache.common.recipes import recipe_summary, split_recipe
-from vlm_distill_cache.common.terminal.both_stages import build_first
 from vlm_distill_cache.common.terminal.command_line import (
     CONFIG,
+    DRY_RUN,
     FOLDER,
     OVERRIDES,
     SETTINGS,
@@ -38,8 +38,9 @@ from vlm_distill_cache.common.terminal.command_line import (
     stopped_by_sigterm,
 )
 from vlm_distill_cache.common.terminal.launch import enter_launch, explain_lost_processes
-from vlm_distill_cache.common.terminal.outlook import DRY_RUN, Outlook
 from vlm_distill_cache.common.terminal.sharding import refuse_sharding
+from vlm_distill_cache.common.tools.both_stages import build_first
+from vlm_distill_cache.common.tools.outlook import Outlook
 from vlm_distill_cache.common.tools.trust import open_trusted
 from vlm_distill_cache.stage2_student import run as runs
 from vlm_distill_cache.stage2_student.config import PHASE_NAMES, TrainConfig

@@ -34,7 +34,7 @@ from vlm_distill_cache.common.hub import public_name
 from vlm_distill_cache.common.locations import by_make, public_location, secret_locations
 from vlm_distill_cache.common.remotes.mirror import local_folder
 from vlm_distill_cache.common.terminal.command_line import leave_one_core, quiet_libraries, run_command, said_so_far
-from vlm_distill_cache.common.terminal.outlook import Outlook
+from vlm_distill_cache.common.tools.outlook import Outlook
 from vlm_distill_cache.common.tools.trust import open_trusted
 from vlm_distill_cache.stage2_student.config import (
     EvaluationConfig,

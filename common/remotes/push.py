@@ -73,16 +73,16 @@ def push(
         refuse_occupied(Path(location))
     remote.delete([])  # a place that cannot be written says so before anything else
     refuse_overlap(cache_dir, location)
-    manifest, counts = _read_whole(cache_dir)
+    manifest, counts = read_whole(cache_dir)
     progress = Progress(cache_bytes(manifest), on_progress)
-    there = None if overwrite else _remote_manifest(remote)
+    there = None if overwrite else read_remote_state(remote)
     with contextlib.nullcontext(lambda: None) if there == manifest else remote.hold() as check:
         run = _Push(remote, cache_dir, manifest, counts, jobs, overwrite, progress, check)
         if there == manifest:  # the fidelity card included
             progress.add(cache_bytes(manifest))
             present = Transferred(present=len(manifest.files) + sum(counts) + 1)  # and the manifest
             return manifest, present + run.send_card()
-        there, moved = _remote_manifest(remote), Transferred()  # once more: nobody else changes it now
+        there, moved = read_remote_state(remote), Transferred()  # once more: nobody else changes it now
         if overwrite or not isinstance(there, Manifest) or there.hash != manifest.hash:
             run.make_room(there)
             begun = not run.claim()
@@ -95,7 +95,7 @@ def push(
     return manifest, moved + Transferred(files=1)
 
 
-def _read_whole(cache_dir: Path) -> tuple[Manifest, list[int]]:
+def read_whole(cache_dir: Path) -> tuple[Manifest, list[int]]:
     """Read a cache's descriptions and look whether its files are there in full length; count each shard's files."""
     manifest, plan = read_manifest(cache_dir), read_plan(cache_dir)
     refuse_other_plan(manifest, plan, str(cache_dir))
@@ -118,7 +118,7 @@ def _damaged(cache_dir: Path, name: str) -> CacheFormatError:
     )
 
 
-def _remote_manifest(remote: Remote) -> Manifest | str | None:
+def read_remote_state(remote: Remote) -> Manifest | str | None:
     """Return the manifest there, what is wrong with it, or None if there is none."""
     if remote.size(MANIFEST) is None:
         return None

@@ -342,6 +342,9 @@ OVERRIDES = click.option(
 )
 
 
+DRY_RUN = click.option("--dry-run", is_flag=True, help="Only say what would be done and what stands in the way.")
+
+
 def shared_options(*given: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """Combine several decorators; the help lists their options in this order."""
 

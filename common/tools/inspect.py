@@ -19,10 +19,10 @@ from vlm_distill_cache.common.cache.schema import BASE_FIELDS, Field
 from vlm_distill_cache.common.cache.side_files import MANIFEST
 from vlm_distill_cache.common.cache.sidecar import ShardSidecar, missing_shards, read_sidecar
 from vlm_distill_cache.common.printing import brief, one_line, size_words
-from vlm_distill_cache.common.recipes.fidelity import poor_fidelity
 from vlm_distill_cache.common.terminal.command_line import quoted
 from vlm_distill_cache.common.terminal.next_step import distill_command
 from vlm_distill_cache.common.tools.derived_card import derivation_words
+from vlm_distill_cache.common.tools.fidelity_words import poor_fidelity
 
 _MAX_FILES = 6  # shown
 _MAX_ID = 80  # characters of a sample id in a command

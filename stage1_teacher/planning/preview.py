@@ -12,7 +12,7 @@ from vlm_distill_cache.common.cache.sidecar import missing_shards, read_sidecar
 from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, SampleError
 from vlm_distill_cache.common.files.atomic import read_json
 from vlm_distill_cache.common.printing import one_line, size_words
-from vlm_distill_cache.common.terminal.outlook import Outlook, download_lines, free_bytes, looking_only
+from vlm_distill_cache.common.tools.outlook import Outlook, download_lines, free_bytes, looking_only
 from vlm_distill_cache.data.registry import open_dataset
 from vlm_distill_cache.stage1_teacher.config import BuildConfig
 from vlm_distill_cache.stage1_teacher.loop.work import Build

@@ -22,8 +22,8 @@ from vlm_distill_cache.common.errors import ConfigError, DataError
 from vlm_distill_cache.common.files.hashing import fingerprint
 from vlm_distill_cache.common.files.rules import shown
 from vlm_distill_cache.common.locations import is_url
-from vlm_distill_cache.common.recipes.fidelity import poor_fidelity
 from vlm_distill_cache.common.remotes.mirror import find_mirror
+from vlm_distill_cache.common.tools.fidelity_words import poor_fidelity
 from vlm_distill_cache.common.tools.merge import refuse_different
 from vlm_distill_cache.data.families.inputs import known_positions
 from vlm_distill_cache.data.registry import open_dataset

@@ -19,7 +19,7 @@ from vlm_distill_cache.common.hub import public_name
 from vlm_distill_cache.common.locations import is_url
 from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.common.remotes.mirror import local_folder
-from vlm_distill_cache.common.terminal.outlook import Outlook, download_lines, looking_only
+from vlm_distill_cache.common.tools.outlook import Outlook, download_lines, looking_only
 from vlm_distill_cache.data.registry import open_evaluation
 from vlm_distill_cache.data.sources.mixture import own_caches
 from vlm_distill_cache.stage2_student.batches.dataset import merged_fingerprints

@@ -13,7 +13,7 @@ import click
 from vlm_distill_cache.common.cache.side_files import MANIFEST
 from vlm_distill_cache.common.locations import is_url
 from vlm_distill_cache.common.terminal.command_line import run_command, said_so_far
-from vlm_distill_cache.common.terminal.outlook import Outlook
+from vlm_distill_cache.common.tools.outlook import Outlook
 
 _BUILD = (sys.executable, "-m", "vlm_distill_cache.stage1_teacher.cli", "build")
 

@@ -20,8 +20,6 @@ from vlm_distill_cache.common.printing import message, one_line, size_words
 from vlm_distill_cache.common.remotes.mirror import FOLDER_VARIABLE
 from vlm_distill_cache.common.terminal.command_line import say
 
-DRY_RUN = click.option("--dry-run", is_flag=True, help="Only say what would be done and what stands in the way.")
-
 
 @dataclass
 class Outlook:

@@ -15,6 +15,7 @@ import click
 
 from vlm_distill_cache.common.errors import DistillError
 from vlm_distill_cache.common.files.disk import disk_remedy
+from vlm_distill_cache.common.files.notes import without_notes
 from vlm_distill_cache.common.hub import without_downloads
 from vlm_distill_cache.common.printing import message, one_line, size_words
 from vlm_distill_cache.common.remotes.mirror import FOLDER_VARIABLE
@@ -105,7 +106,7 @@ def looking_only() -> Iterator[dict[str, int | None]]:
         Bytes of each model that would be downloaded, by name; None: not known.
     """
     before = os.environ.get(FOLDER_VARIABLE)
-    with tempfile.TemporaryDirectory() as scratch, without_downloads(Path(scratch)) as missing:
+    with tempfile.TemporaryDirectory() as scratch, without_notes(), without_downloads(Path(scratch)) as missing:
         os.environ[FOLDER_VARIABLE] = f"{scratch}/caches"
         try:
             yield missing

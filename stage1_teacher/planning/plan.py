@@ -129,7 +129,8 @@ LEAST_LENGTH, TEXT_LENGTH = 2048, 1024  # tokens
 LOOKED_AT = 8  # samples
 
 
-def _refuse_config(directory: Path) -> None:
+def refuse_settings(directory: Path) -> None:
+    """Refuse a checkpoint by its settings alone, before its weights are downloaded."""
     if is_original_llava(directory):
         refuse_other_llavas(read_config(directory), where=directory)
     elif not is_published(directory):
@@ -153,7 +154,7 @@ def teacher_directory(
         TransferError: If it could not be downloaded.
     """
     if teacher:
-        return model_folder(teacher, what="teacher", check=_refuse_config).path
+        return model_folder(teacher, what="teacher", check=refuse_settings).path
     from vlm_distill_cache.stage1_teacher.demo.teacher import (
         builtin_teacher_directory,
         demo_teacher_for,  # training code, needed for built-in data only

@@ -11,8 +11,10 @@ from vlm_distill_cache.common.cache.side_files import MANIFEST
 from vlm_distill_cache.common.cache.sidecar import missing_shards, read_sidecar
 from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, SampleError
 from vlm_distill_cache.common.files.atomic import read_json
+from vlm_distill_cache.common.hub import model_folder
 from vlm_distill_cache.common.printing import one_line, size_words
 from vlm_distill_cache.common.tools.outlook import Outlook, download_lines, free_bytes, looking_only
+from vlm_distill_cache.data.families.models import describe_family_model
 from vlm_distill_cache.data.registry import open_dataset
 from vlm_distill_cache.stage1_teacher.config import BuildConfig
 from vlm_distill_cache.stage1_teacher.loop.work import Build
@@ -24,7 +26,7 @@ from vlm_distill_cache.stage1_teacher.planning.cache_folder import (
 )
 from vlm_distill_cache.stage1_teacher.planning.open import open_build
 from vlm_distill_cache.stage1_teacher.planning.parts import Part
-from vlm_distill_cache.stage1_teacher.planning.plan import LOOKED_AT
+from vlm_distill_cache.stage1_teacher.planning.plan import LOOKED_AT, refuse_settings
 from vlm_distill_cache.stage1_teacher.teacher.export import export_parts
 
 _OF_WEIGHTS = ("teacher", "vision_tower")  # fingerprints that only weights tell
@@ -58,6 +60,9 @@ def preview_build(
             with outlook.checking():  # which of the two is at fault, or both
                 images = Path(config.images) if config.images else None
                 open_dataset(config.data, split=config.split, images=images, limit=config.limit or None)
+            with outlook.checking():
+                if config.teacher:
+                    describe_family_model(model_folder(config.teacher, what="teacher", check=refuse_settings).path)
         else:
             with outlook.checking():
                 _look_at_samples(work)

@@ -226,12 +226,15 @@ def look_at_student(
     for name in config.phases:
         cache = caches[str(config.phase(name).cache)]
         losses, where = config.phase(name).losses, f"phase {name}, {cache.place}"
+        terms = choose_terms(losses.distilled).values()
+        if not all({*term.reads} <= cache.plan.signals.keys() for term in terms):
+            continue  # as was said
         with outlook.checking():
             check_phase(config, name, cache, parts)
         if config.phase(name).trainable == "tower":
             with outlook.checking():
                 check_tower_is_free(parts.model, phase=name, where=parts.where)
-        for term in choose_terms(losses.distilled).values():
+        for term in terms:
             with outlook.checking():
                 term.fit(cache.plan, losses, parts, where)
     if not outlook.problems and all(isinstance(cache, TeacherCache) for cache in caches.values()):

@@ -207,9 +207,11 @@ def test_sections_and_shared_options_that_there_are_not_are_refused(tmp_path):
     ):
         path = tmp_path / "both.yaml"
         path.write_text(text)
-        packages = ["stage1_teacher"] if "student: x" in text else ["stage2_student"]
-        for package in packages:
-            words = ("build",) if package == "stage1_teacher" else ("run", "--output", tmp_path / "o")
-            told = invoke(package, *words, "--config", path, "--dry-run")
-            assert told.exit_code == 1
-            assert problem in told.output, told.output
+        stage = (
+            ("stage1_teacher", "build")
+            if "student: x" in text
+            else ("stage2_student", "train", "--output", tmp_path / "o")
+        )
+        told = invoke(*stage, "--config", path, "--dry-run")
+        assert told.exit_code == 1
+        assert problem in told.output, told.output

@@ -18,6 +18,7 @@ from vlm_distill_cache.common.cache.plan import BASE, Plan, built_with, read_pla
 from vlm_distill_cache.common.cache.schema import BASE_FIELDS, Field
 from vlm_distill_cache.common.cache.side_files import MANIFEST
 from vlm_distill_cache.common.cache.sidecar import ShardSidecar, missing_shards, read_sidecar
+from vlm_distill_cache.common.locations import by_make
 from vlm_distill_cache.common.printing import brief, one_line, size_words
 from vlm_distill_cache.common.terminal.command_line import quoted
 from vlm_distill_cache.common.terminal.next_step import distill_command
@@ -209,10 +210,11 @@ def _next_lines(cache_dir: Path, place: str, plan: Plan, totals: _Totals, *, sea
         return [f"next            {built_with(plan)} --overwrite, when its samples can be read: there is none to seal"]
     if not sealed:
         return [f"next            teacher-cache seal {quoted(place)}"]
+    options = by_make(" SET=", " --set ")  # begin a line of their own
     check = f"verify {quoted(place)}" if place == str(cache_dir) else f"pull {quoted(place)} FOLDER"
     return [
         f"next            {distill_command(plan, place, pictures=totals.pictures)}".replace(
-            " SET=", f" \\\n{'':<16}SET="
+            options, f" \\\n{'':<15}{options}", 1
         ),
         f"                cachectl inspect {quoted(place)} {quoted(totals.first_id) if totals.first_id else 'SAMPLE_ID'}",
         f"                cachectl {check}",

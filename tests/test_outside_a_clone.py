@@ -18,8 +18,6 @@ from vlm_distill_cache.stage2_student.students.presets import student_folder
 VARIABLES = re.compile(
     r"\b(?:CACHE|CACHE_SET|OUTPUT|DATA|IMAGES|TEACHER|SET|SIGNALS|STUDENT|EVAL_DATA)=|\bmake (?:distill|teacher-cache|setup)\b"
 )
-    r"\b(?:CACHE|CACHE_SET|OUTPUT|DATA|IMAGES|TEACHER|SET|SIGNALS|STUDENT|EVAL_DATA)=|\bmake (?:distill|teacher-cache|setup)\b"
-)
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from vlm_distill_cache.common.files.atomic import TEMPORARY_PREFIX
 from vlm_distill_cache.common.printing import one_line
 
 PLAN, MANIFEST, SHARDS = "plan.json", "manifest.json", "shards"
+_INDEX = "index.bin"
 _LOOKED_AT = 10_000  # entries of a folder
 _DATA = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".tar", ".arrow")
 _PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
@@ -17,7 +18,7 @@ _WEIGHTS = (".safetensors", ".bin", ".gguf")
 def is_part_of_cache(folder: Path) -> bool:
     """Whether a folder holds something that only a cache has."""
     shards = folder / SHARDS
-    return any((folder / name).is_file() for name in (PLAN, MANIFEST)) or (
+    return any((folder / name).is_file() for name in (PLAN, MANIFEST, _INDEX)) or (
         shards.is_dir() and any(path.suffix == ".json" for path in shards.iterdir())
     )
 

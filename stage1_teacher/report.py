@@ -2,6 +2,7 @@
 
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from vlm_distill_cache.common.cache.counts import FailureCounts, picture_words, unknown_words
 from vlm_distill_cache.common.cache.manifest import Manifest
@@ -64,6 +65,20 @@ def summary_text(summary: BuildSummary) -> str:
     lines += [f"  warning: {sentence}" for sentence in poor_fidelity(plan, manifest.fidelity)]
     lines.append(f"Cache: {summary.cache}")
     return "\n".join(lines)
+
+
+def summary_values(summary: BuildSummary) -> dict[str, Any]:
+    """What a build did and what its cache holds, for programs."""
+    manifest = summary.manifest
+    held = None if manifest is None else {"totals": manifest.totals, "fidelity": manifest.fidelity}
+    return {
+        "cache": summary.cache,
+        "sealed": manifest is not None,
+        "manifest": None if manifest is None else manifest.hash,
+        "built": {"shards": summary.built, "samples": summary.samples, "seconds": summary.seconds},
+        "missing": summary.missing,
+        **(held or {}),
+    }
 
 
 def _sample_lines(cache: Path, plan: Plan, manifest: Manifest) -> list[str]:

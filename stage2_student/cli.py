@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from vlm_distill_cache.common.config import config_from_dict, has_section, read_stage
+from vlm_distill_cache.common.config import config_from_dict, has_section, last_given, read_stage
 from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, LaunchError, ModelError, TransferError
 from vlm_distill_cache.common.files.atomic import write_json_atomic
 from vlm_distill_cache.common.hub import HubFolder, model_folder
@@ -23,7 +23,6 @@ from vlm_distill_cache.common.terminal.command_line import (
     CONFIG,
     DRY_RUN,
     FOLDER,
-    OVERRIDES,
     SETTINGS,
     CacheLocation,
     CommandGroup,
@@ -36,7 +35,9 @@ from vlm_distill_cache.common.terminal.command_line import (
     show_failure,
     start_logging,
     stopped_by_sigterm,
+    tell,
 )
+from vlm_distill_cache.common.terminal.general import JSON, answer, complete_folder, completes, overrides
 from vlm_distill_cache.common.terminal.launch import enter_launch, explain_lost_processes
 from vlm_distill_cache.common.terminal.sharding import refuse_sharding
 from vlm_distill_cache.common.tools.both_stages import build_first
@@ -45,10 +46,12 @@ from vlm_distill_cache.common.tools.trust import open_trusted
 from vlm_distill_cache.stage2_student import run as runs
 from vlm_distill_cache.stage2_student.config import PHASE_NAMES, TrainConfig
 from vlm_distill_cache.stage2_student.pruned_folder import refuse_uncut
-from vlm_distill_cache.stage2_student.resolve import open_caches
+from vlm_distill_cache.stage2_student.resolve import given_options, open_caches
 from vlm_distill_cache.stage2_student.scores.results import render_table
+from vlm_distill_cache.stage2_student.students.presets import student_names
 from vlm_distill_cache.stage2_student.training.output_folder import refuse_foreign_folder
 from vlm_distill_cache.stage2_student.training.recipe_caches import cache_lines
+from vlm_distill_cache.stage2_student.training.stamp import COMPARED
 
 # Imports that pull torch in are inside the commands, so that --help, usage errors and "up to date" are instant.
 
@@ -70,24 +73,32 @@ def _say_in_a_line(failed: threading.ExceptHookArgs) -> None:
         show_failure(failed.exc_type, failed.exc_value, failed.exc_traceback)
 
 
-_IMAGES = click.option("--images", help="Folder that relative image paths start from.")
+_IMAGES = click.option("--images", shell_complete=complete_folder, help="Folder that relative image paths start from.")
 _training_options = shared_options(
     click.option(
         "--student",
+        shell_complete=completes(student_names),
         help="A name (mobilevlm: trained from scratch; its size follows the teacher, or add a suffix: mobilevlm-1.7b), a "
         "folder or a name on the hub (org/name[@revision]), or pruned:KEEP (run only).",
     ),
-    click.option("--data", help="The data the cache was built from; may be left out if it is built in."),
+    click.option(
+        "--data",
+        shell_complete=completes(lambda: ["shapes", "easy-vqa"]),
+        help="The data the cache was built from; may be left out if it is built in.",
+    ),
     _IMAGES,
     click.option(
         "--cache",
+        shell_complete=complete_folder,
         help="Teacher cache: a folder, s3://..., hf://datasets/... or https://... Needed, here or in the YAML file.",
     ),
     click.option("--output", type=NewFolder(), help="Folder to write to. Needed, here or in the YAML file."),
-    click.option("--phases", help='Phases to run, in order: "dpt dft sft".'),
+    click.option(
+        "--phases", shell_complete=completes(lambda: list(PHASE_NAMES)), help='Phases to run, in order: "dpt dft sft".'
+    ),
     click.option("--seed", type=click.IntRange(min=0), help="Seed of fresh weights and of the order of samples."),
     CONFIG,
-    OVERRIDES,
+    overrides(TrainConfig),
     click.option(
         "--extend", is_flag=True, help="Go on from the end of a finished training, to more steps of its last phase."
     ),
@@ -102,7 +113,7 @@ _training_options = shared_options(
 
 def _given(options: dict[str, Any]) -> tuple[Path | None, list[str], str]:
     """The YAML file, all other options as ``a.b=c``, and the cache."""
-    config, overrides, cache, phases, seed = (
+    config, settings, cache, phases, seed = (
         options.pop(name) for name in ("config", "overrides", "cache", "phases", "seed")
     )
     given = [f"{name}={json.dumps(str(value))}" for name, value in options.items() if value is not None]
@@ -113,21 +124,21 @@ def _given(options: dict[str, Any]) -> tuple[Path | None, list[str], str]:
         if unknown := [name for name in names if name not in PHASE_NAMES]:
             raise ConfigError(f"phases: {unknown[0]!r} is none of {', '.join(PHASE_NAMES)}")
         given.append(f"phases=[{', '.join(names)}]")
-    cache = cache or read_stage(config, "distill").get("cache")
-    if cache is None:
-        raise click.UsageError("Missing option '--cache': it stands neither here nor in the YAML file.")
-    return config, [*given, *overrides], str(cache)
+    given += settings
+    cache = cache or last_given(given_options(config, given)[1], "cache")
+    if not cache:
+        raise ConfigError("cache: none is given; add --cache FOLDER, or cache: FOLDER to the file of --config")
+    return config, given, cache
 
 
 def _load(options: dict[str, Any]) -> tuple[TrainConfig, str]:
     """The configuration that the options shared by several commands give, and what of it is a recipe's."""
     config, given, cache = _given(options)
-    CacheLocation().convert(cache, None, None)
-    settings = runs.load_run_config(config, given, cache=cache)
+    resolved = runs.load_run_config(config, given, cache=cache)
     recipe, _, _ = split_recipe(read_stage(config, "distill"), given)
     if recipe is None:
-        return settings, ""
-    return settings, "\n".join([recipe_summary(recipe, "stage_two", settings), *cache_lines(settings, recipe)])
+        return resolved, ""
+    return resolved, "\n".join([recipe_summary(recipe, "stage_two", resolved), *cache_lines(resolved, recipe)])
 
 
 def _preview(
@@ -157,6 +168,7 @@ def _refuse_sketch(sketch: Path | None) -> None:
 
 @main.command()
 @_training_options
+@JSON
 def train(*, extend: bool, dry_run: bool, sketch: Path | None, **options: Any) -> None:
     """Train one student through its phases, or resume it."""
     refuse_sharding(enter_launch().sharding, model="student")
@@ -182,30 +194,32 @@ def train(*, extend: bool, dry_run: bool, sketch: Path | None, **options: Any) -
     caches = open_caches(settings)
     if enter_launch().rank == 0 and not in_run:
         if (processes := enter_launch().size) > 1:
-            say(f"Trains with {processes} processes, started by {enter_launch().launcher}")
+            tell(f"Trains with {processes} processes, started by {enter_launch().launcher}")
         for note in cache_notes(settings, caches):
-            say(note)
+            tell(note)
     with explain_lost_processes(Path(settings.output)):
         result = runs.train_alone(settings, caches=caches, extends=extend)
     if enter_launch().rank == 0:
+        answer(student=result.final, output=settings.output, steps=len(result.log), last=(result.log or [{}])[-1])
         say(summarise(result.log))
         if of_recipe:
             say(of_recipe)
         say(f"Student: {result.final}")
         if not in_run:
-            say(f"Next: distill evaluate {quoted(result.final)} --cache {quoted(settings.cache)}")
+            tell(f"Next: distill evaluate {quoted(result.final)} --cache {quoted(settings.cache)}")
 
 
 @main.command()
 @_training_options
 @click.option("--nproc", type=click.IntRange(min=1), default=1, show_default=True, help="Training processes.")
 @click.option("--teacher", help="The teacher that a student pruned:KEEP is cut out of: a folder or a name on the hub.")
+@JSON
 def run(*, nproc: int, extend: bool, dry_run: bool, sketch: Path | None, **options: Any) -> None:
     """Train `sft`, the baseline without a teacher, and the distilled student; score both, write the report."""
     launch = enter_launch()
     refuse_sharding(launch.sharding, model="student")
     looking = partial(runs.look_at_run, extends=extend)
-    look = partial(_preview, options, looking, trainings=runs.COMPARED, processes=nproc)
+    look = partial(_preview, options, looking, trainings=COMPARED, processes=nproc)
     if sketch is None and has_section(options["config"], "teacher_cache"):
         both, _, cache = _given(dict(options))
         given = [f"--{name}={options[name]}" for name in ("data", "images") if options[name] is not None]
@@ -223,7 +237,8 @@ def run(*, nproc: int, extend: bool, dry_run: bool, sketch: Path | None, **optio
             f"--nproc {launch.size}; or train by `distill train`, which {launch.launcher} may start"
         )
     with stopped_by_sigterm():
-        summary = runs.run(settings, processes=nproc, extends=extend, say=say)
+        summary = runs.run(settings, processes=nproc, extends=extend, say=tell)
+    answer(**vars(summary), scores=runs.read_scores(summary.output))
     lines = summary.table.splitlines()
     # What a new run's scores do not tell was said before it trained.
     say("\n".join(["", *(line for line in lines if not (summary.fresh and line.startswith("note: "))), ""]))
@@ -234,7 +249,7 @@ def run(*, nproc: int, extend: bool, dry_run: bool, sketch: Path | None, **optio
     if of_recipe:
         say(of_recipe)
     say(f"Report: {summary.report}")
-    say(f"Next: distill export {quoted(summary.output / 'distilled' / 'final')} --output FOLDER")
+    tell(f"Next: distill export {quoted(summary.output / 'distilled' / 'final')} --output FOLDER")
 
 
 @main.command()
@@ -247,6 +262,7 @@ def run(*, nproc: int, extend: bool, dry_run: bool, sketch: Path | None, **optio
 @click.option("--output", required=True, type=NewFolder(), help="New folder.")
 @click.option("--samples", type=click.IntRange(min=1), default=256, show_default=True, help="Samples to measure on.")
 @click.option("--template", help="Prompt template; default: the teacher's.")
+@JSON
 def prune(
     teacher: str, keep: float, data: str, images: Path | None, output: Path, samples: int, template: str | None
 ) -> None:
@@ -265,11 +281,12 @@ def prune(
         template=template,
         described={"data": dataset.fingerprint()},
     )
+    answer(output=output, widths=widths)
     say(
         f"{output}: {widths.heads} heads ({widths.key_value_heads} of keys and values) and {widths.channels} "
         "channels a layer"
     )
-    say(f"Next: distill run --student {quoted(output)} --cache CACHE --output FOLDER")
+    tell(f"Next: distill run --student {quoted(output)} --cache CACHE --output FOLDER")
 
 
 def _trained_folder(student: str) -> HubFolder:
@@ -294,6 +311,7 @@ def _trained_folder(student: str) -> HubFolder:
 )
 @click.option("--limit", type=click.IntRange(min=1), help="Score at most so many items.")
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="JSON file to write.")
+@JSON
 def evaluate(
     student: str, *, data: str | None, images: str | None, cache: str | None, limit: int | None, output: Path | None
 ) -> None:
@@ -322,20 +340,23 @@ def evaluate(
     scorable = bool({"likelihood", "questions"} & report.scores.keys())
     notes += scoring_notes(settings, compared, scorable=scorable, option=EVALUATE_OPTION)
     notes += filter(None, [unreadable_note(report.unreadable)])
+    answer(student=student, **report.to_dict(), notes=notes)
     say(render_table({folder.name if folder.revision else folder.path.parent.name: report}))
     for note in notes:
         say(f"note: {note}")
     if output is not None:
         write_json_atomic(output, report.to_dict())
         say(f"Scores: {output}")
-    say(f"Next: distill export {quoted(student)} --output FOLDER")
+    tell(f"Next: distill export {quoted(student)} --output FOLDER")
 
 
 @main.command()
 @click.argument("output", type=FOLDER)
+@JSON
 def report(output: Path) -> None:
     """Write the HTML report of a run's folder again."""
     runs.write_report_again(output)
+    answer(report=output / runs.REPORT)
     say(f"Report: {output / runs.REPORT}")
 
 
@@ -343,12 +364,14 @@ def report(output: Path) -> None:
 @click.argument("student")
 @click.option("--output", required=True, type=NewFolder(), help="New folder.")
 @click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), default="float16", show_default=True)
+@JSON
 def export(student: str, output: Path, dtype: str) -> None:
     """Save a trained student in another precision, ready for `from_pretrained`."""
     from vlm_distill_cache.stage2_student.trained_student import export_student
 
     runs.set_up_libraries()
     export_student(_trained_folder(student).path, output, dtype=dtype)
+    answer(output=output, dtype=dtype)
     say(f"Exported to {output} ({dtype}); load it with from_pretrained of the class that its config.json names")
 
 
@@ -358,6 +381,7 @@ def export(student: str, output: Path, dtype: str) -> None:
 @click.option(
     "--vision-tower", help="CLIP, where the checkpoint does not hold its tower: a folder or a name on the hub."
 )
+@JSON
 def import_checkpoint(checkpoint: str, output: Path, vision_tower: str | None) -> None:
     """Write a published MobileVLM, CompoDistill or LLaVA-1.5 as a student or teacher of ours: one folder, safetensors.
 
@@ -368,8 +392,10 @@ def import_checkpoint(checkpoint: str, output: Path, vision_tower: str | None) -
     runs.set_up_libraries()
     tower = None if vision_tower is None else model_folder(vision_tower, what="--vision-tower").path
     convert_published(model_folder(checkpoint, what="checkpoint").path, output, vision_tower=tower)
-    say(
-        f"Imported into {output}. Next: {by_make('make distill STUDENT=', 'distill run --student ')}{quoted(output)}, or "
+    answer(output=output)
+    say(f"Imported into {output}")
+    tell(
+        f"Next: {by_make('make distill STUDENT=', 'distill run --student ')}{quoted(output)}, or "
         f"{by_make('make teacher-cache TEACHER=', 'teacher-cache build --teacher ')}{quoted(output)}"
     )
 

@@ -21,17 +21,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlm_distill_cache.common.cache.document_rules import EVALUATION
-from vlm_distill_cache.common.cache.documents import describe_differences
 from vlm_distill_cache.common.cache.plan import read_plan
 from vlm_distill_cache.common.cache.reader import TeacherCache
-from vlm_distill_cache.common.config import config_from_dict, config_to_dict, save_config
+from vlm_distill_cache.common.config import config_from_dict, config_to_dict, last_given, save_config
 from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, TransferError
 from vlm_distill_cache.common.files.atomic import clean_stale, remove, write_bytes_atomic
 from vlm_distill_cache.common.files.hashing import fingerprint
-from vlm_distill_cache.common.files.rules import OBJECT, check, entries, items, maybe, record, text
+from vlm_distill_cache.common.files.rules import check, entries
 from vlm_distill_cache.common.files.signed import find_damage, list_files, read_signed, write_signed
 from vlm_distill_cache.common.hub import public_name
-from vlm_distill_cache.common.locations import by_make, public_location, secret_locations
+from vlm_distill_cache.common.locations import is_url, public_location, secret_locations
 from vlm_distill_cache.common.remotes.mirror import local_folder
 from vlm_distill_cache.common.terminal.command_line import leave_one_core, quiet_libraries, run_command, said_so_far
 from vlm_distill_cache.common.tools.outlook import Outlook
@@ -59,29 +58,25 @@ from vlm_distill_cache.stage2_student.pruned_folder import (
 )
 from vlm_distill_cache.stage2_student.resolve import given_options, open_caches, resolve_config, with_folders
 from vlm_distill_cache.stage2_student.scores.results import EvaluationReport, render_table
-from vlm_distill_cache.stage2_student.training.extension import differing_options, earlier_training, is_longer
-from vlm_distill_cache.stage2_student.training.output_folder import claim_output, holds_anything, refuse_foreign_folder
+from vlm_distill_cache.stage2_student.training.extension import differing_options, earlier_training
+from vlm_distill_cache.stage2_student.training.output_folder import (
+    CONFIG,
+    STAMP,
+    claim_output,
+    refuse_foreign_folder,
+)
 from vlm_distill_cache.stage2_student.training.recipe_caches import refuse_other_caches
+from vlm_distill_cache.stage2_student.training.stamp import BASELINE, COMPARED, DISTILLED, read_stamp, refuse_other_run
 
 if TYPE_CHECKING:
     from vlm_distill_cache.stage2_student.train import AfterStep, TrainResult
 
-STAMP, TABLE, REPORT, SCORES = "run.json", "table.txt", "report.html", "evaluation.json"
-BASELINE, DISTILLED, TEACHER = "sft", "distilled", "teacher"
-COMPARED = (BASELINE, DISTILLED)
+TABLE, REPORT, SCORES = "table.txt", "report.html", "evaluation.json"
+TEACHER = "teacher"
 ARM = "DISTILL_ARM"  # set in the processes of a run's student: what comes next is the run's to say
 LAUNCHER = "vlm_distill_cache.stage2_student.training.several"
 # What a run leaves beside its students' own files, which their PROVENANCE lists.
 LEFT = (TABLE, REPORT, SCORES, *(f"{name}/{part}" for name in COMPARED for part in (SCORES, f"{FINAL}/{PROVENANCE}")))
-_UNSIGNED = ("run", "evaluation", "config", "notes", "finished")  # a STAMP of older versions
-_RULE = record(
-    {
-        **dict.fromkeys(("run", "evaluation", "config"), OBJECT),
-        "notes": items(text(1 << 20), most=1000),
-        "finished": maybe(text(100)),
-    },
-    {"left": OBJECT},
-)
 _log = logging.getLogger(__name__)
 
 
@@ -96,16 +91,28 @@ class RunSummary:
     seconds: float
 
 
-def load_run_config(path: Path | None, overrides: Sequence[str], *, cache: str | Path) -> TrainConfig:
+def load_run_config(path: Path | None, overrides: Sequence[str], *, cache: str | Path | None = None) -> TrainConfig:
     """Resolve a run's configuration: preset by the cache's teacher, then a recipe, then YAML, then overrides.
 
+    ``cache`` stands above all of them; None: they name it.
+
     Raises:
-        ConfigError: For an unknown or unusable option.
+        ConfigError: For an unknown or unusable option, or if nothing names a cache or an output.
         CacheMismatchError: If a loss of the recipe would be another one with the cache.
     """
-    width = int(read_plan(local_folder(cache)).teacher.get("hidden_size", 1 << 20))
-    config = resolve_config(path, [*overrides, f"cache={json.dumps(str(cache))}"], teacher_width=width)
+    overrides = [*overrides, *([] if cache is None else [f"cache={json.dumps(str(cache))}"])]
     recipe, given = given_options(path, overrides)
+    places = {name: last_given(given, name) for name in ("cache", "output")}
+    for name, place in places.items():
+        if not place:
+            raise ConfigError(f"{name}: none is given; add --{name} FOLDER, or {name}: FOLDER to the file of --config")
+    if not is_url(places["cache"]) and not Path(places["cache"]).is_dir():
+        raise ConfigError(
+            f"cache: {places['cache']} is neither a folder nor an address (s3://, hf://datasets/, https://); relative paths "
+            "start from the working directory"
+        )
+    width = int(read_plan(local_folder(places["cache"])).teacher.get("hidden_size", 1 << 20))
+    config = resolve_config(path, overrides, teacher_width=width)
     if recipe is not None:
         refuse_other_caches(config, recipe, given)
     return config
@@ -198,6 +205,7 @@ def train_and_score(
         "finished": None,
     }
     write_signed(output / STAMP, state)
+    save_config(without_secrets(config), output / CONFIG)
     trained = arms(with_pruned_student(config, caches, say=say))
     done = [name for name, arm in trained.items() if is_trained(arm, hashes, extends=extends, say=say)]
     if not done:
@@ -324,9 +332,9 @@ def train_arm(
         return
     folder.mkdir(parents=True, exist_ok=True)
     public = without_secrets(arm)
-    save_config(public, folder / "config.yaml")
+    save_config(public, folder / CONFIG)
     launcher = [sys.executable, "-m", LAUNCHER, "--standalone", f"--nproc_per_node={processes}"]
-    ours = ["-m", "vlm_distill_cache.stage2_student.cli", "train", "--config", str(folder / "config.yaml")]
+    ours = ["-m", "vlm_distill_cache.stage2_student.cli", "train", "--config", str(folder / CONFIG)]
     command = [*launcher, *ours, "--cache", public.cache, "--output", arm.output, *(["--extend"] if extends else [])]
     # One thread a process is what torch's launcher takes too, with a page of advice.
     if run_command(
@@ -381,53 +389,6 @@ def describe_phases(config: TrainConfig) -> str:
         length = f"{phase.steps} steps" if phase.steps is not None else f"{phase.epochs or 0.0:g} epochs"
         parts.append(f"{name} {length} ({' + '.join(phase.losses.active())})")
     return ", ".join(parts)
-
-
-def read_stamp(output: Path) -> dict[str, Any]:
-    """What a folder belongs to; empty for a new one, and where that is lost but the students can still say it.
-
-    Raises:
-        ConfigError: If it is not the folder of a run, or nothing there can tell.
-    """
-    path = output / STAMP
-    try:
-        found = read_signed(path, unsigned=_UNSIGNED)
-        check(found, _RULE, str(path), remedy="it is damaged")
-    except FileNotFoundError:
-        problem = f"{output} is not empty and holds no {STAMP}: it is not the folder of a run; give another --output"
-        if not holds_anything(output):
-            return {}
-    except CacheFormatError as error:
-        problem = f"{error}; give another --output, or delete {output} to begin again"
-    else:
-        return found
-    if not any((output / name / "config.yaml").is_file() for name in COMPARED):
-        raise ConfigError(problem)
-    _log.warning("%s is lost or damaged and is written again", path)
-    return {}
-
-
-def refuse_other_run(
-    output: Path, previous: Mapping[str, Any], stamp: Mapping[str, Any], *, extends: bool = False
-) -> None:
-    """Refuse to mix two runs in one folder; another way of scoring is fine, students are scored again then.
-
-    With ``extends`` more steps of the last phase are fine, too.
-
-    Raises:
-        ConfigError: Naming each differing option with both values, and the remedy.
-    """
-    made = [output / name / part for name in COMPARED for part in ("checkpoints", FINAL)]
-    if not previous or not any(path.exists() for path in (*made, output / FOLDER)):  # FOLDER: a student cut out
-        return
-    lines = describe_differences(previous.get("run", {}), stamp["run"], there="the folder", here="this run")
-    longer = bool(lines and previous.get("finished")) and is_longer(previous["run"], stamp["run"])
-    if lines and not (longer and extends):
-        raise ConfigError(
-            f"{output} belongs to a run with other options:\n" + "\n".join(lines) + "\n"
-            f"Use the same options, another --output{by_make(' (OUTPUT=...)')}, or delete that folder to begin again"
-            + ("; to train its students longer, add --extend, which goes on from their end" if longer else "")
-        )
 
 
 def look_at_run(outlook: Outlook, config: TrainConfig, caches: Mapping[str, TeacherCache], *, extends: bool) -> None:
@@ -485,6 +446,21 @@ def evaluate_arm(
     return report
 
 
+def read_scores(output: Path) -> dict[str, Any]:
+    """The scores of a run by model, each as of `EvaluationReport.to_dict`.
+
+    Raises:
+        ConfigError: If they are lost or damaged.
+    """
+    try:
+        stored = check(read_signed(output / SCORES), entries(EVALUATION, most=10), str(output / SCORES))
+    except (FileNotFoundError, CacheFormatError) as error:
+        raise ConfigError(
+            f"{output / SCORES} is missing or damaged ({error}); run the same `distill run` command again: it scores again"
+        ) from error
+    return dict(stored)
+
+
 def write_report(output: Path, config: TrainConfig, cache: TeacherCache) -> None:
     """Write the HTML page of a run: logs, scores and attention pictures.
 
@@ -496,12 +472,7 @@ def write_report(output: Path, config: TrainConfig, cache: TeacherCache) -> None
     from vlm_distill_cache.stage2_student.trained_student import draw_overlays, open_student
     from vlm_distill_cache.stage2_student.training.log import read_log
 
-    try:
-        stored = check(read_signed(output / SCORES), entries(EVALUATION, most=10), str(output / SCORES))
-    except (FileNotFoundError, CacheFormatError) as error:
-        raise ConfigError(
-            f"{output / SCORES} is missing or damaged ({error}); run the same `distill run` command again: it scores again"
-        ) from error
+    stored = read_scores(output)
     distilled = open_student(output / DISTILLED / FINAL)
     curves = {name: read_log(output / name) for name in COMPARED}
     plan, student = cache.plan, public_name(config.student)

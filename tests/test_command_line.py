@@ -20,31 +20,33 @@ GROUPS = {
     "cachectl": "common",
 }
 SURFACE = {
-    "cachectl convert": "--dry-run --store SOURCE TARGET",
-    "cachectl import-logprobs": "--cache --data --format --images --limit "
+    "cachectl convert": "--dry-run --json --store SOURCE TARGET",
+    "cachectl import-logprobs": "--cache --data --format --images --json --limit "
     "--missing-target --overwrite --set --store --teacher --teacher-name FILES",
-    "cachectl inspect": "--failed --image --picture CACHE SAMPLE_ID",
-    "cachectl pull": "--dry-run --jobs --no-verify --samples --shards --signals --top-k CACHE SOURCE",
-    "cachectl push": "--dry-run --jobs --overwrite CACHE DESTINATION",
-    "cachectl merge": "--dry-run --output --store SOURCES",
-    "cachectl repair": "--deep --dry-run CACHE",
-    "cachectl verify": "--deep CACHE",
-    "distill evaluate": "--cache --data --images --limit --output STUDENT",
-    "distill export": "--dtype --output STUDENT",
-    "distill import": "--output --vision-tower CHECKPOINT",
-    "distill report": "OUTPUT",
-    "distill prune": "--data --images --keep --output --samples --teacher --template",
-    "distill run": "--cache --config --data --dry-run --extend --images --nproc --output --phases --seed --set --sketch --student "
-    "--teacher",
-    "distill train": "--cache --config --data --dry-run --extend --images --output --phases --seed --set --sketch --student",
-    "teacher-cache build": "--answers --cache --config --data --dry-run --estimate --images --limit --nproc --overwrite --part "
-    "--set --signals --sketch --store --teacher",
-    "teacher-cache demo-teacher": "--data --output --seed",
+    "cachectl inspect": "--failed --image --json --picture CACHE SAMPLE_ID",
+    "cachectl pull": "--dry-run --jobs --json --no-verify --samples --shards --signals --top-k CACHE SOURCE",
+    "cachectl push": "--dry-run --jobs --json --overwrite CACHE DESTINATION",
+    "cachectl merge": "--dry-run --json --output --store SOURCES",
+    "cachectl repair": "--deep --dry-run --json CACHE",
+    "cachectl verify": "--deep --json CACHE",
+    "distill evaluate": "--cache --data --images --json --limit --output STUDENT",
+    "distill export": "--dtype --json --output STUDENT",
+    "distill import": "--json --output --vision-tower CHECKPOINT",
+    "distill report": "--json OUTPUT",
+    "distill prune": "--data --images --json --keep --output --samples --teacher --template",
+    "distill run": "--cache --config --data --dry-run --extend --images --json --nproc --output --phases --seed --set --sketch "
+    "--student --teacher",
+    "distill train": "--cache --config --data --dry-run --extend --images --json --output --phases --seed --set --sketch "
+    "--student",
+    "teacher-cache build": "--answers --cache --config --data --dry-run --estimate --images --json --limit --nproc --overwrite "
+    "--part --set --signals --sketch --store --teacher",
+    "teacher-cache demo-teacher": "--data --json --output --seed",
     "teacher-cache estimate": "--answers --cache --config --data --epochs --images --json --limit --price --samples --set "
     "--signals --store --student-parameters --student-step --students --teacher",
-    "teacher-cache fidelity": "--answers --cache --config --data --images --limit --samples --set --signals --store --teacher",
-    "teacher-cache report": "CACHE",
-    "teacher-cache seal": "CACHE",
+    "teacher-cache fidelity": "--answers --cache --config --data --images --json --limit --samples "
+    "--set --signals --store --teacher",
+    "teacher-cache report": "--json CACHE",
+    "teacher-cache seal": "--json CACHE",
 }
 TARGETS = {
     "help", "setup", "teacher-cache", "distill", "evaluate", "report", "demo", "demo-teacher", "experiment",

@@ -19,7 +19,8 @@ from vlm_distill_cache.common.files.notes import without_notes
 from vlm_distill_cache.common.hub import without_downloads
 from vlm_distill_cache.common.printing import message, one_line, size_words
 from vlm_distill_cache.common.remotes.mirror import FOLDER_VARIABLE
-from vlm_distill_cache.common.terminal.command_line import say
+from vlm_distill_cache.common.terminal.command_line import say, tell
+from vlm_distill_cache.common.terminal.general import answer
 
 
 @dataclass
@@ -67,6 +68,7 @@ class Outlook:
         Raises:
             click.exceptions.Exit: With 1, if anything stands in the way.
         """
+        answer(starts=not self.problems, would=[line.strip() for line in self.lines], problems=self.problems)
         for line in self.lines:
             say(line)
         for problem in self.problems:
@@ -75,7 +77,7 @@ class Outlook:
             count = len(self.problems)
             say(f"It would not start: {count} problem{'s' * (count > 1)} above. Nothing was written.", err=True)
             raise click.exceptions.Exit(1)
-        say("It would start; nothing was written.")
+        tell("It would start; nothing was written.")
 
 
 class _Checking:

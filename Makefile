@@ -107,7 +107,7 @@ teacher-cache: $(STAMP) ## Stage one: run the teacher once, write the cache
 # CACHE may be an address (s3://, hf://datasets/, https://): its shards are fetched as they are read.
 distill: $(STAMP) ## Stage two: train a student from the cache (built first if missing), evaluate, report
 	if $(HAS_BOTH); then $(if $(strip $(GIVEN) $(TEACHER)),$(NO_OPTIONS)) exec $(BIN)/distill run $(WHOLE); fi
-	if ! $(HAS_BOTH) && [[ "$$CACHE" != *://* ]] && [ ! -f "$$CACHE/manifest.json" ]; then sketch=$$(mktemp -d); trap 'rm -rf "$$sketch"' EXIT; found=0; $(BIN)/teacher-cache build $(STAGE_ONE) --dry-run --sketch "$$sketch" > /dev/null || found=$$?; $(BIN)/distill run $(STAGE_TWO) --dry-run --sketch "$$sketch" > /dev/null || found=$$?; exit $$found; fi
+	if ! $(HAS_BOTH) && [[ "$$CACHE" != *://* ]] && [ ! -f "$$CACHE/manifest.json" ]; then echo "Looking at both stages before the teacher runs"; sketch=$$(mktemp -d); trap 'rm -rf "$$sketch"' EXIT; found=0; $(BIN)/teacher-cache build $(STAGE_ONE) --dry-run --sketch "$$sketch" > /dev/null || found=$$?; $(BIN)/distill run $(STAGE_TWO) --dry-run --sketch "$$sketch" > /dev/null || found=$$?; exit $$found; fi
 	if ! $(HAS_BOTH) && { [ -n "$$TEACHER" ] || { [[ "$$CACHE" != *://* ]] && { [ -n "$(GIVEN)" ] || [ ! -f "$$CACHE/manifest.json" ]; }; }; }; then exec $(MAKE) --no-print-directory teacher-cache; fi
 	if ! $(HAS_BOTH); then exec $(BIN)/distill run $(STAGE_TWO); fi
 

@@ -118,7 +118,9 @@ def preview(
             look_at_folder(outlook, config, caches)
             parts = look_at_student(outlook, config, caches, known=not any(one.startswith("student=") for one in left))
             if parts is not None:
-                outlook.needs_room(output, len(trainings) * bytes_to_write(config, parts), "students and checkpoints")
+                there = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
+                needed = max(0, len(trainings) * bytes_to_write(config, parts) - there)
+                outlook.needs_room(output, needed, "students and checkpoints")
         outlook.lines += [*_hours_lines(config, [output / name for name in trainings]), *download_lines(missing)]
     if sketch is not None:  # which is in nobody's way but ours
         outlook.problems = [text.replace(str(sketch), cache) for text in outlook.problems]

@@ -225,6 +225,11 @@ def without_downloads(folder: Path) -> Iterator[dict[str, int | None]]:
         _looking = before
 
 
+def is_without_weights(folder: Path) -> bool:
+    """Whether a model's folder has its settings alone because nothing is downloaded at the moment."""
+    return _looking is not None and folder.is_relative_to(_looking.folder)
+
+
 def _found(snapshot: Path) -> HubFolder:
     name = snapshot_name(snapshot)
     assert name is not None, snapshot  # as the client library lays them out

@@ -159,6 +159,10 @@ def test_a_name_that_is_not_on_the_hub_is_a_problem_and_weights_stay_there(sketc
         told = invoke("stage1_teacher", "build", *words)
         assert told.exit_code == 0, told.output
         assert "to download: tiny-org/tiny-llava" in told.output
+        words = run_options("c", tmp_path / "run", student="tiny-org/tiny-llava")
+        told = invoke("stage2_student", "run", *words, "--sketch", sketch)
+        assert told.exit_code == 0, told.output
+        assert "to download: tiny-org/tiny-llava" in told.output
         assert not any("safetensors" in request for request in map(str, hub.requests))
         assert not list((tmp_path / "home").rglob("*.json"))
 

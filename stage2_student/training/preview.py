@@ -15,8 +15,9 @@ from vlm_distill_cache.common.cache.plan import Plan, read_plan
 from vlm_distill_cache.common.cache.reader import TeacherCache
 from vlm_distill_cache.common.errors import CacheMismatchError, DistillError
 from vlm_distill_cache.common.files.disk import refuse_overlap
-from vlm_distill_cache.common.hub import public_name
+from vlm_distill_cache.common.hub import is_without_weights, public_name
 from vlm_distill_cache.common.locations import is_url
+from vlm_distill_cache.common.models.published import is_published
 from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.common.remotes.mirror import local_folder
 from vlm_distill_cache.common.tools.outlook import Outlook, download_lines, looking_only
@@ -216,6 +217,10 @@ def look_at_student(
     if kept_share(config.student) is not None:
         with outlook.checking():
             refuse_other_teacher(config, first)
+        return None
+    folder = Path(config.student_weights or config.student)
+    if is_without_weights(folder) and is_published(folder):
+        outlook.lines.append("  student: whether it fits is known once its weights are here")
         return None
     parts: StudentParts | None = None
     with outlook.checking():

@@ -11,10 +11,10 @@ from vlm_distill_cache.common.cache.side_files import MANIFEST
 from vlm_distill_cache.common.cache.sidecar import missing_shards, read_sidecar
 from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, SampleError
 from vlm_distill_cache.common.files.atomic import read_json
-from vlm_distill_cache.common.hub import model_folder
+from vlm_distill_cache.common.hub import is_without_weights, model_folder
+from vlm_distill_cache.common.models.published import is_published
 from vlm_distill_cache.common.printing import one_line, size_words
 from vlm_distill_cache.common.tools.outlook import Outlook, download_lines, free_bytes, looking_only
-from vlm_distill_cache.data.families.models import describe_family_model
 from vlm_distill_cache.data.registry import open_dataset
 from vlm_distill_cache.stage1_teacher.config import BuildConfig
 from vlm_distill_cache.stage1_teacher.loop.work import Build
@@ -54,15 +54,23 @@ def preview_build(
         known = None if estimate is None else _read_estimate(estimate)
     work: Build | None = None
     with looking_only() as missing:
+        teacher = None
         with outlook.checking():
-            work = open_build(config, loads=False)
+            if config.teacher:
+                teacher = model_folder(config.teacher, what="teacher", check=refuse_settings).path
+        unknown = teacher is not None and is_without_weights(teacher) and is_published(teacher)
+        if not unknown:
+            with outlook.checking():
+                work = open_build(config, loads=False)
         if work is None:
-            with outlook.checking():  # which of the two is at fault, or both
+            with outlook.checking():  # the data may be at fault, too
                 images = Path(config.images) if config.images else None
                 open_dataset(config.data, split=config.split, images=images, limit=config.limit or None)
-            with outlook.checking():
-                if config.teacher:
-                    describe_family_model(model_folder(config.teacher, what="teacher", check=refuse_settings).path)
+            if unknown:
+                outlook.lines.append(
+                    f"teacher {config.teacher}: what its cache holds is known once its weights are here"
+                )
+                outlook.lines += download_lines(missing)
         else:
             with outlook.checking():
                 _look_at_samples(work)
@@ -71,7 +79,7 @@ def preview_build(
                     outlook, work.plan, cache_dir, overwrite=overwrite, part=part, processes=processes, known=known
                 )
             outlook.lines += download_lines(missing)
-            if sketch is not None and not outlook.problems:
+            if sketch is not None:
                 with outlook.checking():
                     write_sketch(work, sketch)
     return outlook

@@ -89,15 +89,27 @@ $(STAMP): pyproject.toml constraints.txt
 # Values reach the shell through its environment, so that blanks and quotes in a path are safe.
 export STUDENT DATA STORE TEACHER IMAGES CONFIG PHASES CACHE OUTPUT SIGNALS CACHE_CONFIG EVAL_DATA SET CACHE_SET NPROC DATA_NAME
 
+# The options of each stage. A CONFIG with the sections of both has its own; only what somebody gave is put in their place.
+STAGE_ONE = --data "$$DATA" --cache "$$CACHE" --store "$$STORE" $(if $(IMAGES),--images "$$IMAGES") $(if $(TEACHER),--teacher "$$TEACHER") $(if $(SIGNALS),--signals "$$SIGNALS") $(if $(CACHE_CONFIG),--config "$$CACHE_CONFIG") $(if $(strip $(CACHE_SET)),$$(printf -- '--set %s ' $$CACHE_SET)) $(if $(filter-out 1,$(NPROC)),--nproc "$$NPROC")
+STAGE_TWO = --student "$$STUDENT" --data "$$DATA" --cache "$$CACHE" --output "$$OUTPUT" $(if $(PRUNED),--teacher "$${TEACHER:-stage1_teacher/builtin}") $(if $(IMAGES),--images "$$IMAGES") $(if $(CONFIG),--config "$$CONFIG") $(ALL_ELSE)
+WHOLE = --config "$$CONFIG" $(call GAVE,STUDENT,--student) $(call GAVE,DATA,--data) $(call GAVE,CACHE,--cache) $(call GAVE,OUTPUT,--output) $(call GAVE,IMAGES,--images) $(ALL_ELSE)
+ALL_ELSE = $(if $(PHASES),--phases "$$PHASES") $(if $(EVAL_DATA),--set "evaluation.data=$$EVAL_DATA") $(if $(strip $(SET)),$$(printf -- '--set %s ' $$SET)) $(if $(filter-out 1,$(NPROC)),--nproc "$$NPROC")
+GAVE = $(if $(filter-out file,$(origin $(1))),$(2) "$$$(1)")
+NO_OPTIONS = echo "CONFIG=$$CONFIG holds stage one, too: write its options there, instead of $(GIVEN) $(if $(TEACHER),TEACHER)" >&2; exit 2;
+HAS_BOTH = { [ -n "$$CONFIG" ] && grep -qsE '^(teacher_cache|distill) *:' "$$CONFIG"; }
+
 teacher-cache: $(STAMP) ## Stage one: run the teacher once, write the cache
-	$(BIN)/teacher-cache build --data "$$DATA" --cache "$$CACHE" --store "$$STORE" $(if $(IMAGES),--images "$$IMAGES") $(if $(TEACHER),--teacher "$$TEACHER") $(if $(SIGNALS),--signals "$$SIGNALS") $(if $(CACHE_CONFIG),--config "$$CACHE_CONFIG") $(if $(strip $(CACHE_SET)),$$(printf -- '--set %s ' $$CACHE_SET)) $(if $(filter-out 1,$(NPROC)),--nproc "$$NPROC")
+	$(BIN)/teacher-cache build $(STAGE_ONE)
 
 # exec: make tells its own processes alone to stop, and a shell between would leave the teacher running.
+# Before a teacher runs, both stages are looked at: a misspelt STUDENT costs seconds.
 # A sealed cache is used as it is, teacher or no teacher; naming a TEACHER, or options of stage one, checks that it is theirs.
 # CACHE may be an address (s3://, hf://datasets/, https://): its shards are fetched as they are read.
 distill: $(STAMP) ## Stage two: train a student from the cache (built first if missing), evaluate, report
-	if [ -n "$$TEACHER" ] || { [[ "$$CACHE" != *://* ]] && { [ -n "$(GIVEN)" ] || [ ! -f "$$CACHE/manifest.json" ]; }; }; then exec $(MAKE) --no-print-directory teacher-cache; fi
-	$(BIN)/distill run --student "$$STUDENT" --data "$$DATA" --cache "$$CACHE" --output "$$OUTPUT" $(if $(PRUNED),--teacher "$${TEACHER:-stage1_teacher/builtin}") $(if $(IMAGES),--images "$$IMAGES") $(if $(CONFIG),--config "$$CONFIG") $(if $(PHASES),--phases "$$PHASES") $(if $(EVAL_DATA),--set "evaluation.data=$$EVAL_DATA") $(if $(strip $(SET)),$$(printf -- '--set %s ' $$SET)) $(if $(filter-out 1,$(NPROC)),--nproc "$$NPROC")
+	if $(HAS_BOTH); then $(if $(strip $(GIVEN) $(TEACHER)),$(NO_OPTIONS)) exec $(BIN)/distill run $(WHOLE); fi
+	if ! $(HAS_BOTH) && [[ "$$CACHE" != *://* ]] && [ ! -f "$$CACHE/manifest.json" ]; then echo "Looking at both stages before the teacher runs"; sketch=$$(mktemp -d); trap 'rm -rf "$$sketch"' EXIT; found=0; $(BIN)/teacher-cache build $(STAGE_ONE) --dry-run --sketch "$$sketch" > /dev/null || found=$$?; $(BIN)/distill run $(STAGE_TWO) --dry-run --sketch "$$sketch" > /dev/null || found=$$?; exit $$found; fi
+	if ! $(HAS_BOTH) && { [ -n "$$TEACHER" ] || { [[ "$$CACHE" != *://* ]] && { [ -n "$(GIVEN)" ] || [ ! -f "$$CACHE/manifest.json" ]; }; }; }; then exec $(MAKE) --no-print-directory teacher-cache; fi
+	if ! $(HAS_BOTH); then exec $(BIN)/distill run $(STAGE_TWO); fi
 
 evaluate: $(STAMP) ## Score the distilled student of OUTPUT again, on EVAL_DATA if given
 	$(BIN)/distill evaluate "$$OUTPUT/distilled/final" $(if $(EVAL_DATA),--data "$$EVAL_DATA") $(if $(IMAGES),--images "$$IMAGES")

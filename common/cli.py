@@ -12,6 +12,7 @@ import click
 from vlm_distill_cache.common.cache.plan import STORE_NAMES, built_with, read_plan
 from vlm_distill_cache.common.printing import one_line
 from vlm_distill_cache.common.terminal.command_line import (
+    DRY_RUN,
     SETTINGS,
     CacheFolder,
     CacheLocation,
@@ -57,19 +58,23 @@ def main() -> None:
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="The sample's image, to draw over.",
 )
+@click.option("--failed", is_flag=True, help="List the samples that could not be used, with the reasons, one a line.")
 @JSON
-def inspect(cache: str, sample_id: str | None, picture: Path | None, image: Path | None) -> None:
+def inspect(cache: str, sample_id: str | None, picture: Path | None, image: Path | None, *, failed: bool) -> None:
     """Show what a cache holds; or of one sample the answer, the teacher's likeliest tokens and where it looked."""
+    if failed and sample_id is not None:
+        raise click.UsageError("--failed lists all samples that failed; leave SAMPLE_ID out")
     if (picture is not None and sample_id is None) or (image is not None and picture is None):
         raise click.UsageError("--picture needs a SAMPLE_ID, and --image needs --picture")
     if sample_id is None:
         from vlm_distill_cache.common.remotes.mirror import local_folder
-        from vlm_distill_cache.common.tools.inspect import cache_values, describe_cache
+        from vlm_distill_cache.common.tools.inspect import cache_values, describe_cache, failed_lines
 
         folder = local_folder(cache)  # of an address: where its descriptions are
-        say(describe_cache(folder, location=cache))
         if has_document():
             answer(cache=cache, **cache_values(folder))
+        for line in failed_lines(folder) if failed else [describe_cache(folder, location=cache)]:
+            say(line)
         return
     from vlm_distill_cache.common.opening import open_cache
     from vlm_distill_cache.common.tools.picture import BLOCKS
@@ -171,9 +176,15 @@ def repair(cache: Path, *, deep: bool, dry_run: bool) -> None:
 @click.argument("source", type=_CACHE)
 @click.argument("target", type=NewFolder())
 @click.option("--store", type=click.Choice(STORE_NAMES), required=True, help="Shard format of the new cache.")
+@DRY_RUN
 @JSON
-def convert(source: Path, target: Path, store: str) -> None:
+def convert(source: Path, target: Path, store: str, *, dry_run: bool) -> None:
     """Write the same cache in the other store; converting back gives the same bytes."""
+    if dry_run:
+        from vlm_distill_cache.common.tools.previews import preview_convert
+
+        preview_convert(source, target, store=store).show()
+        return
     from vlm_distill_cache.common.tools.convert import convert as convert_cache
 
     with _progress("convert", total=read_plan(source).shard_count) as bar:
@@ -188,13 +199,19 @@ def convert(source: Path, target: Path, store: str) -> None:
 @click.argument("sources", metavar="SOURCE...", nargs=-1, required=True, type=_CACHE)
 @click.option("--output", required=True, type=NewFolder(), help="Folder of the new cache.")
 @click.option("--store", type=click.Choice(STORE_NAMES), help="Shard format; default: the first source's.")
+@DRY_RUN
 @JSON
-def merge(sources: tuple[Path, ...], output: Path, store: str | None) -> None:
+def merge(sources: tuple[Path, ...], output: Path, store: str | None, *, dry_run: bool) -> None:
     """Merge caches of one teacher and codec, or the parts of one plan built on several machines.
 
     Samples in several sources must be equal in all of them and are kept once. Caches that differ in a
     fingerprint are refused.
     """
+    if dry_run:
+        from vlm_distill_cache.common.tools.previews import preview_merge
+
+        preview_merge(sources, output, store=store).show()
+        return
     from vlm_distill_cache.common.cache.manifest import format_ranges
     from vlm_distill_cache.common.cache.side_files import CARD
     from vlm_distill_cache.common.tools.merge import merge as merge_caches
@@ -222,12 +239,18 @@ def merge(sources: tuple[Path, ...], output: Path, store: str | None) -> None:
 @click.argument("destination")
 @_JOBS
 @click.option("--overwrite", is_flag=True, help="Replace another cache that is there.")
+@DRY_RUN
 @JSON
-def push(cache: Path, destination: str, *, jobs: int, overwrite: bool) -> None:
+def push(cache: Path, destination: str, *, jobs: int, overwrite: bool, dry_run: bool) -> None:
     """Copy a finished cache to a folder, s3://BUCKET/PREFIX or hf://datasets/ORG/NAME[@REVISION][/FOLDER].
 
     If stopped, run it again to continue. The destination never holds a partial cache that looks complete.
     """
+    if dry_run:
+        from vlm_distill_cache.common.tools.previews import preview_push
+
+        preview_push(cache, destination, jobs=jobs, overwrite=overwrite).show()
+        return
     from vlm_distill_cache.common.remotes.push import push as push_cache
 
     with _byte_progress("push") as bar:
@@ -246,6 +269,7 @@ def push(cache: Path, destination: str, *, jobs: int, overwrite: bool) -> None:
 @click.option("--signals", metavar="A,B", help="Only these signals.")
 @click.option("--top-k", type=click.IntRange(min=2), help="At most so many tokens a row of the logits.")
 @click.option("--no-verify", is_flag=True, help="Do not look through the records for what no teacher can have said.")
+@DRY_RUN
 @JSON
 def pull(
     source: str,
@@ -257,6 +281,7 @@ def pull(
     signals: str | None,
     top_k: int | None,
     no_verify: bool,
+    dry_run: bool,
 ) -> None:
     """Copy a cache here, byte for byte, from a folder, s3://, hf://datasets/... or http(s)://.
 
@@ -265,19 +290,25 @@ def pull(
     --shards, --samples, --signals and --top-k download only what is needed and create a smaller cache that records its
     source.
     """
+    part = (shards, samples, signals, top_k) != (None,) * 4
+    if dry_run:
+        from vlm_distill_cache.common.tools.previews import preview_pull
+
+        preview_pull(source, cache, part=part).show()
+        return
     from vlm_distill_cache.common.tools.trust import demand_sound
 
-    if (shards, samples, signals, top_k) != (None,) * 4:
+    if part:
         from vlm_distill_cache.common.tools.select import parse_selection, pull_partial
 
         selection = parse_selection(shards=shards, samples=samples, signals=signals, top_k=top_k)
         with _progress("pull") as shard_bar:
-            part = pull_partial(source, cache, selection, jobs=jobs, on_shard=shard_bar.update)
+            smaller = pull_partial(source, cache, selection, jobs=jobs, on_shard=shard_bar.update)
         if not no_verify:
-            demand_sound(cache, read_plan(cache), part)
-        answer(cache=cache, source=source, totals=part.totals)
-        say(f"Pulled {part.totals['samples']} samples of {source} to {cache} ({part.totals['bytes']:,} bytes)")
-        tell(f"Next: cachectl inspect {quoted(cache)}, then {_distill(cache, part)}")
+            demand_sound(cache, read_plan(cache), smaller)
+        answer(cache=cache, source=source, totals=smaller.totals)
+        say(f"Pulled {smaller.totals['samples']} samples of {source} to {cache} ({smaller.totals['bytes']:,} bytes)")
+        tell(f"Next: cachectl inspect {quoted(cache)}, then {_distill(cache, smaller)}")
         return
     from vlm_distill_cache.common.remotes.pull import pull as pull_cache
 

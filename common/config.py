@@ -31,6 +31,10 @@ logger = logging.getLogger(__name__)
 SAYS_NOTHING = object()
 """In the place of a value: what somebody gave is how things are anyway."""
 
+STAGES = ("teacher_cache", "distill")
+"""The sections of a file that holds a whole run."""
+SHARED = ("data", "images", "cache", "recipe")
+"""What stands beside them, for both."""
 NEAR = 0.75  # of difflib: two letters of eight apart
 _SCALARS: dict[Any, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
@@ -257,6 +261,36 @@ def read_yaml(path: Path | None, *, missing_ok: bool = False) -> dict[str, Any]:
     if loaded is not None and not isinstance(loaded, dict):
         raise ConfigError(f"{path}: expected a mapping of options, got {type(loaded).__name__}")
     return loaded or {}
+
+
+def read_stage(path: Path | None, stage: str) -> dict[str, Any]:
+    """As `read_yaml`, of a file that may hold a whole run: the section of a stage, over what both stages share.
+
+    Args:
+        stage: One of `STAGES`.
+
+    Raises:
+        ConfigError: Also for a section or shared option that there is not.
+    """
+    values = read_yaml(path)
+    if not values.keys() & set(STAGES):
+        return values
+    for name, section in values.items():
+        if name not in (*STAGES, *SHARED):
+            near = difflib.get_close_matches(str(name), (*STAGES, *SHARED), n=1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise ConfigError(
+                f"{path}: unknown section {name}; {hint}A file of both stages has the sections {' and '.join(STAGES)}, and "
+                f"beside them what both share: {', '.join(SHARED)}. All else belongs into one of the sections"
+            )
+        if name in STAGES and not isinstance(section, dict | types.NoneType):
+            raise ConfigError(f"{path}: section {name} is {brief(repr(section))}; expected a mapping of options")
+    return {name: values[name] for name in SHARED if name in values} | (values.get(stage) or {})
+
+
+def has_section(path: Path | None, stage: str) -> bool:
+    """Whether a YAML file holds a stage's section."""
+    return stage in read_yaml(path)
 
 
 def _bounded_text(path: Path, *, plain: bool) -> str:

@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -175,7 +176,58 @@ def _folder_of_hub(name: HubName, what: str, check: Callable[[Path], object]) ->
         return _found(cached)
     there = _cached(HubName(name.repository, commit))[0] is not None
     with explained_hub_errors(name, what):
+        if _looking is not None and not there:
+            return _found(_looking.fetch_settings(name, commit, check))
         return _found(_download(name, check, what="" if there else what))
+
+
+@dataclass
+class _Looking:
+    """What is looked at while nothing is downloaded: settings in a folder of their own, and what was left away."""
+
+    folder: Path
+    missing: dict[str, int | None] = field(default_factory=dict)
+
+    def fetch_settings(self, name: HubName, commit: str, check: Callable[[Path], object]) -> Path:
+        from huggingface_hub import HfApi, snapshot_download
+
+        target = self.folder / f"models--{name.repository.replace('/', '--')}" / "snapshots" / commit
+        if not target.is_dir():
+            snapshot_download(
+                name.repository,
+                revision=commit,
+                local_dir=target,
+                allow_patterns=list(_SETTINGS),
+                ignore_patterns=list(_IGNORED),
+            )
+            listed = HfApi().model_info(name.repository, revision=commit, files_metadata=True).siblings or ()
+            sizes = [entry.size for entry in listed if entry.rfilename.endswith(_WEIGHTS)]
+            self.missing[str(name)] = None if None in sizes else sum(size or 0 for size in sizes)
+        check(target)
+        return target
+
+
+_looking: _Looking | None = None
+
+
+@contextmanager
+def without_downloads(folder: Path) -> Iterator[dict[str, int | None]]:
+    """Fetch no weights: of a model that is not here, only its settings, into ``folder``; for one thread at a time.
+
+    Yields:
+        Bytes of the weights that were left away, by name; None: not known.
+    """
+    global _looking
+    before, _looking = _looking, _Looking(folder)
+    try:
+        yield _looking.missing
+    finally:
+        _looking = before
+
+
+def is_without_weights(folder: Path) -> bool:
+    """Whether a model's folder has its settings alone because nothing is downloaded at the moment."""
+    return _looking is not None and folder.is_relative_to(_looking.folder)
 
 
 def _found(snapshot: Path) -> HubFolder:

@@ -1,4 +1,4 @@
-"""Places of caches: which are addresses, and how one may be shown."""
+"""Places: which are addresses and how one may be shown, and whether we are in a clone of this project."""
 
 from __future__ import annotations
 
@@ -10,7 +10,23 @@ from pathlib import Path
 from vlm_distill_cache.common.printing import hide_secrets
 
 _SECRETS = "VLM_DISTILL_ADDRESSES"  # of a process that another one of ours started: public addresses to whole ones
+_MAKEFILE_BYTES = 1 << 16
 _SCHEMES = ("s3", "hf", "http", "https")
+
+
+def by_make(words: str, otherwise: str = "") -> str:
+    """Words for whoever uses ``make``, which has started us or could: others are given ``otherwise``.
+
+    They use it below a make of ours, which exports its variables, and in a folder with our Makefile.
+    """
+    if os.environ.keys() >= {"MAKELEVEL", "DATA_NAME"}:
+        return words
+    try:
+        with Path("Makefile").open("rb") as file:
+            found = file.read(_MAKEFILE_BYTES)
+    except OSError:
+        return otherwise
+    return words if b"\nteacher-cache: " in found and b"\ndistill: " in found else otherwise
 
 
 def is_url(location: str | Path) -> bool:

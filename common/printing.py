@@ -61,6 +61,15 @@ def one_line(text: object, *, limit: int = MAX_SHOWN) -> str:
     return shown if len(shown) <= limit else f"{shown[: limit - len(_CUT)]}{_CUT}"
 
 
+def size_words(size: float) -> str:
+    """Bytes as people read them: ``3.1 GB``."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:,.0f} {unit}" if unit == "B" else f"{size:,.1f} {unit}"
+        size /= 1000
+    return f"{size:,.1f} TB"
+
+
 def shorten_parts(text: str, *, limit: int = MAX_SHOWN) -> str:
     """Cut each long name, path or quotation inside a message to ``limit`` characters, so that its own words stay."""
     if len(text) <= limit:

@@ -28,6 +28,7 @@ from types import MappingProxyType
 
 from vlm_distill_cache.common.errors import DataError, SampleError
 from vlm_distill_cache.common.hub import HubName, hub_name
+from vlm_distill_cache.common.locations import by_make
 from vlm_distill_cache.common.printing import brief
 from vlm_distill_cache.data.sample import (
     Dataset,
@@ -197,7 +198,7 @@ def _open_path(
     if not path.exists() and (web := _WEB.fullmatch(name)):
         revision, inner = web["tree"] or web["at"], web["file"] or web["inner"] or web["rest"]
         typed = f"{web['name']}{f'@{revision}' if revision else ''}{f'/{inner}' if inner else ''}"
-        raise DataError(f"data {name!r} is an address; type DATA={typed}")
+        raise DataError(f"data {name!r} is an address; type {by_make(f'DATA={typed}', f'--data {typed}')}")
     choice = Choice(
         config=options.get("name"), split=options.get("split", split), strict="split" in options, images=images
     )
@@ -265,7 +266,8 @@ def _split_spec(spec: str) -> tuple[str, dict[str, str]]:
     if (found := _SLICED.search(spec)) and not Path(spec).exists():
         raise DataError(
             f"data {spec!r}: a split is read as a whole, {found[1]} is not read; its first samples are taken by a limit "
-            "(CACHE_SET=limit=N, --set limit=N, or limit: N in a mixture), several splits as entries of a mixture (.yaml)"
+            f"({by_make('CACHE_SET=limit=N, ')}--set limit=N, or limit: N in a mixture), "
+            "several splits as entries of a mixture (.yaml)"
         )
     name, colon, rest = spec.rpartition(":")
     if not colon or "=" not in rest or "/" in rest or Path(spec).exists():

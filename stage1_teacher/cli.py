@@ -11,11 +11,21 @@ from typing import Any
 import click
 
 from vlm_distill_cache.common.cache.plan import STORE_NAMES, read_plan
-from vlm_distill_cache.common.config import canonical_overrides, canonical_values, load_options, read_yaml, save_replay
+from vlm_distill_cache.common.config import (
+    canonical_overrides,
+    canonical_values,
+    load_options,
+    read_stage,
+    read_yaml,
+    save_replay,
+)
+from vlm_distill_cache.common.locations import by_make
 from vlm_distill_cache.common.recipes import Recipe, merge_options, recipe_summary, split_recipe
 from vlm_distill_cache.common.recipes.cache_fit import cache_differences, differences_text
 from vlm_distill_cache.common.terminal.command_line import (
     CONFIG,
+    DRY_RUN,
+    FILE,
     FOLDER,
     SETTINGS,
     CacheFolder,
@@ -89,7 +99,7 @@ def _settings(options: dict[str, Any]) -> tuple[BuildConfig, Recipe | None]:
     given = [f"{name}={json.dumps(value)}" for name, value in options.items() if value is not None]
     if signals is not None:
         given.append(f"signals=[{signals}]")
-    recipe, values, settings = split_recipe(read_yaml(config), settings)
+    recipe, values, settings = split_recipe(read_stage(config, "teacher_cache"), settings)
     where = "options" if config is None else str(config)
     values = canonical_values(BuildConfig, values, where=where)
     if recipe is not None:
@@ -120,9 +130,30 @@ def _given(options: dict[str, Any]) -> set[str]:
     "it), or each in its own, joined by `cachectl merge`; default: as torchrun, srun or mpirun say.",
 )
 @click.option("--overwrite", is_flag=True, help="Start again, whatever cache the folder holds.")
+@DRY_RUN
+@click.option(
+    "--sketch",
+    type=click.Path(path_type=Path),
+    help="With --dry-run: write what the cache will say of itself, without shards, to this new folder; `distill run --dry-run "
+    "--sketch` then checks a student against it.",
+)
+@click.option(
+    "--estimate", type=FILE, help="With --dry-run: what `teacher-cache estimate --json` wrote, for bytes and hours."
+)
 @JSON
-def build(*, nproc: int | None, part: str | None, overwrite: bool, **options: Any) -> None:
+def build(
+    *,
+    nproc: int | None,
+    part: str | None,
+    overwrite: bool,
+    dry_run: bool,
+    sketch: Path | None,
+    estimate: Path | None,
+    **options: Any,
+) -> None:
     """Build a cache or resume one; does nothing if it is complete."""
+    if not dry_run and (sketch or estimate) is not None:
+        raise click.UsageError("--sketch and --estimate go with --dry-run")
     refuse_sharding(enter_launch().sharding, model="teacher")
     settings, recipe = _settings(options)
 
@@ -144,6 +175,13 @@ def build(*, nproc: int | None, part: str | None, overwrite: bool, **options: An
             "same devices. Leave one of the two out."
         )
     quiet_libraries()
+    if dry_run:
+        from vlm_distill_cache.stage1_teacher.planning.preview import preview_build
+
+        preview_build(
+            settings, overwrite=overwrite, part=own, processes=nproc or 1, sketch=sketch, estimate=estimate
+        ).show()
+        return
     with explain_disk_errors(settings.cache), stopped_by_sigterm():
         if nproc is None:
             settings = replace(settings, device=local_device(settings.device, local))
@@ -160,7 +198,9 @@ def build(*, nproc: int | None, part: str | None, overwrite: bool, **options: An
         say(recipe_summary(recipe, "stage_one", settings))
         others = [found for found in cache_differences(recipe, read_plan(summary.cache)) if found.signals]
         if others:
-            say(f"  so this is no cache for SET=recipe={recipe.name} (stage two): {differences_text(others)}")
+            say(
+                f"  so this is no cache for {by_make('SET=', '--set ')}recipe={recipe.name} (stage two): {differences_text(others)}"
+            )
         else:
             proposed = recipe.name
     if summary.manifest is not None:
@@ -339,7 +379,12 @@ def demo_teacher(data: str, output: Path, seed: int) -> None:
     train_demo_teacher(data, output, seed=seed)
     answer(output=output)
     say(f"Teacher written to {output}")
-    tell(f"Next: make teacher-cache TEACHER={quoted(output)} DATA={data} CACHE={quoted(f'build/cache/{output.name}')}")
+    place, cache = quoted(output), quoted(f"build/cache/{output.name}")
+    command = by_make(
+        f"make teacher-cache TEACHER={place} DATA={data} CACHE={cache}",
+        f"teacher-cache build --teacher {place} --data {data} --cache {cache}",
+    )
+    tell(f"Next: {command}")
 
 
 if __name__ == "__main__":

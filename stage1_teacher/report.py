@@ -12,6 +12,7 @@ from vlm_distill_cache.common.codecs.registry import CODECS
 from vlm_distill_cache.common.printing import one_line
 from vlm_distill_cache.common.terminal.command_line import quoted
 from vlm_distill_cache.common.terminal.next_step import distill_command
+from vlm_distill_cache.common.tools.fidelity_words import poor_fidelity
 from vlm_distill_cache.stage1_teacher.config import BuildConfig
 from vlm_distill_cache.stage1_teacher.extend import Extension
 from vlm_distill_cache.stage1_teacher.extract import BuildSummary
@@ -65,6 +66,7 @@ def summary_text(summary: BuildSummary) -> str:
         parts += [f"KD gradient error {error:.4f}"] if error is not None else []
         parts += [f"attention gradient cosine {cosine:.5f}"] if cosine is not None else []
         lines.append(f"  fidelity on {manifest.fidelity['samples']} samples: " + ", ".join(parts))
+    lines += [f"  warning: {sentence}" for sentence in poor_fidelity(plan, manifest.fidelity)]
     lines.append(f"Cache: {summary.cache}")
     return "\n".join(lines)
 

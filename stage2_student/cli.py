@@ -5,19 +5,23 @@ import logging
 import os
 import signal
 import threading
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
-from vlm_distill_cache.common.config import config_from_dict, read_yaml
+from vlm_distill_cache.common.config import config_from_dict, has_section, last_given, read_stage
 from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, LaunchError, ModelError, TransferError
 from vlm_distill_cache.common.files.atomic import write_json_atomic
 from vlm_distill_cache.common.hub import HubFolder, model_folder
+from vlm_distill_cache.common.locations import by_make
 from vlm_distill_cache.common.recipes import recipe_summary, split_recipe
 from vlm_distill_cache.common.terminal.command_line import (
     CONFIG,
+    DRY_RUN,
     FOLDER,
     SETTINGS,
     CacheLocation,
@@ -36,15 +40,18 @@ from vlm_distill_cache.common.terminal.command_line import (
 from vlm_distill_cache.common.terminal.general import JSON, answer, complete_folder, completes, overrides
 from vlm_distill_cache.common.terminal.launch import enter_launch, explain_lost_processes
 from vlm_distill_cache.common.terminal.sharding import refuse_sharding
+from vlm_distill_cache.common.tools.both_stages import build_first
+from vlm_distill_cache.common.tools.outlook import Outlook
 from vlm_distill_cache.common.tools.trust import open_trusted
 from vlm_distill_cache.stage2_student import run as runs
 from vlm_distill_cache.stage2_student.config import PHASE_NAMES, TrainConfig
 from vlm_distill_cache.stage2_student.pruned_folder import refuse_uncut
-from vlm_distill_cache.stage2_student.resolve import open_caches
+from vlm_distill_cache.stage2_student.resolve import given_options, open_caches
 from vlm_distill_cache.stage2_student.scores.results import render_table
 from vlm_distill_cache.stage2_student.students.presets import student_names
 from vlm_distill_cache.stage2_student.training.output_folder import refuse_foreign_folder
 from vlm_distill_cache.stage2_student.training.recipe_caches import cache_lines
+from vlm_distill_cache.stage2_student.training.stamp import COMPARED
 
 # Imports that pull torch in are inside the commands, so that --help, usage errors and "up to date" are instant.
 
@@ -82,7 +89,7 @@ _training_options = shared_options(
     _IMAGES,
     click.option(
         "--cache",
-        type=CacheLocation(),
+        shell_complete=complete_folder,
         help="Teacher cache: a folder, s3://..., hf://datasets/... or https://... Needed, here or in the YAML file.",
     ),
     click.option("--output", type=NewFolder(), help="Folder to write to. Needed, here or in the YAML file."),
@@ -92,11 +99,20 @@ _training_options = shared_options(
     click.option("--seed", type=click.IntRange(min=0), help="Seed of fresh weights and of the order of samples."),
     CONFIG,
     overrides(TrainConfig),
+    click.option(
+        "--extend", is_flag=True, help="Go on from the end of a finished training, to more steps of its last phase."
+    ),
+    DRY_RUN,
+    click.option(
+        "--sketch",
+        type=FOLDER,
+        help="With --dry-run: what `teacher-cache build --dry-run --sketch` wrote, in place of a cache that is not built yet.",
+    ),
 )
 
 
-def _load(options: dict[str, Any]) -> tuple[TrainConfig, str]:
-    """The configuration that the options shared by several commands give, and what of it is a recipe's."""
+def _given(options: dict[str, Any]) -> tuple[Path | None, list[str], str]:
+    """The YAML file, all other options as ``a.b=c``, and the cache."""
     config, settings, cache, phases, seed = (
         options.pop(name) for name in ("config", "overrides", "cache", "phases", "seed")
     )
@@ -108,19 +124,59 @@ def _load(options: dict[str, Any]) -> tuple[TrainConfig, str]:
         if unknown := [name for name in names if name not in PHASE_NAMES]:
             raise ConfigError(f"phases: {unknown[0]!r} is none of {', '.join(PHASE_NAMES)}")
         given.append(f"phases=[{', '.join(names)}]")
-    resolved = runs.load_run_config(config, [*given, *settings], cache=cache)
-    recipe, _, _ = split_recipe(read_yaml(config), settings)
+    given += settings
+    cache = cache or last_given(given_options(config, given)[1], "cache")
+    if not cache:
+        raise ConfigError("cache: none is given; add --cache FOLDER, or cache: FOLDER to the file of --config")
+    return config, given, cache
+
+
+def _load(options: dict[str, Any]) -> tuple[TrainConfig, str]:
+    """The configuration that the options shared by several commands give, and what of it is a recipe's."""
+    config, given, cache = _given(options)
+    resolved = runs.load_run_config(config, given, cache=cache)
+    recipe, _, _ = split_recipe(read_stage(config, "distill"), given)
     if recipe is None:
         return resolved, ""
     return resolved, "\n".join([recipe_summary(recipe, "stage_two", resolved), *cache_lines(resolved, recipe)])
 
 
+def _preview(
+    options: Mapping[str, Any], look_at_folder: Any, sketch: Path | None, *, trainings: Sequence[str], processes: int
+) -> Outlook:
+    """What ``--dry-run`` says."""
+    from vlm_distill_cache.stage2_student.training.preview import preview
+
+    config, given, cache = _given(dict(options))
+    runs.set_up_libraries()
+    return preview(
+        config,
+        given,
+        cache=cache,
+        sketch=sketch,
+        resolve=runs.load_run_config,
+        look_at_folder=look_at_folder,
+        trainings=trainings,
+        processes=processes,
+    )
+
+
+def _refuse_sketch(sketch: Path | None) -> None:
+    if sketch is not None:
+        raise click.UsageError("--sketch goes with --dry-run: a student is trained from a cache")
+
+
 @main.command()
 @_training_options
 @JSON
-def train(**options: Any) -> None:
+def train(*, extend: bool, dry_run: bool, sketch: Path | None, **options: Any) -> None:
     """Train one student through its phases, or resume it."""
     refuse_sharding(enter_launch().sharding, model="student")
+    if dry_run:
+        looking = partial(runs.look_at_training, extends=extend)
+        _preview(options, looking, sketch, trainings=("",), processes=enter_launch().size).show()
+        return
+    _refuse_sketch(sketch)
     settings, of_recipe = _load(options)
 
     from vlm_distill_cache.stage2_student.training.log import summarise
@@ -142,7 +198,7 @@ def train(**options: Any) -> None:
         for note in cache_notes(settings, caches):
             tell(note)
     with explain_lost_processes(Path(settings.output)):
-        result = runs.train_alone(settings, caches=caches)
+        result = runs.train_alone(settings, caches=caches, extends=extend)
     if enter_launch().rank == 0:
         answer(student=result.final, output=settings.output, steps=len(result.log), last=(result.log or [{}])[-1])
         say(summarise(result.log))
@@ -158,10 +214,22 @@ def train(**options: Any) -> None:
 @click.option("--nproc", type=click.IntRange(min=1), default=1, show_default=True, help="Training processes.")
 @click.option("--teacher", help="The teacher that a student pruned:KEEP is cut out of: a folder or a name on the hub.")
 @JSON
-def run(*, nproc: int, **options: Any) -> None:
+def run(*, nproc: int, extend: bool, dry_run: bool, sketch: Path | None, **options: Any) -> None:
     """Train `sft`, the baseline without a teacher, and the distilled student; score both, write the report."""
     launch = enter_launch()
     refuse_sharding(launch.sharding, model="student")
+    looking = partial(runs.look_at_run, extends=extend)
+    look = partial(_preview, options, looking, trainings=COMPARED, processes=nproc)
+    if sketch is None and has_section(options["config"], "teacher_cache"):
+        both, _, cache = _given(dict(options))
+        given = [f"--{name}={options[name]}" for name in ("data", "images") if options[name] is not None]
+        with stopped_by_sigterm():
+            build_first(["--config", str(both), *given], cache, look, dry_run=dry_run)
+    elif dry_run:
+        look(sketch).show()
+    if dry_run:
+        return
+    _refuse_sketch(sketch)
     settings, of_recipe = _load(options)
     if launch.size > 1:
         raise LaunchError(
@@ -169,7 +237,7 @@ def run(*, nproc: int, **options: Any) -> None:
             f"--nproc {launch.size}; or train by `distill train`, which {launch.launcher} may start"
         )
     with stopped_by_sigterm():
-        summary = runs.run(settings, processes=nproc, say=tell)
+        summary = runs.run(settings, processes=nproc, extends=extend, say=tell)
     answer(**vars(summary), scores=runs.read_scores(summary.output))
     lines = summary.table.splitlines()
     # What a new run's scores do not tell was said before it trained.
@@ -346,7 +414,10 @@ def import_checkpoint(checkpoint: str, output: Path, vision_tower: str | None) -
     convert_published(model_folder(checkpoint, what="checkpoint").path, output, vision_tower=tower)
     answer(output=output)
     say(f"Imported into {output}")
-    tell(f"Next: make distill STUDENT={quoted(output)}, or make teacher-cache TEACHER={quoted(output)}")
+    tell(
+        f"Next: {by_make('make distill STUDENT=', 'distill run --student ')}{quoted(output)}, or "
+        f"{by_make('make teacher-cache TEACHER=', 'teacher-cache build --teacher ')}{quoted(output)}"
+    )
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from vlm_distill_cache.common.files.rules import (
 )
 from vlm_distill_cache.common.files.signed import find_damage, read_signed
 from vlm_distill_cache.common.hub import snapshot_name
+from vlm_distill_cache.common.locations import by_make
 
 FINAL, PROVENANCE = "final", "distillation.json"
 _COUNT = whole(0, 1 << 60)
@@ -124,8 +126,14 @@ def look_at_final(folder: Path) -> tuple[dict[str, Any], list[str]]:
     return found, find_damage(folder, listed)
 
 
-def refuse_other_student(folder: Path, identity: str) -> list[str] | None:
+def refuse_other_student(
+    folder: Path, identity: str, *, earlier: str | None = None, why: Callable[[], str] = str
+) -> list[str] | None:
     """Refuse to train over another student than ``identity``, the fingerprint of what is to be trained.
+
+    Args:
+        earlier: Of a shorter training that is gone on with.
+        why: Gives in what the two differ, for the error.
 
     Returns:
         What is damaged of the student that is there, a text each; None if there is none.
@@ -137,10 +145,10 @@ def refuse_other_student(folder: Path, identity: str) -> list[str] | None:
         found, damage = look_at_final(folder)
     except FileNotFoundError:
         return None
-    if found and found["fingerprint"] != identity:
+    if found and found["fingerprint"] not in (identity, earlier):
         raise ConfigError(
             f"{folder} belongs to another run: fingerprint {found['fingerprint']} there, {identity} now (configuration, "
-            "cache or data differ). Use the same options, another --output (OUTPUT=...), or delete that folder"
+            f"cache or data differ{why()}). Use the same options, another --output{by_make(' (OUTPUT=...)')}, or delete that folder"
         )
     return damage
 

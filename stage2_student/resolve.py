@@ -2,13 +2,13 @@
 
 import contextlib
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from vlm_distill_cache.common.cache.reader import TeacherCache
-from vlm_distill_cache.common.config import canonical_overrides, canonical_values, last_given, load_config, read_yaml
+from vlm_distill_cache.common.config import canonical_overrides, canonical_values, last_given, load_config, read_stage
 from vlm_distill_cache.common.errors import ConfigError
 from vlm_distill_cache.common.files.rules import shown
 from vlm_distill_cache.common.hub import hub_name, model_folder
@@ -45,7 +45,7 @@ def given_options(path: Path | None, overrides: Sequence[str]) -> tuple[Recipe |
     Raises:
         ConfigError: If there is no such file or recipe.
     """
-    recipe, values, overrides = split_recipe(read_yaml(path), overrides)
+    recipe, values, overrides = split_recipe(read_stage(path, "distill"), overrides)
     values = canonical_values(TrainConfig, values, where=str(path))
     return recipe, [*_one_length(_flatten(values)), *_one_length(canonical_overrides(TrainConfig, overrides))]
 
@@ -79,8 +79,13 @@ def _folder(given: str, what: str) -> str:
     return str(found.path) if found.revision else given
 
 
-def open_caches(config: TrainConfig) -> dict[str, TeacherCache]:
+def open_caches(
+    config: TrainConfig, *, opening: Callable[[str], TeacherCache] | None = None
+) -> dict[str, TeacherCache]:
     """Open each cache that the phases of a run read, by the folder or address that configuration or mixture names.
+
+    Args:
+        opening: How; None: to be trained on.
 
     Raises:
         CacheFormatError: If one is not sealed, damaged or no cache, or holds what no teacher says.
@@ -90,6 +95,8 @@ def open_caches(config: TrainConfig) -> dict[str, TeacherCache]:
     places = dict.fromkeys(
         place for phase in phases for place in own_caches(phase.data, str(phase.cache)) or [str(phase.cache)]
     )
+    if opening is not None:
+        return {place: opening(place) for place in places}
     # Twice the window: a step may begin the next window while loading threads still read the last.
     return {place: open_trusted(place, open_shards=2 * config.shuffle_window, verify=config.verify) for place in places}
 

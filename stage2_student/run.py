@@ -16,23 +16,24 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlm_distill_cache.common.cache.document_rules import EVALUATION
-from vlm_distill_cache.common.cache.documents import describe_differences
 from vlm_distill_cache.common.cache.plan import read_plan
 from vlm_distill_cache.common.cache.reader import TeacherCache
 from vlm_distill_cache.common.config import config_from_dict, config_to_dict, last_given, save_config
 from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, TransferError
 from vlm_distill_cache.common.files.atomic import clean_stale, remove, write_bytes_atomic
 from vlm_distill_cache.common.files.hashing import fingerprint
-from vlm_distill_cache.common.files.rules import OBJECT, check, entries, items, maybe, record, text
+from vlm_distill_cache.common.files.rules import check, entries
 from vlm_distill_cache.common.files.signed import find_damage, list_files, read_signed, write_signed
 from vlm_distill_cache.common.hub import public_name
 from vlm_distill_cache.common.locations import is_url, public_location, secret_locations
 from vlm_distill_cache.common.remotes.mirror import local_folder
 from vlm_distill_cache.common.terminal.command_line import leave_one_core, quiet_libraries, run_command, said_so_far
+from vlm_distill_cache.common.tools.outlook import Outlook
 from vlm_distill_cache.common.tools.trust import open_trusted
 from vlm_distill_cache.stage2_student.config import (
     EvaluationConfig,
@@ -57,34 +58,25 @@ from vlm_distill_cache.stage2_student.pruned_folder import (
 )
 from vlm_distill_cache.stage2_student.resolve import given_options, open_caches, resolve_config, with_folders
 from vlm_distill_cache.stage2_student.scores.results import EvaluationReport, render_table
+from vlm_distill_cache.stage2_student.training.extension import differing_options, earlier_training
 from vlm_distill_cache.stage2_student.training.output_folder import (
     CONFIG,
     STAMP,
     claim_output,
-    holds_anything,
     refuse_foreign_folder,
 )
 from vlm_distill_cache.stage2_student.training.recipe_caches import refuse_other_caches
+from vlm_distill_cache.stage2_student.training.stamp import BASELINE, COMPARED, DISTILLED, read_stamp, refuse_other_run
 
 if TYPE_CHECKING:
     from vlm_distill_cache.stage2_student.train import AfterStep, TrainResult
 
 TABLE, REPORT, SCORES = "table.txt", "report.html", "evaluation.json"
-BASELINE, DISTILLED, TEACHER = "sft", "distilled", "teacher"
-COMPARED = (BASELINE, DISTILLED)
+TEACHER = "teacher"
 ARM = "DISTILL_ARM"  # set in the processes of a run's student: what comes next is the run's to say
 LAUNCHER = "vlm_distill_cache.stage2_student.training.several"
 # What a run leaves beside its students' own files, which their PROVENANCE lists.
 LEFT = (TABLE, REPORT, SCORES, *(f"{name}/{part}" for name in COMPARED for part in (SCORES, f"{FINAL}/{PROVENANCE}")))
-_UNSIGNED = ("run", "evaluation", "config", "notes", "finished")  # a STAMP of older versions
-_RULE = record(
-    {
-        **dict.fromkeys(("run", "evaluation", "config"), OBJECT),
-        "notes": items(text(1 << 20), most=1000),
-        "finished": maybe(text(100)),
-    },
-    {"left": OBJECT},
-)
 _log = logging.getLogger(__name__)
 
 
@@ -126,14 +118,17 @@ def load_run_config(path: Path | None, overrides: Sequence[str], *, cache: str |
     return config
 
 
-def run(config: TrainConfig, *, processes: int = 1, say: Callable[[str], None] = _log.info) -> RunSummary:
+def run(
+    config: TrainConfig, *, processes: int = 1, extends: bool = False, say: Callable[[str], None] = _log.info
+) -> RunSummary:
     """Train the SFT baseline and the distilled student, score both, write the report.
 
     Whatever is finished is not done again: a complete run, a trained student, a training's checkpoints, a
     score. Each cache is opened once.
 
     The configuration is of the distilled student; its ``output`` gets a folder for each student. Several training
-    processes are started with torch's launcher. ``say`` is told what happens.
+    processes are started with torch's launcher. With ``extends`` a finished run goes on to more steps of its last phase.
+    ``say`` is told what happens.
 
     Raises:
         ConfigError: If the folder belongs to another run, naming what differs.
@@ -147,7 +142,7 @@ def run(config: TrainConfig, *, processes: int = 1, say: Callable[[str], None] =
     cache = caches.get(config.cache) or open_trusted(config.cache, verify=config.verify)  # phases may all have others
     stamp = {"run": describe(config, hashes), "evaluation": describe_scoring(config, cache, hashes)}
     previous = read_stamp(output)
-    refuse_other_run(output, previous, stamp)
+    refuse_other_run(output, previous, stamp, extends=extends)
     finished = previous.get("finished") == fingerprint(stamp) and "left" in previous
     lost = find_lost(output, previous["left"]) if finished else []
     if finished and kept_share(config.student) is not None:
@@ -160,7 +155,7 @@ def run(config: TrainConfig, *, processes: int = 1, say: Callable[[str], None] =
         with claim_output(output, *(cache.path for cache in caches.values())):
             for name in COMPARED:
                 clean_stale(output / name)  # of a process killed while it scored
-            train_and_score(config, caches, cache, stamp, hashes, processes=processes, say=say)
+            train_and_score(config, caches, cache, stamp, hashes, processes=processes, extends=extends, say=say)
     return RunSummary(
         output=output,
         table=(output / TABLE).read_text(),
@@ -178,6 +173,7 @@ def train_and_score(
     hashes: Mapping[str, str],
     *,
     processes: int,
+    extends: bool,
     say: Callable[[str], None],
 ) -> None:
     """Do what is left of a run, scored against ``cache``; the caller holds its folder.
@@ -191,6 +187,11 @@ def train_and_score(
 
     output = Path(config.output)
     check_losses(config, caches)  # else a misfit of the distilled student shows when the baseline is trained
+    if extends:  # before the folder is another run's
+        from vlm_distill_cache.stage2_student.train import resume_point
+
+        for arm in arms(with_pruned_student(config, caches, say=say)).values():
+            resume_point(arm, prepare(arm, caches), extends=True)
     for note in cache_notes(config, caches):
         say(note)
     notes = probe_items(config, cache)
@@ -206,7 +207,7 @@ def train_and_score(
     write_signed(output / STAMP, state)
     save_config(without_secrets(config), output / CONFIG)
     trained = arms(with_pruned_student(config, caches, say=say))
-    done = [name for name, arm in trained.items() if is_trained(arm, fingerprint(describe(arm, hashes)), say=say)]
+    done = [name for name, arm in trained.items() if is_trained(arm, hashes, extends=extends, say=say)]
     if not done:
         # What only the distilled student shows to be wrong, before hours go into the baseline.
         prepare(trained[DISTILLED], caches)
@@ -216,7 +217,7 @@ def train_and_score(
             continue
         resumed = ", from its last checkpoint" if any(output.glob(f"{name}/checkpoints/step-*")) else ""
         say(f"{name}: training {describe_phases(arm)}{resumed}")
-        train_arm(arm, processes=processes, caches=caches)
+        train_arm(arm, processes=processes, extends=extends, caches=caches)
     scores = {name: evaluate_arm(output / name, config, cache, stamp["evaluation"], say=say) for name in trained}
     found = {note: None for report in scores.values() if (note := unreadable_note(report.unreadable))}
     for note in (note for note in found if note not in notes):
@@ -264,14 +265,17 @@ def find_lost(output: Path, left: Mapping[str, Any]) -> list[str]:
     return lost
 
 
-def is_trained(arm: TrainConfig, identity: str, *, say: Callable[[str], None]) -> bool:
+def is_trained(arm: TrainConfig, hashes: Mapping[str, str], *, extends: bool, say: Callable[[str], None]) -> bool:
     """Whether a student is there and whole; what is damaged is said.
 
     Raises:
-        ConfigError: If it is another one than ``identity``, the fingerprint of what it is to be.
+        ConfigError: If it is another one than it is to be, or not one that it extends.
     """
     folder = Path(arm.output)
-    damage = refuse_other_student(folder / FINAL, identity)
+    if extends and earlier_training(folder, arm, hashes) is not None:
+        return False
+    identity, why = fingerprint(describe(arm, hashes)), partial(differing_options, folder, arm, hashes)
+    damage = refuse_other_student(folder / FINAL, identity, why=why)
     if damage:
         say(f"{folder.name}: made again: {damage[0]}")
     return damage == []
@@ -309,7 +313,9 @@ def with_pruned_student(
     return replace(config, student=str(folder))
 
 
-def train_arm(arm: TrainConfig, *, processes: int, caches: Mapping[str, TeacherCache] | None = None) -> None:
+def train_arm(
+    arm: TrainConfig, *, processes: int, extends: bool = False, caches: Mapping[str, TeacherCache] | None = None
+) -> None:
     """Train one student here, or in processes of their own, which open the caches themselves.
 
     Either way no other process may train in its folder meanwhile.
@@ -322,14 +328,14 @@ def train_arm(arm: TrainConfig, *, processes: int, caches: Mapping[str, TeacherC
         from vlm_distill_cache.stage2_student.train import train  # torch: only when there is something to train
 
         with claim_output(folder):
-            train(arm, caches=caches)
+            train(arm, caches=caches, extends=extends)
         return
     folder.mkdir(parents=True, exist_ok=True)
     public = without_secrets(arm)
     save_config(public, folder / CONFIG)
     launcher = [sys.executable, "-m", LAUNCHER, "--standalone", f"--nproc_per_node={processes}"]
     ours = ["-m", "vlm_distill_cache.stage2_student.cli", "train", "--config", str(folder / CONFIG)]
-    command = [*launcher, *ours, "--cache", public.cache, "--output", arm.output]
+    command = [*launcher, *ours, "--cache", public.cache, "--output", arm.output, *(["--extend"] if extends else [])]
     # One thread a process is what torch's launcher takes too, with a page of advice.
     if run_command(
         command,
@@ -345,12 +351,17 @@ def train_arm(arm: TrainConfig, *, processes: int, caches: Mapping[str, TeacherC
 
 
 def train_alone(
-    config: TrainConfig, *, caches: Mapping[str, TeacherCache] | None = None, after_step: AfterStep | None = None
+    config: TrainConfig,
+    *,
+    caches: Mapping[str, TeacherCache] | None = None,
+    after_step: AfterStep | None = None,
+    extends: bool = False,
 ) -> TrainResult:
     """Train one student through its phases, or resume it; nobody else works in its folder meanwhile.
 
     The caches are as from `open_caches`, which is called where there are none. ``after_step`` is called after every
-    optimizer step with the position and the student, e.g. to evaluate.
+    optimizer step with the position and the student, e.g. to evaluate. With ``extends`` a finished training goes on to more
+    steps of its last phase.
 
     Returns:
         The student and its log; losses in ``log`` are float scalars, as ``docs/method.md`` defines them, ``lr`` and
@@ -367,7 +378,7 @@ def train_alone(
     refuse_foreign_folder(output)
     caches = caches or open_caches(config)
     with claim_output(output, *(cache.path for cache in caches.values())):
-        return train(config, caches=caches, after_step=after_step)
+        return train(config, caches=caches, after_step=after_step, extends=extends)
 
 
 def describe_phases(config: TrainConfig) -> str:
@@ -380,45 +391,39 @@ def describe_phases(config: TrainConfig) -> str:
     return ", ".join(parts)
 
 
-def read_stamp(output: Path) -> dict[str, Any]:
-    """What a folder belongs to; empty for a new one, and where that is lost but the students can still say it.
+def look_at_run(outlook: Outlook, config: TrainConfig, caches: Mapping[str, TeacherCache], *, extends: bool) -> None:
+    """For a dry run: whether the folder is this run's, and the held-out items can be scored."""
+    from vlm_distill_cache.stage2_student.scores.held_out import probe_items
 
-    Raises:
-        ConfigError: If it is not the folder of a run, or nothing there can tell.
-    """
-    path = output / STAMP
-    try:
-        found = read_signed(path, unsigned=_UNSIGNED)
-        check(found, _RULE, str(path), remedy="it is damaged")
-    except FileNotFoundError:
-        problem = f"{output} is not empty and holds no {STAMP}: it is not the folder of a run; give another --output"
-        if not holds_anything(output):
-            return {}
-    except CacheFormatError as error:
-        problem = f"{error}; give another --output, or delete {output} to begin again"
-    else:
-        return found
-    if not any((output / name / CONFIG).is_file() for name in COMPARED):
-        raise ConfigError(problem)
-    _log.warning("%s is lost or damaged and is written again", path)
-    return {}
+    output = Path(config.output)
+    with outlook.checking():
+        previous = read_stamp(output)
+        # Of a cache that is not there yet nobody knows the hash.
+        there = previous.get("run", {}).get("cache") or ""
+        hashes = {place: cache.manifest_hash or there for place, cache in caches.items()}
+        stamp = {"run": describe(config, hashes)}
+        refuse_other_run(output, previous, stamp, extends=extends)
+        if previous.get("finished") and previous["run"] == stamp["run"]:
+            outlook.lines.append("  it is finished: what is there is checked, and nothing trained again")
+    with outlook.checking():
+        cache = caches.get(config.cache)
+        outlook.lines += [f"  note: {note}" for note in probe_items(config, cache)] if cache is not None else []
 
 
-def refuse_other_run(output: Path, previous: Mapping[str, Any], stamp: Mapping[str, Any]) -> None:
-    """Refuse to mix two runs in one folder; another way of scoring is fine, students are scored again then.
-
-    Raises:
-        ConfigError: Naming each differing option with both values, and the remedy.
-    """
-    made = [output / name / part for name in COMPARED for part in ("checkpoints", FINAL)]
-    if not previous or not any(path.exists() for path in (*made, output / FOLDER)):  # FOLDER: a student cut out
-        return
-    lines = describe_differences(previous.get("run", {}), stamp["run"], there="the folder", here="this run")
-    if lines:
-        raise ConfigError(
-            f"{output} belongs to a run with other options:\n" + "\n".join(lines) + "\n"
-            "Use the same options, another --output (OUTPUT=...), or delete that folder to begin again"
-        )
+def look_at_training(
+    outlook: Outlook, config: TrainConfig, caches: Mapping[str, TeacherCache], *, extends: bool
+) -> None:
+    """For a dry run: whether the folder is this training's."""
+    output, hashes = Path(config.output), {place: cache.manifest_hash for place, cache in caches.items()}
+    with outlook.checking():
+        refuse_uncut(config.student, config.teacher)
+    with outlook.checking():
+        refuse_foreign_folder(output)
+        if extends and all(hashes.values()):
+            earlier_training(output, config, hashes)
+        elif all(hashes.values()) and (output / FINAL).is_dir():
+            identity, why = fingerprint(describe(config, hashes)), partial(differing_options, output, config, hashes)
+            refuse_other_student(output / FINAL, identity, why=why)
 
 
 def evaluate_arm(

@@ -8,6 +8,7 @@ loading threads and attention is recomputed for the wanted rows of the wanted la
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +34,14 @@ from vlm_distill_cache.stage2_student.final_folder import FINAL, PROVENANCE, ref
 from vlm_distill_cache.stage2_student.losses.objective import Losses, step_shares
 from vlm_distill_cache.stage2_student.students.model import StudentModel, vocabulary_rows
 from vlm_distill_cache.stage2_student.training.checkpoint import (
+    Checkpoint,
     Position,
     drop_old_checkpoints,
     find_resume_point,
     restore_training,
     write_checkpoint,
 )
+from vlm_distill_cache.stage2_student.training.extension import differing_options, earlier_training
 from vlm_distill_cache.stage2_student.training.log import TrainingLog
 from vlm_distill_cache.stage2_student.training.output_folder import CONFIG
 from vlm_distill_cache.stage2_student.training.parts import TrainedParts, checkpoint_layers
@@ -52,6 +55,7 @@ from vlm_distill_cache.stage2_student.training.steps import (
     clip_gradients,
     gradient_sync,
     load_steps,
+    refuse_other_rates,
     scheduled_rates,
     set_learning_rates,
     step_totals,
@@ -79,7 +83,11 @@ class TrainResult:
 
 
 def train(
-    config: TrainConfig, *, caches: Mapping[str, TeacherCache] | None = None, after_step: AfterStep | None = None
+    config: TrainConfig,
+    *,
+    caches: Mapping[str, TeacherCache] | None = None,
+    after_step: AfterStep | None = None,
+    extends: bool = False,
 ) -> TrainResult:
     """Train a student through its phases, from the newest checkpoint if there is one.
 
@@ -94,9 +102,7 @@ def train(
     run = prepare(config, caches)
     accelerator = build_accelerator(config, run.fingerprint)
     output, vocabulary = Path(config.output), vocabulary_rows(run.student)
-    lengths = [(phase.steps, phase.config.batch_size) for phase in run.phases]
-    checkpoint, saved = find_resume_point(output, run.fingerprint, lengths) or (None, None)
-    refuse_other_student(output / FINAL, run.fingerprint)
+    checkpoint, saved = resume_point(config, run, extends=extends)
     position = Position() if checkpoint is None else checkpoint.position
     refuse_apart(position, accelerator)
     if accelerator.is_main_process:  # if killed before it did
@@ -145,6 +151,34 @@ def train(
     return TrainResult(
         log=log.records, model=student, preparation=run, final=export(config, run, position, accelerator)
     )
+
+
+def resume_point(
+    config: TrainConfig, run: Preparation, *, extends: bool
+) -> tuple[Checkpoint | None, Mapping[str, Any] | None]:
+    """The newest sound checkpoint of a run and what it holds; to extend a finished run, that of its end.
+
+    Raises:
+        ConfigError: If checkpoints or student there are another run's, or cannot be extended.
+    """
+    output = Path(config.output)
+    earlier = earlier_training(output, config, run.cache_hashes) if extends else None
+    known = None if earlier is None else earlier[0]
+    why = partial(differing_options, output, config, run.cache_hashes)
+    lengths = [(phase.steps, phase.config.batch_size) for phase in run.phases]
+    found = find_resume_point(output, run.fingerprint, lengths, earlier=known, why=why)
+    refuse_other_student(output / FINAL, run.fingerprint, earlier=known, why=why)
+    if earlier is None:
+        return found or (None, None)
+    last = len(run.phases) - 1
+    if found is None or found[0].position.phase != last:
+        raise ConfigError(
+            f"--extend: {output} holds no sound checkpoint of its last phase to go on from; begin a new run from its student: "
+            f"--student {output / FINAL} --output ANOTHER"
+        )
+    if found[0].fingerprint == known:
+        refuse_other_rates(run.phases[last], earlier[1], done=found[0].position.step)
+    return found
 
 
 def refuse_callers_modes() -> None:

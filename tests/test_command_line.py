@@ -20,13 +20,13 @@ GROUPS = {
     "cachectl": "common",
 }
 SURFACE = {
-    "cachectl convert": "--json --store SOURCE TARGET",
+    "cachectl convert": "--dry-run --json --store SOURCE TARGET",
     "cachectl import-logprobs": "--cache --data --format --images --json --limit "
     "--missing-target --overwrite --set --store --teacher --teacher-name FILES",
-    "cachectl inspect": "--image --json --picture CACHE SAMPLE_ID",
-    "cachectl pull": "--jobs --json --no-verify --samples --shards --signals --top-k CACHE SOURCE",
-    "cachectl push": "--jobs --json --overwrite CACHE DESTINATION",
-    "cachectl merge": "--json --output --store SOURCES",
+    "cachectl inspect": "--failed --image --json --picture CACHE SAMPLE_ID",
+    "cachectl pull": "--dry-run --jobs --json --no-verify --samples --shards --signals --top-k CACHE SOURCE",
+    "cachectl push": "--dry-run --jobs --json --overwrite CACHE DESTINATION",
+    "cachectl merge": "--dry-run --json --output --store SOURCES",
     "cachectl repair": "--deep --dry-run --json CACHE",
     "cachectl verify": "--deep --json CACHE",
     "distill evaluate": "--cache --data --images --json --limit --output STUDENT",
@@ -34,10 +34,12 @@ SURFACE = {
     "distill import": "--json --output --vision-tower CHECKPOINT",
     "distill report": "--json OUTPUT",
     "distill prune": "--data --images --json --keep --output --samples --teacher --template",
-    "distill run": "--cache --config --data --images --json --nproc --output --phases --seed --set --student --teacher",
-    "distill train": "--cache --config --data --images --json --output --phases --seed --set --student",
-    "teacher-cache build": "--answers --cache --config --data --images --json --limit --nproc "
-    "--overwrite --part --set --signals --store --teacher",
+    "distill run": "--cache --config --data --dry-run --extend --images --json --nproc --output --phases --seed --set --sketch "
+    "--student --teacher",
+    "distill train": "--cache --config --data --dry-run --extend --images --json --output --phases --seed --set --sketch "
+    "--student",
+    "teacher-cache build": "--answers --cache --config --data --dry-run --estimate --images --json --limit --nproc --overwrite "
+    "--part --set --signals --sketch --store --teacher",
     "teacher-cache demo-teacher": "--data --json --output --seed",
     "teacher-cache estimate": "--answers --cache --config --data --epochs --images --json --limit --price --samples --set "
     "--signals --store --student-parameters --student-step --students --teacher",
@@ -129,6 +131,14 @@ def test_any_option_reaches_both_stages_through_make(tmp_path: Path):
     assert "<build>" not in arguments("distill", "CACHE=done", "STUDENT=pruned:0.5")
     assert "<--signals><logits>" in arguments("distill", "CACHE=done", "SIGNALS=logits")
     assert "<--set><a=1>" in arguments("distill", "CACHE=done", "CACHE_SET=a=1")
+    # A file of both stages takes what somebody gave, and no default of make; options of stage one belong into it.
+    (tmp_path / "both.yaml").write_text("teacher_cache: {}\ndistill: {}\n")
+    assert arguments("distill", "CONFIG=both.yaml") == "<run><--config><both.yaml>"
+    shown = arguments("distill", "CONFIG=both.yaml", "STUDENT=s", "OUTPUT=a b", "SET=seed=1")
+    assert shown == "<run><--config><both.yaml><--student><s><--output><a b><--set><seed=1>"
+    both = ["make", "distill", "CONFIG=both.yaml", "SIGNALS=logits"]
+    refused = subprocess.run(both, cwd=tmp_path, env=plain, capture_output=True, text=True, check=False)
+    assert "holds stage one, too: write its options there, instead of SIGNALS" in refused.stderr
     # A path is what somebody typed, whatever make, the shell or a make below this one would read in it.
     path = r"""a$b $(c) ${d} $$e 'f' "g" \h #i `j` %k ~l;m&n"""
     for given, environment in (

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from vlm_distill_cache.common.errors import CacheMismatchError, ConfigError
+from vlm_distill_cache.common.locations import by_make
 
 Groups = tuple[tuple[int, ...], ...]
 DepthPart = Literal["early", "middle", "late", "all"]
@@ -184,8 +185,8 @@ def match_cached_groups(
             raise CacheMismatchError(
                 f"{where}: it holds the teacher's attention in {len(cached)} layer groups, and the student's language model "
                 f"has {student_depth} layers. Use a student of at least {len(cached)} layers, or build a cache of fewer "
-                f"groups, in another folder (beside its other options CACHE_SET=groups={student_depth} with make, --set "
-                f"groups={student_depth} of teacher-cache build)"
+                f"groups, in another folder (beside its other options "
+                f"{by_make(f'CACHE_SET=groups={student_depth} with make, ')}--set groups={student_depth} of teacher-cache build)"
             )
         return GroupMatch(_identity(len(cached)), student_groups(student_depth, len(cached), layer_choice), cached)
     choice = layers if layers is not None else "middle" if every_layer else layer_choice

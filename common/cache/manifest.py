@@ -156,6 +156,7 @@ def read_manifest(cache_dir: Path) -> Manifest:
     try:
         return Manifest.from_dict(read_document(path), str(path))
     except FileNotFoundError:
+        read_plan(cache_dir)  # which says so if it is no cache
         raise CacheFormatError(
             f"{cache_dir}: the cache is not sealed (no {MANIFEST}); finish it with `teacher-cache build`, "
             "or with `teacher-cache seal` if all shards are there"

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vlm_distill_cache.common.cache import other_folders
 from vlm_distill_cache.common.cache.document_rules import MAX_PLAN_BYTES, MAX_SHARDS
 from vlm_distill_cache.common.cache.document_rules import PLAN as PLAN_RULE
 from vlm_distill_cache.common.cache.documents import (
@@ -22,8 +23,9 @@ from vlm_distill_cache.common.cache.schema import BASE_FIELDS, FORMAT_VERSION, F
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError
 from vlm_distill_cache.common.files.hashing import fingerprint
 from vlm_distill_cache.common.files.rules import AGAIN, check
+from vlm_distill_cache.common.locations import by_make
 
-PLAN, SHARDS = "plan.json", "shards"
+PLAN, SHARDS = other_folders.PLAN, other_folders.SHARDS
 STORE_NAMES = ("zarr", "webdataset")
 DESCRIPTIVE = ("name", "revision", "license", "cache_license", "source")  # in `teacher` and `data`: for people only
 LONG_SAMPLES = "long_samples"  # in `extra`: "truncate" where long samples were cut; absent where they were refused
@@ -172,8 +174,8 @@ def read_plan(cache_dir: Path) -> Plan:
         return Plan.from_dict(read_document(path, max_bytes=MAX_PLAN_BYTES), str(path))
     except FileNotFoundError:
         raise CacheFormatError(
-            f"{cache_dir}: not a teacher cache (no {PLAN}); build one with `teacher-cache build` "
-            "or pass the folder that holds plan.json"
+            f"{cache_dir}: not a teacher cache (no {PLAN}): {other_folders.describe_folder(cache_dir)}; build one with "
+            "`teacher-cache build`, or give the folder that holds plan.json"
         ) from None
 
 
@@ -189,7 +191,8 @@ def refuse_changed_plan(old: Plan, new: Plan, *, where: str = "the cache") -> No
         lines += _moved(old, new)
         raise CacheMismatchError(
             f"{where} was built with other settings:\n" + "\n".join(lines) + "\n"
-            "Use the same options, another folder (CACHE=...), or start this one again: delete it, or add --overwrite "
+            "Use the same options, another folder ("
+            f"{by_make('CACHE=...', '--cache')}), or start this one again: delete it, or add --overwrite "
             f"to `{built_with(new)}`."
         )
 
@@ -203,11 +206,14 @@ def _moved(old: Plan, new: Plan) -> list[str]:
     lines = []
     (name, was), (_, now) = ((plan.teacher.get("name"), plan.teacher.get("revision")) for plan in (old, new))
     if was and was != now and old.fingerprints.get("teacher") != new.fingerprints.get("teacher"):
-        lines.append(f"  the teacher was {name}@{was}: TEACHER={name}@{was} (--teacher) goes on with that one")
+        lines.append(
+            f"  the teacher was {name}@{was}: "
+            f"{by_make(f'TEACHER={name}@{was} (--teacher)', f'--teacher {name}@{was}')} goes on with that one"
+        )
     if old.fingerprints.get("data") == new.fingerprints.get("data"):
         return lines
     if kept := _left(old.data, new.data):
-        lines.append(f"  the data were {kept}: DATA={kept} (--data) goes on with them")
+        lines.append(f"  the data were {kept}: {by_make(f'DATA={kept} (--data)', f'--data {kept}')} goes on with them")
     for number, (before, after) in enumerate(zip(_entries(old), _entries(new), strict=False), start=1):
         if kept := _left(before, after):
             lines.append(f"  entry {number} of the mixture was {kept}: write `data: {kept}` there to go on with it")

@@ -7,7 +7,7 @@ author could have written the note.
 import contextlib
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from vlm_distill_cache.common.errors import CacheFormatError
@@ -15,6 +15,7 @@ from vlm_distill_cache.common.files.atomic import read_bounded
 
 FOLDER_VARIABLE = "VLM_DISTILL_VERIFIED_DIR"
 MAX_BYTES = 64 << 20  # a million digests
+_noting = True
 _log = logging.getLogger(__name__)
 
 
@@ -35,8 +36,21 @@ def read_notes(path: Path) -> set[str]:
     return set()
 
 
+@contextlib.contextmanager
+def without_notes() -> Iterator[None]:
+    """Note nothing inside the block."""
+    global _noting
+    before, _noting = _noting, False
+    try:
+        yield
+    finally:
+        _noting = before
+
+
 def add_notes(path: Path, digests: Iterable[str]) -> None:
     """Note digests, or say why that cannot be done."""
+    if not _noting:
+        return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileNotFoundError):

@@ -7,6 +7,7 @@ from typing import Any
 
 from vlm_distill_cache.common.errors import ConfigError, ModelError
 from vlm_distill_cache.common.hub import model_folder
+from vlm_distill_cache.common.locations import by_make
 from vlm_distill_cache.common.models.parts import tower_settings, tower_weights
 from vlm_distill_cache.common.models.published_configs import KNOWN_TOWERS, TOWER_PREFIX
 from vlm_distill_cache.common.models.weight_files import Weights
@@ -93,7 +94,8 @@ def _on_the_hub(directory: Path, named: str, *, inside: bool) -> Path:
 def _remedy(named: str) -> str:
     model, name = named or "the CLIP model that it was trained with", named or "DIR"
     return (
-        f"give {model} by its name on the hub or as a folder (a student: SET=vision_tower={name}, --set; anything else: "
+        f"give {model} by its name on the hub or as a folder (a student: "
+        f"{by_make(f'SET=vision_tower={name}, --set', f'--set vision_tower={name}')}; anything else: "
         f"`distill import` with --vision-tower {name})"
     )
 

@@ -20,12 +20,14 @@ from typing import TypeVar
 
 from vlm_distill_cache.common.cache.documents import parse_document, safe_path
 from vlm_distill_cache.common.cache.manifest import Manifest
+from vlm_distill_cache.common.cache.other_folders import describe_folder
 from vlm_distill_cache.common.cache.plan import PLAN, SHARDS
 from vlm_distill_cache.common.cache.side_files import MANIFEST
 from vlm_distill_cache.common.cache.sidecar import FileEntry
 from vlm_distill_cache.common.errors import CacheFormatError, NewerFormatError, TransferError
 from vlm_distill_cache.common.files.atomic import TEMPORARY_PREFIX, HeldLock, publish_file
 from vlm_distill_cache.common.files.disk import AGAIN, name_written
+from vlm_distill_cache.common.locations import is_url
 from vlm_distill_cache.common.remotes.base import Remote
 from vlm_distill_cache.common.remotes.streams import stop_waiting_on, stoppable, wait
 
@@ -100,7 +102,8 @@ def read_remote_manifest(remote: Remote) -> tuple[Manifest, bytes]:
                 f"{remote.location}: not complete: there is {PLAN} but no {MANIFEST}; run `cachectl push` again "
                 "where the cache is, or `teacher-cache build` if it is being built there"
             ) from None
-        raise CacheFormatError(f"{remote.location}: no teacher cache (no {MANIFEST}); check the address") from None
+        told = "check the address" if is_url(remote.location) else describe_folder(Path(remote.location))
+        raise CacheFormatError(f"{remote.location}: no teacher cache (no {MANIFEST}); {told}") from None
     if PLAN not in manifest.files:
         raise CacheFormatError(f"{where}: does not list {PLAN}; damaged, push the cache again")
     return manifest, raw

@@ -68,7 +68,7 @@ def pull(
     remote = open_remote(location)
     refuse_overlap(target, location)
     manifest, raw = read_remote_manifest(remote)
-    _refuse_other_content(target, remote, manifest)
+    refuse_other_content(target, remote, manifest)
     total = cache_bytes(manifest)
     present = sum(path.stat().st_size for path in target.rglob("*") if path.is_file()) if target.exists() else 0
     remedy = "choose another disk, or pull a part of the cache (`cachectl pull --help`)"
@@ -120,7 +120,7 @@ def _hash_of(path: Path) -> str | None:
         return None
 
 
-def _refuse_other_content(target: Path, remote: Remote, manifest: Manifest) -> None:
+def refuse_other_content(target: Path, remote: Remote, manifest: Manifest) -> None:
     """Refuse a target that is neither empty nor a finished or begun copy of the same cache."""
     if target.is_symlink() and not target.exists():
         raise CacheMismatchError(f"{target}: a link to nowhere; name a new or empty folder")

@@ -82,16 +82,16 @@ def _push_held(
     cache_dir: Path, remote: Remote, *, jobs: int, overwrite: bool, on_progress: Callable[[int, int], object] | None
 ) -> tuple[Manifest, Transferred]:
     """Push a cache whose folder stays what it is."""
-    manifest, counts = _read_whole(cache_dir)
+    manifest, counts = read_whole(cache_dir)
     progress = Progress(cache_bytes(manifest), on_progress)
-    there = None if overwrite else _remote_manifest(remote)
+    there = None if overwrite else read_remote_state(remote)
     with contextlib.nullcontext(lambda: None) if there == manifest else remote.hold() as check:
         run = _Push(remote, cache_dir, manifest, counts, jobs, overwrite, progress, check)
         if there == manifest:  # the fidelity card included
             progress.add(cache_bytes(manifest))
             present = Transferred(present=len(manifest.files) + sum(counts) + 1)  # and the manifest
             return manifest, present + run.send_card()
-        there, moved = _remote_manifest(remote), Transferred()  # once more: nobody else changes it now
+        there, moved = read_remote_state(remote), Transferred()  # once more: nobody else changes it now
         if overwrite or not isinstance(there, Manifest) or there.hash != manifest.hash:
             run.make_room(there)
             begun = not run.claim()
@@ -104,7 +104,7 @@ def _push_held(
     return manifest, moved + Transferred(files=1)
 
 
-def _read_whole(cache_dir: Path) -> tuple[Manifest, list[int]]:
+def read_whole(cache_dir: Path) -> tuple[Manifest, list[int]]:
     """Read a cache's descriptions and look whether its files are there in full length; count each shard's files."""
     manifest, plan = read_manifest(cache_dir), read_plan(cache_dir)
     refuse_other_plan(manifest, plan, str(cache_dir))
@@ -127,7 +127,7 @@ def _damaged(cache_dir: Path, name: str) -> CacheFormatError:
     )
 
 
-def _remote_manifest(remote: Remote) -> Manifest | str | None:
+def read_remote_state(remote: Remote) -> Manifest | str | None:
     """Return the manifest there, what is wrong with it, or None if there is none."""
     if remote.size(MANIFEST) is None:
         return None

@@ -111,15 +111,18 @@ def join_launch(ctx: click.Context, *, several: Sequence[str]) -> None:
             ctx.exit(0)
 
 
-def run_command(command: Sequence[str], environment: Mapping[str, str]) -> int:
+def run_command(command: Sequence[str], environment: Mapping[str, str], *, quiet: bool = False) -> int:
     """Run a command of ours to its end and return its exit code; SIGTERM or Ctrl-C to this process stops it too.
+
+    With ``quiet`` nothing is shown of it but errors and warnings.
 
     Neither is a launcher killed outright, which would leave its own processes behind (`subprocess.run` does that), nor
     does one outlive this process, if it calls `end_with_parent`.
     """
     # Ctrl-C reaches all processes of a terminal: this one ends the others, which would each end in their own way.
     with without_interrupts():
-        process = subprocess.Popen(command, env={**environment, PARENT: str(os.getpid())})
+        shown = subprocess.DEVNULL if quiet else None
+        process = subprocess.Popen(command, env={**environment, PARENT: str(os.getpid())}, stdout=shown)
     with process:
         try:
             return process.wait()
@@ -420,6 +423,9 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 CONFIG = click.option(
     "--config", type=FILE, help="YAML file of options; relative paths in it start from the working directory."
 )
+
+
+DRY_RUN = click.option("--dry-run", is_flag=True, help="Only say what would be done and what stands in the way.")
 
 
 def shared_options(*given: Callable[[Any], Any]) -> Callable[[Any], Any]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from vlm_distill_cache.common.cache.plan import Plan
 from vlm_distill_cache.common.codecs.logits import LogitCodec
 from vlm_distill_cache.common.codecs.row_attention import RowAttentionCodec
+from vlm_distill_cache.common.locations import by_make
 from vlm_distill_cache.common.recipes.cache_fit import recipe_of
 from vlm_distill_cache.common.terminal.command_line import quoted
 
@@ -29,7 +30,7 @@ def distill_command(
     images: str | None = None,
     recipe: str = "",
 ) -> str:
-    """The ``make distill`` that fits a cache: with its data, and without losses that its samples cannot teach.
+    """The ``make distill``, or ``distill run``, that fits a cache: with its data, and without losses that its samples cannot teach.
 
     Args:
         cache: Its folder or address.
@@ -42,31 +43,33 @@ def distill_command(
     """
     recipe = recipe or recipe_of(plan)
     if data is None:
-        words = _data_words(str(plan.data.get("name", "")))
-    else:
-        words = [f"DATA={quoted(data)}", *([f"IMAGES={quoted(images)}"] if images else [])]
+        data, images = _data_words(str(plan.data.get("name", "")))
     blind = (RowAttentionCodec.signal,) if pictures == 0 else ()
     missing = [signal for signal in DEFAULT_SIGNALS if signal not in plan.signals or signal in blind]
     options = [f"{phase}.losses.{signal}=0" for signal in missing for phase in _DISTILLING]
     if recipe and pictures != 0:
         no_projector = ["projector=null"] if plan.teacher.get("no_projector") else []
         options = [f"recipe={recipe}", *no_projector]
-    words += [f"CACHE={quoted(cache)}", *([f"SET={quoted(' '.join(options))}"] if options else [])]
-    return " ".join(["make distill STUDENT=mobilevlm", *words])
+    words = {"DATA": data, "IMAGES": images, "CACHE": cache, "SET": " ".join(options)}
+    by_variables = " ".join(f"{name}={quoted(value)}" for name, value in words.items() if value)
+    words = {"--data": data, "--images": images, "--cache": cache, "--output": "FOLDER"}
+    flags = [f"{name} {quoted(value)}" for name, value in words.items() if value]
+    by_flags = " ".join([*flags, *(f"--set {quoted(option)}" for option in options)])
+    return by_make(f"make distill STUDENT=mobilevlm {by_variables}", f"distill run --student mobilevlm {by_flags}")
 
 
 def set_words(settings: Collection[str], *, variable: str = "SET") -> str:
     """How options are given: with ``make``, and on a command line."""
     flags = " ".join(f"--set {quoted(setting)}" for setting in settings)
-    return f'{variable}="{" ".join(settings)}" with make, else {flags}'
+    return by_make(f'{variable}="{" ".join(settings)}" with make, else {flags}', flags)
 
 
-def _data_words(name: str) -> list[str]:
-    """``DATA=`` and ``IMAGES=`` by the name in a plan, which may say split and limit, and several of a merged cache."""
+def _data_words(name: str) -> tuple[str, str]:
+    """Data and folder of images by the name in a plan, which may say split and limit, and several of a merged cache."""
     bases = {part.partition("[")[0].partition("/")[0] for part in name.split(" + ")}
     base = bases.pop() if len(bases) == 1 else ""
     if base == DEFAULT_SHAPES:
-        return []
+        return "", ""
     if base == "easy-vqa" or _SHAPES.fullmatch(base):
-        return [f"DATA={base}"]
-    return ["DATA=FILE", "IMAGES=FOLDER"]
+        return base, ""
+    return "FILE", "FOLDER"

@@ -7,6 +7,7 @@ are printed (``common.printing``).
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -18,29 +19,35 @@ from vlm_distill_cache.common.cache.plan import BASE, Plan, built_with, read_pla
 from vlm_distill_cache.common.cache.schema import BASE_FIELDS, Field
 from vlm_distill_cache.common.cache.side_files import MANIFEST
 from vlm_distill_cache.common.cache.sidecar import ShardSidecar, missing_shards, read_sidecar
-from vlm_distill_cache.common.printing import one_line
+from vlm_distill_cache.common.locations import by_make
+from vlm_distill_cache.common.printing import brief, one_line, size_words
 from vlm_distill_cache.common.terminal.command_line import quoted
 from vlm_distill_cache.common.terminal.next_step import distill_command
 from vlm_distill_cache.common.tools.derived_card import derivation_words
+from vlm_distill_cache.common.tools.fidelity_words import poor_fidelity
 
 _MAX_FILES = 6  # shown
 _MAX_FAILURES = 1000  # listed for programs
 _MAX_ID = 80  # characters of a sample id in a command
+_SHOWN_IDS = 5  # of samples that failed
 _WIDTH = 110
 
 
 @dataclass(kw_only=True)
 class _Totals(SampleCounts):
-    """Sums over the sidecars; ``first_id`` is the first sample's that can be shown whole."""
+    """Sums over the sidecars; ``first_id`` is the first sample's that can be shown whole, ``failed_ids`` the first few's."""
 
     stored: int = 0
     first_id: str = ""
+    failed_ids: list[str] = field(default_factory=list)
     decoded_by_field: Counter[str] = field(default_factory=Counter)
     stored_by_field: Counter[str] = field(default_factory=Counter)
 
     def add(self, sidecar: ShardSidecar) -> None:
         super().add(sidecar)
         self.stored += sidecar.stored_bytes
+        room = max(0, _SHOWN_IDS - len(self.failed_ids))
+        self.failed_ids += [one_line(name, limit=_MAX_ID) for name, _ in sidecar.failed[:room]]
         if not self.first_id:
             self.first_id = next((name for name in sidecar.sample_ids if one_line(name, limit=_MAX_ID) == name), "")
         self.decoded_by_field.update(sidecar.field_bytes)
@@ -85,9 +92,26 @@ def describe_cache(cache_dir: Path, *, location: str | None = None) -> str:
         *_wrapped("fingerprints", prints or ["none"]),
     ]
     lines += [f"failed          {line}" for line in totals.failures.lines()]
+    if totals.failures.total:
+        more = ", ..." if totals.failures.total > len(totals.failed_ids) else ""
+        lines.append(
+            f"{'':<16}ids: {', '.join(totals.failed_ids)}{more}; all: cachectl inspect {quoted(place)} --failed"
+        )
     lines += _wrapped("fidelity", _fidelity_words(manifest))
+    lines += [
+        f"{'':<16}{sentence}" for sentence in poor_fidelity(plan, None if manifest is None else manifest.fidelity)
+    ]
     lines += ["", *_next_lines(cache_dir, place, plan, totals, sealed=sealed, missing=bool(missing))]
     return "\n".join(lines)
+
+
+def failed_lines(cache_dir: Path) -> Iterator[str]:
+    """A line for each sample that could not be used: its id and the reason."""
+    plan = read_plan(cache_dir)
+    missing = set(missing_shards(cache_dir, plan))
+    for index in range(plan.shard_count):
+        for name, reason in () if index in missing else read_sidecar(cache_dir, index).failed:
+            yield f"{one_line(name)}: {brief(reason)}"
 
 
 def cache_values(cache_dir: Path) -> dict[str, Any]:
@@ -142,7 +166,7 @@ def _size_lines(plan: Plan, totals: _Totals) -> list[str]:
         kept = sum(totals.stored_by_field[f.name] for f in fields) if plan.store == "zarr" else None
         lines.append(_size_line(one_line(signal, limit=17), size, kept, totals))
     lines.append(_size_line("total", sum(totals.decoded_by_field.values()), totals.stored, totals))
-    lines.append(f"{'':<18}{_human(totals.stored)} stored, ids and descriptions of the shards included")
+    lines.append(f"{'':<18}{size_words(totals.stored)} stored, ids and descriptions of the shards included")
     return lines
 
 
@@ -189,7 +213,7 @@ def _side_words(manifest: Manifest | None) -> list[str]:
         top = name.split("/")[0] + ("/" if "/" in name else "")
         sizes[top] = sizes.get(top, 0) + entry.size
     shown = sorted(sizes.items(), key=lambda item: -item[1])
-    words = [f"{one_line(name, limit=40)} {_human(size)}" for name, size in shown[:_MAX_FILES]]
+    words = [f"{one_line(name, limit=40)} {size_words(size)}" for name, size in shown[:_MAX_FILES]]
     return words + ([f"{len(shown) - _MAX_FILES} more"] if len(shown) > _MAX_FILES else [])
 
 
@@ -227,19 +251,12 @@ def _next_lines(cache_dir: Path, place: str, plan: Plan, totals: _Totals, *, sea
         return [f"next            {built_with(plan)} --overwrite, when its samples can be read: there is none to seal"]
     if not sealed:
         return [f"next            teacher-cache seal {quoted(place)}"]
+    options = by_make(" SET=", " --set ")  # begin a line of their own
     check = f"verify {quoted(place)}" if place == str(cache_dir) else f"pull {quoted(place)} FOLDER"
     return [
         f"next            {distill_command(plan, place, pictures=totals.pictures)}".replace(
-            " SET=", f" \\\n{'':<16}SET="
+            options, f" \\\n{'':<15}{options}", 1
         ),
         f"                cachectl inspect {quoted(place)} {quoted(totals.first_id) if totals.first_id else 'SAMPLE_ID'}",
         f"                cachectl {check}",
     ]
-
-
-def _human(size: float) -> str:
-    for unit in ("B", "KB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:,.0f} {unit}" if unit == "B" else f"{size:,.1f} {unit}"
-        size /= 1000
-    return f"{size:,.1f} TB"

@@ -193,25 +193,10 @@ def merge(
         CacheFormatError: If a source is damaged.
         DataError: If no source holds a record.
     """
-    if len(sources) < 2:
-        raise ConfigError(f"{len(sources)} cache to merge; give two or more")
-    target, *folders = map(Path, (target, *sources))
-    for at, folder in enumerate(folders):
-        refuse_overlap(folder, target, *folders[:at])
-    refuse_occupied(target)
-    plans = [read_plan(source) for source in folders]
-    one_plan = all(plan.without_descriptions() == plans[0].without_descriptions() for plan in plans)
-    if one_plan and not all((source / MANIFEST).is_file() for source in folders):
-        if store not in (None, plans[0].store):
-            raise ConfigError(
-                f"--store {store}: parts of one plan are copied as they are ({plans[0].store}); "
-                "merge them first, then run `cachectl convert`"
-            )
+    target, folders = Path(target), [Path(source) for source in sources]
+    if check_sources(folders, target, store=store):
         return _merge_parts(folders, target, on_shard=on_shard)
-    _refuse_unlike_parts(folders, plans)
     caches = [open_cache(source, open_shards=2) for source in folders]
-    for cache in caches[1:]:
-        refuse_different(caches[0], cache)
     slots, repeated = _plan_slots(caches)
     plan = _merged_plan(caches, slots, store)
     fidelity = caches[0].manifest.fidelity
@@ -231,6 +216,29 @@ def merge(
         on_shard=on_shard,
     )
     return Merged(manifest=manifest, missing=(), samples=sum(s.failed is None for s in slots), repeated=repeated)
+
+
+def check_sources(sources: Sequence[Path], target: Path, *, store: str | None) -> bool:
+    """Whether caches are parts of one plan, and not finished caches of their own; errors are those of `merge`."""
+    if len(sources) < 2:
+        raise ConfigError(f"{len(sources)} cache to merge; give two or more")
+    for at, folder in enumerate(sources):
+        refuse_overlap(folder, target, *sources[:at])
+    refuse_occupied(target)
+    plans = [read_plan(source) for source in sources]
+    one_plan = all(plan.without_descriptions() == plans[0].without_descriptions() for plan in plans)
+    if one_plan and not all((source / MANIFEST).is_file() for source in sources):
+        if store not in (None, plans[0].store):
+            raise ConfigError(
+                f"--store {store}: parts of one plan are copied as they are ({plans[0].store}); "
+                "merge them first, then run `cachectl convert`"
+            )
+        return True
+    _refuse_unlike_parts(sources, plans)
+    first, *others = (open_cache(source, open_shards=2) for source in sources)
+    for other in others:
+        refuse_different(first, other)
+    return False
 
 
 def _refuse_unlike_parts(sources: Sequence[Path], plans: Sequence[Plan]) -> None:

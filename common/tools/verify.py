@@ -5,6 +5,7 @@ Holds one shard in memory at a time, and 24 bytes a sample to notice repeated id
 
 from __future__ import annotations
 
+import os
 import re
 import stat
 from collections import Counter
@@ -17,6 +18,7 @@ import numpy as np
 
 from vlm_distill_cache.common.cache.index import INDEX, IndexBuilder, index_damage
 from vlm_distill_cache.common.cache.manifest import Manifest, ShardSummary, read_manifest
+from vlm_distill_cache.common.cache.other_folders import is_part_of_cache
 from vlm_distill_cache.common.cache.plan import PLAN, SHARDS, Plan, read_plan
 from vlm_distill_cache.common.cache.schema import check_record
 from vlm_distill_cache.common.cache.shared_images import SharedImages, SourceCheck
@@ -109,6 +111,7 @@ def verify(cache_dir: str | Path, *, deep: bool = False, on_shard: Callable[[], 
 
     Raises:
         ConfigError: For an address.
+        CacheFormatError: If the folder is no cache and no part of one, saying what it looks like.
     """
     if is_url(cache_dir):
         raise ConfigError(f"{cache_dir}: an address; pull the cache into a folder first, which checks every file")
@@ -118,6 +121,12 @@ def verify(cache_dir: str | Path, *, deep: bool = False, on_shard: Callable[[], 
     try:
         plan = read_plan(cache_dir)
     except (CacheFormatError, OSError) as error:
+        if (
+            isinstance(error, CacheFormatError)
+            and not os.path.lexists(cache_dir / PLAN)
+            and not is_part_of_cache(cache_dir)
+        ):
+            raise
         return [_failed(PLAN, "plan", error)]
     damages: list[Damage] = verify_codecs(plan) if deep else []
     deep = deep and not damages  # what its codec may write is not known

@@ -21,6 +21,7 @@ import transformers
 from torch import Tensor, nn
 
 from vlm_distill_cache.common.errors import ConfigError, ModelError
+from vlm_distill_cache.common.hub import is_without_weights
 from vlm_distill_cache.common.models.checkpoint import Checkpoint
 from vlm_distill_cache.common.models.explained import explained_errors
 from vlm_distill_cache.common.models.llava import llava_class, take_image_tokens
@@ -111,6 +112,8 @@ def find_family_model(
         ConfigError: If bitsandbytes or accelerate is missing for what is asked, or settings of its image processor cannot be
             used.
     """
+    if is_without_weights(directory):
+        return describe_family_model(directory), lambda: None
     with explained_errors(directory):
         found = _look_through(directory, vision_tower)
         _check_placement(directory, device_map=device_map, quantisation=quantisation, published=found.is_published)
@@ -146,6 +149,23 @@ def find_family_model(
         return model.eval()
 
     return FamilyModel(found.shell, family, tokenizer, processor, image_encoder, found.weight_files), load
+
+
+def describe_family_model(directory: Path) -> FamilyModel:
+    """What `find_family_model` finds, of a directory whose weights need not be there; its model is on no device (meta).
+
+    Raises:
+        ModelError: As of `find_family_model`; also if only the weights would say what there is (MobileVLM's own layout).
+    """
+    if not is_without_weights(directory):
+        return find_family_model(directory)[0]
+    settings = open_family_settings(directory)
+    config, family, tokenizer, processor, image_encoder = settings
+    if not family.model_class:
+        raise ModelError(f"{directory}: what it holds is known once its weights are here; `hf download` brings them")
+    with explained_errors(directory), torch.device("meta"):
+        shell = getattr(transformers, family.model_class)._from_config(config)
+    return FamilyModel(shell, family, tokenizer, processor, image_encoder)
 
 
 class FamilySettings(NamedTuple):

@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 
 from vlm_distill_cache.common.errors import DataError
+from vlm_distill_cache.common.locations import by_make
 from vlm_distill_cache.common.printing import one_line
 from vlm_distill_cache.data.sources.hf import SPLIT_WORDS, choose_split, no_such_split
 from vlm_distill_cache.data.sources.image_folder import METADATA
@@ -81,15 +82,17 @@ def choose_files(
     unread = [] if listed or config else _unread(folder, splits)
     if chosen not in splits:
         said, named = no_such_split(split, list(splits), where)
-        file = f", or a file that is of none of them, DATA={where}/{unread[0]}" if unread else ""
-        raise DataError(f"{said}, DATA={where}:{f'name={config},' if config else ''}split={named}{file}")
+        file = f", or a file that is of none of them, {_given(f'{where}/{unread[0]}')}" if unread else ""
+        raise DataError(f"{said}, {_given(where)}:{f'name={config},' if config else ''}split={named}{file}")
     paths = sorted(splits[chosen])
     refuse_gaps(paths, where, remedy=remedy)
     if len(paths) > 1 and not listed and not _belong_together(paths, chosen):
         _tell_several(paths, kind, where)
     if unread:
         also = ", ".join(unread[:5]) + (", ..." if len(unread) > 5 else "")
-        logger.warning("%s: %s is read; passed over: %s (name a file, DATA=%s/%s)", where, kind, also, where, unread[0])
+        logger.warning(
+            "%s: %s is read; passed over: %s (name a file, %s)", where, kind, also, _given(f"{where}/{unread[0]}")
+        )
     others = {path for name, files in splits.items() if name != chosen for path in files}
     return DataFiles(kind=kind, config=config, split=chosen, paths=tuple(paths), others=frozenset(others - set(paths)))
 
@@ -143,7 +146,7 @@ def _tell_several(paths: Sequence[str], kind: str, where: str) -> None:
     if kind in ("json", "csv"):
         raise DataError(
             f"{where} holds {len(paths)} files, and nothing says that they are one data set: {names}; name one, "
-            f"DATA={where}/{paths[0]}, several by a pattern, or list them in a mixture (.yaml)"
+            f"{_given(f'{where}/{paths[0]}')}, several by a pattern, or list them in a mixture (.yaml)"
         )
     if kind == "parquet":
         logger.info("%s: %d files are read as one data set: %s", where, len(paths), names)
@@ -181,7 +184,7 @@ def _choose_config(where: str, config: str | None, configs: Sequence[str]) -> st
     asked = f"no data set {config!r}" if config and config != "default" else "several data sets"
     return (
         f"{where} holds {asked}; it has {', '.join(configs[:20])}{', ...' if len(configs) > 20 else ''}: name one, "
-        f"DATA={where}:name={configs[0]}"
+        f"{_given(where)}:name={configs[0]}"
     )
 
 
@@ -270,7 +273,7 @@ def _scripted(where: str, script: str) -> str:
     plain = where.partition("@")[0]
     return (
         f"{where} is loaded by a program of its own ({script}), which is not run here; the hub keeps a copy as parquet "
-        f"files: DATA={plain}@refs/convert/parquet"
+        f"files: {_given(plain)}@refs/convert/parquet"
     )
 
 
@@ -283,3 +286,8 @@ def _no_files(folder: Path, config: str | None, where: str, error: Exception) ->
             return f"{where} holds no data set {config!r}: it is one, without a name, and has no folder of that name"
         return _choose_config(where, config, configs)
     return f"{where} holds no data set that can be read: {said}"
+
+
+def _given(place: object) -> str:
+    """How data are named on a command line."""
+    return by_make(f"DATA={place}", f"--data {place}")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_distill_cache.common.errors import DataError
+from vlm_distill_cache.common.locations import by_make
 from vlm_distill_cache.data.sources.table import NEEDED, TableDataset
 
 logger = logging.getLogger(__name__)
@@ -149,5 +150,5 @@ def _folder_of(split: str, path: Path, *, strict: bool) -> Path:
         raise DataError(f"{path} has no split, so that there is nothing to learn")
     if split not in splits:
         said, named = no_such_split(split, splits, str(path))
-        raise DataError(f"{said}, DATA={path / named}")
+        raise DataError(f"{said}, {by_make('DATA=', '--data ')}{path / named}")
     return path / split

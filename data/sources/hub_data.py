@@ -18,6 +18,7 @@ from typing import Any
 
 from vlm_distill_cache.common.errors import DataError, ModelError, SampleError, TransferError
 from vlm_distill_cache.common.hub import HubName, downloading, explained_hub_errors, snapshot_name
+from vlm_distill_cache.common.locations import by_make
 from vlm_distill_cache.data.images.load import ImageFile
 from vlm_distill_cache.data.images.recognise import picture_extensions
 from vlm_distill_cache.data.sample import Dataset
@@ -100,7 +101,7 @@ def open_name(name: HubName, choice: Choice, *, file: str | None = None, streami
     if files.kind != "parquet":
         raise DataError(
             f"{name} holds files of the kind {files.kind!r}; only parquet files are streamed: leave out streaming=true, or "
-            f"try the hub's own copy, DATA={name.repository}@refs/convert/parquet"
+            f"try the hub's own copy, {by_make('DATA=', '--data ')}{name.repository}@refs/convert/parquet"
         )
     sources = [HubParquet(name.repository, commit, path) for path in files.paths]
     dataset = ParquetDataset(sources, name=called, where=str(name), image_root=choice.images)
@@ -277,7 +278,8 @@ def _refuse_pictures_left(name: HubName, dataset: Dataset, files: DataFiles, lis
     raise DataError(
         f"{name} names its pictures as files ({found[0].name}), which are not downloaded with it; the repository holds "
         f"{lies}: run `hf download {name.repository}{revision} --repo-type dataset --local-dir FOLDER`, {unpack}and give "
-        f"DATA=FOLDER{place} and, as IMAGES= (--images), the folder that their paths start from"
+        f"{by_make('DATA=', '--data ')}"
+        f"FOLDER{place} and, as {by_make('IMAGES= (--images)', '--images')}, the folder that their paths start from"
     )
 
 

@@ -18,6 +18,7 @@ import numpy as np
 from vlm_distill_cache.common.errors import DataError
 from vlm_distill_cache.common.files.yaml_text import YamlError, parse_yaml
 from vlm_distill_cache.common.hub import hub_name
+from vlm_distill_cache.common.locations import by_make
 from vlm_distill_cache.common.printing import one_line
 from vlm_distill_cache.data.sample import Dataset, Weighting, number_repeats
 from vlm_distill_cache.data.sources.grouping import JoinedSamples
@@ -191,10 +192,12 @@ def own_caches(data: str | None, cache: str) -> list[str] | None:
         return None
     same = [place for place in places if place == cache or ("://" not in place and _real(place) == _real(cache))]
     if not same:
+        build = f"`teacher-cache build --data {data} --cache ...`"
+        build = by_make(f"`make teacher-cache DATA={data} CACHE=...` (teacher-cache build --data --cache)", build)
         raise DataError(
-            f"{data} gives each of its entries a cache, and {cache} is none of them. To build them, run "
-            f"`make teacher-cache DATA={data} CACHE=...` (teacher-cache build --data --cache) with each in turn; to train from "
-            f"all of them, name one: CACHE={', CACHE='.join(places)}"
+            f"{data} gives each of its entries a cache, and {cache} is none of them. To build them, run {build} with "
+            "each in turn; to train from "
+            f"all of them, name one: {', '.join(by_make(f'CACHE={place}', f'--cache {place}') for place in places)}"
         )
     return [cache if place == same[0] else place for place in places]
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlm_distill_cache.common.errors import DataError, SampleError
+from vlm_distill_cache.common.locations import by_make
 from vlm_distill_cache.data.sample import ImageSource
 from vlm_distill_cache.data.sources.parquet_rows import ParquetRows, ParquetSource, StoredPicture
 from vlm_distill_cache.data.sources.table import NEEDED, TableDataset
@@ -142,7 +143,7 @@ class ParquetDataset(TableDataset):
         if isinstance(value, str) and not self._has_folder and not Path(value).is_absolute():
             raise SampleError(
                 f"it names the image {value[:100]!r}, a file beside the table, which is not streamed: leave out "
-                "streaming=true, or name its folder (IMAGES=FOLDER, --images FOLDER)"
+                f"streaming=true, or name its folder ({by_make('IMAGES=FOLDER, ')}--images FOLDER)"
             )
         return super().find(value, index)
 

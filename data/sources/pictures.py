@@ -13,6 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 from urllib.parse import unquote, urlsplit
 
 from vlm_distill_cache.common.errors import DataError, SampleError
+from vlm_distill_cache.common.locations import by_make
 from vlm_distill_cache.data.images.load import ImageBytes, ImageFile
 from vlm_distill_cache.data.images.recognise import (
     base64_picture,
@@ -337,7 +338,7 @@ def _image_file(value: str, root: Path) -> ImageFile:
     if ".." in path.parts:
         raise SampleError(f"image path {value!r} leaves the image folder; use a path below it or an absolute one")
     # Reasons of failure are kept in the cache: they name no folder of this machine.
-    hint = "paths start from the folder of the data, or from images (IMAGES=FOLDER, --images FOLDER)"
+    hint = f"paths start from the folder of the data, or from images ({by_make('IMAGES=FOLDER, ')}--images FOLDER)"
     if "\\" in value and ".." not in value and _is_file(root / value.replace("\\", "/")):
         path = Path(value.replace("\\", "/"))  # written on Windows
     return ImageFile(root / path, hint=hint, shown=value)

@@ -27,6 +27,7 @@ from tokenizers.models import BPE, WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from vlm_distill_cache.common.errors import ModelError
+from vlm_distill_cache.common.locations import by_make
 
 MODEL_FILE = "tokenizer.model"
 _BLANK = "\u2581"
@@ -303,7 +304,7 @@ def _read_model(path: Path) -> Any:
     except ImportError as error:
         raise ModelError(
             f"{path.parent}: its tokenizer is a {MODEL_FILE}, which needs sentencepiece and protobuf ({error}); run "
-            "`make setup` or `pip install sentencepiece protobuf`"
+            f"{by_make('`make setup` or ')}`pip install sentencepiece protobuf`"
         ) from error
     proto, content = sentencepiece_model_pb2.ModelProto(), path.read_bytes()
     try:

@@ -32,6 +32,7 @@ from vlm_distill_cache.common.files.atomic import (
     remove,
     write_json_atomic,
 )
+from vlm_distill_cache.common.locations import by_make
 from vlm_distill_cache.data.builtin import IMAGE_TOKEN, MODEL_MAX_LENGTH, load_image_processor, load_tokenizer
 from vlm_distill_cache.data.images.encoder import ImageEncoder
 from vlm_distill_cache.data.registry import open_dataset, open_evaluation
@@ -249,6 +250,6 @@ def _data_name(data_spec: str) -> str:
     if name not in BUILTIN_DATA:
         raise ConfigError(
             f"there is no built-in teacher for data {data_spec!r}; give a checkpoint "
-            f"directory (TEACHER=PATH), or use data that has one: {', '.join(BUILTIN_DATA)}"
+            f"directory ({by_make('TEACHER=PATH', '--teacher PATH')}), or use data that has one: {', '.join(BUILTIN_DATA)}"
         )
     return name

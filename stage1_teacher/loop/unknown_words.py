@@ -14,6 +14,7 @@ from vlm_distill_cache.common.cache.plan import Plan
 from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
 from vlm_distill_cache.common.cache.sidecar import UnknownWords, read_sidecar, sidecar_path
 from vlm_distill_cache.common.errors import DataError, SampleError
+from vlm_distill_cache.common.locations import by_make
 from vlm_distill_cache.data.sample import Dataset
 from vlm_distill_cache.data.text.encoding import EncodedSample, SampleEncoder
 
@@ -135,11 +136,12 @@ class UnknownBudget:
     def _error(self, of: str) -> DataError:
         found = self.unknown / max(1, self.rows)
         enough = min(1.0, (int(found * 10) + 1) / 10)
+        in_make = by_make('make: in CACHE_SET="..."; teacher-cache build: ')
         return DataError(
             f"{self.unknown} of {self.rows} targets ({100 * found:.1f} %) in the answers of {of} are words that the "
             f"teacher's tokenizer lacks; students would be taught its unknown token instead. Tolerated are "
             f"{100 * self.share:.4g} %; the tokenizer knows {self.words.known} tokens (the built-in one only the words "
-            "of shapes and easy-vqa). Use a teacher whose tokenizer knows the words (TEACHER=DIR, --teacher DIR), "
+            f"of shapes and easy-vqa). Use a teacher whose tokenizer knows the words ({by_make('TEACHER=DIR, ')}--teacher DIR), "
             f"change the answers, or go on as it is: run the same command with max_unknown_share={enough:g}, a share from 0 "
-            f'to 1 (make: in CACHE_SET="..."; teacher-cache build: --set max_unknown_share={enough:g})'
+            f"to 1 ({in_make}--set max_unknown_share={enough:g})"
         )

@@ -15,6 +15,7 @@ from vlm_distill_cache.common.cache.sidecar import UnknownWords, read_sidecar, s
 from vlm_distill_cache.common.cache.stores import finish_shard, open_writer
 from vlm_distill_cache.common.codecs.answers import AnswersCodec
 from vlm_distill_cache.common.errors import CacheMismatchError, DataError
+from vlm_distill_cache.common.locations import by_make
 from vlm_distill_cache.common.printing import brief
 from vlm_distill_cache.data.text.collate import Batch, image_key
 from vlm_distill_cache.data.text.encoding import EncodedSample
@@ -82,7 +83,8 @@ class FailureBudget:
             more = self.failed - len(self.first)
             enough = next((some for some in (0.1, 0.2, 0.5) if self.failed / self.total < some), 1)
             mend = "Fix the data"
-            how = f'make: in CACHE_SET="..."; teacher-cache build: --set max_failed_share={enough}'
+            in_make = by_make('make: in CACHE_SET="..."; teacher-cache build: ')
+            how = f"{in_make}--set max_failed_share={enough}"
             if self.served:
                 mend = "Fix the responses, or what they are compared with (--teacher, --data, --set template=...)"
                 how = f"--set max_failed_share={enough}"

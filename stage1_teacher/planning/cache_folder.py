@@ -28,6 +28,7 @@ from vlm_distill_cache.common.cache.sidecar import missing_shards
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError, ConfigError
 from vlm_distill_cache.common.files.atomic import clean_stale, hold_folder, read_json, remove
 from vlm_distill_cache.common.files.disk import is_below, name_full_disk
+from vlm_distill_cache.common.locations import by_make
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ EXPORTED = ("projector.safetensors", "projector.json", "vision_tower.safetensors
 OUR_NAMES = (PLAN, MANIFEST, INDEX, CARD, SHARDS, *EXPORTED)
 
 _REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM)
-_WRITABLE = "make it writable, or give another folder (CACHE=...); nothing was lost"
+_WRITABLE = "make it writable, or give another folder for the cache; nothing was lost"
 
 
 @contextmanager
@@ -123,22 +124,7 @@ def prepare_cache(cache_dir: Path, plan: Plan, *, overwrite: bool) -> Plan:
         ConfigError: If the folder holds something that is not a cache, or not only a cache.
         CacheMismatchError: If a cache with other options is there and ``overwrite`` is not set.
     """
-    if cache_dir.exists() and not cache_dir.is_dir():
-        raise ConfigError(f"{cache_dir} is a file; give a folder for the cache (CACHE=...)")
-    entries = sorted(cache_dir.iterdir()) if cache_dir.is_dir() else []
-    kept = [entry.name for entry in entries if not is_leftover(entry)]
-    is_cache = any(_is_our_document(cache_dir / name) for name in (PLAN, MANIFEST))
-    strangers = [name for name in kept if name not in OUR_NAMES]
-    if kept and not is_cache:
-        raise ConfigError(
-            f"{cache_dir} is not a teacher cache: it holds {', '.join((strangers or kept)[:5])}; "
-            "give an empty or new folder (CACHE=...)"
-        )
-    if overwrite and strangers:
-        raise ConfigError(
-            f"{cache_dir} holds {', '.join(strangers[:5])} beside the cache, which --overwrite does not delete; "
-            "move that away, or give a new folder (CACHE=...)"
-        )
+    entries, strangers = check_cache_folder(cache_dir, overwrite=overwrite)
     if overwrite:
         # The plan goes last: until then a killed run leaves what is still known as a cache.
         for entry in sorted(entries, key=lambda entry: entry.name == PLAN):
@@ -154,6 +140,31 @@ def prepare_cache(cache_dir: Path, plan: Plan, *, overwrite: bool) -> Plan:
         return stored
     write_plan(cache_dir, plan)
     return read_plan(cache_dir)  # as a resumed run will read it, so that both write the same bytes
+
+
+def check_cache_folder(cache_dir: Path, *, overwrite: bool) -> tuple[list[Path], list[str]]:
+    """What a cache's folder holds, and the names in it that are no part of a cache.
+
+    Raises:
+        ConfigError: If it holds something that is not a cache, or, to be overwritten, not only a cache.
+    """
+    if cache_dir.exists() and not cache_dir.is_dir():
+        raise ConfigError(f"{cache_dir} is a file; give a folder for the cache ({by_make('CACHE=...', '--cache')})")
+    entries = sorted(cache_dir.iterdir()) if cache_dir.is_dir() else []
+    kept = [entry.name for entry in entries if not is_leftover(entry)]
+    is_cache = any(_is_our_document(cache_dir / name) for name in (PLAN, MANIFEST))
+    strangers = [name for name in kept if name not in OUR_NAMES]
+    if kept and not is_cache:
+        raise ConfigError(
+            f"{cache_dir} is not a teacher cache: it holds {', '.join((strangers or kept)[:5])}; "
+            f"give an empty or new folder ({by_make('CACHE=...', '--cache')})"
+        )
+    if overwrite and strangers:
+        raise ConfigError(
+            f"{cache_dir} holds {', '.join(strangers[:5])} beside the cache, which --overwrite does not delete; "
+            f"move that away, or give a new folder ({by_make('CACHE=...', '--cache')})"
+        )
+    return entries, strangers
 
 
 def begun_otherwise(cache_dir: Path, plan: Plan) -> bool:

@@ -29,8 +29,12 @@ from vlm_distill_cache.stage1_teacher.teacher.teacher import Teacher
 logger = logging.getLogger(__name__)
 
 
-def open_build(config: BuildConfig) -> Build:
-    """Open data and teacher as a configuration says, and plan the cache."""
+def open_build(config: BuildConfig, *, loads: bool = True) -> Build:
+    """Open data and teacher as a configuration says, and plan the cache.
+
+    With ``loads=False`` the teacher is only described: its weights are in no fingerprint, an automatic batch size is 1, and a
+    built-in teacher that would be trained first is described by another one of its kind.
+    """
     base = config.base if isinstance(config, ExtendConfig) else config.cache
     config = _for_entry(config, base)
     dataset = open_dataset(
@@ -40,13 +44,16 @@ def open_build(config: BuildConfig) -> Build:
         limit=config.limit or None,
     )
     scratch = Path(config.cache).parent / f"{config.data.partition(':')[0]}-teacher"
-    directory = teacher_directory(teacher=config.teacher, data=config.data, scratch=scratch, cache=Path(config.cache))
+    directory = teacher_directory(
+        teacher=config.teacher, data=config.data, scratch=scratch, cache=Path(config.cache), trains=loads
+    )
     teacher = Teacher(
         directory,
         dtype=config.dtype,
         device=config.device,
         device_map=config.device_map,
         quantisation=config.quantisation,
+        loads=loads,
     )
     refuse_signals(config.signals, teacher)
     refuse_packing(dataset, teacher)
@@ -71,7 +78,7 @@ def open_build(config: BuildConfig) -> Build:
     )
     if isinstance(config, ExtendConfig):
         return extend_plan(work, config)
-    if config.batch_size:
+    if config.batch_size or not loads:
         return work
     return replace(work, plan=replace(work.plan, batch_size=automatic_batch_size(work)))
 

@@ -1,5 +1,6 @@
 """What ``extract()`` fixes before the first forward pass: teacher directory, encoder, codecs, ``plan.json``."""
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -14,6 +15,7 @@ from vlm_distill_cache.common.codecs.answers import AnswersCodec
 from vlm_distill_cache.common.errors import ConfigError, ModelError, SampleError
 from vlm_distill_cache.common.files.hashing import fingerprint
 from vlm_distill_cache.common.hub import model_folder
+from vlm_distill_cache.common.locations import by_make
 from vlm_distill_cache.common.models.original_llava import is_original_llava, refuse_other_llavas
 from vlm_distill_cache.common.models.parts import read_config
 from vlm_distill_cache.common.models.published import is_published
@@ -28,6 +30,8 @@ from vlm_distill_cache.stage1_teacher.config import BuildConfig
 from vlm_distill_cache.stage1_teacher.loop.signals import EXTRACTORS, Sizes, build_codecs
 from vlm_distill_cache.stage1_teacher.planning.cache_folder import stored_plan
 from vlm_distill_cache.stage1_teacher.teacher.teacher import Teacher
+
+logger = logging.getLogger(__name__)
 
 
 def evaluation_of(training: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -125,20 +129,24 @@ LEAST_LENGTH, TEXT_LENGTH = 2048, 1024  # tokens
 LOOKED_AT = 8  # samples
 
 
-def _refuse_config(directory: Path) -> None:
+def refuse_settings(directory: Path) -> None:
+    """Refuse a checkpoint by its settings alone, before its weights are downloaded."""
     if is_original_llava(directory):
         refuse_other_llavas(read_config(directory), where=directory)
     elif not is_published(directory):
         refuse_config(directory)
 
 
-def teacher_directory(*, teacher: str, data: str, scratch: Path, cache: Path | None = None) -> Path:
+def teacher_directory(
+    *, teacher: str, data: str, scratch: Path, cache: Path | None = None, trains: bool = True
+) -> Path:
     """Find the teacher's checkpoint directory; a built-in one is trained first if the data needs its own.
 
     Args:
         teacher: A folder or a name on the hub, which is downloaded; empty: the built-in one.
         scratch: Where a teacher trained on the spot is kept.
         cache: The cache to build, for the error: it may have been begun with a teacher.
+        trains: False: in place of a built-in one that is not trained yet, give one of its kind.
 
     Raises:
         ConfigError: If no teacher is given and the data set has none of its own.
@@ -146,7 +154,7 @@ def teacher_directory(*, teacher: str, data: str, scratch: Path, cache: Path | N
         TransferError: If it could not be downloaded.
     """
     if teacher:
-        return model_folder(teacher, what="teacher", check=_refuse_config).path
+        return model_folder(teacher, what="teacher", check=refuse_settings).path
     from vlm_distill_cache.stage1_teacher.demo.teacher import (
         builtin_teacher_directory,
         demo_teacher_for,  # training code, needed for built-in data only
@@ -157,24 +165,30 @@ def teacher_directory(*, teacher: str, data: str, scratch: Path, cache: Path | N
         begun = None if cache is None else stored_plan(cache)
         if begun is not None and (Path(cache or "") / MANIFEST).is_file():
             raise ConfigError(
-                f"{cache}: the cache is complete; to compare it with options of stage one, give its TEACHER=... (--teacher) "
+                f"{cache}: the cache is complete; to compare it with options of stage one, give its "
+                f"{by_make('TEACHER=... (--teacher)', '--teacher')} "
                 "too, a folder or a name on the hub; to use it as it is, leave these options out"
             )
         if begun is not None:
             name, revision = one_line(begun.teacher.get("name", "unknown")), begun.teacher.get("revision")
             given = f"{name}@{one_line(revision)}" if revision else "FOLDER"
             raise ConfigError(
-                f"{cache}: an unfinished cache of the teacher {name} is there, and no teacher is given: TEACHER={given} "
-                f"(--teacher {given}) with that teacher continues it; another CACHE= begins a new one"
+                f"{cache}: an unfinished cache of the teacher {name} is there, and no teacher is given: "
+                f"{by_make(f'TEACHER={given} (--teacher {given})', f'--teacher {given}')} with that teacher continues it; another "
+                f"{by_make('CACHE=', '--cache')} begins a new one"
             )
         shipped = builtin_teacher_directory()
         if shipped.is_relative_to(Path.cwd()):
             shipped = shipped.relative_to(Path.cwd())
         raise ConfigError(
-            f"no teacher given for data {data!r}: set TEACHER=... (--teacher) to a vision-language "
-            "model, a folder or a name on the hub (llava-hf/llava-1.5-7b-hf), or use DATA=shapes or DATA=easy-vqa, "
-            f"which have built-in teachers (TEACHER={shipped} is the one that knows shapes)"
+            f"no teacher given for data {data!r}: set {by_make('TEACHER=... (--teacher)', '--teacher')} to a vision-language "
+            "model, a folder or a name on the hub (llava-hf/llava-1.5-7b-hf), or use "
+            f"{by_make('DATA=shapes or DATA=easy-vqa', '--data shapes or --data easy-vqa')}, "
+            f"which have built-in teachers ({by_make('TEACHER=', '--teacher ')}{shipped} is the one that knows shapes)"
         )
+    if name != "shapes" and not trains and not (scratch / "training.json").is_file():
+        logger.info("the built-in teacher of %s is trained first, which takes minutes", name)
+        return builtin_teacher_directory()
     return demo_teacher_for(name, scratch)
 
 

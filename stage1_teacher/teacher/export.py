@@ -15,6 +15,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from safetensors.torch import save
 from torch import nn
 
@@ -78,7 +79,10 @@ def _shares_tower(teacher: Teacher) -> bool:
 
 def _save_module(module: nn.Module, path: Path, *, renamed: Mapping[str, str] = MappingProxyType({})) -> None:
     tensors = {
-        renamed.get(name, name): tensor.detach().cpu().contiguous()
+        # Of a teacher that was only described, as many zeros.
+        renamed.get(name, name): torch.zeros_like(tensor, device="cpu")
+        if tensor.is_meta
+        else tensor.detach().cpu().contiguous()
         for name, tensor in sorted(module.state_dict().items())
         if not name.endswith("position_ids")
     }

@@ -21,6 +21,7 @@ from vlm_distill_cache.common.files.atomic import read_json
 from vlm_distill_cache.data.families.inputs import text_config
 from vlm_distill_cache.data.families.models import (
     Quantisation,
+    describe_family_model,
     input_device,
     open_family_model,
     row_logits,
@@ -45,6 +46,7 @@ class Teacher:
         device: str = "auto",
         device_map: str = "",
         quantisation: Quantisation = "none",
+        loads: bool = True,
     ) -> None:
         """Load a checkpoint directory of any family.
 
@@ -52,6 +54,7 @@ class Teacher:
             dtype: ``auto`` is float32 on CPU, bfloat16 on CUDA.
             device: ``auto`` is CUDA when there is one; unused with a device map.
             device_map: How the library spreads the model over devices (``auto``, ``balanced``, ...); empty: it does not.
+            loads: False: only describe it; no value of its weights, which need not be there, is read, and nothing can be run.
 
         Raises:
             ModelError: If the directory is missing or holds no usable model.
@@ -66,10 +69,14 @@ class Teacher:
         self.quantisation: Quantisation = quantisation
         if quantisation != "none" and not device_map:
             device_map = str(wanted)
-        opened = open_family_model(directory, dtype=dtype, device_map=device_map, quantisation=quantisation)
-        placed = device_map or quantisation != "none"
+        if loads:
+            opened = open_family_model(directory, dtype=dtype, device_map=device_map, quantisation=quantisation)
+        else:
+            opened = describe_family_model(directory)
+        self._loads = loads
+        placed = device_map or quantisation != "none" or not loads
         self.model: Any = (opened.model if placed else opened.model.to(wanted)).requires_grad_(requires_grad=False)
-        self.device = input_device(self.model)
+        self.device = input_device(self.model) if loads else wanted
         self.family: Family = opened.family
         self._weight_files = opened.weight_files
         self.tokenizer = opened.tokenizer
@@ -98,7 +105,12 @@ class Teacher:
         return submodule(self.model, self.family.projector)
 
     def fingerprints(self) -> dict[str, str]:
-        """Hashes of what this teacher is: weights, dtype and placement; tokenizer; vision tower where it is known."""
+        """Hashes of what this teacher is: weights, dtype and placement; tokenizer; vision tower where it is known.
+
+        Of one that was only described, the tokenizer's alone.
+        """
+        if not self._loads:
+            return {"tokenizer": tokenizer_fingerprint(self.tokenizer)}
         hashes = {
             "teacher": weights_fingerprint(
                 self.directory,

@@ -3,16 +3,12 @@
 from itertools import islice
 from pathlib import Path
 
-from transformers import AutoConfig
-
 from vlm_distill_cache.common.cache.reader import TeacherCache
-from vlm_distill_cache.common.errors import ModelError
-from vlm_distill_cache.data.families.inputs import text_config
 from vlm_distill_cache.data.sample import iterate_readable
-from vlm_distill_cache.data.text.processors import load_tokenizer, tokenizer_fingerprint
 from vlm_distill_cache.stage2_student.config import TrainConfig
 from vlm_distill_cache.stage2_student.prune.cut import prune_directory
 from vlm_distill_cache.stage2_student.students.encoder import encoder_of_cache
+from vlm_distill_cache.stage2_student.training.checks import refuse_other_teacher
 from vlm_distill_cache.stage2_student.training.preparation import open_cached_data
 
 SAMPLES = 256  # that importance is measured on
@@ -26,19 +22,11 @@ def prune_for_cache(
     Raises:
         ModelError: If the directory does not hold the cache's teacher.
     """
-    teacher = Path(config.teacher or "")
-    found, cached = tokenizer_fingerprint(load_tokenizer(teacher)), cache.plan.fingerprints.get("tokenizer")
-    width = cache.plan.teacher.get("hidden_size")
-    own = text_config(AutoConfig.from_pretrained(teacher, local_files_only=True)).hidden_size
-    if found != cached or width not in (None, own):
-        raise ModelError(
-            f"--teacher {teacher}: tokenizer {found}, width {own}; the cache {cache.place} was built with tokenizer "
-            f"{cached}, width {width}: give the directory of the cache's own teacher"
-        )
+    refuse_other_teacher(config, cache)
     phase = config.phase(config.phases[0])
     dataset = open_cached_data(cache, data=phase.data, images=phase.images)
     widths = prune_directory(
-        teacher,
+        Path(config.teacher or ""),
         output,
         keep=keep,
         samples=islice(iterate_readable(dataset), samples),

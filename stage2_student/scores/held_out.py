@@ -13,6 +13,7 @@ from typing import Any
 from vlm_distill_cache.common.cache.reader import TeacherCache
 from vlm_distill_cache.common.errors import ConfigError, SampleError
 from vlm_distill_cache.common.files.rules import shown
+from vlm_distill_cache.common.locations import by_make
 from vlm_distill_cache.common.printing import one_line
 from vlm_distill_cache.data.registry import open_dataset, open_evaluation
 from vlm_distill_cache.data.sample import EvaluationSet, Question
@@ -29,7 +30,7 @@ MOST_UNREADABLE = (
 )
 SHOWN_REASONS = 3
 _PROMPT = "sample 'prompt': "  # how an error calls what is asked; the item's id says more
-RUN_OPTION, EVALUATE_OPTION = "EVAL_DATA=FILE or --set evaluation.data=FILE", "--data FILE"
+EVALUATE_OPTION = "--data FILE"
 _log = logging.getLogger(__name__)
 
 
@@ -76,14 +77,18 @@ def probe_items(config: TrainConfig, cache: TeacherCache) -> list[str]:
     if config.evaluation.data is not None:
         opened = _open(config, encoder, cache)
         scorable = bool(opened.items.pairs or opened.items.questions)
-        return [*scoring_notes(config, cache, scorable=scorable, option=RUN_OPTION), *filter(None, [opened.note])]
+        return [*scoring_notes(config, cache, scorable=scorable, option=_run_option()), *filter(None, [opened.note])]
     # The cache was built from this data: a look at some is enough.
     items = open_evaluation(
         _data_of(config, cache), config.evaluation.split, config.evaluation.limit, images=_images_of(config)
     )
     step = max(1, len(items.questions) // PROBED_QUESTIONS)
     readable = any(_fault(item, encoder) is None for item in items.questions[::step])
-    return scoring_notes(config, cache, scorable=bool(items.pairs) or readable, option=RUN_OPTION)
+    return scoring_notes(config, cache, scorable=bool(items.pairs) or readable, option=_run_option())
+
+
+def _run_option() -> str:
+    return f"{by_make('EVAL_DATA=FILE or ')}--set evaluation.data=FILE"
 
 
 def scoring_notes(config: TrainConfig, cache: TeacherCache | None, *, scorable: bool, option: str) -> list[str]:
@@ -154,7 +159,7 @@ def _data_of(config: TrainConfig, cache: TeacherCache | None) -> str:
     named = config.evaluation.data or config.data
     if named:
         return named
-    remedy = f"name it with {EVALUATE_OPTION} (for distill run also {RUN_OPTION})"
+    remedy = f"name it with {EVALUATE_OPTION} (for distill run also {_run_option()})"
     if cache is None:
         raise ConfigError(
             f"no data to score on is named, and the cache {config.cache}, which would tell, cannot be opened; {remedy}"

@@ -22,6 +22,7 @@ from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, Model
 from vlm_distill_cache.common.files.atomic import read_json
 from vlm_distill_cache.common.files.rules import AGAIN, check
 from vlm_distill_cache.common.files.tensor_table import read_tensor_table
+from vlm_distill_cache.common.locations import by_make
 from vlm_distill_cache.common.models.compodistill import CompoDistillConfig, CompoDistillForConditionalGeneration
 from vlm_distill_cache.common.models.explained import explained_errors
 from vlm_distill_cache.common.models.mobilevlm import MobileVLMConfig, MobileVLMForConditionalGeneration
@@ -224,8 +225,10 @@ def find_student(
         kind = preset["vision_tower"]["model_type"].partition("_")[0]
         raise ConfigError(
             f"student {name}-{size}: {cache_dir} holds no {kind} vision tower, and a random one of this size is of no "
-            f"use; give a tower by its name on the hub (SET=vision_tower={_TOWERS[kind]}) or as a folder (the teacher's will "
-            "do, if that is its tower), or give weights as the student (STUDENT=mtgv/MobileVLM_V2-1.7B, for one, or a folder)"
+            "use; give a tower by its name on the hub ("
+            f"{by_make('SET=', '--set ')}vision_tower={_TOWERS[kind]}) or as a folder (the teacher's will "
+            "do, if that is its tower), or give weights as the student "
+            f"({by_make('STUDENT=', '--student ')}mtgv/MobileVLM_V2-1.7B, for one, or a folder)"
         )
     config = build_config(
         preset,

@@ -15,6 +15,7 @@ import yaml
 
 from vlm_distill_cache.common.errors import ConfigError
 from vlm_distill_cache.common.files.rules import shown
+from vlm_distill_cache.common.locations import by_make
 
 SIZES_OF: dict[str, tuple[str, ...]] = {
     "mobilevlm": ("tiny", "1.7b", "3b"),
@@ -73,7 +74,8 @@ def student_folder(student: str, weights: str | None) -> Path | None:
         preset = _read_preset(name)
         raise ConfigError(
             f"student {name} is {preset['model_class']} of the model library and needs weights: give their name on the hub "
-            f"(SET=student_weights={preset['download']}, or STUDENT={preset['download']}), or a folder instead"
+            f"({by_make('SET=', '--set ')}student_weights={preset['download']}, or "
+            f"{by_make('STUDENT=', '--student ')}{preset['download']}), or a folder instead"
         )
     if name in LIBRARY_STUDENTS or name in STUDENTS:
         if weights is not None:
@@ -106,20 +108,24 @@ def _check_weights(student: str, folder: Path, presets: list[dict[str, Any]]) ->
     if stored.get("model_type") not in kinds:
         raise ConfigError(
             f"student_weights={folder}: model_type is {stored.get('model_type')!r}, {student} is {' or '.join(kinds)}; "
-            f"give {_weights(presets[-1])}, or STUDENT={folder}"
+            f"give {_weights(presets[-1])}, or {by_make('STUDENT=', '--student ')}{folder}"
         )
     differences = [_differences(stored, preset) for preset in presets]
     if all(differences):
         raise ConfigError(
             f"student_weights={folder}: is no {student}: {'; '.join(differences[-1])}; give "
-            f"{_weights(presets[-1])}, or STUDENT={folder}"
+            f"{_weights(presets[-1])}, or {by_make('STUDENT=', '--student ')}{folder}"
         )
 
 
 def _weights(preset: Mapping[str, Any]) -> str:
     """What to give as weights: a name on the hub where they are published there, or a folder."""
     published = str(preset["download"])
-    return f"SET=student_weights={published} or a folder of it" if "/" in published else f"a folder of {published}"
+    return (
+        f"{by_make('SET=', '--set ')}student_weights={published} or a folder of it"
+        if "/" in published
+        else f"a folder of {published}"
+    )
 
 
 def _differences(stored: Mapping[str, Any], preset: Mapping[str, Any]) -> list[str]:

@@ -14,7 +14,7 @@ import logging
 import os
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
@@ -237,20 +237,28 @@ def _name(total_steps: int) -> str:
 
 
 def find_resume_point(
-    output: Path, fingerprint: str, phases: Sequence[tuple[int, int]]
+    output: Path,
+    fingerprint: str,
+    phases: Sequence[tuple[int, int]],
+    *,
+    earlier: str | None = None,
+    why: Callable[[], str] = str,
 ) -> tuple[Checkpoint, dict[str, Any]] | None:
     """The newest sound checkpoint of a run and what it holds; None for a fresh start.
 
-    ``phases`` are the steps and the batch size of each.
+    Args:
+        phases: The steps and the batch size of each.
+        earlier: Fingerprint of a shorter training that is gone on with.
+        why: Gives in what another run differs, for the error.
 
     Raises:
         ConfigError: If the checkpoints belong to another configuration, cache or data set.
     """
     for checkpoint in reversed(list_checkpoints(output)):
-        if checkpoint.fingerprint != fingerprint:
+        if checkpoint.fingerprint not in (fingerprint, earlier):
             raise ConfigError(
                 f"{checkpoint.path} belongs to another run: fingerprint {checkpoint.fingerprint} there, {fingerprint} now "
-                f"(configuration, cache or data differ; compare {output / 'config.yaml'}). Use another --output, or "
+                f"(configuration, cache or data differ{why()}; compare {output / 'config.yaml'}). Use another --output, or "
                 "delete that folder to begin again"
             )
         if not checkpoint.position.is_of(phases):

@@ -7,10 +7,13 @@ sample (``batches.dataset.check_join``).
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers import AutoConfig
 
 from vlm_distill_cache.common.cache.plan import built_with, with_more
 from vlm_distill_cache.common.cache.reader import TeacherCache
@@ -20,11 +23,13 @@ from vlm_distill_cache.common.codecs.registry import codec_from_dict
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError, ModelError, SampleError
 from vlm_distill_cache.common.files.hashing import fingerprint
 from vlm_distill_cache.common.files.rules import AGAIN
+from vlm_distill_cache.common.locations import by_make
 from vlm_distill_cache.common.printing import one_line
 from vlm_distill_cache.common.terminal.next_step import set_words
+from vlm_distill_cache.data.families.inputs import text_config
 from vlm_distill_cache.data.families.table import FAMILIES
 from vlm_distill_cache.data.sample import Dataset
-from vlm_distill_cache.data.text.processors import module_fingerprint, tokenizer_fingerprint
+from vlm_distill_cache.data.text.processors import load_tokenizer, module_fingerprint, tokenizer_fingerprint
 from vlm_distill_cache.data.text.templates import PromptTemplate
 from vlm_distill_cache.stage2_student.batches.dataset import (
     MOST_PADDING,
@@ -107,12 +112,23 @@ def check_data(cache: TeacherCache, dataset: Dataset) -> None:
     raise CacheMismatchError(
         f"data set {dataset.name} ({len(dataset)} samples, fingerprint {found}) is not the one {cache.place} was built "
         f"from ({cache.plan.data}, fingerprint {' or '.join(merged) or expected}): {what}. Give the cache's "
-        f"data (DATA=, IMAGES=, or --data, --images), or build a cache for this data ({built_with(cache.plan)} --data ...)"
+        "data ("
+        f"{by_make('DATA=, IMAGES=, or ')}"
+        f"--data, --images), or build a cache for this data ({built_with(cache.plan)} --data ...)"
     )
 
 
-def check_losses(config: TrainConfig, caches: Mapping[str, TeacherCache]) -> None:
-    """Refuse a run one of whose losses its cache cannot serve; needs no student, so it comes before any training."""
+def check_losses(
+    config: TrainConfig,
+    caches: Mapping[str, TeacherCache],
+    *,
+    each: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> None:
+    """Refuse a run one of whose losses its cache cannot serve; needs no student, so it comes before any training.
+
+    Args:
+        each: Around each check.
+    """
     phases = [(name, config.phase(name).losses, caches[str(config.phase(name).cache)]) for name in config.phases]
     off = [
         f"{name}.losses.{loss}=0"
@@ -121,9 +137,11 @@ def check_losses(config: TrainConfig, caches: Mapping[str, TeacherCache]) -> Non
         if not {*term.reads} <= cache.plan.signals.keys()
     ]
     for name, losses, cache in phases:
-        check_signals(cache, losses, phase=name, off=off)
+        with each():
+            check_signals(cache, losses, phase=name, off=off)
     # As far as the caches tell; which of their samples are trained on is known once the data is open.
-    check_pictures((name, losses, cache, partial(_may_have_pictures, cache)) for name, losses, cache in phases)
+    with each():
+        check_pictures((name, losses, cache, partial(_may_have_pictures, cache)) for name, losses, cache in phases)
 
 
 def check_signals(cache: TeacherCache, losses: LossWeights, *, phase: str, off: Sequence[str] = ()) -> None:
@@ -145,7 +163,8 @@ def check_signals(cache: TeacherCache, losses: LossWeights, *, phase: str, off: 
                 f"{set_words(off or [f'{phase}.losses.{name}=0'])}, or "
                 + with_more(
                     cache.plan,
-                    f"build a cache with this signal (SIGNALS={build},..., teacher-cache build --signals {build},...)",
+                    "build a cache with this signal ("
+                    f"{by_make(f'SIGNALS={build},..., ')}teacher-cache build --signals {build},...)",
                     options=f"--signals {build},...",
                 )
             )
@@ -214,6 +233,23 @@ def read_codec(cache: TeacherCache, signal: str) -> Codec:
             + f"; the plan is damaged: {AGAIN}"
         )
     return codec
+
+
+def refuse_other_teacher(config: TrainConfig, cache: TeacherCache) -> None:
+    """Refuse to cut a student out of another teacher than the cache's, as far as tokenizer and width tell.
+
+    Raises:
+        ModelError: If the directory does not hold the cache's teacher.
+    """
+    teacher = Path(config.teacher or "")
+    found, cached = tokenizer_fingerprint(load_tokenizer(teacher)), cache.plan.fingerprints.get("tokenizer")
+    width = cache.plan.teacher.get("hidden_size")
+    own = text_config(AutoConfig.from_pretrained(teacher, local_files_only=True)).hidden_size
+    if found != cached or width not in (None, own):
+        raise ModelError(
+            f"--teacher {teacher}: tokenizer {found}, width {own}; the cache {cache.place} was built with tokenizer "
+            f"{cached}, width {width}: give the directory of the cache's own teacher"
+        )
 
 
 def check_vision_tower(cache: TeacherCache, tower: nn.Module) -> None:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from vlm_distill_cache.common.attention.layers import GroupMatch
 from vlm_distill_cache.common.cache.counts import picture_words, unknown_words
 from vlm_distill_cache.common.cache.reader import TeacherCache
 from vlm_distill_cache.common.errors import ConfigError, DataError
@@ -22,6 +23,7 @@ from vlm_distill_cache.common.files.hashing import fingerprint
 from vlm_distill_cache.common.files.rules import shown
 from vlm_distill_cache.common.locations import is_url
 from vlm_distill_cache.common.remotes.mirror import find_mirror
+from vlm_distill_cache.common.tools.fidelity_words import poor_fidelity
 from vlm_distill_cache.common.tools.merge import refuse_different
 from vlm_distill_cache.data.families.inputs import known_positions
 from vlm_distill_cache.data.registry import open_dataset
@@ -38,6 +40,7 @@ from vlm_distill_cache.stage2_student.batches.dataset import (
 )
 from vlm_distill_cache.stage2_student.batches.layers import match_groups
 from vlm_distill_cache.stage2_student.batches.sampler import ShardShuffle
+from vlm_distill_cache.stage2_student.batches.signals import LossTerm
 from vlm_distill_cache.stage2_student.batches.united import UnitedDataset
 from vlm_distill_cache.stage2_student.config import PhaseConfig, PhaseName, TrainConfig, describe
 from vlm_distill_cache.stage2_student.losses.objective import Objective
@@ -270,26 +273,9 @@ def prepare(
         CacheMismatchError: If a cache does not fit the data, the tokenizer or the student.
     """
     caches = caches or open_caches(config)
-    check_losses(config, caches)
-    first = caches[str(config.phase(config.phases[0]).cache)]
-    for cache in caches.values():
-        cache.check_side_files()  # projector, vision tower and processor are read next
     source = None if parts else student_folder(config.student, config.student_weights)
-    parts = parts or open_parts(config, first)
-    for cache in caches.values():
-        cache.check_shard_files()
-        check_labels_fit(cache, vocabulary_rows(parts.model), parts.tokenizer, where=parts.where)
-    # What a cache could hold, its student can read.
-    longest = max(longest_sequence(cache.plan) for cache in caches.values())
-    encoder = SampleEncoder(
-        tokenizer=parts.tokenizer,
-        image_encoder=parts.image_encoder,
-        template=choose_template(config, parts, first),
-        image_token_id=parts.image_token_id,
-        max_length=config.max_length or longest,
-        positions=known_positions(parts.model.config),
-    )
-    phases = _prepare_phases(config, caches, encoder, parts)
+    found = find_all(config, caches, parts=parts)
+    encoder, parts, phases = found.encoder, found.parts, found.phases
     student = parts.load()
     tower = teacher_tower(student)
     if tower is not None:
@@ -309,11 +295,42 @@ def prepare(
     )
 
 
+class Found(NamedTuple):
+    """All of a run but its student's weights."""
+
+    parts: StudentParts
+    encoder: SampleEncoder
+    phases: tuple[PreparedPhase, ...]
+
+
+def find_all(config: TrainConfig, caches: Mapping[str, TeacherCache], *, parts: StudentParts | None = None) -> Found:
+    """Find student and data, and look at some samples; arguments and errors are those of `prepare`."""
+    check_losses(config, caches)
+    first = caches[str(config.phase(config.phases[0]).cache)]
+    for cache in caches.values():
+        cache.check_side_files()  # projector, vision tower and processor are read next
+    parts = parts or open_parts(config, first)
+    for cache in caches.values():
+        cache.check_shard_files()
+        check_labels_fit(cache, vocabulary_rows(parts.model), parts.tokenizer, where=parts.where)
+    # What a cache could hold, its student can read.
+    longest = max(longest_sequence(cache.plan) for cache in caches.values())
+    encoder = SampleEncoder(
+        tokenizer=parts.tokenizer,
+        image_encoder=parts.image_encoder,
+        template=choose_template(config, parts, first),
+        image_token_id=parts.image_token_id,
+        max_length=config.max_length or longest,
+        positions=known_positions(parts.model.config),
+    )
+    return Found(parts, encoder, _prepare_phases(config, caches, encoder, parts))
+
+
 def cache_notes(config: TrainConfig, caches: Mapping[str, TeacherCache]) -> list[str]:
     """Say of each cache, by path, what of its samples is not learnt as somebody may believe.
 
     These are samples that stage one could not read, losses on pictures that few samples have, and words that the
-    teacher's tokenizer lacks.
+    teacher's tokenizer lacks; and signals that lost much against the teacher's.
     """
     notes = []
     for place, cache in caches.items():
@@ -328,6 +345,7 @@ def cache_notes(config: TrainConfig, caches: Mapping[str, TeacherCache]) -> list
         if looking and pictures is not None and pictures < FEW_PICTURES * totals["samples"]:
             said = f"only {picture_words(pictures, totals['samples'])}"
             notes.append(f"{said}: {', '.join(looking)} learn from these alone ({cache.place})")
+        notes += [f"{sentence} ({cache.place})" for sentence in poor_fidelity(cache.plan, cache.manifest.fidelity)]
         if unknown:
             notes.append(f"{unknown_words(unknown, totals['rows'])} ({cache.place})")
     return notes
@@ -345,6 +363,34 @@ def choose_template(config: TrainConfig, parts: StudentParts, cache: TeacherCach
             "(--set template=...)"
         )
     return parts.template
+
+
+def check_phase(
+    config: TrainConfig, name: PhaseName, cache: TeacherCache, parts: StudentParts
+) -> tuple[dict[str, LossTerm], PromptTemplate, GroupMatch | None]:
+    """Whether a student can learn a phase's losses from a cache, as far as their descriptions tell.
+
+    Returns:
+        The losses' terms, the student's prompt, and how layers meet; None: no loss compares layers.
+
+    Raises:
+        CacheMismatchError: If it cannot.
+    """
+    losses, where = config.phase(name).losses, f"phase {name}, {cache.place}"
+    terms = choose_terms(losses.distilled)
+    template = choose_template(config, parts, cache)
+    check_tokenizer(cache, parts.tokenizer, terms, where=parts.where)
+    check_template(cache, template, terms)
+    check_geometry(cache, parts.image_encoder.to_dict(), terms, where=parts.where)
+    check_visual_rows(cache, parts.visual_rows, terms, where=parts.where)
+    match = None
+    if any(term.attends for term in terms.values()):
+        match = match_groups(
+            cache.plan, parts.depth, matching=losses.matching, layers=losses.attention_layers, where=where
+        )
+    for term in terms.values():
+        term.check_cache(cache.plan.signals, losses, where, match)
+    return terms, template, match
 
 
 def _check_trained_tower(parts: StudentParts, dataset: CachedDataset | UnitedDataset, phase: str) -> None:
@@ -393,19 +439,7 @@ def _prepare_phases(
         phase = config.phase(name)
         cache = caches[str(phase.cache)]
         losses, where = phase.losses, f"phase {name}, {cache.place}"
-        terms = choose_terms(losses.distilled)
-        template = choose_template(config, parts, cache)
-        check_tokenizer(cache, parts.tokenizer, terms, where=parts.where)
-        check_template(cache, template, terms)
-        check_geometry(cache, encoder.image_encoder.to_dict(), terms, where=parts.where)
-        check_visual_rows(cache, parts.visual_rows, terms, where=parts.where)
-        match = None
-        if any(term.attends for term in terms.values()):
-            match = match_groups(
-                cache.plan, parts.depth, matching=losses.matching, layers=losses.attention_layers, where=where
-            )
-        for term in terms.values():
-            term.check_cache(cache.plan.signals, losses, where, match)
+        terms, template, match = check_phase(config, name, cache, parts)
         source = (phase.cache, phase.data, phase.images)
         if source not in opened:
             opened[source] = _open_parts(phase, caches)

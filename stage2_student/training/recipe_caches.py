@@ -4,7 +4,7 @@ from collections.abc import Collection
 
 from vlm_distill_cache.common.cache.plan import read_plan
 from vlm_distill_cache.common.errors import CacheMismatchError
-from vlm_distill_cache.common.locations import public_location
+from vlm_distill_cache.common.locations import by_make, public_location
 from vlm_distill_cache.common.recipes import OPTION, Recipe
 from vlm_distill_cache.common.recipes.cache_fit import Difference, cache_differences, differences_text
 from vlm_distill_cache.common.remotes.mirror import local_folder
@@ -47,7 +47,9 @@ def refuse_other_caches(config: TrainConfig, recipe: Recipe, given: Collection[s
         raise CacheMismatchError(
             f"phase {name}: {public_location(place)} is no cache of recipe {recipe.name}, whose {', '.join(wrong)} would be "
             f"another loss with it: {differences_text(why)}. Build a cache by the recipe, in another folder "
-            f"(CACHE_SET={by_name} with make, teacher-cache build --set {by_name}); or, to train with this one all the "
+            "("
+            f"{by_make(f'CACHE_SET={by_name} with make, ')}"
+            f"teacher-cache build --set {by_name}); or, to train with this one all the "
             f"same, say so by giving the loss ({set_words([by_name, *themselves])})"
         )
 

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,13 +13,13 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from vlm_distill_cache.common.codecs.logits import LogitCodec
-from vlm_distill_cache.common.errors import ModelError
+from vlm_distill_cache.common.errors import ConfigError, ModelError
 from vlm_distill_cache.common.files.hashing import fingerprint
 from vlm_distill_cache.common.terminal.progress import progress
 from vlm_distill_cache.stage2_student.batches.batch import TrainingBatch
 from vlm_distill_cache.stage2_student.batches.prefetch import Prefetcher
 from vlm_distill_cache.stage2_student.batches.sampler import micro_batch_count, split_step
-from vlm_distill_cache.stage2_student.config import RateName, Schedule
+from vlm_distill_cache.stage2_student.config import PhaseConfig, RateName, Schedule
 from vlm_distill_cache.stage2_student.losses.objective import Losses, units_of
 from vlm_distill_cache.stage2_student.training.preparation import PreparedPhase
 
@@ -190,6 +191,38 @@ def sum_terms(terms: list[Losses]) -> dict[str, Tensor]:
     """This process's part of each loss term of a step."""
     named = [term.named() for term in terms]
     return {name: torch.stack([values[name].detach() for values in named]).sum() for name in named[0]}
+
+
+def refuse_other_rates(phase: PreparedPhase, earlier: PhaseConfig, *, done: int) -> None:
+    """Refuse to go on with a phase of which the steps that are done would have had other learning rates.
+
+    Args:
+        phase: The longer phase.
+        earlier: The phase as it was, of ``done`` steps.
+
+    Raises:
+        ConfigError: Naming what would keep them.
+    """
+    if phase.steps <= done:
+        raise ConfigError(
+            f"--extend: phase {phase.name} has {done} steps already, and {phase.steps} are asked for; give more "
+            f"({phase.name}.steps)"
+        )
+    before = replace(phase, config=earlier, steps=done)
+    if all(scheduled_rates(before, step) == scheduled_rates(phase, step) for step in range(done)):
+        return
+    if phase.config.schedule == "constant":
+        rise = math.ceil(earlier.warmup * done)
+        raise ConfigError(
+            f"--extend: phase {phase.name} rose to its learning rate in {rise} of {done} steps, and warmup="
+            f"{phase.config.warmup:g} of {phase.steps} steps is another number: add --set {phase.name}.warmup="
+            f"{max(0.0, rise - 0.5) / phase.steps:.6g}"
+        )
+    raise ConfigError(
+        f"--extend: phase {phase.name} has the schedule cosine, whose learning rate has fallen to 0 in its {done} steps: of "
+        f"{phase.steps} steps each would have had another one. Train {phase.steps} steps in another --output, or begin a new run "
+        "from the finished student (--student .../final), with a schedule of its own"
+    )
 
 
 def scheduled_rates(phase: PreparedPhase, step: int) -> dict[RateName, float]:

@@ -22,7 +22,7 @@ def test_pictures_are_counted_in_summary_card_and_manifest(tmp_path: Path, build
     assert summary.manifest is not None
     assert summary.manifest.totals["pictures"] == 6
     assert "  6 of 9 samples with a picture" in summary_text(summary).splitlines()
-    assert "warning" not in summary_text(summary)
+    assert "no sample has a picture" not in summary_text(summary)
     assert "- Pictures: 6 of 9 samples with a picture" in (tmp_path / "cache" / "README.md").read_text()
     report = CliRunner().invoke(main, ["report", str(tmp_path / "cache")])
     assert "6 of 9 samples with a picture" in report.output
@@ -37,7 +37,7 @@ def test_attention_of_data_without_a_picture_is_warned_of_and_text_alone_is_welc
     off = "SET='dpt.losses.answer_attention=0 dft.losses.answer_attention=0'"
     assert off in next_command(summary, BuildConfig(cache=str(tmp_path / "cache"), data=data))
     logits = build_cache(tmp_path / "logits", data=data, signals=("logits", "hidden"))
-    assert "warning" not in summary_text(logits)
+    assert "no sample has a picture" not in summary_text(logits)
 
 
 def test_failures_are_said_by_reason(tmp_path: Path, build_cache):

@@ -24,13 +24,13 @@ from vlm_distill_cache.stage2_student.run import (
     LEFT,
     find_lost,
     load_run_config,
-    read_stamp,
     run,
     set_up_libraries,
     write_report_again,
 )
 from vlm_distill_cache.stage2_student.training.output_folder import claim_output, refuse_foreign_folder
 from vlm_distill_cache.stage2_student.training.preparation import prepare
+from vlm_distill_cache.stage2_student.training.stamp import read_stamp
 
 
 def test_a_run_leaves_two_students_a_table_and_a_page(finished):

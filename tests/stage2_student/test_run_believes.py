@@ -22,8 +22,9 @@ from vlm_distill_cache.stage2_student import run as run_module
 from vlm_distill_cache.stage2_student.cli import main
 from vlm_distill_cache.stage2_student.final_folder import read_final
 from vlm_distill_cache.stage2_student.resolve import open_caches
-from vlm_distill_cache.stage2_student.run import load_run_config, read_stamp, run, write_report_again
+from vlm_distill_cache.stage2_student.run import load_run_config, run, write_report_again
 from vlm_distill_cache.stage2_student.trained_student import open_student
+from vlm_distill_cache.stage2_student.training.stamp import read_stamp
 
 
 def test_a_student_that_cannot_be_read_at_the_moment_is_neither_damaged_nor_made_again(finished, tmp_path):

@@ -1,0 +1,58 @@
+"""What a folder is that is no cache, for errors: whoever names the wrong folder is told which one it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from vlm_distill_cache.common.files.atomic import TEMPORARY_PREFIX
+from vlm_distill_cache.common.printing import one_line
+
+PLAN, MANIFEST, SHARDS = "plan.json", "manifest.json", "shards"
+_INDEX = "index.bin"
+_LOOKED_AT = 10_000  # entries of a folder
+_DATA = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".tar", ".arrow")
+_PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+_WEIGHTS = (".safetensors", ".bin", ".gguf")
+
+
+def is_part_of_cache(folder: Path) -> bool:
+    """Whether a folder holds something that only a cache has."""
+    shards = folder / SHARDS
+    return any((folder / name).is_file() for name in (PLAN, MANIFEST, _INDEX)) or (
+        shards.is_dir() and any(path.suffix == ".json" for path in shards.iterdir())
+    )
+
+
+def describe_folder(folder: Path) -> str:
+    """What a place without a plan looks like, and what of it may have been meant, in half a sentence."""
+    try:
+        if not folder.exists():
+            return "there is no such folder"
+        if not folder.is_dir():
+            return "it is a file"
+        entries = [path for path, _ in zip(folder.iterdir(), range(_LOOKED_AT), strict=False)]
+        names = {path.name for path in entries if not path.name.startswith(TEMPORARY_PREFIX)}
+        if is_part_of_cache(folder):
+            return f"it is a part of a cache, whose {PLAN} is lost: copy the cache again from where it came from"
+        inside = sorted(path.name for path in entries if path.is_dir() and (path / PLAN).is_file())
+    except OSError as error:
+        return f"it cannot be read ({error.strerror})"
+    if not names or names == {SHARDS}:
+        return "it is empty"
+    if inside:
+        more = f" (and {len(inside) - 1} more)" if len(inside) > 1 else ""
+        return f"but {one_line(folder / inside[0])} in it is one{more}: give that"
+    if "run.json" in names:
+        return (
+            "it looks like the folder of a `distill run`; the `cache` in sft/config.yaml there says which cache it read"
+        )
+    if "distillation.json" in names:
+        return "it looks like a trained student; `distill evaluate` and `distill export` take it"
+    if "config.yaml" in names and names & {"checkpoints", "log.jsonl", "final"}:
+        return "it looks like the folder of a `distill train`; the `cache` in its config.yaml says which cache it read"
+    kinds = {Path(name).suffix.lower() for name in names}
+    if "config.json" in names and kinds.intersection(_WEIGHTS):
+        return "it looks like a model; as a teacher it is given by --teacher, as a student by --student"
+    if kinds.intersection((*_DATA, *_PICTURES)) or "dataset_info.json" in names:
+        return "it looks like a data set; `teacher-cache build --data` builds a cache of it"
+    return f"it holds {', '.join(map(one_line, sorted(names)[:3]))}{', ...' if len(names) > 3 else ''}"

@@ -1,0 +1,98 @@
+"""A training that goes on behind its end (``--extend``), and what makes one training another one. Imports no torch.
+
+Only the length of the last phase may be another one, and only if the learning rates of all steps so far stay what they
+were: the result is then, bit for bit, that of a training that was so long from its beginning. The student that is there says
+how it was trained, so that an extension that was killed goes on too; it is replaced when the longer training is done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vlm_distill_cache.common.cache.documents import describe_differences
+from vlm_distill_cache.common.config import config_from_dict, read_yaml
+from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, DistillError
+from vlm_distill_cache.common.files.hashing import fingerprint
+from vlm_distill_cache.stage2_student.config import PhaseConfig, TrainConfig, describe
+from vlm_distill_cache.stage2_student.final_folder import FINAL, read_provenance
+
+OF_LENGTH = ("steps", "epochs", "warmup")  # of the last phase
+_OFFER = "to train the same student longer, add --extend, which goes on from there"
+
+
+def differing_options(output: Path, config: TrainConfig, hashes: Mapping[str, str]) -> str:
+    """In what a training in a folder differs from a configuration, for an error; empty where that cannot be told."""
+    now = describe(config, hashes)
+    try:
+        before = _described(output / FINAL)
+    except FileNotFoundError:
+        try:
+            before = describe(config_from_dict(TrainConfig, read_yaml(output / "config.yaml")), hashes)
+        except DistillError:
+            return ""
+    except DistillError:
+        return ""
+    lines = describe_differences(before, now, there="there", here="this run")
+    offer = f"; {_OFFER}" if (output / FINAL).is_dir() and is_longer(before, now) else ""
+    return "".join(f"; {line.strip()}" for line in lines[:10]) + offer
+
+
+def is_longer(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether a run's description differs from another only in how long its last phase is."""
+    last = now["phases"][-1]
+    lengths = [{name: value for name, value in of[last].items() if name in OF_LENGTH} for of in (before, now)]
+    return lengths[0] != lengths[1] and _without_length(before, last) == _without_length(now, last)
+
+
+def earlier_training(output: Path, config: TrainConfig, hashes: Mapping[str, str]) -> tuple[str, PhaseConfig] | None:
+    """The finished training that a configuration goes on with: its fingerprint, and its last phase.
+
+    None where the student that is there is the configuration's own, or none is.
+
+    Raises:
+        ConfigError: If it is another one that cannot be trained on.
+    """
+    final, now = output / FINAL, describe(config, hashes)
+    try:
+        before = _described(final)
+    except FileNotFoundError:
+        return None
+    if before == now:
+        return None
+    if not is_longer(before, now):
+        lines = describe_differences(before, now, there="the student there", here="this run")
+        raise ConfigError(
+            f"--extend: {final} differs in more than the length of phase {now['phases'][-1]}, its last one:\n"
+            + "\n".join(lines)
+            + "\nGive the options it was trained with and more steps; or begin a new run from it: --student "
+            f"{final} --output ANOTHER"
+        )
+    earlier = config_from_dict(TrainConfig, read_provenance(final)["config"], where=str(final))
+    return fingerprint(before), earlier.phase(config.phases[-1])
+
+
+def _described(final: Path) -> dict[str, Any]:
+    """What a trained student was trained by.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ConfigError: If it does not say so any more.
+    """
+    try:
+        found = read_provenance(final)
+        described = describe(config_from_dict(TrainConfig, found["config"], where=str(final)), found["caches"])
+    except CacheFormatError as error:
+        raise ConfigError(str(error)) from error
+    if fingerprint(described) != found["fingerprint"]:
+        raise ConfigError(
+            f"{final}: how it was trained cannot be told any more (another version, or its mixture's file changed), so that it "
+            f"cannot be trained on from its checkpoint; begin a new run from it: --student {final} --output ANOTHER"
+        )
+    return described
+
+
+def _without_length(described: Mapping[str, Any], last: str) -> dict[str, Any]:
+    phase = {name: value for name, value in described[last].items() if name not in OF_LENGTH}
+    return {**described, last: phase}

@@ -1,0 +1,80 @@
+"""A training that is extended is, byte for byte, the one that was so long from its beginning; all else is refused in words."""
+
+import json
+
+import pytest
+from finished_runs import make_config
+
+from vlm_distill_cache.common.errors import ConfigError
+from vlm_distill_cache.stage2_student.final_folder import read_final
+from vlm_distill_cache.stage2_student.run import run, train_alone
+
+SHORT, LONG = "sft.steps=2", "sft.steps=4"
+STEADY = ("phases=[dpt, sft]", "sft.schedule=constant", "sft.warmup=0", "checkpoint_every=1")
+
+
+def made(folder):
+    """The digests of the student's files, and what was learnt at each step."""
+    trained = read_final(folder / "final")["files"]
+    times = ("step_s", "samples_per_s", "data_wait")
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return trained, [{name: value for name, value in line.items() if name not in times} for line in lines]
+
+
+def test_an_extended_training_is_the_longer_one_even_if_it_was_killed_on_the_way(tiny_cache, tmp_path):
+    def configure(name, *more):
+        return make_config(tiny_cache[0], tmp_path / name, *STEADY, *more)
+
+    train_alone(configure("at-once", LONG))
+    short = train_alone(configure("extended", SHORT))
+    before = read_final(short.final)
+
+    def stop(position, student):
+        if position.total_steps == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_alone(configure("extended", LONG), extends=True, after_step=stop)
+    assert read_final(short.final) == before  # the student that is there stays whole
+    with pytest.raises(ConfigError, match=r"sft\.steps: there has 2, this run has 4; to train .* add --extend"):
+        train_alone(configure("extended", LONG))
+    extended = train_alone(configure("extended", LONG), extends=True)
+    assert len(extended.log) == 5
+    assert made(tmp_path / "extended") == made(tmp_path / "at-once")
+    assert read_final(short.final)["fingerprint"] == read_final(tmp_path / "at-once" / "final")["fingerprint"]
+
+
+@pytest.mark.parametrize(
+    ("first", "more", "reason"),
+    [
+        (["sft.steps=3", "sft.schedule=cosine", "sft.warmup=0"], [], "schedule cosine"),
+        ([], [], r"add --set sft\.warmup=0\.125"),
+        ([], ["dpt.steps=2"], r"(?s)differs in more than the length of phase sft.*dpt\.steps"),
+    ],
+)
+def test_what_would_not_be_the_longer_training_is_refused_and_changes_nothing(
+    tiny_cache, tmp_path, first, more, reason
+):
+    def configure(*more):
+        rising = ("phases=[dpt, sft]", "sft.schedule=constant", "sft.warmup=0.5")
+        return make_config(tiny_cache[0], tmp_path / "one", *rising, SHORT, *first, *more)
+
+    train_alone(configure())
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(ConfigError, match=reason):
+        train_alone(configure(LONG, *more), extends=True)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    if not first and not more:
+        train_alone(configure(LONG, "sft.warmup=0.125"), extends=True)  # as the error proposes
+
+
+def test_a_finished_run_offers_to_extend_both_students(tiny_cache, tmp_path):
+    steady = [f"{phase}.{option}" for phase in ("dpt", "dft", "sft") for option in ("schedule=constant", "warmup=0")]
+    output = tmp_path / "steady"
+    run(make_config(tiny_cache[0], output, "phases=[sft]", *steady))
+    longer = make_config(tiny_cache[0], output, "phases=[sft]", *steady, "sft.steps=2")
+    with pytest.raises(ConfigError, match=r"(?s)sft\.steps: the folder has 1, this run has 2.*add --extend"):
+        run(longer)
+    assert run(longer, extends=True).fresh
+    assert not run(longer, extends=True).fresh
+    assert len((output / "distilled" / "log.jsonl").read_text().splitlines()) == 2

@@ -1,0 +1,221 @@
+"""``--dry-run``: nothing is written, all problems are named at once, and what starts without it would start with it."""
+
+import re
+import shutil
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+from cache_factory import build_cache, make_plan
+from click.testing import CliRunner
+from finished_runs import FAST, make_config
+from hub_server import ModelHub, use_models
+from tiny_cache import build_tiny_cache
+
+from vlm_distill_cache.commands import group_of
+from vlm_distill_cache.stage2_student.run import train_alone
+
+ROOT = Path(__file__).resolve().parent.parent
+SHAPES = "shapes:images=20,seed=5"
+Usage = namedtuple("Usage", "total used free")
+
+
+@pytest.fixture(scope="module")
+def sketch(tmp_path_factory, tiny_llava):
+    """What stage one says of a cache of logits and answer attention that is not built."""
+    folder = tmp_path_factory.mktemp("sketch")
+    told = invoke("stage1_teacher", "build", *build_options(tiny_llava, folder / "cache"), "--sketch", folder / "of")
+    assert told.exit_code == 0, told.output
+    assert not (folder / "cache").exists()
+    return folder / "of"
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained-from") / "tiny"
+    build_tiny_cache(folder)
+    return folder
+
+
+def invoke(package, *words):
+    return CliRunner().invoke(group_of(package), [str(word) for word in words])
+
+
+def build_options(teacher, cache):
+    return ("--dry-run", "--data", SHAPES, "--teacher", teacher, "--cache", cache, "--set", "device=cpu")
+
+
+def run_options(cache, output, *settings, student="mobilevlm-tiny"):
+    given = [word for setting in (*FAST, *settings) for word in ("--set", setting)]
+    return ("--dry-run", "--cache", cache, "--output", output, "--data", SHAPES, "--student", student, *given)
+
+
+def everything(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def test_nothing_is_written_by_any_command_that_would_start(tiny_llava, cache, tmp_path, monkeypatch):
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(home / "cache"))
+    monkeypatch.setenv("VLM_DISTILL_VERIFIED_DIR", str(home / "verified"))
+    monkeypatch.chdir(tmp_path)
+    build_cache(tmp_path / "one", make_plan())
+    before = everything(tmp_path) | everything(cache)
+    for package, *words in (
+        ("stage1_teacher", "build", *build_options(tiny_llava, "new")),
+        ("stage2_student", "run", *run_options(cache, "run")),
+        ("stage2_student", "train", *run_options(cache, "train")),
+        ("common", "push", "one", "pushed", "--dry-run"),
+        ("common", "pull", "one", "pulled", "--dry-run"),
+        ("common", "pull", "one", "pulled", "--dry-run", "--samples", "3"),
+        ("common", "convert", "one", "other", "--store", "webdataset", "--dry-run"),
+    ):
+        told = invoke(package, *words)
+        assert told.exit_code == 0, told.output
+        assert "It would start; nothing was written." in told.output
+    assert everything(tmp_path) | everything(cache) == before
+    told = invoke("common", "merge", "one", "one", "--output", "merged", "--dry-run")
+    assert told.exit_code == 1, told.output
+    assert "one and one are one folder" in told.output
+    assert everything(tmp_path) | everything(cache) == before
+
+
+def test_all_that_a_build_lacks_is_named_at_once(tmp_path):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "letter.txt").touch()
+    words = ("--data", tmp_path / "none.json", "--teacher", tmp_path / "none", "--cache", tmp_path / "cache")
+    told = invoke("stage1_teacher", "build", "--dry-run", *words)
+    assert told.exit_code == 1
+    for problem in (
+        "is not a teacher cache: it holds letter.txt",
+        "none.json' does not exist",
+        "none: there is no such folder",
+        "3 problems",
+    ):
+        assert problem in told.output, told.output
+
+
+@pytest.mark.parametrize(
+    ("student", "settings", "problem"),
+    [
+        ("misspelt", (), "'misspelt' is neither a known student"),
+        ("no/where/at/all", (), "no/where/at/all' is neither a known student"),
+        ("{tmp}", (), "no readable config.json|config.json"),
+        ("pruned:2", (), "above 0 and at most 1"),
+        ("mobilevlm-tiny", ("dft.lrr=1",), "unknown option dft.lrr"),
+        ("mobilevlm-tiny", ("dft.losses.visual_map=1",), "needs a signal that .* does not hold: visual_map"),
+        ("mobilevlm-tiny", ("dft.losses.temperature=7",), "losses.temperature is 7.0"),
+        ("mobilevlm-tiny", ("evaluation.data=none.json",), "none.json' does not exist"),
+        ("mobilevlm-tiny", ("data=shapes:images=3",), "is not the one that .* is built from"),
+        ("compodistill-2b", ("projector=mlp",), "a random one of this size is of no use"),
+        ("compodistill-tiny", (), "needs the teacher's own vision tower"),
+    ],
+)
+def test_what_is_wrong_with_a_student_is_known_before_its_cache_is_built(sketch, tmp_path, student, settings, problem):
+    output = tmp_path / "run"
+    words = run_options("the-cache", output, *settings, student=student.format(tmp=tmp_path))
+    told = invoke("stage2_student", "run", *words, "--sketch", sketch)
+    assert told.exit_code == 1, told.output
+    errors = [line for line in told.output.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, (told.output, told.exception)
+    assert re.search(problem, errors[0]), errors
+    assert str(sketch) not in told.output
+    assert not output.exists()
+
+
+def test_a_students_problems_are_named_together(sketch, tmp_path, monkeypatch):
+    output = tmp_path / "run"
+    output.mkdir()
+    (output / "letter.txt").touch()
+    settings = ("dft.lrr=1", "sfd.lr=1", "dft.losses.visual_map=1", "evaluation.data=none.json")
+    told = invoke("stage2_student", "run", *run_options("c", output, *settings, student="nobody"), "--sketch", sketch)
+    for problem in (
+        "dft.lrr",
+        "sfd",
+        "visual_map",
+        "none.json",
+        "'nobody'",
+        "it is not the folder of a run",
+        "6 problems",
+    ):
+        assert problem in told.output, told.output
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: Usage(1 << 40, 1 << 40, 1000))
+    told = invoke("stage2_student", "run", *run_options("c", tmp_path / "new"), "--sketch", sketch)
+    assert "students and checkpoints takes" in told.output
+    assert told.exit_code == 1
+
+
+def test_a_name_that_is_not_on_the_hub_is_a_problem_and_weights_stay_there(sketch, tiny_llava, tmp_path, monkeypatch):
+    with ModelHub(tmp_path) as hub:
+        use_models(monkeypatch, hub.url, tmp_path / "home")
+        words = run_options("c", tmp_path / "run", student="nobody/nothing")
+        told = invoke("stage2_student", "run", *words, "--sketch", sketch)
+        assert told.exit_code == 1
+        assert "nobody/nothing: there is no such folder, and no such repository" in told.output
+        hub.publish("tiny-org/tiny-llava", tiny_llava)
+        words = build_options("tiny-org/tiny-llava", tmp_path / "cache")
+        told = invoke("stage1_teacher", "build", *words)
+        assert told.exit_code == 0, told.output
+        assert "to download: tiny-org/tiny-llava" in told.output
+        words = run_options("c", tmp_path / "run", student="tiny-org/tiny-llava")
+        told = invoke("stage2_student", "run", *words, "--sketch", sketch)
+        assert told.exit_code == 0, told.output
+        assert "to download: tiny-org/tiny-llava" in told.output
+        assert not any("safetensors" in request for request in map(str, hub.requests))
+        assert not list((tmp_path / "home").rglob("*.json"))
+
+
+def test_options_that_differ_from_what_is_there_are_named(cache, tmp_path, tiny_llava):
+    output = tmp_path / "run"
+    train_alone(make_config(cache, output, "phases=[sft]"))
+    told = invoke("stage2_student", "train", *run_options(cache, output, "phases=[sft]", "sft.lr=1"))
+    assert told.exit_code == 1
+    assert "sft.lr: there has" in told.output
+    same = run_options(cache, output, "phases=[sft]", student="mobilevlm")
+    told = invoke("stage2_student", "train", *same)
+    assert told.exit_code == 0, told.output
+    assert "as fast as those logged there" in told.output
+
+
+def test_the_example_of_both_stages_runs_and_is_compared_with_what_it_left(tmp_path, monkeypatch):
+    """The other stage's process is its command called here."""
+
+    def call(command, environment, *, quiet=False):
+        done = invoke("stage1_teacher", *command[3:])
+        assert done.exit_code == 0 or "differs" in str(done.output) or "other settings" in done.output, done.output
+        return done.exit_code
+
+    monkeypatch.setattr("vlm_distill_cache.common.tools.both_stages.run_command", call)
+    monkeypatch.chdir(tmp_path)
+    example = ROOT / "docs" / "examples" / "both_stages.yaml"
+    told = invoke("stage2_student", "run", "--config", example, "--dry-run")
+    assert told.exit_code == 0, told.output
+    assert list(tmp_path.iterdir()) == []
+    told = invoke("stage2_student", "run", "--config", example)
+    assert told.exit_code == 0, told.output
+    assert (tmp_path / "build" / "runs" / "both-stages" / "report.html").is_file()
+    changed = tmp_path / "changed.yaml"
+    changed.write_text(example.read_text().replace("[logits, answer_attention]", "[logits]"))
+    assert invoke("stage2_student", "run", "--config", changed).exit_code == 1
+
+
+def test_sections_and_shared_options_that_there_are_not_are_refused(tmp_path):
+    for text, problem in (
+        ("teacher_cach: {}\ndistill: {}\n", "unknown section teacher_cach; did you mean teacher_cache"),
+        ("distill: {}\nstudent: mobilevlm\n", "unknown section student"),
+        ("distill: 3\n", "section distill is 3"),
+        ("distill: {nonsense: 1}\ncache: c\n", "unknown option nonsense"),
+        ("teacher_cache: {student: x}\ndistill: {}\ncache: c\n", "an option of stage two"),
+    ):
+        path = tmp_path / "both.yaml"
+        path.write_text(text)
+        stage = (
+            ("stage1_teacher", "build")
+            if "student: x" in text
+            else ("stage2_student", "train", "--output", tmp_path / "o")
+        )
+        told = invoke(*stage, "--config", path, "--dry-run")
+        assert told.exit_code == 1
+        assert problem in told.output, told.output

@@ -36,6 +36,8 @@ SURFACE = {
     "distill prune": "--data --images --keep --output --samples --teacher --template",
     "distill run": "--cache --config --data --images --nproc --output --phases --seed --set --student --teacher",
     "distill train": "--cache --config --data --images --output --phases --seed --set --student",
+    "teacher-cache advise": "--answers --budget --cache --config --data --eval-data --images --json --limit "
+    "--max-gradient-error --output --samples --set --signals --store --student --student-set --student-steps --teacher",
     "teacher-cache build": "--answers --cache --config --data --images --limit --nproc --overwrite --part --set --signals --store "
     "--teacher",
     "teacher-cache demo-teacher": "--data --output --seed",

@@ -98,15 +98,19 @@ def join_launch(ctx: click.Context, *, several: Sequence[str]) -> None:
             ctx.exit(0)
 
 
-def run_command(command: Sequence[str], environment: Mapping[str, str]) -> int:
+def run_command(command: Sequence[str], environment: Mapping[str, str], *, quiet: bool = False) -> int:
     """Run a command of ours to its end and return its exit code; SIGTERM or Ctrl-C to this process stops it too.
+
+    Of a ``quiet`` one only what it says on standard error is seen.
 
     Neither is a launcher killed outright, which would leave its own processes behind (`subprocess.run` does that), nor
     does one outlive this process, if it calls `end_with_parent`.
     """
     # Ctrl-C reaches all processes of a terminal: this one ends the others, which would each end in their own way.
     with without_interrupts():
-        process = subprocess.Popen(command, env={**environment, PARENT: str(os.getpid())})
+        process = subprocess.Popen(
+            command, env={**environment, PARENT: str(os.getpid())}, stdout=subprocess.DEVNULL if quiet else None
+        )
     with process:
         try:
             return process.wait()

@@ -23,7 +23,8 @@ from vlm_distill_cache.common.cache.schema import Field, Record
 from vlm_distill_cache.common.cache.shared_images import ImageSharer, SharedImages
 from vlm_distill_cache.common.cache.stores import finish_shard, open_writer
 from vlm_distill_cache.common.codecs.description import Codec
-from vlm_distill_cache.common.codecs.logits import LOGIT_PRESETS
+from vlm_distill_cache.common.codecs.logits import LOGIT_PRESETS, LogitCodec
+from vlm_distill_cache.common.codecs.visual_map import VisualMapCodec
 from vlm_distill_cache.common.errors import ConfigError, DataError, ModelError, SampleError
 from vlm_distill_cache.common.files.hashing import fingerprint
 from vlm_distill_cache.common.terminal.progress import progress
@@ -62,7 +63,7 @@ class OptionSet:
     """One way of keeping some of the signals; the others are as the options of the command say.
 
     Attributes:
-        part: Which signals: ``logits``, ``attention`` or ``hidden``.
+        part: Which signals: ``words`` (logits), ``attention`` or ``states``.
         options: Options of a build.
         token_bytes: On disk, of this part's signals, a supervised token.
         cache_bytes: Of the whole cache with it, projector, vision tower, sidecars and index included.
@@ -166,19 +167,18 @@ class Recommendation:
 
 def option_sets(config: BuildConfig) -> Iterator[tuple[str, dict[str, str]]]:
     """What is compared for the signals of a configuration: its own options, the first of each part, and all others."""
-    signals = set(config.signals)
-    attention = {name for name in signals if EXTRACTORS[name].attention}
+    parts = {part_of(name) for name in config.signals}
     given: dict[str, list[dict[str, str]]] = {}
-    if signals & {"logits", "visual_logits"}:
-        given["logits"] = [{"logits": name} for name in (config.logits, *LOGITS)]
-    if "visual_map" in signals:
+    if "words" in parts:
+        given["words"] = [{LogitCodec.signal: name} for name in (config.logits, *LOGITS)]
+    if VisualMapCodec.signal in config.signals:
         own: dict[str, str] = {"attention_dtype": config.attention_dtype, "map_preset": config.map_preset}
         others = [{"attention_dtype": "u1", "map_preset": preset} for preset in MAPS]
         given["attention"] = [own, *others, {"attention_dtype": "f4", "map_preset": "exact"}]
-    elif attention:
+    elif "attention" in parts:
         given["attention"] = [{"attention_dtype": kind} for kind in (config.attention_dtype, "u1", "f4")]
-    if signals & {"hidden", "visual_hidden", "projector_output"}:
-        given["hidden"] = [{"hidden_dtype": kind} for kind in (config.hidden_dtype, "f2", "f4")]
+    if "states" in parts:
+        given["states"] = [{"hidden_dtype": kind} for kind in (config.hidden_dtype, "f2", "f4")]
     for part, sets in given.items():
         for place, options in enumerate(sets):
             if options not in sets[:place]:
@@ -371,7 +371,7 @@ def part_of(signal: str) -> str:
     """The part of the options that a signal belongs to."""
     if EXTRACTORS[signal].attention:
         return "attention"
-    return "logits" if signal.endswith("logits") else "hidden"
+    return "words" if signal.endswith(LogitCodec.signal) else "states"
 
 
 def _measure_sample(

@@ -15,9 +15,9 @@ from vlm_distill_cache.stage1_teacher.estimate.advise import FILTERED_ONLY, Advi
 from vlm_distill_cache.stage1_teacher.estimate.estimate import bytes_text
 
 TITLES = {
-    "logits": "what students learn of the teacher's words",
+    "words": "what the teacher says, by presets and top-k of its logits",
     "attention": "where the teacher looks",
-    "hidden": "the teacher's hidden states",
+    "states": "the teacher's hidden states",
 }
 SHORT_RUN = (
     "so short a run ranks option sets whose scores differ by more than their intervals, and nothing else: longer training "

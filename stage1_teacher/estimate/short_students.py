@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlm_distill_cache.common.codecs.logits import LOGIT_PRESETS
+from vlm_distill_cache.common.codecs.logits import LOGIT_PRESETS, LogitCodec
 from vlm_distill_cache.common.errors import ConfigError
 from vlm_distill_cache.common.files.atomic import read_json
 from vlm_distill_cache.common.terminal.command_line import run_command, said_so_far
@@ -50,9 +50,10 @@ def score_students(
         ConfigError: If the cache would hold no logits, or a student cannot be trained; its own message stands above.
     """
     config = measured.config
-    if "logits" not in config.signals:
-        raise ConfigError("--student: students are compared by the logits they learn; add logits to --signals")
-    names = dict.fromkeys((JUDGE, *LOGIT_PRESETS, config.logits, chosen["logits"]))
+    option = LogitCodec.signal
+    if option not in config.signals:
+        raise ConfigError("--student: students are compared by the logits they learn; add them to --signals")
+    names = dict.fromkeys((JUDGE, *LOGIT_PRESETS, config.logits, chosen[option]))
     data = ["--data", config.data, *(["--images", config.images] if config.images else [])]
     unserved = [f"{PHASE}.losses.{name}=0" for name in DEFAULT_SIGNALS if name not in config.signals]
     settings = [f"{PHASE}.steps={steps}", *unserved, *overrides]
@@ -60,7 +61,7 @@ def score_students(
     for number, name in enumerate(names):
         cache, output = folder / f"cache-{number}", folder / f"student-{number}"
         cache.mkdir()
-        measured.write_cache(cache, {"logits": name})
+        measured.write_cache(cache, {option: name})
         given = [word for entry in settings for word in ("--set", entry)]
         _distill("train", "--student", student, *data, "--cache", str(cache), "--output", str(output),
                  "--phases", PHASE, *given)  # fmt: skip
@@ -68,7 +69,7 @@ def score_students(
         items = ["--data", eval_data] if eval_data else []
         _distill("evaluate", str(output / "final"), *items, "--limit", str(ITEMS), "--cache", str(folder / "cache-0"),
                  "--output", str(found))  # fmt: skip
-        scores[f"logits={name}"] = read_json(found)["scores"]
+        scores[f"{option}={name}"] = read_json(found)["scores"]
     return scores
 
 

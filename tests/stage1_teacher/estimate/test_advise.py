@@ -86,7 +86,7 @@ def test_every_family_and_data_of_one_sample_without_a_picture(
         )
         advice = advise(probe)
         assert advice.probe == (6, 1)[number]
-        logits = [one for one in advice.sets if one.part == "logits"]
+        logits = [one for one in advice.sets if one.part == "words"]
         assert [one.given for one in logits] == [True, False]
         assert all(0 <= one.error < 1.5 for one in logits)
         assert {one.error is None for one in advice.sets if one.part == "attention"} <= {bool(number)}
@@ -98,7 +98,7 @@ def a_set(part: str, options: dict, size: int, error: float | None) -> OptionSet
 
 
 def made_up() -> Advice:
-    sets = [a_set("logits", {"logits": name}, 1000 + size, error) for name, size, error in (
+    sets = [a_set("words", {"logits": name}, 1000 + size, error) for name, size, error in (
         ("default", 0, 0.02), ("lean", -200, 0.06), ("wide", 100, 0.02), ("exact", 3000, 0.0))]  # fmt: skip
     sets += [
         a_set("attention", {"attention_dtype": "u1", "map_preset": preset}, 1000 + size, error)
@@ -178,7 +178,7 @@ def test_a_command_keeps_names_as_a_shell_reads_them():
 def test_every_set_is_one_that_a_build_takes_and_the_given_one_is_the_first():
     config = BuildConfig(logits="fixed:20", signals=SIGNALS, map_preset="blocks")
     sets = list(option_sets(config))
-    assert sets[0] == ("logits", {"logits": "fixed:20"})
+    assert sets[0] == ("words", {"logits": "fixed:20"})
     assert ("attention", {"attention_dtype": "u1", "map_preset": "blocks"}) in sets
     assert len({str(one) for one in sets}) == len(sets)
     for _, options in sets:

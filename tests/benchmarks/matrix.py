@@ -24,18 +24,15 @@ RESULTS = Path(__file__).parent / "results" / "matrix.json"
 ENDS = ("oldest", "newest")
 FILES = (
     "tests/common/cache/test_cache.py",  # zarr, numcodecs, numpy, xxhash
-    "tests/common/codecs/test_codec_interface.py",
     "tests/common/test_hub.py",  # huggingface_hub
-    "tests/data/test_hub_data.py",
     "tests/common/remotes/test_s3_refusals.py",  # boto3
     "tests/data/text/test_sentencepiece_model.py",  # sentencepiece, protobuf
     "tests/data/text/test_builtin_processor.py",  # tokenizers, pillow
     "tests/data/sources/test_hf.py",  # datasets, pyarrow
-    "tests/data/sources/test_parquet.py",
     "tests/data/sources/test_patterns.py",  # webdataset
-    "tests/data/families",  # transformers
-    "tests/stage1_teacher/teacher",  # bitsandbytes
-    "tests/stage1_teacher/loop/test_forward.py",
+    "tests/data/families/test_family_models.py",  # transformers
+    "tests/stage1_teacher/teacher/test_families.py",
+    "tests/stage1_teacher/teacher/test_quantised_teachers.py",  # bitsandbytes
     "tests/stage2_student/students/test_library_student.py",  # safetensors
     "tests/stage2_student/training/test_lora.py",  # peft
     "tests/stage2_student/training/test_checkpoint.py",  # accelerate, tensorboard
@@ -137,9 +134,11 @@ def table(results: dict) -> str:
 def main() -> None:
     """Run the ends that are named, or both; ends with 1 if a test failed."""
     FOLDER.mkdir(parents=True, exist_ok=True)
-    results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    results: dict = {}
     for end in sys.argv[1:] or ENDS:
-        results[end] = measure(end)
+        found = measure(end)
+        results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+        results[end] = found
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     print(table(results))
     sys.exit(any(results[end]["failed"] for end in results))

@@ -100,6 +100,7 @@ class Advice:
         tokens: Supervised tokens of the data set.
         signal_bytes: On disk, what each signal adds to the cache that the options of the command describe.
         cache_bytes: Of that cache.
+        side_bytes: Of these, what does not lie in shards: projector, vision tower, processor, index and lists.
         left_out: Option sets that cannot hold a sample of the probe, with the reason.
     """
 
@@ -112,6 +113,7 @@ class Advice:
     tokens: int
     signal_bytes: dict[str, int]
     cache_bytes: int
+    side_bytes: int
     sets: tuple[OptionSet, ...]
     left_out: dict[str, str]
 
@@ -447,6 +449,7 @@ def advise(measured: Measured) -> Advice:
         tokens=round(tokens),
         signal_bytes={name: round(shards - size) for name, size in without.items()},
         cache_bytes=round(shards + beside),
+        side_bytes=beside,
         sets=tuple(mark_best(sets)),
         left_out=left_out,
     )

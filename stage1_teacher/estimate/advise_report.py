@@ -13,6 +13,7 @@ from vlm_distill_cache.common.printing import hide_secrets, one_line, printable
 from vlm_distill_cache.common.terminal.command_line import quoted
 from vlm_distill_cache.stage1_teacher.estimate.advise import FILTERED_ONLY, Advice, OptionSet, Recommendation
 from vlm_distill_cache.stage1_teacher.estimate.estimate import bytes_text
+from vlm_distill_cache.stage1_teacher.loop.answers import ANSWERS
 
 TITLES = {
     "words": "what the teacher says, by presets and top-k of its logits",
@@ -47,7 +48,8 @@ def advice_text(advice: Advice, scores: Mapping[str, Sequence[str]] | None = Non
         f"{advice.probe} measured samples" + (f" ({advice.failed} could not be used)" if advice.failed else ""),
         *([f"  the first of these: {one_line(advice.reason)}"] if advice.failed else []),
         f"With the options given, the whole cache ({advice.store}) takes {bytes_text(advice.cache_bytes)}; of these "
-        + ", ".join(f"{name} {bytes_text(size)}" for name, size in advice.signal_bytes.items()),
+        + "".join(f"{name} {bytes_text(max(size, 0))}, " for name, size in advice.signal_bytes.items())
+        + f"projector, vision tower, processor and index {bytes_text(advice.side_bytes)}",
     ]
     for part in dict.fromkeys(found.part for found in advice.sets):
         shown = [found for found in advice.sets if found.part == part]
@@ -106,11 +108,12 @@ def recommendation_text(
     else:
         lines = [f"Nothing measured keeps to {asked}; the nearest is {size}"]
         if budget is not None and found.cache_bytes > budget:
-            largest = max(advice.signal_bytes, key=lambda name: advice.signal_bytes[name])
-            lines.append(
-                f"  fewer samples (--limit), or --signals without {largest} "
-                f"({bytes_text(advice.signal_bytes[largest])} with the options given), take less"
-            )
+            sizes = {name: size for name, size in advice.signal_bytes.items() if name != ANSWERS}
+            largest = max(sizes, key=lambda name: sizes[name])
+            less = ["fewer samples (--limit)"] if budget > advice.side_bytes else []
+            less += [f"--signals without {largest} ({bytes_text(sizes[largest])})"] if len(sizes) > 1 else []
+            fixed = f"{bytes_text(advice.side_bytes)} lie beside the shards, however few samples there are"
+            lines.append(f"  {' or '.join(less)} would take less; {fixed}" if less else f"  {fixed}")
     if not found.every_loss:
         lines.append(
             f"  note: map_preset={found.options['map_preset']} serves the sink-filtered loss only, for students with "

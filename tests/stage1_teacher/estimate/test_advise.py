@@ -24,7 +24,12 @@ from vlm_distill_cache.stage1_teacher.estimate.advise import (
     option_sets,
     parse_bytes,
 )
-from vlm_distill_cache.stage1_teacher.estimate.advise_report import advice_page, advice_text, build_command
+from vlm_distill_cache.stage1_teacher.estimate.advise_report import (
+    advice_page,
+    advice_text,
+    build_command,
+    recommendation_text,
+)
 
 SIGNALS = ("logits", "answer_attention", "visual_columns", "visual_map", "hidden")
 
@@ -106,7 +111,7 @@ def made_up() -> Advice:
     ]
     return Advice(
         name="t on d", store="zarr", samples=10, probe=5, failed=0, reason="", tokens=100, left_out={},
-        signal_bytes={"logits": 300, "visual_map": 500}, cache_bytes=1000, sets=tuple(mark_best(sets)),
+        signal_bytes={"logits": 300, "visual_map": 500}, cache_bytes=1000, side_bytes=50, sets=tuple(mark_best(sets)),
     )  # fmt: skip
 
 
@@ -137,6 +142,17 @@ def test_the_recommendation_is_the_best_that_fits(asked: dict, options: tuple, s
     assert (found.options["logits"], found.options["map_preset"]) == options
     assert (found.cache_bytes, found.fits) == (size, fits)
     assert found.every_loss == (options[1] == "exact")
+
+
+def test_what_is_too_small_a_budget_is_said_with_what_would_take_less():
+    advice = made_up()
+    found = advice.recommend(budget=100.0)
+    text = recommendation_text(found, "teacher-cache build", budget=100.0, bound=None, advice=advice)
+    assert "Nothing measured keeps to 100 B; the nearest is 500 B, gradient error 0.06" in text
+    assert "fewer samples (--limit) or --signals without visual_map (500 B) would take less; 50 B lie beside" in text
+    assert "map_preset=blocks serves the sink-filtered loss only" in text
+    text = recommendation_text(found, "teacher-cache build", budget=10.0, bound=None, advice=advice)
+    assert "--limit" not in text  # what lies beside the shards is more than that already
 
 
 def test_sizes_are_read_with_their_units_and_nothing_else_is():

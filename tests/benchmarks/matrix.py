@@ -99,6 +99,7 @@ def measure(end: str) -> dict:
     return {
         "python": platform.python_version(),
         "machine": platform.machine(),
+        "files": list(FILES),
         "versions": {plain(name): version for name, version in sorted(versions.items()) if plain(name) in bounds()},
         **count(report),
     }

@@ -64,7 +64,7 @@ export TOKENIZERS_PARALLELISM := false
 # Recipes are not echoed: what is shown is what the tools print. `make -n` still shows them.
 .SILENT:
 
-.PHONY: help setup teacher-cache distill evaluate report demo demo-teacher experiment experiment-smollm test checks format docs bench bench-compare bench-codec full-size battery lock sbom audit clean
+.PHONY: help setup teacher-cache distill evaluate report demo demo-teacher experiment experiment-smollm test checks format docs bench bench-compare bench-codec full-size battery matrix lock sbom audit clean
 
 help: ## Show this list
 	grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 26
@@ -159,6 +159,9 @@ full-size: $(STAMP) ## Published models at full size with random weights, on the
 
 battery: $(STAMP) ## Kills, damages, hostile values, faulty transfers, full disks, a long run (half an hour on 2 cores)
 	$(BIN)/python -m tests.battery.battery
+
+matrix: $(STAMP) $(IN_TOOLS)/.installed ## Tests with the oldest and the newest libraries that pyproject.toml allows (half an hour, 12 GB)
+	$(BIN)/python -m tests.benchmarks.matrix
 
 $(IN_TOOLS)/.installed: constraints.txt
 	$(call NEW_VENV,$(IN_TOOLS))

@@ -30,6 +30,7 @@ from vlm_distill_cache.common.terminal.command_line import (
     SETTINGS,
     CacheFolder,
     CommandGroup,
+    NewFolder,
     join_launch,
     quiet_libraries,
     quoted,
@@ -330,6 +331,108 @@ def estimate(
     answer(**figures.to_dict())
     if json_file:
         write_json_atomic(Path(json_file), figures.to_dict())
+
+
+@main.command()
+@_build_options
+@click.option(
+    "--samples",
+    type=click.IntRange(min=1),
+    default=300,
+    show_default=True,
+    help="Size of the probe, spread over the data.",
+)
+@click.option("--budget", help="Recommend what fits this size, such as 20GB.")
+@click.option(
+    "--max-gradient-error",
+    type=_POSITIVE,
+    help="Recommend the smallest cache within this bound; default without a budget: 0.05.",
+)
+@click.option(
+    "--output",
+    type=NewFolder(file_okay=False),
+    help="Folder for advice.html and advice.json; default: nothing is written.",
+)
+@click.option(
+    "--json",
+    "json_file",
+    is_flag=False,
+    flag_value="",
+    metavar="[FILE]",
+    help="Also write all figures here; without FILE, print them and nothing else.",
+)
+@click.option("--student", help="Also train a short student on each preset, and score it (minutes each).")
+@click.option(
+    "--student-steps", type=click.IntRange(min=1), default=100, show_default=True, help="Steps of a short student."
+)
+@click.option(
+    "--student-set", multiple=True, metavar="KEY=VALUE", help="Option of `distill train` for them; repeatable."
+)
+@click.option("--eval-data", help="Held-out items that they are scored on; default: those of the data.")
+def advise(
+    *,
+    samples: int,
+    budget: str | None,
+    max_gradient_error: float | None,
+    output: Path | None,
+    json_file: str | None,
+    student: str | None,
+    student_steps: int,
+    student_set: tuple[str, ...],
+    eval_data: str | None,
+    **options: Any,
+) -> None:
+    """Compare presets, top-k and bits by bytes and gradient error on a probe, and say which to build with."""
+    given = {name: value for name, value in options.items() if name != "overrides"}
+    options_given = canonical_overrides(BuildConfig, options["overrides"])
+    settings, _ = _settings(options)
+
+    import gc
+    from tempfile import TemporaryDirectory
+
+    from vlm_distill_cache.common.files.atomic import write_bytes_atomic, write_json_atomic
+    from vlm_distill_cache.common.files.disk import name_full_disk
+    from vlm_distill_cache.stage1_teacher.estimate import advise_report as report
+    from vlm_distill_cache.stage1_teacher.estimate.advise import advise as weigh
+    from vlm_distill_cache.stage1_teacher.estimate.advise import measure_options, parse_bytes
+    from vlm_distill_cache.stage1_teacher.estimate.short_students import score_lines, score_students
+
+    most = None if budget is None else parse_bytes(budget)
+    bound = 0.05 if most is None and max_gradient_error is None else max_gradient_error
+    if json_file and not Path(json_file).parent.is_dir():
+        raise click.BadParameter(f"{json_file}: there is no folder {Path(json_file).parent}")
+    quiet_libraries()
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+    with (
+        stopped_by_sigterm(),
+        TemporaryDirectory(dir=output, prefix=".advise-") as scratch,
+        name_full_disk(Path(scratch)),
+    ):
+        kept = Path(scratch) / "probe"
+        kept.mkdir()
+        measured = measure_options(settings, kept, samples=samples)
+        advice = weigh(measured)
+        found = advice.recommend(budget=most, bound=bound)
+        command = report.build_command(given, options_given, found.options)
+        scores = None
+        if student is not None:
+            gc.collect()  # the teacher, whose memory students need
+            scores = score_students(
+                measured, Path(scratch), student=student, steps=student_steps, eval_data=eval_data,
+                overrides=student_set, chosen=found.options,
+            )  # fmt: skip
+    table = report.advice_text(advice, None if scores is None else score_lines(scores))
+    last = report.recommendation_text(found, command, budget=most, bound=bound, advice=advice)
+    say(f"{table}\n\n{last}")
+    figures = report.advice_json(advice, found, command, scores)
+    answer(**figures)
+    if json_file:
+        write_json_atomic(Path(json_file), figures)
+    if output is not None:
+        write_json_atomic(output / "advice.json", figures)
+        write_bytes_atomic(output / "advice.html", report.advice_page(advice, f"{table}\n\n{last}").encode())
+        say(f"Plot: {output / 'advice.html'}")
 
 
 @main.command()

@@ -199,14 +199,13 @@ def estimate_text(estimate: Estimate) -> str:
     for name, size in probe.signals.items():
         lines.append(
             f"  {name:<20}{size.decoded / rows:>12.1f}{size.decoded:>14.1f}{size.stored:>16.1f}"
-            f"{_bytes(size.stored * estimate.sample_count):>14}"
+            f"{bytes_text(size.stored * estimate.sample_count):>14}"
         )
     fixed = probe.shard_bytes * estimate.shard_count + probe.side_bytes
     total = estimate.cache_bytes / estimate.sample_count
-    lines.append(f"  {f'{estimate.shard_count} shards, projector':<62}{_bytes(fixed):>14}")
-    lines.append(
-        f"  {f'whole cache ({estimate.store})':<20}{total / rows:>12.1f}{'':>14}{total:>16.1f}{_bytes(estimate.cache_bytes):>14}"
-    )
+    lines.append(f"  {f'{estimate.shard_count} shards, projector':<62}{bytes_text(fixed):>14}")
+    whole, all_bytes = f"whole cache ({estimate.store})", bytes_text(estimate.cache_bytes)
+    lines.append(f"  {whole:<20}{total / rows:>12.1f}{'':>14}{total:>16.1f}{all_bytes:>14}")
     lines.append(
         f"Stage one: {_hours(estimate.stage_one_hours)}{_money(scenario.price, estimate.stage_one_hours)} at "
         f"{1 / probe.loop:.1f} samples/s (alone, a sample: read {probe.encode * 1e3:.2f} ms, "
@@ -230,8 +229,8 @@ def estimate_text(estimate: Estimate) -> str:
 
 
 def _memory(probe: Probe) -> str:
-    device = "" if probe.device_memory is None else f"{_bytes(probe.device_memory)} on the device, "
-    return f"{device}{_bytes(probe.host_memory)} in the process that runs the teacher, weights mapped from their files included"
+    device = "" if probe.device_memory is None else f"{bytes_text(probe.device_memory)} on the device, "
+    return f"{device}{bytes_text(probe.host_memory)} in the process that runs the teacher, weights mapped from their files included"
 
 
 def parse_students(text: str) -> tuple[int, ...]:
@@ -253,7 +252,8 @@ def _money(price: float | None, hours: float) -> str:
     return "" if price is None else f", cost {hours * price:.2f}"
 
 
-def _bytes(size: float) -> str:
+def bytes_text(size: float) -> str:
+    """A size as it is read: ``12.3 MB``."""
     names: Sequence[str] = ("B", "KB", "MB", "GB", "TB")
     power = min(len(names) - 1, max(0, int(math.log(max(size, 1), 1000))))
     return f"{size / 1000**power:.1f} {names[power]}" if power else f"{size:.0f} B"

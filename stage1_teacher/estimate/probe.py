@@ -200,10 +200,11 @@ def peak_memory(device: torch.device) -> tuple[int, int | None]:
     return host, torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
-def probe_positions(total: int, samples: int) -> list[int]:
-    """Where in a data set of ``total`` samples the probe lies: ``RUNS`` runs of neighbours, evenly spread."""
-    samples = min(samples, total)
-    runs = min(RUNS, samples)
+def probe_positions(total: int, samples: int, runs: int = RUNS) -> list[int]:
+    """Where in a data set of ``total`` samples the probe lies: some runs of neighbours, evenly spread."""
+    if samples >= total:
+        return list(range(total))
+    runs = min(runs, samples)
     positions: set[int] = set()
     for run in range(runs):
         length = samples // runs + (run < samples % runs)

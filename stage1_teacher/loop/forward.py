@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from vlm_distill_cache.common.errors import DistillError, ModelError, SampleError
 from vlm_distill_cache.data.text.collate import Batch, collate, joinable, length_buckets
@@ -157,14 +158,14 @@ def _finish(
     except (ModelError, SampleError):
         for sample in queued.samples:
             try:
-                found = _run_alone(work, sample)
+                alone, _, kept = run_alone(work, sample)
             except SampleError as error:
                 _fail(shard, sample, error)
             except ModelError as error:
                 unread.append((sample, error))
             else:
                 work.teacher.has_read = True
-                yield found
+                yield alone, kept
     else:
         work.teacher.has_read = True
         yield found
@@ -176,8 +177,12 @@ def _fail(shard: EncodedShard, sample: EncodedSample, error: SampleError | Model
 
 
 @torch.inference_mode()
-def _run_alone(work: Build, sample: EncodedSample) -> tuple[Batch, TeacherSignals]:
-    """Run one sample, and say what is wrong with it."""
+def run_alone(work: Build, sample: EncodedSample) -> tuple[Batch, dict[str, Tensor], TeacherSignals]:
+    """Run one sample; its batch, what the teacher found, on its device, and what codecs get of that, on the CPU.
+
+    Raises:
+        SampleError: If it cannot be used; ModelError, if the teacher cannot read it.
+    """
     ready = _prepare(work, [sample])
     if ready.batch is None or ready.inputs is None:
         raise ready.fault or SampleError("it cannot be prepared")
@@ -185,7 +190,7 @@ def _run_alone(work: Build, sample: EncodedSample) -> tuple[Batch, TeacherSignal
         output = work.run(ready.batch, ready.inputs)
     signals = to_cpu(reduce_output(output, ready.batch, work.codecs))
     check_finite(signals)
-    return ready.batch, signals
+    return ready.batch, output, signals
 
 
 @contextmanager

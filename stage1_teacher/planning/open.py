@@ -15,10 +15,10 @@ from vlm_distill_cache.stage1_teacher.loop.work import Build
 from vlm_distill_cache.stage1_teacher.planning.batch_size import automatic_batch_size
 from vlm_distill_cache.stage1_teacher.planning.extension import ExtendConfig, extend_plan
 from vlm_distill_cache.stage1_teacher.planning.plan import (
-    _fields_of,
     beyond_positions,
     build_encoder,
     codecs_for,
+    fields_of,
     make_plan,
     refuse_packing,
     refuse_signals,
@@ -65,7 +65,7 @@ def open_build(config: BuildConfig, *, loads: bool = True) -> Build:
         teacher, template=config.template, max_length=config.max_length, long_samples=config.long_samples
     )
     codecs = codecs_for(config, teacher)
-    if any(VISUAL_SOURCE in group for group in _fields_of(codecs, teacher).values()):
+    if any(VISUAL_SOURCE in group for group in fields_of(codecs, teacher.family.visual_rows).values()):
         dataset = group_by_image(dataset)
     work = Build(
         teacher=teacher,

@@ -296,7 +296,7 @@ def make_plan(
         shard_size=config.shard_size,
         batch_size=config.batch_size or 1,
         signals=signals,
-        fields=_fields_of(codecs, teacher),
+        fields=fields_of(codecs, teacher.family.visual_rows),
         fingerprints={
             **teacher.fingerprints(),
             "template": fingerprint(template),
@@ -345,7 +345,8 @@ def given(**texts: str) -> dict[str, str]:
     return {name: text for name, text in texts.items() if text}
 
 
-def _fields_of(codecs: Mapping[str, Any], teacher: Teacher) -> dict[str, tuple[Field, ...]]:
+def fields_of(codecs: Mapping[str, Any], visual_rows: str) -> dict[str, tuple[Field, ...]]:
+    """The fields of records by signal; ``visual_rows`` is what visual tokens see in the teacher's family."""
     fields = {name: codec.fields() for name, codec in codecs.items()}
     # Visual rows that see the question are another sample's only if the question is too: nothing is shared.
-    return fields if teacher.family.visual_rows == "prefix" else with_visual_source(fields)
+    return fields if visual_rows == "prefix" else with_visual_source(fields)

@@ -303,10 +303,27 @@ class Found:
     Attributes:
         dense: Logits of its rows by signal, ``[A, V]``; what else the teacher found is left on its device.
         signals: As the cache's codecs would be given them.
+        logs: Their log-probabilities on the CPU, once they were asked for.
     """
 
     dense: Mapping[str, Tensor]
     signals: Mapping[str, Any]
+    logs: dict[str, Tensor] = field(default_factory=dict)
+
+    def log_probs(self, signal: str) -> Tensor:
+        """Dense log-probabilities of its rows, float32 ``[A, V]``, nats."""
+        if signal not in self.logs:
+            self.logs[signal] = F.log_softmax(self.dense[signal].float().cpu(), dim=-1)
+        return self.logs[signal]
+
+    def stand_in(self, signal: str) -> tuple[Tensor, Tensor]:
+        """The stand-in student's probabilities, and the gradient that it gets from the dense rows: float32 ``[A, V]`` each."""
+        name = f"{signal} of the student"
+        if name not in self.logs:
+            dense = self.log_probs(signal)
+            noise = torch.randn(dense.shape, generator=torch.Generator().manual_seed(0))
+            self.logs[name] = F.softmax(dense + noise, dim=-1)
+        return self.logs[name], self.logs[name] - self.log_probs(signal).exp()
 
 
 @dataclass(frozen=True)
@@ -358,17 +375,13 @@ def _(codec: VisualLogitsCodec, seen: Seen) -> None:
 
 @compare.register
 def _(codec: LogitCodec, seen: Seen) -> None:
-    dense, dense_again = (
-        F.log_softmax(found.dense[codec.signal].float().cpu(), dim=-1) for found in (seen.first, seen.second)
-    )  # [A, V], nats
+    dense, dense_again = (found.log_probs(codec.signal) for found in (seen.first, seen.second))  # [A, V], nats
     rows, totals = len(dense), seen.totals
     if not rows:
         return
     sparse = as_tensors(codec.decode(seen.record))
-    noise = torch.randn(dense.shape, generator=torch.Generator().manual_seed(0))
-    student = F.softmax(dense + noise, dim=-1)
+    student, exact_gradient = seen.first.stand_in(codec.signal)
     approximation = reconstruct(sparse, student.log())
-    exact_gradient = student - dense.exp()
     error = (student - approximation.exp() - exact_gradient).norm() / exact_gradient.norm().clamp_min(1e-12)
     control = (dense_again.exp() - dense.exp()).norm() / exact_gradient.norm().clamp_min(1e-12)
     kept = sparse.log_probs.exp().sum(-1)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 from family_caches import build
-from tiny_families import save_tiny
+from tiny_families import LAYERS, TEXT, save_tiny
 
 from vlm_distill_cache.common.errors import CacheMismatchError, ConfigError
 from vlm_distill_cache.common.tools.verify import verify
@@ -62,6 +62,39 @@ def test_its_logits_are_those_of_the_librarys_quantised_model_and_near_the_plain
         assert torch.equal(ours, theirs(ids).logits)
     error = float((ours - plain).std() / plain.std())
     assert 0 < error < (0.05 if bits == "8bit" else 0.4)
+
+
+@pytest.mark.parametrize("simulated", [False, True])
+def test_widths_that_a_processors_own_kernel_does_not_take_are_computed_without_it(
+    tmp_path: Path, simulated: bool, monkeypatch, caplog
+):
+    """An MLP of 80 rows, and back from 80 columns; simulated, the processor has AVX-512 BF16 whichever runs the test."""
+    nn, functional = (getattr(pytest.importorskip("bitsandbytes"), part) for part in ("nn", "functional"))
+    monkeypatch.setitem(TEXT, "intermediate_size", 80)
+    folder = save_tiny("llava", tmp_path / "teacher", wide=True)
+    if simulated:
+        monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
+    quantised = Teacher(folder, quantisation="4bit")
+    assert f"{LAYERS} layers stay in float32, because their columns are no multiple of 64" in caplog.text
+    layers = {name: m for name, m in quantised.model.named_modules() if isinstance(m, nn.Linear4bit)}
+    assert len(layers) == 6 * LAYERS
+    odd = {name for name, m in layers.items() if name.endswith(("gate_proj", "up_proj"))}
+    packed = {name for name, m in layers.items() if m.support_avx512bf16_for_cpu}
+    assert packed == {*layers} - odd if simulated else packed in ({*layers} - odd, set())
+    if simulated:  # its kernel may not be there
+        return
+    reference = Teacher(folder)
+    codes = functional.get_4bit_type("nf4", device="cpu")
+    with torch.inference_mode():
+        for name in layers:
+            weight = reference.model.get_submodule(name).weight
+            blocks = weight.reshape(-1, 64)
+            largest = blocks.abs().amax(dim=1, keepdim=True)
+            nearest = (blocks[..., None] / largest[..., None] - codes).abs().argmin(dim=-1)
+            weight.copy_((codes[nearest] * largest).reshape(weight.shape))
+        ids = torch.arange(5, 35)[None]
+        ours, exact = quantised.model(ids).logits, reference.model(ids).logits
+    assert float((ours - exact).std() / exact.std()) < 0.05  # bfloat16 where the weights are packed
 
 
 @pytest.mark.parametrize("name", ["llava", "mobilevlm_v2"])

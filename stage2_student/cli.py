@@ -229,10 +229,19 @@ def _trained_folder(student: str) -> HubFolder:
 )
 @click.option("--limit", type=click.IntRange(min=1), help="Score at most so many items.")
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="JSON file to write.")
+@click.option("--card", is_flag=True, help="Write the scores into the card (README.md) in the student's folder, too.")
 def evaluate(
-    student: str, *, data: str | None, images: str | None, cache: str | None, limit: int | None, output: Path | None
+    student: str,
+    *,
+    data: str | None,
+    images: str | None,
+    cache: str | None,
+    limit: int | None,
+    output: Path | None,
+    card: bool,
 ) -> None:
     """Score a trained student: its `final` folder, or that of a name on the hub."""
+    from vlm_distill_cache.stage2_student.exports.card import CardScores, write_card
     from vlm_distill_cache.stage2_student.scores.held_out import EVALUATE_OPTION, scoring_notes, unreadable_note
     from vlm_distill_cache.stage2_student.trained_student import evaluate_student, open_student
 
@@ -240,6 +249,10 @@ def evaluate(
         raise click.BadParameter(f"{output}: there is no folder {output.parent}")  # before hours of scoring
     runs.set_up_libraries()
     folder = _trained_folder(student)
+    if card and folder.revision:
+        raise ConfigError(
+            f"--card: {student} is a copy of the hub's; give a folder of your own, then `distill push` it"
+        )
     opened = open_student(folder.path)
     settings = config_from_dict(TrainConfig, opened.provenance["config"], where=student)
     how = settings.evaluation
@@ -257,7 +270,12 @@ def evaluate(
     scorable = bool({"likelihood", "questions"} & report.scores.keys())
     notes += scoring_notes(settings, compared, scorable=scorable, option=EVALUATE_OPTION)
     notes += filter(None, [unreadable_note(report.unreadable)])
-    say(render_table({folder.name if folder.revision else folder.path.parent.name: report}))
+    name = folder.name if folder.revision else folder.path.resolve().parent.name
+    say(render_table({name: report}))
+    if card:
+        write_card(
+            folder.path, opened.provenance, scores=CardScores({name: report}, runs.scored_on(settings, compared))
+        )
     for note in notes:
         say(f"note: {note}")
     if output is not None:

@@ -209,6 +209,7 @@ class TrainConfig:
             said: token ids beyond the vocabulary, masses above one, numbers that are none.
         shuffle_teacher_images: Control experiment: take attention signals from another image.
         evaluation: How ``distill run`` and ``distill evaluate`` score the student.
+        license: Licence of the student, as an identifier of the Hugging Face Hub or free text; for its card.
     """
 
     student: str = "mobilevlm"
@@ -245,9 +246,11 @@ class TrainConfig:
     verify: bool = True
     shuffle_teacher_images: bool = False
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    license: str = ""
 
     def __post_init__(self) -> None:
         take_paths(self)
+        require(self.license.isprintable(), "license", self.license, "one line of text")
         require(self.cache != "", "cache", self.cache, "a teacher cache's folder or address (--cache)")
         require(self.output != "", "output", self.output, "a folder to write to (--output)")
         require(len(set(self.phases)) == len(self.phases), "phases", self.phases, "without repetition")
@@ -318,7 +321,7 @@ def describe(config: TrainConfig, cache_hashes: Mapping[str, str]) -> dict[str, 
     from vlm_distill_cache.data.sources.mixture import mixture_weights, own_caches  # numpy: not before there is work
 
     described = config_to_dict(config) | _public_models(config)
-    for name in ("output", "evaluation", *SPEED_OPTIONS):
+    for name in ("output", "evaluation", "license", *SPEED_OPTIONS):
         del described[name]
     described["cache"] = cache_hashes.get(config.cache)
     if pruned := pruning_record(config.student):

@@ -10,7 +10,20 @@ from typing import Any
 
 from vlm_distill_cache.common.cache.document_rules import GEOMETRY, MAX_TOKEN, TEMPLATE
 from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, ModelError
-from vlm_distill_cache.common.files.rules import ANYTHING, OBJECT, also, check, entries, record, text, whole
+from vlm_distill_cache.common.files.rules import (
+    ANYTHING,
+    OBJECT,
+    also,
+    check,
+    either,
+    entries,
+    items,
+    maybe,
+    number,
+    record,
+    text,
+    whole,
+)
 from vlm_distill_cache.common.files.signed import find_damage, read_signed
 
 FINAL, PROVENANCE = "final", "distillation.json"
@@ -31,7 +44,21 @@ _FILES = also(
     "a list that names config.json and the weights",
     lambda files: "config.json" in files and any(name.endswith(".safetensors") for name in files),
 )
-_RULE = record(_UNSIGNED, {"files": _FILES})
+_WORDS = text(1 << 16)
+# For people, on the card: as `exports.origin` writes it.
+_ORIGIN = record(
+    {},
+    {
+        "caches": items(entries(maybe(either(_WORDS, _COUNT, items(_WORDS, most=1000))), most=100), most=1000),
+        "bases": entries(_WORDS, most=100),
+        "license": _WORDS,
+        "phases": items(
+            entries(either(_WORDS, number(-1e300, 1e300), entries(number(-1e300, 1e300), most=100)), most=100), most=100
+        ),
+        "versions": entries(_WORDS, most=100),
+    },
+)
+_RULE = record(_UNSIGNED, {"files": _FILES, "origin": _ORIGIN})
 # What the libraries read of a model's folder if it is there.
 _IS_READ = re.compile(
     r".*(?:config|token|vocab|template|processor|index)[^/]*\.json|(?:.*/)?(?:merges|vocab)\.txt"

@@ -56,7 +56,12 @@ from vlm_distill_cache.stage2_student.pruned_folder import (
     refuse_uncut,
 )
 from vlm_distill_cache.stage2_student.resolve import given_options, open_caches, resolve_config, with_folders
-from vlm_distill_cache.stage2_student.scores.results import EvaluationReport, render_table
+from vlm_distill_cache.stage2_student.scores.results import (
+    HEADLINE,
+    EvaluationReport,
+    render_table,
+    table_rows,
+)
 from vlm_distill_cache.stage2_student.training.output_folder import claim_output, holds_anything, refuse_foreign_folder
 from vlm_distill_cache.stage2_student.training.recipe_caches import refuse_other_caches
 
@@ -423,7 +428,7 @@ def evaluate_arm(
 
 
 def write_report(output: Path, config: TrainConfig, cache: TeacherCache) -> None:
-    """Write the HTML page of a run: logs, scores and attention pictures.
+    """Write the HTML page of a run, logs, scores and attention pictures; and the cards of its students.
 
     Raises:
         ConfigError: If the scores are lost or damaged.
@@ -439,6 +444,8 @@ def write_report(output: Path, config: TrainConfig, cache: TeacherCache) -> None
         raise ConfigError(
             f"{output / SCORES} is missing or damaged ({error}); run the same `distill run` command again: it scores again"
         ) from error
+    evaluations = {name: EvaluationReport.from_dict(stored[name]) for name in (*COMPARED, TEACHER) if name in stored}
+    write_cards(output, config, cache, evaluations)
     distilled = open_student(output / DISTILLED / FINAL)
     curves = {name: read_log(output / name) for name in COMPARED}
     plan, student = cache.plan, public_name(config.student)
@@ -463,11 +470,36 @@ def write_report(output: Path, config: TrainConfig, cache: TeacherCache) -> None
         title=f"{student}: distilled from a teacher cache",
         facts=facts,
         curves=curves,
-        evaluations={name: EvaluationReport.from_dict(stored[name]) for name in (*COMPARED, TEACHER) if name in stored},
+        evaluations=evaluations,
         compared=COMPARED,
         overlays=draw_overlays(distilled, config, cache),
         notes=read_stamp(output).get("notes", []),
     )
+
+
+def write_cards(
+    output: Path, config: TrainConfig, cache: TeacherCache, evaluations: Mapping[str, EvaluationReport]
+) -> None:
+    """Write the cards of a run's students, with the scores of all; those that somebody has edited stay."""
+    from vlm_distill_cache.stage2_student.exports.card import GAIN, CardScores, write_card
+
+    names = {heading: name for name, heading, _ in HEADLINE}
+    gains = {names[row.heading]: row.gain for row in table_rows(evaluations, COMPARED)[0] if row.gain is not None}
+    for own in COMPARED:
+        columns = {name: evaluations[name] for name in sorted(evaluations, key=lambda name: name != own)}
+        with contextlib.suppress(FileNotFoundError, CacheFormatError):  # whoever opens the student says so
+            write_card(
+                output / own / FINAL,
+                read_provenance(output / own / FINAL),
+                scores=CardScores({**columns, GAIN: EvaluationReport(scores=gains)}, scored_on(config, cache)),
+            )
+
+
+def scored_on(config: TrainConfig, cache: TeacherCache | None) -> str:
+    """The held-out items that students are scored on, in words, without the folders around a file."""
+    known = None if cache is None else cache.plan.data.get("name")
+    data = str(config.evaluation.data or config.data or known or "its data")
+    return f"{Path(data).name if data.startswith('/') else data}, split {config.evaluation.split}"
 
 
 def set_up_libraries() -> None:

@@ -6,7 +6,7 @@ loading threads and attention is recomputed for the wanted rows of the wanted la
 """
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,8 @@ from vlm_distill_cache.common.terminal.launch import READY_S, clean_environment,
 from vlm_distill_cache.common.terminal.progress import hide_library_bars
 from vlm_distill_cache.common.terminal.sharding import refuse_sharding
 from vlm_distill_cache.stage2_student.config import TrainConfig, public_config, without_secrets
+from vlm_distill_cache.stage2_student.exports.card import write_card
+from vlm_distill_cache.stage2_student.exports.origin import describe_origin
 from vlm_distill_cache.stage2_student.final_folder import FINAL, PROVENANCE, refuse_other_student
 from vlm_distill_cache.stage2_student.losses.objective import Losses, step_shares
 from vlm_distill_cache.stage2_student.students.model import StudentModel, vocabulary_rows
@@ -141,7 +143,7 @@ def train(
 
     log.close()
     return TrainResult(
-        log=log.records, model=student, preparation=run, final=export(config, run, position, accelerator)
+        log=log.records, model=student, preparation=run, final=export(config, run, position, accelerator, log.records)
     )
 
 
@@ -290,10 +292,12 @@ def save(
     accelerator.wait_for_everyone()
 
 
-def export(config: TrainConfig, run: Preparation, end: Position, accelerator: Accelerator) -> Path:
+def export(
+    config: TrainConfig, run: Preparation, end: Position, accelerator: Accelerator, log: Sequence[Mapping[str, Any]]
+) -> Path:
     """Save student, tokenizer and image processor where `from_pretrained` finds all three, atomically.
 
-    Beside them lies what the student is: how it was trained, and the digests of all files.
+    Beside them lies what the student is: how it was trained, the digests of all files, and a card for people.
     """
     final = Path(config.output) / FINAL
     accelerator.wait_for_everyone()
@@ -305,11 +309,16 @@ def export(config: TrainConfig, run: Preparation, end: Position, accelerator: Ac
             "config": config_to_dict(public_config(config)),
             "encoder": dict(run.encoder_description),
             "vocabulary": {"entries_read": end.entries_read, "entries_beyond": end.entries_beyond},
+            "origin": describe_origin(
+                config, run.caches, [(p.name, p.steps, p.config.batch_size, p.config.rates) for p in run.phases], log
+            ),
         }
         with new_directory(final) as temporary:
             for part in (run.student, run.tokenizer, run.image_processor):
                 part.save_pretrained(temporary)
-            write_signed(temporary / PROVENANCE, {**provenance, "files": list_files(temporary)})
+            provenance["files"] = list_files(temporary)
+            write_signed(temporary / PROVENANCE, provenance)
+            write_card(temporary, provenance, replaced=final)
             remove(final)
     accelerator.wait_for_everyone()
     return final

@@ -98,6 +98,7 @@ class Preparation:
     Attributes:
         fingerprint: What the run is: its configuration (without folders and speed settings) and its caches.
         cache_hashes: Manifest hash of each cache, by path.
+        caches: These caches, by path.
     """
 
     student: StudentModel
@@ -108,6 +109,7 @@ class Preparation:
     phases: tuple[PreparedPhase, ...]
     fingerprint: str
     cache_hashes: Mapping[str, str]
+    caches: Mapping[str, TeacherCache]
 
 
 def built_in_data(cache: TeacherCache) -> str | None:
@@ -298,6 +300,7 @@ def prepare(config: TrainConfig, caches: Mapping[str, TeacherCache] | None = Non
         phases=tuple(_with_tower(phase, student) for phase in phases),
         fingerprint=fingerprint(describe(config, hashes)),
         cache_hashes=hashes,
+        caches=caches,
     )
 
 

@@ -14,7 +14,7 @@ import click
 from vlm_distill_cache.common.config import config_from_dict, read_yaml
 from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, LaunchError, ModelError, TransferError
 from vlm_distill_cache.common.files.atomic import write_json_atomic
-from vlm_distill_cache.common.hub import HubFolder, model_folder
+from vlm_distill_cache.common.hub import HubFolder, hub_name, model_folder
 from vlm_distill_cache.common.recipes import recipe_summary, split_recipe
 from vlm_distill_cache.common.terminal.command_line import (
     CONFIG,
@@ -303,6 +303,69 @@ def export(student: str, output: Path, dtype: str) -> None:
     runs.set_up_libraries()
     export_student(_trained_folder(student).path, output, dtype=dtype)
     say(f"Exported to {output} ({dtype}); load it with from_pretrained of the class that its config.json names")
+
+
+@main.command()
+@click.argument("student")
+@click.argument("repository")
+@click.option(
+    "--which", type=click.Choice(list(runs.COMPARED)), help="The student of a run to push; default: distilled."
+)
+@click.option("--revision", help="Branch to push to, made if it is not there; default: main.")
+@click.option("--public", is_flag=True, help="Make a new repository public, or push to a public one; default: private.")
+@click.option("--overwrite", is_flag=True, help="Replace what is there of another model.")
+@click.option(
+    "--message", default="Push a student of vlm-distill-cache", show_default=True, help="Title of the commit."
+)
+@click.option("--dry-run", is_flag=True, help="Only say what would be pushed.")
+def push(
+    student: str,
+    repository: str,
+    *,
+    which: str | None,
+    revision: str | None,
+    public: bool,
+    overwrite: bool,
+    message: str,
+    dry_run: bool,
+) -> None:
+    """Bring a student with its card to the Hugging Face Hub, as model REPOSITORY (org/name); again after a failure.
+
+    STUDENT is the folder of a run or a training, a `final` folder or an export. A new repository is private.
+    """
+    from vlm_distill_cache.stage2_student.exports.publish import push_student, student_folder
+
+    name = hub_name(repository)
+    if name is None or (revision and name.revision):
+        raise ConfigError(
+            f"{repository}: expected the repository as org/name, org being you or an organisation of yours, and a branch by "
+            "--revision"
+        )
+    place = name._replace(revision=revision or name.revision)
+    folder = student_folder(Path(student), which)
+    runs.set_up_libraries()
+    if not message.strip():
+        raise click.BadParameter("--message: expected a title for the commit")
+    done = push_student(folder, place, public=public, overwrite=overwrite, message=message, dry_run=dry_run)
+    seen = "private" if done.private else "public"
+    say(f"{folder} -> {done.place} ({'' if done.exists else 'new, '}{seen})")
+    for what, names in (("send", done.new), ("replace", done.changed), ("there already", done.same)):
+        for file, size in names.items():
+            say(f"  {what}: {file} ({size:,} bytes)")
+    for file in done.foreign:
+        say(f"  remove: {file}")
+    if public and done.private:
+        say("note: the repository is private and stays so; its settings on the hub change that")
+    total = sum((done.new | done.changed).values())
+    if dry_run:
+        say(f"Dry run: {len(done.new | done.changed)} files, {total:,} bytes would be sent; nothing was changed")
+        return
+    say(
+        f"Pushed {len(done.new | done.changed)} files, {total:,} bytes; all are there as they are here"
+        if done.pushed
+        else "Everything is there already"
+    )
+    say(f"Next: distill evaluate {quoted(str(done.place))}")
 
 
 @main.command(name="import")

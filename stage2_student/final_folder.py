@@ -25,6 +25,7 @@ from vlm_distill_cache.common.files.rules import (
     whole,
 )
 from vlm_distill_cache.common.files.signed import find_damage, read_signed
+from vlm_distill_cache.common.hub import snapshot_name
 
 FINAL, PROVENANCE = "final", "distillation.json"
 _COUNT = whole(0, 1 << 60)
@@ -60,7 +61,7 @@ _ORIGIN = record(
 )
 _RULE = record(_UNSIGNED, {"files": _FILES, "origin": _ORIGIN})
 # What the libraries read of a model's folder if it is there.
-_IS_READ = re.compile(
+IS_READ = re.compile(
     r".*(?:config|token|vocab|template|processor|index)[^/]*\.json|(?:.*/)?(?:merges|vocab)\.txt"
     r"|.*\.(?:safetensors|bin|pt|pth|h5|msgpack|gguf|model|jinja|py)"
 )
@@ -111,11 +112,18 @@ def look_at_final(folder: Path) -> tuple[dict[str, Any], list[str]]:
         return found, []
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if name not in found["files"] and name != PROVENANCE and _IS_READ.fullmatch(name):
+        if name not in found["files"] and name != PROVENANCE and IS_READ.fullmatch(name):
             raise ModelError(
                 f"{path}: none of the files that {PROVENANCE} lists, and whoever loads the student would read it; move it away"
             )
-    return found, find_damage(folder, found["files"])
+    listed = found["files"]
+    if snapshot_name(folder) is not None:  # code and folders of a repository are never fetched, nor needed here
+        listed = {
+            name: entry
+            for name, entry in listed.items()
+            if (folder / name).exists() or not (name.endswith(".py") or "/" in name)
+        }
+    return found, find_damage(folder, listed)
 
 
 def refuse_other_student(folder: Path, identity: str) -> list[str] | None:

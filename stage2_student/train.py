@@ -303,15 +303,14 @@ def export(
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         clean_stale(final.parent, FINAL)
+        lengths = [(str(p.name), p.steps, p.config.batch_size, p.config.rates) for p in run.phases]
         provenance = {
             "fingerprint": run.fingerprint,
             "caches": {public_location(place): found for place, found in run.cache_hashes.items()},
             "config": config_to_dict(public_config(config)),
             "encoder": dict(run.encoder_description),
             "vocabulary": {"entries_read": end.entries_read, "entries_beyond": end.entries_beyond},
-            "origin": describe_origin(
-                config, run.caches, [(p.name, p.steps, p.config.batch_size, p.config.rates) for p in run.phases], log
-            ),
+            "origin": describe_origin(config, run.caches, lengths, log),
         }
         with new_directory(final) as temporary:
             for part in (run.student, run.tokenizer, run.image_processor):

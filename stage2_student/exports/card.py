@@ -95,16 +95,16 @@ def write_card(
         ]
         write_signed(folder / SCORES, {"data": scores.data, "models": models})
     path = folder / CARD
-    written = _read(path)
+    written = read_card(path)
     if written is not None and not is_unedited(written):
         _log.warning("%s was edited and stays as it is; delete it for a new one", path)
         return
     write_bytes_atomic(path, card_text(folder, provenance).encode())
 
 
-def card_text(folder: Path, provenance: Mapping[str, Any], *, place: str = "") -> str:
+def card_text(folder: Path, provenance: Mapping[str, Any], *, place: HubName | None = None) -> str:
     """The card of the student in a folder; ``place``: where it is loaded from, for the lines that do."""
-    body = _body(folder, provenance, read_scores(folder), place)
+    body = _body(folder, provenance, read_scores(folder), place or HubName(PLACE))
     return body + _SEAL.format(_digest(body))
 
 
@@ -129,19 +129,19 @@ def read_scores(folder: Path) -> CardScores | None:
 
 
 def _take_over(old: Path, new: Path, provenance: Mapping[str, Any]) -> None:
-    card = _read(old / CARD)
+    card = read_card(old / CARD)
     if card is not None and not is_unedited(card):
-        write_bytes_atomic(new / CARD, card.encode())
+        write_bytes_atomic(new / CARD, card.encode(errors="surrogateescape"))
     try:
         same = read_provenance(old).get("files") == provenance.get("files")
     except (FileNotFoundError, CacheFormatError):
         return
-    if same and (scores := _read(old / SCORES)) is not None:
-        write_bytes_atomic(new / SCORES, scores.encode())
+    if same and (old / SCORES).is_file():
+        write_bytes_atomic(new / SCORES, read_bounded(old / SCORES, max_bytes=_MOST_BYTES))
 
 
-def _read(path: Path) -> str | None:
-    """A text file, or what it links to; None if there is none."""
+def read_card(path: Path) -> str | None:
+    """A card, or what it links to; None if there is none."""
     try:
         return read_bounded(Path(os.path.realpath(path)), max_bytes=_MOST_BYTES).decode(errors="surrogateescape")
     except FileNotFoundError:
@@ -152,7 +152,7 @@ def _digest(body: str) -> str:
     return hashlib.sha256(body.encode()).hexdigest()
 
 
-def _body(folder: Path, provenance: Mapping[str, Any], scores: CardScores | None, place: str) -> str:
+def _body(folder: Path, provenance: Mapping[str, Any], scores: CardScores | None, place: HubName) -> str:
     # Checked: a stranger may have written it.
     config = config_to_dict(config_from_dict(TrainConfig, provenance["config"], where=str(folder / PROVENANCE)))
     origin = provenance.get("origin", {})
@@ -191,7 +191,7 @@ def _body(folder: Path, provenance: Mapping[str, Any], scores: CardScores | None
 
 ## Load it
 
-{_fenced(_loading(folder, place or PLACE), "python")}
+{_fenced(_loading(folder, place), "python")}
 
 ## Where it comes from
 
@@ -361,9 +361,9 @@ def _scores(config: Mapping[str, Any], scores: CardScores | None, export: Any) -
     )
 
 
-def _loading(folder: Path, place: str) -> str:
+def _loading(folder: Path, place: HubName) -> str:
     """Lines of Python that load what lies in a folder and ask it about a picture."""
-    shown = json.dumps(place)
+    shown = json.dumps(place.repository) + (f", revision={json.dumps(place.revision)}" if place.revision else "")
     settings = read_settings(folder / "config.json")
     code = any("auto_map" in read_settings(folder / name) for name in ("config.json", "processor_config.json"))
     trusted = ", trust_remote_code=True" if code else ""

@@ -39,7 +39,7 @@ _BUILT_IN_TEACHER = "built-in"
 def describe_origin(
     config: TrainConfig,
     caches: Mapping[str, TeacherCache],
-    phases: Iterable[tuple[str, int, int, Mapping[str, float]]],
+    phases: Iterable[tuple[str, int, int, Mapping[Any, float]]],
     log: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
     """What a card tells beside the configuration; JSON, without time, host or secrets.
@@ -148,7 +148,7 @@ def _bases(config: TrainConfig) -> dict[str, str]:
 
 def _losses(phase: str, log: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """The losses of a phase's last step, to four digits: the last bits depend on the number of processes."""
-    last = next((record for record in reversed(log) if record.get("phase") == phase), {})
+    last: Mapping[str, Any] = next((record for record in reversed(log) if record.get("phase") == phase), {})
     return {name: float(f"{value:.4g}") for name, value in last.items() if name not in NOT_LOSSES}
 
 

@@ -14,7 +14,7 @@ from functools import partial
 from json import JSONDecodeError
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 from vlm_distill_cache.common.errors import CacheMismatchError, ConfigError, DistillError, TransferError
 from vlm_distill_cache.common.files.disk import AGAIN
@@ -105,6 +105,7 @@ class HubRemote(WebRemote):
             self._ask(
                 lambda api: api.create_branch(self._repository, branch=branch, repo_type="dataset", exist_ok=True)
             )
+        self._ask(lambda api: settle_transfer(self._repository, kind="dataset", revision=self._revision))
         self._created = True
 
     def _commit(self, files: Mapping[str, Path | bytes | None], message: str) -> None:
@@ -160,6 +161,26 @@ def refuse_offline(where: str, otherwise: str) -> None:
 
     if constants.HF_HUB_OFFLINE:
         raise ConfigError(f"{where}: the hub is switched off by HF_HUB_OFFLINE=1; unset it, or {otherwise}")
+
+
+def settle_transfer(repository: str, *, kind: str, revision: str) -> None:
+    """Switch Xet off for this process where a hub of one's own (``HF_ENDPOINT``) has none.
+
+    The library takes it that every hub has, and waits for it for ever.
+
+    Args:
+        kind: Of the repository: ``model`` or ``dataset``.
+    """
+    from huggingface_hub import constants, get_session
+    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
+
+    if constants.HF_HUB_DISABLE_XET or constants.ENDPOINT.endswith(("//huggingface.co", ".huggingface.co")):
+        return
+    place = f"{constants.ENDPOINT}/api/{kind}s/{repository}/xet-write-token/{quote(revision, safe='')}"
+    answer = get_session().get(place, headers=build_hf_headers(), timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    if answer.status_code != 404:
+        hf_raise_for_status(answer)
+    constants.HF_HUB_DISABLE_XET = constants.HUGGINGFACE_HEADER_X_XET_ENDPOINT not in answer.headers
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from vlm_distill_cache.common.files.disk import AGAIN
 from vlm_distill_cache.common.files.hashing import file_digests, sha256_hex
 from vlm_distill_cache.common.hub import CARD, HubName
 from vlm_distill_cache.common.printing import one_line
-from vlm_distill_cache.common.remotes.hub import NO_ACCESS, refuse_offline, sorted_hub_errors
+from vlm_distill_cache.common.remotes.hub import NO_ACCESS, refuse_offline, settle_transfer, sorted_hub_errors
 from vlm_distill_cache.common.remotes.streams import Retries, said
 from vlm_distill_cache.stage2_student.exports.card import SCORES, card_text, is_unedited, read_card
 from vlm_distill_cache.stage2_student.final_folder import FINAL, IS_READ, PROVENANCE, read_final
@@ -179,6 +179,7 @@ class _Push:
         return replace(found, pushed=True)
 
     def _commit(self, api: HfApi, operations: list[Any], message: str, *, parent: str) -> None:
+        settle_transfer(self.place.repository, kind="model", revision=self.place.revision)
         try:
             api.create_commit(
                 self.place.repository,

@@ -19,8 +19,8 @@ def hub(tmp_path, monkeypatch):
     with ModelHub(tmp_path) as server:
         use_models(monkeypatch, server.url, tmp_path / "home")
         monkeypatch.setenv("HF_TOKEN", TOKEN)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", False)  # this hub has none, and says so
         monkeypatch.setattr("vlm_distill_cache.common.remotes.streams.wait", lambda seconds: None)
-        monkeypatch.setattr("time.sleep", lambda seconds: None)  # of the client library
         yield server
 
 

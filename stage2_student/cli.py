@@ -295,14 +295,29 @@ def report(output: Path) -> None:
 @main.command()
 @click.argument("student")
 @click.option("--output", required=True, type=NewFolder(), help="New folder.")
-@click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), default="float16", show_default=True)
-def export(student: str, output: Path, dtype: str) -> None:
-    """Save a trained student in another precision, ready for `from_pretrained`."""
+@click.option(
+    "--layout",
+    type=click.Choice(["auto", "published", "llava-hf", "adapter"]),
+    default="auto",
+    show_default=True,
+    help="auto: for from_pretrained, a LLaVA where the student is one; published: for the code of MobileVLM's, CompoDistill's "
+    "or LLaVA's authors; llava-hf: the library's LLaVA; adapter: what peft adds to the model that training started from.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "float16", "bfloat16"]),
+    help="Of the weights; default: as they are stored.",
+)
+@click.option("--quantise", type=click.Choice(["8bit", "4bit"]), help="The language model's weights, by bitsandbytes.")
+def export(student: str, output: Path, layout: str, dtype: str | None, quantise: Any) -> None:
+    """Write a trained student in another layout or precision, for other programs."""
     from vlm_distill_cache.stage2_student.trained_student import export_student
 
     runs.set_up_libraries()
-    export_student(_trained_folder(student).path, output, dtype=dtype)
-    say(f"Exported to {output} ({dtype}); load it with from_pretrained of the class that its config.json names")
+    written = export_student(_trained_folder(student).path, output, layout=layout, dtype=dtype, quantise=quantise)
+    say(f"Exported to {output}: layout {layout}, {written}{f', {quantise}' if quantise else ''}")
+    if layout != "adapter":
+        say(f"Next: distill evaluate {quoted(output)}")
 
 
 @main.command()

@@ -20,6 +20,7 @@ from vlm_distill_cache.common.files.rules import (
     items,
     maybe,
     number,
+    one_of,
     record,
     text,
     whole,
@@ -40,11 +41,14 @@ _UNSIGNED = {
     ),
     "vocabulary": record({}, {"entries_read": _COUNT, "entries_beyond": _COUNT}),
 }
-_FILES = also(
-    entries(ANYTHING, most=100_000),
-    "a list that names config.json and the weights",
-    lambda files: "config.json" in files and any(name.endswith(".safetensors") for name in files),
-)
+_FILES = entries(ANYTHING, most=100_000)
+_QUANTISED = maybe(one_of("8bit", "4bit"))
+_EXPORT = {
+    "layout": text(100),
+    "dtype": text(100),
+    "quantise": _QUANTISED,
+    "made_from": record({"files": _FILES, "export": maybe(OBJECT)}),
+}
 _WORDS = text(1 << 16)
 # For people, on the card: as `exports.origin` writes it.
 _ORIGIN = record(
@@ -59,13 +63,23 @@ _ORIGIN = record(
         "versions": entries(_WORDS, most=100),
     },
 )
-_RULE = record(_UNSIGNED, {"files": _FILES, "origin": _ORIGIN})
+_RULE = also(
+    record(_UNSIGNED, {"files": _FILES, "export": record(_EXPORT), "origin": _ORIGIN}),
+    "a list that names config.json and the weights",
+    lambda found: "files" not in found or "export" in found or _names_a_model(found["files"]),
+)
 # What the libraries read of a model's folder if it is there.
 IS_READ = re.compile(
     r".*(?:config|token|vocab|template|processor|index)[^/]*\.json|(?:.*/)?(?:merges|vocab)\.txt"
     r"|.*\.(?:safetensors|bin|pt|pth|h5|msgpack|gguf|model|jinja|py)"
 )
 _log = logging.getLogger(__name__)
+
+
+def _names_a_model(files: Any) -> bool:
+    """Whether what `train()` saves is listed; each layout of an export has files of its own."""
+    names = files if isinstance(files, dict) else ()
+    return "config.json" in names and any(name.endswith(".safetensors") for name in names)
 
 
 def read_final(folder: Path) -> dict[str, Any]:
@@ -84,9 +98,14 @@ def read_final(folder: Path) -> dict[str, Any]:
             f"{folder}: no {PROVENANCE}; give the `final` folder of a finished training (distill train, distill run)"
         ) from None
     if damage:
+        again = (
+            "export the student again (`distill export`)"
+            if "export" in found
+            else "run the command that trained this student again: it makes the folder anew from what is left"
+        )
         raise ModelError(
-            f"{damage[0]}; run the command that trained this student again: it makes the folder anew from what is left. "
-            "Copy a copy again. A student that is to be changed by hand is one that `distill export` has written"
+            f"{damage[0]}; {again}. Copy a copy again. A student that is to be changed by hand is an export without its "
+            f"{PROVENANCE}: anybody's model"
         )
     return found
 

@@ -29,6 +29,7 @@ from vlm_distill_cache.common.terminal.progress import hide_library_bars
 from vlm_distill_cache.common.terminal.sharding import refuse_sharding
 from vlm_distill_cache.stage2_student.config import TrainConfig, public_config, without_secrets
 from vlm_distill_cache.stage2_student.exports.card import write_card
+from vlm_distill_cache.stage2_student.exports.folder import save_student_folder
 from vlm_distill_cache.stage2_student.exports.origin import describe_origin
 from vlm_distill_cache.stage2_student.final_folder import FINAL, PROVENANCE, refuse_other_student
 from vlm_distill_cache.stage2_student.losses.objective import Losses, step_shares
@@ -295,7 +296,7 @@ def save(
 def export(
     config: TrainConfig, run: Preparation, end: Position, accelerator: Accelerator, log: Sequence[Mapping[str, Any]]
 ) -> Path:
-    """Save student, tokenizer and image processor where `from_pretrained` finds all three, atomically.
+    """Save student, tokenizer and processor where `from_pretrained` finds all three, atomically.
 
     Beside them lies what the student is: how it was trained, the digests of all files, and a card for people.
     """
@@ -313,8 +314,13 @@ def export(
             "origin": describe_origin(config, run.caches, lengths, log),
         }
         with new_directory(final) as temporary:
-            for part in (run.student, run.tokenizer, run.image_processor):
-                part.save_pretrained(temporary)
+            save_student_folder(
+                temporary,
+                model=run.student,
+                encoder=run.encoder,
+                image_processor=run.image_processor,
+                source=run.source,
+            )
             provenance["files"] = list_files(temporary)
             write_signed(temporary / PROVENANCE, provenance)
             write_card(temporary, provenance, replaced=final)

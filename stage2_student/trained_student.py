@@ -1,35 +1,51 @@
 """A trained student as it lies on disk: opened with its encoder, scored, exported; its cache may be gone."""
 
 import logging
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoModelForImageTextToText
 
 from vlm_distill_cache.common.cache.reader import TeacherCache
 from vlm_distill_cache.common.codecs.logits import LogitCodec
 from vlm_distill_cache.common.codecs.row_attention import RowAttentionCodec
-from vlm_distill_cache.common.errors import ConfigError
-from vlm_distill_cache.common.files.atomic import new_directory
+from vlm_distill_cache.common.errors import ConfigError, ModelError
+from vlm_distill_cache.common.files.atomic import clean_stale, new_directory
+from vlm_distill_cache.common.files.signed import list_files, write_signed
 from vlm_distill_cache.common.models.published import is_published
+from vlm_distill_cache.common.models.weight_files import read_weights
 from vlm_distill_cache.data.families.inputs import known_positions
+from vlm_distill_cache.data.families.models import unify_dtype
 from vlm_distill_cache.data.images.encoder import AnyImageEncoder
 from vlm_distill_cache.data.text.encoding import SampleEncoder
 from vlm_distill_cache.data.text.templates import PromptTemplate
 from vlm_distill_cache.stage2_student.batches.dataset import CachedDataset
 from vlm_distill_cache.stage2_student.batches.layers import match_groups
 from vlm_distill_cache.stage2_student.config import TrainConfig
-from vlm_distill_cache.stage2_student.final_folder import read_final
+from vlm_distill_cache.stage2_student.exports.card import read_scores, write_card
+from vlm_distill_cache.stage2_student.exports.layouts import LAYOUTS
+from vlm_distill_cache.stage2_student.exports.source import Quantise, Source
+from vlm_distill_cache.stage2_student.final_folder import PROVENANCE, read_final
 from vlm_distill_cache.stage2_student.losses.terms import TERMS, choose_terms
 from vlm_distill_cache.stage2_student.scores.evaluate import evaluate_model
 from vlm_distill_cache.stage2_student.scores.held_out import open_items
 from vlm_distill_cache.stage2_student.scores.overlays import Overlay, collect_overlays
 from vlm_distill_cache.stage2_student.scores.results import EvaluationReport
 from vlm_distill_cache.stage2_student.students.build import load_student
-from vlm_distill_cache.stage2_student.students.encoder import build_encoder, knows_boxes, load_processors
+from vlm_distill_cache.stage2_student.students.encoder import (
+    build_encoder,
+    describe_encoder,
+    knows_boxes,
+    load_processors,
+)
 from vlm_distill_cache.stage2_student.students.library import LibraryStudent, open_library_student
 from vlm_distill_cache.stage2_student.students.model import StudentModel, vocabulary_rows
+from vlm_distill_cache.stage2_student.training.checkpoint import list_checkpoints, read_checkpoint
 from vlm_distill_cache.stage2_student.training.checks import same_tokenizer
 from vlm_distill_cache.stage2_student.training.preparation import open_cached_data
 
@@ -54,18 +70,21 @@ class Student:
     provenance: dict[str, Any]
 
 
-def open_student(folder: Path) -> Student:
-    """Open what `train()` saved in ``OUTPUT/final``.
+def open_student(folder: Path, *, device: str | None = None) -> Student:
+    """Open what `train()` saved in ``OUTPUT/final``, or an export of it.
+
+    Args:
+        device: None: an accelerator if there is one.
 
     Raises:
         ModelError: If the folder is no trained student of ours, or is damaged.
     """
     provenance = read_final(folder)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     image_encoder: AnyImageEncoder | None = None
     model: Any
     if is_published(folder):
-        model = load_student(folder)
+        model = _load_quantised(folder) if _quantised(provenance) else load_student(folder)
         tokenizer, image_processor = load_processors(folder)
     else:
         opened = open_library_student(folder)
@@ -86,6 +105,17 @@ def open_student(folder: Path) -> Student:
         image_processor=image_processor,
         provenance=provenance,
     )
+
+
+def _quantised(provenance: Mapping[str, Any]) -> bool:
+    return bool(provenance.get("export", {}).get("quantise"))
+
+
+def _load_quantised(folder: Path) -> Any:
+    """An export of one of our classes, whose digests were compared: names and shapes of packed weights cannot be."""
+    model = AutoModelForImageTextToText.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    unify_dtype(model, torch.float32)
+    return model
 
 
 def evaluate_student(student: Student, config: TrainConfig, cache: TeacherCache | None) -> EvaluationReport:
@@ -150,15 +180,70 @@ def draw_overlays(student: Student, config: TrainConfig, cache: TeacherCache) ->
     )
 
 
-def export_student(folder: Path, target: Path, *, dtype: str) -> None:
-    """Save a student in another precision, with tokenizer and image processor, for `from_pretrained`.
+def export_student(
+    folder: Path, target: Path, *, layout: str = "auto", dtype: str | None = None, quantise: Quantise | None = None
+) -> str:
+    """Write a student in another layout or precision, with all that it says of itself.
+
+    Args:
+        folder: ``OUTPUT/final`` of a training, or an export.
+        target: New folder; it appears whole or not at all.
+        layout: One of ``LAYOUTS``.
+        dtype: Of the weights, one of ``DTYPES``; None: as they are stored.
+        quantise: Of the language model's weights, by bitsandbytes.
+
+    Returns:
+        The precision of the weights.
 
     Raises:
-        ConfigError: If the folder exists.
+        ConfigError: If the target exists, or a library is missing.
+        ModelError: If the student is damaged, or the layout cannot hold it.
     """
-    if target.exists():
+    if target.exists() or target.is_symlink():
         raise ConfigError(f"{target} exists; give a new folder to export to")
-    student = open_student(folder)
+    student = open_student(folder, device="cpu")
+    if _quantised(student.provenance):
+        raise ModelError(
+            f"{folder}: its weights are quantised, and nothing brings the others back; export what it was made of"
+        )
+    dtype = dtype or _stored_dtype(folder)
+    source = Source(
+        folder=folder,
+        model=student.model,
+        encoder=student.encoder,
+        image_processor=student.image_processor,
+        provenance=student.provenance,
+        dtype=DTYPES[dtype],
+        quantise=quantise,
+        trained=partial(_trained, folder, student.provenance["fingerprint"]),
+    )
+    made_from = {"files": student.provenance.get("files", {}), "export": student.provenance.get("export")}
+    said = {"layout": layout, "dtype": dtype, "quantise": quantise, "made_from": made_from}
+    clean_stale(target.parent, target.name)
     with new_directory(target) as temporary:
-        for part in (student.model.to(DTYPES[dtype]), student.tokenizer, student.image_processor):
-            part.save_pretrained(temporary)
+        written = LAYOUTS[layout](temporary, source)
+        provenance = {**student.provenance, "encoder": describe_encoder(written.encoder), "export": said}
+        provenance["files"] = list_files(temporary)
+        write_signed(temporary / PROVENANCE, provenance)
+        write_card(temporary, provenance, scores=read_scores(folder))
+    return dtype
+
+
+def _stored_dtype(folder: Path) -> str:
+    """The precision of most of a student's weights, as one of ``DTYPES``."""
+    sizes = Counter[torch.dtype]()
+    for value in read_weights(folder).values():
+        sizes[value.dtype] += value.shape.numel()
+    return next((name for kind, _ in sizes.most_common() for name, one in DTYPES.items() if one == kind), "float32")
+
+
+def _trained(folder: Path, fingerprint: str) -> Mapping[str, Any]:
+    """What the last checkpoint of a student's training holds of it."""
+    found = [one for one in list_checkpoints(folder.parent) if one.fingerprint == fingerprint]
+    if not found:
+        raise ModelError(
+            f"{folder}: its adapters are merged, and lie alone in the checkpoints of its training, which are not beside it "
+            f"({folder.parent}); give the `final` folder inside the run's own, or take another --layout"
+        )
+    state: Mapping[str, Any] = read_checkpoint(found[-1])["student"]
+    return state

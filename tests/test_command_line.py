@@ -30,7 +30,7 @@ SURFACE = {
     "cachectl repair": "--deep --dry-run CACHE",
     "cachectl verify": "--deep CACHE",
     "distill evaluate": "--cache --data --images --limit --output STUDENT",
-    "distill export": "--dtype --output STUDENT",
+    "distill export": "--dtype --layout --output --quantise STUDENT",
     "distill import": "--output --vision-tower CHECKPOINT",
     "distill report": "OUTPUT",
     "distill prune": "--data --images --keep --output --samples --teacher --template",

@@ -10,7 +10,7 @@ Source:
 
 from typing import Any, ClassVar
 
-from transformers import AutoConfig, AutoModelForImageTextToText, Qwen2Config, Qwen2Model, SiglipVisionConfig
+from transformers import Qwen2Config, Qwen2Model, SiglipVisionConfig
 
 from vlm_distill_cache.common.models.vision_language import VisionLanguageConfig, VisionLanguageModel, VisualDecoder
 
@@ -41,7 +41,3 @@ class CompoDistillForConditionalGeneration(VisionLanguageModel):
     config_class = CompoDistillConfig
     decoder_class: ClassVar[Any] = CompoDistillModel
     _no_split_modules = ["Qwen2DecoderLayer", "SiglipEncoderLayer"]  # noqa: RUF012
-
-
-AutoConfig.register(CompoDistillConfig.model_type, CompoDistillConfig, exist_ok=True)
-AutoModelForImageTextToText.register(CompoDistillConfig, CompoDistillForConditionalGeneration, exist_ok=True)

@@ -7,7 +7,7 @@ also holds the projector and the tower.
 
 from typing import Any, ClassVar
 
-from transformers import AutoConfig, AutoModelForImageTextToText, CLIPVisionConfig, LlamaConfig, LlamaModel
+from transformers import CLIPVisionConfig, LlamaConfig, LlamaModel
 
 from vlm_distill_cache.common.models.vision_language import VisionLanguageConfig, VisionLanguageModel, VisualDecoder
 
@@ -34,7 +34,3 @@ class MobileVLMForConditionalGeneration(VisionLanguageModel):
     config_class = MobileVLMConfig
     decoder_class: ClassVar[Any] = MobileVLMModel
     _no_split_modules = ["LlamaDecoderLayer", "CLIPEncoderLayer"]  # noqa: RUF012
-
-
-AutoConfig.register(MobileVLMConfig.model_type, MobileVLMConfig, exist_ok=True)
-AutoModelForImageTextToText.register(MobileVLMConfig, MobileVLMForConditionalGeneration, exist_ok=True)

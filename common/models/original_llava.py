@@ -24,9 +24,8 @@ from vlm_distill_cache.common.models.explained import explained_errors
 from vlm_distill_cache.common.models.llava import llava_class
 from vlm_distill_cache.common.models.parts import ADAPTER, has_tokenizer, read_config
 from vlm_distill_cache.common.models.published import is_published
-from vlm_distill_cache.common.models.published_configs import TOWER_PREFIX, drop_buffers, text_settings
+from vlm_distill_cache.common.models.published_configs import TOWER_PREFIX, drop_buffers, text_settings, tower_config
 from vlm_distill_cache.common.models.towers import find_tower, holds_tower
-from vlm_distill_cache.common.models.vision_tower import tower_config
 from vlm_distill_cache.common.models.weight_files import Weights, has_weights, open_files, weight_files
 from vlm_distill_cache.common.printing import one_line
 
@@ -270,3 +269,15 @@ def _library_name(name: str, depth: int | None) -> str:
         if name.startswith(f"model.{part}"):
             return "model.language_model." + name.removeprefix("model.")
     return name
+
+
+def original_name(name: str, depth: int) -> str:
+    """The inverse of `_library_name`: of a projector of ``depth`` linear layers, by the names of our class or the library's."""
+    part, _, rest = name.removeprefix("model.").partition(".")
+    if part == "multi_modal_projector":
+        layer, _, value = rest.partition(".")
+        layer = {"linear_1": "0", "linear_2": "2"}.get(layer, layer)
+        return _PROJECTOR + (value if depth == 1 else f"{layer}.{value}")
+    if part == "vision_tower":
+        return TOWER_PREFIX + rest
+    return f"model.{rest}" if part == "language_model" else name

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
+from transformers import AutoConfig, AutoModelForImageTextToText, CLIPImageProcessorPil, SiglipImageProcessorPil
 
 from vlm_distill_cache.common.errors import ModelError
 from vlm_distill_cache.common.models.checkpoint import Checkpoint
@@ -34,6 +34,10 @@ _CLASSES: dict[str, type[VisionLanguageModel]] = {
     OWN_TYPES[0]: MobileVLMForConditionalGeneration,
     OWN_TYPES[1]: CompoDistillForConditionalGeneration,
 }
+# Not beside the classes, whose code goes with each student: there, ``config.json`` names them.
+for _class in _CLASSES.values():
+    AutoConfig.register(_class.config_class.model_type, _class.config_class, exist_ok=True)
+    AutoModelForImageTextToText.register(_class.config_class, _class, exist_ok=True)
 
 
 def is_published(directory: Path) -> bool:
@@ -76,6 +80,11 @@ def open_published(directory: Path, *, vision_tower: Path | None = None) -> Chec
 def _open_published(directory: Path, vision_tower: Path | None) -> Checkpoint:
     stored = read_config(directory)
     kind = _kind(stored)
+    if "quantization_config" in stored:
+        raise ModelError(
+            f"{directory}: its weights are quantised (quantization_config in config.json), which is read of the library's own "
+            "models alone; give the student that it was made from. Others load it by from_pretrained"
+        )
     if kind is None:
         raise ModelError(
             f"{directory}: model_type is {stored.get('model_type')!r}, expected one of "

@@ -9,11 +9,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from transformers import LlamaConfig, Qwen2Config
+from transformers.activations import ACT2FN
 
 from vlm_distill_cache.common.errors import ModelError
 from vlm_distill_cache.common.models.compodistill import CompoDistillConfig
 from vlm_distill_cache.common.models.mobilevlm import MobileVLMConfig
-from vlm_distill_cache.common.models.vision_tower import tower_config
+from vlm_distill_cache.common.models.vision_tower import TOWERS, TowerConfig
+from vlm_distill_cache.common.printing import one_line
 
 MOBILEVLM_TYPES = ("mobilevlm", "mobilellama")
 COMPODISTILL_TYPE = "compodistill"
@@ -38,7 +40,37 @@ _TEXT_SETTINGS = (
     "use_sliding_window", "sliding_window", "max_window_layers", "bos_token_id", "eos_token_id", "pad_token_id",
     "tie_word_embeddings",
 )  # fmt: skip
+# What is read of a stored vision_config: a cache or checkpoint from elsewhere is data, and other settings of the
+# library can name code to fetch (its attention implementation may be a repository).
+_TOWER_SETTINGS = (
+    "hidden_size", "intermediate_size", "projection_dim", "num_hidden_layers", "num_attention_heads",
+    "num_channels", "image_size", "patch_size", "hidden_act", "layer_norm_eps", "attention_dropout",
+    "initializer_range", "initializer_factor", "vision_use_head",
+)  # fmt: skip
 _BUFFERS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|position_ids)$")
+
+
+def tower_config(stored: dict[str, Any], *, where: str) -> TowerConfig:
+    """Make a tower's configuration of stored plain JSON; without a ``model_type`` it is CLIP's.
+
+    ``stored`` is the ``vision_tower.json`` of a cache, a preset's ``vision_tower``, or a checkpoint's ``vision_config``;
+    ``where`` says whose, for the ModelError about a tower that is neither CLIP's nor SigLIP's.
+    """
+    name = str(stored.get("model_type", "clip_vision_model"))
+    if name not in TOWERS:
+        raise ModelError(
+            f"{where}: its vision tower is a {name!r}, expected one of {', '.join(TOWERS)}; give the student a "
+            "directory of weights with a tower of its own"
+        )
+    if (act := stored.get("hidden_act")) is not None and act not in ACT2FN:
+        raise ModelError(f"{where}: hidden_act of its vision tower is {act!r}; transformers knows {sorted(ACT2FN)}")
+    try:
+        config: TowerConfig = TOWERS[name][0](**{key: stored[key] for key in _TOWER_SETTINGS if key in stored})
+    except Exception as error:  # of any class: the library checks each setting in its own way
+        raise ModelError(
+            f"{where}: its vision tower cannot be made: {one_line(error)}; take the configuration of the same checkpoint"
+        ) from error
+    return config
 
 
 def text_settings(stored: Mapping[str, Any]) -> dict[str, Any]:
@@ -130,18 +162,31 @@ def compodistill_key(name: str, *, bridged: bool) -> str:
 
     ``bridged``: whether the model has a post-projector (the student).
     """
+    return _renamed(name, _released_names(bridged))
+
+
+def released_key(name: str, *, bridged: bool) -> str:
+    """The inverse of `compodistill_key`, for all tensors of our class."""
+    return _renamed(
+        name, sorted(((ours, theirs) for theirs, ours in _released_names(bridged)), key=lambda x: -len(x[0]))
+    )
+
+
+def _released_names(bridged: bool) -> list[tuple[str, str]]:
     first, second = ("teacher.linear_1", "teacher.linear_2") if bridged else ("0", "2")
-    for theirs, ours in (
+    return [
         ("language_model.model.", "model."),
         ("language_model.lm_head.", "lm_head."),
         ("vision_tower._vision_tower.vision_model.", TOWER_PREFIX),
         ("connector._connector.0.", f"model.mm_projector.{first}."),
         ("connector._connector.2.", f"model.mm_projector.{second}."),
         ("connector.post_connector.", "model.mm_projector.post."),
-    ):
-        if name.startswith(theirs):
-            return ours + name.removeprefix(theirs)
-    return name
+    ]
+
+
+def _renamed(name: str, prefixes: list[tuple[str, str]]) -> str:
+    found, instead = next(((one, other) for one, other in prefixes if name.startswith(one)), ("", ""))
+    return instead + name.removeprefix(found)
 
 
 def _aspect_ratio(value: object, where: str) -> str:

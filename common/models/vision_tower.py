@@ -11,10 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
-from transformers.activations import ACT2FN
 
 from vlm_distill_cache.common.errors import ModelError
-from vlm_distill_cache.common.printing import one_line
 
 TowerConfig = Any  # CLIPVisionConfig or SiglipVisionConfig: the library has no types
 
@@ -23,37 +21,6 @@ TOWERS: dict[str, tuple[type[Any], type[Any]]] = {
     "clip_vision_model": (CLIPVisionConfig, CLIPVisionModel),
     "siglip_vision_model": (SiglipVisionConfig, SiglipVisionModel),
 }
-
-# What is read of a stored vision_config: a cache or checkpoint from elsewhere is data, and other settings of the
-# library can name code to fetch (its attention implementation may be a repository).
-_SETTINGS = (
-    "hidden_size", "intermediate_size", "projection_dim", "num_hidden_layers", "num_attention_heads",
-    "num_channels", "image_size", "patch_size", "hidden_act", "layer_norm_eps", "attention_dropout",
-    "initializer_range", "initializer_factor", "vision_use_head",
-)  # fmt: skip
-
-
-def tower_config(stored: dict[str, Any], *, where: str) -> TowerConfig:
-    """Make a tower's configuration of stored plain JSON; without a ``model_type`` it is CLIP's.
-
-    ``stored`` is the ``vision_tower.json`` of a cache, a preset's ``vision_tower``, or a checkpoint's ``vision_config``;
-    ``where`` says whose, for the ModelError about a tower that is neither CLIP's nor SigLIP's.
-    """
-    name = str(stored.get("model_type", "clip_vision_model"))
-    if name not in TOWERS:
-        raise ModelError(
-            f"{where}: its vision tower is a {name!r}, expected one of {', '.join(TOWERS)}; give the student a "
-            "directory of weights with a tower of its own"
-        )
-    if (act := stored.get("hidden_act")) is not None and act not in ACT2FN:
-        raise ModelError(f"{where}: hidden_act of its vision tower is {act!r}; transformers knows {sorted(ACT2FN)}")
-    try:
-        config: TowerConfig = TOWERS[name][0](**{key: stored[key] for key in _SETTINGS if key in stored})
-    except Exception as error:  # of any class: the library checks each setting in its own way
-        raise ModelError(
-            f"{where}: its vision tower cannot be made: {one_line(error)}; take the configuration of the same checkpoint"
-        ) from error
-    return config
 
 
 class _TowerHolder(nn.Module):

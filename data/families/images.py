@@ -26,7 +26,7 @@ def published_images(config: Any, processor: Any, tokenizer: Any) -> AnyImageEnc
     """
     vision = config.vision_config
     side = _patches(config)
-    pooled = config.projector_type.startswith("ldp")  # 2 x 2 patches to one token
+    pooled = config.projector_type.startswith("ldp") or config.pool_teacher_tokens  # 2 x 2 patches to one token
     drops = vision.model_type.startswith("siglip") and config.vision_feature_select_strategy == "patch"
     return ImageEncoder(
         processor=processor,

@@ -123,14 +123,16 @@ def find_family_model(
             names_processor=found.published is not None,
             original=found.original,
         )
-        placement = _placement(found.family, dtype=dtype, device_map=device_map, quantisation=quantisation)
+        options = placement(found.family, dtype=dtype, device_map=device_map, quantisation=quantisation)
     _, family, tokenizer, processor, image_encoder = settings
 
     def load() -> Any:
         with explained_errors(directory):
-            model = found.load(dtype=getattr(torch, dtype), **placement)
+            model = found.load(dtype=getattr(torch, dtype), **options)
             if model.config.model_type == "llava":
                 take_image_tokens(model)
+            if "quantization_config" in read_config(directory):
+                unify_dtype(model, getattr(torch, dtype))
         if device_map:
             refuse_offloaded(model, family, device_map)
         if not family.is_listed:
@@ -253,7 +255,12 @@ def _look_through(directory: Path, vision_tower: Path | None) -> _Found:
     family, depth = family_of(str(stored.get("model_type"))), stored.get("projector_depth")
     model_class = getattr(transformers, family.model_class) if depth is None else llava_class(depth)
     # On no device: names, shapes and kinds are compared, no memory is taken.
-    shell = _load_library_model(directory, model_class, device_map="meta")
+    if "quantization_config" in stored:  # of packed weights that can only be done when they are loaded
+        config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        with torch.device("meta"):
+            shell = model_class._from_config(config)
+    else:
+        shell = _load_library_model(directory, model_class, device_map="meta")
     load = partial(_load_library_model, directory, model_class)
     return _Found(family, shell, load, directory)
 
@@ -270,6 +277,13 @@ def _open_image_encoder(
             f"{directory}: config.json and preprocessor_config.json do not say how pictures become visual tokens "
             f"({error!r}); use both files of one checkpoint"
         ) from error
+
+
+def unify_dtype(model: nn.Module, dtype: torch.dtype) -> None:
+    """Bring all that is not quantised to one precision: of quantised checkpoints the library leaves some as they are stored."""
+    for value in (*model.parameters(), *model.buffers()):
+        if value.dtype in (torch.float16, torch.bfloat16, torch.float32):
+            value.data = value.data.to(dtype)
 
 
 def refuse_offloaded(model: Any, family: Family, device_map: str) -> None:
@@ -357,10 +371,19 @@ def input_device(model: Any) -> torch.device:
     return device
 
 
-def _placement(family: Family, *, dtype: str, device_map: str, quantisation: Quantisation) -> dict[str, Any]:
-    """The library's options for weights that are placed or quantised as they are read."""
+def placement(family: Family, *, dtype: str, device_map: str, quantisation: Quantisation) -> dict[str, Any]:
+    """The library's options for weights that are placed or quantised as they are read.
+
+    Raises:
+        ConfigError: If bitsandbytes is missing.
+    """
     options: dict[str, Any] = {}
     if quantisation != "none":
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise ConfigError(
+                f"quantisation={quantisation}: bitsandbytes is not installed; run `pip install "
+                "'vlm-distill-cache[quantised]'`, or set quantisation=none (of an export: leave --quantise out)"
+            )
         # One line for every layer of every pass: that inputs are rounded to float16 is what 8 bits are.
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         # A quantised tower could not be compared with a student's, nor could the projector be handed on.
@@ -417,9 +440,4 @@ def _check_placement(directory: Path, *, device_map: str, quantisation: str, pub
         raise ConfigError(
             f"{directory} is a checkpoint in its authors' own layout, for which device_map and quantisation are not "
             "available; choose a device instead (device=cuda:0)"
-        )
-    if quantisation != "none" and importlib.util.find_spec("bitsandbytes") is None:
-        raise ConfigError(
-            f"quantisation={quantisation}: bitsandbytes is not installed; run `pip install "
-            "'vlm-distill-cache[quantised]'`, or set quantisation=none"
         )

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from inspect import signature
-from typing import Any, ClassVar, Literal, Protocol, cast
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import PIL.Image
@@ -19,7 +19,7 @@ from transformers.image_utils import get_image_size_for_max_height_width
 
 from vlm_distill_cache.common.attention.tiles import Tile, pooled_grid
 from vlm_distill_cache.common.errors import ConfigError, SampleError
-from vlm_distill_cache.common.pixels import MAX_PIXELS
+from vlm_distill_cache.common.pixels.rgb import MAX_PIXELS, paste_on_square
 
 Layout = Literal["square", "pad", "crop"]
 
@@ -274,7 +274,7 @@ class ImageEncoder:
             )
         size = image.size
         if (canvas_w, canvas_h) != size:
-            image = _paste_on_square(image, canvas_w, self._background)
+            image = paste_on_square(image, canvas_w, self._settings["image_mean"])
         values = prepare_picture(self.processor, image, do_pad=False)["pixel_values"][0]
         pixels = np.ascontiguousarray(values, dtype=np.float32)
         if pixels.shape != (3, out_h, out_w):
@@ -308,13 +308,6 @@ class ImageEncoder:
     @cached_property
     def _crops(self) -> bool:
         return bool(self._settings["do_center_crop"]) and _takes(self.processor, "do_center_crop")
-
-    @cached_property
-    def _background(self) -> tuple[int, int, int]:
-        # int(), not round(): LLaVA's expand2square truncates, and one grey level is visible in a hash.
-        mean = self._settings["image_mean"] or 0.0
-        channels = (mean,) * 3 if isinstance(mean, int | float) else mean
-        return cast("tuple[int, int, int]", tuple(int(channel * 255) for channel in channels))
 
     def _sizes(self, width: int, height: int) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
         """(width, height) of the padded picture, after resizing, and after cropping."""
@@ -352,13 +345,6 @@ class ImageEncoder:
             low.append((offset * scale - padding) / size[axis])
             high.append(((offset + covered) * scale - padding) / size[axis])
         return (low[0], low[1], high[0], high[1])
-
-
-def _paste_on_square(image: PIL.Image.Image, side: int, background: tuple[int, int, int]) -> PIL.Image.Image:
-    """LLaVA's expand2square: centred, the odd pixel at the far side."""
-    square = PIL.Image.new("RGB", (side, side), background)
-    square.paste(image, ((side - image.size[0]) // 2, (side - image.size[1]) // 2))
-    return square
 
 
 def _takes(processor: Any, name: str) -> bool:

@@ -179,6 +179,11 @@ class _Chat:
         )
 
 
+def takes_parts(source: str, tokenizer: Any, image_token: str) -> bool:
+    """Whether a chat template takes a user's content as a list of parts, and not as a text."""
+    return _content_form(source, json.dumps(tokenizer.special_tokens_map, default=str), image_token)[0]
+
+
 @lru_cache(maxsize=8)
 def _content_form(source: str, variables: str, image_token: str) -> tuple[bool, bool]:
     """In which form a template takes the contents of user and assistant, by a plain conversation."""

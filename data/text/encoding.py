@@ -219,7 +219,7 @@ class SampleEncoder:
         _ = self._leading_ids, self.end_token_ids
 
     @cached_property
-    def _reader(self) -> Any:
+    def reader(self) -> Any:
         """The tokenizer, which finds every special token that the template writes."""
         turns = (Turn(question="a", answer="b"),) * (1 if self.template.holds_one_turn else 3)
         texts = []
@@ -290,7 +290,7 @@ class SampleEncoder:
         """Ids that end an answer: the last one of a trained answer, and the tokenizer's end-of-sequence token."""
         rendered = self._plain
         try:
-            ids, offsets = read_texts(self._reader, [rendered.text])[0]
+            ids, offsets = read_texts(self.reader, [rendered.text])[0]
             last = int(ids[inside_spans(offsets, rendered.answer_spans)][-1])
         except SampleError as error:
             raise ConfigError(f"the tokenizer cannot write a plain conversation: {error}") from error
@@ -444,7 +444,7 @@ class SampleEncoder:
         """Tokenise all conversations of a sample in one call, then open the image token out."""
         texts = [conversation.text for conversation in rendered]
         if visual_count and not self._knows_image:
-            pieces = read_texts(self._reader, [piece for text in texts for piece in text.split(IMAGE_MARKER)])
+            pieces = read_texts(self.reader, [piece for text in texts for piece in text.split(IMAGE_MARKER)])
             ids_and_offsets = []
             for text, before, after in zip(texts, pieces[0::2], pieces[1::2], strict=True):
                 at = text.index(IMAGE_MARKER)
@@ -452,7 +452,7 @@ class SampleEncoder:
                 offsets = np.concatenate([before[1], marker, after[1] + at + len(IMAGE_MARKER)])
                 ids_and_offsets.append((np.concatenate([before[0], [self.image_token_id], after[0]]), offsets))
         else:
-            ids_and_offsets = read_texts(self._reader, texts)
+            ids_and_offsets = read_texts(self.reader, texts)
         leading = len(self._leading_ids)
         tokens = []
         for (ids, offsets), conversation in zip(ids_and_offsets, rendered, strict=True):

@@ -7,7 +7,6 @@ asked for it, because some versions of it cannot even be imported without torchv
 
 import json
 from collections.abc import Mapping
-from importlib import import_module
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -29,6 +28,7 @@ from vlm_distill_cache.common.files.atomic import read_json
 from vlm_distill_cache.common.files.hashing import file_checksum, fingerprint
 from vlm_distill_cache.common.files.rules import OBJECT, check
 from vlm_distill_cache.common.models.parts import describe_lost_tokenizer, has_tokenizer
+from vlm_distill_cache.common.models.processing import pil_class
 from vlm_distill_cache.common.printing import one_line
 from vlm_distill_cache.data.text.sentencepiece_model import is_model_only, load_sentencepiece_tokenizer
 from vlm_distill_cache.data.text.tokenizer_program import PROBE
@@ -114,11 +114,6 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     return fingerprint({"vocabulary": vocabulary, "eos_token_id": tokenizer.eos_token_id, "probe": probe})
 
 
-BEHIND_TORCHVISION = {"Idefics3ImageProcessor": "idefics3", "SmolVLMImageProcessor": "smolvlm"}
-"""PIL classes that some versions of the library (5.17) give at their top level only where torchvision is installed,
-and the module that has them anyway."""
-
-
 def load_tokenizer(folder: Path) -> Any:
     """Load the tokenizer of a folder, with the chat template that the model's processor uses.
 
@@ -184,24 +179,20 @@ def load_image_processor(folder: Path) -> Any:
             f"{folder}: no usable image processor ({error}); expected preprocessor_config.json, or "
             "processor_config.json with an image_processor inside, as save_pretrained writes them"
         ) from error
-    name = str(stored.get("image_processor_type") or stored.get("feature_extractor_type"))
-    base = name.replace("FeatureExtractor", "ImageProcessor").removesuffix("Fast").removesuffix("Pil")
-    home = transformers
-    if base in BEHIND_TORCHVISION:
-        family = BEHIND_TORCHVISION[base]
-        home = import_module(f"transformers.models.{family}.image_processing_pil_{family}")
-    processor_class = getattr(home, f"{base}Pil", None)
-    if not base.endswith("ImageProcessor") or processor_class is None:
+    processor_class = pil_class(stored)
+    if processor_class is None:
+        name = stored.get("image_processor_type") or stored.get("feature_extractor_type")
         raise ModelError(
-            f"{folder}: image_processor_type is {name!r}, for which transformers {transformers.__version__} "
+            f"{folder}: image_processor_type is {str(name)!r}, for which transformers {transformers.__version__} "
             "has no PIL class; expected for example 'CLIPImageProcessor' in preprocessor_config.json"
         )
     try:
         return processor_class.from_pretrained(folder)
     except Exception as error:  # of any class: the library checks each setting in its own way
+        name = processor_class.__name__.removesuffix("Pil")
         sizes = {key: stored[key] for key in ("size", "crop_size", "max_image_size", "pad_size") if key in stored}
         raise ModelError(
-            f"{folder}: {base} cannot be made of preprocessor_config.json (or processor_config.json): {error}; it has "
+            f"{folder}: {name} cannot be made of preprocessor_config.json (or processor_config.json): {error}; it has "
             f"{sizes}, and a size is height and width, shortest_edge with or without longest_edge, or max_height and "
             "max_width; correct it, or download the file again"
         ) from error

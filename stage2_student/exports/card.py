@@ -165,11 +165,15 @@ def _body(folder: Path, provenance: Mapping[str, Any], scores: CardScores | None
         if taught
         else f"{student}, fine-tuned"
     )
-    export = provenance.get("export")
+    export = provenance.get("export", {})
     facts = [
         ("student", markdown(student)),
         ("run", markdown_code(provenance["fingerprint"])),
-        *((f"export: {markdown(key)}", markdown_code(value)) for key, value in sorted((export or {}).items())),
+        *(
+            (f"export: {markdown(key)}", markdown_code(value))
+            for key, value in sorted(export.items())
+            if key != "made_from" and value
+        ),
         *(fact for number, cache in enumerate(caches, 1) for fact in _facts(cache, number if len(caches) > 1 else 0)),
         *(
             ("cache", f"{_place(place)}, manifest {markdown_code(found)}")

@@ -33,8 +33,9 @@ from vlm_distill_cache.common.models.parts import (
 )
 from vlm_distill_cache.common.models.projectors import PROJECTOR_TYPES, TeacherAdapter
 from vlm_distill_cache.common.models.published import default_image_processor, load_published, open_published
+from vlm_distill_cache.common.models.published_configs import tower_config
 from vlm_distill_cache.common.models.vision_language import VisionLanguageConfig, VisionLanguageModel
-from vlm_distill_cache.common.models.vision_tower import TowerConfig, tower_config
+from vlm_distill_cache.common.models.vision_tower import TowerConfig
 from vlm_distill_cache.data.families.images import published_images
 from vlm_distill_cache.data.images.encoder import ImageEncoder
 from vlm_distill_cache.data.text.processors import load_image_processor

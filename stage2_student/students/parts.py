@@ -21,7 +21,7 @@ from vlm_distill_cache.data.text.processors import load_image_processor, load_to
 from vlm_distill_cache.data.text.templates import PromptTemplate, get_template
 from vlm_distill_cache.stage2_student.config import TrainConfig
 from vlm_distill_cache.stage2_student.final_folder import PROVENANCE, read_final, read_provenance
-from vlm_distill_cache.stage2_student.pruned_folder import refuse_damaged
+from vlm_distill_cache.stage2_student.pruned_folder import read_settings, refuse_damaged
 from vlm_distill_cache.stage2_student.students.build import find_student, own_image_encoder
 from vlm_distill_cache.stage2_student.students.encoder import build_encoder, cache_image_encoder, load_processors
 from vlm_distill_cache.stage2_student.students.library import LibraryStudent, find_library_student
@@ -81,6 +81,11 @@ def open_parts(config: TrainConfig, cache: TeacherCache) -> StudentParts:
         refuse_damaged(given)
         if (given / PROVENANCE).exists():
             read_final(given)
+        if "quantization_config" in read_settings(given / "config.json"):
+            raise ModelError(
+                f"student {given}: its weights are quantised (quantization_config in config.json), so they cannot be trained; "
+                "give the model that it was made from"
+            )
     if given is not None and not is_published(given):
         return _library_parts(config, given)
     name, folder = (name, Path(name)) if given is None else (str(given), given)

@@ -46,6 +46,7 @@ from vlm_distill_cache.stage2_student.resolve import open_caches
 from vlm_distill_cache.stage2_student.students.encoder import describe_encoder, longest_sequence
 from vlm_distill_cache.stage2_student.students.model import StudentModel, vocabulary_rows
 from vlm_distill_cache.stage2_student.students.parts import StudentParts, open_parts, teacher_tower
+from vlm_distill_cache.stage2_student.students.presets import student_folder
 from vlm_distill_cache.stage2_student.students.tower import check_tower_is_free, tower_parameters
 from vlm_distill_cache.stage2_student.training.checks import (
     check_data,
@@ -99,6 +100,7 @@ class Preparation:
         fingerprint: What the run is: its configuration (without folders and speed settings) and its caches.
         cache_hashes: Manifest hash of each cache, by path.
         caches: These caches, by path.
+        source: The student's own folder, whose processor files it keeps; None: it is made from its preset.
     """
 
     student: StudentModel
@@ -110,6 +112,7 @@ class Preparation:
     fingerprint: str
     cache_hashes: Mapping[str, str]
     caches: Mapping[str, TeacherCache]
+    source: Path | None = None
 
 
 def built_in_data(cache: TeacherCache) -> str | None:
@@ -301,6 +304,7 @@ def prepare(config: TrainConfig, caches: Mapping[str, TeacherCache] | None = Non
         fingerprint=fingerprint(describe(config, hashes)),
         cache_hashes=hashes,
         caches=caches,
+        source=student_folder(config.student, config.student_weights),
     )
 
 

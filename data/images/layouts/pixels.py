@@ -8,7 +8,7 @@ import numpy as np
 
 from vlm_distill_cache.common.attention.tiles import FINEST_SIDE, Tile
 from vlm_distill_cache.common.errors import ConfigError, SampleError
-from vlm_distill_cache.common.pixels import MAX_PIXELS
+from vlm_distill_cache.common.pixels.rgb import MAX_PIXELS
 from vlm_distill_cache.data.images.encoder import PIXEL_KEYS, plain_setting, unusable_settings, whole_number
 
 MOST_SIDE = 8192

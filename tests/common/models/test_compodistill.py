@@ -5,6 +5,7 @@ import torch
 from transformers import AutoModelForImageTextToText, Qwen2Config, SiglipVisionConfig
 
 from vlm_distill_cache.common.errors import ModelError
+from vlm_distill_cache.common.models import published  # noqa: F401 - tells the library of our classes
 from vlm_distill_cache.common.models.compodistill import CompoDistillConfig, CompoDistillForConditionalGeneration
 from vlm_distill_cache.data.images.encoder import ImageEncoder
 

@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, CLIPVisionConfig, LlamaConfig
 
 from vlm_distill_cache.common.errors import ModelError
+from vlm_distill_cache.common.models import published  # noqa: F401 - tells the library of our classes
 from vlm_distill_cache.common.models.mobilevlm import MobileVLMConfig, MobileVLMForConditionalGeneration
 
 IMAGE = 40  # outside the vocabulary, as for the published models

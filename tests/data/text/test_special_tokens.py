@@ -78,13 +78,13 @@ def test_tokens_that_are_looked_for_in_normalised_text_are_found_as_they_stand(f
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_a_tokenizer_that_finds_them_is_not_touched(name):
     encoder = make_encoder(TOKENIZERS[name], "vicuna_v1")
-    assert encoder._reader is encoder.tokenizer
+    assert encoder.reader is encoder.tokenizer
 
 
 def test_nor_is_one_of_the_librarys_or_of_a_sentencepiece_model(folder):
     for tokenizer in (load_tokenizer(folder), load_tokenizer(folder / "json")):
         encoder, encoded = encode(tokenizer, "vicuna_v1", image=False)
-        assert encoder._reader is tokenizer
+        assert encoder.reader is tokenizer
         assert (encoded.labels == 2).sum() == len(TURNS)
 
 
@@ -121,7 +121,7 @@ def test_a_tag_that_only_other_conversations_have_is_found_too(folder):
     encoder, _ = encode(tokenizer, "chat")
     tag = tokenizer.convert_tokens_to_ids("<|system|>")
     assert tag not in tokenizer("a<|system|>b")["input_ids"]
-    assert tag in read_texts(encoder._reader, ["a<|system|>b"])[0][0]
+    assert tag in read_texts(encoder.reader, ["a<|system|>b"])[0][0]
 
 
 @pytest.mark.parametrize("kind", ["llama", "bpe", "bpe-symbols", "unigram", "unigram-bytes"])

@@ -9,16 +9,15 @@ import io
 import struct
 import zlib
 
-import numpy as np
 import PIL.Image
 import PIL.ImageOps
 import xxhash
 
 from vlm_distill_cache.common.errors import SampleError
+from vlm_distill_cache.common.pixels.rgb import MAX_PIXELS, to_rgb
 
 HASH_BYTES = 16
 _PNG = b"\x89PNG\r\n\x1a\n"
-MAX_PIXELS = 89_478_485  # Pillow's own limit for a likely decompression bomb: 256 MiB of RGB
 
 # What Pillow's decoders raise on damaged files, by experience; none of it may end a run.
 _DECODE_ERRORS = (
@@ -108,31 +107,6 @@ def _refuse_huge(image: PIL.Image.Image, name: str) -> None:
         raise SampleError(
             f"image {name} has {width} x {height} pixels, more than the {MAX_PIXELS} allowed; scale it down first"
         )
-
-
-def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
-    """Convert any Pillow mode to RGB: alpha over white, 16 bit scaled to 8 rather than clipped.
-
-    Pillow's own ``convert`` clips 16-bit greys at 255 (an all-white picture) and drops alpha, which
-    uncovers whatever colour lay under transparent pixels.
-    """
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return image
-    if image.mode.startswith("I"):  # I;16, I;16B, I: 16-bit PNG, TIFF and PGM
-        wide = np.asarray(image).astype(np.int64).clip(0, 65535)
-        transparent = image.info.get("transparency")  # a grey that stands for nothing, which is shown as white
-        if isinstance(transparent, int):
-            wide[wide == transparent] = 65535
-        return PIL.Image.fromarray(((wide + 128) // 257).astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        values = np.nan_to_num(np.asarray(image, dtype=np.float32))
-        scale = 255.0 if float(values.max()) <= 1.0 else 1.0  # floats come as [0, 1] or as [0, 255]
-        return PIL.Image.fromarray((values * scale).round().clip(0, 255).astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        white = PIL.Image.new("RGBA", rgba.size, (255, 255, 255, 255))
-        return PIL.Image.alpha_composite(white, rgba).convert("RGB")
-    return image.convert("RGB")
 
 
 def image_hash(image: PIL.Image.Image) -> bytes:

@@ -1,0 +1,48 @@
+"""The layouts that a trained student can be written in: one function each, by the name that the command line gives it."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from vlm_distill_cache.common.models.projectors import MlpProjector
+from vlm_distill_cache.stage2_student.exports.adapter import write_adapter
+from vlm_distill_cache.stage2_student.exports.folder import save_student_folder
+from vlm_distill_cache.stage2_student.exports.llava import as_llava, with_image_token
+from vlm_distill_cache.stage2_student.exports.published import write_published
+from vlm_distill_cache.stage2_student.exports.source import Source, exported_model
+from vlm_distill_cache.stage2_student.students.library import LibraryStudent
+
+
+def write_auto(target: Path, source: Source) -> Source:
+    """Write a model of the library as it is; one of ours as a LLaVA where that is what it is, else with its code."""
+    own = source.own
+    if own is not None and isinstance(own.model.mm_projector, MlpProjector) and not own.dropped_tokens:
+        return write_llava(target, source)
+    return _save(target, with_image_token(source) if source.is_llava else source, files=source.folder)
+
+
+def write_llava(target: Path, source: Source) -> Source:
+    """Write the library's LlavaForConditionalGeneration with its processor."""
+    return _save(target, with_image_token(as_llava(source)), files=source.folder if source.is_llava else None)
+
+
+def _save(target: Path, source: Source, *, files: Path | None) -> Source:
+    model = exported_model(source)
+    save_student_folder(
+        target,
+        model=LibraryStudent(model, source.model.family) if isinstance(source.model, LibraryStudent) else model,
+        encoder=source.encoder,
+        image_processor=source.image_processor,
+        source=files,
+    )
+    return source
+
+
+Writer = Callable[[Path, Source], Source]
+"""Fills an empty folder; returns the student as it is read back from there."""
+
+LAYOUTS: Mapping[str, Writer] = {
+    "auto": write_auto,
+    "published": write_published,
+    "llava-hf": write_llava,
+    "adapter": write_adapter,
+}

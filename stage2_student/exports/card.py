@@ -169,11 +169,7 @@ def _body(folder: Path, provenance: Mapping[str, Any], scores: CardScores | None
     facts = [
         ("student", markdown(student)),
         ("run", markdown_code(provenance["fingerprint"])),
-        *(
-            (f"export: {markdown(key)}", markdown_code(value))
-            for key, value in sorted(export.items())
-            if key != "made_from" and value
-        ),
+        *((f"export: {key}", markdown_code(export[key])) for key in ("layout", "dtype", "quantise") if export.get(key)),
         *(fact for number, cache in enumerate(caches, 1) for fact in _facts(cache, number if len(caches) > 1 else 0)),
         *(
             ("cache", f"{_place(place)}, manifest {markdown_code(found)}")

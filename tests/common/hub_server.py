@@ -242,6 +242,8 @@ class ModelHub(FaultyServer):
         if handler.headers.get("Authorization") != f"Bearer {TOKEN}":
             return _NO_ACCESS
         found = self._sent.answer(parts, body)
+        if parts[-1] == "validate-yaml" and found["errors"]:
+            return 400, {"Content-Type": "application/json"}, json.dumps(found).encode()
         name = "/".join(parts[2:4])
         if parts[-1] == "create":
             request = json.loads(body)

@@ -213,6 +213,10 @@ class ModelHub(FaultyServer):
             return 404, {"X-Error-Code": "RevisionNotFound", "X-Error-Message": "Invalid rev id"}, b"{}"
         files = self._commits[name][commit]
         if of_interface:
+            below = "".join(f"{part}/" for part in rest[2:]) if rest[:1] == ["tree"] else ""
+            files = {path: data for path, data in files.items() if path.startswith(below)}
+            if not files:
+                return 404, {"X-Error-Code": "EntryNotFound"}, b"{}"
             found = self._tree(files) if rest[:1] == ["tree"] else self._info(name, commit)
             return 200, {"Content-Type": "application/json"}, json.dumps(found).encode()
         path = "/".join(rest[2:])

@@ -17,7 +17,7 @@ from vlm_distill_cache import __version__
 from vlm_distill_cache.common.cache.counts import FailureCounts
 from vlm_distill_cache.common.cache.plan import LONG_SAMPLES, Plan, built_with
 from vlm_distill_cache.common.cache.reader import TeacherCache
-from vlm_distill_cache.common.codecs.logits import LOGIT_PRESETS
+from vlm_distill_cache.common.codecs.logits import LOGIT_PRESETS, LogitCodec
 from vlm_distill_cache.common.errors import CacheFormatError
 from vlm_distill_cache.common.files.atomic import read_bounded
 from vlm_distill_cache.common.files.yaml_text import YamlError, parse_yaml
@@ -98,7 +98,7 @@ def build_command(plan: Plan) -> str:
     """The command that writes a cache like this one, as far as its plan tells; words in capitals are for the reader."""
     if "derived" in plan.extra:
         return "cachectl select ...  # or merge: made from other caches, as its own card tells"
-    teacher, data, logits = plan.teacher, plan.data, plan.signals.get("logits", {})
+    teacher, data, logits = plan.teacher, plan.data, plan.signals.get(LogitCodec.signal, {})
     name = str(teacher.get("name") or "TEACHER")
     options = {"--cache": "CACHE"}
     if not name.startswith(_BUILT_IN_TEACHER):
@@ -113,7 +113,7 @@ def build_command(plan: Plan) -> str:
     options["--signals"] = ",".join(sorted(plan.signals))
     low, high = logits.get("min_k"), logits.get("max_k")
     presets = [name for name, how in LOGIT_PRESETS.items() if how.items() <= logits.items()]
-    others = {signal: how for signal, how in plan.signals.items() if signal != "logits"}
+    others = {signal: how for signal, how in plan.signals.items() if signal != LogitCodec.signal}
     exact = any(how.get("exact") is True or how.get("preset") == "f4" for how in others.values())
     settings = {
         "split": data.get("split"),
@@ -121,8 +121,8 @@ def build_command(plan: Plan) -> str:
         "logits": next(iter(presets), f"fixed:{low}" if low and low == high else None),
         "temperatures": logits.get("temperatures"),
         "attention_dtype": "f4" if exact else None,
-        "map_preset": None if exact else plan.signals.get("visual_map", {}).get("preset"),
-        "hidden_layers": plan.signals.get("hidden", {}).get("layers"),
+        "map_preset": None if exact else next((how["preset"] for how in others.values() if "preset" in how), None),
+        "hidden_layers": next((how["layers"] for how in others.values() if "layers" in how), None),
         "groups": len(teacher.get("groups") or ()),
         "layers": teacher.get("layer_choice") if isinstance(teacher.get("layer_choice"), str) else None,
         "dtype": teacher.get("dtype"),

@@ -26,7 +26,7 @@ ORDER = {  # inside a package, each level imports only what stands before it
     ),
     "stage2_student": (
         "loss_weights pruned_folder final_folder presets", "config", "students batches", "losses resolve", "training",
-        "scores prune", "exports", "train", "trained_student", "run", "cli",
+        "scores", "exports", "train prune", "trained_student", "run", "cli",
     ),
 }  # fmt: skip
 PACKAGES = tuple(ORDER)

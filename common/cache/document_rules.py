@@ -139,6 +139,7 @@ _PROCESSOR_SETTINGS = {
     **dict.fromkeys(("image_mean", "image_std"), maybe(_FLOATS)),
     "rescale_factor": maybe(number(0, 1e6)),
     "resample": maybe(whole(0, 5)),
+    "image_seq_length": maybe(whole(0, 1 << 13)),  # PaliGemma's: so often a word is written for a picture
     **dict.fromkeys(
         ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_pad", "do_convert_rgb"), maybe(FLAG)
     ),

@@ -8,19 +8,24 @@ from transformers import LlavaForConditionalGeneration
 
 
 class LlavaOfAnyDepth(LlavaForConditionalGeneration):
-    """The library's class with another projector than two linear layers: one (LLaVA-1), or more.
+    """The library's class with any number of linear layers for a projector (LLaVA-1: one), and without an image token.
+
+    Its code goes with the weights of such a student.
 
     Args:
-        config: The library's; its ``projector_depth`` is the number of linear layers, with a GELU between any two.
+        config: The library's; its ``projector_depth``, if it has one, is the number of layers, with a GELU between any two.
     """
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        width = config.text_config.hidden_size
-        layers: list[nn.Module] = [nn.Linear(config.vision_config.hidden_size, width)]
-        for _ in range(config.projector_depth - 1):
-            layers += [nn.GELU(), nn.Linear(width, width)]
-        self.model.multi_modal_projector = nn.Sequential(*layers)
+        depth = getattr(config, "projector_depth", None)
+        if depth not in (None, 2):
+            width = config.text_config.hidden_size
+            layers: list[nn.Module] = [nn.Linear(config.vision_config.hidden_size, width)]
+            for _ in range(depth - 1):
+                layers += [nn.GELU(), nn.Linear(width, width)]
+            self.model.multi_modal_projector = nn.Sequential(*layers)
+        take_image_tokens(self)
 
 
 def llava_class(projector_depth: int | None) -> type[Any]:

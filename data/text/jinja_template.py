@@ -3,51 +3,36 @@
 Messages hold texts or lists of parts, as ``[{"type": "image"}, {"type": "text", "text": "..."}]``.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 from vlm_distill_cache.data.text.chat import takes_parts
 from vlm_distill_cache.data.text.templates import PromptTemplate
 
-# Leaves `text` and `shows`, of one message.
-_READ = (
-    "{%- set found = namespace(text='', shows=false) -%}"
-    "{%- if message['content'] is string -%}{%- set found.text = message['content'] -%}{%- else -%}"
-    "{%- for part in message['content'] -%}"
-    "{%- if part['type'] == 'image' -%}{%- set found.shows = true -%}"
-    "{%- elif part['type'] == 'text' -%}{%- set found.text = found.text + part['text'] -%}"
-    "{%- else -%}{{- raise_exception('this model reads texts and pictures, got a part of type ' + part['type']) -}}"
-    "{%- endif -%}{%- endfor -%}{%- endif -%}"
-)
-_TURNS = (
-    "{{%- set past = namespace(system={system}, begun=false) -%}}"
-    "{{%- for message in messages -%}}"
-    + _READ.replace("{", "{{").replace("}", "}}")
-    + "{{%- if message['role'] == 'system' -%}}"
-    "{{%- if past.begun or not past.system -%}}"
-    "{{{{- raise_exception('this model takes {no_system}') -}}}}{{%- endif -%}}"
-    "{{%- if found.text | trim -%}}{{%- set past.system = found.text | trim + ' ' -%}}{{%- endif -%}}"
-    "{{%- elif message['role'] == 'user' -%}}"
-    "{{%- if past.begun and {one_turn} -%}}{{{{- raise_exception('this model takes one question') -}}}}{{%- endif -%}}"
-    "{{%- if not past.begun -%}}"
-    "{{%- if {bos} and not found.shows -%}}{{{{- bos_token -}}}}{{%- endif -%}}{{{{- past.system -}}}}"
-    "{{%- set past.begun = true -%}}{{%- endif -%}}"
-    "{{{{- {before_question} -}}}}"
-    "{{%- if found.shows -%}}{{{{- {image_token} -}}}}{{%- if {bos} -%}}{{{{- bos_token -}}}}{{%- endif -%}}"
-    "{{{{- {after_image} -}}}}{{%- endif -%}}"
-    "{{%- if not {drops_question} -%}}{{{{- found.text | trim -}}}}{{%- endif -%}}"
-    "{{%- elif message['role'] == 'assistant' -%}}"
-    "{{{{- {before_answer} + {blank} + found.text | trim -}}}}{{{{- {answer_end} -}}}}"
-    "{{%- else -%}}{{{{- raise_exception('unknown role ' + message['role']) -}}}}{{%- endif -%}}"
-    "{{%- endfor -%}}"
-    "{{%- if add_generation_prompt -%}}{{{{- {before_answer} -}}}}{{%- endif -%}}"
-)
+# Leaves a message's text in `found.text`, and whether it shows a picture in `found.shows`.
+_READ = """\
+{%- set found = namespace(text='', shows=false) -%}
+{%- if message['content'] is string -%}
+{%- set found.text = message['content'] -%}
+{%- else -%}
+{%- for part in message['content'] -%}
+{%- if part['type'] == 'image' -%}
+{%- set found.shows = true -%}
+{%- elif part['type'] == 'text' -%}
+{%- set found.text = found.text + part['text'] -%}
+{%- else -%}
+{{- raise_exception('this model reads texts and pictures, got a part of type ' + part['type']) -}}
+{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+"""
 # For templates that know texts only: the picture is written in front of its question, as in training.
 _AS_TEXTS = (
-    "{%- set flat = namespace(messages=[]) -%}{%- for message in messages -%}"
+    "{%- set flat = namespace(messages=[]) -%}\n{%- for message in messages -%}\n"
     + _READ
-    + "{%- set text = (IMAGE + '\\n' if found.shows else '') + found.text | trim -%}"
-    "{%- set flat.messages = flat.messages + [dict(message, content=text)] -%}"
-    "{%- endfor -%}{%- set messages = flat.messages -%}"
+    + "{%- set text = (IMAGE if found.shows else '') + found.text | trim -%}\n"
+    "{%- set flat.messages = flat.messages + [dict(message, content=text)] -%}\n"
+    "{%- endfor -%}\n{%- set messages = flat.messages -%}\n"
 )
 
 
@@ -67,18 +52,53 @@ def chat_template_of(template: PromptTemplate, tokenizer: Any, image_token: str,
         source = template.chat_template
         if takes_parts(source, tokenizer, image_token):
             return source
-        return _AS_TEXTS.replace("IMAGE", ascii(image_token)) + source
-    drop = adds_rest and template.bos_after_image
-    return _TURNS.format(
-        system=ascii(template.system),
-        no_system="its system prompt in front only" if template.system else "no system prompt",
-        one_turn=str(template.holds_one_turn).lower(),
-        bos=str(template.bos_after_image and not drop).lower(),
-        drops_question=str(template.drops_question).lower(),
-        before_question=ascii(template.before_question),
-        image_token=ascii(image_token),
-        after_image=ascii(template.after_image),
-        before_answer=ascii("" if drop else template.before_answer),
-        blank=ascii(template.blank),
-        answer_end="eos_token" if template.answer_end is None else ascii(template.answer_end),
-    )
+        return _AS_TEXTS.replace("IMAGE", ascii(f"{image_token}\n")) + source
+    return "\n".join(_statements(template, image_token, adds_rest=adds_rest and template.bos_after_image))
+
+
+def _statements(template: PromptTemplate, image_token: str, *, adds_rest: bool) -> Iterator[str]:
+    writes_bos = template.bos_after_image and not adds_rest
+    asks = [] if adds_rest else [template.before_answer]
+    yield f"{{%- set past = namespace(system={template.system!a}, begun=false) -%}}"
+    yield "{%- for message in messages -%}"
+    yield _READ.rstrip()
+    yield "{%- if message['role'] == 'system' -%}"
+    if template.system:
+        yield "{%- if past.begun -%}"
+        yield "{{- raise_exception('this model takes its system prompt in front only') -}}"
+        yield "{%- elif found.text | trim -%}"
+        yield "{%- set past.system = found.text | trim + ' ' -%}"
+        yield "{%- endif -%}"
+    else:
+        yield "{{- raise_exception('this model takes no system prompt') -}}"
+    yield "{%- elif message['role'] == 'user' -%}"
+    yield "{%- if not past.begun -%}"
+    if writes_bos:
+        yield "{%- if not found.shows -%}{{- bos_token -}}{%- endif -%}"
+    yield "{{- past.system -}}"
+    yield "{%- set past.begun = true -%}"
+    if template.holds_one_turn:
+        yield "{%- else -%}"
+        yield "{{- raise_exception('this model takes one question') -}}"
+    yield "{%- endif -%}"
+    yield _write(template.before_question)
+    yield "{%- if found.shows -%}"
+    yield _write(image_token) + ("{{- bos_token -}}" if writes_bos else "") + _write(template.after_image)
+    yield "{%- endif -%}"
+    if not template.drops_question:
+        yield "{{- found.text | trim -}}"
+    yield "{%- elif message['role'] == 'assistant' -%}"
+    yield _write(*asks, template.blank) + "{{- found.text | trim -}}"
+    yield "{{- eos_token -}}" if template.answer_end is None else _write(template.answer_end)
+    yield "{%- else -%}"
+    yield "{{- raise_exception('unknown role ' + message['role']) -}}"
+    yield "{%- endif -%}"
+    yield "{%- endfor -%}"
+    if any(asks):
+        yield "{%- if add_generation_prompt -%}" + _write(*asks) + "{%- endif -%}"
+
+
+def _write(*texts: str) -> str:
+    """A statement that writes texts as they are."""
+    text = "".join(texts)
+    return f"{{{{- {text!a} -}}}}" if text else ""

@@ -138,7 +138,8 @@ def _check_sum(
             wrong.append(name)
     if wrong:
         raise ModelError(
-            f"{source.folder}: is more than {folder} with adapters and another projector: {len(wrong)} weights differ "
-            f"({', '.join(wrong[:3])}): trained as such in some phase (trainable: all or tower), rows added for the "
-            f"tokenizer's tokens, or that folder has changed since; `--layout auto` writes the whole student"
+            f"{source.folder}: is more than {folder} with adapters and another projector: {len(wrong)} other weights differ, which "
+            f"peft cannot add ({', '.join(wrong[:3])}): a phase trained them as such (trainable: all or tower; embeddings beside "
+            "the projector), rows were added for the tokenizer's tokens, or that folder has changed since; `--layout auto` "
+            "writes the whole student"
         )

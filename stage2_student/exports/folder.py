@@ -23,13 +23,15 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
 from vlm_distill_cache.common.errors import CacheFormatError
 from vlm_distill_cache.common.files.atomic import parse_json, read_bounded
-from vlm_distill_cache.common.files.rules import OBJECT, check
+from vlm_distill_cache.common.files.rules import OBJECT, check, maybe, record, whole
+from vlm_distill_cache.common.models.llava import LlavaOfAnyDepth
 from vlm_distill_cache.common.models.processing import VisionLanguageProcessor
 from vlm_distill_cache.common.models.vision_language import VisionLanguageModel
 from vlm_distill_cache.common.printing import one_line
 from vlm_distill_cache.data.text.encoding import SampleEncoder, build_prompt
 from vlm_distill_cache.data.text.generation import pad_token_id
 from vlm_distill_cache.data.text.jinja_template import chat_template_of
+from vlm_distill_cache.data.text.template_process import render_template
 from vlm_distill_cache.stage2_student.students.model import StudentModel
 
 # Of a checkpoint's files those that saving model, tokenizer and image processor may not write again, and how many bytes
@@ -39,9 +41,10 @@ _KEPT = {
     **dict.fromkeys(("generation_config.json", "special_tokens_map.json", "added_tokens.json"), 1 << 24),
     **dict.fromkeys(("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model"), 1 << 26),
 }
+_COUNTED = ("patch_size", "num_additional_image_tokens", "num_image_tokens", "image_seq_len", "image_seq_length")
+_PROCESSOR = record({}, dict.fromkeys(_COUNTED, maybe(whole(0, 1 << 13))), free=True)  # so often a word is written
 _OURS = re.compile(r"^from vlm_distill_cache\.((?:\w+\.)*(\w+)) import", re.MULTILINE)
 _AUTO_MODELS = ("AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToText")
-_PROCESSOR = f"{VisionLanguageProcessor.__module__.rpartition('.')[2]}.{VisionLanguageProcessor.__name__}"
 _log = logging.getLogger(__name__)
 
 
@@ -62,14 +65,15 @@ def save_student_folder(
     encoder.tokenizer.save_pretrained(target)
     image_processor.save_pretrained(target)
     _mend_tokenizer(target, encoder)
-    if isinstance(model, VisionLanguageModel):
-        _write_own(target, model, encoder)
+    ours = _our_classes(inner, encoder)
+    if ours:
+        _write_own(target, ours, encoder)
     else:
         if source is not None:
             keep_files(source, target)
         _write_library(target, inner.config, encoder)
     _end_as_trained(target, encoder)
-    _compare_prompts(target, encoder, own=isinstance(model, VisionLanguageModel))
+    _compare_prompts(target, encoder, own=bool(ours))
 
 
 def keep_files(source: Path, target: Path) -> None:
@@ -87,7 +91,8 @@ def keep_files(source: Path, target: Path) -> None:
         try:
             data = read_bounded(Path(os.path.realpath(path)), max_bytes=most)
             if name.endswith(".json"):
-                stored = check(parse_json(data, str(path)), OBJECT, str(path), remedy="download it again")
+                rule = _PROCESSOR if name == "processor_config.json" else OBJECT
+                stored = check(parse_json(data, str(path)), rule, str(path), remedy="download it again")
                 if stored.pop("auto_map", None) is not None:
                     data = _json(stored)
         except CacheFormatError as error:
@@ -96,24 +101,27 @@ def keep_files(source: Path, target: Path) -> None:
         copy.write_bytes(data)
 
 
-def _write_own(target: Path, model: VisionLanguageModel, encoder: SampleEncoder) -> None:
+def _our_classes(model: Any, encoder: SampleEncoder) -> dict[str, type[Any]]:
+    """What of a model the library does not have, by the name of its class that is to find it."""
+    if isinstance(model, VisionLanguageModel):
+        return {"AutoConfig": type(model.config), **dict.fromkeys(_AUTO_MODELS, type(model))}
+    has_token = encoder.image_token_id in encoder.tokenizer.added_tokens_decoder
+    if model.config.model_type == "llava" and (isinstance(model, LlavaOfAnyDepth) or not has_token):
+        return dict.fromkeys(_AUTO_MODELS, LlavaOfAnyDepth)
+    return {}
+
+
+def _write_own(target: Path, ours: Mapping[str, type[Any]], encoder: SampleEncoder) -> None:
     """Code, and who reads pictures and texts with it."""
-    classes = (type(model), type(model.config), VisionLanguageProcessor)
-    for name, source in code_of({one.__module__ for one in classes}).items():
+    ours = {**ours, "AutoProcessor": VisionLanguageProcessor}
+    for name, source in code_of({one.__module__ for one in ours.values()}).items():
         (target / f"{name}.py").write_text(source, encoding="utf-8")
-    home = type(model).__module__.rpartition(".")[2]
-    _update(
-        target / "config.json",
-        auto_map={
-            "AutoConfig": f"{home}.{type(model.config).__name__}",
-            **dict.fromkeys(_AUTO_MODELS, f"{home}.{type(model).__name__}"),
-            "AutoProcessor": _PROCESSOR,
-        },
-    )
+    auto_map = {auto: f"{one.__module__.rpartition('.')[2]}.{one.__name__}" for auto, one in ours.items()}
+    _update(target / "config.json", auto_map=auto_map)
     (target / "processor_config.json").write_bytes(
         _json(
             {
-                "auto_map": {"AutoProcessor": _PROCESSOR},
+                "auto_map": {"AutoProcessor": auto_map["AutoProcessor"]},
                 "processor_class": VisionLanguageProcessor.__name__,
                 "layout": encoder.image_encoder.to_dict()["layout"],
                 "image_token": encoder.image_token,
@@ -211,6 +219,7 @@ def _end_as_trained(target: Path, encoder: SampleEncoder) -> None:
     """Generation ends where trained answers end, too."""
     path = target / "generation_config.json"
     stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    stored.pop("_from_model_config", None)  # some versions would then take the model's alone
     found = stored.get("eos_token_id")
     ids = sorted({*(found if isinstance(found, list) else [] if found is None else [found]), *encoder.end_token_ids})
     stored["eos_token_id"] = ids[0] if len(ids) == 1 else ids
@@ -229,7 +238,11 @@ def _compare_prompts(target: Path, encoder: SampleEncoder, *, own: bool) -> None
             processor = AutoProcessor.from_pretrained(target, local_files_only=True, trust_remote_code=False)
         picture = _Picture()
         asked = build_prompt(encoder, picture, "What is it?").input_ids.tolist()
-        text = processor.apply_chat_template(messages, add_generation_prompt=True)
+        # In a process of its own: a checkpoint's template may be anybody's.
+        variables = json.dumps(processor.tokenizer.special_tokens_map, default=str)
+        text = next(
+            render_template((target / "chat_template.jinja").read_text("utf-8"), variables, messages, [(1, True)])
+        )
         bos = processor.tokenizer.bos_token
         adds = {"add_special_tokens": False} if bos and text.startswith(bos) else {}
         read = np.asarray(processor(images=[picture.load()], text=[text], **adds)["input_ids"]).ravel().tolist()

@@ -69,9 +69,8 @@ def as_llava(source: Source, *, layout: str = "llava-hf") -> Source:
     own = source.own
     if own is None:
         if type(source.core) is not LlavaForConditionalGeneration:
-            kind = source.core.config.model_type
-            why = f"it is a {kind} of the library" if kind != "llava" else "its projector has not two linear layers"
-            raise refuse(source, layout, f"{why}, and llava-hf has two linear layers between a tower and a decoder")
+            why = f"it is a {source.core.config.model_type}, and no LLaVA-1.5"
+            raise refuse(source, layout, "its projector has not two linear layers" if source.is_llava else why)
         return source
     if own.dropped_tokens:
         raise refuse(

@@ -107,12 +107,15 @@ def _write_llava(target: Path, source: Source) -> Source:
         **_settings(source, text, tied=config.tie_word_embeddings),
         **_sight(student, config, projector=kind),
         "architectures": ["LlavaLlamaForCausalLM"],
-        "model_type": "llava",
+        "model_type": "llava_llama",
     }
     write_json_atomic(target / "config.json", settings)
     named = {original_name(name, depth): value for name, value in student.core.state_dict().items()}
-    tensors = _write_weights(target, source, named, tied="lm_head.weight" if config.tie_word_embeddings else "")
-    _write_tower(target, student, config.vision_config, tensors)
+    seeing = {name for name in named if name.startswith(TOWER_PREFIX)}  # read from its folder alone
+    others = {name: value for name, value in named.items() if name not in seeing}
+    _write_weights(target, source, others, tied="lm_head.weight" if config.tie_word_embeddings else "")
+    tower = cast({name: named[name] for name in seeing}, source.dtype, where=str(source.folder))
+    _write_tower(target, student, config.vision_config, tower)
     return student
 
 
@@ -181,6 +184,11 @@ def _write_tower(target: Path, source: Source, vision: Any, tensors: Mapping[str
     size, crops = (whole, False) if source.square == "square" else ({"shortest_edge": side}, True)
     if source.square == "crop":
         size = stored["size"]
+    _log.info(
+        "The authors' code opens mm_vision_tower of config.json from the folder that it runs in: run it in the exported folder, "
+        "or write the full path of %s there, in a copy",
+        TOWER,
+    )
     CLIPImageProcessorPil(**kept, size=size, crop_size=whole, do_center_crop=crops).save_pretrained(folder)
 
 

@@ -30,6 +30,7 @@ from vlm_distill_cache.data.sample import Sample
 from vlm_distill_cache.data.text.collate import collate
 from vlm_distill_cache.data.text.encoding import SampleEncoder
 from vlm_distill_cache.data.text.templates import get_template
+from vlm_distill_cache.stage2_student.exports.folder import keep_files
 from vlm_distill_cache.stage2_student.prune.importance import ATTENTION, MLP, measure_importance, prunable_layers
 from vlm_distill_cache.stage2_student.prune.plan import LayerParts, Widths, choose_layer_parts, narrow_widths
 from vlm_distill_cache.stage2_student.pruned_folder import RECORD, read_settings
@@ -83,6 +84,7 @@ def prune_directory(
         opened.model.save_pretrained(temporary, state_dict=weights)
         opened.tokenizer.save_pretrained(temporary)
         opened.processor.save_pretrained(temporary)
+        keep_files(teacher, temporary)
         record = {
             **(described or {}),
             "keep": keep,

@@ -31,7 +31,7 @@ def tell(folder: Path, cases: dict[str, Any], questions: list[dict[str, Any]], *
         shown = {"path": cases["picture"]} if own else {"image": PIL.Image.open(cases["rgb"])}
         part = [{"type": "image", **shown}] if question["shows"] else []
         chats.append([{"role": "user", "content": [*part, {"type": "text", "text": question["text"]}]}])
-    ask = pipeline("image-text-to-text", model=model, processor=processor)
+    ask = pipeline("image-text-to-text", model=str(folder), **options)
     how: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False}
     for chat in chats:
         inputs = processor.apply_chat_template(

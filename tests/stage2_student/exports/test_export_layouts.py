@@ -166,18 +166,20 @@ def logits(model, encoder):
     return found, ~batch.visual_mask[0]
 
 
-def check_same(folder, exported, *, atol=2e-5):
-    before, after = open_student(folder), open_student(exported)
-    (expected, rows), (found, _) = (logits(one.model, one.encoder) for one in (before, after))
-    assert expected.std() > 0.1
-    torch.testing.assert_close(found[rows, : expected.shape[1]], expected[rows], atol=atol, rtol=1e-4)
-    return expected, after
+def check_same(expected, rows, exported):
+    after = open_student(exported)
+    found, _ = logits(after.model, after.encoder)
+    torch.testing.assert_close(found[rows, : expected.shape[1]], expected[rows], atol=2e-5, rtol=1e-4)
+    return after
 
 
 @pytest.mark.parametrize("name", STUDENTS)
 def test_each_layout_computes_what_the_student_does_or_says_why_it_cannot(name, tmp_path):
     make, how, fitting = STUDENTS[name]
     folder = save_final(tmp_path / "final", make, **how)
+    student = open_student(folder)
+    expected, rows = logits(student.model, student.encoder)
+    assert expected[rows].std() > 0.1
     for layout in ("auto", "published", "llava-hf"):
         target = tmp_path / layout
         if layout != "auto" and layout not in fitting.split():
@@ -186,7 +188,7 @@ def test_each_layout_computes_what_the_student_does_or_says_why_it_cannot(name, 
             assert not list(tmp_path.glob(f"*{layout}*"))
             continue
         assert export_student(folder, target, layout=layout) == "float32"
-        expected, after = check_same(folder, target)
+        after = check_same(expected, rows, target)
         if layout == "llava-hf":
             check_library(target, expected, after)
 
@@ -280,8 +282,7 @@ def test_an_interrupted_export_leaves_nothing(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["final"]
 
 
-@pytest.mark.parametrize("name", ["mobilevlm v2", "mlp"])
-@pytest.mark.parametrize("quantise", ["8bit", "4bit"])
+@pytest.mark.parametrize(("name", "quantise"), [("mobilevlm v2", "8bit"), ("mlp", "4bit")])
 def test_a_quantised_student_loads_back_and_computes_the_same(name, quantise, tmp_path, monkeypatch):
     pytest.importorskip("bitsandbytes")
     folder = save_final(tmp_path / "final", STUDENTS[name][0], **STUDENTS[name][1])
@@ -302,13 +303,17 @@ def test_a_quantised_student_loads_back_and_computes_the_same(name, quantise, tm
     torch.testing.assert_close(found[1], found[0])
     torch.testing.assert_close(found[2], found[0])
     expected, rows = logits(*(getattr(open_student(folder), part) for part in ("model", "encoder")))
-    error = (found[0][rows, : expected.shape[1]] - expected[rows]).square().mean() / expected[rows].square().mean()
-    assert 0 < error < 0.5
+
+    def error(other):
+        difference = other[rows, : expected.shape[1]] - expected[rows]
+        return difference.square().mean() / expected[rows].square().mean()
+
+    assert 0 < error(found[0]) < 0.5
     with pytest.raises(ModelError, match="its weights are quantised"):
         export_student(tmp_path / "out", tmp_path / "more")
     export_student(folder, tmp_path / "half", quantise=quantise, dtype="bfloat16")
     half = open_student(tmp_path / "half", device="cpu")  # in float32, but for what is quantised
-    assert (logits(half.model, half.encoder)[0] - found[0]).abs().mean() < 0.1 * found[0].std()
+    assert error(logits(half.model, half.encoder)[0]) < 1.5 * error(found[0]) + 0.01
 
 
 def test_what_cannot_be_quantised_is_refused_in_words(tmp_path, monkeypatch):

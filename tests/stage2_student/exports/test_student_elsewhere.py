@@ -90,11 +90,12 @@ STUDENTS = {
         compodistill, layout="square", projector_type="taf", teacher_projector=PROJECTOR, pool_teacher_tokens=True,
         vision_feature_select_strategy="full",
     ),
+    "llava_original": partial(family_student, "llava_original"),
     "llava": partial(family_student, "llava"),
     "llava_next": partial(family_student, "llava_next"),
     "gemma3": partial(family_student, "gemma3"),
 }  # fmt: skip
-OURS = [name for name in STUDENTS if name.startswith(("mobilevlm", "compodistill"))]
+OURS = [name for name in STUDENTS if name.startswith(("mobilevlm", "compodistill", "llava_original"))]
 
 
 def python_without_us(folder: Path) -> Path:
@@ -178,7 +179,7 @@ def test_a_saved_student_says_the_same_where_this_project_is_not(name, saved, to
 
 
 def test_code_beside_the_weights_needs_the_libraries_and_itself_alone():
-    names = ("mobilevlm", "compodistill", "processing")
+    names = ("mobilevlm", "compodistill", "llava", "processing")
     code = code_of(f"vlm_distill_cache.common.models.{name}" for name in names)
     assert {*names, "projectors", "vision_tower", "vision_language"} <= code.keys()
     for source in code.values():

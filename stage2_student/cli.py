@@ -297,18 +297,23 @@ def report(output: Path) -> None:
 @click.option("--output", required=True, type=NewFolder(), help="New folder.")
 @click.option(
     "--layout",
-    type=click.Choice(["auto", "published", "llava-hf", "adapter"]),
+    type=click.Choice(["auto", "published", "llava-hf", "adapter", "gguf"]),
     default="auto",
     show_default=True,
     help="auto: for from_pretrained, a LLaVA where the student is one; published: for the code of MobileVLM's, CompoDistill's "
-    "or LLaVA's authors; llava-hf: the library's LLaVA; adapter: what peft adds to the model that training started from.",
+    "or LLaVA's authors; llava-hf: the library's LLaVA; adapter: what peft adds to the model that training started from; gguf: for "
+    "llama.cpp.",
 )
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "float16", "bfloat16"]),
     help="Of the weights; default: as they are stored.",
 )
-@click.option("--quantise", type=click.Choice(["8bit", "4bit"]), help="The language model's weights, by bitsandbytes.")
+@click.option(
+    "--quantise",
+    type=click.Choice(["8bit", "4bit"]),
+    help="The language model's weights, by bitsandbytes; in gguf as Q8_0 or Q4_0.",
+)
 def export(student: str, output: Path, layout: str, dtype: str | None, quantise: Any) -> None:
     """Write a trained student in another layout or precision, for other programs."""
     from vlm_distill_cache.stage2_student.trained_student import export_student
@@ -316,7 +321,7 @@ def export(student: str, output: Path, layout: str, dtype: str | None, quantise:
     runs.set_up_libraries()
     written = export_student(_trained_folder(student).path, output, layout=layout, dtype=dtype, quantise=quantise)
     say(f"Exported to {output}: layout {layout}, {written}{f', {quantise}' if quantise else ''}")
-    if layout != "adapter":
+    if layout not in ("adapter", "gguf"):
         say(f"Next: distill evaluate {quoted(output)}")
 
 

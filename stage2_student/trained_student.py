@@ -28,7 +28,7 @@ from vlm_distill_cache.stage2_student.batches.dataset import CachedDataset
 from vlm_distill_cache.stage2_student.batches.layers import match_groups
 from vlm_distill_cache.stage2_student.config import TrainConfig
 from vlm_distill_cache.stage2_student.exports.card import read_scores, write_card
-from vlm_distill_cache.stage2_student.exports.layouts import LAYOUTS
+from vlm_distill_cache.stage2_student.exports.layouts import FOR_OTHERS, LAYOUTS
 from vlm_distill_cache.stage2_student.exports.source import Quantise, Source
 from vlm_distill_cache.stage2_student.final_folder import PROVENANCE, read_final
 from vlm_distill_cache.stage2_student.losses.terms import TERMS, choose_terms
@@ -80,6 +80,11 @@ def open_student(folder: Path, *, device: str | None = None) -> Student:
         ModelError: If the folder is no trained student of ours, or is damaged.
     """
     provenance = read_final(folder)
+    layout = provenance.get("export", {}).get("layout")
+    if layout in FOR_OTHERS:
+        raise ModelError(
+            f"{folder}: an export in layout {layout}, which other programs read; give the student that it was made of"
+        )
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     image_encoder: AnyImageEncoder | None = None
     model: Any

@@ -4,8 +4,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from vlm_distill_cache.common.models.projectors import MlpProjector
+from vlm_distill_cache.data.text.jinja_template import chat_template_of
 from vlm_distill_cache.stage2_student.exports.adapter import write_adapter
 from vlm_distill_cache.stage2_student.exports.folder import save_student_folder
+from vlm_distill_cache.stage2_student.exports.gguf import write_gguf
 from vlm_distill_cache.stage2_student.exports.llava import as_llava, with_image_token
 from vlm_distill_cache.stage2_student.exports.published import write_published
 from vlm_distill_cache.stage2_student.exports.source import Source, exported_model
@@ -37,6 +39,20 @@ def _save(target: Path, source: Source, *, files: Path | None) -> Source:
     return source
 
 
+def write_llama_cpp(target: Path, source: Source) -> Source:
+    """Write the two files that llama.cpp's programs read."""
+    encoder = source.encoder
+    write_gguf(
+        target,
+        model=source.model,
+        tokenizer=encoder.tokenizer,
+        image_processor=source.image_processor,
+        template=chat_template_of(encoder.template, encoder.tokenizer, encoder.image_token),
+        dtype=source.quantise or str(source.dtype).removeprefix("torch."),
+    )
+    return source
+
+
 Writer = Callable[[Path, Source], Source]
 """Fills an empty folder; returns the student as it is read back from there."""
 
@@ -45,4 +61,7 @@ LAYOUTS: Mapping[str, Writer] = {
     "published": write_published,
     "llava-hf": write_llava,
     "adapter": write_adapter,
+    "gguf": write_llama_cpp,
 }
+FOR_OTHERS = ("adapter", "gguf")
+"""Layouts that hold no model which is read here."""

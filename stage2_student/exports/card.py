@@ -183,7 +183,7 @@ def _body(folder: Path, provenance: Mapping[str, Any], scores: CardScores | None
         else "The baseline of a distillation: trained on the same data and as long, on the answers alone, without a teacher."
     )
     return f"""---
-{_metadata(config, origin, scores, name)}
+{_metadata(config, origin, scores, name, export.get("layout"))}
 ---
 # {markdown(name)}
 
@@ -244,7 +244,9 @@ def _is_taught(config: Mapping[str, Any]) -> bool:
     return any(losses[name] for losses in used for name in LossWeights.names() if name != "lm")
 
 
-def _metadata(config: Mapping[str, Any], origin: Mapping[str, Any], scores: CardScores | None, name: str) -> str:
+def _metadata(
+    config: Mapping[str, Any], origin: Mapping[str, Any], scores: CardScores | None, name: str, layout: Any
+) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
     begun_from = [str(config.get(key) or "") for key in ("student", "student_weights", "language_model", "teacher")]
@@ -271,7 +273,7 @@ def _metadata(config: Mapping[str, Any], origin: Mapping[str, Any], scores: Card
     card = ModelCardData(
         base_model=list(bases) or None,
         datasets=[found for found in data if hub_name(found)] or None,
-        library_name="transformers",
+        library_name="peft" if layout == "adapter" else "transformers",
         license=licence.lower() if known else "other",
         license_name=None if known else re.sub(r"[^a-z0-9.]+", "-", licence.lower()).strip("-.")[:90] or "see-below",
         license_link=None if known else "LICENSE",
@@ -372,15 +374,18 @@ def _loading(folder: Path, place: HubName) -> str:
         projector = next((f" --mmproj {name}" for name in found if name.startswith("mmproj")), "")
         return f"# llama.cpp: llama-mtmd-cli -m {model}{projector} --image picture.jpg -p 'What is in this picture?'"
     head = "from PIL import Image\n"
+    processor = f"{shown}{trusted}"
     if not settings and (adapter := read_settings(folder / "adapter_config.json")):
-        base = json.dumps(shown_model(adapter.get("base_model_name_or_path")))
+        given = str(adapter.get("base_model_name_or_path") or "BASE")
+        base = json.dumps(given if hub_name(given) and not Path(given).is_dir() else Path(given).name)
+        processor = base + (f", revision={json.dumps(adapter['revision'])}" if adapter.get("revision") else "")
         head += "from peft import PeftModel\nfrom transformers import AutoModelForImageTextToText, AutoProcessor\n\n"
-        head += f"base = {base}  # the model that the adapter belongs to\n"
-        model = f"PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(base), {shown})"
+        head += f"# {base} is the model that the adapter belongs to.\n"
+        model = f"PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained({processor}), {shown})"
     else:
         head += "from transformers import AutoModelForImageTextToText, AutoProcessor\n\n"
-        model = f"AutoModelForImageTextToText.from_pretrained({shown}{trusted})"
-    return f"""{head}processor = AutoProcessor.from_pretrained({shown}{trusted})
+        model = f"AutoModelForImageTextToText.from_pretrained({processor})"
+    return f"""{head}processor = AutoProcessor.from_pretrained({processor})
 model = {model}
 asked = [{{"role": "user", "content": [{{"type": "image"}}, {{"type": "text", "text": "What is in this picture?"}}]}}]
 prompt = processor.apply_chat_template(asked, add_generation_prompt=True)

@@ -207,3 +207,20 @@ def test_the_command_of_a_build_names_what_a_plan_tells(tiny_cache):
     assert "limit=5" in words
     assert build_command(replace(plan, extra={"derived": {}})).startswith("cachectl ")
     assert build_command(replace(plan, teacher={"served": True})).startswith("cachectl import-logprobs ")
+
+
+def test_the_lines_that_load_it_are_those_of_what_the_folder_holds(copied, tmp_path):
+    provenance = read_provenance(copied / "sft" / "final")
+    for name, text, expected in (
+        ("config.json", '{"auto_map": {}}', 'AutoModelForImageTextToText.from_pretrained("PATH_OR_NAME", trust_remote_code=True)'),
+        ("config.json", "{}", 'AutoProcessor.from_pretrained("PATH_OR_NAME")'),
+        ("adapter_config.json", '{"base_model_name_or_path": "/home/me/base"}', 'from_pretrained("base"), "PATH_OR_NAME")'),
+        ("adapter_config.json", '{"base_model_name_or_path": "a/b", "revision": "c"}', 'from_pretrained("a/b", revision="c")'),
+        ("model-f16.gguf", "", "llama-mtmd-cli -m model-f16.gguf --image"),
+    ):  # fmt: skip
+        (tmp_path / "x").mkdir()
+        (tmp_path / "x" / name).write_text(text)
+        lines = block(card_text(tmp_path / "x", provenance), "python")
+        assert expected in lines
+        compile(lines, name, "exec")
+        shutil.rmtree(tmp_path / "x")

@@ -7,6 +7,7 @@ edited is known, and is left alone.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -88,6 +89,10 @@ def write_card(
     """
     if replaced is not None:
         _take_over(replaced, folder, provenance)
+    for name in (SCORES, CARD):
+        if os.path.lexists(folder / name) and not (folder / name).is_file():
+            _log.warning("%s is no file, so no card is written; move it away", folder / name)
+            return
     if scores is not None:
         models = [
             {"name": name, "report": EvaluationReport(scores=report.scores).to_dict()}
@@ -129,15 +134,14 @@ def read_scores(folder: Path) -> CardScores | None:
 
 
 def _take_over(old: Path, new: Path, provenance: Mapping[str, Any]) -> None:
-    card = read_card(old / CARD)
-    if card is not None and not is_unedited(card):
-        write_bytes_atomic(new / CARD, card.encode(errors="surrogateescape"))
-    try:
-        same = read_provenance(old).get("files") == provenance.get("files")
-    except (FileNotFoundError, CacheFormatError):
-        return
-    if same and (old / SCORES).is_file():
-        write_bytes_atomic(new / SCORES, read_bounded(old / SCORES, max_bytes=_MOST_BYTES))
+    """Bring what was made by hand or is still true from a folder that is replaced; what cannot be read is lost with it."""
+    with contextlib.suppress(CacheFormatError):
+        card = read_card(old / CARD)
+        if card is not None and not is_unedited(card):
+            write_bytes_atomic(new / CARD, card.encode(errors="surrogateescape"))
+    with contextlib.suppress(FileNotFoundError, CacheFormatError):
+        if read_provenance(old).get("files") == provenance.get("files"):
+            write_bytes_atomic(new / SCORES, read_bounded(old / SCORES, max_bytes=_MOST_BYTES))
 
 
 def read_card(path: Path) -> str | None:

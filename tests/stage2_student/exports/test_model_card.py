@@ -88,6 +88,12 @@ def test_a_card_is_the_same_again_and_an_edited_one_stays(tiny_cache, copied, ca
     assert cards["sft"].read_bytes() == edited
     assert f"{cards['sft']} was edited and stays as it is; delete it for a new one" in caplog.text
     cards["sft"].unlink()
+    for make in (cards["sft"].mkdir, lambda: cards["sft"].symlink_to(cards["sft"])):
+        make()
+        write_report_again(copied)
+        assert f"{cards['sft']} is no file, so no card is written; move it away" in caplog.text
+        caplog.clear()
+        cards["sft"].unlink() if cards["sft"].is_symlink() else cards["sft"].rmdir()
     write_report_again(copied)
     assert cards["sft"].read_bytes() == before["sft"]
     assert not run(config).fresh

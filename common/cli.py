@@ -18,10 +18,13 @@ from vlm_distill_cache.common.terminal.command_line import (
     CommandGroup,
     NewFolder,
     can_print,
+    fail,
     quoted,
     say,
     start_logging,
+    tell,
 )
+from vlm_distill_cache.common.terminal.general import JSON, answer, has_document
 from vlm_distill_cache.common.terminal.next_step import distill_command
 from vlm_distill_cache.common.terminal.progress import ProgressLines, progress
 
@@ -54,33 +57,41 @@ def main() -> None:
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="The sample's image, to draw over.",
 )
+@JSON
 def inspect(cache: str, sample_id: str | None, picture: Path | None, image: Path | None) -> None:
     """Show what a cache holds; or of one sample the answer, the teacher's likeliest tokens and where it looked."""
     if (picture is not None and sample_id is None) or (image is not None and picture is None):
         raise click.UsageError("--picture needs a SAMPLE_ID, and --image needs --picture")
     if sample_id is None:
         from vlm_distill_cache.common.remotes.mirror import local_folder
-        from vlm_distill_cache.common.tools.inspect import describe_cache
+        from vlm_distill_cache.common.tools.inspect import cache_values, describe_cache
 
-        say(describe_cache(local_folder(cache), location=cache))  # of an address: where its descriptions are
+        folder = local_folder(cache)  # of an address: where its descriptions are
+        say(describe_cache(folder, location=cache))
+        if has_document():
+            answer(cache=cache, **cache_values(folder))
         return
     from vlm_distill_cache.common.opening import open_cache
     from vlm_distill_cache.common.tools.picture import BLOCKS
-    from vlm_distill_cache.common.tools.record_view import describe_record, picture_of, save_picture
+    from vlm_distill_cache.common.tools.record_view import describe_record, picture_of, record_values, save_picture
 
     opened = open_cache(cache)
     if picture is not None:
         save_picture(picture_of(opened, sample_id, image), picture)
+        answer(sample=sample_id, picture=picture)
         say(f"Drew {picture}")
         return
     say(describe_record(opened, sample_id, unicode=can_print(BLOCKS)))
+    if has_document():
+        answer(cache=cache, **record_values(opened, sample_id))
     shown = quoted(sample_id) if one_line(sample_id) == sample_id else "SAMPLE_ID"
-    say(f"\nNext: cachectl inspect {quoted(cache)} {shown} --picture OUT.png [--image FILE]")
+    tell(f"\nNext: cachectl inspect {quoted(cache)} {shown} --picture OUT.png [--image FILE]")
 
 
 @main.command()
 @click.argument("cache", type=_CACHE)
 @click.option("--deep", is_flag=True, help="Decode every record too.")
+@JSON
 def verify(cache: Path, *, deep: bool) -> None:
     """Check every file of a cache; one line per damaged file and exit code 1 if there is any."""
     from vlm_distill_cache.common.tools.verify import split_unfinished
@@ -88,6 +99,12 @@ def verify(cache: Path, *, deep: bool) -> None:
 
     with _progress("verify") as bar:
         unfinished, damages = split_unfinished(verify_cache(cache, deep=deep, on_shard=bar.update))
+    answer(
+        cache=cache,
+        ok=not damages and not unfinished,
+        damaged=[{**vars(damage), "remedy": damage.remedy} for damage in damages],
+        missing=[damage.shard for damage in unfinished if damage.shard is not None],
+    )
     for damage in damages:
         say(f"damaged: {damage}")
     if unfinished and not damages:
@@ -95,8 +112,8 @@ def verify(cache: Path, *, deep: bool) -> None:
 
         missing = [damage.shard for damage in unfinished if damage.shard is not None]
         what = f"{len(missing)} shards are missing ({format_ranges(missing)})" if missing else "it is not sealed"
-        say(f"error: {cache}: not finished: {what}; what is there is sound", err=True)
-        say(
+        fail(f"{cache}: not finished: {what}; what is there is sound")
+        tell(
             f"Next: {built_with(read_plan(cache))} with the same options makes the missing shards and seals the cache; of parts "
             "built in folders of their own: cachectl merge"
             if missing
@@ -104,19 +121,20 @@ def verify(cache: Path, *, deep: bool) -> None:
         )
         raise click.exceptions.Exit(1)
     if damages:
-        say(f"error: {cache}: {len(damages)} damaged files", err=True)
-        say(f"Next: cachectl repair {quoted(cache)}{' --deep' if deep else ''} --dry-run")
+        fail(f"{cache}: {len(damages)} damaged files")
+        tell(f"Next: cachectl repair {quoted(cache)}{' --deep' if deep else ''} --dry-run")
         raise click.exceptions.Exit(1)
     plan = read_plan(cache)
     values = ", all values valid" if deep else ""
     say(f"ok: {cache}: {plan.shard_count} shards, all checksums match{values}")
-    say(f"Next: cachectl inspect {quoted(cache)}")
+    tell(f"Next: cachectl inspect {quoted(cache)}")
 
 
 @main.command()
 @click.argument("cache", type=_CACHE)
 @click.option("--deep", is_flag=True, help="Decode every record too, and drop shards with wrong values.")
 @click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
+@JSON
 def repair(cache: Path, *, deep: bool, dry_run: bool) -> None:
     """Remove damaged shards, so that `teacher-cache build` with the same options makes exactly these anew.
 
@@ -128,6 +146,7 @@ def repair(cache: Path, *, deep: bool, dry_run: bool) -> None:
 
     with _progress("verify") as bar:
         steps = repair_cache(cache, deep=deep, dry_run=dry_run, on_shard=bar.update)
+    answer(cache=cache, dry_run=dry_run, steps=steps)
     for step in steps:
         say(f"would {step}" if dry_run and step.action != "keep" else str(step))
     if not steps:
@@ -138,13 +157,13 @@ def repair(cache: Path, *, deep: bool, dry_run: bool) -> None:
         return
     kept = sum(step.action == "keep" for step in steps)
     if dry_run and kept < len(steps):
-        say(f"Next: cachectl repair {quoted(cache)}{' --deep' if deep else ''}")
+        tell(f"Next: cachectl repair {quoted(cache)}{' --deep' if deep else ''}")
     elif any(step.action == "remove" for step in steps):
         plan = read_plan(cache)
         missing = len(missing_shards(cache, plan))
-        say(f"Next: {built_with(plan)} with the same options makes the missing shards ({missing}) and seals the cache")
+        tell(f"Next: {built_with(plan)} with the same options makes the missing shards ({missing}) and seals the cache")
     if kept:
-        say(f"error: {cache}: {kept} problems need your attention", err=True)
+        fail(f"{cache}: {kept} problems need your attention")
         raise click.exceptions.Exit(1)
 
 
@@ -152,6 +171,7 @@ def repair(cache: Path, *, deep: bool, dry_run: bool) -> None:
 @click.argument("source", type=_CACHE)
 @click.argument("target", type=NewFolder())
 @click.option("--store", type=click.Choice(STORE_NAMES), required=True, help="Shard format of the new cache.")
+@JSON
 def convert(source: Path, target: Path, store: str) -> None:
     """Write the same cache in the other store; converting back gives the same bytes."""
     from vlm_distill_cache.common.tools.convert import convert as convert_cache
@@ -159,14 +179,16 @@ def convert(source: Path, target: Path, store: str) -> None:
     with _progress("convert", total=read_plan(source).shard_count) as bar:
         manifest = convert_cache(source, target, store, on_shard=bar.update)
     totals = manifest.totals
+    answer(cache=target, store=store, totals=totals)
     say(f"Converted {totals['samples']} samples into {target} ({store}, {totals['bytes']:,} bytes)")
-    say(f"Next: cachectl verify {quoted(target)}, then {_distill(target, manifest)}")
+    tell(f"Next: cachectl verify {quoted(target)}, then {_distill(target, manifest)}")
 
 
 @main.command()
 @click.argument("sources", metavar="SOURCE...", nargs=-1, required=True, type=_CACHE)
 @click.option("--output", required=True, type=NewFolder(), help="Folder of the new cache.")
 @click.option("--store", type=click.Choice(STORE_NAMES), help="Shard format; default: the first source's.")
+@JSON
 def merge(sources: tuple[Path, ...], output: Path, store: str | None) -> None:
     """Merge caches of one teacher and codec, or the parts of one plan built on several machines.
 
@@ -180,17 +202,19 @@ def merge(sources: tuple[Path, ...], output: Path, store: str | None) -> None:
     with _progress("merge") as bar:
         merged = merge_caches(sources, output, store=store, on_shard=bar.update)
     repeated = f", {merged.repeated} of them in several sources" if merged.repeated else ""
+    totals = None if merged.manifest is None else merged.manifest.totals
+    answer(cache=output, samples=merged.samples, repeated=merged.repeated, missing=merged.missing, totals=totals)
     say(f"Merged {merged.samples} samples into {output}{repeated}")
     if merged.manifest is None:
         say(f"Not sealed: {len(merged.missing)} shards are missing: {format_ranges(merged.missing)}")
-        say(f"Next: cachectl merge {quoted(output)} MORE_PARTS --output ANOTHER_FOLDER, or teacher-cache build")
+        tell(f"Next: cachectl merge {quoted(output)} MORE_PARTS --output ANOTHER_FOLDER, or teacher-cache build")
         return
     if not (output / CARD).is_file():
-        say(
+        tell(
             f"Next: teacher-cache fidelity --cache {quoted(output)} with the build's options: measures it, writes its card"
         )
         return
-    say(f"Next: cachectl verify {quoted(output)}, then {_distill(output, merged.manifest)}")
+    tell(f"Next: cachectl verify {quoted(output)}, then {_distill(output, merged.manifest)}")
 
 
 @main.command()
@@ -198,6 +222,7 @@ def merge(sources: tuple[Path, ...], output: Path, store: str | None) -> None:
 @click.argument("destination")
 @_JOBS
 @click.option("--overwrite", is_flag=True, help="Replace another cache that is there.")
+@JSON
 def push(cache: Path, destination: str, *, jobs: int, overwrite: bool) -> None:
     """Copy a finished cache to a folder, s3://BUCKET/PREFIX or hf://datasets/ORG/NAME[@REVISION][/FOLDER].
 
@@ -207,8 +232,9 @@ def push(cache: Path, destination: str, *, jobs: int, overwrite: bool) -> None:
 
     with _byte_progress("push") as bar:
         _, moved = push_cache(cache, destination, jobs=jobs, overwrite=overwrite, on_progress=_follow(bar))
+    answer(cache=cache, destination=destination, transferred=moved)
     say(f"Pushed {cache} to {destination}: {moved}")
-    say(f"Next, elsewhere: cachectl pull {quoted(destination)} {quoted(cache.name)}")
+    tell(f"Next, elsewhere: cachectl pull {quoted(destination)} {quoted(cache.name)}")
 
 
 @main.command()
@@ -220,6 +246,7 @@ def push(cache: Path, destination: str, *, jobs: int, overwrite: bool) -> None:
 @click.option("--signals", metavar="A,B", help="Only these signals.")
 @click.option("--top-k", type=click.IntRange(min=2), help="At most so many tokens a row of the logits.")
 @click.option("--no-verify", is_flag=True, help="Do not look through the records for what no teacher can have said.")
+@JSON
 def pull(
     source: str,
     cache: Path,
@@ -248,8 +275,9 @@ def pull(
             part = pull_partial(source, cache, selection, jobs=jobs, on_shard=shard_bar.update)
         if not no_verify:
             demand_sound(cache, read_plan(cache), part)
+        answer(cache=cache, source=source, totals=part.totals)
         say(f"Pulled {part.totals['samples']} samples of {source} to {cache} ({part.totals['bytes']:,} bytes)")
-        say(f"Next: cachectl inspect {quoted(cache)}, then {_distill(cache, part)}")
+        tell(f"Next: cachectl inspect {quoted(cache)}, then {_distill(cache, part)}")
         return
     from vlm_distill_cache.common.remotes.pull import pull as pull_cache
 
@@ -257,8 +285,9 @@ def pull(
         manifest, moved = pull_cache(source, cache, jobs=jobs, on_progress=_follow(bar))
     if not no_verify:
         demand_sound(cache, read_plan(cache), manifest)
+    answer(cache=cache, source=source, totals=manifest.totals, transferred=moved)
     say(f"Pulled {source} to {cache}: {moved}")
-    say(f"Next: {_distill(cache, manifest)}")
+    tell(f"Next: {_distill(cache, manifest)}")
 
 
 def _distill(cache: Path, manifest: Manifest) -> str:

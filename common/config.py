@@ -1,7 +1,8 @@
 """YAML and ``--set a.b=c`` into frozen dataclasses, checked with the field's name in every error.
 
 Only command lines, ``extract()`` and ``train()`` see a config; everything below takes flat keyword
-arguments. The type hints of the dataclass are the schema: there is no second description to keep in step.
+arguments. The type hints of the dataclass are the schema: there is no second description to keep in step. Options may
+be given in other programs' words (`Word`): they are turned into ours when they are read, and ours are stored.
 """
 
 from __future__ import annotations
@@ -9,10 +10,12 @@ from __future__ import annotations
 import copy
 import dataclasses
 import difflib
+import json
+import logging
 import os
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
@@ -24,8 +27,29 @@ from vlm_distill_cache.common.files.yaml_text import MAX_BYTES, YamlError, parse
 from vlm_distill_cache.common.printing import CONTROL, SURROGATE, brief, one_line
 
 ConfigT = TypeVar("ConfigT")
+logger = logging.getLogger(__name__)
+SAYS_NOTHING = object()
+"""In the place of a value: what somebody gave is how things are anyway."""
 
+NEAR = 0.75  # of difflib: two letters of eight apart
 _SCALARS: dict[Any, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Word:
+    """What a word that may be given as an option means here; the class of a configuration lists them in ``WORDS``.
+
+    Attributes:
+        options: The options it stands for, dotted; none: it is refused.
+        values: What its values are here; others are refused, unless ``others``. None: they are the same.
+        others: Whether values that are not among ``values`` are taken as they are.
+        note: What is said about it when it is given; of one that is refused, what to write instead.
+    """
+
+    options: tuple[str, ...] = ()
+    values: Mapping[Any, Any] | None = None
+    others: bool = False
+    note: str = ""
 
 
 def load_config(
@@ -53,10 +77,162 @@ def load_options(
     cls: type[ConfigT], values: Mapping[str, Any], overrides: Iterable[str] = (), *, where: str = "options"
 ) -> ConfigT:
     """As ``load_config``, of nested plain values in place of a file."""
-    merged = copy.deepcopy(dict(values))
-    for override in overrides:
+    merged = copy.deepcopy(canonical_values(cls, values, where=where))
+    for override in canonical_overrides(cls, overrides):
         _apply_override(merged, override)
-    return config_from_dict(cls, merged, where=where)
+    config = config_from_dict(cls, merged, where=where)
+    logger.debug("options: %s", json.dumps(config_to_dict(config), default=str))
+    return config
+
+
+def words_of(cls: type) -> Mapping[str, Word]:
+    """The words beside its fields' names that a configuration knows."""
+    return getattr(cls, "WORDS", {})
+
+
+def option_names(cls: type, prefix: str = "") -> dict[str, Any]:
+    """All options of a configuration, dotted, with their types; those that have options of their own included."""
+    names: dict[str, Any] = {}
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        names[f"{prefix}{field.name}"] = hint = hints[field.name]
+        if dataclasses.is_dataclass(hint):
+            names |= option_names(typing.cast("type", hint), f"{prefix}{field.name}.")
+    return names
+
+
+def canonical_values(cls: type, values: Mapping[str, Any], *, where: str) -> dict[str, Any]:
+    """Nested options in our own words.
+
+    Raises:
+        ConfigError: For a word that means nothing here, with what to write instead, or two words for one option.
+    """
+    renamed: dict[str, Any] = {}
+    for key, value in _renamed(cls, _leaves(cls, values), where):
+        *above, last = key.split(".")
+        node = renamed
+        for part in above:
+            node = node.setdefault(part, {})
+            if not isinstance(node, dict):
+                raise ConfigError(f"{where}: {key} stands beside {part}={brief(str(node))}; give one of the two")
+        node[last] = value
+    return renamed
+
+
+def canonical_overrides(cls: type, overrides: Iterable[str]) -> list[str]:
+    """Overrides ``a.b=c`` in our own words, what holds for several phases first; errors as of ``canonical_values``."""
+    items: list[tuple[str, Any]] = []
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        given, hint = _Given(override, text.strip()), option_names(cls).get(key.strip())
+        if equals and dataclasses.is_dataclass(hint) and isinstance(whole := given.parsed(), dict):
+            inner = canonical_values(typing.cast("type", hint), whole, where="--set")  # takes the place of all below it
+            given = _Given(override, json.dumps(inner, default=str))
+        items.append((key.strip(), given))
+    return [
+        (f"{key}={value.text}" if "=" in value.override else value.override)
+        if isinstance(value, _Given)
+        else f"{key}={json.dumps(value)}"
+        for key, value in _renamed(cls, items, "--set")
+    ]
+
+
+def last_given(overrides: Sequence[str], option: str) -> str:
+    """The text of an option among overrides, of which the last one counts; empty if it is not there, or null."""
+    for override in reversed(overrides):
+        key, _, text = override.partition("=")
+        if key.strip() == option:
+            return str(_Given(override, text).of(str) or "")
+    return ""
+
+
+def _leaves(cls: type, values: Mapping[Any, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    hints, leaves = typing.get_type_hints(cls), list[tuple[str, Any]]()
+    for key, value in values.items():
+        inner = hints.get(key)
+        if isinstance(value, dict) and dataclasses.is_dataclass(inner):
+            leaves += _leaves(typing.cast("type", inner), value, f"{prefix}{key}.")
+        else:
+            leaves.append((f"{prefix}{key}", value))
+    return leaves
+
+
+def _renamed(cls: type, items: Iterable[tuple[str, Any]], where: str) -> list[tuple[str, Any]]:
+    """Options of one source by our names; what holds for several comes first, so that each may say otherwise."""
+    wide: list[tuple[str, Any]] = []
+    narrow: list[tuple[str, Any]] = []
+    spelt: dict[tuple[str, ...], str] = {}
+    for key, given in items:
+        options, value, note = _meaning(cls, key, given, where)
+        if value is SAYS_NOTHING:
+            continue
+        if (before := spelt.setdefault(options, key)) != key:
+            raise ConfigError(f"{where}: {before} and {key} are the same option, {options[-1]}; give one of them")
+        if options != (key,) and (note or len(options) > 1):
+            logger.info("%s is taken as %s%s", key, ", ".join(options), note and f": {note}")
+        (wide if len(options) > 1 else narrow).extend((option, value) for option in options)
+    return wide + narrow
+
+
+def _meaning(cls: type, key: str, value: Any, where: str, path: str = "") -> tuple[tuple[str, ...], Any, str]:
+    """The options that a word stands for, its value for them, and what is to be said about it."""
+    head, dot, rest = key.partition(".")
+    word, inner = words_of(cls).get(head), typing.get_type_hints(cls).get(head)
+    if dot and word is not None and word.options and not dataclasses.is_dataclass(inner):
+        raise ConfigError(f"{where}: {path}{key}: {head} has no options of its own; write {path}{head}=VALUE")
+    if word is None or (dot and word.options):
+        if not (dot and dataclasses.is_dataclass(inner)):
+            return (key,), value, ""
+        options, value, note = _meaning(typing.cast("type", inner), rest, value, where, f"{path}{head}.")
+        return tuple(f"{head}.{option}" for option in options), value, note
+    if word.values is None and word.options:
+        return word.options, value, word.note
+    plain = value.parsed() if isinstance(value, _Given) else value
+    if isinstance(plain, list) and len(plain) == 1:
+        plain = plain[0]
+    for known, ours in (word.values or {}).items():
+        if plain == known and type(plain) is type(known):
+            return word.options, ours, ""
+    if word.others:
+        return word.options, value, word.note
+    switch = all(isinstance(known, bool) for known in word.values or {})
+    allowed = ["true", "false"] if switch else [str(ours) for ours in (word.values or {}).values()]
+    expected = f"expected {' or '.join(dict.fromkeys(allowed))}; " if word.options else ""
+    raise ConfigError(
+        f"{where}: {path}{head}={brief(str(plain))} cannot be taken: {expected}{word.note}".removesuffix("; ")
+    )
+
+
+def _refuse_unknown(root: type, cls: type, values: Mapping[Any, Any], path: str, where: str) -> None:
+    """Refuse options that there are not, with the one that was meant where that can be told."""
+    hints = typing.get_type_hints(cls)
+    fields = [field.name for field in dataclasses.fields(cls) if field.init]
+    for key, value in values.items():
+        if key in fields:
+            if dataclasses.is_dataclass(hints[key]) and isinstance(value, dict):
+                _refuse_unknown(root, typing.cast("type", hints[key]), value, f"{path}{key}.", where)
+            continue
+        hint = _meant(root, cls, str(key), path)
+        raise ConfigError(f"{where}: unknown option {path}{key}{hint} Known: {', '.join(fields)}")
+
+
+def _meant(root: type, cls: type, key: str, path: str) -> str:
+    elsewhere = [name for name in option_names(root) if name.rpartition(".")[2] == key]
+    if elsewhere == [key]:
+        return f"; {key} is no option of {path.rstrip('.')}: write {key}."
+    if elsewhere:
+        of = " or ".join(name.rpartition(".")[0] for name in elsewhere)
+        return f"; {key} belongs to {of}: write {elsewhere[len(elsewhere) // 2]}."
+    ours = {field.name: f"; did you mean {path}{field.name}?" for field in dataclasses.fields(cls)}
+    theirs = {
+        word: f"; did you mean {path}{word}?" if meant.options else f"; did you mean {word}? But {meant.note}."
+        for word, meant in words_of(cls).items()
+    }
+    anywhere = {name.rpartition(".")[2]: f"; did you mean {name}?" for name in option_names(root)}
+    for names in (theirs | ours, anywhere):
+        if near := difflib.get_close_matches(key, names, n=1, cutoff=NEAR):
+            return names[near[0]]
+    return "."
 
 
 def take_paths(config: Any) -> None:
@@ -95,7 +271,11 @@ def _bounded_text(path: Path, *, plain: bool) -> str:
 
 def config_from_dict(cls: type[ConfigT], values: Mapping[str, Any], *, where: str = "") -> ConfigT:
     """Build a config from nested plain values; the inverse of ``config_to_dict``."""
-    return typing.cast("ConfigT", _build(cls, values, None, "", where or cls.__name__))
+    where = where or cls.__name__
+    if isinstance(values, dict):
+        values = canonical_values(cls, values, where=where)
+        _refuse_unknown(cls, cls, values, "", where)
+    return typing.cast("ConfigT", _build(cls, values, None, "", where))
 
 
 def config_to_dict(config: Any) -> dict[str, Any]:
@@ -109,6 +289,26 @@ def save_config(config: Any, path: Path) -> None:
     """Write a config as YAML, atomically, so that ``load_config`` gives an equal one."""
     text = yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True)
     write_bytes_atomic(path, text.encode("utf-8"))
+
+
+def save_replay(config: Any, folder: str | Path, *, command: str) -> Path | None:
+    """Keep a config beside a folder that may hold nothing else, ``FOLDER.build.yaml``, for a command that replays it.
+
+    Returns:
+        The file; None if it cannot be written there, or another one has that name, which is left as it is.
+    """
+    place = Path(os.path.abspath(folder))  # noqa: PTH100 - resolving links would place it elsewhere
+    path, first = place.with_name(f"{place.name}.build.yaml"), f"# {command} "
+    text = yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True)
+    try:
+        if path.exists() and not _bounded_text(path, plain=True).startswith(first):
+            return None
+        write_bytes_atomic(
+            path, f"{first}{path.name}; relative paths start from the working directory\n{text}".encode()
+        )
+    except (OSError, UnicodeDecodeError, YamlError):
+        return None
+    return path
 
 
 def _plain(value: Any) -> Any:
@@ -167,11 +367,6 @@ def _build(cls: Any, values: Any, base: Any, path: str, where: str) -> Any:
         raise ConfigError(f"{where}: {name} is {brief(repr(values))}; expected a mapping of options")
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
-    for key in values:
-        if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.0)
-            hint = f"; did you mean {path}{near[0]}?" if near else "."
-            raise ConfigError(f"{where}: unknown option {path}{key}{hint} Known: {', '.join(fields)}")
     arguments: dict[str, Any] = {}
     for name, field in fields.items():
         default = getattr(base, name) if base is not None else _default(field)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import os
 import re
 import signal
 import sys
@@ -18,13 +19,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
-
-from tqdm import tqdm
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vlm_distill_cache.common.errors import DistillError, ModelError, TransferError
 from vlm_distill_cache.common.files.disk import AGAIN, name_full_disk
 from vlm_distill_cache.common.printing import one_line
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
 _NAME = re.compile(r"(?P<repository>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>[^\s@]+))?", re.ASCII)
@@ -317,7 +319,11 @@ def _bars(stopped: threading.Event) -> type[tqdm[Any]]:
 
     Of several processes the first one alone shows it: the others log errors only.
     """
-    hidden = not sys.stderr.isatty() or not logger.isEnabledFor(logging.INFO)
+    from huggingface_hub.utils import are_progress_bars_disabled
+    from tqdm import tqdm  # not before the environment says whether there are to be bars
+
+    unwanted = bool(os.environ.get("TQDM_DISABLE")) or are_progress_bars_disabled()
+    hidden = unwanted or not sys.stderr.isatty() or not logger.isEnabledFor(logging.INFO)
     said = [time.monotonic()]
 
     class Bar(tqdm):
@@ -331,7 +337,7 @@ def _bars(stopped: threading.Event) -> type[tqdm[Any]]:
             if stopped.is_set():
                 raise _StoppedError
             self.done += n or 0
-            if hidden and self.counts_bytes and time.monotonic() - said[0] >= _EVERY_S:
+            if hidden and not unwanted and self.counts_bytes and time.monotonic() - said[0] >= _EVERY_S:
                 said[0] = time.monotonic()
                 done, total = (tqdm.format_sizeof(size, "B") for size in (self.done, self.total or 0))
                 logger.info("downloading: %s of %s", done, total)

@@ -1,4 +1,4 @@
-"""Write docs/options.md and docs/commands.md from the code: ``make docs``.
+"""Write docs/options.md and docs/commands.md from the code, and the notebook from its script: ``make docs``.
 
 Options come from the configuration dataclasses, their meaning from the ``Attributes:`` of each docstring; command
 pages are what ``--help`` prints, at a fixed width. ``tests/test_docs.py`` fails when a committed page is stale.
@@ -14,6 +14,7 @@ from pathlib import Path
 import click
 
 from vlm_distill_cache.commands import group_of
+from vlm_distill_cache.common.config import Word
 from vlm_distill_cache.stage1_teacher.config import BuildConfig
 from vlm_distill_cache.stage2_student.config import EvaluationConfig, LoraConfig, PhaseConfig, TrainConfig
 from vlm_distill_cache.stage2_student.loss_weights import LossWeights
@@ -36,6 +37,14 @@ CONFIGS: tuple[tuple[type, str, str], ...] = (  # dataclass, how its options are
     (LoraConfig, "lora.", "Adapters of the phases that set `trainable=lora`, for example `lora.rank=64`."),
     (EvaluationConfig, "evaluation.", "How students are scored, for example `evaluation.limit=200`."),
 )
+COMPLETION = [  # click's own
+    line
+    for shell, form in (("~/.bashrc", 'eval "$({name}=bash_source {program})"'),
+                        ("~/.zshrc, after compinit", 'eval "$({name}=zsh_source {program})"'),
+                        ("~/.config/fish/config.fish", "{name}=fish_source {program} | source"))
+    for line in (f"# {shell}", *(form.format(name=f"_{program.replace('-', '_').upper()}_COMPLETE", program=program)
+                                 for program in ("teacher-cache", "distill", "cachectl")))
+]  # fmt: skip
 PROGRAMS = {
     "teacher-cache": group_of("stage1_teacher"),
     "distill": group_of("stage2_student"),
@@ -86,6 +95,34 @@ def option_table(cls: type, prefix: str) -> list[str]:
     return lines
 
 
+def word_table() -> list[str]:
+    """A row a word of other programs: what it is in each stage, or why it is none."""
+    lines = ["| word | stage one | stage two |", "|---|---|---|"]
+    for word in sorted({*BuildConfig.WORDS, *TrainConfig.WORDS}):
+        meant = [found for cls in (BuildConfig, TrainConfig) if (found := cls.WORDS.get(word)) and found.options]
+        if all(word == option.rpartition(".")[2] for found in meant for option in found.options):
+            continue  # an option's own name, or what neither stage has
+        cells = [word_text(cls.WORDS.get(word), word in cls.__dataclass_fields__) for cls in (BuildConfig, TrainConfig)]
+        lines.append(f"| `{word}` | {' | '.join(cells)} |")
+    refused = {
+        word: found.note
+        for cls in (BuildConfig, TrainConfig)
+        for word, found in cls.WORDS.items()
+        if not found.options and "an option of stage" not in found.note
+    }
+    lines += ["", "Refused, because nothing here means quite that:", ""]
+    return [*lines, *(f"- `{word}`: {note}." for word, note in sorted(refused.items()))]
+
+
+def word_text(word: Word | None, own: bool) -> str:
+    """What a word is in one stage."""
+    if word is None or not word.options:
+        return "itself" if own else "-"
+    names = list(dict.fromkeys(option.rpartition(".")[2] for option in word.options))
+    text = f"`{names[0]}` of each phase" if len(word.options) > 1 else f"`{word.options[0]}`"
+    return f"{text}: {word.note}" if word.note and (word.values is None or word.others) else text
+
+
 def options_page() -> str:
     """docs/options.md."""
     lines = [
@@ -96,6 +133,13 @@ def options_page() -> str:
     ]  # fmt: skip
     for cls, prefix, about in CONFIGS:
         lines += ["", f"## {cls.__name__}", "", about, "", *option_table(cls, prefix)]
+    lines += [
+        "", "## Words of other programs", "",
+        "Options may be given in the words of other trainers, in a YAML file, in `--set` and as flags (`--learning-rate 1e-4`).",
+        "Their names here are what is stored, and both at once are an error. An option of phases that stands at the top",
+        "(`lr=1e-4`) is each phase's, under what a phase says itself (`dft.lr=1e-5`) in the same place.", "",
+        *word_table(),
+    ]  # fmt: skip
     lines += [
         "", "## Presets of the phases", "",
         "`distill` starts from one of these, chosen by the student, then applies your YAML file, then `--set`. Students of",
@@ -131,7 +175,18 @@ def commands_page() -> str:
     lines = [
         "# Commands", "", NOTE,
         "What `--help` prints for each command. After `make setup` they are in `.venv/bin`; `. .venv/bin/activate` puts them",
-        "on the path. All of them exit with 0 on success, 1 on a failure and 2 on a usage error.",
+        "on the path. All of them exit with 0 on success, 1 on a failure and 2 on a usage error.", "",
+        "With `--json`, standard output is one document and nothing else, after a failure too: it then has `error`, beside what",
+        "was found before; numbers that are not finite are `null`. `-q` says only results, warnings and errors, `-v` more.",
+        "`--no-progress`, or `TQDM_DISABLE=1`, shows no progress, of the libraries and of child processes neither.", "",
+        "`--config` takes a run's own `config.yaml`: `distill run --config RUN/config.yaml` goes on with that run, and with",
+        "`--output` repeats it elsewhere. `teacher-cache build` keeps its options beside the cache, in `CACHE.build.yaml`.",
+        "Relative paths in such a file start from the working directory.", "",
+        "## Shell completion", "",
+        "Commands, options, students, signals and folders are completed. Write into the file that your shell reads first:", "",
+        "```text",
+        *COMPLETION,
+        "```",
     ]  # fmt: skip
     for program, group in PROGRAMS.items():
         lines += ["", f"## {program}", "", "```text", help_text(program, group), "```"]
@@ -142,7 +197,21 @@ def commands_page() -> str:
     return "\n".join(lines) + "\n"
 
 
-PAGES = {"options.md": options_page, "commands.md": commands_page}
+def notebook_page() -> str:
+    """The notebook of a script in the percent format, without outputs, as Jupyter writes it."""
+    import jupytext
+
+    notebook = jupytext.read(HERE / NOTEBOOK.replace(".ipynb", ".py"), fmt="py:percent")
+    for number, cell in enumerate(notebook.cells):
+        cell["id"] = f"cell-{number}"  # instead of a random one
+    names = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    notebook.metadata = {"kernelspec": names, "language_info": {"name": "python"}}
+    text: str = jupytext.writes(notebook, fmt="ipynb")
+    return text.rstrip() + "\n"
+
+
+NOTEBOOK = "examples/distil.ipynb"
+PAGES = {"options.md": options_page, "commands.md": commands_page, NOTEBOOK: notebook_page}
 
 
 def main() -> None:

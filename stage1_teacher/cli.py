@@ -11,14 +11,14 @@ from typing import Any
 import click
 
 from vlm_distill_cache.common.cache.plan import STORE_NAMES, read_plan
-from vlm_distill_cache.common.config import load_options, read_yaml
+from vlm_distill_cache.common.config import canonical_overrides, canonical_values, load_options, read_yaml, save_replay
 from vlm_distill_cache.common.recipes import Recipe, merge_options, recipe_summary, split_recipe
 from vlm_distill_cache.common.recipes.cache_fit import cache_differences, differences_text
 from vlm_distill_cache.common.terminal.command_line import (
     CONFIG,
     FOLDER,
-    OVERRIDES,
     SETTINGS,
+    CacheFolder,
     CommandGroup,
     join_launch,
     quiet_libraries,
@@ -27,7 +27,9 @@ from vlm_distill_cache.common.terminal.command_line import (
     shared_options,
     start_logging,
     stopped_by_sigterm,
+    tell,
 )
+from vlm_distill_cache.common.terminal.general import JSON, answer, complete_folder, completes, overrides
 from vlm_distill_cache.common.terminal.launch import enter_launch
 from vlm_distill_cache.common.terminal.sharding import refuse_sharding
 from vlm_distill_cache.stage1_teacher.config import SIGNALS, BuildConfig
@@ -43,41 +45,65 @@ def main(ctx: click.Context) -> None:
     join_launch(ctx, several=("build",))
 
 
-_build_options = shared_options(
+_inputs = shared_options(
     CONFIG,
     click.option(
         "--data",
+        shell_complete=completes(lambda: ["shapes", "easy-vqa"]),
         help="shapes, easy-vqa, a path (JSON, CSV, parquet, a folder, tars), a data set of the hub, or a mixture (.yaml).",
     ),
-    click.option("--images", help="Folder that image paths start from; default: the data's own folder."),
+    click.option(
+        "--images",
+        shell_complete=complete_folder,
+        help="Folder that image paths start from; default: the data's own folder.",
+    ),
     click.option(
         "--teacher",
+        shell_complete=complete_folder,
         help="A folder or a name on the hub (org/name[@revision]); default: the built-in teacher of built-in data.",
     ),
-    click.option("--cache", help="Folder of the cache."),
+)
+_settings_options = shared_options(
     click.option("--store", type=click.Choice(STORE_NAMES), help="Shard format."),
     click.option(
         "--answers",
         type=click.Choice(["data", "generate"]),
         help="Score the data set's answers, or let the teacher write them.",
     ),
-    click.option("--signals", help=f"Comma-separated: {', '.join(SIGNALS)}."),
+    click.option(
+        "--signals",
+        shell_complete=completes(lambda: list(SIGNALS), several=True),
+        help=f"Comma-separated: {', '.join(SIGNALS)}.",
+    ),
     click.option("--limit", type=click.IntRange(min=1), help="Use only the first samples."),
-    OVERRIDES,
+    overrides(BuildConfig),
+)
+_build_options = shared_options(
+    _inputs, click.option("--cache", shell_complete=complete_folder, help="Folder of the cache."), _settings_options
 )
 
 
 def _settings(options: dict[str, Any]) -> tuple[BuildConfig, Recipe | None]:
     """The configuration that the options shared by several commands give, and the recipe it began with."""
-    config, overrides, signals = (options.pop(name) for name in ("config", "overrides", "signals"))
+    config, settings, signals = (options.pop(name) for name in ("config", "overrides", "signals"))
     given = [f"{name}={json.dumps(value)}" for name, value in options.items() if value is not None]
     if signals is not None:
         given.append(f"signals=[{signals}]")
-    recipe, values, overrides = split_recipe(read_yaml(config), overrides)
+    recipe, values, settings = split_recipe(read_yaml(config), settings)
+    where = "options" if config is None else str(config)
+    values = canonical_values(BuildConfig, values, where=where)
     if recipe is not None:
         values = merge_options(recipe.stage_one, values)
-    where = "options" if config is None else str(config)
-    return load_options(BuildConfig, values, [*overrides, *given], where=where), recipe
+    return load_options(BuildConfig, values, [*settings, *given], where=where), recipe
+
+
+def _given(options: dict[str, Any]) -> set[str]:
+    """Names of the options that were given, whatever the words, before `_settings` takes them."""
+    recipe, values, settings = split_recipe(read_yaml(options["config"]), options["overrides"])
+    named = {text.partition("=")[0].strip() for text in canonical_overrides(BuildConfig, settings)}
+    named |= {name for name, value in options.items() if value is not None}
+    named |= canonical_values(BuildConfig, values, where="options").keys()
+    return (named | (recipe.stage_one.keys() if recipe else set())) & BuildConfig.__dataclass_fields__.keys()
 
 
 @main.command()
@@ -94,6 +120,7 @@ def _settings(options: dict[str, Any]) -> tuple[BuildConfig, Recipe | None]:
     "it), or each in its own, joined by `cachectl merge`; default: as torchrun, srun or mpirun say.",
 )
 @click.option("--overwrite", is_flag=True, help="Start again, whatever cache the folder holds.")
+@JSON
 def build(*, nproc: int | None, part: str | None, overwrite: bool, **options: Any) -> None:
     """Build a cache or resume one; does nothing if it is complete."""
     refuse_sharding(enter_launch().sharding, model="teacher")
@@ -102,9 +129,10 @@ def build(*, nproc: int | None, part: str | None, overwrite: bool, **options: An
     from vlm_distill_cache.stage1_teacher.extract import extract, extract_with_processes
     from vlm_distill_cache.stage1_teacher.planning.cache_folder import explain_disk_errors
     from vlm_distill_cache.stage1_teacher.planning.parts import choose_part, local_device
-    from vlm_distill_cache.stage1_teacher.report import next_command, summary_text
+    from vlm_distill_cache.stage1_teacher.report import next_command, summary_text, summary_values
 
     own, local = choose_part(part, enter_launch())
+    asked = settings
     if overwrite and own.of > 1:
         raise click.UsageError(
             f"--overwrite with part {own}: the parts would delete each other's shards. Run "
@@ -122,7 +150,11 @@ def build(*, nproc: int | None, part: str | None, overwrite: bool, **options: An
             summary = extract(settings, overwrite=overwrite, part=own)
         else:
             summary = extract_with_processes(settings, nproc, overwrite=overwrite, part=own)
+    replay = save_replay(asked, asked.cache, command="teacher-cache build --config")
+    answer(**summary_values(summary), options=replay)
     say(summary_text(summary))
+    if replay is not None:
+        tell(f"Options: {replay}")
     proposed = ""
     if recipe is not None:
         say(recipe_summary(recipe, "stage_one", settings))
@@ -132,12 +164,46 @@ def build(*, nproc: int | None, part: str | None, overwrite: bool, **options: An
         else:
             proposed = recipe.name
     if summary.manifest is not None:
-        say(next_command(summary, settings, recipe=proposed))
+        tell(next_command(summary, settings, recipe=proposed))
+
+
+@main.command()
+@click.argument("cache", type=CacheFolder())
+@_inputs
+@_settings_options
+@click.option(
+    "--nproc",
+    type=click.IntRange(min=1, max=256),
+    help="Processes on this machine, each on a GPU of its own where there are several.",
+)
+@JSON
+def extend(*, cache: Path, nproc: int | None, **options: Any) -> None:
+    """Add signals, finer settings, new or formerly failed samples to a finished cache.
+
+    Takes the options of `build`: data and teacher as they were, and what is wanted beside what is there. Signals are added;
+    of other options, the cache's own stay where none are given. The teacher runs for what is missing alone, and the cache is
+    as it was until the new one is finished.
+    """
+    given = _given(options)
+    settings, _ = _settings(options)
+
+    from vlm_distill_cache.stage1_teacher.extend import extend as extend_cache
+    from vlm_distill_cache.stage1_teacher.planning.cache_folder import explain_disk_errors
+    from vlm_distill_cache.stage1_teacher.report import extension_text, extension_values, next_command
+
+    quiet_libraries()
+    with explain_disk_errors(cache), stopped_by_sigterm():
+        extension = extend_cache(replace(settings, cache=str(cache)), given=given, processes=nproc)
+    answer(**extension_values(extension))
+    say(extension_text(extension))
+    if extension.summary is not None and extension.before is not None:
+        tell(next_command(extension.summary, settings))
 
 
 @main.command()
 @_build_options
 @click.option("--samples", type=click.IntRange(min=1), default=64, show_default=True, help="Size of the probe.")
+@JSON
 def fidelity(*, samples: int, **options: Any) -> None:
     """Compare a finished cache with its live teacher again; takes the options it was built with."""
     settings, _ = _settings(options)
@@ -148,6 +214,7 @@ def fidelity(*, samples: int, **options: Any) -> None:
     quiet_libraries()
     with explain_disk_errors(settings.cache):
         measured = recompute_fidelity(settings, samples=samples).fidelity or {}
+    answer(cache=settings.cache, fidelity=measured)
     for name, value in measured.items():
         say(f"  {name:<44}{value:>14}")
 
@@ -182,7 +249,14 @@ _POSITIVE = _Finite(min=0, min_open=True)
 )
 @click.option("--student-step", type=_POSITIVE, help="Seconds of training a sample, if you measured a student.")
 @click.option("--price", type=_Finite(min=0), help="Of the teacher's machine for an hour; adds costs to the hours.")
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also write all figures here.")
+@click.option(
+    "--json",
+    "json_file",
+    is_flag=False,
+    flag_value="",
+    metavar="[FILE]",
+    help="Also write all figures here; without FILE, print them and nothing else.",
+)
 def estimate(
     *,
     samples: int,
@@ -191,7 +265,7 @@ def estimate(
     student_parameters: float | None,
     student_step: float | None,
     price: float | None,
-    json_file: Path | None,
+    json_file: str | None,
     **options: Any,
 ) -> None:
     """Predict bytes, hours and cost from a measured probe, before anything is built; takes the options of `build`."""
@@ -205,20 +279,22 @@ def estimate(
         counts = parse_students(students)
     except ValueError as error:
         raise click.BadParameter(f"{students!r}: expected numbers like 1,3,10 ({error})") from error
-    if json_file is not None and not json_file.parent.is_dir():
-        raise click.BadParameter(f"{json_file}: there is no folder {json_file.parent}")
+    if json_file and not Path(json_file).parent.is_dir():
+        raise click.BadParameter(f"{json_file}: there is no folder {Path(json_file).parent}")
     quiet_libraries()
     scenario = Scenario(
         students=counts, epochs=epochs, student_parameters=student_parameters, student_step=student_step, price=price
     )
     figures = measure(settings, scenario, samples=samples)
     say(estimate_text(figures))
-    if json_file is not None:
-        write_json_atomic(json_file, figures.to_dict())
+    answer(**figures.to_dict())
+    if json_file:
+        write_json_atomic(Path(json_file), figures.to_dict())
 
 
 @main.command()
 @click.argument("cache", type=FOLDER)
+@JSON
 def seal(cache: Path) -> None:
     """Write the manifest of a complete cache from its sidecars."""
     from vlm_distill_cache.common.cache.manifest import seal as seal_cache
@@ -231,33 +307,39 @@ def seal(cache: Path) -> None:
     with explain_disk_errors(cache):
         refuse_unlisted(cache, sealed_names(cache))
         manifest = seal_cache(cache)
+    answer(cache=cache, totals=manifest.totals, shards=len(manifest.shards))
     say(f"Sealed {cache}: {manifest.totals['samples']} samples in {len(manifest.shards)} shards")
 
 
 @main.command()
 @click.argument("cache", type=FOLDER)
+@JSON
 def report(cache: Path) -> None:
     """Print what a sealed cache holds and what it cost."""
     from vlm_distill_cache.common.cache.manifest import read_manifest
     from vlm_distill_cache.stage1_teacher.extract import BuildSummary, refuse_missing_shards
-    from vlm_distill_cache.stage1_teacher.report import summary_text
+    from vlm_distill_cache.stage1_teacher.report import summary_text, summary_values
 
     refuse_missing_shards(cache)
-    say(summary_text(BuildSummary(cache=cache, manifest=read_manifest(cache))))
+    summary = BuildSummary(cache=cache, manifest=read_manifest(cache))
+    answer(**summary_values(summary))
+    say(summary_text(summary))
 
 
 @main.command("demo-teacher")
 @click.option("--data", type=click.Choice(["shapes", "easy-vqa"]), default="shapes", show_default=True)
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="Directory to write.")
 @click.option("--seed", type=int, default=0, show_default=True)
+@JSON
 def demo_teacher(data: str, output: Path, seed: int) -> None:
     """Train a built-in teacher from scratch (minutes on 2 cores) and print its accuracy."""
     from vlm_distill_cache.stage1_teacher.demo.teacher import train_demo_teacher
 
     quiet_libraries()
     train_demo_teacher(data, output, seed=seed)
+    answer(output=output)
     say(f"Teacher written to {output}")
-    say(f"Next: make teacher-cache TEACHER={quoted(output)} DATA={data} CACHE={quoted(f'build/cache/{output.name}')}")
+    tell(f"Next: make teacher-cache TEACHER={quoted(output)} DATA={data} CACHE={quoted(f'build/cache/{output.name}')}")
 
 
 if __name__ == "__main__":

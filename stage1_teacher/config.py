@@ -1,19 +1,39 @@
 """What a cache is built from: one frozen dataclass, read from YAML and ``--set``."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from vlm_distill_cache.common.cache.document_rules import TEMPERATURES
 from vlm_distill_cache.common.codecs.answers import AnswersCodec
 from vlm_distill_cache.common.codecs.description import check_whole_number
 from vlm_distill_cache.common.codecs.logits import preset_settings
 from vlm_distill_cache.common.codecs.registry import CODECS
-from vlm_distill_cache.common.config import take_paths
+from vlm_distill_cache.common.config import SAYS_NOTHING, Word, take_paths
 from vlm_distill_cache.common.errors import ConfigError
 from vlm_distill_cache.common.terminal.next_step import DEFAULT_SIGNALS
 
 SIGNALS = tuple(name for name, codec in CODECS.items() if codec is not AnswersCodec)
 """What a cache can keep; answers that the teacher writes are kept where ``answers`` says so."""
+
+
+_DTYPES = {"no": "float32", False: "float32", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+_LENGTH = Word(
+    options=("max_length",), note="a longer sample is a recorded failure, unless long_samples=truncate cuts it"
+)
+_QUANTISED: dict[str, Mapping[bool, object]] = {
+    "load_in_4bit": {True: "4bit", False: SAYS_NOTHING},
+    "load_in_8bit": {True: "8bit", False: SAYS_NOTHING},
+}
+_STAGE_TWO = (
+    "student student_weights vision_tower language_model projector pool_teacher_tokens data_share phases dpt dft sft "
+    "lora gradient_checkpointing seed clip memory_gib shuffle_window checkpoint_every keep_checkpoints log_every "
+    "report_to verify shuffle_teacher_images evaluation steps epochs lr projector_lr tower_lr warmup schedule "
+    "weight_decay trainable freeze losses learning_rate num_train_epochs max_steps "
+    "mm_projector_lr mm_vision_tower_lr warmup_ratio warmup_steps lr_scheduler_type gradient_accumulation_steps max_grad_norm "
+    "save_steps save_total_limit logging_steps lora_r lora_alpha lora_dropout lora_enable lora_target_modules use_peft optim "
+    "fsdp deepspeed resume_from_checkpoint overwrite_output_dir"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +100,49 @@ class BuildConfig:
         data_license: The data set's licence, free text; for the card.
         source: Where teacher and data come from, or whom to ask; free text for the card.
     """
+
+    WORDS: ClassVar[Mapping[str, Word]] = {
+        "model_name_or_path": Word(options=("teacher",)),
+        **dict.fromkeys(("output", "output_dir"), Word(options=("cache",), note="the folder that is written")),
+        "dataset_name": Word(options=("data",)),
+        "data_path": Word(options=("data",)),
+        "image_folder": Word(options=("images",)),
+        "dataset_split": Word(options=("split",)),
+        "max_train_samples": Word(options=("limit",)),
+        **{
+            name: Word(options=(name,), values={None: nothing}, others=True)
+            for name, nothing in {"limit": 0, "max_length": 0, "images": "", "template": "auto", "teacher": ""}.items()
+        },
+        **dict.fromkeys(("max_seq_length", "model_max_length"), _LENGTH),
+        **dict.fromkeys(
+            ("micro_batch_size", "per_device_train_batch_size", "per_device_eval_batch_size"),
+            Word(options=("batch_size",), note="the samples of one forward pass"),
+        ),
+        "dataloader_num_workers": Word(options=("num_workers",)),
+        "dtype": Word(options=("dtype",), values=_DTYPES, others=True),
+        **dict.fromkeys(
+            ("precision", "mixed_precision", "torch_dtype"),
+            Word(options=("dtype",), values=_DTYPES, others=True),
+        ),
+        "bf16": Word(options=("dtype",), values={True: "bfloat16", False: SAYS_NOTHING}),
+        "fp16": Word(options=("dtype",), values={True: "float16", False: SAYS_NOTHING}),
+        "use_cpu": Word(options=("device",), values={True: "cpu", False: "auto"}),
+        **dict.fromkeys(
+            ("quantization", "quantisation", "quantise", "quantize"),
+            Word(options=("quantisation",), values={None: "none", "int8": "8bit", "nf4": "4bit"}, others=True),
+        ),
+        **{name: Word(options=("quantisation",), values=values) for name, values in _QUANTISED.items()},
+        "temperature": Word(
+            note="write temperatures=[1,2] for those at which the tail mass is exact, or answer_temperature=1 for sampled answers"
+        ),
+        "top_k": Word(note="write logits=fixed:K for the K likeliest tokens of each row"),
+        "cache_dir": Word(
+            note="write cache=FOLDER for the cache that is written; downloads of the hub go where the variable HF_HOME says"
+        ),
+        **dict.fromkeys(
+            _STAGE_TWO.split(), Word(note="it is an option of stage two, `distill`, not of `teacher-cache`")
+        ),
+    }
 
     data: str = "shapes"
     images: str = ""

@@ -105,7 +105,7 @@ def extract(config: BuildConfig, *, overwrite: bool = False, part: Part = WHOLE,
         targets = UnknownBudget.of_finished(cache_dir, plan, words=words, share=config.max_unknown_share)
         started, samples, built = time.monotonic(), 0, list[int]()
         with (
-            Writer(cache_dir, plan, work.codecs) as writer,
+            Writer(cache_dir, plan, work.codecs, work.kept) as writer,
             _progress(plan, part, todo, shown=seals and bool(todo)) as bar,
         ):
             # Another process may build the same cache: what it finished is skipped, what it left is done here.
@@ -114,6 +114,7 @@ def extract(config: BuildConfig, *, overwrite: bool = False, part: Part = WHOLE,
                     if sidecar_path(cache_dir, shard.index).exists():
                         continue
                     targets.spend(shard.samples, failed=len(shard.failed))
+                    before = samples
                     for batch, signals in run_shard(work, shard, plan.batch_size):
                         writer.add(batch, signals)
                         samples += len(batch)
@@ -121,7 +122,8 @@ def extract(config: BuildConfig, *, overwrite: bool = False, part: Part = WHOLE,
                     refuse_replaced(cache_dir, plan)
                     budget.spend(shard.failed)
                     writer.finish(shard, unknown=words.count(shard.samples))
-                    bar.update(len(shard.failed))
+                    left = len(plan.shard_range(shard.index)) - (samples - before)
+                    bar.update(left)  # failed, or nothing is missing of them
                     built.append(shard.index)
                 writer.wait()
         trust_built(cache_dir, plan, built)

@@ -2,9 +2,10 @@
 
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from vlm_distill_cache.common.cache.counts import FailureCounts, picture_words, unknown_words
-from vlm_distill_cache.common.cache.manifest import Manifest
+from vlm_distill_cache.common.cache.manifest import Manifest, read_manifest
 from vlm_distill_cache.common.cache.plan import BASE, Plan, built_with, cut_words, read_plan
 from vlm_distill_cache.common.cache.sidecar import read_sidecar
 from vlm_distill_cache.common.codecs.registry import CODECS
@@ -12,6 +13,7 @@ from vlm_distill_cache.common.printing import one_line
 from vlm_distill_cache.common.terminal.command_line import quoted
 from vlm_distill_cache.common.terminal.next_step import distill_command
 from vlm_distill_cache.stage1_teacher.config import BuildConfig
+from vlm_distill_cache.stage1_teacher.extend import Extension
 from vlm_distill_cache.stage1_teacher.extract import BuildSummary
 
 
@@ -38,6 +40,9 @@ def summary_text(summary: BuildSummary) -> str:
         if totals["failed"]:
             lines.append(
                 f"  failed samples are not tried again; `{built_with(plan)} --overwrite` builds all of it anew"
+                if plan.teacher.get("served")
+                else "  failed samples are not tried again by a build: mend them, then run `teacher-cache extend "
+                f"{quoted(summary.cache)}` with the same data and teacher"
             )
     if revision := plan.teacher.get("revision"):
         lines.append(f"  teacher {one_line(plan.teacher.get('name'))}@{one_line(revision)}")
@@ -62,6 +67,44 @@ def summary_text(summary: BuildSummary) -> str:
         lines.append(f"  fidelity on {manifest.fidelity['samples']} samples: " + ", ".join(parts))
     lines.append(f"Cache: {summary.cache}")
     return "\n".join(lines)
+
+
+def extension_text(extension: Extension) -> str:
+    """Describe what became of a cache that was to be extended, for a terminal."""
+    if extension.summary is None:
+        return f"Nothing to add: {extension.cache} holds all of that, and no sample of it failed"
+    if extension.before is None:
+        plan, manifest = read_plan(extension.cache), read_manifest(extension.cache)
+        lines = _sample_lines(extension.cache, plan, manifest)
+        return "\n".join([f"Nothing was added to {extension.cache}: what had failed failed again", *lines])
+    what = [f"{extension.samples} samples"] if extension.samples else []
+    what += [f"signals {', '.join(extension.signals)}"] if extension.signals else []
+    return (
+        f"{summary_text(extension.summary)}\nAdded: {'; '.join(what) or 'other reasons of failed samples'}\n"
+        f"The cache as it was is kept for those who read it, until it is extended again: {extension.before}\n"
+        f"  when nobody does: rm -r {quoted(extension.before)}"
+    )
+
+
+def extension_values(extension: Extension) -> dict[str, Any]:
+    """What became of a cache that was to be extended, for programs."""
+    values = {} if extension.summary is None else summary_values(extension.summary)
+    added = {"signals": extension.signals, "samples": extension.samples}
+    return {**values, "cache": extension.cache, "added": added, "before": extension.before}
+
+
+def summary_values(summary: BuildSummary) -> dict[str, Any]:
+    """What a build did and what its cache holds, for programs."""
+    manifest = summary.manifest
+    held = None if manifest is None else {"totals": manifest.totals, "fidelity": manifest.fidelity}
+    return {
+        "cache": summary.cache,
+        "sealed": manifest is not None,
+        "manifest": None if manifest is None else manifest.hash,
+        "built": {"shards": summary.built, "samples": summary.samples, "seconds": summary.seconds},
+        "missing": summary.missing,
+        **(held or {}),
+    }
 
 
 def _sample_lines(cache: Path, plan: Plan, manifest: Manifest) -> list[str]:

@@ -19,7 +19,6 @@ from vlm_distill_cache.common.recipes import recipe_summary, split_recipe
 from vlm_distill_cache.common.terminal.command_line import (
     CONFIG,
     FOLDER,
-    OVERRIDES,
     SETTINGS,
     CacheLocation,
     CommandGroup,
@@ -32,7 +31,9 @@ from vlm_distill_cache.common.terminal.command_line import (
     show_failure,
     start_logging,
     stopped_by_sigterm,
+    tell,
 )
+from vlm_distill_cache.common.terminal.general import JSON, answer, complete_folder, completes, overrides
 from vlm_distill_cache.common.terminal.launch import enter_launch, explain_lost_processes
 from vlm_distill_cache.common.terminal.sharding import refuse_sharding
 from vlm_distill_cache.common.tools.trust import open_trusted
@@ -41,6 +42,7 @@ from vlm_distill_cache.stage2_student.config import PHASE_NAMES, TrainConfig
 from vlm_distill_cache.stage2_student.pruned_folder import refuse_uncut
 from vlm_distill_cache.stage2_student.resolve import open_caches
 from vlm_distill_cache.stage2_student.scores.results import render_table
+from vlm_distill_cache.stage2_student.students.presets import student_names
 from vlm_distill_cache.stage2_student.training.output_folder import refuse_foreign_folder
 from vlm_distill_cache.stage2_student.training.recipe_caches import cache_lines
 
@@ -64,32 +66,38 @@ def _say_in_a_line(failed: threading.ExceptHookArgs) -> None:
         show_failure(failed.exc_type, failed.exc_value, failed.exc_traceback)
 
 
-_IMAGES = click.option("--images", help="Folder that relative image paths start from.")
+_IMAGES = click.option("--images", shell_complete=complete_folder, help="Folder that relative image paths start from.")
 _training_options = shared_options(
     click.option(
         "--student",
+        shell_complete=completes(student_names),
         help="A name (mobilevlm: trained from scratch; its size follows the teacher, or add a suffix: mobilevlm-1.7b), a "
         "folder or a name on the hub (org/name[@revision]), or pruned:KEEP (run only).",
     ),
-    click.option("--data", help="The data the cache was built from; may be left out if it is built in."),
+    click.option(
+        "--data",
+        shell_complete=completes(lambda: ["shapes", "easy-vqa"]),
+        help="The data the cache was built from; may be left out if it is built in.",
+    ),
     _IMAGES,
     click.option(
         "--cache",
-        required=True,
         type=CacheLocation(),
-        help="Teacher cache: a folder, s3://..., hf://datasets/... or https://...",
+        help="Teacher cache: a folder, s3://..., hf://datasets/... or https://... Needed, here or in the YAML file.",
     ),
-    click.option("--output", required=True, type=NewFolder(), help="Folder to write to."),
-    click.option("--phases", help='Phases to run, in order: "dpt dft sft".'),
+    click.option("--output", type=NewFolder(), help="Folder to write to. Needed, here or in the YAML file."),
+    click.option(
+        "--phases", shell_complete=completes(lambda: list(PHASE_NAMES)), help='Phases to run, in order: "dpt dft sft".'
+    ),
     click.option("--seed", type=click.IntRange(min=0), help="Seed of fresh weights and of the order of samples."),
     CONFIG,
-    OVERRIDES,
+    overrides(TrainConfig),
 )
 
 
 def _load(options: dict[str, Any]) -> tuple[TrainConfig, str]:
     """The configuration that the options shared by several commands give, and what of it is a recipe's."""
-    config, overrides, cache, phases, seed = (
+    config, settings, cache, phases, seed = (
         options.pop(name) for name in ("config", "overrides", "cache", "phases", "seed")
     )
     given = [f"{name}={json.dumps(str(value))}" for name, value in options.items() if value is not None]
@@ -100,15 +108,16 @@ def _load(options: dict[str, Any]) -> tuple[TrainConfig, str]:
         if unknown := [name for name in names if name not in PHASE_NAMES]:
             raise ConfigError(f"phases: {unknown[0]!r} is none of {', '.join(PHASE_NAMES)}")
         given.append(f"phases=[{', '.join(names)}]")
-    settings = runs.load_run_config(config, [*given, *overrides], cache=cache)
-    recipe, _, _ = split_recipe(read_yaml(config), overrides)
+    resolved = runs.load_run_config(config, [*given, *settings], cache=cache)
+    recipe, _, _ = split_recipe(read_yaml(config), settings)
     if recipe is None:
-        return settings, ""
-    return settings, "\n".join([recipe_summary(recipe, "stage_two", settings), *cache_lines(settings, recipe)])
+        return resolved, ""
+    return resolved, "\n".join([recipe_summary(recipe, "stage_two", resolved), *cache_lines(resolved, recipe)])
 
 
 @main.command()
 @_training_options
+@JSON
 def train(**options: Any) -> None:
     """Train one student through its phases, or resume it."""
     refuse_sharding(enter_launch().sharding, model="student")
@@ -129,24 +138,26 @@ def train(**options: Any) -> None:
     caches = open_caches(settings)
     if enter_launch().rank == 0 and not in_run:
         if (processes := enter_launch().size) > 1:
-            say(f"Trains with {processes} processes, started by {enter_launch().launcher}")
+            tell(f"Trains with {processes} processes, started by {enter_launch().launcher}")
         for note in cache_notes(settings, caches):
-            say(note)
+            tell(note)
     with explain_lost_processes(Path(settings.output)):
         result = runs.train_alone(settings, caches=caches)
     if enter_launch().rank == 0:
+        answer(student=result.final, output=settings.output, steps=len(result.log), last=(result.log or [{}])[-1])
         say(summarise(result.log))
         if of_recipe:
             say(of_recipe)
         say(f"Student: {result.final}")
         if not in_run:
-            say(f"Next: distill evaluate {quoted(result.final)} --cache {quoted(settings.cache)}")
+            tell(f"Next: distill evaluate {quoted(result.final)} --cache {quoted(settings.cache)}")
 
 
 @main.command()
 @_training_options
 @click.option("--nproc", type=click.IntRange(min=1), default=1, show_default=True, help="Training processes.")
 @click.option("--teacher", help="The teacher that a student pruned:KEEP is cut out of: a folder or a name on the hub.")
+@JSON
 def run(*, nproc: int, **options: Any) -> None:
     """Train `sft`, the baseline without a teacher, and the distilled student; score both, write the report."""
     launch = enter_launch()
@@ -158,7 +169,8 @@ def run(*, nproc: int, **options: Any) -> None:
             f"--nproc {launch.size}; or train by `distill train`, which {launch.launcher} may start"
         )
     with stopped_by_sigterm():
-        summary = runs.run(settings, processes=nproc, say=say)
+        summary = runs.run(settings, processes=nproc, say=tell)
+    answer(**vars(summary), scores=runs.read_scores(summary.output))
     lines = summary.table.splitlines()
     # What a new run's scores do not tell was said before it trained.
     say("\n".join(["", *(line for line in lines if not (summary.fresh and line.startswith("note: "))), ""]))
@@ -169,7 +181,7 @@ def run(*, nproc: int, **options: Any) -> None:
     if of_recipe:
         say(of_recipe)
     say(f"Report: {summary.report}")
-    say(f"Next: distill export {quoted(summary.output / 'distilled' / 'final')} --output FOLDER")
+    tell(f"Next: distill export {quoted(summary.output / 'distilled' / 'final')} --output FOLDER")
 
 
 @main.command()
@@ -182,6 +194,7 @@ def run(*, nproc: int, **options: Any) -> None:
 @click.option("--output", required=True, type=NewFolder(), help="New folder.")
 @click.option("--samples", type=click.IntRange(min=1), default=256, show_default=True, help="Samples to measure on.")
 @click.option("--template", help="Prompt template; default: the teacher's.")
+@JSON
 def prune(
     teacher: str, keep: float, data: str, images: Path | None, output: Path, samples: int, template: str | None
 ) -> None:
@@ -200,11 +213,12 @@ def prune(
         template=template,
         described={"data": dataset.fingerprint()},
     )
+    answer(output=output, widths=widths)
     say(
         f"{output}: {widths.heads} heads ({widths.key_value_heads} of keys and values) and {widths.channels} "
         "channels a layer"
     )
-    say(f"Next: distill run --student {quoted(output)} --cache CACHE --output FOLDER")
+    tell(f"Next: distill run --student {quoted(output)} --cache CACHE --output FOLDER")
 
 
 def _trained_folder(student: str) -> HubFolder:
@@ -219,7 +233,7 @@ def _trained_folder(student: str) -> HubFolder:
 
 
 @main.command()
-@click.argument("student")
+@click.argument("student", shell_complete=complete_folder)
 @click.option("--data", help="Data set of the held-out items; default: the one it was trained on.")
 @_IMAGES
 @click.option(
@@ -230,6 +244,7 @@ def _trained_folder(student: str) -> HubFolder:
 @click.option("--limit", type=click.IntRange(min=1), help="Score at most so many items.")
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="JSON file to write.")
 @click.option("--card", is_flag=True, help="Write the scores into the card (README.md) in the student's folder, too.")
+@JSON
 def evaluate(
     student: str,
     *,
@@ -241,7 +256,7 @@ def evaluate(
     card: bool,
 ) -> None:
     """Score a trained student: its `final` folder, or that of a name on the hub."""
-    from vlm_distill_cache.stage2_student.exports.card import CardScores, write_card
+    from vlm_distill_cache.stage2_student.scores.card import CardScores, write_card
     from vlm_distill_cache.stage2_student.scores.held_out import EVALUATE_OPTION, scoring_notes, unreadable_note
     from vlm_distill_cache.stage2_student.trained_student import evaluate_student, open_student
 
@@ -270,6 +285,7 @@ def evaluate(
     scorable = bool({"likelihood", "questions"} & report.scores.keys())
     notes += scoring_notes(settings, compared, scorable=scorable, option=EVALUATE_OPTION)
     notes += filter(None, [unreadable_note(report.unreadable)])
+    answer(student=student, **report.to_dict(), notes=notes)
     name = folder.name if folder.revision else folder.path.resolve().parent.name
     say(render_table({name: report}))
     if card:
@@ -281,19 +297,21 @@ def evaluate(
     if output is not None:
         write_json_atomic(output, report.to_dict())
         say(f"Scores: {output}")
-    say(f"Next: distill export {quoted(student)} --output FOLDER")
+    tell(f"Next: distill export {quoted(student)} --output FOLDER")
 
 
 @main.command()
 @click.argument("output", type=FOLDER)
+@JSON
 def report(output: Path) -> None:
     """Write the HTML report of a run's folder again."""
     runs.write_report_again(output)
+    answer(report=output / runs.REPORT)
     say(f"Report: {output / runs.REPORT}")
 
 
 @main.command()
-@click.argument("student")
+@click.argument("student", shell_complete=complete_folder)
 @click.option("--output", required=True, type=NewFolder(), help="New folder.")
 @click.option(
     "--layout",
@@ -314,12 +332,14 @@ def report(output: Path) -> None:
     type=click.Choice(["8bit", "4bit"]),
     help="The language model's weights, by bitsandbytes; in gguf as Q8_0 or Q4_0.",
 )
+@JSON
 def export(student: str, output: Path, layout: str, dtype: str | None, quantise: Any) -> None:
     """Write a trained student in another layout or precision, for other programs."""
     from vlm_distill_cache.stage2_student.trained_student import export_student
 
     runs.set_up_libraries()
     written = export_student(_trained_folder(student).path, output, layout=layout, dtype=dtype, quantise=quantise)
+    answer(output=output, layout=layout, dtype=written, quantise=quantise)
     say(f"Exported to {output}: layout {layout}, {written}{f', {quantise}' if quantise else ''}")
     if layout not in ("adapter", "gguf"):
         say(f"Next: distill evaluate {quoted(output)}")
@@ -338,6 +358,7 @@ def export(student: str, output: Path, layout: str, dtype: str | None, quantise:
     "--message", default="Push a student of vlm-distill-cache", show_default=True, help="Title of the commit."
 )
 @click.option("--dry-run", is_flag=True, help="Only say what would be pushed.")
+@JSON
 def push(
     student: str,
     repository: str,
@@ -353,7 +374,7 @@ def push(
 
     STUDENT is the folder of a run or a training, a `final` folder or an export. A new repository is private.
     """
-    from vlm_distill_cache.stage2_student.exports.publish import push_student, student_folder
+    from vlm_distill_cache.stage2_student.scores.publish import push_student, student_folder
 
     name = hub_name(repository)
     if name is None or (revision and name.revision):
@@ -367,6 +388,9 @@ def push(
     if not message.strip():
         raise click.BadParameter("--message: expected a title for the commit")
     done = push_student(folder, place, public=public, overwrite=overwrite, message=message, dry_run=dry_run)
+    answer(
+        student=folder, place=str(done.place), **{k: v for k, v in vars(done).items() if k != "place"}, dry_run=dry_run
+    )
     seen = "private" if done.private else "public"
     say(f"{folder} -> {done.place} ({'' if done.exists else 'new, '}{seen})")
     for what, names in (("send", done.new), ("replace", done.changed), ("there already", done.same)):
@@ -389,11 +413,12 @@ def push(
 
 
 @main.command(name="import")
-@click.argument("checkpoint")
+@click.argument("checkpoint", shell_complete=complete_folder)
 @click.option("--output", required=True, type=NewFolder(), help="Folder to write.")
 @click.option(
     "--vision-tower", help="CLIP, where the checkpoint does not hold its tower: a folder or a name on the hub."
 )
+@JSON
 def import_checkpoint(checkpoint: str, output: Path, vision_tower: str | None) -> None:
     """Write a published MobileVLM, CompoDistill or LLaVA-1.5 as a student or teacher of ours: one folder, safetensors.
 
@@ -404,10 +429,9 @@ def import_checkpoint(checkpoint: str, output: Path, vision_tower: str | None) -
     runs.set_up_libraries()
     tower = None if vision_tower is None else model_folder(vision_tower, what="--vision-tower").path
     convert_published(model_folder(checkpoint, what="checkpoint").path, output, vision_tower=tower)
-    say(
-        f"Imported into {output}. Next: make distill STUDENT={quoted(output)}, or make teacher-cache "
-        f"TEACHER={quoted(output)}"
-    )
+    answer(output=output)
+    say(f"Imported into {output}")
+    tell(f"Next: make distill STUDENT={quoted(output)}, or make teacher-cache TEACHER={quoted(output)}")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
 """What a training run is: phases, losses, budgets. Only the command line, `train()` and `run` see these."""
 
 import math
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ClassVar, Literal
 
-from vlm_distill_cache.common.config import config_to_dict, take_paths
+from vlm_distill_cache.common.config import SAYS_NOTHING, Word, config_to_dict, take_paths
 from vlm_distill_cache.common.hub import public_name
-from vlm_distill_cache.common.locations import public_location
+from vlm_distill_cache.common.locations import is_url, public_location
 from vlm_distill_cache.stage2_student.loss_weights import LossWeights, require
 from vlm_distill_cache.stage2_student.pruned_folder import kept_share, pruning_record
 
@@ -25,8 +26,10 @@ MODELS = ("student", "student_weights", "teacher", "vision_tower", "language_mod
 MOST, MOST_SAMPLES = 2**40, 2**20  # larger ones are slips of the finger
 SPEED_OPTIONS = (
     "device", "num_workers", "memory_gib", "checkpoint_every", "keep_checkpoints", "log_every",
-    "gradient_checkpointing", "verify",
+    "gradient_checkpointing", "verify", "report_to",
 )  # fmt: skip
+# How runs name it that were described before both stages had one word for it; fingerprints stay what they are.
+_PRECISIONS = {"float32": "no", "bfloat16": "bf16"}
 
 
 def _within(owner: object, name: str, low: int, high: int | None = None, unit: str = "") -> None:
@@ -61,6 +64,32 @@ class PhaseConfig:
         images: This phase's image folder; none: the run's.
         cache: This phase's teacher cache; none: the run's.
     """
+
+    WORDS: ClassVar[Mapping[str, Word]] = {
+        "learning_rate": Word(options=("lr",)),
+        "mm_projector_lr": Word(options=("projector_lr",)),
+        "mm_vision_tower_lr": Word(options=("tower_lr",)),
+        "num_train_epochs": Word(options=("epochs",)),
+        "max_steps": Word(options=("steps",), values={-1: SAYS_NOTHING}, others=True),
+        "per_device_train_batch_size": Word(
+            options=("micro_batch_size",),
+            note="the most samples in one pass of one process. A step has batch_size samples, over all processes and passes",
+        ),
+        "warmup_ratio": Word(options=("warmup",)),
+        "lr_scheduler_type": Word(
+            options=("schedule",),
+            values={"cosine": "cosine", "constant_with_warmup": "constant"},
+            note="write schedule=cosine or schedule=constant, and warmup=0 for none",
+        ),
+        "gradient_accumulation_steps": Word(
+            note="it follows from batch_size, the samples of a step over all processes, and micro_batch_size, the most in one "
+            "pass of one process. Write batch_size=(samples a pass) x (processes) x (accumulation steps)"
+        ),
+        "warmup_steps": Word(
+            values={0: SAYS_NOTHING},
+            note="the warm-up is a share of a phase's steps. Write warmup=(warm-up steps)/(steps)",
+        ),
+    }
 
     steps: int | None = None
     epochs: float | None = None
@@ -126,6 +155,12 @@ class LoraConfig:
         CompoDistill (arXiv:2510.12184): r = 128, alpha = 256. Dropout is off, as everywhere in this project.
     """
 
+    WORDS: ClassVar[Mapping[str, Word]] = {
+        "r": Word(options=("rank",)),
+        "lora_alpha": Word(options=("alpha",)),
+        "lora_dropout": Word(options=("dropout",)),
+    }
+
     rank: int = 128
     alpha: float = 256.0
     dropout: float = 0.0
@@ -165,6 +200,24 @@ class EvaluationConfig:
         _within(self, "overlays", 0)
 
 
+def _each(option: str) -> tuple[str, ...]:
+    """An option of phases, of each of them."""
+    return tuple(f"{phase}.{option}" for phase in PHASE_NAMES)
+
+
+_OF_PHASES = [part.name for part in fields(PhaseConfig) if part.name not in ("losses", "data", "images", "cache")]
+_DTYPES = {"no": "float32", False: "float32", "fp32": "float32", "bf16": "bfloat16"} | {
+    name: name for name in _PRECISIONS
+}
+_STAGE_ONE = (
+    "split store signals temperatures attention_dtype grid map_preset map_grid answers max_new_tokens "
+    "answer_temperature answer_top_p answer_seed hidden_layers hidden_dtype groups layers long_samples shard_size "
+    "device_map quantisation quantization max_failed_share max_unknown_share fidelity_samples threads "
+    "teacher_license data_license source dataset_split top_k temperature quantise quantize per_device_eval_batch_size"
+)
+_LENGTH = Word(options=("max_length",), note="a longer sample is left out, not cut")
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """A training run.
@@ -195,8 +248,8 @@ class TrainConfig:
         gradient_checkpointing: Compute each decoder layer again in the backward pass: less memory, a third more time, the
             same result.
         seed: Seed of the student's fresh weights and of the order of samples.
-        precision: ``no`` (float32) or ``bf16`` mixed.
-        device: ``auto`` (an accelerator if there is one) or ``cpu``.
+        dtype: ``float32``, or ``bfloat16`` for mixed precision: the arithmetic; weights stay in float32.
+        device: ``auto`` (an accelerator if there is one), ``cpu``, ``cuda`` or ``cuda:N``.
         clip: Gradients are clipped to this norm.
         num_workers: Loading threads; 0 loads on the training thread.
         memory_gib: Memory for encoded samples, GiB; for small data sets.
@@ -204,6 +257,7 @@ class TrainConfig:
         checkpoint_every: Optimizer steps between checkpoints.
         keep_checkpoints: Number of checkpoints to keep.
         log_every: Steps between writes of the log, which has a line per step.
+        report_to: ``tensorboard`` draws the log's curves in ``OUTPUT/tensorboard``; ``none`` writes ``log.jsonl`` alone.
         max_length: Longest sequence of a sample, tokens; none: the cache's.
         verify: Before the first use of a cache on this machine, look through all of its records for what no teacher can have
             said: token ids beyond the vocabulary, masses above one, numbers that are none.
@@ -211,6 +265,82 @@ class TrainConfig:
         evaluation: How ``distill run`` and ``distill evaluate`` score the student.
         license: Licence of the student, as an identifier of the Hugging Face Hub or free text; for its card.
     """
+
+    WORDS: ClassVar[Mapping[str, Word]] = {
+        **{name: Word(options=_each(name)) for name in _OF_PHASES},
+        **{
+            name: replace(word, options=tuple(found for option in word.options for found in _each(option)))
+            for name, word in PhaseConfig.WORDS.items()
+        },
+        "model_name_or_path": Word(options=("student",)),
+        "output_dir": Word(options=("output",)),
+        "dataset_name": Word(options=("data",)),
+        "data_path": Word(options=("data",)),
+        "image_folder": Word(options=("images",)),
+        "max_train_samples": Word(options=("limit",)),
+        "limit": Word(options=("limit",), values={0: None}, others=True),
+        "images": Word(options=("images",), values={"": None}, others=True),
+        "template": Word(options=("template",), values={"": None, "auto": None}, others=True),
+        "max_length": Word(options=("max_length",), values={0: None}, others=True),
+        **dict.fromkeys(("max_seq_length", "model_max_length"), _LENGTH),
+        "dtype": Word(options=("dtype",), values=_DTYPES, others=True),
+        **dict.fromkeys(
+            ("precision", "mixed_precision"),
+            Word(options=("dtype",), values=_DTYPES, note="students are trained in these"),
+        ),
+        "bf16": Word(options=("dtype",), values={True: "bfloat16", False: "float32"}),
+        "fp16": Word(
+            values={False: SAYS_NOTHING}, note="students are trained in float32 or bfloat16. Write dtype=bfloat16"
+        ),
+        "torch_dtype": Word(note="weights are trained in float32. Write dtype=bfloat16 for mixed precision"),
+        "use_cpu": Word(options=("device",), values={True: "cpu", False: "auto"}),
+        "max_grad_norm": Word(options=("clip",)),
+        "save_steps": Word(options=("checkpoint_every",)),
+        "save_total_limit": Word(options=("keep_checkpoints",)),
+        "logging_steps": Word(options=("log_every",)),
+        "dataloader_num_workers": Word(options=("num_workers",)),
+        "report_to": Word(
+            options=("report_to",),
+            values={"tensorboard": "tensorboard", "none": "none", None: "none"},
+            note="a training writes log.jsonl, a line a step, which other services can be fed from, and TensorBoard's files",
+        ),
+        "lora_r": Word(options=("lora.rank",)),
+        "lora_alpha": Word(options=("lora.alpha",)),
+        "lora_dropout": Word(options=("lora.dropout",)),
+        **{
+            name: Word(values={False: SAYS_NOTHING}, note="write trainable=lora")
+            for name in ("lora_enable", "use_peft")
+        },
+        "lora_target_modules": Word(note="adapters are on all linear layers of the language model; leave it out"),
+        "cache_dir": Word(
+            note="write cache=FOLDER for the teacher's cache; downloads of the hub go where the variable HF_HOME says"
+        ),
+        "optim": Word(
+            values=dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_hf"), SAYS_NOTHING),
+            note="students are trained by AdamW; leave it out",
+        ),
+        **dict.fromkeys(
+            ("fsdp", "deepspeed"),
+            Word(
+                values=dict.fromkeys(("", None), SAYS_NOTHING),
+                note="each process holds the whole student; leave it out",
+            ),
+        ),
+        "resume_from_checkpoint": Word(
+            values={True: SAYS_NOTHING, None: SAYS_NOTHING},
+            note="the same command with the same output goes on from its last checkpoint; leave it out",
+        ),
+        "overwrite_output_dir": Word(
+            values={False: SAYS_NOTHING}, note="give another output, or delete the folder to begin again"
+        ),
+        **dict.fromkeys(
+            ("load_in_4bit", "load_in_8bit"),
+            Word(values={False: SAYS_NOTHING}, note="students are trained unquantised; leave it out"),
+        ),
+        **dict.fromkeys(
+            _STAGE_ONE.split(), Word(note="it is an option of stage one, `teacher-cache build`, not of `distill`")
+        ),
+    }
 
     student: str = "mobilevlm"
     student_weights: str | None = None
@@ -233,8 +363,8 @@ class TrainConfig:
     lora: LoraConfig = field(default_factory=LoraConfig)
     gradient_checkpointing: bool = False
     seed: int = 0
-    precision: Literal["no", "bf16"] = "no"
-    device: Literal["auto", "cpu"] = "auto"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    device: str = "auto"
     clip: float = 1.0
     num_workers: int = 1
     memory_gib: float = 1.0
@@ -242,6 +372,7 @@ class TrainConfig:
     checkpoint_every: int = 100
     keep_checkpoints: int = 2
     log_every: int = 10
+    report_to: Literal["tensorboard", "none"] = "tensorboard"
     max_length: int | None = None
     verify: bool = True
     shuffle_teacher_images: bool = False
@@ -253,10 +384,13 @@ class TrainConfig:
         require(self.license.isprintable(), "license", self.license, "one line of text")
         require(self.cache != "", "cache", self.cache, "a teacher cache's folder or address (--cache)")
         require(self.output != "", "output", self.output, "a folder to write to (--output)")
+        require(not is_url(self.output), "output", self.output, "a folder of this machine, not an address")
         require(len(set(self.phases)) == len(self.phases), "phases", self.phases, "without repetition")
         require(bool(self.phases), "phases", self.phases, "at least one of dpt, dft, sft")
         require(0 <= self.seed < 2**63, "seed", self.seed, "0 to 2^63 - 1")
         require(0 < self.clip < math.inf, "clip", self.clip, "a finite gradient norm above 0")
+        device = re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", self.device)
+        require(device is not None, "device", self.device, "auto, cpu, cuda or cuda:N")
         for name in ("shuffle_window", "checkpoint_every", "keep_checkpoints", "log_every"):
             _within(self, name, 1)
         _within(self, "num_workers", 0, None, "threads")
@@ -323,6 +457,7 @@ def describe(config: TrainConfig, cache_hashes: Mapping[str, str]) -> dict[str, 
     described = config_to_dict(config) | _public_models(config)
     for name in ("output", "evaluation", "license", *SPEED_OPTIONS):
         del described[name]
+    described["precision"] = _PRECISIONS[described.pop("dtype")]
     described["cache"] = cache_hashes.get(config.cache)
     if pruned := pruning_record(config.student):
         # Cut out of its teacher on the way: what it is, not where the run has put it.

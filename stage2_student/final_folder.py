@@ -50,7 +50,7 @@ _EXPORT = {
     "made_from": record({"files": _FILES, "export": maybe(OBJECT)}),
 }
 _WORDS = text(1 << 16)
-# For people, on the card: as `exports.origin` writes it.
+# For people, on the card: as `scores.origin` writes it.
 _ORIGIN = record(
     {},
     {

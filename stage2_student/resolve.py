@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_distill_cache.common.cache.reader import TeacherCache
-from vlm_distill_cache.common.config import load_config, read_yaml
+from vlm_distill_cache.common.config import canonical_overrides, canonical_values, last_given, load_config, read_yaml
 from vlm_distill_cache.common.errors import ConfigError
 from vlm_distill_cache.common.files.rules import shown
 from vlm_distill_cache.common.hub import hub_name, model_folder
@@ -20,7 +20,6 @@ from vlm_distill_cache.stage2_student.pruned_folder import RECORD, kept_share, r
 from vlm_distill_cache.stage2_student.students.presets import LIBRARY_STUDENTS, STUDENTS, split_student_name
 
 PRESETS = Path(__file__).parent / "presets"
-QUOTES = "'\" "
 
 
 def resolve_config(path: Path | None, overrides: Sequence[str], *, teacher_width: int) -> TrainConfig:
@@ -32,23 +31,23 @@ def resolve_config(path: Path | None, overrides: Sequence[str], *, teacher_width
         ConfigError: For an unknown or unusable option.
     """
     recipe, given = given_options(path, overrides)
-    student = next((item.partition("=")[2] for item in reversed(given) if item.startswith("student=")), "")
-    student = _student_folder(student.strip(QUOTES))
+    student = _student_folder(last_given(given, "student"))
     preset = PRESETS / f"{phases_preset(student, teacher_width)}.yaml"
     of_recipe = [] if recipe is None else _flatten(recipe.stage_two, whole=("losses",))
     where = f"options ({path}, command line)" if path else "options"
-    options = [*_one_length(of_recipe), *_one_length(given)]
+    options = [*_one_length(of_recipe), *given]
     return with_folders(load_config(TrainConfig, preset, options, where=where))
 
 
 def given_options(path: Path | None, overrides: Sequence[str]) -> tuple[Recipe | None, list[str]]:
-    """The recipe that is named, and all other options of a user's YAML and the overrides, as ``a.b=c``.
+    """The recipe that is named, and all other options of a user's YAML and the overrides, as ``a.b=c`` in our own words.
 
     Raises:
         ConfigError: If there is no such file or recipe.
     """
     recipe, values, overrides = split_recipe(read_yaml(path), overrides)
-    return recipe, [*_flatten(values), *overrides]
+    values = canonical_values(TrainConfig, values, where=str(path))
+    return recipe, [*_one_length(_flatten(values)), *_one_length(canonical_overrides(TrainConfig, overrides))]
 
 
 def with_folders(config: TrainConfig) -> TrainConfig:

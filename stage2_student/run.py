@@ -23,14 +23,14 @@ from vlm_distill_cache.common.cache.document_rules import EVALUATION
 from vlm_distill_cache.common.cache.documents import describe_differences
 from vlm_distill_cache.common.cache.plan import read_plan
 from vlm_distill_cache.common.cache.reader import TeacherCache
-from vlm_distill_cache.common.config import config_from_dict, config_to_dict, save_config
+from vlm_distill_cache.common.config import config_from_dict, config_to_dict, last_given, save_config
 from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, TransferError
 from vlm_distill_cache.common.files.atomic import clean_stale, remove, write_bytes_atomic
 from vlm_distill_cache.common.files.hashing import fingerprint
 from vlm_distill_cache.common.files.rules import OBJECT, check, entries, items, maybe, record, text
 from vlm_distill_cache.common.files.signed import find_damage, list_files, read_signed, write_signed
 from vlm_distill_cache.common.hub import public_name
-from vlm_distill_cache.common.locations import public_location, secret_locations
+from vlm_distill_cache.common.locations import is_url, public_location, secret_locations
 from vlm_distill_cache.common.remotes.mirror import local_folder
 from vlm_distill_cache.common.terminal.command_line import leave_one_core, quiet_libraries, run_command, said_so_far
 from vlm_distill_cache.common.tools.trust import open_trusted
@@ -62,13 +62,19 @@ from vlm_distill_cache.stage2_student.scores.results import (
     render_table,
     table_rows,
 )
-from vlm_distill_cache.stage2_student.training.output_folder import claim_output, holds_anything, refuse_foreign_folder
+from vlm_distill_cache.stage2_student.training.output_folder import (
+    CONFIG,
+    STAMP,
+    claim_output,
+    holds_anything,
+    refuse_foreign_folder,
+)
 from vlm_distill_cache.stage2_student.training.recipe_caches import refuse_other_caches
 
 if TYPE_CHECKING:
     from vlm_distill_cache.stage2_student.train import AfterStep, TrainResult
 
-STAMP, TABLE, REPORT, SCORES = "run.json", "table.txt", "report.html", "evaluation.json"
+TABLE, REPORT, SCORES = "table.txt", "report.html", "evaluation.json"
 BASELINE, DISTILLED, TEACHER = "sft", "distilled", "teacher"
 COMPARED = (BASELINE, DISTILLED)
 ARM = "DISTILL_ARM"  # set in the processes of a run's student: what comes next is the run's to say
@@ -98,16 +104,28 @@ class RunSummary:
     seconds: float
 
 
-def load_run_config(path: Path | None, overrides: Sequence[str], *, cache: str | Path) -> TrainConfig:
+def load_run_config(path: Path | None, overrides: Sequence[str], *, cache: str | Path | None = None) -> TrainConfig:
     """Resolve a run's configuration: preset by the cache's teacher, then a recipe, then YAML, then overrides.
 
+    ``cache`` stands above all of them; None: they name it.
+
     Raises:
-        ConfigError: For an unknown or unusable option.
+        ConfigError: For an unknown or unusable option, or if nothing names a cache or an output.
         CacheMismatchError: If a loss of the recipe would be another one with the cache.
     """
-    width = int(read_plan(local_folder(cache)).teacher.get("hidden_size", 1 << 20))
-    config = resolve_config(path, [*overrides, f"cache={json.dumps(str(cache))}"], teacher_width=width)
+    overrides = [*overrides, *([] if cache is None else [f"cache={json.dumps(str(cache))}"])]
     recipe, given = given_options(path, overrides)
+    places = {name: last_given(given, name) for name in ("cache", "output")}
+    for name, place in places.items():
+        if not place:
+            raise ConfigError(f"{name}: none is given; add --{name} FOLDER, or {name}: FOLDER to the file of --config")
+    if not is_url(places["cache"]) and not Path(places["cache"]).is_dir():
+        raise ConfigError(
+            f"cache: {places['cache']} is neither a folder nor an address (s3://, hf://datasets/, https://); relative paths "
+            "start from the working directory"
+        )
+    width = int(read_plan(local_folder(places["cache"])).teacher.get("hidden_size", 1 << 20))
+    config = resolve_config(path, overrides, teacher_width=width)
     if recipe is not None:
         refuse_other_caches(config, recipe, given)
     return config
@@ -191,6 +209,7 @@ def train_and_score(
         "finished": None,
     }
     write_signed(output / STAMP, state)
+    save_config(without_secrets(config), output / CONFIG)
     trained = arms(with_pruned_student(config, caches, say=say))
     done = [name for name, arm in trained.items() if is_trained(arm, fingerprint(describe(arm, hashes)), say=say)]
     if not done:
@@ -312,9 +331,9 @@ def train_arm(arm: TrainConfig, *, processes: int, caches: Mapping[str, TeacherC
         return
     folder.mkdir(parents=True, exist_ok=True)
     public = without_secrets(arm)
-    save_config(public, folder / "config.yaml")
+    save_config(public, folder / CONFIG)
     launcher = [sys.executable, "-m", LAUNCHER, "--standalone", f"--nproc_per_node={processes}"]
-    ours = ["-m", "vlm_distill_cache.stage2_student.cli", "train", "--config", str(folder / "config.yaml")]
+    ours = ["-m", "vlm_distill_cache.stage2_student.cli", "train", "--config", str(folder / CONFIG)]
     command = [*launcher, *ours, "--cache", public.cache, "--output", arm.output]
     # One thread a process is what torch's launcher takes too, with a page of advice.
     if run_command(
@@ -384,7 +403,7 @@ def read_stamp(output: Path) -> dict[str, Any]:
         problem = f"{error}; give another --output, or delete {output} to begin again"
     else:
         return found
-    if not any((output / name / "config.yaml").is_file() for name in COMPARED):
+    if not any((output / name / CONFIG).is_file() for name in COMPARED):
         raise ConfigError(problem)
     _log.warning("%s is lost or damaged and is written again", path)
     return {}
@@ -427,6 +446,21 @@ def evaluate_arm(
     return report
 
 
+def read_scores(output: Path) -> dict[str, Any]:
+    """The scores of a run by model, each as of `EvaluationReport.to_dict`.
+
+    Raises:
+        ConfigError: If they are lost or damaged.
+    """
+    try:
+        stored = check(read_signed(output / SCORES), entries(EVALUATION, most=10), str(output / SCORES))
+    except (FileNotFoundError, CacheFormatError) as error:
+        raise ConfigError(
+            f"{output / SCORES} is missing or damaged ({error}); run the same `distill run` command again: it scores again"
+        ) from error
+    return dict(stored)
+
+
 def write_report(output: Path, config: TrainConfig, cache: TeacherCache) -> None:
     """Write the HTML page of a run, logs, scores and attention pictures; and the cards of its students.
 
@@ -438,12 +472,7 @@ def write_report(output: Path, config: TrainConfig, cache: TeacherCache) -> None
     from vlm_distill_cache.stage2_student.trained_student import draw_overlays, open_student
     from vlm_distill_cache.stage2_student.training.log import read_log
 
-    try:
-        stored = check(read_signed(output / SCORES), entries(EVALUATION, most=10), str(output / SCORES))
-    except (FileNotFoundError, CacheFormatError) as error:
-        raise ConfigError(
-            f"{output / SCORES} is missing or damaged ({error}); run the same `distill run` command again: it scores again"
-        ) from error
+    stored = read_scores(output)
     evaluations = {name: EvaluationReport.from_dict(stored[name]) for name in (*COMPARED, TEACHER) if name in stored}
     write_cards(output, config, cache, evaluations)
     distilled = open_student(output / DISTILLED / FINAL)
@@ -481,7 +510,7 @@ def write_cards(
     output: Path, config: TrainConfig, cache: TeacherCache, evaluations: Mapping[str, EvaluationReport]
 ) -> None:
     """Write the cards of a run's students, with the scores of all; those that somebody has edited stay."""
-    from vlm_distill_cache.stage2_student.exports.card import GAIN, CardScores, write_card
+    from vlm_distill_cache.stage2_student.scores.card import GAIN, CardScores, write_card
 
     names = {heading: name for name, heading, _ in HEADLINE}
     gains = {names[row.heading]: row.gain for row in table_rows(evaluations, COMPARED)[0] if row.gain is not None}

@@ -28,11 +28,11 @@ from vlm_distill_cache.common.terminal.launch import READY_S, clean_environment,
 from vlm_distill_cache.common.terminal.progress import hide_library_bars
 from vlm_distill_cache.common.terminal.sharding import refuse_sharding
 from vlm_distill_cache.stage2_student.config import TrainConfig, public_config, without_secrets
-from vlm_distill_cache.stage2_student.exports.card import write_card
 from vlm_distill_cache.stage2_student.exports.folder import save_student_folder
-from vlm_distill_cache.stage2_student.exports.origin import describe_origin
 from vlm_distill_cache.stage2_student.final_folder import FINAL, PROVENANCE, refuse_other_student
 from vlm_distill_cache.stage2_student.losses.objective import Losses, step_shares
+from vlm_distill_cache.stage2_student.scores.card import write_card
+from vlm_distill_cache.stage2_student.scores.origin import describe_origin
 from vlm_distill_cache.stage2_student.students.model import StudentModel, vocabulary_rows
 from vlm_distill_cache.stage2_student.training.checkpoint import (
     Position,
@@ -42,6 +42,7 @@ from vlm_distill_cache.stage2_student.training.checkpoint import (
     write_checkpoint,
 )
 from vlm_distill_cache.stage2_student.training.log import TrainingLog
+from vlm_distill_cache.stage2_student.training.output_folder import CONFIG
 from vlm_distill_cache.stage2_student.training.parts import TrainedParts, checkpoint_layers
 from vlm_distill_cache.stage2_student.training.preparation import (
     Preparation,
@@ -163,7 +164,7 @@ def refuse_callers_modes() -> None:
     if found := [name for name, on in modes.items() if on]:
         raise ConfigError(
             f"this Python process has switched on {', '.join(found)}, which would change how students are trained; call "
-            "train() outside of it, and choose by the options precision and device"
+            "train() outside of it, and choose by the options dtype and device"
         )
 
 
@@ -178,12 +179,13 @@ def build_accelerator(config: TrainConfig, fingerprint: str) -> Accelerator:
     cpu = config.device == "cpu" or not torch.accelerator.is_available()
     launch = enter_launch()
     meet(launch, limit_s=READY_S)
+    choose_gpu(config.device, processes=launch.size)
     clean_environment(os.environ, launch)  # a Python caller may have set something since
     try:
-        accelerator = Accelerator(mixed_precision=config.precision, cpu=cpu)
+        accelerator = Accelerator(mixed_precision="bf16" if config.dtype == "bfloat16" else "no", cpu=cpu)
     except ValueError as error:  # it is fixed once a process
         raise ConfigError(
-            f"precision={config.precision}: something else in this process has chosen another precision or device "
+            f"dtype={config.dtype}: something else in this process has chosen another precision or device "
             f"({error}); train in a process of its own"
         ) from error
     except RuntimeError as error:
@@ -207,6 +209,25 @@ def build_accelerator(config: TrainConfig, fingerprint: str) -> Accelerator:
     return accelerator
 
 
+def choose_gpu(device: str, *, processes: int) -> None:
+    """Make a GPU that the options name the one of this process.
+
+    Raises:
+        ConfigError: If there is no such device here, or one is named for several processes.
+    """
+    kind, _, index = device.partition(":")
+    if kind != "cuda":
+        return
+    if int(index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device={device!r}: {torch.cuda.device_count()} CUDA devices are here; choose auto, cpu or one of them"
+        )
+    if index and processes > 1:
+        raise ConfigError(f"device={device!r}: each of {processes} processes has a GPU of its own; write device=cuda")
+    if index:
+        torch.cuda.set_device(int(index))
+
+
 def refuse_apart(position: Position, accelerator: Accelerator) -> None:
     """Raise a ConfigError if the processes of a run would go on from different checkpoints."""
     if accelerator.num_processes > 1 and len(set(gather_object([position]))) > 1:
@@ -221,12 +242,14 @@ def start_log(config: TrainConfig, accelerator: Accelerator, run: Preparation, p
     output = Path(config.output)
     if accelerator.is_main_process:
         output.mkdir(parents=True, exist_ok=True)
-        save_config(without_secrets(config), output / "config.yaml")
+        save_config(without_secrets(config), output / CONFIG)
     accelerator.wait_for_everyone()
     done = [(phase.name, phase.steps) for phase in run.phases[: position.phase]]
     if position.step:
         done.append((run.phases[position.phase].name, position.step))
-    return TrainingLog(output, accelerator, done=done, flush_every=config.log_every)
+    return TrainingLog(
+        output, accelerator, done=done, flush_every=config.log_every, curves=config.report_to == "tensorboard"
+    )
 
 
 def switch_dropout_off(student: StudentModel) -> None:

@@ -22,11 +22,12 @@ ORDER = {  # inside a package, each level imports only what stands before it
     ),
     "data": ("sample", "images", "text", "sources shapes families", "builtin", "registry"),
     "stage1_teacher": (
-        "config teacher demo builtin", "loop", "planning", "quality", "extract", "estimate report", "imports", "cli",
+        "config teacher demo builtin", "loop", "planning", "quality", "extract live", "extend", "estimate report", "imports",
+        "cli",
     ),
     "stage2_student": (
-        "loss_weights pruned_folder final_folder presets", "config", "students batches", "losses resolve", "training",
-        "scores", "exports", "train prune", "trained_student", "run", "cli",
+        "loss_weights pruned_folder final_folder presets", "config", "students batches", "exports", "losses resolve",
+        "training", "scores", "train prune", "trained_student", "run", "cli",
     ),
 }  # fmt: skip
 PACKAGES = tuple(ORDER)

@@ -20,31 +20,34 @@ GROUPS = {
     "cachectl": "common",
 }
 SURFACE = {
-    "cachectl convert": "--store SOURCE TARGET",
-    "cachectl import-logprobs": "--cache --data --format --images --limit "
+    "cachectl convert": "--json --store SOURCE TARGET",
+    "cachectl import-logprobs": "--cache --data --format --images --json --limit "
     "--missing-target --overwrite --set --store --teacher --teacher-name FILES",
-    "cachectl inspect": "--image --picture CACHE SAMPLE_ID",
-    "cachectl pull": "--jobs --no-verify --samples --shards --signals --top-k CACHE SOURCE",
-    "cachectl push": "--jobs --overwrite CACHE DESTINATION",
-    "cachectl merge": "--output --store SOURCES",
-    "cachectl repair": "--deep --dry-run CACHE",
-    "cachectl verify": "--deep CACHE",
-    "distill evaluate": "--cache --card --data --images --limit --output STUDENT",
-    "distill export": "--dtype --layout --output --quantise STUDENT",
-    "distill import": "--output --vision-tower CHECKPOINT",
-    "distill push": "--dry-run --message --overwrite --public --revision --which REPOSITORY STUDENT",
-    "distill report": "OUTPUT",
-    "distill prune": "--data --images --keep --output --samples --teacher --template",
-    "distill run": "--cache --config --data --images --nproc --output --phases --seed --set --student --teacher",
-    "distill train": "--cache --config --data --images --output --phases --seed --set --student",
-    "teacher-cache build": "--answers --cache --config --data --images --limit --nproc --overwrite --part --set --signals --store "
-    "--teacher",
-    "teacher-cache demo-teacher": "--data --output --seed",
+    "cachectl inspect": "--image --json --picture CACHE SAMPLE_ID",
+    "cachectl pull": "--jobs --json --no-verify --samples --shards --signals --top-k CACHE SOURCE",
+    "cachectl push": "--jobs --json --overwrite CACHE DESTINATION",
+    "cachectl merge": "--json --output --store SOURCES",
+    "cachectl repair": "--deep --dry-run --json CACHE",
+    "cachectl verify": "--deep --json CACHE",
+    "distill evaluate": "--cache --card --data --images --json --limit --output STUDENT",
+    "distill export": "--dtype --json --layout --output --quantise STUDENT",
+    "distill import": "--json --output --vision-tower CHECKPOINT",
+    "distill push": "--dry-run --json --message --overwrite --public --revision --which REPOSITORY STUDENT",
+    "distill report": "--json OUTPUT",
+    "distill prune": "--data --images --json --keep --output --samples --teacher --template",
+    "distill run": "--cache --config --data --images --json --nproc --output --phases --seed --set --student --teacher",
+    "distill train": "--cache --config --data --images --json --output --phases --seed --set --student",
+    "teacher-cache build": "--answers --cache --config --data --images --json --limit --nproc "
+    "--overwrite --part --set --signals --store --teacher",
+    "teacher-cache demo-teacher": "--data --json --output --seed",
     "teacher-cache estimate": "--answers --cache --config --data --epochs --images --json --limit --price --samples --set "
     "--signals --store --student-parameters --student-step --students --teacher",
-    "teacher-cache fidelity": "--answers --cache --config --data --images --limit --samples --set --signals --store --teacher",
-    "teacher-cache report": "CACHE",
-    "teacher-cache seal": "CACHE",
+    "teacher-cache extend": "--answers --config --data --images --json --limit --nproc "
+    "--set --signals --store --teacher CACHE",
+    "teacher-cache fidelity": "--answers --cache --config --data --images --json --limit --samples "
+    "--set --signals --store --teacher",
+    "teacher-cache report": "--json CACHE",
+    "teacher-cache seal": "--json CACHE",
 }
 TARGETS = {
     "help", "setup", "teacher-cache", "distill", "evaluate", "report", "demo", "demo-teacher", "experiment",

@@ -16,7 +16,7 @@ COMMAND_LINE = "common/terminal/command_line.py"
 ALLOWED = {
     "print": (), "pprint": (), "os.write": (), "os.system": (), "warnings.warn": (), "warnings.showwarning": (),
     "traceback.print_exc": (), "traceback.print_exception": (), "threading.__excepthook__": (), "sys.__excepthook__": (),
-    "click.echo": ((COMMAND_LINE, "say"),), "click.secho": (), "click.echo_via_pager": (), "click.confirm": (),
+    "click.echo": ((COMMAND_LINE, "_write"),), "click.secho": (), "click.echo_via_pager": (), "click.confirm": (),
     "click.prompt": (), "click.progressbar": (), "tqdm.write": (),
     "sys.stdout.write": (("data/text/tokenizer_program.py", "main"),),  # over a pipe, to us
     "sys.stdout.buffer.write": (), "sys.stderr.buffer.write": (), "sys.__stderr__.write": (),

@@ -111,7 +111,7 @@ def test_a_student_trains_by_a_recipe_and_its_configuration_holds_the_options(bu
     assert "recipe" not in saved
     dropout = {RELEASED: 0.05, PAPER: 0.0}[recipe]
     assert saved["lora"] == {"rank": 128, "alpha": 256.0, "dropout": dropout}
-    assert (saved["projector"], saved["precision"], saved["dft"]["steps"]) == ("taf", "bf16", 2)
+    assert (saved["projector"], saved["dtype"], saved["dft"]["steps"]) == ("taf", "bfloat16", 2)
     assert (saved["dft"]["trainable"], saved["dft"]["losses"]["answer_attention"]) == ("lora", 0.0)
 
 

@@ -14,7 +14,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, overload
+from typing import Any, NamedTuple, Protocol, TypeVar, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,9 +28,12 @@ from vlm_distill_cache.common.cache.side_files import check_digests, check_file,
 from vlm_distill_cache.common.cache.sidecar import ShardSidecar, parse_sidecar, sidecar_path
 from vlm_distill_cache.common.cache.stores import open_reader
 from vlm_distill_cache.common.cache.stores.base import ShardReader
+from vlm_distill_cache.common.cache.versions import identity, moved_to
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError, SampleNotCachedError
 from vlm_distill_cache.common.files.atomic import read_bounded
 from vlm_distill_cache.common.printing import brief
+
+_T = TypeVar("_T")
 
 
 class SampleIds(Sequence[str]):
@@ -120,7 +123,7 @@ class OpenShards:
         self, path: Path, plan: Plan, manifest: Manifest, *, limit: int, before_open: Callable[[int], object] | None
     ) -> None:
         """Open none yet; keep at most ``limit`` shards and sidecars. ``before_open``: as for ``TeacherCache``."""
-        self._path, self._plan, self._manifest = path, plan, manifest
+        self.path, self._plan, self._manifest = path, plan, manifest
         self._limit, self._before_open = limit, before_open
         self._reset()
 
@@ -176,25 +179,29 @@ class OpenShards:
                     self._opening.pop(shard, None)
         return found
 
+    def moved(self, path: Path) -> OpenShards:
+        """The same shards in another folder, none of them open."""
+        return OpenShards(path, self._plan, self._manifest, limit=self._limit, before_open=self._before_open)
+
     def check_sizes(self) -> None:
         """Refuse a shard whose files are not there in full length; does not read them."""
         for shard in range(self._plan.shard_count):
             for name, entry in self._read_sidecar(shard).files.items():
-                check_size(self._path, name, entry, _REMEDY)
+                check_size(self.path, name, entry, _REMEDY)
 
     def _read_sidecar(self, shard: int) -> ShardSidecar:
-        path = sidecar_path(self._path, shard)
+        path = sidecar_path(self.path, shard)
         try:
             data = read_bounded(path)
         except FileNotFoundError:
             raise CacheFormatError(
-                f"{self._path}: the sidecar of shard {shard} is missing; "
+                f"{self.path}: the sidecar of shard {shard} is missing; "
                 "run `cachectl verify`, then build or copy that shard again"
             ) from None
         sidecar = parse_sidecar(data, shard, str(path))
         if ShardSummary.of(sidecar, data) != self._manifest.shards[shard]:
             raise CacheFormatError(
-                f"{self._path}: the sidecar of shard {shard} is not the one in manifest.json; "
+                f"{self.path}: the sidecar of shard {shard} is not the one in manifest.json; "
                 "run `cachectl verify`, and `teacher-cache seal` if the shard was built anew"
             )
         return sidecar
@@ -203,10 +210,10 @@ class OpenShards:
         held = self._before_open(shard) if self._before_open is not None else None
         sidecar = self.sidecar(shard)
         for name, entry in sidecar.files.items():
-            check_file(self._path, name, entry, _REMEDY)
-        reader = open_reader(self._plan.store, self._path, shard, self._plan.all_fields)
+            check_file(self.path, name, entry, _REMEDY)
+        reader = open_reader(self._plan.store, self.path, shard, self._plan.all_fields)
         if reader.sample_ids != sidecar.sample_ids:
-            raise CacheFormatError(f"{self._path}: shard {shard} holds other samples than its sidecar says")
+            raise CacheFormatError(f"{self.path}: shard {shard} holds other samples than its sidecar says")
         return OpenShard(reader, held)
 
     def _follow_fork(self) -> None:
@@ -242,10 +249,11 @@ class TeacherCache:
     """A finished cache: records by sample id. Safe to use from several threads; forks and pickled copies open their own.
 
     ``cache[sample_id]`` is a sample's record, ``for sample_id in cache`` goes through the data set's order, and ``len``
-    counts records. A record is a dict of plain numpy arrays. Every record has ``image_hash`` u1 ``[1, 16]``, ``labels``
-    u4 ``[A]``, the token ids of the A supervised rows, and ``tiles`` f4 ``[tiles, 6]``: rows and columns of visual tokens,
-    and the region ``x0, y0, x1, y1`` that they cover, in units of the image's width and height. The others belong to
-    signals, compressed as ``common.cache.schema`` says field by field: ``decode`` turns them into numbers to work with.
+    counts records. Where another cache takes its place (``teacher-cache extend``), what was opened is read on. A record
+    is a dict of plain numpy arrays. Every record has ``image_hash`` u1 ``[1, 16]``, ``labels`` u4 ``[A]``, the token
+    ids of the A supervised rows, and ``tiles`` f4 ``[tiles, 6]``: rows and columns of visual tokens, and the region
+    ``x0, y0, x1, y1`` that they cover, in units of the image's width and height. The others belong to signals,
+    compressed as ``common.cache.schema`` says field by field: ``decode`` turns them into numbers to work with.
 
     Attributes:
         path: The folder; of a cache that was opened by its address, its local mirror.
@@ -282,11 +290,12 @@ class TeacherCache:
         """
         if open_shards < 1:
             raise ValueError(f"open_shards is {open_shards}; expected 1 or more")
-        self.path, self.place = path, place or str(path)
-        self.plan = read_plan(path)
-        self.manifest = read_manifest(path)
-        refuse_other_plan(self.manifest, self.plan, str(path))
-        check_sizes(path, self.manifest.files)
+        self.path, self.place, self._name = path, place or str(path), path
+        self._opened = identity(path)
+        self._read_documents()
+        while (now := identity(path)) != self._opened:
+            self._opened = now  # another cache took its place meanwhile
+            self._read_documents()
         self._images = SharedImages(self.plan.all_fields)
         self._fetches, self._codec_of = before_open is not None, codec_of
         self._codecs: dict[str, Codec] = {}
@@ -295,7 +304,47 @@ class TeacherCache:
         self._checked: set[str] = set()
         self._index: SampleIndex | None = None
         if INDEX in self.manifest.files:
-            self._index = self._open_index()
+            self._index = self.steady(lambda _: self._open_index())
+
+    def _read_documents(self) -> None:
+        try:
+            self.plan, self.manifest = read_plan(self.path), read_manifest(self.path)
+            refuse_other_plan(self.manifest, self.plan, str(self.path))
+            check_sizes(self.path, self.manifest.files)
+        except CacheFormatError:
+            if identity(self.path) == self._opened:
+                raise
+
+    def steady(self, read: Callable[[OpenShards], _T]) -> _T:
+        """Read files of the cache; again, where it lies now, if another one took its place meanwhile.
+
+        Args:
+            read: Given the cache's shards, whose ``path`` is the folder to read in.
+        """
+        while True:
+            shards = self._shards
+            try:
+                found = read(shards)
+            except (CacheFormatError, OSError):
+                if not self._follow(shards):
+                    raise
+            else:
+                if not self._follow(shards):
+                    return found
+
+    def _follow(self, shards: OpenShards) -> bool:
+        """Whether these shards' folder is another cache's by now, and this one's is known."""
+        if self._fetches or self._opened is None or identity(shards.path) == self._opened:
+            return False
+        place = moved_to(self._name, self.manifest, self._opened)
+        if place is None:
+            return False
+        if self._shards is shards:  # else another thread has followed already
+            self.path, self._shards = place, shards.moved(place)
+        return True
+
+    def _sidecar(self, shard: int) -> ShardSidecar:
+        return self.steady(lambda shards: shards.sidecar(shard))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_index": None}  # a copy maps the index itself
@@ -318,13 +367,13 @@ class TeacherCache:
     @property
     def sample_ids(self) -> SampleIds:
         """All records' sample ids, in the data set's order; read from the sidecars as they are asked for."""
-        return SampleIds(self._starts, self._shards.sidecar, self.__contains__)
+        return SampleIds(self._starts, self._sidecar, self.__contains__)
 
     @property
     def failed(self) -> Mapping[str, str]:
         """Why each missing sample could not be read, by sample id."""
         counts = [shard.failed for shard in self.manifest.shards]
-        return FailedSamples(counts, self._shards.sidecar, self._find)
+        return FailedSamples(counts, self._sidecar, self._find)
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -385,7 +434,7 @@ class TeacherCache:
 
     def shard_sample_ids(self, shard: int) -> tuple[str, ...]:
         """Return the sample ids of a shard, in stored order; reading them in turn opens it once."""
-        return self._shards.sidecar(shard).sample_ids
+        return self._sidecar(shard).sample_ids
 
     def positions(self, sample_ids: Iterable[str]) -> NDArray[np.int64]:
         """Look up n samples at once, without reading a sidecar.
@@ -418,13 +467,21 @@ class TeacherCache:
             SampleNotCachedError: If the cache does not hold the sample, with the reason if it failed; also a KeyError.
             CacheFormatError: If its shard is missing or damaged.
         """
-        opened, position = self._locate(sample_id)
-        return self._images.read(opened.reader, position, names, where=f"sample {sample_id!r} of {self.place}")
+
+        def read(shards: OpenShards) -> Record:
+            opened, position = self._locate(shards, sample_id)
+            return self._images.read(opened.reader, position, names, where=f"sample {sample_id!r} of {self.place}")
+
+        return self.steady(read)
 
     def read_stored(self, sample_id: str) -> Record:
         """Return a record as stored: arrays another one of its image holds are empty. Raises as ``read``."""
-        opened, position = self._locate(sample_id)
-        return opened.reader.read(position)
+
+        def read(shards: OpenShards) -> Record:
+            opened, position = self._locate(shards, sample_id)
+            return opened.reader.read(position)
+
+        return self.steady(read)
 
     def check_side_files(self, names: Collection[str] | None = None) -> None:
         """Check the digests of files beside the shards, each once; call before something in them is used.
@@ -441,7 +498,7 @@ class TeacherCache:
             if name not in self._checked
             and (names is None or any(name == part or name.startswith(f"{part}/") for part in names))
         }
-        check_digests(self.path, wanted)
+        self.steady(lambda shards: check_digests(shards.path, wanted))
         self._checked |= wanted.keys()
 
     def check_shard_files(self) -> None:
@@ -450,15 +507,15 @@ class TeacherCache:
         A cache whose shards are fetched as they are needed is checked then.
         """
         if not self._fetches:
-            self._shards.check_sizes()
+            self.steady(lambda shards: shards.check_sizes())
 
     def close(self) -> None:
         """Close all shards; they are opened again when needed."""
         self._shards.close()
 
-    def _locate(self, sample_id: str) -> tuple[OpenShard, int]:
+    def _locate(self, shards: OpenShards, sample_id: str) -> tuple[OpenShard, int]:
         shard, position = self._place(sample_id)
-        opened = self._shards.open(shard)
+        opened = shards.open(shard)
         stored = opened.reader.sample_ids
         if position >= len(stored) or stored[position] != sample_id:
             raise self._misplaced(f"sample {sample_id!r} is not record {position} of shard {shard}")
@@ -476,12 +533,15 @@ class TeacherCache:
             )
         if not place.failed:
             return place.shard, place.position
-        failed = self._shards.sidecar(place.shard).failed
+        failed = self._sidecar(place.shard).failed
         if place.position >= len(failed) or failed[place.position][0] != sample_id:
             raise self._misplaced(f"sample {sample_id!r} is not among the failed ones of shard {place.shard}")
         raise SampleNotCachedError(
             f"{self.place}: sample {sample_id!r} failed when the cache was built: "
-            f"{brief(failed[place.position][1])}; skip it, or fix it and build the cache again (teacher-cache build --overwrite)"
+            f"{brief(failed[place.position][1])}; skip it, or "
+            + with_more(
+                self.plan, "mend it and run `teacher-cache extend` on the cache, with the same data and teacher"
+            )
         )
 
     def _misplaced(self, what: str) -> CacheFormatError:
@@ -490,13 +550,13 @@ class TeacherCache:
     def _indexed(self) -> SampleIndex:
         index = self._index
         if index is None:  # two threads may both open it; no harm is done
-            index = self._index = self._open_index()
+            index = self._index = self.steady(lambda _: self._open_index())
         return index
 
     def _open_index(self) -> SampleIndex:
         entry = self.manifest.files.get(INDEX)
         if entry is None:  # sealed before there was an index
-            sidecars = (self._shards.sidecar(shard) for shard in range(self.plan.shard_count))
+            sidecars = (self._sidecar(shard) for shard in range(self.plan.shard_count))
             return SampleIndex(build_index(self.path, self.plan, sidecars), str(self.path))
         index = SampleIndex.open(self.path / INDEX, entry)
         failed = sum(shard.failed for shard in self.manifest.shards)

@@ -10,12 +10,14 @@ File systems without ``flock`` work too; there leftovers stay until somebody del
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import json
 import os
 import secrets
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,8 @@ MAX_JSON_ITEMS = 8_000_000  # a sidecar of a million samples has less than half 
 MAX_JSON_DEPTH = 100  # far below Python's recursion limit, which whoever walks or prints a value would meet
 # What the system says of a name at which no such thing can be: it is lost, and not merely out of reach.
 _NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENXIO, errno.EINVAL, errno.ENAMETOOLONG)
+
+_AT_FDCWD, _RENAME_EXCHANGE, _RENAME_SWAP = -100, 2, 2  # of <fcntl.h> and <stdio.h>, Linux and macOS
 
 
 class HeldLock:
@@ -234,6 +238,26 @@ def publish_directory(temporary: Path, final: Path) -> None:
             raise FileExistsError(errno.EEXIST, "already published", str(final)) from None
         raise
     fsync_directory(final.parent)
+
+
+def exchange_folders(one: Path, other: Path) -> None:
+    """Let two folders of one disk take each other's names, in one step: nobody ever finds neither, or half of one.
+
+    Raises:
+        OSError: If the system cannot (network file systems, mount points); nothing has changed then.
+    """
+    names, libc = (os.fsencode(one), os.fsencode(other)), ctypes.CDLL(None, use_errno=True)
+    try:
+        if sys.platform == "darwin":
+            failed = libc.renamex_np(*names, _RENAME_SWAP)
+        else:
+            failed = libc.renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE)
+    except AttributeError as error:  # a C library without it
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS), str(one)) from error
+    if failed:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code), str(one))
+    fsync_directory(one.parent)
 
 
 def write_bytes_atomic(path: Path, data: bytes | bytearray, *, create_only: bool = False) -> None:

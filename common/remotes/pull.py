@@ -15,7 +15,13 @@ from vlm_distill_cache.common.cache.plan import PLAN, SHARDS, Plan, read_plan
 from vlm_distill_cache.common.cache.side_files import CARD, MANIFEST, MAX_CARD_BYTES
 from vlm_distill_cache.common.cache.sidecar import FileEntry, check_sidecar, read_sidecar, sidecar_name, sidecar_path
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError
-from vlm_distill_cache.common.files.atomic import TEMPORARY_PREFIX, clean_stale, try_lock, write_bytes_atomic
+from vlm_distill_cache.common.files.atomic import (
+    TEMPORARY_PREFIX,
+    clean_stale,
+    hold_folder,
+    try_lock,
+    write_bytes_atomic,
+)
 from vlm_distill_cache.common.files.disk import name_written, refuse_overlap
 from vlm_distill_cache.common.remotes import open_remote
 from vlm_distill_cache.common.remotes.base import Remote
@@ -68,6 +74,17 @@ def pull(
     remedy = "choose another disk, or pull a part of the cache (`cachectl pull --help`)"
     check_room(target, total - present, remedy)
     target.mkdir(parents=True, exist_ok=True)
+    with hold_folder(
+        target, alone=False, busy="is being extended or begun anew; wait for its end, then run this again"
+    ):
+        moved = _pull_held(remote, target, manifest, raw, jobs=jobs, progress=Progress(total, on_progress))
+    return manifest, moved
+
+
+def _pull_held(
+    remote: Remote, target: Path, manifest: Manifest, raw: bytes, *, jobs: int, progress: Progress
+) -> Transferred:
+    """Pull into a folder that stays what it is."""
     marker = target / _MARKER
     try:
         with name_written(target / MANIFEST, marker):
@@ -78,7 +95,6 @@ def pull(
         write_bytes_atomic(marker, raw)  # damaged, or only the fidelity card is newer
     lock = try_lock(marker)  # so that no process takes it for a leftover
     try:
-        progress = Progress(total, on_progress)
         moved = fetch_files(remote, target, descriptions(manifest), jobs=jobs, progress=progress)
         plan = read_plan(target)
         _check_descriptions(target, plan, manifest)
@@ -93,7 +109,7 @@ def pull(
             lock.release()
     for folder in (target, target / SHARDS):
         clean_stale(folder)
-    return manifest, moved
+    return moved
 
 
 def _hash_of(path: Path) -> str | None:

@@ -21,7 +21,7 @@ from vlm_distill_cache.common.cache.plan import PLAN, Plan, read_plan
 from vlm_distill_cache.common.cache.side_files import CARD, MANIFEST, refuse_occupied
 from vlm_distill_cache.common.cache.sidecar import FileEntry, ShardSidecar, read_sidecar, sidecar_name, sidecar_path
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError, TransferError
-from vlm_distill_cache.common.files.atomic import MAX_JSON_BYTES
+from vlm_distill_cache.common.files.atomic import MAX_JSON_BYTES, hold_folder
 from vlm_distill_cache.common.files.disk import refuse_overlap
 from vlm_distill_cache.common.locations import is_url
 from vlm_distill_cache.common.remotes import open_remote
@@ -73,6 +73,15 @@ def push(
         refuse_occupied(Path(location))
     remote.delete([])  # a place that cannot be written says so before anything else
     refuse_overlap(cache_dir, location)
+    busy = "is being extended or begun anew; wait for its end, then run the same command again"
+    with hold_folder(cache_dir, alone=False, busy=busy):
+        return _push_held(cache_dir, remote, jobs=jobs, overwrite=overwrite, on_progress=on_progress)
+
+
+def _push_held(
+    cache_dir: Path, remote: Remote, *, jobs: int, overwrite: bool, on_progress: Callable[[int, int], object] | None
+) -> tuple[Manifest, Transferred]:
+    """Push a cache whose folder stays what it is."""
     manifest, counts = _read_whole(cache_dir)
     progress = Progress(cache_bytes(manifest), on_progress)
     there = None if overwrite else _remote_manifest(remote)

@@ -21,13 +21,25 @@ from types import TracebackType
 from typing import Any, NoReturn
 
 import click
-from tqdm import tqdm
+from click.shell_completion import CompletionItem
 
 from vlm_distill_cache.common.errors import DistillError, LaunchError
 from vlm_distill_cache.common.files.disk import disk_remedy
 from vlm_distill_cache.common.files.hashing import checksum
 from vlm_distill_cache.common.locations import is_url
 from vlm_distill_cache.common.printing import CONTROL, SURROGATE, hide_secrets, message, one_line, printable
+from vlm_distill_cache.common.terminal.general import (
+    Command,
+    Described,
+    answer,
+    complete_folder,
+    end_document,
+    forget_choices,
+    has_document,
+    is_quiet,
+    set_levels,
+    version_text,
+)
 from vlm_distill_cache.common.terminal.launch import SAY_S, enter_launch
 
 logger = logging.getLogger(__name__)
@@ -91,7 +103,8 @@ def join_launch(ctx: click.Context, *, several: Sequence[str]) -> None:
     if launch.size == 1:
         return
     if launch.rank:
-        logging.getLogger().setLevel(logging.ERROR)
+        for name in ("", "vlm_distill_cache"):
+            logging.getLogger(name).setLevel(logging.ERROR)
         if ctx.invoked_subcommand not in several:
             names = ", ".join(launch.names)
             say(f"process {launch.rank} of {launch.size} ({launch.launcher}: {names}): process 0 does this", err=True)
@@ -134,19 +147,63 @@ def _end_with(parent: int) -> None:
     os._exit(1)
 
 
-class CommandGroup(click.Group):
-    """Prints an expected error as one message without a traceback, and exits with 1 (click's usage errors with 2)."""
+def _show_version(ctx: click.Context, _: click.Parameter, given: bool) -> None:
+    if given and not ctx.resilient_parsing:
+        say(version_text(str(ctx.find_root().info_name)))
+        ctx.exit()
+
+
+_VERSION = click.Option(
+    ["--version"],
+    is_flag=True,
+    expose_value=False,
+    is_eager=True,
+    callback=_show_version,
+    help="Show the versions of this program, of Python, torch and transformers.",
+)
+
+
+class CommandGroup(Described, click.Group):
+    """Prints an expected error as one message without a traceback, and exits with 1 (click's usage errors with 2).
+
+    Commands end with the document that `answer` collected, if they were asked for one; after an error it says which.
+    """
+
+    command_class = Command
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        """All options."""
+        own = super().get_params(ctx)
+        return [*own[:-1], _VERSION, *own[-1:]]
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the help's lists of options and commands."""
+        super().format_options(ctx, formatter)
+        self.format_commands(ctx, formatter)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command; whoever asks for `help` is told how it is called."""
+        if args[0] == "help" and not ctx.resilient_parsing:
+            of = next((f" {name}" for name in args[1:] if name in self.commands), "")
+            raise click.UsageError(f"No such command 'help'. Write `{ctx.info_name}{of} --help`.", ctx)
+        return super().resolve_command(ctx, args)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Refuse names that could be neither stored nor shown, before anything is done with them."""
+        forget_choices()
         # Whatever is printed from here on, no character of it ends the command.
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")
+        command = next((place for place, argument in enumerate(args) if not argument.startswith("-")), 0)
         for place, argument in enumerate(args):
             # A sample's id may be any text, and the values of these options may stand on several lines.
             several_lines = args[place - 1] in ("--set", "--phases", "--signals")
-            is_id = args[0] == "inspect" and place > 1 and args[place - 1] not in ("--picture", "--image")
+            is_id = (
+                args[command] == "inspect" and place > command + 1 and args[place - 1] not in ("--picture", "--image")
+            )
             printed = "" if is_id else " ".join(argument.split()) if several_lines else argument
             if reason := unusable_name(argument, printed=printed):
                 say(f"error: {one_line(argument)}: {reason}", err=True)
@@ -157,35 +214,64 @@ class CommandGroup(click.Group):
         """Run the command."""
         # A forked loader would otherwise be warned about at every fork.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        began = time.monotonic()
+        try:
+            return self._invoke(ctx)
+        except SystemExit as error:
+            if error.code:
+                answer(error="stopped by SIGTERM; run the same command again to continue")
+            raise
+        except click.exceptions.Exit:
+            raise
+        except Exception as error:
+            answer(error=message(f"{type(error).__name__}: {error}"))
+            raise
+        finally:
+            if logger.isEnabledFor(logging.DEBUG):  # looking versions up takes time
+                logger.debug("%s: %.1f s", version_text(str(ctx.info_name)), time.monotonic() - began)
+            if (document := end_document()) is not None:
+                _write(document, err=False)
+            forget_choices()
+
+    def _invoke(self, ctx: click.Context) -> object:
         try:
             return super().invoke(ctx)
         except click.ClickException as error:
             shown = io.StringIO()
             error.show(shown)
-            say(message(shown.getvalue().rstrip("\n")), err=True)
+            fail(message(error.format_message()), shown=message(shown.getvalue().rstrip("\n")))
             return ctx.exit(error.exit_code)
         except DistillError as error:
             if isinstance(error, LaunchError) and enter_launch().rank:
                 time.sleep(SAY_S)  # a launcher ends all with the first that ends: process 0 is to say it
                 return ctx.exit(1)
-            say(f"error: {message(str(error))}", err=True)
+            fail(message(str(error)))
         except BrokenPipeError:
             sys.stderr.close()  # the reader of our output left; the interpreter must not complain about it
         except OSError as error:
             place = f"{one_line(os.fsdecode(error.filename))}: " if isinstance(error.filename, str | bytes) else ""
-            say(f"error: {place}{message(error.strerror or str(error))}{disk_remedy(error)}", err=True)
+            fail(f"{place}{message(error.strerror or str(error))}{disk_remedy(error)}")
         except UnicodeEncodeError as error:
             if not SURROGATE.search(str(error.object)):
                 raise
             around = error.object[max(0, error.start - 40) : error.end + 40]
-            say(f"error: ...{one_line(around)}...: {NOT_UTF8}", err=True)
+            fail(f"...{one_line(around)}...: {NOT_UTF8}")
         except KeyboardInterrupt:
-            say("stopped; run the same command again to continue", err=True)
+            fail(_STOPPED, shown=_STOPPED)
             return ctx.exit(130)
         finally:
             atexit.unregister(_ignore_interrupts)
             atexit.register(_ignore_interrupts)  # the last that is registered is the first that is called
         return ctx.exit(1)
+
+
+_STOPPED = "stopped; run the same command again to continue"
+
+
+def fail(text: str, *, shown: str = "") -> None:
+    """Say what went wrong, and keep it for the document."""
+    say(shown or f"error: {text}", err=True)
+    answer(error=text)
 
 
 def _ignore_interrupts() -> None:
@@ -240,6 +326,7 @@ def start_logging(level: int = logging.INFO, *, prefix: str = "") -> None:
         sys.excepthook = show_failure
     elif level < root.level and any(isinstance(handler.formatter, _Shown) for handler in root.handlers):
         root.setLevel(level)  # a command that says more than its group
+    set_levels()
     for client in ("httpx", "httpx2", "botocore", "boto3", "s3transfer", "urllib3"):
         logging.getLogger(client).setLevel(logging.WARNING)
 
@@ -285,6 +372,8 @@ def quiet_libraries() -> None:
     for name in _MEANINGLESS:
         logging.getLogger(name).addFilter(_means_something)
     logging.getLogger("bitsandbytes.backends").setLevel(logging.ERROR)  # it proposes packages that nothing here needs
+    from tqdm import tqdm  # not before the environment says whether there are to be bars
+
     # tqdm's own lock is a semaphore of the system, which Python reports as leaked when a process is stopped.
     tqdm.set_lock(threading.RLock())
 
@@ -328,14 +417,8 @@ def unusable_name(argument: str, *, printed: str) -> str:
 
 FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
-CONFIG = click.option("--config", type=FILE, help="YAML file of options.")
-OVERRIDES = click.option(
-    "--set",
-    "overrides",
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="Any option of the YAML file, or recipe=NAME: a publication's options, under yours; repeatable. Misspelt options "
-    "suggest the closest match.",
+CONFIG = click.option(
+    "--config", type=FILE, help="YAML file of options; relative paths in it start from the working directory."
 )
 
 
@@ -354,6 +437,10 @@ class CacheLocation(click.ParamType):
     """A cache to read: an existing folder, or an address, kept as text because a path would alter it."""
 
     name = "folder or address"
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Folders."""
+        return complete_folder(ctx, param, incomplete)
 
     def convert(self, value: str | Path, param: click.Parameter | None, ctx: click.Context | None) -> str:
         """Return the address as it is, or the folder's path."""
@@ -396,10 +483,22 @@ class CacheFolder(NewFolder):
 def say(text: str, *, err: bool = False) -> None:
     """Print text that may hold names of unknown origin; nothing else here prints.
 
-    Control characters and what cannot be encoded are escaped; secrets of addresses are left out.
+    Control characters and what cannot be encoded are escaped; secrets of addresses are left out. Where standard output is
+    for a document, all goes to standard error, or nowhere with --quiet: the document is the result.
     """
+    if err or not (has_document() and is_quiet()):
+        _write(printable(hide_secrets(text)), err=err or has_document())
+
+
+def _write(text: str, *, err: bool) -> None:
     encoding = (sys.stderr if err else sys.stdout).encoding or "ascii"
-    click.echo(printable(hide_secrets(text)).encode(encoding, "backslashreplace").decode(encoding), err=err)
+    click.echo(text.encode(encoding, "backslashreplace").decode(encoding), err=err)
+
+
+def tell(text: str) -> None:
+    """Print what is no result: what is being done, and what may be done next. Not with --quiet."""
+    if not is_quiet():
+        say(text)
 
 
 def can_print(text: str) -> bool:
@@ -411,4 +510,4 @@ def can_print(text: str) -> bool:
     return True
 
 
-SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 120}

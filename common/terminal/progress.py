@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import Any, Never
-
-from tqdm import tqdm
+from typing import TYPE_CHECKING, Any, Never
 
 from vlm_distill_cache.common.printing import one_line
 from vlm_distill_cache.common.terminal.command_line import say
+from vlm_distill_cache.common.terminal.general import hides_progress
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 EVERY_S = 30.0
 _COUNTED = "{desc}: {n_fmt}/{total_fmt}%s, {percentage:.0f} %%, {elapsed} elapsed, {remaining} left, {rate_fmt}"
@@ -31,6 +33,8 @@ class ProgressLines:
             self._say()
 
     def _say(self) -> None:
+        from tqdm import tqdm
+
         self._said = time.monotonic()
         line = (_COUNTED if self.total else _UNCOUNTED) % (self._unit if self._unit_scale else f" {self._unit}s")
         text = tqdm.format_meter(
@@ -51,7 +55,7 @@ def hide_library_bars() -> None:
     """Keep the model library's own bars out of files and pipes."""
     from transformers.utils import logging as transformers_logging
 
-    if not sys.stderr.isatty():
+    if hides_progress() or not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
 
 
@@ -68,8 +72,12 @@ def progress(
     """Show the progress of some work: a context manager whose ``update(count)`` reports each piece.
 
     ``total`` is None if unknown, ``initial`` what was done before. Of several processes one shows the progress of all
-    (``shown``). With ``keep`` the bar stays, or the end gets a line; ``unit_scale`` shortens numbers (12.3M).
+    (``shown``); none does where the user wants none (--no-progress, TQDM_DISABLE). With ``keep`` the bar stays, or the end
+    gets a line; ``unit_scale`` shortens numbers (12.3M).
     """
+    from tqdm import tqdm  # not before the environment says whether there are to be bars
+
+    shown = shown and not hides_progress()
     told: dict[str, Any] = {
         "desc": one_line(desc),
         "total": total,

@@ -106,7 +106,5 @@ def refuse_sharding(launched: Mapping[str, str], *, model: str) -> None:
     if within:
         remedies.append("An Accelerator of this Python process asks for it: train in a process of its own")
     if "fp8" in {**variables, **within}.values():
-        remedies.append(
-            "Instead of fp8, say precision=bf16" if model == "student" else "Instead of fp8, say dtype=bfloat16"
-        )
+        remedies.append("Instead of fp8, say dtype=bfloat16")
     raise LaunchError(". ".join([f"not supported: {', '.join(asked)}", *remedies, _INSTEAD[model]]))

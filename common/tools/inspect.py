@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from vlm_distill_cache.common.terminal.next_step import distill_command
 from vlm_distill_cache.common.tools.derived_card import derivation_words
 
 _MAX_FILES = 6  # shown
+_MAX_FAILURES = 1000  # listed for programs
 _MAX_ID = 80  # characters of a sample id in a command
 _WIDTH = 110
 
@@ -58,11 +60,7 @@ def describe_cache(cache_dir: Path, *, location: str | None = None) -> str:
     plan = read_plan(cache_dir)
     sealed = (cache_dir / MANIFEST).exists()
     manifest = read_manifest(cache_dir) if sealed else None
-    missing = set(missing_shards(cache_dir, plan))
-    totals = _Totals()
-    for index in range(plan.shard_count):
-        if index not in missing:
-            totals.add(read_sidecar(cache_dir, index))
+    totals, missing = _count(cache_dir, plan)
     prints = [f"{one_line(name)} {value[:12]}" for name, value in sorted(plan.fingerprints.items())]
     if manifest is not None:
         prints.insert(0, f"this cache {manifest.hash[:12]}")
@@ -90,6 +88,49 @@ def describe_cache(cache_dir: Path, *, location: str | None = None) -> str:
     lines += _wrapped("fidelity", _fidelity_words(manifest))
     lines += ["", *_next_lines(cache_dir, place, plan, totals, sealed=sealed, missing=bool(missing))]
     return "\n".join(lines)
+
+
+def cache_values(cache_dir: Path) -> dict[str, Any]:
+    """What `describe_cache` says, for programs; the first `_MAX_FAILURES` failed samples by id and reason."""
+    plan = read_plan(cache_dir)
+    manifest = read_manifest(cache_dir) if (cache_dir / MANIFEST).exists() else None
+    totals, missing = _count(cache_dir, plan)
+    there = (index for index in range(plan.shard_count) if index not in missing)
+    failed = (entry for index in there for entry in read_sidecar(cache_dir, index).failed)
+    groups: dict[str, tuple[Field, ...]] = {BASE: BASE_FIELDS, **plan.fields}
+    return {
+        "store": plan.store,
+        "format_version": plan.format_version,
+        "sealed": manifest is not None,
+        "manifest": None if manifest is None else manifest.hash,
+        "shards": plan.shard_count,
+        "missing": sorted(missing),
+        "teacher": plan.teacher,
+        "data": plan.data,
+        "fingerprints": plan.fingerprints,
+        "signals": plan.signals,
+        "planned_samples": plan.sample_count,
+        "samples": totals.samples,
+        "rows": totals.rows,
+        "pictures": totals.pictures,
+        "unknown_words": totals.unknown,
+        "failed": totals.failures.total,
+        "failures": [{"sample_id": name, "reason": reason} for name, reason in islice(failed, _MAX_FAILURES)],
+        "stored_bytes": totals.stored,
+        "decoded_bytes": {
+            name: sum(totals.decoded_by_field[field.name] for field in fields) for name, fields in groups.items()
+        },
+        "fidelity": None if manifest is None else manifest.fidelity,
+    }
+
+
+def _count(cache_dir: Path, plan: Plan) -> tuple[_Totals, set[int]]:
+    """The sums over the shards that are there, and the numbers of the others."""
+    missing, totals = set(missing_shards(cache_dir, plan)), _Totals()
+    for index in range(plan.shard_count):
+        if index not in missing:
+            totals.add(read_sidecar(cache_dir, index))
+    return totals, missing
 
 
 def _size_lines(plan: Plan, totals: _Totals) -> list[str]:

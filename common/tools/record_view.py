@@ -119,6 +119,33 @@ def describe_record(cache: TeacherCache, sample_id: str, *, unicode: bool = True
     return "\n".join([*lines, "", *_field_lines(cache, record)])
 
 
+def record_values(cache: TeacherCache, sample_id: str) -> dict[str, Any]:
+    """What `describe_record` says of answer and tokens, for programs: of each row the token that follows and all cached ones."""
+    record, text = cache.read(sample_id), load_token_text(cache)
+    labels = record["labels"].tolist()
+    values: dict[str, Any] = {
+        "sample": sample_id,
+        "shard": cache.shard_of(sample_id),
+        "labels": labels,
+        "answer": [text.decode([token]) for token in labels],
+        "fields": {field.name: list(record[field.name].shape) for field in cache.fields},
+    }
+    settings = cache.plan.signals.get(LogitCodec.signal)
+    if settings is not None and labels:
+        said = LogitCodec.from_dict(settings).decode(record)
+        tails = said.tail_log_mass[:, said.temperatures.index(1.0)]
+        values["rows"] = [
+            {
+                "target": label,
+                "token_ids": said.token_ids[row][said.entry_mask[row]],
+                "log_probs": said.log_probs[row][said.entry_mask[row]],
+                "tail_log_mass": tails[row],
+            }
+            for row, label in enumerate(labels)
+        ]
+    return values
+
+
 def picture_of(cache: TeacherCache, sample_id: str, image_path: Path | None) -> Image:
     """Draw where the teacher looked while saying each word of one answer.
 

@@ -63,7 +63,7 @@ def open_trusted(location: Path | str, *, open_shards: int = OPEN_SHARDS, verify
             mirror.folder, place=place, open_shards=open_shards, before_open=arriving, codec_of=codec_from_dict
         )
     cache = open_cache(location, open_shards=open_shards)
-    demand_sound(cache.path, cache.plan, cache.manifest)
+    cache.steady(lambda shards: demand_sound(shards.path, cache.plan, cache.manifest))
     return cache
 
 

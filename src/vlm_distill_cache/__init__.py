@@ -43,9 +43,12 @@ if TYPE_CHECKING:
     from vlm_distill_cache.common.tools.verify import verify
     from vlm_distill_cache.stage1_teacher.config import BuildConfig
     from vlm_distill_cache.stage1_teacher.extract import extract as build
+    from vlm_distill_cache.stage1_teacher.live import LiveTeacher
     from vlm_distill_cache.stage2_student.config import PhaseConfig, TrainConfig
     from vlm_distill_cache.stage2_student.loss_weights import LossWeights
     from vlm_distill_cache.stage2_student.run import train_alone as train
+    from vlm_distill_cache.stage2_student.training.distillation import DistillationDataset, DistillationLoss
+    from vlm_distill_cache.stage2_student.training.trainer_mixin import DistillationTrainerMixin
 
 __version__ = "0.1.0"
 
@@ -56,7 +59,11 @@ __all__ = [
     "ConfigError",
     "DataError",
     "DistillError",
+    "DistillationDataset",
+    "DistillationLoss",
+    "DistillationTrainerMixin",
     "LaunchError",
+    "LiveTeacher",
     "LossWeights",
     "ModelError",
     "NewerFormatError",
@@ -84,6 +91,10 @@ __all__ = [
 
 _HOMES = {
     "BuildConfig": "stage1_teacher.config",
+    "DistillationDataset": "stage2_student.training.distillation",
+    "DistillationLoss": "stage2_student.training.distillation",
+    "DistillationTrainerMixin": "stage2_student.training.trainer_mixin",
+    "LiveTeacher": "stage1_teacher.live",
     "LossWeights": "stage2_student.loss_weights",
     "PhaseConfig": "stage2_student.config",
     "Selection": "common.tools.select",

@@ -11,12 +11,13 @@ import click
 from vlm_distill_cache.common.cache.plan import STORE_NAMES
 from vlm_distill_cache.common.config import load_config
 from vlm_distill_cache.common.terminal.command_line import (
-    OVERRIDES,
     quiet_libraries,
     say,
     start_logging,
     stopped_by_sigterm,
+    tell,
 )
+from vlm_distill_cache.common.terminal.general import JSON, Command, answer, overrides
 from vlm_distill_cache.stage1_teacher.config import BuildConfig
 
 FORMATS = ("auto", "vllm", "sglang", "openai", "distillkit", "nemo")
@@ -24,7 +25,7 @@ KEPT = "fixed:255"
 """What is kept where no other preset is given: all that a response holds, as far as a row may hold it."""
 
 
-@click.command("import-logprobs")
+@click.command("import-logprobs", cls=Command)
 @click.argument("files", metavar="FILE...", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
 @click.option("--data", required=True, help="The data set that was sent to the server, as for `teacher-cache build`.")
 @click.option("--images", help="Folder that image paths start from; default: the data's own folder.")
@@ -44,7 +45,8 @@ KEPT = "fixed:255"
 @click.option("--store", type=click.Choice(STORE_NAMES), help="Shard format.")
 @click.option("--limit", type=click.IntRange(min=1), help="Use only the first samples of the data.")
 @click.option("--overwrite", is_flag=True, help="Start again, whatever cache the folder holds.")
-@OVERRIDES
+@overrides(BuildConfig)
+@JSON
 def import_logprobs(
     files: tuple[Path, ...],
     *,
@@ -65,7 +67,7 @@ def import_logprobs(
     """
     from vlm_distill_cache.stage1_teacher.imports.run import import_logprobs as run_import
     from vlm_distill_cache.stage1_teacher.planning.cache_folder import explain_disk_errors
-    from vlm_distill_cache.stage1_teacher.report import next_command, summary_text
+    from vlm_distill_cache.stage1_teacher.report import next_command, summary_text, summary_values
 
     given = [f"{name}={json.dumps(value)}" for name, value in options.items() if value is not None]
     first = ["signals=[logits]", "temperatures=[1.0]", f"logits={KEPT}"]
@@ -77,4 +79,5 @@ def import_logprobs(
             settings, files, form=form, name=teacher_name, missing_target=missing_target, overwrite=overwrite
         )
     say(summary_text(summary))
-    say(next_command(summary, settings))
+    answer(**summary_values(summary))
+    tell(next_command(summary, settings))

@@ -57,7 +57,8 @@ def answer_shard(work: Build, positions: Sequence[int], *, index: int, batch_siz
         sample_id = work.dataset.sample_ids[position]
         try:
             with told(f"sample {sample_id!r}"):
-                open_[sample_id] = _Conversation(work.dataset[position])
+                written = [] if work.kept is None else work.kept.answers(sample_id)  # those stay
+                open_[sample_id] = _Conversation(work.dataset[position], written)
             order.append(sample_id)
         except SampleError as error:
             shard.fail(sample_id, str(error))

@@ -8,7 +8,7 @@ one batch late. On a CPU the same code runs, and nothing is ever pending.
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -85,6 +85,23 @@ def run_shard(work: Build, shard: EncodedShard, batch_size: int) -> Iterator[tup
     Raises:
         ModelError: If the teacher has read no sample at all: that is no matter of a sample.
     """
+    if work.kept is None:
+        yield from _run_samples(work, shard, batch_size)
+        return
+    # Those that have a record first, for the signals that it lacks: in the batches of a build without the others.
+    work.kept.refuse_others(shard.samples, shard.failed)
+    there = [sample for sample in shard.samples if work.kept.holds(sample.sample_id)]
+    new = [sample for sample in shard.samples if not work.kept.holds(sample.sample_id)]
+    for samples, codecs in ((there, work.kept.missing_codecs(work.codecs)), (new, work.codecs)):
+        if codecs:
+            part = replace(shard, samples=samples)
+            yield from _run_samples(replace(work, codecs=codecs), part, batch_size)
+    left = {sample.sample_id for sample in (*there, *new)}
+    shard.samples[:] = [sample for sample in shard.samples if sample.sample_id in left]
+
+
+def _run_samples(work: Build, shard: EncodedShard, batch_size: int) -> Iterator[tuple[Batch, TeacherSignals]]:
+    """As `run_shard`, for all of a shard's samples and codecs alike."""
     samples = list(shard.samples)
     buckets = length_buckets([len(sample) for sample in samples], batch_size)
     chosen = (group for bucket in buckets for group in joinable([samples[index] for index in bucket]))

@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import numpy as np
@@ -21,7 +22,15 @@ from vlm_distill_cache.common.attention.tiles import Tile, grid_tile, tiles_to_a
 from vlm_distill_cache.common.cache.schema import IGNORE_INDEX, Record
 from vlm_distill_cache.common.codecs.description import Codec
 from vlm_distill_cache.common.codecs.hidden_states import HiddenCodec, ProjectorOutputCodec, VisualHiddenCodec
-from vlm_distill_cache.common.codecs.live import RowAttention, SparseLogits, map_tensors, pool_map, select_entries
+from vlm_distill_cache.common.codecs.live import (
+    RowAttention,
+    SparseLogits,
+    TeacherMap,
+    as_tensors,
+    map_tensors,
+    pool_map,
+    select_entries,
+)
 from vlm_distill_cache.common.codecs.logits import LogitCodec, VisualLogitsCodec
 from vlm_distill_cache.common.codecs.row_attention import RowAttentionCodec, TextAttentionCodec
 from vlm_distill_cache.common.codecs.visual_map import VisualColumnsCodec, VisualMapCodec
@@ -59,11 +68,13 @@ class Extractor(ABC):
     """How stage one gets one signal out of a teacher.
 
     Attributes:
+        options: Fields of `BuildConfig` that its codec depends on.
         any_family: Whether it can be had of families that are not in the table.
         attention: Whether it needs the teacher's attention.
         causal: Whether visual tokens may only see what precedes them.
     """
 
+    options: tuple[str, ...] = ()
     any_family: ClassVar[bool] = False
     attention: ClassVar[bool] = False
     causal: ClassVar[bool] = False
@@ -93,6 +104,13 @@ class Extractor(ABC):
     def encode(self, live: Any, batch: Batch, codec: Any) -> Sequence[Record]:
         """The part of each sample's record, from what `reduce` kept, on the CPU."""
 
+    def decoded(self, live: Any, batch: Batch, codec: Any) -> Sequence[Any]:
+        """Each sample's signal as losses take it, in tensors: of the type that its record decodes to.
+
+        Here by way of the codec; an extractor that knows better gives what no codec has touched.
+        """
+        return [as_tensors(codec.decode(record)) for record in self.encode(live, batch, codec)]
+
     @abstractmethod
     def check(self, live: Any) -> None:
         """Refuse what is not finite, reduced unchecked and now on the CPU; raises SampleError."""
@@ -110,6 +128,7 @@ class Extractor(ABC):
 class _Logits(Extractor):
     """The likely tokens of supervised rows: ``SparseLogits`` of all samples."""
 
+    options = ("logits", "temperatures")
     any_family = True
     kind: type[LogitCodec] = LogitCodec
 
@@ -134,6 +153,10 @@ class _Logits(Extractor):
     def encode(self, live: SparseLogits, batch: Batch, codec: Any) -> Sequence[Record]:
         return _share_out(codec, live, self.mask(batch).sum(dim=1).tolist())
 
+    def decoded(self, live: SparseLogits, batch: Batch, codec: Any) -> Sequence[Any]:
+        ends = self.mask(batch).sum(dim=1).cumsum(dim=0).tolist()
+        return [live.rows(slice(start, end)) for start, end in pairwise([0, *ends])]
+
     def check(self, live: SparseLogits) -> None:
         # A row that is no distribution has a NaN in front; log-probabilities of -inf are none of the teacher's faults.
         if bool(live.log_probs[:, :1].isnan().any()):
@@ -156,6 +179,7 @@ class _VisualLogits(_Logits):
 class _Attention(Extractor):
     """A signal of attention: a tensor of each sample."""
 
+    options: tuple[str, ...] = ("attention_dtype", "groups", "layers")
     attention = True
 
     def check(self, live: tuple[Tensor, ...]) -> None:
@@ -165,6 +189,8 @@ class _Attention(Extractor):
 
 class _RowAttention(_Attention):
     """Where some rows look, pooled to a grid: cells ``[R, G, C]``; zero without an image."""
+
+    options = (*_Attention.options, "grid")
 
     def __init__(self, kind: type[RowAttentionCodec], rows: Positions) -> None:
         self._kind, self._rows = kind, rows
@@ -188,10 +214,14 @@ class _RowAttention(_Attention):
         rows = RowAttention.cat([RowAttention.from_cells(cells) for cells in live])
         return _share_out(codec, rows, [len(cells) for cells in live])
 
+    def decoded(self, live: tuple[Tensor, ...], batch: Batch, codec: Any) -> Sequence[Any]:
+        return [RowAttention.from_cells(cells) for cells in live]
+
 
 class _VisualMap(_Attention):
     """Attention of visual tokens on visual tokens: ``[G, N, N]``."""
 
+    options = (*_Attention.options, "map_preset", "map_grid")
     causal = True
 
     def codec(self, config: BuildConfig, sizes: Sizes) -> Codec:
@@ -210,6 +240,13 @@ class _VisualMap(_Attention):
     def encode(self, live: tuple[Tensor, ...], batch: Batch, codec: Any) -> Sequence[Record]:
         pairs = zip(live, batch.tiles, strict=True)
         return [codec.encode(pool_map(codec, maps, tiles), tiles=tiles) for maps, tiles in pairs]
+
+    def decoded(self, live: tuple[Tensor, ...], batch: Batch, codec: Any) -> Sequence[Any]:
+        found = []
+        for maps, tiles in zip(live, batch.tiles, strict=True):
+            content = content_mask(tile_boxes(codec.cells_of(tiles))) if tiles else None
+            found.append(TeacherMap.from_maps(pool_map(codec, maps, tiles), token_mask=content))
+        return found
 
     def held_bytes(self, codec: Any, *, length: int, visual: int, width: int) -> int:
         return int(codec.groups) * visual * visual * 4
@@ -234,15 +271,20 @@ class _VisualColumns(_Attention):
     def encode(self, live: tuple[Tensor, ...], batch: Batch, codec: Any) -> Sequence[Record]:
         return [codec.encode(columns) for columns in live]
 
+    def decoded(self, live: tuple[Tensor, ...], batch: Batch, codec: Any) -> Sequence[Any]:
+        return [columns.float() for columns in live]
+
 
 class _Hidden(Extractor):
     """Hidden states of some rows: ``[R, S, D]`` of each sample, in the model's dtype."""
 
     def __init__(self, kind: type[HiddenCodec], rows: Positions) -> None:
         self._kind, self._rows = kind, rows
+        self._chosen = kind is not ProjectorOutputCodec  # which has one layer
+        self.options = (*(("hidden_layers",) if self._chosen else ()), "hidden_dtype")
 
     def codec(self, config: BuildConfig, sizes: Sizes) -> Codec:
-        layers = {} if self._kind is ProjectorOutputCodec else {"layers": sizes.layers}  # of which it has one
+        layers = {"layers": sizes.layers} if self._chosen else {}
         return self._kind(width=sizes.width, exact=config.hidden_dtype == "f4", **layers)
 
     def request(self, batch: Batch, at: Finder, codec: Any, groups: Groups) -> Request | None:
@@ -256,6 +298,9 @@ class _Hidden(Extractor):
 
     def encode(self, live: tuple[Tensor, ...], batch: Batch, codec: Any) -> Sequence[Record]:
         return [codec.encode(states.float()) for states in live]
+
+    def decoded(self, live: tuple[Tensor, ...], batch: Batch, codec: Any) -> Sequence[Any]:
+        return [states.float() for states in live]
 
     def check(self, live: tuple[Tensor, ...]) -> None:
         if not all(bool(of_sample.isfinite().all()) for of_sample in live):

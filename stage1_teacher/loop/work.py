@@ -13,6 +13,7 @@ from vlm_distill_cache.common.errors import DistillError, SampleError
 from vlm_distill_cache.data.sample import Dataset
 from vlm_distill_cache.data.text.collate import Batch
 from vlm_distill_cache.data.text.encoding import SampleEncoder
+from vlm_distill_cache.stage1_teacher.loop.kept import Kept
 from vlm_distill_cache.stage1_teacher.loop.signals import requests_of
 from vlm_distill_cache.stage1_teacher.teacher.inputs import TeacherInputs
 from vlm_distill_cache.stage1_teacher.teacher.teacher import Teacher
@@ -44,6 +45,7 @@ class Build:
         groups: Teacher layers of each attention group.
         plan: What the cache will hold.
         workers: Processes that read and encode ahead of the teacher; 0: a thread.
+        kept: What is there already, of a cache that is topped up; None: nothing is.
     """
 
     teacher: Teacher
@@ -53,6 +55,7 @@ class Build:
     groups: tuple[tuple[int, ...], ...]
     plan: Plan
     workers: int
+    kept: Kept | None = None
 
     def prepare(self, batch: Batch) -> TeacherInputs:
         """Make on the CPU what the teacher needs of a batch for the codecs' signals."""

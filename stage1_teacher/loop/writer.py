@@ -1,7 +1,7 @@
 """What runs beside the teacher: threads ahead of it, encoding and writing behind it."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +18,7 @@ from vlm_distill_cache.common.errors import CacheMismatchError, DataError
 from vlm_distill_cache.common.printing import brief
 from vlm_distill_cache.data.text.collate import Batch, image_key
 from vlm_distill_cache.data.text.encoding import EncodedSample
+from vlm_distill_cache.stage1_teacher.loop.kept import Kept
 from vlm_distill_cache.stage1_teacher.loop.signals import TeacherSignals, encode_records
 
 In = TypeVar("In")
@@ -130,9 +131,9 @@ def run_ahead(
 class Writer:
     """Encodes and writes in a background thread; the main loop waits when it falls behind."""
 
-    def __init__(self, cache_dir: Path, plan: Plan, codecs: Mapping[str, Any]) -> None:
-        """Prepare to write shards of ``plan``."""
-        self._cache_dir, self._plan, self._codecs = cache_dir, plan, codecs
+    def __init__(self, cache_dir: Path, plan: Plan, codecs: Mapping[str, Any], kept: Kept | None = None) -> None:
+        """Prepare to write shards of ``plan``; ``kept``: what records had before, of a cache that is topped up."""
+        self._cache_dir, self._plan, self._codecs, self._kept = cache_dir, plan, codecs, kept
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="write")
         self._pending: list[Future[None]] = []
         self._records: dict[str, Record] = {}
@@ -190,12 +191,31 @@ class Writer:
                 return  # another process finished the same shard meanwhile
             raise
         try:
-            sharer = ImageSharer(SharedImages(self._plan.all_fields))
+            shared = SharedImages(self._plan.all_fields)
+            sharer, of_images = ImageSharer(shared), self._kept_images(order, records, shared.names)
             for sample_id, key in order:
+                record = records.get(sample_id, {})
                 if AnswersCodec.signal in self._codecs:
-                    records[sample_id] |= self._codecs[AnswersCodec.signal].encode(answers[sample_id])
-                writer.append(sample_id, sharer.share(records[sample_id], key))
+                    record |= self._codecs[AnswersCodec.signal].encode(answers[sample_id])
+                if self._kept is not None and self._kept.holds(sample_id):
+                    record |= self._kept.record(sample_id)
+                writer.append(sample_id, sharer.share(record | of_images.get(key, {}), key))
             writer.unknown = unknown
             finish_shard(writer, failed)
         finally:
             writer.abort()
+
+    def _kept_images(
+        self, order: list[tuple[str, str | None]], records: Mapping[str, Record], names: Collection[str]
+    ) -> dict[str | None, Record]:
+        """What new samples get of an image that kept records have: its arrays stay, and a shard holds them once."""
+        kept = self._kept
+        if kept is None or not names:
+            return {}
+        asked = {key for sample_id, key in order if key is not None and not kept.holds(sample_id)}
+        found: dict[str | None, Record] = {}
+        for sample_id, key in order:
+            if key in asked and key not in found and kept.holds(sample_id):
+                record = records.get(sample_id, {}) | kept.record(sample_id)
+                found[key] = {name: record[name] for name in names}
+        return found

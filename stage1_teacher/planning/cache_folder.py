@@ -83,9 +83,14 @@ def in_use(cache_dir: Path, *, alone: bool = False) -> AbstractContextManager[No
     Raises:
         ConfigError: If another build is running there, and one of the two wants to be alone.
     """
-    doing = "--overwrite would delete its shards" if alone else "is deleting what was there"
-    busy = f"another `teacher-cache build` is running on this folder, and {doing}; stop it or wait for its end, then "
-    return hold_folder(cache_dir, alone=alone, busy=f"{busy}run the same command again")
+    busy = (
+        "another `teacher-cache build` is running on this folder, or a push that reads it, and --overwrite would delete its shards"
+        if alone
+        else "another `teacher-cache build` is running on this folder and is deleting what was there, or `extend` replaces it"
+    )
+    return hold_folder(
+        cache_dir, alone=alone, busy=f"{busy}; stop it or wait for its end, then run the same command again"
+    )
 
 
 def refuse_replaced(cache_dir: Path, plan: Plan) -> None:

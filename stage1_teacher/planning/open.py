@@ -13,6 +13,7 @@ from vlm_distill_cache.stage1_teacher.config import BuildConfig
 from vlm_distill_cache.stage1_teacher.loop.encode_ahead import count_workers
 from vlm_distill_cache.stage1_teacher.loop.work import Build
 from vlm_distill_cache.stage1_teacher.planning.batch_size import automatic_batch_size
+from vlm_distill_cache.stage1_teacher.planning.extension import ExtendConfig, extend_plan
 from vlm_distill_cache.stage1_teacher.planning.plan import (
     _fields_of,
     beyond_positions,
@@ -30,7 +31,8 @@ logger = logging.getLogger(__name__)
 
 def open_build(config: BuildConfig) -> Build:
     """Open data and teacher as a configuration says, and plan the cache."""
-    config = _for_entry(config)
+    base = config.base if isinstance(config, ExtendConfig) else config.cache
+    config = _for_entry(config, base)
     dataset = open_dataset(
         config.data,
         split=config.split,
@@ -48,7 +50,8 @@ def open_build(config: BuildConfig) -> Build:
     )
     refuse_signals(config.signals, teacher)
     refuse_packing(dataset, teacher)
-    if warning := beyond_positions(teacher, config.max_length):
+    stays = isinstance(config, ExtendConfig) and "max_length" not in config.given
+    if not stays and (warning := beyond_positions(teacher, config.max_length)):
         logger.warning("%s", warning)
     config = replace(config, groups=config.groups or published_count(teacher.depth))
     encoder = build_encoder(
@@ -66,14 +69,16 @@ def open_build(config: BuildConfig) -> Build:
         plan=make_plan(config, dataset=dataset, teacher=teacher, encoder=encoder, codecs=codecs),
         workers=count_workers(config.num_workers, teacher.device, len(dataset)),
     )
+    if isinstance(config, ExtendConfig):
+        return extend_plan(work, config)
     if config.batch_size:
         return work
     return replace(work, plan=replace(work.plan, batch_size=automatic_batch_size(work)))
 
 
-def _for_entry(config: BuildConfig) -> BuildConfig:
+def _for_entry(config: BuildConfig, cache: str) -> BuildConfig:
     """The options for that entry of a mixture whose cache is built, where each has its own; else those that are given."""
-    entry = entry_of_cache(config.data, config.cache)
+    entry = entry_of_cache(config.data, cache)
     if entry is None:
         return config
     return replace(

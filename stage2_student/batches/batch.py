@@ -38,14 +38,17 @@ class TrainingBatch:
     has_image: Tensor
     row_count: int
 
-    def to(self, device: torch.device) -> "TrainingBatch":
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def to(self, device: torch.device | str | int, *, non_blocking: bool = True) -> "TrainingBatch":
         """The batch on a device; positions stay on the CPU, where they are checked without waiting."""
-        if device.type == "cpu":
+        if torch.device(device).type == "cpu":
             return self
-        moved: TrainingBatch = _map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
+        moved: TrainingBatch = _map_tensors(self, lambda tensor: tensor.to(device, non_blocking=non_blocking))
         return replace(moved, rows=self.rows, text_rows=self.text_rows, keys=self.keys)
 
-    def pinned(self) -> "TrainingBatch":
+    def pin_memory(self) -> "TrainingBatch":
         """The batch in page-locked memory, from which copies to an accelerator need not wait."""
         pinned: TrainingBatch = _map_tensors(self, lambda tensor: tensor.pin_memory())
         return pinned

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlm_distill_cache.common.attention.layers import GroupMatch, Groups
-from vlm_distill_cache.common.cache.plan import LONG_SAMPLES, built_with
+from vlm_distill_cache.common.cache.plan import LONG_SAMPLES, Plan, built_with
 from vlm_distill_cache.common.cache.reader import TeacherCache
 from vlm_distill_cache.common.cache.schema import BASE_FIELDS, Record
 from vlm_distill_cache.common.codecs.answers import AnswersCodec
@@ -125,6 +125,10 @@ def _places(cache: TeacherCache, sample_ids: Sequence[str]) -> NDArray[np.int64]
     return places
 
 
+LiveTeacher = Callable[[Sequence[Sample]], Sequence[Record]]
+"""From samples to what a teacher says of each: base fields of a record, and each signal in tensors under its own name."""
+
+
 class SampleMemory:
     """Samples kept in memory, up to a size; for data sets that fit, read more than once."""
 
@@ -215,6 +219,12 @@ class CachedDataset:
     def __len__(self) -> int:
         return len(self.sample_ids)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_counting"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _counting=threading.Lock())
+
     def repeats(self, seed: int) -> NDArray[np.int64] | None:
         """How often each sample is seen in an epoch, int64 by position, as a mixture's weights say; None: once."""
         weighting = self._dataset.weighting()
@@ -248,7 +258,7 @@ class CachedDataset:
     def load(self, position: int) -> TrainingSample:
         """Encode and decode one sample."""
         sample_id = self.sample_ids[position]
-        encoded: EncodedSample = self._memory.fetch((sample_id, "encoded"), lambda: self._encode(self.sample(position)))
+        encoded = self._encoded(position)
         targets: dict[str, Any] = {}
         if self._terms:
             key = (sample_id, *self._terms, self._match, self._shuffle_teacher_images)
@@ -260,6 +270,27 @@ class CachedDataset:
             check_join(record, encoded, where=where, compare_labels=self._compare_labels)
             self._compared.add(position)
         return TrainingSample(encoded, targets)
+
+    def live(self, positions: Sequence[int], teacher: LiveTeacher) -> list[TrainingSample]:
+        """Encode samples, the teacher's side being what a live teacher says of them now; reads no signal of the cache."""
+        if (plan := getattr(teacher, "plan", None)) is not None:
+            _refuse_other_teacher(plan, self._cache, self._codecs)
+        made = []
+        for position, record in zip(positions, teacher([self.sample(place) for place in positions]), strict=True):
+            encoded, where = self._encoded(position), f"the live teacher on sample {self.sample_ids[position]!r}"
+            if lacking := [signal for signal in self._codecs if signal not in record]:
+                raise CacheMismatchError(
+                    f"{where}: it says nothing of {', '.join(lacking)}, which the losses read; it gives "
+                    f"{', '.join(record)}. Make it with the options of the cache (BuildConfig.signals), or set these "
+                    "losses to 0"
+                )
+            made.append(TrainingSample(encoded, self._compare(record, encoded, where=where, live=True)))
+        return made
+
+    def _encoded(self, position: int) -> EncodedSample:
+        key = (self.sample_ids[position], "encoded")
+        found: EncodedSample = self._memory.fetch(key, lambda: self._encode(self.sample(position)))
+        return found
 
     def _encode(self, sample: Sample) -> EncodedSample:
         """The student's sequence, cut where the teacher's was, if both have the same tokens."""
@@ -304,9 +335,6 @@ class CachedDataset:
         sample_id = self.sample_ids[position]
         record = self._cache.read(sample_id, self._fields)
         where = f"sample {sample_id!r} of {self._cache.place}"
-        check_join(record, encoded, where=where, compare_labels=self._compare_labels)
-        for term in self._terms.values():
-            term.check_record(record, encoded, where=where)
         if self._vocabulary is not None:
             refuse_strange_tokens(record, self._vocabulary, where=where)
         if self._vocabulary is not None and "token_ids" in record:
@@ -315,8 +343,18 @@ class CachedDataset:
                 self.entries_read += len(record["token_ids"])
                 self.entries_beyond += beyond
         foreign = self._foreign_record(position, record) if self._shuffle_teacher_images else None
+        return self._compare(record, encoded, where=where, foreign=foreign)
+
+    def _compare(
+        self, record: Record, encoded: EncodedSample, *, where: str, foreign: Record | None = None, live: bool = False
+    ) -> dict[str, Any]:
+        """The teacher's side of each term, after a look at whether record and student mean the same words and picture."""
+        check_join(record, encoded, where=where, compare_labels=self._compare_labels)
+        for term in self._terms.values():
+            term.check_record(record, encoded, where=where)
+        tiles = tuple(encoded.tiles)
         return decode_signals(
-            record, self._codecs, self._terms, tuple(encoded.tiles), where=where, foreign=foreign, match=self._match
+            record, self._codecs, self._terms, tiles, where=where, foreign=foreign, match=self._match, live=live
         )
 
     def _foreign_record(self, position: int, record: Record) -> Record:
@@ -365,6 +403,22 @@ def answered_sample(cache: TeacherCache, sample: Sample) -> Sample:
     codec = AnswersCodec.from_dict(stored)
     record = cache.read(sample.sample_id, frozenset(entry.name for entry in codec.fields()))
     return with_answers(sample, codec.decode(record))
+
+
+def _refuse_other_teacher(plan: Plan, cache: TeacherCache, signals: Iterable[str]) -> None:
+    """Refuse a live teacher whose signals are laid out in another way than a cache's, or that reads another prompt."""
+    sides = [{"template": of.template, "groups": of.teacher.get("groups")} for of in (plan, cache.plan)]
+    for name in signals:
+        for side, of in zip(sides, (plan, cache.plan), strict=True):
+            stored = of.signals.get(name) or cache.plan.signals[name]  # one that is lacking is refused by its name
+            side |= {f"{name}.{key}": stored.get(key) for key in ("grid", "layers", "width", "temperatures")}
+    now, then = sides
+    for name, found in now.items():
+        if found != then[name]:
+            raise CacheMismatchError(
+                f"the live teacher has {name} {found}, that of {cache.place} {then[name]}; make it with the options that the "
+                "cache was built with (BuildConfig)"
+            )
 
 
 def check_join(record: Record, encoded: EncodedSample, *, where: str, compare_labels: bool = True) -> None:

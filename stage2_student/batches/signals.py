@@ -72,6 +72,15 @@ class Sides:
             )
 
 
+@dataclass(frozen=True)
+class LiveSides(Sides):
+    """The same, the record being what a live teacher said: each signal in tensors under its own name."""
+
+    def decode(self, signal: str) -> Any:
+        """A signal as the teacher said it; no codec has touched it."""
+        return self.record[signal]
+
+
 class StudentSizes(Protocol):
     """What losses may ask of a student; asked only where needed, since of some models it is not known."""
 
@@ -191,12 +200,14 @@ def decode_signals(
     where: str,
     foreign: Record | None = None,
     match: GroupMatch | None = None,
+    live: bool = False,
 ) -> dict[str, Any]:
     """The teacher's side of each term for one sample and one student, as `TrainingSample` holds it.
 
-    With a ``foreign`` record attention is that of another sample: the control experiment.
+    With a ``foreign`` record attention is that of another sample: the control experiment. A ``live`` record is a
+    live teacher's (`LiveSides`).
     """
-    own = Sides(record, record, codecs, student_tiles, match, where)
+    own = (LiveSides if live else Sides)(record, record, codecs, student_tiles, match, where)
     looking = own if foreign is None else Sides(foreign, record, codecs, student_tiles, match, where)
     sides = {name: looking if term.attends else own for name, term in terms.items()}
     return {name: term.target(sides[name]) for name, term in terms.items() if sides[name].see or not term.at_images}

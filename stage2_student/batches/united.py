@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from vlm_distill_cache.common.attention.layers import Groups
 from vlm_distill_cache.data.sample import Weighting
 from vlm_distill_cache.stage2_student.batches.batch import TrainingBatch, TrainingSample
-from vlm_distill_cache.stage2_student.batches.dataset import CachedDataset
+from vlm_distill_cache.stage2_student.batches.dataset import CachedDataset, LiveTeacher
 
 
 class UnitedDataset:
@@ -64,6 +64,20 @@ class UnitedDataset:
         number = int(np.searchsorted(self._starts, position, side="right")) - 1
         return self._parts[number].load(position - self._starts[number])
 
+    def live(self, positions: Sequence[int], teacher: LiveTeacher) -> list[TrainingSample]:
+        """As `CachedDataset.live`."""
+        owners = np.searchsorted(self._starts, positions, side="right") - 1
+        made: dict[int, TrainingSample] = {}
+        for number in np.unique(owners):
+            chosen = [place for place, owner in zip(positions, owners, strict=True) if owner == number]
+            start = self._starts[number]
+            made |= zip(chosen, self._parts[number].live([place - start for place in chosen], teacher), strict=True)
+        return [made[place] for place in positions]
+
+    def collate(self, samples: Sequence[TrainingSample]) -> TrainingBatch:
+        """Join samples to a micro-batch."""
+        return self._parts[0].collate(samples)
+
     def batch(self, positions: Iterable[int]) -> TrainingBatch:
         """Load and collate a micro-batch."""
-        return self._parts[0].collate([self.load(int(position)) for position in positions])
+        return self.collate([self.load(int(position)) for position in positions])

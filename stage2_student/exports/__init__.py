@@ -1,1 +1,1 @@
-"""What a trained student leaves for others: its folder, other layouts of it, its card, its copy on a hub."""
+"""What a trained student leaves for others: its folder, and other layouts of it."""

@@ -34,7 +34,7 @@ from vlm_distill_cache.stage2_student.students.model import model_inputs_of
 
 @dataclass(frozen=True, kw_only=True)
 class Shares:
-    """A micro-batch's part of each mean of its step, in [0, 1]; 1 when it is the whole step.
+    """A micro-batch's part of each mean of its step; 1 when it is the whole step, else less, before any `times`.
 
     Attributes:
         rows: Of the supervised rows.
@@ -43,6 +43,10 @@ class Shares:
 
     rows: float = 1.0
     terms: Mapping[str, float] = field(default_factory=dict)
+
+    def times(self, scale: float) -> "Shares":
+        """The same, scaled by what somebody will divide losses by."""
+        return Shares(rows=self.rows * scale, terms={name: share * scale for name, share in self.terms.items()})
 
 
 @dataclass(frozen=True, kw_only=True)

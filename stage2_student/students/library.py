@@ -38,11 +38,15 @@ class SupervisedOutput:
 class LibraryStudent(nn.Module):
     """One model of the library as a student."""
 
-    def __init__(self, model: Any, family: Family) -> None:
-        """Wrap a model."""
+    def __init__(self, model: Any, family: Family, *, through: Callable[..., Any] | None = None) -> None:
+        """Wrap a model; ``through`` is called in its place, such as the model in wrappers of somebody else's."""
         super().__init__()
         self.model = model
         self.family = family
+        self._through = (through,)  # a tuple: a wrapper is no part of this module
+
+    def _run(self, **inputs: Any) -> Any:
+        return (self._through[0] or self.model)(**inputs)
 
     @property
     def config(self) -> Any:
@@ -95,14 +99,14 @@ class LibraryStudent(nn.Module):
             ``logits``: float ``[A, V]`` in batch-row order with ``supervised``, else the library's output.
         """
         if supervised is None:
-            return self.model(**inputs)
+            return self._run(**inputs)
         if on_rows is not None:
             found: list[Any] = []
             with rows_instead(self.model, supervised, on_rows, found):
-                self.model(**inputs)
+                self._run(**inputs)
             return found[0]
         with rows_only(self.model, supervised):
-            return SupervisedOutput(logits=self.model(**inputs).logits[0])
+            return SupervisedOutput(logits=self._run(**inputs).logits[0])
 
     def trainable_parameters(self, phase: Phase) -> list[nn.Parameter]:
         """Mark what a phase trains, freeze the rest, and return what is trained.

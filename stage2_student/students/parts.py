@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from torch import nn
@@ -10,13 +11,16 @@ from torch import nn
 from vlm_distill_cache.common.cache.reader import TeacherCache
 from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, ModelError
 from vlm_distill_cache.common.files.rules import AGAIN, shown
+from vlm_distill_cache.common.hub import model_folder
 from vlm_distill_cache.common.models.parts import describe_lost_tokenizer, has_tokenizer
 from vlm_distill_cache.common.models.projectors import TeacherAdapter
 from vlm_distill_cache.common.models.published import is_own, is_published
 from vlm_distill_cache.common.models.vision_language import VisionLanguageModel
-from vlm_distill_cache.data.families.table import FAMILIES
+from vlm_distill_cache.data.families.models import open_family_settings
+from vlm_distill_cache.data.families.table import FAMILIES, family_of
 from vlm_distill_cache.data.images.encoder import AnyImageEncoder, ImageEncoder
 from vlm_distill_cache.data.images.layouts import image_encoder_from_dict
+from vlm_distill_cache.data.images.library import load_processor
 from vlm_distill_cache.data.text.processors import load_image_processor, load_tokenizer
 from vlm_distill_cache.data.text.templates import PromptTemplate, get_template
 from vlm_distill_cache.stage2_student.config import TrainConfig
@@ -24,7 +28,7 @@ from vlm_distill_cache.stage2_student.final_folder import PROVENANCE, read_final
 from vlm_distill_cache.stage2_student.pruned_folder import read_settings, refuse_damaged
 from vlm_distill_cache.stage2_student.students.build import find_student, own_image_encoder
 from vlm_distill_cache.stage2_student.students.encoder import build_encoder, cache_image_encoder, load_processors
-from vlm_distill_cache.stage2_student.students.library import LibraryStudent, find_library_student
+from vlm_distill_cache.stage2_student.students.library import LibraryStudent, OpenedStudent, find_library_student
 from vlm_distill_cache.stage2_student.students.model import StudentModel
 from vlm_distill_cache.stage2_student.students.presets import split_student_name, student_folder
 
@@ -140,30 +144,83 @@ def _library_parts(config: TrainConfig, folder: Path) -> StudentParts:
         raise ConfigError(f"language_model={config.language_model}: student {folder} has a language model of its own")
     tower = None if config.vision_tower is None else Path(config.vision_tower)
     opened, load = find_library_student(folder, vision_tower=tower)
-    model = opened.model
-    rows = int(model.get_input_embeddings().weight.shape[0])
-    # An image token that is no token (LLaVA's original layout) is a place holder beyond the embedding.
-    last = max(opened.tokenizer.vocab_size - 1, *({model.image_token_id} & {*opened.tokenizer.added_tokens_decoder}), 0)
-    if last >= rows:
-        raise ModelError(
-            f"student {folder}: its embedding has {rows} rows, its tokenizer gives ids up to {last}; the folder mixes two "
-            "models"
-        )
 
     def load_trainable() -> StudentModel:
         student = load()
         student.trainable_parameters("dft")
         return student
 
+    return _opened_parts(opened, load_trainable, template=_trained_template(folder), where=f"student {folder}")
+
+
+def model_parts(model: Any, processor: Any) -> StudentParts:
+    """The parts of a caller's model, as they would be read from the folder that `save_pretrained` makes of it.
+
+    Args:
+        model: Of the model library, or of ours, without wrappers; it is neither changed nor copied.
+        processor: What it reads with: a checkpoint's folder or name on the hub, the library's processor, or tokenizer and
+            image processor.
+
+    Raises:
+        ModelError: If the two do not fit each other, or cannot be used.
+    """
+    where = f"student {type(model).__name__}"
+    if isinstance(processor, str | Path):
+        source = model_folder(str(processor), what="processor").path
+        listed = family_of(str(model.config.model_type)).is_listed
+        processor = (load_tokenizer(source), load_image_processor(source)) if listed else load_processor(source)
+    with TemporaryDirectory() as made:
+        folder = Path(made)
+        model.config.save_pretrained(folder)
+        try:
+            for part in processor if isinstance(processor, tuple | list) else (processor,):
+                part.save_pretrained(folder)
+            settings = open_family_settings(folder)
+        except AttributeError as error:
+            raise ModelError(
+                f"{where}: its processor is {type(processor).__name__}, expected its checkpoint's folder or name on the hub, "
+                "the library's processor (AutoProcessor.from_pretrained), or tokenizer and image processor as a tuple"
+            ) from error
+        except (ConfigError, ModelError) as error:
+            raise type(error)(str(error).replace(str(folder), where)) from error
+    student = LibraryStudent(model, settings.family)
+    added = settings.tokenizer.get_added_vocab()
+    told = getattr(processor, "image_token_id", None) or added.get("<image>")
+    if told is not None and student.image_token_id not in (told, *added.values()):
+        raise ModelError(
+            f"{where}: its configuration has image token {student.image_token_id}, its processor {told}: they are of two "
+            "checkpoints; take both from one"
+        )
+    opened = OpenedStudent(
+        model=student,
+        tokenizer=settings.tokenizer,
+        image_processor=settings.processor,
+        image_encoder=settings.image_encoder,
+    )
+    return _opened_parts(opened, lambda: student, template=None, where=where)
+
+
+def _opened_parts(
+    opened: OpenedStudent, load: Callable[[], StudentModel], *, template: PromptTemplate | None, where: str
+) -> StudentParts:
+    model = opened.model
+    rows = int(model.get_input_embeddings().weight.shape[0])
+    # An image token that is no token (LLaVA's original layout) is a place holder beyond the embedding.
+    last = max(opened.tokenizer.vocab_size - 1, *({model.image_token_id} & {*opened.tokenizer.added_tokens_decoder}), 0)
+    if last >= rows:
+        raise ModelError(
+            f"{where}: its embedding has {rows} rows, its tokenizer gives ids up to {last}: model and tokenizer are of two "
+            "checkpoints; take both from one"
+        )
     return StudentParts(
         model=model,
-        load=load_trainable,
+        load=load,
         tokenizer=opened.tokenizer,
         image_processor=opened.image_processor,
         image_encoder=opened.image_encoder,
         image_token_id=model.image_token_id,
-        template=_trained_template(folder) or _default_template(model, opened.tokenizer),
-        where=f"student {folder}",
+        template=template or _default_template(model, opened.tokenizer),
+        where=where,
     )
 
 

@@ -38,6 +38,11 @@ def split_student_name(student: str) -> tuple[str, str]:
     return student, "auto"
 
 
+def student_names() -> list[str]:
+    """All names, with and without a size."""
+    return [*SIZES_OF, *(f"{name}-{size}" for name, sizes in SIZES_OF.items() for size in sizes), *LIBRARY_STUDENTS]
+
+
 def describe_students() -> str:
     """All names, for errors."""
     own = [f"{name}[-{'|'.join(sizes)}]" for name, sizes in SIZES_OF.items()]

@@ -107,25 +107,32 @@ class TrainingLog:
     """
 
     def __init__(
-        self, output: Path, accelerator: Accelerator, *, done: Sequence[tuple[str, int]], flush_every: int = 1
+        self,
+        output: Path,
+        accelerator: Accelerator,
+        *,
+        done: Sequence[tuple[str, int]],
+        flush_every: int = 1,
+        curves: bool = True,
     ) -> None:
         """Open the log, keeping the steps of the phases, by name and steps, that are ``done``.
 
-        ``done`` is empty for a fresh start; ``flush_every`` is in steps.
+        ``done`` is empty for a fresh start; ``flush_every`` is in steps; ``curves`` are for TensorBoard.
         """
         resume_step = sum(steps for _, steps in done)
         self._accelerator = accelerator
         self._flush_every = flush_every
         self._pending: list[tuple[dict[str, Any], dict[str, Tensor]]] = []
         self.records: list[dict[str, Any]] = []
+        self._path = output / LOG
         self._writer: SummaryWriter | None = None
         if accelerator.is_main_process:
             if resume_step:
                 self.records = [record for record in read_log(output, done) if record["step"] <= resume_step]
             text = "".join(json.dumps(record) + "\n" for record in self.records)
-            write_bytes_atomic(output / LOG, text.encode())
-            self._path = output / LOG
-            self._writer = SummaryWriter(str(output / "tensorboard"), purge_step=resume_step + 1)
+            write_bytes_atomic(self._path, text.encode())
+            if curves:
+                self._writer = SummaryWriter(str(output / "tensorboard"), purge_step=resume_step + 1)
 
     def add(self, losses: dict[str, Tensor], **values: Any) -> None:
         """Remember one step.
@@ -141,21 +148,21 @@ class TrainingLog:
         """Write the remembered steps, and the log so far to the disk; every process must call it at the same steps."""
         if self._pending:
             self._write()
-        if durably and self._writer is not None:
+        if durably and self._accelerator.is_main_process:
             with self._path.open("rb") as file:
                 os.fsync(file.fileno())
 
     def _write(self) -> None:
         stacked = torch.stack([torch.stack(list(losses.values())).float() for _, losses in self._pending])
         numbers = self._accelerator.reduce(stacked, reduction="sum").tolist()
-        if self._accelerator.is_main_process and self._writer is not None:
+        if self._accelerator.is_main_process:
             with self._path.open("a") as file:
                 for (values, losses), row in zip(self._pending, numbers, strict=True):
                     record = {**values, **dict(zip(losses, row, strict=True))}
                     self.records.append(record)
                     file.write(json.dumps(record) + "\n")
                     for name, value in record.items():
-                        if isinstance(value, float):
+                        if isinstance(value, float) and self._writer is not None:
                             self._writer.add_scalar(f"train/{name}", value, record["step"])
         self._pending.clear()
 

@@ -14,7 +14,8 @@ from vlm_distill_cache.common.files.disk import name_full_disk, refuse_overlap
 from vlm_distill_cache.common.terminal.launch import enter_launch
 from vlm_distill_cache.stage2_student.config import TrainConfig
 
-_FILES = ("config.yaml", "log.jsonl", "run.json", "table.txt", "report.html", "evaluation.json")
+CONFIG, STAMP = "config.yaml", "run.json"
+_FILES = (CONFIG, "log.jsonl", STAMP, "table.txt", "report.html", "evaluation.json")
 
 
 @contextmanager
@@ -60,16 +61,18 @@ def holds_anything(folder: Path) -> bool:
 
 
 def refuse_foreign_folder(output: Path) -> None:
-    """Refuse to train into a folder of other things.
+    """Refuse to train into a folder of other things, that of a run included, whose students have folders of their own.
 
     Raises:
         ConfigError: If it is not empty and holds no configuration of a training, or is no folder.
     """
     if output.exists() and not output.is_dir():
         raise ConfigError(f"{output} is a file; give a folder for --output")
+    if (output / STAMP).exists():
+        raise ConfigError(f"{output} is the folder of a run; go on with it by `distill run`, or give another --output")
     present = holds_anything(output)
     options = TrainConfig.__dataclass_fields__.keys()
-    if present and not options & read_yaml(output / "config.yaml", missing_ok=True).keys():
+    if present and not options & read_yaml(output / CONFIG, missing_ok=True).keys():
         raise ConfigError(
             f"{output} is not empty and holds no config.yaml of a training: it is not the folder of one; give "
             "another --output"

@@ -260,10 +260,13 @@ def _expecting(parts: Sequence[_Part]) -> Callable[[Iterable[int]], None] | None
     return expect
 
 
-def prepare(config: TrainConfig, caches: Mapping[str, TeacherCache] | None = None) -> Preparation:
+def prepare(
+    config: TrainConfig, caches: Mapping[str, TeacherCache] | None = None, *, parts: StudentParts | None = None
+) -> Preparation:
     """Open data, find the student, refuse what does not fit, and only then load the student's weights.
 
-    ``caches`` are as from `open_caches`, which is called where there are none.
+    ``caches`` are as from `open_caches`, which is called where there are none; ``parts`` are a student's that the
+    configuration does not name.
 
     Raises:
         CacheMismatchError: If a cache does not fit the data, the tokenizer or the student.
@@ -273,7 +276,8 @@ def prepare(config: TrainConfig, caches: Mapping[str, TeacherCache] | None = Non
     first = caches[str(config.phase(config.phases[0]).cache)]
     for cache in caches.values():
         cache.check_side_files()  # projector, vision tower and processor are read next
-    parts = open_parts(config, first)
+    source = None if parts else student_folder(config.student, config.student_weights)
+    parts = parts or open_parts(config, first)
     for cache in caches.values():
         cache.check_shard_files()
         check_labels_fit(cache, vocabulary_rows(parts.model), parts.tokenizer, where=parts.where)
@@ -304,7 +308,7 @@ def prepare(config: TrainConfig, caches: Mapping[str, TeacherCache] | None = Non
         fingerprint=fingerprint(describe(config, hashes)),
         cache_hashes=hashes,
         caches=caches,
-        source=student_folder(config.student, config.student_weights),
+        source=source,
     )
 
 

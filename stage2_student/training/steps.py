@@ -101,7 +101,7 @@ def load_steps(
             phase.expect(phase.shuffle.upcoming(step * size, phase.steps * size))
         mine = split_step(samples, rank=accelerator.process_index, world_size=world, micro_batches=parts)
         batch = phase.dataset.batch(mine[part])
-        return batch.pinned() if accelerator.device.type == "cuda" else batch
+        return batch.pin_memory() if accelerator.device.type == "cuda" else batch
 
     with (
         ExitStack() as ending,

@@ -147,7 +147,7 @@ def run_student(model: Path, data: Path, cache: Path, output: Path, log: Path) -
     """Two steps of distilled fine-tuning with adapters, from a cache."""
     options = {
         "phases": "[dft]", "dft.steps": STEPS, "dft.epochs": "null", "dft.batch_size": SAMPLES, "dft.micro_batch_size": 1,
-        "precision": "bf16", "gradient_checkpointing": "true", "num_workers": 0,
+        "dtype": "bfloat16", "gradient_checkpointing": "true", "num_workers": 0,
     }  # fmt: skip
     given = [part for key, value in options.items() for part in ("--set", f"{key}={value}")]
     command = [

@@ -10,6 +10,7 @@ import errno
 import os
 import shutil
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +19,10 @@ import tqdm
 
 from vlm_distill_cache.common.cache.manifest import seal
 from vlm_distill_cache.common.errors import NoRoomError
+from vlm_distill_cache.common.opening import open_cache
+from vlm_distill_cache.common.tools.verify import verify
 from vlm_distill_cache.stage1_teacher.config import BuildConfig
+from vlm_distill_cache.stage1_teacher.extend import extend
 from vlm_distill_cache.stage1_teacher.extract import extract, recompute_fidelity
 from vlm_distill_cache.stage1_teacher.planning.cache_folder import explain_disk_errors
 from vlm_distill_cache.stage1_teacher.planning.parts import Part
@@ -40,6 +44,21 @@ def two_parts(config):
         extract(config, part=Part(rank=rank, of=2))
 
 
+def extend_by_all(before, config):
+    """Add a signal and a sample to a cache, which is whole, old or new, whatever happened to an earlier run."""
+    assert verify(config.cache) == []
+    cache = open_cache(config.cache)
+    assert len(list(cache.items())) in (4, 5)
+    assert cache.signals == (("logits",) if len(cache) == 4 else ("hidden", "logits"))
+    options = replace(config, signals=("hidden",))
+    extend(options, given={"teacher", "template", "signals", "limit", "fidelity_samples"})
+    assert [tree(path) for path in beside(Path(config.cache))] == [tree(before)]
+
+
+def beside(cache_dir):
+    return sorted(cache_dir.parent.glob(f"*{cache_dir.name}.*"))
+
+
 def scenario(name, folder, teacher, store):
     """What a cache folder looks like before (None: nothing there), and the command."""
 
@@ -48,14 +67,15 @@ def scenario(name, folder, teacher, store):
         {
             "build": extract, "refill": extract, "rederive": extract, "parts": two_parts,
             "overwrite": partial(extract, overwrite=True),
+            "extend": partial(extend_by_all, before),
             "fidelity": partial(recompute_fidelity, samples=2),
             "seal": lambda config: seal(Path(config.cache)),
         }[name](config)  # fmt: skip
 
+    before = folder / f"before-{name}"
     if name in ("build", "parts"):
         return None, command
-    before = folder / f"before-{name}"
-    options = {"shard_size": 2} if name == "overwrite" else {}
+    options = {"overwrite": {"shard_size": 2}, "extend": {"limit": 4}}.get(name, {})
     assert in_child(extract, config_for(before, teacher, store, **options)) == 0
     if name == "refill":
         for path in (before / "shards").glob("00000.*"):
@@ -151,7 +171,8 @@ def drive(name, how, stride, folder, teacher, store):
         found = tree(cache_dir)
         differing = [path for path in expected.keys() & found.keys() if expected[path] != found[path]]
         assert found == expected, f"{name}, place {place}: {expected.keys() ^ found.keys()} {differing}"
-        shutil.rmtree(cache_dir)
+        for path in (cache_dir, *beside(cache_dir)):
+            shutil.rmtree(path)
         broken += code != 0
         place += stride
     return broken

@@ -193,3 +193,25 @@ def test_the_smaller_of_both_limits_holds_for_an_entrys_own_cache(data, own, ask
         fingerprints={"data": dataset.fingerprint()},
     )
     assert len(open_cached_data(SimpleNamespace(plan=plan), data=spec, images=None)) == taken
+
+
+def test_a_callers_loop_reads_a_mixture_of_caches_and_a_live_teacher_all_of_its_parts(caches, data, tiny_llava):
+    import vlm_distill_cache as vdc
+
+    dataset = vdc.DistillationDataset(
+        data / "caches" / "a", "mobilevlm-tiny", vdc.LossWeights(logits=1.0, answer_attention=1.0), data=caches[1]
+    )
+    order = list(dataset.sampler(seed=0))
+    assert len(order) == 8 + 10  # the second part counts two and a half times
+    assert set(order) == set(range(len(dataset))) == set(range(12))
+    with pytest.raises(vdc.DataError, match=r"2 samples of the mixture have the id '0', at the positions \[0, 8\]"):
+        dataset["0"]
+    assert dataset["7"].encoded.sample_id == "7"
+    common = {"teacher": str(tiny_llava), "template": "short"}
+    teacher = vdc.LiveTeacher(vdc.BuildConfig(data=caches[1], cache=str(data / "caches" / "a"), **common))
+    places = [10, 0, 8, 3]  # parts take turns, and both have a sample 0
+    live, cached = dataset.live_batch(places, teacher), dataset.collate([dataset[place] for place in places])
+    assert live.inputs.image_hashes == cached.inputs.image_hashes
+    losses = [vdc.DistillationLoss(dataset)(dataset.student, batch) for batch in (live, cached)]
+    for name, value in losses[1].terms.items():
+        assert losses[0].terms[name].item() == pytest.approx(value.item(), rel=0.05, abs=1e-4), name

@@ -25,7 +25,7 @@ def test_the_published_preset_is_the_published_recipe_number_by_number():
     config = load("phases-published")
     assert config.phases == ("dpt", "dft", "sft")
     assert (config.lora.rank, config.lora.alpha, config.lora.dropout) == (128, 256.0, 0.0)
-    assert config.precision == "bf16"
+    assert config.dtype == "bfloat16"
     phases = [config.phase(name) for name in config.phases]
     assert [phase.batch_size for phase in phases] == [256, 128, 192]
     assert [phase.epochs for phase in phases] == [1.0, 1.0, 1.0]
@@ -57,7 +57,7 @@ def test_the_pruned_preset_is_the_published_recovery():
     config = load("phases-pruned")
     assert config.phases == ("dft",)
     assert config.data_share == 0.05
-    assert (config.lora.rank, config.lora.alpha, config.precision) == (16, 32.0, "bf16")
+    assert (config.lora.rank, config.lora.alpha, config.dtype) == (16, 32.0, "bfloat16")
     phase = config.phase("dft")
     assert (phase.lr, phase.weight_decay, phase.warmup, phase.schedule) == (4e-5, 0.05, 0.03, "cosine")
     assert (phase.batch_size, phase.epochs, phase.trainable) == (128, 1.0, "lora")

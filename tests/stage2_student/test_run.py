@@ -278,10 +278,10 @@ def test_a_folder_of_something_else_is_refused(tiny_cache, tmp_path):
 def test_presets_follow_the_teachers_width_and_users_override_them(tiny_cache, tmp_path):
     tiny = make_config(tiny_cache[0], tmp_path)
     assert tiny.dft.steps == 2
-    assert tiny.precision == "no"
+    assert tiny.dtype == "float32"
     published = load_run_config(None, ["student=mobilevlm-1.7b", f"output={tmp_path}"], cache=tiny_cache[0])
     assert (published.dpt.batch_size, published.dft.batch_size, published.sft.batch_size) == (256, 128, 192)
-    assert published.precision == "bf16"
+    assert published.dtype == "bfloat16"
     assert published.dft.epochs == 1.0
     by_steps = load_run_config(
         None, ["student=mobilevlm-1.7b", f"output={tmp_path}", "dft.steps=7"], cache=tiny_cache[0]
@@ -398,11 +398,11 @@ def test_a_training_does_not_spread_into_a_folder_of_other_things(tiny_cache, tm
 
 
 def test_a_student_folder_is_trained_by_its_width_not_by_a_dash_in_its_name(tiny_cache, tmp_path):
-    for name, width, precision in (("my-small", 64, "no"), ("large", 2048, "bf16")):
+    for name, width, dtype in (("my-small", 64, "float32"), ("large", 2048, "bfloat16")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps({"text_config": {"hidden_size": width}}))
         given = [f"student={json.dumps(str(tmp_path / name))}", "output=o"]
-        assert load_run_config(None, given, cache=tiny_cache[0]).precision == precision
+        assert load_run_config(None, given, cache=tiny_cache[0]).dtype == dtype
 
 
 def test_odd_characters_in_the_caches_path_are_kept(tiny_cache, tmp_path):
@@ -418,3 +418,14 @@ def test_a_mistyped_option_is_named_not_the_preset(tiny_cache, tmp_path):
     (tmp_path / "mine.yaml").write_text("sed: 3\n")
     with pytest.raises(ConfigError, match=r"mine.yaml.*unknown option sed; did you mean seed"):
         load_run_config(tmp_path / "mine.yaml", ["output=o"], cache=tiny_cache[0])
+
+
+def test_a_runs_own_file_is_all_that_repeats_it(finished, tiny_cache):
+    config = load_run_config(finished.output / "config.yaml", [])
+    assert (config.cache, config.output) == (str(tiny_cache[0]), str(finished.output))
+    assert not run(config).fresh
+    for arm in ("sft", "distilled"):
+        assert load_run_config(finished.output / arm / "config.yaml", []).output == str(finished.output / arm)
+    # A run's folder is not that of one training, though it holds a configuration.
+    with pytest.raises(ConfigError, match="folder of a run; go on with it by `distill run`"):
+        refuse_foreign_folder(finished.output)

@@ -131,7 +131,7 @@ def test_the_teacher_adapter_trains_its_post_projector_only(tiny_cache, tmp_path
 
 
 def test_bf16_runs_and_starts_from_the_same_loss(tiny_cache, tmp_path):
-    config = make_config(tiny_cache[0], tmp_path / "run", phases=["dft"], precision="bf16")
+    config = make_config(tiny_cache[0], tmp_path / "run", phases=["dft"], dtype="bfloat16")
     config = replace(config, dft=replace(config.dft, steps=2))
     full = make_config(tiny_cache[0], tmp_path / "full", phases=["dft"])
     full = replace(full, dft=replace(full.dft, steps=2))
@@ -143,8 +143,8 @@ def test_bf16_runs_and_starts_from_the_same_loss(tiny_cache, tmp_path):
 def test_another_precision_in_one_process_is_refused_in_words(tiny_cache, tmp_path):
     config = make_config(tiny_cache[0], tmp_path / "run", phases=["dft"])
     train(replace(config, dft=replace(config.dft, steps=1)))
-    with pytest.raises(ConfigError, match=r"precision=bf16: .* train in a process of its own"):
-        train(make_config(tiny_cache[0], tmp_path / "half", phases=["dft"], precision="bf16"))
+    with pytest.raises(ConfigError, match=r"dtype=bfloat16: .* train in a process of its own"):
+        train(make_config(tiny_cache[0], tmp_path / "half", phases=["dft"], dtype="bfloat16"))
 
 
 def test_the_baseline_is_the_same_run_without_the_teachers_losses(tiny_cache, tmp_path):

@@ -148,7 +148,7 @@ def test_what_was_left_is_told_of_in_one_line(monkeypatch, caplog):
         enter_launch.cache_clear()
     alone, unused = (record.getMessage() for record in caplog.records)
     assert "runs alone: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT, OMPI_COMM_WORLD_SIZE are set" in alone
-    assert unused.endswith("ACCELERATE_MIXED_PRECISION=bf16 (here: precision)")
+    assert unused.endswith("ACCELERATE_MIXED_PRECISION=bf16 (here: dtype)")
     assert not {*MPIRUN, *PLAIN} & os.environ.keys()
 
 

@@ -7,8 +7,17 @@ from pathlib import Path
 
 import pytest
 
-SCENARIOS = ("build", "refill", "rederive", "parts", "overwrite", "fidelity", "seal")
-PLACES = {"build": 80, "refill": 60, "rederive": 50, "parts": 120, "overwrite": 90, "fidelity": 12, "seal": 8}
+SCENARIOS = ("build", "refill", "rederive", "parts", "overwrite", "extend", "fidelity", "seal")
+PLACES = {
+    "build": 80,
+    "refill": 60,
+    "rederive": 50,
+    "parts": 120,
+    "overwrite": 90,
+    "extend": 80,
+    "fidelity": 12,
+    "seal": 8,
+}
 
 
 def break_everywhere(

@@ -3,8 +3,10 @@
 import json
 
 import pytest
+import torch
+from accelerate import Accelerator
 
-from vlm_distill_cache.stage2_student.training.log import LOG, read_log, summarise
+from vlm_distill_cache.stage2_student.training.log import LOG, TrainingLog, read_log, summarise
 
 PHASES = [("dpt", 4), ("dft", 6)]
 RECORDS = [
@@ -60,3 +62,14 @@ def test_an_unfinished_last_line_is_nothing_to_mention_and_a_lost_log_is(tmp_pat
 
 def test_steps_that_took_no_time_are_no_division_by_zero():
     assert "dpt: 1 steps" in summarise([{**RECORDS[0], "step_s": 0.0}])
+
+
+def test_without_curves_the_log_has_the_same_lines(tmp_path):
+    for curves in (True, False):
+        (tmp_path / str(curves)).mkdir()
+        log = TrainingLog(tmp_path / str(curves), Accelerator(cpu=True), done=[], curves=curves)
+        log.add({"total": torch.tensor(0.5)}, step=1, phase="dpt")
+        log.flush(durably=True)
+        log.close()
+        assert (tmp_path / str(curves) / "tensorboard").exists() == curves
+    assert (tmp_path / "True" / LOG).read_text() == (tmp_path / "False" / LOG).read_text() != ""

@@ -220,7 +220,7 @@ def test_two_processes_with_adapters_see_the_same_steps_as_one(in_two_processes,
 
 
 def test_bf16_trains_adapters_from_the_same_loss(tiny_cache, tmp_path, uninterrupted):
-    found = train(make_config(tiny_cache[0], tmp_path / "run", precision="bf16")).log
+    found = train(make_config(tiny_cache[0], tmp_path / "run", dtype="bfloat16")).log
     for half, full in zip(found[:2], uninterrupted[0].log, strict=False):
         assert half["total"] == pytest.approx(full["total"], rel=0.03)
 

@@ -17,11 +17,11 @@ from vlm_distill_cache.common.files.signed import write_signed
 from vlm_distill_cache.stage1_teacher.config import BuildConfig
 from vlm_distill_cache.stage2_student.cli import main
 from vlm_distill_cache.stage2_student.config import TrainConfig, describe
-from vlm_distill_cache.stage2_student.exports.card import SCORES, CardScores, card_text, is_unedited, write_card
-from vlm_distill_cache.stage2_student.exports.origin import build_command, licence_of
 from vlm_distill_cache.stage2_student.final_folder import PROVENANCE, read_final, read_provenance
 from vlm_distill_cache.stage2_student.run import run, write_report_again
+from vlm_distill_cache.stage2_student.scores.card import SCORES, CardScores, card_text, is_unedited, write_card
 from vlm_distill_cache.stage2_student.scores.metrics import Score
+from vlm_distill_cache.stage2_student.scores.origin import build_command, licence_of
 from vlm_distill_cache.stage2_student.scores.results import EvaluationReport
 
 NASTY = (

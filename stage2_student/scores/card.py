@@ -28,10 +28,10 @@ from vlm_distill_cache.common.files.signed import read_signed, write_signed
 from vlm_distill_cache.common.hub import CARD, HubName, hub_name
 from vlm_distill_cache.common.printing import hide_secrets, markdown, markdown_code, one_line, printable
 from vlm_distill_cache.stage2_student.config import PHASE_NAMES, TrainConfig
-from vlm_distill_cache.stage2_student.exports.origin import UNKNOWN
 from vlm_distill_cache.stage2_student.final_folder import PROVENANCE, read_provenance
 from vlm_distill_cache.stage2_student.loss_weights import LossWeights
 from vlm_distill_cache.stage2_student.pruned_folder import read_settings
+from vlm_distill_cache.stage2_student.scores.origin import UNKNOWN
 from vlm_distill_cache.stage2_student.scores.results import HEADLINE, EvaluationReport, format_score, table_rows
 
 SCORES = "scores.json"

@@ -20,8 +20,8 @@ from vlm_distill_cache.common.hub import CARD, HubName
 from vlm_distill_cache.common.printing import one_line
 from vlm_distill_cache.common.remotes.hub import NO_ACCESS, refuse_offline, settle_transfer, sorted_hub_errors
 from vlm_distill_cache.common.remotes.streams import Retries, said
-from vlm_distill_cache.stage2_student.exports.card import SCORES, card_text, is_unedited, read_card
 from vlm_distill_cache.stage2_student.final_folder import FINAL, IS_READ, PROVENANCE, read_final
+from vlm_distill_cache.stage2_student.scores.card import SCORES, card_text, is_unedited, read_card
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

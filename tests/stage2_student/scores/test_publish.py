@@ -11,8 +11,8 @@ from servers import Fault
 from vlm_distill_cache.common.files.signed import list_files
 from vlm_distill_cache.common.hub import model_folder
 from vlm_distill_cache.stage2_student.cli import main
-from vlm_distill_cache.stage2_student.exports.card import SCORES, is_unedited
 from vlm_distill_cache.stage2_student.final_folder import PROVENANCE, read_final
+from vlm_distill_cache.stage2_student.scores.card import SCORES, is_unedited
 
 NAME = "me/student"
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # of the hub's library

@@ -1,0 +1,138 @@
+"""Top a sealed cache up: further signals, finer settings of those that are there, new samples and formerly failed ones.
+
+The new cache is built beside the old one by the ordinary, resumable build, whose records begin with what the old ones
+hold; the teacher computes what is missing. The old cache is not touched until the new one is sealed; then the two folders
+take each other's names in one step. At every moment the folder is the old cache or the new one, whole. What the cache was
+before stays beside it, for those who are reading it, until it is extended again or somebody deletes it.
+"""
+
+import contextlib
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from vlm_distill_cache.common.cache.manifest import read_manifest
+from vlm_distill_cache.common.cache.versions import BEFORE, EXTENDING, MARK, version_folder
+from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError, ConfigError
+from vlm_distill_cache.common.files.atomic import TEMPORARY_PREFIX, clean_stale, exchange_folders, hold_folder, remove
+from vlm_distill_cache.common.remotes.fetch import check_room
+from vlm_distill_cache.common.terminal.command_line import quoted
+from vlm_distill_cache.stage1_teacher.config import BuildConfig
+from vlm_distill_cache.stage1_teacher.extract import BuildSummary, extract, extract_with_processes
+from vlm_distill_cache.stage1_teacher.planning.cache_folder import refuse_unwritable
+from vlm_distill_cache.stage1_teacher.planning.extension import NothingToAddError, plan_of, with_options_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extension:
+    """What became of a cache.
+
+    Attributes:
+        summary: Of the new cache; None if nothing was to be done.
+        before: Where the cache as it was is kept; None if nothing has changed.
+        signals: Those that are new or of other settings.
+        samples: Records that are new.
+    """
+
+    cache: Path
+    summary: BuildSummary | None = None
+    before: Path | None = None
+    signals: tuple[str, ...] = ()
+    samples: int = 0
+
+
+def extend(config: BuildConfig, *, given: Collection[str], processes: int | None = None) -> Extension:
+    """Add to a sealed cache what it lacks of the options that are given.
+
+    Killed and called again, it goes on with the shards that are missing.
+
+    Args:
+        config: As of a build of the whole; ``cache`` is the cache.
+        given: Names of the options that were given; of others, the cache's own stay. Signals are added.
+        processes: On this machine, as of `extract_with_processes`; None: this one.
+
+    Raises:
+        DistillError: With the remedy, if records cannot stay or the new cache cannot be made; the cache is as it was.
+        OSError: If the folder beside it cannot be written.
+    """
+    cache = Path(config.cache)
+    base = cache.resolve()  # its neighbours are those of the folder that a link leads to
+    busy = "another command builds, extends or copies this cache; wait for its end, then run the same command again"
+    with hold_folder(base, busy=busy):
+        plan, manifest = plan_of(cache), read_manifest(cache)
+        _clean(base)
+        refuse_unwritable(base.parent, sealed_too=True)
+        options = with_options_of(config, cache, plan, manifest, given=given)
+        new = version_folder(base, EXTENDING, manifest)
+        there = sum(path.stat().st_size for path in new.rglob("*") if path.is_file())
+        check_room(new, manifest.totals["bytes"] - there, "then run the same command again")
+        options = replace(options, cache=str(new))
+        try:
+            summary = extract(options) if processes is None else extract_with_processes(options, processes)
+        except NothingToAddError:
+            return Extension(cache=cache)
+        made = read_manifest(new)
+        if made.hash == manifest.hash:  # all that failed failed again
+            _discard(new)
+            return Extension(cache=cache, summary=replace(summary, cache=cache))
+        with hold_folder(new, busy=busy):
+            before = _take_place(base, new)
+    signals = {name: settings for name, settings in plan_of(base).signals.items() if settings != plan.signals.get(name)}
+    return Extension(
+        cache=cache,
+        summary=replace(summary, cache=cache),
+        before=before,
+        signals=tuple(sorted(signals)),
+        samples=made.totals["samples"] - manifest.totals["samples"],
+    )
+
+
+def _take_place(base: Path, new: Path) -> Path:
+    """Give a sealed cache the name of the one that it was made of; returns where that one is then."""
+    old = read_manifest(base)
+    before = version_folder(base, BEFORE, old)
+    if version_folder(base, EXTENDING, old) != new:
+        raise CacheMismatchError(f"{base}: was built anew meanwhile; delete {new}, then run the same command again")
+    try:
+        exchange_folders(new, base)
+    except OSError as error:
+        aside = quoted(before)
+        raise ConfigError(
+            f"{base}: its disk cannot exchange two folders in one step ({error.strerror}). The new cache is finished and lies "
+            f"in {new}; when nobody reads the old one, run: mv {quoted(base)} {aside} && mv {quoted(new)} {quoted(base)}"
+        ) from error
+    _rename(new, before)
+    _each_version(base, BEFORE, lambda folder: None if folder == before else _discard(folder))
+    return before
+
+
+def _clean(base: Path) -> None:
+    """Finish what a killed run left: give what the cache was before its name, and remove what was being removed."""
+
+    def name(folder: Path) -> None:
+        with contextlib.suppress(CacheFormatError):  # unfinished
+            found = read_manifest(folder)
+            if version_folder(base, EXTENDING, found) == folder:
+                _rename(folder, version_folder(base, BEFORE, found))
+
+    _each_version(base, EXTENDING, name)
+    clean_stale(base.parent, f"{base.name}{MARK}")
+
+
+def _rename(folder: Path, before: Path) -> None:
+    if before.exists():  # of somebody who took that version back
+        _discard(before)
+    folder.rename(before)
+
+
+def _discard(folder: Path) -> None:
+    """Remove a folder that nobody is to find half of."""
+    aside = folder.with_name(f"{TEMPORARY_PREFIX}{folder.name}")
+    folder.rename(aside)
+    remove(aside)
+
+
+def _each_version(base: Path, kind: str, do: Callable[[Path], object]) -> None:
+    for folder in sorted(base.parent.iterdir()):
+        if folder.name.startswith(f"{base.name}{MARK}{kind}-") and folder.is_dir() and not folder.is_symlink():
+            do(folder)

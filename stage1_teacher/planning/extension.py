@@ -1,0 +1,262 @@
+"""What a sealed cache is to become when it is topped up: the plan of one build with all of its options, and what is kept.
+
+The new cache is the one that ``teacher-cache build`` would begin with these options, so that a build finds it complete.
+Records are joined by sample id, so that new samples may stand anywhere in the data. A cache that was merged or pulled in
+part stands for no whole data set: it keeps its samples and their order.
+"""
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from vlm_distill_cache.common.cache.documents import describe_differences
+from vlm_distill_cache.common.cache.manifest import Manifest
+from vlm_distill_cache.common.cache.plan import DESCRIPTIVE, LONG_SAMPLES, THREADS, Plan, read_plan
+from vlm_distill_cache.common.cache.reader import TeacherCache
+from vlm_distill_cache.common.cache.schema import BASE_FIELDS
+from vlm_distill_cache.common.cache.shared_images import VISUAL_SOURCE, with_visual_source
+from vlm_distill_cache.common.cache.sidecar import missing_shards, read_sidecar
+from vlm_distill_cache.common.codecs.answers import AnswersCodec
+from vlm_distill_cache.common.codecs.registry import codec_from_dict
+from vlm_distill_cache.common.config import config_from_dict, config_to_dict
+from vlm_distill_cache.common.errors import CacheMismatchError, ConfigError, DistillError
+from vlm_distill_cache.common.files.hashing import fingerprint
+from vlm_distill_cache.common.tools.derived_card import DERIVED
+from vlm_distill_cache.common.tools.trust import open_trusted
+from vlm_distill_cache.data.sample import Dataset
+from vlm_distill_cache.data.sources.grouping import ChosenSamples
+from vlm_distill_cache.stage1_teacher.config import SIGNALS, BuildConfig
+from vlm_distill_cache.stage1_teacher.loop.kept import Kept
+from vlm_distill_cache.stage1_teacher.loop.signals import EXTRACTORS
+from vlm_distill_cache.stage1_teacher.loop.work import Build
+from vlm_distill_cache.stage1_teacher.planning.cache_folder import stored_plan
+
+# What a codec's settings say of an option; None: what no option gives.
+_SHOWN: dict[str, Callable[[Mapping[str, Any]], Any]] = {
+    "temperatures": lambda codec: tuple(codec["temperatures"]),
+    "grid": lambda codec: codec["grid"][0] if len(set(codec["grid"])) == 1 else None,
+    "attention_dtype": lambda codec: "f4" if codec.get("exact", codec.get("preset") == "f4") else "u1",
+    "map_preset": lambda codec: None if codec["preset"] == "f4" else codec["preset"],
+    "map_grid": lambda codec: codec.get("grid", 0),
+    "hidden_layers": lambda codec: tuple(codec["layers"]),
+    "hidden_dtype": lambda codec: "f4" if codec["exact"] else "f2",
+}
+_AUTOMATIC = {"batch_size": 0, "threads": 0, "max_length": 0, "template": "auto", "dtype": "auto"}  # as in the cache
+_ANSWERS = AnswersCodec.signal  # an option, too
+_ANSWER_OPTIONS = ("max_new_tokens", "answer_temperature", "answer_top_p", "answer_seed")
+
+
+class NothingToAddError(DistillError):
+    """A cache holds all that was asked for already."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtendConfig(BuildConfig):
+    """Options of ``teacher-cache extend``; ``cache`` is the folder that the new cache is made in.
+
+    Attributes:
+        base: The cache that is topped up.
+        given: The options that were given; of the others, those of the cache stay.
+    """
+
+    base: str
+    given: tuple[str, ...] = ()
+
+
+def with_options_of(
+    config: BuildConfig, base: Path, plan: Plan, manifest: Manifest, *, given: Collection[str]
+) -> ExtendConfig:
+    """The options that a cache was built with, under those that are given; its signals and the new ones.
+
+    Raises:
+        DistillError: If its plan says what no build has.
+    """
+    given = {name for name in given if getattr(config, name, None) != _AUTOMATIC.get(name)}
+    teacher, data, generated = plan.teacher, plan.data, plan.signals.get(_ANSWERS)
+    totals = manifest.totals
+    there: dict[str, Any] = {
+        "store": plan.store, "shard_size": plan.shard_size, "batch_size": plan.batch_size,
+        "threads": plan.extra.get(THREADS), "max_length": plan.extra.get("max_length"),
+        "long_samples": plan.extra.get(LONG_SAMPLES), "template": plan.template.get("name"),
+        "dtype": teacher.get("dtype"), "quantisation": teacher.get("quantisation"),
+        "device_map": teacher.get("device_map"), "layers": teacher.get("layer_choice"),
+        "groups": len(teacher.get("groups") or ()) or None,
+        "split": data.get("split") or None, "limit": None if DERIVED in plan.extra else data.get("limit"),
+        _ANSWERS: None if generated is None else "generate",
+        # What was tolerated is no part of a plan: as much as there is.
+        "max_failed_share": max(config.max_failed_share, totals["failed"] / plan.sample_count),
+        "max_unknown_share": max(config.max_unknown_share, totals.get("unknown_rows", 0) / max(1, totals["rows"])),
+    }  # fmt: skip
+    for name in SIGNALS:  # a new signal gets what others like it have
+        if name in plan.signals:
+            there = _options_of(name, codec_from_dict(plan.signals[name]).to_dict()) | there
+    if generated is not None:
+        names = dict(zip(("max_new_tokens", "temperature", "top_p", "seed"), _ANSWER_OPTIONS, strict=True))
+        there |= {option: generated.get(name) for name, option in names.items()}
+    asked = config.signals if "signals" in given else ()
+    there = {name: value for name, value in there.items() if value is not None and name not in given}
+    there["signals"] = tuple(dict.fromkeys([*(name for name in plan.signals if name in SIGNALS), *asked]))
+    there |= {"base": str(base), "given": sorted(given)}
+    return config_from_dict(ExtendConfig, config_to_dict(config) | there, where=f"the plan of {base}")
+
+
+def _options_of(signal: str, codec: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a build that the settings of a signal's codec show."""
+    return {option: _SHOWN[option](codec) for option in EXTRACTORS[signal].options if option in _SHOWN}
+
+
+def extend_plan(work: Build, config: ExtendConfig) -> Build:
+    """Turn what a build would do into what is missing of it.
+
+    Args:
+        work: Teacher, data and codecs as the options say, planned as a build.
+
+    Returns:
+        The same with the codecs of the records that stay, and these.
+
+    Raises:
+        CacheMismatchError: If records cannot stay: what differs, by name. Nothing is changed.
+        NothingToAddError: If there is nothing to do.
+    """
+    cache = open_trusted(config.base)
+    old = cache.plan
+    missing = {
+        name
+        for name, codec in work.codecs.items()
+        if name not in old.signals
+        or (_governs(name, config.given) and codec.to_dict() != codec_from_dict(old.signals[name]).to_dict())
+    }
+    if _ANSWERS in missing or (_ANSWERS in old.signals.keys() - work.codecs.keys()):
+        raise ConfigError(
+            f"{config.base}: the answers of a cache stay as they are, data's or the teacher's: leave "
+            f"{', '.join(name for name in (_ANSWERS, *_ANSWER_OPTIONS) if name in config.given)} out, or build another cache"
+        )
+    kept = old.signals.keys() - missing
+    codecs = {
+        name: codec if name in missing else codec_from_dict(old.signals[name]) for name, codec in work.codecs.items()
+    }
+    signals = {name: old.signals[name] if name in kept else codec.to_dict() for name, codec in codecs.items()}
+    fields = {name: old.fields[name] if name in kept else codec.fields() for name, codec in codecs.items()}
+    bare = {name: tuple(field for field in group if field != VISUAL_SOURCE) for name, group in fields.items()}
+    shares = any(VISUAL_SOURCE in group for group in work.plan.fields.values())
+    names = {field.name for field in BASE_FIELDS} | {field.name for name in kept for field in bare[name]}
+    plan = replace(
+        work.plan,
+        signals=signals,
+        fields=with_visual_source(bare) if shares else bare,
+        fingerprints=work.plan.fingerprints | {"codec": fingerprint(signals)},
+        teacher=_described(old.teacher, work.plan.teacher, stays=("name", "revision", "evaluation")),
+        data=_described(old.data, work.plan.data),
+    )
+    if THREADS not in old.extra:  # built before plans recorded it
+        plan = replace(plan, extra={name: value for name, value in plan.extra.items() if name != THREADS})
+    dataset = work.dataset
+    if DERIVED in old.extra:
+        dataset = _samples_of(cache, dataset)
+        data = {"data": old.fingerprints["data"]} if "data" in old.fingerprints else {}
+        plan = replace(
+            plan, sample_count=len(dataset), data=old.data, extra=old.extra, fingerprints=plan.fingerprints | data
+        )
+    _refuse_differences(config, old, plan, keeps_attention=any(_of_attention(name) for name in kept))
+    _refuse_lost(cache, dataset)
+    _refuse_begun(Path(config.cache), plan)
+    if not missing and not cache.failed and len(dataset) == len(cache):
+        raise NothingToAddError(f"{config.base}: holds all of that already")
+    kept_records = Kept(cache=cache, missing=frozenset(missing), names=frozenset(names))
+    return replace(work, dataset=dataset, codecs=codecs, plan=plan, kept=kept_records)
+
+
+def _governs(signal: str, given: Collection[str]) -> bool:
+    """Whether one of the given options is one of a signal's codec."""
+    options = EXTRACTORS[signal].options if signal in EXTRACTORS else (_ANSWERS, *_ANSWER_OPTIONS)
+    return any(name in given for name in options)
+
+
+def _of_attention(signal: str) -> bool:
+    return signal in EXTRACTORS and EXTRACTORS[signal].attention
+
+
+def _described(old: Mapping[str, Any], new: Mapping[str, Any], *, stays: Collection[str] = ()) -> dict[str, Any]:
+    """A description with the licences that a cache states, unless others are given, and what stays in any case."""
+    stated = {name: old[name] for name in DESCRIPTIVE if name in old}
+    return {**stated, **new, **{name: old[name] for name in stays if name in old}}
+
+
+def _samples_of(cache: TeacherCache, dataset: Dataset) -> Dataset:
+    """The samples of a cache, in its order, out of the data."""
+    places = {sample_id: position for position, sample_id in enumerate(dataset.sample_ids)}
+    wanted = []
+    for shard in range(cache.plan.shard_count):
+        sidecar = read_sidecar(cache.path, shard)
+        wanted += [*sidecar.sample_ids, *(sample_id for sample_id, _ in sidecar.failed)]
+    _refuse_absent(cache, [sample_id for sample_id in wanted if sample_id not in places])
+    return ChosenSamples(dataset, [places[sample_id] for sample_id in wanted], name=dataset.name)
+
+
+def _refuse_lost(cache: TeacherCache, dataset: Dataset) -> None:
+    """Refuse data that lack samples with a record."""
+    ids = set(dataset.sample_ids)
+    _refuse_absent(cache, [sample_id for sample_id in cache if sample_id not in ids])
+
+
+def _refuse_absent(cache: TeacherCache, absent: list[str]) -> None:
+    if absent:
+        derived = " (its sources can be extended one by one, and merged again)" if DERIVED in cache.plan.extra else ""
+        raise CacheMismatchError(
+            f"{cache.place}: {len(absent)} of its samples are not in the data, first {absent[0]!r}: give the data that it was "
+            f"built from, which may have grown, and no smaller limit{derived}; nothing was changed"
+        )
+
+
+def _refuse_differences(config: ExtendConfig, old: Plan, new: Plan, *, keeps_attention: bool) -> None:
+    """Refuse a teacher, template, geometry or setting that the records are not of, by name."""
+
+    def meaning(plan: Plan) -> dict[str, Any]:
+        described = plan.without_descriptions()
+        free = {"evaluation"} if keeps_attention else {"evaluation", "groups", "layer_choice"}
+        extra = {name: value for name, value in plan.extra.items() if name not in ("order", DERIVED)}
+        return {
+            **{name: described[name] for name in ("store", "shard_size", "batch_size", "template", "geometry")},
+            "fingerprints": {n: v for n, v in plan.fingerprints.items() if n not in ("data", "codec")},
+            "teacher": {name: value for name, value in described["teacher"].items() if name not in free},
+            "extra": extra,
+        }
+
+    if lines := describe_differences(meaning(old), meaning(new), there="the cache", here="this run"):
+        raise CacheMismatchError(
+            f"{config.base} cannot be extended so, its records are of other settings:\n" + "\n".join(lines) + "\n"
+            "Give the teacher and the options that it was built with (those that are not given are the cache's), or build "
+            "another cache; nothing was changed"
+        )
+
+
+def _refuse_begun(folder: Path, plan: Plan) -> None:
+    """Refuse to go on with an extension that was begun with other options, and has shards."""
+    begun = stored_plan(folder)
+    if begun is None or len(missing_shards(folder, begun)) == begun.shard_count:
+        return
+    one, two = begun.without_descriptions(), plan.without_descriptions()
+    if one != two:
+        del one["fields"], two["fields"]  # which follow from the signals
+        lines = describe_differences(one, two, there="that one", here="this run")
+        raise CacheMismatchError(
+            f"{folder}: an extension with other options was begun there:\n" + "\n".join(lines) + "\n"
+            "Give those options again to finish it, or delete that folder to begin anew"
+        )
+
+
+def plan_of(base: Path) -> Plan:
+    """The plan of a cache that can be extended.
+
+    Raises:
+        CacheMismatchError: If no teacher can say more.
+    """
+    plan = read_plan(base)
+    if plan.teacher.get("served"):
+        raise CacheMismatchError(
+            f"{base}: made of a served teacher's log-probabilities, which hold no more, and there is no teacher to run: import "
+            "its responses to more samples with `cachectl import-logprobs` into another folder, and join both with "
+            "`cachectl merge`; or build a cache from the teacher's weights (teacher-cache build --teacher DIR)"
+        )
+    return plan

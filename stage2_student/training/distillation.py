@@ -1,0 +1,340 @@
+"""Data, cache, student and losses for somebody else's training loop: a torch `Dataset`, its collator, and one loss.
+
+What `train()` checks before its first step is checked here when the data set is made, by the same code.
+
+Dims: B batch, T sequence, A supervised rows.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset, Sampler
+from transformers import PreTrainedModel
+
+from vlm_distill_cache.common.attention.capture import AttentionCapture, checkpoint_recorded
+from vlm_distill_cache.common.cache.reader import TeacherCache
+from vlm_distill_cache.common.errors import ConfigError, DataError, DistillError, ModelError, SampleNotCachedError
+from vlm_distill_cache.common.models.vision_language import VisionLanguageModel
+from vlm_distill_cache.data.families.table import family_of
+from vlm_distill_cache.stage2_student.batches.batch import TrainingBatch, TrainingSample
+from vlm_distill_cache.stage2_student.batches.dataset import LiveTeacher
+from vlm_distill_cache.stage2_student.batches.sampler import ShardShuffle
+from vlm_distill_cache.stage2_student.config import PhaseConfig, TrainConfig
+from vlm_distill_cache.stage2_student.exports.folder import save_student_folder
+from vlm_distill_cache.stage2_student.loss_weights import LossWeights
+from vlm_distill_cache.stage2_student.losses.objective import Losses, Shares, step_shares, units_of
+from vlm_distill_cache.stage2_student.resolve import with_folders
+from vlm_distill_cache.stage2_student.students.library import LibraryStudent
+from vlm_distill_cache.stage2_student.students.parts import model_parts
+from vlm_distill_cache.stage2_student.training.preparation import prepare
+
+_OPTIONS = ("template", "max_length", "limit", "data_share", "memory_gib", "verify", "shuffle_teacher_images")
+_STUDENT_OPTIONS = ("student_weights", "vision_tower", "language_model", "projector", "pool_teacher_tokens", "seed")
+_WHOLE = (
+    "no process holds it as a whole, as these losses need; start one process per device (`accelerate launch`) with DDP, and "
+    "train adapters (peft) or use activation checkpointing if memory is short"
+)
+_UNUSABLE = {
+    "FullyShardedDataParallel": _WHOLE,
+    "DeepSpeedEngine": _WHOLE,
+    "DataParallel": _WHOLE,
+    "OptimizedModule": "what is recorded of a forward pass is lost in compiled code; give the model without torch.compile",
+}
+
+
+class DistillationDataset(Dataset[TrainingSample]):
+    """Samples of a data set joined with what a teacher's cache holds of each, as one student reads them.
+
+    A map-style data set: ``dataset[7]`` and ``dataset["sample-17"]`` are samples, ``collate`` makes a batch of some. It
+    works in the worker processes of a `DataLoader`.
+
+    Attributes:
+        student: The model: the caller's, or loaded in float32 on the CPU with its vision tower frozen.
+        tokenizer: The student's.
+        image_processor: The student's.
+        losses: The weights; only signals that one of them reads are decoded.
+        cache: As it was given.
+        sample_ids: In the cache's order.
+    """
+
+    def __init__(
+        self,
+        cache: str | Path | TeacherCache,
+        student: Any,
+        losses: LossWeights | None = None,
+        *,
+        processor: Any = None,
+        data: str | Path | None = None,
+        images: str | Path | None = None,
+        **options: Any,
+    ) -> None:
+        """Open data, cache and student, and refuse what does not fit.
+
+        Args:
+            cache: A folder or address, or an open cache.
+            student: A folder, a name on the hub or one of ours, or a model of the model library with its ``processor``.
+            losses: None: the cross-entropy and the divergence from the cached logits.
+            processor: Of a model: its checkpoint's folder or name on the hub, what `AutoProcessor.from_pretrained` gives, or
+                tokenizer and image processor.
+            data: What the cache was built from, as for stage one; None: the built-in data set that it names.
+            images: Folder that relative image paths start from.
+            options: Of `TrainConfig`: ``template``, ``max_length``, ``limit``, ``data_share``, ``memory_gib`` (0 unless given;
+                each worker process keeps its own), ``verify`` and ``shuffle_teacher_images``; of a student that is not
+                given as a model, ``student_weights``, ``vision_tower``, ``language_model``, ``projector``,
+                ``pool_teacher_tokens`` and ``seed``, too.
+
+        Raises:
+            DistillError: With the remedy, if they do not fit each other.
+        """
+        self.losses = LossWeights(lm=1.0, logits=1.0) if losses is None else losses
+        self.cache = cache
+        if not isinstance(self.losses, LossWeights):
+            raise ConfigError(
+                f"losses is {type(losses).__name__}; expected LossWeights, as LossWeights(lm=1.0, logits=1.0)"
+            )
+        is_model = isinstance(student, nn.Module)
+        if is_model != (processor is not None):
+            raise ConfigError(
+                f"student is {type(student).__name__}, processor {type(processor).__name__}: a model needs the processor "
+                "that it reads with (processor=DIR of its checkpoint, for one); a folder or a name brings its own"
+            )
+        known = _OPTIONS if is_model else (*_OPTIONS, *_STUDENT_OPTIONS)
+        if unknown := [name for name in options if name not in known]:
+            of = " of a model that is given" if is_model else ""
+            raise ConfigError(f"DistillationDataset has no option {unknown[0]}{of}; options are {', '.join(known)}")
+        phase = PhaseConfig(steps=1, losses=self.losses)
+        place = cache.place if isinstance(cache, TeacherCache) else str(cache)
+        named = {"student": "given" if is_model else str(student), "data": data, "images": images, "cache": place}
+        with _python_words():
+            config = TrainConfig(**{"memory_gib": 0.0, **named, **options}, output="unused", phases=("dft",), dft=phase)
+            parts = model_parts(unwrapped(student), processor) if is_model else None
+            prepared = prepare(config if is_model else with_folders(config), parts=parts)
+        model: Any = prepared.student
+        self._joined, self._encoder, self._source = prepared.phases[0].dataset, prepared.encoder, prepared.source
+        self.student: Any = model.model if isinstance(model, LibraryStudent) else model
+        self.tokenizer, self.image_processor = prepared.tokenizer, prepared.image_processor
+        self.objective = prepared.phases[0].objective
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "student": None}  # worker processes need no model
+
+    @property
+    def sample_ids(self) -> Sequence[str]:
+        """The ids, in the cache's order."""
+        return self._joined.sample_ids
+
+    def __len__(self) -> int:
+        return len(self._joined)
+
+    def __getitem__(self, which: int | str) -> TrainingSample:
+        """Encode a sample and decode what the cache holds of it.
+
+        Raises:
+            SampleNotCachedError: If there is no sample of this id.
+            CacheMismatchError: If its text or picture is not what the teacher saw.
+        """
+        return self._joined.load(self._place(which))
+
+    def collate(self, samples: Sequence[TrainingSample]) -> TrainingBatch:
+        """Join samples to a batch, which ``.to(device)`` moves: the `collate_fn` of a `DataLoader`."""
+        return self._joined.collate(samples)
+
+    def live_batch(self, samples: Sequence[int | str], teacher: LiveTeacher) -> TrainingBatch:
+        """The same batch with what a live teacher says now in place of the cache; the loss cannot tell the two apart.
+
+        Args:
+            samples: Positions or ids.
+            teacher: A `vlm_distill_cache.LiveTeacher`, or any function from samples to what it gives.
+
+        Raises:
+            CacheMismatchError: If the teacher reads other words or pictures, or lacks a signal that a loss reads.
+        """
+        return self._joined.collate(self._joined.live([self._place(sample) for sample in samples], teacher))
+
+    def save_student(self, folder: str | Path, model: Any = None) -> None:
+        """Write a trained model, and all that it reads with, where the model library finds them without this project, too.
+
+        Args:
+            folder: Made if it is not there.
+            model: Without wrappers; None: the data set's student.
+        """
+        target, inner = Path(folder), self.student if model is None else model
+        target.mkdir(parents=True, exist_ok=True)
+        save_student_folder(
+            target,
+            model=inner if isinstance(inner, VisionLanguageModel) else _as_student(inner),
+            encoder=self._encoder,
+            image_processor=self.image_processor,
+            source=self._source,
+        )
+
+    def sampler(self, *, seed: int = 0, window: int = 8) -> "ShardSampler":
+        """An order that shuffles shards, and samples inside each ``window`` of them, as `train()` reads: fast from disks."""
+        return ShardSampler(
+            ShardShuffle(shards=self._joined.shards, seed=seed, window=window, repeats=self._joined.repeats(seed))
+        )
+
+    @cached_property
+    def _places(self) -> dict[str, list[int]]:
+        found: dict[str, list[int]] = {}
+        for place, sample_id in enumerate(self._joined.sample_ids):
+            found.setdefault(sample_id, []).append(place)
+        return found
+
+    def _place(self, which: int | str) -> int:
+        if isinstance(which, str):
+            places = self._places.get(which, [])
+            if len(places) > 1:
+                raise DataError(
+                    f"{len(places)} samples of the mixture have the id {which!r}, at the positions {places[:5]}; give a position"
+                )
+            if not places:
+                raise SampleNotCachedError(
+                    f"no sample {which!r} among the {len(self)} that cache and data share; the first is "
+                    f"{self.sample_ids[0]!r}. Stage one may have failed on it: `cachectl inspect` lists such samples"
+                )
+            return places[0]
+        if not -len(self) <= which < len(self):
+            raise IndexError(f"no sample {which}; there are {len(self)}")
+        return int(which) % len(self)
+
+
+class ShardSampler(Sampler[int]):
+    """Positions of one epoch after another; `set_epoch` says which, and it goes on by itself."""
+
+    def __init__(self, shuffle: ShardShuffle) -> None:
+        self._shuffle, self._epoch = shuffle, 0
+
+    def __len__(self) -> int:
+        return self._shuffle.length
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that is gone through next."""
+        self._epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        epoch, self._epoch = self._epoch, self._epoch + 1
+        return iter(self._shuffle.take(epoch * len(self), len(self)).tolist())
+
+
+class DistillationLoss:
+    """The losses of a `DistillationDataset` as one function of a model and a batch.
+
+    The model is the data set's student or any of its kind, and may be wrapped by DDP, accelerate or peft. It runs once, in the
+    autocast that the caller is in; losses are computed in float32. Attention and hidden states are recorded by the way, and the
+    logits of supervised rows become losses chunk by chunk where the output projection is a plain linear layer. If a loss
+    compares attention, the language model's attention runs on SDPA from the first call on.
+
+    Attributes:
+        weights: Of each term, those above 0.
+    """
+
+    def __init__(self, dataset: DistillationDataset) -> None:
+        """Take the losses of a data set."""
+        self._objective = dataset.objective
+        self.weights = dataset.losses.active()
+        config = dataset.student.config
+        self._kind, self._vocabulary = config.model_type, config.get_text_config().vocab_size
+        self._captured: tuple[Any, AttentionCapture | None] = (None, None)
+
+    def __call__(self, model: nn.Module, batch: TrainingBatch, share: Shares | None = None) -> Losses:
+        """Run the model over a batch on its device.
+
+        Args:
+            share: The batch's part of its optimizer step, from `shares`; None: it is the whole step.
+
+        Returns:
+            ``total``, a float32 scalar to call ``backward`` on; ``terms`` and ``measures`` by name, unweighted.
+
+        Raises:
+            ModelError: If the model is of another kind than the data set's student, or is sharded over processes.
+        """
+        base = self._base(model)
+        device = batch.labels.device.type
+        autocast: AbstractContextManager[Any] = nullcontext()
+        if torch.is_autocast_enabled(device):
+            autocast = torch.autocast(device, dtype=torch.get_autocast_dtype(device))
+
+        def run(**inputs: Any) -> Any:
+            with autocast:
+                return model(**inputs)
+
+        student = _as_student(base, through=run)
+        if self._objective.groups and self._captured[0] is not base:
+            self._captured = (base, AttentionCapture(student.language_model))
+        if student.family.is_listed:
+            for module in student.language_model.modules():
+                if getattr(module, "gradient_checkpointing", False):
+                    module._gradient_checkpointing_func = checkpoint_recorded  # the library's would record nothing
+        with torch.autocast(device, enabled=False):
+            return self._objective(student, self._captured[1], batch, share or Shares())
+
+    def shares(self, batches: Sequence[TrainingBatch], accelerator: Any = None) -> list[Shares]:
+        """The part that each micro-batch of this process has in an optimizer step.
+
+        A term is a mean over supervised rows or images of the **whole** step; with these shares, gradients summed over
+        micro-batches and processes are those of one big batch.
+
+        Args:
+            batches: All micro-batches of the step on this process.
+            accelerator: accelerate's, where ``accelerator.backward`` is called: it divides by its accumulation steps, and
+                DDP by the number of processes, which the shares make up for. All processes must call this.
+        """
+        units = torch.tensor([units_of(batch) for batch in batches], dtype=torch.float64).sum(dim=0)
+        scale = 1.0
+        if accelerator is not None:
+            scale = float(accelerator.num_processes * accelerator.gradient_accumulation_steps)
+            if accelerator.num_processes > 1:
+                units = accelerator.reduce(units.to(accelerator.device), reduction="sum")
+        return [share.times(scale) for share in step_shares(list(batches), units.tolist())]
+
+    def _base(self, model: Any) -> Any:
+        base = unwrapped(model)
+        found = (base.config.model_type, base.config.get_text_config().vocab_size)
+        if found != (self._kind, self._vocabulary):
+            raise ModelError(
+                f"the model is a {type(base).__name__} (model_type, vocabulary: {found}); the data set was made for "
+                f"{(self._kind, self._vocabulary)}. Make another DistillationDataset with this model as the student"
+            )
+        return base
+
+
+def unwrapped(model: Any) -> Any:
+    """The model of the model library inside whatever is around it; a ModelError if there is none, or no whole one."""
+    while not isinstance(model, PreTrainedModel):
+        if why := _UNUSABLE.get(type(model).__name__):
+            raise ModelError(f"the model is wrapped by {type(model).__name__}: {why}")
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else getattr(model, "module", None)
+        if inner is None:
+            raise ModelError(
+                f"the model is a {type(model).__name__}; expected a PreTrainedModel of the model library, or one in DDP, "
+                "accelerate or peft"
+            )
+        model = inner
+    if type(model).__name__.startswith("FSDP"):  # `fully_shard` names its classes so
+        raise ModelError(f"the model is a {type(model).__name__}: {_WHOLE}")
+    return model
+
+
+def _as_student(model: Any, *, through: Callable[..., Any] | None = None) -> LibraryStudent:
+    return LibraryStudent(model, family_of(str(model.config.model_type)), through=through)
+
+
+@contextmanager
+def _python_words() -> Iterator[None]:
+    """Say what a command line's options are here, in errors that name some."""
+    try:
+        yield
+    except DistillError as error:
+        if "--set" in str(error):
+            error.args = (
+                f"{error}. In Python, `--set dft.losses.NAME=VALUE` is losses=LossWeights(NAME=VALUE) of "
+                "DistillationDataset, and `--set NAME=VALUE` its argument NAME",
+                *error.args[1:],
+            )
+        raise

@@ -1,0 +1,291 @@
+"""A sealed cache that is topped up: what one build of all of it gives, without running what is there again."""
+
+import errno
+import json
+import os
+import shutil
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from vlm_distill_cache.common.cache.plan import read_plan, write_plan
+from vlm_distill_cache.common.cache.reader import TeacherCache
+from vlm_distill_cache.common.config import save_config
+from vlm_distill_cache.common.errors import CacheMismatchError, ConfigError, DistillError, SampleNotCachedError
+from vlm_distill_cache.common.files.atomic import hold_folder
+from vlm_distill_cache.common.opening import open_cache
+from vlm_distill_cache.common.remotes.push import push
+from vlm_distill_cache.common.tools.merge import merge
+from vlm_distill_cache.common.tools.select import Selection, pull_partial
+from vlm_distill_cache.common.tools.verify import verify
+from vlm_distill_cache.stage1_teacher import extend as extending
+from vlm_distill_cache.stage1_teacher.cli import main
+from vlm_distill_cache.stage1_teacher.config import SIGNALS, BuildConfig
+from vlm_distill_cache.stage1_teacher.demo.teacher import builtin_teacher_directory
+from vlm_distill_cache.stage1_teacher.extend import Extension, extend
+from vlm_distill_cache.stage1_teacher.extract import extract
+from vlm_distill_cache.stage1_teacher.loop.signals import Sizes, build_codecs
+from vlm_distill_cache.stage1_teacher.loop.work import Build
+from vlm_distill_cache.stage1_teacher.planning.extension import plan_of
+
+QUESTIONS = ("what color is the circle ?", "is there a square ?")
+
+
+def write_data(folder: Path, names: str, *, answer: str = "red") -> Path:
+    """A LLaVA file of two conversations about each picture; of a name in capitals the picture cannot be read."""
+    folder.mkdir(parents=True, exist_ok=True)
+    entries = []
+    for name in names:
+        for number, question in enumerate(QUESTIONS):
+            turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
+            entries.append({"id": f"{name.lower()}{number}", "image": f"{name.lower()}.png", "conversations": turns})
+        picture = folder / f"{name.lower()}.png"
+        if name.isupper():
+            picture.write_bytes(b"cut off")
+        else:
+            Image.new("RGB", (40 + ord(name) % 7, 30), (2 * ord(name), 80, 90)).save(picture)
+    path = folder / "data.json"
+    path.write_text(json.dumps(entries))
+    return path
+
+
+def settings(cache: Path, **options) -> BuildConfig:
+    return BuildConfig(
+        cache=str(cache),
+        **{
+            "template": "short",
+            "shard_size": 4,
+            "batch_size": 1,
+            "fidelity_samples": 2,
+            "max_failed_share": 0.5,
+            **options,
+        },
+    )
+
+
+def more(cache: Path, **options) -> Extension:
+    """Extend with these options alone, and those of the cache."""
+    options |= {"fidelity_samples": 2}
+    return extend(BuildConfig(cache=str(cache), **options), given=options)
+
+
+def plain(cache: TeacherCache) -> dict[str, dict[str, bytes]]:
+    return {sample_id: {name: array.tobytes() for name, array in record.items()} for sample_id, record in cache.items()}
+
+
+def tree(root: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize("store", ["zarr", "webdataset"])
+def test_an_extended_cache_is_byte_for_byte_one_build_of_all_of_it(tmp_path: Path, tiny_llava: Path, store: str):
+    """Signals, a larger k, repaired pictures and new ones in the middle, all at once."""
+    cache, data = tmp_path / "cache", {"data": str(write_data(tmp_path / "data", "abCe")), "teacher": str(tiny_llava)}
+    extract(settings(cache, **data, store=store, logits="lean", grid=4))
+    before, opened, copied = tree(cache), open_cache(cache), deepcopy(open_cache(cache))
+    records = plain(open_cache(cache))
+    opened.read("a0", {"labels"})
+    write_data(tmp_path / "data", "abcde")
+
+    wanted = {"logits": "wide", "signals": ("visual_columns", "text_attention", "hidden")}
+    found = more(cache, **data, **wanted)
+    signals = (*wanted["signals"], "logits", "answer_attention")
+    whole = settings(tmp_path / "whole", **data, store=store, grid=4, logits="wide", signals=signals)
+    extract(whole)
+    assert tree(cache) == tree(tmp_path / "whole")
+    assert verify(cache, deep=True) == []
+    assert (found.signals, found.samples) == (("hidden", "logits", "text_attention", "visual_columns"), 4)
+    assert extract(replace(whole, cache=str(cache))).built == 0
+
+    # Who has the old one open reads on, copies in other processes too, and nothing of it is gone.
+    assert found.before is not None
+    assert tree(found.before) == before
+    assert plain(opened) == records
+    assert plain(copied) == records  # as another process gets it, that has opened nothing
+    with pytest.raises(SampleNotCachedError, match="c0"):
+        opened.read("c0")
+
+    assert more(cache, **data).summary is None
+    more(cache, **data, signals=("projector_output",))
+    assert not found.before.exists()  # kept until it is extended again
+
+
+def test_the_teacher_runs_for_what_is_missing_alone(tmp_path: Path, tiny_llava: Path, monkeypatch):
+    cache, data = tmp_path / "cache", {"data": str(write_data(tmp_path / "data", "aB")), "teacher": str(tiny_llava)}
+    extract(settings(cache, **data, fidelity_samples=0, signals=("logits",)))
+    run, asked = Build.run, []
+    monkeypatch.setattr(
+        Build,
+        "run",
+        lambda work, batch, *rest: asked.append((*batch.sample_ids, *work.codecs)) or run(work, batch, *rest),
+    )
+
+    def extended(**options) -> list[tuple[str, ...]]:
+        asked.clear()
+        options |= {"fidelity_samples": 0}
+        extend(BuildConfig(cache=str(cache), **data, **options), given={*data, *options})
+        return sorted(asked)
+
+    assert extended() == []  # b's picture is still broken
+    assert not list(tmp_path.glob("cache.*"))
+    assert extended(signals=("hidden",)) == [("a0", "hidden"), ("a1", "hidden")]
+    write_data(tmp_path / "data", "ab")
+    assert [(one, *sorted(rest)) for one, *rest in extended()] == [
+        ("b0", "hidden", "logits"),
+        ("b1", "hidden", "logits"),
+    ]
+    assert extended(hidden_layers=(0, -1)) == [(name, "hidden") for name in ("a0", "a1", "b0", "b1")]
+    assert extended(logits="default", signals=("logits", "hidden")) == []
+
+
+def test_what_records_are_not_of_is_refused_by_name_and_nothing_changes(
+    tmp_path: Path, tiny_llava: Path, deep_llava: Path
+):
+    cache, data = tmp_path / "cache", {"data": str(write_data(tmp_path / "data", "ab")), "teacher": str(tiny_llava)}
+    extract(settings(cache, **data, signals=("logits",)))
+    before = tree(tmp_path)
+    picture = write_data(tmp_path / "pictures", "ab")
+    Image.new("RGB", (50, 30)).save(picture.parent / "b.png")
+    cases = {
+        r"fingerprints.teacher: the cache has .*, this run has": {"teacher": str(deep_llava)},
+        r"batch_size: the cache has 1, this run has 2": {"batch_size": 2},
+        r"template.*the cache has .*short": {"template": "vicuna_v1"},
+        r"extra.max_length": {"max_length": 100},
+        r"1 of its samples are not in the data, first 'b1'": {"limit": 3},
+        r"sample 'b0' has another picture .*expected [0-9a-f]{32}, got": {"data": str(picture)},
+        r"sample 'a0' has another answer .*expected 2 tokens": {
+            "data": str(write_data(tmp_path / "answers", "ab", answer="left"))
+        },
+        r"sample 'b0' has a record, and cannot be read any more": {"data": str(write_data(tmp_path / "broken", "aBc"))},
+        r"answers of a cache stay .*leave answers out": {"answers": "generate"},
+    }
+    for message, options in cases.items():
+        with pytest.raises(DistillError, match=message):
+            more(cache, **{**data, "signals": ("hidden",), **options})
+        found = tree(tmp_path)
+        assert {name: found[name] for name in before} == before
+    more(cache, **data, signals=("hidden",))
+    assert open_cache(cache).signals == ("hidden", "logits")
+
+
+def test_parts_and_merged_caches_keep_their_samples_and_their_order(tmp_path: Path, tiny_llava: Path):
+    data = {"data": str(write_data(tmp_path / "data", "abCd")), "teacher": str(tiny_llava)}
+    extract(settings(tmp_path / "whole", **data, signals=("logits", "hidden")))
+    extract(settings(tmp_path / "cache", **data, signals=("logits",)))
+    pull_partial(tmp_path / "cache", tmp_path / "part", Selection(sample_ids=("a1", "d0"), top_k=8))
+    pull_partial(tmp_path / "cache", tmp_path / "rest", Selection(shards=(1,), top_k=8))
+    merge([tmp_path / "rest", tmp_path / "part"], tmp_path / "merged")
+    whole = open_cache(tmp_path / "whole")
+    for name in ("part", "merged"):
+        before = open_cache(tmp_path / name)
+        more(tmp_path / name, **data, signals=("hidden",))
+        found = open_cache(tmp_path / name)
+        assert list(found) == list(before)
+        assert list(found.failed) == list(before.failed)
+        assert found.plan.extra == before.plan.extra
+        for sample_id in found:
+            record = {**before[sample_id], "hidden": whole[sample_id]["hidden"]}
+            assert {field: array.tobytes() for field, array in found[sample_id].items()} == {
+                field: array.tobytes() for field, array in record.items()
+            }
+    elsewhere = {**data, "data": str(write_data(tmp_path / "less", "ab"))}
+    with pytest.raises(CacheMismatchError, match=r"4 of its samples are not in the data, first 'd0'.*merged again"):
+        more(tmp_path / "merged", **elsewhere, signals=("visual_columns",))
+
+
+def test_answers_that_the_teacher_wrote_stay_and_new_samples_get_theirs(tmp_path: Path):
+    data = {"data": "shapes:images=3", "teacher": str(builtin_teacher_directory()), "fidelity_samples": 0}
+    options = {**data, "answers": "generate", "max_new_tokens": 12}
+    extract(settings(tmp_path / "cache", **options, signals=("logits",), limit=1))
+    wanted = {**data, "signals": ("hidden",), "limit": 2}
+    extend(BuildConfig(cache=str(tmp_path / "cache"), **wanted), given=wanted)
+    extract(settings(tmp_path / "whole", **options, signals=("logits", "hidden"), limit=2))
+    assert "answers" in open_cache(tmp_path / "cache").signals
+    assert tree(tmp_path / "cache") == tree(tmp_path / "whole")
+
+
+def test_a_disk_that_cannot_exchange_folders_gets_words_and_loses_nothing(
+    tmp_path: Path, tiny_llava: Path, monkeypatch
+):
+    cache, data = tmp_path / "cache", {"data": str(write_data(tmp_path / "data", "a")), "teacher": str(tiny_llava)}
+    extract(settings(cache, **data, signals=("logits",)))
+    before, exchange = tree(cache), extending.exchange_folders
+
+    def refuse(one: Path, other: Path) -> None:
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), str(one))
+
+    monkeypatch.setattr(extending, "exchange_folders", refuse)
+    with pytest.raises(ConfigError, match=r"cannot exchange two folders.*run: mv .*cache.*before.* && mv .*extending"):
+        more(cache, **data, signals=("hidden",))
+    assert tree(cache) == before
+    monkeypatch.setattr(extending, "exchange_folders", exchange)
+    with pytest.raises(CacheMismatchError, match=r"other options was begun there:(?s:.*)signals.hidden"):
+        more(cache, **data, signals=("visual_columns",))
+    (new,) = tmp_path.glob("cache.extending-*")
+    shutil.copytree(cache, str(new).replace("extending", "before"))  # as of somebody who took a version back
+    found = more(cache, **data, signals=("hidden",))
+    assert found.summary is not None
+    assert tree(cache) != before == tree(found.before)
+    assert (found.summary.built, found.signals) == (0, ("hidden",))
+
+
+def test_commands_on_one_cache_exclude_each_other_and_the_command_line_says_what_was_added(
+    tmp_path: Path, tiny_llava: Path
+):
+    cache, data = tmp_path / "cache", {"data": str(write_data(tmp_path / "data", "aB")), "teacher": str(tiny_llava)}
+    extract(settings(cache, **data, signals=("logits",)))
+    command = [
+        "extend",
+        str(cache),
+        "--data",
+        data["data"],
+        "--teacher",
+        data["teacher"],
+        "--set",
+        "fidelity_samples=0",
+    ]
+    with hold_folder(cache, alone=False, busy="a build, a push"):
+        refused = CliRunner().invoke(main, [*command, "--signals", "hidden"])
+    assert (refused.exit_code, "another command builds, extends or copies this cache" in refused.output) == (1, True)
+    with hold_folder(cache, busy="an extension"), pytest.raises(ConfigError, match="is being extended"):
+        push(cache, tmp_path / "pushed")
+    assert "failed failed again" in CliRunner().invoke(main, command).output
+    write_data(tmp_path / "data", "ab")
+    added = CliRunner().invoke(main, [*command, "--signals", "hidden"]).output
+    assert "Added: 2 samples; signals hidden" in added
+    assert f"rm -r {cache}.before-" in added
+    # The file of all options that a build leaves is one to extend with; words of other programs are options that are given.
+    save_config(settings(cache, **data, signals=("logits",), batch_size=0), tmp_path / "all.yaml")
+    replayed = ["extend", str(cache), "--config", str(tmp_path / "all.yaml")]
+    assert "Nothing to add" in CliRunner().invoke(main, replayed).output
+    refused = CliRunner().invoke(main, [*replayed, "--signals", "visual_columns", "--set", "precision=bfloat16"]).output
+    assert "teacher.dtype: the cache has 'float32', this run has 'bfloat16'" in refused
+
+    served = replace(read_plan(cache), teacher={**read_plan(cache).teacher, "served": True})
+    write_plan(tmp_path / "served", served)
+    with pytest.raises(CacheMismatchError, match=r"no teacher to run.*cachectl import-logprobs"):
+        plan_of(tmp_path / "served")
+
+
+def test_a_signals_options_are_those_that_its_codec_depends_on():
+    """Or an option that is given would be ignored, or a record thrown away."""
+    others = {
+        "logits": "wide", "temperatures": (1.0,), "attention_dtype": "f4", "grid": 3, "map_preset": "blocks", "map_grid": 3,
+        "hidden_layers": (0,), "hidden_dtype": "f4", "groups": 2, "max_length": 9, "shard_size": 9,
+    }  # fmt: skip
+    from vlm_distill_cache.stage1_teacher.loop.signals import EXTRACTORS
+
+    def codecs(config: BuildConfig) -> dict[str, dict]:
+        sizes = Sizes(grid=(config.grid, config.grid), layers=config.hidden_layers, width=8)
+        return {name: codec.to_dict() for name, codec in build_codecs(config, sizes).items()}
+
+    plain = BuildConfig(signals=SIGNALS, grid=2, hidden_layers=(1,))
+    for option, value in others.items():
+        changed = codecs(replace(plain, **{option: value}))
+        depends = {name for name, codec in codecs(plain).items() if codec != changed[name]}
+        listed = {name for name in SIGNALS if option in EXTRACTORS[name].options}
+        assert depends == listed, option

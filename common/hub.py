@@ -42,6 +42,7 @@ _SETTINGS = ("*.json", "*.jinja", "*.txt", "*.model")
 _TENSORS = ("*.safetensors", "mm_projector.bin", "non_lora_trainables.bin")
 _PICKLED = ("pytorch_model*.bin", "adapter_model.bin")  # only where there are no safetensors
 _IGNORED = ("*/*", "consolidated*", "*.onnx*", "*.gguf")
+CARD = "README.md"  # brought along with the settings, for the licence that it states; nothing needs it
 _CONFIGS = ("config.json", "adapter_config.json")
 _WEIGHTS = (".safetensors", ".bin")
 _OTHER_WEIGHTS = (".gguf", ".onnx", ".pth", ".pt", ".msgpack", ".h5", ".ckpt", ".mlmodel", ".npz")
@@ -301,7 +302,7 @@ def _download(name: HubName, check: Callable[[Path], object], *, what: str) -> P
 
     with _ending_at_once() as stopped, name_full_disk(Path(constants.HF_HUB_CACHE)):
         bars = _bars(stopped)
-        folder = _snapshot(name, _SETTINGS, tqdm_class=bars)
+        folder = _snapshot(name, (*_SETTINGS, CARD), tqdm_class=bars)
         check(folder)
         if what:
             logger.info("%s: downloading %s@%s into %s", what, name.repository, folder.name, constants.HF_HUB_CACHE)

@@ -16,7 +16,7 @@ import click
 from vlm_distill_cache.common.config import config_from_dict, has_section, last_given, read_stage
 from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, LaunchError, ModelError, TransferError
 from vlm_distill_cache.common.files.atomic import write_json_atomic
-from vlm_distill_cache.common.hub import HubFolder, model_folder
+from vlm_distill_cache.common.hub import HubFolder, hub_name, model_folder
 from vlm_distill_cache.common.locations import by_make
 from vlm_distill_cache.common.recipes import recipe_summary, split_recipe
 from vlm_distill_cache.common.terminal.command_line import (
@@ -311,11 +311,20 @@ def _trained_folder(student: str) -> HubFolder:
 )
 @click.option("--limit", type=click.IntRange(min=1), help="Score at most so many items.")
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="JSON file to write.")
+@click.option("--card", is_flag=True, help="Write the scores into the card (README.md) in the student's folder, too.")
 @JSON
 def evaluate(
-    student: str, *, data: str | None, images: str | None, cache: str | None, limit: int | None, output: Path | None
+    student: str,
+    *,
+    data: str | None,
+    images: str | None,
+    cache: str | None,
+    limit: int | None,
+    output: Path | None,
+    card: bool,
 ) -> None:
     """Score a trained student: its `final` folder, or that of a name on the hub."""
+    from vlm_distill_cache.stage2_student.scores.card import CardScores, write_card
     from vlm_distill_cache.stage2_student.scores.held_out import EVALUATE_OPTION, scoring_notes, unreadable_note
     from vlm_distill_cache.stage2_student.trained_student import evaluate_student, open_student
 
@@ -323,6 +332,10 @@ def evaluate(
         raise click.BadParameter(f"{output}: there is no folder {output.parent}")  # before hours of scoring
     runs.set_up_libraries()
     folder = _trained_folder(student)
+    if card and folder.revision:
+        raise ConfigError(
+            f"--card: {student} is a copy of the hub's; give a folder of your own, then `distill push` it"
+        )
     opened = open_student(folder.path)
     settings = config_from_dict(TrainConfig, opened.provenance["config"], where=student)
     how = settings.evaluation
@@ -341,7 +354,12 @@ def evaluate(
     notes += scoring_notes(settings, compared, scorable=scorable, option=EVALUATE_OPTION)
     notes += filter(None, [unreadable_note(report.unreadable)])
     answer(student=student, **report.to_dict(), notes=notes)
-    say(render_table({folder.name if folder.revision else folder.path.parent.name: report}))
+    name = folder.name if folder.revision else folder.path.resolve().parent.name
+    say(render_table({name: report}))
+    if card:
+        write_card(
+            folder.path, opened.provenance, scores=CardScores({name: report}, runs.scored_on(settings, compared))
+        )
     for note in notes:
         say(f"note: {note}")
     if output is not None:
@@ -393,6 +411,71 @@ def export(student: str, output: Path, layout: str, dtype: str | None, quantise:
     say(f"Exported to {output}: layout {layout}, {written}{f', {quantise}' if quantise else ''}")
     if layout not in ("adapter", "gguf"):
         tell(f"Next: distill evaluate {quoted(output)}")
+
+
+@main.command()
+@click.argument("student")
+@click.argument("repository")
+@click.option("--which", type=click.Choice(list(COMPARED)), help="The student of a run to push; default: distilled.")
+@click.option("--revision", help="Branch to push to, made if it is not there; default: main.")
+@click.option("--public", is_flag=True, help="Make a new repository public, or push to a public one; default: private.")
+@click.option("--overwrite", is_flag=True, help="Replace what is there of another model.")
+@click.option(
+    "--message", default="Push a student of vlm-distill-cache", show_default=True, help="Title of the commit."
+)
+@click.option("--dry-run", is_flag=True, help="Only say what would be pushed.")
+@JSON
+def push(
+    student: str,
+    repository: str,
+    *,
+    which: str | None,
+    revision: str | None,
+    public: bool,
+    overwrite: bool,
+    message: str,
+    dry_run: bool,
+) -> None:
+    """Bring a student with its card to the Hugging Face Hub, as model REPOSITORY (org/name); again after a failure.
+
+    STUDENT is the folder of a run or a training, a `final` folder or an export. A new repository is private.
+    """
+    from vlm_distill_cache.stage2_student.scores.publish import push_student, student_folder
+
+    name = hub_name(repository)
+    if name is None or (revision and name.revision):
+        raise ConfigError(
+            f"{repository}: expected the repository as org/name, org being you or an organisation of yours, and a branch by "
+            "--revision"
+        )
+    place = name._replace(revision=revision or name.revision)
+    folder = student_folder(Path(student), which)
+    runs.set_up_libraries()
+    if not message.strip():
+        raise click.BadParameter("--message: expected a title for the commit")
+    done = push_student(folder, place, public=public, overwrite=overwrite, message=message, dry_run=dry_run)
+    answer(
+        student=folder, place=str(done.place), **{k: v for k, v in vars(done).items() if k != "place"}, dry_run=dry_run
+    )
+    seen = "private" if done.private else "public"
+    say(f"{folder} -> {done.place} ({'' if done.exists else 'new, '}{seen})")
+    for what, names in (("send", done.new), ("replace", done.changed), ("there already", done.same)):
+        for file, size in names.items():
+            say(f"  {what}: {file} ({size:,} bytes)")
+    for file in done.foreign:
+        say(f"  remove: {file}")
+    if public and done.private:
+        say("note: the repository is private and stays so; its settings on the hub change that")
+    total = sum((done.new | done.changed).values())
+    if dry_run:
+        say(f"Dry run: {len(done.new | done.changed)} files, {total:,} bytes would be sent; nothing was changed")
+        return
+    say(
+        f"Pushed {len(done.new | done.changed)} files, {total:,} bytes; all are there as they are here"
+        if done.pushed
+        else "Everything is there already"
+    )
+    tell(f"Next: distill evaluate {quoted(str(done.place))}")
 
 
 @main.command(name="import")

@@ -212,7 +212,7 @@ _DTYPES = {"no": "float32", False: "float32", "fp32": "float32", "bf16": "bfloat
 _STAGE_ONE = (
     "split store signals temperatures attention_dtype grid map_preset map_grid answers max_new_tokens "
     "answer_temperature answer_top_p answer_seed hidden_layers hidden_dtype groups layers long_samples shard_size "
-    "device_map quantisation quantization max_failed_share max_unknown_share fidelity_samples threads license "
+    "device_map quantisation quantization max_failed_share max_unknown_share fidelity_samples threads "
     "teacher_license data_license source dataset_split top_k temperature quantise quantize per_device_eval_batch_size"
 )
 _LENGTH = Word(options=("max_length",), note="a longer sample is left out, not cut")
@@ -263,6 +263,7 @@ class TrainConfig:
             said: token ids beyond the vocabulary, masses above one, numbers that are none.
         shuffle_teacher_images: Control experiment: take attention signals from another image.
         evaluation: How ``distill run`` and ``distill evaluate`` score the student.
+        license: Licence of the student, as an identifier of the Hugging Face Hub or free text; for its card.
     """
 
     WORDS: ClassVar[Mapping[str, Word]] = {
@@ -376,9 +377,11 @@ class TrainConfig:
     verify: bool = True
     shuffle_teacher_images: bool = False
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    license: str = ""
 
     def __post_init__(self) -> None:
         take_paths(self)
+        require(self.license.isprintable(), "license", self.license, "one line of text")
         require(self.cache != "", "cache", self.cache, "a teacher cache's folder or address (--cache)")
         require(self.output != "", "output", self.output, "a folder to write to (--output)")
         require(not is_url(self.output), "output", self.output, "a folder of this machine, not an address")
@@ -452,7 +455,7 @@ def describe(config: TrainConfig, cache_hashes: Mapping[str, str]) -> dict[str, 
     from vlm_distill_cache.data.sources.mixture import mixture_weights, own_caches  # numpy: not before there is work
 
     described = config_to_dict(config) | _public_models(config)
-    for name in ("output", "evaluation", *SPEED_OPTIONS):
+    for name in ("output", "evaluation", "license", *SPEED_OPTIONS):
         del described[name]
     described["precision"] = _PRECISIONS[described.pop("dtype")]
     described["cache"] = cache_hashes.get(config.cache)

@@ -16,8 +16,11 @@ from vlm_distill_cache.common.files.rules import (
     OBJECT,
     also,
     check,
+    either,
     entries,
+    items,
     maybe,
+    number,
     one_of,
     record,
     text,
@@ -48,13 +51,27 @@ _EXPORT = {
     "quantise": _QUANTISED,
     "made_from": record({"files": _FILES, "export": maybe(OBJECT)}),
 }
+_WORDS = text(1 << 16)
+# For people, on the card: as `scores.origin` writes it.
+_ORIGIN = record(
+    {},
+    {
+        "caches": items(entries(maybe(either(_WORDS, _COUNT, items(_WORDS, most=1000))), most=100), most=1000),
+        "bases": entries(_WORDS, most=100),
+        "license": _WORDS,
+        "phases": items(
+            entries(either(_WORDS, number(-1e300, 1e300), entries(number(-1e300, 1e300), most=100)), most=100), most=100
+        ),
+        "versions": entries(_WORDS, most=100),
+    },
+)
 _RULE = also(
-    record(_UNSIGNED, {"files": _FILES, "export": record(_EXPORT)}),
+    record(_UNSIGNED, {"files": _FILES, "export": record(_EXPORT), "origin": _ORIGIN}),
     "a list that names config.json and the weights",
     lambda found: "files" not in found or "export" in found or _names_a_model(found["files"]),
 )
 # What the libraries read of a model's folder if it is there.
-_IS_READ = re.compile(
+IS_READ = re.compile(
     r".*(?:config|token|vocab|template|processor|index)[^/]*\.json|(?:.*/)?(?:merges|vocab)\.txt"
     r"|.*\.(?:safetensors|bin|pt|pth|h5|msgpack|gguf|model|jinja|py)"
 )
@@ -116,13 +133,17 @@ def look_at_final(folder: Path) -> tuple[dict[str, Any], list[str]]:
         return found, []
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if name not in found["files"] and name != PROVENANCE and _IS_READ.fullmatch(name):
+        if name not in found["files"] and name != PROVENANCE and IS_READ.fullmatch(name):
             raise ModelError(
                 f"{path}: none of the files that {PROVENANCE} lists, and whoever loads the student would read it; move it away"
             )
     listed = found["files"]
-    if snapshot_name(folder):  # from the hub, code is never fetched; nothing here reads it
-        listed = {name: entry for name, entry in listed.items() if not name.endswith(".py") or (folder / name).exists()}
+    if snapshot_name(folder) is not None:  # code and folders of a repository are never fetched, nor needed here
+        listed = {
+            name: entry
+            for name, entry in listed.items()
+            if (folder / name).exists() or not (name.endswith(".py") or "/" in name)
+        }
     return found, find_damage(folder, listed)
 
 

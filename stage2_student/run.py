@@ -57,7 +57,12 @@ from vlm_distill_cache.stage2_student.pruned_folder import (
     refuse_uncut,
 )
 from vlm_distill_cache.stage2_student.resolve import given_options, open_caches, resolve_config, with_folders
-from vlm_distill_cache.stage2_student.scores.results import EvaluationReport, render_table
+from vlm_distill_cache.stage2_student.scores.results import (
+    HEADLINE,
+    EvaluationReport,
+    render_table,
+    table_rows,
+)
 from vlm_distill_cache.stage2_student.training.extension import differing_options, earlier_training
 from vlm_distill_cache.stage2_student.training.output_folder import (
     CONFIG,
@@ -462,7 +467,7 @@ def read_scores(output: Path) -> dict[str, Any]:
 
 
 def write_report(output: Path, config: TrainConfig, cache: TeacherCache) -> None:
-    """Write the HTML page of a run: logs, scores and attention pictures.
+    """Write the HTML page of a run, logs, scores and attention pictures; and the cards of its students.
 
     Raises:
         ConfigError: If the scores are lost or damaged.
@@ -473,6 +478,8 @@ def write_report(output: Path, config: TrainConfig, cache: TeacherCache) -> None
     from vlm_distill_cache.stage2_student.training.log import read_log
 
     stored = read_scores(output)
+    evaluations = {name: EvaluationReport.from_dict(stored[name]) for name in (*COMPARED, TEACHER) if name in stored}
+    write_cards(output, config, cache, evaluations)
     distilled = open_student(output / DISTILLED / FINAL)
     curves = {name: read_log(output / name) for name in COMPARED}
     plan, student = cache.plan, public_name(config.student)
@@ -497,11 +504,36 @@ def write_report(output: Path, config: TrainConfig, cache: TeacherCache) -> None
         title=f"{student}: distilled from a teacher cache",
         facts=facts,
         curves=curves,
-        evaluations={name: EvaluationReport.from_dict(stored[name]) for name in (*COMPARED, TEACHER) if name in stored},
+        evaluations=evaluations,
         compared=COMPARED,
         overlays=draw_overlays(distilled, config, cache),
         notes=read_stamp(output).get("notes", []),
     )
+
+
+def write_cards(
+    output: Path, config: TrainConfig, cache: TeacherCache, evaluations: Mapping[str, EvaluationReport]
+) -> None:
+    """Write the cards of a run's students, with the scores of all; those that somebody has edited stay."""
+    from vlm_distill_cache.stage2_student.scores.card import GAIN, CardScores, write_card
+
+    names = {heading: name for name, heading, _ in HEADLINE}
+    gains = {names[row.heading]: row.gain for row in table_rows(evaluations, COMPARED)[0] if row.gain is not None}
+    for own in COMPARED:
+        columns = {name: evaluations[name] for name in sorted(evaluations, key=lambda name: name != own)}
+        with contextlib.suppress(FileNotFoundError, CacheFormatError):  # whoever opens the student says so
+            write_card(
+                output / own / FINAL,
+                read_provenance(output / own / FINAL),
+                scores=CardScores({**columns, GAIN: EvaluationReport(scores=gains)}, scored_on(config, cache)),
+            )
+
+
+def scored_on(config: TrainConfig, cache: TeacherCache | None) -> str:
+    """The held-out items that students are scored on, in words, without the folders around a file."""
+    known = None if cache is None else cache.plan.data.get("name")
+    data = str(config.evaluation.data or config.data or known or "its data")
+    return f"{Path(data).name if data.startswith('/') else data}, split {config.evaluation.split}"
 
 
 def set_up_libraries() -> None:

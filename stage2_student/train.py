@@ -6,7 +6,7 @@ loading threads and attention is recomputed for the wanted rows of the wanted la
 """
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -32,6 +32,8 @@ from vlm_distill_cache.stage2_student.config import TrainConfig, public_config, 
 from vlm_distill_cache.stage2_student.exports.folder import save_student_folder
 from vlm_distill_cache.stage2_student.final_folder import FINAL, PROVENANCE, refuse_other_student
 from vlm_distill_cache.stage2_student.losses.objective import Losses, step_shares
+from vlm_distill_cache.stage2_student.scores.card import write_card
+from vlm_distill_cache.stage2_student.scores.origin import describe_origin
 from vlm_distill_cache.stage2_student.students.model import StudentModel, vocabulary_rows
 from vlm_distill_cache.stage2_student.training.checkpoint import (
     Checkpoint,
@@ -149,7 +151,7 @@ def train(
 
     log.close()
     return TrainResult(
-        log=log.records, model=student, preparation=run, final=export(config, run, position, accelerator)
+        log=log.records, model=student, preparation=run, final=export(config, run, position, accelerator, log.records)
     )
 
 
@@ -348,21 +350,25 @@ def save(
     accelerator.wait_for_everyone()
 
 
-def export(config: TrainConfig, run: Preparation, end: Position, accelerator: Accelerator) -> Path:
+def export(
+    config: TrainConfig, run: Preparation, end: Position, accelerator: Accelerator, log: Sequence[Mapping[str, Any]]
+) -> Path:
     """Save student, tokenizer and processor where `from_pretrained` finds all three, atomically.
 
-    Beside them lies what the student is: how it was trained, and the digests of all files.
+    Beside them lies what the student is: how it was trained, the digests of all files, and a card for people.
     """
     final = Path(config.output) / FINAL
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         clean_stale(final.parent, FINAL)
+        lengths = [(str(p.name), p.steps, p.config.batch_size, p.config.rates) for p in run.phases]
         provenance = {
             "fingerprint": run.fingerprint,
             "caches": {public_location(place): found for place, found in run.cache_hashes.items()},
             "config": config_to_dict(public_config(config)),
             "encoder": dict(run.encoder_description),
             "vocabulary": {"entries_read": end.entries_read, "entries_beyond": end.entries_beyond},
+            "origin": describe_origin(config, run.caches, lengths, log),
         }
         with new_directory(final) as temporary:
             save_student_folder(
@@ -372,7 +378,9 @@ def export(config: TrainConfig, run: Preparation, end: Position, accelerator: Ac
                 image_processor=run.image_processor,
                 source=run.source,
             )
-            write_signed(temporary / PROVENANCE, {**provenance, "files": list_files(temporary)})
+            provenance["files"] = list_files(temporary)
+            write_signed(temporary / PROVENANCE, provenance)
+            write_card(temporary, provenance, replaced=final)
             remove(final)
     accelerator.wait_for_everyone()
     return final

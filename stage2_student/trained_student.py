@@ -31,6 +31,7 @@ from vlm_distill_cache.stage2_student.exports.layouts import FOR_OTHERS, LAYOUTS
 from vlm_distill_cache.stage2_student.exports.source import Quantise, Source
 from vlm_distill_cache.stage2_student.final_folder import PROVENANCE, read_final
 from vlm_distill_cache.stage2_student.losses.terms import TERMS, choose_terms
+from vlm_distill_cache.stage2_student.scores.card import read_scores, write_card
 from vlm_distill_cache.stage2_student.scores.evaluate import evaluate_model
 from vlm_distill_cache.stage2_student.scores.held_out import open_items
 from vlm_distill_cache.stage2_student.scores.overlays import Overlay, collect_overlays
@@ -227,7 +228,9 @@ def export_student(
     with new_directory(target) as temporary:
         written = LAYOUTS[layout](temporary, source)
         provenance = {**student.provenance, "encoder": describe_encoder(written.encoder), "export": said}
-        write_signed(temporary / PROVENANCE, {**provenance, "files": list_files(temporary)})
+        provenance["files"] = list_files(temporary)
+        write_signed(temporary / PROVENANCE, provenance)
+        write_card(temporary, provenance, scores=read_scores(folder))
     return dtype
 
 

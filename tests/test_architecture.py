@@ -27,8 +27,7 @@ ORDER = {  # inside a package, each level imports only what stands before it
     ),
     "stage2_student": (
         "loss_weights pruned_folder final_folder presets", "config", "students batches", "exports", "losses resolve",
-        "training",
-        "train scores prune", "trained_student", "run", "cli",
+        "training", "scores", "train prune", "trained_student", "run", "cli",
     ),
 }  # fmt: skip
 PACKAGES = tuple(ORDER)

@@ -29,15 +29,18 @@ SURFACE = {
     "cachectl merge": "--dry-run --json --output --store SOURCES",
     "cachectl repair": "--deep --dry-run --json CACHE",
     "cachectl verify": "--deep --json CACHE",
-    "distill evaluate": "--cache --data --images --json --limit --output STUDENT",
-    "distill export": "--dtype --json --output STUDENT",
+    "distill evaluate": "--cache --card --data --images --json --limit --output STUDENT",
+    "distill export": "--dtype --json --layout --output --quantise STUDENT",
     "distill import": "--json --output --vision-tower CHECKPOINT",
+    "distill push": "--dry-run --json --message --overwrite --public --revision --which REPOSITORY STUDENT",
     "distill report": "--json OUTPUT",
     "distill prune": "--data --images --json --keep --output --samples --teacher --template",
     "distill run": "--cache --config --data --dry-run --extend --images --json --nproc --output --phases --seed --set --sketch "
     "--student --teacher",
     "distill train": "--cache --config --data --dry-run --extend --images --json --output --phases --seed --set --sketch "
     "--student",
+    "teacher-cache advise": "--answers --budget --cache --config --data --eval-data --images --json --limit "
+    "--max-gradient-error --output --samples --set --signals --store --student --student-set --student-steps --teacher",
     "teacher-cache build": "--answers --cache --config --data --dry-run --estimate --images --json --limit --nproc --overwrite "
     "--part --set --signals --sketch --store --teacher",
     "teacher-cache demo-teacher": "--data --json --output --seed",

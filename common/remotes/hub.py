@@ -14,9 +14,9 @@ from functools import partial
 from json import JSONDecodeError
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
-from vlm_distill_cache.common.errors import CacheMismatchError, ConfigError, TransferError
+from vlm_distill_cache.common.errors import CacheMismatchError, ConfigError, DistillError, TransferError
 from vlm_distill_cache.common.files.disk import AGAIN
 from vlm_distill_cache.common.remotes.http import MAY_PASS, WebRemote, retry_after
 from vlm_distill_cache.common.remotes.streams import PassingError, Retries, said
@@ -24,6 +24,7 @@ from vlm_distill_cache.common.remotes.streams import PassingError, Retries, said
 _T = TypeVar("_T")
 _LOCATION = re.compile(r"hf://datasets/([\w.-]+/[\w.-]+?)(?:@([^/@]+))?(?:/(.+?))?/?")
 _MOST_PATHS = 500
+NO_ACCESS = "it does not exist, or you have no access: log in with `hf auth login` or set HF_TOKEN"
 
 
 class HubRemote(WebRemote):
@@ -35,7 +36,7 @@ class HubRemote(WebRemote):
     upload_files = 500
     upload_jobs = 1
     commits = True
-    no_access = "it does not exist, or you have no access: log in with `hf auth login` or set HF_TOKEN"
+    no_access = NO_ACCESS
 
     def __init__(self, location: str, retries: Retries) -> None:
         from huggingface_hub import constants
@@ -43,8 +44,7 @@ class HubRemote(WebRemote):
         found = _LOCATION.fullmatch(location)
         if found is None or ".." in (found[3] or "").split("/"):
             raise ConfigError(f"{location}: expected hf://datasets/ORG/NAME[@REVISION][/FOLDER]")
-        if constants.HF_HUB_OFFLINE:
-            raise ConfigError(f"{location}: the hub is switched off by HF_HUB_OFFLINE=1; unset it, or use a folder")
+        refuse_offline(location, "use a folder")
         super().__init__(location.rstrip("/"), retries)
         self._repository, self._revision = found[1], unquote(found[2] or constants.DEFAULT_REVISION)
         self._prefix = f"{found[3]}/" if found[3] else ""
@@ -105,6 +105,7 @@ class HubRemote(WebRemote):
             self._ask(
                 lambda api: api.create_branch(self._repository, branch=branch, repo_type="dataset", exist_ok=True)
             )
+        self._ask(lambda api: settle_transfer(self._repository, kind="dataset", revision=self._revision))
         self._created = True
 
     def _commit(self, files: Mapping[str, Path | bytes | None], message: str) -> None:
@@ -137,30 +138,81 @@ class HubRemote(WebRemote):
     def _ask(self, action: Callable[[Any], _T]) -> _T:
         """Call the hub's API, and sort its errors into transient and permanent."""
         from huggingface_hub import HfApi
-        from huggingface_hub.errors import HfHubHTTPError, HTTPError
+        from huggingface_hub.errors import HfHubHTTPError
 
         def attempt() -> _T:
-            try:
-                return action(HfApi())
-            except HfHubHTTPError as error:
-                status = error.response.status_code
-                if status == 412 and self._holding and self._parent is not None:
+            with sorted_hub_errors(self.location, self.no_access):
+                try:
+                    return action(HfApi())
+                except HfHubHTTPError as error:
+                    if error.response.status_code != 412 or not self._holding or self._parent is None:
+                        raise
                     raise CacheMismatchError(
                         f"{self.location}: was changed by another push meanwhile (or the hub's answer to a commit of "
                         f"this one was lost); see that no other push is at work there, then {AGAIN}"
                     ) from error
-                if status in (*MAY_PASS, 409, 412):  # the last two: somebody else committed at the same time
-                    asked = retry_after(error.response.headers.get("Retry-After", ""))
-                    raise PassingError(said(error), retry_after=asked) from error
-                remedy = f"{self.no_access}, with the right to write" if status in (401, 403, 404) else AGAIN
-                raise TransferError(f"{self.location}: {said(error)}; {remedy}") from error
-            except (HTTPError, ConnectionError, TimeoutError) as error:
-                raise PassingError(said(error)) from error
-            except (JSONDecodeError, LookupError, TypeError) as error:  # the library expects whole answers
-                raise PassingError(f"an answer that makes no sense ({type(error).__name__})") from error
-            except (RuntimeError, ValueError) as error:
-                # The library's words for a large file that did not go, and for a card it cannot read.
-                cause = f" ({said(error.__cause__)})" if error.__cause__ is not None else ""
-                raise TransferError(f"{self.location}: {said(error)}{cause}; {AGAIN}") from error
 
         return self._retries.run(self.location, attempt)
+
+
+def refuse_offline(where: str, otherwise: str) -> None:
+    """Raise a ConfigError where the hub is switched off."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        raise ConfigError(f"{where}: the hub is switched off by HF_HUB_OFFLINE=1; unset it, or {otherwise}")
+
+
+def settle_transfer(repository: str, *, kind: str, revision: str) -> None:
+    """Switch Xet off for this process where a hub of one's own (``HF_ENDPOINT``) has none.
+
+    The library takes it that every hub has, and waits for it for ever.
+
+    Args:
+        kind: Of the repository: ``model`` or ``dataset``.
+    """
+    from huggingface_hub import constants, get_session
+    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
+
+    if constants.HF_HUB_DISABLE_XET or constants.ENDPOINT.endswith(("//huggingface.co", ".huggingface.co")):
+        return
+    place = f"{constants.ENDPOINT}/api/{kind}s/{repository}/xet-write-token/{quote(revision, safe='')}"
+    answer = get_session().get(place, headers=build_hf_headers(), timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    if answer.status_code != 404:
+        hf_raise_for_status(answer)
+    constants.HF_HUB_DISABLE_XET = constants.HUGGINGFACE_HEADER_X_XET_ENDPOINT not in answer.headers
+
+
+@contextmanager
+def sorted_hub_errors(where: str, no_access: str) -> Iterator[None]:
+    """Sort the client library's errors into transient and permanent.
+
+    Args:
+        where: Of the repository, for the error.
+        no_access: What to do about one that cannot be written.
+
+    Raises:
+        PassingError: For what may pass.
+        TransferError: For what will not, with the remedy.
+    """
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError
+
+    try:
+        yield
+    except DistillError:
+        raise
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        if status in (*MAY_PASS, 409, 412):  # the last two: somebody else committed at the same time
+            asked = retry_after(error.response.headers.get("Retry-After", ""))
+            raise PassingError(said(error), retry_after=asked) from error
+        remedy = f"{no_access}, with the right to write" if status in (401, 403, 404) else AGAIN
+        raise TransferError(f"{where}: {said(error)}; {remedy}") from error
+    except (HTTPError, ConnectionError, TimeoutError) as error:
+        raise PassingError(said(error)) from error
+    except (JSONDecodeError, LookupError, TypeError) as error:  # the library expects whole answers
+        raise PassingError(f"an answer that makes no sense ({type(error).__name__})") from error
+    except (RuntimeError, ValueError) as error:
+        # The library's words for a large file that did not go, and for a card it cannot read.
+        cause = f" ({said(error.__cause__)})" if error.__cause__ is not None else ""
+        raise TransferError(f"{where}: {said(error)}{cause}; {AGAIN}") from error

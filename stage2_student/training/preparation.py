@@ -102,6 +102,7 @@ class Preparation:
     Attributes:
         fingerprint: What the run is: its configuration (without folders and speed settings) and its caches.
         cache_hashes: Manifest hash of each cache, by path.
+        caches: These caches, by path.
         source: The student's own folder, whose processor files it keeps; None: it is made from its preset.
     """
 
@@ -113,6 +114,7 @@ class Preparation:
     phases: tuple[PreparedPhase, ...]
     fingerprint: str
     cache_hashes: Mapping[str, str]
+    caches: Mapping[str, TeacherCache]
     source: Path | None = None
 
 
@@ -291,6 +293,7 @@ def prepare(
         phases=tuple(_with_tower(phase, student) for phase in phases),
         fingerprint=fingerprint(describe(config, hashes)),
         cache_hashes=hashes,
+        caches=caches,
         source=source,
     )
 

@@ -23,7 +23,8 @@ _TRAIN = {
     "num_workers": 0, **{f"evaluation.{name}": value for name, value in _SCORES.items()},
 }  # fmt: skip
 _TIMES = ("step_s", "samples_per_s", "data_wait")
-_NOT_COMPARED = ("run.json", "config.yaml", "report.html")  # times, and names of folders
+# Times, names of folders, and a card's losses out of a log that may lose lines.
+_NOT_COMPARED = ("run.json", "config.yaml", "report.html", "README.md")
 WARM = ("moto.server", "boto3", "PIL.Image", "safetensors.torch", "tests.common.servers")
 
 

@@ -80,7 +80,7 @@ def test_no_damage_to_what_a_run_left_is_vouched_for_scored_or_exported(tiny_cac
     final = copied / "distilled" / "final"
     config = make_config(tiny_cache[0], copied)
     stamp = read_stamp(copied)
-    of_final = [path for path in final.iterdir() if path.is_file()]
+    of_final = [path for path in final.iterdir() if path.is_file() and path.name not in ("README.md", "scores.json")]
     for path in [*(copied / name for name in LEFT), *of_final]:
         sound = path.read_bytes()
         for name, damage in DAMAGES.items():

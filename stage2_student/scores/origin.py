@@ -1,0 +1,162 @@
+"""What a student comes from, in words for its card: caches, teachers, data, licences, phases, versions.
+
+It is kept in the student's `PROVENANCE`, so that it travels with every copy, when caches and logs are gone.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from vlm_distill_cache import __version__
+from vlm_distill_cache.common.cache.counts import FailureCounts
+from vlm_distill_cache.common.cache.plan import LONG_SAMPLES, Plan, built_with
+from vlm_distill_cache.common.cache.reader import TeacherCache
+from vlm_distill_cache.common.codecs.logits import LOGIT_PRESETS, LogitCodec
+from vlm_distill_cache.common.errors import CacheFormatError
+from vlm_distill_cache.common.files.atomic import read_bounded
+from vlm_distill_cache.common.files.yaml_text import YamlError, parse_yaml
+from vlm_distill_cache.common.hub import CARD, public_name
+from vlm_distill_cache.common.locations import public_location
+from vlm_distill_cache.common.printing import one_line
+from vlm_distill_cache.common.terminal.command_line import quoted
+from vlm_distill_cache.stage2_student.config import MODELS, TrainConfig
+from vlm_distill_cache.stage2_student.pruned_folder import pruning_record
+from vlm_distill_cache.stage2_student.training.log import NOT_LOSSES
+
+UNKNOWN = "unknown: ask"
+_MOST_FAILURES = 1000  # that are looked through for their reasons
+_MOST_CARD = 4 << 20  # bytes
+_LIBRARIES = ("torch", "transformers", "tokenizers", "peft", "numpy")
+_BUILT_IN_TEACHER = "built-in"
+
+
+def describe_origin(
+    config: TrainConfig,
+    caches: Mapping[str, TeacherCache],
+    phases: Iterable[tuple[str, int, int, Mapping[Any, float]]],
+    log: Sequence[Mapping[str, Any]],
+) -> dict[str, Any]:
+    """What a card tells beside the configuration; JSON, without time, host or secrets.
+
+    Args:
+        caches: By the place that the configuration names.
+        phases: Name, steps, samples a step and peak learning rates of each.
+        log: One record a step, as in ``log.jsonl``; phases without a step there state no losses.
+    """
+    return {
+        "caches": [_cache(place, cache) for place, cache in caches.items()],
+        "bases": _bases(config),
+        "license": config.license,
+        "phases": [
+            {"name": name, "steps": steps, "batch_size": size, "rates": dict(rates), "losses": _losses(name, log)}
+            for name, steps, size, rates in phases
+        ],
+        "versions": {"vlm-distill-cache": __version__, "python": platform.python_version(), **_versions()},
+    }
+
+
+def licence_of(folder: Path) -> str:
+    """The licence that the card in a model's folder states; empty if none does. What a file says is a claim."""
+    try:
+        card = read_bounded(Path(os.path.realpath(folder / CARD)), max_bytes=_MOST_CARD).decode(errors="replace")
+        head = card.lstrip("\ufeff \r\n").split("\n---")[0]
+        told = parse_yaml(head.removeprefix("---")) if head.startswith("---") else {}
+    except (OSError, CacheFormatError, YamlError):
+        return ""
+    named = [told.get(key) for key in ("license_name", "license")] if isinstance(told, dict) else []
+    found = next((name for name in named if name and name != "other"), "")
+    return one_line(", ".join(map(str, found)) if isinstance(found, list) else found)
+
+
+def _cache(place: str, cache: TeacherCache) -> dict[str, Any]:
+    plan, totals = cache.plan, cache.manifest.totals
+    failures = FailureCounts(islice(cache.failed.items(), _MOST_FAILURES))
+    return {
+        "place": public_location(place),
+        "hash": cache.manifest_hash,
+        "signals": sorted(plan.signals),
+        **{f"teacher_{key}": plan.teacher.get(key) for key in ("name", "revision", "family", "dtype", "license")},
+        "teacher_fingerprint": plan.fingerprints.get("teacher"),
+        **{f"data_{key}": plan.data.get(key) for key in ("name", "repository", "revision", "license", "source")},
+        "data_fingerprint": plan.fingerprints.get("data"),
+        "cache_license": plan.data.get("cache_license"),
+        "samples": totals["samples"],
+        "rows": totals["rows"],
+        "failed": len(cache.failed),
+        "failures": [f"{count} x {reason}" for count, reason, _ in failures.rows()],
+        "command": build_command(plan),
+    }
+
+
+def build_command(plan: Plan) -> str:
+    """The command that writes a cache like this one, as far as its plan tells; words in capitals are for the reader."""
+    if "derived" in plan.extra:
+        return "cachectl select ...  # or merge: made from other caches, as its own card tells"
+    teacher, data, logits = plan.teacher, plan.data, plan.signals.get(LogitCodec.signal, {})
+    name = str(teacher.get("name") or "TEACHER")
+    options = {"--cache": "CACHE"}
+    if not name.startswith(_BUILT_IN_TEACHER):
+        options["--teacher"] = f"{name}@{teacher['revision']}" if teacher.get("revision") else name
+    options["--data"] = str(data.get("name") or "DATA").partition("[")[0]
+    if data.get("repository"):
+        at = f"@{data['revision']}" if data.get("revision") else ""
+        file = f"/{data['file']}" if data.get("file") else ""
+        options["--data"] = f"{data['repository']}{at}{file}" + (
+            f":name={data['config']}" if data.get("config") else ""
+        )
+    options["--signals"] = ",".join(sorted(plan.signals))
+    low, high = logits.get("min_k"), logits.get("max_k")
+    presets = [name for name, how in LOGIT_PRESETS.items() if how.items() <= logits.items()]
+    others = {signal: how for signal, how in plan.signals.items() if signal != LogitCodec.signal}
+    exact = any(how.get("exact") is True or how.get("preset") == "f4" for how in others.values())
+    settings = {
+        "split": data.get("split"),
+        "limit": data.get("limit"),
+        "logits": next(iter(presets), f"fixed:{low}" if low and low == high else None),
+        "temperatures": logits.get("temperatures"),
+        "attention_dtype": "f4" if exact else None,
+        "map_preset": None if exact else next((how["preset"] for how in others.values() if "preset" in how), None),
+        "hidden_layers": next((how["layers"] for how in others.values() if "layers" in how), None),
+        "groups": len(teacher.get("groups") or ()),
+        "layers": teacher.get("layer_choice") if isinstance(teacher.get("layer_choice"), str) else None,
+        "dtype": teacher.get("dtype"),
+        "quantisation": teacher.get("quantisation"),
+        "template": plan.template.get("name"),
+        "max_length": plan.extra.get("max_length"),
+        "long_samples": plan.extra.get(LONG_SAMPLES),
+        "store": plan.store,
+        "batch_size": plan.batch_size,
+        "shard_size": plan.shard_size,
+    }
+    words = [f"{option} {quoted(value)}" for option, value in options.items()]
+    words += [f"--set {quoted(f'{option}={value}')}" for option, value in settings.items() if value]
+    return " ".join([built_with(plan), *words])
+
+
+def _bases(config: TrainConfig) -> dict[str, str]:
+    """The models that a student begins from, by name, with their licences; empty strings are not stated."""
+    names = [name for name in MODELS if name != "teacher" or pruning_record(config.student)]
+    places = dict.fromkeys(place for name in names if (place := getattr(config, name)) and Path(place).is_dir())
+    return {public_name(place): licence_of(Path(place)) for place in places}
+
+
+def _losses(phase: str, log: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The losses of a phase's last step, to four digits: the last bits depend on the number of processes."""
+    last: Mapping[str, Any] = next((record for record in reversed(log) if record.get("phase") == phase), {})
+    return {name: float(f"{value:.4g}") for name, value in last.items() if name not in NOT_LOSSES}
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in _LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import re
 import subprocess
 import sys
 import tarfile
@@ -139,7 +140,7 @@ def test_an_error_without_a_teacher_names_one_that_is_there(tmp_path: Path, monk
     def named() -> str:
         with pytest.raises(ConfigError, match=r"no teacher given for data 'mine\.json'") as error:
             teacher_directory(teacher="", data="mine.json", scratch=tmp_path)
-        return str(error.value).partition("(TEACHER=")[2].partition(" is the one")[0]
+        return re.search(r"\((?:TEACHER=|--teacher )(.*?) is the one", str(error.value))[1]
 
     monkeypatch.chdir(tmp_path)
     assert Path(named()) == ROOT / "stage1_teacher" / "builtin"

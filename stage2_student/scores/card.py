@@ -156,9 +156,19 @@ def _digest(body: str) -> str:
     return hashlib.sha256(body.encode()).hexdigest()
 
 
+def _known(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """What of given options there is an option for."""
+    found = {name: (value, defaults[name]) for name, value in given.items() if name in defaults}
+    return {
+        name: _known(value, default) if isinstance(value, dict) and isinstance(default, dict) else value
+        for name, (value, default) in found.items()
+    }
+
+
 def _body(folder: Path, provenance: Mapping[str, Any], scores: CardScores | None, place: HubName) -> str:
-    # Checked: a stranger may have written it.
-    config = config_to_dict(config_from_dict(TrainConfig, provenance["config"], where=str(folder / PROVENANCE)))
+    # Checked: a stranger may have written it, or another version, whose further options are left out.
+    known = _known(provenance["config"], config_to_dict(TrainConfig(cache=PROVENANCE, output=PROVENANCE)))
+    config = config_to_dict(config_from_dict(TrainConfig, known, where=str(folder / PROVENANCE)))
     origin = provenance.get("origin", {})
     caches = origin.get("caches", [])
     student = shown_model(config.get("student"))

@@ -185,7 +185,7 @@ def test_the_smaller_of_both_limits_holds_for_an_entrys_own_cache(data, own, ask
     limit = "" if own is None else f", limit: {own}"
     spec = mixture(data, EACH.replace("cache: caches/a", f"cache: caches/less{limit}"), "less.yaml")
     cache = data / "caches" / "less"
-    config = opening._for_entry(BuildConfig(data=spec, cache=str(cache), limit=asked))
+    config = opening._for_entry(BuildConfig(data=spec, cache=str(cache), limit=asked), str(cache))
     dataset = open_dataset(config.data, images=Path(config.images), limit=config.limit or None)
     assert len(dataset) == taken
     plan = SimpleNamespace(

@@ -176,7 +176,7 @@ def test_an_address_with_nothing_behind_it_is_one_line(server, tmp_path):
     assert result.output.startswith("error: ")
     assert server.url in result.output
     missing = CliRunner().invoke(main, ["train", "--cache", str(tmp_path / "no"), "--output", "x"])
-    assert missing.exit_code == 2
+    assert missing.exit_code == 1
     assert "neither a folder nor an address" in missing.output
 
 

@@ -258,7 +258,7 @@ def test_two_pulls_into_one_folder_share_the_work(cache, tmp_path):
 
 
 def test_a_place_without_a_cache_is_said_to_have_none(tmp_path):
-    with pytest.raises(CacheFormatError, match=r"no teacher cache \(no manifest.json\); check the address"):
+    with pytest.raises(CacheFormatError, match=r"no teacher cache \(no manifest.json\); there is no such folder"):
         pull(tmp_path / "nothing", tmp_path / "back")
     assert not (tmp_path / "back").exists()
 

@@ -32,7 +32,7 @@ def test_a_run_holds_the_folder_of_the_arm_that_it_trains(tmp_path: Path, monkey
     arm = TrainConfig(cache="c", output=str(tmp_path / "run" / "distilled"))
     seen = []
 
-    def train_nothing(config, *, caches):
+    def train_nothing(config, *, caches, extends):
         with pytest.raises(ConfigError, match="another process"), claim_output(Path(config.output)):
             pass
         seen.append(config)

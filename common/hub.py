@@ -371,10 +371,10 @@ def _bars(stopped: threading.Event) -> type[tqdm[Any]]:
 
     Of several processes the first one alone shows it: the others log errors only.
     """
-    from huggingface_hub.utils import are_progress_bars_disabled
     from tqdm import tqdm  # not before the environment says whether there are to be bars
 
-    unwanted = bool(os.environ.get("TQDM_DISABLE")) or are_progress_bars_disabled()
+    # Not what the library says of itself: its bars are switched off by every command of ours.
+    unwanted = any(os.environ.get(name) for name in ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS"))
     hidden = unwanted or not sys.stderr.isatty() or not logger.isEnabledFor(logging.INFO)
     said = [time.monotonic()]
 

@@ -1,8 +1,8 @@
 """What is installed: one package with everything inside, from a clone, an archive of the sources, or as links to a clone."""
 
 import os
-import shutil
 import re
+import shutil
 import subprocess
 import sys
 import tarfile

@@ -19,6 +19,7 @@ from servers import Fault
 
 from vlm_distill_cache.common.errors import ModelError, TransferError
 from vlm_distill_cache.common.hub import HubName, hub_name, model_folder, public_name, snapshot_name
+from vlm_distill_cache.common.terminal.command_line import quiet_libraries
 
 SMALL = {"config.json": b'{"model_type": "llava"}', "tokenizer.json": b"{}", "chat_template.jinja": b"x"}
 WEIGHTS = b"w" * 5_000
@@ -371,6 +372,7 @@ def test_settings_are_judged_before_the_weights_travel(hub: ModelHub):
 
 def test_where_nobody_watches_a_long_download_says_how_far_it_is(hub: ModelHub, monkeypatch, caplog):
     hub.publish("org/name", SMALL | {"model.safetensors": b"w" * 2_000_000})
+    quiet_libraries()  # as every command does first
     monkeypatch.setattr("vlm_distill_cache.common.hub._EVERY_S", 0)
     caplog.set_level(logging.INFO)
     model_folder("org/name", what="teacher")

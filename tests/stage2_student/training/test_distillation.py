@@ -218,7 +218,7 @@ def test_what_does_not_fit_is_refused_in_words(dataset, tiny_cache, folder, tmp_
     for arguments, words in refused:
         with pytest.raises(vdc.DistillError, match=words):
             vdc.DistillationDataset(cache, **({"data": DATA} | arguments))
-    with pytest.raises(KeyError, match=r"no sample 'x' among the 20.*cachectl inspect"):
+    with pytest.raises(KeyError, match=r"no sample 'x' among the 20.*take one of sample_ids"):
         dataset["x"]
     loss, (batch,) = vdc.DistillationLoss(dataset), batches_of(dataset, 2)
     with pytest.raises(vdc.ModelError, match="Make another DistillationDataset with this model"):

@@ -305,7 +305,7 @@ class CachedDataset:
                     "losses to 0"
                 )
             try:
-                made.append(TrainingSample(encoded, self._compare(record, encoded, where=where, live=True)))
+                made.append(TrainingSample(encoded, self._compare(dict(record), encoded, where=where, live=True)))
             except DistillError:
                 raise
             except Exception as error:  # what anybody's function returns

@@ -239,7 +239,7 @@ def _check_pixels(opened: OpenedStudent, where: str) -> None:
     """Refuse pictures of another size than a vision tower of one fixed size reads."""
     vision = getattr(opened.model.config, "vision_config", None)
     kind, size = getattr(vision, "model_type", None), getattr(vision, "image_size", None)
-    if not opened.model.family.is_listed or kind not in _ONE_SIZE or not isinstance(size, int):
+    if vision is None or not opened.model.family.is_listed or kind not in _ONE_SIZE or not isinstance(size, int):
         return
     found = opened.image_encoder(PIL.Image.new("RGB", (64, 64))).inputs["pixel_values"].shape[-2:]
     step = vision.patch_size if kind == "siglip_vision_model" else 1  # it reads whole patches, whatever is left over

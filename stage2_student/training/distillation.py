@@ -193,7 +193,11 @@ class DistillationDataset(Dataset[TrainingSample]):
                 f"a batch is made of {brief(repr(list(samples)))}; expected samples of a DistillationDataset, one or more"
             )
         for sample in samples:
-            refuse_other(sample.made_for, self.made_for, f"sample {sample.encoded.sample_id!r} is of a data set with")
+            refuse_other(
+                sample.made_for,
+                self.made_for,
+                f"sample {sample.encoded.sample_id!r} is of a data set that this one does not fit",
+            )
         return replace(self._joined.collate(samples), made_for=self.made_for)
 
     def live_batch(self, samples: Sequence[int | str], teacher: LiveTeacher) -> TrainingBatch:
@@ -228,7 +232,7 @@ class DistillationDataset(Dataset[TrainingSample]):
             )
         inner = unwrapped(inner)
         _refuse_foreign(target, inner)
-        refuse_other({"student": _kind(inner)}, self.made_for, "the model has")
+        refuse_other({"student": _kind(inner)}, self.made_for, "the model is not of this data set")
         inner = _merged(inner)
         target.mkdir(parents=True, exist_ok=True)
         save_student_folder(
@@ -353,7 +357,7 @@ class DistillationLoss:
             raise ConfigError(
                 f"torch's default dtype is {torch.get_default_dtype()}: call torch.set_default_dtype(torch.float32)"
             )
-        refuse_other(batch.made_for, self.made_for, "the batch is of a data set with")
+        refuse_other(batch.made_for, self.made_for, "the batch is of a data set that this loss does not fit")
         base = self.base_of(model)
         device = batch.labels.device.type
         autocast: AbstractContextManager[Any] = nullcontext()
@@ -396,7 +400,7 @@ class DistillationLoss:
     def base_of(self, model: Any) -> Any:
         """The model inside its wrappers; a ModelError if it is of another kind than the data set's student."""
         base = unwrapped(model)
-        refuse_other({"student": _kind(base)}, self.made_for, f"the model is a {type(base).__name__} with")
+        refuse_other({"student": _kind(base)}, self.made_for, f"the model is a {type(base).__name__} of another kind")
         return base
 
 
@@ -410,9 +414,12 @@ def refuse_other(found: Mapping[str, str], expected: Mapping[str, str], what: st
     if other := next((name for name in names if found.get(name) != expected.get(name)), None):
         kind: type[DistillError] = ModelError if other == "student" else ConfigError
         raise kind(
-            f"{what} another {other}: {brief(str(found.get(other)))}; this one was made for "
-            f"{brief(str(expected.get(other)))}. Make another DistillationDataset of it, with the model that is trained as its "
-            "student and with the same losses, or another DistillationLoss of its own data set"
+            f"{what}: {other} {brief(str(found.get(other)))}; expected {brief(str(expected.get(other)))}. Make another "
+            + (
+                "DistillationDataset with this model as the student"
+                if other == "student"
+                else "DistillationLoss of that data set, or give both data sets the same losses and student"
+            )
         )
 
 

@@ -102,7 +102,7 @@ class DistillationTrainerMixin:
             )
         datasets: list[Any] = given
         for dataset in datasets:
-            refuse_other(dataset.made_for, datasets[0].made_for, "eval_dataset has")
+            refuse_other(dataset.made_for, datasets[0].made_for, "train_dataset and eval_dataset do not fit each other")
         self.distillation = DistillationLoss(datasets[0])
         model = datasets[0].student if model is None else model
         if model is None:
@@ -118,7 +118,7 @@ class DistillationTrainerMixin:
         self._steps, self._data = 0, datasets[0]
         self._sampler = datasets[0].sampler(seed=0 if args is None else args.data_seed or args.seed)
         if _is_trl(self):
-            args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}  # type: ignore[union-attr]
+            args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
             rows = {id(dataset): _rows(number, len(dataset)) for number, dataset in enumerate(datasets)}
             train_dataset = rows[id(train_dataset)]
             if isinstance(eval_dataset, Mapping):

@@ -87,7 +87,9 @@ def test_a_wrong_data_set_is_refused(dataset, tiny_cache, student, tmp_path):
         with pytest.raises(vdc.ConfigError, match=r"expected vlm_distill_cache\.DistillationDataset"):
             Trainer(args=arguments, **wrong)
     other = vdc.DistillationDataset(tiny_cache[0], student, vdc.LossWeights(logits=2.0), data=DATA)
-    with pytest.raises(vdc.ConfigError, match="have other losses"):
+    with pytest.raises(
+        vdc.ConfigError, match=r"do not fit each other: losses .*logits.: 2.0.*; expected .*visual_columns"
+    ):
         Trainer(args=arguments, train_dataset=dataset, eval_dataset=other)
 
 

@@ -429,7 +429,7 @@ def _made_for(prepared: Preparation, model: Any) -> dict[str, str]:
     changed = {name: value for name, value in asdict(objective.losses).items() if value != getattr(default, name)}
     return {
         "student": _kind(model),
-        "losses": repr(changed),
+        "losses": repr({**objective.losses.active(), **changed}),
         "layers": repr((objective.groups, dict(objective.fits))),
         "tokenizer": tokenizer_fingerprint(prepared.tokenizer),
         "image token": str(encoder.image_token_id),
@@ -500,16 +500,16 @@ def _merged(model: Any) -> Any:
         )
     copied = copy.deepcopy(model, shared)
     with torch.no_grad():
-        for name, module in list(copied.named_modules()):
-            parent = copied.get_submodule(name.rpartition(".")[0]) if name else None
-            if parent is None or not _is_adapter(module):
-                continue
-            if hasattr(module, "unload_and_optionally_merge_module"):
-                inner = module.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
-            else:
-                module.merge()
-                inner = module.get_base_layer()
-            setattr(parent, name.rpartition(".")[2], inner)
+        for parent in list(copied.modules()):
+            for name, module in list(parent.named_children()):
+                if _is_adapter(parent) or not _is_adapter(module):
+                    continue
+                if hasattr(module, "unload_and_optionally_merge_module"):
+                    inner = module.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
+                else:
+                    module.merge()
+                    inner = module.get_base_layer()
+                setattr(parent, name, inner)
     copied._hf_peft_config_loaded = False  # the library would write adapters
     return copied
 

@@ -108,7 +108,6 @@ def test_trl_takes_the_same_step_in_adapters(dataset, tmp_path):
         **options(
             tmp_path / "run", per_device_train_batch_size=2, gradient_accumulation_steps=3, max_steps=2, bf16=False
         ),
-        dataset_kwargs={"skip_prepare_dataset": True},
     )
     adapters = LoraConfig(r=2, target_modules=["q_proj", "down_proj"])
     trainer = SFTTrainer(args=arguments, train_dataset=dataset, eval_dataset=dataset, peft_config=adapters)

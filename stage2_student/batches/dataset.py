@@ -294,7 +294,9 @@ class CachedDataset:
             encoded, where = self._encoded(position), f"the live teacher on sample {self.sample_ids[position]!r}"
             base = ("labels", "tiles", "image_hash")
             if not isinstance(record, Mapping) or not record.keys() >= {*base}:
-                gives = ", ".join(map(str, record)) if isinstance(record, Mapping) else type(record).__name__
+                gives = (
+                    ", ".join(map(str, record)) or "nothing" if isinstance(record, Mapping) else type(record).__name__
+                )
                 raise CacheMismatchError(
                     f"{where}: it gave {gives}; expected a dict of {', '.join(base)} and the signals"
                 )

@@ -89,7 +89,7 @@ class DistillationTrainerMixin:
 
         Raises:
             ConfigError: If a data set is no `DistillationDataset`, the two have other losses or are for other students, or
-                an argument asks for what has no effect here.
+                an argument asks for what cannot be used here.
             ModelError: If the model is of another kind than the training set's student, or has adapters without peft's
                 wrapper.
         """
@@ -217,8 +217,8 @@ class DistillationTrainerMixin:
             for name, value in self._learnt_from().items():
                 if stored.get(name) != value:
                     raise ConfigError(
-                        f"{folder} was trained with another {name}: {brief(str(stored.get(name)))}, now {brief(value)}. Resume "
-                        "it with the same data set and losses, or begin anew from its weights: "
+                        f"{folder} is of a training whose {name} was {brief(str(stored.get(name)))}; it is now {brief(value)}. "
+                        "Resume it with the same data set and losses, or begin anew from its weights: "
                         "DistillationDataset(..., student=CHECKPOINT)"
                     )
         if not self._load_weights(folder):
@@ -295,10 +295,12 @@ def _refuse_arguments(trainer: Any, args: Any, others: Mapping[str, Any]) -> Non
         raise ConfigError(f"args is {type(args).__name__}; expected trl.SFTConfig")
     for name in _NOT_OURS:
         if others.get(name) is not None:
-            raise ConfigError(f"{name}= is given, which has no effect here: {_NOT_OURS[name]}; leave it out")
+            raise ConfigError(f"{name}= is given, which cannot be used here: {_NOT_OURS[name]}; leave it out")
     for name, (usual, why) in _WITHOUT_EFFECT.items():
         if (value := getattr(args, name, usual[0])) not in usual:
-            raise ConfigError(f"{name} is {value!r} in args, which has no effect here: {why}; leave it at {usual[0]!r}")
+            raise ConfigError(
+                f"{name} is {value!r} in args, which cannot be used here: {why}; leave it at {usual[0]!r}"
+            )
 
 
 class _Collator:

@@ -307,9 +307,7 @@ def test_misuse_ends_in_words(dataset, tiny_cache, folder, tmp_path):
     tuned = get_peft_model(copy.deepcopy(model), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
     read = dataset[0].encoded
     heads = {"labels": read.labels[read.supervised_rows], "tiles": None, "image_hash": read.image_hash}
-    whole = heads | dict.fromkeys(
-        ("logits", "answer_attention", "visual_map", "visual_columns"), 1
-    )
+    whole = heads | dict.fromkeys(("logits", "answer_attention", "visual_map", "visual_columns"), 1)
     misuses = [
         (lambda: given(student=model.model), "no output projection.*AutoModelForImageTextToText"),
         (lambda: given(student=empty), "meta device"),

@@ -109,10 +109,11 @@ class DistillationTrainerMixin:
             raise ConfigError("train_dataset is a copy, which holds no model; give model=")
         if isinstance(model, nn.Module):
             self.distillation.base_of(model)
-            if has_adapters(model) and not hasattr(unwrapped(model, keep_adapters=True), "get_base_model"):
+            saves = args is None or args.save_strategy != "no"
+            if saves and has_adapters(model) and not hasattr(unwrapped(model, keep_adapters=True), "get_base_model"):
                 raise ModelError(
                     f"the model is a {type(model).__name__} with peft's adapters inside, of which no checkpoint could be resumed; "
-                    "give model= what get_peft_model returned"
+                    "give model= what get_peft_model returned, or set save_strategy='no'"
                 )
         self._sums: dict[bool, dict[str, Any]] = {True: defaultdict(float), False: defaultdict(float)}
         self._steps, self._data = 0, datasets[0]

@@ -187,6 +187,8 @@ def test_what_has_no_effect_or_trains_something_else_is_refused(dataset, tmp_pat
     with pytest.raises(vdc.ConfigError, match="holds no model"):
         Trainer(args=arguments, train_dataset=pickle.loads(pickle.dumps(dataset)))  # noqa: S301 - ours
     dataset.student.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
+    Trainer(args=arguments, train_dataset=dataset)  # saves nothing on the way
+    arguments.save_strategy = "steps"
     with pytest.raises(vdc.ModelError, match="give model= what get_peft_model returned"):
         Trainer(args=arguments, train_dataset=dataset)
 

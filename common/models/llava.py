@@ -40,7 +40,7 @@ def take_image_tokens(model: Any) -> None:
     is marked by an id beyond the vocabulary, for which row 0 is looked up before the picture takes its place.
     """
     embedding = model.get_input_embeddings()
-    if model.config.image_token_id >= embedding.num_embeddings:
+    if model.config.image_token_id >= embedding.weight.shape[0]:
         embedding.register_forward_pre_hook(partial(_look_up_row_0, model.config))
 
 

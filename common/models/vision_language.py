@@ -115,7 +115,7 @@ class VisualDecoder:
     def _embed_text(self, input_ids: Tensor) -> Tensor:
         """Embed tokens; an image token beyond the embedding (MobileVLM: 32000 rows) gets row 0."""
         embedding: nn.Embedding = self.embed_tokens  # type: ignore[attr-defined]
-        if self.image_token_id >= embedding.num_embeddings:
+        if self.image_token_id >= embedding.weight.shape[0]:
             input_ids = input_ids.masked_fill(input_ids == self.image_token_id, 0)
         embeds: Tensor = embedding(input_ids)
         return embeds

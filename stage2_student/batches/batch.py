@@ -4,7 +4,7 @@ Dims: B batch, T sequence, A supervised rows, R most rows of a sample, M most vi
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,7 @@ class TrainingBatch:
         text_rows: Positions of all text rows behind the visual tokens, int64 ``[B, X]``, padding -1; on the CPU.
         keys: Positions of visual tokens, int64 ``[B, M]``, padding -1; on the CPU.
         has_image: Positions in the batch of samples with an image, int64 ``[I]``.
+        made_for: What a loss and a model must be to use it, of `DistillationDataset`.
     """
 
     inputs: Batch
@@ -37,6 +38,7 @@ class TrainingBatch:
     keys: Tensor
     has_image: Tensor
     row_count: int
+    made_for: Mapping[str, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -85,6 +87,7 @@ class TrainingSample:
 
     encoded: EncodedSample
     targets: Mapping[str, Any]
+    made_for: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def has_image(self) -> bool:

@@ -24,7 +24,14 @@ from vlm_distill_cache.common.cache.reader import TeacherCache
 from vlm_distill_cache.common.cache.schema import BASE_FIELDS, Record
 from vlm_distill_cache.common.codecs.answers import AnswersCodec
 from vlm_distill_cache.common.codecs.registry import codec_from_dict
-from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError, SampleError, TooLongError
+from vlm_distill_cache.common.errors import (
+    CacheFormatError,
+    CacheMismatchError,
+    DistillError,
+    SampleError,
+    TooLongError,
+)
+from vlm_distill_cache.common.printing import brief
 from vlm_distill_cache.data.sample import Dataset, Sample, with_answers
 from vlm_distill_cache.data.text.encoding import EncodedSample, SampleEncoder
 from vlm_distill_cache.stage2_student.batches.batch import TrainingBatch, TrainingSample, arrays_of
@@ -276,15 +283,38 @@ class CachedDataset:
         if (plan := getattr(teacher, "plan", None)) is not None:
             _refuse_other_teacher(plan, self._cache, self._codecs)
         made = []
-        for position, record in zip(positions, teacher([self.sample(place) for place in positions]), strict=True):
+        said: Any = teacher([self.sample(place) for place in positions])
+        records = list(said) if isinstance(said, Iterable) else []
+        if len(records) != len(positions):
+            raise CacheMismatchError(
+                f"the live teacher gave {len(records)} records ({type(said).__name__}); expected a list of "
+                f"{len(positions)}, one for each sample"
+            )
+        for position, record in zip(positions, records, strict=True):
             encoded, where = self._encoded(position), f"the live teacher on sample {self.sample_ids[position]!r}"
+            base = ("labels", "tiles", "image_hash")
+            if not isinstance(record, Mapping) or not record.keys() >= {*base}:
+                gives = (
+                    ", ".join(map(str, record)) or "nothing" if isinstance(record, Mapping) else type(record).__name__
+                )
+                raise CacheMismatchError(
+                    f"{where}: it gave {gives}; expected a dict of {', '.join(base)} and the signals"
+                )
             if lacking := [signal for signal in self._codecs if signal not in record]:
                 raise CacheMismatchError(
                     f"{where}: it says nothing of {', '.join(lacking)}, which the losses read; it gives "
                     f"{', '.join(record)}. Make it with the options of the cache (BuildConfig.signals), or set these "
                     "losses to 0"
                 )
-            made.append(TrainingSample(encoded, self._compare(record, encoded, where=where, live=True)))
+            try:
+                made.append(TrainingSample(encoded, self._compare(dict(record), encoded, where=where, live=True)))
+            except DistillError:
+                raise
+            except Exception as error:  # what anybody's function returns
+                raise CacheMismatchError(
+                    f"{where}: {type(error).__name__}: {brief(str(error))}; expected {', '.join(base)} as in a cache's record, "
+                    f"and {', '.join(self._codecs)} of the types and shapes that `LiveTeacher` gives"
+                ) from error
         return made
 
     def _encoded(self, position: int) -> EncodedSample:

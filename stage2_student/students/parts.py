@@ -6,6 +6,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import PIL.Image
 from torch import nn
 
 from vlm_distill_cache.common.cache.reader import TeacherCache
@@ -31,6 +32,8 @@ from vlm_distill_cache.stage2_student.students.encoder import build_encoder, cac
 from vlm_distill_cache.stage2_student.students.library import LibraryStudent, OpenedStudent, find_library_student
 from vlm_distill_cache.stage2_student.students.model import StudentModel
 from vlm_distill_cache.stage2_student.students.presets import split_student_name, student_folder
+
+_ONE_SIZE = ("clip_vision_model", "siglip_vision_model")  # without interpolation, the library's default
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,6 +168,13 @@ def model_parts(model: Any, processor: Any) -> StudentParts:
         ModelError: If the two do not fit each other, or cannot be used.
     """
     where = f"student {type(model).__name__}"
+    if model.get_output_embeddings() is None:
+        raise ModelError(
+            f"{where}: it has no output projection, so that it says no words; load it with "
+            "AutoModelForImageTextToText.from_pretrained"
+        )
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ModelError(f"{where}: some of its weights are on the meta device, so without values; load them")
     if isinstance(processor, str | Path):
         source = model_folder(str(processor), what="processor").path
         listed = family_of(str(model.config.model_type)).is_listed
@@ -212,6 +222,7 @@ def _opened_parts(
             f"{where}: its embedding has {rows} rows, its tokenizer gives ids up to {last}: model and tokenizer are of two "
             "checkpoints; take both from one"
         )
+    _check_pixels(opened, where)
     return StudentParts(
         model=model,
         load=load,
@@ -222,6 +233,21 @@ def _opened_parts(
         template=template or _default_template(model, opened.tokenizer),
         where=where,
     )
+
+
+def _check_pixels(opened: OpenedStudent, where: str) -> None:
+    """Refuse pictures of another size than a vision tower of one fixed size reads."""
+    vision = getattr(opened.model.config, "vision_config", None)
+    kind, size = getattr(vision, "model_type", None), getattr(vision, "image_size", None)
+    if vision is None or not opened.model.family.is_listed or kind not in _ONE_SIZE or not isinstance(size, int):
+        return
+    found = opened.image_encoder(PIL.Image.new("RGB", (64, 64))).inputs["pixel_values"].shape[-2:]
+    step = vision.patch_size if kind == "siglip_vision_model" else 1  # it reads whole patches, whatever is left over
+    if {side // step for side in found} != {size // step}:
+        raise ModelError(
+            f"{where}: its processor makes pictures of {found[0]} x {found[1]} pixels, its vision tower reads {size} x {size} "
+            "(vision_config.image_size): they are of two checkpoints; take both from one"
+        )
 
 
 def _cached_image_token(cache: TeacherCache, tokenizer: Any) -> int:

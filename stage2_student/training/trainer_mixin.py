@@ -2,19 +2,50 @@
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from vlm_distill_cache.common.errors import ConfigError
+from vlm_distill_cache.common.errors import ConfigError, ModelError
+from vlm_distill_cache.common.files.atomic import read_json, write_json_atomic
+from vlm_distill_cache.common.files.rules import check, entries, text
+from vlm_distill_cache.common.printing import brief
 from vlm_distill_cache.stage2_student.batches.batch import TrainingSample
 from vlm_distill_cache.stage2_student.losses.objective import units_of
 from vlm_distill_cache.stage2_student.losses.terms import TERMS
-from vlm_distill_cache.stage2_student.training.distillation import DistillationDataset, DistillationLoss
+from vlm_distill_cache.stage2_student.training.distillation import (
+    DistillationDataset,
+    DistillationLoss,
+    has_adapters,
+    refuse_other,
+    unwrapped,
+)
 
-BATCH, SHARE = "distillation", "share"
+BATCH, SHARE, ROW = "distillation", "share", ("dataset", "position")
+LEARNT_FROM = "distillation.json"  # in a checkpoint
+_LOSSES = "the losses are those of LossWeights"
+_NOT_OURS = {
+    "compute_metrics": "logits are never whole, and metrics are the losses' means",
+    "preprocess_logits_for_metrics": "logits are never whole",
+    "compute_loss_func": _LOSSES,
+    "data_collator": "DistillationDataset.collate is used",
+    "model_init": "the model is the data set's student, or model=",
+}
+_ORDER = "DistillationDataset.sampler says the order"
+_SEQUENCES = "sequences, and the tokens that are supervised, are those that the teacher saw"
+_WITHOUT_EFFECT: dict[str, tuple[tuple[Any, ...], str]] = {
+    "label_smoothing_factor": ((0.0,), _LOSSES),
+    "train_sampling_strategy": (("random",), _ORDER),
+    "group_by_length": ((False,), _ORDER),
+    "include_num_input_tokens_seen": (("no", False), "batches hold more than token ids, and are not counted"),
+    "packing": ((False,), _SEQUENCES),
+    "eval_packing": ((None, False), _SEQUENCES),
+    "padding_free": ((False,), _SEQUENCES),
+    "assistant_only_loss": ((False,), _SEQUENCES),
+}
 
 
 class DistillationTrainerMixin:
@@ -36,6 +67,15 @@ class DistillationTrainerMixin:
 
     loss_is_scaled_for_ga = True
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        before = cls.__mro__[: cls.__mro__.index(DistillationTrainerMixin)]
+        if trainer := next((base for base in before if base.__module__.startswith(("transformers.", "trl."))), None):
+            raise ConfigError(
+                f"class {cls.__name__}: {trainer.__name__} stands before DistillationTrainerMixin and would train without it; "
+                f"write class {cls.__name__}(DistillationTrainerMixin, {trainer.__name__})"
+            )
+
     def __init__(
         self,
         model: Any = None,
@@ -48,8 +88,12 @@ class DistillationTrainerMixin:
         """Take a trainer's arguments.
 
         Raises:
-            ConfigError: If a data set is no `DistillationDataset`, or the two have other losses.
+            ConfigError: If a data set is no `DistillationDataset`, the two have other losses or are for other students, or
+                an argument asks for what cannot be used here.
+            ModelError: If the model is of another kind than the training set's student, or has adapters without peft's
+                wrapper.
         """
+        _refuse_arguments(self, args, others)
         held_out = eval_dataset if isinstance(eval_dataset, Mapping) else {"eval": eval_dataset}
         given = [train_dataset, *(dataset for dataset in held_out.values() if dataset is not None)]
         if wrong := [dataset for dataset in given if not isinstance(dataset, DistillationDataset)]:
@@ -57,16 +101,25 @@ class DistillationTrainerMixin:
                 f"train_dataset or eval_dataset is {type(wrong[0]).__name__}; expected vlm_distill_cache.DistillationDataset"
             )
         datasets: list[Any] = given
-        if any(dataset.objective != datasets[0].objective for dataset in datasets):
-            raise ConfigError(
-                "train_dataset and eval_dataset have other losses, or caches of other layers: give both the same losses, and "
-                "caches that were built with the same options"
-            )
+        for dataset in datasets:
+            refuse_other(dataset.made_for, datasets[0].made_for, "train_dataset and eval_dataset do not fit each other")
         self.distillation = DistillationLoss(datasets[0])
+        model = datasets[0].student if model is None else model
+        if model is None:
+            raise ConfigError("train_dataset is a copy, which holds no model; give model=")
+        if isinstance(model, nn.Module):
+            self.distillation.base_of(model)
+            saves = args is None or args.save_strategy != "no"
+            if saves and has_adapters(model) and not hasattr(unwrapped(model, keep_adapters=True), "get_base_model"):
+                raise ModelError(
+                    f"the model is a {type(model).__name__} with peft's adapters inside, of which no checkpoint could be resumed; "
+                    "give model= what get_peft_model returned, or set save_strategy='no'"
+                )
         self._sums: dict[bool, dict[str, Any]] = {True: defaultdict(float), False: defaultdict(float)}
         self._steps, self._data = 0, datasets[0]
         self._sampler = datasets[0].sampler(seed=0 if args is None else args.data_seed or args.seed)
-        if any(base.__module__.startswith("trl.") for base in type(self).__mro__):
+        if _is_trl(self):
+            args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
             rows = {id(dataset): _rows(number, len(dataset)) for number, dataset in enumerate(datasets)}
             train_dataset = rows[id(train_dataset)]
             if isinstance(eval_dataset, Mapping):
@@ -75,11 +128,11 @@ class DistillationTrainerMixin:
                 eval_dataset = rows[id(eval_dataset)]
         if args is not None:
             args.remove_unused_columns = False
-        others.setdefault("data_collator", _Collator(datasets))
+        others["data_collator"] = _Collator(datasets)
         others.setdefault("processing_class", datasets[0].tokenizer)
         trainer: Any = super()
         trainer.__init__(
-            model=datasets[0].student if model is None else model,
+            model=model,
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
@@ -121,17 +174,81 @@ class DistillationTrainerMixin:
         with torch.no_grad():
             return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None  # type: ignore[attr-defined]
 
+    def train(self, *args: Any, **options: Any) -> Any:
+        """Train, from what is in no other training's sums."""
+        self._steps = 0
+        self._sums[True].clear()
+        return super().train(*args, **options)  # type: ignore[misc]
+
+    def evaluation_loop(self, *args: Any, **options: Any) -> Any:
+        """Evaluate or predict, with each term's mean over the whole data set among the metrics."""
+        self._sums[False].clear()
+        output = super().evaluation_loop(*args, **options)  # type: ignore[misc]
+        prefix = next((key.removesuffix("loss") for key in output.metrics if key.endswith("_loss")), None)
+        if prefix is not None and (terms := self._means(training=False)):
+            output.metrics.update({f"{prefix}{name}": value for name, value in terms.items()})
+            weights = self.distillation.weights
+            output.metrics[f"{prefix}loss"] = sum(weight * terms.get(name, 0.0) for name, weight in weights.items())
+        return output
+
     def log(self, logs: dict[str, float], *args: Any, **options: Any) -> None:
-        """Log, with each term."""
-        key = next((name for name in logs if name == "loss" or name.endswith("_loss")), None)
-        if key is not None and key != "train_loss":
-            prefix, training = key.removesuffix("loss"), key == "loss"
-            terms = self._means(training=training)
-            logs |= {f"{prefix}{name}": value for name, value in terms.items()}
-            if not training and terms:
-                weights = self.distillation.weights
-                logs[key] = sum(weight * terms.get(name, 0.0) for name, weight in weights.items())
+        """Log, with each term of a step."""
+        if "loss" in logs:
+            logs |= self._means(training=True)
         super().log(logs, *args, **options)  # type: ignore[misc]
+
+    def _learnt_from(self) -> dict[str, str]:
+        """What a checkpoint's training learns from: it goes on from there alone."""
+        return {**self._data.made_for, "data set": self._data.fingerprint}
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        trainer: Any = self
+        super()._save_checkpoint(model, trial)  # type: ignore[misc]
+        folder = Path(trainer._get_output_dir(trial)) / f"checkpoint-{trainer.state.global_step}"
+        if trainer.args.should_save and folder.is_dir():
+            write_json_atomic(folder / LEARNT_FROM, self._learnt_from())
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        if (folder / LEARNT_FROM).exists():  # else it was written before there was one
+            rule = entries(text(1 << 16), most=32)
+            stored = check(
+                read_json(folder / LEARNT_FROM), rule, str(folder / LEARNT_FROM), remedy="resume another one"
+            )
+            for name, value in self._learnt_from().items():
+                if stored.get(name) != value:
+                    raise ConfigError(
+                        f"{folder} is of a training whose {name} was {brief(str(stored.get(name)))}; it is now {brief(value)}. "
+                        "Resume it with the same data set and losses, or begin anew from its weights: "
+                        "DistillationDataset(..., student=CHECKPOINT)"
+                    )
+        if not self._load_weights(folder):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+
+    def _load_best_model(self) -> None:
+        trainer: Any = self
+        if not self._load_weights(Path(trainer.state.best_model_checkpoint)):
+            super()._load_best_model()  # type: ignore[misc]
+
+    def _load_weights(self, folder: Path) -> bool:
+        """Read a whole model's weights under the names that the library gives them when it loads; False: adapters alone."""
+        trainer: Any = self
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        if hasattr(model, "get_base_model"):
+            return False
+        if not (folder / "config.json").exists():
+            raise ModelError(
+                f"{folder} holds no whole model; resume a checkpoint that this trainer wrote of the same model"
+            )
+        dtype = reduce(torch.promote_types, {part.dtype for part in model.parameters() if part.is_floating_point()})
+        loaded, said = type(model).from_pretrained(folder, dtype=dtype, output_loading_info=True)
+        if wrong := [name for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in said[kind]]:
+            raise ModelError(
+                f"{folder}: {len(wrong)} of its weights are not this model's, such as {wrong[0]}; resume a checkpoint that this "
+                "trainer wrote of the same model"
+            )
+        model.load_state_dict(loaded.state_dict())
+        return True
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """As the trainer; a model without adapters with all that it reads with."""
@@ -165,6 +282,28 @@ class DistillationTrainerMixin:
         return {name: found[name] / (scale if training else max(1.0, found[f"{name}/count"])) for name in names}
 
 
+def _is_trl(trainer: Any) -> bool:
+    return any(base.__module__.startswith("trl.") for base in type(trainer).__mro__)
+
+
+def _refuse_arguments(trainer: Any, args: Any, others: Mapping[str, Any]) -> None:
+    """Refuse what would have no effect, or break off deep inside."""
+    if not hasattr(trainer, "training_step"):
+        raise ConfigError(
+            f"class {type(trainer).__name__} has no trainer among its bases; add transformers.Trainer, last"
+        )
+    if _is_trl(trainer) and not hasattr(args, "dataset_kwargs"):
+        raise ConfigError(f"args is {type(args).__name__}; expected trl.SFTConfig")
+    for name in _NOT_OURS:
+        if others.get(name) is not None:
+            raise ConfigError(f"{name}= is given, which cannot be used here: {_NOT_OURS[name]}; leave it out")
+    for name, (usual, why) in _WITHOUT_EFFECT.items():
+        if (value := getattr(args, name, usual[0])) not in usual:
+            raise ConfigError(
+                f"{name} is {value!r} in args, which cannot be used here: {why}; leave it at {usual[0]!r}"
+            )
+
+
 class _Collator:
     """Samples, or rows that say where samples are, as what a trainer hands on."""
 
@@ -172,10 +311,10 @@ class _Collator:
         self._datasets = list(datasets)
 
     def __call__(self, samples: Sequence[Any]) -> dict[str, Any]:
-        made = [
-            one if isinstance(one, TrainingSample) else self._datasets[one["dataset"]][one["position"]]
-            for one in samples
-        ]
+        for one in samples:
+            if not isinstance(one, TrainingSample) and not (isinstance(one, Mapping) and one.keys() == {*ROW}):
+                raise ConfigError(f"a sample is {brief(repr(one))}; train and evaluate on a DistillationDataset")
+        made = [one if isinstance(one, TrainingSample) else self._datasets[one[ROW[0]]][one[ROW[1]]] for one in samples]
         return {BATCH: self._datasets[0].collate(made)}
 
 
@@ -183,4 +322,4 @@ def _rows(number: int, count: int) -> Any:
     """Positions in a data set as a `datasets.Dataset`."""
     import datasets
 
-    return datasets.Dataset.from_dict({"dataset": [number] * count, "position": list(range(count))})
+    return datasets.Dataset.from_dict(dict(zip(ROW, ([number] * count, list(range(count))), strict=True)))

@@ -1,11 +1,15 @@
 """`DistillationDataset` and `DistillationLoss` in somebody else's loop: the objective of `train()`, whatever is around it."""
 
+import copy
 import pickle
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from tiny_cache import make_teacher
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -121,6 +125,35 @@ def test_micro_batches_with_their_shares_have_the_gradient_of_one_big_batch(data
     assert_same({name: (one[name] + other[name]) / 2 for name in one}, expected, atol=1e-6, rtol=1e-4)
 
 
+def test_the_documented_accelerate_loop_takes_the_steps_of_big_batches(dataset, tiny_cache, folder, page_loop):
+    def start():
+        made = make(tiny_cache[0], folder, limit=7)
+        optimizer = torch.optim.SGD([p for p in made.student.parameters() if p.requires_grad], lr=0.1)
+        return made, vdc.DistillationLoss(made), optimizer
+
+    made, loss, optimizer = start()
+    loader = DataLoader(made, batch_size=2, sampler=made.sampler(seed=0), collate_fn=made.collate)
+    names = {"loss": loss, "model": made.student, "optimizer": optimizer, "loader": loader}
+    for _ in range(2):  # four batches, the last of one sample, then three: an odd one is left over
+        exec(page_loop, names)
+        names["loader"] = DataLoader(made, batch_size=3, sampler=range(7), collate_fn=made.collate)
+    other, loss, optimizer = start()
+    order = list(other.sampler(seed=0))
+    for places in (order[:4], order[4:], range(6), range(6, 7)):
+        loss(other.student, other.collate([other[place] for place in places])).total.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert_same(made.student.state_dict(), other.student.state_dict(), atol=1e-6, rtol=1e-4)
+
+
+@pytest.fixture
+def page_loop():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    page = (Path(__file__).resolve().parents[3] / "docs" / "python.md").read_text()
+    yield next(code for code in re.findall(r"```python\n(.*?)```", page, re.S) if "accelerator.backward" in code)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 def loss_units(batches):
     from vlm_distill_cache.stage2_student.losses.objective import units_of
 
@@ -194,6 +227,116 @@ def test_what_is_saved_is_a_student_again(dataset, tiny_cache, tmp_path):
     assert_same(pair[0].named(), pair[1].named(), atol=0, rtol=0)
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft asks for it by its name of old
+@pytest.mark.parametrize("given", ["wrapper", "inner"])
+def test_adapters_are_added_to_what_is_saved_and_not_to_the_model_in_training(given, tiny_cache, folder, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    model = LlavaForConditionalGeneration.from_pretrained(folder)
+    settings = LoraConfig(
+        r=2, target_modules=["q_proj", "linear_1"], modules_to_save=["lm_head"], init_lora_weights=False
+    )
+    adapted = get_peft_model(model, settings)
+    with torch.no_grad():
+        adapted.base_model.model.lm_head.modules_to_save["default"].weight.mul_(1.5)
+    dataset = make(tiny_cache[0], adapted if given == "wrapper" else model, processor=folder)
+    assert dataset.student is (adapted if given == "wrapper" else model)
+    (batch,) = batches_of(dataset, 4)
+    with torch.no_grad():
+        trained = vdc.DistillationLoss(dataset)(adapted.eval(), batch).named()
+    before = {name: value.clone() for name, value in adapted.state_dict().items()}
+    dataset.save_student(tmp_path / "student")
+    assert_same(adapted.state_dict(), before, atol=0, rtol=0)
+    again = LlavaForConditionalGeneration.from_pretrained(tmp_path / "student")
+    assert_same(vdc.DistillationLoss(dataset)(again.eval(), batch).named(), trained, atol=1e-5, rtol=1e-4)
+
+
+def test_data_sets_losses_and_models_of_different_kinds_are_not_mixed(dataset, tiny_cache, folder):
+    loss, model, processor = (
+        vdc.DistillationLoss(dataset),
+        dataset.student,
+        (dataset.tokenizer, dataset.image_processor),
+    )
+    (batch,) = batches_of(dataset, 2)
+    for losses in (
+        vdc.LossWeights(),
+        vdc.LossWeights(**LOSSES, temperature=2.0),
+        vdc.LossWeights(**LOSSES, logit_kind="tvd"),
+    ):
+        other = vdc.DistillationDataset(tiny_cache[0], model, losses, data=DATA, processor=processor)
+        with pytest.raises(vdc.ConfigError, match=r"does not fit: losses .*; expected .*visual_columns"):
+            loss(model, other.collate([other[0]]))
+        with pytest.raises(vdc.ConfigError, match=r"sample .* does not fit: losses"):
+            dataset.collate([dataset[0], other[1]])
+    config = copy.deepcopy(model.config)
+    config.text_config.num_hidden_layers += 1
+    config.text_config.layer_types = None
+    with pytest.raises(
+        vdc.ModelError, match=r"layers \d.*; expected llava.*Make another DistillationDataset with this model"
+    ):
+        loss(type(model)(config), batch)
+    same = vdc.DistillationDataset(tiny_cache[0], model, vdc.LossWeights(**LOSSES), data=DATA, processor=processor)
+    assert_same(loss(model, same.collate([same[0], dataset[1]])).named(), loss(model, batch).named(), atol=0, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft asks for it by its name of old
+def test_misuse_ends_in_words(dataset, tiny_cache, folder, tmp_path):
+    from peft import PromptTuningConfig, get_peft_model
+    from transformers import LlavaConfig
+
+    model, processor, copied = dataset.student, (dataset.tokenizer, dataset.image_processor), copy.deepcopy(dataset)
+    (batch,) = batches_of(dataset, 2)
+    loss = vdc.DistillationLoss(copied)  # needs no model of its own
+    assert loss(model, batch).total > 0
+    small = copy.deepcopy(dataset.image_processor)
+    small.size = small.crop_size = {"height": 12, "width": 12}
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text('{"model_type": "bert"}')
+    with torch.device("meta"):
+        empty = type(model)(LlavaConfig.from_pretrained(folder))
+
+    def given(student=model, processor=processor, cache=tiny_cache[0], **options):
+        return vdc.DistillationDataset(
+            cache, student, vdc.LossWeights(**LOSSES), data=DATA, processor=processor, **options
+        )
+
+    def says(*records):
+        return lambda: dataset.live_batch([0, 1], lambda samples: records)
+
+    tuned = get_peft_model(copy.deepcopy(model), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    read = dataset[0].encoded
+    heads = {"labels": read.labels[read.supervised_rows], "tiles": None, "image_hash": read.image_hash}
+    whole = heads | dict.fromkeys(("logits", "answer_attention", "visual_map", "visual_columns"), 1)
+    misuses = [
+        (lambda: given(student=model.model), "no output projection.*AutoModelForImageTextToText"),
+        (lambda: given(student=empty), "meta device"),
+        (lambda: given(processor=(dataset.tokenizer, small)), "12 x 12 pixels, its vision tower reads"),
+        (lambda: given(limit="3"), "limit is '3'"),
+        (lambda: given(limit=3.5), r"limit is 3\.5"),
+        (lambda: given(cache=[tiny_cache[0]]), "cache is list.*mixture"),
+        (lambda: loss(tuned, batch), "PromptTuningConfig puts tokens before"),
+        (lambda: loss(model, [batch]), "batch is list"),
+        (lambda: vdc.DistillationLoss([1]), "dataset is list"),
+        (lambda: dataset[0:2], "expected one position or one id"),
+        (lambda: dataset[1.5], r"sample 1\.5 .float.; expected one"),
+        (lambda: dataset.collate([]), "one or more"),
+        (lambda: dataset.sampler(seed=-1), "seed is -1"),
+        (lambda: dataset.sampler(seed="a"), "seed is 'a'"),
+        (lambda: copied.save_student(tmp_path / "new"), "holds no model.*give model="),
+        (lambda: dataset.save_student(tmp_path / "file"), "is a file"),
+        (lambda: dataset.save_student(tmp_path / "other"), "something else .bert.*another folder"),
+        (says({}), r"gave 1 records"),
+        (says({}, None), r"expected a dict of labels, tiles, image_hash"),
+        (says(whole, whole), r"the live teacher on sample '.*expected labels"),
+        (lambda: dataset.live_batch([0], lambda samples: None), "0 records .NoneType.; expected a list of 1"),
+    ]  # fmt: skip
+    for misuse, words in misuses:
+        with pytest.raises(vdc.DistillError, match=f"(?s){words}"):
+            misuse()
+    assert not (tmp_path / "new").exists()
+
+
 def test_what_does_not_fit_is_refused_in_words(dataset, tiny_cache, folder, tmp_path):
     from tiny_families import save_tiny
 
@@ -218,7 +361,7 @@ def test_what_does_not_fit_is_refused_in_words(dataset, tiny_cache, folder, tmp_
     for arguments, words in refused:
         with pytest.raises(vdc.DistillError, match=words):
             vdc.DistillationDataset(cache, **({"data": DATA} | arguments))
-    with pytest.raises(KeyError, match=r"no sample 'x' among the 20.*cachectl inspect"):
+    with pytest.raises(KeyError, match=r"no sample 'x' among the 20.*take one of sample_ids"):
         dataset["x"]
     loss, (batch,) = vdc.DistillationLoss(dataset), batches_of(dataset, 2)
     with pytest.raises(vdc.ModelError, match="Make another DistillationDataset with this model"):

@@ -1,8 +1,11 @@
 """The mixin in `transformers.Trainer` and in TRL's: a step is one of `train()`, and the log has each term."""
 
+import pickle
+
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from tiny_cache import make_teacher
 
 import vlm_distill_cache as vdc
@@ -87,13 +90,113 @@ def test_a_wrong_data_set_is_refused(dataset, tiny_cache, student, tmp_path):
         with pytest.raises(vdc.ConfigError, match=r"expected vlm_distill_cache\.DistillationDataset"):
             Trainer(args=arguments, **wrong)
     other = vdc.DistillationDataset(tiny_cache[0], student, vdc.LossWeights(logits=2.0), data=DATA)
-    with pytest.raises(vdc.ConfigError, match="have other losses"):
+    with pytest.raises(
+        vdc.ConfigError, match=r"do not fit each other: losses .*logits.: 2.0.*; expected .*visual_columns"
+    ):
         Trainer(args=arguments, train_dataset=dataset, eval_dataset=other)
+
+
+def test_a_resumed_training_ends_as_one_without_a_break_and_the_best_model_is_that_of_its_checkpoint(
+    student, tiny_cache, tmp_path
+):
+    dataset = vdc.DistillationDataset(tiny_cache[0], student, LOSSES, data=DATA, limit=9)
+    saving = {
+        "per_device_train_batch_size": 4,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "optim": "adamw_torch",
+        "seed": 3,
+    }
+    best = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, "learning_rate": 0.3}
+
+    def trainer(folder, data=dataset, **others):
+        data.student.load_state_dict(first)
+        arguments = transformers.TrainingArguments(**options(tmp_path / folder, max_steps=4, **saving | others))
+        return Trainer(args=arguments, train_dataset=data, eval_dataset=data)
+
+    first = {name: value.clone() for name, value in dataset.student.state_dict().items()}
+    trainer("whole").train()
+    whole = weights_of(dataset.student)
+    assert sum(not torch.equal(whole[name], first[name]) for name in whole) > 20
+    resumed = trainer("resumed")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    for name, value in weights_of(dataset.student).items():
+        torch.testing.assert_close(value, whole[name], atol=0, rtol=0, msg=name)
+    worse = trainer("worse", **best)  # so large a rate that the first evaluation is not the worst
+    worse.train()
+    assert worse.evaluate()["eval_loss"] == pytest.approx(worse.state.best_metric, rel=1e-5)
+
+    for losses, data, words in (
+        (LOSSES, 5, "data set"),
+        (vdc.LossWeights(logits=2.0), None, "losses"),
+    ):
+        other = vdc.DistillationDataset(tiny_cache[0], student, losses, data=DATA, limit=data)
+        with pytest.raises(
+            vdc.ConfigError, match=rf"(?s)checkpoint-2 is of a training whose {words} was .*begin anew from its weights"
+        ):
+            trainer("other", other).train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    weights = tmp_path / "whole" / "checkpoint-4" / "model.safetensors"
+    held = load_file(weights)
+    save_file(dict(list(held.items())[1:]), weights, metadata={"format": "pt"})
+    with pytest.raises(vdc.ModelError, match="1 of its weights are not this model's"):
+        trainer("other").train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
+
+
+def test_an_evaluation_counts_its_own_batches_alone(dataset, student, tiny_cache, tmp_path):
+    held_out = vdc.DistillationDataset(tiny_cache[0], student, LOSSES, data=DATA, limit=5)
+    trainer = Trainer(
+        args=transformers.TrainingArguments(**options(tmp_path / "run")), train_dataset=dataset, eval_dataset=held_out
+    )
+    first = trainer.evaluate()
+    predicted = trainer.predict(dataset).metrics
+    assert predicted["test_logits"] == pytest.approx(trainer.evaluate(dataset)["eval_logits"], rel=1e-6)
+    with pytest.raises(vdc.ConfigError, match="train and evaluate on a DistillationDataset"):
+        trainer.evaluate([*held_out, 7])
+    again = trainer.evaluate()
+    for name in ("loss", "lm", "logits", "visual_columns"):
+        assert again[f"eval_{name}"] == first[f"eval_{name}"], name
+
+
+def test_what_has_no_effect_or_trains_something_else_is_refused(dataset, tmp_path):
+    from peft import LoraConfig
+
+    arguments = transformers.TrainingArguments(**options(tmp_path / "run"))
+    for name in (
+        "compute_metrics",
+        "compute_loss_func",
+        "data_collator",
+        "model_init",
+        "preprocess_logits_for_metrics",
+    ):
+        with pytest.raises(vdc.ConfigError, match=f"{name}= is given, which cannot be used"):
+            Trainer(args=arguments, train_dataset=dataset, **{name: dataset.collate})
+    changed = {
+        "label_smoothing_factor": 0.1,
+        "train_sampling_strategy": "sequential",
+        "include_num_input_tokens_seen": "all",
+    }
+    for name, value in changed.items():
+        with pytest.raises(vdc.ConfigError, match=f"{name} is {value!r} in args"):
+            Trainer(
+                args=transformers.TrainingArguments(**options(tmp_path / "run", **{name: value})), train_dataset=dataset
+            )
+    with pytest.raises(vdc.ConfigError, match=r"Trainer stands before .*Mixed\(DistillationTrainerMixin, Trainer\)"):
+        type("Mixed", (transformers.Trainer, vdc.DistillationTrainerMixin), {})
+    with pytest.raises(vdc.ConfigError, match="no trainer among its bases"):
+        vdc.DistillationTrainerMixin(args=arguments, train_dataset=dataset)
+    with pytest.raises(vdc.ConfigError, match="holds no model"):
+        Trainer(args=arguments, train_dataset=pickle.loads(pickle.dumps(dataset)))  # noqa: S301 - ours
+    dataset.student.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
+    Trainer(args=arguments, train_dataset=dataset)  # saves nothing on the way
+    arguments.save_strategy = "steps"
+    with pytest.raises(vdc.ModelError, match="give model= what get_peft_model returned"):
+        Trainer(args=arguments, train_dataset=dataset)
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # TRL and peft, by its name of old
 def test_trl_takes_the_same_step_in_adapters(dataset, tmp_path):
     trl = pytest.importorskip("trl", reason="trl is not installed: pip install trl")
+
     from peft import LoraConfig
 
     class SFTTrainer(vdc.DistillationTrainerMixin, trl.SFTTrainer):
@@ -106,7 +209,6 @@ def test_trl_takes_the_same_step_in_adapters(dataset, tmp_path):
         **options(
             tmp_path / "run", per_device_train_batch_size=2, gradient_accumulation_steps=3, max_steps=2, bf16=False
         ),
-        dataset_kwargs={"skip_prepare_dataset": True},
     )
     adapters = LoraConfig(r=2, target_modules=["q_proj", "down_proj"])
     trainer = SFTTrainer(args=arguments, train_dataset=dataset, eval_dataset=dataset, peft_config=adapters)

@@ -130,8 +130,14 @@ def canonical_overrides(cls: type, overrides: Iterable[str]) -> list[str]:
         key, equals, text = override.partition("=")
         given, hint = _Given(override, text.strip()), option_names(cls).get(key.strip())
         if equals and dataclasses.is_dataclass(hint) and isinstance(whole := given.parsed(), dict):
-            inner = canonical_values(typing.cast("type", hint), whole, where="--set")  # takes the place of all below it
-            given = _Given(override, json.dumps(inner, default=str))
+            # As the same mapping in a file: options that it does not name stay what they are.
+            for inner, value in _leaves(typing.cast("type", hint), whole, f"{key.strip()}."):
+                try:
+                    text = json.dumps(value)
+                except TypeError as error:
+                    raise ConfigError(f"--set {override!r}: {inner} is {value!r}; put texts in quotes") from error
+                items.append((inner, _Given(f"{inner}={text}", text)))
+            continue
         items.append((key.strip(), given))
     return [
         (f"{key}={value.text}" if "=" in value.override else value.override)

@@ -399,6 +399,7 @@ def describe_phases(config: TrainConfig) -> str:
 def look_at_run(outlook: Outlook, config: TrainConfig, caches: Mapping[str, TeacherCache], *, extends: bool) -> None:
     """For a dry run: whether the folder is this run's, and the held-out items can be scored."""
     from vlm_distill_cache.stage2_student.scores.held_out import probe_items
+    from vlm_distill_cache.stage2_student.training.preview import look_at_extension
 
     output = Path(config.output)
     with outlook.checking():
@@ -408,6 +409,9 @@ def look_at_run(outlook: Outlook, config: TrainConfig, caches: Mapping[str, Teac
         hashes = {place: cache.manifest_hash or there for place, cache in caches.items()}
         stamp = {"run": describe(config, hashes)}
         refuse_other_run(output, previous, stamp, extends=extends)
+        if extends and all(cache.manifest_hash for cache in caches.values()):
+            cut = {} if kept_share(config.student) is None else {"student": str(output / FOLDER)}
+            look_at_extension(arms(replace(config, **cut)).values(), caches)
         if previous.get("finished") and previous["run"] == stamp["run"]:
             outlook.lines.append("  it is finished: what is there is checked, and nothing trained again")
     with outlook.checking():
@@ -419,13 +423,15 @@ def look_at_training(
     outlook: Outlook, config: TrainConfig, caches: Mapping[str, TeacherCache], *, extends: bool
 ) -> None:
     """For a dry run: whether the folder is this training's."""
+    from vlm_distill_cache.stage2_student.training.preview import look_at_extension
+
     output, hashes = Path(config.output), {place: cache.manifest_hash for place, cache in caches.items()}
     with outlook.checking():
         refuse_uncut(config.student, config.teacher)
     with outlook.checking():
         refuse_foreign_folder(output)
         if extends and all(hashes.values()):
-            earlier_training(output, config, hashes)
+            look_at_extension([config], caches)
         elif all(hashes.values()) and (output / FINAL).is_dir():
             identity, why = fingerprint(describe(config, hashes)), partial(differing_options, output, config, hashes)
             refuse_other_student(output / FINAL, identity, why=why)

@@ -38,6 +38,7 @@ from vlm_distill_cache.common.terminal.general import (
     has_document,
     is_quiet,
     set_levels,
+    start_document,
     version_text,
 )
 from vlm_distill_cache.common.terminal.launch import SAY_S, enter_launch
@@ -209,9 +210,23 @@ class CommandGroup(Described, click.Group):
             )
             printed = "" if is_id else " ".join(argument.split()) if several_lines else argument
             if reason := unusable_name(argument, printed=printed):
-                say(f"error: {one_line(argument)}: {reason}", err=True)
-                ctx.exit(2)
+                self._fail_early(ctx, args, f"{one_line(argument)}: {reason}")
+        if "--json" in args and not ctx.resilient_parsing and not {"-h", "--help"} & {*args}:
+            if "--json" in args[: command + 1]:
+                name = next((argument for argument in args if argument in self.commands), "COMMAND")
+                self._fail_early(ctx, args, f"--json stands behind the command: {ctx.info_name} {name} --json")
+            if args[command] not in self.commands:
+                start_document()  # of a command, it does so itself
         return super().parse_args(ctx, args)
+
+    def _fail_early(self, ctx: click.Context, args: list[str], text: str) -> NoReturn:
+        """End before a command is known, with a document if one is asked for."""
+        if "--json" in args:
+            start_document()
+        fail(text)
+        if (document := end_document()) is not None:
+            _write(document, err=False)
+        ctx.exit(2)
 
     def invoke(self, ctx: click.Context) -> object:
         """Run the command."""

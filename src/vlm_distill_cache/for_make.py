@@ -27,7 +27,8 @@ def main() -> None:
 def named() -> dict[str, str]:
     """The variables that the options in ``CONFIG``, ``CACHE_CONFIG``, ``SET`` and ``CACHE_SET`` name, with their values.
 
-    Variables that are in the environment were given, and are left out. ``BOTH_STAGES`` is 1 if ``CONFIG`` has the sections of both stages.
+    Variables that are in the environment were given, and are left out. ``BOTH_STAGES`` is 1 if ``CONFIG`` has the sections
+    of both stages.
 
     Raises:
         ConfigError: For a file that cannot be read, or an option of both stages with two values.

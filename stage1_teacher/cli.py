@@ -16,7 +16,6 @@ from vlm_distill_cache.common.config import (
     canonical_values,
     load_options,
     read_stage,
-    read_yaml,
     save_replay,
 )
 from vlm_distill_cache.common.locations import by_make
@@ -110,7 +109,7 @@ def _settings(options: dict[str, Any]) -> tuple[BuildConfig, Recipe | None]:
 
 def _given(options: dict[str, Any]) -> set[str]:
     """Names of the options that were given, whatever the words, before `_settings` takes them."""
-    recipe, values, settings = split_recipe(read_yaml(options["config"]), options["overrides"])
+    recipe, values, settings = split_recipe(read_stage(options["config"], "teacher_cache"), options["overrides"])
     named = {text.partition("=")[0].strip() for text in canonical_overrides(BuildConfig, settings)}
     named |= {name for name, value in options.items() if value is not None}
     named |= canonical_values(BuildConfig, values, where="options").keys()

@@ -30,7 +30,7 @@ from vlm_distill_cache.common.files.hashing import fingerprint
 from vlm_distill_cache.common.files.rules import check, entries
 from vlm_distill_cache.common.files.signed import find_damage, list_files, read_signed, write_signed
 from vlm_distill_cache.common.hub import public_name
-from vlm_distill_cache.common.locations import is_url, public_location, secret_locations
+from vlm_distill_cache.common.locations import is_url, nearest_path, public_location, secret_locations
 from vlm_distill_cache.common.remotes.mirror import local_folder
 from vlm_distill_cache.common.terminal.command_line import leave_one_core, quiet_libraries, run_command, said_so_far
 from vlm_distill_cache.common.tools.outlook import Outlook
@@ -114,9 +114,9 @@ def load_run_config(path: Path | None, overrides: Sequence[str], *, cache: str |
     if not is_url(places["cache"]) and not Path(places["cache"]).is_dir():
         raise ConfigError(
             f"cache: {places['cache']} is neither a folder nor an address (s3://, hf://datasets/, https://); relative paths "
-            "start from the working directory"
+            f"start from the working directory{nearest_path(places['cache'])}"
         )
-    width = int(read_plan(local_folder(places["cache"])).teacher.get("hidden_size", 1 << 20))
+    width = int(read_plan(local_folder(places["cache"]), sketch=True).teacher.get("hidden_size", 1 << 20))
     config = resolve_config(path, overrides, teacher_width=width)
     if recipe is not None:
         refuse_other_caches(config, recipe, given)
@@ -161,6 +161,9 @@ def run(
             for name in COMPARED:
                 clean_stale(output / name)  # of a process killed while it scored
             train_and_score(config, caches, cache, stamp, hashes, processes=processes, extends=extends, say=say)
+    elif not (output / CONFIG).exists():  # as versions before left it
+        with contextlib.suppress(OSError):  # a finished run may lie on a read-only disk
+            save_config(without_secrets(config), output / CONFIG)
     return RunSummary(
         output=output,
         table=(output / TABLE).read_text(),

@@ -18,15 +18,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
 import click
 from click.shell_completion import CompletionItem
 
+from vlm_distill_cache.common.cache.other_folders import IS_SKETCH, SKETCH
 from vlm_distill_cache.common.errors import DistillError, LaunchError
 from vlm_distill_cache.common.files.disk import disk_remedy
 from vlm_distill_cache.common.files.hashing import checksum
-from vlm_distill_cache.common.locations import is_url
+from vlm_distill_cache.common.locations import is_url, nearest_path
 from vlm_distill_cache.common.printing import CONTROL, SURROGATE, hide_secrets, message, one_line, printable
 from vlm_distill_cache.common.terminal.general import (
     Command,
@@ -112,18 +113,19 @@ def join_launch(ctx: click.Context, *, several: Sequence[str]) -> None:
             ctx.exit(0)
 
 
-def run_command(command: Sequence[str], environment: Mapping[str, str], *, quiet: bool = False) -> int:
+def run_command(
+    command: Sequence[str], environment: Mapping[str, str], *, output: IO[bytes] | int | None = None
+) -> int:
     """Run a command of ours to its end and return its exit code; SIGTERM or Ctrl-C to this process stops it too.
 
-    With ``quiet`` nothing is shown of it but errors and warnings.
+    Its standard output goes to ``output``, as `subprocess` takes it.
 
     Neither is a launcher killed outright, which would leave its own processes behind (`subprocess.run` does that), nor
     does one outlive this process, if it calls `end_with_parent`.
     """
     # Ctrl-C reaches all processes of a terminal: this one ends the others, which would each end in their own way.
     with without_interrupts():
-        shown = subprocess.DEVNULL if quiet else None
-        process = subprocess.Popen(command, env={**environment, PARENT: str(os.getpid())}, stdout=shown)
+        process = subprocess.Popen(command, env={**environment, PARENT: str(os.getpid())}, stdout=output)
     with process:
         try:
             return process.wait()
@@ -468,7 +470,8 @@ class CacheLocation(click.ParamType):
         if is_url(value):
             return str(value)
         if not Path(value).is_dir():
-            self.fail(f"{value}: neither a folder nor an address (s3://, hf://datasets/, https://)", param, ctx)
+            near = nearest_path(value)
+            self.fail(f"{value}: neither a folder nor an address (s3://, hf://datasets/, https://){near}", param, ctx)
         return str(Path(value))
 
 
@@ -499,6 +502,17 @@ class CacheFolder(NewFolder):
 
     def __init__(self) -> None:
         super().__init__(exists=True, file_okay=False)
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> str | bytes | os.PathLike[str]:
+        """Return the path."""
+        if not is_url(value) and not os.path.lexists(value) and (near := nearest_path(value)):
+            self.fail(f"{value}: there is no such folder{near}", param, ctx)
+        path = super().convert(value, param, ctx)
+        if (Path(os.fsdecode(path)) / SKETCH).is_file():
+            self.fail(f"{value}: {IS_SKETCH}", param, ctx)
+        return path
 
 
 def say(text: str, *, err: bool = False) -> None:

@@ -1,16 +1,19 @@
 """``teacher-cache build --dry-run``: what a build would do, without the teacher's weights; it writes nothing."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from vlm_distill_cache.common.cache.documents import write_document
+from vlm_distill_cache.common.cache.other_folders import IS_SKETCH, SKETCH
 from vlm_distill_cache.common.cache.plan import LONG_SAMPLES, PLAN, THREADS, Plan, refuse_changed_plan
 from vlm_distill_cache.common.cache.side_files import MANIFEST
 from vlm_distill_cache.common.cache.sidecar import missing_shards, read_sidecar
 from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, SampleError
-from vlm_distill_cache.common.files.atomic import read_json
+from vlm_distill_cache.common.files.atomic import read_json, write_bytes_atomic
+from vlm_distill_cache.common.files.disk import refuse_overlap
 from vlm_distill_cache.common.hub import is_without_weights, model_folder
 from vlm_distill_cache.common.models.published import is_published
 from vlm_distill_cache.common.printing import one_line, size_words
@@ -29,6 +32,7 @@ from vlm_distill_cache.stage1_teacher.planning.parts import Part
 from vlm_distill_cache.stage1_teacher.planning.plan import LOOKED_AT, refuse_settings
 from vlm_distill_cache.stage1_teacher.teacher.export import export_parts
 
+logger = logging.getLogger(__name__)
 _OF_WEIGHTS = ("teacher", "vision_tower")  # fingerprints that only weights tell
 _ESTIMATED = ("cache_bytes", "stage_one_hours", "samples")
 
@@ -43,10 +47,17 @@ def preview_build(
         estimate: The figures that ``teacher-cache estimate --json`` has written for these options.
     """
     outlook, cache_dir = Outlook(), Path(config.cache)
+    logger.info("looking at teacher, data and cache; nothing is built")
     with outlook.checking():
         check_cache_folder(cache_dir, overwrite=overwrite)
     with outlook.checking():
         refuse_unwritable(cache_dir)
+    if sketch is not None:
+        try:
+            refuse_overlap(sketch, cache_dir)
+        except ConfigError as error:
+            outlook.problem(f"--sketch: {error}")
+            sketch = None
     if config.quantisation != "none":
         outlook.needs_package("bitsandbytes", extra="quantised", why=f"quantisation={config.quantisation}")
     known = None
@@ -82,6 +93,7 @@ def preview_build(
             if sketch is not None:
                 with outlook.checking():
                     write_sketch(work, sketch)
+                    outlook.written = f"the sketch {sketch}"
     return outlook
 
 
@@ -95,6 +107,7 @@ def write_sketch(work: Build, folder: Path) -> None:
         raise ConfigError(f"--sketch {folder}: it is not empty; give a new folder")
     folder.mkdir(parents=True, exist_ok=True)
     export_parts(work.teacher, folder)
+    write_bytes_atomic(folder / SKETCH, f"{IS_SKETCH}\n".encode())
     write_document(folder / PLAN, work.plan.to_dict())
 
 

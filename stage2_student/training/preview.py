@@ -4,6 +4,7 @@ The cache may not be there yet: stage one then gives a sketch of it (``teacher-c
 with all that the cache will say of itself, and of its records nothing.
 """
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -44,6 +45,7 @@ from vlm_distill_cache.stage2_student.training.preparation import (
 )
 from vlm_distill_cache.stage2_student.training.steps import extended_training
 
+_log = logging.getLogger(__name__)
 UNKNOWN_WIDTH = 1 << 20  # of a teacher that is not known
 _FLOAT, _OPTIMIZER = 4, 12  # bytes of a parameter: saved; in a checkpoint with both averages of its optimizer
 
@@ -92,9 +94,10 @@ def preview(
         trainings: The folders below the output that students are trained in; ``""``: the output itself.
     """
     outlook = Outlook()
+    _log.info("looking at cache, data and student; nothing is trained")
     with looking_only() as missing:
         with outlook.checking():
-            read_plan(local_folder(sketch or cache))
+            read_plan(local_folder(sketch or cache), sketch=sketch is not None)
         if outlook.problems:
             if sketch is not None and not any(sketch.iterdir()):
                 outlook.problems.clear()
@@ -159,6 +162,8 @@ def _hours_lines(config: TrainConfig, folders: Sequence[Path]) -> list[str]:
     if not seconds or None in counts:
         return ["  hours: not known before a step is measured"]
     left = max(0, len(folders) * sum(count or 0 for count in counts) - len(seconds))
+    if not left:
+        return ["  hours: none, all steps are done"]
     return [
         f"  hours: about {left * sum(seconds) / len(seconds) / 3600:.2g} for {left} steps, as fast as those logged there"
     ]
@@ -197,7 +202,7 @@ def open_or_plan(place: str, *, sketch: Path | None, named: str) -> TeacherCache
     """A cache that is there; at the place that is the sketch, what stands for a cache that is ``named`` so."""
     if sketch is None or Path(place) != sketch:
         return open_cache(place)
-    planned: Any = PlannedCache(path=sketch, plan=read_plan(sketch), place=named)
+    planned: Any = PlannedCache(path=sketch, plan=read_plan(sketch, sketch=True), place=named)
     return planned  # type: ignore[no-any-return]
 
 

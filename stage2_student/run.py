@@ -413,8 +413,8 @@ def look_at_run(outlook: Outlook, config: TrainConfig, caches: Mapping[str, Teac
         stamp = {"run": describe(config, hashes)}
         refuse_other_run(output, previous, stamp, extends=extends)
         if extends and all(cache.manifest_hash for cache in caches.values()):
-            cut = {} if kept_share(config.student) is None else {"student": str(output / FOLDER)}
-            look_at_extension(arms(replace(config, **cut)).values(), caches)
+            student = config.student if kept_share(config.student) is None else str(output / FOLDER)
+            look_at_extension(arms(replace(config, student=student)).values(), caches)
         if previous.get("finished") and previous["run"] == stamp["run"]:
             outlook.lines.append("  it is finished: what is there is checked, and nothing trained again")
     with outlook.checking():

@@ -17,9 +17,9 @@ _SCHEMES = ("s3", "hf", "http", "https")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """``; did you mean X?`` of what is spelt nearly like a name; empty if nothing is."""
+    """`` (did you mean X?)`` of what is spelt nearly like a name; empty if nothing is."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.7)
-    return f"; did you mean {one_line(near[0])}?" if near else ""
+    return f" (did you mean {one_line(near[0])}?)" if near else ""
 
 
 def nearest_path(path: str | Path) -> str:

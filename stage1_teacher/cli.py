@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -44,6 +45,7 @@ from vlm_distill_cache.common.terminal.launch import enter_launch
 from vlm_distill_cache.common.terminal.sharding import refuse_sharding
 from vlm_distill_cache.stage1_teacher.config import SIGNALS, BuildConfig
 
+logger = logging.getLogger(__name__)
 # Imports that pull torch in are inside the commands, so that --help and usage errors are instant.
 
 
@@ -156,6 +158,8 @@ def build(
         raise click.UsageError("--sketch and --estimate go with --dry-run")
     refuse_sharding(enter_launch().sharding, model="teacher")
     settings, recipe = _settings(options)
+    if dry_run:  # before what takes seconds
+        logger.info("looking at teacher, data and cache; nothing is built")
 
     from vlm_distill_cache.stage1_teacher.extract import extract, extract_with_processes
     from vlm_distill_cache.stage1_teacher.planning.cache_folder import explain_disk_errors

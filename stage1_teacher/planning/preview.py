@@ -1,6 +1,6 @@
 """``teacher-cache build --dry-run``: what a build would do, without the teacher's weights; it writes nothing."""
 
-import logging
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +17,7 @@ from vlm_distill_cache.common.files.disk import refuse_overlap
 from vlm_distill_cache.common.hub import is_without_weights, model_folder
 from vlm_distill_cache.common.models.published import is_published
 from vlm_distill_cache.common.printing import one_line, size_words
+from vlm_distill_cache.common.terminal.command_line import PARENT
 from vlm_distill_cache.common.tools.outlook import Outlook, download_lines, free_bytes, looking_only
 from vlm_distill_cache.data.registry import open_dataset
 from vlm_distill_cache.stage1_teacher.config import BuildConfig
@@ -32,7 +33,6 @@ from vlm_distill_cache.stage1_teacher.planning.parts import Part
 from vlm_distill_cache.stage1_teacher.planning.plan import LOOKED_AT, refuse_settings
 from vlm_distill_cache.stage1_teacher.teacher.export import export_parts
 
-logger = logging.getLogger(__name__)
 _OF_WEIGHTS = ("teacher", "vision_tower")  # fingerprints that only weights tell
 _ESTIMATED = ("cache_bytes", "stage_one_hours", "samples")
 
@@ -47,7 +47,6 @@ def preview_build(
         estimate: The figures that ``teacher-cache estimate --json`` has written for these options.
     """
     outlook, cache_dir = Outlook(), Path(config.cache)
-    logger.info("looking at teacher, data and cache; nothing is built")
     with outlook.checking():
         check_cache_folder(cache_dir, overwrite=overwrite)
     with outlook.checking():
@@ -93,7 +92,8 @@ def preview_build(
             if sketch is not None:
                 with outlook.checking():
                     write_sketch(work, sketch)
-                    outlook.written = f"the sketch {sketch}"
+                    # Of `distill run`, which has started this, it is a temporary folder.
+                    outlook.written = "" if PARENT in os.environ else f"the sketch {sketch}"
     return outlook
 
 

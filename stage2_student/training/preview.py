@@ -4,7 +4,6 @@ The cache may not be there yet: stage one then gives a sketch of it (``teacher-c
 with all that the cache will say of itself, and of its records nothing.
 """
 
-import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -45,7 +44,6 @@ from vlm_distill_cache.stage2_student.training.preparation import (
 )
 from vlm_distill_cache.stage2_student.training.steps import extended_training
 
-_log = logging.getLogger(__name__)
 UNKNOWN_WIDTH = 1 << 20  # of a teacher that is not known
 _FLOAT, _OPTIMIZER = 4, 12  # bytes of a parameter: saved; in a checkpoint with both averages of its optimizer
 
@@ -94,7 +92,6 @@ def preview(
         trainings: The folders below the output that students are trained in; ``""``: the output itself.
     """
     outlook = Outlook()
-    _log.info("looking at cache, data and student; nothing is trained")
     with looking_only() as missing:
         with outlook.checking():
             read_plan(local_folder(sketch or cache), sketch=sketch is not None)

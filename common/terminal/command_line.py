@@ -223,7 +223,11 @@ class CommandGroup(Described, click.Group):
 
     def _fail_early(self, ctx: click.Context, args: list[str], text: str) -> NoReturn:
         """End before a command is known, with a document if one is asked for."""
-        if "--json" in args:
+        before = args[: next((place for place, one in enumerate(args) if one in self.commands), 0)]
+        behind = dict(zip(args, [*args[1:], "-"], strict=True)).get(
+            "--json", ""
+        )  # of some commands it may have a value
+        if "--json" in before or behind.startswith("-"):
             start_document()
         fail(text)
         if (document := end_document()) is not None:

@@ -9,6 +9,7 @@ from vlm_distill_cache.common.config import canonical_overrides, canonical_value
 from vlm_distill_cache.common.errors import ConfigError, DistillError
 from vlm_distill_cache.common.printing import message
 from vlm_distill_cache.common.recipes import split_recipe
+from vlm_distill_cache.common.terminal.command_line import say
 from vlm_distill_cache.stage1_teacher.config import BuildConfig
 from vlm_distill_cache.stage2_student.config import TrainConfig
 
@@ -20,7 +21,7 @@ def main() -> None:
     try:
         sys.stdout.write("".join(f"export {name}={shlex.quote(value)}\n" for name, value in named().items()))
     except DistillError as error:
-        sys.stderr.write(f"error: {message(str(error))}\n")
+        say(f"error: {message(str(error))}", err=True)
         raise SystemExit(2) from error
 
 

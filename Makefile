@@ -37,7 +37,7 @@ PINNED  := $(if $(filter /% .%,$(STUDENT)),,$(findstring @,$(STUDENT)))
 OUTPUT  ?= build/runs/$(subst :,-,$(if $(PINNED),$(subst /,-,$(STUDENT)),$(notdir $(patsubst %/,%,$(STUDENT)))))-$(notdir $(patsubst %/,%,$(CACHE)))
 
 # Which options of stage one somebody gave.
-GIVEN := $(strip $(foreach name,SIGNALS CACHE_CONFIG CACHE_SET,$(if $(filter-out file,$(origin $(name))),$(if $(strip $($(name))),$(name)))))
+GIVEN := $(strip $(foreach name,SIGNALS CACHE_CONFIG CACHE_SET $(if $(BOTH_STAGES),STORE TEACHER),$(if $(filter-out file,$(origin $(name))),$(if $(strip $($(name))),$(name)))))
 
 VENV  := .venv
 BIN   := $(VENV)/bin
@@ -92,30 +92,37 @@ export STUDENT DATA STORE TEACHER IMAGES CONFIG PHASES CACHE OUTPUT SIGNALS CACH
 # The options of each stage. A CONFIG with the sections of both has its own; only what somebody gave is put in their place.
 STAGE_ONE = --data "$$DATA" --cache "$$CACHE" --store "$$STORE" $(if $(IMAGES),--images "$$IMAGES") $(if $(TEACHER),--teacher "$$TEACHER") $(if $(SIGNALS),--signals "$$SIGNALS") $(if $(CACHE_CONFIG),--config "$$CACHE_CONFIG") $(if $(strip $(CACHE_SET)),$$(printf -- '--set %s ' $$CACHE_SET)) $(if $(filter-out 1,$(NPROC)),--nproc "$$NPROC")
 STAGE_TWO = --student "$$STUDENT" --data "$$DATA" --cache "$$CACHE" --output "$$OUTPUT" $(if $(PRUNED),--teacher "$${TEACHER:-stage1_teacher/builtin}") $(if $(IMAGES),--images "$$IMAGES") $(if $(CONFIG),--config "$$CONFIG") $(ALL_ELSE)
+BUILD_WHOLE = --config "$$CONFIG" $(call GAVE,DATA,--data) $(call GAVE,CACHE,--cache) $(call GAVE,IMAGES,--images) $(call GAVE,STORE,--store) $(call GAVE,TEACHER,--teacher) $(if $(SIGNALS),$(call GAVE,SIGNALS,--signals)) $(if $(strip $(CACHE_SET)),$$(printf -- '--set %s ' $$CACHE_SET)) $(if $(filter-out 1,$(NPROC)),--nproc "$$NPROC")
 WHOLE = --config "$$CONFIG" $(call GAVE,STUDENT,--student) $(call GAVE,DATA,--data) $(call GAVE,CACHE,--cache) $(call GAVE,OUTPUT,--output) $(call GAVE,IMAGES,--images) $(ALL_ELSE)
 ALL_ELSE = $(if $(PHASES),--phases "$$PHASES") $(if $(EVAL_DATA),--set "evaluation.data=$$EVAL_DATA") $(if $(strip $(SET)),$$(printf -- '--set %s ' $$SET)) $(if $(filter-out 1,$(NPROC)),--nproc "$$NPROC")
 GAVE = $(if $(filter-out file,$(origin $(1))),$(2) "$$$(1)")
-NO_OPTIONS = echo "CONFIG=$$CONFIG holds stage one, too: write its options there, instead of $(GIVEN) $(if $(TEACHER),TEACHER)" >&2; exit 2;
-HAS_BOTH = { [ -n "$$CONFIG" ] && grep -qsE '^(teacher_cache|distill) *:' "$$CONFIG"; }
+NO_OPTIONS = echo "CONFIG=$$CONFIG holds stage one, too: write its options there, instead of $(GIVEN)" >&2; exit 2;
+# What files and SET name has no default here: they are asked, and make runs again with what they say (BOTH_STAGES: CONFIG is a whole run).
+SAYS := STUDENT DATA STORE TEACHER IMAGES CACHE OUTPUT SIGNALS CACHE_CONFIG CACHE_SET
 
+ifneq ($(if $(OPTIONS_ASKED),,$(strip $(CONFIG)$(CACHE_CONFIG)$(SET)$(CACHE_SET))),)
+teacher-cache distill evaluate report: $(STAMP)
+	unset BOTH_STAGES $(foreach name,$(SAYS),$(if $(filter file undefined,$(origin $(name))),$(name))); said=$$($(BIN)/python -m vlm_distill_cache.for_make); eval "$$said"; OPTIONS_ASKED=1 exec $(MAKE) --no-print-directory $@
+else
 teacher-cache: $(STAMP) ## Stage one: run the teacher once, write the cache
-	$(BIN)/teacher-cache build $(STAGE_ONE)
+	$(BIN)/teacher-cache build $(if $(BOTH_STAGES),$(BUILD_WHOLE),$(STAGE_ONE))
 
 # exec: make tells its own processes alone to stop, and a shell between would leave the teacher running.
 # Before a teacher runs, both stages are looked at: a misspelt STUDENT costs seconds.
 # A sealed cache is used as it is, teacher or no teacher; naming a TEACHER, or options of stage one, checks that it is theirs.
 # CACHE may be an address (s3://, hf://datasets/, https://): its shards are fetched as they are read.
 distill: $(STAMP) ## Stage two: train a student from the cache (built first if missing), evaluate, report
-	if $(HAS_BOTH); then $(if $(strip $(GIVEN) $(TEACHER)),$(NO_OPTIONS)) exec $(BIN)/distill run $(WHOLE); fi
-	if ! $(HAS_BOTH) && [[ "$$CACHE" != *://* ]] && [ ! -f "$$CACHE/manifest.json" ]; then echo "Looking at both stages before the teacher runs"; sketch=$$(mktemp -d); trap 'rm -rf "$$sketch"' EXIT; found=0; $(BIN)/teacher-cache build $(STAGE_ONE) --dry-run --sketch "$$sketch" > /dev/null || found=$$?; $(BIN)/distill run $(STAGE_TWO) --dry-run --sketch "$$sketch" > /dev/null || found=$$?; exit $$found; fi
-	if ! $(HAS_BOTH) && { [ -n "$$TEACHER" ] || { [[ "$$CACHE" != *://* ]] && { [ -n "$(GIVEN)" ] || [ ! -f "$$CACHE/manifest.json" ]; }; }; }; then exec $(MAKE) --no-print-directory teacher-cache; fi
-	if ! $(HAS_BOTH); then exec $(BIN)/distill run $(STAGE_TWO); fi
+	$(if $(BOTH_STAGES),$(if $(GIVEN),$(NO_OPTIONS)) exec $(BIN)/distill run $(WHOLE))
+	if [ -z "$(BOTH_STAGES)" ] && [[ "$$CACHE" != *://* ]] && [ ! -f "$$CACHE/manifest.json" ]; then echo "Looking at both stages before the teacher runs"; sketch=$$(mktemp -d); trap 'rm -rf "$$sketch"' EXIT; found=0; $(BIN)/teacher-cache build $(STAGE_ONE) --dry-run --sketch "$$sketch" > /dev/null || found=$$?; $(BIN)/distill run $(STAGE_TWO) --dry-run --sketch "$$sketch" > /dev/null || found=$$?; exit $$found; fi
+	if [ -z "$(BOTH_STAGES)" ] && { [ -n "$$TEACHER" ] || { [[ "$$CACHE" != *://* ]] && { [ -n "$(GIVEN)" ] || [ ! -f "$$CACHE/manifest.json" ]; }; }; }; then exec $(MAKE) --no-print-directory teacher-cache; fi
+	if [ -z "$(BOTH_STAGES)" ]; then exec $(BIN)/distill run $(STAGE_TWO); fi
 
 evaluate: $(STAMP) ## Score the distilled student of OUTPUT again, on EVAL_DATA if given
 	$(BIN)/distill evaluate "$$OUTPUT/distilled/final" $(if $(EVAL_DATA),--data "$$EVAL_DATA") $(if $(IMAGES),--images "$$IMAGES")
 
 report: $(STAMP) ## Write the HTML report of OUTPUT again
 	$(BIN)/distill report "$$OUTPUT"
+endif
 
 demo: distill ## Both stages with the built-in teacher and data, on the CPU
 

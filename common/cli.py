@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Never
 
 import click
 
 from vlm_distill_cache.common.cache.plan import STORE_NAMES, built_with, read_plan
+from vlm_distill_cache.common.errors import SampleNotCachedError
+from vlm_distill_cache.common.locations import nearest
 from vlm_distill_cache.common.printing import one_line
 from vlm_distill_cache.common.terminal.command_line import (
     DRY_RUN,
@@ -39,6 +42,7 @@ _JOBS = click.option(
     "--jobs", default=8, show_default=True, type=click.IntRange(1, 64), help="How much to copy at a time."
 )
 _CACHE = CacheFolder()
+_LOOKED_AT = 20_000  # ids, for one that was meant
 
 
 @click.group(cls=CommandGroup, context_settings=SETTINGS)
@@ -81,6 +85,10 @@ def inspect(cache: str, sample_id: str | None, picture: Path | None, image: Path
     from vlm_distill_cache.common.tools.record_view import describe_record, picture_of, record_values, save_picture
 
     opened = open_cache(cache)
+    if sample_id not in opened and sample_id not in opened.failed:
+        raise SampleNotCachedError(
+            f"{cache}: no sample {sample_id!r} among its {len(opened)}{nearest(sample_id, islice(opened, _LOOKED_AT))}"
+        )
     if picture is not None:
         save_picture(picture_of(opened, sample_id, image), picture)
         answer(sample=sample_id, picture=picture)

@@ -130,8 +130,14 @@ def canonical_overrides(cls: type, overrides: Iterable[str]) -> list[str]:
         key, equals, text = override.partition("=")
         given, hint = _Given(override, text.strip()), option_names(cls).get(key.strip())
         if equals and dataclasses.is_dataclass(hint) and isinstance(whole := given.parsed(), dict):
-            inner = canonical_values(typing.cast("type", hint), whole, where="--set")  # takes the place of all below it
-            given = _Given(override, json.dumps(inner, default=str))
+            # As the same mapping in a file: options that it does not name stay what they are.
+            for inner, value in _leaves(typing.cast("type", hint), whole, f"{key.strip()}."):
+                try:
+                    text = json.dumps(value)
+                except TypeError as error:
+                    raise ConfigError(f"--set {override!r}: {inner} is {value!r}; put texts in quotes") from error
+                items.append((inner, _Given(f"{inner}={text}", text)))
+            continue
         items.append((key.strip(), given))
     return [
         (f"{key}={value.text}" if "=" in value.override else value.override)
@@ -192,8 +198,8 @@ def _meaning(cls: type, key: str, value: Any, where: str, path: str = "") -> tup
     if word.values is None and word.options:
         return word.options, value, word.note
     plain = value.parsed() if isinstance(value, _Given) else value
-    if isinstance(plain, list) and len(plain) == 1:
-        plain = plain[0]
+    if isinstance(plain, list) and len(plain) < 2 and not word.others:
+        plain = plain[0] if plain else None
     for known, ours in (word.values or {}).items():
         if plain == known and type(plain) is type(known):
             return word.options, ours, ""
@@ -202,9 +208,8 @@ def _meaning(cls: type, key: str, value: Any, where: str, path: str = "") -> tup
     switch = all(isinstance(known, bool) for known in word.values or {})
     allowed = ["true", "false"] if switch else [str(ours) for ours in (word.values or {}).values()]
     expected = f"expected {' or '.join(dict.fromkeys(allowed))}; " if word.options else ""
-    raise ConfigError(
-        f"{where}: {path}{head}={brief(str(plain))} cannot be taken: {expected}{word.note}".removesuffix("; ")
-    )
+    note = word.note.replace("KEY", key)  # the whole of it, where the note says how to write it
+    raise ConfigError(f"{where}: {path}{key}={brief(str(plain))} cannot be taken: {expected}{note}".removesuffix("; "))
 
 
 def _refuse_unknown(root: type, cls: type, values: Mapping[Any, Any], path: str, where: str) -> None:

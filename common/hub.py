@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vlm_distill_cache.common.errors import DistillError, ModelError, TransferError
 from vlm_distill_cache.common.files.disk import AGAIN, name_full_disk
+from vlm_distill_cache.common.locations import nearest_path
 from vlm_distill_cache.common.printing import one_line
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 _NAME = re.compile(r"(?P<repository>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>[^\s@]+))?", re.ASCII)
+_PROJECT = Path(__file__).resolve().parent.parent  # the folder that holds stage1_teacher/builtin
 _EVERY_S = 30.0  # between lines of progress
 _LONGEST = 96  # characters of each part
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -120,9 +122,19 @@ def model_folder(given: str | Path, *, what: str, check: Callable[[Path], object
     if path.exists():  # a file: who reads it says best what it is, and what to give instead
         return HubFolder(path, path.name, "")
     name = hub_name(given)
+    ours = _PROJECT / given
+    if not path.is_absolute() and (ours / "config.json").is_file():  # named as in a clone, elsewhere
+        raise ModelError(f"{what} {given}: there is no such folder here; the one of this program is {ours}: give that")
     if name is None:
         raise ModelError(_no_folder(given, what))
-    return _folder_of_hub(name, what, check)
+    try:
+        return _folder_of_hub(name, what, check)
+    except (ModelError, TransferError) as error:
+        near = nearest_path(path)
+        if not near and not path.parent.is_dir():
+            raise
+        hint = near or f"; {path.parent} is a folder here, and holds no {path.name}"
+        raise type(error)(f"{error}{hint}") from error
 
 
 def _local_folder(path: Path, what: str) -> HubFolder:
@@ -480,5 +492,5 @@ def _no_folder(given: str, what: str) -> str:
         return f"{what} {given}: an address; type {web[1]}{f'@{revision}' if revision else ''}"
     return (
         f"{what} {one_line(given)}: there is no such folder, and a name on the hub is org/name or org/name@revision, as in "
-        "llava-hf/llava-1.5-7b-hf"
+        f"llava-hf/llava-1.5-7b-hf{nearest_path(given)}"
     )

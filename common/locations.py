@@ -2,16 +2,38 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from vlm_distill_cache.common.printing import hide_secrets
+from vlm_distill_cache.common.printing import hide_secrets, one_line
 
 _SECRETS = "VLM_DISTILL_ADDRESSES"  # of a process that another one of ours started: public addresses to whole ones
+_LOOKED_AT = 10_000  # entries of a folder
 _MAKEFILE_BYTES = 1 << 16
 _SCHEMES = ("s3", "hf", "http", "https")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`` (did you mean X?)`` of what is spelt nearly like a name; empty if nothing is."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.7)
+    return f" (did you mean {one_line(near[0])}?)" if near else ""
+
+
+def nearest_path(path: str | Path) -> str:
+    """As `nearest`, among what lies beside a path that is not there."""
+    place = Path(path)
+    try:
+        beside = [entry.name for entry, _ in zip(place.parent.iterdir(), range(_LOOKED_AT), strict=False)]
+    except OSError:
+        return ""
+    return (
+        nearest(str(place), (str(place.with_name(name)) for name in beside if not name.startswith(".")))
+        if place.name
+        else ""
+    )
 
 
 def by_make(words: str, otherwise: str = "") -> str:

@@ -28,7 +28,7 @@ from types import MappingProxyType
 
 from vlm_distill_cache.common.errors import DataError, SampleError
 from vlm_distill_cache.common.hub import HubName, hub_name
-from vlm_distill_cache.common.locations import by_make
+from vlm_distill_cache.common.locations import by_make, nearest, nearest_path
 from vlm_distill_cache.common.printing import brief
 from vlm_distill_cache.data.sample import (
     Dataset,
@@ -226,7 +226,8 @@ def _open_path(
         _refuse_options(name, options)
         parts = [open_file(p, images=images) for p in find_files(name, kind)]
         return parts[0] if len(parts) == 1 else JoinedSamples(parts, name=path.name)
-    state = "is of an unknown kind" if path.exists() else "does not exist"
+    near = "" if path.exists() else nearest(name, _OPTIONS) or nearest_path(path)
+    state = "is of an unknown kind" if path.exists() else f"does not exist{near}"
     if re.match(r"\w+://", name):
         state = "is an address, and nothing is downloaded from there: download it"
     raise DataError(f"data {name!r} {state}; expected {FORMS}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,6 @@ from vlm_distill_cache.common.config import (
     canonical_values,
     load_options,
     read_stage,
-    read_yaml,
     save_replay,
 )
 from vlm_distill_cache.common.locations import by_make
@@ -45,6 +45,7 @@ from vlm_distill_cache.common.terminal.launch import enter_launch
 from vlm_distill_cache.common.terminal.sharding import refuse_sharding
 from vlm_distill_cache.stage1_teacher.config import SIGNALS, BuildConfig
 
+logger = logging.getLogger(__name__)
 # Imports that pull torch in are inside the commands, so that --help and usage errors are instant.
 
 
@@ -110,7 +111,7 @@ def _settings(options: dict[str, Any]) -> tuple[BuildConfig, Recipe | None]:
 
 def _given(options: dict[str, Any]) -> set[str]:
     """Names of the options that were given, whatever the words, before `_settings` takes them."""
-    recipe, values, settings = split_recipe(read_yaml(options["config"]), options["overrides"])
+    recipe, values, settings = split_recipe(read_stage(options["config"], "teacher_cache"), options["overrides"])
     named = {text.partition("=")[0].strip() for text in canonical_overrides(BuildConfig, settings)}
     named |= {name for name, value in options.items() if value is not None}
     named |= canonical_values(BuildConfig, values, where="options").keys()
@@ -157,6 +158,8 @@ def build(
         raise click.UsageError("--sketch and --estimate go with --dry-run")
     refuse_sharding(enter_launch().sharding, model="teacher")
     settings, recipe = _settings(options)
+    if dry_run:  # before what takes seconds
+        logger.info("looking at teacher, data and cache; nothing is built")
 
     from vlm_distill_cache.stage1_teacher.extract import extract, extract_with_processes
     from vlm_distill_cache.stage1_teacher.planning.cache_folder import explain_disk_errors

@@ -32,7 +32,9 @@ _STAGE_TWO = (
     "weight_decay trainable freeze losses learning_rate num_train_epochs max_steps "
     "mm_projector_lr mm_vision_tower_lr warmup_ratio warmup_steps lr_scheduler_type gradient_accumulation_steps max_grad_norm "
     "save_steps save_total_limit logging_steps lora_r lora_alpha lora_dropout lora_enable lora_target_modules use_peft optim "
-    "fsdp deepspeed resume_from_checkpoint overwrite_output_dir"
+    "fsdp deepspeed resume_from_checkpoint overwrite_output_dir optimizer global_batch_size grad_accum bs wd alpha beta kd_weight "
+    "kd_alpha lora_rank eval_steps eval_strategy evaluation_strategy do_eval save_strategy logging_strategy run_name logging_dir "
+    "do_train remove_unused_columns load_best_model_at_end group_by_length push_to_hub ddp_find_unused_parameters"
 )
 
 
@@ -104,7 +106,8 @@ class BuildConfig:
     WORDS: ClassVar[Mapping[str, Word]] = {
         "model_name_or_path": Word(options=("teacher",)),
         **dict.fromkeys(("output", "output_dir"), Word(options=("cache",), note="the folder that is written")),
-        "dataset_name": Word(options=("data",)),
+        **dict.fromkeys(("dataset", "dataset_name"), Word(options=("data",))),
+        "dataset_dir": Word(note="write data=FILE or FOLDER for the samples, images=FOLDER for their pictures"),
         "data_path": Word(options=("data",)),
         "image_folder": Word(options=("images",)),
         "dataset_split": Word(options=("split",)),
@@ -113,7 +116,7 @@ class BuildConfig:
             name: Word(options=(name,), values={None: nothing}, others=True)
             for name, nothing in {"limit": 0, "max_length": 0, "images": "", "template": "auto", "teacher": ""}.items()
         },
-        **dict.fromkeys(("max_seq_length", "model_max_length"), _LENGTH),
+        **dict.fromkeys(("max_seq_length", "model_max_length", "cutoff_len", "sequence_len"), _LENGTH),
         **dict.fromkeys(
             ("micro_batch_size", "per_device_train_batch_size", "per_device_eval_batch_size"),
             Word(options=("batch_size",), note="the samples of one forward pass"),
@@ -132,8 +135,12 @@ class BuildConfig:
             Word(options=("quantisation",), values={None: "none", "int8": "8bit", "nf4": "4bit"}, others=True),
         ),
         **{name: Word(options=("quantisation",), values=values) for name, values in _QUANTISED.items()},
-        "temperature": Word(
-            note="write temperatures=[1,2] for those at which the tail mass is exact, or answer_temperature=1 for sampled answers"
+        **dict.fromkeys(
+            ("temperature", "kd_temperature", "distill_temperature"),
+            Word(
+                note="write temperatures=[1,2] for those at which the tail mass is exact, so that a student may learn at them "
+                "(dft.losses.temperature=2 in stage two), or answer_temperature=1 for sampled answers"
+            ),
         ),
         "top_k": Word(note="write logits=fixed:K for the K likeliest tokens of each row"),
         "cache_dir": Word(

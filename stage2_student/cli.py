@@ -53,6 +53,7 @@ from vlm_distill_cache.stage2_student.training.output_folder import refuse_forei
 from vlm_distill_cache.stage2_student.training.recipe_caches import cache_lines
 from vlm_distill_cache.stage2_student.training.stamp import COMPARED
 
+_log = logging.getLogger(__name__)
 # Imports that pull torch in are inside the commands, so that --help, usage errors and "up to date" are instant.
 
 
@@ -145,6 +146,7 @@ def _preview(
     options: Mapping[str, Any], look_at_folder: Any, sketch: Path | None, *, trainings: Sequence[str], processes: int
 ) -> Outlook:
     """What ``--dry-run`` says."""
+    _log.info("looking at cache, data and student; nothing is trained")
     from vlm_distill_cache.stage2_student.training.preview import preview
 
     config, given, cache = _given(dict(options))

@@ -39,6 +39,13 @@ def _within(owner: object, name: str, low: int, high: int | None = None, unit: s
     require(ok, name, value, f"{low} {'or more' if high is None else f'to {high}'} {unit}".rstrip())
 
 
+_ACCUMULATION = Word(
+    values={1: SAYS_NOTHING},
+    note="it follows from batch_size, the samples of a step over all processes, and micro_batch_size, the most in one "
+    "pass of one process. Write batch_size=(samples a pass) x (processes) x (accumulation steps)",
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class PhaseConfig:
     """One phase of training.
@@ -81,10 +88,12 @@ class PhaseConfig:
             values={"cosine": "cosine", "constant_with_warmup": "constant"},
             note="write schedule=cosine or schedule=constant, and warmup=0 for none",
         ),
-        "gradient_accumulation_steps": Word(
-            note="it follows from batch_size, the samples of a step over all processes, and micro_batch_size, the most in one "
-            "pass of one process. Write batch_size=(samples a pass) x (processes) x (accumulation steps)"
+        **dict.fromkeys(("gradient_accumulation_steps", "grad_accum"), _ACCUMULATION),
+        "global_batch_size": Word(options=("batch_size",)),
+        "bs": Word(
+            note="batch_size is the samples of a step over all processes, micro_batch_size the most in one pass"
         ),
+        "wd": Word(options=("weight_decay",)),
         "warmup_steps": Word(
             values={0: SAYS_NOTHING},
             note="the warm-up is a share of a phase's steps. Write warmup=(warm-up steps)/(steps)",
@@ -213,7 +222,15 @@ _STAGE_ONE = (
     "split store signals temperatures attention_dtype grid map_preset map_grid answers max_new_tokens "
     "answer_temperature answer_top_p answer_seed hidden_layers hidden_dtype groups layers long_samples shard_size "
     "device_map quantisation quantization max_failed_share max_unknown_share fidelity_samples threads "
-    "teacher_license data_license source dataset_split top_k temperature quantise quantize per_device_eval_batch_size"
+    "teacher_license data_license source dataset_split quantise quantize per_device_eval_batch_size"
+)
+_TEMPERATURE = Word(
+    note="that of the losses on logits is an option of a phase, one of those that the cache was built for: write "
+    "dft.losses.temperature=T; that of answers which the teacher writes is answer_temperature in stage one"
+)
+_KD_WEIGHT = Word(
+    note="each loss of a phase has its own weight: write dft.losses.logits=W for the teacher's logits, dft.losses.lm=W for the "
+    "data's answers (the scale of adapters is lora.alpha)"
 )
 _LENGTH = Word(options=("max_length",), note="a longer sample is left out, not cut")
 
@@ -274,7 +291,8 @@ class TrainConfig:
         },
         "model_name_or_path": Word(options=("student",)),
         "output_dir": Word(options=("output",)),
-        "dataset_name": Word(options=("data",)),
+        **dict.fromkeys(("dataset", "dataset_name"), Word(options=("data",))),
+        "dataset_dir": Word(note="write data=FILE or FOLDER for the samples, images=FOLDER for their pictures"),
         "data_path": Word(options=("data",)),
         "image_folder": Word(options=("images",)),
         "max_train_samples": Word(options=("limit",)),
@@ -282,7 +300,14 @@ class TrainConfig:
         "images": Word(options=("images",), values={"": None}, others=True),
         "template": Word(options=("template",), values={"": None, "auto": None}, others=True),
         "max_length": Word(options=("max_length",), values={0: None}, others=True),
-        **dict.fromkeys(("max_seq_length", "model_max_length"), _LENGTH),
+        **dict.fromkeys(("max_seq_length", "model_max_length", "cutoff_len", "sequence_len"), _LENGTH),
+        **dict.fromkeys(("temperature", "kd_temperature", "distill_temperature"), _TEMPERATURE),
+        **dict.fromkeys(("alpha", "beta", "kd_weight", "kd_alpha"), _KD_WEIGHT),
+        "losses": Word(note="each phase has losses of its own: write dft.KEY"),
+        "top_k": Word(
+            note="how many of the teacher's tokens a student learns from is fixed when the cache is built: write logits=fixed:K "
+            "in stage one, `teacher-cache build`"
+        ),
         "dtype": Word(options=("dtype",), values=_DTYPES, others=True),
         **dict.fromkeys(
             ("precision", "mixed_precision"),
@@ -301,10 +326,10 @@ class TrainConfig:
         "dataloader_num_workers": Word(options=("num_workers",)),
         "report_to": Word(
             options=("report_to",),
-            values={"tensorboard": "tensorboard", "none": "none", None: "none"},
+            values={"tensorboard": "tensorboard", **dict.fromkeys(("none", None, "no", "off", False), "none")},
             note="a training writes log.jsonl, a line a step, which other services can be fed from, and TensorBoard's files",
         ),
-        "lora_r": Word(options=("lora.rank",)),
+        **dict.fromkeys(("lora_r", "lora_rank"), Word(options=("lora.rank",))),
         "lora_alpha": Word(options=("lora.alpha",)),
         "lora_dropout": Word(options=("lora.dropout",)),
         **{
@@ -315,20 +340,47 @@ class TrainConfig:
         "cache_dir": Word(
             note="write cache=FOLDER for the teacher's cache; downloads of the hub go where the variable HF_HOME says"
         ),
-        "optim": Word(
-            values=dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_hf"), SAYS_NOTHING),
-            note="students are trained by AdamW; leave it out",
+        **dict.fromkeys(
+            ("optim", "optimizer"),
+            Word(
+                values=dict.fromkeys(("adamw", "adamw_torch", "adamw_torch_fused", "adamw_hf"), SAYS_NOTHING),
+                note="students are trained by AdamW; leave it out",
+            ),
         ),
         **dict.fromkeys(
             ("fsdp", "deepspeed"),
             Word(
-                values=dict.fromkeys(("", None), SAYS_NOTHING),
+                values=dict.fromkeys(("", None, False), SAYS_NOTHING),
                 note="each process holds the whole student; leave it out",
             ),
         ),
         "resume_from_checkpoint": Word(
-            values={True: SAYS_NOTHING, None: SAYS_NOTHING},
+            values=dict.fromkeys((True, False, None), SAYS_NOTHING),
             note="the same command with the same output goes on from its last checkpoint; leave it out",
+        ),
+        **dict.fromkeys(
+            ("eval_steps", "eval_strategy", "evaluation_strategy", "do_eval"),
+            Word(
+                values=dict.fromkeys(("no", False, None), SAYS_NOTHING),
+                note="students are scored when they are trained, by `distill run` or `distill evaluate`; leave it out",
+            ),
+        ),
+        "save_strategy": Word(
+            values={"steps": SAYS_NOTHING}, note="checkpoints are written by steps: write checkpoint_every=STEPS"
+        ),
+        "logging_strategy": Word(values={"steps": SAYS_NOTHING}, note="the log has a line a step; leave it out"),
+        "run_name": Word(note="a run is called by its folder: write output=FOLDER"),
+        "logging_dir": Word(note="the log and TensorBoard's files are in the output folder; leave it out"),
+        "do_train": Word(values={True: SAYS_NOTHING}, note="`distill evaluate` scores without training; leave it out"),
+        **dict.fromkeys(
+            (
+                "remove_unused_columns",
+                "load_best_model_at_end",
+                "group_by_length",
+                "push_to_hub",
+                "ddp_find_unused_parameters",
+            ),
+            Word(values=dict.fromkeys((False, None), SAYS_NOTHING), note="there is no such thing here; leave it out"),
         ),
         "overwrite_output_dir": Word(
             values={False: SAYS_NOTHING}, note="give another output, or delete the folder to begin again"

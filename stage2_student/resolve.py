@@ -2,13 +2,20 @@
 
 import contextlib
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from vlm_distill_cache.common.cache.reader import TeacherCache
-from vlm_distill_cache.common.config import canonical_overrides, canonical_values, last_given, load_config, read_stage
+from vlm_distill_cache.common.config import (
+    canonical_overrides,
+    canonical_values,
+    config_to_dict,
+    last_given,
+    load_config,
+    read_stage,
+)
 from vlm_distill_cache.common.errors import ConfigError
 from vlm_distill_cache.common.files.rules import shown
 from vlm_distill_cache.common.hub import hub_name, model_folder
@@ -16,6 +23,7 @@ from vlm_distill_cache.common.recipes import Recipe, split_recipe
 from vlm_distill_cache.common.tools.trust import open_trusted
 from vlm_distill_cache.data.sources.mixture import own_caches
 from vlm_distill_cache.stage2_student.config import MODELS, PHASE_NAMES, TrainConfig, choose_size
+from vlm_distill_cache.stage2_student.loss_weights import LossWeights
 from vlm_distill_cache.stage2_student.pruned_folder import RECORD, kept_share, read_settings
 from vlm_distill_cache.stage2_student.students.presets import LIBRARY_STUDENTS, STUDENTS, split_student_name
 
@@ -33,7 +41,7 @@ def resolve_config(path: Path | None, overrides: Sequence[str], *, teacher_width
     recipe, given = given_options(path, overrides)
     student = _student_folder(last_given(given, "student"))
     preset = PRESETS / f"{phases_preset(student, teacher_width)}.yaml"
-    of_recipe = [] if recipe is None else _flatten(recipe.stage_two, whole=("losses",))
+    of_recipe = [] if recipe is None else _flatten(_all_losses(recipe.stage_two))
     where = f"options ({path}, command line)" if path else "options"
     options = [*_one_length(of_recipe), *given]
     return with_folders(load_config(TrainConfig, preset, options, where=where))
@@ -126,16 +134,23 @@ def _one_length(given: list[str]) -> list[str]:
     return given + [f"{other}=null" for one, other in others if one in keys and other not in keys]
 
 
-def _flatten(values: Mapping[str, Any], prefix: str = "", whole: Collection[str] = ()) -> list[str]:
-    """Nested options as ``a.b=c``; those of ``whole`` replace all that is below them.
+def _all_losses(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe's options, with no losses of a phase but its own where it names any."""
+    none = config_to_dict(LossWeights())
+    phases = {name: value for name, value in values.items() if name in PHASE_NAMES and "losses" in value}
+    return {**values, **{name: {**phase, "losses": none | phase["losses"]} for name, phase in phases.items()}}
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Nested options as ``a.b=c``.
 
     Raises:
         ConfigError: For a value that only YAML has, such as a date.
     """
     flat: list[str] = []
     for key, value in values.items():
-        if isinstance(value, dict) and value and key not in whole:
-            flat += _flatten(value, f"{prefix}{key}.", whole)
+        if isinstance(value, dict) and value:
+            flat += _flatten(value, f"{prefix}{key}.")
         else:
             try:
                 flat.append(f"{prefix}{key}={json.dumps(value)}")

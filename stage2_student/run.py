@@ -30,7 +30,7 @@ from vlm_distill_cache.common.files.hashing import fingerprint
 from vlm_distill_cache.common.files.rules import check, entries
 from vlm_distill_cache.common.files.signed import find_damage, list_files, read_signed, write_signed
 from vlm_distill_cache.common.hub import public_name
-from vlm_distill_cache.common.locations import is_url, public_location, secret_locations
+from vlm_distill_cache.common.locations import is_url, nearest_path, public_location, secret_locations
 from vlm_distill_cache.common.remotes.mirror import local_folder
 from vlm_distill_cache.common.terminal.command_line import leave_one_core, quiet_libraries, run_command, said_so_far
 from vlm_distill_cache.common.tools.outlook import Outlook
@@ -114,9 +114,9 @@ def load_run_config(path: Path | None, overrides: Sequence[str], *, cache: str |
     if not is_url(places["cache"]) and not Path(places["cache"]).is_dir():
         raise ConfigError(
             f"cache: {places['cache']} is neither a folder nor an address (s3://, hf://datasets/, https://); relative paths "
-            "start from the working directory"
+            f"start from the working directory{nearest_path(places['cache'])}"
         )
-    width = int(read_plan(local_folder(places["cache"])).teacher.get("hidden_size", 1 << 20))
+    width = int(read_plan(local_folder(places["cache"]), sketch=True).teacher.get("hidden_size", 1 << 20))
     config = resolve_config(path, overrides, teacher_width=width)
     if recipe is not None:
         refuse_other_caches(config, recipe, given)
@@ -161,6 +161,9 @@ def run(
             for name in COMPARED:
                 clean_stale(output / name)  # of a process killed while it scored
             train_and_score(config, caches, cache, stamp, hashes, processes=processes, extends=extends, say=say)
+    elif not (output / CONFIG).exists():  # as versions before left it
+        with contextlib.suppress(OSError):  # a finished run may lie on a read-only disk
+            save_config(without_secrets(config), output / CONFIG)
     return RunSummary(
         output=output,
         table=(output / TABLE).read_text(),
@@ -399,6 +402,7 @@ def describe_phases(config: TrainConfig) -> str:
 def look_at_run(outlook: Outlook, config: TrainConfig, caches: Mapping[str, TeacherCache], *, extends: bool) -> None:
     """For a dry run: whether the folder is this run's, and the held-out items can be scored."""
     from vlm_distill_cache.stage2_student.scores.held_out import probe_items
+    from vlm_distill_cache.stage2_student.training.preview import look_at_extension
 
     output = Path(config.output)
     with outlook.checking():
@@ -408,6 +412,9 @@ def look_at_run(outlook: Outlook, config: TrainConfig, caches: Mapping[str, Teac
         hashes = {place: cache.manifest_hash or there for place, cache in caches.items()}
         stamp = {"run": describe(config, hashes)}
         refuse_other_run(output, previous, stamp, extends=extends)
+        if extends and all(cache.manifest_hash for cache in caches.values()):
+            student = config.student if kept_share(config.student) is None else str(output / FOLDER)
+            look_at_extension(arms(replace(config, student=student)).values(), caches)
         if previous.get("finished") and previous["run"] == stamp["run"]:
             outlook.lines.append("  it is finished: what is there is checked, and nothing trained again")
     with outlook.checking():
@@ -419,13 +426,15 @@ def look_at_training(
     outlook: Outlook, config: TrainConfig, caches: Mapping[str, TeacherCache], *, extends: bool
 ) -> None:
     """For a dry run: whether the folder is this training's."""
+    from vlm_distill_cache.stage2_student.training.preview import look_at_extension
+
     output, hashes = Path(config.output), {place: cache.manifest_hash for place, cache in caches.items()}
     with outlook.checking():
         refuse_uncut(config.student, config.teacher)
     with outlook.checking():
         refuse_foreign_folder(output)
         if extends and all(hashes.values()):
-            earlier_training(output, config, hashes)
+            look_at_extension([config], caches)
         elif all(hashes.values()) and (output / FINAL).is_dir():
             identity, why = fingerprint(describe(config, hashes)), partial(differing_options, output, config, hashes)
             refuse_other_student(output / FINAL, identity, why=why)

@@ -5,6 +5,7 @@ loading threads and attention is recomputed for the wanted rows of the wanted la
 ``accelerate launch`` for several processes: a step then sees the same samples and has the same gradient.
 """
 
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -43,7 +44,7 @@ from vlm_distill_cache.stage2_student.training.checkpoint import (
     restore_training,
     write_checkpoint,
 )
-from vlm_distill_cache.stage2_student.training.extension import differing_options, earlier_training
+from vlm_distill_cache.stage2_student.training.extension import differing_options
 from vlm_distill_cache.stage2_student.training.log import TrainingLog
 from vlm_distill_cache.stage2_student.training.output_folder import CONFIG
 from vlm_distill_cache.stage2_student.training.parts import TrainedParts, checkpoint_layers
@@ -55,15 +56,16 @@ from vlm_distill_cache.stage2_student.training.preparation import (
 from vlm_distill_cache.stage2_student.training.steps import (
     build_optimizer,
     clip_gradients,
+    extended_training,
     gradient_sync,
     load_steps,
-    refuse_other_rates,
     scheduled_rates,
     set_learning_rates,
     step_totals,
     sum_terms,
 )
 
+_log = logging.getLogger(__name__)
 AfterStep = Callable[[Position, StudentModel], None]
 
 
@@ -164,22 +166,19 @@ def resume_point(
         ConfigError: If checkpoints or student there are another run's, or cannot be extended.
     """
     output = Path(config.output)
-    earlier = earlier_training(output, config, run.cache_hashes) if extends else None
-    known = None if earlier is None else earlier[0]
-    why = partial(differing_options, output, config, run.cache_hashes)
+    # Before checkpoints are looked at: of a shorter training those of the finished one's end would count as damaged.
+    known = extended_training(config, run.phases, run.cache_hashes) if extends else None
+    why = partial(differing_options, output, config, run.cache_hashes, offers=not extends)
     lengths = [(phase.steps, phase.config.batch_size) for phase in run.phases]
     found = find_resume_point(output, run.fingerprint, lengths, earlier=known, why=why)
     refuse_other_student(output / FINAL, run.fingerprint, earlier=known, why=why)
-    if earlier is None:
+    if known is None:
         return found or (None, None)
-    last = len(run.phases) - 1
-    if found is None or found[0].position.phase != last:
+    if found is None or found[0].position.phase != len(run.phases) - 1:
         raise ConfigError(
             f"--extend: {output} holds no sound checkpoint of its last phase to go on from; begin a new run from its student: "
             f"--student {output / FINAL} --output ANOTHER"
         )
-    if found[0].fingerprint == known:
-        refuse_other_rates(run.phases[last], earlier[1], done=found[0].position.step)
     return found
 
 
@@ -280,6 +279,8 @@ def start_log(config: TrainConfig, accelerator: Accelerator, run: Preparation, p
     accelerator.wait_for_everyone()
     done = [(phase.name, phase.steps) for phase in run.phases[: position.phase]]
     if position.step:
+        name, steps = run.phases[position.phase].name, run.phases[position.phase].steps
+        _log.info("goes on behind step %d of %d of phase %s, from the checkpoint there", position.step, steps, name)
         done.append((run.phases[position.phase].name, position.step))
     return TrainingLog(
         output, accelerator, done=done, flush_every=config.log_every, curves=config.report_to == "tensorboard"

@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -106,6 +107,9 @@ def test_any_option_reaches_both_stages_through_make(tmp_path: Path):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text('#!/bin/sh\nprintf "<%s>" "$@"\n')
         path.chmod(0o755)
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
+    python.chmod(0o755)
     for name in ("pyproject.toml", "constraints.txt"):
         (tmp_path / name).touch()
     (tmp_path / ".venv" / ".installed").touch()
@@ -120,11 +124,11 @@ def test_any_option_reaches_both_stages_through_make(tmp_path: Path):
         )
         return ran.stdout
 
-    given = 'SET=phases=[dft] dft.losses.logits=0 data="x"'
-    shown = arguments("distill", "CACHE=s3://b/c", given, "CACHE_SET=a=1")
-    assert '<--set><phases=[dft]><--set><dft.losses.logits=0><--set><data="x">' in shown
-    assert "a=1" not in shown
-    assert "<--set><a=1><--set><b=[2]>" in arguments("teacher-cache", "CACHE_SET=a=1 b=[2]", given)
+    given = 'SET=phases=[dft] dft.losses.logits=0 dft.data="x"'
+    shown = arguments("distill", "CACHE=s3://b/c", given, "CACHE_SET=grid=1")
+    assert '<--set><phases=[dft]><--set><dft.losses.logits=0><--set><dft.data="x">' in shown
+    assert "grid=1" not in shown
+    assert "<--set><grid=1><--set><b=[2]>" in arguments("teacher-cache", "CACHE_SET=grid=1 b=[2]", given)
     assert "--set" not in arguments("distill", "CACHE=s3://b/c", "SET= ")
     # Recipes are not echoed: what is seen is what the programs print.
     assert arguments("report", "OUTPUT=o") == "<report><o>"
@@ -133,10 +137,26 @@ def test_any_option_reaches_both_stages_through_make(tmp_path: Path):
     (tmp_path / "done" / "manifest.json").touch()
     assert "<build>" not in arguments("distill", "CACHE=done", "STUDENT=pruned:0.5")
     assert "<--signals><logits>" in arguments("distill", "CACHE=done", "SIGNALS=logits")
-    assert "<--set><a=1>" in arguments("distill", "CACHE=done", "CACHE_SET=a=1")
+    assert "<--set><grid=1>" in arguments("distill", "CACHE=done", "CACHE_SET=grid=1")
     # A file of both stages takes what somebody gave, and no default of make; options of stage one belong into it.
-    (tmp_path / "both.yaml").write_text("teacher_cache: {}\ndistill: {}\n")
-    assert arguments("distill", "CONFIG=both.yaml") == "<run><--config><both.yaml>"
+    for text in (
+        "teacher_cache: {}\ndistill: {}\n",
+        '  "teacher_cache": {}\n  "distill": {}\n',
+        '{"teacher_cache": {}}',
+    ):
+        (tmp_path / "both.yaml").write_text(text)
+        assert arguments("distill", "CONFIG=both.yaml") == "<run><--config><both.yaml>"
+    assert arguments("teacher-cache", "CONFIG=both.yaml", "CACHE=c") == "<build><--config><both.yaml><--cache><c>"
+    # What a file of one stage names holds for both, as if it were given; what is given stands above it.
+    (tmp_path / "two.yaml").write_text("{output_dir: r, cache: 'a b', data: mine.json, student: s}")
+    shown = arguments("distill", "CONFIG=two.yaml", "STUDENT=t")
+    assert "<build><--data><mine.json><--cache><a b><--store><zarr>" in shown
+    assert "<run><--student><t><--data><mine.json><--cache><a b><--output><r><--config><two.yaml>" in shown
+    assert arguments("report", "CONFIG=two.yaml") == "<report><r>"
+    assert arguments("evaluate", "CONFIG=two.yaml", "OUTPUT=o") == "<evaluate><o/distilled/final>"
+    (tmp_path / "one.yaml").write_text("{store: webdataset, data: x/y.json}")
+    shown = arguments("teacher-cache", "CACHE_CONFIG=one.yaml")
+    assert shown.startswith("<build><--data><x/y.json><--cache><build/cache/y-webdataset><--store><webdataset>")
     shown = arguments("distill", "CONFIG=both.yaml", "STUDENT=s", "OUTPUT=a b", "SET=seed=1")
     assert shown == "<run><--config><both.yaml><--student><s><--output><a b><--set><seed=1>"
     both = ["make", "distill", "CONFIG=both.yaml", "SIGNALS=logits"]

@@ -1,7 +1,9 @@
 """``--dry-run``: nothing is written, all problems are named at once, and what starts without it would start with it."""
 
+import json
 import re
 import shutil
+import subprocess
 from collections import namedtuple
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from hub_server import ModelHub, use_models
 from tiny_cache import build_tiny_cache
 
 from vlm_distill_cache.commands import group_of
+from vlm_distill_cache.common.terminal import general
 from vlm_distill_cache.stage2_student.run import train_alone
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,6 +30,7 @@ def sketch(tmp_path_factory, tiny_llava):
     told = invoke("stage1_teacher", "build", *build_options(tiny_llava, folder / "cache"), "--sketch", folder / "of")
     assert told.exit_code == 0, told.output
     assert not (folder / "cache").exists()
+    assert f"nothing was written but the sketch {folder / 'of'}" in told.output
     return folder / "of"
 
 
@@ -47,7 +51,8 @@ def build_options(teacher, cache):
 
 def run_options(cache, output, *settings, student="mobilevlm-tiny"):
     given = [word for setting in (*FAST, *settings) for word in ("--set", setting)]
-    return ("--dry-run", "--cache", cache, "--output", output, "--data", SHAPES, "--student", student, *given)
+    data = () if any(setting.startswith("data=") for setting in settings) else ("--data", SHAPES)
+    return ("--dry-run", "--cache", cache, "--output", output, *data, "--student", student, *given)
 
 
 def everything(folder):
@@ -80,6 +85,21 @@ def test_nothing_is_written_by_any_command_that_would_start(tiny_llava, cache, t
     assert told.exit_code == 1, told.output
     assert "one and one are one folder" in told.output
     assert everything(tmp_path) | everything(cache) == before
+
+
+def test_a_sketch_is_called_one_and_is_taken_for_no_cache(sketch, tiny_llava, tmp_path):
+    before = everything(sketch)
+    for package, *words in (
+        ("stage1_teacher", "build", *build_options(tiny_llava, sketch)),
+        ("stage1_teacher", "build", *build_options(tiny_llava, tmp_path / "c"), "--sketch", tmp_path / "c"),
+        ("stage2_student", "run", *run_options(sketch, tmp_path / "run")),
+        ("stage2_student", "run", *run_options(sketch, tmp_path / "run")[1:]),
+        *(("common", command, sketch) for command in ("verify", "repair", "inspect")),
+    ):
+        told = invoke(package, *words)
+        assert told.exit_code, told.output
+        assert "a sketch of a cache" in told.output or "--sketch: " in told.output
+    assert everything(sketch) == before
 
 
 def test_all_that_a_build_lacks_is_named_at_once(tmp_path):
@@ -176,14 +196,18 @@ def test_options_that_differ_from_what_is_there_are_named(cache, tmp_path, tiny_
     same = run_options(cache, output, "phases=[sft]", student="mobilevlm")
     told = invoke("stage2_student", "train", *same)
     assert told.exit_code == 0, told.output
-    assert "as fast as those logged there" in told.output
+    assert "hours: none, all steps are done" in told.output
 
 
 def test_the_example_of_both_stages_runs_and_is_compared_with_what_it_left(tmp_path, monkeypatch):
     """The other stage's process is its command called here."""
 
-    def call(command, environment, *, quiet=False):
-        done = invoke("stage1_teacher", *command[3:])
+    def call(command, environment, *, output=None):
+        with monkeypatch.context() as apart:  # as a process of its own has
+            apart.setattr(general, "_chosen", general._Chosen())
+            done = invoke("stage1_teacher", *command[3:])
+        if output not in (None, subprocess.DEVNULL):
+            output.write(done.stdout.encode())
         assert done.exit_code == 0 or "differs" in str(done.output) or "other settings" in done.output, done.output
         return done.exit_code
 
@@ -193,6 +217,10 @@ def test_the_example_of_both_stages_runs_and_is_compared_with_what_it_left(tmp_p
     told = invoke("stage2_student", "run", "--config", example, "--dry-run")
     assert told.exit_code == 0, told.output
     assert list(tmp_path.iterdir()) == []
+    document = json.loads(invoke("stage2_student", "run", "--config", example, "--dry-run", "--json").stdout)
+    assert [document["starts"], document["problems"]] == [True, []]
+    for of_stage in ("teacher-cache build would write", "distill run would train"):
+        assert any(line.startswith(of_stage) for line in document["would"])
     told = invoke("stage2_student", "run", "--config", example)
     assert told.exit_code == 0, told.output
     assert (tmp_path / "build" / "runs" / "both-stages" / "report.html").is_file()

@@ -18,7 +18,8 @@ ALLOWED = {
     "traceback.print_exc": (), "traceback.print_exception": (), "threading.__excepthook__": (), "sys.__excepthook__": (),
     "click.echo": ((COMMAND_LINE, "_write"),), "click.secho": (), "click.echo_via_pager": (), "click.confirm": (),
     "click.prompt": (), "click.progressbar": (), "tqdm.write": (),
-    "sys.stdout.write": (("data/text/tokenizer_program.py", "main"),),  # over a pipe, to us
+    # over a pipe, to us or to make
+    "sys.stdout.write": (("data/text/tokenizer_program.py", "main"), ("src/vlm_distill_cache/for_make.py", "main")),
     "sys.stdout.buffer.write": (), "sys.stderr.buffer.write": (), "sys.__stderr__.write": (),
     "sys.stderr.write": (("src/vlm_distill_cache/commands.py", "_run"),),  # a text of ours
     "logging.basicConfig": (), "logging.StreamHandler": ((COMMAND_LINE, "start_logging"),), "logging.FileHandler": (),

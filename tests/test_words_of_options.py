@@ -1,6 +1,7 @@
 """Options in other programs' words, one word in both stages, and a run's own file as its configuration."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -52,7 +53,7 @@ def test_words_of_other_trainers_reach_the_same_options_from_every_place(tmp_pat
     elif given == "set":
         arguments += [part for key, text in texts.items() for part in ("--set", f"{key}={text}")]
     else:
-        switches = [f"--{key.replace('_', '-')}" for key in ("bf16", "gradient_checkpointing")]
+        switches = ["--bf16", "True", "--gradient_checkpointing", "yes"]
         arguments += [
             part
             for key, text in texts.items()
@@ -116,6 +117,16 @@ def test_what_holds_for_all_phases_stands_under_what_a_phase_says_in_the_same_pl
         (TrainConfig, "cache_dir=x", "HF_HOME"),
         (TrainConfig, "quantization=4bit", "option of stage one"),
         (TrainConfig, "dtype=float16", "expected one of 'float32', 'bfloat16'"),
+        (TrainConfig, "kd_temperature=2", r"write dft\.losses\.temperature"),
+        (TrainConfig, "top_k=5", r"write logits=fixed:K in stage one"),
+        (TrainConfig, "losses.logits=2", r"write dft\.losses\.logits$"),
+        (TrainConfig, "losses={logits: 2}", r"write dft\.losses$"),
+        (TrainConfig, "alpha=0.5", r"write dft\.losses\.logits"),
+        (TrainConfig, "dataset_dir=x", "images=FOLDER"),
+        (TrainConfig, "eval_steps=5", "distill evaluate"),
+        (TrainConfig, "save_strategy=epoch", "checkpoint_every"),
+        (TrainConfig, "run_name=x", "write output=FOLDER"),
+        (BuildConfig, "kd_temperature=2", r"dft\.losses\.temperature=2 in stage two"),
         (TrainConfig, "rank=3", r"belongs to lora: write lora\.rank"),
         (TrainConfig, "answer_attention=3", r"write dft\.losses\.answer_attention"),
         (TrainConfig, "dft.seed=3", "seed is no option of dft: write seed"),
@@ -159,6 +170,57 @@ def test_one_option_in_two_words_is_an_error_and_either_alone_is_none(stage, one
     for pair in ((one, other), (other, one)):
         with pytest.raises(ConfigError, match=r"are the same option.*give one of them"):
             load_options(stage, base, pair)
+
+
+def test_what_other_trainers_write_for_nothing_says_nothing():
+    for nothing in (
+        "gradient_accumulation_steps=1", "dft.gradient_accumulation_steps=1", "fsdp=[]", "fsdp=''", "fsdp=false", "deepspeed=null",
+        "resume_from_checkpoint=false", "optimizer=adamw_torch", "eval_strategy=no", "save_strategy=steps", "push_to_hub=false",
+    ):  # fmt: skip
+        assert stage_two(nothing) == TrainConfig(**NEEDED), nothing
+    for nothing in ("[]", "no", "off", "false", "none", "null"):
+        assert stage_two(f"report_to={nothing}").report_to == "none"
+    assert stage_two("dataset=d", "cutoff_len=7", "lora_rank=3", "global_batch_size=5") == stage_two(
+        "data=d", "max_length=7", "lora.rank=3", "batch_size=5"
+    )
+
+
+def test_a_mapping_given_by_set_is_merged_as_one_of_a_file(tmp_path, cache):
+    (tmp_path / "mine.yaml").write_text("dft: {steps: 3, losses: {hidden: 2}}\n")
+    output = f"output={tmp_path / 'o'}"
+    by_file = load_run_config(tmp_path / "mine.yaml", [output], cache=cache)
+    assert load_run_config(None, [output, "dft={steps: 3, losses: {hidden: 2}}"], cache=cache) == by_file
+    assert load_run_config(None, [output, "dft={}"], cache=cache) == load_run_config(None, [output], cache=cache)
+    assert by_file.dft.losses.logits > 0  # of the preset
+
+
+@pytest.mark.parametrize(
+    ("stage", "words", "problem"),
+    [
+        ("stage2_student", ("train", "--cache", "a", "--set", "cache=b"), "--cache a and --set cache=b are the same option"),
+        ("stage2_student", ("run", "--cache", "a", "--output", "x", "--output-dir", "y"), "--output x and --set output=y"),
+        ("stage1_teacher", ("build", "--limit", "3", "--max-train-samples", "4"), "--limit 3 and --set limit=4"),
+        ("stage1_teacher", ("extend", ".", "--set", "output=b"), "cache . and --set cache=b"),
+    ],
+)  # fmt: skip
+def test_an_option_and_set_of_the_same_option_do_not_hide_each_other(stage, words, problem):
+    told = CliRunner().invoke(group_of(stage), words)
+    assert (told.exit_code, problem in told.output) == (2, True), told.output
+
+
+@pytest.mark.parametrize(
+    ("package", "words"),
+    [
+        ("stage2_student", ["frobnicate", "--json"]),
+        ("stage2_student", ["--json", "run"]),
+        ("common", ["verfy", "c", "--json"]),
+        ("common", ["verify", "a\nb", "--json"]),
+    ],
+)
+def test_what_is_wrong_before_a_command_is_known_is_a_document_too(package, words):
+    told = CliRunner().invoke(group_of(package), words)
+    assert told.exit_code == 2
+    assert json.loads(told.stdout)["error"]
 
 
 def test_both_stages_take_each_others_words_and_values():

@@ -5,9 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 from vlm_distill_cache.common.files.atomic import TEMPORARY_PREFIX
+from vlm_distill_cache.common.locations import nearest_path
 from vlm_distill_cache.common.printing import one_line
 
 PLAN, MANIFEST, SHARDS = "plan.json", "manifest.json", "shards"
+SKETCH = "sketch.txt"  # beside the plan of a cache that was only looked at
+IS_SKETCH = (
+    "a sketch of a cache, as `teacher-cache build --dry-run --sketch` writes it, and no cache: it goes with `distill run --dry-run "
+    "--sketch`; build the cache in a folder of its own"
+)
 _INDEX = "index.bin"
 _LOOKED_AT = 10_000  # entries of a folder
 _DATA = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".tar", ".arrow")
@@ -27,7 +33,7 @@ def describe_folder(folder: Path) -> str:
     """What a place without a plan looks like, and what of it may have been meant, in half a sentence."""
     try:
         if not folder.exists():
-            return "there is no such folder"
+            return f"there is no such folder{nearest_path(folder)}"
         if not folder.is_dir():
             return "it is a file"
         entries = [path for path, _ in zip(folder.iterdir(), range(_LOOKED_AT), strict=False)]

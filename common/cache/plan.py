@@ -24,12 +24,15 @@ from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError
 from vlm_distill_cache.common.files.hashing import fingerprint
 from vlm_distill_cache.common.files.rules import AGAIN, check
 from vlm_distill_cache.common.locations import by_make
+from vlm_distill_cache.common.printing import one_line
 
 PLAN, SHARDS = other_folders.PLAN, other_folders.SHARDS
 STORE_NAMES = ("zarr", "webdataset")
 DESCRIPTIVE = ("name", "revision", "license", "cache_license", "source")  # in `teacher` and `data`: for people only
 LONG_SAMPLES = "long_samples"  # in `extra`: "truncate" where long samples were cut; absent where they were refused
 THREADS = "threads"  # in `extra`: CPU threads of the arithmetic, on which the last bits depend
+_MOST_LINES = 12  # of differences
+_FOLLOWS = ("  fingerprints.", "  geometry.")  # from settings, which are named first
 BASE = "base"  # the name under which BASE_FIELDS are reported beside the signals
 _OBJECTS = ("signals", "fingerprints", "template", "teacher", "data", "geometry", "extra")
 
@@ -163,13 +166,18 @@ def write_plan(cache_dir: Path, plan: Plan) -> None:
         refuse_changed_plan(read_plan(cache_dir), plan, where=str(cache_dir))
 
 
-def read_plan(cache_dir: Path) -> Plan:
+def read_plan(cache_dir: Path, *, sketch: bool = False) -> Plan:
     """Read plan.json.
+
+    Args:
+        sketch: Take that of a sketch, too.
 
     Raises:
         CacheFormatError: If there is none, or it is damaged or from a newer format.
     """
     path = cache_dir / PLAN
+    if not sketch and (cache_dir / other_folders.SKETCH).is_file():
+        raise CacheFormatError(f"{cache_dir}: {other_folders.IS_SKETCH}")
     try:
         return Plan.from_dict(read_document(path, max_bytes=MAX_PLAN_BYTES), str(path))
     except FileNotFoundError:
@@ -181,20 +189,58 @@ def read_plan(cache_dir: Path) -> Plan:
 
 def refuse_changed_plan(old: Plan, new: Plan, *, where: str = "the cache") -> None:
     """Refuse to go on with other settings than a cache was begun with."""
-    lines = describe_differences(
-        old.without_descriptions(), new.without_descriptions(), there="the cache", here="this run"
-    )
-    if lines:
-        kept, wanted = (", ".join(sorted(plan.signals)) for plan in (old, new))
-        if kept != wanted:
-            lines.insert(0, f"  signals: {kept} in the cache, {wanted} in this run, which also changes:")
-        lines += _moved(old, new)
+    before, now = old.without_descriptions(), new.without_descriptions()
+    if before == now:
+        return
+    if _holds_more(old, new):
+        held = ", ".join(sorted(old.signals))
         raise CacheMismatchError(
-            f"{where} was built with other settings:\n" + "\n".join(lines) + "\n"
-            "Use the same options, another folder ("
-            f"{by_make('CACHE=...', '--cache')}), or start this one again: delete it, or add --overwrite "
-            f"to `{built_with(new)}`."
+            f"{where} holds all signals that are asked for, and more (as `teacher-cache extend` adds them). To use it as it is, "
+            f"write signals: [{held}] where {', '.join(sorted(new.signals))} stands now, "
+            f"{by_make(f'SIGNALS={held} (--signals)'.replace(', ', ','), f'--signals {held}'.replace(', ', ','))} or in the YAML "
+            f"file; for a smaller cache give another folder ({by_make('CACHE=...', '--cache')})"
         )
+    for part in (before, now):  # what follows from settings: arrays, and how well the teacher did
+        part.pop("fields")
+        part["teacher"] = {name: value for name, value in part["teacher"].items() if name != "evaluation"}
+    lines = describe_differences(before, now, there="the cache", here="this run")
+    lines.sort(key=lambda line: line.startswith(_FOLLOWS))
+    if len(lines) > _MOST_LINES:
+        lines[_MOST_LINES:] = [f"  ... and {len(lines) - _MOST_LINES} more"]
+    kept, wanted = (", ".join(sorted(plan.signals)) for plan in (old, new))
+    if kept != wanted:
+        lines.insert(0, f"  signals: {kept} in the cache, {wanted} in this run, which also changes:")
+    if not lines:
+        lines = ["  its arrays, or its teacher's scores, are those of another version"]
+    lines += _moved(old, new)
+    if _has_all(old, new) and old.sample_count > new.sample_count:
+        lines.append(
+            f"  the cache has {old.sample_count} samples, of {one_line(old.data.get('name'))}, and {new.sample_count} are asked "
+            "for: if it was extended since, write the data and limit that it was extended to, and it is used as it is"
+        )
+    raise CacheMismatchError(
+        f"{where} was built with other settings:\n" + "\n".join(lines) + "\n"
+        "Use the same options, another folder ("
+        f"{by_make('CACHE=...', '--cache')}), or start this one again: delete it, or add --overwrite "
+        f"to `{built_with(new)}`."
+    )
+
+
+def _has_all(old: Plan, new: Plan) -> bool:
+    """Whether a cache is of the teacher that is asked for, with its signals as they are asked for, and maybe others."""
+    same = old.fingerprints.get("teacher") == new.fingerprints.get("teacher")
+    return same and all(old.signals.get(name) == settings for name, settings in new.signals.items())
+
+
+def _holds_more(old: Plan, new: Plan) -> bool:
+    """Whether a cache has more signals than are asked for, and is as it is to be in all else."""
+    parts = ("store", "sample_count", "shard_size", "template", "batch_size", "extra")
+    return (
+        _has_all(old, new)
+        and old.signals.keys() != new.signals.keys()
+        and old.fingerprints.get("data") == new.fingerprints.get("data")
+        and all(getattr(old, name) == getattr(new, name) for name in parts)
+    )
 
 
 def _undescribed(part: Mapping[str, Any]) -> dict[str, Any]:

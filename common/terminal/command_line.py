@@ -18,15 +18,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
 import click
 from click.shell_completion import CompletionItem
 
+from vlm_distill_cache.common.cache.other_folders import IS_SKETCH, SKETCH
 from vlm_distill_cache.common.errors import DistillError, LaunchError
 from vlm_distill_cache.common.files.disk import disk_remedy
 from vlm_distill_cache.common.files.hashing import checksum
-from vlm_distill_cache.common.locations import is_url
+from vlm_distill_cache.common.locations import is_url, nearest_path
 from vlm_distill_cache.common.printing import CONTROL, SURROGATE, hide_secrets, message, one_line, printable
 from vlm_distill_cache.common.terminal.general import (
     Command,
@@ -38,6 +39,7 @@ from vlm_distill_cache.common.terminal.general import (
     has_document,
     is_quiet,
     set_levels,
+    start_document,
     version_text,
 )
 from vlm_distill_cache.common.terminal.launch import SAY_S, enter_launch
@@ -111,18 +113,19 @@ def join_launch(ctx: click.Context, *, several: Sequence[str]) -> None:
             ctx.exit(0)
 
 
-def run_command(command: Sequence[str], environment: Mapping[str, str], *, quiet: bool = False) -> int:
+def run_command(
+    command: Sequence[str], environment: Mapping[str, str], *, output: IO[bytes] | int | None = None
+) -> int:
     """Run a command of ours to its end and return its exit code; SIGTERM or Ctrl-C to this process stops it too.
 
-    With ``quiet`` nothing is shown of it but errors and warnings.
+    Its standard output goes to ``output``, as `subprocess` takes it.
 
     Neither is a launcher killed outright, which would leave its own processes behind (`subprocess.run` does that), nor
     does one outlive this process, if it calls `end_with_parent`.
     """
     # Ctrl-C reaches all processes of a terminal: this one ends the others, which would each end in their own way.
     with without_interrupts():
-        shown = subprocess.DEVNULL if quiet else None
-        process = subprocess.Popen(command, env={**environment, PARENT: str(os.getpid())}, stdout=shown)
+        process = subprocess.Popen(command, env={**environment, PARENT: str(os.getpid())}, stdout=output)
     with process:
         try:
             return process.wait()
@@ -209,9 +212,27 @@ class CommandGroup(Described, click.Group):
             )
             printed = "" if is_id else " ".join(argument.split()) if several_lines else argument
             if reason := unusable_name(argument, printed=printed):
-                say(f"error: {one_line(argument)}: {reason}", err=True)
-                ctx.exit(2)
+                self._fail_early(ctx, args, f"{one_line(argument)}: {reason}")
+        if "--json" in args and not ctx.resilient_parsing and not {"-h", "--help"} & {*args}:
+            if "--json" in args[: command + 1]:
+                name = next((argument for argument in args if argument in self.commands), "COMMAND")
+                self._fail_early(ctx, args, f"--json stands behind the command: {ctx.info_name} {name} --json")
+            if args[command] not in self.commands:
+                start_document()  # of a command, it does so itself
         return super().parse_args(ctx, args)
+
+    def _fail_early(self, ctx: click.Context, args: list[str], text: str) -> NoReturn:
+        """End before a command is known, with a document if one is asked for."""
+        before = args[: next((place for place, one in enumerate(args) if one in self.commands), 0)]
+        behind = dict(zip(args, [*args[1:], "-"], strict=True)).get(
+            "--json", ""
+        )  # of some commands it may have a value
+        if "--json" in before or behind.startswith("-"):
+            start_document()
+        fail(text)
+        if (document := end_document()) is not None:
+            _write(document, err=False)
+        ctx.exit(2)
 
     def invoke(self, ctx: click.Context) -> object:
         """Run the command."""
@@ -453,7 +474,8 @@ class CacheLocation(click.ParamType):
         if is_url(value):
             return str(value)
         if not Path(value).is_dir():
-            self.fail(f"{value}: neither a folder nor an address (s3://, hf://datasets/, https://)", param, ctx)
+            near = nearest_path(value)
+            self.fail(f"{value}: neither a folder nor an address (s3://, hf://datasets/, https://){near}", param, ctx)
         return str(Path(value))
 
 
@@ -484,6 +506,17 @@ class CacheFolder(NewFolder):
 
     def __init__(self) -> None:
         super().__init__(exists=True, file_okay=False)
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> str | bytes | os.PathLike[str]:
+        """Return the path."""
+        if not is_url(value) and not os.path.lexists(value) and (near := nearest_path(value)):
+            self.fail(f"{value}: there is no such folder{near}", param, ctx)
+        path = super().convert(value, param, ctx)
+        if (Path(os.fsdecode(path)) / SKETCH).is_file():
+            self.fail(f"{value}: {IS_SKETCH}", param, ctx)
+        return path
 
 
 def say(text: str, *, err: bool = False) -> None:

@@ -18,10 +18,11 @@ from importlib import metadata
 from typing import Any
 
 import click
+from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 
 from vlm_distill_cache import __version__
-from vlm_distill_cache.common.config import NEAR, option_names, words_of
+from vlm_distill_cache.common.config import NEAR, canonical_overrides, last_given, option_names, words_of
 from vlm_distill_cache.common.printing import hide_secrets
 from vlm_distill_cache.common.recipes import recipe_names
 from vlm_distill_cache.common.terminal.launch import enter_launch
@@ -181,6 +182,14 @@ def _plain(value: Any) -> Any:
     return value if value is None or isinstance(value, bool | int) else hide_secrets(str(value))
 
 
+# As scripts write them behind a switch: `--bf16 True`.
+_SWITCHED = {
+    word: value
+    for value, words in {"true": "true yes on 1", "false": "false no off 0"}.items()
+    for word in words.split()
+}
+
+
 class Overrides(click.Option):
     """``--set``: any option of a configuration; the command takes them as flags of their own, too."""
 
@@ -269,7 +278,25 @@ class Command(Described):
             for param in self.params:
                 if isinstance(param, Overrides):
                     args = self._as_settings(ctx, args, param)
-        return super().parse_args(ctx, args)
+        left = super().parse_args(ctx, args)
+        for param in self.params:
+            if isinstance(param, Overrides) and not ctx.resilient_parsing:
+                self._refuse_twice(ctx, param)
+        return left
+
+    def _refuse_twice(self, ctx: click.Context, settings: Overrides) -> None:
+        """Refuse an option that is given on its own, and otherwise by ``--set``, under whatever word."""
+        given = ctx.params.get(str(settings.name)) or ()
+        named = canonical_overrides(settings.settings, given) if given else []
+        keys = {text.partition("=")[0].strip() for text in named}
+        for param in self.params:
+            name, value = str(param.name), ctx.params.get(str(param.name))
+            if name not in keys or ctx.get_parameter_source(name) is not ParameterSource.COMMANDLINE:
+                continue
+            if (other := last_given(named, name)) != str(value):
+                raise click.UsageError(
+                    f"{param.opts[0]} {value} and --set {name}={other} are the same option; give one of them", ctx
+                )
 
     def _as_settings(self, ctx: click.Context, args: list[str], settings: Overrides) -> list[str]:
         """``--learning-rate 1e-4`` as ``--set learning_rate=1e-4``, of flags that the command does not have itself."""
@@ -289,13 +316,14 @@ class Command(Described):
                 if isinstance(option, click.Option) and not equals and not option.is_flag and left:
                     read.append(left.pop(0))
                 continue
-            if not equals and settings.is_switch(name) and (_ends(left, 0) or left[0] not in ("true", "false")):
+            switch = settings.is_switch(name)
+            if not equals and switch and (_ends(left, 0) or left[0].lower() not in _SWITCHED):
                 value = "true"
             elif not equals:
                 if not left:
                     raise click.UsageError(f"Option '{flag}' requires an argument.", ctx)
                 value = left.pop(0)
-            read += ["--set", f"{name}={value}"]
+            read += ["--set", f"{name}={_SWITCHED.get(value.lower(), value) if switch else value}"]
         return read
 
 

@@ -32,8 +32,8 @@ def poor_fidelity(plan: Plan, fidelity: Mapping[str, Any] | None) -> list[str]:
                 helps = (
                     f"the teacher's own rounding is {noise:.3f} of it, so first try dtype=float32 (--set dtype=float32)"
                 )
-            what = "gradient" if name.endswith("_gradient_error") else "values"
-            sentences.append(f"the {what} of {signal} miss by {value:.3f}, above {MOST_ERROR:g}: {helps}")
+            what = "gradient of {} misses" if name.endswith("_gradient_error") else "values of {} miss"
+            sentences.append(f"the {what.format(signal)} by {value:.3f}, above {MOST_ERROR:g}: {helps}")
         if name.endswith("gradient_cosine") and value < LEAST_COSINE and (noise is None or noise >= LEAST_COSINE):
             sentences.append(f"{name} is {value:.3f}, below {LEAST_COSINE:g}: {_exact(plan, signal)}")
     return [f"poor fidelity: {sentence}" for sentence in sentences]

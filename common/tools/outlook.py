@@ -6,10 +6,11 @@ import importlib.util
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -29,6 +30,8 @@ class Outlook:
 
     lines: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    before: Mapping[str, Any] = field(default_factory=dict)  # the document of a look that was shown before
+    written: str = ""  # what was asked for beside the looking
 
     def checking(self) -> _Checking:
         """Note an expected error of the block as a problem, and go on behind it."""
@@ -68,16 +71,22 @@ class Outlook:
         Raises:
             click.exceptions.Exit: With 1, if anything stands in the way.
         """
-        answer(starts=not self.problems, would=[line.strip() for line in self.lines], problems=self.problems)
+        lines, first = [line.strip() for line in self.lines], self.before
+        answer(
+            starts=not self.problems and bool(first.get("starts", True)),
+            would=[*first.get("would", ()), *lines],
+            problems=[*first.get("problems", ()), *self.problems],
+        )
         for line in self.lines:
             say(line)
         for problem in self.problems:
             say(f"error: {message(problem)}", err=True)
+        written = f"nothing was written but {self.written}" if self.written else "nothing was written"
         if self.problems:
             count = len(self.problems)
-            say(f"It would not start: {count} problem{'s' * (count > 1)} above. Nothing was written.", err=True)
+            say(f"It would not start: {count} problem{'s' * (count > 1)} above; {written}.", err=True)
             raise click.exceptions.Exit(1)
-        tell("It would start; nothing was written.")
+        tell(f"It would start; {written}.")
 
 
 class _Checking:

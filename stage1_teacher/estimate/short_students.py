@@ -4,6 +4,7 @@ The stages do not know each other's code: caches are handed over as folders, sco
 """
 
 import os
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -74,7 +75,7 @@ def score_students(
 
 
 def _distill(*words: str) -> None:
-    if run_command([*DISTILL, *words], {**os.environ, **said_so_far()}, quiet=True):
+    if run_command([*DISTILL, *words], {**os.environ, **said_so_far()}, output=subprocess.DEVNULL):
         raise ConfigError(
             f"distill {words[0]} of a short student failed; see its message above, or leave --student out"
         )

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from vlm_distill_cache.common.cache.index import INDEX
 from vlm_distill_cache.common.cache.manifest import Manifest, read_manifest
+from vlm_distill_cache.common.cache.other_folders import IS_SKETCH, SKETCH
 from vlm_distill_cache.common.cache.plan import (
     DESCRIPTIVE,
     PLAN,
@@ -150,6 +151,8 @@ def check_cache_folder(cache_dir: Path, *, overwrite: bool) -> tuple[list[Path],
     """
     if cache_dir.exists() and not cache_dir.is_dir():
         raise ConfigError(f"{cache_dir} is a file; give a folder for the cache ({by_make('CACHE=...', '--cache')})")
+    if (cache_dir / SKETCH).is_file():
+        raise ConfigError(f"{cache_dir}: {IS_SKETCH}")
     entries = sorted(cache_dir.iterdir()) if cache_dir.is_dir() else []
     kept = [entry.name for entry in entries if not is_leftover(entry)]
     is_cache = any(_is_our_document(cache_dir / name) for name in (PLAN, MANIFEST))

@@ -1,19 +1,23 @@
 """``teacher-cache build --dry-run``: what a build would do, without the teacher's weights; it writes nothing."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from vlm_distill_cache.common.cache.documents import write_document
+from vlm_distill_cache.common.cache.other_folders import IS_SKETCH, SKETCH
 from vlm_distill_cache.common.cache.plan import LONG_SAMPLES, PLAN, THREADS, Plan, refuse_changed_plan
 from vlm_distill_cache.common.cache.side_files import MANIFEST
 from vlm_distill_cache.common.cache.sidecar import missing_shards, read_sidecar
 from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, SampleError
-from vlm_distill_cache.common.files.atomic import read_json
+from vlm_distill_cache.common.files.atomic import read_json, write_bytes_atomic
+from vlm_distill_cache.common.files.disk import refuse_overlap
 from vlm_distill_cache.common.hub import is_without_weights, model_folder
 from vlm_distill_cache.common.models.published import is_published
 from vlm_distill_cache.common.printing import one_line, size_words
+from vlm_distill_cache.common.terminal.command_line import PARENT
 from vlm_distill_cache.common.tools.outlook import Outlook, download_lines, free_bytes, looking_only
 from vlm_distill_cache.data.registry import open_dataset
 from vlm_distill_cache.stage1_teacher.config import BuildConfig
@@ -47,6 +51,12 @@ def preview_build(
         check_cache_folder(cache_dir, overwrite=overwrite)
     with outlook.checking():
         refuse_unwritable(cache_dir)
+    if sketch is not None:
+        try:
+            refuse_overlap(sketch, cache_dir)
+        except ConfigError as error:
+            outlook.problem(f"--sketch: {error}")
+            sketch = None
     if config.quantisation != "none":
         outlook.needs_package("bitsandbytes", extra="quantised", why=f"quantisation={config.quantisation}")
     known = None
@@ -82,6 +92,8 @@ def preview_build(
             if sketch is not None:
                 with outlook.checking():
                     write_sketch(work, sketch)
+                    # Of `distill run`, which has started this, it is a temporary folder.
+                    outlook.written = "" if PARENT in os.environ else f"the sketch {sketch}"
     return outlook
 
 
@@ -95,6 +107,7 @@ def write_sketch(work: Build, folder: Path) -> None:
         raise ConfigError(f"--sketch {folder}: it is not empty; give a new folder")
     folder.mkdir(parents=True, exist_ok=True)
     export_parts(work.teacher, folder)
+    write_bytes_atomic(folder / SKETCH, f"{IS_SKETCH}\n".encode())
     write_document(folder / PLAN, work.plan.to_dict())
 
 

@@ -4,6 +4,7 @@ A user's file has no splits. Where no other data is named, students are scored o
 scores carry a note that says so. A student may outlive its cache, which is None here then.
 """
 
+import contextlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_distill_cache.common.cache.reader import TeacherCache
-from vlm_distill_cache.common.errors import ConfigError, SampleError
+from vlm_distill_cache.common.errors import ConfigError, DataError, SampleError
 from vlm_distill_cache.common.files.rules import shown
 from vlm_distill_cache.common.locations import by_make
 from vlm_distill_cache.common.printing import one_line
@@ -189,6 +190,13 @@ def _is_training_data(config: TrainConfig, data: str, cache: TeacherCache | None
         return _is_own_data(config)
     cached = {cache.plan.fingerprints.get("data"), *merged_fingerprints(cache)}
     split, images = config.evaluation.split, _images_of(config)
+    if config.data is not None:  # the cache may have been extended since, to other data
+        own = Path(config.images) if config.images else None
+        with contextlib.suppress(DataError, OSError):  # the training's file may be gone
+            cached |= {
+                open_dataset(config.data, split=of, images=own, limit=limit).fingerprint()
+                for of, limit in splits_and_limits(cache)
+            }
     return any(
         open_dataset(data, split=split, images=images, limit=limit).fingerprint() in cached
         for limit in dict.fromkeys(limit for _, limit in splits_and_limits(cache))

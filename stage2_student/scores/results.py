@@ -100,7 +100,8 @@ def table_rows(
         # A kind may be named by a cache: of its teacher, or of its data.
         found = [row(part, heading + one_line(part.removeprefix(name), limit=40), factor) for part in parts]
         found += [row(name, heading, factor)] if name in known else []
-        found = [entry for entry in found if any(map(_says_something, entry.scores))]
+        # Of kinds, all 0 says that none was met; each other one may be of another sort of data.
+        found = [entry for entry in found if name.endswith("/") or any(map(_says_something, entry.scores))]
         if found and heading.startswith("  "):
             details, titles = details + titles, []
         details += found

@@ -15,7 +15,7 @@ import yaml
 
 from vlm_distill_cache.common.errors import ConfigError
 from vlm_distill_cache.common.files.rules import shown
-from vlm_distill_cache.common.locations import by_make
+from vlm_distill_cache.common.locations import by_make, nearest, nearest_path
 
 SIZES_OF: dict[str, tuple[str, ...]] = {
     "mobilevlm": ("tiny", "1.7b", "3b"),
@@ -92,6 +92,7 @@ def student_folder(student: str, weights: str | None) -> Path | None:
         raise ConfigError(
             f"student: {shown(student)} is neither a known student ({describe_students()}) nor a directory, nor a "
             "name on the hub (org/name[@revision], such as mtgv/MobileVLM_V2-1.7B)"
+            f"{nearest(student, student_names()) or nearest_path(student)}"
         )
     return Path(student)
 

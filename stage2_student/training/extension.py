@@ -22,8 +22,11 @@ OF_LENGTH = ("steps", "epochs", "warmup")  # of the last phase
 _OFFER = "to train the same student longer, add --extend, which goes on from there"
 
 
-def differing_options(output: Path, config: TrainConfig, hashes: Mapping[str, str]) -> str:
-    """In what a training in a folder differs from a configuration, for an error; empty where that cannot be told."""
+def differing_options(output: Path, config: TrainConfig, hashes: Mapping[str, str], *, offers: bool = True) -> str:
+    """In what a training in a folder differs from a configuration, for an error; empty where that cannot be told.
+
+    With ``offers`` it says where ``--extend`` would help.
+    """
     now = describe(config, hashes)
     try:
         before = _described(output / FINAL)
@@ -35,15 +38,23 @@ def differing_options(output: Path, config: TrainConfig, hashes: Mapping[str, st
     except DistillError:
         return ""
     lines = describe_differences(before, now, there="there", here="this run")
-    offer = f"; {_OFFER}" if (output / FINAL).is_dir() and is_longer(before, now) else ""
+    offer = f"; {_OFFER}" if offers and (output / FINAL).is_dir() and is_longer(before, now) else ""
     return "".join(f"; {line.strip()}" for line in lines[:10]) + offer
 
 
-def is_longer(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Whether a run's description differs from another only in how long its last phase is."""
+def has_other_length(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether a run's description differs from another only in how long its last phase is, either way."""
     last = now["phases"][-1]
     lengths = [{name: value for name, value in of[last].items() if name in OF_LENGTH} for of in (before, now)]
     return lengths[0] != lengths[1] and _without_length(before, last) == _without_length(now, last)
+
+
+def is_longer(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether a run's description is another's with more of its last phase, of a schedule that can be gone on with."""
+    old, new = (of.get(now["phases"][-1], {}) for of in (before, now))
+    # Passes are not compared with steps: only the data tell how many these are.
+    more = any(old.get(of) is not None and (new.get(of) or 0) > old[of] for of in ("steps", "epochs"))
+    return more and new.get("schedule") == "constant" and has_other_length(before, now)
 
 
 def earlier_training(output: Path, config: TrainConfig, hashes: Mapping[str, str]) -> tuple[str, PhaseConfig] | None:
@@ -61,7 +72,7 @@ def earlier_training(output: Path, config: TrainConfig, hashes: Mapping[str, str
         return None
     if before == now:
         return None
-    if not is_longer(before, now):
+    if not has_other_length(before, now):
         lines = describe_differences(before, now, there="the student there", here="this run")
         raise ConfigError(
             f"--extend: {final} differs in more than the length of phase {now['phases'][-1]}, its last one:\n"

@@ -4,7 +4,7 @@ The cache may not be there yet: stage one then gives a sketch of it (``teacher-c
 with all that the cache will say of itself, and of its records nothing.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -33,6 +33,7 @@ from vlm_distill_cache.stage2_student.students.parts import StudentParts, open_p
 from vlm_distill_cache.stage2_student.students.presets import student_folder
 from vlm_distill_cache.stage2_student.students.tower import check_tower_is_free
 from vlm_distill_cache.stage2_student.training.checks import check_labels_fit, check_losses, refuse_other_teacher
+from vlm_distill_cache.stage2_student.training.extension import earlier_training
 from vlm_distill_cache.stage2_student.training.log import read_log
 from vlm_distill_cache.stage2_student.training.output_folder import refuse_misplaced
 from vlm_distill_cache.stage2_student.training.preparation import (
@@ -41,6 +42,7 @@ from vlm_distill_cache.stage2_student.training.preparation import (
     find_all,
     open_cached_data,
 )
+from vlm_distill_cache.stage2_student.training.steps import extended_training
 
 UNKNOWN_WIDTH = 1 << 20  # of a teacher that is not known
 _FLOAT, _OPTIMIZER = 4, 12  # bytes of a parameter: saved; in a checkpoint with both averages of its optimizer
@@ -92,7 +94,7 @@ def preview(
     outlook = Outlook()
     with looking_only() as missing:
         with outlook.checking():
-            read_plan(local_folder(sketch or cache))
+            read_plan(local_folder(sketch or cache), sketch=sketch is not None)
         if outlook.problems:
             if sketch is not None and not any(sketch.iterdir()):
                 outlook.problems.clear()
@@ -157,6 +159,8 @@ def _hours_lines(config: TrainConfig, folders: Sequence[Path]) -> list[str]:
     if not seconds or None in counts:
         return ["  hours: not known before a step is measured"]
     left = max(0, len(folders) * sum(count or 0 for count in counts) - len(seconds))
+    if not left:
+        return ["  hours: none, all steps are done"]
     return [
         f"  hours: about {left * sum(seconds) / len(seconds) / 3600:.2g} for {left} steps, as fast as those logged there"
     ]
@@ -195,7 +199,7 @@ def open_or_plan(place: str, *, sketch: Path | None, named: str) -> TeacherCache
     """A cache that is there; at the place that is the sketch, what stands for a cache that is ``named`` so."""
     if sketch is None or Path(place) != sketch:
         return open_cache(place)
-    planned: Any = PlannedCache(path=sketch, plan=read_plan(sketch), place=named)
+    planned: Any = PlannedCache(path=sketch, plan=read_plan(sketch, sketch=True), place=named)
     return planned  # type: ignore[no-any-return]
 
 
@@ -252,6 +256,18 @@ def look_at_student(
             ]
         outlook.lines += [f"  note: {note}" for note in cache_notes(config, caches)]
     return parts
+
+
+def look_at_extension(trainings: Iterable[TrainConfig], caches: Mapping[str, TeacherCache]) -> None:
+    """Refuse to extend finished students to what they cannot be trained on to.
+
+    Raises:
+        ConfigError: Naming what stands in the way.
+    """
+    hashes = {place: cache.manifest_hash for place, cache in caches.items()}
+    for config in trainings:
+        if earlier_training(Path(config.output), config, hashes) is not None:
+            extended_training(config, find_all(config, caches).phases, hashes)
 
 
 def _check_data(phase: PhaseConfig, caches: Mapping[str, TeacherCache]) -> None:

@@ -14,7 +14,7 @@ from vlm_distill_cache.common.files.signed import read_signed
 from vlm_distill_cache.common.locations import by_make
 from vlm_distill_cache.stage2_student.final_folder import FINAL
 from vlm_distill_cache.stage2_student.pruned_folder import FOLDER
-from vlm_distill_cache.stage2_student.training.extension import is_longer
+from vlm_distill_cache.stage2_student.training.extension import has_other_length, is_longer
 from vlm_distill_cache.stage2_student.training.output_folder import CONFIG, STAMP, holds_anything
 
 BASELINE, DISTILLED = "sft", "distilled"
@@ -69,8 +69,9 @@ def refuse_other_run(
     if not previous or not any(path.exists() for path in (*made, output / FOLDER)):  # FOLDER: a student cut out
         return
     lines = describe_differences(previous.get("run", {}), stamp["run"], there="the folder", here="this run")
-    longer = bool(lines and previous.get("finished")) and is_longer(previous["run"], stamp["run"])
-    if lines and not (longer and extends):
+    finished = bool(lines and previous.get("finished"))
+    longer = finished and not extends and is_longer(previous["run"], stamp["run"])
+    if lines and not (extends and finished and has_other_length(previous["run"], stamp["run"])):
         raise ConfigError(
             f"{output} belongs to a run with other options:\n" + "\n".join(lines) + "\n"
             f"Use the same options, another --output{by_make(' (OUTPUT=...)')}, or delete that folder to begin again"

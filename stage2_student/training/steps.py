@@ -2,9 +2,10 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,8 +20,9 @@ from vlm_distill_cache.common.terminal.progress import progress
 from vlm_distill_cache.stage2_student.batches.batch import TrainingBatch
 from vlm_distill_cache.stage2_student.batches.prefetch import Prefetcher
 from vlm_distill_cache.stage2_student.batches.sampler import micro_batch_count, split_step
-from vlm_distill_cache.stage2_student.config import PhaseConfig, RateName, Schedule
+from vlm_distill_cache.stage2_student.config import PhaseConfig, RateName, Schedule, TrainConfig
 from vlm_distill_cache.stage2_student.losses.objective import Losses, units_of
+from vlm_distill_cache.stage2_student.training.extension import earlier_training
 from vlm_distill_cache.stage2_student.training.preparation import PreparedPhase
 
 
@@ -193,20 +195,34 @@ def sum_terms(terms: list[Losses]) -> dict[str, Tensor]:
     return {name: torch.stack([values[name].detach() for values in named]).sum() for name in named[0]}
 
 
-def refuse_other_rates(phase: PreparedPhase, earlier: PhaseConfig, *, done: int) -> None:
-    """Refuse to go on with a phase of which the steps that are done would have had other learning rates.
+def extended_training(config: TrainConfig, phases: Sequence[PreparedPhase], hashes: Mapping[str, str]) -> str | None:
+    """The fingerprint of the finished training that a longer one goes on with; None if there is none, or it is the same.
+
+    Raises:
+        ConfigError: If it cannot be trained on as it is asked for: other options, no more steps, other learning rates.
+    """
+    earlier = earlier_training(Path(config.output), config, hashes)
+    if earlier is None:
+        return None
+    refuse_other_rates(phases[-1], earlier[1])
+    return earlier[0]
+
+
+def refuse_other_rates(phase: PreparedPhase, earlier: PhaseConfig) -> None:
+    """Refuse to go on with a phase that is no longer than it was, or whose steps so far would have had other learning rates.
 
     Args:
         phase: The longer phase.
-        earlier: The phase as it was, of ``done`` steps.
+        earlier: The phase as it was finished.
 
     Raises:
         ConfigError: Naming what would keep them.
     """
+    done = earlier.step_count(phase.shuffle.length)
     if phase.steps <= done:
         raise ConfigError(
-            f"--extend: phase {phase.name} has {done} steps already, and {phase.steps} are asked for; give more "
-            f"({phase.name}.steps)"
+            f"--extend: phase {phase.name} of the finished student has {done} steps, and {phase.steps} are asked for; give more "
+            f"({phase.name}.steps), or for a shorter training another --output and no --extend"
         )
     before = replace(phase, config=earlier, steps=done)
     if all(scheduled_rates(before, step) == scheduled_rates(phase, step) for step in range(done)):

@@ -258,6 +258,11 @@ def test_commands_on_one_cache_exclude_each_other_and_the_command_line_says_what
     added = CliRunner().invoke(main, [*command, "--signals", "hidden"]).output
     assert "Added: 2 samples; signals hidden" in added
     assert f"rm -r {cache}.before-" in added
+    with pytest.raises(
+        CacheMismatchError, match=r"and more .*write signals: \[hidden, logits\] where logits stands"
+    ) as less:
+        extract(settings(cache, **data, signals=("logits",)))
+    assert "overwrite" not in str(less.value)
     # The file of all options that a build leaves is one to extend with; words of other programs are options that are given.
     save_config(settings(cache, **data, signals=("logits",), batch_size=0), tmp_path / "all.yaml")
     replayed = ["extend", str(cache), "--config", str(tmp_path / "all.yaml")]

@@ -177,8 +177,11 @@ def test_the_baseline_reads_nothing_of_the_teacher_and_takes_as_many_steps(finis
 
 def test_a_second_call_says_that_all_is_up_to_date_without_training(tiny_cache, finished, monkeypatch):
     monkeypatch.setattr(run_module, "train_arm", None)
+    options = (finished.output / "config.yaml").read_bytes()
+    (finished.output / "config.yaml").unlink()  # as an older version left it
     again = run(make_config(tiny_cache[0], finished.output))
     assert not again.fresh
+    assert (finished.output / "config.yaml").read_bytes() == options
     assert again.table == finished.table
 
 

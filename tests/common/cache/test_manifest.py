@@ -85,6 +85,20 @@ def test_writing_the_same_plan_again_is_fine_and_another_names_each_difference(t
     assert "--overwrite" in message
     assert "sample_count" not in message
     refuse_changed_plan(plan, make_plan())
+    scores = {
+        "evaluation": {
+            "scores": {f"kind{number}": {"value": 0.5, "low": 0.5, "high": 0.5, "items": 1} for number in range(60)}
+        }
+    }
+    many = {f"setting{number}": number for number in range(30)}
+    with pytest.raises(CacheMismatchError) as caught:
+        refuse_changed_plan(replace(other, teacher=scores), replace(plan, extra=many))
+    lines = str(caught.value).splitlines()
+    assert (len(lines), lines[1].startswith("  extra"), "evaluation" in str(caught.value)) == (15, True, False)
+    assert re.fullmatch(r"  \.\.\. and \d+ more", lines[13])
+    bigger, smaller = (replace(other, sample_count=count, fingerprints={"data": str(count) * 32}) for count in (9, 4))
+    with pytest.raises(CacheMismatchError, match=r"9 samples, of .*, and 4 are asked for: if it was extended"):
+        refuse_changed_plan(bigger, smaller)
 
 
 def test_data_of_the_hub_that_moved_on_are_named_as_they_were():

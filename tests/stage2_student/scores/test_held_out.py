@@ -176,6 +176,15 @@ def test_a_copy_of_the_training_data_is_recognised(tmp_path):
     config = make_config(tmp_path / "c", tmp_path / "run", data, f"evaluation.data={copy}")
     [note] = scoring_notes(config, open_cache(tmp_path / "c"), scorable=True, option="--x")
     assert "training data itself" in note
+    # After the cache was extended to more data, what the student was trained on is its training data all the same.
+    (tmp_path / "more").mkdir()
+    build_tiny_cache(
+        tmp_path / "d", data=str(write_data(tmp_path / "more", ["red", "blue", "green"])), signals=("logits",)
+    )
+    for named in ([f"evaluation.data={copy}"], []):
+        config = make_config(tmp_path / "d", tmp_path / "run", data, *named)
+        [note] = scoring_notes(config, open_cache(tmp_path / "d"), scorable=True, option="--x")
+        assert "training data itself" in note
 
 
 def test_without_its_cache_a_student_is_scored_without_the_comparison(tiny_cache, tmp_path):

@@ -1,13 +1,17 @@
 """A training that is extended is, byte for byte, the one that was so long from its beginning; all else is refused in words."""
 
 import json
+import re
+import shutil
 
 import pytest
 from finished_runs import make_config
 
 from vlm_distill_cache.common.errors import ConfigError
+from vlm_distill_cache.common.tools.outlook import Outlook
 from vlm_distill_cache.stage2_student.final_folder import read_final
-from vlm_distill_cache.stage2_student.run import run, train_alone
+from vlm_distill_cache.stage2_student.resolve import open_caches
+from vlm_distill_cache.stage2_student.run import look_at_training, run, train_alone
 
 SHORT, LONG = "sft.steps=2", "sft.steps=4"
 STEADY = ("phases=[dpt, sft]", "sft.schedule=constant", "sft.warmup=0", "checkpoint_every=1")
@@ -49,6 +53,8 @@ def test_an_extended_training_is_the_longer_one_even_if_it_was_killed_on_the_way
     [
         (["sft.steps=3", "sft.schedule=cosine", "sft.warmup=0"], [], "schedule cosine"),
         ([], [], r"add --set sft\.warmup=0\.125"),
+        ([], ["sft.warmup=0.125", "sft.steps=1"], r"has 2 steps, and 1 are asked for"),
+        ([], ["sft.warmup=0.125", "sft.epochs=0.01", "sft.steps=null"], r"has 2 steps, and 0 are asked for"),
         ([], ["dpt.steps=2"], r"(?s)differs in more than the length of phase sft.*dpt\.steps"),
     ],
 )
@@ -56,15 +62,27 @@ def test_what_would_not_be_the_longer_training_is_refused_and_changes_nothing(
     tiny_cache, tmp_path, first, more, reason
 ):
     def configure(*more):
-        rising = ("phases=[dpt, sft]", "sft.schedule=constant", "sft.warmup=0.5")
+        rising = ("phases=[dpt, sft]", "sft.schedule=constant", "sft.warmup=0.5", "checkpoint_every=1")
         return make_config(tiny_cache[0], tmp_path / "one", *rising, SHORT, *first, *more)
 
     train_alone(configure())
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     with pytest.raises(ConfigError, match=reason):
         train_alone(configure(LONG, *more), extends=True)
+    with pytest.raises(ConfigError) as plain:  # what cannot work is not proposed
+        train_alone(configure(LONG, *more))
+    assert ("add --extend" in str(plain.value)) == (not first and not more)
+    outlook, config = Outlook(), configure(LONG, *more)
+    look_at_training(outlook, config, open_caches(config), extends=True)
+    assert len(outlook.problems) == 1
+    assert re.search(reason, outlook.problems[0])
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     if not first and not more:
+        shutil.rmtree(
+            tmp_path / "one" / "checkpoints" / "step-00000003"
+        )  # what the student has learnt counts, not this
+        with pytest.raises(ConfigError, match=reason):
+            train_alone(configure(LONG), extends=True)
         train_alone(configure(LONG, "sft.warmup=0.125"), extends=True)  # as the error proposes
 
 

@@ -31,6 +31,7 @@ from vlm_distill_cache.stage1_teacher.loop.kept import Kept
 from vlm_distill_cache.stage1_teacher.loop.signals import EXTRACTORS
 from vlm_distill_cache.stage1_teacher.loop.work import Build
 from vlm_distill_cache.stage1_teacher.planning.cache_folder import stored_plan
+from vlm_distill_cache.stage1_teacher.planning.same_texts import refuse_other_texts, refuse_reordered
 
 # What a codec's settings say of an option; None: what no option gives.
 _SHOWN: dict[str, Callable[[Mapping[str, Any]], Any]] = {
@@ -161,9 +162,11 @@ def extend_plan(work: Build, config: ExtendConfig) -> Build:
     _refuse_differences(config, old, plan, keeps_attention=any(_of_attention(name) for name in kept))
     _refuse_lost(cache, dataset)
     _refuse_begun(Path(config.cache), plan)
-    if not missing and not cache.failed and len(dataset) == len(cache):
-        raise NothingToAddError(f"{config.base}: holds all of that already")
     kept_records = Kept(cache=cache, missing=frozenset(missing), names=frozenset(names))
+    refuse_other_texts(replace(work, dataset=dataset), kept_records)
+    if not missing and not cache.failed and len(dataset) == len(cache):
+        refuse_reordered(work, cache)
+        raise NothingToAddError(f"{config.base}: holds all of that already")
     return replace(work, dataset=dataset, codecs=codecs, plan=plan, kept=kept_records)
 
 

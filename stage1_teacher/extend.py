@@ -19,6 +19,7 @@ from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError
 from vlm_distill_cache.common.files.atomic import TEMPORARY_PREFIX, clean_stale, exchange_folders, hold_folder, remove
 from vlm_distill_cache.common.remotes.fetch import check_room
 from vlm_distill_cache.common.terminal.command_line import quoted
+from vlm_distill_cache.common.tools.derived_card import DERIVED
 from vlm_distill_cache.stage1_teacher.config import BuildConfig
 from vlm_distill_cache.stage1_teacher.extract import BuildSummary, extract, extract_with_processes
 from vlm_distill_cache.stage1_teacher.planning.cache_folder import refuse_others_files, refuse_unwritable
@@ -34,9 +35,11 @@ class Extension:
         before: Where the cache as it was is kept; None if nothing has changed.
         signals: Those that are new or of other settings.
         samples: Records that are new.
+        options: Those of a build that finds the cache complete; None of a part of one, or of a merged one.
     """
 
     cache: Path
+    options: BuildConfig | None = None
     summary: BuildSummary | None = None
     before: Path | None = None
     signals: tuple[str, ...] = ()
@@ -70,20 +73,22 @@ def extend(config: BuildConfig, *, given: Collection[str], processes: int | None
         new = version_folder(base, EXTENDING, manifest)
         there = sum(path.stat().st_size for path in new.rglob("*") if path.is_file())
         check_room(new, manifest.totals["bytes"] - there, "then run the same command again")
+        whole = None if DERIVED in plan.extra else options.as_build(cache)
         options = replace(options, cache=str(new))
         try:
             summary = extract(options) if processes is None else extract_with_processes(options, processes)
         except NothingToAddError:
-            return Extension(cache=cache)
+            return Extension(cache=cache, options=whole)
         made = read_manifest(new)
         if made.hash == manifest.hash:  # all that failed failed again
             _discard(new)
-            return Extension(cache=cache, summary=replace(summary, cache=cache))
+            return Extension(cache=cache, options=whole, summary=replace(summary, cache=cache))
         with hold_folder(new, busy=busy):
             before = _take_place(base, new)
     signals = {name: settings for name, settings in plan_of(base).signals.items() if settings != plan.signals.get(name)}
     return Extension(
         cache=cache,
+        options=whole,
         summary=replace(summary, cache=cache),
         before=before,
         signals=tuple(sorted(signals)),

@@ -117,13 +117,16 @@ class Advice:
     sets: tuple[OptionSet, ...]
     left_out: dict[str, str]
 
-    def combinations(self) -> Iterator[tuple[dict[str, str], int, float, bool]]:
-        """Each choice of one set a part: options, bytes of the cache, largest error, whether it serves every loss."""
+    def combinations(self) -> Iterator[tuple[dict[str, str], int, float | None, bool]]:
+        """Each choice of one set a part: options, bytes of the cache, largest error, whether it serves every loss.
+
+        The error is None where nothing of it was measured.
+        """
         parts = dict.fromkeys(found.part for found in self.sets)
         for chosen in product(*([found for found in self.sets if found.part == part] for part in parts)):
             options = {key: value for found in chosen for key, value in found.options.items()}
             size = self.cache_bytes + sum(found.cache_bytes - self.cache_bytes for found in chosen)
-            error = max((found.error for found in chosen if found.error is not None), default=0.0)
+            error = max((found.error for found in chosen if found.error is not None), default=None)
             yield options, size, error, options.get("map_preset") not in FILTERED_ONLY
 
     def recommend(self, *, budget: float | None = None, bound: float | None = None) -> "Recommendation":
@@ -132,17 +135,21 @@ class Advice:
         Sets of the map that serve one loss only are taken where nothing else fits; ``exact8`` never is.
         """
         found = [entry for entry in self.combinations() if entry[0].get("map_preset") != "exact8"]
+
+        def missed(entry: tuple[dict[str, str], int, float | None, bool]) -> float:
+            return 0.0 if entry[2] is None else entry[2]
+
         fits = [
             entry for entry in found
-            if (budget is None or entry[1] <= budget) and (bound is None or entry[2] <= bound)
+            if (budget is None or entry[1] <= budget) and (bound is None or (entry[2] is not None and entry[2] <= bound))
         ]  # fmt: skip
         if fits:
             options, size, error, every = min(
-                fits, key=lambda e: (not e[3], e[1], e[2]) if bound is not None else (not e[3], e[2], e[1])
+                fits, key=lambda e: (not e[3], e[1], missed(e)) if bound is not None else (not e[3], missed(e), e[1])
             )
             return Recommendation(options=options, cache_bytes=size, error=error, fits=True, every_loss=every)
         # The nearest to what was asked for: the budget counts more than the bound.
-        nearest = min(found, key=lambda e: (max(e[1], budget), e[2]) if budget is not None else (e[2], e[1]))
+        nearest = min(found, key=lambda e: (max(e[1], budget), missed(e)) if budget is not None else (missed(e), e[1]))
         options, size, error, every = nearest
         return Recommendation(options=options, cache_bytes=size, error=error, fits=False, every_loss=every)
 
@@ -156,13 +163,14 @@ class Recommendation:
     """One choice.
 
     Attributes:
+        error: None if nothing was measured; parts of the cache of which nothing was are left out.
         fits: It keeps to the budget and to the bound; else it is the nearest to them.
         every_loss: False: its visual maps serve the sink-filtered loss alone.
     """
 
     options: dict[str, str]
     cache_bytes: int
-    error: float
+    error: float | None
     fits: bool
     every_loss: bool
 

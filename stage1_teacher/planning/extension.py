@@ -64,6 +64,11 @@ class ExtendConfig(BuildConfig):
     base: str
     given: tuple[str, ...] = ()
 
+    def as_build(self, cache: Path) -> BuildConfig:
+        """The options of a build of a cache as it will be."""
+        values = {name: getattr(self, name) for name in BuildConfig.__dataclass_fields__}
+        return BuildConfig(**values | {"cache": str(cache)})
+
 
 def with_options_of(
     config: BuildConfig, base: Path, plan: Plan, manifest: Manifest, *, given: Collection[str]

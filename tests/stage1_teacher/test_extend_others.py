@@ -84,7 +84,9 @@ def test_other_texts_than_those_of_the_records_are_refused_and_the_same_ones_whe
     for entries in others:
         for given in (entries, [NEW, *entries]):
             data = write(tmp_path / "other", given)
-            with pytest.raises(CacheMismatchError, match=r"a question|something else of sample|another answer|no place for"):
+            with pytest.raises(
+                CacheMismatchError, match=r"a question|something else of sample|another answer|no place for"
+            ):
                 more(whole, data, "hidden")
     assert tree(whole) == before
     same_in_another_order = write(tmp_path / "order", [ASKED[3], ASKED[1], ASKED[0], ASKED[2]])

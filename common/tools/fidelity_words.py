@@ -69,4 +69,4 @@ def _again(plan: Plan, option: str) -> str:
     """How a cache comes to another option: what it holds beside that stays, where its teacher can be run."""
     if plan.teacher.get("served"):
         return f"build a cache with {option} (--set {option}), in another folder"
-    return f"`teacher-cache extend CACHE --set {option}`, with the data and the teacher it was built from, makes just that anew"
+    return f"add --set {option} to `teacher-cache extend CACHE`, with the cache's data and teacher, which makes just that anew"

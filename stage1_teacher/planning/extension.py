@@ -6,7 +6,7 @@ part stands for no whole data set: it keeps its samples and their order.
 """
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,7 @@ class ExtendConfig(BuildConfig):
 
     def as_build(self, cache: Path) -> BuildConfig:
         """The options of a build of a cache as it will be."""
-        values = {name: getattr(self, name) for name in BuildConfig.__dataclass_fields__}
+        values = {field.name: getattr(self, field.name) for field in fields(BuildConfig)}
         return BuildConfig(**values | {"cache": str(cache)})
 
 

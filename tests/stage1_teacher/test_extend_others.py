@@ -19,6 +19,7 @@ from vlm_distill_cache.stage1_teacher.config import BuildConfig
 from vlm_distill_cache.stage1_teacher.demo.teacher import builtin_teacher_directory
 from vlm_distill_cache.stage1_teacher.extend import Extension, extend
 from vlm_distill_cache.stage1_teacher.extract import extract
+from vlm_distill_cache.stage1_teacher.report import extension_text
 
 Entry = dict[str, object]
 
@@ -109,7 +110,8 @@ def test_other_texts_than_those_of_the_records_are_refused_and_the_same_ones_whe
         assert more(part, write(tmp_path / "mended", [mended, *ASKED])).samples == 1
     assert "fingerprint does not prove" not in caplog.text
     with caplog.at_level(logging.WARNING):
-        more(tmp_path / "gone", write(tmp_path / "fewer", ASKED))
+        gone = more(tmp_path / "gone", write(tmp_path / "fewer", ASKED))
+    assert "Added: nothing; 1 failed samples are no longer in the data" in extension_text(gone)
     assert "the teacher read 4 of 4 again" in caplog.text
     assert not open_cache(tmp_path / "gone").failed
 

@@ -7,6 +7,7 @@ set is weighed, one shard of its records. The bytes are those of shards that the
 
 import math
 import shutil
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import product
@@ -27,6 +28,7 @@ from vlm_distill_cache.common.codecs.logits import LOGIT_PRESETS, LogitCodec
 from vlm_distill_cache.common.codecs.visual_map import VisualMapCodec
 from vlm_distill_cache.common.errors import ConfigError, DataError, ModelError, SampleError
 from vlm_distill_cache.common.files.hashing import fingerprint
+from vlm_distill_cache.common.terminal.command_line import tell
 from vlm_distill_cache.common.terminal.progress import progress
 from vlm_distill_cache.common.tools.derived_card import DERIVED
 from vlm_distill_cache.data.sources.grouping import ChosenSamples
@@ -53,6 +55,7 @@ LOGITS = (*LOGIT_PRESETS, *(f"fixed:{k}" for k in (2, 4, 8, 16, 32, 64, 128, 255
 MAPS = ("exact", "blocks", "compact", "exact8")
 FILTERED_ONLY = ("blocks", "compact", "exact8")
 """Values of `map_preset` that do not serve every loss as the exact map does."""
+FIRST, LONG_S = 3, 90.0  # samples that tell how long a probe takes, and seconds that are worth a word
 _INDEX_ENTRY = 24  # bytes of a sample in a cache's index
 
 Options = Mapping[str, str]
@@ -344,7 +347,7 @@ def measure_options(config: BuildConfig, folder: Path, *, samples: int) -> Measu
         found = codecs_for(replace(grouped, **options), work.teacher)  # type: ignore[arg-type]
         touched = {name: codec for name, codec in found.items() if name in EXTRACTORS and part_of(name) == part}
         measured.codecs.append((part, options, touched))
-    reason = ""
+    reason, began = "", time.monotonic()
     with progress("probe", total=len(positions), unit="sample") as bar:
         for shard in open_shards(work, plan, range(plan.shard_count), batch_size=plan.batch_size):
             order: list[tuple[str, str | None]] = []
@@ -362,6 +365,8 @@ def measure_options(config: BuildConfig, folder: Path, *, samples: int) -> Measu
                 else:
                     order.append((sample.sample_id, image_key(sample)))
                     measured.rows += len(sample.supervised_rows)
+                    if done + len(order) == FIRST:
+                        _tell_time(time.monotonic() - began, len(positions), len(measured.codecs))
                 bar.update(1)
             for sample, fault in unread:
                 if not work.teacher.has_read:
@@ -375,6 +380,15 @@ def measure_options(config: BuildConfig, folder: Path, *, samples: int) -> Measu
     (folder / "parts").mkdir()
     export_parts(work.teacher, folder / "parts")
     return measured
+
+
+def _tell_time(took: float, samples: int, sets: int) -> None:
+    """Say how long the rest of a probe takes if it goes on as with its first samples, where that is long."""
+    if (left := took / FIRST * (samples - FIRST)) > LONG_S:
+        tell(
+            f"The probe takes about {left / 60:.0f} minutes more, most of it to compare {sets} option sets; with fewer --samples "
+            "or --signals it takes less"
+        )
 
 
 def part_of(signal: str) -> str:

@@ -15,10 +15,11 @@ from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.common.tools import verify as verifying
 from vlm_distill_cache.common.tools.repair import repair
 from vlm_distill_cache.common.tools.verify import verify
+from vlm_distill_cache.stage1_teacher import extract as extracting
 from vlm_distill_cache.stage1_teacher.config import BuildConfig
 from vlm_distill_cache.stage1_teacher.demo.teacher import builtin_teacher_directory
 from vlm_distill_cache.stage1_teacher.extend import Extension, extend
-from vlm_distill_cache.stage1_teacher.extract import extract
+from vlm_distill_cache.stage1_teacher.extract import extract, extract_with_processes
 from vlm_distill_cache.stage1_teacher.report import extension_text
 
 Entry = dict[str, object]
@@ -114,6 +115,25 @@ def test_other_texts_than_those_of_the_records_are_refused_and_the_same_ones_whe
     assert "Added: nothing; 1 failed samples are no longer in the data" in extension_text(gone)
     assert "the teacher read 4 of 4 again" in caplog.text
     assert not open_cache(tmp_path / "gone").failed
+
+
+@pytest.mark.parametrize("hidden", ["", "1"])
+def test_several_processes_build_without_a_bar_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hidden: str):
+    def one_by_one(
+        build: Callable[..., object], config: BuildConfig, parts: list[object], show: Callable[[], None]
+    ) -> None:
+        for part in parts:
+            build(config, part)
+            show()
+
+    monkeypatch.setenv("TQDM_DISABLE", hidden)
+    monkeypatch.setattr(extracting, "run_parts", one_by_one)
+    config = BuildConfig(
+        cache=str(tmp_path / "cache"), data=write(tmp_path / "data", ASKED), teacher=str(builtin_teacher_directory()),
+        signals=("logits",), shard_size=2, batch_size=1, fidelity_samples=0,
+    )  # fmt: skip
+    assert extract_with_processes(config, 2).samples == 4
+    assert verify(tmp_path / "cache") == []
 
 
 def test_files_and_folders_of_others_stay_where_they_are_or_stop_the_extension(tmp_path: Path):

@@ -204,6 +204,7 @@ def test_sizes_are_read_with_their_units_and_nothing_else_is():
 def test_the_command_is_the_build_with_the_options_that_were_chosen(tmp_path: Path, tiny_llava: Path, monkeypatch):
     output = tmp_path / "a folder"
     monkeypatch.setattr(advise_module, "LOGITS", ("default", "fixed:8"))
+    monkeypatch.setattr(advise_module, "LONG_S", -1.0)  # any probe is a long one
     ran = CliRunner().invoke(
         main,
         ["advise", "--data", "shapes", "--limit", "9", "--teacher", str(tiny_llava), "--cache", str(tmp_path / "my cache"),
@@ -211,6 +212,7 @@ def test_the_command_is_the_build_with_the_options_that_were_chosen(tmp_path: Pa
          "--max-gradient-error", "10"],
     )  # fmt: skip
     assert ran.exit_code == 0, ran.output
+    assert "minutes more" in ran.output
     stored = json.loads((output / "advice.json").read_text())
     assert sorted(path.name for path in output.iterdir()) == ["advice.html", "advice.json"]
     command = stored["recommendation"]["command"]

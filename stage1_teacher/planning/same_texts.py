@@ -1,8 +1,8 @@
 """That a cache's records are of the questions that the data have now: its own records do not hold them.
 
 The fingerprint of the data covers every text, so that the one of the samples that were there before proves it. It cannot
-where a text that had failed has changed or is gone, and for a cache of parts of several data sets: there the teacher reads
-some samples again, and must say what it said.
+where a text that had failed has changed or is gone, where a mixture has grown whose samples are kept by picture, and for a
+cache of parts of several data sets: there the teacher reads some samples again, and must say what it said.
 """
 
 import logging
@@ -49,7 +49,9 @@ def refuse_other_texts(work: Build, kept: Kept) -> None:
     if not derived and _was_there(work.dataset, cache):
         return
     proved = _ask_again(work, kept)
-    if not (derived or cache.failed):
+    # Samples of a mixture are dealt anew when it grows, and a cache in the order of its pictures does not tell how they were.
+    dealt = "mixture" in cache.plan.data and "order" in cache.plan.extra and len(work.dataset) > len(cache)
+    if not (derived or dealt or cache.failed):
         raise CacheMismatchError(
             f"{cache.place}: the data say something else of the samples that it holds than when it was built: a question, an "
             f"answer, a system prompt or their order has changed (fingerprint expected {expected}, got {found}). {_REMEDY}"

@@ -230,6 +230,8 @@ def extend(*, cache: Path, nproc: int | None, **options: Any) -> None:
     """
     given = _given(options)
     settings, _ = _settings(options)
+    if "cache" in given and Path(settings.cache).resolve() != cache.resolve():
+        raise click.UsageError(f"cache={settings.cache} beside {cache}: leave one of the two out")
 
     from vlm_distill_cache.stage1_teacher.extend import extend as extend_cache
     from vlm_distill_cache.stage1_teacher.planning.cache_folder import explain_disk_errors
@@ -238,8 +240,13 @@ def extend(*, cache: Path, nproc: int | None, **options: Any) -> None:
     quiet_libraries()
     with explain_disk_errors(cache), stopped_by_sigterm():
         extension = extend_cache(replace(settings, cache=str(cache)), given=given, processes=nproc)
-    answer(**extension_values(extension))
+    replay = None
+    if extension.options is not None:
+        replay = save_replay(extension.options, cache, command="teacher-cache build --config")
+    answer(**extension_values(extension), options=replay)
     say(extension_text(extension))
+    if replay is not None and extension.before is not None:
+        tell(f"Options: {replay}")
     if extension.summary is not None and extension.before is not None:
         tell(next_command(extension.summary, settings))
 
@@ -275,6 +282,16 @@ class _Finite(click.FloatRange):
 
 
 _POSITIVE = _Finite(min=0, min_open=True)
+
+
+def _refuse_place(json_file: str | None) -> None:
+    """Notice that figures could not be written, before they are measured."""
+    if json_file and not Path(json_file).parent.is_dir():
+        raise click.BadParameter(f"{json_file}: there is no folder {Path(json_file).parent}")
+    if json_file and Path(json_file).is_dir():
+        raise click.BadParameter(
+            f"{json_file}: is a folder; give a file in it, {quoted(Path(json_file) / 'figures.json')}"
+        )
 
 
 @main.command()
@@ -323,8 +340,7 @@ def estimate(
         counts = parse_students(students)
     except ValueError as error:
         raise click.BadParameter(f"{students!r}: expected numbers like 1,3,10 ({error})") from error
-    if json_file and not Path(json_file).parent.is_dir():
-        raise click.BadParameter(f"{json_file}: there is no folder {Path(json_file).parent}")
+    _refuse_place(json_file)
     quiet_libraries()
     scenario = Scenario(
         students=counts, epochs=epochs, student_parameters=student_parameters, student_step=student_step, price=price
@@ -398,12 +414,15 @@ def advise(
     from vlm_distill_cache.stage1_teacher.estimate import advise_report as report
     from vlm_distill_cache.stage1_teacher.estimate.advise import advise as weigh
     from vlm_distill_cache.stage1_teacher.estimate.advise import measure_options, parse_bytes
-    from vlm_distill_cache.stage1_teacher.estimate.short_students import score_lines, score_students
+    from vlm_distill_cache.stage1_teacher.estimate.short_students import (
+        refuse_student,
+        score_lines,
+        score_students,
+    )
 
     most = None if budget is None else parse_bytes(budget)
     bound = 0.05 if most is None and max_gradient_error is None else max_gradient_error
-    if json_file and not Path(json_file).parent.is_dir():
-        raise click.BadParameter(f"{json_file}: there is no folder {Path(json_file).parent}")
+    _refuse_place(json_file)
     quiet_libraries()
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
@@ -412,6 +431,15 @@ def advise(
         TemporaryDirectory(dir=output, prefix=".advise-") as scratch,
         name_full_disk(Path(scratch)),
     ):
+        if student is not None:
+            refuse_student(
+                settings,
+                Path(scratch),
+                student=student,
+                steps=student_steps,
+                eval_data=eval_data,
+                overrides=student_set,
+            )
         kept = Path(scratch) / "probe"
         kept.mkdir()
         measured = measure_options(settings, kept, samples=samples)

@@ -7,19 +7,22 @@ before stays beside it, for those who are reading it, until it is extended again
 """
 
 import contextlib
-from collections.abc import Callable, Collection
+import os
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vlm_distill_cache.common.cache.manifest import read_manifest
+from vlm_distill_cache.common.cache.plan import read_plan
 from vlm_distill_cache.common.cache.versions import BEFORE, EXTENDING, MARK, version_folder
-from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError, ConfigError
+from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError, ConfigError, DistillError
 from vlm_distill_cache.common.files.atomic import TEMPORARY_PREFIX, clean_stale, exchange_folders, hold_folder, remove
 from vlm_distill_cache.common.remotes.fetch import check_room
 from vlm_distill_cache.common.terminal.command_line import quoted
+from vlm_distill_cache.common.tools.derived_card import DERIVED
 from vlm_distill_cache.stage1_teacher.config import BuildConfig
 from vlm_distill_cache.stage1_teacher.extract import BuildSummary, extract, extract_with_processes
-from vlm_distill_cache.stage1_teacher.planning.cache_folder import refuse_unwritable
+from vlm_distill_cache.stage1_teacher.planning.cache_folder import refuse_others_files, refuse_unwritable
 from vlm_distill_cache.stage1_teacher.planning.extension import NothingToAddError, plan_of, with_options_of
 
 
@@ -32,9 +35,11 @@ class Extension:
         before: Where the cache as it was is kept; None if nothing has changed.
         signals: Those that are new or of other settings.
         samples: Records that are new.
+        options: Those of a build that finds the cache complete; None of a part of one, or of a merged one.
     """
 
     cache: Path
+    options: BuildConfig | None = None
     summary: BuildSummary | None = None
     before: Path | None = None
     signals: tuple[str, ...] = ()
@@ -60,26 +65,30 @@ def extend(config: BuildConfig, *, given: Collection[str], processes: int | None
     busy = "another command builds, extends or copies this cache; wait for its end, then run the same command again"
     with hold_folder(base, busy=busy):
         plan, manifest = plan_of(cache), read_manifest(cache)
+        refuse_others_files(base, plan, manifest)
         _clean(base)
+        _refuse_taken(version_folder(base, BEFORE, manifest), base)
         refuse_unwritable(base.parent, sealed_too=True)
         options = with_options_of(config, cache, plan, manifest, given=given)
         new = version_folder(base, EXTENDING, manifest)
         there = sum(path.stat().st_size for path in new.rglob("*") if path.is_file())
         check_room(new, manifest.totals["bytes"] - there, "then run the same command again")
+        whole = None if DERIVED in plan.extra else options.as_build(cache)
         options = replace(options, cache=str(new))
         try:
             summary = extract(options) if processes is None else extract_with_processes(options, processes)
         except NothingToAddError:
-            return Extension(cache=cache)
+            return Extension(cache=cache, options=whole)
         made = read_manifest(new)
         if made.hash == manifest.hash:  # all that failed failed again
             _discard(new)
-            return Extension(cache=cache, summary=replace(summary, cache=cache))
+            return Extension(cache=cache, options=whole, summary=replace(summary, cache=cache))
         with hold_folder(new, busy=busy):
             before = _take_place(base, new)
     signals = {name: settings for name, settings in plan_of(base).signals.items() if settings != plan.signals.get(name)}
     return Extension(
         cache=cache,
+        options=whole,
         summary=replace(summary, cache=cache),
         before=before,
         signals=tuple(sorted(signals)),
@@ -101,28 +110,50 @@ def _take_place(base: Path, new: Path) -> Path:
             f"{base}: its disk cannot exchange two folders in one step ({error.strerror}). The new cache is finished and lies "
             f"in {new}; when nobody reads the old one, run: mv {quoted(base)} {aside} && mv {quoted(new)} {quoted(base)}"
         ) from error
-    _rename(new, before)
-    _each_version(base, BEFORE, lambda folder: None if folder == before else _discard(folder))
+    _rename(new, before, base)
+    for folder in _beside(base, BEFORE):
+        if folder != before and _is_before(folder, base):
+            _discard(folder)
     return before
 
 
 def _clean(base: Path) -> None:
     """Finish what a killed run left: give what the cache was before its name, and remove what was being removed."""
-
-    def name(folder: Path) -> None:
+    for folder in _beside(base, EXTENDING):
         with contextlib.suppress(CacheFormatError):  # unfinished
             found = read_manifest(folder)
             if version_folder(base, EXTENDING, found) == folder:
-                _rename(folder, version_folder(base, BEFORE, found))
+                _rename(folder, version_folder(base, BEFORE, found), base)
+    for kind in (BEFORE, EXTENDING):
+        clean_stale(base.parent, f"{base.name}{MARK}{kind}-")
 
-    _each_version(base, EXTENDING, name)
-    clean_stale(base.parent, f"{base.name}{MARK}")
 
-
-def _rename(folder: Path, before: Path) -> None:
+def _rename(folder: Path, before: Path, base: Path) -> None:
+    _refuse_taken(before, base)
     if before.exists():  # of somebody who took that version back
         _discard(before)
     folder.rename(before)
+
+
+def _is_before(folder: Path, base: Path) -> bool:
+    """Whether a folder is what its name says: the cache as it was, sealed, and nothing of anybody else."""
+    if folder.is_symlink() or not folder.is_dir():
+        return False
+    try:
+        manifest = read_manifest(folder)
+        refuse_others_files(folder, read_plan(folder), manifest)
+    except DistillError:
+        return False
+    return version_folder(base, BEFORE, manifest) == folder
+
+
+def _refuse_taken(before: Path, base: Path) -> None:
+    """Refuse to put a version where somebody else keeps something."""
+    if os.path.lexists(before) and not _is_before(before, base):
+        raise ConfigError(
+            f"{before}: is in the place of what {base} was before, and is not only that; move it elsewhere, then run the same "
+            "command again"
+        )
 
 
 def _discard(folder: Path) -> None:
@@ -132,7 +163,7 @@ def _discard(folder: Path) -> None:
     remove(aside)
 
 
-def _each_version(base: Path, kind: str, do: Callable[[Path], object]) -> None:
-    for folder in sorted(base.parent.iterdir()):
-        if folder.name.startswith(f"{base.name}{MARK}{kind}-") and folder.is_dir() and not folder.is_symlink():
-            do(folder)
+def _beside(base: Path, kind: str) -> list[Path]:
+    """Folders beside a cache that may be versions of it, by their names."""
+    start = f"{base.name}{MARK}{kind}-"
+    return [path for path in sorted(base.parent.iterdir()) if path.name.startswith(start) and not path.is_symlink()]

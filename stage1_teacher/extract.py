@@ -168,10 +168,13 @@ def extract_with_processes(
         part = part.for_resume(before)
         if todo := part.share(before):
             with _progress(plan, part, todo, shown=True) as bar:
+                shown = 0  # a bar that is switched off counts nothing itself
 
                 def show() -> None:
-                    finished = set(todo) - set(missing_shards(cache_dir, plan))
-                    bar.update(bar.initial + _samples_of(plan, finished) - bar.n)
+                    nonlocal shown
+                    done = _samples_of(plan, set(todo) - set(missing_shards(cache_dir, plan)))
+                    bar.update(done - shown)
+                    shown = done
 
                 run_parts(_extract_part, config, part.split(min(processes, len(todo))), show)
         seconds = time.monotonic() - started

@@ -81,8 +81,12 @@ def extension_text(extension: Extension) -> str:
         return "\n".join([f"Nothing was added to {extension.cache}: what had failed failed again", *lines])
     what = [f"{extension.samples} samples"] if extension.samples else []
     what += [f"signals {', '.join(extension.signals)}"] if extension.signals else []
+    gone = read_manifest(extension.before).totals["failed"] - extension.summary.failed - extension.samples
+    other = (
+        f"nothing; {gone} failed samples are no longer in the data" if gone > 0 else "other failed samples, or reasons"
+    )
     return (
-        f"{summary_text(extension.summary)}\nAdded: {'; '.join(what) or 'other reasons of failed samples'}\n"
+        f"{summary_text(extension.summary)}\nAdded: {'; '.join(what) or other}\n"
         f"The cache as it was is kept for those who read it, until it is extended again: {extension.before}\n"
         f"  when nobody does: rm -r {quoted(extension.before)}"
     )

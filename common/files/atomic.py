@@ -78,6 +78,8 @@ def try_lock(path: Path) -> HeldLock | None:
 def hold_folder(folder: Path, *, busy: str, alone: bool = True) -> Iterator[None]:
     """Hold a folder for this process: alone, or with any number of others that do not want it alone.
 
+    A folder that takes another one's place at that moment counts as held by somebody else.
+
     Args:
         folder: Nothing is held if it is not there, or on file systems without ``flock``.
         busy: The error's text if another process is in the way.
@@ -96,6 +98,8 @@ def hold_folder(folder: Path, *, busy: str, alone: bool = True) -> Iterator[None
                 fcntl.flock(descriptor, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise ConfigError(f"{folder}: {busy}") from None
+            if not os.path.samestat(os.fstat(descriptor), os.stat(folder)):  # noqa: PTH116 - beside os.fstat
+                raise ConfigError(f"{folder}: {busy}")
         yield
     finally:
         lock.release()

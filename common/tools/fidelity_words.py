@@ -46,7 +46,7 @@ def _more_tokens(plan: Plan, found: Mapping[str, float]) -> str:
     for name in ("default", "wide", "full"):
         preset = LOGIT_PRESETS[name]
         if preset["max_k"] > cap or (not capped and preset["max_k"] == cap and preset["floor"] < floor):
-            return f"build a cache with logits={name} (--set logits={name}), in another folder"
+            return _again(plan, f"logits={name}")
     return (
         "no preset keeps more tokens of this teacher's flat distributions; give its logits less weight (losses.logits)"
     )
@@ -62,4 +62,11 @@ def _exact(plan: Plan, signal: str) -> str:
         return "its codec is exact already, so the teacher itself gives other values each time (dtype, batch)"
     else:
         option = "attention_dtype=f4"
-    return f"build a cache with {option} (--set {option}), in another folder"
+    return _again(plan, option)
+
+
+def _again(plan: Plan, option: str) -> str:
+    """How a cache comes to another option: what it holds beside that stays, where its teacher can be run."""
+    if plan.teacher.get("served"):
+        return f"build a cache with {option} (--set {option}), in another folder"
+    return f"add --set {option} to `teacher-cache extend CACHE`, with the cache's data and teacher, which makes just that anew"

@@ -9,6 +9,7 @@ not let us read, which may be sound.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -19,7 +20,7 @@ from vlm_distill_cache.common.cache.plan import PLAN, SHARDS, Plan, read_plan
 from vlm_distill_cache.common.cache.side_files import MANIFEST, is_below_links
 from vlm_distill_cache.common.cache.sidecar import FileEntry, sidecar_name, sidecar_path
 from vlm_distill_cache.common.errors import CacheFormatError
-from vlm_distill_cache.common.files.atomic import fsync_directory, remove, try_lock, write_bytes_atomic
+from vlm_distill_cache.common.files.atomic import fsync_directory, hold_folder, remove, try_lock, write_bytes_atomic
 from vlm_distill_cache.common.printing import brief, one_line
 from vlm_distill_cache.common.tools.verify import Damage, verify
 
@@ -64,11 +65,16 @@ def repair(
 
     Returns:
         What was done, in order, and what is left to a person; empty if the cache is sound.
+
+    Raises:
+        ConfigError: If another command builds, extends or copies the cache: what it has not written yet looks damaged.
     """
-    steps = list(_plan_steps(cache_dir, verify(cache_dir, deep=deep, on_shard=on_shard)))
-    if not dry_run:
-        for step in steps:
-            _do(cache_dir, step)
+    busy = "another command builds, extends or copies this cache; wait for its end, then run the same command again"
+    with nullcontext() if dry_run else hold_folder(cache_dir, busy=busy):
+        steps = list(_plan_steps(cache_dir, verify(cache_dir, deep=deep, on_shard=on_shard)))
+        if not dry_run:
+            for step in steps:
+                _do(cache_dir, step)
     return steps
 
 

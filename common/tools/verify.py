@@ -34,6 +34,7 @@ from vlm_distill_cache.common.cache.sidecar import (
 )
 from vlm_distill_cache.common.cache.stores import open_reader
 from vlm_distill_cache.common.cache.stores.base import DAMAGE_ERRORS, ShardReader
+from vlm_distill_cache.common.cache.versions import identity
 from vlm_distill_cache.common.codecs.checks import codec_damage, value_damage
 from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, NewerFormatError
 from vlm_distill_cache.common.files.atomic import TEMPORARY_PREFIX, is_out_of_reach, try_lock
@@ -103,6 +104,8 @@ class Damage:
 def verify(cache_dir: str | Path, *, deep: bool = False, on_shard: Callable[[], object] | None = None) -> list[Damage]:
     """Check a cache: descriptions, counts, dtypes, offsets, and size and both digests of every file.
 
+    Where an extended cache takes its place meanwhile, that one is checked, from the beginning.
+
     Args:
         deep: Decode every record too, and check that its codecs can have written its values.
 
@@ -116,6 +119,19 @@ def verify(cache_dir: str | Path, *, deep: bool = False, on_shard: Callable[[], 
     if is_url(cache_dir):
         raise ConfigError(f"{cache_dir}: an address; pull the cache into a folder first, which checks every file")
     cache_dir = Path(cache_dir)
+    while True:
+        began = identity(cache_dir)
+        try:
+            damages = _verify(cache_dir, deep=deep, on_shard=on_shard)
+        except (CacheFormatError, OSError):
+            if identity(cache_dir) == began:
+                raise
+        else:
+            if identity(cache_dir) == began:
+                return damages
+
+
+def _verify(cache_dir: Path, *, deep: bool, on_shard: Callable[[], object] | None) -> list[Damage]:
     if (cache_dir / SHARDS).is_symlink():
         return [Damage(SHARDS, "plan", "a link; a cache holds plain files and folders only")]
     try:

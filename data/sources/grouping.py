@@ -92,6 +92,11 @@ class GroupedByImage(ChosenSamples):
     Its fingerprint is that of the data set itself: which samples there are, whatever the order they are read in.
     """
 
+    @property
+    def ungrouped(self) -> Dataset:
+        """The data set itself, in its own order."""
+        return self._dataset
+
     def fingerprint(self) -> str:
         """The data set's own."""
         return self._dataset.fingerprint()

@@ -7,6 +7,7 @@ set is weighed, one shard of its records. The bytes are those of shards that the
 
 import math
 import shutil
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import product
@@ -27,6 +28,7 @@ from vlm_distill_cache.common.codecs.logits import LOGIT_PRESETS, LogitCodec
 from vlm_distill_cache.common.codecs.visual_map import VisualMapCodec
 from vlm_distill_cache.common.errors import ConfigError, DataError, ModelError, SampleError
 from vlm_distill_cache.common.files.hashing import fingerprint
+from vlm_distill_cache.common.terminal.command_line import tell
 from vlm_distill_cache.common.terminal.progress import progress
 from vlm_distill_cache.common.tools.derived_card import DERIVED
 from vlm_distill_cache.data.sources.grouping import ChosenSamples
@@ -53,6 +55,7 @@ LOGITS = (*LOGIT_PRESETS, *(f"fixed:{k}" for k in (2, 4, 8, 16, 32, 64, 128, 255
 MAPS = ("exact", "blocks", "compact", "exact8")
 FILTERED_ONLY = ("blocks", "compact", "exact8")
 """Values of `map_preset` that do not serve every loss as the exact map does."""
+FIRST, LONG_S = 3, 90.0  # samples that tell how long a probe takes, and seconds that are worth a word
 _INDEX_ENTRY = 24  # bytes of a sample in a cache's index
 
 Options = Mapping[str, str]
@@ -117,13 +120,16 @@ class Advice:
     sets: tuple[OptionSet, ...]
     left_out: dict[str, str]
 
-    def combinations(self) -> Iterator[tuple[dict[str, str], int, float, bool]]:
-        """Each choice of one set a part: options, bytes of the cache, largest error, whether it serves every loss."""
+    def combinations(self) -> Iterator[tuple[dict[str, str], int, float | None, bool]]:
+        """Each choice of one set a part: options, bytes of the cache, largest error, whether it serves every loss.
+
+        The error is None where nothing of it was measured.
+        """
         parts = dict.fromkeys(found.part for found in self.sets)
         for chosen in product(*([found for found in self.sets if found.part == part] for part in parts)):
             options = {key: value for found in chosen for key, value in found.options.items()}
             size = self.cache_bytes + sum(found.cache_bytes - self.cache_bytes for found in chosen)
-            error = max((found.error for found in chosen if found.error is not None), default=0.0)
+            error = max((found.error for found in chosen if found.error is not None), default=None)
             yield options, size, error, options.get("map_preset") not in FILTERED_ONLY
 
     def recommend(self, *, budget: float | None = None, bound: float | None = None) -> "Recommendation":
@@ -132,17 +138,21 @@ class Advice:
         Sets of the map that serve one loss only are taken where nothing else fits; ``exact8`` never is.
         """
         found = [entry for entry in self.combinations() if entry[0].get("map_preset") != "exact8"]
+
+        def missed(entry: tuple[dict[str, str], int, float | None, bool]) -> float:
+            return 0.0 if entry[2] is None else entry[2]
+
         fits = [
             entry for entry in found
-            if (budget is None or entry[1] <= budget) and (bound is None or entry[2] <= bound)
+            if (budget is None or entry[1] <= budget) and (bound is None or (entry[2] is not None and entry[2] <= bound))
         ]  # fmt: skip
         if fits:
             options, size, error, every = min(
-                fits, key=lambda e: (not e[3], e[1], e[2]) if bound is not None else (not e[3], e[2], e[1])
+                fits, key=lambda e: (not e[3], e[1], missed(e)) if bound is not None else (not e[3], missed(e), e[1])
             )
             return Recommendation(options=options, cache_bytes=size, error=error, fits=True, every_loss=every)
         # The nearest to what was asked for: the budget counts more than the bound.
-        nearest = min(found, key=lambda e: (max(e[1], budget), e[2]) if budget is not None else (e[2], e[1]))
+        nearest = min(found, key=lambda e: (max(e[1], budget), missed(e)) if budget is not None else (missed(e), e[1]))
         options, size, error, every = nearest
         return Recommendation(options=options, cache_bytes=size, error=error, fits=False, every_loss=every)
 
@@ -156,13 +166,14 @@ class Recommendation:
     """One choice.
 
     Attributes:
+        error: None if nothing was measured; parts of the cache of which nothing was are left out.
         fits: It keeps to the budget and to the bound; else it is the nearest to them.
         every_loss: False: its visual maps serve the sink-filtered loss alone.
     """
 
     options: dict[str, str]
     cache_bytes: int
-    error: float
+    error: float | None
     fits: bool
     every_loss: bool
 
@@ -336,7 +347,7 @@ def measure_options(config: BuildConfig, folder: Path, *, samples: int) -> Measu
         found = codecs_for(replace(grouped, **options), work.teacher)  # type: ignore[arg-type]
         touched = {name: codec for name, codec in found.items() if name in EXTRACTORS and part_of(name) == part}
         measured.codecs.append((part, options, touched))
-    reason = ""
+    reason, began = "", time.monotonic()
     with progress("probe", total=len(positions), unit="sample") as bar:
         for shard in open_shards(work, plan, range(plan.shard_count), batch_size=plan.batch_size):
             order: list[tuple[str, str | None]] = []
@@ -354,6 +365,8 @@ def measure_options(config: BuildConfig, folder: Path, *, samples: int) -> Measu
                 else:
                     order.append((sample.sample_id, image_key(sample)))
                     measured.rows += len(sample.supervised_rows)
+                    if done + len(order) == FIRST:
+                        _tell_time(time.monotonic() - began, len(positions), len(measured.codecs))
                 bar.update(1)
             for sample, fault in unread:
                 if not work.teacher.has_read:
@@ -367,6 +380,15 @@ def measure_options(config: BuildConfig, folder: Path, *, samples: int) -> Measu
     (folder / "parts").mkdir()
     export_parts(work.teacher, folder / "parts")
     return measured
+
+
+def _tell_time(took: float, samples: int, sets: int) -> None:
+    """Say how long the rest of a probe takes if it goes on as with its first samples, where that is long."""
+    if (left := took / FIRST * (samples - FIRST)) > LONG_S:
+        tell(
+            f"The probe takes about {left / 60:.0f} minutes more, most of it to compare {sets} option sets; with fewer --samples "
+            "or --signals it takes less"
+        )
 
 
 def part_of(signal: str) -> str:

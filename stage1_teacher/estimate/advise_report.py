@@ -101,8 +101,11 @@ def recommendation_text(
     limits = [f"{bytes_text(budget)}"] if budget is not None else []
     limits += [f"a gradient error of {bound:g}"] if bound is not None else []
     asked = " and ".join(limits)
-    size = f"{bytes_text(found.cache_bytes)}, gradient error {found.error:.3g}"
-    if found.fits:
+    error = "not measured" if found.error is None else f"{found.error:.3g}"
+    size = f"{bytes_text(found.cache_bytes)}, gradient error {error}"
+    if found.error is None and bound is not None:
+        lines = [f"Whether anything keeps to {asked} was not measured; the fewest bytes: {size}"]
+    elif found.fits:
         best = "fewest bytes" if bound is not None else "smallest gradient error"
         lines = [f"Within {asked}, the {best}: {size}"]
     else:
@@ -114,6 +117,10 @@ def recommendation_text(
             less += [f"--signals without {largest} ({bytes_text(sizes[largest])})"] if len(sizes) > 1 else []
             fixed = f"{bytes_text(advice.side_bytes)} lie beside the shards, however few samples there are"
             lines.append(f"  {' or '.join(less)} would take less; {fixed}" if less else f"  {fixed}")
+    if unseen := sorted({one.part for one in advice.sets} - {one.part for one in advice.sets if one.error is not None}):
+        lines.append(
+            f"  note: no sample of the probe has anything to compare of {', '.join(unseen)}: that was not measured"
+        )
     if not found.every_loss:
         lines.append(
             f"  note: map_preset={found.options['map_preset']} serves the sink-filtered loss only, for students with "

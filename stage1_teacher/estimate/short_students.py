@@ -15,13 +15,37 @@ from vlm_distill_cache.common.errors import ConfigError
 from vlm_distill_cache.common.files.atomic import read_json
 from vlm_distill_cache.common.terminal.command_line import run_command, said_so_far
 from vlm_distill_cache.common.terminal.next_step import DEFAULT_SIGNALS
+from vlm_distill_cache.data.registry import open_dataset
+from vlm_distill_cache.stage1_teacher.config import BuildConfig
 from vlm_distill_cache.stage1_teacher.estimate.advise import Measured, Options
+from vlm_distill_cache.stage1_teacher.planning.open import open_build
+from vlm_distill_cache.stage1_teacher.planning.preview import write_sketch
 
 DISTILL = (sys.executable, "-m", "vlm_distill_cache.stage2_student.cli")
 SHOWN = ("likelihood", "questions", "teacher/top1", "teacher/kl")
 JUDGE = "exact"  # the set whose cache all students are compared with
 PHASE = "dft"
 ITEMS = 300  # held-out items that each is scored on
+
+
+def refuse_student(
+    config: BuildConfig, folder: Path, *, student: str, steps: int, eval_data: str | None, overrides: Sequence[str]
+) -> None:
+    """Notice before the teacher runs what would stop short students, by a dry run of ``distill`` on what a cache would say.
+
+    Args:
+        folder: A folder for that; the others as of `score_students`.
+
+    Raises:
+        ConfigError: If no student could be trained; its own message stands above.
+    """
+    _refuse_no_logits(config)
+    if eval_data:
+        open_dataset(eval_data)
+    sketch = folder / "sketch"
+    write_sketch(open_build(config, loads=False), sketch)
+    words = _train_words(config, student=student, steps=steps, overrides=overrides)
+    _distill(*words, "--cache", str(sketch), "--output", str(folder / "none"), "--dry-run", "--sketch", str(sketch))
 
 
 def score_students(
@@ -50,28 +74,35 @@ def score_students(
     Raises:
         ConfigError: If the cache would hold no logits, or a student cannot be trained; its own message stands above.
     """
-    config = measured.config
-    option = LogitCodec.signal
-    if option not in config.signals:
-        raise ConfigError("--student: students are compared by the logits they learn; add them to --signals")
+    config, option = measured.config, LogitCodec.signal
+    _refuse_no_logits(config)
     names = dict.fromkeys((JUDGE, *LOGIT_PRESETS, config.logits, chosen[option]))
-    data = ["--data", config.data, *(["--images", config.images] if config.images else [])]
-    unserved = [f"{PHASE}.losses.{name}=0" for name in DEFAULT_SIGNALS if name not in config.signals]
-    settings = [f"{PHASE}.steps={steps}", *unserved, *overrides]
+    words = _train_words(config, student=student, steps=steps, overrides=overrides)
     scores = {}
     for number, name in enumerate(names):
         cache, output = folder / f"cache-{number}", folder / f"student-{number}"
         cache.mkdir()
         measured.write_cache(cache, {option: name})
-        given = [word for entry in settings for word in ("--set", entry)]
-        _distill("train", "--student", student, *data, "--cache", str(cache), "--output", str(output),
-                 "--phases", PHASE, *given)  # fmt: skip
+        _distill(*words, "--cache", str(cache), "--output", str(output))
         found = folder / f"scores-{number}.json"
         items = ["--data", eval_data] if eval_data else []
         _distill("evaluate", str(output / "final"), *items, "--limit", str(ITEMS), "--cache", str(folder / "cache-0"),
                  "--output", str(found))  # fmt: skip
         scores[f"{option}={name}"] = read_json(found)["scores"]
     return scores
+
+
+def _refuse_no_logits(config: BuildConfig) -> None:
+    if LogitCodec.signal not in config.signals:
+        raise ConfigError("--student: students are compared by the logits they learn; add them to --signals")
+
+
+def _train_words(config: BuildConfig, *, student: str, steps: int, overrides: Sequence[str]) -> list[str]:
+    """The `distill train` of a short student, without its cache and its output."""
+    data = ["--data", config.data, *(["--images", config.images] if config.images else [])]
+    unserved = [f"{PHASE}.losses.{name}=0" for name in DEFAULT_SIGNALS if name not in config.signals]
+    given = [word for entry in (f"{PHASE}.steps={steps}", *unserved, *overrides) for word in ("--set", entry)]
+    return ["train", "--student", student, *data, "--phases", PHASE, *given]
 
 
 def _distill(*words: str) -> None:

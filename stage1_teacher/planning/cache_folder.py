@@ -24,8 +24,15 @@ from vlm_distill_cache.common.cache.plan import (
     refuse_changed_plan,
     write_plan,
 )
-from vlm_distill_cache.common.cache.side_files import CARD, MANIFEST, check_digests, is_leftover, side_files
-from vlm_distill_cache.common.cache.sidecar import missing_shards
+from vlm_distill_cache.common.cache.side_files import (
+    CARD,
+    MANIFEST,
+    check_digests,
+    is_leftover,
+    side_files,
+    walk_files,
+)
+from vlm_distill_cache.common.cache.sidecar import missing_shards, read_sidecar, sidecar_name
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError, ConfigError
 from vlm_distill_cache.common.files.atomic import clean_stale, hold_folder, read_json, remove
 from vlm_distill_cache.common.files.disk import is_below, name_full_disk
@@ -197,6 +204,23 @@ def refuse_unlisted(cache_dir: Path, known: Collection[str]) -> None:
     found = [name for name in side_files(cache_dir) if name not in known and name not in (PLAN, INDEX)]
     if found:
         raise _strangers(cache_dir, found)
+
+
+def refuse_others_files(cache_dir: Path, plan: Plan, manifest: Manifest) -> None:
+    """Refuse a sealed cache whose folder holds files that its lists do not name: a new version would be without them.
+
+    Raises:
+        ConfigError: Naming them.
+        CacheFormatError: If a list is damaged, or there is a link or a device.
+    """
+    shards = range(plan.shard_count)
+    listed = {CARD, MANIFEST, *manifest.files, *map(sidecar_name, shards)}
+    listed |= {name for index in shards for name in read_sidecar(cache_dir, index).files}
+    if found := [name for name in walk_files(cache_dir) if name not in listed]:
+        raise ConfigError(
+            f"{cache_dir} holds {', '.join(found[:5])}{' ...' if len(found) > 5 else ''}, which is not part of the cache and "
+            "would not be in the extended one; move that elsewhere, then run the same command again"
+        )
 
 
 def sealed_names(cache_dir: Path) -> set[str]:

@@ -6,7 +6,7 @@ part stands for no whole data set: it keeps its samples and their order.
 """
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from vlm_distill_cache.stage1_teacher.loop.kept import Kept
 from vlm_distill_cache.stage1_teacher.loop.signals import EXTRACTORS
 from vlm_distill_cache.stage1_teacher.loop.work import Build
 from vlm_distill_cache.stage1_teacher.planning.cache_folder import stored_plan
+from vlm_distill_cache.stage1_teacher.planning.same_texts import refuse_other_texts, refuse_reordered
 
 # What a codec's settings say of an option; None: what no option gives.
 _SHOWN: dict[str, Callable[[Mapping[str, Any]], Any]] = {
@@ -62,6 +63,11 @@ class ExtendConfig(BuildConfig):
 
     base: str
     given: tuple[str, ...] = ()
+
+    def as_build(self, cache: Path) -> BuildConfig:
+        """The options of a build of a cache as it will be."""
+        values = {field.name: getattr(self, field.name) for field in fields(BuildConfig)}
+        return BuildConfig(**values | {"cache": str(cache)})
 
 
 def with_options_of(
@@ -161,9 +167,11 @@ def extend_plan(work: Build, config: ExtendConfig) -> Build:
     _refuse_differences(config, old, plan, keeps_attention=any(_of_attention(name) for name in kept))
     _refuse_lost(cache, dataset)
     _refuse_begun(Path(config.cache), plan)
-    if not missing and not cache.failed and len(dataset) == len(cache):
-        raise NothingToAddError(f"{config.base}: holds all of that already")
     kept_records = Kept(cache=cache, missing=frozenset(missing), names=frozenset(names))
+    refuse_other_texts(replace(work, dataset=dataset), kept_records)
+    if not missing and not cache.failed and len(dataset) == len(cache):
+        refuse_reordered(work, cache)
+        raise NothingToAddError(f"{config.base}: holds all of that already")
     return replace(work, dataset=dataset, codecs=codecs, plan=plan, kept=kept_records)
 
 

@@ -104,4 +104,4 @@ def test_inspect_says_that_figures_are_poor(tmp_path):
     build_cache(tmp_path / "cache", make_plan(), fidelity={"samples": 4, "kept_mass": 0.5})
     shown = run("inspect", tmp_path / "cache")
     assert "poor fidelity: the kept tokens hold 0.500 of the teacher's mass" in shown
-    assert "(--set logits=default)" in shown
+    assert "add --set logits=default to `teacher-cache extend CACHE`" in shown

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -144,6 +145,44 @@ def test_the_recommendation_is_the_best_that_fits(asked: dict, options: tuple, s
     assert found.every_loss == (options[1] == "exact")
 
 
+def test_what_was_not_measured_has_no_error():
+    """Alone, and beside what was measured: null in the figures, words in the text, and no bound that it keeps to."""
+    states = (a_set("states", {"hidden_dtype": "f2"}, 600, None), a_set("states", {"hidden_dtype": "f4"}, 800, None))
+    both, alone = replace(made_up(), sets=(*made_up().sets, *states)), replace(made_up(), sets=states)
+    found = alone.recommend(bound=0.05)
+    assert (found.error, found.fits, found.options) == (None, False, {"hidden_dtype": "f2"})
+    text = recommendation_text(found, "", budget=None, bound=0.05, advice=alone)
+    assert "keeps to a gradient error of 0.05 was not measured" in text
+    assert "gradient error not measured" in recommendation_text(
+        alone.recommend(budget=900), "", budget=900, bound=None, advice=alone
+    )
+    assert both.recommend(bound=0.05).error == made_up().recommend(bound=0.05).error
+    text = recommendation_text(both.recommend(bound=0.05), "", budget=None, bound=0.05, advice=both)
+    assert "nothing to compare" not in text
+    assert "no sample of the probe has anything to compare of states" in text
+
+
+def test_what_would_stop_a_student_or_the_figures_is_said_before_the_teacher_runs(
+    tmp_path: Path, tiny_llava: Path, monkeypatch
+):
+    def refuse(*words: str) -> None:
+        raise ConfigError("no such student")
+
+    monkeypatch.setattr(short_students, "_distill", refuse)
+    monkeypatch.setattr(advise_module, "measure_options", None)
+    asked = ["advise", "--data", "shapes:images=1", "--teacher", str(tiny_llava), "--set", "template=short"]
+    told = {
+        "no such student": ["--student", "nobody"],
+        "add them to --signals": ["--student", "mobilevlm", "--signals", "hidden"],
+        "nowhere.json": ["--student", "mobilevlm", "--eval-data", "nowhere.json"],
+        "is a folder; give a file in it": ["--json", str(tmp_path)],
+    }
+    for message, words in told.items():
+        said = CliRunner().invoke(main, [*asked, *words])
+        assert said.exit_code in (1, 2)
+        assert message in said.output
+
+
 def test_what_is_too_small_a_budget_is_said_with_what_would_take_less():
     advice = made_up()
     found = advice.recommend(budget=100.0)
@@ -165,6 +204,7 @@ def test_sizes_are_read_with_their_units_and_nothing_else_is():
 def test_the_command_is_the_build_with_the_options_that_were_chosen(tmp_path: Path, tiny_llava: Path, monkeypatch):
     output = tmp_path / "a folder"
     monkeypatch.setattr(advise_module, "LOGITS", ("default", "fixed:8"))
+    monkeypatch.setattr(advise_module, "LONG_S", -1.0)  # any probe is a long one
     ran = CliRunner().invoke(
         main,
         ["advise", "--data", "shapes", "--limit", "9", "--teacher", str(tiny_llava), "--cache", str(tmp_path / "my cache"),
@@ -172,6 +212,7 @@ def test_the_command_is_the_build_with_the_options_that_were_chosen(tmp_path: Pa
          "--max-gradient-error", "10"],
     )  # fmt: skip
     assert ran.exit_code == 0, ran.output
+    assert "minutes more" in ran.output
     stored = json.loads((output / "advice.json").read_text())
     assert sorted(path.name for path in output.iterdir()) == ["advice.html", "advice.json"]
     command = stored["recommendation"]["command"]

@@ -45,6 +45,7 @@ from vlm_distill_cache.common.tools.outlook import Outlook
 from vlm_distill_cache.common.tools.trust import open_trusted
 from vlm_distill_cache.stage2_student import run as runs
 from vlm_distill_cache.stage2_student.config import PHASE_NAMES, TrainConfig
+from vlm_distill_cache.stage2_student.final_folder import refuse_inside_student
 from vlm_distill_cache.stage2_student.pruned_folder import refuse_uncut
 from vlm_distill_cache.stage2_student.resolve import given_options, open_caches
 from vlm_distill_cache.stage2_student.scores.results import render_table
@@ -493,6 +494,7 @@ def import_checkpoint(checkpoint: str, output: Path, vision_tower: str | None) -
     from vlm_distill_cache.common.models.convert import convert_published
 
     runs.set_up_libraries()
+    refuse_inside_student(output)
     tower = None if vision_tower is None else model_folder(vision_tower, what="--vision-tower").path
     convert_published(model_folder(checkpoint, what="checkpoint").path, output, vision_tower=tower)
     answer(output=output)

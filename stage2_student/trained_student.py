@@ -29,7 +29,7 @@ from vlm_distill_cache.stage2_student.batches.layers import match_groups
 from vlm_distill_cache.stage2_student.config import TrainConfig
 from vlm_distill_cache.stage2_student.exports.layouts import FOR_OTHERS, LAYOUTS
 from vlm_distill_cache.stage2_student.exports.source import Quantise, Source
-from vlm_distill_cache.stage2_student.final_folder import PROVENANCE, read_final
+from vlm_distill_cache.stage2_student.final_folder import PROVENANCE, read_final, refuse_inside_student
 from vlm_distill_cache.stage2_student.losses.terms import TERMS, choose_terms
 from vlm_distill_cache.stage2_student.scores.card import read_scores, write_card
 from vlm_distill_cache.stage2_student.scores.evaluate import evaluate_model
@@ -206,6 +206,7 @@ def export_student(
     """
     if target.exists() or target.is_symlink():
         raise ConfigError(f"{target} exists; give a new folder to export to")
+    refuse_inside_student(target)
     student = open_student(folder, device="cpu")
     if _quantised(student.provenance):
         raise ModelError(

@@ -21,14 +21,14 @@ import yaml
 
 from vlm_distill_cache.common.cache.document_rules import EVALUATION
 from vlm_distill_cache.common.config import config_from_dict, config_to_dict
-from vlm_distill_cache.common.errors import CacheFormatError
+from vlm_distill_cache.common.errors import CacheFormatError, ModelError
 from vlm_distill_cache.common.files.atomic import read_bounded, write_bytes_atomic
 from vlm_distill_cache.common.files.rules import check, items, record, text
 from vlm_distill_cache.common.files.signed import read_signed, write_signed
 from vlm_distill_cache.common.hub import CARD, HubName, hub_name
 from vlm_distill_cache.common.printing import hide_secrets, markdown, markdown_code, one_line, printable
 from vlm_distill_cache.stage2_student.config import PHASE_NAMES, TrainConfig
-from vlm_distill_cache.stage2_student.final_folder import PROVENANCE, read_provenance
+from vlm_distill_cache.stage2_student.final_folder import PROVENANCE, own_file, read_provenance
 from vlm_distill_cache.stage2_student.loss_weights import LossWeights
 from vlm_distill_cache.stage2_student.pruned_folder import read_settings
 from vlm_distill_cache.stage2_student.scores.origin import UNKNOWN
@@ -100,7 +100,11 @@ def write_card(
         ]
         write_signed(folder / SCORES, {"data": scores.data, "models": models})
     path = folder / CARD
-    written = read_card(path)
+    try:
+        written = read_card(path)
+    except ModelError as error:
+        _log.warning("%s; no card is written", error)
+        return
     if written is not None and not is_unedited(written):
         _log.warning("%s was edited and stays as it is; delete it for a new one", path)
         return
@@ -121,13 +125,24 @@ def is_unedited(card: str) -> bool:
 
 def read_scores(folder: Path) -> CardScores | None:
     """The scores that lie beside a student; None if there are none, or they are damaged, which is said."""
+    try:
+        return stored_scores(folder)
+    except (CacheFormatError, ModelError) as error:
+        _log.warning("the card has no scores: %s", str(error).partition(";")[0])
+        return None
+
+
+def stored_scores(folder: Path) -> CardScores | None:
+    """The scores that lie beside a student; None if there are none.
+
+    Raises:
+        CacheFormatError: If they are damaged.
+        ModelError: If they are a link that is not followed.
+    """
     path = folder / SCORES
     try:
-        found = check(read_signed(Path(os.path.realpath(path))), _RULE, str(path))
+        found = check(read_signed(own_file(path)), _RULE, str(path))
     except FileNotFoundError:
-        return None
-    except CacheFormatError as error:
-        _log.warning("the card has no scores: %s", str(error).partition(";")[0])
         return None
     reports = {model["name"]: EvaluationReport.from_dict(model["report"]) for model in found["models"]}
     return CardScores(reports, found["data"])
@@ -135,25 +150,37 @@ def read_scores(folder: Path) -> CardScores | None:
 
 def _take_over(old: Path, new: Path, provenance: Mapping[str, Any]) -> None:
     """Bring what was made by hand or is still true from a folder that is replaced; what cannot be read is lost with it."""
-    with contextlib.suppress(CacheFormatError):
+    with contextlib.suppress(ModelError):
         card = read_card(old / CARD)
         if card is not None and not is_unedited(card):
             write_bytes_atomic(new / CARD, card.encode(errors="surrogateescape"))
-    with contextlib.suppress(FileNotFoundError, CacheFormatError):
+    with contextlib.suppress(FileNotFoundError, CacheFormatError):  # a link is not followed
         if read_provenance(old).get("files") == provenance.get("files"):
             write_bytes_atomic(new / SCORES, read_bounded(old / SCORES, max_bytes=_MOST_BYTES))
 
 
 def read_card(path: Path) -> str | None:
-    """A card, or what it links to; None if there is none."""
+    """A card, bytes that are not UTF-8 as lone surrogates; None if there is none.
+
+    Raises:
+        ModelError: If it is a link that is not followed, is no file or cannot be read, or is too large for a card.
+    """
     try:
-        return read_bounded(Path(os.path.realpath(path)), max_bytes=_MOST_BYTES).decode(errors="surrogateescape")
+        return read_bounded(own_file(path), max_bytes=_MOST_BYTES).decode(errors="surrogateescape")
     except FileNotFoundError:
         return None
+    except CacheFormatError as error:
+        large = path.is_file() and path.stat().st_size > _MOST_BYTES
+        why = (
+            f"larger than {_MOST_BYTES:,} bytes, too large for a card; shorten it"
+            if large
+            else "cannot be read; move it away"
+        )
+        raise ModelError(f"{path}: {why}, or delete it for a new card") from error
 
 
 def _digest(body: str) -> str:
-    return hashlib.sha256(body.encode()).hexdigest()
+    return hashlib.sha256(body.encode(errors="surrogateescape")).hexdigest()
 
 
 def _body(folder: Path, provenance: Mapping[str, Any], scores: CardScores | None, place: HubName) -> str:

@@ -96,9 +96,17 @@ def message(text: str) -> str:
 _MARKUP = re.compile(r"[\\`*\[\]<>|&~$]|(?<![^\W_])_|_(?![^\W_])")
 
 
+# What some readers make a link of though nothing marks it; no escape hinders all of them.
+_LINKS_ITSELF = re.compile(r"[a-z][\w+.-]*://|www\.|(?:mailto|xmpp):|\w@[\w-]+\.|(?<!\w)@\w", re.I)
+
+
 def markdown(text: object, *, limit: int = MAX_SHOWN) -> str:
-    """Text of unknown origin inside a line or a cell of Markdown: it reads as it is, and means nothing."""
-    return _MARKUP.sub(r"\\\g<0>", one_line(text, limit=limit))
+    """Text of unknown origin inside a line or a cell of Markdown: it reads as it is, and means nothing.
+
+    What would become a link by itself is code.
+    """
+    shown = one_line(text, limit=limit)
+    return markdown_code(text, limit=limit) if _LINKS_ITSELF.search(shown) else _MARKUP.sub(r"\\\g<0>", shown)
 
 
 def markdown_code(text: object, *, limit: int = MAX_SHOWN) -> str:

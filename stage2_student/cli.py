@@ -325,7 +325,7 @@ def evaluate(
     card: bool,
 ) -> None:
     """Score a trained student: its `final` folder, or that of a name on the hub."""
-    from vlm_distill_cache.stage2_student.scores.card import CardScores, write_card
+    from vlm_distill_cache.stage2_student.scores.card import write_card
     from vlm_distill_cache.stage2_student.scores.held_out import EVALUATE_OPTION, scoring_notes, unreadable_note
     from vlm_distill_cache.stage2_student.trained_student import evaluate_student, open_student
 
@@ -358,9 +358,9 @@ def evaluate(
     name = folder.name if folder.revision else folder.path.resolve().parent.name
     say(render_table({name: report}))
     if card:
-        write_card(
-            folder.path, opened.provenance, scores=CardScores({name: report}, runs.scored_on(settings, compared))
-        )
+        trained = compared is None or compared.manifest_hash in opened.provenance["caches"].values()
+        scores = runs.card_scores({name: report}, settings, compared, notes, trained=trained)
+        write_card(folder.path, opened.provenance, scores=scores)
     for note in notes:
         say(f"note: {note}")
     if output is not None:

@@ -21,6 +21,7 @@ from vlm_distill_cache.data.sources.mixture import is_mixture
 from vlm_distill_cache.data.text.encoding import SampleEncoder, build_prompt
 from vlm_distill_cache.stage2_student.batches.dataset import merged_fingerprints, splits_and_limits
 from vlm_distill_cache.stage2_student.config import TrainConfig
+from vlm_distill_cache.stage2_student.scores.results import MEMORISED
 from vlm_distill_cache.stage2_student.students.encoder import encoder_of_cache
 from vlm_distill_cache.stage2_student.training.preparation import BUILT_IN_DATA, built_in_data
 
@@ -104,10 +105,7 @@ def scoring_notes(config: TrainConfig, cache: TeacherCache | None, *, scorable: 
         ]
     if not _is_training_data(config, data, cache):
         return []
-    return [
-        f"Questions are scored on the training data itself ({data}), so these scores include memorisation. "
-        f"Name held-out questions with {option}."
-    ]
+    return [f"{MEMORISED} ({data}), so these scores include memorisation. Name held-out questions with {option}."]
 
 
 def _open(config: TrainConfig, encoder: SampleEncoder | None, cache: TeacherCache | None) -> OpenedItems:

@@ -46,8 +46,12 @@ def tell(folder: Path, cases: dict[str, Any], questions: list[dict[str, Any]], *
         told["sum"].append(float(given["pixel_values"].double().sum()) if "pixel_values" in given else 0.0)
         told["answers"].append(processor.decode(made, skip_special_tokens=True).strip())
         told["piped"].append(ask(text=chat, return_full_text=False, generate_kwargs=how)[0]["generated_text"].strip())
+    told["batched"] = [
+        one[0]["generated_text"].strip()
+        for one in ask(text=chats[:2], return_full_text=False, generate_kwargs=how, batch_size=2)
+    ]
     if own:
-        told["batched"] = [
+        told["batched"] += [
             one[0]["generated_text"].strip()
             for one in ask(text=chats, return_full_text=False, generate_kwargs=how, batch_size=2)
         ]

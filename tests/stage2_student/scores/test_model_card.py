@@ -113,7 +113,7 @@ def test_scores_reach_the_card_when_asked_for_and_follow_into_exports(copied, tm
     exported = CliRunner().invoke(main, ["export", str(final), "--output", str(tmp_path / "x"), "--dtype", "float16"])
     assert exported.exit_code == 0, exported.output
     text = (tmp_path / "x" / "README.md").read_text()
-    assert "They are those of the student before it was exported." in text
+    assert "These are the scores of the student before it was exported." in text
     assert "| export: dtype | `float16` |" in text
     assert text.partition("## Scores")[2].partition("| score")[2].partition("##")[0] in card
     ModelCard(text)

@@ -220,8 +220,8 @@ def test_the_lines_that_load_it_are_those_of_what_the_folder_holds(copied, tmp_p
     for name, text, expected in (
         ("config.json", '{"auto_map": {}}', 'AutoModelForImageTextToText.from_pretrained("PATH_OR_NAME", trust_remote_code=True)'),
         ("config.json", "{}", 'AutoProcessor.from_pretrained("PATH_OR_NAME")'),
-        ("adapter_config.json", '{"base_model_name_or_path": "/home/me/base"}', 'from_pretrained("base"), "PATH_OR_NAME")'),
-        ("adapter_config.json", '{"base_model_name_or_path": "a/b", "revision": "c"}', 'from_pretrained("a/b", revision="c")'),
+        ("adapter_config.json", '{"base_model_name_or_path": "/home/a/base"}', '"PATH_TO/base", dtype="float32"), "PATH_OR_NAME")'),
+        ("adapter_config.json", '{"base_model_name_or_path": "a/b", "revision": "c"}', '"a/b", revision="c", dtype="float32")'),
         ("model-f16.gguf", "", "llama-mtmd-cli -m model-f16.gguf --image"),
     ):  # fmt: skip
         (tmp_path / "x").mkdir()

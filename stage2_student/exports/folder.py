@@ -45,7 +45,7 @@ _COUNTED = ("patch_size", "num_additional_image_tokens", "num_image_tokens", "im
 _PROCESSOR = record({}, dict.fromkeys(_COUNTED, maybe(whole(0, 1 << 13))), free=True)  # so often a word is written
 _OURS = re.compile(r"^from vlm_distill_cache\.((?:\w+\.)*(\w+)) import", re.MULTILINE)
 _AUTO_MODELS = ("AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToText")
-_QUESTION = "What is it?  Na\u00efve \u732b, 1234!"  # brings out blanks, accents, digits
+_QUESTION = " What is it?  Na\u00efve \u732b, 1234! \n"  # brings out blanks, accents, digits
 _log = logging.getLogger(__name__)
 
 

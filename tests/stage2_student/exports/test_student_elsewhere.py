@@ -32,7 +32,7 @@ from vlm_distill_cache.stage2_student.students.build import load_student
 from vlm_distill_cache.stage2_student.students.library import LibraryStudent
 
 QUESTIONS = [
-    {"shows": True, "text": "What is it?"},
+    {"shows": True, "text": " What is it? \n"},
     {"shows": True, "text": "Is the thing on the left larger than that on the right?"},
     {"shows": False, "text": "Who are you?"},
 ]

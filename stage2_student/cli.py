@@ -45,7 +45,7 @@ from vlm_distill_cache.common.tools.outlook import Outlook
 from vlm_distill_cache.common.tools.trust import open_trusted
 from vlm_distill_cache.stage2_student import run as runs
 from vlm_distill_cache.stage2_student.config import PHASE_NAMES, TrainConfig
-from vlm_distill_cache.stage2_student.final_folder import refuse_inside_student
+from vlm_distill_cache.stage2_student.final_folder import PROVENANCE, refuse_inside_student, students_in
 from vlm_distill_cache.stage2_student.pruned_folder import refuse_uncut
 from vlm_distill_cache.stage2_student.resolve import given_options, open_caches
 from vlm_distill_cache.stage2_student.scores.results import render_table
@@ -293,6 +293,14 @@ def prune(
 def _trained_folder(student: str) -> HubFolder:
     """The folder of a trained student; of one that is lost, its run is named."""
     path = Path(student)
+    found = [] if (path / PROVENANCE).exists() else students_in(path if path.is_dir() else path.parent)
+    if found:
+        meant = " or ".join(map(quoted, found))
+        raise ModelError(
+            f"{student} is the folder of a run or a training; give a student in it: {meant}"
+            if path.is_dir()
+            else f"{student} is not there; is {meant} meant?"
+        )
     if not path.is_dir() and any((path.parent / name).exists() for name in ("config.yaml", "checkpoints")):
         raise ModelError(
             f"{student} is not there, but {path.parent} holds its training: run the command that trained it again, which makes "
@@ -460,9 +468,11 @@ def push(
     )
     seen = "private" if done.private else "public"
     say(f"{folder} -> {done.place} ({'' if done.exists else 'new, '}{seen})")
-    for what, names in (("send", done.new), ("replace", done.changed), ("there already", done.same)):
-        for file, size in names.items():
+    for what, names in (("send", done.new), ("replace", done.changed)):
+        for file, size in names.items() if dry_run or what == "replace" else ():
             say(f"  {what}: {file} ({size:,} bytes)")
+    if done.same:
+        say(f"  there already: {len(done.same)} files, {sum(done.same.values()):,} bytes")
     for file in done.foreign:
         say(f"  remove: {file}")
     if public and done.private:

@@ -147,6 +147,12 @@ def look_at_final(folder: Path) -> tuple[dict[str, Any], list[str]]:
     return found, find_damage(folder, listed)
 
 
+def students_in(folder: Path) -> list[Path]:
+    """The trained students of a run's or a training's folder, the distilled one first."""
+    parts = (FINAL, f"distilled/{FINAL}", f"sft/{FINAL}")
+    return [folder / part for part in parts if (folder / part / PROVENANCE).is_file()]
+
+
 def own_file(path: Path) -> Path:
     """Where the bytes of a student's file lie that no digest covers: there, or among the blobs of the hub's cache.
 

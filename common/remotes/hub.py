@@ -18,6 +18,7 @@ from urllib.parse import quote, unquote
 
 from vlm_distill_cache.common.errors import CacheMismatchError, ConfigError, DistillError, TransferError
 from vlm_distill_cache.common.files.disk import AGAIN
+from vlm_distill_cache.common.printing import brief
 from vlm_distill_cache.common.remotes.http import MAY_PASS, WebRemote, retry_after
 from vlm_distill_cache.common.remotes.streams import PassingError, Retries, said
 
@@ -235,5 +236,8 @@ def _sorted_answer(error: Any, where: str, no_access: str) -> Exception:
     status = error.response.status_code
     if status in (*MAY_PASS, 409, 412):  # the last two: somebody else committed at the same time
         return PassingError(said(error), retry_after=retry_after(error.response.headers.get("Retry-After", "")))
-    remedy = f"{no_access}, with the right to write" if status in (401, 403, 404) else _REMEDIES.get(status, AGAIN)
-    return TransferError(f"{where}: {said(error)}; {remedy}")
+    if status in (401, 403, 404):  # the library says the same in a page
+        told = " ".join(str(error.server_message or "").split())
+        answer = f"the hub answers {status}{f', {brief(told, limit=120)}' if told else ''}"
+        return TransferError(f"{where}: {answer}; {no_access}, with the right to write")
+    return TransferError(f"{where}: {said(error)}; {_REMEDIES.get(status, AGAIN)}")

@@ -70,3 +70,17 @@ def test_nothing_is_written_into_a_students_folder(copied):
     assert (done.exit_code, "a student's folder" in done.output) == (1, True)
     assert sorted(final.rglob("*")) == before
     assert os.path.lexists(final / PROVENANCE)
+
+
+def test_a_run_or_a_slip_of_the_pen_in_place_of_a_student_is_told_the_students_names(copied):
+    for given, words in (
+        (copied, "is the folder of a run or a training; give a student in it: {0}/distilled/final or {0}/sft/final"),
+        (copied / "sft", "give a student in it: {0}/sft/final"),
+        (copied / "sft" / "fnial", "is not there; is {0}/sft/final meant?"),
+    ):
+        for command in (["export", "--output", str(copied / "x")], ["evaluate"]):
+            done = CliRunner().invoke(main, [command[0], str(given), *command[1:]])
+            assert words.format(copied) in " ".join(done.output.split())
+    (copied / "file").write_text("x")
+    done = CliRunner().invoke(main, ["export", str(copied / "sft/final"), "--output", str(copied / "file" / "x")])
+    assert "file is a file, so nothing can lie in it; give another folder" in " ".join(done.output.split())

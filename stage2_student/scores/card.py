@@ -149,6 +149,15 @@ def is_unedited(card: str) -> bool:
     return found is not None and found[2] == _digest(found[1])
 
 
+def has_edited_card(folder: Path) -> bool:
+    """Whether a folder has a card that somebody has edited, or that is too large to be one of ours."""
+    try:
+        card = read_card(folder / CARD)
+    except ModelError:
+        return True
+    return card is not None and not is_unedited(card)
+
+
 def read_scores(folder: Path) -> CardScores | None:
     """The scores that lie beside a student; None if there are none, or they are damaged, which is said."""
     try:
@@ -316,7 +325,7 @@ def _metadata(
     if scores is not None:
         own, items_of = next(iter(scores.reports)), "training-data" if scores.of_training else "held-out"
         for agreement, kind, where in ((False, items_of, scores.data), (True, "teacher-cache", scores.compared)):
-            found = scores.part(agreement=agreement).get(own)
+            report = scores.part(agreement=agreement).get(own)
             results += [
                 EvalResult(
                     task_type="image-text-to-text",
@@ -326,7 +335,7 @@ def _metadata(
                     metric_name=row.heading,
                     metric_value=round(row.factor * row.scores[0].value, 1),
                 )
-                for row in (table_rows({own: found})[0] if found else ())
+                for row in (table_rows({own: report})[0] if report else ())
                 if row.scores[0] is not None
             ]
     card = ModelCardData(

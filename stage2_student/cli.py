@@ -334,7 +334,12 @@ def evaluate(
 ) -> None:
     """Score a trained student: its `final` folder, or that of a name on the hub."""
     from vlm_distill_cache.stage2_student.scores.card import write_card
-    from vlm_distill_cache.stage2_student.scores.held_out import EVALUATE_OPTION, scoring_notes, unreadable_note
+    from vlm_distill_cache.stage2_student.scores.held_out import (
+        EVALUATE_OPTION,
+        card_scores,
+        scoring_notes,
+        unreadable_note,
+    )
     from vlm_distill_cache.stage2_student.trained_student import evaluate_student, open_student
 
     if output is not None and not output.parent.is_dir():
@@ -367,7 +372,7 @@ def evaluate(
     say(render_table({name: report}))
     if card:
         trained = compared is None or compared.manifest_hash in opened.provenance["caches"].values()
-        scores = runs.card_scores({name: report}, settings, compared, notes, trained=trained)
+        scores = card_scores({name: report}, settings, compared, notes, trained=trained)
         write_card(folder.path, opened.provenance, scores=scores)
     for note in notes:
         say(f"note: {note}")

@@ -11,7 +11,6 @@ import contextlib
 import json
 import logging
 import os
-import re
 import sys
 import time
 import warnings
@@ -30,7 +29,7 @@ from vlm_distill_cache.common.files.atomic import clean_stale, remove, write_byt
 from vlm_distill_cache.common.files.hashing import fingerprint
 from vlm_distill_cache.common.files.rules import check, entries
 from vlm_distill_cache.common.files.signed import find_damage, list_files, read_signed, write_signed
-from vlm_distill_cache.common.hub import hub_name, public_name
+from vlm_distill_cache.common.hub import public_name
 from vlm_distill_cache.common.locations import is_url, public_location, secret_locations
 from vlm_distill_cache.common.remotes.mirror import local_folder
 from vlm_distill_cache.common.terminal.command_line import leave_one_core, quiet_libraries, run_command, said_so_far
@@ -75,7 +74,6 @@ from vlm_distill_cache.stage2_student.training.recipe_caches import refuse_other
 from vlm_distill_cache.stage2_student.training.stamp import BASELINE, COMPARED, DISTILLED, read_stamp, refuse_other_run
 
 if TYPE_CHECKING:
-    from vlm_distill_cache.stage2_student.scores.card import CardScores
     from vlm_distill_cache.stage2_student.train import AfterStep, TrainResult
 
 TABLE, REPORT, SCORES = "table.txt", "report.html", "evaluation.json"
@@ -84,7 +82,6 @@ ARM = "DISTILL_ARM"  # set in the processes of a run's student: what comes next 
 LAUNCHER = "vlm_distill_cache.stage2_student.training.several"
 # What a run leaves beside its students' own files, which their PROVENANCE lists.
 LEFT = (TABLE, REPORT, SCORES, *(f"{name}/{part}" for name in COMPARED for part in (SCORES, f"{FINAL}/{PROVENANCE}")))
-_FOLDERS = re.compile(r"""(?<![^\s('"`=])(?:~|/)(?:[^\s'"`,;()/:]*/)+""")  # around a file, from the root or a home
 _log = logging.getLogger(__name__)
 
 
@@ -524,6 +521,7 @@ def write_cards(
 ) -> None:
     """Write the cards of a run's students, with the scores of all; those that somebody has edited stay."""
     from vlm_distill_cache.stage2_student.scores.card import GAIN, write_card
+    from vlm_distill_cache.stage2_student.scores.held_out import card_scores
 
     names = {heading: name for name, heading, _ in HEADLINE}
     gains = {names[row.heading]: row.gain for row in table_rows(evaluations, COMPARED)[0] if row.gain is not None}
@@ -535,42 +533,6 @@ def write_cards(
                 read_provenance(output / own / FINAL),
                 scores=card_scores({**columns, GAIN: EvaluationReport(scores=gains)}, config, cache, notes),
             )
-
-
-def card_scores(
-    reports: Mapping[str, EvaluationReport],
-    config: TrainConfig,
-    cache: TeacherCache | None,
-    notes: Sequence[str],
-    *,
-    trained: bool = True,
-) -> CardScores:
-    """Scores as a card has them, without the folders of this machine.
-
-    Args:
-        notes: What the scores do not tell.
-        trained: Whether the students were trained from this very cache.
-    """
-    from vlm_distill_cache.data.registry import TEXTS
-    from vlm_distill_cache.data.sources.mixture import MIXTURES
-    from vlm_distill_cache.stage2_student.scores.card import CardScores
-
-    known = None if cache is None else cache.plan.data.get("name")
-    data = str(config.evaluation.data or config.data or known or "its data")
-    named = [data, str(known or ""), *map(str, filter(None, (config.evaluation.images, config.images, config.cache)))]
-    for place in sorted(named, key=len, reverse=True):
-        if "/" in place and "://" not in place and not hub_name(place.partition(":")[0]):
-            notes = [note.replace(place, Path(place).name) for note in notes]
-    kept = Path(data).name if data.startswith(("/", "~", ".")) else data
-    of_file = Path(data).suffix.lower() in (*TEXTS, *MIXTURES, ".parquet", ".tar")  # which has no splits
-    return CardScores(
-        reports,
-        kept if of_file else f"{kept}, split {config.evaluation.split}",
-        tuple(_FOLDERS.sub("", note) for note in notes),
-        "the first samples of the cache that it was trained from"
-        if trained
-        else "the first samples of another cache than the one that it was trained from",
-    )
 
 
 def set_up_libraries() -> None:

@@ -17,7 +17,6 @@ from vlm_distill_cache import __version__
 from vlm_distill_cache.common.cache.counts import FailureCounts
 from vlm_distill_cache.common.cache.plan import LONG_SAMPLES, Plan, built_with
 from vlm_distill_cache.common.cache.reader import TeacherCache
-from vlm_distill_cache.common.codecs.answers import AnswersCodec
 from vlm_distill_cache.common.codecs.logits import LOGIT_PRESETS, LogitCodec
 from vlm_distill_cache.common.errors import CacheFormatError
 from vlm_distill_cache.common.files.atomic import read_bounded
@@ -119,13 +118,18 @@ def build_command(plan: Plan, *, images: bool = False) -> str:
         options["--data"] = f"{data['repository']}{at}{file}" + (
             f":name={data['config']}" if data.get("config") else ""
         )
-    options["--signals"] = ",".join(sorted({*plan.signals} - {AnswersCodec.signal}))
+    written: Mapping[str, Any] = next((how for how in plan.signals.values() if "max_new_tokens" in how), {})
+    options["--signals"] = ",".join(sorted(name for name, how in plan.signals.items() if how is not written))
     low, high = logits.get("min_k"), logits.get("max_k")
     presets = [name for name, how in LOGIT_PRESETS.items() if how.items() <= logits.items()]
-    hidden = next((plan.signals[name] for name in ("hidden", "visual_hidden") if name in plan.signals), {})
+    hidden: Mapping[str, Any] = max(  # the projector's output has the number 0
+        (how for how in plan.signals.values() if "layers" in how),
+        key=lambda how: list(how["layers"]) != [0],
+        default={},
+    )
+    drawn_map: Mapping[str, Any] = next((how for how in plan.signals.values() if "preset" in how), {})
     attention = [how for how in plan.signals.values() if "groups" in how]
     exact = any(how.get("exact") is True or how.get("preset") == "f4" for how in attention)
-    drawn_map, written = (plan.signals.get(name, {}) for name in ("visual_map", AnswersCodec.signal))
     grid = next((how["grid"] for how in attention if isinstance(how.get("grid"), list | tuple)), (0, 0))
     settings = {
         "split": data.get("split"),
@@ -138,7 +142,6 @@ def build_command(plan: Plan, *, images: bool = False) -> str:
         "map_grid": drawn_map.get("grid"),
         "hidden_layers": hidden.get("layers"),
         "hidden_dtype": "f4" if hidden.get("exact") else None,
-        "answers": "generate" if written else None,
         "max_new_tokens": written.get("max_new_tokens"),
         **{f"answer_{key}": written.get(key) for key in ("temperature", "top_p", "seed")},
         "groups": len(teacher.get("groups") or ()),
@@ -153,6 +156,7 @@ def build_command(plan: Plan, *, images: bool = False) -> str:
         "shard_size": plan.shard_size,
     }
     words = [f"{option} {quoted(value)}" for option, value in options.items()]
+    words += ["--set answers=generate"] if written else []
     words += [f"--set {quoted(f'{option}={value}')}" for option, value in settings.items() if value]
     return " ".join([built_with(plan), *words])
 

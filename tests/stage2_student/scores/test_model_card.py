@@ -19,8 +19,9 @@ from vlm_distill_cache.stage1_teacher.config import BuildConfig
 from vlm_distill_cache.stage2_student.cli import main
 from vlm_distill_cache.stage2_student.config import TrainConfig, describe
 from vlm_distill_cache.stage2_student.final_folder import PROVENANCE, read_final, read_provenance
-from vlm_distill_cache.stage2_student.run import card_scores, run, write_report_again
+from vlm_distill_cache.stage2_student.run import run, write_report_again
 from vlm_distill_cache.stage2_student.scores.card import SCORES, CardScores, card_text, is_unedited, write_card
+from vlm_distill_cache.stage2_student.scores.held_out import card_scores
 from vlm_distill_cache.stage2_student.scores.metrics import Score
 from vlm_distill_cache.stage2_student.scores.origin import build_command, licence_of
 from vlm_distill_cache.stage2_student.scores.results import MEMORISED, EvaluationReport

@@ -261,7 +261,7 @@ def test_what_a_student_says_of_itself_travels_through_exports_of_exports(tmp_pa
     assert one["export"] == {"layout": "published", "dtype": "float32", "quantise": None, "made_from": origin}
     assert two["export"]["made_from"] == {"files": one["files"], "export": one["export"]}
     assert {path.relative_to(tmp_path / "one").as_posix() for path in (tmp_path / "one").rglob("*") if path.is_file()} == {
-        *one["files"], PROVENANCE,
+        *one["files"], PROVENANCE, "README.md",
     }  # fmt: skip
     with pytest.raises(ConfigError, match="exists; give a new folder"):
         export_student(folder, tmp_path / "one")

@@ -8,7 +8,10 @@ Nor do passwords, tokens and the signatures of addresses reach it, wherever a me
 
 from __future__ import annotations
 
+import functools
+import os
 import re
+from pathlib import Path
 
 MAX_SHOWN = 300  # characters of one name or reason
 MAX_QUOTED = 80  # of what a reason quotes
@@ -28,6 +31,8 @@ CONTROL = re.compile(
 _WORD = re.compile(r"(?<!\S)\S*(?::/|\?)\S*")  # one that may be, or be a part of, an address
 # Before a host or bucket, whatever the scheme: NAME@ or KEY:SECRET@. A port is no password, and a secret may have slashes.
 _USER = re.compile(r":(//+(?:[^/@:]*:(?!\d{1,5}(?:[/?#]|$))[^@]*|[^/@:]*)|/[^/@:]+:[^@]*)@(?:[^/@]*@)*")
+_TOKEN_SETTINGS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH", "HF_HOME", "XDG_CACHE_HOME")
+_SHORTEST_TOKEN = 8  # anything shorter is a word that texts are made of
 _CLOSING = ".,;:!)]}"  # at the end of a query these belong to the sentence, and quotation marks that open before it
 _TOKEN = re.compile(
     r"""\b(?:(hf_)[A-Za-z0-9]{20,}|(x-(?:amz|goog)-(?:signature|credential|security-token)=)['"]?[^\s'"<>&,;)]+)""",
@@ -39,7 +44,22 @@ def hide_secrets(text: str) -> str:
     """Leave out what lets its reader in: passwords and queries of addresses, which may be signatures, and tokens."""
     if ":/" in text:
         text = _WORD.sub(lambda found: _public(found[0]), text)
+    for token in _own_tokens(*map(os.environ.get, _TOKEN_SETTINGS)):
+        text = text.replace(token, "...")
     return _TOKEN.sub(r"\1\2...", text)
+
+
+@functools.lru_cache(maxsize=1)
+def _own_tokens(token: str | None, older: str | None, *places: str | None) -> tuple[str, ...]:
+    """The tokens of the hub that this machine holds, where huggingface_hub finds them; not imported for that."""
+    path, home, cache = places
+    try:
+        stored = Path(path or Path(home or Path(cache or "~/.cache") / "huggingface") / "token").expanduser()
+        told = stored.read_text(encoding="utf-8")[:_MAX_LINE] if stored.is_file() else ""
+    except (OSError, ValueError, RuntimeError):
+        told = ""
+    found = {given.strip() for given in (token, older, told) if given}
+    return tuple(sorted((one for one in found if len(one) >= _SHORTEST_TOKEN), key=len, reverse=True))
 
 
 def _public(word: str) -> str:
@@ -96,9 +116,17 @@ def message(text: str) -> str:
 _MARKUP = re.compile(r"[\\`*\[\]<>|&~$]|(?<![^\W_])_|_(?![^\W_])")
 
 
+# What some readers make a link of though nothing marks it; no escape hinders all of them.
+_LINKS_ITSELF = re.compile(r"[a-z][\w+.-]*://|www\.|(?:mailto|xmpp):|\w@[\w-]+\.|(?<!\w)@\w", re.I)
+
+
 def markdown(text: object, *, limit: int = MAX_SHOWN) -> str:
-    """Text of unknown origin inside a line or a cell of Markdown: it reads as it is, and means nothing."""
-    return _MARKUP.sub(r"\\\g<0>", one_line(text, limit=limit))
+    """Text of unknown origin inside a line or a cell of Markdown: it reads as it is, and means nothing.
+
+    What would become a link by itself is code.
+    """
+    shown = one_line(text, limit=limit)
+    return markdown_code(text, limit=limit) if _LINKS_ITSELF.search(shown) else _MARKUP.sub(r"\\\g<0>", shown)
 
 
 def markdown_code(text: object, *, limit: int = MAX_SHOWN) -> str:

@@ -45,6 +45,7 @@ from vlm_distill_cache.common.tools.outlook import Outlook
 from vlm_distill_cache.common.tools.trust import open_trusted
 from vlm_distill_cache.stage2_student import run as runs
 from vlm_distill_cache.stage2_student.config import PHASE_NAMES, TrainConfig
+from vlm_distill_cache.stage2_student.final_folder import PROVENANCE, refuse_inside_student, students_in
 from vlm_distill_cache.stage2_student.pruned_folder import refuse_uncut
 from vlm_distill_cache.stage2_student.resolve import given_options, open_caches
 from vlm_distill_cache.stage2_student.scores.results import render_table
@@ -294,6 +295,14 @@ def prune(
 def _trained_folder(student: str) -> HubFolder:
     """The folder of a trained student; of one that is lost, its run is named."""
     path = Path(student)
+    found = [] if (path / PROVENANCE).exists() else students_in(path if path.is_dir() else path.parent)
+    if found:
+        meant = " or ".join(map(quoted, found))
+        raise ModelError(
+            f"{student} is the folder of a run or a training; give a student in it: {meant}"
+            if path.is_dir()
+            else f"{student} is not there; is {meant} meant?"
+        )
     if not path.is_dir() and any((path.parent / name).exists() for name in ("config.yaml", "checkpoints")):
         raise ModelError(
             f"{student} is not there, but {path.parent} holds its training: run the command that trained it again, which makes "
@@ -326,8 +335,13 @@ def evaluate(
     card: bool,
 ) -> None:
     """Score a trained student: its `final` folder, or that of a name on the hub."""
-    from vlm_distill_cache.stage2_student.scores.card import CardScores, write_card
-    from vlm_distill_cache.stage2_student.scores.held_out import EVALUATE_OPTION, scoring_notes, unreadable_note
+    from vlm_distill_cache.stage2_student.scores.card import write_card
+    from vlm_distill_cache.stage2_student.scores.held_out import (
+        EVALUATE_OPTION,
+        card_scores,
+        scoring_notes,
+        unreadable_note,
+    )
     from vlm_distill_cache.stage2_student.trained_student import evaluate_student, open_student
 
     if output is not None and not output.parent.is_dir():
@@ -359,9 +373,9 @@ def evaluate(
     name = folder.name if folder.revision else folder.path.resolve().parent.name
     say(render_table({name: report}))
     if card:
-        write_card(
-            folder.path, opened.provenance, scores=CardScores({name: report}, runs.scored_on(settings, compared))
-        )
+        trained = compared is None or compared.manifest_hash in opened.provenance["caches"].values()
+        scores = card_scores({name: report}, settings, compared, notes, trained=trained)
+        write_card(folder.path, opened.provenance, scores=scores)
     for note in notes:
         say(f"note: {note}")
     if output is not None:
@@ -461,9 +475,11 @@ def push(
     )
     seen = "private" if done.private else "public"
     say(f"{folder} -> {done.place} ({'' if done.exists else 'new, '}{seen})")
-    for what, names in (("send", done.new), ("replace", done.changed), ("there already", done.same)):
-        for file, size in names.items():
+    for what, names in (("send", done.new), ("replace", done.changed)):
+        for file, size in names.items() if dry_run or what == "replace" else ():
             say(f"  {what}: {file} ({size:,} bytes)")
+    if done.same:
+        say(f"  there already: {len(done.same)} files, {sum(done.same.values()):,} bytes")
     for file in done.foreign:
         say(f"  remove: {file}")
     if public and done.private:
@@ -495,6 +511,7 @@ def import_checkpoint(checkpoint: str, output: Path, vision_tower: str | None) -
     from vlm_distill_cache.common.models.convert import convert_published
 
     runs.set_up_libraries()
+    refuse_inside_student(output)
     tower = None if vision_tower is None else model_folder(vision_tower, what="--vision-tower").path
     convert_published(model_folder(checkpoint, what="checkpoint").path, output, vision_tower=tower)
     answer(output=output)

@@ -147,6 +147,39 @@ def look_at_final(folder: Path) -> tuple[dict[str, Any], list[str]]:
     return found, find_damage(folder, listed)
 
 
+def students_in(folder: Path) -> list[Path]:
+    """The trained students of a run's or a training's folder, the distilled one first."""
+    parts = (FINAL, f"distilled/{FINAL}", f"sft/{FINAL}")
+    return [folder / part for part in parts if (folder / part / PROVENANCE).is_file()]
+
+
+def own_file(path: Path) -> Path:
+    """Where the bytes of a student's file lie that no digest covers: there, or among the blobs of the hub's cache.
+
+    Raises:
+        ModelError: If it is a link to anything else, which may be a file that nobody meant to show.
+    """
+    if not path.is_symlink():
+        return path
+    found, folder = Path(os.path.realpath(path)), path.parent.resolve()
+    if snapshot_name(folder) is None or found.parent != folder.parent.parent / "blobs":
+        raise ModelError(f"{path}: a link, which is not followed; put the file itself there, or take the link away")
+    return found
+
+
+def refuse_inside_student(target: Path) -> None:
+    """Refuse to write into a student's folder: libraries would read what is there, so the student is refused then.
+
+    Raises:
+        ConfigError: If a folder above ``target`` is a student's.
+    """
+    for above in target.resolve().parents:
+        if os.path.lexists(above / PROVENANCE):
+            raise ConfigError(
+                f"{target} lies in {above}, a student's folder, which takes nothing else; give a folder outside of it"
+            )
+
+
 def refuse_other_student(
     folder: Path, identity: str, *, earlier: str | None = None, why: Callable[[], str] = str
 ) -> list[str] | None:

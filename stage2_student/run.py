@@ -488,7 +488,8 @@ def write_report(output: Path, config: TrainConfig, cache: TeacherCache) -> None
 
     stored = read_scores(output)
     evaluations = {name: EvaluationReport.from_dict(stored[name]) for name in (*COMPARED, TEACHER) if name in stored}
-    write_cards(output, config, cache, evaluations)
+    notes = read_stamp(output).get("notes", [])
+    write_cards(output, config, cache, evaluations, notes)
     distilled = open_student(output / DISTILLED / FINAL)
     curves = {name: read_log(output / name) for name in COMPARED}
     plan, student = cache.plan, public_name(config.student)
@@ -516,15 +517,20 @@ def write_report(output: Path, config: TrainConfig, cache: TeacherCache) -> None
         evaluations=evaluations,
         compared=COMPARED,
         overlays=draw_overlays(distilled, config, cache),
-        notes=read_stamp(output).get("notes", []),
+        notes=notes,
     )
 
 
 def write_cards(
-    output: Path, config: TrainConfig, cache: TeacherCache, evaluations: Mapping[str, EvaluationReport]
+    output: Path,
+    config: TrainConfig,
+    cache: TeacherCache,
+    evaluations: Mapping[str, EvaluationReport],
+    notes: Sequence[str],
 ) -> None:
     """Write the cards of a run's students, with the scores of all; those that somebody has edited stay."""
-    from vlm_distill_cache.stage2_student.scores.card import GAIN, CardScores, write_card
+    from vlm_distill_cache.stage2_student.scores.card import GAIN, write_card
+    from vlm_distill_cache.stage2_student.scores.held_out import card_scores
 
     names = {heading: name for name, heading, _ in HEADLINE}
     gains = {names[row.heading]: row.gain for row in table_rows(evaluations, COMPARED)[0] if row.gain is not None}
@@ -534,15 +540,8 @@ def write_cards(
             write_card(
                 output / own / FINAL,
                 read_provenance(output / own / FINAL),
-                scores=CardScores({**columns, GAIN: EvaluationReport(scores=gains)}, scored_on(config, cache)),
+                scores=card_scores({**columns, GAIN: EvaluationReport(scores=gains)}, config, cache, notes),
             )
-
-
-def scored_on(config: TrainConfig, cache: TeacherCache | None) -> str:
-    """The held-out items that students are scored on, in words, without the folders around a file."""
-    known = None if cache is None else cache.plan.data.get("name")
-    data = str(config.evaluation.data or config.data or known or "its data")
-    return f"{Path(data).name if data.startswith('/') else data}, split {config.evaluation.split}"
 
 
 def set_up_libraries() -> None:

@@ -17,6 +17,7 @@ from vlm_distill_cache.common.codecs.row_attention import RowAttentionCodec
 from vlm_distill_cache.common.errors import ConfigError, ModelError
 from vlm_distill_cache.common.files.atomic import clean_stale, new_directory
 from vlm_distill_cache.common.files.signed import list_files, write_signed
+from vlm_distill_cache.common.hub import CARD
 from vlm_distill_cache.common.models.published import is_published
 from vlm_distill_cache.common.models.weight_files import read_weights
 from vlm_distill_cache.data.families.inputs import known_positions
@@ -29,9 +30,9 @@ from vlm_distill_cache.stage2_student.batches.layers import match_groups
 from vlm_distill_cache.stage2_student.config import TrainConfig
 from vlm_distill_cache.stage2_student.exports.layouts import FOR_OTHERS, LAYOUTS
 from vlm_distill_cache.stage2_student.exports.source import Quantise, Source
-from vlm_distill_cache.stage2_student.final_folder import PROVENANCE, read_final
+from vlm_distill_cache.stage2_student.final_folder import PROVENANCE, read_final, refuse_inside_student
 from vlm_distill_cache.stage2_student.losses.terms import TERMS, choose_terms
-from vlm_distill_cache.stage2_student.scores.card import read_scores, write_card
+from vlm_distill_cache.stage2_student.scores.card import has_edited_card, read_scores, write_card
 from vlm_distill_cache.stage2_student.scores.evaluate import evaluate_model
 from vlm_distill_cache.stage2_student.scores.held_out import open_items
 from vlm_distill_cache.stage2_student.scores.overlays import Overlay, collect_overlays
@@ -206,6 +207,7 @@ def export_student(
     """
     if target.exists() or target.is_symlink():
         raise ConfigError(f"{target} exists; give a new folder to export to")
+    refuse_inside_student(target)
     student = open_student(folder, device="cpu")
     if _quantised(student.provenance):
         raise ModelError(
@@ -231,6 +233,11 @@ def export_student(
         provenance["files"] = list_files(temporary)
         write_signed(temporary / PROVENANCE, provenance)
         write_card(temporary, provenance, scores=read_scores(folder))
+        if has_edited_card(folder):
+            _log.warning(
+                "%s was edited; the export has a card of its own, as it is loaded otherwise: copy what you want to keep of yours",
+                folder / CARD,
+            )
     return dtype
 
 

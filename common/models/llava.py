@@ -1,5 +1,6 @@
 """What LLaVA's original checkpoints have and the library's class does not: ``<image>`` without a token, other projectors."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -42,6 +43,15 @@ def take_image_tokens(model: Any) -> None:
     embedding = model.get_input_embeddings()
     if model.config.image_token_id >= embedding.weight.shape[0]:
         embedding.register_forward_pre_hook(partial(_look_up_row_0, model.config))
+        model.loss_function = partial(loss_on_words, model.config.image_token_id, model.loss_function)
+
+
+def loss_on_words(
+    image_token_id: int, loss_function: Callable[..., Tensor], *, labels: Tensor, vocab_size: int, **arguments: Any
+) -> Tensor:
+    """The library's loss of ``labels``, int64 ``[B, T]``, without those that are no words: pictures, ids beyond the vocabulary."""
+    is_word = (labels != image_token_id) & (labels >= 0) & (labels < vocab_size)
+    return loss_function(labels=labels.masked_fill(~is_word, -100), vocab_size=vocab_size, **arguments)
 
 
 def _look_up_row_0(config: Any, embedding: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -16,6 +16,7 @@ from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from vlm_distill_cache.common.errors import ModelError
+from vlm_distill_cache.common.models.llava import loss_on_words
 from vlm_distill_cache.common.models.projectors import (
     LDPProjector,
     LDPv2Projector,
@@ -183,8 +184,8 @@ class VisualDecoder:
 class VisionLanguageModel(PreTrainedModel, GenerationMixin):
     """A visual decoder with its output projection; subclasses name config and decoder.
 
-    There is no ``labels`` argument on purpose: labels are shifted once, when a sample is encoded, and losses
-    are functions of the supervised rows' logits.
+    Here labels are shifted once, when a sample is encoded, and losses are functions of the supervised rows' logits;
+    ``labels`` are for those who fine-tune a student elsewhere.
     """
 
     base_model_prefix = "model"
@@ -245,6 +246,8 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
         supervised: Tensor | None = None,
         on_rows: OnRows | None = None,
         logits_to_keep: int | Tensor = 0,
+        labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> Any:
         """Predict next tokens; with ``supervised``, only for the rows that a loss needs.
@@ -253,9 +256,12 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
         drops all other rows before the output projection, so that ``[B, T, V]`` never exists; ``on_rows`` is then called
         with the rows' last hidden states ``[A, D]`` and the output projection in its place, inside this forward pass, where
         wrappers for several devices expect a parameter's use. ``logits_to_keep``, for generation, keeps only so many last
-        rows (0 = all), or the rows of this index.
+        rows (0 = all), or the rows of this index. ``labels``, int64 ``[B, T]``, are the ids of the answers where they stand in
+        ``input_ids``, as the library shifts them; -100, image tokens and ids beyond the vocabulary are left out.
+        ``num_items_in_batch``: by how many labels their loss is divided; None: by those of this batch.
 
         Returns:
+            ``loss``: with ``labels`` the library's cross-entropy, a scalar in nats, else None.
             ``logits``: float ``[A, V]`` in batch-row order with ``supervised``, else ``[B, T or kept, V]``; with
             ``on_rows`` whatever that returns.
         """
@@ -278,8 +284,19 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
             hidden = hidden[:, logits_to_keep]
         elif logits_to_keep:
             hidden = hidden[:, -logits_to_keep:]
+        logits, loss = self.lm_head(hidden), None
+        if labels is not None and supervised is None:
+            loss = loss_on_words(
+                self.model.image_token_id,
+                self.loss_function,
+                logits=logits,
+                labels=labels,
+                vocab_size=logits.shape[-1],
+                num_items_in_batch=num_items_in_batch,
+            )
         return CausalLMOutputWithPast(
-            logits=self.lm_head(hidden),
+            loss=loss,
+            logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,

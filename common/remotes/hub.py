@@ -18,6 +18,7 @@ from urllib.parse import quote, unquote
 
 from vlm_distill_cache.common.errors import CacheMismatchError, ConfigError, DistillError, TransferError
 from vlm_distill_cache.common.files.disk import AGAIN
+from vlm_distill_cache.common.printing import brief
 from vlm_distill_cache.common.remotes.http import MAY_PASS, WebRemote, retry_after
 from vlm_distill_cache.common.remotes.streams import PassingError, Retries, said
 
@@ -25,6 +26,16 @@ _T = TypeVar("_T")
 _LOCATION = re.compile(r"hf://datasets/([\w.-]+/[\w.-]+?)(?:@([^/@]+))?(?:/(.+?))?/?")
 _MOST_PATHS = 500
 NO_ACCESS = "it does not exist, or you have no access: log in with `hf auth login` or set HF_TOKEN"
+
+_WRONG = "the same request would be refused again: correct what the hub names, or try another repository"
+_NOT_THERE = "the hub does not do this: see that HF_ENDPOINT names a hub, and that huggingface_hub is up to date (pip install -U)"
+# What to do about answers that come again if the same is sent again.
+_REMEDIES = {
+    **dict.fromkeys((400, 422), _WRONG),
+    413: "the hub takes nothing as large as this: ask whoever runs it to allow more",
+    507: "the account has no room left on the hub: delete what is not needed there, or use an account with more room",
+    **dict.fromkeys((405, 411, 416, 418, 501), _NOT_THERE),
+}
 
 
 class HubRemote(WebRemote):
@@ -202,17 +213,31 @@ def sorted_hub_errors(where: str, no_access: str) -> Iterator[None]:
     except DistillError:
         raise
     except HfHubHTTPError as error:
-        status = error.response.status_code
-        if status in (*MAY_PASS, 409, 412):  # the last two: somebody else committed at the same time
-            asked = retry_after(error.response.headers.get("Retry-After", ""))
-            raise PassingError(said(error), retry_after=asked) from error
-        remedy = f"{no_access}, with the right to write" if status in (401, 403, 404) else AGAIN
-        raise TransferError(f"{where}: {said(error)}; {remedy}") from error
+        raise _sorted_answer(error, where, no_access) from error
     except (HTTPError, ConnectionError, TimeoutError) as error:
         raise PassingError(said(error)) from error
     except (JSONDecodeError, LookupError, TypeError) as error:  # the library expects whole answers
         raise PassingError(f"an answer that makes no sense ({type(error).__name__})") from error
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            f"{where}: the token for the hub holds characters that no token has; set HF_TOKEN again, or log in again with "
+            "`hf auth login`"
+        ) from error
     except (RuntimeError, ValueError) as error:
         # The library's words for a large file that did not go, and for a card it cannot read.
+        if isinstance(error.__cause__, HfHubHTTPError):
+            raise _sorted_answer(error.__cause__, where, no_access) from error
         cause = f" ({said(error.__cause__)})" if error.__cause__ is not None else ""
         raise TransferError(f"{where}: {said(error)}{cause}; {AGAIN}") from error
+
+
+def _sorted_answer(error: Any, where: str, no_access: str) -> Exception:
+    """What to raise for an answer of the hub that is an error: what may pass, or what will not, with the remedy."""
+    status = error.response.status_code
+    if status in (*MAY_PASS, 409, 412):  # the last two: somebody else committed at the same time
+        return PassingError(said(error), retry_after=retry_after(error.response.headers.get("Retry-After", "")))
+    if status in (401, 403, 404):  # the library says the same in a page
+        told = " ".join(str(error.server_message or "").split())
+        answer = f"the hub answers {status}{f', {brief(told, limit=120)}' if told else ''}"
+        return TransferError(f"{where}: {answer}; {no_access}, with the right to write")
+    return TransferError(f"{where}: {said(error)}; {_REMEDIES.get(status, AGAIN)}")

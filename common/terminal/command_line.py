@@ -377,6 +377,7 @@ _MEANINGLESS = {
     "transformers.modeling_utils": ("LOAD REPORT", "`torch_dtype` is deprecated"),
     # Samples that are too long are recorded with their length and the remedy.
     "transformers.tokenization_utils_base": ("Token indices sequence length is longer",),
+    "huggingface_hub.serialization._torch": ("successfully saved",),  # to a name that is temporary
     # Settings of sampling in a checkpoint's generation_config.json, while answers are generated as our options say.
     "transformers.generation.configuration_utils": ("The following generation flags are not valid",),
 }
@@ -435,7 +436,7 @@ def unusable_name(argument: str, *, printed: str) -> str:
             return NOT_UTF8
         return f"this locale ({sys.getfilesystemencoding()}) cannot read it; set LC_ALL=C.UTF-8 or PYTHONUTF8=1"
     if CONTROL.search(printed):
-        return "holds characters that do not print, such as line feeds or escape sequences; give it another name"
+        return "holds characters that do not print, such as line feeds or escape sequences; leave them out, or give it another name"
     return ""
 
 
@@ -493,6 +494,8 @@ class NewFolder(click.Path):
         """Return the path."""
         if is_url(value):
             self.fail(f"{value}: an address; {self.remedy.format(place=quoted(value))}", param, ctx)
+        if above := next((one for one in Path(value).absolute().parents if one.is_file()), None):
+            self.fail(f"{value}: {above} is a file, so nothing can lie in it; give another folder", param, ctx)
         return super().convert(value, param, ctx)
 
 

@@ -34,13 +34,30 @@ _AS_TEXTS = (
     "{%- set flat.messages = flat.messages + [dict(message, content=text)] -%}\n"
     "{%- endfor -%}\n{%- set messages = flat.messages -%}\n"
 )
+# For a checkpoint's own template: texts without blanks around them, as `PromptTemplate.render` gives them to it.
+_TRIMMED = """\
+{%- set trimmed = namespace(messages=[], parts=[]) -%}
+{%- for message in messages -%}
+{%- if message['content'] is string -%}
+{%- set trimmed.messages = trimmed.messages + [dict(message, content=message['content'] | trim)] -%}
+{%- else -%}
+{%- set trimmed.parts = [] -%}
+{%- for part in message['content'] -%}
+{%- set alone = message['content'] | selectattr('type', 'equalto', 'text') | list | length == 1 -%}
+{%- set trimmed.parts = trimmed.parts + [dict(part, text=part['text'] | trim) if alone and part['type'] == 'text' else part] -%}
+{%- endfor -%}
+{%- set trimmed.messages = trimmed.messages + [dict(message, content=trimmed.parts)] -%}
+{%- endif -%}
+{%- endfor -%}
+{%- set messages = trimmed.messages -%}
+"""
 
 
 def chat_template_of(template: PromptTemplate, tokenizer: Any, image_token: str, *, adds_rest: bool = False) -> str:
     """A prompt template as jinja.
 
-    With ``add_generation_prompt`` it ends where the answer's blank begins. A checkpoint's own chat template stays as it
-    is; one that knows texts only is given texts.
+    With ``add_generation_prompt`` it ends where the answer's blank begins. A checkpoint's own chat template is given texts
+    without blanks around them; one that knows texts only is given texts.
 
     Args:
         tokenizer: Gives the special tokens; its end-of-sequence token stands behind answers.
@@ -51,7 +68,7 @@ def chat_template_of(template: PromptTemplate, tokenizer: Any, image_token: str,
     if template.chat_template:
         source = template.chat_template
         if takes_parts(source, tokenizer, image_token):
-            return source
+            return source if source.startswith(_TRIMMED) else _TRIMMED + source
         return _AS_TEXTS.replace("IMAGE", ascii(f"{image_token}\n")) + source
     return "\n".join(_statements(template, image_token, adds_rest=adds_rest and template.bos_after_image))
 

@@ -16,6 +16,7 @@ from vlm_distill_cache.common.models.parts import ADAPTER
 from vlm_distill_cache.common.models.published import is_published
 from vlm_distill_cache.data.families.table import family_of
 from vlm_distill_cache.stage2_student.config import TrainConfig
+from vlm_distill_cache.stage2_student.exports.folder import save_processor
 from vlm_distill_cache.stage2_student.exports.source import Source, cast, refuse
 from vlm_distill_cache.stage2_student.students.build import load_student
 from vlm_distill_cache.stage2_student.students.library import LibraryStudent, open_library_student
@@ -79,8 +80,13 @@ def write_adapter(target: Path, source: Source) -> Source:
     write_json_atomic(
         target / ADAPTER, {**said, "target_modules": sorted(said["target_modules"]), "auto_mapping": None}
     )
-    source.encoder.tokenizer.save_pretrained(target)
-    source.image_processor.save_pretrained(target)
+    save_processor(
+        target,
+        model=source.core,
+        encoder=source.encoder,
+        image_processor=source.image_processor,
+        source=source.folder,
+    )
     return source
 
 

@@ -45,7 +45,7 @@ _COUNTED = ("patch_size", "num_additional_image_tokens", "num_image_tokens", "im
 _PROCESSOR = record({}, dict.fromkeys(_COUNTED, maybe(whole(0, 1 << 13))), free=True)  # so often a word is written
 _OURS = re.compile(r"^from vlm_distill_cache\.((?:\w+\.)*(\w+)) import", re.MULTILINE)
 _AUTO_MODELS = ("AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToText")
-_QUESTION = "What is it?  Na\u00efve \u732b, 1234!"  # brings out blanks, accents, digits
+_QUESTION = " What is it?  Na\u00efve \u732b, 1234! \n"  # brings out blanks, accents, digits
 _log = logging.getLogger(__name__)
 
 
@@ -63,16 +63,32 @@ def save_student_folder(
     inner: Any = model if isinstance(model, VisionLanguageModel) else getattr(model, "model", model)
     inner.generation_config = _saveable(inner.generation_config)
     model.save_pretrained(target)
+    save_processor(target, model=inner, encoder=encoder, image_processor=image_processor, source=source)
+
+
+def save_processor(
+    target: Path, *, model: Any, encoder: SampleEncoder, image_processor: Any, source: Path | None
+) -> None:
+    """Write what the library's processor and ``generate`` need beside a model; arguments as of `save_student_folder`.
+
+    ``model`` is ours or the library's; its ``config.json`` names our code, if that is there. Batches are padded in front:
+    behind a padded prompt no answer begins.
+    """
     encoder.tokenizer.save_pretrained(target)
     image_processor.save_pretrained(target)
     _mend_tokenizer(target, encoder)
-    ours = _our_classes(inner, encoder)
+    ours = _our_classes(model, encoder)
     if ours:
         _write_own(target, ours, encoder)
     else:
         if source is not None:
             keep_files(source, target)
-        _write_library(target, inner.config, encoder)
+        _write_library(target, model.config, encoder)
+    for name in ("tokenizer_config.json", "processor_config.json"):
+        path = target / name
+        if path.exists():
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            path.write_bytes(_json(_padded_left(stored, at_top=name.startswith("tokenizer"))))
     _end_as_trained(target, encoder)
     _compare_prompts(target, encoder, own=bool(ours))
 
@@ -113,12 +129,14 @@ def _our_classes(model: Any, encoder: SampleEncoder) -> dict[str, type[Any]]:
 
 
 def _write_own(target: Path, ours: Mapping[str, type[Any]], encoder: SampleEncoder) -> None:
-    """Code, and who reads pictures and texts with it."""
-    ours = {**ours, "AutoProcessor": VisionLanguageProcessor}
+    """Code, of the model where that lies there, and who reads pictures and texts with it."""
+    has_model = (target / "config.json").exists()
+    ours = {**(ours if has_model else {}), "AutoProcessor": VisionLanguageProcessor}
     for name, source in code_of({one.__module__ for one in ours.values()}).items():
         (target / f"{name}.py").write_text(source, encoding="utf-8")
     auto_map = {auto: f"{one.__module__.rpartition('.')[2]}.{one.__name__}" for auto, one in ours.items()}
-    _update(target / "config.json", auto_map=auto_map)
+    if has_model:
+        _update(target / "config.json", auto_map=auto_map)
     (target / "processor_config.json").write_bytes(
         _json(
             {
@@ -134,7 +152,6 @@ def _write_own(target: Path, ours: Mapping[str, type[Any]], encoder: SampleEncod
     )
     template = chat_template_of(encoder.template, encoder.tokenizer, encoder.image_token)
     (target / "chat_template.jinja").write_text(template, encoding="utf-8")
-    _update(target / "tokenizer_config.json", padding_side="left")  # of batches in a pipeline
 
 
 def code_of(modules: Iterable[str]) -> dict[str, str]:
@@ -273,6 +290,14 @@ class _Picture:
     def load(self) -> PIL.Image.Image:
         """Its pixels."""
         return PIL.Image.new("RGB", (64, 48), (128, 128, 128))
+
+
+def _padded_left(stored: Any, *, at_top: bool = False) -> Any:
+    """Settings in which every side that batches are padded on is the left one; ``at_top``: also where none is named."""
+    if not isinstance(stored, dict):
+        return stored
+    left = {"padding_side": "left"} if at_top or "padding_side" in stored else {}
+    return {name: _padded_left(value) for name, value in stored.items()} | left
 
 
 def _update(path: Path, **changes: Any) -> None:

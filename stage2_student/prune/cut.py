@@ -31,6 +31,7 @@ from vlm_distill_cache.data.text.collate import collate
 from vlm_distill_cache.data.text.encoding import SampleEncoder
 from vlm_distill_cache.data.text.templates import get_template
 from vlm_distill_cache.stage2_student.exports.folder import keep_files
+from vlm_distill_cache.stage2_student.final_folder import refuse_inside_student
 from vlm_distill_cache.stage2_student.prune.importance import ATTENTION, MLP, measure_importance, prunable_layers
 from vlm_distill_cache.stage2_student.prune.plan import LayerParts, Widths, choose_layer_parts, narrow_widths
 from vlm_distill_cache.stage2_student.pruned_folder import RECORD, read_settings
@@ -68,6 +69,7 @@ def prune_directory(
     """
     if output.exists():
         raise ConfigError(f"{output} exists; give a new folder for the pruned student")
+    refuse_inside_student(output)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     opened = open_family_model(teacher, dtype=stored_dtype(teacher))

@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,18 +21,24 @@ import yaml
 
 from vlm_distill_cache.common.cache.document_rules import EVALUATION
 from vlm_distill_cache.common.config import config_from_dict, config_to_dict
-from vlm_distill_cache.common.errors import CacheFormatError
+from vlm_distill_cache.common.errors import CacheFormatError, ModelError
 from vlm_distill_cache.common.files.atomic import read_bounded, write_bytes_atomic
 from vlm_distill_cache.common.files.rules import check, items, record, text
 from vlm_distill_cache.common.files.signed import read_signed, write_signed
 from vlm_distill_cache.common.hub import CARD, HubName, hub_name
 from vlm_distill_cache.common.printing import hide_secrets, markdown, markdown_code, one_line, printable
 from vlm_distill_cache.stage2_student.config import PHASE_NAMES, TrainConfig
-from vlm_distill_cache.stage2_student.final_folder import PROVENANCE, read_provenance
+from vlm_distill_cache.stage2_student.final_folder import PROVENANCE, own_file, read_provenance
 from vlm_distill_cache.stage2_student.loss_weights import LossWeights
 from vlm_distill_cache.stage2_student.pruned_folder import read_settings
 from vlm_distill_cache.stage2_student.scores.origin import UNKNOWN
-from vlm_distill_cache.stage2_student.scores.results import HEADLINE, EvaluationReport, format_score, table_rows
+from vlm_distill_cache.stage2_student.scores.results import (
+    HEADLINE,
+    MEMORISED,
+    EvaluationReport,
+    format_score,
+    table_rows,
+)
 
 SCORES = "scores.json"
 PLACE = "PATH_OR_NAME"  # of the student, in the lines that load it
@@ -47,8 +53,10 @@ _RULE = record(
     {
         "data": text(1 << 16),
         "models": items(record({"name": text(1000), "report": EVALUATION}), least=1, most=100),
-    }
+    },
+    {"notes": items(text(1 << 16), most=1000), "compared": text(1 << 16)},
 )
+_AGREEMENT = ("teacher/", "attention/")  # of the names of scores that compare with the teacher, on samples of a cache
 # What the Hub knows by an identifier; other licences are "other" to it, and named.
 _LICENCES = """
     afl-3.0 agpl-3.0 apache-2.0 apple-amlr apple-ascl artistic-2.0 bigcode-openrail-m bigscience-bloom-rail-1.0
@@ -69,10 +77,27 @@ class CardScores(NamedTuple):
     Attributes:
         reports: By the name of a column; the first one is this student, `GAIN` a difference.
         data: What was scored on, in words.
+        notes: What the scores do not tell, as sentences.
+        compared: On which samples student and teacher were compared, in words.
     """
 
     reports: Mapping[str, EvaluationReport]
     data: str
+    notes: Sequence[str] = ()
+    compared: str = "samples of its cache"
+
+    @property
+    def of_training(self) -> bool:
+        """Whether the items scored on are those of its training."""
+        return any(note.startswith(MEMORISED) for note in self.notes)
+
+    def part(self, *, agreement: bool) -> dict[str, EvaluationReport]:
+        """The reports with the scores of items, or with the agreement with the teacher; those without any left out."""
+        parts = {
+            name: {key: score for key, score in report.scores.items() if key.startswith(_AGREEMENT) is agreement}
+            for name, report in self.reports.items()
+        }
+        return {name: EvaluationReport(scores=scores) for name, scores in parts.items() if scores}
 
 
 def write_card(
@@ -98,9 +123,14 @@ def write_card(
             {"name": name, "report": EvaluationReport(scores=report.scores).to_dict()}
             for name, report in scores.reports.items()
         ]
-        write_signed(folder / SCORES, {"data": scores.data, "models": models})
+        said = {"data": scores.data, "notes": list(scores.notes), "compared": scores.compared}
+        write_signed(folder / SCORES, {**said, "models": models})
     path = folder / CARD
-    written = read_card(path)
+    try:
+        written = read_card(path)
+    except ModelError as error:
+        _log.warning("%s; no card is written", error)
+        return
     if written is not None and not is_unedited(written):
         _log.warning("%s was edited and stays as it is; delete it for a new one", path)
         return
@@ -119,41 +149,74 @@ def is_unedited(card: str) -> bool:
     return found is not None and found[2] == _digest(found[1])
 
 
+def has_edited_card(folder: Path) -> bool:
+    """Whether a folder has a card that somebody has edited, or that is too large to be one of ours."""
+    try:
+        card = read_card(folder / CARD)
+    except ModelError:
+        return True
+    return card is not None and not is_unedited(card)
+
+
 def read_scores(folder: Path) -> CardScores | None:
     """The scores that lie beside a student; None if there are none, or they are damaged, which is said."""
-    path = folder / SCORES
     try:
-        found = check(read_signed(Path(os.path.realpath(path))), _RULE, str(path))
-    except FileNotFoundError:
-        return None
-    except CacheFormatError as error:
+        return stored_scores(folder)
+    except (CacheFormatError, ModelError) as error:
         _log.warning("the card has no scores: %s", str(error).partition(";")[0])
         return None
+
+
+def stored_scores(folder: Path) -> CardScores | None:
+    """The scores that lie beside a student; None if there are none.
+
+    Raises:
+        CacheFormatError: If they are damaged.
+        ModelError: If they are a link that is not followed.
+    """
+    path = folder / SCORES
+    try:
+        found = check(read_signed(own_file(path)), _RULE, str(path))
+    except FileNotFoundError:
+        return None
     reports = {model["name"]: EvaluationReport.from_dict(model["report"]) for model in found["models"]}
-    return CardScores(reports, found["data"])
+    told = {key: found[key] for key in ("notes", "compared") if key in found}
+    return CardScores(reports, found["data"], **told)
 
 
 def _take_over(old: Path, new: Path, provenance: Mapping[str, Any]) -> None:
     """Bring what was made by hand or is still true from a folder that is replaced; what cannot be read is lost with it."""
-    with contextlib.suppress(CacheFormatError):
+    with contextlib.suppress(ModelError):
         card = read_card(old / CARD)
         if card is not None and not is_unedited(card):
             write_bytes_atomic(new / CARD, card.encode(errors="surrogateescape"))
-    with contextlib.suppress(FileNotFoundError, CacheFormatError):
+    with contextlib.suppress(FileNotFoundError, CacheFormatError):  # a link is not followed
         if read_provenance(old).get("files") == provenance.get("files"):
             write_bytes_atomic(new / SCORES, read_bounded(old / SCORES, max_bytes=_MOST_BYTES))
 
 
 def read_card(path: Path) -> str | None:
-    """A card, or what it links to; None if there is none."""
+    """A card, bytes that are not UTF-8 as lone surrogates; None if there is none.
+
+    Raises:
+        ModelError: If it is a link that is not followed, is no file or cannot be read, or is too large for a card.
+    """
     try:
-        return read_bounded(Path(os.path.realpath(path)), max_bytes=_MOST_BYTES).decode(errors="surrogateescape")
+        return read_bounded(own_file(path), max_bytes=_MOST_BYTES).decode(errors="surrogateescape")
     except FileNotFoundError:
         return None
+    except CacheFormatError as error:
+        large = path.is_file() and path.stat().st_size > _MOST_BYTES
+        why = (
+            f"larger than {_MOST_BYTES:,} bytes, too large for a card; shorten it"
+            if large
+            else "cannot be read; move it away"
+        )
+        raise ModelError(f"{path}: {why}, or delete it for a new card") from error
 
 
 def _digest(body: str) -> str:
-    return hashlib.sha256(body.encode()).hexdigest()
+    return hashlib.sha256(body.encode(errors="surrogateescape")).hexdigest()
 
 
 def _known(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
@@ -205,7 +268,7 @@ def _body(folder: Path, provenance: Mapping[str, Any], scores: CardScores | None
 
 ## Load it
 
-{_fenced(_loading(folder, place), "python")}
+{_fenced(_loading(folder, place, export.get("dtype")), "python")}
 
 ## Where it comes from
 
@@ -223,7 +286,7 @@ What is derived is under the licences of what it was derived from: teacher, data
 
 ## Scores
 
-{_scores(config, scores, export)}
+{_scores(scores, export)}
 
 ## Make it again
 
@@ -270,20 +333,21 @@ def _metadata(
     known = licence.lower() in _LICENCES.split()
     results = []
     if scores is not None:
-        own = dict(list(scores.reports.items())[:1])
-        for row in table_rows(own)[0]:
-            value = row.scores[0]
-            if value is not None:
-                results.append(
-                    EvalResult(
-                        task_type="image-text-to-text",
-                        dataset_type="held-out",
-                        dataset_name=one_line(scores.data),
-                        metric_type="accuracy",
-                        metric_name=row.heading,
-                        metric_value=round(row.factor * value.value, 1),
-                    )
+        own, items_of = next(iter(scores.reports)), "training-data" if scores.of_training else "held-out"
+        for agreement, kind, where in ((False, items_of, scores.data), (True, "teacher-cache", scores.compared)):
+            report = scores.part(agreement=agreement).get(own)
+            results += [
+                EvalResult(
+                    task_type="image-text-to-text",
+                    dataset_type=kind,
+                    dataset_name=one_line(where),
+                    metric_type="accuracy",
+                    metric_name=row.heading,
+                    metric_value=round(row.factor * row.scores[0].value, 1),
                 )
+                for row in (table_rows({own: report})[0] if report else ())
+                if row.scores[0] is not None
+            ]
     card = ModelCardData(
         base_model=list(bases) or None,
         datasets=[found for found in data if hub_name(found)] or None,
@@ -353,11 +417,26 @@ def _phases(origin: Mapping[str, Any]) -> list[tuple[str, ...]]:
     return rows or [("not stated",) * 5]
 
 
-def _scores(config: Mapping[str, Any], scores: CardScores | None, export: Any) -> str:
+def _scores(scores: CardScores | None, export: Any) -> str:
     if scores is None:
         return "Not scored yet: `distill evaluate FOLDER --card` does it, and writes the scores here."
-    headlines, details = table_rows({name: report for name, report in scores.reports.items() if name != GAIN})
-    gains = scores.reports.get(GAIN)
+    own = next(iter(scores.reports))
+    where = "Items of the training data" if scores.of_training else "Held-out items"
+    how = "value and 95 % bootstrap interval over"
+    parts = [
+        (scores.part(agreement=False), f"{where}, {markdown(scores.data)}; {how} items."),
+        (scores.part(agreement=True), f"Agreement with the teacher, on {markdown(scores.compared)}; {how} samples."),
+    ]
+    told = [f"{line}\n\n{_score_table(part, own)}" for part, line in parts if part]
+    before = ["These are the scores of the student before it was exported."] if export else []
+    notes = "\n".join(f"- {markdown(note, limit=2000)}" for note in scores.notes)
+    return "\n\n".join(filter(None, [*before, *told, notes]))
+
+
+def _score_table(reports: Mapping[str, EvaluationReport], own: str) -> str:
+    """Scores, a column a model, with ``own`` in bold; `GAIN` last."""
+    headlines, details = table_rows({name: report for name, report in reports.items() if name != GAIN})
+    gains = reports.get(GAIN)
     names = {heading: name for name, heading, _ in HEADLINE}
     rows = []
     for row in [*headlines, *details]:
@@ -366,19 +445,12 @@ def _scores(config: Mapping[str, Any], scores: CardScores | None, export: Any) -
             gain = gains.scores.get(names.get(row.heading, ""))
             cells.append("" if gain is None else " ".join(format_score(gain, row.factor, sign="+")))
         indent = "&nbsp;" * 4 if row.heading.startswith(" ") else ""
-        rows.append((indent + markdown(row.heading.strip()), *cells, *[""] * (len(scores.reports) - len(cells))))
-    first = next(iter(scores.reports), "")
-    before = " They are those of the student before it was exported." if export else ""
-    return (
-        f"Held-out items of {markdown(scores.data)}; value and 95 % bootstrap interval over items.{before}\n\n"
-        + _table(
-            ["score", *(f"**{markdown(name)}**" if name == first else markdown(name) for name in scores.reports)], rows
-        )
-    )
+        rows.append((indent + markdown(row.heading.strip()), *cells, *[""] * (len(reports) - len(cells))))
+    return _table(["score", *(f"**{markdown(name)}**" if name == own else markdown(name) for name in reports)], rows)
 
 
-def _loading(folder: Path, place: HubName) -> str:
-    """Lines of Python that load what lies in a folder and ask it about a picture."""
+def _loading(folder: Path, place: HubName, dtype: Any) -> str:
+    """Lines of Python that load what lies in a folder, in a precision if an adapter, and ask it about a picture."""
     shown = json.dumps(place.repository) + (f", revision={json.dumps(place.revision)}" if place.revision else "")
     settings = read_settings(folder / "config.json")
     code = any("auto_map" in read_settings(folder / name) for name in ("config.json", "processor_config.json"))
@@ -387,25 +459,31 @@ def _loading(folder: Path, place: HubName) -> str:
         model = next((name for name in found if not name.startswith("mmproj")), found[0])
         projector = next((f" --mmproj {name}" for name in found if name.startswith("mmproj")), "")
         return f"# llama.cpp: llama-mtmd-cli -m {model}{projector} --image picture.jpg -p 'What is in this picture?'"
-    head = "from PIL import Image\n"
-    processor = f"{shown}{trusted}"
+    names, base, extra = "AutoModelForImageTextToText, AutoProcessor", f"{shown}{trusted}", ""
+    head, loaded, ends = "", "AutoModelForImageTextToText.from_pretrained({})", ""
+    if trusted and place.repository != PLACE and not place.revision:
+        head = "# trust_remote_code runs the code beside the weights; revision=COMMIT keeps it to what you have read.\n"
     if not settings and (adapter := read_settings(folder / "adapter_config.json")):
         given = str(adapter.get("base_model_name_or_path") or "BASE")
-        base = json.dumps(given if hub_name(given) and not Path(given).is_dir() else Path(given).name)
-        processor = base + (f", revision={json.dumps(adapter['revision'])}" if adapter.get("revision") else "")
-        head += "from peft import PeftModel\nfrom transformers import AutoModelForImageTextToText, AutoProcessor\n\n"
-        head += f"# {base} is the model that the adapter belongs to.\n"
-        model = f"PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained({processor}), {shown})"
-    else:
-        head += "from transformers import AutoModelForImageTextToText, AutoProcessor\n\n"
-        model = f"AutoModelForImageTextToText.from_pretrained({processor})"
-    return f"""{head}processor = AutoProcessor.from_pretrained({processor})
-model = {model}
-asked = [{{"role": "user", "content": [{{"type": "image"}}, {{"type": "text", "text": "What is in this picture?"}}]}}]
+        base = json.dumps(given if hub_name(given) and not Path(given).is_dir() else f"PATH_TO/{Path(given).name}")
+        head = f"# {base} is the model that the adapter belongs to.\n"
+        if "PATH_TO" in base:
+            head += "# adapter_config.json names it by its folder on the machine of the training.\n"
+        base += f", revision={json.dumps(adapter['revision'])}" if adapter.get("revision") else ""
+        base += f", dtype={json.dumps(str(dtype or 'float32'))}{trusted}"
+        names, extra = f"{names}, GenerationConfig", "from peft import PeftModel\n"
+        loaded = f"PeftModel.from_pretrained({loaded}, {shown})"
+        ends = f"model.generation_config = GenerationConfig.from_pretrained({shown})\n"
+    return f"""{extra}from PIL import Image
+from transformers import {names}
+
+{head}processor = AutoProcessor.from_pretrained({shown}{trusted})
+model = {loaded.format(base)}
+{ends}asked = [{{"role": "user", "content": [{{"type": "image"}}, {{"type": "text", "text": "What is in this picture?"}}]}}]
 prompt = processor.apply_chat_template(asked, add_generation_prompt=True)
 inputs = processor(text=prompt, images=Image.open("picture.jpg").convert("RGB"), return_tensors="pt")
-answer = model.generate(**inputs, max_new_tokens=64)
-print(processor.decode(answer[0], skip_special_tokens=True))"""
+answer = model.generate(**inputs, max_new_tokens=64)[0, inputs["input_ids"].shape[1] :]
+print(processor.decode(answer, skip_special_tokens=True))"""
 
 
 def _commands(config: Mapping[str, Any], caches: Iterable[Mapping[str, Any]], taught: bool) -> str:

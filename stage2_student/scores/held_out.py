@@ -6,6 +6,7 @@ scores carry a note that says so. A student may outlive its cache, which is None
 
 import contextlib
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,14 +15,17 @@ from typing import Any
 from vlm_distill_cache.common.cache.reader import TeacherCache
 from vlm_distill_cache.common.errors import ConfigError, DataError, SampleError
 from vlm_distill_cache.common.files.rules import shown
+from vlm_distill_cache.common.hub import hub_name
 from vlm_distill_cache.common.locations import by_make
 from vlm_distill_cache.common.printing import one_line
-from vlm_distill_cache.data.registry import open_dataset, open_evaluation
+from vlm_distill_cache.data.registry import TEXTS, open_dataset, open_evaluation
 from vlm_distill_cache.data.sample import EvaluationSet, Question
-from vlm_distill_cache.data.sources.mixture import is_mixture
+from vlm_distill_cache.data.sources.mixture import MIXTURES, is_mixture
 from vlm_distill_cache.data.text.encoding import SampleEncoder, build_prompt
 from vlm_distill_cache.stage2_student.batches.dataset import merged_fingerprints, splits_and_limits
 from vlm_distill_cache.stage2_student.config import TrainConfig
+from vlm_distill_cache.stage2_student.scores.card import CardScores
+from vlm_distill_cache.stage2_student.scores.results import MEMORISED, EvaluationReport
 from vlm_distill_cache.stage2_student.students.encoder import encoder_of_cache
 from vlm_distill_cache.stage2_student.training.preparation import BUILT_IN_DATA, built_in_data
 
@@ -30,6 +34,7 @@ MOST_UNREADABLE = (
     0.5  # a larger share of items that cannot be read is refused: a wrong folder, more likely than bad files
 )
 SHOWN_REASONS = 3
+_FOLDERS = re.compile(r"""(?<![^\s('"`=])(?:~|/)(?:[^\s'"`,;()/:]*/)+""")  # around a file, from the root or a home
 _PROMPT = "sample 'prompt': "  # how an error calls what is asked; the item's id says more
 EVALUATE_OPTION = "--data FILE"
 _log = logging.getLogger(__name__)
@@ -105,10 +110,39 @@ def scoring_notes(config: TrainConfig, cache: TeacherCache | None, *, scorable: 
         ]
     if not _is_training_data(config, data, cache):
         return []
-    return [
-        f"Questions are scored on the training data itself ({data}), so these scores include memorisation. "
-        f"Name held-out questions with {option}."
-    ]
+    return [f"{MEMORISED} ({data}), so these scores include memorisation. Name held-out questions with {option}."]
+
+
+def card_scores(
+    reports: Mapping[str, EvaluationReport],
+    config: TrainConfig,
+    cache: TeacherCache | None,
+    notes: Sequence[str],
+    *,
+    trained: bool = True,
+) -> CardScores:
+    """Scores as a card has them, without the folders of this machine.
+
+    Args:
+        notes: What the scores do not tell.
+        trained: Whether the students were trained from this very cache.
+    """
+    known = None if cache is None else cache.plan.data.get("name")
+    data = str(config.evaluation.data or config.data or known or "its data")
+    named = [data, str(known or ""), *map(str, filter(None, (config.evaluation.images, config.images, config.cache)))]
+    for place in sorted(named, key=len, reverse=True):
+        if "/" in place and "://" not in place and not hub_name(place.partition(":")[0]):
+            notes = [note.replace(place, Path(place).name) for note in notes]
+    kept = Path(data).name if data.startswith(("/", "~", ".")) else data
+    of_file = Path(data).suffix.lower() in (*TEXTS, *MIXTURES, ".parquet", ".tar")  # which has no splits
+    return CardScores(
+        reports,
+        kept if of_file else f"{kept}, split {config.evaluation.split}",
+        tuple(_FOLDERS.sub("", note) for note in notes),
+        "the first samples of the cache that it was trained from"
+        if trained
+        else "the first samples of another cache than the one that it was trained from",
+    )
 
 
 def _open(config: TrainConfig, encoder: SampleEncoder | None, cache: TeacherCache | None) -> OpenedItems:

@@ -25,6 +25,7 @@ from vlm_distill_cache.common.hub import CARD, public_name
 from vlm_distill_cache.common.locations import public_location
 from vlm_distill_cache.common.printing import one_line
 from vlm_distill_cache.common.terminal.command_line import quoted
+from vlm_distill_cache.data.sources.mixture import NAMED as BUILT_IN_DATA
 from vlm_distill_cache.stage2_student.config import MODELS, TrainConfig
 from vlm_distill_cache.stage2_student.pruned_folder import pruning_record
 from vlm_distill_cache.stage2_student.training.log import NOT_LOSSES
@@ -50,7 +51,7 @@ def describe_origin(
         log: One record a step, as in ``log.jsonl``; phases without a step there state no losses.
     """
     return {
-        "caches": [_cache(place, cache) for place, cache in caches.items()],
+        "caches": [_cache(place, cache, images=bool(config.images)) for place, cache in caches.items()],
         "bases": _bases(config),
         "license": config.license,
         "phases": [
@@ -74,7 +75,7 @@ def licence_of(folder: Path) -> str:
     return one_line(", ".join(map(str, found)) if isinstance(found, list) else found)
 
 
-def _cache(place: str, cache: TeacherCache) -> dict[str, Any]:
+def _cache(place: str, cache: TeacherCache, *, images: bool) -> dict[str, Any]:
     plan, totals = cache.plan, cache.manifest.totals
     failures = FailureCounts(islice(cache.failed.items(), _MOST_FAILURES))
     return {
@@ -90,39 +91,59 @@ def _cache(place: str, cache: TeacherCache) -> dict[str, Any]:
         "rows": totals["rows"],
         "failed": len(cache.failed),
         "failures": [f"{count} x {reason}" for count, reason, _ in failures.rows()],
-        "command": build_command(plan),
+        "command": build_command(plan, images=images),
     }
 
 
-def build_command(plan: Plan) -> str:
-    """The command that writes a cache like this one, as far as its plan tells; words in capitals are for the reader."""
+def build_command(plan: Plan, *, images: bool = False) -> str:
+    """The command that writes a cache like this one, as far as its plan tells; words in capitals are for the reader.
+
+    ``images``: whether its pictures lie in a folder of their own.
+    """
     if "derived" in plan.extra:
         return "cachectl select ...  # or merge: made from other caches, as its own card tells"
     teacher, data, logits = plan.teacher, plan.data, plan.signals.get(LogitCodec.signal, {})
-    name = str(teacher.get("name") or "TEACHER")
+    name = str(teacher.get("name") or "")
+    known = str(data.get("name") or "DATA").partition("[")[0]
+    drawn = known.partition(":")[0] in BUILT_IN_DATA
     options = {"--cache": "CACHE"}
-    if not name.startswith(_BUILT_IN_TEACHER):
-        options["--teacher"] = f"{name}@{teacher['revision']}" if teacher.get("revision") else name
-    options["--data"] = str(data.get("name") or "DATA").partition("[")[0]
+    if not (drawn and name.startswith(_BUILT_IN_TEACHER)):
+        options["--teacher"] = f"{name}@{teacher['revision']}" if teacher.get("revision") else "TEACHER"
+    options["--data"] = known if drawn or not data.get("name") else f"PATH_TO/{known}"
+    if images:
+        options["--images"] = "IMAGES"
     if data.get("repository"):
         at = f"@{data['revision']}" if data.get("revision") else ""
         file = f"/{data['file']}" if data.get("file") else ""
         options["--data"] = f"{data['repository']}{at}{file}" + (
             f":name={data['config']}" if data.get("config") else ""
         )
-    options["--signals"] = ",".join(sorted(plan.signals))
+    written: Mapping[str, Any] = next((how for how in plan.signals.values() if "max_new_tokens" in how), {})
+    options["--signals"] = ",".join(sorted(name for name, how in plan.signals.items() if how is not written))
     low, high = logits.get("min_k"), logits.get("max_k")
     presets = [name for name, how in LOGIT_PRESETS.items() if how.items() <= logits.items()]
-    others = {signal: how for signal, how in plan.signals.items() if signal != LogitCodec.signal}
-    exact = any(how.get("exact") is True or how.get("preset") == "f4" for how in others.values())
+    hidden: Mapping[str, Any] = max(  # the projector's output has the number 0
+        (how for how in plan.signals.values() if "layers" in how),
+        key=lambda how: list(how["layers"]) != [0],
+        default={},
+    )
+    drawn_map: Mapping[str, Any] = next((how for how in plan.signals.values() if "preset" in how), {})
+    attention = [how for how in plan.signals.values() if "groups" in how]
+    exact = any(how.get("exact") is True or how.get("preset") == "f4" for how in attention)
+    grid = next((how["grid"] for how in attention if isinstance(how.get("grid"), list | tuple)), (0, 0))
     settings = {
         "split": data.get("split"),
         "limit": data.get("limit"),
         "logits": next(iter(presets), f"fixed:{low}" if low and low == high else None),
         "temperatures": logits.get("temperatures"),
         "attention_dtype": "f4" if exact else None,
-        "map_preset": None if exact else next((how["preset"] for how in others.values() if "preset" in how), None),
-        "hidden_layers": next((how["layers"] for how in others.values() if "layers" in how), None),
+        "grid": grid[0] if grid[0] == grid[-1] else None,
+        "map_preset": None if exact else drawn_map.get("preset"),
+        "map_grid": drawn_map.get("grid"),
+        "hidden_layers": hidden.get("layers"),
+        "hidden_dtype": "f4" if hidden.get("exact") else None,
+        "max_new_tokens": written.get("max_new_tokens"),
+        **{f"answer_{key}": written.get(key) for key in ("temperature", "top_p", "seed")},
         "groups": len(teacher.get("groups") or ()),
         "layers": teacher.get("layer_choice") if isinstance(teacher.get("layer_choice"), str) else None,
         "dtype": teacher.get("dtype"),
@@ -135,6 +156,7 @@ def build_command(plan: Plan) -> str:
         "shard_size": plan.shard_size,
     }
     words = [f"{option} {quoted(value)}" for option, value in options.items()]
+    words += ["--set answers=generate"] if written else []
     words += [f"--set {quoted(f'{option}={value}')}" for option, value in settings.items() if value]
     return " ".join([built_with(plan), *words])
 

@@ -13,15 +13,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from vlm_distill_cache.common.errors import ConfigError, ModelError, TransferError
+from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, ModelError, TransferError
 from vlm_distill_cache.common.files.disk import AGAIN
 from vlm_distill_cache.common.files.hashing import file_digests, sha256_hex
 from vlm_distill_cache.common.hub import CARD, HubName
-from vlm_distill_cache.common.printing import one_line
+from vlm_distill_cache.common.printing import SURROGATE, one_line
 from vlm_distill_cache.common.remotes.hub import NO_ACCESS, refuse_offline, settle_transfer, sorted_hub_errors
 from vlm_distill_cache.common.remotes.streams import Retries, said
-from vlm_distill_cache.stage2_student.final_folder import FINAL, IS_READ, PROVENANCE, read_final
-from vlm_distill_cache.stage2_student.scores.card import SCORES, card_text, is_unedited, read_card
+from vlm_distill_cache.stage2_student.final_folder import FINAL, IS_READ, PROVENANCE, own_file, read_final
+from vlm_distill_cache.stage2_student.scores.card import SCORES, card_text, is_unedited, read_card, stored_scores
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -272,20 +272,35 @@ class _Push:
 
 def _files_of(folder: Path, provenance: Mapping[str, Any], place: HubName) -> dict[str, Path | bytes]:
     """What of a folder is pushed, by name: what it lists, what it says of itself, licences, scores and card; nothing else."""
-    names = list(provenance.get("files") or (path.name for path in folder.iterdir() if IS_READ.fullmatch(path.name)))
+    listed = provenance.get("files") or {}
+    names = list(listed or (path.name for path in folder.iterdir() if IS_READ.fullmatch(path.name)))
     names += [path.name for pattern in _LICENCE_FILES for path in sorted(folder.glob(pattern)) if path.is_file()]
-    names += [PROVENANCE, *([SCORES] if (folder / SCORES).is_file() else [])]
+    names += [PROVENANCE]
+    try:
+        names += [] if stored_scores(folder) is None else [SCORES]
+    except CacheFormatError as error:
+        raise ModelError(
+            f"{str(error).partition(';')[0]}; score the student again (`distill evaluate FOLDER --card`), or delete that file"
+        ) from error
     if missing := [name for name in names if not (folder / name).is_file()]:
         raise ModelError(
             f"{folder}: lacks {_listed(missing)}, as copies out of the hub's cache do; push the folder that was trained or exported"
         )
-    files: dict[str, Path | bytes] = {name: Path(os.path.realpath(folder / name)) for name in sorted(set(names))}
+    files: dict[str, Path | bytes] = {
+        # What is listed was compared with its digest, wherever it lies.
+        name: Path(os.path.realpath(folder / name)) if name in listed else own_file(folder / name)
+        for name in sorted(set(names))
+    }
     card = read_card(folder / CARD)
+    if card is not None and SURROGATE.search(card):
+        raise ModelError(
+            f"{folder / CARD}: not UTF-8, which the hub wants; save it as UTF-8, or delete it for a new card"
+        )
     if card is None or is_unedited(card):  # with the name under which it is loaded from there
         card = card_text(
             folder, provenance, place=HubName(place.repository, "" if place.revision == MAIN else place.revision)
         )
-    return files | {CARD: card.encode(errors="surrogateescape")}
+    return files | {CARD: card.encode()}
 
 
 def _size(content: Path | bytes) -> int:

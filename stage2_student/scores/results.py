@@ -34,6 +34,7 @@ DETAILS = (
     ("attention/cosine", "answer attention, cosine", 1),
     ("attention/kl", "answer attention, KL, nats/row", 1),
 )
+MEMORISED = "Questions are scored on the training data itself"  # how the note about it begins
 PAIRED = tuple(name for name, _, _ in HEADLINE)
 
 

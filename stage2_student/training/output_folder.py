@@ -13,6 +13,7 @@ from vlm_distill_cache.common.files.atomic import TEMPORARY_PREFIX, clean_stale,
 from vlm_distill_cache.common.files.disk import name_full_disk, refuse_overlap
 from vlm_distill_cache.common.terminal.launch import enter_launch
 from vlm_distill_cache.stage2_student.config import TrainConfig
+from vlm_distill_cache.stage2_student.final_folder import refuse_inside_student
 
 CONFIG, STAMP = "config.yaml", "run.json"
 _FILES = (CONFIG, "log.jsonl", STAMP, "table.txt", "report.html", "evaluation.json")
@@ -27,10 +28,11 @@ def claim_output(output: Path, *caches: Path) -> Iterator[None]:
         *caches: The teacher caches, which must be other folders.
 
     Raises:
-        ConfigError: If one of the folders lies in the other, or another process holds ``output``.
+        ConfigError: If one of the folders lies in the other or in a student's, or another process holds ``output``.
         NoRoomError: If there is no more room to write.
     """
     refuse_overlap(output, *caches)
+    refuse_inside_student(output)
     if enter_launch().rank != 0:  # one process of several holds it for all
         yield
         return

@@ -25,7 +25,10 @@ def tell(folder: Path, cases: dict[str, Any], questions: list[dict[str, Any]], *
     AutoTokenizer.from_pretrained(folder, **options)
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, **options).eval()
     processor = AutoProcessor.from_pretrained(folder, **options)
-    chats, told = [], {"ids": [], "logits": [], "answers": [], "piped": [], "batched": [], "plain": [], "sum": []}
+    chats, told = (
+        [],
+        {"ids": [], "logits": [], "answers": [], "piped": [], "batched": [], "plain": [], "sum": [], "loss": []},
+    )
     for question in questions:
         # A path, or what was opened: with torchvision the library would open paths by it.
         shown = {"path": cases["picture"]} if own else {"image": PIL.Image.open(cases["rgb"])}
@@ -41,13 +44,19 @@ def tell(folder: Path, cases: dict[str, Any], questions: list[dict[str, Any]], *
         with torch.no_grad():
             logits = model(**given).logits[0, -1]
             made = model.generate(**given, **how)[0, given["input_ids"].shape[1] :]
+        if own:  # to fine-tune it there: pictures are no words to learn
+            told["loss"].append(float(model(**given, labels=given["input_ids"]).loss))
         told["ids"].append(given["input_ids"][0].tolist())
         told["logits"].append(logits.tolist())
         told["sum"].append(float(given["pixel_values"].double().sum()) if "pixel_values" in given else 0.0)
         told["answers"].append(processor.decode(made, skip_special_tokens=True).strip())
         told["piped"].append(ask(text=chat, return_full_text=False, generate_kwargs=how)[0]["generated_text"].strip())
+    told["batched"] = [
+        one[0]["generated_text"].strip()
+        for one in ask(text=chats[:2], return_full_text=False, generate_kwargs=how, batch_size=2)
+    ]
     if own:
-        told["batched"] = [
+        told["batched"] += [
             one[0]["generated_text"].strip()
             for one in ask(text=chats, return_full_text=False, generate_kwargs=how, batch_size=2)
         ]

@@ -1,14 +1,20 @@
 """An adapter that is exported alone gives, on the model that training started from, what the trained student gives."""
 
 import json
+import shutil
 
 import lora_runs
+import PIL.Image
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from test_export_layouts import clip_llama, logits, save_final
 
 from vlm_distill_cache.common.errors import ModelError
+from vlm_distill_cache.data.images.load import ImageFile
+from vlm_distill_cache.data.text.encoding import build_prompt
 from vlm_distill_cache.stage2_student.final_folder import PROVENANCE, read_final
+from vlm_distill_cache.stage2_student.scores.card import PLACE
 from vlm_distill_cache.stage2_student.students.build import load_student
 from vlm_distill_cache.stage2_student.students.library import LibraryStudent, open_library_student
 from vlm_distill_cache.stage2_student.train import train
@@ -24,9 +30,17 @@ def save_base(folder, kind):
     return folder
 
 
+def halve(folder):
+    """Store a model's weights as float16."""
+    path = folder / "model.safetensors"
+    save_file({name: value.half() for name, value in load_file(path).items()}, path, metadata={"format": "pt"})
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**settings, "dtype": "float16"}))
+
+
 @pytest.mark.filterwarnings("ignore")  # what peft says of the library
 @pytest.mark.parametrize("kind", ["llava", "own"])
-def test_base_and_adapter_are_the_student(kind, tiny_cache, tmp_path):
+def test_base_and_adapter_are_the_student(kind, tiny_cache, tmp_path, monkeypatch):
     """Of two phases of adapters after one of the projector: peft knows the sum as one adapter."""
     peft = pytest.importorskip("peft")
     base = save_base(tmp_path / "base", kind)
@@ -50,7 +64,21 @@ def test_base_and_adapter_are_the_student(kind, tiny_cache, tmp_path):
     assert read_final(exported)["export"]["layout"] == "adapter"
     with pytest.raises(ModelError, match="layout adapter, which other programs read"):
         open_student(exported)
+    # The lines of its card, by the base's own place.
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    PIL.Image.new("RGB", (40, 30), "red").save("picture.jpg")
+    kept = shutil.copytree(base, tmp_path / "kept")
+    halve(base)  # as published models are stored: without a precision it would be computed in that
+    lines = (exported / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
+    lines = lines.replace("PATH_TO/base", str(base)).replace(PLACE, str(exported)).replace("print(", "said = (")
+    exec(lines, told := {})
+    asked = build_prompt(student.encoder, ImageFile(tmp_path / "picture.jpg"), "What is in this picture?")
+    assert told["inputs"]["input_ids"][0].tolist() == asked.input_ids.tolist()
+    assert told["model"].dtype == torch.float32
+    assert isinstance(told["said"], str)
 
+    shutil.copytree(kept, base, dirs_exist_ok=True)
     other = tmp_path / "other"
     (run / "checkpoints").rename(other)
     with pytest.raises(

@@ -17,6 +17,7 @@ import transformers as hf
 from tiny_families import TEXT, VISION, byte_tokenizer, make_lively, save_tiny
 
 from vlm_distill_cache.common.models.compodistill import CompoDistillConfig, CompoDistillForConditionalGeneration
+from vlm_distill_cache.common.models.llava import LlavaOfAnyDepth
 from vlm_distill_cache.common.models.mobilevlm import MobileVLMConfig, MobileVLMForConditionalGeneration
 from vlm_distill_cache.common.models.processing import VisionLanguageProcessor
 from vlm_distill_cache.common.models.published import default_image_processor, is_published
@@ -31,7 +32,7 @@ from vlm_distill_cache.stage2_student.students.build import load_student
 from vlm_distill_cache.stage2_student.students.library import LibraryStudent
 
 QUESTIONS = [
-    {"shows": True, "text": "What is it?"},
+    {"shows": True, "text": " What is it? \n"},
     {"shows": True, "text": "Is the thing on the left larger than that on the right?"},
     {"shows": False, "text": "Who are you?"},
 ]
@@ -117,7 +118,20 @@ def expected_of(model, encoder, picture: Path):
         prompts.append(build_prompt(encoder, image, question["text"]))
         logits.append(model(**made(prompts[-1:], 0, torch.device("cpu"))).logits[0, -1])
     answers = [generate_answers(model, encoder, [prompt], max_new_tokens=5, inputs=made).texts[0] for prompt in prompts]
-    return prompts, logits, answers
+    return (
+        prompts,
+        logits,
+        answers,
+        [loss_of(model, encoder, made(prompts[at : at + 1], 0, torch.device("cpu"))) for at in range(3)],
+    )
+
+
+def loss_of(model, encoder, inputs):
+    """Mean surprise at each word of a prompt behind its first token, one by one."""
+    said = model(**inputs).logits[0].double().log_softmax(-1)
+    ids = inputs["input_ids"][0].tolist()
+    words = [at for at, one in enumerate(ids) if at and one != encoder.image_token_id]
+    return -sum(float(said[at - 1, ids[at]]) for at in words) / len(words)
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +177,7 @@ def told(saved, tmp_path_factory):
 
 @pytest.mark.parametrize("name", STUDENTS)
 def test_a_saved_student_says_the_same_where_this_project_is_not(name, saved, told):
-    prompts, logits, answers = saved[1][name]
+    prompts, logits, answers, losses = saved[1][name]
     found = told[name]
     assert found["ids"] == [prompt.input_ids.tolist() for prompt in prompts]
     sums = [
@@ -174,9 +188,34 @@ def test_a_saved_student_says_the_same_where_this_project_is_not(name, saved, to
     for ours, theirs in zip(logits, found["logits"], strict=True):
         torch.testing.assert_close(torch.tensor(theirs), ours, rtol=1e-4, atol=1e-4)
     assert found["answers"] == found["piped"] == answers
+    assert found["batched"] == [*answers[:2], *(answers * 2 if name in OURS else ())]
     if name in OURS:
-        assert found["batched"] == [*answers, *answers]
+        assert found["loss"] == pytest.approx(losses, rel=1e-4)
         assert found["plain"] == answers[:2]
+
+
+@pytest.mark.filterwarnings("ignore")  # what the libraries say of one another
+@pytest.mark.parametrize(
+    ("name", "kind"), [("mobilevlm_mlp", MobileVLMForConditionalGeneration), ("llava_original", LlavaOfAnyDepth)]
+)
+def test_a_student_is_fine_tuned_by_the_librarys_trainer_through_adapters(name, kind, saved, tmp_path):
+    peft = pytest.importorskip("peft")
+    batch = left_padded_inputs(saved[1][name][0][:2], 0, torch.device("cpu"))
+    batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    model = kind.from_pretrained(saved[0] / name)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=r".*layers.*\.(?:q|v)_proj"))
+    trainer = hf.Trainer(
+        model=adapted,
+        args=hf.TrainingArguments(
+            tmp_path, max_steps=2, use_cpu=True, report_to=[], logging_steps=1, learning_rate=0.05, disable_tqdm=True,
+            save_strategy="no", remove_unused_columns=False,
+        ),
+        train_dataset=[{}] * 8,
+        data_collator=lambda _: batch,
+    )  # fmt: skip
+    trainer.train()
+    first, second = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert 0 < second < first
 
 
 def test_code_beside_the_weights_needs_the_libraries_and_itself_alone():

@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from finished_runs import make_config
 from huggingface_hub import ModelCard
 
+from vlm_distill_cache.common.codecs.answers import AnswersCodec
 from vlm_distill_cache.common.config import config_from_dict, config_to_dict, load_options
 from vlm_distill_cache.common.files.signed import write_signed
 from vlm_distill_cache.stage1_teacher.config import BuildConfig
@@ -20,9 +21,10 @@ from vlm_distill_cache.stage2_student.config import TrainConfig, describe
 from vlm_distill_cache.stage2_student.final_folder import PROVENANCE, read_final, read_provenance
 from vlm_distill_cache.stage2_student.run import run, write_report_again
 from vlm_distill_cache.stage2_student.scores.card import SCORES, CardScores, card_text, is_unedited, write_card
+from vlm_distill_cache.stage2_student.scores.held_out import card_scores
 from vlm_distill_cache.stage2_student.scores.metrics import Score
 from vlm_distill_cache.stage2_student.scores.origin import build_command, licence_of
-from vlm_distill_cache.stage2_student.scores.results import EvaluationReport
+from vlm_distill_cache.stage2_student.scores.results import MEMORISED, EvaluationReport
 
 NASTY = (
     "[a](http://e) ![b](http://e/c.png) <img src=http://e> `d` | *f* &lt; $g$",
@@ -113,7 +115,7 @@ def test_scores_reach_the_card_when_asked_for_and_follow_into_exports(copied, tm
     exported = CliRunner().invoke(main, ["export", str(final), "--output", str(tmp_path / "x"), "--dtype", "float16"])
     assert exported.exit_code == 0, exported.output
     text = (tmp_path / "x" / "README.md").read_text()
-    assert "They are those of the student before it was exported." in text
+    assert "These are the scores of the student before it was exported." in text
     assert "| export: dtype | `float16` |" in text
     assert text.partition("## Scores")[2].partition("| score")[2].partition("##")[0] in card
     ModelCard(text)
@@ -151,6 +153,35 @@ def test_whatever_strangers_call_things_is_text_and_the_card_stays_valid(copied,
     assert not {kind for kind in inline if kind.startswith(("link", "image", "html", "em_"))}
     assert [token.content for token in tokens if token.type == "heading_open"] == [""] * 8
     assert yaml.safe_load(block(text, "yaml"))["seed"] == 0
+
+
+def test_a_card_says_what_was_scored_on_what_and_no_folder_of_the_machine(tiny_cache, copied, caplog, tmp_path):
+    final, score = copied / "sft" / "final", Score(value=0.5, low=0.0, high=1.0, items=2)
+    report = EvaluationReport(scores=dict.fromkeys(("questions", "teacher/top1", "teacher/kl"), score))
+    place = tmp_path / "my own" / "mine.json"
+    config = replace(make_config(tiny_cache[0], copied), data=str(place), images=str(tmp_path / "pictures"))
+    unread = f"1 of 3 questions cannot be read and are not scored; the first: b: {tmp_path}/pictures/b.png is missing"
+    for notes, kind, words in (
+        ((f"{MEMORISED} ({place}), so these scores include memorisation.", unread), "training-data", "Items of the training data"),
+        ((), "held-out", "Held-out items"),
+    ):  # fmt: skip
+        scores = card_scores({"sft": report}, config, None, notes)
+        write_card(final, read_provenance(final), scores=scores)
+        text = (final / "README.md").read_text()
+        assert str(tmp_path) not in text + (final / SCORES).read_text()
+        said = text.partition("## Scores")[2].partition("## Make")[0]
+        items, agreement = said.partition("Agreement with the teacher, on the first samples of the cache")[::2]
+        assert f"{words}, mine.json; value" in items
+        assert ("questions, exact match" in items, "teacher" in items.partition("interval")[2]) == (True, False)
+        assert "top-1 agrees" in agreement
+        assert "nats/row" in agreement
+        assert all(note.partition(" (")[0].partition(";")[0] in agreement for note in notes)
+        assert ("mine.json), so these scores include memorisation" in agreement) is bool(notes)
+        found = {result.metric_name: result.dataset_type for result in ModelCard(text).data.eval_results}
+        assert found == {"questions, exact match, %": kind, "top-1 agrees with teacher, %": "teacher-cache"}
+    (final / "README.md").write_text("---\nlicense: mit\n---\nMine")
+    assert CliRunner().invoke(main, ["export", str(final), "--output", str(tmp_path / "x")]).exit_code == 0
+    assert f"{final / 'README.md'} was edited; the export has a card of its own" in caplog.text
 
 
 def test_licences_are_those_that_are_stated(copied, tmp_path):
@@ -211,6 +242,20 @@ def test_the_command_of_a_build_names_what_a_plan_tells(tiny_cache):
     assert words[words.index("--teacher") + 1] == f"org/teacher@{'b' * 40}"
     assert words[words.index("--data") + 1] == f"org/data@{'c' * 40}:name=all"
     assert "limit=5" in words
+    written = AnswersCodec(max_new_tokens=9, seed=3)
+    own = replace(
+        plan,
+        teacher={**plan.teacher, "name": "built-in (shapes)"},  # that drew its pupils' data alone
+        data={"name": "my data.json[:5]", "limit": 5},
+        signals={**plan.signals, "answers": written.to_dict()},
+        fields={**plan.fields, "answers": written.fields()},
+    )
+    words = shlex.split(build_command(own, images=True))
+    assert words[words.index("--teacher") : words.index("--signals")] == [
+        "--teacher", "TEACHER", "--data", "PATH_TO/my data.json", "--images", "IMAGES",
+    ]  # fmt: skip
+    assert "answers" not in words[words.index("--signals") + 1].split(",")
+    assert {"answers=generate", "max_new_tokens=9", "answer_seed=3"} <= {*words}
     assert build_command(replace(plan, extra={"derived": {}})).startswith("cachectl ")
     assert build_command(replace(plan, teacher={"served": True})).startswith("cachectl import-logprobs ")
 
@@ -220,8 +265,8 @@ def test_the_lines_that_load_it_are_those_of_what_the_folder_holds(copied, tmp_p
     for name, text, expected in (
         ("config.json", '{"auto_map": {}}', 'AutoModelForImageTextToText.from_pretrained("PATH_OR_NAME", trust_remote_code=True)'),
         ("config.json", "{}", 'AutoProcessor.from_pretrained("PATH_OR_NAME")'),
-        ("adapter_config.json", '{"base_model_name_or_path": "/home/me/base"}', 'from_pretrained("base"), "PATH_OR_NAME")'),
-        ("adapter_config.json", '{"base_model_name_or_path": "a/b", "revision": "c"}', 'from_pretrained("a/b", revision="c")'),
+        ("adapter_config.json", '{"base_model_name_or_path": "/home/a/base"}', '"PATH_TO/base", dtype="float32"), "PATH_OR_NAME")'),
+        ("adapter_config.json", '{"base_model_name_or_path": "a/b", "revision": "c"}', '"a/b", revision="c", dtype="float32")'),
         ("model-f16.gguf", "", "llama-mtmd-cli -m model-f16.gguf --image"),
     ):  # fmt: skip
         (tmp_path / "x").mkdir()

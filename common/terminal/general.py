@@ -266,6 +266,10 @@ class Described(click.Command):
 class Command(Described):
     """A command: its options are taken as flags, and with --json it answers with one document."""
 
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self.context_settings.setdefault("help_option_names", ["-h", "--help"])  # also without its group
+
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Read the arguments."""
         if not ctx.resilient_parsing:

@@ -9,9 +9,10 @@ from vlm_distill_cache.common.remotes.streams import PassingError
 
 
 def answered(status: int) -> Exception:
-    httpx = pytest.importorskip("httpx")
     from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.utils import _http
 
+    httpx = next(found for name in ("httpx2", "httpx") if (found := getattr(_http, name, None)))  # by its version
     response = httpx.Response(status, request=httpx.Request("PUT", "https://hub/x"))
     return HfHubHTTPError(f"{status} Client Error for url: https://hub/x", response=response)
 

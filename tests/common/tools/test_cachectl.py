@@ -157,7 +157,7 @@ def test_convert_there_and_back(cache, tmp_path):
 
 
 def test_wrong_usage_exits_with_two(cache, tmp_path):
-    assert "does not exist" in run("verify", tmp_path / "nowhere", code=2)
+    assert "there is no such folder" in run("verify", tmp_path / "nowhere", code=2)
     assert "Missing option '--store'" in run("convert", cache, tmp_path / "x", code=2)
     assert "No such option" in run("inspect", cache, "--nonsense", code=2)
     assert "not a teacher cache" in run("inspect", tmp_path, code=1)

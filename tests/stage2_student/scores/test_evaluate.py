@@ -410,9 +410,9 @@ def test_table_leads_with_what_matters_and_leaves_out_what_says_nothing():
     assert lines[4:6] == ["", "captions by likelihood, by kind"]
     assert lines[6].startswith("  swap_att ")
     assert lines[-1].split()[-4:] == ["-", "0.500", "[0.250,", "0.750]"]
-    assert len(lines) == 8
+    assert len(lines) == 9
     assert "letter" not in table
-    assert "swap_obj" not in table
+    assert lines[7].startswith("  swap_obj ")  # all wrong says something of a kind
     some = render_table({"sft": EvaluationReport(scores={"letters/mean": none, "letters/unparsed": half})})
     assert [line.split("  ")[:2] for line in some.splitlines()[1:]] == [["captions by letter, %"], ["", "not a letter"]]
 

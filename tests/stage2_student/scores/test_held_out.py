@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import replace
 from types import SimpleNamespace
 
 import PIL.Image
@@ -205,7 +206,7 @@ def test_without_its_cache_a_student_is_scored_without_the_comparison(tiny_cache
 def test_data_of_one_part_of_a_merge_is_training_data(tmp_path):
     data = write_data(tmp_path, ["red", "blue", "green"])
     build_tiny_cache(tmp_path / "c", data=str(data))
-    config = make_config(tmp_path / "c", tmp_path / "run", data)
+    config = replace(make_config(tmp_path / "c", tmp_path / "run", data), data=None)
     parts = [
         {"fingerprint": "another", "limit": 0, "samples": 9},
         {"fingerprint": open_dataset(str(data), limit=2).fingerprint(), "limit": 2, "samples": 2},

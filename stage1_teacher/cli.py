@@ -281,6 +281,14 @@ class _Finite(click.FloatRange):
         return number
 
 
+_JSON_FILE = click.option(
+    "--json",
+    "json_file",
+    is_flag=False,
+    flag_value="",
+    metavar="[FILE]",
+    help="Also write all figures here; without FILE, print them and nothing else.",
+)
 _POSITIVE = _Finite(min=0, min_open=True)
 
 
@@ -310,14 +318,7 @@ def _refuse_place(json_file: str | None) -> None:
 )
 @click.option("--student-step", type=_POSITIVE, help="Seconds of training a sample, if you measured a student.")
 @click.option("--price", type=_Finite(min=0), help="Of the teacher's machine for an hour; adds costs to the hours.")
-@click.option(
-    "--json",
-    "json_file",
-    is_flag=False,
-    flag_value="",
-    metavar="[FILE]",
-    help="Also write all figures here; without FILE, print them and nothing else.",
-)
+@_JSON_FILE
 def estimate(
     *,
     samples: int,
@@ -372,14 +373,7 @@ def estimate(
     type=NewFolder(file_okay=False),
     help="Folder for advice.html and advice.json; default: nothing is written.",
 )
-@click.option(
-    "--json",
-    "json_file",
-    is_flag=False,
-    flag_value="",
-    metavar="[FILE]",
-    help="Also write all figures here; without FILE, print them and nothing else.",
-)
+@_JSON_FILE
 @click.option("--student", help="Also train a short student on each preset, and score it (minutes each).")
 @click.option(
     "--student-steps", type=click.IntRange(min=1), default=100, show_default=True, help="Steps of a short student."

@@ -224,7 +224,9 @@ def test_a_sentencepiece_tokenizer_cuts_as_its_scores_say(tmp_path):
     index = {token: i for i, token in enumerate(tokens)}
     draw = random.Random(0)
     for _ in range(200):
-        text = " ".join(draw.choices([*WORDS, "wholly", "éa", "x  y"], k=draw.randrange(1, 6)))
+        # Words that were never seen: which neighbours are joined first decides what is left over.
+        unseen = ["".join(draw.choices("".join(WORDS), k=9)) for _ in range(4)]
+        text = " ".join(draw.choices([*WORDS, *unseen, "wholly", "éa", "x  y"], k=draw.randrange(1, 6)))
         pieces = list("▁" + text.replace(" ", "▁"))
         while True:
             joined = [(score.get(a + b, -np.inf), -i) for i, (a, b) in enumerate(pairwise(pieces))]

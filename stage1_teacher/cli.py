@@ -220,8 +220,9 @@ def build(
     type=click.IntRange(min=1, max=256),
     help="Processes on this machine, each on a GPU of its own where there are several.",
 )
+@DRY_RUN
 @JSON
-def extend(*, cache: Path, nproc: int | None, **options: Any) -> None:
+def extend(*, cache: Path, nproc: int | None, dry_run: bool, **options: Any) -> None:
     """Add signals, finer settings, new or formerly failed samples to a finished cache.
 
     Takes the options of `build`: data and teacher as they were, and what is wanted beside what is there. Signals are added;
@@ -238,6 +239,11 @@ def extend(*, cache: Path, nproc: int | None, **options: Any) -> None:
     from vlm_distill_cache.stage1_teacher.report import extension_text, extension_values, next_command
 
     quiet_libraries()
+    if dry_run:
+        from vlm_distill_cache.stage1_teacher.planning.preview import preview_extension
+
+        preview_extension(replace(settings, cache=str(cache)), given=given, processes=nproc or 1).show()
+        return
     with explain_disk_errors(cache), stopped_by_sigterm():
         extension = extend_cache(replace(settings, cache=str(cache)), given=given, processes=nproc)
     replay = None

@@ -47,7 +47,7 @@ SURFACE = {
     "teacher-cache demo-teacher": "--data --json --output --seed",
     "teacher-cache estimate": "--answers --cache --config --data --epochs --images --json --limit --price --samples --set "
     "--signals --store --student-parameters --student-step --students --teacher",
-    "teacher-cache extend": "--answers --config --data --images --json --limit --nproc "
+    "teacher-cache extend": "--answers --config --data --dry-run --images --json --limit --nproc "
     "--set --signals --store --teacher CACHE",
     "teacher-cache fidelity": "--answers --cache --config --data --images --json --limit --samples "
     "--set --signals --store --teacher",

@@ -43,6 +43,7 @@ _SHOWN: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "hidden_layers": lambda codec: tuple(codec["layers"]),
     "hidden_dtype": lambda codec: "f4" if codec["exact"] else "f2",
 }
+_OF_WEIGHTS = ("teacher", "vision_tower")  # fingerprints that only weights tell
 _AUTOMATIC = {"batch_size": 0, "threads": 0, "max_length": 0, "template": "auto", "dtype": "auto"}  # as in the cache
 _ANSWERS = AnswersCodec.signal  # an option, too
 _ANSWER_OPTIONS = ("max_new_tokens", "answer_temperature", "answer_top_p", "answer_seed")
@@ -164,6 +165,8 @@ def extend_plan(work: Build, config: ExtendConfig) -> Build:
         plan = replace(
             plan, sample_count=len(dataset), data=old.data, extra=old.extra, fingerprints=plan.fingerprints | data
         )
+    if not work.teacher.loads:
+        plan = as_far_as_known(plan, old)
     _refuse_differences(config, old, plan, keeps_attention=any(_of_attention(name) for name in kept))
     _refuse_lost(cache, dataset)
     _refuse_begun(Path(config.cache), plan)
@@ -268,3 +271,17 @@ def plan_of(base: Path) -> Plan:
             "`cachectl merge`; or build a cache from the teacher's weights (teacher-cache build --teacher DIR)"
         )
     return plan
+
+
+def as_far_as_known(plan: Plan, stored: Plan) -> Plan:
+    """A plan that was made without the teacher's weights, with what only they would tell as a cache has it."""
+    of_weights = {name: stored.fingerprints[name] for name in _OF_WEIGHTS if name in stored.fingerprints}
+    extra = {name: value for name, value in plan.extra.items() if name != THREADS}
+    threads = {THREADS: stored.extra[THREADS]} if THREADS in stored.extra else {}
+    asked = plan.extra.get(THREADS)
+    return replace(
+        plan,
+        fingerprints={**plan.fingerprints, **of_weights},
+        batch_size=plan.batch_size if plan.batch_size > 1 else stored.batch_size,
+        extra={**extra, **({THREADS: asked} if asked else threads)},
+    )

@@ -1,16 +1,18 @@
-"""``teacher-cache build --dry-run``: what a build would do, without the teacher's weights; it writes nothing."""
+"""``--dry-run`` of ``build`` and ``extend``: what they would do, without the teacher's weights; nothing is written."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from vlm_distill_cache.common.cache.documents import write_document
+from vlm_distill_cache.common.cache.manifest import read_manifest
 from vlm_distill_cache.common.cache.other_folders import IS_SKETCH, SKETCH
-from vlm_distill_cache.common.cache.plan import LONG_SAMPLES, PLAN, THREADS, Plan, refuse_changed_plan
+from vlm_distill_cache.common.cache.plan import LONG_SAMPLES, PLAN, Plan, refuse_changed_plan
 from vlm_distill_cache.common.cache.side_files import MANIFEST
 from vlm_distill_cache.common.cache.sidecar import missing_shards, read_sidecar
+from vlm_distill_cache.common.cache.versions import EXTENDING, version_folder
 from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, SampleError
 from vlm_distill_cache.common.files.atomic import read_json, write_bytes_atomic
 from vlm_distill_cache.common.files.disk import refuse_overlap
@@ -21,19 +23,27 @@ from vlm_distill_cache.common.terminal.command_line import PARENT
 from vlm_distill_cache.common.tools.outlook import Outlook, download_lines, free_bytes, looking_only
 from vlm_distill_cache.data.registry import open_dataset
 from vlm_distill_cache.stage1_teacher.config import BuildConfig
+from vlm_distill_cache.stage1_teacher.loop.kept import Kept
 from vlm_distill_cache.stage1_teacher.loop.work import Build
 from vlm_distill_cache.stage1_teacher.planning.cache_folder import (
     begun_otherwise,
     check_cache_folder,
+    refuse_others_files,
     refuse_unwritable,
     stored_plan,
+)
+from vlm_distill_cache.stage1_teacher.planning.extension import (
+    ExtendConfig,
+    NothingToAddError,
+    as_far_as_known,
+    plan_of,
+    with_options_of,
 )
 from vlm_distill_cache.stage1_teacher.planning.open import open_build
 from vlm_distill_cache.stage1_teacher.planning.parts import Part
 from vlm_distill_cache.stage1_teacher.planning.plan import LOOKED_AT, refuse_settings
 from vlm_distill_cache.stage1_teacher.teacher.export import export_parts
 
-_OF_WEIGHTS = ("teacher", "vision_tower")  # fingerprints that only weights tell
 _ESTIMATED = ("cache_bytes", "stage_one_hours", "samples")
 
 
@@ -62,26 +72,9 @@ def preview_build(
     known = None
     with outlook.checking():
         known = None if estimate is None else _read_estimate(estimate)
-    work: Build | None = None
     with looking_only() as missing:
-        teacher = None
-        with outlook.checking():
-            if config.teacher:
-                teacher = model_folder(config.teacher, what="teacher", check=refuse_settings).path
-        unknown = teacher is not None and is_without_weights(teacher) and is_published(teacher)
-        if not unknown:
-            with outlook.checking():
-                work = open_build(config, loads=False)
-        if work is None:
-            with outlook.checking():  # the data may be at fault, too
-                images = Path(config.images) if config.images else None
-                open_dataset(config.data, split=config.split, images=images, limit=config.limit or None)
-            if unknown:
-                outlook.lines.append(
-                    f"teacher {config.teacher}: what its cache holds is known once its weights are here"
-                )
-                outlook.lines += download_lines(missing)
-        else:
+        work = _open(outlook, config, missing)
+        if work is not None:
             with outlook.checking():
                 _look_at_samples(work)
             with outlook.checking():
@@ -95,6 +88,73 @@ def preview_build(
                     # Of `distill run`, which has started this, it is a temporary folder.
                     outlook.written = "" if PARENT in os.environ else f"the sketch {sketch}"
     return outlook
+
+
+def preview_extension(config: BuildConfig, *, given: Collection[str], processes: int) -> Outlook:
+    """Look at everything that an extension of ``config.cache`` needs, as `extend` takes it."""
+    outlook, cache = Outlook(), Path(config.cache)
+    base = cache.resolve()
+    options: ExtendConfig | None = None
+    with outlook.checking():
+        plan, manifest = plan_of(cache), read_manifest(cache)
+        refuse_others_files(base, plan, manifest)
+        refuse_unwritable(base.parent, sealed_too=True)
+        options = with_options_of(config, cache, plan, manifest, given=given)
+        options = replace(options, cache=str(version_folder(base, EXTENDING, manifest)))
+    if options is None:
+        return outlook
+    with looking_only() as missing:
+        work = _open(outlook, options, missing)
+        if work is not None and work.kept is not None:
+            with outlook.checking():
+                _look_at_samples(work)
+            _describe_extension(outlook, work, work.kept, Path(options.cache), processes=processes)
+            outlook.lines += download_lines(missing)
+    return outlook
+
+
+def _describe_extension(outlook: Outlook, work: Build, kept: Kept, new: Path, *, processes: int) -> None:
+    cache = kept.cache
+    fresh = sum(not kept.holds(name) for name in work.dataset.sample_ids)
+    again = [name for name in cache.failed if name in set(work.dataset.sample_ids)]
+    outlook.lines += [
+        f"teacher-cache extend would make {cache.place} one of {work.plan.sample_count} samples",
+        f"  samples: {len(cache)} have a record, {fresh - len(again)} are new, {len(again)} had failed and are tried again",
+        f"  signals: {', '.join(sorted(kept.missing)) or 'none'} to add or to replace, beside "
+        f"{', '.join(sorted(work.plan.signals.keys() - kept.missing)) or 'none'}",
+        f"  the teacher would run for {len(work.dataset) if kept.missing else fresh} samples; whether its weights are those "
+        "of the cache is known once they are loaded",
+    ]
+    shards = missing_shards(new, work.plan) if stored_plan(new) is not None else list(range(work.plan.shard_count))
+    if there := work.plan.shard_count - len(shards):
+        outlook.lines.append(f"  shards: {there} of {work.plan.shard_count} there from a run that did not finish")
+    outlook.lines.append(f"  processes: {processes}")
+    done = sum(path.stat().st_size for path in new.rglob("*") if path.is_file())
+    outlook.needs_room(new, max(0, cache.manifest.totals["bytes"] - done), "records that stay, what is added aside")
+
+
+def _open(outlook: Outlook, config: BuildConfig, missing: dict[str, int | None]) -> Build | None:
+    """Open data and teacher without its weights; None: something is in the way, or not known yet, which is said."""
+    teacher, work = None, None
+    with outlook.checking():
+        if config.teacher:
+            teacher = model_folder(config.teacher, what="teacher", check=refuse_settings).path
+    unknown = teacher is not None and is_without_weights(teacher) and is_published(teacher)
+    if not unknown:
+        with outlook.checking():
+            try:
+                work = open_build(config, loads=False)
+            except NothingToAddError as error:
+                outlook.lines.append(f"{error}: nothing to do")
+                return None
+    if work is None:
+        with outlook.checking():  # the data may be at fault, too
+            images = Path(config.images) if config.images else None
+            open_dataset(config.data, split=config.split, images=images, limit=config.limit or None)
+        if unknown:
+            outlook.lines.append(f"teacher {config.teacher}: what its cache holds is known once its weights are here")
+            outlook.lines += download_lines(missing)
+    return work
 
 
 def write_sketch(work: Build, folder: Path) -> None:
@@ -148,7 +208,7 @@ def _look_at_cache(
     ]
     missing = list(range(plan.shard_count))
     if stored is not None:
-        refuse_changed_plan(stored, _as_far_as_known(plan, stored), where=str(cache_dir))
+        refuse_changed_plan(stored, as_far_as_known(plan, stored), where=str(cache_dir))
         missing = missing_shards(cache_dir, stored)
     there = plan.shard_count - len(missing)
     if not missing and (cache_dir / MANIFEST).is_file():
@@ -176,20 +236,6 @@ def _look_at_cache(
         )
     outlook.lines.append(
         "  hours: not known before a probe: `teacher-cache estimate` with the same options measures one"
-    )
-
-
-def _as_far_as_known(plan: Plan, stored: Plan) -> Plan:
-    """A plan with what only the loaded teacher would tell as a cache has it."""
-    of_weights = {name: stored.fingerprints[name] for name in _OF_WEIGHTS if name in stored.fingerprints}
-    extra = {name: value for name, value in plan.extra.items() if name != THREADS}
-    threads = {THREADS: stored.extra[THREADS]} if THREADS in stored.extra else {}
-    asked = plan.extra.get(THREADS)
-    return replace(
-        plan,
-        fingerprints={**plan.fingerprints, **of_weights},
-        batch_size=plan.batch_size if plan.batch_size > 1 else stored.batch_size,
-        extra={**extra, **({THREADS: asked} if asked else threads)},
     )
 
 

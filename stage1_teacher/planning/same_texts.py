@@ -48,7 +48,7 @@ def refuse_other_texts(work: Build, kept: Kept) -> None:
     derived = DERIVED in cache.plan.extra
     if not derived and _was_there(work.dataset, cache):
         return
-    proved = _ask_again(work, kept)
+    proved = _ask_again(work, kept) if work.teacher.loads else LogitCodec.signal in cache.plan.signals
     # Samples of a mixture are dealt anew when it grows, and a cache in the order of its pictures does not tell how they were.
     dealt = "mixture" in cache.plan.data and "order" in cache.plan.extra and len(work.dataset) > len(cache)
     if not (derived or dealt or cache.failed):
@@ -63,9 +63,11 @@ def refuse_other_texts(work: Build, kept: Kept) -> None:
         )
     logger.warning(
         "%s: the data are others than it was built from, so their fingerprint does not prove that the questions of its samples "
-        "are the same: the teacher read %d of %d again, and said what it had said",
-        cache.place, min(PROBED, len(cache)), len(cache),
-    )  # fmt: skip
+        "are the same: the teacher %s",
+        cache.place,
+        f"{'read' if work.teacher.loads else 'will first read'} {min(PROBED, len(cache))} of {len(cache)} again, and "
+        f"{'said what it had said' if work.teacher.loads else 'must say what it had said'}",
+    )
 
 
 def refuse_reordered(work: Build, cache: TeacherCache) -> None:

@@ -73,7 +73,7 @@ class Teacher:
             opened = open_family_model(directory, dtype=dtype, device_map=device_map, quantisation=quantisation)
         else:
             opened = describe_family_model(directory)
-        self._loads = loads
+        self.loads = loads
         placed = device_map or quantisation != "none" or not loads
         self.model: Any = (opened.model if placed else opened.model.to(wanted)).requires_grad_(requires_grad=False)
         self.device = input_device(self.model) if loads else wanted
@@ -109,7 +109,7 @@ class Teacher:
 
         Of one that was only described, the tokenizer's alone.
         """
-        if not self._loads:
+        if not self.loads:
             return {"tokenizer": tokenizer_fingerprint(self.tokenizer)}
         hashes = {
             "teacher": weights_fingerprint(

@@ -298,3 +298,31 @@ def test_a_signals_options_are_those_that_its_codec_depends_on():
         depends = {name for name, codec in codecs(plain).items() if codec != changed[name]}
         listed = {name for name in SIGNALS if option in EXTRACTORS[name].options}
         assert depends == listed, option
+
+
+def test_a_look_writes_nothing_and_says_what_the_extension_then_does(
+    tmp_path: Path, tiny_llava: Path, deep_llava: Path
+):
+    cache, data = tmp_path / "cache", str(write_data(tmp_path / "data", "aBc"))
+    extract(settings(cache, data=data, teacher=str(tiny_llava), signals=("logits",)))
+    write_data(tmp_path / "data", "abcd")
+
+    def command(*words: str, teacher: Path = tiny_llava) -> dict:
+        options = ["--data", data, "--teacher", str(teacher), "--set", "fidelity_samples=0", "--json", *words]
+        found = CliRunner().invoke(main, ["extend", str(cache), *options])
+        return json.loads(found.stdout) | {"exit": found.exit_code}
+
+    before = tree(tmp_path)
+    look = command("--dry-run", "--signals", "hidden")
+    assert (look["exit"], look["starts"], look["problems"]) == (0, True, [])
+    assert "samples: 4 have a record, 2 are new, 2 had failed and are tried again" in look["would"]
+    assert "signals: hidden to add or to replace, beside logits" in look["would"]
+    assert any(line.startswith("the teacher would run for 8 samples") for line in look["would"])
+    look = command("--dry-run", "--signals", "hidden", "--set", "batch_size=2", teacher=deep_llava)
+    assert (look["exit"], look["starts"], len(look["problems"])) == (1, False, 1)
+    assert "batch_size: the cache has 1, this run has 2" in look["problems"][0]
+    assert tree(tmp_path) == before
+
+    done = command("--signals", "hidden")
+    assert (done["exit"], done["added"]) == (0, {"signals": ["hidden"], "samples": 4})
+    assert "holds all of that already: nothing to do" in " ".join(command("--dry-run")["would"])

@@ -9,6 +9,7 @@ Nor do passwords, tokens and the signatures of addresses reach it, wherever a me
 from __future__ import annotations
 
 import functools
+import html
 import os
 import re
 from pathlib import Path
@@ -132,6 +133,11 @@ def markdown(text: object, *, limit: int = MAX_SHOWN) -> str:
 def markdown_code(text: object, *, limit: int = MAX_SHOWN) -> str:
     """Text of unknown origin as code in a line or a cell of Markdown; backquotes become apostrophes."""
     return f"`{one_line(text, limit=limit).replace('`', chr(39)).replace('|', chr(92) + '|')}`"
+
+
+def html_text(value: object) -> str:
+    """Anything as text of an HTML page: it means nothing there, and holds no secret."""
+    return html.escape(printable(hide_secrets(str(value))))
 
 
 def printable(text: str, *, keep: str = "\n") -> str:

@@ -17,6 +17,7 @@ from vlm_distill_cache.common.cache.plan import read_plan
 from vlm_distill_cache.common.cache.versions import BEFORE, EXTENDING, MARK, version_folder
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError, ConfigError, DistillError
 from vlm_distill_cache.common.files.atomic import TEMPORARY_PREFIX, clean_stale, exchange_folders, hold_folder, remove
+from vlm_distill_cache.common.files.disk import folder_bytes
 from vlm_distill_cache.common.remotes.fetch import check_room
 from vlm_distill_cache.common.terminal.command_line import quoted
 from vlm_distill_cache.common.tools.derived_card import DERIVED
@@ -71,8 +72,7 @@ def extend(config: BuildConfig, *, given: Collection[str], processes: int | None
         refuse_unwritable(base.parent, sealed_too=True)
         options = with_options_of(config, cache, plan, manifest, given=given)
         new = version_folder(base, EXTENDING, manifest)
-        there = sum(path.stat().st_size for path in new.rglob("*") if path.is_file())
-        check_room(new, manifest.totals["bytes"] - there, "then run the same command again")
+        check_room(new, manifest.totals["bytes"] - folder_bytes(new), "then run the same command again")
         whole = None if DERIVED in plan.extra else options.as_build(cache)
         options = replace(options, cache=str(new))
         try:

@@ -75,6 +75,11 @@ def disk_remedy(error: OSError) -> str:
     return f"; {_REMEDIES[error.errno]}"
 
 
+def folder_bytes(folder: Path) -> int:
+    """Bytes of all files in a folder and below; 0 if it is not there."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
 def is_below(filename: object, folder: Path) -> bool:
     """Whether the file that an ``OSError`` names lies in a folder; one that names none may."""
     if not isinstance(filename, str | bytes):

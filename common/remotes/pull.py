@@ -22,7 +22,7 @@ from vlm_distill_cache.common.files.atomic import (
     try_lock,
     write_bytes_atomic,
 )
-from vlm_distill_cache.common.files.disk import name_written, refuse_overlap
+from vlm_distill_cache.common.files.disk import folder_bytes, name_written, refuse_overlap
 from vlm_distill_cache.common.remotes import open_remote
 from vlm_distill_cache.common.remotes.base import Remote
 from vlm_distill_cache.common.remotes.fetch import (
@@ -70,7 +70,7 @@ def pull(
     manifest, raw = read_remote_manifest(remote)
     refuse_other_content(target, remote, manifest)
     total = cache_bytes(manifest)
-    present = sum(path.stat().st_size for path in target.rglob("*") if path.is_file()) if target.exists() else 0
+    present = folder_bytes(target)
     remedy = "choose another disk, or pull a part of the cache (`cachectl pull --help`)"
     check_room(target, total - present, remedy)
     target.mkdir(parents=True, exist_ok=True)

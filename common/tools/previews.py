@@ -12,7 +12,7 @@ from vlm_distill_cache.common.cache.plan import PLAN, read_plan
 from vlm_distill_cache.common.cache.side_files import CARD, MANIFEST, refuse_occupied
 from vlm_distill_cache.common.cache.sidecar import read_sidecar, sidecar_name, sidecar_path
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError, ConfigError
-from vlm_distill_cache.common.files.disk import refuse_overlap
+from vlm_distill_cache.common.files.disk import folder_bytes, refuse_overlap
 from vlm_distill_cache.common.locations import is_url
 from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.common.printing import size_words
@@ -104,7 +104,7 @@ def preview_pull(source: str, cache_dir: Path, *, part: bool) -> Outlook:
             outlook.lines.append(f"  a part of {size_words(total)}: how much of it is known once its shards are read")
             return outlook
         refuse_other_content(cache_dir, remote, manifest)
-        there = sum(path.stat().st_size for path in cache_dir.rglob("*") if path.is_file()) if cache_dir.exists() else 0
+        there = folder_bytes(cache_dir)
         outlook.lines.append(f"  there already: {size_words(there)} of {size_words(total)}")
         outlook.needs_room(cache_dir, max(0, total - there), "cache")
     return outlook
@@ -121,8 +121,7 @@ def preview_merge(sources: Sequence[Path], target: Path, *, store: str | None) -
             "parts of one plan" if parts else f"finished caches of {sum(m.totals['samples'] for m in finished)} samples"
         )
         outlook.lines.append(f"  {kind}, {store or read_plan(sources[0]).store}")
-        size = sum(path.stat().st_size for source in sources for path in source.rglob("*") if path.is_file())
-        outlook.needs_room(target, size, "at most all of them")
+        outlook.needs_room(target, sum(map(folder_bytes, sources)), "at most all of them")
     return outlook
 
 

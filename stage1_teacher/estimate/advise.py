@@ -9,7 +9,7 @@ import math
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,6 +27,7 @@ from vlm_distill_cache.common.codecs.description import Codec
 from vlm_distill_cache.common.codecs.logits import LOGIT_PRESETS, LogitCodec
 from vlm_distill_cache.common.codecs.visual_map import VisualMapCodec
 from vlm_distill_cache.common.errors import ConfigError, DataError, ModelError, SampleError
+from vlm_distill_cache.common.files.disk import folder_bytes
 from vlm_distill_cache.common.files.hashing import fingerprint
 from vlm_distill_cache.common.terminal.command_line import tell
 from vlm_distill_cache.common.terminal.progress import progress
@@ -48,9 +49,8 @@ from vlm_distill_cache.stage1_teacher.quality.card import write_card
 from vlm_distill_cache.stage1_teacher.quality.fidelity import Seen, Totals, compare, first_sample
 from vlm_distill_cache.stage1_teacher.teacher.export import export_parts
 
-NEIGHBOURS = (
-    16  # samples of a run of the probe: conversations about one picture stand side by side and share its signals
-)
+# Samples of a run of the probe: conversations about one picture stand side by side and share its signals.
+NEIGHBOURS = 16
 LOGITS = (*LOGIT_PRESETS, *(f"fixed:{k}" for k in (2, 4, 8, 16, 32, 64, 128, 255)))
 MAPS = ("exact", "blocks", "compact", "exact8")
 FILTERED_ONLY = ("blocks", "compact", "exact8")
@@ -89,7 +89,7 @@ class OptionSet:
     @property
     def name(self) -> str:
         """Its options, as they are given."""
-        return " ".join(f"{key}={value}" for key, value in self.options.items())
+        return name_of(self.options)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,45 +120,38 @@ class Advice:
     sets: tuple[OptionSet, ...]
     left_out: dict[str, str]
 
-    def combinations(self) -> Iterator[tuple[dict[str, str], int, float | None, bool]]:
-        """Each choice of one set a part: options, bytes of the cache, largest error, whether it serves every loss.
-
-        The error is None where nothing of it was measured.
-        """
-        parts = dict.fromkeys(found.part for found in self.sets)
-        for chosen in product(*([found for found in self.sets if found.part == part] for part in parts)):
-            options = {key: value for found in chosen for key, value in found.options.items()}
-            size = self.cache_bytes + sum(found.cache_bytes - self.cache_bytes for found in chosen)
-            error = max((found.error for found in chosen if found.error is not None), default=None)
-            yield options, size, error, options.get("map_preset") not in FILTERED_ONLY
-
     def recommend(self, *, budget: float | None = None, bound: float | None = None) -> "Recommendation":
         """The smallest error within a budget in bytes; or the fewest bytes within a bound of the error.
 
         Sets of the map that serve one loss only are taken where nothing else fits; ``exact8`` never is.
         """
-        found = [entry for entry in self.combinations() if entry[0].get("map_preset") != "exact8"]
 
-        def missed(entry: tuple[dict[str, str], int, float | None, bool]) -> float:
-            return 0.0 if entry[2] is None else entry[2]
+        def rank(one: Recommendation) -> tuple[float, ...]:
+            error, size = one.error or 0.0, one.cache_bytes
+            if one.fits:
+                return (not one.every_loss, size, error) if bound is not None else (not one.every_loss, error, size)
+            # The nearest to what was asked for: the budget counts more than the bound.
+            return (max(size, budget), error) if budget is not None else (error, size)
 
-        fits = [
-            entry for entry in found
-            if (budget is None or entry[1] <= budget) and (bound is None or (entry[2] is not None and entry[2] <= bound))
-        ]  # fmt: skip
-        if fits:
-            options, size, error, every = min(
-                fits, key=lambda e: (not e[3], e[1], missed(e)) if bound is not None else (not e[3], missed(e), e[1])
+        found = list(self._combinations(budget, bound))
+        return min([one for one in found if one.fits] or found, key=rank)
+
+    def _combinations(self, budget: float | None, bound: float | None) -> Iterator["Recommendation"]:
+        """Each choice of one set a part."""
+        parts = dict.fromkeys(found.part for found in self.sets)
+        for chosen in product(*([found for found in self.sets if found.part == part] for part in parts)):
+            options = {key: value for found in chosen for key, value in found.options.items()}
+            if options.get("map_preset") == "exact8":
+                continue
+            size = self.cache_bytes + sum(found.cache_bytes - self.cache_bytes for found in chosen)
+            error = max((found.error for found in chosen if found.error is not None), default=None)
+            yield Recommendation(
+                options=options,
+                cache_bytes=size,
+                error=error,
+                fits=(budget is None or size <= budget) and (bound is None or (error is not None and error <= bound)),
+                every_loss=options.get("map_preset") not in FILTERED_ONLY,
             )
-            return Recommendation(options=options, cache_bytes=size, error=error, fits=True, every_loss=every)
-        # The nearest to what was asked for: the budget counts more than the bound.
-        nearest = min(found, key=lambda e: (max(e[1], budget), missed(e)) if budget is not None else (missed(e), e[1]))
-        options, size, error, every = nearest
-        return Recommendation(options=options, cache_bytes=size, error=error, fits=False, every_loss=every)
-
-    def to_dict(self) -> dict[str, Any]:
-        """All of it as JSON."""
-        return asdict(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,6 +169,11 @@ class Recommendation:
     error: float | None
     fits: bool
     every_loss: bool
+
+
+def name_of(options: Options) -> str:
+    """Options of a build as they are given."""
+    return " ".join(f"{key}={value}" for key, value in options.items())
 
 
 def option_sets(config: BuildConfig) -> Iterator[tuple[str, dict[str, str]]]:
@@ -267,7 +265,7 @@ class Measured:
                 finish_shard(writer, failed)
             finally:
                 writer.abort()
-        return _size_of(target / SHARDS)
+        return folder_bytes(target / SHARDS)
 
     def weigh(self, codecs: Mapping[str, Codec]) -> float:
         """Bytes of all shards of the whole data set, predicted from those of the probe and from a shard without records."""
@@ -277,7 +275,7 @@ class Measured:
         if plan.all_fields not in self.empty:
             with TemporaryDirectory(dir=self.folder) as scratch:
                 finish_shard(open_writer(plan.store, Path(scratch), 0, plan.all_fields))
-                self.empty[plan.all_fields] = _size_of(Path(scratch) / SHARDS)
+                self.empty[plan.all_fields] = folder_bytes(Path(scratch) / SHARDS)
         empty = self.empty[plan.all_fields]
         samples = sum(len(order) + len(failed) for order, failed in self.shards)
         return (filled - len(self.shards) * empty) * self.total / samples + self.whole * empty
@@ -310,13 +308,9 @@ class Measured:
         with TemporaryDirectory(dir=self.folder) as scratch:
             cache = Path(scratch)
             self.write_cache(cache, {})
-            beside = _size_of(cache) - _size_of(cache / SHARDS)
+            beside = folder_bytes(cache) - folder_bytes(cache / SHARDS)
         listed = sum(len(order) + len(failed) for order, failed in self.shards)
         return beside + _INDEX_ENTRY * (self.total - listed)
-
-
-def _size_of(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def measure_options(config: BuildConfig, folder: Path, *, samples: int) -> Measured:
@@ -438,7 +432,7 @@ def advise(measured: Measured) -> Advice:
     left_out: dict[str, str] = {}
     for part, options, codecs in measured.codecs:
         if faults := [measured.unusable[codec] for codec in codecs.values() if codec in measured.unusable]:
-            left_out[" ".join(f"{key}={value}" for key, value in options.items())] = faults[0]
+            left_out[name_of(options)] = faults[0]
             continue
         if part not in bare:
             bare[part] = measured.weigh({k: v for k, v in own.items() if k not in codecs})
@@ -489,15 +483,9 @@ def mark_best(sets: Sequence[OptionSet]) -> list[OptionSet]:
     """Mark those of each part that no other set of it beats in one of bytes and error without losing in the other."""
 
     def beaten(one: OptionSet) -> bool:
-        error = 0.0 if one.error is None else one.error
-        return any(
-            (other.cache_bytes, other_error) != (one.cache_bytes, error)
-            and other.cache_bytes <= one.cache_bytes
-            and other_error <= error
-            for other in sets
-            if other.part == one.part
-            for other_error in (0.0 if other.error is None else other.error,)
-        )
+        own = one.cache_bytes, one.error or 0.0
+        others = [(other.cache_bytes, other.error or 0.0) for other in sets if other.part == one.part]
+        return any(other != own and other[0] <= own[0] and other[1] <= own[1] for other in others)
 
     return [replace(one, best=not beaten(one)) for one in sets]
 

@@ -3,16 +3,15 @@
 The page is one file; no script, no font and no picture is fetched.
 """
 
-import html
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
-from vlm_distill_cache.common.printing import hide_secrets, one_line, printable
+from vlm_distill_cache.common.printing import html_text, one_line, size_words
 from vlm_distill_cache.common.terminal.command_line import quoted
 from vlm_distill_cache.stage1_teacher.estimate.advise import FILTERED_ONLY, Advice, OptionSet, Recommendation
-from vlm_distill_cache.stage1_teacher.estimate.estimate import bytes_text
 from vlm_distill_cache.stage1_teacher.loop.answers import ANSWERS
 
 TITLES = {
@@ -47,9 +46,9 @@ def advice_text(advice: Advice, scores: Mapping[str, Sequence[str]] | None = Non
         f"Advice for {advice.name}: {advice.samples} samples, about {advice.tokens} supervised tokens, from "
         f"{advice.probe} measured samples" + (f" ({advice.failed} could not be used)" if advice.failed else ""),
         *([f"  the first of these: {one_line(advice.reason)}"] if advice.failed else []),
-        f"With the options given, the whole cache ({advice.store}) takes {bytes_text(advice.cache_bytes)}; of these "
-        + "".join(f"{name} {bytes_text(max(size, 0))}, " for name, size in advice.signal_bytes.items())
-        + f"projector, vision tower, processor and index {bytes_text(advice.side_bytes)}",
+        f"With the options given, the whole cache ({advice.store}) takes {size_words(advice.cache_bytes)}; of these "
+        + "".join(f"{name} {size_words(max(size, 0))}, " for name, size in advice.signal_bytes.items())
+        + f"projector, vision tower, processor and index {size_words(advice.side_bytes)}",
     ]
     for part in dict.fromkeys(found.part for found in advice.sets):
         shown = [found for found in advice.sets if found.part == part]
@@ -86,7 +85,7 @@ def _columns(sets: Sequence[OptionSet]) -> list[str]:
 
 
 def _cells(found: OptionSet, columns: Sequence[str]) -> list[str]:
-    cells = [f"{found.token_bytes:.1f}", bytes_text(found.cache_bytes)]
+    cells = [f"{found.token_bytes:.1f}", size_words(found.cache_bytes)]
     cells.append("-" if found.error is None else f"{found.error:.3g}")
     if "kept mass" in columns:
         kept = found.figures.get("kept_mass")
@@ -98,11 +97,11 @@ def recommendation_text(
     found: Recommendation, command: str, *, budget: float | None, bound: float | None, advice: Advice
 ) -> str:
     """Why this choice, and the command that builds the cache."""
-    limits = [f"{bytes_text(budget)}"] if budget is not None else []
+    limits = [f"{size_words(budget)}"] if budget is not None else []
     limits += [f"a gradient error of {bound:g}"] if bound is not None else []
     asked = " and ".join(limits)
     error = "not measured" if found.error is None else f"{found.error:.3g}"
-    size = f"{bytes_text(found.cache_bytes)}, gradient error {error}"
+    size = f"{size_words(found.cache_bytes)}, gradient error {error}"
     if found.error is None and bound is not None:
         lines = [f"Whether anything keeps to {asked} was not measured; the fewest bytes: {size}"]
     elif found.fits:
@@ -114,8 +113,8 @@ def recommendation_text(
             sizes = {name: size for name, size in advice.signal_bytes.items() if name != ANSWERS}
             largest = max(sizes, key=lambda name: sizes[name])
             less = ["fewer samples (--limit)"] if budget > advice.side_bytes else []
-            less += [f"--signals without {largest} ({bytes_text(sizes[largest])})"] if len(sizes) > 1 else []
-            fixed = f"{bytes_text(advice.side_bytes)} lie beside the shards, however few samples there are"
+            less += [f"--signals without {largest} ({size_words(sizes[largest])})"] if len(sizes) > 1 else []
+            fixed = f"{size_words(advice.side_bytes)} lie beside the shards, however few samples there are"
             lines.append(f"  {' or '.join(less)} would take less; {fixed}" if less else f"  {fixed}")
     if unseen := sorted({one.part for one in advice.sets} - {one.part for one in advice.sets if one.error is not None}):
         lines.append(
@@ -147,20 +146,16 @@ def build_command(given: Mapping[str, Any], overrides: Sequence[str], chosen: Ma
 def advice_page(advice: Advice, text: str) -> str:
     """The page: a plot a part, and the text."""
     plots = "".join(
-        f"<h2>{_text(part)}: {_text(TITLES[part])}</h2>{_plot([s for s in advice.sets if s.part == part])}"
+        f"<h2>{html_text(part)}: {html_text(TITLES[part])}</h2>{_plot([s for s in advice.sets if s.part == part])}"
         for part in dict.fromkeys(found.part for found in advice.sets)
     )
-    title = _text(f"Advice for {advice.name}")
+    title = html_text(f"Advice for {advice.name}")
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         f"<title>{title}</title><style>{STYLE}</style></head><body><h1>{title}</h1>"
         "<p>Bytes of the whole cache against the gradient error, both on logarithmic scales; option sets that no other beats "
-        f"are joined.</p>{plots}<h2>Figures</h2><pre>{_text(text)}</pre></body></html>\n"
+        f"are joined.</p>{plots}<h2>Figures</h2><pre>{html_text(text)}</pre></body></html>\n"
     )
-
-
-def _text(value: object) -> str:
-    return html.escape(printable(hide_secrets(str(value))))
 
 
 def _plot(sets: Sequence[OptionSet]) -> str:
@@ -183,15 +178,17 @@ def _plot(sets: Sequence[OptionSet]) -> str:
     for edge, anchor in ((min, "start"), (max, "end")):
         size = edge(found.cache_bytes for found in shown)
         error = edge(max(found.error or 0.0, LEAST_ERROR) for found in shown)
-        parts.append(f'<text x="{across(size):.1f}" y="{HEIGHT - 24}" text-anchor="{anchor}">{bytes_text(size)}</text>')
+        parts.append(f'<text x="{across(size):.1f}" y="{HEIGHT - 24}" text-anchor="{anchor}">{size_words(size)}</text>')
         parts.append(f'<text x="{LEFT - 6}" y="{down(error) + 4:.1f}" text-anchor="end">{error:.2g}</text>')
     parts.append(f'<text x="{WIDTH // 2}" y="{HEIGHT - 6}" text-anchor="middle">bytes of the whole cache</text>')
     for found in shown:
         x, y = place(found)
         kind = ' class="best"' if found.best else ""
-        label = _text(found.name)
+        label = html_text(found.name)
         parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4"{kind}><title>{label}</title></circle>')
-        parts.append(f'<text x="{x + 6:.1f}" y="{y - 5:.1f}"{kind}>{_text(" ".join(found.options.values()))}</text>')
+        parts.append(
+            f'<text x="{x + 6:.1f}" y="{y - 5:.1f}"{kind}>{html_text(" ".join(found.options.values()))}</text>'
+        )
     return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" role="img">{"".join(parts)}</svg>'
 
 
@@ -208,7 +205,7 @@ def advice_json(
         "options": found.options, "cache_bytes": found.cache_bytes, "gradient_error": found.error, "fits": found.fits,
         "every_loss": found.every_loss, "command": command,
     }  # fmt: skip
-    values = advice.to_dict() | {"recommendation": recommendation}
+    values = asdict(advice) | {"recommendation": recommendation}
     if scores is not None:
         values["students"] = {"scores": scores, "note": SHORT_RUN}
     return json.loads(json.dumps(values))  # type: ignore[no-any-return]

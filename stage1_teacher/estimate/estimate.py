@@ -7,10 +7,10 @@ wanted; here it is paid once.
 
 import math
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from vlm_distill_cache.common.printing import size_words
 from vlm_distill_cache.stage1_teacher.config import BuildConfig
 from vlm_distill_cache.stage1_teacher.estimate.probe import Probe, measure_probe
 from vlm_distill_cache.stage1_teacher.planning.open import open_build
@@ -199,12 +199,12 @@ def estimate_text(estimate: Estimate) -> str:
     for name, size in probe.signals.items():
         lines.append(
             f"  {name:<20}{size.decoded / rows:>12.1f}{size.decoded:>14.1f}{size.stored:>16.1f}"
-            f"{bytes_text(size.stored * estimate.sample_count):>14}"
+            f"{size_words(size.stored * estimate.sample_count):>14}"
         )
     fixed = probe.shard_bytes * estimate.shard_count + probe.side_bytes
     total = estimate.cache_bytes / estimate.sample_count
-    lines.append(f"  {f'{estimate.shard_count} shards, projector':<62}{bytes_text(fixed):>14}")
-    whole, all_bytes = f"whole cache ({estimate.store})", bytes_text(estimate.cache_bytes)
+    lines.append(f"  {f'{estimate.shard_count} shards, projector':<62}{size_words(fixed):>14}")
+    whole, all_bytes = f"whole cache ({estimate.store})", size_words(estimate.cache_bytes)
     lines.append(f"  {whole:<20}{total / rows:>12.1f}{'':>14}{total:>16.1f}{all_bytes:>14}")
     lines.append(
         f"Stage one: {_hours(estimate.stage_one_hours)}{_money(scenario.price, estimate.stage_one_hours)} at "
@@ -229,8 +229,8 @@ def estimate_text(estimate: Estimate) -> str:
 
 
 def _memory(probe: Probe) -> str:
-    device = "" if probe.device_memory is None else f"{bytes_text(probe.device_memory)} on the device, "
-    return f"{device}{bytes_text(probe.host_memory)} in the process that runs the teacher, weights mapped from their files included"
+    device = "" if probe.device_memory is None else f"{size_words(probe.device_memory)} on the device, "
+    return f"{device}{size_words(probe.host_memory)} in the process that runs the teacher, weights mapped from their files included"
 
 
 def parse_students(text: str) -> tuple[int, ...]:
@@ -250,10 +250,3 @@ def _hours(hours: float) -> str:
 
 def _money(price: float | None, hours: float) -> str:
     return "" if price is None else f", cost {hours * price:.2f}"
-
-
-def bytes_text(size: float) -> str:
-    """A size as it is read: ``12.3 MB``."""
-    names: Sequence[str] = ("B", "KB", "MB", "GB", "TB")
-    power = min(len(names) - 1, max(0, int(math.log(max(size, 1), 1000))))
-    return f"{size / 1000**power:.1f} {names[power]}" if power else f"{size:.0f} B"

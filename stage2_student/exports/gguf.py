@@ -100,7 +100,9 @@ def take_apart(model: Any) -> Pieces:
     model = model.model if isinstance(model, LibraryStudent) else model
     if isinstance(model, VisionLanguageModel):
         tower = model.vision_encoder
-        decoder = {name: value for name, value in model.model.state_dict().items() if _is_decoders(name)}
+        of_decoder = ("embed_tokens", "layers", "norm")
+        state = model.model.state_dict()
+        decoder = {name: value for name, value in state.items() if name.partition(".")[0] in of_decoder}
         if model.dropped_tokens:
             raise ModelError("layout gguf: llama.cpp drops no first patch of a SigLIP tower, which this student does")
         kind, projector = _own_projector(model.model.mm_projector, model.image_grid)
@@ -127,10 +129,6 @@ def take_apart(model: Any) -> Pieces:
     _check_configs(text, vision)
     used = {name: value for name, value in tower.state_dict().items() if _runs(name, layers)}
     return Pieces(text=text, vision=vision, decoder=decoder, tower=used, projector=projector, kind=kind, layers=layers)
-
-
-def _is_decoders(name: str) -> bool:
-    return name.partition(".")[0] in ("embed_tokens", "layers", "norm")
 
 
 def _runs(name: str, layers: int) -> bool:
@@ -263,10 +261,9 @@ def _write_projector(path: Path, pieces: Pieces, image_processor: Any, *, kind: 
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.MMPROJ, pieces.layers)
     for name, value in pieces.tower.items():
         inner = name.removeprefix("vision_model.")
-        if (
-            vision.intermediate_size == vision.hidden_size
-        ):  # llama.cpp takes such layers for old files, whose names were swapped
-            inner = inner.translate(str.maketrans("12", "21")) if ".mlp.fc" in inner else inner
+        # llama.cpp takes such layers for those of old files, whose names were swapped.
+        if vision.intermediate_size == vision.hidden_size and ".mlp.fc" in inner:
+            inner = inner.translate(str.maketrans("12", "21"))
         _add(writer, _name(names, f"vision_tower.vision_model.{inner}"), value, kind, gguf=gguf)
     for name, value in pieces.projector.items():
         _add(writer, name, value.squeeze(), kind, gguf=gguf, convolution=value.ndim == 4 and value.shape[-1] > 1)

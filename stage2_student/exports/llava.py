@@ -70,8 +70,9 @@ def as_llava(source: Source, *, layout: str = "llava-hf") -> Source:
     own = source.own
     if own is None:
         if type(source.core) is not LlavaForConditionalGeneration:
-            why = f"it is a {source.core.config.model_type}, and no LLaVA-1.5"
-            raise refuse(source, layout, "its projector has not two linear layers" if source.is_llava else why)
+            kind = source.core.config.model_type
+            why = "its projector has not two linear layers" if kind == "llava" else f"it is a {kind}, and no LLaVA-1.5"
+            raise refuse(source, layout, why)
         return source
     if own.dropped_tokens:
         raise refuse(

@@ -74,18 +74,14 @@ def _write_mobilevlm(target: Path, source: Source, own: VisionLanguageModel) -> 
         "vision_tower_type": "clip",
     }
     write_json_atomic(target / "config.json", settings)
-    tensors = _write_weights(
-        target, source, own.state_dict(), tied="lm_head.weight" if config.tie_word_embeddings else ""
-    )
+    tensors = _write_weights(target, source, own.state_dict(), tied=config.tie_word_embeddings)
     _write_tower(target, source, config.vision_config, tensors)
     return source
 
 
 def _write_llava(target: Path, source: Source) -> Source:
     """In the layout of LLaVA-1.5: a Llama behind a CLIP tower, and linear layers between; its code pads pictures itself."""
-    student = source
-    if type(source.core) is not LlavaOfAnyDepth:
-        student = as_llava(source, layout=LAYOUT)
+    student = source if type(source.core) is LlavaOfAnyDepth else as_llava(source, layout=LAYOUT)
     config = student.core.config
     text, depth = config.text_config, getattr(config, "projector_depth", 2)
     _refuse_other_llamas(source, text)
@@ -111,10 +107,11 @@ def _write_llava(target: Path, source: Source) -> Source:
     }
     write_json_atomic(target / "config.json", settings)
     named = {original_name(name, depth): value for name, value in student.core.state_dict().items()}
-    seeing = {name for name in named if name.startswith(TOWER_PREFIX)}  # read from its folder alone
-    others = {name: value for name, value in named.items() if name not in seeing}
-    _write_weights(target, source, others, tied="lm_head.weight" if config.tie_word_embeddings else "")
-    tower = cast({name: named[name] for name in seeing}, source.dtype, where=str(source.folder))
+    tower = {
+        name: named.pop(name) for name in list(named) if name.startswith(TOWER_PREFIX)
+    }  # read from its folder alone
+    _write_weights(target, source, named, tied=config.tie_word_embeddings)
+    tower = cast(tower, source.dtype, where=str(source.folder))
     _write_tower(target, student, config.vision_config, tower)
     return student
 
@@ -157,13 +154,14 @@ def _write_compodistill(target: Path, source: Source, own: VisionLanguageModel) 
             name = f"model.mm_projector.teacher.{layer}"
             state[f"{name}.bias"] = state[f"{name}.weight"].new_zeros(state[f"{name}.weight"].shape[0])
     named = {released_key(name, bridged=bridged): value for name, value in state.items()}
-    _write_weights(target, source, named, tied="language_model.lm_head.weight" if config.tie_word_embeddings else "")
+    _write_weights(target, source, named, tied=config.tie_word_embeddings)
     return source
 
 
-def _write_weights(target: Path, source: Source, named: Mapping[str, Tensor], *, tied: str) -> dict[str, Tensor]:
+def _write_weights(target: Path, source: Source, named: Mapping[str, Tensor], *, tied: bool) -> dict[str, Tensor]:
     """Write all tensors but an output projection that is the embedding; returns them."""
-    tensors = cast({name: named[name] for name in named if name != tied}, source.dtype, where=str(source.folder))
+    written = {name: value for name, value in named.items() if not (tied and name.endswith("lm_head.weight"))}
+    tensors = cast(written, source.dtype, where=str(source.folder))
     save_torch_state_dict(tensors, target, max_shard_size=_SHARD)
     return tensors
 

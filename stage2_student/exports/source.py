@@ -55,11 +55,6 @@ class Source:
         return self.model if isinstance(self.model, VisionLanguageModel) else None
 
     @property
-    def is_llava(self) -> bool:
-        """Whether it is a LLaVA of the library."""
-        return bool(self.core.config.model_type == "llava")
-
-    @property
     def square(self) -> str:
         """How a picture becomes a square, of students of one fixed grid: ``pad``, ``square`` or ``crop``."""
         return str(getattr(self.encoder.image_encoder, "layout", "square"))

@@ -4,7 +4,6 @@ No script, no font and no picture is fetched: the page can be mailed, and opens 
 """
 
 import base64
-import html
 import io
 import math
 from collections.abc import Mapping, Sequence
@@ -14,7 +13,7 @@ from typing import Any
 import PIL.Image
 
 from vlm_distill_cache.common.files.atomic import write_bytes_atomic
-from vlm_distill_cache.common.printing import hide_secrets, printable
+from vlm_distill_cache.common.printing import html_text
 from vlm_distill_cache.stage2_student.loss_weights import LossWeights
 from vlm_distill_cache.stage2_student.scores.overlays import Overlay
 from vlm_distill_cache.stage2_student.scores.results import EvaluationReport, format_score, table_rows
@@ -53,18 +52,18 @@ def render_report(
     ``curves`` are the logged steps of each run (``read_log``); ``compared`` are the two models of which the table
     says what the second gains over the first; ``notes`` are what the scores do not tell.
     """
-    known = "".join(f"<dt>{_text(name)}</dt><dd>{_text(value)}</dd>" for name, value in facts.items())
+    known = "".join(f"<dt>{html_text(name)}</dt><dd>{html_text(value)}</dd>" for name, value in facts.items())
     colours = {run: COLOURS[index % len(COLOURS)] for index, run in enumerate(curves)}
     charts = "".join(
-        f'<div class="card"><figcaption>loss: {_text(name)}</figcaption>{_chart(series, colours)}</div>'
+        f'<div class="card"><figcaption>loss: {html_text(name)}</figcaption>{_chart(series, colours)}</div>'
         for name, series in _loss_series(curves).items()
     )
     parts = [
-        f"<h1>{_text(title)}</h1>",
+        f"<h1>{html_text(title)}</h1>",
         f'<div class="card"><dl>{known}</dl></div>',
         "<h2>Scores</h2>",
         "<p>Value and 95 % bootstrap interval over items. Kinds are averaged without weights; what is 0 for all is left out.</p>",
-        *(f"<p><b>{_text(note)}</b></p>" for note in notes),
+        *(f"<p><b>{html_text(note)}</b></p>" for note in notes),
         _table(evaluations, compared) if evaluations else "<p>No evaluation was run.</p>",
         "<h2>Training</h2>",
         f"<p>Running means. {_legend(colours)}</p>" if curves else "<p>No training log was found.</p>",
@@ -80,13 +79,9 @@ def render_report(
     page = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{_text(title)}</title><style>{STYLE}</style></head><body>{''.join(parts)}</body></html>"
+        f"<title>{html_text(title)}</title><style>{STYLE}</style></head><body>{''.join(parts)}</body></html>"
     )
     write_bytes_atomic(path, page.encode())
-
-
-def _text(value: object) -> str:
-    return html.escape(printable(hide_secrets(str(value))))
 
 
 def _loss_series(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, dict[str, list[tuple[float, float]]]]:
@@ -142,20 +137,20 @@ def _chart(series: Mapping[str, list[tuple[float, float]]], colours: Mapping[str
 
 def _legend(colours: Mapping[str, str]) -> str:
     return "".join(
-        f'<span class="key" style="background:{colour}"></span>{_text(run)}' for run, colour in colours.items()
+        f'<span class="key" style="background:{colour}"></span>{html_text(run)}' for run, colour in colours.items()
     )
 
 
 def _table(evaluations: Mapping[str, EvaluationReport], compared: tuple[str, str] | None) -> str:
     headlines, details = table_rows(evaluations, compared)
     gains = any(row.gain for row in headlines)
-    head = "".join(f"<th>{_text(name)}</th>" for name in [*evaluations, *(["gain"] if gains else [])])
+    head = "".join(f"<th>{html_text(name)}</th>" for name in [*evaluations, *(["gain"] if gains else [])])
     rows = []
     for row in [*headlines, *details]:
         cells = [_cell(*format_score(score, row.factor)) for score in row.scores]
         cells += [_cell(*format_score(row.gain, row.factor, sign="+"))] if row.gain else []
         cells += ["<td></td>"] * (len(evaluations) + gains - len(cells))
-        rows.append(f"<tr><td>{_text(row.heading)}</td>{''.join(cells)}</tr>")
+        rows.append(f"<tr><td>{html_text(row.heading)}</td>{''.join(cells)}</tr>")
     return f"<table><tr><th></th>{head}</tr>{''.join(rows)}</table>"
 
 
@@ -168,7 +163,7 @@ def _figure(overlay: Overlay) -> str:
         f"<figure><figcaption>{caption}</figcaption>{_image(picture, caption)}</figure>"
         for caption, picture in (("image", overlay.picture), ("teacher", overlay.teacher), ("student", overlay.student))
     )
-    said = f"{_text(overlay.text)} <b>{_text(overlay.word)}</b> <small>({_text(overlay.sample_id)})</small>"
+    said = f"{html_text(overlay.text)} <b>{html_text(overlay.word)}</b> <small>({html_text(overlay.sample_id)})</small>"
     return f'<div class="card"><p class="said">{said}</p><div class="row">{pictures}</div></div>'
 
 

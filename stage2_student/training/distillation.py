@@ -548,18 +548,15 @@ def _as_student(model: Any, *, through: Callable[..., Any] | None = None) -> Lib
     return LibraryStudent(model, family_of(str(model.config.model_type)), through=through)
 
 
-def _as_argument(found: re.Match[str]) -> str:
-    return f"{found[1]} {found[2]}={' (and images=)' if 'and' in found[0] else ''}"
-
-
 @contextmanager
 def _python_words() -> Iterator[None]:
     """Say what a command line's options are here, in errors that name some."""
     try:
         yield
     except DistillError as error:
-        text = re.sub(r"\((--data), --images\)", "(data=, images=)", str(error))
-        text = re.sub(r"(pass|give) --(data|images|cache)\b(?: \(and --images\))?", _as_argument, text)
+        text = str(error).replace("(--data, --images)", "(data=, images=)")
+        text = re.sub(r"(pass|give) --(data|images|cache)\b", r"\1 \2=", text)
+        text = text.replace("= (and --images)", "= (and images=)")
         if text != str(error):
             error.args = (text, *error.args[1:])
         if "--set" in text:

@@ -14,7 +14,7 @@ from typing import Any
 from vlm_distill_cache.common.cache.plan import Plan, read_plan
 from vlm_distill_cache.common.cache.reader import TeacherCache
 from vlm_distill_cache.common.errors import CacheMismatchError, DistillError
-from vlm_distill_cache.common.files.disk import refuse_overlap
+from vlm_distill_cache.common.files.disk import folder_bytes, refuse_overlap
 from vlm_distill_cache.common.hub import is_without_weights, public_name
 from vlm_distill_cache.common.locations import is_url
 from vlm_distill_cache.common.models.published import is_published
@@ -121,8 +121,7 @@ def preview(
             look_at_folder(outlook, config, caches)
             parts = look_at_student(outlook, config, caches, known=not any(one.startswith("student=") for one in left))
             if parts is not None:
-                there = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
-                needed = max(0, len(trainings) * bytes_to_write(config, parts) - there)
+                needed = max(0, len(trainings) * bytes_to_write(config, parts) - folder_bytes(output))
                 outlook.needs_room(output, needed, "students and checkpoints")
         outlook.lines += [*_hours_lines(config, [output / name for name in trainings]), *download_lines(missing)]
     if sketch is not None:  # which is in nobody's way but ours

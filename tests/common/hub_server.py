@@ -298,6 +298,8 @@ def use_models(monkeypatch: pytest.MonkeyPatch, url: str, cache: Path) -> None:
         "HF_HUB_OFFLINE": False, "HF_HUB_CACHE": str(cache),
     }.items():  # fmt: skip
         monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
+    # The client that transformers keeps for good would ask the hub of an earlier test, and wait for it four times.
+    monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)
     monkeypatch.delenv("HF_TOKEN", raising=False)
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -401,7 +402,10 @@ def test_ctrl_c_ends_a_download_quietly(hub: ModelHub, tmp_path):
     program = [sys.executable, "-m", "vlm_distill_cache.stage2_student.cli", "import", "org/name", "--output", "o"]
     plain = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     environment = plain | {"HF_HOME": str(cache), "HF_ENDPOINT": hub.url}
-    with subprocess.Popen(program, env=environment, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as process:
+    # A shell that runs the tests in the background has them, and what they start, ignore Ctrl-C.
+    heeds = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    options = {"env": environment, "stderr": subprocess.PIPE, "text": True, "cwd": tmp_path, "preexec_fn": heeds}
+    with subprocess.Popen(program, **options) as process:
         assert begun.wait(60)
         process.send_signal(signal.SIGINT)
         time.sleep(1)  # else what ends the download may be the end of the file, on a busy machine

@@ -29,6 +29,9 @@ from vlm_distill_cache.common.models.vision_tower import VisionTower
 Phase = Literal["dpt", "dft", "sft"]
 PHASES: tuple[Phase, ...] = ("dpt", "dft", "sft")
 
+# The library's name for keys and values of earlier steps, which has changed with version 5.24.
+PAST = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+
 
 class VisionLanguageConfig(PreTrainedConfig):
     """Configuration of one of our models; a subclass names the text and vision configurations' classes.
@@ -121,9 +124,9 @@ class VisualDecoder:
         embeds: Tensor = embedding(input_ids)
         return embeds
 
-    def _refuse_missing_images(self, input_ids: Tensor, past_key_values: Any) -> None:
+    def _refuse_missing_images(self, input_ids: Tensor, past: Any) -> None:
         """Raise ModelError for image tokens without an image, unless the model generated them itself."""
-        if past_key_values is not None and past_key_values.get_seq_length() > 0:
+        if past is not None and past.get_seq_length() > 0:
             return
         found = int((input_ids == self.image_token_id).sum())
         if found:
@@ -137,7 +140,6 @@ class VisualDecoder:
         input_ids: Tensor | None = None,
         attention_mask: Any = None,
         position_ids: Tensor | None = None,
-        past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         pixel_values: Tensor | None = None,
@@ -148,14 +150,14 @@ class VisualDecoder:
         ``input_ids`` are int64 ``[B, T]``, or in their place ``inputs_embeds`` float ``[B, T, D]``, with images already
         embedded; ``pixel_values`` float ``[M, 3, height, width]``, with the first step only; ``attention_mask`` bool or 0/1
         ``[B, past + T]``, bool ``[B, 1, T, past + T]`` (True: may attend), a dict of masks by kind of layer, or None. All
-        else is as for the library's decoders.
+        else, such as keys and values of earlier steps, is as for the library's decoders.
 
         Returns:
-            ``last_hidden_state`` float ``[B, T, D]`` and ``past_key_values``.
+            ``last_hidden_state`` float ``[B, T, D]``, and keys and values for the next step.
         """
         if input_ids is not None and inputs_embeds is None:
             if pixel_values is None:
-                self._refuse_missing_images(input_ids, past_key_values)
+                self._refuse_missing_images(input_ids, kwargs.get(PAST, kwargs.get("past_key_values")))
                 inputs_embeds = self._embed_text(input_ids)
             else:
                 inputs_embeds = self.embed_multimodal(input_ids, pixel_values)
@@ -173,7 +175,6 @@ class VisualDecoder:
         outputs: BaseModelOutputWithPast = super().forward(  # type: ignore[misc]
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
@@ -194,7 +195,7 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = [PAST]  # noqa: RUF012
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
     # Published checkpoints carry these two kinds of buffers; both are computed here.
     _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq", r"position_ids"]  # noqa: RUF012
@@ -239,7 +240,6 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
         input_ids: Tensor | None = None,
         attention_mask: Any = None,
         position_ids: Tensor | None = None,
-        past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         pixel_values: Tensor | None = None,
@@ -269,7 +269,6 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             pixel_values=pixel_values,
@@ -297,7 +296,7 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{PAST: outputs[PAST]} if PAST in outputs else {},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )

@@ -10,6 +10,7 @@ from transformers import AutoModelForImageTextToText, CLIPVisionConfig, LlamaCon
 from vlm_distill_cache.common.errors import ModelError
 from vlm_distill_cache.common.models import published  # noqa: F401 - tells the library of our classes
 from vlm_distill_cache.common.models.mobilevlm import MobileVLMConfig, MobileVLMForConditionalGeneration
+from vlm_distill_cache.common.models.vision_language import PAST
 
 IMAGE = 40  # outside the vocabulary, as for the published models
 VISION = {
@@ -249,5 +250,5 @@ def test_an_image_token_that_the_model_itself_generates_is_a_token_like_others()
     student = make_student()
     pixels = torch.randn(1, 3, 24, 24)
     first = student(input_ids=make_prompt([5]), pixel_values=pixels, use_cache=True)
-    after = student(input_ids=torch.tensor([[IMAGE]]), past_key_values=first.past_key_values, use_cache=True)
+    after = student(input_ids=torch.tensor([[IMAGE]]), **{PAST: first[PAST]}, use_cache=True)
     assert after.logits.shape == (1, 1, 40)

@@ -158,7 +158,7 @@ def test_an_evaluation_counts_its_own_batches_alone(dataset, student, tiny_cache
 
 
 def test_what_has_no_effect_or_trains_something_else_is_refused(dataset, tmp_path):
-    from peft import LoraConfig
+    from peft import LoraConfig, inject_adapter_in_model
 
     arguments = transformers.TrainingArguments(**options(tmp_path / "run"))
     for name in (
@@ -186,7 +186,7 @@ def test_what_has_no_effect_or_trains_something_else_is_refused(dataset, tmp_pat
         vdc.DistillationTrainerMixin(args=arguments, train_dataset=dataset)
     with pytest.raises(vdc.ConfigError, match="holds no model"):
         Trainer(args=arguments, train_dataset=pickle.loads(pickle.dumps(dataset)))  # noqa: S301 - ours
-    dataset.student.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["q_proj"]), dataset.student)
     Trainer(args=arguments, train_dataset=dataset)  # saves nothing on the way
     arguments.save_strategy = "steps"
     with pytest.raises(vdc.ModelError, match="give model= what get_peft_model returned"):

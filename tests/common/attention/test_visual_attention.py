@@ -15,6 +15,7 @@ from transformers import (
 
 from vlm_distill_cache.common.attention.capture import IMPLEMENTATION, AttentionCapture, AttentionRequest
 from vlm_distill_cache.common.attention.rows import head_mean_attention
+from vlm_distill_cache.common.models.vision_language import PAST
 
 VOCABULARY, IMAGE, PATCHES, DEPTH = 64, 5, 16, 4
 GROUPS = ((0, 1, 2), (1, 2, 3), (3,))
@@ -260,10 +261,10 @@ def test_rows_behind_a_key_value_cache_are_query_positions_of_this_pass(qwen):
     ids = torch.randint(6, VOCABULARY, (1, 14), generator=torch.Generator().manual_seed(2))
     model, capture = with_capture(qwen)
     with torch.no_grad():
-        past = model(input_ids=ids[:, :10], use_cache=True).past_key_values
+        past = model(input_ids=ids[:, :10], use_cache=True)[PAST]
         rows, keys = torch.tensor([[0, 3]]), torch.tensor([[0, 5, 9, 13]])
         with capture.record({"tail": AttentionRequest(rows, keys, GROUPS)}) as maps:
-            model(input_ids=ids[:, 10:], past_key_values=past)
+            model(input_ids=ids[:, 10:], **{PAST: past})
         full = with_implementation(qwen, "eager")(input_ids=ids, output_attentions=True).attentions
     torch.testing.assert_close(maps["tail"], reference(full, rows + 10, keys, GROUPS), atol=1e-5, rtol=0)
 

@@ -24,9 +24,8 @@ _CUT = "..."
 _QUOTED = re.compile(r"""(?<![\w=\\])(?:'(?:[^'\\\n]|\\.)*+'|"(?:[^"\\\n]|\\.)*+"|`[^`\n]*+`)(?!\w)""")
 _UNBROKEN = re.compile(r"\S+")
 SURROGATE = re.compile("[\ud800-\udfff]")  # a byte of a name that is not UTF-8
-CONTROL = re.compile(
-    "[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]"
-)  # moves the cursor or turns text round
+# What moves the cursor or turns text round.
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
 
 _WORD = re.compile(r"(?<!\S)\S*(?::/|\?)\S*")  # one that may be, or be a part of, an address

@@ -192,7 +192,7 @@ def build(
             summary = extract(settings, overwrite=overwrite, part=own)
         else:
             summary = extract_with_processes(settings, nproc, overwrite=overwrite, part=own)
-    replay = save_replay(asked, asked.cache, command="teacher-cache build --config")
+    replay = save_replay(asked, asked.cache)
     answer(**summary_values(summary), options=replay)
     say(summary_text(summary))
     if replay is not None:
@@ -242,7 +242,7 @@ def extend(*, cache: Path, nproc: int | None, **options: Any) -> None:
         extension = extend_cache(replace(settings, cache=str(cache)), given=given, processes=nproc)
     replay = None
     if extension.options is not None:
-        replay = save_replay(extension.options, cache, command="teacher-cache build --config")
+        replay = save_replay(extension.options, cache)
     answer(**extension_values(extension), options=replay)
     say(extension_text(extension))
     if replay is not None and extension.before is not None:

@@ -15,10 +15,10 @@ from typing import Any
 import click
 
 from vlm_distill_cache.common.errors import DistillError
-from vlm_distill_cache.common.files.disk import disk_remedy
+from vlm_distill_cache.common.files.disk import disk_words
 from vlm_distill_cache.common.files.notes import without_notes
 from vlm_distill_cache.common.hub import without_downloads
-from vlm_distill_cache.common.printing import message, one_line, size_words
+from vlm_distill_cache.common.printing import message, size_words
 from vlm_distill_cache.common.remotes.mirror import FOLDER_VARIABLE
 from vlm_distill_cache.common.terminal.command_line import say, tell
 from vlm_distill_cache.common.terminal.general import answer
@@ -102,8 +102,7 @@ class _Checking:
         if isinstance(error, DistillError):
             self._outlook.problem(str(error))
         elif isinstance(error, OSError):
-            place = f"{one_line(os.fsdecode(error.filename))}: " if isinstance(error.filename, str | bytes) else ""
-            self._outlook.problem(f"{place}{error.strerror or error}{disk_remedy(error)}")
+            self._outlook.problem(disk_words(error))
         else:
             return False
         return True

@@ -334,9 +334,8 @@ class CachedDataset:
         limit = self._encoder.positions
         longest = int(self._cache.plan.extra.get("max_length", 0))  # of the teacher's, whose tokens these may be
         visual = self._encoder.image_encoder.token_count
-        if longest and was_cut(
-            self._cache
-        ):  # such a sequence has the greatest length, and may have more visual tokens here
+        # Such a sequence has the greatest length, and may have more visual tokens here.
+        if longest and was_cut(self._cache):
             geometry = self._cache.plan.geometry
             longest += max(0, visual - math.prod(geometry.get("grid") or [0]) + bool(geometry.get("drops_first")))
         if limit is None or (self._compare_labels and 0 < longest <= limit):

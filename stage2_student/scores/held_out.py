@@ -30,9 +30,8 @@ from vlm_distill_cache.stage2_student.students.encoder import encoder_of_cache
 from vlm_distill_cache.stage2_student.training.preparation import BUILT_IN_DATA, built_in_data
 
 PROBED_QUESTIONS = 32
-MOST_UNREADABLE = (
-    0.5  # a larger share of items that cannot be read is refused: a wrong folder, more likely than bad files
-)
+# A larger share of items that cannot be read is refused: a wrong folder, more likely than bad files.
+MOST_UNREADABLE = 0.5
 SHOWN_REASONS = 3
 _FOLDERS = re.compile(r"""(?<![^\s('"`=])(?:~|/)(?:[^\s'"`,;()/:]*/)+""")  # around a file, from the root or a home
 _PROMPT = "sample 'prompt': "  # how an error calls what is asked; the item's id says more
